@@ -1,0 +1,35 @@
+#!/bin/sh
+# Runs the examples on demo-model and compares what they print. Ends with "N passed, N failed".
+cd "$(dirname "$0")" || exit 2
+passed=0 failed=0
+out=$(mktemp) || exit 2
+trap 'rm -f "$out"' EXIT
+
+# expect WHAT LINE: the line, whole, must be in $out
+expect() {
+    if grep -qxF -- "$2" "$out"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED $1: expected the line"
+        echo "$2"
+        echo "in"
+        cat "$out"
+    fi
+}
+
+./hello >"$out" 2>&1
+expect hello "model.layers.0.mlp.up_proj: nvfp4, 768 x 256, |y| = 33.4979"
+./hello demo-model lm_head >"$out" 2>&1
+expect "hello with a module" "lm_head: bf16, 1024 x 256, |y| = 36.7396"
+./hello no-such-folder >"$out" 2>&1
+if [ $? -eq 1 ] && [ "$(wc -l <"$out")" -eq 1 ] && grep -q no-such-folder "$out"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED hello without a folder"; fi
+
+./chat >"$out" 2>&1
+expect "chat 1" 'robot  {"say":"Bringing the green plate to Chen.","plan":[{"do":"go","to":"bedroom drawer"},{"do":"pick","what":"green plate"},{"do":"go","to":"hallway coat rack"},{"do":"give","what":"green plate","to":"Chen"}]}'
+expect "chat 2" 'robot  {"say":"Moving the purple key and green mug.","plan":[{"do":"pick","what":"purple key"},{"do":"go","to":"hallway coat rack"},{"do":"place","what":"purple key","on":"hallway coat rack"},{"do":"go","to":"kitchen counter"},{"do":"pick","what":"green mug"},{"do":"go","to":"hallway coat rack"},{"do":"place","what":"green mug","on":"hallway coat rack"}]}'
+expect "chat 3" 'robot  {"say":"I cannot see a black pillow.","plan":[]}'
+if [ "$(grep -c 'tokens per second' "$out")" -eq 3 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED chat: three speeds"; fi
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

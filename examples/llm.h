@@ -1,0 +1,5697 @@
+/* llm.h - an example LLM engine in one header, on the public API of modelopt_q.h.
+
+   In exactly one file:
+
+       #define MODELOPT_Q_IMPLEMENTATION
+       #include "modelopt_q.h"
+       #define LLM_IMPLEMENTATION
+       #include "llm.h"
+
+   A whole chat (examples/chat.c is this program):
+
+       llm_desc desc = {0};
+       desc.path = "demo-model";
+       llm *bot = llm_open(&desc, &err);
+       llm_say(bot, "user", "bring me the red book");
+       for (const char *piece; (piece = llm_next(bot, &err)); ) fputs(piece, stdout);
+       llm_close(bot);
+
+   Zero is the default of every field. What is opened is closed by one call. The rules of modelopt_q.h on errors, memory
+   and threads hold here too: one llm belongs to one thread at a time; only llm_cancel may be called from another.
+
+   Contents: search for the tag.
+       >>llm-api        this interface
+       >>llm-base       memory, text and token buffers
+       >>llm-unicode    character classes for pre-tokenizers
+       >>llm-pattern    the regular expressions of pre-tokenizers
+       >>llm-tokenizer  tokenizer.json: BPE of bytes, BPE with byte fallback
+       >>llm-encode     text to ids and back
+       >>llm-open       reading tokenizer.json
+       >>llm-chat       chat frames
+       >>llm-config     config.json -> model description, families
+       >>llm-model      weights of a family, prepared on a backend
+       >>llm-forward    the decoder
+       >>llm-sample     sampling
+       >>llm-session    conversations
+*/
+#ifndef LLM_H
+#define LLM_H
+
+#ifndef MODELOPT_Q_H
+#include "modelopt_q.h"
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-api         this interface
+   ------------------------------------------------------------------------------------------------ */
+
+#ifndef LLM_API
+#define LLM_API extern
+#endif
+
+/* ---- tokenizer: usable alone ---- */
+
+typedef struct llm_tokenizer llm_tokenizer;
+
+/* From tokenizer.json (and tokenizer_config.json, generation_config.json for the special ids) of a checkpoint. */
+LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *err);
+LLM_API void llm_tokenizer_close(llm_tokenizer *t);
+LLM_API int32_t llm_vocab(const llm_tokenizer *t);                         /* largest id + 1 */
+LLM_API int32_t llm_token_find(const llm_tokenizer *t, const char *text);  /* id of exactly this token, -1: none */
+LLM_API int llm_is_end(const llm_tokenizer *t, int32_t id);                /* does this token end a turn? */
+
+enum {
+    LLM_SPECIAL = 1, /* encode: control tokens written in the text become their ids; decode: they are printed */
+    LLM_BOS = 2      /* encode: put the tokens that the post-processor puts around a text (usually one BOS) */
+};
+
+/* Text to ids; bytes that are no UTF-8 become U+FFFD. Fills at most `capacity` ids and returns the number needed;
+   SIZE_MAX when out of memory. */
+LLM_API size_t llm_encode(const llm_tokenizer *t, const char *text, size_t bytes, uint32_t flags, int32_t *ids, size_t capacity);
+
+/* Ids to text, NUL-terminated when it fits; returns the bytes needed without the NUL. Unknown ids decode to nothing. */
+LLM_API size_t llm_decode(const llm_tokenizer *t, const int32_t *ids, size_t count, uint32_t flags, char *text, size_t capacity);
+
+/* ---- chat frames ---- */
+
+typedef struct llm_message {
+    const char *role; /* "system", "user", "assistant", "tool" */
+    const char *text;
+} llm_message;
+
+/* The folder's own frame around messages, as ids. `open_answer`: end with the opening of an assistant turn. Message texts are encoded as
+   plain text: control tokens in them stay text. Returns the number of ids needed, SIZE_MAX on failure (MOQ_E_TEMPLATE:
+   the folder's chat template is none of the known ones). */
+LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, size_t count, int open_answer, int32_t *ids, size_t capacity, moq_error *err);
+
+/* ---- engine ---- */
+
+typedef struct llm_sampling {
+    float temperature;  /* 0: greedy */
+    int32_t top_k;      /* 0: off */
+    float top_p;        /* 0 or 1: off */
+    float min_p;        /* 0: off */
+    uint64_t seed;      /* same seed, same text, whatever the threads */
+} llm_sampling;
+
+typedef struct llm_desc {
+    const char *path;            /* checkpoint folder, or NULL with: */
+    const moq_checkpoint *checkpoint; /* one that is already open; stays the caller's and must outlive the llm */
+    moq_backend *backend;        /* stays the caller's; NULL: a CPU backend of its own, made from the next four */
+    int32_t threads;
+    moq_act act;
+    const char *kernel;
+    moq_parallel parallel;
+    const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says, "wide", or a name of moq_kv_format */
+    int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
+    int32_t slots;               /* sequences in the KV cache; 0: 1 */
+    int32_t chunk;               /* prompt tokens per forward pass; 0: 256 */
+    llm_sampling sampling;
+    int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
+    moq_allocator allocator;
+    moq_log_fn log;
+    void *log_user;
+    moq_progress_fn progress;
+    void *progress_user;
+} llm_desc;
+
+typedef struct llm_info {
+    const char *model_type;
+    int32_t layers, hidden, vocab, context, slots;
+    uint64_t weight_bytes;       /* of the checkpoint's tensors */
+    uint64_t memory_bytes;       /* allocated beyond them: prepared weights, KV cache, activations */
+    moq_kv_format kv;
+} llm_info;
+
+typedef struct llm_stats {
+    uint64_t prompt_tokens, generated_tokens;
+    double prompt_seconds, generate_seconds;
+} llm_stats;
+
+typedef struct llm llm;
+
+LLM_API llm *llm_open(const llm_desc *desc, moq_error *err);
+LLM_API void llm_close(llm *m);
+LLM_API const llm_info *llm_get_info(const llm *m);
+LLM_API const llm_tokenizer *llm_get_tokenizer(const llm *m); /* NULL with no_tokenizer */
+LLM_API const moq_checkpoint *llm_get_checkpoint(const llm *m);
+LLM_API moq_backend *llm_get_backend(const llm *m);
+LLM_API const llm_stats *llm_get_stats(const llm *m);         /* since open or the last llm_reset */
+LLM_API void llm_set_sampling(llm *m, const llm_sampling *s);
+
+/* ---- conversation: slot 0 ---- */
+
+/* Add a turn. An error is kept and comes out of the next llm_next. */
+LLM_API moq_result llm_say(llm *m, const char *role, const char *text);
+/* Add raw text without a frame (text completion). */
+LLM_API moq_result llm_say_raw(llm *m, const char *text);
+/* The next piece of the answer: whole UTF-8 characters, valid until the next call; NULL at the end of the turn (err->code MOQ_OK) or on an error. */
+LLM_API const char *llm_next(llm *m, moq_error *err);
+/* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which). */
+LLM_API int llm_step(llm *m, int64_t max_microseconds);
+LLM_API const char *llm_piece(llm *m);
+LLM_API void llm_cancel(llm *m);                              /* any thread: the current answer ends with MOQ_E_CANCELLED */
+LLM_API void llm_reset(llm *m);                               /* forget the conversation */
+
+/* ---- tokens: for tools, scoring and calibration ---- */
+
+/* Run `count` tokens at positions pos, pos + 1, ... of a slot (positions before pos must have been run). logits: [count, vocab] F32 of
+   every token, or NULL; last: [vocab] of the last token, or NULL. */
+LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last, moq_error *err);
+/* Choose a token from logits [vocab]; `state` is the generator's state, start it from llm_sampling.seed. `scratch` [vocab] floats and ints may be NULL when greedy. */
+LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* LLM_H */
+
+#if defined(LLM_IMPLEMENTATION) && !defined(LLM_IMPLEMENTED)
+#define LLM_IMPLEMENTED
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-base        memory, text and token buffers
+   Pure functions over the public allocator of modelopt_q.h; a failed allocation leaves every structure usable.
+   ------------------------------------------------------------------------------------------------ */
+
+#include <limits.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+#define LLMI_UNUSED __attribute__((unused))
+#else
+#define LLMI_UNUSED
+#endif
+
+#define LLMI_COUNT(array) (sizeof(array) / sizeof((array)[0]))
+#define LLMI_REPLACEMENT 0xfffdu /* stands for bytes that are no UTF-8 */
+
+/* ---- arena: everything an object keeps, freed in one call ---- */
+
+typedef struct llmi_block {
+    struct llmi_block *next;
+    size_t bytes, used; /* of the whole block, header included */
+} llmi_block;
+
+typedef struct llmi_arena {
+    moq_allocator a;
+    llmi_block *head;
+    size_t next_bytes;
+} llmi_arena;
+
+static llmi_arena llmi_arena_make(const moq_allocator *a)
+{
+    llmi_arena r;
+    memset(&r, 0, sizeof r);
+    if (a) r.a = *a;
+    r.next_bytes = 4096;
+    return r;
+}
+
+/* Zeroed memory for `count` items of `size` bytes, aligned to 64 when it is a block of its own and to 16 otherwise;
+   NULL when out of memory or when the product overflows. */
+static void *llmi_take(llmi_arena *r, size_t count, size_t size)
+{
+    const size_t header = 64;
+    if (size && count > SIZE_MAX / 4 / size) return NULL;
+    size_t bytes = count * size;
+    llmi_block *b = r->head;
+    if (b) {
+        size_t at = (b->used + 15) & ~(size_t)15;
+        if (at <= b->bytes && bytes <= b->bytes - at) {
+            b->used = at + bytes;
+            return (char *)b + at;
+        }
+    }
+    size_t total = header + bytes < r->next_bytes ? r->next_bytes : header + bytes;
+    b = (llmi_block *)moq_allocate(&r->a, total);
+    if (!b) return NULL;
+    if (r->next_bytes < ((size_t)1 << 20)) r->next_bytes *= 2;
+    b->bytes = total;
+    b->used = header + bytes;
+    b->next = r->head;
+    r->head = b;
+    return (char *)b + header;
+}
+
+/* A NUL-terminated copy. */
+static char *llmi_take_text(llmi_arena *r, const char *s, size_t bytes)
+{
+    char *p = (char *)llmi_take(r, bytes + 1, 1);
+    if (p && bytes) memcpy(p, s, bytes);
+    return p;
+}
+
+static void llmi_arena_drop(llmi_arena *r)
+{
+    for (llmi_block *b = r->head, *next; b; b = next) {
+        next = b->next;
+        moq_release(&r->a, b, b->bytes);
+    }
+    r->head = NULL;
+}
+
+/* MOQ_E_NOMEM with the sentence that goes with it. */
+LLMI_UNUSED static moq_result llmi_nomem(moq_error *err, const char *what)
+{
+    return moq_fail(err, MOQ_E_NOMEM, what, "out of memory: the allocator returned NULL");
+}
+
+/* ---- growable bytes and ids; zero-filled but for the allocator is empty ---- */
+
+typedef struct llmi_bytes {
+    moq_allocator a;
+    char *data;
+    size_t count, capacity;
+} llmi_bytes;
+
+typedef struct llmi_ids {
+    moq_allocator a;
+    int32_t *data;
+    size_t count, capacity; /* in ids */
+} llmi_ids;
+
+/* A larger copy of `count` items of `size` bytes with room for `need` in all; *capacity is updated. NULL: the old one stays. */
+static void *llmi_grow(const moq_allocator *a, void *data, size_t count, size_t *capacity, size_t need, size_t size)
+{
+    size_t want = *capacity ? *capacity * 2 : 256;
+    if (need > SIZE_MAX / 4 / size) return NULL;
+    if (want < need) want = need;
+    void *p = moq_allocate(a, want * size);
+    if (!p) return NULL;
+    if (count) memcpy(p, data, count * size);
+    moq_release(a, data, *capacity * size);
+    *capacity = want;
+    return p;
+}
+
+LLMI_UNUSED static llmi_bytes llmi_bytes_make(const moq_allocator *a)
+{
+    llmi_bytes b;
+    memset(&b, 0, sizeof b);
+    if (a) b.a = *a;
+    return b;
+}
+
+/* Appends; 0 when out of memory, and then nothing is appended. */
+static int llmi_bytes_add(llmi_bytes *b, const char *s, size_t bytes)
+{
+    if (bytes > SIZE_MAX / 4) return 0;
+    if (b->capacity - b->count < bytes) {
+        char *p = (char *)llmi_grow(&b->a, b->data, b->count, &b->capacity, b->count + bytes, 1);
+        if (!p) return 0;
+        b->data = p;
+    }
+    if (bytes) memcpy(b->data + b->count, s, bytes);
+    b->count += bytes;
+    return 1;
+}
+
+static void llmi_bytes_drop(llmi_bytes *b)
+{
+    moq_release(&b->a, b->data, b->capacity);
+    b->data = NULL;
+    b->count = b->capacity = 0;
+}
+
+LLMI_UNUSED static llmi_ids llmi_ids_make(const moq_allocator *a)
+{
+    llmi_ids v;
+    memset(&v, 0, sizeof v);
+    if (a) v.a = *a;
+    return v;
+}
+
+static int llmi_ids_add(llmi_ids *v, const int32_t *ids, size_t count)
+{
+    if (count > SIZE_MAX / 16) return 0;
+    if (v->capacity - v->count < count) {
+        int32_t *p = (int32_t *)llmi_grow(&v->a, v->data, v->count, &v->capacity, v->count + count, sizeof *p);
+        if (!p) return 0;
+        v->data = p;
+    }
+    if (count) memcpy(v->data + v->count, ids, count * sizeof *ids);
+    v->count += count;
+    return 1;
+}
+
+static void llmi_ids_drop(llmi_ids *v)
+{
+    moq_release(&v->a, v->data, v->capacity * sizeof *v->data);
+    v->data = NULL;
+    v->count = v->capacity = 0;
+}
+
+/* ---- UTF-8 ---- */
+
+/* The character that starts at s (n >= 1 bytes): its length, and its code point in *cp. Bytes that are no UTF-8 give
+   U+FFFD for each maximal part that could have begun a character, as the Unicode standard recommends (chapter 3.9).
+   *cut (may be NULL) is 1 when the text ended inside a character. */
+static size_t llmi_utf8_get(const char *s, size_t n, uint32_t *cp, int *cut)
+{
+    uint8_t b = (uint8_t)s[0], lo = 0x80, hi = 0xbf;
+    size_t need = b < 0x80 ? 1 : b >= 0xc2 && b <= 0xdf ? 2 : b >= 0xe0 && b <= 0xef ? 3 : b >= 0xf0 && b <= 0xf4 ? 4 : 0;
+    if (cut) *cut = 0;
+    *cp = need == 1 ? b : LLMI_REPLACEMENT;
+    if (need < 2) return 1;
+    if (b == 0xe0) lo = 0xa0; /* shorter forms exist below */
+    if (b == 0xed) hi = 0x9f; /* surrogates */
+    if (b == 0xf0) lo = 0x90;
+    if (b == 0xf4) hi = 0x8f; /* above U+10FFFF */
+    uint32_t v = b & (0x7fu >> need);
+    for (size_t i = 1; i < need; i++, lo = 0x80, hi = 0xbf) {
+        if (i >= n) {
+            if (cut) *cut = 1;
+            return i;
+        }
+        uint8_t c = (uint8_t)s[i];
+        if (c < lo || c > hi) return i;
+        v = v << 6 | (c & 0x3fu);
+    }
+    *cp = v;
+    return need;
+}
+
+/* Writes a code point as UTF-8; returns 1 to 4. */
+static size_t llmi_utf8_put(uint32_t cp, char out[4])
+{
+    if (cp < 0x80) { out[0] = (char)cp; return 1; }
+    size_t n = cp < 0x800 ? 2 : cp < 0x10000 ? 3 : 4;
+    for (size_t i = n; i-- > 1; cp >>= 6) out[i] = (char)(0x80 | (cp & 0x3f));
+    out[0] = (char)((0xf00u >> n & 0xffu) | cp);
+    return n;
+}
+
+/* Bytes of s up to the last whole character: what may be shown now when more text follows. */
+LLMI_UNUSED static size_t llmi_utf8_whole(const char *s, size_t n)
+{
+    size_t from = n > 3 ? n - 3 : 0;
+    for (size_t i = n; i-- > from;) {
+        uint32_t cp;
+        int cut;
+        if (((uint8_t)s[i] & 0xc0) == 0x80) continue; /* inside a character: look at its first byte */
+        llmi_utf8_get(s + i, n - i, &cp, &cut);
+        return cut ? i : n;
+    }
+    return n;
+}
+
+/* ---- map: byte strings to numbers, open addressing, at most half full ---- */
+
+typedef struct llmi_slot {
+    const char *name; /* borrowed: must outlive the map */
+    uint32_t bytes;
+    int32_t value;
+    uint32_t hash;    /* upper half of the hash, to skip most comparisons */
+} llmi_slot;
+
+typedef struct llmi_map {
+    llmi_slot *slots;
+    size_t mask, count, limit;
+} llmi_map;
+
+/* The 128-bit product of a and b, its halves folded by xor. */
+static uint64_t llmi_fold(uint64_t a, uint64_t b)
+{
+    uint64_t al = a & 0xffffffffu, ah = a >> 32, bl = b & 0xffffffffu, bh = b >> 32;
+    uint64_t m = ah * bl + (al * bl >> 32), k = al * bh + (m & 0xffffffffu);
+    return (ah * bh + (m >> 32) + (k >> 32)) ^ (a * b);
+}
+
+/* Every input byte reaches every bit: names made to collide in byte-wise hashes do not collide here. */
+static uint64_t llmi_hash(const char *s, size_t n)
+{
+    uint64_t h = 0x9e3779b97f4a7c15u ^ (uint64_t)n;
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t w = 0;
+        size_t m = n - i < 8 ? n - i : 8;
+        memcpy(&w, s + i, m);
+        h = llmi_fold(h ^ w, 0xbf58476d1ce4e5b9u) + 0x94d049bb133111ebu;
+    }
+    return llmi_fold(h, h ^ 0xd6e8feb86659fd93u) ^ h >> 29;
+}
+
+/* Room for `count` names; 0 when out of memory. */
+static int llmi_map_make(llmi_map *m, llmi_arena *r, size_t count)
+{
+    size_t capacity = 16;
+    while (capacity / 2 < count) capacity *= 2;
+    memset(m, 0, sizeof *m);
+    m->slots = (llmi_slot *)llmi_take(r, capacity, sizeof *m->slots);
+    if (!m->slots) return 0;
+    m->mask = capacity - 1;
+    m->limit = capacity / 2;
+    return 1;
+}
+
+static llmi_slot *llmi_map_slot(const llmi_map *m, const char *name, size_t bytes, uint64_t hash)
+{
+    size_t i = (size_t)hash & m->mask;
+    uint32_t high = (uint32_t)(hash >> 32);
+    for (; m->slots[i].name; i = (i + 1) & m->mask) {
+        const llmi_slot *s = &m->slots[i];
+        if (s->hash == high && s->bytes == bytes && memcmp(s->name, name, bytes) == 0) break;
+    }
+    return &m->slots[i];
+}
+
+/* The entry of a name, or NULL. */
+static const llmi_slot *llmi_map_find(const llmi_map *m, const char *name, size_t bytes)
+{
+    if (!m->slots) return NULL;
+    const llmi_slot *s = llmi_map_slot(m, name, bytes, llmi_hash(name, bytes));
+    return s->name ? s : NULL;
+}
+
+/* Adds a name; returns the entry that was there already, or NULL when it is new. */
+static const llmi_slot *llmi_map_add(llmi_map *m, const char *name, size_t bytes, int32_t value)
+{
+    uint64_t hash = llmi_hash(name, bytes);
+    llmi_slot *s = llmi_map_slot(m, name, bytes, hash);
+    if (s->name || m->count >= m->limit) return s;
+    s->name = name;
+    s->bytes = (uint32_t)bytes;
+    s->value = value;
+    s->hash = (uint32_t)(hash >> 32);
+    m->count++;
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-unicode     character classes and canonical composition
+   Pure: tables are unpacked into the tokenizer's own memory, every function is linear in its text.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Unicode 16 in 91 printable characters, made by tools/unicode_tables.py. Numbers are base 45, low digit first. */
+/* Runs of one class from U+0000 on. */
+static const char *const llmi_class_text[] = {
+    "&=hlk liR%gng-6hl`l36flfl&>fpfmAfl oZl.glYAf[f-3l-!34l3#w8.w#.w3(.s/(.'.(.)/+.(.)0(.(.s(.'/'.(.).'.(/A'0D'4.'4.'4.w#.w$.'4.'.).w93 (.(/'.+.u",
+    "3b!A37@.o@'q)>q!:l:q-La#s:l'.!:0f'$m'f) ' (.-- -$3@'/)0w'1'.l'.(/-P!3Mw-lL!w7(.w .wM -C!:k 3Fg!n LJfGfHfHfG&#F7$Dg&-nglgmL&f hF<:F%L1R%iBGFS",
+    "#fAL! lL ;HlJBR%CmAk)!AGF:L7!Fw!L&A&)R%F=L$;lh:!GmF2J:L$:I:K!k+ F5I!f F&%F4lF &#L$FF:L4 L=FS!IAL.AL!F%HgR%f:F+I F#!B!F2 F! A#D!GAL!!H!IA&#G$",
+    "B CH!R%Bm_ mAfG!I F $B!F2 F! B B B!G K$H!I#G&!D A&!R%HCGf&%I F$ C F2 F! B E!GAL# I I!A&+BH!R%fl&!AL  I F#!B!F2 F! B E!GAL!!H!I&!I$B CH!R%lA_",
+    " &%GA F #C D#B A B#B#C#F'$K#I J!A& G&)R%[q#%KF# C F3 F,!GAL! I J&!H C!A!BH!R%&!f_!lAIfF# C F3 F% E!GAL! I J&!H& B BH!R% BG&'JF$ C FFHAL! I J",
+    "Al$CG_!CH!R%_$lF  I F.#F4 F$ A!F!#G$L  G L#& R%!Hf&'FMGBL!$lF :L#fR%g&BB A E F4 A F%GBL$A!E : L! R%!D&<Ank+lfnHq R%_%lGlGlGiHF# FA$L0fHEL& L",
+    "A q#Gq  mjog&BFHL0AR%k F JDIAIBL!CJF(L'AGR%Jm-C '%'!3Hf:0FX( D!F! A D!FF D!F= D!F! A D!F+ FV! D!Fa!!Ik$_0#F,q%& -t!!3 !fFn/lfF- F6g#Fi!hUF#&",
+    "!F.J&$F/Ig&$F.H&'F( C H&'FQ!L<h:hlAG!R%& _%& k&I GR%& F@:FR!&!EHF>GA%Fd!&%F; L'$L'$l#gR%F:!E&&FI$F6& R%Y#q>F3K!gFR!L% L9!GR%& R%& k!:k !L;&N",
+    "KFLL-F# gR%k!q%L$q$hIF:L(BR%FIL)&#iFAL0#jR%#CR%F:@ g3$'.%-H!)k#&#IfL1DGF GBIA%3I@]!3(:3>@BL^!wi!3#wN3#-#3 !- !3#-#3#-#3 !- !3# ' ' ' '3#-#3)",
+    "!3#9#3#9#3#9#2 /+4l.n0 /+4n1!/+ n3#,n!0 /+4m&-k4&#k+ahlk(lf`k%&-Y:!_ ng:_%ng @(#q=&+L=&+m'o'm.)/).l'n,q 'l'l'l+l.+.D.m/(p'1o.l_,X@'.VYm$qZ)i",
+    "q9gqi&&2q&&1_Y!ql!_2qj/k)_:qNgq;k%qv)k2q]!iq<gqX)!q< qY#-M3M'.)/t+.'/'3 ;).wN.q sI'.%iYg3C .%.!FU!&!:f&)GF3&$F! F! F! F! F! F! F! F! L<kL:k<",
+    "mk'&>q6 qw!&'qm%&6q, hl:ASk%mk'lX$L f>mU:Afm Ft!!Hm;AfFx!f<A%FH F|! m]q%F<qC&$lF,q; _%q:_#l_+q<_%qD_+q}'Fa[$q^!Fva,:F];#qT!&$FE@ gFv&:hF,R%B",
+    "&0w3AJfL%f:w);HFd!X%Hk &#q3@$mw!/w;:3#s(.u:msAs/w%,.,.w!+.'.(.!'. . .t'&1<'.A;.F!GCGDGF3KoG#_ o& FQ!i&#HFOL.&#gR%& L.F hAfBGR%F8L#gF3L(&&fF9",
+    "#JFLL)k( :R%$gEG:F$R%E FFL)&$CGF#H!R%!iF,:F nAIFOGAIBHEHAGA&4B:gF&KgA;H&%F !F !F &$F! F! 3Hl=3$:m$3n!F@L#fH!R%& FVh&&'F3$FN&pW%FP)!FZ#&C3!&'",
+    "2%AGF%lF( E A B B F]#q-&,F{(gq,F^!!FS!&!l&<F'oL,k%& L,hak4bh k)lfn flg$E Fx#$hlk liR%gng-6hl`l36flflk!F%:FJ;F;#F !F !F !C#q! q!&(m!F' F6 F/ ",
+    "B F+!F)&>Fl#%h$_J#q$XR!]q-Zn q(#l&LqJG&s#F9#FN&+G_7$F<]&$F0SF#S%FCK%F: fFA$F#fW&G-E3EFl!!R%& -A$3A$FE&#FQ!&&f-& -+ -! ( 3& 3+ 3! /#FQ!&'Ft'&",
+    "$F2&%F#&4@  @G @$&c!F !A FI B#A!F3 f_#F3m_!F;&#_$&MF/ B%^F2_ #fF6%f&^!FU!$ZB_,!_KAI H%JD C F9!I$G_$&!k$&!F9ZfF9[&<F#lF8H$^k!&$FS!#k!F2!_#F/%",
+    "_#F.&!i&'_!&n!Fg!&T!-P!&(3P!&!_ FAJ&#R%& R%D:A-2#Kf:32&#m&g%_; FG Hf!B&,C&T!JF9_%A&#F2L&]j&2F.Ji&CF1_!&0F3&$IFR!L+k!$_0R%GBHA&$JFJL&g iG&(F5",
+    "&!R%& IFAL) R%iAHA&#F@GgA&$IFML)DiJfHR%AfAh _0&&F. F5L'k GBG&[!F! A D F+ F%f& FLL'%R%& J F#!B!F2 F! B E HAL!!H!I!A& G%EH!L!#K&&F% A!A FC AL$",
+    " G!G J KAGAg g&#H&9FR!L.DjR%g fGC&:FML0BfA&#R%&j$FLL!!L$k3DH&>FML-hA&&R%& k(&/FHL(Af& R%& R0&8F7!L+$R%ZhlF!&}$FIL+f&T#-<3<R%_$&'F#!A!F# B F4",
+    "L  H!JAGAHh&$R%&d!F#!FDL!!L!AfAG&7AL%FEL!AJk#G&#AL&FKL,hAj&(Fg!&!k%&z$F=f&)R%& F$ FBL# L#Aj&%R%_/#gF:!L2 L)&g!F! B FCL #G H L!AG&#R%& F  B F",
+    "<K H KA&!R%&s'F/Jg&!HAGF( F>L!#Kk(R%G&s!A&+_1q9&(fFa6&V#X`# j&&FZ%&e^!FQ#g&(Fp9&,GF L+&%Fn|!%Fv.&ya$F:L.R%&cIFh.&!F; R%$gFm! R%& F:!Kf&%FML!",
+    "jo=fl&%R% _! F1%F/&f+<FE;hR%&]%-<3<_3i&U#Fi!$GALT!&!J@(&^!;f:G&&H&)FZQ$&#Fb=&FF%&dc%= @! ; F`'&+A&9C!A&)D&#Fo)&WV!F[#%F(#F$&!F%!lHf&`{!qY&R%",
+    "& qj+&j!LK!L3&$qe#&Y!q`&&%qD!qY!KnL &#L#mL!q:JqZ!&1q`!Il&k#_0&'_0&'qu!&$_5&x#-636-63! 3.-636' (!'!(!+ -#1 . 3! 3&-636( +!-# -! 36( + , '#-! ",
+    "36-636-636-636-636-636-638!-5l35l3 -5l35l3 -5l35l3 -5l35l3 -5l35l3 '.!ROq[-LT!oLOq#Gq)Gmj&+K L+&c:3%A30& 3 &l%L! L-!L! H K%@[!&=G&a#FJ#L!@!!",
+    "R%$Al&}'F:G&-FIJR%%l&X,F7:JR%&m%F:HAR%$f&i,F! D B F+ F[%!_$L!&F->3>L!:$R%$g&_3_X!l[l]&j!_Jl_+&X%D F7 B A!A F% D A A& A$A A A C B A!A A A A A",
+    " B A!D F! D D A F% F-%C E F-&Q!m&x&qI$qT#&'q+!q+ q+ qB&%_(qe$&U!q9&(qI$q$&!m&)q &^$qr7$q-#q(#qh#$q}!& q'$l&+q'$qU!&#q%& qE&#q:!q'$m&[!qd(&'q",
+    ")!q(#q%%qU!&!q+!q&& q$&!qV$ qz!R%&s8FYT7&<FXR#& Fu%!Fzv#&)F{o$&+Fp/&oY!Fz-&`DFmd#%FQS#&n!",
+    NULL};
+
+/* Canonical combining classes: gap, length, class of each run. */
+static const char *const llmi_ccc_text[] = {
+    "S37U& !W& %y% !W& !u% &y% #g% %y% #g% -y% &! %y% )U& !`& !U& $y% $U& #y%!$U& %y% !U& !W& #y% !U& !X& #Y& !X& #Y& !X& /U&U'&U&y&!y% %U& !y% $",
+    "U& !{% !y% 'U& 'y% #U& !y% #U& !{% !S& !U& !, !- !. !/ !0 !1 !2 !3 !4 #5 !6 !7 !8!!9!!: !;!!U& !y%!!4l!)U& !A !B !CS!!= !> !@ !A !B !C !D !E",
+    " #U& #y% &U& !y% #U& !y%2!F[#(U&#%U& !y% !U&##U&!!y% #U& !y%F!GA!U& !y% #U& !y% #U& $y% !U& #y% !U& !y% $U& !y% !U& !y% !U& !y% !U& !y% #U&j",
+    "$(U& !y% !U&E%U&!+U&!$U&!&U&N$y%o#0U&!!y% #U& !y% #U& !y% $U& $y% != !> !@ $U& !y% #U& #y% &U&`!!(2!+$!U& !y% #U&^#!(2!+e#!(2!+e#!(2!+e#!(2!",
+    "+v#!+v#!+(!x! !Q#[#!(2!+v#!+s#!+d##^# !+/%b#c##m#0%q#p!#y%=!y%!!y%!!u%Z!!x# !y#!!{#&%y##!y#!#U& !+!#U&b!!y%g#!(!#+v!!y%}1$U&S7!+B!+g$!+,!U&h",
+    "%!S&X$!{% !U& !y%x%!U& !y%k!!+6)U&#!y%S!&U& 'y% #U& !y%m#!(1!+I!U& !y% (U&Y!#+^!!(-#+g!!(b$$U&!!! &y% #U& %y% !U&!(!%!y%'!U&$#U&c%#U& !y% (U",
+    "& !y% #U& !Y& !s% !y% !g% HU&&!U& !X& !y% !U& !y%P2#U& #! %U& $! #U&%!U&$#! !U& !y% !U& #! %y% !U&Zh!$U&V$!+V#CU&_.!w% !S& !W& !{% #}%`##)_y",
+    "0!U&%,U&C#U&t!#U&V'!+Y%!+=4U&]!$y%H!+U#!(.!+_&!U&!#U& !y%##U&&#U&!!U&W!!+f&!+gP,!<T3(U& (y% #U&m7!y%Q&!y%_$&U&bH!y%!!U&K!U& !! !y%%!+o$!U& !",
+    "y%jA!+[!!+]!!+ !(i!$U&S!#+b!!(p!!++!(a#!+ !(|$!( !+u!!(2!+:(U&$&U&j%!+$!(r#!+ !(k&!+ !(u#!+m#!+ !(j#!+x>!+n{+&!_!(U&T^,!!Xm##u% $!$!Q& &u%))",
+    "y%#&U& #y%A%U&^$$U&Ur!(U&!3U&#(U&!#U&!&U&XT!(y%d#'U& !(",
+    NULL};
+
+/* Canonical decompositions: difference to the last code point * 2 + never recomposed, differences of the first and second part. */
+static const char *const llmi_decomposition_text[] = {
+    "i)y#VE# ## ## ## ,# %%%^!#%q!# ## ## .#)1# ## ## .%,+##&# ## ## ## ,'.1# ## ## .#)/'2!# ## ## ## ,# %%%^!#%q!# ## ## .#)1# ## ## .%,+##&# ##",
+    " ## ## ,'.1# ## ## .#)/% 0#f#(#d! #c!%#d! #c!h!#d! #_!q!#d! #c!##d! #c!,#d! #c!,#d! #a! #d! 'a!1#d! #c!%#d! #c!##d! #c!f!#d! #c!Z!#d! #_!5#d",
+    "! #c!)#d! #c!##d! #c!d!#d! #a!m!#d! 'a!##d! #c!##d! #c!%#d! #c!h!#d! #c!e!)#+#d! #a!n!#d! %a!o!#d! #c!p!#d! #c!X!#d! ,_!7#d! #c!p!#d! #c!X!#",
+    "d! )a!1#d! #c!%#d! #c!,#d! ']!5#d! #c!p!#d! #c!X!#d! #a!7#d! #c!##d! #c!n!#d! #c!X!#d! #a!Y!#d! #c!X!#d! 'a!3#d! #c!##d! #c!%#d! #c!)#d! #c!",
+    "##d! #c!^!#d! #_!o!#d! #_! #d! #c!.##/#d! #c!.#d! #c!,#d! h!y!A#d! >V! #d! ^!^#@#d! #R! #d! #V! #d! #V! #d! #k%1#d! #c!&#d! #c!8#d! #c!9#d! ",
+    "%f#)#d! #_0 ## #o1 #d! 'R(2#d! #Z! #d! #Z![!#d! #w2k!## #^#2#r+ #h: )i!7#d! 'T!!#d! #x$##d! #a! #d! #= #d! #U)>#d! #c!%#d! #Z!$#d! #c!%#d! #",
+    "Z!$#d! #c!%#d! #V!$#d! #c!%#d! #]!$#d! #c!%#d! #]!$#d! #c!%#d! #g!M#d! #a! #d! '{!V!#d! 0q!+#d! #Z!d!#d! #Q&i!#d! #e! #d! #a('#d! #x5&## #x6",
+    " #d! }-s>^E$# &G $7XEW#g$WE7`> 0w%XE#UD $dCWE#mCXE#% #% %. %. #) #f! W!W#0#: #:/#) #% #% #G W!F0#: #-/#. #) ,4 # 0|!}#1# 2%$/);0,K/#$!#8.87 ",
+    "d!d! Q!&-# 2%$/)j!0,Z!/#$!#8.S!X#4## ^$Y%3#d! >o! #d! #c!%#d! 'X!$#d! '[(%## #n) #d! #a! #d! 'a!(#d! #c!)#d! #V! #d! 'j( ## #`) #d! #w!(#d! ",
+    "#c!)#d! #c!'#d! #Z!&#d! 'Z! #d! Y/W7fH# ##f! #e!##j!!w'X' %J EE k<k<SD22 '' m!_! $# $# $, $, $# $4 $) u%s't&# U!Do!X!$# &< s$v&p&(. k!g! $# ",
+    "$, (A c,m.i.' R!# U!Do!X!$# e#}%y'c#_#T!## #!U!h&p&n&`&b&n&00 # #% J#)In&h&o%## #!U!_'i'U&% ,#'+#&My1R2}676 -, -, -, =X!$7X#|#& %$y#:&# 5z# ",
+    "Hf!e#76 -, -, -, =X!$w%m'b&rr#rr#ft#%% %% %% %% )) v!v! %% '% ## %' WBZv'sS'#d! #a!_!#d! #c![!#d! #c!>#d! #g%U##d! #Z(.#d! #c![!#d! #c!>#d! ",
+    "#c!5#d! #c!.#d! #r(}!## #!### #V+|!#d! #c!'#d! #R6w!## #e7##d! #a!&#d! #a!'#d! #c![!#d! #c!X!#d! #c!b!#d! #c!0#d! #a!%#d! #i%S##d! #]( #d! #",
+    "c!h!#d! #c!>#d! #a!=#d! #{h(a!## #bj(P##d! #c!(#d! #a!{!#d! #c!.#d! #c![!#d! #a!Z!#d! #c![!#d! #c!>#d! #c!(#d! #k%{!#d! #c!0#d! #x$1## #!###",
+    " #Z- #d! #c!.#d! #_! #d! #c![!#d! #]j(a!## #qk(P##d! #a!w!#d! #c![!#d! #],Z!## #, ## #P`( ## #}k( #d! #c![!#d! #c!>#d! #c!(#d! #a!3#d! #c!:#",
+    "d! #c!&#d! #u,{!## ##0## #^.+#d! #c!d!#d! #a!i!#d! #c!##d! #c!0#d! #c!!#d! #c![!#d! #a!Z!#d! #c!##d! #a!!#d! #a!+#d! #c!f!#d! #c!>#d! #F #:u",
+    "!#'%#% %n-&,U0[!#d! #c!V!#d! #_%1#d! #c!!#d! #c!4#d! #c!-#d! #ch(!## #Pg(!## #!!## #!4## #!-## #{f('## #co(^!#d! #c!V!#d! #c!-#d! #g%$#d! #c",
+    "!!#d! #c!4#d! #c!-#d! #Ui(!## #^p(0#d! #c!W!#d! #V! #d! #c!V!#d! #g%1#d! #c!!#d! #c!4#d! #c!-#d! #ji(!## #{a(!## #!!## #!4## #!-## #!d!## #r",
+    "0 #d! #c!V!#d! #|/1## #!!## #!4## #!-## #!d!## #Z1i!#d! #c!j!#d! #c!V!#d! #c!-#d! 0mGC# ##qy'J## #!### #!y### #W{'S## ##g{'J## #!### #!y### ",
+    "#zy'S## ##[z'J## #!### 'p{'G# ##Q|'J## #!### 'iz'G# ##xz'J## #!### #!y### #_|'S## ##n|'J## #!### #!y### #W{'S## ##g{'J## #!### #!y### #{|'S#",
+    "# ##]}'J## #!### #!y### #l{'S## ##{{'J## #!### 'b}'G# ##q}'J## #!### 'R|'G# ##b|'J## #!### #!y### %v}'Q#%YP(J% #% y##k|'S## ##z|'J## #!### #",
+    "!y### #aP(S## ##pP(J## #!### #!y### #aP(z#$+UE#4VE$1UE#6VE$3UE#8VE$5UE#CVE$<UE#/VE$2UE#(VE$,UE'dx'YH## ## ## ## ## ## ## ## ## ## ## ## ## #",
+    "# ## #E ## ## ## ## ## ## ## ## ## ## ## ## ## ## ## #X# ## ## ## ## ## ## ## ## ## ## ## ## ## ## ## #mP(t## $#pP(y##oP( #+ %,&#uS('#YU(t##",
+    " $# ($7UE#8YH&t!XH'xESH#ct('#kP( #3 %4&#[T('#rU(R$$;UE#AVE$=UE#>YH#aU(R$# ## y##vS(n## $#E($j#UE'v!SH#E #W#n## $# ($@UE%rX(VE# ## y##TV(n## ",
+    "$#.($X!UE#E}E# ##)R##. #o!n## $# ($P!UE#IQF#uDJ$kCUE$sF '|w(YH#VP( #, %+&#kU('#dW(R$$HUE#^!VE$V!UE#W!YH$mDXH(Xz( $# R/jW( +^I $d& {%U^)mG#% ",
+    "I% b!o# #) #$ a#X# ,, '' S!S! %% Y!Q! '0 '% %' Q!_l) %em) 8J #kl) #% #im) ## '< ## '' ## 0' ## '0 ## '' ## j!Y! #. ## #% X#S# ## #K ## 0d! #",
+    "# ## ## p#la$lG$# k{!v^!mGxa!ta!_f-%% %% %% %% %% %% %% %% %% %% %% '' %% %% 00 # #%'!# #%'!# #%'!# #%'!# #Q!`#!6x$ >> %% %% %% %% %% %% %% ",
+    "%% %% %% %% '' %% %% 00 # #%'!# #%'!# #%'!# #%'!# #Q!`#!'[$ ## ## ## )8 ojU!qS9z].$pd+ $[S, $v8 $zj( $V[) $wd! $fV5 $  $ss3 $w]0 ${Z1 $qM $s",
+    "X# $oW& $n^# $ip! $w2 $V0 $az! $lr+ $[F $kM $aE $]V% $z_$ $QW# $[S5 $_[! $R|& $ot! $aS& $cR' $_b2 $pp% $}h& $wK $Zs+ $bw( $dk! $[e, $eT# $|k",
+    "! $bc! $^i( $rg2 ${: $U/ $nh% ${h! $av! $SZ! $j^# $gh! $v$ $Xz! $b`# $ZS! ${> $we+ $u, $}Q! $Tj! $^w$ $my# $o|% $fm. $zi! $Rd( $wQ! $hj$ $yl",
+    "! $YR& $Vk# $tp1 $]K $te$ $}M $r/ $qj$ $r- $|S' $oR3 $Zj- $Vu- $B $oX, $`L $ij! $oo% $ns# $|], $zu! $^`) $ca1 $ne$ $dR! $bz% $r7 $to) $Uk+ $",
+    "Vd, $SQ% $`e% $vs( $aw! $[}& $pe, $cW! $kr( $Ua$ $kl! $}u( $WT+ $}x) $hc# $}R) $sy( $Xg% $ft+ $SB $]% $gr& $TW& ${b! $dU# $hs! $Ty1 $u0 $S_!",
+    " $]b! $zq! $_k# $a_# $cY( $zX! $hR! $e# $|[5 $fT& $bX! $oS+ $pa. $bF $}% $l@ $xn# $e: $}G $t_! $bR! $Z> $dq$ $[k# $hv# $xF $uf2 $Z' $z9 $ST(",
+    " $uR' $p7 $ZT- $`/ $TK $^S# $eX% ${Y# $Q[+ $|Q# $T[! $s6 $U= $w{% $V) $`v# $n( $Pi% $VY! $n$ $[+ $e`4 $dn, $`S' $S]! $jl/ $vm% $g< $Ru# $l$ ",
+    "$ca# $XU! $q|! $oU! $jq$ $wy# $du$ $rc0 $VR. $mT3 $_^& $`& $a`! $d1 $ra! ${0 ${E $wW! $oy' $V{3 $mZ% ${Y/ $ws3 $U]$ $`[% $_c) $uQ. $l5 $nq! ",
+    "$Vy# $Xw) $u]3 $l7 $wT# $Ve# $P0 $b1 $ZS! $Uu! $W7 $Ud# $Za# $G $f[# $x]! $iT3 $o{' $tq' $zg( $nB $tb% $jY% $yd! $|; $Uz/ $kj! $wS& $zt! $t$",
+    " $e2 $qf# $f: $_s' $c_1 $y[/ $_b. $[# $lX$ $hR! $|j' $Rd) $Ze% $|l! $U[, $xr! $`i$ $VZ$ $Qu, $dd$ $YV! (l@ &ej$ (YY& $wc) $[L $v= $h! $0 $x!",
+    " $uh( $jq' $TE &Rl! &rZ! (r_! $s) +cP# $< $|! $rV! $Q[$ $if! $Y|3 $z/ $i% $y2 $Y! $w% $V< $o% $a% $}6 $m% $gM $6 $YR! $d+ $p! $e% $]I $i' $t",
+    "( $Z8 $][! $[( $r- $V< $c) $a8 $eU! $p( $8 $! $2 $. $0 $V# $# $z( $y# $X0 $S; $M $g# $j/ $i' $p7 $Z' $  $[7 $rX! $|& $V2 $g# $Z4 $a# $gA $t&",
+    " $xo! $m. $o# $jT0 $f}p# $rfh# (PV/ $gK $c$ $o7 $V6 $m# $i0 $]# $PA $X$ $Q$ $[$ $T> $|$ $e' $C $P. $u) $pL $0 $c' $Q$ $^/ $[& $T$ $|& $Q# $g",
+    "' ${# $t3 $z$ $c# $j- $q. $[( $) $m# $SR! $y# $b3 $Z4 $B $x$ $Y- ${0 $uj! ${a! $d& $f& $i0 $m' $a# $R, $% $l( $E $U! $v$ $5 $l3 $j7 $R. $_) ",
+    "$|+ $u' $o0 $w) $jH $}' $]K $]6 $S$ $C $Y/ $i# $}! $c# $& $D $b$ $l$ $}2 $y: $|/ $U/ $v+ $tP! $k% $U& $z& $l! $: $V# $_C $nV! $v]Y# $- $lz# ",
+    "$xfv# $}U! $f! ${P}# $tn# $}k) $`[p# $`$ R$vwIyd!&U!'936$ #$vQb!!$ #$zRb!7$ #$ )$# $# $# $# $# $# &% $# $# $# $# &% &% $# &% $# &% $# $# $# ",
+    "$# $L&$(.$6 $4 _b&idg!ngg!%% A6 v&Z'w%## P:p9t9# U!_2e2t1# 5% <Y-`-s,## zdR!odR!reR!$# $04$ #$ #$ #$ #y$P%;$# $#4$# $!#$# {bn!v|W#kol#$+ $4 ",
+    "$|{d# $Xod# $f$ $< $W$ $`& $b! $f$ $R! $rU( $lql# $Zfe# $0 $C $I $oVe# $ocl# $_[( $p! $tWe# $_We# $< $`C $qC $4 $foZ$ $llZ$ $> $ia( $Rd( $8 ",
+    "$|! $, $^d( $xg( $% $Y! $O $8 $# $E $Z# $2 $4 $U! $6 $% $  $  $Wze# $wk^# ${Z( $M $qUf# $WUf# $. $M $s' $h% $C $d! $k# $r$ $W! $}# $C $f! $ ",
+    " $M $G $2 $A $U1 $S. $V. $t) $j! $`U! $ir! $t. $p! $U! $s& $d( $! $f& $Z_g# $T[g# $, $A $K $2 $w# $Zkg# ${# $Phg# $T# $: $g$ $_' $i|) $> $VU",
+    "+ $c# $  $myg# $psg# $M $A $: $hRh# $|Qh# $0 $jH $^G $r[+ $h_+ $> $n$ $[# $glh# $bdh# $gdh# $jbh# $& $E $g% $# $zh+ $Vj+ $z! $M $|! $nl+ $Yo",
+    "r# $Qnr# $on+ $' $' $K $Pw[$ $ot[$ $Q`i# $  $nf`# $ru) $  $bp+ $gzv# $]z- $gSy# $4 $br+ $gt+ $]# $6 $h! $R' $xz+ $_! $S}+ $awi# $Sui# $r& $)",
+    " $% $$ $R# $K $l! $= $8 $T# $K $) $W! $8 ${# $r$ $j! $h& $[Zj# $S[j# $x# $u% $Y! $_% $w^j# $S[j# $U% $Z! ${f, $go, $M $b! $o! $`m, $|v, $^! ",
+    "$R|j# $rvj# $_. $s( $az, $k}, $_P- $k! $Rr& $' $pc& $d% $kk' $Sb1 $}y) $) $. $q# $7 $sck# $uiv# $g^- $X& $U+ $]# $q]k# $^]k# $z% $y, $]g- $`",
+    "i- $_% $W$ $e) $j^k# $][k# $Qv- $Wy- $Upk# $vmk# $Py- $az- $P# $Y! $# $xPl# $qe( $kj( $W}k# $Xdl# $V_l# $> $h% $t( $t! $i# $b# $t! $A $< $qY",
+    "l# $^^l# $W- $u# $Ue. $]i. $( $r_l# $xhl# $k2 $k^l# $V# $t[l# $U& $X! $& $ts. $yu. $]# $- $c# $|[]# $XU]# $Pll# $Uhl# $qvl# $fpl# $< $Y! $l[",
+    "m# $eYm# $M $zfm# $z+ $mfm# $E $ia/ $qb/ $Wb/ $  $bi/ $M $M $K $S$ $tj/ $un/ $rTn# $jSn# $oWn# $dUn# $t[c# $nTc# $Vrn# $Q! $Z' $nj|# $: $yx/",
+    " $Qwn# $! $r! $W! $}wn# $# $  $z! $hz/ $d}/ $v|/ $j$ $lb}# $m^o# $s# $w# $UV0 $`v}# $Rjo# $Zoo# $z! $kno# $T% $g`0 $^d0 $6 $, $|Vp# $^/ $  $",
+    "W^p# $mb0 $b{P$ $U`p# $' $qj0 $YUQ$ $o]p# $Uq0 $Ur0 $+ $^! $RPq# $myp# $[s0 $qw0 $m# $}# $Q{0 $l]R$ $b! $_]R$ $vcR$ $oYq# $X_q# $|]q# $g% $8",
+    " $_kq# $[$ $gjq# $dpq# $poq# $k|d# $U^t# $gb1 $l$ $oc1 $_f1 $dr+ $qq{# $> $VX/ $4 $emd# $' $sd$ $kP5 $Uq1 $- $G $VU. $RV. $% $6 $v! $Xfr# $Y",
+    "fr# $g# $U$ $^$ $U' $w' $x! $}% $i- $^& $% $C $afr# $r/ $n' $pfT$ $lU2 $% $j! $mSt# $VPt# $mvr# $TQU$ $) $wVU$ $w. $ZdU$ $ac2 $: $8 $% $w# $",
+    "e! $|& ${! $q' $k$ $}# $Y! $_l2 $bp2 $d! $]p2 $ht2 $' $uys# $mts# $0 $dw2 $px2 $h^7 $im[$ $X) $s[W$ $4 $|V3 $d$ $}' $Q+ $Sgt# $Zct# $O $P% $",
+    "T% ${vt# $wUA $_mU# $@ $_# $buU# $ZkU# $e% $gSv# $Y! $Ysu# $V% $d! ${{u# $f{u# $o. $S( $# $S% ${2 $[! $Ycv# $jQv# $[Y5 $Z[5 $jav# $Wi[$ $id5",
+    " $]d0 $jh0 $o|v# $f+ $xj]$ $2 $uj5 $tfw# $y}]$ $VV^$ $Skw# $  $`! $jvw# $_nw# $wm5 $Qq5 $l& $Y! $o# $ks5 $mh_$ $rfx# $d/ $c) $^]6 $b! $n`6 $",
+    "V_y# $]n`$ $rp`$ $t- $v& $Rdy# $Sk6 $wm6 $, $0 $6 $0 $n! $eWz# ",
+    NULL};
+
+/* Order as in the generator; PAIRS: upper and lower case letters in turn. */
+enum {
+    LLMI_CLASS_OTHER, LLMI_CLASS_LU, LLMI_CLASS_LL, LLMI_CLASS_LT, LLMI_CLASS_LM, LLMI_CLASS_LO, LLMI_CLASS_M, LLMI_CLASS_ND, LLMI_CLASS_NL,
+    LLMI_CLASS_NO, LLMI_CLASS_PC, LLMI_CLASS_P, LLMI_CLASS_S, LLMI_CLASS_PAIRS
+};
+#define LLMI_CLASS_END 0x32400u /* code points with a class of their own, but for U+E0100..E01EF */
+#define LLMI_CCC_END 0x2fa20u   /* no combining class and no decomposition from here on */
+#define LLMI_DECOMPOSITIONS 2200
+#define LLMI_NOT_INERT 255      /* in the table of combining classes: class 0, but normalization may change it */
+
+/* What a character means to normalization: U+11382 U+113C9 -> `whole`, never recomposed when `excluded`. */
+typedef struct llmi_pair { uint32_t whole, first, second; int32_t excluded; } llmi_pair;
+
+typedef struct llmi_unicode {
+    uint8_t *classes;     /* [LLMI_CLASS_END] */
+    uint8_t *ccc;         /* [LLMI_CCC_END]; NULL when the tokenizer does not normalize */
+    llmi_pair *pairs;     /* sorted by `whole` */
+    int32_t pair_count;
+    uint16_t *compose;    /* hash of (first, second) -> index of the pair + 1, open addressing */
+} llmi_unicode;
+
+#define LLMI_COMPOSE_MASK 4095u
+
+/* ---- unpacking ---- */
+
+typedef struct llmi_packed { const char *const *rows; const char *at; } llmi_packed;
+
+/* Index of the next character in the generator's alphabet, which skips four that mean something to C; -1 at the end. */
+static int llmi_packed_next(llmi_packed *p)
+{
+    if (!*p->at) {
+        if (!*p->rows || !p->rows[1]) return -1;
+        p->at = *++p->rows;
+    }
+    int c = *p->at++;
+    return c - 0x20 - (c > '"') - (c > '*') - (c > '?') - (c > '\\');
+}
+
+static uint32_t llmi_packed_number(llmi_packed *p)
+{
+    uint32_t v = 0, unit = 1;
+    for (;;) {
+        int d = llmi_packed_next(p);
+        if (d < 45) return v + (d < 0 ? 0 : (uint32_t)d * unit);
+        v += (uint32_t)(d - 45) * unit;
+        unit *= 45;
+    }
+}
+
+static uint32_t llmi_packed_signed(llmi_packed *p, uint32_t last)
+{
+    uint32_t v = llmi_packed_number(p);
+    return last + (v & 1 ? 0u - (v + 1) / 2 : v / 2);
+}
+
+static int llmi_unicode_make(llmi_unicode *u, llmi_arena *r)
+{
+    llmi_packed p = {llmi_class_text, llmi_class_text[0]};
+    memset(u, 0, sizeof *u);
+    u->classes = (uint8_t *)llmi_take(r, LLMI_CLASS_END, 1);
+    if (!u->classes) return 0;
+    for (uint32_t c = 0; c < LLMI_CLASS_END;) {
+        int code = llmi_packed_next(&p), kind = code / 6;
+        if (code < 0) break;
+        uint32_t n = code % 6 < 5 ? (uint32_t)(code % 6) + 1 : llmi_packed_number(&p) + 6;
+        if (kind == LLMI_CLASS_PAIRS) n *= 2;
+        for (uint32_t i = 0; i < n && c < LLMI_CLASS_END; i++, c++)
+            u->classes[c] = (uint8_t)(kind != LLMI_CLASS_PAIRS ? kind : i % 2 ? LLMI_CLASS_LL : LLMI_CLASS_LU);
+    }
+    return 1;
+}
+
+static uint32_t llmi_compose_hash(uint32_t first, uint32_t second)
+{
+    return (uint32_t)(llmi_fold((uint64_t)first << 32 | second, 0x9e3779b97f4a7c15u) >> 7) & LLMI_COMPOSE_MASK;
+}
+
+static void llmi_unpack_pairs(llmi_unicode *u)
+{
+    llmi_packed p = {llmi_decomposition_text, llmi_decomposition_text[0]};
+    llmi_pair d = {0, 0, 0, 0};
+    while ((*p.at || p.rows[1]) && u->pair_count < LLMI_DECOMPOSITIONS) {
+        uint32_t step = llmi_packed_number(&p);
+        d.whole += step / 2;
+        d.excluded = (int32_t)(step & 1);
+        d.first = llmi_packed_signed(&p, d.first);
+        d.second = llmi_packed_signed(&p, d.second);
+        u->pairs[u->pair_count++] = d;
+        if (d.excluded && u->ccc[d.whole] == 0) u->ccc[d.whole] = LLMI_NOT_INERT;
+        if (d.excluded) continue;
+        if (u->ccc[d.second] == 0) u->ccc[d.second] = LLMI_NOT_INERT;
+        uint32_t i = llmi_compose_hash(d.first, d.second);
+        while (u->compose[i]) i = (i + 1) & LLMI_COMPOSE_MASK;
+        u->compose[i] = (uint16_t)u->pair_count;
+    }
+}
+
+/* The tables of normalization; only tokenizers that ask for it pay for them. */
+static int llmi_unicode_normalization(llmi_unicode *u, llmi_arena *r)
+{
+    if (u->ccc) return 1;
+    llmi_packed p = {llmi_ccc_text, llmi_ccc_text[0]};
+    u->pairs = (llmi_pair *)llmi_take(r, LLMI_DECOMPOSITIONS, sizeof *u->pairs);
+    u->compose = (uint16_t *)llmi_take(r, LLMI_COMPOSE_MASK + 1, sizeof *u->compose);
+    u->ccc = (uint8_t *)llmi_take(r, LLMI_CCC_END, 1);
+    if (!u->pairs || !u->compose || !u->ccc) return 0;
+    for (uint32_t c = 0; *p.at || p.rows[1];) {
+        c += llmi_packed_number(&p);
+        uint32_t n = llmi_packed_number(&p), value = llmi_packed_number(&p);
+        for (; n > 0 && c < LLMI_CCC_END; n--) u->ccc[c++] = (uint8_t)value;
+    }
+    for (uint32_t c = 0x1161; c <= 0x11c2; c++) u->ccc[c] = LLMI_NOT_INERT; /* Hangul vowels and tails join what is before */
+    llmi_unpack_pairs(u);
+    return 1;
+}
+
+static int llmi_class(const llmi_unicode *u, uint32_t c)
+{
+    if (c < LLMI_CLASS_END) return u->classes[c];
+    return c >= 0xe0100 && c <= 0xe01ef ? LLMI_CLASS_M : LLMI_CLASS_OTHER;
+}
+
+static int llmi_is_space(uint32_t c)
+{
+    if (c < 0x80) return c == ' ' || (c >= 9 && c <= 13);
+    return c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f
+        || c == 0x3000;
+}
+
+#define LLMI_BIT(x) (1u << LLMI_CLASS_##x)
+#define LLMI_LETTERS (LLMI_BIT(LU) | LLMI_BIT(LL) | LLMI_BIT(LT) | LLMI_BIT(LM) | LLMI_BIT(LO))
+#define LLMI_NUMBERS (LLMI_BIT(ND) | LLMI_BIT(NL) | LLMI_BIT(NO))
+#define LLMI_WORD (LLMI_LETTERS | LLMI_BIT(M) | LLMI_BIT(ND) | LLMI_BIT(NL) | LLMI_BIT(PC))
+#define LLMI_EVERY ((1u << LLMI_CLASS_PAIRS) - 1)
+
+/* Letters by property that have another class: circled and squared letters. */
+static const uint32_t llmi_word_extra[] = {0x24b6, 0x24e9, 0x1f130, 0x1f149, 0x1f150, 0x1f169, 0x1f170, 0x1f189};
+
+/* ---- normalization forms C and D (Unicode standard annex 15) ---- */
+
+static int llmi_ccc(const llmi_unicode *u, uint32_t c)
+{
+    int v = c < LLMI_CCC_END ? u->ccc[c] : 0;
+    return v == LLMI_NOT_INERT ? 0 : v;
+}
+
+/* Canonical decomposition of one character, at most 4; second parts never decompose further. Returns how many. */
+static int llmi_decompose(const llmi_unicode *u, uint32_t c, int32_t out[8])
+{
+    uint32_t tail[8];
+    int tails = 0, n = 0;
+    if (c >= 0xac00 && c <= 0xd7a3) {
+        uint32_t s = c - 0xac00;
+        out[n++] = (int32_t)(0x1100 + s / 588);
+        out[n++] = (int32_t)(0x1161 + s % 588 / 28);
+        if (s % 28) out[n++] = (int32_t)(0x11a7 + s % 28);
+        return n;
+    }
+    while (c >= 0xc0 && c < LLMI_CCC_END && tails < 6) {
+        int32_t lo = 0, hi = u->pair_count;
+        while (lo < hi) {
+            int32_t mid = (lo + hi) / 2;
+            if (u->pairs[mid].whole < c) lo = mid + 1;
+            else hi = mid;
+        }
+        if (lo == u->pair_count || u->pairs[lo].whole != c) break;
+        if (u->pairs[lo].second) tail[tails++] = u->pairs[lo].second;
+        c = u->pairs[lo].first;
+    }
+    out[n++] = (int32_t)c;
+    while (tails > 0) out[n++] = (int32_t)tail[--tails];
+    return n;
+}
+
+/* The character made of two, or 0. */
+static uint32_t llmi_compose(const llmi_unicode *u, uint32_t a, uint32_t b)
+{
+    if (a >= 0x1100 && a <= 0x1112 && b >= 0x1161 && b <= 0x1175) return 0xac00 + ((a - 0x1100) * 21 + b - 0x1161) * 28;
+    if (a >= 0xac00 && a <= 0xd7a3 && (a - 0xac00) % 28 == 0 && b > 0x11a7 && b <= 0x11c2) return a + b - 0x11a7;
+    for (uint32_t i = llmi_compose_hash(a, b); u->compose[i]; i = (i + 1) & LLMI_COMPOSE_MASK) {
+        const llmi_pair *p = &u->pairs[u->compose[i] - 1];
+        if (p->first == a && p->second == b) return p->whole;
+    }
+    return 0;
+}
+
+/* Sort a run of marks by combining class, stable: few by insertion, a hostile crowd by counting. 0: out of memory. */
+static int llmi_order_marks(const llmi_unicode *u, int32_t *c, size_t n, const moq_allocator *a)
+{
+    if (n <= 16) {
+        for (size_t i = 1; i < n; i++) {
+            int32_t v = c[i];
+            size_t j = i;
+            for (; j > 0 && llmi_ccc(u, (uint32_t)c[j - 1]) > llmi_ccc(u, (uint32_t)v); j--) c[j] = c[j - 1];
+            c[j] = v;
+        }
+        return 1;
+    }
+    size_t first[257] = {0};
+    int32_t *copy = (int32_t *)moq_allocate(a, n * sizeof *copy);
+    if (!copy) return 0;
+    memcpy(copy, c, n * sizeof *copy);
+    for (size_t i = 0; i < n; i++) first[llmi_ccc(u, (uint32_t)c[i]) + 1]++;
+    for (int k = 0; k < 256; k++) first[k + 1] += first[k];
+    for (size_t i = 0; i < n; i++) c[first[llmi_ccc(u, (uint32_t)copy[i])]++] = copy[i];
+    moq_release(a, copy, n * sizeof *copy);
+    return 1;
+}
+
+/* Join starters with what follows, in place; returns the new length. */
+static size_t llmi_compose_all(const llmi_unicode *u, int32_t *c, size_t n)
+{
+    size_t used = 0, starter = n; /* n: none yet */
+    int last = 0;
+    for (size_t i = 0; i < n; i++) {
+        int k = llmi_ccc(u, (uint32_t)c[i]);
+        if (starter < used && (starter + 1 == used || (last != 0 && last < k))) {
+            uint32_t whole = llmi_compose(u, (uint32_t)c[starter], (uint32_t)c[i]);
+            if (whole) {
+                c[starter] = (int32_t)whole;
+                continue;
+            }
+        }
+        if (k == 0) starter = used;
+        last = k;
+        c[used++] = c[i];
+    }
+    return used;
+}
+
+/* Is every character of a text one that neither form C nor a neighbour can change? */
+static int llmi_is_inert(const llmi_unicode *u, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n;) {
+        uint32_t c;
+        if ((uint8_t)s[i] < 0xcc) { i++; continue; } /* below U+0300, and the rest of characters already looked at */
+        i += llmi_utf8_get(s + i, n - i, &c, NULL);
+        if (c < LLMI_CCC_END && u->ccc[c]) return 0;
+    }
+    return 1;
+}
+
+/* Appends form C (`compose`) or D of valid UTF-8. 0: out of memory. */
+static int llmi_normalize(const llmi_unicode *u, const char *s, size_t n, int compose, llmi_bytes *out)
+{
+    if (compose && llmi_is_inert(u, s, n)) return llmi_bytes_add(out, s, n);
+    llmi_ids c = llmi_ids_make(&out->a);
+    int ok = 1;
+    for (size_t i = 0; i < n && ok;) {
+        uint32_t cp;
+        int32_t parts[8];
+        i += llmi_utf8_get(s + i, n - i, &cp, NULL);
+        ok = llmi_ids_add(&c, parts, (size_t)llmi_decompose(u, cp, parts));
+    }
+    for (size_t i = 0, j; i < c.count && ok; i = j + 1) {
+        for (j = i; j < c.count && llmi_ccc(u, (uint32_t)c.data[j]); j++) {}
+        if (j - i > 1) ok = llmi_order_marks(u, c.data + i, j - i, &out->a);
+    }
+    if (ok && compose) c.count = llmi_compose_all(u, c.data, c.count);
+    for (size_t i = 0; i < c.count && ok; i++) {
+        char text[4];
+        ok = llmi_bytes_add(out, text, llmi_utf8_put((uint32_t)c.data[i], text));
+    }
+    llmi_ids_drop(&c);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-pattern     the regular expressions of pre-tokenizers
+   Alternatives in order, greedy, characters not bytes; what is not known is refused by name; matching is linear in the text.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A set of characters. The first 128 are a bitmap, negation included. */
+typedef struct llmi_set {
+    uint32_t ascii[4];
+    uint32_t classes;    /* bit per class */
+    uint32_t first, count; /* ranges of the program: pairs low, high */
+    uint8_t negate, space, no_space, dot; /* space: white space is in; no_space: all but white space; dot: all but \n */
+} llmi_set;
+
+enum { LLMI_OP_SET, LLMI_OP_LOOP, LLMI_OP_LOOK, LLMI_OP_SPLIT, LLMI_OP_JUMP, LLMI_OP_LINE_END, LLMI_OP_TEXT_END, LLMI_OP_TEXT_START, LLMI_OP_ACCEPT };
+
+/* Jumps are relative, so a block can be moved and copied. */
+typedef struct llmi_op {
+    uint8_t op;
+    uint8_t flag;      /* LOOK: negative; LOOP: possessive */
+    uint16_t set;
+    int32_t x, y;      /* LOOP: least, most (-1: no end); SPLIT: first and second choice; JUMP: x */
+} llmi_op;
+
+#define LLMI_MAX_OPS 2000
+#define LLMI_MAX_SETS 400
+#define LLMI_MAX_RANGES 1000
+#define LLMI_MAX_REPEAT 1000
+
+typedef struct llmi_regex {
+    llmi_op *ops;
+    llmi_set *sets;
+    uint32_t *ranges;
+    int32_t op_count;
+    uint32_t set_count, range_count; /* range_count: numbers, two for each */
+} llmi_regex;
+
+/* Compiler state. `what` names the first construct that is not supported. */
+typedef struct llmi_rx {
+    llmi_regex *x;
+    const llmi_unicode *u;
+    const char *s, *end;
+    const char *what;
+    int ignore_case, depth;
+} llmi_rx;
+
+static int llmi_rx_fail(llmi_rx *c, const char *what)
+{
+    if (!c->what) c->what = what;
+    c->s = c->end;
+    return 0;
+}
+
+static int llmi_rx_range(llmi_rx *c, llmi_set *set, uint32_t lo, uint32_t hi)
+{
+    if (c->x->range_count + 2 > LLMI_MAX_RANGES) return llmi_rx_fail(c, "too many ranges");
+    c->x->ranges[c->x->range_count++] = lo;
+    c->x->ranges[c->x->range_count++] = hi;
+    set->count++;
+    return 1;
+}
+
+/* A range, and under (?i) its letters of the other case. Simple case folding adds U+017F to s and U+212A to k. */
+static int llmi_rx_letters(llmi_rx *c, llmi_set *set, uint32_t lo, uint32_t hi)
+{
+    if (!llmi_rx_range(c, set, lo, hi)) return 0;
+    if (!c->ignore_case) return 1;
+    if (hi >= 0x80) return llmi_rx_fail(c, "(?i) with characters beyond ASCII");
+    for (uint32_t v = lo; v <= hi; v++) {
+        uint32_t l = v | 0x20;
+        if (l < 'a' || l > 'z') continue;
+        if (!llmi_rx_range(c, set, v ^ 0x20, v ^ 0x20)) return 0;
+        if (l == 's' && !llmi_rx_range(c, set, 0x17f, 0x17f)) return 0;
+        if (l == 'k' && !llmi_rx_range(c, set, 0x212a, 0x212a)) return 0;
+    }
+    return 1;
+}
+
+static int llmi_set_has_slow(const llmi_regex *x, const llmi_unicode *u, const llmi_set *set, uint32_t c)
+{
+    int in = (set->classes >> llmi_class(u, c) & 1) || (set->dot && c != '\n');
+    if (set->space || set->no_space) in |= llmi_is_space(c) ? set->space : set->no_space;
+    for (uint32_t i = 0; i < set->count && !in; i++) in = c >= x->ranges[set->first + 2 * i] && c <= x->ranges[set->first + 2 * i + 1];
+    return in != set->negate;
+}
+
+static int llmi_set_has(const llmi_regex *x, const llmi_unicode *u, const llmi_set *set, uint32_t c)
+{
+    return c < 128 ? (int)(set->ascii[c >> 5] >> (c & 31) & 1) : llmi_set_has_slow(x, u, set, c);
+}
+
+static llmi_op *llmi_rx_emit(llmi_rx *c, int op)
+{
+    if (c->x->op_count >= LLMI_MAX_OPS) {
+        llmi_rx_fail(c, "too long a pattern");
+        c->x->op_count--; /* keep a valid place to write to */
+    }
+    llmi_op *o = &c->x->ops[c->x->op_count++];
+    memset(o, 0, sizeof *o);
+    o->op = (uint8_t)op;
+    return o;
+}
+
+static llmi_set *llmi_rx_set(llmi_rx *c)
+{
+    if (c->x->set_count >= LLMI_MAX_SETS) {
+        llmi_rx_fail(c, "too many characters");
+        c->x->set_count--;
+    }
+    llmi_set *s = &c->x->sets[c->x->set_count++];
+    memset(s, 0, sizeof *s);
+    s->first = c->x->range_count;
+    return s;
+}
+
+/* The set is complete: make its bitmap and the instruction that matches one character of it. */
+static void llmi_rx_set_done(llmi_rx *c, llmi_set *set)
+{
+    for (uint32_t i = 0; i < 128; i++)
+        if (llmi_set_has_slow(c->x, c->u, set, i)) set->ascii[i >> 5] |= 1u << (i & 31);
+    llmi_rx_emit(c, LLMI_OP_SET)->set = (uint16_t)(set - c->x->sets);
+}
+
+/* \p{..} after the p. 0 and a message when the property is unknown. */
+static int llmi_rx_property(llmi_rx *c, llmi_set *set, int negative)
+{
+    static const struct { const char *name; uint32_t classes; } known[] = {
+        {"L", LLMI_LETTERS}, {"Letter", LLMI_LETTERS}, {"N", LLMI_NUMBERS}, {"Number", LLMI_NUMBERS}, {"M", LLMI_BIT(M)}, {"Mark", LLMI_BIT(M)},
+        {"Lu", LLMI_BIT(LU)}, {"Ll", LLMI_BIT(LL)}, {"Lt", LLMI_BIT(LT)}, {"Lm", LLMI_BIT(LM)}, {"Lo", LLMI_BIT(LO)}, {"Nd", LLMI_BIT(ND)},
+        {"Nl", LLMI_BIT(NL)}, {"No", LLMI_BIT(NO)}, {"P", LLMI_BIT(P) | LLMI_BIT(PC)}, {"Punctuation", LLMI_BIT(P) | LLMI_BIT(PC)},
+        {"Pc", LLMI_BIT(PC)}, {"S", LLMI_BIT(S)}, {"Symbol", LLMI_BIT(S)},
+    };
+    const char *from = c->s;
+    size_t n = 1;
+    if (c->s < c->end && *c->s == '{') {
+        from++;
+        if (from < c->end && *from == '^') { negative = !negative; from++; }
+        for (n = 0; from + n < c->end && from[n] != '}'; n++) {}
+        c->s = from + n;
+    }
+    if (c->s >= c->end) return llmi_rx_fail(c, "\\p without a name");
+    c->s++;
+    for (size_t i = 0; i < LLMI_COUNT(known); i++) {
+        if (strlen(known[i].name) != n || memcmp(known[i].name, from, n) != 0) continue;
+        set->classes |= negative ? LLMI_EVERY & ~known[i].classes : known[i].classes;
+        return 1;
+    }
+    return llmi_rx_fail(c, "a Unicode property other than L, N, M, P, S and their kinds");
+}
+
+static int llmi_hex(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* \xHH, \x{H...}, \uHHHH after the letter. */
+static uint32_t llmi_rx_code(llmi_rx *c, int digits)
+{
+    uint32_t v = 0;
+    int braces = digits == 2 && c->s < c->end && *c->s == '{', n = 0;
+    if (braces) c->s++;
+    for (; n < (braces ? 6 : digits) && c->s < c->end && llmi_hex(*c->s) >= 0; n++) v = v * 16 + (uint32_t)llmi_hex(*c->s++);
+    if (n == 0 || v > 0x10ffff || (braces && (c->s >= c->end || *c->s++ != '}'))) llmi_rx_fail(c, "a malformed \\x or \\u");
+    return v;
+}
+
+/* One escape after the backslash: 1 and a code point, or 0 when it was a class and went into the set (or failed). */
+static int llmi_rx_escape(llmi_rx *c, llmi_set *set, uint32_t *cp)
+{
+    static const char names[] = "rntfve", codes[] = "\r\n\t\f\v\033";
+    if (c->s >= c->end) return llmi_rx_fail(c, "a backslash at the end");
+    char e = *c->s;
+    if ((uint8_t)e >= 0x80) {
+        c->s += llmi_utf8_get(c->s, (size_t)(c->end - c->s), cp, NULL);
+        return 1;
+    }
+    c->s++;
+    if (e == 's') { set->space = 1; return 0; }
+    if (e == 'S') { set->no_space = 1; return 0; }
+    if (e == 'd' || e == 'D') { set->classes |= e == 'd' ? LLMI_BIT(ND) : LLMI_EVERY & ~LLMI_BIT(ND); return 0; }
+    if (e == 'w') {
+        set->classes |= LLMI_WORD;
+        for (size_t i = 0; i < LLMI_COUNT(llmi_word_extra); i += 2) llmi_rx_range(c, set, llmi_word_extra[i], llmi_word_extra[i + 1]);
+        return llmi_rx_range(c, set, 0xb2, 0xb3) && llmi_rx_range(c, set, 0xb9, 0xb9) && llmi_rx_range(c, set, 0xbc, 0xbe) && 0;
+    }
+    if (e == 'p' || e == 'P') { llmi_rx_property(c, set, e == 'P'); return 0; }
+    if (e == 'x' || e == 'u') { *cp = llmi_rx_code(c, e == 'x' ? 2 : 4); return 1; }
+    const char *at = strchr(names, e);
+    *cp = at ? (uint8_t)codes[at - names] : (uint8_t)e;
+    if (!at && ((e >= '0' && e <= '9') || (e >= 'a' && e <= 'z') || (e >= 'A' && e <= 'Z'))) return llmi_rx_fail(c, "an escape such as \\b or \\1");
+    return 1;
+}
+
+/* [...] after the bracket. */
+static void llmi_rx_bracket(llmi_rx *c, llmi_set *set)
+{
+    uint8_t negate = 0;
+    uint32_t last = 0;
+    int have = 0, first = 1; /* have: `last` may begin a range */
+    if (c->s < c->end && *c->s == '^') { negate = 1; c->s++; }
+    for (;; first = 0) {
+        uint32_t cp = 0;
+        int is_char = 1;
+        if (c->s >= c->end) { llmi_rx_fail(c, "[ without ]"); return; }
+        if (*c->s == ']' && !first) break;
+        if (*c->s == '[' || (*c->s == '&' && c->end - c->s > 1 && c->s[1] == '&')) { llmi_rx_fail(c, "a set within a set"); return; }
+        int dash = *c->s == '-' && have && c->end - c->s > 1 && c->s[1] != ']';
+        if (dash) c->s++;
+        if (*c->s == '\\') {
+            c->s++;
+            is_char = llmi_rx_escape(c, set, &cp);
+        } else {
+            c->s += llmi_utf8_get(c->s, (size_t)(c->end - c->s), &cp, NULL);
+        }
+        if (dash && (!is_char || cp < last)) { llmi_rx_fail(c, "a range out of order"); return; }
+        if (is_char && !llmi_rx_letters(c, set, dash ? last : cp, cp)) return;
+        have = is_char && !dash;
+        last = cp;
+    }
+    c->s++;
+    set->negate = negate; /* \S in [^\S\n] joins the others first, then all is negated */
+}
+
+static int llmi_rx_alternatives(llmi_rx *c);
+
+/* (...) after the parenthesis; returns the least number of characters it matches. */
+static int llmi_rx_group(llmi_rx *c)
+{
+    int look = 0, saved = c->ignore_case, start = c->x->op_count;
+    if (c->s < c->end && *c->s == '?') {
+        size_t left = (size_t)(c->end - c->s);
+        if (left >= 3 && c->s[1] == 'i' && c->s[2] == ':') { c->ignore_case = 1; c->s += 3; }
+        else if (left >= 2 && c->s[1] == ':') c->s += 2;
+        else if (left >= 2 && (c->s[1] == '!' || c->s[1] == '=')) { look = c->s[1] == '!' ? 2 : 1; c->s += 2; }
+        else return llmi_rx_fail(c, "a group other than (?:..), (?i:..), (?=..) and (?!..)");
+    }
+    if (++c->depth > 60) return llmi_rx_fail(c, "groups nested too deeply");
+    int least = llmi_rx_alternatives(c);
+    c->depth--;
+    c->ignore_case = saved;
+    if (c->s >= c->end || *c->s != ')') return llmi_rx_fail(c, "( without )");
+    c->s++;
+    if (!look) return least;
+    if (c->x->op_count != start + 1 || c->x->ops[start].op != LLMI_OP_SET) return llmi_rx_fail(c, "a look ahead at more than one character");
+    c->x->ops[start].op = LLMI_OP_LOOK;
+    c->x->ops[start].flag = look == 2;
+    return 0;
+}
+
+/* One item without its quantifier; returns the least number of characters it matches. */
+static int llmi_rx_item(llmi_rx *c)
+{
+    uint32_t cp = 0;
+    char k = *c->s;
+    if (k == '(') { c->s++; return llmi_rx_group(c); }
+    if (k == '$') { c->s++; llmi_rx_emit(c, LLMI_OP_LINE_END); return 0; }
+    if (k == '\\' && c->end - c->s > 1 && (c->s[1] == 'z' || c->s[1] == 'A')) {
+        llmi_rx_emit(c, c->s[1] == 'z' ? LLMI_OP_TEXT_END : LLMI_OP_TEXT_START);
+        c->s += 2;
+        return 0;
+    }
+    if (k == '^' || k == '*' || k == '+' || k == '?' || k == '{') return llmi_rx_fail(c, "^ or a quantifier without an item");
+    llmi_set *set = llmi_rx_set(c);
+    if (k == '[') { c->s++; llmi_rx_bracket(c, set); }
+    else if (k == '.') { c->s++; set->dot = 1; }
+    else if (k == '\\') {
+        c->s++;
+        if (llmi_rx_escape(c, set, &cp)) llmi_rx_letters(c, set, cp, cp);
+    } else {
+        c->s += llmi_utf8_get(c->s, (size_t)(c->end - c->s), &cp, NULL);
+        llmi_rx_letters(c, set, cp, cp);
+    }
+    llmi_rx_set_done(c, set);
+    return 1;
+}
+
+static int llmi_rx_decimal(llmi_rx *c, int otherwise)
+{
+    int v = 0;
+    if (c->s >= c->end || *c->s < '0' || *c->s > '9') return otherwise;
+    for (; c->s < c->end && *c->s >= '0' && *c->s <= '9'; c->s++) v = v > LLMI_MAX_REPEAT ? v : v * 10 + (*c->s - '0');
+    return v;
+}
+
+/* * + ? {n} {n,} {n,m}: 1 when there is one. most -1: no end. */
+static int llmi_rx_quantifier(llmi_rx *c, int *least, int *most)
+{
+    char k = c->s < c->end ? *c->s : 0;
+    if (k != '*' && k != '+' && k != '?' && k != '{') return 0;
+    c->s++;
+    *least = k == '+';
+    *most = k == '?' ? 1 : -1;
+    if (k != '{') return 1;
+    *least = llmi_rx_decimal(c, 0);
+    *most = *least;
+    if (c->s < c->end && *c->s == ',') { c->s++; *most = llmi_rx_decimal(c, -1); }
+    if (c->s >= c->end || *c->s != '}' || *least > LLMI_MAX_REPEAT || *most > LLMI_MAX_REPEAT || (*most >= 0 && *most < *least))
+        return llmi_rx_fail(c, "a malformed {n,m}");
+    c->s++;
+    return 1;
+}
+
+static void llmi_rx_copy(llmi_rx *c, const llmi_op *block, int n)
+{
+    for (int i = 0; i < n; i++) *llmi_rx_emit(c, 0) = block[i];
+}
+
+/* Repeat the block [start, end of program): copies for the required ones, then a loop or nested choices. */
+static void llmi_rx_repeat(llmi_rx *c, int start, int least, int most)
+{
+    llmi_op block[64];
+    int n = c->x->op_count - start, copies = most < 0 ? 0 : most - least;
+    if (n > (int)LLMI_COUNT(block)) { llmi_rx_fail(c, "a quantifier after a long group"); return; }
+    memcpy(block, c->x->ops + start, (size_t)n * sizeof *block);
+    c->x->op_count = start;
+    for (int i = 0; i < least; i++) llmi_rx_copy(c, block, n);
+    if (most < 0) {
+        llmi_op *split = llmi_rx_emit(c, LLMI_OP_SPLIT);
+        split->x = 1;
+        split->y = n + 2;
+        llmi_rx_copy(c, block, n);
+        llmi_rx_emit(c, LLMI_OP_JUMP)->x = -(n + 1);
+    }
+    for (int i = 0; i < copies; i++) {
+        llmi_op *split = llmi_rx_emit(c, LLMI_OP_SPLIT);
+        split->x = 1;
+        split->y = (copies - i) * (n + 1);
+        llmi_rx_copy(c, block, n);
+    }
+}
+
+static int llmi_rx_sequence(llmi_rx *c)
+{
+    int total = 0, least, most;
+    while (c->s < c->end && *c->s != '|' && *c->s != ')') {
+        int start = c->x->op_count, width = llmi_rx_item(c);
+        while (!c->what && llmi_rx_quantifier(c, &least, &most)) {
+            int interval = c->s[-1] == '}', one = c->x->op_count == start + 1 && c->x->ops[start].op == LLMI_OP_SET;
+            int possessive = !interval && c->s < c->end && *c->s == '+';
+            if (c->s < c->end && *c->s == '?') { llmi_rx_fail(c, "a lazy quantifier"); break; }
+            if (possessive) c->s++;
+            if (one) {
+                llmi_op *o = &c->x->ops[start];
+                o->op = LLMI_OP_LOOP;
+                o->x = least;
+                o->y = most;
+                o->flag = (uint8_t)possessive;
+            } else if (possessive || (most < 0 && width == 0)) {
+                llmi_rx_fail(c, "this quantifier after a group");
+            } else {
+                llmi_rx_repeat(c, start, least, most);
+            }
+            width *= least;
+        }
+        total = total + width > LLMI_MAX_REPEAT ? LLMI_MAX_REPEAT : total + width;
+    }
+    return total;
+}
+
+/* a|b|c: SPLIT a, (JUMP end) SPLIT b, (JUMP end) c. */
+static int llmi_rx_alternatives(llmi_rx *c)
+{
+    int start = c->x->op_count, least = llmi_rx_sequence(c);
+    if (c->s >= c->end || *c->s != '|') return least;
+    c->s++;
+    if (++c->depth > 200) return llmi_rx_fail(c, "too many alternatives");
+    llmi_rx_emit(c, LLMI_OP_JUMP);
+    int jump = llmi_rx_emit(c, LLMI_OP_JUMP) ? c->x->op_count - 1 : 0, n = jump - start;
+    if (c->what) return 0;
+    memmove(c->x->ops + start + 1, c->x->ops + start, (size_t)(n - 1) * sizeof *c->x->ops);
+    memset(&c->x->ops[start], 0, sizeof c->x->ops[start]);
+    c->x->ops[start].op = LLMI_OP_SPLIT;
+    c->x->ops[start].x = 1;
+    c->x->ops[start].y = n + 1;
+    int other = llmi_rx_alternatives(c);
+    c->depth--;
+    c->x->ops[jump].x = c->x->op_count - jump;
+    return other < least ? other : least;
+}
+
+/* Compile; NULL with a message. `literal`: every character stands for itself. */
+static llmi_regex *llmi_regex_make(const char *pattern, size_t bytes, int literal, const llmi_unicode *u, llmi_arena *r, moq_error *err)
+{
+    llmi_rx c;
+    llmi_regex full, *x = (llmi_regex *)llmi_take(r, 1, sizeof *x);
+    llmi_arena scratch = llmi_arena_make(&r->a);
+    memset(&c, 0, sizeof c);
+    memset(&full, 0, sizeof full);
+    full.ops = (llmi_op *)llmi_take(&scratch, LLMI_MAX_OPS, sizeof *full.ops);
+    full.sets = (llmi_set *)llmi_take(&scratch, LLMI_MAX_SETS, sizeof *full.sets);
+    full.ranges = (uint32_t *)llmi_take(&scratch, LLMI_MAX_RANGES, sizeof *full.ranges);
+    int ok = x && full.ops && full.sets && full.ranges;
+    c.x = &full;
+    c.u = u;
+    c.s = pattern;
+    c.end = pattern + bytes;
+    while (ok && literal && c.s < c.end) {
+        uint32_t cp;
+        llmi_set *set = llmi_rx_set(&c);
+        c.s += llmi_utf8_get(c.s, (size_t)(c.end - c.s), &cp, NULL);
+        llmi_rx_range(&c, set, cp, cp);
+        llmi_rx_set_done(&c, set);
+    }
+    if (ok && !literal) llmi_rx_alternatives(&c);
+    if (ok && c.s < c.end) llmi_rx_fail(&c, "a ) without (");
+    if (ok) llmi_rx_emit(&c, LLMI_OP_ACCEPT);
+    if (ok && c.what) {
+        moq_fail(err, MOQ_E_UNSUPPORTED, "tokenizer.json", "the pattern '%q' holds %s, which the matcher does not know", pattern, c.what);
+        x = NULL;
+    } else if (ok) {
+        *x = full;
+        x->ops = (llmi_op *)llmi_take(r, (size_t)full.op_count, sizeof *x->ops);
+        x->sets = (llmi_set *)llmi_take(r, full.set_count, sizeof *x->sets);
+        x->ranges = (uint32_t *)llmi_take(r, full.range_count, sizeof *x->ranges);
+        ok = x->ops && x->sets && x->ranges;
+        if (ok) memcpy(x->ops, full.ops, (size_t)full.op_count * sizeof *x->ops);
+        if (ok) memcpy(x->sets, full.sets, full.set_count * sizeof *x->sets);
+        if (ok) memcpy(x->ranges, full.ranges, full.range_count * sizeof *x->ranges);
+    }
+    llmi_arena_drop(&scratch);
+    if (!ok) llmi_nomem(err, "tokenizer.json");
+    return ok ? x : NULL;
+}
+
+/* ---- matching: backtracking with a list of open choices ----
+   Ordinary patterns look at each character a few times. When a pattern needs more, every (instruction, position) that has
+   been tried is remembered: what failed once fails again, wherever the match began, so the work stays linear. */
+
+#define LLMI_NO_MATCH SIZE_MAX
+
+typedef struct llmi_choice { int32_t pc; size_t at, low; } llmi_choice; /* positions at, one character less, ... low */
+
+typedef struct llmi_matcher {
+    const llmi_regex *x;
+    const llmi_unicode *u;
+    const char *s;
+    size_t n;
+    llmi_choice *stack;
+    size_t count, capacity;
+    uint8_t *memo;        /* a bit for each position, instruction and entry (0: from before, 1: inside its loop) */
+    size_t memo_bytes;
+    uint64_t steps;
+    int failed;           /* out of memory */
+    moq_allocator a;
+} llmi_matcher;
+
+static void llmi_matcher_set(llmi_matcher *m, const llmi_regex *x, const char *s, size_t n)
+{
+    moq_release(&m->a, m->memo, m->memo_bytes);
+    m->memo = NULL;
+    m->memo_bytes = 0;
+    m->x = x;
+    m->s = s;
+    m->n = n;
+    m->steps = 0;
+}
+
+static void llmi_matcher_drop(llmi_matcher *m)
+{
+    llmi_matcher_set(m, NULL, NULL, 0);
+    moq_release(&m->a, m->stack, m->capacity * sizeof *m->stack);
+    m->stack = NULL;
+}
+
+static void llmi_push(llmi_matcher *m, int32_t pc, size_t at, size_t low)
+{
+    if (m->count == m->capacity) {
+        llmi_choice *p = (llmi_choice *)llmi_grow(&m->a, m->stack, m->count, &m->capacity, m->count + 1, sizeof *p);
+        if (!p) { m->failed = 1; return; }
+        m->stack = p;
+    }
+    llmi_choice *c = &m->stack[m->count++];
+    c->pc = pc;
+    c->at = at;
+    c->low = low;
+}
+
+/* 1 when this was tried before; marks it. Always 0 until the memo is in use. */
+static int llmi_tried(llmi_matcher *m, int32_t pc, int inside, size_t at)
+{
+    if (!m->memo) return 0;
+    size_t bit = at * (size_t)(2 * m->x->op_count) + (size_t)(2 * pc + inside);
+    int old = m->memo[bit >> 3] >> (bit & 7) & 1;
+    m->memo[bit >> 3] = (uint8_t)(m->memo[bit >> 3] | 1u << (bit & 7));
+    return old;
+}
+
+/* A match ended here: what succeeded at this very position must not look like a failure to the next one. */
+static void llmi_forget(llmi_matcher *m, size_t at)
+{
+    size_t width = (size_t)(2 * m->x->op_count);
+    for (size_t bit = at * width; m->memo && bit < (at + 1) * width; bit++) m->memo[bit >> 3] = (uint8_t)(m->memo[bit >> 3] & ~(1u << (bit & 7)));
+}
+
+static void llmi_count_step(llmi_matcher *m, uint64_t steps)
+{
+    m->steps += steps;
+    if (m->memo || m->steps < 64 * ((uint64_t)m->n + 64)) return;
+    size_t width = (size_t)(2 * m->x->op_count);
+    m->memo_bytes = m->n < SIZE_MAX / 2 / width ? (m->n + 1) * width / 8 + 1 : SIZE_MAX;
+    m->memo = (uint8_t *)moq_allocate(&m->a, m->memo_bytes);
+    if (!m->memo) { m->failed = 1; m->memo_bytes = 0; }
+}
+
+/* Length of the character at `at` when it is in the set, else 0. */
+static size_t llmi_step_in(const llmi_matcher *m, int set, size_t at)
+{
+    uint32_t c;
+    if (at >= m->n) return 0;
+    size_t n = llmi_utf8_get(m->s + at, m->n - at, &c, NULL);
+    return llmi_set_has(m->x, m->u, &m->x->sets[set], c) ? n : 0;
+}
+
+/* A LOOP at `at`: where to go on, or LLMI_NO_MATCH. Shorter ends become choices. */
+static size_t llmi_match_loop(llmi_matcher *m, int32_t pc, size_t at)
+{
+    const llmi_op *o = &m->x->ops[pc];
+    size_t from = at, n, low;
+    int count = 0;
+    for (; count < o->x; count++, at += n)
+        if ((n = llmi_step_in(m, o->set, at)) == 0) return LLMI_NO_MATCH;
+    low = at;
+    if (o->y < 0 && m->memo) {
+        for (;; at += n) {
+            if (llmi_tried(m, pc, 1, at)) return LLMI_NO_MATCH;
+            n = llmi_step_in(m, o->set, at);
+            if (n == 0) return at;
+            if (!o->flag) llmi_push(m, pc + 1, at, at);
+            if (m->failed) return LLMI_NO_MATCH;
+        }
+    }
+    for (; (o->y < 0 || count < o->y) && (n = llmi_step_in(m, o->set, at)) != 0; count++) at += n;
+    llmi_count_step(m, at - from);
+    if (at > low && !o->flag) {
+        size_t back = at - 1;
+        while (back > low && ((uint8_t)m->s[back] & 0xc0) == 0x80) back--;
+        llmi_push(m, pc + 1, back, low);
+    }
+    return at;
+}
+
+/* Follow one choice until it accepts (its end) or fails (LLMI_NO_MATCH). */
+static size_t llmi_match_run(llmi_matcher *m, int32_t pc, size_t at)
+{
+    for (;;) {
+        const llmi_op *o = &m->x->ops[pc];
+        size_t n;
+        switch (o->op) {
+        case LLMI_OP_SET:
+            n = llmi_step_in(m, o->set, at);
+            if (n == 0) return LLMI_NO_MATCH;
+            at += n;
+            break;
+        case LLMI_OP_LOOP:
+            at = llmi_match_loop(m, pc, at);
+            if (at == LLMI_NO_MATCH) return at;
+            break;
+        case LLMI_OP_LOOK:
+            if ((llmi_step_in(m, o->set, at) != 0) == o->flag) return LLMI_NO_MATCH;
+            break;
+        case LLMI_OP_SPLIT:
+            llmi_push(m, pc + o->y, at, at);
+            pc += o->x - 1;
+            break;
+        case LLMI_OP_JUMP:
+            pc += o->x - 1;
+            break;
+        case LLMI_OP_LINE_END:
+            if (at < m->n && m->s[at] != '\n') return LLMI_NO_MATCH;
+            break;
+        case LLMI_OP_TEXT_END:
+            if (at < m->n) return LLMI_NO_MATCH;
+            break;
+        case LLMI_OP_TEXT_START:
+            if (at > 0) return LLMI_NO_MATCH;
+            break;
+        default:
+            return at;
+        }
+        pc++;
+    }
+}
+
+/* The end of the match that begins exactly at `start`, or LLMI_NO_MATCH (m->failed: out of memory). */
+static size_t llmi_match(llmi_matcher *m, size_t start)
+{
+    m->count = 0;
+    llmi_push(m, 0, start, start);
+    while (m->count > 0 && !m->failed) {
+        llmi_choice c = m->stack[--m->count];
+        if (c.at > c.low) {
+            size_t back = c.at - 1;
+            while (back > c.low && ((uint8_t)m->s[back] & 0xc0) == 0x80) back--;
+            llmi_push(m, c.pc, back, c.low);
+        }
+        if (llmi_tried(m, c.pc, 0, c.at)) continue;
+        llmi_count_step(m, 4);
+        size_t end = llmi_match_run(m, c.pc, c.at);
+        if (end == LLMI_NO_MATCH) continue;
+        llmi_forget(m, end);
+        return end;
+    }
+    return LLMI_NO_MATCH;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-tokenizer   tokenizer.json: BPE of bytes, BPE with byte fallback
+   Same ids as the Hugging Face tokenizers package; a definition it cannot follow exactly is refused by name. A tokenizer never changes after opening.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifndef MOQ_MAX_VOCAB
+#define MOQ_MAX_VOCAB 4194304 /* largest token id + 1 */
+#endif
+#define LLMI_MAX_ADDED_BYTES 4096 /* one added token */
+#define LLMI_MAX_ENDS 32
+#define LLMI_MAX_AROUND 16        /* ids that a post-processor puts before or after a text */
+#define LLMI_MAX_STEPS 32         /* of a normalizer, pre-tokenizer or decoder */
+#define LLMI_TOKENIZER "tokenizer.json"
+
+/* An id: its text as the file writes it, and what it shows when decoded. `special`: decoding leaves it out. */
+typedef struct llmi_token {
+    const char *text, *shown;
+    uint32_t bytes, shown_bytes;
+    uint8_t present, special, in_vocab, added;
+} llmi_token;
+
+/* Neighbours left, right -> id; `rank` is the place in the list of merges. */
+typedef struct llmi_merge { uint64_t pair; int32_t rank, id; } llmi_merge;
+#define LLMI_NO_PAIR UINT64_MAX
+
+typedef struct llmi_added { int32_t id; uint8_t single_word, lstrip, rstrip, normalized, special; } llmi_added;
+
+/* Trie of added tokens: (node, byte) -> node. Two roots: tokens found in the raw text (0) and in the normalized text (1). */
+typedef struct llmi_edge { uint64_t key; uint32_t to; } llmi_edge;
+typedef struct llmi_trie {
+    llmi_edge *edges;  /* open addressing; key 0: free, else node * 256 + byte + 1 */
+    size_t mask;
+    int32_t *leaf;     /* [nodes] added token + 1 */
+    uint32_t nodes;
+    uint8_t first[2][256];
+} llmi_trie;
+
+/* What happens to a text before BPE, and to tokens after it. */
+enum { LLMI_NFC, LLMI_NFD, LLMI_PREPEND, LLMI_REPLACE, LLMI_STRIP, LLMI_SPLIT, LLMI_BYTES, LLMI_METASPACE, LLMI_BYTE_FALLBACK, LLMI_FUSE };
+enum { LLMI_REMOVED, LLMI_ISOLATED, LLMI_WITH_PREVIOUS, LLMI_WITH_NEXT, LLMI_CONTIGUOUS };
+enum { LLMI_NEVER, LLMI_FIRST, LLMI_ALWAYS };
+
+typedef struct llmi_stage {
+    int32_t kind;
+    int32_t behavior, invert, prefix;  /* SPLIT, BYTES and METASPACE: put a space (replacement) in front */
+    int32_t left, right;               /* STRIP */
+    const llmi_regex *pattern;         /* SPLIT, REPLACE; NULL: `from` is literal */
+    const char *from, *to;             /* REPLACE from -> to, PREPEND to, METASPACE to, STRIP from */
+} llmi_stage;
+
+typedef struct llmi_stages { llmi_stage list[LLMI_MAX_STEPS]; int32_t count; } llmi_stages;
+
+struct llm_tokenizer {
+    moq_allocator a;
+    llmi_arena r;
+    llmi_unicode u;
+    llmi_token *tokens;       /* [count] */
+    int32_t count;            /* largest id + 1 */
+    llmi_map names;
+    llmi_merge *merges;       /* open addressing */
+    size_t merge_mask;
+    int32_t byte_ids[256];    /* of single bytes, by byte-level letter or by <0xXX>; -1: none */
+    int32_t unk;              /* -1: none */
+    uint8_t byte_level, byte_fallback, ignore_merges, fuse_unk;
+    llmi_stages normalizer, splitter, decoder;
+    llmi_added *added;
+    llmi_trie trie;
+    int32_t before[LLMI_MAX_AROUND], after[LLMI_MAX_AROUND];
+    int32_t before_count, after_count;
+    int32_t ends[LLMI_MAX_ENDS];
+    int32_t end_count;
+    const char *bos, *eos;    /* texts for the chat template, "" when there is none */
+    const char *frame_text;   /* the chat template; NULL: none */
+};
+
+/* ---- bytes as letters ----
+   Byte-level vocabularies write byte b as a printable character: itself for 33..126, 161..172, 174..255, else U+0100 and up in order. */
+
+static uint32_t llmi_byte_letter(uint32_t b)
+{
+    if ((b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174) return b;
+    return b < 33 ? 0x100 + b : b < 161 ? 0x100 + 33 + (b - 127) : 0x143;
+}
+
+/* The byte of a letter, or -1. */
+static int llmi_letter_byte(uint32_t c)
+{
+    if (c < 0x100) return llmi_byte_letter(c) == c ? (int)c : -1;
+    if (c < 0x121) return (int)(c - 0x100);
+    return c < 0x143 ? (int)(c - 0x121 + 127) : c == 0x143 ? 173 : -1;
+}
+
+/* ---- reading tokenizer.json ---- */
+
+/* Reader state: `code` is the first failure, after which nothing more is read. */
+typedef struct llmi_reader { llm_tokenizer *t; moq_result code; moq_error *err; } llmi_reader;
+
+#define LLMI_REFUSE(rd, result, ...) do { if ((rd)->code >= 0) (rd)->code = moq_fail((rd)->err, result, LLMI_TOKENIZER, __VA_ARGS__); } while (0)
+
+static void llmi_reader_nomem(llmi_reader *rd)
+{
+    if (rd->code >= 0) rd->code = llmi_nomem(rd->err, LLMI_TOKENIZER);
+}
+
+static const moq_json *llmi_member(const moq_json *v, const char *key)
+{
+    const moq_json *m = moq_json_find(v, key);
+    return m && m->type != MOQ_JSON_NULL ? m : NULL;
+}
+
+static int llmi_flag(const moq_json *v, const char *key, int otherwise)
+{
+    moq_json_bool(moq_json_find(v, key), &otherwise);
+    return otherwise;
+}
+
+static const char *llmi_word(const moq_json *v, const char *key, const char *otherwise)
+{
+    const char *s = moq_json_string(llmi_member(v, key));
+    return s ? s : otherwise;
+}
+
+/* A text that outlives the document. */
+static const char *llmi_keep(llmi_reader *rd, const char *s)
+{
+    const char *p = llmi_take_text(&rd->t->r, s, strlen(s));
+    if (!p) llmi_reader_nomem(rd);
+    return p ? p : "";
+}
+
+/* A token id, or -1 after an error. */
+static int32_t llmi_read_id(llmi_reader *rd, const moq_json *v, const char *token)
+{
+    int64_t id;
+    if (!moq_json_int(v, &id) || id < 0 || id > INT32_MAX) {
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "token '%q' has the id '%q'; an integer from 0 was expected", token, v && v->text ? v->text : "(none)");
+        return -1;
+    }
+    if (id >= MOQ_MAX_VOCAB) {
+        LLMI_REFUSE(rd, MOQ_E_LIMIT, "token '%q' has the id %lld; MOQ_MAX_VOCAB is %d", token, (long long)id, (int)MOQ_MAX_VOCAB);
+        return -1;
+    }
+    return (int32_t)id;
+}
+
+static void llmi_set_token(llm_tokenizer *t, int32_t id, const char *text, uint32_t bytes)
+{
+    t->tokens[id].text = text;
+    t->tokens[id].bytes = bytes;
+    t->tokens[id].present = 1;
+}
+
+/* Sizes first: the largest id and the bytes of all texts, so that everything is taken in three pieces. */
+static size_t llmi_measure_vocab(llmi_reader *rd, const moq_json *vocab, const moq_json *added)
+{
+    size_t bytes = 0;
+    if (!vocab || vocab->type != MOQ_JSON_OBJECT || vocab->count == 0) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "model.vocab is not an object of tokens");
+    if (rd->code < 0) return 0;
+    if (vocab->count > MOQ_MAX_VOCAB) LLMI_REFUSE(rd, MOQ_E_LIMIT, "the vocabulary has %u tokens; MOQ_MAX_VOCAB is %d", vocab->count, (int)MOQ_MAX_VOCAB);
+    for (const moq_json *e = moq_json_first(vocab); e && rd->code >= 0; e = moq_json_next(vocab, e)) {
+        int32_t id = llmi_read_id(rd, e, e->key);
+        if (id >= rd->t->count) rd->t->count = id + 1;
+        bytes += (size_t)e->key_bytes + 1;
+    }
+    for (const moq_json *e = moq_json_first(added); e && rd->code >= 0; e = moq_json_next(added, e)) {
+        int32_t id = llmi_read_id(rd, moq_json_find(e, "id"), llmi_word(e, "content", ""));
+        if (id >= rd->t->count) rd->t->count = id + 1;
+    }
+    return bytes;
+}
+
+static void llmi_read_vocab(llmi_reader *rd, const moq_json *vocab, const moq_json *added)
+{
+    llm_tokenizer *t = rd->t;
+    size_t bytes = llmi_measure_vocab(rd, vocab, added);
+    if (rd->code < 0) return;
+    char *text = (char *)llmi_take(&t->r, bytes, 1);
+    t->tokens = (llmi_token *)llmi_take(&t->r, (size_t)t->count, sizeof *t->tokens);
+    if (!text || !t->tokens || !llmi_map_make(&t->names, &t->r, (size_t)vocab->count + (added ? added->count : 0))) {
+        llmi_reader_nomem(rd);
+        return;
+    }
+    for (const moq_json *e = moq_json_first(vocab); e; e = moq_json_next(vocab, e)) {
+        int32_t id = llmi_read_id(rd, e, e->key);
+        if (t->tokens[id].present) {
+            LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "tokens '%q' and '%q' both have the id %d", t->tokens[id].text, e->key, (int)id);
+            return;
+        }
+        memcpy(text, e->key, e->key_bytes);
+        llmi_set_token(t, id, text, e->key_bytes);
+        t->tokens[id].in_vocab = 1;
+        llmi_map_add(&t->names, text, e->key_bytes, id);
+        text += (size_t)e->key_bytes + 1;
+    }
+}
+
+static llmi_merge *llmi_merge_slot(const llm_tokenizer *t, uint64_t pair)
+{
+    size_t i = (size_t)llmi_fold(pair, 0x9e3779b97f4a7c15u) & t->merge_mask;
+    while (t->merges[i].pair != LLMI_NO_PAIR && t->merges[i].pair != pair) i = (i + 1) & t->merge_mask;
+    return &t->merges[i];
+}
+
+static const llmi_merge *llmi_find_merge(const llm_tokenizer *t, int32_t left, int32_t right)
+{
+    const llmi_merge *m = llmi_merge_slot(t, (uint64_t)(uint32_t)left << 32 | (uint32_t)right);
+    return m->pair == LLMI_NO_PAIR ? NULL : m;
+}
+
+/* The two parts of a merge, "a b" or ["a", "b"]; 0 when they are not two. */
+static int llmi_merge_parts(const moq_json *e, const char *part[2], size_t bytes[2])
+{
+    if (e->type == MOQ_JSON_STRING) {
+        const char *gap = (const char *)memchr(e->text, ' ', e->text_bytes);
+        if (!gap) return 0;
+        part[0] = e->text;
+        bytes[0] = (size_t)(gap - e->text);
+        part[1] = gap + 1;
+        bytes[1] = e->text_bytes - bytes[0] - 1;
+        return memchr(gap + 1, ' ', bytes[1]) == NULL;
+    }
+    if (e->type != MOQ_JSON_ARRAY || e->count != 2) return 0;
+    for (int i = 0; i < 2; i++) {
+        const moq_json *p = moq_json_at(e, (size_t)i);
+        if (p->type != MOQ_JSON_STRING) return 0;
+        part[i] = p->text;
+        bytes[i] = p->text_bytes;
+    }
+    return 1;
+}
+
+static void llmi_read_merge(llmi_reader *rd, const moq_json *e, int32_t rank, llmi_bytes *whole)
+{
+    llm_tokenizer *t = rd->t;
+    const char *part[2];
+    size_t bytes[2];
+    if (!llmi_merge_parts(e, part, bytes)) {
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "merge %d is not a pair of two texts", (int)rank);
+        return;
+    }
+    whole->count = 0;
+    if (!llmi_bytes_add(whole, part[0], bytes[0]) || !llmi_bytes_add(whole, part[1], bytes[1])) { llmi_reader_nomem(rd); return; }
+    const llmi_slot *a = llmi_map_find(&t->names, part[0], bytes[0]), *b = llmi_map_find(&t->names, part[1], bytes[1]);
+    const llmi_slot *ab = llmi_map_find(&t->names, whole->data, whole->count);
+    if (!a || !b || !ab) {
+        const char *what = !a ? "left" : !b ? "right" : "joined";
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "merge %d: its %s part is not in the vocabulary", (int)rank, what);
+        return;
+    }
+    llmi_merge *m = llmi_merge_slot(t, (uint64_t)(uint32_t)a->value << 32 | (uint32_t)b->value);
+    m->pair = (uint64_t)(uint32_t)a->value << 32 | (uint32_t)b->value;
+    m->rank = rank; /* a pair listed twice keeps its last place */
+    m->id = ab->value;
+}
+
+static void llmi_read_merges(llmi_reader *rd, const moq_json *list)
+{
+    llm_tokenizer *t = rd->t;
+    size_t capacity = 16;
+    int32_t rank = 0;
+    if (!list || list->type != MOQ_JSON_ARRAY) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "model.merges is missing; BPE needs the list of merges");
+    if (rd->code < 0) return;
+    while (capacity / 2 < list->count) capacity *= 2;
+    t->merges = (llmi_merge *)llmi_take(&t->r, capacity, sizeof *t->merges);
+    if (!t->merges) { llmi_reader_nomem(rd); return; }
+    t->merge_mask = capacity - 1;
+    for (size_t i = 0; i < capacity; i++) t->merges[i].pair = LLMI_NO_PAIR;
+    llmi_bytes whole = llmi_bytes_make(&t->a);
+    for (const moq_json *e = moq_json_first(list); e && rd->code >= 0; e = moq_json_next(list, e)) {
+        if (rank == 0 && e->type == MOQ_JSON_STRING && strncmp(e->text, "#version", 8) == 0) continue;
+        llmi_read_merge(rd, e, rank++, &whole);
+    }
+    llmi_bytes_drop(&whole);
+}
+
+/* Ids of the tokens that stand for one byte. */
+static void llmi_read_bytes(llmi_reader *rd)
+{
+    static const char hex[] = "0123456789ABCDEF";
+    llm_tokenizer *t = rd->t;
+    for (uint32_t b = 0; b < 256; b++) {
+        char text[8] = {'<', '0', 'x', 0, 0, '>', 0, 0};
+        size_t n = 6;
+        text[3] = hex[b >> 4];
+        text[4] = hex[b & 15];
+        if (!t->byte_fallback) n = llmi_utf8_put(llmi_byte_letter(b), text);
+        const llmi_slot *s = llmi_map_find(&t->names, text, n);
+        t->byte_ids[b] = s ? s->value : -1;
+        if (!s && t->byte_fallback) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "byte_fallback is set but the token %s is not in the vocabulary", text);
+    }
+}
+
+static void llmi_read_model(llmi_reader *rd, const moq_json *model, const moq_json *added)
+{
+    llm_tokenizer *t = rd->t;
+    const char *type = llmi_word(model, "type", moq_json_find(model, "merges") ? "BPE" : "(none)"), *unk = llmi_word(model, "unk_token", NULL);
+    double dropout = 0;
+    if (!model || model->type != MOQ_JSON_OBJECT) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "the key 'model' is missing");
+    else if (strcmp(type, "BPE") != 0) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model type '%q'; only BPE is known", type);
+    if (llmi_word(model, "continuing_subword_prefix", "")[0]) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.continuing_subword_prefix is set");
+    if (llmi_word(model, "end_of_word_suffix", "")[0]) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.end_of_word_suffix is set");
+    if (moq_json_float(llmi_member(model, "dropout"), &dropout) && dropout != 0) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.dropout is %g; ids would be random", dropout);
+    t->byte_fallback = (uint8_t)llmi_flag(model, "byte_fallback", 0);
+    t->ignore_merges = (uint8_t)llmi_flag(model, "ignore_merges", 0);
+    t->fuse_unk = (uint8_t)llmi_flag(model, "fuse_unk", 0);
+    llmi_read_vocab(rd, llmi_member(model, "vocab"), added);
+    llmi_read_merges(rd, llmi_member(model, "merges"));
+    if (rd->code < 0) return;
+    llmi_read_bytes(rd);
+    const llmi_slot *s = unk ? llmi_map_find(&t->names, unk, strlen(unk)) : NULL;
+    if (unk && !s) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "unk_token '%q' is not in the vocabulary", unk);
+    t->unk = s ? s->value : -1;
+}
+
+/* ---- the stages ---- */
+
+static llmi_stage *llmi_add_stage(llmi_reader *rd, llmi_stages *s, int kind)
+{
+    if (s->count >= LLMI_MAX_STEPS) {
+        LLMI_REFUSE(rd, MOQ_E_LIMIT, "a sequence of more than %d steps", LLMI_MAX_STEPS);
+        s->count--;
+    }
+    llmi_stage *x = &s->list[s->count++];
+    memset(x, 0, sizeof *x);
+    x->kind = kind;
+    x->from = x->to = "";
+    return x;
+}
+
+static const llmi_regex *llmi_read_regex(llmi_reader *rd, const char *pattern, int literal)
+{
+    const llmi_regex *x = rd->code < 0 ? NULL : llmi_regex_make(pattern, strlen(pattern), literal, &rd->t->u, &rd->t->r, rd->err);
+    if (!x && rd->code >= 0) rd->code = rd->err ? rd->err->code : MOQ_E_UNSUPPORTED;
+    return x;
+}
+
+/* {"String": ".."} or {"Regex": ".."} into a stage; a literal is compiled only for splitting. */
+static void llmi_read_pattern(llmi_reader *rd, const moq_json *v, llmi_stage *x, int compile)
+{
+    const char *text = llmi_word(v, "String", NULL), *regex = llmi_word(v, "Regex", NULL);
+    if (!text && !regex) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "a pattern without 'String' or 'Regex'");
+    else if (regex || compile) x->pattern = llmi_read_regex(rd, regex ? regex : text, !regex);
+    if (text) x->from = llmi_keep(rd, text);
+    if (text && !*text) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "a pattern that is an empty text");
+}
+
+static void llmi_read_metaspace(llmi_reader *rd, const moq_json *v, llmi_stages *out)
+{
+    llmi_stage *x = llmi_add_stage(rd, out, LLMI_METASPACE);
+    const char *scheme = llmi_word(v, "prepend_scheme", "always");
+    x->to = llmi_keep(rd, llmi_word(v, "replacement", "\xe2\x96\x81"));
+    x->prefix = strcmp(scheme, "never") == 0 || !llmi_flag(v, "add_prefix_space", 1) ? LLMI_NEVER : strcmp(scheme, "first") == 0 ? LLMI_FIRST : LLMI_ALWAYS;
+    x->behavior = LLMI_WITH_NEXT;
+    if (llmi_flag(v, "split", 1)) x->pattern = llmi_read_regex(rd, x->to, 1);
+}
+
+static void llmi_read_normalizer(llmi_reader *rd, const moq_json *v)
+{
+    llmi_stages *out = &rd->t->normalizer;
+    const char *type = llmi_word(v, "type", "(none)");
+    if (!v || rd->code < 0) return;
+    if (strcmp(type, "Sequence") == 0) {
+        const moq_json *list = llmi_member(v, "normalizers");
+        for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) llmi_read_normalizer(rd, e);
+    } else if (strcmp(type, "NFC") == 0 || strcmp(type, "NFD") == 0) {
+        llmi_add_stage(rd, out, type[2] == 'C' ? LLMI_NFC : LLMI_NFD);
+        if (!llmi_unicode_normalization(&rd->t->u, &rd->t->r)) llmi_reader_nomem(rd);
+    } else if (strcmp(type, "Prepend") == 0) {
+        llmi_add_stage(rd, out, LLMI_PREPEND)->to = llmi_keep(rd, llmi_word(v, "prepend", ""));
+    } else if (strcmp(type, "Replace") == 0) {
+        llmi_stage *x = llmi_add_stage(rd, out, LLMI_REPLACE);
+        llmi_read_pattern(rd, llmi_member(v, "pattern"), x, 0);
+        x->to = llmi_keep(rd, llmi_word(v, "content", ""));
+    } else if (strcmp(type, "Strip") == 0) {
+        llmi_stage *x = llmi_add_stage(rd, out, LLMI_STRIP);
+        x->left = llmi_flag(v, "strip_left", 1);
+        x->right = llmi_flag(v, "strip_right", 1);
+    } else {
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "normalizer '%q'; known are NFC, NFD, Prepend, Replace, Strip, Sequence", type);
+    }
+}
+
+static int llmi_behavior(llmi_reader *rd, const char *name)
+{
+    static const char *const names[] = {"Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"};
+    for (size_t i = 0; i < LLMI_COUNT(names); i++)
+        if (strcmp(names[i], name) == 0) return (int)i;
+    LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "split behavior '%q'", name);
+    return LLMI_ISOLATED;
+}
+
+/* Pre-tokenizers that are a fixed pattern. */
+static const struct { const char *type, *pattern; int behavior, invert; } llmi_fixed_splits[] = {
+    {"Whitespace", "\\w+|[^\\w\\s]+", LLMI_REMOVED, 1},
+    {"WhitespaceSplit", "\\s", LLMI_REMOVED, 0},
+    {"Punctuation", "[\\p{P}$+<=>^`|~]", LLMI_ISOLATED, 0},
+    {"Digits", "\\p{N}+", LLMI_ISOLATED, 0},
+    {"Digits, each", "\\p{N}", LLMI_ISOLATED, 0},
+    {"ByteLevel", "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+", LLMI_ISOLATED, 0}, /* of GPT-2 */
+};
+
+static int llmi_read_fixed_split(llmi_reader *rd, const char *type, const char *behavior)
+{
+    for (size_t i = 0; i < LLMI_COUNT(llmi_fixed_splits); i++) {
+        if (strcmp(llmi_fixed_splits[i].type, type) != 0) continue;
+        llmi_stage *x = llmi_add_stage(rd, &rd->t->splitter, LLMI_SPLIT);
+        x->pattern = llmi_read_regex(rd, llmi_fixed_splits[i].pattern, 0);
+        x->behavior = behavior ? llmi_behavior(rd, behavior) : llmi_fixed_splits[i].behavior;
+        x->invert = llmi_fixed_splits[i].invert;
+        return 1;
+    }
+    return 0;
+}
+
+static void llmi_read_splitter(llmi_reader *rd, const moq_json *v)
+{
+    llmi_stages *out = &rd->t->splitter;
+    const char *type = llmi_word(v, "type", "(none)");
+    if (!v || rd->code < 0) return;
+    if (rd->t->byte_level) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "pre-tokenizer '%q' after ByteLevel, which must be the last", type);
+    if (strcmp(type, "Sequence") == 0) {
+        const moq_json *list = llmi_member(v, "pretokenizers");
+        for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) llmi_read_splitter(rd, e);
+    } else if (strcmp(type, "Split") == 0) {
+        llmi_stage *x = llmi_add_stage(rd, out, LLMI_SPLIT);
+        llmi_read_pattern(rd, llmi_member(v, "pattern"), x, 1);
+        x->behavior = llmi_behavior(rd, llmi_word(v, "behavior", "(none)"));
+        x->invert = llmi_flag(v, "invert", 0);
+    } else if (strcmp(type, "ByteLevel") == 0) {
+        llmi_add_stage(rd, out, LLMI_BYTES)->prefix = llmi_flag(v, "add_prefix_space", 1);
+        if (llmi_flag(v, "use_regex", 1)) llmi_read_fixed_split(rd, type, NULL);
+        rd->t->byte_level = 1;
+    } else if (strcmp(type, "Metaspace") == 0) {
+        llmi_read_metaspace(rd, v, out);
+    } else if (!llmi_read_fixed_split(rd, llmi_flag(v, "individual_digits", 0) ? "Digits, each" : type, llmi_word(v, "behavior", NULL))) {
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "pre-tokenizer '%q'; known are Split, ByteLevel, Digits, Metaspace, Punctuation, Whitespace, Sequence", type);
+    }
+}
+
+static void llmi_read_decoder(llmi_reader *rd, const moq_json *v)
+{
+    llmi_stages *out = &rd->t->decoder;
+    const char *type = llmi_word(v, "type", "(none)");
+    if (!v || rd->code < 0) return;
+    if (strcmp(type, "Sequence") == 0) {
+        const moq_json *list = llmi_member(v, "decoders");
+        for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) llmi_read_decoder(rd, e);
+    } else if (strcmp(type, "ByteLevel") == 0) {
+        llmi_add_stage(rd, out, LLMI_BYTES);
+    } else if (strcmp(type, "ByteFallback") == 0) {
+        llmi_add_stage(rd, out, LLMI_BYTE_FALLBACK);
+    } else if (strcmp(type, "Fuse") == 0) {
+        llmi_add_stage(rd, out, LLMI_FUSE);
+    } else if (strcmp(type, "Metaspace") == 0) {
+        llmi_read_metaspace(rd, v, out);
+    } else if (strcmp(type, "Replace") == 0) {
+        llmi_stage *x = llmi_add_stage(rd, out, LLMI_REPLACE);
+        llmi_read_pattern(rd, llmi_member(v, "pattern"), x, 0);
+        if (x->pattern) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "a decoder that replaces a regular expression");
+        x->to = llmi_keep(rd, llmi_word(v, "content", ""));
+    } else if (strcmp(type, "Strip") == 0) {
+        llmi_stage *x = llmi_add_stage(rd, out, LLMI_STRIP);
+        int64_t start = 0, stop = 0;
+        x->from = llmi_keep(rd, llmi_word(v, "content", " "));
+        if (!moq_json_int(moq_json_find(v, "start"), &start) || !moq_json_int(moq_json_find(v, "stop"), &stop) || start < 0 || start > 1000 || stop != 0)
+            LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "decoder Strip with start %lld and stop %lld; stop must be 0", (long long)start, (long long)stop);
+        x->left = (int32_t)start;
+    } else {
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "decoder '%q'; known are ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip, Sequence", type);
+    }
+}
+
+/* The decoder's order must be one that single tokens can follow: nothing but Strip after Fuse. */
+static void llmi_check_decoder(llmi_reader *rd)
+{
+    const llmi_stages *d = &rd->t->decoder;
+    int fused = 0;
+    for (int32_t i = 0; i < d->count; i++) {
+        if (fused && d->list[i].kind != LLMI_STRIP && d->list[i].kind != LLMI_FUSE)
+            LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "a decoder with a step other than Strip after Fuse");
+        if (!fused && d->list[i].kind == LLMI_STRIP) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "a decoder with Strip before Fuse");
+        fused |= d->list[i].kind == LLMI_FUSE;
+    }
+}
+
+/* ---- post-processors: ids around a text ---- */
+
+static void llmi_add_around(llmi_reader *rd, int after, const moq_json *v)
+{
+    llm_tokenizer *t = rd->t;
+    int32_t id = llmi_read_id(rd, v, "of the post-processor"), *count = after ? &t->after_count : &t->before_count;
+    if (rd->code < 0) return;
+    if (*count >= LLMI_MAX_AROUND) LLMI_REFUSE(rd, MOQ_E_LIMIT, "the post-processor adds more than %d tokens", LLMI_MAX_AROUND);
+    else (after ? t->after : t->before)[(*count)++] = id;
+}
+
+static void llmi_read_template(llmi_reader *rd, const moq_json *v)
+{
+    const moq_json *single = llmi_member(v, "single"), *known = llmi_member(v, "special_tokens");
+    int after = 0;
+    for (const moq_json *e = moq_json_first(single); e && rd->code >= 0; e = moq_json_next(single, e)) {
+        const char *name = llmi_word(llmi_member(e, "SpecialToken"), "id", NULL);
+        if (!name) { after = 1; continue; }
+        const moq_json *ids = llmi_member(llmi_member(known, name), "ids");
+        if (!ids) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "the post-processor uses '%q', which its special_tokens do not define", name);
+        for (const moq_json *id = moq_json_first(ids); id; id = moq_json_next(ids, id)) llmi_add_around(rd, after, id);
+    }
+}
+
+static void llmi_read_post(llmi_reader *rd, const moq_json *v)
+{
+    const char *type = llmi_word(v, "type", "(none)");
+    if (!v || rd->code < 0) return;
+    if (strcmp(type, "Sequence") == 0) {
+        const moq_json *list = llmi_member(v, "processors");
+        for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) llmi_read_post(rd, e);
+    } else if (strcmp(type, "TemplateProcessing") == 0) {
+        llmi_read_template(rd, v);
+    } else if (strcmp(type, "RobertaProcessing") == 0 || strcmp(type, "BertProcessing") == 0) {
+        llmi_add_around(rd, 0, moq_json_at(llmi_member(v, "cls"), 1));
+        llmi_add_around(rd, 1, moq_json_at(llmi_member(v, "sep"), 1));
+    } else if (strcmp(type, "ByteLevel") != 0) {
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "post-processor '%q'; known are TemplateProcessing, ByteLevel, BertProcessing, RobertaProcessing, Sequence", type);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-encode      text to ids and back: added tokens, normalizer, pre-tokenizer, merges, decoder
+   The stages run in the order of the tokenizers package; every step is linear in the text, merging n log n.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Text of which some may hold control tokens (`special`) and some may not, such as what a user said. */
+typedef struct llmi_part { const char *text; size_t bytes; int special; } llmi_part;
+
+typedef struct llmi_symbol { int32_t id, before, after; } llmi_symbol; /* id -1: merged away */
+typedef struct llmi_candidate { uint64_t key; int32_t id; } llmi_candidate; /* key: rank, then position */
+
+/* Everything one call needs; nothing in the tokenizer changes. */
+typedef struct llmi_coder {
+    const llm_tokenizer *t;
+    moq_allocator a;
+    llmi_bytes text;          /* valid UTF-8 */
+    llmi_ids ranges;          /* pairs: where control tokens may stand */
+    llmi_bytes normal, spare; /* one segment after its normalizer */
+    llmi_bytes split;         /* the same after a pre-tokenizer that changes text */
+    llmi_ids found[2];        /* triples: id or -1, start, end */
+    llmi_ids pieces, next;    /* pairs: start, end */
+    llmi_ids spans;           /* triples: start, end, is a match */
+    llmi_matcher m;
+    llmi_symbol *symbols;
+    llmi_candidate *heap;
+    size_t symbol_capacity, heap_capacity, heap_count;
+    llmi_ids out;
+} llmi_coder;
+
+static void llmi_coder_make(llmi_coder *c, const llm_tokenizer *t)
+{
+    memset(c, 0, sizeof *c);
+    c->t = t;
+    c->a = c->m.a = t->a;
+    c->m.u = &t->u;
+    c->text = c->normal = c->spare = c->split = llmi_bytes_make(&t->a);
+    c->ranges = c->found[0] = c->found[1] = c->pieces = c->next = c->spans = c->out = llmi_ids_make(&t->a);
+}
+
+static void llmi_coder_drop(llmi_coder *c)
+{
+    llmi_bytes *texts[] = {&c->text, &c->normal, &c->spare, &c->split};
+    llmi_ids *lists[] = {&c->ranges, &c->found[0], &c->found[1], &c->pieces, &c->next, &c->spans, &c->out};
+    for (size_t i = 0; i < LLMI_COUNT(texts); i++) llmi_bytes_drop(texts[i]);
+    for (size_t i = 0; i < LLMI_COUNT(lists); i++) llmi_ids_drop(lists[i]);
+    llmi_matcher_drop(&c->m);
+    moq_release(&c->a, c->symbols, c->symbol_capacity * sizeof *c->symbols);
+    moq_release(&c->a, c->heap, c->heap_capacity * sizeof *c->heap);
+}
+
+static int llmi_add2(llmi_ids *v, size_t a, size_t b)
+{
+    int32_t x[2];
+    x[0] = (int32_t)a;
+    x[1] = (int32_t)b;
+    return llmi_ids_add(v, x, 2);
+}
+
+static int llmi_add3(llmi_ids *v, int32_t a, size_t b, size_t c)
+{
+    int32_t x[3];
+    x[0] = a;
+    x[1] = (int32_t)b;
+    x[2] = (int32_t)c;
+    return llmi_ids_add(v, x, 3);
+}
+
+/* ---- normalizer ---- */
+
+static int llmi_replace_literal(const char *s, size_t n, const char *from, const char *to, llmi_bytes *out)
+{
+    size_t m = strlen(from), done = 0;
+    for (size_t i = 0; m > 0 && i + m <= n;) {
+        const char *p = (const char *)memchr(s + i, from[0], n - i - m + 1);
+        if (!p) break;
+        i = (size_t)(p - s);
+        if (memcmp(p, from, m) != 0) { i++; continue; }
+        if (!llmi_bytes_add(out, s + done, i - done) || !llmi_bytes_add(out, to, strlen(to))) return 0;
+        done = i += m;
+    }
+    return llmi_bytes_add(out, s + done, n - done);
+}
+
+static int llmi_replace_pattern(llmi_matcher *m, const llmi_regex *x, const char *s, size_t n, const char *to, llmi_bytes *out)
+{
+    size_t done = 0;
+    llmi_matcher_set(m, x, s, n);
+    for (size_t i = 0; i < n;) {
+        uint32_t cp;
+        size_t end = llmi_match(m, i);
+        if (m->failed) return 0;
+        if (end == LLMI_NO_MATCH || end == i) { i += llmi_utf8_get(s + i, n - i, &cp, NULL); continue; }
+        if (!llmi_bytes_add(out, s + done, i - done) || !llmi_bytes_add(out, to, strlen(to))) return 0;
+        done = i = end;
+    }
+    return llmi_bytes_add(out, s + done, n - done);
+}
+
+/* White space at the end of s[from, n): where it begins. */
+static size_t llmi_space_before(const char *s, size_t from, size_t n)
+{
+    while (n > from) {
+        uint32_t cp;
+        size_t i = n - 1;
+        while (i > from && ((uint8_t)s[i] & 0xc0) == 0x80) i--;
+        llmi_utf8_get(s + i, n - i, &cp, NULL);
+        if (!llmi_is_space(cp)) break;
+        n = i;
+    }
+    return n;
+}
+
+/* White space at the start of s[i, n): where it ends. */
+static size_t llmi_space_after(const char *s, size_t i, size_t n)
+{
+    while (i < n) {
+        uint32_t cp;
+        size_t m = llmi_utf8_get(s + i, n - i, &cp, NULL);
+        if (!llmi_is_space(cp)) break;
+        i += m;
+    }
+    return i;
+}
+
+static int llmi_normalize_stage(llmi_coder *c, const llmi_stage *x, const char *s, size_t n, llmi_bytes *out)
+{
+    size_t from = 0;
+    switch (x->kind) {
+    case LLMI_NFC:
+    case LLMI_NFD:
+        return llmi_normalize(&c->t->u, s, n, x->kind == LLMI_NFC, out);
+    case LLMI_PREPEND:
+        return n == 0 || (llmi_bytes_add(out, x->to, strlen(x->to)) && llmi_bytes_add(out, s, n));
+    case LLMI_STRIP:
+        if (x->left) from = llmi_space_after(s, 0, n);
+        if (x->right) n = llmi_space_before(s, from, n);
+        return llmi_bytes_add(out, s + from, n - from);
+    default:
+        return x->pattern ? llmi_replace_pattern(&c->m, x->pattern, s, n, x->to, out) : llmi_replace_literal(s, n, x->from, x->to, out);
+    }
+}
+
+/* c->normal = normalizer(s). */
+static int llmi_run_normalizer(llmi_coder *c, const char *s, size_t n)
+{
+    const llmi_stages *list = &c->t->normalizer;
+    c->normal.count = 0;
+    if (!llmi_bytes_add(&c->normal, s, n)) return 0;
+    for (int32_t i = 0; i < list->count; i++) {
+        llmi_bytes t = c->spare;
+        t.count = 0;
+        int ok = llmi_normalize_stage(c, &list->list[i], c->normal.data, c->normal.count, &t);
+        c->spare = c->normal;
+        c->normal = t;
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+/* ---- added tokens ---- */
+
+static llmi_edge *llmi_trie_edge(const llmi_trie *t, uint32_t node, uint8_t byte)
+{
+    uint64_t key = (uint64_t)node * 256 + byte + 1;
+    size_t i = (size_t)llmi_fold(key, 0x9e3779b97f4a7c15u) & t->mask;
+    while (t->edges[i].key && t->edges[i].key != key) i = (i + 1) & t->mask;
+    return &t->edges[i];
+}
+
+/* The longest added token at s: its index + 1, or 0. */
+static int32_t llmi_trie_find(const llmi_trie *t, int root, const char *s, size_t n, size_t *bytes)
+{
+    int32_t best = 0;
+    uint32_t node = (uint32_t)root;
+    if (!t->edges || !t->first[root][(uint8_t)s[0]]) return 0;
+    for (size_t i = 0; i < n; i++) {
+        const llmi_edge *e = llmi_trie_edge(t, node, (uint8_t)s[i]);
+        if (!e->key) break;
+        node = e->to;
+        if (t->leaf[node]) { best = t->leaf[node]; *bytes = i + 1; }
+    }
+    return best;
+}
+
+static int llmi_is_word(const llmi_unicode *u, uint32_t c)
+{
+    int in = (int)((uint32_t)LLMI_WORD >> llmi_class(u, c) & 1u) || c == 0x200c || c == 0x200d; /* joiners too */
+    for (size_t i = 0; i < LLMI_COUNT(llmi_word_extra) && !in; i += 2) in = c >= llmi_word_extra[i] && c <= llmi_word_extra[i + 1];
+    return in;
+}
+
+/* Does a word go on across one end of [start, end)? */
+static int llmi_within_word(const llmi_unicode *u, const char *s, size_t n, size_t start, size_t end)
+{
+    uint32_t cp;
+    size_t i = start;
+    if (end < n) {
+        llmi_utf8_get(s + end, n - end, &cp, NULL);
+        if (llmi_is_word(u, cp)) return 1;
+    }
+    if (i == 0) return 0;
+    for (i--; i > 0 && ((uint8_t)s[i] & 0xc0) == 0x80; i--) {}
+    llmi_utf8_get(s + i, start - i, &cp, NULL);
+    return llmi_is_word(u, cp);
+}
+
+/* May a control token stand at [start, end) of the text? *cursor walks along the ranges. */
+static int llmi_is_allowed(const llmi_ids *ranges, size_t *cursor, size_t start, size_t end)
+{
+    while (*cursor < ranges->count && (size_t)ranges->data[*cursor + 1] < end) *cursor += 2;
+    return *cursor < ranges->count && (size_t)ranges->data[*cursor] <= start;
+}
+
+/* Cut a text at its added tokens: leftmost, then longest. Control tokens that may not stand there are skipped, as the
+   reference does: what they cover is not searched again. `base`: where s lies in the whole text, for c->ranges;
+   SIZE_MAX: it is no longer that text, and control tokens need one range that covers everything. */
+static int llmi_find_added(llmi_coder *c, int root, const char *s, size_t n, size_t base, llmi_ids *out)
+{
+    const llm_tokenizer *t = c->t;
+    size_t done = 0, cursor = 0, bytes = 0, total = c->text.count;
+    out->count = 0;
+    for (size_t i = 0; i < n;) {
+        int32_t index = llmi_trie_find(&t->trie, root, s + i, n - i, &bytes);
+        if (index == 0) { i++; continue; }
+        const llmi_added *x = &t->added[index - 1];
+        size_t start = i, end = i + bytes;
+        i = end;
+        size_t from = base == SIZE_MAX ? 0 : base + start, to = base == SIZE_MAX ? total : base + end;
+        if (x->special && !llmi_is_allowed(&c->ranges, &cursor, from, to)) continue;
+        if (x->single_word && llmi_within_word(&t->u, s, n, start, end)) continue;
+        if (x->lstrip) start = llmi_space_before(s, done, start);
+        if (x->rstrip) end = llmi_space_after(s, end, n);
+        if (done < start && !llmi_add3(out, -1, done, start)) return 0;
+        if (!llmi_add3(out, x->id, start, end)) return 0;
+        done = end;
+    }
+    return done == n || llmi_add3(out, -1, done, n);
+}
+
+/* ---- pre-tokenizer ---- */
+
+/* All matches of a pattern in s[start, end) and what lies between, as triples. */
+static int llmi_find_spans(llmi_coder *c, const llmi_stage *x, const char *s, size_t start, size_t end)
+{
+    size_t n = end - start, done = 0;
+    int hit = !x->invert;
+    c->spans.count = 0;
+    llmi_matcher_set(&c->m, x->pattern, s + start, n);
+    for (size_t i = 0; i < n;) {
+        uint32_t cp;
+        size_t to = llmi_match(&c->m, i);
+        if (c->m.failed) return 0;
+        if (to == LLMI_NO_MATCH || to == i) {
+            if (to == i && done < i && !llmi_add3(&c->spans, (int32_t)(start + done), start + i, (size_t)!hit)) return 0;
+            if (to == i) done = i;
+            i += llmi_utf8_get(s + start + i, n - i, &cp, NULL);
+            continue;
+        }
+        if (done < i && !llmi_add3(&c->spans, (int32_t)(start + done), start + i, (size_t)!hit)) return 0;
+        if (!llmi_add3(&c->spans, (int32_t)(start + i), start + to, (size_t)hit)) return 0;
+        done = i = to;
+    }
+    return done == n || llmi_add3(&c->spans, (int32_t)(start + done), end, (size_t)!hit);
+}
+
+/* c->spans become pieces: matches stay alone, vanish, or join a neighbour. */
+static int llmi_join_spans(llmi_coder *c, int behavior)
+{
+    int32_t *v = c->spans.data;
+    size_t count = c->spans.count / 3, used = 0;
+    int before = 0;
+    if (behavior == LLMI_WITH_NEXT) {
+        for (size_t i = 0; i < count; i++) {
+            if (used > 0 && v[3 * used - 1] && !v[3 * i + 2]) { /* a match takes along what comes right after it */
+                v[3 * used - 2] = v[3 * i + 1];
+                v[3 * used - 1] = 0;
+                continue;
+            }
+            memmove(v + 3 * used, v + 3 * i, 3 * sizeof *v);
+            used++;
+        }
+        count = used;
+    }
+    for (size_t i = 0; i < count; i++) {
+        int hit = v[3 * i + 2];
+        int joins = behavior == LLMI_CONTIGUOUS ? hit == before : behavior == LLMI_WITH_PREVIOUS ? hit && !before : 0;
+        before = hit;
+        if (behavior == LLMI_REMOVED && hit) continue;
+        if (joins && i > 0) {
+            c->next.data[c->next.count - 1] = v[3 * i + 1];
+            continue;
+        }
+        if (!llmi_add2(&c->next, (size_t)v[3 * i], (size_t)v[3 * i + 1])) return 0;
+    }
+    return 1;
+}
+
+static int llmi_split_pieces(llmi_coder *c, const llmi_stage *x, const char *s)
+{
+    c->next.count = 0;
+    for (size_t i = 0; i < c->pieces.count; i += 2) {
+        if (!llmi_find_spans(c, x, s, (size_t)c->pieces.data[i], (size_t)c->pieces.data[i + 1])) return 0;
+        if (!llmi_join_spans(c, x->behavior)) return 0;
+    }
+    llmi_ids t = c->pieces;
+    c->pieces = c->next;
+    c->next = t;
+    return 1;
+}
+
+/* Write every piece anew with its prefix, and for Metaspace with visible spaces; *s and *n become the new text. */
+static int llmi_prefix_pieces(llmi_coder *c, const llmi_stage *x, int at_start, const char **s)
+{
+    const char *prefix = x->kind == LLMI_BYTES ? " " : x->to;
+    size_t bytes = strlen(prefix);
+    llmi_bytes out = c->spare;
+    int ok = 1;
+    out.count = 0;
+    for (size_t i = 0; i < c->pieces.count && ok; i += 2) {
+        const char *p = *s + c->pieces.data[i];
+        size_t n = (size_t)(c->pieces.data[i + 1] - c->pieces.data[i]), from = out.count;
+        int has = n >= bytes && memcmp(p, prefix, bytes) == 0, wanted = x->kind == LLMI_BYTES ? x->prefix : x->prefix == LLMI_ALWAYS;
+        if (x->kind == LLMI_METASPACE && x->prefix == LLMI_FIRST) wanted = at_start && i == 0;
+        if (n > 0 && p[0] == ' ') has = 1;
+        if (wanted && !has) ok = llmi_bytes_add(&out, prefix, bytes);
+        if (ok) ok = x->kind == LLMI_BYTES ? llmi_bytes_add(&out, p, n) : llmi_replace_literal(p, n, " ", x->to, &out);
+        c->pieces.data[i] = (int32_t)from;
+        c->pieces.data[i + 1] = (int32_t)out.count;
+    }
+    c->spare = c->split;
+    c->split = out;
+    *s = out.data;
+    return ok;
+}
+
+/* ---- merges ---- */
+
+static int llmi_heap_push(llmi_coder *c, uint64_t key, int32_t id)
+{
+    if (c->heap_count == c->heap_capacity) {
+        llmi_candidate *p = (llmi_candidate *)llmi_grow(&c->a, c->heap, c->heap_count, &c->heap_capacity, c->heap_count + 1, sizeof *p);
+        if (!p) return 0;
+        c->heap = p;
+    }
+    size_t i = c->heap_count++;
+    for (; i > 0 && c->heap[(i - 1) / 2].key > key; i = (i - 1) / 2) c->heap[i] = c->heap[(i - 1) / 2];
+    c->heap[i].key = key;
+    c->heap[i].id = id;
+    return 1;
+}
+
+static llmi_candidate llmi_heap_pop(llmi_coder *c)
+{
+    llmi_candidate top = c->heap[0], last = c->heap[--c->heap_count];
+    size_t i = 0, n = c->heap_count;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child >= n) break;
+        if (child + 1 < n && c->heap[child + 1].key < c->heap[child].key) child++;
+        if (c->heap[child].key >= last.key) break;
+        c->heap[i] = c->heap[child];
+        i = child;
+    }
+    c->heap[i] = last;
+    return top;
+}
+
+/* The pair that begins at symbol i becomes a candidate when there is a merge for it. */
+static int llmi_offer(llmi_coder *c, int32_t i)
+{
+    const llmi_symbol *s = &c->symbols[i];
+    if (s->after < 0) return 1;
+    const llmi_merge *m = llmi_find_merge(c->t, s->id, c->symbols[s->after].id);
+    return !m || llmi_heap_push(c, (uint64_t)(uint32_t)m->rank << 32 | (uint32_t)i, m->id);
+}
+
+/* Merge symbols [0, n): always the lowest rank, then the leftmost; what remains goes to the output. */
+static int llmi_merge_symbols(llmi_coder *c, size_t n)
+{
+    c->heap_count = 0;
+    for (size_t i = 0; i < n; i++) {
+        c->symbols[i].before = (int32_t)i - 1;
+        c->symbols[i].after = i + 1 < n ? (int32_t)i + 1 : -1;
+    }
+    for (size_t i = 0; i + 1 < n; i++)
+        if (!llmi_offer(c, (int32_t)i)) return 0;
+    while (c->heap_count > 0) {
+        llmi_candidate top = llmi_heap_pop(c);
+        int32_t at = (int32_t)(uint32_t)top.key;
+        llmi_symbol *s = &c->symbols[at];
+        if (s->id < 0 || s->after < 0) continue;
+        llmi_symbol *next = &c->symbols[s->after];
+        const llmi_merge *m = llmi_find_merge(c->t, s->id, next->id);
+        if (!m || m->id != top.id) continue; /* one of the two has changed since */
+        s->id = m->id;
+        next->id = -1;
+        s->after = next->after;
+        if (s->after >= 0) c->symbols[s->after].before = at;
+        if (s->before >= 0 && !llmi_offer(c, s->before)) return 0;
+        if (!llmi_offer(c, at)) return 0;
+    }
+    for (int32_t i = 0; n > 0 && i >= 0; i = c->symbols[i].after)
+        if (!llmi_ids_add(&c->out, &c->symbols[i].id, 1)) return 0;
+    return 1;
+}
+
+/* Id of a text in the model's own vocabulary, without the tokens added to it; -1: none. */
+static int32_t llmi_vocab_id(const llm_tokenizer *t, const char *s, size_t n)
+{
+    const llmi_slot *x = llmi_map_find(&t->names, s, n);
+    return x && t->tokens[x->value].in_vocab ? x->value : -1;
+}
+
+/* The whole piece as one token, for ignore_merges; -1: none. */
+static int32_t llmi_whole_piece(const llm_tokenizer *t, const char *s, size_t n)
+{
+    if (!t->byte_level) return llmi_vocab_id(t, s, n);
+    char text[512];
+    size_t m = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (m + 4 > sizeof text) return -1;
+        m += llmi_utf8_put(llmi_byte_letter((uint8_t)s[i]), text + m);
+    }
+    return llmi_vocab_id(t, text, m);
+}
+
+/* Symbols of one piece: bytes, or characters with bytes or the unknown token where a character is not in the vocabulary.
+   Unknown bytes and characters without any of these vanish. */
+static size_t llmi_first_symbols(llmi_coder *c, const char *s, size_t n)
+{
+    const llm_tokenizer *t = c->t;
+    size_t used = 0;
+    int unknown = 0; /* the last symbol is a run of unknowns */
+    for (size_t i = 0, m; i < n; i += m) {
+        uint32_t cp;
+        int32_t id;
+        m = t->byte_level ? 1 : llmi_utf8_get(s + i, n - i, &cp, NULL);
+        id = t->byte_level ? t->byte_ids[(uint8_t)s[i]] : llmi_vocab_id(t, s + i, m);
+        if (id < 0 && t->byte_fallback) {
+            for (size_t k = 0; k < m; k++) c->symbols[used++].id = t->byte_ids[(uint8_t)s[i + k]];
+            continue;
+        }
+        int joins = id < 0 && unknown && t->fuse_unk;
+        unknown = id < 0 && t->unk >= 0;
+        if (id < 0) id = t->unk;
+        if (id >= 0 && !joins) c->symbols[used++].id = id;
+    }
+    return used;
+}
+
+static int llmi_encode_piece(llmi_coder *c, const char *s, size_t n)
+{
+    int32_t id = c->t->ignore_merges ? llmi_whole_piece(c->t, s, n) : -1;
+    if (id >= 0) return llmi_ids_add(&c->out, &id, 1);
+    if (c->symbol_capacity < n) {
+        llmi_symbol *p = (llmi_symbol *)llmi_grow(&c->a, c->symbols, 0, &c->symbol_capacity, n, sizeof *p);
+        if (!p) return 0;
+        c->symbols = p;
+    }
+    return llmi_merge_symbols(c, llmi_first_symbols(c, s, n));
+}
+
+/* ---- encode ---- */
+
+/* Normalized text without added tokens. */
+static int llmi_encode_plain(llmi_coder *c, const char *s, size_t n, int at_start)
+{
+    const llmi_stages *list = &c->t->splitter;
+    c->pieces.count = 0;
+    if (n == 0) return 1;
+    if (!llmi_add2(&c->pieces, 0, n)) return 0;
+    for (int32_t i = 0; i < list->count; i++) {
+        const llmi_stage *x = &list->list[i];
+        if ((x->kind == LLMI_METASPACE || x->prefix) && !llmi_prefix_pieces(c, x, at_start, &s)) return 0;
+        if (x->pattern && !llmi_split_pieces(c, x, s)) return 0;
+    }
+    for (size_t i = 0; i < c->pieces.count; i += 2)
+        if (!llmi_encode_piece(c, s + c->pieces.data[i], (size_t)(c->pieces.data[i + 1] - c->pieces.data[i]))) return 0;
+    return 1;
+}
+
+/* A stretch [start, end) of the text between raw added tokens. */
+static int llmi_encode_segment(llmi_coder *c, size_t start, size_t end)
+{
+    const char *s = c->text.data + start;
+    size_t n = end - start;
+    if (!llmi_run_normalizer(c, s, n)) return 0;
+    int same = c->normal.count == n && memcmp(c->normal.data, s, n) == 0;
+    llmi_ids *found = &c->found[1];
+    if (!llmi_find_added(c, 1, c->normal.data, c->normal.count, same ? start : SIZE_MAX, found)) return 0;
+    for (size_t i = 0; i < found->count; i += 3) {
+        const int32_t *x = found->data + i;
+        if (x[0] >= 0) {
+            if (!llmi_ids_add(&c->out, x, 1)) return 0;
+        } else if (!llmi_encode_plain(c, c->normal.data + x[1], (size_t)(x[2] - x[1]), start == 0 && x[1] == 0)) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* Append text as valid UTF-8, every maximal part that is none as U+FFFD. */
+static int llmi_add_valid(llmi_bytes *out, const char *s, size_t n)
+{
+    size_t done = 0;
+    for (size_t i = 0, m; i < n; i += m) {
+        uint32_t cp;
+        m = 1;
+        if ((uint8_t)s[i] < 0x80) continue;
+        m = llmi_utf8_get(s + i, n - i, &cp, NULL);
+        if (cp != LLMI_REPLACEMENT || (m == 3 && memcmp(s + i, "\xef\xbf\xbd", 3) == 0)) continue;
+        if (!llmi_bytes_add(out, s + done, i - done) || !llmi_bytes_add(out, "\xef\xbf\xbd", 3)) return 0;
+        done = i + m;
+    }
+    return llmi_bytes_add(out, s + done, n - done);
+}
+
+/* The ids of parts written one after the other, into c->out. 0: out of memory. */
+static int llmi_encode_parts(llmi_coder *c, const llmi_part *parts, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        size_t from = c->text.count, last = c->ranges.count;
+        if (!llmi_add_valid(&c->text, parts[i].text, parts[i].bytes) || c->text.count > INT32_MAX / 4) return 0;
+        if (!parts[i].special) continue;
+        if (last && (size_t)c->ranges.data[last - 1] == from) c->ranges.data[last - 1] = (int32_t)c->text.count;
+        else if (!llmi_add2(&c->ranges, from, c->text.count)) return 0;
+    }
+    llmi_ids *found = &c->found[0];
+    if (!llmi_find_added(c, 0, c->text.data, c->text.count, 0, found)) return 0;
+    for (size_t i = 0; i < found->count; i += 3) {
+        const int32_t *x = found->data + i;
+        if (x[0] >= 0 ? !llmi_ids_add(&c->out, x, 1) : !llmi_encode_segment(c, (size_t)x[1], (size_t)x[2])) return 0;
+    }
+    return 1;
+}
+
+LLM_API size_t llm_encode(const llm_tokenizer *t, const char *text, size_t bytes, uint32_t flags, int32_t *ids, size_t capacity)
+{
+    llmi_coder c;
+    llmi_part part;
+    size_t need = SIZE_MAX;
+    if (!t || (bytes && !text)) return SIZE_MAX;
+    part.text = text ? text : "";
+    part.bytes = bytes;
+    part.special = (flags & LLM_SPECIAL) != 0;
+    llmi_coder_make(&c, t);
+    int around = (flags & LLM_BOS) != 0;
+    int ok = !around || llmi_ids_add(&c.out, t->before, (size_t)t->before_count);
+    ok = ok && llmi_encode_parts(&c, &part, 1);
+    ok = ok && (!around || llmi_ids_add(&c.out, t->after, (size_t)t->after_count));
+    if (ok) {
+        need = c.out.count;
+        size_t n = need < capacity ? need : capacity;
+        if (ids && n) memcpy(ids, c.out.data, n * sizeof *ids);
+    }
+    llmi_coder_drop(&c);
+    return need;
+}
+
+/* ---- decode ---- */
+
+/* What a token shows, in the place of another than the first token, into out. */
+static int llmi_show_token(const llm_tokenizer *t, const llmi_token *x, llmi_bytes *out, llmi_bytes *spare)
+{
+    out->count = 0;
+    if (!llmi_bytes_add(out, x->text, x->bytes)) return 0;
+    for (int32_t i = 0; i < t->decoder.count; i++) {
+        const llmi_stage *d = &t->decoder.list[i];
+        llmi_bytes from = *out;
+        int ok = 1;
+        *out = *spare;
+        out->count = 0;
+        if (d->kind == LLMI_BYTES) {
+            for (size_t k = 0, m; k < from.count && ok; k += m) {
+                uint32_t cp;
+                m = llmi_utf8_get(from.data + k, from.count - k, &cp, NULL);
+                int b = llmi_letter_byte(cp);
+                char byte = (char)b;
+                if (b >= 0) { ok = llmi_bytes_add(out, &byte, 1); continue; }
+                out->count = 0; /* not written in byte letters: an added token, shown as it is */
+                ok = llmi_bytes_add(out, from.data, from.count);
+                break;
+            }
+        } else if (d->kind == LLMI_REPLACE || d->kind == LLMI_METASPACE) {
+            int meta = d->kind == LLMI_METASPACE;
+            ok = llmi_replace_literal(from.data, from.count, meta ? d->to : d->from, meta ? " " : d->to, out);
+        } else if (d->kind == LLMI_BYTE_FALLBACK && from.count == 6 && memcmp(from.data, "<0x", 3) == 0 && from.data[5] == '>' &&
+                   llmi_hex(from.data[3]) >= 0 && llmi_hex(from.data[4]) >= 0) {
+            char byte = (char)(llmi_hex(from.data[3]) * 16 + llmi_hex(from.data[4]));
+            ok = llmi_bytes_add(out, &byte, 1);
+        } else {
+            ok = llmi_bytes_add(out, from.data, from.count);
+        }
+        *spare = from;
+        if (!ok) return 0;
+    }
+    return 1;
+}
+
+typedef struct llmi_sink { char *text; size_t capacity, count; } llmi_sink;
+
+static void llmi_sink_add(llmi_sink *k, const char *s, size_t n)
+{
+    if (k->count < k->capacity) memcpy(k->text + k->count, s, n < k->capacity - k->count ? n : k->capacity - k->count);
+    k->count += n;
+}
+
+/* The first token of a text under Metaspace: the space in front was never there. */
+static void llmi_sink_first(llmi_sink *k, const llmi_token *x, const char *space)
+{
+    size_t n = strlen(space), done = 0;
+    for (size_t i = 0; i + n <= x->bytes;) {
+        if (memcmp(x->text + i, space, n) != 0) { i++; continue; }
+        llmi_sink_add(k, x->text + done, i - done);
+        done = i += n;
+    }
+    llmi_sink_add(k, done ? x->text + done : x->shown, done ? x->bytes - done : x->shown_bytes);
+}
+
+LLM_API size_t llm_decode(const llm_tokenizer *t, const int32_t *ids, size_t count, uint32_t flags, char *text, size_t capacity)
+{
+    llmi_sink k = {text, text ? capacity : 0, 0};
+    const llmi_stage *meta = NULL, *strip = NULL;
+    int first = 1;
+    if (!t || !ids) count = 0;
+    for (int32_t i = 0; t && i < t->decoder.count; i++) {
+        const llmi_stage *d = &t->decoder.list[i];
+        if (d->kind == LLMI_METASPACE && d->prefix != LLMI_NEVER) meta = d;
+        if (d->kind == LLMI_STRIP && !strip) strip = d;
+    }
+    int32_t left = strip ? strip->left : 0; /* characters that may still be taken from the front */
+    for (size_t i = 0; i < count; i++) {
+        if (ids[i] < 0 || ids[i] >= t->count) continue;
+        const llmi_token *x = &t->tokens[ids[i]];
+        const char *s = x->shown;
+        size_t n = x->shown_bytes, m = strip ? strlen(strip->from) : 0;
+        if (!x->present || (x->special && !(flags & LLM_SPECIAL))) continue;
+        if (!first && t->decoder.count == 0) llmi_sink_add(&k, " ", 1);
+        if (first && meta) { first = 0; llmi_sink_first(&k, x, meta->to); continue; }
+        first = 0;
+        for (; left > 0 && m > 0 && n >= m && memcmp(s, strip->from, m) == 0; left--, s += m, n -= m) {}
+        if (n > 0) left = 0;
+        llmi_sink_add(&k, s, n);
+    }
+    if (k.capacity > k.count) k.text[k.count] = 0;
+    return k.count;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-open        added tokens, end tokens, and opening a tokenizer
+   All that encoding and decoding need is settled here once; after a failure nothing stays allocated.
+   ------------------------------------------------------------------------------------------------ */
+
+static void llmi_trie_add(llmi_trie *t, int root, const char *s, size_t n, int32_t index)
+{
+    uint32_t node = (uint32_t)root;
+    if (n == 0) return;
+    t->first[root][(uint8_t)s[0]] = 1;
+    for (size_t i = 0; i < n; i++) {
+        llmi_edge *e = llmi_trie_edge(t, node, (uint8_t)s[i]);
+        if (!e->key) {
+            e->key = (uint64_t)node * 256 + (uint8_t)s[i] + 1;
+            e->to = t->nodes++;
+        }
+        node = e->to;
+    }
+    if (!t->leaf[node]) t->leaf[node] = index + 1;
+}
+
+static void llmi_read_added_token(llmi_reader *rd, const moq_json *e, int32_t index)
+{
+    llm_tokenizer *t = rd->t;
+    llmi_added *x = &t->added[index];
+    const moq_json *content = moq_json_find(e, "content");
+    size_t bytes = content ? content->text_bytes : 0;
+    if (!moq_json_string(content) || bytes == 0) { LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "added token %d is an empty text", (int)index); return; }
+    if (bytes > LLMI_MAX_ADDED_BYTES) {
+        LLMI_REFUSE(rd, MOQ_E_LIMIT, "added token %d has %llu bytes; the limit is %d", (int)index, (unsigned long long)bytes, LLMI_MAX_ADDED_BYTES);
+        return;
+    }
+    x->id = llmi_read_id(rd, moq_json_find(e, "id"), content->text);
+    x->single_word = (uint8_t)llmi_flag(e, "single_word", 0);
+    x->lstrip = (uint8_t)llmi_flag(e, "lstrip", 0);
+    x->rstrip = (uint8_t)llmi_flag(e, "rstrip", 0);
+    x->special = (uint8_t)llmi_flag(e, "special", 0);
+    x->normalized = (uint8_t)llmi_flag(e, "normalized", !x->special);
+    if (rd->code < 0) return;
+    const llmi_slot *s = llmi_map_find(&t->names, content->text, bytes);
+    if (s) {
+        x->id = s->value; /* the vocabulary's own id counts */
+    } else if (t->tokens[x->id].present) {
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "tokens '%q' and '%q' both have the id %d", t->tokens[x->id].text, content->text, (int)x->id);
+        return;
+    } else {
+        char *text = llmi_take_text(&t->r, content->text, bytes);
+        if (!text) { llmi_reader_nomem(rd); return; }
+        llmi_set_token(t, x->id, text, (uint32_t)bytes);
+        llmi_map_add(&t->names, text, bytes, x->id);
+    }
+    if (t->tokens[x->id].added) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "added token %d, '%q', is in the list twice", (int)index, content->text);
+    t->tokens[x->id].added = 1;
+    t->tokens[x->id].special = x->special;
+}
+
+/* All nodes of the trie come from the bytes of the tokens, so its tables are sized first. */
+static void llmi_make_trie(llmi_reader *rd, size_t bytes, size_t count)
+{
+    llm_tokenizer *t = rd->t;
+    llmi_coder c;
+    size_t capacity = 64, nodes = bytes + 2;
+    while (capacity / 2 < nodes) capacity *= 2;
+    t->trie.edges = (llmi_edge *)llmi_take(&t->r, capacity, sizeof *t->trie.edges);
+    t->trie.leaf = (int32_t *)llmi_take(&t->r, nodes, sizeof *t->trie.leaf);
+    if (!t->trie.edges || !t->trie.leaf) { llmi_reader_nomem(rd); return; }
+    t->trie.mask = capacity - 1;
+    t->trie.nodes = 2;
+    llmi_coder_make(&c, t);
+    for (size_t i = 0; i < count && rd->code >= 0; i++) {
+        const llmi_added *x = &t->added[i];
+        llmi_token *token = &t->tokens[x->id];
+        const char *s = token->text;
+        size_t n = token->bytes;
+        if (x->normalized) {
+            if (!llmi_run_normalizer(&c, s, n)) { llmi_reader_nomem(rd); break; }
+            token->text = s = llmi_take_text(&t->r, c.normal.data, c.normal.count); /* decoding shows it normalized, too */
+            token->bytes = (uint32_t)(n = c.normal.count);
+            if (!s) { llmi_reader_nomem(rd); break; }
+        }
+        if (t->trie.nodes + n > nodes) LLMI_REFUSE(rd, MOQ_E_LIMIT, "added tokens that grow when they are normalized");
+        else llmi_trie_add(&t->trie, x->normalized, s, n, (int32_t)i);
+    }
+    llmi_coder_drop(&c);
+}
+
+static void llmi_read_added(llmi_reader *rd, const moq_json *list)
+{
+    llm_tokenizer *t = rd->t;
+    size_t count = list ? list->count : 0, bytes = 0, each = 0;
+    int32_t index = 0;
+    if (rd->code < 0 || count == 0) return;
+    if (list->type != MOQ_JSON_ARRAY) { LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "added_tokens is not a list"); return; }
+    t->added = (llmi_added *)llmi_take(&t->r, count, sizeof *t->added);
+    if (!t->added) { llmi_reader_nomem(rd); return; }
+    for (const moq_json *e = moq_json_first(list); e && rd->code >= 0; e = moq_json_next(list, e)) {
+        llmi_read_added_token(rd, e, index);
+        if (rd->code >= 0) bytes += t->tokens[t->added[index].id].bytes;
+        index++;
+    }
+    for (int32_t i = 0; i < t->normalizer.count; i++) each += strlen(t->normalizer.list[i].to);
+    if (rd->code >= 0) llmi_make_trie(rd, bytes * (each ? 4 : 3) + count * each, count); /* marks decompose to at most 3 times */
+}
+
+/* Settle what every token shows once, so that decoding only copies. */
+static void llmi_read_shown(llmi_reader *rd)
+{
+    llm_tokenizer *t = rd->t;
+    llmi_bytes out = llmi_bytes_make(&t->a), spare = llmi_bytes_make(&t->a), all = llmi_bytes_make(&t->a);
+    int ok = 1;
+    for (int32_t i = 0; i < t->count && ok; i++) {
+        llmi_token *x = &t->tokens[i];
+        if (!x->present) continue;
+        ok = llmi_show_token(t, x, &out, &spare);
+        x->shown_bytes = (uint32_t)out.count;
+        ok = ok && llmi_bytes_add(&all, out.data, out.count);
+    }
+    char *text = ok ? llmi_take_text(&t->r, all.data, all.count) : NULL;
+    for (int32_t i = 0; i < t->count && text; text += t->tokens[i++].shown_bytes) t->tokens[i].shown = text;
+    if (!ok || (t->count && !t->tokens[0].shown)) llmi_reader_nomem(rd);
+    llmi_bytes_drop(&out);
+    llmi_bytes_drop(&spare);
+    llmi_bytes_drop(&all);
+}
+
+static void llmi_read_tokenizer(llmi_reader *rd, const moq_json *root)
+{
+    llm_tokenizer *t = rd->t;
+    const moq_json *added = llmi_member(root, "added_tokens");
+    if (!llmi_unicode_make(&t->u, &t->r)) llmi_reader_nomem(rd);
+    if (rd->code >= 0) llmi_read_model(rd, llmi_member(root, "model"), added);
+    llmi_read_normalizer(rd, llmi_member(root, "normalizer"));
+    llmi_read_splitter(rd, llmi_member(root, "pre_tokenizer"));
+    llmi_read_decoder(rd, llmi_member(root, "decoder"));
+    llmi_check_decoder(rd);
+    llmi_read_post(rd, llmi_member(root, "post_processor"));
+    if (t->byte_level && t->byte_fallback) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "byte_fallback together with the pre-tokenizer ByteLevel");
+    llmi_read_added(rd, added);
+    if (rd->code >= 0) llmi_read_shown(rd);
+}
+
+/* ---- the other files: end tokens and the chat template ---- */
+
+static void llmi_add_end_id(llm_tokenizer *t, int32_t id)
+{
+    if (id < 0 || id >= t->count || t->end_count >= LLMI_MAX_ENDS) return;
+    for (int32_t i = 0; i < t->end_count; i++)
+        if (t->ends[i] == id) return;
+    t->ends[t->end_count++] = id;
+}
+
+/* eos_token_id: a number or a list of numbers. */
+static void llmi_read_end_ids(llm_tokenizer *t, const moq_json *v)
+{
+    int64_t id;
+    if (moq_json_int(v, &id) && id >= 0 && id < t->count) llmi_add_end_id(t, (int32_t)id);
+    for (const moq_json *e = v && v->type == MOQ_JSON_ARRAY ? moq_json_first(v) : NULL; e; e = moq_json_next(v, e))
+        if (moq_json_int(e, &id) && id >= 0 && id < t->count) llmi_add_end_id(t, (int32_t)id);
+}
+
+/* Control tokens that end a turn where the chat template writes them. */
+static void llmi_read_known_ends(llm_tokenizer *t)
+{
+    static const char *const known[] = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "</s>", "<end_of_turn>", "<|return|>",
+                                        "<|end_of_turn|>", "<|call|>", "<|end_of_text|>", "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
+    for (size_t i = 0; i < LLMI_COUNT(known) && t->frame_text; i++) {
+        int32_t id = llm_token_find(t, known[i]);
+        if (id >= 0 && t->tokens[id].special && strstr(t->frame_text, known[i])) llmi_add_end_id(t, id);
+    }
+}
+
+/* bos_token and its like: a text, or an object with the text as "content". */
+static const char *llmi_read_named(llmi_reader *rd, const moq_json *config, const char *key)
+{
+    const moq_json *v = llmi_member(config, key);
+    const char *s = moq_json_string(v) ? moq_json_string(v) : llmi_word(v, "content", "");
+    return *s ? llmi_keep(rd, s) : "";
+}
+
+/* chat_template of tokenizer_config.json: a text, or a list of which the one named "default" counts. */
+static void llmi_read_frame_text(llmi_reader *rd, const moq_json *config)
+{
+    const moq_json *v = llmi_member(config, "chat_template");
+    const char *s = moq_json_string(v);
+    for (const moq_json *e = v && v->type == MOQ_JSON_ARRAY ? moq_json_first(v) : NULL; e && !s; e = moq_json_next(v, e))
+        if (moq_json_is(moq_json_find(e, "name"), "default")) s = moq_json_string(moq_json_find(e, "template"));
+    if (s && !rd->t->frame_text) rd->t->frame_text = llmi_keep(rd, s);
+}
+
+/* A file that may be absent: NULL then, and after an error, which is kept. */
+static moq_json_doc *llmi_read_optional(llmi_reader *rd, const moq_checkpoint *ck, const char *name)
+{
+    moq_error e;
+    memset(&e, 0, sizeof e);
+    moq_json_doc *doc = rd->code < 0 ? NULL : moq_read_json(ck, name, MOQ_JSON_CONFIG, &e);
+    if (!doc && rd->code >= 0 && e.code != MOQ_E_NOTFOUND) {
+        rd->code = e.code < 0 ? e.code : MOQ_E_IO;
+        if (rd->err) *rd->err = e;
+    }
+    return doc;
+}
+
+static void llmi_read_neighbours(llmi_reader *rd, const moq_checkpoint *ck)
+{
+    llm_tokenizer *t = rd->t;
+    moq_error e;
+    size_t bytes = 0;
+    char *jinja = moq_read_text(ck, "chat_template.jinja", &bytes, &e);
+    if (jinja) t->frame_text = llmi_keep(rd, jinja);
+    moq_release(moq_get_allocator(ck), jinja, bytes + 1);
+    moq_json_doc *doc = llmi_read_optional(rd, ck, "tokenizer_config.json");
+    if (doc) {
+        const moq_json *root = moq_json_root(doc);
+        t->bos = llmi_read_named(rd, root, "bos_token");
+        t->eos = llmi_read_named(rd, root, "eos_token");
+        llmi_read_frame_text(rd, root);
+        if (*t->eos) llmi_add_end_id(t, llm_token_find(t, t->eos));
+    }
+    moq_json_destroy(doc);
+    doc = llmi_read_optional(rd, ck, "generation_config.json");
+    if (doc) llmi_read_end_ids(t, moq_json_find(moq_json_root(doc), "eos_token_id"));
+    moq_json_destroy(doc);
+    llmi_read_end_ids(t, moq_json_find(moq_get_config(ck), "eos_token_id"));
+    llmi_read_known_ends(t);
+}
+
+/* Every id must have a row in the embedding. */
+static void llmi_check_rows(llmi_reader *rd, const moq_checkpoint *ck)
+{
+    const llm_tokenizer *t = rd->t;
+    int64_t rows;
+    if (rd->code < 0 || !moq_json_int(moq_json_find(moq_get_config(ck), "vocab_size"), &rows) || t->count <= rows) return;
+    rd->code = moq_fail(rd->err, MOQ_E_MISMATCH, LLMI_TOKENIZER, "token '%q' has the id %d, but config.json has vocab_size %lld; the two are not of one model",
+                        t->tokens[t->count - 1].text ? t->tokens[t->count - 1].text : "", (int)(t->count - 1), (long long)rows);
+}
+
+LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *err)
+{
+    if (!ck) {
+        moq_fail(err, MOQ_E_ARG, "llm_tokenizer_open", "no checkpoint was given");
+        return NULL;
+    }
+    const moq_allocator *a = moq_get_allocator(ck);
+    llm_tokenizer *t = (llm_tokenizer *)moq_allocate(a, sizeof *t);
+    if (!t) {
+        llmi_nomem(err, LLMI_TOKENIZER);
+        return NULL;
+    }
+    llmi_reader rd = {t, MOQ_OK, err};
+    if (a) t->a = *a;
+    t->r = llmi_arena_make(a);
+    t->unk = -1;
+    t->bos = t->eos = "";
+    moq_json_doc *doc = moq_read_json(ck, LLMI_TOKENIZER, MOQ_JSON_STRICT, err);
+    if (doc) llmi_read_tokenizer(&rd, moq_json_root(doc));
+    if (doc && rd.code >= 0) llmi_read_neighbours(&rd, ck);
+    if (doc) llmi_check_rows(&rd, ck);
+    moq_json_destroy(doc);
+    if (doc && rd.code >= 0) return t;
+    llm_tokenizer_close(t);
+    return NULL;
+}
+
+LLM_API void llm_tokenizer_close(llm_tokenizer *t)
+{
+    if (!t) return;
+    moq_allocator a = t->a;
+    llmi_arena_drop(&t->r);
+    moq_release(&a, t, sizeof *t);
+}
+
+LLM_API int32_t llm_vocab(const llm_tokenizer *t) { return t ? t->count : 0; }
+
+LLM_API int32_t llm_token_find(const llm_tokenizer *t, const char *text)
+{
+    const llmi_slot *s = t && text ? llmi_map_find(&t->names, text, strlen(text)) : NULL;
+    return s ? s->value : -1;
+}
+
+LLM_API int llm_is_end(const llm_tokenizer *t, int32_t id)
+{
+    for (int32_t i = 0; t && i < t->end_count; i++)
+        if (t->ends[i] == id) return 1;
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-chat        chat frames
+   The folder's own chat template is recognised by what it says and its frame is written exactly; an unknown one is refused, never guessed.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ---- a template in one spelling ----
+   Templates of one frame differ in quotes, spaces and ways to name a member. The canonical spelling: as Jinja trims white
+   space around tags (with the newline after a tag and blanks before it removed, as Hugging Face renders), no blanks or
+   dashes in tags, "double" quotes with escapes resolved, joined literals one literal, x["y"] written x.y. */
+
+#define LLMI_QUOTE '\005' /* a double quote within a literal */
+
+typedef struct llmi_spelling { llmi_bytes out; int ok; } llmi_spelling;
+
+static void llmi_spell(llmi_spelling *p, const char *s, size_t n)
+{
+    if (p->ok) p->ok = llmi_bytes_add(&p->out, s, n);
+}
+
+/* The literal that begins at s[i] with its quote; returns the position after it. */
+static size_t llmi_spell_literal(llmi_spelling *p, const char *s, size_t i, size_t n)
+{
+    char quote = s[i++];
+    if (p->ok && p->out.count >= 2 && memcmp(p->out.data + p->out.count - 2, "\"+", 2) == 0) p->out.count -= 2;
+    else llmi_spell(p, "\"", 1);
+    for (; i < n && s[i] != quote; i++) {
+        char c = s[i];
+        if (c == '\\' && i + 1 < n) {
+            c = s[++i];
+            c = c == 'n' ? '\n' : c == 't' ? '\t' : c == 'r' ? '\r' : c;
+        }
+        if (c == '"') c = LLMI_QUOTE;
+        llmi_spell(p, &c, 1);
+    }
+    llmi_spell(p, "\"", 1);
+    return i + 1;
+}
+
+/* x["name"] -> x.name, once the closing bracket is reached. */
+static void llmi_spell_member(llmi_spelling *p)
+{
+    size_t n = p->out.count, from;
+    if (!p->ok || n < 4 || p->out.data[n - 1] != '"') return;
+    for (from = n - 2; from > 0 && p->out.data[from] != '"'; from--) {}
+    if (from == 0 || p->out.data[from - 1] != '[') return;
+    p->out.data[from - 1] = '.';
+    memmove(p->out.data + from, p->out.data + from + 1, n - from - 2);
+    p->out.count = n - 2;
+}
+
+/* The tag at s[i] ("{{", "{%" or "{#"); returns the position after it. */
+static size_t llmi_spell_tag(llmi_spelling *p, const char *s, size_t i, size_t n)
+{
+    char kind = s[i + 1], end = kind == '{' ? '}' : kind;
+    int dash = 0;
+    if (kind != '#') llmi_spell(p, s + i, 2);
+    for (i += 2; i + 1 < n && !(s[i] == end && s[i + 1] == '}');) {
+        char c = s[i];
+        if (kind == '#') { dash = s[i++] == '-'; continue; }
+        if (c == '\'' || c == '"') { i = llmi_spell_literal(p, s, i, n); dash = 0; continue; }
+        if (c == ']') {
+            size_t before = p->out.count;
+            llmi_spell_member(p);
+            if (p->out.count == before) llmi_spell(p, "]", 1);
+        } else if (c != ' ' && c != '\t' && c != '\n' && c != '\r' && c != '-' && c != '+') {
+            llmi_spell(p, &c, 1);
+        } else if (c == '+' && p->ok && p->out.data[p->out.count - 1] != '%') {
+            llmi_spell(p, "+", 1);
+        }
+        dash = c == '-';
+        i++;
+    }
+    i += 2;
+    if (kind != '#') { llmi_spell(p, &end, 1); llmi_spell(p, "}", 1); }
+    if (dash) while (i < n && (s[i] == ' ' || s[i] == '\n' || s[i] == '\t' || s[i] == '\r')) i++;
+    else if (kind != '{' && i < n && s[i] == '\n') i++;
+    return i < n ? i : n;
+}
+
+/* Text outside tags, from s[i] to the next tag at `end`, with what that tag eats. */
+static void llmi_spell_text(llmi_spelling *p, const char *s, size_t i, size_t end, size_t n)
+{
+    size_t to = end;
+    if (end + 2 < n && s[end + 2] == '-') {
+        while (to > i && (s[to - 1] == ' ' || s[to - 1] == '\n' || s[to - 1] == '\t' || s[to - 1] == '\r')) to--;
+    } else if (end + 1 < n && s[end + 1] != '{') { /* blanks of an otherwise empty line */
+        size_t k = to;
+        while (k > i && (s[k - 1] == ' ' || s[k - 1] == '\t')) k--;
+        if (k == 0 || (k > i && s[k - 1] == '\n') || (k == i && s[k - 1] == '\n')) to = k;
+    }
+    llmi_spell(p, s + i, to - i);
+}
+
+static int llmi_spell_template(llmi_spelling *p, const char *s)
+{
+    size_t n = strlen(s);
+    if (n > 0 && s[n - 1] == '\n') n--; /* Jinja drops one newline at the end */
+    for (size_t i = 0; i < n;) {
+        size_t at = i;
+        while (at + 1 < n && !(s[at] == '{' && (s[at + 1] == '{' || s[at + 1] == '%' || s[at + 1] == '#'))) at++;
+        if (at + 1 >= n) at = n;
+        llmi_spell_text(p, s, i, at, n);
+        i = at < n ? llmi_spell_tag(p, s, at, n) : n;
+    }
+    llmi_spell(p, "", 1);
+    return p->ok;
+}
+
+/* ---- frames ---- */
+
+/* Where a system message goes: a turn like others; refused; always after the start; before the first or the last user text. */
+enum { LLMI_SYSTEM_TURN, LLMI_SYSTEM_NONE, LLMI_SYSTEM_START, LLMI_SYSTEM_FIRST, LLMI_SYSTEM_LAST };
+
+typedef struct llmi_around { const char *before, *after; } llmi_around;
+
+/* One frame. In all texts \1 is the BOS text, \2 the EOS text, \3 the role; NULL: such a turn is refused. */
+typedef struct llmi_frame {
+    const char *start;              /* before everything */
+    llmi_around system, user, assistant, other;
+    const char *open;               /* opening of an answer */
+    const char *shut;               /* at the end when no answer is opened */
+    const char *default_system;     /* a turn written when the first message is not of the system; need not end in NUL */
+    size_t default_bytes;
+    int where_system;
+    int trim, alternate, always_open; /* trim 1: every text, 2: answers only */
+    int tool_turns;                 /* tool messages in a row become one user turn of <tool_response> blocks */
+    int thinking;                   /* Qwen3: reasoning of earlier answers is left out */
+} llmi_frame;
+
+static int llmi_says(const char *spelled, const char *part) { return strstr(spelled, part) != NULL; }
+
+static void llmi_same_turns(llmi_frame *f, const char *before, const char *after)
+{
+    llmi_around a;
+    a.before = before;
+    a.after = after;
+    f->system = f->user = f->assistant = f->other = a;
+}
+
+/* ChatML: SmolLM2, Qwen2, Qwen2.5, Qwen3 and many others. */
+static int llmi_is_chatml(const char *s, llmi_frame *f)
+{
+    static const char opening[] = "\"<|im_start|>system\n";
+    int plain = llmi_says(s, "\"<|im_start|>\"+message.role+\"\n\"+message.content+\"<|im_end|>\n\"");
+    int content = llmi_says(s, "\"<|im_start|>\"+message.role+\"\n\"+content+\"<|im_end|>\n\"");
+    if ((!plain && !content) || llmi_says(s, "custom_instructions") || llmi_says(s, "strftime_now")) return 0;
+    llmi_same_turns(f, "<|im_start|>\3\n", "<|im_end|>\n");
+    f->open = llmi_says(s, "\"<|im_start|>assistant\n<think>\n\"") ? "<|im_start|>assistant\n<think>\n" : "<|im_start|>assistant\n";
+    f->tool_turns = llmi_says(s, "<tool_response>");
+    f->thinking = llmi_says(s, "last_query_index");
+    for (const char *p = strstr(s, opening); p; p = strstr(p + 1, opening)) { /* a whole turn in one literal is the default */
+        const char *from = p + sizeof opening - 1, *quote = strchr(from, '"'), *end = strstr(from, "<|im_end|>\n\"");
+        if (!quote || !end || end > quote || end == from) continue;
+        f->default_system = from;
+        f->default_bytes = (size_t)(end - from);
+        break;
+    }
+    return 1;
+}
+
+/* Llama 3; from 3.1 on a system turn with dates is always there. */
+static int llmi_is_llama3(const char *s, llmi_frame *f)
+{
+    int dates = llmi_says(s, "Cutting Knowledge Date: December 2023");
+    if (!llmi_says(s, "\"<|start_header_id|>\"+message.role+\"<|end_header_id|>\n\n\"+message.content|trim+\"<|eot_id|>\"")) return 0;
+    if (dates && !llmi_says(s, "\"26 Jul 2024\"")) return 0;
+    llmi_same_turns(f, "<|start_header_id|>\3<|end_header_id|>\n\n", "<|eot_id|>");
+    f->start = llmi_says(s, "bos_token") ? "\1" : "";
+    f->open = "<|start_header_id|>assistant<|end_header_id|>\n\n";
+    f->trim = 1;
+    if (dates) {
+        f->where_system = LLMI_SYSTEM_START;
+        f->system.before = "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+        f->other.before = NULL;
+    }
+    return 1;
+}
+
+static int llmi_is_llama2(const char *s, llmi_frame *f)
+{
+    if (!llmi_says(s, "bos_token+\"[INST] \"+content.strip()+\" [/INST]\"") || !llmi_says(s, "\" \"+content.strip()+\" \"+eos_token")) return 0;
+    f->user.before = "\1[INST] ";
+    f->user.after = " [/INST]";
+    f->assistant.before = " ";
+    f->assistant.after = " \2";
+    f->system.before = "<<SYS>>\n";
+    f->system.after = "\n<</SYS>>\n\n";
+    f->where_system = llmi_says(s, "\"<<SYS>>\n\"+system_message+\"\n<</SYS>>\n\n\"") ? LLMI_SYSTEM_FIRST : LLMI_SYSTEM_NONE;
+    f->trim = f->alternate = 1;
+    return 1;
+}
+
+/* Mistral: versions differ in blanks around [INST] and in where the system text goes. */
+static int llmi_is_mistral(const char *s, llmi_frame *f)
+{
+    static const struct { const char *says, *before, *after; } users[] = {
+        {"\" [INST] \"+message.content+\" [/INST]\"", " [INST] ", " [/INST]"},
+        {"\"[INST] \"+message.content+\" [/INST]\"", "[INST] ", " [/INST]"},
+        {"\"[INST] \"+message.content+\"[/INST]\"", "[INST] ", "[/INST]"},
+        {"\"[INST]\"+message.content+\"[/INST]\"", "[INST]", "[/INST]"},
+    }, answers[] = {
+        {"\" \"+message.content|trim+eos_token", " ", "\2"},
+        {"\" \"+message.content+eos_token", " ", "\2"},
+        {"message.content+eos_token+\" \"", "", "\2 "},
+        {"message.content+eos_token", "", "\2"},
+    };
+    size_t u = 0, a = 0;
+    while (u < LLMI_COUNT(users) && !llmi_says(s, users[u].says)) u++;
+    while (a < LLMI_COUNT(answers) && !llmi_says(s, answers[a].says)) a++;
+    if (u == LLMI_COUNT(users) || a == LLMI_COUNT(answers) || llmi_says(s, "[SYSTEM_PROMPT]") || !llmi_says(s, "{{bos_token}}")) return 0;
+    f->start = "\1";
+    f->user.before = users[u].before;
+    f->user.after = users[u].after;
+    f->assistant.before = answers[a].before;
+    f->assistant.after = answers[a].after;
+    f->trim = a == 0 ? 2 : 0;
+    f->alternate = 1;
+    f->system.before = "";
+    f->system.after = "\n\n";
+    f->where_system = !llmi_says(s, "system_message+\"\n\n\"+message.content") ? LLMI_SYSTEM_NONE :
+                      llmi_says(s, "ifloop.lastandsystem_message") ? LLMI_SYSTEM_LAST : LLMI_SYSTEM_FIRST;
+    return 1;
+}
+
+static int llmi_is_phi3(const char *s, llmi_frame *f)
+{
+    f->start = strncmp(s, "{{bos_token}}", 13) == 0 ? "\1" : "";
+    if (llmi_says(s, "\"<|user|>\n\"+message.content+\"<|end|>\n<|assistant|>\n\"") && llmi_says(s, "{{message.content+\"<|end|>\n\"}}")) {
+        f->user.before = "<|user|>\n"; /* the first release: every user turn opens the answer */
+        f->user.after = "<|end|>\n<|assistant|>\n";
+        f->assistant.before = "";
+        f->assistant.after = "<|end|>\n";
+        f->where_system = LLMI_SYSTEM_NONE;
+        return 1;
+    }
+    if (!llmi_says(s, "\"<|user|>\n\"+message.content+\"<|end|>\n\"") || !llmi_says(s, "\"<|assistant|>\n\"+message.content+\"<|end|>\n\"")) return 0;
+    llmi_same_turns(f, "<|\3|>\n", "<|end|>\n");
+    f->other.before = NULL;
+    if (!llmi_says(s, "\"<|system|>\n\"+message.content+\"<|end|>\n\"")) f->where_system = LLMI_SYSTEM_NONE;
+    f->open = "<|assistant|>\n";
+    f->shut = llmi_says(s, "{%else%}{{eos_token}}{%endif%}") ? "\2" : "";
+    return 1;
+}
+
+/* Zephyr and TinyLlama: each turn ends with EOS; the newline after it stands outside the tags. */
+static int llmi_is_zephyr(const char *s, llmi_frame *f)
+{
+    int line = llmi_says(s, "\"<|user|>\n\"+message.content+eos_token}}\n");
+    if (!llmi_says(s, "\"<|user|>\n\"+message.content+eos_token}}") || !llmi_says(s, "\"<|assistant|>\n\"+message.content+eos_token}}")) return 0;
+    if (!llmi_says(s, "\"<|system|>\n\"+message.content+eos_token}}")) return 0;
+    llmi_same_turns(f, "<|\3|>\n", line ? "\2\n" : "\2");
+    f->other.before = NULL;
+    f->open = line && llmi_says(s, "{{\"<|assistant|>\"}}\n") ? "<|assistant|>\n" : llmi_says(s, "{{\"<|assistant|>\n\"}}") ? "<|assistant|>\n" : "<|assistant|>";
+    return 1;
+}
+
+static int llmi_is_gemma(const char *s, llmi_frame *f)
+{
+    int two = llmi_says(s, "\"<start_of_turn>\"+role+\"\n\"+message.content|trim+\"<end_of_turn>\n\"");
+    int three = llmi_says(s, "\"<start_of_turn>\"+role+\"\n\"+(first_user_prefixifloop.firstelse\"\")") && llmi_says(s, "first_user_prefix=messages[0].content+\"\n\n\"");
+    if (!two && !three) return 0;
+    f->start = "\1";
+    f->user.before = "<start_of_turn>user\n";
+    f->assistant.before = "<start_of_turn>model\n";
+    f->user.after = f->assistant.after = "<end_of_turn>\n";
+    f->open = "<start_of_turn>model\n";
+    f->trim = f->alternate = 1;
+    f->where_system = three ? LLMI_SYSTEM_FIRST : LLMI_SYSTEM_NONE;
+    f->system.before = "";
+    f->system.after = "\n\n";
+    return 1;
+}
+
+/* <|role|>text: the demo model, which ends only answers, and Phi-4-mini. */
+static int llmi_is_role_marks(const char *s, llmi_frame *f)
+{
+    static const char demo[] = "{%formessageinmessages%}<|{{message.role}}|>{{message.content}}{%ifmessage.role==\"assistant\"%}<|end|>{%endif%}{%endfor%}"
+                               "{%ifadd_generation_prompt%}<|assistant|>{%endif%}";
+    static const char short_demo[] = "{%forminmessages%}<|{{m.role}}|>{{m.content}}{%ifm.role==\"assistant\"%}<|end|>{%endif%}{%endfor%}"
+                                     "{%ifadd_generation_prompt%}<|assistant|>{%endif%}";
+    int phi = llmi_says(s, "{{\"<|\"+message.role+\"|>\"+message.content+\"<|end|>\"}}");
+    if (strcmp(s, demo) != 0 && strcmp(s, short_demo) != 0 && !phi) return 0;
+    llmi_same_turns(f, "<|\3|>", phi ? "<|end|>" : "");
+    f->assistant.after = "<|end|>";
+    f->open = "<|assistant|>";
+    f->shut = phi && llmi_says(s, "{%else%}{{eos_token}}{%endif%}") ? "\2" : "";
+    return 1;
+}
+
+static const struct { const char *name; int (*is)(const char *spelled, llmi_frame *f); } llmi_frames[] = {
+    {"ChatML", llmi_is_chatml}, {"Llama 3", llmi_is_llama3}, {"Llama 2", llmi_is_llama2}, {"Mistral", llmi_is_mistral},
+    {"Phi-3", llmi_is_phi3}, {"Zephyr", llmi_is_zephyr}, {"Gemma", llmi_is_gemma}, {"role marks", llmi_is_role_marks},
+};
+
+static moq_result llmi_find_frame(const char *spelled, llmi_frame *f, moq_error *err)
+{
+    for (size_t i = 0; i < LLMI_COUNT(llmi_frames); i++) {
+        memset(f, 0, sizeof *f);
+        f->start = f->open = f->shut = "";
+        f->always_open = !llmi_says(spelled, "add_generation_prompt");
+        if (llmi_frames[i].is(spelled, f)) return MOQ_OK;
+    }
+    return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
+                    "the chat template is none of the known ones (ChatML, Llama 2, Llama 3, Mistral, Phi-3, Zephyr, Gemma, <|role|>); use raw prompts");
+}
+
+/* ---- writing ---- */
+
+typedef struct llmi_pen {
+    const llm_tokenizer *t;
+    llmi_bytes parts;  /* llmi_part after llmi_part */
+    int ok;
+} llmi_pen;
+
+static void llmi_pen_add(llmi_pen *p, const char *s, size_t n, int special)
+{
+    llmi_part part;
+    if (n == 0) return;
+    part.text = s;
+    part.bytes = n;
+    part.special = special;
+    if (p->ok) p->ok = llmi_bytes_add(&p->parts, (const char *)&part, sizeof part);
+}
+
+/* A text of the template, where control tokens count. */
+static void llmi_pen_frame_part(llmi_pen *p, const char *s, size_t n, const char *role)
+{
+    size_t done = 0;
+    for (size_t i = 0; i < n; i++) {
+        const char *put = s[i] == '\1' ? p->t->bos : s[i] == '\2' ? p->t->eos : s[i] == '\3' ? role : s[i] == LLMI_QUOTE ? "\"" : NULL;
+        if (!put) continue;
+        llmi_pen_add(p, s + done, i - done, 1);
+        llmi_pen_add(p, put, strlen(put), 1);
+        done = i + 1;
+    }
+    llmi_pen_add(p, s + done, n - done, 1);
+}
+
+static void llmi_pen_frame(llmi_pen *p, const char *s, const char *role) { llmi_pen_frame_part(p, s, strlen(s), role); }
+
+/* Python's str.strip: white space, and the four separators below the blank. */
+static int llmi_is_strip(uint32_t c) { return llmi_is_space(c) || (c >= 0x1c && c <= 0x1f); }
+
+static void llmi_trim(const char **s, size_t *n, int left, int right)
+{
+    uint32_t cp;
+    while (left && *n > 0) {
+        size_t m = llmi_utf8_get(*s, *n, &cp, NULL);
+        if (!llmi_is_strip(cp)) break;
+        *s += m;
+        *n -= m;
+    }
+    while (right && *n > 0) {
+        size_t i = *n - 1;
+        while (i > 0 && ((uint8_t)(*s)[i] & 0xc0) == 0x80) i--;
+        llmi_utf8_get(*s + i, *n - i, &cp, NULL);
+        if (!llmi_is_strip(cp)) break;
+        *n = i;
+    }
+}
+
+static void llmi_trim_lines(const char **s, size_t *n, int left, int right)
+{
+    for (; left && *n > 0 && **s == '\n'; (*n)--) (*s)++;
+    while (right && *n > 0 && (*s)[*n - 1] == '\n') (*n)--;
+}
+
+/* The last place of a text in another, or NULL. */
+static const char *llmi_find_last(const char *s, const char *part)
+{
+    const char *last = NULL;
+    for (const char *p = strstr(s, part); p; p = strstr(p + 1, part)) last = p;
+    return last;
+}
+
+/* An answer of Qwen3: its reasoning stays only after the last question. */
+static void llmi_pen_thinking(llmi_pen *p, const llm_message *m, int after_query, int last)
+{
+    const char *end = llmi_find_last(m->text, "</think>"), *first = strstr(m->text, "</think>");
+    const char *content = end ? end + 8 : m->text, *why = "";
+    size_t n = strlen(content), why_bytes = 0;
+    if (end) {
+        why = m->text;
+        why_bytes = (size_t)(first - m->text);
+        for (const char *open = strstr(why, "<think>"); open && open < first; open = strstr(why, "<think>")) {
+            why_bytes -= (size_t)(open + 7 - why);
+            why = open + 7;
+        }
+        llmi_trim_lines(&why, &why_bytes, 1, 1);
+        llmi_trim_lines(&content, &n, 1, 0);
+    }
+    if (after_query && (last || why_bytes)) {
+        llmi_pen_frame(p, "<think>\n", "");
+        llmi_pen_add(p, why, why_bytes, 0);
+        llmi_pen_frame(p, "\n</think>\n\n", "");
+        llmi_trim_lines(&content, &n, 1, 0);
+    }
+    llmi_pen_add(p, content, n, 0);
+}
+
+/* Index of the last user message that is a question, not the answer of a tool. */
+static size_t llmi_last_query(const llm_message *m, size_t count)
+{
+    static const char open[] = "<tool_response>", shut[] = "</tool_response>";
+    for (size_t i = count; i-- > 0;) {
+        size_t n = strlen(m[i].text);
+        if (strcmp(m[i].role, "user") != 0) continue;
+        if (strncmp(m[i].text, open, sizeof open - 1) == 0 && n >= sizeof shut - 1 && strcmp(m[i].text + n - (sizeof shut - 1), shut) == 0) continue;
+        return i;
+    }
+    return count ? count - 1 : 0;
+}
+
+static void llmi_pen_tool(llmi_pen *p, const llm_message *m, size_t i, size_t count)
+{
+    if (i == 0 || strcmp(m[i - 1].role, "tool") != 0) llmi_pen_frame(p, "<|im_start|>user", "");
+    llmi_pen_frame(p, "\n<tool_response>\n", "");
+    llmi_pen_add(p, m[i].text, strlen(m[i].text), 0);
+    llmi_pen_frame(p, "\n</tool_response>", "");
+    if (i + 1 == count || strcmp(m[i + 1].role, "tool") != 0) llmi_pen_frame(p, "<|im_end|>\n", "");
+}
+
+/* One turn; `system` is the text that goes in front of this user text, or NULL. */
+static void llmi_pen_turn(llmi_pen *p, const llmi_frame *f, const llmi_around *a, const llm_message *m, const char *system)
+{
+    const char *s = m->text;
+    size_t n = strlen(s);
+    int answer = a == &f->assistant;
+    llmi_pen_frame(p, a->before, m->role);
+    if (system) {
+        llmi_pen_frame(p, f->system.before, "system");
+        llmi_pen_add(p, system, strlen(system), 0);
+    }
+    int joined = system && *f->system.before; /* Llama 2 strips the system text and the user text as one */
+    if (f->trim == 1 || (f->trim == 2 && answer)) llmi_trim(&s, &n, !joined, 1);
+    if (system) {
+        const char *after = f->system.after;
+        size_t bytes = strlen(after);
+        if (joined && n == 0) llmi_trim(&after, &bytes, 0, 1);
+        llmi_pen_frame_part(p, after, bytes, "system");
+    }
+    llmi_pen_add(p, s, n, 0);
+    llmi_pen_frame(p, a->after, m->role);
+}
+
+static const llmi_around *llmi_find_around(const llmi_frame *f, const char *role)
+{
+    if (strcmp(role, "user") == 0) return &f->user;
+    if (strcmp(role, "assistant") == 0) return &f->assistant;
+    return strcmp(role, "system") == 0 ? &f->system : &f->other;
+}
+
+static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m, size_t count, moq_error *err)
+{
+    size_t turn = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (!m[i].role || !m[i].text) return moq_fail(err, MOQ_E_ARG, "llm_frame", "message %llu has no role or no text", (unsigned long long)i);
+        size_t n = strlen(m[i].role);
+        if (n == 0 || n > 64 || strspn(m[i].role, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") != n)
+            return moq_fail(err, MOQ_E_ARG, "llm_frame", "message %llu has the role '%q'; letters, digits, _ and - were expected", (unsigned long long)i, m[i].role);
+        int system = strcmp(m[i].role, "system") == 0, leads = system && i == 0 && f->where_system > LLMI_SYSTEM_NONE;
+        if (leads) continue;
+        const llmi_around *a = llmi_find_around(f, m[i].role);
+        if ((system && (f->where_system == LLMI_SYSTEM_NONE || f->alternate)) || !a->before)
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for the role '%q' (message %llu)", m[i].role, (unsigned long long)i);
+        if (f->alternate && a != (turn % 2 ? &f->assistant : &f->user))
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's roles must alternate user, assistant, ...; message %llu is '%q'", (unsigned long long)i, m[i].role);
+        turn++;
+    }
+    return MOQ_OK;
+}
+
+static void llmi_pen_all(llmi_pen *p, const llmi_frame *f, const llm_message *m, size_t count, int open)
+{
+    int leads = count > 0 && f->where_system > LLMI_SYSTEM_NONE && strcmp(m[0].role, "system") == 0;
+    const char *system = leads ? m[0].text : NULL;
+    size_t from = leads ? 1 : 0, query = f->thinking ? llmi_last_query(m, count) : 0;
+    llmi_pen_frame(p, f->start, "");
+    if (f->where_system == LLMI_SYSTEM_START) {
+        const char *s = system ? system : "";
+        size_t n = strlen(s);
+        if (f->trim) llmi_trim(&s, &n, 1, 1);
+        llmi_pen_frame(p, f->system.before, "system");
+        llmi_pen_add(p, s, n, 0);
+        llmi_pen_frame(p, f->system.after, "system");
+        system = NULL;
+    }
+    if (f->default_system && count > 0 && strcmp(m[0].role, "system") != 0) {
+        llmi_pen_frame(p, f->system.before, "system");
+        llmi_pen_frame_part(p, f->default_system, f->default_bytes, "system");
+        llmi_pen_frame(p, f->system.after, "system");
+    }
+    for (size_t i = from; i < count; i++) {
+        const llmi_around *a = llmi_find_around(f, m[i].role);
+        llmi_around plain_header = f->other;
+        int here = a == &f->user && (f->where_system == LLMI_SYSTEM_LAST ? i + 1 == count : i == from);
+        if (f->where_system == LLMI_SYSTEM_START && a == &f->system) { /* a later system message is an ordinary turn */
+            plain_header = f->user;
+            a = &plain_header;
+        }
+        if (f->tool_turns && strcmp(m[i].role, "tool") == 0) {
+            llmi_pen_tool(p, m, i, count);
+        } else if (f->thinking && a == &f->assistant) {
+            llmi_pen_frame(p, a->before, m[i].role);
+            llmi_pen_thinking(p, &m[i], i > query, i + 1 == count);
+            llmi_pen_frame(p, a->after, m[i].role);
+        } else {
+            llmi_pen_turn(p, f, a, &m[i], here ? system : NULL);
+        }
+    }
+    llmi_pen_frame(p, open || f->always_open ? f->open : f->shut, "");
+}
+
+LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, size_t count, int open_answer, int32_t *ids, size_t capacity, moq_error *err)
+{
+    llmi_frame f;
+    llmi_spelling spelled;
+    llmi_pen pen;
+    llmi_coder c;
+    size_t need = SIZE_MAX;
+    if (!t || (count && !messages)) {
+        moq_fail(err, MOQ_E_ARG, "llm_frame", "the tokenizer or the messages are missing");
+        return SIZE_MAX;
+    }
+    if (!t->frame_text) {
+        moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "the folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use raw prompts");
+        return SIZE_MAX;
+    }
+    spelled.out = llmi_bytes_make(&t->a);
+    spelled.ok = pen.ok = 1;
+    pen.t = t;
+    pen.parts = llmi_bytes_make(&t->a);
+    llmi_coder_make(&c, t);
+    int ok = llmi_spell_template(&spelled, t->frame_text);
+    if (ok && llmi_find_frame(spelled.out.data, &f, err) >= 0 && llmi_check_messages(&f, messages, count, err) >= 0) {
+        llmi_pen_all(&pen, &f, messages, count, open_answer);
+        ok = pen.ok && llmi_encode_parts(&c, (const llmi_part *)(const void *)pen.parts.data, pen.parts.count / sizeof(llmi_part));
+        if (ok) need = c.out.count;
+    }
+    if (!ok) llmi_nomem(err, "chat_template");
+    if (need != SIZE_MAX && ids && capacity) memcpy(ids, c.out.data, (need < capacity ? need : capacity) * sizeof *ids);
+    llmi_coder_drop(&c);
+    llmi_bytes_drop(&pen.parts);
+    llmi_bytes_drop(&spelled.out);
+    return need;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-config      config.json -> model description, families
+   Every number that sizes memory or divides is checked here; the sections below trust it. Reads no tensor.
+   ------------------------------------------------------------------------------------------------ */
+
+/* To add a family:
+     1. A row in llmi_families. If its experts are named in a new way, a row of llmi_moe_names.
+     2. Where it departs from the plain decoder (another norm, a second rope, a state-space layer), a switch in the row, read
+        here, obeyed in >>llm-model (which tensors) and >>llm-forward (which calls).
+     3. A golden folder with logits of its reference implementation in tests.
+   Keys are looked up in `text_config` first (models that also see or hear keep the decoder's description there), then in the
+   file itself. Older and newer spellings of one thing are both read; where both stand, the newer wins. */
+
+#include <math.h>
+
+/* Limits on what a file may ask for, far above any model that exists. */
+#ifndef LLM_MAX_LAYERS
+#define LLM_MAX_LAYERS 4096 /* num_hidden_layers of a config.json */
+#endif
+#define LLMI_MAX_WIDTH 16777216 /* of anything that is a row of activations */
+#define LLMI_MAX_ENDS 32        /* eos ids */
+#define LLMI_NAME_BYTES 256     /* of a module name that the engine builds */
+
+/* Which layers have a sliding window. The families use the same keys with different meanings:
+   Llama writes no window; Mistral, Mixtral and Phi-3 mean every layer; Qwen2 and Qwen3 mean it only with a second key, and then
+   for the layers from max_window_layers on, or for those that layer_types names; Qwen3-MoE has the second key but no list. */
+enum {
+    LLMI_WINDOW_NONE = 0, /* sliding_window is ignored */
+    LLMI_WINDOW_ALL,      /* every layer when sliding_window is a number */
+    LLMI_WINDOW_FLAG,     /* every layer, only with use_sliding_window */
+    LLMI_WINDOW_LAYERS    /* only with use_sliding_window, and by layer_types or from max_window_layers on */
+};
+
+/* How experts are named under a layer; gate NULL: not gated. */
+typedef struct llmi_moe_names {
+    const char *router, *experts; /* modules under the layer: "mlp.gate", "mlp.experts" */
+    const char *gate, *up, *down; /* under experts.E */
+    const char *count_key, *count_alias;
+    int32_t renormalize;          /* 1: always; 0: as norm_topk_prob says */
+} llmi_moe_names;
+
+/* A family is one row: names and switches. What a row leaves open is found out from the tensors (fused projections, biases). */
+typedef struct llmi_family {
+    const char *model_type;
+    int32_t window;
+    int32_t qk_norm;              /* an RMS norm over every head of q and k, before rope */
+    double theta, eps;            /* where config.json is silent */
+    const llmi_moe_names *moe;    /* NULL: dense */
+} llmi_family;
+
+static const llmi_moe_names llmi_moe_mixtral = {
+    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", 1};
+static const llmi_moe_names llmi_moe_qwen3 = {
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", 0};
+
+static const llmi_family llmi_families[] = {
+    /* model_type    window              qk_norm theta   eps   moe */
+    {"llama",        LLMI_WINDOW_NONE,   0, 10000.0,   1e-6, NULL},
+    {"mistral",      LLMI_WINDOW_ALL,    0, 10000.0,   1e-6, NULL},
+    {"qwen2",        LLMI_WINDOW_LAYERS, 0, 10000.0,   1e-6, NULL},
+    {"qwen3",        LLMI_WINDOW_LAYERS, 1, 10000.0,   1e-6, NULL},
+    {"phi3",         LLMI_WINDOW_ALL,    0, 10000.0,   1e-5, NULL},
+    {"mixtral",      LLMI_WINDOW_ALL,    0, 1000000.0, 1e-5, &llmi_moe_mixtral},
+    {"qwen3_moe",    LLMI_WINDOW_FLAG,   1, 10000.0,   1e-6, &llmi_moe_qwen3}};
+
+/* hidden_act: the function between the two halves of the MLP. gelu_new is the tanh approximation under an older name. */
+typedef struct llmi_activation_name { const char *name; moq_activation kind; } llmi_activation_name;
+
+static const llmi_activation_name llmi_activations[] = {
+    {"silu", MOQ_SILU_MUL}, {"swish", MOQ_SILU_MUL}, {"gelu", MOQ_GELU_MUL},
+    {"gelu_pytorch_tanh", MOQ_GELU_TANH_MUL}, {"gelu_new", MOQ_GELU_TANH_MUL}};
+
+typedef struct llmi_rope llmi_rope;
+
+/* Turns the plain frequencies in inv [dims / 2] into those of a rope type; *scale multiplies cos and sin. */
+typedef void (*llmi_rope_fn)(const llmi_rope *r, double *inv, double *scale);
+
+/* Rotary embedding (Su et al. 2021): pair i of a head turns by pos * inv[i] radians, inv[i] = theta^(-2i / dims). The types
+   stretch those frequencies so that a model can read further than it was trained to. Numbers that a type does not use keep
+   their defaults. */
+struct llmi_rope {
+    llmi_rope_fn adjust;      /* NULL: default */
+    const moq_json *spec;     /* the object that describes it, or NULL */
+    int32_t dims;             /* values of a head that are rotated, even */
+    double theta, factor;
+    double original;          /* context that the model was trained on before scaling */
+    double low, high;         /* llama3: low_freq_factor, high_freq_factor */
+    double fast, slow;        /* yarn: beta_fast, beta_slow */
+    double mscale, mscale_all, attention; /* 0: not said */
+    int truncate;
+    const moq_json *factors;  /* longrope: the list that applies to this context */
+};
+
+/* The description. Strings and JSON values belong to the checkpoint; every size is positive and small enough that products of
+   two of them fit 64 bits with room to spare. */
+typedef struct llmi_config {
+    const llmi_family *family;
+    /* the text model's object, and the file's */
+    const moq_json *keys, *root;
+    int32_t layers, hidden, heads, kv_heads, head_dim, inter, vocab, context;
+    /* what the model was made for; context may be less or more */
+    int64_t max_positions;
+    double eps;
+    moq_activation activation;
+    llmi_rope rope;
+    /* window 0: none; else of layers from window_from on, or of those that layer_types (not NULL) names */
+    int32_t window, window_from;
+    const moq_json *layer_types;
+    /* experts 0: dense; dense_layers is mlp_only_layers, or NULL */
+    int32_t experts, top_k, moe_inter, renormalize, sparse_step;
+    const moq_json *dense_layers;
+    /* a file that says nothing of ties is tied when it has no lm_head */
+    int tied, tie_said;
+    /* ids that end a turn, each once */
+    int32_t ends[LLMI_MAX_ENDS];
+    int32_t end_count;
+} llmi_config;
+
+/* ---- reading keys ---- */
+
+/* Where keys are looked up, and where complaints go. */
+typedef struct llmi_keys {
+    const moq_json *text, *root;
+    moq_error *err;
+} llmi_keys;
+
+/* The error is about config.json: name the file as the library does. Returns the code. */
+static moq_result llmi_in_file(const char *file, moq_result code, moq_error *err)
+{
+    size_t n = strlen(file), m;
+    if (!err || n + 3 > sizeof err->file) return code;
+    m = strlen(err->text);
+    if (m > sizeof err->text - n - 3) m = sizeof err->text - n - 3;
+    memmove(err->text + n + 2, err->text, m);
+    memcpy(err->text, file, n);
+    memcpy(err->text + n, ": ", 2);
+    err->text[n + 2 + m] = 0;
+    memcpy(err->file, file, n + 1);
+    return code;
+}
+
+/* A key of the text model, else of the file; null is absent. */
+static const moq_json *llmi_key(const llmi_keys *k, const char *name)
+{
+    const moq_json *v = moq_json_find(k->text, name);
+    if (!v || v->type == MOQ_JSON_NULL) v = moq_json_find(k->root, name);
+    return v && v->type != MOQ_JSON_NULL ? v : NULL;
+}
+
+/* What a value is, for messages: `text` gets its spelling. */
+static const char *llmi_show(const moq_json *v, char text[64])
+{
+    static const char *const kinds[] = {"null", "false", "true", "number", "string", "list", "object"};
+    size_t n = v && v->text ? v->text_bytes : 0;
+    if (n > 60) n = 60;
+    if (n) memcpy(text, v->text, n);
+    text[n] = 0;
+    return v ? kinds[(int)v->type] : "absent";
+}
+
+/* An error about a key: one sentence that begins with file and key. */
+#define LLMI_REFUSE_KEY(k, code, key, ...) llmi_in_file("config.json", moq_fail((k)->err, code, key, __VA_ARGS__), (k)->err)
+
+/* The commonest of them: what was found, and what would be right. */
+static moq_result llmi_bad_key(const llmi_keys *k, moq_result code, const char *key, const moq_json *v, const char *expected)
+{
+    char text[64];
+    const char *kind = llmi_show(v, text);
+    return LLMI_REFUSE_KEY(k, code, key, "found %s%s%q, expected %s", kind, text[0] ? " " : "", text, expected);
+}
+
+/* Finite: looked at as bits, so that it holds under -ffast-math. */
+static int llmi_finite(double v)
+{
+    uint64_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return (bits >> 52 & 0x7ff) != 0x7ff;
+}
+
+/* A fallback that no key has: the key must be there. */
+#define LLMI_REQUIRED INT64_MIN
+
+/* An integer of lo..hi; absent: `fallback`, or an error when that is LLMI_REQUIRED. */
+static moq_result llmi_key_int(const llmi_keys *k, const char *key, int64_t lo, int64_t hi, int64_t fallback, int64_t *out)
+{
+    char text[64];
+    const char *kind;
+    const moq_json *v = llmi_key(k, key);
+    *out = fallback;
+    if (!v && fallback != LLMI_REQUIRED) return MOQ_OK;
+    if (v && moq_json_int(v, out) && *out >= lo && *out <= hi) return MOQ_OK;
+    *out = 0;
+    kind = llmi_show(v, text);
+    return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, key, "found %s%s%q, expected a whole number of %lld to %lld", kind, text[0] ? " " : "", text,
+                       (long long)lo, (long long)hi);
+}
+
+/* The same from 1 to hi, for what counts rows, columns, heads. */
+static moq_result llmi_key_size(const llmi_keys *k, const char *key, int64_t hi, int64_t fallback, int32_t *out)
+{
+    int64_t v;
+    moq_result r = llmi_key_int(k, key, 1, hi, fallback, &v);
+    *out = (int32_t)v;
+    return r;
+}
+
+/* true or false; numbers and strings are refused, so that "false" in quotes does not come out as true. */
+static moq_result llmi_key_bool(const llmi_keys *k, const char *key, int fallback, int *out)
+{
+    const moq_json *v = llmi_key(k, key);
+    *out = fallback;
+    return !v || moq_json_bool(v, out) ? MOQ_OK : llmi_bad_key(k, MOQ_E_CONFIG, key, v, "true or false");
+}
+
+/* A finite number above zero in an object (`key` of v's parent); absent: fallback. */
+static moq_result llmi_positive(const llmi_keys *k, const char *key, const moq_json *v, double fallback, double *out)
+{
+    double x = fallback;
+    *out = fallback;
+    if (!v || v->type == MOQ_JSON_NULL) return MOQ_OK;
+    if (!moq_json_float(v, &x) || !llmi_finite(x) || x <= 0) return llmi_bad_key(k, MOQ_E_CONFIG, key, v, "a finite number above 0");
+    *out = x;
+    return MOQ_OK;
+}
+
+/* ---- rope ---- */
+
+/* Position interpolation (Chen et al. 2023): every position counts as pos / factor. */
+static void llmi_rope_linear(const llmi_rope *r, double *inv, double *scale)
+{
+    (void)scale;
+    for (int32_t i = 0; i < r->dims / 2; i++) inv[i] /= r->factor;
+}
+
+/* Llama 3.1: wavelengths beyond original / low are stretched by factor, those under original / high are kept, and the
+   share between them falls linearly in original / wavelength. */
+static void llmi_rope_llama3(const llmi_rope *r, double *inv, double *scale)
+{
+    (void)scale;
+    for (int32_t i = 0; i < r->dims / 2; i++) {
+        /* how often pair i goes round within the original context */
+        double turns = r->original * inv[i] / 6.283185307179586, keep;
+        keep = (turns - r->low) / (r->high - r->low);
+        keep = turns < r->low ? 0 : turns > r->high ? 1 : keep;
+        inv[i] = inv[i] * keep + inv[i] / r->factor * (1 - keep);
+    }
+}
+
+/* The dimension whose wave turns `turns` times within the original context. */
+static double llmi_yarn_dim(const llmi_rope *r, double turns)
+{
+    return r->dims * log(r->original / (turns * 6.283185307179586)) / (2 * log(r->theta));
+}
+
+/* Attention gets a little sharper as the context grows: 0.1 m ln(factor) + 1, applied to both q and k. */
+static double llmi_yarn_mscale(double factor, double mscale) { return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1; }
+
+/* YaRN (Peng et al. 2023): fast dimensions are kept, slow ones stretched, a linear ramp over dimensions between. */
+static void llmi_rope_yarn(const llmi_rope *r, double *inv, double *scale)
+{
+    double lo = llmi_yarn_dim(r, r->fast), hi = llmi_yarn_dim(r, r->slow);
+    if (r->truncate) { lo = floor(lo); hi = ceil(hi); }
+    if (lo < 0) lo = 0;
+    if (hi > r->dims - 1) hi = r->dims - 1;
+    if (!(hi > lo)) hi = lo + 0.001;
+    /* dimensions up to lo turn often enough that their phase carries position: kept; from hi on they never come round: stretched */
+    for (int32_t i = 0; i < r->dims / 2; i++) {
+        double stretch = (i - lo) / (hi - lo);
+        stretch = stretch < 0 ? 0 : stretch > 1 ? 1 : stretch;
+        inv[i] = inv[i] * (1 - stretch) + inv[i] / r->factor * stretch;
+    }
+    if (r->attention > 0) *scale = r->attention;
+    else if (r->mscale > 0 && r->mscale_all > 0) *scale = llmi_yarn_mscale(r->factor, r->mscale) / llmi_yarn_mscale(r->factor, r->mscale_all);
+    else *scale = llmi_yarn_mscale(r->factor, 1);
+}
+
+/* LongRoPE (Ding et al. 2024): a divisor of its own for every frequency. */
+static void llmi_rope_longrope(const llmi_rope *r, double *inv, double *scale)
+{
+    int32_t i = 0;
+    for (const moq_json *e = moq_json_first(r->factors); e && i < r->dims / 2; e = moq_json_next(r->factors, e), i++) {
+        double f = 1;
+        moq_json_float(e, &f);
+        inv[i] /= f;
+    }
+    /* sqrt(1 + ln factor / ln original), from the same paper */
+    if (r->attention > 0) *scale = r->attention;
+    else *scale = r->factor <= 1 || r->original <= 1 ? 1 : sqrt(1 + log(r->factor) / log(r->original));
+}
+
+/* "su" is the first name of longrope. "dynamic" is missing on purpose: its frequencies change with the length of the text, and
+   keys that are already in the cache would have to be turned again. */
+typedef struct llmi_rope_kind { const char *name; llmi_rope_fn adjust; } llmi_rope_kind;
+
+static const llmi_rope_kind llmi_rope_kinds[] = {
+    {"default", NULL}, {"linear", llmi_rope_linear}, {"llama3", llmi_rope_llama3}, {"yarn", llmi_rope_yarn},
+    {"longrope", llmi_rope_longrope}, {"su", llmi_rope_longrope}};
+
+/* inv [dims / 2]: radians per position; the return value multiplies cos and sin. */
+static float llmi_rope_table(const llmi_rope *r, double *inv)
+{
+    double scale = 1;
+    for (int32_t i = 0; i < r->dims / 2; i++) inv[i] = pow(r->theta, -2.0 * i / r->dims);
+    if (r->adjust) r->adjust(r, inv, &scale);
+    return (float)scale;
+}
+
+/* Keys in the cache cannot be turned again, so the choice is made once, by the context that was asked for.
+   longrope: the short list within the original context, the long one beyond; dims / 2 finite positive numbers each. */
+static moq_result llmi_read_longrope(const llmi_keys *k, llmi_config *c)
+{
+    llmi_rope *r = &c->rope;
+    const char *key = c->context > r->original ? "long_factor" : "short_factor";
+    r->factors = moq_json_find(r->spec, key);
+    if (!r->factors || r->factors->type != MOQ_JSON_ARRAY || (int64_t)r->factors->count != r->dims / 2)
+        return llmi_bad_key(k, MOQ_E_CONFIG, key, r->factors, "a list with one number for every rotated pair");
+    for (const moq_json *e = moq_json_first(r->factors); e; e = moq_json_next(r->factors, e)) {
+        double x;
+        moq_result code = llmi_positive(k, key, e, 1, &x);
+        if (code < 0) return code;
+    }
+    return MOQ_OK;
+}
+
+/* A number of a rope description and where it goes. */
+typedef struct llmi_rope_key { const char *name; double fallback; size_t offset; } llmi_rope_key;
+
+/* Numbers of a rope description; 0 stands for "not said". */
+/* attention_factor replaces what a type would compute; beta_fast, beta_slow and mscale are YaRN's, low and high Llama 3's. */
+static moq_result llmi_read_rope_numbers(const llmi_keys *k, llmi_rope *r)
+{
+    static const llmi_rope_key keys[] = {
+        {"factor", 0, offsetof(llmi_rope, factor)},         {"low_freq_factor", 1, offsetof(llmi_rope, low)},
+        {"high_freq_factor", 4, offsetof(llmi_rope, high)}, {"beta_fast", 32, offsetof(llmi_rope, fast)},
+        {"beta_slow", 1, offsetof(llmi_rope, slow)},        {"attention_factor", 0, offsetof(llmi_rope, attention)},
+        {"original_max_position_embeddings", 0, offsetof(llmi_rope, original)}};
+    for (size_t i = 0; i < LLMI_COUNT(keys); i++) {
+        double v;
+        moq_result code = llmi_positive(k, keys[i].name, moq_json_find(r->spec, keys[i].name), keys[i].fallback, &v);
+        if (code < 0) return code;
+        memcpy((char *)r + keys[i].offset, &v, sizeof v);
+    }
+    moq_json_float(moq_json_find(r->spec, "mscale"), &r->mscale);
+    moq_json_float(moq_json_find(r->spec, "mscale_all_dim"), &r->mscale_all);
+    if (!llmi_finite(r->mscale) || !llmi_finite(r->mscale_all))
+        return llmi_bad_key(k, MOQ_E_CONFIG, "mscale", moq_json_find(r->spec, "mscale"), "a finite number");
+    r->truncate = 1;
+    moq_json_bool(moq_json_find(r->spec, "truncate"), &r->truncate);
+    return MOQ_OK;
+}
+
+/* The type's name is rope_type, or type in older files; without one the frequencies are the plain ones. */
+static moq_result llmi_find_rope(const llmi_keys *k, llmi_rope *r)
+{
+    const moq_json *type = moq_json_find(r->spec, "rope_type");
+    char text[64];
+    if (!type || type->type == MOQ_JSON_NULL) type = moq_json_find(r->spec, "type");
+    r->adjust = NULL;
+    if (!type || type->type == MOQ_JSON_NULL) return MOQ_OK;
+    for (size_t i = 0; i < LLMI_COUNT(llmi_rope_kinds); i++)
+        if (moq_json_is(type, llmi_rope_kinds[i].name)) { r->adjust = llmi_rope_kinds[i].adjust; return MOQ_OK; }
+    llmi_show(type, text);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "rope_type", "'%q' is not implemented; known: default, linear, llama3, yarn, longrope", text);
+}
+
+/* What the type found by llmi_find_rope needs of the numbers. */
+static moq_result llmi_check_rope(const llmi_keys *k, llmi_config *c)
+{
+    llmi_rope *r = &c->rope;
+    double own = 0;
+    moq_result code = llmi_positive(k, "original_max_position_embeddings", llmi_key(k, "original_max_position_embeddings"), 0, &own);
+    if (code < 0) return code;
+    if (r->original <= 0) r->original = own > 0 ? own : (double)c->max_positions;
+    if (r->adjust == llmi_rope_llama3 && r->high <= r->low)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "high_freq_factor", moq_json_find(r->spec, "high_freq_factor"), "more than low_freq_factor");
+    if (r->adjust == llmi_rope_longrope && own > 0) r->factor = 0; /* Phi-3 says it by two lengths, which win over a factor */
+    if (r->factor <= 0 && (r->adjust == llmi_rope_longrope || r->adjust == llmi_rope_yarn)) r->factor = (double)c->max_positions / r->original;
+    if (r->factor <= 0 && r->adjust) return llmi_bad_key(k, MOQ_E_CONFIG, "factor", NULL, "a finite number above 0");
+    return r->adjust == llmi_rope_longrope ? llmi_read_longrope(k, c) : MOQ_OK;
+}
+
+/* rope_parameters (transformers 5: theta and type in one object) or rope_theta and rope_scaling. */
+static moq_result llmi_read_rope(const llmi_keys *k, llmi_config *c)
+{
+    llmi_rope *r = &c->rope;
+    const moq_json *spec = llmi_key(k, "rope_parameters"), *theta, *part;
+    double share;
+    moq_result code;
+    if (!spec) spec = llmi_key(k, "rope_scaling");
+    if (spec && spec->type != MOQ_JSON_OBJECT) return llmi_bad_key(k, MOQ_E_CONFIG, "rope_parameters", spec, "an object or null");
+    for (const moq_json *e = moq_json_first(spec); e; e = moq_json_next(spec, e))
+        if (e->type == MOQ_JSON_OBJECT) return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "rope_parameters", e, "one description for all layers");
+    r->spec = spec;
+    theta = moq_json_find(spec, "rope_theta");
+    part = moq_json_find(spec, "partial_rotary_factor");
+    code = llmi_positive(k, "rope_theta", theta ? theta : llmi_key(k, "rope_theta"), c->family->theta, &r->theta);
+    if (code >= 0) code = llmi_positive(k, "partial_rotary_factor", part ? part : llmi_key(k, "partial_rotary_factor"), 1, &share);
+    if (code < 0) return code;
+    if (share > 1) return llmi_bad_key(k, MOQ_E_CONFIG, "partial_rotary_factor", part, "a number up to 1");
+    /* the fraction is cut, not rounded, as the reference implementations do */
+    r->dims = (int32_t)(c->head_dim * share);
+    if (r->dims < 2 || r->dims % 2)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "head_dim", llmi_key(k, "head_dim"), "head_dim * partial_rotary_factor to be even");
+    if ((code = llmi_find_rope(k, r)) < 0 || (code = llmi_read_rope_numbers(k, r)) < 0) return code;
+    return llmi_check_rope(k, c);
+}
+
+/* ---- the rest ---- */
+
+/* model_type decides; `architectures` is not looked at, because quantizers rename it more often. */
+static moq_result llmi_read_family(const llmi_keys *k, llmi_config *c)
+{
+    char known[512];
+    size_t n = 0;
+    const moq_json *type = llmi_key(k, "model_type");
+    if (!moq_json_string(type)) return llmi_bad_key(k, MOQ_E_CONFIG, "model_type", type, "the name of an architecture");
+    known[0] = 0;
+    for (size_t i = 0; i < LLMI_COUNT(llmi_families); i++) {
+        const char *name = llmi_families[i].model_type;
+        if (moq_json_is(type, name)) { c->family = &llmi_families[i]; return MOQ_OK; }
+        if (n + strlen(name) + 3 > sizeof known) continue;
+        if (n) { memcpy(known + n, ", ", 2); n += 2; }
+        memcpy(known + n, name, strlen(name) + 1);
+        n += strlen(name);
+    }
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "model_type", "architecture '%q' is unknown; known: %s", moq_json_string(type), known);
+}
+
+/* head h of q reads kv head h / (heads / kv_heads), so one must divide the other. head_dim is hidden / heads unless it is said:
+   Qwen3 and others chose it freely. */
+static moq_result llmi_read_heads(const llmi_keys *k, llmi_config *c)
+{
+    moq_result code;
+    if ((code = llmi_key_size(k, "num_attention_heads", 65536, LLMI_REQUIRED, &c->heads)) < 0) return code;
+    if ((code = llmi_key_size(k, "num_key_value_heads", 65536, c->heads, &c->kv_heads)) < 0) return code;
+    if (c->heads % c->kv_heads)
+        return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "num_attention_heads", "%d is no multiple of num_key_value_heads %d; one of the two is wrong",
+                           c->heads, c->kv_heads);
+    if (!llmi_key(k, "head_dim") && c->hidden % c->heads)
+        return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "hidden_size", "%d is no multiple of num_attention_heads %d and there is no head_dim",
+                           c->hidden, c->heads);
+    if ((code = llmi_key_size(k, "head_dim", 65536, c->hidden / c->heads, &c->head_dim)) < 0) return code;
+    if ((int64_t)c->heads * c->head_dim * 3 > LLMI_MAX_WIDTH)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "head_dim", llmi_key(k, "head_dim"), "num_attention_heads * head_dim of a possible size");
+    return MOQ_OK;
+}
+
+/* Layers are limited first of all: a thousand million of them must fail before anything is allocated. */
+static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
+{
+    int64_t layers;
+    moq_result code;
+    if ((code = llmi_key_int(k, "num_hidden_layers", 1, INT32_MAX, LLMI_REQUIRED, &layers)) < 0) return code;
+    if (layers > LLM_MAX_LAYERS)
+        return LLMI_REFUSE_KEY(k, MOQ_E_LIMIT, "num_hidden_layers", "%lld is over LLM_MAX_LAYERS (%d); raise it if you trust the file",
+                           (long long)layers, LLM_MAX_LAYERS);
+    c->layers = (int32_t)layers;
+    if ((code = llmi_key_size(k, "hidden_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->hidden)) < 0) return code;
+    if ((code = llmi_key_size(k, "intermediate_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->inter)) < 0) return code;
+    if ((code = llmi_key_size(k, "vocab_size", LLMI_MAX_WIDTH, LLMI_REQUIRED, &c->vocab)) < 0) return code;
+    return llmi_read_heads(k, c);
+}
+
+/* Absent means SiLU, as in every family of the table. */
+static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
+{
+    const moq_json *v = llmi_key(k, "hidden_act");
+    char text[64];
+    if (!v) v = llmi_key(k, "hidden_activation");
+    c->activation = MOQ_SILU_MUL;
+    if (!v) return MOQ_OK;
+    for (size_t i = 0; i < LLMI_COUNT(llmi_activations); i++)
+        if (moq_json_is(v, llmi_activations[i].name)) { c->activation = llmi_activations[i].kind; return MOQ_OK; }
+    llmi_show(v, text);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented; known: silu, gelu, gelu_pytorch_tanh", text);
+}
+
+/* See the enum above for what the keys mean in which family. */
+static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
+{
+    const llmi_family *f = c->family;
+    int on = 1;
+    int64_t window = 0, from = 0;
+    moq_result code = MOQ_OK;
+    if (f->window == LLMI_WINDOW_NONE) return MOQ_OK;
+    if (f->window != LLMI_WINDOW_ALL && (code = llmi_key_bool(k, "use_sliding_window", 0, &on)) < 0) return code;
+    if (!on) return MOQ_OK;
+    if ((code = llmi_key_int(k, "sliding_window", 0, INT64_MAX, 0, &window)) < 0) return code;
+    /* a window wider than any position is none */
+    c->window = window > INT32_MAX ? 0 : (int32_t)window;
+    if (f->window != LLMI_WINDOW_LAYERS) return MOQ_OK;
+    c->layer_types = llmi_key(k, "layer_types");
+    if (!c->layer_types) {
+        code = llmi_key_int(k, "max_window_layers", 0, INT32_MAX, 28, &from);
+        c->window_from = (int32_t)from;
+        return code;
+    }
+    if (c->layer_types->type != MOQ_JSON_ARRAY || (int64_t)c->layer_types->count < c->layers)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "layer_types", c->layer_types, "a list with one name for every layer");
+    for (const moq_json *e = moq_json_first(c->layer_types); e; e = moq_json_next(c->layer_types, e))
+        if (!moq_json_is(e, "full_attention") && !moq_json_is(e, "sliding_attention"))
+            return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "layer_types", e, "full_attention or sliding_attention");
+    return MOQ_OK;
+}
+
+/* The window of a layer, 0: it sees everything. */
+static int32_t llmi_layer_window(const llmi_config *c, int32_t layer)
+{
+    if (c->layer_types) return moq_json_is(moq_json_at(c->layer_types, (size_t)layer), "sliding_attention") ? c->window : 0;
+    return layer >= c->window_from ? c->window : 0;
+}
+
+/* Every layer holds experts unless decoder_sparse_step or mlp_only_layers say otherwise. The count has two spellings, which
+   transformers 5 exchanged; norm_topk_prob divides the chosen weights by their sum, as Mixtral always does. */
+static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
+{
+    const llmi_moe_names *n = c->family->moe;
+    const char *key;
+    int64_t experts;
+    int renormalize;
+    moq_result code;
+    if (!n) return MOQ_OK;
+    key = llmi_key(k, n->count_key) || !llmi_key(k, n->count_alias) ? n->count_key : n->count_alias;
+    if ((code = llmi_key_int(k, key, 0, 65536, LLMI_REQUIRED, &experts)) < 0) return code;
+    c->experts = (int32_t)experts;
+    if (experts == 0) return MOQ_OK; /* every layer is dense; llm-model refuses it when there are router tensors */
+    if ((code = llmi_key_size(k, "num_experts_per_tok", 65536, LLMI_REQUIRED, &c->top_k)) < 0) return code;
+    if (c->top_k > c->experts)
+        return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "num_experts_per_tok", "%d is more than %s %d; one of the two is wrong", c->top_k, key, c->experts);
+    if ((code = llmi_key_size(k, "moe_intermediate_size", LLMI_MAX_WIDTH / 4, c->inter, &c->moe_inter)) < 0) return code;
+    if ((code = llmi_key_size(k, "decoder_sparse_step", INT32_MAX, 1, &c->sparse_step)) < 0) return code;
+    if ((code = llmi_key_bool(k, "norm_topk_prob", 0, &renormalize)) < 0) return code;
+    c->renormalize = n->renormalize || renormalize;
+    c->dense_layers = llmi_key(k, "mlp_only_layers");
+    return MOQ_OK;
+}
+
+/* Does this layer hold experts? */
+static int llmi_layer_is_moe(const llmi_config *c, int32_t layer)
+{
+    if (!c->experts || (layer + 1) % c->sparse_step) return 0;
+    for (const moq_json *e = moq_json_first(c->dense_layers); e; e = moq_json_next(c->dense_layers, e)) {
+        int64_t v;
+        if (moq_json_int(e, &v) && v == layer) return 0;
+    }
+    return 1;
+}
+
+/* One id that ends a turn, each once. */
+static moq_result llmi_add_end(const llmi_keys *k, llmi_config *c, const char *key, const moq_json *v, int strict)
+{
+    int64_t id;
+    if (!moq_json_int(v, &id) || id < 0 || id >= c->vocab) return strict ? llmi_bad_key(k, MOQ_E_CONFIG, key, v, "an id below vocab_size") : MOQ_OK;
+    for (int32_t i = 0; i < c->end_count; i++)
+        if (c->ends[i] == id) return MOQ_OK;
+    if (c->end_count < LLMI_MAX_ENDS) c->ends[c->end_count++] = (int32_t)id;
+    return MOQ_OK;
+}
+
+/* eos_token_id: one id, a list of ids, or null. strict: ids out of range are an error. */
+static moq_result llmi_read_ends(const llmi_keys *k, llmi_config *c, const moq_json *v, int strict)
+{
+    moq_result code = MOQ_OK;
+    if (!v || v->type == MOQ_JSON_NULL) return MOQ_OK;
+    if (v->type != MOQ_JSON_ARRAY) return llmi_add_end(k, c, "eos_token_id", v, strict);
+    for (const moq_json *e = moq_json_first(v); e && code >= 0; e = moq_json_next(v, e)) code = llmi_add_end(k, c, "eos_token_id", e, strict);
+    return code;
+}
+
+/* The tokenizer puts BOS in front; here it is only checked. */
+static moq_result llmi_read_bos(const llmi_keys *k, const llmi_config *c)
+{
+    int64_t id;
+    const moq_json *v = llmi_key(k, "bos_token_id");
+    if (!v || v->type == MOQ_JSON_ARRAY || (moq_json_int(v, &id) && id >= 0 && id < c->vocab)) return MOQ_OK;
+    return llmi_bad_key(k, MOQ_E_CONFIG, "bos_token_id", v, "an id below vocab_size");
+}
+
+/* Norm epsilon, positions, ties, ends. */
+static moq_result llmi_read_rest(const llmi_keys *k, llmi_config *c)
+{
+    moq_result code;
+    if ((code = llmi_positive(k, "rms_norm_eps", llmi_key(k, "rms_norm_eps"), c->family->eps, &c->eps)) < 0) return code;
+    c->tie_said = llmi_key(k, "tie_word_embeddings") != NULL;
+    if ((code = llmi_key_bool(k, "tie_word_embeddings", 0, &c->tied)) < 0) return code;
+    if ((code = llmi_read_bos(k, c)) < 0) return code;
+    return llmi_read_ends(k, c, llmi_key(k, "eos_token_id"), 1);
+}
+
+/* generation_config.json may name more ends of a turn; nothing else in it matters here. */
+static moq_result llmi_read_generation(const moq_checkpoint *ck, llmi_config *c, moq_error *err)
+{
+    moq_error local;
+    llmi_keys k;
+    moq_json_doc *doc = moq_read_json(ck, "generation_config.json", MOQ_JSON_CONFIG, &local);
+    if (!doc && local.code == MOQ_E_NOTFOUND) return MOQ_OK;
+    if (!doc) {
+        if (err) *err = local;
+        return local.code;
+    }
+    k.text = k.root = moq_json_root(doc);
+    k.err = err;
+    llmi_read_ends(&k, c, moq_json_find(k.root, "eos_token_id"), 0);
+    moq_json_destroy(doc);
+    return MOQ_OK;
+}
+
+/* The whole description. `context`: as asked for, 0: what the file says, at most 4096. The result points into the checkpoint. */
+static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, llmi_config *c, moq_error *err)
+{
+    llmi_keys k;
+    moq_result code;
+    memset(c, 0, sizeof *c);
+    k.root = moq_get_config(ck);
+    k.text = moq_json_find(k.root, "text_config");
+    if (!k.text || k.text->type != MOQ_JSON_OBJECT) k.text = k.root;
+    k.err = err;
+    if (k.root->count == 0)
+        return moq_fail(err, MOQ_E_NOTFOUND, moq_get_name(ck), "the folder has no config.json; the engine needs it to know the architecture");
+    c->keys = k.text;
+    c->root = k.root;
+    if ((code = llmi_read_family(&k, c)) < 0 || (code = llmi_read_sizes(&k, c)) < 0) return code;
+    if ((code = llmi_key_int(&k, "max_position_embeddings", 1, INT64_MAX, 4096, &c->max_positions)) < 0) return code;
+    c->context = context > 0 ? context : c->max_positions < 4096 ? (int32_t)c->max_positions : 4096;
+    if ((code = llmi_read_activation(&k, c)) < 0 || (code = llmi_read_window(&k, c)) < 0 || (code = llmi_read_moe(&k, c)) < 0) return code;
+    if ((code = llmi_read_rope(&k, c)) < 0 || (code = llmi_read_rest(&k, c)) < 0) return code;
+    return llmi_read_generation(ck, c, err);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-model       weights of a family, prepared on a backend
+   Asks the checkpoint for every module by name, checks its shape against config.json, and hands it to the backend once.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Names that are looked for, under the prefix that llmi_find_prefix found ("model." mostly):
+
+       embed_tokens  norm  lm_head (without the prefix)
+       layers.N.  input_layernorm  post_attention_layernorm
+       layers.N.  self_attn.{q,k,v}_proj or self_attn.qkv_proj, self_attn.o_proj, self_attn.{q,k}_norm
+       layers.N.  mlp.{gate,up}_proj or mlp.gate_up_proj, mlp.down_proj
+       layers.N.  the router and the experts as the family's llmi_moe_names say
+
+   Biases, scales, rotations and low-rank branches come with each moq_linear: this section never sees a scheme. Projections of
+   one input are prepared as one weight, so that the input is rounded once and one launch does the work of three. */
+
+/* One decoder layer, all in the backend's memory. */
+typedef struct llmi_layer {
+    const float *attn_norm, *mlp_norm; /* [hidden] */
+    const float *q_norm, *k_norm;      /* [head_dim], NULL: none */
+    moq_weight *qkv, *o;               /* [q | k | v] rows from hidden; hidden from heads * head_dim */
+    moq_weight *gate_up, *down;        /* dense: [gate | up] rows; NULL in a layer of experts */
+    moq_weight *router;
+    moq_experts *experts;
+    moq_kv_cache *kv;
+    int32_t window;
+} llmi_layer;
+
+/* A block of backend memory, for closing. */
+typedef struct llmi_held {
+    struct llmi_held *next;
+    void *data;
+} llmi_held;
+
+/* A model on a backend: weights, KV cache of all slots, and the activations of one chunk. Nothing is allocated after opening. */
+typedef struct llmi_model {
+    const moq_checkpoint *ck;
+    moq_backend *be;
+    /* log and progress; its strings only while opening */
+    const llm_desc *desc;
+    /* host memory, and the list of backend memory to release */
+    llmi_arena arena;
+    llmi_held *held;
+    llmi_config c;
+    /* where the decoder's tensors are: "model.", and the module of the head */
+    const char *prefix, *head_name;
+
+    llmi_layer *layers;
+    /* tables of vocab rows; head may be embed */
+    moq_weight *embed, *head;
+    /* [hidden] */
+    const float *final_norm;
+    /* [rope.dims / 2] radians per position; rope_scale multiplies cos and sin */
+    const float *inv_freq;
+    float rope_scale;
+    /* of the last layer, for llm_info */
+    moq_kv_format kv;
+    /* bytes on the backend beyond the checkpoint's */
+    uint64_t memory;
+
+    /* sequences in the cache; tokens of a pass; rows of logits computed at once */
+    int32_t slots, chunk, head_rows;
+    /* [slots] tokens that each sequence holds */
+    int32_t *length;
+    /* [3, chunk] ids, positions, slots before they are uploaded */
+    int32_t *host;
+    /* bytes of one activation */
+    size_t elem;
+    /* [chunk, hidden] the residual stream, its norm, what a block adds to it */
+    void *x, *h, *d;
+    /* [chunk, (heads + 2 kv_heads) * head_dim], [chunk, heads * head_dim] */
+    void *qkv, *att;
+    /* [chunk, 2 * inter], [chunk, inter] */
+    void *gate_up, *mid;
+    /* [chunk, experts], [head_rows, vocab] */
+    void *route, *logits;
+    /* [chunk, rope.dims / 2, 2] cos, sin */
+    float *table;
+    /* [chunk] ids, positions and slots where the backend reads them */
+    int32_t *ids, *pos, *slot;
+} llmi_model;
+
+/* ---- names ---- */
+
+/* Names are built from our own words and small numbers, so they fit; a longer one would be cut and then not found. */
+static void llmi_name_add(char *out, const char *s)
+{
+    size_t n = strlen(out), m = strlen(s);
+    if (m > LLMI_NAME_BYTES - 1 - n) m = LLMI_NAME_BYTES - 1 - n;
+    memcpy(out + n, s, m);
+    out[n + m] = 0;
+}
+
+/* v >= 0 in decimal. */
+static void llmi_name_number(char *out, int32_t v)
+{
+    char digits[12];
+    int i = 11;
+    digits[i] = 0;
+    do { digits[--i] = (char)('0' + v % 10); v /= 10; } while (v);
+    llmi_name_add(out, digits + i);
+}
+
+/* "model.layers.3.mlp.down_proj"; layer < 0: "model.norm". */
+static const char *llmi_name(const llmi_model *m, char out[LLMI_NAME_BYTES], int32_t layer, const char *tail)
+{
+    out[0] = 0;
+    llmi_name_add(out, m->prefix);
+    if (layer >= 0) {
+        llmi_name_add(out, "layers.");
+        llmi_name_number(out, layer);
+        llmi_name_add(out, ".");
+    }
+    llmi_name_add(out, tail);
+    return out;
+}
+
+/* Where a text model lies inside a folder that may hold more than that (an image encoder beside it). The head has no prefix of
+   the decoder. When nothing fits, the usual place stays, and the error names what is missing there. */
+static void llmi_find_prefix(llmi_model *m)
+{
+    static const char *const places[][2] = {
+        {"model.", "lm_head"}, {"language_model.model.", "language_model.lm_head"}, {"model.language_model.", "lm_head"}, {"", "lm_head"}};
+    char name[LLMI_NAME_BYTES];
+    for (size_t i = 0; i < LLMI_COUNT(places); i++) {
+        m->prefix = places[i][0];
+        m->head_name = places[i][1];
+        if (moq_has_linear(m->ck, llmi_name(m, name, -1, "embed_tokens"))) return;
+    }
+    m->prefix = places[0][0];
+    m->head_name = places[0][1];
+}
+
+/* A finding: worth knowing, no error. */
+static void llmi_tell(const llmi_model *m, const moq_error *finding)
+{
+    if (m->desc->log) m->desc->log(m->desc->log_user, MOQ_LOG_WARNING, finding->code, finding->text);
+}
+
+/* ---- backend memory ---- */
+
+/* Zeroed memory for count * size bytes, released by llmi_model_close; NULL and an error when there is none. */
+static void *llmi_alloc(llmi_model *m, uint64_t count, size_t size, moq_error *err)
+{
+    llmi_held *held = (llmi_held *)llmi_take(&m->arena, 1, sizeof *held);
+    if (!held || count > SIZE_MAX / 2 / size) {
+        llmi_nomem(err, "activations");
+        return NULL;
+    }
+    held->data = m->be->alloc(m->be, (size_t)count * size, err);
+    if (!held->data) return NULL;
+    held->next = m->held;
+    m->held = held;
+    m->memory += count * size;
+    return held->data;
+}
+
+/* Keeps a prepared weight and counts what it takes beyond the checkpoint's own bytes; NULL is the failure of prepare_linear. */
+static moq_result llmi_weight_done(llmi_model *m, moq_weight *w, moq_weight **out)
+{
+    *out = w;
+    if (w) m->memory += m->be->weight_bytes(m->be, w);
+    return w ? MOQ_OK : MOQ_E_BACKEND;
+}
+
+/* The code of a failed backend call. Public entries pass an error of their own, cleared: it is never NULL here. */
+static moq_result llmi_code(moq_error *err, moq_result otherwise)
+{
+    return err->code != MOQ_OK ? err->code : moq_fail(err, otherwise, "backend", "the call failed without a reason");
+}
+
+/* ---- tensors ---- */
+
+/* What a layer must look like: rows and cols, and the keys of config.json that say so. */
+typedef struct llmi_shape {
+    int64_t rows, cols;
+    const char *rows_key, *cols_key;
+} llmi_shape;
+
+static llmi_shape llmi_shape_of(int64_t rows, const char *rows_key, int64_t cols, const char *cols_key)
+{
+    llmi_shape s;
+    s.rows = rows;
+    s.cols = cols;
+    s.rows_key = rows_key;
+    s.cols_key = cols_key;
+    return s;
+}
+
+/* The first tensor that is not there ends the search, so a folder of 31 of 32 layers names layer 31. */
+static moq_result llmi_missing(const llmi_model *m, const char *module, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES] = "";
+    llmi_name_add(name, module);
+    llmi_name_add(name, ".weight");
+    return moq_fail(err, MOQ_E_MISSING, name, "the tensor is absent, but config.json describes a '%s' of %d layers; the folder is incomplete",
+                    m->c.family->model_type, m->c.layers);
+}
+
+/* The layer of a module, which must be there and have this shape. */
+static moq_result llmi_find(const llmi_model *m, const char *name, llmi_shape s, moq_linear *out, moq_error *err)
+{
+    moq_error local;
+    moq_result code = moq_find_linear(m->ck, name, out, &local);
+    if (code == MOQ_E_NOTFOUND) return llmi_missing(m, name, err);
+    if (code < 0) {
+        if (err) *err = local;
+        return code;
+    }
+    if (out->rows == s.rows && out->cols == s.cols) return MOQ_OK;
+    return moq_fail(err, MOQ_E_MISMATCH, out->tensor ? out->tensor : name,
+                    "the layer has shape [%lld, %lld], but %s and %s of config.json ask for [%lld, %lld]", (long long)out->rows,
+                    (long long)out->cols, s.rows_key, s.cols_key, (long long)s.rows, (long long)s.cols);
+}
+
+/* One prepared layer. */
+static moq_result llmi_prepare(llmi_model *m, int32_t layer, const char *tail, llmi_shape s, moq_weight **out, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    moq_linear w;
+    moq_result code = llmi_find(m, llmi_name(m, name, layer, tail), s, &w, err);
+    if (code < 0) return code;
+    code = llmi_weight_done(m, m->be->prepare_linear(m->be, &w, 1, err), out);
+    return code < 0 ? llmi_code(err, code) : code;
+}
+
+/* `parts` layers of one input as one; where the folder holds them fused already (`fused` is there), that one. */
+static moq_result llmi_prepare_parts(llmi_model *m, int32_t layer, const char *fused, const char *const *tails, const llmi_shape *shapes,
+                                     int32_t parts, moq_weight **out, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    moq_linear w[3];
+    moq_result code;
+    if (moq_has_linear(m->ck, llmi_name(m, name, layer, fused))) {
+        llmi_shape all = shapes[0];
+        for (int32_t i = 1; i < parts; i++) all.rows += shapes[i].rows;
+        return llmi_prepare(m, layer, fused, all, out, err);
+    }
+    for (int32_t i = 0; i < parts; i++)
+        if ((code = llmi_find(m, llmi_name(m, name, layer, tails[i]), shapes[i], &w[i], err)) < 0) return code;
+    code = llmi_weight_done(m, m->be->prepare_linear(m->be, w, parts, err), out);
+    return code < 0 ? llmi_code(err, code) : code;
+}
+
+/* A norm weight [count] as F32 on the backend. */
+static moq_result llmi_load_norm(llmi_model *m, int32_t layer, const char *tail, int32_t count, const float **out, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    const moq_tensor *t = moq_find_tensor(m->ck, llmi_name(m, name, layer, tail));
+    float *host, *device;
+    /* llmi_missing adds the suffix again */
+    name[strlen(name) - strlen(".weight")] = 0;
+    if (!t) return llmi_missing(m, name, err);
+    if (t->rank != 1 || t->shape[0] != (uint64_t)count)
+        return moq_fail(err, MOQ_E_SHAPE, t->name, "a norm needs %d values in one dimension, found %lld in %u; compare config.json", count,
+                        (long long)(t->rank ? t->shape[0] : 1), t->rank);
+    device = (float *)llmi_alloc(m, (uint64_t)count, sizeof *device, err);
+    if (!device) return llmi_code(err, MOQ_E_NOMEM);
+    host = (float *)moq_allocate(&m->arena.a, (size_t)count * sizeof *host);
+    if (!host) return llmi_nomem(err, t->name);
+    int known = moq_to_f32(t->dtype, t->data, (size_t)count, host);
+    if (known) m->be->upload(m->be, device, host, (size_t)count * sizeof *host);
+    moq_release(&m->arena.a, host, (size_t)count * sizeof *host);
+    *out = device;
+    if (known) return MOQ_OK;
+    return moq_fail(err, MOQ_E_DTYPE, t->name, "a norm of dtype %s is no number; expected BF16, F16 or F32", moq_dtype_name(t->dtype));
+}
+
+/* ---- embedding and head ---- */
+
+/* Tables are often padded to a round number of rows.
+   Cut a table of words to vocab_size rows; fewer rows than that are an error. */
+static moq_result llmi_cut_vocab(const llmi_model *m, moq_linear *w, moq_error *err)
+{
+    moq_error finding;
+    const char *name = w->tensor ? w->tensor : w->name;
+    if (w->cols != m->c.hidden)
+        return moq_fail(err, MOQ_E_MISMATCH, name, "the table has %lld columns, hidden_size of config.json is %d", (long long)w->cols, m->c.hidden);
+    if (w->rows == m->c.vocab) return MOQ_OK;
+    if (w->rows < m->c.vocab)
+        return moq_fail(err, MOQ_E_MISMATCH, name, "the table has %lld rows, vocab_size of config.json is %d", (long long)w->rows, m->c.vocab);
+    moq_fail(&finding, MOQ_E_MISMATCH, name, "the table has %lld rows, vocab_size of config.json is %d; the rest is not used",
+             (long long)w->rows, m->c.vocab);
+    llmi_tell(m, &finding);
+    return moq_slice_rows(w, 0, m->c.vocab, 1, w, err);
+}
+
+/* Bit for bit the same table? Then one prepared copy serves as embedding and head. */
+static int llmi_same_codes(const moq_linear *a, const moq_linear *b)
+{
+    size_t bytes = (size_t)(a->codes.count * (uint64_t)moq_dtype_bits(a->codes.dtype) / 8);
+    if (a->codes.dtype != b->codes.dtype || a->codes.count != b->codes.count || moq_scheme_is_quantized(&a->scheme)) return 0;
+    return a->codes.data == b->codes.data || memcmp(a->codes.data, b->codes.data, bytes) == 0;
+}
+
+/* Embedding and head are linear layers like all others, quantized or not. */
+static moq_result llmi_prepare_table(llmi_model *m, moq_linear *w, moq_weight **out, moq_error *err)
+{
+    moq_result code = llmi_cut_vocab(m, w, err);
+    if (code < 0) return code;
+    code = llmi_weight_done(m, m->be->prepare_linear(m->be, w, 1, err), out);
+    return code < 0 ? llmi_code(err, code) : code;
+}
+
+/* The output layer: lm_head where it is there, else the embedding, unless config.json says that they are not tied. */
+static moq_result llmi_prepare_head(llmi_model *m, const moq_linear *embed, moq_error *err)
+{
+    moq_linear head;
+    moq_error finding;
+    moq_result code;
+    int there = moq_has_linear(m->ck, m->head_name);
+    /* said to be untied and yet without a head: something was lost */
+    if (!there && m->c.tie_said && !m->c.tied) return llmi_missing(m, m->head_name, err);
+    if (!there) {
+        m->head = m->embed;
+        return MOQ_OK;
+    }
+    if ((code = moq_find_linear(m->ck, m->head_name, &head, err)) < 0) return code;
+    if (m->c.tied && llmi_same_codes(&head, embed)) {
+        m->head = m->embed;
+        return MOQ_OK;
+    }
+    if (m->c.tied) {
+        moq_fail(&finding, MOQ_E_MISMATCH, head.tensor, "tie_word_embeddings of config.json is true, but this tensor holds other values; it is used");
+        llmi_tell(m, &finding);
+    }
+    return llmi_prepare_table(m, &head, &m->head, err);
+}
+
+/* What comes before the first and after the last layer. */
+static moq_result llmi_prepare_ends(llmi_model *m, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    moq_linear embed, table;
+    moq_error local;
+    moq_result code = moq_find_linear(m->ck, llmi_name(m, name, -1, "embed_tokens"), &embed, &local);
+    if (code == MOQ_E_NOTFOUND) return llmi_missing(m, name, err);
+    if (code < 0) {
+        if (err) *err = local;
+        return code;
+    }
+    table = embed;
+    if ((code = llmi_prepare_table(m, &table, &m->embed, err)) < 0) return code;
+    if ((code = llmi_prepare_head(m, &embed, err)) < 0) return code;
+    return llmi_load_norm(m, -1, "norm.weight", m->c.hidden, &m->final_norm, err);
+}
+
+/* ---- layers ---- */
+
+/* Attention's norms and projections. q_proj decides whether head_dim of config.json is right. */
+static moq_result llmi_prepare_attention(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    static const char *const tails[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
+    const llmi_config *c = &m->c;
+    llmi_shape s[3];
+    int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+    moq_result code;
+    s[0] = llmi_shape_of(q, "num_attention_heads * head_dim", c->hidden, "hidden_size");
+    s[1] = s[2] = llmi_shape_of(kv, "num_key_value_heads * head_dim", c->hidden, "hidden_size");
+    if ((code = llmi_load_norm(m, layer, "input_layernorm.weight", c->hidden, &l->attn_norm, err)) < 0) return code;
+    if ((code = llmi_prepare_parts(m, layer, "self_attn.qkv_proj", tails, s, 3, &l->qkv, err)) < 0) return code;
+    s[0] = llmi_shape_of(c->hidden, "hidden_size", q, "num_attention_heads * head_dim");
+    if ((code = llmi_prepare(m, layer, "self_attn.o_proj", s[0], &l->o, err)) < 0) return code;
+    if (!c->family->qk_norm) return MOQ_OK;
+    if ((code = llmi_load_norm(m, layer, "self_attn.q_norm.weight", c->head_dim, &l->q_norm, err)) < 0) return code;
+    return llmi_load_norm(m, layer, "self_attn.k_norm.weight", c->head_dim, &l->k_norm, err);
+}
+
+/* A dense MLP: gate and up share their input. */
+static moq_result llmi_prepare_mlp(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    static const char *const tails[] = {"mlp.gate_proj", "mlp.up_proj"};
+    const llmi_config *c = &m->c;
+    llmi_shape s[2];
+    moq_result code;
+    s[0] = s[1] = llmi_shape_of(c->inter, "intermediate_size", c->hidden, "hidden_size");
+    if ((code = llmi_prepare_parts(m, layer, "mlp.gate_up_proj", tails, s, 2, &l->gate_up, err)) < 0) return code;
+    return llmi_prepare(m, layer, "mlp.down_proj", llmi_shape_of(c->hidden, "hidden_size", c->inter, "intermediate_size"), &l->down, err);
+}
+
+/* The three layers of expert `e`, into place e of three lists of `experts` layers. */
+static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e, moq_linear *list, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    const llmi_moe_names *n = c->family->moe;
+    const char *const parts[] = {n->gate, n->up, n->down};
+    char name[LLMI_NAME_BYTES];
+    for (int32_t i = 0; i < 3; i++) {
+        llmi_shape s = i < 2 ? llmi_shape_of(c->moe_inter, "the experts' intermediate size", c->hidden, "hidden_size")
+                             : llmi_shape_of(c->hidden, "hidden_size", c->moe_inter, "the experts' intermediate size");
+        moq_result code;
+        if (!parts[i]) continue;
+        llmi_name(m, name, layer, n->experts);
+        llmi_name_add(name, ".");
+        llmi_name_number(name, e);
+        llmi_name_add(name, ".");
+        llmi_name_add(name, parts[i]);
+        if ((code = llmi_find(m, name, s, &list[i * c->experts + e], err)) < 0) return code;
+    }
+    return MOQ_OK;
+}
+
+/* A layer of experts. The lists live only during prepare_moe: the backend keeps what it needs. */
+static moq_result llmi_prepare_moe(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    const llmi_moe_names *n = c->family->moe;
+    char name[LLMI_NAME_BYTES];
+    size_t bytes = (size_t)c->experts * 3 * sizeof(moq_linear);
+    moq_moe moe;
+    moq_result code = llmi_prepare(m, layer, n->router, llmi_shape_of(c->experts, n->count_key, c->hidden, "hidden_size"), &l->router, err);
+    moq_linear *list;
+    if (code < 0) return code;
+    list = (moq_linear *)moq_allocate(&m->arena.a, bytes);
+    if (!list) return llmi_nomem(err, "experts");
+    for (int32_t e = 0; e < c->experts && code >= 0; e++) code = llmi_find_expert(m, layer, e, list, err);
+    if (code >= 0) {
+        memset(&moe, 0, sizeof moe);
+        llmi_name(m, name, layer, n->experts);
+        moe.name = llmi_take_text(&m->arena, name, strlen(name));
+        moe.routing.experts = c->experts;
+        moe.routing.top_k = c->top_k;
+        moe.routing.score = MOQ_SCORE_SOFTMAX;
+        moe.routing.renormalize = c->renormalize;
+        moe.activation.kind = c->activation;
+        moe.gate = n->gate ? list : NULL;
+        moe.up = list + c->experts;
+        moe.down = list + 2 * (size_t)c->experts;
+        if (!moe.name) code = llmi_nomem(err, name);
+        else l->experts = m->be->prepare_moe(m->be, &moe, err);
+        if (code >= 0 && !l->experts) code = llmi_code(err, MOQ_E_BACKEND);
+    }
+    moq_release(&m->arena.a, list, bytes);
+    return code;
+}
+
+/* One layer in the order in which it computes, so that the first missing tensor is the first one needed. */
+static moq_result llmi_prepare_layer(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    const llmi_config *c = &m->c;
+    const llmi_moe_names *n = c->family->moe;
+    moq_result code = llmi_prepare_attention(m, layer, l, err);
+    if (code >= 0) code = llmi_load_norm(m, layer, "post_attention_layernorm.weight", c->hidden, &l->mlp_norm, err);
+    if (code < 0) return code;
+    l->window = llmi_layer_window(c, layer);
+    if (llmi_layer_is_moe(c, layer)) return llmi_prepare_moe(m, layer, l, err);
+    /* a router without experts means that the key is wrong, not that the layer is dense */
+    if (n && !c->experts && moq_has_linear(m->ck, llmi_name(m, name, layer, n->router)))
+        return llmi_in_file("config.json", moq_fail(err, MOQ_E_CONFIG, n->count_key, "0 experts, but the folder has the router '%q'", name), err);
+    return llmi_prepare_mlp(m, layer, l, err);
+}
+
+/* Layers after the last that config.json declares: extra prediction layers of some models. Told, not used. */
+static void llmi_tell_unused(const llmi_model *m)
+{
+    char name[LLMI_NAME_BYTES];
+    size_t n, count = moq_tensor_count(m->ck);
+    moq_error finding;
+    if (!m->desc->log) return;
+    llmi_name(m, name, m->c.layers, "");
+    n = strlen(name);
+    for (size_t i = 0; i < count; i++) {
+        const moq_tensor *t = moq_get_tensor(m->ck, i);
+        if (strncmp(t->name, name, n) != 0) continue;
+        moq_fail(&finding, MOQ_E_MISMATCH, name, "tensors with this prefix are not used: num_hidden_layers of config.json is %d", m->c.layers);
+        llmi_tell(m, &finding);
+        return;
+    }
+}
+
+/* ---- KV cache ---- */
+
+/* kv: NULL or "auto": as the checkpoint says; "wide"; or a name of moq_kv_format. */
+static moq_result llmi_make_kv(llmi_model *m, int32_t layer, const char *kv, llmi_layer *l, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    moq_kv_desc d;
+    moq_kv_format forced = MOQ_KV_WIDE;
+    int as_stored = !kv || strcmp(kv, "auto") == 0;
+    moq_result code;
+    memset(&d, 0, sizeof d);
+    if (!as_stored && !moq_kv_format_find(kv, &forced))
+        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; try auto, wide or fp8", kv);
+    code = moq_find_kv(m->ck, llmi_name(m, name, layer, "self_attn"), &d.kv, err);
+    if (code < 0) return code;
+    /* a forced format keeps the scales that the checkpoint has; wide has none */
+    if (!as_stored && forced == MOQ_KV_WIDE) memset(&d.kv, 0, sizeof d.kv);
+    if (!as_stored) d.kv.format = forced;
+    d.name = llmi_take_text(&m->arena, name, strlen(name)); /* a backend may keep it for its messages */
+    if (!d.name) return llmi_nomem(err, name);
+    d.slots = m->slots;
+    d.capacity = m->c.context;
+    d.kv_heads = m->c.kv_heads;
+    d.head_dim = m->c.head_dim;
+    l->kv = m->be->kv_create(m->be, &d, err);
+    if (!l->kv) return llmi_code(err, MOQ_E_NOMEM);
+    m->memory += m->be->kv_bytes(m->be, &d);
+    m->kv = d.kv.format;
+    return MOQ_OK;
+}
+
+/* ---- all of it ---- */
+
+/* Entries of the table that the decoder calls; found out here, not in the middle of an answer. */
+#define LLMI_ENTRIES(X)                                                                                        \
+    X(alloc) X(release) X(upload) X(upload_act) X(download_act) X(sync) X(reserve) X(prepare_linear)           \
+    X(release_weight) X(weight_bytes) X(linear) X(embed) X(kv_create) X(kv_release) X(kv_bytes) X(kv_append)   \
+    X(attention) X(norm) X(rope_table) X(rope) X(activation)
+
+/* Never a silent fall-back: what the backend cannot do is said with the entry's name. */
+static moq_result llmi_check_backend(const llmi_model *m, moq_error *err)
+{
+    const moq_backend *be = m->be;
+    const char *lacks = NULL;
+#define LLMI_X(entry) if (!be->entry) lacks = #entry;
+    LLMI_ENTRIES(LLMI_X)
+#undef LLMI_X
+    if (m->c.experts && (!be->prepare_moe || !be->moe || !be->release_moe)) lacks = "moe";
+    return lacks ? moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which the model needs", lacks) : MOQ_OK;
+}
+
+/* Frequencies are computed in double and rounded once; the backend makes cos and sin for every chunk from them. */
+static moq_result llmi_make_rope(llmi_model *m, moq_error *err)
+{
+    int32_t n = m->c.rope.dims / 2;
+    double *inv = (double *)llmi_take(&m->arena, (size_t)n, sizeof *inv);
+    float *host = (float *)llmi_take(&m->arena, (size_t)n, sizeof *host), *device;
+    if (!inv || !host) return llmi_nomem(err, "rope");
+    device = (float *)llmi_alloc(m, (uint64_t)n, sizeof *device, err);
+    if (!device) return llmi_code(err, MOQ_E_NOMEM);
+    m->rope_scale = llmi_rope_table(&m->c.rope, inv);
+    for (int32_t i = 0; i < n; i++) host[i] = (float)inv[i];
+    m->be->upload(m->be, device, host, (size_t)n * sizeof *host);
+    m->inv_freq = device;
+    return MOQ_OK;
+}
+
+typedef struct llmi_want { void **out; uint64_t width; size_t size; } llmi_want; /* rows of chunk */
+
+/* Activations of one chunk: taken once, here. */
+static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    uint64_t heads = (uint64_t)c->heads, kv = (uint64_t)c->kv_heads, dim = (uint64_t)c->head_dim, hidden = (uint64_t)c->hidden;
+    uint64_t rows = (uint64_t)m->chunk;
+    void *table, *ids, *pos, *slot;
+    llmi_want want[] = {
+        {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
+        {&m->qkv, (heads + 2 * kv) * dim, m->elem},                {&m->att, heads * dim, m->elem},
+        {&m->gate_up, 2 * (uint64_t)c->inter, m->elem},            {&m->mid, (uint64_t)c->inter, m->elem},
+        {&m->route, (uint64_t)c->experts + 1, m->elem},            {&table, (uint64_t)c->rope.dims, sizeof(float)},
+        {&ids, 1, sizeof(int32_t)}, {&pos, 1, sizeof(int32_t)},    {&slot, 1, sizeof(int32_t)}};
+    for (size_t i = 0; i < LLMI_COUNT(want); i++) {
+        *want[i].out = llmi_alloc(m, rows * want[i].width, want[i].size, err);
+        if (!*want[i].out) return llmi_code(err, MOQ_E_NOMEM);
+    }
+    m->table = (float *)table;
+    m->ids = (int32_t *)ids;
+    m->pos = (int32_t *)pos;
+    m->slot = (int32_t *)slot;
+    /* the logits of a whole chunk would be far larger than everything else: about a million of them at a time */
+    m->head_rows = (1 << 20) / c->vocab;
+    m->head_rows = m->head_rows < 1 ? 1 : m->head_rows > m->chunk ? m->chunk : m->head_rows;
+    m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err);
+    m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
+    m->host = (int32_t *)llmi_take(&m->arena, (size_t)m->chunk * 3, sizeof *m->host);
+    if (!m->logits) return llmi_code(err, MOQ_E_NOMEM);
+    return m->length && m->host ? MOQ_OK : llmi_nomem(err, "slots");
+}
+
+/* Tells the caller how far it is; a non-zero answer stops the work. */
+static moq_result llmi_progress(const llmi_model *m, moq_stage stage, int64_t done, int64_t total, moq_error *err)
+{
+    const llm_desc *d = m->desc;
+    if (!d->progress || !d->progress(d->progress_user, stage, (uint64_t)done, (uint64_t)total)) return MOQ_OK;
+    return moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
+}
+
+/* Weights first, then the KV cache of each layer, then activations: what is largest fails first. */
+static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
+{
+    moq_result code;
+    if ((code = llmi_prepare_ends(m, err)) < 0) return code;
+    m->layers = (llmi_layer *)llmi_take(&m->arena, (size_t)m->c.layers, sizeof *m->layers);
+    if (!m->layers) return llmi_nomem(err, "layers");
+    for (int32_t i = 0; i < m->c.layers; i++) {
+        if ((code = llmi_progress(m, MOQ_STAGE_PREPARE, i, m->c.layers, err)) < 0) return code;
+        if ((code = llmi_prepare_layer(m, i, &m->layers[i], err)) < 0) return code;
+        if ((code = llmi_make_kv(m, i, m->desc->kv, &m->layers[i], err)) < 0) return code;
+    }
+    llmi_tell_unused(m);
+    if ((code = llmi_make_rope(m, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
+    if ((code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
+    return llmi_progress(m, MOQ_STAGE_PREPARE, m->c.layers, m->c.layers, err);
+}
+
+/* Reads, checks and prepares; what was made stays in *m also after a failure, for llmi_model_close. */
+static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_backend *be, const llm_desc *desc, moq_error *err)
+{
+    moq_result code;
+    m->ck = ck;
+    m->be = be;
+    m->desc = desc;
+    m->arena = llmi_arena_make(&desc->allocator);
+    m->elem = (size_t)moq_dtype_bits(be->act) / 8;
+    if ((code = llmi_config_read(ck, desc->context, &m->c, err)) < 0) return code;
+    m->slots = desc->slots > 0 ? desc->slots : 1;
+    m->chunk = desc->chunk > 0 ? desc->chunk : 256;
+    if (m->chunk > m->c.context) m->chunk = m->c.context;
+    if (m->c.context > m->c.max_positions) {
+        moq_error finding;
+        moq_fail(&finding, MOQ_E_CONFIG, "llm_desc.context", "%d tokens are more than the %lld that the model was made for", m->c.context,
+                 (long long)m->c.max_positions);
+        llmi_tell(m, &finding);
+    }
+    llmi_find_prefix(m);
+    if ((code = llmi_check_backend(m, err)) < 0) return code;
+    return llmi_prepare_all(m, err);
+}
+
+/* Also closes what a failed open left half done. */
+static void llmi_model_close(llmi_model *m)
+{
+    moq_backend *be = m->be;
+    for (int32_t i = 0; m->layers && i < m->c.layers; i++) {
+        llmi_layer *l = &m->layers[i];
+        moq_weight *weights[] = {l->qkv, l->o, l->gate_up, l->down, l->router};
+        for (size_t j = 0; j < LLMI_COUNT(weights); j++)
+            if (weights[j]) be->release_weight(be, weights[j]);
+        if (l->experts) be->release_moe(be, l->experts);
+        if (l->kv) be->kv_release(be, l->kv);
+    }
+    if (m->head && m->head != m->embed) be->release_weight(be, m->head);
+    if (m->embed) be->release_weight(be, m->embed);
+    for (llmi_held *h = m->held; h; h = h->next) be->release(be, h->data);
+    llmi_arena_drop(&m->arena);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-forward     the decoder
+   Calls the backend's table and nothing else; allocates nothing. Work is cut into chunks of at most `chunk` tokens.
+   ------------------------------------------------------------------------------------------------ */
+
+/* One chunk of n tokens; every matrix is row-major, one row a token:
+
+       x [n, hidden]             the residual stream: embedding, then what each block adds
+       d [n, hidden]             what the last block computed and x has not yet got: the next norm adds it first
+       h [n, hidden]             norm of x
+       qkv [n, q | k | v]        h times the fused projections; q and k are normed per head (Qwen3) and rotated in place
+       att [n, heads * head_dim] attention of q over the slot's keys and values, these n included
+       gate_up [n, 2 inter]      -> mid [n, inter] -> d; or router logits [n, experts] -> experts -> d
+
+   Row i of the chunk sees position pos + i and everything before it, so cutting a text into chunks changes nothing but the order
+   of the work. */
+
+/* Element i of activations. */
+static void *llmi_act(const llmi_model *m, void *base, int64_t i) { return (char *)base + i * (int64_t)m->elem; }
+
+/* y = norm(x += add) over `rows` rows of the residual stream; add may be NULL. */
+static void llmi_norm(const llmi_model *m, void *x, const void *add, const float *weight, int32_t rows, void *y)
+{
+    moq_norm_desc n;
+    memset(&n, 0, sizeof n);
+    n.x = x;
+    n.add = add;
+    n.y = y;
+    n.weight = weight;
+    n.rows = rows;
+    n.cols = m->c.hidden;
+    n.eps = (float)m->c.eps;
+    m->be->norm(m->be, &n);
+}
+
+/* Every head of `heads` heads at x [rows, stride] on its own, in place; weight [head_dim]. */
+static void llmi_head_norm(const llmi_model *m, void *x, int32_t heads, int64_t stride, const float *weight, int32_t rows)
+{
+    moq_norm_desc n;
+    memset(&n, 0, sizeof n);
+    n.x = n.y = x;
+    n.weight = weight;
+    n.x_stride = n.y_stride = stride;
+    n.rows = rows;
+    n.cols = m->c.head_dim;
+    n.groups = heads;
+    n.eps = (float)m->c.eps;
+    m->be->norm(m->be, &n);
+}
+
+/* Rotary embedding of every head of x [rows, stride], in place; the table belongs to the chunk. */
+static void llmi_rotate(const llmi_model *m, void *x, int32_t heads, int64_t stride, int32_t rows)
+{
+    moq_rope_desc r;
+    memset(&r, 0, sizeof r);
+    r.x = x;
+    r.stride = stride;
+    r.rows = rows;
+    r.heads = heads;
+    r.head_dim = m->c.head_dim;
+    r.dims = m->c.rope.dims;
+    r.table = m->table;
+    m->be->rope(m->be, &r);
+}
+
+/* d = attention of h; q, k and v lie side by side in a row of qkv: [heads | kv_heads | kv_heads] * head_dim. */
+static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
+{
+    const llmi_config *c = &m->c;
+    moq_backend *be = m->be;
+    int64_t q_width = (int64_t)c->heads * c->head_dim, kv_width = (int64_t)c->kv_heads * c->head_dim, stride = q_width + 2 * kv_width;
+    void *q = m->qkv, *k = llmi_act(m, m->qkv, q_width), *v = llmi_act(m, m->qkv, q_width + kv_width);
+    moq_attention_desc a;
+    be->linear(be, l->qkv, m->h, b->rows, m->qkv);
+    if (l->q_norm) llmi_head_norm(m, q, c->heads, stride, l->q_norm, b->rows);
+    if (l->k_norm) llmi_head_norm(m, k, c->kv_heads, stride, l->k_norm, b->rows);
+    llmi_rotate(m, q, c->heads, stride, b->rows);
+    llmi_rotate(m, k, c->kv_heads, stride, b->rows);
+    be->kv_append(be, l->kv, b, k, stride, v, stride);
+    memset(&a, 0, sizeof a);
+    a.cache = l->kv;
+    a.q = q;
+    a.y = m->att;
+    a.q_stride = stride;
+    a.y_stride = q_width;
+    a.heads = c->heads;
+    a.window = l->window;
+    be->attention(be, b, &a);
+    be->linear(be, l->o, m->att, b->rows, m->d);
+}
+
+/* d = mlp of h, or the mixture of experts. */
+static void llmi_mlp(const llmi_model *m, const llmi_layer *l, int32_t rows)
+{
+    moq_backend *be = m->be;
+    moq_activation_desc a;
+    if (l->experts) {
+        be->linear(be, l->router, m->h, rows, m->route);
+        be->moe(be, l->experts, m->h, m->route, rows, m->d);
+        return;
+    }
+    memset(&a, 0, sizeof a);
+    a.kind = m->c.activation;
+    be->linear(be, l->gate_up, m->h, rows, m->gate_up);
+    be->activation(be, &a, m->gate_up, rows, m->c.inter, m->mid);
+    be->linear(be, l->down, m->mid, rows, m->d);
+}
+
+/* Embedding and all layers of one chunk. The stream ends as x + d: the last addition belongs to the final norm. */
+static void llmi_layers(const llmi_model *m, const moq_batch *b)
+{
+    moq_backend *be = m->be;
+    const void *add = NULL;
+    be->embed(be, m->embed, m->ids, b->rows, 1.0f, m->x);
+    be->rope_table(be, m->pos, b->rows, m->inv_freq, m->c.rope.dims / 2, m->rope_scale, m->table);
+    for (int32_t i = 0; i < m->c.layers; i++) {
+        const llmi_layer *l = &m->layers[i];
+        llmi_norm(m, m->x, add, l->attn_norm, b->rows, m->h);
+        llmi_attention(m, l, b);
+        llmi_norm(m, m->x, m->d, l->mlp_norm, b->rows, m->h);
+        llmi_mlp(m, l, b->rows);
+        add = m->d;
+    }
+}
+
+/* Logits of rows [first, first + rows) of the chunk to the host: out [rows, vocab]. */
+static void llmi_head(const llmi_model *m, int32_t first, int32_t rows, float *out)
+{
+    moq_backend *be = m->be;
+    int64_t hidden = m->c.hidden;
+    void *h = llmi_act(m, m->h, first * hidden);
+    llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, rows, h);
+    for (int32_t at = 0; at < rows; at += m->head_rows) {
+        int32_t n = rows - at < m->head_rows ? rows - at : m->head_rows;
+        be->linear(be, m->head, llmi_act(m, h, at * hidden), n, m->logits);
+        be->download_act(be, out + (size_t)at * (size_t)m->c.vocab, m->logits, (size_t)n * (size_t)m->c.vocab);
+    }
+}
+
+/* One chunk: `count` tokens from `pos` of a slot. logits [count, vocab] or NULL; last [vocab] or NULL. */
+static moq_result llmi_chunk(llmi_model *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last,
+                             moq_error *err)
+{
+    moq_backend *be = m->be;
+    size_t bytes = (size_t)count * sizeof(int32_t), vocab = (size_t)m->c.vocab;
+    int32_t *positions = m->host + m->chunk, *slots = m->host + 2 * (size_t)m->chunk;
+    moq_batch b;
+    moq_result code;
+    for (int32_t i = 0; i < count; i++) {
+        m->host[i] = tokens[i];
+        positions[i] = pos + i;
+        slots[i] = slot;
+    }
+    be->upload(be, m->ids, m->host, bytes);
+    be->upload(be, m->pos, positions, bytes);
+    be->upload(be, m->slot, slots, bytes);
+    b.rows = count;
+    b.max_pos = pos + count - 1;
+    b.slot = m->slot;
+    b.pos = m->pos;
+    m->length[slot] = pos; /* what follows is being overwritten */
+    llmi_layers(m, &b);
+    if (logits) llmi_head(m, 0, count, logits);
+    else if (last) llmi_head(m, count - 1, 1, last);
+    if (logits && last) memcpy(last, logits + (size_t)(count - 1) * vocab, vocab * sizeof *last);
+    if ((code = be->sync(be, err)) < 0) return code;
+    m->length[slot] = pos + count;
+    return MOQ_OK;
+}
+
+/* Everything that a caller can get wrong, before anything runs. */
+static moq_result llmi_check_run(const llmi_model *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, moq_error *err)
+{
+    if (slot < 0 || slot >= m->slots) return moq_fail(err, MOQ_E_ARG, "slot", "%d is outside 0..%d; see llm_desc.slots", slot, m->slots - 1);
+    if (!tokens || count <= 0) return moq_fail(err, MOQ_E_ARG, "tokens", "there must be at least one token, found %d", tokens ? count : 0);
+    if (pos < 0) return moq_fail(err, MOQ_E_ARG, "pos", "%d is negative", pos);
+    if (pos > m->length[slot])
+        return moq_fail(err, MOQ_E_STATE, "pos", "%d leaves a gap: slot %d holds %d tokens; run what is between first", pos, slot,
+                        m->length[slot]);
+    if (count > m->c.context - pos)
+        return moq_fail(err, MOQ_E_STATE, "context", "%d tokens from position %d do not fit into %d; open with a larger llm_desc.context",
+                        count, pos, m->c.context);
+    for (int32_t i = 0; i < count; i++)
+        if (tokens[i] < 0 || tokens[i] >= m->c.vocab)
+            return moq_fail(err, MOQ_E_ARG, "tokens", "id %d at index %d is outside the vocabulary of %d", tokens[i], i, m->c.vocab);
+    return MOQ_OK;
+}
+
+/* Any number of tokens, chunk by chunk. After an error the slot holds what m->length says. */
+static moq_result llmi_run(llmi_model *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last,
+                           moq_error *err)
+{
+    moq_result code = llmi_check_run(m, slot, tokens, count, pos, err);
+    for (int32_t at = 0, n; at < count && code >= 0; at += n) {
+        n = count - at < m->chunk ? count - at : m->chunk;
+        code = llmi_chunk(m, slot, tokens + at, n, pos + at, logits ? logits + (size_t)at * (size_t)m->c.vocab : NULL,
+                          at + n == count ? last : NULL, err);
+        if (code >= 0 && count > m->chunk) code = llmi_progress(m, MOQ_STAGE_PREFILL, at + n, count, err);
+    }
+    return code;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-sample      sampling
+   Pure: the same logits, settings and state give the same token. Looks at NaN as bits, so that -ffast-math changes nothing.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Temperature first, then top_k, top_p and min_p in this order, as Transformers and vLLM do it; what is left is drawn with one
+   random number. Sums are in double and run in a fixed order. */
+
+/* SplitMix64 (Steele, Lea, Flood 2014): any seed is a good seed. A number in [0, 1) of 53 bits. */
+static double llmi_random(uint64_t *state)
+{
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* Floats as integers of the same order, so that infinities sort and NaN (0 here) loses against everything. */
+static uint32_t llmi_rank(float v)
+{
+    uint32_t u;
+    memcpy(&u, &v, sizeof u);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return 0;
+    if ((u & 0x7fffffffu) == 0) u = 0; /* -0 equals 0 */
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+/* The largest logit, the lowest index among equals; -1 when none is above -infinity. */
+static int32_t llmi_greedy(const float *logits, int32_t n)
+{
+    uint32_t best = 0x007fffffu; /* the rank of -infinity */
+    int32_t at = -1;
+    for (int32_t i = 0; i < n; i++) {
+        uint32_t r = llmi_rank(logits[i]);
+        if (r > best) { best = r; at = i; }
+    }
+    return at;
+}
+
+/* Does a come before b? Larger logit first, then lower index: a total order, so every heap gives the same sequence. */
+static int llmi_before(const float *logits, int32_t a, int32_t b)
+{
+    uint32_t x = llmi_rank(logits[a]), y = llmi_rank(logits[b]);
+    return x != y ? x > y : a < b;
+}
+
+/* Restore the heap (parents before children) below `at`. */
+static void llmi_sift(const float *logits, int32_t *heap, int32_t n, int32_t at)
+{
+    int32_t moving = heap[at];
+    for (;;) {
+        int32_t child = 2 * at + 1;
+        if (child >= n) break;
+        if (child + 1 < n && llmi_before(logits, heap[child + 1], heap[child])) child++;
+        if (!llmi_before(logits, heap[child], moving)) break;
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = moving;
+}
+
+/* Is a setting a number inside (0, limit)? NaN is not. */
+static int llmi_is_on(float v, float limit) { return llmi_rank(v) > llmi_rank(0.0f) && llmi_rank(v) < llmi_rank(limit); }
+
+/* Takes the first of heap[0, *left) out and puts it behind them. */
+static int32_t llmi_pop(const float *logits, int32_t *heap, int32_t *left)
+{
+    int32_t top = heap[0];
+    heap[0] = heap[--*left];
+    if (*left > 0) llmi_sift(logits, heap, *left, 0);
+    heap[*left] = top;
+    return top;
+}
+
+/* Candidates come off a heap in falling order until a filter is satisfied: top_k counts, then top_p wants that share of what
+   top_k left, then min_p compares with the largest. weight [n]: exp((logit - max) / T), `total` their sum. Returns how many
+   are kept: heap[n - 1], heap[n - 2] ... in falling order; *mass is their weight. */
+static int32_t llmi_filter(const llm_sampling *s, const float *logits, const float *weight, double total, int32_t n, int32_t *heap, double *mass)
+{
+    int32_t left = n, kept = 0, most = s->top_k > 0 && s->top_k < n ? s->top_k : n;
+    float least = llmi_is_on(s->min_p, 2.0f) ? s->min_p : 0;
+    for (int32_t i = 0; i < n; i++) heap[i] = i;
+    for (int32_t i = n / 2; i-- > 0;) llmi_sift(logits, heap, n, i);
+    if (most < n) {
+        total = 0;
+        while (n - left < most) total += weight[llmi_pop(logits, heap, &left)];
+    }
+    double enough = llmi_is_on(s->top_p, 1.0f) ? (double)s->top_p * total : total * 2;
+    for (*mass = 0; kept < most && *mass < enough; kept++) {
+        if (n - left == kept) llmi_pop(logits, heap, &left);
+        float w = weight[heap[n - 1 - kept]];
+        if (kept > 0 && w < least) break;
+        *mass += w;
+    }
+    return kept;
+}
+
+/* exp((logit - max) / T) of everything; returns the sum. */
+static double llmi_weights(const float *logits, int32_t n, float max, float temperature, float *weight)
+{
+    double total = 0;
+    for (int32_t i = 0; i < n; i++) {
+        uint32_t r = llmi_rank(logits[i]);
+        weight[i] = r > 0x007fffffu ? (float)exp(((double)logits[i] - (double)max) / (double)temperature) : 0.0f;
+        total += weight[i];
+    }
+    return total;
+}
+
+/* -1 when no logit is a number above -infinity. A temperature that is no positive number is greedy. */
+LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index)
+{
+    int32_t best = vocab > 0 && logits ? llmi_greedy(logits, vocab) : -1, kept;
+    double total, mass, at;
+    if (best < 0 || !s || !llmi_is_on(s->temperature, 1e30f) || s->top_k == 1 || !state || !scratch || !index) return best;
+    if (llmi_rank(logits[best]) >= 0xff800000u) return best; /* +infinity */
+    total = llmi_weights(logits, vocab, logits[best], s->temperature, scratch);
+    at = llmi_random(state);
+    if (s->top_k > 0 || llmi_is_on(s->top_p, 1.0f) || llmi_is_on(s->min_p, 2.0f)) {
+        kept = llmi_filter(s, logits, scratch, total, vocab, index, &mass);
+        at *= mass;
+        for (int32_t i = 0; i < kept; i++)
+            if ((at -= scratch[index[vocab - 1 - i]]) < 0) return index[vocab - 1 - i];
+        return best; /* rounding left nothing: the largest */
+    }
+    at *= total;
+    for (int32_t i = 0; i < vocab; i++)
+        if ((at -= scratch[i]) < 0) return i;
+    return best;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-session     conversations
+   The tokens in the KV cache always equal a prefix of the frame around the whole conversation; only the rest is run.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A turn goes through four phases; llmi_work does one unit of it, and llm_next and llm_step only repeat that:
+
+       IDLE --say--> BEGIN --frame--> PROMPT --all tokens run--> ANSWER --end token, error or cancel--> IDLE
+
+   What was said is kept as text. When a turn begins, the folder's frame is put around all of it and compared with the tokens
+   that slot 0 already holds; the common beginning stays, the rest is run over what followed. So the cache never disagrees with
+   the frame, also where the model spelled its answer in other tokens than the tokenizer would.
+
+   An error or a cancel ends the turn and nothing else: what the model had answered so far stays part of the conversation, and
+   the next llm_say goes on from there. */
+
+/* The cancel flag is the only thing that another thread may touch. */
+#if defined(__GNUC__)
+#define LLMI_FLAG_GET(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+#define LLMI_FLAG_SET(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+#else
+#define LLMI_FLAG_GET(p) (*(p))
+#define LLMI_FLAG_SET(p, v) (*(p) = (v))
+#endif
+
+enum {
+    LLMI_IDLE = 0, /* nothing to do; `kept` says how the last turn ended */
+    LLMI_BEGIN,    /* something was said */
+    LLMI_PROMPT,   /* tokens [done, ids.count) are still to be run */
+    LLMI_ANSWER    /* `last` holds the logits of the next token */
+};
+
+/* Framed turns are framed again as a whole, raw text is only appended to: one conversation is either. */
+enum { LLMI_MODE_NONE = 0, LLMI_MODE_CHAT, LLMI_MODE_RAW };
+
+#define LLMI_FIRST_CHUNK 8 /* prompt tokens of a step while nothing is known about the speed */
+
+typedef struct llmi_turn { size_t role, text; } llmi_turn; /* offsets in llm.words */
+
+/* Strings of desc are not used after opening. */
+struct llm {
+    moq_allocator a;
+    llm_desc desc;
+    moq_checkpoint *own_checkpoint;
+    moq_backend *own_backend;
+    llm_tokenizer *tokenizer;
+    llmi_model model;
+    llm_info info;
+    llm_stats stats;
+    llm_sampling sampling;
+    uint64_t random;
+
+    int mode, phase;
+    volatile int cancel;
+    /* how the last turn ended: comes out of llm_next once */
+    moq_error kept;
+
+    /* llmi_turn after llmi_turn: what was said, in order; its NUL-terminated roles and texts */
+    llmi_bytes turns, words;
+    /* the whole conversation as tokens, and how many of them slot 0 holds */
+    llmi_ids ids;
+    size_t done;
+    /* index in ids where the answer begins; has the model begun to answer what was said last? */
+    size_t answer;
+    int answered;
+
+    /* the answer so far, and its decoded bytes that are not shown yet: at most a cut character between calls */
+    llmi_bytes text, raw;
+    /* ids [from, end) were decoded last, together, to so many bytes */
+    size_t from, from_bytes;
+    /* NUL-terminated; ready: nobody has taken it yet */
+    llmi_bytes piece;
+    int ready;
+
+    /* of a prompt token, as measured last; 0: unknown */
+    double token_seconds;
+    /* [vocab] logits of the next token; sampling's own */
+    float *last, *scratch;
+    int32_t *index;
+};
+
+/* ---- open and close ---- */
+
+/* A number of the desc: 0 .. most. */
+static moq_result llmi_check_range(const char *key, int64_t v, int64_t most, moq_error *err)
+{
+    if (v >= 0 && v <= most) return MOQ_OK;
+    return moq_fail(err, MOQ_E_ARG, key, "%lld is outside 0..%lld; 0 is the default", (long long)v, (long long)most);
+}
+
+/* A setting of 0 .. limit; NaN is refused. */
+static moq_result llmi_check_float(const char *key, float v, float limit, moq_error *err)
+{
+    if (llmi_rank(v) >= llmi_rank(0.0f) && llmi_rank(v) <= llmi_rank(limit)) return MOQ_OK;
+    return moq_fail(err, MOQ_E_ARG, key, "%g is outside 0..%g", (double)v, (double)limit);
+}
+
+/* The caller's mistakes, each named by its field. */
+static moq_result llmi_check_desc(const llm_desc *d, moq_error *err)
+{
+    moq_result r;
+    if (!d || (!d->path && !d->checkpoint)) return moq_fail(err, MOQ_E_ARG, "llm_desc.path", "neither a path nor an open checkpoint was given");
+    if ((r = llmi_check_range("llm_desc.context", d->context, 1 << 24, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.slots", d->slots, 1 << 16, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.chunk", d->chunk, 1 << 16, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.threads", d->threads, 1 << 16, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.sampling.top_k", d->sampling.top_k, INT32_MAX, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.temperature", d->sampling.temperature, 1e6f, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.top_p", d->sampling.top_p, 1, err)) < 0) return r;
+    return llmi_check_float("llm_desc.sampling.min_p", d->sampling.min_p, 1, err);
+}
+
+/* The caller's checkpoint and backend, or our own, which llm_close then closes. */
+static moq_result llmi_open_parts(llm *m, const moq_checkpoint **ck, moq_backend **be, moq_error *err)
+{
+    const llm_desc *d = &m->desc;
+    *ck = d->checkpoint;
+    *be = d->backend;
+    if (!*ck) {
+        moq_open_desc open;
+        memset(&open, 0, sizeof open);
+        open.allocator = d->allocator;
+        open.log = d->log;
+        open.log_user = d->log_user;
+        open.progress = d->progress;
+        open.progress_user = d->progress_user;
+        *ck = m->own_checkpoint = moq_open(d->path, &open, err);
+        if (!*ck) return llmi_code(err, MOQ_E_IO);
+    }
+    if (!*be) {
+        moq_cpu_desc cpu;
+        memset(&cpu, 0, sizeof cpu);
+        cpu.threads = d->threads;
+        cpu.act = d->act;
+        cpu.kernel = d->kernel;
+        cpu.parallel = d->parallel;
+        cpu.allocator = d->allocator;
+        *be = m->own_backend = moq_cpu_backend(&cpu, err);
+        if (!*be) return llmi_code(err, MOQ_E_BACKEND);
+    }
+    return MOQ_OK;
+}
+
+static void llmi_fill_info(llm *m, const moq_checkpoint *ck)
+{
+    const llmi_config *c = &m->model.c;
+    m->info.model_type = c->family->model_type;
+    m->info.layers = c->layers;
+    m->info.hidden = c->hidden;
+    m->info.vocab = c->vocab;
+    m->info.context = c->context;
+    m->info.slots = m->model.slots;
+    m->info.weight_bytes = moq_get_info(ck)->total_bytes;
+    m->info.memory_bytes = m->model.memory;
+    m->info.kv = m->model.kv;
+}
+
+/* Whatever fails here, llm_close frees what was made before. */
+static moq_result llmi_open_all(llm *m, moq_error *err)
+{
+    const moq_checkpoint *ck;
+    moq_backend *be;
+    size_t vocab;
+    moq_result r = llmi_open_parts(m, &ck, &be, err);
+    if (r < 0 || (r = llmi_model_open(&m->model, ck, be, &m->desc, err)) < 0) return r;
+    if (!m->desc.no_tokenizer && !(m->tokenizer = llm_tokenizer_open(ck, err))) return llmi_code(err, MOQ_E_TOKENIZER);
+    vocab = (size_t)m->model.c.vocab;
+    m->last = (float *)llmi_take(&m->model.arena, vocab, sizeof *m->last);
+    m->scratch = (float *)llmi_take(&m->model.arena, vocab, sizeof *m->scratch);
+    m->index = (int32_t *)llmi_take(&m->model.arena, vocab, sizeof *m->index);
+    if (!m->last || !m->scratch || !m->index) return llmi_nomem(err, "sampling");
+    llmi_fill_info(m, ck);
+    llm_set_sampling(m, &m->desc.sampling);
+    return MOQ_OK;
+}
+
+/* Hand an error of our own to a caller who may want none. */
+static void llmi_give(moq_error *err, const moq_error *own)
+{
+    if (err) *err = *own;
+}
+
+/* The state of an error before anything went wrong. */
+static void llmi_no_error(moq_error *e)
+{
+    memset(e, 0, sizeof *e);
+    e->offset = -1;
+}
+
+LLM_API llm *llm_open(const llm_desc *desc, moq_error *err)
+{
+    moq_error e;
+    llm *m;
+    moq_result r;
+    llmi_no_error(&e);
+    r = llmi_check_desc(desc, &e);
+    m = r < 0 ? NULL : (llm *)moq_allocate(&desc->allocator, sizeof *m);
+    if (r >= 0 && !m) llmi_nomem(&e, "llm");
+    if (m) {
+        m->a = desc->allocator;
+        m->desc = *desc;
+        m->turns = llmi_bytes_make(&m->a);
+        m->words = llmi_bytes_make(&m->a);
+        m->text = llmi_bytes_make(&m->a);
+        m->raw = llmi_bytes_make(&m->a);
+        m->piece = llmi_bytes_make(&m->a);
+        m->ids = llmi_ids_make(&m->a);
+        r = llmi_open_all(m, &e);
+        if (r >= 0) llmi_no_error(&e);
+        /* the caller's strings end here */
+        m->desc.path = m->desc.kernel = m->desc.kv = NULL;
+    }
+    llmi_give(err, &e);
+    if (m && r < 0) {
+        llm_close(m);
+        m = NULL;
+    }
+    return m;
+}
+
+/* Weights go before the backend that made them, the backend before the checkpoint that they point into. */
+LLM_API void llm_close(llm *m)
+{
+    moq_allocator a;
+    if (!m) return;
+    a = m->a;
+    llmi_bytes_drop(&m->turns);
+    llmi_bytes_drop(&m->words);
+    llmi_bytes_drop(&m->text);
+    llmi_bytes_drop(&m->raw);
+    llmi_bytes_drop(&m->piece);
+    llmi_ids_drop(&m->ids);
+    llm_tokenizer_close(m->tokenizer);
+    if (m->model.be) llmi_model_close(&m->model);
+    moq_backend_destroy(m->own_backend);
+    moq_close(m->own_checkpoint);
+    moq_release(&a, m, sizeof *m);
+}
+
+LLM_API const llm_info *llm_get_info(const llm *m) { return m ? &m->info : NULL; }
+LLM_API const llm_tokenizer *llm_get_tokenizer(const llm *m) { return m ? m->tokenizer : NULL; }
+LLM_API const moq_checkpoint *llm_get_checkpoint(const llm *m) { return m ? m->model.ck : NULL; }
+LLM_API moq_backend *llm_get_backend(const llm *m) { return m ? m->model.be : NULL; }
+LLM_API const llm_stats *llm_get_stats(const llm *m) { return m ? &m->stats : NULL; }
+
+/* The generator starts again from the seed; NULL is greedy. */
+LLM_API void llm_set_sampling(llm *m, const llm_sampling *s)
+{
+    if (!m) return;
+    if (s) m->sampling = *s;
+    else memset(&m->sampling, 0, sizeof m->sampling);
+    m->random = m->sampling.seed;
+}
+
+/* ---- saying ---- */
+
+/* The error, if there is one, is in m->kept already.
+   End the turn: `r` and the error stay for llm_next. */
+static moq_result llmi_end(llm *m, moq_result r)
+{
+    m->phase = LLMI_IDLE;
+    return r;
+}
+
+/* A role and its text at the end of the list; 0 when out of memory, and then nothing changed. */
+static int llmi_add_turn(llm *m, const char *role, const char *text, size_t text_bytes)
+{
+    size_t words = m->words.count;
+    llmi_turn t;
+    t.role = words;
+    t.text = words + strlen(role) + 1;
+    if (llmi_bytes_add(&m->words, role, strlen(role) + 1) && llmi_bytes_add(&m->words, text, text_bytes) && llmi_bytes_add(&m->words, "", 1) &&
+        llmi_bytes_add(&m->turns, (const char *)&t, sizeof t))
+        return 1;
+    m->words.count = words;
+    return 0;
+}
+
+/* What the model has answered becomes a turn of the conversation. */
+static moq_result llmi_keep_answer(llm *m)
+{
+    if (m->mode == LLMI_MODE_CHAT && m->answered && !llmi_add_turn(m, "assistant", m->text.data, m->text.count))
+        return llmi_nomem(&m->kept, "conversation");
+    m->answered = 0;
+    m->text.count = 0;
+    return MOQ_OK;
+}
+
+/* What every way of saying something begins with: old errors and cancels are over, an answer in progress ends here. */
+static moq_result llmi_start_saying(llm *m, int mode)
+{
+    moq_result r;
+    llmi_no_error(&m->kept);
+    LLMI_FLAG_SET(&m->cancel, 0);
+    if (!m->tokenizer) return moq_fail(&m->kept, MOQ_E_STATE, "llm_desc.no_tokenizer", "text cannot be said to a model opened without its tokenizer");
+    if (m->mode != LLMI_MODE_NONE && m->mode != mode)
+        return moq_fail(&m->kept, MOQ_E_STATE, "conversation", "framed turns and raw text do not mix; call llm_reset between them");
+    r = llmi_keep_answer(m);
+    if (r < 0) return r;
+    m->mode = mode;
+    m->ready = 0;
+    return MOQ_OK;
+}
+
+/* Nothing runs yet: framing and running belong to the next llm_next or llm_step, within its time. */
+LLM_API moq_result llm_say(llm *m, const char *role, const char *text)
+{
+    moq_result r;
+    if (!m) return MOQ_E_ARG;
+    r = llmi_start_saying(m, LLMI_MODE_CHAT);
+    if (r >= 0 && (!role || !text)) r = moq_fail(&m->kept, MOQ_E_ARG, "llm_say", "role and text must not be NULL");
+    if (r >= 0 && !llmi_add_turn(m, role, text, strlen(text))) r = llmi_nomem(&m->kept, "conversation");
+    if (r < 0) return llmi_end(m, r);
+    m->phase = LLMI_BEGIN;
+    return MOQ_OK;
+}
+
+/* Append the ids of a text to the conversation. */
+static moq_result llmi_encode_raw(llm *m, const char *text)
+{
+    uint32_t flags = m->ids.count ? LLM_SPECIAL : LLM_SPECIAL | LLM_BOS;
+    size_t n = llm_encode(m->tokenizer, text, strlen(text), flags, NULL, 0);
+    int32_t *ids = n == SIZE_MAX ? NULL : (int32_t *)moq_allocate(&m->a, n * sizeof *ids);
+    int fits;
+    if (!ids) return llmi_nomem(&m->kept, "conversation");
+    fits = llm_encode(m->tokenizer, text, strlen(text), flags, ids, n) == n && llmi_ids_add(&m->ids, ids, n);
+    moq_release(&m->a, ids, n * sizeof *ids);
+    return fits ? MOQ_OK : llmi_nomem(&m->kept, "conversation");
+}
+
+/* Control tokens written in raw text are tokens: whoever says raw text writes the frame too. */
+LLM_API moq_result llm_say_raw(llm *m, const char *text)
+{
+    moq_result r;
+    if (!m) return MOQ_E_ARG;
+    r = llmi_start_saying(m, LLMI_MODE_RAW);
+    if (r >= 0 && !text) r = moq_fail(&m->kept, MOQ_E_ARG, "llm_say_raw", "text must not be NULL");
+    if (r >= 0) r = llmi_encode_raw(m, text);
+    if (r < 0) return llmi_end(m, r);
+    m->phase = LLMI_BEGIN;
+    return MOQ_OK;
+}
+
+/* ---- the prompt ---- */
+
+/* The frame around the whole conversation replaces ids; `done` becomes the length of what the cache can keep. */
+static moq_result llmi_frame_all(llm *m)
+{
+    size_t count = m->turns.count / sizeof(llmi_turn), n, same = 0, bytes = count * sizeof(llm_message);
+    llm_message *list = (llm_message *)moq_allocate(&m->a, bytes);
+    int32_t *ids = NULL;
+    if (!list) return llmi_nomem(&m->kept, "conversation");
+    for (size_t i = 0; i < count; i++) {
+        llmi_turn t;
+        memcpy(&t, m->turns.data + i * sizeof t, sizeof t);
+        list[i].role = m->words.data + t.role;
+        list[i].text = m->words.data + t.text;
+    }
+    n = llm_frame(m->tokenizer, list, count, 1, NULL, 0, &m->kept);
+    if (n != SIZE_MAX && !(ids = (int32_t *)moq_allocate(&m->a, n * sizeof *ids))) llmi_nomem(&m->kept, "conversation");
+    if (ids) {
+        size_t need = llm_frame(m->tokenizer, list, count, 1, ids, n, &m->kept);
+        /* the common beginning of the new frame and of what was run */
+        while (same < n && same < m->done && ids[same] == m->ids.data[same]) same++;
+        m->ids.count = 0;
+        if (need != n || !llmi_ids_add(&m->ids, ids, n)) {
+            same = 0;
+            if (m->kept.code == MOQ_OK) llmi_nomem(&m->kept, "conversation");
+        }
+        m->done = same;
+        moq_release(&m->a, ids, n * sizeof *ids);
+    }
+    moq_release(&m->a, list, bytes);
+    return m->kept.code;
+}
+
+/* From what was said to the tokens that are to be run. At least one is: the logits of the last are needed. */
+static moq_result llmi_begin(llm *m)
+{
+    moq_result r = m->mode == LLMI_MODE_CHAT ? llmi_frame_all(m) : MOQ_OK;
+    size_t held = (size_t)m->model.length[0], room = (size_t)m->model.c.context;
+    if (r < 0) return r;
+    if (m->ids.count == 0) return moq_fail(&m->kept, MOQ_E_STATE, "conversation", "there is not a single token to begin with; say something first");
+    if (m->ids.count > room)
+        return moq_fail(&m->kept, MOQ_E_STATE, "context",
+                        "the conversation has %zu tokens, the context holds %zu; open with a larger llm_desc.context or reset", m->ids.count, room);
+    /* llm_forward may have run slot 0 */
+    if (m->done > held) m->done = held;
+    /* the last token is run again for its logits */
+    if (m->done == m->ids.count) m->done--;
+    m->answer = m->from = m->ids.count;
+    m->from_bytes = 0;
+    m->raw.count = m->text.count = 0;
+    m->phase = LLMI_PROMPT;
+    return MOQ_OK;
+}
+
+/* Run up to `most` tokens of the prompt. */
+static moq_result llmi_read_prompt(llm *m, int32_t most)
+{
+    size_t left = m->ids.count - m->done;
+    int32_t n = left < (size_t)most ? (int32_t)left : most;
+    /* only the last token of the prompt is asked for logits */
+    double start = moq_seconds(), spent;
+    moq_result r = llmi_run(&m->model, 0, m->ids.data + m->done, n, (int32_t)m->done, NULL, n == (int32_t)left ? m->last : NULL, &m->kept);
+    if (r < 0) return r;
+    spent = moq_seconds() - start;
+    m->stats.prompt_seconds += spent;
+    m->stats.prompt_tokens += (uint64_t)n;
+    m->token_seconds = spent / n;
+    m->done += (size_t)n;
+    if (m->done == m->ids.count) {
+        m->phase = LLMI_ANSWER;
+        m->answered = 1;
+    }
+    return llmi_progress(&m->model, MOQ_STAGE_PREFILL, (int64_t)m->done, (int64_t)m->ids.count, &m->kept);
+}
+
+/* ---- the answer ---- */
+
+/* The text of ids [from, end) without its first `skip` bytes, added to `out` (may be NULL); its length, SIZE_MAX: out of memory. */
+static size_t llmi_decode(const llm *m, size_t from, size_t skip, llmi_bytes *out)
+{
+    char small[256], *text = small;
+    const int32_t *ids = m->ids.data + from;
+    size_t count = m->ids.count - from, n = llm_decode(m->tokenizer, ids, count, 0, small, sizeof small);
+    int fits = 1;
+    if (!out) return n;
+    if (n >= sizeof small) {
+        text = (char *)moq_allocate(&m->a, n + 1);
+        if (!text) return SIZE_MAX;
+        llm_decode(m->tokenizer, ids, count, 0, text, n + 1);
+    }
+    if (n > skip) fits = llmi_bytes_add(out, text + skip, n - skip);
+    if (text != small) moq_release(&m->a, text, n + 1);
+    return fits ? n : SIZE_MAX;
+}
+
+/* What the newest token adds to the text. It is decoded together with the token before it: decoders strip a space at the very
+   beginning, and only there. */
+static moq_result llmi_decode_newest(llm *m)
+{
+    size_t newest = m->ids.count - 1, alone;
+    size_t n = llmi_decode(m, m->from, m->from_bytes, &m->raw);
+    if (n == SIZE_MAX) return llmi_nomem(&m->kept, "answer");
+    m->from_bytes = n;
+    /* a token without text (a control token) gives the next one no beginning: keep the one before it */
+    alone = llmi_decode(m, newest, 0, NULL);
+    if (alone > 0) {
+        m->from = newest;
+        m->from_bytes = alone;
+    }
+    return MOQ_OK;
+}
+
+/* Move what is whole from raw into the piece, and to the answer. Bytes that are no UTF-8 become U+FFFD, NUL is dropped because
+   pieces are C strings. all: nothing follows, so a cut character is shown as U+FFFD too. */
+static moq_result llmi_show_piece(llm *m, int all)
+{
+    size_t from = 0, start;
+    int fits = 1;
+    m->piece.count = 0;
+    while (from < m->raw.count && fits) {
+        uint32_t cp;
+        int cut;
+        char put[4];
+        size_t n = llmi_utf8_get(m->raw.data + from, m->raw.count - from, &cp, &cut);
+        if (cut && !all) break;
+        if (cp) fits = llmi_bytes_add(&m->piece, put, llmi_utf8_put(cp, put));
+        from += n;
+    }
+    start = m->raw.count - from;
+    if (start) memmove(m->raw.data, m->raw.data + from, start);
+    m->raw.count = start;
+    fits = fits && llmi_bytes_add(&m->text, m->piece.data, m->piece.count) && llmi_bytes_add(&m->piece, "", 1);
+    if (!fits) return llmi_nomem(&m->kept, "answer");
+    m->piece.count--;
+    m->ready = m->piece.count > 0;
+    return MOQ_OK;
+}
+
+/* End tokens come from config.json and generation_config.json, and from the tokenizer's own list. */
+static int llmi_ends_turn(const llm *m, int32_t id)
+{
+    for (int32_t i = 0; i < m->model.c.end_count; i++)
+        if (m->model.c.ends[i] == id) return 1;
+    return llm_is_end(m->tokenizer, id);
+}
+
+/* Choose the next token from `last` and show its text. */
+static moq_result llmi_choose(llm *m)
+{
+    int32_t id = llm_sample(&m->sampling, m->last, m->model.c.vocab, &m->random, m->scratch, m->index);
+    if (id < 0)
+        return moq_fail(&m->kept, MOQ_E_STATE, "logits", "none of %d logits after %zu tokens is a number; check the folder with moq_verify",
+                        m->model.c.vocab, m->ids.count);
+    if (llmi_ends_turn(m, id)) return llmi_end(m, llmi_show_piece(m, 1));
+    if (!llmi_ids_add(&m->ids, &id, 1)) return llmi_nomem(&m->kept, "answer");
+    m->stats.generated_tokens++;
+    if (llmi_decode_newest(m) < 0) return MOQ_E_NOMEM;
+    return llmi_show_piece(m, 0);
+}
+
+/* One token of the answer: the one chosen last is run, the next one is chosen. */
+/* Runs in slot 0 at position `done`; stats count chosen tokens, the end token not among them. */
+static moq_result llmi_generate(llm *m)
+{
+    double start = moq_seconds();
+    moq_result r = MOQ_OK;
+    /* the token chosen last needs a place; choosing one more than fit does not, so an answer may end exactly at the edge */
+    if (m->done < m->ids.count) {
+        if (m->done >= (size_t)m->model.c.context)
+            return moq_fail(&m->kept, MOQ_E_STATE, "context",
+                            "all %d tokens are used: %zu of the prompt, %zu of the answer; open with a larger llm_desc.context", m->model.c.context,
+                            m->answer, m->ids.count - m->answer);
+        r = llmi_run(&m->model, 0, m->ids.data + m->done, 1, (int32_t)m->done, NULL, m->last, &m->kept);
+        if (r < 0) return r;
+        m->done++;
+    }
+    r = llmi_choose(m);
+    m->stats.generate_seconds += moq_seconds() - start;
+    return r;
+}
+
+/* One unit of work: the frame, up to `most` prompt tokens, or one token of the answer. Errors end the turn. */
+static moq_result llmi_work(llm *m, int32_t most)
+{
+    moq_result r = MOQ_OK;
+    if (LLMI_FLAG_GET(&m->cancel)) r = moq_fail(&m->kept, MOQ_E_CANCELLED, NULL, "the answer was stopped by llm_cancel");
+    else if (m->phase == LLMI_BEGIN) r = llmi_begin(m);
+    else if (m->phase == LLMI_PROMPT) r = llmi_read_prompt(m, most);
+    else if (m->phase == LLMI_ANSWER) r = llmi_generate(m);
+    return r < 0 ? llmi_end(m, r) : r;
+}
+
+/* Works until there is something to show or the turn is over. */
+LLM_API const char *llm_next(llm *m, moq_error *err)
+{
+    if (!m) {
+        moq_fail(err, MOQ_E_ARG, "llm_next", "the model is NULL");
+        return NULL;
+    }
+    while (!m->ready && m->phase != LLMI_IDLE) llmi_work(m, m->model.chunk);
+    if (m->ready) {
+        if (err) llmi_no_error(err);
+        m->ready = 0;
+        return m->piece.data;
+    }
+    llmi_give(err, &m->kept);
+    llmi_no_error(&m->kept);
+    return NULL;
+}
+
+/* The prompt is cut so that a unit fits what is left of the time, as the last unit's speed predicts; an answer's token is the
+   smallest unit there is. */
+LLM_API int llm_step(llm *m, int64_t max_microseconds)
+{
+    double start = moq_seconds(), budget = (double)max_microseconds * 1e-6, left = budget;
+    if (!m) return -1;
+    while (!m->ready && m->phase != LLMI_IDLE) {
+        double fit = m->token_seconds > 0 ? left / m->token_seconds : LLMI_FIRST_CHUNK;
+        llmi_work(m, fit < 1 ? 1 : fit > m->model.chunk ? m->model.chunk : (int32_t)fit);
+        if (m->ready || m->phase == LLMI_IDLE) break;
+        left = budget - (moq_seconds() - start);
+        if (left <= 0 || start <= 0) return 0; /* without a clock: one unit of work */
+    }
+    return m->ready ? 1 : -1;
+}
+
+/* Taking the piece twice gives it twice; "" before there was one. */
+LLM_API const char *llm_piece(llm *m)
+{
+    if (!m || !m->piece.data) return "";
+    m->ready = 0;
+    return m->piece.data;
+}
+
+/* Holds until something new is said, so that a cancel just before the first llm_next is not lost. */
+LLM_API void llm_cancel(llm *m)
+{
+    if (m) LLMI_FLAG_SET(&m->cancel, 1);
+}
+
+/* The cache's tokens are forgotten too: a repeated conversation then computes exactly the same numbers in the same order. */
+LLM_API void llm_reset(llm *m)
+{
+    if (!m) return;
+    m->mode = LLMI_MODE_NONE;
+    m->phase = LLMI_IDLE;
+    LLMI_FLAG_SET(&m->cancel, 0);
+    m->turns.count = m->words.count = m->ids.count = m->text.count = m->raw.count = m->piece.count = 0;
+    m->done = m->answer = m->from = m->from_bytes = 0;
+    m->ready = m->answered = 0;
+    m->random = m->sampling.seed;
+    m->model.length[0] = 0;
+    memset(&m->stats, 0, sizeof m->stats);
+    llmi_no_error(&m->kept);
+}
+
+/* ---- tokens ---- */
+
+/* Slot 0 is the conversation's: tokens run there by hand make it run its own again from that position on. */
+LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last, moq_error *err)
+{
+    moq_error e;
+    moq_result r;
+    if (!m) return moq_fail(err, MOQ_E_ARG, "llm_forward", "the model is NULL");
+    llmi_no_error(&e);
+    r = llmi_run(&m->model, slot, tokens, count, pos, logits, last, &e);
+    if (slot == 0 && r != MOQ_E_ARG && m->done > (size_t)pos) m->done = (size_t)pos; /* the conversation runs its rest again */
+    if (r >= 0) llmi_no_error(&e);
+    llmi_give(err, &e);
+    return r;
+}
+
+#endif /* LLM_IMPLEMENTATION */
