@@ -1,0 +1,2400 @@
+/* moq.c - the command line of modelopt_q: inspect, verify, run and measure quantized checkpoints.
+
+       cc -O2 tools/moq.c -o moq -lm -pthread          or: make -C tools
+
+   Everything here goes through the public API of modelopt_q.h and examples/llm.h. stdout carries the result and nothing
+   else; notes, progress and errors go to stderr. Exit status: 0 done or right, 1 checked and found wanting, 2 refused.
+
+   Contents: search for the tag.
+       >>common     errors, memory, Ctrl-C, progress
+       >>json-out   a JSON writer
+       >>options    one option parser for all verbs
+       >>open       backends, checkpoints, engines
+       >>tokens     token ids from the command line and from files
+       >>inspect  >>verify  >>plain  >>dequant  >>logits  >>eval  >>run  >>tokenize  >>recipes  >>diff
+       >>layers     random layers of every kind, for bench and selftest
+       >>bench  >>selftest  >>verbs */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#define MODELOPT_Q_IMPLEMENTATION
+#include "../modelopt_q.h"
+#define LLM_IMPLEMENTATION
+#include "../examples/llm.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define COUNT(array) ((int)(sizeof(array) / sizeof((array)[0])))
+
+/* ------------------------------------------------------------------------------------------------
+   >>common          errors, memory, Ctrl-C, progress
+   An error is one line on stderr; nothing half-written stays behind.
+   ------------------------------------------------------------------------------------------------ */
+
+static volatile sig_atomic_t stop_requested;
+static llm *volatile running;   /* what Ctrl-C cancels */
+static char *unfinished_folder; /* removed when the tool gives up */
+
+static void remove_folder(const char *path)
+{
+    DIR *d = opendir(path);
+    struct dirent *entry;
+    char file[4096];
+    while (d && (entry = readdir(d)) != NULL) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
+        if (snprintf(file, sizeof file, "%s/%s", path, entry->d_name) < (int)sizeof file) unlink(file);
+    }
+    if (d) closedir(d);
+    rmdir(path);
+}
+
+static void drop_unfinished(void)
+{
+    if (unfinished_folder) remove_folder(unfinished_folder);
+    unfinished_folder = NULL;
+}
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#else
+#define PRINTF_LIKE(f, a)
+#endif
+
+/* One line on stderr. Returns the exit status for a refusal, so that `return refuse(...)` reads well. */
+static int refuse(const char *format, ...) PRINTF_LIKE(1, 2);
+static int refuse(const char *format, ...)
+{
+    va_list args;
+    fputs("moq: ", stderr);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    return 2;
+}
+
+/* "FOLDER/FILE: tensor 'NAME': what is wrong; what to do", from a text that begins with the bare name of a file, with that of
+   the folder, or with neither. */
+static void print_placed(FILE *to, const char *prefix, const char *path, const char *text)
+{
+    size_t length = path ? strlen(path) : 0, base, head = strcspn(text, ":");
+    while (length > 1 && path[length - 1] == '/') length--;
+    for (base = length; base > 0 && path[base - 1] != '/'; base--) {}
+    fputs(prefix, to);
+    if (!path || strncmp(text, path, length) == 0) fprintf(to, "%s\n", text);
+    else if (head == length - base && strncmp(text, path + base, head) == 0) fprintf(to, "%.*s%s\n", (int)length, path, text + head);
+    else fprintf(to, "%.*s%s%s\n", (int)length, path, memchr(text, '.', head) && !memchr(text, ' ', head) && text[head] ? "/" : ": ", text);
+}
+
+static int refuse_error(const char *path, const moq_error *err)
+{
+    if (err->code == MOQ_E_CANCELLED && stop_requested) return refuse("stopped");
+    print_placed(stderr, "moq: ", path, err->text);
+    return 2;
+}
+
+static void *take(size_t count, size_t bytes)
+{
+    void *p = calloc(count ? count : 1, bytes);
+    if (!p) {
+        drop_unfinished();
+        exit(refuse("out of memory (%zu items of %zu bytes)", count, bytes));
+    }
+    return p;
+}
+
+static void *grow(void *old, size_t count, size_t bytes)
+{
+    void *p = count > SIZE_MAX / bytes ? NULL : realloc(old, count * bytes);
+    if (!p) {
+        drop_unfinished();
+        exit(refuse("out of memory (%zu items of %zu bytes)", count, bytes));
+    }
+    return p;
+}
+
+static char *join(const char *a, const char *b, const char *c)
+{
+    size_t bytes = strlen(a) + strlen(b) + strlen(c) + 1;
+    char *s = (char *)take(bytes, 1);
+    snprintf(s, bytes, "%s%s%s", a, b, c);
+    return s;
+}
+
+static const char *base_name(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static int ends_with(const char *s, const char *end)
+{
+    size_t a = strlen(s), b = strlen(end);
+    return a >= b && strcmp(s + a - b, end) == 0;
+}
+
+/* Only async-signal-safe work: the loops look at the flag. Should one hang, the fourth Ctrl-C ends the program at once. */
+static void on_interrupt(int number)
+{
+    if (stop_requested < 3) stop_requested = stop_requested + 1;
+    else signal(number, SIG_DFL);
+    if (running) llm_cancel(running);
+}
+
+static void catch_interrupt(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    stop_requested = 0;
+    sigaction(SIGINT, &action, NULL);
+}
+
+/* A bar on a terminal, for work over a second. Returns 1 when the work should stop. */
+static int progress_bar(const char *what, uint64_t done, uint64_t total, int bytes)
+{
+    static double start, drawn;
+    static int visible;
+    double now = moq_seconds();
+    if (done == 0 || start == 0) { start = now; drawn = now; }
+    if (!isatty(2)) return stop_requested != 0;
+    if (visible && done >= total) {
+        fputs("\r\033[K", stderr);
+        visible = 0;
+    }
+    if (done < total && now - start > 1 && now - drawn > 0.1) {
+        double rate = (double)done / (now - start);
+        int filled = (int)(30 * done / (total ? total : 1));
+        fprintf(stderr, "\r\033[K%s [%.*s%.*s] ", what, filled, "##############################", 30 - filled, "..............................");
+        if (bytes) fprintf(stderr, "%.2f GB/s", rate / 1e9);
+        else fprintf(stderr, "%.1f/s", rate);
+        fprintf(stderr, ", %.0f s left", rate > 0 ? (double)(total - done) / rate : 0.0);
+        drawn = now;
+        visible = 1;
+    }
+    return stop_requested != 0;
+}
+
+static int on_progress(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    static const char *const names[] = {"working", "loading", "preparing", "verifying", "calibrating", "quantizing", "writing", "reading the prompt"};
+    (void)user;
+    return progress_bar((int)stage > 0 && (int)stage < COUNT(names) ? names[stage] : names[0], done, total, total > 1000000);
+}
+
+static void on_log(void *user, moq_log_level level, moq_result code, const char *text)
+{
+    (void)code;
+    if (level == MOQ_LOG_WARNING) print_placed(stderr, "moq: note: ", (const char *)user, text);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>json-out        a JSON writer
+   Containers near the root go one item a line, deeper ones stay on their line.
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct json_out {
+    FILE *to;
+    int depth, lines; /* containers up to `lines` deep are broken into lines */
+    int filled[64];   /* has the container of this depth an item yet? */
+} json_out;
+
+static json_out json_to(FILE *to, int lines)
+{
+    json_out j;
+    memset(&j, 0, sizeof j);
+    j.to = to;
+    j.lines = lines;
+    return j;
+}
+
+static void json_text(json_out *j, const char *s, size_t bytes)
+{
+    fputc('"', j->to);
+    for (size_t i = 0; i < bytes; i++) {
+        unsigned char c = (unsigned char)s[i];
+        if (c == '"' || c == '\\') fputc('\\', j->to);
+        if (c < 0x20 || c == 0x7f) fprintf(j->to, "\\u%04x", c);
+        else fputc(c, j->to);
+    }
+    fputc('"', j->to);
+}
+
+static void json_item(json_out *j, const char *key)
+{
+    if (j->depth == 0) return;
+    if (j->filled[j->depth]) fputc(',', j->to);
+    if (j->depth <= j->lines) fprintf(j->to, "\n%*s", j->depth * 2, "");
+    else if (j->filled[j->depth]) fputc(' ', j->to);
+    j->filled[j->depth] = 1;
+    if (key) {
+        json_text(j, key, strlen(key));
+        fputs(": ", j->to);
+    }
+}
+
+static void json_open(json_out *j, const char *key, char bracket)
+{
+    json_item(j, key);
+    fputc(bracket, j->to);
+    if (j->depth + 1 < COUNT(j->filled)) j->depth++;
+    j->filled[j->depth] = 0;
+}
+
+static void json_close(json_out *j, char bracket)
+{
+    if (j->filled[j->depth] && j->depth <= j->lines) fprintf(j->to, "\n%*s", (j->depth - 1) * 2, "");
+    fputc(bracket, j->to);
+    if (--j->depth == 0) fputc('\n', j->to);
+}
+
+static void json_string(json_out *j, const char *key, const char *value)
+{
+    json_item(j, key);
+    json_text(j, value ? value : "", value ? strlen(value) : 0);
+}
+
+static void json_int(json_out *j, const char *key, int64_t value)
+{
+    json_item(j, key);
+    fprintf(j->to, "%" PRId64, value);
+}
+
+/* JSON has no NaN and no infinity: null. */
+static void json_number(json_out *j, const char *key, double value)
+{
+    json_item(j, key);
+    if (value - value == 0) fprintf(j->to, "%.9g", value);
+    else fputs("null", j->to);
+}
+
+static void json_bool(json_out *j, const char *key, int value)
+{
+    json_item(j, key);
+    fputs(value ? "true" : "false", j->to);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>options         one option parser for all verbs
+   A table names every option once; a verb lists the names it takes.
+   ------------------------------------------------------------------------------------------------ */
+
+#define MAX_LIST 32
+
+typedef struct text_list { const char *item[MAX_LIST]; int count; } text_list;
+
+typedef struct options {
+    const char *args[4];
+    int arg_count;
+    int json, explain, deep, hash, raw, stats, decode, help, unavailable;
+    int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk;
+    double temp, top_p, min_p;
+    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none;
+    text_list scheme, shape;
+} options;
+
+enum { KIND_FLAG, KIND_INT, KIND_REAL, KIND_TEXT, KIND_LIST, KIND_LATER };
+
+typedef struct option_row {
+    const char *name;
+    int kind;
+    size_t at; /* offset of the field in options */
+    const char *value, *help;
+} option_row;
+
+#define FIELD(name) offsetof(options, name)
+
+static const option_row option_table[] = {
+    {"json", KIND_FLAG, FIELD(json), "", "one JSON object on stdout"},
+    {"threads", KIND_INT, FIELD(threads), "N", "CPU threads (default: physical cores)"},
+    {"backend", KIND_TEXT, FIELD(backend), "B", "cpu, cuda or cuda:N (default: cuda when built in and a device is there)"},
+    {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints"},
+    {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide"},
+    {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, or a format name"},
+    {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
+    {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (default 256)"},
+    {"explain", KIND_FLAG, FIELD(explain), "", "why each layer gets its kernel"},
+    {"deep", KIND_FLAG, FIELD(deep), "", "also check every code of every weight"},
+    {"hash", KIND_FLAG, FIELD(hash), "", "a line NAME, shape, hash for every quantized weight"},
+    {"out", KIND_TEXT, FIELD(out), "PATH", "where the result goes"},
+    {"dtype", KIND_TEXT, FIELD(dtype), "T", "f32 (default) or bf16"},
+    {"tokens", KIND_TEXT, FIELD(tokens), "T", "1,2,3 or FILE.json or FILE.json#KEY"},
+    {"data", KIND_TEXT, FIELD(data), "D", ".jsonl, .txt, or tokens"},
+    {"limit", KIND_INT, FIELD(limit), "N", "only the first N rows or windows"},
+    {"seq", KIND_INT, FIELD(seq), "N", "window length for text (default 512)"},
+    {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
+    {"system", KIND_TEXT, FIELD(system), "S", "system message"},
+    {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
+    {"max-tokens", KIND_INT, FIELD(max_tokens), "N", "stop after N generated tokens"},
+    {"temp", KIND_REAL, FIELD(temp), "X", "temperature (default 0: greedy)"},
+    {"top-k", KIND_INT, FIELD(top_k), "K", "sample from the K best tokens"},
+    {"top-p", KIND_REAL, FIELD(top_p), "P", "sample from the best tokens of total probability P"},
+    {"min-p", KIND_REAL, FIELD(min_p), "P", "drop tokens below P times the best one's probability"},
+    {"seed", KIND_INT, FIELD(seed), "S", "seed of the sampler"},
+    {"raw", KIND_FLAG, FIELD(raw), "", "no chat frame: continue the prompt"},
+    {"stats", KIND_FLAG, FIELD(stats), "", "tokens per second on stderr"},
+    {"decode", KIND_FLAG, FIELD(decode), "", "ids to text"},
+    {"file", KIND_TEXT, FIELD(file), "F", "read F instead of stdin"},
+    {"scheme", KIND_LIST, FIELD(scheme), "S", "only this kind of layer (may be repeated)"},
+    {"shape", KIND_LIST, FIELD(shape), "NxK", "outputs x inputs (may be repeated)"},
+    {"m", KIND_TEXT, FIELD(m), "1,8", "rows of x"},
+    {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
+    {"quantize", KIND_LATER, FIELD(none), "RECIPE", ""},
+    {"json-schema", KIND_LATER, FIELD(none), "FILE", ""},
+    {"png", KIND_LATER, FIELD(none), "FILE", ""}
+};
+
+typedef struct verb_row {
+    const char *name;
+    int (*run)(const options *o); /* NULL: this build does not have it */
+    int min_args, max_args;
+    const char *arguments; /* after the verb, for the usage line */
+    const char *options;   /* names, space-separated */
+    const char *help, *example;
+} verb_row;
+
+/* Is `name` one of the space-separated words of `list`? */
+static int in_list(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+    for (const char *at = list; (at = strstr(at, name)) != NULL; at += length)
+        if ((at == list || at[-1] == ' ') && (at[length] == ' ' || at[length] == 0)) return 1;
+    return 0;
+}
+
+static const option_row *find_option(const char *name, size_t length)
+{
+    for (int i = 0; i < COUNT(option_table); i++)
+        if (strlen(option_table[i].name) == length && strncmp(option_table[i].name, name, length) == 0) return &option_table[i];
+    return NULL;
+}
+
+static int set_option(options *o, const option_row *row, const char *value)
+{
+    char *at = (char *)o + row->at, *end = NULL;
+    errno = 0;
+    if (row->kind == KIND_FLAG) *(int *)(void *)at = 1;
+    if (row->kind == KIND_TEXT) *(const char **)(void *)at = value;
+    if (row->kind == KIND_INT) {
+        long long n = strtoll(value, &end, 10);
+        if (*end || end == value || errno || n < 0 || (n > INT32_MAX && row->at != FIELD(seed))) return refuse("--%s needs a whole number, not '%s'", row->name, value);
+        *(int64_t *)(void *)at = n;
+    }
+    if (row->kind == KIND_REAL) {
+        double x = strtod(value, &end);
+        if (*end || end == value || !(x >= 0 && x < 1e9)) return refuse("--%s needs a number of at least 0, not '%s'", row->name, value);
+        *(double *)(void *)at = x;
+    }
+    if (row->kind == KIND_LIST) {
+        text_list *list = (text_list *)(void *)at;
+        if (list->count == MAX_LIST) return refuse("--%s is given more than %d times", row->name, MAX_LIST);
+        list->item[list->count++] = value;
+    }
+    return 0;
+}
+
+static int parse_options(options *o, const verb_row *verb, int argc, char **argv)
+{
+    int i = 0, plain = 0, bad;
+    for (; i < argc; i++) {
+        const char *a = argv[i], *equals;
+        const option_row *row;
+        if (plain || a[0] != '-' || a[1] == 0) {
+            if (o->arg_count >= verb->max_args) return refuse("'%s' is one argument too many; try: moq help %s", a, verb->name);
+            o->args[o->arg_count++] = a;
+            continue;
+        }
+        if (strcmp(a, "--") == 0) { plain = 1; continue; }
+        equals = strchr(a, '=');
+        row = a[1] == '-' ? find_option(a + 2, equals ? (size_t)(equals - a - 2) : strlen(a + 2)) : NULL;
+        if (!row) return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
+        if (row->kind == KIND_LATER) return refuse("this build does not have --%s", row->name);
+        if (row->kind != KIND_FLAG && !equals && ++i >= argc) return refuse("--%s needs a value: --%s %s", row->name, row->name, row->value);
+        if (row->at != FIELD(help) && !in_list(verb->options, row->name)) return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
+        if (row->kind == KIND_FLAG && equals) return refuse("--%s takes no value", row->name);
+        bad = set_option(o, row, equals ? equals + 1 : argv[i]);
+        if (bad) return bad;
+    }
+    if (o->help) return 0;
+    if (o->arg_count < verb->min_args) return refuse("usage: moq %s %s; try: moq help %s", verb->name, verb->arguments, verb->name);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>open            backends, checkpoints, engines
+   ------------------------------------------------------------------------------------------------ */
+
+static int parse_act(const char *text, moq_act *out)
+{
+    static const char *const names[] = {"auto", "stored", "wide"};
+    *out = MOQ_ACT_AUTO;
+    for (int i = 0; i < COUNT(names); i++)
+        if (!text || strcmp(text, names[i]) == 0) { *out = text ? (moq_act)i : MOQ_ACT_AUTO; return 0; }
+    return refuse("--act is auto, stored or wide, not '%s'", text);
+}
+
+/* The CUDA backend of --backend cuda or cuda:N, or of no --backend when a device is there: *out NULL and 0 means "use the CPU". */
+static int open_cuda(const options *o, moq_backend **out)
+{
+    const char *name = o->backend;
+    int asked = name && strncmp(name, "cuda", 4) == 0;
+    *out = NULL;
+    if (name && strcmp(name, "cpu") == 0) return 0;
+    if (name && !(asked && (name[4] == 0 || (name[4] == ':' && name[5] >= '0' && name[5] <= '9' && strlen(name) < 8))))
+        return refuse("--backend is cpu, cuda or cuda:N, not '%s'", name);
+#ifdef MOQ_CUDA
+    moq_error err;
+    *out = moq_cuda_backend(asked && name[4] ? atoi(name + 5) : 0, &err);
+    if (!*out && asked) return refuse_error(NULL, &err);
+    if (*out && (o->kernel || o->act)) {
+        moq_backend_destroy(*out);
+        *out = NULL;
+        return asked ? refuse("--kernel and --act choose among CPU kernels; leave them out with --backend cuda, or use --backend cpu") : 0;
+    }
+#else
+    if (asked) return refuse("--backend %s: this build has no CUDA; build it with `make -C tools CUDA=1` (needs nvcc), or use --backend cpu", name);
+#endif
+    return 0;
+}
+
+static int open_backend(const options *o, const char *kernel, moq_backend **out)
+{
+    moq_cpu_desc desc;
+    moq_error err;
+    int bad = open_cuda(o, out);
+    if (bad || *out) return bad;
+    memset(&desc, 0, sizeof desc);
+    desc.threads = (int32_t)o->threads;
+    desc.kernel = kernel;
+    bad = parse_act(o->act, &desc.act);
+    if (bad) return bad;
+    *out = moq_cpu_backend(&desc, &err);
+    return *out ? 0 : refuse_error(NULL, &err);
+}
+
+/* quiet: what opening would log comes as findings of moq_verify. */
+static moq_checkpoint *open_folder(const char *path, int quiet, moq_error *err)
+{
+    moq_open_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.log = quiet ? NULL : on_log;
+    desc.log_user = (void *)(uintptr_t)path;
+    desc.progress = on_progress;
+    return moq_open(path, &desc, err);
+}
+
+/* A folder, its backend and an engine over both. */
+typedef struct engine {
+    const char *path;
+    moq_checkpoint *ck;
+    moq_backend *be;
+    llm *m;
+    const llm_info *info;
+} engine;
+
+static void close_engine(engine *e)
+{
+    running = NULL;
+    llm_close(e->m);
+    moq_backend_destroy(e->be);
+    moq_close(e->ck);
+    memset(e, 0, sizeof *e);
+}
+
+static int open_engine(engine *e, const options *o, const char *path, int64_t context, int no_tokenizer)
+{
+    llm_desc desc;
+    moq_error err;
+    int bad;
+    memset(e, 0, sizeof *e);
+    memset(&desc, 0, sizeof desc);
+    e->path = path;
+    e->ck = open_folder(path, 0, &err);
+    if (!e->ck) return refuse_error(path, &err);
+    bad = open_backend(o, o->kernel, &e->be);
+    if (bad) { close_engine(e); return bad; }
+    desc.checkpoint = e->ck;
+    desc.backend = e->be;
+    desc.kv = o->kv;
+    desc.context = (int32_t)(o->context ? o->context : context);
+    desc.chunk = (int32_t)o->chunk;
+    desc.no_tokenizer = no_tokenizer;
+    desc.log = on_log;
+    desc.log_user = (void *)(uintptr_t)path;
+    desc.progress = on_progress;
+    desc.sampling.temperature = (float)o->temp;
+    desc.sampling.top_k = (int32_t)o->top_k;
+    desc.sampling.top_p = (float)o->top_p;
+    desc.sampling.min_p = (float)o->min_p;
+    desc.sampling.seed = (uint64_t)o->seed;
+    e->m = llm_open(&desc, &err);
+    if (!e->m) {
+        bad = refuse_error(path, &err);
+        close_engine(e);
+        return bad;
+    }
+    e->info = llm_get_info(e->m);
+    running = e->m;
+    return 0;
+}
+
+/* A whole file that the user named, NUL-terminated, or NULL after an error line. Release with free_file. */
+static char *read_input(const char *path, size_t *bytes)
+{
+    moq_error err;
+    char *text = moq_read_file(path, (uint64_t)1 << 40, NULL, bytes, &err);
+    if (!text) refuse_error(path, &err);
+    return text;
+}
+
+static void free_file(char *text, size_t bytes) { moq_release(NULL, text, text ? bytes + 1 : 0); }
+
+/* ------------------------------------------------------------------------------------------------
+   >>tokens          token ids from the command line and from files
+   ------------------------------------------------------------------------------------------------ */
+
+/* Rows of ids, one after another: row i is ids[start[i]] .. ids[start[i + 1] - 1]. */
+typedef struct token_rows {
+    int32_t *ids;
+    size_t *start;
+    size_t rows;
+} token_rows;
+
+static void free_tokens(token_rows *t)
+{
+    free(t->ids);
+    free(t->start);
+    memset(t, 0, sizeof *t);
+}
+
+static void tokens_row(token_rows *t, const int32_t *ids, size_t count)
+{
+    size_t used = t->rows ? t->start[t->rows] : 0;
+    t->ids = (int32_t *)grow(t->ids, used + count + 1, sizeof *t->ids);
+    t->start = (size_t *)grow(t->start, t->rows + 2, sizeof *t->start);
+    if (count) memcpy(t->ids + used, ids, count * sizeof *ids);
+    t->start[t->rows] = used;
+    t->start[++t->rows] = used + count;
+}
+
+static int tokens_json_row(token_rows *t, const moq_json *list)
+{
+    int32_t *ids = (int32_t *)take(list->count, sizeof *ids);
+    size_t count = 0;
+    int64_t id;
+    for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) {
+        if (!moq_json_int(e, &id) || id < 0 || id > INT32_MAX) { free(ids); return 0; }
+        ids[count++] = (int32_t)id;
+    }
+    tokens_row(t, ids, count);
+    free(ids);
+    return 1;
+}
+
+static int tokens_json(token_rows *t, const char *path, const char *key)
+{
+    size_t bytes;
+    moq_error err;
+    char *text = read_input(path, &bytes);
+    moq_json_doc *doc;
+    const moq_json *list;
+    int good = 0;
+    if (!text) return 2;
+    doc = moq_json_parse(text, bytes, MOQ_JSON_STRICT, 0, base_name(path), NULL, &err);
+    free_file(text, bytes);
+    if (!doc) return refuse_error(path, &err);
+    list = key ? moq_json_find(moq_json_root(doc), key) : moq_json_root(doc);
+    if (list && list->type == MOQ_JSON_ARRAY && list->count > 0) {
+        const moq_json *first = moq_json_first(list);
+        good = first->type == MOQ_JSON_ARRAY;
+        if (!good) good = tokens_json_row(t, list);
+        else
+            for (const moq_json *e = first; good && e; e = moq_json_next(list, e)) good = e->type == MOQ_JSON_ARRAY && tokens_json_row(t, e);
+    }
+    moq_json_destroy(doc);
+    return good ? 0 : refuse("%s: %s%s is no list of token ids and no list of such lists", path, key ? "key " : "the file", key ? key : "");
+}
+
+/* "1,2,3", "FILE.json" or "FILE.json#KEY". */
+static int read_tokens(token_rows *t, const char *text)
+{
+    const char *hash = strrchr(text, '#');
+    memset(t, 0, sizeof *t);
+    if (text[0] == 0) return refuse("the list of token ids is empty");
+    if (strspn(text, "0123456789, ") == strlen(text)) {
+        int32_t *ids = (int32_t *)take(strlen(text), sizeof *ids);
+        size_t count = 0;
+        for (const char *at = text; *at;) {
+            char *end;
+            unsigned long long id = strtoull(at, &end, 10);
+            if (end == at || id > INT32_MAX) { free(ids); return refuse("'%s' is no list of token ids", text); }
+            ids[count++] = (int32_t)id;
+            at = end + strspn(end, ", ");
+        }
+        tokens_row(t, ids, count);
+        free(ids);
+        return 0;
+    }
+    if (hash) {
+        char *path = join(text, "", "");
+        int bad;
+        path[hash - text] = 0;
+        bad = tokens_json(t, path, hash + 1);
+        free(path);
+        return bad;
+    }
+    return tokens_json(t, text, NULL);
+}
+
+static int check_tokens(const token_rows *t, int32_t vocab, int32_t context)
+{
+    for (size_t r = 0; r < t->rows; r++) {
+        size_t count = t->start[r + 1] - t->start[r];
+        if (count == 0) return refuse("row %zu of the tokens is empty", r);
+        if (context > 0 && count > (size_t)context) return refuse("row %zu has %zu tokens, the model takes %d; use shorter rows", r, count, context);
+        for (size_t i = t->start[r]; i < t->start[r + 1]; i++)
+            if (t->ids[i] >= vocab) return refuse("token %d of row %zu is outside the vocabulary of %d", t->ids[i], r, vocab);
+    }
+    return 0;
+}
+
+static size_t longest_row(const token_rows *t)
+{
+    size_t n = 0;
+    for (size_t r = 0; r < t->rows; r++)
+        if (t->start[r + 1] - t->start[r] > n) n = t->start[r + 1] - t->start[r];
+    return n;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>inspect         what a folder holds
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct module_row {
+    moq_linear l;
+    char scheme[64];
+    char kernel[200];
+    uint64_t elements, bytes, weight_bytes; /* bytes: every tensor of the module; weight_bytes: without the bias */
+} module_row;
+
+/* Does tensor `name` belong to module `l`, and is it its bias? Linear layers own "M.x", stacks "M" and "M_x". */
+static int owns_tensor(const moq_linear *l, const char *name, int *is_bias)
+{
+    size_t n = strlen(l->name);
+    const char *rest = name + n;
+    if (strncmp(name, l->name, n) != 0) return 0;
+    *is_bias = strcmp(rest, ".bias") == 0 || (l->experts > 0 && strcmp(rest, "_bias") == 0);
+    return *rest == '.' || (l->experts > 0 && (*rest == '_' || *rest == 0));
+}
+
+/* Tensors are sorted by name, so those of a module follow each other. */
+static size_t first_tensor_from(const moq_checkpoint *ck, const char *name)
+{
+    size_t low = 0, high = moq_tensor_count(ck);
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (strcmp(moq_get_tensor(ck, middle)->name, name) < 0) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static void measure_module(const moq_checkpoint *ck, module_row *row)
+{
+    const moq_linear *l = &row->l;
+    size_t n = strlen(l->name);
+    row->elements = (uint64_t)l->rows * (uint64_t)l->cols * (uint64_t)(l->experts > 0 ? l->experts : 1);
+    for (size_t i = first_tensor_from(ck, l->name); i < moq_tensor_count(ck); i++) {
+        const moq_tensor *t = moq_get_tensor(ck, i);
+        int is_bias;
+        if (strncmp(t->name, l->name, n) != 0) break;
+        if (!owns_tensor(l, t->name, &is_bias)) continue;
+        row->bytes += t->bytes;
+        if (!is_bias) row->weight_bytes += t->bytes;
+    }
+}
+
+static void explain_module(moq_backend *be, module_row *row)
+{
+    moq_linear one = row->l;
+    moq_error err;
+    row->kernel[0] = 0;
+    if (!be || !be->explain) return;
+    if (one.experts > 0 && moq_slice_expert(&row->l, 0, &one, &err) != MOQ_OK) return;
+    if (be->supports && be->supports(be, &one, &err) != MOQ_OK) snprintf(row->kernel, sizeof row->kernel, "none: %.180s", err.text);
+    else be->explain(be, &one, row->kernel, sizeof row->kernel);
+}
+
+static int list_modules(const moq_checkpoint *ck, const char *path, moq_backend *be, module_row **out, size_t *count)
+{
+    size_t n = moq_module_count(ck);
+    module_row *rows = (module_row *)take(n, sizeof *rows);
+    moq_error err;
+    for (size_t i = 0; i < n; i++) {
+        if (moq_get_module(ck, i, &rows[i].l, &err) != MOQ_OK) { free(rows); return refuse_error(path, &err); }
+        moq_scheme_name(&rows[i].l.scheme, rows[i].scheme, sizeof rows[i].scheme);
+        measure_module(ck, &rows[i]);
+        explain_module(be, &rows[i]);
+    }
+    *out = rows;
+    *count = n;
+    return 0;
+}
+
+/* An integer of config.json, there or in the text part of a larger model. */
+static int64_t config_int(const moq_checkpoint *ck, const char *key, int64_t otherwise)
+{
+    const moq_json *root = moq_get_config(ck);
+    int64_t v = otherwise;
+    if (!moq_json_int(moq_json_find(root, key), &v)) moq_json_int(moq_json_find(moq_json_find(root, "text_config"), key), &v);
+    return v;
+}
+
+/* Bytes of the KV cache for `context` tokens: one cache for every module that makes keys. Windows are not counted off. */
+static uint64_t plan_kv(const moq_checkpoint *ck, moq_backend *be, const module_row *rows, size_t count, int64_t context)
+{
+    static const char *const makers[] = {".k_proj", ".qkv_proj", ".kv_b_proj"};
+    int64_t heads = config_int(ck, "num_attention_heads", 1), rope = config_int(ck, "qk_rope_head_dim", 0);
+    uint64_t total = 0;
+    for (size_t i = 0; i < count; i++)
+        for (int k = 0; k < COUNT(makers); k++) {
+            moq_kv_desc d;
+            moq_error err;
+            char attention[512];
+            size_t length = strlen(rows[i].l.name);
+            if (!ends_with(rows[i].l.name, makers[k]) || length >= sizeof attention) continue;
+            snprintf(attention, sizeof attention, "%.*s", (int)(length - strlen(makers[k])), rows[i].l.name);
+            memset(&d, 0, sizeof d);
+            d.name = attention;
+            d.slots = 1;
+            d.capacity = (int32_t)context;
+            d.kv_heads = (int32_t)config_int(ck, "num_key_value_heads", heads);
+            d.head_dim = (int32_t)config_int(ck, "head_dim", config_int(ck, "hidden_size", 0) / (heads ? heads : 1));
+            if (rope) {
+                d.head_dim = (int32_t)(rope + config_int(ck, "qk_nope_head_dim", 0));
+                d.value_dim = (int32_t)config_int(ck, "v_head_dim", 0);
+            }
+            if (moq_find_kv(ck, attention, &d.kv, &err) == MOQ_OK && be && be->kv_bytes) total += be->kv_bytes(be, &d);
+        }
+    return total;
+}
+
+static void print_bytes(const char *label, uint64_t bytes)
+{
+    if (bytes < 1000000) printf("%s%.1f KB", label, (double)bytes / 1e3);
+    else if (bytes < 1000000000) printf("%s%.1f MB", label, (double)bytes / 1e6);
+    else printf("%s%.2f GB", label, (double)bytes / 1e9);
+}
+
+static void shape_text(const moq_linear *l, char *text, size_t capacity)
+{
+    if (l->experts > 0) snprintf(text, capacity, "%dx%" PRId64 "x%" PRId64, l->experts, l->rows, l->cols);
+    else snprintf(text, capacity, "%" PRId64 "x%" PRId64, l->rows, l->cols);
+}
+
+static void json_shape(json_out *j, const moq_linear *l)
+{
+    json_open(j, "shape", '[');
+    if (l->experts > 0) json_int(j, NULL, l->experts);
+    json_int(j, NULL, l->rows);
+    json_int(j, NULL, l->cols);
+    json_close(j, ']');
+}
+
+static double bits_per(uint64_t bytes, uint64_t elements) { return elements ? 8.0 * (double)bytes / (double)elements : 0; }
+
+typedef struct totals { uint64_t elements, bytes, quantized, quantized_bytes, kv_bytes; int64_t context; } totals;
+
+static void inspect_json(const moq_checkpoint *ck, const module_row *rows, size_t count, const totals *t)
+{
+    const moq_info *info = moq_get_info(ck);
+    json_out j = json_to(stdout, 2);
+    json_open(&j, NULL, '{');
+    json_string(&j, "model_type", info->model_type);
+    json_string(&j, "quant_algo", info->quant_algo);
+    json_string(&j, "kv_cache", moq_kv_format_name(info->kv));
+    json_string(&j, "family", info->family_name);
+    json_string(&j, "producer", info->producer);
+    json_number(&j, "effective_bits", bits_per(t->bytes, t->elements));
+    json_number(&j, "quantized_bits", bits_per(t->quantized_bytes, t->quantized));
+    json_int(&j, "total_bytes", (int64_t)info->total_bytes);
+    json_int(&j, "context", t->context);
+    json_int(&j, "kv_bytes", (int64_t)t->kv_bytes);
+    json_open(&j, "modules", '[');
+    for (size_t i = 0; i < count; i++) {
+        json_open(&j, NULL, '{');
+        json_string(&j, "name", rows[i].l.name);
+        json_string(&j, "scheme", rows[i].scheme);
+        json_shape(&j, &rows[i].l);
+        json_number(&j, "bits", bits_per(rows[i].weight_bytes, rows[i].elements));
+        json_int(&j, "bytes", (int64_t)rows[i].bytes);
+        json_item(&j, "kernel");
+        json_text(&j, rows[i].kernel, strcspn(rows[i].kernel, ":"));
+        json_string(&j, "why", rows[i].kernel);
+        json_close(&j, '}');
+    }
+    json_close(&j, ']');
+    json_close(&j, '}');
+}
+
+static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_t count, const totals *t, int explain)
+{
+    const moq_info *info = moq_get_info(ck);
+    int wide = 6, scheme = 6;
+    char shape[64];
+    printf("%s: %s, %s %s%s%s, KV cache %s\n", moq_get_name(ck), info->model_type[0] ? info->model_type : "no config.json", info->family_name,
+           info->quant_algo, info->producer[0] ? " by " : "", info->producer, moq_kv_format_name(info->kv));
+    for (size_t i = 0; i < count; i++) {
+        if ((int)strlen(rows[i].l.name) > wide) wide = (int)strlen(rows[i].l.name);
+        if ((int)strlen(rows[i].scheme) > scheme) scheme = (int)strlen(rows[i].scheme);
+    }
+    printf("%-*s  %-*s  %14s  %6s  %12s\n", wide, "module", scheme, "scheme", "shape", "bits", "bytes");
+    for (size_t i = 0; i < count; i++) {
+        shape_text(&rows[i].l, shape, sizeof shape);
+        printf("%-*s  %-*s  %14s  %6.3f  %12" PRIu64 "%s%s\n", wide, rows[i].l.name, scheme, rows[i].scheme, shape,
+               bits_per(rows[i].weight_bytes, rows[i].elements), rows[i].bytes, explain ? "  " : "", explain ? rows[i].kernel : "");
+    }
+    printf("%zu modules, %zu tensors in %u file%s", count, moq_tensor_count(ck), info->shards, info->shards == 1 ? "" : "s");
+    print_bytes(", ", info->total_bytes);
+    printf("\neffective bits: %.3f over all %.3g M weights", bits_per(t->bytes, t->elements), (double)t->elements / 1e6);
+    if (t->quantized) printf(", %.3f over the %.3g M quantized ones", bits_per(t->quantized_bytes, t->quantized), (double)t->quantized / 1e6);
+    printf("\nmemory for a context of %" PRId64 " tokens:", t->context);
+    print_bytes(" weights ", info->total_bytes);
+    print_bytes(", KV cache ", t->kv_bytes);
+    print_bytes(", together ", info->total_bytes + t->kv_bytes);
+    printf("\n");
+}
+
+static int verb_inspect(const options *o)
+{
+    moq_error err;
+    moq_backend *be = NULL;
+    module_row *rows = NULL;
+    size_t count = 0;
+    totals t;
+    moq_checkpoint *ck = open_folder(o->args[0], 0, &err);
+    int bad = ck ? open_backend(o, o->kernel, &be) : refuse_error(o->args[0], &err);
+    if (!bad) bad = list_modules(ck, o->args[0], be, &rows, &count);
+    if (!bad) {
+        memset(&t, 0, sizeof t);
+        for (size_t i = 0; i < count; i++) {
+            int quantized = moq_scheme_is_quantized(&rows[i].l.scheme);
+            t.elements += rows[i].elements;
+            t.bytes += rows[i].weight_bytes;
+            if (quantized) t.quantized += rows[i].elements;
+            if (quantized) t.quantized_bytes += rows[i].weight_bytes;
+        }
+        t.context = o->context ? o->context : config_int(ck, "max_position_embeddings", 4096);
+        if (!o->context && t.context > 4096) t.context = 4096;
+        t.kv_bytes = plan_kv(ck, be, rows, count, t.context);
+        if (o->json) inspect_json(ck, rows, count, &t);
+        else inspect_text(ck, rows, count, &t, o->explain);
+    }
+    free(rows);
+    moq_backend_destroy(be);
+    moq_close(ck);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>verify          every rule, every finding
+   Fatal findings are the result (stdout); what is only worth knowing goes to stderr.
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct verdict {
+    const char *path;
+    json_out *json; /* NULL: text */
+    int fatal;
+} verdict;
+
+static void report_finding(void *user, int fatal, const moq_error *f)
+{
+    verdict *v = (verdict *)user;
+    v->fatal |= fatal;
+    if (!v->json) { print_placed(fatal ? stdout : stderr, fatal ? "" : "moq: note: ", v->path, f->text); return; }
+    json_open(v->json, NULL, '{');
+    json_bool(v->json, "fatal", fatal);
+    json_string(v->json, "code", moq_result_name(f->code));
+    json_string(v->json, "file", f->file);
+    json_string(v->json, "object", f->object);
+    json_int(v->json, "offset", f->offset);
+    json_string(v->json, "text", f->text);
+    json_close(v->json, '}');
+}
+
+/* A refusal to open is a finding, unless the machine and not the file is to blame. */
+static int verify_path(const options *o, verdict *v)
+{
+    struct stat info;
+    moq_error err;
+    const char *path = o->args[0];
+    int bad = 0;
+    if (stat(path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", path, strerror(errno));
+    memset(&err, 0, sizeof err);
+    if (S_ISDIR(info.st_mode)) {
+        moq_checkpoint *ck = open_folder(path, 1, &err);
+        if (ck) moq_verify(ck, o->deep ? (uint32_t)MOQ_VERIFY_DEEP : 0, report_finding, v, &err);
+        else bad = 1;
+        if (ck && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) bad = 1;
+        moq_close(ck);
+    } else {
+        moq_st *st = moq_st_open(path, NULL, &err);
+        bad = st == NULL;
+        moq_st_close(st);
+    }
+    if (bad && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) return refuse_error(path, &err);
+    if (bad) report_finding(v, 1, &err);
+    return v->fatal;
+}
+
+static int verb_verify(const options *o)
+{
+    json_out j = json_to(stdout, 2);
+    verdict v;
+    int status;
+    v.path = o->args[0];
+    v.json = o->json ? &j : NULL;
+    v.fatal = 0;
+    if (o->json) {
+        struct stat info;
+        if (stat(v.path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", v.path, strerror(errno));
+        json_open(&j, NULL, '{');
+        json_open(&j, "findings", '[');
+    }
+    status = verify_path(o, &v);
+    if (o->json) {
+        json_close(&j, ']');
+        json_bool(&j, "sound", status == 0);
+        json_close(&j, '}');
+    }
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>plain           the plain matrix that a quantized layer stands for
+   y = x W'^T in real arithmetic, where the layer computes hadamard(x) * pre_quant_scale first and adds a low-rank branch.
+   ------------------------------------------------------------------------------------------------ */
+
+static float view_float(const moq_view *v, int64_t index)
+{
+    size_t bytes = (size_t)moq_dtype_bits(v->dtype) / 8;
+    float f = 0;
+    moq_to_f32(v->dtype, (const char *)v->data + (size_t)index * bytes, 1, &f);
+    return f;
+}
+
+static int is_folded(const moq_linear *l) { return l->pre_quant_scale.data || l->lora_a.data || l->hadamard_size > 0; }
+
+/* H[i][j] of the input transform: Sylvester's matrix has the sign of the parity of i & j. */
+static double hadamard_at(const moq_linear *l, int i, int j)
+{
+    unsigned bits = (unsigned)i & (unsigned)j, odd = 0;
+    if (l->hadamard.data) return (double)view_float(&l->hadamard, (int64_t)i * l->hadamard_size + j);
+    for (; bits; bits &= bits - 1) odd ^= 1;
+    return odd ? -1.0 : 1.0;
+}
+
+/* One row of W' = ((W + B A) diag(p)) H^T, all in double. row: [cols] dequantized, in and out. */
+static void fold_row(const moq_linear *l, int64_t r, double *row, double *scratch)
+{
+    int64_t stored_row = l->row_first + r * l->row_step;
+    if (l->lora_a.data) {
+        int64_t rank = l->scheme.lora_rank, stored_cols = (int64_t)l->lora_a.count / rank;
+        for (int64_t k = 0; k < rank; k++) {
+            double b = (double)view_float(&l->lora_b, stored_row * rank + k);
+            for (int64_t c = 0; c < l->cols; c++) row[c] += b * (double)view_float(&l->lora_a, k * stored_cols + l->col_first + c);
+        }
+    }
+    if (l->pre_quant_scale.data)
+        for (int64_t c = 0; c < l->cols; c++) row[c] *= (double)view_float(&l->pre_quant_scale, l->col_first + c);
+    if (l->hadamard_size > 0) {
+        int n = l->hadamard_size;
+        for (int64_t block = 0; block + n <= l->cols; block += n) {
+            for (int i = 0; i < n; i++) {
+                scratch[i] = 0;
+                for (int k = 0; k < n; k++) scratch[i] += row[block + k] * hadamard_at(l, i, k);
+            }
+            for (int i = 0; i < n; i++) row[block + i] = scratch[i] * (double)l->hadamard_scale;
+        }
+    }
+}
+
+/* Rows [first, first + count) of W' in double. out: [count, cols], scratch: [cols] doubles and floats. */
+static void plain_rows(const moq_linear *l, int64_t first, int64_t count, double *out, double *scratch, float *decoded)
+{
+    for (int64_t r = first; r < first + count; r++, out += l->cols) {
+        moq_dequantize(l, r, 1, decoded);
+        for (int64_t c = 0; c < l->cols; c++) out[c] = (double)decoded[c];
+        if (is_folded(l)) fold_row(l, r, out, scratch);
+    }
+}
+
+/* The float of a double with the lost bits kept as one sticky bit (round to odd): rounding that again, to fewer bits, is rounding once. */
+static float sticky_float(double d)
+{
+    float f = (float)d;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (d - d == 0 && (double)f != d) {
+        if (fabs((double)f) > fabs(d)) bits--;
+        bits |= 1;
+        memcpy(&f, &bits, 4);
+    }
+    return f;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>dequant         hashes of quantized weights; unquantized folders
+   ------------------------------------------------------------------------------------------------ */
+
+#define FNV_START 0xcbf29ce484222325u
+
+/* FNV-1a-64 over the little-endian bytes of floats. */
+static uint64_t fnv_floats(uint64_t h, const float *x, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], 4);
+        for (int b = 0; b < 32; b += 8) h = (h ^ (bits >> b & 255)) * 0x100000001b3u;
+    }
+    return h;
+}
+
+typedef struct hash_line { char *name; int64_t shape[3]; int rank; uint64_t hash; } hash_line;
+
+static int compare_lines(const void *a, const void *b) { return strcmp(((const hash_line *)a)->name, ((const hash_line *)b)->name); }
+
+static hash_line make_line(char *name, int64_t experts, const moq_linear *l, uint64_t hash)
+{
+    hash_line line;
+    line.name = name;
+    line.rank = experts > 0 ? 3 : 2;
+    line.shape[0] = experts > 0 ? experts : l->rows;
+    line.shape[1] = experts > 0 ? l->rows : l->cols;
+    line.shape[2] = l->cols;
+    line.hash = hash;
+    return line;
+}
+
+/* Hash of one matrix, which also runs on in *whole, the hash of the stack it is part of. */
+static uint64_t hash_matrix(const moq_linear *l, uint64_t *whole)
+{
+    float *row = (float *)take((size_t)l->cols, sizeof *row);
+    uint64_t h = FNV_START;
+    for (int64_t r = 0; r < l->rows && !stop_requested; r++) {
+        moq_dequantize(l, r, 1, row);
+        h = fnv_floats(h, row, (size_t)l->cols);
+        if (whole) *whole = fnv_floats(*whole, row, (size_t)l->cols);
+    }
+    free(row);
+    return h;
+}
+
+/* The lines of one module: linears as NAME.weight, stacks as NAME and NAME[e]. Returns how many, -1 on an error. */
+static int hash_module(const moq_linear *l, hash_line *lines, const char *path)
+{
+    uint64_t whole = FNV_START;
+    moq_linear one;
+    moq_error err;
+    char index[24];
+    if (l->experts == 0) {
+        lines[0] = make_line(join(l->name, ".weight", ""), 0, l, hash_matrix(l, NULL));
+        return 1;
+    }
+    for (int e = 0; e < l->experts; e++) {
+        if (moq_slice_expert(l, e, &one, &err) != MOQ_OK) { refuse_error(path, &err); return -1; }
+        snprintf(index, sizeof index, "[%d]", e);
+        lines[e + 1] = make_line(join(l->name, index, ""), 0, l, hash_matrix(&one, &whole));
+    }
+    lines[0] = make_line(join(l->name, "", ""), l->experts, l, whole);
+    return l->experts + 1;
+}
+
+static void print_hashes(const hash_line *lines, size_t count, int json)
+{
+    json_out j = json_to(stdout, 2);
+    char hex[20];
+    if (json) json_open(&j, NULL, '{');
+    if (json) json_open(&j, "tensors", '{');
+    for (size_t i = 0; i < count; i++) {
+        snprintf(hex, sizeof hex, "%016" PRIx64, lines[i].hash);
+        if (json) {
+            json_open(&j, lines[i].name, '{');
+            json_open(&j, "shape", '[');
+            for (int k = 0; k < lines[i].rank; k++) json_int(&j, NULL, lines[i].shape[k]);
+            json_close(&j, ']');
+            json_string(&j, "fnv1a64", hex);
+            json_close(&j, '}');
+        } else {
+            printf("%s\t%" PRId64 "x%" PRId64, lines[i].name, lines[i].shape[0], lines[i].shape[1]);
+            if (lines[i].rank == 3) printf("x%" PRId64, lines[i].shape[2]);
+            printf("\t%s\n", hex);
+        }
+    }
+    if (json) json_close(&j, '}');
+    if (json) json_close(&j, '}');
+}
+
+static int dequant_hash(const options *o, const moq_checkpoint *ck)
+{
+    hash_line *lines = NULL;
+    size_t count = 0, modules = moq_module_count(ck);
+    moq_linear l;
+    moq_error err;
+    int bad = 0, more;
+    for (size_t i = 0; i < modules && !bad; i++) {
+        if (progress_bar("hashing", i, modules, 0)) bad = refuse("stopped");
+        else if (moq_get_module(ck, i, &l, &err) != MOQ_OK) bad = refuse_error(o->args[0], &err);
+        if (bad || !moq_scheme_is_quantized(&l.scheme)) continue;
+        lines = (hash_line *)grow(lines, count + (size_t)l.experts + 1, sizeof *lines);
+        more = hash_module(&l, lines + count, o->args[0]);
+        if (more < 0) bad = 2;
+        else count += (size_t)more;
+    }
+    if (!bad) progress_bar("hashing", modules, modules, 0);
+    if (!bad && stop_requested) bad = refuse("stopped");
+    if (count) qsort(lines, count, sizeof *lines, compare_lines);
+    if (!bad) print_hashes(lines, count, o->json);
+    for (size_t i = 0; i < count; i++) free(lines[i].name);
+    free(lines);
+    return bad;
+}
+
+/* One tensor of the folder to be written: copied (module NULL), or the plain weight of a module. */
+typedef struct out_tensor {
+    moq_tensor t;
+    const moq_linear *module;
+    int shard;
+} out_tensor;
+
+typedef struct out_folder {
+    const moq_checkpoint *ck;
+    moq_linear *modules;       /* every quantized module, sorted by name */
+    size_t module_count;
+    out_tensor *tensors;
+    size_t count;
+    int shards, folded;
+    moq_dtype dtype;
+    char *temp;
+    const char *source;
+} out_folder;
+
+#define SHARD_BYTES ((uint64_t)2 << 30) /* bytes of new weights that are held at a time */
+
+static const moq_linear *quantized_named(const out_folder *f, const char *name, size_t length)
+{
+    size_t low = 0, high = f->module_count;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        int c = strncmp(f->modules[middle].name, name, length);
+        if (c == 0) c = f->modules[middle].name[length] != 0;
+        if (c == 0) return &f->modules[middle];
+        if (c < 0) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+/* The quantized module that a tensor is part of, unless it is the module's bias, which stays. */
+static const moq_linear *owner_of(const out_folder *f, const char *name)
+{
+    int is_bias;
+    for (size_t n = strlen(name); n > 0; n--) {
+        const moq_linear *l = name[n] == '.' || name[n] == '_' || name[n] == 0 ? quantized_named(f, name, n) : NULL;
+        if (l && owns_tensor(l, name, &is_bias)) return is_bias ? NULL : l;
+    }
+    return NULL;
+}
+
+static int is_kv_companion(const char *name)
+{
+    static const char *const ends[] = {".k_scale", ".v_scale", ".k_bias", ".v_bias"};
+    for (int i = 0; i < COUNT(ends); i++)
+        if (ends_with(name, ends[i])) return 1;
+    return 0;
+}
+
+/* gpt-oss and Llama 4 hold expert stacks as [experts, in, out], everyone else as [experts, out, in]. */
+static int stacks_are_transposed(const moq_checkpoint *ck)
+{
+    const char *type = moq_get_info(ck)->model_type;
+    return strncmp(type, "gpt_oss", 7) == 0 || strncmp(type, "llama4", 6) == 0;
+}
+
+static void plan_weight(out_folder *f, const moq_linear *l)
+{
+    out_tensor *t = &f->tensors[f->count++];
+    int swap = l->experts > 0 && stacks_are_transposed(f->ck), k = 0;
+    t->module = l;
+    t->t.name = join(l->name, l->experts > 0 ? "" : ".weight", "");
+    t->t.dtype = f->dtype;
+    if (l->experts > 0) t->t.shape[k++] = (uint64_t)l->experts;
+    t->t.shape[k++] = (uint64_t)(swap ? l->cols : l->rows);
+    t->t.shape[k++] = (uint64_t)(swap ? l->rows : l->cols);
+    t->t.rank = (uint32_t)k;
+    t->t.bytes = (uint64_t)moq_dtype_bits(f->dtype) / 8 * (uint64_t)l->rows * (uint64_t)l->cols * (uint64_t)(l->experts > 0 ? l->experts : 1);
+    f->folded += is_folded(l);
+}
+
+static int compare_tensors(const void *a, const void *b) { return strcmp(((const out_tensor *)a)->t.name, ((const out_tensor *)b)->t.name); }
+
+/* What the new folder will hold, and in which file. */
+static int plan_folder(out_folder *f)
+{
+    size_t modules = moq_module_count(f->ck), tensors = moq_tensor_count(f->ck);
+    uint64_t held = 0;
+    moq_error err;
+    f->modules = (moq_linear *)take(modules, sizeof *f->modules);
+    f->tensors = (out_tensor *)take(modules + tensors, sizeof *f->tensors);
+    for (size_t i = 0; i < modules; i++) {
+        moq_linear *l = &f->modules[f->module_count];
+        if (moq_get_module(f->ck, i, l, &err) != MOQ_OK) return refuse_error(f->source, &err);
+        f->module_count += (size_t)moq_scheme_is_quantized(&l->scheme);
+    }
+    for (size_t i = 0; i < tensors; i++) {
+        const moq_tensor *t = moq_get_tensor(f->ck, i);
+        if (owner_of(f, t->name) || (moq_get_info(f->ck)->kv != MOQ_KV_WIDE && is_kv_companion(t->name))) continue;
+        f->tensors[f->count++].t = *t;
+    }
+    for (size_t i = 0; i < f->module_count; i++) plan_weight(f, &f->modules[i]);
+    qsort(f->tensors, f->count, sizeof *f->tensors, compare_tensors);
+    for (size_t i = 0; i < f->count; i++) {
+        if (held > 0 && held + f->tensors[i].t.bytes > SHARD_BYTES) { f->shards++; held = 0; }
+        held += f->tensors[i].t.bytes;
+        f->tensors[i].shard = f->shards;
+    }
+    f->shards++;
+    return 0;
+}
+
+static void store_value(void *data, moq_dtype dtype, int64_t index, double value)
+{
+    float f = (float)value;
+    uint16_t h;
+    if (dtype == MOQ_F32) { memcpy((char *)data + index * 4, &f, 4); return; }
+    h = moq_bf16_encode(sticky_float(value));
+    memcpy((char *)data + index * 2, &h, 2);
+}
+
+/* The plain weight of a module as it will lie in the file. Release with free. */
+static void *make_weight(const out_folder *f, const out_tensor *t)
+{
+    const moq_linear *l = t->module;
+    int64_t experts = l->experts > 0 ? l->experts : 1, matrix = l->rows * l->cols;
+    double *row = (double *)take((size_t)l->cols * 2 + (size_t)l->hadamard_size, sizeof *row);
+    float *decoded = (float *)take((size_t)l->cols, sizeof *decoded);
+    char *data = (char *)take((size_t)t->t.bytes, 1);
+    int swap = l->experts > 0 && stacks_are_transposed(f->ck);
+    for (int64_t e = 0; e < experts && !stop_requested; e++) {
+        moq_linear one = *l;
+        moq_error err;
+        if (l->experts > 0 && moq_slice_expert(l, (int32_t)e, &one, &err) != MOQ_OK) {
+            refuse_error(f->source, &err);
+            drop_unfinished();
+            exit(2);
+        }
+        for (int64_t r = 0; r < l->rows; r++) {
+            plain_rows(&one, r, 1, row, row + l->cols, decoded);
+            for (int64_t c = 0; c < l->cols; c++) store_value(data, f->dtype, e * matrix + (swap ? c * l->rows + r : r * l->cols + c), row[c]);
+        }
+    }
+    free(row);
+    free(decoded);
+    return data;
+}
+
+static void shard_name(const out_folder *f, int shard, char *name, size_t capacity)
+{
+    if (f->shards == 1) snprintf(name, capacity, "model.safetensors");
+    else snprintf(name, capacity, "model-%05d-of-%05d.safetensors", shard + 1, f->shards);
+}
+
+static int write_shard(out_folder *f, int shard)
+{
+    static const char *const metadata[] = {"format", "pt"};
+    moq_tensor *list = (moq_tensor *)take(f->count, sizeof *list);
+    size_t count = 0;
+    char name[64], *path;
+    moq_error err;
+    int bad = 0;
+    for (size_t i = 0; i < f->count; i++) {
+        if (f->tensors[i].shard != shard) continue;
+        if (progress_bar("writing", i, f->count, 0)) bad = 1;
+        list[count] = f->tensors[i].t;
+        if (f->tensors[i].module && !bad) list[count].data = make_weight(f, &f->tensors[i]);
+        count++;
+    }
+    shard_name(f, shard, name, sizeof name);
+    path = join(f->temp, "/", name);
+    if (bad || stop_requested) bad = refuse("stopped; nothing was written");
+    else if (moq_st_write(path, list, count, metadata, 1, NULL, &err) != MOQ_OK) bad = refuse_error(path, &err);
+    for (size_t i = 0, k = 0; i < f->count; i++) {
+        if (f->tensors[i].shard != shard) continue;
+        if (f->tensors[i].module) free((void *)(uintptr_t)list[k].data);
+        k++;
+    }
+    free(list);
+    free(path);
+    return bad;
+}
+
+/* A JSON value as it was, without quantization_config, and with `dtype` where a type of weights is named. */
+static void copy_json(json_out *j, const moq_json *v, const char *key, const char *dtype)
+{
+    if (v->type == MOQ_JSON_ARRAY || v->type == MOQ_JSON_OBJECT) {
+        json_open(j, key, v->type == MOQ_JSON_ARRAY ? '[' : '{');
+        for (const moq_json *e = moq_json_first(v); e; e = moq_json_next(v, e))
+            if (!e->key || (strcmp(e->key, "quantization_config") != 0 && strcmp(e->key, "compression_config") != 0)) copy_json(j, e, e->key, dtype);
+        json_close(j, v->type == MOQ_JSON_ARRAY ? ']' : '}');
+        return;
+    }
+    json_item(j, key);
+    if (key && v->type == MOQ_JSON_STRING && (strcmp(key, "dtype") == 0 || strcmp(key, "torch_dtype") == 0)) json_text(j, dtype, strlen(dtype));
+    else if (v->type == MOQ_JSON_STRING) json_text(j, v->text, v->text_bytes);
+    else if (v->type == MOQ_JSON_NUMBER) fputs(v->text, j->to);
+    else fputs(v->type == MOQ_JSON_TRUE ? "true" : v->type == MOQ_JSON_FALSE ? "false" : "null", j->to);
+}
+
+static int finish_file(FILE *to, const char *path)
+{
+    int bad = !to || ferror(to), number = errno;
+    if (to && fclose(to) != 0) { bad = 1; number = errno; }
+    return bad ? refuse("%s: %s; free some space or choose another folder", path, strerror(number)) : 0;
+}
+
+static int write_config(const out_folder *f)
+{
+    char *path = join(f->temp, "/", "config.json");
+    FILE *to = fopen(path, "wb");
+    json_out j = json_to(to, 60);
+    int bad;
+    if (to) copy_json(&j, moq_get_config(f->ck), NULL, f->dtype == MOQ_F32 ? "float32" : "bfloat16");
+    bad = finish_file(to, path);
+    free(path);
+    return bad;
+}
+
+static int write_index(const out_folder *f)
+{
+    char *path = join(f->temp, "/", "model.safetensors.index.json"), name[64];
+    FILE *to = fopen(path, "wb");
+    json_out j = json_to(to, 2);
+    uint64_t total = 0;
+    int bad;
+    for (size_t i = 0; i < f->count; i++) total += f->tensors[i].t.bytes;
+    if (to) {
+        json_open(&j, NULL, '{');
+        json_open(&j, "metadata", '{');
+        json_int(&j, "total_size", (int64_t)total);
+        json_close(&j, '}');
+        json_open(&j, "weight_map", '{');
+        for (size_t i = 0; i < f->count; i++) {
+            shard_name(f, f->tensors[i].shard, name, sizeof name);
+            json_string(&j, f->tensors[i].t.name, name);
+        }
+        json_close(&j, '}');
+        json_close(&j, '}');
+    }
+    bad = finish_file(to, path);
+    free(path);
+    return bad;
+}
+
+static int copy_file(const char *from, const char *to)
+{
+    size_t bytes;
+    moq_error err;
+    char *data = read_input(from, &bytes);
+    int bad = !data ? 2 : moq_write_file(to, data, bytes, &err) != MOQ_OK ? refuse_error(to, &err) : 0;
+    free_file(data, bytes);
+    return bad;
+}
+
+/* Everything that is no weight and says nothing of the quantization: tokenizer, templates, licence. */
+static int copy_others(const out_folder *f)
+{
+    static const char *const left[] = {"config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml", "model.safetensors.index.json"};
+    DIR *d = opendir(f->source);
+    struct dirent *entry;
+    struct stat info;
+    int bad = d ? 0 : refuse("%s: %s", f->source, strerror(errno));
+    while (!bad && (entry = readdir(d)) != NULL) {
+        char *from = join(f->source, "/", entry->d_name), *to = join(f->temp, "/", entry->d_name);
+        int skip = ends_with(entry->d_name, ".safetensors") || stat(from, &info) != 0 || !S_ISREG(info.st_mode);
+        for (int i = 0; i < COUNT(left); i++) skip |= strcmp(entry->d_name, left[i]) == 0;
+        if (!skip) bad = copy_file(from, to);
+        free(from);
+        free(to);
+    }
+    if (d) closedir(d);
+    return bad;
+}
+
+static int write_folder(out_folder *f, const char *target)
+{
+    int bad = plan_folder(f);
+    if (!bad && mkdir(f->temp, 0777) != 0) return refuse("%s: %s; create its parent folder first", target, strerror(errno));
+    unfinished_folder = f->temp;
+    for (int i = 0; !bad && i < f->shards; i++) bad = write_shard(f, i);
+    if (!bad) bad = write_config(f);
+    if (!bad && f->shards > 1) bad = write_index(f);
+    if (!bad) bad = copy_others(f);
+    if (!bad && stop_requested) bad = refuse("stopped; nothing was written");
+    if (!bad && rename(f->temp, target) != 0) bad = refuse("%s: %s", target, strerror(errno));
+    if (!bad) unfinished_folder = NULL;
+    drop_unfinished();
+    if (!bad && f->folded)
+        fprintf(stderr, "moq: note: the input transforms and low-rank branches of %d layers were multiplied into their weights\n", f->folded);
+    return bad;
+}
+
+static int dequant_out(const options *o, const moq_checkpoint *ck)
+{
+    out_folder f;
+    struct stat info;
+    char number[32], *target = join(o->out, "", "");
+    int bad;
+    memset(&f, 0, sizeof f);
+    f.ck = ck;
+    f.source = o->args[0];
+    f.dtype = MOQ_F32;
+    for (size_t n = strlen(target); n > 1 && target[n - 1] == '/'; n--) target[n - 1] = 0;
+    snprintf(number, sizeof number, ".tmp-%ld", (long)getpid());
+    f.temp = join(target, number, "");
+    if (o->dtype && strcmp(o->dtype, "bf16") == 0) f.dtype = MOQ_BF16;
+    if (o->dtype && strcmp(o->dtype, "bf16") != 0 && strcmp(o->dtype, "f32") != 0) bad = refuse("--dtype is f32 or bf16, not '%s'", o->dtype);
+    else if (stat(target, &info) == 0) bad = refuse("%s is there already; choose a new folder", target);
+    else bad = write_folder(&f, target);
+    for (size_t i = 0; i < f.count; i++)
+        if (f.tensors[i].module) free((void *)(uintptr_t)f.tensors[i].t.name);
+    free(f.tensors);
+    free(f.modules);
+    free(f.temp);
+    free(target);
+    return bad;
+}
+
+static int verb_dequant(const options *o)
+{
+    moq_error err;
+    moq_checkpoint *ck;
+    int bad;
+    if (!o->hash == !o->out) return refuse("dequant needs --hash or --out DST");
+    ck = open_folder(o->args[0], 0, &err);
+    if (!ck) return refuse_error(o->args[0], &err);
+    bad = o->hash ? dequant_hash(o, ck) : dequant_out(o, ck);
+    moq_close(ck);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>logits          a full forward over given tokens
+   ------------------------------------------------------------------------------------------------ */
+
+static int run_logits(const options *o, engine *e, const token_rows *t)
+{
+    size_t length = t->start[1] - t->start[0], row = length * (size_t)e->info->vocab;
+    float *logits = (float *)take(t->rows * row, sizeof *logits);
+    moq_tensor out;
+    moq_error err;
+    moq_result r = MOQ_OK;
+    for (size_t i = 0; i < t->rows && r == MOQ_OK; i++) {
+        progress_bar("running", i, t->rows, 0);
+        r = llm_forward(e->m, 0, t->ids + t->start[i], (int32_t)length, 0, logits + i * row, NULL, &err);
+    }
+    if (r == MOQ_OK) {
+        progress_bar("running", t->rows, t->rows, 0);
+        memset(&out, 0, sizeof out);
+        out.name = "logits";
+        out.data = logits;
+        out.bytes = (uint64_t)t->rows * row * sizeof *logits;
+        out.dtype = MOQ_F32;
+        out.rank = 3;
+        out.shape[0] = t->rows;
+        out.shape[1] = length;
+        out.shape[2] = (uint64_t)e->info->vocab;
+        r = moq_st_write(o->out, &out, 1, NULL, 0, NULL, &err);
+        if (r != MOQ_OK) refuse_error(o->out, &err);
+    } else refuse_error(e->path, &err);
+    free(logits);
+    return r == MOQ_OK ? 0 : 2;
+}
+
+static int verb_logits(const options *o)
+{
+    token_rows t;
+    engine e;
+    int bad;
+    if (!o->tokens || !o->out) return refuse("logits needs --tokens T and --out FILE.safetensors");
+    bad = read_tokens(&t, o->tokens);
+    for (size_t i = 1; !bad && i < t.rows; i++)
+        if (t.start[i + 1] - t.start[i] != t.start[1] - t.start[0]) bad = refuse("the rows of tokens differ in length; run them one by one");
+    if (!bad) bad = open_engine(&e, o, o->args[0], (int64_t)longest_row(&t), 1);
+    if (!bad) {
+        bad = check_tokens(&t, e.info->vocab, e.info->context);
+        if (!bad) bad = run_logits(o, &e, &t);
+        close_engine(&e);
+    }
+    free_tokens(&t);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>eval            how well a folder predicts text and answers
+   Negative log-likelihoods in nats, softmax in double. Tokens are run in pieces, so that logits stay small.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { PIECE = 64 }; /* tokens whose logits are held at a time */
+
+typedef struct score {
+    double nll, kl;
+    uint64_t tokens, best; /* scored tokens; those that were also the likeliest */
+    size_t first_miss;     /* index of the first scored token that was not, in the last span */
+    int32_t instead;       /* and the likeliest token there */
+} score;
+
+typedef struct evaluation {
+    engine a, b; /* b: --against, or empty */
+    const llm_tokenizer *tok;
+    float *logits, *other;
+    score total;
+    uint64_t rows, exact, used; /* chat rows; right answers; tokens of all windows */
+    const options *o;
+} evaluation;
+
+static int32_t likeliest(const float *x, int32_t n)
+{
+    int32_t best = 0;
+    for (int32_t i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* log(sum(exp(x))) */
+static double log_sum_exp(const float *x, int32_t n)
+{
+    double top = (double)x[likeliest(x, n)], sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += exp((double)x[i] - top);
+    return top + log(sum);
+}
+
+/* KL(p || q) of the softmaxes of two rows of logits. */
+static double divergence(const float *p, const float *q, int32_t n)
+{
+    double lp = log_sum_exp(p, n), lq = log_sum_exp(q, n), sum = 0;
+    for (int32_t i = 0; i < n; i++) sum += exp((double)p[i] - lp) * (((double)p[i] - lp) - ((double)q[i] - lq));
+    return sum;
+}
+
+/* Run ids[0 .. count) from position 0, compare the tokens from index `from` >= 1 on with the likeliest ones, and add up the
+   likelihoods of those before index `until`. */
+static moq_result score_span(evaluation *v, const int32_t *ids, size_t count, size_t from, size_t until, moq_error *err)
+{
+    int32_t vocab = v->a.info->vocab;
+    moq_result r = MOQ_OK;
+    v->total.first_miss = count;
+    if (from > 1) r = llm_forward(v->a.m, 0, ids, (int32_t)from - 1, 0, NULL, NULL, err);
+    if (r == MOQ_OK && from > 1 && v->b.m) r = llm_forward(v->b.m, 0, ids, (int32_t)from - 1, 0, NULL, NULL, err);
+    for (size_t at = from - 1; at + 1 < count && r == MOQ_OK; at += PIECE) {
+        size_t n = count - 1 - at < PIECE ? count - 1 - at : PIECE;
+        r = llm_forward(v->a.m, 0, ids + at, (int32_t)n, (int32_t)at, v->logits, NULL, err);
+        if (r == MOQ_OK && v->b.m) r = llm_forward(v->b.m, 0, ids + at, (int32_t)n, (int32_t)at, v->other, NULL, err);
+        for (size_t i = 0; i < n && r == MOQ_OK; i++) {
+            const float *row = v->logits + i * (size_t)vocab;
+            int32_t best = likeliest(row, vocab), wanted = ids[at + i + 1];
+            if (at + i + 1 < until) {
+                v->total.nll += log_sum_exp(row, vocab) - (double)row[wanted];
+                if (v->b.m) v->total.kl += divergence(v->other + i * (size_t)vocab, row, vocab);
+                v->total.tokens++;
+                v->total.best += best == wanted;
+            }
+            if (best != wanted && v->total.first_miss == count) {
+                v->total.first_miss = at + i + 1;
+                v->total.instead = best;
+            }
+        }
+    }
+    return r;
+}
+
+/* The greedy answer left the expected tokens at `miss`, but other tokens may spell the same text: go on while they do. */
+static int same_text_anyway(evaluation *v, int32_t *ids, size_t prompt, size_t miss, const char *want, moq_error *err)
+{
+    size_t length = strlen(want), capacity = length + 64, n = miss, got, limit = (size_t)v->a.info->context;
+    char *text = (char *)take(capacity, 1);
+    int32_t token = v->total.instead;
+    int same = 0;
+    while (n < limit && n - prompt <= length) {
+        got = llm_decode(v->tok, ids + prompt, n - prompt, 0, text, capacity);
+        if (got > length || strncmp(text, want, got) != 0) break;
+        same = got == length && llm_is_end(v->tok, token);
+        if (llm_is_end(v->tok, token)) break;
+        ids[n++] = token;
+        if (llm_forward(v->a.m, 0, ids + n - 1, 1, (int32_t)n - 1, NULL, v->logits, err) != MOQ_OK) break;
+        token = likeliest(v->logits, v->a.info->vocab);
+    }
+    free(text);
+    return same;
+}
+
+/* Messages that end with an answer. The likelihood is that of the answer's own tokens; an exact answer also ends where it should. */
+static int eval_chat(evaluation *v, const llm_message *messages, size_t count, size_t line)
+{
+    moq_error err;
+    const llm_tokenizer *t = v->tok;
+    size_t limit = (size_t)v->a.info->context, prompt = llm_frame(t, messages, count - 1, 1, NULL, 0, &err), all = 0, end, text;
+    const char *answer = messages[count - 1].text;
+    int32_t *ids;
+    int bad = 0;
+    if (prompt != SIZE_MAX) all = llm_frame(t, messages, count, 0, NULL, 0, &err);
+    if (prompt == SIZE_MAX || all == SIZE_MAX) return refuse_error(v->a.path, &err);
+    ids = (int32_t *)take(all + prompt + limit + 1, sizeof *ids);
+    llm_frame(t, messages, count, 0, ids, all, &err);
+    for (end = prompt; end < all && !llm_is_end(t, ids[end]); end++) {}
+    text = end;
+    if (end < all) end++;
+    if (end > limit) bad = refuse("%s: line %zu has %zu tokens, the context is %zu; raise --context", v->o->data, line, end, limit);
+    else if (prompt == 0 || text <= prompt) bad = refuse("%s: line %zu has no prompt or no answer", v->o->data, line);
+    else if (score_span(v, ids, end, prompt, text, &err) != MOQ_OK) bad = refuse_error(v->a.path, &err);
+    else {
+        size_t miss = v->total.first_miss;
+        v->rows++;
+        v->exact += (uint64_t)(miss == end || same_text_anyway(v, ids, prompt, miss, answer, &err));
+    }
+    free(ids);
+    return bad;
+}
+
+/* Windows of --seq tokens, cut without overlap; all but the first token of each are scored. */
+static int eval_windows(evaluation *v, const int32_t *ids, size_t count)
+{
+    size_t seq = v->o->seq ? (size_t)v->o->seq : 512, limit = (size_t)v->o->limit;
+    moq_error err;
+    if (seq < 2 || seq > (size_t)v->a.info->context) return refuse("--seq %zu: windows have 2 to %d tokens here", seq, v->a.info->context);
+    for (size_t at = 0; at < count; at += seq) {
+        size_t n = count - at < seq ? count - at : seq;
+        if (n < 2 || (limit && v->rows == limit)) break;
+        if (progress_bar("scoring", at, count, 0)) return refuse("stopped");
+        if (score_span(v, ids + at, n, 1, n, &err) != MOQ_OK) return refuse_error(v->a.path, &err);
+        v->used += n;
+        v->rows++;
+    }
+    progress_bar("scoring", count, count, 0);
+    return 0;
+}
+
+static int eval_text(evaluation *v, const char *text, size_t bytes)
+{
+    size_t n = llm_encode(v->tok, text, bytes, LLM_BOS, NULL, 0);
+    int32_t *ids = (int32_t *)take(n == SIZE_MAX ? 1 : n, sizeof *ids);
+    int bad = n == SIZE_MAX ? refuse("out of memory") : 0;
+    if (!bad) llm_encode(v->tok, text, bytes, LLM_BOS, ids, n);
+    for (size_t i = 0; !bad && i < n; i++)
+        if (ids[i] < 0 || ids[i] >= v->a.info->vocab) bad = refuse("%s: token %d is outside the model's vocabulary of %d", v->a.path, ids[i], v->a.info->vocab);
+    if (!bad) bad = eval_windows(v, ids, n);
+    free(ids);
+    return bad;
+}
+
+/* One line of a .jsonl file: {"text"}, {"system","user","assistant"} or {"messages"}. */
+static int eval_object(evaluation *v, const moq_json *root, size_t line)
+{
+    static const char *const roles[] = {"system", "user", "assistant"};
+    const moq_json *text = moq_json_find(root, "text"), *list = moq_json_find(root, "messages");
+    llm_message messages[256];
+    size_t count = 0;
+    if (moq_json_string(text)) return eval_text(v, text->text, text->text_bytes);
+    for (const moq_json *e = moq_json_first(list); e && count < (size_t)COUNT(messages); e = moq_json_next(list, e)) {
+        messages[count].role = moq_json_string(moq_json_find(e, "role"));
+        messages[count].text = moq_json_string(moq_json_find(e, "content"));
+        if (!messages[count].role || !messages[count].text) return refuse("%s: line %zu: a message without role or content", v->o->data, line);
+        count++;
+    }
+    for (int i = 0; !list && i < COUNT(roles); i++) {
+        messages[count].role = roles[i];
+        messages[count].text = moq_json_string(moq_json_find(root, roles[i]));
+        if (messages[count].text) count++;
+    }
+    while (count > 0 && strcmp(messages[count - 1].role, "assistant") != 0) count--;
+    if (count < 2) return refuse("%s: line %zu has neither \"text\" nor messages that end with an answer", v->o->data, line);
+    return eval_chat(v, messages, count, line);
+}
+
+static int eval_lines(evaluation *v, const char *text, size_t bytes)
+{
+    size_t line = 0, next;
+    moq_error err;
+    int bad = 0;
+    for (size_t at = 0; at < bytes && !bad; at = next) {
+        const char *end = (const char *)memchr(text + at, '\n', bytes - at);
+        size_t stop = end ? (size_t)(end - text) : bytes;
+        moq_json_doc *doc;
+        next = stop + 1;
+        line++;
+        if (v->o->limit && v->rows >= (uint64_t)v->o->limit) break;
+        if (strspn(text + at, " \t\r") >= stop - at) continue;
+        if (progress_bar("scoring", at, bytes, 0)) return refuse("stopped");
+        doc = moq_json_parse(text + at, stop - at, MOQ_JSON_STRICT, 0, base_name(v->o->data), NULL, &err);
+        if (!doc) return refuse("%s: line %zu: %s", v->o->data, line, err.text);
+        bad = eval_object(v, moq_json_root(doc), line);
+        moq_json_destroy(doc);
+    }
+    progress_bar("scoring", bytes, bytes, 0);
+    return bad;
+}
+
+static int eval_tokens(evaluation *v)
+{
+    token_rows t;
+    int bad = read_tokens(&t, v->o->data);
+    if (!bad) bad = check_tokens(&t, v->a.info->vocab, 0);
+    for (size_t r = 0; !bad && r < t.rows; r++) bad = eval_windows(v, t.ids + t.start[r], t.start[r + 1] - t.start[r]);
+    free_tokens(&t);
+    return bad;
+}
+
+static int eval_file(evaluation *v)
+{
+    size_t bytes;
+    char *text = read_input(v->o->data, &bytes);
+    int bad = text ? 0 : 2;
+    if (!bad) bad = ends_with(v->o->data, ".jsonl") ? eval_lines(v, text, bytes) : eval_text(v, text, bytes);
+    free_file(text, bytes);
+    return bad;
+}
+
+static int print_score(const evaluation *v)
+{
+    int chat = v->rows > 0 && v->used == 0;
+    double n = v->total.tokens ? (double)v->total.tokens : 1, nll = v->total.nll / n;
+    json_out j = json_to(stdout, 1);
+    if (v->total.tokens == 0) return refuse("%s holds nothing to score", v->o->data);
+    if (v->o->json) {
+        json_open(&j, NULL, '{');
+        if (chat) json_int(&j, "exact", (int64_t)v->exact);
+        if (chat) json_int(&j, "rows", (int64_t)v->rows);
+        json_number(&j, "nll", nll);
+        if (!chat) json_number(&j, "ppl", exp(nll));
+        json_int(&j, "tokens", (int64_t)(chat ? v->total.tokens : v->used));
+        json_number(&j, "token_accuracy", (double)v->total.best / n);
+        if (v->b.m) json_number(&j, "kl", v->total.kl / n);
+        json_close(&j, '}');
+        return 0;
+    }
+    if (chat) printf("exact %" PRIu64 "/%" PRIu64 " nll %.6f", v->exact, v->rows, nll);
+    else printf("nll %.4f ppl %.2f tokens %" PRIu64, nll, exp(nll), v->used);
+    if (v->b.m) printf(" kl %.6f", v->total.kl / n);
+    printf("\n");
+    return 0;
+}
+
+static int verb_eval(const options *o)
+{
+    evaluation v;
+    int bad, text;
+    memset(&v, 0, sizeof v);
+    v.o = o;
+    if (!o->data) return refuse("eval needs --data FILE");
+    text = ends_with(o->data, ".jsonl") || ends_with(o->data, ".txt");
+    bad = open_engine(&v.a, o, o->args[0], o->seq && !text ? o->seq : 0, !text);
+    if (!bad && o->against) {
+        bad = open_engine(&v.b, o, o->against, v.a.info->context, 1);
+        running = v.a.m;
+        if (!bad && v.b.info->vocab != v.a.info->vocab)
+            bad = refuse("%s has %d tokens, %s has %d: they cannot be compared", o->against, v.b.info->vocab, o->args[0], v.a.info->vocab);
+    }
+    if (!bad) {
+        v.tok = llm_get_tokenizer(v.a.m);
+        v.logits = (float *)take((size_t)PIECE * (size_t)v.a.info->vocab, sizeof *v.logits);
+        if (v.b.m) v.other = (float *)take((size_t)PIECE * (size_t)v.a.info->vocab, sizeof *v.other);
+        bad = text ? eval_file(&v) : eval_tokens(&v);
+        if (!bad) bad = print_score(&v);
+    }
+    free(v.logits);
+    free(v.other);
+    close_engine(&v.b);
+    close_engine(&v.a);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>run             answers and chats
+   ------------------------------------------------------------------------------------------------ */
+
+static char *read_stream(FILE *from, size_t *bytes)
+{
+    size_t capacity = 65536, n;
+    char *text = (char *)take(capacity, 1);
+    *bytes = 0;
+    while ((n = fread(text + *bytes, 1, capacity - *bytes - 1, from)) > 0) {
+        *bytes += n;
+        if (capacity - *bytes < 2) text = (char *)grow(text, capacity *= 2, 1);
+    }
+    text[*bytes] = 0;
+    return text;
+}
+
+static void print_stats(const engine *e)
+{
+    const llm_stats *s = llm_get_stats(e->m);
+    fprintf(stderr, "moq: prompt %" PRIu64 " tokens, %.1f tokens/s; generated %" PRIu64 " tokens, %.1f tokens/s\n", s->prompt_tokens,
+            s->prompt_seconds > 0 ? (double)s->prompt_tokens / s->prompt_seconds : 0.0, s->generated_tokens,
+            s->generate_seconds > 0 ? (double)s->generated_tokens / s->generate_seconds : 0.0);
+}
+
+static void json_answer(const engine *e, const char *text, size_t length)
+{
+    const llm_stats *s = llm_get_stats(e->m);
+    json_out j = json_to(stdout, 1);
+    json_open(&j, NULL, '{');
+    json_item(&j, "text");
+    json_text(&j, text, length);
+    json_int(&j, "prompt_tokens", (int64_t)s->prompt_tokens);
+    json_int(&j, "generated_tokens", (int64_t)s->generated_tokens);
+    json_number(&j, "prompt_seconds", s->prompt_seconds);
+    json_number(&j, "generate_seconds", s->generate_seconds);
+    json_close(&j, '}');
+}
+
+/* Stream one answer. Ctrl-C ends it: 2 for a single answer. */
+static int answer(const engine *e, const options *o)
+{
+    uint64_t before = llm_get_stats(e->m)->generated_tokens;
+    const char *piece;
+    char *all = NULL;
+    size_t length = 0;
+    moq_error err;
+    memset(&err, 0, sizeof err);
+    while ((piece = llm_next(e->m, &err)) != NULL) {
+        size_t n = strlen(piece);
+        if (o->json) {
+            all = (char *)grow(all, length + n + 1, 1);
+            memcpy(all + length, piece, n);
+            length += n;
+        } else {
+            fputs(piece, stdout);
+            fflush(stdout);
+        }
+        if (o->max_tokens && llm_get_stats(e->m)->generated_tokens - before >= (uint64_t)o->max_tokens) break;
+    }
+    if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length);
+    if (!o->json) fputc('\n', stdout);
+    free(all);
+    if (o->stats) print_stats(e);
+    return piece || err.code == MOQ_OK ? 0 : refuse_error(e->path, &err);
+}
+
+static int say(const engine *e, const options *o, const char *role, const char *text)
+{
+    moq_error err;
+    moq_result r = o->raw ? llm_say_raw(e->m, text) : llm_say(e->m, role, text);
+    if (r == MOQ_OK) return 0;
+    memset(&err, 0, sizeof err);
+    while (llm_next(e->m, &err)) {} /* the sentence comes out of llm_next */
+    if (err.code == MOQ_OK) moq_fail(&err, r, role, "%s", moq_result_text(r));
+    return refuse_error(e->path, &err);
+}
+
+/* Lines from the terminal and answers, until the end of input. Ctrl-C ends an answer; at the prompt it ends the chat. */
+static int chat(const engine *e, const options *o)
+{
+    char line[16384];
+    int bad = 0;
+    fputs("An empty line ends the chat, /reset forgets it, Ctrl-C stops an answer.\n", stderr);
+    for (;;) {
+        fputs("> ", stderr);
+        if (!fgets(line, sizeof line, stdin)) break;
+        line[strcspn(line, "\r\n")] = 0;
+        if (line[0] == 0) break;
+        if (strcmp(line, "/reset") == 0) {
+            llm_reset(e->m);
+            bad = o->system ? say(e, o, "system", o->system) : 0;
+            continue;
+        }
+        catch_interrupt();
+        bad = say(e, o, "user", line);
+        if (!bad) bad = answer(e, o);
+        if (bad && !stop_requested) break;
+        bad = 0;
+        signal(SIGINT, SIG_DFL);
+    }
+    return bad;
+}
+
+static int verb_run(const options *o)
+{
+    engine e;
+    char *text = NULL;
+    size_t bytes = 0;
+    int bad = open_engine(&e, o, o->args[0], 0, 0);
+    if (bad) return bad;
+    if (o->system) bad = say(&e, o, "system", o->system);
+    if (!bad && !o->prompt && isatty(0) && !o->json) bad = chat(&e, o);
+    else if (!bad) {
+        if (!o->prompt) {
+            text = read_stream(stdin, &bytes);
+            while (!o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
+        }
+        bad = say(&e, o, "user", o->prompt ? o->prompt : text);
+        if (!bad) bad = answer(&e, o);
+    }
+    free(text);
+    close_engine(&e);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>tokenize        text to ids and back, line by line
+   ------------------------------------------------------------------------------------------------ */
+
+static void encode_line(const llm_tokenizer *t, const char *line, size_t bytes)
+{
+    int32_t few[512], *ids = few;
+    size_t n = llm_encode(t, line, bytes, LLM_SPECIAL | LLM_BOS, few, (size_t)COUNT(few));
+    if (n != SIZE_MAX && n > (size_t)COUNT(few)) {
+        ids = (int32_t *)take(n, sizeof *ids);
+        n = llm_encode(t, line, bytes, LLM_SPECIAL | LLM_BOS, ids, n);
+    }
+    if (n == SIZE_MAX) exit(refuse("out of memory"));
+    for (size_t i = 0; i < n; i++) printf("%s%d", i ? "," : "", ids[i]);
+    putchar('\n');
+    if (ids != few) free(ids);
+}
+
+/* The reverse of encode_line: what it puts in front of every text is dropped again. */
+static int decode_line(const llm_tokenizer *t, const char *line)
+{
+    token_rows rows;
+    int32_t front[16];
+    size_t skip = llm_encode(t, "", 0, LLM_BOS, front, (size_t)COUNT(front)), n, bytes;
+    char *text;
+    int bad;
+    if (line[strspn(line, " \r")] == 0) { putchar('\n'); return 0; }
+    if (line[strspn(line, "0123456789, \r")] != 0) return refuse("'%.60s' is no line of token ids", line);
+    bad = read_tokens(&rows, line);
+    if (bad) return bad;
+    n = rows.start[1];
+    if (skip > (size_t)COUNT(front) || skip > n || memcmp(front, rows.ids, skip * sizeof *front) != 0) skip = 0;
+    bytes = llm_decode(t, rows.ids + skip, n - skip, LLM_SPECIAL, NULL, 0);
+    text = (char *)take(bytes + 1, 1);
+    llm_decode(t, rows.ids + skip, n - skip, LLM_SPECIAL, text, bytes + 1);
+    fwrite(text, 1, bytes, stdout);
+    putchar('\n');
+    free(text);
+    free_tokens(&rows);
+    return 0;
+}
+
+static int verb_tokenize(const options *o)
+{
+    moq_error err;
+    size_t bytes = 0;
+    FILE *from = o->file ? fopen(o->file, "rb") : stdin;
+    moq_checkpoint *ck;
+    llm_tokenizer *t;
+    char *text;
+    int bad = 0;
+    if (!from) return refuse("%s: %s", o->file, strerror(errno));
+    ck = open_folder(o->args[0], 0, &err);
+    t = ck ? llm_tokenizer_open(ck, &err) : NULL;
+    if (!t) {
+        if (from != stdin) fclose(from);
+        moq_close(ck);
+        return refuse_error(o->args[0], &err);
+    }
+    text = read_stream(from, &bytes);
+    if (from != stdin) fclose(from);
+    for (size_t at = 0; at < bytes && !bad && !stop_requested;) {
+        char *end = (char *)memchr(text + at, '\n', bytes - at);
+        size_t stop = end ? (size_t)(end - text) : bytes;
+        text[stop] = 0;
+        if (o->decode) bad = decode_line(t, text + at);
+        else encode_line(t, text + at, stop - at);
+        at = stop + 1;
+    }
+    free(text);
+    llm_tokenizer_close(t);
+    moq_close(ck);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>recipes         the table of recipes
+   ------------------------------------------------------------------------------------------------ */
+
+/* "F4 x16 F8_E4M3 +global": the element, how many share a scale, its type. */
+static void coding_text(const moq_coding *c, char *text, size_t capacity)
+{
+    char group[48] = "";
+    if (c->elem == MOQ_NONE) { snprintf(text, capacity, "wide"); return; }
+    if (c->group_rows == 1 && c->group_cols > 0) snprintf(group, sizeof group, " /%d %s", c->group_cols, moq_dtype_name(c->scale));
+    else if (c->group_rows > 1) snprintf(group, sizeof group, " /%dx%d %s", c->group_rows, c->group_cols, moq_dtype_name(c->scale));
+    else if (c->group_rows == 1) snprintf(group, sizeof group, " /row %s", moq_dtype_name(c->scale));
+    else if (c->scale != MOQ_NONE) snprintf(group, sizeof group, " /tensor %s", moq_dtype_name(c->scale));
+    snprintf(text, capacity, "%s%s%s%s", moq_dtype_name(c->elem), group, c->has_global ? " + global" : "", c->dynamic ? ", dynamic" : "");
+}
+
+static int verb_recipes(const options *o)
+{
+    json_out j = json_to(stdout, 2);
+    char weight[96], input[96], scheme[64];
+    if (o->json) json_open(&j, NULL, '{');
+    if (o->json) json_open(&j, "recipes", '[');
+    else printf("%-32s %-36s %-34s %-40s %-32s %s\n", "recipe", "quantizes", "weights", "inputs", "calibration", "ModelOpt");
+    for (size_t i = 0; i < moq_recipe_count(); i++) {
+        const moq_recipe *r = moq_get_recipe(i);
+        coding_text(&r->scheme.weight, weight, sizeof weight);
+        coding_text(&r->scheme.input, input, sizeof input);
+        moq_scheme_name(&r->scheme, scheme, sizeof scheme);
+        if (!o->json) {
+            printf("%-32s %-36s %-34s %-40s %-32s %s\n", r->name, r->covers, weight, input, r->calibration, r->modelopt);
+            continue;
+        }
+        json_open(&j, NULL, '{');
+        json_string(&j, "name", r->name);
+        json_string(&j, "covers", r->covers);
+        json_string(&j, "scheme", scheme);
+        json_string(&j, "weight", weight);
+        json_string(&j, "input", input);
+        json_string(&j, "calibration", r->calibration);
+        json_string(&j, "modelopt", r->modelopt);
+        json_string(&j, "quant_algo", r->algo);
+        json_close(&j, '}');
+    }
+    if (o->json) json_close(&j, ']');
+    if (o->json) json_close(&j, '}');
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>diff            two folders, tensor by tensor
+   ------------------------------------------------------------------------------------------------ */
+
+/* What is compared: a folder, or one .safetensors file. */
+typedef struct side { const char *path; moq_checkpoint *ck; moq_st *st; } side;
+
+static int open_side(side *s, const char *path)
+{
+    struct stat info;
+    moq_error err;
+    memset(s, 0, sizeof *s);
+    s->path = path;
+    if (stat(path, &info) != 0) return refuse("%s: %s", path, strerror(errno));
+    if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, &err);
+    else s->st = moq_st_open(path, NULL, &err);
+    return s->ck || s->st ? 0 : refuse_error(path, &err);
+}
+
+static void close_side(side *s)
+{
+    moq_close(s->ck);
+    moq_st_close(s->st);
+}
+
+static size_t side_count(const side *s) { return s->ck ? moq_tensor_count(s->ck) : moq_st_count(s->st); }
+static const moq_tensor *side_get(const side *s, size_t i) { return s->ck ? moq_get_tensor(s->ck, i) : moq_st_get(s->st, i); }
+
+/* sqrt(sum((a - b)^2) / sum(b^2)); 0 when both are zero */
+typedef struct distance { double error, power; } distance;
+
+static double relative(const distance *d) { return d->power > 0 ? sqrt(d->error / d->power) : d->error > 0 ? INFINITY : 0.0; }
+
+static void add_distance(distance *d, const double *a, const double *b, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        d->error += (a[i] - b[i]) * (a[i] - b[i]);
+        d->power += b[i] * b[i];
+    }
+}
+
+/* The module whose codes tensor `name` holds. Module names are prefixes of their tensors' names. */
+static int module_of_tensor(const moq_checkpoint *ck, const char *name, moq_linear *out)
+{
+    char *module = join(name, "", "");
+    moq_error err;
+    int found = 0;
+    for (size_t n = strlen(module); n > 0 && !found; n--) {
+        if (module[n] != '.' && module[n] != '_' && module[n] != 0) continue;
+        module[n] = 0;
+        found = moq_has_linear(ck, module) && moq_find_linear(ck, module, out, &err) == MOQ_OK && strcmp(out->tensor, name) == 0;
+    }
+    free(module);
+    return found;
+}
+
+/* How far the plain weights of `a` are from those of `b`. 0 when they cannot be compared. */
+static int module_distance(const moq_linear *a, const moq_linear *b, distance *d)
+{
+    size_t cols = (size_t)a->cols;
+    int experts = a->experts > 0 ? a->experts : 1;
+    double *rows = (double *)take(cols * 2 + (size_t)(a->hadamard_size + b->hadamard_size), sizeof *rows);
+    float *decoded = (float *)take(cols, sizeof *decoded);
+    int same = a->rows == b->rows && a->cols == b->cols && a->experts == b->experts;
+    memset(d, 0, sizeof *d);
+    for (int e = 0; same && e < experts && !stop_requested; e++) {
+        moq_linear one = *a, other = *b;
+        if (a->experts > 0) same = moq_slice_expert(a, e, &one, NULL) == MOQ_OK && moq_slice_expert(b, e, &other, NULL) == MOQ_OK;
+        for (int64_t r = 0; same && r < a->rows; r++) {
+            plain_rows(&one, r, 1, rows, rows + 2 * cols, decoded);
+            plain_rows(&other, r, 1, rows + cols, rows + 2 * cols, decoded);
+            add_distance(d, rows, rows + cols, a->cols);
+        }
+    }
+    free(rows);
+    free(decoded);
+    return same;
+}
+
+static int tensor_distance(const moq_tensor *a, const moq_tensor *b, distance *d)
+{
+    uint64_t n = a->bytes * 8 / (uint64_t)moq_dtype_bits(a->dtype), m = b->bytes * 8 / (uint64_t)moq_dtype_bits(b->dtype);
+    memset(d, 0, sizeof *d);
+    if (n != m || moq_dtype_bits(a->dtype) < 8 || moq_dtype_bits(b->dtype) < 8) return 0;
+    for (uint64_t i = 0; i < n; i++) {
+        float x, y;
+        double p, q;
+        if (!moq_to_f32(a->dtype, (const char *)a->data + i * (uint64_t)moq_dtype_bits(a->dtype) / 8, 1, &x)) return 0;
+        if (!moq_to_f32(b->dtype, (const char *)b->data + i * (uint64_t)moq_dtype_bits(b->dtype) / 8, 1, &y)) return 0;
+        p = (double)x;
+        q = (double)y;
+        add_distance(d, &p, &q, 1);
+    }
+    return 1;
+}
+
+static uint64_t differing_bytes(const moq_tensor *a, const moq_tensor *b)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < a->bytes; i++) n += ((const char *)a->data)[i] != ((const char *)b->data)[i];
+    return n;
+}
+
+typedef struct comparison {
+    side a, b, source;
+    json_out j;
+    int json;
+    size_t total, equal;
+} comparison;
+
+static void report_number(comparison *c, const char *key, double value)
+{
+    if (c->json) json_number(&c->j, key, value);
+    else printf("\t%s %.6g", key, value);
+}
+
+static void report_snr(comparison *c, const char *key, const moq_linear *l, const moq_linear *truth)
+{
+    distance d;
+    if (module_distance(l, truth, &d)) report_number(c, key, d.error > 0 ? 10 * log10(d.power / d.error) : INFINITY);
+}
+
+/* One tensor: t of A, u of B; one of them may be missing. */
+static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor *u)
+{
+    const char *name = t ? t->name : u->name;
+    int same_type = t && u && t->dtype == u->dtype && t->rank == u->rank && memcmp(t->shape, u->shape, sizeof t->shape[0] * t->rank) == 0;
+    int equal = same_type && t->bytes == u->bytes && (t->bytes == 0 || memcmp(t->data, u->data, (size_t)t->bytes) == 0);
+    moq_linear la, lb, ls;
+    int module = t && u && c->a.ck && c->b.ck && module_of_tensor(c->a.ck, name, &la) && moq_find_linear(c->b.ck, la.name, &lb, NULL) == MOQ_OK;
+    distance d;
+    c->total++;
+    c->equal += (size_t)equal;
+    if (c->json) json_open(&c->j, NULL, '{');
+    if (c->json) json_string(&c->j, "name", name);
+    if (c->json) json_string(&c->j, "state", equal ? "equal" : !t ? "only in B" : !u ? "only in A" : same_type ? "bytes differ" : "type or shape differs");
+    else printf("%s\t", name);
+    if (!c->json && equal) printf("equal");
+    else if (!c->json && !(t && u)) printf("only in %s", t ? c->a.path : c->b.path);
+    else if (!c->json && !same_type) printf("%s of rank %u against %s of rank %u", moq_dtype_name(t->dtype), t->rank, moq_dtype_name(u->dtype), u->rank);
+    else if (!c->json) printf("%" PRIu64 " of %" PRIu64 " bytes differ", differing_bytes(t, u), t->bytes);
+    if (c->json && same_type && !equal) json_int(&c->j, "differing_bytes", (int64_t)differing_bytes(t, u));
+    if (c->json && same_type && !equal) json_int(&c->j, "bytes", (int64_t)t->bytes);
+    if (t && u && !equal && (module ? module_distance(&la, &lb, &d) : tensor_distance(t, u, &d))) report_number(c, "relative_error", relative(&d));
+    if (module && c->source.ck && moq_find_linear(c->source.ck, la.name, &ls, NULL) == MOQ_OK) {
+        report_snr(c, "snr_a_db", &la, &ls);
+        report_snr(c, "snr_b_db", &lb, &ls);
+    }
+    if (c->json) json_close(&c->j, '}');
+    else printf("\n");
+}
+
+static int verb_diff(const options *o)
+{
+    comparison c;
+    size_t i = 0, k = 0;
+    int bad;
+    memset(&c, 0, sizeof c);
+    c.j = json_to(stdout, 2);
+    c.json = o->json;
+    bad = open_side(&c.a, o->args[0]);
+    if (!bad) bad = open_side(&c.b, o->args[1]);
+    if (!bad && o->against) bad = open_side(&c.source, o->against);
+    if (!bad && c.json) json_open(&c.j, NULL, '{');
+    if (!bad && c.json) json_open(&c.j, "tensors", '[');
+    while (!bad && !stop_requested && (i < side_count(&c.a) || k < side_count(&c.b))) {
+        const moq_tensor *t = i < side_count(&c.a) ? side_get(&c.a, i) : NULL, *u = k < side_count(&c.b) ? side_get(&c.b, k) : NULL;
+        int order = !t ? 1 : !u ? -1 : strcmp(t->name, u->name);
+        compare_tensor(&c, order <= 0 ? t : NULL, order >= 0 ? u : NULL);
+        i += order <= 0;
+        k += order >= 0;
+    }
+    if (!bad && stop_requested) bad = refuse("stopped");
+    if (!bad && c.json) {
+        json_close(&c.j, ']');
+        json_int(&c.j, "equal", (int64_t)c.equal);
+        json_int(&c.j, "total", (int64_t)c.total);
+        json_close(&c.j, '}');
+    } else if (!bad) printf("equal %zu/%zu tensors\n", c.equal, c.total);
+    close_side(&c.a);
+    close_side(&c.b);
+    close_side(&c.source);
+    return bad ? bad : c.equal != c.total;
+}
+
+#include "moq_measure.h"
+
+/* ------------------------------------------------------------------------------------------------
+   >>verbs           the table of verbs, help, main
+   ------------------------------------------------------------------------------------------------ */
+
+#define BACKEND_OPTIONS "threads backend kernel act "
+#define ENGINE_OPTIONS BACKEND_OPTIONS "kv context chunk "
+
+static const verb_row verb_table[] = {
+    {"inspect", verb_inspect, 1, 1, "DIR", BACKEND_OPTIONS "json context explain",
+     "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.",
+     "moq inspect Llama-3.1-8B-Instruct-NVFP4 --context 8192 --explain"},
+    {"verify", verb_verify, 1, 1, "DIR or FILE.safetensors", "json deep",
+     "Checks every rule of the container and of the quantization. Silent when sound; findings one a line, then exit status 1.",
+     "moq verify Llama-3.1-8B-Instruct-NVFP4 --deep"},
+    {"dequant", verb_dequant, 1, 1, "DIR (--hash or --out DST)", "json hash out dtype",
+     "Hashes of every quantized weight, or an unquantized folder.\n"
+     "--hash: name, shape and FNV-1a-64 of the F32 values. --out: a folder that any other tool reads; what layers do to their\n"
+     "inputs (pre_quant_scale, Hadamard transform) and low-rank branches are multiplied into the weights.",
+     "moq dequant my-model-nvfp4 --out my-model-bf16 --dtype bf16"},
+    {"logits", verb_logits, 1, 1, "DIR --tokens T --out FILE.safetensors", ENGINE_OPTIONS "tokens out",
+     "Runs rows of token ids of one length; writes `logits`, F32 [batch, length, vocabulary].",
+     "moq logits my-model --tokens inputs.json#eval --act stored --out logits.safetensors"},
+    {"eval", verb_eval, 1, 1, "DIR --data D", ENGINE_OPTIONS "json data limit seq against",
+     "Right answers and likelihood of chat rows, perplexity of text.\n"
+     "Chat rows (.jsonl): greedy answers that match exactly, mean negative log-likelihood of the answers' tokens.\n"
+     "Text (.txt, .jsonl rows {\"text\"}, each cut by itself) or tokens: perplexity over windows of --seq.\n"
+     "--against DIR2: also the mean KL divergence of the next-token distributions from DIR2's.",
+     "moq eval my-model-nvfp4 --data eval.jsonl --limit 200 --against my-model"},
+    {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p seed raw stats",
+     "Answers a prompt, streaming. Without --prompt: what stands on stdin, or a chat on a terminal.",
+     "moq run my-model --system 'You are brief.' --prompt 'What is the capital of France?' --stats"},
+    {"tokenize", verb_tokenize, 1, 1, "DIR", "decode file",
+     "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",
+     "echo 'Hello there' | moq tokenize my-model"},
+    {"recipes", verb_recipes, 0, 0, "", "json", "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name.", "moq recipes"},
+    {"quantize", NULL, 0, 4, "SRC DST --recipe R", "", "Quantizes a float checkpoint folder.", ""},
+    {"autoquant", NULL, 0, 4, "SRC DST --bits X --recipes A,B", "", "Chooses a recipe for each layer under a budget of bits.", ""},
+    {"convert", NULL, 0, 4, "SRC DST --to F", "", "The same numbers in the other container.", ""},
+    {"diff", verb_diff, 2, 2, "A B", "json against",
+     "Compares two folders or safetensors files tensor by tensor.\n"
+     "A line for each: equal, or how many bytes differ and the relative error of the values.\n"
+     "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
+     "moq diff my-nvfp4 their-nvfp4 --against my-model"},
+    {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m",
+     "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes.\n"
+     "With DIR: prompt and generation tokens per second.",
+     "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
+    {"selftest", verb_selftest, 0, 0, "", "threads backend kernel json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
+};
+
+static const verb_row *find_verb(const char *name)
+{
+    for (int i = 0; i < COUNT(verb_table); i++)
+        if (strcmp(verb_table[i].name, name) == 0) return &verb_table[i];
+    return NULL;
+}
+
+static int help_all(void)
+{
+    printf("moq - inspect, verify and run quantized model checkpoints\n\nusage: moq VERB ARGUMENTS\n\n");
+    for (int i = 0; i < COUNT(verb_table); i++) {
+        const verb_row *v = &verb_table[i];
+        int first = (int)strcspn(v->help, ".;\n");
+        if (v->run) printf("  %-9s %-40s %.*s\n", v->name, v->arguments, first, v->help);
+    }
+    printf("\n  help [VERB], --version\n\nExit status: 0 done or right, 1 checked and found wanting, 2 refused.\n");
+    return 0;
+}
+
+static int help_verb(const verb_row *v)
+{
+    if (!v->run) return refuse("this build does not have '%s'", v->name);
+    printf("usage: moq %s %s%s\n\n%s\n\n", v->name, v->arguments, v->options[0] ? " [options]" : "", v->help);
+    for (int i = 0; i < COUNT(option_table); i++) {
+        const option_row *row = &option_table[i];
+        char name[64];
+        snprintf(name, sizeof name, "--%s %s", row->name, row->value);
+        if (in_list(v->options, row->name)) printf("  %-18s %s\n", name, row->help);
+    }
+    if (strcmp(v->name, "bench") == 0) {
+        printf("\nkinds of layers:");
+        for (int i = 0; i < COUNT(layer_kinds); i++) printf("%s%s", i % 8 ? " " : "\n  ", layer_kinds[i].name);
+        printf("\n");
+    }
+    printf("\nexample: %s\n", v->example);
+    return 0;
+}
+
+static int print_version(void)
+{
+#if defined(__clang__)
+    const char *compiler = "clang " __clang_version__;
+#elif defined(__VERSION__)
+    const char *compiler = "gcc " __VERSION__;
+#else
+    const char *compiler = "unknown";
+#endif
+#ifdef MOQ_CUDA_TARGETS
+    const char *cuda = MOQ_CUDA_TARGETS;
+#elif defined(MOQ_CUDA)
+    const char *cuda = "built in";
+#else
+    const char *cuda = "not built in";
+#endif
+    printf("moq %s\ncompiler: %s\ncpu: %s, %d cores\ncuda: %s\n", MOQ_VERSION, compiler, moq_cpu_features(), moq_cpu_count(), cuda);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *name = argc > 1 ? argv[1] : "";
+    const verb_row *verb;
+    options o;
+    int bad;
+    if (!name[0]) return refuse("say what to do: moq help lists the verbs");
+    if (strcmp(name, "--version") == 0 || strcmp(name, "version") == 0) return print_version();
+    if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
+        if (argc < 3) return help_all();
+        verb = find_verb(argv[2]);
+        return verb ? help_verb(verb) : refuse("there is no verb '%s'; moq help lists them", argv[2]);
+    }
+    verb = find_verb(name);
+    if (!verb) return refuse("there is no verb '%s'; moq help lists them", name);
+    if (!verb->run) return refuse("this build does not have '%s'; moq help lists what it has", name);
+    memset(&o, 0, sizeof o);
+    bad = parse_options(&o, verb, argc - 2, argv + 2);
+    if (bad) return bad;
+    if (o.help) return help_verb(verb);
+    catch_interrupt();
+    bad = verb->run(&o);
+    drop_unfinished();
+    if (fflush(stdout) != 0 && bad == 0) bad = refuse("stdout: %s", strerror(errno));
+    return bad;
+}

@@ -1,0 +1,989 @@
+/* moq_measure.h - the part of moq.c that measures: random layers of every kind, the verbs bench and selftest.
+
+   moq.c includes it once; it is no interface. The numbers of a layer are evaluated here a second time, in float64 and straight
+   from the stored bits, so that selftest does not ask the library whether the library is right. */
+
+/* ------------------------------------------------------------------------------------------------
+   >>layers          random layers of every kind
+   ------------------------------------------------------------------------------------------------ */
+
+/* How codes lie in memory. */
+enum {
+    LAY_PLAIN,  /* row-major elements of 16 or 32 bits */
+    LAY_BYTES,  /* row-major, the lower bits first: NVFP4, MXFP4, FP8, INT8 */
+    LAY_PAIRS,  /* two rows a byte: ModelOpt's INT4 */
+    LAY_WORDS,  /* 32-bit words along the columns, offset codes: compressed-tensors */
+    LAY_GPTQ,   /* 32-bit words along the columns, [cols * bits / 32, rows] */
+    LAY_AWQ     /* eight rows a 32-bit word in AWQ's order, [cols, rows / 8] */
+};
+
+typedef struct layer_kind {
+    const char *name;
+    int lay, bits, zeros, hadamard; /* zeros: zero points are stored; hadamard: block of the input transform */
+    float input_scale;
+    moq_scheme scheme;
+} layer_kind;
+
+#define CODE_WIDE {MOQ_NONE, 0, 0, MOQ_NONE, 0, 0, 0, 0}
+#define CODE_NVFP4(group, dynamic) {MOQ_F4, 1, group, MOQ_F8_E4M3, 1, dynamic, 0, 0}
+#define CODE_MX(elem, dynamic) {elem, 1, 32, MOQ_F8_E8M0, 0, dynamic, 0, (dynamic) ? MOQ_RULE_E8M0_CEIL : 0}
+#define CODE_TENSOR(elem) {elem, MOQ_ALL, MOQ_ALL, MOQ_F32, 0, 0, 0, 0}
+#define CODE_ROW(elem, dynamic) {elem, 1, MOQ_ALL, MOQ_F32, 0, dynamic, 0, 0}
+#define CODE_GROUP(elem, group, scale, zero) {elem, 1, group, scale, 0, 0, zero, 0}
+
+/* One of every kind of layer that a checkpoint can hold: each is benchmarked and tested by its name. */
+static const layer_kind layer_kinds[] = {
+    {"f32", LAY_PLAIN, 32, 0, 0, 0, {{MOQ_F32, 0, 0, MOQ_NONE, 0, 0, 0, 0}, CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"f16", LAY_PLAIN, 16, 0, 0, 0, {{MOQ_F16, 0, 0, MOQ_NONE, 0, 0, 0, 0}, CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"bf16", LAY_PLAIN, 16, 0, 0, 0, {{MOQ_BF16, 0, 0, MOQ_NONE, 0, 0, 0, 0}, CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"nvfp4", LAY_BYTES, 4, 0, 0, 0.002f, {CODE_NVFP4(16, 0), CODE_NVFP4(16, 1), 0, 0, 0, 0, 0}},
+    {"nvfp4_awq", LAY_BYTES, 4, 0, 0, 0.002f, {CODE_NVFP4(16, 0), CODE_NVFP4(16, 1), 1, 0, 0, 0, 0}},
+    {"nvfp4_svd", LAY_BYTES, 4, 0, 0, 0.002f, {CODE_NVFP4(16, 0), CODE_NVFP4(16, 1), 1, 0, 0, 0, 8}},
+    {"w4a16_nvfp4", LAY_BYTES, 4, 0, 0, 0, {CODE_NVFP4(16, 0), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"w4a8_nvfp4_fp8", LAY_BYTES, 4, 0, 0, 0.02f, {CODE_NVFP4(32, 0), CODE_TENSOR(MOQ_F8_E4M3), 0, 0, 0, 0, 0}},
+    {"mxfp4", LAY_BYTES, 4, 0, 0, 0, {CODE_MX(MOQ_F4, 0), CODE_MX(MOQ_F4, 1), 0, 0, 0, 0, 0}},
+    {"w4a16_mxfp4", LAY_BYTES, 4, 0, 0, 0, {CODE_MX(MOQ_F4, 0), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"w4a8_mxfp4_fp8", LAY_BYTES, 4, 0, 0, 0, {CODE_MX(MOQ_F4, 0), CODE_ROW(MOQ_F8_E4M3, 1), 0, 0, 0, 0, 0}},
+    {"mxfp8", LAY_BYTES, 8, 0, 0, 0, {CODE_MX(MOQ_F8_E4M3, 0), CODE_MX(MOQ_F8_E4M3, 1), 0, 0, 0, 0, 0}},
+    {"fp8", LAY_BYTES, 8, 0, 0, 0.02f, {CODE_TENSOR(MOQ_F8_E4M3), CODE_TENSOR(MOQ_F8_E4M3), 0, 0, 0, 0, 0}},
+    {"w8a16_fp8", LAY_BYTES, 8, 0, 0, 0, {CODE_TENSOR(MOQ_F8_E4M3), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"fp8_pc_pt", LAY_BYTES, 8, 0, 0, 0, {CODE_ROW(MOQ_F8_E4M3, 0), CODE_ROW(MOQ_F8_E4M3, 1), 0, 0, 0, 0, 0}},
+    {"fp8_block128", LAY_BYTES, 8, 0, 0, 0, {{MOQ_F8_E4M3, 128, 128, MOQ_F32, 0, 0, 0, 0}, {MOQ_F8_E4M3, 1, 128, MOQ_F32, 0, 1, 0, 0}, 0, 0, 0, 0, 0}},
+    {"fp8_pb_wo", LAY_BYTES, 8, 0, 0, 0, {{MOQ_F8_E4M3, 128, 128, MOQ_F32, 0, 0, 0, 0}, CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"int8", LAY_BYTES, 8, 0, 0, 0.05f, {CODE_ROW(MOQ_I8, 0), CODE_TENSOR(MOQ_I8), 0, 0, 0, 0, 0}},
+    {"int8_sq", LAY_BYTES, 8, 0, 0, 0.05f, {CODE_ROW(MOQ_I8, 0), CODE_TENSOR(MOQ_I8), 1, 0, 0, 0, 0}},
+    {"int8_pc_pt", LAY_BYTES, 8, 0, 0, 0, {CODE_ROW(MOQ_I8, 0), CODE_ROW(MOQ_I8, 1), 0, 0, 0, 0, 0}},
+    {"w8a16", LAY_BYTES, 8, 0, 0, 0, {CODE_ROW(MOQ_I8, 0), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"int4", LAY_PAIRS, 4, 0, 0, 0, {CODE_GROUP(MOQ_I4, 128, MOQ_F32, 0), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"int4_awq", LAY_PAIRS, 4, 0, 0, 0, {CODE_GROUP(MOQ_I4, 128, MOQ_F32, 0), CODE_WIDE, 1, 0, 0, 0, 0}},
+    {"w4a8_awq", LAY_PAIRS, 4, 0, 0, 0.02f, {{MOQ_I4, 1, 128, MOQ_F32, 1, 0, 0, 0}, CODE_TENSOR(MOQ_F8_E4M3), 1, 0, 1, 0, 0}},
+    {"int4_packed_g32", LAY_WORDS, 4, 1, 0, 0, {CODE_GROUP(MOQ_I4, 32, MOQ_BF16, 1), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"int3_packed_g64", LAY_WORDS, 3, 0, 0, 0, {CODE_GROUP(MOQ_I3, 64, MOQ_BF16, 0), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"int4_hadamard", LAY_WORDS, 4, 0, 32, 0, {CODE_GROUP(MOQ_I4, 32, MOQ_BF16, 0), CODE_WIDE, 0, 0, 0, 1, 0}},
+    {"w4a8_int4", LAY_WORDS, 4, 0, 0, 0, {CODE_GROUP(MOQ_I4, 128, MOQ_BF16, 0), CODE_ROW(MOQ_I8, 1), 0, 0, 0, 0, 0}},
+    {"gptq_int4_g128", LAY_GPTQ, 4, 1, 0, 0, {CODE_GROUP(MOQ_I4, 128, MOQ_F16, 1), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"gptq_int8_g128", LAY_GPTQ, 8, 1, 0, 0, {CODE_GROUP(MOQ_I8, 128, MOQ_F16, 1), CODE_WIDE, 0, 0, 0, 0, 0}},
+    {"gptq_int4_g32_act_order", LAY_GPTQ, 4, 1, 0, 0, {CODE_GROUP(MOQ_I4, 32, MOQ_F16, 1), CODE_WIDE, 0, 1, 0, 0, 0}},
+    {"awq_int4_g64", LAY_AWQ, 4, 1, 0, 0, {CODE_GROUP(MOQ_I4, 64, MOQ_F16, 1), CODE_WIDE, 0, 0, 0, 0, 0}}
+};
+
+static const layer_kind *find_kind(const char *name)
+{
+    for (int i = 0; i < COUNT(layer_kinds); i++)
+        if (strcmp(layer_kinds[i].name, name) == 0) return &layer_kinds[i];
+    return NULL;
+}
+
+/* A layer over memory of its own. */
+typedef struct layer {
+    moq_linear l;
+    const layer_kind *kind;
+    uint64_t bytes; /* codes, scales and zero points: what one pass over the weight reads */
+    void *memory[8];
+    int count;
+} layer;
+
+static void *layer_memory(layer *w, size_t bytes)
+{
+    void *p = take(bytes + 8, 1);
+    w->memory[w->count++] = p;
+    return p;
+}
+
+static void free_layer(layer *w)
+{
+    for (int i = 0; i < w->count; i++) free(w->memory[i]);
+    memset(w, 0, sizeof *w);
+}
+
+static uint64_t next_random(uint64_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state * 0x2545f4914f6cdd1du;
+}
+
+static double random_unit(uint64_t *state) { return (double)(next_random(state) >> 11) / 9007199254740992.0; }
+
+/* Sum of four uniform values, with an outlier every fifty or so. */
+static double random_value(uint64_t *state)
+{
+    double x = random_unit(state) + random_unit(state) + random_unit(state) + random_unit(state) - 2;
+    return next_random(state) >> 32 < (uint64_t)1 << 26 ? x * 40 : x;
+}
+
+static void fill_random(void *data, size_t bytes, uint64_t *state)
+{
+    for (size_t i = 0; i + 8 <= bytes; i += 8) {
+        uint64_t r = next_random(state);
+        memcpy((char *)data + i, &r, 8);
+    }
+    for (size_t i = bytes / 8 * 8; i < bytes; i++) ((uint8_t *)data)[i] = (uint8_t)(next_random(state) >> 33);
+}
+
+static void put_number(void *data, moq_dtype dtype, int64_t index, double value)
+{
+    float f = (float)value;
+    uint16_t h = dtype == MOQ_F16 ? moq_f16_encode(f) : moq_bf16_encode(f);
+    if (dtype == MOQ_F32) memcpy((char *)data + 4 * index, &f, 4);
+    else memcpy((char *)data + 2 * index, &h, 2);
+}
+
+/* Numbers of a stored type as a view over new memory. */
+static moq_view random_view(layer *w, moq_dtype dtype, int64_t count, double base, double spread, uint64_t *state)
+{
+    moq_view v;
+    void *data = layer_memory(w, (size_t)count * (size_t)moq_dtype_bits(dtype) / 8);
+    for (int64_t i = 0; i < count; i++) {
+        if (dtype == MOQ_F8_E8M0) ((uint8_t *)data)[i] = (uint8_t)(117 + next_random(state) % 8);
+        else if (dtype == MOQ_F8_E4M3) ((uint8_t *)data)[i] = (uint8_t)(0x20 + next_random(state) % 0x30);
+        else put_number(data, dtype, i, base + spread * (random_unit(state) - 0.5));
+    }
+    v.data = data;
+    v.dtype = dtype;
+    v.count = (uint64_t)count;
+    return v;
+}
+
+static void pack_layer(layer *w, uint64_t *state)
+{
+    moq_linear *l = &w->l;
+    moq_packing *p = &l->packing;
+    int64_t bits = w->kind->bits, words = (l->cols * bits + 31) / 32, bytes = l->rows * words * 4;
+    uint8_t *codes;
+    p->bits = (uint8_t)bits;
+    p->word_bits = 32;
+    p->is_unsigned = w->kind->lay >= LAY_WORDS;
+    p->row_stride = words;
+    p->col_stride = 1;
+    if (w->kind->lay == LAY_BYTES || w->kind->lay == LAY_PAIRS) {
+        p->word_bits = 8;
+        p->row_stride = (l->cols * bits + 7) / 8;
+        bytes = l->rows * p->row_stride;
+    }
+    if (w->kind->lay == LAY_PAIRS) {
+        p->along_rows = 1;
+        p->row_stride = l->cols;
+        bytes = (l->rows + 1) / 2 * l->cols;
+    }
+    if (w->kind->lay == LAY_GPTQ) { p->row_stride = 1; p->col_stride = l->rows; }
+    if (w->kind->lay == LAY_AWQ) {
+        p->along_rows = p->awq_order = 1;
+        p->row_stride = 1;
+        p->col_stride = l->rows / 8;
+        bytes = l->cols * l->rows / 2;
+    }
+    codes = (uint8_t *)layer_memory(w, (size_t)bytes);
+    fill_random(codes, (size_t)bytes, state);
+    for (int64_t i = 0; i < bytes && l->scheme.weight.elem == MOQ_F8_E4M3; i++)
+        if ((codes[i] & 0x7f) == 0x7f) codes[i] &= 0xf7; /* no NaN */
+    l->codes.data = codes;
+    l->codes.dtype = p->word_bits == 32 ? MOQ_I32 : l->scheme.weight.elem == MOQ_F8_E4M3 || l->scheme.weight.elem == MOQ_I8 ? l->scheme.weight.elem : MOQ_U8;
+    l->codes.count = (uint64_t)(bytes * 8 / p->word_bits);
+    w->bytes += (uint64_t)bytes;
+}
+
+/* Scales row-major [row groups, column groups], but [column groups, rows] for GPTQ and AWQ; zero points packed along the rows. */
+static void scale_layer(layer *w, uint64_t *state)
+{
+    moq_linear *l = &w->l;
+    const moq_coding *c = &l->scheme.weight;
+    int turned = w->kind->lay == LAY_GPTQ || w->kind->lay == LAY_AWQ;
+    int64_t groups = c->group_cols > 0 ? (l->cols + c->group_cols - 1) / c->group_cols : 1;
+    int64_t lines = c->group_rows > 0 ? (l->rows + c->group_rows - 1) / c->group_rows : 1;
+    l->scales = random_view(w, c->scale, lines * groups, 0.012, 0.016, state);
+    w->bytes += l->scales.count * (uint64_t)moq_dtype_bits(c->scale) / 8;
+    l->scale_row_stride = turned ? 1 : c->group_rows > 0 ? groups : 0;
+    l->scale_col_stride = turned ? lines : groups > 1 || c->group_cols > 0 ? 1 : 0;
+    if (c->has_global && !l->scheme.requantize_fp8) l->global_mul = 0.037f;
+    if (l->packing.is_unsigned) l->zero_add = w->kind->zeros ? turned && w->kind->lay == LAY_GPTQ : 1 << (w->kind->bits - 1);
+    if (w->kind->zeros) {
+        int64_t words = (l->rows * w->kind->bits + 31) / 32;
+        void *zeros = layer_memory(w, (size_t)(words * groups * 4));
+        fill_random(zeros, (size_t)(words * groups * 4), state);
+        l->zeros.data = zeros;
+        l->zeros.dtype = MOQ_I32;
+        l->zeros.count = (uint64_t)(words * groups);
+        l->zero_packing = l->packing;
+        l->zero_packing.along_rows = 1;
+        l->zero_packing.row_stride = turned ? 1 : groups;
+        l->zero_packing.col_stride = turned ? words : 1;
+        w->bytes += (uint64_t)(words * groups * 4);
+    }
+    if (l->scheme.act_order) {
+        int32_t *order = (int32_t *)layer_memory(w, (size_t)l->cols * 4);
+        for (int64_t i = 0; i < l->cols; i++) order[i] = (int32_t)(i * 7 % groups);
+        l->group_index.data = order;
+        l->group_index.dtype = MOQ_I32;
+        l->group_index.count = (uint64_t)l->cols;
+    }
+}
+
+static void make_layer(layer *w, const layer_kind *kind, int64_t rows, int64_t cols, int with_bias, uint64_t seed)
+{
+    uint64_t state = seed * 0x9e3779b97f4a7c15u + 88172645463325252u;
+    moq_linear *l = &w->l;
+    memset(w, 0, sizeof *w);
+    w->kind = kind;
+    if (kind->lay == LAY_PLAIN) {
+        moq_view v = random_view(w, kind->scheme.weight.elem, rows * cols, 0, 0.2, &state);
+        moq_make_linear(l, kind->name, v.dtype, v.data, rows, cols);
+        w->bytes = v.count * (uint64_t)kind->bits / 8;
+    } else {
+        l->name = l->tensor = kind->name;
+        l->rows = rows;
+        l->cols = cols;
+        l->row_step = 1;
+        l->scheme = kind->scheme;
+        l->global_mul = l->global_div = 1;
+        l->input_scale = kind->input_scale;
+        l->requant_scale = kind->scheme.requantize_fp8 ? 0.0021f : 0;
+        pack_layer(w, &state);
+        scale_layer(w, &state);
+    }
+    if (with_bias) l->bias = random_view(w, MOQ_F32, rows, 0, 1, &state);
+    if (kind->scheme.pre_quant_scale) l->pre_quant_scale = random_view(w, MOQ_BF16, cols, 1, 1.5, &state);
+    if (kind->scheme.lora_rank) l->lora_a = random_view(w, MOQ_BF16, kind->scheme.lora_rank * cols, 0, 0.2, &state);
+    if (kind->scheme.lora_rank) l->lora_b = random_view(w, MOQ_BF16, rows * kind->scheme.lora_rank, 0, 0.2, &state);
+    l->hadamard_size = kind->hadamard;
+    l->hadamard_scale = kind->hadamard ? (float)(1 / sqrt((double)kind->hadamard)) : 0;
+}
+
+/* ---- the same numbers in float64, straight from the bits ---- */
+
+/* The stored code at packed position `at` of line `line`. */
+static uint32_t code_bits(const moq_view *v, const moq_packing *p, int64_t row, int64_t col)
+{
+    int64_t at = p->along_rows ? row : col, line = p->along_rows ? col : row;
+    int64_t step = p->along_rows ? p->row_stride : p->col_stride, base = line * (p->along_rows ? p->col_stride : p->row_stride);
+    uint32_t code = 0;
+    if (p->awq_order) at = at / 8 * 8 + (at % 2 ? 4 + at % 8 / 2 : at % 8 / 2);
+    for (int b = 0; b < p->bits; b++) { /* bit by bit: codes may straddle two words */
+        int64_t bit = at * p->bits + b, word = base + bit / p->word_bits * step, byte = word * (p->word_bits / 8) + bit % p->word_bits / 8;
+        code |= (uint32_t)(((const uint8_t *)v->data)[byte] >> (bit % 8) & 1) << b;
+    }
+    return code;
+}
+
+/* sign, e exponent bits, m mantissa bits, bias 2^(e-1) - 1 */
+static double small_float(uint32_t code, int e, int m)
+{
+    uint32_t fraction = code & ((1u << m) - 1), exponent = code >> m & ((1u << e) - 1);
+    double v = exponent ? ldexp(1 + ldexp((double)fraction, -m), (int)exponent - (1 << (e - 1)) + 1) : ldexp((double)fraction, 2 - (1 << (e - 1)) - m);
+    return code >> (e + m) & 1 ? -v : v;
+}
+
+static double signed_code(uint32_t code, const moq_packing *p)
+{
+    return p->is_unsigned || !(code >> (p->bits - 1) & 1) ? (double)code : (double)code - ldexp(1, p->bits);
+}
+
+static double weight_at(const layer *w, int64_t r, int64_t c)
+{
+    const moq_linear *l = &w->l;
+    const moq_coding *k = &l->scheme.weight;
+    int64_t g = l->group_index.data ? ((const int32_t *)l->group_index.data)[c] : k->group_cols > 0 ? c / k->group_cols : 0;
+    int64_t at = (k->group_rows > 0 ? r / k->group_rows : 0) * l->scale_row_stride + g * l->scale_col_stride;
+    uint32_t code;
+    double v, scale;
+    if (w->kind->lay == LAY_PLAIN) return (double)view_float(&l->codes, r * l->cols + c);
+    code = code_bits(&l->codes, &l->packing, r, c);
+    if (k->elem == MOQ_F4) v = small_float(code, 2, 1);
+    else if (k->elem == MOQ_F8_E4M3) v = small_float(code, 4, 3);
+    else v = signed_code(code, &l->packing) - l->zero_add;
+    if (l->zeros.data) v -= signed_code(code_bits(&l->zeros, &l->zero_packing, r, g), &l->zero_packing);
+    if (k->scale == MOQ_F8_E4M3) scale = small_float(((const uint8_t *)l->scales.data)[at], 4, 3);
+    else if (k->scale == MOQ_F8_E8M0) scale = ldexp(1, ((const uint8_t *)l->scales.data)[at] - 127);
+    else scale = (double)view_float(&l->scales, at);
+    return v * scale * (double)l->global_mul / (double)l->global_div;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>bench           how fast layers and folders run
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct reader {
+    const uint64_t *data;
+    size_t words; /* a multiple of 64 */
+    int passes, loop;
+    uint64_t sum;
+} reader;
+
+/* One of several plain read loops: `streams` cursors side by side, prefetching `ahead` bytes. */
+static uint64_t read_loop(const uint64_t *p, size_t words, size_t streams, size_t ahead)
+{
+    uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    size_t part = words / streams / 8 * 8;
+    for (size_t i = 0; i + 8 <= part; i += 8)
+        for (size_t k = 0; k < streams; k++) {
+            const uint64_t *q = p + k * part + i;
+#if defined(__GNUC__)
+            if (ahead) __builtin_prefetch((const char *)q + ahead);
+#endif
+            s0 += q[0]; s1 += q[1]; s2 += q[2]; s3 += q[3];
+            s4 += q[4]; s5 += q[5]; s6 += q[6]; s7 += q[7];
+        }
+    return s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7;
+}
+
+static void *read_worker(void *user)
+{
+    static const size_t streams[] = {1, 1, 4, 4, 8}, ahead[] = {0, 1024, 0, 512, 0};
+    reader *r = (reader *)user;
+    for (int i = 0; i < r->passes; i++) r->sum += read_loop(r->data, r->words, streams[r->loop], ahead[r->loop]);
+    return NULL;
+}
+
+/* Seconds that the fastest plain read of `bytes` takes with `threads` threads. */
+static double read_seconds(uint64_t bytes, int threads)
+{
+    enum { LOOPS = 5, MOST = 256 };
+    pthread_t id[MOST];
+    reader r[MOST];
+    size_t words = (size_t)bytes / 8 / 64 * 64 + 64, part;
+    uint64_t *data = (uint64_t *)take(words, 8), state = 1;
+    double best = 0;
+    int passes = 1 + (int)(2e8 / (double)words / 8);
+    if (threads > MOST) threads = MOST;
+    fill_random(data, words * 8, &state);
+    part = words / (size_t)threads / 64 * 64;
+    for (int run = 0; run < 3 * LOOPS; run++) {
+        double start, seconds;
+        for (int i = 0; i < threads; i++) {
+            r[i].data = data + (size_t)i * part;
+            r[i].words = i == threads - 1 ? words - (size_t)i * part : part;
+            r[i].passes = passes;
+            r[i].loop = run % LOOPS;
+            r[i].sum = 0;
+        }
+        start = moq_seconds();
+        for (int i = 1; i < threads; i++)
+            if (pthread_create(&id[i], NULL, read_worker, &r[i]) != 0) { read_worker(&r[i]); id[i] = pthread_self(); }
+        read_worker(&r[0]);
+        for (int i = 1; i < threads; i++)
+            if (!pthread_equal(id[i], pthread_self())) pthread_join(id[i], NULL);
+        seconds = (moq_seconds() - start) / passes;
+        for (int i = 0; i < threads; i++) state += r[i].sum; /* the sums are used, so the loops stay */
+        if (run == 0 || seconds < best) best = seconds;
+    }
+    if (state == 0) best += 1e-12;
+    free(data);
+    return best;
+}
+
+static int compare_doubles(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Median seconds of one call over at least 0.25 s. Negative after an error line. */
+static double time_linear(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, void *y)
+{
+    double sample[400], start = moq_seconds(), last = start;
+    int n = 0;
+    moq_error err;
+    be->linear(be, w, x, rows, y);
+    if (be->sync(be, &err) != MOQ_OK) { refuse_error(NULL, &err); return -1; }
+    last = moq_seconds();
+    while (n < COUNT(sample) && (n < 5 || last - start < 0.25) && !stop_requested) {
+        double now;
+        be->linear(be, w, x, rows, y);
+        be->sync(be, NULL);
+        now = moq_seconds();
+        sample[n++] = now - last;
+        last = now;
+    }
+    if (n == 0) return -1;
+    qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
+    return sample[n / 2];
+}
+
+typedef struct bench {
+    const options *o;
+    moq_backend *be;
+    json_out j;
+    int threads;
+    int32_t m[16];
+    int m_count;
+} bench;
+
+static void bench_report(bench *b, const layer *w, int32_t m, double seconds, double plain, const char *kernel)
+{
+    double flops = 2.0 * (double)m * (double)w->l.rows * (double)w->l.cols;
+    if (!b->o->json) {
+        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
+               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, kernel);
+        fflush(stdout);
+        return;
+    }
+    json_open(&b->j, NULL, '{');
+    json_string(&b->j, "scheme", w->kind->name);
+    json_shape(&b->j, &w->l);
+    json_int(&b->j, "m", m);
+    json_number(&b->j, "us", seconds * 1e6);
+    json_number(&b->j, "gbps", (double)w->bytes / seconds / 1e9);
+    json_number(&b->j, "gflops", flops / seconds / 1e9);
+    json_number(&b->j, "read_ratio", plain / seconds);
+    json_item(&b->j, "peak_ratio");
+    fputs("null", b->j.to);
+    json_string(&b->j, "kernel", kernel);
+    json_close(&b->j, '}');
+}
+
+/* One kind and shape: a line for every m. */
+static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t cols)
+{
+    layer w;
+    moq_error err;
+    moq_backend *be = b->be;
+    moq_weight *prepared;
+    char kernel[200] = "";
+    int32_t most = b->m[0];
+    double plain;
+    float *host;
+    void *x, *y;
+    int bad = 0;
+    make_layer(&w, kind, rows, cols, 0, 1);
+    prepared = be->prepare_linear(be, &w.l, 1, &err);
+    if (!prepared) { free_layer(&w); return refuse_error(NULL, &err); }
+    if (be->explain) be->explain(be, &w.l, kernel, sizeof kernel);
+    kernel[strcspn(kernel, ":")] = 0;
+    for (int i = 1; i < b->m_count; i++) most = b->m[i] > most ? b->m[i] : most;
+    host = (float *)take((size_t)most * (size_t)cols, sizeof *host);
+    for (int64_t i = 0; i < most * cols; i++) { uint64_t state = (uint64_t)i * 2654435761u + 1; next_random(&state); host[i] = (float)random_value(&state); }
+    x = be->alloc(be, (size_t)most * (size_t)cols * (size_t)moq_dtype_bits(be->act) / 8, &err);
+    y = x ? be->alloc(be, (size_t)most * (size_t)rows * (size_t)moq_dtype_bits(be->act) / 8, &err) : NULL;
+    if (!y || be->reserve(be, most, &err) != MOQ_OK) bad = refuse_error(NULL, &err);
+    if (!bad) be->upload_act(be, x, host, (size_t)most * (size_t)cols);
+    plain = bad ? 0 : read_seconds(w.bytes, b->threads);
+    for (int i = 0; i < b->m_count && !bad && !stop_requested; i++) {
+        double seconds = time_linear(be, prepared, x, b->m[i], y);
+        if (seconds < 0) bad = 2;
+        else bench_report(b, &w, b->m[i], seconds, plain, kernel);
+    }
+    if (y) be->release(be, y);
+    if (x) be->release(be, x);
+    be->release_weight(be, prepared);
+    free(host);
+    free_layer(&w);
+    return bad;
+}
+
+/* Prompt and generation speed of a folder: the median of three prompts of up to 256 tokens, then 64 tokens one by one. */
+static int bench_folder(bench *b)
+{
+    engine e;
+    moq_error err;
+    double prompt[3], start, each;
+    int32_t ids[512], n, steps;
+    moq_result r = MOQ_OK;
+    int bad = open_engine(&e, b->o, b->o->args[0], 512, 1);
+    if (bad) return bad;
+    n = e.info->context / 2 < 256 ? e.info->context / 2 : 256;
+    steps = n < 64 ? n : 64;
+    for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % e.info->vocab);
+    for (int i = 0; i < 3 && r == MOQ_OK; i++) {
+        start = moq_seconds();
+        r = llm_forward(e.m, 0, ids, n, 0, NULL, NULL, &err);
+        prompt[i] = moq_seconds() - start;
+    }
+    start = moq_seconds();
+    for (int32_t i = 0; i < steps && r == MOQ_OK; i++) r = llm_forward(e.m, 0, ids + i, 1, n + i, NULL, NULL, &err);
+    each = (moq_seconds() - start) / steps;
+    if (r != MOQ_OK) bad = refuse_error(e.path, &err);
+    else {
+        qsort(prompt, 3, sizeof *prompt, compare_doubles);
+        if (b->o->json) json_number(&b->j, "prompt_tokens_per_second", n / prompt[1]);
+        if (b->o->json) json_number(&b->j, "generated_tokens_per_second", 1 / each);
+        if (!b->o->json) printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s\n", b->o->args[0], n / prompt[1], n, 1 / each);
+    }
+    close_engine(&e);
+    return bad;
+}
+
+static int bench_layers(bench *b)
+{
+    static const char *const usual[] = {"bf16", "fp8", "int8", "nvfp4", "mxfp4", "int4"};
+    const text_list *s = &b->o->scheme, *shapes = &b->o->shape;
+    int bad = 0;
+    if (!b->o->json) printf("%-24s %13s %5s %10s %8s %9s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "kernel");
+    for (int i = 0; i < (s->count ? s->count : COUNT(usual)) && !bad; i++) {
+        const layer_kind *kind = find_kind(s->count ? s->item[i] : usual[i]);
+        if (!kind) return refuse("--scheme %s: not known; the kinds are those that `moq help bench` lists", s->item[i]);
+        for (int k = 0; k < (shapes->count ? shapes->count : 1) && !bad && !stop_requested; k++) {
+            long long rows = 4096, cols = 4096;
+            char rest;
+            if (shapes->count && (sscanf(shapes->item[k], "%lldx%lld%c", &rows, &cols, &rest) != 2 || rows < 1 || cols < 1 || rows > 1 << 20 || cols > 1 << 20))
+                return refuse("--shape is outputs x inputs, such as 4096x14336, not '%s'", shapes->item[k]);
+            if (cols % 128 != 0 || rows % 8 != 0) return refuse("--shape %lldx%lld: inputs must be a multiple of 128, outputs of 8", rows, cols);
+            bad = bench_layer(b, kind, rows, cols);
+        }
+    }
+    return bad;
+}
+
+static int verb_bench(const options *o)
+{
+    bench b;
+    token_rows m;
+    int bad = read_tokens(&m, o->m ? o->m : "1,8,64,512");
+    memset(&b, 0, sizeof b);
+    b.o = o;
+    b.j = json_to(stdout, 2);
+    b.threads = o->threads ? (int)o->threads : moq_cpu_count();
+    if (!bad && (m.start[1] < 1 || m.start[1] > 16)) bad = refuse("--m takes 1 to 16 numbers");
+    for (size_t i = 0; !bad && i < m.start[1]; i++) {
+        b.m[b.m_count++] = m.ids[i];
+        if (m.ids[i] < 1 || m.ids[i] > 65536) bad = refuse("--m: %d rows is outside 1 to 65536", m.ids[i]);
+    }
+    free_tokens(&m);
+    if (!bad) bad = open_backend(o, o->kernel, &b.be);
+    if (bad) return bad;
+    if (o->json) {
+        json_open(&b.j, NULL, '{');
+        json_string(&b.j, "device", b.be->name);
+        json_int(&b.j, "threads", b.threads);
+        json_string(&b.j, "cpu", moq_cpu_features());
+    } else fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes\n", b.be->name, b.threads);
+    if (o->arg_count) bad = bench_folder(&b);
+    if (o->json) json_open(&b.j, "rows", '[');
+    if (!bad && (!o->arg_count || o->scheme.count || o->shape.count)) bad = bench_layers(&b);
+    if (!bad && stop_requested) bad = refuse("stopped");
+    if (o->json) json_close(&b.j, ']');
+    if (o->json) json_close(&b.j, '}');
+    moq_backend_destroy(b.be);
+    return bad;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>selftest        every kernel against float64
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct selftest {
+    const options *o;
+    moq_backend *be;
+    const char *kernel;
+    uint64_t passed, failed;
+    json_out j;
+} selftest;
+
+static void check(selftest *s, int good, const char *what, double error, double bound)
+{
+    s->passed += (uint64_t)good;
+    s->failed += (uint64_t)!good;
+    if (good) return;
+    if (!s->o->json) { printf("FAILED %s, kernel %s: error %g, allowed %g\n", what, s->kernel, error, bound); return; }
+    json_open(&s->j, NULL, '{');
+    json_string(&s->j, "check", what);
+    json_string(&s->j, "kernel", s->kernel);
+    json_number(&s->j, "error", error);
+    json_number(&s->j, "allowed", bound);
+    json_close(&s->j, '}');
+}
+
+/* y[i] against want[i] within `relative` of size[i]; NaN fails. */
+static void check_values(selftest *s, const char *what, const float *y, const double *want, const double *size, int64_t n, double bound)
+{
+    double worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double e = fabs((double)y[i] - want[i]), r = e / (size[i] > 1e-30 ? size[i] : 1e-30);
+        if (e != 0 && !(r <= worst)) worst = r;
+    }
+    check(s, worst <= bound, what, worst, bound);
+}
+
+/* Nearest number of an input format, with the scale of its group: what "as stored" means, written down a second time. */
+static float round_one(moq_dtype elem, float x, float scale)
+{
+    float v = scale > 0 ? x / scale : 0;
+    if (scale <= 0) return 0;
+    if (elem == MOQ_F4) return (float)small_float(moq_e2m1_encode(v), 2, 1) * scale;
+    if (elem == MOQ_F8_E4M3) return (float)small_float(moq_e4m3_encode(v), 4, 3) * scale;
+    v = nearbyintf(v);
+    return (v < -128 ? -128 : v > 127 ? 127 : v) * scale;
+}
+
+/* The scale of a group with largest magnitude `amax`: two-level for E4M3 scales, a power of two for E8M0, else amax / largest. */
+static float group_scale(const moq_linear *l, float amax)
+{
+    const moq_coding *c = &l->scheme.input;
+    float largest = c->elem == MOQ_F4 ? 6.0f : c->elem == MOQ_F8_E4M3 ? 448.0f : 127.0f;
+    if (!c->dynamic) return l->input_scale;
+    if (c->scale == MOQ_F8_E8M0) return amax > 0 ? (float)ldexp(1, (int)ceil(log2((double)(amax / largest)))) : 0;
+    if (c->scale != MOQ_F8_E4M3) return amax / largest;
+    amax = amax / (largest * l->input_scale);
+    return (float)small_float(moq_e4m3_encode(amax < 448 ? amax : 448), 4, 3) * l->input_scale;
+}
+
+static void round_token(const moq_linear *l, const float *x, float *out)
+{
+    const moq_coding *c = &l->scheme.input;
+    int64_t group = c->group_cols > 0 ? c->group_cols : l->cols;
+    for (int64_t i = 0; i < l->cols; i += group) {
+        float amax = 0, scale;
+        for (int64_t k = i; k < i + group && k < l->cols; k++) amax = fabsf(x[k]) > amax ? fabsf(x[k]) : amax;
+        scale = group_scale(l, amax);
+        for (int64_t k = i; k < i + group && k < l->cols; k++) out[k] = c->elem == MOQ_NONE ? x[k] : round_one(c->elem, x[k], scale);
+    }
+}
+
+/* What one token becomes before it meets the codes: rotated and smoothed in float as the library promises, rounded when stored. */
+static void feed_token(const moq_linear *l, const float *x, int stored, float *smooth, float *rounded)
+{
+    for (int64_t c = 0; c < l->cols; c++) {
+        double t = (double)x[c];
+        int n = l->hadamard_size;
+        if (n > 0) {
+            t = 0;
+            for (int i = 0; i < n; i++) t += (double)x[c / n * n + i] * hadamard_at(l, i, (int)(c % n)) * (double)l->hadamard_scale;
+        }
+        smooth[c] = (float)t;
+        if (l->pre_quant_scale.data) smooth[c] *= view_float(&l->pre_quant_scale, c);
+    }
+    if (stored) round_token(l, smooth, rounded);
+    else memcpy(rounded, smooth, (size_t)l->cols * sizeof *rounded);
+}
+
+/* W4A8_AWQ as stored: the exact weight is rounded once more, to E4M3. */
+static double requantized(const moq_linear *l, double v)
+{
+    double scale = (double)l->requant_scale;
+    return small_float(moq_e4m3_encode(sticky_float(v / scale)), 4, 3) * scale;
+}
+
+/* y and the sum of the magnitudes that went into it, for `m` tokens. x: [m, cols], w: [rows, cols], want, size: [m, rows]. */
+static void expect_linear(const layer *w, const double *weights, const float *x, int64_t m, int stored, double *want, double *size)
+{
+    const moq_linear *l = &w->l;
+    float *smooth = (float *)take((size_t)l->cols * 2, sizeof *smooth), *rounded = smooth + l->cols;
+    int64_t rank = l->scheme.lora_rank;
+    for (int64_t t = 0; t < m; t++) {
+        feed_token(l, x + t * l->cols, stored, smooth, rounded);
+        for (int64_t r = 0; r < l->rows; r++) {
+            double sum = 0, magnitude = 0;
+            for (int64_t c = 0; c < l->cols; c++) {
+                double v = weights[r * l->cols + c];
+                if (stored && l->requant_scale > 0) v = requantized(l, v);
+                sum += v * (double)rounded[c];
+                magnitude += fabs(v * (double)rounded[c]);
+            }
+            for (int64_t k = 0; k < rank; k++) {
+                double a = 0, b = (double)view_float(&l->lora_b, r * rank + k);
+                for (int64_t c = 0; c < l->cols; c++) a += (double)view_float(&l->lora_a, k * l->cols + c) * (double)smooth[c];
+                sum += a * b;
+                for (int64_t c = 0; c < l->cols; c++) magnitude += fabs(b * (double)view_float(&l->lora_a, k * l->cols + c) * (double)smooth[c]);
+            }
+            if (l->bias.data) sum += (double)view_float(&l->bias, r);
+            want[t * l->rows + r] = sum;
+            size[t * l->rows + r] = magnitude + fabs(sum);
+        }
+    }
+    free(smooth);
+}
+
+static void random_floats(float *x, int64_t n, uint64_t seed)
+{
+    uint64_t state = seed * 0x9e3779b97f4a7c15u + 1;
+    for (int64_t i = 0; i < n; i++) x[i] = (float)random_value(&state);
+}
+
+/* One layer, its dequantized values and its products with 1, 3 and 17 tokens. The bound is that of a float sum of `cols` products. */
+static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_t cols, int stored, uint64_t seed)
+{
+    static const int32_t tokens[] = {1, 3, 17};
+    enum { MOST = 17 };
+    layer w;
+    moq_error err;
+    moq_weight *prepared;
+    char what[160];
+    double *weights = (double *)take((size_t)(rows * cols), sizeof *weights);
+    double *want = (double *)take((size_t)(2 * MOST * rows), sizeof *want), *size = want + MOST * rows;
+    float *x = (float *)take((size_t)(MOST * (rows + cols)), sizeof *x), *y = x + MOST * cols;
+    double bound = ((double)cols / 4 + 24 + (kind->hadamard ? 40 : 0)) / 16777216.0;
+    make_layer(&w, kind, rows, cols, seed % 2 == 0, seed);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) weights[r * cols + c] = weight_at(&w, r, c);
+    random_floats(x, MOST * cols, seed);
+    expect_linear(&w, weights, x, MOST, stored, want, size);
+    snprintf(what, sizeof what, "%s %" PRId64 "x%" PRId64 " act %s", kind->name, rows, cols, stored ? "stored" : "wide");
+    prepared = s->be->prepare_linear(s->be, &w.l, 1, &err);
+    if (!prepared || s->be->reserve(s->be, MOST, &err) != MOQ_OK) {
+        check(s, 0, err.text, 0, 0);
+        prepared = NULL;
+    }
+    for (int i = 0; prepared && i < COUNT(tokens); i++) {
+        void *dx = s->be->alloc(s->be, (size_t)tokens[i] * (size_t)cols * 4, &err), *dy = s->be->alloc(s->be, (size_t)tokens[i] * (size_t)rows * 4, &err);
+        if (dx && dy) {
+            s->be->upload_act(s->be, dx, x, (size_t)(tokens[i] * cols));
+            s->be->linear(s->be, prepared, dx, tokens[i], dy);
+            s->be->download_act(s->be, y, dy, (size_t)(tokens[i] * rows));
+            check_values(s, what, y, want, size, tokens[i] * rows, s->be->act == MOQ_F32 ? bound : bound + 1.0 / 128);
+        } else check(s, 0, err.text, 0, 0);
+        if (dx) s->be->release(s->be, dx);
+        if (dy) s->be->release(s->be, dy);
+    }
+    if (prepared) s->be->release_weight(s->be, prepared);
+    free_layer(&w);
+    free(weights);
+    free(want);
+    free(x);
+}
+
+/* moq_dequantize is the exact product rounded once: equal to the float64 product, rounded. */
+static void test_dequantize(selftest *s, const layer_kind *kind, int64_t rows, int64_t cols, uint64_t seed)
+{
+    layer w;
+    float *row = (float *)take((size_t)cols, sizeof *row);
+    double worst = 0;
+    make_layer(&w, kind, rows, cols, 0, seed);
+    for (int64_t r = 0; r < rows; r++) {
+        moq_dequantize(&w.l, r, 1, row);
+        for (int64_t c = 0; c < cols; c++) {
+            double e = fabs((double)row[c] - (double)(float)weight_at(&w, r, c));
+            if (!(e <= worst)) worst = e;
+        }
+    }
+    check(s, worst == 0, kind->name, worst, 0);
+    free_layer(&w);
+    free(row);
+}
+
+static void test_layers(selftest *s, int stored)
+{
+    static const int64_t row_counts[] = {1, 7, 19}, col_counts[] = {1, 3, 5};
+    for (int i = 0; i < COUNT(layer_kinds); i++) {
+        const layer_kind *k = &layer_kinds[i];
+        int64_t row_unit = k->lay == LAY_PAIRS ? 2 : k->lay == LAY_GPTQ || k->lay == LAY_AWQ ? 8 : 1;
+        int64_t col_unit = k->scheme.weight.group_cols > 0 ? k->scheme.weight.group_cols : 33;
+        for (int a = 0; a < COUNT(row_counts) && !stop_requested; a++)
+            for (int b = 0; b < COUNT(col_counts); b++) {
+                uint64_t seed = (uint64_t)(i * 100 + a * 10 + b + 1);
+                if (!stored) test_dequantize(s, k, row_unit * row_counts[a], col_unit * col_counts[b], seed);
+                test_layer(s, k, row_unit * row_counts[a], col_unit * col_counts[b], stored, seed);
+            }
+    }
+}
+
+static void test_norm(selftest *s)
+{
+    enum { ROWS = 3, COLS = 77 };
+    float *x = (float *)s->be->alloc(s->be, ROWS * COLS * 4, NULL), *weight = (float *)s->be->alloc(s->be, COLS * 4, NULL), host[ROWS * COLS], gain[COLS];
+    double want[ROWS * COLS], size[ROWS * COLS];
+    moq_norm_desc d;
+    if (!x || !weight) { check(s, 0, "norm: no memory", 0, 0); return; }
+    random_floats(host, ROWS * COLS, 5);
+    random_floats(gain, COLS, 6);
+    for (int r = 0; r < ROWS; r++) {
+        double sum = 0;
+        for (int c = 0; c < COLS; c++) sum += (double)host[r * COLS + c] * (double)host[r * COLS + c];
+        for (int c = 0; c < COLS; c++) want[r * COLS + c] = (double)host[r * COLS + c] / sqrt(sum / COLS + 1e-5) * (double)gain[c];
+    }
+    for (int i = 0; i < ROWS * COLS; i++) size[i] = fabs(want[i]);
+    memset(&d, 0, sizeof d);
+    s->be->upload_act(s->be, x, host, ROWS * COLS);
+    s->be->upload(s->be, weight, gain, sizeof gain);
+    d.x = d.y = x;
+    d.weight = weight;
+    d.rows = ROWS;
+    d.cols = COLS;
+    d.eps = 1e-5f;
+    s->be->norm(s->be, &d);
+    s->be->download_act(s->be, host, x, ROWS * COLS);
+    check_values(s, "norm 3x77", host, want, size, ROWS * COLS, s->be->act == MOQ_F32 ? 2e-6 : 0.01);
+    s->be->release(s->be, x);
+    s->be->release(s->be, weight);
+}
+
+static double activation_of(moq_activation kind, double g, double u)
+{
+    switch (kind) {
+    case MOQ_SILU_MUL: return g / (1 + exp(-g)) * u;
+    case MOQ_GELU_MUL: return g * 0.5 * erfc(-g * 0.70710678118654752) * u;
+    case MOQ_GELU_TANH_MUL: return 0.5 * g * (1 + tanh(0.79788456080286536 * (g + 0.044715 * g * g * g))) * u;
+    case MOQ_SWIGLU_CLAMP: g = g < 7 ? g : 7; u = u < -7 ? -7 : u > 7 ? 7 : u; return g / (1 + exp(-(double)1.702f * g)) * (u + 1);
+    case MOQ_RELU2: break;
+    }
+    return g > 0 ? g * g : 0;
+}
+
+static void test_activations(selftest *s)
+{
+    enum { N = 91 };
+    float *x = (float *)s->be->alloc(s->be, 2 * N * 4, NULL), *y = (float *)s->be->alloc(s->be, N * 4, NULL), host[2 * N], got[N];
+    double want[N], size[N];
+    if (!x || !y) { check(s, 0, "activation: no memory", 0, 0); return; }
+    random_floats(host, 2 * N, 7);
+    s->be->upload_act(s->be, x, host, 2 * N);
+    for (int kind = MOQ_SILU_MUL; kind <= (int)MOQ_RELU2; kind++) {
+        moq_activation_desc d;
+        char what[40];
+        d.kind = (moq_activation)kind;
+        d.limit = 7;
+        d.alpha = 1.702f;
+        d.beta = 1;
+        s->be->activation(s->be, &d, x, 1, N, y);
+        s->be->download_act(s->be, got, y, N);
+        for (int i = 0; i < N; i++) {
+            want[i] = activation_of(d.kind, (double)host[i], (double)host[N + i]);
+            size[i] = fabs(want[i]) + 1e-3 * fabs((double)host[i] * (double)host[N + i]);
+        }
+        snprintf(what, sizeof what, "activation %d", kind);
+        check_values(s, what, got, want, size, N, s->be->act == MOQ_F32 ? 5e-6 : 0.02);
+    }
+    s->be->release(s->be, x);
+    s->be->release(s->be, y);
+}
+
+/* One sequence in a KV cache of every format: causal attention of the last 3 of 21 positions, 4 heads over 2, in float64 over
+   what moq_round_kv makes of keys and values. */
+static void test_attention(selftest *s, moq_kv_format format)
+{
+    enum { LENGTH = 21, LAST = 3, HEADS = 4, KV = 2, DIM = 32, ROW = KV * DIM };
+    float k[LENGTH * ROW], v[LENGTH * ROW], q[LAST * HEADS * DIM], got[LAST * HEADS * DIM], rk[LENGTH * ROW], rv[LENGTH * ROW], scale = 0.02f;
+    int32_t host_slot[LENGTH], host_pos[LENGTH];
+    double want[LAST * HEADS * DIM], size[LAST * HEADS * DIM], p[LENGTH];
+    moq_backend *be = s->be;
+    moq_kv_desc d;
+    moq_batch b;
+    moq_attention_desc a;
+    moq_error err;
+    char what[48];
+    void *dk = be->alloc(be, sizeof k, NULL), *dv = be->alloc(be, sizeof v, NULL), *dq = be->alloc(be, sizeof q, NULL), *dy = be->alloc(be, sizeof got, NULL);
+    int32_t *slot = (int32_t *)be->alloc(be, sizeof host_slot, NULL), *pos = (int32_t *)be->alloc(be, sizeof host_pos, NULL);
+    snprintf(what, sizeof what, "attention, KV %s", moq_kv_format_name(format));
+    memset(&d, 0, sizeof d);
+    d.name = what;
+    d.slots = 1;
+    d.capacity = LENGTH;
+    d.kv_heads = KV;
+    d.head_dim = DIM;
+    d.kv.format = format;
+    if (format != MOQ_KV_WIDE && format != MOQ_KV_MXFP4) {
+        d.kv.k_scale.data = d.kv.v_scale.data = &scale;
+        d.kv.k_scale.dtype = d.kv.v_scale.dtype = MOQ_F32;
+        d.kv.k_scale.count = d.kv.v_scale.count = 1;
+    }
+    random_floats(k, LENGTH * ROW, 11);
+    random_floats(v, LENGTH * ROW, 12);
+    random_floats(q, LAST * HEADS * DIM, 13);
+    for (int t = 0; t < LENGTH; t++) {
+        host_slot[t] = 0;
+        host_pos[t] = t;
+        for (int h = 0; h < KV; h++) {
+            moq_round_kv(format, format == MOQ_KV_MXFP4 ? 1 : scale, NULL, k + t * ROW + h * DIM, DIM, rk + t * ROW + h * DIM);
+            moq_round_kv(format, format == MOQ_KV_MXFP4 ? 1 : scale, NULL, v + t * ROW + h * DIM, DIM, rv + t * ROW + h * DIM);
+        }
+    }
+    for (int i = 0; i < LAST; i++)
+        for (int h = 0; h < HEADS; h++) {
+            int seen = LENGTH - LAST + i + 1;
+            double top = -1e300, sum = 0;
+            for (int t = 0; t < seen; t++) {
+                p[t] = 0;
+                for (int c = 0; c < DIM; c++) p[t] += (double)q[(i * HEADS + h) * DIM + c] * (double)rk[t * ROW + h / 2 * DIM + c] / sqrt((double)DIM);
+                top = p[t] > top ? p[t] : top;
+            }
+            for (int t = 0; t < seen; t++) sum += p[t] = exp(p[t] - top);
+            for (int c = 0; c < DIM; c++) {
+                double y = 0, magnitude = 0;
+                for (int t = 0; t < seen; t++) y += p[t] / sum * (double)rv[t * ROW + h / 2 * DIM + c];
+                for (int t = 0; t < seen; t++) magnitude += p[t] / sum * fabs((double)rv[t * ROW + h / 2 * DIM + c]);
+                want[(i * HEADS + h) * DIM + c] = y;
+                size[(i * HEADS + h) * DIM + c] = magnitude + 1e-3;
+            }
+        }
+    memset(&a, 0, sizeof a);
+    a.cache = dk && dv && dq && dy && slot && pos ? be->kv_create(be, &d, &err) : NULL;
+    if (!a.cache) check(s, 0, what, 0, 0);
+    else {
+        be->upload_act(be, dk, k, LENGTH * ROW);
+        be->upload_act(be, dv, v, LENGTH * ROW);
+        be->upload_act(be, dq, q, LAST * HEADS * DIM);
+        be->upload(be, slot, host_slot, sizeof host_slot);
+        be->upload(be, pos, host_pos, sizeof host_pos);
+        b.rows = LENGTH;
+        b.max_pos = LENGTH - 1;
+        b.slot = slot;
+        b.pos = pos;
+        be->kv_append(be, a.cache, &b, dk, ROW, dv, ROW);
+        b.rows = LAST;
+        b.pos = pos + LENGTH - LAST;
+        a.q = dq;
+        a.y = dy;
+        a.q_stride = a.y_stride = HEADS * DIM;
+        a.heads = HEADS;
+        be->attention(be, &b, &a);
+        be->download_act(be, got, dy, LAST * HEADS * DIM);
+        check_values(s, what, got, want, size, LAST * HEADS * DIM, be->act == MOQ_F32 ? 2e-5 : 0.03);
+        be->kv_release(be, a.cache);
+    }
+    be->release(be, dk);
+    be->release(be, dv);
+    be->release(be, dq);
+    be->release(be, dy);
+    be->release(be, slot);
+    be->release(be, pos);
+}
+
+/* One kernel name under both ways of rounding inputs. 0 when this machine does not have it. */
+static int test_kernel(selftest *s, const char *kernel)
+{
+    static const char *const acts[] = {"wide", "stored"};
+    options o = *s->o;
+    moq_cpu_desc probe;
+    moq_backend *be;
+    s->kernel = kernel;
+    memset(&probe, 0, sizeof probe);
+    probe.kernel = kernel;
+    if (!o.backend || strcmp(o.backend, "cpu") == 0) {
+        be = moq_cpu_backend(&probe, NULL);
+        if (!be) return 0;
+        moq_backend_destroy(be);
+    }
+    for (int i = 0; i < COUNT(acts) && !stop_requested; i++) {
+        int cpu = !o.backend || strcmp(o.backend, "cpu") == 0;
+        o.act = cpu ? acts[i] : NULL;
+        if (open_backend(&o, cpu ? kernel : NULL, &s->be)) { s->failed++; return 1; }
+        test_layers(s, i);
+        if (i == 0) {
+            test_norm(s);
+            test_activations(s);
+            for (int f = 0; f < (int)MOQ_KV_FORMAT_COUNT; f++)
+                if (f != (int)MOQ_KV_NVFP4_ROTATE) test_attention(s, (moq_kv_format)f);
+        }
+        moq_backend_destroy(s->be);
+        s->be = NULL;
+        if (!cpu) break;
+    }
+    return 1;
+}
+
+static int verb_selftest(const options *o)
+{
+    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "neon", "auto"};
+    selftest s;
+    int cpu = !o->backend || strcmp(o->backend, "cpu") == 0;
+    memset(&s, 0, sizeof s);
+    s.o = o;
+    s.j = json_to(stdout, 2);
+    if (o->json) json_open(&s.j, NULL, '{');
+    if (o->json) json_open(&s.j, "failures", '[');
+    for (int i = cpu ? 0 : COUNT(kernels) - 1; i < COUNT(kernels) && !stop_requested; i++) {
+        uint64_t passed = s.passed, failed = s.failed;
+        if (o->kernel && strcmp(o->kernel, kernels[i]) != 0) continue;
+        if (!test_kernel(&s, kernels[i])) {
+            if (o->kernel) return refuse("--kernel %s: this machine does not have it", o->kernel);
+            fprintf(stderr, "moq: note: kernel %s is not for this machine\n", kernels[i]);
+        } else if (!o->json) printf("kernel %s: %" PRIu64 " passed, %" PRIu64 " failed\n", kernels[i], s.passed - passed, s.failed - failed);
+    }
+    if (o->json) {
+        json_close(&s.j, ']');
+        json_int(&s.j, "passed", (int64_t)s.passed);
+        json_int(&s.j, "failed", (int64_t)s.failed);
+        json_close(&s.j, '}');
+    } else printf("%" PRIu64 " passed, %" PRIu64 " failed\n", s.passed, s.failed);
+    if (stop_requested) return refuse("stopped");
+    return s.failed > 0 || s.passed == 0;
+}
