@@ -1,0 +1,27 @@
+#!/bin/sh
+# Everything that judges a change: tests with gcc and clang, sanitizers, hygiene, command line, examples.
+# ci.sh [GOLDEN_DIR]
+cd "$(dirname "$0")" || exit 2
+golden=${1:+MOQ_GOLDEN=$1}
+log=$(mktemp) || exit 2
+trap 'rm -f "$log"' EXIT
+status=0
+step() {
+    echo "== $*"
+    "$@" 2>&1 | tee -a "$log"
+    # the pipe hides the exit code; the closing lines are counted below, and make's own word is looked for
+}
+# shellcheck disable=SC2086
+step make -s -j2 CC=gcc BUILD=build/gcc programs $golden
+step make -s CC=gcc BUILD=build/gcc $golden
+step make -s -j2 CC=clang BUILD=build/clang programs
+step make -s CC=clang BUILD=build/clang test
+step make -s -j2 CC=clang BUILD=build/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" programs
+step make -s CC=clang sanitize
+step make -s -C ../examples check
+grep -qE '\*\*\* |Error [0-9]' "$log" && status=1
+p=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $1} END {print n + 0}')
+f=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $3} END {print n + 0}')
+[ "$status" -ne 0 ] && [ "$f" -eq 0 ] && f=1
+echo "$p passed, $f failed"
+[ "$f" -eq 0 ]

@@ -1,0 +1,306 @@
+#!/bin/sh
+# The command line: verbs, options, exit codes, the shape of every output. One line per check, then "N passed, N failed".
+# MOQ_GOLDEN=DIR: golden checkpoints from there instead of data/golden.   MOQ=PATH: that program instead of a fresh build.
+here=$(cd "$(dirname "$0")" && pwd) || exit 2
+golden=${MOQ_GOLDEN:-$here/data/golden}
+demo=$here/../examples/demo-model
+moq=$here/../tools/moq
+passed=0 failed=0
+dir=$(mktemp -d) || exit 2
+trap 'rm -rf "$dir"' EXIT
+if [ -n "$MOQ" ]; then moq=$MOQ; elif ! make -s -C "$here/../tools" CC="${CC:-cc}" >"$dir/build" 2>&1; then
+    cat "$dir/build"
+    echo "0 passed, 1 failed"
+    exit 1
+fi
+
+# check WHAT CONDITION...: the condition is a command
+check() {
+    what=$1
+    shift
+    if "$@" >"$dir/why" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok      $what"
+    else
+        failed=$((failed + 1))
+        echo "FAILED  $what: $*"
+        head -n 5 "$dir/why" "$dir/out" "$dir/err" 2>/dev/null
+    fi
+}
+# run ARGS...: output in out and err, exit code in code
+run() {
+    "$moq" "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    code=$?
+}
+is() { [ "$code" -eq "$1" ]; }
+out() { grep -q -- "$1" "$dir/out"; }
+err() { grep -q -- "$1" "$dir/err"; }
+empty() { [ ! -s "$dir/$1" ]; }
+lines() { [ "$(wc -l <"$dir/$1")" -eq "$2" ]; }
+last() { tail -n 1 "$dir/out" | grep -qE -- "$1"; }
+# refused TEXT: exit 2, nothing on stdout, one line "moq: ... TEXT ..." on stderr
+refused() { is 2 && empty out && lines err 1 && grep -q "^moq: .*$1" "$dir/err"; }
+# The tool's own strict parser judges its JSON: a sound file is refused only because it holds no token ids.
+json() {
+    cp "$dir/out" "$dir/judged.json" && lines_of=$(head -c 1 "$dir/out") && [ "$lines_of" = "{" ] &&
+        "$moq" logits "$demo" --tokens "$dir/judged.json" --out "$dir/never.safetensors" 2>&1 | grep -q "no list of token ids"
+}
+# what expected.json says, in the form of dequant --hash
+expected() {
+    tr -d ' \n' <"$1/expected.json" | grep -oE '"[^"]+":\{"shape":\[[0-9,]+\],"fnv1a64":"[0-9a-f]{16}"' |
+        sed -E 's/^"([^"]+)":\{"shape":\[([0-9,]+)\],"fnv1a64":"([0-9a-f]+)"$/\1,\2,\3/' |
+        awk -F, '{ shape = $2; for (i = 3; i < NF; i++) shape = shape "x" $i; print $1 "\t" shape "\t" $NF }' | LC_ALL=C sort
+}
+all_hashes_right() {
+    "$moq" dequant "$1" --hash >"$dir/hashes" || return 1
+    LC_ALL=C sort -c -k1,1 -t "$(printf '\t')" "$dir/hashes" || return 1
+    expected "$1" >"$dir/expected"
+    [ -s "$dir/expected" ] && LC_ALL=C sort "$dir/hashes" | LC_ALL=C comm -13 - "$dir/expected" >"$dir/missing" && [ ! -s "$dir/missing" ] &&
+        LC_ALL=C sort "$dir/hashes" | LC_ALL=C comm -23 - "$dir/expected" | grep -v '\]	' >"$dir/extra"
+    [ ! -s "$dir/extra" ] && [ ! -s "$dir/missing" ]
+}
+# The relative error of two files with one tensor is below the limit (or they are equal).
+near() {
+    "$moq" diff "$1" "$2" >"$dir/near" && return 0
+    [ $? -eq 1 ] && sed -n 's/.*relative_error //p' "$dir/near" | awk -v limit="$3" '{ n++; if (!($1 < limit)) bad = 1 } END { exit bad || n == 0 }'
+}
+
+# ---- help, version, wrong usage ----
+run help
+check "help" is 0
+for v in inspect verify dequant logits eval run tokenize recipes diff bench selftest; do
+    check "help lists $v" out "^  $v "
+done
+for v in inspect verify dequant logits eval run tokenize recipes diff bench selftest; do
+    run help $v
+    check "help $v has an example" out "^example: .*moq $v"
+done
+run --version
+check "--version" out "^moq [0-9]"
+check "--version names CPU features" out "^cpu: "
+run
+check "no verb" refused "help"
+run nonsense
+check "unknown verb" refused "nonsense"
+for v in quantize autoquant convert; do
+    run $v a b
+    check "$v is not in this build" refused "does not have '$v'"
+done
+run run "$demo" --quantize nvfp4
+check "--quantize is not in this build" refused "does not have --quantize"
+run inspect
+check "missing argument" refused "usage: moq inspect DIR"
+run inspect a b
+check "too many arguments" refused "one argument too many"
+run inspect "$demo" --bogus
+check "unknown option" refused "'--bogus'"
+run inspect "$demo" --hash
+check "option of another verb" refused "not for 'inspect'"
+run inspect "$demo" --threads x
+check "bad number" refused "whole number"
+run inspect "$demo" --act x
+check "bad --act" refused "auto, stored or wide"
+run inspect "$demo" --kernel x
+check "bad --kernel" refused "'x'"
+run inspect "$demo" --backend tpu
+check "bad --backend" refused "cpu, cuda or cuda:N"
+if ! "$moq" --version | grep -q "^cuda: not built in"; then echo "note: built with CUDA: --backend cuda is not refused"; else
+    run inspect "$demo" --backend cuda:1
+    check "--backend cuda without CUDA" refused "no CUDA"
+fi
+run inspect "$dir/nowhere"
+check "folder that is not there" refused "nowhere"
+
+# ---- inspect, recipes ----
+run inspect "$demo"
+check "inspect" is 0
+check "inspect: a module" out "^model.layers.0.mlp.up_proj  *nvfp4  *768x256  *4.50"
+check "inspect: totals" out "^44 modules, 183 tensors in 1 file"
+check "inspect: effective bits" out "^effective bits: 5.65"
+check "inspect: memory plan" out "^memory for a context of 1024 tokens"
+run inspect "$demo" --context 512 --explain
+check "inspect --context" out "context of 512 tokens"
+check "inspect --explain" out "up_proj.*: nvfp4"
+run inspect "$demo" --json
+check "inspect --json is JSON" json
+for k in '"model_type": "llama"' '"quant_algo": "NVFP4"' '"kv_cache": "wide"' '"effective_bits": 5.65' '"total_bytes": 3709776' \
+    '{"name": "model.layers.5.mlp.down_proj", "scheme": "nvfp4", "shape": \[256, 768\], "bits": 4.50[0-9]*, "bytes": 110600, "kernel": "[a-z0-9]*"'; do
+    check "inspect --json: $k" out "$k"
+done
+run recipes
+check "recipes" out "^nvfp4_awq_lite .*NVFP4_AWQ_LITE_CFG"
+check "recipes: all of them" test "$(wc -l <"$dir/out")" -ge 36
+run recipes --json
+check "recipes --json is JSON" json
+
+# ---- verify ----
+run verify "$demo" --deep
+check "verify: sound folder" is 0
+check "verify: silent" empty out
+mkdir "$dir/cut"
+cp "$demo"/* "$dir/cut/"
+chmod u+w "$dir/cut"/*
+run verify "$dir/cut/model.safetensors"
+check "verify: sound file" is 0
+head -c 3000000 "$demo/model.safetensors" >"$dir/cut/model.safetensors"
+run verify "$dir/cut"
+check "verify: cut file" is 1
+check "verify: one finding" lines out 1
+check "verify: names folder, file, tensor" out "^$dir/cut/model.safetensors: tensor '"
+run verify "$dir/cut/model.safetensors"
+check "verify: cut file alone" is 1
+run verify "$dir/cut" --json
+check "verify --json is JSON" json
+check "verify --json: code" out '"code": "MOQ_E_TRUNCATED"'
+run inspect "$dir/cut"
+check "a refusal is one line" refused "cut/model.safetensors: tensor '"
+run verify "$dir/nowhere"
+check "verify: nothing there" refused "nowhere"
+
+# ---- dequant ----
+for e in "$golden"/*/*/expected.json; do
+    d=${e%/expected.json}
+    check "dequant --hash $(basename "$d")" all_hashes_right "$d"
+done
+run dequant "$golden/modelopt/llama-nvfp4" --hash --json
+check "dequant --hash --json is JSON" json
+run dequant "$demo"
+check "dequant needs a purpose" refused "--hash or --out"
+for c in llama-nvfp4 llama-nvfp4_svdquant llama-int4_awq; do
+    d=$golden/modelopt/$c
+    run dequant "$d" --out "$dir/plain"
+    check "dequant --out $c" is 0
+    check "no quantization_config" sh -c "! grep -q quantization_config '$dir/plain/config.json'"
+    run verify "$dir/plain"
+    check "its folder is sound" is 0
+    "$moq" logits "$d" --act wide --tokens 1,2,3,4,5 --out "$dir/a.safetensors"
+    "$moq" logits "$dir/plain" --tokens 1,2,3,4,5 --out "$dir/b.safetensors"
+    check "its logits are the layers' wide logits" near "$dir/a.safetensors" "$dir/b.safetensors" 0.00001
+    rm -rf "$dir/plain"
+done
+run dequant "$demo" --out "$dir/plain" --dtype bf16
+check "dequant --dtype bf16" is 0
+check "dequant copies the tokenizer" cmp "$demo/tokenizer.json" "$dir/plain/tokenizer.json"
+run inspect "$dir/plain"
+check "dequant --dtype bf16: modules" out "up_proj  *bf16 "
+run dequant "$demo" --out "$dir/plain"
+check "dequant: the target is there" refused "there already"
+run dequant "$demo" --out "$dir/no/such/parent"
+check "dequant: no parent" refused "parent"
+run dequant "$demo" --out "$dir/x" --dtype f8
+check "dequant: bad --dtype" refused "f32 or bf16"
+check "dequant leaves nothing half-done" sh -c "! ls -d '$dir'/*tmp* '$dir'/x"
+
+# ---- logits ----
+echo '{"eval": [[1,2,3],[4,5,6]], "one": [1,2,3], "none": []}' >"$dir/tokens.json"
+echo '[1,2,3]' >"$dir/list.json"
+run logits "$demo" --tokens 1,2,3 --out "$dir/a.safetensors" --threads 1
+check "logits" is 0
+run logits "$demo" --tokens "$dir/tokens.json#one" --out "$dir/b.safetensors" --threads 3
+check "logits: FILE.json#KEY, any number of threads, the same bytes" cmp "$dir/a.safetensors" "$dir/b.safetensors"
+run logits "$demo" --tokens "$dir/list.json" --out "$dir/b.safetensors" --chunk 1
+check "logits: FILE.json, token by token" near "$dir/a.safetensors" "$dir/b.safetensors" 0.00001
+run logits "$demo" --tokens "$dir/list.json" --out "$dir/b.safetensors" --kernel reference
+check "logits: reference kernel" near "$dir/a.safetensors" "$dir/b.safetensors" 0.00001
+run logits "$demo" --tokens "$dir/tokens.json#eval" --out "$dir/b.safetensors"
+check "logits: two rows" grep -q '"logits":{"dtype":"F32","shape":\[2,3,1024\]' "$dir/b.safetensors"
+run logits "$demo" --tokens 1,99999 --out "$dir/never.safetensors"
+check "logits: token outside the vocabulary" refused "outside the vocabulary of 1024"
+run logits "$demo" --tokens "$dir/tokens.json#none" --out "$dir/never.safetensors"
+check "logits: empty list" refused "no list of token ids"
+run logits "$demo" --tokens "$dir/tokens.json#nokey" --out "$dir/never.safetensors"
+check "logits: no such key" refused "nokey"
+run logits "$demo" --tokens 1,2
+check "logits needs --out" refused "--out"
+check "a refusal writes nothing" test ! -e "$dir/never.safetensors"
+
+# ---- run, tokenize ----
+scene='green umbrella at hallway bench; green plate at bedroom drawer; green spoon at kitchen fridge; Chen at hallway coat rack; robot at garage toolbox'
+answer='{"say":"Bringing the green plate to Chen.","plan":[{"do":"go","to":"bedroom drawer"},{"do":"pick","what":"green plate"},{"do":"go","to":"hallway coat rack"},{"do":"give","what":"green plate","to":"Chen"}]}'
+run run "$demo" --system "$scene" --prompt "can you give the green plate to Chen?" --stats
+check "run: the answer" test "$(cat "$dir/out")" = "$answer"
+check "run --stats" err "^moq: prompt 40 tokens, .* tokens/s; generated"
+echo "can you give the green plate to Chen?" | "$moq" run "$demo" --system "$scene" >"$dir/out" 2>"$dir/err"
+check "run: prompt on stdin" test "$(cat "$dir/out")" = "$answer"
+run run "$demo" --system "$scene" --prompt "can you give the green plate to Chen?" --json
+check "run --json is JSON" json
+check "run --json: tokens" out '"prompt_tokens": 40'
+run run "$demo" --prompt "hello" --max-tokens 3 --json
+check "run --max-tokens" out '"generated_tokens": 3'
+run run "$demo" --prompt "hello" --temp 1 --seed 7
+cp "$dir/out" "$dir/first"
+run run "$demo" --prompt "hello" --temp 1 --seed 7 --threads 1
+check "run: same seed, same text" cmp "$dir/out" "$dir/first"
+run run "$demo" --raw --prompt "<|system|>" --max-tokens 4
+check "run --raw" is 0
+printf 'bring the red mug\n\n  two  spaces, 123 and <|end|>\nlast' >"$dir/text"
+run tokenize "$demo" --file "$dir/text"
+check "tokenize: a line for a line" lines out 4
+check "tokenize: only ids" sh -c "! grep -vE '^([0-9]+(,[0-9]+)*)?\$' '$dir/out'"
+cp "$dir/out" "$dir/ids"
+run tokenize "$demo" --decode --file "$dir/ids"
+printf '\n' >>"$dir/text"
+check "tokenize --decode: the reverse" cmp "$dir/out" "$dir/text"
+echo "1,x" >"$dir/ids"
+run tokenize "$demo" --decode --file "$dir/ids"
+check "tokenize --decode: not ids" is 2
+
+# ---- eval ----
+escaped=$(printf '%s' "$answer" | sed 's/"/\\"/g')
+{
+    printf '{"system": "%s", "user": "can you give the green plate to Chen?", "assistant": "%s"}\n' "$scene" "$escaped"
+    printf '{"messages": [{"role": "system", "content": "%s"}, {"role": "user", "content": "can you give the green plate to Chen?"}, {"role": "assistant", "content": "%s"}]}\n' "$scene" "$escaped"
+    printf '{"system": "%s", "user": "can you give the green plate to Chen?", "assistant": "no"}\n' "$scene"
+} >"$dir/rows.jsonl"
+run eval "$demo" --data "$dir/rows.jsonl"
+check "eval: chat rows" last '^exact 2/3 nll [0-9]+\.[0-9]+$'
+run eval "$demo" --data "$dir/rows.jsonl" --limit 2 --against "$demo"
+check "eval --limit --against" last '^exact 2/2 nll 0\.00[0-9]* kl -?0\.000000$'
+run eval "$demo" --data "$dir/rows.jsonl" --json
+check "eval --json is JSON" json
+check "eval --json: exact" out '"exact": 2'
+printf 'the red mug is at the kitchen table; the green key is at the hallway bench' >"$dir/text.txt"
+run eval "$demo" --data "$dir/text.txt" --seq 8
+check "eval: text" last '^nll [0-9]+\.[0-9]+ ppl [0-9]+\.[0-9]+ tokens [0-9]+$'
+run eval "$demo" --data 5,6,7,8,9,10,11,12,13 --seq 4
+check "eval: tokens; a window of one is dropped" last ' tokens 8$'
+echo '{"nothing": 1}' >"$dir/bad.jsonl"
+run eval "$demo" --data "$dir/bad.jsonl"
+check "eval: a row of another kind" refused "line 1"
+run eval "$demo" --data "$dir/nowhere.txt"
+check "eval: no data" refused "nowhere"
+
+# ---- diff ----
+run diff "$demo" "$demo"
+check "diff: the same folder" is 0
+check "diff: last line" last '^equal 183/183 tensors$'
+run diff "$golden/modelopt/llama-nvfp4" "$golden/modelopt/llama-nvfp4_svdquant" --against "$golden/sources/llama"
+check "diff: other folders" is 1
+check "diff: last line of others" last '^equal [0-9]+/[0-9]+ tensors$'
+check "diff --against" out "snr_a_db [0-9.]*	snr_b_db"
+check "diff: one side only" out "only in "
+run diff "$demo" "$demo" --json
+check "diff --json is JSON" json
+run diff "$demo" "$dir/nowhere"
+check "diff: nothing there" refused "nowhere"
+
+# ---- bench, selftest ----
+run bench --scheme nvfp4 --scheme int8 --shape 256x512 --m 1,4 --json
+check "bench --json is JSON" json
+for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], "m": 4, "us": [0-9.]*, "gbps": [0-9.]*, "gflops": [0-9.]*, "read_ratio": [0-9.]*, "peak_ratio": null, "kernel": "[a-z0-9]*"}'; do
+    check "bench --json: $k" out "$k"
+done
+run bench "$demo"
+check "bench DIR" last 'prompt [0-9.]* tokens/s .*, generation [0-9.]* tokens/s'
+run bench --scheme nonsense
+check "bench: unknown kind" is 2
+run bench --scheme nvfp4 --shape 10x10
+check "bench: bad shape" is 2
+run selftest
+check "selftest" is 0
+check "selftest: last line" last '^[1-9][0-9]* passed, 0 failed$'
+run selftest --json
+check "selftest --json is JSON" json
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

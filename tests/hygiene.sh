@@ -1,0 +1,90 @@
+#!/bin/sh
+# The header as a product: every language mode, every option, symbols, style. Prints one line per failure and the sum.
+cd "$(dirname "$0")" || exit 2
+B=build/hygiene
+mkdir -p $B
+pass=0 fail=0 skip=0
+WARN="-Wall -Wextra -pedantic -Wconversion -Wshadow -Werror"
+H=../modelopt_q.h
+
+# check NAME COMMAND...   the command must succeed silently
+check() {
+    name=$1
+    shift
+    if "$@" >$B/log 2>&1 && [ ! -s $B/log ]; then pass=$((pass + 1)); else
+        fail=$((fail + 1))
+        echo "FAILED $name: $*"
+        head -n 20 $B/log
+    fi
+}
+have() { command -v "$1" >/dev/null 2>&1; }
+skipped() { skip=$((skip + 1)); echo "skipped: $1"; }
+
+printf '#define MODELOPT_Q_IMPLEMENTATION\n#include "../../%s"\n' "$H" >$B/impl.c
+printf '#include "../../%s"\nint moq_test_use(void);\nint moq_test_use(void) { return (int)sizeof(moq_linear); }\n' "$H" >$B/decl.c
+printf '#include "../../%s"\nint moq_test_use(void);\nint main(void) { return moq_test_use() ? moq_result_name(MOQ_OK)[0] == 0 : 1; }\n' "$H" >$B/main.c
+printf '#define MODELOPT_Q_IMPLEMENTATION\n#include "../../%s"\n#define LLM_IMPLEMENTATION\n#include "../../../examples/llm.h"\n' "$H" >$B/llm.c
+cp $B/impl.c $B/impl.cpp
+cp $B/decl.c $B/decl.cpp
+cp $B/llm.c $B/llm.cpp
+
+# 1. language modes, warnings as errors
+for cc in gcc clang; do
+    if ! have $cc; then skipped "$cc is not installed"; continue; fi
+    for std in c99 c11 c17 gnu99; do
+        check "$cc $std" $cc -std=$std $WARN -Wstrict-prototypes -O1 -c $B/impl.c -o $B/impl_$cc.o
+        check "$cc $std declarations" $cc -std=$std $WARN -Wstrict-prototypes -c $B/decl.c -o $B/decl_$cc.o
+        check "$cc $std llm.h" $cc -std=$std $WARN -Wstrict-prototypes -fsyntax-only $B/llm.c
+    done
+done
+for cc in g++ clang++; do
+    if ! have $cc; then skipped "$cc is not installed"; continue; fi
+    for std in c++11 c++14 c++17 c++20; do
+        check "$cc $std" $cc -std=$std $WARN -fsyntax-only $B/impl.cpp
+        check "$cc $std declarations" $cc -std=$std $WARN -fsyntax-only $B/decl.cpp
+        check "$cc $std llm.h" $cc -std=$std $WARN -fsyntax-only $B/llm.cpp
+    done
+done
+if have clang; then
+    check "clang strict" clang -std=c99 $WARN -Wmissing-prototypes -Wcomma -Wreserved-identifier -fsyntax-only $B/impl.c
+    check "clang cl /W4" clang --driver-mode=cl /W4 /WX /Zs -Wno-msvc-not-found -Wno-unused-command-line-argument -DMOQ_NO_OS $B/decl.c
+fi
+CC=${CC:-cc}
+
+# 2. options
+for option in MOQ_STATIC MOQ_NO_OS MOQ_NO_THREADS MOQ_NO_SIMD MOQ_DEBUG "MOQ_NO_OS -DMOQ_NO_THREADS -DMOQ_NO_SIMD"; do
+    # shellcheck disable=SC2086
+    check "option $option" $CC -std=c99 $WARN -O1 -D$option -c $B/impl.c -o $B/option.o
+done
+check "own allocator" $CC -std=c99 $WARN "-DMOQ_MALLOC(n)=my_alloc(n)" "-DMOQ_FREE(p)=my_free(p)" -include stddef.h -c $B/impl.c -o $B/option.o -Wno-implicit-function-declaration -Wno-int-conversion -Wno-error
+check "-ffast-math" $CC -std=c99 $WARN -O3 -ffast-math -c $B/impl.c -o $B/option.o
+for cross in x86_64-w64-mingw32-gcc aarch64-linux-gnu-gcc i686-linux-gnu-gcc arm-linux-gnueabihf-gcc; do
+    if have $cross; then check "$cross" $cross -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o; else skipped "$cross is not installed"; fi
+done
+
+# 3. several translation units link and run
+check "two translation units" $CC -std=c99 -O1 $B/impl.c $B/decl.c $B/main.c -o $B/two -lm -pthread
+check "they run" $B/two
+
+# 4. symbols: nothing exported but moq_, no writable data
+$CC -std=c99 -O2 -c $B/impl.c -o $B/impl.o
+check "only moq_ symbols are exported" sh -c "nm -g --defined-only $B/impl.o | awk '{print \$3}' | grep -v '^moq_'; true"
+check "no writable data" sh -c "nm $B/impl.o | grep -E ' [DdBbC] '; true"
+check "no exit, abort, printing, environment" sh -c "nm -u $B/impl.o | grep -wE 'exit|abort|printf|fprintf|puts|putchar|getenv|strtod|atof|rand|srand|time|setlocale|signal|stderr|stdout'; true"
+
+# 5. declarations need only stddef.h and stdint.h
+check "includes of the declarations" sh -c "grep -nE '^ *# *include' $H | awk -F: '\$1 < 200' | grep -vE '<(stddef|stdint).h>'; true"
+
+# 6. style limits
+check "style of modelopt_q.h" awk -f ../tools/lint.awk -v tags=1 $H
+check "style of llm.h" awk -f ../tools/lint.awk -v tags=1 ../examples/llm.h
+check "plain text" sh -c "LC_ALL=C grep -nP '[^\\x00-\\x7F]|\\t|[ ]+\$' $H ../examples/*.h ../examples/*.c ../tools/*.c *.c *.h; true"
+
+# 7. figures, printed, not judged here: they depend on the machine
+t0=$(date +%s%N)
+$CC -std=c99 -O2 -c $B/impl.c -o $B/impl.o
+t1=$(date +%s%N)
+echo "note: implementation compiles in $(((t1 - t0) / 1000000)) ms with $CC -O2, $(wc -l <$H) lines"
+
+if [ $skip -gt 0 ]; then echo "$pass passed, $fail failed, $skip skipped"; else echo "$pass passed, $fail failed"; fi
+[ $fail -eq 0 ]

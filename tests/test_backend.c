@@ -1,0 +1,898 @@
+/* The CPU function table: every kernel set against double, threads, memory, caches, experts. */
+#include "test.h"
+#include "layers.h"
+
+static moq_backend *backend_of(const char *kernel, moq_act act, int threads)
+{
+    moq_cpu_desc d;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    d.kernel = kernel;
+    d.act = act;
+    d.threads = threads;
+    d.allocator = test_allocator();
+    moq_backend *be = moq_cpu_backend(&d, &err);
+    if (!be) { fprintf(stderr, "%s\n", err.text); exit(2); }
+    return be;
+}
+
+/* y = x W^T + lora + bias in double, from the numbers that enter the product. xr: inputs as rounded, xt: before rounding.
+   bound: sum of |x w|, what float errors scale with. */
+static double oracle_output(const layer *l, int64_t row, const float *xt, const float *xr, double *bound)
+{
+    const moq_linear *w = &l->w;
+    double y = 0, rank = w->scheme.lora_rank;
+    *bound = 1e-6;
+    for (int64_t c = 0; c < w->cols; c++) {
+        double v = l->exact[row * w->cols + c];
+        if (w->requant_scale > 0) v = (double)moq_e4m3_decode(moq_e4m3_encode((float)v / w->requant_scale)) * (double)w->requant_scale;
+        y += v * (double)xr[c];
+        *bound += fabs(v * (double)xr[c]);
+    }
+    for (int i = 0; w->lora_a.data && i < (int)rank; i++) {
+        double mid = 0, size = 0, b = (double)((const float *)w->lora_b.data)[row * (int)rank + i];
+        for (int64_t c = 0; c < w->cols; c++) {
+            double t = (double)((const float *)w->lora_a.data)[i * w->cols + c] * (double)xt[c];
+            mid += t;
+            size += fabs(t);
+        }
+        y += mid * b;
+        *bound += size * fabs(b);
+    }
+    if (w->bias.data) { double b = (double)((const float *)w->bias.data)[row]; y += b; *bound += fabs(b); }
+    return y;
+}
+
+static long check_linear(moq_backend *be, const layer *l, int stored, int rows)
+{
+    const moq_linear *w = &l->w;
+    moq_error err;
+    long wrong = 0;
+    float *x = (float *)malloc((size_t)(rows * w->cols) * 4), *y = (float *)malloc((size_t)(rows * w->rows) * 4);
+    float *xt = (float *)malloc((size_t)w->cols * 4), *xr = (float *)malloc((size_t)w->cols * 4);
+    for (int64_t i = 0; i < rows * w->cols; i++) x[i] = test_normal();
+    moq_weight *p = be->prepare_linear(be, w, 1, &err);
+    if (!p) { fprintf(stderr, "%s\n", err.text); return 1; }
+    long before = test_state.total_allocs;
+    be->linear(be, p, x, rows, y);
+    CHECK_INT(test_state.total_allocs, before);
+    for (int64_t i = 0; i < rows; i++) {
+        memcpy(xt, x + i * w->cols, (size_t)w->cols * 4);
+        for (int64_t c = 0; w->pre_quant_scale.data && c < w->cols; c++) xt[c] *= ((const float *)w->pre_quant_scale.data)[c];
+        if (stored) moq_round_input(w, xt, xr);
+        else memcpy(xr, xt, (size_t)w->cols * 4);
+        for (int64_t r = 0; r < w->rows; r++) {
+            double bound, want = oracle_output(l, r, xt, xr, &bound);
+            wrong += !(fabs(want - (double)y[i * w->rows + r]) <= 2e-6 * bound);
+        }
+    }
+    be->release_weight(be, p);
+    free(x); free(y); free(xt); free(xr);
+    return wrong;
+}
+
+/* Every storage format, odd shapes, several tiles of rows and columns. */
+static void test_backend_formats(void)
+{
+    static const int shapes[4][3] = {{1, 1, 1}, {37, 200, 3}, {19, 1060, 1}, {130, 515, 6}};
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
+        for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
+            for (int s = 0; s < 4; s++) {
+                layer l;
+                layer_make(&l, &layer_formats[i], shapes[s][0], shapes[s][1]);
+                long wrong = check_linear(be, &l, 0, shapes[s][2]);
+                if (wrong) fprintf(stderr, "%s, %s, [%d, %d]: %ld wrong\n", be->name, layer_formats[i].name, shapes[s][0], shapes[s][1], wrong);
+                CHECK_INT(wrong, 0);
+                layer_free(&l);
+            }
+        moq_backend_destroy(be);
+        CHECK_INT(test_state.live_allocs, 0);
+    }
+}
+
+/* What is read where it lies and what is rewritten: a format must not fall back to the slow path unnoticed. */
+static void test_backend_forms(void)
+{
+    moq_backend *be = backend_of("plain", MOQ_ACT_WIDE, 1);
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        layer l;
+        moq_error err;
+        const char *name = layer_formats[i].name;
+        layer_make(&l, &layer_formats[i], 256, 1024);
+        moq_weight *p = be->prepare_linear(be, &l.w, 1, &err);
+        const moqi_tiled *t = ((const moqi_weight *)(const void *)p)->part;
+        int slow = strcmp(name, "mxfp4 along rows") == 0 || strcmp(name, "mxfp6 in bytes") == 0;
+        if ((t->form == MOQI_CODES_SLOW) != slow) fprintf(stderr, "%s\n", name);
+        CHECK((t->form == MOQI_CODES_SLOW) == slow);
+        int in_place = strstr("f32 f16 bf16 nvfp4 mxfp4 mxfp8", name) != NULL || strncmp(name, "fp8 row", 7) == 0;
+        if (in_place) CHECK(be->weight_bytes(be, p) < 8192);
+        be->release_weight(be, p);
+        layer_free(&l);
+    }
+    moq_backend_destroy(be);
+}
+
+/* Inputs as stored, with and without what may stand before and beside the product. */
+static void test_backend_inputs(void)
+{
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_STORED, 1);
+        for (size_t i = 0; i < MOQI_COUNT(input_formats); i++)
+            for (int extra = 0; extra < 4; extra++) {
+                layer l;
+                layer_make(&l, &layer_formats[i % 2 ? 4 : 16], 21, 304);
+                l.w.scheme.input = input_formats[i].c;
+                l.w.input_scale = input_formats[i].scale;
+                l.w.input_zero = input_formats[i].zero;
+                if (extra & 1) {
+                    float *p = layer_floats(&l, l.w.cols, 0.3f);
+                    for (int64_t c = 0; c < l.w.cols; c++) p[c] = 0.5f + fabsf(p[c]);
+                    l.w.pre_quant_scale = layer_view(p, MOQ_F32, l.w.cols);
+                    l.w.scheme.pre_quant_scale = 1;
+                    l.w.bias = layer_view(layer_floats(&l, l.w.rows, 1), MOQ_F32, l.w.rows);
+                }
+                if (extra & 2) {
+                    l.w.scheme.lora_rank = 5;
+                    l.w.lora_a = layer_view(layer_floats(&l, 5 * l.w.cols, 0.1f), MOQ_F32, 5 * l.w.cols);
+                    l.w.lora_b = layer_view(layer_floats(&l, l.w.rows * 5, 0.1f), MOQ_F32, l.w.rows * 5);
+                }
+                long wrong = check_linear(be, &l, 1, 3);
+                if (wrong) fprintf(stderr, "%s, extra %d: %ld wrong\n", input_formats[i].name, extra, wrong);
+                CHECK_INT(wrong, 0);
+                layer_free(&l);
+            }
+        layer l; /* W4A8_AWQ: the weight is rounded once more, only when inputs are */
+        layer_make(&l, &layer_formats[19], 34, 256);
+        CHECK_STR(l.w.name, "int4 modelopt");
+        l.w.scheme.input = input_formats[0].c;
+        l.w.input_scale = 0.01f;
+        l.w.scheme.requantize_fp8 = 1;
+        l.w.requant_scale = 0.003f;
+        CHECK_INT(check_linear(be, &l, 1, 2), 0);
+        moq_backend *wide = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 1), *automatic = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 1);
+        CHECK(check_linear(wide, &l, 1, 2) > 0);
+        l.w.requant_scale = 0;
+        CHECK_INT(check_linear(wide, &l, 0, 2), 0);
+        CHECK_INT(check_linear(automatic, &l, 0, 2), 0); /* automatic: FP8 wide, INT8 as stored */
+        l.w.scheme.input = input_formats[3].c;
+        CHECK_INT(check_linear(automatic, &l, 1, 2), 0);
+        CHECK_INT(check_linear(wide, &l, 0, 2), 0);
+        layer_free(&l);
+        moq_backend_destroy(wide);
+        moq_backend_destroy(automatic);
+        moq_backend_destroy(be);
+    }
+}
+
+static void test_backend_rotation(void)
+{
+    for (int stored = 0; stored < 2; stored++) {
+        moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 1);
+        moq_error err;
+        layer l;
+        layer_make(&l, &layer_formats[0], 9, 96);
+        l.w.scheme.hadamard = 1;
+        l.w.hadamard_size = 32;
+        l.w.hadamard_scale = 0.25f;
+        float *h = layer_floats(&l, 1024, 1), x[96], t[96], y[9];
+        if (stored) l.w.hadamard = layer_view(h, MOQ_F32, 1024);
+        for (int i = 0; i < 96; i++) x[i] = test_normal();
+        moqi_rotate_input(stored ? h : NULL, 32, 0.25f, x, 96, t);
+        moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+        CHECK(w != NULL);
+        be->linear(be, w, x, 1, y);
+        for (int64_t r = 0; r < 9; r++) {
+            double bound, want = oracle_output(&l, r, t, t, &bound);
+            CHECK(fabs(want - (double)y[r]) <= 2e-6 * bound);
+        }
+        be->release_weight(be, w);
+        l.w.hadamard_size = 36;
+        CHECK(be->prepare_linear(be, &l.w, 1, &err) == NULL && err.code == MOQ_E_SHAPE);
+        layer_free(&l);
+        moq_backend_destroy(be);
+    }
+}
+
+/* Slices of rows (also interleaved) and of columns compute what the same rows and columns of the whole do. */
+static void test_backend_slices(void)
+{
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        layer l, s;
+        moq_error err;
+        layer_make(&l, &layer_formats[i], 256, 768);
+        if (layer_formats[i].act_order) { layer_free(&l); continue; } /* a layer's group vector does not divide */
+        int64_t first = layer_formats[i].padded ? 160 : 128, cols = layer_formats[i].padded ? 480 : 512; /* 5 codes of 6 bits fill a word */
+        for (int k = 0; moqi_get_kernels(k); k++) {
+            moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 1);
+            s = l;
+            l.w.bias = layer_view(layer_floats(&l, l.w.rows, 1), MOQ_F32, l.w.rows);
+            if (moq_slice_rows(&l.w, 129, 50, 2, &s.w, &err) < 0 || moq_slice_cols(&s.w, first, cols, &s.w, &err) < 0) { fprintf(stderr, "%s\n", err.text); CHECK(0); break; }
+            s.exact = (double *)malloc(sizeof(double) * (size_t)(50 * cols));
+            float *bias = (float *)malloc(50 * sizeof *bias);
+            for (int64_t r = 0; r < 50; r++) {
+                memcpy(s.exact + r * cols, l.exact + (129 + 2 * r) * l.w.cols + first, (size_t)cols * sizeof(double));
+                bias[r] = ((const float *)l.w.bias.data)[129 + 2 * r];
+            }
+            float x[512], y[50];
+            for (int c = 0; c < cols; c++) x[c] = test_normal();
+            moq_weight *w = be->prepare_linear(be, &s.w, 1, &err);
+            CHECK(w != NULL);
+            be->linear(be, w, x, 1, y);
+            s.w.bias.data = bias;
+            long wrong = 0;
+            for (int64_t r = 0; r < 50; r++) {
+                double bound, want = oracle_output(&s, r, x, x, &bound);
+                wrong += !(fabs(want - (double)y[r]) <= 2e-6 * bound);
+            }
+            if (wrong) fprintf(stderr, "%s, %s: %ld wrong\n", moqi_get_kernels(k)->name, l.w.name, wrong);
+            CHECK_INT(wrong, 0);
+            be->release_weight(be, w);
+            moq_backend_destroy(be);
+            free(s.exact);
+            free(bias);
+            memset(&l.w.bias, 0, sizeof l.w.bias);
+            free(l.memory[--l.blocks]);
+        }
+        layer_free(&l);
+    }
+}
+
+/* ---- several parts in one, many rows, many threads ---- */
+
+static void backwards(void *user, int tasks, void (*task)(void *arg, int index, int worker), void *arg)
+{
+    (*(int *)user)++;
+    for (int i = tasks - 1; i >= 0; i--) task(arg, i, i % 3);
+}
+
+/* y of three fused layers: [rows, 3 different heights]. */
+static void run_fused(moq_backend *be, const layer *l, int rows, const float *x, float *y)
+{
+    moq_error err;
+    moq_linear parts[3] = {l[0].w, l[1].w, l[2].w};
+    moq_weight *w = be->prepare_linear(be, parts, 3, &err);
+    CHECK(w != NULL);
+    be->linear(be, w, x, rows, y);
+    be->release_weight(be, w);
+}
+
+static void test_backend_fused_and_threads(void)
+{
+    enum { ROWS = 21, COLS = 544 };
+    static const int heights[3] = {130, 47, 64};
+    layer l[3];
+    moq_error err;
+    int out = 0, at = 0, calls = 0;
+    for (int i = 0; i < 3; i++) {
+        layer_make(&l[i], &layer_formats[i == 1 ? 8 : 4], heights[i], COLS);
+        l[i].w.scheme.input = input_formats[i == 2 ? 0 : 7].c; /* the first two share their rounded input */
+        l[i].w.input_scale = 0.001f;
+        l[i].w.scheme.lora_rank = 3;
+        l[i].w.lora_a = layer_view(layer_floats(&l[i], 3 * COLS, 0.1f), MOQ_F32, 3 * COLS);
+        l[i].w.lora_b = layer_view(layer_floats(&l[i], heights[i] * 3, 0.1f), MOQ_F32, heights[i] * 3);
+        out += heights[i];
+    }
+    float *x = (float *)malloc(sizeof(float) * ROWS * COLS), *y = (float *)malloc(sizeof(float) * (size_t)(ROWS * out)), *z = (float *)malloc(sizeof(float) * (size_t)(ROWS * out));
+    for (int i = 0; i < ROWS * COLS; i++) x[i] = test_normal();
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        const char *name = moqi_get_kernels(k)->name;
+        moq_backend *be = backend_of(name, MOQ_ACT_STORED, 1);
+        run_fused(be, l, ROWS, x, y);
+        at = 0;
+        for (int i = 0; i < 3; i++) { /* fused equals single, and one row at a time equals all rows at once */
+            moq_weight *w = be->prepare_linear(be, &l[i].w, 1, &err);
+            for (int r = 0; r < ROWS; r++) {
+                be->linear(be, w, x + r * COLS, 1, z);
+                CHECK(memcmp(z, y + r * out + at, (size_t)heights[i] * sizeof *z) == 0);
+            }
+            be->release_weight(be, w);
+            at += heights[i];
+        }
+        CHECK(be->reserve(be, 64, &err) == MOQ_OK && be->max_rows == 64);
+        run_fused(be, l, ROWS, x, z);
+        CHECK(memcmp(y, z, sizeof(float) * (size_t)(ROWS * out)) == 0);
+        CHECK(be->reserve(be, 0, &err) == MOQ_E_ARG);
+        moq_backend_destroy(be);
+        for (int threads = 2; threads <= 5; threads += threads == 3 ? 2 : 1) {
+            be = backend_of(name, MOQ_ACT_STORED, threads);
+            memset(z, 0x7f, sizeof(float) * (size_t)(ROWS * out));
+            run_fused(be, l, ROWS, x, z);
+            CHECK(memcmp(y, z, sizeof(float) * (size_t)(ROWS * out)) == 0);
+            moq_backend_destroy(be);
+        }
+        moq_cpu_desc d;
+        memset(&d, 0, sizeof d);
+        d.kernel = name;
+        d.act = MOQ_ACT_STORED;
+        d.parallel.run = backwards;
+        d.parallel.workers = 3;
+        d.parallel.user = &calls;
+        be = moq_cpu_backend(&d, &err);
+        calls = 0;
+        run_fused(be, l, ROWS, x, z);
+        CHECK(calls > 0 && memcmp(y, z, sizeof(float) * (size_t)(ROWS * out)) == 0);
+        moq_backend_destroy(be);
+    }
+    for (int i = 0; i < 3; i++) layer_free(&l[i]);
+    free(x); free(y); free(z);
+}
+
+static void test_backend_refuses(void)
+{
+    moq_error err;
+    moq_cpu_desc d;
+    layer l;
+    memset(&d, 0, sizeof d);
+    d.kernel = "abacus";
+    CHECK(moq_cpu_backend(&d, &err) == NULL && err.code == MOQ_E_ARG && strstr(err.text, "abacus") && strstr(err.text, "reference"));
+    moq_backend *be = backend_of(NULL, MOQ_ACT_STORED, 1);
+    layer_make(&l, &layer_formats[4], 16, 64);
+    moq_linear two[2] = {l.w, l.w}, bad = l.w;
+    two[1].cols = 32;
+    CHECK(be->prepare_linear(be, two, 2, &err) == NULL && err.code == MOQ_E_SHAPE && strstr(err.text, "nvfp4"));
+    CHECK(be->prepare_linear(be, two, 0, &err) == NULL && err.code == MOQ_E_ARG);
+    bad.experts = 4;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_ARG);
+    bad = l.w;
+    bad.scheme.input = input_formats[0].c; /* static, but no scale */
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_MISSING);
+    bad.scheme.input.elem = MOQ_F6_E2M3;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_UNSUPPORTED);
+    bad = l.w;
+    bad.scales.data = NULL;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_MISSING);
+    bad = l.w;
+    bad.scheme.weight.elem = MOQ_I64;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_UNSUPPORTED && strstr(err.text, "I64"));
+    bad = l.w;
+    bad.scheme.input = input_formats[7].c;
+    bad.input_scale = 0.01f;
+    char text[200];
+    size_t n = be->explain(be, &bad, text, sizeof text);
+    CHECK(n == strlen(text) && strstr(text, "nvfp4") && strstr(text, "as stored"));
+    CHECK(be->explain(be, &bad, text, 5) == n && strlen(text) == 4);
+    moq_backend_destroy(be);
+    moq_backend_destroy(NULL);
+    layer_free(&l);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+static void test_backend_embed(void)
+{
+    moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 2);
+    moq_error err;
+    layer l;
+    int32_t ids[5] = {3, 0, 99, 100, -1};
+    float y[5 * 64];
+    layer_make(&l, &layer_formats[4], 100, 64);
+    moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+    be->embed(be, w, ids, 5, 2.5f, y);
+    for (int i = 0; i < 5; i++)
+        for (int c = 0; c < 64; c++) CHECK(y[i * 64 + c] == (ids[i] >= 0 && ids[i] < 100 ? (float)l.exact[ids[i] * 64 + c] * 2.5f : 0));
+    be->release_weight(be, w);
+    moq_backend_destroy(be);
+    layer_free(&l);
+}
+
+/* ---- mixtures of experts ---- */
+
+typedef struct mixture { layer gate[12], up[12], down[12]; moq_linear g[12], u[12], d[12]; moq_moe moe; float bias[12]; } mixture;
+
+static void mixture_make(mixture *m, int experts, int top, moq_activation kind, int extras)
+{
+    memset(m, 0, sizeof *m);
+    for (int e = 0; e < experts; e++) {
+        layer_make(&m->gate[e], &layer_formats[4], 40, 96);
+        layer_make(&m->up[e], &layer_formats[4], 40, 96);
+        layer_make(&m->down[e], &layer_formats[extras ? 11 : 2], 50, 40);
+        layer *all[3] = {&m->gate[e], &m->up[e], &m->down[e]};
+        for (int i = 0; extras && i < 3; i++) {
+            moq_linear *w = &all[i]->w;
+            w->bias = layer_view(layer_floats(all[i], w->rows, 0.3f), MOQ_F32, w->rows);
+            if (extras == 2) { /* gate and up want different inputs, down is rotated */
+                w->pre_quant_scale = layer_view(layer_floats(all[i], w->cols, 1), MOQ_F32, w->cols);
+                w->lora_a = layer_view(layer_floats(all[i], 2 * w->cols, 0.1f), MOQ_F32, 2 * w->cols);
+                w->lora_b = layer_view(layer_floats(all[i], 2 * w->rows, 0.1f), MOQ_F32, 2 * w->rows);
+                w->scheme.lora_rank = 2;
+                w->scheme.pre_quant_scale = 1;
+            }
+        }
+        m->g[e] = m->gate[e].w;
+        m->u[e] = m->up[e].w;
+        m->d[e] = m->down[e].w;
+        m->bias[e] = test_uniform() * 0.2f;
+    }
+    m->moe.name = "moe";
+    m->moe.routing.experts = experts;
+    m->moe.routing.top_k = top;
+    m->moe.routing.renormalize = 1;
+    m->moe.routing.score = extras ? MOQ_SCORE_SIGMOID : MOQ_SCORE_SOFTMAX;
+    if (extras) m->moe.routing.bias = layer_view(m->bias, MOQ_F32, experts);
+    m->moe.activation.kind = kind;
+    m->moe.activation.limit = 7;
+    m->moe.activation.alpha = 1.702f;
+    m->moe.activation.beta = 1;
+    m->moe.gate = kind == MOQ_RELU2 ? NULL : m->g;
+    m->moe.up = m->u;
+    m->moe.down = m->d;
+}
+
+static void mixture_free(mixture *m)
+{
+    for (int e = 0; e < 12; e++) { layer_free(&m->gate[e]); layer_free(&m->up[e]); layer_free(&m->down[e]); }
+}
+
+/* One layer of an expert in double, inputs wide. */
+static void oracle_expert_layer(const layer *l, const float *x, double *y)
+{
+    float t[96];
+    for (int64_t c = 0; c < l->w.cols; c++) t[c] = l->w.pre_quant_scale.data ? x[c] * ((const float *)l->w.pre_quant_scale.data)[c] : x[c];
+    for (int64_t r = 0; r < l->w.rows; r++) {
+        double bound;
+        y[r] = oracle_output(l, r, t, t, &bound);
+    }
+}
+
+static void test_backend_moe(void)
+{
+    enum { ROWS = 19, OUT = 50, COLS = 96 };
+    for (int k = 0; moqi_get_kernels(k); k++)
+        for (int kind = 0; kind <= (int)MOQ_RELU2; kind++)
+            for (int extras = 0; extras < 3; extras++) {
+                mixture m;
+                moq_error err;
+                moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
+                mixture_make(&m, 12, 3, (moq_activation)kind, extras);
+                float x[ROWS * COLS], logits[ROWS * 12], y[ROWS * OUT], z[ROWS * OUT];
+                for (int i = 0; i < ROWS * COLS; i++) x[i] = test_normal();
+                for (int i = 0; i < ROWS * 12; i++) logits[i] = test_normal();
+                moq_experts *p = be->prepare_moe(be, &m.moe, &err);
+                CHECK(p != NULL);
+                if (!p) { fprintf(stderr, "%s\n", err.text); return; }
+                long before = test_state.total_allocs;
+                be->moe(be, p, x, logits, ROWS, y);
+                CHECK_INT(test_state.total_allocs, before);
+                for (int r = 0; r < ROWS; r++) be->moe(be, p, x + r * COLS, logits + r * 12, 1, z + r * OUT);
+                CHECK(memcmp(y, z, sizeof y) == 0); /* a row does not depend on its batch */
+                for (int r = 0; r < ROWS; r++) {
+                    float scratch[60], weight[3], mid[40];
+                    int32_t index[3];
+                    double want[OUT] = {0}, g[40], u[40], d[OUT], size = 0, gap = 0;
+                    moqi_route(&m.moe.routing, extras ? m.bias : NULL, logits + r * 12, scratch, index, weight);
+                    for (int i = 0; i < 3; i++) {
+                        oracle_expert_layer(&m.gate[index[i]], x + r * COLS, g);
+                        oracle_expert_layer(&m.up[index[i]], x + r * COLS, u);
+                        for (int j = 0; j < 40; j++) mid[j] = moqi_activate(&m.moe.activation, (float)(kind == MOQ_RELU2 ? u[j] : g[j]), (float)u[j]);
+                        oracle_expert_layer(&m.down[index[i]], mid, d);
+                        for (int c = 0; c < OUT; c++) want[c] += (double)weight[i] * d[c];
+                    }
+                    for (int c = 0; c < OUT; c++) { size += want[c] * want[c]; gap += (want[c] - (double)y[r * OUT + c]) * (want[c] - (double)y[r * OUT + c]); }
+                    CHECK(gap <= 1e-9 * size && size > 0);
+                }
+                be->release_moe(be, p);
+                moq_backend_destroy(be);
+                mixture_free(&m);
+            }
+}
+
+/* Inputs of experts rounded as stored: the same as their layers one by one. */
+static void test_backend_moe_stored(void)
+{
+    enum { ROWS = 40, OUT = 50, COLS = 96 };
+    mixture m;
+    moq_error err;
+    moq_backend *be = backend_of(NULL, MOQ_ACT_STORED, 3);
+    mixture_make(&m, 8, 2, MOQ_SILU_MUL, 0);
+    for (int e = 0; e < 8; e++) { /* gate and up of odd experts have scales of their own */
+        m.g[e].scheme.input = m.u[e].scheme.input = input_formats[7].c;
+        m.g[e].input_scale = 0.001f;
+        m.u[e].input_scale = e % 2 ? 0.002f : 0.001f;
+        m.d[e].scheme.input = input_formats[2].c;
+    }
+    float x[ROWS * COLS], logits[ROWS * 8], y[ROWS * OUT];
+    for (int i = 0; i < ROWS * COLS; i++) x[i] = test_normal();
+    for (int i = 0; i < ROWS * 8; i++) logits[i] = test_normal();
+    moq_experts *p = be->prepare_moe(be, &m.moe, &err);
+    be->moe(be, p, x, logits, ROWS, y);
+    for (int r = 0; r < ROWS; r++) {
+        float scratch[40], weight[2], both[80], mid[40], out[OUT], want[OUT] = {0};
+        int32_t index[2];
+        moqi_route(&m.moe.routing, NULL, logits + r * 8, scratch, index, weight);
+        for (int i = 0; i < 2; i++) {
+            moq_linear pair[2] = {m.g[index[i]], m.u[index[i]]};
+            moq_weight *gu = be->prepare_linear(be, pair, 2, &err), *d = be->prepare_linear(be, &m.d[index[i]], 1, &err);
+            be->linear(be, gu, x + r * COLS, 1, both);
+            be->activation(be, &m.moe.activation, both, 1, 40, mid);
+            be->linear(be, d, mid, 1, out);
+            for (int c = 0; c < OUT; c++) want[c] += weight[i] * out[c];
+            be->release_weight(be, gu);
+            be->release_weight(be, d);
+        }
+        for (int c = 0; c < OUT; c++) CHECK(fabsf(want[c] - y[r * OUT + c]) <= 1e-5f * (1 + fabsf(want[c])));
+    }
+    be->release_moe(be, p);
+    m.moe.routing.top_k = 9;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_ARG);
+    m.moe.routing.top_k = 2;
+    m.moe.routing.groups = 3;
+    m.moe.routing.top_groups = 1;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_ARG);
+    m.moe.routing.groups = 0;
+    m.moe.gate = NULL;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_ARG);
+    m.moe.gate = m.g;
+    m.d[3].cols = 16;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_SHAPE);
+    moq_backend_destroy(be);
+    CHECK_INT(test_state.live_allocs, 0);
+    mixture_free(&m);
+}
+
+/* ---- attention ---- */
+
+enum { SLOTS = 3, CAPACITY = 90, KV_HEADS = 2, MAX_DIM = 64 };
+
+typedef struct history { float k[SLOTS][CAPACITY][KV_HEADS * MAX_DIM], v[SLOTS][CAPACITY][KV_HEADS * MAX_DIM]; } history; /* as the cache should hold them */
+
+/* Append the rows of a batch and remember what a cache of this format keeps of them. */
+static void append_rows(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const moq_batch *b, history *h)
+{
+    int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim;
+    static float k[64 * 200], v[64 * 200];
+    for (int r = 0; r < b->rows; r++)
+        for (int i = 0; i < 200; i++) { k[r * 200 + i] = test_normal(); v[r * 200 + i] = test_normal(); }
+    for (int r = 0; r < b->rows; r++)
+        for (int n = 0; n < KV_HEADS; n++) {
+            const float *ks = (const float *)d->kv.k_scale.data, *vs = (const float *)d->kv.v_scale.data, *kb = (const float *)d->kv.k_bias.data, *vb = (const float *)d->kv.v_bias.data;
+            float kscale = ks ? ks[d->kv.k_scale.count > 1 ? n : 0] : 1, vscale = vs ? vs[d->kv.v_scale.count > 1 ? n : 0] : 1;
+            moq_kv_format vf = d->kv.format == MOQ_KV_NVFP4_ROTATE ? MOQ_KV_NVFP4 : d->kv.format;
+            moq_round_kv(d->kv.format, kscale, kb ? kb + n * dim : NULL, k + r * 200 + n * dim, dim, h->k[b->slot[r]][b->pos[r]] + n * dim);
+            moq_round_kv(vf, vscale, vb ? vb + n * vdim : NULL, v + r * 200 + n * vdim, vdim, h->v[b->slot[r]][b->pos[r]] + n * vdim);
+        }
+    be->kv_append(be, cache, b, k, 200, v, 200);
+}
+
+static void check_attention(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const moq_batch *b, const history *h, int heads, int window, float cap, const float *sinks)
+{
+    int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim;
+    static float q[64 * 600], y[64 * 600], again[64 * 600];
+    moq_attention_desc a;
+    memset(&a, 0, sizeof a);
+    for (int i = 0; i < b->rows * 600; i++) q[i] = test_normal();
+    a.cache = cache;
+    a.q = q;
+    a.y = y;
+    a.q_stride = 600;
+    a.y_stride = 600;
+    a.heads = heads;
+    a.window = window;
+    a.softcap = cap;
+    a.sinks = sinks;
+    a.scale = cap > 0 ? 0.2f : 0;
+    double scale = cap > 0 ? (double)0.2f : 1 / sqrt((double)dim);
+    long before = test_state.total_allocs, wrong = 0;
+    be->attention(be, b, &a);
+    CHECK_INT(test_state.total_allocs, before);
+    for (int r = 0; r < b->rows; r++)
+        for (int n = 0; n < heads; n++) {
+            int kv = n / (heads / KV_HEADS), s = b->slot[r], from = window > 0 && b->pos[r] - window + 1 > 0 ? b->pos[r] - window + 1 : 0;
+            double p[CAPACITY], max = sinks ? (double)sinks[n] : -1e300, sum = 0;
+            for (int t = from; t <= b->pos[r]; t++) {
+                p[t] = 0;
+                for (int i = 0; i < dim; i++) p[t] += (double)q[r * 600 + n * dim + i] * (double)h->k[s][t][kv * dim + i];
+                p[t] *= scale;
+                if (cap > 0) p[t] = (double)cap * tanh(p[t] / (double)cap);
+                if (p[t] > max) max = p[t];
+            }
+            if (sinks) sum = exp((double)sinks[n] - max);
+            for (int t = from; t <= b->pos[r]; t++) sum += p[t] = exp(p[t] - max);
+            for (int i = 0; i < vdim; i++) {
+                double want = 0, size = 0;
+                for (int t = from; t <= b->pos[r]; t++) { want += p[t] / sum * (double)h->v[s][t][kv * vdim + i]; size += p[t] / sum * fabs((double)h->v[s][t][kv * vdim + i]); }
+                wrong += !(fabs(want - (double)y[r * 600 + n * vdim + i]) <= 4e-5 * size + 1e-6);
+            }
+        }
+    if (wrong) fprintf(stderr, "%s, heads %d, window %d, cap %g: %ld wrong\n", moq_kv_format_name(d->kv.format), heads, window, (double)cap, wrong);
+    CHECK_INT(wrong, 0);
+    moq_batch one = *b;
+    one.rows = 1;
+    for (int r = 0; r < b->rows; r++) { /* row by row: the same bits */
+        one.slot = b->slot + r;
+        one.pos = b->pos + r;
+        a.q = q + r * 600;
+        a.y = again + r * 600;
+        be->attention(be, &one, &a);
+        CHECK(memcmp(again + r * 600, y + r * 600, (size_t)(heads * vdim) * sizeof(float)) == 0);
+    }
+}
+
+static void test_backend_attention(void)
+{
+    static history h;
+    float kscale[2] = {0.02f, 0.05f}, vscale[1] = {0.03f}, bias[KV_HEADS * MAX_DIM], sinks[34];
+    for (int i = 0; i < KV_HEADS * MAX_DIM; i++) bias[i] = test_uniform();
+    for (int i = 0; i < 34; i++) sinks[i] = test_normal();
+    for (int k = 0; moqi_get_kernels(k); k++)
+        for (int f = 0; f < (int)MOQ_KV_FORMAT_COUNT; f++)
+            for (int shape = 0; shape < 3; shape++) {
+                static const int dims[3][3] = {{64, 0, 2}, {32, 48, 6}, {16, 0, 34}}; /* head_dim, value_dim, heads */
+                moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
+                moq_error err;
+                moq_kv_desc d;
+                memset(&d, 0, sizeof d);
+                d.name = "attention";
+                d.slots = SLOTS;
+                d.capacity = CAPACITY;
+                d.kv_heads = KV_HEADS;
+                d.head_dim = dims[shape][0];
+                d.value_dim = dims[shape][1];
+                d.kv.format = (moq_kv_format)f;
+                d.kv.k_scale = layer_view(kscale, MOQ_F32, 2);
+                d.kv.v_scale = layer_view(vscale, MOQ_F32, 1);
+                d.kv.k_bias = layer_view(bias, MOQ_F32, KV_HEADS * dims[shape][0]);
+                d.kv.v_bias = layer_view(bias, MOQ_F32, KV_HEADS * (dims[shape][1] ? dims[shape][1] : dims[shape][0]));
+                long live = test_state.live_allocs;
+                moq_kv_cache *c = be->kv_create(be, &d, &err);
+                CHECK(c != NULL);
+                CHECK(be->kv_bytes(be, &d) > 0);
+                int32_t slot[64], pos[64];
+                moq_batch b = {0, 0, slot, pos};
+                memset(&h, 0, sizeof h);
+                for (b.rows = 0; b.rows < 60; b.rows++) { slot[b.rows] = b.rows < 40 ? 1 : 0; pos[b.rows] = b.rows < 40 ? b.rows : b.rows - 40; }
+                b.max_pos = 39;
+                append_rows(be, c, &d, &b, &h);
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 0, 0, NULL);
+                for (b.rows = 0; b.rows < 45; b.rows++) { slot[b.rows] = 1; pos[b.rows] = 40 + b.rows; }
+                b.max_pos = 84;
+                append_rows(be, c, &d, &b, &h);
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 0, 0, NULL);
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 7, 0, sinks);
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 40, 3, sinks);
+                b.rows = 3; /* mixed slots in one batch */
+                slot[0] = 0; pos[0] = 20; slot[1] = 1; pos[1] = 85; slot[2] = 2; pos[2] = 0;
+                b.max_pos = 85;
+                append_rows(be, c, &d, &b, &h);
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 0, 5, NULL);
+                be->kv_copy(be, c, 2, 10, 1, 30, 40); /* fork */
+                memcpy(h.k[2][10], h.k[1][30], sizeof h.k[0][0] * 40);
+                memcpy(h.v[2][10], h.v[1][30], sizeof h.v[0][0] * 40);
+                be->kv_copy(be, c, 1, 0, 1, 5, 80); /* shift down over itself */
+                memmove(h.k[1][0], h.k[1][5], sizeof h.k[0][0] * 80);
+                memmove(h.v[1][0], h.v[1][5], sizeof h.v[0][0] * 80);
+                be->kv_copy(be, c, 0, 9, 0, 2, 18); /* and up */
+                memmove(h.k[0][9], h.k[0][2], sizeof h.k[0][0] * 18);
+                memmove(h.v[0][9], h.v[0][2], sizeof h.v[0][0] * 18);
+                slot[0] = 2; pos[0] = 49; slot[1] = 1; pos[1] = 79; slot[2] = 0; pos[2] = 26;
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 25, 0, NULL);
+                float junk[600] = {0}; /* rows outside of the cache change nothing and get zeros */
+                slot[0] = 7; pos[1] = CAPACITY; pos[2] = -1;
+                be->kv_append(be, c, &b, junk, 0, junk, 0);
+                be->kv_release(be, c);
+                (void)live;
+                moq_backend_destroy(be);
+                CHECK_INT(test_state.live_allocs, 0);
+            }
+}
+
+static void test_backend_kv_refuses(void)
+{
+    moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 1);
+    moq_error err;
+    moq_kv_desc d, bad;
+    float zero = 0;
+    memset(&d, 0, sizeof d);
+    d.name = "attn";
+    d.slots = 1; d.capacity = 16; d.kv_heads = 3; d.head_dim = 48;
+    bad = d; bad.capacity = 0;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_ARG && be->kv_bytes(be, &bad) == 0);
+    bad = d; bad.kv.format = MOQ_KV_NVFP4_ROTATE;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_UNSUPPORTED);
+    bad = d; bad.kv.k_scale = layer_view(&zero, MOQ_F32, 1);
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_SCALE);
+    bad.kv.k_scale.count = 2;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_SHAPE);
+    bad = d; bad.slots = bad.capacity = bad.kv_heads = bad.head_dim = 0x7fffffff;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_OVERFLOW);
+    be->kv_release(be, NULL);
+    be->release_weight(be, NULL);
+    be->release_moe(be, NULL);
+    moq_backend_destroy(be);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+/* ---- small operations ---- */
+
+static void test_backend_norm(void)
+{
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
+        enum { ROWS = 300, GROUPS = 3, COLS = 37, STRIDE = 130 };
+        static float x[ROWS * STRIDE], was[ROWS * STRIDE], add[ROWS * GROUPS * COLS], y[ROWS * 150], w[COLS];
+        for (int use = 0; use < 4; use++) {
+            moq_norm_desc d;
+            memset(&d, 0, sizeof d);
+            for (int i = 0; i < ROWS * STRIDE; i++) was[i] = x[i] = test_normal();
+            for (int i = 0; i < ROWS * GROUPS * COLS; i++) add[i] = test_normal();
+            for (int i = 0; i < COLS; i++) w[i] = test_normal();
+            d.x = x; d.y = y; d.weight = use & 1 ? w : NULL; d.add = use & 2 ? add : NULL;
+            d.x_stride = STRIDE; d.y_stride = 150; d.rows = ROWS; d.cols = COLS; d.groups = GROUPS; d.eps = 0.01f;
+            be->norm(be, &d);
+            for (int r = 0; r < ROWS; r++)
+                for (int g = 0; g < GROUPS; g++) {
+                    double v[COLS], sum = 0;
+                    for (int c = 0; c < COLS; c++) {
+                        v[c] = (double)was[r * STRIDE + g * COLS + c] + (use & 2 ? (double)add[(r * GROUPS + g) * COLS + c] : 0);
+                        CHECK(fabs(v[c] - (double)x[r * STRIDE + g * COLS + c]) <= 1e-6 * (1 + fabs(v[c])));
+                        sum += v[c] * v[c];
+                    }
+                    for (int c = 0; c < COLS; c++) {
+                        double want = v[c] / sqrt(sum / COLS + (double)0.01f) * (use & 1 ? (double)w[c] : 1);
+                        CHECK(fabs(want - (double)y[r * 150 + g * COLS + c]) <= 2e-6 * (1 + fabs(want)));
+                    }
+                }
+        }
+        moq_backend_destroy(be);
+    }
+}
+
+static void test_backend_rope(void)
+{
+    enum { ROWS = 5, HEADS = 3, DIM = 24, STRIDE = 100 };
+    moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 2);
+    int32_t pos[ROWS] = {0, 1, 77, 4000, 131071};
+    float inv[8], table[ROWS * 16], x[ROWS * STRIDE], was[ROWS * STRIDE];
+    for (int dims = 16; dims >= 8; dims -= 8)
+        for (int inter = 0; inter < 2; inter++) {
+            moq_rope_desc d;
+            for (int i = 0; i < dims / 2; i++) inv[i] = powf(10000, -2.0f * (float)i / (float)dims);
+            be->rope_table(be, pos, ROWS, inv, dims / 2, 1.25f, table);
+            for (int i = 0; i < ROWS * STRIDE; i++) was[i] = x[i] = test_normal();
+            memset(&d, 0, sizeof d);
+            d.x = x; d.stride = STRIDE; d.rows = ROWS; d.heads = HEADS; d.head_dim = DIM; d.first = dims == 8 ? 4 : 0; d.dims = dims; d.interleaved = inter; d.table = table;
+            be->rope(be, &d);
+            for (int r = 0; r < ROWS; r++)
+                for (int j = 0; j < STRIDE; j++) {
+                    double want = (double)was[r * STRIDE + j];
+                    int c = j % DIM - d.first;
+                    if (j < HEADS * DIM && c >= 0 && c < dims) {
+                        int pair = inter ? c / 2 : c % (dims / 2), second = inter ? c % 2 : c >= dims / 2, mate = inter ? (second ? -1 : 1) : (second ? -dims / 2 : dims / 2);
+                        double angle = (double)pos[r] * (double)inv[pair], other = (double)was[r * STRIDE + j + mate];
+                        want = 1.25 * (second ? want * cos(angle) + other * sin(angle) : want * cos(angle) - other * sin(angle));
+                    }
+                    CHECK(fabs(want - (double)x[r * STRIDE + j]) <= 1e-6 * (1 + fabs(want)) * 20);
+                }
+        }
+    moq_backend_destroy(be);
+}
+
+static void test_backend_small(void)
+{
+    moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 2);
+    moq_error err;
+    float *x = (float *)be->alloc(be, 1000 * sizeof *x, &err), y[1000], z[1000];
+    int32_t best[4];
+    CHECK(x != NULL && ((uintptr_t)x & 63) == 0 && x[999] == 0);
+    for (int i = 0; i < 1000; i++) y[i] = test_normal();
+    be->upload_act(be, x, y, 1000);
+    be->add(be, x, y, 1000);
+    be->download_act(be, z, x, 1000);
+    for (int i = 0; i < 1000; i++) CHECK(z[i] == y[i] + y[i]);
+    be->copy(be, x, x + 10, 100 * sizeof *x);
+    for (int i = 0; i < 100; i++) CHECK(x[i] == z[i + 10]);
+    float rows[4][5] = {{1, 3, 3, 2, 0}, {-5, -4, -4, -9, -4}, {0, 0, 0, 0, 1}, {0, 2, 1, 0, 2}};
+    rows[3][0] = moqi_bits_f32(0x7fc00000u);
+    be->argmax(be, rows, 4, 5, best);
+    CHECK(best[0] == 1 && best[1] == 1 && best[2] == 4 && best[3] == 1);
+    CHECK(be->sync(be, &err) == MOQ_OK && strcmp(be->name, "cpu") == 0 && be->act == MOQ_F32);
+    be->release(be, x);
+    be->release(be, NULL);
+    CHECK(be->alloc(be, SIZE_MAX - 8, &err) == NULL && err.code == MOQ_E_NOMEM);
+    moq_backend_destroy(be);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+/* ---- every allocation may fail ---- */
+
+static void test_backend_failing_allocations(void)
+{
+    mixture m;
+    layer l[3];
+    moq_error err;
+    moq_cpu_desc d;
+    moq_kv_desc kv;
+    long k;
+    memset(&d, 0, sizeof d);
+    d.threads = 3;
+    d.allocator = test_allocator();
+    for (k = 1;; k++) {
+        test_state.fail_at = k;
+        moq_backend *be = moq_cpu_backend(&d, &err);
+        test_state.fail_at = 0;
+        if (be) { moq_backend_destroy(be); break; }
+        CHECK(err.code == MOQ_E_NOMEM && test_state.live_allocs == 0);
+    }
+    CHECK(k > 2);
+    mixture_make(&m, 6, 2, MOQ_SILU_MUL, 2);
+    layer_make(&l[0], &layer_formats[32], 40, 2048); /* sorted columns, repacked */
+    layer_make(&l[1], &layer_formats[19], 40, 2048);
+    layer_make(&l[2], &layer_formats[4], 40, 2048);
+    l[2].w.lora_a = layer_view(layer_floats(&l[2], 3 * 2048, 1), MOQ_F32, 3 * 2048);
+    l[2].w.lora_b = layer_view(layer_floats(&l[2], 3 * 40, 1), MOQ_F32, 3 * 40);
+    l[2].w.scheme.lora_rank = 3;
+    l[2].w.pre_quant_scale = layer_view(layer_floats(&l[2], 2048, 1), MOQ_F32, 2048);
+    l[2].w.bias = layer_view(layer_floats(&l[2], 40, 1), MOQ_F32, 40);
+    memset(&kv, 0, sizeof kv);
+    kv.slots = 2; kv.capacity = 64; kv.kv_heads = 2; kv.head_dim = 128; kv.kv.format = MOQ_KV_FP8;
+    for (int what = 0; what < 4; what++) {
+        int refused = 0;
+        for (k = 1;; k++) {
+            moq_backend *be = moq_cpu_backend(&d, &err);
+            long base = test_state.live_allocs;
+            void *made = NULL;
+            moq_linear parts[3] = {l[0].w, l[1].w, l[2].w};
+            test_state.fail_at = k;
+            if (what == 0) made = be->prepare_linear(be, parts, 3, &err);
+            if (what == 1) made = be->prepare_moe(be, &m.moe, &err);
+            if (what == 2) made = be->kv_create(be, &kv, &err);
+            if (what == 3) {
+                moq_weight *w;
+                test_state.fail_at = 0;
+                w = be->prepare_linear(be, parts, 3, &err);
+                base = test_state.live_allocs - 1; /* the scratch block is replaced */
+                test_state.fail_at = k;
+                made = be->reserve(be, 500, &err) == MOQ_OK ? be : NULL;
+                float *x = (float *)calloc(40 * 2048, 4), *y = (float *)calloc(40 * 120, 4);
+                test_state.fail_at = 0;
+                CHECK(be->max_rows == (made ? 500 : 16));
+                be->linear(be, w, x, 40, y); /* still works after a refusal */
+                free(x);
+                free(y);
+                be->release_weight(be, w);
+                moq_backend_destroy(be);
+                CHECK_INT(test_state.live_allocs, 0);
+                refused += made == NULL;
+                if (made) break;
+                CHECK(err.code == MOQ_E_NOMEM);
+                continue;
+            }
+            test_state.fail_at = 0;
+            if (!made) {
+                refused++;
+                CHECK(err.code == MOQ_E_NOMEM);
+                CHECK(test_state.live_allocs <= base + 1); /* at most the scratch block, which the backend owns */
+            }
+            if (what == 0) be->release_weight(be, (moq_weight *)made);
+            if (what == 1) be->release_moe(be, (moq_experts *)made);
+            if (what == 2) be->kv_release(be, (moq_kv_cache *)made);
+            moq_backend_destroy(be);
+            CHECK_INT(test_state.live_allocs, 0);
+            if (made) break;
+        }
+        CHECK(refused >= (what == 3 ? 1 : 2));
+    }
+    for (int i = 0; i < 3; i++) layer_free(&l[i]);
+    mixture_free(&m);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(test_backend_formats);
+    RUN(test_backend_forms);
+    RUN(test_backend_inputs);
+    RUN(test_backend_rotation);
+    RUN(test_backend_slices);
+    RUN(test_backend_fused_and_threads);
+    RUN(test_backend_refuses);
+    RUN(test_backend_embed);
+    RUN(test_backend_moe);
+    RUN(test_backend_moe_stored);
+    RUN(test_backend_attention);
+    RUN(test_backend_kv_refuses);
+    RUN(test_backend_norm);
+    RUN(test_backend_rope);
+    RUN(test_backend_small);
+    RUN(test_backend_failing_allocations);
+    return test_end();
+}

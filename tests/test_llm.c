@@ -1,0 +1,971 @@
+/* test_llm.c - the engine of examples/llm.h: config.json, families against golden logits, sampling, conversations. */
+#include "test.h"
+
+#include <pthread.h>
+
+#define LLM_IMPLEMENTATION
+#include "../examples/llm.h"
+
+#ifndef GOLDEN_DIR
+#define GOLDEN_DIR TEST_DIR "/data/golden"
+#endif
+#define DEMO_DIR TEST_DIR "/../examples/demo-model"
+
+/* ---- small helpers ---- */
+
+static const char *golden(const char *tail)
+{
+    static char text[4][1024];
+    static int turn;
+    turn = (turn + 1) & 3;
+    snprintf(text[turn], sizeof text[turn], "%s/%s", GOLDEN_DIR, tail);
+    return text[turn];
+}
+
+static llm_desc plain_desc(void)
+{
+    llm_desc d;
+    memset(&d, 0, sizeof d);
+    d.no_tokenizer = 1;
+    d.threads = 1;
+    return d;
+}
+
+static char found_text[2048]; /* every finding of the last open */
+
+static void keep_finding(void *user, moq_log_level level, moq_result code, const char *text)
+{
+    size_t n = strlen(found_text);
+    (void)user;
+    (void)level;
+    (void)code;
+    snprintf(found_text + n, sizeof found_text - n, "%s\n", text);
+}
+
+/* Relative rms of a - b against b. */
+static double relative_rms(const float *a, const float *b, size_t n)
+{
+    double d = 0, s = 0;
+    for (size_t i = 0; i < n; i++) {
+        double e = (double)a[i] - (double)b[i];
+        d += e * e;
+        s += (double)b[i] * (double)b[i];
+    }
+    return s > 0 && d == d ? sqrt(d / s) : d == 0 ? 0 : 1e30;
+}
+
+static int compare_double(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* ---- golden logits ---- */
+
+enum { TOKENS = 24, VOCAB = 256 };
+
+static int read_eval(const char *source, int32_t ids[2][TOKENS])
+{
+    char path[256];
+    size_t bytes;
+    moq_error e;
+    moq_json_doc *doc;
+    snprintf(path, sizeof path, "sources/%s/inputs.json", source);
+    char *text = moq_read_file(golden(path), 1 << 20, NULL, &bytes, &e);
+    if (!text) return 0;
+    doc = moq_json_parse(text, bytes, MOQ_JSON_STRICT, 0, "inputs.json", NULL, &e);
+    const moq_json *rows = moq_json_find(moq_json_root(doc), "eval");
+    for (size_t r = 0; r < 2; r++)
+        for (size_t i = 0; i < TOKENS; i++) {
+            int64_t v = -1;
+            moq_json_int(moq_json_at(moq_json_at(rows, r), i), &v);
+            ids[r][i] = (int32_t)v;
+        }
+    moq_json_destroy(doc);
+    moq_release(NULL, text, bytes + 1);
+    return 1;
+}
+
+/* One key of logits.safetensors: wide is continuous, the stored ones compare by the median over tokens. */
+static void check_logits(const char *dir, const moq_tensor *want, moq_act act, const char *kv, int32_t ids[2][TOKENS])
+{
+    llm_desc d = plain_desc();
+    moq_error e;
+    double error[2 * TOKENS], total;
+    size_t rows = want->rank == 3 ? (size_t)want->shape[0] : 0, row = (size_t)TOKENS * VOCAB;
+    float *got = (float *)malloc(2 * row * sizeof *got), *expected = (float *)malloc(2 * row * sizeof *expected);
+    d.path = dir;
+    d.act = act;
+    d.kv = kv;
+    d.slots = 2;
+    llm *m = llm_open(&d, &e);
+    if (!m) fprintf(stderr, "%s: %s\n", dir, e.text);
+    CHECK(m && rows >= 1 && rows <= 2 && want->shape[1] == TOKENS && want->shape[2] == VOCAB && got && expected);
+    if (m && got && expected && rows >= 1 && rows <= 2) {
+        CHECK(moq_to_f32(want->dtype, want->data, rows * row, expected));
+        for (size_t r = 0; r < rows; r++) CHECK_INT(llm_forward(m, (int32_t)r, ids[r], TOKENS, 0, got + r * row, NULL, &e), MOQ_OK);
+        for (size_t t = 0; t < rows * TOKENS; t++) error[t] = relative_rms(got + t * VOCAB, expected + t * VOCAB, VOCAB);
+        qsort(error, rows * TOKENS, sizeof *error, compare_double);
+        total = relative_rms(got, expected, rows * row);
+        int good = act == MOQ_ACT_WIDE ? total <= 1e-5 : error[rows * TOKENS / 2] <= 1e-4 && total <= 0.05;
+        if (!good) fprintf(stderr, "%s %s: total %.3g, median token %.3g\n", dir, want->name, total, error[rows * TOKENS / 2]);
+        CHECK(good);
+    }
+    llm_close(m);
+    free(got);
+    free(expected);
+}
+
+static int golden_cases;
+
+static void check_case(const char *group, const char *name)
+{
+    char dir[512], file[600], source[64];
+    int32_t ids[2][TOKENS];
+    moq_error e;
+    size_t n = strcspn(name, "-");
+    int known = 0;
+    snprintf(source, sizeof source, "%.*s", (int)n, name);
+    for (size_t i = 0; i < LLMI_COUNT(llmi_families); i++) known |= strcmp(source, llmi_families[i].model_type) == 0;
+    snprintf(dir, sizeof dir, "%s/%s/%s", GOLDEN_DIR, group, name);
+    snprintf(file, sizeof file, "%s/logits.safetensors", dir);
+    if (!known || (strcmp(group, "sources") == 0 && !moqi_file_exists(file))) return; /* the subset has only the inputs of some sources */
+    moq_st *st = moq_st_open(file, NULL, &e);
+    CHECK(st != NULL && read_eval(source, ids));
+    if (st) {
+        const moq_tensor *wide = moq_st_find(st, "wide"), *stored = moq_st_find(st, "as_stored"), *kv = moq_st_find(st, "as_stored_kv");
+        int kv_in_stored = strcmp(name, "llama-fp8-kv") == 0; /* golden README: this case rounds K and V in as_stored */
+        CHECK(wide != NULL);
+        if (wide) check_logits(dir, wide, MOQ_ACT_WIDE, "wide", ids);
+        if (stored) check_logits(dir, stored, MOQ_ACT_STORED, kv_in_stored ? NULL : "wide", ids);
+        if (kv) check_logits(dir, kv, MOQ_ACT_STORED, "auto", ids);
+        golden_cases++;
+    }
+    moq_st_close(st);
+}
+
+static void check_group(const char *group)
+{
+    moqi_arena r = moqi_arena_make(NULL);
+    const char **names = NULL;
+    size_t count = 0;
+    moq_error e;
+    CHECK_INT(moqi_list_dir(golden(group), &r, &names, &count, &e), MOQ_OK);
+    for (size_t i = 0; i < count; i++) check_case(group, names[i]);
+    moqi_arena_drop(&r);
+}
+
+static void test_llm_golden_sources(void)
+{
+    golden_cases = 0;
+    check_group("sources");
+    CHECK(golden_cases >= 2);
+}
+
+static void test_llm_golden_modelopt(void)
+{
+    golden_cases = 0;
+    check_group("modelopt");
+    CHECK(golden_cases >= 14);
+}
+
+static void test_llm_golden_compressed_tensors(void)
+{
+    golden_cases = 0;
+    check_group("compressed-tensors");
+    CHECK(golden_cases >= 10);
+}
+
+static void test_llm_golden_foreign(void)
+{
+    golden_cases = 0;
+    check_group("foreign");
+    CHECK(golden_cases >= 3);
+}
+
+/* ---- config.json ---- */
+
+static const char llama_config[] = /* of sources/llama, in the older spelling of rope */
+    "{\"model_type\": \"llama\", \"hidden_size\": 128, \"intermediate_size\": 256, \"num_hidden_layers\": 2, \"num_attention_heads\": 4,"
+    " \"num_key_value_heads\": 2, \"head_dim\": 32, \"vocab_size\": 256, \"max_position_embeddings\": 256, \"rms_norm_eps\": 1e-05,"
+    " \"hidden_act\": \"silu\", \"rope_theta\": 10000.0, \"rope_scaling\": null, \"tie_word_embeddings\": false, \"bos_token_id\": 1, \"eos_token_id\": 2}";
+
+/* A config with the first `from` replaced. */
+static void edit(const char *text, const char *from, const char *to, char *out, size_t capacity)
+{
+    const char *at = strstr(text, from);
+    CHECK(at != NULL);
+    if (at) snprintf(out, capacity, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
+}
+
+static void *limited_alloc(void *user, size_t bytes, size_t align)
+{
+    return bytes > (size_t)1 << 28 ? NULL : test_alloc(user, bytes, align);
+}
+
+/* Opens the weights of a golden folder under another config.json. */
+static moq_result open_with(const char *folder, const char *config, int32_t context, llm_info *info, moq_error *e)
+{
+    char path[256];
+    size_t bytes = 0;
+    moq_file files[2];
+    moq_open_desc open;
+    moq_allocator a = test_allocator();
+    llm_desc d = plain_desc();
+    moq_result code = MOQ_OK;
+    a.alloc = limited_alloc;
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    char *weights = moq_read_file(golden(path), 1 << 28, NULL, &bytes, e);
+    if (!weights) return e->code;
+    files[0].name = "config.json";
+    files[0].data = config;
+    files[0].bytes = strlen(config);
+    files[1].name = "model.safetensors";
+    files[1].data = weights;
+    files[1].bytes = bytes;
+    memset(&open, 0, sizeof open);
+    moq_checkpoint *ck = moq_open_memory(files, 2, &open, e);
+    found_text[0] = 0;
+    if (ck) {
+        d.checkpoint = ck;
+        d.allocator = a;
+        d.context = context;
+        d.log = keep_finding;
+        llm *m = llm_open(&d, e);
+        code = m ? MOQ_OK : e->code;
+        CHECK((m == NULL) == (e->code != MOQ_OK));
+        if (m && info) *info = *llm_get_info(m);
+        llm_close(m);
+    } else {
+        code = e->code;
+    }
+    moq_close(ck);
+    moq_release(NULL, weights, bytes + 1);
+    CHECK_INT(test_state.live_allocs, 0);
+    return code;
+}
+
+typedef struct config_case {
+    const char *id, *folder, *from, *to;
+    moq_result code;
+    const char *says, *says_too; /* in the error, or in the findings of a success */
+} config_case;
+
+#define LLAMA "sources/llama"
+#define MIXTRAL "modelopt/mixtral-nvfp4"
+
+static const config_case config_cases[] = {
+    {"C4", LLAMA, "\"model_type\": \"llama\",", "", MOQ_E_CONFIG, "model_type", ""},
+    {"C4", LLAMA, "\"llama\"", "7", MOQ_E_CONFIG, "model_type", "7"},
+    {"C5", LLAMA, "\"llama\"", "\"foo9\"", MOQ_E_UNSUPPORTED, "foo9", "qwen3_moe"},
+    {"C6", LLAMA, "\"hidden_size\": 128", "\"hidden_size\": 0", MOQ_E_CONFIG, "hidden_size", "0"},
+    {"C6", LLAMA, "\"hidden_size\": 128", "\"hidden_size\": -1", MOQ_E_CONFIG, "hidden_size", "-1"},
+    {"C6", LLAMA, "\"hidden_size\": 128", "\"hidden_size\": 4096.5", MOQ_E_CONFIG, "hidden_size", "4096.5"},
+    {"C6", LLAMA, "\"hidden_size\": 128", "\"hidden_size\": \"4096\"", MOQ_E_CONFIG, "hidden_size", "string 4096"},
+    {"C6", LLAMA, "\"hidden_size\": 128", "\"hidden_size\": 1099511627776", MOQ_E_CONFIG, "hidden_size", "1099511627776"},
+    {"C6", LLAMA, "\"hidden_size\": 128,", "", MOQ_E_CONFIG, "hidden_size", "absent"},
+    {"C7", LLAMA, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1000000000", MOQ_E_LIMIT, "num_hidden_layers", "LLM_MAX_LAYERS"},
+    {"C8", LLAMA, "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", MOQ_E_CONFIG, "num_attention_heads", "num_key_value_heads"},
+    {"C8", LLAMA, "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 0", MOQ_E_CONFIG, "num_key_value_heads", "0"},
+    {"C8", LLAMA, "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 8", MOQ_E_CONFIG, "num_attention_heads", "num_key_value_heads"},
+    {"C9", LLAMA, "\"head_dim\": 32", "\"head_dim\": 16", MOQ_E_MISMATCH, "model.layers.0.self_attn.q_proj", "head_dim"},
+    {"C10", LLAMA, "\"vocab_size\": 256", "\"vocab_size\": 512", MOQ_E_MISMATCH, "embed_tokens", "vocab_size"},
+    {"C10", LLAMA, "\"vocab_size\": 256", "\"vocab_size\": 200", MOQ_OK, "embed_tokens", "vocab_size"},
+    {"C11", LLAMA, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", MOQ_E_MISSING, "model.layers.2.input_layernorm.weight", ""},
+    {"C12", LLAMA, "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", MOQ_OK, "model.layers.1.", "not used"},
+    {"C13", LLAMA, "\"rope_theta\": 10000.0", "\"rope_theta\": NaN", MOQ_E_CONFIG, "rope_theta", "NaN"},
+    {"C13", LLAMA, "\"rope_theta\": 10000.0", "\"rope_theta\": 0", MOQ_E_CONFIG, "rope_theta", ""},
+    {"C13", LLAMA, "\"rope_theta\": 10000.0", "\"rope_theta\": -1.5", MOQ_E_CONFIG, "rope_theta", "-1.5"},
+    {"C13", LLAMA, "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 0}", MOQ_E_CONFIG, "factor", "0"},
+    {"C13", LLAMA, "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\"}", MOQ_E_CONFIG, "factor", "absent"},
+    {"C13", LLAMA, "\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"longrope\", \"short_factor\": [1]}", MOQ_E_CONFIG, "short_factor", ""},
+    {"C14", LLAMA, "\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"spiral\"}", MOQ_E_UNSUPPORTED, "spiral", "yarn"},
+    {"C15", LLAMA, "\"rms_norm_eps\": 1e-05,", "", MOQ_OK, "", ""},
+    {"C15", LLAMA, "\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": -1e-05", MOQ_E_CONFIG, "rms_norm_eps", "-1e-05"},
+    {"C16", LLAMA, "\"eos_token_id\": 2", "\"eos_token_id\": [2, 3]", MOQ_OK, "", ""},
+    {"C16", LLAMA, "\"eos_token_id\": 2", "\"eos_token_id\": null", MOQ_OK, "", ""},
+    {"C16", LLAMA, "\"eos_token_id\": 2", "\"eos_token_id\": 256", MOQ_E_CONFIG, "eos_token_id", "256"},
+    {"C16", LLAMA, "\"bos_token_id\": 1", "\"bos_token_id\": -1", MOQ_E_CONFIG, "bos_token_id", "-1"},
+    {"C17", LLAMA, "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true", MOQ_OK, "lm_head.weight", "other values"},
+    {"C18", MIXTRAL, "\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 5", MOQ_E_CONFIG, "num_experts_per_tok", "num_local_experts"},
+    {"C18", MIXTRAL, "\"num_local_experts\": 4", "\"num_local_experts\": 0", MOQ_E_CONFIG, "num_local_experts", "block_sparse_moe.gate"},
+    {"C18", MIXTRAL, "\"num_local_experts\": 4,", "", MOQ_E_CONFIG, "num_local_experts", "absent"},
+    {"C18", MIXTRAL, "\"num_local_experts\": 4", "\"num_local_experts\": 5", MOQ_E_MISMATCH, "block_sparse_moe.gate", "num_local_experts"},
+    {"C19", LLAMA, "\"max_position_embeddings\": 256", "\"max_position_embeddings\": 1099511627776", MOQ_OK, "", ""},
+    {"act", LLAMA, "\"silu\"", "\"snake\"", MOQ_E_UNSUPPORTED, "hidden_act", "snake"},
+    {"ok", MIXTRAL, "\"sliding_window\": null", "\"sliding_window\": 16", MOQ_OK, "", ""}};
+
+static void test_llm_config_rows(void)
+{
+    for (size_t i = 0; i < LLMI_COUNT(config_cases); i++) {
+        const config_case *c = &config_cases[i];
+        char text[4096];
+        moq_error e;
+        size_t bytes = 0;
+        int broken = test_state.broken;
+        char *own = moq_read_file(golden(MIXTRAL "/config.json"), 1 << 20, NULL, &bytes, &e);
+        CHECK(own != NULL);
+        if (!own) return;
+        edit(strcmp(c->folder, LLAMA) == 0 ? llama_config : own, c->from, c->to, text, sizeof text);
+        moq_release(NULL, own, bytes + 1);
+        moq_result code = open_with(c->folder, text, 0, NULL, &e);
+        const char *said = code == MOQ_OK ? found_text : e.text;
+        CHECK_INT(code, c->code);
+        CHECK(strstr(said, c->says) && strstr(said, c->says_too));
+        CHECK(code == MOQ_OK || e.text[0] != 0);
+        for (const char *p = e.text; *p; p++) CHECK(*p >= 0x20 && *p < 0x7f);
+        if (code == MOQ_E_CONFIG) CHECK_STR(e.file, "config.json");
+        if (test_state.broken != broken) fprintf(stderr, "row %s (%s): %s\n", c->id, c->to, said);
+    }
+}
+
+static void test_llm_config_absent_and_huge(void)
+{
+    llm_info info;
+    moq_error e;
+    char text[2048], nested[2300];
+    CHECK_INT(open_with(LLAMA, "{}", 0, NULL, &e), MOQ_E_NOTFOUND);              /* C1 */
+    CHECK_INT(open_with(LLAMA, llama_config, 1 << 24, NULL, &e), MOQ_E_NOMEM);  /* C19: a cache that nobody has */
+    edit(llama_config, "\"max_position_embeddings\": 256", "\"max_position_embeddings\": 1099511627776", text, sizeof text);
+    CHECK_INT(open_with(LLAMA, text, 0, &info, &e), MOQ_OK);
+    CHECK_INT(info.context, 4096);
+    snprintf(nested, sizeof nested, "{\"model_type\": \"big_picture\", \"text_config\": %s}", llama_config); /* C20 */
+    CHECK_INT(open_with(LLAMA, nested, 0, &info, &e), MOQ_OK);
+    CHECK_STR(info.model_type, "llama");
+    CHECK_INT(info.context, 256);
+    CHECK_INT(info.layers, 2);
+    CHECK_INT(info.vocab, 256);
+    CHECK(info.memory_bytes > 2 * 2 * 64 * 4 * 256); /* more than the KV cache alone */
+}
+
+/* Reading without weights: windows and layers of experts by family. */
+static moq_result read_config(const char *text, int32_t context, llmi_config *c, moq_checkpoint **ck, moq_error *e)
+{
+    static const char weights[] = "\x40\0\0\0\0\0\0\0{\"x\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}          \0\0\0\0";
+    moq_file files[2];
+    files[0].name = "config.json";
+    files[0].data = text;
+    files[0].bytes = strlen(text);
+    files[1].name = "model.safetensors";
+    files[1].data = weights;
+    files[1].bytes = sizeof weights - 1;
+    memset(c, 0, sizeof *c);
+    *ck = moq_open_memory(files, 2, NULL, e);
+    return *ck ? llmi_config_read(*ck, context, c, e) : e->code;
+}
+
+static const char sizes[] = "\"hidden_size\": 128, \"intermediate_size\": 256, \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"vocab_size\": 256";
+
+typedef struct window_case { const char *type, *keys; int32_t windows[4]; } window_case;
+
+static void test_llm_windows(void)
+{
+    static const window_case cases[] = {
+        {"llama", "\"sliding_window\": 8", {0, 0, 0, 0}},
+        {"mistral", "\"sliding_window\": 8", {8, 8, 8, 8}},
+        {"mistral", "\"sliding_window\": null", {0, 0, 0, 0}},
+        {"phi3", "\"sliding_window\": 8", {8, 8, 8, 8}},
+        {"qwen2", "\"sliding_window\": 8, \"use_sliding_window\": false, \"max_window_layers\": 0", {0, 0, 0, 0}},
+        {"qwen2", "\"sliding_window\": 8, \"use_sliding_window\": true, \"max_window_layers\": 3", {0, 0, 0, 8}},
+        {"qwen3", "\"sliding_window\": 8, \"use_sliding_window\": true, \"layer_types\": [\"full_attention\", \"sliding_attention\", \"full_attention\","
+                  " \"sliding_attention\"]", {0, 8, 0, 8}},
+        {"qwen3_moe", "\"sliding_window\": 8, \"use_sliding_window\": true, \"num_experts\": 0", {8, 8, 8, 8}}};
+    for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
+        char text[1024];
+        llmi_config c;
+        moq_checkpoint *ck;
+        moq_error e;
+        snprintf(text, sizeof text, "{\"model_type\": \"%s\", %s, %s}", cases[i].type, sizes, cases[i].keys);
+        CHECK_INT(read_config(text, 0, &c, &ck, &e), MOQ_OK);
+        for (int32_t l = 0; l < 4 && c.family; l++) CHECK_INT(llmi_layer_window(&c, l), cases[i].windows[l]);
+        moq_close(ck);
+    }
+}
+
+static void test_llm_moe_layers(void)
+{
+    char text[1024];
+    llmi_config c;
+    moq_checkpoint *ck;
+    moq_error e;
+    static const int moe[] = {0, 1, 0, 0};
+    snprintf(text, sizeof text, "{\"model_type\": \"qwen3_moe\", %s, \"num_experts\": 8, \"num_experts_per_tok\": 2, \"decoder_sparse_step\": 2,"
+                                " \"mlp_only_layers\": [3], \"moe_intermediate_size\": 64, \"norm_topk_prob\": true}", sizes);
+    CHECK_INT(read_config(text, 0, &c, &ck, &e), MOQ_OK);
+    for (int32_t l = 0; l < 4; l++) CHECK_INT(llmi_layer_is_moe(&c, l), moe[l]);
+    CHECK_INT(c.moe_inter, 64);
+    CHECK_INT(c.renormalize, 1);
+    moq_close(ck);
+}
+
+/* ---- rope: numbers computed by hand from the published formulas, in double ---- */
+
+typedef struct rope_case { const char *keys; int32_t context; int count; double scale, first[8]; } rope_case;
+
+static const rope_case rope_cases[] = {
+    {"\"rope_theta\": 10000.0, \"rope_scaling\": {\"type\": \"linear\", \"factor\": 4.0}", 0, 16, 1,
+     {0.25, 0.140585331, 0.0790569415, 0.0444569853, 0.025, 0.0140585331, 0.00790569415, 0.00444569853}},
+    {"\"head_dim\": 64, \"rope_parameters\": {\"rope_theta\": 500000.0, \"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0,"
+     " \"high_freq_factor\": 4.0, \"original_max_position_embeddings\": 8192}", 0, 32, 1,
+     {0.00729266474, 0.00483942135, 0.00321144599, 0.00137189357, 0.000524846161, 0.000178507813, 7.78465527e-05, 5.16590687e-05}},
+    {"\"rope_theta\": 1000000.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 32768}", 0, 16,
+     1.138629436111989, {0.0316227766, 0.0133352143, 0.00477990126, 0.00165996159, 0.00055, 0.000168678601, 4.44569853e-05, 1.87473552e-05}},
+    {"\"rope_theta\": 150000.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 32.0, \"original_max_position_embeddings\": 4096, \"truncate\": false}",
+     0, 16, 1.3465735902799727, {0.0508132748, 0.0193350011, 0.00679495949, 0.00209379238, 0.000456483919, 3.83088124e-05, 1.81883367e-05, 8.63549588e-06}},
+    {"\"rope_theta\": 150000.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 40.0, \"original_max_position_embeddings\": 4096, \"mscale\": 0.707,"
+     " \"mscale_all_dim\": 1.0}", 0, 16, 0.9210423553163399, {0, 0, 0, 0, 0, 0, 0, 0}},
+    {"\"rope_theta\": 10000.0, \"rope_scaling\": {\"rope_type\": \"yarn\", \"factor\": 4.0, \"attention_factor\": 1.5}", 0, 16, 1.5, {0, 0, 0, 0, 0, 0, 0, 0}},
+    {"\"partial_rotary_factor\": 0.5, \"rope_theta\": 10000.0", 0, 8, 1, {1, 0.316227766, 0.1, 0.0316227766, 0.01, 0.00316227766, 0.001, 0.000316227766}},
+    {"\"head_dim\": 4, \"rope_theta\": 10000.0, \"max_position_embeddings\": 131072, \"original_max_position_embeddings\": 4096, \"rope_scaling\": {\"type\":"
+     " \"longrope\", \"short_factor\": [2, 4], \"long_factor\": [8, 16]}", 4096, 2, 1.1902380714238083, {0.5, 0.0025, 0, 0, 0, 0, 0, 0}},
+    {"\"head_dim\": 4, \"rope_theta\": 10000.0, \"max_position_embeddings\": 131072, \"original_max_position_embeddings\": 4096, \"rope_scaling\": {\"type\":"
+     " \"longrope\", \"short_factor\": [2, 4], \"long_factor\": [8, 16]}", 4097, 2, 1.1902380714238083, {0.125, 0.000625, 0, 0, 0, 0, 0, 0}}};
+
+static void test_llm_rope(void)
+{
+    for (size_t i = 0; i < LLMI_COUNT(rope_cases); i++) {
+        const rope_case *r = &rope_cases[i];
+        char text[1024];
+        llmi_config c;
+        moq_checkpoint *ck;
+        moq_error e;
+        double inv[64];
+        int at = i == 1 ? 12 : i == 2 || i == 3 ? 4 : 0; /* where the listed frequencies start */
+        snprintf(text, sizeof text, "{\"model_type\": \"phi3\", %s, %s}", sizes, r->keys);
+        CHECK_INT(read_config(text, r->context, &c, &ck, &e), MOQ_OK);
+        if (c.family) {
+            CHECK_INT(c.rope.dims / 2, r->count);
+            double scale = (double)llmi_rope_table(&c.rope, inv);
+            CHECK(fabs(scale - r->scale) < 1e-6);
+            for (int k = 0; k < 8 && r->first[k] > 0; k++) CHECK(fabs(inv[at + k] / r->first[k] - 1) < 1e-7);
+        }
+        moq_close(ck);
+    }
+}
+
+/* ---- forward ---- */
+
+static float worst(const float *a, const float *b, size_t n)
+{
+    float w = 0;
+    for (size_t i = 0; i < n; i++) w = fabsf(a[i] - b[i]) > w ? fabsf(a[i] - b[i]) : w;
+    return w;
+}
+
+/* Chunks, single tokens, rewinding and other slots give what one pass gives. Mistral has a window of 16 of the 24 tokens. */
+static void check_chunks(const char *folder, const char *source)
+{
+    int32_t ids[2][TOKENS];
+    moq_error e;
+    size_t n = (size_t)TOKENS * VOCAB;
+    float *whole = (float *)malloc(n * sizeof *whole), *parts = (float *)malloc(n * sizeof *parts), last[VOCAB];
+    CHECK(read_eval(source, ids));
+    for (int32_t chunk = 0; chunk <= 7; chunk += 7) {
+        llm_desc d = plain_desc();
+        d.path = golden(folder);
+        d.act = MOQ_ACT_WIDE; /* rounded inputs would jump where another order of summation crosses an edge */
+        d.slots = 3;
+        d.chunk = chunk;
+        llm *m = llm_open(&d, &e);
+        CHECK(m != NULL);
+        if (!m) break;
+        CHECK_INT(llm_forward(m, 0, ids[0], TOKENS, 0, chunk ? parts : whole, last, &e), MOQ_OK);
+        CHECK(memcmp(last, (chunk ? parts : whole) + (TOKENS - 1) * VOCAB, sizeof last) == 0);
+        if (chunk) CHECK(worst(parts, whole, n) < 1e-4f);
+        for (int32_t t = 0; t < TOKENS; t++) { /* one by one in slot 2, another text in slot 1 between */
+            CHECK_INT(llm_forward(m, 2, &ids[0][t], 1, t, NULL, parts + t * VOCAB, &e), MOQ_OK);
+            CHECK_INT(llm_forward(m, 1, &ids[1][t], 1, t, NULL, NULL, &e), MOQ_OK);
+        }
+        CHECK(worst(parts, whole, n) < 1e-4f);
+        CHECK_INT(llm_forward(m, 2, ids[0] + 5, 3, 5, parts, NULL, &e), MOQ_OK); /* back to position 5 */
+        CHECK(worst(parts, whole + 5 * VOCAB, 3 * VOCAB) < 1e-4f);
+        CHECK_INT(llm_forward(m, 2, ids[0] + 9, 1, 9, NULL, last, &e), MOQ_E_STATE); /* 8 was not run again */
+        llm_close(m);
+    }
+    free(whole);
+    free(parts);
+}
+
+static void test_llm_chunks(void)
+{
+    check_chunks(LLAMA, "llama");
+    check_chunks("modelopt/qwen3_moe-auto_kl_awq_8.0", "qwen3_moe");
+    if (moqi_is_dir(golden("sources/mistral"))) check_chunks("sources/mistral", "mistral");
+}
+
+static void test_llm_forward_refusals(void)
+{
+    llm_desc d = plain_desc();
+    moq_error e;
+    int32_t ids[40];
+    float last[VOCAB];
+    memset(ids, 0, sizeof ids);
+    CHECK(llm_open(NULL, &e) == NULL && e.code == MOQ_E_ARG);
+    CHECK(llm_open(&d, NULL) == NULL);
+    d.path = golden("sources/no-such-folder");
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_NOTFOUND);
+    d.path = golden("sources/llama");
+    d.kv = "paper";
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "paper"));
+    d.kv = NULL;
+    d.context = -1;
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "context"));
+    d.context = 32;
+    d.sampling.temperature = (float)NAN;
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "temperature"));
+    d.sampling.temperature = 0;
+    llm *m = llm_open(&d, &e);
+    CHECK(m != NULL);
+    if (!m) return;
+    CHECK_INT(llm_forward(NULL, 0, ids, 1, 0, NULL, last, &e), MOQ_E_ARG);
+    CHECK_INT(llm_forward(m, 1, ids, 1, 0, NULL, last, &e), MOQ_E_ARG);
+    CHECK_INT(llm_forward(m, -1, ids, 1, 0, NULL, last, &e), MOQ_E_ARG);
+    CHECK_INT(llm_forward(m, 0, NULL, 1, 0, NULL, last, &e), MOQ_E_ARG);
+    CHECK_INT(llm_forward(m, 0, ids, 0, 0, NULL, last, &e), MOQ_E_ARG);
+    CHECK_INT(llm_forward(m, 0, ids, 1, -1, NULL, last, &e), MOQ_E_ARG);
+    CHECK_INT(llm_forward(m, 0, ids, 1, 1, NULL, last, &e), MOQ_E_STATE);
+    CHECK_INT(llm_forward(m, 0, ids, 33, 0, NULL, last, &e), MOQ_E_STATE);
+    CHECK(strstr(e.text, "33") && strstr(e.text, "32"));
+    ids[2] = VOCAB;
+    CHECK_INT(llm_forward(m, 0, ids, 3, 0, NULL, last, &e), MOQ_E_ARG);
+    CHECK(strstr(e.text, "256"));
+    ids[2] = 1;
+    CHECK_INT(llm_forward(m, 0, ids, 32, 0, NULL, last, &e), MOQ_OK);
+    CHECK_INT(llm_say(m, "user", "hello"), MOQ_E_STATE); /* no tokenizer */
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_OK);
+    llm_close(m);
+    llm_close(NULL);
+}
+
+/* The caller's own table: an entry that is missing is found out before anything is prepared. */
+static void test_llm_backend_without_attention(void)
+{
+    moq_error e;
+    moq_backend *be = moq_cpu_backend(NULL, &e), copy;
+    llm_desc d = plain_desc();
+    CHECK(be != NULL);
+    if (!be) return;
+    copy = *be;
+    copy.attention = NULL;
+    d.path = golden("sources/llama");
+    d.backend = &copy;
+    CHECK(llm_open(&d, &e) == NULL);
+    CHECK_INT(e.code, MOQ_E_UNSUPPORTED);
+    CHECK(strstr(e.text, "attention") != NULL);
+    moq_backend_destroy(be);
+}
+
+static int stop_at_layer(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    (void)user;
+    (void)total;
+    return stage == MOQ_STAGE_PREPARE && done == 1;
+}
+
+static void test_llm_open_cancelled(void)
+{
+    llm_desc d = plain_desc();
+    moq_error e;
+    d.path = golden("sources/llama");
+    d.allocator = test_allocator();
+    d.progress = stop_at_layer;
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_CANCELLED);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+/* Every allocation of the engine and its backend fails once, alone and with all after it; nothing may leak. */
+static void test_llm_open_out_of_memory(void)
+{
+    moq_error e;
+    moq_checkpoint *ck = moq_open(golden(MIXTRAL), NULL, &e);
+    CHECK(ck != NULL);
+    for (int forever = 0; forever < 2 && ck; forever++) {
+        int opened = 0;
+        for (long k = 1; k < 4000 && !opened; k += forever ? 7 : 1) {
+            llm_desc d = plain_desc();
+            d.checkpoint = ck;
+            d.context = 32;
+            d.allocator = test_allocator();
+            test_state.fail_at = k;
+            test_state.fail_forever = forever;
+            llm *m = llm_open(&d, &e);
+            opened = m != NULL;
+            CHECK((test_state.fail_at > 1 || (!forever && test_state.fail_at == 1)) == opened);
+            CHECK_INT(e.code, opened ? MOQ_OK : MOQ_E_NOMEM);
+            if (test_state.broken) fprintf(stderr, "allocation %ld: %s\n", k, m ? "opened" : e.text);
+            test_state.fail_at = 0;
+            llm_close(m);
+            CHECK_INT(test_state.live_allocs, 0);
+            if (test_state.broken) opened = 1;
+        }
+        CHECK(opened);
+    }
+    moq_close(ck);
+}
+
+/* ---- sampling ---- */
+
+static void test_llm_sample_greedy(void)
+{
+    llm_sampling s;
+    uint64_t state = 0;
+    float nan = (float)NAN, inf = (float)INFINITY;
+    float a[] = {-1, 3, 2, 3}, b[] = {0, 0, 0, 0}, c[4], z[] = {-0.0f, 0.0f};
+    memset(&s, 0, sizeof s);
+    CHECK_INT(llm_sample(&s, a, 4, &state, NULL, NULL), 1); /* ties: the lowest */
+    CHECK_INT(llm_sample(&s, z, 2, &state, NULL, NULL), 0);
+    b[2] = nan;
+    b[3] = -1;
+    CHECK_INT(llm_sample(&s, b, 4, &state, NULL, NULL), 0);
+    for (int i = 0; i < 4; i++) c[i] = i % 2 ? nan : -inf;
+    CHECK_INT(llm_sample(&s, c, 4, &state, NULL, NULL), -1);
+    c[2] = inf;
+    CHECK_INT(llm_sample(&s, c, 4, &state, NULL, NULL), 2);
+    CHECK_INT(llm_sample(&s, a, 0, &state, NULL, NULL), -1);
+}
+
+enum { CHOICES = 50, DRAWS = 40000 };
+
+/* The distribution that the filters leave, by sorting and in doubles. */
+static void expected_distribution(const llm_sampling *s, const float *logits, double *p)
+{
+    int order[CHOICES];
+    double sum = 0, kept = 0;
+    for (int i = 0; i < CHOICES; i++) {
+        int at = i;
+        for (; at > 0 && logits[order[at - 1]] < logits[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
+        p[i] = 0;
+    }
+    int most = s->top_k > 0 && s->top_k < CHOICES ? s->top_k : CHOICES;
+    double best = (double)logits[order[0]], t = (double)s->temperature;
+    for (int i = 0; i < most; i++) sum += exp(((double)logits[order[i]] - best) / t);
+    for (int i = 0; i < most; i++) {
+        double w = exp(((double)logits[order[i]] - best) / t);
+        if (s->top_p > 0 && s->top_p < 1 && kept >= (double)s->top_p * sum) break;
+        if (w < (double)s->min_p) break;
+        p[order[i]] = w;
+        kept += w;
+    }
+    for (int i = 0; i < CHOICES; i++) p[i] /= kept;
+}
+
+static void test_llm_sample_distributions(void)
+{
+    static const llm_sampling settings[] = {{1.0f, 0, 0, 0, 1},     {0.5f, 0, 1, 0, 2},   {1.0f, 5, 0, 0, 3},      {2.0f, 0, 0.7f, 0, 4},
+                                            {1.0f, 0, 0, 0.1f, 5},  {1.5f, 10, 0.8f, 0, 6}, {1.0f, 49, 0.95f, 0.02f, 7}, {1.0f, 1, 0, 0, 8}};
+    float logits[CHOICES], scratch[CHOICES];
+    int32_t index[CHOICES];
+    for (int i = 0; i < CHOICES; i++) logits[i] = test_uniform() * 4;
+    for (size_t k = 0; k < LLMI_COUNT(settings); k++) {
+        double p[CHOICES];
+        int count[CHOICES] = {0};
+        uint64_t state = settings[k].seed, again = settings[k].seed;
+        expected_distribution(&settings[k], logits, p);
+        for (int n = 0; n < DRAWS; n++) {
+            int32_t id = llm_sample(&settings[k], logits, CHOICES, &state, scratch, index);
+            CHECK(id >= 0 && id < CHOICES);
+            count[id]++;
+            if (n < 100) CHECK_INT(llm_sample(&settings[k], logits, CHOICES, &again, scratch, index), id); /* the seed decides */
+        }
+        for (int i = 0; i < CHOICES; i++) { /* five standard deviations, and never a token that was filtered out */
+            double expected = p[i] * DRAWS, slack = 5 * sqrt(expected) + 1e-9;
+            CHECK(fabs(count[i] - expected) <= slack);
+        }
+    }
+}
+
+/* ---- streaming ---- */
+
+/* Bytes arrive one by one; pieces are whole characters, and together the text with U+FFFD for what is no UTF-8. */
+static void check_stream(const char *bytes, size_t n, const char *expected)
+{
+    llm m;
+    char text[256];
+    size_t used = 0, bad;
+    memset(&m, 0, sizeof m);
+    text[0] = 0;
+    for (size_t i = 0; i <= n; i++) {
+        if (i < n) CHECK(llmi_bytes_add(&m.raw, bytes + i, 1));
+        CHECK_INT(llmi_show_piece(&m, i == n), MOQ_OK);
+        CHECK(moqi_utf8_valid((const uint8_t *)m.piece.data, m.piece.count, &bad));
+        CHECK_INT(m.ready, m.piece.count > 0);
+        CHECK_INT(strlen(m.piece.data), m.piece.count);
+        used += (size_t)snprintf(text + used, sizeof text - used, "%s", m.piece.data);
+    }
+    CHECK_STR(text, expected);
+    CHECK_INT(m.text.count, strlen(expected));
+    CHECK_INT(m.raw.count, 0);
+    llmi_bytes_drop(&m.raw);
+    llmi_bytes_drop(&m.piece);
+    llmi_bytes_drop(&m.text);
+}
+
+static void test_llm_stream_utf8(void)
+{
+    check_stream("plain", 5, "plain");
+    check_stream("\xc3\xa9\xe2\x82\xac\xf0\x9f\xa4\x96!", 10, "\xc3\xa9\xe2\x82\xac\xf0\x9f\xa4\x96!");
+    check_stream("a\x80z", 3, "a\xef\xbf\xbdz");
+    check_stream("a\xf0\x9f\xa4", 4, "a\xef\xbf\xbd");       /* cut off at the end */
+    check_stream("\xe2\x82x", 3, "\xef\xbf\xbdx");
+    check_stream("\xed\xa0\x80", 3, "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"); /* a surrogate */
+    check_stream("a\0z", 3, "az");
+}
+
+/* ---- conversations, on the demo model ---- */
+
+static const char scene[] = "green charger at hallway coat rack; red pillow at hallway coat rack; yellow book at bedroom drawer; red towel at kitchen sink; "
+                            "blue umbrella at kitchen sink; Juno at kitchen counter; robot at bathroom washer";
+static const char request[] = "would you move the green charger to the kitchen counter, then the red pillow to the bedroom bed?";
+static const char plan[] =
+    "{\"say\":\"Moving the green charger and red pillow.\",\"plan\":[{\"do\":\"go\",\"to\":\"hallway coat rack\"},{\"do\":\"pick\",\"what\":\"green charger\"},"
+    "{\"do\":\"go\",\"to\":\"kitchen counter\"},{\"do\":\"place\",\"what\":\"green charger\",\"on\":\"kitchen counter\"},{\"do\":\"go\",\"to\":\"hallway coat rack\"},"
+    "{\"do\":\"pick\",\"what\":\"red pillow\"},{\"do\":\"go\",\"to\":\"bedroom bed\"},{\"do\":\"place\",\"what\":\"red pillow\",\"on\":\"bedroom bed\"}]}";
+
+static llm *open_demo(int32_t context, moq_allocator *a)
+{
+    llm_desc d;
+    moq_error e;
+    memset(&d, 0, sizeof d);
+    d.path = DEMO_DIR;
+    d.threads = 1;
+    d.context = context;
+    if (a) d.allocator = *a;
+    llm *m = llm_open(&d, &e);
+    if (!m) fprintf(stderr, "%s\n", e.text);
+    CHECK(m != NULL);
+    return m;
+}
+
+/* The rest of the answer; returns how it ended. */
+static moq_result hear(llm *m, char *text, size_t capacity)
+{
+    moq_error e;
+    size_t n = 0, bad;
+    text[0] = 0;
+    for (const char *piece; (piece = llm_next(m, &e)) != NULL;) {
+        CHECK(piece[0] != 0 && moqi_utf8_valid((const uint8_t *)piece, strlen(piece), &bad));
+        if (n + strlen(piece) < capacity) n += (size_t)snprintf(text + n, capacity - n, "%s", piece);
+    }
+    return e.code;
+}
+
+static void test_llm_demo_answer(void)
+{
+    char text[4096];
+    llm *m = open_demo(0, NULL);
+    if (!m) return;
+    for (int round = 0; round < 2; round++) { /* the same again after a reset */
+        CHECK_INT(llm_say(m, "system", scene), MOQ_OK);
+        CHECK_INT(llm_say(m, "user", request), MOQ_OK);
+        CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+        CHECK_STR(text, plan);
+        const llm_stats *s = llm_get_stats(m);
+        CHECK(s->prompt_tokens > 20 && s->generated_tokens > 20 && s->prompt_seconds > 0 && s->generate_seconds > 0);
+        CHECK_INT(hear(m, text, sizeof text), MOQ_OK); /* nothing was said */
+        CHECK_STR(text, "");
+        llm_reset(m);
+        CHECK_INT(llm_get_stats(m)->prompt_tokens, 0);
+    }
+    llm_close(m);
+}
+
+static void test_llm_step_equals_next(void)
+{
+    char text[4096] = "";
+    size_t n = 0;
+    int r, waits = 0;
+    moq_error e;
+    llm *m = open_demo(0, NULL);
+    if (!m) return;
+    llm_say(m, "system", scene);
+    llm_say(m, "user", request);
+    while ((r = llm_step(m, 300)) >= 0) {
+        if (r == 0) { waits++; continue; }
+        n += (size_t)snprintf(text + n, sizeof text - n, "%s", llm_piece(m));
+    }
+    CHECK(waits > 2);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_OK);
+    CHECK_STR(text, plan);
+    CHECK_INT(llm_step(m, 1000), -1);
+    llm_close(m);
+}
+
+/* After several turns the cache holds the frame of the whole conversation, and a fresh model given all of it answers the same. */
+static void test_llm_turns_equal_frame(void)
+{
+    char first[4096], second[4096], fresh[4096];
+    moq_error e;
+    int32_t ids[2048];
+    llm_message list[4] = {{"system", scene}, {"user", request}, {"assistant", first}, {"user", "bring me the red towel"}};
+    llm *m = open_demo(0, NULL), *other = open_demo(0, NULL);
+    memset(ids, 0, sizeof ids);
+    if (m && other) {
+        llm_say(m, "system", scene);
+        llm_say(m, "user", request);
+        CHECK_INT(hear(m, first, sizeof first), MOQ_OK);
+        uint64_t before = llm_get_stats(m)->prompt_tokens;
+        llm_say(m, "user", "bring me the red towel");
+        CHECK(llm_next(m, &e) != NULL);
+        size_t n = llm_frame(m->tokenizer, list, 4, 1, ids, LLMI_COUNT(ids), &e);
+        CHECK(n < LLMI_COUNT(ids) && n == m->answer);
+        for (size_t i = 0; i < n && i < m->ids.count; i++) CHECK_INT(m->ids.data[i], ids[i]);
+        CHECK(llm_get_stats(m)->prompt_tokens - before < n / 3); /* what the cache held was not run again */
+        snprintf(second, sizeof second, "%s", llm_piece(m));
+        hear(m, second + strlen(second), sizeof second - strlen(second));
+        for (int i = 0; i < 4; i++) llm_say(other, list[i].role, list[i].text);
+        CHECK_INT(hear(other, fresh, sizeof fresh), MOQ_OK);
+        CHECK_STR(second, fresh);
+    }
+    llm_close(m);
+    llm_close(other);
+}
+
+static void test_llm_cancel_and_go_on(void)
+{
+    char text[4096];
+    moq_error e;
+    llm *m = open_demo(0, NULL);
+    if (!m) return;
+    llm_say(m, "system", scene);
+    llm_say(m, "user", request);
+    for (int i = 0; i < 3; i++) CHECK(llm_next(m, &e) != NULL);
+    llm_cancel(m);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_CANCELLED);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_OK);
+    llm_reset(m);
+    llm_say(m, "system", scene);
+    llm_say(m, "user", request);
+    CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+    CHECK_STR(text, plan);
+    llm_close(m);
+}
+
+static void *cancel_it(void *m)
+{
+    llm_cancel((llm *)m);
+    return NULL;
+}
+
+static void test_llm_cancel_from_a_thread(void)
+{
+    char text[4096];
+    moq_error e;
+    pthread_t thread;
+    llm *m = open_demo(0, NULL);
+    if (!m) return;
+    llm_say(m, "system", scene);
+    llm_say(m, "user", request);
+    CHECK(llm_next(m, &e) != NULL);
+    CHECK_INT(pthread_create(&thread, NULL, cancel_it, m), 0);
+    moq_result r = hear(m, text, sizeof text); /* the answer may have been faster */
+    CHECK(r == MOQ_E_CANCELLED || r == MOQ_OK);
+    pthread_join(thread, NULL);
+    llm_close(m);
+}
+
+static void test_llm_context_full(void)
+{
+    char text[4096];
+    moq_error e;
+    llm *m = open_demo(150, NULL);
+    if (!m) return;
+    llm_say(m, "system", scene);
+    llm_say(m, "user", request);
+    CHECK_INT(hear(m, text, sizeof text), MOQ_E_STATE);
+    CHECK(strncmp(text, plan, strlen(text)) == 0);
+    CHECK_INT(m->ids.count >= 150, 1);
+    llm_say(m, "user", request);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE && strstr(e.text, "150"));
+    llm_close(m);
+}
+
+static void test_llm_raw_and_seeds(void)
+{
+    char text[3][600];
+    llm_sampling s = {1.5f, 40, 0.95f, 0, 11};
+    llm *m = open_demo(0, NULL);
+    if (!m) return;
+    for (int i = 0; i < 3; i++) {
+        moq_error e;
+        s.seed = i < 2 ? 11 : 12;
+        llm_reset(m);
+        llm_set_sampling(m, &s);
+        CHECK_INT(llm_say_raw(m, "red key at living room tv stand; yellow"), MOQ_OK);
+        text[i][0] = 0;
+        for (int n = 0; n < 40; n++) {
+            const char *piece = llm_next(m, &e);
+            if (!piece) break;
+            snprintf(text[i] + strlen(text[i]), sizeof text[i] - strlen(text[i]), "%s", piece);
+        }
+    }
+    CHECK_STR(text[0], text[1]);
+    CHECK(strcmp(text[0], text[2]) != 0);
+    CHECK_INT(llm_say(m, "user", "hello"), MOQ_E_STATE); /* raw and framed do not mix */
+    llm_reset(m);
+    CHECK_INT(llm_say(m, "user", NULL), MOQ_E_ARG);
+    CHECK_INT(llm_say(m, "user", "hello"), MOQ_OK);
+    CHECK_INT(llm_say_raw(m, "hello"), MOQ_E_STATE);
+    llm_close(m);
+}
+
+/* Memory that runs out while talking ends the answer and leaks nothing. */
+static void test_llm_talk_out_of_memory(void)
+{
+    moq_allocator a = test_allocator();
+    char text[4096];
+    int done = 0;
+    llm *m = open_demo(48, &a); /* the answer ends where the context does */
+    if (!m) return;
+    for (long k = 1; k < 200 && !done; k++) {
+        llm_reset(m);
+        test_state.fail_at = k;
+        moq_result r = llm_say(m, "user", "bring me the red book");
+        if (r == MOQ_OK) r = hear(m, text, sizeof text);
+        else CHECK_INT(hear(m, text, sizeof text), r);
+        done = test_state.fail_at > 0;
+        CHECK_INT(r, done ? MOQ_E_STATE : MOQ_E_NOMEM);
+        test_state.fail_at = 0;
+        llmi_bytes_drop(&m->turns); /* buffers that have grown would hide the next failure */
+        llmi_bytes_drop(&m->words);
+        llmi_bytes_drop(&m->text);
+        llmi_bytes_drop(&m->raw);
+        llmi_bytes_drop(&m->piece);
+        llmi_ids_drop(&m->ids);
+    }
+    CHECK(done);
+    llm_close(m);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(test_llm_config_rows);
+    RUN(test_llm_config_absent_and_huge);
+    RUN(test_llm_windows);
+    RUN(test_llm_moe_layers);
+    RUN(test_llm_rope);
+    RUN(test_llm_golden_sources);
+    RUN(test_llm_golden_modelopt);
+    RUN(test_llm_golden_compressed_tensors);
+    RUN(test_llm_golden_foreign);
+    RUN(test_llm_chunks);
+    RUN(test_llm_forward_refusals);
+    RUN(test_llm_backend_without_attention);
+    RUN(test_llm_open_cancelled);
+    RUN(test_llm_open_out_of_memory);
+    RUN(test_llm_sample_greedy);
+    RUN(test_llm_sample_distributions);
+    RUN(test_llm_stream_utf8);
+    RUN(test_llm_demo_answer);
+    RUN(test_llm_step_equals_next);
+    RUN(test_llm_turns_equal_frame);
+    RUN(test_llm_cancel_and_go_on);
+    RUN(test_llm_cancel_from_a_thread);
+    RUN(test_llm_context_full);
+    RUN(test_llm_raw_and_seeds);
+    RUN(test_llm_talk_out_of_memory);
+    return test_end();
+}
