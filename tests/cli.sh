@@ -121,6 +121,8 @@ check "inspect: memory plan" out "^memory for a context of 1024 tokens"
 run inspect "$demo" --context 512 --explain
 check "inspect --context" out "context of 512 tokens"
 check "inspect --explain" out "up_proj.*: nvfp4"
+run inspect "$demo" --kv fp8
+check "inspect --kv" out "KV cache 1.6 MB"
 run inspect "$demo" --json
 check "inspect --json is JSON" json
 for k in '"model_type": "llama"' '"quant_algo": "NVFP4"' '"kv_cache": "wide"' '"effective_bits": 5.65' '"total_bytes": 3709776' \
@@ -292,10 +294,17 @@ for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], 
 done
 run bench "$demo"
 check "bench DIR" last 'prompt [0-9.]* tokens/s .*, generation [0-9.]* tokens/s'
-run bench --scheme nonsense
-check "bench: unknown kind" is 2
-run bench --scheme nvfp4 --shape 10x10
-check "bench: bad shape" is 2
+run bench "$demo" --json
+check "bench DIR --json is JSON" json
+check "bench DIR --json: speed" out '"generated_tokens_per_second": [0-9]'
+run bench --scheme nonsense --json
+check "bench: unknown kind" refused "nonsense"
+run bench --scheme nvfp4 --shape 10x10 --json
+check "bench: bad shape" refused "10x10"
+run bench --m 0
+check "bench: bad --m" refused "outside 1 to 65536"
+run bench "$dir/nowhere" --json
+check "bench: no folder" refused "nowhere"
 run selftest
 check "selftest" is 0
 check "selftest: last line" last '^[1-9][0-9]* passed, 0 failed$'

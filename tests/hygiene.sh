@@ -56,9 +56,10 @@ for option in MOQ_STATIC MOQ_NO_OS MOQ_NO_THREADS MOQ_NO_SIMD MOQ_DEBUG "MOQ_NO_
     # shellcheck disable=SC2086
     check "option $option" $CC -std=c99 $WARN -O1 -D$option -c $B/impl.c -o $B/option.o
 done
-check "own allocator" $CC -std=c99 $WARN "-DMOQ_MALLOC(n)=my_alloc(n)" "-DMOQ_FREE(p)=my_free(p)" -include stddef.h -c $B/impl.c -o $B/option.o -Wno-implicit-function-declaration -Wno-int-conversion -Wno-error
+printf '#include <stddef.h>\nvoid *my_alloc(size_t);\nvoid my_free(void *);\n' >$B/my_alloc.h
+check "own allocator" $CC -std=c99 $WARN "-DMOQ_MALLOC(n)=my_alloc(n)" "-DMOQ_FREE(p)=my_free(p)" -include $B/my_alloc.h -c $B/impl.c -o $B/option.o
 check "-ffast-math" $CC -std=c99 $WARN -O3 -ffast-math -c $B/impl.c -o $B/option.o
-for cross in x86_64-w64-mingw32-gcc aarch64-linux-gnu-gcc i686-linux-gnu-gcc arm-linux-gnueabihf-gcc; do
+for cross in x86_64-w64-mingw32-gcc aarch64-linux-gnu-gcc i686-linux-gnu-gcc; do
     if have $cross; then check "$cross" $cross -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o; else skipped "$cross is not installed"; fi
 done
 
@@ -69,11 +70,11 @@ check "they run" $B/two
 # 4. symbols: nothing exported but moq_, no writable data
 $CC -std=c99 -O2 -c $B/impl.c -o $B/impl.o
 check "only moq_ symbols are exported" sh -c "nm -g --defined-only $B/impl.o | awk '{print \$3}' | grep -v '^moq_'; true"
-check "no writable data" sh -c "nm $B/impl.o | grep -E ' [DdBbC] '; true"
+check "no writable data" sh -c "objdump -h $B/impl.o | awk '\$2 ~ /^\\.(data|bss|tdata|tbss)\$/ && \$3 !~ /^0+\$/'"
 check "no exit, abort, printing, environment" sh -c "nm -u $B/impl.o | grep -wE 'exit|abort|printf|fprintf|puts|putchar|getenv|strtod|atof|rand|srand|time|setlocale|signal|stderr|stdout'; true"
 
 # 5. declarations need only stddef.h and stdint.h
-check "includes of the declarations" sh -c "grep -nE '^ *# *include' $H | awk -F: '\$1 < 200' | grep -vE '<(stddef|stdint).h>'; true"
+check "includes of the declarations" awk '/^#ifndef MODELOPT_Q_H/ {on = 1} /public part ends here/ {exit} on && /^ *# *include/ && !/<(stddef|stdint)\.h>/' $H
 
 # 6. style limits
 check "style of modelopt_q.h" awk -f ../tools/lint.awk -v tags=1 $H

@@ -128,6 +128,17 @@ static double layer_small(unsigned c, int exponent_bits, int mantissa_bits, int 
     return c >> (exponent_bits + mantissa_bits) & 1 ? -v : v;
 }
 
+/* The nearest E4M3 number by trying all of them, the even code of equals; saturates. */
+MOQI_UNUSED static double layer_nearest_e4m3(double v)
+{
+    double best = 0, gap = 1e300;
+    for (unsigned c = 0; c < 127; c++) {
+        double x = layer_small(c, 4, 3, 7), d = fabs(fabs(v) - x);
+        if (d < gap || (d == gap && c % 2 == 0)) { gap = d; best = x; }
+    }
+    return v < 0 ? -best : best;
+}
+
 /* A random number of a dtype, positive when `scale`: stores its bits at out and returns its value. */
 static double layer_number(moq_dtype t, int scale, uint8_t *out)
 {

@@ -25,7 +25,7 @@ static double oracle_output(const layer *l, int64_t row, const float *xt, const 
     *bound = 1e-6;
     for (int64_t c = 0; c < w->cols; c++) {
         double v = l->exact[row * w->cols + c];
-        if (w->requant_scale > 0) v = (double)moq_e4m3_decode(moq_e4m3_encode((float)v / w->requant_scale)) * (double)w->requant_scale;
+        if (w->requant_scale > 0) v = layer_nearest_e4m3(v / (double)w->requant_scale) * (double)w->requant_scale;
         y += v * (double)xr[c];
         *bound += fabs(v * (double)xr[c]);
     }

@@ -57,7 +57,7 @@ static void add(text *t, const char *s)
 
 static void add_number(text *t, const char *before, long v)
 {
-    char s[40];
+    char s[100];
     snprintf(s, sizeof s, "%s%ld", before, v);
     add(t, s);
 }
@@ -430,21 +430,22 @@ static void test_llm_pattern_random(void)
             m.u = &u;
             llmi_matcher_set(&m, x, s, (size_t)bytes);
             if (memo) llmi_count_step(&m, (uint64_t)1 << 40);
-            for (int at = 0; at <= bytes; at++) {
+            for (int at = 0, next; at <= bytes; at = next) {
                 const char *p = pattern;
+                next = at + 1;
                 ends e = naive_choice(&p, s, at, bytes);
                 size_t got = llmi_match(&m, (size_t)at);
                 matched += e.count > 0;
+                if (memo && e.count && e.at[0] > at) next = e.at[0]; /* what is remembered holds for searches only */
                 if (got == (e.count ? (size_t)e.at[0] : LLMI_NO_MATCH)) continue;
                 if (bad++ < 3) fprintf(stderr, "%s on %.*s at %d memo %d: %ld, expected %d\n", pattern, bytes, s, at, memo, (long)got, e.count ? e.at[0] : -1);
-                if (memo) break; /* positions must be asked in the order of a search */
             }
             llmi_matcher_drop(&m);
         }
         llmi_arena_drop(&scratch);
     }
     CHECK_INT(bad, 0);
-    CHECK(matched > 10000);
+    CHECK(matched > 5000);
     llmi_arena_drop(&r);
 }
 

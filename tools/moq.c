@@ -12,8 +12,8 @@
        >>open       backends, checkpoints, engines
        >>tokens     token ids from the command line and from files
        >>inspect  >>verify  >>plain  >>dequant  >>logits  >>eval  >>run  >>tokenize  >>recipes  >>diff
-       >>layers     random layers of every kind, for bench and selftest
-       >>bench  >>selftest  >>verbs */
+       >>verbs      the table of verbs, help, main
+   bench and selftest, with the random layers that both need, are in moq_measure.h. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -84,6 +84,16 @@ static int refuse(const char *format, ...)
     return 2;
 }
 
+static int names_file(const char *text, size_t length)
+{
+    static const char *const ends[] = {".json", ".safetensors", ".jinja"};
+    for (int i = 0; i < COUNT(ends); i++) {
+        size_t n = strlen(ends[i]);
+        if (length > n && strncmp(text + length - n, ends[i], n) == 0 && !memchr(text, ' ', length)) return 1;
+    }
+    return 0;
+}
+
 /* "FOLDER/FILE: tensor 'NAME': what is wrong; what to do", from a text that begins with the bare name of a file, with that of
    the folder, or with neither. */
 static void print_placed(FILE *to, const char *prefix, const char *path, const char *text)
@@ -94,7 +104,7 @@ static void print_placed(FILE *to, const char *prefix, const char *path, const c
     fputs(prefix, to);
     if (!path || strncmp(text, path, length) == 0) fprintf(to, "%s\n", text);
     else if (head == length - base && strncmp(text, path + base, head) == 0) fprintf(to, "%.*s%s\n", (int)length, path, text + head);
-    else fprintf(to, "%.*s%s%s\n", (int)length, path, memchr(text, '.', head) && !memchr(text, ' ', head) && text[head] ? "/" : ": ", text);
+    else fprintf(to, "%.*s%s%s\n", (int)length, path, names_file(text, head) ? "/" : ": ", text);
 }
 
 static int refuse_error(const char *path, const moq_error *err)
@@ -360,9 +370,12 @@ typedef struct verb_row {
     int (*run)(const options *o); /* NULL: this build does not have it */
     int min_args, max_args;
     const char *arguments; /* after the verb, for the usage line */
-    const char *options;   /* names, space-separated */
+    const char *options;   /* names, space-separated, besides the common ones */
     const char *help, *example;
 } verb_row;
+
+/* How things are computed: every verb takes these, so that scripts may pass them along. */
+#define COMMON_OPTIONS "threads backend kernel act kv"
 
 /* Is `name` one of the space-separated words of `list`? */
 static int in_list(const char *list, const char *name)
@@ -388,7 +401,8 @@ static int set_option(options *o, const option_row *row, const char *value)
     if (row->kind == KIND_TEXT) *(const char **)(void *)at = value;
     if (row->kind == KIND_INT) {
         long long n = strtoll(value, &end, 10);
-        if (*end || end == value || errno || n < 0 || (n > INT32_MAX && row->at != FIELD(seed))) return refuse("--%s needs a whole number, not '%s'", row->name, value);
+        if (*end || end == value || errno || n < 0 || (n > INT32_MAX && row->at != FIELD(seed)))
+            return refuse("--%s needs a whole number, not '%s'", row->name, value);
         *(int64_t *)(void *)at = n;
     }
     if (row->kind == KIND_REAL) {
@@ -421,7 +435,8 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         if (!row) return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
         if (row->kind == KIND_LATER) return refuse("this build does not have --%s", row->name);
         if (row->kind != KIND_FLAG && !equals && ++i >= argc) return refuse("--%s needs a value: --%s %s", row->name, row->name, row->value);
-        if (row->at != FIELD(help) && !in_list(verb->options, row->name)) return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
+        if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
+            return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
         if (row->kind == KIND_FLAG && equals) return refuse("--%s takes no value", row->name);
         bad = set_option(o, row, equals ? equals + 1 : argv[i]);
         if (bad) return bad;
@@ -761,8 +776,9 @@ static int64_t config_int(const moq_checkpoint *ck, const char *key, int64_t oth
     return v;
 }
 
-/* Bytes of the KV cache for `context` tokens: one cache for every module that makes keys. Windows are not counted off. */
-static uint64_t plan_kv(const moq_checkpoint *ck, moq_backend *be, const module_row *rows, size_t count, int64_t context)
+/* Bytes of the KV cache for `context` tokens: one cache for every module that makes keys, in the format named by --kv or stored.
+   Windows are not counted off. */
+static uint64_t plan_kv(const moq_checkpoint *ck, moq_backend *be, const module_row *rows, size_t count, int64_t context, const char *kv)
 {
     static const char *const makers[] = {".k_proj", ".qkv_proj", ".kv_b_proj"};
     int64_t heads = config_int(ck, "num_attention_heads", 1), rope = config_int(ck, "qk_rope_head_dim", 0);
@@ -785,7 +801,9 @@ static uint64_t plan_kv(const moq_checkpoint *ck, moq_backend *be, const module_
                 d.head_dim = (int32_t)(rope + config_int(ck, "qk_nope_head_dim", 0));
                 d.value_dim = (int32_t)config_int(ck, "v_head_dim", 0);
             }
-            if (moq_find_kv(ck, attention, &d.kv, &err) == MOQ_OK && be && be->kv_bytes) total += be->kv_bytes(be, &d);
+            if (moq_find_kv(ck, attention, &d.kv, &err) != MOQ_OK) continue;
+            if (kv) moq_kv_format_find(kv, &d.kv.format);
+            if (be && be->kv_bytes) total += be->kv_bytes(be, &d);
         }
     return total;
 }
@@ -897,7 +915,7 @@ static int verb_inspect(const options *o)
         }
         t.context = o->context ? o->context : config_int(ck, "max_position_embeddings", 4096);
         if (!o->context && t.context > 4096) t.context = 4096;
-        t.kv_bytes = plan_kv(ck, be, rows, count, t.context);
+        t.kv_bytes = plan_kv(ck, be, rows, count, t.context, o->kv);
         if (o->json) inspect_json(ck, rows, count, &t);
         else inspect_text(ck, rows, count, &t, o->explain);
     }
@@ -1733,9 +1751,11 @@ static int eval_object(evaluation *v, const moq_json *root, size_t line)
 
 static int eval_lines(evaluation *v, const char *text, size_t bytes)
 {
-    size_t line = 0, next;
+    size_t line = 0, next, lines = 1;
     moq_error err;
     int bad = 0;
+    for (size_t i = 0; i < bytes; i++) lines += text[i] == '\n';
+    if (v->o->limit && (uint64_t)v->o->limit < lines) lines = (size_t)v->o->limit;
     for (size_t at = 0; at < bytes && !bad; at = next) {
         const char *end = (const char *)memchr(text + at, '\n', bytes - at);
         size_t stop = end ? (size_t)(end - text) : bytes;
@@ -1744,13 +1764,13 @@ static int eval_lines(evaluation *v, const char *text, size_t bytes)
         line++;
         if (v->o->limit && v->rows >= (uint64_t)v->o->limit) break;
         if (strspn(text + at, " \t\r") >= stop - at) continue;
-        if (progress_bar("scoring", at, bytes, 0)) return refuse("stopped");
+        if (progress_bar("scoring", line - 1, lines, 0)) return refuse("stopped");
         doc = moq_json_parse(text + at, stop - at, MOQ_JSON_STRICT, 0, base_name(v->o->data), NULL, &err);
         if (!doc) return refuse("%s: line %zu: %s", v->o->data, line, err.text);
         bad = eval_object(v, moq_json_root(doc), line);
         moq_json_destroy(doc);
     }
-    progress_bar("scoring", bytes, bytes, 0);
+    progress_bar("scoring", lines, lines, 0);
     return bad;
 }
 
@@ -2268,11 +2288,10 @@ static int verb_diff(const options *o)
    >>verbs           the table of verbs, help, main
    ------------------------------------------------------------------------------------------------ */
 
-#define BACKEND_OPTIONS "threads backend kernel act "
-#define ENGINE_OPTIONS BACKEND_OPTIONS "kv context chunk "
+#define ENGINE_OPTIONS "context chunk "
 
 static const verb_row verb_table[] = {
-    {"inspect", verb_inspect, 1, 1, "DIR", BACKEND_OPTIONS "json context explain",
+    {"inspect", verb_inspect, 1, 1, "DIR", "json context explain",
      "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.",
      "moq inspect Llama-3.1-8B-Instruct-NVFP4 --context 8192 --explain"},
     {"verify", verb_verify, 1, 1, "DIR or FILE.safetensors", "json deep",
@@ -2311,7 +2330,7 @@ static const verb_row verb_table[] = {
      "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes.\n"
      "With DIR: prompt and generation tokens per second.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
-    {"selftest", verb_selftest, 0, 0, "", "threads backend kernel json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
+    {"selftest", verb_selftest, 0, 0, "", "json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
 };
 
 static const verb_row *find_verb(const char *name)
@@ -2335,13 +2354,14 @@ static int help_all(void)
 
 static int help_verb(const verb_row *v)
 {
+    int computes = !in_list("verify dequant tokenize recipes diff", v->name);
     if (!v->run) return refuse("this build does not have '%s'", v->name);
     printf("usage: moq %s %s%s\n\n%s\n\n", v->name, v->arguments, v->options[0] ? " [options]" : "", v->help);
     for (int i = 0; i < COUNT(option_table); i++) {
         const option_row *row = &option_table[i];
         char name[64];
         snprintf(name, sizeof name, "--%s %s", row->name, row->value);
-        if (in_list(v->options, row->name)) printf("  %-18s %s\n", name, row->help);
+        if (in_list(v->options, row->name) || (computes && in_list(COMMON_OPTIONS, row->name))) printf("  %-18s %s\n", name, row->help);
     }
     if (strcmp(v->name, "bench") == 0) {
         printf("\nkinds of layers:");

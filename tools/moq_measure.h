@@ -407,6 +407,7 @@ typedef struct bench {
     int threads;
     int32_t m[16];
     int m_count;
+    double prompt_rate, generation_rate; /* tokens per second of a folder */
 } bench;
 
 static void bench_report(bench *b, const layer *w, int32_t m, double seconds, double plain, const char *kernel)
@@ -472,87 +473,123 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
 }
 
 /* Prompt and generation speed of a folder: the median of three prompts of up to 256 tokens, then 64 tokens one by one. */
-static int bench_folder(bench *b)
+static int bench_folder(bench *b, engine *e)
 {
-    engine e;
     moq_error err;
     double prompt[3], start, each;
-    int32_t ids[512], n, steps;
+    int32_t ids[512], n = e->info->context / 2 < 256 ? e->info->context / 2 : 256, steps = n < 64 ? n : 64;
     moq_result r = MOQ_OK;
-    int bad = open_engine(&e, b->o, b->o->args[0], 512, 1);
-    if (bad) return bad;
-    n = e.info->context / 2 < 256 ? e.info->context / 2 : 256;
-    steps = n < 64 ? n : 64;
-    for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % e.info->vocab);
+    if (n < 1) return refuse("%s: a context of %d tokens is too short to measure", e->path, e->info->context);
+    for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % e->info->vocab);
     for (int i = 0; i < 3 && r == MOQ_OK; i++) {
         start = moq_seconds();
-        r = llm_forward(e.m, 0, ids, n, 0, NULL, NULL, &err);
+        r = llm_forward(e->m, 0, ids, n, 0, NULL, NULL, &err);
         prompt[i] = moq_seconds() - start;
     }
     start = moq_seconds();
-    for (int32_t i = 0; i < steps && r == MOQ_OK; i++) r = llm_forward(e.m, 0, ids + i, 1, n + i, NULL, NULL, &err);
+    for (int32_t i = 0; i < steps && r == MOQ_OK; i++) r = llm_forward(e->m, 0, ids + i, 1, n + i, NULL, NULL, &err);
     each = (moq_seconds() - start) / steps;
-    if (r != MOQ_OK) bad = refuse_error(e.path, &err);
-    else {
-        qsort(prompt, 3, sizeof *prompt, compare_doubles);
-        if (b->o->json) json_number(&b->j, "prompt_tokens_per_second", n / prompt[1]);
-        if (b->o->json) json_number(&b->j, "generated_tokens_per_second", 1 / each);
-        if (!b->o->json) printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s\n", b->o->args[0], n / prompt[1], n, 1 / each);
+    if (r != MOQ_OK) return refuse_error(e->path, &err);
+    qsort(prompt, 3, sizeof *prompt, compare_doubles);
+    b->prompt_rate = n / prompt[1];
+    b->generation_rate = 1 / each;
+    if (!b->o->json) printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s\n", e->path, b->prompt_rate, n, b->generation_rate);
+    return 0;
+}
+
+static const char *const usual_kinds[] = {"bf16", "fp8", "int8", "nvfp4", "mxfp4", "int4"};
+
+static const layer_kind *bench_kind(const options *o, int i)
+{
+    return find_kind(o->scheme.count ? o->scheme.item[i] : usual_kinds[i]);
+}
+
+/* The k-th --shape, 4096x4096 without any: outputs x inputs. */
+static int bench_shape(const options *o, int k, int64_t *rows, int64_t *cols)
+{
+    const char *text = o->shape.count ? o->shape.item[k] : "4096x4096";
+    long long n, m;
+    char rest;
+    if (sscanf(text, "%lldx%lld%c", &n, &m, &rest) != 2 || n < 1 || m < 1 || n > 1 << 20 || m > 1 << 20)
+        return refuse("--shape is outputs x inputs, such as 4096x14336, not '%s'", text);
+    if (m % 128 != 0 || n % 8 != 0) return refuse("--shape %s: inputs must be a multiple of 128, outputs of 8", text);
+    *rows = n;
+    *cols = m;
+    return 0;
+}
+
+/* All arguments are checked before anything is printed. */
+static int bench_arguments(bench *b)
+{
+    const options *o = b->o;
+    token_rows m;
+    int64_t rows, cols;
+    int bad = read_tokens(&m, o->m ? o->m : "1,8,64,512");
+    if (!bad && (m.start[1] < 1 || m.start[1] > 16)) bad = refuse("--m takes 1 to 16 numbers");
+    for (size_t i = 0; !bad && i < m.start[1]; i++) {
+        b->m[b->m_count++] = m.ids[i];
+        if (m.ids[i] < 1 || m.ids[i] > 65536) bad = refuse("--m: %d rows is outside 1 to 65536", m.ids[i]);
     }
-    close_engine(&e);
+    free_tokens(&m);
+    for (int i = 0; !bad && i < o->scheme.count; i++)
+        if (!bench_kind(o, i)) bad = refuse("--scheme %s: not known; `moq help bench` lists the kinds of layers", o->scheme.item[i]);
+    for (int k = 0; !bad && k < o->shape.count; k++) bad = bench_shape(o, k, &rows, &cols);
     return bad;
 }
 
 static int bench_layers(bench *b)
 {
-    static const char *const usual[] = {"bf16", "fp8", "int8", "nvfp4", "mxfp4", "int4"};
-    const text_list *s = &b->o->scheme, *shapes = &b->o->shape;
+    const options *o = b->o;
     int bad = 0;
-    if (!b->o->json) printf("%-24s %13s %5s %10s %8s %9s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "kernel");
-    for (int i = 0; i < (s->count ? s->count : COUNT(usual)) && !bad; i++) {
-        const layer_kind *kind = find_kind(s->count ? s->item[i] : usual[i]);
-        if (!kind) return refuse("--scheme %s: not known; the kinds are those that `moq help bench` lists", s->item[i]);
-        for (int k = 0; k < (shapes->count ? shapes->count : 1) && !bad && !stop_requested; k++) {
-            long long rows = 4096, cols = 4096;
-            char rest;
-            if (shapes->count && (sscanf(shapes->item[k], "%lldx%lld%c", &rows, &cols, &rest) != 2 || rows < 1 || cols < 1 || rows > 1 << 20 || cols > 1 << 20))
-                return refuse("--shape is outputs x inputs, such as 4096x14336, not '%s'", shapes->item[k]);
-            if (cols % 128 != 0 || rows % 8 != 0) return refuse("--shape %lldx%lld: inputs must be a multiple of 128, outputs of 8", rows, cols);
-            bad = bench_layer(b, kind, rows, cols);
+    int64_t rows = 0, cols = 0;
+    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "kernel");
+    for (int i = 0; i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)) && !bad; i++)
+        for (int k = 0; k < (o->shape.count ? o->shape.count : 1) && !bad && !stop_requested; k++) {
+            bad = bench_shape(o, k, &rows, &cols);
+            if (!bad) bad = bench_layer(b, bench_kind(o, i), rows, cols);
         }
-    }
     return bad;
+}
+
+static int run_bench(bench *b, engine *e)
+{
+    const options *o = b->o;
+    int layers = !e || o->scheme.count || o->shape.count, bad = e ? bench_folder(b, e) : 0;
+    if (bad) return bad;
+    if (o->json) {
+        json_open(&b->j, NULL, '{');
+        json_string(&b->j, "device", b->be->name);
+        json_int(&b->j, "threads", b->threads);
+        json_string(&b->j, "cpu", moq_cpu_features());
+        if (e) json_number(&b->j, "prompt_tokens_per_second", b->prompt_rate);
+        if (e) json_number(&b->j, "generated_tokens_per_second", b->generation_rate);
+        json_open(&b->j, "rows", '[');
+    } else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes\n", b->be->name, b->threads);
+    if (layers) bad = bench_layers(b);
+    if (o->json) json_close(&b->j, ']');
+    if (o->json) json_close(&b->j, '}');
+    return !bad && stop_requested ? refuse("stopped") : bad;
 }
 
 static int verb_bench(const options *o)
 {
     bench b;
-    token_rows m;
-    int bad = read_tokens(&m, o->m ? o->m : "1,8,64,512");
+    engine e;
+    int bad;
     memset(&b, 0, sizeof b);
     b.o = o;
     b.j = json_to(stdout, 2);
     b.threads = o->threads ? (int)o->threads : moq_cpu_count();
-    if (!bad && (m.start[1] < 1 || m.start[1] > 16)) bad = refuse("--m takes 1 to 16 numbers");
-    for (size_t i = 0; !bad && i < m.start[1]; i++) {
-        b.m[b.m_count++] = m.ids[i];
-        if (m.ids[i] < 1 || m.ids[i] > 65536) bad = refuse("--m: %d rows is outside 1 to 65536", m.ids[i]);
+    bad = bench_arguments(&b);
+    if (!bad && o->arg_count) {
+        bad = open_engine(&e, o, o->args[0], 512, 1);
+        b.be = bad ? NULL : e.be;
+        if (!bad) bad = run_bench(&b, &e);
+        close_engine(&e);
+        return bad;
     }
-    free_tokens(&m);
     if (!bad) bad = open_backend(o, o->kernel, &b.be);
-    if (bad) return bad;
-    if (o->json) {
-        json_open(&b.j, NULL, '{');
-        json_string(&b.j, "device", b.be->name);
-        json_int(&b.j, "threads", b.threads);
-        json_string(&b.j, "cpu", moq_cpu_features());
-    } else fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes\n", b.be->name, b.threads);
-    if (o->arg_count) bad = bench_folder(&b);
-    if (o->json) json_open(&b.j, "rows", '[');
-    if (!bad && (!o->arg_count || o->scheme.count || o->shape.count)) bad = bench_layers(&b);
-    if (!bad && stop_requested) bad = refuse("stopped");
-    if (o->json) json_close(&b.j, ']');
-    if (o->json) json_close(&b.j, '}');
+    if (!bad) bad = run_bench(&b, NULL);
     moq_backend_destroy(b.be);
     return bad;
 }
