@@ -825,8 +825,16 @@ typedef struct moq_cpu_desc {
 /* The CPU backend. `desc` may be NULL. Destroy with moq_backend_destroy. */
 MOQ_API moq_backend *moq_cpu_backend(const moq_cpu_desc *desc, moq_error *err);
 
-/* The CUDA backend: defined in modelopt_q_cuda.cu. `device` counts from 0. */
-MOQ_API moq_backend *moq_cuda_backend(int device, moq_error *err);
+typedef struct moq_cuda_desc {
+    int32_t device;          /* counts from 0 */
+    moq_act act;             /* AUTO: as stored where the GPU computes in that format, else wide */
+    const char *kernel;      /* NULL or "auto"; "reference"; else a name that explain() prints */
+    moq_allocator allocator; /* host memory */
+} moq_cuda_desc;
+
+/* The CUDA backend: defined in modelopt_q_cuda.cu. moq_cuda_backend(device, err) is the one with every default. */
+extern moq_backend *moq_cuda_backend(int device, moq_error *err);
+extern moq_backend *moq_cuda_backend_with(const moq_cuda_desc *desc, moq_error *err);
 
 MOQ_API void moq_backend_destroy(moq_backend *be);
 
@@ -1517,7 +1525,7 @@ static const char *moqi_base_name(const char *path)
 #endif
 #include <windows.h>
 
-#define MOQI_WIDE 4096
+#define MOQI_WIDE_PATH 4096
 
 /* Call at once after a failure: the next system call may overwrite it. */
 static int moqi_os_code(void) { return (int)GetLastError(); }
@@ -1525,19 +1533,19 @@ static int moqi_os_code(void) { return (int)GetLastError(); }
 /* UTF-8 path to what the system takes: absolute with the \\?\ prefix, so that more than 260 characters work. */
 static int moqi_wide(const char *path, wchar_t *out)
 {
-    wchar_t plain[MOQI_WIDE];
-    int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, plain, MOQI_WIDE);
+    wchar_t plain[MOQI_WIDE_PATH];
+    int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, plain, MOQI_WIDE_PATH);
     if (n <= 0) return 0;
     if (n < 240) { memcpy(out, plain, (size_t)n * sizeof *out); return 1; }
     memcpy(out, L"\\\\?\\", 4 * sizeof *out);
-    DWORD got = GetFullPathNameW(plain, MOQI_WIDE - 4, out + 4, NULL);
-    return got > 0 && got < MOQI_WIDE - 4;
+    DWORD got = GetFullPathNameW(plain, MOQI_WIDE_PATH - 4, out + 4, NULL);
+    return got > 0 && got < MOQI_WIDE_PATH - 4;
 }
 
 /* Links and junctions are followed by the attributes of their target when the file is opened, not here. */
 static int moqi_path_kind(const char *path)
 {
-    wchar_t wide[MOQI_WIDE];
+    wchar_t wide[MOQI_WIDE_PATH];
     if (!moqi_wide(path, wide)) return MOQI_NOTHING;
     DWORD a = GetFileAttributesW(wide);
     if (a == INVALID_FILE_ATTRIBUTES) return MOQI_NOTHING;
@@ -1547,7 +1555,7 @@ static int moqi_path_kind(const char *path)
 /* FILE_SHARE_DELETE: another program may replace the file by renaming while we read, as on POSIX. */
 static intptr_t moqi_sys_open(const char *path)
 {
-    wchar_t wide[MOQI_WIDE];
+    wchar_t wide[MOQI_WIDE_PATH];
     if (!moqi_wide(path, wide)) { SetLastError(ERROR_INVALID_NAME); return -1; }
     HANDLE h = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
     if (h != INVALID_HANDLE_VALUE && GetFileType(h) != FILE_TYPE_DISK) {
@@ -1561,7 +1569,7 @@ static intptr_t moqi_sys_open(const char *path)
 /* Rights come from the folder; share mode 0 keeps others away from a half-written file. */
 static intptr_t moqi_sys_create(const char *temp, const char *target)
 {
-    wchar_t wide[MOQI_WIDE];
+    wchar_t wide[MOQI_WIDE_PATH];
     (void)target;
     if (!moqi_wide(temp, wide)) { SetLastError(ERROR_INVALID_NAME); return -1; }
     return (intptr_t)CreateFileW(wide, GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
@@ -1606,13 +1614,13 @@ static void moqi_sys_unmap(void *map, size_t bytes) { (void)bytes; UnmapViewOfFi
 /* Fails while the target is mapped, with ERROR_USER_MAPPED_FILE: nothing is written then, and the message says so. */
 static int moqi_sys_rename(const char *from, const char *to)
 {
-    wchar_t a[MOQI_WIDE], b[MOQI_WIDE];
+    wchar_t a[MOQI_WIDE_PATH], b[MOQI_WIDE_PATH];
     return moqi_wide(from, a) && moqi_wide(to, b) && MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
 }
 
 static void moqi_sys_remove(const char *path)
 {
-    wchar_t wide[MOQI_WIDE];
+    wchar_t wide[MOQI_WIDE_PATH];
     if (moqi_wide(path, wide)) DeleteFileW(wide);
 }
 
@@ -1638,7 +1646,7 @@ typedef struct moqi_dir { HANDLE find; int first; WIN32_FIND_DATAW data; char na
 
 static int moqi_dir_open(moqi_dir *d, const char *path)
 {
-    wchar_t wide[MOQI_WIDE];
+    wchar_t wide[MOQI_WIDE_PATH];
     char pattern[4096];
     if (moqi_format(pattern, sizeof pattern, "%s\\*", path) >= sizeof pattern || !moqi_wide(pattern, wide)) return 0;
     d->find = FindFirstFileW(wide, &d->data);
@@ -9031,7 +9039,13 @@ MOQ_API void moq_dequantize(const moq_linear *w, int64_t first, int64_t count, f
     }
 }
 
-/* ---- rounding of inputs: what ModelOpt, compressed-tensors and DeepSeek do to one token ---- */
+/* ---- rounding of inputs: what ModelOpt, compressed-tensors and DeepSeek do to one token ----
+   The order in front of a product is x -> rotation -> * pre_quant_scale -> rounding; this part is the rounding only.
+       static              s = input_scale                                   FP8, INT8 of ModelOpt and compressed-tensors
+       dynamic             s = amax / largest code, per token or group       FP8 per token, FP8 groups of 128, INT8 per token
+       two-level           s = e4m3(min(amax / (6 global), 448)) * global    NVFP4: global = input_scale, blocks of 16
+       E8M0                s = a power of two                                MXFP4, MXFP8: two rules, see moqi_e8m0_scale
+   and then x becomes code(x / s) * s. All of it in F32 with true divisions. */
 
 /* The largest code of an element type that inputs are rounded to; 0 for any other type. */
 static float moqi_largest(moq_dtype elem)
@@ -9170,7 +9184,10 @@ static void moqi_rotate_input(const float *h, int64_t size, float factor, const 
     }
 }
 
-/* ---- the inner loops that have vector versions ---- */
+/* ---- the inner loops that have vector versions ----
+   Decoding is split in two steps, codes to numbers and numbers times scales, because every format is some expansion followed by the
+   same scaling: seven element types and five scale types need no loop of their own for each pair. Both run on 2 KB that stay in the
+   first-level cache, so the second pass costs a load and a store and no memory traffic. */
 
 /* One instruction set. A summation order is fixed by n alone: it does not depend on m, so a row's result is the same in every batch. */
 typedef struct moqi_kernels {
@@ -9187,7 +9204,7 @@ typedef struct moqi_kernels {
     void (*axpy)(float a, const float *x, float *y, int64_t n); /* y += a x */
 } moqi_kernels;
 
-/* The plain loops are the definition: one product after the other, in the order of the columns. */
+/* The plain loops are the definition: products in F32, added in the order of the columns. */
 static void moqi_plain_expand(moq_dtype dtype, const uint8_t *src, int64_t n, float *dst)
 {
     moq_to_f32(dtype, src, (size_t)n, dst);
@@ -9205,13 +9222,18 @@ static void moqi_plain_scale(float *w, int64_t n, int shift, const float *s, con
     for (int64_t i = 0; i < n; i++) w[i] = (zero ? w[i] - zero[i >> shift] : w[i]) * s[i >> shift];
 }
 
-/* Four rows side by side give four independent sums, which is all the speed that a compiler can find here. */
+/* Sums of 16 columns, then the sum of those: the rounding error of n products is that of 16 + n / 16. Four rows side by side give four
+   independent sums, which is all the speed that a compiler can find here. */
 static void moqi_plain_tile(const float *w, int64_t ldw, int rows, const float *x, int64_t ldx, int64_t m, int64_t n, float *y, int64_t ldy)
 {
     for (int64_t j = 0; j < m; j++) {
         float sum[4] = {0, 0, 0, 0};
-        for (int64_t i = 0; i < n; i++)
-            for (int r = 0; r < 4; r++) sum[r] += w[r * ldw + i] * x[j * ldx + i];
+        for (int64_t i = 0; i < n; i += 16) {
+            float run[4] = {0, 0, 0, 0};
+            for (int64_t c = i; c < i + 16; c++)
+                for (int r = 0; r < 4; r++) run[r] += w[r * ldw + c] * x[j * ldx + c];
+            for (int r = 0; r < 4; r++) sum[r] += run[r];
+        }
         for (int r = 0; r < rows; r++) y[j * ldy + r] += sum[r];
     }
 }
@@ -9325,7 +9347,12 @@ MOQ_API void moq_round_kv(moq_kv_format format, float scale, const float *bias, 
     }
 }
 
-/* ---- attention ---- */
+/* ---- attention ----
+   For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
+   32 positions at a time and shared by up to 8 rows and 16 query heads; the softmax is a running one, so no buffer grows with the
+   length of the sequence:
+       m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v
+   and at the end y / l. A sink is a score without a value: it enters l only, which then begins at 1 with m = sink. */
 
 /* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. */
 typedef struct moqi_cache {
@@ -9429,7 +9456,10 @@ static void moqi_attend(const moqi_kernels *k, const moq_batch *b, const moq_att
     }
 }
 
-/* ---- routing ---- */
+/* ---- routing ----
+   The variants in use (runtime-layouts 4.4): softmax then top k (Mixtral, Qwen; with renormalization the same as gpt-oss' softmax over
+   the chosen), sigmoid, DeepSeek-V2's groups by their largest score, DeepSeek-V3's sigmoid with a correction bias that ranks experts but
+   does not weigh them, and groups by the sum of their two best. */
 
 /* p = softmax or sigmoid of logits [experts]. */
 static void moqi_router_scores(moq_score score, const float *logits, int32_t experts, float *p)
@@ -9556,7 +9586,10 @@ static void moqi_rope_head(float *x, const float *table, int64_t dims, int inter
 #include <arm_neon.h>
 #endif
 
-/* E4M3 through F16: the same sign, exponent and mantissa fields give value / 256, subnormals included, without subnormal F32
+/* What each version has to give: expand, nibbles and scale the same bits as the plain loops (they are exact, or round once), tile,
+   dot and axpy the same sum in an order of their own. Which instructions exist is asked at run time and every function carries its
+   own target, so one binary serves all CPUs of a family and the caller's compiler flags do not matter.
+   E4M3 through F16: the same sign, exponent and mantissa fields give value / 256, subnormals included, without subnormal F32
    numbers on the way. Code 0x7f is NaN in E4M3 but finite in F16, so it is put back. */
 
 #ifdef MOQI_X86
@@ -9629,7 +9662,8 @@ MOQI_AVX512 static void moqi_scale_512(float *w, int64_t n, int shift, const flo
     int64_t i = 0;
     if (zero)
         for (; i + 16 <= n; i += 16)
-            _mm512_storeu_ps(w + i, _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + i), _mm512_set1_ps(zero[i >> shift])), _mm512_set1_ps(s[i >> shift])));
+            _mm512_storeu_ps(w + i, _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + i), _mm512_set1_ps(zero[i >> shift])),
+                                                  _mm512_set1_ps(s[i >> shift])));
     else
         for (; i + 16 <= n; i += 16) _mm512_storeu_ps(w + i, _mm512_mul_ps(_mm512_loadu_ps(w + i), _mm512_set1_ps(s[i >> shift])));
     for (; i < n; i++) w[i] = (zero ? w[i] - zero[i >> shift] : w[i]) * s[i >> shift];
@@ -9766,7 +9800,8 @@ MOQI_AVX2 static void moqi_scale_256(float *w, int64_t n, int shift, const float
     int64_t i = 0;
     if (zero)
         for (; i + 8 <= n; i += 8)
-            _mm256_storeu_ps(w + i, _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w + i), _mm256_set1_ps(zero[i >> shift])), _mm256_set1_ps(s[i >> shift])));
+            _mm256_storeu_ps(w + i, _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w + i), _mm256_set1_ps(zero[i >> shift])),
+                                                  _mm256_set1_ps(s[i >> shift])));
     else
         for (; i + 8 <= n; i += 8) _mm256_storeu_ps(w + i, _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_set1_ps(s[i >> shift])));
     for (; i < n; i++) w[i] = (zero ? w[i] - zero[i >> shift] : w[i]) * s[i >> shift];
@@ -9945,6 +9980,14 @@ static const moqi_kernels *moqi_get_kernels(int i)
    What lies in rows is read where it lies; other packings are rewritten once. Any format falls back to moq_dequantize.
    ------------------------------------------------------------------------------------------------ */
 
+/* A product walks the weights in tiles of 16 rows x 512 columns:
+
+       codes (file)  --expand-->  F32 tile (32 KB)  --4 rows x 4 tokens at a time-->  y[m][16]
+       scales        --expand-->  one number for each group of the run
+
+   A tile is decoded once and used for every row of x, so decoding is the whole cost of one token and a small part of a prompt.
+   Groups must begin where tiles begin: their length divides 512 or is a multiple of it, which holds for every format whose groups
+   run along columns. The rest (MXFP4 stacks grouped along rows, 6-bit floats) is decoded row by row by moq_dequantize. */
 #define MOQI_TILE_ROWS 16
 #define MOQI_TILE_COLS 512 /* a tile is 32 KB of F32 */
 #define MOQI_SLOW_ROWS 4   /* of a tile that moq_dequantize fills, at full width */
@@ -9983,14 +10026,9 @@ typedef struct moqi_tiled {
 static int64_t moqi_pad16(int64_t n) { return (n + 15) / 16 * 16; }
 static int64_t moqi_tile_rows(const moqi_tiled *p) { return p->form == MOQI_CODES_SLOW ? MOQI_SLOW_ROWS : MOQI_TILE_ROWS; }
 
-/* Columns [first, first + n) of a row: scales of its groups, then codes times scales. `first` is a multiple of MOQI_TILE_COLS. */
-static void moqi_decode_run(const moqi_kernels *k, const moqi_tiled *p, int64_t row, int64_t first, int64_t n, float *out)
+/* Scales of the groups that columns [first, first + n) of a row fall into, times the global one. */
+static void moqi_run_scales(const moqi_kernels *k, const moqi_tiled *p, int64_t row, int64_t first, int64_t n, float *s)
 {
-    const uint8_t *src = p->codes + row * p->row_bytes;
-    if (p->form == MOQI_CODES_NIBBLES) k->nibbles(src + first / 2, n, p->table, out);
-    else k->expand(p->dtype, src + first * (moq_dtype_bits(p->dtype) / 8), n, out);
-    if (p->scale_dtype == MOQ_NONE) return;
-    float s[MOQI_TILE_COLS / 16], zero[MOQI_TILE_COLS / 16];
     int64_t g = first / p->group_cols, count = moqi_ceil_div(n, p->group_cols);
     if (p->scales) {
         int64_t at = (p->scale_first + row * p->scale_step) / p->group_rows * p->scale_stride + g;
@@ -9999,18 +10037,58 @@ static void moqi_decode_run(const moqi_kernels *k, const moqi_tiled *p, int64_t 
     } else {
         for (int64_t i = 0; i < count; i++) s[i] = p->factor;
     }
+}
+
+/* E4M3 of a double, rounded once: F32 keeps whether anything was cut off in its last bit (rounding to odd), far below E4M3's. */
+static float moqi_round_e4m3_exact(double v)
+{
+    float f = (float)v;
+    uint32_t b = moqi_f32_bits(f);
+    if ((double)f != v) {
+        if (fabs((double)f) > fabs(v)) b--;
+        b |= 1;
+    }
+    return moq_e4m3_decode(moq_e4m3_encode(moqi_bits_f32(b)));
+}
+
+/* Columns [first, first + n) of a row: codes times the scales of their groups. `first` is a multiple of MOQI_TILE_COLS. */
+static void moqi_decode_run(const moqi_kernels *k, const moqi_tiled *p, int64_t row, int64_t first, int64_t n, float *out)
+{
+    const uint8_t *src = p->codes + row * p->row_bytes;
+    if (p->form == MOQI_CODES_NIBBLES) k->nibbles(src + first / 2, n, p->table, out);
+    else k->expand(p->dtype, src + first * (moq_dtype_bits(p->dtype) / 8), n, out);
+    if (p->scale_dtype == MOQ_NONE) return;
+    float s[MOQI_TILE_COLS / 16], zero[MOQI_TILE_COLS / 16];
+    moqi_run_scales(k, p, row, first, n, s);
+    if (p->requant > 0) { /* W4A8: the product is rounded to E4M3 before anything rounds it to F32 */
+        for (int64_t i = 0; i < n; i++) out[i] = moqi_round_e4m3_exact((double)out[i] * (double)s[i >> p->shift] / (double)p->requant) * p->requant;
+        return;
+    }
+    int64_t g = first / p->group_cols, count = moqi_ceil_div(n, p->group_cols);
     if (p->zeros || p->zero != 0)
         for (int64_t i = 0; i < count; i++) zero[i] = p->zeros ? (float)p->zeros[row * p->groups + g + i] : p->zero;
     k->scale(out, n, p->shift, s, p->zeros || p->zero != 0 ? zero : NULL);
 }
 
+/* The same from the codes as stored, for the reference. */
+static void moqi_decode_requant(const moqi_tiled *p, int64_t row, int64_t n, float *out)
+{
+    const moq_linear *w = &p->layer;
+    int16_t codes[64];
+    for (int64_t c = 0; c < n; c += 64) {
+        int64_t m = moqi_min(64, n - c);
+        moq_get_codes(w, row, c, m, codes);
+        for (int64_t i = 0; i < m; i++)
+            out[c + i] = moqi_round_e4m3_exact(codes[i] * moqi_scale_at(w, row, moqi_group_of(w, c + i)) / (double)p->requant) * p->requant;
+    }
+}
+
 /* A row as the layer computes with it, padded with zeros to a multiple of 16. */
 static void moqi_decode(const moqi_kernels *k, const moqi_tiled *p, int64_t row, int64_t first, int64_t n, float *out)
 {
-    if (p->form == MOQI_CODES_SLOW) moq_dequantize(&p->layer, row, 1, out);
+    if (p->form == MOQI_CODES_SLOW && p->requant > 0) moqi_decode_requant(p, row, n, out);
+    else if (p->form == MOQI_CODES_SLOW) moq_dequantize(&p->layer, row, 1, out);
     else moqi_decode_run(k, p, row, first, n, out);
-    if (p->requant > 0)
-        for (int64_t i = 0; i < n; i++) out[i] = moqi_round_code(MOQ_F8_E4M3, out[i] / p->requant, 0) * p->requant;
     for (int64_t i = n; i < moqi_pad16(n); i++) out[i] = 0;
 }
 
@@ -10187,7 +10265,8 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
     if (w->zeros.data) {
         int16_t *z = (int16_t *)moqi_take_array(r, (uint64_t)w->rows * (uint64_t)p->groups, sizeof *z);
         if (!z) return MOQ_E_NOMEM;
-        for (int64_t i = 0; i < w->rows * p->groups; i++) z[i] = (int16_t)moqi_zero_at(w, i / p->groups, moqi_group_of(w, 0) * !p->order + i % p->groups);
+        for (int64_t i = 0; i < w->rows * p->groups; i++) z[i] = (int16_t)moqi_zero_at(w, i / p->groups, moqi_group_of(w,
+                0) * !p->order + i % p->groups);
         p->zeros = z;
     }
     if (!w->scales.data) return MOQ_OK;
@@ -10215,7 +10294,10 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
    taken when something is prepared, never while it runs.
    ------------------------------------------------------------------------------------------------ */
 
-/* ---- the backend object ---- */
+/* ---- the backend object ----
+   Running must not allocate and must not fail. So every prepare adds what a call of one row will need to moqi_need, and one block of
+   scratch memory is laid out for max_rows rows of the largest of everything; a call with more rows is cut into pieces of max_rows.
+   Cutting changes no result: every row is computed as if it were alone. */
 
 /* Room that everything prepared so far needs; counts of F32 unless said otherwise. */
 typedef struct moqi_need {
@@ -10271,7 +10353,8 @@ typedef struct moqi_carver { uint8_t *at; uint64_t bytes; int overflow; } moqi_c
 static void *moqi_carve(moqi_carver *v, int64_t a, int64_t b, size_t size)
 {
     uint64_t n, start = v->bytes;
-    if (!moqi_mul((uint64_t)a, (uint64_t)b, &n) || !moqi_mul(n, size, &n) || !moqi_add(n, 63, &n) || !moqi_add(start, n & ~(uint64_t)63, &v->bytes)) v->overflow = 1;
+    if (!moqi_mul((uint64_t)a, (uint64_t)b, &n) || !moqi_mul(n, size, &n) || !moqi_add(n, 63, &n)) v->overflow = 1;
+    else if (!moqi_add(start, n & ~(uint64_t)63, &v->bytes)) v->overflow = 1;
     return v->at ? v->at + start : NULL;
 }
 
@@ -10309,7 +10392,8 @@ static moq_result moqi_grow(moqi_cpu *c, const moqi_need *need, int32_t rows, mo
     moqi_carve_all(c, &v);
     if (v.overflow || v.bytes > SIZE_MAX / 2) {
         *c = was;
-        return moqi_fail(err, MOQ_E_OVERFLOW, moqi_at(NULL, NULL, NULL, -1), "scratch memory for %d rows does not fit the address space; reserve fewer", (int)rows);
+        return moqi_fail(err, MOQ_E_OVERFLOW, moqi_at(NULL, NULL, NULL, -1),
+                         "scratch memory for %d rows does not fit the address space; reserve fewer", (int)rows);
     }
     if (v.bytes > c->scratch_bytes) {
         v.at = (uint8_t *)moq_allocate(&c->a, (size_t)v.bytes);
@@ -10366,19 +10450,23 @@ static moq_result moqi_cpu_supports(moq_backend *be, const moq_linear *w, moq_er
         return moqi_fail(err, MOQ_E_ARG, at, "no weights: shape [%lld, %lld]", (long long)w->rows, (long long)w->cols);
     moq_dtype e = s->weight.elem;
     if (!moqi_is_int(e) && e != MOQ_F4 && e != MOQ_F6_E2M3 && e != MOQ_F6_E3M2 && e != MOQ_F8_E4M3 && e != MOQ_BF16 && e != MOQ_F16 && e != MOQ_F32)
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "weights of type %s; known are integers to 8 bits, F4, F6, F8, BF16, F16, F32", moq_dtype_name(e));
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "weights of type %s; known are integers to 8 bits, F4, F6, F8, BF16, F16, F32",
+                         moq_dtype_name(e));
     if (s->weight.scale != MOQ_NONE && !w->scales.data)
         return moqi_fail(err, MOQ_E_MISSING, at, "%s scales are named by the scheme, but absent", moq_dtype_name(s->weight.scale));
     if (moqi_wants_rounding(c, w) && moqi_largest(s->input.elem) <= 0)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "inputs of type %s cannot be rounded here; use wide activations", moq_dtype_name(s->input.elem));
     if (moqi_wants_rounding(c, w) && !moqi_rounds_input(w))
-        return moqi_fail(err, MOQ_E_MISSING, at, "%s inputs need an input_scale greater than 0, found %g; use wide activations", moq_dtype_name(s->input.elem), (double)w->input_scale);
+        return moqi_fail(err, MOQ_E_MISSING, at, "%s inputs need an input_scale greater than 0, found %g; use wide activations",
+                         moq_dtype_name(s->input.elem), (double)w->input_scale);
     if (size < 0 || (size > 0 && (w->cols % size != 0 || w->col_first % size != 0)))
-        return moqi_fail(err, MOQ_E_SHAPE, at, "%lld columns from %lld, expected multiples of the input rotation's %lld", (long long)w->cols, (long long)w->col_first, (long long)size);
+        return moqi_fail(err, MOQ_E_SHAPE, at, "%lld columns from %lld, expected multiples of the input rotation's %lld", (long long)w->cols,
+                         (long long)w->col_first, (long long)size);
     if (size > 0 && (w->hadamard.data ? w->hadamard.count != (uint64_t)size * (uint64_t)size : (size & (size - 1)) != 0))
         return moqi_fail(err, MOQ_E_SHAPE, at, "the input rotation is no [%lld, %lld] matrix and no power of two", (long long)size, (long long)size);
     if (w->lora_a.data && (rank < 1 || !w->lora_b.data || w->lora_a.count % (uint64_t)rank != 0 || w->lora_b.count % (uint64_t)rank != 0))
-        return moqi_fail(err, MOQ_E_SHAPE, at, "low-rank tensors of %llu and %llu elements, expected a multiple of the rank %lld", (unsigned long long)w->lora_a.count,
+        return moqi_fail(err, MOQ_E_SHAPE, at, "low-rank tensors of %llu and %llu elements, expected a multiple of the rank %lld",
+                         (unsigned long long)w->lora_a.count,
                          (unsigned long long)w->lora_b.count, (long long)rank);
     return MOQ_OK;
 }
@@ -10392,7 +10480,8 @@ static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text,
     if (moqi_cpu_supports(be, w, &err) < 0) return moqi_format(text, capacity, "none: %s", err.text);
     moq_scheme_name(&w->scheme, scheme, sizeof scheme);
     const char *how = c->k == &moqi_reference_kernels ? "rows dequantized to F32" : "decoded to F32 by tiles";
-    if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how, moq_dtype_name(w->scheme.input.elem));
+    if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how,
+                                                      moq_dtype_name(w->scheme.input.elem));
     if (w->scheme.input.elem == MOQ_NONE) return moqi_format(text, capacity, "%s: %s %s", c->k->name, scheme, how);
     return moqi_format(text, capacity, "%s: %s %s, wide inputs (%s: no %s arithmetic here)", c->k->name, scheme, how,
                        c->act == MOQ_ACT_WIDE ? "asked for" : "automatic", moq_dtype_name(w->scheme.input.elem));
@@ -10455,8 +10544,10 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;
-    return !a->rounds || (p->elem == q->elem && p->group_cols == q->group_cols && p->scale == q->scale && p->has_global == q->has_global && p->dynamic == q->dynamic &&
-                          p->zero_point == q->zero_point && p->rule == q->rule && u->input_zero == v->input_zero && moqi_same_bytes(&u->input_scale, &v->input_scale, 4));
+    if (!a->rounds) return 1;
+    if (p->elem != q->elem || p->group_cols != q->group_cols || p->scale != q->scale || p->rule != q->rule) return 0;
+    if (p->has_global != q->has_global || p->dynamic != q->dynamic || p->zero_point != q->zero_point) return 0;
+    return u->input_zero == v->input_zero && moqi_same_bytes(&u->input_scale, &v->input_scale, 4);
 }
 
 /* Room of one part for calls of one row; `copies` rows of it are live at once. */
@@ -10491,7 +10582,8 @@ static moq_weight *moqi_cpu_prepare_linear(moq_backend *be, const moq_linear *la
     for (int32_t i = 0; i < parts; i++) {
         if (moqi_cpu_supports(be, &layers[i], err) < 0) return NULL;
         if (layers[i].cols != layers[0].cols) {
-            moqi_fail(err, MOQ_E_SHAPE, moqi_at(NULL, "layer", layers[i].name, -1), "%lld columns beside %lld of '%q': fused layers share their input",
+            moqi_fail(err, MOQ_E_SHAPE, moqi_at(NULL, "layer", layers[i].name, -1),
+                      "%lld columns beside %lld of '%q': fused layers share their input",
                       (long long)layers[i].cols, (long long)layers[0].cols, layers[0].name);
             return NULL;
         }
@@ -10531,7 +10623,10 @@ static size_t moqi_cpu_weight_bytes(const moq_backend *be, const moq_weight *wei
     return weight ? moqi_arena_bytes(&((const moqi_weight *)(const void *)weight)->arena) : 0;
 }
 
-/* ---- running products ---- */
+/* ---- running products ----
+   A launch is a list of jobs (parts of a fused layer, or chosen experts) whose tiles are numbered through and handed to the workers.
+   Each tile writes 16 columns of y from its bias to its last product, so no two tasks touch the same number and nothing is summed
+   across tasks. The low-rank branch of SVDQuant is two more matrices: A runs first, for all jobs, and B is added inside of each tile. */
 
 /* One parallel run over the tiles of several products. */
 typedef struct moqi_launch { const moqi_cpu *c; const moqi_job *jobs; int64_t count; } moqi_launch;
@@ -10608,7 +10703,10 @@ static void moqi_feed_task(void *arg, int index, int worker)
 }
 
 /* Can the rows of x be read where they are? */
-static int moqi_direct(const moqi_tiled *p) { return !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0; }
+static int moqi_direct(const moqi_tiled *p)
+{
+    return !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
+}
 
 /* Parts that read the same inputs run as one launch; a part with inputs of its own begins the next. */
 static void moqi_cpu_linear(moq_backend *be, const moq_weight *weight, const void *x, int32_t rows, void *y)
@@ -10671,7 +10769,10 @@ static void moqi_cpu_embed(moq_backend *be, const moq_weight *weight, const int3
    Mixtures of experts, KV cache, attention and the small operations; nothing allocates outside of create, prepare and reserve.
    ------------------------------------------------------------------------------------------------ */
 
-/* ---- mixtures of experts ---- */
+/* ---- mixtures of experts ----
+   One pass takes up to 256 rows: route every row, sort the (row, expert) assignments by expert, make the inputs of each assignment (an
+   expert may have its own pre_quant_scale and input_scale), then run gate and up of all chosen experts as one launch, the activation,
+   and all down projections as one launch. At the end each row adds its experts' outputs in the order in which it chose them. */
 
 /* What moq_experts points to. */
 typedef struct moqi_experts {
@@ -10693,15 +10794,18 @@ static moq_result moqi_check_moe(const moq_moe *m, moq_error *err)
     if (r->experts < 1 || r->top_k < 1 || r->top_k > r->experts || !m->up || !m->down)
         return moqi_fail(err, MOQ_E_ARG, at, "top %d of %d experts cannot be chosen", (int)r->top_k, (int)r->experts);
     if (r->experts % groups != 0 || tops < 1 || tops > groups || tops * (r->experts / groups) < r->top_k)
-        return moqi_fail(err, MOQ_E_ARG, at, "%d of %d groups of %d experts do not hold the %d to choose", (int)tops, (int)groups, (int)r->experts, (int)r->top_k);
+        return moqi_fail(err, MOQ_E_ARG, at, "%d of %d groups of %d experts do not hold the %d to choose", (int)tops, (int)groups, (int)r->experts,
+                         (int)r->top_k);
     if (r->bias.data && r->bias.count != (uint64_t)r->experts)
         return moqi_fail(err, MOQ_E_SHAPE, at, "routing bias of %llu elements, expected %d", (unsigned long long)r->bias.count, (int)r->experts);
     if ((unsigned)m->activation.kind > (unsigned)MOQ_RELU2 || (m->activation.kind == MOQ_RELU2) != (m->gate == NULL))
         return moqi_fail(err, MOQ_E_ARG, at, "activation %d %s a gate", (int)m->activation.kind, m->gate ? "has no use for" : "needs");
     for (int32_t e = 0; e < r->experts; e++) {
         const moq_linear *g = m->gate ? &m->gate[e] : &m->up[e], *u = &m->up[e], *d = &m->down[e];
-        if (g->cols != m->up[0].cols || u->cols != g->cols || g->rows != m->up[0].rows || u->rows != g->rows || d->cols != u->rows || d->rows != m->down[0].rows)
-            return moqi_fail(err, MOQ_E_SHAPE, at, "expert %d has shapes [%lld, %lld], [%lld, %lld], [%lld, %lld] that do not fit together", (int)e, (long long)g->rows,
+        if (g->cols != m->up[0].cols || u->cols != g->cols || g->rows != m->up[0].rows || u->rows != g->rows || d->cols != u->rows ||
+            d->rows != m->down[0].rows)
+            return moqi_fail(err, MOQ_E_SHAPE, at, "expert %d has shapes [%lld, %lld], [%lld, %lld], [%lld, %lld] that do not fit together",
+                             (int)e, (long long)g->rows,
                              (long long)g->cols, (long long)u->rows, (long long)u->cols, (long long)d->rows, (long long)d->cols);
     }
     return MOQ_OK;
@@ -10787,7 +10891,8 @@ static void moqi_route_task(void *arg, int row, int worker)
     const moqi_pass *t = (const moqi_pass *)arg;
     const moqi_cpu *c = t->c;
     int64_t at = (int64_t)row * t->m->routing.top_k;
-    moqi_route(&t->m->routing, t->m->bias, t->logits + (int64_t)row * t->m->routing.experts, c->worker + worker * c->need.worker, c->index + at, c->weight + at);
+    moqi_route(&t->m->routing, t->m->bias, t->logits + (int64_t)row * t->m->routing.experts, c->worker + worker * c->need.worker, c->index + at,
+               c->weight + at);
 }
 
 /* Counting sort of the rows' choices by expert. */
@@ -10898,7 +11003,9 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
     }
 }
 
-/* ---- KV cache and attention ---- */
+/* ---- KV cache and attention ----
+   Keys and values are stored packed in the cache's format and unpacked when they are read: FP8 takes a quarter of F32, NVFP4 a seventh.
+   Memory is [slot][kv head][position] rows, so one head's history is one run of bytes, and copying a range is one memmove a head. */
 
 /* Shapes and bytes of a cache; `err` names what is impossible. */
 static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t bytes[2], moq_error *err)
@@ -10912,7 +11019,8 @@ static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t byt
     c->format[0] = d->kv.format;
     c->format[1] = d->kv.format == MOQ_KV_NVFP4_ROTATE ? MOQ_KV_NVFP4 : d->kv.format;
     if (d->slots < 1 || d->capacity < 1 || d->kv_heads < 1 || d->head_dim < 1 || (unsigned)d->kv.format >= (unsigned)MOQ_KV_FORMAT_COUNT)
-        return moqi_fail(err, MOQ_E_ARG, at, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity, (int)d->kv_heads,
+        return moqi_fail(err, MOQ_E_ARG, at, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity,
+                         (int)d->kv_heads,
                          (int)d->head_dim, (int)d->kv.format);
     if (d->kv.format == MOQ_KV_NVFP4_ROTATE && (d->head_dim & (d->head_dim - 1)) != 0)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "rotated keys need a head_dim that is a power of two, found %d; use nvfp4", (int)d->head_dim);
@@ -10920,13 +11028,16 @@ static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t byt
         const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
         c->row_bytes[i] = moqi_kv_row_bytes(c->format[i], c->dim[i]);
         if ((s->data && s->count != 1 && s->count != (uint64_t)d->kv_heads) || (b->data && b->count != (uint64_t)d->kv_heads * (uint64_t)c->dim[i]))
-            return moqi_fail(err, MOQ_E_SHAPE, at, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld", (unsigned long long)s->count,
+            return moqi_fail(err, MOQ_E_SHAPE, at, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld",
+                             (unsigned long long)s->count,
                              (unsigned long long)b->count, i ? "value" : "key", (int)d->kv_heads, (long long)d->kv_heads * (long long)c->dim[i]);
         for (uint64_t h = 0; s->data && h < s->count; h++) {
             float v = moqi_view_f32(s, h);
-            if (!(v > 0) || !moqi_is_finite(v)) return moqi_fail(err, MOQ_E_SCALE, at, "%s scale %g, expected a number greater than 0", i ? "value" : "key", (double)v);
+            if (!(v > 0) || !moqi_is_finite(v)) return moqi_fail(err, MOQ_E_SCALE, at, "%s scale %g, expected a number greater than 0",
+                                                                 i ? "value" : "key", (double)v);
         }
-        if (!moqi_mul((uint64_t)d->slots * (uint64_t)d->kv_heads, (uint64_t)d->capacity, &rows) || !moqi_mul(rows, c->row_bytes[i], &bytes[i]) || bytes[i] > SIZE_MAX / 4)
+        if (!moqi_mul((uint64_t)d->slots * (uint64_t)d->kv_heads, (uint64_t)d->capacity, &rows) || !moqi_mul(rows, c->row_bytes[i], &bytes[i]) ||
+            bytes[i] > SIZE_MAX / 4)
             return moqi_fail(err, MOQ_E_OVERFLOW, at, "%d slots of %d tokens do not fit the address space", (int)d->slots, (int)d->capacity);
         bytes[i] = (bytes[i] + 63) & ~(uint64_t)63;
     }
@@ -11006,12 +11117,14 @@ static void moqi_append_task(void *arg, int row, int worker)
                 for (int64_t d = 0; d < c->dim[i]; d++) turned[d] *= norm;
                 x = turned;
             }
-            moqi_kv_pack(c->format[i], c->scale[i][h], c->bias[i] ? c->bias[i] + h * c->dim[i] : NULL, x, c->dim[i], moqi_kv_row(c, i, t->b->slot[row], h, t->b->pos[row]));
+            moqi_kv_pack(c->format[i], c->scale[i][h], c->bias[i] ? c->bias[i] + h * c->dim[i] : NULL, x, c->dim[i], moqi_kv_row(c, i,
+                    t->b->slot[row], h, t->b->pos[row]));
         }
     }
 }
 
-static void moqi_cpu_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride)
+static void moqi_cpu_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v,
+                               int64_t v_stride)
 {
     moqi_append t;
     t.cpu = moqi_cpu_of(be);
@@ -11025,7 +11138,8 @@ static void moqi_cpu_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_b
 }
 
 /* Rows move as they are stored: nothing is rounded again, and memmove takes care of overlap. */
-static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos, int32_t count)
+static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos,
+                             int32_t count)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)cache;
     (void)be;
@@ -11066,7 +11180,8 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     t.b = b;
     t.a = a;
     double keys = a->window > 0 && a->window < b->max_pos ? a->window : b->max_pos + 1.0;
-    moqi_run(t.cpu, moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads, (double)b->rows * a->heads * keys * (double)(c->dim[0] + c->dim[1]), moqi_attend_task, &t);
+    moqi_run(t.cpu, moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads,
+             (double)b->rows * a->heads * keys * (double)(c->dim[0] + c->dim[1]), moqi_attend_task, &t);
 }
 
 /* ---- the operations between layers ---- */
@@ -11213,7 +11328,8 @@ static void moqi_cpu_destroy(moq_backend *be)
 /* In the order of struct moq_backend; no graphs to capture. */
 static const moq_backend moqi_cpu_table = {
     NULL, "cpu", MOQ_F32, 16,
-    moqi_cpu_destroy, moqi_cpu_alloc, moqi_cpu_release, moqi_cpu_copy, moqi_cpu_copy, moqi_cpu_copy, moqi_cpu_upload_act, moqi_cpu_download_act, moqi_cpu_sync,
+    moqi_cpu_destroy, moqi_cpu_alloc, moqi_cpu_release,
+    moqi_cpu_copy, moqi_cpu_copy, moqi_cpu_copy, moqi_cpu_upload_act, moqi_cpu_download_act, moqi_cpu_sync,
     moqi_cpu_reserve, moqi_cpu_supports, moqi_cpu_explain,
     moqi_cpu_prepare_linear, moqi_cpu_release_weight, moqi_cpu_weight_bytes, moqi_cpu_linear, moqi_cpu_embed,
     moqi_cpu_prepare_moe, moqi_cpu_release_moe, moqi_cpu_moe,

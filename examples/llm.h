@@ -1304,7 +1304,7 @@ typedef struct llmi_matcher {
     size_t n;
     llmi_choice *stack;
     size_t count, capacity;
-    uint8_t *memo;        /* a bit for each position, instruction and entry (0: from before, 1: inside its loop) */
+    uint8_t *memo;        /* a bit for each position, instruction and entry (0: taken up as a choice, 1: passed by) */
     size_t memo_bytes;
     uint64_t steps;
     int failed;           /* out of memory */
@@ -1426,7 +1426,10 @@ static size_t llmi_match_run(llmi_matcher *m, int32_t pc, size_t at)
             if ((llmi_step_in(m, o->set, at) != 0) == o->flag) return LLMI_NO_MATCH;
             break;
         case LLMI_OP_SPLIT:
+            if (llmi_tried(m, pc, 1, at)) return LLMI_NO_MATCH;
+            llmi_count_step(m, 1);
             llmi_push(m, pc + o->y, at, at);
+            if (m->failed) return LLMI_NO_MATCH;
             pc += o->x - 1;
             break;
         case LLMI_OP_JUMP:
