@@ -166,7 +166,7 @@ static void test_llm_golden_modelopt(void)
 {
     golden_cases = 0;
     check_group("modelopt");
-    CHECK(golden_cases >= 14);
+    CHECK(golden_cases >= 12);
 }
 
 static void test_llm_golden_compressed_tensors(void)
