@@ -76,7 +76,9 @@
        >>api-cpu         >>cpu          reference kernels in plain C
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
+                         >>stream       4-bit rows times a few inputs, straight from the file's nibbles
                          >>layers       prepared layers: linear, experts, caches
+                         >>ssm          state-space mixers and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
 */
 #ifndef MODELOPT_Q_H
@@ -213,7 +215,7 @@ typedef enum moq_stage {
 typedef int (*moq_progress_fn)(void *user, moq_stage stage, uint64_t done, uint64_t total);
 
 /* Fill `err` (may be NULL) as the library does, for code built on top of it: text = "object: message" with
-   printf-style formatting (d i u x X c s f g with l, ll, z, a width and precision). Returns `code`. */
+   printf-style formatting (d i u x c s f g with l, ll, z, a width and precision; q is an s that is escaped and cut). Returns `code`. */
 MOQ_API moq_result moq_fail(moq_error *err, moq_result code, const char *object, const char *format, ...);
 
 /* ------------------------------------------------------------------------------------------------
@@ -616,7 +618,7 @@ MOQ_API moq_result moq_verify(const moq_checkpoint *ck, uint32_t flags, moq_find
 
 /* Rows first, first + step, ... (count of them) and columns [first, first + count) of a layer; expert e of a stack.
    A column slice must start and end on group and word boundaries: MOQ_E_SHAPE otherwise. Bias follows rows;
-   lora_a and pre_quant_scale follow columns. `out` may be `in`. */
+   lora_b follows rows, lora_a and pre_quant_scale follow columns. `out` may be `in`. */
 MOQ_API moq_result moq_slice_rows(const moq_linear *in, int64_t first, int64_t count, int64_t step, moq_linear *out, moq_error *err);
 MOQ_API moq_result moq_slice_cols(const moq_linear *in, int64_t first, int64_t count, moq_linear *out, moq_error *err);
 MOQ_API moq_result moq_slice_expert(const moq_linear *in, int32_t expert, moq_linear *out, moq_error *err);
@@ -654,6 +656,7 @@ typedef struct moq_weight moq_weight;     /* a prepared layer, opaque, owned by 
 typedef struct moq_experts moq_experts;   /* a prepared mixture of experts */
 typedef struct moq_kv_cache moq_kv_cache;
 typedef struct moq_graph moq_graph;
+typedef struct moq_ssm moq_ssm;           /* a prepared state-space mixer with the states of its sequences */
 
 /* How inputs of quantized layers are rounded. */
 typedef enum moq_act {
@@ -746,6 +749,30 @@ typedef struct moq_attention_desc {
     const float *sinks;     /* [heads] extra logits in the softmax denominator, backend memory; NULL: none */
 } moq_attention_desc;
 
+/* A Mamba-2 mixer (Dao and Gu 2024) between its two projections, with the states of `slots` sequences. Below, inner is
+   heads * head_dim, and the convolution runs over width = inner + 2 * groups * state channels: x, B, C. */
+typedef struct moq_ssm_desc {
+    const char *name;       /* for messages */
+    int32_t slots, heads, head_dim, state;
+    int32_t groups;         /* divides heads: head h reads B and C of group h / (heads / groups) */
+    int32_t conv;           /* taps of the causal convolution */
+    float dt_min, dt_max;   /* limits of the step; dt_max 0: none */
+    float eps;              /* of the norm */
+    moq_view conv_weight;   /* [width, conv], the last tap is the current token */
+    moq_view conv_bias;     /* [width] or absent */
+    moq_view dt_bias, a_log, d; /* [heads] */
+    moq_view norm;          /* [inner] */
+} moq_ssm_desc;
+
+/* Values that change places: y[r][h][i] = x[r][h][i] for rows, heads, width. Strides in elements. */
+typedef struct moq_copy_desc {
+    const void *x;
+    void *y;                    /* does not overlap x */
+    int64_t x_stride, y_stride; /* from row to row */
+    int64_t x_step, y_step;     /* from head to head; x_step 0: every head gets the same values */
+    int32_t rows, heads, width;
+} moq_copy_desc;
+
 /* The table. Activations are row-major matrices of element type `act` in the backend's own memory (alloc / upload / download);
    on the CPU that is plain F32 memory and any pointer will do. Calls are ordered; they do not fail one by one: a device
    error stays until `sync` reports it. Nothing allocates after prepare and kv_create, except as said at `reserve`.
@@ -812,6 +839,23 @@ struct moq_backend {
     moq_graph *(*capture_end)(moq_backend *be, moq_error *err);
     void (*replay)(moq_backend *be, moq_graph *g);
     void (*release_graph)(moq_backend *be, moq_graph *g);
+
+    /* State-space mixers. Tensors of the description are copied; an unusable one is refused with its name. */
+    moq_ssm *(*ssm_create)(moq_backend *be, const moq_ssm_desc *desc, moq_error *err);
+    void (*ssm_release)(moq_backend *be, moq_ssm *s);
+    size_t (*ssm_bytes)(const moq_backend *be, const moq_ssm_desc *desc); /* what ssm_create would take */
+    /* x: [rows, inner z | inner x | groups * state B | groups * state C | heads dt] -> y [rows, inner]. Row i continues the state of its
+       slot, which has seen exactly pos[i] tokens: rows of one slot stand in order, and pos 0 starts from nothing. Per row:
+           (x, B, C) = silu(conv_bias + sum over taps conv_weight * (x, B, C of the last `conv` tokens))
+           t[h]      = clamp(softplus(dt[h] + dt_bias[h]), dt_min, dt_max)
+           S[h]      = exp(-exp(a_log[h]) t[h]) S[h] + t[h] x[h] B^T      S[h]: [head_dim, state]
+           u[h]      = S[h] C + d[h] x[h]
+           v         = u * silu(z)
+           y         = norm * v / sqrt(mean(v^2) + eps), the mean over each inner / groups values by itself
+       State and sums are F32, whatever `act` is. */
+    void (*ssm)(moq_backend *be, moq_ssm *s, const moq_batch *b, const void *x, void *y);
+    void (*ssm_copy)(moq_backend *be, moq_ssm *s, int32_t dst_slot, int32_t src_slot); /* fork */
+    void (*copy_heads)(moq_backend *be, const moq_copy_desc *c);
 };
 
 typedef struct moq_cpu_desc {
@@ -1330,10 +1374,11 @@ typedef struct moqi_entry { const char *name; uint32_t bytes, value; uint64_t ha
 typedef struct moqi_map {
     moqi_entry *entries; /* open addressing, a power of two, at most half full */
     size_t capacity, count;
+    uint64_t seed;
 } moqi_map;
 
-/* Multiply-and-fold over 8 bytes at a time: every input bit reaches every output bit, so names made to collide in the
-   usual byte-wise hashes do not collide here. */
+/* Multiply-and-fold over 8 bytes at a time. Every map starts from a seed of its own, its place in memory, so names cannot be made
+   to collide beforehand; maps are never walked through, so the seed shows in no result. */
 static uint64_t moqi_mix(uint64_t a, uint64_t b)
 {
     uint64_t lo = (a & 0xffffffffu) * (b & 0xffffffffu), hi = (a >> 32) * (b >> 32);
@@ -1341,9 +1386,9 @@ static uint64_t moqi_mix(uint64_t a, uint64_t b)
     return (lo + (m1 << 32) + (m2 << 32)) ^ (hi + (m1 >> 32) + (m2 >> 32));
 }
 
-static uint64_t moqi_hash(const char *s, size_t n)
+static uint64_t moqi_hash(uint64_t seed, const char *s, size_t n)
 {
-    uint64_t h = 0x9e3779b97f4a7c15u * ((uint64_t)n + 1);
+    uint64_t h = (seed ^ 0x2545f4914f6cdd1du) * (2 * (uint64_t)n + 1);
     for (; n >= 8; s += 8, n -= 8) h = moqi_mix(h ^ moqi_load_u64(s), 0xbf58476d1ce4e5b9u);
     uint64_t last = 0;
     for (size_t i = 0; i < n; i++) last |= (uint64_t)(uint8_t)s[i] << (8 * i);
@@ -1359,6 +1404,7 @@ static int moqi_map_make(moqi_map *m, moqi_arena *r, size_t count)
     m->entries = (moqi_entry *)moqi_take_array(r, capacity, sizeof(moqi_entry));
     m->capacity = m->entries ? capacity : 0;
     m->count = 0;
+    m->seed = moqi_mix((uint64_t)(uintptr_t)m->entries | 1, 0x9e3779b97f4a7c15u);
     return m->entries != NULL;
 }
 
@@ -1377,14 +1423,14 @@ static moqi_entry *moqi_map_slot(const moqi_map *m, const char *name, size_t byt
 static const moqi_entry *moqi_map_find(const moqi_map *m, const char *name, size_t bytes)
 {
     if (m->capacity == 0) return NULL;
-    const moqi_entry *e = moqi_map_slot(m, name, bytes, moqi_hash(name, bytes));
+    const moqi_entry *e = moqi_map_slot(m, name, bytes, moqi_hash(m->seed, name, bytes));
     return e->name ? e : NULL;
 }
 
 /* Adds a name that must outlive the map; returns the entry already there, or NULL when it was new. */
 static const moqi_entry *moqi_map_add(moqi_map *m, const char *name, size_t bytes, uint32_t value)
 {
-    uint64_t hash = moqi_hash(name, bytes);
+    uint64_t hash = moqi_hash(m->seed, name, bytes);
     moqi_entry *e = moqi_map_slot(m, name, bytes, hash);
     if (e->name) return e;
     MOQ_ASSERT(m->count < m->capacity / 2 + 1);
@@ -2034,6 +2080,8 @@ static moq_result moqi_writer_open(moqi_writer *w, const char *path, moq_error *
     /* Said before anything is written: the rename at the end would fail only after all the work. */
     if (moqi_path_kind(path) == MOQI_IS_DIR)
         return moqi_fail(err, MOQ_E_IO, moqi_at(base, NULL, NULL, -1), "is a folder; a file of that name cannot be written");
+    if (moqi_path_kind(path) == MOQI_IS_OTHER) /* the rename would put a file in the place of /dev/full */
+        return moqi_fail(err, MOQ_E_IO, moqi_at(base, NULL, NULL, -1), "is a device or a pipe; name a file");
     for (unsigned i = 0; i < 100 && w->file == -1; i++) { /* another writer of the same target may hold a name */
         moqi_format(w->temp, sizeof w->temp, "%s.tmp-%u-%u", path, moqi_sys_process(), i);
         w->file = moqi_sys_create(w->temp, path);
@@ -3239,7 +3287,7 @@ static moq_result moqi_json_sort_keys(moqi_json_reader *r, const moq_json *objec
     const void **items = (const void **)(void *)(keys + n);
     const moq_json *v = object + 1;
     for (size_t i = 0; i < n; i++, v += v->skip) {
-        keys[i].hash = moqi_hash(v->key, v->key_bytes);
+        keys[i].hash = moqi_hash((uint64_t)(uintptr_t)keys, v->key, v->key_bytes);
         keys[i].v = v;
         items[i] = &keys[i];
     }
@@ -7116,14 +7164,17 @@ static moq_result moqi_bind_pack(moqi_binder *b, const moq_tensor *scale)
         if ((r = moqi_group_size(b, scale, cols, y, 0, &g)) < 0) return r;
         moqi_put_scales(b, scale, scale->dtype, 1, g, y, 1);
     }
+    if (!zero && b->claim.zero_point) return moqi_missing(b, "weight_zero_point");
+    if (!order && b->claim.act_order) return moqi_missing(b, "weight_g_idx");
     if (zero) {
         if (zero->dtype != MOQ_I32) return moqi_bad_dtype(b, zero, "I32");
         if ((r = moqi_expect(b, zero, moqi_dims2(b, moqi_packed_words(x, bits, padded), y), "zero points packed along the rows")) < 0) return r;
         b->w->scheme.weight.zero_point = 1;
         b->w->zeros = moqi_view_of(zero);
-        p.along_rows = 1;
-        p.row_stride = x == 1 && rows > 1 ? 0 : y;
-        p.col_stride = x == 1 && rows > 1 ? 0 : 1;
+        int one = x == 1 && rows > 1; /* one zero point for all rows: the first code of the first word */
+        p.along_rows = (uint8_t)!one;
+        p.row_stride = one ? 0 : y;
+        p.col_stride = one ? 0 : 1;
         b->w->zero_packing = p;
     }
     return order ? moqi_bind_group_index(b, order, y) : MOQ_OK;
@@ -7137,10 +7188,13 @@ static moq_result moqi_bind_qscales(moqi_binder *b, const moq_tensor *scale, int
     int64_t groups = (int64_t)scale->shape[0];
     int32_t g;
     b->transposed = 1;
-    moq_result r = moqi_group_size(b, scale, cols, groups, 0, &g);
-    if (r < 0) return r;
+    int ragged = b->claim.group_size > 0 && cols % b->claim.group_size != 0 && groups == moqi_ceil_div(cols, b->claim.group_size) && moqi_part(b, "g_idx");
+    moq_result r = MOQ_OK;
+    if (ragged) g = b->claim.group_size; /* GPTQ: the last group may be short, g_idx names it */
+    else if ((r = moqi_group_size(b, scale, cols, groups, 0, &g)) < 0) return r;
     moqi_put_scales(b, scale, scale->dtype, 1, g, 1, rows);
     b->w->zero_add = 1 << (p.bits - 1);
+    if (!zero && b->claim.zero_point) return moqi_missing(b, "qzeros");
     if (!zero) return MOQ_OK;
     if (zero->dtype != MOQ_I32) return moqi_bad_dtype(b, zero, "I32");
     if ((r = moqi_expect(b, zero, moqi_dims2(b, groups, rows * p.bits / 32), "zero points packed along the rows")) < 0) return r;
@@ -7169,6 +7223,7 @@ static moq_result moqi_bind_qweight(moqi_binder *b)
 {
     const moq_tensor *scale = moqi_part(b, "scales"), *order = moqi_part(b, "g_idx");
     if (!scale) return moqi_missing(b, "scales");
+    if (!order && b->claim.act_order) return moqi_missing(b, "g_idx");
     if (b->t->dtype != MOQ_I32) return moqi_bad_dtype(b, b->t, "I32");
     if (!moqi_is_float(scale->dtype)) return moqi_bad_dtype(b, scale, "F16, BF16 or F32");
     if (scale->rank != 2 || scale->shape[1] == 0) return moqi_bad_shape(b, scale, moqi_dims2(b, 1, b->b), "a scale for each group and row");
@@ -9994,6 +10049,17 @@ static const moqi_kernels *moqi_get_kernels(int i)
 
 enum { MOQI_CODES_SLOW, MOQI_CODES_WIDE, MOQI_CODES_NIBBLES }; /* moq_dequantize; one value per element; two codes per byte */
 
+struct moqi_tiled;
+
+/* A way to multiply without tiles, for x in an order of its own. */
+typedef struct moqi_stream {
+    /* x [n] -> out [n padded to 128]; x may be out */
+    void (*arrange)(const float *x, int64_t n, float *out);
+    /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: 128 for each row and 8192 */
+    void (*multiply)(const struct moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy,
+                     float *scratch);
+} moqi_stream;
+
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
 typedef struct moqi_tiled {
     moq_linear layer;         /* as it was given */
@@ -10015,6 +10081,7 @@ typedef struct moqi_tiled {
     float requant;            /* W4A8 as stored: round again with this scale; 0: not */
     const int32_t *order;     /* column i of the codes is column order[i] of the layer; NULL: the same */
     int rounds;               /* inputs are rounded */
+    const moqi_stream *stream; /* instead of tiles, or NULL */
     int shares;               /* its inputs are those of the part before it */
     const float *rotation;    /* F32 [size, size] or NULL */
     const float *smooth;      /* pre_quant_scale as F32 [cols] or NULL */
@@ -10022,9 +10089,19 @@ typedef struct moqi_tiled {
     struct moqi_tiled *lora_a, *lora_b;
 } moqi_tiled;
 
-/* Inner loops step by 16 columns; whatever lies between cols and the next multiple of 16 is zero on both sides. */
+/* Inner loops step by 16 columns; whatever lies between cols and the next multiple of 16 is zero on both sides. Rows of x have room
+   for a whole block of a stream, 128. */
 static int64_t moqi_pad16(int64_t n) { return (n + 15) / 16 * 16; }
-static int64_t moqi_tile_rows(const moqi_tiled *p) { return p->form == MOQI_CODES_SLOW ? MOQI_SLOW_ROWS : MOQI_TILE_ROWS; }
+static int64_t moqi_pad_x(int64_t n) { return (n + 127) / 128 * 128; }
+
+/* Rows of one task. A stream reads memory in order, so it likes long runs of rows as long as there are enough for `workers`. */
+static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t workers)
+{
+    int64_t tile = MOQI_TILE_ROWS;
+    if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
+    while (p->stream && tile < 4 * MOQI_TILE_ROWS && p->layer.rows / (2 * tile) >= 4 * workers) tile *= 2;
+    return tile;
+}
 
 /* Scales of the groups that columns [first, first + n) of a row fall into, times the global one. */
 static void moqi_run_scales(const moqi_kernels *k, const moqi_tiled *p, int64_t row, int64_t first, int64_t n, float *s)
@@ -10123,17 +10200,25 @@ static void moqi_multiply(const moqi_kernels *k, const moqi_tiled *p, int64_t ro
     }
 }
 
+/* Does x enter the product as it is? */
+static int moqi_is_plain(const moqi_tiled *p)
+{
+    return !p->rounds && !p->order && !p->smooth && !p->lora_a && p->layer.hadamard_size == 0;
+}
+
 /* One token on its way into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
-   the codes. Both are padded with zeros to a multiple of 16. x may be r. */
+   the codes or of the stream. Both are padded with zeros to a multiple of 16. x may be r. A plain stream has no use for t. */
 static void moqi_feed(const moqi_tiled *p, const float *x, float *t, float *r)
 {
     int64_t cols = p->layer.cols;
+    if (p->stream && moqi_is_plain(p)) { p->stream->arrange(x, cols, r); return; }
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
     else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
     for (int64_t i = 0; p->smooth && i < cols; i++) t[i] *= p->smooth[i];
     if (p->rounds) moq_round_input(&p->layer, t, r);
     else for (int64_t i = 0; i < cols; i++) r[i] = t[p->order ? p->order[i] : i];
     for (int64_t i = cols; i < moqi_pad16(cols); i++) t[i] = r[i] = 0;
+    if (p->stream) p->stream->arrange(r, cols, r);
 }
 
 /* ---- preparing one layer: which bytes can be used as they lie, which are repacked ---- */
@@ -10289,6 +10374,251 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
 }
 
 /* ------------------------------------------------------------------------------------------------
+   >>stream          4-bit rows times inputs, straight from the file's nibbles
+   Codes never become a tile in memory: they are looked up in registers, so one token runs at the speed of a read.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A vector load of a row holds L words of 8 consecutive codes (L = 16 in AVX-512). Shifted right by 4 j, lane l holds code 8 l + j of the
+   block in its low bits, which is all that a permutation reads as an index: one shift and one permutation give L weights. So x is
+   stored, once per call, in the order in which the lanes ask for it:
+
+       x'[128 b + 16 j + l] = x[128 b + 8 l + j]                         l < 16, j < 8
+       y[r] = bias[r] + factor * sum over l of ( sum over blocks b of s[r][group of (b, l)] * ( sum over j of w x' ) )
+
+   Groups have at least 16 codes, two lanes, so a scale multiplies sums and not weights. This order of sums is the same for one row of x
+   and for many (the loops over x only share the look-ups), and it depends on neither tile nor thread. */
+
+#ifdef MOQI_X86
+#if defined(__GNUC__) && !defined(__clang__) /* GCC 12 takes the undefined values inside its own AVX-512 headers for ours */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#if defined(__clang__)
+#define MOQI_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define MOQI_UNROLL _Pragma("GCC unroll 16")
+#endif
+/* f for every token: `tokens` is a constant after inlining, so only the wanted ones stay. */
+#define MOQI_TOKENS(f) f(0) if (tokens > 1) { f(1) } if (tokens > 2) { f(2) f(3) } if (tokens > 4) { f(4) f(5) f(6) f(7) }
+#define MOQI_INLINE static inline __attribute__((always_inline))
+
+enum { MOQI_STREAM_AHEAD = 2048 }; /* bytes that are asked for before they are needed: a few hundred nanoseconds at 10 GB/s */
+
+/* Where the scales of a row are, as element number of its first group. */
+static int64_t moqi_stream_scale_at(const moqi_tiled *p, int64_t row)
+{
+    return (p->scale_first + row * p->scale_step) / p->group_rows * p->scale_stride;
+}
+
+/* Number of the group that column c begins in; lengths that divide a tile are powers of two. */
+static int64_t moqi_stream_group(const moqi_tiled *p, int64_t c) { return p->shift < 9 ? c >> p->shift : c / p->group_cols; }
+
+enum { MOQI_STREAM_ANY, MOQI_STREAM_ZEROS, MOQI_STREAM_NVFP4 }; /* any scales; also zero points; E4M3 on groups of 16 */
+
+/* ---- AVX-512 ---- */
+
+/* Up to 16 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
+{
+    __mmask16 some = (__mmask16)(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
+    const uint8_t *s = p->scales;
+    __m256i w, h, size;
+    switch ((int)p->scale_dtype) {
+    case MOQ_F8_E4M3:
+        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s + at));
+        size = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
+        h = _mm256_or_si256(_mm256_slli_epi16(size, 7), _mm256_slli_epi16(_mm256_sub_epi16(w, size), 8));
+        return _mm512_mask_mov_ps(_mm512_cvtph_ps(h), _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f)),
+                                  _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s + at));
+    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s + 2 * at)), 16));
+    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s + 2 * at));
+    default: return _mm512_maskz_loadu_ps(some, s + 4 * at);
+    }
+}
+
+/* What one pass over columns [first, end) of some rows needs. */
+typedef struct moqi_stream_pass {
+    const moqi_tiled *p;
+    const float *x;       /* [16 columns of this pass][token][16] in the order of the lanes */
+    int64_t first, end;
+    float table[16];      /* values of the codes, less a zero point that is the same everywhere */
+    int32_t lane[64];     /* [4 blocks of a run of 512 columns][lane] -> its scale among 16 */
+} moqi_stream_pass;
+
+/* The 32 E4M3 scales of a run of 512 columns as value / 256; past the count they are 0 and not read. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_e4m3_512(const uint8_t *scales, int64_t count, __m512 *s0, __m512 *s1)
+{
+    __m256i b = count >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)scales) : _mm256_maskz_loadu_epi8(((__mmask32)1 << count) - 1, scales);
+    __m512i w = _mm512_cvtepi8_epi16(b); /* sign-extended, so a shift puts the sign where F16 has it, and once more below */
+    __m512i h = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff));
+    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
+    h = _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
+    *s0 = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+    *s1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+}
+
+/* The scales and zero points of the run of 512 columns from c, 16 to a vector. g: number of their first group */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_groups_512(const moqi_tiled *p, int64_t row, int64_t at, int64_t g, int zeros, __m512 *s, __m512 *z)
+{
+    int64_t count = p->groups - g;
+    if (p->scales) s[1] = s[0] = moqi_stream_scales_512(p, at + g, count);
+    if (p->scales && p->shift == 4) s[1] = moqi_stream_scales_512(p, at + g + 16, count - 16);
+    if (!zeros) return;
+    __mmask16 low = (__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1);
+    __mmask16 high = (__mmask16)(count >= 32 ? 0xffff : count > 16 ? (1 << (count - 16)) - 1 : 0);
+    const int16_t *from = p->zeros + row * p->groups + g;
+    z[1] = z[0] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(low, from)));
+    if (p->shift == 4) z[1] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(high, from + 16)));
+}
+
+/* acc[t] += row . x[t] over the pass; tokens and kind are constants where this is called. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, int64_t row, int tokens, int kind, float *acc)
+{
+    const moqi_tiled *p = pass->p;
+    const uint8_t *codes = p->codes + row * p->row_bytes;
+    const __m512 table = _mm512_loadu_ps(pass->table);
+    int64_t at = moqi_stream_scale_at(p, row), cols = p->layer.cols, first = pass->first, end = pass->end;
+    const int zeros = kind == MOQI_STREAM_ZEROS;
+    __m512 a[8], b[8], s[2], z[2];
+    z[0] = z[1] = s[0] = s[1] = _mm512_set1_ps(1);
+#define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t));
+#define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]);
+#define MOQI_FIRST(t) b[t] = _mm512_mul_ps(w, _mm512_loadu_ps(x + (t) * 16));
+#define MOQI_NEXT(t) b[t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(xj + (t) * 16), b[t]);
+#define MOQI_LAST(t) a[t] = _mm512_fmadd_ps(b[t], scale, a[t]);
+#define MOQI_LOOKUP(v) w = _mm512_permutexvar_ps(v, table); if (zeros) w = _mm512_sub_ps(w, zero);
+#define MOQI_STEP(j, v) { const float *xj = x + 16 * (j) * tokens; MOQI_LOOKUP(v) MOQI_TOKENS(MOQI_NEXT) }
+    MOQI_TOKENS(MOQI_LOAD)
+    for (int64_t c = first; c < end; c += 512) {
+        if (kind == MOQI_STREAM_NVFP4) moqi_stream_e4m3_512(p->scales + at + c / 16, p->groups - c / 16, &s[0], &s[1]);
+        else moqi_stream_groups_512(p, row, at, moqi_stream_group(p, c), zeros, s, z);
+        MOQI_UNROLL for (int k = 0; k < 4; k++) {
+            int64_t col = c + 128 * k;
+            const uint8_t *src = codes + col / 2;
+            const float *x = pass->x + (col - first) * tokens;
+            __m512i v, v8, v16, v24, lane = _mm512_loadu_si512(pass->lane + 16 * k);
+            __m512 w, scale = _mm512_permutexvar_ps(lane, s[k / 2]), zero = zeros ? _mm512_permutexvar_ps(lane, z[k / 2]) : scale;
+            if (col >= end) break;
+            if (cols - col >= 134) { /* shifts by whole bytes are left to the loads while there are codes behind this block */
+                v = _mm512_loadu_si512(src);
+                v8 = _mm512_loadu_si512(src + 1);
+                v16 = _mm512_loadu_si512(src + 2);
+                v24 = _mm512_loadu_si512(src + 3);
+            } else {
+                v = cols - col >= 128 ? _mm512_loadu_si512(src) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((cols - col + 1) / 2)) - 1, src);
+                v8 = _mm512_srli_epi32(v, 8);
+                v16 = _mm512_srli_epi32(v, 16);
+                v24 = _mm512_srli_epi32(v, 24);
+            }
+            __builtin_prefetch(src + MOQI_STREAM_AHEAD);
+            MOQI_LOOKUP(v)
+            MOQI_TOKENS(MOQI_FIRST)
+            MOQI_STEP(1, _mm512_srli_epi32(v, 4))
+            MOQI_STEP(2, v8)
+            MOQI_STEP(3, _mm512_srli_epi32(v8, 4))
+            MOQI_STEP(4, v16)
+            MOQI_STEP(5, _mm512_srli_epi32(v16, 4))
+            MOQI_STEP(6, v24)
+            MOQI_STEP(7, _mm512_srli_epi32(v24, 4))
+            MOQI_TOKENS(MOQI_LAST)
+        }
+    }
+    MOQI_TOKENS(MOQI_STORE)
+#undef MOQI_LOAD
+#undef MOQI_STORE
+#undef MOQI_FIRST
+#undef MOQI_NEXT
+#undef MOQI_LAST
+#undef MOQI_LOOKUP
+#undef MOQI_STEP
+}
+
+/* `rows` rows for 1, 2, 4 or 8 tokens; one body for each, so that sums stay in registers. acc: [rows, tokens, 16] */
+MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t row, int64_t rows, int tokens, float *acc)
+{
+    int kind = s->p->zeros ? MOQI_STREAM_ZEROS :
+               s->p->scales && s->p->scale_dtype == MOQ_F8_E4M3 && s->p->shift == 4 ? MOQI_STREAM_NVFP4 : MOQI_STREAM_ANY;
+#define MOQI_KIND(n, k) if (tokens == n && kind == k) for (int64_t r = 0; r < rows; r++) moqi_stream_row_512(s, row + r, n, k, acc + 16 * n * r);
+#define MOQI_CASE(n) MOQI_KIND(n, MOQI_STREAM_NVFP4) MOQI_KIND(n, MOQI_STREAM_ANY) MOQI_KIND(n, MOQI_STREAM_ZEROS)
+    MOQI_CASE(1) MOQI_CASE(2) MOQI_CASE(4) MOQI_CASE(8)
+#undef MOQI_CASE
+#undef MOQI_KIND
+}
+
+/* x [n] -> out [n padded to 128], in the order of the lanes. x may be out. */
+static void moqi_stream_arrange_512(const float *x, int64_t n, float *out)
+{
+    float block[128];
+    for (int64_t c = 0; c < n; c += 128) {
+        int64_t m = moqi_min(128, n - c);
+        memcpy(block, x + c, (size_t)m * sizeof *x);
+        for (int64_t i = m; i < 128; i++) block[i] = 0;
+        for (int j = 0; j < 8; j++)
+            for (int l = 0; l < 16; l++) out[c + 16 * j + l] = block[8 * l + j];
+    }
+}
+
+/* Columns [first, end) of some rows of x, 16 columns of all of them side by side: 32 KB that stay in the first-level cache. */
+MOQI_AVX512 static void moqi_stream_pack_512(const float *x, int64_t ldx, int tokens, int64_t first, int64_t end, float *out)
+{
+    int64_t n = moqi_pad_x(end - first);
+    for (int t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < n; i += 16) _mm512_storeu_ps(out + i * tokens + 16 * t, _mm512_loadu_ps(x + t * ldx + first + i));
+}
+
+/* Tokens run in groups of 8; x of a group is taken in pieces that stay in the first-level cache while the rows pass by. */
+static void moqi_stream_512(const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy, float *acc)
+{
+    moqi_stream_pass s;
+    float *pack = acc + rows * 128;
+    float mul = p->scales && p->scale_dtype == MOQ_F8_E4M3 ? p->factor * 256 : p->factor;
+    s.p = p;
+    for (int i = 0; i < 16; i++) s.table[i] = p->table[i] - p->zero;
+    for (int i = 0; i < 64; i++) s.lane[i] = p->shift < 9 ? (int32_t)(8 * i >> p->shift & 15) : 0;
+    for (int64_t j = 0; j < m;) {
+        int tokens = m - j >= 8 ? 8 : m - j >= 4 ? 4 : m - j >= 2 ? 2 : 1;
+        int64_t piece = 8192 / tokens;
+        memset(acc, 0, (size_t)(rows * tokens * 16) * sizeof *acc);
+        for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
+            s.end = moqi_min(p->layer.cols, s.first + piece);
+            s.x = tokens == 1 ? x + j * ldx + s.first : pack;
+            if (tokens > 1) moqi_stream_pack_512(x + j * ldx, ldx, tokens, s.first, s.end, pack);
+            moqi_stream_rows_512(&s, row, rows, tokens, acc);
+        }
+        for (int64_t r = 0; r < rows; r++)
+            for (int t = 0; t < tokens; t++) {
+                float *a = acc + (r * tokens + t) * 16;
+                for (int half = 8; half > 0; half /= 2)
+                    for (int i = 0; i < half; i++) a[i] += a[i + half];
+                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * a[0];
+            }
+        j += tokens;
+    }
+}
+
+static const moqi_stream moqi_stream_avx512 = {moqi_stream_arrange_512, moqi_stream_512};
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+
+/* The kernel that reads this part's nibbles in place, or NULL. It wants groups that lie as runs, and scales it can expand. */
+static const moqi_stream *moqi_find_stream(const moqi_kernels *k, const moqi_tiled *p)
+{
+    int known = !p->scales || p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F8_E8M0 || p->scale_dtype == MOQ_BF16 ||
+                p->scale_dtype == MOQ_F16 || p->scale_dtype == MOQ_F32;
+    if (p->form != MOQI_CODES_NIBBLES || p->requant > 0 || !known) return NULL;
+#ifdef MOQI_X86
+    if (k == &moqi_avx512_kernels) return &moqi_stream_avx512;
+#endif
+    (void)k;
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>layers          the CPU backend's memory, its layers and their products
    Work is cut into fixed tiles, each computed wholly by one task: results do not depend on the number of workers. Memory is
    taken when something is prepared, never while it runs.
@@ -10395,14 +10725,15 @@ static moq_result moqi_grow(moqi_cpu *c, const moqi_need *need, int32_t rows, mo
         return moqi_fail(err, MOQ_E_OVERFLOW, moqi_at(NULL, NULL, NULL, -1),
                          "scratch memory for %d rows does not fit the address space; reserve fewer", (int)rows);
     }
-    if (v.bytes > c->scratch_bytes) {
-        v.at = (uint8_t *)moq_allocate(&c->a, (size_t)v.bytes);
-        if (!v.at) { *c = was; return moqi_nomem(err, v.bytes); }
+    if (v.bytes + 64 > c->scratch_bytes) {
+        v.at = (uint8_t *)moq_allocate(&c->a, (size_t)v.bytes + 64);
+        if (!v.at) { *c = was; return moqi_nomem(err, v.bytes + 64); }
         moq_release(&c->a, c->scratch, c->scratch_bytes);
         c->scratch = v.at;
-        c->scratch_bytes = (size_t)v.bytes;
+        c->scratch_bytes = (size_t)v.bytes + 64;
     }
-    v.at = c->scratch;
+    /* vector loads that cross a cache line take twice as long, and an allocator promises 16 bytes at most */
+    v.at = c->scratch ? c->scratch + (64 - (uintptr_t)c->scratch % 64) % 64 : NULL;
     v.bytes = 0;
     if (v.at) moqi_carve_all(c, &v);
     return MOQ_OK;
@@ -10468,6 +10799,8 @@ static moq_result moqi_cpu_supports(moq_backend *be, const moq_linear *w, moq_er
         return moqi_fail(err, MOQ_E_SHAPE, at, "low-rank tensors of %llu and %llu elements, expected a multiple of the rank %lld",
                          (unsigned long long)w->lora_a.count,
                          (unsigned long long)w->lora_b.count, (long long)rank);
+    if (w->lora_a.data && (w->col_first + w->cols > (int64_t)w->lora_a.count / rank || w->row_first + (w->rows - 1) * w->row_step >= (int64_t)w->lora_b.count / rank))
+        return moqi_fail(err, MOQ_E_SHAPE, at, "the low-rank tensors end before the slice of the layer");
     return MOQ_OK;
 }
 
@@ -10495,7 +10828,9 @@ static moq_result moqi_prepare_codes(const moqi_cpu *c, moqi_tiled *p, moqi_aren
     if (!moqi_choose_form(p) || c->k == &moqi_reference_kernels || !moqi_choose_groups(p)) p->form = MOQI_CODES_SLOW;
     moq_result rc = moqi_order_columns(p, r, &where);
     if (rc < 0 || p->form == MOQI_CODES_SLOW) return rc;
-    if ((rc = moqi_take_groups(p, r)) < 0 || moqi_use_codes(p)) return rc;
+    if ((rc = moqi_take_groups(p, r)) < 0) return rc;
+    p->stream = moqi_find_stream(c->k, p);
+    if (moqi_use_codes(p)) return rc;
     moqi_repack t;
     p->row_bytes = p->form == MOQI_CODES_NIBBLES ? moqi_ceil_div(w->cols, 2) : w->cols * (moq_dtype_bits(p->dtype) / 8);
     t.part = p;
@@ -10508,12 +10843,16 @@ static moq_result moqi_prepare_codes(const moqi_cpu *c, moqi_tiled *p, moqi_aren
 }
 
 /* A matrix of the low-rank branch as a part of its own. */
-static moqi_tiled *moqi_prepare_lora(const moqi_cpu *c, const moq_view *v, int64_t rows, int64_t cols, int64_t stored_cols, moqi_arena *r)
+static moqi_tiled *moqi_prepare_lora(const moqi_cpu *c, const moq_view *v, int64_t stored_cols, const moq_linear *part, moqi_arena *r)
 {
     moqi_tiled *p = (moqi_tiled *)moqi_take(r, sizeof *p, 16);
     if (!p) return NULL;
-    moq_make_linear(&p->layer, "", v->dtype, v->data, rows, stored_cols);
-    p->layer.cols = cols;
+    moq_make_linear(&p->layer, "", v->dtype, v->data, (int64_t)v->count / stored_cols, stored_cols);
+    p->layer.rows = part->rows;
+    p->layer.cols = part->cols;
+    p->layer.row_first = part->row_first;
+    p->layer.row_step = part->row_step;
+    p->layer.col_first = part->col_first;
     return p->layer.cols > 0 && moqi_prepare_codes(c, p, r) == MOQ_OK ? p : NULL;
 }
 
@@ -10530,8 +10869,13 @@ static moq_result moqi_prepare_part(const moqi_cpu *c, const moq_linear *w, moqi
     if (w->pre_quant_scale.data && !(p->smooth = moqi_take_floats(r, &w->pre_quant_scale, w->col_first, 1, w->cols))) return MOQ_E_NOMEM;
     if (w->hadamard.data && !(p->rotation = moqi_take_floats(r, &w->hadamard, 0, 1, (int64_t)w->hadamard.count))) return MOQ_E_NOMEM;
     if (!w->lora_a.data) return MOQ_OK;
-    p->lora_a = moqi_prepare_lora(c, &w->lora_a, rank, w->cols, (int64_t)w->lora_a.count / rank, r);
-    p->lora_b = moqi_prepare_lora(c, &w->lora_b, w->rows, rank, rank, r);
+    /* slices: A [rank, cols] keeps the layer's columns, B [rows, rank] its rows */
+    moq_linear a = *w, b = *w;
+    a.rows = b.cols = rank;
+    a.row_first = b.col_first = 0;
+    a.row_step = 1;
+    p->lora_a = moqi_prepare_lora(c, &w->lora_a, (int64_t)w->lora_a.count / rank, &a, r);
+    p->lora_b = moqi_prepare_lora(c, &w->lora_b, rank, &b, r);
     if (!p->lora_a || !p->lora_b) return MOQ_E_NOMEM;
     return MOQ_OK;
 }
@@ -10541,6 +10885,7 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
 {
     const moq_linear *u = &a->layer, *v = &b->layer;
     const moq_coding *p = &u->scheme.input, *q = &v->scheme.input;
+    if (a->stream != b->stream || moqi_is_plain(a) != moqi_is_plain(b)) return 0;
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;
@@ -10553,9 +10898,10 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
 /* Room of one part for calls of one row; `copies` rows of it are live at once. */
 static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
 {
-    int64_t cols = moqi_pad16(p->layer.cols), rank = p->lora_a ? moqi_pad16(p->layer.scheme.lora_rank) : 0;
+    int64_t cols = moqi_pad_x(p->layer.cols), rank = p->lora_a ? moqi_pad16(p->layer.scheme.lora_rank) : 0;
     int64_t tile = MOQI_TILE_ROWS * (int64_t)MOQI_TILE_COLS;
     if (p->form == MOQI_CODES_SLOW || (p->lora_a && p->lora_a->form == MOQI_CODES_SLOW)) tile = moqi_max(tile, MOQI_SLOW_ROWS * cols);
+    if (p->stream) tile = 4 * MOQI_TILE_ROWS * 128 + 8192;
     n->worker = moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);
@@ -10643,11 +10989,12 @@ static void moqi_product_task(void *arg, int index, int worker)
     }
     const moqi_job *j = &l->jobs[lo];
     const moqi_tiled *p = j->part;
-    int64_t tile = moqi_tile_rows(p), row = (index - j->first) * tile, rows = moqi_min(tile, p->layer.rows - row);
+    int64_t tile = moqi_tile_rows(p, l->c->par.workers), row = (index - j->first) * tile, rows = moqi_min(tile, p->layer.rows - row);
     float *scratch = l->c->worker + worker * l->c->need.worker, *y = j->y + row;
-    for (int64_t i = 0; i < j->m; i++)
+    if (p->stream) p->stream->multiply(p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
+    for (int64_t i = 0; i < j->m && !p->stream; i++)
         for (int64_t r = 0; r < rows; r++) y[i * j->ldy + r] = p->bias ? p->bias[row + r] : 0;
-    moqi_multiply(l->c->k, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
+    if (!p->stream) moqi_multiply(l->c->k, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
     if (p->lora_b) moqi_multiply(l->c->k, p->lora_b, row, rows, j->mid, moqi_pad16(p->lora_b->layer.cols), j->m, y, j->ldy, scratch);
 }
 
@@ -10660,7 +11007,7 @@ static void moqi_launch_jobs(const moqi_cpu *c, moqi_job *jobs, int64_t count)
     for (int64_t i = 0; i < count; i++) {
         const moq_linear *w = &jobs[i].part->layer;
         jobs[i].first = tasks;
-        tasks += moqi_ceil_div(w->rows, moqi_tile_rows(jobs[i].part));
+        tasks += moqi_ceil_div(w->rows, moqi_tile_rows(jobs[i].part, c->par.workers));
         work += (double)w->rows * (double)w->cols * (double)jobs[i].m;
     }
     l.c = c;
@@ -10697,7 +11044,7 @@ typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const f
 static void moqi_feed_task(void *arg, int index, int worker)
 {
     const moqi_feeding *f = (const moqi_feeding *)arg;
-    int64_t cols = f->part->layer.cols, ld = moqi_pad16(cols);
+    int64_t cols = f->part->layer.cols, ld = moqi_pad_x(cols);
     (void)worker;
     moqi_feed(f->part, f->x + index * cols, f->c->t + index * ld, f->c->r + index * ld);
 }
@@ -10705,7 +11052,7 @@ static void moqi_feed_task(void *arg, int index, int worker)
 /* Can the rows of x be read where they are? */
 static int moqi_direct(const moqi_tiled *p)
 {
-    return !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
+    return !p->stream && !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
 }
 
 /* Parts that read the same inputs run as one launch; a part with inputs of its own begins the next. */
@@ -10727,7 +11074,7 @@ static void moqi_cpu_linear(moq_backend *be, const moq_weight *weight, const voi
                 j->part = &w->part[next];
                 j->x = direct ? f.x : c->r;
                 j->t = direct ? f.x : c->t;
-                j->ldx = direct ? w->cols : moqi_pad16(w->cols);
+                j->ldx = direct ? w->cols : moqi_pad_x(w->cols);
                 j->y = (float *)y + first * w->rows + out;
                 j->ldy = w->rows;
                 j->m = m;
@@ -10762,6 +11109,242 @@ static void moqi_cpu_embed(moq_backend *be, const moq_weight *weight, const int3
     e.scale = scale;
     e.y = (float *)y;
     moqi_run(moqi_cpu_of(be), count, (double)count * (double)e.table->cols * 8, moqi_embed_task, &e);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>ssm             state-space mixers and copies on the CPU
+   A task is one group of one call: it owns the group's heads, states and norm, so results do not depend on the number of workers.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ---- the object ----
+   One block of memory: the struct, the vectors as F32, then of every slot the last conv - 1 inputs of the convolution
+   [slots, width, conv - 1] and the states [slots, heads, head_dim, state]. */
+typedef struct moqi_ssm {
+    moq_ssm_desc desc;
+    size_t bytes;
+    int64_t inner, width;       /* heads * head_dim; inner + 2 groups * state */
+    float *taps, *conv_bias;    /* [width, conv], [width] */
+    float *dt_bias, *decay, *d; /* [heads]; decay = -exp(a_log) */
+    float *norm;                /* [inner] */
+    float *past, *states;
+} moqi_ssm;
+
+/* A vector of the description has this many elements of a type that can be read. */
+static moq_result moqi_check_ssm_view(const moq_ssm_desc *d, const char *what, const moq_view *v, uint64_t count, moq_error *err)
+{
+    float probe;
+    if (v->data && v->count == count && moq_to_f32(v->dtype, v->data, 1, &probe)) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_SHAPE, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "%s has %llu values of type %s, expected %llu of BF16, F16 or F32",
+                     what, (unsigned long long)(v->data ? v->count : 0), moq_dtype_name(v->dtype), (unsigned long long)count);
+}
+
+/* Sizes of one object, or why there is none. */
+static moq_result moqi_ssm_plan(const moq_ssm_desc *d, moqi_ssm *s, moq_error *err)
+{
+    moqi_where at = moqi_at(NULL, "layer", d->name ? d->name : "", -1);
+    uint64_t values, past, states, bytes;
+    memset(s, 0, sizeof *s);
+    s->desc = *d;
+    if (d->slots < 1 || d->heads < 1 || d->head_dim < 1 || d->state < 1 || d->groups < 1 || d->conv < 1 || d->heads % d->groups)
+        return moqi_fail(err, MOQ_E_ARG, at, "a mixer of %d slots, %d heads of %d, %d states, %d groups, %d taps cannot be made", (int)d->slots,
+                         (int)d->heads, (int)d->head_dim, (int)d->state, (int)d->groups, (int)d->conv);
+    /* x, B and C of all groups pass through one convolution */
+    s->inner = (int64_t)d->heads * d->head_dim;
+    s->width = s->inner + 2 * (int64_t)d->groups * d->state;
+    int fits = s->inner < INT32_MAX && s->width < INT32_MAX && moqi_mul((uint64_t)s->width, (uint64_t)d->conv + 1, &values) &&
+        moqi_add(values, (uint64_t)s->inner + 3 * (uint64_t)d->heads, &values) && moqi_mul((uint64_t)s->width, (uint64_t)d->conv - 1, &past) &&
+        moqi_mul(past, (uint64_t)d->slots, &past) && moqi_mul((uint64_t)s->inner, (uint64_t)d->state, &states) &&
+        moqi_mul(states, (uint64_t)d->slots, &states) && moqi_add(values, past, &bytes) && moqi_add(bytes, states, &bytes) &&
+        moqi_mul(bytes, sizeof(float), &bytes) && moqi_add(bytes, sizeof *s, &bytes) && bytes < SIZE_MAX / 2;
+    if (!fits) return moqi_fail(err, MOQ_E_OVERFLOW, at, "the states of %d slots do not fit the address space", (int)d->slots);
+    s->bytes = (size_t)bytes;
+    return MOQ_OK;
+}
+
+/* Every vector has the length that the sizes ask for. */
+static moq_result moqi_check_ssm(const moqi_ssm *s, moq_error *err)
+{
+    const moq_ssm_desc *d = &s->desc;
+    uint64_t width = (uint64_t)s->width, heads = (uint64_t)d->heads;
+    moq_result rc = moqi_check_ssm_view(d, "conv_weight", &d->conv_weight, width * (uint64_t)d->conv, err);
+    if (rc == MOQ_OK && d->conv_bias.data) rc = moqi_check_ssm_view(d, "conv_bias", &d->conv_bias, width, err);
+    if (rc == MOQ_OK) rc = moqi_check_ssm_view(d, "dt_bias", &d->dt_bias, heads, err);
+    if (rc == MOQ_OK) rc = moqi_check_ssm_view(d, "a_log", &d->a_log, heads, err);
+    if (rc == MOQ_OK) rc = moqi_check_ssm_view(d, "d", &d->d, heads, err);
+    if (rc == MOQ_OK) rc = moqi_check_ssm_view(d, "norm", &d->norm, (uint64_t)s->inner, err);
+    return rc;
+}
+
+/* The next vector of the block; an absent one is zeros. */
+static float *moqi_ssm_vector(float **next, const moq_view *v, int64_t count)
+{
+    float *out = *next;
+    if (v->data) moq_to_f32(v->dtype, v->data, (size_t)count, out);
+    *next += count;
+    return out;
+}
+
+static moq_ssm *moqi_cpu_ssm_create(moq_backend *be, const moq_ssm_desc *desc, moq_error *err)
+{
+    moqi_cpu *c = moqi_cpu_of(be);
+    moqi_ssm plan;
+    moqi_need need;
+    moqi_clear(err);
+    if (moqi_ssm_plan(desc, &plan, err) < 0 || moqi_check_ssm(&plan, err) < 0) return NULL;
+    memset(&need, 0, sizeof need);
+    need.worker = moqi_pad16(plan.inner / desc->groups + 2 * (int64_t)desc->state);
+    if (moqi_grow(c, &need, c->be.max_rows, err) < 0) return NULL;
+    moqi_ssm *s = (moqi_ssm *)moq_allocate(&c->a, plan.bytes);
+    if (!s) { moqi_nomem(err, plan.bytes); return NULL; }
+    *s = plan;
+    float *next = (float *)(void *)(s + 1);
+    s->taps = moqi_ssm_vector(&next, &desc->conv_weight, s->width * desc->conv);
+    s->conv_bias = moqi_ssm_vector(&next, &desc->conv_bias, s->width);
+    s->dt_bias = moqi_ssm_vector(&next, &desc->dt_bias, desc->heads);
+    s->decay = moqi_ssm_vector(&next, &desc->a_log, desc->heads);
+    s->d = moqi_ssm_vector(&next, &desc->d, desc->heads);
+    s->norm = moqi_ssm_vector(&next, &desc->norm, s->inner);
+    s->past = next;
+    s->states = next + (int64_t)desc->slots * s->width * (desc->conv - 1);
+    /* stored as log(-A), so that A stays negative and the state never grows by itself */
+    for (int32_t h = 0; h < desc->heads; h++) s->decay[h] = (float)-exp((double)s->decay[h]);
+    return (moq_ssm *)(void *)s;
+}
+
+static void moqi_cpu_ssm_release(moq_backend *be, moq_ssm *ssm)
+{
+    if (ssm) moq_release(&moqi_cpu_of(be)->a, ssm, ((moqi_ssm *)(void *)ssm)->bytes);
+}
+
+/* 0 for an impossible description. */
+static size_t moqi_cpu_ssm_bytes(const moq_backend *be, const moq_ssm_desc *desc)
+{
+    moqi_ssm plan;
+    (void)be;
+    return moqi_ssm_plan(desc, &plan, NULL) < 0 ? 0 : plan.bytes;
+}
+
+/* ---- running ---- */
+
+/* Arguments of moqi_ssm_task. x: [rows, 2 inner + 2 groups * state + heads], y: [rows, inner] */
+typedef struct moqi_ssm_run { const moqi_cpu *c; const moqi_ssm *s; const moq_batch *b; const float *x; float *y; } moqi_ssm_run;
+
+/* x * sigmoid(x), in double where it costs nothing. */
+static float moqi_ssm_silu(float x) { return (float)((double)x / (1 + exp(-(double)x))); }
+
+/* Channels [first, first + n) of the convolution of one token, whose inputs are x [n]; their past moves on by one token. */
+static void moqi_ssm_convolve(const moqi_ssm *s, float *past, int64_t first, int64_t n, const float *x, float *out)
+{
+    int64_t taps = s->desc.conv;
+    for (int64_t i = 0; i < n; i++) {
+        const float *w = s->taps + (first + i) * taps;
+        float *p = past + (first + i) * (taps - 1), sum = s->conv_bias[first + i] + w[taps - 1] * x[i];
+        for (int64_t k = 0; k + 1 < taps; k++) sum += w[k] * p[k];
+        for (int64_t k = 0; k + 2 < taps; k++) p[k] = p[k + 1];
+        if (taps > 1) p[taps - 2] = x[i];
+        out[i] = moqi_ssm_silu(sum);
+    }
+}
+
+/* The step of head h: softplus, which is the argument itself where exp would say nothing new. */
+static float moqi_ssm_step(const moqi_ssm *s, int64_t h, float dt)
+{
+    double v = (double)dt + (double)s->dt_bias[h];
+    v = v > 20 ? v : log1p(exp(v));
+    v = v < (double)s->desc.dt_min ? (double)s->desc.dt_min : v;
+    return (float)(s->desc.dt_max > 0 && v > (double)s->desc.dt_max ? (double)s->desc.dt_max : v);
+}
+
+/* One head of one token: state [head_dim, n] moves on and is read. x, u: [head_dim]; b, c: [n] */
+static void moqi_ssm_head(const moqi_ssm_run *t, int64_t h, float step, const float *x, const float *b, const float *c, float *state, float *u)
+{
+    int64_t n = t->s->desc.state;
+    /* S = exp(t A) S + t x B^T, then u = S C + D x */
+    float keep = (float)exp((double)step * (double)t->s->decay[h]);
+    for (int64_t p = 0; p < t->s->desc.head_dim; p++, state += n) {
+        float in = step * x[p];
+        for (int64_t i = 0; i < n; i++) state[i] = keep * state[i] + in * b[i];
+        u[p] = t->c->k->dot(state, c, n) + t->s->d[h] * x[p];
+    }
+}
+
+/* One group of one row. Scratch: x [inner / groups], b [state], c [state] after the convolution. */
+static void moqi_ssm_row(const moqi_ssm_run *t, int64_t row, int64_t group, float *scratch)
+{
+    const moqi_ssm *s = t->s;
+    int64_t heads = s->desc.heads / s->desc.groups, dim = s->desc.head_dim, n = heads * dim, state = s->desc.state, slot = t->b->slot[row];
+    const float *in = t->x + row * (s->inner + s->width + s->desc.heads), *z = in + group * n, *x = in + s->inner;
+    float *past = s->past + slot * s->width * (s->desc.conv - 1), *states = s->states + (slot * s->desc.heads + group * heads) * dim * state;
+    float *cx = scratch, *cb = cx + n, *cc = cb + state, *y = t->y + row * s->inner + group * n;
+    int64_t first[3] = {group * n, s->inner + group * state, s->inner + (s->desc.groups + group) * state};
+    if (t->b->pos[row] == 0) { /* a new sequence */
+        memset(states, 0, (size_t)(n * state) * sizeof *states);
+        for (int i = 0; i < 3; i++) {
+            int64_t taps = s->desc.conv - 1;
+            memset(past + first[i] * taps, 0, (size_t)((i ? state : n) * taps) * sizeof *past);
+        }
+    }
+    /* B and C belong to the group, so each task convolves its own and no other task reads them */
+    moqi_ssm_convolve(s, past, first[0], n, x + first[0], cx);
+    moqi_ssm_convolve(s, past, first[1], state, x + first[1], cb);
+    moqi_ssm_convolve(s, past, first[2], state, x + first[2], cc);
+    for (int64_t h = 0; h < heads; h++) {
+        float step = moqi_ssm_step(s, group * heads + h, x[s->width + group * heads + h]);
+        moqi_ssm_head(t, group * heads + h, step, cx + h * dim, cb, cc, states + h * dim * state, y + h * dim);
+    }
+    /* the gate comes before the norm, and the norm sees one group */
+    for (int64_t i = 0; i < n; i++) y[i] *= moqi_ssm_silu(z[i]);
+    moqi_norm_row(t->c->k, y, s->norm + group * n, n, s->desc.eps, y);
+}
+
+/* Rows one after the other: each needs the state that the row before left. Rows of no slot give zeros. */
+static void moqi_ssm_task(void *arg, int group, int worker)
+{
+    const moqi_ssm_run *t = (const moqi_ssm_run *)arg;
+    int64_t n = t->s->inner / t->s->desc.groups;
+    for (int64_t row = 0; row < t->b->rows; row++) {
+        if (t->b->slot[row] >= 0 && t->b->slot[row] < t->s->desc.slots) moqi_ssm_row(t, row, group, t->c->worker + worker * t->c->need.worker);
+        else memset(t->y + row * t->s->inner + group * n, 0, (size_t)n * sizeof(float));
+    }
+}
+
+static void moqi_cpu_ssm(moq_backend *be, moq_ssm *ssm, const moq_batch *b, const void *x, void *y)
+{
+    moqi_ssm_run t;
+    t.c = moqi_cpu_of(be);
+    t.s = (const moqi_ssm *)(const void *)ssm;
+    t.b = b;
+    t.x = (const float *)x;
+    t.y = (float *)y;
+    moqi_run(t.c, t.s->desc.groups, (double)b->rows * (double)t.s->inner * (2.0 * t.s->desc.state + t.s->desc.conv + 16), moqi_ssm_task, &t);
+}
+
+/* Slots outside of the object are a caller's mistake and change nothing. */
+static void moqi_cpu_ssm_copy(moq_backend *be, moq_ssm *ssm, int32_t dst_slot, int32_t src_slot)
+{
+    const moqi_ssm *s = (const moqi_ssm *)(const void *)ssm;
+    int64_t past = s->width * (s->desc.conv - 1), state = s->inner * s->desc.state;
+    (void)be;
+    if (dst_slot < 0 || src_slot < 0 || dst_slot >= s->desc.slots || src_slot >= s->desc.slots || dst_slot == src_slot) return;
+    memcpy(s->past + dst_slot * past, s->past + src_slot * past, (size_t)past * sizeof(float));
+    memcpy(s->states + dst_slot * state, s->states + src_slot * state, (size_t)state * sizeof(float));
+}
+
+/* ---- copies ---- */
+
+static void moqi_copy_task(void *arg, int row, int worker)
+{
+    const moq_copy_desc *d = (const moq_copy_desc *)arg;
+    (void)worker;
+    for (int64_t h = 0; h < d->heads; h++)
+        memcpy((float *)d->y + row * d->y_stride + h * d->y_step, (const float *)d->x + row * d->x_stride + h * d->x_step,
+               (size_t)d->width * sizeof(float));
+}
+
+static void moqi_cpu_copy_heads(moq_backend *be, const moq_copy_desc *d)
+{
+    moq_copy_desc own = *d;
+    moqi_run(moqi_cpu_of(be), d->rows, (double)d->rows * d->heads * d->width, moqi_copy_task, &own);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -10917,7 +11500,7 @@ static void moqi_sort_choices(const moqi_cpu *c, const moqi_experts *m, int64_t 
 static void moqi_gather_task(void *arg, int i, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
-    int64_t ld = moqi_pad16(t->m->cols);
+    int64_t ld = moqi_pad_x(t->m->cols);
     (void)worker;
     moqi_feed(&t->parts[t->c->expert_of[i]], t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + i * ld);
 }
@@ -10926,7 +11509,7 @@ static void moqi_gather_task(void *arg, int i, int worker)
 static void moqi_middle_task(void *arg, int i, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
-    int64_t n = t->m->n, ld = moqi_pad16(n);
+    int64_t n = t->m->n, ld = moqi_pad_x(n);
     float *r = t->c->r + i * ld;
     (void)worker;
     moqi_activate_row(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, r);
@@ -10948,7 +11531,7 @@ static void moqi_combine_task(void *arg, int row, int worker)
 static int64_t moqi_expert_jobs(const moqi_cpu *c, const moqi_experts *m, const moqi_tiled *parts, int64_t count, float *y, int64_t ldy)
 {
     for (int32_t e = 0; e < m->routing.experts; e++) {
-        int64_t first = c->begin[e], ld = moqi_pad16(parts[e].layer.cols);
+        int64_t first = c->begin[e], ld = moqi_pad_x(parts[e].layer.cols);
         moqi_job *j = &c->jobs[count];
         if (c->begin[e + 1] == first) continue;
         j->part = &parts[e];
@@ -11335,7 +11918,8 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_prepare_moe, moqi_cpu_release_moe, moqi_cpu_moe,
     moqi_cpu_kv_create, moqi_cpu_kv_release, moqi_cpu_kv_bytes, moqi_cpu_kv_append, moqi_cpu_kv_copy, moqi_cpu_attention,
     moqi_cpu_norm, moqi_cpu_rope_table, moqi_cpu_rope, moqi_cpu_activation, moqi_cpu_add, moqi_cpu_argmax,
-    NULL, NULL, NULL, NULL
+    NULL, NULL, NULL, NULL,
+    moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads
 };
 
 /* By name, or the fastest. */

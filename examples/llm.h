@@ -7,13 +7,16 @@
        #define LLM_IMPLEMENTATION
        #include "llm.h"
 
-   A whole chat (examples/chat.c is this program):
+   A whole chat (examples/chat.c shows it with the bundled demo model, whose scenes are system turns):
 
        llm_desc desc = {0};
        desc.path = "demo-model";
        llm *bot = llm_open(&desc, &err);
-       llm_say(bot, "user", "bring me the red book");
+       if (!bot) { puts(err.text); return 1; }
+       llm_say(bot, "system", "red book at kitchen table; Ana at bathroom cupboard; robot at garage rack");
+       llm_say(bot, "user", "can you give the red book to Ana?");
        for (const char *piece; (piece = llm_next(bot, &err)); ) fputs(piece, stdout);
+       if (err.code != MOQ_OK) puts(err.text);
        llm_close(bot);
 
    Zero is the default of every field. What is opened is closed by one call. The rules of modelopt_q.h on errors, memory
@@ -28,8 +31,11 @@
        >>llm-encode     text to ids and back
        >>llm-open       reading tokenizer.json
        >>llm-chat       chat frames
-       >>llm-config     config.json -> model description, families
+       >>llm-families   the architectures: names and switches
+       >>llm-keys       the model description; reading keys; rotary embeddings
+       >>llm-config     config.json -> model description
        >>llm-model      weights of a family, prepared on a backend
+       >>llm-layers     the blocks of a layer, the KV cache, and the whole model
        >>llm-forward    the decoder
        >>llm-sample     sampling
        >>llm-session    conversations
@@ -203,6 +209,7 @@ typedef struct llmi_arena {
     size_t next_bytes;
 } llmi_arena;
 
+/* An empty arena over `a` (NULL: the default allocator); nothing is allocated yet. */
 static llmi_arena llmi_arena_make(const moq_allocator *a)
 {
     llmi_arena r;
@@ -246,6 +253,7 @@ static char *llmi_take_text(llmi_arena *r, const char *s, size_t bytes)
     return p;
 }
 
+/* Frees every block; the arena can be used again. */
 static void llmi_arena_drop(llmi_arena *r)
 {
     for (llmi_block *b = r->head, *next; b; b = next) {
@@ -289,6 +297,7 @@ static void *llmi_grow(const moq_allocator *a, void *data, size_t count, size_t 
     return p;
 }
 
+/* Empty bytes over `a` (NULL: the default allocator). */
 LLMI_UNUSED static llmi_bytes llmi_bytes_make(const moq_allocator *a)
 {
     llmi_bytes b;
@@ -311,6 +320,7 @@ static int llmi_bytes_add(llmi_bytes *b, const char *s, size_t bytes)
     return 1;
 }
 
+/* Frees the bytes; the buffer can be used again. */
 static void llmi_bytes_drop(llmi_bytes *b)
 {
     moq_release(&b->a, b->data, b->capacity);
@@ -318,6 +328,7 @@ static void llmi_bytes_drop(llmi_bytes *b)
     b->count = b->capacity = 0;
 }
 
+/* An empty list of ids over `a` (NULL: the default allocator). */
 LLMI_UNUSED static llmi_ids llmi_ids_make(const moq_allocator *a)
 {
     llmi_ids v;
@@ -326,6 +337,7 @@ LLMI_UNUSED static llmi_ids llmi_ids_make(const moq_allocator *a)
     return v;
 }
 
+/* Appends; 0 when out of memory, and then nothing is appended. */
 static int llmi_ids_add(llmi_ids *v, const int32_t *ids, size_t count)
 {
     if (count > SIZE_MAX / 16) return 0;
@@ -339,6 +351,7 @@ static int llmi_ids_add(llmi_ids *v, const int32_t *ids, size_t count)
     return 1;
 }
 
+/* Frees the ids; the list can be used again. */
 static void llmi_ids_drop(llmi_ids *v)
 {
     moq_release(&v->a, v->data, v->capacity * sizeof *v->data);
@@ -448,6 +461,7 @@ static int llmi_map_make(llmi_map *m, llmi_arena *r, size_t count)
     return 1;
 }
 
+/* The slot of a name: the one that holds it, or the free one where it belongs. There is always a free one. */
 static llmi_slot *llmi_map_slot(const llmi_map *m, const char *name, size_t bytes, uint64_t hash)
 {
     size_t i = (size_t)hash & m->mask;
@@ -637,6 +651,7 @@ static int llmi_packed_next(llmi_packed *p)
     return c - 0x20 - (c > '"') - (c > '*') - (c > '?') - (c > '\\');
 }
 
+/* A number in base 45, low digit first; digits of 45 and above say that more follow. */
 static uint32_t llmi_packed_number(llmi_packed *p)
 {
     uint32_t v = 0, unit = 1;
@@ -648,12 +663,14 @@ static uint32_t llmi_packed_number(llmi_packed *p)
     }
 }
 
+/* The last value plus a difference, written with its sign in the lowest bit. */
 static uint32_t llmi_packed_signed(llmi_packed *p, uint32_t last)
 {
     uint32_t v = llmi_packed_number(p);
     return last + (v & 1 ? 0u - (v + 1) / 2 : v / 2);
 }
 
+/* Expand the runs into one class per character: 205 kB that make a lookup one load. 0: out of memory. */
 static int llmi_unicode_make(llmi_unicode *u, llmi_arena *r)
 {
     llmi_packed p = {llmi_class_text, llmi_class_text[0]};
@@ -671,11 +688,14 @@ static int llmi_unicode_make(llmi_unicode *u, llmi_arena *r)
     return 1;
 }
 
+/* Where the search for a pair begins. */
 static uint32_t llmi_compose_hash(uint32_t first, uint32_t second)
 {
     return (uint32_t)(llmi_fold((uint64_t)first << 32 | second, 0x9e3779b97f4a7c15u) >> 7) & LLMI_COMPOSE_MASK;
 }
 
+/* The list of decompositions, the hash of those that compose again, and the marks of all characters that are not inert:
+   those that form C never keeps, and those that join what stands before them. */
 static void llmi_unpack_pairs(llmi_unicode *u)
 {
     llmi_packed p = {llmi_decomposition_text, llmi_decomposition_text[0]};
@@ -715,12 +735,14 @@ static int llmi_unicode_normalization(llmi_unicode *u, llmi_arena *r)
     return 1;
 }
 
+/* The class of any code point; beyond the table only the variation selectors have one. */
 static int llmi_class(const llmi_unicode *u, uint32_t c)
 {
     if (c < LLMI_CLASS_END) return u->classes[c];
     return c >= 0xe0100 && c <= 0xe01ef ? LLMI_CLASS_M : LLMI_CLASS_OTHER;
 }
 
+/* Unicode's White_Space: the same 25 characters for \s, for Rust's is_whitespace and for stripping. */
 static int llmi_is_space(uint32_t c)
 {
     if (c < 0x80) return c == ' ' || (c >= 9 && c <= 13);
@@ -739,6 +761,7 @@ static const uint32_t llmi_word_extra[] = {0x24b6, 0x24e9, 0x1f130, 0x1f149, 0x1
 
 /* ---- normalization forms C and D (Unicode standard annex 15) ---- */
 
+/* Canonical combining class; 0: a character that marks attach to. */
 static int llmi_ccc(const llmi_unicode *u, uint32_t c)
 {
     int v = c < LLMI_CCC_END ? u->ccc[c] : 0;
@@ -911,6 +934,7 @@ typedef struct llmi_rx {
     int ignore_case, depth;
 } llmi_rx;
 
+/* Remember the first thing that is not known and stop reading; always 0. */
 static int llmi_rx_fail(llmi_rx *c, const char *what)
 {
     if (!c->what) c->what = what;
@@ -918,6 +942,7 @@ static int llmi_rx_fail(llmi_rx *c, const char *what)
     return 0;
 }
 
+/* Characters lo to hi are in the set. */
 static int llmi_rx_range(llmi_rx *c, llmi_set *set, uint32_t lo, uint32_t hi)
 {
     if (c->x->range_count + 2 > LLMI_MAX_RANGES) return llmi_rx_fail(c, "too many ranges");
@@ -943,6 +968,7 @@ static int llmi_rx_letters(llmi_rx *c, llmi_set *set, uint32_t lo, uint32_t hi)
     return 1;
 }
 
+/* Membership by classes and ranges; the bitmap of the first 128 is made from it. */
 static int llmi_set_has_slow(const llmi_regex *x, const llmi_unicode *u, const llmi_set *set, uint32_t c)
 {
     int in = (set->classes >> llmi_class(u, c) & 1) || (set->dot && c != '\n');
@@ -951,11 +977,7 @@ static int llmi_set_has_slow(const llmi_regex *x, const llmi_unicode *u, const l
     return in != set->negate;
 }
 
-static int llmi_set_has(const llmi_regex *x, const llmi_unicode *u, const llmi_set *set, uint32_t c)
-{
-    return c < 128 ? (int)(set->ascii[c >> 5] >> (c & 31) & 1) : llmi_set_has_slow(x, u, set, c);
-}
-
+/* A new instruction, zeroed. Past the limit the last one is overwritten: the pattern is refused anyway. */
 static llmi_op *llmi_rx_emit(llmi_rx *c, int op)
 {
     if (c->x->op_count >= LLMI_MAX_OPS) {
@@ -968,6 +990,7 @@ static llmi_op *llmi_rx_emit(llmi_rx *c, int op)
     return o;
 }
 
+/* A new empty set; its ranges are those added until the next set begins. */
 static llmi_set *llmi_rx_set(llmi_rx *c)
 {
     if (c->x->set_count >= LLMI_MAX_SETS) {
@@ -1015,6 +1038,7 @@ static int llmi_rx_property(llmi_rx *c, llmi_set *set, int negative)
     return llmi_rx_fail(c, "a Unicode property other than L, N, M, P, S and their kinds");
 }
 
+/* Value of a hexadecimal digit, or -1. */
 static int llmi_hex(char c)
 {
     return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
@@ -1141,6 +1165,7 @@ static int llmi_rx_item(llmi_rx *c)
     return 1;
 }
 
+/* A decimal number, or `otherwise` when there is none; it stops growing beyond the limit. */
 static int llmi_rx_decimal(llmi_rx *c, int otherwise)
 {
     int v = 0;
@@ -1167,6 +1192,7 @@ static int llmi_rx_quantifier(llmi_rx *c, int *least, int *most)
     return 1;
 }
 
+/* Append a block again; jumps inside it are relative and stay right. */
 static void llmi_rx_copy(llmi_rx *c, const llmi_op *block, int n)
 {
     for (int i = 0; i < n; i++) *llmi_rx_emit(c, 0) = block[i];
@@ -1196,6 +1222,8 @@ static void llmi_rx_repeat(llmi_rx *c, int start, int least, int most)
     }
 }
 
+/* Items with their quantifiers up to | or ); returns the least number of characters. A quantifier on a single set becomes one
+   LOOP instruction, which is what nearly every pre-tokenizer consists of. */
 static int llmi_rx_sequence(llmi_rx *c)
 {
     int total = 0, least, most;
@@ -1311,6 +1339,7 @@ typedef struct llmi_matcher {
     moq_allocator a;
 } llmi_matcher;
 
+/* Begin to search a text; what was remembered of the last one is forgotten. */
 static void llmi_matcher_set(llmi_matcher *m, const llmi_regex *x, const char *s, size_t n)
 {
     moq_release(&m->a, m->memo, m->memo_bytes);
@@ -1322,6 +1351,7 @@ static void llmi_matcher_set(llmi_matcher *m, const llmi_regex *x, const char *s
     m->steps = 0;
 }
 
+/* Frees the matcher's memory. */
 static void llmi_matcher_drop(llmi_matcher *m)
 {
     llmi_matcher_set(m, NULL, NULL, 0);
@@ -1329,6 +1359,7 @@ static void llmi_matcher_drop(llmi_matcher *m)
     m->stack = NULL;
 }
 
+/* A choice to come back to when the present one fails. */
 static void llmi_push(llmi_matcher *m, int32_t pc, size_t at, size_t low)
 {
     if (m->count == m->capacity) {
@@ -1359,6 +1390,8 @@ static void llmi_forget(llmi_matcher *m, size_t at)
     for (size_t bit = at * width; m->memo && bit < (at + 1) * width; bit++) m->memo[bit >> 3] = (uint8_t)(m->memo[bit >> 3] & ~(1u << (bit & 7)));
 }
 
+/* Count work; when it is out of proportion to the text, start to remember. 64 looks at each character are more than any
+   pattern of a published tokenizer needs. */
 static void llmi_count_step(llmi_matcher *m, uint64_t steps)
 {
     m->steps += steps;
@@ -1372,10 +1405,13 @@ static void llmi_count_step(llmi_matcher *m, uint64_t steps)
 /* Length of the character at `at` when it is in the set, else 0. */
 static size_t llmi_step_in(const llmi_matcher *m, int set, size_t at)
 {
+    const llmi_set *x = &m->x->sets[set];
     uint32_t c;
     if (at >= m->n) return 0;
+    c = (uint8_t)m->s[at];
+    if (c < 128) return x->ascii[c >> 5] >> (c & 31) & 1;
     size_t n = llmi_utf8_get(m->s + at, m->n - at, &c, NULL);
-    return llmi_set_has(m->x, m->u, &m->x->sets[set], c) ? n : 0;
+    return llmi_set_has_slow(m->x, m->u, x, c) ? n : 0;
 }
 
 /* A LOOP at `at`: where to go on, or LLMI_NO_MATCH. Shorter ends become choices. */
@@ -1551,6 +1587,7 @@ struct llm_tokenizer {
 /* ---- bytes as letters ----
    Byte-level vocabularies write byte b as a printable character: itself for 33..126, 161..172, 174..255, else U+0100 and up in order. */
 
+/* The character that stands for a byte. */
 static uint32_t llmi_byte_letter(uint32_t b)
 {
     if ((b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174) return b;
@@ -1572,23 +1609,27 @@ typedef struct llmi_reader { llm_tokenizer *t; moq_result code; moq_error *err; 
 
 #define LLMI_REFUSE(rd, result, ...) do { if ((rd)->code >= 0) (rd)->code = moq_fail((rd)->err, result, LLMI_TOKENIZER, __VA_ARGS__); } while (0)
 
+/* The reader stops for want of memory. */
 static void llmi_reader_nomem(llmi_reader *rd)
 {
     if (rd->code >= 0) rd->code = llmi_nomem(rd->err, LLMI_TOKENIZER);
 }
 
+/* A member that is there and not null: the package writes null for what is not set. */
 static const moq_json *llmi_member(const moq_json *v, const char *key)
 {
     const moq_json *m = moq_json_find(v, key);
     return m && m->type != MOQ_JSON_NULL ? m : NULL;
 }
 
+/* A boolean member, or `otherwise`. */
 static int llmi_flag(const moq_json *v, const char *key, int otherwise)
 {
     moq_json_bool(moq_json_find(v, key), &otherwise);
     return otherwise;
 }
 
+/* A text member, or `otherwise`; borrowed from the document. */
 static const char *llmi_word(const moq_json *v, const char *key, const char *otherwise)
 {
     const char *s = moq_json_string(llmi_member(v, key));
@@ -1618,6 +1659,7 @@ static int32_t llmi_read_id(llmi_reader *rd, const moq_json *v, const char *toke
     return (int32_t)id;
 }
 
+/* An id gets its text, which must outlive the tokenizer. */
 static void llmi_set_token(llm_tokenizer *t, int32_t id, const char *text, uint32_t bytes)
 {
     t->tokens[id].text = text;
@@ -1631,7 +1673,8 @@ static size_t llmi_measure_vocab(llmi_reader *rd, const moq_json *vocab, const m
     size_t bytes = 0;
     if (!vocab || vocab->type != MOQ_JSON_OBJECT || vocab->count == 0) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "model.vocab is not an object of tokens");
     if (rd->code < 0) return 0;
-    if (vocab->count > MOQ_MAX_VOCAB) LLMI_REFUSE(rd, MOQ_E_LIMIT, "the vocabulary has %u tokens; MOQ_MAX_VOCAB is %d", vocab->count, (int)MOQ_MAX_VOCAB);
+    if (vocab->count > MOQ_MAX_VOCAB)
+        LLMI_REFUSE(rd, MOQ_E_LIMIT, "the vocabulary has %u tokens; MOQ_MAX_VOCAB is %d", vocab->count, (int)MOQ_MAX_VOCAB);
     for (const moq_json *e = moq_json_first(vocab); e && rd->code >= 0; e = moq_json_next(vocab, e)) {
         int32_t id = llmi_read_id(rd, e, e->key);
         if (id >= rd->t->count) rd->t->count = id + 1;
@@ -1644,6 +1687,7 @@ static size_t llmi_measure_vocab(llmi_reader *rd, const moq_json *vocab, const m
     return bytes;
 }
 
+/* The texts move into one block of the arena, so that the document can be freed after opening. */
 static void llmi_read_vocab(llmi_reader *rd, const moq_json *vocab, const moq_json *added)
 {
     llm_tokenizer *t = rd->t;
@@ -1669,6 +1713,7 @@ static void llmi_read_vocab(llmi_reader *rd, const moq_json *vocab, const moq_js
     }
 }
 
+/* The slot of a pair: the one that holds it, or the free one where it belongs. */
 static llmi_merge *llmi_merge_slot(const llm_tokenizer *t, uint64_t pair)
 {
     size_t i = (size_t)llmi_fold(pair, 0x9e3779b97f4a7c15u) & t->merge_mask;
@@ -1676,6 +1721,7 @@ static llmi_merge *llmi_merge_slot(const llm_tokenizer *t, uint64_t pair)
     return &t->merges[i];
 }
 
+/* What two neighbours become, or NULL. */
 static const llmi_merge *llmi_find_merge(const llm_tokenizer *t, int32_t left, int32_t right)
 {
     const llmi_merge *m = llmi_merge_slot(t, (uint64_t)(uint32_t)left << 32 | (uint32_t)right);
@@ -1704,6 +1750,7 @@ static int llmi_merge_parts(const moq_json *e, const char *part[2], size_t bytes
     return 1;
 }
 
+/* One merge. Both parts and the joined text must be tokens: only then can every rank be reached. */
 static void llmi_read_merge(llmi_reader *rd, const moq_json *e, int32_t rank, llmi_bytes *whole)
 {
     llm_tokenizer *t = rd->t;
@@ -1728,6 +1775,7 @@ static void llmi_read_merge(llmi_reader *rd, const moq_json *e, int32_t rank, ll
     m->id = ab->value;
 }
 
+/* The list in its order, which is the rank. Old files carry a version line in front. */
 static void llmi_read_merges(llmi_reader *rd, const moq_json *list)
 {
     llm_tokenizer *t = rd->t;
@@ -1765,6 +1813,7 @@ static void llmi_read_bytes(llmi_reader *rd)
     }
 }
 
+/* The key "model". What would change ids without being followed here is refused: dropout, prefixes and suffixes of subwords. */
 static void llmi_read_model(llmi_reader *rd, const moq_json *model, const moq_json *added)
 {
     llm_tokenizer *t = rd->t;
@@ -1774,7 +1823,8 @@ static void llmi_read_model(llmi_reader *rd, const moq_json *model, const moq_js
     else if (strcmp(type, "BPE") != 0) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model type '%q'; only BPE is known", type);
     if (llmi_word(model, "continuing_subword_prefix", "")[0]) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.continuing_subword_prefix is set");
     if (llmi_word(model, "end_of_word_suffix", "")[0]) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.end_of_word_suffix is set");
-    if (moq_json_float(llmi_member(model, "dropout"), &dropout) && dropout != 0) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.dropout is %g; ids would be random", dropout);
+    if (moq_json_float(llmi_member(model, "dropout"), &dropout) && dropout != 0)
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.dropout is %g; ids would be random", dropout);
     t->byte_fallback = (uint8_t)llmi_flag(model, "byte_fallback", 0);
     t->ignore_merges = (uint8_t)llmi_flag(model, "ignore_merges", 0);
     t->fuse_unk = (uint8_t)llmi_flag(model, "fuse_unk", 0);
@@ -1789,6 +1839,7 @@ static void llmi_read_model(llmi_reader *rd, const moq_json *model, const moq_js
 
 /* ---- the stages ---- */
 
+/* A new stage at the end; past the limit the last one is overwritten and the file refused. */
 static llmi_stage *llmi_add_stage(llmi_reader *rd, llmi_stages *s, int kind)
 {
     if (s->count >= LLMI_MAX_STEPS) {
@@ -1802,6 +1853,7 @@ static llmi_stage *llmi_add_stage(llmi_reader *rd, llmi_stages *s, int kind)
     return x;
 }
 
+/* A compiled pattern, or NULL with the error kept. */
 static const llmi_regex *llmi_read_regex(llmi_reader *rd, const char *pattern, int literal)
 {
     const llmi_regex *x = rd->code < 0 ? NULL : llmi_regex_make(pattern, strlen(pattern), literal, &rd->t->u, &rd->t->r, rd->err);
@@ -1819,16 +1871,19 @@ static void llmi_read_pattern(llmi_reader *rd, const moq_json *v, llmi_stage *x,
     if (text && !*text) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "a pattern that is an empty text");
 }
 
+/* Metaspace writes spaces as a visible character and may put one in front. Files before prepend_scheme say add_prefix_space. */
 static void llmi_read_metaspace(llmi_reader *rd, const moq_json *v, llmi_stages *out)
 {
     llmi_stage *x = llmi_add_stage(rd, out, LLMI_METASPACE);
     const char *scheme = llmi_word(v, "prepend_scheme", "always");
     x->to = llmi_keep(rd, llmi_word(v, "replacement", "\xe2\x96\x81"));
-    x->prefix = strcmp(scheme, "never") == 0 || !llmi_flag(v, "add_prefix_space", 1) ? LLMI_NEVER : strcmp(scheme, "first") == 0 ? LLMI_FIRST : LLMI_ALWAYS;
+    x->prefix = strcmp(scheme, "never") == 0 || !llmi_flag(v, "add_prefix_space", 1) ? LLMI_NEVER :
+                strcmp(scheme, "first") == 0 ? LLMI_FIRST : LLMI_ALWAYS;
     x->behavior = LLMI_WITH_NEXT;
     if (llmi_flag(v, "split", 1)) x->pattern = llmi_read_regex(rd, x->to, 1);
 }
 
+/* The key "normalizer"; sequences are flattened, which keeps their order. */
 static void llmi_read_normalizer(llmi_reader *rd, const moq_json *v)
 {
     llmi_stages *out = &rd->t->normalizer;
@@ -1855,6 +1910,7 @@ static void llmi_read_normalizer(llmi_reader *rd, const moq_json *v)
     }
 }
 
+/* What happens to the matches of a Split. */
 static int llmi_behavior(llmi_reader *rd, const char *name)
 {
     static const char *const names[] = {"Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"};
@@ -1874,6 +1930,7 @@ static const struct { const char *type, *pattern; int behavior, invert; } llmi_f
     {"ByteLevel", "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+", LLMI_ISOLATED, 0}, /* of GPT-2 */
 };
 
+/* A pre-tokenizer that is a known pattern; 0 when the type is none of them. */
 static int llmi_read_fixed_split(llmi_reader *rd, const char *type, const char *behavior)
 {
     for (size_t i = 0; i < LLMI_COUNT(llmi_fixed_splits); i++) {
@@ -1887,6 +1944,7 @@ static int llmi_read_fixed_split(llmi_reader *rd, const char *type, const char *
     return 0;
 }
 
+/* The key "pre_tokenizer". ByteLevel turns text into byte letters, so nothing may look at characters after it. */
 static void llmi_read_splitter(llmi_reader *rd, const moq_json *v)
 {
     llmi_stages *out = &rd->t->splitter;
@@ -1908,10 +1966,12 @@ static void llmi_read_splitter(llmi_reader *rd, const moq_json *v)
     } else if (strcmp(type, "Metaspace") == 0) {
         llmi_read_metaspace(rd, v, out);
     } else if (!llmi_read_fixed_split(rd, llmi_flag(v, "individual_digits", 0) ? "Digits, each" : type, llmi_word(v, "behavior", NULL))) {
-        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "pre-tokenizer '%q'; known are Split, ByteLevel, Digits, Metaspace, Punctuation, Whitespace, Sequence", type);
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED,
+                    "pre-tokenizer '%q'; known are Split, ByteLevel, Digits, Metaspace, Punctuation, Whitespace, Sequence", type);
     }
 }
 
+/* The key "decoder"; sequences are flattened. */
 static void llmi_read_decoder(llmi_reader *rd, const moq_json *v)
 {
     llmi_stages *out = &rd->t->decoder;
@@ -1937,7 +1997,8 @@ static void llmi_read_decoder(llmi_reader *rd, const moq_json *v)
         llmi_stage *x = llmi_add_stage(rd, out, LLMI_STRIP);
         int64_t start = 0, stop = 0;
         x->from = llmi_keep(rd, llmi_word(v, "content", " "));
-        if (!moq_json_int(moq_json_find(v, "start"), &start) || !moq_json_int(moq_json_find(v, "stop"), &stop) || start < 0 || start > 1000 || stop != 0)
+        int known = moq_json_int(moq_json_find(v, "start"), &start) && moq_json_int(moq_json_find(v, "stop"), &stop);
+        if (!known || start < 0 || start > 1000 || stop != 0)
             LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "decoder Strip with start %lld and stop %lld; stop must be 0", (long long)start, (long long)stop);
         x->left = (int32_t)start;
     } else {
@@ -1960,6 +2021,7 @@ static void llmi_check_decoder(llmi_reader *rd)
 
 /* ---- post-processors: ids around a text ---- */
 
+/* One id that goes before or after every text. */
 static void llmi_add_around(llmi_reader *rd, int after, const moq_json *v)
 {
     llm_tokenizer *t = rd->t;
@@ -1969,6 +2031,7 @@ static void llmi_add_around(llmi_reader *rd, int after, const moq_json *v)
     else (after ? t->after : t->before)[(*count)++] = id;
 }
 
+/* The template for a single text: what stands before the sequence goes before, the rest after. */
 static void llmi_read_template(llmi_reader *rd, const moq_json *v)
 {
     const moq_json *single = llmi_member(v, "single"), *known = llmi_member(v, "special_tokens");
@@ -1982,6 +2045,7 @@ static void llmi_read_template(llmi_reader *rd, const moq_json *v)
     }
 }
 
+/* The key "post_processor". ByteLevel only trims offsets, which nobody asks for here. */
 static void llmi_read_post(llmi_reader *rd, const moq_json *v)
 {
     const char *type = llmi_word(v, "type", "(none)");
@@ -1995,7 +2059,8 @@ static void llmi_read_post(llmi_reader *rd, const moq_json *v)
         llmi_add_around(rd, 0, moq_json_at(llmi_member(v, "cls"), 1));
         llmi_add_around(rd, 1, moq_json_at(llmi_member(v, "sep"), 1));
     } else if (strcmp(type, "ByteLevel") != 0) {
-        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "post-processor '%q'; known are TemplateProcessing, ByteLevel, BertProcessing, RobertaProcessing, Sequence", type);
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED,
+                    "post-processor '%q'; known are TemplateProcessing, ByteLevel, BertProcessing, RobertaProcessing, Sequence", type);
     }
 }
 
@@ -2028,6 +2093,7 @@ typedef struct llmi_coder {
     llmi_ids out;
 } llmi_coder;
 
+/* An empty coder; nothing is allocated until there is text. */
 static void llmi_coder_make(llmi_coder *c, const llm_tokenizer *t)
 {
     memset(c, 0, sizeof *c);
@@ -2038,6 +2104,7 @@ static void llmi_coder_make(llmi_coder *c, const llm_tokenizer *t)
     c->ranges = c->found[0] = c->found[1] = c->pieces = c->next = c->spans = c->out = llmi_ids_make(&t->a);
 }
 
+/* Frees everything one call took. */
 static void llmi_coder_drop(llmi_coder *c)
 {
     llmi_bytes *texts[] = {&c->text, &c->normal, &c->spare, &c->split};
@@ -2049,6 +2116,7 @@ static void llmi_coder_drop(llmi_coder *c)
     moq_release(&c->a, c->heap, c->heap_capacity * sizeof *c->heap);
 }
 
+/* Append a pair of positions; texts stay below 2^29 bytes, so they fit. */
 static int llmi_add2(llmi_ids *v, size_t a, size_t b)
 {
     int32_t x[2];
@@ -2057,6 +2125,7 @@ static int llmi_add2(llmi_ids *v, size_t a, size_t b)
     return llmi_ids_add(v, x, 2);
 }
 
+/* Append a triple. */
 static int llmi_add3(llmi_ids *v, int32_t a, size_t b, size_t c)
 {
     int32_t x[3];
@@ -2068,6 +2137,7 @@ static int llmi_add3(llmi_ids *v, int32_t a, size_t b, size_t c)
 
 /* ---- normalizer ---- */
 
+/* Append s with every `from` replaced by `to`. 0: out of memory. */
 static int llmi_replace_literal(const char *s, size_t n, const char *from, const char *to, llmi_bytes *out)
 {
     size_t m = strlen(from), done = 0;
@@ -2082,6 +2152,7 @@ static int llmi_replace_literal(const char *s, size_t n, const char *from, const
     return llmi_bytes_add(out, s + done, n - done);
 }
 
+/* Append s with every match replaced by `to`. 0: out of memory. */
 static int llmi_replace_pattern(llmi_matcher *m, const llmi_regex *x, const char *s, size_t n, const char *to, llmi_bytes *out)
 {
     size_t done = 0;
@@ -2123,6 +2194,7 @@ static size_t llmi_space_after(const char *s, size_t i, size_t n)
     return i;
 }
 
+/* Append what one stage makes of s. An empty text stays empty: nothing is put in front of it. */
 static int llmi_normalize_stage(llmi_coder *c, const llmi_stage *x, const char *s, size_t n, llmi_bytes *out)
 {
     size_t from = 0;
@@ -2160,6 +2232,7 @@ static int llmi_run_normalizer(llmi_coder *c, const char *s, size_t n)
 
 /* ---- added tokens ---- */
 
+/* The slot of an edge: the one that holds it, or the free one where it belongs. */
 static llmi_edge *llmi_trie_edge(const llmi_trie *t, uint32_t node, uint8_t byte)
 {
     uint64_t key = (uint64_t)node * 256 + byte + 1;
@@ -2183,6 +2256,7 @@ static int32_t llmi_trie_find(const llmi_trie *t, int root, const char *s, size_
     return best;
 }
 
+/* Word characters as Rust's regular expressions know them, for tokens that must stand alone. */
 static int llmi_is_word(const llmi_unicode *u, uint32_t c)
 {
     int in = (int)((uint32_t)LLMI_WORD >> llmi_class(u, c) & 1u) || c == 0x200c || c == 0x200d; /* joiners too */
@@ -2296,6 +2370,7 @@ static int llmi_join_spans(llmi_coder *c, int behavior)
     return 1;
 }
 
+/* Every piece is cut by the pattern as a text of its own: no look ahead crosses a border. */
 static int llmi_split_pieces(llmi_coder *c, const llmi_stage *x, const char *s)
 {
     c->next.count = 0;
@@ -2336,6 +2411,7 @@ static int llmi_prefix_pieces(llmi_coder *c, const llmi_stage *x, int at_start, 
 
 /* ---- merges ---- */
 
+/* A binary heap with the smallest key on top. 0: out of memory. */
 static int llmi_heap_push(llmi_coder *c, uint64_t key, int32_t id)
 {
     if (c->heap_count == c->heap_capacity) {
@@ -2350,6 +2426,7 @@ static int llmi_heap_push(llmi_coder *c, uint64_t key, int32_t id)
     return 1;
 }
 
+/* Takes the candidate of the lowest rank, and of these the leftmost. */
 static llmi_candidate llmi_heap_pop(llmi_coder *c)
 {
     llmi_candidate top = c->heap[0], last = c->heap[--c->heap_count];
@@ -2449,6 +2526,7 @@ static size_t llmi_first_symbols(llmi_coder *c, const char *s, size_t n)
     return used;
 }
 
+/* One piece of the pre-tokenizer: merges never cross its borders. */
 static int llmi_encode_piece(llmi_coder *c, const char *s, size_t n)
 {
     int32_t id = c->t->ignore_merges ? llmi_whole_piece(c->t, s, n) : -1;
@@ -2600,6 +2678,7 @@ static int llmi_show_token(const llm_tokenizer *t, const llmi_token *x, llmi_byt
 
 typedef struct llmi_sink { char *text; size_t capacity, count; } llmi_sink;
 
+/* Copy what fits, count all. */
 static void llmi_sink_add(llmi_sink *k, const char *s, size_t n)
 {
     if (k->count < k->capacity) memcpy(k->text + k->count, s, n < k->capacity - k->count ? n : k->capacity - k->count);
@@ -2652,6 +2731,7 @@ LLM_API size_t llm_decode(const llm_tokenizer *t, const int32_t *ids, size_t cou
    All that encoding and decoding need is settled here once; after a failure nothing stays allocated.
    ------------------------------------------------------------------------------------------------ */
 
+/* Walk along the bytes and add what is missing; of two tokens with one text the first stays. */
 static void llmi_trie_add(llmi_trie *t, int root, const char *s, size_t n, int32_t index)
 {
     uint32_t node = (uint32_t)root;
@@ -2668,6 +2748,7 @@ static void llmi_trie_add(llmi_trie *t, int root, const char *s, size_t n, int32
     if (!t->leaf[node]) t->leaf[node] = index + 1;
 }
 
+/* One entry of added_tokens. A text that is in the vocabulary keeps the vocabulary's id, as in the package. */
 static void llmi_read_added_token(llmi_reader *rd, const moq_json *e, int32_t index)
 {
     llm_tokenizer *t = rd->t;
@@ -2733,6 +2814,7 @@ static void llmi_make_trie(llmi_reader *rd, size_t bytes, size_t count)
     llmi_coder_drop(&c);
 }
 
+/* The key "added_tokens": entries first, then the trie, whose size is bounded by their bytes. */
 static void llmi_read_added(llmi_reader *rd, const moq_json *list)
 {
     llm_tokenizer *t = rd->t;
@@ -2772,6 +2854,7 @@ static void llmi_read_shown(llmi_reader *rd)
     llmi_bytes_drop(&all);
 }
 
+/* All of tokenizer.json. Added tokens come late, because some are matched as the normalizer leaves them. */
 static void llmi_read_tokenizer(llmi_reader *rd, const moq_json *root)
 {
     llm_tokenizer *t = rd->t;
@@ -2790,6 +2873,7 @@ static void llmi_read_tokenizer(llmi_reader *rd, const moq_json *root)
 
 /* ---- the other files: end tokens and the chat template ---- */
 
+/* One more id that ends a turn; known ones and foreign ones are ignored. */
 static void llmi_add_end_id(llm_tokenizer *t, int32_t id)
 {
     if (id < 0 || id >= t->count || t->end_count >= LLMI_MAX_ENDS) return;
@@ -2811,7 +2895,8 @@ static void llmi_read_end_ids(llm_tokenizer *t, const moq_json *v)
 static void llmi_read_known_ends(llm_tokenizer *t)
 {
     static const char *const known[] = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "</s>", "<end_of_turn>", "<|return|>",
-                                        "<|end_of_turn|>", "<|call|>", "<|end_of_text|>", "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
+                                        "<|end_of_turn|>", "<|call|>", "<|end_of_text|>",
+                                        "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
     for (size_t i = 0; i < LLMI_COUNT(known) && t->frame_text; i++) {
         int32_t id = llm_token_find(t, known[i]);
         if (id >= 0 && t->tokens[id].special && strstr(t->frame_text, known[i])) llmi_add_end_id(t, id);
@@ -2849,6 +2934,7 @@ static moq_json_doc *llmi_read_optional(llmi_reader *rd, const moq_checkpoint *c
     return doc;
 }
 
+/* The files beside tokenizer.json. chat_template.jinja counts before the template in tokenizer_config.json. */
 static void llmi_read_neighbours(llmi_reader *rd, const moq_checkpoint *ck)
 {
     llm_tokenizer *t = rd->t;
@@ -2879,7 +2965,8 @@ static void llmi_check_rows(llmi_reader *rd, const moq_checkpoint *ck)
     const llm_tokenizer *t = rd->t;
     int64_t rows;
     if (rd->code < 0 || !moq_json_int(moq_json_find(moq_get_config(ck), "vocab_size"), &rows) || t->count <= rows) return;
-    rd->code = moq_fail(rd->err, MOQ_E_MISMATCH, LLMI_TOKENIZER, "token '%q' has the id %d, but config.json has vocab_size %lld; the two are not of one model",
+    rd->code = moq_fail(rd->err, MOQ_E_MISMATCH, LLMI_TOKENIZER,
+                        "token '%q' has the id %d, but config.json has vocab_size %lld; the two are not of one model",
                         t->tokens[t->count - 1].text ? t->tokens[t->count - 1].text : "", (int)(t->count - 1), (long long)rows);
 }
 
@@ -2947,6 +3034,7 @@ LLM_API int llm_is_end(const llm_tokenizer *t, int32_t id)
 
 typedef struct llmi_spelling { llmi_bytes out; int ok; } llmi_spelling;
 
+/* Append to the spelling. */
 static void llmi_spell(llmi_spelling *p, const char *s, size_t n)
 {
     if (p->ok) p->ok = llmi_bytes_add(&p->out, s, n);
@@ -3026,6 +3114,7 @@ static void llmi_spell_text(llmi_spelling *p, const char *s, size_t i, size_t en
     llmi_spell(p, s + i, to - i);
 }
 
+/* The whole template, NUL-terminated. 0: out of memory. */
 static int llmi_spell_template(llmi_spelling *p, const char *s)
 {
     size_t n = strlen(s);
@@ -3062,8 +3151,10 @@ typedef struct llmi_frame {
     int thinking;                   /* Qwen3: reasoning of earlier answers is left out */
 } llmi_frame;
 
+/* Does the template hold this text? */
 static int llmi_says(const char *spelled, const char *part) { return strstr(spelled, part) != NULL; }
 
+/* All roles get one kind of turn. */
 static void llmi_same_turns(llmi_frame *f, const char *before, const char *after)
 {
     llmi_around a;
@@ -3111,6 +3202,7 @@ static int llmi_is_llama3(const char *s, llmi_frame *f)
     return 1;
 }
 
+/* Llama 2: the system text stands inside the first user turn, and each user turn begins with BOS. */
 static int llmi_is_llama2(const char *s, llmi_frame *f)
 {
     if (!llmi_says(s, "bos_token+\"[INST] \"+content.strip()+\" [/INST]\"") || !llmi_says(s, "\" \"+content.strip()+\" \"+eos_token")) return 0;
@@ -3157,6 +3249,7 @@ static int llmi_is_mistral(const char *s, llmi_frame *f)
     return 1;
 }
 
+/* Phi-3. Its control tokens take the newline after them (rstrip), which the tokenizer does by itself. */
 static int llmi_is_phi3(const char *s, llmi_frame *f)
 {
     f->start = strncmp(s, "{{bos_token}}", 13) == 0 ? "\1" : "";
@@ -3185,14 +3278,17 @@ static int llmi_is_zephyr(const char *s, llmi_frame *f)
     if (!llmi_says(s, "\"<|system|>\n\"+message.content+eos_token}}")) return 0;
     llmi_same_turns(f, "<|\3|>\n", line ? "\2\n" : "\2");
     f->other.before = NULL;
-    f->open = line && llmi_says(s, "{{\"<|assistant|>\"}}\n") ? "<|assistant|>\n" : llmi_says(s, "{{\"<|assistant|>\n\"}}") ? "<|assistant|>\n" : "<|assistant|>";
+    int fresh = (line && llmi_says(s, "{{\"<|assistant|>\"}}\n")) || llmi_says(s, "{{\"<|assistant|>\n\"}}");
+    f->open = fresh ? "<|assistant|>\n" : "<|assistant|>";
     return 1;
 }
 
+/* Gemma 2 knows no system text; Gemma 3 writes it in front of the first user text. */
 static int llmi_is_gemma(const char *s, llmi_frame *f)
 {
     int two = llmi_says(s, "\"<start_of_turn>\"+role+\"\n\"+message.content|trim+\"<end_of_turn>\n\"");
-    int three = llmi_says(s, "\"<start_of_turn>\"+role+\"\n\"+(first_user_prefixifloop.firstelse\"\")") && llmi_says(s, "first_user_prefix=messages[0].content+\"\n\n\"");
+    int three = llmi_says(s, "\"<start_of_turn>\"+role+\"\n\"+(first_user_prefixifloop.firstelse\"\")") &&
+                llmi_says(s, "first_user_prefix=messages[0].content+\"\n\n\"");
     if (!two && !three) return 0;
     f->start = "\1";
     f->user.before = "<start_of_turn>user\n";
@@ -3209,8 +3305,8 @@ static int llmi_is_gemma(const char *s, llmi_frame *f)
 /* <|role|>text: the demo model, which ends only answers, and Phi-4-mini. */
 static int llmi_is_role_marks(const char *s, llmi_frame *f)
 {
-    static const char demo[] = "{%formessageinmessages%}<|{{message.role}}|>{{message.content}}{%ifmessage.role==\"assistant\"%}<|end|>{%endif%}{%endfor%}"
-                               "{%ifadd_generation_prompt%}<|assistant|>{%endif%}";
+    static const char demo[] = "{%formessageinmessages%}<|{{message.role}}|>{{message.content}}{%ifmessage.role==\"assistant\"%}<|end|>"
+                               "{%endif%}{%endfor%}{%ifadd_generation_prompt%}<|assistant|>{%endif%}";
     static const char short_demo[] = "{%forminmessages%}<|{{m.role}}|>{{m.content}}{%ifm.role==\"assistant\"%}<|end|>{%endif%}{%endfor%}"
                                      "{%ifadd_generation_prompt%}<|assistant|>{%endif%}";
     int phi = llmi_says(s, "{{\"<|\"+message.role+\"|>\"+message.content+\"<|end|>\"}}");
@@ -3227,6 +3323,7 @@ static const struct { const char *name; int (*is)(const char *spelled, llmi_fram
     {"Phi-3", llmi_is_phi3}, {"Zephyr", llmi_is_zephyr}, {"Gemma", llmi_is_gemma}, {"role marks", llmi_is_role_marks},
 };
 
+/* The frame of a template; MOQ_E_TEMPLATE when it is none of the known ones. */
 static moq_result llmi_find_frame(const char *spelled, llmi_frame *f, moq_error *err)
 {
     for (size_t i = 0; i < LLMI_COUNT(llmi_frames); i++) {
@@ -3236,7 +3333,8 @@ static moq_result llmi_find_frame(const char *spelled, llmi_frame *f, moq_error 
         if (llmi_frames[i].is(spelled, f)) return MOQ_OK;
     }
     return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
-                    "the chat template is none of the known ones (ChatML, Llama 2, Llama 3, Mistral, Phi-3, Zephyr, Gemma, <|role|>); use raw prompts");
+                    "the chat template is none of the known ones "
+                    "(ChatML, Llama 2, Llama 3, Mistral, Phi-3, Zephyr, Gemma, <|role|>); use raw prompts");
 }
 
 /* ---- writing ---- */
@@ -3247,6 +3345,7 @@ typedef struct llmi_pen {
     int ok;
 } llmi_pen;
 
+/* One more part; the text is borrowed until the frame is encoded. */
 static void llmi_pen_add(llmi_pen *p, const char *s, size_t n, int special)
 {
     llmi_part part;
@@ -3271,11 +3370,13 @@ static void llmi_pen_frame_part(llmi_pen *p, const char *s, size_t n, const char
     llmi_pen_add(p, s + done, n - done, 1);
 }
 
+/* The same for a whole text. */
 static void llmi_pen_frame(llmi_pen *p, const char *s, const char *role) { llmi_pen_frame_part(p, s, strlen(s), role); }
 
 /* Python's str.strip: white space, and the four separators below the blank. */
 static int llmi_is_strip(uint32_t c) { return llmi_is_space(c) || (c >= 0x1c && c <= 0x1f); }
 
+/* Take white space from the ends of a text. */
 static void llmi_trim(const char **s, size_t *n, int left, int right)
 {
     uint32_t cp;
@@ -3294,6 +3395,7 @@ static void llmi_trim(const char **s, size_t *n, int left, int right)
     }
 }
 
+/* Take newlines from the ends of a text. */
 static void llmi_trim_lines(const char **s, size_t *n, int left, int right)
 {
     for (; left && *n > 0 && **s == '\n'; (*n)--) (*s)++;
@@ -3346,6 +3448,7 @@ static size_t llmi_last_query(const llm_message *m, size_t count)
     return count ? count - 1 : 0;
 }
 
+/* A tool's answer as Qwen writes it: answers in a row share one user turn. */
 static void llmi_pen_tool(llmi_pen *p, const llm_message *m, size_t i, size_t count)
 {
     if (i == 0 || strcmp(m[i - 1].role, "tool") != 0) llmi_pen_frame(p, "<|im_start|>user", "");
@@ -3378,6 +3481,7 @@ static void llmi_pen_turn(llmi_pen *p, const llmi_frame *f, const llmi_around *a
     llmi_pen_frame(p, a->after, m->role);
 }
 
+/* What stands around the text of a role. */
 static const llmi_around *llmi_find_around(const llmi_frame *f, const char *role)
 {
     if (strcmp(role, "user") == 0) return &f->user;
@@ -3385,6 +3489,7 @@ static const llmi_around *llmi_find_around(const llmi_frame *f, const char *role
     return strcmp(role, "system") == 0 ? &f->system : &f->other;
 }
 
+/* Refuse what the template would refuse, and roles that it would drop without a word: a lost message is a wrong answer. */
 static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m, size_t count, moq_error *err)
 {
     size_t turn = 0;
@@ -3392,19 +3497,23 @@ static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m,
         if (!m[i].role || !m[i].text) return moq_fail(err, MOQ_E_ARG, "llm_frame", "message %llu has no role or no text", (unsigned long long)i);
         size_t n = strlen(m[i].role);
         if (n == 0 || n > 64 || strspn(m[i].role, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") != n)
-            return moq_fail(err, MOQ_E_ARG, "llm_frame", "message %llu has the role '%q'; letters, digits, _ and - were expected", (unsigned long long)i, m[i].role);
+            return moq_fail(err, MOQ_E_ARG, "llm_frame", "message %llu has the role '%q'; letters, digits, _ and - were expected",
+                            (unsigned long long)i, m[i].role);
         int system = strcmp(m[i].role, "system") == 0, leads = system && i == 0 && f->where_system > LLMI_SYSTEM_NONE;
         if (leads) continue;
         const llmi_around *a = llmi_find_around(f, m[i].role);
         if ((system && (f->where_system == LLMI_SYSTEM_NONE || f->alternate)) || !a->before)
-            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for the role '%q' (message %llu)", m[i].role, (unsigned long long)i);
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for the role '%q' (message %llu)",
+                            m[i].role, (unsigned long long)i);
         if (f->alternate && a != (turn % 2 ? &f->assistant : &f->user))
-            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's roles must alternate user, assistant, ...; message %llu is '%q'", (unsigned long long)i, m[i].role);
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's roles must alternate user, assistant, ...; message %llu is '%q'",
+                            (unsigned long long)i, m[i].role);
         turn++;
     }
     return MOQ_OK;
 }
 
+/* The whole conversation in the order of the template. */
 static void llmi_pen_all(llmi_pen *p, const llmi_frame *f, const llm_message *m, size_t count, int open)
 {
     int leads = count > 0 && f->where_system > LLMI_SYSTEM_NONE && strcmp(m[0].role, "system") == 0;
@@ -3446,7 +3555,8 @@ static void llmi_pen_all(llmi_pen *p, const llmi_frame *f, const llm_message *m,
     llmi_pen_frame(p, open || f->always_open ? f->open : f->shut, "");
 }
 
-LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, size_t count, int open_answer, int32_t *ids, size_t capacity, moq_error *err)
+LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, size_t count, int open_answer, int32_t *ids, size_t capacity,
+                         moq_error *err)
 {
     llmi_frame f;
     llmi_spelling spelled;
@@ -3458,7 +3568,8 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
         return SIZE_MAX;
     }
     if (!t->frame_text) {
-        moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "the folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use raw prompts");
+        moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
+                 "the folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use raw prompts");
         return SIZE_MAX;
     }
     spelled.out = llmi_bytes_make(&t->a);
@@ -3481,16 +3592,149 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>llm-config      config.json -> model description, families
-   Every number that sizes memory or divides is checked here; the sections below trust it. Reads no tensor.
+   >>llm-families    the architectures: names and switches
+   Tables only: what a family calls its tensors, which keys it reads differently, which parts it has.
    ------------------------------------------------------------------------------------------------ */
 
 /* To add a family:
-     1. A row in llmi_families. If its experts are named in a new way, a row of llmi_moe_names.
-     2. Where it departs from the plain decoder (another norm, a second rope, a state-space layer), a switch in the row, read
-        here, obeyed in >>llm-model (which tensors) and >>llm-forward (which calls).
+     1. A row in llmi_families. If its tensors or experts are named in a new way, a row of names beside it.
+     2. Where it departs from the plain decoder, a switch in the row: read in >>llm-config, obeyed in >>llm-model (which tensors)
+        and >>llm-forward (which calls). What a row leaves open is found out from the tensors (fused projections, biases).
      3. A golden folder with logits of its reference implementation in tests.
-   Keys are looked up in `text_config` first (models that also see or hear keep the decoder's description there), then in the
+
+   Every layer is two blocks, and a family may leave one of them out in some layers (Nemotron-H has one block a layer):
+
+       x += post(mix(norm(x)))     mix:  attention, latent attention, or a state-space mixer
+       x += post(feed(norm(x)))    feed: an MLP, or a mixture of experts */
+
+/* Which layers have a sliding window. The families use the same keys with different meanings:
+   Llama writes no window; Mistral, Mixtral and Phi-3 mean every layer; Qwen2 and Qwen3 mean it only with a second key, and then
+   for the layers from max_window_layers on, or for those that layer_types names; Qwen3-MoE has the second key but no list;
+   Gemma and gpt-oss name the layers, or mean all but every sixth or second. */
+enum {
+    LLMI_WINDOW_NONE = 0, /* sliding_window is ignored */
+    LLMI_WINDOW_ALL,      /* every layer when sliding_window is a number */
+    LLMI_WINDOW_FLAG,     /* every layer, only with use_sliding_window */
+    LLMI_WINDOW_LAYERS,   /* only with use_sliding_window, and by layer_types or from max_window_layers on */
+    LLMI_WINDOW_TYPES     /* by layer_types, or all layers but every pattern-th */
+};
+
+/* Switches of a family. */
+enum {
+    LLMI_QK_NORM = 1,      /* an RMS norm over every head of q and k, before rope */
+    LLMI_UNIT_NORM = 2,    /* norm weights are stored as w and mean 1 + w */
+    LLMI_SCALED_EMBED = 4, /* embeddings are multiplied by sqrt(hidden) */
+    LLMI_SINKS = 8,        /* a logit per head that takes part in the softmax and has no value */
+    LLMI_NO_ROPE = 16,     /* positions come from elsewhere */
+    LLMI_LATENT = 32,      /* latent attention: keys and values pass through a narrow middle */
+    LLMI_CLAMPED = 64,     /* MOQ_SWIGLU_CLAMP whatever hidden_act says */
+    LLMI_LOCAL_ROPE = 128, /* layers with a window have a rope of their own */
+    LLMI_TIED = 256        /* a config.json that is silent means a tied head */
+};
+
+/* Module names under the decoder's prefix, or under layers.N. */
+typedef struct llmi_names {
+    const char *embed, *embed_alias;    /* the table of words; its other name, NULL: none */
+    const char *norm;                   /* before the head */
+    const char *mix_norm, *feed_norm;   /* before each block */
+    const char *mix_post, *feed_post;   /* after each block, NULL: none */
+    const char *mix, *feed;             /* what holds q_proj and in_proj; what holds up_proj and the experts */
+} llmi_names;
+
+/* Are the weights of the chosen experts divided by their sum? */
+enum { LLMI_NORM_IF = 0, LLMI_NORM_ALWAYS, LLMI_NORM_UNLESS }; /* only if norm_topk_prob says so; always; unless it says not */
+
+/* How experts are named under a layer; gate NULL: not gated. */
+typedef struct llmi_moe_names {
+    const char *router, *experts; /* modules under the layer: "mlp.gate", "mlp.experts" */
+    const char *gate, *up, *down; /* under experts.E */
+    const char *count_key, *count_alias;
+    int32_t renormalize;          /* LLMI_NORM_... */
+    int32_t stacked;              /* one tensor of all experts; `up` holds gate and up rows in turn */
+    moq_score score;              /* where scoring_func is silent */
+    const char *bias;             /* a tensor added to the scores while choosing, where it is there; NULL: none */
+    const char *shared, *shared_key; /* a dense MLP beside the experts and the key of its width; NULL: none */
+    int32_t shared_each;          /* that key counts once for each of n_shared_experts */
+} llmi_moe_names;
+
+/* A number that config.json may leave out. */
+typedef struct llmi_default {
+    const char *key;
+    int64_t value;
+} llmi_default;
+
+/* A family is one row: names and switches. */
+typedef struct llmi_family {
+    const char *model_type;
+    int32_t window, pattern;            /* pattern: of LLMI_WINDOW_TYPES, where config.json is silent */
+    uint32_t flags;
+    double theta, eps;                  /* where config.json is silent */
+    const char *eps_key;
+    const llmi_names *names;
+    const llmi_moe_names *moe;          /* NULL: dense */
+    const llmi_default *defaults;       /* ends with a NULL key; NULL: none */
+} llmi_family;
+
+static const llmi_names llmi_names_plain = {
+    "embed_tokens", NULL, "norm", "input_layernorm", "post_attention_layernorm", NULL, NULL, "self_attn", "mlp"};
+static const llmi_names llmi_names_gemma = {
+    "embed_tokens", NULL, "norm", "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm",
+    "self_attn", "mlp"};
+static const llmi_names llmi_names_nemotron = {
+    "embeddings", "embedding", "norm_f", "norm", "norm", NULL, NULL, "mixer", "mixer"};
+
+static const llmi_moe_names llmi_moe_mixtral = {
+    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
+static const llmi_moe_names llmi_moe_qwen3 = {
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", LLMI_NORM_IF, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
+/* softmax over the chosen logits is softmax over all of them, divided by the sum of the chosen */
+static const llmi_moe_names llmi_moe_gpt_oss = {
+    "mlp.router", "mlp.experts", NULL, "gate_up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, 1,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
+static const llmi_moe_names llmi_moe_deepseek2 = {
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_IF, 0,
+    MOQ_SCORE_SOFTMAX, NULL, "mlp.shared_experts", "moe_intermediate_size", 1};
+static const llmi_moe_names llmi_moe_deepseek3 = {
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, 0,
+    MOQ_SCORE_SIGMOID, "mlp.gate.e_score_correction_bias", "mlp.shared_experts", "moe_intermediate_size", 1};
+static const llmi_moe_names llmi_moe_nemotron = {
+    "mixer.gate", "mixer.experts", NULL, "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, 0,
+    MOQ_SCORE_SIGMOID, "mixer.gate.e_score_correction_bias", "mixer.shared_experts", "moe_shared_expert_intermediate_size", 0};
+
+/* Published Gemma 3 folders that also see leave out what equals the reference implementation's defaults. */
+static const llmi_default llmi_defaults_gemma3[] = {
+    {"num_attention_heads", 8}, {"num_key_value_heads", 4}, {"head_dim", 256}, {"vocab_size", 262208}, {"hidden_size", 2304},
+    {"intermediate_size", 9216}, {"num_hidden_layers", 26}, {"max_position_embeddings", 131072}, {"query_pre_attn_scalar", 256},
+    {"sliding_window", 4096}, {NULL, 0}};
+static const llmi_default llmi_defaults_gemma2[] = {
+    {"head_dim", 256}, {"query_pre_attn_scalar", 256}, {"max_position_embeddings", 8192}, {NULL, 0}};
+
+#define LLMI_GEMMA (LLMI_UNIT_NORM | LLMI_SCALED_EMBED | LLMI_TIED)
+
+static const llmi_family llmi_families[] = {
+    /* model_type    window         pattern  flags                  theta      eps   eps_key         names              moe  defaults */
+    {"llama",        LLMI_WINDOW_NONE,   0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"mistral",      LLMI_WINDOW_ALL,    0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"qwen2",        LLMI_WINDOW_LAYERS, 0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"qwen3",        LLMI_WINDOW_LAYERS, 0, LLMI_QK_NORM,            10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"phi3",         LLMI_WINDOW_ALL,    0, 0,                       10000.0,   1e-5, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"mixtral",      LLMI_WINDOW_ALL,    0, 0,                       1000000.0, 1e-5, "rms_norm_eps", &llmi_names_plain, &llmi_moe_mixtral, NULL},
+    {"qwen3_moe",    LLMI_WINDOW_FLAG,   0, LLMI_QK_NORM,            10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_qwen3, NULL},
+    {"gemma2",       LLMI_WINDOW_TYPES,  2, LLMI_GEMMA,              10000.0,   1e-6, "rms_norm_eps", &llmi_names_gemma, NULL, llmi_defaults_gemma2},
+    {"gemma3_text",  LLMI_WINDOW_TYPES,  6, LLMI_GEMMA | LLMI_QK_NORM | LLMI_LOCAL_ROPE, 1000000.0, 1e-6, "rms_norm_eps", &llmi_names_gemma, NULL, llmi_defaults_gemma3},
+    {"gpt_oss",      LLMI_WINDOW_TYPES,  2, LLMI_SINKS | LLMI_CLAMPED, 150000.0, 1e-5, "rms_norm_eps", &llmi_names_plain, &llmi_moe_gpt_oss, NULL},
+    {"deepseek_v2",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek2, NULL},
+    {"deepseek_v3",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek3, NULL},
+    {"nemotron_h",   LLMI_WINDOW_NONE,   0, LLMI_NO_ROPE,            10000.0,   1e-5, "layer_norm_epsilon", &llmi_names_nemotron, &llmi_moe_nemotron, NULL}};
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-keys        the model description; reading keys of config.json; rotary embeddings
+   Every number is read through a function that knows its range; errors name the file, the key and what was found.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Keys are looked up in `text_config` first (models that also see or hear keep the decoder's description there), then in the
    file itself. Older and newer spellings of one thing are both read; where both stand, the newer wins. */
 
 #include <math.h>
@@ -3503,54 +3747,24 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
 #define LLMI_MAX_ENDS 32        /* eos ids */
 #define LLMI_NAME_BYTES 256     /* of a module name that the engine builds */
 
-/* Which layers have a sliding window. The families use the same keys with different meanings:
-   Llama writes no window; Mistral, Mixtral and Phi-3 mean every layer; Qwen2 and Qwen3 mean it only with a second key, and then
-   for the layers from max_window_layers on, or for those that layer_types names; Qwen3-MoE has the second key but no list. */
-enum {
-    LLMI_WINDOW_NONE = 0, /* sliding_window is ignored */
-    LLMI_WINDOW_ALL,      /* every layer when sliding_window is a number */
-    LLMI_WINDOW_FLAG,     /* every layer, only with use_sliding_window */
-    LLMI_WINDOW_LAYERS    /* only with use_sliding_window, and by layer_types or from max_window_layers on */
-};
-
-/* How experts are named under a layer; gate NULL: not gated. */
-typedef struct llmi_moe_names {
-    const char *router, *experts; /* modules under the layer: "mlp.gate", "mlp.experts" */
-    const char *gate, *up, *down; /* under experts.E */
-    const char *count_key, *count_alias;
-    int32_t renormalize;          /* 1: always; 0: as norm_topk_prob says */
-} llmi_moe_names;
-
-/* A family is one row: names and switches. What a row leaves open is found out from the tensors (fused projections, biases). */
-typedef struct llmi_family {
-    const char *model_type;
-    int32_t window;
-    int32_t qk_norm;              /* an RMS norm over every head of q and k, before rope */
-    double theta, eps;            /* where config.json is silent */
-    const llmi_moe_names *moe;    /* NULL: dense */
-} llmi_family;
-
-static const llmi_moe_names llmi_moe_mixtral = {
-    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", 1};
-static const llmi_moe_names llmi_moe_qwen3 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", 0};
-
-static const llmi_family llmi_families[] = {
-    /* model_type    window              qk_norm theta   eps   moe */
-    {"llama",        LLMI_WINDOW_NONE,   0, 10000.0,   1e-6, NULL},
-    {"mistral",      LLMI_WINDOW_ALL,    0, 10000.0,   1e-6, NULL},
-    {"qwen2",        LLMI_WINDOW_LAYERS, 0, 10000.0,   1e-6, NULL},
-    {"qwen3",        LLMI_WINDOW_LAYERS, 1, 10000.0,   1e-6, NULL},
-    {"phi3",         LLMI_WINDOW_ALL,    0, 10000.0,   1e-5, NULL},
-    {"mixtral",      LLMI_WINDOW_ALL,    0, 1000000.0, 1e-5, &llmi_moe_mixtral},
-    {"qwen3_moe",    LLMI_WINDOW_FLAG,   1, 10000.0,   1e-6, &llmi_moe_qwen3}};
-
 /* hidden_act: the function between the two halves of the MLP. gelu_new is the tanh approximation under an older name. */
 typedef struct llmi_activation_name { const char *name; moq_activation kind; } llmi_activation_name;
 
 static const llmi_activation_name llmi_activations[] = {
     {"silu", MOQ_SILU_MUL}, {"swish", MOQ_SILU_MUL}, {"gelu", MOQ_GELU_MUL},
-    {"gelu_pytorch_tanh", MOQ_GELU_TANH_MUL}, {"gelu_new", MOQ_GELU_TANH_MUL}};
+    {"gelu_pytorch_tanh", MOQ_GELU_TANH_MUL}, {"gelu_new", MOQ_GELU_TANH_MUL}, {"relu2", MOQ_RELU2}};
+
+/* What the two blocks of a layer are. */
+enum { LLMI_MIX_NONE = 0, LLMI_MIX_ATTENTION, LLMI_MIX_LATENT, LLMI_MIX_STATE };
+enum { LLMI_FEED_NONE = 0, LLMI_FEED_DENSE, LLMI_FEED_EXPERTS };
+
+/* Nemotron-H names the one block of every layer: by a word in layers_block_type, by a letter in hybrid_override_pattern. */
+typedef struct llmi_block_name { const char *name; char letter; int32_t mix, feed; } llmi_block_name;
+
+static const llmi_block_name llmi_blocks[] = {
+    {"linear_attention", 'M', LLMI_MIX_STATE, LLMI_FEED_NONE}, {"mamba", 'M', LLMI_MIX_STATE, LLMI_FEED_NONE},
+    {"full_attention", '*', LLMI_MIX_ATTENTION, LLMI_FEED_NONE}, {"attention", '*', LLMI_MIX_ATTENTION, LLMI_FEED_NONE},
+    {"mlp", '-', LLMI_MIX_NONE, LLMI_FEED_DENSE}, {"moe", 'E', LLMI_MIX_NONE, LLMI_FEED_EXPERTS}};
 
 typedef struct llmi_rope llmi_rope;
 
@@ -3579,17 +3793,31 @@ typedef struct llmi_config {
     const llmi_family *family;
     /* the text model's object, and the file's */
     const moq_json *keys, *root;
-    int32_t layers, hidden, heads, kv_heads, head_dim, inter, vocab, context;
+    int32_t layers, hidden, heads, kv_heads, head_dim, value_dim, inter, vocab, context;
     /* what the model was made for; context may be less or more */
     int64_t max_positions;
     double eps;
-    moq_activation activation;
-    llmi_rope rope;
-    /* window 0: none; else of layers from window_from on, or of those that layer_types (not NULL) names */
-    int32_t window, window_from;
+    moq_activation_desc activation;
+    /* dims 0: none; local: of layers with a window where they have one of their own */
+    llmi_rope rope, local;
+    /* attention: scale of q.k, 0: 1 / sqrt(head_dim); caps of its scores and of the logits, 0: none */
+    double attn_scale, attn_cap, logit_cap;
+    /* window 0: none; else of layers from window_from on, of all but every pattern-th, or of those that layer_types (not NULL) names */
+    int32_t window, window_from, pattern;
     const moq_json *layer_types;
-    /* experts 0: dense; dense_layers is mlp_only_layers, or NULL */
-    int32_t experts, top_k, moe_inter, renormalize, sparse_step;
+    /* latent attention: widths of the middles (q_rank 0: none) and of the parts of a head without and with rope */
+    int32_t q_rank, kv_rank, nope_dim, rope_dim;
+    int interleaved;
+    /* state-space mixers */
+    int32_t ssm_heads, ssm_head_dim, ssm_state, ssm_groups, ssm_conv;
+    double dt_min, dt_max;
+    /* layers_block_type or hybrid_override_pattern, or NULL: every layer has both blocks */
+    const moq_json *blocks;
+    /* moe_hidden: what experts read and write; moe_narrow: that is not the stream itself (moe_latent_size).
+       experts 0: dense; dense_layers is mlp_only_layers, or NULL; layers before dense_first are dense too */
+    int32_t experts, top_k, moe_inter, moe_hidden, moe_narrow, renormalize, sparse_step, dense_first, shared_inter, groups, top_groups;
+    double route_scale;
+    moq_score score;
     const moq_json *dense_layers;
     /* a file that says nothing of ties is tied when it has no lm_head */
     int tied, tie_said;
@@ -3603,6 +3831,7 @@ typedef struct llmi_config {
 /* Where keys are looked up, and where complaints go. */
 typedef struct llmi_keys {
     const moq_json *text, *root;
+    const llmi_default *defaults; /* of the family, once it is known */
     moq_error *err;
 } llmi_keys;
 
@@ -3659,6 +3888,14 @@ static int llmi_finite(double v)
     return (bits >> 52 & 0x7ff) != 0x7ff;
 }
 
+/* What the family says of a key that the file leaves out; 0: nothing. */
+static int llmi_default_of(const llmi_keys *k, const char *key, int64_t *out)
+{
+    for (const llmi_default *d = k->defaults; d && d->key; d++)
+        if (strcmp(d->key, key) == 0) { *out = d->value; return 1; }
+    return 0;
+}
+
 /* A fallback that no key has: the key must be there. */
 #define LLMI_REQUIRED INT64_MIN
 
@@ -3669,7 +3906,7 @@ static moq_result llmi_key_int(const llmi_keys *k, const char *key, int64_t lo, 
     const char *kind;
     const moq_json *v = llmi_key(k, key);
     *out = fallback;
-    if (!v && fallback != LLMI_REQUIRED) return MOQ_OK;
+    if (!v && (llmi_default_of(k, key, out) || fallback != LLMI_REQUIRED)) return MOQ_OK;
     if (v && moq_json_int(v, out) && *out >= lo && *out <= hi) return MOQ_OK;
     *out = 0;
     kind = llmi_show(v, text);
@@ -3789,9 +4026,8 @@ static float llmi_rope_table(const llmi_rope *r, double *inv)
 
 /* Keys in the cache cannot be turned again, so the choice is made once, by the context that was asked for.
    longrope: the short list within the original context, the long one beyond; dims / 2 finite positive numbers each. */
-static moq_result llmi_read_longrope(const llmi_keys *k, llmi_config *c)
+static moq_result llmi_read_longrope(const llmi_keys *k, const llmi_config *c, llmi_rope *r)
 {
-    llmi_rope *r = &c->rope;
     const char *key = c->context > r->original ? "long_factor" : "short_factor";
     r->factors = moq_json_find(r->spec, key);
     if (!r->factors || r->factors->type != MOQ_JSON_ARRAY || (int64_t)r->factors->count != r->dims / 2)
@@ -3846,9 +4082,8 @@ static moq_result llmi_find_rope(const llmi_keys *k, llmi_rope *r)
 }
 
 /* What the type found by llmi_find_rope needs of the numbers. */
-static moq_result llmi_check_rope(const llmi_keys *k, llmi_config *c)
+static moq_result llmi_check_rope(const llmi_keys *k, const llmi_config *c, llmi_rope *r)
 {
-    llmi_rope *r = &c->rope;
     double own = 0;
     moq_result code = llmi_positive(k, "original_max_position_embeddings", llmi_key(k, "original_max_position_embeddings"), 0, &own);
     if (code < 0) return code;
@@ -3858,36 +4093,57 @@ static moq_result llmi_check_rope(const llmi_keys *k, llmi_config *c)
     if (r->adjust == llmi_rope_longrope && own > 0) r->factor = 0; /* Phi-3 says it by two lengths, which win over a factor */
     if (r->factor <= 0 && (r->adjust == llmi_rope_longrope || r->adjust == llmi_rope_yarn)) r->factor = (double)c->max_positions / r->original;
     if (r->factor <= 0 && r->adjust) return llmi_bad_key(k, MOQ_E_CONFIG, "factor", NULL, "a finite number above 0");
-    return r->adjust == llmi_rope_longrope ? llmi_read_longrope(k, c) : MOQ_OK;
+    return r->adjust == llmi_rope_longrope ? llmi_read_longrope(k, c, r) : MOQ_OK;
 }
 
-/* rope_parameters (transformers 5: theta and type in one object) or rope_theta and rope_scaling. */
-static moq_result llmi_read_rope(const llmi_keys *k, llmi_config *c)
+/* One description: its theta, or `theta`; its share of a head, or the file's. */
+static moq_result llmi_read_rope_spec(const llmi_keys *k, const llmi_config *c, const moq_json *spec, const moq_json *theta, double theta_else,
+                                      llmi_rope *r)
 {
-    llmi_rope *r = &c->rope;
-    const moq_json *spec = llmi_key(k, "rope_parameters"), *theta, *part;
+    const moq_json *own = moq_json_find(spec, "rope_theta"), *part = moq_json_find(spec, "partial_rotary_factor");
     double share;
     moq_result code;
-    if (!spec) spec = llmi_key(k, "rope_scaling");
-    if (spec && spec->type != MOQ_JSON_OBJECT) return llmi_bad_key(k, MOQ_E_CONFIG, "rope_parameters", spec, "an object or null");
-    for (const moq_json *e = moq_json_first(spec); e; e = moq_json_next(spec, e))
-        if (e->type == MOQ_JSON_OBJECT) return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "rope_parameters", e, "one description for all layers");
     r->spec = spec;
-    theta = moq_json_find(spec, "rope_theta");
-    part = moq_json_find(spec, "partial_rotary_factor");
-    code = llmi_positive(k, "rope_theta", theta ? theta : llmi_key(k, "rope_theta"), c->family->theta, &r->theta);
-    if (code >= 0) code = llmi_positive(k, "partial_rotary_factor", part ? part : llmi_key(k, "partial_rotary_factor"), 1, &share);
-    if (code < 0) return code;
+    if (!own || own->type == MOQ_JSON_NULL) own = theta;
+    if (!part || part->type == MOQ_JSON_NULL) part = llmi_key(k, "partial_rotary_factor");
+    if ((code = llmi_positive(k, "rope_theta", own, theta_else, &r->theta)) < 0) return code;
+    if ((code = llmi_positive(k, "partial_rotary_factor", part, 1, &share)) < 0) return code;
     if (share > 1) return llmi_bad_key(k, MOQ_E_CONFIG, "partial_rotary_factor", part, "a number up to 1");
     /* the fraction is cut, not rounded, as the reference implementations do */
-    r->dims = (int32_t)(c->head_dim * share);
+    r->dims = c->rope_dim > 0 ? c->rope_dim : (int32_t)(c->head_dim * share);
     if (r->dims < 2 || r->dims % 2)
         return llmi_bad_key(k, MOQ_E_CONFIG, "head_dim", llmi_key(k, "head_dim"), "head_dim * partial_rotary_factor to be even");
     if ((code = llmi_find_rope(k, r)) < 0 || (code = llmi_read_rope_numbers(k, r)) < 0) return code;
-    return llmi_check_rope(k, c);
+    return llmi_check_rope(k, c, r);
 }
 
-/* ---- the rest ---- */
+/* rope_parameters (transformers 5: theta and type in one object, or one such object for every type of layer), or rope_theta and
+   rope_scaling, with rope_local_base_freq for the layers that have a window. */
+static moq_result llmi_read_rope(const llmi_keys *k, llmi_config *c)
+{
+    const moq_json *spec = llmi_key(k, "rope_parameters"), *local = NULL, *local_theta = llmi_key(k, "rope_local_base_freq");
+    int typed = c->family->window == LLMI_WINDOW_TYPES;
+    moq_result code;
+    if (c->family->flags & LLMI_NO_ROPE) return MOQ_OK;
+    if (!spec) spec = llmi_key(k, "rope_scaling");
+    if (spec && spec->type != MOQ_JSON_OBJECT) return llmi_bad_key(k, MOQ_E_CONFIG, "rope_parameters", spec, "an object or null");
+    for (const moq_json *e = moq_json_first(spec); e; e = moq_json_next(spec, e)) {
+        if (e->type != MOQ_JSON_OBJECT) continue;
+        local = typed ? moq_json_find(spec, "sliding_attention") : NULL;
+        spec = typed ? moq_json_find(spec, "full_attention") : NULL;
+        if (!local || !spec || local->type != MOQ_JSON_OBJECT || spec->type != MOQ_JSON_OBJECT)
+            return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "rope_parameters", e, "one description for all layers");
+        break;
+    }
+    code = llmi_read_rope_spec(k, c, spec, llmi_key(k, "rope_theta"), c->family->theta, &c->rope);
+    if (code < 0 || !typed || (!local && !local_theta && !(c->family->flags & LLMI_LOCAL_ROPE))) return code;
+    return llmi_read_rope_spec(k, c, local, local_theta, 10000.0, &c->local);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-config      config.json -> model description
+   Every number that sizes memory or divides is checked here; the sections below trust it. Reads no tensor.
+   ------------------------------------------------------------------------------------------------ */
 
 /* model_type decides; `architectures` is not looked at, because quantizers rename it more often. */
 static moq_result llmi_read_family(const llmi_keys *k, llmi_config *c)
@@ -3908,56 +4164,152 @@ static moq_result llmi_read_family(const llmi_keys *k, llmi_config *c)
     return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "model_type", "architecture '%q' is unknown; known: %s", moq_json_string(type), known);
 }
 
+/* Latent attention: every head has its own keys and values, made from a narrow middle; a head is nope | rope. */
+static moq_result llmi_read_latent(const llmi_keys *k, llmi_config *c)
+{
+    int64_t rank;
+    moq_result code;
+    /* q_lora_rank null or 0: q comes straight from the stream (DeepSeek-V2-Lite) */
+    if ((code = llmi_key_int(k, "q_lora_rank", 0, LLMI_MAX_WIDTH / 4, 0, &rank)) < 0) return code;
+    if ((code = llmi_key_size(k, "kv_lora_rank", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->kv_rank)) < 0) return code;
+    if ((code = llmi_key_size(k, "qk_nope_head_dim", 32768, LLMI_REQUIRED, &c->nope_dim)) < 0) return code;
+    if ((code = llmi_key_size(k, "qk_rope_head_dim", 32768, LLMI_REQUIRED, &c->rope_dim)) < 0) return code;
+    if ((code = llmi_key_size(k, "v_head_dim", 65536, LLMI_REQUIRED, &c->value_dim)) < 0) return code;
+    c->q_rank = (int32_t)rank;
+    c->kv_heads = c->heads;
+    c->head_dim = c->nope_dim + c->rope_dim;
+    return llmi_key_bool(k, "rope_interleave", 1, &c->interleaved);
+}
+
 /* head h of q reads kv head h / (heads / kv_heads), so one must divide the other. head_dim is hidden / heads unless it is said:
    Qwen3 and others chose it freely. */
-static moq_result llmi_read_heads(const llmi_keys *k, llmi_config *c)
+static moq_result llmi_read_plain_heads(const llmi_keys *k, llmi_config *c)
 {
+    const char *key = llmi_key(k, "head_dim") || !llmi_key(k, "attention_head_dim") ? "head_dim" : "attention_head_dim";
+    int64_t said;
     moq_result code;
-    if ((code = llmi_key_size(k, "num_attention_heads", 65536, LLMI_REQUIRED, &c->heads)) < 0) return code;
     if ((code = llmi_key_size(k, "num_key_value_heads", 65536, c->heads, &c->kv_heads)) < 0) return code;
     if (c->heads % c->kv_heads)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "num_attention_heads", "%d is no multiple of num_key_value_heads %d; one of the two is wrong",
                            c->heads, c->kv_heads);
-    if (!llmi_key(k, "head_dim") && c->hidden % c->heads)
+    if (!llmi_key(k, key) && !llmi_default_of(k, key, &said) && c->hidden % c->heads)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "hidden_size", "%d is no multiple of num_attention_heads %d and there is no head_dim",
                            c->hidden, c->heads);
-    if ((code = llmi_key_size(k, "head_dim", 65536, c->hidden / c->heads, &c->head_dim)) < 0) return code;
-    if ((int64_t)c->heads * c->head_dim * 3 > LLMI_MAX_WIDTH)
+    code = llmi_key_size(k, key, 65536, c->hidden / c->heads, &c->head_dim);
+    c->value_dim = c->head_dim;
+    return code;
+}
+
+/* Heads, and what the scores of attention are multiplied by. */
+static moq_result llmi_read_heads(const llmi_keys *k, llmi_config *c)
+{
+    int64_t scalar = 0;
+    const moq_json *v = llmi_key(k, "query_pre_attn_scalar");
+    double q = 0;
+    moq_result code;
+    if ((code = llmi_key_size(k, "num_attention_heads", 65536, LLMI_REQUIRED, &c->heads)) < 0) return code;
+    code = c->family->flags & LLMI_LATENT ? llmi_read_latent(k, c) : llmi_read_plain_heads(k, c);
+    if (code < 0) return code;
+    if ((int64_t)c->heads * (c->head_dim + c->value_dim) * 3 > 2 * (int64_t)LLMI_MAX_WIDTH)
         return llmi_bad_key(k, MOQ_E_CONFIG, "head_dim", llmi_key(k, "head_dim"), "num_attention_heads * head_dim of a possible size");
+    /* Gemma says what stands under the root: 1 / sqrt(query_pre_attn_scalar) takes the place of 1 / sqrt(head_dim) */
+    if (llmi_default_of(k, "query_pre_attn_scalar", &scalar)) q = (double)scalar;
+    if ((code = llmi_positive(k, "query_pre_attn_scalar", v, q, &q)) < 0) return code;
+    c->attn_scale = q > 0 ? 1 / sqrt(q) : 0;
+    v = llmi_key(k, "attn_logit_softcapping");
+    if ((code = llmi_positive(k, "attn_logit_softcapping", v, 0, &c->attn_cap)) < 0) return code;
+    return llmi_positive(k, "final_logit_softcapping", llmi_key(k, "final_logit_softcapping"), 0, &c->logit_cap);
+}
+
+/* The blocks of a layer, as layers_block_type or hybrid_override_pattern says; 0: an unknown one. */
+static int llmi_find_block(const moq_json *blocks, int32_t layer, int32_t *mix, int32_t *feed)
+{
+    const char *letters = moq_json_string(blocks);
+    const moq_json *name = letters ? NULL : moq_json_at(blocks, (size_t)layer);
+    for (size_t i = 0; i < LLMI_COUNT(llmi_blocks); i++) {
+        const llmi_block_name *b = &llmi_blocks[i];
+        if (letters ? letters[layer] != b->letter : !moq_json_is(name, b->name)) continue;
+        *mix = b->mix;
+        *feed = b->feed;
+        return 1;
+    }
+    return 0;
+}
+
+/* Only families without rope name their blocks. The list also says how many layers there are where num_hidden_layers does not. */
+static moq_result llmi_read_blocks(const llmi_keys *k, llmi_config *c, int64_t *count)
+{
+    const moq_json *list;
+    const char *key = "layers_block_type";
+    *count = LLMI_REQUIRED;
+    if (!(c->family->flags & LLMI_NO_ROPE)) return MOQ_OK;
+    list = llmi_key(k, key);
+    if (!list) list = llmi_key(k, key = "hybrid_override_pattern");
+    if (list && list->type == MOQ_JSON_ARRAY) *count = (int64_t)list->count;
+    else if (moq_json_string(list)) *count = (int64_t)strlen(moq_json_string(list));
+    else return llmi_bad_key(k, MOQ_E_CONFIG, key, list, "a list or a string that names the block of every layer");
+    c->blocks = list;
+    return MOQ_OK;
+}
+
+/* Every layer has a block that is known here. */
+static moq_result llmi_check_blocks(const llmi_keys *k, const llmi_config *c, int64_t count)
+{
+    int32_t mix, feed;
+    if (!c->blocks) return MOQ_OK;
+    if (count < c->layers) return llmi_bad_key(k, MOQ_E_CONFIG, "layers_block_type", c->blocks, "a block for every layer");
+    for (int32_t i = 0; i < c->layers; i++)
+        if (!llmi_find_block(c->blocks, i, &mix, &feed))
+            return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "layers_block_type", "the block of layer %d is unknown; known: mamba (M), attention (*), mlp (-), moe (E)", i);
     return MOQ_OK;
 }
 
 /* Layers are limited first of all: a thousand million of them must fail before anything is allocated. */
 static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
 {
-    int64_t layers;
+    int64_t layers, listed;
     moq_result code;
-    if ((code = llmi_key_int(k, "num_hidden_layers", 1, INT32_MAX, LLMI_REQUIRED, &layers)) < 0) return code;
+    if ((code = llmi_read_blocks(k, c, &listed)) < 0) return code;
+    if ((code = llmi_key_int(k, "num_hidden_layers", 1, INT32_MAX, listed, &layers)) < 0) return code;
     if (layers > LLM_MAX_LAYERS)
         return LLMI_REFUSE_KEY(k, MOQ_E_LIMIT, "num_hidden_layers", "%lld is over LLM_MAX_LAYERS (%d); raise it if you trust the file",
                            (long long)layers, LLM_MAX_LAYERS);
     c->layers = (int32_t)layers;
+    if ((code = llmi_check_blocks(k, c, listed)) < 0) return code;
     if ((code = llmi_key_size(k, "hidden_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->hidden)) < 0) return code;
     if ((code = llmi_key_size(k, "intermediate_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->inter)) < 0) return code;
     if ((code = llmi_key_size(k, "vocab_size", LLMI_MAX_WIDTH, LLMI_REQUIRED, &c->vocab)) < 0) return code;
     return llmi_read_heads(k, c);
 }
 
-/* Absent means SiLU, as in every family of the table. */
+/* Absent means SiLU, as in most families of the table. gpt-oss writes silu and means its own clamped function. */
 static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
 {
-    const moq_json *v = llmi_key(k, "hidden_act");
+    static const char *const keys[] = {"hidden_act", "hidden_activation", "mlp_hidden_act"};
+    const moq_json *v = NULL;
     char text[64];
-    if (!v) v = llmi_key(k, "hidden_activation");
-    c->activation = MOQ_SILU_MUL;
+    double limit, alpha;
+    moq_result code;
+    for (size_t i = 0; i < LLMI_COUNT(keys) && !v; i++) v = llmi_key(k, keys[i]);
+    /* g = min(g, limit), u = clamp(u, +-limit): g * sigmoid(alpha g) * (u + 1), whatever the name of the function */
+    if (c->family->flags & LLMI_CLAMPED) {
+        if ((code = llmi_positive(k, "swiglu_limit", llmi_key(k, "swiglu_limit"), 7, &limit)) < 0) return code;
+        if ((code = llmi_positive(k, "swiglu_alpha", llmi_key(k, "swiglu_alpha"), 1.702, &alpha)) < 0) return code;
+        c->activation.kind = MOQ_SWIGLU_CLAMP;
+        c->activation.limit = (float)limit;
+        c->activation.alpha = (float)alpha;
+        c->activation.beta = 1;
+        return MOQ_OK;
+    }
+    c->activation.kind = MOQ_SILU_MUL;
     if (!v) return MOQ_OK;
     for (size_t i = 0; i < LLMI_COUNT(llmi_activations); i++)
-        if (moq_json_is(v, llmi_activations[i].name)) { c->activation = llmi_activations[i].kind; return MOQ_OK; }
+        if (moq_json_is(v, llmi_activations[i].name)) { c->activation.kind = llmi_activations[i].kind; return MOQ_OK; }
     llmi_show(v, text);
-    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented; known: silu, gelu, gelu_pytorch_tanh", text);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented; known: silu, gelu, gelu_pytorch_tanh, relu2", text);
 }
 
-/* See the enum above for what the keys mean in which family. */
+/* See >>llm-families for what the keys mean in which family. */
 static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
 {
     const llmi_family *f = c->family;
@@ -3965,13 +4317,17 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
     int64_t window = 0, from = 0;
     moq_result code = MOQ_OK;
     if (f->window == LLMI_WINDOW_NONE) return MOQ_OK;
-    if (f->window != LLMI_WINDOW_ALL && (code = llmi_key_bool(k, "use_sliding_window", 0, &on)) < 0) return code;
+    if ((f->window == LLMI_WINDOW_FLAG || f->window == LLMI_WINDOW_LAYERS) && (code = llmi_key_bool(k, "use_sliding_window", 0, &on)) < 0) return code;
     if (!on) return MOQ_OK;
     if ((code = llmi_key_int(k, "sliding_window", 0, INT64_MAX, 0, &window)) < 0) return code;
     /* a window wider than any position is none */
     c->window = window > INT32_MAX ? 0 : (int32_t)window;
-    if (f->window != LLMI_WINDOW_LAYERS) return MOQ_OK;
+    if (f->window != LLMI_WINDOW_LAYERS && f->window != LLMI_WINDOW_TYPES) return MOQ_OK;
     c->layer_types = llmi_key(k, "layer_types");
+    if (!c->layer_types && f->window == LLMI_WINDOW_TYPES) {
+        const char *key = llmi_key(k, "sliding_window_pattern") ? "sliding_window_pattern" : "_sliding_window_pattern";
+        return llmi_key_size(k, key, INT32_MAX, f->pattern, &c->pattern);
+    }
     if (!c->layer_types) {
         code = llmi_key_int(k, "max_window_layers", 0, INT32_MAX, 28, &from);
         c->window_from = (int32_t)from;
@@ -3985,47 +4341,131 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
     return MOQ_OK;
 }
 
-/* The window of a layer, 0: it sees everything. */
-static int32_t llmi_layer_window(const llmi_config *c, int32_t layer)
+/* Is this one of the layers that sliding_window is meant for? */
+static int llmi_layer_slides(const llmi_config *c, int32_t layer)
 {
-    if (c->layer_types) return moq_json_is(moq_json_at(c->layer_types, (size_t)layer), "sliding_attention") ? c->window : 0;
-    return layer >= c->window_from ? c->window : 0;
+    if (c->layer_types) return moq_json_is(moq_json_at(c->layer_types, (size_t)layer), "sliding_attention");
+    return c->pattern > 0 ? (layer + 1) % c->pattern != 0 : layer >= c->window_from;
 }
 
-/* Every layer holds experts unless decoder_sparse_step or mlp_only_layers say otherwise. The count has two spellings, which
-   transformers 5 exchanged; norm_topk_prob divides the chosen weights by their sum, as Mixtral always does. */
+/* The window of a layer, 0: it sees everything. */
+static int32_t llmi_layer_window(const llmi_config *c, int32_t layer) { return llmi_layer_slides(c, layer) ? c->window : 0; }
+
+/* DeepSeek's routing: scores by scoring_func, groups of experts unless topk_method is greedy, weights times a factor. */
+static moq_result llmi_read_routing(const llmi_keys *k, llmi_config *c)
+{
+    const llmi_moe_names *n = c->family->moe;
+    const moq_json *score = llmi_key(k, "scoring_func");
+    int64_t layers_apart;
+    moq_result code;
+    /* V2 folders say softmax and group_limited_greedy, V3 sigmoid and noaux_tc; a folder that is silent means its family's */
+    c->score = n->score;
+    if (moq_json_is(score, "softmax")) c->score = MOQ_SCORE_SOFTMAX;
+    else if (moq_json_is(score, "sigmoid")) c->score = MOQ_SCORE_SIGMOID;
+    else if (score) return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "scoring_func", score, "softmax or sigmoid");
+    if ((code = llmi_key_size(k, "n_group", c->experts, 1, &c->groups)) < 0) return code;
+    if ((code = llmi_key_size(k, "topk_group", c->groups, c->groups, &c->top_groups)) < 0) return code;
+    if (c->experts % c->groups)
+        return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "n_group", "%d groups do not divide %d experts; one of the two is wrong", c->groups, c->experts);
+    if (moq_json_is(llmi_key(k, "topk_method"), "greedy")) c->groups = c->top_groups = 1;
+    /* every published folder writes 1; anything else would need a list of layers that nobody has defined */
+    if ((code = llmi_key_int(k, "moe_layer_freq", 1, 1, 1, &layers_apart)) < 0) return code;
+    return llmi_positive(k, "routed_scaling_factor", llmi_key(k, "routed_scaling_factor"), 1, &c->route_scale);
+}
+
+/* Experts that see every token are one dense MLP beside the others. */
+static moq_result llmi_read_shared(const llmi_keys *k, llmi_config *c)
+{
+    const llmi_moe_names *n = c->family->moe;
+    int64_t shared = 1;
+    int32_t width;
+    moq_result code;
+    if (!n->shared) return MOQ_OK;
+    if ((code = llmi_key_int(k, "n_shared_experts", 0, 1024, 1, &shared)) < 0) return code;
+    if ((code = llmi_key_size(k, n->shared_key, LLMI_MAX_WIDTH / 4, c->moe_inter, &width)) < 0) return code;
+    /* a folder that does not count them has one */
+    /* either the width of each of them, or of all together */
+    if (!n->shared_each) shared = shared > 0;
+    if (shared * width > LLMI_MAX_WIDTH / 4) return llmi_bad_key(k, MOQ_E_CONFIG, "n_shared_experts", llmi_key(k, "n_shared_experts"), "a possible number");
+    c->shared_inter = (int32_t)(shared * width);
+    return MOQ_OK;
+}
+
+/* Every layer holds experts unless decoder_sparse_step, mlp_only_layers or first_k_dense_replace say otherwise. The count has two
+   spellings, which transformers 5 exchanged; norm_topk_prob divides the chosen weights by their sum, as Mixtral always does. */
 static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
 {
     const llmi_moe_names *n = c->family->moe;
     const char *key;
-    int64_t experts;
+    int64_t experts, dense;
     int renormalize;
     moq_result code;
     if (!n) return MOQ_OK;
     key = llmi_key(k, n->count_key) || !llmi_key(k, n->count_alias) ? n->count_key : n->count_alias;
-    if ((code = llmi_key_int(k, key, 0, 65536, LLMI_REQUIRED, &experts)) < 0) return code;
+    if ((code = llmi_key_int(k, key, 0, 65536, c->blocks ? 0 : LLMI_REQUIRED, &experts)) < 0) return code;
     c->experts = (int32_t)experts;
     if (experts == 0) return MOQ_OK; /* every layer is dense; llm-model refuses it when there are router tensors */
     if ((code = llmi_key_size(k, "num_experts_per_tok", 65536, LLMI_REQUIRED, &c->top_k)) < 0) return code;
     if (c->top_k > c->experts)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "num_experts_per_tok", "%d is more than %s %d; one of the two is wrong", c->top_k, key, c->experts);
     if ((code = llmi_key_size(k, "moe_intermediate_size", LLMI_MAX_WIDTH / 4, c->inter, &c->moe_inter)) < 0) return code;
+    if ((code = llmi_key_size(k, "moe_latent_size", LLMI_MAX_WIDTH / 4, c->hidden, &c->moe_hidden)) < 0) return code;
+    c->moe_narrow = llmi_key(k, "moe_latent_size") != NULL;
     if ((code = llmi_key_size(k, "decoder_sparse_step", INT32_MAX, 1, &c->sparse_step)) < 0) return code;
-    if ((code = llmi_key_bool(k, "norm_topk_prob", 0, &renormalize)) < 0) return code;
-    c->renormalize = n->renormalize || renormalize;
+    if ((code = llmi_key_int(k, "first_k_dense_replace", 0, INT32_MAX, 0, &dense)) < 0) return code;
+    if ((code = llmi_key_bool(k, "norm_topk_prob", n->renormalize == LLMI_NORM_UNLESS, &renormalize)) < 0) return code;
+    c->renormalize = n->renormalize == LLMI_NORM_ALWAYS || renormalize;
     c->dense_layers = llmi_key(k, "mlp_only_layers");
-    return MOQ_OK;
+    c->dense_first = (int32_t)dense;
+    if ((code = llmi_read_routing(k, c)) < 0) return code;
+    return llmi_read_shared(k, c);
 }
 
 /* Does this layer hold experts? */
 static int llmi_layer_is_moe(const llmi_config *c, int32_t layer)
 {
-    if (!c->experts || (layer + 1) % c->sparse_step) return 0;
+    if (!c->experts || layer < c->dense_first || (layer + 1) % c->sparse_step) return 0;
     for (const moq_json *e = moq_json_first(c->dense_layers); e; e = moq_json_next(c->dense_layers, e)) {
         int64_t v;
         if (moq_json_int(e, &v) && v == layer) return 0;
     }
     return 1;
+}
+
+/* The two blocks of a layer. */
+static void llmi_layer_blocks(const llmi_config *c, int32_t layer, int32_t *mix, int32_t *feed)
+{
+    /* both blocks, unless the family names one */
+    *mix = c->family->flags & LLMI_LATENT ? LLMI_MIX_LATENT : LLMI_MIX_ATTENTION;
+    *feed = llmi_layer_is_moe(c, layer) ? LLMI_FEED_EXPERTS : LLMI_FEED_DENSE;
+    if (c->blocks) llmi_find_block(c->blocks, layer, mix, feed);
+}
+
+/* Sizes of the state-space mixers, where there is one. time_step_limit is [least, most], the most often infinite. */
+static moq_result llmi_read_state(const llmi_keys *k, llmi_config *c)
+{
+    const moq_json *limit = llmi_key(k, "time_step_limit"), *least = moq_json_at(limit, 0), *most = moq_json_at(limit, 1);
+    int32_t mix = 0, feed = 0, any = 0;
+    moq_result code;
+    for (int32_t i = 0; i < c->layers; i++) {
+        llmi_layer_blocks(c, i, &mix, &feed);
+        any |= mix == LLMI_MIX_STATE;
+        if (feed == LLMI_FEED_EXPERTS && !c->experts) return llmi_bad_key(k, MOQ_E_CONFIG, c->family->moe->count_key, NULL, "the number of experts");
+    }
+    if (!any) return MOQ_OK;
+    if ((code = llmi_key_size(k, "mamba_num_heads", 65536, LLMI_REQUIRED, &c->ssm_heads)) < 0) return code;
+    if ((code = llmi_key_size(k, "mamba_head_dim", 65536, LLMI_REQUIRED, &c->ssm_head_dim)) < 0) return code;
+    if ((code = llmi_key_size(k, "ssm_state_size", 65536, LLMI_REQUIRED, &c->ssm_state)) < 0) return code;
+    if ((code = llmi_key_size(k, "n_groups", c->ssm_heads, LLMI_REQUIRED, &c->ssm_groups)) < 0) return code;
+    if ((code = llmi_key_size(k, "conv_kernel", 1024, 4, &c->ssm_conv)) < 0) return code;
+    if (c->ssm_heads % c->ssm_groups)
+        return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "n_groups", "%d does not divide mamba_num_heads %d; one of the two is wrong", c->ssm_groups, c->ssm_heads);
+    if ((int64_t)c->ssm_heads * c->ssm_head_dim * 2 + 2 * (int64_t)c->ssm_groups * c->ssm_state > LLMI_MAX_WIDTH)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "mamba_num_heads", llmi_key(k, "mamba_num_heads"), "mamba_num_heads * mamba_head_dim of a possible size");
+    if (least && (!moq_json_float(least, &c->dt_min) || !llmi_finite(c->dt_min))) return llmi_bad_key(k, MOQ_E_CONFIG, "time_step_limit", least, "a finite number");
+    if (most && !moq_json_float(most, &c->dt_max)) return llmi_bad_key(k, MOQ_E_CONFIG, "time_step_limit", most, "a number");
+    if (!llmi_finite(c->dt_max)) c->dt_max = 0;
+    return MOQ_OK;
 }
 
 /* One id that ends a turn, each once. */
@@ -4062,9 +4502,9 @@ static moq_result llmi_read_bos(const llmi_keys *k, const llmi_config *c)
 static moq_result llmi_read_rest(const llmi_keys *k, llmi_config *c)
 {
     moq_result code;
-    if ((code = llmi_positive(k, "rms_norm_eps", llmi_key(k, "rms_norm_eps"), c->family->eps, &c->eps)) < 0) return code;
+    if ((code = llmi_positive(k, c->family->eps_key, llmi_key(k, c->family->eps_key), c->family->eps, &c->eps)) < 0) return code;
     c->tie_said = llmi_key(k, "tie_word_embeddings") != NULL;
-    if ((code = llmi_key_bool(k, "tie_word_embeddings", 0, &c->tied)) < 0) return code;
+    if ((code = llmi_key_bool(k, "tie_word_embeddings", (c->family->flags & LLMI_TIED) != 0, &c->tied)) < 0) return code;
     if ((code = llmi_read_bos(k, c)) < 0) return code;
     return llmi_read_ends(k, c, llmi_key(k, "eos_token_id"), 1);
 }
@@ -4081,10 +4521,20 @@ static moq_result llmi_read_generation(const moq_checkpoint *ck, llmi_config *c,
         return local.code;
     }
     k.text = k.root = moq_json_root(doc);
+    k.defaults = NULL;
     k.err = err;
     llmi_read_ends(&k, c, moq_json_find(k.root, "eos_token_id"), 0);
     moq_json_destroy(doc);
     return MOQ_OK;
+}
+
+/* DeepSeek sharpens the scores of a stretched context here: 1 / sqrt(head_dim) times the square of YaRN's scale for mscale_all_dim. */
+static void llmi_scale_latent(llmi_config *c)
+{
+    double m;
+    if (!(c->family->flags & LLMI_LATENT) || c->rope.adjust != llmi_rope_yarn || c->rope.mscale_all <= 0) return;
+    m = llmi_yarn_mscale(c->rope.factor, c->rope.mscale_all);
+    c->attn_scale = m * m / sqrt((double)c->head_dim);
 }
 
 /* The whole description. `context`: as asked for, 0: what the file says, at most 4096. The result points into the checkpoint. */
@@ -4096,16 +4546,22 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     k.root = moq_get_config(ck);
     k.text = moq_json_find(k.root, "text_config");
     if (!k.text || k.text->type != MOQ_JSON_OBJECT) k.text = k.root;
+    k.defaults = NULL;
     k.err = err;
     if (k.root->count == 0)
         return moq_fail(err, MOQ_E_NOTFOUND, moq_get_name(ck), "the folder has no config.json; the engine needs it to know the architecture");
     c->keys = k.text;
     c->root = k.root;
-    if ((code = llmi_read_family(&k, c)) < 0 || (code = llmi_read_sizes(&k, c)) < 0) return code;
+    if ((code = llmi_read_family(&k, c)) < 0) return code;
+    k.defaults = c->family->defaults;
+    if ((code = llmi_read_sizes(&k, c)) < 0) return code;
     if ((code = llmi_key_int(&k, "max_position_embeddings", 1, INT64_MAX, 4096, &c->max_positions)) < 0) return code;
     c->context = context > 0 ? context : c->max_positions < 4096 ? (int32_t)c->max_positions : 4096;
     if ((code = llmi_read_activation(&k, c)) < 0 || (code = llmi_read_window(&k, c)) < 0 || (code = llmi_read_moe(&k, c)) < 0) return code;
-    if ((code = llmi_read_rope(&k, c)) < 0 || (code = llmi_read_rest(&k, c)) < 0) return code;
+    if ((code = llmi_read_state(&k, c)) < 0) return code;
+    if ((code = llmi_read_rope(&k, c)) < 0) return code;
+    llmi_scale_latent(c);
+    if ((code = llmi_read_rest(&k, c)) < 0) return code;
     return llmi_read_generation(ck, c, err);
 }
 
@@ -4114,27 +4570,36 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
    Asks the checkpoint for every module by name, checks its shape against config.json, and hands it to the backend once.
    ------------------------------------------------------------------------------------------------ */
 
-/* Names that are looked for, under the prefix that llmi_find_prefix found ("model." mostly):
+/* Names that are looked for, under the prefix that llmi_find_prefix found ("model." mostly), as the family's llmi_names say:
 
-       embed_tokens  norm  lm_head (without the prefix)
-       layers.N.  input_layernorm  post_attention_layernorm
-       layers.N.  self_attn.{q,k,v}_proj or self_attn.qkv_proj, self_attn.o_proj, self_attn.{q,k}_norm
-       layers.N.  mlp.{gate,up}_proj or mlp.gate_up_proj, mlp.down_proj
+       embed  norm  lm_head (without the prefix)
+       layers.N.  mix_norm  feed_norm, and where the family has them mix_post  feed_post
+       layers.N.  mix.{q,k,v}_proj or mix.qkv_proj, mix.o_proj, mix.{q,k}_norm, mix.sinks
+                  latent: mix.{q_a,q_b,kv_b}_proj, mix.kv_a_proj_with_mqa, mix.{q,kv}_a_layernorm
+                  state-space: mix.{in,out}_proj, mix.conv1d, mix.{A_log,D,dt_bias}, mix.norm
+       layers.N.  feed.{gate,up}_proj or feed.gate_up_proj, feed.down_proj
        layers.N.  the router and the experts as the family's llmi_moe_names say
 
    Biases, scales, rotations and low-rank branches come with each moq_linear: this section never sees a scheme. Projections of
    one input are prepared as one weight, so that the input is rounded once and one launch does the work of three. */
 
-/* One decoder layer, all in the backend's memory. */
+/* One decoder layer, all in the backend's memory; what its blocks do not have is NULL. */
 typedef struct llmi_layer {
-    const float *attn_norm, *mlp_norm; /* [hidden] */
-    const float *q_norm, *k_norm;      /* [head_dim], NULL: none */
-    moq_weight *qkv, *o;               /* [q | k | v] rows from hidden; hidden from heads * head_dim */
-    moq_weight *gate_up, *down;        /* dense: [gate | up] rows; NULL in a layer of experts */
+    int32_t mix, feed;                 /* LLMI_MIX_..., LLMI_FEED_... */
+    const float *mix_norm, *feed_norm; /* [hidden] */
+    const float *mix_post, *feed_post; /* [hidden], of what the block computed */
+    const float *q_norm, *k_norm;      /* [head_dim] of each head; latent: [q_rank], [kv_rank] */
+    const float *sinks;                /* [heads] */
+    moq_weight *in, *out;              /* attention: [q | k | v] rows from hidden; latent: [q or its middle | kv middle | rope part of k];
+                                          state-space: [z | x | B | C | dt]. out: back to hidden */
+    moq_weight *q_b, *kv_b;            /* latent: from the middles to the heads */
+    moq_weight *gate_up, *down;        /* dense: [gate | up] rows, or up alone; beside experts: the shared ones */
     moq_weight *router;
+    moq_weight *narrow, *widen;        /* around experts that read fewer values than hidden */
     moq_experts *experts;
     moq_kv_cache *kv;
-    int32_t window;
+    moq_ssm *ssm;
+    int32_t window, local;             /* local: rope is config's local */
 } llmi_layer;
 
 /* A block of backend memory, for closing. */
@@ -4153,17 +4618,19 @@ typedef struct llmi_model {
     llmi_arena arena;
     llmi_held *held;
     llmi_config c;
-    /* where the decoder's tensors are: "model.", and the module of the head */
-    const char *prefix, *head_name;
+    /* where the decoder's tensors are: "model.", the table of words there, and the module of the head */
+    const char *prefix, *embed_name, *head_name;
 
     llmi_layer *layers;
     /* tables of vocab rows; head may be embed */
     moq_weight *embed, *head;
     /* [hidden] */
     const float *final_norm;
-    /* [rope.dims / 2] radians per position; rope_scale multiplies cos and sin */
-    const float *inv_freq;
-    float rope_scale;
+    /* rope and local rope: [dims / 2] radians per position; scales multiply cos and sin */
+    const float *inv_freq[2];
+    float rope_scale[2];
+    /* a layer keeps a running state: sequences only go forward */
+    int stateful;
     /* of the last layer, for llm_info */
     moq_kv_format kv;
     /* bytes on the backend beyond the checkpoint's */
@@ -4179,14 +4646,18 @@ typedef struct llmi_model {
     size_t elem;
     /* [chunk, hidden] the residual stream, its norm, what a block adds to it */
     void *x, *h, *d;
-    /* [chunk, (heads + 2 kv_heads) * head_dim], [chunk, heads * head_dim] */
-    void *qkv, *att;
-    /* [chunk, 2 * inter], [chunk, inter] */
-    void *gate_up, *mid;
+    /* [chunk, rows of layer.in], [chunk, cols of layer.out] */
+    void *in, *att;
+    /* latent: [chunk, largest middle], [chunk, heads * head_dim] twice, [chunk, heads * (nope + value)], [chunk, heads * value] */
+    void *middle, *q, *k, *kv_b, *v;
+    /* [chunk, 2 * inter], [chunk, inter], [chunk, hidden] of the shared experts */
+    void *gate_up, *mid, *shared;
+    /* [chunk, moe_hidden] what narrow experts read and write */
+    void *expert_in, *expert_out;
     /* [chunk, experts], [head_rows, vocab] */
     void *route, *logits;
-    /* [chunk, rope.dims / 2, 2] cos, sin */
-    float *table;
+    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin */
+    float *table[2];
     /* [chunk] ids, positions and slots where the backend reads them */
     int32_t *ids, *pos, *slot;
 } llmi_model;
@@ -4212,6 +4683,16 @@ static void llmi_name_number(char *out, int32_t v)
     llmi_name_add(out, digits + i);
 }
 
+/* "self_attn", "q_proj" -> "self_attn.q_proj" */
+static const char *llmi_join(char out[LLMI_NAME_BYTES], const char *block, const char *tail)
+{
+    out[0] = 0;
+    llmi_name_add(out, block);
+    llmi_name_add(out, ".");
+    llmi_name_add(out, tail);
+    return out;
+}
+
 /* "model.layers.3.mlp.down_proj"; layer < 0: "model.norm". */
 static const char *llmi_name(const llmi_model *m, char out[LLMI_NAME_BYTES], int32_t layer, const char *tail)
 {
@@ -4230,16 +4711,20 @@ static const char *llmi_name(const llmi_model *m, char out[LLMI_NAME_BYTES], int
    the decoder. When nothing fits, the usual place stays, and the error names what is missing there. */
 static void llmi_find_prefix(llmi_model *m)
 {
-    static const char *const places[][2] = {
-        {"model.", "lm_head"}, {"language_model.model.", "language_model.lm_head"}, {"model.language_model.", "lm_head"}, {"", "lm_head"}};
+    static const char *const places[][2] = {{"model.", "lm_head"}, {"language_model.model.", "language_model.lm_head"},
+                                            {"model.language_model.", "lm_head"}, {"backbone.", "lm_head"}, {"", "lm_head"}};
+    const llmi_names *n = m->c.family->names;
     char name[LLMI_NAME_BYTES];
-    for (size_t i = 0; i < LLMI_COUNT(places); i++) {
-        m->prefix = places[i][0];
-        m->head_name = places[i][1];
-        if (moq_has_linear(m->ck, llmi_name(m, name, -1, "embed_tokens"))) return;
-    }
+    for (size_t i = 0; i < LLMI_COUNT(places); i++)
+        for (int alias = 0; alias < (n->embed_alias ? 2 : 1); alias++) {
+            m->prefix = places[i][0];
+            m->head_name = places[i][1];
+            m->embed_name = alias ? n->embed_alias : n->embed;
+            if (moq_has_linear(m->ck, llmi_name(m, name, -1, m->embed_name))) return;
+        }
     m->prefix = places[0][0];
     m->head_name = places[0][1];
+    m->embed_name = n->embed;
 }
 
 /* A finding: worth knowing, no error. */
@@ -4299,13 +4784,19 @@ static llmi_shape llmi_shape_of(int64_t rows, const char *rows_key, int64_t cols
 }
 
 /* The first tensor that is not there ends the search, so a folder of 31 of 32 layers names layer 31. */
+static moq_result llmi_absent(const llmi_model *m, const char *tensor, moq_error *err)
+{
+    return moq_fail(err, MOQ_E_MISSING, tensor, "the tensor is absent, but config.json describes a '%s' of %d layers; the folder is incomplete",
+                    m->c.family->model_type, m->c.layers);
+}
+
+/* The same for the weight of a module. */
 static moq_result llmi_missing(const llmi_model *m, const char *module, moq_error *err)
 {
     char name[LLMI_NAME_BYTES] = "";
     llmi_name_add(name, module);
     llmi_name_add(name, ".weight");
-    return moq_fail(err, MOQ_E_MISSING, name, "the tensor is absent, but config.json describes a '%s' of %d layers; the folder is incomplete",
-                    m->c.family->model_type, m->c.layers);
+    return llmi_absent(m, name, err);
 }
 
 /* The layer of a module, which must be there and have this shape. */
@@ -4324,57 +4815,77 @@ static moq_result llmi_find(const llmi_model *m, const char *name, llmi_shape s,
                     (long long)out->cols, s.rows_key, s.cols_key, (long long)s.rows, (long long)s.cols);
 }
 
-/* One prepared layer. */
-static moq_result llmi_prepare(llmi_model *m, int32_t layer, const char *tail, llmi_shape s, moq_weight **out, moq_error *err)
+/* One prepared layer; block NULL: `tail` is the whole name under the layer. */
+static moq_result llmi_prepare(llmi_model *m, int32_t layer, const char *block, const char *tail, llmi_shape s, moq_weight **out, moq_error *err)
 {
-    char name[LLMI_NAME_BYTES];
+    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
     moq_linear w;
-    moq_result code = llmi_find(m, llmi_name(m, name, layer, tail), s, &w, err);
+    moq_result code;
+    if (block) tail = llmi_join(module, block, tail);
+    code = llmi_find(m, llmi_name(m, name, layer, tail), s, &w, err);
     if (code < 0) return code;
     code = llmi_weight_done(m, m->be->prepare_linear(m->be, &w, 1, err), out);
     return code < 0 ? llmi_code(err, code) : code;
 }
 
 /* `parts` layers of one input as one; where the folder holds them fused already (`fused` is there), that one. */
-static moq_result llmi_prepare_parts(llmi_model *m, int32_t layer, const char *fused, const char *const *tails, const llmi_shape *shapes,
-                                     int32_t parts, moq_weight **out, moq_error *err)
+static moq_result llmi_prepare_parts(llmi_model *m, int32_t layer, const char *block, const char *fused, const char *const *tails,
+                                     const llmi_shape *shapes, int32_t parts, moq_weight **out, moq_error *err)
 {
-    char name[LLMI_NAME_BYTES];
+    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
     moq_linear w[3];
     moq_result code;
-    if (moq_has_linear(m->ck, llmi_name(m, name, layer, fused))) {
+    if (fused && moq_has_linear(m->ck, llmi_name(m, name, layer, llmi_join(module, block, fused)))) {
         llmi_shape all = shapes[0];
         for (int32_t i = 1; i < parts; i++) all.rows += shapes[i].rows;
-        return llmi_prepare(m, layer, fused, all, out, err);
+        return llmi_prepare(m, layer, block, fused, all, out, err);
     }
     for (int32_t i = 0; i < parts; i++)
-        if ((code = llmi_find(m, llmi_name(m, name, layer, tails[i]), shapes[i], &w[i], err)) < 0) return code;
+        if ((code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, block, tails[i])), shapes[i], &w[i], err)) < 0) return code;
     code = llmi_weight_done(m, m->be->prepare_linear(m->be, w, parts, err), out);
     return code < 0 ? llmi_code(err, code) : code;
 }
 
-/* A norm weight [count] as F32 on the backend. */
-static moq_result llmi_load_norm(llmi_model *m, int32_t layer, const char *tail, int32_t count, const float **out, moq_error *err)
+/* A tensor of `count` values. */
+static moq_result llmi_find_values(const llmi_model *m, int32_t layer, const char *tail, uint64_t count, const moq_tensor **out, moq_error *err)
 {
     char name[LLMI_NAME_BYTES];
-    const moq_tensor *t = moq_find_tensor(m->ck, llmi_name(m, name, layer, tail));
+    uint64_t values = 1;
+    const moq_tensor *t = *out = moq_find_tensor(m->ck, llmi_name(m, name, layer, tail));
+    float probe;
+    if (!t) return llmi_absent(m, name, err);
+    for (uint32_t i = 0; i < t->rank; i++) values *= t->shape[i];
+    if (values != count)
+        return moq_fail(err, MOQ_E_SHAPE, t->name, "%llu values are needed here, found %llu; compare config.json", (unsigned long long)count,
+                        (unsigned long long)values);
+    if (values && moq_to_f32(t->dtype, t->data, 1, &probe)) return MOQ_OK;
+    return moq_fail(err, MOQ_E_DTYPE, t->name, "dtype %s is no number here; expected BF16, F16 or F32", moq_dtype_name(t->dtype));
+}
+
+/* A vector [count] as F32 on the backend, `plus` added to each value. */
+static moq_result llmi_load_vector(llmi_model *m, int32_t layer, const char *tail, int32_t count, float plus, const float **out, moq_error *err)
+{
+    const moq_tensor *t;
     float *host, *device;
-    /* llmi_missing adds the suffix again */
-    name[strlen(name) - strlen(".weight")] = 0;
-    if (!t) return llmi_missing(m, name, err);
-    if (t->rank != 1 || t->shape[0] != (uint64_t)count)
-        return moq_fail(err, MOQ_E_SHAPE, t->name, "a norm needs %d values in one dimension, found %lld in %u; compare config.json", count,
-                        (long long)(t->rank ? t->shape[0] : 1), t->rank);
+    moq_result code = llmi_find_values(m, layer, tail, (uint64_t)count, &t, err);
+    if (code < 0) return code;
     device = (float *)llmi_alloc(m, (uint64_t)count, sizeof *device, err);
     if (!device) return llmi_code(err, MOQ_E_NOMEM);
     host = (float *)moq_allocate(&m->arena.a, (size_t)count * sizeof *host);
     if (!host) return llmi_nomem(err, t->name);
-    int known = moq_to_f32(t->dtype, t->data, (size_t)count, host);
-    if (known) m->be->upload(m->be, device, host, (size_t)count * sizeof *host);
+    moq_to_f32(t->dtype, t->data, (size_t)count, host);
+    for (int32_t i = 0; i < count; i++) host[i] += plus;
+    m->be->upload(m->be, device, host, (size_t)count * sizeof *host);
     moq_release(&m->arena.a, host, (size_t)count * sizeof *host);
     *out = device;
-    if (known) return MOQ_OK;
-    return moq_fail(err, MOQ_E_DTYPE, t->name, "a norm of dtype %s is no number; expected BF16, F16 or F32", moq_dtype_name(t->dtype));
+    return MOQ_OK;
+}
+
+/* The weight of a norm module [count]; Gemma stores what is to be added to 1. */
+static moq_result llmi_load_norm(llmi_model *m, int32_t layer, const char *module, int32_t count, const float **out, moq_error *err)
+{
+    char tail[LLMI_NAME_BYTES];
+    return llmi_load_vector(m, layer, llmi_join(tail, module, "weight"), count, m->c.family->flags & LLMI_UNIT_NORM ? 1.0f : 0.0f, out, err);
 }
 
 /* ---- embedding and head ---- */
@@ -4444,7 +4955,7 @@ static moq_result llmi_prepare_ends(llmi_model *m, moq_error *err)
     char name[LLMI_NAME_BYTES];
     moq_linear embed, table;
     moq_error local;
-    moq_result code = moq_find_linear(m->ck, llmi_name(m, name, -1, "embed_tokens"), &embed, &local);
+    moq_result code = moq_find_linear(m->ck, llmi_name(m, name, -1, m->embed_name), &embed, &local);
     if (code == MOQ_E_NOTFOUND) return llmi_missing(m, name, err);
     if (code < 0) {
         if (err) *err = local;
@@ -4453,40 +4964,141 @@ static moq_result llmi_prepare_ends(llmi_model *m, moq_error *err)
     table = embed;
     if ((code = llmi_prepare_table(m, &table, &m->embed, err)) < 0) return code;
     if ((code = llmi_prepare_head(m, &embed, err)) < 0) return code;
-    return llmi_load_norm(m, -1, "norm.weight", m->c.hidden, &m->final_norm, err);
+    return llmi_load_norm(m, -1, m->c.family->names->norm, m->c.hidden, &m->final_norm, err);
 }
 
-/* ---- layers ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>llm-layers      the blocks of a layer, the KV cache, and the whole model
+   A layer asks for its tensors in the order in which it computes; llmi_model_close also closes what a failed open left half done.
+   ------------------------------------------------------------------------------------------------ */
 
-/* Attention's norms and projections. q_proj decides whether head_dim of config.json is right. */
+/* Attention's projections. q_proj decides whether head_dim of config.json is right. */
 static moq_result llmi_prepare_attention(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
-    static const char *const tails[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
+    static const char *const tails[] = {"q_proj", "k_proj", "v_proj"};
     const llmi_config *c = &m->c;
+    const char *mix = c->family->names->mix;
+    char tail[LLMI_NAME_BYTES];
     llmi_shape s[3];
     int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    moq_result code;
+    moq_result code = MOQ_OK;
     s[0] = llmi_shape_of(q, "num_attention_heads * head_dim", c->hidden, "hidden_size");
     s[1] = s[2] = llmi_shape_of(kv, "num_key_value_heads * head_dim", c->hidden, "hidden_size");
-    if ((code = llmi_load_norm(m, layer, "input_layernorm.weight", c->hidden, &l->attn_norm, err)) < 0) return code;
-    if ((code = llmi_prepare_parts(m, layer, "self_attn.qkv_proj", tails, s, 3, &l->qkv, err)) < 0) return code;
+    if ((code = llmi_prepare_parts(m, layer, mix, "qkv_proj", tails, s, 3, &l->in, err)) < 0) return code;
     s[0] = llmi_shape_of(c->hidden, "hidden_size", q, "num_attention_heads * head_dim");
-    if ((code = llmi_prepare(m, layer, "self_attn.o_proj", s[0], &l->o, err)) < 0) return code;
-    if (!c->family->qk_norm) return MOQ_OK;
-    if ((code = llmi_load_norm(m, layer, "self_attn.q_norm.weight", c->head_dim, &l->q_norm, err)) < 0) return code;
-    return llmi_load_norm(m, layer, "self_attn.k_norm.weight", c->head_dim, &l->k_norm, err);
+    if ((code = llmi_prepare(m, layer, mix, "o_proj", s[0], &l->out, err)) < 0) return code;
+    if (c->family->flags & LLMI_SINKS) code = llmi_load_vector(m, layer, llmi_join(tail, mix, "sinks"), c->heads, 0, &l->sinks, err);
+    if (code < 0 || !(c->family->flags & LLMI_QK_NORM)) return code;
+    if ((code = llmi_load_norm(m, layer, llmi_join(tail, mix, "q_norm"), c->head_dim, &l->q_norm, err)) < 0) return code;
+    return llmi_load_norm(m, layer, llmi_join(tail, mix, "k_norm"), c->head_dim, &l->k_norm, err);
 }
 
-/* A dense MLP: gate and up share their input. */
-static moq_result llmi_prepare_mlp(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+/* Latent attention (DeepSeek-V2): in = [q_a | kv_a] where q has a middle too, else [q | kv_a]; kv_a ends with the one rope part
+   that all heads share. */
+static moq_result llmi_prepare_latent(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
-    static const char *const tails[] = {"mlp.gate_proj", "mlp.up_proj"};
+    /* the middles of q and of kv read the same stream: one weight, so that the input is rounded once */
+    static const char *const tails[2][2] = {{"q_proj", "kv_a_proj_with_mqa"}, {"q_a_proj", "kv_a_proj_with_mqa"}};
     const llmi_config *c = &m->c;
+    const char *mix = c->family->names->mix;
+    char tail[LLMI_NAME_BYTES];
+    llmi_shape s[2];
+    int64_t q = (int64_t)c->heads * c->head_dim;
+    moq_result code;
+    s[0] = llmi_shape_of(c->q_rank ? c->q_rank : q, c->q_rank ? "q_lora_rank" : "num_attention_heads * (nope + rope)", c->hidden, "hidden_size");
+    /* the last qk_rope_head_dim rows of kv_a make the one rotated part that all heads share */
+    s[1] = llmi_shape_of((int64_t)c->kv_rank + c->rope_dim, "kv_lora_rank + qk_rope_head_dim", c->hidden, "hidden_size");
+    if ((code = llmi_prepare_parts(m, layer, mix, NULL, tails[c->q_rank > 0], s, 2, &l->in, err)) < 0) return code;
+    if (c->q_rank) {
+        s[0] = llmi_shape_of(q, "num_attention_heads * (nope + rope)", c->q_rank, "q_lora_rank");
+        if ((code = llmi_load_norm(m, layer, llmi_join(tail, mix, "q_a_layernorm"), c->q_rank, &l->q_norm, err)) < 0) return code;
+        if ((code = llmi_prepare(m, layer, mix, "q_b_proj", s[0], &l->q_b, err)) < 0) return code;
+    }
+    if ((code = llmi_load_norm(m, layer, llmi_join(tail, mix, "kv_a_layernorm"), c->kv_rank, &l->k_norm, err)) < 0) return code;
+    /* rows of kv_b: for every head its part of the key without rope, then its value */
+    s[0] = llmi_shape_of((int64_t)c->heads * (c->nope_dim + c->value_dim), "num_attention_heads * (nope + v)", c->kv_rank, "kv_lora_rank");
+    if ((code = llmi_prepare(m, layer, mix, "kv_b_proj", s[0], &l->kv_b, err)) < 0) return code;
+    s[0] = llmi_shape_of(c->hidden, "hidden_size", (int64_t)c->heads * c->value_dim, "num_attention_heads * v_head_dim");
+    return llmi_prepare(m, layer, mix, "o_proj", s[0], &l->out, err);
+}
+
+/* A tensor of the mixer as the backend wants it. */
+static moq_result llmi_state_view(const llmi_model *m, int32_t layer, const char *tail, int64_t count, moq_view *out, moq_error *err)
+{
+    char module[LLMI_NAME_BYTES];
+    const moq_tensor *t;
+    moq_result code = llmi_find_values(m, layer, llmi_join(module, m->c.family->names->mix, tail), (uint64_t)count, &t, err);
+    if (code < 0) return code;
+    out->data = t->data;
+    out->dtype = t->dtype;
+    out->count = (uint64_t)count;
+    return MOQ_OK;
+}
+
+/* The tensors and sizes of a mixer; a convolution without bias is possible. */
+static moq_result llmi_describe_state(const llmi_model *m, int32_t layer, moq_ssm_desc *d, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    int64_t inner = (int64_t)c->ssm_heads * c->ssm_head_dim, width = inner + 2 * (int64_t)c->ssm_groups * c->ssm_state;
+    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
+    moq_result code;
+    memset(d, 0, sizeof *d);
+    d->slots = m->slots;
+    d->heads = c->ssm_heads;
+    d->head_dim = c->ssm_head_dim;
+    d->state = c->ssm_state;
+    d->groups = c->ssm_groups;
+    d->conv = c->ssm_conv;
+    d->dt_min = (float)c->dt_min;
+    d->dt_max = (float)c->dt_max;
+    d->eps = (float)c->eps;
+    if ((code = llmi_state_view(m, layer, "conv1d.weight", width * c->ssm_conv, &d->conv_weight, err)) < 0) return code;
+    /* use_conv_bias is not asked: the tensor is there or it is not */
+    if (moq_find_tensor(m->ck, llmi_name(m, name, layer, llmi_join(module, c->family->names->mix, "conv1d.bias"))) &&
+        (code = llmi_state_view(m, layer, "conv1d.bias", width, &d->conv_bias, err)) < 0)
+        return code;
+    if ((code = llmi_state_view(m, layer, "dt_bias", c->ssm_heads, &d->dt_bias, err)) < 0) return code;
+    if ((code = llmi_state_view(m, layer, "A_log", c->ssm_heads, &d->a_log, err)) < 0) return code;
+    if ((code = llmi_state_view(m, layer, "D", c->ssm_heads, &d->d, err)) < 0) return code;
+    return llmi_state_view(m, layer, "norm.weight", inner, &d->norm, err);
+}
+
+/* A Mamba-2 mixer: two projections, and between them what the backend does in one call. */
+static moq_result llmi_prepare_state(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    const char *mix = c->family->names->mix;
+    char name[LLMI_NAME_BYTES];
+    moq_ssm_desc d;
+    int64_t inner = (int64_t)c->ssm_heads * c->ssm_head_dim, bc = 2 * (int64_t)c->ssm_groups * c->ssm_state;
+    llmi_shape s = llmi_shape_of(2 * inner + bc + c->ssm_heads, "the sizes of the mixer", c->hidden, "hidden_size");
+    moq_result code = llmi_prepare(m, layer, mix, "in_proj", s, &l->in, err);
+    if (code < 0 || (code = llmi_describe_state(m, layer, &d, err)) < 0) return code;
+    llmi_name(m, name, layer, mix);
+    d.name = llmi_take_text(&m->arena, name, strlen(name));
+    if (!d.name) return llmi_nomem(err, name);
+    l->ssm = m->be->ssm_create(m->be, &d, err);
+    if (!l->ssm) return llmi_code(err, MOQ_E_BACKEND);
+    m->memory += m->be->ssm_bytes(m->be, &d);
+    m->stateful = 1;
+    return llmi_prepare(m, layer, mix, "out_proj", llmi_shape_of(c->hidden, "hidden_size", inner, "mamba_num_heads * mamba_head_dim"), &l->out, err);
+}
+
+/* A dense MLP under `block`: gate and up share their input; an activation without a gate has up alone. */
+static moq_result llmi_prepare_mlp(llmi_model *m, int32_t layer, const char *block, int32_t inter, llmi_layer *l, moq_error *err)
+{
+    static const char *const tails[] = {"gate_proj", "up_proj"};
+    const llmi_config *c = &m->c;
+    const char *key = inter == c->inter ? "intermediate_size" : "the shared experts' size";
+    /* relu2 is the one activation here that multiplies nothing */
+    int gated = c->activation.kind != MOQ_RELU2;
     llmi_shape s[2];
     moq_result code;
-    s[0] = s[1] = llmi_shape_of(c->inter, "intermediate_size", c->hidden, "hidden_size");
-    if ((code = llmi_prepare_parts(m, layer, "mlp.gate_up_proj", tails, s, 2, &l->gate_up, err)) < 0) return code;
-    return llmi_prepare(m, layer, "mlp.down_proj", llmi_shape_of(c->hidden, "hidden_size", c->inter, "intermediate_size"), &l->down, err);
+    s[0] = s[1] = llmi_shape_of(inter, key, c->hidden, "hidden_size");
+    code = gated ? llmi_prepare_parts(m, layer, block, "gate_up_proj", tails, s, 2, &l->gate_up, err)
+                 : llmi_prepare(m, layer, block, "up_proj", s[0], &l->gate_up, err);
+    if (code < 0) return code;
+    return llmi_prepare(m, layer, block, "down_proj", llmi_shape_of(c->hidden, "hidden_size", inter, key), &l->down, err);
 }
 
 /* The three layers of expert `e`, into place e of three lists of `experts` layers. */
@@ -4497,8 +5109,8 @@ static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e
     const char *const parts[] = {n->gate, n->up, n->down};
     char name[LLMI_NAME_BYTES];
     for (int32_t i = 0; i < 3; i++) {
-        llmi_shape s = i < 2 ? llmi_shape_of(c->moe_inter, "the experts' intermediate size", c->hidden, "hidden_size")
-                             : llmi_shape_of(c->hidden, "hidden_size", c->moe_inter, "the experts' intermediate size");
+        llmi_shape s = i < 2 ? llmi_shape_of(c->moe_inter, "the experts' intermediate size", c->moe_hidden, "the experts' hidden size")
+                             : llmi_shape_of(c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
         moq_result code;
         if (!parts[i]) continue;
         llmi_name(m, name, layer, n->experts);
@@ -4511,30 +5123,77 @@ static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e
     return MOQ_OK;
 }
 
-/* A layer of experts. The lists live only during prepare_moe: the backend keeps what it needs. */
-static moq_result llmi_prepare_moe(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+/* The same for all experts of two stacks: gate_up, whose rows are gate, up, gate, up and so on, and down. */
+static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linear *list, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    const llmi_moe_names *n = c->family->moe;
+    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
+    llmi_shape up = llmi_shape_of(2 * (int64_t)c->moe_inter, "twice the experts' intermediate size", c->moe_hidden, "the experts' hidden size");
+    llmi_shape down = llmi_shape_of(c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
+    moq_linear stack[2], w;
+    moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->up)), up, &stack[0], err);
+    if (code >= 0) code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->down)), down, &stack[1], err);
+    if (code < 0) return code;
+    if (stack[0].experts != c->experts || stack[1].experts != c->experts)
+        return moq_fail(err, MOQ_E_MISMATCH, name, "stacks of %d and %d experts, %s of config.json is %d", stack[0].experts, stack[1].experts,
+                        n->count_key, c->experts);
+    /* slices are views: nothing is copied, whatever the storage (BF16 [in, out], MXFP4 blocks, NVFP4 [in / 2, out]) */
+    for (int32_t e = 0; e < c->experts; e++) {
+        if ((code = moq_slice_expert(&stack[0], e, &w, err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, 0, c->moe_inter, 2, &list[e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, 1, c->moe_inter, 2, &list[c->experts + e], err)) < 0) return code;
+        if ((code = moq_slice_expert(&stack[1], e, &list[2 * (size_t)c->experts + (size_t)e], err)) < 0) return code;
+    }
+    return MOQ_OK;
+}
+
+/* How the router's logits choose. The bias, where there is one, takes part in choosing only. */
+static moq_result llmi_describe_routing(const llmi_model *m, int32_t layer, moq_routing *r, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    const llmi_moe_names *n = c->family->moe;
+    char name[LLMI_NAME_BYTES];
+    const moq_tensor *t;
+    moq_result code;
+    r->experts = c->experts;
+    r->top_k = c->top_k;
+    r->score = c->score;
+    r->renormalize = c->renormalize;
+    r->groups = c->groups;
+    r->top_groups = c->top_groups;
+    r->scale = (float)c->route_scale;
+    if (!n->bias || !moq_find_tensor(m->ck, llmi_name(m, name, layer, n->bias))) return MOQ_OK;
+    if ((code = llmi_find_values(m, layer, n->bias, (uint64_t)c->experts, &t, err)) < 0) return code;
+    r->bias.data = t->data;
+    r->bias.dtype = t->dtype;
+    r->bias.count = (uint64_t)c->experts;
+    return MOQ_OK;
+}
+
+/* Router and experts. The lists live only during prepare_moe: the backend keeps what it needs. */
+static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
     const llmi_config *c = &m->c;
     const llmi_moe_names *n = c->family->moe;
     char name[LLMI_NAME_BYTES];
     size_t bytes = (size_t)c->experts * 3 * sizeof(moq_linear);
+    llmi_shape s = llmi_shape_of(c->experts, n->count_key, c->hidden, "hidden_size");
     moq_moe moe;
-    moq_result code = llmi_prepare(m, layer, n->router, llmi_shape_of(c->experts, n->count_key, c->hidden, "hidden_size"), &l->router, err);
+    moq_result code = llmi_prepare(m, layer, NULL, n->router, s, &l->router, err);
     moq_linear *list;
     if (code < 0) return code;
+    memset(&moe, 0, sizeof moe);
+    if ((code = llmi_describe_routing(m, layer, &moe.routing, err)) < 0) return code;
     list = (moq_linear *)moq_allocate(&m->arena.a, bytes);
     if (!list) return llmi_nomem(err, "experts");
-    for (int32_t e = 0; e < c->experts && code >= 0; e++) code = llmi_find_expert(m, layer, e, list, err);
+    if (n->stacked) code = llmi_find_stacks(m, layer, list, err);
+    for (int32_t e = 0; e < c->experts && code >= 0 && !n->stacked; e++) code = llmi_find_expert(m, layer, e, list, err);
     if (code >= 0) {
-        memset(&moe, 0, sizeof moe);
         llmi_name(m, name, layer, n->experts);
         moe.name = llmi_take_text(&m->arena, name, strlen(name));
-        moe.routing.experts = c->experts;
-        moe.routing.top_k = c->top_k;
-        moe.routing.score = MOQ_SCORE_SOFTMAX;
-        moe.routing.renormalize = c->renormalize;
-        moe.activation.kind = c->activation;
-        moe.gate = n->gate ? list : NULL;
+        moe.activation = c->activation;
+        moe.gate = n->gate || n->stacked ? list : NULL;
         moe.up = list + c->experts;
         moe.down = list + 2 * (size_t)c->experts;
         if (!moe.name) code = llmi_nomem(err, name);
@@ -4545,21 +5204,81 @@ static moq_result llmi_prepare_moe(llmi_model *m, int32_t layer, llmi_layer *l, 
     return code;
 }
 
-/* One layer in the order in which it computes, so that the first missing tensor is the first one needed. */
-static moq_result llmi_prepare_layer(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+/* A layer of experts, what narrows and widens around them, and the dense MLP of those that see every token. */
+static moq_result llmi_prepare_moe(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    const llmi_moe_names *n = c->family->moe;
+    llmi_shape in = llmi_shape_of(c->moe_hidden, "moe_latent_size", c->hidden, "hidden_size");
+    llmi_shape out = llmi_shape_of(c->hidden, "hidden_size", c->moe_hidden, "moe_latent_size");
+    moq_result code = llmi_prepare_experts(m, layer, l, err);
+    if (code >= 0 && c->moe_narrow) {
+        if ((code = llmi_prepare(m, layer, c->family->names->feed, "fc1_latent_proj", in, &l->narrow, err)) < 0) return code;
+        code = llmi_prepare(m, layer, c->family->names->feed, "fc2_latent_proj", out, &l->widen, err);
+    }
+    return code < 0 || !m->c.shared_inter ? code : llmi_prepare_mlp(m, layer, n->shared, m->c.shared_inter, l, err);
+}
+
+/* The entries of the table that only some layers need. */
+static moq_result llmi_check_layer(const llmi_model *m, int32_t layer, const llmi_layer *l, moq_error *err)
+{
+    const moq_backend *be = m->be;
+    char name[LLMI_NAME_BYTES];
+    const char *lacks = NULL;
+    if (l->mix == LLMI_MIX_STATE && (!be->ssm_create || !be->ssm_release || !be->ssm_bytes || !be->ssm)) lacks = "ssm";
+    if (l->mix == LLMI_MIX_LATENT && !be->copy_heads) lacks = "copy_heads";
+    if (l->feed == LLMI_FEED_EXPERTS && (!be->prepare_moe || !be->moe || !be->release_moe)) lacks = "moe";
+    if (l->feed == LLMI_FEED_EXPERTS && m->c.shared_inter && !be->add) lacks = "add";
+    if (!lacks) return MOQ_OK;
+    return moq_fail(err, MOQ_E_UNSUPPORTED, llmi_name(m, name, layer, l->mix ? m->c.family->names->mix : m->c.family->names->feed),
+                    "backend %s has no '%s', which this layer needs", be->name, lacks);
+}
+
+/* The norms around a block. */
+static moq_result llmi_prepare_norms(llmi_model *m, int32_t layer, const char *before, const char *after, const float **norm, const float **post,
+                                     moq_error *err)
+{
+    moq_result code = llmi_load_norm(m, layer, before, m->c.hidden, norm, err);
+    return code < 0 || !after ? code : llmi_load_norm(m, layer, after, m->c.hidden, post, err);
+}
+
+/* The second block. */
+static moq_result llmi_prepare_feed(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
     char name[LLMI_NAME_BYTES];
     const llmi_config *c = &m->c;
     const llmi_moe_names *n = c->family->moe;
-    moq_result code = llmi_prepare_attention(m, layer, l, err);
-    if (code >= 0) code = llmi_load_norm(m, layer, "post_attention_layernorm.weight", c->hidden, &l->mlp_norm, err);
+    const llmi_names *names = c->family->names;
+    moq_result code = llmi_prepare_norms(m, layer, names->feed_norm, names->feed_post, &l->feed_norm, &l->feed_post, err);
     if (code < 0) return code;
-    l->window = llmi_layer_window(c, layer);
-    if (llmi_layer_is_moe(c, layer)) return llmi_prepare_moe(m, layer, l, err);
+    if (l->feed == LLMI_FEED_EXPERTS) return llmi_prepare_moe(m, layer, l, err);
+    /* Mixtures may be dense in some layers: then the plain names are used. */
     /* a router without experts means that the key is wrong, not that the layer is dense */
     if (n && !c->experts && moq_has_linear(m->ck, llmi_name(m, name, layer, n->router)))
         return llmi_in_file("config.json", moq_fail(err, MOQ_E_CONFIG, n->count_key, "0 experts, but the folder has the router '%q'", name), err);
-    return llmi_prepare_mlp(m, layer, l, err);
+    return llmi_prepare_mlp(m, layer, names->feed, c->inter, l, err);
+}
+
+/* How the first block of a layer is prepared. */
+typedef moq_result (*llmi_mix_fn)(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err);
+
+/* One layer in the order in which it computes, so that the first missing tensor is the first one needed. */
+static moq_result llmi_prepare_layer(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
+{
+    static const llmi_mix_fn mixes[] = {NULL, llmi_prepare_attention, llmi_prepare_latent, llmi_prepare_state};
+    const llmi_config *c = &m->c;
+    const llmi_names *names = c->family->names;
+    moq_result code;
+    llmi_layer_blocks(c, layer, &l->mix, &l->feed);
+    if ((code = llmi_check_layer(m, layer, l, err)) < 0) return code;
+    l->window = llmi_layer_window(c, layer);
+    /* layers with a window may turn by another rope than those that see everything */
+    l->local = c->local.dims > 0 && llmi_layer_slides(c, layer);
+    if (l->mix) {
+        if ((code = llmi_prepare_norms(m, layer, names->mix_norm, names->mix_post, &l->mix_norm, &l->mix_post, err)) < 0) return code;
+        if ((code = mixes[l->mix](m, layer, l, err)) < 0) return code;
+    }
+    return l->feed ? llmi_prepare_feed(m, layer, l, err) : MOQ_OK;
 }
 
 /* Layers after the last that config.json declares: extra prediction layers of some models. Told, not used. */
@@ -4590,10 +5309,11 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, const char *kv, llm
     moq_kv_format forced = MOQ_KV_WIDE;
     int as_stored = !kv || strcmp(kv, "auto") == 0;
     moq_result code;
+    if (l->mix != LLMI_MIX_ATTENTION && l->mix != LLMI_MIX_LATENT) return MOQ_OK;
     memset(&d, 0, sizeof d);
     if (!as_stored && !moq_kv_format_find(kv, &forced))
         return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; try auto, wide or fp8", kv);
-    code = moq_find_kv(m->ck, llmi_name(m, name, layer, "self_attn"), &d.kv, err);
+    code = moq_find_kv(m->ck, llmi_name(m, name, layer, m->c.family->names->mix), &d.kv, err);
     if (code < 0) return code;
     /* a forced format keeps the scales that the checkpoint has; wide has none */
     if (!as_stored && forced == MOQ_KV_WIDE) memset(&d.kv, 0, sizeof d.kv);
@@ -4604,6 +5324,8 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, const char *kv, llm
     d.capacity = m->c.context;
     d.kv_heads = m->c.kv_heads;
     d.head_dim = m->c.head_dim;
+    /* latent attention keeps expanded keys and values: heads * (head_dim + value_dim) numbers a token */
+    d.value_dim = m->c.value_dim;
     l->kv = m->be->kv_create(m->be, &d, err);
     if (!l->kv) return llmi_code(err, MOQ_E_NOMEM);
     m->memory += m->be->kv_bytes(m->be, &d);
@@ -4627,46 +5349,59 @@ static moq_result llmi_check_backend(const llmi_model *m, moq_error *err)
 #define LLMI_X(entry) if (!be->entry) lacks = #entry;
     LLMI_ENTRIES(LLMI_X)
 #undef LLMI_X
-    if (m->c.experts && (!be->prepare_moe || !be->moe || !be->release_moe)) lacks = "moe";
     return lacks ? moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which the model needs", lacks) : MOQ_OK;
 }
 
 /* Frequencies are computed in double and rounded once; the backend makes cos and sin for every chunk from them. */
-static moq_result llmi_make_rope(llmi_model *m, moq_error *err)
+static moq_result llmi_make_rope(llmi_model *m, const llmi_rope *r, int which, moq_error *err)
 {
-    int32_t n = m->c.rope.dims / 2;
-    double *inv = (double *)llmi_take(&m->arena, (size_t)n, sizeof *inv);
-    float *host = (float *)llmi_take(&m->arena, (size_t)n, sizeof *host), *device;
+    int32_t n = r->dims / 2;
+    double *inv;
+    float *host, *device;
+    if (n == 0) return MOQ_OK;
+    inv = (double *)llmi_take(&m->arena, (size_t)n, sizeof *inv);
+    host = (float *)llmi_take(&m->arena, (size_t)n, sizeof *host);
     if (!inv || !host) return llmi_nomem(err, "rope");
     device = (float *)llmi_alloc(m, (uint64_t)n, sizeof *device, err);
-    if (!device) return llmi_code(err, MOQ_E_NOMEM);
-    m->rope_scale = llmi_rope_table(&m->c.rope, inv);
+    m->table[which] = device ? (float *)llmi_alloc(m, (uint64_t)m->chunk * (uint64_t)r->dims, sizeof *device, err) : NULL;
+    if (!m->table[which]) return llmi_code(err, MOQ_E_NOMEM);
+    m->rope_scale[which] = llmi_rope_table(r, inv);
     for (int32_t i = 0; i < n; i++) host[i] = (float)inv[i];
     m->be->upload(m->be, device, host, (size_t)n * sizeof *host);
-    m->inv_freq = device;
+    m->inv_freq[which] = device;
     return MOQ_OK;
 }
 
-typedef struct llmi_want { void **out; uint64_t width; size_t size; } llmi_want; /* rows of chunk */
+typedef struct llmi_want { void **out; uint64_t width; size_t size; } llmi_want; /* rows of chunk; width 0: not needed */
+
+static uint64_t llmi_larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* Activations of one chunk: taken once, here. */
 static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
 {
     const llmi_config *c = &m->c;
     uint64_t heads = (uint64_t)c->heads, kv = (uint64_t)c->kv_heads, dim = (uint64_t)c->head_dim, hidden = (uint64_t)c->hidden;
-    uint64_t rows = (uint64_t)m->chunk;
-    void *table, *ids, *pos, *slot;
+    uint64_t rows = (uint64_t)m->chunk, value = (uint64_t)c->value_dim, inner = (uint64_t)c->ssm_heads * (uint64_t)c->ssm_head_dim;
+    uint64_t state_in = 2 * inner + 2 * (uint64_t)c->ssm_groups * (uint64_t)c->ssm_state + (uint64_t)c->ssm_heads;
+    uint64_t inter = llmi_larger((uint64_t)c->inter, (uint64_t)c->shared_inter), latent = c->kv_rank ? 1 : 0;
+    uint64_t attention_in = latent ? (c->q_rank ? (uint64_t)c->q_rank : heads * dim) + (uint64_t)c->kv_rank + (uint64_t)c->rope_dim : (heads + 2 * kv) * dim;
+    uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0;
+    void *ids, *pos, *slot;
     llmi_want want[] = {
         {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
-        {&m->qkv, (heads + 2 * kv) * dim, m->elem},                {&m->att, heads * dim, m->elem},
-        {&m->gate_up, 2 * (uint64_t)c->inter, m->elem},            {&m->mid, (uint64_t)c->inter, m->elem},
-        {&m->route, (uint64_t)c->experts + 1, m->elem},            {&table, (uint64_t)c->rope.dims, sizeof(float)},
+        {&m->in, llmi_larger(attention_in, state_in), m->elem},    {&m->att, llmi_larger(heads * value, inner), m->elem},
+        {&m->middle, latent * llmi_larger((uint64_t)c->q_rank, (uint64_t)c->kv_rank), m->elem},
+        {&m->q, latent * heads * dim, m->elem}, {&m->k, latent * heads * dim, m->elem},
+        {&m->kv_b, latent * heads * ((uint64_t)c->nope_dim + value), m->elem}, {&m->v, latent * heads * value, m->elem},
+        {&m->gate_up, 2 * inter, m->elem},      {&m->mid, inter, m->elem}, {&m->shared, c->shared_inter ? hidden : 0, m->elem},
+        {&m->expert_in, narrow, m->elem},       {&m->expert_out, narrow, m->elem},
+        {&m->route, (uint64_t)c->experts + 1, m->elem},
         {&ids, 1, sizeof(int32_t)}, {&pos, 1, sizeof(int32_t)},    {&slot, 1, sizeof(int32_t)}};
     for (size_t i = 0; i < LLMI_COUNT(want); i++) {
+        if (want[i].width == 0) continue;
         *want[i].out = llmi_alloc(m, rows * want[i].width, want[i].size, err);
         if (!*want[i].out) return llmi_code(err, MOQ_E_NOMEM);
     }
-    m->table = (float *)table;
     m->ids = (int32_t *)ids;
     m->pos = (int32_t *)pos;
     m->slot = (int32_t *)slot;
@@ -4701,7 +5436,7 @@ static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
         if ((code = llmi_make_kv(m, i, m->desc->kv, &m->layers[i], err)) < 0) return code;
     }
     llmi_tell_unused(m);
-    if ((code = llmi_make_rope(m, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
+    if ((code = llmi_make_rope(m, &m->c.rope, 0, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, 1, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
     if ((code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
     return llmi_progress(m, MOQ_STAGE_PREPARE, m->c.layers, m->c.layers, err);
 }
@@ -4736,11 +5471,12 @@ static void llmi_model_close(llmi_model *m)
     moq_backend *be = m->be;
     for (int32_t i = 0; m->layers && i < m->c.layers; i++) {
         llmi_layer *l = &m->layers[i];
-        moq_weight *weights[] = {l->qkv, l->o, l->gate_up, l->down, l->router};
+        moq_weight *weights[] = {l->in, l->out, l->q_b, l->kv_b, l->gate_up, l->down, l->router, l->narrow, l->widen};
         for (size_t j = 0; j < LLMI_COUNT(weights); j++)
             if (weights[j]) be->release_weight(be, weights[j]);
         if (l->experts) be->release_moe(be, l->experts);
         if (l->kv) be->kv_release(be, l->kv);
+        if (l->ssm) be->ssm_release(be, l->ssm);
     }
     if (m->head && m->head != m->embed) be->release_weight(be, m->head);
     if (m->embed) be->release_weight(be, m->embed);
@@ -4758,9 +5494,9 @@ static void llmi_model_close(llmi_model *m)
        x [n, hidden]             the residual stream: embedding, then what each block adds
        d [n, hidden]             what the last block computed and x has not yet got: the next norm adds it first
        h [n, hidden]             norm of x
-       qkv [n, q | k | v]        h times the fused projections; q and k are normed per head (Qwen3) and rotated in place
-       att [n, heads * head_dim] attention of q over the slot's keys and values, these n included
-       gate_up [n, 2 inter]      -> mid [n, inter] -> d; or router logits [n, experts] -> experts -> d
+       in [n, ...]               h times the fused projections of the first block: q | k | v, normed per head (Qwen3) and rotated in place
+       att [n, heads * value]    attention of q over the slot's keys and values, these n included; out of the state-space mixer
+       gate_up [n, 2 inter]      -> mid [n, inter] -> d; or router logits [n, experts] -> experts -> d, plus the shared ones
 
    Row i of the chunk sees position pos + i and everything before it, so cutting a text into chunks changes nothing but the order
    of the work. */
@@ -4783,94 +5519,193 @@ static void llmi_norm(const llmi_model *m, void *x, const void *add, const float
     m->be->norm(m->be, &n);
 }
 
-/* Every head of `heads` heads at x [rows, stride] on its own, in place; weight [head_dim]. */
-static void llmi_head_norm(const llmi_model *m, void *x, int32_t heads, int64_t stride, const float *weight, int32_t rows)
+/* `groups` pieces of cols values at x [rows, x_stride], each on its own; weight [cols]; y may be x. */
+static void llmi_part_norm(const llmi_model *m, void *x, int64_t x_stride, void *y, int64_t y_stride, int32_t groups, int32_t cols,
+                           const float *weight, int32_t rows)
 {
     moq_norm_desc n;
     memset(&n, 0, sizeof n);
-    n.x = n.y = x;
+    n.x = x;
+    n.y = y;
     n.weight = weight;
-    n.x_stride = n.y_stride = stride;
+    n.x_stride = x_stride;
+    n.y_stride = y_stride;
     n.rows = rows;
-    n.cols = m->c.head_dim;
-    n.groups = heads;
+    n.cols = cols;
+    n.groups = groups;
     n.eps = (float)m->c.eps;
     m->be->norm(m->be, &n);
 }
 
-/* Rotary embedding of every head of x [rows, stride], in place; the table belongs to the chunk. */
-static void llmi_rotate(const llmi_model *m, void *x, int32_t heads, int64_t stride, int32_t rows)
+/* Rotary embedding of heads of dim values at x [rows, stride], in place, from value `first` of each on; the table belongs to the chunk. */
+static void llmi_rotate(const llmi_model *m, const llmi_layer *l, void *x, int32_t heads, int32_t dim, int32_t first, int64_t stride, int32_t rows)
 {
+    const llmi_rope *rope = l->local ? &m->c.local : &m->c.rope;
     moq_rope_desc r;
+    if (rope->dims == 0) return;
     memset(&r, 0, sizeof r);
     r.x = x;
     r.stride = stride;
     r.rows = rows;
     r.heads = heads;
-    r.head_dim = m->c.head_dim;
-    r.dims = m->c.rope.dims;
-    r.table = m->table;
+    r.head_dim = dim;
+    r.first = first;
+    r.dims = rope->dims;
+    r.interleaved = m->c.interleaved;
+    r.table = m->table[l->local];
     m->be->rope(m->be, &r);
 }
 
-/* d = attention of h; q, k and v lie side by side in a row of qkv: [heads | kv_heads | kv_heads] * head_dim. */
-static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
+/* Keys and values [n, kv_heads, dim] into the cache, then att = attention of q. */
+static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batch *b, const void *q, int64_t q_stride, const void *k,
+                        int64_t k_stride, const void *v, int64_t v_stride)
 {
     const llmi_config *c = &m->c;
-    moq_backend *be = m->be;
-    int64_t q_width = (int64_t)c->heads * c->head_dim, kv_width = (int64_t)c->kv_heads * c->head_dim, stride = q_width + 2 * kv_width;
-    void *q = m->qkv, *k = llmi_act(m, m->qkv, q_width), *v = llmi_act(m, m->qkv, q_width + kv_width);
     moq_attention_desc a;
-    be->linear(be, l->qkv, m->h, b->rows, m->qkv);
-    if (l->q_norm) llmi_head_norm(m, q, c->heads, stride, l->q_norm, b->rows);
-    if (l->k_norm) llmi_head_norm(m, k, c->kv_heads, stride, l->k_norm, b->rows);
-    llmi_rotate(m, q, c->heads, stride, b->rows);
-    llmi_rotate(m, k, c->kv_heads, stride, b->rows);
-    be->kv_append(be, l->kv, b, k, stride, v, stride);
+    m->be->kv_append(m->be, l->kv, b, k, k_stride, v, v_stride);
     memset(&a, 0, sizeof a);
     a.cache = l->kv;
     a.q = q;
     a.y = m->att;
-    a.q_stride = stride;
-    a.y_stride = q_width;
+    a.q_stride = q_stride;
+    a.y_stride = (int64_t)c->heads * c->value_dim;
     a.heads = c->heads;
     a.window = l->window;
-    be->attention(be, b, &a);
-    be->linear(be, l->o, m->att, b->rows, m->d);
+    a.scale = (float)c->attn_scale;
+    a.softcap = (float)c->attn_cap;
+    a.sinks = l->sinks;
+    m->be->attention(m->be, b, &a);
 }
 
-/* d = mlp of h, or the mixture of experts. */
-static void llmi_mlp(const llmi_model *m, const llmi_layer *l, int32_t rows)
+/* att = attention of h; q, k and v lie side by side in a row of in: [heads | kv_heads | kv_heads] * head_dim. */
+static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
+{
+    const llmi_config *c = &m->c;
+    int64_t q_width = (int64_t)c->heads * c->head_dim, kv_width = (int64_t)c->kv_heads * c->head_dim, stride = q_width + 2 * kv_width;
+    void *q = m->in, *k = llmi_act(m, m->in, q_width), *v = llmi_act(m, m->in, q_width + kv_width);
+    m->be->linear(m->be, l->in, m->h, b->rows, m->in);
+    if (l->q_norm) llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, l->q_norm, b->rows);
+    if (l->k_norm) llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, l->k_norm, b->rows);
+    llmi_rotate(m, l, q, c->heads, c->head_dim, 0, stride, b->rows);
+    llmi_rotate(m, l, k, c->kv_heads, c->head_dim, 0, stride, b->rows);
+    llmi_attend(m, l, b, q, stride, k, stride, v, stride);
+}
+
+/* y[r][h] = x[r][h] for every head: width values, `step` apart; x_step 0 repeats one. */
+static void llmi_copy_heads(const llmi_model *m, const void *x, int64_t x_stride, int64_t x_step, void *y, int64_t y_step, int32_t width, int32_t rows)
+{
+    moq_copy_desc d;
+    d.x = x;
+    d.y = y;
+    d.x_stride = x_stride;
+    d.y_stride = y_step * m->c.heads;
+    d.x_step = x_step;
+    d.y_step = y_step;
+    d.rows = rows;
+    d.heads = m->c.heads;
+    d.width = width;
+    m->be->copy_heads(m->be, &d);
+}
+
+/* att = latent attention of h. The middles are normed and widened to the heads; a key is [nope of its head | rope part of all]. */
+static void llmi_latent(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
+{
+    const llmi_config *c = &m->c;
+    moq_backend *be = m->be;
+    int64_t q_width = (int64_t)c->heads * c->head_dim, first = c->q_rank ? c->q_rank : q_width, stride = first + c->kv_rank + c->rope_dim;
+    int64_t head = c->nope_dim + c->value_dim, q_stride = c->q_rank ? q_width : stride;
+    void *q = c->q_rank ? m->q : m->in, *middle = llmi_act(m, m->in, first), *turned = llmi_act(m, middle, c->kv_rank);
+    be->linear(be, l->in, m->h, b->rows, m->in);
+    if (c->q_rank) {
+        llmi_part_norm(m, m->in, stride, m->middle, c->q_rank, 1, c->q_rank, l->q_norm, b->rows);
+        be->linear(be, l->q_b, m->middle, b->rows, q);
+    }
+    llmi_rotate(m, l, q, c->heads, c->head_dim, c->nope_dim, q_stride, b->rows);
+    llmi_rotate(m, l, turned, 1, c->rope_dim, 0, stride, b->rows);
+    llmi_part_norm(m, middle, stride, m->middle, c->kv_rank, 1, c->kv_rank, l->k_norm, b->rows);
+    be->linear(be, l->kv_b, m->middle, b->rows, m->kv_b);
+    llmi_copy_heads(m, m->kv_b, head * c->heads, head, m->k, c->head_dim, c->nope_dim, b->rows);
+    llmi_copy_heads(m, turned, stride, 0, llmi_act(m, m->k, c->nope_dim), c->head_dim, c->rope_dim, b->rows);
+    llmi_copy_heads(m, llmi_act(m, m->kv_b, c->nope_dim), head * c->heads, head, m->v, c->value_dim, c->value_dim, b->rows);
+    llmi_attend(m, l, b, q, q_stride, m->k, q_width, m->v, (int64_t)c->heads * c->value_dim);
+}
+
+/* att = state-space mixer of h. */
+static void llmi_state(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
+{
+    m->be->linear(m->be, l->in, m->h, b->rows, m->in);
+    m->be->ssm(m->be, l->ssm, b, m->in, m->att);
+}
+
+/* The first block of a layer: from h to att. */
+typedef void (*llmi_mixing_fn)(const llmi_model *m, const llmi_layer *l, const moq_batch *b);
+
+static const llmi_mixing_fn llmi_mixings[] = {NULL, llmi_attention, llmi_latent, llmi_state};
+
+/* y = dense MLP of h. */
+static void llmi_mlp(const llmi_model *m, const llmi_layer *l, int32_t inter, int32_t rows, void *y)
 {
     moq_backend *be = m->be;
-    moq_activation_desc a;
-    if (l->experts) {
-        be->linear(be, l->router, m->h, rows, m->route);
-        be->moe(be, l->experts, m->h, m->route, rows, m->d);
+    be->linear(be, l->gate_up, m->h, rows, m->gate_up);
+    be->activation(be, &m->c.activation, m->gate_up, rows, inter, m->mid);
+    be->linear(be, l->down, m->mid, rows, y);
+}
+
+/* d = the second block of h. */
+static void llmi_feed(const llmi_model *m, const llmi_layer *l, int32_t rows)
+{
+    moq_backend *be = m->be;
+    if (!l->experts) {
+        llmi_mlp(m, l, m->c.inter, rows, m->d);
         return;
     }
-    memset(&a, 0, sizeof a);
-    a.kind = m->c.activation;
-    be->linear(be, l->gate_up, m->h, rows, m->gate_up);
-    be->activation(be, &a, m->gate_up, rows, m->c.inter, m->mid);
-    be->linear(be, l->down, m->mid, rows, m->d);
+    be->linear(be, l->router, m->h, rows, m->route);
+    if (l->narrow) {
+        be->linear(be, l->narrow, m->h, rows, m->expert_in);
+        be->moe(be, l->experts, m->expert_in, m->route, rows, m->expert_out);
+        be->linear(be, l->widen, m->expert_out, rows, m->d);
+    } else {
+        be->moe(be, l->experts, m->h, m->route, rows, m->d);
+    }
+    if (!l->gate_up) return;
+    llmi_mlp(m, l, m->c.shared_inter, rows, m->shared);
+    be->add(be, m->d, m->shared, (size_t)rows * (size_t)m->c.hidden);
 }
 
 /* Embedding and all layers of one chunk. The stream ends as x + d: the last addition belongs to the final norm. */
 static void llmi_layers(const llmi_model *m, const moq_batch *b)
 {
+    const llmi_config *c = &m->c;
     moq_backend *be = m->be;
     const void *add = NULL;
-    be->embed(be, m->embed, m->ids, b->rows, 1.0f, m->x);
-    be->rope_table(be, m->pos, b->rows, m->inv_freq, m->c.rope.dims / 2, m->rope_scale, m->table);
-    for (int32_t i = 0; i < m->c.layers; i++) {
+    int32_t dims[2];
+    dims[0] = c->rope.dims / 2;
+    dims[1] = c->local.dims / 2;
+    be->embed(be, m->embed, m->ids, b->rows, c->family->flags & LLMI_SCALED_EMBED ? (float)sqrt((double)c->hidden) : 1.0f, m->x);
+    for (int i = 0; i < 2; i++)
+        if (dims[i]) be->rope_table(be, m->pos, b->rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
+    for (int32_t i = 0; i < c->layers; i++) {
         const llmi_layer *l = &m->layers[i];
-        llmi_norm(m, m->x, add, l->attn_norm, b->rows, m->h);
-        llmi_attention(m, l, b);
-        llmi_norm(m, m->x, m->d, l->mlp_norm, b->rows, m->h);
-        llmi_mlp(m, l, b->rows);
-        add = m->d;
+        if (l->mix) {
+            llmi_norm(m, m->x, add, l->mix_norm, b->rows, m->h);
+            llmi_mixings[l->mix](m, l, b);
+            be->linear(be, l->out, m->att, b->rows, m->d);
+            if (l->mix_post) llmi_norm(m, m->d, NULL, l->mix_post, b->rows, m->d);
+            add = m->d;
+        }
+        if (l->feed) {
+            llmi_norm(m, m->x, add, l->feed_norm, b->rows, m->h);
+            llmi_feed(m, l, b->rows);
+            if (l->feed_post) llmi_norm(m, m->d, NULL, l->feed_post, b->rows, m->d);
+            add = m->d;
+        }
     }
+}
+
+/* Caps logits: cap * tanh(x / cap). */
+static void llmi_cap(float *x, size_t n, double cap)
+{
+    for (size_t i = 0; i < n; i++) x[i] = (float)(cap * tanh((double)x[i] / cap));
 }
 
 /* Logits of rows [first, first + rows) of the chunk to the host: out [rows, vocab]. */
@@ -4884,6 +5719,7 @@ static void llmi_head(const llmi_model *m, int32_t first, int32_t rows, float *o
         int32_t n = rows - at < m->head_rows ? rows - at : m->head_rows;
         be->linear(be, m->head, llmi_act(m, h, at * hidden), n, m->logits);
         be->download_act(be, out + (size_t)at * (size_t)m->c.vocab, m->logits, (size_t)n * (size_t)m->c.vocab);
+        if (m->c.logit_cap > 0) llmi_cap(out + (size_t)at * (size_t)m->c.vocab, (size_t)n * (size_t)m->c.vocab, m->c.logit_cap);
     }
 }
 
@@ -4908,7 +5744,7 @@ static moq_result llmi_chunk(llmi_model *m, int32_t slot, const int32_t *tokens,
     b.max_pos = pos + count - 1;
     b.slot = m->slot;
     b.pos = m->pos;
-    m->length[slot] = pos; /* what follows is being overwritten */
+    m->length[slot] = m->stateful ? 0 : pos; /* what follows is being overwritten */
     llmi_layers(m, &b);
     if (logits) llmi_head(m, 0, count, logits);
     else if (last) llmi_head(m, count - 1, 1, last);
@@ -4927,6 +5763,9 @@ static moq_result llmi_check_run(const llmi_model *m, int32_t slot, const int32_
     if (pos > m->length[slot])
         return moq_fail(err, MOQ_E_STATE, "pos", "%d leaves a gap: slot %d holds %d tokens; run what is between first", pos, slot,
                         m->length[slot]);
+    if (m->stateful && pos && pos != m->length[slot])
+        return moq_fail(err, MOQ_E_STATE, "pos", "%d goes back: slot %d holds %d tokens and the state of this model only moves on; start again from 0",
+                        pos, slot, m->length[slot]);
     if (count > m->c.context - pos)
         return moq_fail(err, MOQ_E_STATE, "context", "%d tokens from position %d do not fit into %d; open with a larger llm_desc.context",
                         count, pos, m->c.context);
@@ -5472,6 +6311,8 @@ static moq_result llmi_begin(llm *m)
     if (m->done > held) m->done = held;
     /* the last token is run again for its logits */
     if (m->done == m->ids.count) m->done--;
+    /* a running state cannot go back */
+    if (m->model.stateful && m->done != held) m->done = 0;
     m->answer = m->from = m->ids.count;
     m->from_bytes = 0;
     m->raw.count = m->text.count = 0;
@@ -5576,7 +6417,8 @@ static moq_result llmi_choose(llm *m)
 {
     int32_t id = llm_sample(&m->sampling, m->last, m->model.c.vocab, &m->random, m->scratch, m->index);
     if (id < 0)
-        return moq_fail(&m->kept, MOQ_E_STATE, "logits", "none of %d logits after %zu tokens is a number; check the folder with moq_verify",
+        return moq_fail(&m->kept, MOQ_E_STATE, "logits",
+                        "none of %d logits after %zu tokens is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP (moq verify --deep)",
                         m->model.c.vocab, m->ids.count);
     if (llmi_ends_turn(m, id)) return llmi_end(m, llmi_show_piece(m, 1));
     if (!llmi_ids_add(&m->ids, &id, 1)) return llmi_nomem(&m->kept, "answer");
@@ -5595,8 +6437,8 @@ static moq_result llmi_generate(llm *m)
     if (m->done < m->ids.count) {
         if (m->done >= (size_t)m->model.c.context)
             return moq_fail(&m->kept, MOQ_E_STATE, "context",
-                            "all %d tokens are used: %zu of the prompt, %zu of the answer; open with a larger llm_desc.context", m->model.c.context,
-                            m->answer, m->ids.count - m->answer);
+                            "all %d tokens of the context are used: %zu of the prompt, %zu of the answer; open with a larger context", m->model.c.context,
+                            m->answer, m->done - m->answer);
         r = llmi_run(&m->model, 0, m->ids.data + m->done, 1, (int32_t)m->done, NULL, m->last, &m->kept);
         if (r < 0) return r;
         m->done++;

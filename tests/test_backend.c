@@ -875,6 +875,40 @@ static void test_backend_failing_allocations(void)
     mixture_free(&m);
 }
 
+/* Slices of a layer with a low-rank branch: rows with a step give those rows of the whole, halves of the columns add up to it. */
+static void test_backend_slices_low_rank(void)
+{
+    moq_error err;
+    moq_checkpoint *ck = moq_open(GOLDEN_DIR "/modelopt/llama-nvfp4_svdquant", NULL, &err);
+    moq_cpu_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.act = MOQ_ACT_WIDE;
+    moq_backend *be = moq_cpu_backend(&desc, &err);
+    moq_linear whole, part[4];
+    CHECK(ck && be);
+    if (!ck || !be) { moq_close(ck); moq_backend_destroy(be); return; }
+    CHECK_INT(moq_find_linear(ck, "model.layers.0.mlp.down_proj", &whole, &err), MOQ_OK);
+    CHECK(whole.scheme.lora_rank == 32 && whole.rows == 128 && whole.cols == 256);
+    CHECK_INT(moq_slice_rows(&whole, 3, 60, 2, &part[0], &err), MOQ_OK);
+    CHECK_INT(moq_slice_cols(&whole, 0, 128, &part[1], &err), MOQ_OK);
+    CHECK_INT(moq_slice_cols(&whole, 128, 128, &part[2], &err), MOQ_OK);
+    part[3] = whole;
+    float x[256], y[4][128];
+    for (int i = 0; i < 256; i++) x[i] = test_normal();
+    for (int i = 0; i < 4; i++) {
+        moq_weight *w = be->prepare_linear(be, &part[i], 1, &err);
+        CHECK(w != NULL);
+        if (w) be->linear(be, w, i == 2 ? x + 128 : x, 1, y[i]);
+        be->release_weight(be, w);
+    }
+    double rows = 0, cols = 0, all = 0;
+    for (int i = 0; i < 60; i++) rows += fabs((double)y[0][i] - (double)y[3][3 + 2 * i]);
+    for (int i = 0; i < 128; i++) { cols += fabs((double)y[1][i] + (double)y[2][i] - (double)y[3][i]); all += fabs((double)y[3][i]); }
+    CHECK(all > 1 && rows < 1e-5 * all && cols < 1e-5 * all);
+    moq_backend_destroy(be);
+    moq_close(ck);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -894,5 +928,6 @@ int main(int argc, char **argv)
     RUN(test_backend_rope);
     RUN(test_backend_small);
     RUN(test_backend_failing_allocations);
+    RUN(test_backend_slices_low_rank);
     return test_end();
 }

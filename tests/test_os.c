@@ -275,6 +275,9 @@ static void test_os_writer_keeps_the_old_file(void)
     CHECK_INT(moqi_writer_commit(&w, &err), MOQ_E_IO);
     CHECK_INT(count_names(), names + 1);
     CHECK_INT(rmdir(at("turned")), 0);
+    /* A device is never replaced by a file. */
+    CHECK_INT(moqi_writer_open(&w, "/dev/null", &err), MOQ_E_IO);
+    CHECK(strstr(err.text, "device") != NULL);
     /* No space at all. */
     if (access("/dev/full", W_OK) == 0) {
         CHECK_INT(moqi_writer_open(&w, at("keep"), &err), MOQ_OK);

@@ -331,9 +331,9 @@ static const option_row option_table[] = {
     {"backend", KIND_TEXT, FIELD(backend), "B", "cpu, cuda or cuda:N (default: cuda when built in and a device is there)"},
     {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints"},
     {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide"},
-    {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, or a format name"},
+    {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate, mxfp4"},
     {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
-    {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (default 256)"},
+    {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256)"},
     {"explain", KIND_FLAG, FIELD(explain), "", "why each layer gets its kernel"},
     {"deep", KIND_FLAG, FIELD(deep), "", "also check every code of every weight"},
     {"hash", KIND_FLAG, FIELD(hash), "", "a line NAME, shape, hash for every quantized weight"},
@@ -346,7 +346,7 @@ static const option_row option_table[] = {
     {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
     {"system", KIND_TEXT, FIELD(system), "S", "system message"},
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
-    {"max-tokens", KIND_INT, FIELD(max_tokens), "N", "stop after N generated tokens"},
+    {"max-tokens", KIND_INT, FIELD(max_tokens), "N", "stop after N generated tokens (0: when the turn or the context ends)"},
     {"temp", KIND_REAL, FIELD(temp), "X", "temperature (default 0: greedy)"},
     {"top-k", KIND_INT, FIELD(top_k), "K", "sample from the K best tokens"},
     {"top-p", KIND_REAL, FIELD(top_p), "P", "sample from the best tokens of total probability P"},
@@ -418,6 +418,8 @@ static int set_option(options *o, const option_row *row, const char *value)
     return 0;
 }
 
+enum { MAX_THREADS = 1024 };
+
 static int parse_options(options *o, const verb_row *verb, int argc, char **argv)
 {
     int i = 0, plain = 0, bad;
@@ -442,6 +444,7 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         if (bad) return bad;
     }
     if (o->help) return 0;
+    if (o->threads > MAX_THREADS) return refuse("--threads is at most %d", MAX_THREADS);
     if (o->arg_count < verb->min_args) return refuse("usage: moq %s %s; try: moq help %s", verb->name, verb->arguments, verb->name);
     return 0;
 }
@@ -871,8 +874,9 @@ static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_
     const moq_info *info = moq_get_info(ck);
     int wide = 6, scheme = 6;
     char shape[64];
-    printf("%s: %s, %s %s%s%s, KV cache %s\n", moq_get_name(ck), info->model_type[0] ? info->model_type : "no config.json", info->family_name,
-           info->quant_algo, info->producer[0] ? " by " : "", info->producer, moq_kv_format_name(info->kv));
+    printf("%s: %s, %s%s%s%s%s, KV cache %s\n", moq_get_name(ck), info->model_type[0] ? info->model_type : "no config.json",
+           info->family == MOQ_FAMILY_NONE ? "not quantized" : info->family_name, info->quant_algo[0] ? " " : "", info->quant_algo,
+           info->producer[0] ? " by " : "", info->producer, moq_kv_format_name(info->kv));
     for (size_t i = 0; i < count; i++) {
         if ((int)strlen(rows[i].l.name) > wide) wide = (int)strlen(rows[i].l.name);
         if ((int)strlen(rows[i].scheme) > scheme) scheme = (int)strlen(rows[i].scheme);
@@ -1119,23 +1123,33 @@ static uint64_t hash_matrix(const moq_linear *l, uint64_t *whole)
     return h;
 }
 
+/* The name of a module's weights in an unquantized folder: linears are NAME.weight, stacks keep the name of their tensor. */
+static char *weight_name(const moq_linear *l)
+{
+    size_t n = strlen(l->tensor), tail = strlen(".weight");
+    int named = n > tail && strcmp(l->tensor + n - tail, ".weight") == 0;
+    return join(l->name, l->experts == 0 || named ? ".weight" : "", "");
+}
+
 /* The lines of one module: linears as NAME.weight, stacks as NAME and NAME[e]. Returns how many, -1 on an error. */
 static int hash_module(const moq_linear *l, hash_line *lines, const char *path)
 {
     uint64_t whole = FNV_START;
     moq_linear one;
     moq_error err;
-    char index[24];
+    char index[24], *name;
     if (l->experts == 0) {
-        lines[0] = make_line(join(l->name, ".weight", ""), 0, l, hash_matrix(l, NULL));
+        lines[0] = make_line(weight_name(l), 0, l, hash_matrix(l, NULL));
         return 1;
     }
     for (int e = 0; e < l->experts; e++) {
         if (moq_slice_expert(l, e, &one, &err) != MOQ_OK) { refuse_error(path, &err); return -1; }
         snprintf(index, sizeof index, "[%d]", e);
-        lines[e + 1] = make_line(join(l->name, index, ""), 0, l, hash_matrix(&one, &whole));
+        name = weight_name(l);
+        lines[e + 1] = make_line(join(name, index, ""), 0, l, hash_matrix(&one, &whole));
+        free(name);
     }
-    lines[0] = make_line(join(l->name, "", ""), l->experts, l, whole);
+    lines[0] = make_line(weight_name(l), l->experts, l, whole);
     return l->experts + 1;
 }
 
@@ -1255,7 +1269,7 @@ static void plan_weight(out_folder *f, const moq_linear *l)
     out_tensor *t = &f->tensors[f->count++];
     int swap = l->experts > 0 && stacks_are_transposed(f->ck), k = 0;
     t->module = l;
-    t->t.name = join(l->name, l->experts > 0 ? "" : ".weight", "");
+    t->t.name = weight_name(l);
     t->t.dtype = f->dtype;
     if (l->experts > 0) t->t.shape[k++] = (uint64_t)l->experts;
     t->t.shape[k++] = (uint64_t)(swap ? l->cols : l->rows);
@@ -1508,7 +1522,8 @@ static int verb_dequant(const options *o)
     moq_error err;
     moq_checkpoint *ck;
     int bad;
-    if (!o->hash == !o->out) return refuse("dequant needs --hash or --out DST");
+    if (!o->hash == !o->out) return refuse(o->hash ? "dequant takes --hash or --out DST, not both" : "dequant needs --hash or --out DST");
+    if (o->out && o->json) return refuse("--json goes with --hash");
     ck = open_folder(o->args[0], 0, &err);
     if (!ck) return refuse_error(o->args[0], &err);
     bad = o->hash ? dequant_hash(o, ck) : dequant_out(o, ck);
