@@ -263,8 +263,8 @@ static void test_base_hash_spreads(void)
     size_t n = 0;
     for (unsigned v = 0; v < 65536; v++) {
         char k[2] = {(char)(v >> 8), (char)(v & 255)};
-        if ((v & 255) != 0 && v >> 8 != 0) seen[n++] = moqi_hash(k, 2);
-        if (v > 0 && v < 256) seen[n++] = moqi_hash(k + 1, 1);
+        if ((v & 255) != 0 && v >> 8 != 0) seen[n++] = moqi_hash(7, k, 2);
+        if (v > 0 && v < 256) seen[n++] = moqi_hash(7, k + 1, 1);
     }
     for (size_t gap = n / 2; gap > 0; gap /= 2) /* shell sort */
         for (size_t i = gap; i < n; i++)
