@@ -254,7 +254,7 @@ static void test_base_hash_spreads(void)
     char s[100];
     for (unsigned i = 0; i < 65536; i++) {
         snprintf(s, sizeof s, "model.layers.%u.mlp.experts.%u.down_proj.weight_scale", i >> 8, i & 255);
-        uint16_t *p = &place[moqi_hash(s, strlen(s)) & 65535];
+        uint16_t *p = &place[moqi_hash(7, s, strlen(s)) & 65535];
         if (++*p > worst) worst = *p;
     }
     CHECK(worst <= 12);
