@@ -50,6 +50,7 @@
        MOQ_NO_OS                no files, mapping or clock: moq_open_memory only
        MOQ_NO_THREADS           no built-in thread pool; moq_parallel hooks still work
        MOQ_NO_SIMD              plain C kernels only
+       MOQ_QUANTIZE             adds quantizing, calibrating and exporting (from >>quant on)
        MOQ_MALLOC, MOQ_FREE     default allocator (define both or none); moq_allocator overrides it per object
        MOQ_ASSERT               internal invariants, never input; default: nothing unless MOQ_DEBUG
        MOQ_MAX_...              limits on what a file may ask for, see >>api-base
@@ -80,6 +81,15 @@
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
+       >>api-quant       >>quant        encoders of every format, and the weight searches that need no data
+                         >>recipe       which modules a recipe covers, recorded calibration, smoothing, shared scales
+       >>api-calib       >>calib        calibration algorithms over float arrays
+                         >>observe      a backend that shows what goes through another one
+                         >>search       AutoQuantize: which units get which format within a budget of bits
+                         >>calibrate    passes of a model under observation -> statistics
+                         >>pack         tensors of an exported folder
+                         >>describe     JSON files of an exported folder
+       >>api-export      >>export       ModelOpt folders: tensors, shards, JSON files
 */
 #ifndef MODELOPT_Q_H
 #define MODELOPT_Q_H
@@ -881,6 +891,196 @@ extern moq_backend *moq_cuda_backend(int device, moq_error *err);
 extern moq_backend *moq_cuda_backend_with(const moq_cuda_desc *desc, moq_error *err);
 
 MOQ_API void moq_backend_destroy(moq_backend *be);
+/* ------------------------------------------------------------------------------------------------
+   >>api-quant       float matrices to codes and scales
+   ------------------------------------------------------------------------------------------------ */
+
+/* How the amax (largest magnitude) of each NVFP4 block is chosen. With MAX block scales are those of the data; with the others, or
+   with given `amax` values, they are "static": the encoder takes them as they are. */
+typedef enum moq_amax_search {
+    MOQ_SEARCH_MAX = 0,
+    MOQ_SEARCH_SWEEP,        /* of all E4M3 scales the one with the smallest squared error */
+    MOQ_SEARCH_FOUR_OVER_SIX /* the largest value becomes code 6 or code 4, whichever errs less; block scales end at 256 */
+} moq_amax_search;
+
+/* One float matrix and what to make of it. Rounding, clamps, zero blocks and ties are those of ModelOpt's exporter on a GPU, so the
+   bytes are the same. Zero-filled fields mean: from the data. */
+typedef struct moq_encode_desc {
+    moq_scheme scheme;       /* weight coding; W4A8_AWQ and W4A8_NVFP4_FP8 are told by requantize_fp8 and the input coding */
+    const char *name;        /* for messages; may be NULL */
+    const void *data;        /* [rows, cols], row-major */
+    moq_dtype dtype;         /* of data: F32, BF16, F16 */
+    moq_dtype model;         /* type that ModelOpt would hold the weight in; per-tensor FP8 divides in it. 0: dtype */
+    int64_t rows, cols;
+    const float *amax;       /* of each scale group, [row groups, col groups]; NULL: from the data */
+    float global_amax;       /* of the whole matrix, or of the group of layers that share a global scale; 0: from the data */
+    moq_amax_search search;
+    moq_parallel parallel;   /* zero: this thread */
+    const moq_allocator *allocator; /* scratch: one row for each worker; may be NULL */
+} moq_encode_desc;
+
+/* Bytes that moq_encode writes; MOQ_E_SHAPE when the format cannot hold this shape. */
+MOQ_API moq_result moq_encode_bytes(const moq_encode_desc *d, uint64_t *codes, uint64_t *scales, moq_error *err);
+
+/* Encode as ModelOpt stores it: codes packed along columns (INT4: along rows), low nibble first; scales row-major in the scheme's
+   dtype, one per group. *global: the per-tensor scale where the scheme has one, else 0; it may be NULL. Codes and scales have
+   the sizes of moq_encode_bytes; codes may be NULL when only scales are wanted. Fails with MOQ_E_SCALE on non-finite values. */
+MOQ_API moq_result moq_encode(const moq_encode_desc *d, void *codes, void *scales, float *global, moq_error *err);
+
+/* The amax of each scale group, [row groups, col groups] (one for per-tensor scales), found as `search` says. For a search the
+   global amax counts: give that of the group of layers. `amax` may be NULL when only *global_amax, the largest, is wanted. */
+MOQ_API moq_result moq_find_amax(const moq_encode_desc *d, float *amax, float *global_amax, moq_error *err);
+
+/* ------------------------------------------------------------------------------------------------
+   >>api-calib       watching a model run, calibration, AutoQuantize's choice
+   ------------------------------------------------------------------------------------------------ */
+
+/* What an observing backend shows. All arrays are host F32, row-major and the backend's own; entries may be NULL. */
+typedef struct moq_observer {
+    void *user;
+    /* The input x [rows, cols] of `parts` layers that share it, before their own rounding. May be changed in place: return 1 and
+       the product is computed from the changed values. In a mixture of experts only the rows of the chosen expert are shown. */
+    int (*input)(void *user, const moq_linear *layers, int32_t parts, float *x, int32_t rows);
+    /* The output y [rows, sum of the parts' rows] of a layer. */
+    void (*output)(void *user, const moq_linear *layers, int32_t parts, const float *y, int32_t rows);
+    /* Keys [rows, kv_heads, head_dim] after rope and values [rows, kv_heads, value_dim], as they enter the cache. */
+    void (*kv)(void *user, const moq_kv_desc *cache, const float *k, const float *v, int32_t rows);
+    /* moq_end_batch was called. */
+    void (*end_batch)(void *user);
+    /* 1: every result is rounded to BF16 and the small operations go step by step as PyTorch does them in BF16, so that statistics are
+       those of a BF16 model and not of an F32 one. */
+    int32_t bf16;
+} moq_observer;
+
+/* A backend that passes every call on to `inner` and shows what goes by. It must be destroyed before `inner`, which stays the caller's.
+   Engines need not know that they are watched; it is slow, and has no graphs. */
+MOQ_API moq_backend *moq_observing_backend(moq_backend *inner, const moq_observer *observer, const moq_allocator *a, moq_error *err);
+
+/* Runs all samples, one forward pass each, on a model of `source` whose backend is `watch`, and calls moq_end_batch(watch) after each batch:
+   averages are taken over batches. Called once for each pass that an algorithm needs. Only the forward pass knows the tokens, so
+   padding is whatever it runs. */
+typedef moq_result (*moq_forward_fn)(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err);
+MOQ_API void moq_end_batch(moq_backend *watch);
+
+/* What to quantize a module with: the recipe, or NULL to leave it as it is. */
+typedef const moq_recipe *(*moq_choose_fn)(void *user, const char *module);
+
+/* How a search over scales judges a candidate. */
+typedef enum moq_judge {
+    MOQ_JUDGE_AUTO = 0, /* EXACT for up to 4096 tokens, then GRAM */
+    MOQ_JUDGE_EXACT,    /* by the layer's outputs, rounded to BF16 step by step as ModelOpt does; time grows with the tokens */
+    MOQ_JUDGE_GRAM      /* by sums of x^T x: the same loss without those roundings; memory cols^2 for each input */
+} moq_judge;
+
+typedef struct moq_calibrate_desc {
+    const moq_checkpoint *source;
+    const char *recipe;             /* of moq_find_recipe */
+    moq_choose_fn choose;           /* NULL: the recipe for what it covers */
+    void *choose_user;
+    const char *kv;                 /* "fp8", "fp8_affine", "nvfp4_rotate" ...; NULL, "none" and the cast presets need no statistics */
+    int32_t smooth_experts;         /* 1: AWQ searches every expert as a layer of its own; 0: experts stay plain, as in ModelOpt's fused experts */
+    moq_forward_fn forward;
+    void *data;
+    moq_backend *backend;           /* runs the model; NULL: a CPU backend of its own */
+    int32_t threads;                /* of that one; 0: physical cores */
+    moq_judge judge;
+    int32_t f32;                    /* 1: statistics of an F32 model; 0: of a BF16 model, as ModelOpt calibrates */
+    moq_allocator allocator;
+    moq_progress_fn progress;       /* MOQ_STAGE_CALIBRATE: passes done, passes in all */
+    void *progress_user;
+} moq_calibrate_desc;
+
+/* Statistics, named as ModelOpt names its quantizers in memory: "M.input_quantizer.amax", "M.input_quantizer.pre_quant_scale",
+   "M.awq_lite.best_scale", "M.weight_quantizer.amax", "A.k_bmm_quantizer.amax" ... all F32. */
+typedef struct moq_stats moq_stats;
+
+/* Run the model as often as the recipe's algorithm needs and return what it found. Destroy with moq_stats_destroy. */
+MOQ_API moq_stats *moq_calibrate(const moq_calibrate_desc *desc, moq_error *err);
+MOQ_API void moq_stats_destroy(moq_stats *s);
+MOQ_API size_t moq_stats_count(const moq_stats *s);
+MOQ_API const moq_tensor *moq_get_stat(const moq_stats *s, size_t index);           /* in the order they were found; NULL past the end */
+MOQ_API const moq_tensor *moq_find_stat(const moq_stats *s, const char *name);      /* NULL: not there */
+/* A .safetensors file that moq_quantize_desc.calibration takes. */
+MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_error *err);
+
+/* ---- AutoQuantize ---- */
+
+/* Layers that get the same format: what they may get, ascending by bits; the last is usually "as it is" with score 0. */
+typedef struct moq_unit {
+    const char *name;
+    int32_t formats;
+    const double *scores;   /* [formats] harm; smaller is better */
+    const double *costs;    /* [formats] elements * bits / 16 * weight */
+} moq_unit;
+
+typedef enum moq_solve_method {
+    MOQ_SOLVE_SUM = 0,      /* the smallest sum of scores within the budget (gradient scores): exact */
+    MOQ_SOLVE_THRESHOLD     /* each unit takes its first format with a score of at most t, the t found by bisection (KL scores) */
+} moq_solve_method;
+
+typedef struct moq_solve_desc {
+    const moq_unit *units;
+    size_t count;
+    double effective_bits;  /* budget = effective_bits / 16 * uncompressed */
+    double uncompressed;    /* sum of elements * weight, units that are not searched included; 0: the largest costs of the units */
+    double fixed_cost;      /* cost of what is not searched */
+    double lower;           /* smallest cost as a fraction of the budget; 0: none (ModelOpt tries .99, .90, none for active experts) */
+    moq_solve_method method;
+    moq_allocator allocator;
+} moq_solve_desc;
+
+/* choice [count]: index of each unit's format. MOQ_E_CONFIG when no choice fits the budget. *score, *cost may be NULL. */
+MOQ_API moq_result moq_solve(const moq_solve_desc *desc, int32_t *choice, double *score, double *cost, moq_error *err);
+
+/* The group that a module belongs to: "P.qkv" for q, k and v of P, "P.gate_up", "P.experts" for all experts of a layer, else its own
+   name. Returns the length needed. */
+MOQ_API size_t moq_unit_name(const char *module, char *text, size_t capacity);
+
+/* Bits of an element as AutoQuantize counts a recipe; 16 for NULL. */
+MOQ_API double moq_recipe_bits(const moq_recipe *recipe);
+
+
+/* ------------------------------------------------------------------------------------------------
+   >>api-export      whole folders: quantize, convert
+   ------------------------------------------------------------------------------------------------ */
+
+/* Modules whose name (or `name.weight_quantizer`) matches the pattern take another recipe; "none" leaves them as they are. */
+typedef struct moq_rule {
+    const char *pattern;
+    const char *recipe;
+} moq_rule;
+
+/* A float checkpoint folder in, a quantized folder out. Zero-filled fields are defaults. */
+typedef struct moq_quantize_desc {
+    const char *source;          /* folder; quantized sources (FP8 blocks, MXFP4 ...) are decoded to BF16 first */
+    const char *target;          /* folder that does not exist yet */
+    const char *recipe;          /* moq_find_recipe's names, or "none" to quantize only the KV cache */
+    const char *kv;              /* "fp8", "fp8_affine", "fp8_cast", "nvfp4" ...; NULL or "none": as it is */
+    const char *const *exclude;  /* patterns of modules to leave as they are */
+    size_t exclude_count;
+    const moq_rule *rules;       /* mixed precision: the last rule that matches decides, else `recipe` */
+    size_t rule_count;
+    const char *calibration;     /* .safetensors with recorded amax and pre_quant_scale values, named as ModelOpt names its quantizers */
+    /* Or measure them: runs the samples in `data` on a model of `source` with the backend `watch` (see moq_calibrate). Used when the
+       recipe needs statistics and no file is given. */
+    moq_result (*calibrate)(void *data, const struct moq_checkpoint *source, struct moq_backend *watch, moq_error *err);
+    void *data;
+    struct moq_backend *backend; /* runs the model meanwhile; NULL: the CPU */
+    const char *save_calibration; /* keep what was measured in this file; may be NULL */
+    const char *format;          /* NULL or "modelopt" */
+    uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
+    int threads;                 /* 0: physical cores */
+    moq_progress_fn progress;    /* MOQ_STAGE_QUANTIZE in bytes of the target; a non-zero return cancels */
+    void *progress_user;
+    moq_log_fn log;
+    void *log_user;
+    moq_allocator allocator;
+} moq_quantize_desc;
+
+/* Writes what ModelOpt would write: same tensor bytes, same JSON. The folder appears under its name only when it is complete, flushed
+   and has been opened again and verified; on any failure nothing is left. */
+MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err);
+
 
 #ifdef __cplusplus
 }
@@ -2205,6 +2405,73 @@ MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t byt
     if (e == MOQ_OK) e = moqi_writer_put(&w, data, bytes, err);
     return e == MOQ_OK ? moqi_writer_commit(&w, err) : e;
 }
+
+#ifdef MOQ_QUANTIZE
+
+/* ---- folders: made, emptied, renamed; used by the exporters, which build a folder beside its target ---- */
+
+#if !defined(MOQ_NO_OS)
+#if defined(_WIN32)
+static int moqi_sys_make_dir(const char *path)
+{
+    wchar_t w[MOQI_WIDE];
+    return moqi_wide(path, w) && CreateDirectoryW(w, NULL) != 0;
+}
+
+static void moqi_sys_remove_dir(const char *path)
+{
+    wchar_t w[MOQI_WIDE];
+    if (moqi_wide(path, w)) RemoveDirectoryW(w);
+}
+#else
+static int moqi_sys_make_dir(const char *path) { return mkdir(path, 0777) == 0; }
+static void moqi_sys_remove_dir(const char *path) { rmdir(path); }
+#endif
+
+/* Deletes the plain files of a folder and then the folder. Only for folders that this library has made. */
+static void moqi_remove_folder(const char *path)
+{
+    moqi_arena r = moqi_arena_make(NULL);
+    const char **names = NULL;
+    size_t count = 0;
+    char text[4096 + 300];
+    if (moqi_list_dir(path, &r, &names, &count, NULL) == MOQ_OK) {
+        for (size_t i = 0; i < count; i++) {
+            moqi_format(text, sizeof text, "%s/%s", path, names[i]);
+            moqi_sys_remove(text);
+        }
+    }
+    moqi_arena_drop(&r);
+    moqi_sys_remove_dir(path);
+}
+
+/* A new folder beside the target, "TARGET.tmp-PROCESS-N". The target itself must not exist. */
+static moq_result moqi_folder_begin(const char *target, char *temp, size_t capacity, moq_error *err)
+{
+    const char *base = moqi_base_name(target);
+    if (moqi_path_kind(target) != MOQI_NOTHING)
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "exists already; choose another target or remove it first");
+    for (unsigned i = 0; i < 100; i++) {
+        if (moqi_format(temp, capacity, "%s.tmp-%u-%u", target, moqi_sys_process(), i) >= capacity)
+            return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "path longer than %zu bytes", capacity - 1);
+        if (moqi_sys_make_dir(temp)) return MOQ_OK;
+        if (moqi_path_kind(temp) == MOQI_NOTHING) break;
+    }
+    return moqi_fail_os(err, base, "a temporary folder beside it cannot be created", moqi_os_code());
+}
+
+/* The finished folder takes its name; both it and its parent are flushed. */
+static moq_result moqi_folder_commit(const char *temp, const char *target, moq_error *err)
+{
+    char inside[4096 + 60];
+    moqi_format(inside, sizeof inside, "%s/x", temp);
+    moqi_sys_flush_dir(inside);
+    if (!moqi_sys_rename(temp, target)) return moqi_fail_os(err, moqi_base_name(target), "the finished folder cannot be renamed to it", moqi_os_code());
+    moqi_sys_flush_dir(target);
+    return MOQ_OK;
+}
+#endif
+#endif /* MOQ_QUANTIZE */
 
 /* ------------------------------------------------------------------------------------------------
    >>threads         processors and their features; the built-in thread pool
@@ -11985,5 +12252,5093 @@ MOQ_API void moq_backend_destroy(moq_backend *be)
 {
     if (be && be->destroy) be->destroy(be);
 }
+
+/* Quantizing, calibrating and exporting are compiled on request: programs that only run models need none of it. */
+#ifdef MOQ_QUANTIZE
+
+/* ------------------------------------------------------------------------------------------------
+   >>quant           encoders of every format, and the weight searches that need no data
+   Bytes equal to ModelOpt's GPU exporter; results do not depend on the number of workers.
+   ------------------------------------------------------------------------------------------------ */
+
+/* PyTorch on a GPU divides a tensor by a Python number by multiplying with the F32 reciprocal, so every "amax / bound" here is
+   amax * fl32(1 / bound); divisions between tensors are true divisions. The difference is one unit in the last place of scales. */
+#define MOQI_INV_6    0x3e2aaaabu
+#define MOQI_INV_7    0x3e124925u
+#define MOQI_INV_127  0x3c010204u
+#define MOQI_INV_448  0x3b124925u
+#define MOQI_INV_1536 0x3a2aaaabu
+#define MOQI_INV_2688 0x39c30c31u
+
+enum { MOQI_MAX_TASKS = 64 };
+
+typedef struct moqi_encoder moqi_encoder;
+
+/* Encodes rows [first, last); x: scratch of three rows for this worker. Returns the bits of the largest magnitude. */
+typedef uint32_t (*moqi_encode_rows)(const moqi_encoder *e, int64_t first, int64_t last, float *x);
+
+struct moqi_encoder {
+    const moq_encode_desc *d;
+    moqi_encode_rows rows;
+    int64_t group_rows, group_cols;  /* of one scale, never MOQ_ALL */
+    int64_t grid_rows, grid_cols;    /* scales */
+    uint32_t inverse;                /* bits of 1 / bound of the group scale */
+    float bound;                     /* largest code */
+    float global_amax, global;       /* global: the stored per-tensor scale */
+    float norm;                      /* NVFP4: block scales reach 448, or 256 */
+    const uint8_t *table;            /* per-tensor FP8 of 16-bit sources: code of every input */
+    uint8_t *codes;                  /* packed rows */
+    void *scales;
+    float *amax;                     /* moq_find_amax: [grid_rows, grid_cols], may be NULL */
+    float *scratch;                  /* [workers, 3, cols] */
+    int avx2;                        /* loops for it may run */
+    int64_t step;                    /* rows of a task */
+    uint32_t top[MOQI_MAX_TASKS];    /* bits of the largest magnitude, by task */
+};
+
+/* ---- small parts ---- */
+
+/* Magnitude bits order like the numbers, and NaN and infinity are the largest: one integer maximum finds both. */
+static uint32_t moqi_top_bits(const float *x, int64_t n)
+{
+    int32_t top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int32_t b = (int32_t)(moqi_f32_bits(x[i]) & 0x7fffffffu);
+        top = b > top ? b : top;
+    }
+    return (uint32_t)top;
+}
+
+/* What a scale is made of: ModelOpt's export_amax turns 0 into the bound, so that the scale is 1. */
+static float moqi_scale_of(float amax, float bound, uint32_t inverse)
+{
+    return (amax > 0 ? amax : bound) * moqi_bits_f32(inverse);
+}
+
+/* E4M3 of a finite value without branches. Below 2^-6 the unit is 2^-9: adding 2^14 leaves the count of units, rounded to even, in
+   the low bits of the sum. */
+static uint8_t moqi_e4m3_code(float v)
+{
+    int32_t b = (int32_t)moqi_f32_bits(v), a = b & 0x7fffffff;
+    int32_t normal = (int32_t)(((uint32_t)a + 0x7ffffu + ((uint32_t)a >> 20 & 1u)) >> 20) - (120 << 3);
+    int32_t tiny = (int32_t)moqi_f32_bits(moqi_bits_f32((uint32_t)a) + 16384.0f) - 0x46800000;
+    int32_t code = a < 0x3c800000 ? tiny : normal;
+    code = code > 0x7e ? 0x7e : code;
+    return (uint8_t)(code | (b < 0 ? 0x80 : 0));
+}
+
+/* NVFP4: ties to even, and the sign bit is (t < 0), so tiny negatives become -0 while -0 itself becomes +0. */
+static uint32_t moqi_e2m1_code(float t)
+{
+    float a = fabsf(t);
+    int i = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    return (uint32_t)(i | (t < 0 ? 8 : 0));
+}
+
+/* MXFP4 (MXFP4QTensor): ties toward zero, and the sign bit is set for 0 too. */
+static uint32_t moqi_mx_e2m1_code(float t)
+{
+    float a = fabsf(t);
+    int i = (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) + (a > 5.0f);
+    return (uint32_t)(i | (t > 0 ? 0 : 8));
+}
+
+/* Nearest integer, ties to even, clamped to [-bound - 1, bound]; |v| < 2^22. */
+static int32_t moqi_int_code(float v, int32_t bound)
+{
+    int32_t q = (int32_t)moqi_f32_bits(v + 12582912.0f) - 0x4b400000; /* 1.5 * 2^23: the unit of the sum is 1 */
+    return q > bound ? bound : q < -bound - 1 ? -bound - 1 : q;
+}
+
+/* q[i] = code of x[i] / step[i]. One loop for each format, written so that compilers vectorise it, and compiled twice on x86. */
+#define MOQI_CODE_LOOP(name, attribute, code) \
+    attribute static void name(const float *x, const float *step, int64_t n, uint8_t *q) \
+    { \
+        for (int64_t i = 0; i < n; i++) { \
+            float t = x[i] / step[i]; \
+            q[i] = (uint8_t)(code); \
+        } \
+    }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+#endif
+MOQI_CODE_LOOP(moqi_codes_e2m1, , moqi_e2m1_code(t))
+MOQI_CODE_LOOP(moqi_codes_mx_e2m1, , moqi_mx_e2m1_code(t))
+MOQI_CODE_LOOP(moqi_codes_e4m3, , moqi_e4m3_code(t))
+#ifdef MOQI_X86
+MOQI_CODE_LOOP(moqi_codes_e2m1_avx2, MOQI_AVX2, moqi_e2m1_code(t))
+MOQI_CODE_LOOP(moqi_codes_mx_e2m1_avx2, MOQI_AVX2, moqi_mx_e2m1_code(t))
+MOQI_CODE_LOOP(moqi_codes_e4m3_avx2, MOQI_AVX2, moqi_e4m3_code(t))
+#endif
+
+/* Magnitude bits of the largest value of each group of g. */
+#define MOQI_TOP_LOOP(name, attribute) \
+    attribute static void name(const float *x, int64_t groups, int64_t g, int32_t *tops) \
+    { \
+        for (int64_t k = 0; k < groups; k++) { \
+            const float *b = x + k * g; \
+            int32_t top = 0; \
+            for (int64_t i = 0; i < g; i++) { \
+                int32_t v = (int32_t)(moqi_f32_bits(b[i]) & 0x7fffffffu); \
+                top = v > top ? v : top; \
+            } \
+            tops[k] = top; \
+        } \
+    }
+MOQI_TOP_LOOP(moqi_tops_any, )
+#ifdef MOQI_X86
+MOQI_TOP_LOOP(moqi_tops_avx2, MOQI_AVX2)
+#endif
+
+static void moqi_tops(int avx2, const float *x, int64_t groups, int64_t g, int32_t *tops)
+{
+#ifdef MOQI_X86
+    if (avx2) { moqi_tops_avx2(x, groups, g, tops); return; }
+#endif
+    (void)avx2;
+    moqi_tops_any(x, groups, g, tops);
+}
+
+/* Pairs of codes to bytes, even index low. */
+static void moqi_pack_nibbles(const uint8_t *q, int64_t n, uint8_t *out)
+{
+    for (int64_t i = 0; i < n / 2; i++) out[i] = (uint8_t)(q[2 * i] | q[2 * i + 1] << 4);
+}
+
+/* Largest magnitude of 16-bit floats, as their bits without sign. */
+static uint16_t moqi_top_u16(const uint8_t *in, int64_t n)
+{
+    uint16_t most = 0;
+    for (int64_t c = 0; c < n; c++) {
+        uint16_t v = (uint16_t)(moqi_get_u16(in + 2 * c) & 0x7fffu);
+        most = v > most ? v : most;
+    }
+    return most;
+}
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+enum { MOQI_CODES_E2M1, MOQI_CODES_MX_E2M1, MOQI_CODES_E4M3 };
+
+static void moqi_codes(int avx2, int kind, const float *x, const float *step, int64_t n, uint8_t *q)
+{
+#ifdef MOQI_X86
+    if (avx2 && kind == MOQI_CODES_E2M1) { moqi_codes_e2m1_avx2(x, step, n, q); return; }
+    if (avx2 && kind == MOQI_CODES_MX_E2M1) { moqi_codes_mx_e2m1_avx2(x, step, n, q); return; }
+    if (avx2) { moqi_codes_e4m3_avx2(x, step, n, q); return; }
+#endif
+    (void)avx2;
+    if (kind == MOQI_CODES_E2M1) moqi_codes_e2m1(x, step, n, q);
+    else if (kind == MOQI_CODES_MX_E2M1) moqi_codes_mx_e2m1(x, step, n, q);
+    else moqi_codes_e4m3(x, step, n, q);
+}
+
+static void moqi_fill(float *p, int64_t n, float v)
+{
+    for (int64_t i = 0; i < n; i++) p[i] = v;
+}
+
+/* A value as the model's own type holds it. */
+static float moqi_in_model(moq_dtype t, float v)
+{
+    return t == MOQ_BF16 ? moq_bf16_decode(moq_bf16_encode(v)) : t == MOQ_F16 ? moq_f16_decode(moq_f16_encode(v)) : v;
+}
+
+/* Row r of the source as F32, [cols]. */
+static void moqi_source_row(const moqi_encoder *e, int64_t r, float *x)
+{
+    const moq_encode_desc *d = e->d;
+    size_t bytes = (size_t)moq_dtype_bits(d->dtype) / 8;
+    moq_to_f32(d->dtype, (const uint8_t *)d->data + (size_t)(r * d->cols) * bytes, (size_t)d->cols, x);
+}
+
+static uint32_t moqi_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+/* ---- FP8 ---- */
+
+/* One scale for all: ModelOpt's quotient is computed and rounded in the model's type, by the scale rounded to that type; the stored
+   scale is unrounded. Source: a 0-d tensor does not promote. F32 models divide in F32. */
+static uint8_t moqi_fp8_code(const moqi_encoder *e, float v)
+{
+    moq_dtype t = e->d->model;
+    return moqi_e4m3_code(moqi_in_model(t, v / moqi_in_model(t, e->global)));
+}
+
+static uint32_t moqi_rows_fp8_tensor(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols;
+    uint32_t top = 0;
+    for (int64_t r = first; r < last; r++) {
+        uint8_t *out = e->codes + r * cols;
+        if (e->table) {
+            const uint8_t *in = (const uint8_t *)e->d->data + (size_t)(r * cols) * 2;
+            uint16_t most = moqi_top_u16(in, cols);
+            for (int64_t c = 0; c < cols; c++) out[c] = e->table[moqi_get_u16(in + 2 * c)];
+            top = moqi_max_u32(top, moqi_f32_bits(e->d->dtype == MOQ_BF16 ? moq_bf16_decode(most) : moq_f16_decode(most)));
+            continue;
+        }
+        moqi_source_row(e, r, x);
+        top = moqi_max_u32(top, moqi_top_bits(x, cols));
+        for (int64_t c = 0; c < cols; c++) out[c] = moqi_fp8_code(e, x[c]);
+    }
+    return top;
+}
+
+/* A scale for every row, F32 division. */
+static uint32_t moqi_rows_fp8_row(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols;
+    uint32_t all = 0;
+    for (int64_t r = first; r < last; r++) {
+        moqi_source_row(e, r, x);
+        int32_t most;
+        moqi_tops(e->avx2, x, 1, cols, &most);
+        uint32_t top = (uint32_t)most;
+        float s = moqi_scale_of(e->d->amax ? e->d->amax[r] : moqi_bits_f32(top), e->bound, e->inverse);
+        ((float *)e->scales)[r] = s;
+        moqi_fill(x + cols, cols, s);
+        if (e->codes) moqi_codes(e->avx2, MOQI_CODES_E4M3, x, x + cols, cols, e->codes + r * cols);
+        all = moqi_max_u32(all, top);
+    }
+    return all;
+}
+
+/* Blocks of rows and columns; a task holds whole block rows. The scales [grid_cols] of a block row hold its amax values first. */
+static uint32_t moqi_rows_fp8_block(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols, g = e->group_cols;
+    uint32_t all = 0;
+    for (int64_t r0 = first; r0 < last; r0 += e->group_rows) {
+        int64_t r1 = moqi_min(last, r0 + e->group_rows), band = r0 / e->group_rows * e->grid_cols;
+        float *s = (float *)e->scales + band;
+        memset(s, 0, (size_t)e->grid_cols * sizeof *s);
+        for (int64_t r = r0; r < r1; r++) {
+            moqi_source_row(e, r, x);
+            for (int64_t k = 0; k < e->grid_cols; k++) {
+                uint32_t top = moqi_top_bits(x + k * g, moqi_min(g, cols - k * g));
+                if (top > moqi_f32_bits(s[k])) s[k] = moqi_bits_f32(top);
+                all = moqi_max_u32(all, top);
+            }
+        }
+        for (int64_t k = 0; k < e->grid_cols; k++) s[k] = moqi_scale_of(e->d->amax ? e->d->amax[band + k] : s[k], e->bound, e->inverse);
+        for (int64_t c = 0; c < cols; c += g) moqi_fill(x + cols + c, moqi_min(g, cols - c), s[c / g]);
+        for (int64_t r = r0; e->codes && r < r1; r++) {
+            moqi_source_row(e, r, x);
+            moqi_codes(e->avx2, MOQI_CODES_E4M3, x, x + cols, cols, e->codes + r * cols);
+        }
+    }
+    return all;
+}
+
+/* ---- integers ---- */
+
+static uint32_t moqi_rows_int8(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols;
+    uint32_t all = 0;
+    for (int64_t r = first; r < last; r++) {
+        moqi_source_row(e, r, x);
+        int32_t most;
+        moqi_tops(e->avx2, x, 1, cols, &most);
+        uint32_t top = (uint32_t)most;
+        float s = moqi_scale_of(e->d->amax ? e->d->amax[r] : moqi_bits_f32(top), e->bound, e->inverse);
+        ((float *)e->scales)[r] = s;
+        for (int64_t c = 0; e->codes && c < cols; c++) e->codes[r * cols + c] = (uint8_t)moqi_int_code(x[c] / s, 127);
+        all = moqi_max_u32(all, top);
+    }
+    return all;
+}
+
+/* Scales of one row of groups; x becomes its codes as small integers. */
+static uint32_t moqi_int4_row(const moqi_encoder *e, int64_t r, float *x)
+{
+    int64_t g = e->group_cols;
+    uint32_t all = 0;
+    moqi_source_row(e, r, x);
+    for (int64_t k = 0; k < e->grid_cols; k++) {
+        float *b = x + k * g;
+        uint32_t top = moqi_top_bits(b, g);
+        float s = moqi_scale_of(e->d->amax ? e->d->amax[r * e->grid_cols + k] : moqi_bits_f32(top), e->bound, e->inverse);
+        ((float *)e->scales)[r * e->grid_cols + k] = s;
+        for (int64_t c = 0; e->codes && c < g; c++) b[c] = (float)moqi_int_code(b[c] / s, 7);
+        all = moqi_max_u32(all, top);
+    }
+    return all;
+}
+
+/* Two rows make a row of bytes: even row in the low nibble. */
+static uint32_t moqi_rows_int4(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols;
+    uint32_t all = 0;
+    for (int64_t r = first; r < last; r += 2) {
+        float *y = x + cols;
+        all = moqi_max_u32(all, moqi_int4_row(e, r, x));
+        all = moqi_max_u32(all, moqi_int4_row(e, r + 1, y));
+        for (int64_t c = 0; e->codes && c < cols; c++) e->codes[r / 2 * cols + c] = (uint8_t)(((int32_t)x[c] & 15) | ((int32_t)y[c] & 15) << 4);
+    }
+    return all;
+}
+
+/* ---- NVFP4 ---- */
+
+/* The stored E4M3 block scale, clamped to [2^-9, 448] so that it is never 0.
+     from the data: s = amax / (6 global), 0 becomes 1
+     static:        s = amax / 6 in weight units, 0 becomes 1; then s * M / (global_amax / 6), M = 448 or 256 */
+static uint8_t moqi_block_scale(const moqi_encoder *e, float amax, int is_static)
+{
+    float s;
+    if (is_static) {
+        s = amax * moqi_bits_f32(MOQI_INV_6);
+        if (!(s > 0)) s = 1;
+        s = s * e->norm / (e->global_amax * moqi_bits_f32(MOQI_INV_6));
+    } else {
+        s = amax / (6 * e->global);
+        if (!(s > 0)) s = 1;
+    }
+    s = s < 0.001953125f ? 0.001953125f : s > 448 ? 448 : s;
+    return moqi_e4m3_code(s);
+}
+
+static uint32_t moqi_rows_nvfp4(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols, g = e->group_cols, n = e->grid_cols;
+    uint32_t all = 0;
+    int32_t *tops = (int32_t *)(void *)(x + 2 * cols);
+    for (int64_t r = first; r < last; r++) {
+        moqi_source_row(e, r, x);
+        moqi_tops(e->avx2, x, n, g, tops);
+        for (int64_t k = 0; k < n; k++) {
+            uint32_t top = (uint32_t)tops[k];
+            const float *given = e->d->amax ? &e->d->amax[r * n + k] : NULL;
+            uint8_t s = moqi_block_scale(e, given ? *given : moqi_bits_f32(top), given != NULL);
+            ((uint8_t *)e->scales)[r * n + k] = s;
+            moqi_fill(x + cols + k * g, g, moq_e4m3_decode(s) * e->global);
+            all = moqi_max_u32(all, top);
+        }
+        if (!e->codes) continue;
+        moqi_codes(e->avx2, MOQI_CODES_E2M1, x, x + cols, cols, (uint8_t *)(x + 2 * cols));
+        moqi_pack_nibbles((const uint8_t *)(x + 2 * cols), cols, e->codes + r * cols / 2);
+    }
+    return all;
+}
+
+/* ---- MX: a power of two for every 32 columns ---- */
+
+/* The smallest e with amax <= bound * 2^e, as a byte e + 127: ceil(log2(amax / bound)), not below -127. The quotient's exponent is one
+   too small exactly when its mantissa is not zero. */
+static uint8_t moqi_mx_scale(float amax, float bound)
+{
+    uint32_t b = moqi_f32_bits(amax / bound);
+    uint32_t e = (b >> 23) + ((b & 0x7fffffu) != 0);
+    return (uint8_t)(e > 254 ? 254 : e);
+}
+
+/* Code of a value already divided by its scale, for the element types of MX. */
+static uint32_t moqi_mx_code(moq_dtype elem, float v)
+{
+    switch ((int)elem) {
+    case MOQ_F4: return moqi_mx_e2m1_code(v);
+    case MOQ_F8_E4M3: return moqi_e4m3_code(v);
+    case MOQ_F6_E3M2: { /* 3 exponent bits, bias 3, 2 mantissa bits, largest 28 */
+        uint32_t b = moqi_f32_bits(v), c = moqi_small_encode(b & 0x7fffffffu, 2, 3);
+        return (c > 31 ? 31 : c) | (b >> 26 & 32u);
+    }
+    default: { /* integers, symmetric */
+        int32_t q = moqi_int_code(v, 127);
+        return (uint32_t)(q < -127 ? -127 : q) & 255u;
+    }
+    }
+}
+
+/* One row whose scales stand behind it: x [2, cols]. */
+static void moqi_mx_codes(const moqi_encoder *e, float *x, uint8_t *out)
+{
+    moq_dtype elem = e->d->scheme.weight.elem;
+    int64_t cols = e->d->cols, bits = moq_dtype_bits(elem);
+    uint8_t *q = (uint8_t *)(x + 2 * cols);
+    if (elem == MOQ_F8_E4M3) { moqi_codes(e->avx2, MOQI_CODES_E4M3, x, x + cols, cols, out); return; }
+    if (elem == MOQ_F4) {
+        moqi_codes(e->avx2, MOQI_CODES_MX_E2M1, x, x + cols, cols, q);
+        moqi_pack_nibbles(q, cols, out);
+        return;
+    }
+    memset(out, 0, (size_t)(cols * bits / 8));
+    for (int64_t c = 0; c < cols; c++) { /* any width, low bits first */
+        uint32_t code = moqi_mx_code(elem, x[c] / x[cols + c]) << (c * bits % 8);
+        out[c * bits / 8] = (uint8_t)(out[c * bits / 8] | (code & 255u));
+        if (code >> 8) out[c * bits / 8 + 1] = (uint8_t)(code >> 8);
+    }
+}
+
+static uint32_t moqi_rows_mx(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols, g = e->group_cols, n = e->grid_cols;
+    int bits = moq_dtype_bits(e->d->scheme.weight.elem);
+    uint32_t all = 0;
+    int32_t *tops = (int32_t *)(void *)(x + 2 * cols);
+    for (int64_t r = first; r < last; r++) {
+        moqi_source_row(e, r, x);
+        moqi_tops(e->avx2, x, n, g, tops);
+        for (int64_t k = 0; k < n; k++) {
+            uint32_t top = (uint32_t)tops[k];
+            uint8_t s = moqi_mx_scale(moqi_bits_f32(top), e->bound);
+            ((uint8_t *)e->scales)[r * n + k] = s;
+            moqi_fill(x + cols + k * g, g, moq_e8m0_decode(s)); /* dividing by a power of two is exact */
+            all = moqi_max_u32(all, top);
+        }
+        if (e->codes) moqi_mx_codes(e, x, e->codes + r * (cols * bits / 8));
+    }
+    return all;
+}
+
+/* ---- amax and searches ---- */
+
+/* Squared error of a block quantized with one scale. */
+static float moqi_block_error(const float *x, int64_t n, float step)
+{
+    static const float values[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float q = values[moqi_e2m1_code(x[i] / step) & 7u] * step, d = fabsf(x[i]) - q;
+        sum += d * d;
+    }
+    return sum;
+}
+
+/* All 126 positive E4M3 scales: c = code * fl32(1/448), step c * A / 6; the smaller scale wins a tie. A scale that clips the largest
+   value by more than the best error so far cannot win. */
+static float moqi_sweep_block(const float *x, int64_t n, float amax, float global_amax)
+{
+    float best = -1, choice = global_amax;
+    for (int code = 1; code <= 0x7e; code++) {
+        float c = moq_e4m3_decode((uint8_t)code) * moqi_bits_f32(MOQI_INV_448);
+        float top = c * global_amax, clipped = amax - top;
+        float step = top / 6;
+        if (best >= 0 && clipped > 0 && clipped * clipped * 0.999f > best) continue;
+        if (!(step > 0)) continue;
+        float loss = moqi_block_error(x, n, step);
+        if (best >= 0 && !(loss < best)) continue;
+        best = loss;
+        choice = top;
+    }
+    return choice;
+}
+
+/* Fake quantization with a static block scale: S = (A * 448 / M) / 6, k = 448 / S, s = e4m3(a / 6 * k) / k. A scale of 0 makes all 0. */
+static float moqi_static_error(const float *x, int64_t n, float amax, float global_amax, float norm)
+{
+    float whole = global_amax * (448 / norm) * moqi_bits_f32(MOQI_INV_6), k = 448 / whole;
+    float s = moq_e4m3_decode(moqi_e4m3_code(amax * moqi_bits_f32(MOQI_INV_6) * k)) * (1 / k);
+    return moqi_block_error(x, n, s > 0 ? s : 1e30f);
+}
+
+/* Rows of amax values, [grid_cols] for each row; scales of several rows are merged by moq_find_amax. */
+static uint32_t moqi_rows_amax(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+{
+    int64_t cols = e->d->cols, g = e->group_cols, n = e->grid_cols;
+    uint32_t all = 0;
+    if (!e->amax && moq_dtype_bits(e->d->dtype) == 16) { /* only the largest of all: no need to decode */
+        uint16_t most = moqi_top_u16((const uint8_t *)e->d->data + (size_t)(first * cols) * 2, (last - first) * cols);
+        return moqi_f32_bits(e->d->dtype == MOQ_BF16 ? moq_bf16_decode(most) : moq_f16_decode(most));
+    }
+    for (int64_t r = first; r < last; r++) {
+        moqi_source_row(e, r, x);
+        all = moqi_max_u32(all, moqi_top_bits(x, cols));
+        for (int64_t k = 0; e->amax && k < n; k++) {
+            const float *b = x + k * g;
+            int64_t m = moqi_min(g, cols - k * g);
+            float v = moqi_bits_f32(moqi_top_bits(b, m));
+            if (e->d->search == MOQ_SEARCH_SWEEP) v = moqi_sweep_block(b, m, v, e->global_amax);
+            if (e->d->search == MOQ_SEARCH_FOUR_OVER_SIX) {
+                float wide = moqi_in_model(e->d->model, v * 1.5f);
+                if (moqi_static_error(b, m, wide, e->global_amax, e->norm) < moqi_static_error(b, m, v, e->global_amax, e->norm)) v = wide;
+            }
+            float *out = &e->amax[r / e->group_rows * n + k];
+            if (e->group_rows == 1 || v > *out) *out = v;
+        }
+    }
+    return all;
+}
+
+/* ---- running ---- */
+
+static void moqi_encode_task(void *arg, int index, int worker)
+{
+    moqi_encoder *e = (moqi_encoder *)arg;
+    int64_t first = index * e->step;
+    e->top[index] = e->rows(e, first, moqi_min(e->d->rows, first + e->step), e->scratch + (size_t)worker * 3 * (size_t)e->d->cols);
+}
+
+/* All rows through `rows`; *top: the largest magnitude. Tasks are whole bands of group_rows, and at least two rows. */
+static moq_result moqi_encode_run(moqi_encoder *e, moqi_encode_rows rows, float *top, moq_error *err)
+{
+    const moq_encode_desc *d = e->d;
+    int banded = rows == moqi_rows_fp8_block || (rows == moqi_rows_amax && e->amax); /* a band of rows shares scales */
+    int64_t unit = banded && e->group_rows > 1 ? e->group_rows : 2;
+    e->step = moqi_ceil_div(moqi_ceil_div(d->rows, MOQI_MAX_TASKS), unit) * unit;
+    int tasks = (int)moqi_ceil_div(d->rows, e->step), workers = d->parallel.run ? d->parallel.workers : 1;
+    uint64_t bytes = (uint64_t)workers * 3 * (uint64_t)d->cols * sizeof(float);
+    uint32_t all = 0;
+    e->rows = rows;
+    e->scratch = bytes <= SIZE_MAX / 2 ? (float *)moq_allocate(d->allocator, (size_t)bytes) : NULL;
+    if (!e->scratch) return moqi_nomem(err, bytes);
+    if (d->parallel.run) d->parallel.run(d->parallel.user, tasks, moqi_encode_task, e);
+    else for (int i = 0; i < tasks; i++) moqi_encode_task(e, i, 0);
+    moq_release(d->allocator, e->scratch, (size_t)bytes);
+    for (int i = 0; i < tasks; i++) all = moqi_max_u32(all, e->top[i]);
+    if (all >= 0x7f800000u)
+        return moqi_fail(err, MOQ_E_SCALE, moqi_at(NULL, "layer", d->name ? d->name : "", -1),
+                         "the weights hold NaN or infinity, which no quantized format can express; repair the source checkpoint");
+    if (top) *top = moqi_bits_f32(all);
+    return MOQ_OK;
+}
+
+/* What can be encoded: element, scale, bits of 1 / bound, bound, rows function. */
+static const struct { moq_dtype elem, scale; float bound; uint32_t inverse; moqi_encode_rows rows; } moqi_encoders[] = {
+    {MOQ_F8_E4M3, MOQ_F32, 448, MOQI_INV_448, moqi_rows_fp8_row},
+    {MOQ_I8, MOQ_F32, 127, MOQI_INV_127, moqi_rows_int8},
+    {MOQ_I4, MOQ_F32, 7, MOQI_INV_7, moqi_rows_int4},
+    {MOQ_F4, MOQ_F8_E4M3, 6, MOQI_INV_6, moqi_rows_nvfp4},
+    {MOQ_F4, MOQ_F8_E8M0, 6, 0, moqi_rows_mx},
+    {MOQ_F6_E3M2, MOQ_F8_E8M0, 28, 0, moqi_rows_mx},
+    {MOQ_F8_E4M3, MOQ_F8_E8M0, 448, 0, moqi_rows_mx},
+    {MOQ_I8, MOQ_F8_E8M0, 127, 0, moqi_rows_mx}
+};
+
+/* Rules of shape: groups of columns are whole, INT4 rows come in pairs; only FP8 blocks may be ragged. */
+static moq_result moqi_check_shape(const moqi_encoder *e, moq_error *err)
+{
+    const moq_encode_desc *d = e->d;
+    moqi_where at = moqi_at(NULL, "layer", d->name ? d->name : "", -1);
+    char format[64];
+    moq_scheme_name(&d->scheme, format, sizeof format);
+    int blocks = d->scheme.weight.elem == MOQ_F8_E4M3 && d->scheme.weight.scale == MOQ_F32;
+    if (!blocks && d->cols % e->group_cols != 0)
+        return moqi_fail(err, MOQ_E_SHAPE, at, "%lld input features are no multiple of the %lld that share a scale in %s; exclude this layer or choose "
+                         "another recipe", (long long)d->cols, (long long)e->group_cols, format);
+    if (d->scheme.weight.elem == MOQ_I4 && d->rows % 2 != 0)
+        return moqi_fail(err, MOQ_E_SHAPE, at, "%lld output features cannot be packed in pairs as %s does; exclude this layer", (long long)d->rows, format);
+    return MOQ_OK;
+}
+
+/* Find the encoder of a scheme and resolve its groups. */
+static moq_result moqi_encoder_make(moqi_encoder *e, const moq_encode_desc *d, moq_error *err)
+{
+    const moq_coding *w = &d->scheme.weight;
+    char format[64];
+    memset(e, 0, sizeof *e);
+    e->d = d;
+    e->avx2 = (moqi_cpu_flags() & (uint32_t)MOQI_CPU_AVX2) != 0;
+    if (d->rows <= 0 || d->cols <= 0 || (d->dtype != MOQ_F32 && d->dtype != MOQ_BF16 && d->dtype != MOQ_F16))
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "the source must be a matrix of F32, BF16 or F16");
+    for (size_t i = 0; i < MOQI_COUNT(moqi_encoders); i++) {
+        if (moqi_encoders[i].elem != w->elem || moqi_encoders[i].scale != w->scale) continue;
+        e->rows = moqi_encoders[i].rows;
+        e->bound = moqi_encoders[i].bound;
+        e->inverse = moqi_encoders[i].inverse;
+    }
+    e->group_rows = w->group_rows == MOQ_ALL ? d->rows : w->group_rows;
+    e->group_cols = w->group_cols == MOQ_ALL ? d->cols : w->group_cols;
+    if (!e->rows || e->group_rows <= 0 || e->group_cols <= 0 || w->zero_point) {
+        moq_scheme_name(&d->scheme, format, sizeof format);
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "weights cannot be encoded as %s", format);
+    }
+    if (w->group_rows == MOQ_ALL && w->elem == MOQ_F8_E4M3) e->rows = moqi_rows_fp8_tensor;
+    else if (w->group_rows != 1 && w->elem == MOQ_F8_E4M3) e->rows = moqi_rows_fp8_block;
+    e->grid_rows = moqi_ceil_div(d->rows, e->group_rows);
+    e->grid_cols = moqi_ceil_div(d->cols, e->group_cols);
+    e->norm = d->search == MOQ_SEARCH_FOUR_OVER_SIX ? 256.0f : 448.0f;
+    return moqi_check_shape(e, err);
+}
+
+/* The stored per-tensor scale: amax / (6 * M) of NVFP4; / 448 where the product of code and block scale must fit E4M3, for the second
+   rounding of W4A8_AWQ and for FP8. An all-zero NVFP4 tensor takes the scale of amax 1: any would do, but 0 would divide 0 by 0. */
+static float moqi_global_scale(const moq_scheme *s, moq_amax_search search, float amax)
+{
+    if (s->weight.elem != MOQ_F4 || s->input.elem == MOQ_F8_E4M3) return moqi_scale_of(amax, 448, MOQI_INV_448);
+    return (amax > 0 ? amax : 1) * moqi_bits_f32(search == MOQ_SEARCH_FOUR_OVER_SIX ? MOQI_INV_1536 : MOQI_INV_2688);
+}
+
+static void moqi_set_global(moqi_encoder *e, float amax)
+{
+    e->global_amax = amax > 0 ? amax : 1;
+    e->global = moqi_global_scale(&e->d->scheme, e->d->search, amax);
+}
+
+MOQ_API moq_result moq_encode_bytes(const moq_encode_desc *d, uint64_t *codes, uint64_t *scales, moq_error *err)
+{
+    moqi_encoder e;
+    *codes = *scales = 0;
+    moq_result r = moqi_encoder_make(&e, d, err);
+    if (r != MOQ_OK) return r;
+    uint64_t n, m;
+    if (!moqi_mul((uint64_t)d->rows, (uint64_t)d->cols, &n) || !moqi_mul(n, 8, &m) || n > (uint64_t)INT64_MAX / 64)
+        return moqi_fail(err, MOQ_E_OVERFLOW, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "[%lld, %lld] does not fit in memory",
+                         (long long)d->rows, (long long)d->cols);
+    *codes = n * (uint64_t)moq_dtype_bits(d->scheme.weight.elem) / 8;
+    *scales = (uint64_t)e.grid_rows * (uint64_t)e.grid_cols * (uint64_t)moq_dtype_bits(d->scheme.weight.scale) / 8;
+    return MOQ_OK;
+}
+
+/* The code of every 16-bit input, for matrices that are larger than the table: 65536 encodings instead of one for each weight. */
+static moq_result moqi_fp8_table(moqi_encoder *e, uint8_t **table, moq_error *err)
+{
+    const moq_encode_desc *d = e->d;
+    *table = NULL;
+    if (moq_dtype_bits(d->dtype) != 16 || d->rows < 65536 / d->cols) return MOQ_OK;
+    *table = (uint8_t *)moq_allocate(d->allocator, 65536);
+    if (!*table) return moqi_nomem(err, 65536);
+    for (uint32_t i = 0; i < 65536; i++)
+        (*table)[i] = moqi_fp8_code(e, d->dtype == MOQ_BF16 ? moq_bf16_decode((uint16_t)i) : moq_f16_decode((uint16_t)i));
+    e->table = *table;
+    return MOQ_OK;
+}
+
+MOQ_API moq_result moq_encode(const moq_encode_desc *d, void *codes, void *scales, float *global, moq_error *err)
+{
+    moqi_encoder e;
+    moq_encode_desc copy = *d;
+    uint8_t *table = NULL;
+    float *found = NULL;
+    uint64_t found_bytes = 0;
+    if (!copy.model) copy.model = copy.dtype;
+    if (global) *global = 0;
+    moqi_clear(err);
+    moq_result r = moqi_encoder_make(&e, &copy, err);
+    if (r != MOQ_OK) return r;
+    moqi_encode_rows rows = e.rows;
+    int per_tensor = rows == moqi_rows_fp8_tensor;
+    float amax = per_tensor && copy.amax ? copy.amax[0] : copy.global_amax;
+    if (!(amax > 0) && (per_tensor || copy.scheme.weight.has_global)) r = moqi_encode_run(&e, moqi_rows_amax, &amax, err);
+    e.rows = rows;
+    moqi_set_global(&e, amax);
+    if (r == MOQ_OK && rows == moqi_rows_nvfp4 && copy.search != MOQ_SEARCH_MAX && !copy.amax) { /* static blocks: search them first */
+        found_bytes = (uint64_t)e.grid_rows * (uint64_t)e.grid_cols * sizeof(float);
+        found = (float *)moq_allocate(copy.allocator, (size_t)found_bytes);
+        e.amax = found;
+        r = found ? moqi_encode_run(&e, moqi_rows_amax, NULL, err) : moqi_nomem(err, found_bytes);
+        copy.amax = found;
+    }
+    if (r == MOQ_OK && per_tensor && codes) r = moqi_fp8_table(&e, &table, err);
+    e.codes = (uint8_t *)codes;
+    e.scales = scales;
+    if (r == MOQ_OK && (codes || !per_tensor)) r = moqi_encode_run(&e, rows, NULL, err);
+    if (r == MOQ_OK && per_tensor) memcpy(scales, &e.global, sizeof e.global);
+    if (r == MOQ_OK && global && copy.scheme.weight.has_global) *global = e.global;
+    moq_release(copy.allocator, table, 65536);
+    moq_release(copy.allocator, found, (size_t)found_bytes);
+    return r;
+}
+
+MOQ_API moq_result moq_find_amax(const moq_encode_desc *d, float *amax, float *global_amax, moq_error *err)
+{
+    moqi_encoder e;
+    moq_encode_desc copy = *d;
+    float top = copy.global_amax;
+    if (!copy.model) copy.model = copy.dtype;
+    if (global_amax) *global_amax = 0;
+    moqi_clear(err);
+    moq_result r = moqi_encoder_make(&e, &copy, err);
+    if (r == MOQ_OK && (!amax || copy.search != MOQ_SEARCH_MAX) && !(top > 0)) r = moqi_encode_run(&e, moqi_rows_amax, &top, err);
+    if (r == MOQ_OK && amax) {
+        e.global_amax = top;
+        e.amax = amax;
+        memset(amax, 0, (size_t)(e.grid_rows * e.grid_cols) * sizeof *amax);
+        r = moqi_encode_run(&e, moqi_rows_amax, copy.global_amax > 0 ? NULL : &top, err);
+    }
+    if (r == MOQ_OK && global_amax) *global_amax = top;
+    return r;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>recipe          which modules a recipe covers, recorded calibration, smoothing, shared scales
+   Fills a plan: one target for each module of the source, with everything that its encoding needs. Reads weights, writes nothing.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ModelOpt matches quantizer names ("model.layers.0.mlp.up_proj.weight_quantizer") against ordered pattern lists; later entries win.
+   Every preset but one ends with this list of what is never quantized. */
+static const char *const moqi_never[] = {
+    "*block_sparse_moe.gate*", "*linear_attn.conv1d*", "*self_attention.conv1d*", "*linear_attn.in_proj_a*", "*linear_attn.in_proj_b*",
+    "*lm_head*", "*mixer.conv1d*", "*mlp.gate.*", "*mlp.shared_expert_gate.*", "*output_layer*", "*proj_out.*", "*router*", "mtp.*", "output.*",
+    "*embed_vision*", "*vision_tower*", "*visual*", "*vision_model*", "*multi_modal_projector*"
+};
+
+#define MOQI_MAMBA_OFF "*fc1_latent_proj*", "*fc2_latent_proj*", "*q_proj*", "*k_proj*", "*v_proj*", "*o_proj*", \
+    "*self_attention.linear_qkv*", "*self_attention.linear_proj*"
+
+/* Recipes that do not simply cover every linear: patterns that turn on (none: all), patterns that turn off. */
+typedef struct moqi_coverage {
+    const char *recipe;
+    const char *on[6];
+    const char *off[10];
+    int heads;          /* without the list above: lm_head too */
+} moqi_coverage;
+
+static const moqi_coverage moqi_coverages[] = {
+    {"nvfp4_mlp_only", {"*mlp*", "*.mixer.up_proj*", "*.mixer.down_proj*", "*block_sparse_moe*", "*.experts.*", NULL}, {NULL}, 0},
+    {"nvfp4_mlp_weight_only", {"*mlp*", "*block_sparse_moe*", NULL}, {NULL}, 0},
+    {"mxfp4_mlp_weight_only", {"*mlp*", "*block_sparse_moe*", NULL}, {NULL}, 0},
+    {"nvfp4_omlp_only", {"*o_proj*", "*mlp*", "*.mixer.up_proj*", "*.mixer.down_proj*", "*block_sparse_moe*", NULL}, {NULL}, 0},
+    {"nvfp4_experts_only", {"*block_sparse_moe*", "*.experts.*", NULL}, {NULL}, 0},
+    {"nvfp4_experts_only_mse", {"*block_sparse_moe*", "*.experts.*", NULL}, {NULL}, 0},
+    {"nvfp4_fp8_mha", {NULL}, {NULL}, 1},
+    {"mamba_moe_fp8_aggressive", {NULL}, {MOQI_MAMBA_OFF, NULL}, 0},
+    {"mamba_moe_fp8_conservative", {NULL}, {MOQI_MAMBA_OFF, "*mixer.in_proj*", "*mixer.out_proj*"}, 0},
+    {"mamba_moe_nvfp4_aggressive", {NULL}, {MOQI_MAMBA_OFF, NULL}, 0},
+    {"mamba_moe_nvfp4_conservative", {NULL}, {MOQI_MAMBA_OFF, "*mixer.in_proj*", "*mixer.out_proj*"}, 0}
+};
+
+/* One module of the source and what becomes of it. Vectors are F32 [cols] unless said otherwise; NULL: none. */
+typedef struct moqi_target {
+    const char *name;
+    moq_linear w;             /* the source, as bound */
+    const moq_recipe *recipe; /* NULL: left as it is */
+    moq_dtype model;          /* float type of the source; BF16 for quantized sources */
+    uint32_t kind;            /* MOQI_STORE_... of the source */
+    uint8_t expert;           /* a member of a list of experts: "....experts.3.up_proj" */
+    uint8_t embedding;
+    uint8_t cast;             /* MXFP4 to NVFP4: the codes stay, scales are only written differently */
+    size_t leader;            /* first member of the group that shares an input; its own index when alone */
+    size_t members;           /* of the group, said by its leader */
+    moq_amax_search search;
+    float input_amax;         /* 0: none */
+    float global_amax;        /* of the weight, the largest of the group where scales are shared */
+    const float *amax;        /* recorded or searched amax of scale groups */
+    float *kept;              /* searched blocks between the scales and the codes; bytes of it */
+    uint64_t kept_bytes;
+    float recorded_amax;      /* scalar, where calibration clipped it; 0: of the weight */
+    const float *smooth;      /* weight columns are multiplied by it: 1 / p */
+    const float *own_p;       /* pre_quant_scale in the model's type */
+    const float *mean_p;      /* of the group, when it has more than one member */
+    const float *row_p;       /* [rows] pre_quant_scale of the next layer, folded into this one's rows */
+    const float *out_p;       /* pre_quant_scale to store; NULL: none or folded away */
+} moqi_target;
+
+/* A norm whose weight takes up the pre_quant_scale of the layers behind it. */
+typedef struct moqi_fold { const char *tensor; const float *p; int plus_one; } moqi_fold;
+
+typedef struct moqi_plan {
+    const moq_checkpoint *ck;
+    const moq_quantize_desc *desc;
+    const moq_recipe *recipe;     /* NULL: "none" */
+    moqi_arena *r;
+    const moq_tensor **records;   /* recorded calibration, sorted by name */
+    size_t record_count;
+    const char *records_name;     /* file, for messages; NULL: nothing recorded */
+    moqi_target *targets;         /* in the order of the checkpoint's modules, by name */
+    size_t count;
+    moqi_map map;                 /* module name -> target */
+    moqi_fold *folds;
+    size_t fold_count;
+    float *work;                  /* one weight as F32, for those that cannot be read in place */
+    uint64_t work_bytes;
+    moq_parallel parallel;
+    int nemotron;                 /* modules are "backbone. ..." on disk, "model. ..." in calibration */
+} moqi_plan;
+
+/* ---- coverage ---- */
+
+static int moqi_any_glob(const char *const *patterns, size_t count, const char *name)
+{
+    for (size_t i = 0; i < count && patterns[i]; i++)
+        if (moq_glob_match(patterns[i], name)) return 1;
+    return 0;
+}
+
+/* Does the recipe quantize the module, given by its quantizer's name? */
+static int moqi_recipe_covers(const moq_recipe *recipe, const char *quantizer)
+{
+    const moqi_coverage *c = NULL;
+    for (size_t i = 0; i < MOQI_COUNT(moqi_coverages); i++)
+        if (strcmp(moqi_coverages[i].recipe, recipe->name) == 0) c = &moqi_coverages[i];
+    if (c && c->on[0] && !moqi_any_glob(c->on, MOQI_COUNT(c->on), quantizer)) return 0;
+    if (c && moqi_any_glob(c->off, MOQI_COUNT(c->off), quantizer)) return 0;
+    return (c && c->heads) || !moqi_any_glob(moqi_never, MOQI_COUNT(moqi_never), quantizer);
+}
+
+/* Last component of a dotted name. */
+static const char *moqi_last_part(const char *name)
+{
+    const char *dot = strrchr(name, '.');
+    return dot ? dot + 1 : name;
+}
+
+static int moqi_is_one_of(const char *s, const char *const *list, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(s, list[i]) == 0) return 1;
+    return 0;
+}
+
+/* "...experts.3.up_proj": the parts around the number; 0 when it is no expert. */
+static int moqi_expert_name(const char *name, size_t *container, uint32_t *number, const char **part)
+{
+    const char *at = strstr(name, "experts.");
+    for (const char *next = at; next; next = strstr(next + 1, "experts.")) at = next;
+    if (!at || at[8] < '0' || at[8] > '9') return 0;
+    const char *p = at + 8;
+    uint32_t n = 0;
+    for (; *p >= '0' && *p <= '9' && n < 100000; p++) n = n * 10 + (uint32_t)(*p - '0');
+    if (*p != '.') return 0;
+    *container = (size_t)(at - name) + 7;
+    *number = n;
+    *part = p + 1;
+    return 1;
+}
+
+/* A router is the child `gate`, `router` or `shared_expert_gate` of a module that has experts. */
+static int moqi_is_router(const moqi_plan *p, const char *name)
+{
+    static const char *const names[] = {"gate", "router", "shared_expert_gate"};
+    const char *last = moqi_last_part(name);
+    char text[MOQ_MAX_NAME_BYTES + 16];
+    if (!moqi_is_one_of(last, names, MOQI_COUNT(names)) || last == name) return 0;
+    size_t n = moqi_format(text, sizeof text, "%.*sexperts", (int)(last - name), name);
+    for (size_t i = 0; i < p->ck->module_count; i++)
+        if (strncmp(p->ck->modules[i].name, text, n) == 0) return 1;
+    return 0;
+}
+
+/* Layers past num_hidden_layers predict further tokens; ModelOpt leaves them alone. */
+static int moqi_is_extra_layer(const moqi_plan *p, const char *name)
+{
+    int64_t layers, n = 0;
+    const char *at = strstr(name, "layers.");
+    if (!at || !moq_json_int(moq_json_find(moq_get_config(p->ck), "num_hidden_layers"), &layers)) return 0;
+    for (at += 7; *at >= '0' && *at <= '9' && n < 1000000; at++) n = n * 10 + (*at - '0');
+    return n >= layers;
+}
+
+/* Does a pattern name the module, its quantizer, or the container of experts that it is in? */
+static int moqi_names(const char *pattern, const char *name, const char *quantizer)
+{
+    char container[MOQ_MAX_NAME_BYTES + 8];
+    size_t n;
+    uint32_t number;
+    const char *leaf;
+    if (moq_glob_match(pattern, name) || moq_glob_match(pattern, quantizer)) return 1;
+    if (!moqi_expert_name(name, &n, &number, &leaf)) return 0;
+    moqi_format(container, sizeof container, "%.*s", (int)n, name);
+    return moq_glob_match(pattern, container);
+}
+
+/* The recipe of one module, after rules and exclusions. A rule may name what recipes leave alone (lm_head), but never an embedding, a
+   router or a layer that the model does not run. */
+static moq_result moqi_choose_recipe(const moqi_plan *p, moqi_target *t, moq_error *err)
+{
+    static const char *const tables[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "position_embeddings"};
+    const moq_quantize_desc *d = p->desc;
+    char quantizer[MOQ_MAX_NAME_BYTES + 32];
+    int named = 0;
+    t->recipe = p->recipe;
+    t->embedding = (uint8_t)moqi_is_one_of(moqi_last_part(t->name), tables, MOQI_COUNT(tables));
+    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", t->name);
+    for (size_t i = 0; i < d->rule_count; i++) {
+        if (!moqi_names(d->rules[i].pattern, t->name, quantizer)) continue;
+        named = 1;
+        t->recipe = moq_find_recipe(d->rules[i].recipe);
+        if (!t->recipe && !moqi_same(d->rules[i].recipe, "none"))
+            return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, d->rules[i].recipe, -1), "no recipe has this name; `moq recipes` lists them");
+    }
+    for (size_t i = 0; i < d->exclude_count; i++)
+        if (moqi_names(d->exclude[i], t->name, quantizer)) t->recipe = NULL;
+    if (t->recipe && (t->embedding || moqi_is_router(p, t->name) || moqi_is_extra_layer(p, t->name))) t->recipe = NULL;
+    if (t->recipe && !named && !moqi_recipe_covers(t->recipe, quantizer)) t->recipe = NULL;
+    return MOQ_OK;
+}
+
+/* ---- recorded calibration ---- */
+
+/* The name that ModelOpt's in-memory model gives a module: Nemotron-H and Mixtral are renamed on the way to disk. */
+static void moqi_memory_name(const moqi_plan *p, const char *name, char *text, size_t capacity)
+{
+    const char *moe = strstr(name, ".block_sparse_moe.");
+    const char *start = p->nemotron && moqi_starts(name, "backbone.") ? "model." : "";
+    const char *rest = start[0] ? name + 9 : name;
+    if (moe) moqi_format(text, capacity, "%s%.*s.mlp.%s", start, (int)(moe - rest), rest, moe + 18);
+    else moqi_format(text, capacity, "%s%s", start, rest);
+}
+
+static int moqi_records_by_name(const void *a, const void *b) { return strcmp(((const moq_tensor *)a)->name, ((const moq_tensor *)b)->name); }
+
+static const moq_tensor *moqi_find_record(const moqi_plan *p, const char *name)
+{
+    size_t lo = 0, hi = p->record_count;
+    while (lo < hi) {
+        size_t mid = lo + (hi - lo) / 2;
+        int order = strcmp(p->records[mid]->name, name);
+        if (order == 0) return p->records[mid];
+        if (order < 0) lo = mid + 1;
+        else hi = mid;
+    }
+    return NULL;
+}
+
+/* A recorded tensor of a target as F32 in the arena: `part` is "input_quantizer.amax", "weight_quantizer.amax", ... Tried under its own
+   name, ModelOpt's, and that of the fused container of experts. *skip: elements before this module's share of a fused tensor. */
+static const moq_tensor *moqi_recorded_tensor(const moqi_plan *p, const moqi_target *t, const char *part, int *up_half)
+{
+    char memory[MOQ_MAX_NAME_BYTES + 64], text[MOQ_MAX_NAME_BYTES + 160];
+    size_t container;
+    uint32_t number;
+    const char *leaf;
+    const moq_tensor *found;
+    *up_half = 0;
+    moqi_memory_name(p, t->name, memory, sizeof memory);
+    moqi_format(text, sizeof text, "%s%c%s", t->name, t->w.experts > 0 ? '_' : '.', part);
+    if ((found = moqi_find_record(p, text)) != NULL) return found;
+    moqi_format(text, sizeof text, "%s.%s", memory, part);
+    if ((found = moqi_find_record(p, text)) != NULL) return found;
+    if (!moqi_expert_name(memory, &container, &number, &leaf)) return NULL;
+    int down = strcmp(leaf, "down_proj") == 0 || strcmp(leaf, "w2") == 0, weight = moqi_starts(part, "weight_quantizer.");
+    const char *tail = strchr(part, '.');
+    for (int fused = 1; fused >= 0 && tail; fused--) { /* experts without a gate keep the name up_proj */
+        const char *base = down ? "down_proj" : fused ? "gate_up_proj" : "up_proj";
+        if (weight) moqi_format(text, sizeof text, "%.*s.%s_weight_quantizers.%u%s", (int)container, memory, base, number, tail);
+        else moqi_format(text, sizeof text, "%.*s.%s_%s", (int)container, memory, base, part);
+        *up_half = fused && !down && (strcmp(leaf, "up_proj") == 0 || strcmp(leaf, "w3") == 0);
+        if ((found = moqi_find_record(p, text)) != NULL) return found;
+    }
+    return NULL;
+}
+
+/* A recorded value in F32 in the arena: `count` numbers, or half of twice as many for gate and up. NULL in *out when not recorded. */
+static moq_result moqi_recorded(const moqi_plan *p, const moqi_target *t, const char *part, uint64_t count, const float **out, moq_error *err)
+{
+    int up_half;
+    const moq_tensor *found = moqi_recorded_tensor(p, t, part, &up_half);
+    *out = NULL;
+    if (!found) return MOQ_OK;
+    uint64_t n = moqi_elements(found);
+    moqi_where at = moqi_at(p->records_name, "tensor", found->name, (int64_t)found->offset);
+    if (n != count && (n != 2 * count || !t->expert))
+        return moqi_fail(err, MOQ_E_SHAPE, at, "has %llu values, expected %llu for layer '%q'; it was recorded with another model or recipe",
+                         (unsigned long long)n, (unsigned long long)count, t->name);
+    float *v = (float *)moqi_take_array(p->r, n, sizeof *v);
+    if (!v) return moqi_nomem(err, n * sizeof *v);
+    if (!moq_to_f32(found->dtype, found->data, (size_t)n, v)) return moqi_fail(err, MOQ_E_DTYPE, at, "dtype %s holds no numbers", moq_dtype_name(found->dtype));
+    for (uint64_t i = 0; i < n; i++)
+        if (!moqi_is_finite(v[i]) || v[i] < 0)
+            return moqi_fail(err, MOQ_E_SCALE, at, "value %llu is %g, expected a positive number", (unsigned long long)i, (double)v[i]);
+    *out = n == count || !up_half ? v : v + count;
+    return MOQ_OK;
+}
+
+static int moqi_recipe_searches(const moq_recipe *recipe)
+{
+    return moqi_starts(recipe->calibration, "mse") || moqi_starts(recipe->calibration, "local_hessian");
+}
+
+static int moqi_recipe_clips(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "awq_clip") || moqi_starts(recipe->calibration, "awq_full"); }
+
+/* Fused experts are no linears to ModelOpt's smoothing steps: they stay plain max-calibrated. */
+static int moqi_is_smoothed(const moqi_target *t) { return t->recipe->scheme.pre_quant_scale && !t->expert && t->w.experts == 0; }
+
+/* p = recorded pre_quant_scale, or 1 / best_scale of AWQ, in F32. The stored vector is p in the model's type; the weight is multiplied
+   by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax, so p is found again from its BF16 value. */
+static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_error *err)
+{
+    uint64_t n = (uint64_t)t->w.cols;
+    const float *best, *given;
+    moq_result r = moqi_recorded(p, t, "awq_lite.best_scale", n, &best, err);
+    if (r == MOQ_OK) r = moqi_recorded(p, t, "input_quantizer.pre_quant_scale", n, &given, err);
+    if (r != MOQ_OK) return r;
+    if (!best && !given)
+        return moqi_fail(err, MOQ_E_MISSING, moqi_at(p->records_name, "layer", t->name, -1),
+                         "recipe %s needs a pre_quant_scale for it, and there is none", t->recipe->name);
+    float *smooth = (float *)moqi_take_array(p->r, n, sizeof *smooth), *own = (float *)moqi_take_array(p->r, n, sizeof *own);
+    if (!smooth || !own) return moqi_nomem(err, n * 8);
+    for (uint64_t i = 0; i < n; i++) {
+        float v = best ? 1 / best[i] : given[i];
+        own[i] = moqi_in_model(t->model, v);
+        if (!best) {
+            float whole = 1 / moqi_in_model(t->model, 1 / v);
+            if (moqi_f32_bits(moqi_in_model(t->model, whole)) == moqi_f32_bits(own[i])) v = whole;
+        }
+        smooth[i] = 1 / v;
+    }
+    t->smooth = smooth;
+    t->own_p = own;
+    return MOQ_OK;
+}
+
+/* Does the export of this recipe store an input scale? */
+static int moqi_has_input_scale(const moq_recipe *recipe)
+{
+    const moq_coding *c = &recipe->scheme.input;
+    return c->elem != MOQ_NONE && (c->has_global || (!c->dynamic && c->scale == MOQ_F32));
+}
+
+/* Everything that calibration says of one target. */
+static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error *err)
+{
+    const float *v = NULL;
+    moq_result r = MOQ_OK;
+    moqi_where at = moqi_at(p->records_name, "layer", t->name, -1);
+    if (moqi_has_input_scale(t->recipe)) {
+        r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
+        if (r == MOQ_OK && !v)
+            return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, and %s; give a calibration file that has it",
+                             t->recipe->name, p->records_name ? "the calibration has none" : "nothing was calibrated");
+        if (v) t->input_amax = v[0];
+    }
+    if (r == MOQ_OK && moqi_is_smoothed(t)) r = moqi_load_smoothing(p, t, err);
+    if (r == MOQ_OK && moqi_recipe_clips(t->recipe)) {
+        r = moqi_recorded(p, t, "weight_quantizer.amax", 1, &v, err);
+        if (r == MOQ_OK && v) t->recorded_amax = v[0];
+        else if (r == MOQ_OK && !t->expert) r = moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the clipped weight amax of this layer", t->recipe->name);
+    }
+    if (r == MOQ_OK && moqi_is_smoothed(t) && t->recipe->scheme.weight.elem == MOQ_I8) /* rows of the weight that F32 vectors smoothed */
+        r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)t->w.rows, &t->amax, err);
+    if (r != MOQ_OK || !moqi_recipe_searches(t->recipe)) return r;
+    int fixed = moqi_starts(t->recipe->calibration, "mse");
+    t->search = !fixed || moqi_ends(t->recipe->calibration, "sweep") ? MOQ_SEARCH_SWEEP : MOQ_SEARCH_FOUR_OVER_SIX;
+    uint64_t experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 1;
+    r = moqi_recorded(p, t, "weight_quantizer.amax", experts * (uint64_t)t->w.rows * (uint64_t)(t->w.cols / 16), &t->amax, err);
+    if (r == MOQ_OK && !t->amax && !fixed)
+        return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the block amax of this layer from a calibration run", t->recipe->name);
+    return r;
+}
+
+/* ---- groups of layers that receive the same tensor ---- */
+
+/* Last parts that share an input below one parent: ModelOpt finds them by a dummy forward. Experts pair up gate and up. */
+static const char *const moqi_shared[][6] = {
+    {"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", NULL},
+    {"gate_proj", "up_proj", NULL, NULL, NULL, NULL},
+    {"w1", "w3", NULL, NULL, NULL, NULL},
+    {"in_proj_qkv", "in_proj_z", NULL, NULL, NULL, NULL}
+};
+
+/* leader and members of every target. Members have the same recipe. */
+static void moqi_group_targets(moqi_plan *p)
+{
+    char text[MOQ_MAX_NAME_BYTES + 32];
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_target *t = &p->targets[i];
+        const char *last = moqi_last_part(t->name);
+        int row = -1;
+        t->leader = i;
+        t->members = 1;
+        for (size_t k = 0; k < MOQI_COUNT(moqi_shared); k++)
+            for (size_t j = 0; j < 6 && moqi_shared[k][j]; j++)
+                if (strcmp(last, moqi_shared[k][j]) == 0) row = (int)k;
+        for (size_t j = 0; row >= 0 && t->recipe && j < 6 && moqi_shared[row][j]; j++) {
+            size_t n = moqi_format(text, sizeof text, "%.*s%s", (int)(last - t->name), t->name, moqi_shared[row][j]);
+            const moqi_entry *e = moqi_map_find(&p->map, text, n);
+            if (!e || e->value >= i || p->targets[e->value].recipe != t->recipe || p->targets[e->value].w.cols != t->w.cols) continue;
+            t->leader = p->targets[e->value].leader;
+        }
+        if (t->leader != i) p->targets[t->leader].members++;
+    }
+}
+
+/* ---- smoothing: averaging and folding ---- */
+
+/* The target of a sibling path: `name` with its last `parts` components replaced. */
+static moqi_target *moqi_sibling(const moqi_plan *p, const char *name, const char *last)
+{
+    char text[MOQ_MAX_NAME_BYTES + 32];
+    const char *old = moqi_last_part(name);
+    size_t n = moqi_format(text, sizeof text, "%.*s%s", (int)(old - name), name, last);
+    const moqi_entry *e = moqi_map_find(&p->map, text, n);
+    return e ? &p->targets[e->value] : NULL;
+}
+
+/* NVFP4_AWQ only: o_proj's vector moves into the rows of v_proj, down_proj's into those of up_proj, for the classes that ModelOpt
+   names, and only where the lengths agree (no grouped-query attention). */
+static void moqi_fold_into_rows(const moqi_plan *p)
+{
+    static const char *const attention[] = {"llama", "qwen3", "qwen3_moe"};
+    const char *type = moq_get_info(p->ck)->model_type;
+    if (!moqi_is_one_of(type, attention, MOQI_COUNT(attention))) return;
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_target *t = &p->targets[i];
+        const char *last = moqi_last_part(t->name);
+        const char *before = strcmp(last, "o_proj") == 0 ? "v_proj" : strcmp(last, "down_proj") == 0 ? "up_proj" : NULL;
+        if (!t->own_p || !before || strcmp(t->recipe->algo, "NVFP4_AWQ") != 0) continue;
+        moqi_target *v = moqi_sibling(p, t->name, before);
+        if (!v || v->recipe != t->recipe || v->w.rows != t->w.cols) continue;
+        v->row_p = t->own_p;
+        t->out_p = NULL;
+    }
+}
+
+/* The norm that produces the shared input of a group, or NULL. A norm that also feeds a router or experts must keep its weight. */
+static const char *moqi_norm_before(const moqi_plan *p, const moqi_target *t)
+{
+    static const char *const attention[] = {"input_layernorm", NULL}, *const mlp[] = {"pre_feedforward_layernorm", "post_attention_layernorm", NULL};
+    char text[MOQ_MAX_NAME_BYTES + 64];
+    const char *last = moqi_last_part(t->name), *dot = last - 1, *parent;
+    if (last == t->name) return NULL;
+    do dot--; while (dot > t->name && *dot != '.');
+    parent = dot + 1;
+    int is_mlp = moqi_starts(parent, "mlp."), is_attention = moqi_starts(parent, "self_attn.");
+    if (dot <= t->name || (!is_mlp && !is_attention)) return NULL;
+    for (const char *const *n = is_mlp ? mlp : attention; *n; n++) {
+        moqi_format(text, sizeof text, "%.*s%s.weight", (int)(parent - t->name), t->name, *n);
+        const moq_tensor *norm = moq_find_tensor(p->ck, text);
+        if (norm && norm->rank == 1 && norm->shape[0] == (uint64_t)t->w.cols) return norm->name;
+    }
+    return NULL;
+}
+
+/* One group: the mean of the members' vectors in the model's type; then, for AWQ formats, into the norm. */
+static moq_result moqi_average_group(moqi_plan *p, size_t leader, moq_error *err)
+{
+    const moqi_target *t = &p->targets[leader];
+    size_t n = (size_t)t->w.cols;
+    float *mean = (float *)moqi_take_array(p->r, n, sizeof *mean);
+    if (!mean) return moqi_nomem(err, n * sizeof *mean);
+    for (size_t c = 0; c < n; c++) {
+        float sum = 0;
+        for (size_t i = leader; i < p->count; i++)
+            if (p->targets[i].leader == leader) sum += p->targets[i].own_p[c];
+        mean[c] = moqi_in_model(t->model, sum / (float)t->members);
+    }
+    const char *norm = strstr(t->recipe->algo, "AWQ") ? moqi_norm_before(p, t) : NULL;
+    for (size_t i = leader; i < p->count; i++) {
+        if (p->targets[i].leader != leader) continue;
+        p->targets[i].mean_p = mean;
+        p->targets[i].amax = NULL; /* smoothed once more: recorded values no longer fit */
+        p->targets[i].out_p = norm ? NULL : mean;
+    }
+    if (norm) {
+        p->folds[p->fold_count].tensor = norm;
+        p->folds[p->fold_count].plus_one = moqi_starts(moq_get_info(p->ck)->model_type, "gemma");
+        p->folds[p->fold_count++].p = mean;
+    }
+    return MOQ_OK;
+}
+
+static moq_result moqi_smooth_targets(moqi_plan *p, moq_error *err)
+{
+    moq_result r = MOQ_OK;
+    for (size_t i = 0; i < p->count; i++) p->targets[i].out_p = p->targets[i].own_p;
+    moqi_fold_into_rows(p);
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
+        if (p->targets[i].own_p && p->targets[i].leader == i && p->targets[i].members > 1) r = moqi_average_group(p, i, err);
+    return r;
+}
+
+/* ---- weights ---- */
+
+/* Can the encoder read the source where it lies? */
+static int moqi_is_direct(const moqi_target *t, const moq_linear *w)
+{
+    int64_t bits = moq_dtype_bits(w->codes.dtype);
+    return moqi_is_float(w->codes.dtype) && w->scheme.weight.elem == w->codes.dtype && !t->smooth && !t->row_p && w->row_step == 1 && w->row_first == 0 &&
+           w->col_first == 0 && w->packing.col_stride == 1 && w->packing.row_stride == w->cols && w->packing.word_bits == bits;
+}
+
+/* The smoothed weight in F32, every step rounded as ModelOpt's tensors are: W * (1/p), rows * p of the next layer, (W * p) / mean. */
+static void moqi_load_weight(const moqi_target *t, const moq_linear *w, float *out)
+{
+    moq_dequantize(w, 0, w->rows, out);
+    for (int64_t row = 0; row < w->rows; row++) {
+        float *x = out + row * w->cols;
+        for (int64_t c = 0; c < w->cols; c++) {
+            float v = moqi_in_model(t->model, x[c]);
+            if (t->smooth) v = moqi_in_model(t->model, v * t->smooth[c]);
+            if (t->row_p) v = moqi_in_model(t->model, v * t->row_p[row]);
+            if (t->mean_p) v = moqi_in_model(t->model, v * t->own_p[c] / t->mean_p[c]);
+            x[c] = v;
+        }
+    }
+}
+
+/* What to encode: the source in place, or its smoothed copy in the plan's scratch memory. `expert`: of a stack, else 0. */
+static moq_result moqi_encode_source(moqi_plan *p, const moqi_target *t, int32_t expert, moq_encode_desc *d, moq_error *err)
+{
+    moq_linear w = t->w;
+    moq_result r = MOQ_OK;
+    memset(d, 0, sizeof *d);
+    if (w.experts > 0) r = moq_slice_expert(&t->w, expert, &w, err);
+    if (r != MOQ_OK) return r;
+    d->scheme = t->recipe->scheme;
+    d->name = t->name;
+    d->rows = w.rows;
+    d->cols = w.cols;
+    d->model = t->w.experts > 0 ? MOQ_F32 : t->model; /* stacks are divided in F32 */
+    d->search = t->search;
+    d->parallel = p->parallel;
+    d->allocator = &p->desc->allocator;
+    d->dtype = MOQ_F32;
+    if (moqi_is_direct(t, &w)) {
+        d->dtype = w.codes.dtype;
+        d->data = w.codes.data;
+        return MOQ_OK;
+    }
+    uint64_t bytes = (uint64_t)w.rows * (uint64_t)w.cols * sizeof(float);
+    if (bytes > p->work_bytes) {
+        moq_release(&p->desc->allocator, p->work, (size_t)p->work_bytes);
+        p->work = (float *)moq_allocate(&p->desc->allocator, (size_t)bytes);
+        p->work_bytes = p->work ? bytes : 0;
+        if (!p->work) return moqi_nomem(err, bytes);
+    }
+    moqi_load_weight(t, &w, p->work);
+    d->data = p->work;
+    return MOQ_OK;
+}
+
+/* Does one amax of the whole weight enter the encoding? */
+static int moqi_needs_global(const moqi_target *t)
+{
+    const moq_coding *c = &t->recipe->scheme.weight;
+    return c->has_global || (c->group_rows == MOQ_ALL && c->group_cols == MOQ_ALL);
+}
+
+/* One block of 128 x 128 or less has a scalar amax in ModelOpt's view, and scalars are shared. */
+static int moqi_is_one_block(const moqi_target *t)
+{
+    const moq_coding *c = &t->recipe->scheme.weight;
+    return c->group_rows == 128 && t->w.rows <= 128 && t->w.cols <= 128 && !t->expert;
+}
+
+/* MXFP4 to NVFP4 without loss: with k the exponents of the blocks, the global scale is 2^m, m = max k - 8, and a block scale is
+   2^(k - m), exact in E4M3 while k - m >= -9. In terms of amax: 2688 * 2^m for the weight, 6 * 2^k for a block. */
+static moq_result moqi_cast_global(moqi_target *t, moq_error *err)
+{
+    double top = 0;
+    for (int32_t k = 0; k < (t->w.experts > 0 ? t->w.experts : 1); k++) {
+        moq_linear w = t->w;
+        moq_result r = w.experts > 0 ? moq_slice_expert(&t->w, k, &w, err) : MOQ_OK;
+        if (r != MOQ_OK) return r;
+        for (int64_t row = 0; row < w.rows; row++) {
+            for (int64_t g = 0; g < w.cols / 32; g++) {
+                double s = moqi_scale_at(&w, row, g);
+                if (s > top) top = s;
+            }
+        }
+    }
+    t->global_amax = (float)(top / 256 * 2688);
+    return MOQ_OK;
+}
+
+/* Block amax of one matrix x [rows, cols]. Blocks below the range take that of their values and lose precision; returns how many. */
+static int64_t moqi_cast_blocks(const moqi_target *t, const moq_linear *w, const float *x, float *amax)
+{
+    double unit = (double)t->global_amax / 2688;
+    int64_t n = w->cols / 16, lost = 0;
+    for (int64_t i = 0; i < w->rows * n; i++) {
+        double s = moqi_scale_at(w, i / n, i % n / 2);
+        float top = moqi_bits_f32(moqi_top_bits(x + i * 16, 16));
+        int fits = s >= unit / 512;
+        amax[i] = fits ? (float)(6 * s) : top;
+        lost += !fits && top > 0;
+    }
+    return lost;
+}
+
+/* The largest weight of each target, then of each group that shares it: NVFP4 and the second stage of W4A8 over all layers with
+   one input, per-tensor FP8 only inside an expert. Input amax is shared too, but for FP8 outside of experts. */
+static moq_result moqi_find_globals(moqi_plan *p, moq_error *err)
+{
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_target *t = &p->targets[i];
+        moq_encode_desc d;
+        float top = 0;
+        if (!t->recipe || (!moqi_needs_global(t) && !moqi_is_one_block(t))) continue;
+        if (t->cast) {
+            moq_result r = moqi_cast_global(t, err);
+            if (r != MOQ_OK) return r;
+            continue;
+        }
+        if (t->recorded_amax > 0 && !t->row_p && !t->mean_p) { t->global_amax = t->recorded_amax; continue; }
+        for (int32_t k = 0; k < (t->w.experts > 0 ? t->w.experts : 1); k++) {
+            moq_result r = moqi_encode_source(p, t, k, &d, err);
+            d.search = MOQ_SEARCH_MAX;
+            if (r == MOQ_OK) r = moq_find_amax(&d, NULL, &top, err);
+            if (r != MOQ_OK) return r;
+            if (top > t->global_amax) t->global_amax = top;
+        }
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t i = 0; i < p->count; i++) {
+            moqi_target *t = &p->targets[i], *lead = &p->targets[t->leader];
+            int fp8 = t->recipe && strcmp(t->recipe->algo, "FP8") == 0;
+            if (!t->recipe || (fp8 && !t->expert)) continue;
+            moqi_target *from = pass ? lead : t, *to = pass ? t : lead;
+            if (from->global_amax > to->global_amax) to->global_amax = from->global_amax;
+            if (from->input_amax > to->input_amax) to->input_amax = from->input_amax;
+        }
+    }
+    return MOQ_OK;
+}
+
+/* ---- the plan ---- */
+
+/* Recipes that need more than recorded values, and stacks that a recipe cannot fill. */
+static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
+{
+    const moq_coding *c = &t->recipe->scheme.weight;
+    moqi_where at = moqi_at(NULL, "layer", t->name, -1);
+    if (t->recipe->algo[0] == 0)
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored in a ModelOpt folder", t->recipe->name);
+    if (t->recipe->scheme.lora_rank)
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s needs a decomposition that recorded values do not hold", t->recipe->name);
+    int fits = (c->elem == MOQ_F4 && (c->scale == MOQ_F8_E8M0 || c->group_cols == 16)) || (c->elem == MOQ_F8_E4M3 && c->group_rows == MOQ_ALL);
+    if (t->w.experts > 0 && !fits)
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored for a stack of experts; exclude it, or use fp8, nvfp4 or mxfp4", t->recipe->name);
+    moq_encode_desc d;
+    uint64_t codes, scales;
+    memset(&d, 0, sizeof d);
+    d.scheme = t->recipe->scheme;
+    d.name = t->name;
+    d.dtype = MOQ_F32;
+    int turned = t->w.experts > 0 && c->scale == MOQ_F8_E8M0;
+    d.rows = turned ? t->w.cols : t->w.rows;
+    d.cols = turned ? t->w.rows : t->w.cols;
+    return moq_encode_bytes(&d, &codes, &scales, err);
+}
+
+static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
+{
+    size_t n = moq_module_count(p->ck);
+    moq_result r = MOQ_OK;
+    p->nemotron = moqi_starts(moq_get_info(p->ck)->model_type, "nemotron");
+    p->targets = (moqi_target *)moqi_take_array(p->r, n + 1, sizeof *p->targets);
+    p->folds = (moqi_fold *)moqi_take_array(p->r, n + 1, sizeof *p->folds);
+    if (!p->targets || !p->folds || !moqi_map_make(&p->map, p->r, n)) return moqi_nomem(err, (uint64_t)n * sizeof *p->targets);
+    for (size_t i = 0; i < n && r == MOQ_OK; i++) {
+        moqi_target *t = &p->targets[p->count];
+        size_t container;
+        uint32_t number;
+        const char *leaf;
+        r = moq_get_module(p->ck, i, &t->w, err);
+        if (r != MOQ_OK) return r;
+        t->name = t->w.name;
+        t->kind = p->ck->modules[i].kind;
+        t->model = moqi_is_float(t->w.scheme.weight.elem) ? t->w.scheme.weight.elem : MOQ_BF16;
+        t->expert = (uint8_t)moqi_expert_name(t->name, &container, &number, &leaf);
+        moqi_map_add(&p->map, t->name, strlen(t->name), (uint32_t)p->count++);
+        r = moqi_choose_recipe(p, t, err);
+        if (r == MOQ_OK && t->recipe) {
+            const moq_coding *from = &t->w.scheme.weight, *to = &t->recipe->scheme.weight;
+            t->cast = from->elem == MOQ_F4 && from->scale == MOQ_F8_E8M0 && from->group_cols == 32 && to->elem == MOQ_F4 && to->scale == MOQ_F8_E4M3 &&
+                      to->group_cols == 16 && strcmp(t->recipe->calibration, "max") == 0;
+            r = moqi_check_target(t, err);
+        }
+    }
+    return r;
+}
+
+/* With the records at hand: values, groups, smoothing, shared scales. */
+static moq_result moqi_load_targets(moqi_plan *p, moq_error *err)
+{
+    moq_result r = MOQ_OK;
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
+        if (p->targets[i].recipe) r = moqi_load_target(p, &p->targets[i], err);
+    if (r != MOQ_OK) return r;
+    moqi_group_targets(p);
+    r = moqi_smooth_targets(p, err);
+    return r == MOQ_OK ? moqi_find_globals(p, err) : r;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>calib           calibration algorithms over float arrays
+   Pure functions: statistics in, scales and choices out. Nothing here knows of files, models or backends.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ModelOpt runs the model in BF16, and its searches compare numbers that were rounded at every step. The same roundings are made
+   here where they decide a choice: the losses of two neighbouring candidates often differ by less than they change. */
+static float moqi_bf16(float v) { return moq_bf16_decode(moq_bf16_encode(v)); }
+
+/* Searches repeat these loops for every candidate, so GCC is asked to use vectors whatever the caller compiles with. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define MOQI_VECTOR __attribute__((optimize("O3")))
+#else
+#define MOQI_VECTOR
+#endif
+
+/* x [n] to BF16 values in place. Bits only, so that the loop is vectorised; NaN keeps a payload bit. */
+MOQI_VECTOR static void moqi_bf16_all(float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t b = moqi_f32_bits(x[i]), r = (b + 0x7fffu + (b >> 16 & 1)) & 0xffff0000u;
+        x[i] = moqi_bits_f32((b & 0x7fffffffu) > 0x7f800000u ? b | 0x400000u : r);
+    }
+}
+
+/* Rows of F32 that start at multiples of 16 elements, zero-padded: what the tile kernels read. */
+typedef struct moqi_matrix {
+    float *data;          /* [rows, ld] */
+    int64_t rows, cols, ld;
+} moqi_matrix;
+
+/* Zeroed; data NULL when out of memory. */
+static moqi_matrix moqi_matrix_make(const moq_allocator *a, int64_t rows, int64_t cols)
+{
+    moqi_matrix m;
+    uint64_t n;
+    m.rows = rows;
+    m.cols = cols;
+    m.ld = moqi_pad16(cols);
+    m.data = moqi_mul((uint64_t)rows, (uint64_t)m.ld, &n) && n <= SIZE_MAX / 8 ? (float *)moq_allocate(a, (size_t)n * sizeof(float)) : NULL;
+    return m;
+}
+
+static void moqi_matrix_drop(const moq_allocator *a, moqi_matrix *m)
+{
+    moq_release(a, m->data, (size_t)(m->rows * m->ld) * sizeof(float));
+    m->data = NULL;
+}
+
+/* Runs tasks 0..n-1 on the caller's workers, or here. */
+static void moqi_spread(const moq_parallel *par, int64_t n, void (*task)(void *arg, int index, int worker), void *arg)
+{
+    if (par && par->run && par->workers > 1 && n > 1) par->run(par->user, (int)n, task, arg);
+    else for (int64_t i = 0; i < n; i++) task(arg, (int)i, 0);
+}
+
+/* Arguments of moqi_multiply_task. */
+typedef struct moqi_multiply_work { const moqi_kernels *k; const moqi_matrix *x, *w; float *y; int64_t ldy; int half; } moqi_multiply_work;
+
+enum { MOQI_PRODUCT_ROWS = 32 };
+
+/* 32 rows of W. Tiles read four rows that must exist, so the last few go one by one. `half`: only x rows from the first row of W on. */
+static void moqi_multiply_task(void *arg, int index, int worker)
+{
+    const moqi_multiply_work *p = (const moqi_multiply_work *)arg;
+    const moqi_kernels *k = p->k;
+    int64_t first = (int64_t)index * MOQI_PRODUCT_ROWS, last = moqi_min(first + MOQI_PRODUCT_ROWS, p->w->rows), t0 = p->half ? first : 0;
+    (void)worker;
+    for (int64_t t = t0; t < p->x->rows; t++) memset(p->y + t * p->ldy + first, 0, (size_t)(last - first) * sizeof(float));
+    for (int64_t t = t0; t < p->x->rows; t += 64) { /* 64 rows of x stay in the cache */
+        int64_t n = moqi_min(64, p->x->rows - t), r = first;
+        for (; r + 4 <= last; r += 4)
+            k->tile(p->w->data + r * p->w->ld, p->w->ld, 4, p->x->data + t * p->x->ld, p->x->ld, n, p->w->ld, p->y + t * p->ldy + r, p->ldy);
+        for (; r < last; r++)
+            for (int64_t i = t; i < t + n; i++) p->y[i * p->ldy + r] = k->dot(p->w->data + r * p->w->ld, p->x->data + i * p->x->ld, p->w->ld);
+    }
+}
+
+/* y [x.rows, ldy] = x W^T, each product summed in F32. */
+static void moqi_product(const moq_parallel *par, const moqi_matrix *x, const moqi_matrix *w, float *y, int64_t ldy)
+{
+    moqi_multiply_work p;
+    p.k = moqi_get_kernels(0); /* once: asking the processor costs as much as a small product */
+    p.x = x;
+    p.w = w;
+    p.y = y;
+    p.ldy = ldy;
+    p.half = 0;
+    moqi_spread(par, moqi_ceil_div(w->rows, MOQI_PRODUCT_ROWS), moqi_multiply_task, &p);
+}
+
+/* h [n, h.ld] = xt xt^T, for xt [n, tokens] transposed inputs: the lower half is computed, the upper copied. */
+static void moqi_gram(const moq_parallel *par, const moqi_matrix *xt, moqi_matrix *h)
+{
+    moqi_multiply_work p;
+    p.k = moqi_get_kernels(0);
+    p.x = p.w = xt;
+    p.y = h->data;
+    p.ldy = h->ld;
+    p.half = 1;
+    moqi_spread(par, moqi_ceil_div(xt->rows, MOQI_PRODUCT_ROWS), moqi_multiply_task, &p);
+    for (int64_t i = 0; i < h->rows; i++)
+        for (int64_t j = i + 1; j < h->rows; j++) h->data[i * h->ld + j] = h->data[j * h->ld + i];
+}
+
+/* ---- fake quantization: quantize and dequantize (calibration.md 3) ---- */
+
+/* Nearest E2M1 value of n values times 1 / s, times s: steps of 1/2 below 2, of 1 below 4, of 2 above. Adding 1.5 * 2^23 rounds to an
+   integer with ties to even, which are the even codes. */
+MOQI_VECTOR static void moqi_fake_e2m1(const float *x, int64_t n, float s, float *out)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float v = x[i] / s, a = fabsf(v);
+        float step = a < 2 ? 0.5f : a < 4 ? 1.0f : 2.0f, inverse = a < 2 ? 2.0f : a < 4 ? 1.0f : 0.5f;
+        a = a > 6 ? 6 : a;
+        int32_t q = (int32_t)(moqi_f32_bits(a * inverse + 12582912.0f) - 0x4b400000u);
+        float r = (float)q * step * s;
+        out[i] = v < 0 ? -r : r;
+    }
+}
+
+/* n values that share one scale, made from amax; `top` is the amax of the whole tensor, used by two-level blocks only. out may be x. */
+static void moqi_fake_group(const moq_coding *c, float amax, float top, const float *x, int64_t n, float *out)
+{
+    float bound = moqi_largest(c->elem), s;
+    if (c->scale == MOQ_F8_E4M3) { /* NVFP4 with dynamic blocks: g = A / 2688, s = e4m3(amax / 6g) g */
+        float g = top * moqi_bits_f32(MOQI_INV_2688);
+        if (!(g > 0)) g = 1e-12f;
+        s = amax / (6 * g);
+        s = moq_e4m3_decode(moqi_e4m3_code(s < 448 ? s : 448)) * g;
+        if (s < 1e-5f) s = 1;
+        moqi_fake_e2m1(x, n, s, out);
+    } else if (c->scale == MOQ_F8_E8M0) {
+        s = moqi_e8m0_scale(MOQ_RULE_E8M0_CEIL, bound, amax);
+        for (int64_t i = 0; i < n; i++) out[i] = moqi_round_code(c->elem, x[i] / s, 0) * s;
+    } else if (c->elem == MOQ_F8_E4M3) {
+        s = 448 / (amax > 5.9604645e-8f ? amax : 1);
+        float back = 1 / s;
+        for (int64_t i = 0; i < n; i++) out[i] = moq_e4m3_decode(moqi_e4m3_code(x[i] * s)) * back;
+    } else {
+        s = amax >= 5.9604645e-8f ? bound / amax : 0;
+        for (int64_t i = 0; i < n; i++) {
+            float q = rintf(x[i] * s);
+            q = q < -bound - 1 ? -bound - 1 : q > bound ? bound : q;
+            out[i] = s > 0 ? q / s : 0;
+        }
+    }
+}
+
+/* Largest magnitude of a block of rows and columns of a matrix. */
+static float moqi_block_amax(const moqi_matrix *w, int64_t r0, int64_t r1, int64_t c0, int64_t c1)
+{
+    float top = 0;
+    for (int64_t r = r0; r < r1; r++) {
+        float v = moqi_amax(w->data + r * w->ld + c0, c1 - c0);
+        if (v > top) top = v;
+    }
+    return top;
+}
+
+/* Arguments of moqi_fake_task. */
+typedef struct moqi_fake_work { const moq_coding *c; const moqi_matrix *w; moqi_matrix *q; float top; int64_t gr, gc; } moqi_fake_work;
+
+/* One band of rows that share scales, or 16 rows with scales of their own. */
+static void moqi_fake_task(void *arg, int index, int worker)
+{
+    const moqi_fake_work *p = (const moqi_fake_work *)arg;
+    int64_t band = p->gr == 1 ? 16 : p->gr, first = index * band, last = moqi_min(first + band, p->w->rows);
+    int whole = p->gr >= p->w->rows && p->gc >= p->w->cols;
+    (void)worker;
+    for (int64_t r0 = first; r0 < last; r0 += p->gr)
+        for (int64_t c0 = 0; c0 < p->w->cols; c0 += p->gc) {
+            int64_t r1 = moqi_min(r0 + p->gr, last), c1 = moqi_min(c0 + p->gc, p->w->cols);
+            float amax = whole && p->top > 0 ? p->top : moqi_block_amax(p->w, r0, r1, c0, c1);
+            for (int64_t r = r0; r < r1; r++) moqi_fake_group(p->c, amax, p->top, p->w->data + r * p->w->ld + c0, c1 - c0, p->q->data + r * p->q->ld + c0);
+        }
+    moqi_bf16_all(p->q->data + first * p->q->ld, (last - first) * p->q->ld);
+}
+
+/* q = the weight as its coding holds it, in BF16. top: amax of the tensor (two-level: of the global scale); 0: from w. The kernels that
+   ModelOpt searches with work on NVFP4 blocks of 16 whatever the recipe says. */
+static void moqi_fake_weight(const moq_parallel *par, const moq_coding *c, float top, const moqi_matrix *w, moqi_matrix *q)
+{
+    moqi_fake_work p;
+    int two_level = c->scale == MOQ_F8_E4M3;
+    p.c = c;
+    p.w = w;
+    p.q = q;
+    p.gr = c->group_rows == MOQ_ALL ? w->rows : moqi_max(c->group_rows, 1);
+    p.gc = two_level ? 16 : c->group_cols == MOQ_ALL || c->group_cols <= 0 ? w->cols : c->group_cols;
+    p.top = two_level && !(top > 0) ? moqi_block_amax(w, 0, w->rows, 0, w->cols) : top;
+    moqi_spread(par, moqi_ceil_div(w->rows, p.gr == 1 ? 16 : p.gr), moqi_fake_task, &p);
+}
+
+/* One token as the input coding rounds it, in BF16; amax: as calibrated (0: found in the token). out may be x. */
+static void moqi_fake_input(const moq_coding *c, float amax, const float *x, int64_t cols, float *out)
+{
+    int blocks = c->scale == MOQ_F8_E4M3 || c->scale == MOQ_F8_E8M0;
+    int64_t g = blocks && c->group_cols > 0 ? c->group_cols : cols;
+    for (int64_t first = 0; first < cols; first += g) {
+        int64_t n = moqi_min(g, cols - first);
+        float own = moqi_amax(x + first, n);
+        moqi_fake_group(c, blocks || !(amax > 0) || c->dynamic ? own : amax, amax > 0 ? amax : own, x + first, n, out + first);
+    }
+    moqi_bf16_all(out, cols);
+}
+
+/* ---- awq_lite (calibration.md 8.1): move the difficulty of large input channels into the weight, by a power that is searched ---- */
+
+enum { MOQI_ALPHAS = 11, MOQI_RATIOS = 11 };
+
+/* arange(0, 1 + step, step) of step 0.1 in F32. */
+static float moqi_alpha(int i) { return (float)(i * 0.1); }
+
+/* out [cols] = mean over rows of |W| / largest |W| of its block, in BF16 as ModelOpt computes it. */
+static void moqi_awq_weight_scale(const moqi_matrix *w, int64_t group, float *out)
+{
+    if (group <= 0) group = w->cols;
+    memset(out, 0, (size_t)w->cols * sizeof *out);
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t first = 0; first < w->cols; first += group) {
+            const float *x = w->data + r * w->ld;
+            int64_t end = moqi_min(first + group, w->cols);
+            float amax = moqi_amax(x + first, end - first) + 1.17549435e-38f;
+            for (int64_t c = first; c < end; c++) out[c] += moqi_bf16(fabsf(x[c]) / amax);
+        }
+    for (int64_t c = 0; c < w->cols; c++) out[c] = moqi_bf16(out[c] / (float)w->rows);
+}
+
+/* s = clamp(act^alpha / (wsc^(1 - alpha) + tiny), 1e-4, 1e4), then divided by sqrt(max * min): the geometric middle becomes 1. */
+static void moqi_awq_scale(const float *act, const float *wsc, int64_t cols, float alpha, float *s)
+{
+    float low = 1e30f, high = 0;
+    for (int64_t c = 0; c < cols; c++) {
+        float v = powf(act[c], alpha) / (powf(wsc[c], 1 - alpha) + 1.17549435e-38f);
+        v = v < 1e-4f ? 1e-4f : v > 1e4f ? 1e4f : v;
+        s[c] = v;
+        if (v < low) low = v;
+        if (v > high) high = v;
+    }
+    float middle = sqrtf(high * low);
+    for (int64_t c = 0; c < cols; c++) s[c] /= middle;
+}
+
+/* out = bf16(w * s) by columns, s rounded to BF16 first when `narrow` (the search), else as it is (what is exported). */
+MOQI_VECTOR static void moqi_scale_cols(const moqi_matrix *w, const float *s, int narrow, moqi_matrix *out)
+{
+    for (int64_t r = 0; r < w->rows; r++) {
+        const float *x = w->data + r * w->ld;
+        float *y = out->data + r * out->ld;
+        for (int64_t c = 0; c < w->cols; c++) y[c] = x[c] * (narrow ? moqi_bf16(s[c]) : s[c]);
+        moqi_bf16_all(y, w->cols);
+    }
+}
+
+/* Mean of the squared difference of two outputs of n values. Outputs and difference are BF16, square and sum are not. */
+MOQI_VECTOR static double moqi_output_error(const float *y, const float *ref, int64_t n)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float d = moqi_bf16(moqi_bf16(y[i]) - moqi_bf16(ref[i]));
+        sum += (double)(d * d);
+    }
+    return sum / (double)(n > 0 ? n : 1);
+}
+
+/* Working memory of a search over one layer and one batch. */
+typedef struct moqi_bench {
+    moqi_matrix w, scaled, q, x;  /* [rows, cols] three times; [tokens, cols] */
+    float *y, *ref, *s;           /* [tokens, rows or cols] twice; [cols] */
+    const moq_parallel *par;
+} moqi_bench;
+
+static void moqi_bench_drop(const moq_allocator *a, moqi_bench *b)
+{
+    size_t out = (size_t)(b->x.rows * moqi_max(b->w.rows, b->w.cols)) * sizeof(float);
+    moqi_matrix_drop(a, &b->w);
+    moqi_matrix_drop(a, &b->scaled);
+    moqi_matrix_drop(a, &b->q);
+    moqi_matrix_drop(a, &b->x);
+    moq_release(a, b->y, out);
+    moq_release(a, b->ref, out);
+    moq_release(a, b->s, (size_t)b->w.cols * sizeof(float));
+}
+
+/* 0 when out of memory, and then nothing is held. */
+static int moqi_bench_make(const moq_allocator *a, moqi_bench *b, int64_t rows, int64_t cols, int64_t tokens, const moq_parallel *par)
+{
+    b->par = par;
+    b->w = moqi_matrix_make(a, rows, cols);
+    b->scaled = moqi_matrix_make(a, rows, cols);
+    b->q = moqi_matrix_make(a, rows, cols);
+    b->x = moqi_matrix_make(a, tokens, cols);
+    b->y = (float *)moq_allocate(a, (size_t)(tokens * moqi_max(rows, cols)) * sizeof(float));
+    b->ref = (float *)moq_allocate(a, (size_t)(tokens * moqi_max(rows, cols)) * sizeof(float));
+    b->s = (float *)moq_allocate(a, (size_t)cols * sizeof(float));
+    if (b->w.data && b->scaled.data && b->q.data && b->x.data && b->y && b->ref && b->s) return 1;
+    moqi_bench_drop(a, b);
+    return 0;
+}
+
+/* loss[i] += mean((Qw(W s) (x / s) - W x)^2) for the alphas of the grid. x: [tokens, cols] of one batch, in b->x.ld rows; b->w: W. */
+static void moqi_awq_losses(moqi_bench *b, const moq_coding *c, const float *act, const float *wsc, const float *x, double loss[MOQI_ALPHAS])
+{
+    int64_t n = b->x.rows * b->w.rows;
+    for (int64_t t = 0; t < b->x.rows; t++) memcpy(b->x.data + t * b->x.ld, x + t * b->x.cols, (size_t)b->x.cols * sizeof *x);
+    moqi_product(b->par, &b->x, &b->w, b->ref, b->w.rows);
+    for (int i = 0; i < MOQI_ALPHAS; i++) {
+        moqi_awq_scale(act, wsc, b->w.cols, moqi_alpha(i), b->s);
+        moqi_scale_cols(&b->w, b->s, 1, &b->scaled);
+        moqi_fake_weight(b->par, c, 0, &b->scaled, &b->q);
+        for (int64_t j = 0; j < b->w.cols; j++) b->s[j] = moqi_bf16(1 / b->s[j]);
+        for (int64_t t = 0; t < b->x.rows; t++)
+            for (int64_t j = 0; j < b->x.cols; j++) b->x.data[t * b->x.ld + j] = moqi_bf16(x[t * b->x.cols + j] * b->s[j]);
+        moqi_product(b->par, &b->x, &b->q, b->y, b->w.rows);
+        loss[i] += (double)(float)moqi_output_error(b->y, b->ref, n);
+    }
+}
+
+/* The same losses from H = sum over batches of X^T X / tokens: mean over rows of d H d^T, d = Qw(W s) / s - W. Outputs are not rounded
+   to BF16 here; the cost does not grow with the tokens. Work: b->x is [rows, cols], b->y [rows, cols]. */
+static double moqi_gram_loss(moqi_bench *b, const moqi_matrix *h)
+{
+    double sum = 0;
+    moqi_product(b->par, &b->x, h, b->y, b->w.cols);
+    for (int64_t r = 0; r < b->w.rows; r++) {
+        float part = 0;
+        for (int64_t c = 0; c < b->w.cols; c++) part += b->x.data[r * b->x.ld + c] * b->y[r * b->w.cols + c];
+        sum += (double)part;
+    }
+    return sum / (double)b->w.rows;
+}
+
+static void moqi_awq_gram_losses(moqi_bench *b, const moq_coding *c, const float *act, const float *wsc, const moqi_matrix *h, double loss[MOQI_ALPHAS])
+{
+    for (int i = 0; i < MOQI_ALPHAS; i++) {
+        moqi_awq_scale(act, wsc, b->w.cols, moqi_alpha(i), b->s);
+        moqi_scale_cols(&b->w, b->s, 1, &b->scaled);
+        moqi_fake_weight(b->par, c, 0, &b->scaled, &b->q);
+        for (int64_t j = 0; j < b->w.cols; j++) b->s[j] = moqi_bf16(1 / b->s[j]);
+        for (int64_t r = 0; r < b->w.rows; r++)
+            for (int64_t j = 0; j < b->w.cols; j++) b->x.data[r * b->x.ld + j] = b->q.data[r * b->q.ld + j] * b->s[j] - b->w.data[r * b->w.ld + j];
+        loss[i] = moqi_gram_loss(b, h);
+    }
+}
+
+/* First smallest of n losses; a NaN is never the smallest. */
+static int moqi_first_min(const double *loss, int n)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (loss[i] < loss[best]) best = i;
+    return best;
+}
+
+/* bf16(max_j(bf16(a_j) p_j)): the input's amax after it was multiplied with p, without seeing the input again. */
+static float moqi_scaled_amax(const float *a, const float *p, int64_t cols)
+{
+    float top = 0;
+    for (int64_t c = 0; c < cols; c++) {
+        float v = moqi_bf16(a[c]) * p[c];
+        if (v > top) top = v;
+    }
+    return moqi_bf16(top);
+}
+
+/* ---- awq_clip (8.2): is it better to let the largest weights saturate? ---- */
+
+static float moqi_ratio(int i) { return (float)(0.5 + 0.05 * i); }
+
+/* Two-level and per-tensor scales: one ratio for the layer. loss[i] += mean((x Qw(W; amax r)^T - x W^T)^2). b->w: W, b->x: the batch. */
+static void moqi_clip_losses(moqi_bench *b, const moq_coding *c, double loss[MOQI_RATIOS])
+{
+    float top = moqi_block_amax(&b->w, 0, b->w.rows, 0, b->w.cols);
+    moqi_product(b->par, &b->x, &b->w, b->ref, b->w.rows);
+    for (int i = 0; i < MOQI_RATIOS; i++) {
+        moqi_fake_weight(b->par, c, moqi_bf16(top * moqi_ratio(i)), &b->w, &b->q);
+        moqi_product(b->par, &b->x, &b->q, b->y, b->w.rows);
+        loss[i] += (double)(float)moqi_output_error(b->y, b->ref, b->x.rows * b->w.rows);
+    }
+}
+
+/* Integer groups: a ratio for every group of every row, from every max(1, N / 64)-th token. loss [ratios, rows, groups] is added to. */
+static void moqi_clip_group_losses(const moqi_bench *b, const moq_coding *c, float *loss)
+{
+    int64_t g = c->group_cols > 0 ? c->group_cols : b->w.cols, groups = moqi_ceil_div(b->w.cols, g), step = moqi_max(1, b->x.rows / 64);
+    int64_t used = moqi_ceil_div(b->x.rows, step);
+    for (int64_t r = 0; r < b->w.rows; r++)
+        for (int64_t k = 0; k < groups; k++) {
+            const float *w = b->w.data + r * b->w.ld + k * g;
+            int64_t n = moqi_min(g, b->w.cols - k * g);
+            float amax = moqi_amax(w, n), *d = b->q.data;
+            for (int i = 0; i < MOQI_RATIOS; i++) {
+                double sum = 0;
+                moqi_fake_group(c, moqi_bf16(amax * moqi_ratio(i)), 0, w, n, d);
+                for (int64_t j = 0; j < n; j++) d[j] = moqi_bf16(d[j]) - w[j];
+                for (int64_t t = 0; t < b->x.rows; t += step) {
+                    const float *x = b->x.data + t * b->x.ld + k * g;
+                    float e = 0;
+                    for (int64_t j = 0; j < n; j++) e += x[j] * d[j];
+                    sum += (double)e * (double)e;
+                }
+                loss[(i * b->w.rows + r) * groups + k] += (float)(sum / (double)used);
+            }
+        }
+}
+
+/* ---- smoothquant (7) ---- */
+
+/* p = b^(1 - alpha) / a^alpha from the channel maxima of weight and input. When the smallest p vanishes, dead channels get 1. */
+static void moqi_smooth_scale(const float *a, const float *b, int64_t cols, float alpha, float *p)
+{
+    const float tiny = 4.6566129e-10f; /* 2^-31 */
+    float low = 1e30f;
+    for (int64_t c = 0; c < cols; c++) {
+        p[c] = powf(b[c], 1 - alpha) / powf(a[c], alpha);
+        if (!(p[c] >= low)) low = p[c];
+    }
+    for (int64_t c = 0; c < cols; c++) {
+        if (low <= tiny && a[c] <= tiny) p[c] = 1;
+        p[c] = !(p[c] > 1e-4f) ? 1e-4f : p[c] > 1e4f ? 1e4f : p[c];
+    }
+}
+
+/* Largest |W| of every column. */
+static void moqi_col_amax(const moqi_matrix *w, float *out)
+{
+    memset(out, 0, (size_t)w->cols * sizeof *out);
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t c = 0; c < w->cols; c++) {
+            float v = fabsf(w->data[r * w->ld + c]);
+            if (v > out[c]) out[c] = v;
+        }
+}
+
+/* ---- mse (5): the general search over multiples of amax ---- */
+
+/* The best of ceil((stop - start) / step) + 1 multiples of the amax of one group of n values; the first smallest wins. */
+MOQI_UNUSED static float moqi_mse_group(const moq_coding *c, float amax, float top, const float *x, int64_t n, double start, double stop, double step, float *work)
+{
+    int count = (int)ceil((stop - start) / step - 1e-9) + 1;
+    float best = -1, choice = amax;
+    for (int k = 0; k < count; k++) {
+        float m = (float)(count > 1 ? start + (stop - start) * k / (count - 1) : start), loss = 0;
+        moqi_fake_group(c, amax * m, top, x, n, work);
+        for (int64_t i = 0; i < n; i++) loss += (x[i] - work[i]) * (x[i] - work[i]);
+        if (best < 0 || loss < best) { best = loss; choice = amax * m; }
+    }
+    return choice;
+}
+
+/* ---- local_hessian (6): block scales that err least on the inputs seen ---- */
+
+/* h [blocks, 16, 16] += x_b^T x_b of one token. */
+static void moqi_hessian_add(float *h, const float *x, int64_t cols)
+{
+    for (int64_t first = 0; first + 16 <= cols; first += 16, h += 256)
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < 16; j++) h[i * 16 + j] += x[first + i] * x[first + j];
+}
+
+/* The amax of one block of 16 weights: of the 126 E4M3 scales the one with the smallest d^T H d; ties to the smaller.
+   The step follows the static formula of section 3 with a_b = c A, which makes it c A / 6 up to the last bit. */
+static float moqi_hessian_block(const float *h, const float *w, float global_amax)
+{
+    float whole = global_amax * moqi_bits_f32(MOQI_INV_6), k = 448 / whole, best = -1, choice = global_amax;
+    for (int code = 1; code <= 0x7e; code++) {
+        float a = global_amax * (moq_e4m3_decode((uint8_t)code) * moqi_bits_f32(MOQI_INV_448)), d[16], loss = 0;
+        float s = moq_e4m3_decode(moqi_e4m3_code(a * moqi_bits_f32(MOQI_INV_6) * k)) * (1 / k);
+        for (int i = 0; i < 16; i++) d[i] = w[i] - (s > 0 ? moq_e2m1_decode(moq_e2m1_encode(w[i] / s)) * s : 0);
+        for (int i = 0; i < 16; i++) {
+            float row = 0;
+            for (int j = 0; j < 16; j++) row += h[i * 16 + j] * d[j];
+            loss += d[i] * row;
+        }
+        if (best >= 0 && !(loss < best)) continue;
+        best = loss;
+        choice = a;
+    }
+    return choice;
+}
+
+/* ---- nvfp4_act_headroom (11): the scale from a histogram of block maxima ---- */
+
+enum { MOQI_BINS = 512 };
+
+/* Bins of 80 / 512 octaves over 2^-40 .. 2^40. Zero blocks are not counted. */
+static void moqi_headroom_add(uint64_t bins[MOQI_BINS], const float *x, int64_t cols)
+{
+    for (int64_t first = 0; first < cols; first += 16) {
+        float amax = moqi_amax(x + first, moqi_min(16, cols - first));
+        if (!(amax > 0)) continue;
+        int bin = (int)floorf((log2f(amax) + 40) * 6.4f);
+        bins[bin < 0 ? 0 : bin >= MOQI_BINS ? MOQI_BINS - 1 : bin]++;
+    }
+}
+
+/* Centre of the first bin at or above `low` whose running count reaches percent of the total. */
+static double moqi_headroom_value(const uint64_t bins[MOQI_BINS], double percent, double low)
+{
+    double total = 0, sum = 0;
+    for (int i = 0; i < MOQI_BINS; i++)
+        if (exp2(-40 + (i + 0.5) * 0.15625) >= low) total += (double)bins[i];
+    for (int i = 0; i < MOQI_BINS; i++) {
+        double value = exp2(-40 + (i + 0.5) * 0.15625);
+        if (value < low) continue;
+        sum += (double)bins[i];
+        if (sum >= percent / 100 * total && sum > 0) return value;
+    }
+    return 0;
+}
+
+/* amax = max(rho * the value at 1 %, the value at 99.99 %): small blocks keep normal scales, unseen large ones do not saturate. */
+static float moqi_headroom_amax(const uint64_t bins[MOQI_BINS], float running_max)
+{
+    double upper = moqi_headroom_value(bins, 99.99, 0);
+    if (!(upper > 0)) return running_max;
+    double anchor = moqi_headroom_value(bins, 1, upper / 1e6) * 16384;
+    return (float)(anchor > upper ? anchor : upper);
+}
+
+/* ---- svdquant (9): the largest directions of the weight stay wide ---- */
+
+/* One-sided Jacobi (Hestenes) in double: rotate pairs of vectors until all are orthogonal, |a . b| <= 1e-15 |a| |b|. Singular values are
+   exact to a few units of 2^-52 of the largest. vectors: [n, length]; turns: [n, n], what was done, from the identity.
+   Afterwards vectors = turns * (what they were), and the singular values are their lengths. */
+static void moqi_jacobi(double *vectors, double *turns, int64_t n, int64_t length)
+{
+    memset(turns, 0, (size_t)(n * n) * sizeof *turns);
+    for (int64_t i = 0; i < n; i++) turns[i * n + i] = 1;
+    for (int sweep = 0, moved = 1; moved && sweep < 60; sweep++) {
+        moved = 0;
+        for (int64_t p = 0; p < n - 1; p++)
+            for (int64_t q = p + 1; q < n; q++) {
+                double *a = vectors + p * length, *b = vectors + q * length, aa = 0, bb = 0, ab = 0;
+                for (int64_t i = 0; i < length; i++) { aa += a[i] * a[i]; bb += b[i] * b[i]; ab += a[i] * b[i]; }
+                if (!(fabs(ab) > 1e-15 * sqrt(aa * bb))) continue;
+                double zeta = (bb - aa) / (2 * ab), t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
+                double c = 1 / sqrt(1 + t * t), s = c * t, *u = turns + p * n, *v = turns + q * n;
+                moved = 1;
+                for (int64_t i = 0; i < length; i++) { double x = a[i]; a[i] = c * x - s * b[i]; b[i] = s * x + c * b[i]; }
+                for (int64_t i = 0; i < n; i++) { double x = u[i]; u[i] = c * x - s * v[i]; v[i] = s * x + c * v[i]; }
+            }
+    }
+}
+
+/* Indices of the `rank` longest of n vectors, longest first; `size` [n] is left holding the squared lengths. */
+static void moqi_longest(const double *vectors, int64_t n, int64_t length, int64_t rank, double *size, int64_t *index)
+{
+    for (int64_t i = 0; i < n; i++) {
+        size[i] = 0;
+        for (int64_t j = 0; j < length; j++) size[i] += vectors[i * length + j] * vectors[i * length + j];
+    }
+    for (int64_t k = 0; k < rank; k++) {
+        index[k] = -1;
+        for (int64_t i = 0; i < n; i++) {
+            int used = 0;
+            for (int64_t j = 0; j < k; j++) used = used || index[j] == i;
+            if (!used && (index[k] < 0 || size[i] > size[index[k]])) index[k] = i;
+        }
+    }
+}
+
+/* W [rows, cols] ~ b [rows, rank] a [rank, cols], b = (U S)[:, :rank], a = V^T[:rank]; missing ranks are zero. 0 when out of memory.
+   The shorter side is rotated: columns of W when it is tall (then b are the rotated columns), else its rows (then a are, made unit). */
+MOQI_UNUSED static int moqi_low_rank(const moq_allocator *m, const moqi_matrix *w, int64_t rank, float *b, float *a)
+{
+    int tall = w->rows >= w->cols;
+    int64_t n = tall ? w->cols : w->rows, length = tall ? w->rows : w->cols, have = moqi_min(rank, n);
+    size_t bytes = (size_t)(n * length + n * n + n + rank) * sizeof(double);
+    double *vectors = (double *)moq_allocate(m, bytes);
+    if (!vectors) return 0;
+    double *turns = vectors + n * length, *size = turns + n * n;
+    int64_t *index = (int64_t *)(void *)(size + n);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < length; j++) vectors[i * length + j] = (double)(tall ? w->data[j * w->ld + i] : w->data[i * w->ld + j]);
+    moqi_jacobi(vectors, turns, n, length);
+    moqi_longest(vectors, n, length, have, size, index);
+    memset(b, 0, (size_t)(w->rows * rank) * sizeof *b);
+    memset(a, 0, (size_t)(rank * w->cols) * sizeof *a);
+    for (int64_t k = 0; k < have; k++) {
+        const double *v = vectors + index[k] * length, *u = turns + index[k] * n;
+        double s = sqrt(size[index[k]]);
+        for (int64_t j = 0; j < length; j++) {
+            if (tall) b[j * rank + k] = (float)v[j];
+            else a[k * w->cols + j] = (float)(s > 0 ? v[j] / s : 0);
+        }
+        for (int64_t j = 0; j < n; j++) {
+            if (tall) a[k * w->cols + j] = (float)u[j];
+            else b[j * rank + k] = (float)(u[j] * s);
+        }
+    }
+    moq_release(m, vectors, bytes);
+    return 1;
+}
+
+/* W := bf16(W - bf16(b a)) after both factors were rounded to BF16. */
+MOQI_UNUSED static void moqi_take_low_rank(moqi_matrix *w, float *b, float *a, int64_t rank)
+{
+    moqi_bf16_all(b, w->rows * rank);
+    moqi_bf16_all(a, rank * w->cols);
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t c = 0; c < w->cols; c++) {
+            float sum = 0;
+            for (int64_t k = 0; k < rank; k++) sum += b[r * rank + k] * a[k * w->cols + c];
+            w->data[r * w->ld + c] = moqi_bf16(w->data[r * w->ld + c] - moqi_bf16(sum));
+        }
+}
+
+/* ---- gptq (10): spread the error of each column over those that follow ---- */
+
+/* In-place Cholesky of a symmetric positive definite h [n, n]: h = L L^T, L in the lower half. 0 when it is not definite. */
+static int moqi_cholesky(double *h, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        for (int64_t i = j; i < n; i++) {
+            double sum = h[i * n + j];
+            for (int64_t k = 0; k < j; k++) sum -= h[i * n + k] * h[j * n + k];
+            if (i == j && !(sum > 0)) return 0;
+            h[i * n + j] = i == j ? sqrt(sum) : sum / h[j * n + j];
+        }
+    }
+    return 1;
+}
+
+/* u [n, n] = the upper Cholesky factor of h^-1 (h^-1 = U^T U); h is destroyed. The identity when h is not definite, as ModelOpt does.
+   h^-1 = L^-T L^-1 is formed column by column and factored again. */
+MOQI_UNUSED static int moqi_inverse_factor(double *h, double *u, int64_t n)
+{
+    int definite = moqi_cholesky(h, n);
+    memset(u, 0, (size_t)(n * n) * sizeof *u);
+    for (int64_t c = 0; definite && c < n; c++) { /* column c of h^-1 into row c of u: forward, then backward substitution */
+        double *y = u + c * n;
+        y[c] = 1;
+        for (int64_t i = c; i < n; i++) {
+            for (int64_t k = c; k < i; k++) y[i] -= h[i * n + k] * y[k];
+            y[i] /= h[i * n + i];
+        }
+        for (int64_t i = n - 1; i >= 0; i--) {
+            for (int64_t k = i + 1; k < n; k++) y[i] -= h[k * n + i] * y[k];
+            y[i] /= h[i * n + i];
+        }
+    }
+    definite = definite && moqi_cholesky(u, n);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++) {
+            if (definite) u[j * n + i] = u[i * n + j];
+            u[i * n + j] = 0;
+        }
+    for (int64_t i = 0; !definite && i < n; i++) { memset(u + i * n, 0, (size_t)n * sizeof *u); u[i * n + i] = 1; }
+    return definite;
+}
+
+/* H += damp * mean(diag) * I after dead columns (all zero in W) were made units. */
+MOQI_UNUSED static void moqi_gptq_damp(const moqi_matrix *w, double *h, double damp)
+{
+    int64_t n = w->cols;
+    double mean = 0;
+    for (int64_t c = 0; c < n; c++) {
+        int alive = 0;
+        for (int64_t r = 0; r < w->rows && !alive; r++) alive = w->data[r * w->ld + c] < 0 || w->data[r * w->ld + c] > 0;
+        for (int64_t i = 0; !alive && i < n; i++) h[c * n + i] = h[i * n + c] = 0;
+        if (!alive) h[c * n + c] = 1;
+    }
+    for (int64_t c = 0; c < n; c++) mean += h[c * n + c] / (double)n;
+    for (int64_t c = 0; c < n; c++) h[c * n + c] += damp * mean;
+}
+
+/* The weight is replaced by its quantized values, column by column; scales: amax [rows, groups] of each group frozen before. u: of
+   moqi_inverse_factor. Rows are independent, so no blocks are needed: the result is that of any block size. */
+MOQI_UNUSED static void moqi_gptq_rows(const moq_coding *c, float top, const float *amax, moqi_matrix *w, const double *u)
+{
+    int64_t n = w->cols, g = c->group_cols > 0 ? c->group_cols : n, groups = moqi_ceil_div(n, g);
+    for (int64_t r = 0; r < w->rows; r++) {
+        float *x = w->data + r * w->ld;
+        for (int64_t i = 0; i < n; i++) {
+            float q;
+            moqi_fake_group(c, amax[r * groups + i / g], top, x + i, 1, &q);
+            double e = ((double)x[i] - (double)q) / u[i * n + i];
+            for (int64_t j = i + 1; j < n; j++) x[j] -= (float)(e * u[i * n + j]);
+            x[i] = q;
+        }
+    }
+}
+
+/* ---- keys and values (16) and rotation (17) ---- */
+
+/* x [n] := x H / sqrt(block) in blocks of `block`, a power of two; rounded to BF16. */
+static void moqi_rotate_blocks(float *x, int64_t n, int64_t block)
+{
+    float norm = 1 / sqrtf((float)block);
+    for (int64_t first = 0; first + block <= n; first += block) moqi_sylvester(x + first, block);
+    for (int64_t i = 0; i < n; i++) x[i] = moqi_bf16(x[i] * norm);
+}
+
+/* The largest power of two that divides n. */
+static int64_t moqi_rotation_block(int64_t n) { return n > 0 ? n & -n : 1; }
+
+/* Running mean over batches, rounded at each step: bias [n] = (bias * count + mean) / (count + 1). */
+static void moqi_bias_add(float *bias, const float *mean, int64_t n, int64_t count)
+{
+    for (int64_t i = 0; i < n; i++) bias[i] = moqi_bf16((bias[i] * (float)count + moqi_bf16(mean[i])) / (float)(count + 1));
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>observe         a backend that shows what goes through another one
+   Every call is passed on. Nothing is hidden from the engine but this: experts are computed one by one, so that each can be seen.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Layers that were prepared as one, and the inner backend's weight. */
+typedef struct moqi_seen {
+    moq_weight *inner;
+    moq_linear *layers;     /* [parts], in the same block */
+    int32_t parts;
+    int64_t rows, cols;     /* rows: of all parts */
+    size_t bytes;           /* of this block */
+} moqi_seen;
+
+/* A mixture of experts, taken apart. */
+typedef struct moqi_seen_moe {
+    moqi_arena arena;       /* holds this struct too */
+    moq_routing routing;
+    moq_activation_desc activation;
+    const float *bias;      /* [experts] or NULL */
+    moqi_seen **up, **down; /* [experts]; up: gate and up as one, or up alone */
+    int64_t cols, n, out;
+    int gated;
+} moqi_seen_moe;
+
+/* A cache, and in BF16 a copy of its rows on the host: attention is computed from it. */
+typedef struct moqi_seen_kv {
+    moq_kv_cache *inner;
+    moq_kv_desc desc;       /* its name lies behind the rows */
+    int64_t dim[2];         /* of keys, of values */
+    float *rows[2];         /* [slots, capacity, kv_heads, dim] or NULL */
+    size_t bytes;           /* of this block */
+} moqi_seen_kv;
+
+enum { MOQI_HOST_X, MOQI_HOST_Y, MOQI_HOST_IN, MOQI_HOST_OUT, MOQI_HOST_ROUTE, MOQI_HOST_CHOICE, MOQI_HOST_COUNT };
+enum { MOQI_DEVICE_IN, MOQI_DEVICE_MID, MOQI_DEVICE_ACT, MOQI_DEVICE_OUT, MOQI_DEVICE_COUNT };
+
+/* The context behind the table. Buffers grow while running: watching is not the fast path. */
+typedef struct moqi_watch {
+    moq_backend be, *inner;
+    moq_observer o;
+    moq_allocator a;
+    float *host[MOQI_HOST_COUNT];      /* floats */
+    size_t host_count[MOQI_HOST_COUNT];
+    void *device[MOQI_DEVICE_COUNT];   /* activations */
+    size_t device_count[MOQI_DEVICE_COUNT];
+    size_t elem;                       /* bytes of one activation */
+    const moqi_kernels *k;             /* for what is computed on the host */
+    int round;                         /* results become BF16 */
+    moq_error failed;                  /* the first failure while running, for sync */
+} moqi_watch;
+
+static moqi_watch *moqi_watch_of(const moq_backend *be) { return (moqi_watch *)be->ctx; }
+static const moqi_seen *moqi_seen_of(const moq_weight *w) { return (const moqi_seen *)(const void *)w; }
+static void *moqi_act_at(const moqi_watch *w, const void *base, int64_t i) { return (uint8_t *)(uintptr_t)base + i * (int64_t)w->elem; }
+
+/* Room for n floats on the host; NULL and a kept error when there is none. */
+static float *moqi_host_room(moqi_watch *w, int which, int64_t n)
+{
+    if (n <= (int64_t)w->host_count[which]) return w->host[which];
+    moq_release(&w->a, w->host[which], w->host_count[which] * sizeof(float));
+    w->host[which] = (float *)moq_allocate(&w->a, (size_t)n * sizeof(float));
+    w->host_count[which] = w->host[which] ? (size_t)n : 0;
+    if (!w->host[which] && w->failed.code == MOQ_OK) moqi_nomem(&w->failed, (uint64_t)n * sizeof(float));
+    return w->host[which];
+}
+
+/* Room for n activations on the inner backend. */
+static void *moqi_device_room(moqi_watch *w, int which, int64_t n)
+{
+    moq_error err;
+    if (n <= (int64_t)w->device_count[which]) return w->device[which];
+    if (w->device[which]) w->inner->release(w->inner, w->device[which]);
+    w->device[which] = w->inner->alloc(w->inner, (size_t)n * w->elem, &err);
+    w->device_count[which] = w->device[which] ? (size_t)n : 0;
+    if (!w->device[which] && w->failed.code == MOQ_OK) w->failed = err;
+    return w->device[which];
+}
+
+/* n activations at p become BF16 values. */
+static void moqi_watch_round(moqi_watch *w, void *p, int64_t n)
+{
+    float *h = w->round ? moqi_host_room(w, MOQI_HOST_Y, n) : NULL;
+    if (!h) return;
+    w->inner->download_act(w->inner, h, p, (size_t)n);
+    moqi_bf16_all(h, n);
+    w->inner->upload_act(w->inner, p, h, (size_t)n);
+}
+
+/* ---- memory: passed on ---- */
+
+static void moqi_watch_destroy(moq_backend *be)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moq_allocator a = w->a;
+    for (int i = 0; i < MOQI_HOST_COUNT; i++) moq_release(&a, w->host[i], w->host_count[i] * sizeof(float));
+    for (int i = 0; i < MOQI_DEVICE_COUNT; i++)
+        if (w->device[i]) w->inner->release(w->inner, w->device[i]);
+    moq_release(&a, w, sizeof *w);
+}
+
+static void *moqi_watch_alloc(moq_backend *be, size_t bytes, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    return w->inner->alloc(w->inner, bytes, err);
+}
+
+static void moqi_watch_release(moq_backend *be, void *p)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->release(w->inner, p);
+}
+
+static void moqi_watch_upload(moq_backend *be, void *dst, const void *src, size_t bytes)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->upload(w->inner, dst, src, bytes);
+}
+
+static void moqi_watch_download(moq_backend *be, void *dst, const void *src, size_t bytes)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->download(w->inner, dst, src, bytes);
+}
+
+static void moqi_watch_copy(moq_backend *be, void *dst, const void *src, size_t bytes)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->copy(w->inner, dst, src, bytes);
+}
+
+static void moqi_watch_upload_act(moq_backend *be, void *dst, const float *src, size_t count)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->upload_act(w->inner, dst, src, count);
+}
+
+static void moqi_watch_download_act(moq_backend *be, float *dst, const void *src, size_t count)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->download_act(w->inner, dst, src, count);
+}
+
+/* A failure of the watching itself comes out here, once. */
+static moq_result moqi_watch_sync(moq_backend *be, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moq_error kept = w->failed;
+    moqi_clear(&w->failed);
+    if (kept.code == MOQ_OK) return w->inner->sync(w->inner, err);
+    if (err) *err = kept;
+    return kept.code;
+}
+
+static moq_result moqi_watch_reserve(moq_backend *be, int32_t rows, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moq_result r = w->inner->reserve(w->inner, rows, err);
+    be->max_rows = w->be.max_rows = w->inner->max_rows;
+    return r;
+}
+
+static moq_result moqi_watch_supports(moq_backend *be, const moq_linear *layer, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    return w->inner->supports(w->inner, layer, err);
+}
+
+static size_t moqi_watch_explain(moq_backend *be, const moq_linear *layer, char *text, size_t capacity)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    return w->inner->explain(w->inner, layer, text, capacity);
+}
+
+/* ---- layers ---- */
+
+static moqi_seen *moqi_seen_make(moqi_watch *w, const moq_linear *layers, int32_t parts, moq_error *err)
+{
+    moqi_clear(err);
+    if (!layers || parts < 1 || parts > 1024) {
+        moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "%d layers cannot be prepared as one", (int)parts);
+        return NULL;
+    }
+    size_t head = (sizeof(moqi_seen) + 15) & ~(size_t)15, bytes = head + (size_t)parts * sizeof *layers;
+    moqi_seen *s = (moqi_seen *)moq_allocate(&w->a, bytes);
+    if (!s) { moqi_nomem(err, bytes); return NULL; }
+    s->layers = (moq_linear *)(void *)((uint8_t *)s + head);
+    memcpy(s->layers, layers, (size_t)parts * sizeof *layers);
+    s->parts = parts;
+    s->cols = layers[0].cols;
+    s->bytes = bytes;
+    for (int32_t i = 0; i < parts; i++) s->rows += layers[i].rows;
+    s->inner = w->inner->prepare_linear(w->inner, layers, parts, err);
+    if (s->inner) return s;
+    moq_release(&w->a, s, bytes);
+    return NULL;
+}
+
+static void moqi_seen_drop(moqi_watch *w, moqi_seen *s)
+{
+    if (!s) return;
+    w->inner->release_weight(w->inner, s->inner);
+    moq_release(&w->a, s, s->bytes);
+}
+
+static moq_weight *moqi_watch_prepare_linear(moq_backend *be, const moq_linear *layers, int32_t parts, moq_error *err)
+{
+    return (moq_weight *)(void *)moqi_seen_make(moqi_watch_of(be), layers, parts, err);
+}
+
+static void moqi_watch_release_weight(moq_backend *be, moq_weight *weight)
+{
+    moqi_seen_drop(moqi_watch_of(be), (moqi_seen *)(void *)weight);
+}
+
+static size_t moqi_watch_weight_bytes(const moq_backend *be, const moq_weight *weight)
+{
+    const moqi_watch *w = moqi_watch_of(be);
+    return w->inner->weight_bytes(w->inner, moqi_seen_of(weight)->inner) + moqi_seen_of(weight)->bytes;
+}
+
+/* Show x, compute, show y. x is written back only to a buffer of our own: the engine may use it again. */
+static void moqi_watch_product(moqi_watch *w, const moqi_seen *s, const void *x, int32_t rows, void *y)
+{
+    int64_t in = (int64_t)rows * s->cols, out = (int64_t)rows * s->rows;
+    float *h = w->o.input ? moqi_host_room(w, MOQI_HOST_IN, in) : NULL;
+    if (h) {
+        w->inner->download_act(w->inner, h, x, (size_t)in);
+        if (w->o.input(w->o.user, s->layers, s->parts, h, rows)) {
+            void *changed = moqi_device_room(w, MOQI_DEVICE_IN, in);
+            if (changed) w->inner->upload_act(w->inner, changed, h, (size_t)in);
+            if (changed) x = changed;
+        }
+    }
+    w->inner->linear(w->inner, s->inner, x, rows, y);
+    moqi_watch_round(w, y, out);
+    h = w->o.output ? moqi_host_room(w, MOQI_HOST_Y, out) : NULL;
+    if (!h) return;
+    w->inner->download_act(w->inner, h, y, (size_t)out);
+    w->o.output(w->o.user, s->layers, s->parts, h, rows);
+}
+
+static void moqi_watch_linear(moq_backend *be, const moq_weight *weight, const void *x, int32_t rows, void *y)
+{
+    moqi_watch_product(moqi_watch_of(be), moqi_seen_of(weight), x, rows, y);
+}
+
+static void moqi_watch_embed(moq_backend *be, const moq_weight *weight, const int32_t *ids, int32_t count, float scale, void *y)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->embed(w->inner, moqi_seen_of(weight)->inner, ids, count, scale, y);
+    moqi_watch_round(w, y, (int64_t)count * moqi_seen_of(weight)->cols);
+}
+
+/* ---- mixtures of experts ---- */
+
+static void moqi_watch_release_moe(moq_backend *be, moq_experts *experts)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moqi_seen_moe *m = (moqi_seen_moe *)(void *)experts;
+    if (!m) return;
+    for (int32_t e = 0; e < m->routing.experts; e++) {
+        if (m->up) moqi_seen_drop(w, m->up[e]);
+        if (m->down) moqi_seen_drop(w, m->down[e]);
+    }
+    moqi_arena arena = m->arena;
+    moqi_arena_drop(&arena);
+}
+
+/* Every expert's layers, gate and up as one. Biases of the layers come along in the products. */
+static moq_result moqi_seen_moe_fill(moqi_watch *w, moqi_seen_moe *m, const moq_moe *moe, moq_error *err)
+{
+    int32_t count = moe->routing.experts;
+    m->up = (moqi_seen **)moqi_take_array(&m->arena, (uint64_t)count, sizeof *m->up);
+    m->down = (moqi_seen **)moqi_take_array(&m->arena, (uint64_t)count, sizeof *m->down);
+    if (!m->up || !m->down) return moqi_nomem(err, (uint64_t)count * sizeof *m->up);
+    if (moe->routing.bias.data && !(m->bias = moqi_take_floats(&m->arena, &moe->routing.bias, 0, 1, count))) return moqi_nomem(err, (uint64_t)count * 4);
+    m->gated = moe->gate != NULL;
+    m->cols = moe->up[0].cols;
+    m->n = moe->up[0].rows;
+    m->out = moe->down[0].rows;
+    for (int32_t e = 0; e < count; e++) {
+        moq_linear pair[2];
+        pair[0] = moe->gate ? moe->gate[e] : moe->up[e];
+        pair[1] = moe->up[e];
+        m->up[e] = moqi_seen_make(w, pair, moe->gate ? 2 : 1, err);
+        m->down[e] = m->up[e] ? moqi_seen_make(w, &moe->down[e], 1, err) : NULL;
+        if (!m->down[e]) return err && err->code < 0 ? err->code : MOQ_E_BACKEND;
+    }
+    return MOQ_OK;
+}
+
+static moq_experts *moqi_watch_prepare_moe(moq_backend *be, const moq_moe *moe, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moqi_arena r = moqi_arena_make(&w->a);
+    moqi_clear(err);
+    if (moqi_check_moe(moe, err) < 0) return NULL;
+    moqi_seen_moe *m = (moqi_seen_moe *)moqi_take(&r, sizeof *m, 16);
+    if (!m) { moqi_nomem(err, sizeof *m); return NULL; }
+    m->arena = r;
+    m->routing = moe->routing;
+    m->activation = moe->activation;
+    if (moqi_seen_moe_fill(w, m, moe, err) >= 0) return (moq_experts *)(void *)m;
+    moqi_watch_release_moe(be, (moq_experts *)(void *)m);
+    return NULL;
+}
+
+static void moqi_watch_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y);
+
+/* The rows that chose expert e: x [count, cols] on the host -> its output [count, out], on the host. NULL when out of memory. */
+static float *moqi_watch_expert(moqi_watch *w, const moqi_seen_moe *m, int32_t e, const float *x, int32_t count)
+{
+    int64_t width = m->gated ? 2 * m->n : m->n;
+    void *in = moqi_device_room(w, MOQI_DEVICE_OUT, count * moqi_max(m->cols, m->out));
+    void *mid = moqi_device_room(w, MOQI_DEVICE_MID, count * width), *act = moqi_device_room(w, MOQI_DEVICE_ACT, count * m->n);
+    float *out = moqi_host_room(w, MOQI_HOST_OUT, count * m->out);
+    if (!in || !mid || !act || !out) return NULL;
+    w->inner->upload_act(w->inner, in, x, (size_t)(count * m->cols));
+    moqi_watch_product(w, m->up[e], in, count, mid);
+    moqi_watch_activation(&w->be, &m->activation, mid, count, (int32_t)m->n, act);
+    moqi_watch_product(w, m->down[e], act, count, in);
+    w->inner->download_act(w->inner, out, in, (size_t)(count * m->out));
+    return out;
+}
+
+/* Choices of all rows, then expert after expert; each row's sum is kept on the host. Buffers: X holds the rows of one expert after the rows
+   of all, ROUTE the logits, the scratch of routing, and the sums. */
+static void moqi_watch_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    const moqi_seen_moe *m = (const moqi_seen_moe *)(const void *)experts;
+    int64_t count = m->routing.experts, top = m->routing.top_k;
+    float *in = moqi_host_room(w, MOQI_HOST_X, 2 * rows * m->cols), *route = moqi_host_room(w, MOQI_HOST_ROUTE, (rows + 5) * count + rows * m->out);
+    float *choice = moqi_host_room(w, MOQI_HOST_CHOICE, 2 * rows * top);
+    if (!in || !route || !choice) return;
+    float *chosen = in + rows * m->cols, *scratch = route + rows * count, *sum = scratch + 5 * count, *weight = choice + rows * top;
+    int32_t *index = (int32_t *)(void *)choice;
+    w->inner->download_act(w->inner, in, x, (size_t)(rows * m->cols));
+    w->inner->download_act(w->inner, route, logits, (size_t)(rows * count));
+    memset(sum, 0, (size_t)(rows * m->out) * sizeof *sum);
+    for (int64_t r = 0; r < rows; r++) moqi_route(&m->routing, m->bias, route + r * count, scratch, index + r * top, weight + r * top);
+    if (w->round) moqi_bf16_all(weight, rows * top);
+    for (int32_t e = 0; e < (int32_t)count; e++) {
+        int32_t n = 0;
+        for (int64_t i = 0; i < rows * top; i++)
+            if (index[i] == e) memcpy(chosen + n++ * m->cols, in + i / top * m->cols, (size_t)m->cols * sizeof *in);
+        float *out = n > 0 ? moqi_watch_expert(w, m, e, chosen, n) : NULL;
+        for (int64_t i = 0; out && i < rows * top; i++) {
+            if (index[i] != e) continue;
+            for (int64_t c = 0; c < m->out; c++) {
+                float v = weight[i] * out[c];
+                sum[i / top * m->out + c] += w->round ? moqi_bf16(v) : v;
+            }
+            out += m->out;
+        }
+    }
+    if (w->round) moqi_bf16_all(sum, rows * m->out);
+    w->inner->upload_act(w->inner, y, sum, (size_t)(rows * m->out));
+}
+
+/* ---- KV cache and attention ---- */
+
+static moq_kv_cache *moqi_watch_kv_create(moq_backend *be, const moq_kv_desc *desc, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moq_kv_cache *inner = w->inner->kv_create(w->inner, desc, err); /* checks the description */
+    if (!inner) return NULL;
+    size_t name = desc->name ? strlen(desc->name) + 1 : 1, head = (sizeof(moqi_seen_kv) + 15) & ~(size_t)15;
+    uint64_t tokens = (uint64_t)desc->slots * (uint64_t)desc->capacity * (uint64_t)desc->kv_heads, n[2] = {0, 0};
+    int64_t dim[2];
+    dim[0] = desc->head_dim;
+    dim[1] = desc->value_dim > 0 ? desc->value_dim : desc->head_dim;
+    for (int i = 0; w->round && i < 2; i++) n[i] = tokens * (uint64_t)dim[i];
+    size_t bytes = head + (size_t)(n[0] + n[1]) * sizeof(float) + name;
+    moqi_seen_kv *s = (moqi_seen_kv *)moq_allocate(&w->a, bytes);
+    if (!s) {
+        w->inner->kv_release(w->inner, inner);
+        moqi_nomem(err, bytes);
+        return NULL;
+    }
+    float *rows = (float *)(void *)((uint8_t *)s + head);
+    char *text = (char *)(rows + n[0] + n[1]);
+    if (desc->name) memcpy(text, desc->name, name);
+    s->inner = inner;
+    s->desc = *desc;
+    s->desc.name = text;
+    for (int i = 0; i < 2; i++) s->dim[i] = dim[i];
+    if (w->round) { s->rows[0] = rows; s->rows[1] = rows + n[0]; }
+    s->bytes = bytes;
+    return (moq_kv_cache *)(void *)s;
+}
+
+static void moqi_watch_kv_release(moq_backend *be, moq_kv_cache *cache)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moqi_seen_kv *s = (moqi_seen_kv *)(void *)cache;
+    if (!s) return;
+    w->inner->kv_release(w->inner, s->inner);
+    moq_release(&w->a, s, s->bytes);
+}
+
+static size_t moqi_watch_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
+{
+    const moqi_watch *w = moqi_watch_of(be);
+    return w->inner->kv_bytes(w->inner, desc);
+}
+
+/* Rows of n values with a stride, side by side on the host. */
+static void moqi_gather(const moqi_watch *w, const void *x, int64_t rows, int64_t n, int64_t stride, float *out)
+{
+    for (int64_t r = 0; r < rows; r++) w->inner->download_act(w->inner, out + r * n, moqi_act_at(w, x, r * stride), (size_t)n);
+}
+
+/* The row of all heads of one token. */
+static float *moqi_seen_row(const moqi_seen_kv *s, int which, int64_t slot, int64_t pos)
+{
+    return s->rows[which] + (slot * s->desc.capacity + pos) * s->desc.kv_heads * s->dim[which];
+}
+
+/* Slots and positions of a batch on the host: [rows] slots, [rows] positions. NULL when out of memory. */
+static const int32_t *moqi_watch_batch(moqi_watch *w, const moq_batch *b)
+{
+    int32_t *at = (int32_t *)(void *)moqi_host_room(w, MOQI_HOST_CHOICE, 2 * (int64_t)b->rows);
+    if (!at) return NULL;
+    w->inner->download(w->inner, at, b->slot, (size_t)b->rows * sizeof *at);
+    w->inner->download(w->inner, at + b->rows, b->pos, (size_t)b->rows * sizeof *at);
+    return at;
+}
+
+static void moqi_watch_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v,
+                                 int64_t v_stride)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    const moqi_seen_kv *s = (const moqi_seen_kv *)(const void *)cache;
+    int64_t kn = s->desc.kv_heads * s->dim[0], vn = s->desc.kv_heads * s->dim[1];
+    float *kh = w->o.kv || w->round ? moqi_host_room(w, MOQI_HOST_X, b->rows * kn) : NULL, *vh = kh ? moqi_host_room(w, MOQI_HOST_Y, b->rows * vn) : NULL;
+    const int32_t *at = vh && w->round ? moqi_watch_batch(w, b) : NULL;
+    if (vh) {
+        moqi_gather(w, k, b->rows, kn, k_stride, kh);
+        moqi_gather(w, v, b->rows, vn, v_stride, vh);
+        if (w->o.kv) w->o.kv(w->o.user, &s->desc, kh, vh, b->rows);
+    }
+    for (int64_t r = 0; at && r < b->rows; r++) {
+        int32_t slot = at[r], pos = at[b->rows + r];
+        if (slot < 0 || slot >= s->desc.slots || pos < 0 || pos >= s->desc.capacity) continue;
+        memcpy(moqi_seen_row(s, 0, slot, pos), kh + r * kn, (size_t)kn * sizeof *kh);
+        memcpy(moqi_seen_row(s, 1, slot, pos), vh + r * vn, (size_t)vn * sizeof *vh);
+    }
+    w->inner->kv_append(w->inner, s->inner, b, k, k_stride, v, v_stride);
+}
+
+static void moqi_watch_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos,
+                               int32_t count)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    const moqi_seen_kv *s = (const moqi_seen_kv *)(const void *)cache;
+    for (int i = 0; s->rows[0] && count > 0 && i < 2; i++)
+        memmove(moqi_seen_row(s, i, dst_slot, dst_pos), moqi_seen_row(s, i, src_slot, src_pos),
+                (size_t)(count * s->desc.kv_heads * s->dim[i]) * sizeof(float));
+    w->inner->kv_copy(w->inner, s->inner, dst_slot, dst_pos, src_slot, src_pos, count);
+}
+
+/* The rows of y may lie apart; what is between them is not ours. */
+static void moqi_watch_round_rows(moqi_watch *w, void *y, int64_t rows, int64_t n, int64_t stride)
+{
+    if (stride == n) moqi_watch_round(w, y, rows * n);
+    else for (int64_t r = 0; r < rows; r++) moqi_watch_round(w, moqi_act_at(w, y, r * stride), n);
+}
+
+/* One query head over the keys [first, last] of a slot, as PyTorch's plain ("eager") attention does it in BF16: q.k rounded, times the scale
+   rounded, softmax in F32 and rounded, sum of p v rounded. score: [last - first + 1]; y: [value_dim]. */
+static void moqi_eager_head(const moqi_kernels *k, const moqi_seen_kv *s, const moq_attention_desc *a, const float *q, int64_t head, int32_t slot,
+                            int64_t first, int64_t last, float sink, float *score, float *y)
+{
+    int64_t kv = head / (a->heads / s->desc.kv_heads);
+    float scale = a->scale != 0 ? a->scale : 1 / sqrtf((float)s->dim[0]), max = a->sinks ? sink : -3e38f, sum = 0;
+    for (int64_t i = first; i <= last; i++) {
+        float v = moqi_bf16(moqi_bf16(k->dot(q, moqi_seen_row(s, 0, slot, i) + kv * s->dim[0], s->dim[0])) * scale);
+        if (a->softcap > 0) v = moqi_bf16(moqi_bf16(tanhf(moqi_bf16(v / a->softcap))) * a->softcap);
+        score[i - first] = v;
+        if (v > max) max = v;
+    }
+    for (int64_t i = first; i <= last; i++) sum += score[i - first] = expf(score[i - first] - max);
+    if (a->sinks) sum += expf(sink - max);
+    memset(y, 0, (size_t)s->dim[1] * sizeof *y);
+    for (int64_t i = first; i <= last; i++) k->axpy(moqi_bf16(score[i - first] / sum), moqi_seen_row(s, 1, slot, i) + kv * s->dim[1], y, s->dim[1]);
+    moqi_bf16_all(y, s->dim[1]);
+}
+
+/* All rows and heads on the host. */
+static void moqi_eager_attention(moqi_watch *w, const moqi_seen_kv *s, const moq_batch *b, const moq_attention_desc *a)
+{
+    int64_t qn = a->heads * s->dim[0], yn = a->heads * s->dim[1];
+    const int32_t *at = moqi_watch_batch(w, b);
+    float *q = moqi_host_room(w, MOQI_HOST_X, qn + yn), *score = moqi_host_room(w, MOQI_HOST_ROUTE, s->desc.capacity + a->heads);
+    if (!at || !q || !score) return;
+    float *y = q + qn, *sinks = score + s->desc.capacity;
+    if (a->sinks) w->inner->download(w->inner, sinks, a->sinks, (size_t)a->heads * sizeof *sinks);
+    for (int64_t r = 0; r < b->rows; r++) {
+        int64_t pos = at[b->rows + r], first = a->window > 0 ? moqi_max(0, pos - a->window + 1) : 0;
+        w->inner->download_act(w->inner, q, moqi_act_at(w, a->q, r * a->q_stride), (size_t)qn);
+        memset(y, 0, (size_t)yn * sizeof *y);
+        for (int64_t h = 0; at[r] >= 0 && at[r] < s->desc.slots && pos >= 0 && pos < s->desc.capacity && h < a->heads; h++)
+            moqi_eager_head(w->k, s, a, q + h * s->dim[0], h, at[r], first, pos, a->sinks ? sinks[h] : 0, score, y + h * s->dim[1]);
+        w->inner->upload_act(w->inner, moqi_act_at(w, a->y, r * a->y_stride), y, (size_t)yn);
+    }
+}
+
+static void moqi_watch_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *a)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    const moqi_seen_kv *s = (const moqi_seen_kv *)(const void *)a->cache;
+    moq_attention_desc d = *a;
+    if (w->round) { moqi_eager_attention(w, s, b, a); return; }
+    d.cache = s->inner;
+    w->inner->attention(w->inner, b, &d);
+}
+
+/* ---- small operations, in BF16 step by step where asked ---- */
+
+/* PyTorch: x += add in BF16; x / rms in F32, rounded; times the weight, rounded again. */
+static void moqi_watch_norm(moq_backend *be, const moq_norm_desc *n)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moq_norm_desc d = *n;
+    int64_t groups = n->groups > 0 ? n->groups : 1, width = groups * n->cols, stride = n->y_stride ? n->y_stride : width;
+    if (!w->round) { w->inner->norm(w->inner, n); return; }
+    float *weight = n->weight ? moqi_host_room(w, MOQI_HOST_ROUTE, n->cols) : NULL, *h = moqi_host_room(w, MOQI_HOST_X, width);
+    if (!h || (n->weight && !weight)) return;
+    if (n->add) {
+        void *x = moqi_act_at(w, n->x, 0);
+        for (int64_t r = 0; r < n->rows; r++)
+            w->inner->add(w->inner, moqi_act_at(w, x, r * (n->x_stride ? n->x_stride : width)), moqi_act_at(w, n->add, r * width), (size_t)width);
+        moqi_watch_round_rows(w, x, n->rows, width, n->x_stride ? n->x_stride : width);
+    }
+    d.add = NULL;
+    d.weight = NULL;
+    w->inner->norm(w->inner, &d);
+    if (weight) w->inner->download(w->inner, weight, n->weight, (size_t)n->cols * sizeof *weight);
+    for (int64_t r = 0; r < n->rows; r++) {
+        void *at = moqi_act_at(w, n->y, r * stride);
+        w->inner->download_act(w->inner, h, at, (size_t)width);
+        for (int64_t i = 0; i < width; i++) h[i] = weight ? moqi_bf16(moqi_bf16(h[i]) * weight[i % n->cols]) : moqi_bf16(h[i]);
+        w->inner->upload_act(w->inner, at, h, (size_t)width);
+    }
+}
+
+static void moqi_watch_rope_table(moq_backend *be, const int32_t *pos, int32_t rows, const float *inv_freq, int32_t dims, float scale, float *table)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->rope_table(w->inner, pos, rows, inv_freq, dims, scale, table);
+}
+
+/* PyTorch: cos and sin in BF16, x cos + turned(x) sin with every product rounded. */
+static void moqi_watch_rope(moq_backend *be, const moq_rope_desc *r)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    int64_t dims = r->dims > 0 ? r->dims : r->head_dim, half = dims / 2, width = (int64_t)r->heads * r->head_dim;
+    if (!w->round) { w->inner->rope(w->inner, r); return; }
+    float *h = moqi_host_room(w, MOQI_HOST_X, width), *t = moqi_host_room(w, MOQI_HOST_ROUTE, dims);
+    for (int64_t row = 0; h && t && row < r->rows; row++) {
+        void *at = moqi_act_at(w, r->x, row * r->stride);
+        w->inner->download(w->inner, t, r->table + row * dims, (size_t)dims * sizeof *t);
+        w->inner->download_act(w->inner, h, at, (size_t)width);
+        moqi_bf16_all(t, dims);
+        for (int64_t head = 0; head < r->heads; head++)
+            for (int64_t i = 0; i < half; i++) {
+                float *base = h + head * r->head_dim + r->first, *a = base + (r->interleaved ? 2 * i : i), *b = base + (r->interleaved ? 2 * i + 1 : i + half);
+                float x = *a, y = *b, c = t[2 * i], s = t[2 * i + 1];
+                *a = moqi_bf16(moqi_bf16(x * c) - moqi_bf16(y * s));
+                *b = moqi_bf16(moqi_bf16(y * c) + moqi_bf16(x * s));
+            }
+        w->inner->upload_act(w->inner, at, h, (size_t)width);
+    }
+}
+
+/* PyTorch: the activated gate is rounded before it is multiplied. */
+static void moqi_watch_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    int gated = a->kind != MOQ_RELU2, steps = a->kind == MOQ_SILU_MUL || a->kind == MOQ_GELU_MUL || a->kind == MOQ_GELU_TANH_MUL;
+    int64_t width = gated ? 2 * (int64_t)n : n;
+    float *h = w->round && steps ? moqi_host_room(w, MOQI_HOST_Y, width) : NULL;
+    if (!h) {
+        w->inner->activation(w->inner, a, x, rows, n, y);
+        moqi_watch_round(w, y, (int64_t)rows * n);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        w->inner->download_act(w->inner, h, moqi_act_at(w, x, r * width), (size_t)width);
+        for (int64_t i = 0; i < n; i++) h[i] = moqi_bf16(moqi_bf16(moqi_activate(a, h[i], 1)) * h[n + i]);
+        w->inner->upload_act(w->inner, moqi_act_at(w, y, r * n), h, (size_t)n);
+    }
+}
+
+static void moqi_watch_add(moq_backend *be, void *x, const void *y, size_t count)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->add(w->inner, x, y, count);
+    moqi_watch_round(w, x, (int64_t)count);
+}
+
+static void moqi_watch_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->argmax(w->inner, x, rows, n, index);
+}
+
+/* ---- state-space mixers: passed on; only the result is rounded ---- */
+
+typedef struct moqi_seen_ssm { moq_ssm *inner; int64_t width; } moqi_seen_ssm; /* width: of one row of results */
+
+static moq_ssm *moqi_watch_ssm_create(moq_backend *be, const moq_ssm_desc *desc, moq_error *err)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moqi_seen_ssm *s = (moqi_seen_ssm *)moq_allocate(&w->a, sizeof *s);
+    if (!s) { moqi_nomem(err, sizeof *s); return NULL; }
+    s->inner = w->inner->ssm_create(w->inner, desc, err);
+    s->width = (int64_t)desc->heads * desc->head_dim;
+    if (s->inner) return (moq_ssm *)(void *)s;
+    moq_release(&w->a, s, sizeof *s);
+    return NULL;
+}
+
+static void moqi_watch_ssm_release(moq_backend *be, moq_ssm *ssm)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moqi_seen_ssm *s = (moqi_seen_ssm *)(void *)ssm;
+    if (!s) return;
+    w->inner->ssm_release(w->inner, s->inner);
+    moq_release(&w->a, s, sizeof *s);
+}
+
+static size_t moqi_watch_ssm_bytes(const moq_backend *be, const moq_ssm_desc *desc)
+{
+    const moqi_watch *w = moqi_watch_of(be);
+    return w->inner->ssm_bytes(w->inner, desc);
+}
+
+static void moqi_watch_ssm(moq_backend *be, moq_ssm *ssm, const moq_batch *b, const void *x, void *y)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    moqi_seen_ssm *s = (moqi_seen_ssm *)(void *)ssm;
+    w->inner->ssm(w->inner, s->inner, b, x, y);
+    moqi_watch_round(w, y, b->rows * s->width);
+}
+
+static void moqi_watch_ssm_copy(moq_backend *be, moq_ssm *ssm, int32_t dst_slot, int32_t src_slot)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->ssm_copy(w->inner, ((moqi_seen_ssm *)(void *)ssm)->inner, dst_slot, src_slot);
+}
+
+static void moqi_watch_copy_heads(moq_backend *be, const moq_copy_desc *c)
+{
+    moqi_watch *w = moqi_watch_of(be);
+    w->inner->copy_heads(w->inner, c);
+}
+
+/* ---- the table ---- */
+
+/* In the order of struct moq_backend; no graphs: a replay could not be watched. */
+static const moq_backend moqi_watch_table = {
+    NULL, "observe", MOQ_F32, 16,
+    moqi_watch_destroy, moqi_watch_alloc, moqi_watch_release, moqi_watch_upload, moqi_watch_download, moqi_watch_copy, moqi_watch_upload_act,
+    moqi_watch_download_act, moqi_watch_sync, moqi_watch_reserve, moqi_watch_supports, moqi_watch_explain, moqi_watch_prepare_linear,
+    moqi_watch_release_weight, moqi_watch_weight_bytes, moqi_watch_linear, moqi_watch_embed, moqi_watch_prepare_moe, moqi_watch_release_moe,
+    moqi_watch_moe, moqi_watch_kv_create, moqi_watch_kv_release, moqi_watch_kv_bytes, moqi_watch_kv_append, moqi_watch_kv_copy,
+    moqi_watch_attention, moqi_watch_norm, moqi_watch_rope_table, moqi_watch_rope, moqi_watch_activation, moqi_watch_add, moqi_watch_argmax,
+    NULL, NULL, NULL, NULL,
+    moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads
+};
+
+/* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */
+MOQ_API moq_backend *moq_observing_backend(moq_backend *inner, const moq_observer *observer, const moq_allocator *a, moq_error *err)
+{
+    moqi_clear(err);
+    if (!inner || !observer) {
+        moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "observing needs a backend to watch and an observer");
+        return NULL;
+    }
+    moqi_watch *w = (moqi_watch *)moq_allocate(a, sizeof *w);
+    if (!w) { moqi_nomem(err, sizeof *w); return NULL; }
+    w->be = moqi_watch_table;
+    w->be.ctx = w;
+    w->be.act = inner->act;
+    w->be.max_rows = inner->max_rows;
+    w->inner = inner;
+    w->o = *observer;
+    if (a) w->a = *a;
+    w->elem = (size_t)moq_dtype_bits(inner->act) / 8;
+    w->k = moqi_get_kernels(0);
+    w->round = observer->bf16 && inner->act == MOQ_F32;
+    moqi_clear(&w->failed);
+    if (!inner->kv_create) w->be.kv_create = NULL;
+    if (!inner->attention) w->be.attention = NULL;
+    if (!inner->norm) w->be.norm = NULL;
+    if (!inner->rope) w->be.rope = NULL;
+    if (!inner->rope_table) w->be.rope_table = NULL;
+    if (!inner->activation) { w->be.activation = NULL; w->be.prepare_moe = NULL; w->be.moe = NULL; }
+    if (!inner->add) w->be.add = NULL;
+    if (!inner->argmax) w->be.argmax = NULL;
+    if (!inner->embed) w->be.embed = NULL;
+    if (!inner->ssm) { w->be.ssm_create = NULL; w->be.ssm = NULL; }
+    if (!inner->copy_heads) w->be.copy_heads = NULL;
+    return &w->be;
+}
+
+MOQ_API void moq_end_batch(moq_backend *watch)
+{
+    moqi_watch *w = watch && watch->destroy == moqi_watch_destroy ? moqi_watch_of(watch) : NULL;
+    if (w && w->o.end_batch) w->o.end_batch(w->o.user);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>search          AutoQuantize: which units get which format within a budget of bits
+   Exact: the answer is the best there is, not the best that was found in time. Recorded scores and costs decide alone.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ---- grouping (calibration.md 15.2) ---- */
+
+/* Length of `s` when `name` ends in ".s", else 0. */
+static size_t moqi_ends_in(const char *name, size_t n, const char *s)
+{
+    size_t m = strlen(s);
+    return n > m && name[n - m - 1] == '.' && memcmp(name + n - m, s, m) == 0 ? m : 0;
+}
+
+/* Position of ".experts." or the like in a name, with its length; n when there is none. */
+static size_t moqi_find_part(const char *name, size_t n, const char *part)
+{
+    size_t m = strlen(part);
+    for (size_t i = 0; i + m <= n; i++)
+        if (memcmp(name + i, part, m) == 0) return i;
+    return n;
+}
+
+/* First rule that matches: qkv, experts, gate and up, linear attention; then the module alone. */
+MOQ_API size_t moq_unit_name(const char *module, char *text, size_t capacity)
+{
+    static const struct { const char *tail, *group; } rules[] = {
+        {"q_proj", "qkv"}, {"k_proj", "qkv"}, {"v_proj", "qkv"}, {"gate_proj", "gate_up"}, {"up_proj", "gate_up"},
+        {"in_proj_qkv", "in_proj_qkvz"}, {"in_proj_z", "in_proj_qkvz"}, {"in_proj_a", "in_proj_ab"}, {"in_proj_b", "in_proj_ab"}};
+    size_t n = strlen(module), at = moqi_find_part(module, n, ".experts.");
+    if (at < n) return moqi_format(text, capacity, "%.*s.experts", (int)at, module);
+    at = moqi_find_part(module, n, ".mixer.");
+    for (size_t i = 0; i < MOQI_COUNT(rules); i++) {
+        size_t m = moqi_ends_in(module, n, rules[i].tail);
+        if (m == 0 || (at < n && strcmp(rules[i].group, "gate_up") == 0)) continue;
+        return moqi_format(text, capacity, "%.*s.%s", (int)(n - m - 1), module, rules[i].group);
+    }
+    return moqi_format(text, capacity, "%s", module);
+}
+
+/* The least bits of a recipe's operands (15.4): only NVFP4 with dynamic blocks of 16 counts its scales, 4.5; MX and INT formats count codes. */
+MOQ_API double moq_recipe_bits(const moq_recipe *recipe)
+{
+    if (!recipe) return 16;
+    const moq_coding *c = &recipe->scheme.weight;
+    int bits = moq_dtype_bits(c->elem);
+    /* static blocks come from the searches of block scales */
+    int fixed = strncmp(recipe->calibration, "mse", 3) == 0 || strncmp(recipe->calibration, "local_hessian", 13) == 0;
+    return bits == 4 && c->scale == MOQ_F8_E4M3 && c->group_cols == 16 && !fixed ? 4.5 : bits;
+}
+
+/* ---- the budget ---- */
+
+static double moqi_total(const moq_solve_desc *d, const int32_t *choice, int scores)
+{
+    double sum = scores ? 0 : d->fixed_cost;
+    for (size_t i = 0; i < d->count; i++) sum += scores ? d->units[i].scores[choice[i]] : d->units[i].costs[choice[i]];
+    return sum;
+}
+
+/* effective_bits / 16 of everything uncompressed. A relative 1e-12 forgives the order of additions. */
+static double moqi_budget(const moq_solve_desc *d)
+{
+    double all = d->uncompressed;
+    if (!(all > 0)) {
+        all = d->fixed_cost;
+        for (size_t i = 0; i < d->count; i++) {
+            double top = 0;
+            for (int32_t f = 0; f < d->units[i].formats; f++)
+                if (d->units[i].costs[f] > top) top = d->units[i].costs[f];
+            all += top;
+        }
+    }
+    return d->effective_bits / 16 * all;
+}
+
+static moq_result moqi_check_units(const moq_solve_desc *d, double budget, moq_error *err)
+{
+    double least = d->fixed_cost;
+    for (size_t i = 0; i < d->count; i++) {
+        const moq_unit *u = &d->units[i];
+        double low = 0;
+        if (u->formats < 1 || !u->scores || !u->costs)
+            return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "unit", u->name ? u->name : "", -1), "there is no format to choose from");
+        for (int32_t f = 0; f < u->formats; f++) {
+            if (!(fabs(u->scores[f]) < 1e300) || !(u->costs[f] >= 0 && u->costs[f] < 1e300))
+                return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "unit", u->name ? u->name : "", -1), "format %d has score %g and cost %g, which are no finite numbers",
+                                 (int)f, u->scores[f], u->costs[f]);
+            if (f == 0 || u->costs[f] < low) low = u->costs[f];
+        }
+        least += low;
+    }
+    if (least > budget * (1 + 1e-12))
+        return moqi_fail(err, MOQ_E_CONFIG, moqi_at(NULL, NULL, "effective_bits", -1), "the most compressed choice costs %g, the budget of %g bits is %g; raise it",
+                         least, d->effective_bits, budget);
+    return MOQ_OK;
+}
+
+/* ---- the threshold of KL scores (15.5) ---- */
+
+/* Each unit's first format with a score of at most t; none: the most compressed. Returns the cost. */
+static double moqi_choose_below(const moq_solve_desc *d, double t, int32_t *choice)
+{
+    for (size_t i = 0; i < d->count; i++) {
+        choice[i] = 0;
+        for (int32_t f = 0; f < d->units[i].formats; f++)
+            if (d->units[i].scores[f] <= t) { choice[i] = f; break; }
+    }
+    return moqi_total(d, choice, 0);
+}
+
+/* A hundred halvings between the smallest and the largest score. The selection evaluated last counts: the interval has shrunk to two
+   neighbouring doubles by then, and a score is a float, so the middle is the score itself. */
+static void moqi_solve_threshold(const moq_solve_desc *d, double budget, int32_t *choice)
+{
+    double low = d->units[0].scores[0], high = low;
+    for (size_t i = 0; i < d->count; i++)
+        for (int32_t f = 0; f < d->units[i].formats; f++) {
+            if (d->units[i].scores[f] < low) low = d->units[i].scores[f];
+            if (d->units[i].scores[f] > high) high = d->units[i].scores[f];
+        }
+    for (int i = 0; i < 100; i++) {
+        double middle = (low + high) / 2;
+        if (moqi_choose_below(d, middle, choice) <= budget * (1 + 1e-12)) high = middle;
+        else low = middle;
+    }
+}
+
+/* ---- the smallest sum (multiple-choice knapsack), by dynamic programming over the costs that can occur ---- */
+
+/* One partial choice: units 0..i. Of equal costs only the best score is kept; without a lower limit also nothing that is both dearer and worse. */
+typedef struct moqi_state {
+    double cost, score;
+    uint32_t from;          /* state of the level before */
+    int32_t choice;
+} moqi_state;
+
+enum { MOQI_MAX_STATES = 1 << 22 };
+
+static int moqi_state_before(const moqi_state *a, const moqi_state *b)
+{
+    return a->cost < b->cost || (!(b->cost < a->cost) && a->score < b->score);
+}
+
+/* Heapsort by cost, then score: in place, no recursion. */
+static void moqi_sort_states(moqi_state *s, size_t n)
+{
+    for (size_t end = n, root = n / 2; end > 1;) {
+        if (root > 0) root--;
+        else { moqi_state t = s[0]; s[0] = s[--end]; s[end] = t; }
+        for (size_t i = root, child; (child = 2 * i + 1) < end; i = child) {
+            if (child + 1 < end && moqi_state_before(&s[child], &s[child + 1])) child++;
+            if (!moqi_state_before(&s[i], &s[child])) break;
+            moqi_state t = s[i]; s[i] = s[child]; s[child] = t;
+        }
+    }
+}
+
+/* Bounds for the units after i: what they cost at least, and the least of score + lambda * cost. */
+typedef struct moqi_rest { double least, most, relaxed; } moqi_rest;
+
+static void moqi_fill_rest(const moq_solve_desc *d, double lambda, moqi_rest *rest)
+{
+    memset(&rest[d->count], 0, sizeof *rest);
+    for (size_t i = d->count; i-- > 0;) {
+        const moq_unit *u = &d->units[i];
+        double low = u->costs[0], high = low, relaxed = u->scores[0] + lambda * low;
+        for (int32_t f = 1; f < u->formats; f++) {
+            if (u->costs[f] < low) low = u->costs[f];
+            if (u->costs[f] > high) high = u->costs[f];
+            if (u->scores[f] + lambda * u->costs[f] < relaxed) relaxed = u->scores[f] + lambda * u->costs[f];
+        }
+        rest[i].least = rest[i + 1].least + low;
+        rest[i].most = rest[i + 1].most + high;
+        rest[i].relaxed = rest[i + 1].relaxed + relaxed;
+    }
+}
+
+/* Each unit's best format at a price per cost; returns the cost, *score the sum. Ties: the cheaper. */
+static double moqi_at_price(const moq_solve_desc *d, double lambda, double *score)
+{
+    double cost = d->fixed_cost;
+    *score = 0;
+    for (size_t i = 0; i < d->count; i++) {
+        const moq_unit *u = &d->units[i];
+        int32_t best = 0;
+        for (int32_t f = 1; f < u->formats; f++) {
+            double a = u->scores[f] + lambda * u->costs[f], b = u->scores[best] + lambda * u->costs[best];
+            if (a < b || (!(b < a) && u->costs[f] < u->costs[best])) best = f;
+        }
+        cost += u->costs[best];
+        *score += u->scores[best];
+    }
+    return cost;
+}
+
+/* The price at which the relaxed choice just fits, and the score of that choice: an upper bound of the answer. */
+static double moqi_find_price(const moq_solve_desc *d, double budget, double *bound)
+{
+    double low = 0, high = 1, score;
+    if (moqi_at_price(d, 0, bound) <= budget) return 0;
+    for (int i = 0; i < 2000 && moqi_at_price(d, high, &score) > budget; i++) high *= 2;
+    for (int i = 0; i < 200; i++) {
+        double middle = (low + high) / 2;
+        if (moqi_at_price(d, middle, &score) > budget) low = middle;
+        else high = middle;
+    }
+    moqi_at_price(d, high, bound);
+    return high;
+}
+
+/* The states of one level from those before it. out has room for `count` * formats. */
+static size_t moqi_next_states(const moq_solve_desc *d, size_t i, const moqi_state *in, size_t count, const moqi_rest *rest, double lambda,
+                               double budget, double floor_cost, double bound, moqi_state *out)
+{
+    const moq_unit *u = &d->units[i];
+    size_t n = 0, kept = 0;
+    for (size_t j = 0; j < count; j++)
+        for (int32_t f = 0; f < u->formats; f++) {
+            moqi_state s;
+            s.cost = in[j].cost + u->costs[f];
+            s.score = in[j].score + u->scores[f];
+            s.from = (uint32_t)j;
+            s.choice = f;
+            if (s.cost + rest[i + 1].least > budget || s.cost + rest[i + 1].most < floor_cost) continue;
+            if (s.score + lambda * s.cost + rest[i + 1].relaxed - lambda * budget > bound + 1e-9 * fabs(bound)) continue;
+            out[n++] = s;
+        }
+    moqi_sort_states(out, n);
+    for (size_t j = 0; j < n; j++) {
+        int worse = kept > 0 && !(out[j].score < out[kept - 1].score);
+        int same = kept > 0 && !(out[j].cost > out[kept - 1].cost);
+        if (worse && (same || floor_cost <= 0)) continue;
+        out[kept++] = out[j];
+    }
+    return kept;
+}
+
+/* Levels of states, kept for the way back. */
+typedef struct moqi_level { moqi_state *states; size_t count, room; } moqi_level;
+
+static moq_result moqi_solve_sum(const moq_solve_desc *d, double budget, double floor_cost, moqi_level *level, moqi_rest *rest, int32_t *choice,
+                                 moq_error *err)
+{
+    double bound = 1e300, lambda = moqi_find_price(d, budget, &bound);
+    moqi_state start = {d->fixed_cost, 0, 0, 0};
+    const moqi_state *in = &start;
+    size_t count = 1;
+    if (floor_cost > 0) bound = 1e300;
+    moqi_fill_rest(d, lambda, rest);
+    for (size_t i = 0; i < d->count; i++) {
+        moqi_level *l = &level[i];
+        l->room = count * (size_t)d->units[i].formats;
+        if (l->room > MOQI_MAX_STATES)
+            return moqi_fail(err, MOQ_E_LIMIT, moqi_at(NULL, NULL, "autoquant", -1), "more than %d partial choices at unit %llu; round the costs or search fewer formats",
+                             (int)MOQI_MAX_STATES, (unsigned long long)i);
+        l->states = (moqi_state *)moq_allocate(&d->allocator, l->room * sizeof *l->states);
+        if (!l->states) return moqi_nomem(err, l->room * sizeof *l->states);
+        l->count = moqi_next_states(d, i, in, count, rest, lambda, budget, floor_cost, bound, l->states);
+        if (l->count == 0)
+            return moqi_fail(err, MOQ_E_CONFIG, moqi_at(NULL, NULL, "effective_bits", -1), "no choice costs between %g and %g", floor_cost, budget);
+        in = l->states;
+        count = l->count;
+    }
+    size_t at = 0;
+    for (size_t j = 1; j < count; j++)
+        if (in[j].score < in[at].score) at = j;
+    for (size_t i = d->count; i-- > 0;) {
+        choice[i] = level[i].states[at].choice;
+        at = level[i].states[at].from;
+    }
+    return MOQ_OK;
+}
+
+MOQ_API moq_result moq_solve(const moq_solve_desc *desc, int32_t *choice, double *score, double *cost, moq_error *err)
+{
+    double budget = moqi_budget(desc);
+    size_t levels = desc->count * sizeof(moqi_level), rests = (desc->count + 1) * sizeof(moqi_rest);
+    moqi_clear(err);
+    if (desc->count == 0) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, "autoquant", -1), "there are no units to choose for");
+    moq_result r = moqi_check_units(desc, budget, err);
+    if (r < 0) return r;
+    if (desc->method == MOQ_SOLVE_THRESHOLD) {
+        moqi_solve_threshold(desc, budget, choice);
+    } else {
+        moqi_level *level = (moqi_level *)moq_allocate(&desc->allocator, levels);
+        moqi_rest *rest = (moqi_rest *)moq_allocate(&desc->allocator, rests);
+        r = level && rest ? moqi_solve_sum(desc, budget * (1 + 1e-12), desc->lower * budget, level, rest, choice, err) : moqi_nomem(err, levels + rests);
+        for (size_t i = 0; level && i < desc->count; i++) moq_release(&desc->allocator, level[i].states, level[i].room * sizeof(moqi_state));
+        moq_release(&desc->allocator, level, levels);
+        moq_release(&desc->allocator, rest, rests);
+    }
+    if (r < 0) return r;
+    if (score) *score = moqi_total(desc, choice, 1);
+    if (cost) *cost = moqi_total(desc, choice, 0);
+    return MOQ_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>calibrate       passes of a model under observation -> statistics
+   One record for each layer that is quantized. The forward pass is the caller's; it may run any family on any backend.
+   ------------------------------------------------------------------------------------------------ */
+
+/* The algorithms of the recipe table, by the first word of moq_recipe.calibration. */
+typedef enum moqi_algorithm {
+    MOQI_ALG_NONE = 0, MOQI_ALG_MAX, MOQI_ALG_SMOOTH, MOQI_ALG_AWQ, MOQI_ALG_CLIP, MOQI_ALG_AWQ_FULL, MOQI_ALG_SVD, MOQI_ALG_HESSIAN, MOQI_ALG_HEADROOM
+} moqi_algorithm;
+
+/* Passes, in this order; a run makes those that some record needs.
+     STATS    amax, channel amax, mean magnitude of channels, histograms; keys and values
+     SEARCH   the loss of every alpha (awq_lite)
+     AGAIN    on inputs times pre_quant_scale: amax, the loss of every clip ratio
+     HESSIAN  x^T x of inputs in a model whose inputs are quantized */
+enum { MOQI_PASS_STATS = 1, MOQI_PASS_SEARCH = 2, MOQI_PASS_AGAIN = 4, MOQI_PASS_HESSIAN = 8 };
+
+static const struct { const char *word; moqi_algorithm algorithm; int passes; } moqi_algorithms[] = {
+    {"none", MOQI_ALG_NONE, 0},
+    {"max", MOQI_ALG_MAX, MOQI_PASS_STATS},
+    {"mse", MOQI_ALG_MAX, MOQI_PASS_STATS}, /* the search of block scales needs no data: the encoder makes it */
+    {"smoothquant", MOQI_ALG_SMOOTH, MOQI_PASS_STATS},
+    {"awq_lite", MOQI_ALG_AWQ, MOQI_PASS_STATS | MOQI_PASS_SEARCH},
+    {"awq_clip", MOQI_ALG_CLIP, MOQI_PASS_AGAIN},
+    {"awq_full", MOQI_ALG_AWQ_FULL, MOQI_PASS_STATS | MOQI_PASS_SEARCH | MOQI_PASS_AGAIN},
+    {"svdquant", MOQI_ALG_SVD, MOQI_PASS_STATS | MOQI_PASS_SEARCH | MOQI_PASS_AGAIN},
+    {"local_hessian", MOQI_ALG_HESSIAN, MOQI_PASS_STATS | MOQI_PASS_HESSIAN},
+    {"nvfp4_act_headroom", MOQI_ALG_HEADROOM, MOQI_PASS_STATS}};
+
+/* One layer. Vectors are F32 [cols], taken from the arena when the record is made. */
+typedef struct moqi_record {
+    const char *name;
+    moq_linear layer;
+    const moq_recipe *recipe;
+    moqi_algorithm algorithm;
+    int passes, expert;
+    struct moqi_record *leader;     /* the first layer that shares this one's input, maybe itself; NULL: never ran */
+    int64_t tokens;                 /* seen in the pass so far */
+    float amax;                     /* running, of the current pass */
+    float input_amax;               /* the result; 0: never ran or not wanted */
+    float *channel_amax, *batch_sum, *act, *wsc, *best_scale, *p; /* p: 1 / best_scale, or SmoothQuant's; NULL where not used */
+    int64_t batch_tokens, batches;
+    moqi_buffer batch;              /* inputs of the current batch, leaders only: [tokens, cols] */
+    moqi_matrix gram;               /* leaders of long runs: sum over batches of X^T X / tokens, [cols, cols] */
+    double alpha_loss[MOQI_ALPHAS], clip_loss[MOQI_RATIOS];
+    int best_alpha, best_ratio;     /* -1: none */
+    float *group_loss;              /* integer groups: [ratios, rows, groups] */
+    uint64_t *bins;                 /* [MOQI_BINS] */
+    float *hessian;                 /* [cols / 16, 16, 16] */
+    float *weight_amax;             /* result: of the tensor, or of each group */
+    uint64_t weight_amax_count;
+    float global_amax;              /* local_hessian: of the layers that share an input */
+} moqi_record;
+
+/* Keys and values of one attention module. */
+typedef struct moqi_kv_record {
+    struct moqi_kv_record *next;
+    const char *name;
+    int64_t heads, dim[2];
+    float amax[2];
+    float *bias[2];                 /* [heads * dim] or NULL */
+    moqi_buffer batch[2];           /* [tokens, heads * dim], only with a bias */
+    int64_t batches;
+} moqi_kv_record;
+
+struct moq_stats {
+    moq_allocator a;
+    moqi_arena arena;
+    moqi_buffer list;               /* of moq_tensor */
+};
+
+typedef struct moqi_calibration {
+    const moq_calibrate_desc *desc;
+    moqi_arena arena;
+    moqi_plan plan;                 /* only to choose and to name */
+    moq_quantize_desc rules;
+    moqi_record *records;
+    size_t count;
+    moqi_map map;                   /* layer name -> record */
+    moqi_kv_record *kv;
+    moq_kv_format kv_format;
+    int wants_kv, pass;
+    int64_t longest;                /* most tokens that a layer saw in the pass of statistics */
+    moq_parallel par;               /* for the searches */
+    moqi_pool *pool;
+    moq_error failed;               /* the first failure inside of a callback */
+} moqi_calibration;
+
+/* ---- records ---- */
+
+static float *moqi_take_zeros(moqi_calibration *c, int64_t n)
+{
+    float *p = (float *)moqi_take_array(&c->arena, (uint64_t)n, sizeof *p);
+    if (!p && c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)n * sizeof *p);
+    return p;
+}
+
+/* What a record's algorithm keeps. 0 when out of memory. */
+static int moqi_record_room(moqi_calibration *c, moqi_record *r)
+{
+    int64_t n = r->layer.cols, g = r->recipe->scheme.weight.group_cols;
+    int awq = (r->passes & MOQI_PASS_SEARCH) != 0, clip = r->algorithm == MOQI_ALG_CLIP || r->algorithm == MOQI_ALG_AWQ_FULL;
+    if (awq || r->algorithm == MOQI_ALG_SMOOTH) {
+        r->channel_amax = moqi_take_zeros(c, n);
+        r->p = moqi_take_zeros(c, n);
+        if (!r->channel_amax || !r->p) return 0;
+    }
+    if (awq) {
+        r->batch_sum = moqi_take_zeros(c, n);
+        r->act = moqi_take_zeros(c, n);
+        r->wsc = moqi_take_zeros(c, n);
+        r->best_scale = moqi_take_zeros(c, n);
+        if (!r->batch_sum || !r->act || !r->wsc || !r->best_scale) return 0;
+    }
+    if (clip && r->recipe->scheme.weight.scale != MOQ_F8_E4M3 && g > 0 &&
+        !(r->group_loss = moqi_take_zeros(c, MOQI_RATIOS * r->layer.rows * moqi_ceil_div(n, g)))) return 0;
+    if (r->algorithm == MOQI_ALG_HEADROOM && !(r->bins = (uint64_t *)moqi_take_array(&c->arena, MOQI_BINS, sizeof *r->bins))) return 0;
+    if (r->algorithm == MOQI_ALG_HESSIAN && !(r->hessian = moqi_take_zeros(c, n / 16 * 256))) return 0;
+    return 1;
+}
+
+/* The algorithm of a recipe, or what it becomes for experts: fused experts are no linears to ModelOpt's smoothing steps. */
+static moq_result moqi_set_algorithm(const moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    for (size_t i = 0; i < MOQI_COUNT(moqi_algorithms); i++) {
+        if (!moqi_starts(r->recipe->calibration, moqi_algorithms[i].word)) continue;
+        r->algorithm = moqi_algorithms[i].algorithm;
+        r->passes = moqi_algorithms[i].passes;
+        if (r->expert && r->algorithm != MOQI_ALG_NONE && r->algorithm != MOQI_ALG_HEADROOM && r->algorithm != MOQI_ALG_HESSIAN &&
+            (!c->desc->smooth_experts || r->algorithm == MOQI_ALG_SMOOTH)) {
+            r->algorithm = MOQI_ALG_MAX;
+            r->passes = MOQI_PASS_STATS;
+        }
+        if (r->algorithm == MOQI_ALG_HESSIAN && r->layer.cols % 16 != 0) { r->algorithm = MOQI_ALG_MAX; r->passes = MOQI_PASS_STATS; }
+        /* weights alone need no pass */
+        if (r->algorithm == MOQI_ALG_MAX && !moqi_has_input_scale(r->recipe)) r->passes = 0;
+        return MOQ_OK;
+    }
+    return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "recipe", r->recipe->name, -1), "its calibration '%q' is not known here", r->recipe->calibration);
+}
+
+/* Which recipe a module gets, by the caller's choice or by what the recipe covers. */
+static moq_result moqi_record_recipe(moqi_calibration *c, const moq_linear *w, const moq_recipe **out, moq_error *err)
+{
+    moqi_target t;
+    if (c->desc->choose) {
+        *out = c->desc->choose(c->desc->choose_user, w->name);
+        return MOQ_OK;
+    }
+    memset(&t, 0, sizeof t);
+    t.name = w->name;
+    t.w = *w;
+    moq_result r = moqi_choose_recipe(&c->plan, &t, err);
+    *out = t.recipe;
+    return r;
+}
+
+/* A record for every layer of the source that is quantized; stacks of experts get one for each expert's half when they run. */
+static moq_result moqi_make_records(moqi_calibration *c, moq_error *err)
+{
+    size_t n = moq_module_count(c->desc->source);
+    c->records = (moqi_record *)moqi_take_array(&c->arena, n ? n : 1, sizeof *c->records);
+    if (!c->records || !moqi_map_make(&c->map, &c->arena, n)) return moqi_nomem(err, n * sizeof *c->records);
+    for (size_t i = 0; i < n; i++) {
+        moqi_record *r = &c->records[c->count];
+        size_t container;
+        uint32_t number;
+        const char *part;
+        moq_result code = moq_get_module(c->desc->source, i, &r->layer, err);
+        if (code >= 0) code = moqi_record_recipe(c, &r->layer, &r->recipe, err);
+        if (code < 0) return code;
+        if (!r->recipe || r->layer.experts > 0) continue;
+        r->name = r->layer.name;
+        r->expert = moqi_expert_name(r->name, &container, &number, &part);
+        r->best_alpha = r->best_ratio = -1;
+        r->batch.a = c->desc->allocator;
+        if ((code = moqi_set_algorithm(c, r, err)) < 0) return code;
+        if (r->algorithm == MOQI_ALG_NONE) continue;
+        if (!moqi_record_room(c, r)) return moqi_nomem(err, 0);
+        moqi_map_add(&c->map, r->name, strlen(r->name), (uint32_t)c->count);
+        c->count++;
+    }
+    return MOQ_OK;
+}
+
+static moqi_record *moqi_record_of(const moqi_calibration *c, const moq_linear *w)
+{
+    const moqi_entry *e = w->name ? moqi_map_find(&c->map, w->name, strlen(w->name)) : NULL;
+    return e ? &c->records[e->value] : NULL;
+}
+
+/* The weight as the model holds it. 0 when out of memory. */
+static int moqi_record_weight(const moqi_calibration *c, const moqi_record *r, moqi_matrix *w)
+{
+    *w = moqi_matrix_make(&c->desc->allocator, r->layer.rows, r->layer.cols);
+    for (int64_t i = 0; w->data && i < w->rows; i++) moq_dequantize(&r->layer, i, 1, w->data + i * w->ld);
+    return w->data != NULL;
+}
+
+/* ---- one token of one layer, by pass ---- */
+
+static void moqi_see_stats(moqi_record *r, const float *x)
+{
+    int64_t n = r->layer.cols;
+    float top = moqi_amax(x, n);
+    if (top > r->amax) r->amax = top;
+    for (int64_t i = 0; r->channel_amax && i < n; i++)
+        if (fabsf(x[i]) > r->channel_amax[i]) r->channel_amax[i] = fabsf(x[i]);
+    for (int64_t i = 0; r->batch_sum && i < n; i++) r->batch_sum[i] += fabsf(x[i]);
+    if (r->bins) moqi_headroom_add(r->bins, x, n);
+}
+
+/* max |bf16(x * bf16(p))|: pre_quant_scale as it is stored. */
+static void moqi_see_scaled(moqi_record *r, const float *x)
+{
+    for (int64_t i = 0; i < r->layer.cols; i++) {
+        float v = fabsf(r->p ? moqi_bf16(x[i] * moqi_bf16(r->p[i])) : x[i]);
+        if (v > r->amax) r->amax = v;
+    }
+}
+
+/* x [rows, cols] of layers that share it. Searches keep the batch and work at its end. */
+static int moqi_on_input(void *user, const moq_linear *layers, int32_t parts, float *x, int32_t rows)
+{
+    moqi_calibration *c = (moqi_calibration *)user;
+    moqi_record *leader = NULL;
+    int64_t cols = layers[0].cols;
+    int buffered = 0, changed = 0;
+    for (int32_t i = 0; i < parts; i++) {
+        moqi_record *r = moqi_record_of(c, &layers[i]);
+        if (!r || !(r->passes & c->pass)) continue;
+        if (!leader) leader = r;
+        r->leader = leader;
+        r->tokens += rows;
+        r->batch_tokens += rows;
+        buffered = buffered || c->pass == MOQI_PASS_SEARCH || (c->pass == MOQI_PASS_AGAIN && r->algorithm != MOQI_ALG_SVD);
+        for (int64_t t = 0; t < rows; t++) {
+            if (c->pass == MOQI_PASS_STATS) moqi_see_stats(r, x + t * cols);
+            if (c->pass == MOQI_PASS_AGAIN) moqi_see_scaled(r, x + t * cols);
+            if (c->pass == MOQI_PASS_HESSIAN) moqi_hessian_add(r->hessian, x + t * cols, cols);
+        }
+    }
+    if (buffered && !moqi_buffer_add(&leader->batch, x, (size_t)(rows * cols) * sizeof *x) && c->failed.code == MOQ_OK)
+        moqi_nomem(&c->failed, (uint64_t)(rows * cols) * sizeof *x);
+    for (int64_t t = 0; leader && c->pass == MOQI_PASS_HESSIAN && t < rows; t++, changed = 1)
+        moqi_fake_input(&leader->recipe->scheme.input, leader->input_amax, x + t * cols, cols, x + t * cols);
+    return changed;
+}
+
+/* ---- keys and values ---- */
+
+static moqi_kv_record *moqi_kv_record_of(moqi_calibration *c, const moq_kv_desc *d)
+{
+    moqi_kv_record *r = c->kv, **last = &c->kv;
+    for (; r; last = &r->next, r = r->next)
+        if (strcmp(r->name, d->name) == 0) return r;
+    r = (moqi_kv_record *)moqi_take(&c->arena, sizeof *r, 16);
+    if (!r) return NULL;
+    r->name = moqi_take_text(&c->arena, d->name, strlen(d->name));
+    r->heads = d->kv_heads;
+    r->dim[0] = d->head_dim;
+    r->dim[1] = d->value_dim > 0 ? d->value_dim : d->head_dim;
+    if (!r->name) return NULL;
+    for (int i = 0; i < 2; i++) {
+        r->batch[i].a = c->desc->allocator;
+        int affine = c->kv_format == MOQ_KV_FP8_AFFINE || c->kv_format == MOQ_KV_NVFP4_AFFINE;
+        if (affine && !(r->bias[i] = moqi_take_zeros(c, r->heads * r->dim[i]))) return NULL;
+    }
+    *last = r;
+    return r;
+}
+
+/* Keys are rotated first where the recipe does; with a bias the batch is kept, because its mean comes before its amax. */
+static void moqi_on_kv(void *user, const moq_kv_desc *cache, const float *k, const float *v, int32_t rows)
+{
+    moqi_calibration *c = (moqi_calibration *)user;
+    moqi_kv_record *r = c->wants_kv && c->pass == MOQI_PASS_STATS ? moqi_kv_record_of(c, cache) : NULL;
+    for (int i = 0; r && i < 2; i++) {
+        const float *x = i ? v : k;
+        int64_t n = r->heads * r->dim[i], block = moqi_rotation_block(r->dim[i]);
+        if (r->bias[i]) {
+            if (!moqi_buffer_add(&r->batch[i], x, (size_t)(rows * n) * sizeof *x) && c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)(rows * n) * sizeof *x);
+            continue;
+        }
+        if (i == 0 && c->kv_format == MOQ_KV_NVFP4_ROTATE) {
+            float *turned = (float *)moq_allocate(&c->desc->allocator, (size_t)n * sizeof *turned);
+            for (int64_t t = 0; turned && t < rows; t++) {
+                memcpy(turned, x + t * n, (size_t)n * sizeof *turned);
+                moqi_rotate_blocks(turned, n, block);
+                float top = moqi_amax(turned, n);
+                if (top > r->amax[i]) r->amax[i] = top;
+            }
+            if (!turned && c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)n * sizeof *turned);
+            moq_release(&c->desc->allocator, turned, (size_t)n * sizeof *turned);
+            continue;
+        }
+        float top = moqi_bf16(moqi_amax(x, rows * n));
+        if (top > r->amax[i]) r->amax[i] = top;
+    }
+}
+
+/* The running mean takes this batch in first; then amax of bf16(x - bias). */
+static void moqi_kv_end_batch(moqi_calibration *c, moqi_kv_record *r)
+{
+    int seen = 0;
+    for (int i = 0; i < 2; i++) {
+        int64_t n = r->heads * r->dim[i], tokens = n > 0 ? (int64_t)(r->batch[i].bytes / sizeof(float)) / n : 0;
+        float *x = (float *)(void *)r->batch[i].data, *mean = tokens > 0 ? (float *)moq_allocate(&c->desc->allocator, (size_t)n * sizeof *mean) : NULL;
+        if (!mean) continue;
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t j = 0; j < n; j++) mean[j] += x[t * n + j];
+        for (int64_t j = 0; j < n; j++) mean[j] /= (float)tokens;
+        moqi_bias_add(r->bias[i], mean, n, r->batches);
+        for (int64_t j = 0; j < tokens * n; j++) {
+            float v = fabsf(moqi_bf16(x[j] - r->bias[i][j % n]));
+            if (v > r->amax[i]) r->amax[i] = v;
+        }
+        moq_release(&c->desc->allocator, mean, (size_t)n * sizeof *mean);
+        r->batch[i].bytes = 0;
+        seen = 1;
+    }
+    r->batches += seen;
+}
+
+/* ---- the end of a batch ---- */
+
+/* Is the search made from X^T X? Beyond a few thousand tokens its sums are as good a judge, and the work no longer grows with them. */
+static int moqi_uses_gram(const moqi_calibration *c)
+{
+    moq_judge judge = c->desc->judge;
+    return c->pass == MOQI_PASS_SEARCH && (judge == MOQ_JUDGE_GRAM || (judge == MOQ_JUDGE_AUTO && c->longest > 4096));
+}
+
+/* gram += X^T X / tokens of the leader's batch. */
+static void moqi_gram_batch(moqi_calibration *c, moqi_record *r)
+{
+    const moq_allocator *a = &c->desc->allocator;
+    int64_t n = r->layer.cols, tokens = (int64_t)(r->batch.bytes / sizeof(float)) / n;
+    const float *x = (const float *)(const void *)r->batch.data;
+    if (tokens == 0) return;
+    if (!r->gram.data) r->gram = moqi_matrix_make(a, n, n);
+    moqi_matrix xt = moqi_matrix_make(a, n, tokens), h = moqi_matrix_make(a, n, n);
+    if (r->gram.data && xt.data && h.data) {
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t j = 0; j < n; j++) xt.data[j * xt.ld + t] = x[t * n + j];
+        moqi_gram(&c->par, &xt, &h);
+        for (int64_t i = 0; i < n * h.ld; i++) r->gram.data[i] += h.data[i] / (float)tokens;
+    } else if (c->failed.code == MOQ_OK) {
+        moqi_nomem(&c->failed, (uint64_t)(n * n) * 8);
+    }
+    moqi_matrix_drop(a, &xt);
+    moqi_matrix_drop(a, &h);
+}
+
+/* Losses of one layer from its leader's sums. */
+static moq_result moqi_search_gram(moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    moqi_bench b;
+    if (r->tokens == 0 || !r->leader->gram.data) return MOQ_OK;
+    if (!moqi_bench_make(&c->desc->allocator, &b, r->layer.rows, r->layer.cols, r->layer.rows, &c->par))
+        return moqi_nomem(err, (uint64_t)(r->layer.rows * r->layer.cols) * 16);
+    for (int64_t i = 0; i < b.w.rows; i++) moq_dequantize(&r->layer, i, 1, b.w.data + i * b.w.ld);
+    moqi_awq_gram_losses(&b, &r->recipe->scheme.weight, r->act, r->wsc, &r->leader->gram, r->alpha_loss);
+    moqi_bench_drop(&c->desc->allocator, &b);
+    return MOQ_OK;
+}
+
+/* Losses of one layer on the batch that its leader kept. */
+static void moqi_search_batch(moqi_calibration *c, moqi_record *r)
+{
+    int64_t tokens = r->leader ? (int64_t)(r->leader->batch.bytes / sizeof(float)) / r->layer.cols : 0;
+    const float *x = tokens > 0 ? (const float *)(const void *)r->leader->batch.data : NULL;
+    const moq_coding *coding = &r->recipe->scheme.weight;
+    moqi_bench b;
+    if (!x || (c->pass == MOQI_PASS_AGAIN && r->algorithm == MOQI_ALG_SVD)) return;
+    if (!moqi_bench_make(&c->desc->allocator, &b, r->layer.rows, r->layer.cols, tokens, &c->par)) {
+        if (c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)(r->layer.rows * r->layer.cols) * 12);
+        return;
+    }
+    for (int64_t i = 0; i < b.w.rows; i++) moq_dequantize(&r->layer, i, 1, b.w.data + i * b.w.ld);
+    if (c->pass == MOQI_PASS_SEARCH) {
+        moqi_awq_losses(&b, coding, r->act, r->wsc, x, r->alpha_loss);
+    } else {
+        for (int64_t i = 0; r->p && i < b.w.cols; i++) b.s[i] = 1 / r->p[i];
+        if (r->p) moqi_scale_cols(&b.w, b.s, 0, &b.w);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t i = 0; i < b.x.cols; i++)
+                b.x.data[t * b.x.ld + i] = r->p ? moqi_bf16(x[t * b.x.cols + i] * moqi_bf16(r->p[i])) : x[t * b.x.cols + i];
+        if (r->group_loss) moqi_clip_group_losses(&b, coding, r->group_loss);
+        else moqi_clip_losses(&b, coding, r->clip_loss);
+    }
+    moqi_bench_drop(&c->desc->allocator, &b);
+}
+
+/* Averages are over batches, each with the same weight. */
+static void moqi_on_batch(void *user)
+{
+    moqi_calibration *c = (moqi_calibration *)user;
+    for (size_t i = 0; i < c->count; i++) {
+        moqi_record *r = &c->records[i];
+        if (r->batch_tokens == 0) continue;
+        if (c->pass == MOQI_PASS_STATS && r->act) {
+            for (int64_t j = 0; j < r->layer.cols; j++) {
+                r->act[j] += moqi_bf16(r->batch_sum[j] / (float)r->batch_tokens);
+                r->batch_sum[j] = 0;
+            }
+        }
+        if (moqi_uses_gram(c)) { if (r->leader == r) moqi_gram_batch(c, r); }
+        else if (c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_AGAIN) moqi_search_batch(c, r);
+        r->batches++;
+    }
+    for (size_t i = 0; i < c->count; i++) {
+        c->records[i].batch.bytes = 0;
+        c->records[i].batch_tokens = 0;
+    }
+    for (moqi_kv_record *r = c->kv; r; r = r->next)
+        if (c->pass == MOQI_PASS_STATS && r->bias[0]) moqi_kv_end_batch(c, r);
+}
+
+/* ---- the end of a pass ---- */
+
+/* Every channel's statistics are numbers, so a search can be made. */
+static int moqi_all_finite(const float *x, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++)
+        if (!moqi_is_finite(x[i])) return 0;
+    return 1;
+}
+
+static moq_result moqi_end_stats(const moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    moqi_matrix w;
+    r->input_amax = r->bins ? moqi_headroom_amax(r->bins, r->amax) : moqi_bf16(r->amax);
+    if (!r->channel_amax) return MOQ_OK;
+    if (!moqi_record_weight(c, r, &w)) return moqi_nomem(err, (uint64_t)(w.rows * w.cols) * 4);
+    if (r->algorithm == MOQI_ALG_SMOOTH) {
+        moqi_matrix columns = moqi_matrix_make(&c->desc->allocator, 1, w.cols);
+        if (columns.data) {
+            moqi_col_amax(&w, columns.data);
+            moqi_smooth_scale(r->channel_amax, columns.data, w.cols, 1, r->p);
+            r->input_amax = moqi_scaled_amax(r->channel_amax, r->p, w.cols);
+        }
+        moqi_matrix_drop(&c->desc->allocator, &w);
+        if (!columns.data) return moqi_nomem(err, (uint64_t)w.cols * 4);
+        moqi_matrix_drop(&c->desc->allocator, &columns);
+        return MOQ_OK;
+    }
+    moqi_awq_weight_scale(&w, r->recipe->scheme.weight.group_cols, r->wsc);
+    moqi_matrix_drop(&c->desc->allocator, &w);
+    for (int64_t i = 0; r->batches > 0 && i < r->layer.cols; i++) r->act[i] /= (float)r->batches;
+    /* a layer that saw no tokens, or broken numbers: p = 1 and no search */
+    if (r->batches == 0 || !moqi_all_finite(r->act, r->layer.cols) || !moqi_all_finite(r->wsc, r->layer.cols)) {
+        for (int64_t i = 0; i < r->layer.cols; i++) r->best_scale[i] = r->p[i] = 1;
+        r->passes &= ~MOQI_PASS_SEARCH;
+    }
+    return MOQ_OK;
+}
+
+static void moqi_end_search(moqi_record *r)
+{
+    if (r->tokens == 0) return;
+    r->best_alpha = moqi_first_min(r->alpha_loss, MOQI_ALPHAS);
+    moqi_awq_scale(r->act, r->wsc, r->layer.cols, moqi_alpha(r->best_alpha), r->best_scale);
+    for (int64_t i = 0; i < r->layer.cols; i++) r->p[i] = 1 / r->best_scale[i];
+    r->input_amax = moqi_scaled_amax(r->channel_amax, r->p, r->layer.cols);
+}
+
+/* The clipped amax, of the tensor or of every group. */
+static moq_result moqi_end_clip(moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    moqi_matrix w;
+    int64_t g = r->recipe->scheme.weight.group_cols, groups = r->group_loss ? moqi_ceil_div(r->layer.cols, g) : 1, n = r->group_loss ? r->layer.rows * groups : 1;
+    r->input_amax = moqi_bf16(r->amax);
+    if (r->algorithm == MOQI_ALG_SVD || r->tokens == 0) return MOQ_OK;
+    if (!(r->weight_amax = moqi_take_zeros(c, n)) || !moqi_record_weight(c, r, &w)) return moqi_nomem(err, (uint64_t)n * 4);
+    for (int64_t i = 0; r->p && i < w.rows; i++)
+        for (int64_t j = 0; j < w.cols; j++) w.data[i * w.ld + j] = moqi_bf16(w.data[i * w.ld + j] * (1 / r->p[j]));
+    r->weight_amax_count = (uint64_t)n;
+    r->best_ratio = moqi_first_min(r->clip_loss, MOQI_RATIOS);
+    if (!r->group_loss) r->weight_amax[0] = moqi_bf16(moqi_block_amax(&w, 0, w.rows, 0, w.cols) * moqi_ratio(r->best_ratio));
+    for (int64_t i = 0; r->group_loss && i < n; i++) {
+        int best = 0;
+        for (int k = 1; k < MOQI_RATIOS; k++)
+            if (r->group_loss[k * n + i] < r->group_loss[best * n + i]) best = k;
+        int64_t first = i % groups * g;
+        r->weight_amax[i] = moqi_bf16(moqi_amax(w.data + i / groups * w.ld + first, moqi_min(g, w.cols - first)) * moqi_ratio(best));
+    }
+    moqi_matrix_drop(&c->desc->allocator, &w);
+    return MOQ_OK;
+}
+
+/* First the global amax of the layers that share an input, then every block. A layer that saw no tokens is left to the encoder. */
+static moq_result moqi_end_hessian(moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    moqi_matrix w;
+    int64_t blocks = r->layer.cols / 16;
+    if (r->tokens == 0) return MOQ_OK;
+    if (!(r->global_amax > 0)) { /* once for the group */
+        float top = 0;
+        for (size_t i = 0; i < c->count; i++) {
+            if (c->records[i].leader != r->leader) continue;
+            if (!moqi_record_weight(c, &c->records[i], &w)) return moqi_nomem(err, (uint64_t)(w.rows * w.cols) * 4);
+            float v = moqi_block_amax(&w, 0, w.rows, 0, w.cols);
+            if (v > top) top = v;
+            moqi_matrix_drop(&c->desc->allocator, &w);
+        }
+        for (size_t i = 0; i < c->count; i++)
+            if (c->records[i].leader == r->leader) c->records[i].global_amax = top;
+    }
+    r->weight_amax_count = (uint64_t)(r->layer.rows * blocks);
+    if (!(r->weight_amax = moqi_take_zeros(c, r->layer.rows * blocks)) || !moqi_record_weight(c, r, &w)) return moqi_nomem(err, r->weight_amax_count * 4);
+    for (int64_t i = 0; i < blocks * 256; i++) r->hessian[i] /= (float)r->tokens;
+    for (int64_t i = 0; i < w.rows; i++)
+        for (int64_t b = 0; b < blocks; b++)
+            r->weight_amax[i * blocks + b] = moqi_hessian_block(r->hessian + b * 256, w.data + i * w.ld + b * 16, r->global_amax);
+    moqi_matrix_drop(&c->desc->allocator, &w);
+    return MOQ_OK;
+}
+
+/* One forward pass of all samples, and what follows from it. */
+static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pass, moq_error *err)
+{
+    moq_result code = MOQ_OK;
+    c->pass = pass;
+    for (size_t i = 0; i < c->count; i++) {
+        moqi_record *r = &c->records[i];
+        r->amax = 0;
+        r->tokens = r->batch_tokens = r->batches = 0;
+        r->leader = NULL;
+    }
+    moqi_clear(err);
+    code = c->desc->forward(c->desc->data, c->desc->source, watch, err);
+    if (code < 0) return code;
+    moqi_on_batch(c);
+    if (c->failed.code < 0) {
+        if (err) *err = c->failed;
+        return c->failed.code;
+    }
+    for (size_t i = 0; i < c->count && code >= 0; i++) {
+        moqi_record *r = &c->records[i];
+        if (!(r->passes & pass)) continue;
+        if (pass == MOQI_PASS_STATS) code = moqi_end_stats(c, r, err);
+        if (pass == MOQI_PASS_STATS && r->tokens > c->longest) c->longest = r->tokens;
+        if (moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
+        if (pass == MOQI_PASS_SEARCH && code >= 0) moqi_end_search(r);
+        if (pass == MOQI_PASS_AGAIN) code = moqi_end_clip(c, r, err);
+        if (pass == MOQI_PASS_HESSIAN) code = moqi_end_hessian(c, r, err);
+    }
+    for (size_t i = 0; i < c->count; i++)
+        if (c->records[i].gram.data) moqi_matrix_drop(&c->desc->allocator, &c->records[i].gram);
+    return code;
+}
+
+/* ---- results under ModelOpt's names ---- */
+
+/* Append one tensor; data is copied. rank 0: a scalar. */
+static int moqi_stat_add(moq_stats *s, const char *module, const char *tail, const float *data, uint64_t count, uint32_t rank, const uint64_t *shape)
+{
+    char name[MOQ_MAX_NAME_BYTES + 64];
+    moq_tensor t;
+    memset(&t, 0, sizeof t);
+    size_t n = moqi_format(name, sizeof name, "%s%s", module, tail);
+    float *copy = (float *)moqi_take_array(&s->arena, count, sizeof *copy);
+    t.name = n < sizeof name ? moqi_take_text(&s->arena, name, n) : NULL;
+    if (!copy || !t.name) return 0;
+    memcpy(copy, data, (size_t)count * sizeof *copy);
+    t.name_bytes = (uint32_t)n;
+    t.data = copy;
+    t.bytes = count * sizeof *copy;
+    t.dtype = MOQ_F32;
+    t.rank = rank;
+    for (uint32_t i = 0; i < rank; i++) t.shape[i] = shape[i];
+    return moqi_buffer_add(&s->list, &t, sizeof t);
+}
+
+/* The largest input of all experts of a container that share a projection: ModelOpt's fused experts have one input quantizer for each. */
+static int moqi_stat_container(const moqi_calibration *c, moq_stats *s, const moqi_record *first)
+{
+    char memory[MOQ_MAX_NAME_BYTES + 64], tail[64];
+    size_t container, other;
+    uint32_t number;
+    const char *part, *leaf;
+    float top = 0;
+    moqi_expert_name(first->name, &container, &number, &part);
+    int down = strcmp(part, "down_proj") == 0 || strcmp(part, "w2") == 0, gated = 0;
+    for (size_t i = 0; i < c->count; i++) {
+        const moqi_record *r = &c->records[i];
+        if (!r->expert || strncmp(r->name, first->name, container) != 0 || !moqi_expert_name(r->name, &other, &number, &leaf) || other != container) continue;
+        gated = gated || strcmp(leaf, "gate_proj") == 0 || strcmp(leaf, "w1") == 0;
+        if ((strcmp(leaf, "down_proj") == 0 || strcmp(leaf, "w2") == 0) != down) continue;
+        if (r < first) return 1; /* done with the first of them */
+        if (r->input_amax > top) top = r->input_amax;
+    }
+    if (!(top > 0)) return 1;
+    moqi_memory_name(&c->plan, first->name, memory, sizeof memory);
+    moqi_expert_name(memory, &container, &number, &part);
+    memory[container] = 0;
+    moqi_format(tail, sizeof tail, ".%s_input_quantizer.amax", down ? "down_proj" : gated ? "gate_up_proj" : "up_proj");
+    return moqi_stat_add(s, memory, tail, &top, 1, 0, NULL);
+}
+
+/* Everything of one layer. An expert that was smoothed has results of its own; else its container speaks for it. */
+static int moqi_stat_record(const moqi_calibration *c, moq_stats *s, const moqi_record *r)
+{
+    char memory[MOQ_MAX_NAME_BYTES + 64];
+    uint64_t n = (uint64_t)r->layer.cols, shape[2];
+    int ok = 1, inputs = moqi_has_input_scale(r->recipe);
+    moqi_memory_name(&c->plan, r->name, memory, sizeof memory);
+    if (r->expert && !r->p && r->algorithm != MOQI_ALG_HESSIAN && r->algorithm != MOQI_ALG_CLIP) return inputs ? moqi_stat_container(c, s, r) : 1;
+    if (inputs && r->input_amax > 0) ok = moqi_stat_add(s, memory, ".input_quantizer.amax", &r->input_amax, 1, 0, NULL);
+    if (ok && r->p) {
+        float *rounded = (float *)moqi_take_array(&s->arena, n, sizeof *rounded);
+        for (uint64_t i = 0; rounded && i < n; i++) rounded[i] = moqi_bf16(r->p[i]);
+        ok = rounded && moqi_stat_add(s, memory, ".input_quantizer.pre_quant_scale", rounded, n, 1, &n);
+    }
+    if (ok && r->best_scale) {
+        ok = moqi_stat_add(s, memory, ".awq_lite.act_scale", r->act, n, 1, &n) && moqi_stat_add(s, memory, ".awq_lite.weight_scale", r->wsc, n, 1, &n) &&
+             moqi_stat_add(s, memory, ".awq_lite.best_scale", r->best_scale, n, 1, &n);
+    }
+    shape[0] = r->weight_amax_count;
+    shape[1] = 1;
+    if (ok && r->weight_amax) ok = moqi_stat_add(s, memory, ".weight_quantizer.amax", r->weight_amax, r->weight_amax_count, r->weight_amax_count > 1 ? 2 : 0, shape);
+    if (ok && r->weight_amax && r->global_amax > 0) ok = moqi_stat_add(s, memory, ".weight_quantizer.global_amax", &r->global_amax, 1, 0, NULL);
+    return ok;
+}
+
+static int moqi_stat_kv(moq_stats *s, const moqi_kv_record *r)
+{
+    static const char *const amax[2] = {".k_bmm_quantizer.amax", ".v_bmm_quantizer.amax"};
+    static const char *const bias[2] = {".k_bmm_quantizer.bias_value", ".v_bmm_quantizer.bias_value"};
+    for (int i = 0; i < 2; i++) {
+        uint64_t shape[4];
+        shape[0] = shape[2] = 1;
+        shape[1] = (uint64_t)r->heads;
+        shape[3] = (uint64_t)r->dim[i];
+        if (!moqi_stat_add(s, r->name, amax[i], &r->amax[i], 1, 0, NULL)) return 0;
+        if (r->bias[i] && !moqi_stat_add(s, r->name, bias[i], r->bias[i], shape[1] * shape[3], 4, shape)) return 0;
+    }
+    return 1;
+}
+
+static moq_stats *moqi_make_stats(const moqi_calibration *c, moq_error *err)
+{
+    moq_stats *s = (moq_stats *)moq_allocate(&c->desc->allocator, sizeof *s);
+    int ok = s != NULL;
+    if (s) {
+        s->a = c->desc->allocator;
+        s->arena = moqi_arena_make(&s->a);
+        s->list.a = s->a;
+    }
+    for (size_t i = 0; ok && i < c->count; i++) ok = moqi_stat_record(c, s, &c->records[i]);
+    for (const moqi_kv_record *r = c->kv; ok && r; r = r->next) ok = moqi_stat_kv(s, r);
+    if (ok) return s;
+    moq_stats_destroy(s);
+    moqi_nomem(err, 0);
+    return NULL;
+}
+
+/* ---- the run ---- */
+
+static void moqi_calibration_drop(moqi_calibration *c)
+{
+    for (size_t i = 0; i < c->count; i++) {
+        moqi_buffer_drop(&c->records[i].batch);
+        if (c->records[i].gram.data) moqi_matrix_drop(&c->desc->allocator, &c->records[i].gram);
+    }
+    for (moqi_kv_record *r = c->kv; r; r = r->next)
+        for (int i = 0; i < 2; i++) moqi_buffer_drop(&r->batch[i]);
+    moqi_arena_drop(&c->arena);
+}
+
+/* All passes that some record needs, on a backend that shows them. */
+static moq_result moqi_run_passes(moqi_calibration *c, moq_backend *inner, moq_error *err)
+{
+    moq_observer o;
+    moq_result code = MOQ_OK;
+    int all = c->wants_kv ? MOQI_PASS_STATS : 0;
+    uint64_t done = 0, total = 0;
+    const moq_calibrate_desc *d = c->desc;
+    memset(&o, 0, sizeof o);
+    o.user = c;
+    o.input = moqi_on_input;
+    o.kv = moqi_on_kv;
+    o.end_batch = moqi_on_batch;
+    o.bf16 = !d->f32;
+    for (size_t i = 0; i < c->count; i++) all |= c->records[i].passes;
+    for (int pass = 1; pass <= MOQI_PASS_HESSIAN; pass *= 2) total += (all & pass) != 0;
+    moq_backend *watch = moq_observing_backend(inner, &o, &d->allocator, err);
+    if (!watch) return err && err->code < 0 ? err->code : MOQ_E_NOMEM;
+    for (int pass = 1; pass <= MOQI_PASS_HESSIAN && code >= 0; pass *= 2) {
+        if (!(all & pass)) continue;
+        if (d->progress && d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, done, total))
+            code = moqi_fail(err, MOQ_E_CANCELLED, moqi_at(NULL, NULL, NULL, -1), "stopped by the caller");
+        if (code >= 0) code = moqi_make_pass(c, watch, pass, err);
+        done++;
+    }
+    if (code >= 0 && d->progress) d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, total, total);
+    moq_backend_destroy(watch);
+    return code;
+}
+
+static moq_result moqi_check_calibrate(moqi_calibration *c, moq_error *err)
+{
+    const moq_calibrate_desc *d = c->desc;
+    moqi_where at = moqi_at(NULL, NULL, "moq_calibrate", -1);
+    if (!d->source || !d->forward) return moqi_fail(err, MOQ_E_ARG, at, "a source and a forward pass are needed");
+    if (!d->recipe && !d->choose) return moqi_fail(err, MOQ_E_ARG, at, "a recipe is needed; `moq recipes` lists them");
+    c->plan.ck = d->source;
+    c->plan.desc = &c->rules;
+    c->plan.nemotron = strcmp(moq_get_info(d->source)->model_type, "nemotron_h") == 0;
+    c->plan.recipe = d->recipe ? moq_find_recipe(d->recipe) : NULL;
+    if (d->recipe && !c->plan.recipe && !moqi_same(d->recipe, "none")) return moqi_fail(err, MOQ_E_ARG, at, "no recipe '%q'; `moq recipes` lists them", d->recipe);
+    int cast = d->kv && moqi_ends(d->kv, "_cast");
+    if (d->kv && !moq_kv_format_find(d->kv, &c->kv_format)) return moqi_fail(err, MOQ_E_ARG, at, "'%q' is no KV cache format; try fp8", d->kv);
+    c->wants_kv = c->kv_format != MOQ_KV_WIDE && c->kv_format != MOQ_KV_MXFP4 && !cast;
+    return MOQ_OK;
+}
+
+MOQ_API moq_stats *moq_calibrate(const moq_calibrate_desc *desc, moq_error *err)
+{
+    moqi_calibration c;
+    moq_backend *own = NULL;
+    moq_stats *s = NULL;
+    moqi_clear(err);
+    memset(&c, 0, sizeof c);
+    c.desc = desc;
+    c.arena = moqi_arena_make(&desc->allocator);
+    moqi_clear(&c.failed);
+    moq_result code = moqi_check_calibrate(&c, err);
+    if (code >= 0) code = moqi_make_records(&c, err);
+    if (code >= 0 && !desc->backend) {
+        moq_cpu_desc cpu;
+        memset(&cpu, 0, sizeof cpu);
+        cpu.threads = desc->threads;
+        cpu.act = MOQ_ACT_WIDE;
+        cpu.allocator = desc->allocator;
+        own = moq_cpu_backend(&cpu, err);
+        if (!own) code = MOQ_E_BACKEND;
+    }
+    if (code >= 0) {
+        c.par.workers = desc->threads > 0 ? desc->threads : moq_cpu_count();
+        c.pool = c.par.workers > 1 ? moqi_pool_create(c.par.workers, &desc->allocator, err) : NULL;
+        c.par.run = c.pool ? moqi_pool_run : NULL;
+        c.par.user = c.pool;
+        if (c.par.workers > 1 && !c.pool) code = MOQ_E_NOMEM;
+    }
+    if (code >= 0) code = moqi_run_passes(&c, own ? own : desc->backend, err);
+    if (code >= 0) s = moqi_make_stats(&c, err);
+    moq_backend_destroy(own);
+    if (c.pool) moqi_pool_destroy(c.pool);
+    moqi_calibration_drop(&c);
+    return s;
+}
+
+MOQ_API void moq_stats_destroy(moq_stats *s)
+{
+    if (!s) return;
+    moq_allocator a = s->a;
+    moqi_buffer_drop(&s->list);
+    moqi_arena_drop(&s->arena);
+    moq_release(&a, s, sizeof *s);
+}
+
+MOQ_API size_t moq_stats_count(const moq_stats *s) { return s->list.bytes / sizeof(moq_tensor); }
+
+MOQ_API const moq_tensor *moq_get_stat(const moq_stats *s, size_t index)
+{
+    return index < moq_stats_count(s) ? (const moq_tensor *)(const void *)s->list.data + index : NULL;
+}
+
+MOQ_API const moq_tensor *moq_find_stat(const moq_stats *s, const char *name)
+{
+    for (size_t i = 0; i < moq_stats_count(s); i++)
+        if (strcmp(moq_get_stat(s, i)->name, name) == 0) return moq_get_stat(s, i);
+    return NULL;
+}
+
+MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_error *err)
+{
+    return moq_st_write(path, (const moq_tensor *)(const void *)s->list.data, moq_stats_count(s), NULL, 0, &s->a, err);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>pack            the tensors of a quantized folder, encoded and written shard by shard
+   Memory holds one layer at a time; tensor names, shapes and their order in the file are ModelOpt's.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Order of work: the list of tensors with their shapes is complete before the first byte is written, since the header of a
+   safetensors file comes first. Then each tensor is made when its turn comes. Scales stand before codes in the file (the library
+   sorts E4M3 before U8, F32 before both), so a layer is looked at twice: once for its scales, once for its codes. */
+/* Where the bytes of a written tensor come from. Codes and scales are made when their turn comes, so that memory holds one layer. */
+enum { MOQI_OUT_DATA = 0, MOQI_OUT_CODES, MOQI_OUT_SCALES, MOQI_OUT_FLOAT };
+
+typedef struct moqi_out {
+    moq_tensor t;   /* first: the writer of >>st sorts by it. data: for MOQI_OUT_DATA */
+    int what;
+    size_t target;
+} moqi_out;
+
+/* A line of the JSON description: a module, or a container of experts. */
+typedef struct moqi_unit {
+    const char *name;
+    const moq_recipe *recipe; /* NULL: not quantized */
+    const char *algo;
+    const char *order;        /* name in ModelOpt's memory, by which it sorts */
+    int64_t place;            /* in the model */
+} moqi_unit;
+
+typedef struct moqi_export {
+    moqi_plan plan;
+    moqi_arena arena;
+    moq_st *file;              /* calibration from a file, or measured */
+    moq_stats *stats;
+    moqi_out *outs;
+    size_t count, capacity;
+    moqi_unit *units;          /* by name */
+    const moqi_unit **by_place;
+    size_t unit_count;
+    uint8_t *codes, *scales;   /* of the target encoded last */
+    uint64_t code_bytes, scale_bytes, code_room, scale_room;
+    size_t encoded;            /* index of that target; SIZE_MAX: none */
+    int with_codes;            /* its codes are there too, not only its scales */
+    uint64_t done, total;      /* bytes written, of all */
+    const char *kv_algo;       /* "FP8" ...; NULL: none */
+    char temp[4096 + 40];
+    uint32_t shards;
+} moqi_export;
+
+/* ---- the list of tensors ---- */
+
+/* Adds a tensor; shape of `rank` numbers. NULL when out of memory. */
+static moqi_out *moqi_add_out(moqi_export *x, const char *name, const char *ending, moq_dtype dtype, uint32_t rank, const uint64_t *shape)
+{
+    char text[MOQ_MAX_NAME_BYTES + 64];
+    size_t n = moqi_format(text, sizeof text, "%s%s", name, ending);
+    if (x->count == x->capacity || n >= sizeof text) return NULL;
+    moqi_out *o = &x->outs[x->count];
+    memset(o, 0, sizeof *o);
+    o->t.name = moqi_take_text(&x->arena, text, n);
+    if (!o->t.name) return NULL;
+    o->t.name_bytes = (uint32_t)n;
+    o->t.dtype = dtype;
+    o->t.rank = rank;
+    o->t.bytes = (uint64_t)moq_dtype_bits(dtype) / 8;
+    for (uint32_t i = 0; i < rank; i++) {
+        o->t.shape[i] = shape[i];
+        o->t.bytes *= shape[i];
+    }
+    x->count++;
+    return o;
+}
+
+/* A tensor of values that are known now, rounded to dtype (F32, BF16, F16). */
+static moq_result moqi_add_values(moqi_export *x, const char *name, const char *ending, moq_dtype dtype, uint32_t rank, const uint64_t *shape, const float *v,
+                                  moq_error *err)
+{
+    moqi_out *o = moqi_add_out(x, name, ending, dtype, rank, shape);
+    uint8_t *p = o ? (uint8_t *)moqi_take(&x->arena, o->t.bytes, 16) : NULL;
+    if (!p) return moqi_nomem(err, MOQ_MAX_NAME_BYTES);
+    o->t.data = p;
+    size_t n = (size_t)(o->t.bytes / ((uint64_t)moq_dtype_bits(dtype) / 8));
+    for (size_t i = 0; i < n; i++) {
+        uint32_t b = dtype == MOQ_F32 ? moqi_f32_bits(v[i]) : dtype == MOQ_F16 ? moq_f16_encode(v[i]) : moq_bf16_encode(v[i]);
+        if (dtype == MOQ_F32) { p[4 * i] = (uint8_t)b; p[4 * i + 1] = (uint8_t)(b >> 8); p[4 * i + 2] = (uint8_t)(b >> 16); p[4 * i + 3] = (uint8_t)(b >> 24); }
+        else { p[2 * i] = (uint8_t)b; p[2 * i + 1] = (uint8_t)(b >> 8); }
+    }
+    return MOQ_OK;
+}
+
+/* 0-d: scales of whole tensors have no dimension in ModelOpt's files. */
+static moq_result moqi_add_scalar(moqi_export *x, const char *name, const char *ending, float v, moq_error *err)
+{
+    return moqi_add_values(x, name, ending, MOQ_F32, 0, NULL, &v, err);
+}
+
+/* Codes and scales as ModelOpt shapes them. Stacks of experts are [experts, in, out] with pairs along in; MXFP4 stacks keep the
+   orientation of the parameter, so pairs and blocks run along out. A single block of FP8 has a scalar scale. */
+static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_rank, uint64_t *scales, uint32_t *scale_rank)
+{
+    const moq_coding *c = &t->recipe->scheme.weight;
+    uint64_t rows = (uint64_t)t->w.rows, cols = (uint64_t)t->w.cols, experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 0;
+    uint64_t pack = c->elem == MOQ_F4 || c->elem == MOQ_I4 ? 2 : 1, group = c->group_cols > 0 ? (uint64_t)c->group_cols : cols;
+    if (experts) {
+        int turned = c->scale == MOQ_F8_E8M0;
+        codes[0] = scales[0] = experts;
+        codes[1] = turned ? cols : cols / pack;
+        codes[2] = turned ? rows / pack : rows;
+        scales[1] = turned ? cols : cols / group;
+        scales[2] = turned ? rows / group : rows;
+        *code_rank = 3;
+        *scale_rank = c->elem == MOQ_F8_E4M3 ? 0 : 3;
+        return;
+    }
+    *code_rank = 2;
+    codes[0] = c->elem == MOQ_I4 ? rows / 2 : rows;
+    codes[1] = c->elem == MOQ_I4 ? cols : cols / pack;
+    scales[0] = rows;
+    scales[1] = cols / group;
+    *scale_rank = c->group_rows == MOQ_ALL ? 0 : c->group_cols == MOQ_ALL ? 1 : 2;
+    if (c->group_rows != 128) return;
+    const char *last = moqi_last_part(t->name);
+    int half = t->expert && strcmp(last, "down_proj") != 0 && strcmp(last, "w2") != 0;
+    scales[0] = (uint64_t)moqi_ceil_div(t->w.rows, 128);
+    scales[2] = (uint64_t)moqi_ceil_div(t->w.cols, 128);
+    scales[1] = scales[3] = 1;
+    *scale_rank = scales[0] * scales[2] == 1 && !half ? 0 : 4;
+}
+
+/* All tensors of a quantized target but its bias. */
+static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
+{
+    const moqi_target *t = &x->plan.targets[index];
+    const moq_scheme *s = &t->recipe->scheme;
+    int stack = t->w.experts > 0;
+    uint64_t codes[4], scales[4], cols = (uint64_t)t->w.cols;
+    uint32_t code_rank, scale_rank;
+    moqi_shapes(t, codes, &code_rank, scales, &scale_rank);
+    moq_dtype code_dtype = moq_dtype_bits(s->weight.elem) == 8 ? s->weight.elem : MOQ_U8;
+    moqi_out *o = moqi_add_out(x, t->name, stack ? "" : ".weight", code_dtype, code_rank, codes);
+    if (!o) return moqi_nomem(err, sizeof *o);
+    o->what = MOQI_OUT_CODES;
+    o->target = index;
+    moq_result r = MOQ_OK;
+    if (scale_rank == 0 && s->weight.group_rows == MOQ_ALL) {
+        r = moqi_add_scalar(x, t->name, stack ? "_weight_scale" : ".weight_scale", moqi_global_scale(s, t->search, t->global_amax), err);
+    } else {
+        moq_dtype dtype = s->weight.scale == MOQ_F8_E8M0 ? MOQ_U8 : s->weight.scale;
+        o = moqi_add_out(x, t->name, stack ? "_weight_scale" : ".weight_scale", dtype, scale_rank, scales);
+        if (!o) return moqi_nomem(err, sizeof *o);
+        o->what = MOQI_OUT_SCALES;
+        o->target = index;
+    }
+    if (r == MOQ_OK && s->weight.has_global)
+        r = moqi_add_scalar(x, t->name, stack ? "_weight_scale_2" : ".weight_scale_2", moqi_global_scale(s, t->search, t->global_amax), err);
+    if (r == MOQ_OK && moqi_has_input_scale(t->recipe)) {
+        moq_dtype e = s->input.elem;
+        float v = e == MOQ_F8_E4M3 ? moqi_scale_of(t->input_amax, 448, MOQI_INV_448) : e == MOQ_I8 ? moqi_scale_of(t->input_amax, 127, MOQI_INV_127)
+                : moqi_scale_of(t->input_amax, 6, MOQI_INV_2688);
+        r = moqi_add_scalar(x, t->name, stack ? "_input_scale" : ".input_scale", v, err);
+    }
+    if (r == MOQ_OK && t->out_p) r = moqi_add_values(x, t->name, ".pre_quant_scale", t->model, 1, &cols, t->out_p, err);
+    return r;
+}
+
+/* A float tensor times the pre_quant_scale that moved into it; (1 + w) norms keep their offset. */
+static moq_result moqi_add_folded(moqi_export *x, const moq_tensor *t, const float *p, int plus_one, moq_error *err)
+{
+    size_t n = (size_t)moqi_elements(t);
+    float *v = (float *)moqi_take_array(&x->arena, n, sizeof *v);
+    if (!v) return moqi_nomem(err, (uint64_t)n * sizeof *v);
+    moq_to_f32(t->dtype, t->data, n, v);
+    for (size_t i = 0; i < n; i++) v[i] = plus_one ? (v[i] + 1) * p[i] - 1 : v[i] * p[i];
+    return moqi_add_values(x, t->name, "", t->dtype, t->rank, t->shape, v, err);
+}
+
+/* The target that a source tensor belongs to, NULL for norms and the like. Biases are never quantized and stay as they are. */
+static moqi_target *moqi_owner(const moqi_plan *p, const moq_tensor *t, int *is_bias)
+{
+    static const char *const more[] = {".weight", ".weight_packed", ".qweight", "_blocks", ".bias", ""};
+    size_t total = MOQI_COUNT(moqi_companions) + MOQI_COUNT(more);
+    for (size_t i = 0; i < total; i++) {
+        const char *end = i < MOQI_COUNT(more) ? more[i] : moqi_companions[i - MOQI_COUNT(more)];
+        if (!moqi_ends(t->name, end)) continue;
+        const moqi_entry *e = moqi_map_find(&p->map, t->name, t->name_bytes - strlen(end));
+        if (!e) continue;
+        *is_bias = strcmp(end, ".bias") == 0;
+        return &p->targets[e->value];
+    }
+    return NULL;
+}
+
+/* Everything that is not quantized: copied, folded, or decoded from a quantized source. */
+static moq_result moqi_add_rest(moqi_export *x, moq_error *err)
+{
+    const moqi_plan *p = &x->plan;
+    for (size_t i = 0; i < moq_tensor_count(p->ck); i++) {
+        const moq_tensor *t = moq_get_tensor(p->ck, i);
+        int is_bias = 0;
+        const moqi_target *owner = moqi_owner(p, t, &is_bias);
+        const moqi_fold *fold = NULL;
+        moq_result r = MOQ_OK;
+        for (size_t k = 0; k < p->fold_count; k++)
+            if (strcmp(p->folds[k].tensor, t->name) == 0) fold = &p->folds[k];
+        if (owner && !is_bias && (owner->recipe || moq_scheme_is_quantized(&owner->w.scheme))) continue;
+        if (fold) r = moqi_add_folded(x, t, fold->p, fold->plus_one, err);
+        else if (owner && is_bias && owner->row_p) r = moqi_add_folded(x, t, owner->row_p, 0, err);
+        else {
+            moqi_out *o = moqi_add_out(x, t->name, "", t->dtype, t->rank, t->shape);
+            if (!o) return moqi_nomem(err, sizeof *o);
+            o->t.data = t->data;
+            o->t.bytes = t->bytes;
+        }
+        if (r != MOQ_OK) return r;
+    }
+    return MOQ_OK;
+}
+
+/* ---- KV cache ---- */
+
+/* Names of the command line, what the JSON says, what must be recorded. Cast recipes have the constant amax 448, hence no tensor. */
+static const struct { const char *name, *algo; int recorded, bias; } moqi_kv_recipes[] = {
+    {"fp8", "FP8", 1, 0}, {"fp8_affine", "FP8", 1, 1}, {"fp8_cast", "FP8", 0, 0}, {"nvfp4", "NVFP4", 1, 0}, {"nvfp4_affine", "NVFP4_AFFINE", 1, 1},
+    {"nvfp4_cast", "NVFP4", 0, 0}, {"nvfp4_rotate", "NVFP4", 1, 0}
+};
+
+/* k_scale and v_scale are amax / 448 for every format; a bias keeps the shape of its record, in BF16. */
+static moq_result moqi_add_kv_tensor(moqi_export *x, const moq_tensor *t, const char *module, char which, int bias, moq_error *err)
+{
+    char name[MOQ_MAX_NAME_BYTES + 64];
+    size_t n = (size_t)moqi_elements(t);
+    float *v = (float *)moqi_take_array(&x->arena, n, sizeof *v);
+    if (!v) return moqi_nomem(err, (uint64_t)n * sizeof *v);
+    if (!moq_to_f32(t->dtype, t->data, n, v) || (!bias && n != 1) || n == 0)
+        return moqi_fail(err, MOQ_E_SHAPE, moqi_at(x->plan.records_name, "tensor", t->name, (int64_t)t->offset), "expected one number");
+    if (!bias) v[0] = moqi_scale_of(v[0], 448, MOQI_INV_448);
+    moqi_format(name, sizeof name, "%s%c_proj.%c_%s", module, which, which, bias ? "bias" : "scale");
+    return moqi_add_values(x, name, "", bias ? MOQ_BF16 : MOQ_F32, bias ? t->rank : 0, t->shape, v, err);
+}
+
+/* Every recorded "....k_bmm_quantizer.amax" and its like becomes a tensor beside the attention's projections. */
+static moq_result moqi_add_kv(moqi_export *x, moq_error *err)
+{
+    const char *kv = x->plan.desc->kv;
+    size_t found = 0, row = MOQI_COUNT(moqi_kv_recipes);
+    char module[MOQ_MAX_NAME_BYTES + 16];
+    if (!kv || moqi_same(kv, "none") || moqi_same(kv, "wide")) return MOQ_OK;
+    for (size_t i = 0; i < MOQI_COUNT(moqi_kv_recipes); i++)
+        if (moqi_same(kv, moqi_kv_recipes[i].name)) row = i;
+    if (row == MOQI_COUNT(moqi_kv_recipes))
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, kv, -1), "is no KV recipe of a ModelOpt folder: fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, "
+                         "nvfp4_cast, nvfp4_rotate, none");
+    x->kv_algo = moqi_kv_recipes[row].algo;
+    if (!moqi_kv_recipes[row].recorded) return MOQ_OK;
+    for (size_t i = 0; i < x->plan.record_count; i++) {
+        const moq_tensor *t = x->plan.records[i];
+        int bias = moqi_ends(t->name, "_bmm_quantizer.bias_value");
+        const char *at = moqi_last_part(t->name);
+        if (!bias && !moqi_ends(t->name, "_bmm_quantizer.amax")) continue;
+        at -= 16; /* "k_bmm_quantizer." */
+        if ((*at != 'k' && *at != 'v') || (bias && !moqi_kv_recipes[row].bias)) continue;
+        int renamed = x->plan.nemotron && moqi_starts(t->name, "model.");
+        const char *start = renamed ? t->name + 6 : t->name;
+        moqi_format(module, sizeof module, "%s%.*s", renamed ? "backbone." : "", (int)(at - start), start);
+        moq_result r = moqi_add_kv_tensor(x, t, module, *at, bias, err);
+        if (r != MOQ_OK) return r;
+        found += !bias;
+    }
+    return found ? MOQ_OK : moqi_fail(err, MOQ_E_MISSING, moqi_at(NULL, NULL, kv, -1), "this KV recipe needs the largest keys and values of every layer, and "
+                                      "they were not calibrated; give a calibration file, or use %s_cast", moqi_starts(kv, "fp8") ? "fp8" : "nvfp4");
+}
+
+/* ---- encoding one target ---- */
+
+/* Grows a buffer that holds nothing any more. */
+static moq_result moqi_room(const moq_allocator *a, uint8_t **p, uint64_t *room, uint64_t bytes, moq_error *err)
+{
+    if (bytes <= *room) return MOQ_OK;
+    moq_release(a, *p, (size_t)*room);
+    *p = bytes <= SIZE_MAX / 2 ? (uint8_t *)moq_allocate(a, (size_t)bytes) : NULL;
+    *room = *p ? bytes : 0;
+    return *p ? MOQ_OK : moqi_nomem(err, bytes);
+}
+
+/* out[j * rows + i] = in[i * cols + j] for bytes. */
+static void moqi_transpose(const uint8_t *in, int64_t rows, int64_t cols, uint8_t *out)
+{
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < cols; j++) out[j * rows + i] = in[i * cols + j];
+}
+
+/* Expert k of a stack: encoded [out, in] and turned, or for MX turned first. `spare` has room for one expert's F32 matrix. */
+static moq_result moqi_encode_expert(moqi_export *x, const moqi_target *t, int32_t k, moq_encode_desc *d, float *spare, moq_error *err)
+{
+    uint64_t codes, scales;
+    uint8_t *to = (uint8_t *)spare, *from;
+    if (d->scheme.weight.scale == MOQ_F8_E8M0) {
+        const float *in = x->plan.work;
+        for (int64_t i = 0; i < t->w.rows; i++)
+            for (int64_t j = 0; j < t->w.cols; j++) spare[j * t->w.rows + i] = in[i * t->w.cols + j];
+        d->data = spare;
+        d->rows = t->w.cols;
+        d->cols = t->w.rows;
+        moq_result r = moq_encode_bytes(d, &codes, &scales, err);
+        return r == MOQ_OK ? moq_encode(d, x->codes + (uint64_t)k * codes, x->scales + (uint64_t)k * scales, NULL, err) : r;
+    }
+    moq_result r = moq_encode_bytes(d, &codes, &scales, err);
+    if (r == MOQ_OK) r = moq_encode(d, to, to + codes, NULL, err);
+    if (r != MOQ_OK) return r;
+    from = to;
+    moqi_transpose(from, t->w.rows, (int64_t)codes / t->w.rows, x->codes + (uint64_t)k * codes);
+    if (d->scheme.weight.elem == MOQ_F4) moqi_transpose(from + codes, t->w.rows, (int64_t)scales / t->w.rows, x->scales + (uint64_t)k * scales);
+    else memcpy(x->scales, from + codes, 4);
+    return MOQ_OK;
+}
+
+/* The blocks that a search has chosen are kept until the codes have been written: searching twice would cost far more. */
+static moq_result moqi_keep_search(moqi_export *x, moqi_target *t, const moq_encode_desc *d, moq_error *err)
+{
+    uint64_t n = (uint64_t)d->rows * (uint64_t)(d->cols / 16);
+    if (t->cast && !t->kept) {
+        t->kept_bytes = n * sizeof(float);
+        t->kept = (float *)moq_allocate(&x->plan.desc->allocator, (size_t)t->kept_bytes);
+        if (!t->kept) return moqi_nomem(err, t->kept_bytes);
+    }
+    if (t->cast) return MOQ_OK;
+    if (t->search == MOQ_SEARCH_MAX || t->amax || t->w.experts > 0) return MOQ_OK;
+    t->kept_bytes = n * sizeof(float);
+    t->kept = (float *)moq_allocate(&x->plan.desc->allocator, (size_t)t->kept_bytes);
+    t->amax = t->kept;
+    return t->kept ? moq_find_amax(d, t->kept, NULL, err) : moqi_nomem(err, t->kept_bytes);
+}
+
+/* Memory of a search goes back as soon as its codes are written. */
+static void moqi_drop_search(const moqi_export *x, moqi_target *t)
+{
+    if (!t->kept) return;
+    moq_release(&x->plan.desc->allocator, t->kept, (size_t)t->kept_bytes);
+    t->kept = NULL;
+    t->amax = NULL;
+}
+
+/* Block amax values of expert k (0: of the layer) for a cast without loss; says once where it is not without loss. */
+static moq_result moqi_cast_expert(const moqi_export *x, moqi_target *t, int32_t k, moq_encode_desc *d, int tell, moq_error *err)
+{
+    const moq_quantize_desc *q = x->plan.desc;
+    moq_linear w = t->w;
+    moq_open_desc log;
+    moq_result r = w.experts > 0 ? moq_slice_expert(&t->w, k, &w, err) : MOQ_OK;
+    if (r != MOQ_OK) return r;
+    int64_t lost = moqi_cast_blocks(t, &w, (const float *)d->data, t->kept);
+    d->amax = t->kept;
+    memset(&log, 0, sizeof log);
+    log.log = q->log;
+    log.log_user = q->log_user;
+    if (lost && tell)
+        moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, moqi_at(NULL, "layer", t->name, -1), "%lld of %lld blocks (expert %d) lie more than 2^17 below the largest one and are "
+                 "rounded; all others keep their codes", (long long)lost, (long long)(w.rows * (w.cols / 16)), (int)k);
+    return MOQ_OK;
+}
+
+/* Scales, and with `codes` the codes, of one target into x->scales and x->codes, unless they are there already. A file holds all scales
+   of a shard before its codes, so scales are made alone first, which costs one look at the weight. */
+static moq_result moqi_encode_target(moqi_export *x, size_t index, int codes, moq_error *err)
+{
+    moqi_target *t = &x->plan.targets[index];
+    const moq_allocator *a = &x->plan.desc->allocator;
+    int32_t experts = t->w.experts > 0 ? t->w.experts : 1;
+    moq_encode_desc d;
+    float *spare = NULL;
+    uint64_t spare_bytes = 0;
+    if (x->encoded == index && (x->with_codes || !codes)) return MOQ_OK;
+    x->encoded = SIZE_MAX;
+    moq_result r = MOQ_OK;
+    for (int32_t k = 0; k < experts && r == MOQ_OK; k++) {
+        r = moqi_encode_source(&x->plan, t, k, &d, err);
+        float one = t->global_amax;
+        d.global_amax = t->global_amax;
+        if (r == MOQ_OK) r = moqi_keep_search(x, t, &d, err);
+        d.amax = t->amax;
+        if (r == MOQ_OK && t->cast) r = moqi_cast_expert(x, t, k, &d, codes, err);
+        if (moqi_is_one_block(t) && one > 0) d.amax = &one;
+        if (r == MOQ_OK && k == 0) {
+            r = moq_encode_bytes(&d, &x->code_bytes, &x->scale_bytes, err);
+            if (r == MOQ_OK) r = moqi_room(a, &x->codes, &x->code_room, x->code_bytes * (uint64_t)experts, err);
+            if (r == MOQ_OK) r = moqi_room(a, &x->scales, &x->scale_room, x->scale_bytes * (uint64_t)experts + 16, err);
+        }
+        if (r == MOQ_OK && t->w.experts == 0) r = moq_encode(&d, codes ? x->codes : NULL, x->scales, NULL, err);
+        if (r != MOQ_OK || t->w.experts == 0) continue;
+        if (!spare) {
+            spare_bytes = (uint64_t)d.rows * (uint64_t)d.cols * sizeof(float);
+            spare = (float *)moq_allocate(a, (size_t)spare_bytes);
+            if (!spare) r = moqi_nomem(err, spare_bytes);
+        }
+        if (r == MOQ_OK) r = moqi_encode_expert(x, t, k, &d, spare, err);
+    }
+    moq_release(a, spare, (size_t)spare_bytes);
+    if (r == MOQ_OK) x->encoded = index;
+    x->with_codes = codes || t->w.experts > 0;
+    if (codes || r != MOQ_OK) moqi_drop_search(x, t);
+    return r;
+}
+
+/* A target of a quantized source that stays unquantized: BF16, stacks as [experts, in, out]. */
+static moq_result moqi_decode_target(moqi_export *x, size_t index, moq_error *err)
+{
+    const moqi_target *t = &x->plan.targets[index];
+    const moq_allocator *a = &x->plan.desc->allocator;
+    int64_t experts = t->w.experts > 0 ? t->w.experts : 1, rows = t->w.rows, cols = t->w.cols;
+    moq_result r = moqi_room(a, &x->codes, &x->code_room, (uint64_t)(experts * rows * cols) * 2, err);
+    float *row = (float *)moq_allocate(a, (size_t)cols * sizeof *row);
+    x->encoded = SIZE_MAX;
+    if (r == MOQ_OK && !row) r = moqi_nomem(err, (uint64_t)cols * sizeof *row);
+    for (int64_t i = 0; i < experts * rows && r == MOQ_OK; i++) {
+        moq_dequantize(&t->w, i, 1, row);
+        for (int64_t c = 0; c < cols; c++) {
+            int64_t at = t->w.experts > 0 ? (i / rows * cols + c) * rows + i % rows : i * cols + c;
+            uint16_t v = moq_bf16_encode(row[c]);
+            x->codes[2 * at] = (uint8_t)v;
+            x->codes[2 * at + 1] = (uint8_t)(v >> 8);
+        }
+    }
+    moq_release(a, row, (size_t)cols * sizeof *row);
+    return r;
+}
+
+/* ---- shards ---- */
+
+/* Progress, and the place where a caller can stop the work. */
+static moq_result moqi_tell(moqi_export *x, uint64_t more, moq_error *err)
+{
+    const moq_quantize_desc *d = x->plan.desc;
+    x->done += more;
+    if (d->progress && d->progress(d->progress_user, MOQ_STAGE_QUANTIZE, x->done, x->total))
+        return moqi_fail(err, MOQ_E_CANCELLED, moqi_at(moqi_base_name(d->target), NULL, NULL, -1), "stopped; nothing was written");
+    return MOQ_OK;
+}
+
+/* The bytes of one tensor: copied from the source's mapping, or made now. */
+static moq_result moqi_put_out(moqi_export *x, moqi_writer *w, const moqi_out *o, moq_error *err)
+{
+    const void *data = o->t.data;
+    moq_result r = MOQ_OK;
+    if (o->what == MOQI_OUT_FLOAT) r = moqi_decode_target(x, o->target, err);
+    else if (o->what != MOQI_OUT_DATA) r = moqi_encode_target(x, o->target, o->what == MOQI_OUT_CODES, err);
+    if (r != MOQ_OK) return r;
+    if (o->what != MOQI_OUT_DATA) data = o->what == MOQI_OUT_SCALES ? x->scales : x->codes;
+    const uint8_t *p = (const uint8_t *)data;
+    for (uint64_t at = 0, step; at < o->t.bytes && r == MOQ_OK; at += step) { /* 64 MB at a time, so that cancelling is heard */
+        step = (uint64_t)moqi_min((int64_t)(o->t.bytes - at), 64 << 20);
+        r = moqi_writer_put(w, p + at, (size_t)step, err);
+        if (r == MOQ_OK) r = moqi_tell(x, step, err);
+    }
+    return r;
+}
+
+/* The order of the safetensors library: dtype, widest first and in its own order among equals, then name. */
+static int moqi_outs_by_file(const void *a, const void *b)
+{
+    const moq_tensor *x = (const moq_tensor *)a, *y = (const moq_tensor *)b;
+    return moq_dtype_bits(x->dtype) == moq_dtype_bits(y->dtype) && x->dtype != y->dtype ? (int)y->dtype - (int)x->dtype : moqi_st_by_width(a, b);
+}
+
+/* One file: tensors [first, last) of the list, which is in the order of names. */
+static moq_result moqi_write_shard(moqi_export *x, const char *file, size_t first, size_t last, moq_error *err)
+{
+    static const char *const metadata[] = {"format", "pt"};
+    const moq_allocator *a = &x->plan.desc->allocator;
+    size_t n = last - first;
+    uint64_t bytes = 0;
+    char path[4096 + 120];
+    moqi_json_out header;
+    moqi_writer w;
+    moqi_arena r0 = moqi_arena_make(a);
+    const moq_tensor **sorted = (const moq_tensor **)moqi_take_array(&r0, (uint64_t)n + 1, 2 * sizeof(void *));
+    moq_result r = sorted ? MOQ_OK : moqi_nomem(err, (uint64_t)n * 16);
+    moqi_json_out_make(&header, a, 0);
+    w.file = -1;
+    if (r == MOQ_OK) {
+        for (size_t i = 0; i < n; i++) {
+            sorted[i] = &x->outs[first + i].t;
+            bytes += sorted[i]->bytes;
+        }
+        moqi_sort((const void **)sorted, (const void **)sorted + n, n, moqi_outs_by_file);
+        moqi_st_build(&header, sorted, n, metadata, 1);
+        r = header.failed == MOQ_OK ? moqi_st_proofread(&header.b, bytes, file, err) : moqi_nomem(err, header.b.bytes);
+    }
+    moqi_format(path, sizeof path, "%s/%s", x->temp, file);
+    if (r == MOQ_OK) r = moqi_writer_open(&w, path, err);
+    if (r == MOQ_OK) r = moqi_writer_put(&w, header.b.data, header.b.bytes, err);
+    for (size_t i = 0; i < n && r == MOQ_OK; i++) r = moqi_put_out(x, &w, (const moqi_out *)(const void *)sorted[i], err);
+    if (r == MOQ_OK) r = moqi_writer_commit(&w, err);
+    else if (w.file != -1) moqi_writer_abort(&w);
+    moqi_buffer_drop(&header.b);
+    moqi_arena_drop(&r0);
+    return r;
+}
+
+static int moqi_outs_by_name(const void *a, const void *b) { return strcmp(((const moqi_out *)a)->t.name, ((const moqi_out *)b)->t.name); }
+
+/* Sorts the list by name, so that layers stay together, and says where shard `from` ends. */
+static size_t moqi_shard_end(const moqi_export *x, size_t from)
+{
+    uint64_t limit = x->plan.desc->shard_bytes ? x->plan.desc->shard_bytes : 10000000000u, bytes = 0;
+    size_t i = from;
+    for (; i < x->count; i++) {
+        if (bytes > 0 && bytes + x->outs[i].t.bytes > limit) break;
+        bytes += x->outs[i].t.bytes;
+    }
+    return i;
+}
+
+/* The list by name, the sum of bytes, the number of shards. */
+static moq_result moqi_sort_outs(moqi_export *x, moq_error *err)
+{
+    size_t n = x->count;
+    const void **list = (const void **)moqi_take_array(&x->arena, (uint64_t)n + 1, 2 * sizeof(void *));
+    moqi_out *sorted = (moqi_out *)moqi_take_array(&x->arena, (uint64_t)n + 1, sizeof *sorted);
+    if (!list || !sorted) return moqi_nomem(err, (uint64_t)n * sizeof *sorted);
+    for (size_t i = 0; i < n; i++) list[i] = &x->outs[i];
+    moqi_sort(list, list + n, n, moqi_outs_by_name);
+    for (size_t i = 0; i < n; i++) sorted[i] = *(const moqi_out *)list[i];
+    x->outs = sorted;
+    for (size_t i = 0; i < n; i++) x->total += sorted[i].t.bytes;
+    for (size_t i = 0; i < n; i = moqi_shard_end(x, i)) x->shards++;
+    return MOQ_OK;
+}
+
+/* Names as the transformers library numbers them. */
+static void moqi_shard_name(const moqi_export *x, uint32_t number, char *text, size_t capacity)
+{
+    if (x->shards == 1) moqi_format(text, capacity, "model.safetensors");
+    else moqi_format(text, capacity, "model-%05u-of-%05u.safetensors", number, x->shards);
+}
+
+/* Writes finished JSON text and drops it. */
+static moq_result moqi_write_json(moqi_export *x, const char *file, moqi_json_out *o, moq_error *err)
+{
+    char path[4096 + 120];
+    moq_result r = o->failed == MOQ_OK ? MOQ_OK : moqi_fail(err, o->failed, moqi_at(file, NULL, NULL, -1), "cannot be composed");
+    moqi_format(path, sizeof path, "%s/%s", x->temp, file);
+    if (r == MOQ_OK) r = moq_write_file(path, o->b.data, o->b.bytes, err);
+    moqi_buffer_drop(&o->b);
+    return r;
+}
+
+/* All files, and the index when there is more than one. */
+static moq_result moqi_write_shards(moqi_export *x, moq_error *err)
+{
+    moqi_json_out index;
+    char file[64];
+    moq_result r = MOQ_OK;
+    uint32_t number = 0;
+    moqi_json_out_make(&index, &x->plan.desc->allocator, 1);
+    moqi_json_begin(&index, '{');
+    moqi_json_put_key(&index, "metadata");
+    moqi_json_begin(&index, '{');
+    moqi_json_put_key(&index, "total_size");
+    moqi_json_put_u64(&index, x->total);
+    moqi_json_end(&index, '}');
+    moqi_json_put_key(&index, "weight_map");
+    moqi_json_begin(&index, '{');
+    for (size_t i = 0, end; i < x->count && r == MOQ_OK; i = end) {
+        end = moqi_shard_end(x, i);
+        moqi_shard_name(x, ++number, file, sizeof file);
+        for (size_t k = i; k < end; k++) {
+            moqi_json_put_key(&index, x->outs[k].t.name);
+            moqi_json_put_string(&index, file);
+        }
+        r = moqi_write_shard(x, file, i, end, err);
+    }
+    moqi_json_end(&index, '}');
+    moqi_json_end(&index, '}');
+    if (r == MOQ_OK && x->shards > 1) return moqi_write_json(x, "model.safetensors.index.json", &index, err);
+    moqi_buffer_drop(&index.b);
+    return r;
+}
+
+
+/* ------------------------------------------------------------------------------------------------
+   >>describe        hf_quant_config.json and config.json as ModelOpt writes them
+   Equal up to the order of keys; names are those of the tensors, also where ModelOpt's renaming leaves debris (Nemotron-H).
+   ------------------------------------------------------------------------------------------------ */
+
+/* Two texts say the same: hf_quant_config.json in ModelOpt's own words, quantization_config in the words of its converter. Which
+   modules are excluded is computed from what was not quantized, not from the patterns of the recipe. */
+/* ---- units: modules, and containers of experts ---- */
+
+/* The unit that a target belongs to in the description: experts count as one container. */
+static const char *moqi_unit_name(moqi_export *x, const moqi_target *t)
+{
+    size_t n;
+    uint32_t number;
+    const char *leaf;
+    if (t->w.experts > 0) n = (size_t)(moqi_last_part(t->name) - t->name) - 1;
+    else if (!moqi_expert_name(t->name, &n, &number, &leaf)) return t->name;
+    return moqi_take_text(&x->arena, t->name, n);
+}
+
+/* Where a unit stands in the model: config groups are numbered in that order. Heads come last, attention before the rest of a layer. */
+static int64_t moqi_unit_place(const char *name)
+{
+    static const char *const parts[] = {"q_proj", "q_a_proj", "q_b_proj", "k_proj", "kv_a_proj_with_mqa", "kv_b_proj", "v_proj", "o_proj", "experts", "gate_proj",
+                                        "up_proj", "down_proj"};
+    const char *at = strstr(name, "layers.");
+    int64_t n = 0, part = (int64_t)MOQI_COUNT(parts);
+    if (!at) return INT64_MAX;
+    for (at += 7; *at >= '0' && *at <= '9' && n < 1000000; at++) n = n * 10 + (*at - '0');
+    for (size_t i = 0; i < MOQI_COUNT(parts); i++)
+        if (strcmp(moqi_last_part(name), parts[i]) == 0) part = (int64_t)i;
+    return n * 64 + part;
+}
+
+static int moqi_units_by_place(const void *a, const void *b)
+{
+    int64_t x = ((const moqi_unit *)a)->place, y = ((const moqi_unit *)b)->place;
+    return x < y ? -1 : x > y;
+}
+
+static int moqi_units_by_order(const void *a, const void *b) { return strcmp(((const moqi_unit *)a)->order, ((const moqi_unit *)b)->order); }
+
+/* Adds a unit; a unit of several targets counts as quantized when one of them is. */
+static moq_result moqi_add_unit(moqi_export *x, const char *name, const moq_recipe *recipe, int plain_experts, moq_error *err)
+{
+    char text[MOQ_MAX_NAME_BYTES + 16];
+    if (!name) return moqi_nomem(err, MOQ_MAX_NAME_BYTES);
+    moqi_unit *u = x->unit_count ? &x->units[x->unit_count - 1] : NULL;
+    if (u && strcmp(u->name, name) == 0) {
+        if (recipe && !u->recipe) x->unit_count--;
+        else return MOQ_OK;
+    }
+    moqi_memory_name(&x->plan, name, text, sizeof text);
+    u = &x->units[x->unit_count++];
+    u->name = name;
+    u->recipe = recipe;
+    u->algo = recipe ? recipe->algo : NULL;
+    if (recipe && plain_experts && strcmp(recipe->algo, "NVFP4_AWQ") == 0) u->algo = "NVFP4"; /* experts are not smoothed */
+    u->place = moqi_unit_place(name);
+    u->order = moqi_take_text(&x->arena, text, strlen(text));
+    return u->order ? MOQ_OK : moqi_nomem(err, strlen(text));
+}
+
+/* All units, sorted. Gemma's scaled embedding is of a class that ModelOpt does not know; a tied head has no tensor but is listed. */
+static moq_result moqi_make_units(moqi_export *x, moq_error *err)
+{
+    const moqi_plan *p = &x->plan;
+    moq_result r = MOQ_OK;
+    size_t room = moq_tensor_count(p->ck) + p->count + 2;
+    const void **list = (const void **)moqi_take_array(&x->arena, room, 2 * sizeof(void *));
+    moqi_unit *sorted = (moqi_unit *)moqi_take_array(&x->arena, room, sizeof *sorted);
+    x->units = (moqi_unit *)moqi_take_array(&x->arena, room, sizeof *x->units);
+    if (!list || !sorted || !x->units) return moqi_nomem(err, (uint64_t)room * sizeof *sorted);
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
+        const moqi_target *t = &p->targets[i];
+        if (t->embedding && moqi_starts(moq_get_info(p->ck)->model_type, "gemma")) continue;
+        r = moqi_add_unit(x, moqi_unit_name(x, t), t->recipe, t->expert || t->w.experts > 0, err);
+    }
+    for (size_t i = 0; i < moq_tensor_count(p->ck) && r == MOQ_OK; i++) { /* convolutions */
+        const moq_tensor *t = moq_get_tensor(p->ck, i);
+        if (t->rank < 3 || !moqi_ends(t->name, ".weight") || moqi_map_find(&p->map, t->name, t->name_bytes - 7u)) continue;
+        r = moqi_add_unit(x, moqi_take_text(&x->arena, t->name, t->name_bytes - 7u), NULL, 0, err);
+    }
+    int tied = 0;
+    moq_json_bool(moq_json_find(moq_get_config(p->ck), "tie_word_embeddings"), &tied);
+    if (r == MOQ_OK && (tied || moqi_starts(moq_get_info(p->ck)->model_type, "gemma")) && !moqi_map_find(&p->map, "lm_head", 7))
+        r = moqi_add_unit(x, "lm_head", NULL, 0, err);
+    for (size_t i = 0; i < x->unit_count; i++) list[i] = &x->units[i];
+    moqi_sort(list, list + room, x->unit_count, moqi_units_by_order);
+    for (size_t i = 0; i < x->unit_count; i++) sorted[i] = *(const moqi_unit *)list[i];
+    for (size_t i = 0; i < x->unit_count; i++) list[i] = &sorted[i];
+    moqi_sort(list, list + room, x->unit_count, moqi_units_by_place);
+    x->by_place = (const moqi_unit **)list;
+    x->units = sorted;
+    return r;
+}
+
+/* Length of the shortest dotted prefix whose pattern hits no quantized unit; 0: the whole name. *dot: the pattern is "prefix.*". */
+static size_t moqi_exclude_prefix(const moqi_export *x, const char *name, int *dot)
+{
+    for (size_t n = 1; name[n]; n++) {
+        int star = 0, dotted = 0;
+        if (name[n] != '.') continue;
+        for (size_t i = 0; i < x->unit_count; i++) {
+            if (!x->units[i].recipe || strncmp(x->units[i].name, name, n) != 0) continue;
+            star = 1;
+            dotted |= x->units[i].name[n] == '.' || x->units[i].name[n] == 0;
+        }
+        *dot = star;
+        if (!star || !dotted) return n;
+    }
+    return 0;
+}
+
+/* exclude_modules / ignore: exact names, or prefix patterns shared by neighbours. */
+static void moqi_put_excludes(moqi_export *x, moqi_json_out *o)
+{
+    char text[MOQ_MAX_NAME_BYTES + 8], before[MOQ_MAX_NAME_BYTES + 8] = "";
+    moqi_json_begin(o, '[');
+    for (size_t i = 0; i < x->unit_count; i++) {
+        int dot = 0;
+        if (x->units[i].recipe) continue;
+        size_t n = moqi_exclude_prefix(x, x->units[i].name, &dot);
+        if (n) moqi_format(text, sizeof text, "%.*s%s", (int)n, x->units[i].name, dot ? ".*" : "*");
+        else moqi_format(text, sizeof text, "%s", x->units[i].name);
+        if (strcmp(text, before) == 0) continue;
+        moqi_json_put_string(o, text);
+        memcpy(before, text, sizeof before);
+    }
+    moqi_json_end(o, ']');
+}
+
+/* What a quant_algo carries in the description, and the groups that ModelOpt prints for it: bits and type of inputs and weights ('f'
+   float, 'i' integer), with group_size or not. Several are wrong as descriptions; readers go by the algorithm and the tensors. */
+typedef struct moqi_algo_json {
+    const char *algo;
+    int group, flags;                 /* group_size; has_zero_point and pre_quant_scale */
+    int uniform;                      /* config_groups also when all modules are alike */
+    int in_bits; char in_type; int in_group;
+    int w_bits; char w_type; int w_group, channel;
+} moqi_algo_json;
+
+static const moqi_algo_json moqi_algo_jsons[] = {
+    {"FP8", 0, 0, 1, 8, 'f', 0, 8, 'f', 0, 0},
+    {"FP8_PER_CHANNEL_PER_TOKEN", 0, 0, 0, 8, 'f', 0, 8, 'f', 0, 1},
+    {"NVFP4", 1, 0, 1, 4, 'f', 1, 4, 'f', 1, 0},
+    {"W4A16_AWQ", 1, 1, 0, 0, 0, 0, 4, 'i', 1, 0},
+    {"W4A16_NVFP4", 1, 0, 1, 0, 0, 0, 4, 'f', 1, 0},
+    {"NVFP4_SVD", 1, 1, 1, 4, 'f', 1, 4, 'f', 1, 0},
+    {"NVFP4_AWQ", 1, 1, 0, 8, 'f', 1, 4, 'f', 1, 0},
+    {"W4A8_AWQ", 1, 1, 0, 8, 'f', 1, 4, 'f', 1, 0},
+    {"W8A16", 0, 0, 0, 0, 0, 0, 8, 'i', 0, 0},
+    {"W8A8_SQ_PER_CHANNEL", 0, 0, 0, 8, 'i', 0, 8, 'i', 0, 1},
+    {"W4A8_NVFP4_FP8", 1, 0, 0, 8, 'f', 0, 4, 'f', 1, 0},
+    {"W4A8_MXFP4_FP8", 1, 0, 0, 8, 'f', 0, 4, 'f', 1, 0},
+    {"MXFP8", 1, 0, 0, 8, 'f', 1, 8, 'f', 1, 0}
+};
+
+/* NULL for the lower-case names that fall through ModelOpt's table (mxfp4, fp8_pb_wo): they carry nothing but themselves. */
+static const moqi_algo_json *moqi_find_algo_json(const char *algo)
+{
+    for (size_t i = 0; i < MOQI_COUNT(moqi_algo_jsons); i++)
+        if (strcmp(moqi_algo_jsons[i].algo, algo) == 0) return &moqi_algo_jsons[i];
+    return NULL;
+}
+
+/* ModelOpt compares whole entries: NVFP4 with groups of 16 beside NVFP4 with groups of 32 is already mixed precision. */
+static int moqi_same_entry(const moqi_unit *a, const moqi_unit *b)
+{
+    const moqi_algo_json *j = moqi_find_algo_json(a->algo);
+    return strcmp(a->algo, b->algo) == 0 && (!j || !j->group || a->recipe->scheme.weight.group_cols == b->recipe->scheme.weight.group_cols);
+}
+
+/* group_size, has_zero_point, pre_quant_scale of an algorithm. */
+static void moqi_put_entry(moqi_json_out *o, const moqi_unit *u)
+{
+    const moqi_algo_json *j = moqi_find_algo_json(u->algo);
+    if (j && j->group) {
+        moqi_json_put_key(o, "group_size");
+        moqi_json_put_int(o, u->recipe->scheme.weight.group_cols);
+    }
+    if (j && j->flags) {
+        moqi_json_put_key(o, "has_zero_point");
+        moqi_json_put_bool(o, 0);
+        moqi_json_put_key(o, "pre_quant_scale");
+        moqi_json_put_bool(o, 1);
+    }
+}
+
+/* "dynamic" is false for every format, also where scales are found at run time. */
+static void moqi_put_numbers(moqi_json_out *o, const char *key, int bits, char type, int group, int channel)
+{
+    moqi_json_put_key(o, key);
+    moqi_json_begin(o, '{');
+    if (channel) {
+        moqi_json_put_key(o, "strategy");
+        moqi_json_put_string(o, "channel");
+    }
+    moqi_json_put_key(o, "dynamic");
+    moqi_json_put_bool(o, 0);
+    moqi_json_put_key(o, "num_bits");
+    moqi_json_put_int(o, bits);
+    moqi_json_put_key(o, "type");
+    moqi_json_put_string(o, type == 'i' ? "int" : "float");
+    if (group) {
+        moqi_json_put_key(o, "group_size");
+        moqi_json_put_int(o, group);
+    }
+    moqi_json_end(o, '}');
+}
+
+/* One config group for all units that are like `u`; targets "Linear" when everything is. */
+static void moqi_put_config_group(moqi_export *x, moqi_json_out *o, const moqi_unit *u, int mixed)
+{
+    const moqi_algo_json *j = moqi_find_algo_json(u->algo);
+    int group = u->recipe->scheme.weight.group_cols;
+    moqi_json_begin(o, '{');
+    if (!j) {
+        moqi_json_put_key(o, "quant_algo");
+        moqi_json_put_string(o, u->algo);
+    } else {
+        if (j->in_bits) moqi_put_numbers(o, "input_activations", j->in_bits, j->in_type, j->in_group ? group : 0, 0);
+        moqi_put_numbers(o, "weights", j->w_bits, j->w_type, j->w_group ? group : 0, j->channel);
+        if (strcmp(u->algo, "NVFP4_SVD") == 0) {
+            moqi_json_put_key(o, "has_zero_point");
+            moqi_json_put_bool(o, 0);
+            moqi_json_put_key(o, "pre_quant_scale");
+            moqi_json_put_bool(o, 1);
+        }
+    }
+    moqi_json_put_key(o, "targets");
+    moqi_json_begin(o, '[');
+    if (!mixed) moqi_json_put_string(o, "Linear");
+    for (size_t i = 0; mixed && i < x->unit_count; i++)
+        if (x->units[i].recipe && moqi_same_entry(&x->units[i], u)) moqi_json_put_string(o, x->units[i].name);
+    moqi_json_end(o, ']');
+    moqi_json_end(o, '}');
+}
+
+/* The first quantized unit, and whether others differ from it. */
+static const moqi_unit *moqi_first_unit(const moqi_export *x, int *mixed)
+{
+    const moqi_unit *first = NULL;
+    *mixed = 0;
+    for (size_t i = 0; i < x->unit_count; i++) {
+        if (!x->units[i].recipe) continue;
+        if (!first) first = &x->units[i];
+        else if (!moqi_same_entry(first, &x->units[i])) *mixed = 1;
+    }
+    return first;
+}
+
+/* Everything that is not in this map is unquantized; there is no exclude list beside it. */
+static void moqi_put_layers(moqi_export *x, moqi_json_out *o)
+{
+    moqi_json_put_key(o, "quantized_layers");
+    moqi_json_begin(o, '{');
+    for (size_t i = 0; i < x->unit_count; i++) {
+        if (!x->units[i].recipe) continue;
+        moqi_json_put_key(o, x->units[i].name);
+        moqi_json_begin(o, '{');
+        moqi_json_put_key(o, "quant_algo");
+        moqi_json_put_string(o, x->units[i].algo);
+        moqi_put_entry(o, &x->units[i]);
+        moqi_json_end(o, '}');
+    }
+    moqi_json_end(o, '}');
+}
+
+/* Consumers compare the version to choose among old spellings; 0.47.0 is the release whose files these are. */
+static void moqi_put_producer(moqi_json_out *o)
+{
+    moqi_json_put_key(o, "producer");
+    moqi_json_begin(o, '{');
+    moqi_json_put_key(o, "name");
+    moqi_json_put_string(o, "modelopt");
+    moqi_json_put_key(o, "version");
+    moqi_json_put_string(o, "0.47.0");
+    moqi_json_end(o, '}');
+}
+
+/* Written only when weights or the KV cache are quantized. Without quantized weights the map is there and empty. */
+static moq_result moqi_write_hf_quant(moqi_export *x, moq_error *err)
+{
+    moqi_json_out o;
+    int mixed;
+    const moqi_unit *u = moqi_first_unit(x, &mixed);
+    if (!u && !x->kv_algo) return MOQ_OK;
+    moqi_json_out_make(&o, &x->plan.desc->allocator, 1);
+    moqi_json_begin(&o, '{');
+    moqi_put_producer(&o);
+    moqi_json_put_key(&o, "quantization");
+    moqi_json_begin(&o, '{');
+    moqi_json_put_key(&o, "quant_algo");
+    if (u) moqi_json_put_string(&o, mixed ? "MIXED_PRECISION" : u->algo);
+    else moqi_json_put_null(&o);
+    moqi_json_put_key(&o, "kv_cache_quant_algo");
+    if (x->kv_algo) moqi_json_put_string(&o, x->kv_algo);
+    else moqi_json_put_null(&o);
+    if (!u || mixed) moqi_put_layers(x, &o);
+    else {
+        moqi_put_entry(&o, u);
+        moqi_json_put_key(&o, "exclude_modules");
+        moqi_put_excludes(x, &o);
+    }
+    moqi_json_end(&o, '}');
+    moqi_json_end(&o, '}');
+    return moqi_write_json(x, "hf_quant_config.json", &o, err);
+}
+
+/* quantization_config of config.json: ModelOpt's converted form of the same. */
+static void moqi_put_config(moqi_export *x, moqi_json_out *o)
+{
+    int mixed;
+    char name[32];
+    const moqi_unit *u = moqi_first_unit(x, &mixed);
+    const moqi_algo_json *j = u ? moqi_find_algo_json(u->algo) : NULL;
+    moqi_json_begin(o, '{');
+    if (u && (mixed || (j && j->uniform))) {
+        const moqi_unit *kinds[64]; /* more than there are recipes and group sizes */
+        int n = 0;
+        moqi_json_put_key(o, "config_groups");
+        moqi_json_begin(o, '{');
+        for (size_t i = 0; i < x->unit_count; i++) { /* a group at the first unit of each kind */
+            const moqi_unit *next = x->by_place[i];
+            int seen = !next->recipe;
+            for (int k = 0; k < n && !seen; k++) seen = moqi_same_entry(kinds[k], next);
+            if (seen || n == (int)MOQI_COUNT(kinds)) continue;
+            moqi_format(name, sizeof name, "group_%d", n);
+            kinds[n++] = next;
+            moqi_json_put_key(o, name);
+            moqi_put_config_group(x, o, next, mixed);
+        }
+        moqi_json_end(o, '}');
+    }
+    if (mixed) moqi_put_layers(x, o);
+    moqi_json_put_key(o, "ignore");
+    if (u && !mixed) moqi_put_excludes(x, o);
+    else {
+        moqi_json_begin(o, '[');
+        moqi_json_end(o, ']');
+    }
+    if (u) {
+        moqi_json_put_key(o, "quant_algo");
+        moqi_json_put_string(o, mixed ? "MIXED_PRECISION" : u->algo);
+    }
+    if (x->kv_algo) {
+        moqi_json_put_key(o, "kv_cache_scheme");
+        if (strcmp(x->kv_algo, "FP8") != 0) moqi_json_put_string(o, x->kv_algo);
+        else {
+            moqi_json_begin(o, '{');
+            moqi_json_put_key(o, "dynamic");
+            moqi_json_put_bool(o, 0);
+            moqi_json_put_key(o, "num_bits");
+            moqi_json_put_int(o, 8);
+            moqi_json_put_key(o, "type");
+            moqi_json_put_string(o, "float");
+            moqi_json_end(o, '}');
+        }
+    }
+    moqi_put_producer(o);
+    moqi_json_put_key(o, "quant_method");
+    moqi_json_put_string(o, "modelopt");
+    moqi_json_end(o, '}');
+}
+
+/* A value as it was read: numbers keep their spelling. Containers are walked by their ends, so nesting takes no stack. */
+static void moqi_json_copy(moqi_json_out *o, const moq_json *root)
+{
+    const moq_json *ends[66];
+    char close[66];
+    int depth = 0;
+    for (const moq_json *v = root, *end = root + root->skip; v < end; v++) {
+        while (depth > 0 && v >= ends[depth - 1]) moqi_json_end(o, close[--depth]);
+        if (v != root && v->key) moqi_json_put_key(o, v->key);
+        int container = v->type == MOQ_JSON_OBJECT || v->type == MOQ_JSON_ARRAY;
+        if (!container) {
+            if (v->type == MOQ_JSON_STRING) moqi_json_put_text(o, v->text, v->text_bytes);
+            else if (v->type == MOQ_JSON_NUMBER) moqi_json_put_raw(o, v->text);
+            else moqi_json_put_raw(o, v->type == MOQ_JSON_NULL ? "null" : v->type == MOQ_JSON_TRUE ? "true" : "false");
+            continue;
+        }
+        moqi_json_begin(o, v->type == MOQ_JSON_OBJECT ? '{' : '[');
+        close[depth] = v->type == MOQ_JSON_OBJECT ? '}' : ']';
+        ends[depth++] = v + v->skip;
+    }
+    while (depth > 0) moqi_json_end(o, close[--depth]);
+}
+
+/* The source's config with a new quantization_config at its end; an old one is dropped, since its layers have been decoded. */
+static moq_result moqi_write_config(moqi_export *x, moq_error *err)
+{
+    const moq_json *config = moq_get_config(x->plan.ck);
+    int mixed;
+    moqi_json_out o;
+    moqi_json_out_make(&o, &x->plan.desc->allocator, 1);
+    moqi_json_begin(&o, '{');
+    for (const moq_json *v = moq_json_first(config); v; v = moq_json_next(config, v)) {
+        if (strcmp(v->key, "quantization_config") == 0) continue;
+        moqi_json_put_key(&o, v->key);
+        moqi_json_copy(&o, v);
+    }
+    if (moqi_first_unit(x, &mixed) || x->kv_algo) {
+        moqi_json_put_key(&o, "quantization_config");
+        moqi_put_config(x, &o);
+    }
+    moqi_json_end(&o, '}');
+    return moqi_write_json(x, "config.json", &o, err);
+}
+
+
+/* ------------------------------------------------------------------------------------------------
+   >>export          moq_quantize: the whole folder
+   A folder is built beside its target, opened again, verified and only then renamed; failures leave nothing.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ---- the folder ---- */
+
+/* Files that go along unchanged: what a tokenizer, a processor or remote code needs. */
+static moq_result moqi_copy_files(moqi_export *x, moq_error *err)
+{
+    static const char *const wanted[] = {
+        "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*preprocessor_config.json",
+        "processor_config.json", "spiece.model", "sentencepiece*", "tekken.json", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "USE_POLICY*"};
+    char from[4096 + 300], to[4096 + 300];
+    const char **names = NULL;
+    size_t count = 0;
+    moq_result r = moqi_list_dir(x->plan.desc->source, &x->arena, &names, &count, err);
+    for (size_t i = 0; i < count && r == MOQ_OK; i++) {
+        size_t bytes = 0;
+        if (!moqi_any_glob(wanted, MOQI_COUNT(wanted), names[i])) continue;
+        moqi_format(from, sizeof from, "%s/%s", x->plan.desc->source, names[i]);
+        moqi_format(to, sizeof to, "%s/%s", x->temp, names[i]);
+        if (!moqi_file_exists(from)) continue;
+        char *data = moq_read_file(from, MOQ_MAX_JSON_BYTES, &x->plan.desc->allocator, &bytes, err);
+        r = data ? moq_write_file(to, data, bytes, err) : err ? err->code : MOQ_E_IO;
+        moq_release(&x->plan.desc->allocator, data, data ? bytes + 1 : 0);
+    }
+    return r;
+}
+
+/* What was written must open here and pass the checks of `moq verify`. */
+static moq_result moqi_reopen(const moqi_export *x, moq_error *err)
+{
+    moq_open_desc d;
+    memset(&d, 0, sizeof d);
+    d.allocator = x->plan.desc->allocator;
+    moq_checkpoint *ck = moq_open(x->temp, &d, err);
+    if (!ck) return err ? err->code : MOQ_E_STATE;
+    moq_result r = moq_verify(ck, 0, NULL, NULL, err);
+    moq_close(ck);
+    return r;
+}
+
+/* The recipe of a module, for the calibration of the same plan. */
+static const moq_recipe *moqi_planned(void *user, const char *module)
+{
+    const moqi_plan *p = (const moqi_plan *)user;
+    const moqi_entry *e = moqi_map_find(&p->map, module, strlen(module));
+    return e ? p->targets[e->value].recipe : NULL;
+}
+
+/* Does anything in the plan need statistics of data? */
+static int moqi_needs_data(const moqi_plan *p)
+{
+    const char *kv = p->desc->kv;
+    for (size_t i = 0; i < p->count; i++) {
+        const moq_recipe *recipe = p->targets[i].recipe;
+        if (recipe && (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale)) return 1;
+    }
+    return kv && !moqi_same(kv, "none") && !moqi_same(kv, "wide") && !moqi_ends(kv, "_cast");
+}
+
+/* Calibration from the file, or measured now; sorted by name. */
+static moq_result moqi_get_records(moqi_export *x, moq_error *err)
+{
+    moqi_plan *p = &x->plan;
+    const moq_quantize_desc *d = p->desc;
+    moq_calibrate_desc c;
+    moq_result r = MOQ_OK;
+    if (!d->calibration && d->calibrate && moqi_needs_data(p)) {
+        memset(&c, 0, sizeof c);
+        c.source = p->ck;
+        c.recipe = d->recipe;
+        c.choose = moqi_planned;
+        c.choose_user = p;
+        c.kv = d->kv;
+        c.forward = d->calibrate;
+        c.data = d->data;
+        c.backend = d->backend;
+        c.threads = d->threads;
+        c.allocator = d->allocator;
+        c.progress = d->progress;
+        c.progress_user = d->progress_user;
+        x->stats = moq_calibrate(&c, err);
+        if (!x->stats) return err->code;
+        p->records_name = "calibration";
+        if (d->save_calibration) r = moq_stats_save(x->stats, d->save_calibration, err);
+    }
+    size_t n = x->file ? moq_st_count(x->file) : x->stats ? moq_stats_count(x->stats) : 0;
+    p->records = (const moq_tensor **)moqi_take_array(&x->arena, (uint64_t)n + 1, 2 * sizeof(void *));
+    if (!p->records) return moqi_nomem(err, (uint64_t)n * 16);
+    for (size_t i = 0; i < n; i++) p->records[i] = x->file ? moq_st_get(x->file, i) : moq_get_stat(x->stats, i);
+    moqi_sort((const void **)p->records, (const void **)p->records + n, n, moqi_records_by_name);
+    p->record_count = n;
+    return r;
+}
+
+/* Everything that can be refused is refused here, before a byte is written. */
+static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
+{
+    moqi_plan *p = &x->plan;
+    moq_result r = moqi_choose_targets(p, err);
+    if (r == MOQ_OK) r = moqi_get_records(x, err);
+    if (r == MOQ_OK) r = moqi_load_targets(p, err);
+    if (r != MOQ_OK) return r;
+    x->capacity = moq_tensor_count(p->ck) + 6 * moq_module_count(p->ck) + 64 + p->record_count;
+    x->outs = (moqi_out *)moqi_take_array(&x->arena, x->capacity, sizeof *x->outs);
+    if (!x->outs) return moqi_nomem(err, (uint64_t)x->capacity * sizeof *x->outs);
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
+        const moqi_target *t = &p->targets[i];
+        if (t->recipe) r = moqi_add_target(x, i, err);
+        else if (moq_scheme_is_quantized(&t->w.scheme)) {
+            uint64_t shape[3] = {(uint64_t)t->w.experts, (uint64_t)t->w.cols, (uint64_t)t->w.rows}, flat[2] = {(uint64_t)t->w.rows, (uint64_t)t->w.cols};
+            int stack = t->w.experts > 0;
+            moqi_out *o = moqi_add_out(x, t->name, stack ? "" : ".weight", MOQ_BF16, stack ? 3 : 2, stack ? shape : flat);
+            if (!o) return moqi_nomem(err, sizeof *o);
+            o->what = MOQI_OUT_FLOAT;
+            o->target = i;
+        }
+    }
+    if (r == MOQ_OK) r = moqi_add_rest(x, err);
+    if (r == MOQ_OK) r = moqi_add_kv(x, err);
+    if (r == MOQ_OK) r = moqi_sort_outs(x, err);
+    if (r == MOQ_OK) r = moqi_make_units(x, err);
+    int mixed;
+    if (r == MOQ_OK && p->recipe && !moqi_first_unit(x, &mixed))
+        r = moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s covers no layer of this model", p->recipe->name);
+    return r;
+}
+
+#ifdef MOQ_NO_OS
+static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
+{
+    (void)moqi_write_shards; (void)moqi_write_hf_quant; (void)moqi_write_config; (void)moqi_copy_files; (void)moqi_reopen;
+    return moqi_no_os(x->plan.desc->target, err);
+}
+#else
+static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
+{
+    moq_result r = moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
+    if (r != MOQ_OK) return r;
+    r = moqi_write_shards(x, err);
+    if (r == MOQ_OK) r = moqi_write_config(x, err);
+    if (r == MOQ_OK) r = moqi_write_hf_quant(x, err);
+    if (r == MOQ_OK) r = moqi_copy_files(x, err);
+    if (r == MOQ_OK) r = moqi_reopen(x, err);
+    if (r == MOQ_OK) r = moqi_folder_commit(x->temp, x->plan.desc->target, err);
+    if (r != MOQ_OK) moqi_remove_folder(x->temp);
+    return r;
+}
+#endif
+
+/* Names of recipe and format, the source, the calibration file. */
+static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, moq_checkpoint **ck, moq_error *err)
+{
+    moq_open_desc open;
+    memset(&open, 0, sizeof open);
+    open.allocator = d->allocator;
+    open.log = d->log;
+    open.log_user = d->log_user;
+    if (!d->source || !d->target || !d->recipe) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "source, target and recipe must be given");
+    if (d->format && !moqi_same(d->format, "modelopt")) return moq_fail(err, MOQ_E_UNSUPPORTED, d->format, "folders of this format cannot be written; use modelopt");
+    x->plan.recipe = moq_find_recipe(d->recipe);
+    if (!x->plan.recipe && !moqi_same(d->recipe, "none")) return moq_fail(err, MOQ_E_ARG, d->recipe, "no recipe has this name; `moq recipes` lists them");
+    *ck = moq_open(d->source, &open, err);
+    if (!*ck) return err->code;
+    x->plan.ck = *ck;
+    if (!d->calibration) return MOQ_OK;
+    x->file = moq_st_open(d->calibration, &open, err);
+    if (!x->file) return err->code;
+    x->plan.records_name = moqi_base_name(d->calibration);
+    if (moq_st_count(x->file) == 0) return moqi_fail(err, MOQ_E_MISSING, moqi_at(x->plan.records_name, NULL, NULL, -1), "holds no recorded values");
+    return MOQ_OK;
+}
+
+MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
+{
+    moq_error own;
+    moq_checkpoint *ck = NULL;
+    if (!err) err = &own;
+    moqi_clear(err);
+    if (!desc) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "desc is NULL");
+    const moq_allocator *a = &desc->allocator;
+    moqi_export *x = (moqi_export *)moq_allocate(a, sizeof *x);
+    if (!x) return moqi_nomem(err, sizeof *x);
+    x->arena = moqi_arena_make(a);
+    x->plan.r = &x->arena;
+    x->plan.desc = desc;
+    x->encoded = SIZE_MAX;
+    moq_result r = moqi_open_sources(x, desc, &ck, err);
+    int workers = desc->threads > 0 ? desc->threads : moq_cpu_count();
+    moqi_pool *pool = r == MOQ_OK && workers > 1 ? moqi_pool_create(workers, a, err) : NULL;
+    if (pool) {
+        x->plan.parallel.run = moqi_pool_run;
+        x->plan.parallel.workers = workers;
+        x->plan.parallel.user = pool;
+    } else if (r == MOQ_OK && workers > 1) {
+        r = err->code;
+    }
+    if (r == MOQ_OK) r = moqi_prepare_export(x, err);
+    if (r == MOQ_OK) r = moqi_tell(x, 0, err);
+    if (r == MOQ_OK) r = moqi_write_folder(x, err);
+    moqi_pool_destroy(pool);
+    for (size_t i = 0; i < x->plan.count; i++) moqi_drop_search(x, &x->plan.targets[i]);
+    moq_release(a, x->codes, (size_t)x->code_room);
+    moq_release(a, x->scales, (size_t)x->scale_room);
+    moq_release(a, x->plan.work, (size_t)x->plan.work_bytes);
+    moq_st_close(x->file);
+    moq_stats_destroy(x->stats);
+    moq_close(ck);
+    moqi_arena_drop(&x->arena);
+    moq_release(a, x, sizeof *x);
+    return r;
+}
+
+#endif /* MOQ_QUANTIZE */
 
 #endif /* MODELOPT_Q_IMPLEMENTATION */

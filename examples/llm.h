@@ -39,6 +39,7 @@
        >>llm-forward    the decoder
        >>llm-sample     sampling
        >>llm-session    conversations
+       >>llm-calibrate  running samples for moq_quantize and moq_calibrate (with MOQ_QUANTIZE)
 */
 #ifndef LLM_H
 #define LLM_H
@@ -6538,5 +6539,72 @@ LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int3
     llmi_give(err, &e);
     return r;
 }
+
+#ifdef MOQ_QUANTIZE
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-calibrate   the forward pass of a calibration
+   Runs token rows through a model on whatever backend it is given; knows nothing of statistics.
+   ------------------------------------------------------------------------------------------------ */
+
+/* The declarations below belong into >>llm-api. */
+
+/* Rows of tokens for a calibration. */
+typedef struct llm_samples {
+    const int32_t *const *rows;  /* [count] pointers to the tokens of each row */
+    const int32_t *lengths;      /* [count] tokens of each row */
+    int32_t count;
+    int32_t batch;               /* rows of a batch: averages are taken over batches; 0: 1 */
+    int32_t logits;              /* 1: compute the output layer for every token too, so that it is observed */
+    moq_progress_fn progress;    /* MOQ_STAGE_CALIBRATE in tokens of this pass; a non-zero return cancels */
+    void *progress_user;
+} llm_samples;
+
+/* A moq_forward_fn; data: llm_samples. */
+LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err);
+
+/* The model is opened for each pass: its weights stay mapped, and nothing of one pass can leak into the next. Every row begins at
+   position 0 of the one slot, which overwrites the row before. */
+LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err)
+{
+    const llm_samples *s = (const llm_samples *)data;
+    int32_t longest = 1, batch = s && s->batch > 0 ? s->batch : 1;
+    uint64_t done = 0, total = 0;
+    moq_result code = MOQ_OK;
+    float *logits = NULL;
+    size_t bytes = 0;
+    llm_desc d;
+    if (!s || s->count <= 0 || !s->rows || !s->lengths) return moq_fail(err, MOQ_E_ARG, "samples", "there is not a single row of tokens to calibrate with");
+    for (int32_t i = 0; i < s->count; i++) {
+        if (!s->rows[i] || s->lengths[i] <= 0) return moq_fail(err, MOQ_E_ARG, "samples", "row %d is empty", i);
+        if (s->lengths[i] > longest) longest = s->lengths[i];
+        total += (uint64_t)s->lengths[i];
+    }
+    memset(&d, 0, sizeof d);
+    d.checkpoint = source;
+    d.backend = watch;
+    d.kv = "wide";
+    d.context = longest;
+    d.no_tokenizer = 1;
+    d.allocator = *moq_get_allocator(source);
+    llm *m = llm_open(&d, err);
+    if (!m) return err && err->code < 0 ? err->code : MOQ_E_BACKEND;
+    if (s->logits) {
+        bytes = (size_t)longest * (size_t)llm_get_info(m)->vocab * sizeof *logits;
+        logits = (float *)moq_allocate(&d.allocator, bytes);
+        if (!logits) code = moq_fail(err, MOQ_E_NOMEM, "logits", "out of memory: %zu bytes were refused", bytes);
+    }
+    for (int32_t i = 0; i < s->count && code >= 0; i++) {
+        code = llm_forward(m, 0, s->rows[i], s->lengths[i], 0, logits, NULL, err);
+        done += (uint64_t)s->lengths[i];
+        if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(watch);
+        if (code >= 0 && s->progress && s->progress(s->progress_user, MOQ_STAGE_CALIBRATE, done, total))
+            code = moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
+    }
+    moq_release(&d.allocator, logits, bytes);
+    llm_close(m);
+    return code;
+}
+#endif /* MOQ_QUANTIZE */
 
 #endif /* LLM_IMPLEMENTATION */

@@ -82,10 +82,22 @@ run
 check "no verb" refused "help"
 run nonsense
 check "unknown verb" refused "nonsense"
-for v in quantize autoquant convert; do
+for v in autoquant convert; do
     run $v a b
     check "$v is not in this build" refused "does not have '$v'"
 done
+src=$golden/sources/llama
+run quantize "$src" "$dir/q" --recipe w4a16_nvfp4
+check "quantize" is 0
+run verify "$dir/q"
+check "the quantized folder is sound" is 0
+run quantize "$src" "$dir/q" --recipe w4a16_nvfp4
+check "quantize does not overwrite" refused "$dir/q"
+run quantize "$src" "$dir/q2" --recipe nvfp4
+check "a recipe that needs data says so" refused "calibration"
+check "and leaves nothing" test ! -e "$dir/q2"
+run quantize "$src" "$dir/q2" --recipe nonsense
+check "unknown recipe" refused "nonsense"
 run run "$demo" --quantize nvfp4
 check "--quantize is not in this build" refused "does not have --quantize"
 run inspect

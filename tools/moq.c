@@ -17,6 +17,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#define MOQ_QUANTIZE
 #define MODELOPT_Q_IMPLEMENTATION
 #include "../modelopt_q.h"
 #define LLM_IMPLEMENTATION
@@ -310,8 +311,8 @@ typedef struct options {
     int json, explain, deep, hash, raw, stats, decode, help, unavailable;
     int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk;
     double temp, top_p, min_p;
-    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none;
-    text_list scheme, shape;
+    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard;
+    text_list scheme, shape, exclude, rule;
 } options;
 
 enum { KIND_FLAG, KIND_INT, KIND_REAL, KIND_TEXT, KIND_LIST, KIND_LATER };
@@ -359,6 +360,12 @@ static const option_row option_table[] = {
     {"scheme", KIND_LIST, FIELD(scheme), "S", "only this kind of layer (may be repeated)"},
     {"shape", KIND_LIST, FIELD(shape), "NxK", "outputs x inputs (may be repeated)"},
     {"m", KIND_TEXT, FIELD(m), "1,8", "rows of x"},
+    {"recipe", KIND_TEXT, FIELD(recipe), "R", "what to quantize to; moq recipes lists them"},
+    {"calibration", KIND_TEXT, FIELD(calibration), "FILE", "recorded amax and pre_quant_scale values (a .safetensors file)"},
+    {"exclude", KIND_LIST, FIELD(exclude), "PATTERN", "leave modules of this name alone; * and ? as in a shell (may be repeated)"},
+    {"rule", KIND_LIST, FIELD(rule), "PATTERN=R", "another recipe for modules of this name (may be repeated)"},
+    {"format", KIND_TEXT, FIELD(format), "F", "container: modelopt"},
+    {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
     {"quantize", KIND_LATER, FIELD(none), "RECIPE", ""},
     {"json-schema", KIND_LATER, FIELD(none), "FILE", ""},
@@ -2298,6 +2305,7 @@ static int verb_diff(const options *o)
 }
 
 #include "moq_measure.h"
+#include "moq_quantize.h"
 
 /* ------------------------------------------------------------------------------------------------
    >>verbs           the table of verbs, help, main
@@ -2333,7 +2341,10 @@ static const verb_row verb_table[] = {
      "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",
      "echo 'Hello there' | moq tokenize my-model"},
     {"recipes", verb_recipes, 0, 0, "", "json", "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name.", "moq recipes"},
-    {"quantize", NULL, 0, 4, "SRC DST --recipe R", "", "Quantizes a float checkpoint folder.", ""},
+    {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R", "json recipe calibration exclude rule format shard",
+     "Quantizes a float checkpoint folder as ModelOpt would write it; DST must not exist.\n"
+     "Recipes that search or scale inputs need --calibration FILE with recorded values; weight-only and MX recipes need none.",
+     "moq quantize my-model my-model-w4a16 --recipe w4a16_nvfp4"},
     {"autoquant", NULL, 0, 4, "SRC DST --bits X --recipes A,B", "", "Chooses a recipe for each layer under a budget of bits.", ""},
     {"convert", NULL, 0, 4, "SRC DST --to F", "", "The same numbers in the other container.", ""},
     {"diff", verb_diff, 2, 2, "A B", "json against",

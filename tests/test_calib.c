@@ -1,0 +1,1034 @@
+/* test_calib.c - calibration algorithms against recorded statistics, the observing backend, calibration runs, AutoQuantize's solver. */
+#define MOQ_QUANTIZE
+#include "test.h"
+
+#define LLM_IMPLEMENTATION
+#include "../examples/llm.h"
+
+#ifndef GOLDEN_DIR
+#define GOLDEN_DIR TEST_DIR "/data/golden"
+#endif
+
+/* ---- golden files ---- */
+
+static const char *golden(const char *format, const char *name)
+{
+    static char text[8][1024];
+    static int turn;
+    int n;
+    turn = (turn + 1) & 7;
+    n = snprintf(text[turn], sizeof text[turn], "%s/", GOLDEN_DIR);
+    snprintf(text[turn] + n, sizeof text[turn] - (size_t)n, format, name);
+    return text[turn];
+}
+
+static int is_there(const char *path)
+{
+    FILE *f = fopen(path, "rb");
+    if (f) fclose(f);
+    return f != NULL;
+}
+
+static moq_json_doc *read_doc(const char *path)
+{
+    size_t n = 0;
+    moq_error err;
+    char *text = moq_read_file(path, 1 << 26, NULL, &n, &err);
+    moq_json_doc *doc = text ? moq_json_parse(text, n, MOQ_JSON_CONFIG, 0, "golden", NULL, &err) : NULL;
+    moq_release(NULL, text, n + 1);
+    return doc;
+}
+
+/* F32 values of a recorded tensor; NULL when it is not there. Free with free(). */
+static float *recorded(const moq_st *st, size_t *count, const char *format, const char *module)
+{
+    char name[640];
+    const moq_tensor *t;
+    snprintf(name, sizeof name, format, module);
+    t = moq_st_find(st, name);
+    *count = 0;
+    if (!t) return NULL;
+    size_t n = 1;
+    for (uint32_t i = 0; i < t->rank; i++) n *= (size_t)t->shape[i];
+    float *v = (float *)malloc((n ? n : 1) * sizeof *v);
+    if (v && !moq_to_f32(t->dtype, t->data, n, v)) { free(v); return NULL; }
+    *count = n;
+    return v;
+}
+
+/* The 16 calibration rows of 24 tokens, in 4 batches. */
+typedef struct golden_rows {
+    int32_t tokens[16][32];
+    const int32_t *rows[16];
+    int32_t lengths[16];
+    llm_samples samples;
+} golden_rows;
+
+static int load_rows(golden_rows *g, const char *source)
+{
+    moq_json_doc *doc = read_doc(golden("sources/%s/inputs.json", source));
+    const moq_json *list = doc ? moq_json_find(moq_json_root(doc), "calib") : NULL;
+    memset(g, 0, sizeof *g);
+    for (uint32_t i = 0; list && i < list->count && i < 16; i++) {
+        const moq_json *row = moq_json_at(list, i);
+        for (uint32_t j = 0; j < row->count && j < 32; j++) {
+            int64_t v = 0;
+            moq_json_int(moq_json_at(row, j), &v);
+            g->tokens[i][j] = (int32_t)v;
+        }
+        g->rows[i] = g->tokens[i];
+        g->lengths[i] = (int32_t)row->count;
+        g->samples.count++;
+    }
+    g->samples.rows = g->rows;
+    g->samples.lengths = g->lengths;
+    g->samples.batch = 4;
+    moq_json_destroy(doc);
+    return g->samples.count == 16;
+}
+
+static moq_checkpoint *open_source(const char *source)
+{
+    moq_error err;
+    moq_checkpoint *ck = moq_open(golden("sources/%s", source), NULL, &err);
+    if (!ck) printf("  %s\n", err.text);
+    return ck;
+}
+
+/* ---- calibration runs against what ModelOpt recorded ---- */
+
+typedef struct run_case { const char *folder, *source, *recipe, *kv; } run_case;
+
+static const run_case run_cases[] = {
+    {"llama-fp8", "llama", "fp8", NULL},
+    {"llama-nvfp4", "llama", "nvfp4", NULL},
+    {"llama-w4a8_nvfp4_fp8", "llama", "w4a8_nvfp4_fp8", NULL},
+    {"llama-nvfp4_omlp_only", "llama", "nvfp4_omlp_only", NULL},
+    {"llama-nvfp4_mse_sweep", "llama", "nvfp4_w4a4_weight_mse_fp8_sweep", NULL},
+    {"llama-nvfp4_four_over_six", "llama", "nvfp4_four_over_six", NULL},
+    {"llama-nvfp4_local_hessian", "llama", "nvfp4_w4a4_weight_local_hessian", NULL},
+    {"llama-nvfp4_act_headroom-kv_fp8_cast", "llama", "nvfp4_act_headroom", "fp8_cast"},
+    {"llama-nvfp4_awq_lite", "llama", "nvfp4_awq_lite", NULL},
+    {"llama-nvfp4_awq_clip", "llama", "nvfp4_awq_clip", NULL},
+    {"llama-nvfp4_awq_full", "llama", "nvfp4_awq_full", NULL},
+    {"llama-nvfp4_svdquant", "llama", "nvfp4_svdquant", NULL},
+    {"llama-int4_awq", "llama", "int4_awq", NULL},
+    {"llama-w4a8_awq", "llama", "w4a8_awq_beta", NULL},
+    {"llama-int8_sq", "llama", "int8_smoothquant", NULL},
+    {"llama-fp8-kv_fp8", "llama", "fp8", "fp8"},
+    {"llama-nvfp4-kv_fp8", "llama", "nvfp4", "fp8"},
+    {"llama-nvfp4-kv_fp8_affine", "llama", "nvfp4", "fp8_affine"},
+    {"llama-nvfp4-kv_nvfp4", "llama", "nvfp4", "nvfp4"},
+    {"llama-nvfp4-kv_nvfp4_affine", "llama", "nvfp4", "nvfp4_affine"},
+    {"llama-nvfp4-kv_nvfp4_rotate", "llama", "nvfp4", "nvfp4_rotate"},
+    {"qwen2-nvfp4", "qwen2", "nvfp4", NULL},
+    {"qwen2-int4_awq", "qwen2", "int4_awq", NULL},
+    {"qwen2-int8_sq", "qwen2", "int8_smoothquant", NULL},
+    {"qwen3-nvfp4", "qwen3", "nvfp4", NULL},
+    {"qwen3-nvfp4_awq_lite", "qwen3", "nvfp4_awq_lite", NULL},
+    {"mixtral-nvfp4", "mixtral", "nvfp4", NULL},
+    {"qwen3_moe-fp8", "qwen3_moe", "fp8", NULL},
+    {"qwen3_moe-nvfp4", "qwen3_moe", "nvfp4", NULL},
+    {"qwen3_moe-int8_sq", "qwen3_moe", "int8_smoothquant", NULL},
+    {"qwen3_moe-nvfp4_experts_only_mse-kv_fp8_cast", "qwen3_moe", "nvfp4_experts_only_mse", "fp8_cast"}
+};
+
+/* What one run is worth. */
+typedef struct run_score {
+    int amax_count, amax_exact, kv_count, layers, same_alpha, clips, same_clip;
+    double amax_worst, kv_worst, bias_worst, p_worst, p_equal, p_least, regret, blocks_equal, blocks_least;
+    int p_layers, block_layers, missing;
+} run_score;
+
+/* The recorded loss of our alpha over the smallest recorded loss, minus 1. */
+static double alpha_regret(const moq_json *info, double alpha)
+{
+    const moq_json *loss = moq_json_find(info, "loss"), *e;
+    double least = 1e300, ours = 1e300, nearest = 1;
+    for (e = moq_json_first(loss); e; e = moq_json_next(loss, e)) {
+        double v = 0, at = strtod(e->key, NULL);
+        moq_json_float(e, &v);
+        if (v < least) least = v;
+        if (fabs(at - alpha) < nearest) { nearest = fabs(at - alpha); ours = v; }
+    }
+    return ours / least - 1;
+}
+
+/* Which alpha gave our scale? Found by recomputing it: the statistics do not carry it. */
+static int alpha_of(const moq_stats *s, const char *module)
+{
+    char name[640];
+    const moq_tensor *t[3];
+    static const char *const tails[3] = {"act_scale", "weight_scale", "best_scale"};
+    for (int i = 0; i < 3; i++) {
+        snprintf(name, sizeof name, "%s.awq_lite.%s", module, tails[i]);
+        if (!(t[i] = moq_find_stat(s, name))) return -1;
+    }
+    int64_t n = (int64_t)t[0]->shape[0];
+    float *v = (float *)malloc((size_t)n * sizeof *v);
+    int found = -1;
+    for (int i = 0; v && i < MOQI_ALPHAS && found < 0; i++) {
+        moqi_awq_scale((const float *)t[0]->data, (const float *)t[1]->data, n, moqi_alpha(i), v);
+        if (memcmp(v, t[2]->data, (size_t)n * sizeof *v) == 0) found = i;
+    }
+    free(v);
+    return found;
+}
+
+static double relative(double a, double b) { return b > 0 || b < 0 ? fabs(a / b - 1) : fabs(a); }
+
+/* Names as they end. */
+static int ends(const char *s, const char *tail)
+{
+    size_t n = strlen(s), m = strlen(tail);
+    return n >= m && strcmp(s + n - m, tail) == 0;
+}
+
+/* One recorded tensor against ours of the same name. */
+static void score_tensor(run_score *r, const moq_tensor *t, const moq_stats *s)
+{
+    const moq_tensor *own = moq_find_stat(s, t->name);
+    size_t n = (size_t)(t->bytes / 4), equal = 0;
+    const float *b;
+    float *a;
+    int amax = ends(t->name, "input_quantizer.amax"), kv = ends(t->name, "bmm_quantizer.amax"), bias = ends(t->name, "bias_value");
+    int p = ends(t->name, "pre_quant_scale"), blocks = ends(t->name, ".weight_quantizer.amax") && own && n > 1;
+    if (strstr(t->name, "q_bmm_quantizer") || (!amax && !kv && !bias && !p && !blocks)) return;
+    if (!own || own->bytes != t->bytes) { r->missing++; return; }
+    a = (float *)malloc(t->bytes + 1);
+    memcpy(a, t->data, t->bytes);
+    b = (const float *)own->data;
+    double worst = 0, largest = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = bias ? fabs((double)b[i] - (double)a[i]) : relative((double)b[i], (double)a[i]);
+        if (fabs((double)a[i]) > largest) largest = fabs((double)a[i]);
+        if (d > worst) worst = d;
+        equal += memcmp(&a[i], &b[i], 4) == 0;
+    }
+    if (amax) {
+        r->amax_count++;
+        r->amax_exact += worst == 0;
+        if (worst > r->amax_worst) r->amax_worst = worst;
+    }
+    if (kv) { r->kv_count++; if (worst > r->kv_worst) r->kv_worst = worst; }
+    if (bias && worst / largest > r->bias_worst) r->bias_worst = worst / largest;
+    if (p) {
+        r->p_layers++;
+        r->p_equal += (double)equal / (double)n;
+        if ((double)equal / (double)n < r->p_least) r->p_least = (double)equal / (double)n;
+        if (worst > r->p_worst) r->p_worst = worst;
+    }
+    if (blocks) {
+        r->block_layers++;
+        r->blocks_equal += (double)equal / (double)n;
+        if ((double)equal / (double)n < r->blocks_least) r->blocks_least = (double)equal / (double)n;
+    }
+    free(a);
+}
+
+/* Choices of alpha and clip ratio from calibration.json. */
+static void score_choices(run_score *r, const moq_json_doc *doc, const moq_stats *s)
+{
+    const moq_json *root = moq_json_root(doc), *e;
+    for (e = moq_json_first(root); e; e = moq_json_next(root, e)) {
+        char module[512];
+        double best = 0;
+        size_t n = strlen(e->key);
+        if (ends(e->key, ".awq_lite")) {
+            snprintf(module, sizeof module, "%.*s", (int)(n - 9), e->key);
+            int own = alpha_of(s, module);
+            moq_json_float(moq_json_find(e, "best_alpha"), &best);
+            r->layers++;
+            if (own < 0) { r->missing++; continue; }
+            r->same_alpha += fabs(best - (double)moqi_alpha(own)) < 1e-4;
+            double regret = alpha_regret(e, (double)moqi_alpha(own));
+            if (regret > r->regret) r->regret = regret;
+        }
+        if (ends(e->key, ".awq_clip")) {
+            char name[600];
+            snprintf(name, sizeof name, "%.*s.weight_quantizer.amax", (int)(n - 9), e->key);
+            const moq_tensor *t = moq_find_stat(s, name);
+            moq_json_float(moq_json_find(e, "best_clip_val"), &best);
+            r->clips++;
+            r->same_clip += t && relative((double)*(const float *)t->data, best) < 0.02;
+        }
+    }
+}
+
+static moq_judge run_judge; /* of the table that runs */
+
+static int score_case(const run_case *c, int f32, run_score *r)
+{
+    golden_rows g;
+    moq_calibrate_desc d;
+    moq_error err;
+    char folder[256];
+    moq_st *st;
+    moq_checkpoint *ck;
+    memset(r, 0, sizeof *r);
+    r->p_least = r->blocks_least = 1;
+    snprintf(folder, sizeof folder, "modelopt/%s/calibration.safetensors", c->folder);
+    if (!is_there(golden("%s", folder)) || !is_there(golden("sources/%s/model.safetensors", c->source))) return 0;
+    st = moq_st_open(golden("%s", folder), NULL, &err);
+    ck = open_source(c->source);
+    CHECK(st && ck && load_rows(&g, c->source));
+    memset(&d, 0, sizeof d);
+    d.source = ck;
+    d.recipe = c->recipe;
+    d.kv = c->kv;
+    d.forward = llm_calibrate;
+    d.data = &g.samples;
+    d.f32 = f32;
+    d.judge = run_judge;
+    moq_stats *s = ck ? moq_calibrate(&d, &err) : NULL;
+    if (!s) printf("  %s: %s\n", c->folder, err.text);
+    CHECK(s != NULL);
+    for (size_t i = 0; s && st && i < moq_st_count(st); i++) score_tensor(r, moq_st_get(st, i), s);
+    snprintf(folder, sizeof folder, "modelopt/%s/calibration.json", c->folder);
+    moq_json_doc *doc = is_there(golden("%s", folder)) ? read_doc(golden("%s", folder)) : NULL;
+    if (doc && s) score_choices(r, doc, s);
+    moq_json_destroy(doc);
+    moq_stats_destroy(s);
+    moq_st_close(st);
+    moq_close(ck);
+    return 1;
+}
+
+/* The table of calibration from the tokens alone, in the BF16 way and in F32. */
+static void run_table(int f32)
+{
+    int ran = 0, layers = 0, same = 0, clips = 0, same_clips = 0, amax = 0, exact = 0;
+    printf("calibration from tokens, %s model: what ModelOpt recorded against what we find\n", f32 ? "F32" : "BF16");
+    printf("  %-46s %9s %8s %7s %7s %7s %7s %8s %6s %7s\n", "case", "amax same", "worst", "alpha", "regret", "p same", "p worst", "clip", "blocks", "kv");
+    for (size_t i = 0; i < sizeof run_cases / sizeof run_cases[0]; i++) {
+        run_score r;
+        char text[8][32];
+        if (!score_case(&run_cases[i], f32, &r)) continue;
+        ran++;
+        memset(text, 0, sizeof text);
+        if (r.amax_count) { snprintf(text[0], 32, "%d/%d", r.amax_exact, r.amax_count); snprintf(text[1], 32, "%.2f%%", r.amax_worst * 100); }
+        if (r.layers) { snprintf(text[2], 32, "%d/%d", r.same_alpha, r.layers); snprintf(text[3], 32, "%.2f%%", r.regret * 100); }
+        if (r.p_layers) { snprintf(text[4], 32, "%.1f%%", r.p_equal / r.p_layers * 100); snprintf(text[5], 32, "%.1f%%", r.p_worst * 100); }
+        if (r.clips) snprintf(text[6], 32, "%d/%d", r.same_clip, r.clips);
+        if (r.block_layers) snprintf(text[7], 32, "%.1f%%", r.blocks_equal / r.block_layers * 100);
+        printf("  %-46s %9s %8s %7s %7s %7s %7s %8s %6s", run_cases[i].folder, text[0], text[1], text[2], text[3], text[4], text[5], text[6], text[7]);
+        if (r.kv_count) printf(" %.2f%%", r.kv_worst * 100);
+        if (r.bias_worst > 0) printf(" bias %.2f%%", r.bias_worst * 100);
+        if (r.missing) printf(" missing %d", r.missing);
+        printf("\n");
+        CHECK_INT(r.missing, 0);
+        /* calibration.md 21; a layer with another alpha has another scale, so amax and p count where nothing was chosen. The F32 limits are
+           wider than there: the recorded model is a BF16 one. */
+        if (!r.layers && !strstr(run_cases[i].recipe, "svdquant")) CHECK(r.amax_worst <= (f32 ? 0.05 : 0.02));
+        if (strstr(run_cases[i].recipe, "smooth") && !f32) CHECK(r.p_worst <= 0.06 && r.p_equal >= 0.94 * r.p_layers);
+        if (r.kv_count) CHECK(r.kv_worst <= 0.01 && r.bias_worst <= (f32 ? 0.016 : 0.0079));
+        CHECK(r.regret <= (f32 || run_judge == MOQ_JUDGE_GRAM ? 0.03 : 0.005) && 10 * r.same_alpha >= 8 * r.layers);
+        CHECK(r.blocks_least >= 0.9);
+        layers += r.layers;
+        same += r.same_alpha;
+        clips += r.clips;
+        same_clips += r.same_clip;
+        amax += r.amax_count;
+        exact += r.amax_exact;
+    }
+    printf("  %d of %d cases are there\n", ran, (int)(sizeof run_cases / sizeof run_cases[0]));
+    printf("  in all: alpha %d of %d, clip ratio %d of %d, input amax exact %d of %d\n", same, layers, same_clips, clips, exact, amax);
+    CHECK(10 * same_clips >= (f32 ? 8 : 9) * clips);
+    CHECK(ran > 0);
+}
+
+/* ---- staged: recorded statistics -> scale, scores and costs -> choice ---- */
+
+static const char *const awq_cases[] = {"llama-nvfp4_awq_lite", "llama-nvfp4_awq_full", "llama-int4_awq", "llama-w4a8_awq", "qwen2-int4_awq", "qwen3-nvfp4_awq_lite"};
+
+/* From recorded act, weight scale and alpha: s to 3e-7, and its BF16 values all equal; the smallest recorded loss is at that alpha. */
+static void test_awq_scale_from_recorded(void)
+{
+    int layers = 0;
+    for (size_t i = 0; i < sizeof awq_cases / sizeof awq_cases[0]; i++) {
+        char file[256];
+        moq_error err;
+        snprintf(file, sizeof file, "modelopt/%s/calibration.safetensors", awq_cases[i]);
+        if (!is_there(golden("%s", file))) continue;
+        moq_st *st = moq_st_open(golden("%s", file), NULL, &err);
+        snprintf(file, sizeof file, "modelopt/%s/calibration.json", awq_cases[i]);
+        moq_json_doc *doc = read_doc(golden("%s", file));
+        const moq_json *root = doc ? moq_json_root(doc) : NULL, *e;
+        CHECK(st && doc);
+        for (e = moq_json_first(root); e; e = moq_json_next(root, e)) {
+            if (!ends(e->key, ".awq_lite")) continue;
+            size_t n, m, k;
+            double alpha = 0, worst = 0;
+            float *act = recorded(st, &n, "%s.act_scale", e->key), *wsc = recorded(st, &m, "%s.weight_scale", e->key), *best = recorded(st, &k, "%s.best_scale", e->key);
+            CHECK(act && wsc && best && n == m && m == k);
+            if (!act || !wsc || !best) { free(act); free(wsc); free(best); continue; }
+            float *s = (float *)malloc(n * sizeof *s);
+            int flips = 0;
+            moq_json_float(moq_json_find(e, "best_alpha"), &alpha);
+            moqi_awq_scale(act, wsc, (int64_t)n, (float)alpha, s);
+            for (size_t j = 0; j < n; j++) {
+                double d = relative((double)s[j], (double)best[j]);
+                if (d > worst) worst = d;
+                flips += moq_bf16_encode(s[j]) != moq_bf16_encode(best[j]) || moq_bf16_encode(1 / s[j]) != moq_bf16_encode(1 / best[j]);
+            }
+            CHECK(worst < 4e-7);
+            CHECK_INT(flips, 0);
+            CHECK(alpha_regret(e, alpha) == 0);
+            layers++;
+            free(act); free(wsc); free(best); free(s);
+        }
+        moq_json_destroy(doc);
+        moq_st_close(st);
+    }
+    CHECK(layers > 0);
+    printf("  %d layers: scale from recorded statistics\n", layers);
+}
+
+enum { MOST_UNITS = 64 };
+
+/* A recorded search as units. */
+typedef struct golden_search {
+    moq_json_doc *doc;
+    const char *names[MOST_UNITS];
+    double scores[MOST_UNITS][8], costs[MOST_UNITS][8], denominator, score, bits;
+    int32_t choice[MOST_UNITS];
+    moq_unit units[MOST_UNITS];
+    size_t count;
+    moq_solve_method method;
+} golden_search;
+
+static int load_search(golden_search *g, const char *folder)
+{
+    char file[256];
+    memset(g, 0, sizeof *g);
+    snprintf(file, sizeof file, "modelopt/%s/search.json", folder);
+    if (!is_there(golden("%s", file))) return 0;
+    g->doc = read_doc(golden("%s", file));
+    const moq_json *root = moq_json_root(g->doc), *stats = moq_json_find(root, "candidate_stats"), *best = moq_json_find(root, "best"), *e;
+    g->method = moq_json_is(moq_json_find(root, "method"), "gradient") ? MOQ_SOLVE_SUM : MOQ_SOLVE_THRESHOLD;
+    moq_json_float(moq_json_find(root, "cost_denominator"), &g->denominator);
+    moq_json_float(moq_json_find(best, "score"), &g->score);
+    for (e = moq_json_first(stats); e && g->count < MOST_UNITS; e = moq_json_next(stats, e), g->count++) {
+        const moq_json *formats = moq_json_find(e, "formats");
+        moq_unit *u = &g->units[g->count];
+        u->name = e->key;
+        u->formats = (int32_t)formats->count;
+        u->scores = g->scores[g->count];
+        u->costs = g->costs[g->count];
+        for (int32_t f = 0; f < u->formats; f++) {
+            moq_json_float(moq_json_at(moq_json_find(e, "scores"), (size_t)f), &g->scores[g->count][f]);
+            moq_json_float(moq_json_at(moq_json_find(e, "costs"), (size_t)f), &g->costs[g->count][f]);
+            if (moq_json_is(moq_json_find(moq_json_find(best, "recipe"), e->key), moq_json_string(moq_json_at(formats, (size_t)f)))) g->choice[g->count] = f;
+        }
+    }
+    g->bits = strtod(strrchr(folder, '_') + 1, NULL);
+    return g->count > 0;
+}
+
+static void test_solve_recorded(void)
+{
+    static const char *const folders[] = {"llama-auto_grad_5.5", "llama-auto_kl_6.5", "llama-auto_kl_awq_8.0", "qwen3_moe-auto_grad_5.5", "qwen3_moe-auto_kl_awq_8.0"};
+    int ran = 0;
+    for (size_t i = 0; i < sizeof folders / sizeof folders[0]; i++) {
+        golden_search g;
+        moq_solve_desc d;
+        moq_error err;
+        int32_t choice[MOST_UNITS];
+        double score = 0, cost = 0;
+        if (!load_search(&g, folders[i])) continue;
+        memset(&d, 0, sizeof d);
+        d.units = g.units;
+        d.count = g.count;
+        d.effective_bits = g.bits;
+        d.uncompressed = g.denominator;
+        d.method = g.method;
+        CHECK_INT(moq_solve(&d, choice, &score, &cost, &err), MOQ_OK);
+        for (size_t j = 0; j < g.count; j++) CHECK_INT(choice[j], g.choice[j]);
+        CHECK(relative(score, g.score) < 1e-12);
+        printf("  %s: %zu units, score %.6g, %.6g bits\n", folders[i], g.count, score, cost / g.denominator * 16);
+        ran++;
+        moq_json_destroy(g.doc);
+    }
+    CHECK(ran > 0);
+}
+
+/* Every choice of `count` units, counted like an odometer: the best sum within the budget. */
+static double exhaustive(const moq_solve_desc *d, double budget, double least)
+{
+    int32_t c[16] = {0};
+    double best = 1e300;
+    for (;;) {
+        double cost = d->fixed_cost, score = 0;
+        for (size_t i = 0; i < d->count; i++) { cost += d->units[i].costs[c[i]]; score += d->units[i].scores[c[i]]; }
+        if (cost <= budget && cost >= least && score < best) best = score;
+        size_t i = 0;
+        while (i < d->count && ++c[i] == d->units[i].formats) c[i++] = 0;
+        if (i == d->count) return best;
+    }
+}
+
+/* Random small problems against all choices, with and without a lower limit of cost, with equal costs and equal scores among them. */
+static void test_solve_exhaustive(void)
+{
+    for (int round = 0; round < 400; round++) {
+        moq_unit units[8];
+        double scores[8][4], costs[8][4], all = 0, score = -1, cost = -1;
+        int32_t choice[8];
+        moq_solve_desc d;
+        moq_error err;
+        memset(&d, 0, sizeof d);
+        d.count = 1 + test_random() % 8;
+        d.units = units;
+        d.allocator = test_allocator();
+        for (size_t i = 0; i < d.count; i++) {
+            double size = 1 + test_random() % 20;
+            units[i].name = "unit";
+            units[i].formats = 1 + (int32_t)(test_random() % 4);
+            units[i].scores = scores[i];
+            units[i].costs = costs[i];
+            for (int32_t f = 0; f < units[i].formats; f++) {
+                costs[i][f] = size * (round % 2 ? 4.0 * (f + 1) : 1.0 + test_random() % 16);
+                scores[i][f] = round % 3 ? fabs((double)test_normal()) : (double)(test_random() % 4);
+            }
+            all += size * 16;
+        }
+        d.uncompressed = all;
+        d.fixed_cost = round % 5 == 0 ? 7 : 0;
+        d.effective_bits = 2 + test_random() % 140 * 0.1;
+        d.lower = round % 4 == 0 ? 0.9 : 0;
+        double budget = d.effective_bits / 16 * all, want = exhaustive(&d, budget * (1 + 1e-12), d.lower * budget);
+        moq_result r = moq_solve(&d, choice, &score, &cost, &err);
+        if (want > 1e299) { CHECK_INT(r, MOQ_E_CONFIG); continue; }
+        CHECK_INT(r, MOQ_OK);
+        CHECK(fabs(score - want) <= 1e-9 * (1 + want));
+        CHECK(cost <= budget * (1 + 1e-12) && cost >= d.lower * budget);
+    }
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+/* As many layers as a large model has, real-valued scores: still exact in well under a second. Checked against the Lagrangian bound. */
+static void test_solve_large(void)
+{
+    enum { N = 320 };
+    static moq_unit units[N];
+    static double scores[N][3], costs[N][3];
+    static int32_t choice[N];
+    moq_solve_desc d;
+    moq_error err;
+    double score, cost, start = moq_seconds();
+    memset(&d, 0, sizeof d);
+    for (int i = 0; i < N; i++) {
+        static const double sizes[5] = {6291456, 16777216, 117440512, 58720256, 4194304};
+        double harm = exp((double)test_normal());
+        units[i].name = "unit";
+        units[i].formats = 3;
+        units[i].scores = scores[i];
+        units[i].costs = costs[i];
+        for (int f = 0; f < 3; f++) {
+            static const double bits[3] = {4.5, 8, 16};
+            costs[i][f] = sizes[i % 5] * bits[f] / 16;
+            scores[i][f] = f == 0 ? harm : f == 1 ? harm * 0.08 * (1 + fabs((double)test_uniform())) : 0;
+        }
+    }
+    d.units = units;
+    d.count = N;
+    d.effective_bits = 5.4;
+    CHECK_INT(moq_solve(&d, choice, &score, &cost, &err), MOQ_OK);
+    printf("  %d units: %.3f s\n", N, moq_seconds() - start);
+    double all = 0, best = -1e300;
+    for (int i = 0; i < N; i++) all += costs[i][2];
+    for (double price = 1e-12; price < 1e-5; price *= 1.01) { /* no choice can be better than this for any price */
+        double bound = -price * 5.4 / 16 * all;
+        for (int i = 0; i < N; i++) {
+            double low = 1e300;
+            for (int f = 0; f < 3; f++)
+                if (scores[i][f] + price * costs[i][f] < low) low = scores[i][f] + price * costs[i][f];
+            bound += low;
+        }
+        if (bound > best) best = bound;
+    }
+    CHECK(cost <= 5.4 / 16 * all * (1 + 1e-12));
+    CHECK(score >= best * (1 - 1e-9) && score <= best * 1.01);
+}
+
+static void test_unit_names(void)
+{
+    static const char *const names[][2] = {
+        {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.qkv"}, {"model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.qkv"},
+        {"model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.o_proj"}, {"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.gate_up"},
+        {"model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_up"}, {"model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj"},
+        {"model.layers.1.mlp.experts.3.down_proj", "model.layers.1.mlp.experts"}, {"model.layers.1.block_sparse_moe.experts.12.w1", "model.layers.1.block_sparse_moe.experts"},
+        {"backbone.layers.1.mixer.up_proj", "backbone.layers.1.mixer.up_proj"}, {"lm_head", "lm_head"}};
+    char text[128];
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        CHECK_INT(moq_unit_name(names[i][0], text, sizeof text), strlen(names[i][1]));
+        CHECK_STR(text, names[i][1]);
+    }
+    CHECK(moq_recipe_bits(NULL) == 16 && moq_recipe_bits(moq_find_recipe("nvfp4")) == 4.5 && moq_recipe_bits(moq_find_recipe("w4a16_nvfp4")) == 4.5);
+    CHECK(moq_recipe_bits(moq_find_recipe("nvfp4_w4a4_weight_mse_fp8_sweep")) == 4 && moq_recipe_bits(moq_find_recipe("int4_awq")) == 4);
+    CHECK(moq_recipe_bits(moq_find_recipe("w4a8_nvfp4_fp8")) == 4 && moq_recipe_bits(moq_find_recipe("fp8")) == 8 && moq_recipe_bits(moq_find_recipe("mxfp6")) == 6);
+}
+
+/* ---- algorithms against slow second implementations ---- */
+
+/* U S V^T of random matrices, tall and wide, with outliers: the best approximation of its rank (error = the left-out singular values), factors orthogonal. */
+static void test_low_rank(void)
+{
+    static const int shapes[][3] = {{40, 24, 8}, {24, 40, 8}, {33, 7, 7}, {5, 19, 9}, {16, 16, 32}, {64, 48, 1}};
+    for (size_t t = 0; t < sizeof shapes / sizeof shapes[0]; t++) {
+        int64_t rows = shapes[t][0], cols = shapes[t][1], rank = shapes[t][2], n = rows < cols ? rows : cols;
+        moqi_matrix w = moqi_matrix_make(NULL, rows, cols);
+        float *a = (float *)calloc((size_t)(rank * cols), 4), *b = (float *)calloc((size_t)(rows * rank), 4);
+        double all = 0, left = 0, found = 0;
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j++) w.data[i * w.ld + j] = test_normal();
+        CHECK(moqi_low_rank(NULL, &w, rank, b, a));
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < cols; j++) {
+                double x = (double)w.data[i * w.ld + j], sum = 0;
+                for (int64_t k = 0; k < rank; k++) sum += (double)b[i * rank + k] * (double)a[k * cols + j];
+                all += x * x;
+                left += (x - sum) * (x - sum);
+            }
+        for (int64_t k = 0; k < rank; k++)
+            for (int64_t l = 0; l <= k; l++) {
+                double dot = 0, own = 0;
+                for (int64_t j = 0; j < cols; j++) dot += (double)a[k * cols + j] * (double)a[l * cols + j];
+                for (int64_t i = 0; i < rows; i++) own += (double)b[i * rank + k] * (double)b[i * rank + l];
+                CHECK(fabs(dot - (k == l && k < n ? 1 : 0)) < 1e-5);
+                if (k == l) found += own;
+                else CHECK(fabs(own) < 1e-3);
+            }
+        CHECK(fabs(all - found - left) < 1e-4 * all); /* Pythagoras holds for the best approximation only */
+        if (rank >= n) CHECK(left < 1e-9 * all);
+        moqi_matrix_drop(NULL, &w);
+        free(a);
+        free(b);
+    }
+}
+
+/* Jacobi's singular values against a matrix made from known ones: relative error below 1e-13. */
+static void test_jacobi_accuracy(void)
+{
+    enum { N = 24, M = 40 };
+    static double v[N * M], turns[N * N], want[N];
+    for (int i = 0; i < N * M; i++) v[i] = (double)test_normal();
+    moqi_jacobi(v, turns, N, M); /* rows are orthogonal now; give them known lengths and mix them by a rotation built from `turns` */
+    static double mixed[N * M];
+    memset(mixed, 0, sizeof mixed);
+    for (int i = 0; i < N; i++) {
+        double len = 0;
+        for (int j = 0; j < M; j++) len += v[i * M + j] * v[i * M + j];
+        want[i] = pow(10, 3 - 6.0 * i / (N - 1));
+        for (int j = 0; j < M; j++) v[i * M + j] *= want[i] / sqrt(len);
+    }
+    for (int i = 0; i < N; i++)
+        for (int k = 0; k < N; k++)
+            for (int j = 0; j < M; j++) mixed[i * M + j] += turns[i * N + k] * v[k * M + j];
+    moqi_jacobi(mixed, turns, N, M);
+    double got[N], worst = 0;
+    int64_t index[N];
+    moqi_longest(mixed, N, M, N, got, index);
+    for (int i = 0; i < N; i++) {
+        double d = fabs(sqrt(got[index[i]]) - want[i]) / want[0];
+        if (d > worst) worst = d;
+    }
+    printf("  singular values: largest error %.2g of the largest value\n", worst);
+    CHECK(worst < 1e-14);
+}
+
+/* The factor against H^-1 itself, and the quantized result against plain rounding: GPTQ errs less on the inputs it saw. */
+static void test_gptq(void)
+{
+    enum { N = 24, R = 12, T = 100 };
+    static double h[N * N], keep[N * N], u[N * N];
+    static float x[T * N];
+    moqi_matrix w = moqi_matrix_make(NULL, R, N), plain = moqi_matrix_make(NULL, R, N), q = moqi_matrix_make(NULL, R, N);
+    moq_coding c = moq_find_recipe("int4_blockwise_weight_only")->scheme.weight;
+    float amax[R];
+    c.group_cols = N;
+    for (int t = 0; t < T; t++) {
+        float common = test_uniform();
+        for (int i = 0; i < N; i++) x[t * N + i] = i == 5 ? 0 : test_uniform() + 2 * common;
+    }
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < N; j++) h[i * N + j] += 2.0 / T * (double)x[t * N + i] * (double)x[t * N + j];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < N; i++) w.data[r * w.ld + i] = plain.data[r * w.ld + i] = q.data[r * w.ld + i] = i == 7 ? 0 : test_uniform();
+    moqi_gptq_damp(&w, h, 0.01);
+    CHECK(h[7 * N + 7] > 1 && h[7 * N + 3] == 0 && h[3 * N + 7] == 0); /* a dead column */
+    memcpy(keep, h, sizeof h);
+    CHECK(moqi_inverse_factor(h, u, N));
+    for (int i = 0; i < N; i++) /* H (U^T U) = 1 */
+        for (int j = 0; j < N; j++) {
+            double sum = 0;
+            for (int k = 0; k < N; k++) {
+                double inverse = 0;
+                for (int l = 0; l < N; l++) inverse += u[l * N + k] * u[l * N + j];
+                sum += keep[i * N + k] * inverse;
+            }
+            CHECK(fabs(sum - (i == j)) < 1e-8);
+        }
+    double errors[2] = {0, 0};
+    for (int r = 0; r < R; r++) {
+        amax[r] = moqi_amax(w.data + r * w.ld, N);
+        moqi_fake_group(&c, amax[r], 0, plain.data + r * plain.ld, N, plain.data + r * plain.ld);
+    }
+    moqi_gptq_rows(&c, 0, amax, &q, u);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) {
+            double e[2] = {0, 0};
+            for (int i = 0; i < N; i++) {
+                e[0] += (double)x[t * N + i] * (double)(plain.data[r * plain.ld + i] - w.data[r * w.ld + i]);
+                e[1] += (double)x[t * N + i] * (double)(q.data[r * q.ld + i] - w.data[r * w.ld + i]);
+            }
+            errors[0] += e[0] * e[0];
+            errors[1] += e[1] * e[1];
+        }
+    printf("  gptq: squared error %.3g, plain rounding %.3g\n", errors[1], errors[0]);
+    CHECK(errors[1] < 0.5 * errors[0]);
+    memset(h, 0, sizeof h);
+    CHECK(!moqi_inverse_factor(h, u, N)); /* not definite: the identity */
+    for (int i = 0; i < N * N; i++) CHECK(u[i] == (i % (N + 1) == 0));
+    moqi_matrix_drop(NULL, &w);
+    moqi_matrix_drop(NULL, &plain);
+    moqi_matrix_drop(NULL, &q);
+}
+
+/* Products by tiles against sums in double, for odd shapes. */
+static void test_product(void)
+{
+    for (int64_t rows = 1; rows < 11; rows += 3)
+        for (int64_t cols = 1; cols < 70; cols += 13)
+            for (int64_t tokens = 1; tokens < 6; tokens += 2) {
+                moqi_matrix w = moqi_matrix_make(NULL, rows, cols), x = moqi_matrix_make(NULL, tokens, cols);
+                float y[64];
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < cols; j++) w.data[i * w.ld + j] = test_normal();
+                for (int64_t i = 0; i < tokens; i++)
+                    for (int64_t j = 0; j < cols; j++) x.data[i * x.ld + j] = test_normal();
+                moqi_product(NULL, &x, &w, y, rows);
+                for (int64_t t = 0; t < tokens; t++)
+                    for (int64_t r = 0; r < rows; r++) {
+                        double sum = 0, size = 0;
+                        for (int64_t j = 0; j < cols; j++) {
+                            double p = (double)w.data[r * w.ld + j] * (double)x.data[t * x.ld + j];
+                            sum += p;
+                            size += fabs(p);
+                        }
+                        CHECK(fabs(sum - (double)y[t * rows + r]) <= 1e-5 * size);
+                    }
+                moqi_matrix_drop(NULL, &w);
+                moqi_matrix_drop(NULL, &x);
+            }
+}
+
+/* Our fake quantization against decoded bytes of the exporters: the same numbers where both use the same scale. */
+static void test_fake_weight(void)
+{
+    static const char *const recipes[] = {"int8_weight_only", "int4_blockwise_weight_only", "mxfp8", "fp8_per_channel_per_token"};
+    enum { R = 6, C = 256 };
+    moqi_matrix w = moqi_matrix_make(NULL, R, C), q = moqi_matrix_make(NULL, R, C);
+    for (int i = 0; i < R * C; i++) w.data[i] = moqi_bf16(test_normal());
+    for (size_t i = 0; i < sizeof recipes / sizeof recipes[0]; i++) {
+        const moq_recipe *recipe = moq_find_recipe(recipes[i]);
+        int64_t g = recipe->scheme.weight.group_cols > 0 ? recipe->scheme.weight.group_cols : C;
+        moqi_fake_weight(NULL, &recipe->scheme.weight, 0, &w, &q);
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t k = 0; k < C; k += g) {
+                double top = 0, worst = 0, step = 0;
+                for (int64_t j = k; j < k + g; j++) {
+                    double x = (double)w.data[r * C + j], d = fabs((double)q.data[r * C + j] - x);
+                    if (fabs(x) > top) top = fabs(x);
+                    if (d > worst) worst = d;
+                }
+                step = strcmp(recipes[i], "int8_weight_only") == 0 ? top / 127 / 2 : g == 128 ? top / 7 / 2 : top / 14;
+                CHECK(worst > 0 && worst <= step * 1.01 + top / 256); /* half a step, and BF16's own rounding */
+            }
+    }
+    moqi_matrix_drop(NULL, &w);
+    moqi_matrix_drop(NULL, &q);
+}
+
+/* A histogram of known block maxima: percentiles are bin centres. */
+static void test_headroom(void)
+{
+    static uint64_t bins[MOQI_BINS];
+    float x[16];
+    memset(x, 0, sizeof x);
+    moqi_headroom_add(bins, x, 16); /* a zero block is not counted */
+    for (int i = 0; i < MOQI_BINS; i++) CHECK(bins[i] == 0);
+    CHECK(moqi_headroom_amax(bins, 3.5f) == 3.5f);
+    for (int i = 0; i < 1000; i++) { x[i % 16] = i < 20 ? 0.001f : 1.0f; moqi_headroom_add(bins, x, 16); x[i % 16] = 0; }
+    /* 2 % of the blocks are at 0.001: the anchor is its bin's centre times 16384, above the upper value */
+    double bin = floor((log2(0.001) + 40) / 0.15625);
+    CHECK(relative((double)moqi_headroom_amax(bins, 1), 16384 * exp2(-40 + (bin + 0.5) * 0.15625)) < 1e-6);
+}
+
+/* ---- the observing backend ---- */
+
+typedef struct watch_log {
+    int inputs, outputs, kv, batches, zero;
+    int64_t rows;
+    const moq_checkpoint *ck;
+    char seen[512]; /* by module index */
+} watch_log;
+
+static int log_input(void *user, const moq_linear *layers, int32_t parts, float *x, int32_t rows)
+{
+    watch_log *l = (watch_log *)user;
+    l->inputs++;
+    l->rows += rows;
+    for (int32_t p = 0; p < parts; p++)
+        for (size_t i = 0; i < moq_module_count(l->ck) && i < sizeof l->seen; i++) {
+            moq_linear w;
+            moq_get_module(l->ck, i, &w, NULL);
+            if (strcmp(w.name, layers[p].name) == 0) l->seen[i] = 1;
+        }
+    if (l->zero) memset(x, 0, (size_t)(rows * layers[0].cols) * sizeof *x);
+    return l->zero;
+}
+
+static void log_output(void *user, const moq_linear *layers, int32_t parts, const float *y, int32_t rows)
+{
+    (void)layers; (void)parts; (void)y; (void)rows;
+    ((watch_log *)user)->outputs++;
+}
+
+static void log_kv(void *user, const moq_kv_desc *cache, const float *k, const float *v, int32_t rows)
+{
+    (void)k; (void)v; (void)rows;
+    CHECK(strstr(cache->name, "self_attn") || strstr(cache->name, "mixer"));
+    ((watch_log *)user)->kv++;
+}
+
+static void log_batch(void *user) { ((watch_log *)user)->batches++; }
+
+/* Logits of two rows through a backend; 0 when the engine does not run this family. */
+static int logits_on(const moq_checkpoint *ck, moq_backend *be, const golden_rows *g, float *out, size_t room)
+{
+    llm_desc d;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    d.checkpoint = ck;
+    d.backend = be;
+    d.no_tokenizer = 1;
+    d.chunk = 7; /* rows in pieces */
+    llm *m = llm_open(&d, &err);
+    if (!m) return 0;
+    size_t vocab = (size_t)llm_get_info(m)->vocab;
+    CHECK(2 * 24 * vocab <= room);
+    for (int i = 0; i < 2; i++) CHECK_INT(llm_forward(m, 0, g->rows[i], g->lengths[i], 0, out + (size_t)i * 24 * vocab, NULL, &err), MOQ_OK);
+    llm_close(m);
+    return (int)vocab;
+}
+
+static double distance(const float *a, const float *b, size_t n)
+{
+    double d = 0, s = 0;
+    for (size_t i = 0; i < n; i++) {
+        d += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        s += (double)b[i] * (double)b[i];
+    }
+    return sqrt(d / s);
+}
+
+/* Watching changes nothing, sees every layer, and a changed input goes into the product. */
+static void test_observe(void)
+{
+    static const char *const sources[] = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3", "gpt_oss", "nemotron_h", "deepseek_v3", "gemma3"};
+    static float plain[2 * 24 * 512], seen[2 * 24 * 512];
+    int ran = 0;
+    for (size_t i = 0; i < sizeof sources / sizeof sources[0]; i++) {
+        golden_rows g;
+        moq_error err;
+        watch_log log;
+        moq_observer o;
+        char file[256];
+        snprintf(file, sizeof file, "sources/%s/model.safetensors", sources[i]); /* the small set has only some of the models */
+        if (!is_there(golden("%s", file))) continue;
+        moq_checkpoint *ck = open_source(sources[i]);
+        moq_backend *be = moq_cpu_backend(NULL, &err);
+        CHECK(ck && be && load_rows(&g, sources[i]));
+        size_t n = (size_t)logits_on(ck, be, &g, plain, sizeof plain / 4) * 48;
+        if (n == 0) { printf("  %s: the engine does not run it yet\n", sources[i]); moq_backend_destroy(be); moq_close(ck); continue; }
+        memset(&log, 0, sizeof log);
+        memset(&o, 0, sizeof o);
+        log.ck = ck;
+        o.user = &log;
+        o.input = log_input;
+        o.output = log_output;
+        o.kv = log_kv;
+        o.end_batch = log_batch;
+        moq_allocator a = test_allocator();
+        moq_backend *watch = moq_observing_backend(be, &o, &a, &err);
+        CHECK(watch && logits_on(ck, watch, &g, seen, sizeof seen / 4) > 0);
+        double d = distance(seen, plain, n);
+        int missing = 0;
+        for (size_t m = 0; m < moq_module_count(ck); m++) {
+            moq_linear w;
+            moq_get_module(ck, m, &w, &err);
+            if (!log.seen[m] && !strstr(w.name, "embed") && !strstr(w.name, ".experts") && !strstr(w.name, "conv1d")) missing++;
+        }
+        moq_end_batch(watch);
+        moq_end_batch(be); /* no observer: nothing happens */
+        CHECK(d < 2e-6);
+        CHECK_INT(missing, 0);
+        CHECK_INT(log.batches, 1);
+        CHECK(log.inputs == log.outputs && log.inputs > 0);
+        log.zero = 1;
+        CHECK(logits_on(ck, watch, &g, seen, sizeof seen / 4) > 0);
+        for (size_t k = 0; k < n; k++) CHECK(seen[k] == 0 || d > 1); /* the output layer saw zeros */
+        moq_backend_destroy(watch);
+        o.bf16 = 1;
+        log.zero = 0;
+        watch = moq_observing_backend(be, &o, &a, &err);
+        CHECK(watch && logits_on(ck, watch, &g, seen, sizeof seen / 4) > 0);
+        double rounded = distance(seen, plain, n);
+        CHECK(rounded > 1e-4 && rounded < 0.5);
+        int flips = 0;
+        for (size_t k = 0; k < n; k++) flips += (moqi_f32_bits(seen[k]) & 0xffffu) != 0;
+        CHECK_INT(flips, 0);
+        moq_backend_destroy(watch);
+        printf("  %s: watched %.2g from plain, BF16 %.2g; %d products, %d rows of keys\n", sources[i], d, rounded, log.inputs, log.kv);
+        CHECK(logits_on(ck, be, &g, seen, sizeof seen / 4) > 0 && memcmp(seen, plain, n * 4) == 0);
+        moq_backend_destroy(be);
+        moq_close(ck);
+        ran++;
+    }
+    CHECK(ran > 0);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+static int stop_at_once(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    (void)user; (void)stage; (void)done; (void)total;
+    return 1;
+}
+
+static const moq_recipe *choose_nothing(void *user, const char *module)
+{
+    (void)user;
+    return strstr(module, "down_proj") ? moq_find_recipe("fp8") : NULL;
+}
+
+/* Errors are sentences, nothing leaks, and what was not chosen is not there. */
+static void test_calibrate_misuse(void)
+{
+    golden_rows g;
+    moq_calibrate_desc d;
+    moq_error err;
+    moq_checkpoint *ck = open_source("llama");
+    if (!ck) return;
+    CHECK(load_rows(&g, "llama"));
+    memset(&d, 0, sizeof d);
+    d.source = ck;
+    d.data = &g.samples;
+    d.threads = 1;
+    d.allocator = test_allocator();
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG);
+    d.forward = llm_calibrate;
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG);
+    d.recipe = "nvfp5";
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "nvfp5"));
+    d.recipe = "nvfp4";
+    d.kv = "fp9";
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "fp9"));
+    d.kv = NULL;
+    g.samples.count = 0;
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "row"));
+    g.samples.count = 4;
+    g.tokens[1][3] = 1 << 20;
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG);
+    g.tokens[1][3] = 1;
+    d.progress = stop_at_once;
+    CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_CANCELLED);
+    d.progress = NULL;
+    d.choose = choose_nothing;
+    moq_stats *s = moq_calibrate(&d, &err);
+    CHECK(s && moq_stats_count(s) == 2 && moq_find_stat(s, "model.layers.1.mlp.down_proj.input_quantizer.amax"));
+    CHECK(s && !moq_get_stat(s, 2) && !moq_find_stat(s, "model.layers.1.mlp.up_proj.input_quantizer.amax"));
+    if (s) {
+        CHECK_INT(moq_stats_save(s, test_path("build/calib_test.safetensors"), &err), MOQ_OK);
+        moq_st *st = moq_st_open(test_path("build/calib_test.safetensors"), NULL, &err);
+        const moq_tensor *t = st ? moq_st_find(st, "model.layers.0.mlp.down_proj.input_quantizer.amax") : NULL;
+        CHECK(t && t->rank == 0 && t->dtype == MOQ_F32 && memcmp(t->data, moq_find_stat(s, t->name)->data, 4) == 0);
+        moq_st_close(st);
+        remove(test_path("build/calib_test.safetensors"));
+    }
+    moq_stats_destroy(s);
+    moq_stats_destroy(NULL);
+    CHECK_INT(test_state.live_allocs, 0);
+    moq_close(ck);
+}
+
+/* Every allocation of a run may fail: an error, and nothing is left. Later failures are sampled, because a run takes hundreds. */
+static void test_calibrate_allocations(void)
+{
+    static const char *const recipes[][2] = {{"nvfp4_awq_full", "fp8_affine"}, {"int8_smoothquant", "nvfp4_rotate"}, {"nvfp4_w4a4_weight_local_hessian", NULL}};
+    golden_rows g;
+    moq_error err;
+    moq_checkpoint *ck = open_source("llama");
+    if (!ck) return;
+    CHECK(load_rows(&g, "llama"));
+    g.samples.count = 1;
+    g.lengths[0] = 3;
+    for (size_t i = 0; i < sizeof recipes / sizeof recipes[0]; i++) {
+        moq_calibrate_desc d;
+        moq_stats *s = NULL;
+        int failures = 0;
+        memset(&d, 0, sizeof d);
+        d.source = ck;
+        d.recipe = recipes[i][0];
+        d.kv = recipes[i][1];
+        d.forward = llm_calibrate;
+        d.data = &g.samples;
+        d.threads = 1;
+        d.allocator = test_allocator();
+        for (long k = 1; !s && k < 100000; k += 1 + k / 6) {
+            test_state.fail_at = k;
+            s = moq_calibrate(&d, &err);
+            if (!s) { CHECK_INT(err.code, MOQ_E_NOMEM); failures++; CHECK_INT(test_state.live_allocs, 0); }
+        }
+        test_state.fail_at = 0;
+        CHECK(s && failures > 10);
+        moq_stats_destroy(s);
+        CHECK_INT(test_state.live_allocs, 0);
+    }
+    moq_close(ck);
+}
+
+static void test_run_bf16(void) { run_table(0); }
+static void test_run_f32(void) { run_table(1); }
+
+/* The cheap judge of long runs, on the same short ones. */
+static void test_run_gram(void)
+{
+    run_judge = MOQ_JUDGE_GRAM;
+    run_table(0);
+    run_judge = MOQ_JUDGE_AUTO;
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(test_product);
+    RUN(test_fake_weight);
+    RUN(test_awq_scale_from_recorded);
+    RUN(test_headroom);
+    RUN(test_low_rank);
+    RUN(test_jacobi_accuracy);
+    RUN(test_gptq);
+    RUN(test_solve_recorded);
+    RUN(test_solve_exhaustive);
+    RUN(test_solve_large);
+    RUN(test_unit_names);
+    RUN(test_observe);
+    RUN(test_calibrate_misuse);
+    RUN(test_calibrate_allocations);
+    RUN(test_run_bf16);
+    RUN(test_run_f32);
+    RUN(test_run_gram);
+    return test_end();
+}
