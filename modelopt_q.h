@@ -50,7 +50,7 @@
        MOQ_NO_OS                no files, mapping or clock: moq_open_memory only
        MOQ_NO_THREADS           no built-in thread pool; moq_parallel hooks still work
        MOQ_NO_SIMD              plain C kernels only
-       MOQ_QUANTIZE             adds quantizing, calibrating and exporting (from >>quant on)
+       MOQ_QUANTIZE             adds quantizing, calibrating and exporting; define it wherever the header is included
        MOQ_MALLOC, MOQ_FREE     default allocator (define both or none); moq_allocator overrides it per object
        MOQ_ASSERT               internal invariants, never input; default: nothing unless MOQ_DEBUG
        MOQ_MAX_...              limits on what a file may ask for, see >>api-base
@@ -891,6 +891,9 @@ extern moq_backend *moq_cuda_backend(int device, moq_error *err);
 extern moq_backend *moq_cuda_backend_with(const moq_cuda_desc *desc, moq_error *err);
 
 MOQ_API void moq_backend_destroy(moq_backend *be);
+
+/* With MOQ_QUANTIZE, defined wherever the header is included: quantizing, calibrating, exporting. */
+#ifdef MOQ_QUANTIZE
 /* ------------------------------------------------------------------------------------------------
    >>api-quant       float matrices to codes and scales
    ------------------------------------------------------------------------------------------------ */
@@ -1081,6 +1084,8 @@ typedef struct moq_quantize_desc {
    and has been opened again and verified; on any failure nothing is left. */
 MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err);
 
+
+#endif /* MOQ_QUANTIZE */
 
 #ifdef __cplusplus
 }
