@@ -1,0 +1,5306 @@
+/* modelopt_q_cuda.cu - the CUDA backend of modelopt_q.h.
+
+   Add this file to the compiler line and ask for the backend; nothing else changes:
+
+       nvcc -O2 -arch=native chat.c modelopt_q_cuda.cu -o chat
+
+       desc.backend = moq_cuda_backend(0, &err);          device 0
+       ...
+       moq_backend_destroy(desc.backend);
+
+   Needs the CUDA Toolkit 12 or later and a GPU of compute capability 8.0 or higher. The implementation part of modelopt_q.h
+   lies in one of the program's other files, as always. Do not compile with -use_fast_math: rounding as stored needs exact divisions.
+
+   What a caller sees is struct moq_backend of modelopt_q.h, and the CPU filling of that table is the definition of right and wrong.
+   Activations are F32, or BF16 where moq_cuda_backend_full is asked for it. Work of one backend runs in order on a stream of its own; calls return
+   before the device is done. Nothing is global: several backends, on one device or on several, do not know of each other.
+
+   Errors: calls that can fail name call, device and remedy in moq_error. A failed launch or copy in one of the others is kept and
+   comes out of the next `sync`. Running out of device memory leaves the backend as it was.
+
+   The same call gives the same bits in every run: sums have a fixed order, there are no floating-point atomics.
+
+   Words used below: `part` is one linear layer in device form; `bank` is the parts that are prepared together (the q, k and v of
+   a layer, all experts of a mixture); `feed` is what happens to inputs before the product (rotation, pre_quant_scale, rounding);
+   functions on the host are moqc_..., on the device moqk_...
+
+   Contents: search for the tag.
+       >>cuda-api        what this file adds to the declarations of modelopt_q.h
+       >>cuda-base       errors, device memory, the stream, uploads and downloads, scratch
+       >>cuda-numbers    number formats on the device
+       >>cuda-prepare    moq_linear -> part: codes, scales and zero points in one row-major form
+       >>cuda-linear     the feed; products of any scheme and any number of rows
+       >>cuda-dispatch   which kernel a layer gets: the table
+       >>cuda-ops        embed, norm, rope, activation, add, argmax
+       >>cuda-kv         KV caches
+       >>cuda-attention  attention with F32 arithmetic: every format and head size
+       >>cuda-attention-mma  attention of few queries on tensor cores
+       >>cuda-attention-tiles  attention of many queries on tensor cores
+       >>cuda-attention-host   which of them runs
+       >>cuda-moe        mixtures of experts
+       >>cuda-ssm        state-space mixers; copies of heads
+       >>cuda-backend    graphs, the function table, creation
+*/
+#include "modelopt_q.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-api        what this file adds to the declarations of modelopt_q.h
+   ------------------------------------------------------------------------------------------------ */
+
+/* moq_cuda_backend_with, and two choices more. activations: MOQ_F32 or MOQ_BF16. memory: where device memory comes from, called with the
+   device current; NULL: cudaMalloc. A program that uses it repeats this declaration. */
+extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-base       errors, device memory, the stream, uploads and downloads, scratch
+   The only place that takes device memory and that waits for the device.
+   ------------------------------------------------------------------------------------------------ */
+
+enum {
+    MOQC_SLOTS = 4,               /* pinned staging: so many pieces of */
+    MOQC_SLOT_BYTES = 4 << 20,
+    MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
+    MOQC_PARTIALS = 16384         /* partial results of one attention call: rows * heads * splits */
+};
+
+/* Device memory that was handed out; kept so that `release` knows its size and `destroy` finds all of it. */
+typedef struct moqc_block {
+    struct moqc_block *next;
+    void *ptr;
+    size_t bytes;
+} moqc_block;
+
+/* Room that everything prepared so far needs; counts of elements. A row is a row of a call, a choice a pair of row and expert. */
+typedef struct moqc_need {
+    int64_t cols, rank;                      /* per row */
+    int64_t moe_cols, moe_rank, moe_hidden, moe_out; /* per choice */
+    int64_t moe_top;                         /* choices per row */
+    int64_t experts;
+    int64_t partial;                         /* per partial result of attention */
+    int64_t chains;                          /* per row: neighbours in their slots */
+} moqc_need;
+
+typedef struct moqc_ctx {
+    moq_backend be;
+    moq_allocator host, memory;
+    int device, sm, sm_count, most_shared;   /* sm: 10 * major + minor of the compute capability; shared memory of a block */
+    int bf16;                                /* activations are BF16, else F32 */
+    char name[24], kernel[40];
+    moq_act act;
+    cudaStream_t stream;
+    moq_error error;                         /* the first one since the last sync; code MOQ_OK: none */
+    int capturing, graphs;
+    moqc_block *blocks;
+
+    uint8_t *pinned;                         /* [MOQC_SLOTS][MOQC_SLOT_BYTES], then one more for downloads; NULL until the first copy */
+    cudaEvent_t slot_free[MOQC_SLOTS];
+    int slot;
+    size_t slot_used;
+
+    uint8_t *raw;                            /* stored bytes on their way into a part; NULL when nothing is being prepared */
+    size_t raw_bytes, raw_used;
+    uint8_t *aside;                          /* forms that are dropped again */
+    size_t aside_bytes;
+
+    moqc_need need;
+    uint8_t *scratch;
+    size_t scratch_bytes;
+    int64_t moe_rows;
+    float *t, *r, *mid, *hidden, *out, *weight, *partial; /* in scratch */
+    int32_t *index, *place, *row_of, *expert_of, *tiles, *arrived, *chains;
+} moqc_ctx;
+
+static moqc_ctx *moqc_of(const moq_backend *be) { return (moqc_ctx *)be->ctx; }
+
+static int64_t moqc_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t moqc_min(int64_t a, int64_t b) { return a < b ? a : b; }
+__host__ __device__ static constexpr int64_t moqk_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ static constexpr int64_t moqk_pad(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+/* ---- errors ---- */
+
+/* This backend's device is current while one of these lives; the caller's comes back afterwards. */
+struct moqc_on {
+    int before;
+    explicit moqc_on(const moqc_ctx *c) : before(c->device)
+    {
+        cudaGetDevice(&before);
+        if (before != c->device) cudaSetDevice(c->device);
+        now = c->device;
+    }
+    ~moqc_on() { if (before != now) cudaSetDevice(before); }
+private:
+    int now;
+};
+
+static const char *moqc_remedy(cudaError_t e)
+{
+    switch (e) {
+    case cudaErrorMemoryAllocation: return "use a smaller context, fewer slots or a smaller model, or free memory on this device";
+    case cudaErrorNoKernelImageForDevice: return "compile modelopt_q_cuda.cu for this device, e.g. nvcc -arch=native";
+    case cudaErrorInsufficientDriver: return "install a driver that is as new as the CUDA Toolkit of this program";
+    case cudaErrorNoDevice: case cudaErrorInvalidDevice: return "check the device number and that the driver sees the GPU (nvidia-smi)";
+    case cudaErrorIllegalAddress: case cudaErrorMisalignedAddress: case cudaErrorLaunchFailure: case cudaErrorIllegalInstruction: case cudaErrorAssert:
+        return "a buffer passed in is too small or no memory of this backend, or a kernel has a defect; the device context is lost, start the program again";
+    default: return "the CUDA documentation explains this code; run under compute-sanitizer to find the place";
+    }
+}
+
+static moq_result moqc_fail(const moqc_ctx *c, cudaError_t e, const char *what, moq_error *err)
+{
+    moq_result code = e == cudaErrorMemoryAllocation ? MOQ_E_NOMEM : MOQ_E_BACKEND;
+    return moq_fail(err, code, c->name, "%s failed: %s (%s); %s", what, cudaGetErrorString(e), cudaGetErrorName(e), moqc_remedy(e));
+}
+
+/* Keep the first error for sync. Returns 1 when there is none. */
+static int moqc_ok(moqc_ctx *c, cudaError_t e, const char *what)
+{
+    if (e == cudaSuccess) return 1;
+    cudaGetLastError();
+    if (c->error.code == MOQ_OK) moqc_fail(c, e, what, &c->error);
+    return 0;
+}
+
+static int moqc_launched(moqc_ctx *c, const char *what) { return moqc_ok(c, cudaGetLastError(), what); }
+
+static void moqc_clear(moq_error *err)
+{
+    if (err) { err->code = MOQ_OK; err->os_code = 0; err->offset = -1; err->file[0] = err->object[0] = err->text[0] = 0; }
+}
+
+/* The kernel of the table entry's activation type. */
+#define MOQC_BY_ACT(c, call_f32, call_bf16) do { if ((c)->bf16) { call_bf16; } else { call_f32; } } while (0)
+
+/* ---- device memory ---- */
+
+/* `bytes` (at least 1) of device memory, not zeroed, or NULL; *err says how much was asked for and what is left. */
+static void *moqc_take(moqc_ctx *c, size_t bytes, const char *what, moq_error *err)
+{
+    size_t left = 0, total = 0;
+    void *ptr = NULL;
+    moqc_block *b = (moqc_block *)moq_allocate(&c->host, sizeof *b);
+    if (!b) { moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for %s", what); return NULL; }
+    if (bytes == 0) bytes = 1;
+    if (c->memory.alloc) ptr = c->memory.alloc(c->memory.user, bytes, 256);
+    else if (bytes < SIZE_MAX / 2 && cudaMalloc(&ptr, bytes) != cudaSuccess) { cudaGetLastError(); ptr = NULL; }
+    if (!ptr) {
+        moq_release(&c->host, b, sizeof *b);
+        if (cudaMemGetInfo(&left, &total) != cudaSuccess) cudaGetLastError();
+        moq_fail(err, MOQ_E_NOMEM, c->name, "no device memory for %llu bytes of %s, %llu of %llu MiB are free; %s", (unsigned long long)bytes, what,
+                 (unsigned long long)(left >> 20), (unsigned long long)(total >> 20), moqc_remedy(cudaErrorMemoryAllocation));
+        return NULL;
+    }
+    b->ptr = ptr;
+    b->bytes = bytes;
+    b->next = c->blocks;
+    c->blocks = b;
+    return ptr;
+}
+
+/* Waits for the stream: work that was queued may still use the block. */
+static void moqc_give(moqc_ctx *c, void *ptr)
+{
+    moqc_block **at = &c->blocks, *b;
+    if (!ptr) return;
+    while (*at && (*at)->ptr != ptr) at = &(*at)->next;
+    if (!*at) return;
+    b = *at;
+    *at = b->next;
+    if (!c->capturing) moqc_ok(c, cudaStreamSynchronize(c->stream), "waiting before memory is released");
+    if (c->memory.alloc) c->memory.release(c->memory.user, ptr, b->bytes);
+    else moqc_ok(c, cudaFree(ptr), "cudaFree");
+    moq_release(&c->host, b, sizeof *b);
+}
+
+static void *moqc_alloc(moq_backend *be, size_t bytes, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_clear(err);
+    void *p = moqc_take(c, bytes, "a buffer", err);
+    if (p) moqc_ok(c, cudaMemsetAsync(p, 0, bytes, c->stream), "cudaMemset");
+    return p;
+}
+
+static void moqc_release(moq_backend *be, void *ptr)
+{
+    moqc_on on(moqc_of(be));
+    moqc_give(moqc_of(be), ptr);
+}
+
+/* At least `bytes` of device memory at *ptr; what it held is lost. 0: there is none, and *ptr is as it was. */
+static int moqc_widen(moqc_ctx *c, uint8_t **ptr, size_t *have, size_t bytes, moq_error *err)
+{
+    size_t want = bytes > ((size_t)8 << 20) ? bytes : (size_t)8 << 20;
+    if (bytes <= *have) return 1;
+    uint8_t *p = (uint8_t *)moqc_take(c, want, "weights on their way", err);
+    if (!p) return 0;
+    moqc_give(c, *ptr);
+    *ptr = p;
+    *have = want;
+    return 1;
+}
+
+/* ---- copies: through pinned memory, because the driver would copy a mapped file page by page ---- */
+
+static int moqc_pinned(moqc_ctx *c)
+{
+    if (c->pinned) return 1;
+    if (!moqc_ok(c, cudaMallocHost((void **)&c->pinned, (size_t)(MOQC_SLOTS + 1) * MOQC_SLOT_BYTES), "cudaMallocHost")) c->pinned = NULL;
+    return c->pinned != NULL;
+}
+
+/* Copies cannot be part of a graph: their host memory is reused. */
+static int moqc_no_capture(moqc_ctx *c, const char *what)
+{
+    if (!c->capturing) return 1;
+    if (c->error.code == MOQ_OK) moq_fail(&c->error, MOQ_E_STATE, c->name, "%s between capture_begin and capture_end; move it out of the recorded calls", what);
+    return 0;
+}
+
+/* Pinned memory for `bytes` <= MOQC_SLOT_BYTES that the device has finished reading. Small pieces share a slot. */
+static uint8_t *moqc_slot(moqc_ctx *c, size_t bytes)
+{
+    if (!moqc_pinned(c)) return NULL;
+    if (c->slot_used + bytes > MOQC_SLOT_BYTES) {
+        if (!moqc_ok(c, cudaEventRecord(c->slot_free[c->slot], c->stream), "cudaEventRecord")) return NULL;
+        c->slot = (c->slot + 1) % MOQC_SLOTS;
+        c->slot_used = 0;
+        if (!moqc_ok(c, cudaEventSynchronize(c->slot_free[c->slot]), "waiting for a copy")) return NULL;
+    }
+    uint8_t *p = c->pinned + (size_t)c->slot * MOQC_SLOT_BYTES + c->slot_used;
+    c->slot_used += (size_t)moqk_pad((int64_t)bytes, 16);
+    return p;
+}
+
+static int moqc_send(moqc_ctx *c, void *dst, const void *src, size_t bytes)
+{
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < MOQC_SLOT_BYTES ? bytes - at : (size_t)MOQC_SLOT_BYTES;
+        uint8_t *p = moqc_slot(c, n);
+        if (!p) return 0;
+        memcpy(p, (const uint8_t *)src + at, n);
+        if (!moqc_ok(c, cudaMemcpyAsync((uint8_t *)dst + at, p, n, cudaMemcpyHostToDevice, c->stream), "an upload")) return 0;
+    }
+    return 1;
+}
+
+static void moqc_upload(moq_backend *be, void *dst, const void *src, size_t bytes)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (moqc_no_capture(c, "upload")) moqc_send(c, dst, src, bytes);
+}
+
+/* The next `bytes` <= MOQC_SLOT_BYTES in pinned memory, after all work before. */
+static const uint8_t *moqc_fetch(moqc_ctx *c, const void *src, size_t bytes)
+{
+    if (!moqc_pinned(c)) return NULL;
+    uint8_t *p = c->pinned + (size_t)MOQC_SLOTS * MOQC_SLOT_BYTES;
+    if (!moqc_ok(c, cudaMemcpyAsync(p, src, bytes, cudaMemcpyDeviceToHost, c->stream), "a download")) return NULL;
+    return moqc_ok(c, cudaStreamSynchronize(c->stream), "waiting for a download") ? p : NULL;
+}
+
+static void moqc_download(moq_backend *be, void *dst, const void *src, size_t bytes)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (!moqc_no_capture(c, "download")) return;
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < MOQC_SLOT_BYTES ? bytes - at : (size_t)MOQC_SLOT_BYTES;
+        const uint8_t *p = moqc_fetch(c, (const uint8_t *)src + at, n);
+        if (!p) return;
+        memcpy((uint8_t *)dst + at, p, n);
+    }
+}
+
+static void moqc_upload_act(moq_backend *be, void *dst, const float *src, size_t count)
+{
+    moqc_ctx *c = moqc_of(be);
+    if (!c->bf16) { moqc_upload(be, dst, src, count * sizeof *src); return; }
+    moqc_on on(c);
+    if (!moqc_no_capture(c, "upload_act")) return;
+    for (size_t at = 0, n, most = MOQC_SLOT_BYTES / 2; at < count; at += n) {
+        n = count - at < most ? count - at : most;
+        uint16_t *p = (uint16_t *)(void *)moqc_slot(c, n * 2);
+        if (!p) return;
+        for (size_t i = 0; i < n; i++) p[i] = moq_bf16_encode(src[at + i]);
+        if (!moqc_ok(c, cudaMemcpyAsync((uint16_t *)dst + at, p, n * 2, cudaMemcpyHostToDevice, c->stream), "an upload")) return;
+    }
+}
+
+static void moqc_download_act(moq_backend *be, float *dst, const void *src, size_t count)
+{
+    moqc_ctx *c = moqc_of(be);
+    if (!c->bf16) { moqc_download(be, dst, src, count * sizeof *dst); return; }
+    moqc_on on(c);
+    if (!moqc_no_capture(c, "download_act")) return;
+    for (size_t at = 0, n, most = MOQC_SLOT_BYTES / 2; at < count; at += n) {
+        n = count - at < most ? count - at : most;
+        const uint8_t *p = moqc_fetch(c, (const uint16_t *)src + at, n * 2);
+        if (!p) return;
+        moq_to_f32(MOQ_BF16, p, n, dst + at);
+    }
+}
+
+/* ---- copies on the device: overlapping ranges too, as memmove ---- */
+
+/* One block; pieces of 4 KiB in the direction that reads before it overwrites. */
+__global__ void moqk_move(uint8_t *dst, const uint8_t *src, size_t bytes)
+{
+    size_t piece = (size_t)blockDim.x * 4, pieces = (bytes + piece - 1) / piece;
+    for (size_t i = 0; i < pieces; i++) {
+        size_t at = (dst < src ? i : pieces - 1 - i) * piece + threadIdx.x;
+        uint8_t v[4];
+        for (int j = 0; j < 4; j++) v[j] = at + j * blockDim.x < bytes ? src[at + j * blockDim.x] : 0;
+        __syncthreads();
+        for (int j = 0; j < 4; j++) if (at + j * blockDim.x < bytes) dst[at + j * blockDim.x] = v[j];
+        __syncthreads();
+    }
+}
+
+static void moqc_copy(moq_backend *be, void *dst, const void *src, size_t bytes)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const uint8_t *s = (const uint8_t *)src;
+    uint8_t *d = (uint8_t *)dst;
+    if (bytes == 0 || d == s) return;
+    if (d + bytes <= s || s + bytes <= d) { moqc_ok(c, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, c->stream), "a copy on the device"); return; }
+    moqk_move<<<1, 1024, 0, c->stream>>>(d, s, bytes);
+    moqc_launched(c, "copy");
+}
+
+static moq_result moqc_sync(moq_backend *be, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_clear(err);
+    if (!c->capturing) moqc_ok(c, cudaStreamSynchronize(c->stream), "work on the device");
+    if (c->error.code == MOQ_OK) return MOQ_OK;
+    moq_result code = c->error.code;
+    if (err) *err = c->error;
+    c->error.code = MOQ_OK;
+    return code;
+}
+
+/* ---- scratch: one block, carved anew whenever a need grows ---- */
+
+/* Hands out pieces of a block; with at NULL it only measures. */
+typedef struct moqc_carver { uint8_t *at; size_t bytes; int overflow; } moqc_carver;
+
+static void *moqc_carve(moqc_carver *v, int64_t a, int64_t b, size_t size)
+{
+    size_t start = v->bytes, n = (size_t)a * (size_t)b;
+    if (a < 0 || b < 0 || (b > 0 && n / (size_t)b != (size_t)a) || n > (SIZE_MAX >> 2) / size || start > SIZE_MAX >> 1) { v->overflow = 1; n = 0; }
+    v->bytes += (n * size + 255) & ~(size_t)255;
+    return v->at ? v->at + start : NULL;
+}
+
+static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
+{
+    const moqc_need *n = &c->need;
+    int64_t rows = c->be.max_rows, moe = n->moe_top > 0 ? moqc_min(rows, MOQC_MOE_ROWS) : 0, choices = moe * n->moe_top;
+    c->moe_rows = moe;
+    c->t = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, choices * n->moe_cols), 4);
+    c->r = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, choices * n->moe_cols), 4);
+    c->mid = (float *)moqc_carve(v, 1, moqc_max(rows * n->rank, choices * n->moe_rank), 4);
+    c->hidden = (float *)moqc_carve(v, choices, n->moe_hidden, 4);
+    c->out = (float *)moqc_carve(v, choices, n->moe_out, 4);
+    c->weight = (float *)moqc_carve(v, 1, choices, 4);
+    c->index = (int32_t *)moqc_carve(v, 1, choices, 4);
+    c->place = (int32_t *)moqc_carve(v, 1, choices, 4);
+    c->row_of = (int32_t *)moqc_carve(v, 1, choices, 4);
+    c->expert_of = (int32_t *)moqc_carve(v, 1, choices, 4);
+    c->tiles = (int32_t *)moqc_carve(v, choices + n->experts + 1, 4, 4);
+    c->partial = (float *)moqc_carve(v, n->partial > 0 ? MOQC_PARTIALS : 0, n->partial, 4);
+    c->chains = (int32_t *)moqc_carve(v, rows, n->chains, 4);
+    c->arrived = (int32_t *)moqc_carve(v, 1, n->partial > 0 ? MOQC_PARTIALS : 0, 4);
+}
+
+/* Room for `need` and `rows` on top of what there is; nothing changes on failure. Graphs hold pointers into the old block, so it
+   stays (until destroy) while there are any. */
+static moq_result moqc_grow(moqc_ctx *c, const moqc_need *need, int32_t rows, moq_error *err)
+{
+    moqc_ctx was = *c;
+    moqc_carver v = {NULL, 0, 0};
+    const int64_t *more = (const int64_t *)(const void *)need;
+    int64_t *have = (int64_t *)(void *)&c->need;
+    for (size_t i = 0; i < sizeof *need / sizeof *more; i++) have[i] = moqc_max(have[i], more[i]);
+    c->be.max_rows = rows;
+    moqc_carve_all(c, &v);
+    if (v.overflow) {
+        *c = was;
+        return moq_fail(err, MOQ_E_OVERFLOW, c->name, "scratch memory for %d rows does not fit the address space; reserve fewer", (int)rows);
+    }
+    if (v.bytes > c->scratch_bytes) {
+        void *block = moqc_take(c, v.bytes, "scratch", err);
+        if (!block) { *c = was; return MOQ_E_NOMEM; }
+        if (c->graphs == 0 && !c->capturing) moqc_give(c, was.scratch);
+        c->scratch = (uint8_t *)block;
+        c->scratch_bytes = v.bytes;
+    }
+    v.at = c->scratch;
+    v.bytes = 0;
+    if (v.at) moqc_carve_all(c, &v);
+    if (v.at && c->need.partial > 0) moqc_ok(c, cudaMemsetAsync(c->arrived, 0, MOQC_PARTIALS * sizeof *c->arrived, c->stream), "cudaMemset");
+    return MOQ_OK;
+}
+
+static moq_result moqc_reserve(moq_backend *be, int32_t rows, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_need none;
+    moqc_clear(err);
+    memset(&none, 0, sizeof none);
+    if (rows < 1) return moq_fail(err, MOQ_E_ARG, c->name, "reserve of %d rows, expected at least 1", (int)rows);
+    moqc_give(c, c->raw); /* whoever reserves has prepared everything */
+    moqc_give(c, c->aside);
+    c->raw = c->aside = NULL;
+    c->raw_bytes = c->raw_used = c->aside_bytes = 0;
+    return moqc_grow(c, &none, rows, err);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-numbers    number formats on the device
+   Pure. Encoders and scales follow the formulas of the CPU reference to the bit; decoders of weights are exact.
+   ------------------------------------------------------------------------------------------------ */
+
+template <typename T> __device__ __forceinline__ float moqk_get(const T *p, int64_t i);
+template <> __device__ __forceinline__ float moqk_get<float>(const float *p, int64_t i) { return p[i]; }
+template <> __device__ __forceinline__ float moqk_get<__nv_bfloat16>(const __nv_bfloat16 *p, int64_t i) { return __bfloat162float(p[i]); }
+
+template <typename T> __device__ __forceinline__ void moqk_put(T *p, int64_t i, float v);
+template <> __device__ __forceinline__ void moqk_put<float>(float *p, int64_t i, float v) { p[i] = v; }
+template <> __device__ __forceinline__ void moqk_put<__nv_bfloat16>(__nv_bfloat16 *p, int64_t i, float v) { p[i] = __float2bfloat16_rn(v); }
+
+/* Where the type is known at run time only. */
+__device__ __forceinline__ float moqk_get_any(const void *p, int64_t i, int bf16)
+{
+    return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[i]) : ((const float *)p)[i];
+}
+
+__device__ __forceinline__ void moqk_put_any(void *p, int64_t i, float v, int bf16)
+{
+    if (bf16) ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(v);
+    else ((float *)p)[i] = v;
+}
+
+__device__ __forceinline__ float moqk_e4m3(uint32_t b)
+{
+    uint32_t e = b >> 3 & 15, m = b & 7;
+    float v = e ? __uint_as_float((e + 120) << 23 | m << 20) : (float)m * 0.001953125f;
+    if ((b & 127) == 127) v = __uint_as_float(0x7fc00000u);
+    return b & 128 ? -v : v;
+}
+
+__device__ __forceinline__ float moqk_e8m0(uint32_t b) { return b == 255 ? __uint_as_float(0x7fc00000u) : b == 0 ? __uint_as_float(0x00400000u) : __uint_as_float(b << 23); }
+
+__device__ __forceinline__ float moqk_e2m1(uint32_t c)
+{
+    uint32_t m = c & 7;
+    float v = m < 2 ? (float)m * 0.5f : __uint_as_float((126 + (m >> 1)) << 23 | (m & 1) << 22);
+    return c & 8 ? -v : v;
+}
+
+/* Nearest, ties to even, saturating at 448; NaN stays NaN. */
+__device__ __forceinline__ uint32_t moqk_to_e4m3(float v)
+{
+    uint32_t bits = __float_as_uint(v), sign = bits >> 24 & 128, size = bits & 0x7fffffffu;
+    float a = __uint_as_float(size);
+    if (size > 0x7f800000u) return sign | 127;
+    if (a > 448) return sign | 126;
+    if (a < 0.015625f) return sign | (uint32_t)__float2int_rn(a * 512);
+    return sign | ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120u << 3);
+}
+
+__device__ __forceinline__ float moqk_round_e5m2(float v)
+{
+    uint32_t bits = __float_as_uint(v), sign = bits & 0x80000000u, size = bits & 0x7fffffffu;
+    float a = __uint_as_float(size);
+    if (a > 57344) return __uint_as_float(sign | __float_as_uint(57344.0f));
+    if (a < 6.103515625e-5f) a = (float)__float2int_rn(a * 65536) * 1.52587890625e-5f;
+    else a = __uint_as_float((size + 0xfffffu + (size >> 21 & 1)) >> 21 << 21);
+    return __uint_as_float(sign | __float_as_uint(a));
+}
+
+/* Nearest, ties to the even code; +-6 at most, the sign of zero stays, NaN gives +6. */
+__device__ __forceinline__ uint32_t moqk_to_e2m1(float v)
+{
+    float a = fabsf(v);
+    if (!(a == a)) return 7;
+    uint32_t c = (uint32_t)(a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    return c | (__float_as_uint(v) >> 28 & 8);
+}
+
+/* The largest code of an element type that inputs are rounded to. */
+__host__ __device__ static inline float moqk_largest(int elem)
+{
+    switch (elem) {
+    case MOQ_F4: return 6;
+    case MOQ_F8_E4M3: return 448;
+    case MOQ_F8_E5M2: return 57344;
+    case MOQ_I8: return 127;
+    case MOQ_I2: case MOQ_I3: case MOQ_I4: case MOQ_I5: case MOQ_I6: case MOQ_I7: return (float)((1 << (elem - MOQ_I2 + 1)) - 1);
+    default: return 0;
+    }
+}
+
+/* `zero` moves the window of integer codes: clamp(rne(v) + zero) - zero. */
+__device__ __forceinline__ float moqk_round_code(int elem, float v, float zero)
+{
+    if (!(v == v)) return v;
+    if (elem == MOQ_F4) return moqk_e2m1(moqk_to_e2m1(v));
+    if (elem == MOQ_F8_E4M3) return moqk_e4m3(moqk_to_e4m3(v));
+    if (elem == MOQ_F8_E5M2) return moqk_round_e5m2(v);
+    float top = moqk_largest(elem), q = rintf(v) + zero;
+    return (q < -top - 1 ? -top - 1 : q > top ? top : q) - zero;
+}
+
+/* Exponent of the E8M0 scale of a block, -127..127. ModelOpt: ceil(log2(amax / largest)), found by comparing mantissas; compressed-tensors:
+   amax is rounded up where its mantissa is 1.75 or more, then floor(log2 amax) - exponent of the largest code. */
+__device__ __forceinline__ int moqk_e8m0_exponent(int rule, float largest, float amax)
+{
+    int top, e;
+    float top_mantissa = frexpf(largest, &top);
+    if (rule == MOQ_RULE_E8M0_ROUND) {
+        e = (int)((__float_as_uint(amax) + (1u << 21)) >> 23) - 127 - (top - 1);
+    } else {
+        float mantissa = frexpf(amax, &e);
+        e = amax > 0 ? e - top + (mantissa > top_mantissa) : -127;
+    }
+    return e < -127 ? -127 : e > 127 ? 127 : e;
+}
+
+/* The sum or maximum over a warp, the same in every lane. */
+__device__ __forceinline__ float moqk_warp_sum(float v)
+{
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+    return v;
+}
+
+__device__ __forceinline__ float moqk_warp_max(float v)
+{
+    for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
+    return v;
+}
+
+/* The sum over a block of up to 1024 threads, the same in every thread. `room`: 33 floats of shared memory. */
+__device__ __forceinline__ float moqk_block_sum(float v, float *room)
+{
+    int warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    v = moqk_warp_sum(v);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) room[warp] = v;
+    __syncthreads();
+    if (warp == 0) {
+        v = moqk_warp_sum(threadIdx.x < warps ? room[threadIdx.x] : 0);
+        if (threadIdx.x == 0) room[32] = v;
+    }
+    __syncthreads();
+    return room[32];
+}
+
+__device__ __forceinline__ float moqk_block_max(float v, float *room)
+{
+    int warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    v = moqk_warp_max(v);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) room[warp] = v;
+    __syncthreads();
+    if (warp == 0) {
+        v = moqk_warp_max(threadIdx.x < warps ? room[threadIdx.x] : -3.4e38f);
+        if (threadIdx.x == 0) room[32] = v;
+    }
+    __syncthreads();
+    return room[32];
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-prepare    moq_linear -> part: codes, scales and zero points in one row-major form
+   Stored bytes go to the device as they are and are rewritten there, once. Every packing, slice and column order that moq_linear can
+   describe ends in the same few forms, so no kernel knows of them.
+   ------------------------------------------------------------------------------------------------ */
+
+/* How a weight's codes lie: kind, bytes of 8 columns, what a code stands for. Integers of 2 to 4 bits become U4 and of 5 to 8 bits U8,
+   signed ones moved up by half their range and the zero point with them; both 6-bit floats are exact in E4M3. */
+enum moqk_kind { MOQK_E2M1, MOQK_U4, MOQK_E4M3, MOQK_U8, MOQK_BF16, MOQK_F16, MOQK_F32, MOQK_KINDS };
+enum moqk_scale { MOQK_NO_SCALE, MOQK_SCALE_E4M3, MOQK_SCALE_E8M0, MOQK_SCALE_F32 };
+
+__host__ __device__ static constexpr int moqk_kind_bytes(int kind) /* of 8 columns */
+{
+    return kind <= MOQK_U4 ? 4 : kind <= MOQK_U8 ? 8 : kind <= MOQK_F16 ? 16 : 32;
+}
+
+/* One layer on the device. W[r][c] = (code(r, c) - zero(r, g)) * scale(r, g) * factor with g = c / group. */
+typedef struct moqk_part {
+    const uint8_t *codes;      /* [rows, row_bytes]; 4 bits: the low nibble is the even column; columns past cols are zero bits */
+    const uint8_t *scales;     /* [rows, scale_stride] of scale_kind */
+    const int16_t *zeros;      /* [rows, scale_stride] or NULL: `zero` everywhere */
+    const float *bias;         /* [rows] or NULL */
+    const float *smooth;       /* [feed_cols] pre_quant_scale or NULL */
+    const float *rotation;     /* [hadamard_size, hadamard_size] or NULL: Sylvester's matrix */
+    const int32_t *place;      /* [feed_cols] column of the codes that input column c belongs to; NULL: c */
+    int64_t row_bytes;         /* a multiple of 16 */
+    int32_t scale_stride;      /* groups of a row; 0: all rows share one row of scales */
+    int32_t rows, cols;        /* cols: of the codes, with columns that pad act-order groups */
+    int32_t feed_cols;         /* inputs */
+    int32_t group;             /* columns of a group */
+    uint8_t kind, scale_kind;
+    uint8_t group8;            /* 8 neighbouring columns from a multiple of 8 never belong to two groups */
+    uint8_t has_zeros;         /* there are `zeros`; known before the pointers are */
+    uint8_t rounds;            /* inputs are rounded: */
+    uint8_t in_elem, in_scale, in_rule, in_dynamic, in_zero_point;
+    int32_t in_group;          /* inputs that share a scale; 0: a whole token */
+    float input_scale, input_zero;
+    int32_t hadamard_size;
+    float hadamard_scale;
+    float factor, zero;
+    float global_mul, global_div; /* factor as a fraction, for rows that must be exact (embeddings) */
+    const uint8_t *packed[2];  /* layouts 1 and 2 of the dispatch table. codes, scales and zeros are NULL when only those are used */
+} moqk_part;
+
+enum { MOQC_REGIMES = 4, MOQC_LAYOUTS = 3 }; /* numbers of rows of x that get a kernel of their own; layouts, 0: row-major */
+
+struct moqc_kernel;
+
+/* The host's view of a part while it is prepared and run. */
+typedef struct moqc_part {
+    moqk_part d;
+    moq_linear layer;          /* as given; its views are read while preparing only */
+    const struct moqc_kernel *kernel[MOQC_REGIMES]; /* see >>cuda-dispatch */
+    float requant;             /* W4A8 as stored: weights are rounded again to E4M3 with this scale; 0: not */
+    int32_t groups;            /* of a row */
+    int32_t *order, *group_of; /* act order, on the host while preparing: column of the layer (-1: padding), stored group; else NULL */
+    size_t at[9];              /* where the pieces begin in: */
+    size_t bytes[2];           /* the row-major weights; everything else of the part */
+    int keep;                  /* 1: a chosen kernel reads the row-major weights */
+    int has_lora;
+} moqc_part;
+
+enum { MOQC_CODES, MOQC_SCALES, MOQC_ZEROS, MOQC_BIAS, MOQC_SMOOTH, MOQC_ROTATION, MOQC_PLACE, MOQC_PACKED };
+
+/* Parts that are prepared together. All parts of an expert read the same x; their rows follow each other in y. */
+typedef struct moqc_bank {
+    int32_t experts, parts;    /* a dense layer is one expert */
+    int grouped;               /* runs on choices of a mixture */
+    int64_t rows, cols;        /* rows of all parts of an expert; inputs */
+    int32_t ranks;             /* padded ranks of the low-rank branches of an expert, summed; 0: none */
+    moqc_part *part;           /* [experts, parts], then as many A and B of low-rank branches */
+    moqk_part *device;         /* the same array on the device */
+    uint8_t *memory;
+    size_t bytes;
+    int32_t count;             /* of part */
+    uint8_t *shares;           /* [parts] 1: the same feed as the part before, in every expert */
+    uint8_t *direct;           /* [parts] 1: reads x as it is, in every expert */
+} moqc_bank;
+
+static int moqc_is_int(moq_dtype t) { return t == MOQ_I8 || (t >= MOQ_I2 && t <= MOQ_I7); }
+
+static float moqc_f32_at(const moq_view *v, int64_t i)
+{
+    float f = 0;
+    const uint8_t *p = (const uint8_t *)v->data + i * (moq_dtype_bits(v->dtype) / 8);
+    if (v->dtype == MOQ_F8_E4M3) return moq_e4m3_decode(*p);
+    if (v->dtype == MOQ_F8_E8M0) return moq_e8m0_decode(*p);
+    moq_to_f32(v->dtype, p, 1, &f);
+    return f;
+}
+
+/* ---- what a layer becomes: forms and sizes, nothing moves yet ---- */
+
+/* Does the layer name a rounding of its inputs that can be carried out? */
+static int moqc_rounds_input(const moq_linear *w)
+{
+    const moq_coding *c = &w->scheme.input;
+    if (moqk_largest(c->elem) <= 0) return 0;
+    if (c->scale == MOQ_F8_E8M0 || (c->dynamic && c->scale != MOQ_F8_E4M3)) return 1;
+    return w->input_scale > 0;
+}
+
+/* Does this backend round the layer's inputs? AUTO: where the device multiplies in that format. */
+static int moqc_wants_rounding(const moqc_ctx *c, const moq_linear *w)
+{
+    moq_dtype e = w->scheme.input.elem;
+    if (c->act == MOQ_ACT_WIDE || e == MOQ_NONE || moqk_largest(e) <= 0) return c->act == MOQ_ACT_STORED && e != MOQ_NONE;
+    if (c->act == MOQ_ACT_STORED) return 1;
+    return moqc_rounds_input(w) && (moqc_is_int(e) || (e == MOQ_F8_E4M3 && c->sm >= 89));
+}
+
+static int moqc_choose_kind(const moq_linear *w)
+{
+    switch ((int)w->scheme.weight.elem) {
+    case MOQ_F4: return MOQK_E2M1;
+    case MOQ_F8_E4M3: case MOQ_F6_E2M3: case MOQ_F6_E3M2: return MOQK_E4M3;
+    case MOQ_BF16: case MOQ_F16: case MOQ_F32: return w->codes.dtype == MOQ_BF16 ? MOQK_BF16 : w->codes.dtype == MOQ_F16 ? MOQK_F16 : MOQK_F32;
+    default: return w->packing.bits <= 4 ? MOQK_U4 : MOQK_U8;
+    }
+}
+
+/* Act order: columns sorted by group, so that a group is a run again. Groups of full size stay as they are; others (a slice of such a layer)
+   are cut into groups of 16 with padding columns that no input reaches. */
+static int moqc_sort_columns(moqc_ctx *c, moqc_part *p, int64_t groups)
+{
+    const moq_linear *w = &p->layer;
+    const uint8_t *index = (const uint8_t *)w->group_index.data + 4 * w->col_first;
+    int32_t g = w->scheme.weight.group_cols, *count = (int32_t *)moq_allocate(&c->host, (size_t)groups * 4), of;
+    int regular = g > 0 && g % 8 == 0;
+    if (!count) return 0;
+    for (int64_t i = 0; i < w->cols; i++) { memcpy(&of, index + 4 * i, 4); if (of >= 0 && of < groups) count[of]++; }
+    for (int64_t i = 0; i < groups; i++) regular &= count[i] == 0 || count[i] == g;
+    int64_t unit = regular ? g : 16, total = 0;
+    for (int64_t i = 0; i < groups; i++) total += moqk_ceil(count[i], unit);
+    moq_release(&c->host, count, (size_t)groups * 4);
+    p->d.group = (int32_t)unit;
+    p->d.cols = (int32_t)(total * unit);
+    p->groups = (int32_t)total;
+    p->order = (int32_t *)moq_allocate(&c->host, (size_t)(total * unit) * 4);
+    p->group_of = (int32_t *)moq_allocate(&c->host, (size_t)total * 4);
+    if (!p->order || !p->group_of) return 0;
+    int64_t at = 0;
+    for (int64_t k = 0; k < groups; k++) {
+        int64_t begin = at;
+        for (int64_t i = 0; i < w->cols; i++) { memcpy(&of, index + 4 * i, 4); if (of == k) p->order[at++] = (int32_t)i; }
+        while (at % unit) p->order[at++] = -1;
+        for (int64_t i = begin / unit; i < at / unit; i++) p->group_of[i] = (int32_t)k;
+    }
+    return 1;
+}
+
+static void moqc_free_plan(moqc_ctx *c, moqc_part *p)
+{
+    if (p->order) moq_release(&c->host, p->order, (size_t)p->d.cols * 4);
+    if (p->group_of) moq_release(&c->host, p->group_of, (size_t)p->groups * 4);
+    p->order = p->group_of = NULL;
+}
+
+/* Pieces of the weights or of the rest, each aligned to 256 bytes. */
+static void moqc_lay(moqc_part *p, int piece, int64_t count, int64_t size)
+{
+    size_t *bytes = &p->bytes[piece > MOQC_ZEROS];
+    p->at[piece] = count > 0 ? *bytes : SIZE_MAX;
+    *bytes += (size_t)moqk_pad(count * size, 256);
+}
+
+/* Kernels and layouts of a part; defined with the table. */
+static void moqc_choose_kernels(const moqc_ctx *c, moqc_part *p, int grouped);
+
+/* Everything about a part that is known from its description. 0: out of host memory. */
+static int moqc_plan_part(moqc_ctx *c, const moq_linear *w, moqc_part *p)
+{
+    moqk_part *d = &p->d;
+    const moq_coding *in = &w->scheme.input;
+    int64_t g = w->scheme.weight.group_cols, stored_groups = 1;
+    int each_row = w->scales.data && w->scheme.weight.group_rows > 0;
+    p->layer = *w;
+    d->rows = (int32_t)w->rows;
+    d->cols = d->feed_cols = (int32_t)w->cols;
+    d->kind = (uint8_t)moqc_choose_kind(w);
+    d->rounds = (uint8_t)moqc_wants_rounding(c, w);
+    p->requant = d->rounds && c->act == MOQ_ACT_STORED ? w->requant_scale : 0;
+    d->group = d->cols;
+    p->groups = 1;
+    if (w->group_index.data && w->scales.data) {
+        stored_groups = w->scale_col_stride > 0 ? ((int64_t)w->scales.count - 1) / w->scale_col_stride + 1 : 1;
+        for (int64_t i = 0; i < w->cols; i++) { int32_t of; memcpy(&of, (const uint8_t *)w->group_index.data + 4 * (w->col_first + i), 4); stored_groups = moqc_max(stored_groups, of + 1); }
+        if (!moqc_sort_columns(c, p, stored_groups)) return 0;
+    } else if (g > 0 && (w->scales.data || w->zeros.data)) {
+        d->group = w->col_first % g == 0 ? (int32_t)g : 1; /* a slice that begins inside a group: a scale for every column */
+        p->groups = (int32_t)moqk_ceil(d->cols, d->group);
+    }
+    d->group8 = d->group % 8 == 0 || p->groups == 1;
+    d->has_zeros = w->zeros.data != NULL;
+    d->scale_kind = MOQK_NO_SCALE;
+    if (w->scales.data) d->scale_kind = w->scales.dtype == MOQ_F8_E4M3 ? MOQK_SCALE_E4M3 : w->scales.dtype == MOQ_F8_E8M0 ? MOQK_SCALE_E8M0 : MOQK_SCALE_F32;
+    d->scale_stride = each_row || p->groups > 1 || w->zeros.data ? p->groups : 0;
+    d->row_bytes = moqk_pad(moqk_ceil(d->cols, 8) * moqk_kind_bytes(d->kind), 16);
+    d->global_mul = w->global_mul;
+    d->global_div = w->global_div;
+    d->factor = w->global_mul / w->global_div;
+    d->zero = (float)(w->zeros.data ? 0 : w->zero_add);
+    if (d->kind == MOQK_U4 || d->kind == MOQK_U8) d->zero += w->packing.is_unsigned ? 0 : (float)(1 << (w->packing.bits - 1));
+    d->in_elem = (uint8_t)in->elem;
+    d->in_scale = (uint8_t)in->scale;
+    d->in_rule = in->rule;
+    d->in_dynamic = in->dynamic;
+    d->in_zero_point = in->zero_point;
+    d->in_group = in->group_cols > 0 && (in->dynamic || in->scale == MOQ_F8_E8M0 || in->scale == MOQ_F8_E4M3) && in->group_cols < w->cols ? in->group_cols : 0;
+    d->input_scale = w->input_scale;
+    d->input_zero = (float)w->input_zero;
+    d->hadamard_size = w->hadamard_size;
+    d->hadamard_scale = w->hadamard_scale;
+    int64_t scale_rows = d->scale_stride > 0 ? d->rows : 1, values = scale_rows * p->groups;
+    moqc_lay(p, MOQC_CODES, d->rows, d->row_bytes);
+    moqc_lay(p, MOQC_SCALES, w->scales.data ? values : 0, d->scale_kind == MOQK_SCALE_F32 ? 4 : 1);
+    moqc_lay(p, MOQC_ZEROS, w->zeros.data ? values : 0, 2);
+    moqc_lay(p, MOQC_BIAS, w->bias.data ? d->rows : 0, 4);
+    moqc_lay(p, MOQC_SMOOTH, w->pre_quant_scale.data ? w->cols : 0, 4);
+    moqc_lay(p, MOQC_ROTATION, w->hadamard.data ? (int64_t)w->hadamard.count : 0, 4);
+    moqc_lay(p, MOQC_PLACE, p->order ? w->cols : 0, 4);
+    return 1;
+}
+
+/* W4A8 as stored: the weights become E4M3 with one scale. Only the weights of the plan change. */
+static void moqc_plan_requant(const moqc_part *p, moqc_part *out)
+{
+    *out = *p;
+    out->d.kind = MOQK_E4M3;
+    out->d.scale_kind = MOQK_NO_SCALE;
+    out->d.scale_stride = 0;
+    out->d.has_zeros = 0;
+    out->d.group = out->d.cols;
+    out->d.group8 = 1;
+    out->d.factor = out->d.global_mul = p->requant;
+    out->d.global_div = 1;
+    out->d.zero = 0;
+    out->d.row_bytes = moqk_pad(out->d.cols, 16);
+    out->bytes[0] = 0;
+    moqc_lay(out, MOQC_CODES, out->d.rows, out->d.row_bytes);
+    moqc_lay(out, MOQC_SCALES, 0, 1);
+    moqc_lay(out, MOQC_ZEROS, 0, 1);
+}
+
+/* ---- stored bytes to the device ---- */
+
+/* Room for `bytes` of stored bytes. The space is used again from the start when it is full: the stream keeps the order. */
+static uint8_t *moqc_raw(moqc_ctx *c, size_t bytes, moq_error *err)
+{
+    bytes = (bytes + 255) & ~(size_t)255;
+    if (!moqc_widen(c, &c->raw, &c->raw_bytes, bytes, err)) return NULL;
+    if (c->raw_used + bytes > c->raw_bytes) c->raw_used = 0;
+    uint8_t *p = c->raw + c->raw_used;
+    c->raw_used += bytes;
+    return p;
+}
+
+static uint8_t *moqc_send_raw(moqc_ctx *c, const void *src, size_t bytes, moq_error *err)
+{
+    uint8_t *p = moqc_raw(c, bytes, err);
+    if (p && !moqc_send(c, p, src, bytes)) {
+        if (err) *err = c->error;
+        return NULL;
+    }
+    return p;
+}
+
+/* A view's elements first, first + step, ... as F32. */
+static int moqc_send_floats(moqc_ctx *c, void *dst, const moq_view *v, int64_t first, int64_t step, int64_t count)
+{
+    for (int64_t at = 0, n; at < count; at += n) {
+        n = moqc_min(count - at, MOQC_SLOT_BYTES / 4);
+        float *p = (float *)(void *)moqc_slot(c, (size_t)n * 4);
+        if (!p) return 0;
+        if (step == 1 && moq_dtype_bits(v->dtype) >= 16) moq_to_f32(v->dtype, (const uint8_t *)v->data + (first + at) * (moq_dtype_bits(v->dtype) / 8), (size_t)n, p);
+        else for (int64_t i = 0; i < n; i++) p[i] = moqc_f32_at(v, first + (at + i) * step);
+        if (!moqc_ok(c, cudaMemcpyAsync((float *)dst + at, p, (size_t)n * 4, cudaMemcpyHostToDevice, c->stream), "an upload")) return 0;
+    }
+    return 1;
+}
+
+/* ---- the repack kernels ---- */
+
+/* Stored codes: raw holds them from byte `begin` on. `flip` is xored into every code; `map`: 1 E2M3, 2 E3M2 to E4M3. */
+typedef struct moqk_source {
+    const uint8_t *raw;
+    int64_t begin, row_first, row_step, col_first, row_stride, col_stride;
+    const int32_t *order;      /* column of the layer for a column of the part, -1: none; NULL: the same */
+    int32_t bits, word_bits, along_rows, padded, awq, flip, map;
+} moqk_source;
+
+/* Which slot of a word holds neighbour n in AutoAWQ's order: 0 4 1 5 2 6 3 7. */
+__host__ __device__ static inline int moqk_awq_slot(int n) { return n >> 1 | (n & 1) << 2; }
+
+/* Where neighbour n of a line of codes lies. */
+__host__ __device__ static inline void moqk_place(int bits, int word_bits, int padded, int awq, int64_t n, int64_t *word, int *bit)
+{
+    if (padded || awq) {
+        int per = word_bits / bits, slot = (int)(n % per);
+        *word = n / per;
+        *bit = bits * (awq ? moqk_awq_slot(slot & 7) : slot);
+    } else {
+        *word = n * bits / word_bits;
+        *bit = (int)(n * bits % word_bits);
+    }
+}
+
+__device__ __forceinline__ uint32_t moqk_word(const uint8_t *p, int word_bits)
+{
+    return word_bits == 8 ? *p : word_bits == 16 ? *(const uint16_t *)p : *(const uint32_t *)p;
+}
+
+/* The code at stored coordinates, not sign-extended. */
+__device__ __forceinline__ uint32_t moqk_code_at(const moqk_source &s, int64_t row, int64_t col)
+{
+    int64_t word, step = s.along_rows ? s.row_stride : s.col_stride;
+    int bit, bytes = s.word_bits >> 3;
+    moqk_place(s.bits, s.word_bits, s.padded, s.awq, s.along_rows ? row : col, &word, &bit);
+    int64_t at = word * step + (s.along_rows ? col * s.col_stride : row * s.row_stride);
+    uint64_t v = moqk_word(s.raw + at * bytes - s.begin, s.word_bits) >> bit;
+    if (bit + s.bits > s.word_bits) v |= (uint64_t)moqk_word(s.raw + (at + step) * bytes - s.begin, s.word_bits) << (s.word_bits - bit);
+    return (uint32_t)(v & (((uint64_t)1 << s.bits) - 1));
+}
+
+/* E2M3 and E3M2 codes as E4M3: the value is exact there. */
+__device__ __forceinline__ uint32_t moqk_widen_f6(uint32_t c, int map)
+{
+    uint32_t m = map == 1 ? c & 7 : c & 3, e = map == 1 ? c >> 3 & 3 : c >> 2 & 7;
+    float v = map == 1 ? (e ? (float)(8 + m) * 0.125f * (float)(1 << (e - 1)) : (float)m * 0.125f)
+                       : (e ? (float)(4 + m) * 0.25f * exp2f((float)e - 3) : (float)m * 0.0625f);
+    return moqk_to_e4m3(c & 32 ? -v : v);
+}
+
+/* A thread writes 8 columns of one row. out: [rows, row_bytes] from layer row `row0` on. Reads and writes each code once. */
+__global__ void moqk_repack(moqk_source s, uint8_t *out, int64_t row_bytes, int64_t row0, int32_t rows, int32_t cols, int kind)
+{
+    int64_t chunks = moqk_ceil(cols, 8), i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= chunks * rows) return;
+    int64_t row = i / chunks, first = i % chunks * 8, stored = s.row_first + (row0 + row) * s.row_step;
+    uint32_t v[8] = {0, 0, 0, 0, 0, 0, 0, 0}, word[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (int j = 0; j < 8 && first + j < cols; j++) {
+        int64_t c = s.order ? s.order[first + j] : first + j;
+        if (c < 0) continue;
+        v[j] = moqk_code_at(s, stored, s.col_first + c) ^ (uint32_t)s.flip;
+        if (s.map) v[j] = moqk_widen_f6(v[j] & 63, s.map);
+    }
+    int bits = kind <= MOQK_U4 ? 4 : kind <= MOQK_U8 ? 8 : kind <= MOQK_F16 ? 16 : 32, bytes = moqk_kind_bytes(kind);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        uint32_t code = bits == 32 ? v[j] : v[j] & ((1u << bits) - 1);
+        if (bits == 4) word[0] |= code << (4 * j);
+        else if (bits == 8) word[j / 4] |= code << (8 * (j & 3));
+        else if (bits == 16) word[j / 2] |= code << (16 * (j & 1));
+        else word[j] = code;
+    }
+    uint32_t *to = (uint32_t *)(out + (row0 + row) * row_bytes + first / 8 * bytes);
+#pragma unroll
+    for (int j = 0; j < 8; j++) if (j < bytes / 4) to[j] = word[j];
+}
+
+/* Stored scales: element (r / group_rows) * row_stride + group * col_stride. */
+typedef struct moqk_scales {
+    const uint8_t *raw;
+    int64_t begin, row_first, row_step, group_rows, row_stride, col_stride; /* begin: the element that raw starts with */
+    const int32_t *group_of;   /* stored group of a group of the part; NULL: */
+    int64_t first, step;       /* (first + group * step) / divide */
+    int64_t divide;
+    int32_t dtype, out_f32;
+} moqk_scales;
+
+__device__ __forceinline__ int64_t moqk_stored_group(const moqk_scales &s, int64_t g)
+{
+    return s.group_of ? s.group_of[g] : (s.first + g * s.step) / s.divide;
+}
+
+__device__ __forceinline__ float moqk_stored_float(const uint8_t *p, int64_t i, int dtype)
+{
+    switch (dtype) {
+    case MOQ_F8_E4M3: return moqk_e4m3(p[i]);
+    case MOQ_F8_E8M0: return moqk_e8m0(p[i]);
+    case MOQ_BF16: return __uint_as_float((uint32_t)((const uint16_t *)p)[i] << 16);
+    case MOQ_F16: return __half2float(((const __half *)p)[i]);
+    case MOQ_F64: return (float)((const double *)p)[i];
+    default: return ((const float *)p)[i];
+    }
+}
+
+__global__ void moqk_take_scales(moqk_scales s, void *out, int64_t rows, int64_t groups)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows * groups) return;
+    int64_t r = s.row_first + i / groups * s.row_step, at = (s.group_rows > 0 ? r / s.group_rows : 0) * s.row_stride + moqk_stored_group(s, i % groups) * s.col_stride - s.begin;
+    if (s.out_f32) ((float *)out)[i] = moqk_stored_float(s.raw, at, s.dtype);
+    else ((uint8_t *)out)[i] = s.raw[at];
+}
+
+/* Zero points: packed like codes, element (r, stored group). */
+__global__ void moqk_take_zeros(moqk_source z, moqk_scales s, int is_signed, int add, int16_t *out, int64_t rows, int64_t groups)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows * groups) return;
+    int32_t v = (int32_t)moqk_code_at(z, z.row_first + i / groups * z.row_step, moqk_stored_group(s, i % groups)), sign = 1 << (z.bits - 1);
+    out[i] = (int16_t)((is_signed ? (v ^ sign) - sign : v) + add);
+}
+
+/* ---- one weight of a part, exactly: for embeddings and for rounding weights again ---- */
+
+__device__ __forceinline__ double moqk_code_value(const moqk_part &p, int64_t row, int64_t col)
+{
+    const uint8_t *line = p.codes + row * p.row_bytes;
+    switch (p.kind) {
+    case MOQK_E2M1: return (double)moqk_e2m1(line[col >> 1] >> (4 * (col & 1)) & 15);
+    case MOQK_U4: return (double)(line[col >> 1] >> (4 * (col & 1)) & 15);
+    case MOQK_E4M3: return (double)moqk_e4m3(line[col]);
+    case MOQK_U8: return (double)line[col];
+    case MOQK_BF16: return (double)__uint_as_float((uint32_t)((const uint16_t *)line)[col] << 16);
+    case MOQK_F16: return (double)__half2float(((const __half *)line)[col]);
+    default: return (double)((const float *)line)[col];
+    }
+}
+
+/* (code - zero) * scale * global_mul / global_div: F32 rounds it once. */
+__device__ __forceinline__ double moqk_weight_at(const moqk_part &p, int64_t row, int64_t col)
+{
+    int64_t at = row * p.scale_stride + col / p.group;
+    double scale = 1;
+    if (p.scale_kind == MOQK_SCALE_E4M3) scale = (double)moqk_e4m3(p.scales[at]);
+    else if (p.scale_kind == MOQK_SCALE_E8M0) scale = (double)moqk_e8m0(p.scales[at]);
+    else if (p.scale_kind == MOQK_SCALE_F32) scale = (double)((const float *)p.scales)[at];
+    double zero = (double)p.zero + (p.zeros ? (double)p.zeros[at] : 0);
+    return (moqk_code_value(p, row, col) - zero) * (scale * (double)p.global_mul) / (double)p.global_div;
+}
+
+/* e4m3(w / scale), rounded once: F32 keeps in its last bit whether anything was cut off (rounding to odd). A thread per weight. */
+__global__ void moqk_requantize(moqk_part from, float scale, uint8_t *out, int64_t row_bytes)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (int64_t)from.rows * from.cols) return;
+    int64_t row = i / from.cols, col = i % from.cols;
+    double v = moqk_weight_at(from, row, col) / (double)scale;
+    float f = __double2float_rz(v);
+    out[row * row_bytes + col] = (uint8_t)moqk_to_e4m3((double)f == v ? f : __uint_as_float(__float_as_uint(f) | 1));
+}
+
+/* ---- filling a part ---- */
+
+static void moqc_describe_source(const moq_packing *k, moqk_source *s)
+{
+    memset(s, 0, sizeof *s);
+    s->bits = k->bits;
+    s->word_bits = k->word_bits;
+    s->along_rows = k->along_rows;
+    s->padded = k->padded;
+    s->awq = k->awq_order;
+    s->row_stride = k->row_stride;
+    s->col_stride = k->col_stride;
+}
+
+/* The word that a code begins in. */
+static int64_t moqc_word_of(const moq_packing *k, int64_t row, int64_t col)
+{
+    int64_t word;
+    int bit;
+    moqk_place(k->bits, k->word_bits, k->padded, k->awq_order, k->along_rows ? row : col, &word, &bit);
+    return k->along_rows ? word * k->row_stride + col * k->col_stride : row * k->row_stride + word * k->col_stride;
+}
+
+/* Codes that lie row by row travel in pieces of at most 32 MiB, others whole. */
+static moq_result moqc_fill_codes(moqc_ctx *c, moqc_part *p, uint8_t *out, const int32_t *order, moq_error *err)
+{
+    const moq_linear *w = &p->layer;
+    const moq_packing *k = &w->packing;
+    moq_dtype e = w->scheme.weight.elem;
+    moqk_source s;
+    int64_t bytes = k->word_bits / 8, piece = w->rows, end_of_codes = (int64_t)w->codes.count * (moq_dtype_bits(w->codes.dtype) / 8);
+    int64_t step = k->along_rows ? k->row_stride : k->col_stride;
+    moqc_describe_source(k, &s);
+    s.row_first = w->row_first;
+    s.row_step = w->row_step;
+    s.col_first = w->col_first;
+    s.order = order;
+    s.flip = (p->d.kind == MOQK_U4 || p->d.kind == MOQK_U8) && !k->is_unsigned ? 1 << (k->bits - 1) : 0;
+    s.map = e == MOQ_F6_E2M3 ? 1 : e == MOQ_F6_E3M2 ? 2 : 0;
+    if (!k->along_rows && k->row_stride > k->col_stride) {
+        piece = ((int64_t)32 << 20) / moqc_max(1, k->row_stride * bytes * w->row_step);
+        piece = moqc_max(1, moqc_min(piece, w->rows));
+    }
+    for (int64_t row = 0, n; row < w->rows; row += n) {
+        n = moqc_min(piece, w->rows - row);
+        int64_t r0 = w->row_first + row * w->row_step, r1 = r0 + (n - 1) * w->row_step, c1 = w->col_first + w->cols - 1;
+        int64_t begin = moqc_word_of(k, r0, w->col_first) * bytes, end = (moqc_word_of(k, r1, c1) + 1) * bytes, word;
+        int bit;
+        moqk_place(k->bits, k->word_bits, k->padded, k->awq_order, k->along_rows ? r1 : c1, &word, &bit);
+        if (bit + k->bits > k->word_bits) end += step * bytes;
+        if (end_of_codes > 0) end = moqc_min(end, end_of_codes);
+        s.raw = moqc_send_raw(c, (const uint8_t *)w->codes.data + begin, (size_t)(end - begin), err);
+        s.begin = begin;
+        if (!s.raw) return MOQ_E_NOMEM;
+        int64_t threads = n * moqk_ceil(p->d.cols, 8);
+        moqk_repack<<<(unsigned)moqk_ceil(threads, 256), 256, 0, c->stream>>>(s, out, p->d.row_bytes, row, (int32_t)n, p->d.cols, p->d.kind);
+    }
+    return MOQ_OK;
+}
+
+static moq_result moqc_fill_scales(moqc_ctx *c, moqc_part *p, uint8_t *scales, int16_t *zeros, const int32_t *group_of, moq_error *err)
+{
+    const moq_linear *w = &p->layer;
+    int64_t g = w->scheme.weight.group_cols, gr = w->scheme.weight.group_rows, rows = p->d.scale_stride > 0 ? p->d.rows : 1, last = 0;
+    moqk_scales s;
+    memset(&s, 0, sizeof s);
+    s.row_first = w->row_first;
+    s.row_step = w->row_step;
+    s.group_rows = gr;
+    s.row_stride = w->scale_row_stride;
+    s.col_stride = w->scale_col_stride;
+    s.group_of = group_of;
+    s.first = g > 0 ? w->col_first : 0;
+    s.step = p->d.group;
+    s.divide = g > 0 ? g : INT64_MAX;
+    s.dtype = w->scales.dtype;
+    s.out_f32 = p->d.scale_kind == MOQK_SCALE_F32;
+    int64_t low = p->groups > 0 ? s.first / s.divide : 0;
+    last = (s.first + (p->groups - 1) * s.step) / s.divide;
+    for (int32_t i = 0; p->group_of && i < p->groups; i++) { low = i ? moqc_min(low, p->group_of[i]) : p->group_of[i]; last = i ? moqc_max(last, p->group_of[i]) : p->group_of[i]; }
+    unsigned blocks = (unsigned)moqk_ceil(rows * p->groups, 256);
+    if (scales) {
+        int64_t r0 = w->row_first, r1 = r0 + (rows - 1) * w->row_step, size = moq_dtype_bits(w->scales.dtype) / 8;
+        int64_t begin = (gr > 0 ? r0 / gr : 0) * s.row_stride + low * s.col_stride, end = (gr > 0 ? r1 / gr : 0) * s.row_stride + last * s.col_stride + 1;
+        s.begin = begin;
+        s.raw = moqc_send_raw(c, (const uint8_t *)w->scales.data + begin * size, (size_t)((end - begin) * size), err);
+        if (!s.raw) return MOQ_E_NOMEM;
+        moqk_take_scales<<<blocks, 256, 0, c->stream>>>(s, scales, rows, p->groups);
+    }
+    if (zeros) {
+        moqk_source z;
+        moqc_describe_source(&w->zero_packing, &z);
+        z.row_first = w->row_first;
+        z.row_step = w->row_step;
+        z.raw = moqc_send_raw(c, w->zeros.data, (size_t)w->zeros.count * (size_t)(moq_dtype_bits(w->zeros.dtype) / 8), err);
+        if (!z.raw) return MOQ_E_NOMEM;
+        moqk_take_zeros<<<blocks, 256, 0, c->stream>>>(z, s, !w->zero_packing.is_unsigned, w->zero_add, zeros, rows, p->groups);
+    }
+    return MOQ_OK;
+}
+
+/* Pointers of a part: weights and everything else. */
+static const uint8_t *moqc_at(const uint8_t *base, size_t at) { return at == SIZE_MAX ? NULL : base + at; }
+
+static void moqc_point_weights(moqc_part *p, const uint8_t *base)
+{
+    p->d.codes = moqc_at(base, p->at[MOQC_CODES]);
+    p->d.scales = moqc_at(base, p->at[MOQC_SCALES]);
+    p->d.zeros = (const int16_t *)(const void *)moqc_at(base, p->at[MOQC_ZEROS]);
+}
+
+static void moqc_point_rest(moqc_part *p, const uint8_t *base)
+{
+    p->d.bias = (const float *)(const void *)moqc_at(base, p->at[MOQC_BIAS]);
+    p->d.smooth = (const float *)(const void *)moqc_at(base, p->at[MOQC_SMOOTH]);
+    p->d.rotation = (const float *)(const void *)moqc_at(base, p->at[MOQC_ROTATION]);
+    p->d.place = (const int32_t *)(const void *)moqc_at(base, p->at[MOQC_PLACE]);
+    for (int i = 0; i < MOQC_LAYOUTS - 1; i++) p->d.packed[i] = moqc_at(base, p->at[MOQC_PACKED + i]);
+}
+
+/* Codes, scales and zero points of the form that the plan describes. lists: [cols] order, [groups] stored groups, or NULL. */
+static moq_result moqc_fill_weights(moqc_ctx *c, moqc_part *p, const int32_t *lists, moq_error *err)
+{
+    moq_result rc = moqc_fill_codes(c, p, (uint8_t *)p->d.codes, lists, err);
+    if (rc < 0) return rc;
+    return moqc_fill_scales(c, p, (uint8_t *)p->d.scales, (int16_t *)p->d.zeros, lists ? lists + p->d.cols : NULL, err);
+}
+
+/* Where each input column goes, the inverse of the order. */
+static int moqc_send_place(moqc_ctx *c, const moqc_part *p, const int32_t *to)
+{
+    size_t bytes = (size_t)p->d.feed_cols * 4;
+    int32_t *place = (int32_t *)moq_allocate(&c->host, bytes);
+    if (!place) return 0;
+    for (int32_t i = 0; i < p->d.cols; i++) if (p->order[i] >= 0) place[p->order[i]] = i;
+    int fine = moqc_send(c, (void *)to, place, bytes);
+    moq_release(&c->host, place, bytes);
+    return fine;
+}
+
+/* Everything of a part but its packed layouts into its zeroed block: the row-major weights first, when they are kept. Others lie in `aside`
+   until the next part; so do column lists, and weights before they are rounded again. */
+static moq_result moqc_fill_part(moqc_ctx *c, moqc_part *p, uint8_t *block, moq_error *err)
+{
+    const moq_linear *w = &p->layer;
+    moqc_part stored = *p, final = *p;
+    int again = p->requant > 0, fine = 1;
+    size_t order = p->order ? (size_t)p->d.cols * 4 : 0, groups = p->order ? (size_t)p->groups * 4 : 0, lists = (order + groups + 255) & ~(size_t)255;
+    if (again) moqc_plan_requant(p, &final);
+    size_t before = again ? stored.bytes[0] : 0, need = lists + before + (p->keep ? 0 : final.bytes[0]);
+    if (need > 0 && !moqc_widen(c, &c->aside, &c->aside_bytes, need, err)) return MOQ_E_NOMEM;
+    if (need > 0) fine &= moqc_ok(c, cudaMemsetAsync(c->aside, 0, need, c->stream), "cudaMemset");
+    const int32_t *list = p->order ? (const int32_t *)(const void *)c->aside : NULL;
+    if (list) fine &= moqc_send(c, c->aside, p->order, order) && moqc_send(c, c->aside + order, p->group_of, groups);
+    moqc_point_weights(&final, p->keep ? block : c->aside + lists + before);
+    moqc_point_rest(&final, block + (p->keep ? final.bytes[0] : 0));
+    if (again) moqc_point_weights(&stored, c->aside + lists);
+    moq_result rc = moqc_fill_weights(c, again ? &stored : &final, list, err);
+    if (rc < 0) return rc;
+    if (again)
+        moqk_requantize<<<(unsigned)moqk_ceil((int64_t)p->d.rows * p->d.cols, 256), 256, 0, c->stream>>>(stored.d, p->requant, (uint8_t *)final.d.codes, final.d.row_bytes);
+    if (final.d.place && !moqc_send_place(c, p, final.d.place)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory for the column order");
+    if (final.d.bias) fine &= moqc_send_floats(c, (void *)final.d.bias, &w->bias, w->row_first, w->row_step, w->rows);
+    if (final.d.smooth) fine &= moqc_send_floats(c, (void *)final.d.smooth, &w->pre_quant_scale, w->col_first, 1, w->cols);
+    if (final.d.rotation) fine &= moqc_send_floats(c, (void *)final.d.rotation, &w->hadamard, 0, 1, (int64_t)w->hadamard.count);
+    moqc_free_plan(c, p);
+    final.order = final.group_of = NULL;
+    *p = final;
+    if (moqc_launched(c, "repacking a weight") && fine) return MOQ_OK;
+    if (err) *err = c->error;
+    return MOQ_E_BACKEND;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-linear     the feed; products of any scheme and any number of rows
+   The kernels here take every part that >>cuda-prepare makes: slower rows of the dispatch table fall back on nothing else.
+   ------------------------------------------------------------------------------------------------ */
+
+/* One product of a launch: y[m][rows of the parts] = x W^T (+ bias). Dense: rows 0..m of x and y. Grouped: the rows of x and y are
+   choices sorted by expert, and a tile names an expert and a run of its choices. */
+typedef struct moqk_call {
+    const moqk_part *parts;    /* of expert 0; expert e: parts + e * expert_stride */
+    int32_t expert_stride, part_count;
+    const void *x;
+    int64_t ldx;
+    void *y;
+    int64_t ldy;
+    int32_t m;                 /* dense: rows */
+    const int32_t *row_of;     /* grouped: x row of a choice; NULL: the choice itself */
+    const int32_t *tiles;      /* grouped: [tile_count][expert, first, count, -], tile_count stands at tiles[-4]; NULL: dense */
+    int32_t most_tiles;        /* grouped: an upper bound known to the host */
+    uint8_t x_bf16, y_bf16;
+    uint8_t accumulate;        /* y += instead of y = */
+    int32_t slices;            /* warps of a block that share a row group of moqk_gemv */
+} moqk_call;
+
+/* ---- the feed: a token on its way into a layer ---- */
+
+typedef struct moqk_feed_args {
+    const moqk_part *parts;    /* of expert 0 */
+    int32_t expert_stride;
+    const void *x;             /* [tokens, cols], or [choices, gate n | up n] before an activation */
+    int64_t ldx;
+    int32_t x_bf16, fused;     /* fused: x goes through `activation` first */
+    moq_activation_desc activation;
+    const int32_t *row_of, *expert_of; /* grouped, else NULL */
+    float *t, *r;              /* [rows, ld]: before rounding (may be r when nothing reads it), as the codes want it */
+    int64_t ld;
+    int32_t segment;           /* columns of a block; a multiple of every group and rotated block */
+} moqk_feed_args;
+
+__device__ __forceinline__ float moqk_activate(const moq_activation_desc &a, float g, float u)
+{
+    switch ((int)a.kind) {
+    case MOQ_GELU_MUL: return 0.5f * g * (1 + erff(g * 0.70710678f)) * u;
+    case MOQ_GELU_TANH_MUL: return 0.5f * g * (1 + tanhf(0.79788456f * (g + 0.044715f * g * g * g))) * u;
+    case MOQ_SWIGLU_CLAMP:
+        g = g > a.limit ? a.limit : g;
+        u = u > a.limit ? a.limit : u < -a.limit ? -a.limit : u;
+        return g / (1 + expf(-a.alpha * g)) * (u + a.beta);
+    case MOQ_RELU2: return g > 0 ? g * g : g < 0 ? 0 : g * 0;
+    default: return g / (1 + expf(-g)) * u;
+    }
+}
+
+/* Columns [lo, hi) of t rotated block by block; all threads of the block take part. `room`: the same columns of r, free until the end. */
+__device__ void moqk_rotate(const moqk_part &p, float *t, float *room, int32_t lo, int32_t hi)
+{
+    int32_t size = p.hadamard_size;
+    if (!p.rotation) { /* Sylvester's matrix: H[i][j] = (-1)^popcount(i & j) by butterflies */
+        for (int32_t half = 1; half < size; half *= 2) {
+            __syncthreads();
+            for (int32_t i = threadIdx.x; i < (hi - lo) / 2; i += blockDim.x) {
+                int32_t a = lo + i / half * 2 * half + i % half;
+                float u = t[a], v = t[a + half];
+                t[a] = u + v;
+                t[a + half] = u - v;
+            }
+        }
+        __syncthreads();
+        for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) t[i] *= p.hadamard_scale;
+        return;
+    }
+    __syncthreads();
+    for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) {
+        const float *x = t + i / size * size;
+        float y = 0;
+        for (int32_t j = 0; j < size; j++) y += x[j] * p.rotation[(int64_t)j * size + i % size];
+        room[i] = y;
+    }
+    __syncthreads();
+    for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) t[i] = room[i] * p.hadamard_scale;
+}
+
+/* One value rounded with its group's scale; s = 0: nothing to scale (asymmetric: all values of the group are equal, one exact code). */
+__device__ __forceinline__ float moqk_round_with(const moqk_part &p, float x, float s, float zero, int asymmetric)
+{
+    if (s > 0) return moqk_round_code(p.in_elem, x / s, zero) * s;
+    return asymmetric || !(x == x) ? x : 0;
+}
+
+/* The scale of a group from its largest magnitude, or its ends when asymmetric. */
+__device__ __forceinline__ float moqk_group_scale(const moqk_part &p, float amax, float lo, float hi, float *zero)
+{
+    float largest = moqk_largest(p.in_elem);
+    *zero = 0;
+    if (p.in_zero_point) {
+        float s = (hi - lo) / (2 * largest + 1);
+        if (s > 0) *zero = rintf(-largest - 1 - lo / s);
+        return s;
+    }
+    if (p.in_scale == MOQ_F8_E8M0) return ldexpf(1.0f, moqk_e8m0_exponent(p.in_rule, largest, amax));
+    if (p.in_scale != MOQ_F8_E4M3) return amax / largest;
+    float s = amax / (largest * p.input_scale);
+    return moqk_e4m3(moqk_to_e4m3(s < 448 ? s : 448)) * p.input_scale;
+}
+
+/* Columns [lo, hi) of t rounded into r; a group is scaled by 16 or 32 neighbouring lanes, a whole token by the block. */
+__device__ void moqk_round_segment(const moqk_part &p, const float *t, float *r, int32_t lo, int32_t hi, float *room)
+{
+    int dynamic = p.in_dynamic || p.in_scale == MOQ_F8_E8M0 || p.in_scale == MOQ_F8_E4M3;
+    int asymmetric = dynamic && p.in_zero_point;
+    float s = p.input_scale, zero = p.input_zero;
+    if (!dynamic || p.in_group == 0) {
+        if (dynamic) {
+            float amax = 0, low = 3.4e38f, high = -3.4e38f;
+            for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) { amax = fmaxf(amax, fabsf(t[i])); low = fminf(low, t[i]); high = fmaxf(high, t[i]); }
+            amax = moqk_block_max(amax, room);
+            high = moqk_block_max(high, room);
+            low = -moqk_block_max(-low, room);
+            s = moqk_group_scale(p, amax, low, high, &zero);
+        }
+        for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) r[p.place ? p.place[i] : i] = moqk_round_with(p, t[i], s, zero, asymmetric);
+        return;
+    }
+    int lanes = p.in_group >= 32 ? 32 : 16, lane = threadIdx.x % lanes, teams = blockDim.x / lanes;
+    int32_t groups = (int32_t)moqk_ceil(hi - lo, p.in_group);
+    for (int32_t base = 0; base < groups; base += teams) { /* the whole warp stays together for the shuffles */
+        int32_t g = base + threadIdx.x / lanes, first = lo + g * p.in_group, end = g < groups ? min(first + p.in_group, hi) : 0;
+        float amax = 0, low = 3.4e38f, high = -3.4e38f;
+        for (int32_t i = first + lane; i < end; i += lanes) { amax = fmaxf(amax, fabsf(t[i])); low = fminf(low, t[i]); high = fmaxf(high, t[i]); }
+        for (int o = lanes / 2; o > 0; o >>= 1) {
+            amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, o));
+            low = fminf(low, __shfl_xor_sync(0xffffffffu, low, o));
+            high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, o));
+        }
+        s = moqk_group_scale(p, amax, low, high, &zero);
+        for (int32_t i = first + lane; i < end; i += lanes) r[p.place ? p.place[i] : i] = moqk_round_with(p, t[i], s, zero, asymmetric);
+    }
+}
+
+/* x -> t = rotated and smoothed, r = t rounded, in the order of the codes; both padded with zeros to ld. Grid: rows, segments. */
+__global__ void __launch_bounds__(256) moqk_feed(moqk_feed_args a)
+{
+    __shared__ float room[33];
+    int64_t row = blockIdx.x, from = a.row_of ? a.row_of[row] : row;
+    const moqk_part &p = a.parts[a.expert_of ? (int64_t)a.expert_of[row] * a.expert_stride : 0];
+    int32_t cols = p.feed_cols, lo = (int32_t)min((int64_t)blockIdx.y * a.segment, (int64_t)cols), hi = (int32_t)min((int64_t)lo + a.segment, (int64_t)cols);
+    float *t = a.t + row * a.ld, *r = a.r + row * a.ld;
+    int64_t up = a.activation.kind == MOQ_RELU2 ? 0 : cols;
+    for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) {
+        float v = moqk_get_any(a.x, from * a.ldx + i, a.x_bf16);
+        if (a.fused) v = moqk_activate(a.activation, v, moqk_get_any(a.x, from * a.ldx + up + i, a.x_bf16));
+        t[i] = v;
+    }
+    if (p.hadamard_size > 0) moqk_rotate(p, t, r, lo, hi);
+    __syncthreads();
+    for (int32_t i = lo + threadIdx.x; p.smooth && i < hi; i += blockDim.x) t[i] *= p.smooth[i];
+    if (p.place) { /* one segment: columns that pad groups are zero */
+        __syncthreads();
+        for (int32_t i = threadIdx.x; i < a.ld; i += blockDim.x) r[i] = 0;
+    } else if (hi == cols) {
+        for (int32_t i = cols + threadIdx.x; i < a.ld; i += blockDim.x) r[i] = t[i] = 0;
+    }
+    __syncthreads();
+    if (p.rounds) moqk_round_segment(p, t, r, lo, hi, room);
+    else if (t != r || p.place) for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) r[p.place ? p.place[i] : i] = t[i];
+}
+
+/* ---- eight neighbouring weights in registers ---- */
+
+/* E2M1 through F16: sign, exponent and mantissa bits moved to their places give value * 2^-14. */
+__device__ __forceinline__ void moqk_decode_e2m1(uint32_t w, float v[8])
+{
+    const __half2 fix = __float2half2_rn(16384.0f);
+#pragma unroll
+    for (int j = 0; j < 4; j++) { /* nibbles j and j + 4 */
+        uint32_t at = w << (12 - 4 * j), h = (at & 0x80008000u) | (at >> 3 & 0x0e000e00u);
+        float2 f = __half22float2(__hmul2(*(const __half2 *)&h, fix));
+        v[j] = f.x;
+        v[j + 4] = f.y;
+    }
+}
+
+/* E4M3 through F16, value * 2^-8. NaN is finite there: put back. */
+__device__ __forceinline__ void moqk_decode_e4m3(uint32_t w, float *v)
+{
+#if __CUDA_ARCH__ >= 890
+    uint32_t lo, hi;
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }" : "=r"(lo), "=r"(hi) : "r"(w));
+    float2 f = __half22float2(*(const __half2 *)&lo), g = __half22float2(*(const __half2 *)&hi);
+    v[0] = f.x;
+    v[1] = f.y;
+    v[2] = g.x;
+    v[3] = g.y;
+#else
+    const __half2 fix = __float2half2_rn(256.0f);
+#pragma unroll
+    for (int j = 0; j < 2; j++) { /* bytes j and j + 2 */
+        uint32_t at = j ? w : w << 8, h = (at & 0x80008000u) | (at >> 1 & 0x3f803f80u);
+        float2 f = __half22float2(__hmul2(*(const __half2 *)&h, fix));
+        v[j] = (w >> (8 * j) & 127) == 127 ? __uint_as_float(0x7fc00000u) : f.x;
+        v[j + 2] = (w >> (8 * j + 16) & 127) == 127 ? __uint_as_float(0x7fc00000u) : f.y;
+    }
+#endif
+}
+
+/* Raw bits of 8 columns: one load. */
+template <int KIND> struct moqk_bits { uint32_t w[moqk_kind_bytes(KIND) / 4]; };
+
+template <int KIND> __device__ __forceinline__ moqk_bits<KIND> moqk_load8(const uint8_t *p)
+{
+    moqk_bits<KIND> b;
+    if constexpr (KIND <= MOQK_U4) b.w[0] = __ldg((const unsigned *)p);
+    else if constexpr (KIND <= MOQK_U8) { uint2 v = __ldg((const uint2 *)p); b.w[0] = v.x; b.w[1] = v.y; }
+    else {
+#pragma unroll
+        for (int i = 0; i < moqk_kind_bytes(KIND) / 16; i++) { uint4 v = __ldg((const uint4 *)p + i); b.w[4 * i] = v.x; b.w[4 * i + 1] = v.y; b.w[4 * i + 2] = v.z; b.w[4 * i + 3] = v.w; }
+    }
+    return b;
+}
+
+/* Code minus zero point as F32. Integers: 2^23 + n is a float, so one subtraction converts and moves: exact. */
+template <int KIND> __device__ __forceinline__ void moqk_decode8(const moqk_bits<KIND> &b, float zero, float v[8])
+{
+    if constexpr (KIND == MOQK_E2M1) moqk_decode_e2m1(b.w[0], v);
+    else if constexpr (KIND == MOQK_U4) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = __uint_as_float((b.w[0] >> (4 * i) & 15) | 0x4b000000u) - (8388608.0f + zero);
+    } else if constexpr (KIND == MOQK_E4M3) {
+        moqk_decode_e4m3(b.w[0], v);
+        moqk_decode_e4m3(b.w[1], v + 4);
+    } else if constexpr (KIND == MOQK_U8) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = __uint_as_float(__byte_perm(b.w[i / 4], 0x4b000000u, 0x7540 + (i & 3))) - (8388608.0f + zero);
+    } else if constexpr (KIND == MOQK_BF16) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) { v[2 * i] = __uint_as_float(b.w[i] << 16); v[2 * i + 1] = __uint_as_float(b.w[i] & 0xffff0000u); }
+    } else if constexpr (KIND == MOQK_F16) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) { float2 f = __half22float2(*(const __half2 *)&b.w[i]); v[2 * i] = f.x; v[2 * i + 1] = f.y; }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = __uint_as_float(b.w[i]);
+    }
+}
+
+__device__ __forceinline__ float moqk_scale_at(const uint8_t *scales, int kind, int64_t at)
+{
+    if (kind == MOQK_SCALE_E4M3) {
+        float v[4];
+        moqk_decode_e4m3(__ldg(scales + at), v);
+        return v[0];
+    }
+    return kind == MOQK_SCALE_E8M0 ? moqk_e8m0(__ldg(scales + at)) : __ldg((const float *)scales + at);
+}
+
+/* Columns [c, c + 8) of a row: code minus zero, and the scale that they share (returned) or, where they do not, multiplied in already. */
+template <int KIND> __device__ __forceinline__ float moqk_weights8(const moqk_part &p, const moqk_bits<KIND> &b, int64_t row, int32_t c, float v[8])
+{
+    int64_t at = row * p.scale_stride;
+    if (p.group8) {
+        at += c / p.group;
+        moqk_decode8<KIND>(b, p.zeros ? p.zero + (float)p.zeros[at] : p.zero, v);
+        return p.scale_kind == MOQK_NO_SCALE ? 1.0f : moqk_scale_at(p.scales, p.scale_kind, at);
+    }
+    moqk_decode8<KIND>(b, 0, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        int64_t k = at + min(c + i, p.cols - 1) / p.group;
+        v[i] -= p.zeros ? p.zero + (float)p.zeros[k] : p.zero;
+        if (p.scale_kind != MOQK_NO_SCALE) v[i] *= moqk_scale_at(p.scales, p.scale_kind, k);
+    }
+    return 1.0f;
+}
+
+/* Eight neighbouring inputs; x is aligned to 16 bytes. */
+__device__ __forceinline__ void moqk_inputs8(const void *x, int64_t at, int bf16, float v[8])
+{
+    if (bf16) {
+        uint4 q = *(const uint4 *)((const __nv_bfloat16 *)x + at);
+        const uint32_t w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) { v[2 * i] = __uint_as_float(w[i] << 16); v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u); }
+    } else {
+        float4 a = ((const float4 *)((const float *)x + at))[0], b = ((const float4 *)((const float *)x + at))[1];
+        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w;
+        v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+    }
+}
+
+__device__ __forceinline__ void moqk_store(const moqk_call &a, int64_t at, float v)
+{
+    if (a.accumulate) v += moqk_get_any(a.y, at, a.y_bf16);
+    moqk_put_any(a.y, at, v, a.y_bf16);
+}
+
+/* The expert's parts, the first row of x and y and the number of rows of this block. 0: nothing to do. */
+__device__ __forceinline__ int moqk_locate(const moqk_call &a, int32_t most, const moqk_part **parts, int32_t *first, int32_t *count)
+{
+    *parts = a.parts;
+    if (!a.tiles) {
+        *first = blockIdx.y * most;
+        *count = min(most, a.m - *first);
+        return 1;
+    }
+    if ((int32_t)blockIdx.y >= a.tiles[-4]) return 0;
+    const int32_t *tile = a.tiles + 4 * (int64_t)blockIdx.y;
+    *parts += (int64_t)tile[0] * a.expert_stride;
+    *first = tile[1];
+    *count = tile[2];
+    return 1;
+}
+
+/* Few rows of x: a warp multiplies 4 rows of W, `slices` warps of the block share the columns. Lane l of slice s takes columns
+   (s + slices * i) * 256 + 8 l; sums are over lanes, then over slices: a fixed order. Reads the weights once for MT rows of x. */
+template <int KIND, int MT> __global__ void __launch_bounds__(256) moqk_gemv(moqk_call a)
+{
+    __shared__ float sums[8][4 * MT];
+    const moqk_part *p;
+    int32_t first, count, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, slice = warp % a.slices;
+    int32_t group = blockIdx.x * (8 / a.slices) + warp / a.slices, y_first = 0, part = 0;
+    if (!moqk_locate(a, MT, &p, &first, &count)) return;
+    for (; part < a.part_count && group >= (p->rows + 3) / 4; part++, p++) { group -= (p->rows + 3) / 4; y_first += p->rows; }
+    int active = part < a.part_count && p->kind == KIND;
+    float acc[4][MT];
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+        for (int t = 0; t < MT; t++) acc[r][t] = 0;
+    if (active) {
+        const moqk_part q = *p;
+        int32_t end = (q.cols + 7) / 8 * 8;
+        for (int32_t c = slice * 256 + lane * 8; c < end; c += a.slices * 256) {
+            moqk_bits<KIND> bits[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) bits[r] = moqk_load8<KIND>(q.codes + (int64_t)min(group * 4 + r, q.rows - 1) * q.row_bytes + c / 8 * moqk_kind_bytes(KIND));
+            float w[4][8], s[4], x[8];
+#pragma unroll
+            for (int r = 0; r < 4; r++) s[r] = moqk_weights8<KIND>(q, bits[r], min(group * 4 + r, q.rows - 1), c, w[r]);
+#pragma unroll
+            for (int t = 0; t < MT; t++) {
+                if (t >= count) break;
+                int64_t row = a.row_of ? a.row_of[first + t] : first + t;
+                moqk_inputs8(a.x, row * a.ldx + c, a.x_bf16, x);
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    float dot = w[r][0] * x[0];
+#pragma unroll
+                    for (int i = 1; i < 8; i++) dot += w[r][i] * x[i];
+                    acc[r][t] += dot * s[r];
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+#pragma unroll
+            for (int t = 0; t < MT; t++) {
+                float v = moqk_warp_sum(acc[r][t]);
+                if (lane == 0) sums[warp][r * MT + t] = v;
+            }
+    }
+    __syncthreads();
+    if (!active || slice != 0) return;
+    for (int i = lane; i < 4 * MT; i += 32) {
+        int32_t row = group * 4 + i / MT, t = i % MT;
+        float v = 0;
+        for (int s = 0; s < a.slices; s++) v += sums[warp + s][i];
+        if (row < p->rows && t < count) moqk_store(a, (first + t) * a.ldy + y_first + row, v * p->factor + (p->bias ? p->bias[row] : 0));
+    }
+}
+
+/* Many rows of x: tiles of 128 rows of W and BM rows of x, 32 columns at a time through shared memory, 8 x BM/16 sums a thread. Each 32
+   columns are summed apart before they are added: the error grows with the root of cols / 32. */
+template <int KIND, int BM> __global__ void __launch_bounds__(256) moqk_gemm(moqk_call a)
+{
+    constexpr int TM = BM / 16; /* rows of x that a thread owns */
+    __shared__ __align__(16) float ws[32][128];
+    __shared__ __align__(16) float xs[32][BM + 4];
+    const moqk_part *p;
+    int32_t first, count, tile = blockIdx.x, y_first = 0, part = 0, tid = threadIdx.x;
+    if (!moqk_locate(a, BM, &p, &first, &count)) return;
+    for (; part < a.part_count && tile >= (p->rows + 127) / 128; part++, p++) { tile -= (p->rows + 127) / 128; y_first += p->rows; }
+    if (part == a.part_count || p->kind != KIND) return;
+    const moqk_part q = *p;
+    int32_t end = (q.cols + 7) / 8 * 8, wr = tid & 127, half = tid >> 7, w_row = min(tile * 128 + wr, q.rows - 1);
+    int32_t x_row = tid % BM, x_col = tid / BM * 8, tx = tid & 15, ty = tid >> 4;
+    int64_t x_from = 0;
+    if (x_row < count) x_from = (a.row_of ? a.row_of[first + x_row] : first + x_row) * a.ldx;
+    float acc[8][TM], run[8][TM];
+#pragma unroll
+    for (int r = 0; r < 8; r++)
+        for (int t = 0; t < TM; t++) acc[r][t] = 0;
+    for (int32_t k = 0; k < end; k += 32) {
+        float v[8];
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+            for (int t = 0; t < TM; t++) run[r][t] = 0;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            int32_t c = k + half * 16 + j * 8;
+            float s = 0;
+            for (int i = 0; i < 8; i++) v[i] = 0;
+            if (c < end) s = moqk_weights8<KIND>(q, moqk_load8<KIND>(q.codes + (int64_t)w_row * q.row_bytes + c / 8 * moqk_kind_bytes(KIND)), w_row, c, v);
+#pragma unroll
+            for (int i = 0; i < 8; i++) ws[half * 16 + j * 8 + i][wr] = v[i] * s;
+        }
+        if (x_col < 32) {
+            for (int i = 0; i < 8; i++) v[i] = 0;
+            if (x_row < count && k + x_col < end) moqk_inputs8(a.x, x_from + k + x_col, a.x_bf16, v);
+#pragma unroll
+            for (int i = 0; i < 8; i++) xs[x_col + i][x_row] = v[i];
+        }
+        __syncthreads();
+#pragma unroll 8
+        for (int i = 0; i < 32; i++) {
+            float4 w0 = *(const float4 *)&ws[i][tx * 4], w1 = *(const float4 *)&ws[i][64 + tx * 4];
+            const float w[8] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+#pragma unroll
+            for (int t = 0; t < TM; t++) {
+                float x = xs[i][ty * TM + t];
+#pragma unroll
+                for (int r = 0; r < 8; r++) run[r][t] += w[r] * x;
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+            for (int t = 0; t < TM; t++) acc[r][t] += run[r][t];
+        __syncthreads();
+    }
+#pragma unroll
+    for (int t = 0; t < TM; t++)
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            int32_t row = tile * 128 + (r < 4 ? tx * 4 + r : 64 + tx * 4 + r - 4), token = ty * TM + t;
+            if (row < q.rows && token < count) moqk_store(a, (first + token) * a.ldy + y_first + row, acc[r][t] * q.factor + (q.bias ? q.bias[row] : 0));
+        }
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-decode     1 to 16 rows of x: weights stream through the tensor cores once
+   Weights are the 16-row operand of mma.m16n8k16, decoded in registers; x is the 8-column operand. An F32 x goes in as two columns of BF16,
+   hi = bf16(x) and lo = bf16(x - hi), which keeps 17 bits of it: four rows of x fill the columns of one product. Codes are exact in BF16
+   (4-bit floats times their group's scale too); other scales multiply F32 sums of a group. Sums have a fixed order.
+
+   Layout: chunks of 16 rows x (2048 bytes of codes), row tile by row tile. A lane's 16 bytes are rows g and g + 8 (g = lane / 4) of its share
+   of the columns, in the order of the product's registers: one load, no shuffles. The order of columns inside a product is free as long as
+   both operands agree: see moqk_fast_col. Bytes read per launch: the codes and scales once, x once per block.
+   ------------------------------------------------------------------------------------------------ */
+
+enum moqk_form { MOQK_NVFP4, MOQK_MXFP4, MOQK_FAST_U4, MOQK_FAST_E4M3, MOQK_FAST_U8, MOQK_FAST_BF16, MOQK_FORMS };
+
+__host__ __device__ static constexpr int moqk_fast_bits(int form) { return form <= MOQK_FAST_U4 ? 4 : form <= MOQK_FAST_U8 ? 8 : 16; }
+__host__ __device__ static constexpr int moqk_chunk_cols(int form) { return 1024 / moqk_fast_bits(form); }
+/* 4-bit floats carry the scales of their 256 columns in the chunk; others have theirs behind all chunks. */
+__host__ __device__ static constexpr int moqk_chunk_bytes(int form) { return form == MOQK_NVFP4 ? 2304 : form == MOQK_MXFP4 ? 2176 : 2048; }
+
+/* Column in a block of 64 of element e (0..3) of lane t of a quad in step s (0..3): 4-bit floats give a lane 16 neighbours, one group's
+   scale; the others give a step 16 neighbours, so that a step never crosses groups of 32. */
+__host__ __device__ static constexpr int moqk_fast_col(int form, int t, int s, int e) { return form <= MOQK_MXFP4 ? t * 16 + s * 4 + e : s * 16 + t * 4 + e; }
+
+/* The form of a part, or -1. */
+__host__ __device__ static inline int moqk_form_of(const moqk_part &p)
+{
+    int64_t g = p.group;
+    int whole = g >= p.cols, fine = whole || (g >= 32 && (g & (g - 1)) == 0);
+    if (p.kind == MOQK_E2M1) {
+        if (p.zero != 0 || p.scale_stride == 0) return -1;
+        return p.scale_kind == MOQK_SCALE_E4M3 && g == 16 ? MOQK_NVFP4 : p.scale_kind == MOQK_SCALE_E8M0 && g == 32 ? MOQK_MXFP4 : -1;
+    }
+    if (p.kind == MOQK_U4) return fine && p.zero >= 0 && p.zero <= 16 ? MOQK_FAST_U4 : -1;
+    if (p.kind == MOQK_E4M3) return fine && p.zero == 0 ? MOQK_FAST_E4M3 : -1;
+    if (p.kind == MOQK_U8) return whole && p.zero >= 0 && p.zero <= 128 ? MOQK_FAST_U8 : -1;
+    return p.kind == MOQK_BF16 && p.scale_kind == MOQK_NO_SCALE && p.zero == 0 ? MOQK_FAST_BF16 : -1;
+}
+
+/* How scales reach the sums: 0 once at the end, 32 or 64: groups of 32, or of a multiple of 64 columns. 4-bit floats: on the weights. */
+__host__ __device__ static inline int moqk_form_step(const moqk_part &p, int form)
+{
+    return form <= MOQK_MXFP4 || form >= MOQK_FAST_U8 || p.group >= p.cols ? 0 : p.group == 32 ? 32 : 64;
+}
+
+/* Where the pieces lie: chunks [tiles][chunks], scales [tiles][groups][8] of float2 (rows g, g + 8), zeros of integers
+   [tiles][groups][8] of two bytes. */
+typedef struct moqk_fast {
+    int64_t tiles, chunks, groups, scales_at, zeros_at, bytes;
+} moqk_fast;
+
+__host__ __device__ static inline moqk_fast moqk_fast_of(const moqk_part &p, int form)
+{
+    moqk_fast f;
+    f.tiles = moqk_ceil(p.rows, 16);
+    f.chunks = moqk_ceil(p.cols, moqk_chunk_cols(form));
+    f.groups = form <= MOQK_MXFP4 ? 0 : p.group >= p.cols ? 1 : moqk_ceil(f.chunks * moqk_chunk_cols(form), p.group);
+    f.scales_at = f.tiles * f.chunks * moqk_chunk_bytes(form);
+    f.zeros_at = f.scales_at + f.tiles * f.groups * 64;
+    f.bytes = f.zeros_at + (form == MOQK_FAST_U4 || form == MOQK_FAST_U8 ? f.tiles * f.groups * 16 : 0);
+    return f;
+}
+
+/* ---- preparing ---- */
+
+/* Raw code; outside the matrix 0, which only meets columns where x is 0 or rows that nobody stores. */
+__device__ __forceinline__ uint32_t moqk_raw_code(const moqk_part &p, int64_t row, int64_t col)
+{
+    if (row >= p.rows || col >= p.cols) return 0;
+    const uint8_t *line = p.codes + row * p.row_bytes;
+    if (p.kind <= MOQK_U4) return line[col >> 1] >> (4 * (col & 1)) & 15;
+    return p.kind <= MOQK_U8 ? line[col] : ((const uint16_t *)line)[col];
+}
+
+/* E4M3 as 5 bits of exponent (bias 10) and 3 of mantissa, so that no scale is subnormal. Not for 0. */
+__device__ __forceinline__ uint32_t moqk_e5m3(uint32_t b)
+{
+    int e = b >> 3 & 15, m = b & 7;
+    if (e == 0) {
+        for (e = 1; m < 8; e--) m *= 2;
+        m &= 7;
+    }
+    return (uint32_t)((e + 3) << 3 | m);
+}
+
+/* Two codes (the halves of register r of a step) as bits of a word. 4-bit floats: signs at 15, 12, 14, 13 and magnitudes at 6, 3, 0, 9 of
+   each half for r = 0..3: a sign or magnitude is at most one shift away from where BF16 has it. */
+__device__ __forceinline__ uint32_t moqk_fast_bits_of(int form, int r, uint32_t low, uint32_t high)
+{
+    const uint32_t both = low | high << 16;
+    if (form <= MOQK_MXFP4) return (both >> 3 & 0x00010001u) << (0xdecf >> (4 * r) & 15) | (both & 0x00070007u) << (0x9036 >> (4 * r) & 15);
+    if (form == MOQK_FAST_U4) return both << (4 * r);
+    if (form == MOQK_FAST_U8) return (both ^ 0x00800080u) << (8 * (r & 1));
+    return form == MOQK_FAST_E4M3 ? both << (8 * (r & 1)) : both;
+}
+
+/* Row-major form -> chunks. A thread writes 4 bytes of codes. Reads and writes each code once. */
+__global__ void moqk_fast_codes(moqk_part p, int form, moqk_fast f, uint8_t *out)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, chunk = i >> 9, tile = chunk / f.chunks, c = chunk % f.chunks;
+    if (tile >= f.tiles) return;
+    int word = i & 3, lane = i >> 2 & 31, unit = i >> 7 & 3, t = lane & 3, bits = moqk_fast_bits(form);
+    int regs = 16 / bits, sequence = (unit * 4 + word) * regs; /* which register of the chunk: 16 per block of 64 columns */
+    uint32_t v = 0;
+    for (int k = 0; k < regs; k++) {
+        int at = sequence + k, block = at >> 4, step = at >> 2 & 3, r = at & 3;
+        int64_t row = tile * 16 + (lane >> 2) + 8 * (r & 1), col = c * moqk_chunk_cols(form) + block * 64 + moqk_fast_col(form, t, step, (r >> 1) * 2);
+        uint32_t low = moqk_raw_code(p, row, col), high = moqk_raw_code(p, row, col + 1);
+        if (form == MOQK_NVFP4 && row < p.rows && col < p.cols) { /* a scale of 0 has no 5-bit exponent: 0 codes; of -s: codes change sign */
+            uint32_t s = p.scales[row * p.scale_stride + col / 16];
+            if ((s & 127) == 0) low = high = 0;
+            else if (s & 128) low ^= 8, high ^= 8;
+        }
+        v |= moqk_fast_bits_of(form, r, low, high);
+    }
+    *(uint32_t *)(out + chunk * moqk_chunk_bytes(form) + unit * 512 + lane * 16 + word * 4) = v;
+}
+
+/* Scales of 4-bit floats: 8 bytes a lane (MXFP4: shared by lanes t and t ^ 1), [block of 64 columns][row g, g + 8]. */
+__global__ void moqk_fast_bytes(moqk_part p, int form, moqk_fast f, uint8_t *out)
+{
+    int each = form == MOQK_NVFP4 ? 256 : 128, group = form == MOQK_NVFP4 ? 16 : 32, quads = 64 / group;
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, chunk = i / each, tile = chunk / f.chunks, c = chunk % f.chunks;
+    if (tile >= f.tiles) return;
+    int at = (int)(i % each), slot = at >> 3, g = slot / quads, q = slot % quads, block = at >> 1 & 3;
+    int64_t row = tile * 16 + g + 8 * (at & 1), col = c * 256 + block * 64 + q * group;
+    uint32_t s = row < p.rows && col < p.cols ? p.scales[row * p.scale_stride + col / group] : 0;
+    if (form == MOQK_NVFP4) s = (s & 127) == 0 ? 0 : moqk_e5m3(s & 127);
+    out[chunk * moqk_chunk_bytes(form) + 2048 + at] = (uint8_t)s;
+}
+
+/* Scales and zero points that multiply sums, as F32 and bytes. */
+__global__ void moqk_fast_groups(moqk_part p, moqk_fast f, uint8_t *out)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, half = i & 1, group = (i >> 4) % f.groups, tile = (i >> 4) / f.groups;
+    if (tile >= f.tiles) return;
+    int64_t row = tile * 16 + (i >> 1 & 7) + 8 * half, at = row * p.scale_stride + group;
+    int inside = row < p.rows && group * p.group < p.cols;
+    ((float *)(out + f.scales_at))[i] = !inside ? 0.0f : p.scale_kind == MOQK_NO_SCALE ? 1.0f : moqk_scale_at(p.scales, p.scale_kind, at);
+    if (p.kind == MOQK_U4 || p.kind == MOQK_U8) /* 4 bits: 128 + zero must be a BF16 */
+        out[f.zeros_at + i] = inside ? (uint8_t)min(max((int)p.zero + (p.zeros ? p.zeros[at] : 0), 0), p.kind == MOQK_U4 ? 127 : 255) : 0;
+}
+
+static size_t moqc_fast_bytes(const moqk_part *p)
+{
+    int form = moqk_form_of(*p);
+    return form < 0 ? 0 : (size_t)moqk_fast_of(*p, form).bytes;
+}
+
+static void moqc_fast_prepare(moqc_ctx *c, const moqk_part *p, uint8_t *to)
+{
+    int form = moqk_form_of(*p);
+    if (form < 0) return;
+    moqk_fast f = moqk_fast_of(*p, form);
+    moqk_fast_codes<<<(unsigned)moqk_ceil(f.tiles * f.chunks * 512, 256), 256, 0, c->stream>>>(*p, form, f, to);
+    if (f.groups == 0) moqk_fast_bytes<<<(unsigned)moqk_ceil(f.tiles * f.chunks * 256, 256), 256, 0, c->stream>>>(*p, form, f, to);
+    else moqk_fast_groups<<<(unsigned)moqk_ceil(f.tiles * f.groups * 16, 256), 256, 0, c->stream>>>(*p, f, to);
+}
+
+/* ---- small pieces of the kernel ---- */
+
+/* Weights pass once: no room in L1 for them. */
+__device__ __forceinline__ uint4 moqk_stream16(const uint8_t *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ void moqk_product(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t moqk_mul_pair(uint32_t a, uint32_t b)
+{
+    __nv_bfloat162 v = __hmul2(*(const __nv_bfloat162 *)&a, *(const __nv_bfloat162 *)&b);
+    return *(const uint32_t *)&v;
+}
+
+__device__ __forceinline__ uint32_t moqk_sub_pair(uint32_t a, uint32_t b)
+{
+    __nv_bfloat162 v = __hsub2(*(const __nv_bfloat162 *)&a, *(const __nv_bfloat162 *)&b);
+    return *(const uint32_t *)&v;
+}
+
+__device__ __forceinline__ uint32_t moqk_word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+/* What raw codes lack: 4-bit floats come out as value * 2^-126 with a scale of 2^119 (NVFP4) or 2^55 (MXFP4: good from 2^-55 to 2^72) on
+   top; E4M3 as value * 2^-120, which would leave products below F32's range, so x is taken times 2^60. */
+__device__ static constexpr float moqk_form_x(int form) { return form == MOQK_FAST_E4M3 ? 1152921504606846976.0f : 1.0f; }
+__device__ static constexpr float moqk_form_fix(int form)
+{
+    return form == MOQK_NVFP4 ? 128.0f : form == MOQK_MXFP4 ? 2361183241434822606848.0f : form == MOQK_FAST_E4M3 ? 1152921504606846976.0f : 1.0f;
+}
+
+/* A scale byte as a pair of BF16. E5M3: exponent e - 10 + 119 + 127 = e + 236 would leave 8 bits, so the bias is folded: byte * 16 + 0x7600. */
+template <int FORM> __device__ __forceinline__ uint32_t moqk_scale_pair(uint32_t v, int i)
+{
+    uint32_t s = __byte_perm(v, 0, 0x4440 | i);
+    if (FORM == MOQK_NVFP4) return s * 0x00100010u + 0x76007600u;
+    return min(s + 55, 254u) * 0x00800080u;
+}
+
+/* Registers of step `s` of a block of 64 columns, from the lane's 16-byte units of the block; z: 128 + zero (8 bits: zero - 128) of rows
+   g and g + 8. */
+template <int FORM> __device__ __forceinline__ void moqk_fast_decode(const uint4 *w, int s, const uint32_t z[2], uint32_t a[4])
+{
+    if constexpr (FORM <= MOQK_MXFP4) {
+        uint32_t v = moqk_word_of(w[0], s);
+        a[0] = v & 0x81c081c0u;
+        a[1] = v << 3 & 0x81c081c0u;
+        a[2] = (v << 6 & 0x01c001c0u) | (v << 1 & 0x80008000u);
+        a[3] = (v >> 3 & 0x01c001c0u) | (v << 2 & 0x80008000u);
+    } else if constexpr (FORM == MOQK_FAST_U4) { /* 0x4300 | n is 128 + n: the difference is exact */
+        uint32_t v = moqk_word_of(w[0], s);
+#pragma unroll
+        for (int r = 0; r < 4; r++) a[r] = moqk_sub_pair((v >> (4 * r) & 0x000f000fu) | 0x43004300u, z[r & 1]);
+    } else if constexpr (FORM == MOQK_FAST_BF16) {
+        a[0] = w[s].x;
+        a[1] = w[s].y;
+        a[2] = w[s].z;
+        a[3] = w[s].w;
+    } else {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            uint32_t v = moqk_word_of(w[s >> 1], (s & 1) * 2 + (r >> 1));
+            if (FORM == MOQK_FAST_E4M3) a[r] = r & 1 ? (v & 0x80008000u) | (v >> 4 & 0x07f007f0u) : (v << 8 & 0x80008000u) | (v << 4 & 0x07f007f0u);
+            else { /* n - 128 = (128 + low 7 bits) - (256 or 128); the top bit is stored inverted */
+                uint32_t n = r & 1 ? v >> 8 : v;
+                a[r] = moqk_sub_pair(moqk_sub_pair((n & 0x007f007fu) | 0x43004300u, (n & 0x00800080u) | 0x43004300u), z[r & 1]);
+            }
+        }
+    }
+}
+
+/* Where block `b` of 64 columns of column `col` of the product lies in shared memory, for lane t and steps 2 * half, 2 * half + 1: neighbouring
+   columns of x start at opposite halves of the banks. */
+__device__ __forceinline__ uint32_t moqk_fast_x(int32_t b, int32_t columns, int32_t col, int t, int half)
+{
+    return (uint32_t)((b * columns + col) * 128 + (half ^ (col & 1)) * 64 + t * 16);
+}
+
+__device__ __forceinline__ uint32_t moqk_pack(float a, float b) /* a: low half */
+{
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *(const uint32_t *)&v;
+}
+
+/* Four neighbouring values of x. Not through the read-only path: kernels that still run when this one starts may have written them. */
+template <int SPLIT> __device__ __forceinline__ float4 moqk_fast_x4(const moqk_call &a, int64_t at)
+{
+    float4 v;
+    uint2 h;
+    if (SPLIT) asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"((const float *)a.x + at));
+    else {
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(h.x), "=r"(h.y) : "l"((const __nv_bfloat16 *)a.x + at));
+        v = make_float4(__uint_as_float(h.x << 16), __uint_as_float(h.x & 0xffff0000u), __uint_as_float(h.y << 16), __uint_as_float(h.y & 0xffff0000u));
+    }
+    return v;
+}
+
+/* Columns 4 i .. 4 i + 3 of the staged ones, row m of x, as one or two columns of the product. */
+template <int FORM, int SPLIT> __device__ __forceinline__ void moqk_fast_put(float4 v, int32_t i, int32_t m, int32_t columns, uint8_t *xs)
+{
+    const float up = moqk_form_x(FORM);
+    int32_t q = i & 15, place = FORM <= MOQK_MXFP4 ? q : (q & 3) * 4 + (q >> 2), t = place >> 2, s = place & 3;
+    if (up != 1) { v.x *= up; v.y *= up; v.z *= up; v.w *= up; }
+    uint2 hi = make_uint2(moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
+    *(uint2 *)(xs + moqk_fast_x(i >> 4, columns, SPLIT ? 2 * m : m, t, s >> 1) + (s & 1) * 8) = hi;
+    if (!SPLIT) return;
+    v.x -= __uint_as_float(hi.x << 16);
+    v.y -= __uint_as_float(hi.x & 0xffff0000u);
+    v.z -= __uint_as_float(hi.y << 16);
+    v.w -= __uint_as_float(hi.y & 0xffff0000u);
+    *(uint2 *)(xs + moqk_fast_x(i >> 4, columns, 2 * m + 1, t, s >> 1) + (s & 1) * 8) = make_uint2(moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
+}
+
+/* Columns [k0, k0 + 64 * blocks) of `count` rows of x into shared memory: a thread has U loads of MU rows in flight. */
+template <int FORM, int SPLIT, int MU, int U>
+__device__ __forceinline__ void moqk_fast_stage(const moqk_call &a, int64_t first, int32_t count, int32_t cols, int32_t k0, int32_t blocks, int32_t thread,
+                                                int32_t threads, uint8_t *xs)
+{
+    const int32_t columns = count * (SPLIT ? 2 : 1), all = blocks * 16;
+    for (int32_t m0 = 0; m0 < count; m0 += MU)
+        for (int32_t i0 = thread; i0 < all; i0 += threads * (U / MU)) {
+            float4 v[U];
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                int32_t m = m0 + u % MU, i = i0 + u / MU * threads, k = k0 + 4 * i;
+                v[u] = make_float4(0, 0, 0, 0);
+                if (m < count && i < all && k < cols) v[u] = moqk_fast_x4<SPLIT>(a, (a.row_of ? (int64_t)a.row_of[first + m] : first + m) * a.ldx + k);
+            }
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                int32_t m = m0 + u % MU, i = i0 + u / MU * threads;
+                if (m < count && i < all) moqk_fast_put<FORM, SPLIT>(v[u], i, m, columns, xs);
+            }
+        }
+}
+
+__device__ __forceinline__ void moqk_dependents_may_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Everything that kernels before this one wrote is there, when they were started early. */
+__device__ __forceinline__ void moqk_wait_for_before()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* All blocks of a cluster; relaxed_arrive: only that they run. */
+__device__ __forceinline__ void moqk_cluster_arrive(int relaxed)
+{
+#if __CUDA_ARCH__ >= 900
+    if (relaxed) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    else asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void moqk_cluster_wait()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/* To the shared memory of block `rank` of the cluster. */
+__device__ __forceinline__ void moqk_store_at(float *p, float v, int blocks, uint32_t rank)
+{
+#if __CUDA_ARCH__ >= 900
+    if (blocks > 1) {
+        uint32_t at = (uint32_t)__cvta_generic_to_shared(p);
+        asm volatile("{ .reg .u32 q; mapa.shared::cluster.u32 q, %0, %1; st.shared::cluster.f32 [q], %2; }" :: "r"(at), "r"(rank), "f"(v) : "memory");
+        return;
+    }
+#endif
+    *p = v;
+}
+
+/* ---- the kernel ---- */
+
+/* How a launch is cut: a block takes `tiles` row tiles of a part; its warps are tiles x ways, where `ways` warps share the columns chunk by
+   chunk; threads: 32, tiles, ways; `blocks` blocks of a cluster (1 or 2) halve the columns; x is staged `stage` chunks at a time. Warps: tiles * ways <= 16. */
+typedef struct moqk_cut {
+    int32_t tiles, ways, blocks, stage, rows; /* rows of x at most */
+    int32_t tile_pitch;        /* floats of one row of x in the partial sums: tiles * 16 + 4 */
+} moqk_cut;
+
+/* What a lane holds of a chunk while the one before is worked on. */
+template <int FORM, int STEP> struct moqk_hand {
+    static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, GROUPS = STEP == 0 ? 1 : STEP == 32 ? BLOCKS * 2 : BLOCKS;
+    uint4 w[4];
+    uint2 bytes;               /* scales of 4-bit floats */
+    float2 scale[GROUPS];
+    uint32_t zero[FORM == MOQK_FAST_U4 ? GROUPS : 1];
+};
+
+/* Scales of a lane's rows for a chunk. */
+template <int FORM, int STEP>
+__device__ __forceinline__ void moqk_fast_scales(moqk_hand<FORM, STEP> &h, const uint8_t *chunk, int32_t c, int lane, const float2 *scales,
+                                                 const uint16_t *zeros, int shift)
+{
+    if constexpr (FORM == MOQK_NVFP4) h.bytes = __ldg((const uint2 *)(chunk + 2048) + lane);
+    if constexpr (FORM == MOQK_MXFP4) h.bytes = __ldg((const uint2 *)(chunk + 2048) + (lane >> 1));
+    if constexpr (STEP > 0) {
+#pragma unroll
+        for (int i = 0; i < moqk_hand<FORM, STEP>::GROUPS; i++) {
+            int32_t group = (c * moqk_chunk_cols(FORM) + i * STEP) >> shift;
+            h.scale[i] = __ldg(scales + group * 8);
+            if (FORM == MOQK_FAST_U4) h.zero[i] = __ldg(zeros + group * 8);
+        }
+    }
+}
+
+/* One block of 64 columns: acc += W x. */
+template <int FORM, int STEP, int NB>
+__device__ __forceinline__ void moqk_fast_block(const moqk_hand<FORM, STEP> &h, int block, const uint8_t *const x[NB], const int flip[NB], uint32_t step,
+                                                const uint32_t z[2], float acc[NB][4])
+{
+    constexpr int UNITS = 4 / moqk_hand<FORM, STEP>::BLOCKS;
+    uint4 b[NB][2];
+    uint32_t s[2] = {0, 0}, zero[2] = {z[0], z[1]};
+    float d[NB][4];
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+        b[n][0] = *(const uint4 *)(x[n] + block * step + flip[n] * 64);
+        b[n][1] = *(const uint4 *)(x[n] + block * step + 64 - flip[n] * 64);
+    }
+    if constexpr (FORM <= MOQK_MXFP4) {
+        uint32_t v = block < 2 ? h.bytes.x : h.bytes.y;
+        s[0] = moqk_scale_pair<FORM>(v, (block & 1) * 2);
+        s[1] = moqk_scale_pair<FORM>(v, (block & 1) * 2 + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t a[4];
+        constexpr int each = STEP == 32 ? 2 : 4; /* steps of a scale */
+        int group = STEP == 32 ? block * 2 + i / 2 : STEP == 64 ? block : 0;
+        if (FORM == MOQK_FAST_U4 && STEP > 0 && i % each == 0) {
+            zero[0] = (h.zero[group] & 255) * 0x00010001u | 0x43004300u;
+            zero[1] = (h.zero[group] >> 8) * 0x00010001u | 0x43004300u;
+        }
+        moqk_fast_decode<FORM>(h.w + block * UNITS, i, zero, a);
+        if constexpr (FORM <= MOQK_MXFP4) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) a[r] = moqk_mul_pair(a[r], s[r & 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            const uint32_t b0 = i & 1 ? b[n][i >> 1].z : b[n][i >> 1].x, b1 = i & 1 ? b[n][i >> 1].w : b[n][i >> 1].y;
+            if constexpr (STEP == 0) moqk_product(acc[n], a, b0, b1); /* the caller's sum of a chunk */
+            else {
+                if (i % each == 0) d[n][0] = d[n][1] = d[n][2] = d[n][3] = 0;
+                moqk_product(d[n], a, b0, b1);
+                if (i % each != each - 1) continue;
+                acc[n][0] += d[n][0] * h.scale[group].x;
+                acc[n][1] += d[n][1] * h.scale[group].x;
+                acc[n][2] += d[n][2] * h.scale[group].y;
+                acc[n][3] += d[n][3] * h.scale[group].y;
+            }
+        }
+    }
+}
+
+/* Grid: blocks of a cluster, groups of row tiles of all parts, tiles of choices. Reads the weights once; deterministic. */
+template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds__(512, 1) moqk_decode(moqk_call a, moqk_cut cut)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    typedef moqk_hand<FORM, STEP> hand;
+    const moqk_part *p = a.parts;
+    int32_t first = 0, count = a.m, part = 0, y_first = 0, tile = blockIdx.y, lane = threadIdx.x, g = lane >> 2, t = lane & 3;
+    const int32_t local = threadIdx.y, way = threadIdx.z, thread = lane + 32 * (local + cut.tiles * way), threads = 32 * cut.tiles * cut.ways;
+    if (a.tiles) {
+        moqk_wait_for_before();
+        if ((int32_t)blockIdx.z >= a.tiles[-4]) return; /* all blocks of a cluster */
+        const int32_t *choice = a.tiles + 4 * (int64_t)blockIdx.z;
+        p += (int64_t)choice[0] * a.expert_stride;
+        first = choice[1];
+        count = choice[2];
+    }
+    for (; part < a.part_count; part++, p++) {
+        int32_t groups = (p->rows + 16 * cut.tiles - 1) / (16 * cut.tiles);
+        if (tile < groups) break;
+        tile -= groups;
+        y_first += p->rows;
+    }
+    if (part == a.part_count || moqk_form_of(*p) != FORM || moqk_form_step(*p, FORM) != STEP) return; /* another launch has it */
+    moqk_dependents_may_start();
+    const int32_t rows = p->rows, cols = p->cols, chunks = (cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM), columns = count * (SPLIT ? 2 : 1);
+    const int32_t my_tile = tile * cut.tiles + local, tile_count = (rows + 15) / 16;
+    const int32_t half = (chunks + cut.blocks - 1) / cut.blocks, begin = half * blockIdx.x, end = min(begin + half, chunks);
+    const int live = my_tile < tile_count;
+    const int32_t groups = FORM <= MOQK_MXFP4 ? 0 : p->group >= cols ? 1 : (chunks * moqk_chunk_cols(FORM) + p->group - 1) / p->group;
+    const int shift = STEP > 0 ? __ffs(p->group) - 1 : 0;
+    const uint8_t *packed = p->packed[0], *src = packed + (int64_t)my_tile * chunks * moqk_chunk_bytes(FORM);
+    const int64_t scales_at = (int64_t)tile_count * chunks * moqk_chunk_bytes(FORM), at = (int64_t)my_tile * groups * 8 + g;
+    const float2 *scales = (const float2 *)(packed + scales_at) + at;
+    const uint16_t *zeros = (const uint16_t *)(packed + scales_at + (int64_t)tile_count * groups * 64) + at;
+    uint32_t z[2] = {0, 0};
+    hand h;
+    int32_t c = begin + way;
+    if (live && c < end) { /* the first weights, before x is known to be there */
+#pragma unroll
+        for (int i = 0; i < 4; i++) h.w[i] = moqk_stream16(src + (int64_t)c * moqk_chunk_bytes(FORM) + i * 512 + lane * 16);
+        moqk_fast_scales<FORM, STEP>(h, src + (int64_t)c * moqk_chunk_bytes(FORM), c, lane, scales, zeros, shift);
+    }
+    if ((FORM == MOQK_FAST_U4 || FORM == MOQK_FAST_U8) && STEP == 0 && live) {
+        uint32_t both = zeros[0];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float zero = (float)(both >> (8 * i) & 255) + (FORM == MOQK_FAST_U4 ? 128.0f : -128.0f);
+            z[i] = moqk_pack(zero, zero);
+        }
+    }
+    moqk_wait_for_before();
+    if (cut.blocks > 1) moqk_cluster_arrive(1);
+    float *sums = (float *)(void *)shared;
+    uint8_t *xs = shared + (size_t)cut.blocks * cut.ways * cut.rows * cut.tile_pitch * 4;
+    float acc[NB][4];
+    const uint8_t *x[NB];
+    int flip[NB];
+    const uint32_t step = (uint32_t)columns * 128;
+#pragma unroll
+    for (int n = 0; n < NB; n++) {
+        int col = 8 * n + g < columns ? 8 * n + g : 0; /* columns that nobody stores repeat another */
+        flip[n] = col & 1;
+        x[n] = xs + col * 128 + t * 16;
+        for (int i = 0; i < 4; i++) acc[n][i] = 0;
+    }
+    for (int32_t from = begin; from < end; from += cut.stage) {
+        int32_t until = min(from + cut.stage, end);
+        if (from > begin) __syncthreads();
+        const int32_t k0 = from * moqk_chunk_cols(FORM), staged = (until - from) * hand::BLOCKS;
+        if (count < 4) moqk_fast_stage<FORM, SPLIT, 1, 4>(a, first, count, cols, k0, staged, thread, threads, xs);
+        else moqk_fast_stage<FORM, SPLIT, 8, 8>(a, first, count, cols, k0, staged, thread, threads, xs);
+        __syncthreads();
+        for (; live && c < until; c += cut.ways) {
+            const uint8_t *now[NB], *next = src + (int64_t)(c + cut.ways) * moqk_chunk_bytes(FORM);
+            int more = c + cut.ways < end;
+#pragma unroll
+            for (int n = 0; n < NB; n++) now[n] = x[n] + (uint32_t)(c - from) * hand::BLOCKS * step;
+            float sum[NB][4]; /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+#pragma unroll
+            for (int n = 0; n < NB; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+#pragma unroll
+            for (int b = 0; b < hand::BLOCKS; b++) { /* a unit's registers are filled again as soon as it is used */
+                moqk_fast_block<FORM, STEP, NB>(h, b, now, flip, step, z, STEP == 0 ? sum : acc);
+#pragma unroll
+                for (int i = 0; i < 4 / hand::BLOCKS; i++)
+                    if (more) h.w[b * (4 / hand::BLOCKS) + i] = moqk_stream16(next + (b * (4 / hand::BLOCKS) + i) * 512 + lane * 16);
+            }
+            if (STEP == 0)
+#pragma unroll
+                for (int n = 0; n < NB; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) acc[n][i] += sum[n][i];
+            if (more) moqk_fast_scales<FORM, STEP>(h, next, c + cut.ways, lane, scales, zeros, shift);
+        }
+    }
+
+    /* Partial sums go to the block that owns the tile (tiles alternate), which adds them in the order of the columns' shares. */
+    if (cut.blocks > 1) moqk_cluster_wait();
+    {
+        int32_t slot = blockIdx.x * cut.ways + way;
+        uint32_t owner = cut.blocks > 1 ? local & 1 : 0;
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i += SPLIT ? 2 : 1) {
+                int32_t m = SPLIT ? 4 * n + t : 8 * n + 2 * t + (i & 1);
+                float v = SPLIT ? acc[n][i] + acc[n][i + 1] : acc[n][i];
+                if (m < count) moqk_store_at(sums + (slot * cut.rows + m) * cut.tile_pitch + local * 16 + g + 8 * (i >> 1), v, cut.blocks, owner);
+            }
+        }
+    }
+    if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    else __syncthreads();
+    const float factor = p->factor * moqk_form_fix(FORM);
+    for (int32_t i = thread; i < count * cut.tiles * 16; i += threads) {
+        int32_t m = i / (cut.tiles * 16), r = i % (cut.tiles * 16), row = tile * cut.tiles * 16 + r;
+        if (row >= rows || (cut.blocks > 1 && (uint32_t)(r >> 4 & 1) != blockIdx.x)) continue;
+        float v = 0;
+        for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += sums[(s * cut.rows + m) * cut.tile_pitch + r];
+        if (STEP == 0 && FORM > MOQK_MXFP4) v *= ((const float *)(packed + scales_at))[((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1)];
+        moqk_store(a, (int64_t)(first + m) * a.ldy + y_first + row, v * factor + (p->bias ? p->bias[row] : 0));
+    }
+}
+
+/* ---- rows of the dispatch table; defined behind it ---- */
+
+struct moqc_shape;
+struct moqc_job;
+static int moqc_fits_decode(const struct moqc_shape *s);
+static void moqc_launch_decode(const struct moqc_job *j);
+
+#define MOQC_DECODE_LAYOUT {moqc_fast_bytes, moqc_fast_prepare}
+#define MOQC_DECODE_KERNELS \
+    {"decode-mma", 1, 8, moqc_fits_decode, 1, moqc_launch_decode, "weights stream once through mma.sync, x as two BF16 parts, F32 sums"}, \
+    {"decode-mma", 9, 16, moqc_fits_decode, 1, moqc_launch_decode, "weights stream once through mma.sync, x as two BF16 parts, F32 sums"},
+
+#ifndef MOQC_FAST_LAYOUTS
+#define MOQC_FAST_LAYOUTS MOQC_DECODE_LAYOUT, {NULL, NULL}
+#define MOQC_FAST_KERNELS MOQC_DECODE_KERNELS
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-dispatch   which kernel a layer gets: the table
+   A kernel is a row: what it is called, for which rows of x, which layers it takes and why it is chosen. The first row that fits wins.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Regimes: so many rows of x at most. */
+static const int32_t moqc_regime_rows[MOQC_REGIMES] = {8, 16, 64, INT32_MAX};
+
+/* What a row's predicate sees. */
+typedef struct moqc_shape {
+    const moqk_part *part;
+    int32_t rows_of_x;         /* the largest number of the regime */
+    int grouped;               /* experts */
+    int sm, bf16;              /* device, activations */
+} moqc_shape;
+
+/* What a launcher gets: parts [first, first + count) of a bank, all with this kernel and the same feed. */
+typedef struct moqc_job {
+    moqc_ctx *c;
+    const moqc_bank *bank;
+    const moqc_part *part;     /* on the host: those of expert 0 */
+    moqk_call call;            /* call.parts: the same on the device */
+    int64_t row_blocks4, row_blocks128; /* groups of 4 and of 128 rows of these parts */
+    uint32_t kinds;            /* bit per moqk_kind among them, all experts */
+} moqc_job;
+
+typedef struct moqc_kernel {
+    const char *name;
+    int32_t min_rows, max_rows; /* of x */
+    int (*fits)(const moqc_shape *s);
+    int layout;                /* 0: row-major; else it reads packed[layout - 1] of a part, see moqc_layouts */
+    void (*launch)(const moqc_job *j);
+    const char *why;
+} moqc_kernel;
+
+/* A layout of fast kernels: the bytes that a part needs, and the launch that writes them (zeroed before) from the row-major form. */
+typedef struct moqc_layout {
+    size_t (*bytes)(const moqk_part *p);
+    void (*prepare)(moqc_ctx *c, const moqk_part *p, uint8_t *to);
+} moqc_layout;
+
+static int moqc_fits_all(const moqc_shape *s) { (void)s; return 1; }
+static int moqc_fits_dense(const moqc_shape *s) { return !s->grouped; }
+
+/* ---- launchers of the kernels that take everything ---- */
+
+#define MOQC_EACH_KIND(kinds, CALL) \
+    do { \
+        if ((kinds) >> MOQK_E2M1 & 1) { CALL(MOQK_E2M1); } \
+        if ((kinds) >> MOQK_U4 & 1) { CALL(MOQK_U4); } \
+        if ((kinds) >> MOQK_E4M3 & 1) { CALL(MOQK_E4M3); } \
+        if ((kinds) >> MOQK_U8 & 1) { CALL(MOQK_U8); } \
+        if ((kinds) >> MOQK_BF16 & 1) { CALL(MOQK_BF16); } \
+        if ((kinds) >> MOQK_F16 & 1) { CALL(MOQK_F16); } \
+        if ((kinds) >> MOQK_F32 & 1) { CALL(MOQK_F32); } \
+    } while (0)
+
+/* Warps that share a row group: enough that about 16 warps run on every multiprocessor. */
+static int32_t moqc_slices(const moqc_ctx *c, int64_t row_groups, int64_t cols)
+{
+    int32_t n = 1;
+    while (n < 8 && row_groups * n < (int64_t)c->sm_count * 24 && cols > 256 * n) n *= 2;
+    return n;
+}
+
+static void moqc_launch_gemv(const moqc_job *j)
+{
+    moqk_call a = j->call;
+    int64_t most = a.tiles ? a.most_tiles : 1, rows = a.tiles ? a.m : a.m;
+    a.slices = moqc_slices(j->c, j->row_blocks4 * most, j->bank->cols);
+    unsigned blocks = (unsigned)moqk_ceil(j->row_blocks4, 8 / a.slices);
+    int step = rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
+    dim3 grid(blocks, (unsigned)(a.tiles ? most : moqk_ceil(rows, step)));
+    cudaStream_t stream = j->c->stream;
+#define MOQC_CALL(K) \
+    if (step == 1) moqk_gemv<K, 1><<<grid, 256, 0, stream>>>(a); \
+    else if (step == 2) moqk_gemv<K, 2><<<grid, 256, 0, stream>>>(a); \
+    else if (step == 4) moqk_gemv<K, 4><<<grid, 256, 0, stream>>>(a); \
+    else moqk_gemv<K, 8><<<grid, 256, 0, stream>>>(a);
+    MOQC_EACH_KIND(j->kinds, MOQC_CALL);
+#undef MOQC_CALL
+    moqc_launched(j->c, "gemv");
+}
+
+/* Rows of x that a tile of moqk_gemm holds; the tiles of grouped calls are made before the launch. */
+static int32_t moqc_gemm_tile(int64_t rows) { return rows <= 16 ? 16 : 64; }
+
+static void moqc_launch_gemm(const moqc_job *j)
+{
+    moqk_call a = j->call;
+    int32_t tile = moqc_gemm_tile(a.m);
+    dim3 grid((unsigned)j->row_blocks128, (unsigned)(a.tiles ? a.most_tiles : moqk_ceil(a.m, tile)));
+    cudaStream_t stream = j->c->stream;
+#define MOQC_CALL(K) \
+    if (tile == 16) moqk_gemm<K, 16><<<grid, 256, 0, stream>>>(a); \
+    else moqk_gemm<K, 64><<<grid, 256, 0, stream>>>(a);
+    MOQC_EACH_KIND(j->kinds, MOQC_CALL);
+#undef MOQC_CALL
+    moqc_launched(j->c, "gemm");
+}
+
+/* ---- the table ---- */
+
+#ifndef MOQC_FAST_LAYOUTS
+#define MOQC_FAST_LAYOUTS {NULL, NULL}, {NULL, NULL}
+#endif
+static const moqc_layout moqc_layouts[MOQC_LAYOUTS] = {{NULL, NULL}, MOQC_FAST_LAYOUTS};
+
+static const moqc_kernel moqc_kernels[] = {
+    /* name, rows of x, fits, layout, launch, why */
+#ifdef MOQC_FAST_KERNELS
+    MOQC_FAST_KERNELS
+#endif
+    {"reference-gemv", 1, 8, moqc_fits_all, 0, moqc_launch_gemv, "weights read once, decoded in registers, F32 sums"},
+    {"reference-gemv", 9, 16, moqc_fits_dense, 0, moqc_launch_gemv, "eight rows at a time cost less than a tile of the matrix kernel"},
+    {"reference-gemm", 1, INT32_MAX, moqc_fits_all, 0, moqc_launch_gemm, "weights decoded once for 64 rows, F32 sums"}
+};
+enum { MOQC_KERNELS = sizeof moqc_kernels / sizeof moqc_kernels[0] };
+
+/* A kernel that was asked for by name stands for its rows of x; what it does not take gets the reference ones. */
+static const moqc_kernel *moqc_choose(const moqc_ctx *c, const moqk_part *p, int regime, int grouped)
+{
+    moqc_shape s;
+    int32_t least = regime ? moqc_regime_rows[regime - 1] + 1 : 1, most = moqc_regime_rows[regime];
+    memset(&s, 0, sizeof s);
+    s.part = p;
+    s.rows_of_x = most;
+    s.grouped = grouped;
+    s.sm = c->sm;
+    s.bf16 = c->bf16;
+    for (int i = 0; i < MOQC_KERNELS; i++) {
+        const moqc_kernel *k = &moqc_kernels[i];
+        int reference = strncmp(k->name, "reference", 9) == 0, wanted = strcmp(c->kernel, "auto") == 0 || reference || strcmp(c->kernel, k->name) == 0;
+        if (wanted && k->min_rows <= least && k->max_rows >= most && k->fits(&s)) return k;
+    }
+    return &moqc_kernels[MOQC_KERNELS - 1];
+}
+
+/* Kernels of all regimes, and room for the layouts that they read. Tables of words are also read row by row, so they keep the row-major form. */
+static void moqc_choose_kernels(const moqc_ctx *c, moqc_part *p, int grouped)
+{
+    int used[MOQC_LAYOUTS] = {0};
+    p->keep = p->layer.name && strstr(p->layer.name, "embed") != NULL;
+    for (int i = 0; i < MOQC_REGIMES; i++) {
+        p->kernel[i] = moqc_choose(c, &p->d, i, grouped);
+        used[p->kernel[i]->layout] = 1;
+    }
+    p->keep |= used[0];
+    for (int i = 1; i < MOQC_LAYOUTS; i++) moqc_lay(p, MOQC_PACKED + i - 1, used[i] ? (int64_t)moqc_layouts[i].bytes(&p->d) : 0, 1);
+}
+
+static int moqc_regime(int64_t rows)
+{
+    int i = 0;
+    while (rows > moqc_regime_rows[i]) i++;
+    return i;
+}
+
+/* ---- can it run, and how ---- */
+
+static moq_result moqc_supports(moq_backend *be, const moq_linear *w, moq_error *err)
+{
+    const moqc_ctx *c = moqc_of(be);
+    const moq_scheme *s = &w->scheme;
+    const char *name = w->name ? w->name : "";
+    int64_t size = w->hadamard_size, rank = s->lora_rank;
+    moq_dtype e = s->weight.elem;
+    moqc_clear(err);
+    if (w->experts > 0) return moq_fail(err, MOQ_E_ARG, name, "a stack of %d experts; take one with moq_slice_expert", (int)w->experts);
+    if (w->rows < 1 || w->cols < 1 || w->cols > INT32_MAX / 2 || w->rows > INT32_MAX / 2 || !w->codes.data)
+        return moq_fail(err, MOQ_E_ARG, name, "no weights: shape [%lld, %lld]", (long long)w->rows, (long long)w->cols);
+    if (!moqc_is_int(e) && e != MOQ_F4 && e != MOQ_F6_E2M3 && e != MOQ_F6_E3M2 && e != MOQ_F8_E4M3 && e != MOQ_BF16 && e != MOQ_F16 && e != MOQ_F32)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "weights of type %s; known are integers to 8 bits, F4, F6, F8, BF16, F16, F32", moq_dtype_name(e));
+    if (s->weight.scale != MOQ_NONE && !w->scales.data)
+        return moq_fail(err, MOQ_E_MISSING, name, "%s scales are named by the scheme, but absent", moq_dtype_name(s->weight.scale));
+    if (moqc_wants_rounding(c, w) && moqk_largest(s->input.elem) <= 0)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "inputs of type %s cannot be rounded here; use wide activations", moq_dtype_name(s->input.elem));
+    if (moqc_wants_rounding(c, w) && !moqc_rounds_input(w))
+        return moq_fail(err, MOQ_E_MISSING, name, "%s inputs need an input_scale greater than 0, found %g; use wide activations", moq_dtype_name(s->input.elem), (double)w->input_scale);
+    if (size < 0 || (size > 0 && (w->cols % size != 0 || w->col_first % size != 0)))
+        return moq_fail(err, MOQ_E_SHAPE, name, "%lld columns from %lld, expected multiples of the input rotation's %lld", (long long)w->cols, (long long)w->col_first, (long long)size);
+    if (size > 0 && (w->hadamard.data ? w->hadamard.count != (uint64_t)size * (uint64_t)size : (size & (size - 1)) != 0))
+        return moq_fail(err, MOQ_E_SHAPE, name, "the input rotation is no [%lld, %lld] matrix and no power of two", (long long)size, (long long)size);
+    if (w->lora_a.data && (rank < 1 || !w->lora_b.data || w->lora_a.count % (uint64_t)rank != 0 || w->lora_b.count % (uint64_t)rank != 0))
+        return moq_fail(err, MOQ_E_SHAPE, name, "low-rank tensors of %llu and %llu elements, expected a multiple of the rank %lld", (unsigned long long)w->lora_a.count,
+                        (unsigned long long)w->lora_b.count, (long long)rank);
+    return MOQ_OK;
+}
+
+static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, size_t capacity)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_part p;
+    moq_error err;
+    char scheme[80], inputs[120];
+    int n;
+    if (moqc_supports(be, w, &err) < 0) n = snprintf(text, capacity, "none: %s", err.text);
+    else {
+        memset(&p, 0, sizeof p);
+        if (!moqc_plan_part(c, w, &p)) return 0;
+        moqc_free_plan(c, &p);
+        moq_scheme_name(&w->scheme, scheme, sizeof scheme);
+        const char *in = moq_dtype_name(w->scheme.input.elem);
+        if (p.d.rounds) snprintf(inputs, sizeof inputs, ", inputs rounded to %s as stored", in);
+        else if (w->scheme.input.elem == MOQ_NONE) inputs[0] = 0;
+        else snprintf(inputs, sizeof inputs, ", wide inputs (%s)", c->act == MOQ_ACT_WIDE ? "asked for" : "automatic: no arithmetic of that format on this device");
+        const moqc_kernel *few = moqc_choose(c, &p.d, 0, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, 0);
+        n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s", few->name, scheme, c->sm, few->why, many->name, many->why, inputs);
+    }
+    return n > 0 ? (size_t)n : 0;
+}
+
+/* ---- preparing a bank ---- */
+
+/* Would both parts turn the same x into the same numbers? */
+static int moqc_same_feed(const moqc_part *a, const moqc_part *b)
+{
+    const moq_linear *u = &a->layer, *v = &b->layer;
+    const moqk_part *p = &a->d, *q = &b->d;
+    if (p->rounds != q->rounds || p->place || q->place || a->order || b->order || p->hadamard_size != q->hadamard_size || p->cols != q->cols) return 0;
+    if (p->hadamard_size > 0 && (p->hadamard_scale != q->hadamard_scale || u->hadamard.data != v->hadamard.data)) return 0;
+    if ((u->pre_quant_scale.data != NULL) != (v->pre_quant_scale.data != NULL)) return 0;
+    if (u->pre_quant_scale.data && u->pre_quant_scale.data != v->pre_quant_scale.data) {
+        size_t size = (size_t)moq_dtype_bits(u->pre_quant_scale.dtype) / 8;
+        if (u->pre_quant_scale.dtype != v->pre_quant_scale.dtype) return 0;
+        if (memcmp((const uint8_t *)u->pre_quant_scale.data + (size_t)u->col_first * size, (const uint8_t *)v->pre_quant_scale.data + (size_t)v->col_first * size, (size_t)u->cols * size)) return 0;
+    }
+    return !p->rounds || (p->in_elem == q->in_elem && p->in_group == q->in_group && p->in_scale == q->in_scale && p->in_dynamic == q->in_dynamic &&
+                          p->in_zero_point == q->in_zero_point && p->in_rule == q->in_rule && p->input_zero == q->input_zero && p->input_scale == q->input_scale);
+}
+
+/* Can the rows of x be read where they are? */
+static int moqc_direct(const moqk_part *p) { return !p->rounds && !p->place && !p->smooth && p->hadamard_size == 0 && p->cols % 8 == 0; }
+
+static moqc_bank *moqc_bank_new(moqc_ctx *c, int32_t experts, int32_t parts, int grouped)
+{
+    moqc_bank *b = (moqc_bank *)moq_allocate(&c->host, sizeof *b);
+    if (!b) return NULL;
+    b->experts = experts;
+    b->grouped = grouped;
+    b->parts = parts;
+    b->count = 3 * experts * parts;
+    b->part = (moqc_part *)moq_allocate(&c->host, (size_t)b->count * sizeof *b->part);
+    b->shares = (uint8_t *)moq_allocate(&c->host, 2 * (size_t)parts);
+    b->direct = b->shares ? b->shares + parts : NULL;
+    return b;
+}
+
+static void moqc_bank_free(moqc_ctx *c, moqc_bank *b)
+{
+    if (!b) return;
+    for (int32_t i = 0; b->part && i < b->count; i++) moqc_free_plan(c, &b->part[i]);
+    moqc_give(c, b->memory);
+    moq_release(&c->host, b->part, (size_t)b->count * sizeof *b->part);
+    moq_release(&c->host, b->shares, 2 * (size_t)b->parts);
+    moq_release(&c->host, b, sizeof *b);
+}
+
+/* The matrices of a low-rank branch as layers: A [rank, cols] follows the columns of a slice, B [rows, rank] its rows. */
+static void moqc_lora_layers(const moq_linear *w, moq_linear *a, moq_linear *b)
+{
+    int64_t rank = w->scheme.lora_rank;
+    moq_make_linear(a, w->name, w->lora_a.dtype, w->lora_a.data, rank, (int64_t)w->lora_a.count / rank);
+    a->cols = w->cols;
+    a->col_first = w->col_first;
+    moq_make_linear(b, w->name, w->lora_b.dtype, w->lora_b.data, (int64_t)w->lora_b.count / rank, rank);
+    b->rows = w->rows;
+    b->row_first = w->row_first;
+    b->row_step = w->row_step;
+}
+
+/* The plan of one part; its device bytes are added to *total. 0: out of host memory. */
+static int moqc_plan_one(moqc_ctx *c, const moqc_bank *b, const moq_linear *w, moqc_part *p, size_t *total)
+{
+    moqc_part final;
+    if (!moqc_plan_part(c, w, p)) return 0;
+    final = *p;
+    if (p->requant > 0) moqc_plan_requant(p, &final);
+    moqc_choose_kernels(c, &final, b->grouped); /* of the form that they will read */
+    memcpy(p->kernel, final.kernel, sizeof p->kernel);
+    memcpy(p->at + MOQC_PACKED, final.at + MOQC_PACKED, sizeof p->at[0] * (MOQC_LAYOUTS - 1));
+    p->bytes[1] = final.bytes[1];
+    p->keep = final.keep;
+    *total += final.bytes[1] + (final.keep ? final.bytes[0] : 0);
+    return 1;
+}
+
+/* Plans of all parts and their low-rank branches, then one block of device memory for them. */
+static moq_result moqc_bank_plan(moqc_ctx *c, moqc_bank *b, const moq_linear *const *roles, moq_error *err)
+{
+    int32_t n = b->experts * b->parts;
+    size_t total = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const moq_linear *w = &roles[i % b->parts][i / b->parts];
+        moqc_part *p = &b->part[i], *low[2] = {&b->part[n + i], &b->part[2 * n + i]};
+        moq_linear ab[2];
+        if (moqc_supports(&c->be, w, err) < 0) return MOQ_E_UNSUPPORTED;
+        if (!moqc_plan_one(c, b, w, p, &total)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
+        p->has_lora = w->lora_a.data != NULL;
+        if (p->has_lora != b->part[i % b->parts].has_lora || w->scheme.lora_rank != roles[i % b->parts]->scheme.lora_rank)
+            return moq_fail(err, MOQ_E_UNSUPPORTED, w->name, "a low-rank branch of rank %d beside %d of the first expert; all experts need the same", (int)w->scheme.lora_rank,
+                            (int)roles[i % b->parts]->scheme.lora_rank);
+        if (!p->has_lora) continue;
+        moqc_lora_layers(w, &ab[0], &ab[1]);
+        for (int k = 0; k < 2; k++)
+            if (!moqc_plan_one(c, b, &ab[k], low[k], &total)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
+    }
+    b->bytes = total + (size_t)moqk_pad((int64_t)b->count * (int64_t)sizeof(moqk_part), 256);
+    b->memory = (uint8_t *)moqc_take(c, b->bytes, "weights", err);
+    if (!b->memory) return MOQ_E_NOMEM;
+    return moqc_ok(c, cudaMemsetAsync(b->memory, 0, b->bytes, c->stream), "cudaMemset") ? MOQ_OK : MOQ_E_BACKEND;
+}
+
+static moq_result moqc_bank_fill(moqc_ctx *c, moqc_bank *b, moq_error *err)
+{
+    uint8_t *at = b->memory;
+    size_t list = (size_t)b->count * sizeof(moqk_part);
+    int32_t n = b->experts * b->parts;
+    for (int32_t i = 0; i < b->count; i++) {
+        moqc_part *p = &b->part[i];
+        if (p->d.rows == 0) continue; /* no low-rank branch */
+        moq_result rc = moqc_fill_part(c, p, at, err);
+        if (rc < 0) return rc;
+        for (int k = 1; k < MOQC_LAYOUTS; k++) if (p->d.packed[k - 1]) moqc_layouts[k].prepare(c, &p->d, (uint8_t *)p->d.packed[k - 1]);
+        at += p->bytes[1] + (p->keep ? p->bytes[0] : 0);
+        if (!p->keep) p->d.codes = p->d.scales = NULL, p->d.zeros = NULL;
+    }
+    moqk_part *parts = (moqk_part *)moq_allocate(&c->host, list);
+    if (!parts) return moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for %d layers", (int)n);
+    for (int32_t i = 0; i < b->count; i++) parts[i] = b->part[i].d;
+    b->device = (moqk_part *)(void *)at;
+    int fine = moqc_send(c, b->device, parts, list);
+    moq_release(&c->host, parts, list);
+    if (fine && c->error.code == MOQ_OK) return MOQ_OK;
+    if (err) *err = c->error;
+    return MOQ_E_BACKEND;
+}
+
+/* roles[part][expert]. Layers of an expert share their input; ranks and shapes agree between experts. */
+static moqc_bank *moqc_bank_create(moqc_ctx *c, const moq_linear *const *roles, int32_t experts, int32_t parts, int grouped, moqc_need *need, moq_error *err)
+{
+    moqc_bank *b = moqc_bank_new(c, experts, parts, grouped);
+    if (!b || !b->part || !b->shares) moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for %d layers", (int)(experts * parts));
+    else if (moqc_bank_plan(c, b, roles, err) == MOQ_OK && moqc_bank_fill(c, b, err) == MOQ_OK) {
+        b->cols = b->part[0].d.feed_cols;
+        for (int32_t j = 0; j < parts; j++) {
+            int32_t rank = 0;
+            b->rows += b->part[j].d.rows;
+            b->shares[j] = j > 0;
+            b->direct[j] = 1;
+            for (int32_t e = 0; e < experts; e++) {
+                const moqc_part *p = &b->part[e * parts + j];
+                if (j > 0) b->shares[j] = b->shares[j] && moqc_same_feed(p - 1, p);
+                b->direct[j] = b->direct[j] && moqc_direct(&p->d);
+                need->cols = moqc_max(need->cols, moqk_pad(moqc_max(p->d.cols, p->d.feed_cols), 16));
+                rank = (int32_t)moqc_max(rank, p->has_lora ? moqk_pad(p->layer.scheme.lora_rank, 16) : 0);
+            }
+            b->ranks += rank;
+        }
+        need->rank = moqc_max(need->rank, b->ranks);
+        return b;
+    }
+    moqc_bank_free(c, b);
+    return NULL;
+}
+
+/* ---- running products ---- */
+
+/* Inputs and outputs of one product over a whole bank. */
+typedef struct moqc_run {
+    const void *x;             /* [rows, ldx] of the activation type, or F32 (x_f32) */
+    void *y;
+    int64_t ldx, ldy;
+    int32_t m;                 /* rows of x; grouped: choices */
+    int32_t x_f32, y_f32;      /* F32 also when activations are BF16 */
+    const int32_t *row_of, *expert_of, *tiles; /* grouped */
+    int32_t most_tiles, tile_rows;
+    const moq_activation_desc *fused; /* x goes through it first: [gate | up] */
+} moqc_run;
+
+static void moqc_launch_feed(moqc_ctx *c, const moqc_bank *b, int32_t part, const moqc_run *u, int keep_t, int64_t ld)
+{
+    moqk_feed_args f;
+    const moqk_part *p = &b->part[part].d;
+    int64_t unit = 1;
+    int whole = 0, aside = keep_t;
+    memset(&f, 0, sizeof f);
+    for (int32_t e = 0; e < b->experts; e++) {
+        const moqk_part *q = &b->part[e * b->parts + part].d;
+        whole |= q->place != NULL || (q->rounds && q->in_dynamic && q->in_group == 0);
+        aside |= q->place != NULL || q->rotation != NULL;
+    }
+    for (int i = 0; i < 2; i++) { /* the least common multiple of groups and rotated blocks: both are alike in all experts */
+        int64_t n = i ? p->hadamard_size : p->rounds ? p->in_group : 0, a = unit, d = n;
+        if (n < 1) continue;
+        while (d) { int64_t rest = a % d; a = d; d = rest; }
+        unit = unit / a * n;
+    }
+    f.segment = whole ? p->feed_cols : (int32_t)moqc_min(moqk_pad(1024, unit), INT32_MAX);
+    f.parts = b->device + part;
+    f.expert_stride = b->parts;
+    f.x = u->x;
+    f.ldx = u->ldx;
+    f.x_bf16 = c->bf16 && !u->x_f32;
+    f.fused = u->fused != NULL;
+    if (u->fused) f.activation = *u->fused;
+    f.row_of = u->row_of;
+    f.expert_of = u->expert_of;
+    f.r = c->r;
+    f.t = aside ? c->t : c->r;
+    f.ld = ld;
+    dim3 grid((unsigned)u->m, (unsigned)moqk_ceil(p->feed_cols, f.segment));
+    moqk_feed<<<grid, 256, 0, c->stream>>>(f);
+    moqc_launched(c, "the feed of a layer");
+}
+
+/* The kernel of a part in every expert: experts of a mixture are alike, so the first one that has the part tells. */
+static const moqc_kernel *moqc_kernel_of(const moqc_bank *b, const moqc_part *p, int regime)
+{
+    for (int32_t e = 0; e < b->experts; e++) if (p[e * b->parts].d.rows > 0) return p[e * b->parts].kernel[regime];
+    return NULL;
+}
+
+/* Parts [first, first + count) of array `which` (0 weights, 1 A, 2 B), cut into runs with the same kernel. */
+static void moqc_launch_parts(moqc_ctx *c, const moqc_bank *b, int which, int32_t first, int32_t count, const moqk_call *base, int64_t rows)
+{
+    int32_t start = which * b->experts * b->parts + first, regime = moqc_regime(rows);
+    uint8_t *y = (uint8_t *)base->y;
+    for (int32_t i = 0, next; i < count; i = next) {
+        const moqc_part *p = &b->part[start + i];
+        const moqc_kernel *k = moqc_kernel_of(b, p, regime);
+        int64_t y_rows = 0;
+        moqc_job j;
+        memset(&j, 0, sizeof j);
+        for (next = i; next < count && moqc_kernel_of(b, &b->part[start + next], regime) == k; next++) {
+            int64_t most = 0;
+            for (int32_t e = 0; e < b->experts; e++) {
+                const moqk_part *d = &b->part[start + next + e * b->parts].d;
+                most = moqc_max(most, d->rows);
+                if (d->rows > 0) j.kinds |= 1u << d->kind;
+            }
+            j.row_blocks4 += moqk_ceil(most, 4);
+            j.row_blocks128 += moqk_ceil(most, 128);
+            y_rows += most;
+        }
+        j.c = c;
+        j.bank = b;
+        j.part = p;
+        j.call = *base;
+        j.call.parts = b->device + start + i;
+        j.call.expert_stride = b->parts;
+        j.call.part_count = next - i;
+        j.call.y = y;
+        if (k) k->launch(&j);
+        y += y_rows * (base->y_bf16 ? 2 : 4);
+    }
+}
+
+/* y = all parts of a bank, run by run of parts that share their feed. */
+static void moqc_run_bank(moqc_ctx *c, const moqc_bank *b, const moqc_run *u)
+{
+    int64_t y_at = 0, rows = u->m;
+    int elem = c->bf16 && !u->y_f32 ? 2 : 4;
+    if (u->tiles) rows = u->tile_rows;
+    for (int32_t i = 0, next; i < b->parts; i = next) {
+        const moqc_part *p = &b->part[i];
+        int64_t ld = moqk_pad(moqc_max(p->d.cols, p->d.feed_cols), 16), out = 0, mid_at = 0;
+        int x_elem = c->bf16 && !u->x_f32 ? 2 : 4, has_lora = 0;
+        for (next = i; next < b->parts && (next == i || b->shares[next]); next++) { out += b->part[next].d.rows; has_lora |= b->part[next].has_lora; }
+        for (int32_t k = i; k < next; k++) for (int32_t e = 0; e < b->experts; e++) ld = moqc_max(ld, moqk_pad(b->part[e * b->parts + k].d.cols, 16));
+        int direct = b->direct[i] && !u->fused && ((uintptr_t)u->x & 15) == 0 && (u->ldx * x_elem) % 16 == 0;
+        if (!direct) moqc_launch_feed(c, b, i, u, has_lora, ld);
+        moqk_call a;
+        memset(&a, 0, sizeof a);
+        a.x = direct ? u->x : c->r;
+        a.ldx = direct ? u->ldx : ld;
+        a.x_bf16 = direct && x_elem == 2;
+        a.y = (uint8_t *)u->y + y_at * elem;
+        a.ldy = u->ldy;
+        a.y_bf16 = elem == 2;
+        a.m = (int32_t)rows;
+        a.row_of = direct ? u->row_of : NULL;
+        a.tiles = u->tiles;
+        a.most_tiles = u->most_tiles;
+        moqc_launch_parts(c, b, 0, i, next - i, &a, rows);
+        for (int32_t k = i; k < next && has_lora; k++) { /* one low-rank branch at a time: y += B (A t) */
+            const moqc_part *part = &b->part[k];
+            moqk_call low = a;
+            if (part->has_lora) {
+                low.x = direct ? u->x : c->t;
+                low.y = c->mid + mid_at * u->m;
+                low.ldy = moqk_pad(part->layer.scheme.lora_rank, 16);
+                low.y_bf16 = 0;
+                if (part->layer.scheme.lora_rank % 8 != 0) /* the columns that pad the rank must be numbers */
+                    moqc_ok(c, cudaMemsetAsync(low.y, 0, (size_t)u->m * (size_t)low.ldy * 4, c->stream), "cudaMemset");
+                moqc_launch_parts(c, b, 1, k, 1, &low, rows);
+                low.x = low.y;
+                low.ldx = low.ldy;
+                low.x_bf16 = 0;
+                low.row_of = NULL;
+                low.y = a.y;
+                for (int32_t q = i; q < k; q++) low.y = (uint8_t *)low.y + (size_t)b->part[q].d.rows * (size_t)elem;
+                low.ldy = a.ldy;
+                low.y_bf16 = a.y_bf16;
+                low.accumulate = 1;
+                moqc_launch_parts(c, b, 2, k, 1, &low, rows);
+                mid_at += moqk_pad(part->layer.scheme.lora_rank, 16);
+            }
+        }
+        y_at += out;
+    }
+}
+
+/* ---- dense layers ---- */
+
+static moq_weight *moqc_prepare_linear(moq_backend *be, const moq_linear *layers, int32_t parts, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_need need;
+    moqc_clear(err);
+    memset(&need, 0, sizeof need);
+    if (parts < 1) { moq_fail(err, MOQ_E_ARG, c->name, "no layers to prepare"); return NULL; }
+    for (int32_t i = 1; i < parts; i++)
+        if (layers[i].cols != layers[0].cols) {
+            moq_fail(err, MOQ_E_SHAPE, layers[i].name, "%lld columns beside %lld of '%s': fused layers share their input", (long long)layers[i].cols, (long long)layers[0].cols,
+                     layers[0].name ? layers[0].name : "");
+            return NULL;
+        }
+    size_t list = (size_t)parts * sizeof(const moq_linear *);
+    const moq_linear **roles = (const moq_linear **)moq_allocate(&c->host, list);
+    if (!roles) { moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for %d layers", (int)parts); return NULL; }
+    for (int32_t i = 0; i < parts; i++) roles[i] = &layers[i];
+    moqc_bank *b = moqc_bank_create(c, roles, 1, parts, 0, &need, err);
+    moq_release(&c->host, roles, list);
+    if (b && moqc_grow(c, &need, c->be.max_rows, err) < 0) { moqc_bank_free(c, b); b = NULL; }
+    return (moq_weight *)(void *)b;
+}
+
+static void moqc_release_weight(moq_backend *be, moq_weight *w)
+{
+    moqc_on on(moqc_of(be));
+    moqc_bank_free(moqc_of(be), (moqc_bank *)(void *)w);
+}
+
+static size_t moqc_weight_bytes(const moq_backend *be, const moq_weight *w)
+{
+    (void)be;
+    return w ? ((const moqc_bank *)(const void *)w)->bytes : 0;
+}
+
+static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, void *y)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqc_bank *b = (const moqc_bank *)(const void *)w;
+    int elem = c->bf16 ? 2 : 4;
+    for (int64_t first = 0; first < rows; first += c->be.max_rows) {
+        moqc_run u;
+        memset(&u, 0, sizeof u);
+        u.m = (int32_t)moqc_min(rows - first, c->be.max_rows);
+        u.x = (const uint8_t *)x + first * b->cols * elem;
+        u.y = (uint8_t *)y + first * b->rows * elem;
+        u.ldx = b->cols;
+        u.ldy = b->rows;
+        moqc_run_bank(c, b, &u);
+    }
+}
+
+/* ---- the rows of >>cuda-decode: what they take, how a launch is cut ---- */
+
+/* x as two BF16 parts is good to 2^-17 of each value in the worst case, 2e-6 on average: rows with few columns, where one term may be the
+   whole sum, are left to the F32 kernels. */
+static int moqc_fits_decode(const struct moqc_shape *s) { return s->part->cols >= 1024 && s->part->rows >= 16 && moqk_form_of(*s->part) >= 0; }
+
+/* Bytes of shared memory of a cut: partial sums, then `stage` chunks of x. */
+static int64_t moqc_decode_sums(const moqk_cut *u) { return (int64_t)u->blocks * u->ways * u->rows * u->tile_pitch * 4; }
+
+/* The cut with the least estimated time, in chunks that one multiprocessor reads: whole rounds of blocks, x per block, too few warps. */
+static int moqc_decode_cut(const moqc_job *j, int form, int64_t choices, int columns, int64_t room, moqk_cut *best)
+{
+    const moqc_bank *b = j->bank;
+    int64_t cols = j->part->d.cols, chunks = moqk_ceil(cols, moqk_chunk_cols(form)), block_bytes = (int64_t)moqk_chunk_cols(form) / 64 * columns * 128;
+    double least = 1e30, x_cost = (double)moqk_chunk_cols(form) * 2 * columns * 0.8 / 2048;
+    int most_blocks = j->c->sm >= 90 ? 2 : 1;
+    for (int32_t tiles = 1; tiles <= 16; tiles++)
+        for (int32_t blocks = 1; blocks <= most_blocks; blocks++) {
+            moqk_cut u;
+            int64_t half = moqk_ceil(chunks, blocks), groups = 0;
+            if (blocks > 1 && (chunks < 4 || tiles < 2 || half * (blocks - 1) >= chunks)) continue;
+            u.tiles = tiles;
+            u.blocks = blocks;
+            u.ways = (int32_t)moqc_max(1, moqc_min(16 / tiles, half));
+            u.rows = j->call.m;
+            u.tile_pitch = tiles * 16 + 4;
+            u.stage = (int32_t)moqc_min((room - moqc_decode_sums(&u)) / block_bytes, moqk_pad(half, u.ways));
+            u.stage -= u.stage % u.ways;
+            if (u.stage < u.ways) continue;
+            for (int32_t i = 0; i < j->call.part_count; i++) {
+                int64_t rows = 0;
+                for (int32_t e = 0; e < b->experts; e++) rows = moqc_max(rows, j->part[i + e * b->parts].d.rows);
+                groups += moqk_ceil(rows, 16 * tiles);
+            }
+            int64_t warps = (int64_t)tiles * u.ways, at_once = moqc_max(1, moqc_min(16 / warps, 2)), total = groups * blocks * choices;
+            int64_t rounds = moqk_ceil(total, (int64_t)j->c->sm_count * at_once), steps = moqk_ceil(half, u.ways) * u.ways;
+            double busy = (double)moqc_min(warps * at_once, 16) / 16, each = (double)tiles * (double)steps + x_cost * (double)half;
+            double time = (double)rounds * (double)at_once * each / (0.4 + 0.6 * busy) + 4 * (double)rounds + (blocks > 1 ? 3 : 0);
+            if (time < least) { least = time; *best = u; best->rows = j->call.m; }
+        }
+    return least < 1e30;
+}
+
+typedef void (*moqc_decode_kernel)(moqk_call, moqk_cut);
+
+template <int FORM, int STEP> static moqc_decode_kernel moqc_decode_for(int columns, int split)
+{
+    if (split) return columns <= 8 ? moqk_decode<FORM, STEP, 1, 1> : columns <= 16 ? moqk_decode<FORM, STEP, 2, 1> : moqk_decode<FORM, STEP, 4, 1>;
+    return columns <= 8 ? moqk_decode<FORM, STEP, 1, 0> : moqk_decode<FORM, STEP, 2, 0>;
+}
+
+static moqc_decode_kernel moqc_decode_find(int form, int step, int columns, int split)
+{
+    switch (form) {
+    case MOQK_NVFP4: return moqc_decode_for<MOQK_NVFP4, 0>(columns, split);
+    case MOQK_MXFP4: return moqc_decode_for<MOQK_MXFP4, 0>(columns, split);
+    case MOQK_FAST_U8: return moqc_decode_for<MOQK_FAST_U8, 0>(columns, split);
+    case MOQK_FAST_BF16: return moqc_decode_for<MOQK_FAST_BF16, 0>(columns, split);
+    case MOQK_FAST_U4:
+        if (step == 0) return moqc_decode_for<MOQK_FAST_U4, 0>(columns, split);
+        return step == 32 ? moqc_decode_for<MOQK_FAST_U4, 32>(columns, split) : moqc_decode_for<MOQK_FAST_U4, 64>(columns, split);
+    default:
+        if (step == 0) return moqc_decode_for<MOQK_FAST_E4M3, 0>(columns, split);
+        return step == 32 ? moqc_decode_for<MOQK_FAST_E4M3, 32>(columns, split) : moqc_decode_for<MOQK_FAST_E4M3, 64>(columns, split);
+    }
+}
+
+/* One launch for parts of one form; others of the same call find nothing to do in it. */
+static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
+{
+    int64_t choices = j->call.tiles ? j->call.most_tiles : 1, groups = 0;
+    int split = !j->call.x_bf16, columns = j->call.m * (split ? 2 : 1), room = 0;
+    const moqc_bank *b = j->bank;
+    moqk_cut u;
+    cudaLaunchConfig_t how;
+    cudaLaunchAttribute with[2];
+    moqc_ok(j->c, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, j->c->device), "cudaDeviceGetAttribute");
+    if (!moqc_decode_cut(j, form, choices, columns, room, &u)) { moqc_ok(j->c, cudaErrorInvalidConfiguration, "decode-mma"); return; }
+    for (int32_t i = 0; i < j->call.part_count; i++) {
+        int64_t rows = 0;
+        for (int32_t e = 0; e < b->experts; e++) rows = moqc_max(rows, j->part[i + e * b->parts].d.rows);
+        groups += moqk_ceil(rows, 16 * u.tiles);
+    }
+    moqc_decode_kernel kernel = moqc_decode_find(form, step, columns, split);
+    size_t bytes = (size_t)moqc_decode_sums(&u) + (size_t)u.stage * (size_t)(moqk_chunk_cols(form) / 64) * (size_t)columns * 128;
+    memset(&how, 0, sizeof how);
+    memset(with, 0, sizeof with);
+    how.gridDim = dim3((unsigned)u.blocks, (unsigned)groups, (unsigned)choices);
+    how.blockDim = dim3(32, (unsigned)u.tiles, (unsigned)u.ways);
+    how.dynamicSmemBytes = bytes;
+    how.stream = j->c->stream;
+    how.attrs = with;
+    if (u.blocks > 1) {
+        with[how.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        with[how.numAttrs].val.clusterDim.x = (unsigned)u.blocks;
+        with[how.numAttrs].val.clusterDim.y = with[how.numAttrs].val.clusterDim.z = 1;
+        how.numAttrs++;
+    }
+    if (j->c->sm >= 90) { /* starts while the kernel before ends: weights are on their way when x is there */
+        with[how.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        with[how.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        how.numAttrs++;
+    }
+    if (!moqc_ok(j->c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room), "cudaFuncSetAttribute")) return;
+    moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, u), "decode-mma");
+}
+
+static void moqc_launch_decode(const struct moqc_job *j)
+{
+    const moqc_bank *b = j->bank;
+    uint32_t forms = 0; /* bit: form * 3 + (0, 32 or 64: 0, 1, 2) */
+    for (int32_t i = 0; i < j->call.part_count; i++)
+        for (int32_t e = 0; e < b->experts; e++) {
+            const moqk_part *p = &j->part[i + e * b->parts].d;
+            int form = p->rows > 0 ? moqk_form_of(*p) : -1;
+            if (form >= 0) forms |= 1u << (form * 3 + moqk_form_step(*p, form) / 32);
+        }
+    for (int i = 0; i < MOQK_FORMS * 3; i++) if (forms >> i & 1) moqc_launch_decode_form(j, i / 3, i % 3 * 32);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-ops        embed, norm, rope, activation, add, argmax
+   One launch each; every element is read and written once. T is the activation type.
+   ------------------------------------------------------------------------------------------------ */
+
+/* y[i] = row ids[i] of the table, exactly, times scale; zeros for an id outside of it. Grid: ids. */
+template <typename T> __global__ void moqk_embed(const moqk_part *table, const int32_t *ids, float scale, T *y)
+{
+    const moqk_part &p = *table;
+    int64_t id = ids[blockIdx.x], cols = p.feed_cols;
+    T *out = y + blockIdx.x * cols;
+    for (int64_t i = threadIdx.x; i < cols; i += blockDim.x) {
+        float v = 0;
+        if (id >= 0 && id < p.rows) v = (float)moqk_weight_at(p, id, p.place ? p.place[i] : i) * scale;
+        moqk_put(out, i, v);
+    }
+}
+
+static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids, int32_t count, float scale, void *y)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqk_part *table = ((const moqc_bank *)(const void *)w)->device;
+    if (count < 1) return;
+    MOQC_BY_ACT(c, (moqk_embed<<<count, 256, 0, c->stream>>>(table, ids, scale, (float *)y)), (moqk_embed<<<count, 256, 0, c->stream>>>(table, ids, scale, (__nv_bfloat16 *)y)));
+    moqc_launched(c, "embed");
+}
+
+/* x += add; y = x / sqrt(mean(x^2) + eps) * weight. Grid: rows, groups; a thread reads back only what it wrote itself. */
+template <typename T> __global__ void moqk_norm(moq_norm_desc d)
+{
+    __shared__ float room[33];
+    int64_t groups = d.groups > 0 ? d.groups : 1, n = groups * d.cols, row = blockIdx.x, at = (int64_t)blockIdx.y * d.cols;
+    T *x = (T *)(uintptr_t)d.x + row * (d.x_stride ? d.x_stride : n) + at, *y = (T *)d.y + row * (d.y_stride ? d.y_stride : n) + at;
+    const T *add = d.add ? (const T *)d.add + row * n + at : NULL;
+    float sum = 0;
+    for (int32_t i = threadIdx.x; i < d.cols; i += blockDim.x) {
+        float v = moqk_get(x, i);
+        if (add) {
+            v += moqk_get(add, i);
+            moqk_put(x, i, v);
+            v = moqk_get(x, i);
+        }
+        sum += v * v;
+    }
+    sum = moqk_block_sum(sum, room);
+    float s = 1 / sqrtf(sum / (float)d.cols + d.eps);
+    for (int32_t i = threadIdx.x; i < d.cols; i += blockDim.x) moqk_put(y, i, d.weight ? moqk_get(x, i) * s * d.weight[i] : moqk_get(x, i) * s);
+}
+
+static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (d->rows < 1 || d->cols < 1) return;
+    dim3 grid((unsigned)d->rows, (unsigned)(d->groups > 0 ? d->groups : 1));
+    int threads = d->cols <= 128 ? 64 : d->cols <= 1024 ? 256 : 1024;
+    MOQC_BY_ACT(c, (moqk_norm<float><<<grid, threads, 0, c->stream>>>(*d)), (moqk_norm<__nv_bfloat16><<<grid, threads, 0, c->stream>>>(*d)));
+    moqc_launched(c, "norm");
+}
+
+/* In double: an angle of 10^5 radians still has 10 digits. */
+__global__ void moqk_rope_table(const int32_t *pos, int64_t count, const float *inv_freq, int32_t dims, float scale, float *table)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    double angle = (double)pos[i / dims] * (double)inv_freq[i % dims], s, c;
+    sincos(angle, &s, &c);
+    table[2 * i] = (float)(c * (double)scale);
+    table[2 * i + 1] = (float)(s * (double)scale);
+}
+
+static void moqc_rope_table(moq_backend *be, const int32_t *pos, int32_t rows, const float *inv_freq, int32_t dims, float scale, float *table)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    int64_t count = (int64_t)rows * dims;
+    if (count < 1) return;
+    moqk_rope_table<<<(unsigned)moqk_ceil(count, 128), 128, 0, c->stream>>>(pos, count, inv_freq, dims, scale, table);
+    moqc_launched(c, "rope_table");
+}
+
+/* (a, b) -> (a cos - b sin, b cos + a sin): a thread per pair. */
+template <typename T> __global__ void moqk_rope(moq_rope_desc d, int32_t dims)
+{
+    int32_t half = dims / 2;
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, pair = i % half, head = i / half % d.heads, row = i / half / d.heads;
+    if (row >= d.rows) return;
+    T *x = (T *)d.x + row * d.stride + head * d.head_dim + d.first;
+    int64_t ia = d.interleaved ? 2 * pair : pair, ib = d.interleaved ? ia + 1 : ia + half;
+    const float *table = d.table + (row * half + pair) * 2;
+    float c = table[0], s = table[1], a = moqk_get(x, ia), b = moqk_get(x, ib);
+    moqk_put(x, ia, a * c - b * s);
+    moqk_put(x, ib, b * c + a * s);
+}
+
+static void moqc_rope(moq_backend *be, const moq_rope_desc *d)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    int32_t dims = d->dims > 0 ? d->dims : d->head_dim;
+    int64_t count = (int64_t)d->rows * d->heads * (dims / 2);
+    if (count < 1) return;
+    unsigned blocks = (unsigned)moqk_ceil(count, 128);
+    MOQC_BY_ACT(c, (moqk_rope<float><<<blocks, 128, 0, c->stream>>>(*d, dims)), (moqk_rope<__nv_bfloat16><<<blocks, 128, 0, c->stream>>>(*d, dims)));
+    moqc_launched(c, "rope");
+}
+
+/* x: [rows, gate n | up n] -> y [rows, n]; not gated: [rows, n]. */
+template <typename T> __global__ void moqk_activation(moq_activation_desc a, const T *x, int64_t count, int32_t n, T *y)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    int64_t at = a.kind == MOQ_RELU2 ? i : i / n * 2 * n + i % n;
+    moqk_put(y, i, moqk_activate(a, moqk_get(x, at), a.kind == MOQ_RELU2 ? 0 : moqk_get(x, at + n)));
+}
+
+static void moqc_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    int64_t count = (int64_t)rows * n;
+    if (count < 1) return;
+    unsigned blocks = (unsigned)moqk_ceil(count, 256);
+    MOQC_BY_ACT(c, (moqk_activation<<<blocks, 256, 0, c->stream>>>(*a, (const float *)x, count, n, (float *)y)),
+                (moqk_activation<<<blocks, 256, 0, c->stream>>>(*a, (const __nv_bfloat16 *)x, count, n, (__nv_bfloat16 *)y)));
+    moqc_launched(c, "activation");
+}
+
+template <typename T> __global__ void moqk_add(T *x, const T *y, size_t count)
+{
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) moqk_put(x, (int64_t)i, moqk_get(x, (int64_t)i) + moqk_get(y, (int64_t)i));
+}
+
+static void moqc_add(moq_backend *be, void *x, const void *y, size_t count)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (count == 0) return;
+    unsigned blocks = (unsigned)moqk_ceil((int64_t)count, 256);
+    MOQC_BY_ACT(c, (moqk_add<<<blocks, 256, 0, c->stream>>>((float *)x, (const float *)y, count)),
+                (moqk_add<<<blocks, 256, 0, c->stream>>>((__nv_bfloat16 *)x, (const __nv_bfloat16 *)y, count)));
+    moqc_launched(c, "add");
+}
+
+/* Is value a at i a better maximum than b at j? NaN is worse than any number; the lowest index of equals. */
+__device__ __forceinline__ int moqk_better(float a, int32_t i, float b, int32_t j)
+{
+    int a_is = a == a, b_is = b == b;
+    if (a_is != b_is) return a_is;
+    return a_is && a != b ? a > b : i < j;
+}
+
+__device__ __forceinline__ void moqk_warp_best(float *v, int32_t *at)
+{
+    for (int o = 16; o > 0; o >>= 1) {
+        float u = __shfl_xor_sync(0xffffffffu, *v, o);
+        int32_t j = __shfl_xor_sync(0xffffffffu, *at, o);
+        if (moqk_better(u, j, *v, *at)) { *v = u; *at = j; }
+    }
+}
+
+/* Grid: rows. */
+template <typename T> __global__ void __launch_bounds__(1024) moqk_argmax(const T *x, int32_t n, int32_t *index)
+{
+    __shared__ float value[32];
+    __shared__ int32_t place[32];
+    const T *row = x + (int64_t)blockIdx.x * n;
+    float best = __uint_as_float(0x7fc00000u);
+    int32_t at = INT32_MAX, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
+        float v = moqk_get(row, i);
+        if (moqk_better(v, i, best, at)) { best = v; at = i; }
+    }
+    moqk_warp_best(&best, &at);
+    if (lane == 0) { value[warp] = best; place[warp] = at; }
+    __syncthreads();
+    if (warp != 0) return;
+    int there = lane < (int32_t)(blockDim.x >> 5);
+    best = there ? value[lane] : __uint_as_float(0x7fc00000u);
+    at = there ? place[lane] : INT32_MAX;
+    moqk_warp_best(&best, &at);
+    if (lane == 0) index[blockIdx.x] = at;
+}
+
+static void moqc_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (rows < 1 || n < 1) return;
+    MOQC_BY_ACT(c, (moqk_argmax<<<rows, 1024, 0, c->stream>>>((const float *)x, n, index)), (moqk_argmax<<<rows, 1024, 0, c->stream>>>((const __nv_bfloat16 *)x, n, index)));
+    moqc_launched(c, "argmax");
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-kv         KV caches
+   Rows lie in the order [slot][kv head][position]; codes and block scales apart, so that every row is aligned.
+   ------------------------------------------------------------------------------------------------ */
+
+enum moqk_kv_kind { MOQK_KV_F32, MOQK_KV_BF16, MOQK_KV_E4M3, MOQK_KV_I8, MOQK_KV_NV4, MOQK_KV_MX4 };
+enum { MOQK_KV_MOST_DIM = 512, MOQK_KEYS = 64, MOQK_QUERIES = 32 }; /* keys of a step of the first kernel; queries and keys of a tile of the second */
+
+/* Keys or values of one layer. */
+typedef struct moqk_kv {
+    uint8_t *codes;          /* [slots * kv_heads * capacity, row_bytes]; values past dim are zero */
+    uint8_t *scales;         /* [slots * kv_heads * capacity, blocks] */
+    const float *scale;      /* [kv_heads] */
+    const float *bias;       /* [kv_heads, dim] or NULL */
+    int32_t dim, padded;     /* padded: to 16, MXFP4 32 */
+    int32_t row_bytes, blocks;
+    int32_t kind, rotate;
+} moqk_kv;
+
+typedef struct moqk_cache {
+    moqk_kv k, v;
+    int32_t slots, capacity, kv_heads;
+} moqk_cache;
+
+typedef struct moqc_cache {
+    moqk_cache d;
+    void *memory;
+} moqc_cache;
+
+/* ---- one row to and from its format ---- */
+
+/* Sylvester's matrix times 1 / sqrt(dim) on `count` rows of shared memory; all threads of the block. */
+__device__ void moqk_rotate_rows(float *x, int32_t count, int32_t stride, int32_t dim, float factor)
+{
+    for (int32_t half = 1; half < dim; half *= 2) {
+        __syncthreads();
+        for (int32_t i = threadIdx.x; i < count * (dim / 2); i += blockDim.x) {
+            int32_t j = i % (dim / 2);
+            float *p = x + i / (dim / 2) * stride + j / half * 2 * half + j % half, a = p[0], b = p[half];
+            p[0] = a + b;
+            p[half] = a - b;
+        }
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < count * dim; i += blockDim.x) x[i / dim * stride + i % dim] *= factor;
+    __syncthreads();
+}
+
+/* x in shared memory -> row `at` of the cache. A thread packs a block of FP4, or strides over single values. */
+__device__ void moqk_kv_pack(const moqk_kv &c, int32_t head, int64_t at, const float *x)
+{
+    uint8_t *row = c.codes + at * c.row_bytes;
+    float scale = c.scale[head];
+    if (c.kind == MOQK_KV_NV4 || c.kind == MOQK_KV_MX4) {
+        int32_t block = c.kind == MOQK_KV_MX4 ? 32 : 16;
+        for (int32_t b = threadIdx.x; b < c.blocks; b += blockDim.x) {
+            float amax = 0, s;
+            int32_t end = min(c.dim, (b + 1) * block);
+            for (int32_t i = b * block; i < end; i++) amax = fmaxf(amax, fabsf(x[i]));
+            if (c.kind == MOQK_KV_MX4) {
+                int e = moqk_e8m0_exponent(MOQ_RULE_E8M0_CEIL, 6, amax);
+                c.scales[at * c.blocks + b] = (uint8_t)(e + 127);
+                s = ldexpf(1.0f, e);
+            } else {
+                s = amax / (6 * (scale / 6));
+                uint32_t code = moqk_to_e4m3(s < 448 ? s : 448);
+                c.scales[at * c.blocks + b] = (uint8_t)code;
+                s = moqk_e4m3(code) * (scale / 6);
+            }
+            for (int32_t i = b * block; i < (b + 1) * block; i += 2) {
+                uint32_t lo = s > 0 && i < end ? moqk_to_e2m1(x[i] / s) : 0, hi = s > 0 && i + 1 < end ? moqk_to_e2m1(x[i + 1] / s) : 0;
+                row[i / 2] = (uint8_t)(lo | hi << 4);
+            }
+        }
+        return;
+    }
+    const float *bias = c.bias ? c.bias + (int64_t)head * c.dim : NULL;
+    for (int32_t i = threadIdx.x; i < c.padded; i += blockDim.x) {
+        float v = i < c.dim ? x[i] : 0;
+        if (c.kind == MOQK_KV_F32) ((float *)row)[i] = v;
+        else if (c.kind == MOQK_KV_BF16) ((__nv_bfloat16 *)row)[i] = __float2bfloat16_rn(v);
+        else if (c.kind == MOQK_KV_E4M3) row[i] = i < c.dim ? (uint8_t)moqk_to_e4m3((bias ? v - bias[i] : v) / scale) : 0;
+        else row[i] = v == v ? (uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
+    }
+}
+
+/* Grid: rows, kv heads, keys and values. */
+template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_cache c, const int32_t *slot, const int32_t *pos, const T *k, int64_t k_stride, const T *v, int64_t v_stride)
+{
+    __shared__ float x[MOQK_KV_MOST_DIM];
+    int64_t row = blockIdx.x, s = slot[row], at = pos[row];
+    int32_t head = blockIdx.y, which = blockIdx.z;
+    const moqk_kv &to = which ? c.v : c.k;
+    const T *from = which ? v + row * v_stride : k + row * k_stride;
+    if (s < 0 || s >= c.slots || at < 0 || at >= c.capacity) return; /* a caller's mistake */
+    for (int32_t i = threadIdx.x; i < to.dim; i += blockDim.x) x[i] = moqk_get(from, (int64_t)head * to.dim + i);
+    if (to.rotate) moqk_rotate_rows(x, 1, to.dim, to.dim, 1 / sqrtf((float)to.dim));
+    __syncthreads();
+    moqk_kv_pack(to, head, (s * c.kv_heads + head) * c.capacity + at, x);
+}
+
+/* Values [d, d + N) of a row, N = 4 or 16; d is a multiple of N. */
+template <int KIND, int N> __device__ __forceinline__ void moqk_kv_read(const moqk_kv &c, int64_t at, int32_t d, float scale, const float *bias, float v[N])
+{
+    const uint8_t *row = c.codes + at * c.row_bytes;
+    if constexpr (KIND == MOQK_KV_F32) {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            float4 f = *((const float4 *)((const float *)row + d) + i);
+            v[4 * i] = f.x; v[4 * i + 1] = f.y; v[4 * i + 2] = f.z; v[4 * i + 3] = f.w;
+        }
+    } else if constexpr (KIND == MOQK_KV_BF16) {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            uint2 w = *((const uint2 *)((const __nv_bfloat16 *)row + d) + i);
+            v[4 * i] = __uint_as_float(w.x << 16); v[4 * i + 1] = __uint_as_float(w.x & 0xffff0000u);
+            v[4 * i + 2] = __uint_as_float(w.y << 16); v[4 * i + 3] = __uint_as_float(w.y & 0xffff0000u);
+        }
+    } else if constexpr (KIND == MOQK_KV_E4M3 || KIND == MOQK_KV_I8) {
+        uint32_t w[N / 4];
+        if constexpr (N == 16) { uint4 q = *(const uint4 *)(row + d); w[0] = q.x; w[1] = q.y; w[2] = q.z; w[3] = q.w; }
+        else w[0] = *(const uint32_t *)(row + d);
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            if constexpr (KIND == MOQK_KV_E4M3) moqk_decode_e4m3(w[i], v + 4 * i);
+            else
+#pragma unroll
+                for (int j = 0; j < 4; j++) v[4 * i + j] = __uint_as_float(__byte_perm(w[i] ^ 0x80808080u, 0x4b000000u, 0x7540 + j)) - 8388736.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] *= scale;
+        if (KIND == MOQK_KV_E4M3 && bias)
+#pragma unroll
+            for (int i = 0; i < N; i++) if (d + i < c.dim) v[i] += bias[d + i];
+    } else {
+        float s = KIND == MOQK_KV_MX4 ? moqk_e8m0(c.scales[at * c.blocks + d / 32]) : moqk_e4m3(c.scales[at * c.blocks + d / 16]) * (scale / 6);
+        float u[8];
+        if constexpr (N == 16) {
+            uint2 q = *(const uint2 *)(row + d / 2);
+            moqk_decode_e2m1(q.x, v);
+            moqk_decode_e2m1(q.y, v + 8);
+        } else {
+            moqk_decode_e2m1(*(const uint16_t *)(row + d / 2), u);
+#pragma unroll
+            for (int i = 0; i < 4; i++) v[i] = u[i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] *= s;
+    }
+}
+
+/* ---- caches ---- */
+
+/* Shapes and bytes; `err` names what is impossible. bytes: codes and block scales of keys, then of values. */
+static moq_result moqc_kv_plan(const moqc_ctx *c, const moq_kv_desc *d, moqk_cache *k, size_t bytes[4], moq_error *err)
+{
+    const char *name = d->name ? d->name : "";
+    memset(k, 0, sizeof *k);
+    k->slots = d->slots;
+    k->capacity = d->capacity;
+    k->kv_heads = d->kv_heads;
+    if (d->slots < 1 || d->capacity < 1 || d->kv_heads < 1 || d->head_dim < 1 || (unsigned)d->kv.format >= (unsigned)MOQ_KV_FORMAT_COUNT)
+        return moq_fail(err, MOQ_E_ARG, name, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity, (int)d->kv_heads,
+                        (int)d->head_dim, (int)d->kv.format);
+    if (d->kv.format == MOQ_KV_NVFP4_ROTATE && (d->head_dim & (d->head_dim - 1)) != 0)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "rotated keys need a head_dim that is a power of two, found %d; use nvfp4", (int)d->head_dim);
+    if (d->head_dim > MOQK_KV_MOST_DIM || d->value_dim > MOQK_KV_MOST_DIM)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "heads of %d and %d values; at most %d are supported on CUDA", (int)d->head_dim, (int)d->value_dim, (int)MOQK_KV_MOST_DIM);
+    for (int i = 0; i < 2; i++) {
+        moqk_kv *v = i ? &k->v : &k->k;
+        const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
+        moq_kv_format f = d->kv.format;
+        v->dim = i && d->value_dim > 0 ? d->value_dim : d->head_dim;
+        v->rotate = i == 0 && f == MOQ_KV_NVFP4_ROTATE;
+        v->kind = f == MOQ_KV_WIDE ? (c->bf16 ? MOQK_KV_BF16 : MOQK_KV_F32) : f == MOQ_KV_FP8 || f == MOQ_KV_FP8_AFFINE ? MOQK_KV_E4M3 : f == MOQ_KV_INT8 ? MOQK_KV_I8 : f == MOQ_KV_MXFP4 ? MOQK_KV_MX4 : MOQK_KV_NV4;
+        v->padded = (int32_t)moqk_pad(v->dim, v->kind == MOQK_KV_MX4 ? 32 : 16);
+        v->blocks = v->kind == MOQK_KV_MX4 ? v->padded / 32 : v->kind == MOQK_KV_NV4 ? v->padded / 16 : 0;
+        v->row_bytes = v->kind == MOQK_KV_F32 ? v->padded * 4 : v->kind == MOQK_KV_BF16 ? v->padded * 2 : v->blocks ? v->padded / 2 : v->padded;
+        if ((s->data && s->count != 1 && s->count != (uint64_t)d->kv_heads) || (b->data && b->count != (uint64_t)d->kv_heads * (uint64_t)v->dim))
+            return moq_fail(err, MOQ_E_SHAPE, name, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld", (unsigned long long)s->count,
+                            (unsigned long long)b->count, i ? "value" : "key", (int)d->kv_heads, (long long)d->kv_heads * (long long)v->dim);
+        for (uint64_t h = 0; s->data && h < s->count; h++) {
+            float x = moqc_f32_at(s, (int64_t)h);
+            if (!(x > 0) || !(x < 3.4e38f)) return moq_fail(err, MOQ_E_SCALE, name, "%s scale %g, expected a number greater than 0", i ? "value" : "key", (double)x);
+        }
+        double rows = (double)d->slots * d->kv_heads * d->capacity;
+        if (rows * v->row_bytes > 9e15) return moq_fail(err, MOQ_E_OVERFLOW, name, "%d slots of %d tokens do not fit the address space", (int)d->slots, (int)d->capacity);
+        bytes[2 * i] = (size_t)moqk_pad((int64_t)d->slots * d->kv_heads * d->capacity * v->row_bytes, 256);
+        bytes[2 * i + 1] = (size_t)moqk_pad((int64_t)d->slots * d->kv_heads * d->capacity * v->blocks, 256);
+    }
+    return MOQ_OK;
+}
+
+/* Floats beside the rows: scales of heads, then biases. */
+static int64_t moqc_kv_floats(const moqk_cache *k) { return moqk_pad((int64_t)k->kv_heads * (2 + k->k.dim + k->v.dim), 64); }
+
+static void moqc_kv_release(moq_backend *be, moq_kv_cache *cache)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (!cache) return;
+    moqc_give(c, ((moqc_cache *)(void *)cache)->memory);
+    moq_release(&c->host, cache, sizeof(moqc_cache));
+}
+
+/* Scales and biases of the heads. */
+static int moqc_kv_numbers(moqc_ctx *c, const moq_kv_desc *d, moqk_cache *k, float *at)
+{
+    static const float one = 1;
+    moq_view ones = {&one, MOQ_F32, 1};
+    int fine = 1;
+    for (int i = 0; i < 2; i++) {
+        moqk_kv *v = i ? &k->v : &k->k;
+        const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
+        v->scale = at;
+        fine &= moqc_send_floats(c, at, s->data ? s : &ones, 0, s->data && s->count > 1, d->kv_heads);
+        at += d->kv_heads;
+        if (!b->data || d->kv.format != MOQ_KV_FP8_AFFINE) continue;
+        v->bias = at;
+        fine &= moqc_send_floats(c, at, b, 0, 1, (int64_t)b->count);
+        at += b->count;
+    }
+    return fine;
+}
+
+static moq_kv_cache *moqc_kv_create(moq_backend *be, const moq_kv_desc *d, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqk_cache k;
+    moqc_need need;
+    size_t bytes[4], total;
+    moqc_clear(err);
+    if (moqc_kv_plan(c, d, &k, bytes, err) < 0) return NULL;
+    memset(&need, 0, sizeof need);
+    need.partial = moqk_pad(k.v.dim, 4) + 2;
+    if (moqc_grow(c, &need, c->be.max_rows, err) < 0) return NULL;
+    size_t floats = (size_t)moqc_kv_floats(&k) * 4;
+    total = bytes[0] + bytes[1] + bytes[2] + bytes[3] + floats;
+    moqc_cache *cache = (moqc_cache *)moq_allocate(&c->host, sizeof *cache);
+    if (!cache) { moq_fail(err, MOQ_E_NOMEM, d->name, "no host memory for the cache"); return NULL; }
+    uint8_t *p = (uint8_t *)moqc_take(c, total, "a KV cache", err);
+    cache->memory = p;
+    if (p) {
+        k.k.codes = p + floats;
+        k.k.scales = k.k.codes + bytes[0];
+        k.v.codes = k.k.scales + bytes[1];
+        k.v.scales = k.v.codes + bytes[2];
+        moqc_ok(c, cudaMemsetAsync(p, 0, total, c->stream), "cudaMemset");
+        if (moqc_kv_numbers(c, d, &k, (float *)(void *)p)) {
+            cache->d = k;
+            return (moq_kv_cache *)(void *)cache;
+        }
+        if (err) *err = c->error;
+    }
+    moqc_kv_release(be, (moq_kv_cache *)(void *)cache);
+    return NULL;
+}
+
+static size_t moqc_kv_bytes(const moq_backend *be, const moq_kv_desc *d)
+{
+    moqk_cache k;
+    size_t bytes[4];
+    if (moqc_kv_plan(moqc_of(be), d, &k, bytes, NULL) < 0) return 0;
+    return bytes[0] + bytes[1] + bytes[2] + bytes[3] + (size_t)moqc_kv_floats(&k) * 4;
+}
+
+static void moqc_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqk_cache *d = &((const moqc_cache *)(const void *)cache)->d;
+    if (b->rows < 1) return;
+    dim3 grid((unsigned)b->rows, (unsigned)d->kv_heads, 2);
+    MOQC_BY_ACT(c, (moqk_append<<<grid, 128, 0, c->stream>>>(*d, b->slot, b->pos, (const float *)k, k_stride, (const float *)v, v_stride)),
+                (moqk_append<<<grid, 128, 0, c->stream>>>(*d, b->slot, b->pos, (const __nv_bfloat16 *)k, k_stride, (const __nv_bfloat16 *)v, v_stride)));
+    moqc_launched(c, "kv_append");
+}
+
+/* `bytes` of every head, a head after `stride` bytes; ranges may overlap. Grid: heads. */
+__global__ void __launch_bounds__(1024) moqk_move_heads(uint8_t *dst, const uint8_t *src, int64_t stride, int64_t bytes)
+{
+    int64_t pieces = moqk_ceil(bytes, blockDim.x * 4);
+    dst += blockIdx.x * stride;
+    src += blockIdx.x * stride;
+    for (int64_t i = 0; i < pieces; i++) {
+        int64_t at = (dst < src ? i : pieces - 1 - i) * blockDim.x * 4 + threadIdx.x;
+        uint8_t v[4];
+        for (int j = 0; j < 4; j++) v[j] = at + j * blockDim.x < bytes ? src[at + j * blockDim.x] : 0;
+        __syncthreads();
+        for (int j = 0; j < 4; j++) if (at + j * blockDim.x < bytes) dst[at + j * blockDim.x] = v[j];
+        __syncthreads();
+    }
+}
+
+static void moqc_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos, int32_t count)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqk_cache *k = &((const moqc_cache *)(const void *)cache)->d;
+    int apart = dst_slot != src_slot || dst_pos + (int64_t)count <= src_pos || src_pos + (int64_t)count <= dst_pos;
+    for (int i = 0; i < 4 && count > 0; i++) {
+        const moqk_kv *v = i < 2 ? &k->k : &k->v;
+        uint8_t *base = i & 1 ? v->scales : v->codes;
+        int64_t row = i & 1 ? v->blocks : v->row_bytes, stride = k->capacity * row;
+        uint8_t *dst = base + ((int64_t)dst_slot * k->kv_heads * k->capacity + dst_pos) * row;
+        const uint8_t *src = base + ((int64_t)src_slot * k->kv_heads * k->capacity + src_pos) * row;
+        if (row == 0) continue;
+        if (apart) moqc_ok(c, cudaMemcpy2DAsync(dst, (size_t)stride, src, (size_t)stride, (size_t)(count * row), (size_t)k->kv_heads, cudaMemcpyDeviceToDevice, c->stream), "kv_copy");
+        else moqk_move_heads<<<(unsigned)k->kv_heads, 1024, 0, c->stream>>>(dst, src, stride, count * row);
+    }
+    moqc_launched(c, "kv_copy");
+}
+
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention  attention with F32 arithmetic
+   Takes every format and head size. Two kernels: few queries with the length of the sequence cut into splits, and tiles of queries that
+   share keys and values.
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct moqk_attend_args {
+    moqk_cache c;
+    const int32_t *slot, *pos;
+    const void *q;
+    void *y;
+    const float *sinks;
+    float *partial;            /* [rows, heads, splits, values padded to 4]; NULL with one split */
+    float2 *stats;             /* [rows, heads, splits] max and sum of each */
+    int32_t *arrived;          /* [rows, head groups] splits that are done; zero between launches */
+    int64_t q_stride, y_stride;
+    int32_t rows, heads, share, window, splits, bf16;
+    float scale, softcap;
+} moqk_attend_args;
+
+/* The queries of heads [head, head + count) of a row as the keys want them: scaled, rotated with them. q: [H][padded], the rest zero. */
+__device__ void moqk_load_query(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t H, float *q)
+{
+    int32_t padded = a.c.k.padded, dim = a.c.k.dim;
+    for (int32_t i = threadIdx.x; i < H * padded; i += blockDim.x) {
+        int32_t h = i / padded, d = i % padded;
+        q[i] = h < count && d < dim ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + h) * dim + d, a.bf16) * a.scale : 0;
+    }
+    if (a.c.k.rotate) moqk_rotate_rows(q, H, padded, dim, 1 / sqrtf((float)dim));
+    __syncthreads();
+}
+
+/* The block that is the last of its splits adds them all, in their order: y = sum e^(m_s - m) y_s / sum e^(m_s - m) l_s. weight: shared
+   memory for count * splits floats. turned: 0, or place p of `partial` holds dimension p % 8 * turned + p / 8. Every thread of the block
+   comes here after its part of `partial` is written. */
+__device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t turned, float *weight)
+{
+    __shared__ int last;
+    __shared__ float total[8];
+    int32_t n = (a.c.v.dim + 3) / 4, *arrived = a.arrived + row * gridDim.y + blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int64_t first = (row * a.heads + head) * a.splits;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(arrived, 1) == a.splits - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int32_t h = warp; h < count; h += blockDim.x >> 5) {
+        const float2 *mine = a.stats + first + (int64_t)h * a.splits;
+        float top = -3.4e38f, sum = 0;
+        for (int32_t s = lane; s < a.splits; s += 32) top = fmaxf(top, __ldcg(mine + s).x);
+        top = moqk_warp_max(top);
+        for (int32_t s = lane; s < a.splits; s += 32) {
+            float2 v = __ldcg(mine + s);
+            float w = v.y > 0 ? expf(v.x - top) : 0;
+            weight[h * a.splits + s] = w;
+            sum += w * v.y;
+        }
+        sum = moqk_warp_sum(sum);
+        if (lane == 0) total[h] = sum;
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < count * n; i += blockDim.x) {
+        int32_t h = i / n, d = i % n;
+        const float4 *mine = (const float4 *)a.partial + (first + (int64_t)h * a.splits) * n + d;
+        float v[4] = {0, 0, 0, 0}, one = total[h] > 0 ? 1 / total[h] : 0;
+#pragma unroll 16
+        for (int32_t s = 0; s < a.splits; s++) {
+            float4 f = __ldcg(mine + (int64_t)s * n);
+            float w = weight[h * a.splits + s];
+            v[0] += w * f.x;
+            v[1] += w * f.y;
+            v[2] += w * f.z;
+            v[3] += w * f.w;
+        }
+        for (int j = 0; j < 4; j++) {
+            int32_t p = 4 * d + j, at = turned ? p % 8 * turned + p / 8 : p;
+            if (p < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, v[j] * one, a.bf16);
+        }
+    }
+    if (threadIdx.x == 0) *arrived = 0;
+}
+
+/* H query heads of one row over one split of the positions. Reads the split's keys and values once. Threads: for scores, teams of L lanes
+   own 16 values of a key each; for values, a thread owns 4 of them for every (128 / lanes)-th key. Grid: splits, head groups, rows. */
+template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(moqk_attend_args a)
+{
+    extern __shared__ float4 room4[];
+    __shared__ float max_of[H], sum_of[H], shrink[H];
+    float *q = (float *)room4, *score = q + H * a.c.k.padded; /* score: [MOQK_KEYS][H] */
+    int32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, groups = (a.share + H - 1) / H;
+    int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * H, count = min(H, (kv_head + 1) * a.share - head);
+    int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
+    int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
+    int64_t low = a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0, per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
+    int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
+    float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head];
+    const float *k_bias = a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * a.c.k.dim : NULL, *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * a.c.v.dim : NULL;
+    int32_t L = 1, v_lanes = a.c.v.padded / 4, teams = 128 / v_lanes, team = tid / v_lanes, dv = tid % v_lanes * 4;
+    while (L * 16 < a.c.k.padded) L *= 2;
+    int32_t dk = tid % L * 16, sub = tid / L, subs = 128 / L;
+    float acc[H][4];
+#pragma unroll
+    for (int h = 0; h < H; h++) acc[h][0] = acc[h][1] = acc[h][2] = acc[h][3] = 0;
+    moqk_load_query(a, row, head, count, H, q);
+    if (tid < H) {
+        int sink = a.sinks && held && blockIdx.x == 0 && tid < count;
+        max_of[tid] = sink ? a.sinks[head + tid] : -3e38f;
+        sum_of[tid] = sink ? 1.0f : 0.0f;
+    }
+    for (int64_t first = from; first < to; first += MOQK_KEYS) {
+        int32_t n = (int32_t)min((int64_t)MOQK_KEYS, to - first);
+        for (int32_t j = sub; j < MOQK_KEYS; j += 2 * subs) {
+            float k[2][16];
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                if (j + u * subs < n && dk < a.c.k.padded) moqk_kv_read<KIND, 16>(a.c.k, base + first + j + u * subs, dk, k_scale, k_bias, k[u]);
+                else
+#pragma unroll
+                    for (int i = 0; i < 16; i++) k[u][i] = 0;
+            }
+            for (int h = 0; h < H; h++) {
+                float s0 = 0, s1 = 0;
+                const float4 *q4 = (const float4 *)(q + h * a.c.k.padded + (dk < a.c.k.padded ? dk : 0));
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float4 f = q4[i];
+                    s0 += f.x * k[0][4 * i] + f.y * k[0][4 * i + 1] + f.z * k[0][4 * i + 2] + f.w * k[0][4 * i + 3];
+                    s1 += f.x * k[1][4 * i] + f.y * k[1][4 * i + 1] + f.z * k[1][4 * i + 2] + f.w * k[1][4 * i + 3];
+                }
+                for (int o = L / 2; o > 0; o >>= 1) {
+                    s0 += __shfl_xor_sync(0xffffffffu, s0, o);
+                    s1 += __shfl_xor_sync(0xffffffffu, s1, o);
+                }
+                if (tid % L == 0) {
+                    score[j * H + h] = s0;
+                    if (j + subs < MOQK_KEYS) score[(j + subs) * H + h] = s1;
+                }
+            }
+        }
+        __syncthreads();
+        for (int h = warp; h < H; h += 4) {
+            float s[2], m = max_of[h], sum = 0;
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                int32_t j = lane + 32 * u;
+                s[u] = j < n ? score[j * H + h] : -3.4e38f;
+                if (a.softcap > 0 && j < n) s[u] = a.softcap * tanhf(s[u] / a.softcap);
+            }
+            float top = fmaxf(m, moqk_warp_max(fmaxf(s[0], s[1])));
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                int32_t j = lane + 32 * u;
+                float p = j < n ? expf(s[u] - top) : 0;
+                score[j * H + h] = p;
+                sum += p;
+            }
+            sum = moqk_warp_sum(sum);
+            __syncwarp(); /* every lane has read max_of */
+            if (lane == 0) {
+                shrink[h] = sum_of[h] > 0 ? expf(m - top) : 0;
+                sum_of[h] = sum_of[h] * shrink[h] + sum;
+                max_of[h] = top;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < H; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[h][i] *= shrink[h];
+        if (team < teams) {
+#pragma unroll 4
+            for (int32_t j = team; j < n; j += teams) {
+                float v[4];
+                moqk_kv_read<KIND, 4>(a.c.v, base + first + j, dv, v_scale, v_bias, v);
+#pragma unroll
+                for (int h = 0; h < H; h++) {
+                    float p = score[j * H + h];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) acc[h][i] += p * v[i];
+                }
+            }
+        }
+        __syncthreads();
+    }
+    float *sums = (float *)room4; /* [teams][H][v.padded]: the teams' sums, added in their order */
+    __syncthreads();
+    if (team < teams)
+#pragma unroll
+        for (int h = 0; h < H; h++) *(float4 *)&sums[(team * H + h) * a.c.v.padded + dv] = make_float4(acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+    __syncthreads();
+    for (int32_t i = tid; i < count * a.c.v.dim; i += 128) {
+        int32_t h = i / a.c.v.dim, d = i % a.c.v.dim;
+        float v = 0;
+        for (int32_t t = 0; t < teams; t++) v += sums[(t * H + h) * a.c.v.padded + d];
+        if (!a.partial) {
+            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + d, sum_of[h] > 0 ? v / sum_of[h] : 0, a.bf16);
+            continue;
+        }
+        int64_t at = (row * a.heads + head + h) * a.splits + blockIdx.x;
+        a.partial[at * ((a.c.v.dim + 3) / 4 * 4) + d] = v;
+        if (d == 0) a.stats[at] = make_float2(max_of[h], sum_of[h]);
+    }
+    if (a.partial) moqk_join_splits(a, row, head, count, 0, sums);
+}
+
+/* A tile of rows of keys or values [first, first + MOQK_QUERIES) into shared memory as F32; zeros past `last`. */
+template <int KIND> __device__ __forceinline__ void moqk_load_tile(const moqk_kv &c, int64_t base, int64_t first, int64_t last, int32_t head, int32_t stride, float *to)
+{
+    int32_t chunks = c.padded / 16;
+    const float *bias = c.bias ? c.bias + (int64_t)head * c.dim : NULL;
+    float scale = c.scale[head], v[16];
+    for (int32_t i = threadIdx.x; i < MOQK_QUERIES * chunks; i += blockDim.x) {
+        int32_t j = i / chunks, d = i % chunks * 16;
+        if (first + j <= last) moqk_kv_read<KIND, 16>(c, base + first + j, d, scale, bias, v);
+        else
+#pragma unroll
+            for (int k = 0; k < 16; k++) v[k] = 0;
+#pragma unroll
+        for (int k = 0; k < 4; k++) *(float4 *)&to[j * stride + d + 4 * k] = make_float4(v[4 * k], v[4 * k + 1], v[4 * k + 2], v[4 * k + 3]);
+    }
+}
+
+/* Tiles of 32 queries (rows x heads of one kv head) against tiles of 32 positions: keys and values are decoded once for all of them.
+   Rows of different slots in a tile are taken one slot after the other. A thread owns 4 queries x 2 keys of the scores, and 4 queries x 4 C
+   values of the result: v.padded <= 64 C. Grid: query tiles, kv heads. */
+template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_tiles(moqk_attend_args a)
+{
+    extern __shared__ float4 room4[];
+    __shared__ float shrink[MOQK_QUERIES], sum_of[MOQK_QUERIES];
+    __shared__ int32_t q_from[MOQK_QUERIES], q_pos[MOQK_QUERIES], q_slot[MOQK_QUERIES];
+    constexpr int N = MOQK_QUERIES, SS = N + 4;
+    int32_t tid = threadIdx.x, dk = a.c.k.padded, dv = a.c.v.padded, stride = max(dk, dv) + 4;
+    float *q = (float *)room4, *kv = q + N * stride, *score = kv + N * stride; /* score: [N][SS] */
+    int32_t kv_head = blockIdx.y, qi = tid / 16 * 4, ki = tid % 16, mine = tid / 4; /* mine: this thread's query in the softmax */
+    int64_t first_pair = (int64_t)blockIdx.x * N, pairs = (int64_t)a.rows * a.share;
+    float acc[4][4 * C], max_of = -3e38f, sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4 * C; j++) acc[i][j] = 0;
+    for (int32_t i = tid; i < N * dk; i += 128) {
+        int64_t pair = first_pair + i / dk, row = pair / a.share, head = kv_head * a.share + pair % a.share;
+        int32_t d = i % dk;
+        q[i / dk * stride + d] = pair < pairs && d < a.c.k.dim ? moqk_get_any(a.q, row * a.q_stride + head * a.c.k.dim + d, a.bf16) * a.scale : 0;
+    }
+    if (tid < N) {
+        int64_t pair = first_pair + tid, row = min(pair, pairs - 1) / a.share;
+        int32_t slot = a.slot[row], pos = a.pos[row];
+        int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
+        q_slot[tid] = held ? slot : -1;
+        q_pos[tid] = pos;
+        q_from[tid] = a.window > 0 ? max(0, pos - a.window + 1) : 0;
+    }
+    if (a.c.k.rotate) moqk_rotate_rows(q, N, stride, a.c.k.dim, 1 / sqrtf((float)a.c.k.dim));
+    __syncthreads();
+    if (a.sinks && q_slot[mine] >= 0) {
+        max_of = a.sinks[kv_head * a.share + (first_pair + mine) % a.share];
+        sum = 1;
+    }
+    for (int32_t begin = 0, end; begin < N; begin = end) { /* a run of queries of one slot */
+        int32_t slot = q_slot[begin], low = INT32_MAX, high = -1;
+        for (end = begin; end < N && q_slot[end] == slot; end++) { low = min(low, q_from[end]); high = max(high, q_pos[end]); }
+        if (slot < 0) continue;
+        int64_t base = ((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity;
+        for (int32_t first = low / N * N; first <= high; first += N) {
+            __syncthreads();
+            moqk_load_tile<KIND>(a.c.k, base, first, high, kv_head, stride, kv);
+            __syncthreads();
+            float s[4][2] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
+            for (int32_t d = 0; d < dk; d += 4) {
+                float4 k0 = *(const float4 *)&kv[ki * stride + d], k1 = *(const float4 *)&kv[(ki + 16) * stride + d];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float4 f = *(const float4 *)&q[(qi + i) * stride + d];
+                    s[i][0] += f.x * k0.x + f.y * k0.y + f.z * k0.z + f.w * k0.w;
+                    s[i][1] += f.x * k1.x + f.y * k1.y + f.z * k1.z + f.w * k1.w;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                score[(qi + i) * SS + ki] = s[i][0];
+                score[(qi + i) * SS + ki + 16] = s[i][1];
+            }
+            __syncthreads();
+            float p[8], top = max_of, more = 0;
+            int inside = mine >= begin && mine < end;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                int32_t key = first + tid % 4 * 8 + j;
+                p[j] = score[mine * SS + tid % 4 * 8 + j];
+                if (a.softcap > 0) p[j] = a.softcap * tanhf(p[j] / a.softcap);
+                if (!inside || key < q_from[mine] || key > q_pos[mine]) p[j] = -3.4e38f;
+                top = fmaxf(top, p[j]);
+            }
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                p[j] = p[j] > -3.3e38f ? expf(p[j] - top) : 0;
+                score[mine * SS + tid % 4 * 8 + j] = p[j];
+                more += p[j];
+            }
+            more += __shfl_xor_sync(0xffffffffu, more, 1);
+            more += __shfl_xor_sync(0xffffffffu, more, 2);
+            float factor = sum > 0 ? expf(max_of - top) : 0;
+            sum = sum * factor + more;
+            max_of = top;
+            if (tid % 4 == 0) shrink[mine] = factor;
+            moqk_load_tile<KIND>(a.c.v, base, first, high, kv_head, stride, kv);
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < 4 * C; j++) acc[i][j] *= shrink[qi + i];
+            for (int32_t j = 0; j < N; j += 4) {
+                float w[4][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) { float4 f = *(const float4 *)&score[(qi + i) * SS + j]; w[i][0] = f.x; w[i][1] = f.y; w[i][2] = f.z; w[i][3] = f.w; }
+#pragma unroll
+                for (int u = 0; u < 4; u++)
+#pragma unroll
+                    for (int c = 0; c < C; c++) {
+                        if (ki * 4 + 64 * c >= dv) continue;
+                        float4 v = *(const float4 *)&kv[(j + u) * stride + ki * 4 + 64 * c];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            acc[i][4 * c] += w[i][u] * v.x;
+                            acc[i][4 * c + 1] += w[i][u] * v.y;
+                            acc[i][4 * c + 2] += w[i][u] * v.z;
+                            acc[i][4 * c + 3] += w[i][u] * v.w;
+                        }
+                    }
+            }
+        }
+    }
+    if (tid % 4 == 0) sum_of[mine] = sum;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int64_t pair = first_pair + qi + i, row = pair / a.share, head = kv_head * a.share + pair % a.share;
+        if (pair >= pairs) continue;
+#pragma unroll
+        for (int j = 0; j < 4 * C; j++) {
+            int32_t d = ki * 4 + 64 * (j / 4) + j % 4;
+            if (d < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + head * a.c.v.dim + d, sum_of[qi + i] > 0 ? acc[i][j] / sum_of[qi + i] : 0, a.bf16);
+        }
+    }
+}
+
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-mma  attention of few queries on tensor cores: 64 or 128 values a head, 16-bit, 8-bit and 4-bit caches
+   The 16 rows of mma.m16n8k16 are 8 query heads twice: a number goes in as hi = f16(x) and lo = f16(x - hi), 22 bits of it, so only the
+   products with the cache's own codes count, and those are exact in 16 bits. Codes become operands in registers, without shared memory.
+   ------------------------------------------------------------------------------------------------ */
+
+__host__ __device__ static constexpr int moqk_kv_bits(int kind) { return kind == MOQK_KV_BF16 ? 16 : kind <= MOQK_KV_I8 ? 8 : 4; }
+
+/* BF16 operands where F16 has too few exponents: block scales of MXFP4 are any power of two. */
+__host__ __device__ static constexpr int moqk_kv_wants_bf16(int kind) { return kind == MOQK_KV_BF16 || kind == MOQK_KV_MX4; }
+
+/* A lane owns DIM / 4 neighbouring values of a key in pieces of at most 16 bytes. The dimension of element e (0..3) of step s of lane t,
+   in the order in which moqk_kv_operands unpacks a piece. */
+template <int KIND, int DIM> __host__ __device__ constexpr int moqk_key_dim(int t, int s, int e)
+{
+    constexpr int bits = moqk_kv_bits(KIND), piece = DIM * bits / 32 < 16 ? DIM * bits / 32 : 16, per = piece * 8 / bits, steps = per / 4;
+    int base = (s / steps * 4 + t) * per, r = s % steps;
+    return bits == 4 ? base + r / 2 * 8 + r % 2 * 2 + (e >> 1) + (e & 1) * 4 : base + r * 4 + e;
+}
+
+template <int BF16> __device__ __forceinline__ uint32_t moqk_pack16(float a, float b)
+{
+    if constexpr (BF16) { __nv_bfloat162 v = __floats2bfloat162_rn(a, b); return *(uint32_t *)&v; }
+    else { __half2 v = __floats2half2_rn(a, b); return *(uint32_t *)&v; }
+}
+
+template <int BF16> __device__ __forceinline__ float2 moqk_unpack16(uint32_t v)
+{
+    if constexpr (BF16) return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+    else return __half22float2(*(const __half2 *)&v);
+}
+
+/* hi and lo parts of two numbers. */
+template <int BF16> __device__ __forceinline__ void moqk_split16(float a, float b, uint32_t *hi, uint32_t *lo)
+{
+    *hi = moqk_pack16<BF16>(a, b);
+    float2 f = moqk_unpack16<BF16>(*hi);
+    *lo = moqk_pack16<BF16>(a - f.x, b - f.y);
+}
+
+/* c += a b: a 16 x 16, b 16 x 8. */
+template <int BF16> __device__ __forceinline__ void moqk_attend_mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    if constexpr (BF16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* One word of codes as 16-bit pairs: 16 bits 1 pair, 8 bits 2 (bytes 0 1, 2 3), 4 bits 4 (nibbles j, j + 4). scale: the block's, 4 bits only. */
+template <int KIND> __device__ __forceinline__ void moqk_kv_operands(uint32_t w, uint32_t scale, uint32_t *out)
+{
+    if constexpr (KIND == MOQK_KV_BF16) out[0] = w;
+    else if constexpr (KIND == MOQK_KV_E4M3) {
+#if __CUDA_ARCH__ >= 890
+        asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }" : "=r"(out[0]), "=r"(out[1]) : "r"(w));
+#else
+        const __half2 fix = __float2half2_rn(256.0f);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t at = __byte_perm(w, 0, i ? 0x3424 : 0x1404), h = (at & 0x80008000u) | (at >> 1 & 0x3f803f80u);
+            __half2 v = __hmul2(*(const __half2 *)&h, fix);
+            out[i] = *(uint32_t *)&v;
+        }
+#endif
+    } else if constexpr (KIND == MOQK_KV_I8) { /* 1024 + n is a half */
+        const __half2 move = __float2half2_rn(1152.0f);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t h = __byte_perm(w ^ 0x80808080u, 0x64646464u, i ? 0x4342 : 0x4140);
+            __half2 v = __hsub2(*(const __half2 *)&h, move);
+            out[i] = *(uint32_t *)&v;
+        }
+    } else if constexpr (KIND == MOQK_KV_NV4) { /* bits in place are value * 2^-14; the scale comes with 2^5: value * scale * 2^-9, exact */
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t at = w << (12 - 4 * j), h = (at & 0x80008000u) | (at >> 3 & 0x0e000e00u);
+            __half2 v = __hmul2(*(const __half2 *)&h, *(const __half2 *)&scale);
+            out[j] = *(uint32_t *)&v;
+        }
+    } else { /* bits in place are value * 2^-126 */
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t at = w << (12 - 4 * j), h = (at & 0x80008000u) | (at >> 6 & 0x01c001c0u), big = 0x7e807e80u; /* 2^126 */
+            __nv_bfloat162 v = __hmul2(__hmul2(*(const __nv_bfloat162 *)&h, *(const __nv_bfloat162 *)&big), *(const __nv_bfloat162 *)&scale);
+            out[j] = *(uint32_t *)&v;
+        }
+    }
+}
+
+/* A block scale as the pair that moqk_kv_operands multiplies with. */
+template <int KIND> __device__ __forceinline__ uint32_t moqk_kv_pair(uint32_t code)
+{
+    if constexpr (KIND == MOQK_KV_NV4) { __half2 v = __float2half2_rn(moqk_e4m3(code) * 32); return *(uint32_t *)&v; }
+    else if constexpr (KIND == MOQK_KV_MX4) { uint32_t v = __float_as_uint(moqk_e8m0(code)) >> 16; return v | v << 16; }
+    else return 0;
+}
+
+template <int BYTES> __device__ __forceinline__ void moqk_kv_load(const uint8_t *p, uint32_t *w)
+{
+    if constexpr (BYTES == 4) w[0] = __ldg((const unsigned *)p);
+    else if constexpr (BYTES == 8) { uint2 v = __ldg((const uint2 *)p); w[0] = v.x; w[1] = v.y; }
+    else {
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; i++) { uint4 v = __ldg((const uint4 *)p + i); w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w; }
+    }
+}
+
+/* What a lane holds of 16 positions: keys 8 n + g (n = 0, 1; g = lane / 4), its quarter of each; values of positions 2 t, 2 t + 1, 8 + 2 t,
+   9 + 2 t (t = lane % 4), its eighth of each. */
+template <int KIND, int DIM> struct moqk_kv_piece {
+    static constexpr int bits = moqk_kv_bits(KIND), kb = DIM * bits / 32, vb = DIM * bits / 64; /* bytes */
+    uint32_t k[2][kb / 4], v[4][vb / 4];
+    uint32_t k_scale[2], v_scale[4]; /* block codes: a key's quarter has up to two */
+
+    __device__ __forceinline__ void load(const moqk_cache &c, int64_t base, int64_t first, int64_t last, int lane)
+    {
+        constexpr int piece = kb < 16 ? kb : 16;
+        int g = lane >> 2, t = lane & 3;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            int64_t at = base + min(first + 8 * n + g, last);
+#pragma unroll
+            for (int j = 0; j < kb / piece; j++) moqk_kv_load<piece>(c.k.codes + at * (DIM * bits / 8) + (j * 4 + t) * piece, k[n] + j * piece / 4);
+            if constexpr (KIND == MOQK_KV_NV4 && DIM == 128) k_scale[n] = *(const uint16_t *)(c.k.scales + at * 8 + 2 * t);
+            else if constexpr (KIND == MOQK_KV_NV4) k_scale[n] = c.k.scales[at * 4 + t];
+            else if constexpr (KIND == MOQK_KV_MX4) k_scale[n] = c.k.scales[at * (DIM / 32) + t * DIM / 128];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int64_t at = base + min(first + 2 * t + (i & 1) + (i & 2) * 4, last);
+            moqk_kv_load<vb>(c.v.codes + at * (DIM * bits / 8) + g * vb, v[i]);
+            if constexpr (KIND == MOQK_KV_NV4) v_scale[i] = c.v.scales[at * (DIM / 16) + g * DIM / 128];
+            else if constexpr (KIND == MOQK_KV_MX4) v_scale[i] = c.v.scales[at * (DIM / 32) + g * DIM / 256];
+        }
+    }
+
+    /* c[n] += q k for keys 8 n ... of this piece. rest: what BF16's two parts leave of q, MXFP4 only. */
+    __device__ __forceinline__ void scores(const uint32_t (*q)[4], const uint32_t (*rest)[2], float s[2][4]) const
+    {
+        constexpr int words = kb / 4, BF = moqk_kv_wants_bf16(KIND);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int w = 0; w < words; w += bits == 16 ? 2 : 1) {
+                uint32_t b[4];
+                uint32_t code = KIND == MOQK_KV_NV4 && DIM == 128 ? k_scale[n] >> (w / 2 * 8) & 255 : k_scale[n];
+                moqk_kv_operands<KIND>(k[n][w], moqk_kv_pair<KIND>(code), b);
+                if constexpr (bits == 16) moqk_kv_operands<KIND>(k[n][w + 1], 0, b + 1);
+                constexpr int per = bits == 4 ? 2 : 1; /* steps of one word, or of two with 16 bits */
+#pragma unroll
+                for (int i = 0; i < per; i++) {
+                    int step = (bits == 16 ? w / 2 : w * per) + i;
+                    moqk_attend_mma<BF>(s[n], q[step], b[2 * i], b[2 * i + 1]);
+                    if constexpr (KIND == MOQK_KV_MX4) {
+                        const uint32_t third[4] = {rest[step][0], 0, rest[step][1], 0};
+                        moqk_attend_mma<BF>(s[n], third, b[2 * i], b[2 * i + 1]);
+                    }
+                }
+            }
+        }
+    }
+
+    /* out[i] += p v: column g of product i is dimension g * DIM / 8 + i. */
+    __device__ __forceinline__ void values(const uint32_t p[4], float (*out)[4]) const
+    {
+        constexpr int words = vb / 4, BF = moqk_kv_wants_bf16(KIND);
+#pragma unroll
+        for (int w = 0; w < words; w++) {
+            if constexpr (bits == 4) {
+                uint32_t h[4][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(v[i][w], moqk_kv_pair<KIND>(v_scale[i]), h[i]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    moqk_attend_mma<BF>(out[8 * w + j], p, __byte_perm(h[0][j], h[1][j], 0x5410), __byte_perm(h[2][j], h[3][j], 0x5410));
+                    moqk_attend_mma<BF>(out[8 * w + j + 4], p, __byte_perm(h[0][j], h[1][j], 0x7632), __byte_perm(h[2][j], h[3][j], 0x7632));
+                }
+            } else if constexpr (bits == 8) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    uint32_t a[2], b[2];
+                    moqk_kv_operands<KIND>(__byte_perm(v[0][w], v[1][w], j ? 0x7362 : 0x5140), 0, a);
+                    moqk_kv_operands<KIND>(__byte_perm(v[2][w], v[3][w], j ? 0x7362 : 0x5140), 0, b);
+                    moqk_attend_mma<BF>(out[4 * w + 2 * j], p, a[0], b[0]);
+                    moqk_attend_mma<BF>(out[4 * w + 2 * j + 1], p, a[1], b[1]);
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < 2; j++)
+                    moqk_attend_mma<BF>(out[2 * w + j], p, __byte_perm(v[0][w], v[1][w], j ? 0x7632 : 0x5410), __byte_perm(v[2][w], v[3][w], j ? 0x7632 : 0x5410));
+            }
+        }
+    }
+};
+
+/* Rows of shared memory are a little longer than a head, so that the heads lie in different banks. */
+__host__ __device__ static constexpr int moqk_tensor_row(int dim) { return dim + 8; }
+
+/* The query heads of this block as operand rows, hi above lo. Straight from memory, or through room [8][DIM + 8] where keys are rotated or
+   have a bias (bias[h] = q . k_bias). rest: see moqk_kv_piece::scores. */
+template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, const float *k_bias, float *room, float *bias, uint32_t (*q)[4],
+                                                                 uint32_t (*rest)[2])
+{
+    constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = a.c.k.rotate || k_bias;
+    int64_t from = row * a.q_stride + (int64_t)(head + g) * DIM;
+    if (through) {
+        for (int i = threadIdx.x; i < 8 * DIM; i += 128) room[i / DIM * R + i % DIM] = i / DIM < count ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + i / DIM) * DIM + i % DIM, a.bf16) * a.scale : 0;
+        if (a.c.k.rotate) moqk_rotate_rows(room, 8, R, DIM, 1 / sqrtf((float)DIM));
+        __syncthreads();
+        for (int h = warp; h < 8; h += 4) {
+            float sum = 0;
+            for (int d = lane; k_bias && d < DIM; d += 32) sum += room[h * R + d] * k_bias[d];
+            sum = moqk_warp_sum(sum);
+            if (lane == 0) bias[h] = sum;
+        }
+    } else if (threadIdx.x < 8) bias[threadIdx.x] = 0;
+#pragma unroll
+    for (int s = 0; s < DIM / 16; s++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int x = moqk_key_dim<KIND, DIM>(t, s, 2 * i), y = moqk_key_dim<KIND, DIM>(t, s, 2 * i + 1);
+            float u = 0, v = 0;
+            if (through) { u = room[g * R + x]; v = room[g * R + y]; }
+            else if (g < count) { u = moqk_get_any(a.q, from + x, a.bf16) * a.scale; v = moqk_get_any(a.q, from + y, a.bf16) * a.scale; }
+            moqk_split16<BF>(u, v, &q[s][2 * i], &q[s][2 * i + 1]);
+            if constexpr (KIND == MOQK_KV_MX4) {
+                float2 f = moqk_unpack16<BF>(q[s][2 * i]), h = moqk_unpack16<BF>(q[s][2 * i + 1]);
+                rest[s][i] = moqk_pack16<BF>(u - f.x - h.x, v - f.y - h.y);
+            }
+        }
+    }
+    __syncthreads();
+}
+
+/* Up to 8 query heads of one row over one split of the positions; a warp takes every fourth run of 16 positions, loads of the next run are
+   under way while this one is multiplied. Lane (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
+template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK_KV_BF16 || KIND == MOQK_KV_MX4 ? 2 : 3) moqk_attend_tensor(moqk_attend_args a)
+{
+    extern __shared__ float4 room4[];
+    __shared__ float bias[8], max_of[4][8], sum_of[4][8];
+    constexpr int BF = moqk_kv_wants_bf16(KIND), N = DIM / 8;
+    float *room = (float *)room4;
+    int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
+    int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
+    int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
+    int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
+    int64_t low = a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0, per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
+    int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
+    float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head], top = -3e38f, sum = 0;
+    if (KIND == MOQK_KV_NV4) { k_scale *= 512.0f / 6; v_scale *= 512.0f / 6; }
+    if (KIND == MOQK_KV_BF16 || KIND == MOQK_KV_MX4) k_scale = v_scale = 1;
+    uint32_t q[DIM / 16][4], rest[DIM / 16][2];
+    float acc[N][4];
+    moqk_kv_piece<KIND, DIM> now, next;
+    int64_t first = from + 16 * warp;
+    if (first < to) next.load(a.c, base, first, to - 1, lane);
+    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, room, bias, q, rest);
+#pragma unroll
+    for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+    if (a.sinks && held && blockIdx.x == 0 && warp == 0 && g < count) {
+        top = a.sinks[head + g];
+        sum = t == 0 ? 1.0f : 0.0f;
+    }
+    for (; first < to; first += 64) {
+        now = next;
+        if (first + 64 < to) next.load(a.c, base, first + 64, to - 1, lane);
+        float s[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, best = top;
+        now.scores(q, rest, s);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float v = (s[n][i] + s[n][i + 2]) * k_scale + bias[g];
+                if (a.softcap > 0) v = a.softcap * tanhf(v / a.softcap);
+                s[n][i] = first + 8 * n + 2 * t + i < to ? v : -3.4e38f;
+                best = fmaxf(best, s[n][i]);
+            }
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+        float shrink = expf(top - best);
+        if (__any_sync(0xffffffffu, best > top)) {
+            sum *= shrink;
+#pragma unroll
+            for (int i = 0; i < N; i++) { acc[i][0] *= shrink; acc[i][1] *= shrink; acc[i][2] *= shrink; acc[i][3] *= shrink; }
+        }
+        top = best;
+        uint32_t p[4];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            float x = expf(s[n][0] - top), y = expf(s[n][1] - top);
+            sum += x + y;
+            moqk_split16<BF>(x, y, &p[2 * n], &p[2 * n + 1]);
+        }
+        now.values(p, acc);
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (t == 0) { max_of[warp][g] = top; sum_of[warp][g] = sum; }
+    constexpr int R = moqk_tensor_row(DIM); /* room: [warps][8][R]; place p of a head holds dimension p % 8 * N + p / 8 */
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * v_scale, (acc[i][1] + acc[i][3]) * v_scale);
+    __syncthreads();
+    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
+    for (int32_t i = threadIdx.x; i < count * DIM; i += 128) {
+        int32_t h = i / DIM, p = i % DIM, d = p % 8 * N + p / 8;
+        float m = fmaxf(fmaxf(max_of[0][h], max_of[1][h]), fmaxf(max_of[2][h], max_of[3][h])), l = 0, v = 0, keys = 0;
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            float f = sum_of[w][h] > 0 ? expf(max_of[w][h] - m) : 0;
+            l += f * sum_of[w][h];
+            v += f * room[(w * 8 + h) * R + p];
+        }
+        if (v_bias) { /* a sink has no value, so no bias either */
+            keys = l - (a.sinks && held && blockIdx.x == 0 ? expf(a.sinks[head + h] - m) : 0);
+            v += keys * v_bias[d];
+        }
+        if (!a.partial) {
+            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l > 0 ? v / l : 0, a.bf16);
+            continue;
+        }
+        int64_t at = (row * a.heads + head + h) * a.splits + blockIdx.x;
+        a.partial[at * DIM + p] = v;
+        if (p == 0) a.stats[at] = make_float2(m, l);
+    }
+    if (a.partial) moqk_join_splits(a, row, head, count, N, room);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-tiles  attention of many queries on tensor cores: heads of up to 256 values
+   Tiles of 64 queries (rows x heads of one kv head) against tiles of keys that are unpacked once into 16 bits in shared memory. TERMS: 1 for
+   BF16 activations; 2 for F32 ones, whose queries and probabilities go in as hi + lo; 3 when the cache is F32 and is split too.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_TILE_QUERIES = 64 };
+
+__host__ __device__ static constexpr int moqk_tile_keys(int dim) { return dim > 128 ? 32 : 64; }
+
+/* Halves of shared memory: queries, keys and values, all in rows of DIM + 8. */
+__host__ __device__ static constexpr int moqk_tile_halves(int dim, int terms)
+{
+    return (dim + 8) * (MOQK_TILE_QUERIES * (terms > 1 ? 2 : 1) + 2 * moqk_tile_keys(dim) * (terms > 2 ? 2 : 1));
+}
+
+__device__ __forceinline__ void moqk_ldmatrix(uint32_t v[4], const uint16_t *p)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(p)));
+}
+
+__device__ __forceinline__ void moqk_ldmatrix_turned(uint32_t v[4], const uint16_t *p)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(p)));
+}
+
+/* Values [d, d + 16) of a row in 16 bits, in units of moqk_unit: hi, and for F32 caches lo. */
+template <int KIND> __device__ __forceinline__ void moqk_kv_halves(const moqk_kv &c, int64_t at, int32_t d, uint32_t hi[8], uint32_t lo[8])
+{
+    const uint8_t *row = c.codes + at * c.row_bytes;
+    if constexpr (KIND == MOQK_KV_F32) {
+        float v[16];
+        moqk_kv_read<KIND, 16>(c, at, d, 1, NULL, v);
+#pragma unroll
+        for (int i = 0; i < 8; i++) moqk_split16<0>(v[2 * i], v[2 * i + 1], &hi[i], &lo[i]);
+    } else if constexpr (KIND == MOQK_KV_BF16) moqk_kv_load<32>(row + 2 * d, hi);
+    else if constexpr (KIND == MOQK_KV_NV4) {
+        uint32_t w[2], scale = moqk_kv_pair<KIND>(c.scales[at * c.blocks + d / 16]), h[4];
+        moqk_kv_load<8>(row + d / 2, w);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            moqk_kv_operands<KIND>(w[i], scale, h); /* pairs (j, j + 4) */
+            hi[4 * i] = __byte_perm(h[0], h[1], 0x5410);
+            hi[4 * i + 1] = __byte_perm(h[2], h[3], 0x5410);
+            hi[4 * i + 2] = __byte_perm(h[0], h[1], 0x7632);
+            hi[4 * i + 3] = __byte_perm(h[2], h[3], 0x7632);
+        }
+    } else {
+        uint32_t w[4];
+        moqk_kv_load<16>(row + d, w);
+#pragma unroll
+        for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(w[i], 0, hi + 2 * i);
+    }
+}
+
+/* Positions [first, first + keys) of keys or values; zeros past `last` and past the row's own length. */
+template <int KIND, int DIM> __device__ __forceinline__ void moqk_fill_tile(const moqk_kv &c, int64_t base, int64_t first, int64_t last, uint16_t *hi, uint16_t *lo)
+{
+    constexpr int keys = moqk_tile_keys(DIM), chunks = DIM / 16;
+    for (int32_t i = threadIdx.x; i < keys * chunks; i += 128) {
+        int32_t j = i / chunks, d = i % chunks * 16;
+        uint32_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0}, l[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        if (first + j <= last && d < c.padded) moqk_kv_halves<KIND>(c, base + first + j, d, h, l);
+        uint4 *to = (uint4 *)(hi + j * (DIM + 8) + d);
+        to[0] = make_uint4(h[0], h[1], h[2], h[3]);
+        to[1] = make_uint4(h[4], h[5], h[6], h[7]);
+        if (KIND == MOQK_KV_F32) {
+            to = (uint4 *)(lo + j * (DIM + 8) + d);
+            to[0] = make_uint4(l[0], l[1], l[2], l[3]);
+            to[1] = make_uint4(l[4], l[5], l[6], l[7]);
+        }
+    }
+}
+
+template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_fill(const moqk_kv &c, int64_t base, int64_t first, int64_t last, uint16_t *hi, uint16_t *lo)
+{
+    if constexpr (BF) moqk_fill_tile<MOQK_KV_BF16, DIM>(c, base, first, last, hi, lo);
+    else if constexpr (TERMS == 3) moqk_fill_tile<MOQK_KV_F32, DIM>(c, base, first, last, hi, lo);
+    else if (c.kind == MOQK_KV_E4M3) moqk_fill_tile<MOQK_KV_E4M3, DIM>(c, base, first, last, hi, lo);
+    else if (c.kind == MOQK_KV_I8) moqk_fill_tile<MOQK_KV_I8, DIM>(c, base, first, last, hi, lo);
+    else moqk_fill_tile<MOQK_KV_NV4, DIM>(c, base, first, last, hi, lo);
+}
+
+/* What a number in 16 bits stands for: the scale of a head in units of moqk_kv_operands. */
+__device__ __forceinline__ float moqk_unit(const moqk_kv &c, int32_t head)
+{
+    return c.kind <= MOQK_KV_BF16 ? 1 : c.kind == MOQK_KV_NV4 ? c.scale[head] * (512.0f / 6) : c.scale[head];
+}
+
+/* A tile's queries in 16 bits, 32 at a time through `stage` [32][dim] F32; q_bias[i] = q . k_bias. */
+template <int DIM, int TERMS, int BF> __device__ void moqk_tile_queries(const moqk_attend_args &a, int64_t first_pair, int32_t kv_head, float *stage, uint16_t *hi, uint16_t *lo, float *q_bias)
+{
+    int32_t dim = a.c.k.dim, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int64_t pairs = (int64_t)a.rows * a.share;
+    const float *bias = a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * dim : NULL;
+    for (int32_t half = 0; half < MOQK_TILE_QUERIES; half += 32) {
+        __syncthreads();
+        for (int32_t i = threadIdx.x; i < 32 * dim; i += 128) {
+            int64_t pair = first_pair + half + i / dim, row = pair / a.share, head = kv_head * a.share + pair % a.share;
+            stage[i] = pair < pairs ? moqk_get_any(a.q, row * a.q_stride + head * dim + i % dim, a.bf16) * (BF ? 1 : a.scale) : 0;
+        }
+        if (a.c.k.rotate) moqk_rotate_rows(stage, 32, dim, dim, 1 / sqrtf((float)dim));
+        __syncthreads();
+        for (int32_t i = threadIdx.x; i < 32 * DIM / 2; i += 128) {
+            int32_t j = i / (DIM / 2), d = i % (DIM / 2) * 2;
+            uint32_t h, l;
+            moqk_split16<BF>(d < dim ? stage[j * dim + d] : 0, d + 1 < dim ? stage[j * dim + d + 1] : 0, &h, &l);
+            *(uint32_t *)&hi[(half + j) * (DIM + 8) + d] = h;
+            if (TERMS > 1) *(uint32_t *)&lo[(half + j) * (DIM + 8) + d] = l;
+        }
+        for (int32_t j = warp; j < 32; j += 4) {
+            float sum = 0;
+            for (int32_t d = lane; bias && d < dim; d += 32) sum += stage[j * dim + d] * bias[d];
+            sum = moqk_warp_sum(sum);
+            if (lane == 0) q_bias[half + j] = sum;
+        }
+    }
+    __syncthreads();
+}
+
+/* Scores of one key tile for the warp's 16 queries. */
+template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_tile_scores(const uint16_t *qh, const uint16_t *ql, const uint16_t *kh, const uint16_t *kl, float (*s)[4])
+{
+    constexpr int S = DIM + 8, N = moqk_tile_keys(DIM) / 8;
+    int lane = threadIdx.x & 31, q_at = (threadIdx.x / 32 * 16 + (lane & 15)) * S + (lane >> 4) * 8, k_at = ((lane & 7) + (lane >> 4) * 8) * S + (lane >> 3 & 1) * 8;
+#pragma unroll
+    for (int n = 0; n < N; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll
+    for (int d = 0; d < DIM; d += 16) {
+        uint32_t q[4], r[4], k[4];
+        moqk_ldmatrix(q, qh + q_at + d);
+        if (TERMS > 1) moqk_ldmatrix(r, ql + q_at + d);
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            moqk_ldmatrix(k, kh + k_at + n * 8 * S + d);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                moqk_attend_mma<BF>(s[n + j], q, k[2 * j], k[2 * j + 1]);
+                if (TERMS > 1) moqk_attend_mma<BF>(s[n + j], r, k[2 * j], k[2 * j + 1]);
+            }
+            if (TERMS == 3) {
+                moqk_ldmatrix(k, kl + k_at + n * 8 * S + d);
+#pragma unroll
+                for (int j = 0; j < 2; j++) moqk_attend_mma<BF>(s[n + j], q, k[2 * j], k[2 * j + 1]);
+            }
+        }
+    }
+}
+
+/* acc += p v for one key tile; p: exp(score - max) in the registers of the scores. */
+template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_tile_values(const float (*p)[4], const uint16_t *vh, const uint16_t *vl, float (*acc)[4])
+{
+    constexpr int S = DIM + 8, K = moqk_tile_keys(DIM) / 16;
+    int lane = threadIdx.x & 31, at = ((lane & 7) + (lane >> 3 & 1) * 8) * S + (lane >> 4) * 8;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        uint32_t hi[4], lo[4], v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) moqk_split16<BF>(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1], &hi[i], &lo[i]);
+#pragma unroll
+        for (int d = 0; d < DIM; d += 16) {
+            moqk_ldmatrix_turned(v, vh + at + k * 16 * S + d);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                moqk_attend_mma<BF>(acc[d / 8 + j], hi, v[2 * j], v[2 * j + 1]);
+                if (TERMS > 1) moqk_attend_mma<BF>(acc[d / 8 + j], lo, v[2 * j], v[2 * j + 1]);
+            }
+            if (TERMS == 3) {
+                moqk_ldmatrix_turned(v, vl + at + k * 16 * S + d);
+#pragma unroll
+                for (int j = 0; j < 2; j++) moqk_attend_mma<BF>(acc[d / 8 + j], hi, v[2 * j], v[2 * j + 1]);
+            }
+        }
+    }
+}
+
+/* Grid: query tiles, kv heads. Lane (g, t) of a warp owns rows g and g + 8 of its 16 queries. Rows of different slots in a tile are taken one
+   slot after the other. */
+template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM > 128 || TERMS > 1 ? 1 : 2) moqk_attend_many(moqk_attend_args a)
+{
+    extern __shared__ float4 room4[];
+    __shared__ int32_t q_from[MOQK_TILE_QUERIES], q_pos[MOQK_TILE_QUERIES], q_slot[MOQK_TILE_QUERIES];
+    __shared__ float q_bias[MOQK_TILE_QUERIES];
+    constexpr int S = DIM + 8, KEYS = moqk_tile_keys(DIM), N = KEYS / 8;
+    uint16_t *qh = (uint16_t *)room4, *ql = qh + MOQK_TILE_QUERIES * S, *kh = TERMS > 1 ? ql + MOQK_TILE_QUERIES * S : ql, *vh = kh + KEYS * S, *kl = vh + KEYS * S, *vl = kl + KEYS * S;
+    int32_t kv_head = blockIdx.y, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, mine = threadIdx.x / 32 * 16 + g;
+    int64_t first_pair = (int64_t)blockIdx.x * MOQK_TILE_QUERIES, pairs = (int64_t)a.rows * a.share;
+    float acc[DIM / 8][4], top[2] = {-3e38f, -3e38f}, sum[2] = {0, 0}, sink[2] = {0, 0};
+    float k_unit = moqk_unit(a.c.k, kv_head) * (BF ? a.scale : 1), v_unit = moqk_unit(a.c.v, kv_head);
+    for (int32_t i = threadIdx.x; i < MOQK_TILE_QUERIES; i += 128) {
+        int64_t pair = first_pair + i, row = min(pair, pairs - 1) / a.share;
+        int32_t slot = a.slot[row], pos = a.pos[row];
+        int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
+        q_slot[i] = held ? slot : -1;
+        q_pos[i] = pos;
+        q_from[i] = a.window > 0 ? max(0, pos - a.window + 1) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < DIM / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+    moqk_tile_queries<DIM, TERMS, BF>(a, first_pair, kv_head, (float *)kh, qh, ql, q_bias);
+    for (int i = 0; i < 2; i++)
+        if (a.sinks && q_slot[mine + 8 * i] >= 0) {
+            sink[i] = top[i] = a.sinks[kv_head * a.share + (first_pair + mine + 8 * i) % a.share];
+            sum[i] = t == 0 ? 1.0f : 0.0f;
+        }
+    for (int32_t begin = 0, end; begin < MOQK_TILE_QUERIES; begin = end) {
+        int32_t slot = q_slot[begin], low = INT32_MAX, high = -1;
+        for (end = begin; end < MOQK_TILE_QUERIES && q_slot[end] == slot; end++) { low = min(low, q_from[end]); high = max(high, q_pos[end]); }
+        if (slot < 0) continue;
+        int64_t base = ((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity;
+        for (int32_t first = low / KEYS * KEYS; first <= high; first += KEYS) {
+            float s[N][4];
+            __syncthreads();
+            moqk_fill<DIM, TERMS, BF>(a.c.k, base, first, high, kh, kl);
+            moqk_fill<DIM, TERMS, BF>(a.c.v, base, first, high, vh, vl);
+            __syncthreads();
+            moqk_tile_scores<DIM, TERMS, BF>(qh, ql, kh, kl, s);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int32_t q = mine + 8 * i, from = q >= begin && q < end ? q_from[q] : INT32_MAX, to = q_pos[q];
+                float best = top[i], bias = q_bias[q];
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float *v = &s[n][2 * i + j];
+                        int32_t key = first + 8 * n + 2 * t + j;
+                        *v = *v * k_unit + bias;
+                        if (a.softcap > 0) *v = a.softcap * tanhf(*v / a.softcap);
+                        if (key < from || key > to) *v = -3.4e38f;
+                        best = fmaxf(best, *v);
+                    }
+                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+                float shrink = expf(top[i] - best), more = 0;
+                top[i] = best;
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float *v = &s[n][2 * i + j];
+                        *v = *v > -3.3e38f ? expf(*v - best) : 0;
+                        more += *v;
+                    }
+                sum[i] = sum[i] * shrink + more;
+#pragma unroll
+                for (int n = 0; n < DIM / 8; n++) { acc[n][2 * i] *= shrink; acc[n][2 * i + 1] *= shrink; }
+            }
+            moqk_tile_values<DIM, TERMS, BF>(s, vh, vl, acc);
+        }
+    }
+    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * a.c.v.dim : NULL;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int64_t pair = first_pair + mine + 8 * i, row = pair / a.share, head = kv_head * a.share + pair % a.share;
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
+        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
+        if (pair >= pairs) continue;
+        int held = q_slot[mine + 8 * i] >= 0;
+        float keys = sum[i] - (a.sinks && held ? expf(sink[i] - top[i]) : 0), one = sum[i] > 0 ? 1 / sum[i] : 0;
+#pragma unroll
+        for (int n = 0; n < DIM / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int32_t d = 8 * n + 2 * t + j;
+                if (d < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + head * a.c.v.dim + d, (acc[n][2 * i + j] * v_unit + (v_bias ? keys * v_bias[d] : 0)) * one, a.bf16);
+            }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-host   which of them runs
+   ------------------------------------------------------------------------------------------------ */
+
+#define MOQC_EACH_KV(kind, CALL) \
+    switch (kind) { \
+    case MOQK_KV_F32: CALL(MOQK_KV_F32); break; \
+    case MOQK_KV_BF16: CALL(MOQK_KV_BF16); break; \
+    case MOQK_KV_E4M3: CALL(MOQK_KV_E4M3); break; \
+    case MOQK_KV_I8: CALL(MOQK_KV_I8); break; \
+    case MOQK_KV_NV4: CALL(MOQK_KV_NV4); break; \
+    default: CALL(MOQK_KV_MX4); break; \
+    }
+
+static size_t moqc_tiles_bytes(const moqk_cache *k) { return (size_t)MOQK_QUERIES * 4 * (size_t)(2 * (moqc_max(k->k.padded, k->v.padded) + 4) + MOQK_QUERIES + 4); }
+
+/* More shared memory than 48 KiB must be asked for, once for each device. */
+static cudaError_t moqc_allow_shared(int most)
+{
+    int bytes = most < 98304 ? most : 98304;
+    cudaError_t e = cudaSuccess;
+#define MOQC_ALLOW(f) if (e == cudaSuccess) e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)
+#define MOQC_CALL(K) \
+    MOQC_ALLOW((moqk_attend_tiles<K, 1>)); \
+    MOQC_ALLOW((moqk_attend_tiles<K, 2>)); \
+    MOQC_ALLOW((moqk_attend_tiles<K, 4>))
+    for (int kind = 0; kind <= MOQK_KV_MX4; kind++) MOQC_EACH_KV(kind, MOQC_CALL)
+#undef MOQC_CALL
+#undef MOQC_ALLOW
+#define MOQC_ALLOW(D, T, B) if (e == cudaSuccess) e = cudaFuncSetAttribute(moqk_attend_many<D, T, B>, cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                                                                          moqk_tile_halves(D, T) * 2 < most ? moqk_tile_halves(D, T) * 2 : most)
+    MOQC_ALLOW(64, 1, 0); MOQC_ALLOW(64, 1, 1); MOQC_ALLOW(64, 2, 0); MOQC_ALLOW(64, 3, 0);
+    MOQC_ALLOW(128, 1, 0); MOQC_ALLOW(128, 1, 1); MOQC_ALLOW(128, 2, 0); MOQC_ALLOW(128, 3, 0);
+    MOQC_ALLOW(256, 1, 0); MOQC_ALLOW(256, 1, 1); MOQC_ALLOW(256, 2, 0); MOQC_ALLOW(256, 3, 0);
+#undef MOQC_ALLOW
+    return e;
+}
+
+/* Many queries on tensor cores; 0: there is no kernel for this cache on this device. MXFP4 has more exponents than F16, and in BF16 mode
+   too few bits are left of a F32 query. */
+static int moqc_attend_many(moqc_ctx *c, const moqk_attend_args *a)
+{
+    int kind = a->c.k.kind, dim = (int)moqc_max(a->c.k.padded, a->c.v.padded), terms = kind == MOQK_KV_F32 ? 3 : c->bf16 ? 1 : 2;
+    dim = dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+    size_t shared = (size_t)moqk_tile_halves(dim, terms) * 2;
+    if (terms == 3 && (int64_t)a->rows * a->share < 4 * MOQK_TILE_QUERIES) return 0; /* so little that exact F32 is as fast */
+    if (kind == MOQK_KV_MX4 || shared > (size_t)c->most_shared) return 0;
+    dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_TILE_QUERIES), (unsigned)a->c.kv_heads);
+#define MOQC_CALL(D) \
+    if (kind == MOQK_KV_BF16) moqk_attend_many<D, 1, 1><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (terms == 3) moqk_attend_many<D, 3, 0><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (terms == 2) moqk_attend_many<D, 2, 0><<<grid, 128, shared, c->stream>>>(*a); \
+    else moqk_attend_many<D, 1, 0><<<grid, 128, shared, c->stream>>>(*a)
+    if (dim == 64) { MOQC_CALL(64); }
+    else if (dim == 128) { MOQC_CALL(128); }
+    else { MOQC_CALL(256); }
+#undef MOQC_CALL
+    return 1;
+}
+
+static void moqc_attend_tiles(moqc_ctx *c, const moqk_attend_args *a)
+{
+    dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_QUERIES), (unsigned)a->c.kv_heads);
+    size_t shared = moqc_tiles_bytes(&a->c);
+    int wide = a->c.v.padded;
+#define MOQC_CALL(K) \
+    if (wide <= 64) moqk_attend_tiles<K, 1><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (wide <= 128) moqk_attend_tiles<K, 2><<<grid, 128, shared, c->stream>>>(*a); \
+    else moqk_attend_tiles<K, 4><<<grid, 128, shared, c->stream>>>(*a)
+    MOQC_EACH_KV(a->c.k.kind, MOQC_CALL)
+#undef MOQC_CALL
+}
+
+/* Is there a tensor core kernel? Keys and values of 64 or 128; F32 caches have more bits than it multiplies. */
+static int moqc_attend_on_tensors(const moqk_cache *k)
+{
+    return k->k.kind != MOQK_KV_F32 && k->k.dim == k->v.dim && (k->k.dim == 64 || k->k.dim == 128);
+}
+
+/* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
+static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
+{
+    int tensors = moqc_attend_on_tensors(&a->c), heads = tensors ? 8 : a->share <= 1 ? 1 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
+    int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, heads), room = c->sm_count * (tensors ? (a->c.k.kind == MOQK_KV_BF16 || a->c.k.kind == MOQK_KV_MX4 ? 2 : 3) : 4);
+    int64_t splits = moqc_min(moqc_max(1, room / (groups * a->rows)), moqk_ceil(length, MOQK_KEYS));
+    splits = moqc_max(1, moqc_min(splits, MOQC_PARTIALS / moqc_max(1, (int64_t)a->rows * a->heads)));
+    a->splits = (int32_t)splits;
+    a->partial = splits > 1 ? c->partial : NULL;
+    a->stats = (float2 *)(void *)(c->partial + (int64_t)a->rows * a->heads * splits * moqk_pad(a->c.v.dim, 4));
+    a->arrived = c->arrived;
+    dim3 grid((unsigned)splits, (unsigned)groups, (unsigned)a->rows);
+    size_t first = (size_t)heads * (size_t)(a->c.k.padded + MOQK_KEYS) * 4, last = (size_t)(tensors ? 4 : 128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)(tensors ? moqk_tensor_row(a->c.v.dim) : a->c.v.padded) * 4;
+    size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)splits * 4;
+    if (join > shared) shared = join;
+#define MOQC_CALL(K) \
+    if (tensors && K != MOQK_KV_F32 && a->c.k.dim == 64) moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 64><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (tensors && K != MOQK_KV_F32) moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 128><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (heads == 1) moqk_attend<K, 1><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (heads == 2) moqk_attend<K, 2><<<grid, 128, shared, c->stream>>>(*a); \
+    else if (heads == 4) moqk_attend<K, 4><<<grid, 128, shared, c->stream>>>(*a); \
+    else moqk_attend<K, 8><<<grid, 128, shared, c->stream>>>(*a)
+    MOQC_EACH_KV(a->c.k.kind, MOQC_CALL)
+#undef MOQC_CALL
+}
+
+/* Tiles pay where rows share a sequence, which the host knows only when there are more rows than slots. */
+static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *d)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqk_attend_args a;
+    memset(&a, 0, sizeof a);
+    a.c = ((const moqc_cache *)(const void *)d->cache)->d;
+    a.slot = b->slot;
+    a.pos = b->pos;
+    a.q = d->q;
+    a.y = d->y;
+    a.sinks = d->sinks;
+    a.q_stride = d->q_stride;
+    a.y_stride = d->y_stride;
+    a.heads = d->heads;
+    a.share = d->heads / a.c.kv_heads;
+    a.window = d->window;
+    a.bf16 = c->bf16;
+    a.scale = d->scale != 0 ? d->scale : 1 / sqrtf((float)a.c.k.dim);
+    a.softcap = d->softcap;
+    int64_t length = d->window > 0 ? moqc_min(d->window, (int64_t)b->max_pos + 1) : (int64_t)b->max_pos + 1;
+    int tiles = b->rows >= 8 && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
+    int64_t most = tiles ? b->rows : moqc_min(b->rows, 32768);
+    for (int64_t first = 0; first < b->rows; first += most) {
+        a.rows = (int32_t)moqc_min(most, b->rows - first);
+        if (tiles && !moqc_attend_many(c, &a)) moqc_attend_tiles(c, &a);
+        if (!tiles) moqc_attend_split(c, &a, length);
+        a.slot += a.rows;
+        a.pos += a.rows;
+        a.q = (const uint8_t *)a.q + a.rows * a.q_stride * (c->bf16 ? 2 : 4);
+        a.y = (uint8_t *)a.y + a.rows * a.y_stride * (c->bf16 ? 2 : 4);
+    }
+    moqc_launched(c, "attention");
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-moe        mixtures of experts
+   Routing, grouping, both products and the weighted sum stay on the device; launches depend on numbers of rows only.
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct moqc_experts {
+    moq_routing routing;
+    moq_activation_desc activation;
+    const float *bias;          /* [experts] on the device, or NULL */
+    moqc_bank *in, *down;       /* in: [gate, up] or [up] of every expert */
+    int64_t cols, n, out;
+} moqc_experts;
+
+/* Choices of a pass: sorted by expert, then by row. */
+typedef struct moqk_choices {
+    int32_t *index;             /* [rows, top] expert of a row's choice */
+    float *weight;              /* [rows, top] */
+    int32_t *place;             /* [rows, top] where that choice stands when sorted */
+    int32_t *row_of, *expert_of; /* [sorted] */
+    int32_t *tiles;             /* [count, -, -, -], then [tiles][expert, first, count, -] */
+} moqk_choices;
+
+/* The best of the open candidates of a warp, the lowest index of equals; -1: none is open. */
+__device__ __forceinline__ int32_t moqk_take_best(const float *value, uint8_t *open, int32_t n)
+{
+    float best = 0;
+    int32_t at = -1, lane = threadIdx.x;
+    for (int32_t i = lane; i < n; i += 32)
+        if (open[i] && (at < 0 || value[i] > best)) { best = value[i]; at = i; }
+    for (int o = 16; o > 0; o >>= 1) {
+        float v = __shfl_xor_sync(0xffffffffu, best, o);
+        int32_t i = __shfl_xor_sync(0xffffffffu, at, o);
+        if (i >= 0 && (at < 0 || v > best || (v == best && i < at))) { best = v; at = i; }
+    }
+    __syncwarp();
+    if (at >= 0 && lane == 0) open[at] = 0;
+    __syncwarp();
+    return at;
+}
+
+/* A group's score: its largest p (softmax) or the sum of its two largest p + bias (sigmoid); experts of the others are closed. */
+__device__ void moqk_close_groups(const moq_routing &r, const float *p, const float *rank, uint8_t *open, float *score, uint8_t *group_open)
+{
+    int32_t size = r.experts / r.groups;
+    for (int32_t g = threadIdx.x; g < r.groups; g += 32) {
+        const float *v = (r.score == MOQ_SCORE_SIGMOID ? rank : p) + g * size;
+        float first = v[0], second = -3e38f;
+        for (int32_t i = 1; i < size; i++) {
+            if (v[i] > first) { second = first; first = v[i]; }
+            else if (v[i] > second) second = v[i];
+        }
+        score[g] = r.score == MOQ_SCORE_SIGMOID && size > 1 ? first + second : first;
+        group_open[g] = 1;
+    }
+    __syncwarp();
+    for (int32_t i = 0; i < r.top_groups; i++) moqk_take_best(score, group_open, r.groups);
+    for (int32_t e = threadIdx.x; e < r.experts; e += 32) open[e] = !group_open[e / size];
+    __syncwarp();
+}
+
+/* A warp chooses for one row. With a single row it also writes what moqk_group would: its choices are all different. Shared memory:
+   p, rank, score [experts], open, group_open [experts]. */
+template <typename T> __global__ void moqk_route(moq_routing r, const float *bias, const T *logits, moqk_choices k, int32_t alone)
+{
+    extern __shared__ float p[];
+    float *rank = p + r.experts, *score = rank + r.experts, sum = 0, top = -3.4e38f;
+    uint8_t *open = (uint8_t *)(score + r.experts), *group_open = open + r.experts;
+    int64_t row = blockIdx.x, at = row * r.top_k;
+    int32_t lane = threadIdx.x;
+    for (int32_t e = lane; e < r.experts; e += 32) top = fmaxf(top, moqk_get(logits, row * r.experts + e));
+    top = moqk_warp_max(top);
+    for (int32_t e = lane; e < r.experts; e += 32) {
+        float v = moqk_get(logits, row * r.experts + e);
+        p[e] = r.score == MOQ_SCORE_SIGMOID ? 1 / (1 + expf(-v)) : expf(v - top);
+        sum += p[e];
+    }
+    sum = moqk_warp_sum(sum);
+    for (int32_t e = lane; e < r.experts; e += 32) {
+        if (r.score == MOQ_SCORE_SOFTMAX) p[e] /= sum;
+        rank[e] = bias ? p[e] + bias[e] : p[e];
+        open[e] = 1;
+    }
+    __syncwarp();
+    if (r.groups > 1) moqk_close_groups(r, p, rank, open, score, group_open);
+    sum = 0;
+    for (int32_t i = 0; i < r.top_k; i++) {
+        int32_t e = max(moqk_take_best(rank, open, r.experts), 0); /* 0: logits are NaN */
+        sum += p[e];
+        if (lane == 0) { k.index[at + i] = e; k.weight[at + i] = p[e]; }
+        if (lane == 0 && alone) {
+            k.place[i] = i;
+            k.row_of[i] = 0;
+            k.expert_of[i] = e;
+            int32_t *tile = k.tiles + 4 * (i + 1);
+            tile[0] = e;
+            tile[1] = i;
+            tile[2] = 1;
+        }
+    }
+    if (lane != 0) return;
+    if (alone) k.tiles[0] = r.top_k;
+    float factor = r.scale != 0 ? r.scale : 1;
+    if (r.renormalize && sum > 0) factor /= sum;
+    for (int32_t i = 0; i < r.top_k; i++) k.weight[at + i] *= factor;
+}
+
+/* Counting sort of the choices by expert, and tiles of at most `most` choices of one expert. One block; a warp takes experts e, e + 32, ...
+   Reads the choices 2 * experts / 32 times from the cache. Shared memory: begin [experts + 1], tile [experts + 1]. */
+__global__ void __launch_bounds__(1024) moqk_group(moqk_choices k, int32_t count, int32_t top, int32_t experts, int32_t most)
+{
+    extern __shared__ int32_t begin[];
+    int32_t *first_tile = begin + experts + 1, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    for (int32_t e = warp; e < experts; e += 32) {
+        int32_t n = 0;
+        for (int32_t i = lane; i < moqk_pad(count, 32); i += 32) n += __popc(__ballot_sync(0xffffffffu, i < count && k.index[i] == e));
+        if (lane == 0) begin[e + 1] = n;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        begin[0] = first_tile[0] = 0;
+        for (int32_t e = 0; e < experts; e++) {
+            first_tile[e + 1] = first_tile[e] + (begin[e + 1] + most - 1) / most;
+            begin[e + 1] += begin[e];
+        }
+        k.tiles[0] = first_tile[experts];
+    }
+    __syncthreads();
+    for (int32_t e = warp; e < experts; e += 32) {
+        int32_t at = begin[e], n = begin[e + 1] - at;
+        for (int32_t i = lane; i < (n + most - 1) / most; i += 32) {
+            int32_t *tile = k.tiles + 4 * (first_tile[e] + i + 1);
+            tile[0] = e;
+            tile[1] = at + i * most;
+            tile[2] = min(most, n - i * most);
+        }
+        for (int32_t i = lane; n > 0 && i < moqk_pad(count, 32); i += 32) {
+            int mine = i < count && k.index[i] == e;
+            uint32_t all = __ballot_sync(0xffffffffu, mine);
+            if (mine) {
+                int32_t place = at + __popc(all & ((1u << lane) - 1));
+                k.place[i] = place;
+                k.row_of[place] = i / top;
+                k.expert_of[place] = e;
+            }
+            at += __popc(all);
+        }
+    }
+}
+
+/* y[row] = sum of weight * expert output, in the order of the choice. Grid: rows, pieces of 256 columns. */
+template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, const float *out, int64_t n, T *y)
+{
+    int64_t row = blockIdx.x, i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float sum = 0;
+    for (int64_t j = row * top; j < (row + 1) * top; j++) sum += k.weight[j] * out[k.place[j] * n + i];
+    moqk_put(y, row * n + i, sum);
+}
+
+/* ---- preparing ---- */
+
+static moq_result moqc_check_moe(const moq_moe *m, moq_error *err)
+{
+    const moq_routing *r = &m->routing;
+    const char *name = m->name ? m->name : "";
+    int32_t groups = r->groups > 1 ? r->groups : 1, tops = r->groups > 1 ? r->top_groups : 1;
+    if (r->experts < 1 || r->top_k < 1 || r->top_k > r->experts || !m->up || !m->down)
+        return moq_fail(err, MOQ_E_ARG, name, "top %d of %d experts cannot be chosen", (int)r->top_k, (int)r->experts);
+    if (r->experts > 2048) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "%d experts; at most 2048 are routed here", (int)r->experts);
+    if (r->experts % groups != 0 || tops < 1 || tops > groups || tops * (r->experts / groups) < r->top_k)
+        return moq_fail(err, MOQ_E_ARG, name, "%d of %d groups of %d experts do not hold the %d to choose", (int)tops, (int)groups, (int)r->experts, (int)r->top_k);
+    if (r->bias.data && r->bias.count != (uint64_t)r->experts)
+        return moq_fail(err, MOQ_E_SHAPE, name, "routing bias of %llu elements, expected %d", (unsigned long long)r->bias.count, (int)r->experts);
+    if ((unsigned)m->activation.kind > (unsigned)MOQ_RELU2 || (m->activation.kind == MOQ_RELU2) != (m->gate == NULL))
+        return moq_fail(err, MOQ_E_ARG, name, "activation %d %s a gate", (int)m->activation.kind, m->gate ? "has no use for" : "needs");
+    for (int32_t e = 0; e < r->experts; e++) {
+        const moq_linear *g = m->gate ? &m->gate[e] : &m->up[e], *u = &m->up[e], *d = &m->down[e];
+        if (g->cols != m->up[0].cols || u->cols != g->cols || g->rows != m->up[0].rows || u->rows != g->rows || d->cols != u->rows || d->rows != m->down[0].rows)
+            return moq_fail(err, MOQ_E_SHAPE, name, "expert %d has shapes [%lld, %lld], [%lld, %lld], [%lld, %lld] that do not fit together", (int)e, (long long)g->rows,
+                            (long long)g->cols, (long long)u->rows, (long long)u->cols, (long long)d->rows, (long long)d->cols);
+    }
+    return MOQ_OK;
+}
+
+static void moqc_free_experts(moqc_ctx *c, moqc_experts *x)
+{
+    if (!x) return;
+    moqc_bank_free(c, x->in);
+    moqc_bank_free(c, x->down);
+    moqc_give(c, (void *)x->bias);
+    moq_release(&c->host, x, sizeof *x);
+}
+
+static moq_result moqc_fill_experts(moqc_ctx *c, moqc_experts *x, const moq_moe *m, moq_error *err)
+{
+    const moq_linear *in[2] = {m->gate ? m->gate : m->up, m->up}, *down[1] = {m->down};
+    int32_t experts = m->routing.experts, gated = m->gate != NULL;
+    moqc_need first, second, need;
+    memset(&first, 0, sizeof first);
+    memset(&second, 0, sizeof second);
+    memset(&need, 0, sizeof need);
+    x->routing = m->routing;
+    x->activation = m->activation;
+    x->cols = m->up[0].cols;
+    x->n = m->up[0].rows;
+    x->out = m->down[0].rows;
+    if (!(x->in = moqc_bank_create(c, in, experts, 1 + gated, 1, &first, err))) return MOQ_E_NOMEM;
+    if (!(x->down = moqc_bank_create(c, down, experts, 1, 1, &second, err))) return MOQ_E_NOMEM;
+    if (m->routing.bias.data) {
+        if (!(x->bias = (const float *)moqc_take(c, (size_t)experts * 4, "a routing bias", err))) return MOQ_E_NOMEM;
+        if (!moqc_send_floats(c, (void *)x->bias, &m->routing.bias, 0, 1, experts)) { if (err) *err = c->error; return MOQ_E_BACKEND; }
+    }
+    need.moe_top = m->routing.top_k;
+    need.moe_cols = moqc_max(first.cols, second.cols);
+    need.moe_rank = moqc_max(first.rank, second.rank);
+    need.moe_hidden = x->n * (1 + gated);
+    need.moe_out = x->out;
+    need.experts = experts;
+    return moqc_grow(c, &need, c->be.max_rows, err);
+}
+
+static moq_experts *moqc_prepare_moe(moq_backend *be, const moq_moe *m, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_clear(err);
+    if (moqc_check_moe(m, err) < 0) return NULL;
+    moqc_experts *x = (moqc_experts *)moq_allocate(&c->host, sizeof *x);
+    if (!x) { moq_fail(err, MOQ_E_NOMEM, m->name, "no host memory to prepare it"); return NULL; }
+    if (moqc_fill_experts(c, x, m, err) < 0) { moqc_free_experts(c, x); return NULL; }
+    return (moq_experts *)(void *)x;
+}
+
+static void moqc_release_moe(moq_backend *be, moq_experts *m)
+{
+    moqc_on on(moqc_of(be));
+    moqc_free_experts(moqc_of(be), (moqc_experts *)(void *)m);
+}
+
+/* ---- running ---- */
+
+/* Rows of a tile: what the kernel of that many rows works on at once. An expert rarely gets more than its share of the choices. */
+static int32_t moqc_moe_tile(int64_t rows, int64_t choices, int32_t experts)
+{
+    if (rows <= 8) return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
+    return choices / experts >= 24 ? 64 : 16;
+}
+
+static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int64_t rows, void *y)
+{
+    const moq_routing *r = &m->routing;
+    int64_t choices = rows * r->top_k;
+    int32_t tile = moqc_moe_tile(rows, choices, r->experts);
+    moqk_choices k = {c->index, c->weight, c->place, c->row_of, c->expert_of, c->tiles};
+    size_t shared = (size_t)r->experts * 14;
+    unsigned n = (unsigned)rows;
+    int alone = rows == 1;
+    MOQC_BY_ACT(c, (moqk_route<<<n, 32, shared, c->stream>>>(*r, m->bias, (const float *)logits, k, alone)),
+                (moqk_route<<<n, 32, shared, c->stream>>>(*r, m->bias, (const __nv_bfloat16 *)logits, k, alone)));
+    if (!alone) moqk_group<<<1, 1024, (size_t)(r->experts + 1) * 8, c->stream>>>(k, (int32_t)choices, r->top_k, r->experts, tile);
+    moqc_launched(c, "routing");
+    moqc_run u;
+    memset(&u, 0, sizeof u);
+    u.x = x;
+    u.ldx = m->cols;
+    u.y = c->hidden;
+    u.y_f32 = 1;
+    u.ldy = m->in->rows;
+    u.m = (int32_t)choices;
+    u.row_of = k.row_of;
+    u.expert_of = k.expert_of;
+    u.tiles = k.tiles + 4;
+    u.tile_rows = tile;
+    u.most_tiles = (int32_t)(alone ? choices : moqc_min(choices, choices / tile + moqc_min(r->experts, choices)));
+    moqc_run_bank(c, m->in, &u);
+    u.x = c->hidden;
+    u.x_f32 = 1;
+    u.ldx = m->in->rows;
+    u.row_of = NULL;
+    u.fused = &m->activation;
+    u.y = c->out;
+    u.ldy = m->out;
+    moqc_run_bank(c, m->down, &u);
+    dim3 grid(n, (unsigned)moqk_ceil(m->out, 256));
+    MOQC_BY_ACT(c, (moqk_combine<<<grid, 256, 0, c->stream>>>(k, r->top_k, c->out, m->out, (float *)y)),
+                (moqk_combine<<<grid, 256, 0, c->stream>>>(k, r->top_k, c->out, m->out, (__nv_bfloat16 *)y)));
+    moqc_launched(c, "the sum of experts");
+}
+
+static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqc_experts *m = (const moqc_experts *)(const void *)experts;
+    int64_t elem = c->bf16 ? 2 : 4;
+    for (int64_t first = 0; first < rows; first += c->moe_rows)
+        moqc_moe_pass(c, m, (const uint8_t *)x + first * m->cols * elem, (const uint8_t *)logits + first * m->routing.experts * elem, moqc_min(rows - first, c->moe_rows),
+                      (uint8_t *)y + first * m->out * elem);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-ssm        state-space mixers; copies of heads
+   Convolution and gate run for all rows at once; the states of a head move through the rows of their slot one after the other. F32.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_SSM_TAPS = 16 };
+
+/* Pointers into one block; see moq_ssm_desc. */
+typedef struct moqk_ssm {
+    const float *taps, *conv_bias;    /* [width, conv], [width] */
+    const float *dt_bias, *decay, *d; /* [heads]; decay = -exp(a_log) */
+    const float *norm;                /* [inner] */
+    float *past, *states;             /* [slots, width, conv - 1], [slots, heads, head_dim, state] */
+    int32_t slots, heads, head_dim, state, groups, conv;
+    int64_t inner, width;
+    float dt_min, dt_max, eps;
+} moqk_ssm;
+
+typedef struct moqc_ssm {
+    moqk_ssm d;
+    void *memory;
+} moqc_ssm;
+
+/* The rows before and after each row in its slot, -1: none (of this call). Rows of no slot: previous -2. A thread per row. */
+__global__ void moqk_ssm_chains(const int32_t *slot, int32_t rows, int32_t slots, int32_t *previous, int32_t *next)
+{
+    int32_t row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= rows) return;
+    int32_t before = row - 1, after = row + 1, s = slot[row];
+    while (before >= 0 && slot[before] != s) before--;
+    while (after < rows && slot[after] != s) after++;
+    previous[row] = s < 0 || s >= slots ? -2 : before;
+    next[row] = after < rows ? after : -1;
+}
+
+/* Input of the convolution `back` tokens before row `row` in channel i: from this call's rows, the slot's past, or before its start. */
+template <typename T> __device__ __forceinline__ float moqk_ssm_input(const moqk_ssm &s, const T *x, const int32_t *previous, int32_t slot, int32_t pos, int32_t row, int64_t i, int32_t back)
+{
+    if (back > pos) return 0;
+    for (; back > 0 && previous[row] >= 0; back--) row = previous[row];
+    if (back == 0) return moqk_get(x, row * (s.inner + s.width + s.heads) + s.inner + i);
+    return s.past[(slot * s.width + i) * (s.conv - 1) + s.conv - 1 - back];
+}
+
+/* out[row][i] = silu(bias + sum of taps). Grid: rows, channels. */
+template <typename T> __global__ void moqk_ssm_convolve(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const T *x, float *out)
+{
+    int32_t row = blockIdx.x;
+    int64_t i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= s.width || previous[row] == -2) return;
+    float sum = s.conv_bias[i];
+    for (int32_t k = 0; k < s.conv; k++) sum += s.taps[i * s.conv + s.conv - 1 - k] * moqk_ssm_input(s, x, previous, slot[row], pos[row], row, i, k);
+    out[row * s.width + i] = sum / (1 + expf(-sum));
+}
+
+/* The last conv - 1 inputs of every slot that had rows. Grid: rows, channels. */
+template <typename T> __global__ void moqk_ssm_remember(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const int32_t *next, const T *x)
+{
+    int32_t row = blockIdx.x;
+    int64_t i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
+    float v[MOQK_SSM_TAPS];
+    if (i >= s.width || previous[row] == -2 || next[row] >= 0) return;
+    for (int32_t k = 0; k + 1 < s.conv; k++) v[k] = moqk_ssm_input(s, x, previous, slot[row], pos[row], row, i, k);
+    for (int32_t k = 0; k + 1 < s.conv; k++) s.past[(slot[row] * s.width + i) * (s.conv - 1) + s.conv - 2 - k] = v[k];
+}
+
+/* S = exp(t A) S + t x B^T; u = S C + D x, for one head and the rows of one slot. A warp owns rows of S; lanes run along `state`.
+   Grid: heads, rows (a block works where a slot's rows begin). Dynamic shared memory: S, or none (then S stays in memory). */
+template <typename T> __global__ void __launch_bounds__(256) moqk_ssm_scan(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const int32_t *next, const T *x,
+                                                                          const float *conv, float *u, int32_t shared)
+{
+    extern __shared__ float4 room4[];
+    int32_t row = blockIdx.y, h = blockIdx.x, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n = s.state, count = s.head_dim * n;
+    if (previous[row] != -1) return;
+    float *kept = s.states + ((int64_t)slot[row] * s.heads + h) * count, *state = shared ? (float *)room4 : kept;
+    int64_t group = h / (s.heads / s.groups), b_at = s.inner + group * n, c_at = s.inner + (s.groups + group) * n;
+    for (int32_t i = threadIdx.x; shared && i < count; i += blockDim.x) state[i] = kept[i];
+    __syncthreads();
+    for (; row >= 0; row = next[row]) {
+        int fresh = pos[row] == 0;
+        const float *in = conv + row * s.width;
+        double v = (double)moqk_get(x, row * (s.inner + s.width + s.heads) + s.inner + s.width + h) + (double)s.dt_bias[h];
+        v = v > 20 ? v : log1p(exp(v));
+        v = v < (double)s.dt_min ? (double)s.dt_min : v;
+        float step = (float)(s.dt_max > 0 && v > (double)s.dt_max ? (double)s.dt_max : v), keep = (float)exp((double)step * (double)s.decay[h]);
+        for (int32_t p = warp; p < s.head_dim; p += blockDim.x >> 5) {
+            float xp = in[(int64_t)h * s.head_dim + p], add = step * xp, sum = 0;
+            for (int32_t i = lane; i < n; i += 32) {
+                float w = (fresh ? 0 : keep * state[p * n + i]) + add * in[b_at + i];
+                state[p * n + i] = w;
+                sum += w * in[c_at + i];
+            }
+            sum = moqk_warp_sum(sum);
+            if (lane == 0) u[row * s.inner + (int64_t)h * s.head_dim + p] = sum + s.d[h] * xp;
+        }
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; shared && i < count; i += blockDim.x) kept[i] = state[i];
+}
+
+/* y = norm * v / sqrt(mean(v^2) + eps), v = u silu(z). Grid: rows, groups. */
+template <typename T> __global__ void moqk_ssm_gate(moqk_ssm s, const int32_t *previous, const T *x, float *u, T *y)
+{
+    __shared__ float room[33];
+    int64_t row = blockIdx.x, n = s.inner / s.groups, first = blockIdx.y * n;
+    const int64_t stride = s.inner + s.width + s.heads;
+    float sum = 0;
+    int held = previous[row] != -2;
+    for (int64_t i = first + threadIdx.x; held && i < first + n; i += blockDim.x) {
+        float z = moqk_get(x, row * stride + i), v = u[row * s.inner + i] * (z / (1 + expf(-z)));
+        u[row * s.inner + i] = v;
+        sum += v * v;
+    }
+    sum = moqk_block_sum(sum, room);
+    float f = 1 / sqrtf(sum / (float)n + s.eps);
+    for (int64_t i = first + threadIdx.x; i < first + n; i += blockDim.x) moqk_put(y, row * s.inner + i, held ? u[row * s.inner + i] * f * s.norm[i] : 0);
+}
+
+/* ---- the object ---- */
+
+static moq_result moqc_check_ssm_view(const moq_ssm_desc *d, const char *what, const moq_view *v, int64_t count, moq_error *err)
+{
+    float probe;
+    if (v->data && v->count == (uint64_t)count && moq_to_f32(v->dtype, v->data, 1, &probe)) return MOQ_OK;
+    return moq_fail(err, MOQ_E_SHAPE, d->name ? d->name : "", "%s has %llu values of type %s, expected %llu of BF16, F16 or F32", what, (unsigned long long)(v->data ? v->count : 0),
+                    moq_dtype_name(v->dtype), (unsigned long long)count);
+}
+
+/* Sizes; *floats: all vectors, pasts and states. */
+static moq_result moqc_ssm_plan(const moq_ssm_desc *d, moqk_ssm *s, int64_t *floats, moq_error *err)
+{
+    const char *name = d->name ? d->name : "";
+    memset(s, 0, sizeof *s);
+    if (d->slots < 1 || d->heads < 1 || d->head_dim < 1 || d->state < 1 || d->groups < 1 || d->conv < 1 || d->heads % d->groups)
+        return moq_fail(err, MOQ_E_ARG, name, "a mixer of %d slots, %d heads of %d, %d states, %d groups, %d taps cannot be made", (int)d->slots, (int)d->heads, (int)d->head_dim,
+                        (int)d->state, (int)d->groups, (int)d->conv);
+    if (d->conv > MOQK_SSM_TAPS) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "a convolution of %d taps; at most %d are supported on CUDA", (int)d->conv, (int)MOQK_SSM_TAPS);
+    s->slots = d->slots;
+    s->heads = d->heads;
+    s->head_dim = d->head_dim;
+    s->state = d->state;
+    s->groups = d->groups;
+    s->conv = d->conv;
+    s->dt_min = d->dt_min;
+    s->dt_max = d->dt_max;
+    s->eps = d->eps;
+    s->inner = (int64_t)d->heads * d->head_dim;
+    s->width = s->inner + 2 * (int64_t)d->groups * d->state;
+    double all = (double)s->width * (d->conv + 1.0) + (double)s->inner + 3.0 * d->heads + (double)d->slots * ((double)s->width * (d->conv - 1.0) + (double)s->inner * d->state);
+    if (s->width >= INT32_MAX || all > 1e15) return moq_fail(err, MOQ_E_OVERFLOW, name, "the states of %d slots do not fit the address space", (int)d->slots);
+    *floats = s->width * (d->conv + 1) + s->inner + 3 * (int64_t)d->heads + d->slots * (s->width * (d->conv - 1) + s->inner * d->state);
+    return MOQ_OK;
+}
+
+/* The vectors of the description into the block; an absent conv_bias stays zero. */
+static int moqc_ssm_fill(moqc_ctx *c, const moq_ssm_desc *desc, moqk_ssm *s, float *next)
+{
+    const moq_view *views[5] = {&desc->conv_weight, &desc->conv_bias, &desc->dt_bias, &desc->d, &desc->norm};
+    const float **to[5] = {&s->taps, &s->conv_bias, &s->dt_bias, &s->d, &s->norm};
+    int64_t counts[5] = {s->width * s->conv, s->width, s->heads, s->heads, s->inner};
+    size_t bytes = (size_t)s->heads * sizeof(float);
+    int fine = 1;
+    for (int i = 0; i < 5; next += counts[i], i++) {
+        *to[i] = next;
+        if (views[i]->data) fine &= moqc_send_floats(c, next, views[i], 0, 1, counts[i]);
+    }
+    float *decay = (float *)moq_allocate(&c->host, bytes); /* stored as log(-A) */
+    for (int32_t h = 0; decay && h < s->heads; h++) decay[h] = (float)-exp((double)moqc_f32_at(&desc->a_log, h));
+    fine &= decay && moqc_send(c, next, decay, bytes);
+    moq_release(&c->host, decay, bytes);
+    s->decay = next;
+    s->past = next + s->heads;
+    s->states = s->past + (int64_t)s->slots * s->width * (s->conv - 1);
+    return fine;
+}
+
+static void moqc_ssm_release(moq_backend *be, moq_ssm *ssm)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (!ssm) return;
+    moqc_give(c, ((moqc_ssm *)(void *)ssm)->memory);
+    moq_release(&c->host, ssm, sizeof(moqc_ssm));
+}
+
+static moq_result moqc_check_ssm(const moq_ssm_desc *d, const moqk_ssm *s, moq_error *err)
+{
+    moq_result rc = moqc_check_ssm_view(d, "conv_weight", &d->conv_weight, s->width * s->conv, err);
+    if (rc == MOQ_OK && d->conv_bias.data) rc = moqc_check_ssm_view(d, "conv_bias", &d->conv_bias, s->width, err);
+    if (rc == MOQ_OK) rc = moqc_check_ssm_view(d, "dt_bias", &d->dt_bias, s->heads, err);
+    if (rc == MOQ_OK) rc = moqc_check_ssm_view(d, "a_log", &d->a_log, s->heads, err);
+    if (rc == MOQ_OK) rc = moqc_check_ssm_view(d, "d", &d->d, s->heads, err);
+    if (rc == MOQ_OK) rc = moqc_check_ssm_view(d, "norm", &d->norm, s->inner, err);
+    return rc;
+}
+
+static moq_ssm *moqc_ssm_create(moq_backend *be, const moq_ssm_desc *desc, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_need need;
+    moqk_ssm s;
+    int64_t floats;
+    moqc_clear(err);
+    if (moqc_ssm_plan(desc, &s, &floats, err) < 0 || moqc_check_ssm(desc, &s, err) < 0) return NULL;
+    memset(&need, 0, sizeof need);
+    need.cols = s.width;
+    need.chains = 2;
+    if (moqc_grow(c, &need, c->be.max_rows, err) < 0) return NULL;
+    moqc_ssm *ssm = (moqc_ssm *)moq_allocate(&c->host, sizeof *ssm);
+    if (!ssm) { moq_fail(err, MOQ_E_NOMEM, desc->name, "no host memory for the mixer"); return NULL; }
+    ssm->memory = moqc_take(c, (size_t)floats * 4, "a state-space mixer", err);
+    if (ssm->memory) {
+        moqc_ok(c, cudaMemsetAsync(ssm->memory, 0, (size_t)floats * 4, c->stream), "cudaMemset");
+        if (moqc_ssm_fill(c, desc, &s, (float *)ssm->memory)) {
+            ssm->d = s;
+            return (moq_ssm *)(void *)ssm;
+        }
+        if (c->error.code != MOQ_OK && err) *err = c->error;
+        else moq_fail(err, MOQ_E_NOMEM, desc->name, "no host memory for the mixer");
+    }
+    moqc_ssm_release(be, (moq_ssm *)(void *)ssm);
+    return NULL;
+}
+
+static size_t moqc_ssm_bytes(const moq_backend *be, const moq_ssm_desc *desc)
+{
+    moqk_ssm s;
+    int64_t floats;
+    (void)be;
+    return moqc_ssm_plan(desc, &s, &floats, NULL) < 0 ? 0 : (size_t)floats * 4;
+}
+
+/* ---- running ---- */
+
+template <typename T> static void moqc_ssm_rows(moqc_ctx *c, const moqk_ssm *s, const int32_t *slot, const int32_t *pos, int32_t rows, const T *x, T *y)
+{
+    int32_t *previous = c->chains, *next = c->chains + rows;
+    dim3 channels((unsigned)rows, (unsigned)moqk_ceil(s->width, 256));
+    size_t bytes = (size_t)s->head_dim * (size_t)s->state * 4;
+    int shared = bytes <= 48 << 10;
+    moqk_ssm_chains<<<(unsigned)moqk_ceil(rows, 128), 128, 0, c->stream>>>(slot, rows, s->slots, previous, next);
+    moqk_ssm_convolve<<<channels, 256, 0, c->stream>>>(*s, slot, pos, previous, x, c->t);
+    if (s->conv > 1) moqk_ssm_remember<<<channels, 256, 0, c->stream>>>(*s, slot, pos, previous, next, x);
+    moqk_ssm_scan<<<dim3((unsigned)s->heads, (unsigned)rows), 256, shared ? bytes : 0, c->stream>>>(*s, slot, pos, previous, next, x, c->t, c->r, shared);
+    moqk_ssm_gate<<<dim3((unsigned)rows, (unsigned)s->groups), 256, 0, c->stream>>>(*s, previous, x, c->r, y);
+    moqc_launched(c, "ssm");
+}
+
+static void moqc_ssm_run(moq_backend *be, moq_ssm *ssm, const moq_batch *b, const void *x, void *y)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqk_ssm *s = &((const moqc_ssm *)(const void *)ssm)->d;
+    int64_t in = s->inner + s->width + s->heads;
+    for (int64_t first = 0; first < b->rows; first += c->be.max_rows) {
+        int32_t rows = (int32_t)moqc_min(b->rows - first, c->be.max_rows);
+        MOQC_BY_ACT(c, (moqc_ssm_rows(c, s, b->slot + first, b->pos + first, rows, (const float *)x + first * in, (float *)y + first * s->inner)),
+                    (moqc_ssm_rows(c, s, b->slot + first, b->pos + first, rows, (const __nv_bfloat16 *)x + first * in, (__nv_bfloat16 *)y + first * s->inner)));
+    }
+}
+
+/* Slots outside of the object are a caller's mistake and change nothing. */
+static void moqc_ssm_copy(moq_backend *be, moq_ssm *ssm, int32_t dst_slot, int32_t src_slot)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqk_ssm *s = &((const moqc_ssm *)(const void *)ssm)->d;
+    int64_t past = s->width * (s->conv - 1), state = s->inner * s->state;
+    if (dst_slot < 0 || src_slot < 0 || dst_slot >= s->slots || src_slot >= s->slots || dst_slot == src_slot) return;
+    if (past > 0) moqc_ok(c, cudaMemcpyAsync(s->past + dst_slot * past, s->past + src_slot * past, (size_t)past * 4, cudaMemcpyDeviceToDevice, c->stream), "ssm_copy");
+    moqc_ok(c, cudaMemcpyAsync(s->states + dst_slot * state, s->states + src_slot * state, (size_t)state * 4, cudaMemcpyDeviceToDevice, c->stream), "ssm_copy");
+}
+
+/* A thread per value. */
+template <typename T> __global__ void moqk_copy_heads(moq_copy_desc d)
+{
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, at = i % d.width, h = i / d.width % d.heads, row = i / d.width / d.heads;
+    if (row < d.rows) ((T *)d.y)[row * d.y_stride + h * d.y_step + at] = ((const T *)d.x)[row * d.x_stride + h * d.x_step + at];
+}
+
+static void moqc_copy_heads(moq_backend *be, const moq_copy_desc *d)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    int64_t count = (int64_t)d->rows * d->heads * d->width;
+    if (count < 1) return;
+    unsigned blocks = (unsigned)moqk_ceil(count, 256);
+    MOQC_BY_ACT(c, (moqk_copy_heads<float><<<blocks, 256, 0, c->stream>>>(*d)), (moqk_copy_heads<__nv_bfloat16><<<blocks, 256, 0, c->stream>>>(*d)));
+    moqc_launched(c, "copy_heads");
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-backend    graphs, the function table, creation
+   ------------------------------------------------------------------------------------------------ */
+
+typedef struct moqc_graph {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+} moqc_graph;
+
+static moq_result moqc_capture_begin(moq_backend *be, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_clear(err);
+    if (c->capturing) return moq_fail(err, MOQ_E_STATE, c->name, "capture_begin twice; call capture_end first");
+    cudaError_t e = cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal);
+    if (e != cudaSuccess) { cudaGetLastError(); return moqc_fail(c, e, "cudaStreamBeginCapture", err); }
+    c->capturing = 1;
+    return MOQ_OK;
+}
+
+/* An error of a recorded call fails the whole recording. */
+static moq_graph *moqc_capture_end(moq_backend *be, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t exec = NULL;
+    moqc_clear(err);
+    if (!c->capturing) { moq_fail(err, MOQ_E_STATE, c->name, "capture_end without capture_begin"); return NULL; }
+    c->capturing = 0;
+    cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
+    if (e == cudaSuccess && c->error.code == MOQ_OK) e = cudaGraphInstantiate(&exec, graph, 0);
+    moqc_graph *g = e == cudaSuccess && exec ? (moqc_graph *)moq_allocate(&c->host, sizeof *g) : NULL;
+    if (g) {
+        g->graph = graph;
+        g->exec = exec;
+        c->graphs++;
+        return (moq_graph *)(void *)g;
+    }
+    if (c->error.code != MOQ_OK) { if (err) *err = c->error; c->error.code = MOQ_OK; }
+    else if (e != cudaSuccess) moqc_fail(c, e, "recording a graph", err);
+    else moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for a graph");
+    cudaGetLastError();
+    if (exec) cudaGraphExecDestroy(exec);
+    if (graph) cudaGraphDestroy(graph);
+    return NULL;
+}
+
+static void moqc_replay(moq_backend *be, moq_graph *g)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_ok(c, cudaGraphLaunch(((moqc_graph *)(void *)g)->exec, c->stream), "cudaGraphLaunch");
+}
+
+static void moqc_release_graph(moq_backend *be, moq_graph *graph)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    moqc_graph *g = (moqc_graph *)(void *)graph;
+    if (!g) return;
+    moqc_ok(c, cudaStreamSynchronize(c->stream), "waiting for a graph");
+    cudaGraphExecDestroy(g->exec);
+    cudaGraphDestroy(g->graph);
+    c->graphs--;
+    moq_release(&c->host, g, sizeof *g);
+}
+
+/* Frees what the caller left, too: weights and caches are no use without the backend. Their host structs are the caller's loss. */
+static void moqc_destroy(moq_backend *be)
+{
+    moqc_ctx *c = moqc_of(be);
+    moq_allocator host = c->host;
+    {
+        moqc_on on(c);
+        if (c->stream) cudaStreamSynchronize(c->stream);
+        while (c->blocks) moqc_give(c, c->blocks->ptr);
+        for (int i = 0; i < MOQC_SLOTS; i++) if (c->slot_free[i]) cudaEventDestroy(c->slot_free[i]);
+        if (c->pinned) cudaFreeHost(c->pinned);
+        if (c->stream) cudaStreamDestroy(c->stream);
+        cudaGetLastError();
+    }
+    moq_release(&host, c, sizeof *c);
+}
+
+/* In the order of struct moq_backend. */
+static const moq_backend moqc_table = {
+    NULL, NULL, MOQ_F32, 16,
+    moqc_destroy, moqc_alloc, moqc_release, moqc_upload, moqc_download, moqc_copy, moqc_upload_act, moqc_download_act, moqc_sync,
+    moqc_reserve, moqc_supports, moqc_explain,
+    moqc_prepare_linear, moqc_release_weight, moqc_weight_bytes, moqc_linear, moqc_embed,
+    moqc_prepare_moe, moqc_release_moe, moqc_moe,
+    moqc_kv_create, moqc_kv_release, moqc_kv_bytes, moqc_kv_append, moqc_kv_copy, moqc_attention,
+    moqc_norm, moqc_rope_table, moqc_rope, moqc_activation, moqc_add, moqc_argmax,
+    moqc_capture_begin, moqc_capture_end, moqc_replay, moqc_release_graph,
+    moqc_ssm_create, moqc_ssm_release, moqc_ssm_bytes, moqc_ssm_run, moqc_ssm_copy, moqc_copy_heads
+};
+
+/* The device itself: is it there, new enough, does this program hold code for it. */
+static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
+{
+    int count = 0, major = 0, minor = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e != cudaSuccess) { cudaGetLastError(); return moqc_fail(c, e, "looking for CUDA devices", err); }
+    if (c->device < 0 || c->device >= count)
+        return moq_fail(err, MOQ_E_NOTFOUND, c->name, "there is no such device, %d CUDA devices are visible; check CUDA_VISIBLE_DEVICES", count);
+    moqc_on on(c);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, c->device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, c->device);
+    cudaDeviceGetAttribute(&c->sm_count, cudaDevAttrMultiProcessorCount, c->device);
+    e = cudaDeviceGetAttribute(&c->most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->device);
+    c->sm = 10 * major + minor;
+    if (e == cudaSuccess && c->sm < 80) return moq_fail(err, MOQ_E_UNSUPPORTED, c->name, "compute capability %d.%d, 8.0 (Ampere) or later is needed", major, minor);
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_move);
+    if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+    for (int i = 0; i < MOQC_SLOTS && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->slot_free[i], cudaEventDisableTiming);
+    if (e == cudaSuccess) e = moqc_allow_shared(c->most_shared);
+    if (e == cudaSuccess) return MOQ_OK;
+    cudaGetLastError();
+    return moqc_fail(c, e, "opening the device", err);
+}
+
+static int moqc_known_kernel(const char *name)
+{
+    if (strcmp(name, "auto") == 0 || strcmp(name, "reference") == 0) return 1;
+    for (int i = 0; i < MOQC_KERNELS; i++) if (strcmp(moqc_kernels[i].name, name) == 0) return 1;
+    return 0;
+}
+
+extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err)
+{
+    const char *kernel = desc->kernel && desc->kernel[0] ? desc->kernel : "auto";
+    moqc_clear(err);
+    if (!moqc_known_kernel(kernel)) {
+        char known[256];
+        size_t n = 0;
+        known[0] = 0;
+        for (int i = 0; i < MOQC_KERNELS && n < sizeof known; i++) n += (size_t)snprintf(known + n, sizeof known - n, ", %s", moqc_kernels[i].name);
+        moq_fail(err, MOQ_E_ARG, "cuda", "no kernel '%s'; known are auto, reference%s", kernel, known);
+        return NULL;
+    }
+    if (activations != MOQ_F32 && activations != MOQ_BF16) {
+        moq_fail(err, MOQ_E_UNSUPPORTED, "cuda", "activations of type %s; F32 and BF16 are known", moq_dtype_name(activations));
+        return NULL;
+    }
+    moqc_ctx *c = (moqc_ctx *)moq_allocate(&desc->allocator, sizeof *c);
+    if (!c) { moq_fail(err, MOQ_E_NOMEM, "cuda", "no host memory for the backend"); return NULL; }
+    c->be = moqc_table;
+    c->be.ctx = c;
+    c->host = desc->allocator;
+    if (memory) c->memory = *memory;
+    c->device = desc->device;
+    c->act = desc->act;
+    c->bf16 = activations == MOQ_BF16;
+    snprintf(c->name, sizeof c->name, "cuda:%d", (int)desc->device);
+    snprintf(c->kernel, sizeof c->kernel, "%s", kernel);
+    c->be.name = c->name;
+    c->be.act = activations;
+    if (moqc_open_device(c, err) == MOQ_OK) return &c->be;
+    moqc_destroy(&c->be);
+    return NULL;
+}
+
+extern "C" moq_backend *moq_cuda_backend_with(const moq_cuda_desc *desc, moq_error *err) { return moq_cuda_backend_full(desc, MOQ_F32, NULL, err); }
+
+extern "C" moq_backend *moq_cuda_backend(int device, moq_error *err)
+{
+    moq_cuda_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.device = device;
+    return moq_cuda_backend_with(&desc, err);
+}

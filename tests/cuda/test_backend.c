@@ -1,0 +1,1400 @@
+/* The CUDA function table against float64 and the CPU table: every scheme, odd shapes, caches, experts, graphs, memory. */
+#include "../test.h"
+#include "../layers.h"
+
+extern moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
+
+static moq_backend *backend_of(moq_act act, const char *kernel, moq_dtype activations)
+{
+    moq_cuda_desc d;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    d.act = act;
+    d.kernel = kernel;
+    d.allocator = test_allocator();
+    moq_backend *be = moq_cuda_backend_full(&d, activations, NULL, &err);
+    if (!be) { fprintf(stderr, "%s\n", err.text); exit(2); }
+    return be;
+}
+
+static moq_backend *wide_backend(void) { return backend_of(MOQ_ACT_WIDE, NULL, MOQ_F32); }
+
+/* Destroy, after whatever the calls before left behind has come out. */
+static void done(moq_backend *be)
+{
+    moq_error err;
+    if (be->sync(be, &err) != MOQ_OK) { fprintf(stderr, "%s\n", err.text); CHECK(0); }
+    moq_backend_destroy(be);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
+/* Device memory of activations; filled with NaN so that an unwritten element shows. */
+static void *device_floats(moq_backend *be, const float *from, size_t count)
+{
+    moq_error err;
+    float *poison = (float *)malloc((count + 1) * sizeof *poison);
+    void *p = be->alloc(be, (count + 8) * 4, &err);
+    if (!p || !poison) { fprintf(stderr, "%s\n", err.text); exit(2); }
+    for (size_t i = 0; i < count; i++) poison[i] = from ? from[i] : moqi_bits_f32(0x7fc00000u);
+    be->upload_act(be, p, poison, count);
+    free(poison);
+    return p;
+}
+
+static void *device_bytes(moq_backend *be, const void *from, size_t bytes)
+{
+    moq_error err;
+    void *p = be->alloc(be, bytes, &err);
+    if (!p) { fprintf(stderr, "%s\n", err.text); exit(2); }
+    be->upload(be, p, from, bytes);
+    return p;
+}
+
+static float *random_floats(size_t count)
+{
+    float *v = (float *)malloc((count + 1) * sizeof *v);
+    for (size_t i = 0; i < count; i++) v[i] = test_normal();
+    return v;
+}
+
+static float bf16_of(float v) { return moq_bf16_decode(moq_bf16_encode(v)); }
+
+/* y = x W^T for host arrays. */
+static void run_linear(moq_backend *be, const moq_weight *w, const float *x, int rows, int64_t cols, int64_t out, float *y)
+{
+    void *dx = device_floats(be, x, (size_t)(rows * cols)), *dy = device_floats(be, NULL, (size_t)(rows * out));
+    be->linear(be, w, dx, rows, dy);
+    be->download_act(be, y, dy, (size_t)(rows * out));
+    be->release(be, dx);
+    be->release(be, dy);
+}
+
+/* ---- products ---- */
+
+/* Output `row` for one token in double; xr: inputs as rounded, xt: before rounding. bound: sum of |x w|. */
+static double oracle_output(const layer *l, int64_t row, const float *xt, const float *xr, double *bound)
+{
+    const moq_linear *w = &l->w;
+    double y = 0;
+    int64_t rank = w->scheme.lora_rank, a_cols = rank ? (int64_t)w->lora_a.count / rank : 0;
+    *bound = 1e-6;
+    for (int64_t c = 0; c < w->cols; c++) {
+        double v = l->exact[row * w->cols + c];
+        if (w->requant_scale > 0) v = layer_nearest_e4m3(v / (double)w->requant_scale) * (double)w->requant_scale;
+        y += v * (double)xr[c];
+        *bound += fabs(v * (double)xr[c]);
+    }
+    for (int64_t i = 0; w->lora_a.data && i < rank; i++) {
+        double mid = 0, size = 0, b = (double)((const float *)w->lora_b.data)[(w->row_first + row * w->row_step) * rank + i];
+        for (int64_t c = 0; c < w->cols; c++) {
+            double t = (double)((const float *)w->lora_a.data)[i * a_cols + w->col_first + c] * (double)xt[c];
+            mid += t;
+            size += fabs(t);
+        }
+        y += mid * b;
+        *bound += size * fabs(b);
+    }
+    if (w->bias.data) { double b = (double)((const float *)w->bias.data)[w->row_first + row * w->row_step]; y += b; *bound += fabs(b); }
+    return y;
+}
+
+/* Number of outputs outside of the error bound; with BF16 activations x is rounded first and y last. */
+static long check_linear(moq_backend *be, const layer *l, int stored, int rows)
+{
+    const moq_linear *w = &l->w;
+    moq_error err;
+    long wrong = 0;
+    int bf16 = be->act == MOQ_BF16;
+    float *x = random_floats((size_t)(rows * w->cols)), *y = random_floats((size_t)(rows * w->rows)), *xt = random_floats((size_t)w->cols), *xr = random_floats((size_t)w->cols);
+    for (int64_t i = 0; bf16 && i < rows * w->cols; i++) x[i] = bf16_of(x[i]);
+    moq_weight *p = be->prepare_linear(be, w, 1, &err);
+    if (!p) { fprintf(stderr, "%s\n", err.text); return 1; }
+    run_linear(be, p, x, rows, w->cols, w->rows, y);
+    for (int64_t i = 0; i < rows; i++) {
+        memcpy(xt, x + i * w->cols, (size_t)w->cols * 4);
+        for (int64_t c = 0; w->pre_quant_scale.data && c < w->cols; c++) xt[c] *= ((const float *)w->pre_quant_scale.data)[w->col_first + c];
+        if (stored) moq_round_input(w, xt, xr);
+        else memcpy(xr, xt, (size_t)w->cols * 4);
+        for (int64_t r = 0; r < w->rows; r++) {
+            double bound, want = oracle_output(l, r, xt, xr, &bound), got = (double)y[i * w->rows + r];
+            double allowed = bf16 ? 4e-3 * fabs(want) * (w->lora_a.data ? 3 : 1) + 2e-4 * bound : 6e-8 * (16 + 2 * sqrt((double)w->cols)) * bound;
+            wrong += !(fabs(want - got) <= allowed);
+        }
+    }
+    be->release_weight(be, p);
+    free(x); free(y); free(xt); free(xr);
+    return wrong;
+}
+
+static const int token_counts[7] = {1, 2, 3, 8, 17, 64, 130};
+
+static void check_formats(moq_dtype activations, const char *kernel)
+{
+    static const int shapes[5][2] = {{1, 1}, {37, 200}, {19, 1060}, {130, 515}, {257, 768}};
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, kernel, activations);
+    moq_error err;
+    CHECK(be->reserve(be, 100, &err) == MOQ_OK); /* 130 rows are split */
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
+        for (int s = 0; s < 5; s++) {
+            layer l;
+            layer_make(&l, &layer_formats[i], shapes[s][0], shapes[s][1]);
+            for (int m = 0; m < 7; m++) {
+                long wrong = check_linear(be, &l, 0, token_counts[m]);
+                if (wrong) fprintf(stderr, "%s, %s, [%d, %d], %d rows: %ld wrong\n", moq_dtype_name(activations), layer_formats[i].name, shapes[s][0], shapes[s][1], token_counts[m], wrong);
+                CHECK_INT(wrong, 0);
+            }
+            layer_free(&l);
+        }
+    done(be);
+}
+
+static void test_cuda_formats(void) { check_formats(MOQ_F32, NULL); }
+static void test_cuda_formats_reference(void) { check_formats(MOQ_F32, "reference"); }
+static void test_cuda_formats_bf16(void) { check_formats(MOQ_BF16, NULL); }
+
+/* Larger shapes, where columns are cut between warps and rows between blocks. */
+static void test_cuda_larger(void)
+{
+    static const int formats[] = {2, 4, 8, 11, 14, 16, 21};
+    for (int a = 0; a < 2; a++) {
+        moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32);
+        moq_error err;
+        CHECK(be->reserve(be, 300, &err) == MOQ_OK);
+        for (size_t i = 0; i < MOQI_COUNT(formats); i++) {
+            layer l;
+            layer_make(&l, &layer_formats[formats[i]], 520, 4096);
+            CHECK_INT(check_linear(be, &l, 0, 1), 0);
+            CHECK_INT(check_linear(be, &l, 0, 5), 0);
+            CHECK_INT(check_linear(be, &l, 0, 24), 0);
+            CHECK_INT(check_linear(be, &l, 0, 260), 0);
+            layer_free(&l);
+        }
+        done(be);
+    }
+}
+
+static void add_smooth_and_bias(layer *l)
+{
+    float *p = layer_floats(l, l->w.cols + l->w.rows, 0.3f); /* one block: a layer has room for eight */
+    for (int64_t c = 0; c < l->w.cols; c++) p[c] = 0.5f + fabsf(p[c]);
+    l->w.pre_quant_scale = layer_view(p, MOQ_F32, l->w.cols);
+    l->w.scheme.pre_quant_scale = 1;
+    l->w.bias = layer_view(p + l->w.cols, MOQ_F32, l->w.rows);
+}
+
+static void add_lora(layer *l, int rank)
+{
+    l->w.scheme.lora_rank = (uint16_t)rank;
+    float *p = layer_floats(l, rank * (l->w.cols + l->w.rows), 0.1f);
+    l->w.lora_a = layer_view(p, MOQ_F32, rank * l->w.cols);
+    l->w.lora_b = layer_view(p + rank * l->w.cols, MOQ_F32, l->w.rows * rank);
+}
+
+/* Inputs as stored, with and without what may stand before and beside the product. */
+static void test_cuda_inputs(void)
+{
+    static const int formats[4] = {4, 16, 23, 14}; /* nvfp4, int8, act order, fp8 blocks */
+    moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+    for (size_t i = 0; i < MOQI_COUNT(input_formats); i++)
+        for (int f = 0; f < 4; f++)
+            for (int extra = 0; extra < 4; extra++) {
+                layer l;
+                layer_make(&l, &layer_formats[formats[f]], 21, 304);
+                l.w.scheme.input = input_formats[i].c;
+                l.w.input_scale = input_formats[i].scale;
+                l.w.input_zero = input_formats[i].zero;
+                if (extra & 1) add_smooth_and_bias(&l);
+                if (extra & 2) add_lora(&l, 5);
+                for (int m = 1; m < 20; m += 8) {
+                    long wrong = check_linear(be, &l, 1, m);
+                    if (wrong) fprintf(stderr, "%s, %s, extra %d, %d rows: %ld wrong\n", input_formats[i].name, l.w.name, extra, m, wrong);
+                    CHECK_INT(wrong, 0);
+                }
+                layer_free(&l);
+            }
+    for (int wide = 0; wide < 2; wide++) { /* a row that several blocks feed; whole tokens */
+        layer l;
+        layer_make(&l, &layer_formats[4], 24, 4112);
+        l.w.scheme.input = input_formats[wide ? 7 : 5].c;
+        l.w.input_scale = 0.0008f;
+        add_smooth_and_bias(&l);
+        add_lora(&l, 16);
+        CHECK_INT(check_linear(be, &l, 1, 3), 0);
+        layer_free(&l);
+    }
+    done(be);
+}
+
+/* W4A8_AWQ: the weight is rounded once more, only when inputs are. */
+static void test_cuda_requantized(void)
+{
+    layer l;
+    moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32), *wide;
+    layer_make(&l, &layer_formats[19], 34, 256);
+    l.w.scheme.input = input_formats[0].c;
+    l.w.input_scale = 0.01f;
+    l.w.scheme.requantize_fp8 = 1;
+    l.w.requant_scale = 0.003f;
+    CHECK_INT(check_linear(be, &l, 1, 2), 0);
+    CHECK_INT(check_linear(be, &l, 1, 70), 0);
+    done(be);
+    wide = wide_backend();
+    CHECK(check_linear(wide, &l, 1, 2) > 0);
+    l.w.requant_scale = 0;
+    CHECK_INT(check_linear(wide, &l, 0, 2), 0);
+    done(wide);
+    layer_free(&l);
+}
+
+static void test_cuda_rotation(void)
+{
+    moq_backend *be = wide_backend();
+    for (int turn = 0; turn < 4; turn++) {
+        moq_error err;
+        layer l;
+        int stored = turn & 1, cols = turn & 2 ? 2048 : 96;
+        layer_make(&l, &layer_formats[0], 9, cols);
+        l.w.scheme.hadamard = 1;
+        l.w.hadamard_size = 32;
+        l.w.hadamard_scale = 0.25f;
+        float *h = layer_floats(&l, 1024, 1), *x = random_floats((size_t)(2 * cols)), *t = random_floats((size_t)(2 * cols)), y[18];
+        if (stored) l.w.hadamard = layer_view(h, MOQ_F32, 1024);
+        for (int r = 0; r < 2; r++) moqi_rotate_input(stored ? h : NULL, 32, 0.25f, x + r * cols, cols, t + r * cols);
+        moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+        CHECK(w != NULL);
+        run_linear(be, w, x, 2, cols, 9, y);
+        for (int64_t r = 0; r < 18; r++) {
+            double bound, want = oracle_output(&l, r % 9, t + r / 9 * cols, t + r / 9 * cols, &bound);
+            CHECK(fabs(want - (double)y[r]) <= 4e-6 * bound);
+        }
+        be->release_weight(be, w);
+        l.w.hadamard_size = 36;
+        CHECK(be->prepare_linear(be, &l.w, 1, &err) == NULL && err.code == MOQ_E_SHAPE);
+        free(x); free(t);
+        layer_free(&l);
+    }
+    done(be);
+}
+
+/* Slices of rows (also interleaved) and of columns: what the same rows and columns of the whole layer give. */
+static void test_cuda_slices(void)
+{
+    moq_backend *be = wide_backend();
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        layer l, s;
+        moq_error err;
+        layer_make(&l, &layer_formats[i], 256, 768);
+        int64_t first = layer_formats[i].padded ? 160 : 128, cols = layer_formats[i].padded ? 480 : 512;
+        add_smooth_and_bias(&l);
+        add_lora(&l, 3);
+        s = l;
+        if (moq_slice_rows(&l.w, 129, 50, 2, &s.w, &err) < 0 || moq_slice_cols(&s.w, first, cols, &s.w, &err) < 0) { fprintf(stderr, "%s\n", err.text); CHECK(0); continue; }
+        s.exact = (double *)malloc(sizeof(double) * (size_t)(50 * cols));
+        for (int64_t r = 0; r < 50; r++) memcpy(s.exact + r * cols, l.exact + (129 + 2 * r) * l.w.cols + first, (size_t)cols * sizeof(double));
+        for (int m = 1; m < 20; m += 18) {
+            long wrong = check_linear(be, &s, 0, m);
+            if (wrong) fprintf(stderr, "%s: %ld wrong\n", l.w.name, wrong);
+            CHECK_INT(wrong, 0);
+        }
+        free(s.exact);
+        layer_free(&l);
+    }
+    done(be);
+}
+
+/* Several layers of one input; parts that share their feed and parts that do not. */
+static void test_cuda_fused(void)
+{
+    enum { ROWS = 21, COLS = 544 };
+    static const int heights[4] = {130, 47, 64, 5};
+    layer l[4];
+    moq_linear parts[4];
+    moq_error err;
+    int out = 0, at = 0;
+    for (int i = 0; i < 4; i++) {
+        layer_make(&l[i], &layer_formats[i == 1 ? 8 : i == 3 ? 2 : 4], heights[i], COLS);
+        l[i].w.scheme.input = input_formats[i >= 2 ? 0 : 7].c;
+        l[i].w.input_scale = 0.001f;
+        add_lora(&l[i], 3);
+        parts[i] = l[i].w;
+        out += heights[i];
+    }
+    float *x = random_floats(ROWS * COLS), *y = random_floats((size_t)(ROWS * out)), *z = random_floats((size_t)(ROWS * out));
+    moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+    moq_weight *w = be->prepare_linear(be, parts, 4, &err);
+    CHECK(w != NULL && be->weight_bytes(be, w) > 0);
+    run_linear(be, w, x, ROWS, COLS, out, y);
+    for (int i = 0; i < 4; i++) {
+        moq_weight *one = be->prepare_linear(be, &parts[i], 1, &err);
+        run_linear(be, one, x, ROWS, COLS, heights[i], z);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < heights[i]; c++) CHECK(fabsf(z[r * heights[i] + c] - y[r * out + at + c]) <= 1e-4f * (1 + fabsf(y[r * out + at + c])));
+        be->release_weight(be, one);
+        at += heights[i];
+    }
+    be->release_weight(be, w);
+    parts[1].cols = 32;
+    CHECK(be->prepare_linear(be, parts, 2, &err) == NULL && err.code == MOQ_E_SHAPE && strstr(err.text, "nvfp4"));
+    CHECK(be->prepare_linear(be, parts, 0, &err) == NULL && err.code == MOQ_E_ARG);
+    for (int i = 0; i < 4; i++) layer_free(&l[i]);
+    free(x); free(y); free(z);
+    done(be);
+}
+
+static void test_cuda_refuses(void)
+{
+    moq_error err;
+    moq_cuda_desc d;
+    layer l;
+    char text[400];
+    memset(&d, 0, sizeof d);
+    d.kernel = "abacus";
+    CHECK(moq_cuda_backend_with(&d, &err) == NULL && err.code == MOQ_E_ARG && strstr(err.text, "abacus") && strstr(err.text, "reference"));
+    CHECK(moq_cuda_backend(4711, &err) == NULL && err.code == MOQ_E_NOTFOUND && strstr(err.text, "cuda:4711"));
+    CHECK(moq_cuda_backend(-1, &err) == NULL && err.code == MOQ_E_NOTFOUND);
+    moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+    layer_make(&l, &layer_formats[4], 16, 64);
+    moq_linear bad = l.w;
+    bad.experts = 4;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_ARG);
+    bad = l.w;
+    bad.scheme.input = input_formats[0].c; /* static, but no scale */
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_MISSING);
+    bad.scheme.input.elem = MOQ_F6_E2M3;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_UNSUPPORTED);
+    bad = l.w;
+    bad.scales.data = NULL;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_MISSING);
+    bad = l.w;
+    bad.scheme.weight.elem = MOQ_I64;
+    CHECK(be->supports(be, &bad, &err) == MOQ_E_UNSUPPORTED && strstr(err.text, "I64"));
+    bad = l.w;
+    bad.scheme.input = input_formats[7].c;
+    bad.input_scale = 0.01f;
+    size_t n = be->explain(be, &bad, text, sizeof text);
+    CHECK(n == strlen(text) && strstr(text, "nvfp4") && strstr(text, "as stored"));
+    CHECK(be->explain(be, &bad, text, 5) == n && strlen(text) == 4);
+    CHECK(be->reserve(be, 0, &err) == MOQ_E_ARG);
+    layer_free(&l);
+    done(be);
+}
+
+static void test_cuda_embed(void)
+{
+    moq_error err;
+    int32_t ids[5] = {3, 0, 99, 100, -1};
+    moq_backend *be = wide_backend();
+    for (size_t f = 0; f < MOQI_COUNT(layer_formats); f++) {
+        layer l;
+        layer_make(&l, &layer_formats[f], 100, 64);
+        if (l.w.rows != 100) { layer_free(&l); continue; }
+        l.w.name = "embed_tokens";
+        int64_t cols = l.w.cols;
+        float *y = random_floats((size_t)(5 * cols));
+        moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+        int32_t *dids = (int32_t *)device_bytes(be, ids, sizeof ids);
+        void *dy = device_floats(be, NULL, (size_t)(5 * cols));
+        be->embed(be, w, dids, 5, 2.5f, dy);
+        be->download_act(be, y, dy, (size_t)(5 * cols));
+        long wrong = 0;
+        for (int i = 0; i < 5; i++)
+            for (int64_t c = 0; c < cols; c++) wrong += y[i * cols + c] != (ids[i] >= 0 && ids[i] < 100 ? (float)l.exact[ids[i] * cols + c] * 2.5f : 0);
+        if (wrong) fprintf(stderr, "%s: %ld wrong\n", layer_formats[f].name, wrong);
+        CHECK_INT(wrong, 0);
+        be->release_weight(be, w);
+        be->release(be, dids);
+        be->release(be, dy);
+        free(y);
+        layer_free(&l);
+    }
+    done(be);
+}
+
+/* ---- mixtures of experts ---- */
+
+typedef struct mixture { layer gate[12], up[12], down[12]; moq_linear g[12], u[12], d[12]; moq_moe moe; float bias[12]; } mixture;
+
+static void mixture_make(mixture *m, int experts, int top, moq_activation kind, int extras)
+{
+    memset(m, 0, sizeof *m);
+    for (int e = 0; e < experts; e++) {
+        layer_make(&m->gate[e], &layer_formats[4], 40, 96);
+        layer_make(&m->up[e], &layer_formats[extras == 3 && e % 2 ? 21 : 4], 40, 96); /* 3: two formats side by side */
+        layer_make(&m->down[e], &layer_formats[extras ? 11 : 2], 50, 40);
+        layer *all[3] = {&m->gate[e], &m->up[e], &m->down[e]};
+        for (int i = 0; extras && i < 3; i++) {
+            moq_linear *w = &all[i]->w;
+            w->bias = layer_view(layer_floats(all[i], w->rows, 0.3f), MOQ_F32, w->rows);
+            if (extras == 2) { /* gate and up want different inputs */
+                w->pre_quant_scale = layer_view(layer_floats(all[i], w->cols, 1), MOQ_F32, w->cols);
+                w->scheme.pre_quant_scale = 1;
+                add_lora(all[i], 2);
+            }
+        }
+        m->g[e] = m->gate[e].w;
+        m->u[e] = m->up[e].w;
+        m->d[e] = m->down[e].w;
+        m->bias[e] = test_uniform() * 0.2f;
+    }
+    m->moe.name = "moe";
+    m->moe.routing.experts = experts;
+    m->moe.routing.top_k = top;
+    m->moe.routing.renormalize = extras != 3;
+    m->moe.routing.score = extras ? MOQ_SCORE_SIGMOID : MOQ_SCORE_SOFTMAX;
+    m->moe.routing.scale = extras == 3 ? 2.5f : 0;
+    if (extras) m->moe.routing.bias = layer_view(m->bias, MOQ_F32, experts);
+    m->moe.activation.kind = kind;
+    m->moe.activation.limit = 7;
+    m->moe.activation.alpha = 1.702f;
+    m->moe.activation.beta = 1;
+    m->moe.gate = kind == MOQ_RELU2 ? NULL : m->g;
+    m->moe.up = m->u;
+    m->moe.down = m->d;
+}
+
+static void mixture_free(mixture *m)
+{
+    for (int e = 0; e < 12; e++) { layer_free(&m->gate[e]); layer_free(&m->up[e]); layer_free(&m->down[e]); }
+}
+
+/* One layer of an expert in double, inputs wide or rounded. */
+static void oracle_expert_layer(const layer *l, const moq_linear *w, int stored, const float *x, double *y)
+{
+    float t[96], r[96];
+    for (int64_t c = 0; c < l->w.cols; c++) t[c] = l->w.pre_quant_scale.data ? x[c] * ((const float *)l->w.pre_quant_scale.data)[c] : x[c];
+    if (stored) moq_round_input(w, t, r);
+    else memcpy(r, t, sizeof r);
+    for (int64_t i = 0; i < l->w.rows; i++) {
+        double bound;
+        y[i] = oracle_output(l, i, t, r, &bound);
+    }
+}
+
+static void check_moe(moq_backend *be, mixture *m, int rows, int stored, double limit)
+{
+    enum { OUT = 50, COLS = 96 };
+    moq_error err;
+    int experts = m->moe.routing.experts, top = m->moe.routing.top_k;
+    moq_activation kind = m->moe.activation.kind;
+    float *x = random_floats((size_t)(rows * COLS)), *logits = random_floats((size_t)(rows * experts)), *y = random_floats((size_t)(rows * OUT));
+    for (int i = 0; be->act == MOQ_BF16 && i < rows * COLS; i++) x[i] = bf16_of(x[i]);
+    for (int i = 0; be->act == MOQ_BF16 && i < rows * experts; i++) logits[i] = bf16_of(logits[i]);
+    moq_experts *p = be->prepare_moe(be, &m->moe, &err);
+    if (!p) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+    void *dx = device_floats(be, x, (size_t)(rows * COLS)), *dl = device_floats(be, logits, (size_t)(rows * experts)), *dy = device_floats(be, NULL, (size_t)(rows * OUT));
+    be->moe(be, p, dx, dl, rows, dy);
+    be->download_act(be, y, dy, (size_t)(rows * OUT));
+    for (int r = 0; r < rows; r++) {
+        float scratch[60], weight[8], mid[96];
+        int32_t index[8];
+        double want[OUT] = {0}, g[40], u[40], d[OUT], size = 0, gap = 0;
+        moqi_route(&m->moe.routing, (const float *)m->moe.routing.bias.data, logits + r * experts, scratch, index, weight);
+        for (int i = 0; i < top; i++) {
+            int e = index[i];
+            oracle_expert_layer(&m->gate[e], &m->g[e], stored, x + r * COLS, g);
+            oracle_expert_layer(&m->up[e], &m->u[e], stored, x + r * COLS, u);
+            for (int j = 0; j < 40; j++) mid[j] = moqi_activate(&m->moe.activation, (float)(kind == MOQ_RELU2 ? u[j] : g[j]), (float)u[j]);
+            oracle_expert_layer(&m->down[e], &m->d[e], stored, mid, d);
+            for (int c = 0; c < OUT; c++) want[c] += (double)weight[i] * d[c];
+        }
+        for (int c = 0; c < OUT; c++) { size += want[c] * want[c]; gap += (want[c] - (double)y[r * OUT + c]) * (want[c] - (double)y[r * OUT + c]); }
+        if (!(gap <= limit * size && size > 0)) fprintf(stderr, "activation %d, row %d of %d: %g\n", (int)kind, r, rows, sqrt(gap / size));
+        CHECK(gap <= limit * size && size > 0);
+    }
+    be->release(be, dx);
+    be->release(be, dl);
+    be->release(be, dy);
+    be->release_moe(be, p);
+    free(x); free(logits); free(y);
+}
+
+static void test_cuda_moe(void)
+{
+    static const int rows[6] = {1, 2, 5, 19, 70, 130};
+    for (int kind = 0; kind <= (int)MOQ_RELU2; kind++)
+        for (int extras = 0; extras < 4; extras++) {
+            mixture m;
+            moq_error err;
+            moq_backend *be = wide_backend();
+            mixture_make(&m, 12, 3, (moq_activation)kind, extras);
+            if (extras == 1 || extras == 3) { m.moe.routing.groups = 4; m.moe.routing.top_groups = 2; }
+            be->reserve(be, kind == 0 ? 64 : 130, &err);
+            for (int i = 0; i < 6; i++) check_moe(be, &m, rows[i], 0, 1e-10);
+            done(be);
+            mixture_free(&m);
+        }
+}
+
+static void test_cuda_moe_bf16(void)
+{
+    mixture m;
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, MOQ_BF16);
+    mixture_make(&m, 12, 3, MOQ_SILU_MUL, 1);
+    check_moe(be, &m, 1, 0, 4e-5);
+    check_moe(be, &m, 70, 0, 4e-5);
+    done(be);
+    mixture_free(&m);
+}
+
+static void test_cuda_moe_stored(void)
+{
+    mixture m;
+    moq_error err;
+    moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+    mixture_make(&m, 8, 2, MOQ_SILU_MUL, 0);
+    for (int e = 0; e < 8; e++) { /* gate and up of odd experts have scales of their own */
+        m.g[e].scheme.input = m.u[e].scheme.input = input_formats[7].c;
+        m.g[e].input_scale = 0.001f;
+        m.u[e].input_scale = e % 2 ? 0.002f : 0.001f;
+    }
+    check_moe(be, &m, 1, 1, 1e-10);
+    check_moe(be, &m, 40, 1, 1e-10);
+    for (int e = 0; e < 8; e++) m.d[e].scheme.input = input_formats[5].c; /* whole tokens; a flip at a rounding edge is allowed for */
+    check_moe(be, &m, 1, 1, 1e-3);
+    check_moe(be, &m, 33, 1, 1e-3);
+    m.moe.routing.top_k = 9;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_ARG);
+    m.moe.routing.top_k = 2;
+    m.moe.routing.groups = 3;
+    m.moe.routing.top_groups = 1;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_ARG);
+    m.moe.routing.groups = 0;
+    m.d[3].cols = 16;
+    CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_SHAPE);
+    done(be);
+    mixture_free(&m);
+}
+
+/* ---- attention ---- */
+
+enum { SLOTS = 3, CAPACITY = 300, MAX_WIDTH = 512 }; /* kv_heads * dim */
+
+typedef struct history { float k[SLOTS][CAPACITY][MAX_WIDTH], v[SLOTS][CAPACITY][MAX_WIDTH]; } history; /* as the cache should hold them */
+
+typedef struct device_batch { moq_batch host, device; } device_batch;
+
+static device_batch batch_of(moq_backend *be, int rows, const int32_t *slot, const int32_t *pos)
+{
+    device_batch b;
+    b.host.rows = rows;
+    b.host.max_pos = 0;
+    b.host.slot = slot;
+    b.host.pos = pos;
+    for (int i = 0; i < rows; i++) if (pos[i] > b.host.max_pos) b.host.max_pos = pos[i];
+    b.device = b.host;
+    b.device.slot = (const int32_t *)device_bytes(be, slot, (size_t)rows * 4);
+    b.device.pos = (const int32_t *)device_bytes(be, pos, (size_t)rows * 4);
+    return b;
+}
+
+static void batch_free(moq_backend *be, device_batch *b)
+{
+    be->release(be, (void *)(uintptr_t)b->device.slot);
+    be->release(be, (void *)(uintptr_t)b->device.pos);
+}
+
+/* Append the rows of a batch and remember what a cache of this format keeps of them. */
+static void append_rows(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const device_batch *b, history *h)
+{
+    enum { STRIDE = MAX_WIDTH + 4 };
+    int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim, rows = b->host.rows;
+    float *k = random_floats((size_t)rows * STRIDE), *v = random_floats((size_t)rows * STRIDE);
+    for (int i = 0; be->act == MOQ_BF16 && i < rows * STRIDE; i++) { k[i] = bf16_of(k[i]); v[i] = bf16_of(v[i]); }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < d->kv_heads; n++) {
+            const float *ks = (const float *)d->kv.k_scale.data, *vs = (const float *)d->kv.v_scale.data, *kb = (const float *)d->kv.k_bias.data, *vb = (const float *)d->kv.v_bias.data;
+            float kscale = ks ? ks[d->kv.k_scale.count > 1 ? n : 0] : 1, vscale = vs ? vs[d->kv.v_scale.count > 1 ? n : 0] : 1;
+            moq_kv_format vf = d->kv.format == MOQ_KV_NVFP4_ROTATE ? MOQ_KV_NVFP4 : d->kv.format;
+            moq_round_kv(d->kv.format, kscale, kb ? kb + n * dim : NULL, k + r * STRIDE + n * dim, dim, h->k[b->host.slot[r]][b->host.pos[r]] + n * dim);
+            moq_round_kv(vf, vscale, vb ? vb + n * vdim : NULL, v + r * STRIDE + n * vdim, vdim, h->v[b->host.slot[r]][b->host.pos[r]] + n * vdim);
+        }
+    void *dk = device_floats(be, k, (size_t)rows * STRIDE), *dv = device_floats(be, v, (size_t)rows * STRIDE);
+    be->kv_append(be, cache, &b->device, dk, STRIDE, dv, STRIDE);
+    be->release(be, dk);
+    be->release(be, dv);
+    free(k); free(v);
+}
+
+static void check_attention(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const device_batch *b, const history *h, int heads, int window, float cap, const float *sinks)
+{
+    int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim, rows = b->host.rows, q_stride = heads * dim + 4, y_stride = heads * vdim + 8;
+    float *q = random_floats((size_t)(rows * q_stride)), *y = random_floats((size_t)(rows * y_stride));
+    double *p = (double *)malloc(CAPACITY * sizeof *p);
+    moq_attention_desc a;
+    memset(&a, 0, sizeof a);
+    for (int i = 0; be->act == MOQ_BF16 && i < rows * q_stride; i++) q[i] = bf16_of(q[i]);
+    void *dq = device_floats(be, q, (size_t)(rows * q_stride)), *dy = device_floats(be, NULL, (size_t)(rows * y_stride)), *ds = sinks ? device_bytes(be, sinks, (size_t)heads * 4) : NULL;
+    a.cache = cache;
+    a.q = dq;
+    a.y = dy;
+    a.q_stride = q_stride;
+    a.y_stride = y_stride;
+    a.heads = heads;
+    a.window = window;
+    a.softcap = cap;
+    a.sinks = (const float *)ds;
+    a.scale = cap > 0 ? 0.2f : 0;
+    double scale = cap > 0 ? (double)0.2f : 1 / sqrt((double)dim), loose = be->act == MOQ_BF16 ? 8e-3 : 4e-5;
+    long wrong = 0;
+    be->attention(be, &b->device, &a);
+    be->download_act(be, y, dy, (size_t)(rows * y_stride));
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < heads; n++) {
+            int kv = n / (heads / d->kv_heads), s = b->host.slot[r], last = b->host.pos[r], from = window > 0 && last - window + 1 > 0 ? last - window + 1 : 0;
+            double top = sinks ? (double)sinks[n] : -1e300, sum = 0, peak = 0;
+            for (int t = from; t <= last; t++) {
+                p[t] = 0;
+                for (int i = 0; i < dim; i++) p[t] += (double)q[r * q_stride + n * dim + i] * (double)h->k[s][t][kv * dim + i];
+                p[t] *= scale;
+                if (fabs(p[t]) > peak) peak = fabs(p[t]); /* e^score loses so many times the error of a score's last bits */
+                if (cap > 0) p[t] = (double)cap * tanh(p[t] / (double)cap);
+                if (p[t] > top) top = p[t];
+            }
+            if (sinks) sum = exp((double)sinks[n] - top);
+            for (int t = from; t <= last; t++) sum += p[t] = exp(p[t] - top);
+            for (int i = 0; i < vdim; i++) {
+                double want = 0, size = 0;
+                for (int t = from; t <= last; t++) { want += p[t] / sum * (double)h->v[s][t][kv * vdim + i]; size += p[t] / sum * fabs((double)h->v[s][t][kv * vdim + i]); }
+                wrong += !(fabs(want - (double)y[r * y_stride + n * vdim + i]) <= (loose + 1e-6 * peak) * size + 1e-6);
+            }
+        }
+    if (wrong) fprintf(stderr, "%s, dims %d %d, heads %d, rows %d, window %d, cap %g: %ld wrong\n", moq_kv_format_name(d->kv.format), dim, vdim, heads, rows, window, (double)cap, wrong);
+    CHECK_INT(wrong, 0);
+    be->release(be, dq);
+    be->release(be, dy);
+    be->release(be, ds);
+    free(q); free(y); free(p);
+}
+
+static history told; /* large */
+
+static void attention_case(moq_dtype activations, moq_kv_format format, int dim, int vdim, int kv_heads, int heads)
+{
+    float kscale[4] = {0.02f, 0.05f, 0.03f, 0.04f}, vscale[1] = {0.03f}, bias[MAX_WIDTH], sinks[64];
+    int32_t slot[256], pos[256];
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    moq_error err;
+    moq_kv_desc d;
+    device_batch b;
+    for (int i = 0; i < MAX_WIDTH; i++) bias[i] = test_uniform();
+    for (int i = 0; i < 64; i++) sinks[i] = test_normal();
+    memset(&told, 0, sizeof told);
+    memset(&d, 0, sizeof d);
+    d.name = "attention";
+    d.slots = SLOTS;
+    d.capacity = CAPACITY;
+    d.kv_heads = kv_heads;
+    d.head_dim = dim;
+    d.value_dim = vdim;
+    d.kv.format = format;
+    d.kv.k_scale = layer_view(kscale, MOQ_F32, kv_heads);
+    d.kv.v_scale = layer_view(vscale, MOQ_F32, 1);
+    d.kv.k_bias = layer_view(bias, MOQ_F32, kv_heads * dim);
+    d.kv.v_bias = layer_view(bias, MOQ_F32, kv_heads * (vdim ? vdim : dim));
+    moq_kv_cache *c = be->kv_create(be, &d, &err);
+    if (!c) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+    CHECK(be->kv_bytes(be, &d) > 0);
+    for (int i = 0; i < 60; i++) { slot[i] = i < 40 ? 1 : 0; pos[i] = i < 40 ? i : i - 40; }
+    b = batch_of(be, 60, slot, pos);
+    append_rows(be, c, &d, &b, &told);
+    check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
+    batch_free(be, &b);
+    for (int i = 0; i < 245; i++) { slot[i] = 1; pos[i] = 40 + i; }
+    b = batch_of(be, 245, slot, pos);
+    append_rows(be, c, &d, &b, &told);
+    check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
+    check_attention(be, c, &d, &b, &told, heads, 7, 0, sinks);
+    check_attention(be, c, &d, &b, &told, heads, 40, 3, sinks);
+    batch_free(be, &b);
+    slot[0] = 0; pos[0] = 20; slot[1] = 1; pos[1] = 285; slot[2] = 2; pos[2] = 0; /* mixed slots in one batch */
+    b = batch_of(be, 3, slot, pos);
+    append_rows(be, c, &d, &b, &told);
+    check_attention(be, c, &d, &b, &told, heads, 0, 5, NULL);
+    check_attention(be, c, &d, &b, &told, heads, 0, 0, sinks);
+    batch_free(be, &b);
+    be->kv_copy(be, c, 2, 10, 1, 30, 40); /* fork */
+    memcpy(told.k[2][10], told.k[1][30], sizeof told.k[0][0] * 40);
+    memcpy(told.v[2][10], told.v[1][30], sizeof told.v[0][0] * 40);
+    be->kv_copy(be, c, 1, 0, 1, 5, 280); /* shift down over itself */
+    memmove(told.k[1][0], told.k[1][5], sizeof told.k[0][0] * 280);
+    memmove(told.v[1][0], told.v[1][5], sizeof told.v[0][0] * 280);
+    be->kv_copy(be, c, 0, 9, 0, 2, 18); /* and up */
+    memmove(told.k[0][9], told.k[0][2], sizeof told.k[0][0] * 18);
+    memmove(told.v[0][9], told.v[0][2], sizeof told.v[0][0] * 18);
+    slot[0] = 2; pos[0] = 49; slot[1] = 1; pos[1] = 279; slot[2] = 0; pos[2] = 26;
+    b = batch_of(be, 3, slot, pos);
+    check_attention(be, c, &d, &b, &told, heads, 25, 0, NULL);
+    batch_free(be, &b);
+    slot[0] = 7; pos[1] = CAPACITY; pos[2] = -1; /* rows outside of the cache change nothing and get zeros */
+    b = batch_of(be, 3, slot, pos);
+    b.device.max_pos = CAPACITY - 1;
+    float zero[3] = {1, 1, 1};
+    moq_attention_desc a;
+    memset(&a, 0, sizeof a);
+    void *junk = device_floats(be, NULL, (size_t)(heads * (dim > vdim ? dim : vdim)) * 4), *out = device_floats(be, NULL, (size_t)(heads * (dim > vdim ? dim : vdim)) * 4);
+    be->kv_append(be, c, &b.device, junk, 0, junk, 0);
+    a.cache = c;
+    a.q = junk;
+    a.y = out;
+    a.y_stride = heads * (vdim ? vdim : dim);
+    a.heads = heads;
+    be->attention(be, &b.device, &a);
+    be->download_act(be, zero, out, 3);
+    for (int i = 0; i < 3; i++) CHECK(zero[i] == 0);
+    batch_free(be, &b);
+    be->release(be, junk);
+    be->release(be, out);
+    be->kv_release(be, c);
+    done(be);
+}
+
+static void test_cuda_attention(void)
+{
+    static const int dims[8][4] = {{64, 0, 2, 2}, {32, 48, 2, 6}, {16, 0, 2, 34}, {128, 0, 2, 8}, {256, 0, 2, 4}, {80, 0, 2, 14}, {192, 128, 1, 3}, {512, 64, 1, 2}};
+    for (int f = 0; f < (int)MOQ_KV_FORMAT_COUNT; f++)
+        for (int i = 0; i < 8; i++) {
+            if (f == MOQ_KV_NVFP4_ROTATE && (dims[i][0] & (dims[i][0] - 1))) continue;
+            attention_case(MOQ_F32, (moq_kv_format)f, dims[i][0], dims[i][1], dims[i][2], dims[i][3]);
+        }
+    attention_case(MOQ_BF16, MOQ_KV_WIDE, 128, 0, 2, 8);
+    attention_case(MOQ_BF16, MOQ_KV_FP8, 64, 0, 2, 8);
+    attention_case(MOQ_BF16, MOQ_KV_NVFP4, 64, 0, 2, 2);
+}
+
+/* Every kernel once on little data: what the slower tools of compute-sanitizer run. */
+static void test_cuda_each_kernel(void)
+{
+    static const int formats[] = {0, 1, 2, 4, 9, 11, 14, 16, 18, 19, 22, 23, 27, 30, 32};
+    moq_backend *be = wide_backend();
+    for (size_t i = 0; i < MOQI_COUNT(formats); i++) {
+        layer l;
+        layer_make(&l, &layer_formats[formats[i]], 37, 200);
+        add_smooth_and_bias(&l);
+        if (i % 4 == 3) add_lora(&l, 5);
+        for (int m = 0; m < 6; m++) CHECK_INT(check_linear(be, &l, 0, token_counts[m]), 0);
+        layer_free(&l);
+    }
+    done(be);
+    for (int f = 0; f < (int)MOQ_KV_FORMAT_COUNT; f++) attention_case(MOQ_F32, (moq_kv_format)f, f % 2 ? 64 : 32, f % 2 ? 0 : 48, 2, 2 << f % 4);
+    attention_case(MOQ_BF16, MOQ_KV_WIDE, 128, 0, 1, 3);
+}
+
+static void test_cuda_kv_refuses(void)
+{
+    moq_backend *be = wide_backend();
+    moq_error err;
+    moq_kv_desc d, bad;
+    float zero = 0;
+    memset(&d, 0, sizeof d);
+    d.name = "attn";
+    d.slots = 1; d.capacity = 16; d.kv_heads = 3; d.head_dim = 48;
+    bad = d; bad.capacity = 0;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_ARG && be->kv_bytes(be, &bad) == 0);
+    bad = d; bad.kv.format = MOQ_KV_NVFP4_ROTATE;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_UNSUPPORTED);
+    bad = d; bad.head_dim = 513;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_UNSUPPORTED);
+    bad = d; bad.kv.k_scale = layer_view(&zero, MOQ_F32, 1);
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_SCALE);
+    bad = d; bad.kv.v_scale = layer_view(&zero, MOQ_F32, 2);
+    CHECK(be->kv_create(be, &bad, &err) == NULL && err.code == MOQ_E_SHAPE);
+    bad = d; bad.capacity = 2000000000; bad.slots = 2000000000;
+    CHECK(be->kv_create(be, &bad, &err) == NULL && (err.code == MOQ_E_OVERFLOW || err.code == MOQ_E_NOMEM));
+    done(be);
+}
+
+/* ---- the small operations, against the CPU table ---- */
+
+static void compare(const char *what, const float *a, const float *b, size_t n, double limit)
+{
+    long wrong = 0;
+    for (size_t i = 0; i < n; i++) wrong += !(fabs((double)a[i] - (double)b[i]) <= limit * (1 + fabs((double)b[i])));
+    if (wrong) fprintf(stderr, "%s: %ld of %zu differ\n", what, wrong, n);
+    CHECK_INT(wrong, 0);
+}
+
+static void check_norm(moq_backend *be, moq_backend *cpu, int rows, int cols, int groups, int stride, int add, int in_place, double limit)
+{
+    size_t n = (size_t)rows * (size_t)(stride ? stride : cols * (groups ? groups : 1)), m = (size_t)rows * (size_t)(cols * (groups ? groups : 1));
+    float *x = random_floats(n), *y = random_floats(n), *w = random_floats((size_t)cols), *a = random_floats(m), *gx = random_floats(n), *gy = random_floats(n);
+    for (size_t i = 0; be->act == MOQ_BF16 && i < n; i++) x[i] = bf16_of(x[i]);
+    for (size_t i = 0; be->act == MOQ_BF16 && i < m; i++) a[i] = bf16_of(a[i]);
+    moq_norm_desc d;
+    memset(&d, 0, sizeof d);
+    d.rows = rows;
+    d.cols = cols;
+    d.groups = groups;
+    d.x_stride = d.y_stride = stride;
+    d.eps = 1e-5f;
+    void *dx = device_floats(be, x, n), *dy = device_floats(be, y, n), *dw = device_bytes(be, w, (size_t)cols * 4), *da = device_floats(be, a, m);
+    d.x = dx;
+    d.y = in_place ? dx : dy;
+    d.weight = (const float *)dw;
+    d.add = add ? da : NULL;
+    be->norm(be, &d);
+    be->download_act(be, gx, dx, n);
+    be->download_act(be, gy, dy, n);
+    d.x = x;
+    d.y = in_place ? x : y;
+    d.weight = w;
+    d.add = add ? a : NULL;
+    cpu->norm(cpu, &d);
+    compare("norm x", gx, x, n, limit);
+    compare("norm y", gy, y, n, limit);
+    be->release(be, dx);
+    be->release(be, dy);
+    be->release(be, dw);
+    be->release(be, da);
+    free(x); free(y); free(w); free(a); free(gx); free(gy);
+}
+
+static void check_rope(moq_backend *be, moq_backend *cpu, int interleaved, int first, int dims)
+{
+    enum { ROWS = 5, HEADS = 3, DIM = 64, STRIDE = 200 };
+    float *x = random_floats(ROWS * STRIDE), *gx = random_floats(ROWS * STRIDE), inv[32], table[ROWS * 64], gtable[ROWS * 64];
+    int32_t pos[ROWS] = {0, 1, 77, 4096, 130000}, half = (dims ? dims : DIM) / 2;
+    for (int i = 0; i < 32; i++) inv[i] = powf(10000, -(float)i / 32);
+    for (int i = 0; be->act == MOQ_BF16 && i < ROWS * STRIDE; i++) x[i] = bf16_of(x[i]);
+    void *dx = device_floats(be, x, ROWS * STRIDE), *dp = device_bytes(be, pos, sizeof pos), *di = device_bytes(be, inv, sizeof inv), *dt = device_bytes(be, table, sizeof table);
+    be->rope_table(be, (const int32_t *)dp, ROWS, (const float *)di, half, 1.25f, (float *)dt);
+    cpu->rope_table(cpu, pos, ROWS, inv, half, 1.25f, table);
+    be->download(be, gtable, dt, sizeof(float) * (size_t)(ROWS * half * 2));
+    compare("rope_table", gtable, table, (size_t)(ROWS * half * 2), 2e-7);
+    moq_rope_desc d;
+    memset(&d, 0, sizeof d);
+    d.stride = STRIDE;
+    d.rows = ROWS;
+    d.heads = HEADS;
+    d.head_dim = DIM;
+    d.first = first;
+    d.dims = dims;
+    d.interleaved = interleaved;
+    d.x = dx;
+    d.table = (const float *)dt;
+    be->rope(be, &d);
+    be->download_act(be, gx, dx, ROWS * STRIDE);
+    d.x = x;
+    d.table = table;
+    cpu->rope(cpu, &d);
+    compare("rope", gx, x, ROWS * STRIDE, be->act == MOQ_BF16 ? 4e-3 : 1e-6);
+    be->release(be, dx);
+    be->release(be, dp);
+    be->release(be, di);
+    be->release(be, dt);
+    free(x); free(gx);
+}
+
+static void check_argmax(moq_backend *be)
+{
+    enum { ROWS = 6, N = 1301 };
+    float *x = random_floats(ROWS * N), nan = moqi_bits_f32(0x7fc00000u);
+    int32_t got[ROWS], want[ROWS] = {700, 3, 1, 0, 0, 1300};
+    x[700] = 1000; x[900] = 1000;                                   /* the lowest of equals */
+    x[N + 3] = 1e30f; x[N + 2] = nan;
+    for (int i = 0; i < N; i++) { x[2 * N + i] = i == 1 ? -5 : nan; x[3 * N + i] = nan; x[4 * N + i] = -1e30f; }
+    x[5 * N + 1300] = 5000;
+    void *dx = device_floats(be, x, ROWS * N), *di = device_bytes(be, got, sizeof got);
+    be->argmax(be, dx, ROWS, N, (int32_t *)di);
+    be->download(be, got, di, sizeof got);
+    for (int i = 0; i < ROWS; i++) CHECK_INT(got[i], want[i]);
+    be->release(be, dx);
+    be->release(be, di);
+    free(x);
+}
+
+static void test_cuda_ops(void)
+{
+    enum { N = 9000 };
+    for (int a = 0; a < 2; a++) {
+        moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32), *cpu = moq_cpu_backend(NULL, NULL);
+        double limit = a ? 1e-2 : 2e-6;
+        check_norm(be, cpu, 3, 128, 0, 0, 0, 0, limit);
+        check_norm(be, cpu, 5, 1000, 0, 1010, 0, 1, limit);
+        check_norm(be, cpu, 2, 5120, 1, 0, 1, 0, limit);
+        check_norm(be, cpu, 7, 33, 6, 300, 0, 1, limit);
+        check_norm(be, cpu, 7, 33, 6, 300, 1, 0, limit);
+        check_rope(be, cpu, 0, 0, 0);
+        check_rope(be, cpu, 1, 0, 0);
+        check_rope(be, cpu, 0, 16, 32);
+        check_rope(be, cpu, 1, 16, 48);
+        check_argmax(be);
+        for (int kind = 0; kind <= (int)MOQ_RELU2; kind++) {
+            float *x = random_floats(N), *y = random_floats(N), *g = random_floats(N);
+            moq_activation_desc d = {(moq_activation)kind, 7, 1.702f, 1};
+            int rows = 9, n = N / rows / (kind == MOQ_RELU2 ? 1 : 2);
+            for (int i = 0; a && i < N; i++) x[i] = bf16_of(x[i]);
+            void *dx = device_floats(be, x, N), *dy = device_floats(be, NULL, N);
+            be->activation(be, &d, dx, rows, n, dy);
+            be->download_act(be, g, dy, (size_t)(rows * n));
+            cpu->activation(cpu, &d, x, rows, n, y);
+            compare("activation", g, y, (size_t)(rows * n), limit);
+            be->add(be, dx, dy, (size_t)(rows * n));
+            be->download_act(be, g, dx, (size_t)(rows * n));
+            be->download_act(be, y, dy, (size_t)(rows * n));
+            cpu->add(cpu, x, y, (size_t)(rows * n));
+            compare("add", g, x, (size_t)(rows * n), limit);
+            be->release(be, dx);
+            be->release(be, dy);
+            free(x); free(y); free(g);
+        }
+        moq_backend_destroy(cpu);
+        done(be);
+    }
+}
+
+/* Mixers against the CPU table: sequences in pieces, interleaved slots, a fork. */
+static void check_ssm(moq_backend *be, moq_backend *cpu, int heads, int dim, int state, int groups, int conv)
+{
+    enum { ROWS = 30 };
+    static const struct { int rows, slot[8], period; } calls[5] = {{7, {0}, 1}, {1, {1}, 1}, {24, {0, 1, 1, 2}, 4}, {3, {2, 0, 1}, 3}, {30, {2, 2, 0}, 3}};
+    moq_ssm_desc d;
+    moq_error err;
+    int inner = heads * dim, width = inner + 2 * groups * state, in = inner + width + heads, seen[3] = {0, 0, 0};
+    float *w = random_floats((size_t)(width * (conv + 1) + 3 * heads + inner)), *at = w, *x = random_floats((size_t)(ROWS * in)), *y = random_floats((size_t)(ROWS * inner)), *g = random_floats((size_t)(ROWS * inner));
+    memset(&d, 0, sizeof d);
+    d.name = "mixer";
+    d.slots = 3;
+    d.heads = heads;
+    d.head_dim = dim;
+    d.state = state;
+    d.groups = groups;
+    d.conv = conv;
+    d.dt_min = 0.01f;
+    d.dt_max = 2;
+    d.eps = 1e-5f;
+    d.conv_weight = layer_view(at, MOQ_F32, width * conv); at += width * conv;
+    if (conv > 2) d.conv_bias = layer_view(at, MOQ_F32, width);
+    at += width;
+    d.dt_bias = layer_view(at, MOQ_F32, heads); at += heads;
+    d.a_log = layer_view(at, MOQ_F32, heads); at += heads;
+    d.d = layer_view(at, MOQ_F32, heads); at += heads;
+    d.norm = layer_view(at, MOQ_F32, inner);
+    for (int i = 0; i < heads; i++) ((float *)w)[width * (conv + 1) + heads + i] = test_uniform();
+    moq_ssm *a = be->ssm_create(be, &d, &err), *b = cpu->ssm_create(cpu, &d, &err);
+    CHECK(a && b && be->ssm_bytes(be, &d) > 0);
+    void *dx = device_floats(be, x, (size_t)(ROWS * in)), *dy = device_floats(be, NULL, (size_t)(ROWS * inner));
+    for (int k = 0; a && b && k < 5; k++) {
+        int32_t slot[ROWS], pos[ROWS];
+        moq_batch host = {calls[k].rows, 0, slot, pos};
+        for (int r = 0; r < calls[k].rows; r++) {
+            slot[r] = calls[k].slot[r % calls[k].period];
+            pos[r] = seen[slot[r]]++;
+            for (int i = 0; i < in; i++) x[r * in + i] = be->act == MOQ_BF16 ? bf16_of(test_normal()) : test_normal();
+        }
+        if (k == 4) slot[5] = -1; /* a row of no slot gives zeros, and the others go on: both tables are told the same */
+        device_batch batch = batch_of(be, host.rows, slot, pos);
+        be->upload_act(be, dx, x, (size_t)(host.rows * in));
+        be->ssm(be, a, &batch.device, dx, dy);
+        be->download_act(be, g, dy, (size_t)(host.rows * inner));
+        cpu->ssm(cpu, b, &host, x, y);
+        compare("ssm", g, y, (size_t)(host.rows * inner), be->act == MOQ_BF16 ? 2e-2 : 2e-5);
+        batch_free(be, &batch);
+        if (k == 2) {
+            be->ssm_copy(be, a, 2, 0);
+            cpu->ssm_copy(cpu, b, 2, 0);
+            seen[2] = seen[0];
+        }
+    }
+    be->release(be, dx);
+    be->release(be, dy);
+    be->ssm_release(be, a);
+    cpu->ssm_release(cpu, b);
+    d.conv = 0;
+    CHECK(be->ssm_create(be, &d, &err) == NULL && err.code == MOQ_E_ARG);
+    free(w); free(x); free(y); free(g);
+}
+
+static void test_cuda_ssm(void)
+{
+    for (int a = 0; a < 2; a++) {
+        moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32), *cpu = moq_cpu_backend(NULL, NULL);
+        moq_error err;
+        check_ssm(be, cpu, 6, 20, 24, 3, 4);
+        check_ssm(be, cpu, 2, 7, 5, 1, 1);
+        be->reserve(be, 64, &err);
+        check_ssm(be, cpu, 4, 64, 128, 2, 4);
+        check_ssm(be, cpu, 2, 128, 128, 2, 2); /* states too large for shared memory */
+        float x[60], y[200], z[200];
+        moq_copy_desc d = {x, y, 12, 40, 4, 8, 5, 3, 4};
+        for (int i = 0; i < 60; i++) x[i] = bf16_of(test_normal());
+        for (int i = 0; i < 200; i++) y[i] = bf16_of(test_normal());
+        for (int turn = 0; turn < 2; turn++) {
+            void *dx = device_floats(be, x, 60), *dy = device_floats(be, y, 200);
+            d.x_step = turn ? 0 : 4;
+            d.x = x;
+            d.y = y;
+            cpu->copy_heads(cpu, &d);
+            d.x = dx;
+            d.y = dy;
+            be->copy_heads(be, &d);
+            be->download_act(be, z, dy, 200);
+            compare("copy_heads", z, y, 200, 0);
+            be->release(be, dx);
+            be->release(be, dy);
+        }
+        moq_backend_destroy(cpu);
+        done(be);
+    }
+}
+
+/* Copies of any size, also overlapping ones; uploads larger than the staging memory. */
+static void test_cuda_copies(void)
+{
+    enum { N = 21 << 20 };
+    moq_backend *be = wide_backend();
+    uint8_t *a = (uint8_t *)malloc(N), *b = (uint8_t *)malloc(N);
+    for (int i = 0; i < N; i++) a[i] = (uint8_t)test_random();
+    uint8_t *d = (uint8_t *)device_bytes(be, a, N);
+    be->download(be, b, d, N);
+    CHECK(memcmp(a, b, N) == 0);
+    static const int moves[5][3] = {{5, 0, 100000}, {0, 5, 100000}, {1000, 200000, 4097}, {300000, 299999, 4096}, {7, 7, 50}};
+    for (int i = 0; i < 5; i++) {
+        be->copy(be, d + moves[i][0], d + moves[i][1], (size_t)moves[i][2]);
+        memmove(a + moves[i][0], a + moves[i][1], (size_t)moves[i][2]);
+        be->download(be, b, d, N);
+        CHECK(memcmp(a, b, N) == 0);
+    }
+    for (int i = 0; i < 3000; i++) { /* many small ones */
+        be->upload(be, d + i * 7, a + N - 7 - i, 7);
+        memmove(b + i * 7, a + N - 7 - i, 7);
+    }
+    be->download(be, a, d, N);
+    CHECK(memcmp(a, b, N) == 0);
+    be->release(be, d);
+    free(a); free(b);
+    done(be);
+}
+
+/* ---- graphs, determinism, two backends, memory ---- */
+
+/* A small decoder step: two products, a norm, attention over a cache, experts. */
+typedef struct step {
+    moq_backend *be;
+    layer l[2];
+    mixture m;
+    moq_weight *w[2];
+    moq_experts *experts;
+    moq_kv_cache *kv;
+    device_batch batch;
+    void *x, *h, *qkv, *att, *logits, *y;
+    int rows;
+} step;
+
+enum { HIDDEN = 96, QKV = (4 + 2 + 2) * 32, ATT = 4 * 32 };
+
+static void step_make(step *s, moq_backend *be, int rows)
+{
+    moq_error err;
+    moq_kv_desc d;
+    int32_t slot[64], pos[64];
+    memset(s, 0, sizeof *s);
+    memset(&d, 0, sizeof d);
+    s->be = be;
+    s->rows = rows;
+    layer_make(&s->l[0], &layer_formats[4], QKV, HIDDEN);
+    layer_make(&s->l[1], &layer_formats[11], HIDDEN, ATT);
+    for (int i = 0; i < 2; i++) { s->l[i].w.scheme.input = input_formats[i ? 1 : 7].c; s->l[i].w.input_scale = 0.001f; }
+    mixture_make(&s->m, 8, 2, MOQ_SILU_MUL, 1);
+    for (int i = 0; i < 2; i++) s->w[i] = be->prepare_linear(be, &s->l[i].w, 1, &err);
+    s->experts = be->prepare_moe(be, &s->m.moe, &err);
+    d.name = "kv";
+    d.slots = 2;
+    d.capacity = 200;
+    d.kv_heads = 2;
+    d.head_dim = 32;
+    d.kv.format = MOQ_KV_FP8;
+    s->kv = be->kv_create(be, &d, &err);
+    CHECK(s->w[0] && s->w[1] && s->experts && s->kv && be->reserve(be, 64, &err) == MOQ_OK);
+    for (int i = 0; i < rows; i++) { slot[i] = i & 1; pos[i] = 20 + i / 2; }
+    s->batch = batch_of(be, rows, slot, pos);
+    float *x = random_floats((size_t)(rows * HIDDEN)), *fill = random_floats(200 * QKV), *logits = random_floats((size_t)(rows * 8));
+    s->x = device_floats(be, x, (size_t)(rows * HIDDEN));
+    s->logits = device_floats(be, logits, (size_t)(rows * 8));
+    s->h = device_floats(be, NULL, (size_t)(rows * HIDDEN));
+    s->qkv = device_floats(be, fill, 64 * QKV);
+    s->att = device_floats(be, NULL, (size_t)(rows * ATT));
+    s->y = device_floats(be, NULL, (size_t)(rows * 50));
+    for (int i = 0; i < 40; i++) { slot[i] = i & 1; pos[i] = i / 2; }
+    device_batch before = batch_of(be, 40, slot, pos);
+    be->kv_append(be, s->kv, &before.device, s->qkv, QKV, s->qkv, QKV);
+    batch_free(be, &before);
+    free(x); free(fill); free(logits);
+}
+
+static void step_run(step *s)
+{
+    moq_backend *be = s->be;
+    moq_norm_desc n;
+    moq_attention_desc a;
+    memset(&n, 0, sizeof n);
+    memset(&a, 0, sizeof a);
+    n.x = s->x;
+    n.y = s->h;
+    n.rows = s->rows;
+    n.cols = HIDDEN;
+    n.eps = 1e-5f;
+    be->norm(be, &n);
+    be->linear(be, s->w[0], s->h, s->rows, s->qkv);
+    be->kv_append(be, s->kv, &s->batch.device, (float *)s->qkv + 4 * 32, QKV, (float *)s->qkv + 6 * 32, QKV);
+    a.cache = s->kv;
+    a.q = s->qkv;
+    a.q_stride = QKV;
+    a.y = s->att;
+    a.y_stride = ATT;
+    a.heads = 4;
+    be->attention(be, &s->batch.device, &a);
+    be->linear(be, s->w[1], s->att, s->rows, s->h);
+    be->moe(be, s->experts, s->h, s->logits, s->rows, s->y);
+}
+
+static void step_result(step *s, float *y)
+{
+    s->be->download_act(s->be, y, s->y, (size_t)(s->rows * 50));
+    float *poison = (float *)malloc((size_t)(s->rows * 50) * sizeof *poison);
+    for (int i = 0; i < s->rows * 50; i++) poison[i] = moqi_bits_f32(0x7fc00000u);
+    s->be->upload_act(s->be, s->y, poison, (size_t)(s->rows * 50));
+    free(poison);
+}
+
+static void step_free(step *s)
+{
+    moq_backend *be = s->be;
+    void *all[6] = {s->x, s->h, s->qkv, s->att, s->logits, s->y};
+    for (int i = 0; i < 6; i++) be->release(be, all[i]);
+    batch_free(be, &s->batch);
+    for (int i = 0; i < 2; i++) { be->release_weight(be, s->w[i]); layer_free(&s->l[i]); }
+    be->release_moe(be, s->experts);
+    be->kv_release(be, s->kv);
+    mixture_free(&s->m);
+}
+
+static void test_cuda_graphs(void)
+{
+    static const int rows[3] = {1, 5, 24};
+    for (int i = 0; i < 3; i++) {
+        step s;
+        moq_error err;
+        float y[64 * 50], z[64 * 50];
+        moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+        size_t bytes = (size_t)(rows[i] * 50) * sizeof(float);
+        step_make(&s, be, rows[i]);
+        CHECK(be->capture_begin(be, &err) == MOQ_OK); /* recorded before any of it has run once */
+        CHECK(be->capture_begin(be, &err) == MOQ_E_STATE);
+        step_run(&s);
+        moq_graph *g = be->capture_end(be, &err);
+        if (!g) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+        for (int turn = 0; turn < 5; turn++) {
+            be->replay(be, g);
+            step_result(&s, turn ? z : y);
+            CHECK(turn == 0 || memcmp(y, z, bytes) == 0);
+        }
+        CHECK(y[0] == y[0]);
+        step_run(&s);
+        step_result(&s, z);
+        CHECK(memcmp(y, z, bytes) == 0);
+        CHECK(be->reserve(be, 700, &err) == MOQ_OK); /* scratch moves; the graph still has its own */
+        be->replay(be, g);
+        step_result(&s, z);
+        CHECK(memcmp(y, z, bytes) == 0);
+        be->release_graph(be, g);
+        CHECK(be->capture_end(be, &err) == NULL && err.code == MOQ_E_STATE);
+        CHECK(be->capture_begin(be, &err) == MOQ_OK); /* a copy cannot be recorded: an error, and the backend lives */
+        be->upload(be, s.x, y, 16);
+        CHECK(be->capture_end(be, &err) == NULL && err.code == MOQ_E_STATE && strstr(err.text, "upload"));
+        step_run(&s);
+        step_result(&s, z);
+        CHECK(memcmp(y, z, bytes) == 0);
+        step_free(&s);
+        done(be);
+    }
+}
+
+static void test_cuda_same_bits(void)
+{
+    static const int rows[3] = {1, 7, 40};
+    for (int i = 0; i < 3; i++) {
+        step s;
+        float y[64 * 50], z[64 * 50];
+        moq_backend *be = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+        step_make(&s, be, rows[i]);
+        for (int turn = 0; turn < 20; turn++) {
+            step_run(&s);
+            step_result(&s, turn ? z : y);
+            CHECK(turn == 0 || memcmp(y, z, (size_t)(rows[i] * 50) * sizeof(float)) == 0);
+        }
+        step_free(&s);
+        done(be);
+    }
+}
+
+/* Calls of two backends on one device, in turn: neither sees the other. */
+static void test_cuda_two_backends(void)
+{
+    step s, t;
+    moq_error err;
+    float y[64 * 50], z[64 * 50], v[64 * 50];
+    uint64_t seed = test_state.seed;
+    moq_backend *a = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32), *b = backend_of(MOQ_ACT_STORED, NULL, MOQ_F32);
+    step_make(&s, a, 6);
+    test_state.seed = seed;
+    step_make(&t, b, 6);
+    step_run(&s);
+    step_result(&s, y);
+    for (int turn = 0; turn < 10; turn++) {
+        step_run(&s);
+        step_run(&t);
+        step_run(&s);
+        step_result(&t, z);
+        step_result(&s, v);
+        CHECK(memcmp(y, z, sizeof(float) * 300) == 0 && memcmp(y, v, sizeof(float) * 300) == 0);
+    }
+    step_free(&s);
+    CHECK(a->sync(a, &err) == MOQ_OK);
+    moq_backend_destroy(a);
+    step_run(&t);
+    step_result(&t, z);
+    CHECK(memcmp(y, z, sizeof(float) * 300) == 0);
+    step_free(&t);
+    done(b);
+}
+
+/* Device memory that runs out on demand: the hook takes it from one block. */
+typedef struct pool { moq_backend *lender; int fail_at, live; void *held[512]; } pool;
+
+static void *pool_alloc(void *user, size_t bytes, size_t align)
+{
+    pool *p = (pool *)user;
+    moq_error err;
+    (void)align;
+    if (p->fail_at > 0 && --p->fail_at == 0) return NULL;
+    void *ptr = p->lender->alloc(p->lender, bytes, &err);
+    if (ptr) p->live++;
+    return ptr;
+}
+
+static void pool_release(void *user, void *ptr, size_t bytes)
+{
+    pool *p = (pool *)user;
+    (void)bytes;
+    p->live--;
+    p->lender->release(p->lender, ptr);
+}
+
+static void test_cuda_out_of_memory(void)
+{
+    enum { ROWS = 20 };
+    pool p;
+    moq_error err;
+    moq_cuda_desc desc;
+    mixture m;
+    layer l, good;
+    memset(&p, 0, sizeof p);
+    memset(&desc, 0, sizeof desc);
+    desc.act = MOQ_ACT_STORED;
+    p.lender = wide_backend();
+    moq_allocator memory = {pool_alloc, pool_release, &p};
+    moq_backend *be = moq_cuda_backend_full(&desc, MOQ_F32, &memory, &err);
+    CHECK(be != NULL && be->reserve(be, 64, &err) == MOQ_OK);
+    mixture_make(&m, 8, 2, MOQ_SILU_MUL, 2);
+    layer_make(&good, &layer_formats[4], 33, 160);
+    layer_make(&l, &layer_formats[19], 34, 256);
+    l.w.scheme.input = input_formats[0].c;
+    l.w.input_scale = 0.01f;
+    l.w.requant_scale = 0.003f;
+    moq_weight *w = be->prepare_linear(be, &good.w, 1, &err);
+    float *x = random_floats(ROWS * 160), y[ROWS * 33], z[ROWS * 33];
+    run_linear(be, w, x, ROWS, 160, 33, y);
+    int failures = 0, fine = 0;
+    for (int k = 1; k < 60 && fine < 4; k++) {
+        fine = 0;
+        for (int what = 0; what < 4; what++) {
+            moq_kv_desc d;
+            int live = p.live;
+            memset(&d, 0, sizeof d);
+            d.name = "kv"; d.slots = 1; d.capacity = 50 * k; d.kv_heads = 1; d.head_dim = 64 + 8 * k;
+            p.fail_at = k;
+            moq_weight *a = what == 0 ? be->prepare_linear(be, &l.w, 1, &err) : NULL;
+            moq_experts *e = what == 1 ? be->prepare_moe(be, &m.moe, &err) : NULL;
+            moq_kv_cache *c = what == 2 ? be->kv_create(be, &d, &err) : NULL;
+            moq_result r = what == 3 ? be->reserve(be, 100 * k, &err) : MOQ_OK;
+            int failed = what == 3 ? r < 0 : !a && !e && !c;
+            p.fail_at = 0;
+            failures += failed;
+            fine += !failed;
+            if (failed) CHECK(err.code == MOQ_E_NOMEM && strstr(err.text, "memory"));
+            if (what != 3 && failed) CHECK(p.live <= live + 2); /* staging that grew may stay */
+            run_linear(be, w, x, ROWS, 160, 33, z);
+            CHECK(memcmp(y, z, sizeof y) == 0);
+            be->release_weight(be, a);
+            be->release_moe(be, e);
+            be->kv_release(be, c);
+        }
+    }
+    CHECK(failures >= 6 && fine == 4);
+    CHECK(be->alloc(be, (size_t)1 << 60, &err) == NULL && err.code == MOQ_E_NOMEM);
+    be->release_weight(be, w);
+    CHECK(be->sync(be, &err) == MOQ_OK);
+    moq_backend_destroy(be);
+    CHECK_INT(p.live, 0);
+    free(x);
+    mixture_free(&m);
+    layer_free(&l);
+    layer_free(&good);
+    done(p.lender);
+}
+
+/* A host allocator that fails at the k-th call: nothing leaks, and the backend goes on. */
+static void test_cuda_out_of_host_memory(void)
+{
+    moq_error err;
+    moq_backend *be = wide_backend();
+    layer l;
+    layer_make(&l, &layer_formats[23], 33, 160);
+    add_lora(&l, 3);
+    int fine = 0;
+    for (int k = 1; k < 40 && !fine; k++) {
+        long live = test_state.live_allocs;
+        test_state.fail_at = k;
+        moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+        test_state.fail_at = 0;
+        fine = w != NULL;
+        if (!w) CHECK(err.code == MOQ_E_NOMEM);
+        be->release_weight(be, w);
+        CHECK(test_state.live_allocs <= live + 3);
+    }
+    CHECK(fine);
+    CHECK_INT(check_linear(be, &l, 0, 3), 0);
+    layer_free(&l);
+    done(be);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(test_cuda_copies);
+    RUN(test_cuda_ops);
+    RUN(test_cuda_ssm);
+    RUN(test_cuda_embed);
+    RUN(test_cuda_formats);
+    RUN(test_cuda_formats_reference);
+    RUN(test_cuda_formats_bf16);
+    RUN(test_cuda_larger);
+    RUN(test_cuda_inputs);
+    RUN(test_cuda_requantized);
+    RUN(test_cuda_rotation);
+    RUN(test_cuda_slices);
+    RUN(test_cuda_fused);
+    RUN(test_cuda_refuses);
+    RUN(test_cuda_moe);
+    RUN(test_cuda_moe_bf16);
+    RUN(test_cuda_moe_stored);
+    RUN(test_cuda_attention);
+    RUN(test_cuda_each_kernel);
+    RUN(test_cuda_kv_refuses);
+    RUN(test_cuda_graphs);
+    RUN(test_cuda_same_bits);
+    RUN(test_cuda_two_backends);
+    RUN(test_cuda_out_of_memory);
+    RUN(test_cuda_out_of_host_memory);
+    return test_end();
+}
