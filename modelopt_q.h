@@ -3304,7 +3304,10 @@ struct moq_json_doc {
 
 #define MOQI_JSON_NONE 0xffffffffu
 
-/* Everything that one parse needs; lives on the stack. `used` only grows, so a failed parse leaves nothing to undo. */
+/* One member of the outermost object, complete and sound: judged, then its nodes and its text are given up. */
+typedef moq_result (*moqi_json_member_fn)(void *user, const moq_json *v, moq_error *err);
+
+/* Everything that one parse needs; lives on the stack. A failed parse leaves nothing to undo. */
 typedef struct moqi_json_reader {
     const char *s;        /* [n] the source */
     size_t n, pos, used;  /* used: bytes of doc->text */
@@ -3314,6 +3317,8 @@ typedef struct moqi_json_reader {
     const char *name;
     uint8_t *scratch;     /* for the search of duplicate keys */
     size_t scratch_bytes;
+    moqi_json_member_fn member; /* may be NULL: the document is kept whole */
+    void *user;
     moq_error *err;
 } moqi_json_reader;
 
@@ -3508,7 +3513,7 @@ static moq_json *moqi_json_push(moqi_json_reader *r)
     if (d->count == d->capacity) {
         size_t want = d->capacity * 2, few = r->n / (sizeof(moq_json) / 4) + 16;
         if (want == 0) {
-            want = moqi_json_estimate(r->s, r->n);
+            want = r->member ? 32 : moqi_json_estimate(r->s, r->n);
             if (want > few) want = few;
         }
         moq_json *p = (moq_json *)moq_allocate(&d->a, want * sizeof *p);
@@ -3518,6 +3523,7 @@ static moq_json *moqi_json_push(moqi_json_reader *r)
         d->nodes = p;
         d->capacity = want;
     }
+    memset(&d->nodes[d->count], 0, sizeof(moq_json)); /* it may have held one that was given up */
     return &d->nodes[d->count++];
 }
 
@@ -3638,20 +3644,32 @@ static moq_result moqi_json_read_key(moqi_json_reader *r, const char **key, uint
     return MOQ_OK;
 }
 
+/* A member of the outermost object is complete: shown and forgotten when somebody takes them one by one. */
+static moq_result moqi_json_show(moqi_json_reader *r)
+{
+    if (!r->member || r->open != 0 || r->doc->count == 1 || r->doc->nodes[0].type != MOQ_JSON_OBJECT) return MOQ_OK;
+    moq_result e = r->member(r->user, r->doc->nodes + 1, r->err);
+    r->doc->count = 1;
+    r->used = 0;
+    return e;
+}
+
 /* After a value: closes every container that ends here. *more: a comma says that another element follows. */
 static moq_result moqi_json_close(moqi_json_reader *r, int *more, int may_be_empty)
 {
     *more = 0;
     while (r->open != MOQI_JSON_NONE) {
+        moq_result e = moqi_json_show(r);
+        if (e != MOQ_OK) return e;
         moq_json *v = &r->doc->nodes[r->open];
-        int object = v->type == MOQ_JSON_OBJECT;
+        int object = v->type == MOQ_JSON_OBJECT, kept = !r->member || r->open != 0;
         moqi_json_space(r);
         if (moqi_json_skip(r, object ? '}' : ']')) {
             /* Now that its nodes are counted, skip gets its final meaning. */
             r->open = v->skip;
             r->depth--;
             v->skip = (uint32_t)(&r->doc->nodes[r->doc->count] - v);
-            moq_result e = object ? moqi_json_check_keys(r, v) : MOQ_OK;
+            e = object && kept ? moqi_json_check_keys(r, v) : MOQ_OK;
             if (e != MOQ_OK) return e;
             may_be_empty = 0;
             continue;
@@ -3707,9 +3725,11 @@ static moq_result moqi_json_check_text(moqi_json_reader *r)
 }
 
 /* Order of the checks, and so the first error: size, encoding of the whole text, then the grammar from left to right,
-   with the keys of an object when it closes. One allocation for all strings, one (growing) for all nodes. */
-MOQ_API moq_json_doc *moq_json_parse(const char *text, size_t bytes, moq_json_dialect dialect, int max_depth, const char *name,
-                                     const moq_allocator *a, moq_error *err)
+   with the keys of an object when it closes. One allocation for all strings, one (growing) for all nodes.
+   With `member` the outermost object is shown member by member instead of kept, and whether its keys repeat is for
+   `member` to see: memory is then that of the largest member and of the text. */
+static moq_json_doc *moqi_json_parse(const char *text, size_t bytes, moq_json_dialect dialect, int max_depth, const char *name,
+                                     moqi_json_member_fn member, void *user, const moq_allocator *a, moq_error *err)
 {
     moqi_json_reader r;
     memset(&r, 0, sizeof r);
@@ -3720,6 +3740,8 @@ MOQ_API moq_json_doc *moq_json_parse(const char *text, size_t bytes, moq_json_di
     r.max_depth = max_depth > 0 ? max_depth : 64;
     r.open = MOQI_JSON_NONE;
     r.name = name;
+    r.member = member;
+    r.user = user;
     r.err = err;
     if (moqi_json_check_text(&r) != MOQ_OK) return NULL;
     moq_json_doc *doc = (moq_json_doc *)moq_allocate(a, sizeof *doc);
@@ -3732,6 +3754,12 @@ MOQ_API moq_json_doc *moq_json_parse(const char *text, size_t bytes, moq_json_di
     moq_release(a, r.scratch, r.scratch_bytes);
     if (e != MOQ_OK) { moq_json_destroy(doc); return NULL; }
     return doc;
+}
+
+MOQ_API moq_json_doc *moq_json_parse(const char *text, size_t bytes, moq_json_dialect dialect, int max_depth, const char *name,
+                                     const moq_allocator *a, moq_error *err)
+{
+    return moqi_json_parse(text, bytes, dialect, max_depth, name, NULL, NULL, a, err);
 }
 
 /* The allocator lives inside the document, so it is copied before its home goes. */
@@ -4311,6 +4339,15 @@ struct moq_st {
     size_t pairs;
 };
 
+/* What reading a header needs besides: the names so far, and whose word the error is. */
+typedef struct moqi_st_reader {
+    moq_st *st;
+    moqi_arena arena; /* of the map */
+    moqi_map names;   /* name -> index in tensors */
+    int metadata;     /* __metadata__ was there */
+    int judged;       /* the error is about an entry, not about the text */
+} moqi_st_reader;
+
 /* "[4096, 128]" */
 static void moqi_shape_text(const uint64_t *shape, uint32_t rank, char *text, size_t capacity)
 {
@@ -4387,17 +4424,18 @@ static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *
     return MOQ_OK;
 }
 
-/* What a look at braces and quotes alone tells about a header that is no JSON. */
+/* What a look at braces and quotes alone tells about a header. */
 typedef struct moqi_st_mark {
     size_t end;        /* byte after the brace that closes the first; SIZE_MAX: none does */
     size_t key, comma; /* the last key of the outer object that begins before `stop`, the last comma; 0: none */
+    size_t commas;     /* of the outer object */
 } moqi_st_mark;
 
-/* Linear, and only for text that the parser refused: strings are stepped over, so braces in names do not count. A key is fresh after
-   `{` or `,` of the outer object, which tells keys from values without a grammar. */
+/* Linear: strings are stepped over, so braces in names do not count. A key is fresh after `{` or `,` of the outer object, which
+   tells keys from values without a grammar. */
 static moqi_st_mark moqi_st_walk(const char *s, size_t n, size_t stop)
 {
-    moqi_st_mark m = {SIZE_MAX, 0, 0};
+    moqi_st_mark m = {SIZE_MAX, 0, 0, 0};
     size_t depth = 0;
     int in_string = 0, fresh = 0;
     for (size_t i = 0; i < n; i++) {
@@ -4415,6 +4453,7 @@ static moqi_st_mark moqi_st_walk(const char *s, size_t n, size_t stop)
             if (--depth == 0) { m.end = i + 1; return m; }
         } else if (c == ',' && depth == 1) {
             fresh = 1;
+            m.commas++;
             if (i < stop) m.comma = i;
         }
     }
@@ -4601,30 +4640,35 @@ static moq_result moqi_st_metadata(moq_st *st, const moq_json *v, moq_error *err
     return MOQ_OK;
 }
 
-/* One pass in the order of the text, so that the first wrong entry is the one reported. The array is sized by the count of the outer
-   object, at most MOQ_MAX_TENSORS: a header of 100 MB cannot ask for more memory than that. */
-static moq_result moqi_st_entries(moq_st *st, const moq_json *root, moq_error *err)
+/* One entry of the outer object as the parser reaches it, so that the first wrong one is the one reported. A second value under one
+   name would mean different things to different programs. */
+static moq_result moqi_st_member(void *user, const moq_json *v, moq_error *err)
 {
-    size_t most = root->count < MOQ_MAX_TENSORS ? root->count : MOQ_MAX_TENSORS;
-    st->tensors = (moq_tensor *)moqi_take_array(&st->arena, most, sizeof(moq_tensor));
-    if (!st->tensors) return moqi_nomem(err, (uint64_t)most * sizeof(moq_tensor));
-    st->count = 0;
-    for (const moq_json *v = moq_json_first(root); v; v = moq_json_next(root, v)) {
-        moq_result r = MOQ_OK;
-        if (strcmp(v->key, "__metadata__") == 0 && v->key_bytes == 12) {
-            r = moqi_st_metadata(st, v, err);
-        } else if (st->count == MOQ_MAX_TENSORS) {
-            return moqi_fail(err, MOQ_E_LIMIT, moqi_at(st->file, NULL, NULL, (int64_t)(8 + (uint64_t)v->offset)),
-                             "the file has %u entries, at most %u tensors are allowed (MOQ_MAX_TENSORS)", root->count, (unsigned)MOQ_MAX_TENSORS);
-        } else {
-            moq_tensor *t = &st->tensors[st->count];
-            r = moqi_st_name(st, v, t, err);
-            if (r == MOQ_OK) r = moqi_st_entry(st, v, t, err);
-            st->count++;
-        }
-        if (r != MOQ_OK) return r;
+    moqi_st_reader *r = (moqi_st_reader *)user;
+    moq_st *st = r->st;
+    moqi_where at = moqi_at(st->file, NULL, NULL, (int64_t)(8 + (uint64_t)v->offset));
+    int metadata = strcmp(v->key, "__metadata__") == 0 && v->key_bytes == 12;
+    r->judged = 1;
+    if (metadata ? r->metadata : moqi_map_find(&r->names, v->key, v->key_bytes) != NULL) {
+        at.kind = "entry";
+        at.object = v->key;
+        return moqi_fail(err, MOQ_E_DUPLICATE, at, "occurs twice in the header, the second time at byte %lld; remove one", (long long)at.offset);
     }
-    return MOQ_OK;
+    if (!metadata && st->count == MOQ_MAX_TENSORS)
+        return moqi_fail(err, MOQ_E_LIMIT, at, "the file has more than %u tensors (MOQ_MAX_TENSORS)", (unsigned)MOQ_MAX_TENSORS);
+    moq_result e = MOQ_OK;
+    if (metadata) {
+        e = moqi_st_metadata(st, v, err);
+        r->metadata = 1;
+    } else {
+        moq_tensor *t = &st->tensors[st->count];
+        e = moqi_st_name(st, v, t, err);
+        if (e == MOQ_OK) e = moqi_st_entry(st, v, t, err);
+        if (e == MOQ_OK) moqi_map_add(&r->names, t->name, t->name_bytes, (uint32_t)st->count);
+        st->count++;
+    }
+    r->judged = e != MOQ_OK;
+    return e;
 }
 
 /* ---- the whole data section, each byte with one owner ---- */
@@ -4692,19 +4736,15 @@ static moq_result moqi_st_order(moq_st *st, moq_error *err)
     return r;
 }
 
-/* The JSON parser refused the text: say so with the entry that holds the place. Returns the bytes of text before that entry,
-   closed with a brace, or 0 when it is the first. */
-static size_t moqi_st_refuse(const moq_st *st, char *text, size_t bytes, const moq_error *json, moq_error *err)
+/* The JSON parser refused the text: say so with the entry that holds the place. */
+static moq_result moqi_st_refuse(const moq_st *st, const char *text, size_t bytes, const moq_error *json, moq_error *err)
 {
     char name[80] = "";
     size_t at = json->offset < 0 ? 0 : (size_t)json->offset;
     moqi_st_mark m = moqi_st_walk(text, bytes, at + 1);
     for (size_t i = 0; m.key > m.comma && i + 1 < sizeof name && m.key + 1 + i < bytes && text[m.key + 1 + i] != '"'; i++) name[i] = text[m.key + 1 + i];
-    moqi_fail(err, json->code, moqi_at(st->file, name[0] ? "entry" : NULL, name[0] ? name : NULL, (int64_t)(8 + at)), "%s (byte %llu of the file)",
-              json->text, 8 + (unsigned long long)at);
-    if (m.comma == 0) return 0;
-    text[m.comma] = '}';
-    return m.comma + 1;
+    return moqi_fail(err, json->code, moqi_at(st->file, name[0] ? "entry" : NULL, name[0] ? name : NULL, (int64_t)(8 + at)),
+                     "%s (byte %llu of the file)", json->text, 8 + (unsigned long long)at);
 }
 
 /* Rules of the text as a whole: encoding, first byte, padding. *used: the bytes up to the closing brace. The encoding is checked
@@ -4724,41 +4764,37 @@ static moq_result moqi_st_frame(const moq_st *st, const char *text, size_t bytes
     return MOQ_OK;
 }
 
-/* The entries of a header whose text ends with `used`. First error in the order of the bytes: where the JSON is broken, or a key
-   is there twice, the entries before that place are judged first. Takes and releases `text`, a copy of [bytes]. */
-static moq_result moqi_st_header(moq_st *st, char *text, size_t bytes, size_t used, moq_error *err)
+/* Room for the entries: their number follows from the commas of the outer object, and never exceeds MOQ_MAX_TENSORS, so a header of
+   100 MB cannot ask for more memory than that. */
+static moq_result moqi_st_room(moqi_st_reader *r, const char *text, size_t used, moq_error *err)
 {
-    const moq_allocator *a = &st->arena.a;
+    moqi_st_mark m = moqi_st_walk(text, used, 0);
+    size_t most = m.commas + 1 < MOQ_MAX_TENSORS ? m.commas + 1 : MOQ_MAX_TENSORS;
+    r->st->tensors = (moq_tensor *)moqi_take_array(&r->st->arena, most, sizeof(moq_tensor));
+    return r->st->tensors && moqi_map_make(&r->names, &r->arena, most) ? MOQ_OK : moqi_nomem(err, (uint64_t)most * sizeof(moq_tensor));
+}
+
+/* The entries of a header whose text ends at `used`, in one pass and in the order of the bytes: the first error is the one
+   reported, whether the JSON is broken there or an entry is wrong. */
+static moq_result moqi_st_header(moqi_st_reader *r, const char *text, size_t used, moq_error *err)
+{
+    moq_st *st = r->st;
     moq_error json;
-    moq_result refused = MOQ_OK, r = MOQ_OK;
-    moq_json_doc *doc = moq_json_parse(text, used, MOQ_JSON_STRICT, MOQI_ST_DEPTH, NULL, a, &json);
-    if (!doc || text[used - 1] != '}') { /* the parser takes any blank after the brace: the format takes only spaces */
-        size_t end = moqi_st_walk(text, used, 0).end;
-        if (end < used) {
-            r = moqi_fail(err, MOQ_E_HEADER, moqi_at(st->file, NULL, NULL, (int64_t)(8 + end)),
-                          "byte 0x%02x follows the closing brace of the header (byte %llu), "
-                          "only spaces may", (unsigned)(unsigned char)text[end], 8 + (unsigned long long)end);
-            moq_json_destroy(doc);
-            moq_release(a, text, bytes);
-            return r;
-        }
-    }
-    while (!doc && json.code != MOQ_E_NOMEM && used) {
-        refused = json.code;
-        used = moqi_st_refuse(st, text, used, &json, err);
-        if (used) doc = moq_json_parse(text, used, MOQ_JSON_STRICT, MOQI_ST_DEPTH, NULL, a, &json);
-    }
-    moq_release(a, text, bytes);
-    if (!doc && json.code == MOQ_E_NOMEM) {
+    moq_result e = moqi_st_room(r, text, used, err);
+    if (e != MOQ_OK) return e;
+    moq_json_doc *doc = moqi_json_parse(text, used, MOQ_JSON_STRICT, MOQI_ST_DEPTH, NULL, moqi_st_member, r, &st->arena.a, &json);
+    size_t end = doc && text[used - 1] == '}' ? used : moqi_st_walk(text, used, 0).end;
+    moq_json_destroy(doc);
+    if (doc && end == used) return MOQ_OK;
+    if (!doc && (r->judged || json.code == MOQ_E_NOMEM)) {
         if (err) *err = json;
         return json.code;
     }
-    moq_error later;
-    if (doc) r = moqi_st_entries(st, moq_json_root(doc), &later);
-    moq_json_destroy(doc);
-    if (r == MOQ_OK) return refused;
-    if (err) *err = later;
-    return r;
+    if (end >= used) return moqi_st_refuse(st, text, used, &json, err);
+    /* the parser takes any blank after the brace, the format only spaces */
+    return moqi_fail(err, MOQ_E_HEADER, moqi_at(st->file, NULL, NULL, (int64_t)(8 + end)),
+                     "byte 0x%02x follows the closing brace of the header (byte %llu), only spaces may", (unsigned)(unsigned char)text[end],
+                     8 + (unsigned long long)end);
 }
 
 /* Check st->blob and fill the rest. The header is copied first, so that a file that changes meanwhile cannot be read two ways. */
@@ -4773,8 +4809,15 @@ static moq_result moqi_st_parse(moq_st *st, moq_error *err)
     if (!text) return moqi_nomem(err, bytes);
     memcpy(text, st->blob.data + 8, (size_t)bytes);
     r = moqi_st_frame(st, text, (size_t)bytes, &used, err);
-    if (r == MOQ_OK) r = moqi_st_header(st, text, (size_t)bytes, used, err);
-    else moq_release(&st->arena.a, text, (size_t)bytes);
+    if (r == MOQ_OK) {
+        moqi_st_reader reader;
+        memset(&reader, 0, sizeof reader);
+        reader.st = st;
+        reader.arena = moqi_arena_make(&st->arena.a);
+        r = moqi_st_header(&reader, text, used, err);
+        moqi_arena_drop(&reader.arena);
+    }
+    moq_release(&st->arena.a, text, (size_t)bytes);
     return r == MOQ_OK ? moqi_st_order(st, err) : r;
 }
 
