@@ -8530,7 +8530,16 @@ static moq_result moqi_ck_find_shards(moq_checkpoint *ck, moq_error *err)
         moq_json_destroy(ck->index);
         ck->index = NULL;
     }
-    const char **names = (const char **)moqi_take_array(&ck->arena, 1, sizeof(char *));
+    const char **names = NULL;
+    size_t count = 0, bytes = 0;
+    uint32_t number = 0, total = 0;
+    r = moqi_ck_list(ck, &names, &count, err);
+    for (size_t i = 0; i < count && r == MOQ_OK && !indexed; i++)
+        if (moqi_shard_number(names[i], &number, &total, &bytes))
+            r = moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(ck->name, NULL, NULL, -1), MOQI_SINGLE " and '%q' stand side by side, and no " MOQI_INDEX
+                          " says which to open. Remove what is left over from an older download", names[i]);
+    if (r != MOQ_OK) return r;
+    names = (const char **)moqi_take_array(&ck->arena, 1, sizeof(char *));
     if (!names) return moqi_nomem(err, sizeof(char *));
     names[0] = MOQI_SINGLE;
     return moqi_ck_set_shards(ck, names, 1, err);

@@ -671,6 +671,7 @@ static int read_tokens(token_rows *t, const char *text)
         free(ids);
         return 0;
     }
+    if (!hash && !strstr(text, ".json")) return refuse("'%s' is neither token ids (1,2,3) nor a FILE.json nor FILE.json#KEY", text);
     if (hash) {
         char *path = join(text, "", "");
         int bad;
@@ -1205,6 +1206,7 @@ static int dequant_hash(const options *o, const moq_checkpoint *ck)
     if (!bad && stop_requested) bad = refuse("stopped");
     if (count) qsort(lines, count, sizeof *lines, compare_lines);
     if (!bad) print_hashes(lines, count, o->json);
+    if (!bad && !count) fprintf(stderr, "moq: note: %s holds no quantized weight\n", o->args[0]);
     for (size_t i = 0; i < count; i++) free(lines[i].name);
     free(lines);
     return bad;
@@ -2398,6 +2400,12 @@ static int help_verb(const verb_row *v)
     return 0;
 }
 
+/* What goes to a full disk or a closed pipe is no result: 0 becomes a refusal. */
+static int flushed(int bad)
+{
+    return fflush(stdout) != 0 && bad == 0 ? refuse("stdout: %s", strerror(errno)) : bad;
+}
+
 static int print_version(void)
 {
 #if defined(__clang__)
@@ -2425,11 +2433,11 @@ int main(int argc, char **argv)
     options o;
     int bad;
     if (!name[0]) return refuse("say what to do: moq help lists the verbs");
-    if (strcmp(name, "--version") == 0 || strcmp(name, "version") == 0) return print_version();
+    if (strcmp(name, "--version") == 0 || strcmp(name, "version") == 0) return flushed(print_version());
     if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
-        if (argc < 3) return help_all();
+        if (argc < 3) return flushed(help_all());
         verb = find_verb(argv[2]);
-        return verb ? help_verb(verb) : refuse("there is no verb '%s'; moq help lists them", argv[2]);
+        return verb ? flushed(help_verb(verb)) : refuse("there is no verb '%s'; moq help lists them", argv[2]);
     }
     verb = find_verb(name);
     if (!verb) return refuse("there is no verb '%s'; moq help lists them", name);
@@ -2437,10 +2445,9 @@ int main(int argc, char **argv)
     memset(&o, 0, sizeof o);
     bad = parse_options(&o, verb, argc - 2, argv + 2);
     if (bad) return bad;
-    if (o.help) return help_verb(verb);
+    if (o.help) return flushed(help_verb(verb));
     catch_interrupt();
     bad = verb->run(&o);
     drop_unfinished();
-    if (fflush(stdout) != 0 && bad == 0) bad = refuse("stdout: %s", strerror(errno));
-    return bad;
+    return flushed(bad);
 }

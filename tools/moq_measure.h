@@ -1001,8 +1001,10 @@ static int verb_selftest(const options *o)
 {
     static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "neon", "auto"};
     selftest s;
-    int cpu = !o->backend || strcmp(o->backend, "cpu") == 0;
+    int cpu = !o->backend || strcmp(o->backend, "cpu") == 0, known = !o->kernel;
     memset(&s, 0, sizeof s);
+    for (int i = 0; i < COUNT(kernels); i++) known |= o->kernel && strcmp(o->kernel, kernels[i]) == 0;
+    if (!known) return refuse("--kernel %s: known are reference, plain, avx2, avx512, neon and auto", o->kernel);
     s.o = o;
     s.j = json_to(stdout, 2);
     if (o->json) json_open(&s.j, NULL, '{');
