@@ -866,6 +866,15 @@ struct moq_backend {
     void (*ssm)(moq_backend *be, moq_ssm *s, const moq_batch *b, const void *x, void *y);
     void (*ssm_copy)(moq_backend *be, moq_ssm *s, int32_t dst_slot, int32_t src_slot); /* fork */
     void (*copy_heads)(moq_backend *be, const moq_copy_desc *c);
+
+    size_t (*moe_bytes)(const moq_backend *be, const moq_experts *m); /* as weight_bytes, of a mixture */
+    /* The first `count` tokens of a slot as they are stored, to and from host memory, for saving a sequence. They fit a cache of the same
+       description on the same kind of backend only. kv_read returns the bytes; out NULL: only that. All four wait. */
+    size_t (*kv_read)(moq_backend *be, const moq_kv_cache *cache, int32_t slot, int32_t count, void *out);
+    void (*kv_write)(moq_backend *be, moq_kv_cache *cache, int32_t slot, int32_t count, const void *bytes);
+    /* The same for the state of a slot, whatever its length. */
+    size_t (*ssm_read)(moq_backend *be, const moq_ssm *s, int32_t slot, void *out);
+    void (*ssm_write)(moq_backend *be, moq_ssm *s, int32_t slot, const void *bytes);
 };
 
 typedef struct moq_cpu_desc {
@@ -11666,6 +11675,27 @@ static void moqi_cpu_ssm_copy(moq_backend *be, moq_ssm *ssm, int32_t dst_slot, i
     memcpy(s->states + dst_slot * state, s->states + src_slot * state, (size_t)state * sizeof(float));
 }
 
+/* Out: the past of the convolution, then the states. */
+static size_t moqi_cpu_ssm_read(moq_backend *be, const moq_ssm *ssm, int32_t slot, void *out)
+{
+    const moqi_ssm *s = (const moqi_ssm *)(const void *)ssm;
+    size_t past = (size_t)(s->width * (s->desc.conv - 1)) * sizeof(float), state = (size_t)(s->inner * s->desc.state) * sizeof(float);
+    (void)be;
+    if (!out) return past + state;
+    memcpy(out, (const uint8_t *)s->past + (size_t)slot * past, past);
+    memcpy((uint8_t *)out + past, (const uint8_t *)s->states + (size_t)slot * state, state);
+    return past + state;
+}
+
+static void moqi_cpu_ssm_write(moq_backend *be, moq_ssm *ssm, int32_t slot, const void *bytes)
+{
+    const moqi_ssm *s = (const moqi_ssm *)(const void *)ssm;
+    size_t past = (size_t)(s->width * (s->desc.conv - 1)) * sizeof(float), state = (size_t)(s->inner * s->desc.state) * sizeof(float);
+    (void)be;
+    memcpy((uint8_t *)s->past + (size_t)slot * past, bytes, past);
+    memcpy((uint8_t *)s->states + (size_t)slot * state, (const uint8_t *)bytes + past, state);
+}
+
 /* ---- copies ---- */
 
 static void moqi_copy_task(void *arg, int row, int worker)
@@ -11793,6 +11823,12 @@ static void moqi_cpu_release_moe(moq_backend *be, moq_experts *m)
     if (!m) return;
     moqi_arena r = ((moqi_experts *)(void *)m)->arena;
     moqi_arena_drop(&r);
+}
+
+static size_t moqi_cpu_moe_bytes(const moq_backend *be, const moq_experts *m)
+{
+    (void)be;
+    return m ? moqi_arena_bytes(&((const moqi_experts *)(const void *)m)->arena) : 0;
 }
 
 /* One pass: an assignment is a pair of row and chosen expert; assignments lie sorted by expert, then by row. */
@@ -12067,6 +12103,28 @@ static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_s
             memmove(moqi_kv_row(c, i, dst_slot, h, dst_pos), moqi_kv_row(c, i, src_slot, h, src_pos), (size_t)count * c->row_bytes[i]);
 }
 
+/* Out: [head][position] rows of keys, then of values. */
+static size_t moqi_cpu_kv_read(moq_backend *be, const moq_kv_cache *cache, int32_t slot, int32_t count, void *out)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)cache;
+    size_t heads = (size_t)c->desc.kv_heads, rows = count > 0 ? (size_t)count : 0;
+    uint8_t *to = (uint8_t *)out;
+    (void)be;
+    for (int i = 0; i < 2 && to; i++)
+        for (size_t h = 0; h < heads; h++, to += rows * c->row_bytes[i]) memcpy(to, moqi_kv_row(c, i, slot, (int64_t)h, 0), rows * c->row_bytes[i]);
+    return heads * rows * (c->row_bytes[0] + c->row_bytes[1]);
+}
+
+static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot, int32_t count, const void *bytes)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)cache;
+    size_t heads = (size_t)c->desc.kv_heads, rows = count > 0 ? (size_t)count : 0;
+    const uint8_t *from = (const uint8_t *)bytes;
+    (void)be;
+    for (int i = 0; i < 2; i++)
+        for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) memcpy(moqi_kv_row(c, i, slot, (int64_t)h, 0), from, rows * c->row_bytes[i]);
+}
+
 /* Arguments of moqi_attend_task. */
 typedef struct moqi_attending { const moqi_cpu *cpu; const moq_batch *b; const moq_attention_desc *a; } moqi_attending;
 
@@ -12255,7 +12313,8 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_kv_create, moqi_cpu_kv_release, moqi_cpu_kv_bytes, moqi_cpu_kv_append, moqi_cpu_kv_copy, moqi_cpu_attention,
     moqi_cpu_norm, moqi_cpu_rope_table, moqi_cpu_rope, moqi_cpu_activation, moqi_cpu_add, moqi_cpu_argmax,
     NULL, NULL, NULL, NULL,
-    moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads
+    moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
+    moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write
 };
 
 /* By name, or the fastest. */
@@ -15059,9 +15118,19 @@ static void moqi_watch_copy_heads(moq_backend *be, const moq_copy_desc *c)
     w->inner->copy_heads(w->inner, c);
 }
 
+/* Every expert is watched as layers of its own. */
+static size_t moqi_watch_moe_bytes(const moq_backend *be, const moq_experts *experts)
+{
+    const moqi_seen_moe *m = (const moqi_seen_moe *)(const void *)experts;
+    size_t total = m ? moqi_arena_bytes(&m->arena) : 0;
+    for (int32_t e = 0; m && e < m->routing.experts; e++)
+        total += moqi_watch_weight_bytes(be, (moq_weight *)(void *)m->up[e]) + moqi_watch_weight_bytes(be, (moq_weight *)(void *)m->down[e]);
+    return total;
+}
+
 /* ---- the table ---- */
 
-/* In the order of struct moq_backend; no graphs: a replay could not be watched. */
+/* In the order of struct moq_backend; no graphs: a replay could not be watched, and neither could a sequence that comes from a file. */
 static const moq_backend moqi_watch_table = {
     NULL, "observe", MOQ_F32, 16,
     moqi_watch_destroy, moqi_watch_alloc, moqi_watch_release, moqi_watch_upload, moqi_watch_download, moqi_watch_copy, moqi_watch_upload_act,
@@ -15070,7 +15139,8 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_moe, moqi_watch_kv_create, moqi_watch_kv_release, moqi_watch_kv_bytes, moqi_watch_kv_append, moqi_watch_kv_copy,
     moqi_watch_attention, moqi_watch_norm, moqi_watch_rope_table, moqi_watch_rope, moqi_watch_activation, moqi_watch_add, moqi_watch_argmax,
     NULL, NULL, NULL, NULL,
-    moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads
+    moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
+    moqi_watch_moe_bytes, NULL, NULL, NULL, NULL
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

@@ -3444,6 +3444,35 @@ static void moqc_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot,
     moqc_launched(c, "kv_copy");
 }
 
+/* Codes of keys, their block scales, the same of values: [head][position] rows each. */
+static size_t moqc_kv_move(moq_backend *be, const moq_kv_cache *cache, int32_t slot, int32_t count, uint8_t *out, const uint8_t *in)
+{
+    const moqk_cache *k = &((const moqc_cache *)(const void *)cache)->d;
+    size_t total = 0;
+    for (int i = 0; i < 4 && count > 0; i++) {
+        const moqk_kv *v = i < 2 ? &k->k : &k->v;
+        uint8_t *base = i & 1 ? v->scales : v->codes;
+        int64_t row = i & 1 ? v->blocks : v->row_bytes;
+        size_t bytes = (size_t)(count * row);
+        for (int64_t h = 0; h < k->kv_heads && bytes; h++, total += bytes) {
+            uint8_t *at = base + ((int64_t)slot * k->kv_heads + h) * k->capacity * row;
+            if (out) moqc_download(be, out + total, at, bytes);
+            if (in) moqc_upload(be, at, in + total, bytes);
+        }
+    }
+    return total;
+}
+
+static size_t moqc_kv_read(moq_backend *be, const moq_kv_cache *cache, int32_t slot, int32_t count, void *out)
+{
+    return moqc_kv_move(be, cache, slot, count, (uint8_t *)out, NULL);
+}
+
+static void moqc_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot, int32_t count, const void *bytes)
+{
+    moqc_kv_move(be, cache, slot, count, NULL, (const uint8_t *)bytes);
+}
+
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-attention  attention with F32 arithmetic
@@ -4771,6 +4800,13 @@ static moq_experts *moqc_prepare_moe(moq_backend *be, const moq_moe *m, moq_erro
     return (moq_experts *)(void *)x;
 }
 
+static size_t moqc_moe_bytes(const moq_backend *be, const moq_experts *m)
+{
+    const moqc_experts *x = (const moqc_experts *)(const void *)m;
+    (void)be;
+    return x ? x->in->bytes + x->down->bytes : 0;
+}
+
 static void moqc_release_moe(moq_backend *be, moq_experts *m)
 {
     moqc_on on(moqc_of(be));
@@ -5112,6 +5148,24 @@ static void moqc_ssm_copy(moq_backend *be, moq_ssm *ssm, int32_t dst_slot, int32
     moqc_ok(c, cudaMemcpyAsync(s->states + dst_slot * state, s->states + src_slot * state, (size_t)state * 4, cudaMemcpyDeviceToDevice, c->stream), "ssm_copy");
 }
 
+/* Out: the past of the convolution, then the states. */
+static size_t moqc_ssm_read(moq_backend *be, const moq_ssm *ssm, int32_t slot, void *out)
+{
+    const moqk_ssm *s = &((const moqc_ssm *)(const void *)ssm)->d;
+    int64_t past = s->width * (s->conv - 1), state = s->inner * s->state;
+    if (out) moqc_download(be, out, s->past + slot * past, (size_t)past * 4);
+    if (out) moqc_download(be, (float *)out + past, s->states + slot * state, (size_t)state * 4);
+    return (size_t)(past + state) * 4;
+}
+
+static void moqc_ssm_write(moq_backend *be, moq_ssm *ssm, int32_t slot, const void *bytes)
+{
+    const moqk_ssm *s = &((const moqc_ssm *)(const void *)ssm)->d;
+    int64_t past = s->width * (s->conv - 1), state = s->inner * s->state;
+    moqc_upload(be, s->past + slot * past, bytes, (size_t)past * 4);
+    moqc_upload(be, s->states + slot * state, (const float *)bytes + past, (size_t)state * 4);
+}
+
 /* A thread per value. */
 template <typename T> __global__ void moqk_copy_heads(moq_copy_desc d)
 {
@@ -5226,7 +5280,8 @@ static const moq_backend moqc_table = {
     moqc_kv_create, moqc_kv_release, moqc_kv_bytes, moqc_kv_append, moqc_kv_copy, moqc_attention,
     moqc_norm, moqc_rope_table, moqc_rope, moqc_activation, moqc_add, moqc_argmax,
     moqc_capture_begin, moqc_capture_end, moqc_replay, moqc_release_graph,
-    moqc_ssm_create, moqc_ssm_release, moqc_ssm_bytes, moqc_ssm_run, moqc_ssm_copy, moqc_copy_heads
+    moqc_ssm_create, moqc_ssm_release, moqc_ssm_bytes, moqc_ssm_run, moqc_ssm_copy, moqc_copy_heads,
+    moqc_moe_bytes, moqc_kv_read, moqc_kv_write, moqc_ssm_read, moqc_ssm_write
 };
 
 /* The device itself: is it there, new enough, does this program hold code for it. */
