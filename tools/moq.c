@@ -11,6 +11,7 @@
        >>options    one option parser for all verbs
        >>open       backends, checkpoints, engines
        >>tokens     token ids from the command line and from files
+       >>rows       lines of .jsonl files: texts and conversations
        >>inspect  >>verify  >>plain  >>dequant  >>logits  >>eval  >>run  >>tokenize  >>recipes  >>diff
        >>verbs      the table of verbs, help, main
    bench and selftest, with the random layers that both need, are in moq_measure.h. */
@@ -309,9 +310,10 @@ typedef struct options {
     const char *args[4];
     int arg_count;
     int json, explain, deep, hash, raw, stats, decode, help, unavailable;
-    int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk;
+    int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch;
     double temp, top_p, min_p;
-    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard;
+    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
+        *save_calibration, *max_memory;
     text_list scheme, shape, exclude, rule;
 } options;
 
@@ -343,7 +345,7 @@ static const option_row option_table[] = {
     {"tokens", KIND_TEXT, FIELD(tokens), "T", "1,2,3 or FILE.json or FILE.json#KEY"},
     {"data", KIND_TEXT, FIELD(data), "D", ".jsonl, .txt, or tokens"},
     {"limit", KIND_INT, FIELD(limit), "N", "only the first N rows or windows"},
-    {"seq", KIND_INT, FIELD(seq), "N", "window length for text (default 512)"},
+    {"seq", KIND_INT, FIELD(seq), "N", "tokens of a window of text, or of a row to calibrate with (default 512)"},
     {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
     {"system", KIND_TEXT, FIELD(system), "S", "system message"},
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
@@ -362,6 +364,11 @@ static const option_row option_table[] = {
     {"m", KIND_TEXT, FIELD(m), "1,8", "rows of x"},
     {"recipe", KIND_TEXT, FIELD(recipe), "R", "what to quantize to; moq recipes lists them"},
     {"calibration", KIND_TEXT, FIELD(calibration), "FILE", "recorded amax and pre_quant_scale values (a .safetensors file)"},
+    {"calib", KIND_TEXT, FIELD(calib), "D", "text to calibrate with: .jsonl, .txt, or tokens"},
+    {"samples", KIND_INT, FIELD(samples), "N", "at most N rows of it (default 512)"},
+    {"batch", KIND_INT, FIELD(batch), "N", "rows of a batch: averages and losses are means over batches (default 8)"},
+    {"save-calibration", KIND_TEXT, FIELD(save_calibration), "FILE", "keep what was measured, for --calibration"},
+    {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: activations go to a file"},
     {"exclude", KIND_LIST, FIELD(exclude), "PATTERN", "leave modules of this name alone; * and ? as in a shell (may be repeated)"},
     {"rule", KIND_LIST, FIELD(rule), "PATTERN=R", "another recipe for modules of this name (may be repeated)"},
     {"format", KIND_TEXT, FIELD(format), "F", "container: modelopt"},
@@ -701,6 +708,66 @@ static size_t longest_row(const token_rows *t)
     for (size_t r = 0; r < t->rows; r++)
         if (t->start[r + 1] - t->start[r] > n) n = t->start[r + 1] - t->start[r];
     return n;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>rows            lines of .jsonl files: texts and conversations
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MAX_MESSAGES = 256, NO_MORE_ROWS = -1 };
+
+/* One line: a text, or messages. */
+typedef struct text_row {
+    const char *text; /* NULL: messages */
+    size_t bytes, line, count;
+    llm_message messages[MAX_MESSAGES];
+} text_row;
+
+/* {"text"}, {"system","user","assistant"} or {"messages":[{"role","content"}]} */
+static int parse_row(text_row *row, const char *path, const moq_json *root)
+{
+    static const char *const roles[] = {"system", "user", "assistant"};
+    const moq_json *text = moq_json_find(root, "text"), *list = moq_json_find(root, "messages");
+    row->text = moq_json_string(text);
+    row->bytes = row->text ? text->text_bytes : 0;
+    row->count = 0;
+    if (row->text) return 0;
+    if (list && list->count > MAX_MESSAGES) return refuse("%s: line %zu has more than %d messages", path, row->line, MAX_MESSAGES);
+    for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) {
+        llm_message *m = &row->messages[row->count++];
+        m->role = moq_json_string(moq_json_find(e, "role"));
+        m->text = moq_json_string(moq_json_find(e, "content"));
+        if (!m->role || !m->text) return refuse("%s: line %zu: a message without role or content", path, row->line);
+    }
+    for (int i = 0; !list && i < COUNT(roles); i++) {
+        row->messages[row->count].role = roles[i];
+        row->messages[row->count].text = moq_json_string(moq_json_find(root, roles[i]));
+        if (row->messages[row->count].text) row->count++;
+    }
+    return row->count ? 0 : refuse("%s: line %zu has neither \"text\" nor messages", path, row->line);
+}
+
+/* Calls `take_row` for every line that is not blank until it returns other than 0; NO_MORE_ROWS ends without a complaint. */
+static int each_row(const char *path, const char *text, size_t bytes, int (*take_row)(void *user, const text_row *row), void *user)
+{
+    text_row *row = (text_row *)take(1, sizeof *row);
+    moq_error err;
+    int bad = 0;
+    for (size_t at = 0, next; at < bytes && !bad; at = next) {
+        const char *end = (const char *)memchr(text + at, '\n', bytes - at);
+        size_t stop = end ? (size_t)(end - text) : bytes;
+        moq_json_doc *doc;
+        next = stop + 1;
+        row->line++;
+        if (strspn(text + at, " \t\r") >= stop - at) continue;
+        doc = moq_json_parse(text + at, stop - at, MOQ_JSON_STRICT, 0, base_name(path), NULL, &err);
+        if (!doc) bad = refuse("%s: line %zu: %s", path, row->line, err.text);
+        if (!bad) bad = parse_row(row, path, moq_json_root(doc));
+        if (!bad) bad = take_row(user, row);
+        moq_json_destroy(doc);
+    }
+    free(row);
+    return bad == NO_MORE_ROWS ? 0 : bad;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1612,6 +1679,7 @@ typedef struct evaluation {
     float *logits, *other;
     score total;
     uint64_t rows, exact, used; /* chat rows; right answers; tokens of all windows */
+    uint64_t lines;             /* of the file, for the bar */
     const options *o;
 } evaluation;
 
@@ -1749,52 +1817,27 @@ static int eval_text(evaluation *v, const char *text, size_t bytes)
     return bad;
 }
 
-/* One line of a .jsonl file: {"text"}, {"system","user","assistant"} or {"messages"}. */
-static int eval_object(evaluation *v, const moq_json *root, size_t line)
+static int eval_object(void *user, const text_row *row)
 {
-    static const char *const roles[] = {"system", "user", "assistant"};
-    const moq_json *text = moq_json_find(root, "text"), *list = moq_json_find(root, "messages");
-    llm_message messages[256];
-    size_t count = 0;
-    if (moq_json_string(text)) return eval_text(v, text->text, text->text_bytes);
-    for (const moq_json *e = moq_json_first(list); e && count < (size_t)COUNT(messages); e = moq_json_next(list, e)) {
-        messages[count].role = moq_json_string(moq_json_find(e, "role"));
-        messages[count].text = moq_json_string(moq_json_find(e, "content"));
-        if (!messages[count].role || !messages[count].text) return refuse("%s: line %zu: a message without role or content", v->o->data, line);
-        count++;
-    }
-    for (int i = 0; !list && i < COUNT(roles); i++) {
-        messages[count].role = roles[i];
-        messages[count].text = moq_json_string(moq_json_find(root, roles[i]));
-        if (messages[count].text) count++;
-    }
-    while (count > 0 && strcmp(messages[count - 1].role, "assistant") != 0) count--;
-    if (count < 2) return refuse("%s: line %zu has neither \"text\" nor messages that end with an answer", v->o->data, line);
-    return eval_chat(v, messages, count, line);
+    evaluation *v = (evaluation *)user;
+    const char *path = v->o->data;
+    size_t count = row->count;
+    if (v->o->limit && v->rows >= (uint64_t)v->o->limit) return NO_MORE_ROWS;
+    if (progress_bar("scoring", v->rows, v->lines, 0)) return refuse("stopped");
+    if (row->text) return eval_text(v, row->text, row->bytes);
+    while (count > 0 && strcmp(row->messages[count - 1].role, "assistant") != 0) count--;
+    if (count < 2) return refuse("%s: line %zu has neither \"text\" nor messages that end with an answer", path, row->line);
+    return eval_chat(v, row->messages, count, row->line);
 }
 
 static int eval_lines(evaluation *v, const char *text, size_t bytes)
 {
-    size_t line = 0, next, lines = 1;
-    moq_error err;
-    int bad = 0;
-    for (size_t i = 0; i < bytes; i++) lines += text[i] == '\n';
-    if (v->o->limit && (uint64_t)v->o->limit < lines) lines = (size_t)v->o->limit;
-    for (size_t at = 0; at < bytes && !bad; at = next) {
-        const char *end = (const char *)memchr(text + at, '\n', bytes - at);
-        size_t stop = end ? (size_t)(end - text) : bytes;
-        moq_json_doc *doc;
-        next = stop + 1;
-        line++;
-        if (v->o->limit && v->rows >= (uint64_t)v->o->limit) break;
-        if (strspn(text + at, " \t\r") >= stop - at) continue;
-        if (progress_bar("scoring", line - 1, lines, 0)) return refuse("stopped");
-        doc = moq_json_parse(text + at, stop - at, MOQ_JSON_STRICT, 0, base_name(v->o->data), NULL, &err);
-        if (!doc) return refuse("%s: line %zu: %s", v->o->data, line, err.text);
-        bad = eval_object(v, moq_json_root(doc), line);
-        moq_json_destroy(doc);
-    }
-    progress_bar("scoring", lines, lines, 0);
+    int bad;
+    v->lines = 1;
+    for (size_t i = 0; i < bytes; i++) v->lines += text[i] == '\n';
+    if (v->o->limit && (uint64_t)v->o->limit < v->lines) v->lines = (uint64_t)v->o->limit;
+    bad = each_row(v->o->data, text, bytes, eval_object, v);
+    progress_bar("scoring", v->lines, v->lines, 0);
     return bad;
 }
 
@@ -2343,10 +2386,12 @@ static const verb_row verb_table[] = {
      "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",
      "echo 'Hello there' | moq tokenize my-model"},
     {"recipes", verb_recipes, 0, 0, "", "json", "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name.", "moq recipes"},
-    {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R", "json recipe calibration exclude rule format shard",
+    {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R", "json recipe calib samples seq batch save-calibration calibration max-memory exclude rule format shard",
      "Quantizes a float checkpoint folder as ModelOpt would write it; DST must not exist.\n"
-     "Recipes that search or scale inputs need --calibration FILE with recorded values; weight-only and MX recipes need none.",
-     "moq quantize my-model my-model-w4a16 --recipe w4a16_nvfp4"},
+     "Recipes that search or scale inputs run the model on --calib D first, or take --calibration FILE with recorded values;\n"
+     "weight-only and MX recipes need neither. Rows of .jsonl files (texts, or conversations in the folder's chat frame) and of\n"
+     "lists of token lists end after --seq tokens; a .txt or a single list of tokens is cut into rows of that length.",
+     "moq quantize my-model my-model-nvfp4 --recipe nvfp4_awq_lite --calib calib.jsonl --samples 128"},
     {"autoquant", NULL, 0, 4, "SRC DST --bits X --recipes A,B", "", "Chooses a recipe for each layer under a budget of bits.", ""},
     {"convert", NULL, 0, 4, "SRC DST --to F", "", "The same numbers in the other container.", ""},
     {"diff", verb_diff, 2, 2, "A B", "json against",

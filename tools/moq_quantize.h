@@ -1,7 +1,168 @@
 /* moq_quantize.h - the part of moq.c that writes checkpoints: the verb quantize.
 
    moq.c includes it once; it is no interface. All work is moq_quantize of the library; here are only options and messages.
-   Options it reads besides the common ones: recipe, format, calibration, save_calibration, shard (texts), exclude, rule (lists). */
+   Options it reads besides the common ones: recipe, format, calib, calibration, save_calibration, max_memory, shard (texts), samples,
+   seq, batch (numbers), exclude, rule (lists). */
+
+/* ------------------------------------------------------------------------------------------------
+   >>samples         rows of tokens to calibrate with
+   ------------------------------------------------------------------------------------------------ */
+
+/* Rows as llm_calibrate takes them, and how far a calibration is. */
+typedef struct sample_set {
+    token_rows tokens;
+    const int32_t **rows;
+    int32_t *lengths;
+    llm_samples samples;
+    const char *path, *source;
+    llm_tokenizer *tok;
+    size_t most, seq;
+    uint64_t pass, passes; /* of the model over all rows */
+    int full;              /* no more rows are wanted */
+} sample_set;
+
+static void drop_samples(sample_set *s)
+{
+    llm_tokenizer_close(s->tok);
+    free_tokens(&s->tokens);
+    free(s->rows);
+    free(s->lengths);
+}
+
+/* Adds one row, cut after --seq tokens. */
+static void add_sample(sample_set *s, const int32_t *ids, size_t count)
+{
+    if (count > 0 && !s->full) tokens_row(&s->tokens, ids, count < s->seq ? count : s->seq);
+    s->full = s->tokens.rows >= s->most;
+}
+
+/* Rows of --seq tokens; a last one of a single token says nothing. */
+static void add_windows(sample_set *s, const int32_t *ids, size_t count)
+{
+    for (size_t at = 0; at < count && !s->full; at += s->seq)
+        if (count - at > 1 || at == 0) add_sample(s, ids + at, count - at);
+}
+
+static int add_text(sample_set *s, const char *text, size_t bytes, int windows)
+{
+    size_t n = llm_encode(s->tok, text, bytes, LLM_BOS, NULL, 0);
+    int32_t *ids;
+    if (n == SIZE_MAX) return refuse("out of memory");
+    ids = (int32_t *)take(n, sizeof *ids);
+    llm_encode(s->tok, text, bytes, LLM_BOS, ids, n);
+    if (windows) add_windows(s, ids, n);
+    else add_sample(s, ids, n);
+    free(ids);
+    return 0;
+}
+
+/* A line of a .jsonl file: a text as it is, a conversation in the folder's own frame. */
+static int add_row(void *user, const text_row *row)
+{
+    sample_set *s = (sample_set *)user;
+    moq_error err;
+    int32_t *ids;
+    size_t n;
+    int bad = row->text ? add_text(s, row->text, row->bytes, 0) : 0;
+    if (!row->text) {
+        n = llm_frame(s->tok, row->messages, row->count, 0, NULL, 0, &err);
+        if (n == SIZE_MAX) return refuse_error(s->source, &err);
+        ids = (int32_t *)take(n, sizeof *ids);
+        llm_frame(s->tok, row->messages, row->count, 0, ids, n, &err);
+        add_sample(s, ids, n);
+        free(ids);
+    }
+    return bad ? bad : s->full ? NO_MORE_ROWS : 0;
+}
+
+static int read_samples(sample_set *s)
+{
+    int lines = ends_with(s->path, ".jsonl"), bad = 0;
+    token_rows t;
+    size_t bytes;
+    char *text;
+    if (!s->tok) {
+        bad = read_tokens(&t, s->path);
+        if (bad) return bad;
+        for (size_t r = 0; r < t.rows; r++) {
+            if (t.rows == 1) add_windows(s, t.ids, t.start[1]);
+            else add_sample(s, t.ids + t.start[r], t.start[r + 1] - t.start[r]);
+        }
+        free_tokens(&t);
+        return 0;
+    }
+    text = read_input(s->path, &bytes);
+    if (!text) return 2;
+    bad = lines ? each_row(s->path, text, bytes, add_row, s) : add_text(s, text, bytes, 1);
+    free_file(text, bytes);
+    return bad;
+}
+
+/* What the model can take: config.json's max_position_embeddings, also where a text model lies inside a larger one. 0: not said. */
+static size_t most_positions(const moq_checkpoint *ck)
+{
+    const moq_json *root = moq_get_config(ck), *v = moq_json_find(root, "max_position_embeddings");
+    int64_t n = 0;
+    if (!v) v = moq_json_find(moq_json_find(root, "text_config"), "max_position_embeddings");
+    return moq_json_int(v, &n) && n > 0 ? (size_t)n : 0;
+}
+
+/* Tokens that pass through the model, over all passes. Called for each row of each layer. */
+static int on_samples(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    const sample_set *s = (const sample_set *)user;
+    (void)stage;
+    if (done >= total && s->pass + 1 < s->passes) return stop_requested != 0; /* the bar stays until the last pass is over */
+    return progress_bar("calibrating", s->pass * total + done, s->passes * total, 0);
+}
+
+/* Passes of a calibration, bytes of everything else. */
+static int on_quantize(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    sample_set *s = (sample_set *)user;
+    if (stage != MOQ_STAGE_CALIBRATE) return on_progress(NULL, stage, done, total);
+    s->pass = done;
+    s->passes = total ? total : 1;
+    return stop_requested != 0;
+}
+
+/* Everything of --calib D. */
+static int load_samples(sample_set *s, const options *o)
+{
+    moq_error err;
+    moq_checkpoint *ck = moq_open(o->args[0], NULL, &err);
+    size_t limit;
+    int bad = 0;
+    s->path = o->calib;
+    s->source = o->args[0];
+    s->most = o->samples ? (size_t)o->samples : 512;
+    s->passes = 1;
+    if (!ck) return refuse_error(o->args[0], &err);
+    limit = most_positions(ck);
+    s->seq = o->seq ? (size_t)o->seq : limit && limit < 512 ? limit : 512;
+    if (limit && s->seq > limit) bad = refuse("--seq %zu: %s was made for %zu tokens", s->seq, o->args[0], limit);
+    if (!bad && (ends_with(s->path, ".jsonl") || ends_with(s->path, ".txt"))) {
+        s->tok = llm_tokenizer_open(ck, &err);
+        if (!s->tok) bad = refuse_error(o->args[0], &err);
+    }
+    if (!bad) bad = read_samples(s);
+    moq_close(ck);
+    if (bad) return bad;
+    if (s->tokens.rows == 0) return refuse("%s holds nothing to calibrate with", s->path);
+    s->rows = (const int32_t **)take(s->tokens.rows, sizeof *s->rows);
+    s->lengths = (int32_t *)take(s->tokens.rows, sizeof *s->lengths);
+    for (size_t r = 0; r < s->tokens.rows; r++) {
+        s->rows[r] = s->tokens.ids + s->tokens.start[r];
+        s->lengths[r] = (int32_t)(s->tokens.start[r + 1] - s->tokens.start[r]);
+    }
+    s->samples.rows = s->rows;
+    s->samples.lengths = s->lengths;
+    s->samples.count = (int32_t)s->tokens.rows;
+    s->samples.batch = o->batch ? (int32_t)o->batch : 8;
+    s->samples.progress = on_samples;
+    s->samples.progress_user = s;
+    return 0;
+}
 
 /* ------------------------------------------------------------------------------------------------
    >>quantize        a float folder in, a quantized folder out
@@ -64,14 +225,26 @@ static int report_folder(const options *o, const char *path)
     return 0;
 }
 
+/* Options that contradict each other or lack what they need. */
+static int check_quantize(const options *o)
+{
+    if (!o->recipe) return refuse("quantize needs --recipe NAME; moq recipes lists them");
+    if (o->calib && o->calibration) return refuse("--calib measures what --calibration reads from a file; give one of them");
+    if (o->save_calibration && !o->calib) return refuse("--save-calibration keeps what --calib D measures; give that too");
+    if (!o->calib && (o->samples || o->seq || o->batch)) return refuse("--samples, --seq and --batch are about --calib D; give that too");
+    return 0;
+}
+
 static int verb_quantize(const options *o)
 {
     moq_quantize_desc d;
     moq_rule rules[MAX_LIST];
     moq_error err;
-    int bad = 0;
-    if (!o->recipe) return refuse("quantize needs --recipe NAME; moq recipes lists them");
+    sample_set set;
+    int bad = check_quantize(o);
+    if (bad) return bad;
     memset(&d, 0, sizeof d);
+    memset(&set, 0, sizeof set);
     d.source = o->args[0];
     d.target = o->args[1];
     d.recipe = o->recipe;
@@ -82,15 +255,25 @@ static int verb_quantize(const options *o)
     d.calibration = o->calibration;
     d.format = o->format;
     d.threads = (int)o->threads;
-    d.progress = on_progress;
+    d.progress = on_quantize;
+    d.progress_user = &set;
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
     if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
+    if (o->calib) {
+        bad = load_samples(&set, o);
+        d.calibrate = llm_calibrate;
+        d.data = &set.samples;
+        d.save_calibration = o->save_calibration;
+        if (!bad) bad = open_backend(o, o->kernel, &d.backend);
+    }
     for (int i = 0; i < o->rule.count && !bad; i++) {
         bad = split_rule(o->rule.item[i], &rules[i]);
         if (!bad) d.rule_count++;
     }
     if (!bad && moq_quantize(&d, &err) != MOQ_OK) bad = refuse_error(err.file[0] && strstr(o->args[1], err.file) ? o->args[1] : o->args[0], &err);
+    moq_backend_destroy(d.backend);
+    drop_samples(&set);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
     return bad ? bad : report_folder(o, o->args[1]);
 }
