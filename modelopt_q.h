@@ -1078,7 +1078,7 @@ typedef struct moq_quantize_desc {
     moq_result (*calibrate)(void *data, const struct moq_checkpoint *source, struct moq_backend *watch, moq_error *err);
     void *data;
     struct moq_backend *backend; /* runs the model meanwhile; NULL: the CPU */
-    const char *save_calibration; /* keep what was measured in this file; may be NULL */
+    const char *save_calibration; /* keep what was measured in this file, weights' amax too; recipes without any (MX) write none; may be NULL */
     const char *format;          /* NULL or "modelopt" */
     uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
     int threads;                 /* 0: physical cores */
@@ -13348,6 +13348,12 @@ static int moqi_recipe_searches(const moq_recipe *recipe)
     return moqi_starts(recipe->calibration, "mse") || moqi_starts(recipe->calibration, "local_hessian");
 }
 
+/* How a recipe that searches does it; local_hessian's blocks come from data, so what it is here never counts. */
+static moq_amax_search moqi_recipe_search(const moq_recipe *recipe)
+{
+    return moqi_starts(recipe->calibration, "mse") && !moqi_ends(recipe->calibration, "sweep") ? MOQ_SEARCH_FOUR_OVER_SIX : MOQ_SEARCH_SWEEP;
+}
+
 static int moqi_recipe_clips(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "awq_clip") || moqi_starts(recipe->calibration, "awq_full"); }
 
 /* Fused experts are no linears to ModelOpt's smoothing steps: they stay plain max-calibrated. */
@@ -13411,7 +13417,7 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
         r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)t->w.rows, &t->amax, err);
     if (r != MOQ_OK || !moqi_recipe_searches(t->recipe)) return r;
     int fixed = moqi_starts(t->recipe->calibration, "mse");
-    t->search = !fixed || moqi_ends(t->recipe->calibration, "sweep") ? MOQ_SEARCH_SWEEP : MOQ_SEARCH_FOUR_OVER_SIX;
+    t->search = moqi_recipe_search(t->recipe);
     uint64_t experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 1;
     r = moqi_recorded(p, t, "weight_quantizer.amax", experts * (uint64_t)t->w.rows * (uint64_t)(t->w.cols / 16), &t->amax, err);
     if (r == MOQ_OK && !t->amax && !fixed)
@@ -15611,11 +15617,11 @@ static moq_result moqi_set_algorithm(const moqi_calibration *c, moqi_record *r, 
         r->algorithm = moqi_algorithms[i].algorithm;
         r->passes = moqi_algorithms[i].passes;
         if (r->expert && r->algorithm != MOQI_ALG_NONE && r->algorithm != MOQI_ALG_HEADROOM && r->algorithm != MOQI_ALG_HESSIAN &&
-            (!c->desc->smooth_experts || r->algorithm == MOQI_ALG_SMOOTH)) {
+            (!c->desc->smooth_experts || r->algorithm == MOQI_ALG_SMOOTH || r->layer.experts > 0)) {
             r->algorithm = MOQI_ALG_MAX;
             r->passes = MOQI_PASS_STATS;
         }
-        if (r->algorithm == MOQI_ALG_HESSIAN && r->layer.cols % 16 != 0) { r->algorithm = MOQI_ALG_MAX; r->passes = MOQI_PASS_STATS; }
+        if (r->algorithm == MOQI_ALG_HESSIAN && (r->layer.cols % 16 != 0 || r->layer.experts > 0)) { r->algorithm = MOQI_ALG_MAX; r->passes = MOQI_PASS_STATS; }
         /* weights alone need no pass */
         if (r->algorithm == MOQI_ALG_MAX && !moqi_has_input_scale(r->recipe)) r->passes = 0;
         return MOQ_OK;
@@ -15639,7 +15645,7 @@ static moq_result moqi_record_recipe(moqi_calibration *c, const moq_linear *w, c
     return r;
 }
 
-/* A record for every layer of the source that is quantized; stacks of experts get one for each expert's half when they run. */
+/* A record for every layer of the source that is quantized; one for all experts of a stack, which have one input quantizer. */
 static moq_result moqi_make_records(moqi_calibration *c, moq_error *err)
 {
     size_t n = moq_module_count(c->desc->source);
@@ -15653,9 +15659,9 @@ static moq_result moqi_make_records(moqi_calibration *c, moq_error *err)
         moq_result code = moq_get_module(c->desc->source, i, &r->layer, err);
         if (code >= 0) code = moqi_record_recipe(c, &r->layer, &r->recipe, err);
         if (code < 0) return code;
-        if (!r->recipe || r->layer.experts > 0) continue;
+        if (!r->recipe) continue;
         r->name = r->layer.name;
-        r->expert = moqi_expert_name(r->name, &container, &number, &part);
+        r->expert = r->layer.experts > 0 || moqi_expert_name(r->name, &container, &number, &part);
         r->best_alpha = r->best_ratio = -1;
         r->batch.a = c->desc->allocator;
         if ((code = moqi_set_algorithm(c, r, err)) < 0) return code;
@@ -15665,6 +15671,49 @@ static moq_result moqi_make_records(moqi_calibration *c, moq_error *err)
         c->count++;
     }
     return MOQ_OK;
+}
+
+/* amax [groups] of a layer's weight, smoothed as it will be stored, and of all of it; amax may be NULL. `whole`: of the layers that share
+   it, for a search. */
+static moq_result moqi_record_amax(moqi_calibration *c, const moqi_record *r, float whole, float *amax, float *top, moq_error *err)
+{
+    moqi_target t;
+    moq_encode_desc d;
+    moqi_arena scratch = moqi_arena_make(&c->desc->allocator);
+    float *smooth = r->p ? (float *)moqi_take_array(&scratch, (uint64_t)r->layer.cols, sizeof *smooth) : NULL, own;
+    memset(&t, 0, sizeof t);
+    t.name = r->name;
+    t.w = r->layer;
+    t.recipe = r->recipe;
+    t.model = moqi_is_float(t.w.scheme.weight.elem) ? t.w.scheme.weight.elem : MOQ_BF16;
+    for (int64_t i = 0; smooth && i < t.w.cols; i++) smooth[i] = 1 / r->p[i];
+    t.smooth = smooth;
+    *top = 0;
+    moq_result code = r->p && !smooth ? moqi_nomem(err, (uint64_t)t.w.cols * sizeof *smooth) : MOQ_OK;
+    for (int32_t k = 0; k < (t.w.experts > 0 ? t.w.experts : 1) && code >= 0; k++) {
+        code = moqi_encode_source(&c->plan, &t, k, &d, err);
+        if (code < 0) break;
+        d.search = amax && moqi_recipe_searches(r->recipe) ? moqi_recipe_search(r->recipe) : MOQ_SEARCH_MAX;
+        d.global_amax = whole;
+        code = moq_find_amax(&d, amax, &own, err);
+        if (own > *top) *top = own;
+    }
+    moqi_arena_drop(&scratch);
+    return code;
+}
+
+/* Weights that are no numbers are refused before the model runs for an hour. */
+static moq_result moqi_check_weights(moqi_calibration *c, moq_error *err)
+{
+    moq_result code = MOQ_OK;
+    float top;
+    for (size_t i = 0; i < c->count && code >= 0; i++) {
+        float *p = c->records[i].p;
+        c->records[i].p = NULL; /* not yet known */
+        code = moqi_record_amax(c, &c->records[i], 0, NULL, &top, err);
+        c->records[i].p = p;
+    }
+    return code;
 }
 
 static moqi_record *moqi_record_of(const moqi_calibration *c, const moq_linear *w)
@@ -15712,7 +15761,7 @@ static int moqi_on_input(void *user, const moq_linear *layers, int32_t parts, fl
     int buffered = 0, changed = 0;
     for (int32_t i = 0; i < parts; i++) {
         moqi_record *r = moqi_record_of(c, &layers[i]);
-        if (!r || !(r->passes & c->pass)) continue;
+        if (!r || !(r->passes & c->pass) || (leader && r == moqi_record_of(c, &layers[i - 1]))) continue; /* gate and up of one stack */
         if (!leader) leader = r;
         r->leader = leader;
         r->tokens += rows;
@@ -16083,16 +16132,17 @@ static int moqi_stat_container(const moqi_calibration *c, moq_stats *s, const mo
     return moqi_stat_add(s, memory, tail, &top, 1, 0, NULL);
 }
 
-/* Everything of one layer. An expert that was smoothed has results of its own; else its container speaks for it. */
-static int moqi_stat_record(const moqi_calibration *c, moq_stats *s, const moqi_record *r)
+/* Everything that the inputs of one layer gave. An expert that was smoothed has results of its own; else its container speaks for it. */
+static int moqi_stat_inputs(const moqi_calibration *c, moq_stats *s, const moqi_record *r)
 {
     char memory[MOQ_MAX_NAME_BYTES + 64];
-    uint64_t n = (uint64_t)r->layer.cols, shape[2];
+    uint64_t n = (uint64_t)r->layer.cols;
     int ok = 1, inputs = moqi_has_input_scale(r->recipe);
     moqi_memory_name(&c->plan, r->name, memory, sizeof memory);
+    if (r->layer.experts > 0) return !inputs || !(r->input_amax > 0) || moqi_stat_add(s, memory, "_input_quantizer.amax", &r->input_amax, 1, 0, NULL);
     if (r->expert && !r->p && r->algorithm != MOQI_ALG_HESSIAN && r->algorithm != MOQI_ALG_CLIP) return inputs ? moqi_stat_container(c, s, r) : 1;
     if (inputs && r->input_amax > 0) ok = moqi_stat_add(s, memory, ".input_quantizer.amax", &r->input_amax, 1, 0, NULL);
-    if (ok && r->p) {
+    if (ok && r->p && (inputs || !r->best_scale)) { /* wide inputs have no quantizer that could hold it */
         float *rounded = (float *)moqi_take_array(&s->arena, n, sizeof *rounded);
         for (uint64_t i = 0; rounded && i < n; i++) rounded[i] = moqi_bf16(r->p[i]);
         ok = rounded && moqi_stat_add(s, memory, ".input_quantizer.pre_quant_scale", rounded, n, 1, &n);
@@ -16101,11 +16151,101 @@ static int moqi_stat_record(const moqi_calibration *c, moq_stats *s, const moqi_
         ok = moqi_stat_add(s, memory, ".awq_lite.act_scale", r->act, n, 1, &n) && moqi_stat_add(s, memory, ".awq_lite.weight_scale", r->wsc, n, 1, &n) &&
              moqi_stat_add(s, memory, ".awq_lite.best_scale", r->best_scale, n, 1, &n);
     }
-    shape[0] = r->weight_amax_count;
-    shape[1] = 1;
-    if (ok && r->weight_amax) ok = moqi_stat_add(s, memory, ".weight_quantizer.amax", r->weight_amax, r->weight_amax_count, r->weight_amax_count > 1 ? 2 : 0, shape);
-    if (ok && r->weight_amax && r->global_amax > 0) ok = moqi_stat_add(s, memory, ".weight_quantizer.global_amax", &r->global_amax, 1, 0, NULL);
     return ok;
+}
+
+/* ---- weights: what ModelOpt's weight quantizers hold ---- */
+
+/* Layers below one parent whose input is the same tensor have one global amax in a search. */
+static int moqi_same_input(const moqi_record *a, const moqi_record *b)
+{
+    const char *x = moqi_last_part(a->name), *y = moqi_last_part(b->name);
+    if (a == b) return 1;
+    if (x - a->name != y - b->name || strncmp(a->name, b->name, (size_t)(x - a->name)) != 0 || a->recipe != b->recipe) return 0;
+    for (size_t k = 0; k < MOQI_COUNT(moqi_shared); k++) {
+        int found = 0;
+        for (size_t j = 0; j < 6 && moqi_shared[k][j]; j++) found |= (strcmp(x, moqi_shared[k][j]) == 0) | (strcmp(y, moqi_shared[k][j]) == 0) << 1;
+        if (found == 3) return 1;
+    }
+    return 0;
+}
+
+/* Groups of a weight, as ModelOpt views them: one a row or block of columns with a last dimension of 1; blocks of both are four-dimensional. */
+static uint32_t moqi_amax_shape(const moqi_record *r, uint64_t shape[4])
+{
+    const moq_coding *w = &r->recipe->scheme.weight;
+    int searched = moqi_recipe_searches(r->recipe);
+    uint64_t rows = (uint64_t)r->layer.rows, cols = (uint64_t)r->layer.cols, g = w->group_cols > 0 ? (uint64_t)w->group_cols : cols;
+    shape[0] = shape[1] = shape[2] = shape[3] = 1;
+    if ((w->scale == MOQ_F8_E4M3 && !searched) || w->group_rows == MOQ_ALL || r->layer.experts > 0) return 0;
+    if (w->group_rows == 128) {
+        shape[0] = (rows + 127) / 128;
+        shape[2] = (cols + 127) / 128;
+        return shape[0] * shape[2] == 1 ? 0 : 4;
+    }
+    shape[0] = rows * ((cols + g - 1) / g);
+    return 2;
+}
+
+/* "....experts.gate_up_proj_weight_quantizers.3", or the module itself and ".weight_quantizer". Returns -1 for the second half of a pair,
+   1 for a pair that begins here. */
+static int moqi_weight_quantizer(const moqi_calibration *c, const moqi_record *r, const moqi_record **up, char *text, size_t capacity)
+{
+    char memory[MOQ_MAX_NAME_BYTES + 64];
+    size_t container, n;
+    uint32_t number;
+    const char *part;
+    const moqi_entry *e;
+    *up = NULL;
+    moqi_memory_name(&c->plan, r->name, memory, sizeof memory);
+    moqi_format(text, capacity, "%s%sweight_quantizer", memory, r->layer.experts > 0 ? "_" : ".");
+    if (r->layer.experts > 0 || r->p || !moqi_expert_name(memory, &container, &number, &part)) return 0;
+    int second = strcmp(part, "up_proj") == 0 || strcmp(part, "w3") == 0, down = strcmp(part, "down_proj") == 0 || strcmp(part, "w2") == 0;
+    n = moqi_format(text, capacity, "%.*s%s", (int)(moqi_last_part(r->name) - r->name), r->name, second ? "gate_proj" : "up_proj");
+    if (!(e = moqi_map_find(&c->map, text, n))) {
+        n = moqi_format(text, capacity, "%.*s%s", (int)(moqi_last_part(r->name) - r->name), r->name, second ? "w1" : "w3");
+        e = moqi_map_find(&c->map, text, n);
+    }
+    if (second && e) return -1;
+    if (!down && e) *up = &c->records[e->value];
+    moqi_format(text, capacity, "%.*s.%s_weight_quantizers.%u", (int)container, memory, down ? "down_proj" : e ? "gate_up_proj" : "up_proj", number);
+    return *up != NULL;
+}
+
+/* amax of a weight quantizer; gate and up of an expert are one, gate first. W4A8 has two: blocks, then the whole. */
+static moq_result moqi_stat_weight(moqi_calibration *c, moq_stats *s, const moqi_record *r, moq_error *err)
+{
+    char name[MOQ_MAX_NAME_BYTES + 160];
+    const moqi_record *halves[2];
+    const moq_coding *w = &r->recipe->scheme.weight;
+    uint64_t shape[4];
+    uint32_t rank = moqi_amax_shape(r, shape);
+    int pair = moqi_weight_quantizer(c, r, &halves[1], name, sizeof name), two = w->scale == MOQ_F32 && w->has_global, searched = moqi_recipe_searches(r->recipe);
+    uint64_t n = shape[0] * shape[2];
+    float top = 0, one = 0;
+    if (pair < 0 || w->scale == MOQ_F8_E8M0) return MOQ_OK;
+    halves[0] = r;
+    float *amax = (float *)moqi_take_array(&s->arena, 2 * n, sizeof *amax);
+    if (!amax) return moqi_nomem(err, 2 * n * sizeof *amax);
+    for (size_t i = 0; searched && i < c->count; i++) {
+        if (!moqi_same_input(r, &c->records[i])) continue;
+        moq_result code = moqi_record_amax(c, &c->records[i], 0, NULL, &one, err);
+        if (code < 0) return code;
+        if (one > top) top = one;
+    }
+    float whole = r->global_amax > 0 ? r->global_amax : top;
+    for (int i = 0; i <= pair; i++) {
+        moq_result code = r->weight_amax ? MOQ_OK : moqi_record_amax(c, halves[i], whole, rank ? amax + (uint64_t)i * n : NULL, &one, err);
+        if (code < 0) return code;
+        if (r->weight_amax) memcpy(amax, r->weight_amax, (size_t)n * sizeof *amax);
+        if (one > top) top = one;
+    }
+    if (pair && rank) shape[0] *= 2;
+    if (rank == 0 && !r->weight_amax) amax[0] = top;
+    if (!moqi_stat_add(s, name, two ? ".0.amax" : ".amax", amax, rank ? n * (pair ? 2 : 1) : 1, rank, shape) ||
+        (two && !moqi_stat_add(s, name, ".1.amax", &top, 1, 0, NULL)) || (searched && !moqi_stat_add(s, name, ".global_amax", &whole, 1, 0, NULL)))
+        return moqi_nomem(err, n * sizeof *amax);
+    return MOQ_OK;
 }
 
 static int moqi_stat_kv(moq_stats *s, const moqi_kv_record *r)
@@ -16123,20 +16263,24 @@ static int moqi_stat_kv(moq_stats *s, const moqi_kv_record *r)
     return 1;
 }
 
-static moq_stats *moqi_make_stats(const moqi_calibration *c, moq_error *err)
+static moq_stats *moqi_make_stats(moqi_calibration *c, moq_error *err)
 {
     moq_stats *s = (moq_stats *)moq_allocate(&c->desc->allocator, sizeof *s);
     int ok = s != NULL;
+    moq_result code = MOQ_OK;
     if (s) {
         s->a = c->desc->allocator;
         s->arena = moqi_arena_make(&s->a);
         s->list.a = s->a;
     }
-    for (size_t i = 0; ok && i < c->count; i++) ok = moqi_stat_record(c, s, &c->records[i]);
+    for (size_t i = 0; ok && code >= 0 && i < c->count; i++) {
+        ok = moqi_stat_inputs(c, s, &c->records[i]);
+        if (ok) code = moqi_stat_weight(c, s, &c->records[i], err);
+    }
     for (const moqi_kv_record *r = c->kv; ok && r; r = r->next) ok = moqi_stat_kv(s, r);
-    if (ok) return s;
+    if (ok && code >= 0) return s;
     moq_stats_destroy(s);
-    moqi_nomem(err, 0);
+    if (!ok) moqi_nomem(err, 0);
     return NULL;
 }
 
@@ -16191,6 +16335,7 @@ static moq_result moqi_check_calibrate(moqi_calibration *c, moq_error *err)
     if (!d->recipe && !d->choose) return moqi_fail(err, MOQ_E_ARG, at, "a recipe is needed; `moq recipes` lists them");
     c->plan.ck = d->source;
     c->plan.desc = &c->rules;
+    c->rules.allocator = d->allocator;
     c->plan.nemotron = strcmp(moq_get_info(d->source)->model_type, "nemotron_h") == 0;
     c->plan.recipe = d->recipe ? moq_find_recipe(d->recipe) : NULL;
     if (d->recipe && !c->plan.recipe && !moqi_same(d->recipe, "none")) return moqi_fail(err, MOQ_E_ARG, at, "no recipe '%q'; `moq recipes` lists them", d->recipe);
@@ -16228,9 +16373,12 @@ MOQ_API moq_stats *moq_calibrate(const moq_calibrate_desc *desc, moq_error *err)
         c.par.user = c.pool;
         if (c.par.workers > 1 && !c.pool) code = MOQ_E_NOMEM;
     }
+    c.plan.parallel = c.par;
+    if (code >= 0) code = moqi_check_weights(&c, err);
     if (code >= 0) code = moqi_run_passes(&c, own ? own : desc->backend, err);
     if (code >= 0) s = moqi_make_stats(&c, err);
     moq_backend_destroy(own);
+    moq_release(&desc->allocator, c.plan.work, (size_t)c.plan.work_bytes);
     if (c.pool) moqi_pool_destroy(c.pool);
     moqi_calibration_drop(&c);
     return s;
@@ -17320,7 +17468,7 @@ static moq_result moqi_get_records(moqi_export *x, moq_error *err)
     const moq_quantize_desc *d = p->desc;
     moq_calibrate_desc c;
     moq_result r = MOQ_OK;
-    if (!d->calibration && d->calibrate && moqi_needs_data(p)) {
+    if (!d->calibration && d->calibrate && (moqi_needs_data(p) || d->save_calibration)) {
         memset(&c, 0, sizeof c);
         c.source = p->ck;
         c.recipe = d->recipe;
@@ -17337,7 +17485,7 @@ static moq_result moqi_get_records(moqi_export *x, moq_error *err)
         x->stats = moq_calibrate(&c, err);
         if (!x->stats) return err->code;
         p->records_name = "calibration";
-        if (d->save_calibration) r = moq_stats_save(x->stats, d->save_calibration, err);
+        if (d->save_calibration && moq_stats_count(x->stats)) r = moq_stats_save(x->stats, d->save_calibration, err);
     }
     size_t n = x->file ? moq_st_count(x->file) : x->stats ? moq_stats_count(x->stats) : 0;
     p->records = (const moq_tensor **)moqi_take_array(&x->arena, (uint64_t)n + 1, 2 * sizeof(void *));
@@ -17390,18 +17538,38 @@ static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
 #else
 static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
 {
-    moq_result r = moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
-    if (r != MOQ_OK) return r;
-    r = moqi_write_shards(x, err);
+    moq_result r = moqi_write_shards(x, err);
     if (r == MOQ_OK) r = moqi_write_config(x, err);
     if (r == MOQ_OK) r = moqi_write_hf_quant(x, err);
     if (r == MOQ_OK) r = moqi_copy_files(x, err);
     if (r == MOQ_OK) r = moqi_reopen(x, err);
     if (r == MOQ_OK) r = moqi_folder_commit(x->temp, x->plan.desc->target, err);
-    if (r != MOQ_OK) moqi_remove_folder(x->temp);
     return r;
 }
 #endif
+
+/* Made before anything takes long, so that a target that exists or cannot be written is refused at once. */
+static moq_result moqi_begin_folder(moqi_export *x, moq_error *err)
+{
+#ifdef MOQ_NO_OS
+    (void)x; (void)err; /* said when the folder is to be written */
+    return MOQ_OK;
+#else
+    moq_result r = moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
+    if (r != MOQ_OK) x->temp[0] = 0;
+    return r;
+#endif
+}
+
+/* A folder that was not finished goes. */
+static void moqi_abort_folder(const moqi_export *x)
+{
+#ifdef MOQ_NO_OS
+    (void)x;
+#else
+    if (x->temp[0]) moqi_remove_folder(x->temp);
+#endif
+}
 
 /* Names of recipe and format, the source, the calibration file. */
 static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, moq_checkpoint **ck, moq_error *err)
@@ -17450,9 +17618,11 @@ MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
     } else if (r == MOQ_OK && workers > 1) {
         r = err->code;
     }
+    if (r == MOQ_OK) r = moqi_begin_folder(x, err);
     if (r == MOQ_OK) r = moqi_prepare_export(x, err);
     if (r == MOQ_OK) r = moqi_tell(x, 0, err);
     if (r == MOQ_OK) r = moqi_write_folder(x, err);
+    if (r != MOQ_OK) moqi_abort_folder(x);
     moqi_pool_destroy(pool);
     for (size_t i = 0; i < x->plan.count; i++) moqi_drop_search(x, &x->plan.targets[i]);
     moq_release(a, x->codes, (size_t)x->code_room);
