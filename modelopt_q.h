@@ -86,7 +86,8 @@
        >>api-calib       >>calib        calibration algorithms over float arrays
                          >>observe      a backend that shows what goes through another one
                          >>search       AutoQuantize: which units get which format within a budget of bits
-                         >>calibrate    passes of a model under observation -> statistics
+                         >>calibrate    passes of a model under observation
+                        >>statistics   what passes found, under ModelOpt's names
                          >>pack         tensors of an exported folder
                          >>describe     JSON files of an exported folder
        >>api-export      >>export       ModelOpt folders: tensors, shards, JSON files
@@ -12869,7 +12870,7 @@ static uint32_t moqi_rows_amax(const moqi_encoder *e, int64_t first, int64_t las
             float v = moqi_bits_f32(moqi_top_bits(b, m));
             if (e->d->search == MOQ_SEARCH_SWEEP) v = moqi_sweep_block(b, m, v, e->global_amax);
             if (e->d->search == MOQ_SEARCH_FOUR_OVER_SIX) {
-                float wide = moqi_in_model(e->d->model, v * 1.5f);
+                float wide = v * 1.5f; /* in F32: ModelOpt multiplies its F32 amax */
                 if (moqi_static_error(b, m, wide, e->global_amax, e->norm) < moqi_static_error(b, m, v, e->global_amax, e->norm)) v = wide;
             }
             float *out = &e->amax[r / e->group_rows * n + k];
@@ -15489,7 +15490,7 @@ MOQ_API moq_result moq_solve(const moq_solve_desc *desc, int32_t *choice, double
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>calibrate       passes of a model under observation -> statistics
+   >>calibrate       passes of a model under observation
    One record for each layer that is quantized. The forward pass is the caller's; it may run any family on any backend.
    ------------------------------------------------------------------------------------------------ */
 
@@ -16084,7 +16085,10 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
     return code;
 }
 
-/* ---- results under ModelOpt's names ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>statistics      what passes found, under ModelOpt's names; moq_calibrate
+   Names and shapes are those that ModelOpt's model has in memory before its export, so either side's files can be read.
+   ------------------------------------------------------------------------------------------------ */
 
 /* Append one tensor; data is copied. rank 0: a scalar. */
 static int moqi_stat_add(moq_stats *s, const char *module, const char *tail, const float *data, uint64_t count, uint32_t rank, const uint64_t *shape)
