@@ -78,6 +78,7 @@
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
                          >>stream       4-bit rows times a few inputs, straight from the file's nibbles
+                        >>panels       weights turned once for many inputs; which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
@@ -9578,7 +9579,7 @@ static void moqi_rotate_input(const float *h, int64_t size, float factor, const 
    same scaling: seven element types and five scale types need no loop of their own for each pair. Both run on 2 KB that stay in the
    first-level cache, so the second pass costs a load and a store and no memory traffic. */
 
-/* One instruction set. A summation order is fixed by n alone: it does not depend on m, so a row's result is the same in every batch. */
+/* One instruction set. The order of a sum depends on n alone, so a row of `tile` is the same in every batch. */
 typedef struct moqi_kernels {
     const char *name;
     /* n stored values of a dtype of 8 or more bits, any alignment, as F32 */
@@ -9591,6 +9592,7 @@ typedef struct moqi_kernels {
     void (*tile)(const float *w, int64_t ldw, int rows, const float *x, int64_t ldx, int64_t m, int64_t n, float *y, int64_t ldy);
     float (*dot)(const float *a, const float *b, int64_t n);
     void (*axpy)(float a, const float *x, float *y, int64_t n); /* y += a x */
+    const struct moqi_way *const *ways; /* products without tiles, the preferred first, NULL at the end; or NULL */
 } moqi_kernels;
 
 /* The plain loops are the definition: products in F32, added in the order of the columns. */
@@ -9641,9 +9643,9 @@ static void moqi_plain_axpy(float a, const float *x, float *y, int64_t n)
 
 /* "reference" always decodes through moq_dequantize, whole rows at a time; "plain" decodes by tiles like the vector versions. */
 static const moqi_kernels moqi_reference_kernels = {"reference", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy};
+                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL};
 static const moqi_kernels moqi_plain_kernels = {"plain", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy};
+                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL};
 
 /* ---- keys and values: one row of n numbers in its cache format ---- */
 
@@ -10117,9 +10119,6 @@ MOQI_AVX512 static void moqi_axpy_512(float a, const float *x, float *y, int64_t
     for (; i < n; i++) y[i] += a * x[i];
 }
 
-static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512};
-
 /* ---- AVX2 with FMA and F16C ---- */
 
 /* Sum of 8 lanes, always in the same order. */
@@ -10244,8 +10243,6 @@ MOQI_AVX2 static void moqi_axpy_256(float a, const float *x, float *y, int64_t n
     for (; i < n; i++) y[i] += a * x[i];
 }
 
-static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256};
 #undef MOQI_LOAD8
 #undef MOQI_LOAD16
 #undef MOQI_LOAD32
@@ -10338,30 +10335,7 @@ static void moqi_axpy_neon(float a, const float *x, float *y, int64_t n)
     for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vfmaq_n_f32(vld1q_f32(y + i), vld1q_f32(x + i), a));
     for (; i < n; i++) y[i] += a * x[i];
 }
-
-static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_plain_nibbles, moqi_scale_neon,
-                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon};
 #endif
-
-/* The i-th kernel set that this machine can run, fastest first, or NULL. "reference" is last and never the automatic choice. */
-static const moqi_kernels *moqi_get_kernels(int i)
-{
-    const moqi_kernels *found[5];
-    int count = 0;
-    uint32_t flags = moqi_cpu_flags();
-    (void)flags;
-#ifdef MOQI_X86
-    uint32_t avx2 = MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C;
-    if ((flags & avx2) == avx2 && (flags & MOQI_CPU_AVX512)) found[count++] = &moqi_avx512_kernels;
-    if ((flags & avx2) == avx2) found[count++] = &moqi_avx2_kernels;
-#endif
-#ifdef MOQI_ARM
-    found[count++] = &moqi_neon_kernels;
-#endif
-    found[count++] = &moqi_plain_kernels;
-    found[count++] = &moqi_reference_kernels;
-    return i >= 0 && i < count ? found[i] : NULL;
-}
 
 /* ------------------------------------------------------------------------------------------------
    >>tiles           prepared layers: codes to F32 tiles, tiles times inputs
@@ -10384,14 +10358,24 @@ enum { MOQI_CODES_SLOW, MOQI_CODES_WIDE, MOQI_CODES_NIBBLES }; /* moq_dequantize
 
 struct moqi_tiled;
 
-/* A way to multiply without tiles, for x in an order of its own. */
-typedef struct moqi_stream {
-    /* x [n] -> out [n padded to 128]; x may be out */
-    void (*arrange)(const float *x, int64_t n, float *out);
-    /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: 128 for each row and 8192 */
-    void (*multiply)(const struct moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy,
-                     float *scratch);
-} moqi_stream;
+/* A way to multiply without tiles: what an instruction set has beyond the inner loops. `decode` and `block` are for the ways that
+   go through moqi_panels; what they get and give is said in >>panels. */
+struct moqi_panel;
+typedef struct moqi_way {
+    const char *name;         /* for explain: "4-bit codes in place" */
+    int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels */
+    /* The least number of rows of x that this way is made for, 0: not for this layer */
+    int (*takes)(const struct moqi_tiled *p);
+    /* x [n] -> out [n padded to 128] F32 or what fits there, zeros after x; x may be out */
+    void (*arrange)(const struct moqi_tiled *p, const float *x, int64_t n, float *out);
+    /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: MOQI_WAY_FLOATS */
+    void (*multiply)(const struct moqi_way *way, const struct moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                     float *y, int64_t ldy, float *scratch);
+    void (*decode)(struct moqi_panel *w);
+    void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
+} moqi_way;
+
+enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_FLOATS = 40960 /* of scratch */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
 typedef struct moqi_tiled {
@@ -10414,7 +10398,10 @@ typedef struct moqi_tiled {
     float requant;            /* W4A8 as stored: round again with this scale; 0: not */
     const int32_t *order;     /* column i of the codes is column order[i] of the layer; NULL: the same */
     int rounds;               /* inputs are rounded */
-    const moqi_stream *stream; /* instead of tiles, or NULL */
+    const moqi_kernels *k;
+    int input_bits;           /* inputs may be rounded to so many: 32 (not at all), 16 or 8 */
+    const moqi_way *way[MOQI_WAYS]; /* instead of tiles; NULL at the end */
+    int from[MOQI_WAYS];      /* rows of x from which each serves, ascending */
     int shares;               /* its inputs are those of the part before it */
     const float *rotation;    /* F32 [size, size] or NULL */
     const float *smooth;      /* pre_quant_scale as F32 [cols] or NULL */
@@ -10425,14 +10412,24 @@ typedef struct moqi_tiled {
 /* Inner loops step by 16 columns; whatever lies between cols and the next multiple of 16 is zero on both sides. Rows of x have room
    for a whole block of a stream, 128. */
 static int64_t moqi_pad16(int64_t n) { return (n + 15) / 16 * 16; }
-static int64_t moqi_pad_x(int64_t n) { return (n + 127) / 128 * 128; }
+static int64_t moqi_pad_x(int64_t n) { return (n + 127) / 128 * 128 + 16; } /* + 16: rows of x do not all fall into the same cache sets */
 
-/* Rows of one task. A stream reads memory in order, so it likes long runs of rows as long as there are enough for `workers`. */
-static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t workers)
+/* How m rows of x are multiplied; NULL: by tiles. */
+static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
 {
-    int64_t tile = MOQI_TILE_ROWS;
+    const moqi_way *way = NULL;
+    for (int i = 0; i < MOQI_WAYS && p->way[i] && m >= p->from[i]; i++) way = p->way[i];
+    return way;
+}
+
+/* Rows of one task. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough for `workers`.
+   No result depends on where runs begin. */
+static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t workers)
+{
+    int64_t tile = MOQI_TILE_ROWS, most = m < 16 ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
-    while (p->stream && tile < 4 * MOQI_TILE_ROWS && p->layer.rows / (2 * tile) >= 4 * workers) tile *= 2;
+    if (!moqi_way_for(p, m)) return tile;
+    for (tile *= 2; tile < most && p->layer.rows / (2 * tile) >= 4 * workers;) tile *= 2;
     return tile;
 }
 
@@ -10539,19 +10536,20 @@ static int moqi_is_plain(const moqi_tiled *p)
     return !p->rounds && !p->order && !p->smooth && !p->lora_a && p->layer.hadamard_size == 0;
 }
 
-/* One token on its way into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
-   the codes or of the stream. Both are padded with zeros to a multiple of 16. x may be r. A plain stream has no use for t. */
-static void moqi_feed(const moqi_tiled *p, const float *x, float *t, float *r)
+/* One of m tokens going into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
+   the codes or as the way of m rows wants it. Both are padded with zeros to a multiple of 16. x may be r. A plain layer has no use for t. */
+static void moqi_feed(const moqi_tiled *p, int64_t m, const float *x, float *t, float *r)
 {
     int64_t cols = p->layer.cols;
-    if (p->stream && moqi_is_plain(p)) { p->stream->arrange(x, cols, r); return; }
+    const moqi_way *way = moqi_way_for(p, m);
+    if (way && moqi_is_plain(p)) { way->arrange(p, x, cols, r); return; }
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
     else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
     for (int64_t i = 0; p->smooth && i < cols; i++) t[i] *= p->smooth[i];
     if (p->rounds) moq_round_input(&p->layer, t, r);
     else for (int64_t i = 0; i < cols; i++) r[i] = t[p->order ? p->order[i] : i];
     for (int64_t i = cols; i < moqi_pad16(cols); i++) t[i] = r[i] = 0;
-    if (p->stream) p->stream->arrange(r, cols, r);
+    if (way) way->arrange(p, r, cols, r);
 }
 
 /* ---- preparing one layer: which bytes can be used as they lie, which are repacked ---- */
@@ -10722,11 +10720,6 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
    and for many (the loops over x only share the look-ups), and it depends on neither tile nor thread. */
 
 #ifdef MOQI_X86
-#if defined(__GNUC__) && !defined(__clang__) /* GCC 12 takes the undefined values inside its own AVX-512 headers for ours */
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #if defined(__clang__)
 #define MOQI_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -10881,9 +10874,10 @@ MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t 
 }
 
 /* x [n] -> out [n padded to 128], in the order of the lanes. x may be out. */
-static void moqi_stream_arrange_512(const float *x, int64_t n, float *out)
+static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
 {
     float block[128];
+    (void)p;
     for (int64_t c = 0; c < n; c += 128) {
         int64_t m = moqi_min(128, n - c);
         memcpy(block, x + c, (size_t)m * sizeof *x);
@@ -10911,10 +10905,12 @@ MOQI_AVX512 static void moqi_stream_pack_512(const float *x, int64_t ldx, int to
 }
 
 /* Tokens run in groups of 8; x of a group is taken in pieces that stay in the first-level cache while the rows pass by. */
-static void moqi_stream_512(const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy, float *acc)
+static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                            int64_t ldy, float *acc)
 {
     moqi_stream_pass s;
     float *pack = acc + rows * 128;
+    (void)way;
     float mul = p->scales && p->scale_dtype == MOQ_F8_E4M3 ? p->factor * 256 : p->factor;
     s.p = p;
     for (int i = 0; i < 16; i++) s.table[i] = p->table[i] - p->zero;
@@ -10938,24 +10934,261 @@ static void moqi_stream_512(const moqi_tiled *p, int64_t row, int64_t rows, cons
     }
 }
 
-static const moqi_stream moqi_stream_avx512 = {moqi_stream_arrange_512, moqi_stream_512};
+/* Two codes a byte and groups that lie as runs, of scales that it can expand. */
+static int moqi_stream_takes_512(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && p->requant <= 0; }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+static const moqi_way moqi_stream_way_512 = {"codes in place", 0, moqi_stream_takes_512, moqi_stream_arrange_512, moqi_stream_512, NULL, NULL};
 #endif
 
-/* The kernel that reads this part's nibbles in place, or NULL. It wants groups that lie as runs, and scales it can expand. */
-static const moqi_stream *moqi_find_stream(const moqi_kernels *k, const moqi_tiled *p)
+/* ------------------------------------------------------------------------------------------------
+   >>panels          weights turned once for many inputs; which instruction set serves a layer
+   A panel is decoded once and used for every row of x. Sums go along the columns in order: they depend on no thread and no task.
+   ------------------------------------------------------------------------------------------------ */
+
+/* How an instruction set joins. Weights lie in rows, but a vector unit wants neighbouring outputs in its lanes: so 32 rows by up to
+   512 columns are decoded and turned into a panel, 32 bits of each row side by side,
+
+       data[column / unit][32 rows][unit columns]           unit: 1 F32, 2 BF16, 4 INT8
+
+   which serves multiply-adds (unit 1), dot products of pairs or of four bytes (AVX-VNNI, AVX-512 VNNI, NEON dotprod, bfdot) and tiles
+   of AMX alike, because all of these take their second operand in that order. Per instruction set and number type there is one
+   moqi_way with four functions:
+       takes      is the layer of a form that decode knows, and how many rows of x make it worth while
+       arrange    one row of x as 32-bit words in the order of the columns (what else a row needs, such as scales, behind them)
+       decode     codes -> panel. moqi_panel_bare and moqi_decode_run give rows of F32 for every format there is; a decoder of its own
+                  for 4-bit codes is worth it only where few rows of x share the panel
+       block      y[j][r] += mul[r] * sum over the panel's columns of w[r] x[j]; rows past w->rows are not stored
+   and moqi_panels drives them. The way's address goes into the list of its moqi_kernels, fastest first; nothing else changes. */
+
+enum { MOQI_PANEL_ROWS = 32 };
+
+typedef struct moqi_panel {
+    const moqi_tiled *p;
+    int64_t row, rows;        /* of the layer; up to 32 */
+    int64_t col, n;           /* columns [col, col + n), n <= MOQI_TILE_COLS, col a multiple of it */
+    float mul[MOQI_PANEL_ROWS]; /* what the numbers of a row are still to be multiplied with */
+    uint32_t *data;           /* see above; up to 64 KB, zeros past n up to a multiple of 16 words */
+    float *scale;             /* integers only: [columns / chunk][32] */
+    int chunk;
+    float *tile;              /* scratch: [16, 512] */
+} moqi_panel;
+
+/* y[m][rows] = bias, then every panel is added. A block of columns is walked through all rows of the task before the next, so that
+   block of x stays in the second-level cache. */
+static void moqi_panels(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                        int64_t ldy, float *scratch)
 {
-    int known = !p->scales || p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F8_E8M0 || p->scale_dtype == MOQ_BF16 ||
-                p->scale_dtype == MOQ_F16 || p->scale_dtype == MOQ_F32;
-    if (p->form != MOQI_CODES_NIBBLES || p->requant > 0 || !known) return NULL;
+    moqi_panel w;
+    w.p = p;
+    w.tile = scratch;
+    w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
+    w.scale = (float *)(void *)(w.data + MOQI_PANEL_ROWS * MOQI_TILE_COLS);
+    w.chunk = 0;
+    for (int64_t j = 0; j < m; j++)
+        for (int64_t r = 0; r < rows; r++) y[j * ldy + r] = p->bias ? p->bias[row + r] : 0;
+    for (w.col = 0; w.col < p->layer.cols; w.col += MOQI_TILE_COLS)
+        for (int64_t r = 0; r < rows; r += MOQI_PANEL_ROWS) {
+            w.n = moqi_min(MOQI_TILE_COLS, p->layer.cols - w.col);
+            w.row = row + r;
+            w.rows = moqi_min(MOQI_PANEL_ROWS, rows - r);
+            way->decode(&w);
+            way->block(&w, x, ldx, m, y + r, ldy);
+        }
+}
+
+/* The layer without the factors that need not enter the panel: mul takes a scale that is the same along the row, or the global one. */
+static void moqi_panel_bare(moqi_panel *w, moqi_tiled *bare)
+{
+    const moqi_tiled *p = w->p;
+    int whole = p->groups == 1 && !p->zeros && p->zero == 0 && p->scale_dtype != MOQ_NONE;
+    *bare = *p;
+    for (int64_t r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = 1;
+    if (p->requant > 0) return;
+    for (int64_t r = 0; r < w->rows; r++) {
+        if (whole) moqi_run_scales(p->k, p, w->row + r, 0, 1, &w->mul[r]);
+        else w->mul[r] = p->factor;
+    }
+    if (whole) bare->scale_dtype = MOQ_NONE;
+    bare->factor = 1;
+}
+
+/* Rows [first, first + 16) of the panel as F32 in w->tile, zeros where there is no row or column. */
+static void moqi_panel_rows(const moqi_panel *w, const moqi_tiled *bare, int64_t first)
+{
+    for (int64_t r = first; r < first + MOQI_TILE_ROWS; r++) {
+        float *out = w->tile + (r - first) * MOQI_TILE_COLS;
+        int64_t n = r < w->rows ? w->n : 0;
+        if (n > 0) moqi_decode_run(w->p->k, bare, w->row + r, w->col, n, out);
+        memset(out + n, 0, (size_t)(moqi_min(MOQI_TILE_COLS, (w->n + 63) / 64 * 64) - n) * sizeof *out);
+        if (w->row + r + MOQI_TILE_ROWS < w->p->layer.rows) moqi_prefetch(w->p, w->row + r, w->col - w->n, w->n);
+    }
+}
+
+/* Every form that tiles decode. */
+static int moqi_panel_takes_any(const moqi_tiled *p) { return p->form != MOQI_CODES_SLOW; }
+
+/* x as it is, zeros up to a multiple of 128. */
+static void moqi_panel_copy(const moqi_tiled *p, const float *x, int64_t n, float *out)
+{
+    (void)p;
+    if (out != x) memmove(out, x, (size_t)n * sizeof *x);
+    for (int64_t i = n; i < (n + 127) / 128 * 128; i++) out[i] = 0;
+}
+
+/* ---- AVX-512: F32 ---- */
+
 #ifdef MOQI_X86
-    if (k == &moqi_avx512_kernels) return &moqi_stream_avx512;
+/* 16 rows of 16 words turned: dst[c][r] = src[r][c]. */
+MOQI_AVX512 static void moqi_turn_512(const void *src, int64_t lds, void *dst, int64_t ldd)
+{
+    __m512i a[16], b[16];
+#define MOQI_LOAD(i) a[i] = _mm512_loadu_si512((const uint32_t *)src + (i) * lds);
+#define MOQI_PAIR(i) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]); b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+#define MOQI_FOUR(i) \
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]); a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]); \
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]); a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+#define MOQI_EIGHT(i) \
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88); b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+#define MOQI_LAST(i) \
+    _mm512_storeu_si512((uint32_t *)dst + (i) * ldd, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88)); \
+    _mm512_storeu_si512((uint32_t *)dst + (i + 8) * ldd, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+#define MOQI_ALL4(f, i, step) f(i) f(i + step) f(i + 2 * step) f(i + 3 * step)
+    MOQI_ALL4(MOQI_LOAD, 0, 1) MOQI_ALL4(MOQI_LOAD, 4, 1) MOQI_ALL4(MOQI_LOAD, 8, 1) MOQI_ALL4(MOQI_LOAD, 12, 1)
+    MOQI_ALL4(MOQI_PAIR, 0, 2) MOQI_ALL4(MOQI_PAIR, 8, 2)
+    MOQI_ALL4(MOQI_FOUR, 0, 4)
+    MOQI_ALL4(MOQI_EIGHT, 0, 1) MOQI_ALL4(MOQI_EIGHT, 8, 1)
+    MOQI_ALL4(MOQI_LAST, 0, 1) MOQI_ALL4(MOQI_LAST, 4, 1)
+#undef MOQI_LOAD
+#undef MOQI_PAIR
+#undef MOQI_FOUR
+#undef MOQI_EIGHT
+#undef MOQI_LAST
+}
+
+/* Any format through rows of F32. */
+MOQI_AVX512 static void moqi_panel_f32_512(moqi_panel *w)
+{
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
+        moqi_panel_rows(w, &bare, h);
+        for (int64_t c = 0; c < w->n; c += 16) moqi_turn_512(w->tile + c, MOQI_TILE_COLS, w->data + c * MOQI_PANEL_ROWS + h, MOQI_PANEL_ROWS);
+    }
+}
+
+/* f for every token: `tokens` is a constant after inlining, so only the wanted ones stay. */
+#define MOQI_TOKENS12(f) f(0) f(1) if (tokens > 2) { f(2) f(3) } if (tokens > 4) { f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11) }
+
+/* Words [from, from + n) of a panel times 12, 4 or 2 rows of x; `valid` of them are stored. 24 accumulators, two loads of weights and
+   12 broadcasts for 24 multiply-adds. */
+MOQI_INLINE MOQI_AVX512 void moqi_panel_f32_tokens(const moqi_panel *w, int64_t from, int64_t n, const float *x, int64_t ldx, float *y,
+                                                   int64_t ldy, int valid, int tokens)
+{
+    const float *d = (const float *)(const void *)w->data + from * MOQI_PANEL_ROWS, *x4 = x + 4 * ldx, *x8 = x + 8 * ldx;
+    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
+                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
+    __m512 lo[12], hi[12], m0, m1;
+#define MOQI_ZERO(t) lo[t] = hi[t] = _mm512_setzero_ps();
+#define MOQI_FMA(t) { \
+        __m512 v = _mm512_set1_ps(((t) < 4 ? x : (t) < 8 ? x4 : x8)[((t) & 3) * ldx + k]); \
+        lo[t] = _mm512_fmadd_ps(w0, v, lo[t]); hi[t] = _mm512_fmadd_ps(w1, v, hi[t]); }
+#define MOQI_STORE(t) if ((t) < valid) { \
+        float *to = y + (t) * ldy; \
+        _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], m0, _mm512_maskz_loadu_ps(some[0], to))); \
+        _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], m1, _mm512_maskz_loadu_ps(some[1], to + 16))); }
+    MOQI_TOKENS12(MOQI_ZERO)
+    for (int64_t k = 0; k < n; k++, d += MOQI_PANEL_ROWS) {
+        __m512 w0 = _mm512_loadu_ps(d), w1 = _mm512_loadu_ps(d + 16);
+        MOQI_TOKENS12(MOQI_FMA)
+    }
+    m0 = _mm512_loadu_ps(w->mul);
+    m1 = _mm512_loadu_ps(w->mul + 16);
+    MOQI_TOKENS12(MOQI_STORE)
+#undef MOQI_ZERO
+#undef MOQI_FMA
+#undef MOQI_STORE
+}
+
+/* 256 columns at a time: 32 KB of the panel stay in the first-level cache while the rows of x pass by. */
+MOQI_AVX512 static void moqi_block_f32_512(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    for (int64_t k = 0; k < w->n; k += 256) {
+        int64_t n = moqi_min(256, w->n - k), j = 0;
+        const float *at = x + w->col + k;
+        for (; j + 12 <= m; j += 12) moqi_panel_f32_tokens(w, k, n, at + j * ldx, ldx, y + j * ldy, ldy, 12, 12);
+        for (; j + 4 <= m; j += 4) moqi_panel_f32_tokens(w, k, n, at + j * ldx, ldx, y + j * ldy, ldy, 4, 4);
+        for (; j < m; j += 2) moqi_panel_f32_tokens(w, k, n, at + j * ldx, j + 1 < m ? ldx : 0, y + j * ldy, ldy, (int)moqi_min(2, m - j), 2);
+    }
+}
+
+/* 4-bit codes are read in place for a few rows; other forms have no other way. */
+static int moqi_panel_takes_f32_512(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_stream_takes_512(p) ? 17 : 2; }
+
+static const moqi_way moqi_f32_way_512 = {"F32 panels", 1, moqi_panel_takes_f32_512, moqi_panel_copy, moqi_panels, moqi_panel_f32_512,
+                                          moqi_block_f32_512};
 #endif
-    (void)k;
-    return NULL;
+
+/* ---- which instruction set ---- */
+
+#ifdef MOQI_X86
+static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
+static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
+                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways};
+static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
+                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, NULL};
+#endif
+#ifdef MOQI_ARM
+static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_plain_nibbles, moqi_scale_neon,
+                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, NULL};
+#endif
+
+/* Every set, fastest first, and the features that it needs. "reference" is last and never the automatic choice. */
+static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[] = {
+#ifdef MOQI_X86
+    {&moqi_avx512_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512},
+    {&moqi_avx2_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C},
+#endif
+#ifdef MOQI_ARM
+    {&moqi_neon_kernels, MOQI_CPU_NEON},
+#endif
+    {&moqi_plain_kernels, 0},
+    {&moqi_reference_kernels, 0}
+};
+enum { MOQI_KERNEL_SETS = (int)(sizeof moqi_kernel_sets / sizeof moqi_kernel_sets[0]) };
+
+/* The sets that this machine can run -> their number. Asking the processor takes microseconds (a virtual machine traps it), so this
+   runs once for each backend. */
+static int moqi_list_kernels(const moqi_kernels *found[MOQI_KERNEL_SETS])
+{
+    uint32_t flags = moqi_cpu_flags();
+    int count = 0;
+    for (int i = 0; i < MOQI_KERNEL_SETS; i++)
+        if ((flags & moqi_kernel_sets[i].needs) == moqi_kernel_sets[i].needs) found[count++] = moqi_kernel_sets[i].k;
+    return count;
+}
+
+/* The i-th of them, or NULL. */
+static const moqi_kernels *moqi_get_kernels(int i)
+{
+    const moqi_kernels *found[MOQI_KERNEL_SETS];
+    return i >= 0 && i < moqi_list_kernels(found) ? found[i] : NULL;
+}
+
+/* Each part gets the ways of its kernel set that take it, in ascending order of the rows of x that they are for; of two for the same
+   number the first of the list. */
+static void moqi_choose_ways(moqi_tiled *p)
+{
+    int count = 0;
+    for (const moqi_way *const *w = p->k->ways; w && *w; w++) {
+        int from = (*w)->takes(p), at = 0;
+        if (from < 1) continue;
+        while (at < count && p->from[at] < from) at++;
+        if (at >= MOQI_WAYS || (at < count && p->from[at] == from)) continue;
+        count = count < MOQI_WAYS ? count + 1 : MOQI_WAYS;
+        for (int i = count - 1; i > at; i--) { p->way[i] = p->way[i - 1]; p->from[i] = p->from[i - 1]; }
+        p->way[at] = *w;
+        p->from[at] = from;
+    }
 }
 
 #if defined(__clang__)
@@ -10973,7 +11206,7 @@ static const moqi_stream *moqi_find_stream(const moqi_kernels *k, const moqi_til
 /* ---- the backend object ----
    Running must not allocate and must not fail. So every prepare adds what a call of one row will need to moqi_need, and one block of
    scratch memory is laid out for max_rows rows of the largest of everything; a call with more rows is cut into pieces of max_rows.
-   Cutting changes no result: every row is computed as if it were alone. */
+   Cutting changes no result but for the order of sums, where a few rows are multiplied in another way than many. */
 
 /* Room that everything prepared so far needs; counts of F32 unless said otherwise. */
 typedef struct moqi_need {
@@ -11175,7 +11408,6 @@ static moq_result moqi_prepare_codes(const moqi_cpu *c, moqi_tiled *p, moqi_aren
     moq_result rc = moqi_order_columns(p, r, &where);
     if (rc < 0 || p->form == MOQI_CODES_SLOW) return rc;
     if ((rc = moqi_take_groups(p, r)) < 0) return rc;
-    p->stream = moqi_find_stream(c->k, p);
     if (moqi_use_codes(p)) return rc;
     moqi_repack t;
     p->row_bytes = p->form == MOQI_CODES_NIBBLES ? moqi_ceil_div(w->cols, 2) : w->cols * (moq_dtype_bits(p->dtype) / 8);
@@ -11193,6 +11425,7 @@ static moqi_tiled *moqi_prepare_lora(const moqi_cpu *c, const moq_view *v, int64
 {
     moqi_tiled *p = (moqi_tiled *)moqi_take(r, sizeof *p, 16);
     if (!p) return NULL;
+    p->k = c->k;
     moq_make_linear(&p->layer, "", v->dtype, v->data, (int64_t)v->count / stored_cols, stored_cols);
     p->layer.rows = part->rows;
     p->layer.cols = part->cols;
@@ -11202,6 +11435,14 @@ static moqi_tiled *moqi_prepare_lora(const moqi_cpu *c, const moq_view *v, int64
     return p->layer.cols > 0 && moqi_prepare_codes(c, p, r) == MOQ_OK ? p : NULL;
 }
 
+/* To how many bits may this part's inputs be rounded, if that is what the fast instructions take? */
+static int moqi_input_bits(const moqi_cpu *c, const moqi_tiled *p)
+{
+    const moq_scheme *s = &p->layer.scheme;
+    if (c->act != MOQ_ACT_AUTO || p->rounds || s->weight.scale == MOQ_NONE) return 32;
+    return s->input.elem == MOQ_NONE ? 16 : 8;
+}
+
 /* Small vectors are copied as F32; matrices stay where they are, the two of the low-rank branch too. */
 static moq_result moqi_prepare_part(const moqi_cpu *c, const moq_linear *w, moqi_arena *r, moqi_tiled *p)
 {
@@ -11209,8 +11450,11 @@ static moq_result moqi_prepare_part(const moqi_cpu *c, const moq_linear *w, moqi
     p->layer = *w;
     p->rounds = moqi_wants_rounding(c, w);
     p->requant = p->rounds && c->act == MOQ_ACT_STORED ? w->requant_scale : 0;
+    p->k = c->k;
+    p->input_bits = moqi_input_bits(c, p);
     moq_result rc = moqi_prepare_codes(c, p, r);
     if (rc < 0) return rc;
+    moqi_choose_ways(p);
     if (w->bias.data && !(p->bias = moqi_take_floats(r, &w->bias, w->row_first, w->row_step, w->rows))) return MOQ_E_NOMEM;
     if (w->pre_quant_scale.data && !(p->smooth = moqi_take_floats(r, &w->pre_quant_scale, w->col_first, 1, w->cols))) return MOQ_E_NOMEM;
     if (w->hadamard.data && !(p->rotation = moqi_take_floats(r, &w->hadamard, 0, 1, (int64_t)w->hadamard.count))) return MOQ_E_NOMEM;
@@ -11231,7 +11475,8 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
 {
     const moq_linear *u = &a->layer, *v = &b->layer;
     const moq_coding *p = &u->scheme.input, *q = &v->scheme.input;
-    if (a->stream != b->stream || moqi_is_plain(a) != moqi_is_plain(b)) return 0;
+    if (memcmp(a->way, b->way, sizeof a->way) != 0 || memcmp(a->from, b->from, sizeof a->from) != 0) return 0;
+    if (moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;
@@ -11247,8 +11492,8 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     int64_t cols = moqi_pad_x(p->layer.cols), rank = p->lora_a ? moqi_pad16(p->layer.scheme.lora_rank) : 0;
     int64_t tile = MOQI_TILE_ROWS * (int64_t)MOQI_TILE_COLS;
     if (p->form == MOQI_CODES_SLOW || (p->lora_a && p->lora_a->form == MOQI_CODES_SLOW)) tile = moqi_max(tile, MOQI_SLOW_ROWS * cols);
-    if (p->stream) tile = 4 * MOQI_TILE_ROWS * 128 + 8192;
-    n->worker = moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank));
+    if (p->way[0]) tile = moqi_max(tile, MOQI_WAY_FLOATS);
+    n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);
 }
@@ -11335,12 +11580,13 @@ static void moqi_product_task(void *arg, int index, int worker)
     }
     const moqi_job *j = &l->jobs[lo];
     const moqi_tiled *p = j->part;
-    int64_t tile = moqi_tile_rows(p, l->c->par.workers), row = (index - j->first) * tile, rows = moqi_min(tile, p->layer.rows - row);
+    const moqi_way *way = moqi_way_for(p, j->m);
+    int64_t tile = moqi_tile_rows(p, j->m, l->c->par.workers), row = (index - j->first) * tile, rows = moqi_min(tile, p->layer.rows - row);
     float *scratch = l->c->worker + worker * l->c->need.worker, *y = j->y + row;
-    if (p->stream) p->stream->multiply(p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
-    for (int64_t i = 0; i < j->m && !p->stream; i++)
+    if (way) way->multiply(way, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
+    for (int64_t i = 0; i < j->m && !way; i++)
         for (int64_t r = 0; r < rows; r++) y[i * j->ldy + r] = p->bias ? p->bias[row + r] : 0;
-    if (!p->stream) moqi_multiply(l->c->k, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
+    if (!way) moqi_multiply(l->c->k, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
     if (p->lora_b) moqi_multiply(l->c->k, p->lora_b, row, rows, j->mid, moqi_pad16(p->lora_b->layer.cols), j->m, y, j->ldy, scratch);
 }
 
@@ -11353,7 +11599,7 @@ static void moqi_launch_jobs(const moqi_cpu *c, moqi_job *jobs, int64_t count)
     for (int64_t i = 0; i < count; i++) {
         const moq_linear *w = &jobs[i].part->layer;
         jobs[i].first = tasks;
-        tasks += moqi_ceil_div(w->rows, moqi_tile_rows(jobs[i].part, c->par.workers));
+        tasks += moqi_ceil_div(w->rows, moqi_tile_rows(jobs[i].part, jobs[i].m, c->par.workers));
         work += (double)w->rows * (double)w->cols * (double)jobs[i].m;
     }
     l.c = c;
@@ -11384,7 +11630,7 @@ static void moqi_products(const moqi_cpu *c, int64_t count)
 }
 
 /* Arguments of moqi_feed_task. x: [rows, cols] */
-typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const float *x; } moqi_feeding;
+typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const float *x; int64_t m; } moqi_feeding;
 
 /* One row of x into t and r. */
 static void moqi_feed_task(void *arg, int index, int worker)
@@ -11392,13 +11638,13 @@ static void moqi_feed_task(void *arg, int index, int worker)
     const moqi_feeding *f = (const moqi_feeding *)arg;
     int64_t cols = f->part->layer.cols, ld = moqi_pad_x(cols);
     (void)worker;
-    moqi_feed(f->part, f->x + index * cols, f->c->t + index * ld, f->c->r + index * ld);
+    moqi_feed(f->part, f->m, f->x + index * cols, f->c->t + index * ld, f->c->r + index * ld);
 }
 
 /* Can the rows of x be read where they are? */
-static int moqi_direct(const moqi_tiled *p)
+static int moqi_direct(const moqi_tiled *p, int64_t m)
 {
-    return !p->stream && !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
+    return !moqi_way_for(p, m) && !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
 }
 
 /* Parts that read the same inputs run as one launch; a part with inputs of its own begins the next. */
@@ -11410,9 +11656,10 @@ static void moqi_cpu_linear(moq_backend *be, const moq_weight *weight, const voi
         int64_t m = moqi_min(rows - first, c->be.max_rows), out = 0;
         moqi_feeding f;
         f.c = c;
+        f.m = m;
         f.x = (const float *)x + first * w->cols;
         for (int32_t i = 0, next; i < w->parts; i = next) {
-            int direct = moqi_direct(&w->part[i]);
+            int direct = moqi_direct(&w->part[i], m);
             f.part = &w->part[i];
             if (!direct) moqi_run(c, m, (double)m * (double)w->cols * 8, moqi_feed_task, &f);
             for (next = i; next < w->parts && (next == i || w->part[next].shares); next++) {
@@ -11875,7 +12122,8 @@ static void moqi_gather_task(void *arg, int i, int worker)
     const moqi_pass *t = (const moqi_pass *)arg;
     int64_t ld = moqi_pad_x(t->m->cols);
     (void)worker;
-    moqi_feed(&t->parts[t->c->expert_of[i]], t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + i * ld);
+    int64_t e = t->c->expert_of[i], m = t->c->begin[e + 1] - t->c->begin[e];
+    moqi_feed(&t->parts[e], m, t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + i * ld);
 }
 
 /* hidden [assignments, gate n | up n] -> activation -> the inputs of down: t, r [assignments, n]. */
@@ -11886,7 +12134,8 @@ static void moqi_middle_task(void *arg, int i, int worker)
     float *r = t->c->r + i * ld;
     (void)worker;
     moqi_activate_row(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, r);
-    moqi_feed(&t->m->down[t->c->expert_of[i]], r, t->c->t + i * ld, r);
+    int64_t e = t->c->expert_of[i], m = t->c->begin[e + 1] - t->c->begin[e];
+    moqi_feed(&t->m->down[e], m, r, t->c->t + i * ld, r);
 }
 
 /* y[row] = sum of weight * expert output, in the order of the choice. */
@@ -12323,10 +12572,12 @@ static const moqi_kernels *moqi_find_kernels(const char *name, moq_error *err)
 {
     char known[64];
     size_t n = 0;
+    const moqi_kernels *found[MOQI_KERNEL_SETS];
     if (!name || !name[0] || strcmp(name, "auto") == 0) return moqi_get_kernels(0);
+    int count = moqi_list_kernels(found);
     known[0] = 0;
-    for (int i = 0; moqi_get_kernels(i); i++) {
-        const moqi_kernels *k = moqi_get_kernels(i);
+    for (int i = 0; i < count; i++) {
+        const moqi_kernels *k = found[i];
         if (strcmp(k->name, name) == 0) return k;
         n += moqi_format(known + n, sizeof known - n, "%s%s", i ? ", " : "", k->name);
     }
