@@ -36,7 +36,8 @@
        create / destroy     a heap object owned by the caller (moq_cpu_backend and prepare_* count as create)
        get_ / find_         a borrowed pointer or plain data, valid until its owner is closed; never freed
        view                 borrowed bytes, no copy
-   Closing or destroying NULL is allowed. Every out-pointer is NULL after a failure.
+   Closing or destroying NULL is allowed. Every out-pointer is NULL after a failure. NULL where a value is needed is MOQ_E_ARG, or
+   the empty answer (0, NULL) of calls that cannot fail; only pointers inside a backend's calls are not looked at.
 
    Threads: a checkpoint is immutable once open and may be shared. A backend belongs to one thread at a time.
    Nothing is global: two backends, two checkpoints, two threads do not know of each other.
@@ -3833,7 +3834,7 @@ static int moqi_read_u64(const char *s, uint64_t *out)
 MOQ_API int moq_json_int(const moq_json *v, int64_t *out)
 {
     uint64_t u;
-    if (!v || v->type != MOQ_JSON_NUMBER) return 0;
+    if (!v || !out || v->type != MOQ_JSON_NUMBER) return 0;
     int minus = v->text[0] == '-';
     if (!moqi_read_u64(v->text + minus, &u) || u > (uint64_t)INT64_MAX + (unsigned)minus) return 0;
     *out = minus ? (int64_t)(0 - u) : (int64_t)u;
@@ -3843,7 +3844,7 @@ MOQ_API int moq_json_int(const moq_json *v, int64_t *out)
 /* No sign at all, not even of zero: shapes and offsets are plain digits. */
 MOQ_API int moq_json_u64(const moq_json *v, uint64_t *out)
 {
-    return v && v->type == MOQ_JSON_NUMBER && moqi_read_u64(v->text, out);
+    return v && out && v->type == MOQ_JSON_NUMBER && moqi_read_u64(v->text, out);
 }
 
 /* Newer transformers write {"__float__": "Infinity"} where older ones wrote a bare Infinity; both mean the float.
@@ -3853,7 +3854,7 @@ MOQ_API int moq_json_float(const moq_json *v, double *out)
     static const struct { const char *name; uint64_t bits; } special[] = {
         {"NaN", 0x7ff8000000000000u}, {"Infinity", 0x7ff0000000000000u}, {"-Infinity", 0xfff0000000000000u},
     };
-    if (!v) return 0;
+    if (!v || !out) return 0;
     /* Exactly that one member: an object with more in it is something else. */
     if (v->type == MOQ_JSON_OBJECT && v->count == 1) {
         v = moq_json_find(v, "__float__");
@@ -3872,7 +3873,7 @@ MOQ_API int moq_json_float(const moq_json *v, double *out)
 /* 1 and "true" are not booleans: a file that says so was not written by a known writer. */
 MOQ_API int moq_json_bool(const moq_json *v, int *out)
 {
-    if (!v || (v->type != MOQ_JSON_TRUE && v->type != MOQ_JSON_FALSE)) return 0;
+    if (!v || !out || (v->type != MOQ_JSON_TRUE && v->type != MOQ_JSON_FALSE)) return 0;
     *out = v->type == MOQ_JSON_TRUE;
     return 1;
 }
@@ -4060,7 +4061,7 @@ MOQ_API const char *moq_dtype_name(moq_dtype t)
 /* Exact spelling: the official reader knows no "f32" and no "FLOAT", and a reader that guesses would hide bad writers. */
 MOQ_API moq_dtype moq_dtype_find(const char *name, size_t bytes)
 {
-    for (unsigned i = 1; i < (unsigned)MOQ_DTYPE_COUNT; i++) {
+    for (unsigned i = 1; i < (unsigned)MOQ_DTYPE_COUNT && name; i++) {
         const char *s = moqi_dtypes[i].name;
         if (moqi_dtypes[i].stored && strlen(s) == bytes && memcmp(s, name, bytes) == 0) return (moq_dtype)i;
     }
@@ -4303,6 +4304,7 @@ static void moqi_copy_f32(const uint8_t *src, size_t count, float *dst)
 MOQ_API int moq_to_f32(moq_dtype dtype, const void *src, size_t count, float *dst)
 {
     const uint8_t *p = (const uint8_t *)src;
+    if (count && (!src || !dst)) return 0;
 #define MOQI_EACH(expression) for (size_t i = 0; i < count; i++) dst[i] = (expression); return 1
     switch ((int)dtype) {
     case MOQ_F32: if (count) moqi_copy_f32(p, count, dst); return 1;
@@ -4885,13 +4887,13 @@ MOQ_API void moq_st_close(moq_st *st)
     moqi_arena_drop(&arena);
 }
 
-MOQ_API size_t moq_st_count(const moq_st *st) { return st->count; }
+MOQ_API size_t moq_st_count(const moq_st *st) { return st ? st->count : 0; }
 
-MOQ_API const moq_tensor *moq_st_get(const moq_st *st, size_t index) { return index < st->count ? st->sorted[index] : NULL; }
+MOQ_API const moq_tensor *moq_st_get(const moq_st *st, size_t index) { return st && index < st->count ? st->sorted[index] : NULL; }
 
 MOQ_API const moq_tensor *moq_st_find(const moq_st *st, const char *name)
 {
-    size_t lo = 0, hi = st->count;
+    size_t lo = 0, hi = st && name ? st->count : 0;
     while (lo < hi) {
         size_t mid = lo + (hi - lo) / 2;
         int order = strcmp(st->sorted[mid]->name, name);
@@ -4904,7 +4906,7 @@ MOQ_API const moq_tensor *moq_st_find(const moq_st *st, const char *name)
 
 MOQ_API const char *moq_st_metadata(const moq_st *st, const char *key)
 {
-    for (size_t i = 0; i < st->pairs; i++)
+    for (size_t i = 0; st && key && i < st->pairs; i++)
         if (strcmp(st->metadata[2 * i], key) == 0) return st->metadata[2 * i + 1];
     return NULL;
 }
@@ -5130,7 +5132,7 @@ typedef enum moqi_field {
 
 MOQ_API int moq_scheme_is_quantized(const moq_scheme *s)
 {
-    moq_dtype e = s->weight.elem;
+    moq_dtype e = s ? s->weight.elem : MOQ_NONE;
     return e != MOQ_NONE && e != MOQ_BF16 && e != MOQ_F16 && e != MOQ_F32 && e != MOQ_F64;
 }
 
@@ -5208,6 +5210,7 @@ MOQ_API size_t moq_scheme_name(const moq_scheme *s, char *text, size_t capacity)
     moq_scheme plain;
     const moq_scheme *near_row = NULL;
     int best = MOQI_F_COUNT + 1;
+    if (!s) { moqi_text_end(&t); return 0; }
     for (size_t i = 0; i < MOQI_COUNT(moqi_scheme_rows); i++) {
         int d = moqi_scheme_distance(s, &moqi_scheme_rows[i].scheme);
         if (d < 0 || d >= best) continue;
@@ -5232,6 +5235,7 @@ MOQ_API size_t moq_scheme_name(const moq_scheme *s, char *text, size_t capacity)
 
 MOQ_API int moq_scheme_equal(const moq_scheme *a, const moq_scheme *b)
 {
+    if (!a || !b) return a == b;
     int same = a->weight.elem == b->weight.elem && a->input.elem == b->input.elem;
     for (int f = 0; f < MOQI_F_COUNT && same; f++) same = moqi_scheme_field(a, f) == moqi_scheme_field(b, f);
     return same;
@@ -5252,6 +5256,7 @@ MOQ_API int moq_kv_format_find(const char *name, moq_kv_format *out)
     /* The cast presets fix amax at calibration; what a cache stores is the plain format. */
     static const struct { const char *name; moq_kv_format format; } aliases[] = {
         {"none", MOQ_KV_WIDE}, {"fp8_cast", MOQ_KV_FP8}, {"nvfp4_cast", MOQ_KV_NVFP4}};
+    if (!name || !out) return 0;
     for (int f = 0; f < (int)MOQ_KV_FORMAT_COUNT; f++)
         if (moqi_same(name, moqi_kv_names[f])) { *out = (moq_kv_format)f; return 1; }
     for (size_t i = 0; i < MOQI_COUNT(aliases); i++)
@@ -5335,7 +5340,7 @@ MOQ_API const moq_recipe *moq_get_recipe(size_t index)
 
 MOQ_API const moq_recipe *moq_find_recipe(const char *name)
 {
-    for (size_t i = 0; i < MOQI_COUNT(moqi_recipes); i++)
+    for (size_t i = 0; name && i < MOQI_COUNT(moqi_recipes); i++)
         if (moqi_same(name, moqi_recipes[i].name) || moqi_same(name, moqi_recipes[i].modelopt)) return &moqi_recipes[i];
     return NULL;
 }
@@ -6763,7 +6768,7 @@ static moq_result moqi_read_gptq(const moqi_quant_read *c, const moq_json *block
 
 MOQ_API int moq_glob_match(const char *pattern, const char *name)
 {
-    return moqi_glob(pattern, strlen(pattern), name, strlen(name));
+    return pattern && name && moqi_glob(pattern, strlen(pattern), name, strlen(name));
 }
 
 /* config.json alone: there is no other block to borrow from. */
@@ -7924,6 +7929,7 @@ MOQI_UNUSED static moq_result moqi_bind_linear(const moqi_tensor_set *set, const
 
 MOQ_API void moq_make_linear(moq_linear *out, const char *name, moq_dtype dtype, const void *data, int64_t rows, int64_t cols)
 {
+    if (!out) return;
     memset(out, 0, sizeof *out);
     out->name = out->tensor = name;
     out->rows = rows;
@@ -8845,10 +8851,10 @@ MOQ_API void moq_close(moq_checkpoint *ck)
     moqi_arena_drop(&arena);
 }
 
-MOQ_API const moq_info *moq_get_info(const moq_checkpoint *ck) { return &ck->info; }
-MOQ_API const moq_allocator *moq_get_allocator(const moq_checkpoint *ck) { return &ck->desc.allocator; }
-MOQ_API const char *moq_get_name(const moq_checkpoint *ck) { return ck->name; }
-MOQ_API const moq_json *moq_get_config(const moq_checkpoint *ck) { return moq_json_root(ck->config); }
+MOQ_API const moq_info *moq_get_info(const moq_checkpoint *ck) { return ck ? &ck->info : NULL; }
+MOQ_API const moq_allocator *moq_get_allocator(const moq_checkpoint *ck) { return ck ? &ck->desc.allocator : NULL; }
+MOQ_API const char *moq_get_name(const moq_checkpoint *ck) { return ck ? ck->name : NULL; }
+MOQ_API const moq_json *moq_get_config(const moq_checkpoint *ck) { return ck ? moq_json_root(ck->config) : NULL; }
 
 /* Names from a caller may come from a file too: the same rules as for shards, except that subfolders are allowed. */
 MOQ_API moq_json_doc *moq_read_json(const moq_checkpoint *ck, const char *name, moq_json_dialect dialect, moq_error *err)
@@ -8867,20 +8873,25 @@ MOQ_API char *moq_read_text(const moq_checkpoint *ck, const char *name, size_t *
     moqi_clear(err);
     const char *problem = name ? moqi_path_problem(name, strlen(name), 1, NULL) : "it is NULL";
     if (bytes) *bytes = 0;
+    if (!ck) { moq_fail(err, MOQ_E_ARG, "moq_read_text", "ck is NULL"); return NULL; }
     if (problem) { moqi_fail(err, MOQ_E_PATH, moqi_at(ck->name, "file", name ? name : "", -1), "%s", problem); return NULL; }
     return moqi_ck_text(ck, name, MOQ_MAX_JSON_BYTES, bytes ? bytes : &ignored, err);
 }
 
-MOQ_API size_t moq_tensor_count(const moq_checkpoint *ck) { return ck->count; }
-MOQ_API const moq_tensor *moq_get_tensor(const moq_checkpoint *ck, size_t index) { return index < ck->count ? &ck->tensors[index] : NULL; }
-MOQ_API const moq_tensor *moq_find_tensor(const moq_checkpoint *ck, const char *name) { return moqi_set_find(&ck->set, name); }
-MOQ_API const char *moq_get_shard_name(const moq_checkpoint *ck, uint32_t shard) { return shard < ck->shard_count ? ck->shard_names[shard] : NULL; }
+MOQ_API size_t moq_tensor_count(const moq_checkpoint *ck) { return ck ? ck->count : 0; }
+MOQ_API const moq_tensor *moq_get_tensor(const moq_checkpoint *ck, size_t index) { return ck && index < ck->count ? &ck->tensors[index] : NULL; }
+MOQ_API const moq_tensor *moq_find_tensor(const moq_checkpoint *ck, const char *name) { return ck && name ? moqi_set_find(&ck->set, name) : NULL; }
+MOQ_API const char *moq_get_shard_name(const moq_checkpoint *ck, uint32_t shard)
+{
+    return ck && shard < ck->shard_count ? ck->shard_names[shard] : NULL;
+}
 
-MOQ_API size_t moq_module_count(const moq_checkpoint *ck) { return ck->module_count; }
+MOQ_API size_t moq_module_count(const moq_checkpoint *ck) { return ck ? ck->module_count : 0; }
 
 MOQ_API moq_result moq_get_module(const moq_checkpoint *ck, size_t index, moq_linear *out, moq_error *err)
 {
     moqi_clear(err);
+    if (!ck || !out) return moq_fail(err, MOQ_E_ARG, "moq_get_module", "ck or out is NULL");
     memset(out, 0, sizeof *out);
     if (index >= ck->module_count) return moqi_fail(err, MOQ_E_ARG, moqi_at(ck->name, NULL, NULL, -1), "module %zu of %zu", index, ck->module_count);
     return moqi_bind_linear(&ck->set, &ck->quant, &ck->modules[index], out, err);
@@ -8889,18 +8900,24 @@ MOQ_API moq_result moq_get_module(const moq_checkpoint *ck, size_t index, moq_li
 MOQ_API moq_result moq_find_linear(const moq_checkpoint *ck, const char *name, moq_linear *out, moq_error *err)
 {
     moqi_clear(err);
-    memset(out, 0, sizeof *out);
+    if (out) memset(out, 0, sizeof *out);
+    if (!ck || !name || !out) return moq_fail(err, MOQ_E_ARG, "moq_find_linear", "ck, name or out is NULL");
     const moqi_entry *e = moqi_map_find(&ck->module_map, name, strlen(name));
     if (e) return moqi_bind_linear(&ck->set, &ck->quant, &ck->modules[e->value], out, err);
     return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(ck->name, "layer", name, -1), "nothing of that name holds weights%s",
                      moqi_ends(name, ".weight") ? "; layers are named without '.weight'" : "");
 }
 
-MOQ_API int moq_has_linear(const moq_checkpoint *ck, const char *name) { return moqi_map_find(&ck->module_map, name, strlen(name)) != NULL; }
+MOQ_API int moq_has_linear(const moq_checkpoint *ck, const char *name)
+{
+    return ck && name && moqi_map_find(&ck->module_map, name, strlen(name)) != NULL;
+}
 
 MOQ_API moq_result moq_find_kv(const moq_checkpoint *ck, const char *attention, moq_kv *out, moq_error *err)
 {
     moqi_clear(err);
+    if (out) memset(out, 0, sizeof *out);
+    if (!ck || !attention || !out) return moq_fail(err, MOQ_E_ARG, "moq_find_kv", "ck, attention or out is NULL");
     return moqi_bind_kv(&ck->set, &ck->quant, attention, out, err);
 }
 
@@ -9056,6 +9073,7 @@ MOQ_API moq_result moq_verify(const moq_checkpoint *ck, uint32_t flags, moq_find
     moq_result r = MOQ_OK;
     memset(&v, 0, sizeof v);
     moqi_clear(err);
+    if (!ck) return moq_fail(err, MOQ_E_ARG, "moq_verify", "ck is NULL");
     v.ck = ck;
     v.found = found;
     v.user = user;
@@ -9095,6 +9113,7 @@ static moq_result moqi_bad_slice(const moq_linear *w, const char *what, int64_t 
 MOQ_API moq_result moq_slice_rows(const moq_linear *in, int64_t first, int64_t count, int64_t step, moq_linear *out, moq_error *err)
 {
     moqi_clear(err);
+    if (!in || !out) return moq_fail(err, MOQ_E_ARG, "moq_slice_rows", "in or out is NULL");
     if (first < 0 || count <= 0 || step <= 0 || first >= in->rows || (count - 1) > (in->rows - 1 - first) / step)
         return moqi_bad_slice(in, "rows", first, count, in->rows, err);
     int64_t begin = in->row_first + first * in->row_step;
@@ -9137,6 +9156,7 @@ MOQ_API moq_result moq_slice_cols(const moq_linear *in, int64_t first, int64_t c
 {
     const char *why;
     moqi_clear(err);
+    if (!in || !out) return moq_fail(err, MOQ_E_ARG, "moq_slice_cols", "in or out is NULL");
     if (first < 0 || count <= 0 || first > in->cols || count > in->cols - first) return moqi_bad_slice(in, "columns", first, count, in->cols, err);
     int64_t unit = moqi_col_unit(in, &why), begin = in->col_first + first, end = begin + count;
     if (begin % unit != 0 || (end % unit != 0 && first + count != in->cols))
@@ -9161,6 +9181,7 @@ static moq_view moqi_view_part(moq_view v, int64_t stride, int32_t experts, int3
 MOQ_API moq_result moq_slice_expert(const moq_linear *in, int32_t expert, moq_linear *out, moq_error *err)
 {
     moqi_clear(err);
+    if (!in || !out) return moq_fail(err, MOQ_E_ARG, "moq_slice_expert", "in or out is NULL");
     if (in->experts <= 0) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "layer", in->name, -1), "is no stack of experts");
     if (expert < 0 || expert >= in->experts) return moqi_bad_slice(in, "experts", expert, 1, in->experts, err);
     int32_t n = in->experts;
@@ -9267,6 +9288,7 @@ static void moqi_get_slot(const moq_linear *w, int is_signed, int64_t word, int 
 
 MOQ_API void moq_get_codes(const moq_linear *w, int64_t row, int64_t col, int64_t count, int16_t *codes)
 {
+    if (!w || !codes) return;
     const moq_packing *p = &w->packing;
     int is_signed = moqi_signed_codes(w), bit;
     int64_t r = w->row_first + row * w->row_step, c = w->col_first + col, word;
@@ -9412,6 +9434,7 @@ static void moqi_convert_row(const moq_linear *w, int64_t row, float *out)
 MOQ_API void moq_dequantize(const moq_linear *w, int64_t first, int64_t count, float *out)
 {
     double values[256];
+    if (!w || !out) return;
     moq_linear one = *w;
     int32_t expert = -1;
     if (w->packing.bits <= 8) moqi_code_values(w, values);
@@ -9525,6 +9548,7 @@ static int moqi_rounds_input(const moq_linear *w)
    product with the reciprocal would move values that lie on an edge. */
 MOQ_API void moq_round_input(const moq_linear *w, const float *x, float *out)
 {
+    if (!w || !x || !out) return;
     const moq_coding *c = &w->scheme.input;
     if (!moqi_rounds_input(w)) {
         if (out != x) memcpy(out, x, (size_t)w->cols * sizeof *out);
@@ -9724,7 +9748,8 @@ static void moqi_kv_unpack(const moqi_kernels *k, moq_kv_format format, float sc
 MOQ_API void moq_round_kv(moq_kv_format format, float scale, const float *bias, const float *x, int n, float *out)
 {
     uint8_t row[128]; /* 32 values: every block scale belongs to one slice */
-    int rotate = format == MOQ_KV_NVFP4_ROTATE && n > 0 && (n & (n - 1)) == 0;
+    if (!x || !out || n <= 0) return;
+    int rotate = format == MOQ_KV_NVFP4_ROTATE && (n & (n - 1)) == 0;
     float norm = 1 / sqrtf((float)n);
     if (out != x) memmove(out, x, (size_t)n * sizeof *out);
     for (int turn = 0; turn <= rotate; turn++) { /* rotated keys come back rotated once more: H H = n */
@@ -13239,6 +13264,7 @@ static void moqi_set_global(moqi_encoder *e, float amax)
 MOQ_API moq_result moq_encode_bytes(const moq_encode_desc *d, uint64_t *codes, uint64_t *scales, moq_error *err)
 {
     moqi_encoder e;
+    if (!d || !codes || !scales) return moq_fail(err, MOQ_E_ARG, "moq_encode_bytes", "desc, codes or scales is NULL");
     *codes = *scales = 0;
     moq_result r = moqi_encoder_make(&e, d, err);
     if (r != MOQ_OK) return r;
@@ -13268,6 +13294,7 @@ static moq_result moqi_fp8_table(moqi_encoder *e, uint8_t **table, moq_error *er
 MOQ_API moq_result moq_encode(const moq_encode_desc *d, void *codes, void *scales, float *global, moq_error *err)
 {
     moqi_encoder e;
+    if (!d || !d->data || !scales) return moq_fail(err, MOQ_E_ARG, "moq_encode", "desc, its data or scales is NULL");
     moq_encode_desc copy = *d;
     uint8_t *table = NULL;
     float *found = NULL;
@@ -13304,6 +13331,7 @@ MOQ_API moq_result moq_encode(const moq_encode_desc *d, void *codes, void *scale
 MOQ_API moq_result moq_find_amax(const moq_encode_desc *d, float *amax, float *global_amax, moq_error *err)
 {
     moqi_encoder e;
+    if (!d || !d->data) return moq_fail(err, MOQ_E_ARG, "moq_find_amax", "desc or its data is NULL");
     moq_encode_desc copy = *d;
     float top = copy.global_amax;
     if (!copy.model) copy.model = copy.dtype;
@@ -15471,6 +15499,7 @@ MOQ_API size_t moq_unit_name(const char *module, char *text, size_t capacity)
     static const struct { const char *tail, *group; } rules[] = {
         {"q_proj", "qkv"}, {"k_proj", "qkv"}, {"v_proj", "qkv"}, {"gate_proj", "gate_up"}, {"up_proj", "gate_up"},
         {"in_proj_qkv", "in_proj_qkvz"}, {"in_proj_z", "in_proj_qkvz"}, {"in_proj_a", "in_proj_ab"}, {"in_proj_b", "in_proj_ab"}};
+    if (!module) module = "";
     size_t n = strlen(module), at = moqi_find_part(module, n, ".experts.");
     if (at < n) return moqi_format(text, capacity, "%.*s.experts", (int)at, module);
     at = moqi_find_part(module, n, ".mixer.");
@@ -15718,6 +15747,7 @@ static moq_result moqi_solve_sum(const moq_solve_desc *d, double budget, double 
 
 MOQ_API moq_result moq_solve(const moq_solve_desc *desc, int32_t *choice, double *score, double *cost, moq_error *err)
 {
+    if (!desc || !choice) return moq_fail(err, MOQ_E_ARG, "moq_solve", "desc or choice is NULL");
     double budget = moqi_budget(desc);
     size_t levels = desc->count * sizeof(moqi_level), rests = (desc->count + 1) * sizeof(moqi_rest);
     moqi_clear(err);
@@ -16607,6 +16637,7 @@ MOQ_API moq_stats *moq_calibrate(const moq_calibrate_desc *desc, moq_error *err)
     moq_stats *s = NULL;
     moqi_clear(err);
     memset(&c, 0, sizeof c);
+    if (!desc) { moq_fail(err, MOQ_E_ARG, "moq_calibrate", "desc is NULL"); return NULL; }
     c.desc = desc;
     c.arena = moqi_arena_make(&desc->allocator);
     moqi_clear(&c.failed);
@@ -16648,7 +16679,7 @@ MOQ_API void moq_stats_destroy(moq_stats *s)
     moq_release(&a, s, sizeof *s);
 }
 
-MOQ_API size_t moq_stats_count(const moq_stats *s) { return s->list.bytes / sizeof(moq_tensor); }
+MOQ_API size_t moq_stats_count(const moq_stats *s) { return s ? s->list.bytes / sizeof(moq_tensor) : 0; }
 
 MOQ_API const moq_tensor *moq_get_stat(const moq_stats *s, size_t index)
 {
@@ -16657,13 +16688,14 @@ MOQ_API const moq_tensor *moq_get_stat(const moq_stats *s, size_t index)
 
 MOQ_API const moq_tensor *moq_find_stat(const moq_stats *s, const char *name)
 {
-    for (size_t i = 0; i < moq_stats_count(s); i++)
+    for (size_t i = 0; name && i < moq_stats_count(s); i++)
         if (strcmp(moq_get_stat(s, i)->name, name) == 0) return moq_get_stat(s, i);
     return NULL;
 }
 
 MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_error *err)
 {
+    if (!s) return moq_fail(err, MOQ_E_ARG, "moq_stats_save", "stats is NULL");
     return moq_st_write(path, (const moq_tensor *)(const void *)s->list.data, moq_stats_count(s), NULL, 0, &s->a, err);
 }
 
