@@ -90,6 +90,7 @@
                          >>search       AutoQuantize: which units get which format within a budget of bits
                          >>calibrate    passes of a model under observation
                         >>statistics   what passes found, under ModelOpt's names
+                         >>container    a layer as tensors of either container
                          >>pack         tensors of an exported folder
                          >>describe     JSON files of an exported folder
        >>api-export      >>export       ModelOpt folders: tensors, shards, JSON files
@@ -1082,7 +1083,7 @@ typedef struct moq_quantize_desc {
     void *data;
     struct moq_backend *backend; /* runs the model meanwhile; NULL: the CPU */
     const char *save_calibration; /* keep what was measured in this file, weights' amax too; recipes without any (MX) write none; may be NULL */
-    const char *format;          /* NULL or "modelopt" */
+    const char *format;          /* "modelopt" (also NULL) or "compressed-tensors": the same numbers under its names */
     uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
     int threads;                 /* 0: physical cores */
     moq_progress_fn progress;    /* MOQ_STAGE_QUANTIZE in bytes of the target; a non-zero return cancels */
@@ -1095,6 +1096,29 @@ typedef struct moq_quantize_desc {
 /* Writes what ModelOpt would write: same tensor bytes, same JSON. The folder appears under its name only when it is complete, flushed
    and has been opened again and verified; on any failure nothing is left. */
 MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err);
+
+/* A quantized folder in, the same numbers in the other container out. Zero-filled fields are defaults. */
+typedef struct moq_convert_desc {
+    const char *source;          /* folder of any family that moq_open reads */
+    const char *target;          /* folder that does not exist yet */
+    const char *to;              /* "modelopt" or "compressed-tensors" */
+    const char *recipe;          /* NULL, or "nvfp4": MXFP4 layers become weight-only NVFP4 with the same values; where the exponents of one
+                                    layer lie more than 2^17 apart its smallest blocks are rounded, and `log` says how many */
+    uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
+    uint64_t max_memory;         /* bytes of a band of rows that is repacked at a time; 0: 64 MB */
+    int threads;                 /* 0: physical cores */
+    moq_progress_fn progress;    /* MOQ_STAGE_QUANTIZE in bytes of the target; a non-zero return cancels */
+    void *progress_user;
+    moq_log_fn log;
+    void *log_user;
+    moq_allocator allocator;
+} moq_convert_desc;
+
+/* Codes, scales, zero points and KV scales keep their values, so weights dequantize to the same floats. One exception: NVFP4's global
+   scale is a multiplier in ModelOpt's folders and a divisor in compressed-tensors', so it becomes its reciprocal; products may then
+   differ in their last bit. A layer that the other container cannot hold fails with
+   MOQ_E_UNSUPPORTED and is named, before anything is written. The folder appears only when it is complete and has been verified. */
+MOQ_API moq_result moq_convert(const moq_convert_desc *desc, moq_error *err);
 
 
 #endif /* MOQ_QUANTIZE */
@@ -16700,6 +16724,466 @@ MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_erro
 }
 
 /* ------------------------------------------------------------------------------------------------
+   >>container       a layer as the tensors of a ModelOpt or a compressed-tensors folder
+   Pure: the same codes and scales under other names and packings. What a container cannot hold is refused by name.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Where the two differ for the same numbers:
+       NVFP4      weight, weight_scale_2, input_scale (0-d, multipliers)     weight_packed, weight_global_scale, input_global_scale ([1], divisors)
+       MXFP4      weight                                                     weight_packed
+       INT4       weight, pairs of rows in a byte, two's complement          weight_packed, a stream of 32-bit words along the columns, plus 8
+       FP8        weight_scale [], [rows], [.., 1, .., 1]                    [1], [rows, 1], [.., ..]
+       scales     F32                                                        the model's type where it holds them exactly, else F32
+       KV cache   A.k_proj.k_scale                                           A.k_scale */
+enum { MOQI_MODELOPT = 0, MOQI_COMPRESSED };
+
+/* Tensors of a layer. The first four are as large as the weight or a part of it and are made when their turn comes. */
+enum { MOQI_PIECE_CODES = 0, MOQI_PIECE_SCALES, MOQI_PIECE_ZEROS, MOQI_PIECE_ORDER, MOQI_PIECE_GLOBAL, MOQI_PIECE_INPUT, MOQI_PIECE_INPUT_ZERO, MOQI_PIECE_SHAPE };
+
+typedef struct moqi_piece {
+    int what;             /* MOQI_PIECE_... */
+    const char *ending;   /* of the tensor's name */
+    moq_dtype dtype;
+    uint32_t rank;
+    uint64_t shape[4];
+    float value;          /* GLOBAL, INPUT, INPUT_ZERO */
+} moqi_piece;
+
+enum { MOQI_MAX_PIECES = 8 };
+
+/* How one layer is written. */
+typedef struct moqi_form {
+    int container;
+    int format;           /* compressed-tensors: MOQI_CT_... */
+    const char *algo;     /* ModelOpt: quant_algo */
+    moq_scheme scheme;    /* as readers of the container will find it */
+    moq_dtype scale;      /* of float scales */
+    int zeros;            /* zero points that are not all the middle */
+    int raw;              /* the source is such a folder: its tensors are copied */
+    int stack;            /* experts in one tensor */
+} moqi_form;
+
+static const char *const moqi_container_names[2] = {"a ModelOpt folder", "a compressed-tensors folder"};
+
+/* ---- small parts ---- */
+
+static int moqi_coding_is(const moq_coding *c, moq_dtype elem, int32_t rows, int32_t cols)
+{
+    return c->elem == elem && c->group_rows == rows && c->group_cols == cols;
+}
+
+/* Integers of every tool as two's complement around a zero point: unsigned codes lose their offset. */
+static int32_t moqi_code_offset(const moq_linear *w) { return w->packing.is_unsigned ? 1 << (moq_dtype_bits(w->scheme.weight.elem) - 1) : 0; }
+
+static int64_t moqi_group_count(const moq_linear *w)
+{
+    int64_t g = w->scheme.weight.group_cols;
+    return g > 0 ? moqi_ceil_div(w->cols, g) : 1;
+}
+
+static int64_t moqi_band_count(const moq_linear *w)
+{
+    int64_t g = w->scheme.weight.group_rows;
+    return g > 0 ? moqi_ceil_div(w->rows, g) : 1;
+}
+
+/* The zero point of a group, where codes are two's complement. */
+static int32_t moqi_signed_zero(const moq_linear *w, int64_t row, int64_t group) { return moqi_zero_at(w, row, group) - moqi_code_offset(w); }
+
+/* 0: all zero points are 0; 1: some are not; -1: one does not fit the bits of a code. */
+static int moqi_scan_zeros(const moq_linear *w)
+{
+    int32_t half = 1 << (moq_dtype_bits(w->scheme.weight.elem) - 1);
+    int found = 0;
+    for (int64_t i = 0; i < moqi_band_count(w) * moqi_group_count(w); i++) {
+        int64_t rows = w->scheme.weight.group_rows > 0 ? w->scheme.weight.group_rows : 0;
+        int32_t z = moqi_signed_zero(w, i / moqi_group_count(w) * rows, i % moqi_group_count(w));
+        if (z < -half || z >= half) return -1;
+        found |= z != 0;
+    }
+    return found;
+}
+
+/* 1 when v is a power of two from 2^-127 to 2^127; *byte: its E8M0 code. */
+static int moqi_e8m0_of(float v, uint8_t *byte)
+{
+    uint32_t b = moqi_f32_bits(v), e = b >> 23;
+    if (b == 0x00400000u) e = 0; /* 2^-127 is subnormal */
+    else if (e == 0 || e > 254 || (b & 0x7fffffu)) return 0;
+    if (byte) *byte = (uint8_t)e;
+    return 1;
+}
+
+/* MXINT8: INT8 in groups of 32 whose scales are powers of two, whatever type they are stored in, and inputs of the same kind. */
+static int moqi_is_mxint8(const moq_linear *w)
+{
+    const moq_coding *c = &w->scheme.weight, *in = &w->scheme.input;
+    int64_t groups = moqi_group_count(w);
+    if (!moqi_coding_is(c, MOQ_I8, 1, 32) || !moqi_coding_is(in, MOQ_I8, 1, 32) || in->scale != MOQ_F8_E8M0) return 0;
+    for (int64_t i = 0; i < w->rows * groups && w->scales.data && c->scale != MOQ_F8_E8M0; i++)
+        if (!moqi_e8m0_of((float)moqi_scale_at(w, i / groups, i % groups), NULL)) return 0;
+    return 1;
+}
+
+/* Does a type hold these numbers exactly? */
+static int moqi_fits(moq_dtype t, double v)
+{
+    float f = (float)v;
+    return (double)f == v && (double)moqi_in_model(t, f) == v;
+}
+
+/* The type of float scales: `model` (BF16 or F16) when it holds all of them, F32 otherwise. */
+static moq_dtype moqi_scale_type(const moq_linear *w, moq_dtype model)
+{
+    int64_t groups = moqi_group_count(w), step = w->scheme.weight.group_rows > 0 ? w->scheme.weight.group_rows : 1;
+    if (w->scheme.weight.scale == MOQ_F8_E8M0 && w->scheme.weight.elem == MOQ_I8) return MOQ_BF16; /* holds all powers of two */
+    if (!w->scales.data || (model != MOQ_BF16 && model != MOQ_F16)) return MOQ_F32;
+    for (int64_t i = 0; i < moqi_band_count(w) * groups; i++)
+        if (!moqi_fits(model, moqi_scale_at(w, i / groups * step, i % groups))) return MOQ_F32;
+    return model;
+}
+
+/* A multiplier as a divisor or the other way round: the reciprocal, which keeps products within 2^-24 of their size and a rounding. Where
+   several floats have v as their reciprocal, the one that the other tool would have computed: ModelOpt multiplies the largest of BF16
+   numbers by fl32(1 / 2688), compressed-tensors divides 2688 by it in BF16. */
+static float moqi_turn_global(float v, int to_divisor)
+{
+    float turned = 1 / v;
+    for (int step = -2; step <= 2; step++) {
+        float c = moqi_bits_f32(moqi_f32_bits(turned) + (uint32_t)step), amax = moq_bf16_decode(moq_bf16_encode(c * 2688));
+        float less = moq_bf16_decode(moq_bf16_encode(c * 1536)) * moqi_bits_f32(MOQI_INV_1536); /* four over six */
+        int native = to_divisor ? moqi_fits(MOQ_BF16, (double)c) : moqi_f32_bits(amax * moqi_bits_f32(MOQI_INV_2688)) == moqi_f32_bits(c) ||
+                                                                   moqi_f32_bits(less) == moqi_f32_bits(c);
+        if (moqi_is_finite(c) && native && moqi_f32_bits(1 / c) == moqi_f32_bits(v)) return c;
+    }
+    return turned;
+}
+
+static void moqi_put_piece(moqi_piece *list, int *n, int what, const char *ending, moq_dtype dtype, uint32_t rank, int64_t a, int64_t b)
+{
+    moqi_piece *p = &list[(*n)++];
+    memset(p, 0, sizeof *p);
+    p->what = what;
+    p->ending = ending;
+    p->dtype = dtype;
+    p->rank = rank;
+    p->shape[0] = (uint64_t)a;
+    p->shape[1] = (uint64_t)b;
+}
+
+/* ---- what a container can hold ---- */
+
+static moq_result moqi_refuse_form(const moqi_form *f, const moq_linear *w, const char *why, moq_error *err)
+{
+    char name[96];
+    moq_scheme_name(&w->scheme, name, sizeof name);
+    return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", w->name, -1), "%s cannot be stored in %s: %s", name, moqi_container_names[f->container], why);
+}
+
+/* Both: a quantized input in a form that the container can say. `tensor`, `token`: FP8 and INT8 with such scales are allowed. */
+static int moqi_input_is(const moq_linear *w, moq_dtype elem, int tensor, int token)
+{
+    const moq_coding *c = &w->scheme.input;
+    if (c->elem != elem || c->scale == MOQ_F8_E8M0 || w->input_zero != 0) return 0;
+    return (tensor && !c->dynamic && c->group_rows == MOQ_ALL) || (token && c->dynamic && c->group_rows == 1 && c->group_cols == MOQ_ALL);
+}
+
+static moq_result moqi_ct_form_int(const moq_linear *w, moqi_form *f, moq_error *err)
+{
+    const moq_coding *c = &w->scheme.weight, *in = &w->scheme.input;
+    int zeros = moqi_scan_zeros(w), mx = c->scale == MOQ_F8_E8M0 || in->scale == MOQ_F8_E8M0;
+    if (zeros < 0) return moqi_refuse_form(f, w, "a zero point lies outside the range of the codes", err);
+    if (c->group_rows != 1 && c->group_rows != MOQ_ALL) return moqi_refuse_form(f, w, "integers have scales of rows and groups of columns only", err);
+    f->zeros = zeros;
+    f->scheme.weight.zero_point = (uint8_t)zeros;
+    f->format = in->elem == MOQ_I8 ? MOQI_CT_INT : MOQI_CT_PACK;
+    if (in->elem == MOQ_I8 && (w->scheme.act_order || (mx && !moqi_is_mxint8(w)))) return moqi_refuse_form(f, w, "no format of integers has that", err);
+    if (in->elem == MOQ_I8 && !mx && in->group_cols != MOQ_ALL) return moqi_refuse_form(f, w, "inputs have one scale, or one for each token", err);
+    if (in->elem != MOQ_NONE && in->elem != MOQ_I8 && !moqi_input_is(w, MOQ_F8_E4M3, 0, 1))
+        return moqi_refuse_form(f, w, "integer weights go with FP8 inputs that have a scale for each token, or INT8 inputs", err);
+    if (in->elem == MOQ_NONE && mx) return moqi_refuse_form(f, w, "integers with power-of-two scales need INT8 inputs", err);
+    return MOQ_OK;
+}
+
+/* compressed-tensors: the presets of its quant_scheme.py and what its golden folders show. */
+static moq_result moqi_ct_form(const moq_linear *w, moq_dtype model, moqi_form *f, moq_error *err)
+{
+    const moq_coding *c = &w->scheme.weight, *in = &w->scheme.input;
+    int wide = in->elem == MOQ_NONE, mx = in->scale == MOQ_F8_E8M0 && in->group_cols == 32;
+    f->scale = moqi_scale_type(w, model);
+    if (w->experts > 0) return moqi_refuse_form(f, w, "experts that are stacked in one tensor have no name there; exclude them", err);
+    if (w->scheme.pre_quant_scale) return moqi_refuse_form(f, w, "no pre_quant_scale can stand beside a weight; choose a recipe without smoothing for it", err);
+    if (w->scheme.lora_rank) return moqi_refuse_form(f, w, "it has a low-rank branch", err);
+    if (w->scheme.requantize_fp8) return moqi_refuse_form(f, w, "weights cannot be rounded twice", err);
+    if (w->scheme.hadamard) return moqi_refuse_form(f, w, "its input is rotated", err);
+    if (moqi_is_int(c->elem)) return moqi_ct_form_int(w, f, err);
+    if (c->elem == MOQ_F4 && c->scale == MOQ_F8_E4M3) {
+        f->format = MOQI_CT_NVFP4;
+        if (c->group_cols != 16) return moqi_refuse_form(f, w, "NVFP4 has groups of 16 there", err);
+        return wide || in->elem == MOQ_F4 ? MOQ_OK : moqi_refuse_form(f, w, "NVFP4 weights go with wide or NVFP4 inputs", err);
+    }
+    if (c->elem == MOQ_F4 || (c->elem == MOQ_F8_E4M3 && c->scale == MOQ_F8_E8M0 && c->group_cols == 32)) {
+        f->format = c->elem == MOQ_F4 ? MOQI_CT_MXFP4 : MOQI_CT_MXFP8;
+        if (!moqi_coding_is(c, c->elem, 1, 32)) return moqi_refuse_form(f, w, "MX formats have groups of 32 columns there", err);
+        return wide || (in->elem == c->elem && mx) ? MOQ_OK : moqi_refuse_form(f, w, "MX weights go with wide inputs or inputs of the same format", err);
+    }
+    if (c->elem != MOQ_F8_E4M3) return moqi_refuse_form(f, w, "it has no floats of six bits", err);
+    f->format = wide ? MOQI_CT_NAIVE : MOQI_CT_FLOAT;
+    int blocks = in->elem == MOQ_F8_E4M3 && in->dynamic && in->group_rows == 1 && in->group_cols > 0 && in->scale != MOQ_F8_E8M0;
+    return wide || blocks || moqi_input_is(w, MOQ_F8_E4M3, 1, 1) ? MOQ_OK : moqi_refuse_form(f, w, "FP8 weights go with wide or FP8 inputs", err);
+}
+
+static moq_result moqi_modelopt_form_int(const moq_linear *w, moqi_form *f, moq_error *err)
+{
+    const moq_coding *c = &w->scheme.weight, *in = &w->scheme.input;
+    int wide = in->elem == MOQ_NONE;
+    if (w->experts > 0) return moqi_refuse_form(f, w, "integers of stacked experts have no layout there; exclude them", err);
+    if (w->scheme.act_order) return moqi_refuse_form(f, w, "columns cannot name their group", err);
+    if (moqi_scan_zeros(w) != 0) return moqi_refuse_form(f, w, "it has zero points", err);
+    f->scheme.weight.zero_point = 0;
+    if (moqi_is_mxint8(w)) {
+        f->algo = "MXINT8";
+        f->scheme.weight.scale = MOQ_F8_E8M0;
+        return MOQ_OK;
+    }
+    if (c->elem == MOQ_I8) {
+        f->algo = wide ? "W8A16" : "W8A8_SQ_PER_CHANNEL";
+        if (c->group_cols != MOQ_ALL && c->group_cols != w->cols) return moqi_refuse_form(f, w, "INT8 has one scale for each row there", err);
+        f->scheme.weight.group_rows = 1;
+        f->scheme.weight.group_cols = MOQ_ALL;
+        return wide || moqi_input_is(w, MOQ_I8, 1, 0) ? MOQ_OK : moqi_refuse_form(f, w, "INT8 inputs have one static, symmetric scale there", err);
+    }
+    if (c->elem != MOQ_I4) return moqi_refuse_form(f, w, "it has integers of 4 and 8 bits only", err);
+    f->algo = w->scheme.requantize_fp8 ? "W4A8_AWQ" : "W4A16_AWQ";
+    if (w->rows % 2 != 0) return moqi_refuse_form(f, w, "INT4 packs pairs of rows, and their number is odd", err);
+    f->scheme.weight.group_rows = 1;
+    if (c->group_cols == MOQ_ALL) f->scheme.weight.group_cols = (int32_t)w->cols;
+    return wide || (w->scheme.requantize_fp8 && moqi_input_is(w, MOQ_F8_E4M3, 1, 0)) ? MOQ_OK : moqi_refuse_form(f, w, "INT4 weights go with wide inputs there", err);
+}
+
+static moq_result moqi_modelopt_form_fp8(const moq_linear *w, moqi_form *f, moq_error *err)
+{
+    const moq_coding *c = &w->scheme.weight, *in = &w->scheme.input;
+    int wide = in->elem == MOQ_NONE, tensor = c->group_rows == MOQ_ALL && c->group_cols == MOQ_ALL;
+    if (c->scale == MOQ_F8_E8M0 && c->group_cols == 32) {
+        f->algo = "MXFP8";
+        return moqi_coding_is(in, MOQ_F8_E4M3, 1, 32) ? MOQ_OK : moqi_refuse_form(f, w, "MXFP8 weights go with MXFP8 inputs there", err);
+    }
+    if (c->group_rows > 1) {
+        f->algo = "fp8_pb_wo";
+        if (c->group_rows != 128 || c->group_cols != 128) return moqi_refuse_form(f, w, "FP8 has blocks of 128 x 128 there", err);
+        memset(&f->scheme.input, 0, sizeof f->scheme.input); /* weight-only there; the caller is told */
+        return w->experts > 0 ? moqi_refuse_form(f, w, "blocks of stacked experts have no layout there; exclude them", err) : MOQ_OK;
+    }
+    if (c->group_cols != MOQ_ALL && c->group_cols != w->cols) return moqi_refuse_form(f, w, "FP8 has no groups of columns there", err);
+    if (moqi_input_is(w, MOQ_F8_E4M3, 0, 1)) {
+        f->algo = "FP8_PER_CHANNEL_PER_TOKEN";
+        f->scheme.weight.group_rows = 1;
+        f->scheme.weight.group_cols = MOQ_ALL;
+        return w->experts > 0 ? moqi_refuse_form(f, w, "stacked experts have one scale in all", err) : MOQ_OK;
+    }
+    f->algo = "FP8";
+    if (!tensor) return moqi_refuse_form(f, w, "FP8 with a scale for each row goes with a scale for each token there", err);
+    return wide || moqi_input_is(w, MOQ_F8_E4M3, 1, 0) ? MOQ_OK : moqi_refuse_form(f, w, "FP8 inputs have one scale, or one for each token", err);
+}
+
+/* ModelOpt: the algorithms that its exporter writes, and for MXFP6 and MXINT8, which it computes with but cannot write, their names in its
+   own pattern: codes and E8M0 scales as MXFP8 has them. */
+static moq_result moqi_modelopt_form(const moq_linear *w, moqi_form *f, moq_error *err)
+{
+    const moq_coding *c = &w->scheme.weight, *in = &w->scheme.input;
+    int wide = in->elem == MOQ_NONE;
+    f->stack = w->experts > 0;
+    f->scale = MOQ_F32;
+    if (w->scheme.hadamard) return moqi_refuse_form(f, w, "its input is rotated", err);
+    if (w->expert_global.data || w->expert_input.data || (w->expert_scales && c->group_cols == MOQ_ALL))
+        return moqi_refuse_form(f, w, "stacked experts share their scales of whole tensors", err);
+    if (moqi_is_int(c->elem)) return moqi_modelopt_form_int(w, f, err);
+    if (c->elem == MOQ_F8_E4M3) return moqi_modelopt_form_fp8(w, f, err);
+    if (c->elem == MOQ_F6_E3M2 || c->elem == MOQ_F6_E2M3) {
+        f->algo = c->elem == MOQ_F6_E3M2 ? "MXFP6_E3M2" : "MXFP6_E2M3";
+        return moqi_coding_is(in, c->elem, 1, 32) && w->experts == 0 ? MOQ_OK : moqi_refuse_form(f, w, "MXFP6 weights go with MXFP6 inputs", err);
+    }
+    if (c->scale == MOQ_F8_E8M0) {
+        f->algo = in->elem == MOQ_F8_E4M3 ? "W4A8_MXFP4_FP8" : "mxfp4";
+        if (w->experts > 0 && !w->packing.along_rows)
+            return moqi_refuse_form(f, w, "MXFP4 stacks are grouped along the outputs there, and these along the inputs; convert with --recipe nvfp4, "
+                                          "which keeps the numbers", err);
+        return wide || in->elem == MOQ_F4 || moqi_input_is(w, MOQ_F8_E4M3, 0, 1) ? MOQ_OK : moqi_refuse_form(f, w, "MXFP4 goes with wide, MXFP4 or FP8 inputs", err);
+    }
+    f->algo = w->scheme.lora_rank ? "NVFP4_SVD" : w->scheme.pre_quant_scale ? "NVFP4_AWQ" : wide ? "W4A16_NVFP4" : in->elem == MOQ_F4 ? "NVFP4" : "W4A8_NVFP4_FP8";
+    return wide || in->elem == MOQ_F4 || moqi_input_is(w, MOQ_F8_E4M3, 1, 0) ? MOQ_OK : moqi_refuse_form(f, w, "NVFP4 goes with wide, NVFP4 or FP8 inputs", err);
+}
+
+/* How `container` stores a layer, or MOQ_E_UNSUPPORTED with the reason. `model`: the float type of the model. */
+static moq_result moqi_find_form(int container, const moq_linear *w, moq_dtype model, moqi_form *f, moq_error *err)
+{
+    memset(f, 0, sizeof *f);
+    f->container = container;
+    f->scheme = w->scheme;
+    f->algo = "";
+    return container == MOQI_COMPRESSED ? moqi_ct_form(w, model, f, err) : moqi_modelopt_form(w, f, err);
+}
+
+/* ---- its tensors ---- */
+
+/* Shape of float scales: by form, not by how the source had them. */
+static void moqi_scale_piece(const moqi_form *f, const moq_linear *w, moqi_piece *list, int *n)
+{
+    const moq_coding *c = &f->scheme.weight;
+    int64_t bands = c->group_rows > 0 ? moqi_ceil_div(w->rows, c->group_rows) : 1, groups = c->group_cols > 0 ? moqi_ceil_div(w->cols, c->group_cols) : 1;
+    int ct = f->container == MOQI_COMPRESSED, tensor = c->group_rows == MOQ_ALL;
+    moqi_put_piece(list, n, MOQI_PIECE_SCALES, ".weight_scale", f->scale, 2, bands, groups);
+    moqi_piece *p = &list[*n - 1];
+    if (tensor) p->rank = (uint32_t)ct;
+    else if (!ct && c->group_cols == MOQ_ALL) p->rank = 1;
+    else if (!ct && c->group_rows > 1) {
+        p->rank = bands * groups == 1 ? 0 : 4; /* one block: a scalar, as ModelOpt writes it */
+        p->shape[2] = p->shape[1];
+        p->shape[1] = p->shape[3] = 1;
+    }
+}
+
+/* The tensors of one layer in either container; names begin with the module's. Returns how many of `list`, at most MOQI_MAX_PIECES. */
+static int moqi_list_pieces(const moqi_form *f, const moq_linear *w, moqi_piece *list)
+{
+    const moq_coding *c = &f->scheme.weight;
+    moq_dtype small = c->scale == MOQ_F8_E8M0 ? MOQ_U8 : MOQ_F8_E4M3;
+    int n = 0, ct = f->container == MOQI_COMPRESSED, bits = moq_dtype_bits(c->elem), nvfp4 = c->elem == MOQ_F4 && c->scale == MOQ_F8_E4M3;
+    int64_t groups = c->group_cols > 0 ? moqi_ceil_div(w->cols, c->group_cols) : 1, words = moqi_ceil_div(w->cols * bits, 32);
+    float global = w->global_mul / w->global_div;
+    if (ct && f->format == MOQI_CT_PACK) {
+        moqi_put_piece(list, &n, MOQI_PIECE_CODES, ".weight_packed", MOQ_I32, 2, w->rows, words);
+        moqi_put_piece(list, &n, MOQI_PIECE_SHAPE, ".weight_shape", MOQ_I64, 1, 2, 0);
+        if (f->zeros) moqi_put_piece(list, &n, MOQI_PIECE_ZEROS, ".weight_zero_point", MOQ_I32, 2, moqi_ceil_div(moqi_band_count(w) * bits, 32), groups);
+        if (w->group_index.data) moqi_put_piece(list, &n, MOQI_PIECE_ORDER, ".weight_g_idx", MOQ_I32, 1, w->cols, 0);
+    } else if (!ct && c->elem == MOQ_I4) {
+        moqi_put_piece(list, &n, MOQI_PIECE_CODES, ".weight", MOQ_U8, 2, w->rows / 2, w->cols);
+    } else if (bits == 8 || moqi_is_int(c->elem)) {
+        moqi_put_piece(list, &n, MOQI_PIECE_CODES, ".weight", bits == 8 ? c->elem : MOQ_I8, 2, w->rows, w->cols);
+        if (f->zeros) moqi_put_piece(list, &n, MOQI_PIECE_ZEROS, ".weight_zero_point", MOQ_I8, 2, moqi_band_count(w), groups);
+    } else {
+        moqi_put_piece(list, &n, MOQI_PIECE_CODES, ct ? ".weight_packed" : ".weight", MOQ_U8, 2, w->rows, w->cols * bits / 8);
+    }
+    if (c->elem == MOQ_F4 || (c->scale == MOQ_F8_E8M0 && c->group_cols == 32 && f->format != MOQI_CT_INT))
+        moqi_put_piece(list, &n, MOQI_PIECE_SCALES, ".weight_scale", small, 2, w->rows, groups);
+    else moqi_scale_piece(f, w, list, &n);
+    if (nvfp4 || w->requant_scale > 0) {
+        moqi_put_piece(list, &n, MOQI_PIECE_GLOBAL, ct ? ".weight_global_scale" : ".weight_scale_2", MOQ_F32, (uint32_t)ct, 1, 0);
+        list[n - 1].value = w->requant_scale > 0 ? w->requant_scale : !ct ? (w->global_div != 1 ? moqi_turn_global(w->global_div, 0) : global)
+                          : w->global_div != 1 ? w->global_div : moqi_turn_global(global, 1);
+    }
+    if (f->scheme.input.elem != MOQ_NONE && w->input_scale > 0) {
+        int divisor = ct && f->scheme.input.elem == MOQ_F4;
+        moq_dtype type = ct && !divisor && f->scale != MOQ_F32 && moqi_fits(f->scale, (double)w->input_scale) ? f->scale : MOQ_F32;
+        moqi_put_piece(list, &n, MOQI_PIECE_INPUT, divisor ? ".input_global_scale" : ".input_scale", type, (uint32_t)ct, 1, 0);
+        list[n - 1].value = divisor ? moqi_turn_global(w->input_scale, 1) : w->input_scale;
+    }
+    if (ct && f->scheme.input.zero_point && !f->scheme.input.dynamic) {
+        moqi_put_piece(list, &n, MOQI_PIECE_INPUT_ZERO, ".input_zero_point", MOQ_I8, 1, 1, 0);
+        list[n - 1].value = (float)w->input_zero;
+    }
+    for (int i = 0; f->stack && i < n; i++) { /* [experts, in, out]: pairs and groups of inputs stand one below the other; scalars are shared */
+        if (list[i].rank < 2) continue;
+        list[i].shape[2] = list[i].shape[0];
+        list[i].shape[0] = (uint64_t)w->experts;
+        list[i].rank = 3;
+    }
+    return n;
+}
+
+/* ---- their bytes ---- */
+
+/* `bits` of v at bit position `at` of a stream that begins as zeros, low bits first. */
+static void moqi_put_bits(uint8_t *out, int64_t at, uint32_t v, int bits)
+{
+    for (v <<= (unsigned)(at & 7), bits += (int)(at & 7), at >>= 3; bits > 0; bits -= 8, v >>= 8) out[at++] |= (uint8_t)v;
+}
+
+/* One row of codes as two's complement, or as the format's own codes. */
+static void moqi_row_codes(const moq_linear *w, int64_t row, int32_t offset, int16_t *q)
+{
+    moq_get_codes(w, row, 0, w->cols, q);
+    for (int64_t c = 0; offset && c < w->cols; c++) q[c] = (int16_t)(q[c] - offset);
+}
+
+/* The codes of one layer (of a stack: one expert). q: scratch of one row; out: zeros on entry. */
+static void moqi_store_codes(const moqi_form *f, const moq_linear *w, int16_t *q, uint8_t *out)
+{
+    int bits = moq_dtype_bits(f->scheme.weight.elem), pack = f->format == MOQI_CT_PACK, pairs = f->container == MOQI_MODELOPT && f->scheme.weight.elem == MOQ_I4;
+    int bytes = !pack && !pairs && (bits == 8 || moqi_is_int(f->scheme.weight.elem));
+    int32_t offset = moqi_is_int(f->scheme.weight.elem) ? moqi_code_offset(w) : 0;
+    uint32_t half = 1u << (bits - 1), mask = (1u << bits) - 1;
+    int64_t stride = moqi_ceil_div(w->cols * bits, pack ? 32 : 8) * (pack ? 4 : 1);
+    for (int64_t r = 0; r < w->rows; r++) {
+        moqi_row_codes(w, r, offset, q);
+        uint8_t *row = out + (pairs ? r / 2 : r) * (pairs || bytes ? w->cols : stride);
+        if (f->stack && bits == 4) for (int64_t c = 0; c < w->cols; c += 2) out[c / 2 * w->rows + r] = (uint8_t)((q[c] & 15) | (q[c + 1] & 15) << 4);
+        else if (f->stack) for (int64_t c = 0; c < w->cols; c++) out[c * w->rows + r] = (uint8_t)q[c];
+        else if (pairs) for (int64_t c = 0; c < w->cols; c++) row[c] |= (uint8_t)((q[c] & 15) << (r & 1 ? 4 : 0));
+        else if (bytes) for (int64_t c = 0; c < w->cols; c++) row[c] = (uint8_t)q[c];
+        else if (pack) for (int64_t c = 0; c < w->cols; c++) moqi_put_bits(row, c * bits, ((uint32_t)(int32_t)q[c] + half) & mask, bits);
+        else if (bits == 4) for (int64_t c = 0; c + 1 < w->cols; c += 2) row[c / 2] = (uint8_t)((q[c] & 15) | (q[c + 1] & 15) << 4);
+        else for (int64_t c = 0; c < w->cols; c++) moqi_put_bits(row, c * bits, (uint32_t)(int32_t)q[c] & mask, bits);
+    }
+}
+
+/* A float little-endian in F32, BF16 or F16. */
+static void moqi_store_float(moq_dtype type, float v, uint8_t *p)
+{
+    uint32_t b = type == MOQ_F32 ? moqi_f32_bits(v) : type == MOQ_F16 ? moq_f16_encode(v) : moq_bf16_encode(v);
+    for (int i = 0; i < moq_dtype_bits(type) / 8; i++, b >>= 8) p[i] = (uint8_t)b;
+}
+
+/* Scales of one layer in the order of the form's grid; those of one scale for all are repeated where the form has one a row. */
+static void moqi_store_scales(const moqi_form *f, const moqi_piece *p, const moq_linear *w, uint8_t *out)
+{
+    const moq_coding *c = &f->scheme.weight;
+    int64_t bands = c->group_rows > 0 ? moqi_ceil_div(w->rows, c->group_rows) : 1, groups = c->group_cols > 0 ? moqi_ceil_div(w->cols, c->group_cols) : 1;
+    int64_t step = c->group_rows > 0 ? c->group_rows : 1, own = moqi_group_count(w), bytes = moq_dtype_bits(p->dtype) / 8;
+    for (int64_t i = 0; i < bands * groups; i++) {
+        int64_t r = i / groups * step, g = own == groups ? i % groups : 0;
+        if (bytes > 1) { moqi_store_float(p->dtype, (float)moqi_scale_at(w, r, g), out + i * bytes); continue; }
+        if (moq_dtype_bits(w->scales.dtype) > 8) { moqi_e8m0_of((float)moqi_scale_at(w, r, g), out + i); continue; }
+        int64_t band = w->row_first + r * w->row_step;
+        if (w->scheme.weight.group_rows > 1) band /= w->scheme.weight.group_rows;
+        uint8_t byte = ((const uint8_t *)w->scales.data)[band * w->scale_row_stride + g * w->scale_col_stride];
+        if (f->stack) out[i % groups * w->rows + i / groups] = byte;
+        else out[i] = byte;
+    }
+}
+
+/* Zero points: bytes beside the scales, or packed along the rows with the offset of the codes. out: zeros on entry. */
+static void moqi_store_zeros(const moqi_form *f, const moq_linear *w, uint8_t *out)
+{
+    int bits = moq_dtype_bits(f->scheme.weight.elem);
+    int64_t groups = moqi_group_count(w), step = w->scheme.weight.group_rows > 0 ? w->scheme.weight.group_rows : 1;
+    for (int64_t i = 0; i < moqi_band_count(w) * groups; i++) {
+        int64_t r = i / groups, g = i % groups;
+        int32_t z = moqi_signed_zero(w, r * step, g);
+        if (f->format != MOQI_CT_PACK) { out[i] = (uint8_t)z; continue; }
+        uint32_t v = (uint32_t)(z + (1 << (bits - 1)));
+        for (int k = 0; k < bits; k++) { /* word [bit / 32] of the column of groups g */
+            int64_t at = r * bits + k;
+            out[4 * (at / 32 * groups + g) + at % 32 / 8] |= (uint8_t)((v >> k & 1u) << (at & 7));
+        }
+    }
+}
+
+/* The bytes of one large piece of a layer, an expert or a band of rows; `out` is overwritten. q: scratch of one row of codes. */
+static void moqi_store_piece(const moqi_form *f, const moqi_piece *p, const moq_linear *w, int16_t *q, uint8_t *out, uint64_t bytes)
+{
+    memset(out, 0, (size_t)bytes);
+    if (p->what == MOQI_PIECE_CODES) moqi_store_codes(f, w, q, out);
+    else if (p->what == MOQI_PIECE_SCALES) moqi_store_scales(f, p, w, out);
+    else if (p->what == MOQI_PIECE_ZEROS) moqi_store_zeros(f, w, out);
+    else for (int64_t c = 0; c < w->cols; c++) { /* group of every column */
+        uint32_t g = (uint32_t)moqi_group_of(w, c);
+        for (int k = 0; k < 4; k++) out[4 * c + k] = (uint8_t)(g >> (8 * k));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>pack            the tensors of a quantized folder, encoded and written shard by shard
    Memory holds one layer at a time; tensor names, shapes and their order in the file are ModelOpt's.
    ------------------------------------------------------------------------------------------------ */
@@ -16708,18 +17192,19 @@ MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_erro
    safetensors file comes first. Then each tensor is made when its turn comes. Scales stand before codes in the file (the library
    sorts E4M3 before U8, F32 before both), so a layer is looked at twice: once for its scales, once for its codes. */
 /* Where the bytes of a written tensor come from. Codes and scales are made when their turn comes, so that memory holds one layer. */
-enum { MOQI_OUT_DATA = 0, MOQI_OUT_CODES, MOQI_OUT_SCALES, MOQI_OUT_FLOAT };
+enum { MOQI_OUT_DATA = 0, MOQI_OUT_CODES, MOQI_OUT_SCALES, MOQI_OUT_FLOAT, MOQI_OUT_PIECE };
 
 typedef struct moqi_out {
     moq_tensor t;   /* first: the writer of >>st sorts by it. data: for MOQI_OUT_DATA */
     int what;
     size_t target;
+    moqi_piece piece; /* for MOQI_OUT_PIECE */
 } moqi_out;
 
 /* A line of the JSON description: a module, or a container of experts. */
 typedef struct moqi_unit {
     const char *name;
-    const moq_recipe *recipe; /* NULL: not quantized */
+    const moq_scheme *scheme; /* NULL: not quantized */
     const char *algo;
     const char *order;        /* name in ModelOpt's memory, by which it sorts */
     int64_t place;            /* in the model */
@@ -16741,6 +17226,12 @@ typedef struct moqi_export {
     int with_codes;            /* its codes are there too, not only its scales */
     uint64_t done, total;      /* bytes written, of all */
     const char *kv_algo;       /* "FP8" ...; NULL: none */
+    int container;             /* MOQI_MODELOPT, MOQI_COMPRESSED */
+    int convert;               /* quantized layers of the source keep their numbers */
+    int cast;                  /* but for MXFP4, which becomes NVFP4 */
+    moqi_form *forms;          /* of each target: how it is written as pieces; algo NULL: it is not */
+    uint8_t *pieces;           /* one band of a piece */
+    uint64_t piece_room, band_bytes;
     char temp[4096 + 40];
     uint32_t shards;
 } moqi_export;
@@ -16825,6 +17316,14 @@ static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_ra
     *scale_rank = scales[0] * scales[2] == 1 && !half ? 0 : 4;
 }
 
+/* The stored scale of static inputs. */
+static float moqi_target_input(const moqi_target *t)
+{
+    moq_dtype e = t->recipe->scheme.input.elem;
+    return e == MOQ_F8_E4M3 ? moqi_scale_of(t->input_amax, 448, MOQI_INV_448) : e == MOQ_I8 ? moqi_scale_of(t->input_amax, 127, MOQI_INV_127)
+                            : moqi_scale_of(t->input_amax, 6, MOQI_INV_2688);
+}
+
 /* All tensors of a quantized target but its bias. */
 static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
 {
@@ -16852,10 +17351,7 @@ static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
     if (r == MOQ_OK && s->weight.has_global)
         r = moqi_add_scalar(x, t->name, stack ? "_weight_scale_2" : ".weight_scale_2", moqi_global_scale(s, t->search, t->global_amax), err);
     if (r == MOQ_OK && moqi_has_input_scale(t->recipe)) {
-        moq_dtype e = s->input.elem;
-        float v = e == MOQ_F8_E4M3 ? moqi_scale_of(t->input_amax, 448, MOQI_INV_448) : e == MOQ_I8 ? moqi_scale_of(t->input_amax, 127, MOQI_INV_127)
-                : moqi_scale_of(t->input_amax, 6, MOQI_INV_2688);
-        r = moqi_add_scalar(x, t->name, stack ? "_input_scale" : ".input_scale", v, err);
+        r = moqi_add_scalar(x, t->name, stack ? "_input_scale" : ".input_scale", moqi_target_input(t), err);
     }
     if (r == MOQ_OK && t->out_p) r = moqi_add_values(x, t->name, ".pre_quant_scale", t->model, 1, &cols, t->out_p, err);
     return r;
@@ -16888,6 +17384,14 @@ static moqi_target *moqi_owner(const moqi_plan *p, const moq_tensor *t, int *is_
     return NULL;
 }
 
+static int moqi_is_kv_part(const char *name)
+{
+    static const char *const ends[] = {".k_scale", ".v_scale", ".k_bias", ".v_bias"};
+    for (size_t i = 0; i < MOQI_COUNT(ends); i++)
+        if (moqi_ends(name, ends[i])) return 1;
+    return 0;
+}
+
 /* Everything that is not quantized: copied, folded, or decoded from a quantized source. */
 static moq_result moqi_add_rest(moqi_export *x, moq_error *err)
 {
@@ -16900,7 +17404,9 @@ static moq_result moqi_add_rest(moqi_export *x, moq_error *err)
         moq_result r = MOQ_OK;
         for (size_t k = 0; k < p->fold_count; k++)
             if (strcmp(p->folds[k].tensor, t->name) == 0) fold = &p->folds[k];
-        if (owner && !is_bias && (owner->recipe || moq_scheme_is_quantized(&owner->w.scheme))) continue;
+        int raw = owner && x->forms[owner - p->targets].raw;
+        if (owner && !is_bias && !raw && (owner->recipe || moq_scheme_is_quantized(&owner->w.scheme))) continue;
+        if (x->convert && moqi_is_kv_part(t->name)) continue;
         if (fold) r = moqi_add_folded(x, t, fold->p, fold->plus_one, err);
         else if (owner && is_bias && owner->row_p) r = moqi_add_folded(x, t, owner->row_p, 0, err);
         else {
@@ -16932,8 +17438,51 @@ static moq_result moqi_add_kv_tensor(moqi_export *x, const moq_tensor *t, const 
     if (!moq_to_f32(t->dtype, t->data, n, v) || (!bias && n != 1) || n == 0)
         return moqi_fail(err, MOQ_E_SHAPE, moqi_at(x->plan.records_name, "tensor", t->name, (int64_t)t->offset), "expected one number");
     if (!bias) v[0] = moqi_scale_of(v[0], 448, MOQI_INV_448);
+    if (x->container == MOQI_COMPRESSED) {
+        uint64_t one = 1;
+        moqi_format(name, sizeof name, "%s%c_scale", module, which);
+        return moqi_add_values(x, name, "", MOQ_F32, 1, &one, v, err);
+    }
     moqi_format(name, sizeof name, "%s%c_proj.%c_%s", module, which, which, bias ? "bias" : "scale");
     return moqi_add_values(x, name, "", bias ? MOQ_BF16 : MOQ_F32, bias ? t->rank : 0, t->shape, v, err);
+}
+
+/* Keys and values of the source in the other container: "A.k_proj.k_scale" of one number, "A.k_scale" of [1] in the model's type where
+   that holds it. Only FP8 without a bias is known to both. */
+static moq_result moqi_convert_kv(moqi_export *x, moq_error *err)
+{
+    const moq_checkpoint *ck = x->plan.ck;
+    moq_kv_format kv = moq_get_info(ck)->kv;
+    int ct = x->container == MOQI_COMPRESSED, same = moq_get_info(ck)->family == (ct ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT);
+    char name[MOQ_MAX_NAME_BYTES + 64];
+    uint64_t one = 1;
+    moq_result r = MOQ_OK;
+    if (kv == MOQ_KV_WIDE) return MOQ_OK;
+    x->kv_algo = kv == MOQ_KV_NVFP4 ? "NVFP4" : kv == MOQ_KV_NVFP4_AFFINE ? "NVFP4_AFFINE" : "FP8";
+    if (kv != MOQ_KV_FP8 && !same)
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(ck), NULL, NULL, -1), "a KV cache of %s cannot be described in %s", moq_kv_format_name(kv),
+                         moqi_container_names[x->container]);
+    for (size_t i = 0; i < moq_tensor_count(ck) && r == MOQ_OK; i++) {
+        const moq_tensor *t = moq_get_tensor(ck, i);
+        float v = 1;
+        if (!moqi_is_kv_part(t->name)) continue;
+        if (same) {
+            moqi_out *o = moqi_add_out(x, t->name, "", t->dtype, t->rank, t->shape);
+            if (!o) return moqi_nomem(err, sizeof *o);
+            o->t.data = t->data;
+            continue;
+        }
+        if (moqi_elements(t) != 1 || !moq_to_f32(t->dtype, t->data, 1, &v) || !moqi_ends(t->name, "_scale"))
+            return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "tensor", t->name, -1), "only one scale for all heads can be stored in %s",
+                             moqi_container_names[x->container]);
+        const char *last = moqi_last_part(t->name), which = *last, *end = last - 1;
+        int below = moqi_starts(last - (last - t->name >= 7 ? 7 : 0), which == 'k' ? "k_proj." : "v_proj.");
+        int length = (int)(end - t->name) - (below ? 7 : 0);
+        if (ct) moqi_format(name, sizeof name, "%.*s.%c_scale", length, t->name, which);
+        else moqi_format(name, sizeof name, "%.*s.%c_proj.%c_scale", length, t->name, which, which);
+        r = moqi_add_values(x, name, "", ct && moqi_fits(MOQ_BF16, (double)v) ? MOQ_BF16 : MOQ_F32, (uint32_t)ct, &one, &v, err);
+    }
+    return r;
 }
 
 /* Every recorded "....k_bmm_quantizer.amax" and its like becomes a tensor beside the attention's projections. */
@@ -16949,6 +17498,8 @@ static moq_result moqi_add_kv(moqi_export *x, moq_error *err)
         return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, kv, -1), "is no KV recipe of a ModelOpt folder: fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, "
                          "nvfp4_cast, nvfp4_rotate, none");
     x->kv_algo = moqi_kv_recipes[row].algo;
+    if (x->container == MOQI_COMPRESSED && (strcmp(x->kv_algo, "FP8") != 0 || moqi_kv_recipes[row].bias))
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, NULL, kv, -1), "this KV cache cannot be described in a compressed-tensors folder; fp8 and fp8_cast can");
     if (!moqi_kv_recipes[row].recorded) return MOQ_OK;
     for (size_t i = 0; i < x->plan.record_count; i++) {
         const moq_tensor *t = x->plan.records[i];
@@ -17122,6 +17673,86 @@ static moq_result moqi_decode_target(moqi_export *x, size_t index, moq_error *er
     return r;
 }
 
+/* ---- layers as pieces ---- */
+
+/* A target as a layer over the encoder's output; without data while nothing is encoded yet. */
+static void moqi_made_linear(const moqi_export *x, const moqi_target *t, moq_linear *w)
+{
+    const moq_coding *c = &t->recipe->scheme.weight;
+    int bits = moq_dtype_bits(c->elem), rows = c->elem == MOQ_I4;
+    int64_t groups = c->group_cols > 0 ? moqi_ceil_div(t->w.cols, c->group_cols) : 1;
+    memset(w, 0, sizeof *w);
+    w->name = t->name;
+    w->rows = t->w.rows;
+    w->cols = t->w.cols;
+    w->experts = t->w.experts;
+    w->row_step = 1;
+    w->scheme = t->recipe->scheme;
+    w->scheme.pre_quant_scale = t->out_p != NULL;
+    w->packing = moqi_make_packing(bits, 8, rows, rows ? w->cols : w->cols * bits / 8, 1);
+    w->codes.data = x->codes;
+    w->scales.data = x->scales;
+    w->scales.dtype = c->scale;
+    w->scale_row_stride = c->group_rows == MOQ_ALL ? 0 : groups;
+    w->scale_col_stride = c->group_cols == MOQ_ALL ? 0 : 1;
+    w->global_mul = c->has_global && c->elem == MOQ_F4 ? moqi_global_scale(&w->scheme, t->search, t->global_amax) : 1;
+    w->global_div = 1;
+    if (moqi_has_input_scale(t->recipe)) w->input_scale = moqi_target_input(t);
+}
+
+/* The layer that the pieces of a target are made of: kept as the source has it, or encoded. */
+static moq_result moqi_piece_source(moqi_export *x, const moqi_out *o, moq_linear *w, moq_error *err)
+{
+    const moqi_target *t = &x->plan.targets[o->target];
+    *w = t->w;
+    if (!t->recipe) return MOQ_OK;
+    moq_result r = moqi_encode_target(x, o->target, o->piece.what != MOQI_PIECE_SCALES, err);
+    moqi_made_linear(x, t, w);
+    return r;
+}
+
+/* All tensors of a target as pieces. */
+static moq_result moqi_add_pieces(moqi_export *x, size_t index, moq_error *err)
+{
+    const moqi_target *t = &x->plan.targets[index];
+    moqi_form *f = &x->forms[index];
+    moqi_piece list[MOQI_MAX_PIECES];
+    moq_dtype model = t->w.scales.dtype == MOQ_F16 ? MOQ_F16 : t->model;
+    moq_linear w = t->w;
+    if (t->recipe) {
+        moqi_made_linear(x, t, &w);
+        w.codes.data = w.scales.data = NULL;
+    }
+    moq_result r = moqi_find_form(x->container, &w, model, f, err);
+    moq_family family = moq_get_info(x->plan.ck)->family;
+    f->raw = !t->recipe && family == (x->container == MOQI_COMPRESSED ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT);
+    int n = r == MOQ_OK && !f->raw ? moqi_list_pieces(f, &w, list) : 0;
+    for (int i = 0; i < n && r == MOQ_OK; i++) {
+        moqi_piece *p = &list[i];
+        char stack[32];
+        moqi_format(stack, sizeof stack, "_%s", p->ending + 1);
+        const char *ending = !f->stack ? p->ending : p->what == MOQI_PIECE_CODES ? "" : stack;
+        if (p->what == MOQI_PIECE_GLOBAL || p->what == MOQI_PIECE_INPUT) {
+            r = moqi_add_values(x, t->name, ending, p->dtype, p->rank, p->shape, &p->value, err);
+            continue;
+        }
+        moqi_out *o = moqi_add_out(x, t->name, ending, p->dtype, p->rank, p->shape);
+        uint8_t *data = o ? (uint8_t *)moqi_take(&x->arena, 16, 16) : NULL;
+        if (!data) return moqi_nomem(err, sizeof *o);
+        o->target = index;
+        o->piece = *p;
+        if (p->what < MOQI_PIECE_GLOBAL) { o->what = MOQI_OUT_PIECE; continue; }
+        o->t.data = data;
+        memset(data, 0, 16);
+        if (p->what == MOQI_PIECE_INPUT_ZERO) data[0] = (uint8_t)(int)p->value;
+        for (int k = 0; p->what == MOQI_PIECE_SHAPE && k < 8; k++) {
+            data[k] = (uint8_t)((uint64_t)w.rows >> (8 * k));
+            data[8 + k] = (uint8_t)((uint64_t)w.cols >> (8 * k));
+        }
+    }
+    return r;
+}
+
 /* ---- shards ---- */
 
 /* Progress, and the place where a caller can stop the work. */
@@ -17134,22 +17765,64 @@ static moq_result moqi_tell(moqi_export *x, uint64_t more, moq_error *err)
     return MOQ_OK;
 }
 
+/* Some bytes to the file, 64 MB at a time, so that cancelling is heard. */
+static moq_result moqi_put_bytes(moqi_export *x, moqi_writer *w, const uint8_t *p, uint64_t bytes, moq_error *err)
+{
+    moq_result r = MOQ_OK;
+    for (uint64_t at = 0, step; at < bytes && r == MOQ_OK; at += step) {
+        step = (uint64_t)moqi_min((int64_t)(bytes - at), 64 << 20);
+        r = moqi_writer_put(w, p + at, (size_t)step, err);
+        if (r == MOQ_OK) r = moqi_tell(x, step, err);
+    }
+    return r;
+}
+
+/* A piece, expert by expert or in bands of rows of about band_bytes, so that memory does not grow with the layer. */
+static moq_result moqi_put_pieces(moqi_export *x, moqi_writer *file, const moqi_out *o, moq_error *err)
+{
+    const moqi_form *f = &x->forms[o->target];
+    const moq_allocator *a = &x->plan.desc->allocator;
+    moq_linear w, one;
+    moq_result r = moqi_piece_source(x, o, &w, err);
+    int rows = !f->stack && o->piece.what <= MOQI_PIECE_SCALES && o->t.rank > 0 && (o->piece.what == MOQI_PIECE_CODES || o->t.shape[0] > 1);
+    int64_t parts = f->stack && o->t.rank > 0 ? w.experts : 1, band = w.rows;
+    if (r != MOQ_OK) return r;
+    if (rows) band = moqi_max(128, (int64_t)(x->band_bytes / (o->t.bytes / (uint64_t)w.rows + 1)) / 128 * 128);
+    if (rows) parts = moqi_ceil_div(w.rows, band);
+    /* rows of the layer in a line of the piece: one, a pair, or those of a block */
+    int64_t lines = rows ? (int64_t)o->t.shape[0] : 1, unit = f->scheme.weight.group_rows;
+    if (lines == w.rows) unit = 1;
+    else if (o->piece.what == MOQI_PIECE_CODES) unit = 2;
+    int16_t *q = (int16_t *)moq_allocate(a, (size_t)w.cols * sizeof *q);
+    if (!q) return moqi_nomem(err, (uint64_t)w.cols * sizeof *q);
+    for (int64_t i = 0; i < parts && r == MOQ_OK; i++) {
+        int64_t count = moqi_min(band, w.rows - i * band);
+        uint64_t bytes = o->t.bytes / (uint64_t)parts;
+        one = w;
+        if (f->stack) r = moq_slice_expert(&w, (int32_t)i, &one, err);
+        else if (rows) {
+            bytes = o->t.bytes / o->t.shape[0] * (uint64_t)moqi_ceil_div(count, unit);
+            r = moq_slice_rows(&w, i * band, count, 1, &one, err);
+        }
+        if (r == MOQ_OK) r = moqi_room(a, &x->pieces, &x->piece_room, bytes, err);
+        if (r == MOQ_OK) moqi_store_piece(f, &o->piece, &one, q, x->pieces, bytes);
+        if (r == MOQ_OK) r = moqi_put_bytes(x, file, x->pieces, bytes, err);
+    }
+    moq_release(a, q, (size_t)w.cols * sizeof *q);
+    return r;
+}
+
 /* The bytes of one tensor: copied from the source's mapping, or made now. */
 static moq_result moqi_put_out(moqi_export *x, moqi_writer *w, const moqi_out *o, moq_error *err)
 {
     const void *data = o->t.data;
     moq_result r = MOQ_OK;
+    if (o->what == MOQI_OUT_PIECE) return moqi_put_pieces(x, w, o, err);
     if (o->what == MOQI_OUT_FLOAT) r = moqi_decode_target(x, o->target, err);
     else if (o->what != MOQI_OUT_DATA) r = moqi_encode_target(x, o->target, o->what == MOQI_OUT_CODES, err);
     if (r != MOQ_OK) return r;
     if (o->what != MOQI_OUT_DATA) data = o->what == MOQI_OUT_SCALES ? x->scales : x->codes;
-    const uint8_t *p = (const uint8_t *)data;
-    for (uint64_t at = 0, step; at < o->t.bytes && r == MOQ_OK; at += step) { /* 64 MB at a time, so that cancelling is heard */
-        step = (uint64_t)moqi_min((int64_t)(o->t.bytes - at), 64 << 20);
-        r = moqi_writer_put(w, p + at, (size_t)step, err);
-        if (r == MOQ_OK) r = moqi_tell(x, step, err);
-    }
-    return r;
+    return moqi_put_bytes(x, w, (const uint8_t *)data, o->t.bytes, err);
 }
 
 /* The order of the safetensors library: dtype, widest first and in its own order among equals, then name. */
@@ -17318,21 +17991,20 @@ static int moqi_units_by_place(const void *a, const void *b)
 static int moqi_units_by_order(const void *a, const void *b) { return strcmp(((const moqi_unit *)a)->order, ((const moqi_unit *)b)->order); }
 
 /* Adds a unit; a unit of several targets counts as quantized when one of them is. */
-static moq_result moqi_add_unit(moqi_export *x, const char *name, const moq_recipe *recipe, int plain_experts, moq_error *err)
+static moq_result moqi_add_unit(moqi_export *x, const char *name, const moq_scheme *scheme, const char *algo, moq_error *err)
 {
     char text[MOQ_MAX_NAME_BYTES + 16];
     if (!name) return moqi_nomem(err, MOQ_MAX_NAME_BYTES);
     moqi_unit *u = x->unit_count ? &x->units[x->unit_count - 1] : NULL;
     if (u && strcmp(u->name, name) == 0) {
-        if (recipe && !u->recipe) x->unit_count--;
+        if (scheme && !u->scheme) x->unit_count--;
         else return MOQ_OK;
     }
     moqi_memory_name(&x->plan, name, text, sizeof text);
     u = &x->units[x->unit_count++];
     u->name = name;
-    u->recipe = recipe;
-    u->algo = recipe ? recipe->algo : NULL;
-    if (recipe && plain_experts && strcmp(recipe->algo, "NVFP4_AWQ") == 0) u->algo = "NVFP4"; /* experts are not smoothed */
+    u->scheme = scheme;
+    u->algo = algo;
     u->place = moqi_unit_place(name);
     u->order = moqi_take_text(&x->arena, text, strlen(text));
     return u->order ? MOQ_OK : moqi_nomem(err, strlen(text));
@@ -17351,17 +18023,20 @@ static moq_result moqi_make_units(moqi_export *x, moq_error *err)
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
         const moqi_target *t = &p->targets[i];
         if (t->embedding && moqi_starts(moq_get_info(p->ck)->model_type, "gemma")) continue;
-        r = moqi_add_unit(x, moqi_unit_name(x, t), t->recipe, t->expert || t->w.experts > 0, err);
+        const moqi_form *f = &x->forms[i];
+        const char *algo = t->recipe ? t->recipe->algo : f->algo;
+        if (t->recipe && (t->expert || t->w.experts > 0) && strcmp(algo, "NVFP4_AWQ") == 0) algo = "NVFP4"; /* experts are not smoothed */
+        r = moqi_add_unit(x, moqi_unit_name(x, t), t->recipe ? &t->recipe->scheme : f->algo ? &f->scheme : NULL, algo, err);
     }
     for (size_t i = 0; i < moq_tensor_count(p->ck) && r == MOQ_OK; i++) { /* convolutions */
         const moq_tensor *t = moq_get_tensor(p->ck, i);
         if (t->rank < 3 || !moqi_ends(t->name, ".weight") || moqi_map_find(&p->map, t->name, t->name_bytes - 7u)) continue;
-        r = moqi_add_unit(x, moqi_take_text(&x->arena, t->name, t->name_bytes - 7u), NULL, 0, err);
+        r = moqi_add_unit(x, moqi_take_text(&x->arena, t->name, t->name_bytes - 7u), NULL, NULL, err);
     }
     int tied = 0;
     moq_json_bool(moq_json_find(moq_get_config(p->ck), "tie_word_embeddings"), &tied);
     if (r == MOQ_OK && (tied || moqi_starts(moq_get_info(p->ck)->model_type, "gemma")) && !moqi_map_find(&p->map, "lm_head", 7))
-        r = moqi_add_unit(x, "lm_head", NULL, 0, err);
+        r = moqi_add_unit(x, "lm_head", NULL, NULL, err);
     for (size_t i = 0; i < x->unit_count; i++) list[i] = &x->units[i];
     moqi_sort(list, list + room, x->unit_count, moqi_units_by_order);
     for (size_t i = 0; i < x->unit_count; i++) sorted[i] = *(const moqi_unit *)list[i];
@@ -17379,7 +18054,7 @@ static size_t moqi_exclude_prefix(const moqi_export *x, const char *name, int *d
         int star = 0, dotted = 0;
         if (name[n] != '.') continue;
         for (size_t i = 0; i < x->unit_count; i++) {
-            if (!x->units[i].recipe || strncmp(x->units[i].name, name, n) != 0) continue;
+            if (!x->units[i].scheme || strncmp(x->units[i].name, name, n) != 0) continue;
             star = 1;
             dotted |= x->units[i].name[n] == '.' || x->units[i].name[n] == 0;
         }
@@ -17396,7 +18071,7 @@ static void moqi_put_excludes(moqi_export *x, moqi_json_out *o)
     moqi_json_begin(o, '[');
     for (size_t i = 0; i < x->unit_count; i++) {
         int dot = 0;
-        if (x->units[i].recipe) continue;
+        if (x->units[i].scheme) continue;
         size_t n = moqi_exclude_prefix(x, x->units[i].name, &dot);
         if (n) moqi_format(text, sizeof text, "%.*s%s", (int)n, x->units[i].name, dot ? ".*" : "*");
         else moqi_format(text, sizeof text, "%s", x->units[i].name);
@@ -17445,7 +18120,7 @@ static const moqi_algo_json *moqi_find_algo_json(const char *algo)
 static int moqi_same_entry(const moqi_unit *a, const moqi_unit *b)
 {
     const moqi_algo_json *j = moqi_find_algo_json(a->algo);
-    return strcmp(a->algo, b->algo) == 0 && (!j || !j->group || a->recipe->scheme.weight.group_cols == b->recipe->scheme.weight.group_cols);
+    return strcmp(a->algo, b->algo) == 0 && (!j || !j->group || a->scheme->weight.group_cols == b->scheme->weight.group_cols);
 }
 
 /* group_size, has_zero_point, pre_quant_scale of an algorithm. */
@@ -17454,7 +18129,7 @@ static void moqi_put_entry(moqi_json_out *o, const moqi_unit *u)
     const moqi_algo_json *j = moqi_find_algo_json(u->algo);
     if (j && j->group) {
         moqi_json_put_key(o, "group_size");
-        moqi_json_put_int(o, u->recipe->scheme.weight.group_cols);
+        moqi_json_put_int(o, u->scheme->weight.group_cols);
     }
     if (j && j->flags) {
         moqi_json_put_key(o, "has_zero_point");
@@ -17490,7 +18165,7 @@ static void moqi_put_numbers(moqi_json_out *o, const char *key, int bits, char t
 static void moqi_put_config_group(moqi_export *x, moqi_json_out *o, const moqi_unit *u, int mixed)
 {
     const moqi_algo_json *j = moqi_find_algo_json(u->algo);
-    int group = u->recipe->scheme.weight.group_cols;
+    int group = u->scheme->weight.group_cols;
     moqi_json_begin(o, '{');
     if (!j) {
         moqi_json_put_key(o, "quant_algo");
@@ -17509,7 +18184,7 @@ static void moqi_put_config_group(moqi_export *x, moqi_json_out *o, const moqi_u
     moqi_json_begin(o, '[');
     if (!mixed) moqi_json_put_string(o, "Linear");
     for (size_t i = 0; mixed && i < x->unit_count; i++)
-        if (x->units[i].recipe && moqi_same_entry(&x->units[i], u)) moqi_json_put_string(o, x->units[i].name);
+        if (x->units[i].scheme && moqi_same_entry(&x->units[i], u)) moqi_json_put_string(o, x->units[i].name);
     moqi_json_end(o, ']');
     moqi_json_end(o, '}');
 }
@@ -17520,7 +18195,7 @@ static const moqi_unit *moqi_first_unit(const moqi_export *x, int *mixed)
     const moqi_unit *first = NULL;
     *mixed = 0;
     for (size_t i = 0; i < x->unit_count; i++) {
-        if (!x->units[i].recipe) continue;
+        if (!x->units[i].scheme) continue;
         if (!first) first = &x->units[i];
         else if (!moqi_same_entry(first, &x->units[i])) *mixed = 1;
     }
@@ -17533,7 +18208,7 @@ static void moqi_put_layers(moqi_export *x, moqi_json_out *o)
     moqi_json_put_key(o, "quantized_layers");
     moqi_json_begin(o, '{');
     for (size_t i = 0; i < x->unit_count; i++) {
-        if (!x->units[i].recipe) continue;
+        if (!x->units[i].scheme) continue;
         moqi_json_put_key(o, x->units[i].name);
         moqi_json_begin(o, '{');
         moqi_json_put_key(o, "quant_algo");
@@ -17562,7 +18237,7 @@ static moq_result moqi_write_hf_quant(moqi_export *x, moq_error *err)
     moqi_json_out o;
     int mixed;
     const moqi_unit *u = moqi_first_unit(x, &mixed);
-    if (!u && !x->kv_algo) return MOQ_OK;
+    if ((!u && !x->kv_algo) || x->container == MOQI_COMPRESSED) return MOQ_OK;
     moqi_json_out_make(&o, &x->plan.desc->allocator, 1);
     moqi_json_begin(&o, '{');
     moqi_put_producer(&o);
@@ -17600,7 +18275,7 @@ static void moqi_put_config(moqi_export *x, moqi_json_out *o)
         moqi_json_begin(o, '{');
         for (size_t i = 0; i < x->unit_count; i++) { /* a group at the first unit of each kind */
             const moqi_unit *next = x->by_place[i];
-            int seen = !next->recipe;
+            int seen = !next->scheme;
             for (int k = 0; k < n && !seen; k++) seen = moqi_same_entry(kinds[k], next);
             if (seen || n == (int)MOQI_COUNT(kinds)) continue;
             moqi_format(name, sizeof name, "group_%d", n);
@@ -17638,6 +18313,139 @@ static void moqi_put_config(moqi_export *x, moqi_json_out *o)
     moqi_put_producer(o);
     moqi_json_put_key(o, "quant_method");
     moqi_json_put_string(o, "modelopt");
+    moqi_json_end(o, '}');
+}
+
+/* ---- compressed-tensors ---- */
+
+/* null, true, false, numbers, or a string in the way the library prints them. */
+static void moqi_put_field(moqi_json_out *o, const char *key, const char *raw, const char *text)
+{
+    moqi_json_put_key(o, key);
+    if (text) moqi_json_put_string(o, text);
+    else moqi_json_put_raw(o, raw);
+}
+
+/* Arguments of weights or inputs. Observers say how the library's presets would calibrate; no reader needs them. */
+static void moqi_put_ct_args(moqi_json_out *o, const moq_coding *c, int input, int act_order)
+{
+    char number[24];
+    int nvfp4 = c->elem == MOQ_F4 && c->has_global, is_int = moqi_is_int(c->elem), group = c->group_rows == 1 && c->group_cols > 0;
+    int mx = !is_int && c->scale == MOQ_F8_E8M0 && c->group_cols == 32, one = c->group_rows == MOQ_ALL;
+    moqi_json_begin(o, '{');
+    if (act_order) moqi_put_field(o, "actorder", NULL, "group");
+    if (c->group_rows > 1) {
+        moqi_json_put_key(o, "block_structure");
+        moqi_json_begin(o, '[');
+        moqi_json_put_int(o, c->group_rows);
+        moqi_json_put_int(o, c->group_cols);
+        moqi_json_end(o, ']');
+    }
+    moqi_put_field(o, "dynamic", input && c->dynamic ? "true" : "false", input && nvfp4 ? "local" : NULL);
+    moqi_format(number, sizeof number, "%d", (int)c->group_cols);
+    moqi_put_field(o, "group_size", group ? number : "null", NULL);
+    moqi_json_put_key(o, "num_bits");
+    moqi_json_put_int(o, moq_dtype_bits(c->elem));
+    if (input && (nvfp4 || (one && !c->dynamic && !is_int))) moqi_put_field(o, "observer", NULL, "static_minmax");
+    if (nvfp4 || mx) moqi_put_field(o, "scale_dtype", NULL, nvfp4 ? "torch.float8_e4m3fn" : "torch.uint8");
+    else if (input && c->scale == MOQ_F8_E8M0) moqi_put_field(o, "scale_dtype", NULL, "torch.float8_e8m0fnu"); /* MXINT8 */
+    moqi_put_field(o, "strategy", NULL, nvfp4 ? "tensor_group" : group ? "group" : one ? "tensor" : c->group_rows > 1 ? "block" : input ? "token" : "channel");
+    moqi_put_field(o, "symmetric", c->zero_point ? "false" : "true", NULL);
+    moqi_put_field(o, "type", NULL, is_int ? "int" : "float");
+    moqi_json_end(o, '}');
+}
+
+/* Do two layers belong to one group? The type of float scales is no part of the description. */
+static int moqi_same_form(const moqi_form *a, const moqi_form *b)
+{
+    moq_scheme x = a->scheme, y = b->scheme;
+    if (moqi_is_float(x.weight.scale) && moqi_is_float(y.weight.scale)) x.weight.scale = y.weight.scale;
+    if (moqi_is_float(x.input.scale) && moqi_is_float(y.input.scale)) x.input.scale = y.input.scale;
+    x.input.rule = y.input.rule;
+    return a->format == b->format && moq_scheme_equal(&x, &y);
+}
+
+/* One config group: all layers that are like `f`, by name or as the class. */
+static void moqi_put_ct_group(const moqi_export *x, moqi_json_out *o, const moqi_form *f, int named)
+{
+    const moqi_plan *p = &x->plan;
+    moqi_json_begin(o, '{');
+    moqi_put_field(o, "format", NULL, moqi_ct_formats[f->format]);
+    moqi_json_put_key(o, "input_activations");
+    if (f->scheme.input.elem != MOQ_NONE) moqi_put_ct_args(o, &f->scheme.input, 1, 0);
+    else moqi_json_put_null(o);
+    moqi_put_field(o, "output_activations", "null", NULL);
+    moqi_json_put_key(o, "targets");
+    moqi_json_begin(o, '[');
+    if (!named) moqi_json_put_string(o, "Linear");
+    for (size_t i = 0; named && i < p->count; i++)
+        if (x->forms[i].algo && moqi_same_form(&x->forms[i], f)) moqi_json_put_string(o, p->targets[i].name);
+    moqi_json_end(o, ']');
+    moqi_json_put_key(o, "weights");
+    moqi_put_ct_args(o, &f->scheme.weight, 0, f->scheme.act_order);
+    moqi_json_end(o, '}');
+}
+
+/* Names of linear layers that are left as they are; a tied head has no tensor but is one. */
+static void moqi_put_ct_ignore(const moqi_export *x, moqi_json_out *o)
+{
+    const moqi_plan *p = &x->plan;
+    int tied = 0;
+    moq_json_bool(moq_json_find(moq_get_config(p->ck), "tie_word_embeddings"), &tied);
+    moqi_json_put_key(o, "ignore");
+    moqi_json_begin(o, '[');
+    if ((tied || moqi_starts(moq_get_info(p->ck)->model_type, "gemma")) && !moqi_map_find(&p->map, "lm_head", 7)) moqi_json_put_string(o, "lm_head");
+    for (size_t i = 0; i < p->count; i++) {
+        const moqi_target *t = &p->targets[i];
+        if (!x->forms[i].algo && !t->embedding && t->w.experts == 0) moqi_json_put_string(o, t->name);
+    }
+    moqi_json_end(o, ']');
+}
+
+/* The whole block as release 0.20 of the library writes it. One group of all linear layers where there is one, else groups by name. */
+static void moqi_put_ct_config(const moqi_export *x, moqi_json_out *o)
+{
+    enum { MOST = 64 };
+    const moqi_plan *p = &x->plan;
+    const moqi_form *groups[MOST];
+    int n = 0, named = 0, mixed = 0;
+    char name[32];
+    for (size_t i = 0; i < p->count; i++) {
+        const moqi_form *f = &x->forms[i];
+        int k = 0;
+        if (!f->algo) continue;
+        while (k < n && !moqi_same_form(groups[k], f)) k++;
+        if (k == n && n < (int)MOST) groups[n++] = f;
+        named |= p->targets[i].embedding;
+        mixed |= f->format != groups[0]->format;
+    }
+    named |= n > 1;
+    moqi_json_begin(o, '{');
+    moqi_json_put_key(o, "config_groups");
+    moqi_json_begin(o, '{');
+    for (int k = 0; k < n; k++) {
+        moqi_format(name, sizeof name, "group_%d", k);
+        moqi_json_put_key(o, name);
+        moqi_put_ct_group(x, o, groups[k], named);
+    }
+    moqi_json_end(o, '}');
+    moqi_put_field(o, "format", NULL, n == 0 ? "dense" : mixed ? "mixed-precision" : moqi_ct_formats[groups[0]->format]);
+    moqi_put_field(o, "global_compression_ratio", "null", NULL);
+    moqi_put_ct_ignore(x, o);
+    moqi_json_put_key(o, "kv_cache_scheme");
+    if (x->kv_algo) {
+        moq_coding kv;
+        memset(&kv, 0, sizeof kv);
+        kv.elem = MOQ_F8_E4M3;
+        kv.group_rows = kv.group_cols = MOQ_ALL;
+        moqi_put_ct_args(o, &kv, 0, 0);
+    } else moqi_json_put_null(o);
+    moqi_put_field(o, "moe_sparsity_config", "null", NULL);
+    moqi_put_field(o, "quant_method", NULL, "compressed-tensors");
+    moqi_put_field(o, "quantization_status", NULL, "compressed");
+    moqi_put_field(o, "sparsity_config", "{}", NULL);
+    moqi_put_field(o, "transform_config", "{}", NULL);
+    moqi_put_field(o, "version", NULL, "0.20.0");
     moqi_json_end(o, '}');
 }
 
@@ -17679,7 +18487,8 @@ static moq_result moqi_write_config(moqi_export *x, moq_error *err)
     }
     if (moqi_first_unit(x, &mixed) || x->kv_algo) {
         moqi_json_put_key(&o, "quantization_config");
-        moqi_put_config(x, &o);
+        if (x->container == MOQI_COMPRESSED) moqi_put_ct_config(x, &o);
+        else moqi_put_config(x, &o);
     }
     moqi_json_end(&o, '}');
     return moqi_write_json(x, "config.json", &o, err);
@@ -17783,20 +18592,57 @@ static moq_result moqi_get_records(moqi_export *x, moq_error *err)
     return r;
 }
 
+/* MXFP4 layers become NVFP4 without new numbers; everything else keeps its format. */
+static moq_result moqi_choose_casts(moqi_plan *p, moq_error *err)
+{
+    const moq_recipe *cast = moq_find_recipe("w4a16_nvfp4");
+    size_t n = 0;
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_target *t = &p->targets[i];
+        const moq_coding *c = &t->w.scheme.weight;
+        if (c->elem != MOQ_F4 || c->scale != MOQ_F8_E8M0 || c->group_cols != 32) continue;
+        t->recipe = cast;
+        t->cast = 1;
+        n++;
+    }
+    if (n) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "no layer is MXFP4 with groups of inputs, so nothing can be cast to NVFP4");
+}
+
+/* The recipe of a conversion, if any, and whether there is anything to convert. */
+static moq_result moqi_choose_kept(moqi_export *x, moq_error *err)
+{
+    moqi_plan *p = &x->plan;
+    const moq_info *info = moq_get_info(p->ck);
+    size_t n = 0;
+    for (size_t i = 0; i < p->count; i++) n += moq_scheme_is_quantized(&p->targets[i].w.scheme) != 0;
+    if (!n && info->kv == MOQ_KV_WIDE)
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "nothing in it is quantized; `moq quantize` makes a quantized folder of it");
+    if (x->cast) return moqi_choose_casts(p, err);
+    if (info->family == (x->container == MOQI_COMPRESSED ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT))
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is %s already", moqi_container_names[x->container]);
+    return MOQ_OK;
+}
+
 /* Everything that can be refused is refused here, before a byte is written. */
 static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
 {
     moqi_plan *p = &x->plan;
     moq_result r = moqi_choose_targets(p, err);
+    if (r == MOQ_OK && x->convert) r = moqi_choose_kept(x, err);
     if (r == MOQ_OK) r = moqi_get_records(x, err);
     if (r == MOQ_OK) r = moqi_load_targets(p, err);
     if (r != MOQ_OK) return r;
-    x->capacity = moq_tensor_count(p->ck) + 6 * moq_module_count(p->ck) + 64 + p->record_count;
+    x->capacity = moq_tensor_count(p->ck) + MOQI_MAX_PIECES * moq_module_count(p->ck) + 64 + p->record_count;
     x->outs = (moqi_out *)moqi_take_array(&x->arena, x->capacity, sizeof *x->outs);
-    if (!x->outs) return moqi_nomem(err, (uint64_t)x->capacity * sizeof *x->outs);
+    x->forms = (moqi_form *)moqi_take_array(&x->arena, p->count + 1, sizeof *x->forms);
+    if (!x->outs || !x->forms) return moqi_nomem(err, (uint64_t)x->capacity * sizeof *x->outs);
+    memset(x->forms, 0, (p->count + 1) * sizeof *x->forms);
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
         const moqi_target *t = &p->targets[i];
-        if (t->recipe) r = moqi_add_target(x, i, err);
+        int kept = x->convert && !t->recipe && moq_scheme_is_quantized(&t->w.scheme);
+        if (kept || (t->recipe && x->container == MOQI_COMPRESSED)) r = moqi_add_pieces(x, i, err);
+        else if (t->recipe) r = moqi_add_target(x, i, err);
         else if (moq_scheme_is_quantized(&t->w.scheme)) {
             uint64_t shape[3] = {(uint64_t)t->w.experts, (uint64_t)t->w.cols, (uint64_t)t->w.rows}, flat[2] = {(uint64_t)t->w.rows, (uint64_t)t->w.cols};
             int stack = t->w.experts > 0;
@@ -17807,7 +18653,7 @@ static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
         }
     }
     if (r == MOQ_OK) r = moqi_add_rest(x, err);
-    if (r == MOQ_OK) r = moqi_add_kv(x, err);
+    if (r == MOQ_OK) r = x->convert ? moqi_convert_kv(x, err) : moqi_add_kv(x, err);
     if (r == MOQ_OK) r = moqi_sort_outs(x, err);
     if (r == MOQ_OK) r = moqi_make_units(x, err);
     int mixed;
@@ -17858,6 +18704,11 @@ static void moqi_abort_folder(const moqi_export *x)
 #endif
 }
 
+static int moqi_find_container(const char *name)
+{
+    return moqi_same(name, "modelopt") ? MOQI_MODELOPT : moqi_same(name, "compressed-tensors") || moqi_same(name, "compressed_tensors") ? MOQI_COMPRESSED : -1;
+}
+
 /* Names of recipe and format, the source, the calibration file. */
 static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, moq_checkpoint **ck, moq_error *err)
 {
@@ -17867,7 +18718,9 @@ static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, 
     open.log = d->log;
     open.log_user = d->log_user;
     if (!d->source || !d->target || !d->recipe) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "source, target and recipe must be given");
-    if (d->format && !moqi_same(d->format, "modelopt")) return moq_fail(err, MOQ_E_UNSUPPORTED, d->format, "folders of this format cannot be written; use modelopt");
+    if (d->format && moqi_find_container(d->format) < 0)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, d->format, "folders of this format cannot be written; use modelopt or compressed-tensors");
+    x->container = d->format ? moqi_find_container(d->format) : MOQI_MODELOPT;
     x->plan.recipe = moq_find_recipe(d->recipe);
     if (!x->plan.recipe && !moqi_same(d->recipe, "none")) return moq_fail(err, MOQ_E_ARG, d->recipe, "no recipe has this name; `moq recipes` lists them");
     *ck = moq_open(d->source, &open, err);
@@ -17881,22 +18734,36 @@ static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, 
     return MOQ_OK;
 }
 
-MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
+/* What the other container says differently about inputs; weights are the same. */
+static void moqi_note_inputs(const moqi_export *x)
 {
-    moq_error own;
-    moq_checkpoint *ck = NULL;
-    if (!err) err = &own;
-    moqi_clear(err);
-    if (!desc) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "desc is NULL");
-    const moq_allocator *a = &desc->allocator;
-    moqi_export *x = (moqi_export *)moq_allocate(a, sizeof *x);
-    if (!x) return moqi_nomem(err, sizeof *x);
-    x->arena = moqi_arena_make(a);
-    x->plan.r = &x->arena;
-    x->plan.desc = desc;
-    x->encoded = SIZE_MAX;
-    moq_result r = moqi_open_sources(x, desc, &ck, err);
-    int workers = desc->threads > 0 ? desc->threads : moq_cpu_count();
+    size_t wide = 0, rounded = 0;
+    moq_open_desc log;
+    for (size_t i = 0; x->convert && i < x->plan.count; i++) {
+        const moqi_form *f = &x->forms[i];
+        const moq_scheme *s = &x->plan.targets[i].w.scheme;
+        if (!f->algo || f->raw || x->plan.targets[i].recipe) continue;
+        wide += s->input.elem != MOQ_NONE && f->scheme.input.elem == MOQ_NONE;
+        rounded += s->input.elem == MOQ_NONE && x->container == MOQI_MODELOPT && strcmp(f->algo, "mxfp4") == 0;
+    }
+    memset(&log, 0, sizeof log);
+    log.log = x->plan.desc->log;
+    log.log_user = x->plan.desc->log_user;
+    moqi_where at = moqi_at(moq_get_name(x->plan.ck), NULL, NULL, -1);
+    if (wide)
+        moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, at, "%zu layers keep their weights, but ModelOpt's FP8 blocks say nothing of rounded inputs: readers leave them wide",
+                 wide);
+    if (rounded)
+        moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, at, "%zu layers keep their weights, but ModelOpt's mxfp4 cannot say weight-only: readers round inputs to MXFP4",
+                 rounded);
+}
+
+/* From an opened source to the finished folder, and everything released. */
+static moq_result moqi_run_export(moqi_export *x, moq_checkpoint *ck, moq_result r, moq_error *err)
+{
+    const moq_quantize_desc *d = x->plan.desc;
+    const moq_allocator *a = &d->allocator;
+    int workers = d->threads > 0 ? d->threads : moq_cpu_count();
     moqi_pool *pool = r == MOQ_OK && workers > 1 ? moqi_pool_create(workers, a, err) : NULL;
     if (pool) {
         x->plan.parallel.run = moqi_pool_run;
@@ -17907,6 +18774,7 @@ MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
     }
     if (r == MOQ_OK) r = moqi_begin_folder(x, err);
     if (r == MOQ_OK) r = moqi_prepare_export(x, err);
+    if (r == MOQ_OK) moqi_note_inputs(x);
     if (r == MOQ_OK) r = moqi_tell(x, 0, err);
     if (r == MOQ_OK) r = moqi_write_folder(x, err);
     if (r != MOQ_OK) moqi_abort_folder(x);
@@ -17914,6 +18782,7 @@ MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
     for (size_t i = 0; i < x->plan.count; i++) moqi_drop_search(x, &x->plan.targets[i]);
     moq_release(a, x->codes, (size_t)x->code_room);
     moq_release(a, x->scales, (size_t)x->scale_room);
+    moq_release(a, x->pieces, (size_t)x->piece_room);
     moq_release(a, x->plan.work, (size_t)x->plan.work_bytes);
     moq_st_close(x->file);
     moq_stats_destroy(x->stats);
@@ -17921,6 +18790,63 @@ MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
     moqi_arena_drop(&x->arena);
     moq_release(a, x, sizeof *x);
     return r;
+}
+
+/* A zero-filled export of `desc`. */
+static moqi_export *moqi_begin_export(const moq_quantize_desc *desc, moq_error *err)
+{
+    moqi_export *x = (moqi_export *)moq_allocate(&desc->allocator, sizeof *x);
+    if (!x) { moqi_nomem(err, sizeof *x); return NULL; }
+    x->arena = moqi_arena_make(&desc->allocator);
+    x->plan.r = &x->arena;
+    x->plan.desc = desc;
+    x->encoded = SIZE_MAX;
+    x->band_bytes = 64 << 20;
+    return x;
+}
+
+MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
+{
+    moq_error own;
+    moq_checkpoint *ck = NULL;
+    if (!err) err = &own;
+    moqi_clear(err);
+    if (!desc) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "desc is NULL");
+    moqi_export *x = moqi_begin_export(desc, err);
+    if (!x) return MOQ_E_NOMEM;
+    moq_result r = moqi_open_sources(x, desc, &ck, err);
+    return moqi_run_export(x, ck, r, err);
+}
+
+MOQ_API moq_result moq_convert(const moq_convert_desc *desc, moq_error *err)
+{
+    moq_error own;
+    moq_checkpoint *ck = NULL;
+    moq_quantize_desc d;
+    if (!err) err = &own;
+    moqi_clear(err);
+    if (!desc || !desc->source || !desc->target || !desc->to) return moq_fail(err, MOQ_E_ARG, "moq_convert", "source, target and to must be given");
+    if (desc->recipe && !moqi_same(desc->recipe, "nvfp4") && !moqi_same(desc->recipe, "w4a16_nvfp4"))
+        return moq_fail(err, MOQ_E_ARG, desc->recipe, "only a cast to nvfp4 keeps numbers; `moq quantize` makes new ones");
+    memset(&d, 0, sizeof d);
+    d.source = desc->source;
+    d.target = desc->target;
+    d.recipe = "none";
+    d.format = desc->to;
+    d.shard_bytes = desc->shard_bytes;
+    d.threads = desc->threads;
+    d.progress = desc->progress;
+    d.progress_user = desc->progress_user;
+    d.log = desc->log;
+    d.log_user = desc->log_user;
+    d.allocator = desc->allocator;
+    moqi_export *x = moqi_begin_export(&d, err);
+    if (!x) return MOQ_E_NOMEM;
+    x->convert = 1;
+    x->cast = desc->recipe != NULL;
+    if (desc->max_memory) x->band_bytes = desc->max_memory;
+    moq_result r = moqi_open_sources(x, &d, &ck, err);
+    return moqi_run_export(x, ck, r, err);
 }
 
 #endif /* MOQ_QUANTIZE */

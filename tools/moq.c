@@ -314,6 +314,7 @@ typedef struct options {
     double temp, top_p, min_p;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
         *save_calibration, *max_memory;
+    const char *to, *png;
     text_list scheme, shape, exclude, rule;
 } options;
 
@@ -371,7 +372,8 @@ static const option_row option_table[] = {
     {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: activations go to a file"},
     {"exclude", KIND_LIST, FIELD(exclude), "PATTERN", "leave modules of this name alone; * and ? as in a shell (may be repeated)"},
     {"rule", KIND_LIST, FIELD(rule), "PATTERN=R", "another recipe for modules of this name (may be repeated)"},
-    {"format", KIND_TEXT, FIELD(format), "F", "container: modelopt"},
+    {"format", KIND_TEXT, FIELD(format), "F", "container: modelopt (default) or compressed-tensors"},
+    {"to", KIND_TEXT, FIELD(to), "F", "container: modelopt or compressed-tensors"},
     {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
     {"quantize", KIND_LATER, FIELD(none), "RECIPE", ""},
@@ -2393,7 +2395,12 @@ static const verb_row verb_table[] = {
      "lists of token lists end after --seq tokens; a .txt or a single list of tokens is cut into rows of that length.",
      "moq quantize my-model my-model-nvfp4 --recipe nvfp4_awq_lite --calib calib.jsonl --samples 128"},
     {"autoquant", NULL, 0, 4, "SRC DST --bits X --recipes A,B", "", "Chooses a recipe for each layer under a budget of bits.", ""},
-    {"convert", NULL, 0, 4, "SRC DST --to F", "", "The same numbers in the other container.", ""},
+    {"convert", verb_convert, 2, 2, "SRC DST --to F", "json to recipe shard",
+     "The same numbers in the other container: weights dequantize to the same values.\n"
+     "SRC may be of any family that opens (ModelOpt, compressed-tensors, FP8 blocks, AWQ, GPTQ, gpt-oss); DST must not exist.\n"
+     "A layer that the container cannot hold is named and nothing is written. --recipe nvfp4 casts MXFP4 layers to weight-only\n"
+     "NVFP4 of the same values, and says where exponents lie too far apart for that.",
+     "moq convert my-model-nvfp4 my-model-ct --to compressed-tensors"},
     {"diff", verb_diff, 2, 2, "A B", "json against",
      "Compares two folders or safetensors files tensor by tensor.\n"
      "A line for each: equal, or how many bytes differ and the relative error of the values.\n"

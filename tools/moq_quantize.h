@@ -1,4 +1,4 @@
-/* moq_quantize.h - the part of moq.c that writes checkpoints: the verb quantize.
+/* moq_quantize.h - the part of moq.c that writes checkpoints: the verbs quantize and convert.
 
    moq.c includes it once; it is no interface. All work is moq_quantize of the library; here are only options and messages.
    Options it reads besides the common ones: recipe, format, calib, calibration, save_calibration, max_memory, shard (texts), samples,
@@ -276,4 +276,23 @@ static int verb_quantize(const options *o)
     drop_samples(&set);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
     return bad ? bad : report_folder(o, o->args[1]);
+}
+
+static int verb_convert(const options *o)
+{
+    moq_convert_desc d;
+    moq_error err;
+    if (!o->to) return refuse("convert needs --to modelopt or --to compressed-tensors");
+    memset(&d, 0, sizeof d);
+    d.source = o->args[0];
+    d.target = o->args[1];
+    d.to = o->to;
+    d.recipe = o->recipe;
+    d.threads = (int)o->threads;
+    d.progress = on_progress;
+    d.log = on_log;
+    d.log_user = (void *)(uintptr_t)o->args[0];
+    if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
+    if (moq_convert(&d, &err) != MOQ_OK) return refuse_error(err.file[0] && strstr(o->args[1], err.file) ? o->args[1] : o->args[0], &err);
+    return report_folder(o, o->args[1]);
 }
