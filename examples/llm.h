@@ -37,15 +37,28 @@
        >>llm-model      weights of a family, prepared on a backend
        >>llm-layers     the blocks of a layer, the KV cache, and the whole model
        >>llm-forward    the decoder
-       >>llm-sample     sampling
-       >>llm-session    conversations
+       >>llm-sample     sampling, penalties, log-probabilities
+       >>llm-session    conversations: opening, saying, framing
+       >>llm-answer     from logits to tokens and from tokens to text
+       >>llm-step       passes of many conversations, within a time
+       >>llm-state      forking a conversation; saving and loading one
+       >>llm-plan       what a model will take
        >>llm-calibrate  running samples for moq_quantize and moq_calibrate (with MOQ_QUANTIZE)
 */
 #ifndef LLM_H
 #define LLM_H
 
+/* beside this file, or in the folder above as in the repository */
 #ifndef MODELOPT_Q_H
+#if defined(__has_include)
+#if __has_include("modelopt_q.h")
 #include "modelopt_q.h"
+#else
+#include "../modelopt_q.h"
+#endif
+#else
+#include "modelopt_q.h"
+#endif
 #endif
 
 #ifdef __cplusplus
@@ -97,13 +110,42 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
 
 /* ---- engine ---- */
 
+enum {
+    LLM_TOP = 8,   /* alternatives of a token's log-probability, at most */
+    LLM_DRAFT = 15 /* tokens guessed at once, at most */
+};
+
+typedef struct llm_bias {
+    int32_t id;
+    float add;          /* to the token's logit; -INFINITY forbids it */
+} llm_bias;
+
+/* In the order in which they apply: repetition_penalty, presence and frequency, bias; then unless greedy temperature, top_k, top_p,
+   min_p, typical_p, each on what the one before left, renormalized. One random number per token, drawn from the seed by our own
+   generator: equal logits give equal tokens on every machine, with any number of threads and any backend. */
 typedef struct llm_sampling {
     float temperature;  /* 0: greedy */
-    int32_t top_k;      /* 0: off */
-    float top_p;        /* 0 or 1: off */
-    float min_p;        /* 0: off */
+    int32_t top_k;      /* the k likeliest; 0: off */
+    float top_p;        /* the likeliest that together have this share; 0 or 1: off */
+    float min_p;        /* those with at least this share of the likeliest one's probability; 0: off */
     uint64_t seed;      /* same seed, same text, whatever the threads */
+    float typical_p;    /* those whose surprise is nearest to the entropy, with this share (Meister et al. 2022); 0 or 1: off */
+    float repetition_penalty; /* positive logits of tokens that were there are divided by it, others multiplied (Keskar et al. 2019); 0 or 1: off */
+    float presence_penalty;   /* subtracted from the logits of tokens that the answer has */
+    float frequency_penalty;  /* the same times how often it has them */
+    int32_t penalty_window;   /* penalties look at so many of the newest tokens; 0: all */
+    const llm_bias *bias;     /* [bias_count] stay the caller's and must live as long as the setting */
+    int32_t bias_count;
 } llm_sampling;
+
+/* A token of an answer with natural logarithms of probabilities, of the model's own logits: before penalties, bias and temperature. */
+typedef struct llm_token {
+    int32_t id;
+    float logprob;
+    int32_t top_count;             /* likeliest first; ties: the lower id */
+    int32_t top_id[LLM_TOP];
+    float top_logprob[LLM_TOP];
+} llm_token;
 
 typedef struct llm_desc {
     const char *path;            /* checkpoint folder, or NULL with: */
@@ -115,8 +157,16 @@ typedef struct llm_desc {
     moq_parallel parallel;
     const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says, "wide", or a name of moq_kv_format */
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
-    int32_t slots;               /* sequences in the KV cache; 0: 1 */
-    int32_t chunk;               /* prompt tokens per forward pass; 0: 256 */
+    int32_t slots;               /* conversations that the KV cache has room for; 0: 1 */
+    int32_t chunk;               /* rows of one pass through the model: prompt tokens, or tokens of many answers; 0: 256 */
+    uint64_t max_memory;         /* llm_open refuses with the numbers of llm_plan when these would need more bytes; 0: no limit */
+    int32_t endless;             /* 1: when the context is full, the oldest turns (raw text: half of the tokens) are forgotten and the rest
+                                    is run again; system turns at the beginning (raw text: the first `keep` tokens) stay */
+    int32_t keep;
+    int32_t draft;               /* speculative decoding: guess so many tokens at once from what the conversation says (prompt lookup), or by
+                                    llm_set_draft; the answer stays the same, token for token, where a row's result does not depend on the other
+                                    rows of a pass, as on the CPU. 0: off */
+    int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
     moq_allocator allocator;
@@ -136,21 +186,48 @@ typedef struct llm_info {
 
 typedef struct llm_stats {
     uint64_t prompt_tokens, generated_tokens;
+    uint64_t guessed_tokens;     /* of the generated ones: taken from a guess */
     double prompt_seconds, generate_seconds;
 } llm_stats;
 
-typedef struct llm llm;
+/* What a desc will take, in bytes. */
+typedef struct llm_memory {
+    uint64_t mapped_bytes;       /* the checkpoint's tensors: mapped, so the system may drop what is not in use and read it again */
+    uint64_t weight_bytes;       /* beyond them: repacked weights, scales */
+    uint64_t cache_bytes;        /* KV cache and states of all slots */
+    uint64_t run_bytes;          /* activations, the backend's scratch, logits, text buffers; a caller's backend: without its scratch */
+    uint64_t tokenizer_bytes;
+    uint64_t total_bytes;        /* of all of these */
+    int32_t context, slots, chunk; /* as they will be */
+    int32_t max_context;         /* positions that the model was made for */
+} llm_memory;
+
+typedef struct llm llm;          /* one conversation; those of one model share everything but their slot of the KV cache */
+
+/* What llm_open with this desc will allocate, found out without allocating it. Nothing grows afterwards, except by what is said. */
+LLM_API moq_result llm_plan(const llm_desc *desc, llm_memory *out, moq_error *err);
 
 LLM_API llm *llm_open(const llm_desc *desc, moq_error *err);
+/* Another conversation of the same model in a free slot (llm_desc.slots), without words. It belongs to the same thread. */
+LLM_API llm *llm_join(llm *m, moq_error *err);
+/* The same with all that `m` holds, cache included: both go on from here, each for itself. */
+LLM_API llm *llm_fork(llm *m, moq_error *err);
+/* The slot becomes free; with its last conversation the model goes. */
 LLM_API void llm_close(llm *m);
 LLM_API const llm_info *llm_get_info(const llm *m);
 LLM_API const llm_tokenizer *llm_get_tokenizer(const llm *m); /* NULL with no_tokenizer */
 LLM_API const moq_checkpoint *llm_get_checkpoint(const llm *m);
 LLM_API moq_backend *llm_get_backend(const llm *m);
 LLM_API const llm_stats *llm_get_stats(const llm *m);         /* since open or the last llm_reset */
+LLM_API int32_t llm_get_slot(const llm *m);                   /* of the KV cache: 0 after llm_open */
 LLM_API void llm_set_sampling(llm *m, const llm_sampling *s);
+/* The answer ends before the first of these strings, of which nothing is shown. They are copied; count 0: none. */
+LLM_API moq_result llm_set_stops(llm *m, const char *const *stops, int32_t count, moq_error *err);
+/* Guess up to `tokens` (at most llm_desc.draft) at once, by a smaller model with the same vocabulary, opened by itself and used for nothing
+   else, or, NULL, from the conversation. The draft must outlive this. Models with a running state cannot draft and cannot be drafted for. */
+LLM_API moq_result llm_set_draft(llm *m, llm *draft, int32_t tokens, moq_error *err);
 
-/* ---- conversation: slot 0 ---- */
+/* ---- conversation ---- */
 
 /* Add a turn. An error is kept and comes out of the next llm_next. */
 LLM_API moq_result llm_say(llm *m, const char *role, const char *text);
@@ -158,11 +235,28 @@ LLM_API moq_result llm_say(llm *m, const char *role, const char *text);
 LLM_API moq_result llm_say_raw(llm *m, const char *text);
 /* The next piece of the answer: whole UTF-8 characters, valid until the next call; NULL at the end of the turn (err->code MOQ_OK) or on an error. */
 LLM_API const char *llm_next(llm *m, moq_error *err);
-/* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which). */
+/* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which).
+   The unit of work is one layer of one token, or more where the time allows as measured: no call takes longer than its time and one unit. */
 LLM_API int llm_step(llm *m, int64_t max_microseconds);
+/* The same for all conversations of the model at once, whose tokens go through the layers together. Returns how many have a piece ready
+   (llm_ready), 0 = more time needed, -1 = every turn has ended. A conversation waits until its piece is taken. */
+LLM_API int llm_step_all(llm *m, int64_t max_microseconds);
+LLM_API int llm_ready(const llm *m);                          /* 1: llm_piece has something new */
 LLM_API const char *llm_piece(llm *m);
+/* The tokens of the answer so far, with llm_desc.logprobs; valid until the next call. */
+LLM_API const llm_token *llm_get_tokens(const llm *m, size_t *count);
 LLM_API void llm_cancel(llm *m);                              /* any thread: the current answer ends with MOQ_E_CANCELLED */
 LLM_API void llm_reset(llm *m);                               /* forget the conversation */
+
+/* ---- saved conversations ---- */
+
+/* Everything `m` holds, so that it goes on after llm_load exactly as it would have: text, tokens, cache, random numbers. A state fits the
+   same model with the same KV format on the same kind of backend; any other, or a damaged one, is refused and nothing changes. */
+LLM_API moq_result llm_save(llm *m, const char *path, moq_error *err);
+LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err);
+/* The same in memory. Returns the bytes needed and fills `bytes` when they fit; SIZE_MAX on failure. */
+LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *err);
+LLM_API moq_result llm_set_state(llm *m, const void *bytes, size_t count, moq_error *err);
 
 /* ---- tokens: for tools, scoring and calibration ---- */
 
@@ -171,6 +265,27 @@ LLM_API void llm_reset(llm *m);                               /* forget the conv
 LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last, moq_error *err);
 /* Choose a token from logits [vocab]; `state` is the generator's state, start it from llm_sampling.seed. `scratch` [vocab] floats and ints may be NULL when greedy. */
 LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index);
+/* What s says of penalties and bias, on logits [vocab] in place; tokens [count] are what was read and written, from index `answer` on the
+   answer. counts: [vocab] scratch. */
+LLM_API void llm_penalize(const llm_sampling *s, const int32_t *tokens, size_t count, size_t answer, float *logits, int32_t vocab, int32_t *counts);
+/* Log-probability of `id` and of the `top` likeliest tokens. */
+LLM_API void llm_logprobs(const float *logits, int32_t vocab, int32_t id, int32_t top, llm_token *out);
+
+#ifdef MOQ_QUANTIZE
+/* Rows of tokens for a calibration. */
+typedef struct llm_samples {
+    const int32_t *const *rows;  /* [count] pointers to the tokens of each row */
+    const int32_t *lengths;      /* [count] tokens of each row */
+    int32_t count;
+    int32_t batch;               /* rows of a batch: averages are taken over batches; 0: 1 */
+    int32_t logits;              /* 1: compute the output layer for every token too, so that it is observed */
+    moq_progress_fn progress;    /* MOQ_STAGE_CALIBRATE in tokens of this pass; a non-zero return cancels */
+    void *progress_user;
+} llm_samples;
+
+/* A moq_forward_fn; data: llm_samples. */
+LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err);
+#endif
 
 #ifdef __cplusplus
 }
@@ -321,6 +436,14 @@ static int llmi_bytes_add(llmi_bytes *b, const char *s, size_t bytes)
     return 1;
 }
 
+/* Room for `bytes` in all; 0 when out of memory. */
+static int llmi_bytes_reserve(llmi_bytes *b, size_t bytes)
+{
+    char *p = bytes > b->capacity ? (char *)llmi_grow(&b->a, b->data, b->count, &b->capacity, bytes, 1) : b->data;
+    if (p) b->data = p;
+    return p != NULL || bytes <= b->capacity;
+}
+
 /* Frees the bytes; the buffer can be used again. */
 static void llmi_bytes_drop(llmi_bytes *b)
 {
@@ -350,6 +473,14 @@ static int llmi_ids_add(llmi_ids *v, const int32_t *ids, size_t count)
     if (count) memcpy(v->data + v->count, ids, count * sizeof *ids);
     v->count += count;
     return 1;
+}
+
+/* Room for `count` ids in all; 0 when out of memory. */
+static int llmi_ids_reserve(llmi_ids *v, size_t count)
+{
+    int32_t *p = count > v->capacity ? (int32_t *)llmi_grow(&v->a, v->data, v->count, &v->capacity, count, sizeof *p) : v->data;
+    if (p) v->data = p;
+    return p != NULL || count <= v->capacity;
 }
 
 /* Frees the ids; the list can be used again. */
@@ -4609,6 +4740,21 @@ typedef struct llmi_held {
     void *data;
 } llmi_held;
 
+/* What goes through the decoder at once, and how far it has come; see >>llm-forward. */
+typedef struct llmi_pass {
+    int32_t rows, wanted;   /* the last `wanted` rows want logits */
+    int32_t max_pos;
+    int32_t next;           /* the layer that runs next; before the first: LLMI_PASS_EMBED; after the last: the output layer */
+    int32_t head;           /* wanted rows whose logits are there */
+    const void *add;        /* [rows, hidden] what the last block computed and the stream has not yet got, or NULL */
+} llmi_pass;
+
+/* A kind of weight and what it takes, so that planning prepares one of each kind only. */
+typedef struct llmi_kind {
+    struct llmi_kind *next;
+    uint64_t key, bytes;
+} llmi_kind;
+
 /* A model on a backend: weights, KV cache of all slots, and the activations of one chunk. Nothing is allocated after opening. */
 typedef struct llmi_model {
     const moq_checkpoint *ck;
@@ -4634,8 +4780,12 @@ typedef struct llmi_model {
     int stateful;
     /* of the last layer, for llm_info */
     moq_kv_format kv;
-    /* bytes on the backend beyond the checkpoint's */
-    uint64_t memory;
+    /* bytes on the backend beyond the checkpoint's; of these weights, and caches and states */
+    uint64_t memory, weight_memory, cache_memory;
+    /* planning: weights are released as soon as their bytes are known, what is large is only counted, in `planned` */
+    int dry;
+    uint64_t planned;
+    llmi_kind *kinds;
 
     /* sequences in the cache; tokens of a pass; rows of logits computed at once */
     int32_t slots, chunk, head_rows;
@@ -4643,6 +4793,9 @@ typedef struct llmi_model {
     int32_t *length;
     /* [3, chunk] ids, positions, slots before they are uploaded */
     int32_t *host;
+    /* [chunk] where the logits of each row go, or NULL */
+    float **out;
+    llmi_pass pass;
     /* bytes of one activation */
     size_t elem;
     /* [chunk, hidden] the residual stream, its norm, what a block adds to it */
@@ -4752,12 +4905,63 @@ static void *llmi_alloc(llmi_model *m, uint64_t count, size_t size, moq_error *e
     return held->data;
 }
 
-/* Keeps a prepared weight and counts what it takes beyond the checkpoint's own bytes; NULL is the failure of prepare_linear. */
-static moq_result llmi_weight_done(llmi_model *m, moq_weight *w, moq_weight **out)
+/* What decides how many bytes a backend makes of these layers. */
+static uint64_t llmi_kind_of(const moq_linear *w, int32_t count)
 {
-    *out = w;
-    if (w) m->memory += m->be->weight_bytes(m->be, w);
-    return w ? MOQ_OK : MOQ_E_BACKEND;
+    uint64_t h = (uint64_t)count;
+    for (int32_t i = 0; i < count; i++) {
+        const moq_linear *l = &w[i];
+        const int64_t shape[] = {l->rows, l->cols, l->row_step, l->codes.dtype, l->packing.bits, l->packing.along_rows, l->packing.awq_order,
+                                 (int64_t)l->bias.count, (int64_t)l->pre_quant_scale.count, (int64_t)l->lora_a.count, (int64_t)l->zeros.count,
+                                 (int64_t)l->group_index.count, l->hadamard_size, l->scheme.weight.elem, l->scheme.weight.group_rows,
+                                 l->scheme.weight.group_cols, l->scheme.weight.scale, l->scheme.weight.has_global, l->scheme.input.elem,
+                                 l->scheme.input.group_cols, l->scheme.input.dynamic, l->scheme.requantize_fp8, l->requant_scale > 0, l->input_scale > 0};
+        h = llmi_fold(h ^ llmi_hash((const char *)shape, sizeof shape), 0x9e3779b97f4a7c15u);
+    }
+    return h;
+}
+
+/* Planning: was this kind prepared before? Then its bytes count again. */
+static int llmi_known_kind(llmi_model *m, uint64_t key)
+{
+    const llmi_kind *k = m->dry ? m->kinds : NULL;
+    while (k && k->key != key) k = k->next;
+    if (!k) return 0;
+    m->weight_memory += k->bytes;
+    m->planned += k->bytes;
+    return 1;
+}
+
+/* Counts what a prepared weight takes beyond the checkpoint's own bytes, and remembers it when planning. */
+static moq_result llmi_count_weight(llmi_model *m, uint64_t key, uint64_t bytes, moq_error *err)
+{
+    llmi_kind *k;
+    m->memory += bytes;
+    m->weight_memory += bytes;
+    if (!m->dry) return MOQ_OK;
+    k = (llmi_kind *)llmi_take(&m->arena, 1, sizeof *k);
+    if (!k) return llmi_nomem(err, "plan");
+    m->planned += bytes;
+    k->key = key;
+    k->bytes = bytes;
+    k->next = m->kinds;
+    m->kinds = k;
+    return MOQ_OK;
+}
+
+/* `parts` layers of one input, prepared as one. Planning leaves *out NULL. */
+static moq_result llmi_prepare_weight(llmi_model *m, const moq_linear *w, int32_t parts, moq_weight **out, moq_error *err)
+{
+    uint64_t key = m->dry ? llmi_kind_of(w, parts) : 0;
+    moq_result code;
+    if (llmi_known_kind(m, key)) return MOQ_OK;
+    *out = m->be->prepare_linear(m->be, w, parts, err);
+    if (!*out) return err->code != MOQ_OK ? err->code : moq_fail(err, MOQ_E_BACKEND, "backend", "the call failed without a reason");
+    code = llmi_count_weight(m, key, m->be->weight_bytes(m->be, *out), err);
+    if (!m->dry) return code;
+    m->be->release_weight(m->be, *out);
+    *out = NULL;
+    return code;
 }
 
 /* The code of a failed backend call. Public entries pass an error of their own, cleared: it is never NULL here. */
@@ -4824,9 +5028,7 @@ static moq_result llmi_prepare(llmi_model *m, int32_t layer, const char *block, 
     moq_result code;
     if (block) tail = llmi_join(module, block, tail);
     code = llmi_find(m, llmi_name(m, name, layer, tail), s, &w, err);
-    if (code < 0) return code;
-    code = llmi_weight_done(m, m->be->prepare_linear(m->be, &w, 1, err), out);
-    return code < 0 ? llmi_code(err, code) : code;
+    return code < 0 ? code : llmi_prepare_weight(m, &w, 1, out, err);
 }
 
 /* `parts` layers of one input as one; where the folder holds them fused already (`fused` is there), that one. */
@@ -4843,8 +5045,7 @@ static moq_result llmi_prepare_parts(llmi_model *m, int32_t layer, const char *b
     }
     for (int32_t i = 0; i < parts; i++)
         if ((code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, block, tails[i])), shapes[i], &w[i], err)) < 0) return code;
-    code = llmi_weight_done(m, m->be->prepare_linear(m->be, w, parts, err), out);
-    return code < 0 ? llmi_code(err, code) : code;
+    return llmi_prepare_weight(m, w, parts, out, err);
 }
 
 /* A tensor of `count` values. */
@@ -4920,9 +5121,7 @@ static int llmi_same_codes(const moq_linear *a, const moq_linear *b)
 static moq_result llmi_prepare_table(llmi_model *m, moq_linear *w, moq_weight **out, moq_error *err)
 {
     moq_result code = llmi_cut_vocab(m, w, err);
-    if (code < 0) return code;
-    code = llmi_weight_done(m, m->be->prepare_linear(m->be, w, 1, err), out);
-    return code < 0 ? llmi_code(err, code) : code;
+    return code < 0 ? code : llmi_prepare_weight(m, w, 1, out, err);
 }
 
 /* The output layer: lm_head where it is there, else the embedding, unless config.json says that they are not tied. */
@@ -5064,6 +5263,15 @@ static moq_result llmi_describe_state(const llmi_model *m, int32_t layer, moq_ss
     return llmi_state_view(m, layer, "norm.weight", inner, &d->norm, err);
 }
 
+/* Counts a cache or a state. 1: planning, and the description is a possible one, so it need not be made. */
+static int llmi_plan_cache(llmi_model *m, uint64_t bytes)
+{
+    m->memory += bytes;
+    m->cache_memory += bytes;
+    if (m->dry) m->planned += bytes;
+    return m->dry && bytes > 0;
+}
+
 /* A Mamba-2 mixer: two projections, and between them what the backend does in one call. */
 static moq_result llmi_prepare_state(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
@@ -5078,9 +5286,10 @@ static moq_result llmi_prepare_state(llmi_model *m, int32_t layer, llmi_layer *l
     llmi_name(m, name, layer, mix);
     d.name = llmi_take_text(&m->arena, name, strlen(name));
     if (!d.name) return llmi_nomem(err, name);
-    l->ssm = m->be->ssm_create(m->be, &d, err);
-    if (!l->ssm) return llmi_code(err, MOQ_E_BACKEND);
-    m->memory += m->be->ssm_bytes(m->be, &d);
+    if (!llmi_plan_cache(m, m->be->ssm_bytes(m->be, &d))) {
+        l->ssm = m->be->ssm_create(m->be, &d, err);
+        if (!l->ssm) return llmi_code(err, MOQ_E_BACKEND);
+    }
     m->stateful = 1;
     return llmi_prepare(m, layer, mix, "out_proj", llmi_shape_of(c->hidden, "hidden_size", inner, "mamba_num_heads * mamba_head_dim"), &l->out, err);
 }
@@ -5172,6 +5381,21 @@ static moq_result llmi_describe_routing(const llmi_model *m, int32_t layer, moq_
     return MOQ_OK;
 }
 
+/* The experts as one weight; list: all their layers. Planning leaves l->experts NULL. */
+static moq_result llmi_prepare_mixture(llmi_model *m, const moq_moe *moe, int32_t count, const moq_linear *list, llmi_layer *l, moq_error *err)
+{
+    uint64_t key = m->dry ? llmi_kind_of(list, count) : 0;
+    moq_result code;
+    if (llmi_known_kind(m, key)) return MOQ_OK;
+    l->experts = m->be->prepare_moe(m->be, moe, err);
+    if (!l->experts) return llmi_code(err, MOQ_E_BACKEND);
+    code = llmi_count_weight(m, key, m->be->moe_bytes ? m->be->moe_bytes(m->be, l->experts) : 0, err);
+    if (!m->dry) return code;
+    m->be->release_moe(m->be, l->experts);
+    l->experts = NULL;
+    return code;
+}
+
 /* Router and experts. The lists live only during prepare_moe: the backend keeps what it needs. */
 static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
@@ -5197,9 +5421,7 @@ static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer 
         moe.gate = n->gate || n->stacked ? list : NULL;
         moe.up = list + c->experts;
         moe.down = list + 2 * (size_t)c->experts;
-        if (!moe.name) code = llmi_nomem(err, name);
-        else l->experts = m->be->prepare_moe(m->be, &moe, err);
-        if (code >= 0 && !l->experts) code = llmi_code(err, MOQ_E_BACKEND);
+        code = moe.name ? llmi_prepare_mixture(m, &moe, (int32_t)(bytes / sizeof *list), list, l, err) : llmi_nomem(err, name);
     }
     moq_release(&m->arena.a, list, bytes);
     return code;
@@ -5327,10 +5549,10 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, const char *kv, llm
     d.head_dim = m->c.head_dim;
     /* latent attention keeps expanded keys and values: heads * (head_dim + value_dim) numbers a token */
     d.value_dim = m->c.value_dim;
+    m->kv = d.kv.format;
+    if (llmi_plan_cache(m, m->be->kv_bytes(m->be, &d))) return MOQ_OK;
     l->kv = m->be->kv_create(m->be, &d, err);
     if (!l->kv) return llmi_code(err, MOQ_E_NOMEM);
-    m->memory += m->be->kv_bytes(m->be, &d);
-    m->kv = d.kv.format;
     return MOQ_OK;
 }
 
@@ -5400,8 +5622,8 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
         {&ids, 1, sizeof(int32_t)}, {&pos, 1, sizeof(int32_t)},    {&slot, 1, sizeof(int32_t)}};
     for (size_t i = 0; i < LLMI_COUNT(want); i++) {
         if (want[i].width == 0) continue;
-        *want[i].out = llmi_alloc(m, rows * want[i].width, want[i].size, err);
-        if (!*want[i].out) return llmi_code(err, MOQ_E_NOMEM);
+        if (m->dry) m->planned += rows * want[i].width * want[i].size;
+        else if (!(*want[i].out = llmi_alloc(m, rows * want[i].width, want[i].size, err))) return llmi_code(err, MOQ_E_NOMEM);
     }
     m->ids = (int32_t *)ids;
     m->pos = (int32_t *)pos;
@@ -5409,11 +5631,12 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     /* the logits of a whole chunk would be far larger than everything else: about a million of them at a time */
     m->head_rows = (1 << 20) / c->vocab;
     m->head_rows = m->head_rows < 1 ? 1 : m->head_rows > m->chunk ? m->chunk : m->head_rows;
-    m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err);
+    if (m->dry) m->planned += (uint64_t)m->head_rows * (uint64_t)c->vocab * m->elem;
+    else if (!(m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
     m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
     m->host = (int32_t *)llmi_take(&m->arena, (size_t)m->chunk * 3, sizeof *m->host);
-    if (!m->logits) return llmi_code(err, MOQ_E_NOMEM);
-    return m->length && m->host ? MOQ_OK : llmi_nomem(err, "slots");
+    m->out = (float **)llmi_take(&m->arena, (size_t)m->chunk, sizeof *m->out);
+    return m->length && m->host && m->out ? MOQ_OK : llmi_nomem(err, "slots");
 }
 
 /* Tells the caller how far it is; a non-zero answer stops the work. */
@@ -5438,7 +5661,8 @@ static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
     }
     llmi_tell_unused(m);
     if ((code = llmi_make_rope(m, &m->c.rope, 0, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, 1, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
-    if ((code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
+    /* a backend that is the caller's keeps the scratch that it has while one plans */
+    if ((!m->dry || !m->desc->backend) && (code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
     return llmi_progress(m, MOQ_STAGE_PREPARE, m->c.layers, m->c.layers, err);
 }
 
@@ -5673,33 +5897,77 @@ static void llmi_feed(const llmi_model *m, const llmi_layer *l, int32_t rows)
     be->add(be, m->d, m->shared, (size_t)rows * (size_t)m->c.hidden);
 }
 
-/* Embedding and all layers of one chunk. The stream ends as x + d: the last addition belongs to the final norm. */
-static void llmi_layers(const llmi_model *m, const moq_batch *b)
+/* ---- passes ---- */
+
+/* Rows of any number of sequences go through the decoder together, each at its own position. What is wanted stands last, so that the
+   output layer reads neighbours. A pass runs unit by unit (the embedding, each layer, blocks of the output layer), so that a caller
+   with little time can stop between two of them and go on later; nothing else may use the model's activations until then. */
+
+enum { LLMI_PASS_EMBED = -1 };
+
+/* Forget what was collected. */
+static void llmi_pass_clear(llmi_model *m)
+{
+    memset(&m->pass, 0, sizeof m->pass);
+    m->pass.next = LLMI_PASS_EMBED;
+}
+
+/* One more row; out: [vocab] F32 for its logits, or NULL. Rows of one sequence come in order of their positions, rows that want logits
+   after all that do not; the caller keeps to chunk rows. */
+static void llmi_pass_add(llmi_model *m, int32_t slot, int32_t token, int32_t pos, float *out)
+{
+    llmi_pass *p = &m->pass;
+    int32_t i = p->rows++;
+    m->host[i] = token;
+    m->host[m->chunk + i] = pos;
+    m->host[2 * (size_t)m->chunk + (size_t)i] = slot;
+    m->out[i] = out;
+    p->wanted += out != NULL;
+    if (pos > p->max_pos) p->max_pos = pos;
+    /* what follows is being overwritten; a running state is of no use before the pass has ended */
+    if (m->stateful) m->length[slot] = 0;
+    else if (pos < m->length[slot]) m->length[slot] = pos;
+}
+
+/* Token ids, positions and slots to the backend; embedding and angles. */
+static void llmi_pass_embed(llmi_model *m)
 {
     const llmi_config *c = &m->c;
     moq_backend *be = m->be;
-    const void *add = NULL;
-    int32_t dims[2];
+    int32_t rows = m->pass.rows, dims[2];
+    size_t bytes = (size_t)rows * sizeof(int32_t);
     dims[0] = c->rope.dims / 2;
     dims[1] = c->local.dims / 2;
-    be->embed(be, m->embed, m->ids, b->rows, c->family->flags & LLMI_SCALED_EMBED ? (float)sqrt((double)c->hidden) : 1.0f, m->x);
+    be->upload(be, m->ids, m->host, bytes);
+    be->upload(be, m->pos, m->host + m->chunk, bytes);
+    be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
+    be->embed(be, m->embed, m->ids, rows, c->family->flags & LLMI_SCALED_EMBED ? (float)sqrt((double)c->hidden) : 1.0f, m->x);
     for (int i = 0; i < 2; i++)
-        if (dims[i]) be->rope_table(be, m->pos, b->rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
-    for (int32_t i = 0; i < c->layers; i++) {
-        const llmi_layer *l = &m->layers[i];
-        if (l->mix) {
-            llmi_norm(m, m->x, add, l->mix_norm, b->rows, m->h);
-            llmi_mixings[l->mix](m, l, b);
-            be->linear(be, l->out, m->att, b->rows, m->d);
-            if (l->mix_post) llmi_norm(m, m->d, NULL, l->mix_post, b->rows, m->d);
-            add = m->d;
-        }
-        if (l->feed) {
-            llmi_norm(m, m->x, add, l->feed_norm, b->rows, m->h);
-            llmi_feed(m, l, b->rows);
-            if (l->feed_post) llmi_norm(m, m->d, NULL, l->feed_post, b->rows, m->d);
-            add = m->d;
-        }
+        if (dims[i]) be->rope_table(be, m->pos, rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
+}
+
+/* One layer. The stream ends as x + d: the last addition belongs to the next norm. */
+static void llmi_pass_layer(llmi_model *m, const llmi_layer *l)
+{
+    moq_backend *be = m->be;
+    llmi_pass *p = &m->pass;
+    moq_batch b;
+    b.rows = p->rows;
+    b.max_pos = p->max_pos;
+    b.slot = m->slot;
+    b.pos = m->pos;
+    if (l->mix) {
+        llmi_norm(m, m->x, p->add, l->mix_norm, b.rows, m->h);
+        llmi_mixings[l->mix](m, l, &b);
+        be->linear(be, l->out, m->att, b.rows, m->d);
+        if (l->mix_post) llmi_norm(m, m->d, NULL, l->mix_post, b.rows, m->d);
+        p->add = m->d;
+    }
+    if (l->feed) {
+        llmi_norm(m, m->x, p->add, l->feed_norm, b.rows, m->h);
+        llmi_feed(m, l, b.rows);
+        if (l->feed_post) llmi_norm(m, m->d, NULL, l->feed_post, b.rows, m->d);
+        p->add = m->d;
     }
 }
 
@@ -5709,50 +5977,49 @@ static void llmi_cap(float *x, size_t n, double cap)
     for (size_t i = 0; i < n; i++) x[i] = (float)(cap * tanh((double)x[i] / cap));
 }
 
-/* Logits of rows [first, first + rows) of the chunk to the host: out [rows, vocab]. */
-static void llmi_head(const llmi_model *m, int32_t first, int32_t rows, float *out)
+/* Logits of the next block of wanted rows to the host; rows whose places are neighbours travel together. */
+static void llmi_pass_head(llmi_model *m)
 {
+    llmi_pass *p = &m->pass;
     moq_backend *be = m->be;
-    int64_t hidden = m->c.hidden;
-    void *h = llmi_act(m, m->h, first * hidden);
-    llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, rows, h);
-    for (int32_t at = 0; at < rows; at += m->head_rows) {
-        int32_t n = rows - at < m->head_rows ? rows - at : m->head_rows;
-        be->linear(be, m->head, llmi_act(m, h, at * hidden), n, m->logits);
-        be->download_act(be, out + (size_t)at * (size_t)m->c.vocab, m->logits, (size_t)n * (size_t)m->c.vocab);
-        if (m->c.logit_cap > 0) llmi_cap(out + (size_t)at * (size_t)m->c.vocab, (size_t)n * (size_t)m->c.vocab, m->c.logit_cap);
+    int64_t hidden = m->c.hidden, vocab = m->c.vocab;
+    int32_t first = p->rows - p->wanted, left = p->wanted - p->head, n = left < m->head_rows ? left : m->head_rows;
+    float **out = m->out + first + p->head;
+    if (p->head == 0) llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, p->wanted, llmi_act(m, m->h, first * hidden));
+    be->linear(be, m->head, llmi_act(m, m->h, (first + p->head) * hidden), n, m->logits);
+    for (int32_t at = 0, run; at < n; at += run) {
+        run = 1;
+        while (at + run < n && out[at + run] == out[at] + (size_t)run * (size_t)vocab) run++;
+        be->download_act(be, out[at], llmi_act(m, m->logits, at * vocab), (size_t)run * (size_t)vocab);
+        if (m->c.logit_cap > 0) llmi_cap(out[at], (size_t)run * (size_t)vocab, m->c.logit_cap);
     }
+    p->head += n;
 }
 
-/* One chunk: `count` tokens from `pos` of a slot. logits [count, vocab] or NULL; last [vocab] or NULL. */
-static moq_result llmi_chunk(llmi_model *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last,
-                             moq_error *err)
+/* Is there nothing left to run? */
+static int llmi_pass_done(const llmi_model *m)
 {
-    moq_backend *be = m->be;
-    size_t bytes = (size_t)count * sizeof(int32_t), vocab = (size_t)m->c.vocab;
-    int32_t *positions = m->host + m->chunk, *slots = m->host + 2 * (size_t)m->chunk;
-    moq_batch b;
-    moq_result code;
-    for (int32_t i = 0; i < count; i++) {
-        m->host[i] = tokens[i];
-        positions[i] = pos + i;
-        slots[i] = slot;
-    }
-    be->upload(be, m->ids, m->host, bytes);
-    be->upload(be, m->pos, positions, bytes);
-    be->upload(be, m->slot, slots, bytes);
-    b.rows = count;
-    b.max_pos = pos + count - 1;
-    b.slot = m->slot;
-    b.pos = m->pos;
-    m->length[slot] = m->stateful ? 0 : pos; /* what follows is being overwritten */
-    llmi_layers(m, &b);
-    if (logits) llmi_head(m, 0, count, logits);
-    else if (last) llmi_head(m, count - 1, 1, last);
-    if (logits && last) memcpy(last, logits + (size_t)(count - 1) * vocab, vocab * sizeof *last);
-    if ((code = be->sync(be, err)) < 0) return code;
-    m->length[slot] = pos + count;
-    return MOQ_OK;
+    return m->pass.next > m->c.layers || (m->pass.next == m->c.layers && m->pass.head == m->pass.wanted);
+}
+
+/* One unit. */
+static void llmi_pass_unit(llmi_model *m)
+{
+    llmi_pass *p = &m->pass;
+    if (p->next == LLMI_PASS_EMBED) llmi_pass_embed(m);
+    else if (p->next < m->c.layers) llmi_pass_layer(m, &m->layers[p->next]);
+    else llmi_pass_head(m);
+    if (p->next < m->c.layers) p->next++;
+}
+
+/* The sequences hold their rows from now on; a device error of any call since the last one comes out here. */
+static moq_result llmi_pass_end(llmi_model *m, moq_error *err)
+{
+    const int32_t *pos = m->host + m->chunk, *slot = m->host + 2 * (size_t)m->chunk;
+    moq_result code = m->be->sync(m->be, err);
+    for (int32_t i = 0; i < m->pass.rows && code >= 0; i++) m->length[slot[i]] = pos[i] + 1;
+    llmi_pass_clear(m);
+    return code;
 }
 
 /* Everything that a caller can get wrong, before anything runs. */
@@ -5776,17 +6043,23 @@ static moq_result llmi_check_run(const llmi_model *m, int32_t slot, const int32_
     return MOQ_OK;
 }
 
-/* Any number of tokens, chunk by chunk. After an error the slot holds what m->length says. */
+/* Any number of tokens of one sequence, chunk by chunk, without stopping. After an error the slot holds what m->length says.
+   logits: [count, vocab] or NULL; last: [vocab] or NULL. */
 static moq_result llmi_run(llmi_model *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last,
                            moq_error *err)
 {
     moq_result code = llmi_check_run(m, slot, tokens, count, pos, err);
+    size_t vocab = (size_t)m->c.vocab;
     for (int32_t at = 0, n; at < count && code >= 0; at += n) {
         n = count - at < m->chunk ? count - at : m->chunk;
-        code = llmi_chunk(m, slot, tokens + at, n, pos + at, logits ? logits + (size_t)at * (size_t)m->c.vocab : NULL,
-                          at + n == count ? last : NULL, err);
+        llmi_pass_clear(m);
+        for (int32_t i = at; i < at + n; i++)
+            llmi_pass_add(m, slot, tokens[i], pos + i, logits ? logits + (size_t)i * vocab : i + 1 == count ? last : NULL);
+        while (!llmi_pass_done(m)) llmi_pass_unit(m);
+        code = llmi_pass_end(m, err);
         if (code >= 0 && count > m->chunk) code = llmi_progress(m, MOQ_STAGE_PREFILL, at + n, count, err);
     }
+    if (code >= 0 && logits && last) memcpy(last, logits + (size_t)(count - 1) * vocab, vocab * sizeof *last);
     return code;
 }
 
@@ -5795,8 +6068,8 @@ static moq_result llmi_run(llmi_model *m, int32_t slot, const int32_t *tokens, i
    Pure: the same logits, settings and state give the same token. Looks at NaN as bits, so that -ffast-math changes nothing.
    ------------------------------------------------------------------------------------------------ */
 
-/* Temperature first, then top_k, top_p and min_p in this order, as Transformers and vLLM do it; what is left is drawn with one
-   random number. Sums are in double and run in a fixed order. */
+/* Penalties and bias first; then temperature, top_k, top_p, min_p and typical_p in this order, as Transformers does it; what is left is
+   drawn with one random number. Sums are in double and run in a fixed order. */
 
 /* SplitMix64 (Steele, Lea, Flood 2014): any seed is a good seed. A number in [0, 1) of 53 bits. */
 static double llmi_random(uint64_t *state)
@@ -5900,21 +6173,43 @@ static double llmi_weights(const float *logits, int32_t n, float max, float temp
     return total;
 }
 
+/* Locally typical sampling (Meister et al. 2022): of the `kept` candidates, those whose surprise -log p is nearest to the entropy H, until
+   they have the share typical_p of the mass. Candidates stand in falling order of p, so the nearest ones are always neighbours of the
+   place where the surprise crosses H: [first, end) grows to the side that is nearer. Returns its mass. */
+static double llmi_typical(const float *weight, const int32_t *last, int32_t kept, double mass, double typical, int32_t *first, int32_t *end)
+{
+    double entropy = 0, taken = 0;
+    int32_t low = 0;
+    for (int32_t i = 0; i < kept; i++) {
+        double p = (double)weight[last[-i]] / mass;
+        if (p > 0) entropy -= p * log(p);
+    }
+    while (low < kept && -log((double)weight[last[-low]] / mass) < entropy) low++;
+    for (*first = *end = low; taken < typical * mass && (*first > 0 || *end < kept);) {
+        double before = *first > 0 ? entropy + log((double)weight[last[-(*first - 1)]] / mass) : HUGE_VAL;
+        double after = *end < kept ? -log((double)weight[last[-*end]] / mass) - entropy : HUGE_VAL;
+        int32_t at = *first > 0 && before <= after ? --*first : (*end)++;
+        taken += weight[last[-at]];
+    }
+    return taken;
+}
+
 /* -1 when no logit is a number above -infinity. A temperature that is no positive number is greedy. */
 LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index)
 {
-    int32_t best = vocab > 0 && logits ? llmi_greedy(logits, vocab) : -1, kept;
+    int32_t best = vocab > 0 && logits ? llmi_greedy(logits, vocab) : -1, kept, first = 0;
     double total, mass, at;
     if (best < 0 || !s || !llmi_is_on(s->temperature, 1e30f) || s->top_k == 1 || !state || !scratch || !index) return best;
     if (llmi_rank(logits[best]) >= 0xff800000u) return best; /* +infinity */
     total = llmi_weights(logits, vocab, logits[best], s->temperature, scratch);
     at = llmi_random(state);
-    if (s->top_k > 0 || llmi_is_on(s->top_p, 1.0f) || llmi_is_on(s->min_p, 2.0f)) {
+    if (s->top_k > 0 || llmi_is_on(s->top_p, 1.0f) || llmi_is_on(s->min_p, 2.0f) || llmi_is_on(s->typical_p, 1.0f)) {
         kept = llmi_filter(s, logits, scratch, total, vocab, index, &mass);
+        if (llmi_is_on(s->typical_p, 1.0f)) mass = llmi_typical(scratch, index + vocab - 1, kept, mass, (double)s->typical_p, &first, &kept);
         at *= mass;
-        for (int32_t i = 0; i < kept; i++)
+        for (int32_t i = first; i < kept; i++)
             if ((at -= scratch[index[vocab - 1 - i]]) < 0) return index[vocab - 1 - i];
-        return best; /* rounding left nothing: the largest */
+        return index[vocab - 1 - first]; /* rounding left nothing: the likeliest */
     }
     at *= total;
     for (int32_t i = 0; i < vocab; i++)
@@ -5922,21 +6217,86 @@ LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t v
     return best;
 }
 
+/* Does llm_penalize change anything? */
+static int llmi_penalizes(const llm_sampling *s)
+{
+    return llmi_is_on(s->repetition_penalty, 1e30f) || llmi_rank(s->presence_penalty) != llmi_rank(0.0f) ||
+           llmi_rank(s->frequency_penalty) != llmi_rank(0.0f) || (s->bias && s->bias_count > 0);
+}
+
+/* counts [vocab]: occurrences, those in the prompt and those in the answer counted apart: a token of the prompt alone gets no presence
+   and no frequency penalty. Ids outside of the vocabulary are ignored. */
+LLM_API void llm_penalize(const llm_sampling *s, const int32_t *tokens, size_t count, size_t answer, float *logits, int32_t vocab, int32_t *counts)
+{
+    size_t first = 0;
+    float repetition = llmi_is_on(s->repetition_penalty, 1e30f) ? s->repetition_penalty : 1.0f;
+    if (s->penalty_window > 0 && count > (size_t)s->penalty_window) first = count - (size_t)s->penalty_window;
+    /* -1: in the prompt only */
+    for (size_t i = first; i < count; i++)
+        if (tokens[i] >= 0 && tokens[i] < vocab) counts[tokens[i]] = 0;
+    for (size_t i = first; i < count; i++) {
+        int32_t id = tokens[i];
+        if (id < 0 || id >= vocab) continue;
+        if (i >= answer) counts[id] = counts[id] > 0 ? counts[id] + 1 : 1;
+        else counts[id] = -1;
+    }
+    for (size_t i = first; i < count; i++) {
+        int32_t id = tokens[i], n;
+        if (id < 0 || id >= vocab || (n = counts[id]) == 0) continue;
+        counts[id] = 0; /* each token once */
+        logits[id] = logits[id] > 0 ? logits[id] / repetition : logits[id] * repetition;
+        if (n > 0) logits[id] -= s->presence_penalty + s->frequency_penalty * (float)n;
+    }
+    for (int32_t i = 0; s->bias && i < s->bias_count; i++)
+        if (s->bias[i].id >= 0 && s->bias[i].id < vocab) logits[s->bias[i].id] += s->bias[i].add;
+}
+
+/* log(sum of exp(logits)), summed from the largest on down in index order, in double. */
+static double llmi_log_sum(const float *logits, int32_t n, int32_t best)
+{
+    double sum = 0;
+    for (int32_t i = 0; i < n; i++)
+        if (llmi_rank(logits[i]) > 0x007fffffu) sum += exp((double)logits[i] - (double)logits[best]);
+    return (double)logits[best] + log(sum);
+}
+
+/* The `top` likeliest tokens in falling order, ties: the lower id first; all log-probabilities are of the logits as they are given. */
+LLM_API void llm_logprobs(const float *logits, int32_t vocab, int32_t id, int32_t top, llm_token *out)
+{
+    int32_t best = llmi_greedy(logits, vocab);
+    double total = best < 0 ? 0 : llmi_log_sum(logits, vocab, best);
+    memset(out, 0, sizeof *out);
+    out->id = id;
+    out->logprob = best < 0 || id < 0 ? 0 : (float)((double)logits[id] - total);
+    if (top > LLM_TOP) top = LLM_TOP;
+    for (int32_t i = 0; i < vocab && best >= 0 && top > 0; i++) {
+        int32_t at = out->top_count;
+        if (llmi_rank(logits[i]) <= 0x007fffffu || (at == top && !llmi_before(logits, i, out->top_id[at - 1]))) continue;
+        if (at == top) at--;
+        else out->top_count++;
+        for (; at > 0 && llmi_before(logits, i, out->top_id[at - 1]); at--) out->top_id[at] = out->top_id[at - 1];
+        out->top_id[at] = i;
+    }
+    for (int32_t i = 0; i < out->top_count; i++) out->top_logprob[i] = (float)((double)logits[out->top_id[i]] - total);
+}
+
 /* ------------------------------------------------------------------------------------------------
-   >>llm-session     conversations
+   >>llm-session     conversations: opening, saying, framing
    The tokens in the KV cache always equal a prefix of the frame around the whole conversation; only the rest is run.
    ------------------------------------------------------------------------------------------------ */
 
-/* A turn goes through four phases; llmi_work does one unit of it, and llm_next and llm_step only repeat that:
+/* A turn goes through four phases:
 
        IDLE --say--> BEGIN --frame--> PROMPT --all tokens run--> ANSWER --end token, error or cancel--> IDLE
 
    What was said is kept as text. When a turn begins, the folder's frame is put around all of it and compared with the tokens
-   that slot 0 already holds; the common beginning stays, the rest is run over what followed. So the cache never disagrees with
+   that the slot already holds; the common beginning stays, the rest is run over what followed. So the cache never disagrees with
    the frame, also where the model spelled its answer in other tokens than the tokenizer would.
 
    An error or a cancel ends the turn and nothing else: what the model had answered so far stays part of the conversation, and
-   the next llm_say goes on from there. */
+   the next llm_say goes on from there.
+
+   A struct llm is one conversation in one slot of the cache. What all of them share is the house: weights, backend, tokenizer. */
 
 /* The cancel flag is the only thing that another thread may touch. */
 #if defined(__GNUC__)
@@ -5951,18 +6311,25 @@ enum {
     LLMI_IDLE = 0, /* nothing to do; `kept` says how the last turn ended */
     LLMI_BEGIN,    /* something was said */
     LLMI_PROMPT,   /* tokens [done, ids.count) are still to be run */
-    LLMI_ANSWER    /* `last` holds the logits of the next token */
+    LLMI_ANSWER    /* tokens are chosen, one after the other */
 };
 
 /* Framed turns are framed again as a whole, raw text is only appended to: one conversation is either. */
 enum { LLMI_MODE_NONE = 0, LLMI_MODE_CHAT, LLMI_MODE_RAW };
 
-#define LLMI_FIRST_CHUNK 8 /* prompt tokens of a step while nothing is known about the speed */
+#define LLMI_SPEEDS 18 /* passes of 1, 2, 4 ... rows are timed apart */
 
 typedef struct llmi_turn { size_t role, text; } llmi_turn; /* offsets in llm.words */
 
-/* Strings of desc are not used after opening. */
-struct llm {
+/* Rows of one conversation in the pass in progress: tokens [llm.done, done + count), then llm.guess. */
+typedef struct llmi_share {
+    struct llm *m;
+    int32_t count, guesses;
+    int32_t wanted;              /* the last rows of it that want logits */
+} llmi_share;
+
+/* What the conversations of one model share. Strings of desc are not used after opening. */
+typedef struct llmi_house {
     moq_allocator a;
     llm_desc desc;
     moq_checkpoint *own_checkpoint;
@@ -5970,6 +6337,32 @@ struct llm {
     llm_tokenizer *tokenizer;
     llmi_model model;
     llm_info info;
+    /* bytes of the longest text that one token can add */
+    size_t token_bytes;
+    /* [slots] whose conversation a slot of the cache holds; NULL: nobody's */
+    struct llm **by_slot;
+    int32_t conversations;
+    /* [vocab] logits as they are changed before sampling; sampling's own */
+    float *mixed, *scratch;
+    int32_t *index;
+    /* [slots] who takes part in the pass in progress; part_count 0: there is none */
+    llmi_share *parts;
+    int32_t part_count;
+    /* seconds of that pass so far: its layers, its output layer */
+    double spent[2];
+    /* of one layer at 2^i rows, of a block of the output layer at 2^i wanted rows; 0: not measured */
+    double seconds[2][LLMI_SPEEDS];
+    /* units of work of the call in progress: the first one of a call always runs */
+    int32_t units;
+} llmi_house;
+
+struct llm {
+    moq_allocator a;
+    llmi_house *house;
+    llmi_model *model;
+    llm_tokenizer *tokenizer;
+    /* of the cache */
+    int32_t slot;
     llm_stats stats;
     llm_sampling sampling;
     uint64_t random;
@@ -5981,29 +6374,52 @@ struct llm {
 
     /* llmi_turn after llmi_turn: what was said, in order; its NUL-terminated roles and texts */
     llmi_bytes turns, words;
-    /* the whole conversation as tokens, and how many of them slot 0 holds */
+    /* the whole conversation as tokens, and how many of them the slot holds */
     llmi_ids ids;
     size_t done;
     /* index in ids where the answer begins; has the model begun to answer what was said last? */
     size_t answer;
     int answered;
 
-    /* the answer so far, and its decoded bytes that are not shown yet: at most a cut character between calls */
+    /* the answer so far, and its decoded bytes that are not shown yet: a cut character, or what may become a stop string */
     llmi_bytes text, raw;
     /* ids [from, end) were decoded last, together, to so many bytes */
     size_t from, from_bytes;
     /* NUL-terminated; ready: nobody has taken it yet */
     llmi_bytes piece;
     int ready;
+    /* NUL-terminated stop strings, one after the other */
+    llmi_bytes stops;
+    /* llm_token of each token of the answer, with llm_desc.logprobs */
+    llmi_bytes tokens;
 
-    /* of a prompt token, as measured last; 0: unknown */
-    double token_seconds;
-    /* [vocab] logits of the next token; sampling's own */
-    float *last, *scratch;
-    int32_t *index;
+    /* [1 + draft, vocab] logits: rows [row, rows) are of the next tokens, as long as guess[i] is what row i chooses */
+    float *last;
+    int32_t row, rows;
+    int32_t guess[LLM_DRAFT], guesses;
+    /* how many tokens are guessed, and by whom; NULL: from the conversation itself */
+    int32_t draft;
+    struct llm *drafter;
 };
 
+/* forward: whoever says, closes or forgets something leaves the pass in progress, which >>llm-step runs; opening asks >>llm-plan */
+static void llmi_settle(llmi_house *h, const llm *m);
+static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err);
+
 /* ---- open and close ---- */
+
+/* Hand an error of our own to a caller who may want none. */
+static void llmi_give(moq_error *err, const moq_error *own)
+{
+    if (err) *err = *own;
+}
+
+/* The state of an error before anything went wrong. */
+static void llmi_no_error(moq_error *e)
+{
+    memset(e, 0, sizeof *e);
+    e->offset = -1;
+}
 
 /* A number of the desc: 0 .. most. */
 static moq_result llmi_check_range(const char *key, int64_t v, int64_t most, moq_error *err)
@@ -6027,17 +6443,22 @@ static moq_result llmi_check_desc(const llm_desc *d, moq_error *err)
     if ((r = llmi_check_range("llm_desc.context", d->context, 1 << 24, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.slots", d->slots, 1 << 16, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.chunk", d->chunk, 1 << 16, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.keep", d->keep, 1 << 24, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.draft", d->draft, LLM_DRAFT, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.logprobs", d->logprobs, LLM_TOP, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.threads", d->threads, 1 << 16, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.sampling.top_k", d->sampling.top_k, INT32_MAX, err)) < 0) return r;
     if ((r = llmi_check_float("llm_desc.sampling.temperature", d->sampling.temperature, 1e6f, err)) < 0) return r;
     if ((r = llmi_check_float("llm_desc.sampling.top_p", d->sampling.top_p, 1, err)) < 0) return r;
-    return llmi_check_float("llm_desc.sampling.min_p", d->sampling.min_p, 1, err);
+    if ((r = llmi_check_float("llm_desc.sampling.min_p", d->sampling.min_p, 1, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.typical_p", d->sampling.typical_p, 1, err)) < 0) return r;
+    return llmi_check_float("llm_desc.sampling.repetition_penalty", d->sampling.repetition_penalty, 1e6f, err);
 }
 
-/* The caller's checkpoint and backend, or our own, which llm_close then closes. */
-static moq_result llmi_open_parts(llm *m, const moq_checkpoint **ck, moq_backend **be, moq_error *err)
+/* The caller's checkpoint and backend, or our own, which the last llm_close then closes. */
+static moq_result llmi_open_parts(llmi_house *h, const moq_checkpoint **ck, moq_backend **be, moq_error *err)
 {
-    const llm_desc *d = &m->desc;
+    const llm_desc *d = &h->desc;
     *ck = d->checkpoint;
     *be = d->backend;
     if (!*ck) {
@@ -6048,7 +6469,7 @@ static moq_result llmi_open_parts(llm *m, const moq_checkpoint **ck, moq_backend
         open.log_user = d->log_user;
         open.progress = d->progress;
         open.progress_user = d->progress_user;
-        *ck = m->own_checkpoint = moq_open(d->path, &open, err);
+        *ck = h->own_checkpoint = moq_open(d->path, &open, err);
         if (!*ck) return llmi_code(err, MOQ_E_IO);
     }
     if (!*be) {
@@ -6059,113 +6480,200 @@ static moq_result llmi_open_parts(llm *m, const moq_checkpoint **ck, moq_backend
         cpu.kernel = d->kernel;
         cpu.parallel = d->parallel;
         cpu.allocator = d->allocator;
-        *be = m->own_backend = moq_cpu_backend(&cpu, err);
+        *be = h->own_backend = moq_cpu_backend(&cpu, err);
         if (!*be) return llmi_code(err, MOQ_E_BACKEND);
     }
     return MOQ_OK;
 }
 
-static void llmi_fill_info(llm *m, const moq_checkpoint *ck)
+static void llmi_fill_info(llmi_house *h, const moq_checkpoint *ck)
 {
-    const llmi_config *c = &m->model.c;
-    m->info.model_type = c->family->model_type;
-    m->info.layers = c->layers;
-    m->info.hidden = c->hidden;
-    m->info.vocab = c->vocab;
-    m->info.context = c->context;
-    m->info.slots = m->model.slots;
-    m->info.weight_bytes = moq_get_info(ck)->total_bytes;
-    m->info.memory_bytes = m->model.memory;
-    m->info.kv = m->model.kv;
+    const llmi_config *c = &h->model.c;
+    h->info.model_type = c->family->model_type;
+    h->info.layers = c->layers;
+    h->info.hidden = c->hidden;
+    h->info.vocab = c->vocab;
+    h->info.context = c->context;
+    h->info.slots = h->model.slots;
+    h->info.weight_bytes = moq_get_info(ck)->total_bytes;
+    h->info.memory_bytes = h->model.memory;
+    h->info.kv = h->model.kv;
 }
 
-/* Whatever fails here, llm_close frees what was made before. */
-static moq_result llmi_open_all(llm *m, moq_error *err)
+/* The longest text of one token, with a space or two that a decoder may add. */
+static size_t llmi_longest_token(const llm_tokenizer *t)
+{
+    size_t most = 16;
+    int32_t n = t ? llm_vocab(t) : 0;
+    for (int32_t id = 0; id < n; id++) {
+        size_t bytes = llm_decode(t, &id, 1, LLM_SPECIAL, NULL, 0) + 2;
+        if (bytes > most) most = bytes;
+    }
+    return most;
+}
+
+/* Everything that is there once; whatever fails, llmi_house_close frees what was made before. */
+static moq_result llmi_house_open(llmi_house *h, moq_error *err)
 {
     const moq_checkpoint *ck;
     moq_backend *be;
-    size_t vocab;
-    moq_result r = llmi_open_parts(m, &ck, &be, err);
-    if (r < 0 || (r = llmi_model_open(&m->model, ck, be, &m->desc, err)) < 0) return r;
-    if (!m->desc.no_tokenizer && !(m->tokenizer = llm_tokenizer_open(ck, err))) return llmi_code(err, MOQ_E_TOKENIZER);
-    vocab = (size_t)m->model.c.vocab;
-    m->last = (float *)llmi_take(&m->model.arena, vocab, sizeof *m->last);
-    m->scratch = (float *)llmi_take(&m->model.arena, vocab, sizeof *m->scratch);
-    m->index = (int32_t *)llmi_take(&m->model.arena, vocab, sizeof *m->index);
-    if (!m->last || !m->scratch || !m->index) return llmi_nomem(err, "sampling");
-    llmi_fill_info(m, ck);
-    llm_set_sampling(m, &m->desc.sampling);
+    size_t vocab, slots;
+    moq_result r = llmi_open_parts(h, &ck, &be, err);
+    if (r < 0 || (r = llmi_model_open(&h->model, ck, be, &h->desc, err)) < 0) return r;
+    if (h->desc.draft && h->model.stateful)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_desc.draft", "the running state of a '%s' cannot go back over a wrong guess; leave draft at 0",
+                        h->model.c.family->model_type);
+    if (!h->desc.no_tokenizer && !(h->tokenizer = llm_tokenizer_open(ck, err))) return llmi_code(err, MOQ_E_TOKENIZER);
+    h->token_bytes = llmi_longest_token(h->tokenizer);
+    vocab = (size_t)h->model.c.vocab;
+    slots = (size_t)h->model.slots;
+    h->mixed = (float *)llmi_take(&h->model.arena, vocab, sizeof *h->mixed);
+    h->scratch = (float *)llmi_take(&h->model.arena, vocab, sizeof *h->scratch);
+    h->index = (int32_t *)llmi_take(&h->model.arena, vocab, sizeof *h->index);
+    h->by_slot = (llm **)llmi_take(&h->model.arena, slots, sizeof *h->by_slot);
+    h->parts = (llmi_share *)llmi_take(&h->model.arena, slots, sizeof *h->parts);
+    if (!h->mixed || !h->scratch || !h->index || !h->by_slot || !h->parts) return llmi_nomem(err, "sampling");
+    llmi_fill_info(h, ck);
     return MOQ_OK;
 }
 
-/* Hand an error of our own to a caller who may want none. */
-static void llmi_give(moq_error *err, const moq_error *own)
-{
-    if (err) *err = *own;
-}
-
-/* The state of an error before anything went wrong. */
-static void llmi_no_error(moq_error *e)
-{
-    memset(e, 0, sizeof *e);
-    e->offset = -1;
-}
-
-LLM_API llm *llm_open(const llm_desc *desc, moq_error *err)
-{
-    moq_error e;
-    llm *m;
-    moq_result r;
-    llmi_no_error(&e);
-    r = llmi_check_desc(desc, &e);
-    m = r < 0 ? NULL : (llm *)moq_allocate(&desc->allocator, sizeof *m);
-    if (r >= 0 && !m) llmi_nomem(&e, "llm");
-    if (m) {
-        m->a = desc->allocator;
-        m->desc = *desc;
-        m->turns = llmi_bytes_make(&m->a);
-        m->words = llmi_bytes_make(&m->a);
-        m->text = llmi_bytes_make(&m->a);
-        m->raw = llmi_bytes_make(&m->a);
-        m->piece = llmi_bytes_make(&m->a);
-        m->ids = llmi_ids_make(&m->a);
-        r = llmi_open_all(m, &e);
-        if (r >= 0) llmi_no_error(&e);
-        /* the caller's strings end here */
-        m->desc.path = m->desc.kernel = m->desc.kv = NULL;
-    }
-    llmi_give(err, &e);
-    if (m && r < 0) {
-        llm_close(m);
-        m = NULL;
-    }
-    return m;
-}
-
 /* Weights go before the backend that made them, the backend before the checkpoint that they point into. */
-LLM_API void llm_close(llm *m)
+static void llmi_house_close(llmi_house *h)
 {
-    moq_allocator a;
-    if (!m) return;
-    a = m->a;
+    moq_allocator a = h->a;
+    llm_tokenizer_close(h->tokenizer);
+    if (h->model.be) llmi_model_close(&h->model);
+    moq_backend_destroy(h->own_backend);
+    moq_close(h->own_checkpoint);
+    moq_release(&a, h, sizeof *h);
+}
+
+/* Room for everything that a conversation can come to hold, so that answering allocates nothing; 0 when out of memory.
+   What is said is stored when it is said. */
+static int llmi_reserve(llm *m)
+{
+    const llmi_house *h = m->house;
+    size_t context = (size_t)m->model->c.context, text = h->tokenizer ? (context + 1) * h->token_bytes + 64 : 0;
+    size_t logits = (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last;
+    m->last = (float *)moq_allocate(&m->a, logits);
+    return m->last && llmi_ids_reserve(&m->ids, context + 1) && llmi_bytes_reserve(&m->text, text) && llmi_bytes_reserve(&m->raw, text) &&
+           llmi_bytes_reserve(&m->piece, 3 * text + 1) && /* a byte that is no UTF-8 becomes three */
+           (!h->desc.logprobs || llmi_bytes_reserve(&m->tokens, (context + 1) * sizeof(llm_token)));
+}
+
+/* The slot becomes free. */
+static void llmi_leave(llm *m)
+{
+    moq_allocator a = m->a;
+    llmi_house *h = m->house;
     llmi_bytes_drop(&m->turns);
     llmi_bytes_drop(&m->words);
     llmi_bytes_drop(&m->text);
     llmi_bytes_drop(&m->raw);
     llmi_bytes_drop(&m->piece);
+    llmi_bytes_drop(&m->stops);
+    llmi_bytes_drop(&m->tokens);
     llmi_ids_drop(&m->ids);
-    llm_tokenizer_close(m->tokenizer);
-    if (m->model.be) llmi_model_close(&m->model);
-    moq_backend_destroy(m->own_backend);
-    moq_close(m->own_checkpoint);
+    moq_release(&a, m->last, (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last);
+    h->by_slot[m->slot] = NULL;
+    h->conversations--;
     moq_release(&a, m, sizeof *m);
 }
 
-LLM_API const llm_info *llm_get_info(const llm *m) { return m ? &m->info : NULL; }
+/* A conversation without words in slot `slot`; NULL and an error when there is no memory. */
+static llm *llmi_enter(llmi_house *h, int32_t slot, moq_error *err)
+{
+    llm *m = (llm *)moq_allocate(&h->a, sizeof *m);
+    if (!m) {
+        llmi_nomem(err, "conversation");
+        return NULL;
+    }
+    m->a = h->a;
+    m->house = h;
+    m->model = &h->model;
+    m->tokenizer = h->tokenizer;
+    m->slot = slot;
+    m->draft = h->desc.draft;
+    m->turns = llmi_bytes_make(&m->a);
+    m->words = llmi_bytes_make(&m->a);
+    m->text = llmi_bytes_make(&m->a);
+    m->raw = llmi_bytes_make(&m->a);
+    m->piece = llmi_bytes_make(&m->a);
+    m->stops = llmi_bytes_make(&m->a);
+    m->tokens = llmi_bytes_make(&m->a);
+    m->ids = llmi_ids_make(&m->a);
+    h->by_slot[slot] = m;
+    h->conversations++;
+    h->model.length[slot] = 0;
+    llmi_no_error(&m->kept);
+    llm_set_sampling(m, &h->desc.sampling);
+    if (llmi_reserve(m)) return m;
+    llmi_nomem(err, "conversation");
+    llmi_leave(m);
+    return NULL;
+}
+
+LLM_API llm *llm_open(const llm_desc *desc, moq_error *err)
+{
+    moq_error e;
+    llmi_house *h;
+    llm *m = NULL;
+    moq_result r;
+    llmi_no_error(&e);
+    r = llmi_check_desc(desc, &e);
+    if (r >= 0 && desc->max_memory) r = llmi_check_memory(desc, &e);
+    h = r < 0 ? NULL : (llmi_house *)moq_allocate(&desc->allocator, sizeof *h);
+    if (r >= 0 && !h) llmi_nomem(&e, "llm");
+    if (h) {
+        h->a = desc->allocator;
+        h->desc = *desc;
+        if (llmi_house_open(h, &e) >= 0) m = llmi_enter(h, 0, &e);
+        if (m) llmi_no_error(&e);
+        else llmi_house_close(h);
+    }
+    /* the caller's strings end here */
+    if (m) h->desc.path = h->desc.kernel = h->desc.kv = NULL;
+    llmi_give(err, &e);
+    return m;
+}
+
+/* The first free slot. */
+LLM_API llm *llm_join(llm *m, moq_error *err)
+{
+    moq_error e;
+    llm *n = NULL;
+    int32_t slot = 0;
+    if (!m) {
+        moq_fail(err, MOQ_E_ARG, "llm_join", "the model is NULL");
+        return NULL;
+    }
+    llmi_no_error(&e);
+    while (slot < m->model->slots && m->house->by_slot[slot]) slot++;
+    if (slot == m->model->slots)
+        moq_fail(&e, MOQ_E_STATE, "slots", "all %d slots of the cache are in use; close a conversation or open with a larger llm_desc.slots", slot);
+    else n = llmi_enter(m->house, slot, &e);
+    if (n) llm_set_sampling(n, &m->sampling);
+    llmi_give(err, &e);
+    return n;
+}
+
+/* The model goes with its last conversation. */
+LLM_API void llm_close(llm *m)
+{
+    llmi_house *h;
+    if (!m) return;
+    h = m->house;
+    llmi_settle(h, m);
+    llmi_leave(m);
+    if (h->conversations == 0) llmi_house_close(h);
+}
+
+LLM_API const llm_info *llm_get_info(const llm *m) { return m ? &m->house->info : NULL; }
 LLM_API const llm_tokenizer *llm_get_tokenizer(const llm *m) { return m ? m->tokenizer : NULL; }
-LLM_API const moq_checkpoint *llm_get_checkpoint(const llm *m) { return m ? m->model.ck : NULL; }
-LLM_API moq_backend *llm_get_backend(const llm *m) { return m ? m->model.be : NULL; }
+LLM_API const moq_checkpoint *llm_get_checkpoint(const llm *m) { return m ? m->model->ck : NULL; }
+LLM_API moq_backend *llm_get_backend(const llm *m) { return m ? m->model->be : NULL; }
 LLM_API const llm_stats *llm_get_stats(const llm *m) { return m ? &m->stats : NULL; }
+LLM_API int32_t llm_get_slot(const llm *m) { return m ? m->slot : -1; }
 
 /* The generator starts again from the seed; NULL is greedy. */
 LLM_API void llm_set_sampling(llm *m, const llm_sampling *s)
@@ -6176,6 +6684,22 @@ LLM_API void llm_set_sampling(llm *m, const llm_sampling *s)
     m->random = m->sampling.seed;
 }
 
+/* Empty strings are left out: they would stop everything. */
+LLM_API moq_result llm_set_stops(llm *m, const char *const *stops, int32_t count, moq_error *err)
+{
+    if (!m || (count > 0 && !stops)) return moq_fail(err, MOQ_E_ARG, "llm_set_stops", "the model or the list is NULL");
+    m->stops.count = 0;
+    for (int32_t i = 0; i < count; i++) {
+        size_t n = stops[i] ? strlen(stops[i]) : 0;
+        if (n == 0) continue;
+        if (!llmi_bytes_add(&m->stops, stops[i], n + 1)) {
+            m->stops.count = 0;
+            return llmi_nomem(err, "stop strings");
+        }
+    }
+    return MOQ_OK;
+}
+
 /* ---- saying ---- */
 
 /* The error, if there is one, is in m->kept already.
@@ -6183,6 +6707,7 @@ LLM_API void llm_set_sampling(llm *m, const llm_sampling *s)
 static moq_result llmi_end(llm *m, moq_result r)
 {
     m->phase = LLMI_IDLE;
+    m->row = m->rows = 0;
     return r;
 }
 
@@ -6214,6 +6739,7 @@ static moq_result llmi_keep_answer(llm *m)
 static moq_result llmi_start_saying(llm *m, int mode)
 {
     moq_result r;
+    llmi_settle(m->house, m);
     llmi_no_error(&m->kept);
     LLMI_FLAG_SET(&m->cancel, 0);
     if (!m->tokenizer) return moq_fail(&m->kept, MOQ_E_STATE, "llm_desc.no_tokenizer", "text cannot be said to a model opened without its tokenizer");
@@ -6223,6 +6749,7 @@ static moq_result llmi_start_saying(llm *m, int mode)
     if (r < 0) return r;
     m->mode = mode;
     m->ready = 0;
+    m->row = m->rows = 0;
     return MOQ_OK;
 }
 
@@ -6298,51 +6825,92 @@ static moq_result llmi_frame_all(llm *m)
     return m->kept.code;
 }
 
+static const char *llmi_role(const llm *m, size_t turn)
+{
+    llmi_turn t;
+    memcpy(&t, m->turns.data + turn * sizeof t, sizeof t);
+    return m->words.data + t.role;
+}
+
+/* Forget the oldest user turn and what answered it; system turns at the beginning and the newest user turn stay. 0: there is nothing to
+   forget. */
+static int llmi_forget_turn(llm *m)
+{
+    size_t count = m->turns.count / sizeof(llmi_turn), first = 0, next;
+    while (first < count && strcmp(llmi_role(m, first), "system") == 0) first++;
+    for (next = first + 1; next < count && strcmp(llmi_role(m, next), "user") != 0;) next++;
+    if (next >= count) return 0;
+    /* the words stay where they are: they go with llm_reset */
+    memmove(m->turns.data + first * sizeof(llmi_turn), m->turns.data + next * sizeof(llmi_turn), (count - next) * sizeof(llmi_turn));
+    m->turns.count -= (next - first) * sizeof(llmi_turn);
+    return 1;
+}
+
+/* Context shift. Dropping until half of the context is free makes it rare. What stays moves to other positions, and it is run again
+   instead of being rotated in the cache: its keys and values were computed while the dropped text could be seen, they may be stored in
+   four bits, and a running state cannot be shifted at all; run again, the cache is exactly that of the shorter conversation.
+   `answer`: tokens at the end of ids that are already part of the answer; they stay. */
+static moq_result llmi_shift(llm *m, size_t answer)
+{
+    size_t room = (size_t)m->model->c.context, keep = (size_t)m->house->desc.keep, old = m->answer, from = m->from;
+    int32_t *said = NULL;
+    int forgot = 0;
+    if (m->mode == LLMI_MODE_RAW) {
+        size_t rest = m->ids.count > keep ? m->ids.count - keep : 0, drop = rest - rest / 2;
+        if (rest < 2 || m->ids.count - drop > room - 1) drop = m->ids.count > room / 2 + keep ? m->ids.count - room / 2 - keep : 0;
+        if (drop == 0 || keep + 2 > room) return MOQ_OK;
+        memmove(m->ids.data + keep, m->ids.data + keep + drop, (rest - drop) * sizeof *m->ids.data);
+        m->ids.count -= drop;
+        m->done = m->done < keep ? m->done : keep;
+        m->answer = old > keep + drop ? old - drop : keep;
+        m->from = from > keep + drop ? from - drop : keep;
+        return MOQ_OK;
+    }
+    if (answer && !(said = (int32_t *)moq_allocate(&m->a, answer * sizeof *said))) return llmi_nomem(&m->kept, "conversation");
+    if (answer) memcpy(said, m->ids.data + m->ids.count - answer, answer * sizeof *said);
+    while (m->kept.code >= 0 && m->ids.count + (forgot ? answer : 0) > room / 2 && llmi_forget_turn(m)) {
+        llmi_frame_all(m);
+        forgot = 1;
+    }
+    if (forgot && m->kept.code >= 0) {
+        m->answer = m->ids.count;
+        m->from = from - old + m->answer;
+        if (answer && !llmi_ids_add(&m->ids, said, answer)) llmi_nomem(&m->kept, "conversation");
+    }
+    moq_release(&m->a, said, answer * sizeof *said);
+    return m->kept.code;
+}
+
 /* From what was said to the tokens that are to be run. At least one is: the logits of the last are needed. */
 static moq_result llmi_begin(llm *m)
 {
     moq_result r = m->mode == LLMI_MODE_CHAT ? llmi_frame_all(m) : MOQ_OK;
-    size_t held = (size_t)m->model.length[0], room = (size_t)m->model.c.context;
+    size_t held = (size_t)m->model->length[m->slot], room = (size_t)m->model->c.context;
     if (r < 0) return r;
+    m->answer = m->from = m->ids.count;
+    /* one place is needed for the answer */
+    if (m->house->desc.endless && m->ids.count >= room && (r = llmi_shift(m, 0)) < 0) return r;
     if (m->ids.count == 0) return moq_fail(&m->kept, MOQ_E_STATE, "conversation", "there is not a single token to begin with; say something first");
     if (m->ids.count > room)
         return moq_fail(&m->kept, MOQ_E_STATE, "context",
                         "the conversation has %zu tokens, the context holds %zu; open with a larger llm_desc.context or reset", m->ids.count, room);
-    /* llm_forward may have run slot 0 */
+    /* llm_forward may have run the slot */
     if (m->done > held) m->done = held;
     /* the last token is run again for its logits */
     if (m->done == m->ids.count) m->done--;
     /* a running state cannot go back */
-    if (m->model.stateful && m->done != held) m->done = 0;
+    if (m->model->stateful && m->done != held) m->done = 0;
     m->answer = m->from = m->ids.count;
     m->from_bytes = 0;
-    m->raw.count = m->text.count = 0;
+    m->raw.count = m->text.count = m->tokens.count = 0;
     m->phase = LLMI_PROMPT;
     return MOQ_OK;
 }
 
-/* Run up to `most` tokens of the prompt. */
-static moq_result llmi_read_prompt(llm *m, int32_t most)
-{
-    size_t left = m->ids.count - m->done;
-    int32_t n = left < (size_t)most ? (int32_t)left : most;
-    /* only the last token of the prompt is asked for logits */
-    double start = moq_seconds(), spent;
-    moq_result r = llmi_run(&m->model, 0, m->ids.data + m->done, n, (int32_t)m->done, NULL, n == (int32_t)left ? m->last : NULL, &m->kept);
-    if (r < 0) return r;
-    spent = moq_seconds() - start;
-    m->stats.prompt_seconds += spent;
-    m->stats.prompt_tokens += (uint64_t)n;
-    m->token_seconds = spent / n;
-    m->done += (size_t)n;
-    if (m->done == m->ids.count) {
-        m->phase = LLMI_ANSWER;
-        m->answered = 1;
-    }
-    return llmi_progress(&m->model, MOQ_STAGE_PREFILL, (int64_t)m->done, (int64_t)m->ids.count, &m->kept);
-}
-
-/* ---- the answer ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>llm-answer      from logits to tokens and from tokens to text
+   Chooses strictly one token after the other, whatever was guessed; shows whole characters and never a part of a stop string.
+   ------------------------------------------------------------------------------------------------ */
 
 /* The text of ids [from, end) without its first `skip` bytes, added to `out` (may be NULL); its length, SIZE_MAX: out of memory. */
 static size_t llmi_decode(const llm *m, size_t from, size_t skip, llmi_bytes *out)
@@ -6379,85 +6947,422 @@ static moq_result llmi_decode_newest(llm *m)
     return MOQ_OK;
 }
 
+/* Looks for stop strings in raw. Returns how many of its bytes may be shown: all before the first stop string (*hit is 1), or all but an end
+   that may become one. */
+static size_t llmi_before_stop(const llm *m, int *hit)
+{
+    size_t n = m->raw.count, safe = n;
+    *hit = 0;
+    for (size_t at = 0; at < n; at++)
+        for (const char *s = m->stops.data, *end = s + m->stops.count; s < end; s += strlen(s) + 1) {
+            size_t bytes = strlen(s), left = n - at;
+            if (memcmp(m->raw.data + at, s, bytes < left ? bytes : left) != 0) continue;
+            *hit = *hit || bytes <= left;
+            if (*hit) return at < safe ? at : safe;
+            if (at < safe) safe = at;
+        }
+    return safe;
+}
+
 /* Move what is whole from raw into the piece, and to the answer. Bytes that are no UTF-8 become U+FFFD, NUL is dropped because
    pieces are C strings. all: nothing follows, so a cut character is shown as U+FFFD too. */
 static moq_result llmi_show_piece(llm *m, int all)
 {
-    size_t from = 0, start;
-    int fits = 1;
+    size_t from = 0, start, end = m->raw.count;
+    int fits = 1, stopped = 0;
     m->piece.count = 0;
-    while (from < m->raw.count && fits) {
+    if (m->stops.count) {
+        end = llmi_before_stop(m, &stopped);
+        if (all && !stopped) end = m->raw.count;
+    }
+    while (from < end && fits) {
         uint32_t cp;
         int cut;
         char put[4];
-        size_t n = llmi_utf8_get(m->raw.data + from, m->raw.count - from, &cp, &cut);
-        if (cut && !all) break;
+        size_t n = llmi_utf8_get(m->raw.data + from, end - from, &cp, &cut);
+        if (cut && !all && !stopped) break;
         if (cp) fits = llmi_bytes_add(&m->piece, put, llmi_utf8_put(cp, put));
         from += n;
     }
     start = m->raw.count - from;
     if (start) memmove(m->raw.data, m->raw.data + from, start);
-    m->raw.count = start;
+    m->raw.count = stopped ? 0 : start;
     fits = fits && llmi_bytes_add(&m->text, m->piece.data, m->piece.count) && llmi_bytes_add(&m->piece, "", 1);
     if (!fits) return llmi_nomem(&m->kept, "answer");
     m->piece.count--;
     m->ready = m->piece.count > 0;
+    if (stopped) llmi_end(m, MOQ_OK);
     return MOQ_OK;
 }
 
 /* End tokens come from config.json and generation_config.json, and from the tokenizer's own list. */
 static int llmi_ends_turn(const llm *m, int32_t id)
 {
-    for (int32_t i = 0; i < m->model.c.end_count; i++)
-        if (m->model.c.ends[i] == id) return 1;
+    for (int32_t i = 0; i < m->model->c.end_count; i++)
+        if (m->model->c.ends[i] == id) return 1;
     return llm_is_end(m->tokenizer, id);
 }
 
-/* Choose the next token from `last` and show its text. */
+/* The next token from logits [vocab], which stay as they are: penalties and bias work on a copy. -1: none is a number. */
+static int32_t llmi_pick(llm *m, const float *logits)
+{
+    llmi_house *h = m->house;
+    int32_t vocab = m->model->c.vocab;
+    if (llmi_penalizes(&m->sampling)) {
+        memcpy(h->mixed, logits, (size_t)vocab * sizeof *logits);
+        llm_penalize(&m->sampling, m->ids.data, m->ids.count, m->answer, h->mixed, vocab, h->index);
+        logits = h->mixed;
+    }
+    return llm_sample(&m->sampling, logits, vocab, &m->random, h->scratch, h->index);
+}
+
+/* Choose the next token from the next row of logits and show its text. Where it is what was guessed, it has been run already. */
 static moq_result llmi_choose(llm *m)
 {
-    int32_t id = llm_sample(&m->sampling, m->last, m->model.c.vocab, &m->random, m->scratch, m->index);
+    double start = moq_seconds();
+    const float *logits = m->last + (size_t)m->row * (size_t)m->model->c.vocab;
+    int32_t id = llmi_pick(m, logits), row = m->row++;
+    llm_token token;
+    moq_result r;
     if (id < 0)
         return moq_fail(&m->kept, MOQ_E_STATE, "logits",
                         "none of %d logits after %zu tokens is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP (moq verify --deep)",
-                        m->model.c.vocab, m->ids.count);
+                        m->model->c.vocab, m->ids.count);
+    if (m->house->desc.logprobs) {
+        llm_logprobs(logits, m->model->c.vocab, id, m->house->desc.logprobs, &token);
+        if (!llmi_bytes_add(&m->tokens, (const char *)&token, sizeof token)) return llmi_nomem(&m->kept, "answer");
+    }
+    if (row < m->guesses && m->row < m->rows && m->guess[row] == id && !llmi_ends_turn(m, id)) {
+        m->done++;
+        m->stats.guessed_tokens++;
+    } else {
+        m->rows = m->row;
+        if (!m->model->stateful && m->model->length[m->slot] > (int32_t)m->done) m->model->length[m->slot] = (int32_t)m->done;
+    }
     if (llmi_ends_turn(m, id)) return llmi_end(m, llmi_show_piece(m, 1));
     if (!llmi_ids_add(&m->ids, &id, 1)) return llmi_nomem(&m->kept, "answer");
     m->stats.generated_tokens++;
     if (llmi_decode_newest(m) < 0) return MOQ_E_NOMEM;
-    return llmi_show_piece(m, 0);
-}
-
-/* One token of the answer: the one chosen last is run, the next one is chosen. */
-/* Runs in slot 0 at position `done`; stats count chosen tokens, the end token not among them. */
-static moq_result llmi_generate(llm *m)
-{
-    double start = moq_seconds();
-    moq_result r = MOQ_OK;
-    /* the token chosen last needs a place; choosing one more than fit does not, so an answer may end exactly at the edge */
-    if (m->done < m->ids.count) {
-        if (m->done >= (size_t)m->model.c.context)
-            return moq_fail(&m->kept, MOQ_E_STATE, "context",
-                            "all %d tokens of the context are used: %zu of the prompt, %zu of the answer; open with a larger context", m->model.c.context,
-                            m->answer, m->done - m->answer);
-        r = llmi_run(&m->model, 0, m->ids.data + m->done, 1, (int32_t)m->done, NULL, m->last, &m->kept);
-        if (r < 0) return r;
-        m->done++;
-    }
-    r = llmi_choose(m);
+    r = llmi_show_piece(m, 0);
     m->stats.generate_seconds += moq_seconds() - start;
     return r;
 }
 
-/* One unit of work: the frame, up to `most` prompt tokens, or one token of the answer. Errors end the turn. */
-static moq_result llmi_work(llm *m, int32_t most)
+/* The tokens of the answer, one llm_token each. */
+LLM_API const llm_token *llm_get_tokens(const llm *m, size_t *count)
+{
+    *count = m ? m->tokens.count / sizeof(llm_token) : 0;
+    return m ? (const llm_token *)(const void *)m->tokens.data : NULL;
+}
+
+/* ---- guessing ---- */
+
+/* Prompt lookup: what followed the last time that the newest tokens stood here? The longer the match, the better: 4 tokens down to 2.
+   Returns how many tokens were guessed, at most `most`. */
+static int32_t llmi_look_up(const llmi_ids *ids, int32_t most, int32_t *guess)
+{
+    size_t count = ids->count;
+    for (size_t match = count < 5 ? count - 1 : 4; match > 1; match--)
+        for (size_t at = count - match; at-- > 0;) {
+            int32_t n = 0;
+            if (memcmp(ids->data + at, ids->data + count - match, match * sizeof *ids->data) != 0) continue;
+            for (size_t i = at + match; i < count && n < most; i++) guess[n++] = ids->data[i];
+            return n;
+        }
+    return 0;
+}
+
+/* A smaller model goes on alone, greedily. Its slot holds what it shares with the conversation. */
+static int32_t llmi_ask_drafter(llm *m, int32_t most)
+{
+    llm *d = m->drafter;
+    size_t same = 0, held = (size_t)d->model->length[d->slot];
+    int32_t n = 0;
+    moq_error e;
+    if (m->ids.count + (size_t)most > (size_t)d->model->c.context) return 0;
+    while (same < m->ids.count && same < d->ids.count && same < held && d->ids.data[same] == m->ids.data[same]) same++;
+    if (same == m->ids.count) same--;
+    d->ids.count = 0;
+    if (!llmi_ids_add(&d->ids, m->ids.data, m->ids.count)) return 0;
+    while (n < most) {
+        int32_t left = (int32_t)(d->ids.count - same);
+        if (llmi_run(d->model, d->slot, d->ids.data + same, left, (int32_t)same, NULL, d->last, &e) < 0) return n;
+        same = d->ids.count;
+        if ((m->guess[n] = llmi_greedy(d->last, d->model->c.vocab)) < 0) return n;
+        if (!llmi_ids_add(&d->ids, &m->guess[n++], 1)) return n;
+    }
+    return n;
+}
+
+/* Tokens that may follow the pending one. A guess is never seen in what comes out, only in how fast it comes. */
+static void llmi_guess(llm *m, int32_t most, int timed)
+{
+    int32_t room = m->model->c.context - (int32_t)m->done - 1;
+    m->guesses = 0;
+    if (most > m->draft) most = m->draft;
+    if (most > room) most = room;
+    if (most <= 0) return;
+    /* another model cannot be stopped in the middle: under a time limit the conversation itself is asked */
+    m->guesses = m->drafter && !timed ? llmi_ask_drafter(m, most) : llmi_look_up(&m->ids, most, m->guess);
+    if (m->guesses < 0) m->guesses = 0;
+}
+
+/* Slots of both models must be able to go back over a wrong guess. */
+LLM_API moq_result llm_set_draft(llm *m, llm *draft, int32_t tokens, moq_error *err)
+{
+    if (!m) return moq_fail(err, MOQ_E_ARG, "llm_set_draft", "the model is NULL");
+    if (tokens < 0 || tokens > m->house->desc.draft)
+        return moq_fail(err, MOQ_E_ARG, "llm_set_draft", "%d tokens are outside 0..%d; llm_desc.draft reserves room for them", tokens, m->house->desc.draft);
+    if (draft && draft->house == m->house) return moq_fail(err, MOQ_E_ARG, "llm_set_draft", "a model cannot draft for itself; open a smaller one");
+    if (draft && draft->model->stateful)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_set_draft", "the running state of a '%s' cannot go back over a wrong guess", draft->model->c.family->model_type);
+    if (draft && draft->model->c.vocab != m->model->c.vocab)
+        return moq_fail(err, MOQ_E_MISMATCH, "llm_set_draft", "the draft model has %d tokens, this one %d; both need the same tokenizer", draft->model->c.vocab,
+                        m->model->c.vocab);
+    m->draft = tokens;
+    m->drafter = tokens ? draft : NULL;
+    return MOQ_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-step        passes of many conversations, within a time
+   The only place that decides what runs when; a call does one unit of work at least and allocates nothing.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A round: every conversation does what needs no model (framing, choosing, showing), then the rows that they want go through the model as
+   one pass. With a time limit a pass may stop between two layers; the next call of anybody goes on with it. Whoever takes its rows out
+   of an unfinished pass ends the pass for all: nobody's place has moved on yet, so their rows are just collected again. */
+
+/* ---- what runs next ---- */
+
+enum { LLMI_LAYER, LLMI_HEAD };
+
+/* The place of a number of rows among 1, 2, 4 ... */
+static int32_t llmi_size_class(int32_t rows)
+{
+    int32_t i = 0;
+    while (i + 1 < LLMI_SPEEDS && 1 << i < rows) i++;
+    return i;
+}
+
+/* Seconds that a unit of `rows` will take. What was never timed counts as linear. */
+static double llmi_expect(const llmi_house *h, int what, int32_t rows)
+{
+    int32_t n = llmi_size_class(rows);
+    double known = 0;
+    for (int32_t i = 0; i <= n; i++) known = h->seconds[what][i] > 0 ? h->seconds[what][i] : known * 2;
+    return known;
+}
+
+/* It was faster than ever before: believe it. It was slower: half of all delays are another program's, so believe it slowly. */
+static void llmi_measured(llmi_house *h, int what, int32_t rows, double seconds)
+{
+    double *s = &h->seconds[what][llmi_size_class(rows)], slower = *s * 1.05;
+    *s = *s <= 0 || seconds < slower ? seconds : slower;
+}
+
+/* Seconds of a whole pass. */
+static double llmi_expect_pass(const llmi_house *h, int32_t rows, int32_t wanted)
+{
+    int32_t block = wanted < h->model.head_rows ? wanted : h->model.head_rows, blocks = block ? (wanted + block - 1) / block : 0;
+    return h->model.c.layers * llmi_expect(h, LLMI_LAYER, rows) + blocks * llmi_expect(h, LLMI_HEAD, block);
+}
+
+/* The rows that fit into `left` seconds: a power of two, so that every size is timed often. The first pass ever tells how fast one row is. */
+static int32_t llmi_fitting(const llmi_house *h, double left)
+{
+    int32_t rows = 1;
+    if (h->seconds[LLMI_LAYER][0] <= 0) return 1;
+    while (rows * 2 <= h->model.chunk && llmi_expect_pass(h, rows * 2, 1) <= left * 0.9) rows *= 2;
+    return rows;
+}
+
+/* Does it want rows of the next pass? */
+static int llmi_wants(const llm *m)
+{
+    return !m->ready && (m->phase == LLMI_PROMPT || (m->phase == LLMI_ANSWER && m->row == m->rows));
+}
+
+/* The token chosen last needs a place, but choosing one more than fit did not: an answer may end exactly at the edge. */
+static moq_result llmi_at_the_edge(llm *m)
+{
+    size_t context = (size_t)m->model->c.context, prompt = m->answer;
+    if (m->house->desc.endless && llmi_shift(m, m->ids.count - m->answer) < 0) return m->kept.code;
+    if (m->done >= context || m->ids.count > context)
+        return moq_fail(&m->kept, MOQ_E_STATE, "context", "all %zu tokens of the context are used: %zu of the prompt, %zu of the answer; open with a larger context",
+                        context, prompt, context - (prompt < context ? prompt : context));
+    if (m->model->stateful) m->done = 0;
+    m->phase = LLMI_PROMPT;
+    return MOQ_OK;
+}
+
+/* All that can be done without the model. Errors and cancels end the turn. */
+static void llmi_talk(llm *m)
 {
     moq_result r = MOQ_OK;
-    if (LLMI_FLAG_GET(&m->cancel)) r = moq_fail(&m->kept, MOQ_E_CANCELLED, NULL, "the answer was stopped by llm_cancel");
-    else if (m->phase == LLMI_BEGIN) r = llmi_begin(m);
-    else if (m->phase == LLMI_PROMPT) r = llmi_read_prompt(m, most);
-    else if (m->phase == LLMI_ANSWER) r = llmi_generate(m);
-    return r < 0 ? llmi_end(m, r) : r;
+    while (!m->ready && m->phase != LLMI_IDLE && r >= 0) {
+        if (LLMI_FLAG_GET(&m->cancel)) r = moq_fail(&m->kept, MOQ_E_CANCELLED, NULL, "the answer was stopped by llm_cancel");
+        else if (m->phase == LLMI_BEGIN) r = llmi_begin(m);
+        else if (m->phase == LLMI_ANSWER && m->row < m->rows) r = llmi_choose(m);
+        else if (m->phase == LLMI_ANSWER && m->done >= (size_t)m->model->c.context) r = llmi_at_the_edge(m);
+        else break;
+        m->house->units++;
+    }
+    if (r < 0) llmi_end(m, r);
+}
+
+/* One row of a part into the pass; wanted rows are the last ones of their part. */
+static void llmi_add_row(llmi_house *h, const llmi_share *p, int32_t i)
+{
+    const llm *m = p->m;
+    int32_t all = p->count + p->guesses, out = i - (all - p->wanted);
+    int32_t token = i < p->count ? m->ids.data[m->done + (size_t)i] : m->guess[i - p->count];
+    llmi_pass_add(&h->model, m->slot, token, (int32_t)m->done + i, out >= 0 ? m->last + (size_t)out * (size_t)h->model.c.vocab : NULL);
+}
+
+/* A part for `m` of at most `most` rows. */
+static void llmi_add_part(llmi_house *h, llm *m, int32_t most, int timed)
+{
+    llmi_share *p = &h->parts[h->part_count++];
+    size_t left = m->ids.count - m->done;
+    p->m = m;
+    p->count = left < (size_t)most ? (int32_t)left : most;
+    p->guesses = 0;
+    m->guesses = 0;
+    if (m->phase == LLMI_ANSWER) {
+        llmi_guess(m, most - p->count, timed);
+        p->guesses = m->guesses;
+    }
+    p->wanted = p->count == (int32_t)left ? 1 + p->guesses : 0;
+}
+
+/* A new pass of everybody's rows (only NULL), or of one's: first those who answer, so that nobody who is read to makes others wait,
+   then prompts with the rows that are left. Returns the number of rows. */
+static int32_t llmi_collect(llmi_house *h, llm *only, double left, int timed)
+{
+    int32_t most = timed ? llmi_fitting(h, left) : h->model.chunk, used = 0, slots = h->model.slots;
+    h->part_count = 0;
+    for (int phase = LLMI_ANSWER; phase >= LLMI_PROMPT; phase--)
+        for (int32_t s = 0; s < slots; s++) {
+            llm *m = h->by_slot[s];
+            int32_t room = most > used ? most - used : 0;
+            if (!m || (only && m != only) || m->phase != phase || !llmi_wants(m)) continue;
+            /* answers get their row also when time is short; prompts wait unless nothing else runs */
+            if (room == 0 && (phase == LLMI_PROMPT ? used > 0 : used >= h->model.chunk)) continue;
+            llmi_add_part(h, m, room > 0 ? room : 1, timed);
+            used += h->parts[h->part_count - 1].count + h->parts[h->part_count - 1].guesses;
+        }
+    llmi_pass_clear(&h->model);
+    for (int wanted = 0; wanted < 2; wanted++)
+        for (int32_t i = 0; i < h->part_count; i++) {
+            const llmi_share *p = &h->parts[i];
+            int32_t all = p->count + p->guesses, cut = all - p->wanted;
+            for (int32_t r = wanted ? cut : 0; r < (wanted ? all : cut); r++) llmi_add_row(h, p, r);
+        }
+    h->spent[0] = h->spent[1] = 0;
+    return used;
+}
+
+/* ---- running ---- */
+
+/* The finished pass to those who took part. */
+static void llmi_finish_pass(llmi_house *h)
+{
+    moq_error e;
+    int32_t rows = h->model.pass.rows, wanted = h->model.pass.wanted, block = h->model.head_rows, count = h->part_count;
+    double spent = h->spent[0] + h->spent[1];
+    moq_result r;
+    llmi_no_error(&e);
+    r = llmi_pass_end(&h->model, &e);
+    if (r >= 0) llmi_measured(h, LLMI_LAYER, rows, h->spent[0] / h->model.c.layers);
+    if (r >= 0 && wanted) llmi_measured(h, LLMI_HEAD, wanted < block ? wanted : block, h->spent[1] / ((wanted + block - 1) / block));
+    h->part_count = 0;
+    for (int32_t i = 0; i < count; i++) {
+        const llmi_share *p = &h->parts[i];
+        llm *m = p->m;
+        if (r < 0) {
+            m->kept = e;
+            llmi_end(m, r);
+            continue;
+        }
+        m->done += (size_t)p->count;
+        m->row = 0;
+        m->rows = p->wanted;
+        if (m->phase == LLMI_ANSWER) {
+            m->stats.generate_seconds += spent;
+            continue;
+        }
+        m->stats.prompt_seconds += spent;
+        m->stats.prompt_tokens += (uint64_t)p->count;
+        if (m->done == m->ids.count) {
+            m->phase = LLMI_ANSWER;
+            m->answered = 1;
+        }
+        if (llmi_progress(&h->model, MOQ_STAGE_PREFILL, (int64_t)m->done, (int64_t)m->ids.count, &m->kept) < 0) llmi_end(m, m->kept.code);
+    }
+}
+
+/* A conversation leaves the pass in progress; m NULL: everybody does. A running state that has seen half a pass is of no use,
+   so with those the pass is finished first. */
+static void llmi_settle(llmi_house *h, const llm *m)
+{
+    int takes_part = m == NULL;
+    for (int32_t i = 0; i < h->part_count; i++) takes_part |= h->parts[i].m == m;
+    if (h->part_count == 0 || !takes_part) return;
+    if (h->model.stateful) {
+        while (!llmi_pass_done(&h->model)) llmi_pass_unit(&h->model);
+        llmi_finish_pass(h);
+        return;
+    }
+    llmi_pass_clear(&h->model);
+    h->part_count = 0;
+}
+
+/* Has somebody in the pass been cancelled? */
+static int llmi_pass_cancelled(const llmi_house *h)
+{
+    for (int32_t i = 0; i < h->part_count; i++)
+        if (LLMI_FLAG_GET(&h->parts[i].m->cancel)) return 1;
+    return 0;
+}
+
+/* Units of the pass in progress until it is done or the next one would end after `until` (0: no limit). On a device that works behind our
+   back the clock says nothing without waiting for it: where the time may not do, every unit waits. Returns 1: done. */
+static int llmi_run_pass(llmi_house *h, double until)
+{
+    llmi_model *m = &h->model;
+    const llmi_pass *p = &m->pass;
+    double now = moq_seconds();
+    int careful = until > 0 && now + llmi_expect_pass(h, p->rows, p->wanted) - h->spent[0] - h->spent[1] > until;
+    moq_error e;
+    while (!llmi_pass_done(m)) {
+        double start = now;
+        int what = p->next < m->c.layers ? LLMI_LAYER : LLMI_HEAD;
+        double unit = llmi_expect(h, what, what == LLMI_LAYER ? p->rows : p->wanted);
+        if (until > 0 && h->units > 0 && start + unit > until) return 0;
+        if (!m->stateful && llmi_pass_cancelled(h)) {
+            llmi_settle(h, NULL);
+            return 1;
+        }
+        llmi_pass_unit(m);
+        h->units++;
+        if (careful) m->be->sync(m->be, &e); /* an error stays until the pass ends */
+        now = moq_seconds();
+        h->spent[what] += now - start;
+    }
+    llmi_finish_pass(h);
+    return 1;
+}
+
+/* One round for one conversation, or for all. 0: there is nothing to do or no time to do it in. */
+static int llmi_round(llmi_house *h, llm *only, double until)
+{
+    int timed = until > 0;
+    if (h->part_count > 0) return llmi_run_pass(h, until);
+    for (int32_t s = 0; s < h->model.slots; s++)
+        if (h->by_slot[s] && (!only || h->by_slot[s] == only)) llmi_talk(h->by_slot[s]);
+    if (llmi_collect(h, only, until - moq_seconds(), timed) == 0) return 0;
+    return llmi_run_pass(h, until);
 }
 
 /* Works until there is something to show or the turn is over. */
@@ -6467,7 +7372,7 @@ LLM_API const char *llm_next(llm *m, moq_error *err)
         moq_fail(err, MOQ_E_ARG, "llm_next", "the model is NULL");
         return NULL;
     }
-    while (!m->ready && m->phase != LLMI_IDLE) llmi_work(m, m->model.chunk);
+    while (!m->ready && m->phase != LLMI_IDLE) llmi_round(m->house, m, 0);
     if (m->ready) {
         if (err) llmi_no_error(err);
         m->ready = 0;
@@ -6478,20 +7383,38 @@ LLM_API const char *llm_next(llm *m, moq_error *err)
     return NULL;
 }
 
-/* The prompt is cut so that a unit fits what is left of the time, as the last unit's speed predicts; an answer's token is the
-   smallest unit there is. */
+/* Rounds until `until`; m NULL: of everybody. Without a clock: one round. */
+static void llmi_rounds(llmi_house *h, llm *m, double start, int64_t max_microseconds)
+{
+    double until = start + (double)(max_microseconds > 0 ? max_microseconds : 1) * 1e-6;
+    h->units = 0;
+    if (start <= 0) {
+        llmi_round(h, m, 0);
+        return;
+    }
+    while ((!m || (!m->ready && m->phase != LLMI_IDLE)) && llmi_round(h, m, until) && moq_seconds() < until) {}
+}
+
 LLM_API int llm_step(llm *m, int64_t max_microseconds)
 {
-    double start = moq_seconds(), budget = (double)max_microseconds * 1e-6, left = budget;
+    double start = moq_seconds();
     if (!m) return -1;
-    while (!m->ready && m->phase != LLMI_IDLE) {
-        double fit = m->token_seconds > 0 ? left / m->token_seconds : LLMI_FIRST_CHUNK;
-        llmi_work(m, fit < 1 ? 1 : fit > m->model.chunk ? m->model.chunk : (int32_t)fit);
-        if (m->ready || m->phase == LLMI_IDLE) break;
-        left = budget - (moq_seconds() - start);
-        if (left <= 0 || start <= 0) return 0; /* without a clock: one unit of work */
+    llmi_rounds(m->house, m, start, max_microseconds);
+    return m->ready ? 1 : m->phase == LLMI_IDLE ? -1 : 0;
+}
+
+LLM_API int llm_step_all(llm *m, int64_t max_microseconds)
+{
+    double start = moq_seconds();
+    int pieces = 0, busy = 0;
+    if (!m) return -1;
+    llmi_rounds(m->house, NULL, start, max_microseconds);
+    for (int32_t s = 0; s < m->model->slots; s++) {
+        const llm *n = m->house->by_slot[s];
+        pieces += n && n->ready;
+        busy += n && n->phase != LLMI_IDLE;
     }
-    return m->ready ? 1 : -1;
+    return pieces ? pieces : busy ? 0 : -1;
 }
 
 /* Taking the piece twice gives it twice; "" before there was one. */
@@ -6501,6 +7424,8 @@ LLM_API const char *llm_piece(llm *m)
     m->ready = 0;
     return m->piece.data;
 }
+
+LLM_API int llm_ready(const llm *m) { return m && m->ready; }
 
 /* Holds until something new is said, so that a cancel just before the first llm_next is not lost. */
 LLM_API void llm_cancel(llm *m)
@@ -6512,32 +7437,579 @@ LLM_API void llm_cancel(llm *m)
 LLM_API void llm_reset(llm *m)
 {
     if (!m) return;
+    llmi_settle(m->house, m);
     m->mode = LLMI_MODE_NONE;
     m->phase = LLMI_IDLE;
     LLMI_FLAG_SET(&m->cancel, 0);
-    m->turns.count = m->words.count = m->ids.count = m->text.count = m->raw.count = m->piece.count = 0;
+    m->turns.count = m->words.count = m->ids.count = m->text.count = m->raw.count = m->piece.count = m->tokens.count = 0;
     m->done = m->answer = m->from = m->from_bytes = 0;
     m->ready = m->answered = 0;
+    m->row = m->rows = m->guesses = 0;
     m->random = m->sampling.seed;
-    m->model.length[0] = 0;
+    m->model->length[m->slot] = 0;
     memset(&m->stats, 0, sizeof m->stats);
     llmi_no_error(&m->kept);
 }
 
 /* ---- tokens ---- */
 
-/* Slot 0 is the conversation's: tokens run there by hand make it run its own again from that position on. */
+/* A conversation whose slot is run by hand runs its own tokens again from that position on. */
 LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last, moq_error *err)
 {
     moq_error e;
     moq_result r;
+    llm *owner;
     if (!m) return moq_fail(err, MOQ_E_ARG, "llm_forward", "the model is NULL");
     llmi_no_error(&e);
-    r = llmi_run(&m->model, slot, tokens, count, pos, logits, last, &e);
-    if (slot == 0 && r != MOQ_E_ARG && m->done > (size_t)pos) m->done = (size_t)pos; /* the conversation runs its rest again */
+    llmi_settle(m->house, NULL);
+    r = llmi_run(m->model, slot, tokens, count, pos, logits, last, &e);
+    owner = r != MOQ_E_ARG ? m->house->by_slot[slot] : NULL;
+    if (owner && owner->done > (size_t)pos) owner->done = (size_t)pos;
     if (r >= 0) llmi_no_error(&e);
     llmi_give(err, &e);
     return r;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-state       forking a conversation; saving and loading one
+   A state is checked as a whole before anything changes: a damaged one, or one of another model, leaves the conversation as it was.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A state, all little-endian (a state of the other byte order is refused), nothing aligned:
+
+       header    "LLMSTATE", version, bytes of all, hash of what follows the header, fingerprint of the model
+       numbers   LLMI_STATE_FIELDS u64, see llmi_state_numbers
+       arrays    ids (i32), turns (2 u64 each), words, text, raw, piece, stop strings, tokens
+       logits    [vocab] F32 of the next token, when it is about to be chosen
+       cache     the keys and values of every layer for the tokens that were run, or its running state, as the backend stores them */
+
+enum { LLMI_STATE_VERSION = 1, LLMI_STATE_HEADER = 40, LLMI_STATE_FIELDS = 18 };
+
+/* Writes when it has memory, and always counts. */
+typedef struct llmi_writer {
+    uint8_t *at; /* NULL: count only */
+    size_t bytes;
+} llmi_writer;
+
+static void llmi_put(llmi_writer *w, const void *data, size_t bytes)
+{
+    if (w->at && bytes) memcpy(w->at + w->bytes, data, bytes);
+    w->bytes += bytes;
+}
+
+static void llmi_put_u64(llmi_writer *w, uint64_t v)
+{
+    uint8_t b[8];
+    for (int i = 0; i < 8; i++) b[i] = (uint8_t)(v >> 8 * i);
+    llmi_put(w, b, sizeof b);
+}
+
+static uint64_t llmi_get_u64(const uint8_t *p)
+{
+    uint64_t v = 0;
+    for (int i = 0; i < 8; i++) v |= (uint64_t)p[i] << 8 * i;
+    return v;
+}
+
+/* What must be equal so that a state fits: the backend's kind, the shapes, how the cache stores, and samples of every tensor (two
+   fine-tunings of one model differ in them). */
+static uint64_t llmi_fingerprint(const llm *m)
+{
+    const llmi_model *o = m->model;
+    const llmi_config *c = &o->c;
+    const int64_t shapes[] = {c->layers, c->hidden, c->heads, c->kv_heads, c->head_dim, c->value_dim, c->vocab, c->ssm_heads, c->ssm_state,
+                              (int64_t)o->kv, (int64_t)o->elem, 0x0102};
+    uint64_t h = llmi_hash(o->be->name, strcspn(o->be->name, ":"));
+    size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
+    h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);
+    for (size_t i = 0; i < count; i += step) {
+        const moq_tensor *t = moq_get_tensor(o->ck, i);
+        size_t n = t->bytes < 64 ? (size_t)t->bytes : 64;
+        h = llmi_fold(h ^ llmi_hash(t->name, t->name_bytes), 0xbf58476d1ce4e5b9u) + (uint64_t)t->dtype;
+        if (n) h = llmi_fold(h ^ llmi_hash((const char *)t->data + (size_t)(t->bytes - n) / 2, n), 0x94d049bb133111ebu);
+    }
+    return h;
+}
+
+/* The conversation in numbers; the order is the format. */
+static void llmi_state_numbers(const llm *m, uint64_t v[LLMI_STATE_FIELDS])
+{
+    const uint64_t all[LLMI_STATE_FIELDS] = {
+        (uint64_t)m->mode, (uint64_t)m->phase, (uint64_t)m->answered, m->done, m->answer, m->from, m->from_bytes, m->random, (uint64_t)m->ready,
+        m->row < m->rows, m->ids.count, m->turns.count / sizeof(llmi_turn), m->words.count, m->text.count, m->raw.count, m->piece.count,
+        m->stops.count, m->tokens.count};
+    memcpy(v, all, sizeof all);
+}
+
+/* What a layer's cache holds of the conversation. */
+static size_t llmi_cache_bytes(const llm *m, const llmi_layer *l, size_t tokens)
+{
+    moq_backend *be = m->model->be;
+    size_t bytes = l->kv ? be->kv_read(be, l->kv, m->slot, (int32_t)tokens, NULL) : 0;
+    return bytes + (l->ssm ? be->ssm_read(be, l->ssm, m->slot, NULL) : 0);
+}
+
+/* Keys and values, or states, of every layer. */
+static void llmi_put_cache(const llm *m, llmi_writer *w)
+{
+    moq_backend *be = m->model->be;
+    for (int32_t i = 0; i < m->model->c.layers && m->done > 0; i++) {
+        const llmi_layer *l = &m->model->layers[i];
+        void *at = w->at ? w->at + w->bytes : NULL;
+        if (l->kv) w->bytes += be->kv_read(be, l->kv, m->slot, (int32_t)m->done, at);
+        if (l->ssm) w->bytes += be->ssm_read(be, l->ssm, m->slot, at);
+    }
+}
+
+/* All of it; returns the bytes. */
+static size_t llmi_write_state(const llm *m, uint8_t *out)
+{
+    uint64_t v[LLMI_STATE_FIELDS];
+    llmi_writer w;
+    w.at = out;
+    w.bytes = LLMI_STATE_HEADER;
+    llmi_state_numbers(m, v);
+    for (int i = 0; i < LLMI_STATE_FIELDS; i++) llmi_put_u64(&w, v[i]);
+    llmi_put(&w, m->ids.data, m->ids.count * sizeof *m->ids.data);
+    for (size_t i = 0; i < m->turns.count / sizeof(llmi_turn); i++) {
+        llmi_turn t;
+        memcpy(&t, m->turns.data + i * sizeof t, sizeof t);
+        llmi_put_u64(&w, t.role);
+        llmi_put_u64(&w, t.text);
+    }
+    llmi_put(&w, m->words.data, m->words.count);
+    llmi_put(&w, m->text.data, m->text.count);
+    llmi_put(&w, m->raw.data, m->raw.count);
+    llmi_put(&w, m->piece.data, m->piece.count);
+    llmi_put(&w, m->stops.data, m->stops.count);
+    llmi_put(&w, m->tokens.data, m->tokens.count);
+    if (m->row < m->rows) llmi_put(&w, m->last + (size_t)m->row * (size_t)m->model->c.vocab, (size_t)m->model->c.vocab * sizeof *m->last);
+    llmi_put_cache(m, &w);
+    if (out) {
+        llmi_writer header;
+        header.at = out;
+        header.bytes = 0;
+        llmi_put(&header, "LLMSTATE", 8);
+        llmi_put_u64(&header, LLMI_STATE_VERSION);
+        llmi_put_u64(&header, w.bytes);
+        llmi_put_u64(&header, llmi_hash((const char *)out + LLMI_STATE_HEADER, w.bytes - LLMI_STATE_HEADER));
+        llmi_put_u64(&header, llmi_fingerprint(m));
+    }
+    return w.bytes;
+}
+
+/* Can this backend hand out what its caches hold? */
+static moq_result llmi_check_state(const llm *m, int copies, moq_error *err)
+{
+    const moq_backend *be = m->model->be;
+    for (int32_t i = 0; i < m->model->c.layers; i++) {
+        const llmi_layer *l = &m->model->layers[i];
+        const char *lacks = NULL;
+        if (l->kv && copies && !be->kv_copy) lacks = "kv_copy";
+        if (l->ssm && copies && !be->ssm_copy) lacks = "ssm_copy";
+        if (l->kv && !copies && (!be->kv_read || !be->kv_write)) lacks = "kv_read";
+        if (l->ssm && !copies && (!be->ssm_read || !be->ssm_write)) lacks = "ssm_read";
+        if (lacks) return moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which forking and saving need", lacks);
+    }
+    return MOQ_OK;
+}
+
+/* No pass in progress, and nothing counted as run that a failed pass has spoiled. */
+static void llmi_settle_whole(llm *m)
+{
+    size_t held;
+    llmi_settle(m->house, m);
+    held = (size_t)m->model->length[m->slot];
+    if (m->done > held) m->done = held;
+}
+
+/* `bytes` NULL: only the size. A state in the middle of a pass would miss half of it, so the pass is left first. */
+LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *err)
+{
+    size_t need;
+    if (!m) {
+        moq_fail(err, MOQ_E_ARG, "llm_copy_state", "the model is NULL");
+        return SIZE_MAX;
+    }
+    if (llmi_check_state(m, 0, err) < 0) return SIZE_MAX;
+    llmi_settle_whole(m);
+    need = llmi_write_state(m, NULL);
+    if (bytes && capacity >= need) llmi_write_state(m, (uint8_t *)bytes);
+    return need;
+}
+
+/* Everything a state says, checked; the arrays stay in its memory. */
+typedef struct llmi_saved {
+    uint64_t v[LLMI_STATE_FIELDS];
+    const uint8_t *ids, *turns, *words, *text, *raw, *piece, *stops, *tokens, *logits, *cache;
+    size_t cache_bytes;
+} llmi_saved;
+
+/* The header, before anything in it is believed. */
+static moq_result llmi_check_header(const llm *m, const uint8_t *p, size_t bytes, moq_error *err)
+{
+    if (bytes < LLMI_STATE_HEADER + 8 * LLMI_STATE_FIELDS || memcmp(p, "LLMSTATE", 8) != 0)
+        return moq_fail(err, MOQ_E_HEADER, "state", "%zu bytes that are no saved conversation; save one with llm_save", bytes);
+    if (llmi_get_u64(p + 8) != LLMI_STATE_VERSION)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, "state", "version %llu, this program reads %d; save the conversation again with it",
+                        (unsigned long long)llmi_get_u64(p + 8), LLMI_STATE_VERSION);
+    if (llmi_get_u64(p + 16) != bytes)
+        return moq_fail(err, MOQ_E_TRUNCATED, "state", "%zu bytes, its header says %llu; the file was cut or something was added to it", bytes,
+                        (unsigned long long)llmi_get_u64(p + 16));
+    if (llmi_get_u64(p + 24) != llmi_hash((const char *)p + LLMI_STATE_HEADER, bytes - LLMI_STATE_HEADER))
+        return moq_fail(err, MOQ_E_MISMATCH, "state", "its bytes do not agree with its checksum; the file is damaged");
+    if (llmi_get_u64(p + 32) != llmi_fingerprint(m))
+        return moq_fail(err, MOQ_E_STATE, "state", "it was saved by another model, another KV format or another kind of backend than this '%s' on %s",
+                        m->model->c.family->model_type, m->model->be->name);
+    return MOQ_OK;
+}
+
+/* The next `count` items of `size` bytes, or NULL when the state is shorter. */
+static const uint8_t *llmi_next_array(const uint8_t **at, size_t *left, uint64_t count, size_t size)
+{
+    const uint8_t *p = *at;
+    if (count > *left / size) return NULL;
+    *at += (size_t)count * size;
+    *left -= (size_t)count * size;
+    return p;
+}
+
+/* Numbers that no conversation of this model can have. The checksum makes them unlikely, and a file may still be forged. */
+static moq_result llmi_check_numbers(const llm *m, const llmi_saved *s, moq_error *err)
+{
+    const uint64_t *v = s->v;
+    size_t context = (size_t)m->model->c.context;
+    int good = v[0] <= LLMI_MODE_RAW && v[1] <= LLMI_ANSWER && v[2] <= 1 && v[8] <= 1 && v[9] <= 1 && v[3] <= v[10] && v[4] <= v[10] && v[5] <= v[10] &&
+               (v[17] == 0 || m->house->desc.logprobs) && v[17] % sizeof(llm_token) == 0 && v[6] <= SIZE_MAX / 4;
+    if (v[3] > context || v[10] > context + 1)
+        return moq_fail(err, MOQ_E_STATE, "state", "it holds %llu tokens, the context %zu; open with a larger llm_desc.context", (unsigned long long)v[10], context);
+    for (size_t i = 0; good && i < v[10]; i++) {
+        int32_t id;
+        memcpy(&id, s->ids + i * sizeof id, sizeof id);
+        good = id >= 0 && id < m->model->c.vocab;
+    }
+    for (size_t i = 0; good && i < 2 * v[11]; i++) good = llmi_get_u64(s->turns + 8 * i) < v[12];
+    /* whatever offset a turn has, its text ends */
+    good = good && (v[12] == 0 || s->words[v[12] - 1] == 0) && (v[16] == 0 || s->stops[v[16] - 1] == 0);
+    good = good && !(v[1] == LLMI_ANSWER && !v[9] && v[3] >= v[10]) && !(v[1] == LLMI_PROMPT && v[3] >= v[10]);
+    return good ? MOQ_OK : moq_fail(err, MOQ_E_STATE, "state", "its numbers contradict each other; it was not written by llm_save");
+}
+
+static moq_result llmi_parse_saved(const llm *m, const uint8_t *p, size_t bytes, llmi_saved *s, moq_error *err)
+{
+    const uint8_t *at = p + LLMI_STATE_HEADER;
+    size_t left = bytes - LLMI_STATE_HEADER, cache = 0;
+    moq_result r = llmi_check_header(m, p, bytes, err);
+    if (r < 0) return r;
+    for (int i = 0; i < LLMI_STATE_FIELDS; i++, at += 8, left -= 8) s->v[i] = llmi_get_u64(at);
+    s->ids = llmi_next_array(&at, &left, s->v[10], sizeof(int32_t));
+    s->turns = llmi_next_array(&at, &left, s->v[11], 16);
+    s->words = llmi_next_array(&at, &left, s->v[12], 1);
+    s->text = llmi_next_array(&at, &left, s->v[13], 1);
+    s->raw = llmi_next_array(&at, &left, s->v[14], 1);
+    s->piece = llmi_next_array(&at, &left, s->v[15], 1);
+    s->stops = llmi_next_array(&at, &left, s->v[16], 1);
+    s->tokens = llmi_next_array(&at, &left, s->v[17], 1);
+    s->logits = llmi_next_array(&at, &left, s->v[9] ? (uint64_t)m->model->c.vocab : 0, sizeof(float));
+    s->cache = at;
+    if (!s->ids || !s->turns || !s->words || !s->text || !s->raw || !s->piece || !s->stops || !s->tokens || !s->logits)
+        return moq_fail(err, MOQ_E_TRUNCATED, "state", "its arrays are longer than the state itself");
+    if ((r = llmi_check_numbers(m, s, err)) < 0) return r;
+    for (int32_t i = 0; i < m->model->c.layers && s->v[3] > 0; i++) {
+        cache += llmi_cache_bytes(m, &m->model->layers[i], (size_t)s->v[3]);
+    }
+    return cache == left ? MOQ_OK : moq_fail(err, MOQ_E_STATE, "state", "%zu bytes of cache, this model needs %zu", left, cache);
+}
+
+/* Nothing can fail any more but memory, and that is asked for first. */
+static int llmi_room_for(llm *m, const llmi_saved *s)
+{
+    const uint64_t *v = s->v;
+    return llmi_ids_reserve(&m->ids, (size_t)v[10]) && llmi_bytes_reserve(&m->turns, (size_t)v[11] * sizeof(llmi_turn)) &&
+           llmi_bytes_reserve(&m->words, (size_t)v[12]) && llmi_bytes_reserve(&m->text, (size_t)v[13]) && llmi_bytes_reserve(&m->raw, (size_t)v[14]) &&
+           llmi_bytes_reserve(&m->piece, (size_t)v[15] + 1) && llmi_bytes_reserve(&m->stops, (size_t)v[16]) && llmi_bytes_reserve(&m->tokens, (size_t)v[17]);
+}
+
+static void llmi_set_bytes(llmi_bytes *b, const uint8_t *from, uint64_t count)
+{
+    b->count = 0;
+    llmi_bytes_add(b, (const char *)from, (size_t)count);
+}
+
+/* A checked state becomes the conversation. */
+static void llmi_take_state(llm *m, const llmi_saved *s)
+{
+    const uint64_t *v = s->v;
+    const uint8_t *at = s->cache;
+    moq_backend *be = m->model->be;
+    m->mode = (int)v[0];
+    m->phase = (int)v[1];
+    m->answered = (int)v[2];
+    m->done = (size_t)v[3];
+    m->answer = (size_t)v[4];
+    m->from = (size_t)v[5];
+    m->from_bytes = (size_t)v[6];
+    m->random = v[7];
+    m->ready = (int)v[8];
+    m->row = m->guesses = 0;
+    m->rows = (int32_t)v[9];
+    m->ids.count = (size_t)v[10];
+    if (v[10]) memcpy(m->ids.data, s->ids, (size_t)v[10] * sizeof *m->ids.data);
+    m->turns.count = 0;
+    for (size_t i = 0; i < v[11]; i++) {
+        llmi_turn t;
+        t.role = (size_t)llmi_get_u64(s->turns + 16 * i);
+        t.text = (size_t)llmi_get_u64(s->turns + 16 * i + 8);
+        llmi_bytes_add(&m->turns, (const char *)&t, sizeof t);
+    }
+    llmi_set_bytes(&m->words, s->words, v[12]);
+    llmi_set_bytes(&m->text, s->text, v[13]);
+    llmi_set_bytes(&m->raw, s->raw, v[14]);
+    llmi_set_bytes(&m->piece, s->piece, v[15]);
+    llmi_bytes_add(&m->piece, "", 1);
+    m->piece.count--;
+    llmi_set_bytes(&m->stops, s->stops, v[16]);
+    llmi_set_bytes(&m->tokens, s->tokens, v[17]);
+    if (v[9]) memcpy(m->last, s->logits, (size_t)m->model->c.vocab * sizeof *m->last);
+    for (int32_t i = 0; i < m->model->c.layers && m->done > 0; i++) {
+        const llmi_layer *l = &m->model->layers[i];
+        if (l->kv) be->kv_write(be, l->kv, m->slot, (int32_t)m->done, at);
+        if (l->ssm) be->ssm_write(be, l->ssm, m->slot, at);
+        at += llmi_cache_bytes(m, l, m->done);
+    }
+    m->model->length[m->slot] = (int32_t)m->done;
+    LLMI_FLAG_SET(&m->cancel, 0);
+    llmi_no_error(&m->kept);
+}
+
+LLM_API moq_result llm_set_state(llm *m, const void *bytes, size_t count, moq_error *err)
+{
+    llmi_saved s;
+    moq_result r;
+    if (!m || !bytes) return moq_fail(err, MOQ_E_ARG, "llm_set_state", "the model or the state is NULL");
+    if ((r = llmi_check_state(m, 0, err)) < 0) return r;
+    llmi_settle(m->house, m);
+    if ((r = llmi_parse_saved(m, (const uint8_t *)bytes, count, &s, err)) < 0) return r;
+    if (!llmi_room_for(m, &s)) return llmi_nomem(err, "state");
+    llmi_take_state(m, &s);
+    return MOQ_OK;
+}
+
+/* One block of memory for the whole state: it is small beside the model that made it. */
+LLM_API moq_result llm_save(llm *m, const char *path, moq_error *err)
+{
+    moq_error e;
+    size_t need = llm_copy_state(m, NULL, 0, &e);
+    uint8_t *bytes;
+    moq_result r;
+    if (need == SIZE_MAX || !path) {
+        if (need != SIZE_MAX) moq_fail(&e, MOQ_E_ARG, "llm_save", "the path is NULL");
+        llmi_give(err, &e);
+        return e.code;
+    }
+    bytes = (uint8_t *)moq_allocate(&m->a, need);
+    if (!bytes) return llmi_nomem(err, "state");
+    llmi_write_state(m, bytes);
+    r = moq_write_file(path, bytes, need, err);
+    moq_release(&m->a, bytes, need);
+    return r;
+}
+
+LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err)
+{
+    moq_error e;
+    size_t bytes;
+    char *text;
+    moq_result r;
+    if (!m || !path) return moq_fail(err, MOQ_E_ARG, "llm_load", "the model or the path is NULL");
+    llmi_no_error(&e);
+    text = moq_read_file(path, (uint64_t)1 << 40, &m->a, &bytes, &e);
+    r = text ? llm_set_state(m, text, bytes, &e) : llmi_code(&e, MOQ_E_IO);
+    if (text) moq_release(&m->a, text, bytes + 1);
+    if (r < 0) llmi_give(err, &e);
+    return r;
+}
+
+/* ---- forking ---- */
+
+/* Everything but the slot. */
+static int llmi_copy_talk(llm *to, const llm *from)
+{
+    const llmi_bytes *in[] = {&from->turns, &from->words, &from->text, &from->raw, &from->piece, &from->stops, &from->tokens};
+    llmi_bytes *out[] = {&to->turns, &to->words, &to->text, &to->raw, &to->piece, &to->stops, &to->tokens};
+    size_t vocab = (size_t)from->model->c.vocab;
+    int fits = llmi_ids_add(&to->ids, from->ids.data, from->ids.count);
+    for (size_t i = 0; i < LLMI_COUNT(in); i++) fits = fits && llmi_bytes_add(out[i], in[i]->data, in[i]->count);
+    fits = fits && llmi_bytes_add(&to->piece, "", 1);
+    if (!fits) return 0;
+    to->piece.count--;
+    to->sampling = from->sampling;
+    to->random = from->random;
+    to->mode = from->mode;
+    to->phase = from->phase;
+    to->kept = from->kept;
+    to->done = from->done;
+    to->answer = from->answer;
+    to->answered = from->answered;
+    to->from = from->from;
+    to->from_bytes = from->from_bytes;
+    to->ready = from->ready;
+    to->draft = from->draft;
+    to->row = 0;
+    to->rows = from->row < from->rows;
+    if (to->rows) memcpy(to->last, from->last + (size_t)from->row * vocab, vocab * sizeof *to->last);
+    return 1;
+}
+
+/* Copied, not shared: a slot of the cache is one run of memory, which is what makes attention fast, and a copy costs less than a token. */
+LLM_API llm *llm_fork(llm *m, moq_error *err)
+{
+    moq_error e;
+    moq_backend *be;
+    llm *n;
+    if (!m) {
+        moq_fail(err, MOQ_E_ARG, "llm_fork", "the model is NULL");
+        return NULL;
+    }
+    llmi_no_error(&e);
+    be = m->model->be;
+    llmi_settle_whole(m);
+    n = llmi_check_state(m, 1, &e) < 0 ? NULL : llm_join(m, &e);
+    if (n && !llmi_copy_talk(n, m)) {
+        llmi_nomem(&e, "conversation");
+        llm_close(n);
+        n = NULL;
+    }
+    for (int32_t i = 0; n && i < m->model->c.layers && m->done > 0; i++) {
+        const llmi_layer *l = &m->model->layers[i];
+        if (l->kv) be->kv_copy(be, l->kv, n->slot, 0, m->slot, 0, (int32_t)m->done);
+        if (l->ssm) be->ssm_copy(be, l->ssm, n->slot, m->slot);
+    }
+    if (n) {
+        n->model->length[n->slot] = (int32_t)m->done;
+        llmi_no_error(&e);
+    }
+    llmi_give(err, &e);
+    return n;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-plan        what a model will take
+   Goes the way of llm_open with every large allocation counted instead of made, so that the plan and the model cannot disagree.
+   ------------------------------------------------------------------------------------------------ */
+
+/* An allocator that counts what is alive behind it. */
+typedef struct llmi_count {
+    moq_allocator inner;
+    uint64_t live;
+} llmi_count;
+
+static void *llmi_count_alloc(void *user, size_t bytes, size_t align)
+{
+    llmi_count *c = (llmi_count *)user;
+    void *p = align > 64 ? NULL : moq_allocate(&c->inner, bytes);
+    if (p) c->live += bytes;
+    return p;
+}
+
+static void llmi_count_release(void *user, void *ptr, size_t bytes)
+{
+    llmi_count *c = (llmi_count *)user;
+    if (ptr) c->live -= bytes;
+    moq_release(&c->inner, ptr, bytes);
+}
+
+static uint64_t llmi_arena_bytes(const llmi_arena *r)
+{
+    uint64_t n = 0;
+    for (const llmi_block *b = r->head; b; b = b->next) n += b->bytes;
+    return n;
+}
+
+/* The tokenizer, llmi_house_open's scratch, and llmi_reserve's share of every slot. */
+static moq_result llmi_plan_talk(const llmi_house *h, llm_memory *out, moq_error *err)
+{
+    const llm_desc *d = &h->desc;
+    uint64_t vocab = (uint64_t)h->model.c.vocab, context = (uint64_t)h->model.c.context, text = 0, one;
+    llm_tokenizer *t = d->no_tokenizer ? NULL : llm_tokenizer_open(h->model.ck, err);
+    if (!t && !d->no_tokenizer) return llmi_code(err, MOQ_E_TOKENIZER);
+    if (t) {
+        text = (context + 1) * llmi_longest_token(t) + 64;
+        out->tokenizer_bytes = llmi_arena_bytes(&t->r) + sizeof *t;
+    }
+    llm_tokenizer_close(t);
+    one = sizeof(llm) + 5 * text + (context + 1) * sizeof(int32_t) + (1 + (uint64_t)d->draft) * vocab * sizeof(float);
+    if (d->logprobs) one += (context + 1) * sizeof(llm_token);
+    out->run_bytes += sizeof *h + 3 * vocab * sizeof(float) + (uint64_t)h->model.slots * one;
+    return MOQ_OK;
+}
+
+/* Everything that llmi_house_open makes, into *out. `count` is behind the allocator of h->desc. */
+static moq_result llmi_plan_all(llmi_house *h, const llmi_count *count, llm_memory *out, moq_error *err)
+{
+    const moq_checkpoint *ck;
+    moq_backend *be;
+    llmi_model *m = &h->model;
+    moq_result r = llmi_open_parts(h, &ck, &be, err);
+    if (r < 0) return r;
+    m->dry = 1;
+    if ((r = llmi_model_open(m, ck, be, &h->desc, err)) < 0) return r;
+    out->mapped_bytes = moq_get_info(ck)->total_bytes;
+    out->weight_bytes = m->weight_memory;
+    out->cache_bytes = m->cache_memory;
+    /* what was really allocated on the way: folder, vectors, scratch of our own backend; and what was only counted */
+    out->run_bytes = count->live + m->planned - m->weight_memory - m->cache_memory;
+    out->context = m->c.context;
+    out->max_context = m->c.max_positions > INT32_MAX ? INT32_MAX : (int32_t)m->c.max_positions;
+    out->slots = m->slots;
+    out->chunk = m->chunk;
+    return llmi_plan_talk(h, out, err);
+}
+
+LLM_API moq_result llm_plan(const llm_desc *desc, llm_memory *out, moq_error *err)
+{
+    moq_error e;
+    llmi_count count;
+    llmi_house *h;
+    moq_result r;
+    llmi_no_error(&e);
+    if (!out) return moq_fail(err, MOQ_E_ARG, "llm_plan", "there is no place for the plan");
+    memset(out, 0, sizeof *out);
+    if ((r = llmi_check_desc(desc, &e)) < 0) {
+        llmi_give(err, &e);
+        return r;
+    }
+    memset(&count, 0, sizeof count);
+    count.inner = desc->allocator;
+    h = (llmi_house *)moq_allocate(&desc->allocator, sizeof *h);
+    if (!h) return llmi_nomem(err, "plan");
+    h->a = desc->allocator;
+    h->desc = *desc;
+    h->desc.allocator.alloc = llmi_count_alloc;
+    h->desc.allocator.release = llmi_count_release;
+    h->desc.allocator.user = &count;
+    h->desc.progress = NULL;
+    r = llmi_plan_all(h, &count, out, &e);
+    llmi_house_close(h);
+    if (r < 0) memset(out, 0, sizeof *out);
+    else llmi_no_error(&e);
+    out->total_bytes = out->mapped_bytes + out->weight_bytes + out->cache_bytes + out->run_bytes + out->tokenizer_bytes;
+    llmi_give(err, &e);
+    return r;
+}
+
+/* llm_open's own question. */
+static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
+{
+    llm_memory p;
+    moq_result r = llm_plan(desc, &p, err);
+    if (r < 0 || p.total_bytes <= desc->max_memory) return r;
+    return moq_fail(err, MOQ_E_LIMIT, "llm_desc.max_memory",
+                    "%llu bytes are allowed, %llu are needed: %llu mapped weights, %llu repacked, %llu cache (%d slots of %d tokens), %llu run state, "
+                    "%llu tokenizer; lower context, slots or chunk, or choose a smaller kv",
+                    (unsigned long long)desc->max_memory, (unsigned long long)p.total_bytes, (unsigned long long)p.mapped_bytes,
+                    (unsigned long long)p.weight_bytes, (unsigned long long)p.cache_bytes, p.slots, p.context, (unsigned long long)p.run_bytes,
+                    (unsigned long long)p.tokenizer_bytes);
 }
 
 #ifdef MOQ_QUANTIZE
@@ -6546,22 +8018,6 @@ LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int3
    >>llm-calibrate   the forward pass of a calibration
    Runs token rows through a model on whatever backend it is given; knows nothing of statistics.
    ------------------------------------------------------------------------------------------------ */
-
-/* The declarations below belong into >>llm-api. */
-
-/* Rows of tokens for a calibration. */
-typedef struct llm_samples {
-    const int32_t *const *rows;  /* [count] pointers to the tokens of each row */
-    const int32_t *lengths;      /* [count] tokens of each row */
-    int32_t count;
-    int32_t batch;               /* rows of a batch: averages are taken over batches; 0: 1 */
-    int32_t logits;              /* 1: compute the output layer for every token too, so that it is observed */
-    moq_progress_fn progress;    /* MOQ_STAGE_CALIBRATE in tokens of this pass; a non-zero return cancels */
-    void *progress_user;
-} llm_samples;
-
-/* A moq_forward_fn; data: llm_samples. */
-LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err);
 
 /* The model is opened for each pass: its weights stay mapped, and nothing of one pass can leak into the next. Every row begins at
    position 0 of the one slot, which overwrites the row before. */

@@ -596,7 +596,7 @@ static void check_chunks(const char *folder, const char *source)
             CHECK_INT(llm_forward(m, 1, &ids[1][t], 1, t, NULL, NULL, &e), MOQ_OK);
         }
         CHECK(worst(parts, whole, n) < 1e-4f);
-        if (m->model.stateful) { /* a running state cannot go back, only begin again */
+        if (m->model->stateful) { /* a running state cannot go back, only begin again */
             CHECK_INT(llm_forward(m, 2, ids[0] + 5, 3, 5, parts, NULL, &e), MOQ_E_STATE);
             CHECK(strstr(e.text, "start again from 0") != NULL);
             CHECK_INT(llm_forward(m, 2, ids[0], 9, 0, parts, NULL, &e), MOQ_OK);
@@ -680,7 +680,7 @@ static void test_llm_narrow_experts(void)
         llm *m = llm_open(&d, &e);
         CHECK(m != NULL);
         if (!m) { fprintf(stderr, "%s\n", e.text); return; }
-        CHECK((m->model.layers[1].narrow != NULL) == i);
+        CHECK((m->model->layers[1].narrow != NULL) == i);
         CHECK_INT(llm_forward(m, 0, ids[0], TOKENS, 0, logits[i], NULL, &e), MOQ_OK);
         llm_close(m);
     }
@@ -861,10 +861,12 @@ static void expected_distribution(const llm_sampling *s, const float *logits, do
     for (int i = 0; i < CHOICES; i++) p[i] /= kept;
 }
 
+#define SAMPLING(t, k, p, m, seed) {t, k, p, m, seed, 0, 0, 0, 0, 0, NULL, 0}
+
 static void test_llm_sample_distributions(void)
 {
-    static const llm_sampling settings[] = {{1.0f, 0, 0, 0, 1},     {0.5f, 0, 1, 0, 2},   {1.0f, 5, 0, 0, 3},      {2.0f, 0, 0.7f, 0, 4},
-                                            {1.0f, 0, 0, 0.1f, 5},  {1.5f, 10, 0.8f, 0, 6}, {1.0f, 49, 0.95f, 0.02f, 7}, {1.0f, 1, 0, 0, 8}};
+    static const llm_sampling settings[] = {SAMPLING(1.0f, 0, 0, 0, 1), SAMPLING(0.5f, 0, 1, 0, 2), SAMPLING(1.0f, 5, 0, 0, 3), SAMPLING(2.0f, 0, 0.7f, 0, 4),
+                                            SAMPLING(1.0f, 0, 0, 0.1f, 5), SAMPLING(1.5f, 10, 0.8f, 0, 6), SAMPLING(1.0f, 49, 0.95f, 0.02f, 7), SAMPLING(1.0f, 1, 0, 0, 8)};
     float logits[CHOICES], scratch[CHOICES];
     int32_t index[CHOICES];
     for (int i = 0; i < CHOICES; i++) logits[i] = test_uniform() * 4;
@@ -1094,7 +1096,7 @@ static void test_llm_context_full(void)
 static void test_llm_raw_and_seeds(void)
 {
     char text[3][600];
-    llm_sampling s = {1.5f, 40, 0.95f, 0, 11};
+    llm_sampling s = SAMPLING(1.5f, 40, 0.95f, 0, 11);
     llm *m = open_demo(0, NULL);
     if (!m) return;
     for (int i = 0; i < 3; i++) {
