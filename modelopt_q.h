@@ -347,6 +347,8 @@ MOQ_API float moq_e2m1_decode(uint8_t v); /* low four bits */
 MOQ_API uint8_t moq_e2m1_encode(float v);
 MOQ_API float moq_e2m3_decode(uint8_t v); /* low six bits */
 MOQ_API float moq_e3m2_decode(uint8_t v); /* low six bits */
+MOQ_API uint8_t moq_e2m3_encode(float v);
+MOQ_API uint8_t moq_e3m2_encode(float v);
 
 /* `count` elements of a stored dtype of 8 or more bits (not C64) to F32, each rounded once; any alignment. 0 if the dtype has no number. */
 MOQ_API int moq_to_f32(moq_dtype dtype, const void *src, size_t count, float *dst);
@@ -4290,6 +4292,16 @@ MOQ_API float moq_e3m2_decode(uint8_t v)
     return moqi_bits_f32((uint32_t)(v & 32u) << 26 | moqi_small_decode(v & 31u, 2, 3));
 }
 
+/* Six bits: sign, then the code of the magnitude, which ends at 31. NaN becomes the largest, as in ModelOpt's simulation. */
+static uint8_t moqi_f6_encode(float v, unsigned mantissa, unsigned bias)
+{
+    uint32_t b = moqi_f32_bits(v), a = b & 0x7fffffffu, code = a >= 0x42000000u ? 31 : moqi_small_encode(a, mantissa, bias); /* 32 and more */
+    return (uint8_t)(a > 0x7f800000u ? 31 : (b >> 26 & 32u) | (code > 31 ? 31 : code));
+}
+
+MOQ_API uint8_t moq_e2m3_encode(float v) { return moqi_f6_encode(v, 3, 1); }
+MOQ_API uint8_t moq_e3m2_encode(float v) { return moqi_f6_encode(v, 2, 3); }
+
 /* ---- arrays ---- */
 
 /* F64 to F32, rounded once by hand: a cast would follow the host's rounding and flush modes. */
@@ -5127,6 +5139,7 @@ static const moqi_named_scheme moqi_scheme_rows[] = {
     {"w4a16_mxfp4",    {MOQI_MX(MOQ_F4), MOQI_WIDE, 0, 0, 0, 0, 0}},
     {"w4a8_mxfp4_fp8", {MOQI_MX(MOQ_F4), MOQI_TOKEN(MOQ_F8_E4M3), 0, 0, 0, 0, 0}},
     {"mxfp6",          {MOQI_MX(MOQ_F6_E3M2), MOQI_MX_IN(MOQ_F6_E3M2), 0, 0, 0, 0, 0}},
+    {"mxfp6_e2m3",     {MOQI_MX(MOQ_F6_E2M3), MOQI_MX_IN(MOQ_F6_E2M3), 0, 0, 0, 0, 0}},
     {"mxfp8",          {MOQI_MX(MOQ_F8_E4M3), MOQI_MX_IN(MOQ_F8_E4M3), 0, 0, 0, 0, 0}},
     {"w8a16_mxfp8",    {MOQI_MX(MOQ_F8_E4M3), MOQI_WIDE, 0, 0, 0, 0, 0}},
     {"mxint8",         {MOQI_MX(MOQ_I8), MOQI_MX_IN(MOQ_I8), 0, 0, 0, 0, 0}},
@@ -5315,7 +5328,8 @@ MOQ_API int moq_kv_format_find(const char *name, moq_kv_format *out)
 
 /* ModelOpt 0.47's presets: our name, its constant (or recipe file), the quant_algo its export says ("": it cannot export this),
    what is quantized, calibration. awq_clip exports as plain NVFP4: it clips weights and leaves no input scale vector. */
-/* mxfp6 and mxint8 can be computed with but not exported. w4a8_mxfp4_fp8 collects no amax, so its inputs are scaled per token. */
+/* ModelOpt computes with mxfp6 and mxint8 but cannot export them: their names in a folder are this library's, the layout is MXFP8's.
+   w4a8_mxfp4_fp8 collects no amax, so its inputs are scaled per token. */
 static const moq_recipe moqi_recipes[] = {
     {"fp8", "FP8_DEFAULT_CFG", "FP8", MOQI_ALL_LINEARS, "max", MOQI_S_FP8},
     {"fp8_per_channel_per_token", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_PER_CHANNEL_PER_TOKEN", MOQI_ALL_LINEARS, "max", MOQI_S_FP8_PC_PT},
@@ -5347,8 +5361,9 @@ static const moq_recipe moqi_recipes[] = {
     {"mxfp4_mlp_weight_only", "MXFP4_MLP_WEIGHT_ONLY_CFG", "mxfp4", "mlp, experts", "none", MOQI_S_MXFP4_WO},
     {"w4a8_mxfp4_fp8", "W4A8_MXFP4_FP8_CFG", "W4A8_MXFP4_FP8", MOQI_ALL_LINEARS, "none", MOQI_S_MXFP4_FP8},
     {"mxfp8", "MXFP8_DEFAULT_CFG", "MXFP8", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_F8_E4M3)},
-    {"mxfp6", "MXFP6_DEFAULT_CFG", "", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_F6_E3M2)},
-    {"mxint8", "MXINT8_DEFAULT_CFG", "", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_I8)},
+    {"mxfp6", "MXFP6_DEFAULT_CFG", "MXFP6_E3M2", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_F6_E3M2)},
+    {"mxfp6_e2m3", "MXFP6_DEFAULT_CFG with num_bits (2, 3)", "MXFP6_E2M3", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_F6_E2M3)},
+    {"mxint8", "MXINT8_DEFAULT_CFG", "MXINT8", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_I8)},
     {"mamba_moe_fp8_aggressive", "MAMBA_MOE_FP8_AGGRESSIVE_CFG", "FP8", "experts, mixer projections", "max", MOQI_S_FP8},
     {"mamba_moe_fp8_conservative", "MAMBA_MOE_FP8_CONSERVATIVE_CFG", "FP8", "experts", "max", MOQI_S_FP8},
     {"mamba_moe_nvfp4_aggressive", "MAMBA_MOE_NVFP4_AGGRESSIVE_CFG", "NVFP4", "experts, mixer projections", "max", MOQI_S_NVFP4},
@@ -6119,9 +6134,10 @@ static moq_result moqi_read_kv(const moqi_quant_read *c, const moq_json *block, 
 /* Every quant_algo of the exporter in upper case, and spellings of other tools for the same. */
 static const char *const moqi_algo_names[] = {
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "FP8_PB_REAL", "MXFP8", "MXFP4", "W4A8_MXFP4_FP8", "NVFP4", "W4A16_NVFP4",
-    "NVFP4_AWQ", "W4A8_NVFP4_FP8", "NVFP4_SVD", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION"};
+    "NVFP4_AWQ", "W4A8_NVFP4_FP8", "NVFP4_SVD", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION",
+    "MXFP6_E3M2", "MXFP6_E2M3", "MXINT8"};
 static const char *const moqi_algo_aliases[][2] = {
-    {"NVFP4_SVDQUANT", "NVFP4_SVD"}, {"INT4_AWQ", "W4A16_AWQ"}, {"INT8_SQ", "W8A8_SQ_PER_CHANNEL"}, {"INT8_WO", "W8A16"}};
+    {"NVFP4_SVDQUANT", "NVFP4_SVD"}, {"MXFP6", "MXFP6_E3M2"}, {"INT4_AWQ", "W4A16_AWQ"}, {"INT8_SQ", "W8A8_SQ_PER_CHANNEL"}, {"INT8_WO", "W8A16"}};
 
 /* The algorithm of `object`, from the table; "" when absent or null. */
 static moq_result moqi_read_algo(const moqi_quant_read *c, const moq_json *object, const char *where, const char **out)
@@ -6452,7 +6468,7 @@ static void moqi_ct_finish(moqi_claim *a, int format, int old_packing)
     a->old_packing = old_packing && 32 % a->weight_bits != 0;
     if (mx) a->weight.scale = MOQ_F8_E8M0; /* releases before 0.13 do not write scale_dtype */
     if (mx && a->input.group_cols == 32) a->input.scale = MOQ_F8_E8M0;
-    if (a->input.scale == MOQ_F8_E8M0) a->input.rule = MOQ_RULE_E8M0_ROUND;
+    if (a->input.scale == MOQ_F8_E8M0) a->input.rule = a->input.elem == MOQ_I8 ? MOQ_RULE_E8M0_CEIL : MOQ_RULE_E8M0_ROUND; /* MXINT8 is ModelOpt's */
     moqi_set_group(a);
 }
 
@@ -7275,6 +7291,19 @@ static moq_result moqi_bind_mxfp4(moqi_binder *b, const moq_tensor *scale)
     return moqi_expect(b, scale, moqi_dims2(b, a, n / 32), "one scale for 32 elements");
 }
 
+/* MXFP6: a stream of six-bit codes along each row, low bits first, with a power-of-two scale for 32 columns.
+       codes [rows, 3*cols/4], scale [rows, cols/32]: W = e3m2 * 2^(scale - 127), or e2m3
+   No tool exports it; nothing but the description tells E3M2 from E2M3 or from MXFP4. */
+static moq_result moqi_bind_mxfp6(moqi_binder *b, const moq_tensor *scale, moq_dtype elem)
+{
+    int64_t cols = b->b / 3 * 4;
+    if (b->stacked || b->b % 24 != 0)
+        return moqi_fail(b->err, MOQ_E_SHAPE, moqi_at_tensor(b, b->t), "%lld bytes in a row, expected a multiple of 24: 32 codes of six bits", (long long)b->b);
+    moqi_put_codes(b, elem, b->a, cols, moqi_make_packing(6, 8, 0, b->b, 1));
+    moqi_put_scales(b, scale, MOQ_F8_E8M0, 1, 32, cols / 32, 1);
+    return moqi_expect(b, scale, moqi_dims2(b, b->a, cols / 32), "one scale for 32 columns");
+}
+
 /* ---- scales of FP8 and INT8 weights: one, one a row, one a group of columns, one a block ---- */
 
 /* One scale for the tensor, or for each expert of a stack. A weight of a single block has one too, of any rank (5.3). */
@@ -7410,6 +7439,12 @@ static moq_result moqi_bind_int8(moqi_binder *b, const moq_tensor *scale)
     int64_t rows = b->transposed ? b->b : b->a, cols = b->transposed ? b->a : b->b;
     int bits = b->claim.weight_bits >= 2 && b->claim.weight_bits < 8 ? b->claim.weight_bits : 8;
     moqi_put_codes(b, moqi_int_dtype(bits), rows, cols, moqi_make_packing(8, 8, 0, b->transposed ? 1 : cols, b->transposed ? rows : 1));
+    if (moqi_is_e8m0(scale->dtype) && !b->stacked) { /* MXINT8: a power of two for 32 columns */
+        if (cols % 32 != 0)
+            return moqi_fail(b->err, MOQ_E_SHAPE, moqi_at_tensor(b, b->t), "%lld columns, expected a multiple of the group of 32", (long long)cols);
+        moqi_put_scales(b, scale, MOQ_F8_E8M0, 1, 32, cols / 32, 1);
+        return moqi_expect(b, scale, moqi_dims2(b, rows, cols / 32), "one scale for 32 columns");
+    }
     moq_result r = moqi_bind_wide_scale(b, scale, scale->dtype);
     const moq_tensor *zero = moqi_part(b, "weight_zero_point");
     if (r < 0 || !zero) return r;
@@ -7638,7 +7673,10 @@ static moq_result moqi_bind_plain(moqi_binder *b)
 
 /* Static input scales are used when the tensor is there; without it FP8, NVFP4 and INT8 layers are weight-only (Q3) and FP8_TOKEN
    takes a scale per token. MX inputs have dynamic scales only. */
-enum { MOQI_IN_WIDE, MOQI_IN_FP8, MOQI_IN_FP8_TOKEN, MOQI_IN_NVFP4, MOQI_IN_MXFP4, MOQI_IN_MXFP8, MOQI_IN_INT8 };
+enum {
+    MOQI_IN_WIDE, MOQI_IN_FP8, MOQI_IN_FP8_TOKEN, MOQI_IN_NVFP4, MOQI_IN_MXFP4, MOQI_IN_MXFP8, MOQI_IN_INT8, MOQI_IN_MXFP6_E3M2, MOQI_IN_MXFP6_E2M3,
+    MOQI_IN_MXINT8
+};
 
 /* A quant_algo of hf_quant_config.json. */
 typedef struct moqi_algo {
@@ -7664,7 +7702,10 @@ static const moqi_algo moqi_algos[] = {
     {"W4A16_AWQ", MOQ_U8, MOQ_F32, MOQI_IN_FP8},
     {"W4A8_AWQ", MOQ_U8, MOQ_F32, MOQI_IN_FP8},
     {"W8A16", MOQ_I8, MOQ_F32, MOQI_IN_INT8},
-    {"W8A8_SQ_PER_CHANNEL", MOQ_I8, MOQ_F32, MOQI_IN_INT8}
+    {"W8A8_SQ_PER_CHANNEL", MOQ_I8, MOQ_F32, MOQI_IN_INT8},
+    {"MXFP6_E3M2", MOQ_U8, MOQ_U8, MOQI_IN_MXFP6_E3M2},
+    {"MXFP6_E2M3", MOQ_U8, MOQ_U8, MOQI_IN_MXFP6_E2M3},
+    {"MXINT8", MOQ_I8, MOQ_U8, MOQI_IN_MXINT8}
 };
 
 /* The row that the description names for this module; NULL for other families and for modules that it leaves out. */
@@ -7680,7 +7721,7 @@ static const moqi_algo *moqi_find_algo(const moqi_binder *b)
 static int moqi_guess_input(const moqi_binder *b, int has_scale)
 {
     const moq_coding *c = &b->w->scheme.weight;
-    if (c->elem == MOQ_I8) return MOQI_IN_INT8;
+    if (c->elem == MOQ_I8) return c->scale == MOQ_F8_E8M0 ? MOQI_IN_MXINT8 : MOQI_IN_INT8;
     if (c->elem == MOQ_F4 && c->scale == MOQ_F8_E8M0) return has_scale ? MOQI_IN_FP8 : MOQI_IN_MXFP4;
     if (c->elem == MOQ_F4) return c->group_cols == 16 ? MOQI_IN_NVFP4 : MOQI_IN_FP8;
     if (c->elem != MOQ_F8_E4M3 || c->group_rows > 1) return MOQI_IN_FP8;
@@ -7692,7 +7733,8 @@ static int moqi_guess_input(const moqi_binder *b, int has_scale)
 static moq_coding moqi_input_coding(int rule, int has_scale)
 {
     static const moq_coding of[] = {
-        MOQI_WIDE, MOQI_TENSOR(MOQ_F8_E4M3), MOQI_TOKEN(MOQ_F8_E4M3), MOQI_NVFP4_IN, MOQI_MX_IN(MOQ_F4), MOQI_MX_IN(MOQ_F8_E4M3), MOQI_TENSOR(MOQ_I8)
+        MOQI_WIDE, MOQI_TENSOR(MOQ_F8_E4M3), MOQI_TOKEN(MOQ_F8_E4M3), MOQI_NVFP4_IN, MOQI_MX_IN(MOQ_F4), MOQI_MX_IN(MOQ_F8_E4M3), MOQI_TENSOR(MOQ_I8),
+        MOQI_MX_IN(MOQ_F6_E3M2), MOQI_MX_IN(MOQ_F6_E2M3), MOQI_MX_IN(MOQ_I8)
     };
     if (rule == MOQI_IN_FP8_TOKEN && has_scale) rule = MOQI_IN_FP8;
     if (!has_scale && (rule == MOQI_IN_FP8 || rule == MOQI_IN_NVFP4 || rule == MOQI_IN_INT8)) rule = MOQI_IN_WIDE;
@@ -7854,6 +7896,8 @@ static moq_result moqi_bind_weight(moqi_binder *b)
     if (b->t->dtype == MOQ_F8_E4M3) return moqi_bind_fp8(b, scale);
     if (b->t->dtype == MOQ_I8) return moqi_bind_int8(b, scale);
     if (scale->dtype == MOQ_F8_E4M3) return moqi_bind_nvfp4(b, scale, "weight_scale_2", 0);
+    if (moqi_is_e8m0(scale->dtype) && moqi_starts(b->claim.algo, "MXFP6"))
+        return moqi_bind_mxfp6(b, scale, moqi_same(b->claim.algo, "MXFP6_E2M3") ? MOQ_F6_E2M3 : MOQ_F6_E3M2);
     if (moqi_is_e8m0(scale->dtype)) return moqi_bind_mxfp4(b, scale);
     if (moqi_is_float(scale->dtype)) return moqi_bind_int4(b, scale);
     return moqi_bad_dtype(b, scale, "F8_E4M3 (NVFP4), U8 (MXFP4) or F32 (INT4)");
@@ -9491,6 +9535,8 @@ static float moqi_largest(moq_dtype elem)
     case MOQ_F4: return 6;
     case MOQ_F8_E4M3: return 448;
     case MOQ_F8_E5M2: return 57344;
+    case MOQ_F6_E2M3: return 7.5f;
+    case MOQ_F6_E3M2: return 28;
     case MOQ_I2: case MOQ_I3: case MOQ_I4: case MOQ_I5: case MOQ_I6: case MOQ_I7: case MOQ_I8:
         return (float)((1 << (moq_dtype_bits(elem) - 1)) - 1);
     default: return 0;
@@ -9505,6 +9551,8 @@ static float moqi_round_code(moq_dtype elem, float v, float zero)
     if (elem == MOQ_F4) return moq_e2m1_decode(moq_e2m1_encode(v));
     if (elem == MOQ_F8_E4M3) return moq_e4m3_decode(moq_e4m3_encode(v));
     if (elem == MOQ_F8_E5M2) return moq_e5m2_decode(moq_e5m2_encode(v));
+    if (elem == MOQ_F6_E2M3) return moq_e2m3_decode(moq_e2m3_encode(v));
+    if (elem == MOQ_F6_E3M2) return moq_e3m2_decode(moq_e3m2_encode(v));
     float top = moqi_largest(elem), q = rintf(v) + zero;
     return (q < -top - 1 ? -top - 1 : q > top ? top : q) - zero;
 }
@@ -13049,7 +13097,7 @@ static uint32_t moqi_rows_nvfp4(const moqi_encoder *e, int64_t first, int64_t la
 static uint8_t moqi_mx_scale(float amax, float bound)
 {
     uint32_t b = moqi_f32_bits(amax / bound);
-    uint32_t e = (b >> 23) + ((b & 0x7fffffu) != 0);
+    uint32_t e = b <= 0x00400000u ? 0 : (b >> 23) + ((b & 0x7fffffu) != 0);
     return (uint8_t)(e > 254 ? 254 : e);
 }
 
@@ -13059,10 +13107,8 @@ static uint32_t moqi_mx_code(moq_dtype elem, float v)
     switch ((int)elem) {
     case MOQ_F4: return moqi_mx_e2m1_code(v);
     case MOQ_F8_E4M3: return moqi_e4m3_code(v);
-    case MOQ_F6_E3M2: { /* 3 exponent bits, bias 3, 2 mantissa bits, largest 28 */
-        uint32_t b = moqi_f32_bits(v), c = moqi_small_encode(b & 0x7fffffffu, 2, 3);
-        return (c > 31 ? 31 : c) | (b >> 26 & 32u);
-    }
+    case MOQ_F6_E2M3: return moq_e2m3_encode(v);
+    case MOQ_F6_E3M2: return moq_e3m2_encode(v);
     default: { /* integers, symmetric */
         int32_t q = moqi_int_code(v, 127);
         return (uint32_t)(q < -127 ? -127 : q) & 255u;
@@ -13221,6 +13267,7 @@ static const struct { moq_dtype elem, scale; float bound; uint32_t inverse; moqi
     {MOQ_F4, MOQ_F8_E4M3, 6, MOQI_INV_6, moqi_rows_nvfp4},
     {MOQ_F4, MOQ_F8_E8M0, 6, 0, moqi_rows_mx},
     {MOQ_F6_E3M2, MOQ_F8_E8M0, 28, 0, moqi_rows_mx},
+    {MOQ_F6_E2M3, MOQ_F8_E8M0, 7.5f, 0, moqi_rows_mx},
     {MOQ_F8_E4M3, MOQ_F8_E8M0, 448, 0, moqi_rows_mx},
     {MOQ_I8, MOQ_F8_E8M0, 127, 0, moqi_rows_mx}
 };
@@ -17303,7 +17350,7 @@ static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_ra
     }
     *code_rank = 2;
     codes[0] = c->elem == MOQ_I4 ? rows / 2 : rows;
-    codes[1] = c->elem == MOQ_I4 ? cols : cols / pack;
+    codes[1] = c->elem == MOQ_I4 ? cols : moq_dtype_bits(c->elem) == 6 ? cols / 4 * 3 : cols / pack;
     scales[0] = rows;
     scales[1] = cols / group;
     *scale_rank = c->group_rows == MOQ_ALL ? 0 : c->group_cols == MOQ_ALL ? 1 : 2;
@@ -18105,7 +18152,10 @@ static const moqi_algo_json moqi_algo_jsons[] = {
     {"W8A8_SQ_PER_CHANNEL", 0, 0, 0, 8, 'i', 0, 8, 'i', 0, 1},
     {"W4A8_NVFP4_FP8", 1, 0, 0, 8, 'f', 0, 4, 'f', 1, 0},
     {"W4A8_MXFP4_FP8", 1, 0, 0, 8, 'f', 0, 4, 'f', 1, 0},
-    {"MXFP8", 1, 0, 0, 8, 'f', 1, 8, 'f', 1, 0}
+    {"MXFP8", 1, 0, 0, 8, 'f', 1, 8, 'f', 1, 0},
+    {"MXFP6_E3M2", 1, 0, 0, 6, 'f', 1, 6, 'f', 1, 0},
+    {"MXFP6_E2M3", 1, 0, 0, 6, 'f', 1, 6, 'f', 1, 0},
+    {"MXINT8", 1, 0, 0, 8, 'i', 1, 8, 'i', 1, 0}
 };
 
 /* NULL for the lower-case names that fall through ModelOpt's table (mxfp4, fp8_pb_wo): they carry nothing but themselves. */

@@ -822,6 +822,94 @@ static void test_export_compressed(void)
     remove_dir(b);
 }
 
+/* ---- formats that ModelOpt computes with but cannot store ---- */
+
+/* Nearest of the values of an element type, by search: ties to the even index, beyond the largest the largest. */
+static double nearest(const double *values, int n, double v)
+{
+    double a = fabs(v);
+    int best = 0;
+    for (int i = 1; i < n; i++) {
+        double d = fabs(a - values[i]), e = fabs(a - values[best]);
+        if (d < e || (d == e && i % 2 == 0)) best = i;
+    }
+    return v < 0 ? -values[best] : values[best];
+}
+
+/* MXFP6 and MXINT8 go into both containers where they have a name, come back as the same scheme, and every weight is what the definition
+   says: 2^ceil(log2(amax / largest)) times the nearest value, in double precision. */
+static void test_export_mx_more(void)
+{
+    static const struct { const char *recipe; int mantissa, bias, ct; } rows[] = {{"mxfp6", 2, 3, 0}, {"mxfp6_e2m3", 3, 1, 0}, {"mxint8", 0, 0, 1}};
+    char target[1200], other[1200];
+    moq_error err;
+    snprintf(target, sizeof target, "%s", scratch("mx"));
+    snprintf(other, sizeof other, "%s", scratch("mx_other"));
+    for (size_t k = 0; k < 3; k++) {
+        double values[128];
+        int n = rows[k].bias ? 32 : 128, layers = 0;
+        for (int i = 0; i < n; i++) {
+            int e = i >> rows[k].mantissa, m = i & ((1 << rows[k].mantissa) - 1);
+            values[i] = !rows[k].bias ? i : ldexp(e ? m + (1 << rows[k].mantissa) : m, (e ? e : 1) - rows[k].bias - rows[k].mantissa);
+        }
+        remove_dir(target);
+        remove_dir(other);
+        moq_quantize_desc d = simple_desc(source_dir("sources/llama"), target, rows[k].recipe);
+        CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+        moq_checkpoint *ck = moq_open(target, NULL, &err), *src = moq_open(source_dir("sources/llama"), NULL, &err);
+        CHECK(ck && src);
+        for (size_t i = 0; ck && src && i < moq_module_count(ck); i++) {
+            moq_linear w, v;
+            char name[80];
+            float a[512], b[512], in[64], out[64];
+            CHECK(moq_get_module(ck, i, &w, &err) == MOQ_OK && moq_find_linear(src, w.name, &v, &err) == MOQ_OK && w.cols <= 512);
+            if (!moq_scheme_is_quantized(&w.scheme)) continue;
+            moq_scheme_name(&w.scheme, name, sizeof name);
+            CHECK(strcmp(name, rows[k].recipe) == 0);
+            int wrong = 0;
+            for (int64_t r = 0; r < w.rows; r++) {
+                moq_dequantize(&w, r, 1, a);
+                moq_dequantize(&v, r, 1, b);
+                for (int64_t c = 0; c < w.cols; c++) {
+                    double amax = 0, s;
+                    for (int64_t j = c / 32 * 32; j < c / 32 * 32 + 32; j++) amax = fabs((double)b[j]) > amax ? fabs((double)b[j]) : amax;
+                    s = amax > 0 ? ldexp(1, (int)ceil(log2(amax / values[n - 1]))) : 1;
+                    wrong += (double)a[c] != nearest(values, n, (double)b[c] / s) * s;
+                }
+            }
+            CHECK_INT(wrong, 0);
+            for (int j = 0; j < 32; j++) in[j] = test_normal() * (j == 7 ? 50.0f : 1.0f); /* the input of one group */
+            if (w.cols != 128) continue;
+            float x[128], y[128];
+            for (int j = 0; j < 128; j++) x[j] = in[j % 32];
+            moq_round_input(&w, x, y);
+            double amax = 0, s;
+            for (int j = 0; j < 32; j++) amax = fabs((double)in[j]) > amax ? fabs((double)in[j]) : amax;
+            s = ldexp(1, (int)ceil(log2(amax / values[n - 1])));
+            for (int j = 0; j < 32; j++) { out[j] = (float)(nearest(values, n, (double)in[j] / s) * s); CHECK(out[j] == y[j]); }
+            layers++;
+        }
+        CHECK(layers > 4);
+        moq_close(ck);
+        moq_close(src);
+        moq_result r = convert(target, other, "compressed-tensors", NULL, &err);
+        CHECK_INT(r, rows[k].ct ? MOQ_OK : MOQ_E_UNSUPPORTED);
+        if (r == MOQ_OK) {
+            layers = 0;
+            CHECK(same_weights(target, other, &layers) && layers > 8);
+            char back[1200];
+            snprintf(back, sizeof back, "%s", scratch("mx_back"));
+            CHECK_INT(convert(other, back, "modelopt", NULL, &err), MOQ_OK);
+            CHECK(compare_files(back, target).same_file);
+            remove_dir(back);
+        } else {
+            CHECK(strstr(err.text, "six bits") != NULL);
+        }
+    }
+    remove_dir(target);
+    remove_dir(other);
+}
+
 /* One clear line, and nothing left beside the target. */
 static void test_export_refusals(void)
 {
@@ -912,6 +1000,7 @@ int main(int argc, char **argv)
     RUN(test_export_convert);
     RUN(test_export_convert_cases);
     RUN(test_export_compressed);
+    RUN(test_export_mx_more);
     RUN(test_export_refusals);
     RUN(test_export_no_memory);
     return test_end();

@@ -264,8 +264,11 @@ static void test_quant_nvfp4(void)
 /* MX formats: the scale is the smallest power of two that holds the block; 6-bit codes are packed bit by bit, low bits first. */
 static void test_quant_mx(void)
 {
-    static const struct { const char *recipe; int bits; double bound; } rows[] = {{"mxfp4", 4, 6}, {"mxfp6", 6, 28}, {"mxfp8", 8, 448}, {"mxint8", 8, 127}};
-    for (size_t k = 0; k < 4; k++) {
+    static const struct { const char *recipe; int bits; double bound; } rows[] = {
+        {"mxfp4", 4, 6}, {"mxfp6", 6, 28}, {"mxfp8", 8, 448}, {"mxint8", 8, 127}, {"mxfp6_e2m3", 6, 7.5}};
+    double e2m3_table[32];
+    for (int i = 0; i < 32; i++) e2m3_table[i] = i < 8 ? i / 8.0 : (1 + i % 8 / 8.0) * (1 << (i / 8 - 1));
+    for (size_t k = 0; k < 5; k++) {
         matrix m = random_matrix(33, 160);
         moq_encode_desc d = desc_of(&m, rows[k].recipe);
         encoded e = encode(&d);
@@ -278,6 +281,7 @@ static void test_quant_mx(void)
             while (scale < 127 && top > rows[k].bound * ldexp(1, scale)) scale++;
             v = ldexp((double)m.x[i], -scale);
             if (k == 0) q = nearest(e2m1_table, 8, fabs(v), TIE_ZERO) | (v > 0 ? 0 : 8);
+            else if (k == 4) q = nearest(e2m3_table, 32, fabs(v), TIE_EVEN) | (signbit(v) ? 32 : 0);
             else if (k == 1) q = nearest(e3m2_table, 32, fabs(v), TIE_EVEN) | (signbit(v) ? 32 : 0);
             else q = k == 2 ? oracle_e4m3(v) : (int)(oracle_int(v, -127, 127) & 255);
             int64_t bit = c * rows[k].bits;

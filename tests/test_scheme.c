@@ -28,7 +28,7 @@ static void test_scheme_names_of_recipes(void)
         {"w4a8_awq_beta", "w4a8_awq"}, {"nvfp4", "nvfp4"}, {"w4a16_nvfp4", "w4a16_nvfp4"}, {"w4a8_nvfp4_fp8", "w4a8_nvfp4_fp8"},
         {"nvfp4_awq_lite", "nvfp4_awq"}, {"nvfp4_awq_clip", "nvfp4"}, {"nvfp4_svdquant", "nvfp4_svd"}, {"nvfp4_mlp_weight_only", "w4a16_nvfp4_g32"},
         {"mxfp4", "mxfp4"}, {"mxfp4_mlp_weight_only", "w4a16_mxfp4"}, {"w4a8_mxfp4_fp8", "w4a8_mxfp4_fp8"}, {"mxfp8", "mxfp8"}, {"mxfp6", "mxfp6"},
-        {"mxint8", "mxint8"}};
+        {"mxint8", "mxint8"}, {"mxfp6_e2m3", "mxfp6_e2m3"}};
     for (size_t i = 0; i < MOQI_COUNT(rows); i++) {
         moq_scheme s = scheme_of(rows[i][0]);
         CHECK_STR(name_of(&s), rows[i][1]);
@@ -170,7 +170,8 @@ static void test_scheme_recipes(void)
         {"nvfp4_act_headroom", NULL}, {"nvfp4_mlp_only", "NVFP4_MLP_ONLY_CFG"}, {"nvfp4_mlp_weight_only", "NVFP4_MLP_WEIGHT_ONLY_CFG"},
         {"nvfp4_omlp_only", "NVFP4_OMLP_ONLY_CFG"}, {"nvfp4_experts_only", "NVFP4_EXPERTS_ONLY_CFG"}, {"nvfp4_experts_only_mse", NULL},
         {"nvfp4_fp8_mha", "NVFP4_FP8_MHA_CONFIG"}, {"mxfp4", "MXFP4_DEFAULT_CFG"}, {"mxfp4_mlp_weight_only", "MXFP4_MLP_WEIGHT_ONLY_CFG"},
-        {"w4a8_mxfp4_fp8", "W4A8_MXFP4_FP8_CFG"}, {"mxfp8", "MXFP8_DEFAULT_CFG"}, {"mxfp6", "MXFP6_DEFAULT_CFG"}, {"mxint8", "MXINT8_DEFAULT_CFG"},
+        {"w4a8_mxfp4_fp8", "W4A8_MXFP4_FP8_CFG"}, {"mxfp8", "MXFP8_DEFAULT_CFG"}, {"mxfp6", "MXFP6_DEFAULT_CFG"}, {"mxfp6_e2m3", NULL},
+        {"mxint8", "MXINT8_DEFAULT_CFG"},
         {"mamba_moe_fp8_aggressive", "MAMBA_MOE_FP8_AGGRESSIVE_CFG"}, {"mamba_moe_fp8_conservative", "MAMBA_MOE_FP8_CONSERVATIVE_CFG"},
         {"mamba_moe_nvfp4_aggressive", "MAMBA_MOE_NVFP4_AGGRESSIVE_CFG"}, {"mamba_moe_nvfp4_conservative", "MAMBA_MOE_NVFP4_CONSERVATIVE_CFG"}};
     CHECK_INT(moq_recipe_count(), MOQI_COUNT(rows));
