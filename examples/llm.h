@@ -38,6 +38,13 @@
        >>llm-layers     the blocks of a layer, the KV cache, and the whole model
        >>llm-forward    the decoder
        >>llm-sample     sampling, penalties, log-probabilities
+       >>llm-grammar    grammars: automata over bytes with a stack
+       >>llm-gbnf       grammars written by hand
+       >>llm-values     numbers with bounds and strings with patterns
+       >>llm-schema     reading JSON Schemas
+       >>llm-structure  JSON Schemas as grammars
+       >>llm-lexicon    the vocabulary as a tree of bytes
+       >>llm-guide      a grammar on a vocabulary: masks
        >>llm-session    conversations: opening, saying, framing
        >>llm-answer     from logits to tokens and from tokens to text
        >>llm-step       passes of many conversations, within a time
@@ -257,6 +264,32 @@ LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err);
 /* The same in memory. Returns the bytes needed and fills `bytes` when they fit; SIZE_MAX on failure. */
 LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *err);
 LLM_API moq_result llm_set_state(llm *m, const void *bytes, size_t count, moq_error *err);
+
+/* ---- structured output ---- */
+
+/* What an answer must be: documents of a JSON Schema, or texts of a GBNF grammar. Immutable; may be shared between threads. */
+typedef struct llm_grammar llm_grammar;
+
+typedef struct llm_grammar_desc {
+    const char *schema;      /* a JSON Schema as text, or */
+    const char *gbnf;        /* a grammar in the GBNF notation of llama.cpp, whose texts begin with the rule root */
+    size_t bytes;            /* of the text; 0: it ends with NUL */
+    int32_t compact;         /* 1: documents without any space; 0: one space may follow a comma or a colon */
+    moq_allocator allocator;
+} llm_grammar_desc;
+
+/* NULL and MOQ_E_GRAMMAR (nothing can satisfy it) or MOQ_E_UNSUPPORTED (a keyword that cannot be enforced), with the JSON pointer or
+   the line. Known keywords: type, enum, const, properties, required, additionalProperties, min/maxProperties, items, prefixItems,
+   min/maxItems, min/maxLength, pattern, format, minimum, maximum, exclusiveMinimum, exclusiveMaximum, anyOf, oneOf (branches that
+   exclude each other), allOf, $ref within the schema; annotations and x-... are passed over. */
+LLM_API llm_grammar *llm_grammar_create(const llm_grammar_desc *desc, moq_error *err);
+LLM_API void llm_grammar_destroy(llm_grammar *g);
+LLM_API int64_t llm_grammar_shortest(const llm_grammar *g);    /* bytes of its shortest text */
+
+/* From the next answer on, answers are texts of `g` (NULL: free again), at most max_tokens long (0: what the context leaves). As the
+   limit comes near, the answer is led to its end: it is always complete. Refused when even the shortest text does not fit. `g` must
+   outlive its use. */
+LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tokens, moq_error *err);
 
 /* ---- tokens: for tools, scoring and calibration ---- */
 
@@ -6281,6 +6314,3283 @@ LLM_API void llm_logprobs(const float *logits, int32_t vocab, int32_t id, int32_
 }
 
 /* ------------------------------------------------------------------------------------------------
+   >>llm-grammar     grammars: automata over bytes with a stack
+   A grammar is a table of states, and rules call each other. Built back to front, so that every state knows where it goes on.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A text belongs to the grammar when the root rule can be walked from its start to an END along its bytes. A rule that is called
+   leaves a frame behind, where it goes on at its END: with frames grammars nest (JSON does) and stay small. Every frame has a
+   counter, which makes "3 to 500 times" one state instead of 500. */
+enum {
+    LLMI_G_END,    /* of the rule: on to the frame below */
+    LLMI_G_BYTES,  /* one byte in one of the ranges [least, most), each with its own next */
+    LLMI_G_SPLIT,  /* next or other */
+    LLMI_G_CALL,   /* rule other, then next */
+    LLMI_G_REPEAT, /* rule other least..most times, then next */
+    LLMI_G_LOOP,   /* states from other to a BUMP, least..most times, then next; like REPEAT without a frame for each time */
+    LLMI_G_BUMP,   /* counts one and goes back to its LOOP, next */
+    LLMI_G_KEYS,   /* members of an object with free names, least..most: a key by rule other, then KEY_END extra; or next */
+    LLMI_G_KEY_END /* the name is complete and must be new in this object: its value by rule other, then KEYS next */
+};
+
+typedef struct llmi_gstate {
+    uint8_t kind, in_key; /* in_key: inside the free name of a member */
+    int32_t rule;         /* it belongs to */
+    int32_t loop;         /* the LOOP whose body it is part of, -1: none */
+    int32_t next, other, extra;
+    int32_t least, most;  /* most -1: no end */
+} llmi_gstate;
+
+typedef struct llmi_grange { uint8_t lo, hi; int32_t next; } llmi_grange;
+typedef struct llmi_grule { int32_t start, weight; } llmi_grule; /* weight: levels of nesting it adds */
+typedef struct llmi_gname { int32_t owner; uint32_t at, bytes; } llmi_gname; /* names that a KEY_END refuses; at: in words */
+
+#define LLMI_G_MOST_STATES 400000
+#define LLMI_G_DEEP_JSON 32    /* containers; beyond, only the shortest way out is taken */
+#define LLMI_G_DEEP_TEXT 500   /* calls of rules of a GBNF grammar */
+#define LLMI_FAR (1 << 29)     /* no way to the end */
+
+struct llm_grammar {
+    moq_allocator a;
+    llmi_gstate *states;
+    llmi_grange *ranges;
+    llmi_grule *rules;
+    llmi_gname *names;
+    size_t state_count, state_capacity, range_count, range_capacity, rule_count, rule_capacity, name_count, name_capacity;
+    llmi_bytes words, top;  /* top: ranges of a state that is being built */
+    int32_t root, deepest;
+    int32_t *near;          /* [near_count] least bytes from each state to its END (in a loop's body: to its BUMP) */
+    size_t near_count;
+    /* while building */
+    int32_t rule, loop;
+    uint8_t in_key;
+    int failed;             /* 1: out of memory, 2: too many states */
+};
+
+/* Room for one more item; 0 and `failed` when there is none. */
+static int llmi_g_room(llm_grammar *g, void **data, size_t count, size_t *capacity, size_t size)
+{
+    if (count < *capacity) return 1;
+    void *p = count < LLMI_G_MOST_STATES ? llmi_grow(&g->a, *data, count, capacity, count + 1, size) : NULL;
+    if (p) { *data = p; return 1; }
+    if (!g->failed) g->failed = count < LLMI_G_MOST_STATES ? 1 : 2;
+    return 0;
+}
+
+/* A new state of the present rule; after a failure some index that exists. */
+static int32_t llmi_g_state(llm_grammar *g, int kind, int32_t next, int32_t other)
+{
+    void *p = g->states;
+    if (!llmi_g_room(g, &p, g->state_count, &g->state_capacity, sizeof *g->states)) return 0;
+    g->states = (llmi_gstate *)p;
+    llmi_gstate *s = &g->states[g->state_count];
+    memset(s, 0, sizeof *s);
+    s->kind = (uint8_t)kind;
+    s->in_key = g->in_key;
+    s->rule = g->rule;
+    s->loop = g->loop;
+    s->next = next;
+    s->other = other;
+    return (int32_t)g->state_count++;
+}
+
+/* A new rule, whose start is set when it is known. */
+static int32_t llmi_g_rule(llm_grammar *g, int32_t weight)
+{
+    void *p = g->rules;
+    if (!llmi_g_room(g, &p, g->rule_count, &g->rule_capacity, sizeof *g->rules)) return 0;
+    g->rules = (llmi_grule *)p;
+    g->rules[g->rule_count].start = 0;
+    g->rules[g->rule_count].weight = weight;
+    return (int32_t)g->rule_count++;
+}
+
+/* One of the byte ranges [0, count). */
+static int32_t llmi_g_bytes(llm_grammar *g, const llmi_grange *r, size_t count)
+{
+    int32_t s = llmi_g_state(g, LLMI_G_BYTES, 0, 0);
+    size_t first = g->range_count;
+    for (size_t i = 0; i < count; i++) {
+        void *p = g->ranges;
+        if (!llmi_g_room(g, &p, g->range_count, &g->range_capacity, sizeof *g->ranges)) return 0;
+        g->ranges = (llmi_grange *)p;
+        g->ranges[g->range_count++] = r[i];
+    }
+    if (g->failed) return 0;
+    g->states[s].least = (int32_t)first;
+    g->states[s].most = (int32_t)g->range_count;
+    return s;
+}
+
+/* A byte lo..hi. */
+static int32_t llmi_g_byte(llm_grammar *g, int lo, int hi, int32_t next)
+{
+    llmi_grange r;
+    r.lo = (uint8_t)lo;
+    r.hi = (uint8_t)hi;
+    r.next = next;
+    return llmi_g_bytes(g, &r, 1);
+}
+
+/* Exactly these bytes. */
+static int32_t llmi_g_text(llm_grammar *g, const char *s, size_t n, int32_t next)
+{
+    while (n-- > 0) next = llmi_g_byte(g, (uint8_t)s[n], (uint8_t)s[n], next);
+    return next;
+}
+
+/* a or b; -1 stands for nothing. */
+static int32_t llmi_g_either(llm_grammar *g, int32_t a, int32_t b)
+{
+    return a < 0 ? b : b < 0 || a == b ? a : llmi_g_state(g, LLMI_G_SPLIT, a, b);
+}
+
+/* A state with a counter. */
+static int32_t llmi_g_counted(llm_grammar *g, int kind, int32_t least, int32_t most, int32_t next, int32_t other)
+{
+    int32_t s = llmi_g_state(g, kind, next, other);
+    if (g->failed) return 0;
+    g->states[s].least = least;
+    g->states[s].most = most;
+    return s;
+}
+
+/* A byte of a digit string: from '0' + lo to '0' + hi. */
+static int32_t llmi_g_digit(llm_grammar *g, int lo, int hi, int32_t next) { return llmi_g_byte(g, '0' + lo, '0' + hi, next); }
+
+/* ---- sets of characters ---- */
+
+/* Sets are sorted pairs low, high of code points. */
+typedef struct llmi_gset { llmi_ids pairs; } llmi_gset;
+
+/* Adds lo..hi behind what is there; 0: out of memory. */
+static int llmi_gset_add(llmi_gset *s, uint32_t lo, uint32_t hi)
+{
+    int32_t pair[2];
+    pair[0] = (int32_t)lo;
+    pair[1] = (int32_t)hi;
+    return lo > hi || llmi_ids_add(&s->pairs, pair, 2);
+}
+
+static int llmi_gset_has(const llmi_gset *s, uint32_t c)
+{
+    for (size_t i = 0; i < s->pairs.count; i += 2)
+        if ((int32_t)c >= s->pairs.data[i] && (int32_t)c <= s->pairs.data[i + 1]) return 1;
+    return 0;
+}
+
+/* Sort the pairs and join those that touch. */
+static void llmi_gset_tidy(llmi_gset *s)
+{
+    int32_t *p = s->pairs.data;
+    size_t n = s->pairs.count, out = 0;
+    for (size_t i = 2; i < n; i += 2) { /* insertion: pairs come nearly sorted */
+        int32_t lo = p[i], hi = p[i + 1];
+        size_t k = i;
+        for (; k > 0 && p[k - 2] > lo; k -= 2) { p[k] = p[k - 2]; p[k + 1] = p[k - 1]; }
+        p[k] = lo;
+        p[k + 1] = hi;
+    }
+    for (size_t i = 0; i < n; i += 2) {
+        if (out && p[i] <= p[out - 1] + 1) { if (p[i + 1] > p[out - 1]) p[out - 1] = p[i + 1]; continue; }
+        p[out] = p[i];
+        p[out + 1] = p[i + 1];
+        out += 2;
+    }
+    s->pairs.count = out;
+}
+
+/* Everything that is not in a tidy set; surrogates are no characters and stay out. 0: out of memory. */
+static int llmi_gset_negate(llmi_gset *s)
+{
+    llmi_gset out = {{{NULL, NULL, NULL}, NULL, 0, 0}};
+    uint32_t from = 0;
+    int ok = 1;
+    out.pairs.a = s->pairs.a;
+    for (size_t i = 0; i < s->pairs.count && ok; i += 2) {
+        if ((uint32_t)s->pairs.data[i] > from) ok = llmi_gset_add(&out, from, (uint32_t)s->pairs.data[i] - 1);
+        from = (uint32_t)s->pairs.data[i + 1] + 1;
+    }
+    ok = ok && llmi_gset_add(&out, from, 0x10ffff);
+    llmi_ids_drop(&s->pairs);
+    *s = out;
+    return ok;
+}
+
+/* The states after the first bytes of the characters being built: next for the last byte, and shared full continuations. */
+typedef struct llmi_gutf { llm_grammar *g; int32_t next, tail[4]; } llmi_gutf;
+
+/* Any `n` continuation bytes, then next. */
+static int32_t llmi_g_tail(llmi_gutf *u, int n)
+{
+    if (n == 0) return u->next;
+    if (u->tail[n] < 0) {
+        int32_t after = llmi_g_tail(u, n - 1);
+        u->tail[n] = llmi_g_byte(u->g, 0x80, 0xbf, after);
+    }
+    return u->tail[n];
+}
+
+/* Code points lo..hi: split until every byte has a range of its own, independent of the bytes before it. */
+static void llmi_g_code_points(llmi_gutf *u, uint32_t lo, uint32_t hi)
+{
+    static const uint32_t last[] = {0x7f, 0x7ff, 0xd7ff, 0xdfff, 0xffff};
+    char a[4], b[4];
+    if (lo > hi || (lo >= 0xd800 && hi <= 0xdfff)) return;
+    for (size_t i = 0; i < LLMI_COUNT(last); i++)
+        if (lo <= last[i] && hi > last[i]) {
+            llmi_g_code_points(u, lo, last[i]);
+            llmi_g_code_points(u, last[i] + 1, hi);
+            return;
+        }
+    for (uint32_t m = 0x3f; m < 0x1fffff && hi > 0x7f; m = m << 6 | 0x3f) {
+        if ((lo & ~m) == (hi & ~m)) break;
+        if (lo & m) { llmi_g_code_points(u, lo, lo | m); llmi_g_code_points(u, (lo | m) + 1, hi); return; }
+        if ((hi & m) != m) { llmi_g_code_points(u, lo, (hi & ~m) - 1); llmi_g_code_points(u, hi & ~m, hi); return; }
+    }
+    size_t n = llmi_utf8_put(lo, a);
+    llmi_grange r;
+    memset(&r, 0, sizeof r);
+    llmi_utf8_put(hi, b);
+    r.next = u->next;
+    for (size_t k = n; k-- > 1;) {
+        int full = (uint8_t)a[k] == 0x80 && (uint8_t)b[k] == 0xbf && (k + 1 == n || r.next == u->tail[n - 1 - k]);
+        r.next = full ? llmi_g_tail(u, (int)(n - k)) : llmi_g_byte(u->g, (uint8_t)a[k], (uint8_t)b[k], r.next);
+    }
+    r.lo = (uint8_t)a[0];
+    r.hi = (uint8_t)b[0];
+    if (!llmi_bytes_add(&u->g->top, (const char *)&r, sizeof r)) u->g->failed = 1;
+}
+
+/* The ranges collected in `top` since `mark` become a state. */
+static int32_t llmi_g_collect(llm_grammar *g, size_t mark)
+{
+    size_t bytes = g->top.count - mark, count = bytes / sizeof(llmi_grange);
+    llmi_grange *r = (llmi_grange *)moq_allocate(&g->a, bytes + 1);
+    int32_t s = 0;
+    if (!r) g->failed = 1;
+    else {
+        if (bytes) memcpy(r, g->top.data + mark, bytes);
+        s = llmi_g_bytes(g, r, count);
+    }
+    moq_release(&g->a, r, bytes + 1);
+    g->top.count = mark;
+    return s;
+}
+
+/* One character of a tidy set. */
+static int32_t llmi_g_char(llm_grammar *g, const llmi_gset *set, int32_t next)
+{
+    llmi_gutf u = {g, 0, {-1, -1, -1, -1}};
+    size_t mark = g->top.count;
+    u.next = next;
+    for (size_t i = 0; i < set->pairs.count && !g->failed; i += 2)
+        llmi_g_code_points(&u, (uint32_t)set->pairs.data[i], (uint32_t)set->pairs.data[i + 1]);
+    return llmi_g_collect(g, mark);
+}
+
+/* ---- characters inside JSON strings ---- */
+
+static const char llmi_g_short[] = "\"\\\b\f\n\r\t", llmi_g_letter[] = "\"\\bfnrt";
+
+/* Four hexadecimal digits of a character other than NUL and surrogates: pairs of those are written as the character itself. */
+static int32_t llmi_g_hex4(llm_grammar *g, int32_t next)
+{
+    static const struct { uint8_t lo, hi; } hex[] = {{'0', '9'}, {'a', 'f'}, {'A', 'F'}};
+    llmi_grange r[8];
+    int32_t any[4], zero = -1;
+    any[0] = next;
+    for (int n = 1; n < 4; n++) { /* any n digits */
+        for (int i = 0; i < 3; i++) { r[i].lo = hex[i].lo; r[i].hi = hex[i].hi; r[i].next = any[n - 1]; }
+        any[n] = llmi_g_bytes(g, r, 3);
+    }
+    for (int n = 1; n <= 4; n++) { /* n digits that are not all 0 */
+        int k = 0;
+        if (zero >= 0) { r[k].lo = r[k].hi = '0'; r[k++].next = zero; }
+        for (int i = 0; i < 3; i++) {
+            r[k].lo = i ? hex[i].lo : '1';
+            r[k].hi = n < 4 || i == 0 ? hex[i].hi : (uint8_t)(hex[i].lo + 2); /* a..c at the beginning, then e and f */
+            r[k++].next = any[n - 1];
+        }
+        if (n == 4) {
+            int32_t low = llmi_g_byte(g, '0', '7', any[2]);
+            r[k].lo = 'e'; r[k].hi = 'f'; r[k++].next = any[3];
+            r[k].lo = 'E'; r[k].hi = 'F'; r[k++].next = any[3];
+            r[k].lo = r[k].hi = 'd'; r[k++].next = low;
+            r[k].lo = r[k].hi = 'D'; r[k++].next = low;
+        }
+        if (n < 4) zero = llmi_g_bytes(g, r, (size_t)k);
+        else {
+            size_t mark = g->top.count;
+            if (!llmi_bytes_add(&g->top, (const char *)r, (size_t)k * sizeof *r)) g->failed = 1;
+            return llmi_g_collect(g, mark);
+        }
+    }
+    return 0;
+}
+
+/* What may follow a backslash for the characters of a set. `any`: all of them, so every escape is right. */
+static int32_t llmi_g_escapes(llm_grammar *g, const llmi_gset *set, int any, int32_t next)
+{
+    static const char hex[] = "0123456789abcdef";
+    llmi_grange r[16];
+    size_t mark = g->top.count, k = 0;
+    for (size_t i = 0; i < sizeof llmi_g_short - 1; i++)
+        if (llmi_gset_has(set, (uint8_t)llmi_g_short[i])) { r[k].lo = r[k].hi = (uint8_t)llmi_g_letter[i]; r[k++].next = next; }
+    if (any) {
+        int32_t four = llmi_g_hex4(g, next);
+        r[k].lo = r[k].hi = '/'; r[k++].next = next;
+        r[k].lo = r[k].hi = 'u'; r[k++].next = four;
+    }
+    if (!llmi_bytes_add(&g->top, (const char *)r, k * sizeof *r)) g->failed = 1;
+    for (uint32_t c = 1; c < 0x20 && !any; c++) {
+        char text[5];
+        llmi_grange u;
+        if (!llmi_gset_has(set, c) || strchr(llmi_g_short, (int)c)) continue;
+        memcpy(text, "u00", 3);
+        text[3] = hex[c >> 4];
+        text[4] = hex[c & 15];
+        memset(&u, 0, sizeof u);
+        u.lo = u.hi = 'u';
+        u.next = llmi_g_text(g, text + 1, 4, next);
+        if (!llmi_bytes_add(&g->top, (const char *)&u, sizeof u)) g->failed = 1;
+    }
+    return g->top.count > mark ? llmi_g_collect(g, mark) : -1;
+}
+
+/* One character of a tidy set as JSON strings write it: as itself where JSON allows that, escaped where it must be. */
+static int32_t llmi_g_json_char(llm_grammar *g, const llmi_gset *set, int any, int32_t next)
+{
+    llmi_gutf u = {g, 0, {-1, -1, -1, -1}};
+    int32_t escaped = llmi_g_escapes(g, set, any, next);
+    size_t mark = g->top.count;
+    u.next = next;
+    for (size_t i = 0; i < set->pairs.count && !g->failed; i += 2) {
+        static const uint32_t cut[] = {0x20, 0x22, 0x5c}; /* from here on; the character itself is left out */
+        uint32_t lo = (uint32_t)set->pairs.data[i], hi = (uint32_t)set->pairs.data[i + 1];
+        if (lo < cut[0]) lo = cut[0];
+        for (int k = 1; k < 3; k++)
+            if (lo <= cut[k] && hi >= cut[k]) {
+                if (lo < cut[k]) llmi_g_code_points(&u, lo, cut[k] - 1);
+                lo = cut[k] + 1;
+            }
+        llmi_g_code_points(&u, lo, hi);
+    }
+    if (escaped >= 0) {
+        llmi_grange r;
+        memset(&r, 0, sizeof r);
+        r.lo = r.hi = '\\';
+        r.next = escaped;
+        if (!llmi_bytes_add(&g->top, (const char *)&r, sizeof r)) g->failed = 1;
+    }
+    return llmi_g_collect(g, mark);
+}
+
+/* ---- the way to the end ---- */
+
+static int32_t llmi_g_sum(int32_t a, int32_t b) { return a >= LLMI_FAR || b >= LLMI_FAR || a + b >= LLMI_FAR ? LLMI_FAR : a + b; }
+static int32_t llmi_g_times(int32_t n, int32_t a)
+{
+    return n == 0 ? 0 : a >= LLMI_FAR || (int64_t)n * a >= LLMI_FAR ? LLMI_FAR : n * a;
+}
+
+/* What one time around costs: of a REPEAT, a LOOP or KEYS. */
+static int32_t llmi_g_unit(const llm_grammar *g, const int32_t *near, const llmi_gstate *s)
+{
+    if (s->kind == LLMI_G_LOOP) return near[s->other];
+    if (s->kind == LLMI_G_REPEAT) return near[g->rules[s->other].start];
+    const llmi_gstate *end = &g->states[s->extra], *later = &g->states[end->next]; /* later members: with a comma */
+    return llmi_g_sum(near[g->rules[later->other].start], near[g->rules[end->other].start]);
+}
+
+/* From a state to the end of its rule when its frame has counted to `count`; near [states] as below. */
+static int32_t llmi_g_rest(const llm_grammar *g, const int32_t *near, int32_t state, int32_t count)
+{
+    const llmi_gstate *s = &g->states[state];
+    if (s->loop >= 0) return llmi_g_sum(near[state], llmi_g_rest(g, near, s->loop, count + 1));
+    if (s->kind == LLMI_G_KEY_END) return llmi_g_sum(near[g->rules[s->other].start], llmi_g_rest(g, near, s->next, count + 1));
+    if ((s->kind != LLMI_G_REPEAT && s->kind != LLMI_G_LOOP && s->kind != LLMI_G_KEYS) || near[state] >= LLMI_FAR) return near[state];
+    return near[state] - (count < s->least ? count : s->least) * (s->least ? llmi_g_unit(g, near, s) : 0);
+}
+
+/* From a state to the end of its rule, or LLMI_FAR, as far as its successors are known. single [256]: what one byte costs. */
+static int32_t llmi_g_cost(const llm_grammar *g, const int32_t *near, int32_t state, const int32_t *single)
+{
+    const llmi_gstate *s = &g->states[state];
+    int32_t best = LLMI_FAR;
+    switch (s->kind) {
+    case LLMI_G_END: case LLMI_G_BUMP: return 0;
+    case LLMI_G_BYTES:
+        for (int32_t i = s->least; i < s->most; i++) {
+            const llmi_grange *r = &g->ranges[i];
+            int32_t after = near[r->next];
+            for (int b = r->lo; b <= r->hi && after < best; b++)
+                if (llmi_g_sum(after, single[b]) < best) best = after + single[b];
+        }
+        return best;
+    case LLMI_G_SPLIT: return near[s->next] < near[s->other] ? near[s->next] : near[s->other];
+    case LLMI_G_CALL: return llmi_g_sum(near[g->rules[s->other].start], near[s->next]);
+    case LLMI_G_KEY_END: return llmi_g_rest(g, near, state, 0);
+    case LLMI_G_KEYS: /* the first member by its own rule */
+        if (s->least == 0) return near[s->next];
+        best = llmi_g_sum(llmi_g_times(s->least - 1, llmi_g_unit(g, near, s)), near[s->next]);
+        return llmi_g_sum(best, llmi_g_sum(near[g->rules[s->other].start], near[g->rules[g->states[s->extra].other].start]));
+    default: return llmi_g_sum(llmi_g_times(s->least, llmi_g_unit(g, near, s)), near[s->next]);
+    }
+}
+
+/* near [states] from single [256]: the least costs that agree with each other, found by lowering them until nothing changes. */
+static void llmi_g_measure(const llm_grammar *g, const int32_t *single, int32_t *near)
+{
+    int changed = 1;
+    for (size_t i = 0; i < g->state_count; i++) near[i] = LLMI_FAR;
+    while (changed) {
+        changed = 0;
+        for (size_t i = 0; i < g->state_count; i++) {
+            int32_t cost = llmi_g_cost(g, near, (int32_t)i, single);
+            if (cost < near[i]) { near[i] = cost; changed = 1; }
+        }
+    }
+}
+
+/* Are all rules that `rule` may call before its first byte in `fine`? stack, seen [states]. */
+static int llmi_g_begins_fine(const llm_grammar *g, int32_t rule, const uint8_t *fine, int32_t *stack, int32_t *seen)
+{
+    size_t n = 0;
+    stack[n++] = g->rules[rule].start;
+    while (n > 0) {
+        int32_t at = stack[--n];
+        const llmi_gstate *s = &g->states[at];
+        int calls = s->kind == LLMI_G_CALL || s->kind == LLMI_G_REPEAT || s->kind == LLMI_G_KEYS, passes = 0;
+        if (seen[at] == rule + 1 || g->near[at] >= LLMI_FAR) continue;
+        seen[at] = rule + 1;
+        if (calls && !fine[s->other] && g->near[g->rules[s->other].start] < LLMI_FAR) return 0;
+        if (s->kind == LLMI_G_SPLIT || s->kind == LLMI_G_LOOP) stack[n++] = s->other;
+        if (calls) passes = g->near[g->rules[s->other].start] == 0; /* a byte costs at least 1, so this rule can be empty */
+        if (s->kind == LLMI_G_SPLIT || passes || (s->kind >= LLMI_G_REPEAT && s->kind != LLMI_G_BUMP && s->least == 0)) stack[n++] = s->next;
+    }
+    return 1;
+}
+
+/* A rule that begins with itself, or -1: such a rule would call itself for ever. -2: out of memory. */
+static int32_t llmi_g_left_recursion(const llm_grammar *g)
+{
+    llmi_arena r = llmi_arena_make(&g->a);
+    int32_t *stack = (int32_t *)llmi_take(&r, 2 * g->state_count + 2, sizeof *stack), *seen = (int32_t *)llmi_take(&r, g->state_count, sizeof *seen);
+    uint8_t *fine = (uint8_t *)llmi_take(&r, g->rule_count, 1);
+    int32_t found = stack && seen && fine ? -1 : -2;
+    for (int changed = found == -1; changed;) {
+        changed = 0;
+        found = -1;
+        memset(seen, 0, g->state_count * sizeof *seen);
+        for (int32_t i = 0; i < (int32_t)g->rule_count; i++) {
+            if (fine[i]) continue;
+            if (llmi_g_begins_fine(g, i, fine, stack, seen)) { fine[i] = 1; changed = 1; }
+            else if (found < 0) found = i;
+        }
+    }
+    llmi_arena_drop(&r);
+    return found;
+}
+
+/* Give back everything; NULL is allowed. */
+LLM_API void llm_grammar_destroy(llm_grammar *g)
+{
+    if (!g) return;
+    moq_allocator a = g->a;
+    moq_release(&a, g->states, g->state_capacity * sizeof *g->states);
+    moq_release(&a, g->ranges, g->range_capacity * sizeof *g->ranges);
+    moq_release(&a, g->rules, g->rule_capacity * sizeof *g->rules);
+    moq_release(&a, g->names, g->name_capacity * sizeof *g->names);
+    moq_release(&a, g->near, g->near_count * sizeof *g->near);
+    llmi_bytes_drop(&g->words);
+    llmi_bytes_drop(&g->top);
+    moq_release(&a, g, sizeof *g);
+}
+
+/* An empty grammar, or NULL. */
+static llm_grammar *llmi_g_make(const moq_allocator *a)
+{
+    llm_grammar *g = (llm_grammar *)moq_allocate(a, sizeof *g);
+    if (!g) return NULL;
+    if (a) g->a = *a;
+    g->words = llmi_bytes_make(a);
+    g->top = llmi_bytes_make(a);
+    g->loop = -1;
+    return g;
+}
+
+/* The grammar is written: measure it and refuse what never ends or never begins. root_name and where are for errors. */
+static moq_result llmi_g_finish(llm_grammar *g, const char *where, int32_t *recursive, moq_error *err)
+{
+    int32_t single[256];
+    for (int i = 0; i < 256; i++) single[i] = 1;
+    *recursive = -1;
+    if (g->failed == 2)
+        return moq_fail(err, MOQ_E_LIMIT, where, "needs more than %d states; give it smaller counts, lengths or fewer alternatives", LLMI_G_MOST_STATES);
+    g->near = g->failed ? NULL : (int32_t *)moq_allocate(&g->a, g->state_count * sizeof *g->near);
+    if (!g->near) return llmi_nomem(err, where);
+    g->near_count = g->state_count;
+    llmi_g_measure(g, single, g->near);
+    *recursive = llmi_g_left_recursion(g);
+    if (*recursive == -2) return llmi_nomem(err, where);
+    if (*recursive >= 0) return MOQ_E_GRAMMAR; /* the caller knows its name */
+    if (g->near[g->rules[g->root].start] >= LLMI_FAR)
+        return moq_fail(err, MOQ_E_GRAMMAR, where, "no finite text satisfies it: what it requires contains itself again without end");
+    return MOQ_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-gbnf        grammars written by hand
+   The GBNF notation of llama.cpp: name ::= alternatives. Anything else than that notation is refused with its line.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A grammar is read forwards but built back to front: an alternative is first split into its items, then built from its end. */
+typedef struct llmi_gbnf {
+    llm_grammar *g;
+    const char *text, *s, *end;
+    moq_result code;
+    moq_error *err;
+    llmi_ids names;       /* of each rule: offset in text, bytes, line it was first used in, defined */
+    llmi_ids items;       /* stack of item starts and ends, offsets in text */
+    int depth;
+} llmi_gbnf;
+
+enum { LLMI_GBNF_RULE = 4 }; /* numbers of a rule in `names` */
+
+static int llmi_gbnf_line(const llmi_gbnf *b, const char *at)
+{
+    int line = 1;
+    for (const char *p = b->text; p < at; p++) line += *p == '\n';
+    return line;
+}
+
+/* The first failure counts, and nothing is read after it. */
+static int32_t llmi_gbnf_fail(llmi_gbnf *b, const char *what)
+{
+    if (b->code >= 0) {
+        const char *at = b->s < b->end ? b->s : b->end;
+        char rest[24];
+        size_t n = 0;
+        for (; at + n < b->end && n < sizeof rest - 1 && at[n] != '\n'; n++) rest[n] = at[n];
+        rest[n] = 0;
+        b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d, before '%q': %s", llmi_gbnf_line(b, at), rest, what);
+    }
+    b->s = b->end;
+    return 0;
+}
+
+static void llmi_gbnf_nomem(llmi_gbnf *b)
+{
+    if (b->code >= 0) b->code = llmi_nomem(b->err, "grammar");
+    b->s = b->end;
+}
+
+/* Blanks and comments; lines: line ends too. */
+static void llmi_gbnf_skip(llmi_gbnf *b, int lines)
+{
+    while (b->s < b->end) {
+        char c = *b->s;
+        if (c == '#') while (b->s < b->end && *b->s != '\n') b->s++;
+        else if (c == ' ' || c == '\t' || c == '\r' || (lines && c == '\n')) b->s++;
+        else break;
+    }
+}
+
+static int llmi_gbnf_is_name(char c)
+{
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_';
+}
+
+/* The rule of the name at s, made when it is new. */
+static int32_t llmi_gbnf_rule(llmi_gbnf *b)
+{
+    const char *from = b->s;
+    int32_t entry[LLMI_GBNF_RULE];
+    while (b->s < b->end && llmi_gbnf_is_name(*b->s)) b->s++;
+    size_t n = (size_t)(b->s - from);
+    if (n == 0) return llmi_gbnf_fail(b, "the name of a rule was expected");
+    for (size_t i = 0; i < b->names.count; i += LLMI_GBNF_RULE) {
+        const int32_t *e = b->names.data + i;
+        if ((size_t)e[1] == n && memcmp(b->text + e[0], from, n) == 0) return (int32_t)(i / LLMI_GBNF_RULE);
+    }
+    entry[0] = (int32_t)(from - b->text);
+    entry[1] = (int32_t)n;
+    entry[2] = llmi_gbnf_line(b, from);
+    entry[3] = 0;
+    int32_t rule = llmi_g_rule(b->g, 1); /* in step with names: nothing else makes rules before all names are known */
+    if (!llmi_ids_add(&b->names, entry, LLMI_GBNF_RULE)) llmi_gbnf_nomem(b);
+    return rule;
+}
+
+/* One character of a literal or a class, escapes resolved. */
+static uint32_t llmi_gbnf_char(llmi_gbnf *b)
+{
+    static const char names[] = "nrt\\\"[]-^/'", codes[] = "\n\r\t\\\"[]-^/'";
+    uint32_t cp = 0;
+    if (b->s >= b->end || *b->s == '\n') return (uint32_t)llmi_gbnf_fail(b, "a literal or a class is not closed");
+    if (*b->s != '\\') {
+        b->s += llmi_utf8_get(b->s, (size_t)(b->end - b->s), &cp, NULL);
+        return cp;
+    }
+    if (++b->s >= b->end) return (uint32_t)llmi_gbnf_fail(b, "a backslash at the end");
+    char e = *b->s++;
+    const char *at = strchr(names, e);
+    int digits = e == 'x' ? 2 : e == 'u' ? 4 : e == 'U' ? 8 : 0;
+    if (e && at) return (uint8_t)codes[at - names];
+    if (!digits) return (uint32_t)llmi_gbnf_fail(b, "an escape that is none of \\n \\r \\t \\\\ \\\" \\[ \\] \\xHH \\uHHHH \\UHHHHHHHH");
+    for (int i = 0; i < digits; i++, b->s++) {
+        int h = b->s < b->end ? llmi_hex(*b->s) : -1;
+        if (h < 0) return (uint32_t)llmi_gbnf_fail(b, "too few hexadecimal digits");
+        cp = cp << 4 | (uint32_t)h;
+    }
+    if (cp > 0x10ffff || (cp >= 0xd800 && cp <= 0xdfff)) return (uint32_t)llmi_gbnf_fail(b, "no character has this code");
+    return cp;
+}
+
+/* [...] after the bracket, or `.`: the set. */
+static void llmi_gbnf_class(llmi_gbnf *b, llmi_gset *set)
+{
+    int negate = b->s < b->end && *b->s == '^', ok = 1;
+    b->s += negate;
+    while (b->s < b->end && *b->s != ']') {
+        uint32_t lo = llmi_gbnf_char(b), hi = lo;
+        if (b->end - b->s > 1 && *b->s == '-' && b->s[1] != ']') { b->s++; hi = llmi_gbnf_char(b); }
+        if (hi < lo) { llmi_gbnf_fail(b, "a range out of order"); return; }
+        ok = ok && llmi_gset_add(set, lo, hi);
+    }
+    if (b->s >= b->end) { llmi_gbnf_fail(b, "[ without ]"); return; }
+    b->s++;
+    llmi_gset_tidy(set);
+    if (negate) ok = ok && llmi_gset_negate(set);
+    if (!ok) llmi_gbnf_nomem(b);
+    else if (set->pairs.count == 0) llmi_gbnf_fail(b, "a class without characters");
+}
+
+/* * + ? {n} {n,} {n,m}: 1 when there is one. most -1: no end. */
+static int llmi_gbnf_quantifier(llmi_gbnf *b, int32_t *least, int32_t *most)
+{
+    char k = b->s < b->end ? *b->s : 0;
+    if (k != '*' && k != '+' && k != '?' && k != '{') return 0;
+    b->s++;
+    *least = k == '+';
+    *most = k == '?' ? 1 : -1;
+    if (k != '{') return 1;
+    int64_t number[2] = {0, -1};
+    int which = 0, digits = 0;
+    for (; b->s < b->end && *b->s != '}'; b->s++) {
+        if (*b->s == ',' && which == 0) { which = 1; digits = 0; continue; }
+        if (*b->s == ' ') continue;
+        if (*b->s < '0' || *b->s > '9') break;
+        if (digits++ == 0) number[which] = 0;
+        number[which] = number[which] * 10 + (*b->s - '0');
+        if (number[which] > 1000000) { llmi_gbnf_fail(b, "a count over 1000000"); return 0; }
+    }
+    if (b->s >= b->end || *b->s != '}' || (which == 0 && digits == 0)) { llmi_gbnf_fail(b, "a malformed {n,m}"); return 0; }
+    b->s++;
+    if (which == 0) number[1] = number[0];
+    if (number[1] >= 0 && number[1] < number[0]) { llmi_gbnf_fail(b, "{n,m} with m under n"); return 0; }
+    *least = (int32_t)number[0];
+    *most = (int32_t)number[1];
+    return 1;
+}
+
+static int32_t llmi_gbnf_alternatives(llmi_gbnf *b, int nested, int32_t next);
+
+/* Steps over one item without building it. */
+static void llmi_gbnf_pass(llmi_gbnf *b)
+{
+    char k = *b->s, close = k == '"' ? '"' : k == '[' ? ']' : 0;
+    if (close) {
+        b->s++;
+        while (b->s < b->end && *b->s != close) {
+            if (*b->s == '\n') { llmi_gbnf_fail(b, "a literal or a class is not closed"); return; }
+            b->s += *b->s == '\\' && b->end - b->s > 1 ? 2 : 1;
+        }
+        if (b->s >= b->end) llmi_gbnf_fail(b, "a literal or a class is not closed");
+        else b->s++;
+    } else if (k == '(') {
+        if (++b->depth > 100) { llmi_gbnf_fail(b, "groups nested too deeply"); return; }
+        b->s++;
+        for (llmi_gbnf_skip(b, 1); b->s < b->end && *b->s != ')'; llmi_gbnf_skip(b, 1)) {
+            if (*b->s == '|' || strchr("*+?{}, 0123456789", *b->s)) b->s++;
+            else llmi_gbnf_pass(b);
+        }
+        if (b->s >= b->end) llmi_gbnf_fail(b, "( without )");
+        else b->s++;
+        b->depth--;
+    } else if (k == '.') {
+        b->s++;
+    } else if (llmi_gbnf_is_name(k)) {
+        llmi_gbnf_rule(b);
+    } else {
+        llmi_gbnf_fail(b, "this is no literal, class, group or name");
+    }
+}
+
+/* One item at s, followed by `next`. */
+static int32_t llmi_gbnf_item(llmi_gbnf *b, int32_t next)
+{
+    llmi_gset set = {{{NULL, NULL, NULL}, NULL, 0, 0}};
+    char k = *b->s;
+    set.pairs.a = b->g->a;
+    if (k == '"') {
+        size_t mark = b->g->words.count, n;
+        for (b->s++; b->s < b->end && *b->s != '"';) {
+            char put[4];
+            if (!llmi_bytes_add(&b->g->words, put, llmi_utf8_put(llmi_gbnf_char(b), put))) llmi_gbnf_nomem(b);
+        }
+        b->s++;
+        n = b->g->words.count - mark;
+        while (n-- > 0) next = llmi_g_byte(b->g, (uint8_t)b->g->words.data[mark + n], (uint8_t)b->g->words.data[mark + n], next);
+        b->g->words.count = mark;
+    } else if (k == '[' || k == '.') {
+        b->s++;
+        if (k == '[') llmi_gbnf_class(b, &set);
+        else if (!llmi_gset_negate(&set)) llmi_gbnf_nomem(b);
+        next = llmi_g_char(b->g, &set, next);
+    } else if (k == '(') {
+        b->s++;
+        next = llmi_gbnf_alternatives(b, 1, next);
+        if (b->code >= 0 && (b->s >= b->end || *b->s != ')')) llmi_gbnf_fail(b, "( without )");
+        else b->s++;
+    } else {
+        int32_t rule = llmi_gbnf_rule(b);
+        next = llmi_g_state(b->g, LLMI_G_CALL, next, rule);
+    }
+    llmi_ids_drop(&set.pairs);
+    return next;
+}
+
+/* An item with its quantifier: a class is counted in place, anything else becomes a rule of its own. */
+static int32_t llmi_gbnf_counted(llmi_gbnf *b, int32_t least, int32_t most, int32_t next)
+{
+    llm_grammar *g = b->g;
+    if ((*b->s == '[' || *b->s == '.') && g->loop < 0) {
+        int32_t loop = llmi_g_counted(g, LLMI_G_LOOP, least, most, next, 0);
+        g->loop = loop;
+        int32_t bump = llmi_g_state(g, LLMI_G_BUMP, loop, 0), body = llmi_gbnf_item(b, bump);
+        g->loop = -1;
+        if (!g->failed) g->states[loop].other = body;
+        return loop;
+    }
+    int32_t rule = llmi_g_rule(g, 1), outer = g->rule;
+    g->rule = rule;
+    int32_t last = llmi_g_state(g, LLMI_G_END, 0, 0), start = llmi_gbnf_item(b, last);
+    g->rule = outer;
+    if (!g->failed) g->rules[rule].start = start;
+    return llmi_g_counted(g, LLMI_G_REPEAT, least, most, next, rule);
+}
+
+/* Items up to | or ) or, outside of groups, the end of the line, followed by `next`. */
+static int32_t llmi_gbnf_sequence(llmi_gbnf *b, int nested, int32_t next)
+{
+    size_t mark = b->items.count, count;
+    int32_t least, most;
+    for (;;) {
+        llmi_gbnf_skip(b, nested);
+        if (b->s >= b->end || *b->s == '|' || *b->s == ')' || *b->s == '\n') break;
+        int32_t at = (int32_t)(b->s - b->text);
+        llmi_gbnf_pass(b);
+        while (llmi_gbnf_quantifier(b, &least, &most)) {}
+        if (!llmi_ids_add(&b->items, &at, 1)) llmi_gbnf_nomem(b);
+    }
+    const char *after = b->s;
+    count = b->items.count - mark;
+    for (size_t i = count; i-- > 0 && b->code >= 0 && !b->g->failed;) {
+        b->s = b->text + b->items.data[mark + i];
+        const char *start = b->s;
+        llmi_gbnf_pass(b);
+        const char *quantifier = b->s;
+        int counted = llmi_gbnf_quantifier(b, &least, &most);
+        if (counted && b->s < b->end && (*b->s == '*' || *b->s == '+' || *b->s == '?' || *b->s == '{')) llmi_gbnf_fail(b, "two quantifiers; use a group");
+        if (b->code < 0) break;
+        b->s = start;
+        next = counted ? llmi_gbnf_counted(b, least, most, next) : llmi_gbnf_item(b, next);
+        if (b->s != quantifier && b->code >= 0) llmi_gbnf_fail(b, "this item is malformed");
+    }
+    b->items.count = mark;
+    if (b->code >= 0) b->s = after;
+    return next;
+}
+
+/* a | b | c, each followed by `next`. A line may end after a |. */
+static int32_t llmi_gbnf_alternatives(llmi_gbnf *b, int nested, int32_t next)
+{
+    int32_t all = -1;
+    if (++b->depth > 100) return llmi_gbnf_fail(b, "groups nested too deeply");
+    for (;;) {
+        int32_t one = llmi_gbnf_sequence(b, nested, next);
+        all = llmi_g_either(b->g, all, one);
+        if (b->s < b->end && *b->s == '\n') { /* llama.cpp lets the next line begin with | */
+            const char *line = b->s;
+            llmi_gbnf_skip(b, 1);
+            if (b->s >= b->end || *b->s != '|') { b->s = line; break; }
+        }
+        if (b->s >= b->end || *b->s != '|') break;
+        b->s++;
+        llmi_gbnf_skip(b, 1);
+    }
+    b->depth--;
+    return all;
+}
+
+/* All names come first, so that rules are numbered like names: every line "name ::=". */
+static void llmi_gbnf_names(llmi_gbnf *b)
+{
+    for (const char *p = b->text; p + 3 <= b->end; p++) {
+        if (memcmp(p, "::=", 3) != 0) continue;
+        const char *q = p;
+        while (q > b->text && (q[-1] == ' ' || q[-1] == '\t')) q--;
+        while (q > b->text && llmi_gbnf_is_name(q[-1])) q--;
+        b->s = q;
+        if (llmi_gbnf_is_name(*q)) llmi_gbnf_rule(b);
+    }
+    b->s = b->text;
+}
+
+/* One rule after the other. */
+static void llmi_gbnf_read(llmi_gbnf *b)
+{
+    llm_grammar *g = b->g;
+    size_t known;
+    llmi_gbnf_names(b);
+    known = b->names.count;
+    for (llmi_gbnf_skip(b, 1); b->s < b->end && b->code >= 0 && !g->failed; llmi_gbnf_skip(b, 1)) {
+        int32_t rule = llmi_gbnf_rule(b);
+        llmi_gbnf_skip(b, 0);
+        if (b->end - b->s < 3 || memcmp(b->s, "::=", 3) != 0) { llmi_gbnf_fail(b, "::= was expected"); break; }
+        b->s += 3;
+        if (b->names.data[rule * LLMI_GBNF_RULE + 3]++) { llmi_gbnf_fail(b, "this rule is defined a second time"); break; }
+        llmi_gbnf_skip(b, 1);
+        g->rule = rule;
+        int32_t last = llmi_g_state(g, LLMI_G_END, 0, 0), start = llmi_gbnf_alternatives(b, 0, last);
+        if (!g->failed) g->rules[rule].start = start;
+        if (b->code >= 0 && b->s < b->end && *b->s != '\n') llmi_gbnf_fail(b, "a ) without (");
+        if (b->code >= 0 && b->names.count != known) {
+            const int32_t *e = b->names.data + known;
+            b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d uses the rule '%.*s', which is not defined", (int)e[2], (int)e[1], b->text + e[0]);
+        }
+    }
+    for (size_t i = 0; i < g->state_count && b->code >= 0; i++) { /* "::=" in a literal looks like a definition, so uses are checked too */
+        const llmi_gstate *s = &g->states[i];
+        const int32_t *e = s->kind == LLMI_G_CALL && (size_t)s->other < known / LLMI_GBNF_RULE ? b->names.data + s->other * LLMI_GBNF_RULE : NULL;
+        if (e && !e[3])
+            b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d uses the rule '%.*s', which is not defined", (int)e[2], (int)e[1], b->text + e[0]);
+    }
+    g->root = -1;
+    for (size_t i = 0; i < b->names.count; i += LLMI_GBNF_RULE)
+        if (b->names.data[i + 1] == 4 && memcmp(b->text + b->names.data[i], "root", 4) == 0) g->root = (int32_t)(i / LLMI_GBNF_RULE);
+    if (b->code >= 0 && g->root < 0) b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "has no rule 'root'; that is where every text begins");
+}
+
+/* Compile GBNF text into g. */
+static moq_result llmi_gbnf_compile(llm_grammar *g, const char *text, size_t bytes, moq_error *err)
+{
+    llmi_gbnf b;
+    int32_t loop = -1;
+    memset(&b, 0, sizeof b);
+    b.g = g;
+    b.text = b.s = text;
+    b.end = text + bytes;
+    b.err = err;
+    b.names = llmi_ids_make(&g->a);
+    b.items = llmi_ids_make(&g->a);
+    g->deepest = LLMI_G_DEEP_TEXT;
+    if (bytes > INT32_MAX / 2) b.code = moq_fail(err, MOQ_E_LIMIT, "grammar", "has %zu bytes", bytes);
+    else llmi_gbnf_read(&b);
+    if (b.code >= 0) b.code = llmi_g_finish(g, "grammar", &loop, err);
+    if (loop >= 0) {
+        const int32_t *e = loop < (int32_t)(b.names.count / LLMI_GBNF_RULE) ? b.names.data + loop * LLMI_GBNF_RULE : NULL;
+        moq_fail(err, MOQ_E_GRAMMAR, "grammar", "the rule '%.*s' begins with itself (left recursion); write the repetition with * or + instead",
+                 e ? (int)e[1] : 7, e ? text + e[0] : "(group)");
+    }
+    llmi_ids_drop(&b.names);
+    llmi_ids_drop(&b.items);
+    return b.code;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-values      numbers with bounds and strings with patterns, as states of a grammar
+   Bounds are exact decimals, never floats: what an automaton lets through is inside them.
+   ------------------------------------------------------------------------------------------------ */
+
+#define LLMI_DEC_DIGITS 40
+
+/* (-1)^minus * digits * 10^exponent, no zeros at either end; zero has no digits. */
+typedef struct llmi_dec { int minus, count, exponent; char digit[LLMI_DEC_DIGITS]; } llmi_dec;
+
+/* A JSON number; 0: more than LLMI_DEC_DIGITS digits, or an exponent beyond them. */
+static int llmi_dec_read(llmi_dec *d, const char *s)
+{
+    int fraction = 0, e = 0, minus = 0;
+    memset(d, 0, sizeof *d);
+    if (*s == '-') { d->minus = 1; s++; }
+    for (; (*s >= '0' && *s <= '9') || *s == '.'; s++) {
+        if (*s == '.') { fraction = 1; continue; }
+        if (fraction) d->exponent--;
+        if (*s == '0' && d->count == 0) continue;
+        if (d->count == LLMI_DEC_DIGITS) return 0;
+        d->digit[d->count++] = *s;
+    }
+    if (*s == 'e' || *s == 'E') {
+        s++;
+        if (*s == '-' || *s == '+') minus = *s++ == '-';
+        for (; *s >= '0' && *s <= '9'; s++) e = e > 1000 ? e : e * 10 + (*s - '0');
+        d->exponent += minus ? -e : e;
+    }
+    for (; d->count && d->digit[d->count - 1] == '0'; d->count--) d->exponent++;
+    if (d->count == 0) d->minus = d->exponent = 0;
+    return d->count + d->exponent <= LLMI_DEC_DIGITS && d->exponent >= -LLMI_DEC_DIGITS;
+}
+
+/* -1, 0 or 1. */
+static int llmi_dec_compare(const llmi_dec *a, const llmi_dec *b)
+{
+    int sign = a->minus ? -1 : 1, order = 0;
+    if (a->count == 0 || b->count == 0) return a->count ? sign : b->count ? (b->minus ? 1 : -1) : 0;
+    if (a->minus != b->minus) return sign;
+    if (a->count + a->exponent != b->count + b->exponent) return a->count + a->exponent > b->count + b->exponent ? sign : -sign;
+    for (int i = 0; !order && (i < a->count || i < b->count); i++)
+        order = (i < a->count ? a->digit[i] : '0') - (i < b->count ? b->digit[i] : '0');
+    return order > 0 ? sign : order < 0 ? -sign : 0;
+}
+
+/* A whole number of steps of 10^-places, as digits. */
+typedef struct llmi_whole { int minus, count; char digit[2 * LLMI_DEC_DIGITS + 4]; } llmi_whole;
+
+/* The magnitude plus (by 1) or minus (by -1) one. Zero minus one is -1. */
+static void llmi_whole_step(llmi_whole *w, int by)
+{
+    int i = w->count - 1;
+    if (by < 0 && w->count == 0) { w->minus = !w->minus; by = 1; }
+    if (by > 0) {
+        for (; i >= 0 && w->digit[i] == '9'; i--) w->digit[i] = '0';
+        if (i >= 0) { w->digit[i]++; return; }
+        memmove(w->digit + 1, w->digit, (size_t)w->count++);
+        w->digit[0] = '1';
+        return;
+    }
+    for (; w->digit[i] == '0'; i--) w->digit[i] = '9';
+    w->digit[i]--;
+    if (w->digit[0] == '0') memmove(w->digit, w->digit + 1, (size_t)--w->count);
+}
+
+/* The nearest step at or above (up) or at or below the bound; `steps` further inside when the bound itself is excluded. */
+static llmi_whole llmi_whole_bound(const llmi_dec *d, int places, int up, int steps)
+{
+    llmi_whole w;
+    int shift = d->exponent + places, keep = shift >= 0 ? d->count : d->count + shift, exact = shift >= 0 || d->count == 0;
+    memset(&w, 0, sizeof w);
+    w.minus = d->minus;
+    for (int i = 0; i < keep; i++) w.digit[w.count++] = d->digit[i];
+    for (int i = 0; i < shift && d->count; i++) w.digit[w.count++] = '0';
+    if (!exact && w.minus != up) llmi_whole_step(&w, 1); /* away from zero */
+    if (!exact && steps == 1) steps = 0;
+    for (; steps > 0; steps--) {
+        int outward = w.minus != up;
+        if (w.count == 0) { w.minus = !up; outward = 1; }
+        llmi_whole_step(&w, outward ? 1 : -1);
+        if (w.count == 0) w.minus = 0;
+    }
+    if (w.count == 0) w.minus = 0;
+    return w;
+}
+
+static int llmi_whole_compare(const llmi_whole *a, const llmi_whole *b)
+{
+    int sign = a->minus ? -1 : 1, order;
+    if (a->minus != b->minus) return sign;
+    order = a->count != b->count ? a->count - b->count : memcmp(a->digit, b->digit, (size_t)a->count);
+    return order > 0 ? sign : order < 0 ? -sign : 0;
+}
+
+/* Numbers of n digits between two of n digits, the last `places` behind the point; free: states for any n digits. */
+typedef struct llmi_gnum { llm_grammar *g; int32_t next; int n, places; char low[128], high[128]; int32_t any[128]; } llmi_gnum;
+
+/* After i digits; at_low, at_high: they are those of the bound. */
+static int32_t llmi_g_digits(llmi_gnum *x, int i, int at_low, int at_high)
+{
+    int left = x->n - i, may_end = left <= x->places, loose = !at_low && !at_high;
+    llmi_grange r[3];
+    size_t k = 0;
+    if (left == 0) return x->next;
+    if (loose && x->any[left] >= 0) return x->any[left];
+    for (int z = i; at_low && may_end && z < x->n; z++) may_end = x->low[z] == '0'; /* what is left out counts as zeros */
+    char lo = at_low ? x->low[i] : '0', hi = at_high ? x->high[i] : '9';
+    if (at_low && at_high && lo == hi) {
+        r[k].lo = r[k].hi = (uint8_t)lo;
+        r[k++].next = llmi_g_digits(x, i + 1, 1, 1);
+    } else {
+        if (at_low) { r[k].lo = r[k].hi = (uint8_t)lo++; r[k++].next = llmi_g_digits(x, i + 1, 1, 0); }
+        if (at_high) { r[k].lo = r[k].hi = (uint8_t)hi--; r[k++].next = llmi_g_digits(x, i + 1, 0, 1); }
+        if (lo <= hi) { r[k].lo = (uint8_t)lo; r[k].hi = (uint8_t)hi; r[k++].next = llmi_g_digits(x, i + 1, 0, 0); }
+    }
+    int32_t s = llmi_g_bytes(x->g, r, k);
+    if (left == x->places) s = llmi_g_byte(x->g, '.', '.', s);
+    if (may_end && left <= x->places) s = llmi_g_either(x->g, x->next, s);
+    if (loose) x->any[left] = s;
+    return s;
+}
+
+/* The spelling of magnitudes a..b in steps of 10^-places, without sign, then next. -1: there is none. */
+static int32_t llmi_g_magnitudes(llm_grammar *g, const llmi_whole *a, const llmi_whole *b, int places, int32_t next)
+{
+    llmi_gnum x;
+    int32_t all = -1;
+    int least = a->count > places + 1 ? a->count : places + 1, most = b->count > places + 1 ? b->count : places + 1;
+    if (a->count > b->count || (a->count == b->count && memcmp(a->digit, b->digit, (size_t)a->count) > 0)) return -1;
+    x.g = g;
+    x.next = next;
+    x.places = places;
+    for (int i = 0; i < 128; i++) x.any[i] = -1;
+    for (x.n = least; x.n <= most; x.n++) {
+        memset(x.low, '0', sizeof x.low);
+        memset(x.high, '9', sizeof x.high);
+        if (x.n > places + 1) x.low[0] = '1';
+        if (a->count == x.n || x.n == least) memcpy(x.low + (x.n - a->count), a->digit, (size_t)a->count);
+        if (a->count < x.n && x.n == least) memset(x.low, '0', (size_t)(x.n - a->count));
+        if (x.n == most) {
+            memset(x.high, '0', (size_t)(x.n - b->count));
+            memcpy(x.high + (x.n - b->count), b->digit, (size_t)b->count);
+        }
+        all = llmi_g_either(g, all, llmi_g_digits(&x, 0, 1, 1));
+    }
+    return all;
+}
+
+/* low..high in steps of 10^-places, then next. -1: there is none. There is no -0. */
+static int32_t llmi_g_between(llm_grammar *g, const llmi_whole *low, const llmi_whole *high, int places, int32_t next)
+{
+    llmi_whole one, zero, a, b;
+    int32_t all = -1;
+    memset(&zero, 0, sizeof zero);
+    one = zero;
+    llmi_whole_step(&one, 1);
+    if (!high->minus) {
+        a = low->minus ? zero : *low;
+        all = llmi_g_magnitudes(g, &a, high, places, next);
+    }
+    if (low->minus) {
+        b = *low;
+        a = high->minus ? *high : one;
+        a.minus = b.minus = 0;
+        int32_t s = llmi_g_magnitudes(g, &a, &b, places, next);
+        if (s >= 0) all = llmi_g_either(g, all, llmi_g_byte(g, '-', '-', s));
+    }
+    return all;
+}
+
+/* Any number: up to 16 digits before and 15 behind the point and an exponent of up to two digits, so that every reader can hold it. */
+static int32_t llmi_g_any_number(llm_grammar *g, int32_t next)
+{
+    llmi_grange sign[3];
+    int32_t e = llmi_g_either(g, next, llmi_g_digit(g, 0, 9, next)), whole, tail = next;
+    e = llmi_g_digit(g, 0, 9, e);
+    sign[0].lo = sign[0].hi = '-';
+    sign[1].lo = sign[1].hi = '+';
+    sign[0].next = sign[1].next = e;
+    e = llmi_g_either(g, e, llmi_g_bytes(g, sign, 2));
+    sign[0].lo = sign[0].hi = 'e';
+    sign[1].lo = sign[1].hi = 'E';
+    sign[0].next = sign[1].next = e;
+    e = llmi_g_either(g, next, llmi_g_bytes(g, sign, 2));
+    for (int i = 0; i < 15; i++) tail = llmi_g_digit(g, 0, 9, i ? llmi_g_either(g, e, tail) : e);
+    e = llmi_g_either(g, e, llmi_g_byte(g, '.', '.', tail));
+    tail = e;
+    for (int i = 0; i < 15; i++) tail = llmi_g_either(g, e, llmi_g_digit(g, 0, 9, tail));
+    sign[0].lo = '1';
+    sign[0].hi = '9';
+    sign[0].next = tail;
+    sign[1].lo = sign[1].hi = '0';
+    sign[1].next = e;
+    whole = llmi_g_bytes(g, sign, 2);
+    return llmi_g_either(g, whole, llmi_g_byte(g, '-', '-', whole));
+}
+
+/* ---- patterns ---- */
+
+/* Whole strings in place of "somewhere in the string": every alternative gets what its missing ^ and $ stand for. 0: out of memory. */
+static int llmi_pattern_whole(llmi_bytes *out, const char *s)
+{
+    static const char any[] = "[^\\x{10ffff}]*";
+    const char *from = s;
+    int depth = 0, set = 0, ok = llmi_bytes_add(out, "(?:", 3);
+    for (;; s++) {
+        if (*s == '\\' && s[1]) { s++; continue; }
+        if (*s && set) { set = *s != ']' || s[-1] == '['; continue; }
+        if (*s == '[') set = 1;
+        else if (*s == '(') depth++;
+        else if (*s == ')') depth--;
+        else if (*s == 0 || (*s == '|' && depth == 0)) {
+            size_t n = (size_t)(s - from);
+            int starts = n > 0 && *from == '^', ends = n > (size_t)starts && from[n - 1] == '$' && (n < 2 || from[n - 2] != '\\');
+            ok = ok && (starts || llmi_bytes_add(out, any, sizeof any - 1)) && llmi_bytes_add(out, "(?:", 3) &&
+                 llmi_bytes_add(out, from + starts, n - (size_t)starts - (size_t)ends) && llmi_bytes_add(out, ")", 1) &&
+                 (ends || llmi_bytes_add(out, any, sizeof any - 1)) && llmi_bytes_add(out, *s ? "|" : ")", 1);
+            if (*s == 0) return ok;
+            from = s + 1;
+        }
+    }
+}
+
+/* The characters of a set of a pattern. Classes such as \d differ between readers beyond ASCII, so only ASCII is taken from them. */
+static int llmi_pattern_set(const llmi_regex *x, const llmi_set *s, llmi_gset *out)
+{
+    int ok = 1, ascii = s->classes || s->space || s->no_space || (s->negate && s->dot);
+    if (ascii) {
+        for (uint32_t c = 9; c < 127 && ok; c++)
+            if ((s->ascii[c >> 5] >> (c & 31) & 1) && (c >= 32 || c == '\t' || c == '\n' || c == '\r')) ok = llmi_gset_add(out, c, c);
+        return ok;
+    }
+    for (uint32_t i = 0; i < s->count && ok; i++) ok = llmi_gset_add(out, x->ranges[s->first + 2 * i], x->ranges[s->first + 2 * i + 1]);
+    if (s->dot) ok = ok && llmi_gset_add(out, '\n', '\n') && llmi_gset_add(out, '\r', '\r') && llmi_gset_add(out, 0x2028, 0x2029);
+    llmi_gset_tidy(out);
+    if (s->negate || s->dot) ok = ok && llmi_gset_negate(out);
+    for (size_t i = 0; i < out->pairs.count; i += 2) /* NUL ends C strings: it is never written */
+        if (out->pairs.data[i] == 0) out->pairs.data[i] = 1;
+    return ok;
+}
+
+/* The states of a pattern when its characters are counted too: one for each instruction, times around it, and characters so far. */
+typedef struct llmi_gpat { llm_grammar *g; const llmi_regex *x; int32_t *at; const int32_t *first; int32_t least, most, widest, dead; } llmi_gpat;
+
+/* The state before instruction `op` with `times` around it and n characters; too many characters: no way. */
+static int32_t llmi_gpat_at(const llmi_gpat *p, int32_t op, int32_t times, int32_t n)
+{
+    if (p->most >= 0 && n > p->most) return p->dead;
+    return p->at[p->first[op] + times * (p->widest + 1) + (n < p->widest ? n : p->widest)];
+}
+
+/* The state in place goes on to these two. */
+static void llmi_gpat_set(const llmi_gpat *p, int32_t state, int32_t a, int32_t b)
+{
+    if (p->g->failed) return;
+    p->g->states[state].next = a;
+    p->g->states[state].other = b;
+}
+
+/* What instruction `op` does with n characters before it. Refused instructions were found before. */
+static void llmi_gpat_op(llmi_gpat *p, int32_t op, const llmi_gset *set, int32_t n, int32_t next)
+{
+    const llmi_op *o = &p->x->ops[op];
+    int32_t here = llmi_gpat_at(p, op, 0, n), most = o->y < 0 ? o->x : o->y;
+    switch (o->op) {
+    case LLMI_OP_SET: {
+        int32_t s = llmi_g_json_char(p->g, set, 0, llmi_gpat_at(p, op + 1, 0, n + 1));
+        llmi_gpat_set(p, here, s, s);
+        break;
+    }
+    case LLMI_OP_LOOP:
+        for (int32_t k = 0; k <= most; k++) {
+            int32_t on = k < most ? k + 1 : o->y < 0 ? k : -1, out = llmi_gpat_at(p, op + 1, 0, n), s;
+            s = on < 0 ? p->dead : llmi_g_json_char(p->g, set, 0, llmi_gpat_at(p, op, on, n + 1));
+            llmi_gpat_set(p, llmi_gpat_at(p, op, k, n), s, k >= o->x ? out : s);
+        }
+        break;
+    case LLMI_OP_SPLIT: llmi_gpat_set(p, here, llmi_gpat_at(p, op + o->x, 0, n), llmi_gpat_at(p, op + o->y, 0, n)); break;
+    case LLMI_OP_JUMP: llmi_gpat_set(p, here, llmi_gpat_at(p, op + o->x, 0, n), llmi_gpat_at(p, op + o->x, 0, n)); break;
+    default: llmi_gpat_set(p, here, n >= p->least ? next : p->dead, p->dead);
+    }
+}
+
+/* Without lengths to count, a loop over one set needs no copies. */
+static void llmi_gpat_loop(llmi_gpat *p, int32_t op, const llmi_gset *set)
+{
+    llm_grammar *g = p->g;
+    const llmi_op *o = &p->x->ops[op];
+    int32_t loop = llmi_g_counted(g, LLMI_G_LOOP, o->x, o->y, llmi_gpat_at(p, op + 1, 0, 0), 0);
+    g->loop = loop;
+    int32_t bump = llmi_g_state(g, LLMI_G_BUMP, loop, 0), body = llmi_g_json_char(g, set, 0, bump);
+    g->loop = -1;
+    if (!g->failed) g->states[loop].other = body;
+    llmi_gpat_set(p, llmi_gpat_at(p, op, 0, 0), loop, loop);
+}
+
+/* The name of the first instruction that has no meaning here, or NULL. */
+static const char *llmi_pattern_refuses(const llmi_regex *x)
+{
+    for (int32_t i = 0; i < x->op_count; i++) {
+        const llmi_op *o = &x->ops[i];
+        if (o->op == LLMI_OP_LOOK) return "a look ahead";
+        if (o->op == LLMI_OP_LINE_END) return "$ before the end";
+        if (o->op == LLMI_OP_TEXT_END || o->op == LLMI_OP_TEXT_START) return "\\A or \\z";
+        if (o->op == LLMI_OP_LOOP && o->flag) return "a possessive quantifier";
+    }
+    return NULL;
+}
+
+/* Strings of a compiled pattern with least..most characters (most -1: any), then next. */
+static int32_t llmi_g_pattern(llm_grammar *g, const llmi_regex *x, int32_t least, int32_t most, int32_t next)
+{
+    llmi_gpat p;
+    llmi_arena scratch = llmi_arena_make(&g->a);
+    int32_t *first = (int32_t *)llmi_take(&scratch, (size_t)x->op_count, sizeof *first), plain = least == 0 && most < 0;
+    int64_t total = 0;
+    memset(&p, 0, sizeof p);
+    p.g = g;
+    p.x = x;
+    p.least = least;
+    p.most = most;
+    p.widest = most < 0 ? least : most;
+    p.dead = llmi_g_bytes(g, NULL, 0);
+    for (int32_t i = 0; first && i < x->op_count; i++) {
+        const llmi_op *o = &x->ops[i];
+        first[i] = (int32_t)total;
+        total += (int64_t)(o->op == LLMI_OP_LOOP && !plain ? (o->y < 0 ? o->x : o->y) + 1 : 1) * (p.widest + 1);
+        if (total > LLMI_G_MOST_STATES) { g->failed = g->failed ? g->failed : 2; break; }
+    }
+    p.first = first;
+    p.at = first && !g->failed ? (int32_t *)llmi_take(&scratch, (size_t)total, sizeof *p.at) : NULL;
+    if (!p.at && !g->failed) g->failed = 1;
+    for (int64_t i = 0; i < total && !g->failed; i++) p.at[i] = llmi_g_state(g, LLMI_G_SPLIT, 0, 0);
+    for (int32_t i = 0; i < x->op_count && !g->failed; i++) {
+        const llmi_op *o = &x->ops[i];
+        llmi_gset set = {{{NULL, NULL, NULL}, NULL, 0, 0}};
+        set.pairs.a = g->a;
+        if ((o->op == LLMI_OP_SET || o->op == LLMI_OP_LOOP) && !llmi_pattern_set(x, &x->sets[o->set], &set)) g->failed = 1;
+        if (plain && o->op == LLMI_OP_LOOP) llmi_gpat_loop(&p, i, &set);
+        else
+            for (int32_t n = 0; n <= p.widest && !g->failed; n++) llmi_gpat_op(&p, i, &set, n, next);
+        llmi_ids_drop(&set.pairs);
+    }
+    int32_t start = g->failed ? 0 : p.at[0];
+    llmi_arena_drop(&scratch);
+    return start;
+}
+
+/* Formats that are enforced. What readers disagree on is left out: leap days and seconds, names without a dot. */
+#define LLMI_DATE "[12][0-9]{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+#define LLMI_TIME "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,6})?(?:Z|[+-](?:0[0-9]|1[0-3]):[0-5][0-9])"
+#define LLMI_OCTET "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+#define LLMI_HOST "[a-z][a-z0-9]{0,20}(?:-[a-z0-9]{1,20})?(?:\\.[a-z][a-z0-9]{0,20}){1,3}"
+static const struct { const char *name, *pattern; } llmi_formats[] = {
+    {"date", LLMI_DATE}, {"time", LLMI_TIME}, {"date-time", LLMI_DATE "T" LLMI_TIME},
+    {"uuid", "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"},
+    {"ipv4", LLMI_OCTET "\\." LLMI_OCTET "\\." LLMI_OCTET "\\." LLMI_OCTET},
+    {"hostname", LLMI_HOST}, {"email", "[A-Za-z0-9]{1,30}(?:[._-][A-Za-z0-9]{1,20}){0,3}@" LLMI_HOST},
+    {"uri", "https?://" LLMI_HOST "(?:/[A-Za-z0-9._~-]{1,40}){0,8}/?"}
+};
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-schema      reading JSON Schemas
+   A keyword is enforced, an annotation, or refused by its JSON pointer: none is passed over. Documents are checked here, too.
+   ------------------------------------------------------------------------------------------------ */
+
+/* What must hold at one place of the document: several schemas at once, as $ref, allOf and branches bring them together. `taken`:
+   keywords of a part that are dealt with. */
+#define LLMI_MOST_PARTS 32
+enum { LLMI_TAKEN_ANY = 1, LLMI_TAKEN_ONE = 2, LLMI_OPENING = 4 };
+typedef struct llmi_claim { const moq_json *node; int32_t taken; } llmi_claim;
+typedef struct llmi_view {
+    llmi_claim part[LLMI_MOST_PARTS];
+    int32_t count, merged;   /* merged: a combination the author did not write down as such; what contradicts itself there just never comes */
+    const moq_json *nothing; /* the schema false */
+} llmi_view;
+
+/* A rule that is still to be built, or is. */
+typedef struct llmi_job { struct llmi_job *next; llmi_view view; int32_t rule; } llmi_job;
+
+typedef struct llmi_schema {
+    llm_grammar *g;
+    const moq_json *root;
+    llmi_arena r;
+    llmi_unicode u;
+    llmi_job *first, *last;
+    moq_result code;
+    moq_error *err;
+    moq_error wrong, never; /* the first contradiction; the first in a combination or by the schema false */
+    char where[400];
+    int32_t spaces, depth;
+} llmi_schema;
+
+enum { LLMI_T_NULL = 1, LLMI_T_BOOL = 2, LLMI_T_INT = 4, LLMI_T_FRACTION = 8, LLMI_T_STRING = 16, LLMI_T_ARRAY = 32, LLMI_T_OBJECT = 64, LLMI_T_ALL = 127 };
+static const struct { const char *name; int32_t types; } llmi_types[] = {
+    {"null", LLMI_T_NULL}, {"boolean", LLMI_T_BOOL}, {"integer", LLMI_T_INT}, {"number", LLMI_T_INT | LLMI_T_FRACTION},
+    {"string", LLMI_T_STRING}, {"array", LLMI_T_ARRAY}, {"object", LLMI_T_OBJECT}
+};
+
+/* Keywords: the type that they imply where no type is given, 0 for those of every type; NULL or why it is refused. */
+typedef struct llmi_keyword { const char *name; int32_t implies; const char *refusal; } llmi_keyword;
+#define LLMI_NOTED "", 0 /* an annotation */
+static const llmi_keyword llmi_keywords[] = {
+    {"type", 0, NULL}, {"enum", 0, NULL}, {"const", 0, NULL}, {"anyOf", 0, NULL}, {"oneOf", 0, NULL}, {"allOf", 0, NULL}, {"$ref", 0, NULL},
+    {"$defs", 0, NULL}, {"definitions", 0, NULL},
+    {"properties", LLMI_T_OBJECT, NULL}, {"required", LLMI_T_OBJECT, NULL}, {"additionalProperties", LLMI_T_OBJECT, NULL},
+    {"minProperties", LLMI_T_OBJECT, NULL}, {"maxProperties", LLMI_T_OBJECT, NULL},
+    {"items", LLMI_T_ARRAY, NULL}, {"prefixItems", LLMI_T_ARRAY, NULL}, {"additionalItems", LLMI_T_ARRAY, NULL},
+    {"minItems", LLMI_T_ARRAY, NULL}, {"maxItems", LLMI_T_ARRAY, NULL}, {"uniqueItems", LLMI_T_ARRAY, NULL},
+    {"minLength", LLMI_T_STRING, NULL}, {"maxLength", LLMI_T_STRING, NULL}, {"pattern", LLMI_T_STRING, NULL}, {"format", LLMI_T_STRING, NULL},
+    {"minimum", LLMI_T_INT | LLMI_T_FRACTION, NULL}, {"maximum", LLMI_T_INT | LLMI_T_FRACTION, NULL},
+    {"exclusiveMinimum", LLMI_T_INT | LLMI_T_FRACTION, NULL}, {"exclusiveMaximum", LLMI_T_INT | LLMI_T_FRACTION, NULL},
+    {"title", 0, NULL}, {"description", 0, NULL}, {"default", 0, NULL}, {"examples", 0, NULL}, {"$schema", 0, NULL}, {"$id", 0, NULL},
+    {"$comment", 0, NULL}, {"deprecated", 0, NULL}, {"readOnly", 0, NULL}, {"writeOnly", 0, NULL}, {"contentMediaType", 0, NULL},
+    {"contentEncoding", 0, NULL},
+    {"not", 0, "list what is allowed with enum, or with the keywords of one type"},
+    {"if", 0, "write the cases as branches of anyOf"}, {"then", 0, "write the cases as branches of anyOf"}, {"else", 0, "write the cases as branches of anyOf"},
+    {"patternProperties", 0, "use additionalProperties for free names"}, {"propertyNames", 0, "declare the names in properties"},
+    {"dependentRequired", 0, "write the cases as branches of anyOf"}, {"dependentSchemas", 0, "write the cases as branches of anyOf"},
+    {"dependencies", 0, "write the cases as branches of anyOf"}, {"unevaluatedProperties", 0, "use additionalProperties"},
+    {"unevaluatedItems", 0, "use items"}, {"contains", 0, "describe the elements with prefixItems and items"},
+    {"minContains", 0, "describe the elements with prefixItems and items"}, {"maxContains", 0, "describe the elements with prefixItems and items"},
+    {"multipleOf", 0, "use type integer, or list the values with enum"}, {"nullable", 0, "use a type such as [\"string\", \"null\"]"},
+    {"$dynamicRef", 0, "use $ref"}, {"$recursiveRef", 0, "use $ref"}, {"$anchor", 0, "refer to it by its JSON pointer"},
+};
+
+/* ---- where things are ---- */
+
+/* The JSON pointer of a value of the document, "#" for the root. */
+static const char *llmi_schema_where(llmi_schema *c, const moq_json *v)
+{
+    const moq_json *at = c->root;
+    size_t n = 0;
+    c->where[n++] = '#';
+    while (at && v && at != v) {
+        const moq_json *e = moq_json_first(at);
+        uint64_t index = 0;
+        for (; e && !(v >= e && v < e + e->skip); e = moq_json_next(at, e)) index++;
+        if (!e || n + 8 > sizeof c->where) break;
+        c->where[n++] = '/';
+        for (const char *k = e->key; k && *k && n + 8 < sizeof c->where; k++) {
+            if (*k == '~' || *k == '/') { c->where[n++] = '~'; c->where[n++] = *k == '~' ? '0' : '1'; }
+            else c->where[n++] = *k;
+        }
+        for (uint64_t ten = 1; !e->key; ten *= 10) {
+            if (ten <= index / 10) continue;
+            for (; ten && n + 8 < sizeof c->where; ten /= 10) c->where[n++] = (char)('0' + index / ten % 10);
+            break;
+        }
+        at = e;
+    }
+    c->where[n] = 0;
+    return c->where;
+}
+
+/* The schema is refused; the first reason counts. */
+#define LLMI_SCHEMA_REFUSE(c, result, node, ...) \
+    do { if ((c)->code >= 0) (c)->code = moq_fail((c)->err, result, llmi_schema_where(c, node), __VA_ARGS__); } while (0)
+
+/* Nothing can satisfy this view. */
+#define LLMI_SCHEMA_NEVER(c, view, node, ...) \
+    do { \
+        moq_error *never_ = (view)->merged ? &(c)->never : &(c)->wrong; \
+        if (never_->code == MOQ_OK) moq_fail(never_, MOQ_E_GRAMMAR, llmi_schema_where(c, node), __VA_ARGS__); \
+    } while (0)
+
+static void llmi_schema_nomem(llmi_schema *c)
+{
+    if (c->code >= 0) c->code = llmi_nomem(c->err, "schema");
+}
+
+/* A step of a JSON pointer against a member's name: ~0, ~1 and %HH are resolved. */
+static int llmi_schema_step_is(const char *step, size_t n, const char *key)
+{
+    for (size_t i = 0; i < n; i++, key++) {
+        char ch = step[i];
+        if (ch == '~' && i + 1 < n) ch = step[++i] == '0' ? '~' : '/';
+        else if (ch == '%' && i + 2 < n && llmi_hex(step[i + 1]) >= 0 && llmi_hex(step[i + 2]) >= 0) {
+            ch = (char)(llmi_hex(step[i + 1]) * 16 + llmi_hex(step[i + 2]));
+            i += 2;
+        }
+        if (*key == 0 || ch != *key) return 0;
+    }
+    return *key == 0;
+}
+
+/* The value that a $ref of this document names, or NULL. */
+static const moq_json *llmi_schema_resolve(const llmi_schema *c, const char *ref)
+{
+    const moq_json *at = c->root;
+    if (*ref++ != '#') return NULL;
+    while (*ref == '/' && at) {
+        size_t n = strcspn(++ref, "/");
+        const moq_json *e = moq_json_first(at);
+        uint64_t index = 0, want = 0;
+        for (size_t i = 0; i < n; i++) want = ref[i] >= '0' && ref[i] <= '9' && want < 1000000 ? want * 10 + (uint64_t)(ref[i] - '0') : 1000000;
+        for (; e; e = moq_json_next(at, e), index++)
+            if (at->type == MOQ_JSON_OBJECT ? llmi_schema_step_is(ref, n, e->key) : index == want) break;
+        at = e;
+        ref += n;
+    }
+    return *ref ? NULL : at;
+}
+
+/* ---- keywords of one schema ---- */
+
+/* Types that a value of "type" names. */
+static int32_t llmi_schema_types(llmi_schema *c, const moq_json *v)
+{
+    int32_t types = 0;
+    if (!v) return LLMI_T_ALL;
+    for (size_t i = 0; i < LLMI_COUNT(llmi_types); i++)
+        if (moq_json_is(v, llmi_types[i].name)) return llmi_types[i].types;
+    for (const moq_json *e = v->type == MOQ_JSON_ARRAY ? moq_json_first(v) : NULL; e; e = moq_json_next(v, e))
+        if (e->type == MOQ_JSON_STRING) types |= llmi_schema_types(c, e);
+    if (!types) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, v, "is no type; types are null, boolean, integer, number, string, array, object, or a list of them");
+    return types;
+}
+
+/* Every keyword is known and well formed. Once for each use of a schema, so errors come before anything is built of it. */
+static void llmi_schema_check(llmi_schema *c, const moq_json *node)
+{
+    static const char counts[] = " minLength maxLength minItems maxItems minProperties maxProperties ";
+    for (const moq_json *e = moq_json_first(node); e && c->code >= 0; e = moq_json_next(node, e)) {
+        size_t k = 0;
+        int64_t count;
+        int flag;
+        while (k < LLMI_COUNT(llmi_keywords) && strcmp(llmi_keywords[k].name, e->key) != 0) k++;
+        if (k == LLMI_COUNT(llmi_keywords)) {
+            if (strncmp(e->key, "x-", 2) != 0)
+                LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, e, "is no keyword of JSON Schema; a misspelt one would go unenforced. Remove it, or begin its name with x-");
+            continue;
+        }
+        const char *why = llmi_keywords[k].refusal, *found = strstr(counts, e->key);
+        if (why && strcmp(e->key, "nullable") == 0 && moq_json_bool(e, &flag) && !flag) why = NULL;
+        if (why && strcmp(e->key, "multipleOf") == 0 && e->text && strcmp(e->text, "1") == 0 && moq_json_is(moq_json_find(node, "type"), "integer")) why = NULL;
+        if (why) LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, e, "this keyword cannot be enforced; %s", why);
+        if (found && found[-1] == ' ' && found[strlen(e->key)] == ' ' && (!moq_json_int(e, &count) || count < 0 || count > 1000000))
+            LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, e, "must be a whole number of 0..1000000");
+        if (strcmp(e->key, "$id") == 0 && node != c->root) LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, e, "a second $id; put everything under one");
+        if (strcmp(e->key, "type") == 0) llmi_schema_types(c, e);
+        if (llmi_keywords[k].implies == (LLMI_T_INT | LLMI_T_FRACTION)) {
+            llmi_dec d;
+            if (e->type != MOQ_JSON_NUMBER) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, e, "must be a number");
+            else if (!llmi_dec_read(&d, e->text)) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, e, "has more than %d digits", LLMI_DEC_DIGITS);
+        }
+    }
+}
+
+/* Adds a schema to what must hold. */
+static void llmi_schema_add(llmi_schema *c, llmi_view *v, const moq_json *node)
+{
+    const moq_json *ref, *all;
+    if (c->code < 0 || node->type == MOQ_JSON_TRUE) return;
+    if (node->type == MOQ_JSON_FALSE) { v->nothing = node; return; }
+    if (node->type != MOQ_JSON_OBJECT) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "is no schema; a schema is an object, true or false"); return; }
+    for (int32_t i = 0; i < v->count; i++) {
+        if (v->part[i].node != node) continue;
+        if (v->part[i].taken) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "refers to itself without anything in between"); /* also through a branch */
+        return;
+    }
+    if (v->count == LLMI_MOST_PARTS) { LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "more than %d schemas apply to one value", LLMI_MOST_PARTS); return; }
+    llmi_schema_check(c, node);
+    int32_t at = v->count++;
+    v->part[at].node = node;
+    v->part[at].taken = LLMI_OPENING;
+    if ((ref = moq_json_find(node, "$ref")) != NULL && c->code >= 0) {
+        const moq_json *to = moq_json_string(ref) ? llmi_schema_resolve(c, ref->text) : NULL;
+        if (!to)
+            LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, ref, "'%q' names nothing in this schema; only references of the form #/$defs/name are followed",
+                               ref->text ? ref->text : "");
+        else llmi_schema_add(c, v, to);
+    }
+    all = moq_json_find(node, "allOf");
+    for (const moq_json *e = moq_json_first(all); e; e = moq_json_next(all, e)) {
+        v->merged |= all->count > 1;
+        llmi_schema_add(c, v, e);
+    }
+    v->part[at].taken &= ~LLMI_OPENING;
+}
+
+/* The largest (or smallest) count that a keyword asks for over all parts; `otherwise` when none does. */
+static int32_t llmi_schema_count(const llmi_view *v, const char *key, int largest, int32_t otherwise)
+{
+    int32_t best = otherwise;
+    int64_t n;
+    for (int32_t i = 0; i < v->count; i++)
+        if (moq_json_int(moq_json_find(v->part[i].node, key), &n) && (best == otherwise || (largest ? n > best : n < best))) best = (int32_t)n;
+    return best;
+}
+
+/* The first part with a keyword. */
+static const moq_json *llmi_schema_first(const llmi_view *v, const char *key)
+{
+    const moq_json *found = NULL;
+    for (int32_t i = 0; i < v->count && !found; i++) found = moq_json_find(v->part[i].node, key);
+    return found;
+}
+
+/* ---- is a value valid? ---- */
+
+static int llmi_schema_holds(llmi_schema *c, const moq_json *node, const moq_json *v);
+
+/* Equal as JSON: numbers by value, objects in any order. */
+static int llmi_json_equal(const moq_json *a, const moq_json *b)
+{
+    if (a->type != b->type) return 0;
+    if (a->type == MOQ_JSON_STRING) return a->text_bytes == b->text_bytes && memcmp(a->text, b->text, a->text_bytes) == 0;
+    if (a->type == MOQ_JSON_NUMBER) {
+        llmi_dec x, y;
+        return llmi_dec_read(&x, a->text) && llmi_dec_read(&y, b->text) ? llmi_dec_compare(&x, &y) == 0 : strcmp(a->text, b->text) == 0;
+    }
+    if (a->type < MOQ_JSON_ARRAY || a->count != b->count) return a->type < MOQ_JSON_ARRAY;
+    const moq_json *y = moq_json_first(b);
+    for (const moq_json *x = moq_json_first(a); x; x = moq_json_next(a, x)) {
+        if (a->type == MOQ_JSON_OBJECT) y = moq_json_find(b, x->key);
+        if (!y || !llmi_json_equal(x, y)) return 0;
+        if (a->type == MOQ_JSON_ARRAY) y = moq_json_next(b, y);
+    }
+    return 1;
+}
+
+static int32_t llmi_json_types(const moq_json *v)
+{
+    static const int32_t types[] = {LLMI_T_NULL, LLMI_T_BOOL, LLMI_T_BOOL, 0, LLMI_T_STRING, LLMI_T_ARRAY, LLMI_T_OBJECT};
+    llmi_dec d;
+    if (v->type != MOQ_JSON_NUMBER) return types[v->type];
+    return llmi_dec_read(&d, v->text) && d.exponent >= 0 ? LLMI_T_INT : LLMI_T_FRACTION;
+}
+
+/* The pattern for whole strings of a "pattern" or "format" keyword; NULL: none to be had, and the schema is refused. */
+static const llmi_regex *llmi_schema_pattern(llmi_schema *c, const moq_json *v, int whole_end)
+{
+    llmi_bytes text = llmi_bytes_make(&c->g->a);
+    const char *source = moq_json_string(v);
+    const llmi_regex *x = NULL;
+    moq_error e;
+    int ok = 1, format = v->key && strcmp(v->key, "format") == 0;
+    e.code = MOQ_OK;
+    for (size_t i = 0; format && source && i <= LLMI_COUNT(llmi_formats); i++) {
+        if (i == LLMI_COUNT(llmi_formats)) {
+            LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, v, "format '%q'; known are date, time, date-time, uuid, ipv4, hostname, email, uri", source);
+        } else if (strcmp(llmi_formats[i].name, source) == 0) {
+            ok = llmi_bytes_add(&text, "(?:", 3) && llmi_bytes_add(&text, llmi_formats[i].pattern, strlen(llmi_formats[i].pattern)) && llmi_bytes_add(&text, ")", 1);
+            break;
+        }
+    }
+    if (!source) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, v, "must be a string");
+    else if (!format) ok = llmi_pattern_whole(&text, source);
+    ok = ok && (!whole_end || llmi_bytes_add(&text, "\\z", 2)) && llmi_bytes_add(&text, "", 1);
+    if (ok && c->code >= 0 && !c->u.classes && !llmi_unicode_make(&c->u, &c->r)) ok = 0;
+    if (ok && c->code >= 0) x = llmi_regex_make(text.data, text.count - 1, 0, &c->u, &c->r, &e);
+    if (!ok || e.code == MOQ_E_NOMEM) llmi_schema_nomem(c);
+    else if (!x) {
+        const char *what = strstr(e.text, "holds ");
+        LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, v, "the pattern '%q' %s", source ? source : "", what ? what : "is malformed");
+    }
+    const char *refused = x && !whole_end ? llmi_pattern_refuses(x) : NULL;
+    if (refused) LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, v, "the pattern '%q' holds %s", source, refused);
+    llmi_bytes_drop(&text);
+    return c->code < 0 ? NULL : x;
+}
+
+/* Does the string match? */
+static int llmi_schema_matches(llmi_schema *c, const moq_json *pattern, const moq_json *v)
+{
+    llmi_matcher m;
+    const llmi_regex *x = llmi_schema_pattern(c, pattern, 1);
+    memset(&m, 0, sizeof m);
+    m.a = c->g->a;
+    m.u = &c->u;
+    if (!x) return 0;
+    llmi_matcher_set(&m, x, v->text, v->text_bytes);
+    int found = llmi_match(&m, 0) != LLMI_NO_MATCH;
+    if (m.failed) llmi_schema_nomem(c);
+    llmi_matcher_drop(&m);
+    return found;
+}
+
+/* Keywords of numbers. */
+static int llmi_schema_number_holds(const moq_json *node, const moq_json *v)
+{
+    static const struct { const char *key; int side, strict; } bounds[] = {
+        {"minimum", -1, 0}, {"maximum", 1, 0}, {"exclusiveMinimum", -1, 1}, {"exclusiveMaximum", 1, 1}
+    };
+    llmi_dec x, b;
+    for (size_t i = 0; i < LLMI_COUNT(bounds); i++) {
+        const moq_json *e = moq_json_find(node, bounds[i].key);
+        if (!e || !llmi_dec_read(&b, e->text)) continue;
+        if (!llmi_dec_read(&x, v->text)) return 0;
+        int order = llmi_dec_compare(&x, &b) * bounds[i].side;
+        if (order > 0 || (bounds[i].strict && order == 0)) return 0;
+    }
+    return 1;
+}
+
+/* Is a count inside the two keywords? */
+static int llmi_schema_count_holds(const moq_json *node, const char *least, const char *most, int64_t n)
+{
+    int64_t bound;
+    if (moq_json_int(moq_json_find(node, least), &bound) && n < bound) return 0;
+    return !moq_json_int(moq_json_find(node, most), &bound) || n <= bound;
+}
+
+/* Keywords of strings. */
+static int llmi_schema_string_holds(llmi_schema *c, const moq_json *node, const moq_json *v)
+{
+    const moq_json *pattern = moq_json_find(node, "pattern"), *format = moq_json_find(node, "format");
+    int64_t n = 0;
+    for (uint32_t i = 0; i < v->text_bytes; i++) n += ((uint8_t)v->text[i] & 0xc0) != 0x80;
+    return llmi_schema_count_holds(node, "minLength", "maxLength", n) && (!pattern || llmi_schema_matches(c, pattern, v)) &&
+           (!format || llmi_schema_matches(c, format, v));
+}
+
+/* The schema of an array's element; NULL: any. */
+static const moq_json *llmi_schema_element(const moq_json *node, size_t index)
+{
+    const moq_json *prefix = moq_json_find(node, "prefixItems"), *items = moq_json_find(node, "items");
+    if (!prefix && items && items->type == MOQ_JSON_ARRAY) { prefix = items; items = moq_json_find(node, "additionalItems"); }
+    return prefix && index < prefix->count ? moq_json_at(prefix, index) : items;
+}
+
+/* Keywords of arrays and objects. */
+static int llmi_schema_inside_holds(llmi_schema *c, const moq_json *node, const moq_json *v)
+{
+    const moq_json *required = moq_json_find(node, "required"), *properties = moq_json_find(node, "properties"), *more = moq_json_find(node, "additionalProperties");
+    size_t index = 0;
+    int array = v->type == MOQ_JSON_ARRAY;
+    if (!llmi_schema_count_holds(node, array ? "minItems" : "minProperties", array ? "maxItems" : "maxProperties", v->count)) return 0;
+    for (const moq_json *e = moq_json_first(v); e; e = moq_json_next(v, e)) {
+        const moq_json *declared = array ? llmi_schema_element(node, index++) : moq_json_find(properties, e->key);
+        if (!declared && !array) declared = more;
+        if (declared && !llmi_schema_holds(c, declared, e)) return 0;
+    }
+    for (const moq_json *e = array ? NULL : moq_json_first(required); e; e = moq_json_next(required, e))
+        if (moq_json_string(e) && !moq_json_find(v, e->text)) return 0;
+    return 1;
+}
+
+/* How many branches hold. */
+static uint32_t llmi_schema_branches(llmi_schema *c, const moq_json *list, const moq_json *v)
+{
+    uint32_t n = 0;
+    for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) n += llmi_schema_holds(c, e, v) != 0;
+    return n;
+}
+
+/* Is the value valid under the schema? Used for the values of enum and const. */
+static int llmi_schema_holds(llmi_schema *c, const moq_json *node, const moq_json *v)
+{
+    const moq_json *e = NULL, *ref, *all, *any, *one;
+    int found = 0;
+    if (node->type != MOQ_JSON_OBJECT) return node->type == MOQ_JSON_TRUE;
+    if (++c->depth > 200) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "is nested too deeply to check the values of enum");
+    if (c->code < 0) { c->depth--; return 0; }
+    ref = moq_json_find(node, "$ref");
+    ref = moq_json_string(ref) ? llmi_schema_resolve(c, ref->text) : NULL;
+    all = moq_json_find(node, "allOf");
+    any = moq_json_find(node, "anyOf");
+    one = moq_json_find(node, "oneOf");
+    const moq_json *list = moq_json_find(node, "enum"), *only = moq_json_find(node, "const");
+    for (e = moq_json_first(list); e && !found; e = moq_json_next(list, e)) found = llmi_json_equal(e, v);
+    int32_t kind = llmi_json_types(v);
+    int ok = (llmi_schema_types(c, moq_json_find(node, "type")) & kind) && (!list || found) && (!only || llmi_json_equal(only, v)) &&
+             (!(kind & (LLMI_T_INT | LLMI_T_FRACTION)) || llmi_schema_number_holds(node, v)) &&
+             (kind != LLMI_T_STRING || llmi_schema_string_holds(c, node, v)) &&
+             (!(kind & (LLMI_T_ARRAY | LLMI_T_OBJECT)) || llmi_schema_inside_holds(c, node, v));
+    ok = ok && (!ref || llmi_schema_holds(c, ref, v)) && (!all || llmi_schema_branches(c, all, v) == all->count) &&
+         (!any || llmi_schema_branches(c, any, v) > 0) && (!one || llmi_schema_branches(c, one, v) == 1);
+    c->depth--;
+    return ok;
+}
+
+static int llmi_view_holds(llmi_schema *c, const llmi_view *view, const moq_json *v)
+{
+    int ok = !view->nothing;
+    for (int32_t i = 0; i < view->count && ok; i++) ok = llmi_schema_holds(c, view->part[i].node, v);
+    return ok;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-structure   JSON Schemas as grammars
+   Every text of the grammar is a document that the schema accepts. The other way round it is narrower: members come in the order
+   of "properties", numbers have at most 16 digits before and behind the point, and unmentioned members are not invented.
+   ------------------------------------------------------------------------------------------------ */
+
+/* The rule of a view: one that exists, or a new one in the queue. */
+static int32_t llmi_schema_rule(llmi_schema *c, const llmi_view *v)
+{
+    for (const llmi_job *j = c->first; j; j = j->next) {
+        int same = j->view.count == v->count && j->view.nothing == v->nothing;
+        for (int32_t i = 0; i < v->count && same; i++)
+            same = j->view.part[i].node == v->part[i].node && j->view.part[i].taken == v->part[i].taken;
+        if (same) return j->rule;
+    }
+    llmi_job *j = (llmi_job *)llmi_take(&c->r, 1, sizeof *j);
+    if (!j) { llmi_schema_nomem(c); return 0; }
+    j->view = *v;
+    j->rule = llmi_g_rule(c->g, 0);
+    if (c->last) c->last->next = j;
+    else c->first = j;
+    c->last = j;
+    return j->rule;
+}
+
+/* Types that a view's documents may have; made: of those, the ones that are written where no type is named. */
+static int32_t llmi_view_types(llmi_schema *c, const llmi_view *v, int32_t *made)
+{
+    int32_t types = LLMI_T_ALL, implied = 0, named = 0;
+    for (int32_t i = 0; i < v->count; i++) {
+        const moq_json *type = moq_json_find(v->part[i].node, "type");
+        named |= type != NULL;
+        types &= llmi_schema_types(c, type);
+        for (size_t k = 0; k < LLMI_COUNT(llmi_keywords); k++)
+            if (llmi_keywords[k].implies && moq_json_find(v->part[i].node, llmi_keywords[k].name)) implied |= llmi_keywords[k].implies;
+    }
+    *made = named || !implied ? types : types & implied;
+    return types;
+}
+
+/* The list of values that a view is limited to; NULL: none. One value for const. */
+static const moq_json *llmi_view_values(const llmi_view *v)
+{
+    const moq_json *only = llmi_schema_first(v, "const");
+    return only ? only : llmi_schema_first(v, "enum");
+}
+
+/* Iterate over the values of const or enum. */
+static const moq_json *llmi_value_next(const moq_json *list, const moq_json *e)
+{
+    if (strcmp(list->key, "const") == 0) return e ? NULL : list;
+    return e ? moq_json_next(list, e) : moq_json_first(list);
+}
+
+/* ---- texts ---- */
+
+/* The value as JSON without spaces; 0: out of memory. */
+static int llmi_json_write(llmi_bytes *out, const moq_json *v);
+
+static int llmi_json_write_string(llmi_bytes *out, const char *s, size_t n)
+{
+    static const char hex[] = "0123456789abcdef";
+    int ok = llmi_bytes_add(out, "\"", 1);
+    for (size_t i = 0; i < n && ok; i++) {
+        uint8_t b = (uint8_t)s[i];
+        const char *at = b ? strchr(llmi_g_short, (char)b) : NULL;
+        char esc[6];
+        memcpy(esc, "\\u00", 4);
+        esc[4] = hex[b >> 4];
+        esc[5] = hex[b & 15];
+        if (at) esc[1] = llmi_g_letter[at - llmi_g_short];
+        ok = at ? llmi_bytes_add(out, esc, 2) : b < 0x20 ? llmi_bytes_add(out, esc, 6) : llmi_bytes_add(out, s + i, 1);
+    }
+    return ok && llmi_bytes_add(out, "\"", 1);
+}
+
+static int llmi_json_write(llmi_bytes *out, const moq_json *v)
+{
+    static const char *const words[] = {"null", "false", "true"};
+    int array = v->type == MOQ_JSON_ARRAY, ok;
+    if (v->type <= MOQ_JSON_TRUE) return llmi_bytes_add(out, words[v->type], strlen(words[v->type]));
+    if (v->type == MOQ_JSON_NUMBER) return llmi_bytes_add(out, v->text, v->text_bytes);
+    if (v->type == MOQ_JSON_STRING) return llmi_json_write_string(out, v->text, v->text_bytes);
+    ok = llmi_bytes_add(out, array ? "[" : "{", 1);
+    for (const moq_json *e = moq_json_first(v); e && ok; e = moq_json_next(v, e)) {
+        ok = e == moq_json_first(v) || llmi_bytes_add(out, ",", 1);
+        if (!array) ok = ok && llmi_json_write_string(out, e->key, e->key_bytes) && llmi_bytes_add(out, ":", 1);
+        ok = ok && llmi_json_write(out, e);
+    }
+    return ok && llmi_bytes_add(out, array ? "]" : "}", 1);
+}
+
+/* Sorted texts: offsets in `data`, each ending with a NUL (which JSON never holds). */
+typedef struct llmi_texts { llmi_bytes data; llmi_ids at; } llmi_texts;
+
+/* One of the sorted texts [from, end), which agree in their first `same` bytes, then next. */
+static int32_t llmi_g_one_of(llm_grammar *g, const llmi_texts *t, size_t from, size_t end, size_t same, int32_t next)
+{
+    const char *first = t->data.data + t->at.data[from], *last = t->data.data + t->at.data[end - 1];
+    size_t common = same, mark = g->top.count, at = from;
+    int32_t s;
+    while (first[common] && first[common] == last[common]) common++;
+    int ends = first[common] == 0;
+    for (at += (size_t)ends; at < end && !g->failed;) {
+        size_t group = at;
+        llmi_grange r;
+        memset(&r, 0, sizeof r);
+        r.lo = r.hi = (uint8_t)t->data.data[t->at.data[at] + (int32_t)common];
+        while (at < end && (uint8_t)t->data.data[t->at.data[at] + (int32_t)common] == r.lo) at++;
+        r.next = llmi_g_one_of(g, t, group, at, common + 1, next);
+        if (!llmi_bytes_add(&g->top, (const char *)&r, sizeof r)) g->failed = 1;
+    }
+    s = g->top.count > mark ? llmi_g_collect(g, mark) : -1;
+    if (ends) s = llmi_g_either(g, next, s);
+    return llmi_g_text(g, first + same, common - same, s);
+}
+
+/* Adds the text that was appended to t->data at `from`, at its place; twice the same counts once. */
+static int llmi_texts_add(llmi_texts *t, size_t from)
+{
+    int32_t at = (int32_t)from;
+    size_t i = t->at.count, low = 0, high = i;
+    const char *s = t->data.data + from;
+    while (low < high) {
+        size_t mid = (low + high) / 2;
+        int order = strcmp(t->data.data + t->at.data[mid], s);
+        if (order == 0) return 1;
+        if (order < 0) low = mid + 1;
+        else high = mid;
+    }
+    if (!llmi_ids_add(&t->at, &at, 1)) return 0;
+    for (; i > low; i--) t->at.data[i] = t->at.data[i - 1];
+    t->at.data[low] = at;
+    return 1;
+}
+
+/* The values of enum or const that everything else allows. */
+static int32_t llmi_schema_values(llmi_schema *c, const llmi_view *v, const moq_json *list, int32_t next)
+{
+    llmi_texts t;
+    int32_t s = -1;
+    t.data = llmi_bytes_make(&c->g->a);
+    t.at = llmi_ids_make(&c->g->a);
+    if (strcmp(list->key, "enum") == 0 && list->type != MOQ_JSON_ARRAY) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, list, "enum must be a list of values");
+    for (const moq_json *e = llmi_value_next(list, NULL); e && c->code >= 0; e = llmi_value_next(list, e)) {
+        size_t from = t.data.count;
+        if (!llmi_view_holds(c, v, e)) continue;
+        if (!llmi_json_write(&t.data, e) || !llmi_bytes_add(&t.data, "", 1) || t.data.count > INT32_MAX / 2 || !llmi_texts_add(&t, from)) llmi_schema_nomem(c);
+    }
+    if (c->code >= 0 && t.at.count) s = llmi_g_one_of(c->g, &t, 0, t.at.count, 0, next);
+    if (c->code >= 0 && s < 0) LLMI_SCHEMA_NEVER(c, v, list, "none of its values is allowed by the other keywords here");
+    llmi_bytes_drop(&t.data);
+    llmi_ids_drop(&t.at);
+    return s;
+}
+
+/* ---- scalars ---- */
+
+/* The tightest bound on one side over all parts; 0: none. */
+static int llmi_view_bound(const llmi_view *v, int upper, llmi_dec *best, int *strict)
+{
+    int found = 0;
+    for (int32_t i = 0; i < v->count; i++)
+        for (int k = 0; k < 2; k++) {
+            const moq_json *e = moq_json_find(v->part[i].node, upper ? (k ? "exclusiveMaximum" : "maximum") : k ? "exclusiveMinimum" : "minimum");
+            llmi_dec d;
+            if (!e || !llmi_dec_read(&d, e->text)) continue;
+            int order = found ? llmi_dec_compare(&d, best) * (upper ? -1 : 1) : 1;
+            if (order > 0) *strict = k;
+            else if (order == 0) *strict |= k;
+            if (order > 0) *best = d;
+            found = 1;
+        }
+    return found;
+}
+
+/* Digits before the point. */
+static int llmi_dec_before(const llmi_dec *d) { return d->count + d->exponent > 0 ? d->count + d->exponent : 0; }
+
+/* Numbers inside all bounds. */
+static int32_t llmi_schema_number(llmi_schema *c, const llmi_view *v, int integer, int32_t next)
+{
+    llmi_dec low, high;
+    int low_strict = 0, high_strict = 0, before = 0, places = 0;
+    int has_low = llmi_view_bound(v, 0, &low, &low_strict), has_high = llmi_view_bound(v, 1, &high, &high_strict);
+    llmi_whole a, b;
+    if (!integer && !has_low && !has_high) return llmi_g_any_number(c->g, next);
+    if (has_low) before = llmi_dec_before(&low);
+    if (has_high && llmi_dec_before(&high) > before) before = llmi_dec_before(&high);
+    if (!has_low || !has_high) before = before + 3 > 12 ? before + 3 : integer ? 15 : 12;
+    if (before < 1) before = 1;
+    if (!integer) places = before < 14 ? 15 - before : 1; /* 15 digits in all are told apart by doubles */
+    memset(&a, 0, sizeof a);
+    a.count = before + places;
+    memset(a.digit, '9', (size_t)a.count);
+    b = a;
+    a.minus = 1;
+    if (has_low) a = llmi_whole_bound(&low, places, 1, low_strict ? 1 + (low.count > 15 && !integer) : 0);
+    if (has_high) b = llmi_whole_bound(&high, places, 0, high_strict ? 1 + (high.count > 15 && !integer) : 0);
+    int32_t s = llmi_whole_compare(&a, &b) > 0 ? -1 : llmi_g_between(c->g, &a, &b, places, next);
+    if (s < 0) {
+        const moq_json *at = llmi_schema_first(v, "minimum");
+        if (!at) at = llmi_schema_first(v, "exclusiveMinimum");
+        LLMI_SCHEMA_NEVER(c, v, at, "no %s lies between this and the upper bound", integer ? "integer" : "number with 15 digits");
+    }
+    return s;
+}
+
+/* Characters of a JSON string, least..most, then next. */
+static int32_t llmi_schema_free_text(llm_grammar *g, int32_t least, int32_t most, int32_t next)
+{
+    llmi_gset any = {{{NULL, NULL, NULL}, NULL, 0, 0}};
+    int32_t loop = llmi_g_counted(g, LLMI_G_LOOP, least, most, next, 0);
+    any.pairs.a = g->a;
+    g->loop = loop;
+    int32_t bump = llmi_g_state(g, LLMI_G_BUMP, loop, 0);
+    if (!llmi_gset_add(&any, 1, 0x10ffff)) g->failed = 1;
+    int32_t body = llmi_g_json_char(g, &any, 1, bump);
+    g->loop = -1;
+    llmi_ids_drop(&any.pairs);
+    if (!g->failed) g->states[loop].other = body;
+    return loop;
+}
+
+/* Strings: a pattern or a format, and lengths. */
+static int32_t llmi_schema_string(llmi_schema *c, const llmi_view *v, int32_t next)
+{
+    const moq_json *form = NULL, *at = llmi_schema_first(v, "minLength");
+    int32_t least = llmi_schema_count(v, "minLength", 1, 0), most = llmi_schema_count(v, "maxLength", 0, -1), s;
+    for (int32_t i = 0; i < v->count; i++)
+        for (int k = 0; k < 2; k++) {
+            const moq_json *e = moq_json_find(v->part[i].node, k ? "format" : "pattern");
+            if (e && form && !llmi_json_equal(e, form))
+                LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, e, "a second pattern or format for the same string; join them in one pattern");
+            if (e) form = e;
+        }
+    if (most >= 0 && least > most) {
+        LLMI_SCHEMA_NEVER(c, v, at, "minLength %d is above maxLength %d", (int)least, (int)most);
+        return -1;
+    }
+    int32_t close = llmi_g_byte(c->g, '"', '"', next);
+    if (!form) s = llmi_schema_free_text(c->g, least, most, close);
+    else {
+        const llmi_regex *x = llmi_schema_pattern(c, form, 0);
+        s = x ? llmi_g_pattern(c->g, x, least, most, close) : 0;
+    }
+    return llmi_g_byte(c->g, '"', '"', s);
+}
+
+/* ---- arrays and objects ---- */
+
+/* A comma or colon, and where spaces are wanted one after it. */
+static int32_t llmi_g_mark(const llmi_schema *c, char mark, int32_t next)
+{
+    int32_t after = c->spaces ? llmi_g_either(c->g, next, llmi_g_byte(c->g, ' ', ' ', next)) : next;
+    return llmi_g_byte(c->g, (uint8_t)mark, (uint8_t)mark, after);
+}
+
+/* The view of an array's element. */
+static void llmi_schema_element_view(llmi_schema *c, const llmi_view *v, size_t index, llmi_view *out)
+{
+    memset(out, 0, sizeof *out);
+    for (int32_t i = 0; i < v->count; i++) {
+        const moq_json *e = llmi_schema_element(v->part[i].node, index);
+        if (e) llmi_schema_add(c, out, e);
+    }
+    out->merged |= v->merged && out->count > 1;
+}
+
+/* '[' elements ']' with the first ones by prefixItems. */
+static int32_t llmi_schema_array(llmi_schema *c, const llmi_view *v, int32_t next)
+{
+    llm_grammar *g = c->g;
+    int32_t least = llmi_schema_count(v, "minItems", 1, 0), most = llmi_schema_count(v, "maxItems", 0, -1), prefix = 0, rule, outer = g->rule;
+    llmi_view item;
+    int unique = 0;
+    for (int32_t i = 0; i < v->count; i++) {
+        const moq_json *p = moq_json_find(v->part[i].node, "prefixItems"), *items = moq_json_find(v->part[i].node, "items");
+        if (!p && items && items->type == MOQ_JSON_ARRAY) p = items;
+        if (p && (int32_t)p->count > prefix) prefix = (int32_t)p->count;
+        if (moq_json_bool(moq_json_find(v->part[i].node, "uniqueItems"), &unique) && unique && (most < 0 || most > 1))
+            LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, moq_json_find(v->part[i].node, "uniqueItems"),
+                               "cannot be enforced for more than one element; use an object with one member for each");
+    }
+    for (int32_t i = 0; i <= prefix && c->code >= 0; i++) { /* false ends the array */
+        llmi_schema_element_view(c, v, (size_t)i, &item);
+        if (item.nothing && (most < 0 || most > i)) most = i;
+    }
+    if (most >= 0 && least > most) {
+        LLMI_SCHEMA_NEVER(c, v, llmi_schema_first(v, "minItems"), "minItems %d is above the %d elements that are possible", (int)least, (int)most);
+        return -1;
+    }
+    int32_t close = llmi_g_byte(g, ']', ']', next), after = close;
+    if (most < 0 || most > prefix) {
+        llmi_schema_element_view(c, v, (size_t)prefix, &item);
+        int32_t value = llmi_schema_rule(c, &item);
+        g->rule = rule = llmi_g_rule(g, 0);
+        int32_t last = llmi_g_state(g, LLMI_G_END, 0, 0), start = llmi_g_mark(c, ',', llmi_g_state(g, LLMI_G_CALL, last, value));
+        g->rule = outer;
+        if (g->failed) return 0;
+        g->rules[rule].start = start;
+        if (prefix == 0) { /* the first element has no comma */
+            int32_t more = llmi_g_counted(g, LLMI_G_REPEAT, least > 1 ? least - 1 : 0, most < 0 ? -1 : most - 1, close, rule);
+            after = llmi_g_state(g, LLMI_G_CALL, more, value);
+            if (least == 0) after = llmi_g_either(g, close, after);
+        } else {
+            after = llmi_g_counted(g, LLMI_G_REPEAT, least > prefix ? least - prefix : 0, most < 0 ? -1 : most - prefix, close, rule);
+        }
+    }
+    for (int32_t i = prefix; i-- > 0 && c->code >= 0;) { /* after: what follows i + 1 elements; becomes what follows i */
+        int32_t here = i >= least ? close : -1;
+        if (most < 0 || most > i) {
+            llmi_schema_element_view(c, v, (size_t)i, &item);
+            int32_t call = llmi_g_state(g, LLMI_G_CALL, after, llmi_schema_rule(c, &item));
+            here = llmi_g_either(g, here, i ? llmi_g_mark(c, ',', call) : call);
+        }
+        after = here < 0 ? llmi_g_bytes(g, NULL, 0) : here;
+    }
+    return llmi_g_byte(g, '[', '[', after);
+}
+
+/* A member of objects: its name and what must hold of it. */
+typedef struct llmi_member_view { const char *name; uint32_t bytes; int32_t required, rule; } llmi_member_view;
+
+/* The view of a member by name. */
+static void llmi_schema_member_view(llmi_schema *c, const llmi_view *v, const char *name, llmi_view *out)
+{
+    memset(out, 0, sizeof *out);
+    for (int32_t i = 0; i < v->count; i++) {
+        const moq_json *e = moq_json_find(moq_json_find(v->part[i].node, "properties"), name);
+        if (!e) e = moq_json_find(v->part[i].node, "additionalProperties");
+        if (e) llmi_schema_add(c, out, e);
+    }
+    out->merged |= v->merged && out->count > 1;
+}
+
+/* The names of properties and required over all parts, in the order they are met; *count of them. */
+static llmi_member_view *llmi_schema_members(llmi_schema *c, const llmi_view *v, int32_t *count)
+{
+    size_t most = 0;
+    *count = 0;
+    for (int32_t i = 0; i < v->count; i++) {
+        const moq_json *p = moq_json_find(v->part[i].node, "properties"), *r = moq_json_find(v->part[i].node, "required");
+        if (p && p->type != MOQ_JSON_OBJECT) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, p, "must be an object of schemas");
+        if (r && r->type != MOQ_JSON_ARRAY) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, r, "must be a list of names");
+        most += (size_t)(p ? p->count : 0) + (r ? r->count : 0);
+    }
+    llmi_member_view *m = (llmi_member_view *)llmi_take(&c->r, most + 1, sizeof *m);
+    llmi_map map;
+    if (!m || !llmi_map_make(&map, &c->r, most + 1)) { llmi_schema_nomem(c); return NULL; }
+    for (int k = 0; k < 2; k++)
+        for (int32_t i = 0; i < v->count && c->code >= 0; i++) {
+            const moq_json *list = moq_json_find(v->part[i].node, k ? "required" : "properties");
+            for (const moq_json *e = moq_json_first(list); e && c->code >= 0; e = moq_json_next(list, e)) {
+                const char *name = k ? moq_json_string(e) : e->key;
+                uint32_t bytes = k ? e->text_bytes : e->key_bytes;
+                if (!name) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, e, "must be the name of a member"); break; }
+                const llmi_slot *s = llmi_map_add(&map, name, bytes, *count);
+                int32_t at = s ? s->value : (*count)++;
+                m[at].name = name;
+                m[at].bytes = bytes;
+                m[at].required |= k;
+            }
+        }
+    return m;
+}
+
+/* Which schema do members without a declaration follow? 0: there are none. */
+static int llmi_schema_free_members(llmi_schema *c, const llmi_view *v, int32_t declared, llmi_view *out)
+{
+    int asked = 0;
+    memset(out, 0, sizeof *out);
+    for (int32_t i = 0; i < v->count; i++) {
+        const moq_json *e = moq_json_find(v->part[i].node, "additionalProperties");
+        asked |= e != NULL;
+        if (e) llmi_schema_add(c, out, e);
+    }
+    return !out->nothing && (asked || declared == 0);
+}
+
+/* Free members least..most, then next; `comma`: others came before. `names` are taken by declared members. */
+static int32_t llmi_schema_keys(llmi_schema *c, const llmi_view *value, const llmi_member_view *m, int32_t declared, int32_t least, int32_t most, int comma,
+                                int32_t next)
+{
+    llm_grammar *g = c->g;
+    int32_t rule[3], end[3], key_end, keys[2], outer = g->rule, called = llmi_schema_rule(c, value);
+    llmi_gset letters = {{{NULL, NULL, NULL}, NULL, 0, 0}};
+    letters.pairs.a = g->a;
+    if (!llmi_gset_add(&letters, 0x20, 0x21) || !llmi_gset_add(&letters, 0x23, 0x5b) || !llmi_gset_add(&letters, 0x5d, 0x10ffff)) g->failed = 1;
+    for (int i = 0; i < 3; i++) { /* a first name, one after a comma, a value */
+        g->rule = rule[i] = llmi_g_rule(g, 0);
+        end[i] = llmi_g_state(g, LLMI_G_END, 0, 0);
+        int32_t s;
+        if (i == 2) s = llmi_g_mark(c, ':', llmi_g_state(g, LLMI_G_CALL, end[i], called));
+        else { /* names are written without escapes, so that two of them are equal only when their bytes are; and never empty */
+            g->in_key = 1;
+            int32_t loop = llmi_g_counted(g, LLMI_G_LOOP, 1, -1, llmi_g_byte(g, '"', '"', end[i]), 0);
+            g->loop = loop;
+            int32_t bump = llmi_g_state(g, LLMI_G_BUMP, loop, 0), body = llmi_g_char(g, &letters, bump);
+            g->loop = -1;
+            g->in_key = 0;
+            if (!g->failed) g->states[loop].other = body;
+            s = llmi_g_byte(g, '"', '"', loop);
+            if (i == 1) s = llmi_g_mark(c, ',', s);
+        }
+        if (!g->failed) g->rules[rule[i]].start = s;
+    }
+    llmi_ids_drop(&letters.pairs);
+    g->rule = outer;
+    key_end = llmi_g_state(g, LLMI_G_KEY_END, 0, rule[2]);
+    keys[1] = llmi_g_counted(g, LLMI_G_KEYS, least, most, next, rule[1]);
+    keys[0] = comma ? keys[1] : llmi_g_counted(g, LLMI_G_KEYS, least, most, next, rule[0]);
+    if (g->failed) return 0;
+    g->states[keys[0]].extra = g->states[keys[1]].extra = key_end;
+    g->states[key_end].next = keys[1];
+    for (int32_t i = 0; i < declared; i++) {
+        void *p = g->names;
+        if (!llmi_g_room(g, &p, g->name_count, &g->name_capacity, sizeof *g->names)) return 0;
+        g->names = (llmi_gname *)p;
+        g->names[g->name_count].owner = key_end;
+        g->names[g->name_count].at = (uint32_t)g->words.count;
+        g->names[g->name_count++].bytes = m[i].bytes;
+        if (!llmi_bytes_add(&g->words, m[i].name, m[i].bytes)) g->failed = 1;
+    }
+    return keys[0];
+}
+
+/* "name": value, with a comma before it, then next. */
+static int32_t llmi_schema_member(llmi_schema *c, const llmi_member_view *m, int comma, int32_t next)
+{
+    llmi_bytes text = llmi_bytes_make(&c->g->a);
+    int32_t s = llmi_g_mark(c, ':', llmi_g_state(c->g, LLMI_G_CALL, next, m->rule));
+    if (!llmi_json_write_string(&text, m->name, m->bytes)) c->g->failed = 1;
+    else s = llmi_g_text(c->g, text.data, text.count, s);
+    llmi_bytes_drop(&text);
+    return comma ? llmi_g_mark(c, ',', s) : s;
+}
+
+/* Settle the members: rules of their values; contradictions of required ones. Returns how many are required, -1: impossible. */
+static int32_t llmi_schema_settle(llmi_schema *c, const llmi_view *v, llmi_member_view *m, int32_t *count)
+{
+    int32_t required = 0, kept = 0;
+    for (int32_t i = 0; i < *count && c->code >= 0; i++) {
+        llmi_view value;
+        llmi_schema_member_view(c, v, m[i].name, &value);
+        if (value.nothing && m[i].required) {
+            const moq_json *list = llmi_schema_first(v, "required");
+            LLMI_SCHEMA_NEVER(c, v, list ? list : value.nothing, "requires '%q', which the schema forbids", m[i].name);
+            return -1;
+        }
+        required += m[i].required;
+        m[i].rule = value.nothing ? -1 : llmi_schema_rule(c, &value);
+        kept += m[i].rule >= 0;
+    }
+    return kept ? required : 0;
+}
+
+/* '{' members '}'. State [i][k]: members before i are settled, k of them were written. */
+static int32_t llmi_schema_object(llmi_schema *c, const llmi_view *v, int32_t next)
+{
+    llm_grammar *g = c->g;
+    int32_t count, least = llmi_schema_count(v, "minProperties", 1, 0), most = llmi_schema_count(v, "maxProperties", 0, -1);
+    llmi_member_view *m = llmi_schema_members(c, v, &count);
+    llmi_view open;
+    int32_t required = m ? llmi_schema_settle(c, v, m, &count) : -1;
+    int is_open = llmi_schema_free_members(c, v, count, &open), counted = least > 0 || most >= 0;
+    int32_t wide = counted ? count : count ? 1 : 0, possible = 0;
+    if (c->code < 0 || required < 0) return -1;
+    for (int32_t i = 0; i < count; i++) possible += m[i].rule >= 0;
+    if ((most >= 0 && (required > most || least > most)) || (!is_open && least > possible)) {
+        LLMI_SCHEMA_NEVER(c, v, llmi_schema_first(v, least > possible || least > most ? "minProperties" : "maxProperties"),
+                          "%d members are required and %d possible, which does not fit minProperties and maxProperties", (int)required, (int)possible);
+        return -1;
+    }
+    if (is_open && least - possible > 50) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, llmi_schema_first(v, "minProperties"), "more than 50 members with free names");
+    if ((int64_t)(wide + 1) * count > LLMI_G_MOST_STATES) g->failed = 2;
+    int32_t *at = (int32_t *)llmi_take(&c->r, (size_t)wide + 1, sizeof *at);
+    if (!at) { llmi_schema_nomem(c); return -1; }
+    int32_t close = llmi_g_byte(g, '}', '}', next);
+    for (int32_t k = 0; k <= wide; k++) {
+        int32_t rest = least > k ? least - k : 0, room = most < 0 ? -1 : most - k;
+        at[k] = counted && (room < -1 || (most >= 0 && room < 0) || (rest > 0 && !is_open)) ? -1 : close;
+        if (is_open && at[k] >= 0 && room != 0) at[k] = llmi_schema_keys(c, &open, m, count, rest, room, k > 0, close);
+    }
+    for (int32_t i = count; i-- > 0 && !g->failed;)
+        for (int32_t k = 0; k <= wide; k++) { /* at[k] and at[k + 1] are still those of i + 1 */
+            int32_t on = counted && k == wide ? -1 : at[k < wide ? k + 1 : k], with = m[i].rule < 0 || on < 0 ? -1 : llmi_schema_member(c, &m[i], k > 0, on);
+            at[k] = m[i].required ? with : llmi_g_either(g, with, at[k]);
+        }
+    return at[0] < 0 ? -1 : llmi_g_byte(g, '{', '{', at[0]);
+}
+
+/* ---- branches ---- */
+
+/* Is no document that is written for `a` valid under `b`? 0 when that cannot be told. */
+static int llmi_view_apart(llmi_schema *c, const llmi_view *a, const llmi_view *b)
+{
+    int32_t made, other, shared;
+    const moq_json *list = llmi_view_values(a);
+    int apart = 1;
+    llmi_dec x, y;
+    int x_strict = 0, y_strict = 0;
+    if (a->nothing || b->nothing) return 1;
+    for (const moq_json *e = list ? llmi_value_next(list, NULL) : NULL; e && apart; e = llmi_value_next(list, e))
+        if (llmi_view_holds(c, a, e)) apart = !llmi_view_holds(c, b, e);
+    if (list) return apart;
+    list = llmi_view_values(b);
+    for (const moq_json *e = list ? llmi_value_next(list, NULL) : NULL; e && apart; e = llmi_value_next(list, e)) apart = !llmi_view_holds(c, a, e);
+    if (list && apart) return 1;
+    llmi_view_types(c, a, &made);
+    shared = made & llmi_view_types(c, b, &other);
+    if (shared & (LLMI_T_NULL | LLMI_T_BOOL)) return 0;
+    if (shared & (LLMI_T_INT | LLMI_T_FRACTION)) {
+        int order = 0;
+        if (llmi_view_bound(a, 1, &x, &x_strict) && llmi_view_bound(b, 0, &y, &y_strict)) order = llmi_dec_compare(&x, &y) < (x_strict | y_strict);
+        if (!order && llmi_view_bound(a, 0, &x, &x_strict) && llmi_view_bound(b, 1, &y, &y_strict)) order = llmi_dec_compare(&y, &x) < (x_strict | y_strict);
+        if (!order) return 0;
+    }
+    if (shared & LLMI_T_STRING) {
+        int32_t a_most = llmi_schema_count(a, "maxLength", 0, -1), b_most = llmi_schema_count(b, "maxLength", 0, -1);
+        if (!(a_most >= 0 && a_most < llmi_schema_count(b, "minLength", 1, 0)) && !(b_most >= 0 && b_most < llmi_schema_count(a, "minLength", 1, 0))) return 0;
+    }
+    if (shared & LLMI_T_ARRAY) {
+        int32_t a_most = llmi_schema_count(a, "maxItems", 0, -1), b_most = llmi_schema_count(b, "maxItems", 0, -1);
+        if (!(a_most >= 0 && a_most < llmi_schema_count(b, "minItems", 1, 0)) && !(b_most >= 0 && b_most < llmi_schema_count(a, "minItems", 1, 0))) return 0;
+    }
+    if (!(shared & LLMI_T_OBJECT)) return 1;
+    if (++c->depth > 20) { c->depth--; return 0; }
+    int32_t count, found = 0;
+    llmi_view p, q;
+    const llmi_member_view *m = llmi_schema_members(c, a, &count);
+    for (int32_t i = 0; m && i < count && !found && c->code >= 0; i++) { /* a member that is always there and never fits b */
+        if (!m[i].required) continue;
+        llmi_schema_member_view(c, a, m[i].name, &p);
+        llmi_schema_member_view(c, b, m[i].name, &q);
+        found = q.nothing || llmi_view_apart(c, &p, &q);
+    }
+    int32_t declared = count, wants;
+    int is_open = llmi_schema_free_members(c, a, declared, &p);
+    const llmi_member_view *w = llmi_schema_members(c, b, &wants);
+    for (int32_t i = 0; w && m && i < wants && !found && !is_open; i++) { /* a member that b wants and a never writes */
+        int32_t k = 0;
+        while (k < declared && (m[k].bytes != w[i].bytes || memcmp(m[k].name, w[i].name, w[i].bytes) != 0)) k++;
+        found = w[i].required && k == declared;
+    }
+    c->depth--;
+    return found;
+}
+
+/* The view with one branch in place of its anyOf or oneOf. */
+static void llmi_schema_branch_view(llmi_schema *c, const llmi_view *v, int32_t part, int32_t taken, const moq_json *branch, llmi_view *out)
+{
+    *out = *v;
+    out->part[part].taken |= taken;
+    out->merged = 1;
+    llmi_schema_add(c, out, branch);
+}
+
+/* One branch or another. Of oneOf only those that cannot hold together. */
+static int32_t llmi_schema_either(llmi_schema *c, const llmi_view *v, int32_t part, int one, int32_t next)
+{
+    const moq_json *list = moq_json_find(v->part[part].node, one ? "oneOf" : "anyOf");
+    llmi_view a, b;
+    int32_t s = -1, taken = one ? LLMI_TAKEN_ONE : LLMI_TAKEN_ANY;
+    if (list->type != MOQ_JSON_ARRAY || list->count == 0) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, list, "must be a list of at least one schema"); return -1; }
+    for (const moq_json *e = moq_json_first(list); e && c->code >= 0; e = moq_json_next(list, e)) {
+        llmi_schema_branch_view(c, v, part, taken, e, &a);
+        for (const moq_json *f = one ? moq_json_first(list) : NULL; f && c->code >= 0; f = moq_json_next(list, f)) {
+            if (e == f) continue;
+            llmi_schema_branch_view(c, v, part, taken, f, &b);
+            if (!llmi_view_apart(c, &a, &b))
+                LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, f, "may hold together with an earlier or later branch of oneOf, which allows exactly one; "
+                                   "tell the branches apart by type or by a required member with different const, or use anyOf");
+        }
+        s = llmi_g_either(c->g, s, llmi_g_state(c->g, LLMI_G_CALL, next, llmi_schema_rule(c, &a)));
+    }
+    return s;
+}
+
+/* ---- a view ---- */
+
+/* The states of a view, or -1: nothing satisfies it. */
+static int32_t llmi_schema_build(llmi_schema *c, const llmi_view *v, int32_t next)
+{
+    int32_t made, s = -1;
+    const moq_json *values = llmi_view_values(v);
+    if (v->nothing) {
+        if (c->never.code == MOQ_OK) moq_fail(&c->never, MOQ_E_GRAMMAR, llmi_schema_where(c, v->nothing), "the schema false allows nothing");
+        return -1;
+    }
+    if (values) return llmi_schema_values(c, v, values, next);
+    for (int32_t i = 0; i < v->count; i++) {
+        if (!(v->part[i].taken & LLMI_TAKEN_ANY) && moq_json_find(v->part[i].node, "anyOf")) return llmi_schema_either(c, v, i, 0, next);
+        if (!(v->part[i].taken & LLMI_TAKEN_ONE) && moq_json_find(v->part[i].node, "oneOf")) return llmi_schema_either(c, v, i, 1, next);
+    }
+    llmi_view_types(c, v, &made);
+    if (!made) LLMI_SCHEMA_NEVER(c, v, llmi_schema_first(v, "type"), "the types asked for here exclude each other");
+    if (made & LLMI_T_NULL) s = llmi_g_text(c->g, "null", 4, next);
+    if (made & LLMI_T_BOOL) s = llmi_g_either(c->g, s, llmi_g_either(c->g, llmi_g_text(c->g, "true", 4, next), llmi_g_text(c->g, "false", 5, next)));
+    if (made & (LLMI_T_INT | LLMI_T_FRACTION)) s = llmi_g_either(c->g, s, llmi_schema_number(c, v, !(made & LLMI_T_FRACTION), next));
+    if (made & LLMI_T_STRING) s = llmi_g_either(c->g, s, llmi_schema_string(c, v, next));
+    if (made & LLMI_T_ARRAY) s = llmi_g_either(c->g, s, llmi_schema_array(c, v, next));
+    if (made & LLMI_T_OBJECT) s = llmi_g_either(c->g, s, llmi_schema_object(c, v, next));
+    if (made & (LLMI_T_ARRAY | LLMI_T_OBJECT) && !c->g->failed) c->g->rules[c->g->rule].weight = 1;
+    return s;
+}
+
+/* All rules that the root's view leads to. */
+static void llmi_schema_build_all(llmi_schema *c)
+{
+    llm_grammar *g = c->g;
+    llmi_view v;
+    memset(&v, 0, sizeof v);
+    llmi_schema_add(c, &v, c->root);
+    if (c->code >= 0) g->root = llmi_schema_rule(c, &v);
+    for (const llmi_job *j = c->first; j && c->code >= 0 && !g->failed; j = j->next) {
+        g->rule = j->rule;
+        int32_t end = llmi_g_state(g, LLMI_G_END, 0, 0), start = llmi_schema_build(c, &j->view, end);
+        if (start < 0) start = llmi_g_bytes(g, NULL, 0); /* no way on */
+        if (!g->failed) g->rules[j->rule].start = start;
+    }
+}
+
+/* Compile a schema into g. */
+static moq_result llmi_schema_compile(llm_grammar *g, const char *text, size_t bytes, int32_t spaces, moq_error *err)
+{
+    llmi_schema *c = (llmi_schema *)moq_allocate(&g->a, sizeof *c);
+    moq_result code;
+    int32_t recursive = -1;
+    if (!c) return llmi_nomem(err, "schema");
+    moq_json_doc *doc = moq_json_parse(text, bytes, MOQ_JSON_STRICT, 0, "schema", &g->a, err);
+    c->g = g;
+    c->err = err;
+    c->root = moq_json_root(doc);
+    c->r = llmi_arena_make(&g->a);
+    c->spaces = spaces;
+    g->deepest = LLMI_G_DEEP_JSON;
+    if (!doc) c->code = llmi_code(err, MOQ_E_JSON);
+    else llmi_schema_build_all(c);
+    if (c->code >= 0 && c->wrong.code < 0 && !g->failed) {
+        c->code = c->wrong.code;
+        if (err) *err = c->wrong;
+    }
+    if (c->code >= 0) c->code = llmi_g_finish(g, "#", &recursive, err);
+    if (c->code == MOQ_E_GRAMMAR && recursive >= 0) {
+        const llmi_job *j = c->first;
+        while (j && j->rule != recursive) j = j->next;
+        const moq_json *at = j && j->view.count ? j->view.part[j->view.count - 1].node : c->root;
+        moq_fail(err, MOQ_E_GRAMMAR, llmi_schema_where(c, at), "leads to itself through anyOf or oneOf without anything in between");
+    } else if (c->code == MOQ_E_GRAMMAR && c->never.code < 0 && err && c->wrong.code == MOQ_OK) {
+        *err = c->never;
+    }
+    code = c->code;
+    moq_json_destroy(doc);
+    llmi_arena_drop(&c->r);
+    moq_release(&g->a, c, sizeof *c);
+    return code;
+}
+
+LLM_API llm_grammar *llm_grammar_create(const llm_grammar_desc *desc, moq_error *err)
+{
+    const moq_allocator *a = desc ? &desc->allocator : NULL;
+    moq_error own;
+    moq_result r;
+    llm_grammar *g;
+    if (!err) err = &own;
+    if (!desc || (desc->schema != NULL) == (desc->gbnf != NULL)) {
+        moq_fail(err, MOQ_E_ARG, "llm_grammar_desc", "exactly one of schema and gbnf must be given");
+        return NULL;
+    }
+    const char *text = desc->schema ? desc->schema : desc->gbnf;
+    size_t bytes = desc->bytes ? desc->bytes : strlen(text);
+    g = llmi_g_make(a);
+    if (!g) { llmi_nomem(err, "grammar"); return NULL; }
+    r = desc->schema ? llmi_schema_compile(g, text, bytes, !desc->compact, err) : llmi_gbnf_compile(g, text, bytes, err);
+    if (r < 0) {
+        llm_grammar_destroy(g);
+        return NULL;
+    }
+    memset(err, 0, sizeof *err);
+    err->offset = -1;
+    return g;
+}
+
+LLM_API int64_t llm_grammar_shortest(const llm_grammar *g) { return g ? g->near[g->rules[g->root].start] : 0; }
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-lexicon     the vocabulary as a tree of bytes
+   Built once for a tokenizer; never changes. Control tokens and tokens without text are not in it.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A node of the tree; nodes lie in depth-first order, so a subtree is the range [its index, skip). */
+typedef struct llmi_lex { uint32_t skip; int32_t token; uint16_t depth; uint8_t byte; } llmi_lex; /* token -1: none ends here */
+
+typedef struct llmi_lexicon {
+    moq_allocator a;
+    llmi_arena r;
+    const llm_tokenizer *t;
+    llmi_lex *nodes;      /* [count]; node 0 is the root */
+    uint32_t count;
+    int32_t *same;        /* [vocab] the next token with the same bytes, -1: none */
+    uint32_t child[256];  /* of the root; 0: none */
+    int32_t vocab, longest;
+    int32_t *spaced;      /* tokens that look different at the beginning of a text, where decoders strip spaces */
+    int32_t spaced_count;
+    uint8_t strips;
+} llmi_lexicon;
+
+/* Tokens that may stand inside a document. */
+static int llmi_lex_usable(const llm_tokenizer *t, int32_t id)
+{
+    const llmi_token *x = &t->tokens[id];
+    return x->present && !x->special && x->shown_bytes > 0 && x->shown_bytes < 60000 && !llm_is_end(t, id);
+}
+
+/* a before b: by bytes, then by id. */
+static int llmi_lex_before(const llm_tokenizer *t, int32_t a, int32_t b)
+{
+    const llmi_token *x = &t->tokens[a], *y = &t->tokens[b];
+    int c = memcmp(x->shown, y->shown, x->shown_bytes < y->shown_bytes ? x->shown_bytes : y->shown_bytes);
+    return c ? c < 0 : x->shown_bytes != y->shown_bytes ? x->shown_bytes < y->shown_bytes : a < b;
+}
+
+/* Merge sort from the bottom up; returns where the result is. */
+static int32_t *llmi_lex_sort(const llm_tokenizer *t, int32_t *list, int32_t *spare, size_t n)
+{
+    for (size_t width = 1; width < n; width *= 2) {
+        for (size_t from = 0; from < n; from += 2 * width) {
+            size_t mid = from + width < n ? from + width : n, end = mid + width < n ? mid + width : n;
+            for (size_t i = from, j = mid, k = from; k < end; k++)
+                spare[k] = j >= end || (i < mid && !llmi_lex_before(t, list[j], list[i])) ? list[i++] : list[j++];
+        }
+        int32_t *other = list;
+        list = spare;
+        spare = other;
+    }
+    return list;
+}
+
+/* Bytes that a and b have in common at their beginning. */
+static uint32_t llmi_lex_common(const llmi_token *a, const llmi_token *b)
+{
+    uint32_t n = 0;
+    while (n < a->shown_bytes && n < b->shown_bytes && a->shown[n] == b->shown[n]) n++;
+    return n;
+}
+
+/* Fill the tree from the sorted list: every token adds the bytes that the one before it does not have. */
+static void llmi_lex_fill(llmi_lexicon *x, const int32_t *list, size_t n, uint32_t *open)
+{
+    const llm_tokenizer *t = x->t;
+    uint32_t depth = 0;
+    open[0] = 0;
+    x->nodes[0].token = -1;
+    x->count = 1;
+    for (size_t i = 0; i < n; i++) {
+        const llmi_token *token = &t->tokens[list[i]];
+        uint32_t from = i ? llmi_lex_common(token, &t->tokens[list[i - 1]]) : 0;
+        x->same[list[i]] = -1;
+        if (i && from == token->shown_bytes && from == t->tokens[list[i - 1]].shown_bytes) { /* the same bytes again */
+            llmi_lex *node = &x->nodes[open[from]];
+            x->same[list[i]] = node->token;
+            node->token = list[i];
+            continue;
+        }
+        for (; depth > from; depth--) x->nodes[open[depth]].skip = x->count;
+        for (; depth < token->shown_bytes; depth++) {
+            llmi_lex *node = &x->nodes[x->count];
+            node->byte = (uint8_t)token->shown[depth];
+            node->depth = (uint16_t)(depth + 1);
+            node->token = -1;
+            if (depth == 0) x->child[node->byte] = x->count;
+            open[depth + 1] = x->count++;
+        }
+        x->nodes[open[depth]].token = list[i];
+    }
+    for (; depth > 0; depth--) x->nodes[open[depth]].skip = x->count;
+    x->nodes[0].skip = x->count;
+}
+
+/* Does the decoder strip spaces at the beginning of a text? Then tokens with spaces are looked at one by one there. */
+static int llmi_lex_strips(const llm_tokenizer *t)
+{
+    for (int32_t i = 0; i < t->decoder.count; i++) {
+        const llmi_stage *d = &t->decoder.list[i];
+        if ((d->kind == LLMI_METASPACE && d->prefix != LLMI_NEVER) || (d->kind == LLMI_STRIP && d->left > 0)) return 1;
+    }
+    return 0;
+}
+
+static void llmi_lexicon_drop(llmi_lexicon *x)
+{
+    if (!x) return;
+    moq_allocator a = x->a;
+    llmi_arena_drop(&x->r);
+    moq_release(&a, x, sizeof *x);
+}
+
+/* The tree of a tokenizer, which must outlive it; NULL: out of memory. */
+static llmi_lexicon *llmi_lexicon_make(const llm_tokenizer *t, const moq_allocator *a)
+{
+    llmi_lexicon *x = (llmi_lexicon *)moq_allocate(a, sizeof *x);
+    llmi_arena scratch = llmi_arena_make(a);
+    size_t n = 0, nodes = 1;
+    if (!x) return NULL;
+    if (a) x->a = *a;
+    x->r = llmi_arena_make(a);
+    x->t = t;
+    x->vocab = t->count;
+    x->strips = (uint8_t)llmi_lex_strips(t);
+    int32_t *list = (int32_t *)llmi_take(&scratch, 2 * (size_t)t->count + 1, sizeof *list);
+    x->same = (int32_t *)llmi_take(&x->r, (size_t)t->count + 1, sizeof *x->same);
+    int ok = list && x->same;
+    for (int32_t i = 0; i < t->count && ok; i++)
+        if (llmi_lex_usable(t, i)) list[n++] = i;
+    const int32_t *sorted = ok ? llmi_lex_sort(t, list, list + t->count, n) : NULL;
+    for (size_t i = 0; i < n && ok; i++) {
+        const llmi_token *token = &t->tokens[sorted[i]];
+        nodes += token->shown_bytes - (i ? llmi_lex_common(token, &t->tokens[sorted[i - 1]]) : 0);
+        if ((int32_t)token->shown_bytes > x->longest) x->longest = (int32_t)token->shown_bytes;
+        if (x->strips && memchr(token->shown, ' ', token->shown_bytes)) x->spaced_count++;
+    }
+    uint32_t *open = ok ? (uint32_t *)llmi_take(&scratch, (size_t)x->longest + 2, sizeof *open) : NULL;
+    x->nodes = ok && nodes < UINT32_MAX ? (llmi_lex *)llmi_take(&x->r, nodes, sizeof *x->nodes) : NULL;
+    x->spaced = ok ? (int32_t *)llmi_take(&x->r, (size_t)x->spaced_count + 1, sizeof *x->spaced) : NULL;
+    ok = open && x->nodes && x->spaced;
+    if (ok) llmi_lex_fill(x, sorted, n, open);
+    x->spaced_count = 0;
+    for (size_t i = 0; i < n && ok && x->strips; i++) {
+        const llmi_token *token = &t->tokens[sorted[i]];
+        if (memchr(token->shown, ' ', token->shown_bytes)) x->spaced[x->spaced_count++] = sorted[i];
+    }
+    llmi_arena_drop(&scratch);
+    if (ok) return x;
+    llmi_lexicon_drop(x);
+    return NULL;
+}
+
+/* The child of a node by its byte, or 0. */
+static uint32_t llmi_lex_child(const llmi_lexicon *x, uint32_t node, int byte)
+{
+    if (node == 0) return x->child[byte];
+    for (uint32_t i = node + 1; i < x->nodes[node].skip; i = x->nodes[i].skip)
+        if (x->nodes[i].byte == byte) return i;
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-guide       a grammar on a vocabulary: which tokens may come next
+   Deterministic. No dead ends: a token is allowed only when the document can still be completed in the tokens that are left.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Where a document stands is a set of threads, each a BYTES state on a stack of frames. Stacks share their lower parts, equal
+   stacks and equal sets get one number, and what a byte does to a set is remembered: a deterministic automaton that is made as
+   it is needed. So a place in a document is a number, and copying it is free.
+
+   A mask is put together. Threads that stand on the same frame are looked at without what lies below it, and the tokens that
+   stay above that frame are kept for good: all of a string's 100,000 tokens are found once for the grammar. Only tokens that
+   leave the frame are followed again with the real stack. */
+
+/* Tuples of `width` numbers, of which the first `keys` identify it; each gets the index of its first arrival. */
+typedef struct llmi_pool {
+    moq_allocator a;
+    int32_t *items;
+    int32_t width, keys;
+    size_t count, capacity; /* tuples; numbers */
+    int32_t *slots;         /* index + 1, 0: free */
+    size_t slot_count;
+} llmi_pool;
+
+static llmi_pool llmi_pool_make(const moq_allocator *a, int32_t width, int32_t keys)
+{
+    llmi_pool p;
+    memset(&p, 0, sizeof p);
+    p.a = *a;
+    p.width = width;
+    p.keys = keys;
+    return p;
+}
+
+static void llmi_pool_drop(llmi_pool *p)
+{
+    moq_release(&p->a, p->items, p->capacity * sizeof *p->items);
+    moq_release(&p->a, p->slots, p->slot_count * sizeof *p->slots);
+    *p = llmi_pool_make(&p->a, p->width, p->keys);
+}
+
+static size_t llmi_pool_slot(const llmi_pool *p, const int32_t *key)
+{
+    uint64_t h = 0x9e3779b97f4a7c15u;
+    for (int32_t i = 0; i < p->keys; i++) {
+        h = (h ^ (uint32_t)key[i]) * 0xd6e8feb86659fd93u;
+        h ^= h >> 32;
+    }
+    size_t i = (size_t)h & (p->slot_count - 1);
+    for (; p->slots[i]; i = (i + 1) & (p->slot_count - 1)) {
+        const int32_t *item = p->items + (size_t)(p->slots[i] - 1) * (size_t)p->width;
+        int32_t k = 0;
+        while (k < p->keys && item[k] == key[k]) k++;
+        if (k == p->keys) break;
+    }
+    return i;
+}
+
+/* The index of a tuple, or -1. */
+static int32_t llmi_pool_find(const llmi_pool *p, const int32_t *key) { return p->slot_count ? p->slots[llmi_pool_slot(p, key)] - 1 : -1; }
+
+/* Twice the slots. */
+static int llmi_pool_grow(llmi_pool *p)
+{
+    size_t old = p->slot_count, want = old ? old * 2 : 256;
+    int32_t *slots = (int32_t *)moq_allocate(&p->a, want * sizeof *slots);
+    if (!slots) return 0;
+    moq_release(&p->a, p->slots, old * sizeof *slots);
+    p->slots = slots;
+    p->slot_count = want;
+    for (size_t i = 0; i < p->count; i++) p->slots[llmi_pool_slot(p, p->items + i * (size_t)p->width)] = (int32_t)i + 1;
+    return 1;
+}
+
+/* Adds a tuple that is not there; -1: out of memory. */
+static int32_t llmi_pool_add(llmi_pool *p, const int32_t *tuple)
+{
+    size_t at = p->count * (size_t)p->width;
+    if (p->count >= INT32_MAX / 2 || (p->slot_count / 2 <= p->count && !llmi_pool_grow(p))) return -1;
+    if (p->capacity - at < (size_t)p->width) {
+        int32_t *items = (int32_t *)llmi_grow(&p->a, p->items, at, &p->capacity, at + (size_t)p->width, sizeof *items);
+        if (!items) return -1;
+        p->items = items;
+    }
+    memcpy(p->items + at, tuple, (size_t)p->width * sizeof *tuple);
+    p->slots[llmi_pool_slot(p, tuple)] = (int32_t)p->count + 1;
+    return (int32_t)p->count++;
+}
+
+static int32_t *llmi_pool_at(const llmi_pool *p, int32_t index) { return p->items + (size_t)index * (size_t)p->width; }
+
+/* Numbers of a node, a stack: its state, counter and the node below; then nesting, tokens to the end, and a mark of the last search. */
+enum { LLMI_N_STATE, LLMI_N_DATA, LLMI_N_PARENT, LLMI_N_DEPTH, LLMI_N_REST, LLMI_N_MARK, LLMI_N_WIDTH };
+/* Numbers of a set of threads: its list and flags; then where the nodes lie, tokens to the end, nesting, and the bytes that go on. */
+enum { LLMI_C_LIST, LLMI_C_FLAGS, LLMI_C_FIRST, LLMI_C_COUNT, LLMI_C_REST, LLMI_C_DEPTH, LLMI_C_KEY, LLMI_C_BYTES, LLMI_C_WIDTH = LLMI_C_BYTES + 8 };
+enum { LLMI_COMPLETE = 1, LLMI_BELOW = 2 }; /* flags: the document may end here; the frame was left */
+enum { LLMI_NODE_BOTTOM, LLMI_NODE_BELOW };  /* the two nodes without a state: under the root rule; "some frame" */
+#define LLMI_GUIDE_MOST 400000 /* nodes after which a new document begins with empty tables */
+
+/* Tokens that stay above a frame, for one set of threads. */
+typedef struct llmi_local {
+    uint32_t *bits;       /* [vocab / 32] or NULL: few, then */
+    int32_t *ids;         /* [count] */
+    uint32_t *leaves;     /* [leave_count] nodes of the lexicon at which the frame is left, and which have children */
+    int32_t count, leave_count;
+    int32_t furthest;     /* most tokens to the end of the frame after any of them */
+} llmi_local;
+
+/* Where in its document a sequence is. Plain data. */
+typedef struct llmi_place { int32_t config, key, fresh; } llmi_place; /* key: the free name so far, -1: none; fresh: nothing was written yet */
+
+typedef struct llmi_guide {
+    moq_allocator a;
+    const llm_grammar *g;
+    const llmi_lexicon *x;
+    int32_t *near;          /* [states] least tokens from each state to the end of its rule */
+    llmi_pool nodes, lists, configs, steps, locals, names, sets; /* names: (one shorter, byte); sets: names used in an object */
+    llmi_ids flat;          /* nodes of all configs */
+    llmi_ids todo, found;   /* of the search for threads */
+    int32_t *path;          /* [longest + 1] configs along a branch of the lexicon */
+    uint32_t *bits;         /* [words] the mask */
+    size_t words;
+    llmi_arena kept;        /* llmi_local and their lists */
+    llmi_ids accepted, leaves;
+    int32_t mark, key_now;  /* key_now: the name that a KEY_END sees, -1: any */
+    int32_t ends[2 * LLMI_MAX_ENDS];
+    int32_t end_count, start, users;
+    int failed;
+} llmi_guide;
+
+/* ---- nodes ---- */
+
+/* What a state's counter has counted to. */
+static int32_t llmi_guide_count(const llmi_guide *g, int32_t state, int32_t data)
+{
+    int kind = g->g->states[state].kind;
+    return kind == LLMI_G_KEYS || kind == LLMI_G_KEY_END ? llmi_pool_at(&g->sets, data)[2] : data;
+}
+
+/* The node of a state with its counter on top of `parent`. */
+static int32_t llmi_guide_node(llmi_guide *g, int32_t state, int32_t data, int32_t parent)
+{
+    int32_t tuple[LLMI_N_WIDTH];
+    tuple[LLMI_N_STATE] = state;
+    tuple[LLMI_N_DATA] = data;
+    tuple[LLMI_N_PARENT] = parent;
+    int32_t at = llmi_pool_find(&g->nodes, tuple);
+    if (at >= 0) return at;
+    const int32_t *below = llmi_pool_at(&g->nodes, parent);
+    tuple[LLMI_N_DEPTH] = below[LLMI_N_DEPTH] + g->g->rules[g->g->states[state].rule].weight;
+    tuple[LLMI_N_REST] = llmi_g_sum(llmi_g_rest(g->g, g->near, state, llmi_guide_count(g, state, data)), below[LLMI_N_REST]);
+    tuple[LLMI_N_MARK] = 0;
+    at = llmi_pool_add(&g->nodes, tuple);
+    if (at < 0) g->failed = 1;
+    return at < 0 ? LLMI_NODE_BOTTOM : at;
+}
+
+/* A node that the search for threads has yet to look at. */
+static void llmi_guide_visit(llmi_guide *g, int32_t node)
+{
+    int32_t *n = llmi_pool_at(&g->nodes, node);
+    if (n[LLMI_N_MARK] == g->mark || n[LLMI_N_REST] >= LLMI_FAR) return;
+    n[LLMI_N_MARK] = g->mark;
+    if (!llmi_ids_add(&g->todo, &node, 1)) g->failed = 1;
+}
+
+/* ---- free names of members ---- */
+
+/* Does the name with this number spell these bytes? */
+static int llmi_guide_spells(const llmi_guide *g, int32_t name, const char *s, size_t n)
+{
+    for (; name > 0; name = llmi_pool_at(&g->names, name)[0])
+        if (n == 0 || llmi_pool_at(&g->names, name)[1] != (uint8_t)s[--n]) return 0;
+    return n == 0;
+}
+
+/* May a member of the object at this KEY_END node be called so? Neither like a declared one nor like one before. */
+static int llmi_guide_is_new(const llmi_guide *g, const int32_t *node, int32_t name)
+{
+    const llm_grammar *r = g->g;
+    for (int32_t set = node[LLMI_N_DATA]; set > 0; set = llmi_pool_at(&g->sets, set)[0])
+        if (llmi_pool_at(&g->sets, set)[1] == name) return 0;
+    for (size_t i = 0; i < r->name_count; i++)
+        if (r->names[i].owner == node[LLMI_N_STATE] && llmi_guide_spells(g, name, r->words.data + r->names[i].at, r->names[i].bytes)) return 0;
+    return 1;
+}
+
+/* A tuple's index, added when it is new. */
+static int32_t llmi_guide_tuple(llmi_guide *g, llmi_pool *p, int32_t a, int32_t b, int32_t c)
+{
+    int32_t tuple[3], at;
+    tuple[0] = a;
+    tuple[1] = b;
+    tuple[2] = c;
+    at = llmi_pool_find(p, tuple);
+    if (at < 0 && (at = llmi_pool_add(p, tuple)) < 0) g->failed = 1;
+    return at < 0 ? 0 : at;
+}
+
+/* ---- sets of threads ---- */
+
+/* A node that is no BYTES state leads on without a byte. */
+static int llmi_guide_follow(llmi_guide *g, int32_t at)
+{
+    const int32_t *node = llmi_pool_at(&g->nodes, at);
+    int32_t state = node[LLMI_N_STATE], data = node[LLMI_N_DATA], parent = node[LLMI_N_PARENT];
+    const llmi_gstate *s = &g->g->states[state];
+    int32_t count = llmi_guide_count(g, state, data), more = s->most < 0 && count >= s->least ? count : count + 1;
+    int open = s->most < 0 || count < s->most, frame = parent;
+    switch (s->kind) {
+    case LLMI_G_END:
+        if (parent <= LLMI_NODE_BELOW) return parent == LLMI_NODE_BOTTOM ? LLMI_COMPLETE : LLMI_BELOW;
+        llmi_guide_visit(g, parent);
+        break;
+    case LLMI_G_SPLIT:
+        llmi_guide_visit(g, llmi_guide_node(g, s->next, data, parent));
+        llmi_guide_visit(g, llmi_guide_node(g, s->other, data, parent));
+        break;
+    case LLMI_G_CALL: /* a call at the very end of a rule needs no frame */
+        if (g->g->states[s->next].kind != LLMI_G_END) frame = llmi_guide_node(g, s->next, 0, parent);
+        llmi_guide_visit(g, llmi_guide_node(g, g->g->rules[s->other].start, 0, frame));
+        break;
+    case LLMI_G_BUMP: {
+        const llmi_gstate *loop = &g->g->states[s->next];
+        int32_t counted = loop->most < 0 && data >= loop->least ? data : data + 1;
+        llmi_guide_visit(g, llmi_guide_node(g, s->next, counted, parent));
+        break;
+    }
+    default: /* REPEAT, LOOP, KEYS, KEY_END */
+        if (s->kind == LLMI_G_KEY_END) {
+            if (g->key_now >= 0 && !llmi_guide_is_new(g, node, g->key_now)) break;
+            int32_t set = llmi_guide_tuple(g, &g->sets, data, g->key_now, count + 1);
+            frame = llmi_guide_node(g, s->next, set, parent);
+            llmi_guide_visit(g, llmi_guide_node(g, g->g->rules[s->other].start, 0, frame));
+            break;
+        }
+        if (count >= s->least) llmi_guide_visit(g, llmi_guide_node(g, s->next, 0, parent));
+        if (!open) break;
+        if (s->kind == LLMI_G_LOOP) { llmi_guide_visit(g, llmi_guide_node(g, s->other, data, parent)); break; }
+        frame = s->kind == LLMI_G_REPEAT ? llmi_guide_node(g, state, more, parent) : llmi_guide_node(g, s->extra, data, parent);
+        llmi_guide_visit(g, llmi_guide_node(g, g->g->rules[s->other].start, 0, frame));
+    }
+    return 0;
+}
+
+/* Fill what is known of a new set from its nodes. */
+static void llmi_guide_describe(llmi_guide *g, int32_t *c)
+{
+    c[LLMI_C_REST] = c[LLMI_C_FLAGS] ? 0 : LLMI_FAR;
+    for (size_t i = 0; i < g->found.count; i++) {
+        const int32_t *n = llmi_pool_at(&g->nodes, g->found.data[i]);
+        const llmi_gstate *s = &g->g->states[n[LLMI_N_STATE]];
+        if (n[LLMI_N_REST] < c[LLMI_C_REST]) c[LLMI_C_REST] = n[LLMI_N_REST];
+        if (n[LLMI_N_DEPTH] > c[LLMI_C_DEPTH]) c[LLMI_C_DEPTH] = n[LLMI_N_DEPTH];
+        c[LLMI_C_KEY] |= s->in_key;
+        for (int32_t k = s->least; k < s->most; k++)
+            for (int b = g->g->ranges[k].lo; b <= g->g->ranges[k].hi; b++) c[LLMI_C_BYTES + (b >> 5)] |= (int32_t)(1u << (b & 31));
+    }
+}
+
+/* The set of threads in `found`, sorted, with these flags. */
+static int32_t llmi_guide_set(llmi_guide *g, int flags)
+{
+    int32_t tuple[LLMI_C_WIDTH], list = 0, *v = g->found.data;
+    for (size_t i = 1; i < g->found.count; i++) {
+        int32_t moving = v[i];
+        size_t k = i;
+        for (; k > 0 && v[k - 1] > moving; k--) v[k] = v[k - 1];
+        v[k] = moving;
+    }
+    for (size_t i = 0; i < g->found.count; i++) list = llmi_guide_tuple(g, &g->lists, list, v[i], 0);
+    memset(tuple, 0, sizeof tuple);
+    tuple[LLMI_C_LIST] = list;
+    tuple[LLMI_C_FLAGS] = flags;
+    int32_t at = llmi_pool_find(&g->configs, tuple);
+    if (at >= 0) return at;
+    tuple[LLMI_C_FIRST] = (int32_t)g->flat.count;
+    tuple[LLMI_C_COUNT] = (int32_t)g->found.count;
+    llmi_guide_describe(g, tuple);
+    if (!llmi_ids_add(&g->flat, g->found.data, g->found.count) || (at = llmi_pool_add(&g->configs, tuple)) < 0) g->failed = 1;
+    return at;
+}
+
+/* The threads that all nodes in `todo` lead to; -1: none. */
+static int32_t llmi_guide_close(llmi_guide *g)
+{
+    int flags = 0;
+    g->found.count = 0;
+    while (g->todo.count > 0 && !g->failed) {
+        int32_t at = g->todo.data[--g->todo.count];
+        if (at <= LLMI_NODE_BELOW) continue;
+        if (g->g->states[llmi_pool_at(&g->nodes, at)[LLMI_N_STATE]].kind != LLMI_G_BYTES) flags |= llmi_guide_follow(g, at);
+        else if (!llmi_ids_add(&g->found, &at, 1)) g->failed = 1;
+    }
+    g->todo.count = 0;
+    return g->failed || (g->found.count == 0 && !flags) ? -1 : llmi_guide_set(g, flags);
+}
+
+/* Threads after a byte, computed; -1: none. */
+static int32_t llmi_guide_compute(llmi_guide *g, int32_t config, int byte)
+{
+    int32_t first = llmi_pool_at(&g->configs, config)[LLMI_C_FIRST], count = llmi_pool_at(&g->configs, config)[LLMI_C_COUNT];
+    g->mark++;
+    for (int32_t i = 0; i < count; i++) {
+        const int32_t *n = llmi_pool_at(&g->nodes, g->flat.data[first + i]);
+        int32_t state = n[LLMI_N_STATE], data = n[LLMI_N_DATA], parent = n[LLMI_N_PARENT];
+        const llmi_gstate *s = &g->g->states[state];
+        for (int32_t k = s->least; k < s->most; k++)
+            if (byte >= g->g->ranges[k].lo && byte <= g->g->ranges[k].hi) llmi_guide_visit(g, llmi_guide_node(g, g->g->ranges[k].next, data, parent));
+    }
+    return llmi_guide_close(g);
+}
+
+/* Threads after a byte, remembered; free names are taken for new. -1: none. */
+static int32_t llmi_guide_step(llmi_guide *g, int32_t config, int byte)
+{
+    int32_t tuple[3];
+    if (!((uint32_t)llmi_pool_at(&g->configs, config)[LLMI_C_BYTES + (byte >> 5)] >> (byte & 31) & 1)) return -1;
+    tuple[0] = config;
+    tuple[1] = byte;
+    int32_t at = llmi_pool_find(&g->steps, tuple);
+    if (at >= 0) return llmi_pool_at(&g->steps, at)[2];
+    g->key_now = -1;
+    tuple[2] = llmi_guide_compute(g, config, byte);
+    if (!g->failed && llmi_pool_add(&g->steps, tuple) < 0) g->failed = 1;
+    return tuple[2];
+}
+
+/* The threads of a frame that is gone on with. */
+static int32_t llmi_guide_resume(llmi_guide *g, int32_t node)
+{
+    int32_t tuple[3];
+    tuple[0] = node;
+    tuple[1] = 256; /* no byte */
+    int32_t at = llmi_pool_find(&g->steps, tuple);
+    if (at >= 0) return llmi_pool_at(&g->steps, at)[2];
+    g->key_now = -1;
+    g->mark++;
+    llmi_guide_visit(g, node);
+    tuple[2] = llmi_guide_close(g);
+    if (!g->failed && llmi_pool_add(&g->steps, tuple) < 0) g->failed = 1;
+    return tuple[2];
+}
+
+/* ---- masks ---- */
+
+static void llmi_guide_allow(llmi_guide *g, int32_t token)
+{
+    for (; token >= 0; token = g->x->same[token]) g->bits[token >> 5] |= 1u << (token & 31);
+}
+
+/* All tokens below a node of the lexicon that `config` allows and that leave at most `left` tokens to the end; returns the most
+   that any of them leaves. */
+static int32_t llmi_guide_walk(llmi_guide *g, int32_t config, uint32_t node, int32_t left)
+{
+    const llmi_lex *n = g->x->nodes;
+    int32_t furthest = 0;
+    g->path[n[node].depth] = config;
+    for (uint32_t i = node + 1, end = n[node].skip; i < end && !g->failed;) {
+        int32_t c = llmi_guide_step(g, g->path[n[i].depth - 1], n[i].byte);
+        if (c < 0) { i = n[i].skip; continue; }
+        g->path[n[i].depth] = c;
+        if (n[i].token >= 0) {
+            int32_t rest = llmi_pool_at(&g->configs, c)[LLMI_C_REST];
+            if (rest > furthest) furthest = rest;
+            if (rest <= left) llmi_guide_allow(g, n[i].token);
+        }
+        i++;
+    }
+    return furthest;
+}
+
+/* The tokens that stay above the frame of the threads in `config`, which stand on LLMI_NODE_BELOW. */
+static llmi_local *llmi_guide_explore(llmi_guide *g, int32_t config)
+{
+    const llmi_lex *n = g->x->nodes;
+    llmi_local *l = (llmi_local *)llmi_take(&g->kept, 1, sizeof *l);
+    g->accepted.count = g->leaves.count = 0;
+    g->path[0] = config;
+    if (!l) { g->failed = 1; return NULL; }
+    for (uint32_t i = 1; i < n[0].skip && !g->failed;) {
+        int32_t c = llmi_guide_step(g, g->path[n[i].depth - 1], n[i].byte), at = (int32_t)i;
+        if (c < 0) { i = n[i].skip; continue; }
+        const int32_t *to = llmi_pool_at(&g->configs, c);
+        g->path[n[i].depth] = c;
+        for (int32_t token = n[i].token; token >= 0; token = g->x->same[token]) {
+            if (!llmi_ids_add(&g->accepted, &token, 1)) g->failed = 1;
+            if (to[LLMI_C_REST] > l->furthest) l->furthest = to[LLMI_C_REST];
+        }
+        if (to[LLMI_C_FLAGS] & LLMI_BELOW && n[i].skip > i + 1 && !llmi_ids_add(&g->leaves, &at, 1)) g->failed = 1;
+        i = to[LLMI_C_COUNT] ? i + 1 : n[i].skip;
+    }
+    l->count = (int32_t)g->accepted.count;
+    l->leave_count = (int32_t)g->leaves.count;
+    if (g->accepted.count > g->words) l->bits = (uint32_t *)llmi_take(&g->kept, g->words, sizeof *l->bits);
+    else l->ids = (int32_t *)llmi_take(&g->kept, g->accepted.count + 1, sizeof *l->ids);
+    l->leaves = (uint32_t *)llmi_take(&g->kept, g->leaves.count + 1, sizeof *l->leaves);
+    if (g->failed || !l->leaves || (!l->bits && !l->ids)) { g->failed = 1; return NULL; }
+    for (size_t i = 0; i < g->leaves.count; i++) l->leaves[i] = (uint32_t)g->leaves.data[i];
+    for (size_t i = 0; i < g->accepted.count; i++) {
+        int32_t id = g->accepted.data[i];
+        if (l->bits) l->bits[id >> 5] |= 1u << (id & 31);
+        else l->ids[i] = id;
+    }
+    return l;
+}
+
+/* A counter far from its bounds changes no mask: one that stands for all of them. */
+static int32_t llmi_guide_alike(const llmi_guide *g, int32_t state, int32_t data)
+{
+    const llmi_gstate *s = &g->g->states[state];
+    int32_t l = g->x->longest;
+    if (s->loop < 0) return data;
+    s = &g->g->states[s->loop];
+    if (s->least - data > l && (s->most < 0 || s->most - data > l)) return s->least - data > l && s->least > l ? 0 : data;
+    if (data >= s->least && s->most >= 0 && s->most - data > l) return s->least;
+    return data;
+}
+
+/* What is kept for the threads of `config` that stand on the frame `parent`. */
+static llmi_local *llmi_guide_local(llmi_guide *g, int32_t config, int32_t parent)
+{
+    int32_t first = llmi_pool_at(&g->configs, config)[LLMI_C_FIRST], count = llmi_pool_at(&g->configs, config)[LLMI_C_COUNT], tuple[3];
+    g->mark++;
+    for (int32_t i = 0; i < count && !g->failed; i++) {
+        const int32_t *n = llmi_pool_at(&g->nodes, g->flat.data[first + i]);
+        if (n[LLMI_N_PARENT] != parent) continue;
+        int32_t state = n[LLMI_N_STATE], data = llmi_guide_alike(g, state, n[LLMI_N_DATA]);
+        llmi_guide_visit(g, llmi_guide_node(g, state, data, LLMI_NODE_BELOW));
+    }
+    tuple[0] = llmi_guide_close(g);
+    if (g->failed) return NULL;
+    int32_t at = llmi_pool_find(&g->locals, tuple);
+    llmi_local *l;
+    if (at >= 0) {
+        memcpy(&l, llmi_pool_at(&g->locals, at) + 1, sizeof l);
+        return l;
+    }
+    l = llmi_guide_explore(g, tuple[0]);
+    if (!l) return NULL;
+    int32_t entry[1 + sizeof(llmi_local *) / sizeof(int32_t)];
+    entry[0] = tuple[0];
+    memcpy(entry + 1, &l, sizeof l);
+    if (llmi_pool_add(&g->locals, entry) < 0) g->failed = 1;
+    return l;
+}
+
+/* All tokens that `config` allows, put together; returns the most tokens to the end that any of them leaves. */
+static int32_t llmi_guide_assemble(llmi_guide *g, int32_t config)
+{
+    int32_t first = llmi_pool_at(&g->configs, config)[LLMI_C_FIRST], count = llmi_pool_at(&g->configs, config)[LLMI_C_COUNT], furthest = 0;
+    for (int32_t i = 0; i < count && !g->failed; i++) {
+        int32_t parent = llmi_pool_at(&g->nodes, g->flat.data[first + i])[LLMI_N_PARENT], seen = 0;
+        for (int32_t k = 0; k < i && !seen; k++) seen = llmi_pool_at(&g->nodes, g->flat.data[first + k])[LLMI_N_PARENT] == parent;
+        llmi_local *l = seen ? NULL : llmi_guide_local(g, config, parent);
+        if (!l) continue;
+        for (size_t w = 0; w < g->words && l->bits; w++) g->bits[w] |= l->bits[w];
+        for (int32_t k = 0; k < l->count && l->ids; k++) g->bits[l->ids[k] >> 5] |= 1u << (l->ids[k] & 31);
+        int32_t most = llmi_g_sum(l->furthest, llmi_pool_at(&g->nodes, parent)[LLMI_N_REST]);
+        if (most > furthest) furthest = most;
+        int32_t below = l->leave_count && parent > LLMI_NODE_BELOW ? llmi_guide_resume(g, parent) : -1;
+        for (int32_t k = 0; k < l->leave_count && below >= 0; k++) {
+            most = llmi_guide_walk(g, below, l->leaves[k], LLMI_FAR);
+            if (most > furthest) furthest = most;
+        }
+    }
+    return furthest;
+}
+
+/* The bytes that a token shows at a place, in text [capacity]; NULL: longer than any token. */
+static const char *llmi_guide_bytes(const llmi_guide *g, const llmi_place *at, int32_t token, char *small, size_t capacity, size_t *n)
+{
+    const llmi_token *x = &g->x->t->tokens[token];
+    *n = x->shown_bytes;
+    if (!at->fresh || !g->x->strips || !memchr(x->shown, ' ', *n)) return x->shown;
+    *n = llm_decode(g->x->t, &token, 1, 0, small, capacity);
+    return *n < capacity ? small : NULL;
+}
+
+/* Is the token part of documents at all, so that advancing makes sense? */
+static int llmi_guide_knows(const llmi_guide *g, int32_t token)
+{
+    return token >= 0 && token < g->x->vocab && llmi_lex_usable(g->x->t, token);
+}
+
+/* 1: the token may come next, and *at is past it; 0: it may not; -1: out of memory. */
+static int llmi_guide_advance(llmi_guide *g, llmi_place *at, int32_t token)
+{
+    char small[512];
+    size_t n;
+    llmi_place to = *at;
+    if (!llmi_guide_knows(g, token)) return 0;
+    const char *s = llmi_guide_bytes(g, at, token, small, sizeof small, &n);
+    if (!s || n == 0) return 0;
+    for (size_t i = 0; i < n; i++) {
+        int byte = (uint8_t)s[i], inside = llmi_pool_at(&g->configs, to.config)[LLMI_C_KEY];
+        if (inside && byte == '"') { /* whether the name is new depends on the name, which is not in the threads */
+            g->key_now = to.key;
+            to.config = llmi_guide_compute(g, to.config, byte);
+            g->key_now = -1;
+        } else {
+            to.config = llmi_guide_step(g, to.config, byte);
+        }
+        if (g->failed) return -1;
+        if (to.config < 0) return 0;
+        if (!llmi_pool_at(&g->configs, to.config)[LLMI_C_KEY]) to.key = -1;
+        else to.key = inside ? llmi_guide_tuple(g, &g->names, to.key, byte, 0) : 0;
+    }
+    to.fresh = 0;
+    *at = to;
+    return g->failed ? -1 : 1;
+}
+
+/* Tokens to the end of the document. A free name that is taken needs one more character, and when very many are taken two. */
+static int32_t llmi_guide_rest(const llmi_guide *g, const llmi_place *at)
+{
+    const int32_t *c = llmi_pool_at(&g->configs, at->config);
+    int32_t best = c[LLMI_C_FLAGS] & LLMI_COMPLETE ? 0 : LLMI_FAR;
+    if (at->key < 0) return c[LLMI_C_REST];
+    for (int32_t i = 0; i < c[LLMI_C_COUNT]; i++) {
+        const int32_t *n = llmi_pool_at(&g->nodes, g->flat.data[c[LLMI_C_FIRST] + i]);
+        int32_t rest = n[LLMI_N_REST];
+        if (g->g->states[n[LLMI_N_STATE]].in_key) {
+            const int32_t *object = llmi_pool_at(&g->nodes, n[LLMI_N_PARENT]);
+            int crowded = llmi_pool_at(&g->sets, object[LLMI_N_DATA])[2] + (int32_t)g->g->name_count > 60;
+            int is_short = at->key == 0 || llmi_pool_at(&g->names, at->key)[0] == 0;
+            rest += !llmi_guide_is_new(g, object, at->key) || (crowded && is_short);
+        }
+        if (rest < best) best = rest;
+    }
+    return best;
+}
+
+/* The tokens that may come next when `left` may still be written, this one included: a bit for each id, end tokens among them
+   where the document is complete. NULL: out of memory. With free names the mask may hold tokens that llmi_guide_advance refuses. */
+static const uint32_t *llmi_guide_mask(llmi_guide *g, const llmi_place *at, int64_t left)
+{
+    const int32_t *c = llmi_pool_at(&g->configs, at->config);
+    int32_t rest = llmi_guide_rest(g, at), most;
+    if (c[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
+    most = left > LLMI_FAR ? LLMI_FAR : (int32_t)left - 1;
+    memset(g->bits, 0, g->words * sizeof *g->bits);
+    if (most >= 0 && llmi_guide_assemble(g, at->config) > most) {
+        memset(g->bits, 0, g->words * sizeof *g->bits);
+        llmi_guide_walk(g, at->config, 0, most);
+    }
+    for (int32_t i = 0; at->fresh && i < g->x->spaced_count && !g->failed; i++) {
+        llmi_place to = *at;
+        int32_t id = g->x->spaced[i];
+        g->bits[id >> 5] &= ~(1u << (id & 31));
+        if (llmi_guide_advance(g, &to, id) == 1 && llmi_guide_rest(g, &to) <= most) g->bits[id >> 5] |= 1u << (id & 31);
+    }
+    c = llmi_pool_at(&g->configs, at->config);
+    for (int32_t i = 0; i < g->end_count && c[LLMI_C_FLAGS] & LLMI_COMPLETE; i++) g->bits[g->ends[i] >> 5] |= 1u << (g->ends[i] & 31);
+    return g->failed ? NULL : g->bits;
+}
+
+/* Nothing may follow: the turn is over without running the model again. */
+static int llmi_guide_finished(const llmi_guide *g, const llmi_place *at)
+{
+    const int32_t *c = g->failed ? NULL : llmi_pool_at(&g->configs, at->config);
+    return c && c[LLMI_C_FLAGS] & LLMI_COMPLETE && c[LLMI_C_COUNT] == 0;
+}
+
+static int llmi_guide_is_end(const llmi_guide *g, int32_t id)
+{
+    for (int32_t i = 0; i < g->end_count; i++)
+        if (g->ends[i] == id) return 1;
+    return 0;
+}
+
+/* Choose among the allowed tokens as llm_sample does among all, and go past the token; an end token leaves *at where it is.
+   logits [vocab] are overwritten: what may not come gets -infinity. -1 and an error: no logit is a number, or out of memory. */
+static int32_t llmi_guide_pick(llmi_guide *g, llmi_place *at, const llm_sampling *s, float *logits, int32_t vocab, int64_t left, uint64_t *random,
+                               float *scratch, int32_t *index, moq_error *err)
+{
+    const uint32_t bits_of_never = 0xff800000u;
+    const uint32_t *mask = g->failed || llmi_greedy(logits, vocab) < 0 ? NULL : llmi_guide_mask(g, at, left);
+    int32_t rest = mask ? llmi_guide_rest(g, at) : 0, next = 0;
+    float never;
+    if (!mask) {
+        if (g->failed) llmi_nomem(err, "grammar");
+        else moq_fail(err, MOQ_E_STATE, "logits", "none of %d logits is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP", vocab);
+        return -1;
+    }
+    if (llmi_pool_at(&g->configs, at->config)[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
+    memcpy(&never, &bits_of_never, sizeof never);
+    for (int32_t i = 0; i < vocab; i++)
+        if (i >= (int32_t)(g->words * 32) || !(mask[i >> 5] >> (i & 31) & 1)) logits[i] = never;
+    for (;;) {
+        uint64_t state = random ? *random : 0;
+        int32_t id = llm_sample(s, logits, vocab, &state, scratch, index);
+        /* the model is sure that none of them can be: the first that may */
+        for (; id < 0 && next < vocab && next < (int32_t)(g->words * 32); next++)
+            if (mask[next >> 5] >> (next & 31) & 1) id = next;
+        if (id < 0) break;
+        llmi_place to = *at;
+        int ends = llmi_guide_is_end(g, id), complete = llmi_pool_at(&g->configs, at->config)[LLMI_C_FLAGS] & LLMI_COMPLETE;
+        int moved = ends ? 2 * (complete != 0) : llmi_guide_advance(g, &to, id);
+        if (moved < 0) break;
+        if (moved == 2 || (moved == 1 && llmi_guide_rest(g, &to) < left)) {
+            if (random) *random = state;
+            *at = to;
+            return id;
+        }
+        logits[id] = never;
+    }
+    if (g->failed) llmi_nomem(err, "grammar");
+    else moq_fail(err, MOQ_E_STATE, "grammar", "none of the tokens can go on in the %lld that are left, of which the document needs %d", (long long)left, (int)rest);
+    return -1;
+}
+
+/* ---- making ---- */
+
+/* From a state along a fixed text by whole tokens: often fewer than its bytes. */
+static int32_t llmi_guide_chain(const llmi_guide *g, int32_t state)
+{
+    const llm_grammar *r = g->g;
+    int32_t best = LLMI_FAR, at = state;
+    for (uint32_t node = 0; r->states[at].kind == LLMI_G_BYTES && r->states[at].most - r->states[at].least == 1;) {
+        const llmi_grange *range = &r->ranges[r->states[at].least];
+        if (range->lo != range->hi || (node = llmi_lex_child(g->x, node, range->lo)) == 0) break;
+        at = range->next;
+        if (r->states[at].loop != r->states[state].loop) break;
+        if (g->x->nodes[node].token >= 0 && llmi_g_sum(g->near[at], 1) < best) best = g->near[at] + 1;
+    }
+    return best;
+}
+
+/* near [states]: like llmi_g_measure, in tokens of this vocabulary. */
+static void llmi_guide_measure(llmi_guide *g)
+{
+    int32_t single[256];
+    int changed = 1;
+    for (int b = 0; b < 256; b++) single[b] = g->x->child[b] && g->x->nodes[g->x->child[b]].token >= 0 ? 1 : LLMI_FAR;
+    for (size_t i = 0; i < g->g->state_count; i++) g->near[i] = LLMI_FAR;
+    while (changed) {
+        changed = 0;
+        for (size_t i = 0; i < g->g->state_count; i++) {
+            int32_t cost = llmi_g_cost(g->g, g->near, (int32_t)i, single), chain = llmi_guide_chain(g, (int32_t)i);
+            if (chain < cost) cost = chain;
+            if (cost < g->near[i]) { g->near[i] = cost; changed = 1; }
+        }
+    }
+}
+
+/* Empty tables with the two nodes that have no state, and the empty list, name and set. */
+static void llmi_guide_clear(llmi_guide *g)
+{
+    int32_t bottom[LLMI_N_WIDTH], none[3] = {-1, -1, 0};
+    llmi_pool *pools[7];
+    pools[0] = &g->nodes; pools[1] = &g->lists; pools[2] = &g->configs; pools[3] = &g->steps;
+    pools[4] = &g->locals; pools[5] = &g->names; pools[6] = &g->sets;
+    for (int i = 0; i < 7; i++) llmi_pool_drop(pools[i]);
+    llmi_arena_drop(&g->kept);
+    g->flat.count = g->todo.count = g->found.count = 0;
+    g->mark = 0;
+    g->key_now = -1;
+    memset(bottom, 0, sizeof bottom);
+    for (int32_t i = 0; i < 2; i++) {
+        bottom[LLMI_N_STATE] = -1 - i;
+        if (llmi_pool_add(&g->nodes, bottom) < 0) g->failed = 1;
+    }
+    if (llmi_pool_add(&g->lists, none) < 0 || llmi_pool_add(&g->names, none) < 0 || llmi_pool_add(&g->sets, none) < 0) g->failed = 1;
+    g->mark++;
+    if (!g->failed) llmi_guide_visit(g, llmi_guide_node(g, g->g->rules[g->g->root].start, 0, LLMI_NODE_BOTTOM));
+    g->start = g->failed ? -1 : llmi_guide_close(g);
+}
+
+static void llmi_guide_drop(llmi_guide *g)
+{
+    if (!g) return;
+    moq_allocator a = g->a;
+    llmi_pool_drop(&g->nodes);
+    llmi_pool_drop(&g->lists);
+    llmi_pool_drop(&g->configs);
+    llmi_pool_drop(&g->steps);
+    llmi_pool_drop(&g->locals);
+    llmi_pool_drop(&g->names);
+    llmi_pool_drop(&g->sets);
+    llmi_arena_drop(&g->kept);
+    llmi_ids_drop(&g->flat);
+    llmi_ids_drop(&g->todo);
+    llmi_ids_drop(&g->found);
+    llmi_ids_drop(&g->accepted);
+    llmi_ids_drop(&g->leaves);
+    moq_release(&a, g->near, g->g->state_count * sizeof *g->near);
+    moq_release(&a, g->path, ((size_t)g->x->longest + 2) * sizeof *g->path);
+    moq_release(&a, g->bits, g->words * sizeof *g->bits);
+    moq_release(&a, g, sizeof *g);
+}
+
+/* One user less; the last one frees it. */
+static void llmi_guide_leave(llmi_guide *g)
+{
+    if (g && --g->users == 0) llmi_guide_drop(g);
+}
+
+/* More ids that end a turn, beside the tokenizer's own. */
+static void llmi_guide_add_end(llmi_guide *g, int32_t id)
+{
+    if (id >= 0 && id < (int32_t)(g->words * 32) && g->end_count < 2 * LLMI_MAX_ENDS && !llmi_guide_is_end(g, id)) g->ends[g->end_count++] = id;
+}
+
+/* A grammar on a vocabulary; both must outlive it. A vocabulary that cannot spell the grammar's texts is refused. */
+static llmi_guide *llmi_guide_make(const llm_grammar *grammar, const llmi_lexicon *x, const moq_allocator *a, moq_error *err)
+{
+    llmi_guide *g = (llmi_guide *)moq_allocate(a, sizeof *g);
+    if (!g) { llmi_nomem(err, "grammar"); return NULL; }
+    if (a) g->a = *a;
+    g->g = grammar;
+    g->x = x;
+    g->users = 1;
+    g->nodes = llmi_pool_make(&g->a, LLMI_N_WIDTH, 3);
+    g->lists = llmi_pool_make(&g->a, 3, 2);
+    g->configs = llmi_pool_make(&g->a, LLMI_C_WIDTH, 2);
+    g->steps = llmi_pool_make(&g->a, 3, 2);
+    g->locals = llmi_pool_make(&g->a, 1 + (int32_t)(sizeof(llmi_local *) / sizeof(int32_t)), 1);
+    g->names = llmi_pool_make(&g->a, 3, 2);
+    g->sets = llmi_pool_make(&g->a, 3, 3);
+    g->flat = g->todo = g->found = g->accepted = g->leaves = llmi_ids_make(&g->a);
+    g->kept = llmi_arena_make(&g->a);
+    g->words = ((size_t)x->vocab + 31) / 32 + 1;
+    g->near = (int32_t *)moq_allocate(&g->a, grammar->state_count * sizeof *g->near);
+    g->path = (int32_t *)moq_allocate(&g->a, ((size_t)x->longest + 2) * sizeof *g->path);
+    g->bits = (uint32_t *)moq_allocate(&g->a, g->words * sizeof *g->bits);
+    for (int32_t i = 0; i < x->t->end_count; i++) llmi_guide_add_end(g, x->t->ends[i]);
+    if (g->near && g->path && g->bits) {
+        llmi_guide_measure(g);
+        if (g->near[grammar->rules[grammar->root].start] < LLMI_FAR) llmi_guide_clear(g);
+        else moq_fail(err, MOQ_E_GRAMMAR, "grammar", "the vocabulary has no tokens for bytes that every text of the grammar needs");
+        if (g->start >= 0 && !g->failed && g->nodes.count) return g;
+    }
+    if (!g->near || !g->path || !g->bits || g->failed) llmi_nomem(err, "grammar");
+    llmi_guide_drop(g);
+    return NULL;
+}
+
+/* Tokens of the shortest document. */
+static int32_t llmi_guide_shortest(const llmi_guide *g) { return g->near[g->g->rules[g->g->root].start]; }
+
+/* The beginning of a document. Tables that have grown large are emptied when nobody else can stand in the middle of a document. */
+static llmi_place llmi_guide_begin(llmi_guide *g)
+{
+    llmi_place p = {0, -1, 1};
+    if (g->users == 1 && (g->nodes.count > LLMI_GUIDE_MOST || g->failed)) {
+        g->failed = 0;
+        llmi_guide_clear(g);
+    }
+    p.config = g->start < 0 ? 0 : g->start;
+    return p;
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>llm-session     conversations: opening, saying, framing
    The tokens in the KV cache always equal a prefix of the frame around the whole conversation; only the rest is run.
    ------------------------------------------------------------------------------------------------ */
@@ -6339,6 +9649,8 @@ typedef struct llmi_house {
     llm_info info;
     /* bytes of the longest text that one token can add */
     size_t token_bytes;
+    /* made for the first grammar */
+    llmi_lexicon *lexicon;
     /* [slots] whose conversation a slot of the cache holds; NULL: nobody's */
     struct llm **by_slot;
     int32_t conversations;
@@ -6400,6 +9712,14 @@ struct llm {
     /* how many tokens are guessed, and by whom; NULL: from the conversation itself */
     int32_t draft;
     struct llm *drafter;
+
+    /* what answers must be, NULL: anything, and how long at most; shared with forks */
+    llmi_guide *guide;
+    int32_t most;
+    /* of the present answer: does the guide lead it, from where, after how many tokens? */
+    int guided;
+    llmi_place place;
+    int32_t written;
 };
 
 /* forward: whoever says, closes or forgets something leaves the pass in progress, which >>llm-step runs; opening asks >>llm-plan */
@@ -6541,6 +9861,7 @@ static moq_result llmi_house_open(llmi_house *h, moq_error *err)
 static void llmi_house_close(llmi_house *h)
 {
     moq_allocator a = h->a;
+    llmi_lexicon_drop(h->lexicon);
     llm_tokenizer_close(h->tokenizer);
     if (h->model.be) llmi_model_close(&h->model);
     moq_backend_destroy(h->own_backend);
@@ -6574,6 +9895,7 @@ static void llmi_leave(llm *m)
     llmi_bytes_drop(&m->stops);
     llmi_bytes_drop(&m->tokens);
     llmi_ids_drop(&m->ids);
+    llmi_guide_leave(m->guide);
     moq_release(&a, m->last, (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last);
     h->by_slot[m->slot] = NULL;
     h->conversations--;
@@ -6904,6 +10226,9 @@ static moq_result llmi_begin(llm *m)
     m->from_bytes = 0;
     m->raw.count = m->text.count = m->tokens.count = 0;
     m->phase = LLMI_PROMPT;
+    m->guided = m->guide != NULL;
+    m->written = 0;
+    if (m->guide) m->place = llmi_guide_begin(m->guide);
     return MOQ_OK;
 }
 
@@ -6971,7 +10296,7 @@ static moq_result llmi_show_piece(llm *m, int all)
     size_t from = 0, start, end = m->raw.count;
     int fits = 1, stopped = 0;
     m->piece.count = 0;
-    if (m->stops.count) {
+    if (m->stops.count && !m->guided) {
         end = llmi_before_stop(m, &stopped);
         if (all && !stopped) end = m->raw.count;
     }
@@ -7003,15 +10328,28 @@ static int llmi_ends_turn(const llm *m, int32_t id)
     return llm_is_end(m->tokenizer, id);
 }
 
-/* The next token from logits [vocab], which stay as they are: penalties and bias work on a copy. -1: none is a number. */
+/* Tokens that an answer with a grammar may still have: as many as its limit and the context leave. */
+static int64_t llmi_left(const llm *m)
+{
+    int64_t context = m->model->c.context, room = context - (int64_t)m->ids.count;
+    int64_t most = m->most ? m->most : m->house->desc.endless ? context / 4 : context;
+    return m->house->desc.endless || room > most - m->written ? most - m->written : room;
+}
+
+/* The next token from logits [vocab], which stay as they are: penalties, bias and masks work on a copy. -1: none is a number, or
+   the grammar has an error for m->kept. */
 static int32_t llmi_pick(llm *m, const float *logits)
 {
     llmi_house *h = m->house;
     int32_t vocab = m->model->c.vocab;
-    if (llmi_penalizes(&m->sampling)) {
-        memcpy(h->mixed, logits, (size_t)vocab * sizeof *logits);
-        llm_penalize(&m->sampling, m->ids.data, m->ids.count, m->answer, h->mixed, vocab, h->index);
-        logits = h->mixed;
+    int mixes = llmi_penalizes(&m->sampling);
+    if (mixes || m->guided) memcpy(h->mixed, logits, (size_t)vocab * sizeof *logits);
+    if (mixes) llm_penalize(&m->sampling, m->ids.data, m->ids.count, m->answer, h->mixed, vocab, h->index);
+    if (mixes) logits = h->mixed;
+    if (m->guided) {
+        int32_t id = llmi_guide_pick(m->guide, &m->place, &m->sampling, h->mixed, vocab, llmi_left(m), &m->random, h->scratch, h->index, &m->kept);
+        m->written++;
+        return id;
     }
     return llm_sample(&m->sampling, logits, vocab, &m->random, h->scratch, h->index);
 }
@@ -7024,6 +10362,8 @@ static moq_result llmi_choose(llm *m)
     int32_t id = llmi_pick(m, logits), row = m->row++;
     llm_token token;
     moq_result r;
+    int finished;
+    if (id < 0 && m->guided) return m->kept.code;
     if (id < 0)
         return moq_fail(&m->kept, MOQ_E_STATE, "logits",
                         "none of %d logits after %zu tokens is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP (moq verify --deep)",
@@ -7043,9 +10383,10 @@ static moq_result llmi_choose(llm *m)
     if (!llmi_ids_add(&m->ids, &id, 1)) return llmi_nomem(&m->kept, "answer");
     m->stats.generated_tokens++;
     if (llmi_decode_newest(m) < 0) return MOQ_E_NOMEM;
-    r = llmi_show_piece(m, 0);
+    finished = m->guided && llmi_guide_finished(m->guide, &m->place);
+    r = llmi_show_piece(m, finished);
     m->stats.generate_seconds += moq_seconds() - start;
-    return r;
+    return finished ? llmi_end(m, r) : r;
 }
 
 /* The tokens of the answer, one llm_token each. */
@@ -7053,6 +10394,35 @@ LLM_API const llm_token *llm_get_tokens(const llm *m, size_t *count)
 {
     *count = m ? m->tokens.count / sizeof(llm_token) : 0;
     return m ? (const llm_token *)(const void *)m->tokens.data : NULL;
+}
+
+/* The shortest text must fit; whether it does after the prompt is seen when the answer begins. */
+LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tokens, moq_error *err)
+{
+    llmi_guide *guide = NULL;
+    if (!m) return moq_fail(err, MOQ_E_ARG, "llm_set_grammar", "the model is NULL");
+    if (max_tokens < 0) return moq_fail(err, MOQ_E_ARG, "llm_set_grammar", "max_tokens is %d; 0 is the default", max_tokens);
+    if (m->phase > LLMI_BEGIN) return moq_fail(err, MOQ_E_STATE, "llm_set_grammar", "an answer is being written; wait for its end, cancel it or reset");
+    if (g && !m->tokenizer) return moq_fail(err, MOQ_E_STATE, "llm_set_grammar", "the model was opened without a tokenizer, so its tokens have no text");
+    if (g && !m->house->lexicon && !(m->house->lexicon = llmi_lexicon_make(m->tokenizer, &m->house->a))) return llmi_nomem(err, "grammar");
+    if (g && m->guide && m->guide->g == g) {
+        guide = m->guide;
+        guide->users++;
+    } else if (g) {
+        guide = llmi_guide_make(g, m->house->lexicon, &m->house->a, err);
+        if (!guide) return llmi_code(err, MOQ_E_GRAMMAR);
+        for (int32_t i = 0; i < m->model->c.end_count; i++) llmi_guide_add_end(guide, m->model->c.ends[i]);
+    }
+    if (guide && llmi_guide_shortest(guide) > (max_tokens ? max_tokens : m->model->c.context)) {
+        moq_fail(err, MOQ_E_LIMIT, "grammar", "its shortest text has %d tokens, of which %d are allowed; raise max_tokens or the context",
+                 (int)llmi_guide_shortest(guide), (int)(max_tokens ? max_tokens : m->model->c.context));
+        llmi_guide_leave(guide);
+        return MOQ_E_LIMIT;
+    }
+    llmi_guide_leave(m->guide);
+    m->guide = guide;
+    m->most = max_tokens;
+    return MOQ_OK;
 }
 
 /* ---- guessing ---- */
@@ -7444,7 +10814,7 @@ LLM_API void llm_reset(llm *m)
     m->turns.count = m->words.count = m->ids.count = m->text.count = m->raw.count = m->piece.count = m->tokens.count = 0;
     m->done = m->answer = m->from = m->from_bytes = 0;
     m->ready = m->answered = 0;
-    m->row = m->rows = m->guesses = 0;
+    m->row = m->rows = m->guesses = m->guided = 0;
     m->random = m->sampling.seed;
     m->model->length[m->slot] = 0;
     memset(&m->stats, 0, sizeof m->stats);
@@ -7632,6 +11002,10 @@ LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *e
         return SIZE_MAX;
     }
     if (llmi_check_state(m, 0, err) < 0) return SIZE_MAX;
+    if (m->guided && m->phase > LLMI_BEGIN) {
+        moq_fail(err, MOQ_E_STATE, "grammar", "an answer that a grammar leads cannot be saved in the middle; save before or after it");
+        return SIZE_MAX;
+    }
     llmi_settle_whole(m);
     need = llmi_write_state(m, NULL);
     if (bytes && capacity >= need) llmi_write_state(m, (uint8_t *)bytes);
@@ -7751,7 +11125,7 @@ static void llmi_take_state(llm *m, const llmi_saved *s)
     m->from_bytes = (size_t)v[6];
     m->random = v[7];
     m->ready = (int)v[8];
-    m->row = m->guesses = 0;
+    m->row = m->guesses = m->guided = 0;
     m->rows = (int32_t)v[9];
     m->ids.count = (size_t)v[10];
     if (v[10]) memcpy(m->ids.data, s->ids, (size_t)v[10] * sizeof *m->ids.data);
@@ -7855,6 +11229,12 @@ static int llmi_copy_talk(llm *to, const llm *from)
     to->from_bytes = from->from_bytes;
     to->ready = from->ready;
     to->draft = from->draft;
+    to->guide = from->guide;
+    if (to->guide) to->guide->users++;
+    to->most = from->most;
+    to->guided = from->guided;
+    to->place = from->place;
+    to->written = from->written;
     to->row = 0;
     to->rows = from->row < from->rows;
     if (to->rows) memcpy(to->last, from->last + (size_t)from->row * vocab, vocab * sizeof *to->last);
