@@ -87,6 +87,9 @@
                          >>recipe       which modules a recipe covers, recorded calibration, smoothing, shared scales
        >>api-calib       >>calib        calibration algorithms over float arrays
                          >>observe      a backend that shows what goes through another one
+                         >>tape         what an engine asks of a backend, kept and done again
+                         >>replay       a tape's calls again, with candidates in place of layers
+                         >>gradient     the way back through a tape
                          >>search       AutoQuantize: which units get which format within a budget of bits
                          >>calibrate    passes of a model under observation
                         >>statistics   what passes found, under ModelOpt's names
@@ -14864,6 +14867,7 @@ typedef struct moqi_watch {
     size_t elem;                       /* bytes of one activation */
     const moqi_kernels *k;             /* for what is computed on the host */
     int round;                         /* results become BF16 */
+    void *tape;                        /* of >>tape, which puts its own calls into the table */
     moq_error failed;                  /* the first failure while running, for sync */
 } moqi_watch;
 
@@ -15539,6 +15543,1509 @@ MOQ_API void moq_end_batch(moq_backend *watch)
 {
     moqi_watch *w = watch && watch->destroy == moqi_watch_destroy ? moqi_watch_of(watch) : NULL;
     if (w && w->o.end_batch) w->o.end_batch(w->o.user);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>tape            what an engine asks of a backend, kept and done again
+   While it records, nothing is computed: a batch is first written down, then replayed piece by piece. A piece ("segment") begins at each
+   norm of the residual stream; what it reads from before is kept, all else is computed again. Memory: two rows of the stream a segment.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQI_OP_EMBED, MOQI_OP_LINEAR, MOQI_OP_MOE, MOQI_OP_KV, MOQI_OP_ATTENTION, MOQI_OP_NORM, MOQI_OP_TABLE, MOQI_OP_ROPE, MOQI_OP_ACTIVATION,
+       MOQI_OP_ADD, MOQI_OP_COPY, MOQI_OP_SSM, MOQI_OP_LOGITS };
+
+/* One call. Pointers are those of the engine: the same memory serves every layer and every chunk. */
+typedef struct moqi_op {
+    int what;
+    int32_t rows, n;        /* n: values a row of an activation; vocabulary of logits; dims of a table */
+    size_t ints;            /* where its integers begin: ids, positions, or slots and then positions */
+    const void *x;
+    void *y;
+    const void *object;     /* weight, experts, cache, mixer */
+    float scale;
+    int64_t first;          /* logits: row of the chunk; an addition: values */
+    union {
+        moq_norm_desc norm;
+        moq_rope_desc rope;
+        moq_attention_desc attention;
+        moq_activation_desc activation;
+        moq_copy_desc copy;
+        struct { const void *v; int64_t k_stride, v_stride; } kv;
+        const void *logits; /* of a mixture */
+        const float *freq;
+    } d;
+    float *saved, *also;    /* inputs, while its segment is worked on; NULL else */
+} moqi_op;
+
+/* Memory that the engine asked for. */
+typedef struct moqi_area { float *data; size_t bytes; float *grad; int64_t floats; } moqi_area; /* grad [floats]: while a batch is worked on */
+
+enum { MOQI_LIVE = 8 };
+
+/* What a segment reads that it has not written: values before it, and afterwards gradients. */
+typedef struct moqi_snap {
+    int count;
+    int32_t area[MOQI_LIVE];
+    int64_t floats[MOQI_LIVE];
+    float *values[MOQI_LIVE], *grads[MOQI_LIVE];
+} moqi_snap;
+
+/* The calls of one forward pass of up to `chunk` tokens. */
+typedef struct moqi_chunk {
+    size_t first, end;      /* operations */
+    int32_t rows, pos;      /* pos: of the first row; 0 begins a sequence */
+    size_t ids;
+    int64_t logits;         /* rows whose logits were asked for */
+    size_t bounds;          /* index of the first of its bounds: the operation that begins segment 1, 2, ... */
+    int32_t segments;
+    moqi_snap *snap;        /* [segments] */
+} moqi_chunk;
+
+/* Keys and values of a sequence in one cache, and their gradients. */
+typedef struct moqi_tape_kv {
+    struct moqi_tape_kv *next;
+    const void *cache;
+    int64_t kn, vn;         /* values a row */
+    float *k, *v, *dk, *dv; /* [rows of the sequence, kn or vn] */
+} moqi_tape_kv;
+
+/* How a candidate holds a layer: what AutoQuantize tries out without writing it. */
+typedef struct moqi_fake {
+    const moq_recipe *recipe;
+    float input_amax;       /* 0: found in each token */
+    float top;              /* amax of the weight where layers share one; 0: of the weight */
+    const float *p;         /* pre_quant_scale [cols] in BF16, or NULL */
+    const float *s;         /* what the weight is multiplied with, [cols] in BF16 */
+    const float *amax;      /* static block scales: [rows, cols / 16], or NULL */
+    float blocks_top;       /* their global amax */
+    int norm256;            /* four over six */
+} moqi_fake;
+
+typedef struct moqi_tape moqi_tape;
+
+/* What is done with a tape. Entries may be NULL. */
+typedef struct moqi_tape_user {
+    void *user;
+    moq_result (*batch)(void *user, moqi_tape *t, moq_error *err);                     /* a batch is complete */
+    const moqi_fake *(*fake)(void *user, const moq_linear *layer, int format);         /* NULL: as it is */
+    void (*score)(void *user, const moq_linear *layer, int format, double v);          /* add v to its unit */
+    void (*grad)(void *user, const moq_linear *layers, int32_t parts, const float *dy, int32_t rows); /* dLoss / d output, loss summed over tokens */
+    int formats;
+} moqi_tape_user;
+
+struct moqi_tape {
+    moqi_watch *w;
+    moq_allocator a;
+    moqi_tape_user u;
+    moqi_buffer ops, ints, chunks, bounds, areas;
+    moqi_arena batch, work; /* of the batch; of one segment of one sequence */
+    moqi_tape_kv *kv;
+    const moq_parallel *par;
+    double cap;             /* logits = cap tanh(logits / cap); 0: none */
+    double loss;            /* of the batch: sum over tokens */
+    int64_t labels;         /* tokens that have a successor */
+    int saving;             /* operations keep their inputs */
+    int format;             /* candidate that replays use; -1: none */
+    int open;               /* inside of a chunk */
+    moq_error failed;
+};
+
+static moqi_tape *moqi_tape_of(const moq_backend *be) { return (moqi_tape *)moqi_watch_of(be)->tape; }
+static moqi_op *moqi_ops(const moqi_tape *t) { return (moqi_op *)(void *)t->ops.data; }
+static moqi_chunk *moqi_chunks(const moqi_tape *t) { return (moqi_chunk *)(void *)t->chunks.data; }
+static size_t moqi_chunk_count(const moqi_tape *t) { return t->chunks.bytes / sizeof(moqi_chunk); }
+static const int32_t *moqi_ints(const moqi_tape *t, size_t at) { return (const int32_t *)(const void *)t->ints.data + at; }
+static size_t moqi_bound(const moqi_tape *t, const moqi_chunk *c, int32_t segment)
+{
+    if (segment == 0) return c->first;
+    if (segment >= c->segments) return c->end;
+    return ((const size_t *)(const void *)t->bounds.data)[c->bounds + (size_t)segment - 1];
+}
+
+static void moqi_tape_nomem(moqi_tape *t, uint64_t bytes)
+{
+    if (t->failed.code == MOQ_OK) moqi_nomem(&t->failed, bytes);
+}
+
+static float *moqi_tape_room(moqi_tape *t, moqi_arena *r, int64_t n)
+{
+    float *p = (float *)moqi_take_array(r, (uint64_t)n, sizeof *p);
+    if (!p) moqi_tape_nomem(t, (uint64_t)n * sizeof *p);
+    return p;
+}
+
+static float *moqi_tape_copy(moqi_tape *t, moqi_arena *r, const void *x, int64_t n)
+{
+    float *p = moqi_tape_room(t, r, n);
+    if (p) memcpy(p, x, (size_t)n * sizeof *p);
+    return p;
+}
+
+/* ---- recording ---- */
+
+static moqi_op moqi_op_make(int what, const void *x, int32_t rows, void *y, const void *object)
+{
+    moqi_op o;
+    memset(&o, 0, sizeof o);
+    o.what = what;
+    o.x = x;
+    o.rows = rows;
+    o.y = y;
+    o.object = object;
+    return o;
+}
+
+static void moqi_tape_add(moqi_tape *t, moqi_op o)
+{
+    size_t n = t->ops.bytes / sizeof o;
+    if (!t->open) return; /* before the first token there is nothing to do again */
+    if (!moqi_buffer_add(&t->ops, &o, sizeof o)) moqi_tape_nomem(t, sizeof o);
+    moqi_chunks(t)[moqi_chunk_count(t) - 1].end = n + 1;
+}
+
+static size_t moqi_tape_ints(moqi_tape *t, const int32_t *v, int32_t n)
+{
+    size_t at = t->ints.bytes / sizeof *v;
+    if (!moqi_buffer_add(&t->ints, v, (size_t)n * sizeof *v)) moqi_tape_nomem(t, (uint64_t)n * sizeof *v);
+    return at;
+}
+
+/* Slots and positions of a batch. The first batch of a chunk says where it stands in its sequence. */
+static size_t moqi_tape_places(moqi_tape *t, const moq_batch *b)
+{
+    size_t at = moqi_tape_ints(t, b->slot, b->rows);
+    moqi_tape_ints(t, b->pos, b->rows);
+    if (t->open && b->rows > 0) moqi_chunks(t)[moqi_chunk_count(t) - 1].pos = b->pos[0];
+    return at;
+}
+
+static void *moqi_tape_alloc(moq_backend *be, size_t bytes, moq_error *err)
+{
+    moqi_tape *t = moqi_tape_of(be);
+    moqi_area a;
+    memset(&a, 0, sizeof a);
+    a.data = (float *)moqi_watch_alloc(be, bytes, err);
+    a.bytes = bytes;
+    if (a.data && !moqi_buffer_add(&t->areas, &a, sizeof a)) moqi_tape_nomem(t, sizeof a);
+    return a.data;
+}
+
+static void moqi_tape_release(moq_backend *be, void *p)
+{
+    moqi_tape *t = moqi_tape_of(be);
+    moqi_area *a = (moqi_area *)(void *)t->areas.data;
+    size_t n = t->areas.bytes / sizeof *a;
+    for (size_t i = 0; i < n; i++)
+        if ((void *)a[i].data == p) { a[i] = a[n - 1]; t->areas.bytes -= sizeof *a; break; }
+    t->open = 0;
+    moqi_watch_release(be, p);
+}
+
+/* A chunk begins. */
+static void moqi_tape_embed(moq_backend *be, const moq_weight *weight, const int32_t *ids, int32_t count, float scale, void *y)
+{
+    moqi_tape *t = moqi_tape_of(be);
+    moqi_op o = moqi_op_make(MOQI_OP_EMBED, NULL, count, y, weight);
+    moqi_chunk c;
+    memset(&c, 0, sizeof c);
+    c.first = c.end = t->ops.bytes / sizeof o;
+    c.rows = count;
+    c.ids = o.ints = moqi_tape_ints(t, ids, count);
+    c.bounds = t->bounds.bytes / sizeof(size_t);
+    c.segments = 1;
+    o.scale = scale;
+    t->open = moqi_buffer_add(&t->chunks, &c, sizeof c);
+    if (!t->open) moqi_tape_nomem(t, sizeof c);
+    moqi_tape_add(t, o);
+}
+
+static void moqi_tape_linear(moq_backend *be, const moq_weight *weight, const void *x, int32_t rows, void *y)
+{
+    moqi_tape_add(moqi_tape_of(be), moqi_op_make(MOQI_OP_LINEAR, x, rows, y, weight));
+}
+
+static void moqi_tape_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_MOE, x, rows, y, experts);
+    o.d.logits = logits;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_KV, k, b->rows, NULL, cache);
+    o.ints = moqi_tape_places(moqi_tape_of(be), b);
+    o.d.kv.v = v;
+    o.d.kv.k_stride = k_stride;
+    o.d.kv.v_stride = v_stride;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *a)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_ATTENTION, a->q, b->rows, a->y, a->cache);
+    o.ints = moqi_tape_places(moqi_tape_of(be), b);
+    o.n = b->max_pos;
+    o.d.attention = *a;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+/* Does a segment begin here? At the norms that take up what the last block added, and at the very first. */
+static void moqi_tape_norm(moq_backend *be, const moq_norm_desc *n)
+{
+    moqi_tape *t = moqi_tape_of(be);
+    moqi_op o = moqi_op_make(MOQI_OP_NORM, n->x, n->rows, n->y, NULL);
+    size_t at = t->ops.bytes / sizeof o;
+    moqi_chunk *c = t->open ? &moqi_chunks(t)[moqi_chunk_count(t) - 1] : NULL;
+    o.d.norm = *n;
+    if (c && (n->add || c->segments == 1)) {
+        if (moqi_buffer_add(&t->bounds, &at, sizeof at)) c->segments++;
+        else moqi_tape_nomem(t, sizeof at);
+    }
+    moqi_tape_add(t, o);
+}
+
+static void moqi_tape_table(moq_backend *be, const int32_t *pos, int32_t rows, const float *inv_freq, int32_t dims, float scale, float *table)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_TABLE, NULL, rows, table, NULL);
+    o.n = dims;
+    o.scale = scale;
+    o.d.freq = inv_freq;
+    o.ints = moqi_tape_ints(moqi_tape_of(be), pos, rows);
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_rope(moq_backend *be, const moq_rope_desc *r)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_ROPE, r->x, r->rows, r->x, NULL);
+    o.d.rope = *r;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_ACTIVATION, x, rows, y, NULL);
+    o.n = n;
+    o.d.activation = *a;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_plus(moq_backend *be, void *x, const void *y, size_t count)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_ADD, y, 1, x, NULL);
+    o.first = (int64_t)count;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_copy_heads(moq_backend *be, const moq_copy_desc *c)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_COPY, c->x, c->rows, c->y, NULL);
+    o.d.copy = *c;
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+static void moqi_tape_ssm(moq_backend *be, moq_ssm *ssm, const moq_batch *b, const void *x, void *y)
+{
+    moqi_op o = moqi_op_make(MOQI_OP_SSM, x, b->rows, y, ssm);
+    o.ints = moqi_tape_places(moqi_tape_of(be), b);
+    moqi_tape_add(moqi_tape_of(be), o);
+}
+
+/* What leaves the device are logits: the output of the last layer. */
+static void moqi_tape_download(moq_backend *be, float *dst, const void *src, size_t count)
+{
+    moqi_tape *t = moqi_tape_of(be);
+    const moqi_op *last = t->ops.bytes ? &moqi_ops(t)[t->ops.bytes / sizeof(moqi_op) - 1] : NULL;
+    memset(dst, 0, count * sizeof *dst);
+    if (!t->open || !last || last->what != MOQI_OP_LINEAR || last->y != src) return;
+    moqi_op o = moqi_op_make(MOQI_OP_LOGITS, src, last->rows, NULL, NULL);
+    moqi_chunk *c = &moqi_chunks(t)[moqi_chunk_count(t) - 1];
+    o.n = (int32_t)(count / (size_t)last->rows);
+    o.first = c->logits;
+    c->logits += o.rows;
+    moqi_tape_add(t, o);
+}
+
+static moq_result moqi_tape_sync(moq_backend *be, moq_error *err)
+{
+    moqi_tape *t = moqi_tape_of(be);
+    moq_error kept = t->failed;
+    moqi_clear(&t->failed);
+    if (kept.code == MOQ_OK) return moqi_watch_sync(be, err);
+    if (err) *err = kept;
+    return kept.code;
+}
+
+static void moqi_tape_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
+{
+    (void)be;
+    (void)x;
+    (void)n;
+    memset(index, 0, (size_t)rows * sizeof *index);
+}
+
+/* Everything of the batch is forgotten. */
+static void moqi_tape_clear(moqi_tape *t)
+{
+    moqi_area *a = (moqi_area *)(void *)t->areas.data;
+    for (size_t i = 0; i < t->areas.bytes / sizeof *a; i++) a[i].grad = NULL;
+    t->ops.bytes = t->ints.bytes = t->chunks.bytes = t->bounds.bytes = 0;
+    moqi_arena_drop(&t->batch);
+    moqi_arena_drop(&t->work);
+    t->batch = moqi_arena_make(&t->a);
+    t->work = moqi_arena_make(&t->a);
+    t->kv = NULL;
+    t->open = 0;
+}
+
+static void moqi_tape_end_batch(void *user)
+{
+    moqi_tape *t = (moqi_tape *)user;
+    moqi_watch *w = t->w;
+    if (moqi_chunk_count(t) > 0 && t->failed.code == MOQ_OK && t->u.batch) {
+        moq_error err;
+        moqi_clear(&err);
+        if (t->u.batch(t->u.user, t, &err) < 0 && t->failed.code == MOQ_OK) t->failed = err;
+        if (t->failed.code == MOQ_OK && w->failed.code != MOQ_OK) t->failed = w->failed;
+    }
+    moqi_tape_clear(t);
+}
+
+static void moqi_tape_destroy(moqi_tape *t)
+{
+    if (!t) return;
+    moq_allocator a = t->a;
+    moqi_tape_clear(t);
+    moqi_arena_drop(&t->batch);
+    moqi_arena_drop(&t->work);
+    moqi_buffer_drop(&t->ops);
+    moqi_buffer_drop(&t->ints);
+    moqi_buffer_drop(&t->chunks);
+    moqi_buffer_drop(&t->bounds);
+    moqi_buffer_drop(&t->areas);
+    moq_backend_destroy(&t->w->be);
+    moq_release(&a, t, sizeof *t);
+}
+
+/* A tape over a CPU backend; be of t->w is what the engine gets. bf16: as moq_observer's. */
+static moqi_tape *moqi_tape_create(moq_backend *inner, int bf16, const moqi_tape_user *u, const moq_parallel *par, const moq_allocator *a, moq_error *err)
+{
+    moq_observer o;
+    moqi_tape *t = (moqi_tape *)moq_allocate(a, sizeof *t);
+    if (!t) { moqi_nomem(err, sizeof *t); return NULL; }
+    memset(&o, 0, sizeof o);
+    o.user = t;
+    o.end_batch = moqi_tape_end_batch;
+    o.bf16 = bf16;
+    if (a) t->a = *a;
+    t->u = *u;
+    t->par = par;
+    t->format = -1;
+    moqi_clear(&t->failed);
+    t->ops.a = t->ints.a = t->chunks.a = t->bounds.a = t->areas.a = t->a;
+    t->batch = moqi_arena_make(&t->a);
+    t->work = moqi_arena_make(&t->a);
+    moq_backend *be = moq_observing_backend(inner, &o, a, err);
+    if (!be) { moq_release(a, t, sizeof *t); return NULL; }
+    t->w = moqi_watch_of(be);
+    t->w->tape = t;
+    be->name = "tape";
+    be->alloc = moqi_tape_alloc;
+    be->release = moqi_tape_release;
+    be->sync = moqi_tape_sync;
+    be->download_act = moqi_tape_download;
+    be->embed = moqi_tape_embed;
+    be->linear = moqi_tape_linear;
+    be->moe = moqi_tape_moe;
+    be->kv_append = moqi_tape_kv_append;
+    be->attention = moqi_tape_attention;
+    be->norm = moqi_tape_norm;
+    be->rope_table = moqi_tape_table;
+    be->rope = moqi_tape_rope;
+    be->activation = moqi_tape_activation;
+    be->add = moqi_tape_plus;
+    be->argmax = moqi_tape_argmax;
+    be->ssm = moqi_tape_ssm;
+    be->copy_heads = moqi_tape_copy_heads;
+    return t;
+}
+
+/* ---- which memory a call touches ---- */
+
+typedef struct moqi_span { const void *at; int64_t floats; int write; } moqi_span;
+
+static int moqi_span_add(moqi_span *s, int n, const void *at, int64_t floats, int write)
+{
+    s[n].at = at;
+    s[n].floats = floats;
+    s[n].write = write;
+    return n + 1;
+}
+
+static int64_t moqi_spread_rows(int64_t rows, int64_t stride, int64_t width) { return (rows - 1) * stride + width; }
+static int64_t moqi_or(int64_t a, int64_t b) { return a > 0 ? a : b; }
+
+static int64_t moqi_norm_width(const moq_norm_desc *n) { return (int64_t)n->cols * moqi_or(n->groups, 1); }
+static int64_t moqi_ssm_inner(const moqi_op *o) { return ((const moqi_seen_ssm *)o->object)->width; }
+
+/* Values of a row that enters a mixer. */
+static int64_t moqi_ssm_row_values(const moqi_op *o)
+{
+    const moqi_ssm *s = (const moqi_ssm *)(const void *)((const moqi_seen_ssm *)o->object)->inner;
+    return s->inner + s->width + s->desc.heads;
+}
+
+/* Reads first, then writes; at most 5. */
+static int moqi_op_spans(const moqi_op *o, moqi_span *s)
+{
+    int n = 0;
+    const moqi_seen *w = (const moqi_seen *)o->object;
+    const moqi_seen_moe *m = (const moqi_seen_moe *)o->object;
+    const moqi_seen_kv *c = (const moqi_seen_kv *)o->object;
+    const moq_norm_desc *d = &o->d.norm;
+    const moq_rope_desc *r = &o->d.rope;
+    const moq_attention_desc *a = &o->d.attention;
+    const moq_copy_desc *p = &o->d.copy;
+    int64_t rows = o->rows, width;
+    switch (o->what) {
+    case MOQI_OP_EMBED: return moqi_span_add(s, n, o->y, rows * w->cols, 1);
+    case MOQI_OP_LINEAR:
+        n = moqi_span_add(s, n, o->x, rows * w->cols, 0);
+        return moqi_span_add(s, n, o->y, rows * w->rows, 1);
+    case MOQI_OP_MOE:
+        n = moqi_span_add(s, n, o->x, rows * m->cols, 0);
+        n = moqi_span_add(s, n, o->d.logits, rows * m->routing.experts, 0);
+        return moqi_span_add(s, n, o->y, rows * m->out, 1);
+    case MOQI_OP_KV:
+        n = moqi_span_add(s, n, o->x, moqi_spread_rows(rows, o->d.kv.k_stride, c->desc.kv_heads * c->dim[0]), 0);
+        return moqi_span_add(s, n, o->d.kv.v, moqi_spread_rows(rows, o->d.kv.v_stride, c->desc.kv_heads * c->dim[1]), 0);
+    case MOQI_OP_ATTENTION:
+        n = moqi_span_add(s, n, a->q, moqi_spread_rows(rows, a->q_stride, a->heads * c->dim[0]), 0);
+        return moqi_span_add(s, n, a->y, moqi_spread_rows(rows, a->y_stride, a->heads * c->dim[1]), 1);
+    case MOQI_OP_NORM:
+        width = moqi_norm_width(d);
+        n = moqi_span_add(s, n, d->x, moqi_spread_rows(rows, moqi_or(d->x_stride, width), width), 0);
+        if (d->add) n = moqi_span_add(s, n, d->add, rows * width, 0);
+        if (d->add) n = moqi_span_add(s, n, d->x, rows * width, 1);
+        return moqi_span_add(s, n, d->y, moqi_spread_rows(rows, moqi_or(d->y_stride, width), width), 1);
+    case MOQI_OP_TABLE: return moqi_span_add(s, n, o->y, rows * o->n * 2, 1);
+    case MOQI_OP_ROPE:
+        n = moqi_span_add(s, n, r->x, moqi_spread_rows(rows, r->stride, (int64_t)r->heads * r->head_dim), 0);
+        return moqi_span_add(s, n, r->table, rows * moqi_or(r->dims, r->head_dim), 0);
+    case MOQI_OP_ACTIVATION:
+        n = moqi_span_add(s, n, o->x, rows * o->n * (o->d.activation.kind == MOQ_RELU2 ? 1 : 2), 0);
+        return moqi_span_add(s, n, o->y, rows * o->n, 1);
+    case MOQI_OP_ADD:
+        n = moqi_span_add(s, n, o->y, o->first, 0);
+        return moqi_span_add(s, n, o->x, o->first, 0);
+    case MOQI_OP_COPY:
+        n = moqi_span_add(s, n, p->x, moqi_spread_rows(rows, p->x_stride, (p->heads - 1) * p->x_step + p->width), 0);
+        return moqi_span_add(s, n, p->y, moqi_spread_rows(rows, p->y_stride, (p->heads - 1) * p->y_step + p->width), 1);
+    case MOQI_OP_SSM:
+        n = moqi_span_add(s, n, o->x, rows * moqi_ssm_row_values(o), 0);
+        return moqi_span_add(s, n, o->y, rows * moqi_ssm_inner(o), 1);
+    default: return moqi_span_add(s, n, o->x, rows * o->n, 0);
+    }
+}
+
+/* The area that holds p, or -1. */
+static int32_t moqi_area_of(const moqi_tape *t, const void *p)
+{
+    const moqi_area *a = (const moqi_area *)(const void *)t->areas.data;
+    uintptr_t at = (uintptr_t)p;
+    for (size_t i = 0; i < t->areas.bytes / sizeof *a; i++)
+        if (at - (uintptr_t)a[i].data < a[i].bytes) return (int32_t)i;
+    return -1;
+}
+
+/* Room for gradients, and what every segment of a chunk reads from before: from the last to the first. */
+static moq_result moqi_tape_plan(moqi_tape *t, moqi_chunk *c, moq_error *err)
+{
+    moqi_area *areas = (moqi_area *)(void *)t->areas.data;
+    moqi_span s[6];
+    size_t count = t->areas.bytes / sizeof *areas;
+    uint8_t *live = (uint8_t *)moqi_take(&t->batch, count + 1, 1);
+    int64_t *extent = (int64_t *)moqi_take_array(&t->batch, count + 1, sizeof *extent);
+    c->snap = (moqi_snap *)moqi_take_array(&t->batch, (uint64_t)c->segments, sizeof *c->snap);
+    if (!live || !extent || !c->snap) return moqi_nomem(err, count * 9);
+    memset(live, 0, count + 1);
+    for (size_t i = c->first; i < c->end; i++)
+        for (int k = 0, n = moqi_op_spans(&moqi_ops(t)[i], s); k < n; k++) {
+            int32_t a = moqi_area_of(t, s[k].at);
+            if (a < 0) return moqi_fail(err, MOQ_E_STATE, moqi_at(NULL, NULL, "tape", -1), "the engine computes in memory that is not this backend's");
+            int64_t end = (const float *)s[k].at - areas[a].data + s[k].floats;
+            if (end > extent[a]) extent[a] = end;
+            if (end > areas[a].floats) areas[a].floats = end;
+        }
+    for (int32_t g = c->segments - 1; g >= 0; g--) {
+        moqi_snap *snap = &c->snap[g];
+        for (size_t i = moqi_bound(t, c, g + 1); i-- > moqi_bound(t, c, g);) {
+            int n = moqi_op_spans(&moqi_ops(t)[i], s);
+            for (int k = 0; k < n; k++) if (s[k].write) live[moqi_area_of(t, s[k].at)] = 0;
+            for (int k = 0; k < n; k++) if (!s[k].write) live[moqi_area_of(t, s[k].at)] = 1;
+        }
+        for (size_t a = 0; a < count; a++) {
+            if (!live[a]) continue;
+            if (snap->count == MOQI_LIVE)
+                return moqi_fail(err, MOQ_E_LIMIT, moqi_at(NULL, NULL, "tape", -1), "more than %d matrices pass from one layer to the next", (int)MOQI_LIVE);
+            snap->area[snap->count] = (int32_t)a;
+            snap->floats[snap->count++] = extent[a];
+        }
+    }
+    return MOQ_OK;
+}
+
+/* Plans of all chunks; they must agree, since segments are worked on side by side. */
+static moq_result moqi_tape_prepare(moqi_tape *t, moq_error *err)
+{
+    moqi_area *areas = (moqi_area *)(void *)t->areas.data;
+    moqi_chunk *c = moqi_chunks(t);
+    for (size_t i = 0; i < t->areas.bytes / sizeof *areas; i++) { areas[i].floats = 0; areas[i].grad = NULL; }
+    for (size_t i = 0; i < moqi_chunk_count(t); i++) {
+        moq_result r = moqi_tape_plan(t, &c[i], err);
+        if (r < 0) return r;
+        if (c[i].segments != c[0].segments || c[i].logits != c[i].rows)
+            return moqi_fail(err, MOQ_E_STATE, moqi_at(NULL, NULL, "tape", -1), "the forward pass gave logits for %lld of %d tokens; they are needed for all "
+                             "(llm_samples.logits = 1)", (long long)c[i].logits, (int)c[i].rows);
+    }
+    for (size_t i = 0; i < t->areas.bytes / sizeof *areas; i++)
+        if (areas[i].floats > 0 && !(areas[i].grad = (float *)moqi_take_array(&t->batch, (uint64_t)areas[i].floats, sizeof(float))))
+            return moqi_nomem(err, (uint64_t)areas[i].floats * 4);
+    return MOQ_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>replay          doing a tape's calls again, with candidates in place of layers
+   Forward only. A candidate's numbers are those of ModelOpt's fake quantization: weights and inputs rounded, products in F32.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ---- layers as candidates hold them ---- */
+
+/* n values of blocks of 16 with static scales (calibration.md 3): S = A (448 / M) / 6, s = e4m3(a / 6 * 448 / S) * S / 448. */
+static void moqi_fake_static(const moqi_fake *f, const float *amax, float *x, int64_t n)
+{
+    float m = f->norm256 ? 256.0f : 448.0f, whole = f->blocks_top * (448 / m) * moqi_bits_f32(MOQI_INV_6), k = 448 / whole;
+    for (int64_t i = 0; i < n; i += 16) {
+        float s = moq_e4m3_decode(moqi_e4m3_code(amax[i / 16] * moqi_bits_f32(MOQI_INV_6) * k)) * (1 / k);
+        if (s > 0) moqi_fake_e2m1(x + i, moqi_min(16, n - i), s, x + i);
+        else memset(x + i, 0, (size_t)moqi_min(16, n - i) * sizeof *x);
+    }
+}
+
+/* Row r of the weight that the candidate starts from, smoothed. */
+static void moqi_fake_row(const moq_linear *l, const moqi_fake *f, int64_t r, float *out)
+{
+    moq_dequantize(l, r, 1, out);
+    if (!f->s) return;
+    for (int64_t c = 0; c < l->cols; c++) out[c] = moqi_bf16(out[c] * f->s[c]);
+}
+
+/* The largest smoothed weight, where the candidate's coding has a scale for the whole tensor. */
+static float moqi_fake_top(const moq_linear *l, const moqi_fake *f, float *row)
+{
+    const moq_coding *c = &f->recipe->scheme.weight;
+    float top = 0;
+    int whole = c->group_rows == MOQ_ALL && c->group_cols == MOQ_ALL;
+    if (f->top > 0) return f->top;
+    if (!whole && c->scale != MOQ_F8_E4M3 && !f->recipe->scheme.requantize_fp8) return 0;
+    for (int64_t r = 0; r < l->rows; r++) {
+        moqi_fake_row(l, f, r, row);
+        float v = moqi_amax(row, l->cols);
+        if (v > top) top = v;
+    }
+    return top;
+}
+
+enum { MOQI_SLAB = 1024 }; /* rows of a weight held as F32 at a time: a multiple of every block */
+
+/* Rows [first, first + w->rows) of the candidate's weight into q; w: scratch of the same shape. */
+static void moqi_fake_slab(const moqi_tape *t, const moq_linear *l, const moqi_fake *f, float top, int64_t first, moqi_matrix *w, moqi_matrix *q)
+{
+    static const moq_coding fp8 = {MOQ_F8_E4M3, MOQ_ALL, MOQ_ALL, MOQ_F32, 0, 0, 0, 0};
+    const moq_coding *c = &f->recipe->scheme.weight;
+    for (int64_t r = 0; r < w->rows; r++) {
+        moqi_fake_row(l, f, first + r, w->data + r * w->ld);
+        if (!f->amax) continue;
+        memcpy(q->data + r * q->ld, w->data + r * w->ld, (size_t)w->cols * sizeof(float));
+        moqi_fake_static(f, f->amax + (first + r) * (w->cols / 16), q->data + r * q->ld, w->cols);
+        moqi_bf16_all(q->data + r * q->ld, q->ld);
+    }
+    if (!f->amax) moqi_fake_weight(t->par, c, top, w, q);
+    for (int64_t r = 0; f->recipe->scheme.requantize_fp8 && r < w->rows; r++) {
+        moqi_fake_group(&fp8, top, top, q->data + r * q->ld, w->cols, q->data + r * q->ld);
+        moqi_bf16_all(q->data + r * q->ld, q->ld);
+    }
+}
+
+/* x [n, cols] as the candidate's input quantizer makes it, in rows of out. */
+static void moqi_fake_inputs(const moqi_tape *t, const moqi_fake *f, const float *x, int64_t n, moqi_matrix *out)
+{
+    const moq_coding *c = &f->recipe->scheme.input;
+    for (int64_t r = 0; r < n; r++) {
+        float *y = out->data + r * out->ld;
+        memcpy(y, x + r * out->cols, (size_t)out->cols * sizeof *y);
+        for (int64_t i = 0; f->p && i < out->cols; i++) y[i] = t->w->round ? moqi_bf16(y[i] * f->p[i]) : y[i] * f->p[i];
+        if (c->elem != MOQ_NONE) moqi_fake_input(c, f->input_amax, y, out->cols, y);
+    }
+}
+
+/* y [n, rows] (row stride ldy) = the layer as a candidate holds it. */
+static void moqi_fake_linear(moqi_tape *t, const moq_linear *l, const moqi_fake *f, const float *x, int64_t n, float *y, int64_t ldy)
+{
+    int64_t slab = moqi_min(MOQI_SLAB, l->rows);
+    moqi_matrix in = moqi_matrix_make(&t->a, n, l->cols), w = moqi_matrix_make(&t->a, slab, l->cols), q = moqi_matrix_make(&t->a, slab, l->cols);
+    const float *bias = l->bias.data ? moqi_take_floats(&t->work, &l->bias, l->row_first, l->row_step, l->rows) : NULL;
+    if (in.data && w.data && q.data && (bias || !l->bias.data)) {
+        float top = moqi_fake_top(l, f, w.data);
+        moqi_fake_inputs(t, f, x, n, &in);
+        for (int64_t first = 0; first < l->rows; first += slab) {
+            moqi_matrix part = w, coded = q;
+            part.rows = coded.rows = moqi_min(slab, l->rows - first);
+            moqi_fake_slab(t, l, f, top, first, &part, &coded);
+            moqi_product(t->par, &in, &coded, y + first, ldy);
+        }
+        for (int64_t r = 0; r < n; r++) {
+            for (int64_t i = 0; bias && i < l->rows; i++) y[r * ldy + i] += bias[i];
+            if (t->w->round) moqi_bf16_all(y + r * ldy, l->rows);
+        }
+    } else {
+        moqi_tape_nomem(t, (uint64_t)(slab * l->cols) * 8);
+    }
+    moqi_matrix_drop(&t->a, &in);
+    moqi_matrix_drop(&t->a, &w);
+    moqi_matrix_drop(&t->a, &q);
+}
+
+static const moqi_fake *moqi_fake_of(const moqi_tape *t, const moq_linear *l, int format)
+{
+    return t->u.fake && format >= 0 ? t->u.fake(t->u.user, l, format) : NULL;
+}
+
+/* The parts of a layer that a candidate replaces, over y [n, s->rows]. */
+static void moqi_fake_parts(moqi_tape *t, const moqi_seen *s, int format, const float *x, int64_t n, float *y)
+{
+    int64_t at = 0;
+    for (int32_t i = 0; i < s->parts; at += s->layers[i++].rows) {
+        const moqi_fake *f = moqi_fake_of(t, &s->layers[i], format);
+        if (f) moqi_fake_linear(t, &s->layers[i], f, x, n, y + at, s->rows);
+    }
+}
+
+/* ---- experts ---- */
+
+/* Which experts each row takes, with what weight: index, weight [rows, top_k]; p: [rows, experts] scores or NULL. 0 when out of memory. */
+static int moqi_tape_route(moqi_tape *t, const moqi_seen_moe *m, const float *logits, int64_t rows, int32_t *index, float *weight, float *p)
+{
+    int64_t n = m->routing.experts, top = m->routing.top_k;
+    float *scratch = moqi_tape_room(t, &t->work, 5 * n);
+    if (!scratch) return 0;
+    for (int64_t r = 0; r < rows; r++) {
+        moqi_route(&m->routing, m->bias, logits + r * n, scratch, index + r * top, weight + r * top);
+        if (p) memcpy(p + r * n, scratch, (size_t)n * sizeof *p);
+    }
+    if (t->w->round) moqi_bf16_all(weight, rows * top);
+    return 1;
+}
+
+/* One expert: x [n, cols] -> mid [n, gate | up], act [n, inter], out [n, out]. */
+static void moqi_tape_expert(moqi_tape *t, const moqi_seen_moe *m, int32_t e, int format, const float *x, int64_t n, float *mid, float *act, float *out)
+{
+    moq_backend *be = &t->w->be;
+    moqi_watch_product(t->w, m->up[e], x, (int32_t)n, mid);
+    moqi_fake_parts(t, m->up[e], format, x, n, mid);
+    moqi_watch_activation(be, &m->activation, mid, (int32_t)n, (int32_t)m->n, act);
+    moqi_watch_product(t->w, m->down[e], act, (int32_t)n, out);
+    moqi_fake_parts(t, m->down[e], format, act, n, out);
+}
+
+/* Room for the rows of one expert. */
+typedef struct moqi_expert_room { int32_t *index; float *weight, *x, *mid, *act, *out; } moqi_expert_room;
+
+static int moqi_expert_room_make(moqi_tape *t, const moqi_seen_moe *m, int64_t rows, moqi_expert_room *r)
+{
+    int64_t top = m->routing.top_k;
+    r->index = (int32_t *)(void *)moqi_tape_room(t, &t->work, rows * top);
+    r->weight = moqi_tape_room(t, &t->work, rows * top);
+    r->x = moqi_tape_room(t, &t->work, rows * m->cols);
+    r->mid = moqi_tape_room(t, &t->work, rows * m->n * 2);
+    r->act = moqi_tape_room(t, &t->work, rows * m->n);
+    r->out = moqi_tape_room(t, &t->work, rows * m->out);
+    return r->index && r->weight && r->x && r->mid && r->act && r->out;
+}
+
+/* The rows that chose expert e, side by side in room->x; how many. An expert is chosen at most once by a row. */
+static int64_t moqi_expert_rows(const moqi_seen_moe *m, int32_t e, const float *x, int64_t rows, moqi_expert_room *r)
+{
+    int64_t n = 0, top = m->routing.top_k;
+    for (int64_t i = 0; i < rows * top; i++)
+        if (r->index[i] == e) memcpy(r->x + n++ * m->cols, x + i / top * m->cols, (size_t)m->cols * sizeof *x);
+    return n;
+}
+
+/* y [rows, out] of a mixture whose experts a candidate holds. */
+static void moqi_tape_mixture(moqi_tape *t, const moqi_seen_moe *m, int format, const float *x, const float *logits, int64_t rows, float *y)
+{
+    moqi_expert_room r;
+    int64_t top = m->routing.top_k;
+    if (!moqi_expert_room_make(t, m, rows, &r) || !moqi_tape_route(t, m, logits, rows, r.index, r.weight, NULL)) return;
+    memset(y, 0, (size_t)(rows * m->out) * sizeof *y);
+    for (int32_t e = 0; e < m->routing.experts; e++) {
+        int64_t n = moqi_expert_rows(m, e, x, rows, &r), at = 0;
+        if (n == 0) continue;
+        moqi_tape_expert(t, m, e, format, r.x, n, r.mid, r.act, r.out);
+        for (int64_t i = 0; i < rows * top; i++) {
+            if (r.index[i] != e) continue;
+            for (int64_t c = 0; c < m->out; c++) {
+                float v = r.weight[i] * r.out[at * m->out + c];
+                y[i / top * m->out + c] += t->w->round ? moqi_bf16(v) : v;
+            }
+            at++;
+        }
+    }
+    if (t->w->round) moqi_bf16_all(y, rows * m->out);
+}
+
+/* The layer by whose name a mixture's candidate is found. */
+static const moq_linear *moqi_mixture_layer(const moqi_op *o) { return &((const moqi_seen_moe *)o->object)->up[0]->layers[0]; }
+
+/* ---- one call ---- */
+
+static moq_batch moqi_tape_batch_of(const moqi_tape *t, const moqi_op *o, int32_t max_pos)
+{
+    moq_batch b;
+    b.rows = o->rows;
+    b.max_pos = max_pos;
+    b.slot = moqi_ints(t, o->ints);
+    b.pos = b.slot + o->rows;
+    return b;
+}
+
+/* The sequence's keys and values in a cache: found, or begun with room for `rows` tokens. */
+static moqi_tape_kv *moqi_tape_cache(moqi_tape *t, const void *cache, int64_t rows)
+{
+    const moqi_seen_kv *s = (const moqi_seen_kv *)cache;
+    for (moqi_tape_kv *k = t->kv; k; k = k->next)
+        if (k->cache == cache) return k;
+    moqi_tape_kv *k = (moqi_tape_kv *)moqi_take(&t->work, sizeof *k, 16);
+    if (!k) { moqi_tape_nomem(t, sizeof *k); return NULL; }
+    memset(k, 0, sizeof *k);
+    k->cache = cache;
+    k->kn = s->desc.kv_heads * s->dim[0];
+    k->vn = s->desc.kv_heads * s->dim[1];
+    k->k = moqi_tape_room(t, &t->work, rows * k->kn);
+    k->v = moqi_tape_room(t, &t->work, rows * k->vn);
+    k->dk = moqi_tape_room(t, &t->work, rows * k->kn);
+    k->dv = moqi_tape_room(t, &t->work, rows * k->vn);
+    if (!k->k || !k->v || !k->dk || !k->dv) return NULL;
+    k->next = t->kv;
+    t->kv = k;
+    return k;
+}
+
+static void moqi_replay_kv(moqi_tape *t, const moqi_op *o, int64_t length)
+{
+    moq_batch b = moqi_tape_batch_of(t, o, 0);
+    moqi_tape_kv *c = t->saving ? moqi_tape_cache(t, o->object, length) : NULL;
+    for (int64_t r = 0; c && r < o->rows; r++) {
+        if (b.pos[r] < 0 || b.pos[r] >= length) continue;
+        memcpy(c->k + b.pos[r] * c->kn, (const float *)o->x + r * o->d.kv.k_stride, (size_t)c->kn * sizeof(float));
+        memcpy(c->v + b.pos[r] * c->vn, (const float *)o->d.kv.v + r * o->d.kv.v_stride, (size_t)c->vn * sizeof(float));
+    }
+    moqi_watch_kv_append(&t->w->be, (moq_kv_cache *)(uintptr_t)o->object, &b, o->x, o->d.kv.k_stride, o->d.kv.v, o->d.kv.v_stride);
+}
+
+/* Inputs that the way back will need. */
+static void moqi_save_inputs(moqi_tape *t, moqi_op *o)
+{
+    moqi_span s[6];
+    int n = moqi_op_spans(o, s);
+    int keeps = o->what == MOQI_OP_LINEAR || o->what == MOQI_OP_MOE || o->what == MOQI_OP_ATTENTION || o->what == MOQI_OP_NORM || o->what == MOQI_OP_ROPE ||
+                o->what == MOQI_OP_ACTIVATION || o->what == MOQI_OP_SSM || o->what == MOQI_OP_LOGITS;
+    int which = o->what == MOQI_OP_ROPE ? 1 : 0; /* a rotation is undone by its table alone */
+    if (!keeps || n == 0) return;
+    o->saved = moqi_tape_copy(t, &t->work, s[which].at, s[which].floats);
+    if (o->what == MOQI_OP_MOE) o->also = moqi_tape_copy(t, &t->work, s[1].at, s[1].floats);
+    if (o->what == MOQI_OP_NORM && o->d.norm.add && o->saved) {
+        const float *add = (const float *)o->d.norm.add;
+        for (int64_t i = 0; i < s[0].floats; i++) o->saved[i] = t->w->round ? moqi_bf16(o->saved[i] + add[i]) : o->saved[i] + add[i];
+    }
+}
+
+/* length: tokens of the sequence. */
+static void moqi_replay_op(moqi_tape *t, moqi_op *o, int64_t length)
+{
+    moq_backend *be = &t->w->be;
+    moq_batch b;
+    o->saved = o->also = NULL;
+    if (t->saving) moqi_save_inputs(t, o);
+    switch (o->what) {
+    case MOQI_OP_EMBED: moqi_watch_embed(be, (const moq_weight *)o->object, moqi_ints(t, o->ints), o->rows, o->scale, o->y); break;
+    case MOQI_OP_LINEAR:
+        moqi_watch_linear(be, (const moq_weight *)o->object, o->x, o->rows, o->y);
+        moqi_fake_parts(t, (const moqi_seen *)o->object, t->format, (const float *)o->x, o->rows, (float *)o->y);
+        break;
+    case MOQI_OP_MOE:
+        if (moqi_fake_of(t, moqi_mixture_layer(o), t->format))
+            moqi_tape_mixture(t, (const moqi_seen_moe *)o->object, t->format, (const float *)o->x, (const float *)o->d.logits, o->rows, (float *)o->y);
+        else moqi_watch_moe(be, (const moq_experts *)o->object, o->x, o->d.logits, o->rows, o->y);
+        break;
+    case MOQI_OP_KV: moqi_replay_kv(t, o, length); break;
+    case MOQI_OP_ATTENTION:
+        b = moqi_tape_batch_of(t, o, o->n);
+        moqi_watch_attention(be, &b, &o->d.attention);
+        break;
+    case MOQI_OP_NORM: moqi_watch_norm(be, &o->d.norm); break;
+    case MOQI_OP_TABLE: moqi_watch_rope_table(be, moqi_ints(t, o->ints), o->rows, o->d.freq, o->n, o->scale, (float *)o->y); break;
+    case MOQI_OP_ROPE: moqi_watch_rope(be, &o->d.rope); break;
+    case MOQI_OP_ACTIVATION: moqi_watch_activation(be, &o->d.activation, o->x, o->rows, o->n, o->y); break;
+    case MOQI_OP_ADD: moqi_watch_add(be, o->y, o->x, (size_t)o->first); break;
+    case MOQI_OP_COPY: moqi_watch_copy_heads(be, &o->d.copy); break;
+    case MOQI_OP_SSM:
+        b = moqi_tape_batch_of(t, o, 0);
+        moqi_watch_ssm(be, (moq_ssm *)(uintptr_t)o->object, &b, o->x, o->y);
+        break;
+    default: break;
+    }
+}
+
+/* ---- segments and sequences ---- */
+
+/* Chunks [first, *end) of the sequence that begins with chunk `first`; returns its tokens. */
+static int64_t moqi_sequence(const moqi_tape *t, size_t first, size_t *end)
+{
+    const moqi_chunk *c = moqi_chunks(t);
+    int64_t rows = c[first].rows;
+    for (*end = first + 1; *end < moqi_chunk_count(t) && c[*end].pos != 0; (*end)++) rows += c[*end].rows;
+    return rows;
+}
+
+static moqi_area *moqi_areas(const moqi_tape *t) { return (moqi_area *)(void *)t->areas.data; }
+
+/* What the segment reads is kept; 0 when out of memory. */
+static int moqi_snap_take(moqi_tape *t, moqi_snap *s)
+{
+    for (int i = 0; i < s->count; i++)
+        if (!(s->values[i] = moqi_tape_copy(t, &t->batch, moqi_areas(t)[s->area[i]].data, s->floats[i]))) return 0;
+    return 1;
+}
+
+static void moqi_snap_restore(const moqi_tape *t, const moqi_snap *s)
+{
+    for (int i = 0; i < s->count; i++) memcpy(moqi_areas(t)[s->area[i]].data, s->values[i], (size_t)s->floats[i] * sizeof(float));
+}
+
+/* The calls of one segment of one chunk; logits are given to `see`. */
+typedef void (*moqi_logits_fn)(void *user, moqi_tape *t, const moqi_chunk *c, moqi_op *o);
+
+static void moqi_replay_segment(moqi_tape *t, const moqi_chunk *c, int32_t segment, int64_t length, moqi_logits_fn see, void *user)
+{
+    for (size_t i = moqi_bound(t, c, segment); i < moqi_bound(t, c, segment + 1); i++) {
+        moqi_op *o = &moqi_ops(t)[i];
+        moqi_replay_op(t, o, length);
+        if (o->what == MOQI_OP_LOGITS && see) see(user, t, c, o);
+    }
+}
+
+/* The whole batch, forward, every segment's inputs kept. */
+static moq_result moqi_replay_batch(moqi_tape *t, moqi_logits_fn see, void *user, moq_error *err)
+{
+    moq_result r = moqi_tape_prepare(t, err);
+    t->format = -1;
+    t->saving = 0;
+    for (size_t i = 0, end; r >= 0 && i < moqi_chunk_count(t); i = end) {
+        int64_t length = moqi_sequence(t, i, &end);
+        for (size_t k = i; k < end; k++) {
+            moqi_chunk *c = &moqi_chunks(t)[k];
+            for (int32_t g = 0; g < c->segments; g++) {
+                if (!moqi_snap_take(t, &c->snap[g])) return moqi_nomem(err, 0);
+                moqi_replay_segment(t, c, g, length, see, user);
+            }
+        }
+    }
+    return r < 0 ? r : t->failed.code;
+}
+
+/* The token that follows row r of a chunk in its sequence, or -1. */
+static int32_t moqi_next_token(const moqi_tape *t, const moqi_chunk *c, int64_t r)
+{
+    const moqi_chunk *next = c + 1, *end = moqi_chunks(t) + moqi_chunk_count(t);
+    if (r + 1 < c->rows) return moqi_ints(t, c->ids)[r + 1];
+    return next < end && next->pos != 0 ? moqi_ints(t, next->ids)[0] : -1;
+}
+
+/* z [n] -> log-softmax in double, after the cap on logits. */
+static void moqi_log_softmax(double cap, const float *z, int64_t n, double *out)
+{
+    double max = -1e300, sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = cap > 0 ? cap * tanh((double)z[i] / cap) : (double)z[i];
+        if (out[i] > max) max = out[i];
+    }
+    for (int64_t i = 0; i < n; i++) sum += exp(out[i] - max);
+    for (int64_t i = 0; i < n; i++) out[i] -= max + log(sum);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>gradient        the way back through a tape: dLoss / d output of every layer
+   One backward step for each call of the table; weights get no gradients. Products in F32, sums of softmax and norms in double.
+   The loss is the negative log-likelihood of the next token, summed over all tokens that have one.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Where the gradient of a value lies. */
+static float *moqi_grad_at(const moqi_tape *t, const void *p)
+{
+    int32_t a = moqi_area_of(t, p);
+    return moqi_areas(t)[a].grad + ((const float *)p - moqi_areas(t)[a].data);
+}
+
+/* dx [n, cols] += dy [n, w rows] (row stride ldy) W, a slab of rows at a time. */
+static void moqi_back_weight(moqi_tape *t, const moq_linear *l, const float *dy, int64_t ldy, int64_t n, float *dx)
+{
+    int64_t slab = moqi_min(MOQI_SLAB, l->rows);
+    moqi_matrix wt = moqi_matrix_make(&t->a, l->cols, slab), d = moqi_matrix_make(&t->a, n, slab), sum = moqi_matrix_make(&t->a, n, l->cols);
+    float *row = moqi_tape_room(t, &t->work, l->cols);
+    for (int64_t first = 0; wt.data && d.data && sum.data && row && first < l->rows; first += slab) {
+        int64_t m = moqi_min(slab, l->rows - first);
+        for (int64_t r = 0; r < slab; r++) {
+            if (r < m) moq_dequantize(l, first + r, 1, row);
+            for (int64_t c = 0; c < l->cols; c++) wt.data[c * wt.ld + r] = r < m ? row[c] : 0;
+        }
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t r = 0; r < slab; r++) d.data[i * d.ld + r] = r < m ? dy[i * ldy + first + r] : 0;
+        moqi_product(t->par, &d, &wt, sum.data, sum.ld);
+        for (int64_t i = 0; i < n; i++) t->w->k->axpy(1, sum.data + i * sum.ld, dx + i * l->cols, l->cols);
+    }
+    if (!wt.data || !d.data || !sum.data) moqi_tape_nomem(t, (uint64_t)(l->cols * slab) * 4);
+    moqi_matrix_drop(&t->a, &wt);
+    moqi_matrix_drop(&t->a, &d);
+    moqi_matrix_drop(&t->a, &sum);
+}
+
+/* sum of clamp(g (y - ref), +-1e10)^2 over n rows of `width`, strides ldy (y, ref, g alike). */
+static double moqi_score_sum(const moqi_tape *t, const float *g, const float *y, const float *ref, int64_t n, int64_t width, int64_t ld)
+{
+    double sum = 0;
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t i = r * ld; i < r * ld + width; i++) {
+            float d = t->w->round ? moqi_bf16(y[i] - ref[i]) : y[i] - ref[i], v = g[i] * d;
+            v = v > 1e10f ? 1e10f : v < -1e10f ? -1e10f : v;
+            sum += (double)v * (double)v;
+        }
+    return sum;
+}
+
+/* Every candidate of every part: how much its error costs, to second order. dy: [n, rows of all parts] */
+static void moqi_score_linear(moqi_tape *t, const moqi_op *o, const float *dy)
+{
+    const moqi_seen *s = (const moqi_seen *)o->object;
+    int64_t n = o->rows, at = 0;
+    float *ref = NULL, *y = NULL;
+    for (int32_t i = 0; i < s->parts; at += s->layers[i++].rows)
+        for (int f = 0; f < t->u.formats; f++) {
+            const moqi_fake *fake = moqi_fake_of(t, &s->layers[i], f);
+            if (!fake) continue;
+            if (!ref) {
+                ref = moqi_tape_room(t, &t->work, n * s->rows);
+                y = moqi_tape_room(t, &t->work, n * s->rows);
+                if (!ref || !y) return;
+                moqi_watch_product(t->w, s, o->saved, o->rows, ref);
+            }
+            moqi_fake_linear(t, &s->layers[i], fake, o->saved, n, y + at, s->rows);
+            t->u.score(t->u.user, &s->layers[i], f, moqi_score_sum(t, dy + at, y + at, ref + at, n, s->layers[i].rows, s->rows));
+        }
+}
+
+static void moqi_back_linear(moqi_tape *t, const moqi_op *o)
+{
+    const moqi_seen *s = (const moqi_seen *)o->object;
+    float *dy = moqi_grad_at(t, o->y), *dx = moqi_grad_at(t, o->x);
+    int64_t at = 0;
+    if (t->u.grad) t->u.grad(t->u.user, s->layers, s->parts, dy, o->rows);
+    if (t->u.score) moqi_score_linear(t, o, dy);
+    for (int32_t i = 0; i < s->parts; at += s->layers[i++].rows) moqi_back_weight(t, &s->layers[i], dy + at, s->rows, o->rows, dx);
+    memset(dy, 0, (size_t)(o->rows * s->rows) * sizeof *dy);
+}
+
+/* d value / d g and d u of moqi_activate. */
+static void moqi_activate_slope(const moq_activation_desc *a, double g, double u, double *dg, double *du)
+{
+    double s, f, limit = (double)a->limit, alpha = (double)a->alpha;
+    switch ((int)a->kind) {
+    case MOQ_GELU_MUL:
+        f = 0.5 * (1 + erf(g * 0.70710678118654752));
+        *dg = u * (f + g * exp(-0.5 * g * g) * 0.39894228040143268);
+        *du = g * f;
+        return;
+    case MOQ_GELU_TANH_MUL:
+        s = tanh(0.79788456080286536 * (g + 0.044715 * g * g * g));
+        *dg = u * (0.5 * (1 + s) + 0.5 * g * (1 - s * s) * 0.79788456080286536 * (1 + 3 * 0.044715 * g * g));
+        *du = 0.5 * g * (1 + s);
+        return;
+    case MOQ_SWIGLU_CLAMP: {
+        double x = g > limit ? limit : g, v = u > limit ? limit : u < -limit ? -limit : u;
+        s = 1 / (1 + exp(-alpha * x));
+        *dg = g > limit ? 0 : (v + (double)a->beta) * (s + x * alpha * s * (1 - s));
+        *du = fabs(u) > limit ? 0 : x * s;
+        return;
+    }
+    case MOQ_RELU2:
+        *dg = g > 0 ? 2 * g : 0;
+        *du = 0;
+        return;
+    default:
+        s = 1 / (1 + exp(-g));
+        *dg = u * s * (1 + g * (1 - s));
+        *du = g * s;
+    }
+}
+
+/* dx [rows, gate n | up n] (or [rows, n]) = slopes at x times dy [rows, n]; dx is added to, but where it is dy itself. */
+static void moqi_back_activate(const moq_activation_desc *a, const float *x, const float *dy, int64_t rows, int64_t n, float *dx)
+{
+    int64_t width = a->kind == MOQ_RELU2 ? n : 2 * n, up = width - n;
+    for (int64_t i = 0; i < rows * n; i++) {
+        int64_t at = i / n * width + i % n;
+        double dg, du, d = (double)dy[i];
+        moqi_activate_slope(a, (double)x[at], (double)x[at + up], &dg, &du);
+        dx[at] = (dx == dy ? 0 : dx[at]) + (float)(dg * d);
+        if (up) dx[at + up] += (float)(du * d);
+    }
+}
+
+static void moqi_back_activation(moqi_tape *t, const moqi_op *o)
+{
+    float *dy = moqi_grad_at(t, o->y), *dx = moqi_grad_at(t, o->x);
+    moqi_back_activate(&o->d.activation, o->saved, dy, o->rows, o->n, dx);
+    if (dx != dy) memset(dy, 0, (size_t)((int64_t)o->rows * o->n) * sizeof *dy);
+}
+
+/* y = x s w, s = (mean x^2 + eps)^-1/2:  dx = s w dy - x s^3 / n sum(w dy x) */
+static void moqi_back_norm_row(const moq_norm_desc *d, const float *x, const float *dy, float *dx, int replace)
+{
+    double sum = 0, dot = 0;
+    for (int32_t i = 0; i < d->cols; i++) {
+        sum += (double)x[i] * (double)x[i];
+        dot += (double)x[i] * (double)dy[i] * (d->weight ? (double)d->weight[i] : 1);
+    }
+    double s = 1 / sqrt(sum / d->cols + (double)d->eps), k = s * s * s / d->cols * dot;
+    for (int32_t i = 0; i < d->cols; i++) {
+        double v = s * (d->weight ? (double)d->weight[i] : 1) * (double)dy[i] - (double)x[i] * k;
+        dx[i] = replace ? (float)v : dx[i] + (float)v;
+    }
+}
+
+/* x += add came first, so add gets what x gets. */
+static void moqi_back_norm(moqi_tape *t, const moqi_op *o)
+{
+    const moq_norm_desc *d = &o->d.norm;
+    int64_t width = moqi_norm_width(d), xs = moqi_or(d->x_stride, width), ys = moqi_or(d->y_stride, width);
+    float *dy = moqi_grad_at(t, d->y), *dx = moqi_grad_at(t, d->x);
+    for (int64_t r = 0; r < o->rows; r++) {
+        for (int64_t i = 0; i < width; i += d->cols) moqi_back_norm_row(d, o->saved + r * xs + i, dy + r * ys + i, dx + r * xs + i, dx == dy);
+        if (dx != dy) memset(dy + r * ys, 0, (size_t)width * sizeof *dy);
+    }
+    if (d->add) t->w->k->axpy(1, dx, moqi_grad_at(t, d->add), o->rows * width);
+}
+
+/* Turned back by the same angles: the transpose of a rotation. */
+static void moqi_back_rope(moqi_tape *t, const moqi_op *o)
+{
+    const moq_rope_desc *d = &o->d.rope;
+    int64_t dims = moqi_or(d->dims, d->head_dim), half = dims / 2;
+    float *g = moqi_grad_at(t, d->x);
+    for (int64_t r = 0; r < o->rows; r++)
+        for (int64_t h = 0; h < d->heads; h++)
+            for (int64_t i = 0; i < half; i++) {
+                float *base = g + r * d->stride + h * d->head_dim + d->first, *a = base + (d->interleaved ? 2 * i : i), *b = d->interleaved ? a + 1 : a + half;
+                float c = o->saved[r * dims + 2 * i], s = o->saved[r * dims + 2 * i + 1], x = *a, y = *b;
+                *a = x * c + y * s;
+                *b = y * c - x * s;
+            }
+}
+
+/* One query head at position pos: dq, and what its keys and values get. q, dy, dq: of this head; score, slope: [pos + 1] scratch. */
+static void moqi_back_head(const moqi_tape *t, const moq_attention_desc *a, const moqi_tape_kv *c, const moqi_seen_kv *s, int64_t head, int64_t pos, float sink,
+                           const float *q, const float *dy, float *dq, double *score, double *slope)
+{
+    int64_t kv = head / (a->heads / s->desc.kv_heads), first = a->window > 0 ? moqi_max(0, pos - a->window + 1) : 0, kd = s->dim[0], vd = s->dim[1];
+    double scale = a->scale != 0 ? (double)a->scale : 1 / sqrt((double)kd), cap = (double)a->softcap, max = a->sinks ? (double)sink : -1e300, sum = 0, dot = 0;
+    for (int64_t i = first; i <= pos; i++) {
+        double v = (double)t->w->k->dot(q, c->k + i * c->kn + kv * kd, kd) * scale, y = cap > 0 ? tanh(v / cap) : 0;
+        slope[i] = cap > 0 ? 1 - y * y : 1;
+        score[i] = cap > 0 ? cap * y : v;
+        if (score[i] > max) max = score[i];
+    }
+    for (int64_t i = first; i <= pos; i++) sum += score[i] = exp(score[i] - max);
+    if (a->sinks) sum += exp((double)sink - max);
+    for (int64_t i = first; i <= pos; i++) { /* p, then p dp, whose sum every score shares */
+        score[i] /= sum;
+        t->w->k->axpy((float)score[i], dy, c->dv + i * c->vn + kv * vd, vd);
+        slope[i] *= score[i];
+        score[i] = (double)t->w->k->dot(dy, c->v + i * c->vn + kv * vd, vd);
+        dot += cap > 0 ? 0 : slope[i] * score[i];
+    }
+    if (cap > 0) { /* slope holds p (1 - tanh^2): the plain p again */
+        double again = 0;
+        for (int64_t i = first; i <= pos; i++) {
+            double v = (double)t->w->k->dot(q, c->k + i * c->kn + kv * kd, kd) * scale;
+            again += exp(cap * tanh(v / cap) - max) / sum * score[i];
+        }
+        dot = again;
+    }
+    for (int64_t i = first; i <= pos; i++) {
+        float ds = (float)(slope[i] * (score[i] - dot) * scale);
+        t->w->k->axpy(ds, c->k + i * c->kn + kv * kd, dq, kd);
+        t->w->k->axpy(ds, q, c->dk + i * c->kn + kv * kd, kd);
+    }
+}
+
+static void moqi_back_attention(moqi_tape *t, const moqi_op *o)
+{
+    const moq_attention_desc *a = &o->d.attention;
+    const moqi_seen_kv *s = (const moqi_seen_kv *)o->object;
+    moq_batch b = moqi_tape_batch_of(t, o, 0);
+    moqi_tape_kv *c = moqi_tape_cache(t, o->object, (int64_t)b.pos[o->rows - 1] + 1);
+    double *scratch = (double *)(void *)moqi_tape_room(t, &t->work, 4 * ((int64_t)o->n + 2));
+    float *dy = moqi_grad_at(t, a->y), *dq = moqi_grad_at(t, a->q);
+    if (!c || !scratch) return;
+    for (int64_t r = o->rows; r-- > 0;)
+        for (int64_t h = 0; h < a->heads; h++) {
+            float *d = dy + r * a->y_stride + h * s->dim[1];
+            int64_t at = r * a->q_stride + h * s->dim[0];
+            moqi_back_head(t, a, c, s, h, b.pos[r], a->sinks ? a->sinks[h] : 0, o->saved + at, d, dq + at, scratch, scratch + o->n + 2);
+            memset(d, 0, (size_t)s->dim[1] * sizeof *d);
+        }
+}
+
+/* Keys and values came from these rows. */
+static void moqi_back_kv(moqi_tape *t, const moqi_op *o)
+{
+    moq_batch b = moqi_tape_batch_of(t, o, 0);
+    moqi_tape_kv *c = moqi_tape_cache(t, o->object, 0);
+    float *dk = moqi_grad_at(t, o->x), *dv = moqi_grad_at(t, o->d.kv.v);
+    for (int64_t r = 0; c && r < o->rows; r++) {
+        t->w->k->axpy(1, c->dk + b.pos[r] * c->kn, dk + r * o->d.kv.k_stride, c->kn);
+        t->w->k->axpy(1, c->dv + b.pos[r] * c->vn, dv + r * o->d.kv.v_stride, c->vn);
+    }
+}
+
+/* dw [top_k] of the chosen weights -> dlogits [experts] += . p: [experts] scores. */
+static void moqi_back_route(const moq_routing *m, const float *p, const int32_t *index, const double *dw, double *dp, float *dlogits)
+{
+    double scale = m->scale != 0 ? (double)m->scale : 1, sum = 0, mean = 0, all = 0;
+    for (int32_t e = 0; e < m->experts; e++) dp[e] = 0;
+    for (int32_t i = 0; i < m->top_k; i++) sum += (double)p[index[i]];
+    for (int32_t i = 0; i < m->top_k; i++) mean += dw[i] * (double)p[index[i]] / sum;
+    for (int32_t i = 0; i < m->top_k; i++) dp[index[i]] += m->renormalize ? scale / sum * (dw[i] - mean) : scale * dw[i];
+    for (int32_t e = 0; e < m->experts; e++) all += dp[e] * (double)p[e];
+    for (int32_t e = 0; e < m->experts; e++)
+        dlogits[e] += (float)((double)p[e] * (m->score == MOQ_SCORE_SIGMOID ? (1 - (double)p[e]) * dp[e] : dp[e] - all));
+}
+
+/* dmid, dact of one expert's rows, then dx [n, cols]. r->x, mid, out: as computed; dout [n, out]. */
+static void moqi_back_expert(moqi_tape *t, const moqi_seen_moe *m, int32_t e, const moqi_expert_room *r, const float *dout, int64_t n, float *dx)
+{
+    int64_t width = m->gated ? 2 * m->n : m->n, at = 0;
+    float *dact = moqi_tape_room(t, &t->work, n * m->n), *dmid = moqi_tape_room(t, &t->work, n * width);
+    if (!dact || !dmid) return;
+    moqi_back_weight(t, &m->down[e]->layers[0], dout, m->out, n, dact);
+    moqi_back_activate(&m->activation, r->mid, dact, n, m->n, dmid);
+    for (int32_t i = 0; i < m->up[e]->parts; at += m->up[e]->layers[i++].rows) moqi_back_weight(t, &m->up[e]->layers[i], dmid + at, width, n, dx);
+}
+
+/* Candidates are judged at the output of the whole mixture. */
+static void moqi_score_mixture(moqi_tape *t, const moqi_op *o, const float *dy)
+{
+    const moqi_seen_moe *m = (const moqi_seen_moe *)o->object;
+    int64_t n = o->rows * m->out;
+    for (int f = 0; f < t->u.formats; f++) {
+        if (!moqi_fake_of(t, moqi_mixture_layer(o), f)) continue;
+        float *ref = moqi_tape_room(t, &t->work, n), *y = moqi_tape_room(t, &t->work, n);
+        if (!ref || !y) return;
+        moqi_tape_mixture(t, m, -1, o->saved, o->also, o->rows, ref);
+        moqi_tape_mixture(t, m, f, o->saved, o->also, o->rows, y);
+        t->u.score(t->u.user, moqi_mixture_layer(o), f, moqi_score_sum(t, dy, y, ref, o->rows, m->out, m->out));
+    }
+}
+
+/* y = sum w_e out_e: out_e gets w_e dy, w_e gets dy . out_e; then through the experts and through the choice. */
+static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
+{
+    const moqi_seen_moe *m = (const moqi_seen_moe *)o->object;
+    int64_t rows = o->rows, experts = m->routing.experts, top = m->routing.top_k;
+    float *dy = moqi_grad_at(t, o->y), *dx = moqi_grad_at(t, o->x), *dlogits = moqi_grad_at(t, o->d.logits);
+    moqi_expert_room r;
+    float *p = moqi_tape_room(t, &t->work, rows * experts), *part = moqi_tape_room(t, &t->work, rows * m->cols);
+    double *dw = (double *)(void *)moqi_tape_room(t, &t->work, 2 * (rows * top + experts + 2)), *dp = dw + rows * top;
+    if (t->u.score) moqi_score_mixture(t, o, dy);
+    if (!p || !part || !dw || !moqi_expert_room_make(t, m, rows, &r) || !moqi_tape_route(t, m, o->also, rows, r.index, r.weight, p)) return;
+    for (int32_t e = 0; e < (int32_t)experts; e++) {
+        int64_t n = moqi_expert_rows(m, e, o->saved, rows, &r), at = 0;
+        if (n == 0) continue;
+        moqi_tape_expert(t, m, e, -1, r.x, n, r.mid, r.act, r.out);
+        for (int64_t i = 0; i < rows * top; i++) { /* r.out becomes its own gradient */
+            if (r.index[i] != e) continue;
+            const float *d = dy + i / top * m->out;
+            float *out = r.out + at++ * m->out;
+            dw[i] = (double)t->w->k->dot(d, out, m->out);
+            for (int64_t c = 0; c < m->out; c++) out[c] = r.weight[i] * d[c];
+        }
+        memset(part, 0, (size_t)(n * m->cols) * sizeof *part);
+        moqi_back_expert(t, m, e, &r, r.out, n, part);
+        at = 0;
+        for (int64_t i = 0; i < rows * top; i++)
+            if (r.index[i] == e) t->w->k->axpy(1, part + at++ * m->cols, dx + i / top * m->cols, m->cols);
+    }
+    for (int64_t i = 0; i < rows; i++) moqi_back_route(&m->routing, p + i * experts, r.index + i * top, dw + i * top, dp, dlogits + i * experts);
+    memset(dy, 0, (size_t)(rows * m->out) * sizeof *dy);
+}
+
+static void moqi_back_copy(moqi_tape *t, const moqi_op *o)
+{
+    const moq_copy_desc *d = &o->d.copy;
+    float *dx = moqi_grad_at(t, d->x), *dy = moqi_grad_at(t, d->y);
+    for (int64_t r = 0; r < d->rows; r++)
+        for (int64_t h = 0; h < d->heads; h++) {
+            float *from = dy + r * d->y_stride + h * d->y_step;
+            t->w->k->axpy(1, from, dx + r * d->x_stride + h * d->x_step, d->width);
+            memset(from, 0, (size_t)d->width * sizeof *from);
+        }
+}
+
+/* dz = softmax(z) - [next token], through the cap. The loss is counted here. */
+static void moqi_back_logits(moqi_tape *t, const moqi_chunk *c, const moqi_op *o)
+{
+    float *dx = moqi_grad_at(t, o->x);
+    double *p = (double *)(void *)moqi_tape_room(t, &t->work, 2 * (int64_t)o->n);
+    for (int64_t r = 0; p && r < o->rows; r++) {
+        int32_t label = moqi_next_token(t, c, o->first + r);
+        const float *z = o->saved + r * o->n;
+        if (label < 0 || label >= o->n) continue;
+        moqi_log_softmax(t->cap, z, o->n, p);
+        t->loss -= p[label];
+        t->labels++;
+        for (int64_t i = 0; i < o->n; i++) {
+            double y = t->cap > 0 ? tanh((double)z[i] / t->cap) : 0;
+            dx[r * o->n + i] += (float)((exp(p[i]) - (i == label)) * (t->cap > 0 ? 1 - y * y : 1));
+        }
+    }
+}
+
+/* ---- state-space mixers: see moq_ssm_desc for the formulas ---- */
+
+/* Arrays of one call, [rows, ...], all double. u: before, c: after the convolution's silu; dc: gradient of c. */
+typedef struct moqi_back_mixer {
+    const moqi_ssm *s;
+    const float *in;       /* [rows, z | x B C | dt] */
+    int64_t rows, row;     /* row: values of a row of in */
+    double *u, *c, *dc;    /* [rows, width] */
+    double *out, *dout;    /* [rows, inner]: u of the formulas, its gradient */
+    double *state;         /* [rows + 1, head_dim, state] of one head */
+    double *ds, *step, *dstep; /* [head_dim, state]; [rows] */
+    float *din;            /* gradient of in, added to */
+} moqi_back_mixer;
+
+static double moqi_silu_slope(double x)
+{
+    double s = 1 / (1 + exp(-x));
+    return s * (1 + x * (1 - s));
+}
+
+/* The convolution's results, from the first token of the sequence. */
+static void moqi_mixer_convolve(moqi_back_mixer *m)
+{
+    const moqi_ssm *s = m->s;
+    int64_t taps = s->desc.conv;
+    for (int64_t t = 0; t < m->rows; t++)
+        for (int64_t i = 0; i < s->width; i++) {
+            double sum = (double)s->conv_bias[i];
+            for (int64_t k = 0; k < taps; k++)
+                if (t - (taps - 1) + k >= 0) sum += (double)s->taps[i * taps + k] * (double)m->in[(t - (taps - 1) + k) * m->row + s->inner + i];
+            m->u[t * s->width + i] = sum;
+            m->c[t * s->width + i] = sum / (1 + exp(-sum));
+        }
+}
+
+/* States of head h after every token, and its outputs. */
+static void moqi_mixer_forward(moqi_back_mixer *m, int64_t h)
+{
+    const moqi_ssm *s = m->s;
+    int64_t dim = s->desc.head_dim, n = s->desc.state, group = h / (s->desc.heads / s->desc.groups);
+    memset(m->state, 0, (size_t)(dim * n) * sizeof *m->state);
+    for (int64_t t = 0; t < m->rows; t++) {
+        const double *x = m->c + t * s->width + h * dim, *b = m->c + t * s->width + s->inner + group * n, *c = b + s->desc.groups * n;
+        double *now = m->state + (t + 1) * dim * n, *before = now - dim * n;
+        m->step[t] = (double)moqi_ssm_step(s, h, m->in[t * m->row + s->inner + s->width + h]);
+        double keep = exp(m->step[t] * (double)s->decay[h]);
+        for (int64_t p = 0; p < dim; p++) {
+            double sum = (double)s->d[h] * x[p];
+            for (int64_t i = 0; i < n; i++) {
+                now[p * n + i] = keep * before[p * n + i] + m->step[t] * x[p] * b[i];
+                sum += now[p * n + i] * c[i];
+            }
+            m->out[t * s->inner + h * dim + p] = sum;
+        }
+    }
+}
+
+/* From the last token to the first: what x, B, C and the steps of head h get. */
+static void moqi_mixer_back(moqi_back_mixer *m, int64_t h)
+{
+    const moqi_ssm *s = m->s;
+    int64_t dim = s->desc.head_dim, n = s->desc.state, group = h / (s->desc.heads / s->desc.groups);
+    memset(m->ds, 0, (size_t)(dim * n) * sizeof *m->ds);
+    for (int64_t t = m->rows; t-- > 0;) {
+        int64_t bx = t * s->width + h * dim, bb = t * s->width + s->inner + group * n, bc = bb + s->desc.groups * n;
+        const double *now = m->state + (t + 1) * dim * n, *before = now - dim * n;
+        double keep = exp(m->step[t] * (double)s->decay[h]), dkeep = 0, dstep = 0;
+        for (int64_t p = 0; p < dim; p++) {
+            double d = m->dout[t * s->inner + h * dim + p], sum = 0;
+            m->dc[bx + p] += d * (double)s->d[h];
+            for (int64_t i = 0; i < n; i++) {
+                double *ds = m->ds + p * n + i;
+                *ds += d * m->c[bc + i];
+                m->dc[bc + i] += d * now[p * n + i];
+                m->dc[bb + i] += *ds * m->step[t] * m->c[bx + p];
+                sum += *ds * m->c[bb + i];
+                dkeep += *ds * before[p * n + i];
+                *ds *= keep;
+            }
+            m->dc[bx + p] += m->step[t] * sum;
+            dstep += m->c[bx + p] * sum;
+        }
+        dstep += dkeep * keep * (double)s->decay[h];
+        int64_t at = t * m->row + s->inner + s->width + h;
+        double v = (double)m->in[at] + (double)s->dt_bias[h], soft = v > 20 ? v : log1p(exp(v));
+        int clamped = soft < (double)s->desc.dt_min || (s->desc.dt_max > 0 && soft > (double)s->desc.dt_max);
+        m->din[at] += clamped ? 0 : (float)(dstep / (1 + exp(-v)));
+    }
+}
+
+/* y = norm(u silu(z)) by groups: dout and what z gets, from dy [rows, inner]. */
+static void moqi_mixer_gate(moqi_back_mixer *m, const float *dy, float *v, float *dv)
+{
+    const moqi_ssm *s = m->s;
+    int64_t n = s->inner / s->desc.groups;
+    moq_norm_desc d;
+    memset(&d, 0, sizeof d);
+    d.cols = (int32_t)n;
+    d.eps = s->desc.eps;
+    for (int64_t t = 0; t < m->rows; t++)
+        for (int64_t first = 0; first < s->inner; first += n) {
+            const float *z = m->in + t * m->row + first;
+            d.weight = s->norm + first;
+            for (int64_t i = 0; i < n; i++) v[i] = (float)(m->out[t * s->inner + first + i] * (double)moqi_ssm_silu(z[i]));
+            moqi_back_norm_row(&d, v, dy + t * s->inner + first, dv, 1);
+            for (int64_t i = 0; i < n; i++) {
+                int64_t at = t * s->inner + first + i;
+                m->dout[at] = (double)dv[i] * (double)moqi_ssm_silu(z[i]);
+                m->din[t * m->row + first + i] += (float)((double)dv[i] * m->out[at] * moqi_silu_slope((double)z[i]));
+            }
+        }
+}
+
+static double *moqi_tape_doubles(moqi_tape *t, int64_t n) { return (double *)(void *)moqi_tape_room(t, &t->work, 2 * n + 2); }
+
+/* A sequence that does not fit one call would need the states between: refused. */
+static void moqi_back_ssm(moqi_tape *t, const moqi_op *o)
+{
+    moqi_back_mixer m;
+    moq_batch b = moqi_tape_batch_of(t, o, 0);
+    memset(&m, 0, sizeof m);
+    m.s = (const moqi_ssm *)(const void *)((const moqi_seen_ssm *)o->object)->inner;
+    m.in = o->saved;
+    m.rows = o->rows;
+    m.row = moqi_ssm_row_values(o);
+    m.din = moqi_grad_at(t, o->x);
+    if (b.pos[0] != 0) {
+        moqi_fail(&t->failed, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", m.s->desc.name ? m.s->desc.name : "", -1),
+                  "gradients of state-space mixers need rows of tokens that fit one pass; use shorter rows, or KL scores");
+        return;
+    }
+    const moqi_ssm *s = m.s;
+    int64_t state = (int64_t)s->desc.head_dim * s->desc.state;
+    float *dy = moqi_grad_at(t, o->y), *v = moqi_tape_room(t, &t->work, s->inner), *dv = moqi_tape_room(t, &t->work, s->inner);
+    m.u = moqi_tape_doubles(t, m.rows * s->width);
+    m.c = moqi_tape_doubles(t, m.rows * s->width);
+    m.dc = moqi_tape_doubles(t, m.rows * s->width);
+    m.out = moqi_tape_doubles(t, m.rows * s->inner);
+    m.dout = moqi_tape_doubles(t, m.rows * s->inner);
+    m.state = moqi_tape_doubles(t, (m.rows + 1) * state);
+    m.ds = moqi_tape_doubles(t, state);
+    m.step = moqi_tape_doubles(t, m.rows);
+    if (!v || !dv || !m.u || !m.c || !m.dc || !m.out || !m.dout || !m.state || !m.ds || !m.step) return;
+    moqi_mixer_convolve(&m);
+    for (int64_t h = 0; h < s->desc.heads; h++) moqi_mixer_forward(&m, h);
+    moqi_mixer_gate(&m, dy, v, dv);
+    for (int64_t h = 0; h < s->desc.heads; h++) {
+        moqi_mixer_forward(&m, h); /* its states once more: only those of one head are held */
+        moqi_mixer_back(&m, h);
+    }
+    int64_t taps = s->desc.conv;
+    for (int64_t r = 0; r < m.rows; r++)
+        for (int64_t i = 0; i < s->width; i++) {
+            double d = m.dc[r * s->width + i] * moqi_silu_slope(m.u[r * s->width + i]);
+            for (int64_t k = 0; k < taps; k++)
+                if (r - (taps - 1) + k >= 0) m.din[(r - (taps - 1) + k) * m.row + s->inner + i] += (float)(d * (double)s->taps[i * taps + k]);
+        }
+    memset(dy, 0, (size_t)(m.rows * s->inner) * sizeof *dy);
+}
+
+static void moqi_back_op(moqi_tape *t, const moqi_chunk *c, const moqi_op *o)
+{
+    switch (o->what) {
+    case MOQI_OP_LINEAR: moqi_back_linear(t, o); break;
+    case MOQI_OP_MOE: moqi_back_moe(t, o); break;
+    case MOQI_OP_KV: moqi_back_kv(t, o); break;
+    case MOQI_OP_ATTENTION: moqi_back_attention(t, o); break;
+    case MOQI_OP_NORM: moqi_back_norm(t, o); break;
+    case MOQI_OP_ROPE: moqi_back_rope(t, o); break;
+    case MOQI_OP_ACTIVATION: moqi_back_activation(t, o); break;
+    case MOQI_OP_ADD: t->w->k->axpy(1, moqi_grad_at(t, o->y), moqi_grad_at(t, o->x), o->first); break;
+    case MOQI_OP_COPY: moqi_back_copy(t, o); break;
+    case MOQI_OP_SSM: moqi_back_ssm(t, o); break;
+    case MOQI_OP_LOGITS: moqi_back_logits(t, c, o); break;
+    default: break;
+    }
+}
+
+/* ---- segments, from the last to the first ---- */
+
+/* Gradients of what segment g of a chunk left behind, from segment g + 1; afterwards those of what it read are kept. */
+static void moqi_back_segment(moqi_tape *t, moqi_chunk *c, int32_t g)
+{
+    const moqi_snap *next = g + 1 < c->segments ? &c->snap[g + 1] : NULL;
+    moqi_snap *s = &c->snap[g];
+    for (size_t i = 0; i < t->areas.bytes / sizeof(moqi_area); i++)
+        if (moqi_areas(t)[i].grad) memset(moqi_areas(t)[i].grad, 0, (size_t)moqi_areas(t)[i].floats * sizeof(float));
+    for (int i = 0; next && i < next->count; i++) memcpy(moqi_areas(t)[next->area[i]].grad, next->grads[i], (size_t)next->floats[i] * sizeof(float));
+    for (size_t i = moqi_bound(t, c, g + 1); i-- > moqi_bound(t, c, g) && t->failed.code == MOQ_OK;) moqi_back_op(t, c, &moqi_ops(t)[i]);
+    for (int i = 0; i < s->count; i++) s->grads[i] = moqi_tape_copy(t, &t->batch, moqi_areas(t)[s->area[i]].grad, s->floats[i]);
+}
+
+/* Forward, then segment by segment back. A sequence's chunks share keys and values, so they are worked on together. */
+static moq_result moqi_gradient(moqi_tape *t, moq_error *err)
+{
+    moq_result r = moqi_replay_batch(t, NULL, NULL, err);
+    t->loss = 0;
+    t->labels = 0;
+    if (r < 0) { if (err && err->code == MOQ_OK) *err = t->failed; return r; }
+    for (int32_t g = moqi_chunks(t)[0].segments - 1; g >= 0; g--)
+        for (size_t i = 0, end; i < moqi_chunk_count(t); i = end) {
+            int64_t length = moqi_sequence(t, i, &end);
+            t->saving = 1;
+            for (size_t k = i; k < end; k++) {
+                moqi_snap_restore(t, &moqi_chunks(t)[k].snap[g]);
+                moqi_replay_segment(t, &moqi_chunks(t)[k], g, length, NULL, NULL);
+            }
+            t->saving = 0;
+            for (size_t k = end; k-- > i;) moqi_back_segment(t, &moqi_chunks(t)[k], g);
+            moqi_arena_drop(&t->work);
+            t->work = moqi_arena_make(&t->a);
+            t->kv = NULL;
+            if (t->failed.code != MOQ_OK) { if (err) *err = t->failed; return t->failed.code; }
+        }
+    return MOQ_OK;
 }
 
 /* ------------------------------------------------------------------------------------------------
