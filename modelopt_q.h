@@ -97,6 +97,8 @@
                          >>pack         tensors of an exported folder
                          >>describe     JSON files of an exported folder
        >>api-export      >>export       ModelOpt folders: tensors, shards, JSON files
+       >>api-autoquant   >>candidates   AutoQuantize: units, their candidates calibrated and scored
+                         >>autoquant    scores kept and read, the choice solved and written
 */
 #ifndef MODELOPT_Q_H
 #define MODELOPT_Q_H
@@ -1006,6 +1008,7 @@ typedef struct moq_calibrate_desc {
     int32_t threads;                /* of that one; 0: physical cores */
     moq_judge judge;
     int32_t f32;                    /* 1: statistics of an F32 model; 0: of a BF16 model, as ModelOpt calibrates */
+    int32_t batches;                /* only the first so many count; 0: all */
     moq_allocator allocator;
     moq_progress_fn progress;       /* MOQ_STAGE_CALIBRATE: passes done, passes in all */
     void *progress_user;
@@ -1124,6 +1127,67 @@ typedef struct moq_convert_desc {
    differ in their last bit. A layer that the other container cannot hold fails with
    MOQ_E_UNSUPPORTED and is named, before anything is written. The folder appears only when it is complete and has been verified. */
 MOQ_API moq_result moq_convert(const moq_convert_desc *desc, moq_error *err);
+
+
+/* ------------------------------------------------------------------------------------------------
+   >>api-autoquant   a format for every layer within a budget of bits
+   ------------------------------------------------------------------------------------------------ */
+
+/* AutoQuantize: candidates are calibrated, each unit (see moq_unit_name) is scored with each of them, and the choice within the budget is
+   written. Scores as ModelOpt defines them: with MOQ_SOLVE_SUM the sum over tokens and outputs of (dLoss/dy * change of y)^2, the loss being
+   the next-token loss of each batch; with MOQ_SOLVE_THRESHOLD the KL divergence of the next-token distributions, one unit changed at a time. */
+typedef struct moq_autoquant_desc {
+    const char *source;             /* folder of an unquantized checkpoint */
+    const char *target;             /* folder that does not exist yet; NULL: only search */
+    double effective_bits;          /* of a weight on average; 0: 4.8 */
+    const char *const *recipes;     /* [recipe_count] candidates beside "leave it as it is" */
+    size_t recipe_count;
+    moq_solve_method method;
+    int32_t active_experts;         /* 1: experts cost top_k / experts of their elements */
+    const char *const *exclude;     /* patterns of modules that stay as they are; they count with 16 bits */
+    size_t exclude_count;
+    const char *kv;                 /* KV cache of the target, as in moq_quantize_desc */
+    moq_forward_fn forward;         /* must compute the logits of every token (llm_samples.logits = 1) */
+    void *data;
+    const char *search;             /* file of recorded scores: nothing is scored, `forward` only calibrates what was chosen */
+    const char *save_search;        /* keep scores and choice in this file; may be NULL */
+    const char *calibration;        /* recorded calibration for the target, instead of `forward` */
+    int32_t score_batches;          /* 0: score all batches */
+    int32_t f32;                    /* 1: activations of an F32 model; 0: of a BF16 model */
+    uint64_t shard_bytes;           /* as in moq_quantize_desc */
+    int threads;                    /* 0: physical cores */
+    moq_progress_fn progress;       /* MOQ_STAGE_CALIBRATE in steps, then MOQ_STAGE_QUANTIZE; non-zero cancels */
+    void *progress_user;
+    moq_log_fn log;
+    void *log_user;
+    moq_allocator allocator;
+} moq_autoquant_desc;
+
+typedef struct moq_search moq_search;
+
+typedef struct moq_search_unit {
+    const char *name;                 /* first module and ".quant_recipe", as ModelOpt names it */
+    const char *const *modules;       /* [module_count]; experts: their container */
+    size_t module_count;
+    int32_t formats;
+    const moq_recipe *const *recipes; /* [formats] ascending by bits; NULL: as it is */
+    const double *scores, *costs;     /* [formats] */
+    int32_t choice;
+} moq_search_unit;
+
+typedef struct moq_search_info {
+    moq_solve_method method;
+    size_t units;
+    double effective_bits;            /* of the choice */
+    double score;                     /* sum over the units */
+    double uncompressed;              /* cost of everything at 16 bits */
+} moq_search_info;
+
+/* Search, and quantize when there is a target. NULL on failure, and then nothing was written. Destroy with moq_search_destroy. */
+MOQ_API moq_search *moq_autoquant(const moq_autoquant_desc *desc, moq_error *err);
+MOQ_API void moq_search_destroy(moq_search *s);
+MOQ_API const moq_search_info *moq_search_get_info(const moq_search *s);
+MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t index); /* in the order of the model; NULL past the end */
 
 
 #endif /* MOQ_QUANTIZE */
@@ -13506,6 +13570,7 @@ typedef struct moqi_plan {
     float *work;                  /* one weight as F32, for those that cannot be read in place */
     uint64_t work_bytes;
     moq_parallel parallel;
+    int narrow;                   /* weights are multiplied with 1 / p in BF16 */
     int nemotron;                 /* modules are "backbone. ..." on disk, "model. ..." in calibration */
 } moqi_plan;
 
@@ -13734,7 +13799,9 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
             float whole = 1 / moqi_in_model(t->model, 1 / v);
             if (moqi_f32_bits(moqi_in_model(t->model, whole)) == moqi_f32_bits(own[i])) v = whole;
         }
-        smooth[i] = 1 / v;
+        /* AutoQuantize keeps s beside the weight in BF16, and leaves no best_scale */
+        int narrow = p->narrow || (!best && t->recipe->scheme.weight.elem != MOQ_I8);
+        smooth[i] = narrow ? moqi_in_model(t->model, best ? best[i] : 1 / v) : 1 / v;
     }
     t->smooth = smooth;
     t->own_p = own;
@@ -17430,6 +17497,7 @@ typedef struct moqi_calibration {
     moqi_kv_record *kv;
     moq_kv_format kv_format;
     int wants_kv, pass;
+    int32_t batch;                  /* complete ones of this pass */
     int64_t longest;                /* most tokens that a layer saw in the pass of statistics */
     moq_parallel par;               /* for the searches */
     moqi_pool *pool;
@@ -17619,6 +17687,7 @@ static int moqi_on_input(void *user, const moq_linear *layers, int32_t parts, fl
     moqi_record *leader = NULL;
     int64_t cols = layers[0].cols;
     int buffered = 0, changed = 0;
+    if (c->desc->batches > 0 && c->batch >= c->desc->batches) return 0;
     for (int32_t i = 0; i < parts; i++) {
         moqi_record *r = moqi_record_of(c, &layers[i]);
         if (!r || !(r->passes & c->pass) || (leader && r == moqi_record_of(c, &layers[i - 1]))) continue; /* gate and up of one stack */
@@ -17789,6 +17858,7 @@ static void moqi_search_batch(moqi_calibration *c, moqi_record *r)
 static void moqi_on_batch(void *user)
 {
     moqi_calibration *c = (moqi_calibration *)user;
+    c->batch++;
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         if (r->batch_tokens == 0) continue;
@@ -17915,6 +17985,7 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
 {
     moq_result code = MOQ_OK;
     c->pass = pass;
+    c->batch = 0;
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         r->amax = 0;
@@ -18769,6 +18840,7 @@ typedef struct moqi_export {
     moqi_arena arena;
     moq_st *file;              /* calibration from a file, or measured */
     moq_stats *stats;
+    const moq_stats *given;    /* the caller's, or NULL */
     moqi_out *outs;
     size_t count, capacity;
     moqi_unit *units;          /* by name */
@@ -20140,10 +20212,12 @@ static moq_result moqi_get_records(moqi_export *x, moq_error *err)
         p->records_name = "calibration";
         if (d->save_calibration && moq_stats_count(x->stats)) r = moq_stats_save(x->stats, d->save_calibration, err);
     }
-    size_t n = x->file ? moq_st_count(x->file) : x->stats ? moq_stats_count(x->stats) : 0;
+    const moq_stats *stats = x->given ? x->given : x->stats;
+    if (x->given) p->records_name = "calibration";
+    size_t n = x->file ? moq_st_count(x->file) : stats ? moq_stats_count(stats) : 0;
     p->records = (const moq_tensor **)moqi_take_array(&x->arena, (uint64_t)n + 1, 2 * sizeof(void *));
     if (!p->records) return moqi_nomem(err, (uint64_t)n * 16);
-    for (size_t i = 0; i < n; i++) p->records[i] = x->file ? moq_st_get(x->file, i) : moq_get_stat(x->stats, i);
+    for (size_t i = 0; i < n; i++) p->records[i] = x->file ? moq_st_get(x->file, i) : moq_get_stat(stats, i);
     moqi_sort((const void **)p->records, (const void **)p->records + n, n, moqi_records_by_name);
     p->record_count = n;
     return r;
@@ -20362,7 +20436,8 @@ static moqi_export *moqi_begin_export(const moq_quantize_desc *desc, moq_error *
     return x;
 }
 
-MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
+/* `given`: statistics of the caller, instead of a file or a run; narrow: weights are smoothed with BF16 vectors, as AutoQuantize does. */
+static moq_result moqi_quantize_given(const moq_quantize_desc *desc, const moq_stats *given, int narrow, moq_error *err)
 {
     moq_error own;
     moq_checkpoint *ck = NULL;
@@ -20371,9 +20446,13 @@ MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err)
     if (!desc) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "desc is NULL");
     moqi_export *x = moqi_begin_export(desc, err);
     if (!x) return MOQ_E_NOMEM;
+    x->plan.narrow = narrow;
+    x->given = given;
     moq_result r = moqi_open_sources(x, desc, &ck, err);
     return moqi_run_export(x, ck, r, err);
 }
+
+MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err) { return moqi_quantize_given(desc, NULL, 0, err); }
 
 MOQ_API moq_result moq_convert(const moq_convert_desc *desc, moq_error *err)
 {
@@ -20405,6 +20484,950 @@ MOQ_API moq_result moq_convert(const moq_convert_desc *desc, moq_error *err)
     moq_result r = moqi_open_sources(x, &d, &ck, err);
     return moqi_run_export(x, ck, r, err);
 }
+
+/* ------------------------------------------------------------------------------------------------
+   >>candidates      the units of a model, their candidates calibrated and scored
+   Scores come from a tape (>>gradient, >>replay). Memory: one batch of boundary activations, and the logits of one batch.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQI_MAX_FORMATS = 16 };
+
+/* A module that may be quantized. */
+typedef struct moqi_auto_layer {
+    const char *name;
+    moq_linear w;
+    size_t unit;
+    moqi_fake fake[MOQI_MAX_FORMATS]; /* recipe NULL: no candidate here */
+} moqi_auto_layer;
+
+/* Units under construction; published as moq_search_unit. */
+typedef struct moqi_auto_unit {
+    moq_search_unit pub;
+    const moq_recipe *recipes[MOQI_MAX_FORMATS + 1];
+    double scores[MOQI_MAX_FORMATS + 1], costs[MOQI_MAX_FORMATS + 1], pending[MOQI_MAX_FORMATS];
+    int format[MOQI_MAX_FORMATS + 1]; /* index among the candidates; -1: as it is */
+    const char *key;                  /* moq_unit_name of its modules, as ModelOpt's memory names them */
+    const char **modules;
+    size_t room;
+    int64_t place, elements;
+    double weight;
+    int32_t segment;                  /* of the tape where it first computes; -1: not seen */
+} moqi_auto_unit;
+
+struct moq_search {
+    moq_allocator a;
+    moqi_arena arena;
+    moq_search_info info;
+    moqi_auto_unit *units, **order;   /* order: [info.units], as in the model */
+    size_t count;                     /* before those without a choice were dropped */
+    double fixed;                     /* cost of what is not searched */
+};
+
+typedef struct moqi_auto {
+    const moq_autoquant_desc *desc;
+    moq_search *s;
+    moq_checkpoint *ck;
+    moqi_plan plan;
+    moq_quantize_desc rules;
+    const moq_recipe *recipes[MOQI_MAX_FORMATS];
+    moq_stats *stats[MOQI_MAX_FORMATS];
+    int formats;
+    moqi_auto_layer *layers;
+    size_t count;
+    moqi_map map;                     /* module -> layer */
+    moqi_pool *pool;
+    moq_parallel par;
+    int32_t batches, scored;          /* counted, worked on */
+    size_t active;                    /* unit that KL changes */
+    const float *reference;           /* its logits */
+    size_t row;                       /* of the batch */
+    double divergence;
+    uint64_t done, total;
+} moqi_auto;
+
+/* ---- which modules, which units ---- */
+
+/* What ModelOpt's searched recipes leave alone; lm_head is searched. */
+static const char *const moqi_auto_off[] = {
+    "*block_sparse_moe.gate*", "*self_attention.conv1d*", "*linear_attn.conv1d*", "*linear_attn.in_proj_a*", "*linear_attn.in_proj_b*", "*mixer.conv1d*",
+    "*mlp.gate.*", "*mlp.shared_expert_gate.*", "*output_layer*", "*proj_out.*", "*router*", "output.*", "*embed_vision*", "*vision_tower*", "*visual*",
+    "*shared_expert_gate*"
+};
+
+static int moqi_auto_covers(const moqi_auto *x, const char *name)
+{
+    static const char *const tables[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "position_embeddings"};
+    char quantizer[MOQ_MAX_NAME_BYTES + 32];
+    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", name);
+    return !moqi_is_one_of(moqi_last_part(name), tables, MOQI_COUNT(tables)) && !moqi_is_router(&x->plan, name) && !moqi_is_extra_layer(&x->plan, name) &&
+           !moqi_any_glob(moqi_auto_off, MOQI_COUNT(moqi_auto_off), quantizer);
+}
+
+static int moqi_auto_excluded(const moqi_auto *x, const char *name)
+{
+    char quantizer[MOQ_MAX_NAME_BYTES + 32];
+    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", name);
+    for (size_t i = 0; i < x->desc->exclude_count; i++)
+        if (moqi_names(x->desc->exclude[i], name, quantizer)) return 1;
+    return 0;
+}
+
+/* Part of their elements that experts cost: top_k / experts of config.json. */
+static double moqi_active_part(const moqi_auto *x, const char *name)
+{
+    static const char *const tops[] = {"num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k", "num_selected_experts"};
+    static const char *const alls[] = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"};
+    const moq_json *config = moq_get_config(x->ck);
+    int64_t top = 0, all = 0;
+    if (!x->desc->active_experts || !strstr(name, "experts") || strstr(name, "shared_expert")) return 1;
+    for (size_t i = MOQI_COUNT(tops); i-- > 0;) moq_json_int(moq_json_find(config, tops[i]), &top);
+    for (size_t i = MOQI_COUNT(alls); i-- > 0;) moq_json_int(moq_json_find(config, alls[i]), &all);
+    return top > 0 && all > 0 ? (double)top / (double)all : 1;
+}
+
+/* The unit of a module, made when it is the first of it. Units are told apart by their key. */
+static moqi_auto_unit *moqi_auto_unit_of(moqi_auto *x, const char *module, moq_error *err)
+{
+    char memory[MOQ_MAX_NAME_BYTES + 64], key[MOQ_MAX_NAME_BYTES + 64];
+    moq_search *s = x->s;
+    moqi_memory_name(&x->plan, module, memory, sizeof memory);
+    moq_unit_name(memory, key, sizeof key);
+    for (size_t i = s->count; i-- > 0;)
+        if (strcmp(s->units[i].key, key) == 0) return &s->units[i];
+    moqi_auto_unit *u = &s->units[s->count];
+    memset(u, 0, sizeof *u);
+    u->key = moqi_take_text(&s->arena, key, strlen(key));
+    u->place = INT64_MAX;
+    u->segment = -1;
+    u->weight = moqi_active_part(x, module);
+    if (!u->key) { moqi_nomem(err, strlen(key)); return NULL; }
+    s->count++;
+    return u;
+}
+
+/* Experts are one module, their container; stacks of experts too. */
+static moq_result moqi_auto_module(moqi_auto *x, moqi_auto_unit *u, const moq_linear *w, moq_error *err)
+{
+    size_t n = strlen(w->name), container;
+    uint32_t number;
+    const char *leaf;
+    if (moqi_expert_name(w->name, &container, &number, &leaf)) n = container;
+    else if (w->experts > 0) n = (size_t)(moqi_last_part(w->name) - w->name) - 1;
+    u->elements += w->rows * w->cols * (w->experts > 0 ? w->experts : 1);
+    for (size_t i = 0; i < u->pub.module_count; i++)
+        if (strlen(u->modules[i]) == n && strncmp(u->modules[i], w->name, n) == 0) return MOQ_OK;
+    if (u->pub.module_count == u->room) {
+        size_t room = u->room ? 2 * u->room : 4;
+        const char **more = (const char **)moqi_take_array(&x->s->arena, room, sizeof *more);
+        if (!more) return moqi_nomem(err, room * sizeof *more);
+        if (u->room) memcpy((void *)more, (const void *)u->modules, u->room * sizeof *more);
+        u->modules = more;
+        u->room = room;
+    }
+    const char *name = moqi_take_text(&x->s->arena, w->name, n);
+    if (!name) return moqi_nomem(err, n);
+    int64_t place = moqi_unit_place(name);
+    size_t at = u->pub.module_count++;
+    for (; at > 0 && moqi_unit_place(u->modules[at - 1]) > place; at--) u->modules[at] = u->modules[at - 1];
+    u->modules[at] = name;
+    if (place < u->place) u->place = place;
+    return MOQ_OK;
+}
+
+static int moqi_auto_by_place(const void *a, const void *b)
+{
+    const moqi_auto_unit *x = (const moqi_auto_unit *)a, *y = (const moqi_auto_unit *)b;
+    return x->place != y->place ? (x->place < y->place ? -1 : 1) : strcmp(x->key, y->key);
+}
+
+/* Can the recipe hold every module of the unit? Checked module by module. */
+static void moqi_auto_formats(moqi_auto *x, moqi_auto_layer *l)
+{
+    moqi_target t;
+    memset(&t, 0, sizeof t);
+    t.name = l->name;
+    t.w = l->w;
+    for (int f = 0; f < x->formats; f++) {
+        moq_error ignored;
+        t.recipe = x->recipes[f];
+        if (moqi_check_target(&t, &ignored) == MOQ_OK) l->fake[f].recipe = x->recipes[f];
+    }
+}
+
+/* Layers and units of the checkpoint; what is excluded only costs. */
+static moq_result moqi_auto_collect(moqi_auto *x, moq_error *err)
+{
+    moq_search *s = x->s;
+    size_t n = moq_module_count(x->ck);
+    x->layers = (moqi_auto_layer *)moqi_take_array(&s->arena, n + 1, sizeof *x->layers);
+    s->units = (moqi_auto_unit *)moqi_take_array(&s->arena, n + 1, sizeof *s->units);
+    s->order = (moqi_auto_unit **)moqi_take_array(&s->arena, n + 1, 2 * sizeof *s->order);
+    if (!x->layers || !s->units || !s->order || !moqi_map_make(&x->map, &s->arena, n)) return moqi_nomem(err, n * sizeof *x->layers);
+    for (size_t i = 0; i < n; i++) {
+        moqi_auto_layer *l = &x->layers[x->count];
+        moq_result r = moq_get_module(x->ck, i, &l->w, err);
+        if (r < 0) return r;
+        if (!moqi_auto_covers(x, l->w.name)) continue;
+        if (moqi_auto_excluded(x, l->w.name)) {
+            double cost = (double)(l->w.rows * l->w.cols) * (double)moqi_max(l->w.experts, 1) * moqi_active_part(x, l->w.name);
+            s->fixed += cost;
+            s->info.uncompressed += cost;
+            continue;
+        }
+        l->name = l->w.name;
+        moqi_auto_unit *u = moqi_auto_unit_of(x, l->name, err);
+        if (!u) return err->code;
+        if ((r = moqi_auto_module(x, u, &l->w, err)) < 0) return r;
+        l->unit = (size_t)(u - s->units);
+        moqi_auto_formats(x, l);
+        moqi_map_add(&x->map, l->name, strlen(l->name), (uint32_t)x->count++);
+    }
+    return s->count ? MOQ_OK : moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(x->ck), NULL, NULL, -1), "there is no layer to choose a format for");
+}
+
+/* Names, formats and costs; units in the order of the model. */
+static moq_result moqi_auto_finish_units(moqi_auto *x, moq_error *err)
+{
+    moq_search *s = x->s;
+    for (size_t i = 0; i < s->count; i++) {
+        moqi_auto_unit *u = &s->units[i];
+        char name[MOQ_MAX_NAME_BYTES + 32];
+        size_t n = moqi_format(name, sizeof name, "%s.quant_recipe", u->modules[0]);
+        u->pub.name = moqi_take_text(&s->arena, name, n);
+        if (!u->pub.name) return moqi_nomem(err, n);
+        for (int f = 0; f <= x->formats; f++) {
+            int fits = 1;
+            for (size_t k = 0; f < x->formats && k < x->count && fits; k++) fits = x->layers[k].unit != i || x->layers[k].fake[f].recipe != NULL;
+            for (size_t k = 0; !fits && k < x->count; k++)
+                if (x->layers[k].unit == i) x->layers[k].fake[f].recipe = NULL;
+            if (!fits) continue;
+            int at = u->pub.formats++;
+            u->recipes[at] = f < x->formats ? x->recipes[f] : NULL;
+            u->format[at] = f < x->formats ? f : -1;
+            u->costs[at] = (double)u->elements * moq_recipe_bits(u->recipes[at]) / 16 * u->weight;
+        }
+        s->info.uncompressed += (double)u->elements * u->weight;
+        s->order[i] = u;
+    }
+    s->info.units = s->count;
+    moqi_sort((const void **)(void *)s->order, (const void **)(void *)(s->order + s->count), s->count, moqi_auto_by_place);
+    return MOQ_OK;
+}
+
+/* ---- candidates ---- */
+
+/* Candidates ascend by bits; of equal bits by ModelOpt's name. */
+static moq_result moqi_auto_recipes(moqi_auto *x, moq_error *err)
+{
+    const moq_autoquant_desc *d = x->desc;
+    if (d->recipe_count == 0 || d->recipe_count > MOQI_MAX_FORMATS)
+        return moq_fail(err, MOQ_E_ARG, "recipes", "%d recipes were given, expected 1 to %d to choose from", (int)d->recipe_count, (int)MOQI_MAX_FORMATS);
+    for (size_t i = 0; i < d->recipe_count; i++) {
+        const moq_recipe *r = moq_find_recipe(d->recipes[i]);
+        if (!r && moqi_same(d->recipes[i], "none")) continue;
+        if (!r) return moq_fail(err, MOQ_E_ARG, d->recipes[i], "no recipe has this name; `moq recipes` lists them");
+        if (r->scheme.lora_rank) return moq_fail(err, MOQ_E_UNSUPPORTED, r->name, "svdquant is no candidate of AutoQuantize; use an awq recipe");
+        int at = x->formats++;
+        for (; at > 0; at--) {
+            const moq_recipe *b = x->recipes[at - 1];
+            double mine = moq_recipe_bits(r), theirs = moq_recipe_bits(b);
+            if (theirs < mine || (!(mine < theirs) && strcmp(b->modelopt, r->modelopt) <= 0)) break;
+            x->recipes[at] = b;
+        }
+        x->recipes[at] = r;
+    }
+    return x->formats ? MOQ_OK : moq_fail(err, MOQ_E_ARG, "recipes", "there is no recipe to choose from");
+}
+
+static moq_result moqi_auto_tell(moqi_auto *x, moq_error *err)
+{
+    const moq_autoquant_desc *d = x->desc;
+    if (!d->progress || !d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, x->done, x->total)) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_CANCELLED, moqi_at(NULL, NULL, NULL, -1), "stopped by the caller");
+}
+
+/* For moq_calibrate: one recipe for every module that has it as a candidate. */
+typedef struct moqi_auto_choice { const moqi_auto *x; int format; } moqi_auto_choice;
+
+static const moq_recipe *moqi_auto_choose(void *user, const char *module)
+{
+    const moqi_auto_choice *c = (const moqi_auto_choice *)user;
+    const moqi_entry *e = moqi_map_find(&c->x->map, module, strlen(module));
+    return e ? c->x->layers[e->value].fake[c->format].recipe : NULL;
+}
+
+/* Calibrate candidate f by itself; AWQ on the first quarter of the batches, as ModelOpt does. The first also measures the KV cache. */
+static moq_result moqi_auto_calibrate(moqi_auto *x, int f, moq_error *err)
+{
+    moq_calibrate_desc c;
+    moqi_auto_choice choice;
+    choice.x = x;
+    choice.format = f;
+    memset(&c, 0, sizeof c);
+    c.source = x->ck;
+    c.choose = moqi_auto_choose;
+    c.choose_user = &choice;
+    c.kv = f == 0 ? x->desc->kv : NULL;
+    c.forward = x->desc->forward;
+    c.data = x->desc->data;
+    c.threads = x->desc->threads;
+    c.f32 = x->desc->f32;
+    c.batches = strstr(x->recipes[f]->calibration, "awq") ? (int32_t)moqi_max(1, x->batches / 4) : 0;
+    c.allocator = x->desc->allocator;
+    x->stats[f] = moq_calibrate(&c, err);
+    x->done++;
+    if (!x->stats[f]) return err->code;
+    return moqi_auto_tell(x, err);
+}
+
+/* Records of candidate f in the plan, so that >>recipe's readers find them. */
+static moq_result moqi_auto_records(moqi_auto *x, int f, moq_error *err)
+{
+    size_t n = moq_stats_count(x->stats[f]);
+    x->plan.records = (const moq_tensor **)moqi_take_array(&x->s->arena, n + 1, 2 * sizeof(void *));
+    if (!x->plan.records) return moqi_nomem(err, n * 16);
+    for (size_t i = 0; i < n; i++) x->plan.records[i] = moq_get_stat(x->stats[f], i);
+    moqi_sort((const void **)x->plan.records, (const void **)x->plan.records + n, n, moqi_records_by_name);
+    x->plan.record_count = n;
+    return MOQ_OK;
+}
+
+/* max |w| of a layer. */
+static float moqi_auto_top(moqi_auto *x, const moq_linear *w)
+{
+    float top = 0, *row = (float *)moq_allocate(&x->desc->allocator, (size_t)w->cols * sizeof *row);
+    for (int64_t r = 0; row && r < w->rows * moqi_max(w->experts, 1); r++) { /* rows of a stack count on from expert to expert */
+        moq_dequantize(w, r, 1, row);
+        float v = moqi_amax(row, w->cols);
+        if (v > top) top = v;
+    }
+    moq_release(&x->desc->allocator, row, (size_t)w->cols * sizeof *row);
+    return top;
+}
+
+/* Gate and up of an expert are one tensor to ModelOpt: they share the amax of a whole weight. */
+static void moqi_auto_pair(moqi_auto *x, moqi_auto_layer *l, int f)
+{
+    static const char *const names[][2] = {{"gate_proj", "up_proj"}, {"w1", "w3"}};
+    size_t container;
+    uint32_t number;
+    const char *part;
+    char other[MOQ_MAX_NAME_BYTES + 16];
+    if (!moqi_expert_name(l->name, &container, &number, &part)) return;
+    for (size_t i = 0; i < MOQI_COUNT(names); i++)
+        for (int k = 0; k < 2; k++) {
+            if (strcmp(part, names[i][k]) != 0) continue;
+            size_t n = moqi_format(other, sizeof other, "%.*s%s", (int)(part - l->name), l->name, names[i][1 - k]);
+            const moqi_entry *e = moqi_map_find(&x->map, other, n);
+            float mine = moqi_auto_top(x, &l->w), theirs = e ? moqi_auto_top(x, &x->layers[e->value].w) : 0;
+            l->fake[f].top = mine > theirs ? mine : theirs;
+        }
+}
+
+/* Static blocks, found by the search of the recipe, or by calibration (local_hessian). */
+static moq_result moqi_auto_blocks(moqi_auto *x, moqi_auto_layer *l, moqi_target *t, moqi_fake *k, moq_error *err)
+{
+    moq_encode_desc d;
+    const float *global;
+    uint64_t n = (uint64_t)l->w.rows * (uint64_t)(l->w.cols / 16);
+    moq_result r = moqi_recorded(&x->plan, t, "weight_quantizer.amax", n, &k->amax, err);
+    if (r >= 0) r = moqi_recorded(&x->plan, t, "weight_quantizer.global_amax", 1, &global, err);
+    if (r < 0) return r;
+    k->norm256 = moqi_recipe_search(k->recipe) == MOQ_SEARCH_FOUR_OVER_SIX && moqi_starts(k->recipe->calibration, "mse");
+    k->blocks_top = global ? global[0] : moqi_auto_top(x, &l->w);
+    if (k->amax) return MOQ_OK;
+    float *own = (float *)moqi_take_array(&x->s->arena, n, sizeof *own);
+    if (!own) return moqi_nomem(err, n * sizeof *own);
+    k->amax = own;
+    r = moqi_encode_source(&x->plan, t, 0, &d, err);
+    d.search = moqi_recipe_search(k->recipe);
+    d.global_amax = k->blocks_top;
+    return r < 0 ? r : moq_find_amax(&d, own, NULL, err);
+}
+
+/* What calibration says of one layer as candidate f. */
+static moq_result moqi_auto_fake(moqi_auto *x, moqi_auto_layer *l, int f, moq_error *err)
+{
+    moqi_fake *k = &l->fake[f];
+    moqi_target t;
+    const float *v = NULL, *best = NULL;
+    uint64_t n = (uint64_t)l->w.cols;
+    size_t container;
+    uint32_t number;
+    const char *part;
+    memset(&t, 0, sizeof t);
+    t.name = l->name;
+    t.w = l->w;
+    t.recipe = k->recipe;
+    t.model = moqi_is_float(t.w.scheme.weight.elem) ? t.w.scheme.weight.elem : MOQ_BF16;
+    t.expert = (uint8_t)moqi_expert_name(l->name, &container, &number, &part);
+    moq_result r = moqi_recorded(&x->plan, &t, "input_quantizer.amax", 1, &v, err);
+    if (r >= 0 && v) k->input_amax = v[0];
+    if (l->w.experts > 0) k->top = moqi_auto_top(x, &l->w); /* one weight quantizer for all of a stack */
+    if (r >= 0 && l->w.experts == 0 && moqi_recipe_searches(k->recipe)) r = moqi_auto_blocks(x, l, &t, k, err);
+    if (r < 0) return r;
+    moqi_auto_pair(x, l, f);
+    if (!moqi_is_smoothed(&t)) return MOQ_OK;
+    r = moqi_recorded(&x->plan, &t, "awq_lite.best_scale", n, &best, err);
+    if (r >= 0) r = moqi_recorded(&x->plan, &t, "input_quantizer.pre_quant_scale", n, &v, err);
+    if (r < 0 || (!best && !v)) return r;
+    float *p = (float *)moqi_take_array(&x->s->arena, n, sizeof *p), *s = (float *)moqi_take_array(&x->s->arena, n, sizeof *s);
+    if (!p || !s) return moqi_nomem(err, n * 8);
+    for (uint64_t i = 0; i < n; i++) {
+        p[i] = moqi_bf16(best ? 1 / best[i] : v[i]);
+        s[i] = moqi_bf16(best ? best[i] : 1 / v[i]);
+    }
+    k->p = p;
+    k->s = s;
+    return MOQ_OK;
+}
+
+static moq_result moqi_auto_fakes(moqi_auto *x, int f, moq_error *err)
+{
+    moq_result r = moqi_auto_records(x, f, err);
+    for (size_t i = 0; i < x->count && r >= 0; i++)
+        if (x->layers[i].fake[f].recipe) r = moqi_auto_fake(x, &x->layers[i], f, err);
+    return r;
+}
+
+/* ---- scores ---- */
+
+static moqi_auto_layer *moqi_auto_layer_of(const moqi_auto *x, const moq_linear *w)
+{
+    const moqi_entry *e = w->name ? moqi_map_find(&x->map, w->name, strlen(w->name)) : NULL;
+    return e ? &x->layers[e->value] : NULL;
+}
+
+/* With KL scores only the unit that is being judged has changed. */
+static const moqi_fake *moqi_auto_candidate(void *user, const moq_linear *w, int format)
+{
+    const moqi_auto *x = (const moqi_auto *)user;
+    const moqi_auto_layer *l = moqi_auto_layer_of(x, w);
+    if (!l || (x->desc->method == MOQ_SOLVE_THRESHOLD && l->unit != x->active)) return NULL;
+    return l->fake[format].recipe ? &l->fake[format] : NULL;
+}
+
+static void moqi_auto_score(void *user, const moq_linear *w, int format, double v)
+{
+    moqi_auto *x = (moqi_auto *)user;
+    const moqi_auto_layer *l = moqi_auto_layer_of(x, w);
+    if (l) x->s->units[l->unit].pending[format] += v;
+}
+
+/* Scores of a batch join the sums: with a mean over m tokens as loss, gradients are 1/m of what the tape gives. */
+static void moqi_auto_commit(moqi_auto *x, double factor)
+{
+    for (size_t i = 0; i < x->s->count; i++) {
+        moqi_auto_unit *u = &x->s->units[i];
+        for (int k = 0; k < u->pub.formats; k++)
+            if (u->format[k] >= 0) u->scores[k] += u->pending[u->format[k]] * factor;
+        memset(u->pending, 0, sizeof u->pending);
+    }
+}
+
+/* Logits of the unchanged model, all rows of the batch. */
+static void moqi_auto_keep(void *user, moqi_tape *t, const moqi_chunk *c, moqi_op *o)
+{
+    (void)user;
+    (void)c;
+    o->also = moqi_tape_copy(t, &t->batch, o->x, (int64_t)o->rows * o->n);
+    o->d.logits = o->also; /* replays clear `also` */
+}
+
+/* KL of one call's rows, in double from log-softmax of both. */
+static void moqi_auto_compare(void *user, moqi_tape *t, const moqi_chunk *c, moqi_op *o)
+{
+    moqi_auto *x = (moqi_auto *)user;
+    const float *before = (const float *)o->d.logits, *now = (const float *)o->x;
+    double *p = moqi_tape_doubles(t, 2 * (int64_t)o->n), *q = p ? p + o->n : NULL;
+    (void)c;
+    for (int64_t r = 0; p && before && r < o->rows; r++) {
+        moqi_log_softmax(t->cap, before + r * o->n, o->n, p);
+        moqi_log_softmax(t->cap, now + r * o->n, o->n, q);
+        for (int64_t i = 0; i < o->n; i++) x->divergence += exp(p[i]) * (p[i] - q[i]);
+    }
+}
+
+/* The segment where each unit computes first. */
+static void moqi_auto_place(moqi_auto *x, const moqi_tape *t)
+{
+    const moqi_chunk *c = &moqi_chunks(t)[0];
+    for (int32_t g = 0; g < c->segments; g++)
+        for (size_t i = moqi_bound(t, c, g); i < moqi_bound(t, c, g + 1); i++) {
+            const moqi_op *o = &moqi_ops(t)[i];
+            const moqi_seen *s = o->what == MOQI_OP_MOE ? ((const moqi_seen_moe *)o->object)->up[0] : (const moqi_seen *)o->object;
+            for (int32_t k = 0; (o->what == MOQI_OP_LINEAR || o->what == MOQI_OP_MOE) && k < s->parts; k++) {
+                const moqi_auto_layer *l = moqi_auto_layer_of(x, &s->layers[k]);
+                if (l && x->s->units[l->unit].segment < 0) x->s->units[l->unit].segment = g;
+            }
+        }
+}
+
+/* Everything from the unit's segment on, with the unit as candidate `format`. */
+static void moqi_auto_replay(moqi_auto *x, moqi_tape *t, const moqi_auto_unit *u, int format)
+{
+    t->format = format;
+    for (size_t i = 0, end; i < moqi_chunk_count(t); i = end) {
+        int64_t length = moqi_sequence(t, i, &end);
+        for (size_t k = i; k < end; k++) {
+            moqi_chunk *c = &moqi_chunks(t)[k];
+            moqi_snap_restore(t, &c->snap[u->segment]);
+            for (int32_t g = u->segment; g < c->segments; g++) moqi_replay_segment(t, c, g, length, moqi_auto_compare, x);
+        }
+        moqi_arena_drop(&t->work);
+        t->work = moqi_arena_make(&t->a);
+    }
+    t->format = -1;
+}
+
+static moq_result moqi_auto_divergence(moqi_auto *x, moqi_tape *t, moq_error *err)
+{
+    moq_result r = moqi_replay_batch(t, moqi_auto_keep, x, err);
+    if (r < 0) return r;
+    moqi_auto_place(x, t);
+    for (size_t i = 0; i < x->s->count; i++) {
+        moqi_auto_unit *u = x->s->order[i];
+        for (int k = 0; k < u->pub.formats && u->segment >= 0; k++) {
+            if (u->format[k] < 0) continue;
+            x->active = (size_t)(u - x->s->units);
+            x->divergence = 0;
+            moqi_auto_replay(x, t, u, u->format[k]);
+            u->pending[u->format[k]] += x->divergence;
+            x->done++;
+            if (t->failed.code != MOQ_OK) { *err = t->failed; return t->failed.code; }
+            if ((r = moqi_auto_tell(x, err)) < 0) return r;
+        }
+    }
+    moqi_auto_commit(x, 1);
+    return MOQ_OK;
+}
+
+/* One batch. The first pass of all only counts them. */
+static moq_result moqi_auto_batch(void *user, moqi_tape *t, moq_error *err)
+{
+    moqi_auto *x = (moqi_auto *)user;
+    if (x->total == 0) { x->batches++; return MOQ_OK; }
+    if (x->desc->score_batches > 0 && x->scored >= x->desc->score_batches) return MOQ_OK;
+    x->scored++;
+    if (x->desc->method == MOQ_SOLVE_THRESHOLD) return moqi_auto_divergence(x, t, err);
+    moq_result r = moqi_gradient(t, err);
+    if (r < 0) return r;
+    moqi_auto_place(x, t);
+    if (t->labels == 0) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, "samples", -1), "no token has a successor; rows of two tokens or more are needed");
+    moqi_auto_commit(x, 1 / ((double)t->labels * (double)t->labels));
+    x->done++;
+    return moqi_auto_tell(x, err);
+}
+
+/* A pass over the samples under a tape: counting, or scoring. */
+static moq_result moqi_auto_pass(moqi_auto *x, moq_backend *cpu, moq_error *err)
+{
+    moqi_tape_user u;
+    memset(&u, 0, sizeof u);
+    u.user = x;
+    u.batch = moqi_auto_batch;
+    u.fake = moqi_auto_candidate;
+    u.score = x->desc->method == MOQ_SOLVE_SUM ? moqi_auto_score : NULL;
+    u.formats = x->formats;
+    moqi_tape *t = moqi_tape_create(cpu, !x->desc->f32, &u, x->par.run ? &x->par : NULL, &x->desc->allocator, err);
+    if (!t) return err->code;
+    moq_json_float(moq_json_find(moq_get_config(x->ck), "final_logit_softcapping"), &t->cap);
+    moq_result r = x->desc->forward(x->desc->data, x->ck, &t->w->be, err);
+    moq_end_batch(&t->w->be);
+    if (r >= 0) r = moqi_tape_sync(&t->w->be, err);
+    moqi_tape_destroy(t);
+    return r;
+}
+
+/* Scores never grow with the bits: min with the one before, in ascending order. */
+static void moqi_auto_settle(moq_search *s)
+{
+    for (size_t i = 0; i < s->count; i++) {
+        moqi_auto_unit *u = &s->units[i];
+        for (int k = 0; k < u->pub.formats; k++) {
+            u->scores[k] = (double)(float)u->scores[k]; /* ModelOpt sums in F32 tensors; its threshold relies on float values */
+            if (k > 0 && u->scores[k] > u->scores[k - 1]) u->scores[k] = u->scores[k - 1];
+        }
+    }
+}
+
+/* Every unit must have run, or its score of 0 would mean "free of harm". */
+static moq_result moqi_auto_seen(const moqi_auto *x, moq_error *err)
+{
+    for (size_t i = 0; i < x->s->count; i++)
+        if (x->s->units[i].segment < 0)
+            return moqi_fail(err, MOQ_E_STATE, moqi_at(NULL, "layer", x->s->units[i].modules[0], -1),
+                             "the forward pass never ran it, so it cannot be scored; exclude it");
+    return MOQ_OK;
+}
+
+static moq_result moqi_auto_scores(moqi_auto *x, moq_error *err)
+{
+    moq_cpu_desc d;
+    moq_result r = MOQ_OK;
+    memset(&d, 0, sizeof d);
+    d.threads = x->desc->threads;
+    d.act = MOQ_ACT_WIDE;
+    d.allocator = x->desc->allocator;
+    if (!x->desc->forward) return moq_fail(err, MOQ_E_ARG, "moq_autoquant", "scores need data: give a forward pass, or a file of recorded scores");
+    moq_backend *cpu = moq_cpu_backend(&d, err);
+    if (!cpu) return err->code;
+    r = moqi_auto_pass(x, cpu, err);
+    if (r >= 0 && x->batches == 0) r = moq_fail(err, MOQ_E_ARG, "samples", "the forward pass ran no batch (moq_end_batch was never called)");
+    int32_t scored = x->desc->score_batches > 0 && x->desc->score_batches < x->batches ? x->desc->score_batches : x->batches;
+    x->total = (uint64_t)x->formats + (uint64_t)scored * (x->desc->method == MOQ_SOLVE_SUM ? 1 : (uint64_t)x->formats * x->s->count);
+    for (int f = 0; f < x->formats && r >= 0; f++) {
+        r = moqi_auto_calibrate(x, f, err);
+        if (r >= 0) r = moqi_auto_fakes(x, f, err);
+    }
+    if (r >= 0) r = moqi_auto_pass(x, cpu, err);
+    if (r >= 0) r = moqi_auto_seen(x, err);
+    if (r >= 0) moqi_auto_settle(x->s);
+    moq_backend_destroy(cpu);
+    return r;
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>autoquant       moq_autoquant: scores kept and read, the choice solved and written
+   Recorded scores are taken as they are; files have the keys of ModelOpt's search state.
+   ------------------------------------------------------------------------------------------------ */
+
+/* ---- files of scores ---- */
+
+/* "NVFP4_DEFAULT_CFG(effective-bits: 4.5)" */
+static void moqi_auto_format_name(const moq_recipe *r, char *text, size_t capacity)
+{
+    double bits = moq_recipe_bits(r);
+    moqi_format(text, capacity, "%s(effective-bits: %d.%d)", r ? r->modelopt : "NONE", (int)bits, (int)(bits * 10) % 10);
+}
+
+static void moqi_auto_put_numbers(moqi_json_out *o, const char *key, const double *v, int n)
+{
+    moqi_json_put_key(o, key);
+    moqi_json_begin(o, '[');
+    for (int i = 0; i < n; i++) moqi_json_put_float(o, v[i]);
+    moqi_json_end(o, ']');
+}
+
+static void moqi_auto_put_unit(moqi_json_out *o, const moqi_auto_unit *u)
+{
+    char text[128];
+    moqi_json_put_key(o, u->pub.name);
+    moqi_json_begin(o, '{');
+    moqi_json_put_key(o, "formats");
+    moqi_json_begin(o, '[');
+    for (int k = 0; k < u->pub.formats; k++) {
+        moqi_auto_format_name(u->recipes[k], text, sizeof text);
+        moqi_json_put_string(o, text);
+    }
+    moqi_json_end(o, ']');
+    moqi_auto_put_numbers(o, "scores", u->scores, u->pub.formats);
+    moqi_auto_put_numbers(o, "costs", u->costs, u->pub.formats);
+    moqi_json_put_key(o, "module_names");
+    moqi_json_begin(o, '[');
+    for (size_t k = 0; k < u->pub.module_count; k++) moqi_json_put_string(o, u->modules[k]);
+    moqi_json_end(o, ']');
+    moqi_json_put_key(o, "cost_weight");
+    moqi_json_put_float(o, u->weight);
+    moqi_json_end(o, '}');
+}
+
+static moq_result moqi_auto_save(const moqi_auto *x, moq_error *err)
+{
+    const moq_search *s = x->s;
+    char text[128];
+    moqi_json_out o;
+    moqi_json_out_make(&o, &x->desc->allocator, 1);
+    moqi_json_begin(&o, '{');
+    moqi_json_put_key(&o, "method");
+    moqi_json_put_string(&o, s->info.method == MOQ_SOLVE_SUM ? "gradient" : "kl_div");
+    moqi_json_put_key(&o, "cost_model");
+    moqi_json_put_string(&o, x->desc->active_experts ? "active_moe" : "weight");
+    moqi_json_put_key(&o, "cost_denominator");
+    moqi_json_put_float(&o, s->info.uncompressed);
+    moqi_json_put_key(&o, "candidate_stats");
+    moqi_json_begin(&o, '{');
+    for (size_t i = 0; i < s->info.units; i++) moqi_auto_put_unit(&o, s->order[i]);
+    moqi_json_end(&o, '}');
+    moqi_json_put_key(&o, "best");
+    moqi_json_begin(&o, '{');
+    moqi_json_put_key(&o, "recipe");
+    moqi_json_begin(&o, '{');
+    for (size_t i = 0; i < s->info.units; i++) {
+        moqi_auto_format_name(s->order[i]->recipes[s->order[i]->pub.choice], text, sizeof text);
+        moqi_json_put_key(&o, s->order[i]->pub.name);
+        moqi_json_put_string(&o, text);
+    }
+    moqi_json_end(&o, '}');
+    moqi_json_put_key(&o, "constraints");
+    moqi_json_begin(&o, '{');
+    moqi_json_put_key(&o, "effective_bits");
+    moqi_json_put_float(&o, s->info.effective_bits);
+    moqi_json_end(&o, '}');
+    moqi_json_put_key(&o, "score");
+    moqi_json_put_float(&o, s->info.score);
+    moqi_json_end(&o, '}');
+    moqi_json_end(&o, '}');
+    moq_result r = o.failed == MOQ_OK ? moq_write_file(x->desc->save_search, o.b.data, o.b.bytes, err) : moqi_nomem(err, o.b.bytes);
+    moqi_buffer_drop(&o.b);
+    return r;
+}
+
+/* The recipe that a recorded format names: up to its bracket; *known 0: none such. */
+static const moq_recipe *moqi_auto_named(const char *text, int *known)
+{
+    char name[64];
+    size_t n = strcspn(text, "(");
+    moqi_format(name, sizeof name, "%.*s", (int)n, text);
+    const moq_recipe *r = moq_find_recipe(name);
+    *known = r || moqi_same(name, "NONE");
+    return r;
+}
+
+/* Scores and costs of one unit, format by format as recorded. */
+static moq_result moqi_auto_load_unit(moqi_auto *x, moqi_auto_unit *u, const moq_json *e, const char *file, moq_error *err)
+{
+    const moq_json *formats = moq_json_find(e, "formats"), *scores = moq_json_find(e, "scores"), *costs = moq_json_find(e, "costs");
+    moqi_where at = moqi_at(file, "key", u->pub.name, -1);
+    size_t n = formats ? formats->count : 0;
+    if (n < 1 || n > MOQI_MAX_FORMATS + 1 || !scores || scores->count != n || !costs || costs->count != n)
+        return moqi_fail(err, MOQ_E_CONFIG, at, "has no lists 'formats', 'scores' and 'costs' of one length");
+    u->pub.formats = (int32_t)n;
+    for (size_t k = 0; k < n; k++) {
+        int known = 0;
+        const char *text = moq_json_string(moq_json_at(formats, k));
+        u->recipes[k] = text ? moqi_auto_named(text, &known) : NULL;
+        if (!known) return moqi_fail(err, MOQ_E_CONFIG, at, "format %d is no recipe that is known here; `moq recipes` lists them", (int)k);
+        if (!moq_json_float(moq_json_at(scores, k), &u->scores[k]) || !moq_json_float(moq_json_at(costs, k), &u->costs[k]))
+            return moqi_fail(err, MOQ_E_CONFIG, at, "score or cost %d is no number", (int)k);
+        u->format[k] = -1;
+        for (int f = 0; f < x->formats; f++)
+            if (x->recipes[f] == u->recipes[k]) u->format[k] = f;
+        if (u->recipes[k] && u->format[k] < 0 && x->formats < MOQI_MAX_FORMATS) { /* recorded, though not asked for */
+            u->format[k] = x->formats;
+            x->recipes[x->formats++] = u->recipes[k];
+        }
+    }
+    return MOQ_OK;
+}
+
+static moq_result moqi_auto_load(moqi_auto *x, moq_error *err)
+{
+    const moq_allocator *a = &x->desc->allocator;
+    const char *file = moqi_base_name(x->desc->search);
+    size_t bytes = 0;
+    char *text = moq_read_file(x->desc->search, MOQ_MAX_JSON_BYTES, a, &bytes, err);
+    if (!text) return err->code;
+    moq_json_doc *doc = moq_json_parse(text, bytes, MOQ_JSON_CONFIG, 0, file, a, err);
+    moq_release(a, text, bytes + 1);
+    if (!doc) return err->code;
+    const moq_json *root = moq_json_root(doc), *stats = moq_json_find(root, "candidate_stats");
+    moq_result r = MOQ_OK;
+    x->s->info.method = moq_json_is(moq_json_find(root, "method"), "gradient") ? MOQ_SOLVE_SUM : MOQ_SOLVE_THRESHOLD;
+    moq_json_float(moq_json_find(root, "cost_denominator"), &x->s->info.uncompressed);
+    for (size_t i = 0; i < x->s->info.units && r >= 0; i++) {
+        const moq_json *e = moq_json_find(stats, x->s->order[i]->pub.name);
+        if (!e) r = moqi_fail(err, MOQ_E_MISSING, moqi_at(file, "key", x->s->order[i]->pub.name, -1),
+                              "has no scores; they were recorded with another model, or with this layer disabled (then exclude it)");
+        else r = moqi_auto_load_unit(x, x->s->order[i], e, file, err);
+    }
+    moq_json_destroy(doc);
+    return r;
+}
+
+/* ---- the choice, and the folder ---- */
+
+static moq_result moqi_auto_solve(moqi_auto *x, moq_error *err)
+{
+    moq_search *s = x->s;
+    moq_solve_desc d;
+    size_t n = s->info.units;
+    double cost = 0;
+    static const double plain[3] = {0, 0.99, 0.90}, active[3] = {0.99, 0.90, 0};
+    moq_unit *units = (moq_unit *)moqi_take_array(&s->arena, n, sizeof *units);
+    int32_t *choice = (int32_t *)moqi_take_array(&s->arena, n, sizeof *choice);
+    if (!units || !choice) return moqi_nomem(err, n * sizeof *units);
+    for (size_t i = 0; i < n; i++) {
+        units[i].name = s->order[i]->pub.name;
+        units[i].formats = s->order[i]->pub.formats;
+        units[i].scores = s->order[i]->scores;
+        units[i].costs = s->order[i]->costs;
+    }
+    memset(&d, 0, sizeof d);
+    d.units = units;
+    d.count = n;
+    d.effective_bits = x->desc->effective_bits > 0 ? x->desc->effective_bits : 4.8;
+    d.uncompressed = s->info.uncompressed;
+    d.fixed_cost = s->fixed;
+    d.method = s->info.method;
+    d.allocator = x->desc->allocator;
+    moq_result r = MOQ_E_CONFIG;
+    for (int i = 0; i < 3 && r == MOQ_E_CONFIG; i++) {
+        d.lower = x->desc->active_experts ? active[i] : plain[i];
+        r = moq_solve(&d, choice, &s->info.score, &cost, err);
+    }
+    for (size_t i = 0; r >= 0 && i < n; i++) s->order[i]->pub.choice = choice[i];
+    s->info.effective_bits = s->info.uncompressed > 0 ? cost / s->info.uncompressed * 16 : 0;
+    return r;
+}
+
+/* The unit that a statistic belongs to: "M.input_quantizer.amax", "P.experts.gate_up_proj_weight_quantizers.3.amax"; NULL: of no unit. */
+static const moqi_auto_unit *moqi_auto_stat_unit(const moqi_auto *x, const char *name)
+{
+    static const char *const tails[] = {".input_quantizer", ".weight_quantizer", ".awq_lite", "_input_quantizer", "_weight_quantizer"};
+    char module[MOQ_MAX_NAME_BYTES + 64], key[MOQ_MAX_NAME_BYTES + 64];
+    size_t n = strlen(name);
+    for (size_t i = 0; i < MOQI_COUNT(tails); i++) {
+        const char *at = strstr(name, tails[i]);
+        if (at && (size_t)(at - name) < n) n = (size_t)(at - name);
+    }
+    moqi_format(module, sizeof module, "%.*s", (int)n, name);
+    moq_unit_name(module, key, sizeof key);
+    for (size_t i = 0; i < x->s->count; i++)
+        if (strcmp(x->s->units[i].key, key) == 0) return &x->s->units[i];
+    return NULL;
+}
+
+/* Of each candidate's statistics those of the units that chose it; keys and values from the first. */
+static moq_result moqi_auto_merge(moqi_auto *x, moq_stats *out, moq_error *err)
+{
+    for (int f = 0; f < x->formats; f++)
+        for (size_t i = 0; x->stats[f] && i < moq_stats_count(x->stats[f]); i++) {
+            const moq_tensor *t = moq_get_stat(x->stats[f], i);
+            const moqi_auto_unit *u = strstr(t->name, "_bmm_quantizer.") ? NULL : moqi_auto_stat_unit(x, t->name);
+            int take = strstr(t->name, "_bmm_quantizer.") != NULL || (u && u->format[u->pub.choice] == f);
+            if (take && !moqi_buffer_add(&out->list, t, sizeof *t)) return moqi_nomem(err, sizeof *t);
+        }
+    return MOQ_OK;
+}
+
+/* Calibrations that the choice needs and that scoring has not made. */
+static moq_result moqi_auto_missing(moqi_auto *x, moq_error *err)
+{
+    moq_result r = MOQ_OK;
+    for (int f = 0; f < x->formats && r >= 0; f++) {
+        int used = 0;
+        for (size_t i = 0; i < x->s->count; i++) used |= x->s->units[i].format[x->s->units[i].pub.choice] == f;
+        for (size_t i = 0; i < x->count; i++) x->layers[i].fake[f].recipe = x->recipes[f];
+        if (used && !x->stats[f]) r = moqi_auto_calibrate(x, f, err);
+    }
+    return r;
+}
+
+static moq_result moqi_auto_write(moqi_auto *x, moq_error *err)
+{
+    const moq_autoquant_desc *d = x->desc;
+    moq_quantize_desc q;
+    moq_stats merged;
+    size_t n = 0;
+    moq_result r = MOQ_OK;
+    moq_rule *rules = (moq_rule *)moqi_take_array(&x->s->arena, x->count + 1, sizeof *rules);
+    if (!rules) return moqi_nomem(err, x->count * sizeof *rules);
+    memset(&merged, 0, sizeof merged);
+    merged.list.a = merged.a = d->allocator;
+    for (size_t i = 0; i < x->count; i++) {
+        const moqi_auto_unit *u = &x->s->units[x->layers[i].unit];
+        rules[n].pattern = x->layers[i].name;
+        rules[n++].recipe = u->recipes[u->pub.choice] ? u->recipes[u->pub.choice]->name : "none";
+    }
+    if (!d->calibration && d->forward) r = moqi_auto_missing(x, err);
+    if (r >= 0) r = moqi_auto_merge(x, &merged, err);
+    memset(&q, 0, sizeof q);
+    q.source = d->source;
+    q.target = d->target;
+    q.recipe = "none";
+    q.kv = d->kv;
+    q.rules = rules;
+    q.rule_count = n;
+    q.calibration = d->calibration;
+    q.shard_bytes = d->shard_bytes;
+    q.threads = d->threads;
+    q.progress = d->progress;
+    q.progress_user = d->progress_user;
+    q.log = d->log;
+    q.log_user = d->log_user;
+    q.allocator = d->allocator;
+    if (r >= 0) r = moqi_quantize_given(&q, d->calibration ? NULL : &merged, 1, err);
+    moqi_buffer_drop(&merged.list);
+    return r;
+}
+
+/* ---- the whole ---- */
+
+static moq_result moqi_auto_run(moqi_auto *x, moq_error *err)
+{
+    const moq_autoquant_desc *d = x->desc;
+    moq_open_desc open;
+    memset(&open, 0, sizeof open);
+    open.allocator = d->allocator;
+    open.log = d->log;
+    open.log_user = d->log_user;
+    if (!d->source) return moq_fail(err, MOQ_E_ARG, "moq_autoquant", "a source folder is needed");
+    moq_result r = d->search && d->recipe_count == 0 ? MOQ_OK : moqi_auto_recipes(x, err);
+    if (r < 0) return r;
+    if (!(x->ck = moq_open(d->source, &open, err))) return err->code;
+    x->plan.ck = x->ck;
+    x->plan.desc = &x->rules;
+    x->rules.allocator = d->allocator;
+    x->plan.r = &x->s->arena;
+    x->plan.nemotron = moqi_starts(moq_get_info(x->ck)->model_type, "nemotron");
+    x->par.workers = d->threads > 0 ? d->threads : moq_cpu_count();
+    x->pool = x->par.workers > 1 ? moqi_pool_create(x->par.workers, &d->allocator, err) : NULL;
+    if (x->par.workers > 1 && !x->pool) return err->code;
+    x->par.run = x->pool ? moqi_pool_run : NULL;
+    x->par.user = x->pool;
+    x->plan.parallel = x->par;
+    x->s->info.method = d->method;
+    r = moqi_auto_collect(x, err);
+    if (r >= 0) r = moqi_auto_finish_units(x, err);
+    if (r >= 0) r = d->search ? moqi_auto_load(x, err) : moqi_auto_scores(x, err);
+    if (r >= 0) r = moqi_auto_solve(x, err);
+    if (r >= 0 && d->save_search) r = moqi_auto_save(x, err);
+    if (r >= 0 && d->target) r = moqi_auto_write(x, err);
+    return r;
+}
+
+MOQ_API moq_search *moq_autoquant(const moq_autoquant_desc *desc, moq_error *err)
+{
+    moq_error own;
+    moqi_auto x;
+    if (!err) err = &own;
+    moqi_clear(err);
+    memset(&x, 0, sizeof x);
+    x.desc = desc;
+    moq_search *s = (moq_search *)moq_allocate(&desc->allocator, sizeof *s);
+    if (!s) { moqi_nomem(err, sizeof *s); return NULL; }
+    s->a = desc->allocator;
+    s->arena = moqi_arena_make(&s->a);
+    x.s = s;
+    moq_result r = moqi_auto_run(&x, err);
+    for (int f = 0; f < x.formats; f++) moq_stats_destroy(x.stats[f]);
+    moqi_pool_destroy(x.pool);
+    moq_release(&desc->allocator, x.plan.work, (size_t)x.plan.work_bytes);
+    for (size_t i = 0; r >= 0 && i < s->info.units; i++) {
+        moqi_auto_unit *u = s->order[i];
+        u->pub.modules = u->modules;
+        u->pub.recipes = u->recipes;
+        u->pub.scores = u->scores;
+        u->pub.costs = u->costs;
+    }
+    moq_close(x.ck); /* names of modules were copied */
+    if (r >= 0) return s;
+    moq_search_destroy(s);
+    return NULL;
+}
+
+MOQ_API void moq_search_destroy(moq_search *s)
+{
+    if (!s) return;
+    moq_allocator a = s->a;
+    moqi_arena_drop(&s->arena);
+    moq_release(&a, s, sizeof *s);
+}
+
+MOQ_API const moq_search_info *moq_search_get_info(const moq_search *s) { return &s->info; }
+
+MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t index) { return index < s->info.units ? &s->order[index]->pub : NULL; }
 
 #endif /* MOQ_QUANTIZE */
 
