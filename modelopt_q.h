@@ -79,7 +79,8 @@
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
                          >>stream       4-bit rows times a few inputs, straight from the file's nibbles
-                        >>panels       weights turned once for many inputs; which instruction set serves a layer
+                         >>stream-256   rows of 4, 8 or 16 bits times a few inputs, for AVX2
+                         >>panels       weights turned once for many inputs; which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
@@ -11105,6 +11106,322 @@ static const moqi_way moqi_stream_way_512 = {"codes in place", 0, moqi_stream_ta
 #endif
 
 /* ------------------------------------------------------------------------------------------------
+   >>stream-256      rows of 4, 8 or 16 bits times a few inputs, for AVX2
+   A run of a row is decoded once into the first-level cache and meets up to 8 rows of x there; weights are read once, in order.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Decoding takes vector operations, the trip through the cache only loads and stores, which are free beside it. A run is 512 columns in
+   halves of 32: four vectors of 8 whose lanes share one vector of scales,
+
+       y[r] = bias[r] + factor * sum over halves h, lanes l of ( s[h][l] * sum over i < 4 of w[h][i][l] x'[h][i][l] )
+
+   4-bit codes leave the shuffles in an order of their own, so x' is stored in that order once per call. Two halves are 64 codes, 32
+   bytes: byte b holds columns 2 b and 2 b + 1; half 0 gets the bytes 0..7 and 16..23, half 1 the bytes 8..15 and 24..31 (that is what
+   interleaving within 128 bits gives), vector i its even (0) or odd (1) bytes of even columns, then those of odd columns (2, 3).
+   Other codes keep their order, and a group must be at least a half. */
+
+#ifdef MOQI_X86
+enum { MOQI_RUN = 512, MOQI_RUN_HALVES = MOQI_RUN / 32 };
+
+/* What one pass over some rows needs. */
+typedef struct moqi_run_256 {
+    const moqi_tiled *p;
+    float *w;                             /* [512] decoded weights */
+    float *s;                             /* [16 halves][8] */
+    uint8_t low[16], high[16];            /* the two bytes of a code's value in BF16 */
+    int32_t lane[MOQI_RUN_HALVES][8];     /* which of 8 scales a lane takes */
+    int32_t vector[MOQI_RUN_HALVES];      /* which 8 of the run's scales those are */
+} moqi_run_256;
+
+/* Column of the run that lane l of vector i of a half begins with. */
+static int moqi_run_column(const moqi_tiled *p, int half, int i, int l)
+{
+    int byte = 8 * (half & 1) + 16 * (l / 4) + 2 * (l % 4) + (i & 1);
+    return p->form == MOQI_CODES_NIBBLES ? 64 * (half / 2) + 2 * byte + i / 2 : 32 * half + 8 * i + l;
+}
+
+/* x [n] -> out [n padded to 128] in the order of the lanes. x may be out. */
+static void moqi_run_arrange_256(const moqi_tiled *p, const float *x, int64_t n, float *out)
+{
+    float block[64];
+    int column[64];
+    for (int i = 0; i < 64; i++) column[i] = moqi_run_column(p, i / 32, i / 8 % 4, i % 8);
+    for (int64_t c = 0; c < (n + 127) / 128 * 128; c += 64) {
+        int64_t m = moqi_max(0, moqi_min(64, n - c));
+        memcpy(block, x + c, (size_t)m * sizeof *x);
+        for (int64_t i = m; i < 64; i++) block[i] = 0;
+        for (int i = 0; i < 64; i++) out[c + i] = block[column[i]];
+    }
+}
+
+/* Up to 8 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
+MOQI_AVX2 static __m256 moqi_run_scales_256(const moqi_tiled *p, int64_t at, int64_t count)
+{
+    float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    int64_t size = moq_dtype_bits(p->scale_dtype) / 8;
+    const uint8_t *s = p->scales + at * size;
+    if (count < 8) {
+        memcpy(part, s, (size_t)(moqi_max(count, 0) * size));
+        s = (const uint8_t *)(const void *)part;
+    }
+    __m128i b = size == 1 ? _mm_loadl_epi64((const __m128i *)(const void *)s) : size == 2 ? _mm_loadu_si128((const __m128i *)(const void *)s) : _mm_setzero_si128();
+    __m256 lanes = _mm256_castsi256_ps(_mm256_setzero_si256());
+    switch ((int)p->scale_dtype) {
+    case MOQ_F8_E4M3: return _mm256_mul_ps(moqi_e4m3_256(b), _mm256_set1_ps(1.0f / 256));
+    case MOQ_F8_E8M0:
+        if (count < 8) lanes = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)moqi_max(count, 0)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+        return count < 8 ? _mm256_and_ps(lanes, moqi_e8m0_256(b)) : moqi_e8m0_256(b); /* byte 0 is 2^-127 */
+    case MOQ_BF16: return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
+    case MOQ_F16: return _mm256_cvtph_ps(b);
+    default: return _mm256_loadu_ps((const float *)(const void *)s);
+    }
+}
+
+/* 16 bytes of E4M3 as value / 256: sign and the other fields where F16 has them; 0x7f is NaN and not 1.875 * 2^8. */
+MOQI_INLINE MOQI_AVX2 __m256i moqi_e4m3_half_256(__m128i v)
+{
+    const __m256i size = _mm256_set1_epi16(0x7f);
+    __m256i w = _mm256_cvtepi8_epi16(v), h = _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff));
+    return _mm256_or_si256(h, _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(w, size), size), _mm256_set1_epi16(0x7e00)));
+}
+
+/* Scales of the halves of a run from column c. E4M3 in groups of 16 is what a decode step meets most. */
+MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_256 *run, int64_t row, int64_t c, int halves)
+{
+    const moqi_tiled *p = run->p;
+    int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, count = p->groups - g;
+    __m256 v[4];
+    if (!p->scales) {
+        for (int h = 0; h < halves; h++) _mm256_storeu_ps(run->s + 8 * h, _mm256_set1_ps(1));
+        return;
+    }
+    if (p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && count >= 32) {
+        for (int i = 0; i < 2; i++) {
+            __m256i h = moqi_e4m3_half_256(_mm_loadu_si128((const __m128i *)(const void *)(p->scales + at + 16 * i)));
+            v[2 * i] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+            v[2 * i + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+        }
+    } else {
+        int vectors = run->vector[halves - 1] + 1;
+        for (int i = 0; i < vectors; i++) v[i] = moqi_run_scales_256(p, at + 8 * i, count - 8 * i);
+    }
+    for (int h = 0; h < halves; h++)
+        _mm256_storeu_ps(run->s + 8 * h, _mm256_permutevar8x32_ps(v[run->vector[h]],
+                                                                  _mm256_loadu_si256((const __m256i *)(const void *)run->lane[h])));
+}
+
+/* 32 bytes, 64 codes -> u[4]: two vectors of 16 BF16 numbers for each half. A code's value is a BF16 number: its two bytes are looked up
+   and interleaved. A BF16 number is the upper half of an F32, so a shift and a mask give the four vectors of a half. */
+MOQI_INLINE MOQI_AVX2 void moqi_run_lookup_256(__m256i v, __m256i low, __m256i high, __m256i *u)
+{
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i even = _mm256_and_si256(v, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
+    __m256i el = _mm256_shuffle_epi8(low, even), eh = _mm256_shuffle_epi8(high, even);
+    __m256i ol = _mm256_shuffle_epi8(low, odd), oh = _mm256_shuffle_epi8(high, odd);
+    u[0] = _mm256_unpacklo_epi8(el, eh);
+    u[1] = _mm256_unpacklo_epi8(ol, oh);
+    u[2] = _mm256_unpackhi_epi8(el, eh);
+    u[3] = _mm256_unpackhi_epi8(ol, oh);
+}
+
+#define MOQI_BF16_EVEN(u) _mm256_castsi256_ps(_mm256_slli_epi32(u, 16))
+#define MOQI_BF16_ODD(u) _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000)))
+
+MOQI_INLINE MOQI_AVX2 void moqi_run_nibbles_256(__m256i v, __m256i low, __m256i high, float *w)
+{
+    __m256i u[4];
+    moqi_run_lookup_256(v, low, high, u);
+    MOQI_UNROLL for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(w + 16 * i, MOQI_BF16_EVEN(u[i]));
+        _mm256_storeu_ps(w + 16 * i + 8, MOQI_BF16_ODD(u[i]));
+    }
+}
+
+/* Columns [c, c + n) of a row -> run->w, zeros (or the value of code 0, which meets zeros of x) to the end of the last half. */
+MOQI_AVX2 static void moqi_run_codes_256(const moqi_run_256 *run, int64_t row, int64_t c, int64_t n)
+{
+    const moqi_tiled *p = run->p;
+    const int bits = p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p->dtype);
+    const uint8_t *src = p->codes + row * p->row_bytes + c * bits / 8;
+    int64_t i = 0;
+    for (int64_t b = 0; b < n * bits / 8; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
+    if (bits == 4) {
+        __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->low));
+        __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->high));
+        for (; i + 64 <= n; i += 64)
+            moqi_run_nibbles_256(_mm256_loadu_si256((const __m256i *)(const void *)(src + i / 2)), low, high, run->w + i);
+        if (i == n) return;
+        uint8_t last[32] = {0};
+        memcpy(last, src + i / 2, (size_t)((n - i + 1) / 2));
+        moqi_run_nibbles_256(_mm256_loadu_si256((const __m256i *)(const void *)last), low, high, run->w + i);
+        return;
+    }
+    if (p->dtype == MOQ_F8_E4M3)
+        for (; i + 16 <= n; i += 16) {
+            __m256i h = moqi_e4m3_half_256(_mm_loadu_si128((const __m128i *)(const void *)(src + i)));
+            _mm256_storeu_ps(run->w + i, _mm256_cvtph_ps(_mm256_castsi256_si128(h)));
+            _mm256_storeu_ps(run->w + i + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)));
+        }
+    if (i < n) moqi_expand_256(p->dtype, src + i * bits / 8, n - i, run->w + i);
+    for (; i < n && p->dtype == MOQ_F8_E4M3; i++) run->w[i] *= 1.0f / 256;
+    memset(run->w + n, 0, (size_t)((n + 63) / 64 * 64 - n) * sizeof(float));
+}
+
+/* Zero points: w - z, lane by lane as the scales. */
+static void moqi_run_zeros_256(const moqi_run_256 *run, int64_t row, int64_t c, int64_t n)
+{
+    const moqi_tiled *p = run->p;
+    int64_t g = moqi_stream_group(p, c);
+    for (int h = 0; h < (n + 63) / 64 * 2; h++) /* both halves of a block hold columns of all of it */
+        for (int i = 0; i < 32; i++) {
+            int64_t at = moqi_min(g + 8 * run->vector[h] + run->lane[h][i % 8], p->groups - 1);
+            run->w[32 * h + i] -= p->zeros ? (float)p->zeros[row * p->groups + at] : p->zero;
+        }
+}
+
+/* acc[t] += the run times x[t]: [tokens][8]; tokens is a constant where this is called, halves is even. */
+MOQI_INLINE MOQI_AVX2 void moqi_run_dot_256(const moqi_run_256 *run, int halves, const float *x, int64_t ldx, int tokens, float *acc)
+{
+    const float *w = run->w, *s = run->s;
+    __m256 a[4], b[4], d[4];
+#define MOQI_TOKENS4(f) f(0) if (tokens > 1) { f(1) } if (tokens > 2) { f(2) f(3) }
+#define MOQI_LOAD(t) a[t] = _mm256_loadu_ps(acc + 8 * (t));
+#define MOQI_STORE(t) _mm256_storeu_ps(acc + 8 * (t), a[t]);
+#define MOQI_MUL(t) b[t] = _mm256_mul_ps(v, _mm256_loadu_ps(x + (t) * ldx));
+#define MOQI_ADD(t) b[t] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + (t) * ldx + 8 * i), b[t]);
+#define MOQI_HALF { v = _mm256_loadu_ps(w); MOQI_TOKENS4(MOQI_MUL) \
+        MOQI_UNROLL for (int i = 1; i < 4; i++) { v = _mm256_loadu_ps(w + 8 * i); MOQI_TOKENS4(MOQI_ADD) } w += 32; x += 32; }
+#define MOQI_FIRST(t) d[t] = _mm256_mul_ps(b[t], scale);
+#define MOQI_SECOND(t) a[t] = _mm256_add_ps(a[t], _mm256_fmadd_ps(b[t], scale, d[t]));
+    MOQI_TOKENS4(MOQI_LOAD)
+    for (int h = 0; h < halves; h += 2, s += 16) {
+        __m256 v, scale = _mm256_loadu_ps(s);
+        MOQI_HALF
+        MOQI_TOKENS4(MOQI_FIRST)
+        scale = _mm256_loadu_ps(s + 8);
+        MOQI_HALF
+        MOQI_TOKENS4(MOQI_SECOND)
+    }
+    MOQI_TOKENS4(MOQI_STORE)
+#undef MOQI_LOAD
+#undef MOQI_STORE
+#undef MOQI_MUL
+#undef MOQI_ADD
+#undef MOQI_HALF
+#undef MOQI_FIRST
+#undef MOQI_SECOND
+}
+
+/* Whole blocks of 64 codes times 1 or 2 rows of x (a constant) without the trip through the cache: what one token waits for. */
+MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_256 *run, const uint8_t *src, int blocks, const float *x, int64_t ldx, int tokens,
+                                               float *acc)
+{
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->low));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->high));
+    const float *s = run->s;
+    __m256 a[2], b[2], d[2], v;
+#define MOQI_TOKENS2(f) f(0) if (tokens > 1) { f(1) }
+#define MOQI_LOAD(t) a[t] = _mm256_loadu_ps(acc + 8 * (t));
+#define MOQI_STORE(t) _mm256_storeu_ps(acc + 8 * (t), a[t]);
+#define MOQI_MUL(t) b[t] = _mm256_mul_ps(v, _mm256_loadu_ps(x + (t) * ldx));
+#define MOQI_ADD(t) b[t] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + (t) * ldx), b[t]);
+#define MOQI_STEP(value, f) v = value; MOQI_TOKENS2(f) x += 8;
+#define MOQI_HALF(i) MOQI_STEP(MOQI_BF16_EVEN(u[i]), MOQI_MUL) MOQI_STEP(MOQI_BF16_ODD(u[i]), MOQI_ADD) \
+    MOQI_STEP(MOQI_BF16_EVEN(u[i + 1]), MOQI_ADD) MOQI_STEP(MOQI_BF16_ODD(u[i + 1]), MOQI_ADD)
+#define MOQI_FIRST(t) d[t] = _mm256_mul_ps(b[t], v);
+#define MOQI_SECOND(t) a[t] = _mm256_add_ps(a[t], _mm256_fmadd_ps(b[t], v, d[t]));
+    MOQI_TOKENS2(MOQI_LOAD)
+    for (int i = 0; i < blocks; i++, src += 32, s += 16) {
+        __m256i u[4];
+        moqi_run_lookup_256(_mm256_loadu_si256((const __m256i *)(const void *)src), low, high, u);
+        MOQI_HALF(0)
+        v = _mm256_loadu_ps(s);
+        MOQI_TOKENS2(MOQI_FIRST)
+        MOQI_HALF(2)
+        v = _mm256_loadu_ps(s + 8);
+        MOQI_TOKENS2(MOQI_SECOND)
+    }
+    MOQI_TOKENS2(MOQI_STORE)
+#undef MOQI_LOAD
+#undef MOQI_STORE
+#undef MOQI_MUL
+#undef MOQI_ADD
+#undef MOQI_STEP
+#undef MOQI_HALF
+#undef MOQI_FIRST
+#undef MOQI_SECOND
+}
+
+/* `rows` rows times up to 8 tokens over columns [first, end). acc: [rows][8 tokens][8] */
+MOQI_AVX2 static void moqi_run_rows_256(const moqi_run_256 *run, int64_t row, int64_t rows, int64_t first, int64_t end, const float *x,
+                                        int64_t ldx, int tokens, float *acc)
+{
+    const moqi_tiled *p = run->p;
+    const int direct = p->form == MOQI_CODES_NIBBLES && !p->zeros && tokens <= 2;
+    for (int64_t r = 0; r < rows; r++, acc += 64)
+        for (int64_t c = first; c < end; c += MOQI_RUN) {
+            int64_t n = moqi_min(MOQI_RUN, end - c);
+            int halves = (int)((n + 63) / 64 * 2), t = 0;
+            moqi_run_groups_256(run, row + r, c, halves);
+            if (direct && n % 64 == 0) {
+                const uint8_t *src = p->codes + (row + r) * p->row_bytes + c / 2;
+                for (int64_t b = 0; b < n / 2; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
+                if (tokens == 1) moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 1, acc);
+                else moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 2, acc);
+                continue;
+            }
+            moqi_run_codes_256(run, row + r, c, n);
+            if (p->zeros || (p->zero != 0 && p->form != MOQI_CODES_NIBBLES)) moqi_run_zeros_256(run, row + r, c, n);
+            for (; t + 4 <= tokens; t += 4) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 4, acc + 8 * t);
+            for (; t + 2 <= tokens; t += 2) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 2, acc + 8 * t);
+            if (t < tokens) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 1, acc + 8 * t);
+        }
+}
+
+/* Tokens in groups of 8; pieces of x stay in the first-level cache while the rows pass by. */
+MOQI_AVX2 static void moqi_run_256_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                                  float *y, int64_t ldy, float *scratch)
+{
+    moqi_run_256 run;
+    int small = p->form != MOQI_CODES_NIBBLES && p->dtype == MOQ_F8_E4M3, tiny = p->scales && p->scale_dtype == MOQ_F8_E4M3;
+    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + 8 * MOQI_RUN_HALVES;
+    (void)way;
+    run.p = p;
+    run.w = scratch;
+    run.s = scratch + MOQI_RUN;
+    for (int i = 0; i < 16; i++) {
+        uint16_t v = moq_bf16_encode(p->table[i] - p->zero); /* exact: integers of 5 bits, and E2M1 */
+        run.low[i] = (uint8_t)(v & 255);
+        run.high[i] = (uint8_t)(v >> 8);
+    }
+    for (int h = 0; h < MOQI_RUN_HALVES; h++)
+        for (int l = 0; l < 8; l++) {
+            int g = p->shift < 9 ? moqi_run_column(p, h, 0, l) >> p->shift : 0;
+            run.vector[h] = g / 8;
+            run.lane[h][l] = g % 8;
+        }
+    for (int64_t j = 0; j < m; j += 8) {
+        int tokens = (int)moqi_min(8, m - j);
+        int64_t piece = 8192 / tokens / MOQI_RUN * MOQI_RUN, cols = p->layer.cols;
+        memset(acc, 0, (size_t)rows * 64 * sizeof *acc);
+        for (int64_t c = 0; c < cols; c += piece)
+            moqi_run_rows_256(&run, row, rows, c, moqi_min(cols, c + piece), x + j * ldx, ldx, tokens, acc);
+        for (int t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < rows; r++)
+                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * moqi_sum_256(_mm256_loadu_ps(acc + 64 * r + 8 * t));
+    }
+}
+
+/* Rows in the file's order whose groups lanes can follow: pairs of lanes in 4-bit rows, halves in wider ones. */
+static int moqi_run_takes_256(const moqi_tiled *p)
+{
+    return p->form != MOQI_CODES_SLOW && p->requant <= 0 && (p->form == MOQI_CODES_NIBBLES || (p->dtype != MOQ_F32 && p->shift >= 5));
+}
+
+static const moqi_way moqi_run_way_256 = {"codes in place", 0, moqi_run_takes_256, moqi_run_arrange_256, moqi_run_256_multiply, NULL, NULL};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
    >>panels          weights turned once for many inputs; which instruction set serves a layer
    A panel is decoded once and used for every row of x. Sums go along the columns in order: they depend on no thread and no task.
    ------------------------------------------------------------------------------------------------ */
@@ -11292,14 +11609,104 @@ static const moqi_way moqi_f32_way_512 = {"F32 panels", 1, moqi_panel_takes_f32_
                                           moqi_block_f32_512};
 #endif
 
+/* ---- AVX2: F32 ---- */
+
+#ifdef MOQI_X86
+/* 8 rows of 8 words turned: dst[c][r] = src[r][c]. */
+MOQI_AVX2 static void moqi_turn_256(const float *src, int64_t lds, float *dst, int64_t ldd)
+{
+    __m256 a[8], b[8];
+#define MOQI_LOAD(i) a[i] = _mm256_loadu_ps(src + (i) * lds);
+#define MOQI_PAIR(i) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]); b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+#define MOQI_FOUR(i) \
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44); a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee); \
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44); a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+#define MOQI_LAST(i) \
+    _mm256_storeu_ps(dst + (i) * ldd, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20)); \
+    _mm256_storeu_ps(dst + (i + 4) * ldd, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+#define MOQI_ALL4(f, i, step) f(i) f(i + step) f(i + 2 * step) f(i + 3 * step)
+    MOQI_ALL4(MOQI_LOAD, 0, 1) MOQI_ALL4(MOQI_LOAD, 4, 1)
+    MOQI_ALL4(MOQI_PAIR, 0, 2)
+    MOQI_FOUR(0) MOQI_FOUR(4)
+    MOQI_ALL4(MOQI_LAST, 0, 1)
+#undef MOQI_LOAD
+#undef MOQI_PAIR
+#undef MOQI_FOUR
+#undef MOQI_LAST
+}
+
+MOQI_AVX2 static void moqi_panel_f32_256(moqi_panel *w)
+{
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
+        moqi_panel_rows(w, &bare, h);
+        for (int64_t c = 0; c < w->n; c += 8)
+            for (int64_t r = 0; r < 16; r += 8)
+                moqi_turn_256(w->tile + r * MOQI_TILE_COLS + c, MOQI_TILE_COLS,
+                              (float *)(void *)(w->data + c * MOQI_PANEL_ROWS + h + r), MOQI_PANEL_ROWS);
+    }
+}
+
+/* 16 rows of a panel from `at`, words [from, from + n), times 6 or 2 rows of x: 12 accumulators of the 16 registers. */
+MOQI_INLINE MOQI_AVX2 void moqi_panel_f32_tokens_256(const moqi_panel *w, int64_t at, int64_t from, int64_t n, const float *x, int64_t ldx,
+                                                     float *y, int64_t ldy, int valid, int tokens)
+{
+    const float *d = (const float *)(const void *)w->data + from * MOQI_PANEL_ROWS + at, *x3 = x + 3 * ldx;
+    __m256 lo[6], hi[6], m0, m1;
+    int64_t rows = moqi_min(16, w->rows - at);
+    float sum[16];
+#define MOQI_TOKENS6(f) f(0) f(1) if (tokens > 2) { f(2) f(3) f(4) f(5) }
+#define MOQI_ZERO(t) lo[t] = hi[t] = _mm256_setzero_ps();
+#define MOQI_FMA(t) { \
+        __m256 v = _mm256_broadcast_ss(((t) < 3 ? x : x3) + (t) % 3 * ldx + k); \
+        lo[t] = _mm256_fmadd_ps(w0, v, lo[t]); hi[t] = _mm256_fmadd_ps(w1, v, hi[t]); }
+#define MOQI_STORE(t) if ((t) < valid) { \
+        float *to = y + at + (t) * ldy; \
+        _mm256_storeu_ps(sum, _mm256_mul_ps(lo[t], m0)); \
+        _mm256_storeu_ps(sum + 8, _mm256_mul_ps(hi[t], m1)); \
+        for (int64_t r = 0; r < rows; r++) to[r] += sum[r]; }
+    MOQI_TOKENS6(MOQI_ZERO)
+    for (int64_t k = 0; k < n; k++, d += MOQI_PANEL_ROWS) {
+        __m256 w0 = _mm256_loadu_ps(d), w1 = _mm256_loadu_ps(d + 8);
+        MOQI_TOKENS6(MOQI_FMA)
+    }
+    m0 = _mm256_loadu_ps(w->mul + at);
+    m1 = _mm256_loadu_ps(w->mul + at + 8);
+    MOQI_TOKENS6(MOQI_STORE)
+#undef MOQI_ZERO
+#undef MOQI_FMA
+#undef MOQI_STORE
+}
+
+/* 256 columns of 16 rows at a time: 16 KB of the panel stay in the first-level cache while the rows of x pass by. */
+MOQI_AVX2 static void moqi_block_f32_256(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    for (int64_t k = 0; k < w->n; k += 256)
+        for (int64_t at = 0; at < w->rows; at += 16) {
+            int64_t n = moqi_min(256, w->n - k), j = 0;
+            const float *from = x + w->col + k;
+            for (; j + 6 <= m; j += 6) moqi_panel_f32_tokens_256(w, at, k, n, from + j * ldx, ldx, y + j * ldy, ldy, 6, 6);
+            for (; j < m; j += 2)
+                moqi_panel_f32_tokens_256(w, at, k, n, from + j * ldx, j + 1 < m ? ldx : 0, y + j * ldy, ldy, (int)moqi_min(2, m - j), 2);
+        }
+}
+
+static int moqi_panel_takes_f32_256(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_run_takes_256(p) ? 13 : 2; }
+
+static const moqi_way moqi_f32_way_256 = {"F32 panels", 1, moqi_panel_takes_f32_256, moqi_panel_copy, moqi_panels, moqi_panel_f32_256,
+                                          moqi_block_f32_256};
+#endif
+
 /* ---- which instruction set ---- */
 
 #ifdef MOQI_X86
 static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                  moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways};
+static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way_256, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, NULL};
+                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways};
 #endif
 #ifdef MOQI_ARM
 static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_plain_nibbles, moqi_scale_neon,
