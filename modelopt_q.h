@@ -60,6 +60,7 @@
    only sections above it.
        >>api-base        >>base         results, errors, allocator, hooks; checked arithmetic, arena, hash map
        >>api-os          >>os           files, mapping, clock
+                         >>scratch      folders being built, numbers that do not fit into memory
                          >>threads      processor count and features, the built-in thread pool
                          >>decimal      UTF-8; decimal numbers to doubles and back
        >>api-json        >>json         parser for two dialects, and a writer
@@ -258,6 +259,16 @@ MOQ_API char *moq_read_file(const char *path, uint64_t limit, const moq_allocato
 
 /* Write a whole file through a temporary name in the same folder: the target is old or new, never partial. */
 MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t bytes, moq_error *err);
+
+#ifdef MOQ_QUANTIZE
+/* Room for `bytes` bytes that are written once in a while and read again: in memory when `memory` allows it, else in a file beside `path`
+   that loses its name at once, so that nothing stays behind however the program ends. NULL on failure. */
+typedef struct moq_spill moq_spill;
+MOQ_API moq_spill *moq_spill_create(uint64_t bytes, uint64_t memory, const char *path, const moq_allocator *a, moq_error *err);
+MOQ_API moq_result moq_spill_put(moq_spill *s, uint64_t at, const void *data, size_t bytes, moq_error *err);
+MOQ_API moq_result moq_spill_get(moq_spill *s, uint64_t at, void *data, size_t bytes, moq_error *err);
+MOQ_API void moq_spill_destroy(moq_spill *s);
+#endif
 
 /* Physical cores of this machine that the process may use; 1 when unknown. */
 MOQ_API int moq_cpu_count(void);
@@ -609,6 +620,10 @@ MOQ_API moq_json_doc *moq_read_json(const moq_checkpoint *ck, const char *name, 
 
 /* Read another text file of the folder; release as moq_read_file says, with moq_get_allocator(ck). */
 MOQ_API char *moq_read_text(const moq_checkpoint *ck, const char *name, size_t *bytes, moq_error *err);
+
+/* Give the memory of mapped tensors that were looked at back to the system; their next use reads the file again. For programs that go
+   through a folder larger than memory. */
+MOQ_API void moq_forget_pages(const moq_checkpoint *ck);
 
 /* All tensors, sorted by name. */
 MOQ_API size_t moq_tensor_count(const moq_checkpoint *ck);
@@ -969,8 +984,9 @@ typedef struct moq_observer {
     void (*output)(void *user, const moq_linear *layers, int32_t parts, const float *y, int32_t rows);
     /* Keys [rows, kv_heads, head_dim] after rope and values [rows, kv_heads, value_dim], as they enter the cache. */
     void (*kv)(void *user, const moq_kv_desc *cache, const float *k, const float *v, int32_t rows);
-    /* moq_end_batch was called. */
+    /* moq_end_batch, moq_end_layers were called. Without end_layers the observer wants rows that run as a whole. */
     void (*end_batch)(void *user);
+    void (*end_layers)(void *user);
     /* 1: every result is rounded to BF16 and the small operations go step by step as PyTorch does them in BF16, so that statistics are
        those of a BF16 model and not of an F32 one. */
     int32_t bf16;
@@ -985,6 +1001,11 @@ MOQ_API moq_backend *moq_observing_backend(moq_backend *inner, const moq_observe
    padding is whatever it runs. */
 typedef moq_result (*moq_forward_fn)(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err);
 MOQ_API void moq_end_batch(moq_backend *watch);
+/* The layers shown so far are not shown again in this pass: their results are made now, and what was kept for them is dropped. Optional;
+   a model that runs layer by layer keeps the memory of one layer this way. */
+MOQ_API void moq_end_layers(moq_backend *watch);
+/* Does the observer take a pass in that order, all rows through one layer before the next? Else every row must run as a whole. */
+MOQ_API int moq_takes_layers(const moq_backend *watch);
 
 /* What to quantize a module with: the recipe, or NULL to leave it as it is. */
 typedef const moq_recipe *(*moq_choose_fn)(void *user, const char *module);
@@ -1094,6 +1115,8 @@ typedef struct moq_quantize_desc {
     const char *save_calibration; /* keep what was measured in this file, weights' amax too; recipes without any (MX) write none; may be NULL */
     const char *format;          /* "modelopt" (also NULL) or "compressed-tensors": the same numbers under its names */
     uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
+    uint64_t max_memory;         /* 0: none. Else pages of the source that were read are given back soon: what stays is one layer. The samples of
+                                    `calibrate` have a limit of their own */
     int threads;                 /* 0: physical cores */
     moq_progress_fn progress;    /* MOQ_STAGE_QUANTIZE in bytes of the target; a non-zero return cancels */
     void *progress_user;
@@ -2044,6 +2067,7 @@ static void moqi_dir_close(moqi_dir *d) { FindClose(d->find); }
 /* With -std=c99 the C library hides these, and a header comes too late to ask for them. The declarations are POSIX's. */
 #if defined(__linux__) && !defined(__cplusplus)
 extern int fsync(int fd);
+extern int madvise(void *p, size_t bytes, int advice);
 extern int clock_gettime(clockid_t id, struct timespec *t);
 #endif
 #ifdef CLOCK_MONOTONIC
@@ -2151,6 +2175,14 @@ static void *moqi_sys_map(intptr_t file, size_t bytes)
 }
 
 static void moqi_sys_unmap(void *map, size_t bytes) { munmap(map, bytes); }
+
+/* The pages leave this process; the next look at one reads the file again. Only for mappings that nobody can write to. */
+#ifdef __linux__
+MOQI_UNUSED static void moqi_sys_forget(void *map, size_t bytes) { (void)madvise(map, bytes, 4); } /* MADV_DONTNEED, hidden by -std=c99 */
+#else
+MOQI_UNUSED static void moqi_sys_forget(void *map, size_t bytes) { (void)map; (void)bytes; } /* the system evicts them when it must */
+#endif
+
 static int moqi_sys_rename(const char *from, const char *to) { return rename(from, to) == 0; }
 static void moqi_sys_remove(const char *path) { unlink(path); }
 static unsigned moqi_sys_process(void) { return (unsigned)getpid(); }
@@ -2517,6 +2549,11 @@ MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t byt
     return e == MOQ_OK ? moqi_writer_commit(&w, err) : e;
 }
 
+/* ------------------------------------------------------------------------------------------------
+   >>scratch         folders being built, numbers that do not fit into memory
+   What is left unfinished disappears: folders by the caller's next call, files by having no name.
+   ------------------------------------------------------------------------------------------------ */
+
 #ifdef MOQ_QUANTIZE
 
 /* ---- folders: made, emptied, renamed; used by the exporters, which build a folder beside its target ---- */
@@ -2582,6 +2619,125 @@ static moq_result moqi_folder_commit(const char *temp, const char *target, moq_e
     return MOQ_OK;
 }
 #endif
+/* ---- numbers kept aside ---- */
+
+struct moq_spill {
+    moq_allocator a;
+    uint64_t bytes;
+    uint8_t *memory;    /* [bytes], or NULL: */
+    intptr_t file;
+    char name[256];     /* for messages */
+};
+
+#if defined(MOQ_NO_OS)
+static intptr_t moqi_sys_spill(const char *path) { (void)path; return -1; }
+static int moqi_sys_seek(intptr_t file, uint64_t at) { (void)file; (void)at; return 0; }
+#elif defined(_WIN32)
+static intptr_t moqi_sys_spill(const char *path)
+{
+    wchar_t w[MOQI_WIDE_PATH];
+    if (!moqi_wide(path, w)) return -1;
+    HANDLE h = CreateFileW(w, GENERIC_READ | GENERIC_WRITE, 0, NULL, CREATE_NEW, FILE_ATTRIBUTE_TEMPORARY | FILE_FLAG_DELETE_ON_CLOSE, NULL);
+    return h == INVALID_HANDLE_VALUE ? -1 : (intptr_t)h;
+}
+
+static int moqi_sys_seek(intptr_t file, uint64_t at)
+{
+    LARGE_INTEGER to;
+    to.QuadPart = (LONGLONG)at;
+    return SetFilePointerEx((HANDLE)file, to, NULL, FILE_BEGIN) != 0;
+}
+#else
+static intptr_t moqi_sys_spill(const char *path)
+{
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL, 0600);
+    if (fd < 0) return -1;
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    unlink(path);
+    return fd;
+}
+
+static int moqi_sys_seek(intptr_t file, uint64_t at) { return lseek((int)file, (off_t)at, SEEK_SET) == (off_t)at; }
+#endif
+
+MOQ_API moq_spill *moq_spill_create(uint64_t bytes, uint64_t memory, const char *path, const moq_allocator *a, moq_error *err)
+{
+    char temp[4096 + 40];
+    moqi_clear(err);
+    moq_spill *s = (moq_spill *)moq_allocate(a, sizeof *s);
+    if (!s) { moqi_nomem(err, sizeof *s); return NULL; }
+    if (a) s->a = *a;
+    s->bytes = bytes;
+    s->file = -1;
+    if (bytes <= memory) {
+        s->memory = bytes <= SIZE_MAX / 2 ? (uint8_t *)moq_allocate(a, (size_t)bytes + 1) : NULL;
+        if (s->memory) return s;
+        moqi_nomem(err, bytes);
+    } else if (!path) {
+        moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "%llu bytes do not fit into the %llu allowed, and no path for a file was given",
+                  (unsigned long long)bytes, (unsigned long long)memory);
+    } else {
+        moqi_format(s->name, sizeof s->name, "%s", moqi_base_name(path));
+        for (unsigned i = 0; i < 100 && s->file == -1; i++) {
+            moqi_format(temp, sizeof temp, "%s.spill-%u-%u", path, moqi_sys_process(), i);
+            s->file = moqi_sys_spill(temp);
+        }
+        if (s->file != -1) return s;
+        moqi_fail_os(err, s->name, "a temporary file for activations cannot be created beside it", moqi_os_code());
+    }
+    moq_release(a, s, sizeof *s);
+    return NULL;
+}
+
+static moq_result moqi_spill_check(const moq_spill *s, uint64_t at, size_t bytes, moq_error *err)
+{
+    if (at <= s->bytes && bytes <= s->bytes - at) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, "moq_spill", -1), "%llu bytes from %llu are outside its %llu", (unsigned long long)bytes,
+                     (unsigned long long)at, (unsigned long long)s->bytes);
+}
+
+MOQ_API moq_result moq_spill_put(moq_spill *s, uint64_t at, const void *data, size_t bytes, moq_error *err)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    moq_result r = moqi_spill_check(s, at, bytes, err);
+    if (r != MOQ_OK || bytes == 0) return r;
+    if (s->memory) { memcpy(s->memory + at, data, bytes); return MOQ_OK; }
+    if (!moqi_sys_seek(s->file, at)) return moqi_fail_os(err, s->name, "the temporary file beside it cannot be positioned", moqi_os_code());
+    while (bytes > 0) {
+        int64_t n = moqi_sys_write(s->file, p, bytes);
+        if (n <= 0) return moqi_fail_os(err, s->name, "the temporary file beside it cannot be written", moqi_os_code());
+        p += n;
+        bytes -= (size_t)n;
+    }
+    return MOQ_OK;
+}
+
+MOQ_API moq_result moq_spill_get(moq_spill *s, uint64_t at, void *data, size_t bytes, moq_error *err)
+{
+    uint8_t *p = (uint8_t *)data;
+    moq_result r = moqi_spill_check(s, at, bytes, err);
+    if (r != MOQ_OK || bytes == 0) return r;
+    if (s->memory) { memcpy(data, s->memory + at, bytes); return MOQ_OK; }
+    if (!moqi_sys_seek(s->file, at)) return moqi_fail_os(err, s->name, "the temporary file beside it cannot be positioned", moqi_os_code());
+    while (bytes > 0) {
+        int64_t n = moqi_sys_read(s->file, p, bytes);
+        if (n <= 0) return moqi_fail_os(err, s->name, "the temporary file beside it cannot be read back", moqi_os_code());
+        p += n;
+        bytes -= (size_t)n;
+    }
+    return MOQ_OK;
+}
+
+MOQ_API void moq_spill_destroy(moq_spill *s)
+{
+    if (!s) return;
+    moq_allocator a = s->a;
+    moq_release(&a, s->memory, s->memory ? (size_t)s->bytes + 1 : 0);
+#ifndef MOQ_NO_OS
+    if (s->file != -1) moqi_sys_close(s->file);
+#endif
+    moq_release(&a, s, sizeof *s);
+}
 #endif /* MOQ_QUANTIZE */
 
 /* ------------------------------------------------------------------------------------------------
@@ -9012,6 +9168,16 @@ MOQ_API char *moq_read_text(const moq_checkpoint *ck, const char *name, size_t *
     if (!ck) { moq_fail(err, MOQ_E_ARG, "moq_read_text", "ck is NULL"); return NULL; }
     if (problem) { moqi_fail(err, MOQ_E_PATH, moqi_at(ck->name, "file", name ? name : "", -1), "%s", problem); return NULL; }
     return moqi_ck_text(ck, name, MOQ_MAX_JSON_BYTES, bytes ? bytes : &ignored, err);
+}
+
+MOQ_API void moq_forget_pages(const moq_checkpoint *ck)
+{
+#ifdef MOQ_NO_OS
+    (void)ck;
+#else
+    for (uint32_t i = 0; i < ck->shard_count; i++)
+        if (ck->shards[i].st->blob.mapped) moqi_sys_forget(ck->shards[i].st->blob.map, ck->shards[i].st->blob.held);
+#endif
 }
 
 MOQ_API size_t moq_tensor_count(const moq_checkpoint *ck) { return ck ? ck->count : 0; }
@@ -16019,6 +16185,17 @@ MOQ_API void moq_end_batch(moq_backend *watch)
     if (w && w->o.end_batch) w->o.end_batch(w->o.user);
 }
 
+MOQ_API void moq_end_layers(moq_backend *watch)
+{
+    moqi_watch *w = watch && watch->destroy == moqi_watch_destroy ? moqi_watch_of(watch) : NULL;
+    if (w && w->o.end_layers) w->o.end_layers(w->o.user);
+}
+
+MOQ_API int moq_takes_layers(const moq_backend *watch)
+{
+    return watch && watch->destroy == moqi_watch_destroy && moqi_watch_of(watch)->o.end_layers != NULL;
+}
+
 /* ------------------------------------------------------------------------------------------------
    >>tape            what an engine asks of a backend, kept and done again
    While it records, nothing is computed: a batch is first written down, then replayed piece by piece. A piece ("segment") begins at each
@@ -17857,7 +18034,7 @@ typedef struct moqi_record {
     moq_linear layer;
     const moq_recipe *recipe;
     moqi_algorithm algorithm;
-    int passes, expert;
+    int passes, expert, finished;   /* finished: the results of this pass are made */
     struct moqi_record *leader;     /* the first layer that shares this one's input, maybe itself; NULL: never ran */
     int64_t tokens;                 /* seen in the pass so far */
     float amax;                     /* running, of the current pass */
@@ -17908,8 +18085,18 @@ typedef struct moqi_calibration {
     int64_t longest;                /* most tokens that a layer saw in the pass of statistics */
     moq_parallel par;               /* for the searches */
     moqi_pool *pool;
+    uint64_t done, total;           /* passes, for the caller's progress */
     moq_error failed;               /* the first failure inside of a callback */
 } moqi_calibration;
+
+/* Searches take long, so the caller is asked between two layers whether to go on. 0 when not, with the reason in c->failed. */
+static int moqi_goes_on(moqi_calibration *c)
+{
+    const moq_calibrate_desc *d = c->desc;
+    if (c->failed.code == MOQ_OK && d->progress && d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, c->done, c->total))
+        moqi_fail(&c->failed, MOQ_E_CANCELLED, moqi_at(NULL, NULL, NULL, -1), "stopped by the caller");
+    return c->failed.code == MOQ_OK;
+}
 
 /* ---- records ---- */
 
@@ -18095,6 +18282,7 @@ static int moqi_on_input(void *user, const moq_linear *layers, int32_t parts, fl
     int64_t cols = layers[0].cols;
     int buffered = 0, changed = 0;
     if (c->desc->batches > 0 && c->batch >= c->desc->batches) return 0;
+    if (c->failed.code < 0) return 0;
     for (int32_t i = 0; i < parts; i++) {
         moqi_record *r = moqi_record_of(c, &layers[i]);
         if (!r || !(r->passes & c->pass) || (leader && r == moqi_record_of(c, &layers[i - 1]))) continue; /* gate and up of one stack */
@@ -18269,6 +18457,7 @@ static void moqi_on_batch(void *user)
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         if (r->batch_tokens == 0) continue;
+        if (c->pass != MOQI_PASS_STATS && !moqi_goes_on(c)) return;
         if (c->pass == MOQI_PASS_STATS && r->act) {
             for (int64_t j = 0; j < r->layer.cols; j++) {
                 r->act[j] += moqi_bf16(r->batch_sum[j] / (float)r->batch_tokens);
@@ -18387,6 +18576,45 @@ static moq_result moqi_end_hessian(moqi_calibration *c, moqi_record *r, moq_erro
     return MOQ_OK;
 }
 
+/* What follows from the inputs of layers that were shown and are not done yet; in the end also of those that were never shown. */
+static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *err)
+{
+    int pass = c->pass;
+    moq_result code = MOQ_OK;
+    for (size_t i = 0; i < c->count; i++) /* first of all: it decides how all layers are judged */
+        if (pass == MOQI_PASS_STATS && c->records[i].tokens > c->longest) c->longest = c->records[i].tokens;
+    for (size_t i = 0; i < c->count && code >= 0; i++) {
+        moqi_record *r = &c->records[i];
+        if (!(r->passes & pass) || r->finished || (!all && r->tokens == 0)) continue;
+        r->finished = 1;
+        if (!moqi_goes_on(c)) {
+            if (err) *err = c->failed;
+            return c->failed.code;
+        }
+        if (pass == MOQI_PASS_STATS) code = moqi_end_stats(c, r, err);
+        if (moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
+        if (pass == MOQI_PASS_SEARCH && code >= 0) moqi_end_search(r);
+        if (pass == MOQI_PASS_AGAIN) code = moqi_end_clip(c, r, err);
+        if (pass == MOQI_PASS_HESSIAN) code = moqi_end_hessian(c, r, err);
+    }
+    for (size_t i = 0; i < c->count; i++) {
+        moqi_record *r = &c->records[i];
+        if (r->gram.data) moqi_matrix_drop(&c->desc->allocator, &r->gram);
+        if (r->finished) moqi_buffer_drop(&r->batch);
+    }
+    return code;
+}
+
+static void moqi_on_layers(void *user)
+{
+    moqi_calibration *c = (moqi_calibration *)user;
+    moq_error err;
+    moqi_clear(&err);
+    moqi_on_batch(c);
+    c->batch = 0; /* the next layers see the first batch again */
+    if (c->failed.code == MOQ_OK && moqi_finish_layers(c, 0, &err) < 0) c->failed = err;
+}
+
 /* One forward pass of all samples, and what follows from it. */
 static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pass, moq_error *err)
 {
@@ -18398,28 +18626,16 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
         r->amax = 0;
         r->tokens = r->batch_tokens = r->batches = 0;
         r->leader = NULL;
+        r->finished = 0;
     }
     moqi_clear(err);
     code = c->desc->forward(c->desc->data, c->desc->source, watch, err);
-    if (code < 0) return code;
-    moqi_on_batch(c);
-    if (c->failed.code < 0) {
+    if (c->failed.code == MOQ_OK && code >= 0) moqi_on_batch(c);
+    if (c->failed.code < 0) { /* ours is why the model stopped */
         if (err) *err = c->failed;
         return c->failed.code;
     }
-    for (size_t i = 0; i < c->count && code >= 0; i++) {
-        moqi_record *r = &c->records[i];
-        if (!(r->passes & pass)) continue;
-        if (pass == MOQI_PASS_STATS) code = moqi_end_stats(c, r, err);
-        if (pass == MOQI_PASS_STATS && r->tokens > c->longest) c->longest = r->tokens;
-        if (moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
-        if (pass == MOQI_PASS_SEARCH && code >= 0) moqi_end_search(r);
-        if (pass == MOQI_PASS_AGAIN) code = moqi_end_clip(c, r, err);
-        if (pass == MOQI_PASS_HESSIAN) code = moqi_end_hessian(c, r, err);
-    }
-    for (size_t i = 0; i < c->count; i++)
-        if (c->records[i].gram.data) moqi_matrix_drop(&c->desc->allocator, &c->records[i].gram);
-    return code;
+    return code < 0 ? code : moqi_finish_layers(c, 1, err);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -18644,26 +18860,28 @@ static moq_result moqi_run_passes(moqi_calibration *c, moq_backend *inner, moq_e
     moq_observer o;
     moq_result code = MOQ_OK;
     int all = c->wants_kv ? MOQI_PASS_STATS : 0;
-    uint64_t done = 0, total = 0;
     const moq_calibrate_desc *d = c->desc;
     memset(&o, 0, sizeof o);
     o.user = c;
     o.input = moqi_on_input;
     o.kv = moqi_on_kv;
     o.end_batch = moqi_on_batch;
+    o.end_layers = moqi_on_layers;
     o.bf16 = !d->f32;
     for (size_t i = 0; i < c->count; i++) all |= c->records[i].passes;
-    for (int pass = 1; pass <= MOQI_PASS_HESSIAN; pass *= 2) total += (all & pass) != 0;
+    for (int pass = 1; pass <= MOQI_PASS_HESSIAN; pass *= 2) c->total += (all & pass) != 0;
     moq_backend *watch = moq_observing_backend(inner, &o, &d->allocator, err);
     if (!watch) return err && err->code < 0 ? err->code : MOQ_E_NOMEM;
     for (int pass = 1; pass <= MOQI_PASS_HESSIAN && code >= 0; pass *= 2) {
         if (!(all & pass)) continue;
-        if (d->progress && d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, done, total))
-            code = moqi_fail(err, MOQ_E_CANCELLED, moqi_at(NULL, NULL, NULL, -1), "stopped by the caller");
+        if (!moqi_goes_on(c)) {
+            if (err) *err = c->failed;
+            code = c->failed.code;
+        }
         if (code >= 0) code = moqi_make_pass(c, watch, pass, err);
-        done++;
+        c->done++;
     }
-    if (code >= 0 && d->progress) d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, total, total);
+    if (code >= 0 && d->progress) d->progress(d->progress_user, MOQ_STAGE_CALIBRATE, c->total, c->total);
     moq_backend_destroy(watch);
     return code;
 }
@@ -19679,6 +19897,7 @@ static moq_result moqi_encode_target(moqi_export *x, size_t index, int codes, mo
     moq_release(a, spare, (size_t)spare_bytes);
     if (r == MOQ_OK) x->encoded = index;
     x->with_codes = codes || t->w.experts > 0;
+    if (x->plan.desc->max_memory) moq_forget_pages(x->plan.ck);
     if (codes || r != MOQ_OK) moqi_drop_search(x, t);
     return r;
 }
@@ -19806,6 +20025,7 @@ static moq_result moqi_put_bytes(moqi_export *x, moqi_writer *w, const uint8_t *
         step = (uint64_t)moqi_min((int64_t)(bytes - at), 64 << 20);
         r = moqi_writer_put(w, p + at, (size_t)step, err);
         if (r == MOQ_OK) r = moqi_tell(x, step, err);
+        if (x->plan.desc->max_memory) moq_forget_pages(x->plan.ck);
     }
     return r;
 }

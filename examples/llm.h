@@ -305,6 +305,8 @@ LLM_API void llm_penalize(const llm_sampling *s, const int32_t *tokens, size_t c
 LLM_API void llm_logprobs(const float *logits, int32_t vocab, int32_t id, int32_t top, llm_token *out);
 
 #ifdef MOQ_QUANTIZE
+/* ---- calibration: what moq_quantize and moq_calibrate run ---- */
+
 /* Rows of tokens for a calibration. */
 typedef struct llm_samples {
     const int32_t *const *rows;  /* [count] pointers to the tokens of each row */
@@ -312,11 +314,15 @@ typedef struct llm_samples {
     int32_t count;
     int32_t batch;               /* rows of a batch: averages are taken over batches; 0: 1 */
     int32_t logits;              /* 1: compute the output layer for every token too, so that it is observed */
-    moq_progress_fn progress;    /* MOQ_STAGE_CALIBRATE in tokens of this pass; a non-zero return cancels */
+    uint64_t max_memory;         /* bytes; 0: no limit. What is between two layers, 8 * hidden bytes a token, goes to a file when it takes more than
+                                    a quarter, and pages of the source are given back after each layer */
+    const char *scratch;         /* path beside which that file is made; it has no name while it is used */
+    moq_progress_fn progress;    /* MOQ_STAGE_CALIBRATE in tokens, times layers when they run one by one; a non-zero return cancels */
     void *progress_user;
 } llm_samples;
 
-/* A moq_forward_fn; data: llm_samples. */
+/* A moq_forward_fn; data: llm_samples. Runs layer by layer where the observer takes it so (see moq_takes_layers): of the weights one
+   layer is in memory. */
 LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err);
 #endif
 
@@ -4811,6 +4817,8 @@ typedef struct llmi_model {
     float rope_scale[2];
     /* a layer keeps a running state: sequences only go forward */
     int stateful;
+    /* layers are opened and closed by whoever runs them */
+    int one_by_one;
     /* of the last layer, for llm_info */
     moq_kv_format kv;
     /* bytes on the backend beyond the checkpoint's; of these weights, and caches and states */
@@ -5680,6 +5688,28 @@ static moq_result llmi_progress(const llmi_model *m, moq_stage stage, int64_t do
     return moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
 }
 
+/* Weights and cache of one layer. */
+static moq_result llmi_open_layer(llmi_model *m, int32_t layer, moq_error *err)
+{
+    moq_result code = llmi_prepare_layer(m, layer, &m->layers[layer], err);
+    return code < 0 ? code : llmi_make_kv(m, layer, m->desc->kv, &m->layers[layer], err);
+}
+
+/* Also of one that was opened halfway. Blocks taken since `mark` go too. */
+static void llmi_close_layer(llmi_model *m, int32_t layer, const llmi_held *mark)
+{
+    moq_backend *be = m->be;
+    llmi_layer *l = &m->layers[layer];
+    moq_weight *weights[] = {l->in, l->out, l->q_b, l->kv_b, l->gate_up, l->down, l->router, l->narrow, l->widen};
+    for (size_t j = 0; j < LLMI_COUNT(weights); j++)
+        if (weights[j]) be->release_weight(be, weights[j]);
+    if (l->experts) be->release_moe(be, l->experts);
+    if (l->kv) be->kv_release(be, l->kv);
+    if (l->ssm) be->ssm_release(be, l->ssm);
+    memset(l, 0, sizeof *l);
+    for (; m->held != mark; m->held = m->held->next) be->release(be, m->held->data);
+}
+
 /* Weights first, then the KV cache of each layer, then activations: what is largest fails first. */
 static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
 {
@@ -5687,12 +5717,11 @@ static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
     if ((code = llmi_prepare_ends(m, err)) < 0) return code;
     m->layers = (llmi_layer *)llmi_take(&m->arena, (size_t)m->c.layers, sizeof *m->layers);
     if (!m->layers) return llmi_nomem(err, "layers");
-    for (int32_t i = 0; i < m->c.layers; i++) {
+    for (int32_t i = 0; i < m->c.layers && !m->one_by_one; i++) {
         if ((code = llmi_progress(m, MOQ_STAGE_PREPARE, i, m->c.layers, err)) < 0) return code;
-        if ((code = llmi_prepare_layer(m, i, &m->layers[i], err)) < 0) return code;
-        if ((code = llmi_make_kv(m, i, m->desc->kv, &m->layers[i], err)) < 0) return code;
+        if ((code = llmi_open_layer(m, i, err)) < 0) return code;
     }
-    llmi_tell_unused(m);
+    if (!m->one_by_one) llmi_tell_unused(m);
     if ((code = llmi_make_rope(m, &m->c.rope, 0, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, 1, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
     /* a backend that is the caller's keeps the scratch that it has while one plans */
     if ((!m->dry || !m->desc->backend) && (code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
@@ -5727,15 +5756,7 @@ static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_b
 static void llmi_model_close(llmi_model *m)
 {
     moq_backend *be = m->be;
-    for (int32_t i = 0; m->layers && i < m->c.layers; i++) {
-        llmi_layer *l = &m->layers[i];
-        moq_weight *weights[] = {l->in, l->out, l->q_b, l->kv_b, l->gate_up, l->down, l->router, l->narrow, l->widen};
-        for (size_t j = 0; j < LLMI_COUNT(weights); j++)
-            if (weights[j]) be->release_weight(be, weights[j]);
-        if (l->experts) be->release_moe(be, l->experts);
-        if (l->kv) be->kv_release(be, l->kv);
-        if (l->ssm) be->ssm_release(be, l->ssm);
-    }
+    for (int32_t i = 0; m->layers && i < m->c.layers; i++) llmi_close_layer(m, i, m->held);
     if (m->head && m->head != m->embed) be->release_weight(be, m->head);
     if (m->embed) be->release_weight(be, m->embed);
     for (llmi_held *h = m->held; h; h = h->next) be->release(be, h->data);
@@ -11396,49 +11417,154 @@ static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
 
 /* ------------------------------------------------------------------------------------------------
    >>llm-calibrate   the forward pass of a calibration
-   Runs token rows through a model on whatever backend it is given; knows nothing of statistics.
+   Runs token rows through a model, layer by layer, on whatever backend it is given; knows nothing of statistics.
    ------------------------------------------------------------------------------------------------ */
+
+/* One layer is open at a time, and all rows go through it before the next one is opened. Between two layers a token is 2 * hidden
+   numbers: x, and d which the next norm adds to it. They are kept as F32, exactly, in memory or in a file. */
+typedef struct llmi_calibration {
+    const llm_samples *s;
+    llmi_model m;
+    llm_desc desc;
+    moq_backend *watch;
+    moq_spill *kept;        /* [tokens of all rows, 2, hidden], by chunks: x of all its tokens, then d */
+    float *host;            /* [chunk, 2, hidden] */
+    float *logits;          /* [chunk, vocab], whole rows: [longest, vocab]; or NULL */
+    uint64_t tokens, done;  /* of all rows; of all rows and layers */
+    int32_t longest;
+} llmi_calibration;
+
+/* One row through one layer; `at`: index of its first token among all. */
+static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t row, uint64_t at, moq_error *err)
+{
+    llmi_model *m = &c->m;
+    moq_backend *be = m->be;
+    int32_t count = c->s->lengths[row], last = layer + 1 == m->c.layers;
+    size_t hidden = (size_t)m->c.hidden, vocab = (size_t)m->c.vocab;
+    moq_result code = MOQ_OK;
+    for (int32_t first = 0, n; first < count && code >= 0; first += n) {
+        n = count - first < m->chunk ? count - first : m->chunk;
+        size_t half = (size_t)n * hidden, bytes = 2 * half * sizeof(float);
+        uint64_t place = (at + (uint64_t)first) * 2 * hidden * sizeof(float);
+        llmi_pass_clear(m);
+        for (int32_t i = 0; i < n; i++)
+            llmi_pass_add(m, 0, c->s->rows[row][first + i], first + i, last && c->logits ? c->logits + (size_t)i * vocab : NULL);
+        llmi_pass_embed(m);
+        if (layer > 0) {
+            if ((code = moq_spill_get(c->kept, place, c->host, bytes, err)) < 0) return code;
+            be->upload_act(be, m->x, c->host, half);
+            be->upload_act(be, m->d, c->host + half, half);
+            m->pass.add = m->d;
+        }
+        llmi_pass_layer(m, &m->layers[layer]);
+        while (m->pass.head < m->pass.wanted) llmi_pass_head(m);
+        if (!last) {
+            be->download_act(be, c->host, m->x, half);
+            be->download_act(be, c->host + half, m->d, half);
+            code = moq_spill_put(c->kept, place, c->host, bytes, err);
+        }
+        if (code >= 0) code = llmi_pass_end(m, err);
+    }
+    return code;
+}
+
+/* All rows through one layer. */
+static moq_result llmi_calibrate_layer(llmi_calibration *c, int32_t layer, moq_error *err)
+{
+    const llm_samples *s = c->s;
+    llmi_held *mark = c->m.held;
+    int32_t batch = s->batch > 0 ? s->batch : 1;
+    uint64_t at = 0;
+    moq_result code = llmi_open_layer(&c->m, layer, err);
+    for (int32_t i = 0; i < s->count && code >= 0; i++) {
+        code = llmi_calibrate_row(c, layer, i, at, err);
+        at += (uint64_t)s->lengths[i];
+        c->done += (uint64_t)s->lengths[i];
+        if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(c->watch);
+        if (code >= 0 && s->progress && s->progress(s->progress_user, MOQ_STAGE_CALIBRATE, c->done, c->tokens * (uint64_t)c->m.c.layers))
+            code = moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
+    }
+    if (code >= 0) moq_end_layers(c->watch);
+    llmi_close_layer(&c->m, layer, mark);
+    if (s->max_memory) moq_forget_pages(c->m.ck);
+    return code;
+}
+
+/* All rows, each through the whole model, for observers that need it so. */
+static moq_result llmi_calibrate_whole(llmi_calibration *c, moq_error *err)
+{
+    const llm_samples *s = c->s;
+    llmi_model *m = &c->m;
+    int32_t batch = s->batch > 0 ? s->batch : 1;
+    moq_result code = MOQ_OK;
+    for (int32_t i = 0; i < s->count && code >= 0; i++) {
+        code = llmi_run(m, 0, s->rows[i], s->lengths[i], 0, c->logits, NULL, err);
+        c->done += (uint64_t)s->lengths[i];
+        if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(c->watch);
+        if (code >= 0 && s->progress && s->progress(s->progress_user, MOQ_STAGE_CALIBRATE, c->done, c->tokens))
+            code = moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
+    }
+    return code;
+}
+
+/* Rows that cannot be run are refused before the first layer. */
+static moq_result llmi_check_samples(llmi_calibration *c, moq_error *err)
+{
+    const llm_samples *s = c->s;
+    c->longest = 1;
+    if (!s || s->count <= 0 || !s->rows || !s->lengths) return moq_fail(err, MOQ_E_ARG, "samples", "there is not a single row of tokens to calibrate with");
+    for (int32_t i = 0; i < s->count; i++) {
+        if (!s->rows[i] || s->lengths[i] <= 0) return moq_fail(err, MOQ_E_ARG, "samples", "row %d is empty", i);
+        if (s->lengths[i] > c->longest) c->longest = s->lengths[i];
+        c->tokens += (uint64_t)s->lengths[i];
+    }
+    return MOQ_OK;
+}
+
+/* The model without its layers, and room for what is between them: a quarter of the memory named, else a file. */
+static moq_result llmi_open_calibration(llmi_calibration *c, const moq_checkpoint *source, moq_error *err)
+{
+    const llm_samples *s = c->s;
+    uint64_t width;
+    moq_result code;
+    c->desc.kv = "wide";
+    c->desc.context = c->longest;
+    c->desc.allocator = *moq_get_allocator(source);
+    c->m.one_by_one = moq_takes_layers(c->watch);
+    if ((code = llmi_model_open(&c->m, source, c->watch, &c->desc, err)) < 0) return code;
+    for (int32_t i = 0; i < s->count; i++)
+        if ((code = llmi_check_run(&c->m, 0, s->rows[i], s->lengths[i], 0, err)) < 0) return code;
+    width = 2 * (uint64_t)c->m.c.hidden * sizeof(float);
+    if (s->logits) c->logits = (float *)llmi_take(&c->m.arena, (size_t)(c->m.one_by_one ? c->m.chunk : c->longest), (size_t)c->m.c.vocab * sizeof *c->logits);
+    if (s->logits && !c->logits) return llmi_nomem(err, "logits");
+    if (!c->m.one_by_one) return MOQ_OK;
+    c->kept = moq_spill_create(c->tokens * width, s->max_memory ? s->max_memory / 4 : UINT64_MAX, s->scratch, &c->desc.allocator, err);
+    if (!c->kept) return llmi_code(err, MOQ_E_NOMEM);
+    c->host = (float *)llmi_take(&c->m.arena, (size_t)c->m.chunk, (size_t)width);
+    return c->host ? MOQ_OK : llmi_nomem(err, "samples");
+}
 
 /* The model is opened for each pass: its weights stay mapped, and nothing of one pass can leak into the next. Every row begins at
    position 0 of the one slot, which overwrites the row before. */
 LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err)
 {
-    const llm_samples *s = (const llm_samples *)data;
-    int32_t longest = 1, batch = s && s->batch > 0 ? s->batch : 1;
-    uint64_t done = 0, total = 0;
-    moq_result code = MOQ_OK;
-    float *logits = NULL;
-    size_t bytes = 0;
-    llm_desc d;
-    if (!s || s->count <= 0 || !s->rows || !s->lengths) return moq_fail(err, MOQ_E_ARG, "samples", "there is not a single row of tokens to calibrate with");
-    for (int32_t i = 0; i < s->count; i++) {
-        if (!s->rows[i] || s->lengths[i] <= 0) return moq_fail(err, MOQ_E_ARG, "samples", "row %d is empty", i);
-        if (s->lengths[i] > longest) longest = s->lengths[i];
-        total += (uint64_t)s->lengths[i];
-    }
-    memset(&d, 0, sizeof d);
-    d.checkpoint = source;
-    d.backend = watch;
-    d.kv = "wide";
-    d.context = longest;
-    d.no_tokenizer = 1;
-    d.allocator = *moq_get_allocator(source);
-    llm *m = llm_open(&d, err);
-    if (!m) return err && err->code < 0 ? err->code : MOQ_E_BACKEND;
-    if (s->logits) {
-        bytes = (size_t)longest * (size_t)llm_get_info(m)->vocab * sizeof *logits;
-        logits = (float *)moq_allocate(&d.allocator, bytes);
-        if (!logits) code = moq_fail(err, MOQ_E_NOMEM, "logits", "out of memory: %zu bytes were refused", bytes);
-    }
-    for (int32_t i = 0; i < s->count && code >= 0; i++) {
-        code = llm_forward(m, 0, s->rows[i], s->lengths[i], 0, logits, NULL, err);
-        done += (uint64_t)s->lengths[i];
-        if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(watch);
-        if (code >= 0 && s->progress && s->progress(s->progress_user, MOQ_STAGE_CALIBRATE, done, total))
-            code = moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
-    }
-    moq_release(&d.allocator, logits, bytes);
-    llm_close(m);
+    llmi_calibration *c;
+    moq_error e;
+    const moq_allocator *a = moq_get_allocator(source);
+    llmi_no_error(&e);
+    c = (llmi_calibration *)moq_allocate(a, sizeof *c);
+    if (!c) return llmi_nomem(err, "samples");
+    c->s = (const llm_samples *)data;
+    c->watch = watch;
+    moq_result code = llmi_check_samples(c, &e);
+    if (code >= 0) code = llmi_open_calibration(c, source, &e);
+    if (code >= 0 && !c->m.one_by_one) code = llmi_calibrate_whole(c, &e);
+    for (int32_t i = 0; c->m.one_by_one && i < c->m.c.layers && code >= 0; i++) code = llmi_calibrate_layer(c, i, &e);
+    if (c->m.be) llmi_model_close(&c->m);
+    moq_spill_destroy(c->kept);
+    moq_release(a, c, sizeof *c);
+    if (code >= 0) llmi_no_error(&e);
+    llmi_give(err, &e);
     return code;
 }
 #endif /* MOQ_QUANTIZE */

@@ -999,6 +999,112 @@ static void test_calibrate_allocations(void)
     moq_close(ck);
 }
 
+/* The plain way: the whole model for one row after the other, layers never ended. */
+static moq_result forward_whole(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err)
+{
+    const llm_samples *s = (const llm_samples *)data;
+    llm_desc d;
+    memset(&d, 0, sizeof d);
+    d.checkpoint = source;
+    d.backend = watch;
+    d.kv = "wide";
+    d.context = 32;
+    d.no_tokenizer = 1;
+    llm *m = llm_open(&d, err);
+    moq_result code = m ? MOQ_OK : err->code;
+    for (int32_t i = 0; i < s->count && code >= 0; i++) {
+        code = llm_forward(m, 0, s->rows[i], s->lengths[i], 0, NULL, NULL, err);
+        if (code >= 0 && ((i + 1) % s->batch == 0 || i + 1 == s->count)) moq_end_batch(watch);
+    }
+    llm_close(m);
+    return code;
+}
+
+static int same_stats(const moq_stats *a, const moq_stats *b)
+{
+    int same = a && b && moq_stats_count(a) == moq_stats_count(b);
+    for (size_t i = 0; same && i < moq_stats_count(a); i++) {
+        const moq_tensor *t = moq_get_stat(a, i), *u = moq_find_stat(b, t->name);
+        same = u && t->bytes == u->bytes && memcmp(t->data, u->data, (size_t)t->bytes) == 0;
+        if (!same) printf("  differs: %s\n", t->name);
+    }
+    return same;
+}
+
+/* Layer by layer, in memory or through a file, the statistics are those of the whole model, bit for bit. */
+static void test_calibrate_streams(void)
+{
+    static const char *const cases[][3] = {
+        {"llama", "nvfp4_awq_full", "fp8_affine"}, {"llama", "int8_smoothquant", "nvfp4_rotate"}, {"llama", "nvfp4_w4a4_weight_local_hessian", NULL},
+        {"gemma3", "nvfp4_act_headroom", "fp8"}, {"qwen3_moe", "nvfp4", "fp8"}, {"deepseek_v3", "fp8", "nvfp4_affine"}, {"gpt_oss", "nvfp4", NULL},
+        {"nemotron_h", "mamba_moe_nvfp4_aggressive", "fp8"}, {"phi3", "nvfp4_awq_lite", NULL}, {"mistral", "int4_awq", NULL}};
+    int done = 0;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        golden_rows g;
+        moq_calibrate_desc d;
+        moq_error err;
+        moq_stats *s[4];
+        if (!is_there(golden("sources/%s/model.safetensors", cases[i][0]))) continue;
+        moq_checkpoint *ck = open_source(cases[i][0]);
+        CHECK(ck && load_rows(&g, cases[i][0]));
+        if (!ck) continue;
+        g.lengths[1] = 7;
+        g.lengths[15] = 1; /* rows need not be alike */
+        memset(&d, 0, sizeof d);
+        d.source = ck;
+        d.recipe = cases[i][1];
+        d.kv = cases[i][2];
+        d.data = &g.samples;
+        d.judge = i % 2 ? MOQ_JUDGE_GRAM : MOQ_JUDGE_EXACT;
+        d.threads = 1;
+        for (int k = 0; k < 4; k++) {
+            d.forward = k ? llm_calibrate : forward_whole;
+            d.threads = k == 3 ? 3 : 1;
+            g.samples.max_memory = k == 2 ? 1024 : 0;
+            g.samples.scratch = test_path("build/calib_spill");
+            s[k] = moq_calibrate(&d, &err);
+            if (!s[k]) printf("  %s: %s\n", cases[i][0], err.text);
+            CHECK(s[k] != NULL);
+            if (k) CHECK(same_stats(s[0], s[k]));
+        }
+        CHECK(s[0] && moq_stats_count(s[0]) > 0);
+        for (int k = 0; k < 4; k++) moq_stats_destroy(s[k]);
+        moq_close(ck);
+        done++;
+    }
+    printf("  %d families: layer by layer = the whole model\n", done);
+    CHECK(done > 0);
+}
+
+/* What was put comes back, in memory and in a file; no file has a name; ranges are kept. */
+static void test_spill(void)
+{
+    for (int in_file = 0; in_file < 2; in_file++) {
+        moq_error err;
+        uint8_t data[300], back[300];
+        moq_allocator a = test_allocator();
+        moq_spill *s = moq_spill_create(1000, in_file ? 999 : 1000, test_path("build/calib_spill"), &a, &err);
+        CHECK(s != NULL);
+        if (!s) continue;
+        CHECK(!is_there(test_path("build/calib_spill")));
+        for (int i = 0; i < 300; i++) data[i] = (uint8_t)(i * 7 + in_file);
+        CHECK_INT(moq_spill_put(s, 700, data, 300, &err), MOQ_OK);
+        CHECK_INT(moq_spill_put(s, 10, data + 5, 200, &err), MOQ_OK);
+        CHECK_INT(moq_spill_get(s, 700, back, 300, &err), MOQ_OK);
+        CHECK(memcmp(back, data, 300) == 0);
+        CHECK_INT(moq_spill_get(s, 11, back, 199, &err), MOQ_OK);
+        CHECK(memcmp(back, data + 6, 199) == 0);
+        CHECK_INT(moq_spill_put(s, 701, data, 300, &err), MOQ_E_ARG);
+        CHECK_INT(moq_spill_get(s, UINT64_MAX, back, 2, &err), MOQ_E_ARG);
+        moq_spill_destroy(s);
+    }
+    moq_error err;
+    CHECK(!moq_spill_create(10, 0, NULL, NULL, &err) && err.code == MOQ_E_ARG);
+    CHECK(!moq_spill_create(10, 0, "/nowhere/at/all", NULL, &err) && err.code < 0 && strstr(err.text, "no such file"));
+    moq_spill_destroy(NULL);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+
 static void test_run_bf16(void) { run_table(0); }
 static void test_run_f32(void) { run_table(1); }
 
@@ -1027,6 +1133,8 @@ int main(int argc, char **argv)
     RUN(test_observe);
     RUN(test_calibrate_misuse);
     RUN(test_calibrate_allocations);
+    RUN(test_spill);
+    RUN(test_calibrate_streams);
     RUN(test_run_bf16);
     RUN(test_run_f32);
     RUN(test_run_gram);

@@ -260,6 +260,9 @@ static int verb_quantize(const options *o)
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
     if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
+    if (o->max_memory && !parse_bytes("max-memory", o->max_memory, &d.max_memory)) return 2;
+    set.samples.max_memory = d.max_memory;
+    set.samples.scratch = d.target;
     if (o->calib) {
         bad = load_samples(&set, o);
         d.calibrate = llm_calibrate;
