@@ -9654,7 +9654,7 @@ typedef struct llmi_turn { size_t role, text; } llmi_turn; /* offsets in llm.wor
 
 /* Rows of one conversation in the pass in progress: tokens [llm.done, done + count), then llm.guess. */
 typedef struct llmi_share {
-    struct llm *m;
+    struct llm *m;               /* NULL: has left */
     int32_t count, guesses;
     int32_t wanted;              /* the last rows of it that want logits */
 } llmi_share;
@@ -10521,8 +10521,9 @@ LLM_API moq_result llm_set_draft(llm *m, llm *draft, int32_t tokens, moq_error *
    ------------------------------------------------------------------------------------------------ */
 
 /* A round: every conversation does what needs no model (framing, choosing, showing), then the rows that they want go through the model as
-   one pass. With a time limit a pass may stop between two layers; the next call of anybody goes on with it. Whoever takes its rows out
-   of an unfinished pass ends the pass for all: nobody's place has moved on yet, so their rows are just collected again. */
+   one pass. With a time limit a pass may stop between two layers; the next call of anybody goes on with it. Whoever leaves an unfinished
+   pass (something else is said, or it is closed or cancelled) leaves its rows behind: they are computed for nobody. Its own place moves
+   on only at the end of a pass, so it is as if the rows had never been asked for. */
 
 /* ---- what runs next ---- */
 
@@ -10587,12 +10588,14 @@ static moq_result llmi_at_the_edge(llm *m)
     return MOQ_OK;
 }
 
+static moq_result llmi_cancelled(llm *m) { return moq_fail(&m->kept, MOQ_E_CANCELLED, NULL, "the answer was stopped by llm_cancel"); }
+
 /* All that can be done without the model. Errors and cancels end the turn. */
 static void llmi_talk(llm *m)
 {
     moq_result r = MOQ_OK;
     while (!m->ready && m->phase != LLMI_IDLE && r >= 0) {
-        if (LLMI_FLAG_GET(&m->cancel)) r = moq_fail(&m->kept, MOQ_E_CANCELLED, NULL, "the answer was stopped by llm_cancel");
+        if (LLMI_FLAG_GET(&m->cancel)) r = llmi_cancelled(m);
         else if (m->phase == LLMI_BEGIN) r = llmi_begin(m);
         else if (m->phase == LLMI_ANSWER && m->row < m->rows) r = llmi_choose(m);
         else if (m->phase == LLMI_ANSWER && m->done >= (size_t)m->model->c.context) r = llmi_at_the_edge(m);
@@ -10665,12 +10668,19 @@ static void llmi_finish_pass(llmi_house *h)
     moq_result r;
     llmi_no_error(&e);
     r = llmi_pass_end(&h->model, &e);
+    /* a running state that nobody followed is nobody's */
+    for (int32_t i = 0; i < rows && h->model.stateful; i++) {
+        int32_t slot = h->model.host[2 * (size_t)h->model.chunk + (size_t)i], used = 0;
+        for (int32_t k = 0; k < count; k++) used |= h->parts[k].m && h->parts[k].m->slot == slot;
+        if (!used) h->model.length[slot] = 0;
+    }
     if (r >= 0) llmi_measured(h, LLMI_LAYER, rows, h->spent[0] / h->model.c.layers);
     if (r >= 0 && wanted) llmi_measured(h, LLMI_HEAD, wanted < block ? wanted : block, h->spent[1] / ((wanted + block - 1) / block));
     h->part_count = 0;
     for (int32_t i = 0; i < count; i++) {
         const llmi_share *p = &h->parts[i];
         llm *m = p->m;
+        if (!m) continue;
         if (r < 0) {
             m->kept = e;
             llmi_end(m, r);
@@ -10693,28 +10703,36 @@ static void llmi_finish_pass(llmi_house *h)
     }
 }
 
-/* A conversation leaves the pass in progress; m NULL: everybody does. A running state that has seen half a pass is of no use,
-   so with those the pass is finished first. */
+/* A conversation leaves the pass in progress. Nobody left in it: there is no pass any more. */
 static void llmi_settle(llmi_house *h, const llm *m)
 {
-    int takes_part = m == NULL;
-    for (int32_t i = 0; i < h->part_count; i++) takes_part |= h->parts[i].m == m;
-    if (h->part_count == 0 || !takes_part) return;
-    if (h->model.stateful) {
-        while (!llmi_pass_done(&h->model)) llmi_pass_unit(&h->model);
-        llmi_finish_pass(h);
-        return;
+    int live = 0;
+    for (int32_t i = 0; i < h->part_count; i++) {
+        if (h->parts[i].m == m) h->parts[i].m = NULL;
+        live += h->parts[i].m != NULL;
     }
+    if (h->part_count == 0 || live) return;
     llmi_pass_clear(&h->model);
     h->part_count = 0;
 }
 
-/* Has somebody in the pass been cancelled? */
-static int llmi_pass_cancelled(const llmi_house *h)
+/* For those who need the activations or the states for themselves. */
+static void llmi_finish_all(llmi_house *h)
 {
-    for (int32_t i = 0; i < h->part_count; i++)
-        if (LLMI_FLAG_GET(&h->parts[i].m->cancel)) return 1;
-    return 0;
+    if (h->part_count == 0) return;
+    while (!llmi_pass_done(&h->model)) llmi_pass_unit(&h->model);
+    llmi_finish_pass(h);
+}
+
+/* Who has been cancelled does not wait for the end of the pass. */
+static void llmi_cancel_parts(llmi_house *h)
+{
+    for (int32_t i = h->part_count; i-- > 0;) {
+        llm *m = h->parts[i].m;
+        if (!m || !LLMI_FLAG_GET(&m->cancel)) continue;
+        llmi_settle(h, m);
+        llmi_end(m, llmi_cancelled(m));
+    }
 }
 
 /* Units of the pass in progress until it is done or the next one would end after `until` (0: no limit). On a device that works behind our
@@ -10731,10 +10749,8 @@ static int llmi_run_pass(llmi_house *h, double until)
         int what = p->next < m->c.layers ? LLMI_LAYER : LLMI_HEAD;
         double unit = llmi_expect(h, what, what == LLMI_LAYER ? p->rows : p->wanted);
         if (until > 0 && h->units > 0 && start + unit > until) return 0;
-        if (!m->stateful && llmi_pass_cancelled(h)) {
-            llmi_settle(h, NULL);
-            return 1;
-        }
+        llmi_cancel_parts(h);
+        if (h->part_count == 0) return 1;
         llmi_pass_unit(m);
         h->units++;
         if (careful) m->be->sync(m->be, &e); /* an error stays until the pass ends */
@@ -10852,7 +10868,7 @@ LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int3
     llm *owner;
     if (!m) return moq_fail(err, MOQ_E_ARG, "llm_forward", "the model is NULL");
     llmi_no_error(&e);
-    llmi_settle(m->house, NULL);
+    llmi_finish_all(m->house);
     r = llmi_run(m->model, slot, tokens, count, pos, logits, last, &e);
     owner = r != MOQ_E_ARG ? m->house->by_slot[slot] : NULL;
     if (owner && owner->done > (size_t)pos) owner->done = (size_t)pos;
@@ -11005,16 +11021,16 @@ static moq_result llmi_check_state(const llm *m, int copies, moq_error *err)
     return MOQ_OK;
 }
 
-/* No pass in progress, and nothing counted as run that a failed pass has spoiled. */
+/* Nothing counted as run that a failed pass has spoiled. A pass in progress changes nothing before `done`, except in a running state. */
 static void llmi_settle_whole(llm *m)
 {
     size_t held;
-    llmi_settle(m->house, m);
+    if (m->model->stateful) llmi_finish_all(m->house);
     held = (size_t)m->model->length[m->slot];
     if (m->done > held) m->done = held;
 }
 
-/* `bytes` NULL: only the size. A state in the middle of a pass would miss half of it, so the pass is left first. */
+/* `bytes` NULL: only the size. */
 LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *err)
 {
     size_t need;

@@ -1,0 +1,638 @@
+/* test_llm_batch.c - several conversations of one model: batches, forks, saved states, context shift. */
+#include "test.h"
+
+#include <math.h>
+#include <unistd.h>
+
+#define LLM_IMPLEMENTATION
+#include "../examples/llm.h"
+
+#ifndef GOLDEN_DIR
+#define GOLDEN_DIR TEST_DIR "/data/golden"
+#endif
+#define DEMO_DIR TEST_DIR "/../examples/demo-model"
+
+static const char *const scenes[] = {
+    "green umbrella at hallway bench; green plate at bedroom drawer; green spoon at kitchen fridge; Chen at hallway coat rack; robot at garage toolbox",
+    "purple lamp at kitchen table; purple key at garage rack; black key at kitchen counter; Ana at bathroom cupboard; robot at garage rack",
+    "yellow apple at living room tv stand; blue mug at hallway cabinet; Juno at bathroom washer; robot at bedroom shelf",
+    "red pillow at hallway coat rack; yellow book at bedroom drawer; red towel at kitchen sink; Juno at kitchen counter; robot at bathroom washer"};
+static const char *const requests[] = {"can you give the green plate to Chen?", "i need you to move both the purple key and the black key to the hallway coat rack.",
+                                       "i need you to bring the black pillow to the bedroom desk for me", "please put the red pillow on the bedroom bed"};
+enum { TALKS = 4 };
+
+static llm_desc demo_desc(void)
+{
+    llm_desc d;
+    memset(&d, 0, sizeof d);
+    d.path = DEMO_DIR;
+    d.threads = 1;
+    d.context = 512;
+    return d;
+}
+
+static llm *open_or_say(const llm_desc *d)
+{
+    moq_error e;
+    llm *m = llm_open(d, &e);
+    if (!m) fprintf(stderr, "%s\n", e.text);
+    CHECK(m != NULL);
+    return m;
+}
+
+static void ask(llm *m, int i)
+{
+    CHECK_INT(llm_say(m, "system", scenes[i]), MOQ_OK);
+    CHECK_INT(llm_say(m, "user", requests[i]), MOQ_OK);
+}
+
+/* The rest of the answer behind what is in `text`; returns how it ended. */
+static moq_result hear(llm *m, char *text, size_t capacity)
+{
+    moq_error e;
+    size_t n = strlen(text);
+    for (const char *piece; (piece = llm_next(m, &e)) != NULL;)
+        if (n + strlen(piece) < capacity) n += (size_t)snprintf(text + n, capacity - n, "%s", piece);
+    if (e.code != MOQ_OK && e.code != MOQ_E_CANCELLED) fprintf(stderr, "%s\n", e.text);
+    return e.code;
+}
+
+/* What each of the four answers alone, and how random it was. */
+static char alone[TALKS][1024];
+
+static void answer_alone(const llm_desc *d)
+{
+    for (int i = 0; i < TALKS; i++) {
+        llm *m = open_or_say(d);
+        alone[i][0] = 0;
+        if (m) ask(m, i);
+        if (m) CHECK_INT(hear(m, alone[i], sizeof alone[i]), MOQ_OK);
+        llm_close(m);
+        CHECK(strlen(alone[i]) > 20);
+    }
+}
+
+/* ---- batches ---- */
+
+static double worst_relative; /* of all folders */
+
+/* |a - b| against |b|, as root mean squares. */
+static double relative_rms(const float *a, const float *b, size_t n)
+{
+    double d = 0, s = 0;
+    for (size_t i = 0; i < n; i++) {
+        double v = (double)a[i] - (double)b[i];
+        d += v * v;
+        s += (double)b[i] * (double)b[i];
+    }
+    return s > 0 ? sqrt(d / s) : d > 0 ? 1e30 : 0;
+}
+
+/* Four sequences whose rows share every pass give the logits that each gives alone. Kernels for one row and for many may add in another
+   order, so equality is one of rounding; inputs and cache are kept wide, because rounded ones would jump where the order crosses an edge.
+   The sequences are of different length and enter in pieces of different length, interleaved. */
+static void check_batch(const char *folder)
+{
+    enum { N = 4, MOST = 23 };
+    static const int32_t lengths[N] = {23, 7, 16, 12};
+    moq_error e;
+    llm_desc d;
+    int32_t ids[N][MOST], done[N] = {0, 0, 0, 0};
+    memset(&d, 0, sizeof d);
+    d.path = folder;
+    d.no_tokenizer = 1;
+    d.threads = 1;
+    d.act = MOQ_ACT_WIDE;
+    d.kv = "wide";
+    d.context = 32;
+    d.slots = N;
+    llm *m = llm_open(&d, &e);
+    if (!m) fprintf(stderr, "%s: %s\n", folder, e.text);
+    CHECK(m != NULL);
+    if (!m) return;
+    size_t vocab = (size_t)llm_get_info(m)->vocab, row = MOST * vocab;
+    float *one = (float *)malloc(row * N * sizeof *one), *all = (float *)malloc(row * N * sizeof *all);
+    CHECK(one && all);
+    for (int i = 0; i < N; i++) {
+        for (int t = 0; t < MOST; t++) ids[i][t] = (int32_t)(test_random() % (uint64_t)vocab);
+        CHECK_INT(llm_forward(m, i, ids[i], lengths[i], 0, one + (size_t)i * row, NULL, &e), MOQ_OK);
+    }
+    for (int i = 0; i < N; i++) m->model->length[i] = 0;
+    for (int step = 0; step < 200; step++) { /* a random number of rows of each; some want logits, and those come last */
+        int32_t take[N], rows = 0;
+        llmi_pass_clear(m->model);
+        for (int i = 0; i < N; i++) {
+            take[i] = (int32_t)(test_random() % 6);
+            if (take[i] > lengths[i] - done[i]) take[i] = lengths[i] - done[i];
+            rows += take[i];
+        }
+        for (int t = 0; t < 6; t++)
+            for (int i = 0; i < N; i++) /* rows of different sequences alternate */
+                if (t < take[i]) llmi_pass_add(m->model, i, ids[i][done[i] + t], done[i] + t, all + (size_t)i * row + (size_t)(done[i] + t) * vocab);
+        if (rows == 0) continue;
+        while (!llmi_pass_done(m->model)) llmi_pass_unit(m->model);
+        CHECK_INT(llmi_pass_end(m->model, &e), MOQ_OK);
+        for (int i = 0; i < N; i++) done[i] += take[i];
+    }
+    for (int i = 0; i < N; i++) {
+        double error = relative_rms(all + (size_t)i * row, one + (size_t)i * row, (size_t)lengths[i] * vocab);
+        CHECK_INT(done[i], lengths[i]);
+        CHECK_INT(m->model->length[i], lengths[i]);
+        if (!(error <= 1e-5)) fprintf(stderr, "%s: sequence %d differs in a batch by %g\n", folder, i, error);
+        CHECK(error <= 1e-5);
+        if (error > worst_relative) worst_relative = error;
+    }
+    free(one);
+    free(all);
+    llm_close(m);
+}
+
+/* Every golden folder that there is, and the demo model. */
+static void test_batch_logits(void)
+{
+    static const char *const groups[] = {"modelopt", "sources", "compressed-tensors", "foreign"};
+    int seen = 0;
+    for (size_t g = 0; g < LLMI_COUNT(groups); g++) {
+        char path[1024], folder[2048], file[2100];
+        moqi_arena r = moqi_arena_make(NULL);
+        const char **names = NULL;
+        size_t count = 0;
+        moq_error e;
+        snprintf(path, sizeof path, "%s/%s", GOLDEN_DIR, groups[g]);
+        if (moqi_is_dir(path)) CHECK_INT(moqi_list_dir(path, &r, &names, &count, &e), MOQ_OK);
+        for (size_t i = 0; i < count; i++) {
+            snprintf(folder, sizeof folder, "%s/%s", path, names[i]);
+            snprintf(file, sizeof file, "%s/config.json", folder);
+            if (!moqi_file_exists(file)) continue;
+            snprintf(file, sizeof file, "%s/model.safetensors", folder);
+            if (!moqi_file_exists(file)) continue; /* the subset has only the inputs of some sources */
+            check_batch(folder);
+            seen++;
+        }
+        moqi_arena_drop(&r);
+    }
+    CHECK(seen >= 4);
+    check_batch(DEMO_DIR);
+    printf("batched rows against single sequences in %d folders: relative rms at most %.2g\n", seen + 1, worst_relative);
+}
+
+/* ---- continuous batches ---- */
+
+/* Conversations join and leave while others answer; each says exactly what it says alone. */
+static void check_continuous(int64_t microseconds, int32_t draft)
+{
+    char text[TALKS][1024];
+    llm_desc d = demo_desc();
+    llm *talk[TALKS] = {NULL, NULL, NULL, NULL};
+    moq_error e;
+    int state, turns = 0;
+    d.slots = 3; /* one fewer than there are conversations */
+    d.draft = draft;
+    talk[0] = open_or_say(&d);
+    if (!talk[0]) return;
+    for (int i = 0; i < TALKS; i++) text[i][0] = 0;
+    ask(talk[0], 0);
+    for (int next = 1; next < TALKS || turns >= 0; turns++) {
+        if (next < TALKS && turns % 5 == 4) { /* one joins as soon as a slot is free */
+            llm *any = talk[0] ? talk[0] : talk[1] ? talk[1] : talk[2];
+            llm *n = llm_join(any, &e);
+            if (n) {
+                CHECK(llm_get_slot(n) != llm_get_slot(any));
+                talk[next] = n;
+                ask(talk[next], next);
+                next++;
+            } else {
+                CHECK_INT(e.code, MOQ_E_STATE);
+                CHECK(strstr(e.text, "3 slots") != NULL);
+            }
+        }
+        llm *any = NULL;
+        for (int i = 0; i < TALKS; i++) any = talk[i] ? talk[i] : any;
+        state = llm_step_all(any, microseconds);
+        for (int i = 0; i < TALKS; i++)
+            if (talk[i] && llm_ready(talk[i])) snprintf(text[i] + strlen(text[i]), sizeof text[i] - strlen(text[i]), "%s", llm_piece(talk[i]));
+        if (state < 0 && next == TALKS) break;
+        for (int i = 0; i < TALKS && next < TALKS; i++) /* who has ended leaves, but not the last one */
+            if (talk[i] && talk[i] != any && talk[i]->phase == LLMI_IDLE) {
+                llm_close(talk[i]);
+                talk[i] = NULL;
+            }
+        CHECK(turns < 100000);
+        if (turns >= 100000) break;
+    }
+    for (int i = 0; i < TALKS; i++) {
+        CHECK_STR(text[i], alone[i]);
+        if (talk[i]) CHECK(llm_next(talk[i], &e) == NULL && e.code == MOQ_OK);
+    }
+    for (int i = 0; i < TALKS; i++) llm_close(talk[i]);
+}
+
+static void test_batch_continuous(void)
+{
+    llm_desc d = demo_desc();
+    answer_alone(&d);
+    check_continuous(1000000, 0);
+    check_continuous(300, 0); /* passes stop between layers */
+    check_continuous(1, 0);   /* one unit of work a call */
+    check_continuous(700, 5);
+}
+
+/* Calls of every kind in the middle of a pass of others: nobody's answer changes. */
+static void test_batch_disturbed(void)
+{
+    char text[2][1024] = {"", ""};
+    llm_desc d = demo_desc();
+    moq_error e;
+    int32_t token = 5;
+    d.slots = 3;
+    answer_alone(&d);
+    llm *a = open_or_say(&d), *b = a ? llm_join(a, &e) : NULL;
+    CHECK(b != NULL);
+    if (!b) return;
+    ask(a, 0);
+    ask(b, 1);
+    for (int i = 0; llm_step_all(a, 1) >= 0 && i < 100000; i++) {
+        if (llm_ready(a)) strcat(text[0], llm_piece(a));
+        if (llm_ready(b)) strcat(text[1], llm_piece(b));
+        if (i % 7 == 3) CHECK_INT(llm_forward(a, 2, &token, 1, 0, NULL, NULL, &e), MOQ_OK); /* an own slot */
+        if (i % 41 == 5) CHECK(llm_copy_state(a, NULL, 0, &e) != SIZE_MAX);
+        if (i % 31 == 11 && strlen(text[0]) > 40) { /* another one comes and goes */
+            llm *c = llm_join(a, &e);
+            CHECK(c != NULL);
+            if (c) ask(c, 2);
+            for (int k = 0; k < 3 && c; k++) {
+                llm_step_all(a, 1);
+                if (llm_ready(a)) strcat(text[0], llm_piece(a));
+                if (llm_ready(b)) strcat(text[1], llm_piece(b));
+            }
+            llm_close(c);
+        }
+    }
+    CHECK_STR(text[0], alone[0]);
+    CHECK_STR(text[1], alone[1]);
+    llm_close(b);
+    llm_close(a);
+}
+
+/* ---- forks ---- */
+
+/* Both go on from the same place; a fork in the middle of an answer ends it the same way. */
+static void test_fork_demo(void)
+{
+    char head[1024] = "", tail[1024], other[1024];
+    moq_error e;
+    llm_desc d = demo_desc();
+    const char *piece;
+    d.slots = 3;
+    d.sampling.temperature = 0.8f;
+    d.sampling.seed = 7;
+    answer_alone(&d);
+    llm *m = open_or_say(&d);
+    if (!m) return;
+    ask(m, 1);
+    for (int i = 0; i < 12 && (piece = llm_next(m, &e)) != NULL; i++) strcat(head, piece);
+    llm *n = llm_fork(m, &e);
+    CHECK(n != NULL);
+    if (!n) return;
+    CHECK_INT(n->model->length[n->slot], (int64_t)m->done);
+    snprintf(tail, sizeof tail, "%s", head);
+    snprintf(other, sizeof other, "%s", head);
+    CHECK_INT(hear(n, other, sizeof other), MOQ_OK);
+    CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+    CHECK_STR(tail, alone[1]);
+    CHECK_STR(other, alone[1]);
+    /* a shared beginning is run once: the second fork only runs what is new */
+    llm *k = llm_fork(m, &e);
+    CHECK(k != NULL);
+    if (k) {
+        uint64_t before = llm_get_stats(k)->prompt_tokens;
+        CHECK_INT(llm_say(k, "user", requests[0]), MOQ_OK);
+        tail[0] = 0;
+        CHECK_INT(hear(k, tail, sizeof tail), MOQ_OK);
+        CHECK(llm_get_stats(k)->prompt_tokens - before < m->ids.count / 2);
+    }
+    CHECK(llm_fork(m, &e) == NULL && e.code == MOQ_E_STATE);
+    CHECK(llm_fork(NULL, &e) == NULL && e.code == MOQ_E_ARG);
+    llm_close(m); /* the first one may go first */
+    llm_close(n);
+    llm_close(k);
+}
+
+/* A model with a running state: raw ids, forked in the middle, go on to the same logits. */
+static void check_fork_logits(const char *folder)
+{
+    enum { N = 20, CUT = 11 };
+    moq_error e;
+    llm_desc d;
+    int32_t ids[N];
+    memset(&d, 0, sizeof d);
+    d.path = folder;
+    d.no_tokenizer = 1;
+    d.threads = 1;
+    d.context = 32;
+    d.slots = 2;
+    llm *m = llm_open(&d, &e);
+    CHECK(m != NULL);
+    if (!m) return;
+    size_t vocab = (size_t)llm_get_info(m)->vocab;
+    float *a = (float *)malloc(vocab * sizeof *a), *b = (float *)malloc(vocab * sizeof *b);
+    for (int i = 0; i < N; i++) ids[i] = (int32_t)(test_random() % vocab);
+    CHECK_INT(llm_forward(m, 0, ids, CUT, 0, NULL, NULL, &e), MOQ_OK);
+    m->ids.count = 0;
+    CHECK(llmi_ids_add(&m->ids, ids, CUT)); /* as a conversation of these tokens */
+    m->done = CUT;
+    llm *n = llm_fork(m, &e);
+    CHECK(n != NULL);
+    if (n) {
+        size_t bytes = llm_copy_state(m, NULL, 0, &e);
+        void *state = malloc(bytes);
+        CHECK(bytes != SIZE_MAX && llm_copy_state(m, state, bytes, &e) == bytes);
+        CHECK_INT(llm_forward(m, 0, ids + CUT, N - CUT, CUT, NULL, a, &e), MOQ_OK);
+        CHECK_INT(llm_forward(m, n->slot, ids + CUT, N - CUT, CUT, NULL, b, &e), MOQ_OK);
+        CHECK(memcmp(a, b, vocab * sizeof *a) == 0);
+        memset(b, 0, vocab * sizeof *b);
+        CHECK_INT(llm_set_state(n, state, bytes, &e), MOQ_OK); /* back to the cut */
+        CHECK_INT(llm_forward(m, n->slot, ids + CUT, N - CUT, CUT, NULL, b, &e), MOQ_OK);
+        CHECK(memcmp(a, b, vocab * sizeof *a) == 0);
+        free(state);
+    }
+    if (m->model->stateful) { /* what a running state cannot do is said */
+        CHECK_INT(llm_forward(m, 0, ids, 3, 5, NULL, a, &e), MOQ_E_STATE);
+        d.draft = 4;
+        CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_UNSUPPORTED);
+        CHECK(strstr(e.text, "cannot go back") != NULL);
+    }
+    free(a);
+    free(b);
+    llm_close(n);
+    llm_close(m);
+}
+
+static void test_fork_families(void)
+{
+    static const char *const folders[] = {"sources/nemotron_h", "modelopt/nemotron_h-mamba_fp8_aggressive", "foreign/deepseek_v3-fp8-block",
+                                          "modelopt/gpt_oss-nvfp4", "modelopt/llama-nvfp4-kv_nvfp4", "modelopt/llama-fp8-kv_fp8"};
+    int seen = 0;
+    for (size_t i = 0; i < LLMI_COUNT(folders); i++) {
+        char path[1024];
+        snprintf(path, sizeof path, "%s/%s", GOLDEN_DIR, folders[i]);
+        if (!moqi_is_dir(path)) continue;
+        check_fork_logits(path);
+        seen++;
+    }
+    CHECK(seen >= 2);
+}
+
+/* ---- saved states ---- */
+
+static char state_file[256];
+
+/* Saved in the middle of an answer, loaded into another process's model (here: another llm): the rest is the same. */
+static void test_state_goes_on(void)
+{
+    char head[1024] = "", tail[1024];
+    moq_error e;
+    const char *piece;
+    llm_desc d = demo_desc();
+    d.sampling.temperature = 0.7f;
+    d.sampling.seed = 3;
+    answer_alone(&d);
+    for (int cut = 0; cut < 30; cut += 7) { /* 0: before the first token */
+        llm *m = open_or_say(&d);
+        if (!m) return;
+        ask(m, 3);
+        head[0] = 0;
+        for (int i = 0; i < cut && (piece = llm_next(m, &e)) != NULL; i++) strcat(head, piece);
+        if (cut == 7) llm_step(m, 1); /* in the middle of a pass */
+        CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
+        snprintf(tail, sizeof tail, "%s", head);
+        CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+        CHECK_STR(tail, alone[3]);
+        llm_close(m);
+        d.sampling.seed = 99; /* the state brings its own random numbers */
+        m = open_or_say(&d);
+        d.sampling.seed = 3;
+        if (!m) return;
+        ask(m, 0);
+        CHECK(llm_next(m, &e) != NULL);
+        CHECK_INT(llm_load(m, state_file, &e), MOQ_OK);
+        snprintf(tail, sizeof tail, "%s", head);
+        CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+        CHECK_STR(tail, alone[3]);
+        CHECK_INT(llm_say(m, "user", requests[1]), MOQ_OK); /* and the conversation goes on */
+        tail[0] = 0;
+        CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+        CHECK(tail[0] != 0);
+        llm_close(m);
+    }
+}
+
+/* Every damaged byte, every cut and every other model is refused, and the conversation stays as it was. */
+static void test_state_refused(void)
+{
+    char text[1024] = "", path[1024];
+    moq_error e;
+    llm_desc d = demo_desc();
+    answer_alone(&d);
+    llm *m = open_or_say(&d);
+    if (!m) return;
+    ask(m, 0);
+    CHECK(llm_next(m, &e) != NULL);
+    size_t bytes = llm_copy_state(m, NULL, 0, &e);
+    uint8_t *state = (uint8_t *)malloc(bytes), *bad = (uint8_t *)malloc(bytes);
+    CHECK(state && bad && llm_copy_state(m, state, bytes, &e) == bytes);
+    llm_reset(m);
+    ask(m, 2);
+    strcpy(text, llm_next(m, &e));
+    for (int i = 0; i < 400; i++) { /* one bit somewhere, half of the time among the numbers */
+        size_t at = (size_t)test_random() % (i % 2 ? bytes : 400);
+        memcpy(bad, state, bytes);
+        bad[at] ^= (uint8_t)(1u << test_random() % 8);
+        CHECK(llm_set_state(m, bad, bytes, &e) < 0 && e.text[0]);
+    }
+    for (size_t cut = 0; cut < bytes; cut += 1 + cut / 7) CHECK(llm_set_state(m, state, cut, &e) < 0);
+    for (int i = 0; i < 3000; i++) { /* forged: numbers are changed and the checksum is made right */
+        int field = i % LLMI_STATE_FIELDS;
+        uint64_t v = test_random() % 3 ? (uint64_t)test_random() << test_random() % 33 : test_random() % 1024;
+        memcpy(bad, state, bytes);
+        for (int k = 0; k < 8; k++) bad[LLMI_STATE_HEADER + 8 * field + k] = (uint8_t)(v >> 8 * k);
+        uint64_t hash = llmi_hash((const char *)bad + LLMI_STATE_HEADER, bytes - LLMI_STATE_HEADER);
+        for (int k = 0; k < 8; k++) bad[24 + k] = (uint8_t)(hash >> 8 * k);
+        if (llm_set_state(m, bad, bytes, &e) == MOQ_OK) { /* what is accepted can be gone on with and saved */
+            for (int k = 0; k < 2; k++) llm_step(m, 1);
+            CHECK(llm_copy_state(m, NULL, 0, &e) != SIZE_MAX);
+            llm_reset(m);
+            ask(m, 2);
+            CHECK_STR(llm_next(m, &e), text);
+        }
+    }
+    CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+    CHECK_STR(text, alone[2]);
+    llm_close(m);
+    d.kv = "fp8"; /* the same model, but its cache is stored in another way */
+    m = open_or_say(&d);
+    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "another"));
+    llm_close(m);
+    d.kv = NULL;
+    d.context = 16; /* shorter than what the state holds */
+    m = open_or_say(&d);
+    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "context"));
+    llm_close(m);
+    snprintf(path, sizeof path, "%s/sources/llama", GOLDEN_DIR);
+    memset(&d, 0, sizeof d);
+    d.path = path;
+    d.no_tokenizer = 1;
+    m = open_or_say(&d);
+    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE);
+    CHECK(m && llm_load(m, "/nonexistent/state", &e) < 0);
+    llm_close(m);
+    free(state);
+    free(bad);
+}
+
+/* ---- endless conversations ---- */
+
+/* Turn after turn in a context that holds about two of them: the oldest ones are forgotten, the system turn stays, and every answer is the one that a
+   model gives that was told only what is left. */
+static void test_shift_chat(void)
+{
+    char text[1024], fresh[1024];
+    llm_desc d = demo_desc();
+    int shifts = 0;
+    d.context = 300;
+    llm *m = open_or_say(&d);
+    if (!m) return;
+    CHECK_INT(llm_say(m, "system", scenes[0]), MOQ_OK);
+    moq_result r = MOQ_OK;
+    for (int i = 0; i < 12 && r == MOQ_OK; i++) {
+        CHECK_INT(llm_say(m, "user", requests[i % 4]), MOQ_OK);
+        text[0] = 0;
+        r = hear(m, text, sizeof text);
+    }
+    CHECK_INT(r, MOQ_E_STATE); /* without `endless` the context fills */
+    llm_close(m);
+    d.endless = 1;
+    m = open_or_say(&d);
+    if (!m) return;
+    CHECK_INT(llm_say(m, "system", scenes[0]), MOQ_OK);
+    for (int i = 0; i < 12; i++) {
+        size_t turns = m->turns.count / sizeof(llmi_turn);
+        CHECK_INT(llm_say(m, "user", requests[i % 4]), MOQ_OK);
+        size_t said = m->turns.count / sizeof(llmi_turn);
+        text[0] = 0;
+        CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+        CHECK(m->ids.count <= 301);
+        CHECK_STR(llmi_role(m, 0), "system");
+        size_t left = m->turns.count / sizeof(llmi_turn);
+        (void)turns;
+        if (left < said) shifts++;
+        /* the same turns said to a fresh model; an answer that shifted in its middle saw more in its beginning */
+        llm *f = open_or_say(&d);
+        if (!f) break;
+        for (size_t t = 0; t < left; t++) {
+            llmi_turn turn;
+            memcpy(&turn, m->turns.data + t * sizeof turn, sizeof turn);
+            CHECK_INT(llm_say(f, m->words.data + turn.role, m->words.data + turn.text), MOQ_OK);
+        }
+        fresh[0] = 0;
+        CHECK_INT(hear(f, fresh, sizeof fresh), MOQ_OK);
+        if (m->done == m->ids.count - 1 || left == said) CHECK(strcmp(fresh, text) == 0 || left < said);
+        llm_close(f);
+    }
+    CHECK(shifts >= 2);
+    llm_close(m);
+}
+
+/* Raw text: far more tokens than the context are written; the first `keep` tokens stay. */
+static void test_shift_raw(void)
+{
+    moq_error e;
+    llm_desc d = demo_desc();
+    llm_bias never[8];
+    int32_t first[16], count = 0;
+    d.context = 64;
+    d.endless = 1;
+    d.keep = 16;
+    d.sampling.temperature = 1.5f;
+    d.sampling.seed = 5;
+    llm *m = open_or_say(&d);
+    if (!m) return;
+    for (int32_t id = 0; id < llm_get_info(m)->vocab && count < 8; id++) /* no end */
+        if (llmi_ends_turn(m, id)) { never[count].id = id; never[count++].add = -(float)INFINITY; }
+    d.sampling.bias = never;
+    d.sampling.bias_count = count;
+    llm_set_sampling(m, &d.sampling);
+    CHECK_INT(llm_say_raw(m, "robot at garage rack; red book at kitchen table; Ana at bathroom cupboard; green mug at hallway bench"), MOQ_OK);
+    for (int i = 0; i < 200; i++) {
+        CHECK(llm_next(m, &e) != NULL);
+        if (i == 0) memcpy(first, m->ids.data, sizeof first);
+        CHECK(m->ids.count <= 65);
+        CHECK(memcmp(m->ids.data, first, sizeof first) == 0);
+    }
+    CHECK(llm_get_stats(m)->generated_tokens >= 200);
+    /* the cache is exactly that of the tokens that are left */
+    size_t vocab = (size_t)llm_get_info(m)->vocab;
+    float *now = (float *)malloc(vocab * sizeof *now), *again = (float *)malloc(vocab * sizeof *again);
+    int32_t done = (int32_t)m->done, token = m->ids.data[m->done - 1];
+    CHECK(done > 17);
+    CHECK_INT(llm_forward(m, 0, &token, 1, done - 1, NULL, now, &e), MOQ_OK);
+    llm *f = open_or_say(&d);
+    if (f) CHECK_INT(llm_forward(f, 0, m->ids.data, done, 0, NULL, again, &e), MOQ_OK);
+    CHECK(f && relative_rms(now, again, vocab) <= 1e-5);
+    free(now);
+    free(again);
+    llm_close(f);
+    llm_close(m);
+}
+
+/* ---- out of memory ---- */
+
+static void test_batch_out_of_memory(void)
+{
+    moq_error e;
+    for (long k = 1; k < 400; k++) {
+        llm_desc d = demo_desc();
+        test_state.live_allocs = 0;
+        d.allocator = test_allocator();
+        d.slots = 2;
+        llm *m = open_or_say(&d), *n = NULL;
+        if (!m) return;
+        ask(m, 0);
+        CHECK(llm_next(m, &e) != NULL);
+        test_state.fail_at = k;
+        n = llm_fork(m, &e);
+        size_t need = n ? llm_copy_state(m, NULL, 0, &e) : 0;
+        void *state = n ? malloc(need) : NULL;
+        moq_result saved = n ? llm_save(m, state_file, &e) : MOQ_OK;
+        moq_result loaded = n && saved == MOQ_OK ? llm_load(n, state_file, &e) : MOQ_OK;
+        int whole = test_state.fail_at > 0 && n && saved == MOQ_OK && loaded == MOQ_OK;
+        CHECK(n != NULL || e.code == MOQ_E_NOMEM);
+        CHECK(saved == MOQ_OK || saved == MOQ_E_NOMEM);
+        CHECK(loaded == MOQ_OK || loaded == MOQ_E_NOMEM);
+        test_state.fail_at = 0;
+        free(state);
+        llm_close(n);
+        llm_close(m);
+        CHECK_INT(test_state.live_allocs, 0);
+        if (whole) break;
+        CHECK(k < 399);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    snprintf(state_file, sizeof state_file, "%s/llm_batch_%d.state", "/tmp", (int)getpid());
+    RUN(test_batch_logits);
+    RUN(test_batch_continuous);
+    RUN(test_batch_disturbed);
+    RUN(test_fork_demo);
+    RUN(test_fork_families);
+    RUN(test_state_goes_on);
+    RUN(test_state_refused);
+    RUN(test_shift_chat);
+    RUN(test_shift_raw);
+    RUN(test_batch_out_of_memory);
+    remove(state_file);
+    return test_end();
+}
