@@ -309,12 +309,12 @@ typedef struct text_list { const char *item[MAX_LIST]; int count; } text_list;
 typedef struct options {
     const char *args[4];
     int arg_count;
-    int json, explain, deep, hash, raw, stats, decode, help, unavailable;
+    int json, explain, deep, hash, raw, stats, decode, help, unavailable, active_experts;
     int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch;
-    double temp, top_p, min_p;
+    double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
         *save_calibration, *max_memory;
-    const char *to, *png;
+    const char *to, *png, *recipes, *method, *search, *save_search;
     text_list scheme, shape, exclude, rule;
 } options;
 
@@ -370,6 +370,12 @@ static const option_row option_table[] = {
     {"batch", KIND_INT, FIELD(batch), "N", "rows of a batch: averages and losses are means over batches (default 8)"},
     {"save-calibration", KIND_TEXT, FIELD(save_calibration), "FILE", "keep what was measured, for --calibration"},
     {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: activations go to a file"},
+    {"bits", KIND_REAL, FIELD(bits), "X", "bits of a weight on average"},
+    {"recipes", KIND_TEXT, FIELD(recipes), "A,B", "what to choose from, beside leaving a layer as it is"},
+    {"method", KIND_TEXT, FIELD(method), "M", "scores: gradient (default) or kl"},
+    {"search", KIND_TEXT, FIELD(search), "FILE", "recorded scores, instead of making them"},
+    {"save-search", KIND_TEXT, FIELD(save_search), "FILE", "keep scores and choice"},
+    {"active-experts", KIND_FLAG, FIELD(active_experts), "", "experts cost what a token uses of them"},
     {"exclude", KIND_LIST, FIELD(exclude), "PATTERN", "leave modules of this name alone; * and ? as in a shell (may be repeated)"},
     {"rule", KIND_LIST, FIELD(rule), "PATTERN=R", "another recipe for modules of this name (may be repeated)"},
     {"format", KIND_TEXT, FIELD(format), "F", "container: modelopt (default) or compressed-tensors"},
@@ -2353,6 +2359,7 @@ static int verb_diff(const options *o)
 
 #include "moq_measure.h"
 #include "moq_quantize.h"
+#include "moq_autoquant.h"
 
 /* ------------------------------------------------------------------------------------------------
    >>verbs           the table of verbs, help, main
@@ -2394,7 +2401,12 @@ static const verb_row verb_table[] = {
      "weight-only and MX recipes need neither. Rows of .jsonl files (texts, or conversations in the folder's chat frame) and of\n"
      "lists of token lists end after --seq tokens; a .txt or a single list of tokens is cut into rows of that length.",
      "moq quantize my-model my-model-nvfp4 --recipe nvfp4_awq_lite --calib calib.jsonl --samples 128"},
-    {"autoquant", NULL, 0, 4, "SRC DST --bits X --recipes A,B", "", "Chooses a recipe for each layer under a budget of bits.", ""},
+    {"autoquant", verb_autoquant, 1, 2, "SRC DST --bits X --recipes A,B --calib D",
+     "json bits recipes method calib samples seq batch search save-search calibration active-experts exclude shard",
+     "Chooses a recipe for each layer within a budget of bits, as ModelOpt's AutoQuantize does, and writes DST; without DST it only searches.\n"
+     "Layers that share an input, and all experts of a layer, get the same recipe. --method gradient: what a change of a layer's output costs,\n"
+     "by the gradient of the next-token loss; kl: how far the model's next-token distributions move. --search FILE reuses recorded scores.",
+     "moq autoquant my-model my-model-5.5 --bits 5.5 --recipes nvfp4,fp8 --calib calib.jsonl --samples 128 --save-search scores.json"},
     {"convert", verb_convert, 2, 2, "SRC DST --to F", "json to recipe shard",
      "The same numbers in the other container: weights dequantize to the same values.\n"
      "SRC may be of any family that opens (ModelOpt, compressed-tensors, FP8 blocks, AWQ, GPTQ, gpt-oss); DST must not exist.\n"
