@@ -17399,8 +17399,10 @@ static void moqi_back_expert(moqi_tape *t, const moqi_seen_moe *m, int32_t e, co
     int64_t width = m->gated ? 2 * m->n : m->n, at = 0;
     float *dact = moqi_tape_room(t, &t->work, n * m->n), *dmid = moqi_tape_room(t, &t->work, n * width);
     if (!dact || !dmid) return;
+    if (t->u.grad) t->u.grad(t->u.user, m->down[e]->layers, 1, dout, (int32_t)n);
     moqi_back_weight(t, &m->down[e]->layers[0], dout, m->out, n, dact);
     moqi_back_activate(&m->activation, r->mid, dact, n, m->n, dmid);
+    if (t->u.grad) t->u.grad(t->u.user, m->up[e]->layers, m->up[e]->parts, dmid, (int32_t)n);
     for (int32_t i = 0; i < m->up[e]->parts; at += m->up[e]->layers[i++].rows) moqi_back_weight(t, &m->up[e]->layers[i], dmid + at, width, n, dx);
 }
 
