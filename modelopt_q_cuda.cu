@@ -2889,7 +2889,7 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
     int split = !j->call.x_bf16, columns = j->call.m * (split ? 2 : 1), room = 0;
     const moqc_bank *b = j->bank;
     moqk_cut u;
-    cudaLaunchConfig_t how;
+    cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
     moqc_ok(j->c, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, j->c->device), "cudaDeviceGetAttribute");
     if (!moqc_decode_cut(j, form, choices, columns, room, &u)) { moqc_ok(j->c, cudaErrorInvalidConfiguration, "decode-mma"); return; }
@@ -2900,7 +2900,6 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
     }
     moqc_decode_kernel kernel = moqc_decode_find(form, step, columns, split);
     size_t bytes = (size_t)moqc_decode_sums(&u) + (size_t)u.stage * (size_t)(moqk_chunk_cols(form) / 64) * (size_t)columns * 128;
-    memset(&how, 0, sizeof how);
     memset(with, 0, sizeof with);
     how.gridDim = dim3((unsigned)u.blocks, (unsigned)groups, (unsigned)choices);
     how.blockDim = dim3(32, (unsigned)u.tiles, (unsigned)u.ways);

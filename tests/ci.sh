@@ -19,6 +19,7 @@ step make -s CC=clang BUILD=build/clang test
 step make -s -j2 CC=clang BUILD=build/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" programs
 step make -s CC=clang sanitize
 step make -s -C ../examples check
+step make -s cuda-compile
 grep -qE '\*\*\* |Error [0-9]' "$log" && status=1
 p=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $1} END {print n + 0}')
 f=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $3} END {print n + 0}')

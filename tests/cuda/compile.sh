@@ -1,0 +1,32 @@
+#!/bin/sh
+# compile.sh TARGET...    compiles modelopt_q_cuda.cu for each target (80, 86, 87, 89, 90a; ptx: PTX 9.0 for later devices), two at a time. A warning is
+# a failure. Ends with "N passed, N failed"; without nvcc nothing is tried and it says so.
+cd "$(dirname "$0")/../.." || exit 2
+nvcc=${NVCC:-nvcc}
+command -v "$nvcc" >/dev/null || { echo "nvcc is not installed: modelopt_q_cuda.cu was not compiled"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
+dir=$(mktemp -d) || exit 2
+trap 'rm -rf "$dir"' EXIT
+
+one() { # target
+    code="arch=compute_$1,code=sm_$1"
+    [ "$1" = ptx ] && code="arch=compute_90,code=compute_90"
+    start=$(date +%s)
+    "$nvcc" -std=c++17 -O2 -gencode="$code" -Xcompiler -Wall,-Wextra -c modelopt_q_cuda.cu -o "$dir/$1.o" >"$dir/$1.log" 2>&1
+    code=$?
+    grep -q -i warning "$dir/$1.log" && code=1
+    echo "modelopt_q_cuda.cu, $1: $([ "$code" -eq 0 ] && echo fine || echo FAILED), $(($(date +%s) - start)) s" >"$dir/$1.line"
+    [ "$code" -eq 0 ] && : >"$dir/$1.good"
+}
+
+while [ $# -gt 0 ]; do
+    one "$1" & first=$!
+    if [ $# -gt 1 ]; then one "$2" & wait $!; fi
+    wait "$first"
+    for t in "$1" ${2:-}; do cat "$dir/$t.line"; [ -e "$dir/$t.good" ] || cat "$dir/$t.log"; done
+    shift
+    [ $# -gt 0 ] && shift
+done
+passed=$(ls "$dir" | grep -c 'good$')
+all=$(ls "$dir" | grep -c 'line$')
+echo "$passed passed, $((all - passed)) failed"
+[ "$passed" -eq "$all" ]
