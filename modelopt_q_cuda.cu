@@ -114,6 +114,7 @@ typedef struct moqc_ctx {
     size_t scratch_bytes;
     int64_t moe_rows;
     float *t, *r, *mid, *hidden, *out, *weight, *partial; /* in scratch */
+    uint8_t *parted;                         /* x of few rows as >>cuda-ring reads it */
     int32_t *index, *place, *row_of, *expert_of, *tiles, *arrived, *chains;
 } moqc_ctx;
 
@@ -411,6 +412,7 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     c->moe_rows = moe;
     c->t = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, choices * n->moe_cols), 4);
     c->r = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, choices * n->moe_cols), 4);
+    c->parted = (uint8_t *)moqc_carve(v, moqc_min(rows, 16), moqk_pad(moqc_max(n->cols, n->rank), 256), 4);
     c->mid = (float *)moqc_carve(v, 1, moqc_max(rows * n->rank, choices * n->moe_rank), 4);
     c->hidden = (float *)moqc_carve(v, choices, n->moe_hidden, 4);
     c->out = (float *)moqc_carve(v, choices, n->moe_out, 4);
@@ -467,6 +469,47 @@ static moq_result moqc_reserve(moq_backend *be, int32_t rows, moq_error *err)
     c->raw = c->aside = NULL;
     c->raw_bytes = c->raw_used = c->aside_bytes = 0;
     return moqc_grow(c, &none, rows, err);
+}
+
+/* ---- launches that overlap ---- */
+
+__device__ __forceinline__ void moqk_dependents_may_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Everything that kernels before this one wrote is there, when they were started early. */
+__device__ __forceinline__ void moqk_wait_for_before()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* First words of a kernel that moqc_chain launches: what comes next may start (and fetch its weights), and what came before has ended. */
+__device__ __forceinline__ void moqk_follow()
+{
+    moqk_dependents_may_start();
+    moqk_wait_for_before();
+}
+
+/* A launch that may begin while the kernel before it ends; from SM90 on. */
+template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, const char *what, void (*kernel)(A...), dim3 grid, unsigned threads, size_t shared, B... args)
+{
+    cudaLaunchConfig_t how = {};
+    cudaLaunchAttribute with[1];
+    memset(with, 0, sizeof with);
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    how.gridDim = grid;
+    how.blockDim = dim3(threads);
+    how.dynamicSmemBytes = shared;
+    how.stream = c->stream;
+    how.attrs = with;
+    how.numAttrs = c->sm >= 90 ? 1 : 0;
+    moqc_ok(c, cudaLaunchKernelEx(&how, kernel, static_cast<A>(args)...), what);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -1382,6 +1425,7 @@ __device__ void moqk_round_segment(const moqk_part &p, const float *t, float *r,
 /* x -> t = rotated and smoothed, r = t rounded, in the order of the codes; both padded with zeros to ld. Grid: rows, segments. */
 __global__ void __launch_bounds__(256) moqk_feed(moqk_feed_args a)
 {
+    moqk_follow();
     __shared__ float room[33];
     int64_t row = blockIdx.x, from = a.row_of ? a.row_of[row] : row;
     const moqk_part &p = a.parts[a.expert_of ? (int64_t)a.expert_of[row] * a.expert_stride : 0];
@@ -1976,21 +2020,6 @@ __device__ __forceinline__ void moqk_fast_stage(const moqk_call &a, int64_t firs
         }
 }
 
-__device__ __forceinline__ void moqk_dependents_may_start()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-/* Everything that kernels before this one wrote is there, when they were started early. */
-__device__ __forceinline__ void moqk_wait_for_before()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 /* All blocks of a cluster; relaxed_arrive: only that they run. */
 __device__ __forceinline__ void moqk_cluster_arrive(int relaxed)
 {
@@ -2226,6 +2255,355 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
         for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += sums[(s * cut.rows + m) * cut.tile_pitch + r];
         if (STEP == 0 && FORM > MOQK_MXFP4) v *= ((const float *)(packed + scales_at))[((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1)];
         moqk_store(a, (int64_t)(first + m) * a.ldy + y_first + row, v * factor + (p->bias ? p->bias[row] : 0));
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-ring       1 to 16 rows of x on SM90: the products of >>cuda-decode, fed by the copy engine
+   A block's last warp keeps a ring of steps full: a step is one chunk for every other warp, and with more than a few rows the x that belongs
+   to it, which a small launch before wrote in the order of the products (moqk_split). Nothing in the loop waits for the whole block. The first
+   steps of the ring are under way before the kernel before has ended. Bytes read per launch: codes and scales once, x once per block.
+   ------------------------------------------------------------------------------------------------ */
+
+/* How a launch is cut: a block takes `tiles` row tiles of a part, R of them a warp; `ways` warps share the columns chunk by chunk; `blocks` blocks
+   of a cluster share the columns in runs of chunks. */
+typedef struct moqk_ring {
+    int32_t tiles, ways, blocks, stages;
+    int32_t warps;             /* tiles / R * ways; one more fills the ring */
+    int32_t owned, pitch;      /* row tiles that a block of the cluster adds up: tiles / blocks, rounded up; floats of a row of x in the sums */
+    int32_t rows;              /* of x */
+    int32_t whole_x;           /* the block stages its share of x itself, before it begins; else x comes with the steps, from: */
+    int32_t ahead;             /* chunks of each row tile to fetch into L2 behind the ring, before x is there */
+    const uint8_t *x;          /* what moqk_split wrote */
+    uint32_t stage_bytes, x_at, sums_at; /* of shared memory; x_at: in a stage, or of the whole x */
+    int32_t join;              /* sums lie where the ring was */
+} moqk_ring;
+
+__device__ __forceinline__ void moqk_barrier_init(uint32_t at, uint32_t count)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(at), "r"(count) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void moqk_barrier_wait(uint32_t at, uint32_t parity)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }" :: "r"(at), "r"(parity) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void moqk_barrier_arrive(uint32_t at)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(at) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void moqk_barrier_expect(uint32_t at, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(at), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void moqk_bulk_copy(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void moqk_bulk_prefetch(const uint8_t *from, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+/* x [rows, cols] -> blocks of 64 columns, each [columns of the product][128 bytes] as moqk_fast_put lays them; past the columns zeros. A thread
+   per 4 values. */
+template <int FORM, int SPLIT> __global__ void __launch_bounds__(256) moqk_split(moqk_call a, int32_t cols, int32_t blocks, uint8_t *out)
+{
+    int32_t i = blockIdx.x * 256 + threadIdx.x, m = blockIdx.y;
+    float4 v = make_float4(0, 0, 0, 0);
+    moqk_dependents_may_start();
+    moqk_wait_for_before();
+    if (i >= blocks * 16) return;
+    if (4 * i < cols) v = moqk_fast_x4<SPLIT>(a, m * a.ldx + 4 * i);
+    moqk_fast_put<FORM, SPLIT>(v, i, m, a.m * (SPLIT ? 2 : 1), out);
+}
+
+/* What the copies of a block need to know. */
+typedef struct moqk_ring_source {
+    const uint8_t *weights, *x; /* of the block's first tile and chunk; of its first chunk */
+    int64_t tile_bytes;
+    int32_t live, steps, chunks; /* tiles that exist, steps, chunks of the block */
+    uint32_t chunk_x;          /* bytes of x of a chunk; 0: x does not come with the steps */
+    uint32_t ring, full, empty; /* in shared memory */
+} moqk_ring_source;
+
+/* Weights (and later x) of step s into its place; the last step may have fewer chunks. */
+template <int FORM> __device__ __forceinline__ void moqk_ring_weights(const moqk_ring &cut, const moqk_ring_source &f, int32_t s, int32_t slot, int lane)
+{
+    uint32_t ways = (uint32_t)min(cut.ways, f.chunks - s * cut.ways), bytes = ways * moqk_chunk_bytes(FORM), at = f.ring + (uint32_t)slot * cut.stage_bytes;
+    if (lane == 0) moqk_barrier_expect(f.full + 8 * (uint32_t)slot, ways * f.chunk_x + bytes * (uint32_t)f.live);
+    __syncwarp();
+    if (lane < f.live) moqk_bulk_copy(at + (uint32_t)(lane * cut.ways) * moqk_chunk_bytes(FORM), f.weights + lane * f.tile_bytes + (int64_t)s * cut.ways * moqk_chunk_bytes(FORM), bytes, f.full + 8 * (uint32_t)slot);
+}
+
+__device__ __forceinline__ void moqk_ring_x(const moqk_ring &cut, const moqk_ring_source &f, int32_t s, int32_t slot, int lane)
+{
+    uint32_t ways = (uint32_t)min(cut.ways, f.chunks - s * cut.ways);
+    if (lane == 31 && f.chunk_x) moqk_bulk_copy(f.ring + (uint32_t)slot * cut.stage_bytes + cut.x_at, f.x + (int64_t)s * cut.ways * f.chunk_x, ways * f.chunk_x, f.full + 8 * (uint32_t)slot);
+}
+
+/* The last warp: fills the ring as warps leave it. */
+template <int FORM> __device__ __forceinline__ void moqk_ring_fill(const moqk_ring &cut, const moqk_ring_source &f, int lane)
+{
+    int32_t first = min(cut.stages, f.steps), more = min(cut.ahead, f.chunks - first * cut.ways);
+    for (int32_t s = 0; s < first; s++) moqk_ring_weights<FORM>(cut, f, s, s, lane);
+    if (lane < f.live && more > 0) moqk_bulk_prefetch(f.weights + lane * f.tile_bytes + (int64_t)first * cut.ways * moqk_chunk_bytes(FORM), (uint32_t)more * moqk_chunk_bytes(FORM));
+    moqk_wait_for_before();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory"); /* x was written by ordinary stores */
+#endif
+    for (int32_t s = 0; s < first; s++) moqk_ring_x(cut, f, s, s, lane);
+    for (int32_t s = first, slot = 0, turn = 0; s < f.steps; s++) {
+        moqk_barrier_wait(f.empty + 8 * (uint32_t)slot, (uint32_t)turn & 1);
+        moqk_ring_weights<FORM>(cut, f, s, slot, lane);
+        moqk_ring_x(cut, f, s, slot, lane);
+        if (++slot == cut.stages) { slot = 0; turn++; }
+    }
+}
+
+/* Scales of a lane's rows that multiply sums, for one chunk. */
+template <int FORM, int STEP> struct moqk_factors {
+    static constexpr int GROUPS = STEP == 0 ? 1 : moqk_chunk_cols(FORM) / STEP;
+    float2 scale[GROUPS];
+    uint32_t zero[FORM == MOQK_FAST_U4 ? GROUPS : 1];
+
+    __device__ __forceinline__ void load(const float2 *scales, const uint16_t *zeros, int32_t c, int shift)
+    {
+        if constexpr (STEP > 0) {
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++) {
+                int32_t group = (c * moqk_chunk_cols(FORM) + i * STEP) >> shift;
+                scale[i] = __ldg(scales + group * 8);
+                if (FORM == MOQK_FAST_U4) zero[i] = __ldg(zeros + group * 8);
+            }
+        }
+    }
+};
+
+/* One chunk of R row tiles: acc += W x. w: the lane's first 16 bytes of each tile's chunk in shared memory; x: the chunk's, with the lane's
+   place in each column. */
+template <int FORM, int STEP, int NB, int R>
+__device__ __forceinline__ void moqk_ring_chunk(const uint8_t *w, uint32_t tile_step, int lane, const moqk_factors<FORM, STEP> *h, const uint8_t *x, const uint32_t place[NB],
+                                                const uint32_t other[NB], uint32_t x_step, const uint32_t z[R][2], float acc[R][NB][4])
+{
+    constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS;
+    constexpr int each = STEP == 32 ? 2 : 4; /* steps of a scale */
+    uint2 bytes[R];
+    float sum[R][NB][4]; /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if constexpr (FORM == MOQK_NVFP4) bytes[r] = *(const uint2 *)(w + r * tile_step + 2048 - lane * 8);
+        if constexpr (FORM == MOQK_MXFP4) bytes[r] = *(const uint2 *)(w + r * tile_step + 2048 - lane * 16 + (lane >> 1) * 8);
+    }
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        uint4 unit[R][UNITS];
+        uint32_t s[R][2], zero[R][2];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) unit[r][u] = *(const uint4 *)(w + r * tile_step + (b * UNITS + u) * 512);
+            if constexpr (FORM <= MOQK_MXFP4) {
+                uint32_t v = b < 2 ? bytes[r].x : bytes[r].y;
+                s[r][0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
+                s[r][1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
+            }
+            zero[r][0] = z[r][0];
+            zero[r][1] = z[r][1];
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint4 xb[NB];
+#pragma unroll
+            for (int n = 0; n < NB; n++) xb[n] = *(const uint4 *)(x + b * x_step + (half ? other[n] : place[n]));
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const int i = half * 2 + k, group = STEP == 32 ? b * 2 + half : STEP == 64 ? b : 0;
+#pragma unroll
+                for (int r = 0; r < R; r++) {
+                    uint32_t a[4];
+                    if (FORM == MOQK_FAST_U4 && STEP > 0 && i % each == 0) {
+                        zero[r][0] = (h[r].zero[group] & 255) * 0x00010001u | 0x43004300u;
+                        zero[r][1] = (h[r].zero[group] >> 8) * 0x00010001u | 0x43004300u;
+                    }
+                    moqk_fast_decode<FORM>(unit[r], i, zero[r], a);
+                    if constexpr (FORM <= MOQK_MXFP4) {
+#pragma unroll
+                        for (int q = 0; q < 4; q++) a[q] = moqk_mul_pair(a[q], s[r][q & 1]);
+                    }
+#pragma unroll
+                    for (int n = 0; n < NB; n++) {
+                        if (STEP > 0 ? i % each == 0 : b == 0 && i == 0) sum[r][n][0] = sum[r][n][1] = sum[r][n][2] = sum[r][n][3] = 0;
+                        moqk_product(sum[r][n], a, k ? xb[n].z : xb[n].x, k ? xb[n].w : xb[n].y);
+                        if (STEP == 0 || i % each != each - 1) continue;
+                        acc[r][n][0] += sum[r][n][0] * h[r].scale[group].x;
+                        acc[r][n][1] += sum[r][n][1] * h[r].scale[group].x;
+                        acc[r][n][2] += sum[r][n][2] * h[r].scale[group].y;
+                        acc[r][n][3] += sum[r][n][3] * h[r].scale[group].y;
+                    }
+                }
+            }
+        }
+    }
+    if (STEP == 0)
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int n = 0; n < NB; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) acc[r][n][i] += sum[r][n][i];
+}
+
+/* Partial sums of a warp's tiles to the block that owns each of them: tile i belongs to block i % blocks, as its tile i / blocks. */
+template <int NB, int R>
+__device__ __forceinline__ void moqk_ring_hand_over(const moqk_ring &cut, float *sums, int32_t slot, int32_t tile, int32_t count, int split, const float acc[R][NB][4], int lane)
+{
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        int32_t owner = cut.blocks > 1 ? (tile + r) % cut.blocks : 0, mine = cut.blocks > 1 ? (tile + r) / cut.blocks : tile + r;
+#pragma unroll
+        for (int n = 0; n < NB; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int32_t m = split ? 4 * n + t : 8 * n + 2 * t + (i & 1);
+                float v = split ? acc[r][n][i & 2] + acc[r][n][i | 1] : acc[r][n][i];
+                if (m < count && !(split && (i & 1))) moqk_store_at(sums + (slot * cut.rows + m) * cut.pitch + mine * 16 + g + 8 * (i >> 1), v, cut.blocks, (uint32_t)owner);
+            }
+    }
+}
+
+/* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. */
+template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(512, R == 1 && NB == 1 && STEP == 0 ? 2 : 1) moqk_decode_ring(moqk_call a, moqk_ring cut)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64;
+    const moqk_part *p = a.parts;
+    int32_t part = 0, y_first = 0, group = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int g = lane >> 2, t = lane & 3, split = !a.x_bf16;
+    moqk_dependents_may_start();
+    for (; part < a.part_count; part++, p++) {
+        int32_t groups = (p->rows + 16 * cut.tiles - 1) / (16 * cut.tiles);
+        if (group < groups) break;
+        group -= groups;
+        y_first += p->rows;
+    }
+    if (part == a.part_count || moqk_form_of(*p) != FORM || moqk_form_step(*p, FORM) != STEP) { moqk_wait_for_before(); return; } /* another launch has it */
+    const int32_t rows = p->rows, cols = p->cols, count = a.m, columns = count * (split ? 2 : 1), chunks = (cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
+    const int32_t share = (chunks + cut.blocks - 1) / cut.blocks, begin = min(share * (int32_t)blockIdx.x, chunks), tile_count = (rows + 15) / 16;
+    const uint8_t *packed = p->packed[0];
+    const int64_t scales_at = (int64_t)tile_count * chunks * moqk_chunk_bytes(FORM);
+    moqk_ring_source f;
+    f.tile_bytes = (int64_t)chunks * moqk_chunk_bytes(FORM);
+    f.weights = packed + (int64_t)group * cut.tiles * f.tile_bytes + (int64_t)begin * moqk_chunk_bytes(FORM);
+    f.live = min(cut.tiles, tile_count - group * cut.tiles);
+    f.chunks = min(share, chunks - begin);
+    f.steps = (f.chunks + cut.ways - 1) / cut.ways;
+    f.chunk_x = cut.whole_x ? 0 : (uint32_t)(columns * 128 * BLOCKS);
+    f.x = cut.x + (int64_t)begin * f.chunk_x;
+    f.full = (uint32_t)__cvta_generic_to_shared(shared);
+    f.empty = f.full + 8 * (uint32_t)cut.stages;
+    f.ring = f.full + 128;
+    if (threadIdx.x < cut.stages) {
+        moqk_barrier_init(f.full + 8 * threadIdx.x, 1);
+        moqk_barrier_init(f.empty + 8 * threadIdx.x, (uint32_t)cut.warps);
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    }
+    __syncthreads();
+    if (cut.blocks > 1) moqk_cluster_arrive(1);
+    float *sums = (float *)(void *)(shared + cut.sums_at);
+    const int32_t groups = cut.tiles / R, local = warp % groups * R, way = warp / groups;
+    float acc[R][NB][4];
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int n = 0; n < NB; n++) acc[r][n][0] = acc[r][n][1] = acc[r][n][2] = acc[r][n][3] = 0;
+    if (warp == cut.warps) moqk_ring_fill<FORM>(cut, f, lane);
+    else {
+        const int32_t scale_groups = FORM <= MOQK_MXFP4 ? 0 : p->group >= cols ? 1 : (chunks * moqk_chunk_cols(FORM) + p->group - 1) / p->group;
+        const int32_t tile = min(group * cut.tiles + local, tile_count - 1);
+        const int64_t at = (int64_t)tile * scale_groups * 8 + g;
+        const float2 *scales = (const float2 *)(packed + scales_at) + at;
+        const uint16_t *zeros = (const uint16_t *)(packed + scales_at + (int64_t)tile_count * scale_groups * 64) + at;
+        const int shift = STEP > 0 ? __ffs(p->group) - 1 : 0, live = local < f.live;
+        uint32_t z[R][2], place[NB], other[NB];
+        moqk_factors<FORM, STEP> h[R];
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            z[r][0] = z[r][1] = 0;
+            if ((FORM == MOQK_FAST_U4 || FORM == MOQK_FAST_U8) && STEP == 0 && local + r < f.live) {
+                uint32_t both = zeros[r * 8];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float zero = (float)(both >> (8 * i) & 255) + (FORM == MOQK_FAST_U4 ? 128.0f : -128.0f);
+                    z[r][i] = moqk_pack(zero, zero);
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            int col = 8 * n + g < columns ? 8 * n + g : 0; /* columns that nobody stores repeat another */
+            place[n] = (uint32_t)(col * 128 + t * 16 + (col & 1) * 64);
+            other[n] = (uint32_t)(col * 128 + t * 16 + 64 - (col & 1) * 64);
+        }
+        if (way < f.chunks) h[0].load(scales, zeros, begin + way, shift);
+        if (cut.whole_x) {
+            moqk_wait_for_before();
+            if (split) moqk_fast_stage<FORM, 1, 1, 4>(a, 0, count, cols, begin * moqk_chunk_cols(FORM), f.chunks * BLOCKS, (int32_t)threadIdx.x, cut.warps * 32, shared + cut.x_at);
+            else moqk_fast_stage<FORM, 0, 1, 4>(a, 0, count, cols, begin * moqk_chunk_cols(FORM), f.chunks * BLOCKS, (int32_t)threadIdx.x, cut.warps * 32, shared + cut.x_at);
+            asm volatile("bar.sync 1, %0;" :: "r"(cut.warps * 32) : "memory");
+        }
+        const uint8_t *x = shared + cut.x_at + (cut.whole_x ? 0u : 128u), *w = shared + 128 + (local * cut.ways + way) * moqk_chunk_bytes(FORM) + lane * 16;
+        const uint32_t x_step = (uint32_t)columns * 128, tile_step = (uint32_t)cut.ways * moqk_chunk_bytes(FORM);
+        for (int32_t s = 0, slot = 0, turn = 0; s < f.steps; s++) {
+            const int32_t c = s * cut.ways + way;
+            moqk_barrier_wait(f.full + 8 * (uint32_t)slot, (uint32_t)turn & 1);
+            if (live && c < f.chunks) {
+                const uint8_t *now = x + (cut.whole_x ? (uint32_t)c * BLOCKS * x_step : (uint32_t)slot * cut.stage_bytes + (uint32_t)way * BLOCKS * x_step);
+                moqk_ring_chunk<FORM, STEP, NB, R>(w + (uint32_t)slot * cut.stage_bytes, tile_step, lane, h, now, place, other, x_step, z, acc);
+                if (STEP > 0 && c + cut.ways < f.chunks) h[0].load(scales, zeros, begin + c + cut.ways, shift);
+            }
+            __syncwarp();
+            if (lane == 0) moqk_barrier_arrive(f.empty + 8 * (uint32_t)slot);
+            if (++slot == cut.stages) { slot = 0; turn++; }
+        }
+    }
+
+    __syncwarp();
+    moqk_wait_for_before(); /* long since true: what follows may read y */
+    if (cut.blocks > 1) {
+        moqk_cluster_wait();
+        if (cut.join) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    } else if (cut.join) __syncthreads();
+    if (warp < cut.warps) moqk_ring_hand_over<NB, R>(cut, sums, (int32_t)blockIdx.x * cut.ways + way, local, count, split, acc, lane);
+    if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    else __syncthreads();
+    const float factor = p->factor * moqk_form_fix(FORM);
+    for (int32_t i = (int32_t)threadIdx.x; i < count * cut.owned * 16; i += (int32_t)blockDim.x) {
+        int32_t m = i / (cut.owned * 16), r = i % (cut.owned * 16), mine = (r >> 4) * cut.blocks + (int32_t)blockIdx.x, row = (group * cut.tiles + mine) * 16 + (r & 15);
+        if (mine >= cut.tiles || row >= rows) continue;
+        float v = 0;
+        for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += sums[(s * cut.rows + m) * cut.pitch + r];
+        if (STEP == 0 && FORM > MOQK_MXFP4) v *= ((const float *)(packed + scales_at))[((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1)];
+        moqk_store(a, (int64_t)m * a.ldy + y_first + row, v * factor + (p->bias ? p->bias[row] : 0));
     }
 }
 
@@ -2658,7 +3036,7 @@ static void moqc_launch_feed(moqc_ctx *c, const moqc_bank *b, int32_t part, cons
     f.t = aside ? c->t : c->r;
     f.ld = ld;
     dim3 grid((unsigned)u->m, (unsigned)moqk_ceil(p->feed_cols, f.segment));
-    moqk_feed<<<grid, 256, 0, c->stream>>>(f);
+    moqc_chain(c, "the feed of a layer", moqk_feed, grid, 256, 0, f);
     moqc_launched(c, "the feed of a layer");
 }
 
@@ -2819,7 +3197,7 @@ static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int
 
 /* x as two BF16 parts is good to 2^-17 of each value in the worst case, 2e-6 on average: rows with few columns, where one term may be the
    whole sum, are left to the F32 kernels. */
-static int moqc_fits_decode(const struct moqc_shape *s) { return s->part->cols >= 1024 && s->part->rows >= 16 && moqk_form_of(*s->part) >= 0; }
+static int moqc_fits_decode(const struct moqc_shape *s) { return s->part->cols >= 512 && s->part->rows >= 16 && moqk_form_of(*s->part) >= 0; }
 
 /* Bytes of shared memory of a cut: partial sums, then `stage` chunks of x. */
 static int64_t moqc_decode_sums(const moqk_cut *u) { return (int64_t)u->blocks * u->ways * u->rows * u->tile_pitch * 4; }
@@ -2882,6 +3260,118 @@ static moqc_decode_kernel moqc_decode_find(int form, int step, int columns, int 
     }
 }
 
+/* ---- the launches of >>cuda-ring ---- */
+
+typedef void (*moqc_ring_kernel)(moqk_call, moqk_ring);
+
+template <int FORM, int STEP> static moqc_ring_kernel moqc_ring_for(int columns)
+{
+    return columns <= 8 ? moqk_decode_ring<FORM, STEP, 1, 1> : columns <= 16 ? moqk_decode_ring<FORM, STEP, 2, 1> : moqk_decode_ring<FORM, STEP, 4, STEP == 0 ? 2 : 1>;
+}
+
+static moqc_ring_kernel moqc_ring_find(int form, int step, int columns)
+{
+    switch (form) {
+    case MOQK_NVFP4: return moqc_ring_for<MOQK_NVFP4, 0>(columns);
+    case MOQK_MXFP4: return moqc_ring_for<MOQK_MXFP4, 0>(columns);
+    case MOQK_FAST_U8: return moqc_ring_for<MOQK_FAST_U8, 0>(columns);
+    case MOQK_FAST_BF16: return moqc_ring_for<MOQK_FAST_BF16, 0>(columns);
+    case MOQK_FAST_U4: return step == 0 ? moqc_ring_for<MOQK_FAST_U4, 0>(columns) : step == 32 ? moqc_ring_for<MOQK_FAST_U4, 32>(columns) : moqc_ring_for<MOQK_FAST_U4, 64>(columns);
+    default: return step == 0 ? moqc_ring_for<MOQK_FAST_E4M3, 0>(columns) : step == 32 ? moqc_ring_for<MOQK_FAST_E4M3, 32>(columns) : moqc_ring_for<MOQK_FAST_E4M3, 64>(columns);
+    }
+}
+
+static int moqc_ring_pair(int step, int columns) { return columns > 16 && step == 0 ? 2 : 1; } /* row tiles of a warp */
+
+/* The rest of a cut whose tiles, ways, blocks, stages and whole_x are chosen. Bytes of shared memory; 0: it cannot be. */
+static int64_t moqc_ring_fill_in(moqk_ring *u, int form, int step, int64_t chunks, int columns, int rows)
+{
+    int64_t chunk_x = (int64_t)columns * 128 * (moqk_chunk_cols(form) / 64), share = moqk_ceil(chunks, u->blocks);
+    int64_t weights = (int64_t)u->tiles * u->ways * moqk_chunk_bytes(form), pad = moqk_pad(weights, 128);
+    if (u->tiles % moqc_ring_pair(step, columns) || share * (u->blocks - 1) >= chunks || u->ways > share || u->tiles > 31 || u->tiles < u->blocks) return 0;
+    u->warps = u->tiles / moqc_ring_pair(step, columns) * u->ways;
+    if (u->warps > 15) return 0;
+    u->stages = (int32_t)moqc_min(u->stages, moqk_ceil(share, u->ways));
+    u->owned = (int32_t)moqk_ceil(u->tiles, u->blocks);
+    u->pitch = u->owned * 16 + 4;
+    u->rows = rows;
+    u->stage_bytes = (uint32_t)(pad + (u->whole_x ? 0 : chunk_x * u->ways));
+    int64_t ring = 128 + (int64_t)u->stages * u->stage_bytes, sums = (int64_t)u->blocks * u->ways * rows * u->pitch * 4;
+    u->x_at = (uint32_t)(u->whole_x ? ring : pad);
+    if (u->whole_x) ring += share * chunk_x;
+    u->sums_at = (uint32_t)(u->join ? 128 : ring);
+    return u->join ? moqc_max(ring, 128 + sums) : ring + sums;
+}
+
+/* The cut that costs the busiest multiprocessor least, in chunks: its share of them and of x (blocks that fit twice begin before those of the
+   launch before have ended, so that whole rounds do not count), more when few row tiles are in work at once, three chunks of every warp to fill the
+   ring and to add up. The weights of these are fitted to timings on an H200 of 4 and 8 bits, five shapes, 8 and 16 rows. */
+static int64_t moqc_ring_cut(const moqc_job *j, int form, int step, int columns, moqk_ring *best)
+{
+    int64_t chunks = moqk_ceil(j->part->d.cols, moqk_chunk_cols(form)), bytes_of_best = 0, twice = j->c->most_shared / 2 - 1024;
+    int pair = moqc_ring_pair(step, columns);
+    double least = 1e30, sms = j->c->sm_count, chunk_x = 0.4 * columns * 128 * (moqk_chunk_cols(form) / 64) / moqk_chunk_bytes(form);
+    for (int32_t tiles = 1; tiles <= 28; tiles++)
+        for (int32_t blocks = 1; blocks <= 2; blocks++)
+            for (int32_t ways = 1; ways <= 15; ways++)
+                for (int32_t stages = moqk_fast_bits(form) >= 8 ? 4 : 3; stages >= 2; stages--) {
+                    moqk_ring u;
+                    int64_t groups = 0, bytes, share = moqk_ceil(chunks, blocks);
+                    for (int32_t i = 0; i < j->call.part_count; i++) groups += moqk_ceil(j->part[i].d.rows, 16 * tiles);
+                    memset(&u, 0, sizeof u);
+                    u.tiles = tiles;
+                    u.ways = ways;
+                    u.blocks = blocks;
+                    u.stages = stages;
+                    u.whole_x = columns <= 4;
+                    bytes = moqc_ring_fill_in(&u, form, step, chunks, columns, j->call.m);
+                    if (bytes == 0 || bytes > j->c->most_shared) continue;
+                    double work = (double)(tiles * moqk_ceil(share, ways) * ways) + chunk_x * (double)share, grid = (double)(groups * blocks);
+                    int two = bytes <= twice && (columns <= 16 || u.warps < 8) && grid > sms;
+                    double busy = moqc_min(u.warps * pair * (two ? 2 : 1), 16);
+                    double time = (two ? grid * work / sms + 0.25 * work : ceil(grid / sms) * work) * (0.4 + 9.6 / busy);
+                    time += 3.0 * u.warps * ceil(grid / (two ? 2 * sms : sms)) + (blocks > 1 ? 3 : 0);
+                    if (time < least) { least = time; *best = u; bytes_of_best = bytes; }
+                }
+    best->x = j->c->parted;
+    return bytes_of_best;
+}
+
+static void moqc_launch_ring(const moqc_job *j, int form, int step, const moqk_ring *u, int64_t bytes)
+{
+    int split = !j->call.x_bf16, columns = j->call.m * (split ? 2 : 1);
+    int64_t groups = 0, chunks = moqk_ceil(j->part->d.cols, moqk_chunk_cols(form));
+    moqc_ring_kernel kernel = moqc_ring_find(form, step, columns);
+    cudaLaunchConfig_t how = {};
+    cudaLaunchAttribute with[2];
+    memset(with, 0, sizeof with);
+    for (int32_t i = 0; i < j->call.part_count; i++) groups += moqk_ceil(j->part[i].d.rows, 16 * u->tiles);
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    with[1].id = cudaLaunchAttributeClusterDimension;
+    with[1].val.clusterDim.x = (unsigned)u->blocks;
+    with[1].val.clusterDim.y = with[1].val.clusterDim.z = 1;
+    how.stream = j->c->stream;
+    how.attrs = with;
+    how.numAttrs = 1;
+    if (!u->whole_x) {
+        int32_t blocks = (int32_t)(chunks * (moqk_chunk_cols(form) / 64));
+        how.gridDim = dim3((unsigned)moqk_ceil(blocks * 16, 256), (unsigned)j->call.m);
+        how.blockDim = dim3(256);
+        void (*before)(moqk_call, int32_t, int32_t, uint8_t *) =
+            form <= MOQK_MXFP4 ? (split ? moqk_split<MOQK_NVFP4, 1> : moqk_split<MOQK_NVFP4, 0>)
+                               : form == MOQK_FAST_E4M3 ? (split ? moqk_split<MOQK_FAST_E4M3, 1> : moqk_split<MOQK_FAST_E4M3, 0>)
+                                                        : (split ? moqk_split<MOQK_FAST_BF16, 1> : moqk_split<MOQK_FAST_BF16, 0>);
+        if (!moqc_ok(j->c, cudaLaunchKernelEx(&how, before, j->call, j->part->d.cols, blocks, (uint8_t *)u->x), "decode-ring")) return;
+    }
+    how.gridDim = dim3((unsigned)u->blocks, (unsigned)groups);
+    how.blockDim = dim3((unsigned)(u->warps + 1) * 32);
+    how.dynamicSmemBytes = (size_t)bytes;
+    how.numAttrs = u->blocks > 1 ? 2 : 1;
+    if (!moqc_ok(j->c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared), "cudaFuncSetAttribute")) return;
+    moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-ring");
+}
+
 /* One launch for parts of one form; others of the same call find nothing to do in it. */
 static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
 {
@@ -2889,8 +3379,13 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
     int split = !j->call.x_bf16, columns = j->call.m * (split ? 2 : 1), room = 0;
     const moqc_bank *b = j->bank;
     moqk_cut u;
+    moqk_ring ring;
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
+    if (j->c->sm == 90 && !j->call.tiles && (j->call.m > 4 || (moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000))) { /* the copy engine */
+        int64_t bytes = moqc_ring_cut(j, form, step, columns, &ring);
+        if (bytes > 0) { moqc_launch_ring(j, form, step, &ring, bytes); return; }
+    }
     moqc_ok(j->c, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, j->c->device), "cudaDeviceGetAttribute");
     if (!moqc_decode_cut(j, form, choices, columns, room, &u)) { moqc_ok(j->c, cudaErrorInvalidConfiguration, "decode-mma"); return; }
     for (int32_t i = 0; i < j->call.part_count; i++) {
@@ -2942,6 +3437,7 @@ static void moqc_launch_decode(const struct moqc_job *j)
 /* y[i] = row ids[i] of the table, exactly, times scale; zeros for an id outside of it. Grid: ids. */
 template <typename T> __global__ void moqk_embed(const moqk_part *table, const int32_t *ids, float scale, T *y)
 {
+    moqk_follow();
     const moqk_part &p = *table;
     int64_t id = ids[blockIdx.x], cols = p.feed_cols;
     T *out = y + blockIdx.x * cols;
@@ -2958,13 +3454,14 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
     moqc_on on(c);
     const moqk_part *table = ((const moqc_bank *)(const void *)w)->device;
     if (count < 1) return;
-    MOQC_BY_ACT(c, (moqk_embed<<<count, 256, 0, c->stream>>>(table, ids, scale, (float *)y)), (moqk_embed<<<count, 256, 0, c->stream>>>(table, ids, scale, (__nv_bfloat16 *)y)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, count, 256, 0, table, ids, scale, (float *)y)), (moqc_chain(c, "embed", moqk_embed<__nv_bfloat16>, count, 256, 0, table, ids, scale, (__nv_bfloat16 *)y)));
     moqc_launched(c, "embed");
 }
 
 /* x += add; y = x / sqrt(mean(x^2) + eps) * weight. Grid: rows, groups; a thread reads back only what it wrote itself. */
 template <typename T> __global__ void moqk_norm(moq_norm_desc d)
 {
+    moqk_follow();
     __shared__ float room[33];
     int64_t groups = d.groups > 0 ? d.groups : 1, n = groups * d.cols, row = blockIdx.x, at = (int64_t)blockIdx.y * d.cols;
     T *x = (T *)(uintptr_t)d.x + row * (d.x_stride ? d.x_stride : n) + at, *y = (T *)d.y + row * (d.y_stride ? d.y_stride : n) + at;
@@ -2991,13 +3488,14 @@ static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
     if (d->rows < 1 || d->cols < 1) return;
     dim3 grid((unsigned)d->rows, (unsigned)(d->groups > 0 ? d->groups : 1));
     int threads = d->cols <= 128 ? 64 : d->cols <= 1024 ? 256 : 1024;
-    MOQC_BY_ACT(c, (moqk_norm<float><<<grid, threads, 0, c->stream>>>(*d)), (moqk_norm<__nv_bfloat16><<<grid, threads, 0, c->stream>>>(*d)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm<float>, grid, threads, 0, *d)), (moqc_chain(c, "norm", moqk_norm<__nv_bfloat16>, grid, threads, 0, *d)));
     moqc_launched(c, "norm");
 }
 
 /* In double: an angle of 10^5 radians still has 10 digits. */
 __global__ void moqk_rope_table(const int32_t *pos, int64_t count, const float *inv_freq, int32_t dims, float scale, float *table)
 {
+    moqk_follow();
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     double angle = (double)pos[i / dims] * (double)inv_freq[i % dims], s, c;
@@ -3012,13 +3510,14 @@ static void moqc_rope_table(moq_backend *be, const int32_t *pos, int32_t rows, c
     moqc_on on(c);
     int64_t count = (int64_t)rows * dims;
     if (count < 1) return;
-    moqk_rope_table<<<(unsigned)moqk_ceil(count, 128), 128, 0, c->stream>>>(pos, count, inv_freq, dims, scale, table);
+    moqc_chain(c, "rope_table", moqk_rope_table, (unsigned)moqk_ceil(count, 128), 128, 0, pos, count, inv_freq, dims, scale, table);
     moqc_launched(c, "rope_table");
 }
 
 /* (a, b) -> (a cos - b sin, b cos + a sin): a thread per pair. */
 template <typename T> __global__ void moqk_rope(moq_rope_desc d, int32_t dims)
 {
+    moqk_follow();
     int32_t half = dims / 2;
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, pair = i % half, head = i / half % d.heads, row = i / half / d.heads;
     if (row >= d.rows) return;
@@ -3038,13 +3537,14 @@ static void moqc_rope(moq_backend *be, const moq_rope_desc *d)
     int64_t count = (int64_t)d->rows * d->heads * (dims / 2);
     if (count < 1) return;
     unsigned blocks = (unsigned)moqk_ceil(count, 128);
-    MOQC_BY_ACT(c, (moqk_rope<float><<<blocks, 128, 0, c->stream>>>(*d, dims)), (moqk_rope<__nv_bfloat16><<<blocks, 128, 0, c->stream>>>(*d, dims)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "rope", moqk_rope<float>, blocks, 128, 0, *d, dims)), (moqc_chain(c, "rope", moqk_rope<__nv_bfloat16>, blocks, 128, 0, *d, dims)));
     moqc_launched(c, "rope");
 }
 
 /* x: [rows, gate n | up n] -> y [rows, n]; not gated: [rows, n]. */
 template <typename T> __global__ void moqk_activation(moq_activation_desc a, const T *x, int64_t count, int32_t n, T *y)
 {
+    moqk_follow();
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
     int64_t at = a.kind == MOQ_RELU2 ? i : i / n * 2 * n + i % n;
@@ -3058,13 +3558,14 @@ static void moqc_activation(moq_backend *be, const moq_activation_desc *a, const
     int64_t count = (int64_t)rows * n;
     if (count < 1) return;
     unsigned blocks = (unsigned)moqk_ceil(count, 256);
-    MOQC_BY_ACT(c, (moqk_activation<<<blocks, 256, 0, c->stream>>>(*a, (const float *)x, count, n, (float *)y)),
-                (moqk_activation<<<blocks, 256, 0, c->stream>>>(*a, (const __nv_bfloat16 *)x, count, n, (__nv_bfloat16 *)y)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "activation", moqk_activation<float>, blocks, 256, 0, *a, (const float *)x, count, n, (float *)y)),
+                (moqc_chain(c, "activation", moqk_activation<__nv_bfloat16>, blocks, 256, 0, *a, (const __nv_bfloat16 *)x, count, n, (__nv_bfloat16 *)y)));
     moqc_launched(c, "activation");
 }
 
 template <typename T> __global__ void moqk_add(T *x, const T *y, size_t count)
 {
+    moqk_follow();
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < count) moqk_put(x, (int64_t)i, moqk_get(x, (int64_t)i) + moqk_get(y, (int64_t)i));
 }
@@ -3075,8 +3576,8 @@ static void moqc_add(moq_backend *be, void *x, const void *y, size_t count)
     moqc_on on(c);
     if (count == 0) return;
     unsigned blocks = (unsigned)moqk_ceil((int64_t)count, 256);
-    MOQC_BY_ACT(c, (moqk_add<<<blocks, 256, 0, c->stream>>>((float *)x, (const float *)y, count)),
-                (moqk_add<<<blocks, 256, 0, c->stream>>>((__nv_bfloat16 *)x, (const __nv_bfloat16 *)y, count)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "add", moqk_add<float>, blocks, 256, 0, (float *)x, (const float *)y, count)),
+                (moqc_chain(c, "add", moqk_add<__nv_bfloat16>, blocks, 256, 0, (__nv_bfloat16 *)x, (const __nv_bfloat16 *)y, count)));
     moqc_launched(c, "add");
 }
 
@@ -3218,6 +3719,7 @@ __device__ void moqk_kv_pack(const moqk_kv &c, int32_t head, int64_t at, const f
 /* Grid: rows, kv heads, keys and values. */
 template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_cache c, const int32_t *slot, const int32_t *pos, const T *k, int64_t k_stride, const T *v, int64_t v_stride)
 {
+    moqk_follow();
     __shared__ float x[MOQK_KV_MOST_DIM];
     int64_t row = blockIdx.x, s = slot[row], at = pos[row];
     int32_t head = blockIdx.y, which = blockIdx.z;
@@ -3403,8 +3905,8 @@ static void moqc_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch
     const moqk_cache *d = &((const moqc_cache *)(const void *)cache)->d;
     if (b->rows < 1) return;
     dim3 grid((unsigned)b->rows, (unsigned)d->kv_heads, 2);
-    MOQC_BY_ACT(c, (moqk_append<<<grid, 128, 0, c->stream>>>(*d, b->slot, b->pos, (const float *)k, k_stride, (const float *)v, v_stride)),
-                (moqk_append<<<grid, 128, 0, c->stream>>>(*d, b->slot, b->pos, (const __nv_bfloat16 *)k, k_stride, (const __nv_bfloat16 *)v, v_stride)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "kv_append", moqk_append<float>, grid, 128, 0, *d, b->slot, b->pos, (const float *)k, k_stride, (const float *)v, v_stride)),
+                (moqc_chain(c, "kv_append", moqk_append<__nv_bfloat16>, grid, 128, 0, *d, b->slot, b->pos, (const __nv_bfloat16 *)k, k_stride, (const __nv_bfloat16 *)v, v_stride)));
     moqc_launched(c, "kv_append");
 }
 
@@ -3560,6 +4062,7 @@ __device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t
    own 16 values of a key each; for values, a thread owns 4 of them for every (128 / lanes)-th key. Grid: splits, head groups, rows. */
 template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(moqk_attend_args a)
 {
+    moqk_follow();
     extern __shared__ float4 room4[];
     __shared__ float max_of[H], sum_of[H], shrink[H];
     float *q = (float *)room4, *score = q + H * a.c.k.padded; /* score: [MOQK_KEYS][H] */
@@ -4065,6 +4568,7 @@ template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_atte
    under way while this one is multiplied. Lane (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
 template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK_KV_BF16 || KIND == MOQK_KV_MX4 ? 2 : 3) moqk_attend_tensor(moqk_attend_args a)
 {
+    moqk_follow();
     extern __shared__ float4 room4[];
     __shared__ float bias[8], max_of[4][8], sum_of[4][8];
     constexpr int BF = moqk_kv_wants_bf16(KIND), N = DIM / 8;
@@ -4520,12 +5024,12 @@ static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
     size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)splits * 4;
     if (join > shared) shared = join;
 #define MOQC_CALL(K) \
-    if (tensors && K != MOQK_KV_F32 && a->c.k.dim == 64) moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 64><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (tensors && K != MOQK_KV_F32) moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 128><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (heads == 1) moqk_attend<K, 1><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (heads == 2) moqk_attend<K, 2><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (heads == 4) moqk_attend<K, 4><<<grid, 128, shared, c->stream>>>(*a); \
-    else moqk_attend<K, 8><<<grid, 128, shared, c->stream>>>(*a)
+    if (tensors && K != MOQK_KV_F32 && a->c.k.dim == 64) moqc_chain(c, "attention", moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 64>, grid, 128, shared, *a); \
+    else if (tensors && K != MOQK_KV_F32) moqc_chain(c, "attention", moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 128>, grid, 128, shared, *a); \
+    else if (heads == 1) moqc_chain(c, "attention", moqk_attend<K, 1>, grid, 128, shared, *a); \
+    else if (heads == 2) moqc_chain(c, "attention", moqk_attend<K, 2>, grid, 128, shared, *a); \
+    else if (heads == 4) moqc_chain(c, "attention", moqk_attend<K, 4>, grid, 128, shared, *a); \
+    else moqc_chain(c, "attention", moqk_attend<K, 8>, grid, 128, shared, *a)
     MOQC_EACH_KV(a->c.k.kind, MOQC_CALL)
 #undef MOQC_CALL
 }
@@ -4630,6 +5134,7 @@ __device__ void moqk_close_groups(const moq_routing &r, const float *p, const fl
    p, rank, score [experts], open, group_open [experts]. */
 template <typename T> __global__ void moqk_route(moq_routing r, const float *bias, const T *logits, moqk_choices k, int32_t alone)
 {
+    moqk_follow();
     extern __shared__ float p[];
     float *rank = p + r.experts, *score = rank + r.experts, sum = 0, top = -3.4e38f;
     uint8_t *open = (uint8_t *)(score + r.experts), *group_open = open + r.experts;
@@ -4676,6 +5181,7 @@ template <typename T> __global__ void moqk_route(moq_routing r, const float *bia
    Reads the choices 2 * experts / 32 times from the cache. Shared memory: begin [experts + 1], tile [experts + 1]. */
 __global__ void __launch_bounds__(1024) moqk_group(moqk_choices k, int32_t count, int32_t top, int32_t experts, int32_t most)
 {
+    moqk_follow();
     extern __shared__ int32_t begin[];
     int32_t *first_tile = begin + experts + 1, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     for (int32_t e = warp; e < experts; e += 32) {
@@ -4718,6 +5224,7 @@ __global__ void __launch_bounds__(1024) moqk_group(moqk_choices k, int32_t count
 /* y[row] = sum of weight * expert output, in the order of the choice. Grid: rows, pieces of 256 columns. */
 template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, const float *out, int64_t n, T *y)
 {
+    moqk_follow();
     int64_t row = blockIdx.x, i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float sum = 0;
@@ -4830,9 +5337,9 @@ static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, con
     size_t shared = (size_t)r->experts * 14;
     unsigned n = (unsigned)rows;
     int alone = rows == 1;
-    MOQC_BY_ACT(c, (moqk_route<<<n, 32, shared, c->stream>>>(*r, m->bias, (const float *)logits, k, alone)),
-                (moqk_route<<<n, 32, shared, c->stream>>>(*r, m->bias, (const __nv_bfloat16 *)logits, k, alone)));
-    if (!alone) moqk_group<<<1, 1024, (size_t)(r->experts + 1) * 8, c->stream>>>(k, (int32_t)choices, r->top_k, r->experts, tile);
+    MOQC_BY_ACT(c, (moqc_chain(c, "moe", moqk_route<float>, n, 32, shared, *r, m->bias, (const float *)logits, k, alone)),
+                (moqc_chain(c, "moe", moqk_route<__nv_bfloat16>, n, 32, shared, *r, m->bias, (const __nv_bfloat16 *)logits, k, alone)));
+    if (!alone) moqc_chain(c, "moe", moqk_group, 1, 1024, (size_t)(r->experts + 1) * 8, k, (int32_t)choices, r->top_k, r->experts, tile);
     moqc_launched(c, "routing");
     moqc_run u;
     memset(&u, 0, sizeof u);
@@ -4857,8 +5364,8 @@ static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, con
     u.ldy = m->out;
     moqc_run_bank(c, m->down, &u);
     dim3 grid(n, (unsigned)moqk_ceil(m->out, 256));
-    MOQC_BY_ACT(c, (moqk_combine<<<grid, 256, 0, c->stream>>>(k, r->top_k, c->out, m->out, (float *)y)),
-                (moqk_combine<<<grid, 256, 0, c->stream>>>(k, r->top_k, c->out, m->out, (__nv_bfloat16 *)y)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "moe", moqk_combine<float>, grid, 256, 0, k, r->top_k, c->out, m->out, (float *)y)),
+                (moqc_chain(c, "moe", moqk_combine<__nv_bfloat16>, grid, 256, 0, k, r->top_k, c->out, m->out, (__nv_bfloat16 *)y)));
     moqc_launched(c, "the sum of experts");
 }
 

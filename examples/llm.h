@@ -4785,6 +4785,7 @@ typedef struct llmi_pass {
     int32_t max_pos;
     int32_t next;           /* the layer that runs next; before the first: LLMI_PASS_EMBED; after the last: the output layer */
     int32_t head;           /* wanted rows whose logits are there */
+    int32_t computed;       /* logits of the one wanted row are on the backend already */
     const void *add;        /* [rows, hidden] what the last block computed and the stream has not yet got, or NULL */
 } llmi_pass;
 
@@ -4855,6 +4856,10 @@ typedef struct llmi_model {
     float *table[2];
     /* [chunk] ids, positions and slots where the backend reads them */
     int32_t *ids, *pos, *slot;
+    /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; passes like it so far; 1: not to be had */
+    moq_graph *step;
+    int32_t step_most, steps;
+    int no_step;
 } llmi_model;
 
 /* ---- names ---- */
@@ -5701,6 +5706,8 @@ static void llmi_close_layer(llmi_model *m, int32_t layer, const llmi_held *mark
     moq_backend *be = m->be;
     llmi_layer *l = &m->layers[layer];
     moq_weight *weights[] = {l->in, l->out, l->q_b, l->kv_b, l->gate_up, l->down, l->router, l->narrow, l->widen};
+    if (m->step) be->release_graph(be, m->step); /* it reads every layer */
+    m->step = NULL;
     for (size_t j = 0; j < LLMI_COUNT(weights); j++)
         if (weights[j]) be->release_weight(be, weights[j]);
     if (l->experts) be->release_moe(be, l->experts);
@@ -5983,18 +5990,24 @@ static void llmi_pass_add(llmi_model *m, int32_t slot, int32_t token, int32_t po
     else if (pos < m->length[slot]) m->length[slot] = pos;
 }
 
-/* Token ids, positions and slots to the backend; embedding and angles. */
+/* Token ids, positions and slots to the backend. */
+static void llmi_pass_upload(llmi_model *m)
+{
+    moq_backend *be = m->be;
+    size_t bytes = (size_t)m->pass.rows * sizeof(int32_t);
+    be->upload(be, m->ids, m->host, bytes);
+    be->upload(be, m->pos, m->host + m->chunk, bytes);
+    be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
+}
+
+/* Embedding and angles. */
 static void llmi_pass_embed(llmi_model *m)
 {
     const llmi_config *c = &m->c;
     moq_backend *be = m->be;
     int32_t rows = m->pass.rows, dims[2];
-    size_t bytes = (size_t)rows * sizeof(int32_t);
     dims[0] = c->rope.dims / 2;
     dims[1] = c->local.dims / 2;
-    be->upload(be, m->ids, m->host, bytes);
-    be->upload(be, m->pos, m->host + m->chunk, bytes);
-    be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
     be->embed(be, m->embed, m->ids, rows, c->family->flags & LLMI_SCALED_EMBED ? (float)sqrt((double)c->hidden) : 1.0f, m->x);
     for (int i = 0; i < 2; i++)
         if (dims[i]) be->rope_table(be, m->pos, rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
@@ -6031,16 +6044,25 @@ static void llmi_cap(float *x, size_t n, double cap)
     for (size_t i = 0; i < n; i++) x[i] = (float)(cap * tanh((double)x[i] / cap));
 }
 
+/* Logits of wanted rows [p->head, p->head + n) on the backend. */
+static void llmi_pass_logits(llmi_model *m, int32_t n)
+{
+    llmi_pass *p = &m->pass;
+    int64_t hidden = m->c.hidden;
+    int32_t first = p->rows - p->wanted;
+    if (p->head == 0) llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, p->wanted, llmi_act(m, m->h, first * hidden));
+    m->be->linear(m->be, m->head, llmi_act(m, m->h, (first + p->head) * hidden), n, m->logits);
+}
+
 /* Logits of the next block of wanted rows to the host; rows whose places are neighbours travel together. */
 static void llmi_pass_head(llmi_model *m)
 {
     llmi_pass *p = &m->pass;
     moq_backend *be = m->be;
-    int64_t hidden = m->c.hidden, vocab = m->c.vocab;
-    int32_t first = p->rows - p->wanted, left = p->wanted - p->head, n = left < m->head_rows ? left : m->head_rows;
-    float **out = m->out + first + p->head;
-    if (p->head == 0) llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, p->wanted, llmi_act(m, m->h, first * hidden));
-    be->linear(be, m->head, llmi_act(m, m->h, (first + p->head) * hidden), n, m->logits);
+    int64_t vocab = m->c.vocab;
+    int32_t left = p->wanted - p->head, n = left < m->head_rows ? left : m->head_rows;
+    float **out = m->out + p->rows - p->wanted + p->head;
+    if (!p->computed) llmi_pass_logits(m, n);
     for (int32_t at = 0, run; at < n; at += run) {
         run = 1;
         while (at + run < n && out[at + run] == out[at] + (size_t)run * (size_t)vocab) run++;
@@ -6056,10 +6078,52 @@ static int llmi_pass_done(const llmi_model *m)
     return m->pass.next > m->c.layers || (m->pass.next == m->c.layers && m->pass.head == m->pass.wanted);
 }
 
+/* Record a pass of one row up to its logits. A recording serves every position up to a power of two, so a sequence needs few of them: the
+   device reads the position itself, the limit only sets how attention is divided. 0: this backend does not record it. */
+static int llmi_pass_record(llmi_model *m)
+{
+    llmi_pass *p = &m->pass;
+    moq_backend *be = m->be;
+    int32_t pos = p->max_pos, most = 255;
+    while (most < pos) most = 2 * most + 1;
+    if (m->step) be->release_graph(be, m->step);
+    m->step = NULL;
+    m->step_most = p->max_pos = most < m->c.context ? most : m->c.context - 1;
+    m->no_step = be->capture_begin(be, NULL) != MOQ_OK;
+    if (!m->no_step) {
+        llmi_pass_embed(m);
+        for (int32_t i = 0; i < m->c.layers; i++) llmi_pass_layer(m, &m->layers[i]);
+        llmi_pass_logits(m, 1);
+        m->step = be->capture_end(be, NULL);
+        m->no_step = !m->step;
+    }
+    p->max_pos = pos;
+    p->add = NULL;
+    return !m->no_step;
+}
+
+/* The pass of a token that is being generated, from a recording: hundreds of launches become one. The first such pass runs unrecorded: code
+   that a device loads on first use would end up in the recording. 0: it is not that kind of pass, or nothing can be recorded. */
+static int llmi_pass_replay(llmi_model *m)
+{
+    llmi_pass *p = &m->pass;
+    moq_backend *be = m->be;
+    if (p->rows != 1 || p->wanted != 1 || m->no_step) return 0;
+    if (!be->capture_begin || !be->capture_end || !be->replay || !be->release_graph || m->steps == 0) { m->steps = 1; return 0; }
+    llmi_pass_upload(m);
+    if ((!m->step || p->max_pos > m->step_most) && !llmi_pass_record(m)) return 0;
+    be->replay(be, m->step);
+    p->computed = 1;
+    p->next = m->c.layers;
+    return 1;
+}
+
 /* One unit. */
 static void llmi_pass_unit(llmi_model *m)
 {
     llmi_pass *p = &m->pass;
+    if (p->next == LLMI_PASS_EMBED && llmi_pass_replay(m)) return;
+    if (p->next == LLMI_PASS_EMBED) llmi_pass_upload(m);
     if (p->next == LLMI_PASS_EMBED) llmi_pass_embed(m);
     else if (p->next < m->c.layers) llmi_pass_layer(m, &m->layers[p->next]);
     else llmi_pass_head(m);
