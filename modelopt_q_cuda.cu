@@ -3196,8 +3196,8 @@ static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int
 /* ---- the rows of >>cuda-decode: what they take, how a launch is cut ---- */
 
 /* x as two BF16 parts is good to 2^-17 of each value in the worst case, 2e-6 on average: rows with few columns, where one term may be the
-   whole sum, are left to the F32 kernels. */
-static int moqc_fits_decode(const struct moqc_shape *s) { return s->part->cols >= 512 && s->part->rows >= 16 && moqk_form_of(*s->part) >= 0; }
+   whole sum, are left to the F32 kernels. Sums of several experts are long enough sooner. */
+static int moqc_fits_decode(const struct moqc_shape *s) { return s->part->cols >= (s->grouped ? 512 : 1024) && s->part->rows >= 16 && moqk_form_of(*s->part) >= 0; }
 
 /* Bytes of shared memory of a cut: partial sums, then `stage` chunks of x. */
 static int64_t moqc_decode_sums(const moqk_cut *u) { return (int64_t)u->blocks * u->ways * u->rows * u->tile_pitch * 4; }
@@ -3310,7 +3310,7 @@ static int64_t moqc_ring_cut(const moqc_job *j, int form, int step, int columns,
 {
     int64_t chunks = moqk_ceil(j->part->d.cols, moqk_chunk_cols(form)), bytes_of_best = 0, twice = j->c->most_shared / 2 - 1024;
     int pair = moqc_ring_pair(step, columns);
-    double least = 1e30, sms = j->c->sm_count, chunk_x = 0.4 * columns * 128 * (moqk_chunk_cols(form) / 64) / moqk_chunk_bytes(form);
+    double least = 1e30, sms = j->c->sm_count, chunk_x = 0.15 * columns * 128 * (moqk_chunk_cols(form) / 64) / moqk_chunk_bytes(form);
     for (int32_t tiles = 1; tiles <= 28; tiles++)
         for (int32_t blocks = 1; blocks <= 2; blocks++)
             for (int32_t ways = 1; ways <= 15; ways++)
@@ -3330,7 +3330,7 @@ static int64_t moqc_ring_cut(const moqc_job *j, int form, int step, int columns,
                     int two = bytes <= twice && (columns <= 16 || u.warps < 8) && grid > sms;
                     double busy = moqc_min(u.warps * pair * (two ? 2 : 1), 16);
                     double time = (two ? grid * work / sms + 0.25 * work : ceil(grid / sms) * work) * (0.4 + 9.6 / busy);
-                    time += 3.0 * u.warps * ceil(grid / (two ? 2 * sms : sms)) + (blocks > 1 ? 3 : 0);
+                    time += 3.0 * u.warps * ceil(grid / (two ? 2 * sms : sms)) + (blocks > 1 ? 30 : 0);
                     if (time < least) { least = time; *best = u; bytes_of_best = bytes; }
                 }
     best->x = j->c->parted;
