@@ -80,7 +80,7 @@
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
                          >>stream       4-bit rows times a few inputs, straight from the file's nibbles
-                         >>stream-256   rows of 4, 8 or 16 bits times a few inputs, for AVX2
+                         >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
                          >>panels       weights turned once for many inputs; which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers and copies on the CPU
@@ -11050,7 +11050,7 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
    Groups have at least 16 codes, two lanes, so a scale multiplies sums and not weights. This order of sums is the same for one row of x
    and for many (the loops over x only share the look-ups), and it depends on neither tile nor thread. */
 
-#ifdef MOQI_X86
+#if defined(MOQI_X86) || defined(MOQI_ARM)
 #if defined(__clang__)
 #define MOQI_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -11071,6 +11071,9 @@ static int64_t moqi_stream_scale_at(const moqi_tiled *p, int64_t row)
 /* Number of the group that column c begins in; lengths that divide a tile are powers of two. */
 static int64_t moqi_stream_group(const moqi_tiled *p, int64_t c) { return p->shift < 9 ? c >> p->shift : c / p->group_cols; }
 
+#endif
+
+#ifdef MOQI_X86
 enum { MOQI_STREAM_ANY, MOQI_STREAM_ZEROS, MOQI_STREAM_NVFP4 }; /* any scales; also zero points; E4M3 on groups of 16 */
 
 /* ---- AVX-512 ---- */
@@ -11272,54 +11275,76 @@ static const moqi_way moqi_stream_way_512 = {"codes in place", 0, moqi_stream_ta
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>stream-256      rows of 4, 8 or 16 bits times a few inputs, for AVX2
+   >>runs            rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
    A run of a row is decoded once into the first-level cache and meets up to 8 rows of x there; weights are read once, in order.
    ------------------------------------------------------------------------------------------------ */
 
 /* Decoding takes vector operations, the trip through the cache only loads and stores, which are free beside it. A run is 512 columns in
-   halves of 32: four vectors of 8 whose lanes share one vector of scales,
+   halves of four vectors (of L lanes: 8 in AVX2, 4 in NEON) that share one vector of scales:
 
        y[r] = bias[r] + factor * sum over halves h, lanes l of ( s[h][l] * sum over i < 4 of w[h][i][l] x'[h][i][l] )
 
-   4-bit codes leave the shuffles in an order of their own, so x' is stored in that order once per call. Two halves are 64 codes, 32
-   bytes: byte b holds columns 2 b and 2 b + 1; half 0 gets the bytes 0..7 and 16..23, half 1 the bytes 8..15 and 24..31 (that is what
-   interleaving within 128 bits gives), vector i its even (0) or odd (1) bytes of even columns, then those of odd columns (2, 3).
-   Other codes keep their order, and a group must be at least a half. */
+   A 4-bit code's value is a BF16 number. Its two bytes are looked up and interleaved, which puts the numbers into an order of their own,
+   so x' is stored in that order once per call. Two halves are 8 L codes, 4 L bytes, and byte b holds columns 2 b and 2 b + 1. AVX2
+   interleaves within 128 bits: half 0 gets the bytes 0..7 and 16..23, half 1 the others; vector i its even (0) or odd (1) bytes of even
+   columns, then of odd columns (2, 3). NEON: half 0 gets the bytes 0..7, vector i the first (0) or last (1) four of even columns, then
+   of odd ones. Wider codes keep their order, and a group must be at least a half. */
 
+#if defined(MOQI_X86) || defined(MOQI_ARM)
 #ifdef MOQI_X86
-enum { MOQI_RUN = 512, MOQI_RUN_HALVES = MOQI_RUN / 32 };
+enum { MOQI_LANES = 8 };
+#else
+enum { MOQI_LANES = 4 };
+#endif
+enum { MOQI_RUN = 512, MOQI_HALF = 4 * MOQI_LANES, MOQI_RUN_HALVES = MOQI_RUN / MOQI_HALF };
 
 /* What one pass over some rows needs. */
-typedef struct moqi_run_256 {
+typedef struct moqi_run_pass {
     const moqi_tiled *p;
-    float *w;                             /* [512] decoded weights */
-    float *s;                             /* [16 halves][8] */
-    uint8_t low[16], high[16];            /* the two bytes of a code's value in BF16 */
-    int32_t lane[MOQI_RUN_HALVES][8];     /* which of 8 scales a lane takes */
-    int32_t vector[MOQI_RUN_HALVES];      /* which 8 of the run's scales those are */
-} moqi_run_256;
+    float *w;                                  /* [512] decoded weights */
+    float *s;                                  /* [halves][lanes] */
+    uint8_t low[16], high[16];                 /* the two bytes of a code's value in BF16 */
+    int32_t lane[MOQI_RUN_HALVES][MOQI_LANES]; /* which of 8 scales a lane takes */
+    int32_t vector[MOQI_RUN_HALVES];           /* which 8 of the run's scales those are */
+} moqi_run_pass;
 
-/* Column of the run that lane l of vector i of a half begins with. */
+/* Column of the run that lane l of vector i of a half holds. */
 static int moqi_run_column(const moqi_tiled *p, int half, int i, int l)
 {
-    int byte = 8 * (half & 1) + 16 * (l / 4) + 2 * (l % 4) + (i & 1);
-    return p->form == MOQI_CODES_NIBBLES ? 64 * (half / 2) + 2 * byte + i / 2 : 32 * half + 8 * i + l;
+    int byte = 8 * (half & 1) + (MOQI_LANES == 8 ? 16 * (l / 4) + 2 * (l % 4) + (i & 1) : 4 * (i & 1) + l);
+    return p->form == MOQI_CODES_NIBBLES ? 2 * MOQI_HALF * (half / 2) + 2 * byte + i / 2 : MOQI_HALF * half + MOQI_LANES * i + l;
 }
 
 /* x [n] -> out [n padded to 128] in the order of the lanes. x may be out. */
-static void moqi_run_arrange_256(const moqi_tiled *p, const float *x, int64_t n, float *out)
+static void moqi_run_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out)
 {
-    float block[64];
-    int column[64];
-    for (int i = 0; i < 64; i++) column[i] = moqi_run_column(p, i / 32, i / 8 % 4, i % 8);
-    for (int64_t c = 0; c < (n + 127) / 128 * 128; c += 64) {
-        int64_t m = moqi_max(0, moqi_min(64, n - c));
+    float block[2 * MOQI_HALF];
+    int column[2 * MOQI_HALF];
+    for (int i = 0; i < 2 * MOQI_HALF; i++) column[i] = moqi_run_column(p, i / MOQI_HALF, i / MOQI_LANES % 4, i % MOQI_LANES);
+    for (int64_t c = 0; c < (n + 127) / 128 * 128; c += 2 * MOQI_HALF) {
+        int64_t m = moqi_max(0, moqi_min(2 * MOQI_HALF, n - c));
         memcpy(block, x + c, (size_t)m * sizeof *x);
-        for (int64_t i = m; i < 64; i++) block[i] = 0;
-        for (int i = 0; i < 64; i++) out[c + i] = block[column[i]];
+        for (int64_t i = m; i < 2 * MOQI_HALF; i++) block[i] = 0;
+        for (int i = 0; i < 2 * MOQI_HALF; i++) out[c + i] = block[column[i]];
     }
 }
 
+/* Zero points: w - z, lane by lane as the scales. */
+static void moqi_run_zeros(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n)
+{
+    const moqi_tiled *p = run->p;
+    int64_t g = moqi_stream_group(p, c), halves = (n + 2 * MOQI_HALF - 1) / (2 * MOQI_HALF) * 2;
+    for (int64_t h = 0; h < halves; h++)
+        for (int i = 0; i < MOQI_HALF; i++) {
+            int64_t at = moqi_min(g + 8 * run->vector[h] + run->lane[h][i % MOQI_LANES], p->groups - 1);
+            run->w[MOQI_HALF * h + i] -= p->zeros ? (float)p->zeros[row * p->groups + at] : p->zero;
+        }
+}
+#endif
+
+/* ---- AVX2 ---- */
+
+#ifdef MOQI_X86
 /* Up to 8 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
 MOQI_AVX2 static __m256 moqi_run_scales_256(const moqi_tiled *p, int64_t at, int64_t count)
 {
@@ -11352,7 +11377,7 @@ MOQI_INLINE MOQI_AVX2 __m256i moqi_e4m3_half_256(__m128i v)
 }
 
 /* Scales of the halves of a run from column c. E4M3 in groups of 16 is what a decode step meets most. */
-MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_256 *run, int64_t row, int64_t c, int halves)
+MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_pass *run, int64_t row, int64_t c, int halves)
 {
     const moqi_tiled *p = run->p;
     int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, count = p->groups - g;
@@ -11404,7 +11429,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_nibbles_256(__m256i v, __m256i low, __m256i 
 }
 
 /* Columns [c, c + n) of a row -> run->w, zeros (or the value of code 0, which meets zeros of x) to the end of the last half. */
-MOQI_AVX2 static void moqi_run_codes_256(const moqi_run_256 *run, int64_t row, int64_t c, int64_t n)
+MOQI_AVX2 static void moqi_run_codes_256(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n)
 {
     const moqi_tiled *p = run->p;
     const int bits = p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p->dtype);
@@ -11433,20 +11458,8 @@ MOQI_AVX2 static void moqi_run_codes_256(const moqi_run_256 *run, int64_t row, i
     memset(run->w + n, 0, (size_t)((n + 63) / 64 * 64 - n) * sizeof(float));
 }
 
-/* Zero points: w - z, lane by lane as the scales. */
-static void moqi_run_zeros_256(const moqi_run_256 *run, int64_t row, int64_t c, int64_t n)
-{
-    const moqi_tiled *p = run->p;
-    int64_t g = moqi_stream_group(p, c);
-    for (int h = 0; h < (n + 63) / 64 * 2; h++) /* both halves of a block hold columns of all of it */
-        for (int i = 0; i < 32; i++) {
-            int64_t at = moqi_min(g + 8 * run->vector[h] + run->lane[h][i % 8], p->groups - 1);
-            run->w[32 * h + i] -= p->zeros ? (float)p->zeros[row * p->groups + at] : p->zero;
-        }
-}
-
 /* acc[t] += the run times x[t]: [tokens][8]; tokens is a constant where this is called, halves is even. */
-MOQI_INLINE MOQI_AVX2 void moqi_run_dot_256(const moqi_run_256 *run, int halves, const float *x, int64_t ldx, int tokens, float *acc)
+MOQI_INLINE MOQI_AVX2 void moqi_run_dot_256(const moqi_run_pass *run, int halves, const float *x, int64_t ldx, int tokens, float *acc)
 {
     const float *w = run->w, *s = run->s;
     __m256 a[4], b[4], d[4];
@@ -11479,7 +11492,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_dot_256(const moqi_run_256 *run, int halves,
 }
 
 /* Whole blocks of 64 codes times 1 or 2 rows of x (a constant) without the trip through the cache: what one token waits for. */
-MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_256 *run, const uint8_t *src, int blocks, const float *x, int64_t ldx, int tokens,
+MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_pass *run, const uint8_t *src, int blocks, const float *x, int64_t ldx, int tokens,
                                                float *acc)
 {
     const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->low));
@@ -11519,7 +11532,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_256 *run, const ui
 }
 
 /* `rows` rows times up to 8 tokens over columns [first, end). acc: [rows][8 tokens][8] */
-MOQI_AVX2 static void moqi_run_rows_256(const moqi_run_256 *run, int64_t row, int64_t rows, int64_t first, int64_t end, const float *x,
+MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64_t rows, int64_t first, int64_t end, const float *x,
                                         int64_t ldx, int tokens, float *acc)
 {
     const moqi_tiled *p = run->p;
@@ -11537,20 +11550,125 @@ MOQI_AVX2 static void moqi_run_rows_256(const moqi_run_256 *run, int64_t row, in
                 continue;
             }
             moqi_run_codes_256(run, row + r, c, n);
-            if (p->zeros || (p->zero != 0 && p->form != MOQI_CODES_NIBBLES)) moqi_run_zeros_256(run, row + r, c, n);
+            if (p->zeros || (p->zero != 0 && p->form != MOQI_CODES_NIBBLES)) moqi_run_zeros(run, row + r, c, n);
             for (; t + 4 <= tokens; t += 4) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 4, acc + 8 * t);
             for (; t + 2 <= tokens; t += 2) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 2, acc + 8 * t);
             if (t < tokens) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 1, acc + 8 * t);
         }
 }
 
-/* Tokens in groups of 8; pieces of x stay in the first-level cache while the rows pass by. */
-MOQI_AVX2 static void moqi_run_256_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
-                                  float *y, int64_t ldy, float *scratch)
+MOQI_AVX2 static float moqi_run_sum(const float *a) { return moqi_sum_256(_mm256_loadu_ps(a)); }
+#endif
+
+/* ---- NEON ---- */
+
+#ifdef MOQI_ARM
+/* Scales of the halves of a run from column c. */
+static void moqi_run_groups_neon(const moqi_run_pass *run, int64_t row, int64_t c, int halves)
 {
-    moqi_run_256 run;
-    int small = p->form != MOQI_CODES_NIBBLES && p->dtype == MOQ_F8_E4M3, tiny = p->scales && p->scale_dtype == MOQ_F8_E4M3;
-    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + 8 * MOQI_RUN_HALVES;
+    const moqi_tiled *p = run->p;
+    int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, size = moq_dtype_bits(p->scale_dtype) / 8;
+    int64_t count = moqi_min(p->groups - g, 8 * run->vector[halves - 1] + 8);
+    float s[MOQI_RUN_HALVES + 8];
+    for (int i = 0; i < MOQI_RUN_HALVES + 8; i++) s[i] = 0;
+    if (p->scales) moqi_expand_neon(p->scale_dtype, p->scales + at * size, count, s);
+    for (int h = 0; h < halves; h++) { /* a half is 16 columns: one group */
+        float32x4_t v = vdupq_n_f32(p->scales ? s[8 * run->vector[h] + run->lane[h][0]] : 1);
+        vst1q_f32(run->s + MOQI_LANES * h, v);
+    }
+}
+
+/* 16 bytes, 32 codes -> two halves. */
+static inline void moqi_run_nibbles_neon(uint8x16_t v, uint8x16_t low, uint8x16_t high, float *w)
+{
+    uint8x16_t even = vandq_u8(v, vdupq_n_u8(15)), odd = vshrq_n_u8(v, 4);
+    uint8x16_t el = vqtbl1q_u8(low, even), eh = vqtbl1q_u8(high, even), ol = vqtbl1q_u8(low, odd), oh = vqtbl1q_u8(high, odd);
+    uint16x8_t u[4];
+    u[0] = vreinterpretq_u16_u8(vzip1q_u8(el, eh));
+    u[1] = vreinterpretq_u16_u8(vzip1q_u8(ol, oh));
+    u[2] = vreinterpretq_u16_u8(vzip2q_u8(el, eh));
+    u[3] = vreinterpretq_u16_u8(vzip2q_u8(ol, oh));
+    for (int i = 0; i < 4; i++) {
+        vst1q_f32(w + 8 * i, vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(u[i]), 16)));
+        vst1q_f32(w + 8 * i + 4, vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(u[i]), 16)));
+    }
+}
+
+/* Columns [c, c + n) of a row -> run->w, zeros (or the value of code 0, which meets zeros of x) to the end of the last half. */
+static void moqi_run_codes_neon(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n)
+{
+    const moqi_tiled *p = run->p;
+    const int bits = p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p->dtype);
+    const uint8_t *src = p->codes + row * p->row_bytes + c * bits / 8;
+    uint8x16_t low = vld1q_u8(run->low), high = vld1q_u8(run->high);
+    uint8_t last[16] = {0};
+    int64_t i = 0;
+    for (int64_t b = 0; b < n * bits / 8; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
+    if (bits != 4) {
+        moqi_expand_neon(p->dtype, src, n, run->w);
+        memset(run->w + n, 0, (size_t)((n + 31) / 32 * 32 - n) * sizeof(float));
+        return;
+    }
+    for (; i + 32 <= n; i += 32) moqi_run_nibbles_neon(vld1q_u8(src + i / 2), low, high, run->w + i);
+    if (i == n) return;
+    memcpy(last, src + i / 2, (size_t)((n - i + 1) / 2));
+    moqi_run_nibbles_neon(vld1q_u8(last), low, high, run->w + i);
+}
+
+/* acc[t] += the run times x[t]: [tokens][4]; tokens is a constant where this is called, halves is even. */
+static inline __attribute__((always_inline)) void moqi_run_dot_neon(const moqi_run_pass *run, int halves, const float *x, int64_t ldx, int tokens,
+                                                                    float *acc)
+{
+    const float *w = run->w, *s = run->s;
+    float32x4_t a[4];
+    for (int t = 0; t < tokens; t++) a[t] = vld1q_f32(acc + 4 * t);
+    for (int h = 0; h < halves; h += 2, w += 32, x += 32, s += 8) {
+        float32x4_t first = vld1q_f32(s), second = vld1q_f32(s + 4);
+        for (int t = 0; t < tokens; t++) {
+            const float *xt = x + t * ldx;
+            float32x4_t b = vmulq_f32(vld1q_f32(w), vld1q_f32(xt)), d = vmulq_f32(vld1q_f32(w + 16), vld1q_f32(xt + 16));
+            for (int i = 4; i < 16; i += 4) {
+                b = vfmaq_f32(b, vld1q_f32(w + i), vld1q_f32(xt + i));
+                d = vfmaq_f32(d, vld1q_f32(w + 16 + i), vld1q_f32(xt + 16 + i));
+            }
+            a[t] = vaddq_f32(a[t], vfmaq_f32(vmulq_f32(b, first), d, second));
+        }
+    }
+    for (int t = 0; t < tokens; t++) vst1q_f32(acc + 4 * t, a[t]);
+}
+
+/* `rows` rows times up to 8 tokens over columns [first, end). acc: [rows][8 tokens][4] */
+static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64_t rows, int64_t first, int64_t end, const float *x, int64_t ldx,
+                          int tokens, float *acc)
+{
+    const moqi_tiled *p = run->p;
+    for (int64_t r = 0; r < rows; r++, acc += 8 * MOQI_LANES)
+        for (int64_t c = first; c < end; c += MOQI_RUN) {
+            int64_t n = moqi_min(MOQI_RUN, end - c);
+            int halves = (int)((n + 31) / 32 * 2), t = 0;
+            moqi_run_groups_neon(run, row + r, c, halves);
+            moqi_run_codes_neon(run, row + r, c, n);
+            if (p->zeros || (p->zero != 0 && p->form != MOQI_CODES_NIBBLES)) moqi_run_zeros(run, row + r, c, n);
+            for (; t + 4 <= tokens; t += 4) moqi_run_dot_neon(run, halves, x + t * ldx + c, ldx, 4, acc + 4 * t);
+            for (; t < tokens; t++) moqi_run_dot_neon(run, halves, x + t * ldx + c, ldx, 1, acc + 4 * t);
+        }
+}
+
+static float moqi_run_sum(const float *a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+#endif
+
+/* ---- the way ---- */
+
+#if defined(MOQI_X86) || defined(MOQI_ARM)
+/* Tokens in groups of 8; pieces of x stay in the first-level cache while the rows pass by. */
+static void moqi_run_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                              float *y, int64_t ldy, float *scratch)
+{
+    enum { TOKENS = 8, STEP = TOKENS * MOQI_LANES };
+    moqi_run_pass run;
+    int small = MOQI_LANES == 8 && p->form != MOQI_CODES_NIBBLES && p->dtype == MOQ_F8_E4M3; /* AVX2 decodes E4M3 to value / 256 */
+    int tiny = MOQI_LANES == 8 && p->scales && p->scale_dtype == MOQ_F8_E4M3;
+    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + MOQI_LANES * MOQI_RUN_HALVES;
     (void)way;
     run.p = p;
     run.w = scratch;
@@ -11561,30 +11679,31 @@ MOQI_AVX2 static void moqi_run_256_multiply(const moqi_way *way, const moqi_tile
         run.high[i] = (uint8_t)(v >> 8);
     }
     for (int h = 0; h < MOQI_RUN_HALVES; h++)
-        for (int l = 0; l < 8; l++) {
+        for (int l = 0; l < MOQI_LANES; l++) {
             int g = p->shift < 9 ? moqi_run_column(p, h, 0, l) >> p->shift : 0;
             run.vector[h] = g / 8;
             run.lane[h][l] = g % 8;
         }
-    for (int64_t j = 0; j < m; j += 8) {
-        int tokens = (int)moqi_min(8, m - j);
+    for (int64_t j = 0; j < m; j += TOKENS) {
+        int tokens = (int)moqi_min(TOKENS, m - j);
         int64_t piece = 8192 / tokens / MOQI_RUN * MOQI_RUN, cols = p->layer.cols;
-        memset(acc, 0, (size_t)rows * 64 * sizeof *acc);
+        memset(acc, 0, (size_t)(rows * STEP) * sizeof *acc);
         for (int64_t c = 0; c < cols; c += piece)
-            moqi_run_rows_256(&run, row, rows, c, moqi_min(cols, c + piece), x + j * ldx, ldx, tokens, acc);
+            moqi_run_rows(&run, row, rows, c, moqi_min(cols, c + piece), x + j * ldx, ldx, tokens, acc);
         for (int t = 0; t < tokens; t++)
             for (int64_t r = 0; r < rows; r++)
-                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * moqi_sum_256(_mm256_loadu_ps(acc + 64 * r + 8 * t));
+                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * moqi_run_sum(acc + STEP * r + MOQI_LANES * t);
     }
 }
 
-/* Rows in the file's order whose groups lanes can follow: pairs of lanes in 4-bit rows, halves in wider ones. */
-static int moqi_run_takes_256(const moqi_tiled *p)
+/* Rows in the file's order whose groups lanes can follow: parts of a half in 4-bit rows, halves in wider ones. */
+static int moqi_run_takes(const moqi_tiled *p)
 {
-    return p->form != MOQI_CODES_SLOW && p->requant <= 0 && (p->form == MOQI_CODES_NIBBLES || (p->dtype != MOQ_F32 && p->shift >= 5));
+    return p->form != MOQI_CODES_SLOW && p->requant <= 0 &&
+           (p->form == MOQI_CODES_NIBBLES || (p->dtype != MOQ_F32 && p->group_cols >= MOQI_HALF));
 }
 
-static const moqi_way moqi_run_way_256 = {"codes in place", 0, moqi_run_takes_256, moqi_run_arrange_256, moqi_run_256_multiply, NULL, NULL};
+static const moqi_way moqi_run_way = {"codes in place", 0, moqi_run_takes, moqi_run_arrange, moqi_run_multiply, NULL, NULL};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -11608,6 +11727,8 @@ static const moqi_way moqi_run_way_256 = {"codes in place", 0, moqi_run_takes_25
    and moqi_panels drives them. The way's address goes into the list of its moqi_kernels, fastest first; nothing else changes. */
 
 enum { MOQI_PANEL_ROWS = 32 };
+
+#if defined(MOQI_X86) || defined(MOQI_ARM)
 
 typedef struct moqi_panel {
     const moqi_tiled *p;
@@ -11681,6 +11802,8 @@ static void moqi_panel_copy(const moqi_tiled *p, const float *x, int64_t n, floa
     if (out != x) memmove(out, x, (size_t)n * sizeof *x);
     for (int64_t i = n; i < (n + 127) / 128 * 128; i++) out[i] = 0;
 }
+
+#endif
 
 /* ---- AVX-512: F32 ---- */
 
@@ -11858,10 +11981,80 @@ MOQI_AVX2 static void moqi_block_f32_256(const moqi_panel *w, const float *x, in
         }
 }
 
-static int moqi_panel_takes_f32_256(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_run_takes_256(p) ? 13 : 2; }
+static int moqi_panel_takes_f32_256(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_run_takes(p) ? 13 : 2; }
 
 static const moqi_way moqi_f32_way_256 = {"F32 panels", 1, moqi_panel_takes_f32_256, moqi_panel_copy, moqi_panels, moqi_panel_f32_256,
                                           moqi_block_f32_256};
+#endif
+
+/* ---- NEON: F32 ---- */
+
+#ifdef MOQI_ARM
+/* 4 rows of 4 words turned: dst[c][r] = src[r][c]. */
+static void moqi_turn_neon(const float *src, int64_t lds, float *dst, int64_t ldd)
+{
+    float32x4_t a = vld1q_f32(src), b = vld1q_f32(src + lds), c = vld1q_f32(src + 2 * lds), d = vld1q_f32(src + 3 * lds);
+    float32x4x2_t p = vzipq_f32(a, c), q = vzipq_f32(b, d), lo = vzipq_f32(p.val[0], q.val[0]), hi = vzipq_f32(p.val[1], q.val[1]);
+    vst1q_f32(dst, lo.val[0]);
+    vst1q_f32(dst + ldd, lo.val[1]);
+    vst1q_f32(dst + 2 * ldd, hi.val[0]);
+    vst1q_f32(dst + 3 * ldd, hi.val[1]);
+}
+
+static void moqi_panel_f32_neon(moqi_panel *w)
+{
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
+        moqi_panel_rows(w, &bare, h);
+        for (int64_t c = 0; c < w->n; c += 4)
+            for (int64_t r = 0; r < 16; r += 4)
+                moqi_turn_neon(w->tile + r * MOQI_TILE_COLS + c, MOQI_TILE_COLS,
+                               (float *)(void *)(w->data + c * MOQI_PANEL_ROWS + h + r), MOQI_PANEL_ROWS);
+    }
+}
+
+/* 16 rows of a panel from `at`, words [from, from + n), times 4 or 1 rows of x: 16 accumulators of the 32 registers. */
+static inline __attribute__((always_inline)) void moqi_panel_f32_tokens_neon(const moqi_panel *w, int64_t at, int64_t from, int64_t n,
+                                                                             const float *x, int64_t ldx, float *y, int64_t ldy, int tokens)
+{
+    const float *d = (const float *)(const void *)w->data + from * MOQI_PANEL_ROWS + at;
+    float32x4_t a[4][4];
+    int64_t rows = moqi_min(16, w->rows - at);
+    float sum[16];
+    for (int t = 0; t < tokens; t++)
+        for (int i = 0; i < 4; i++) a[t][i] = vdupq_n_f32(0);
+    for (int64_t k = 0; k < n; k++, d += MOQI_PANEL_ROWS) {
+        float32x4_t w0 = vld1q_f32(d), w1 = vld1q_f32(d + 4), w2 = vld1q_f32(d + 8), w3 = vld1q_f32(d + 12);
+        for (int t = 0; t < tokens; t++) {
+            float32x4_t v = vld1q_dup_f32(x + t * ldx + k);
+            a[t][0] = vfmaq_f32(a[t][0], w0, v);
+            a[t][1] = vfmaq_f32(a[t][1], w1, v);
+            a[t][2] = vfmaq_f32(a[t][2], w2, v);
+            a[t][3] = vfmaq_f32(a[t][3], w3, v);
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        for (int i = 0; i < 4; i++) vst1q_f32(sum + 4 * i, vmulq_f32(a[t][i], vld1q_f32(w->mul + at + 4 * i)));
+        for (int64_t r = 0; r < rows; r++) y[at + t * ldy + r] += sum[r];
+    }
+}
+
+static void moqi_block_f32_neon(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    for (int64_t k = 0; k < w->n; k += 256)
+        for (int64_t at = 0; at < w->rows; at += 16) {
+            int64_t n = moqi_min(256, w->n - k), j = 0;
+            const float *from = x + w->col + k;
+            for (; j + 4 <= m; j += 4) moqi_panel_f32_tokens_neon(w, at, k, n, from + j * ldx, ldx, y + j * ldy, ldy, 4);
+            for (; j < m; j++) moqi_panel_f32_tokens_neon(w, at, k, n, from + j * ldx, ldx, y + j * ldy, ldy, 1);
+        }
+}
+
+static int moqi_panel_takes_f32_neon(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_run_takes(p) ? 13 : 2; }
+
+static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32_neon, moqi_panel_copy, moqi_panels, moqi_panel_f32_neon,
+                                           moqi_block_f32_neon};
 #endif
 
 /* ---- which instruction set ---- */
@@ -11870,13 +12063,14 @@ static const moqi_way moqi_f32_way_256 = {"F32 panels", 1, moqi_panel_takes_f32_
 static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                  moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways};
-static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way_256, &moqi_f32_way_256, NULL};
+static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways};
 #endif
 #ifdef MOQI_ARM
+static const moqi_way *const moqi_neon_ways[] = {&moqi_run_way, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_plain_nibbles, moqi_scale_neon,
-                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, NULL};
+                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways};
 #endif
 
 /* Every set, fastest first, and the features that it needs. "reference" is last and never the automatic choice. */
