@@ -13590,7 +13590,7 @@ struct moqi_encoder {
     void *scales;
     float *amax;                     /* moq_find_amax: [grid_rows, grid_cols], may be NULL */
     float *scratch;                  /* [workers, 3, cols] */
-    int avx2;                        /* loops for it may run */
+    int level;                       /* loops that may run: 0 plain, 1 AVX2, 2 AVX-512 */
     int64_t step;                    /* rows of a task */
     uint32_t top[MOQI_MAX_TASKS];    /* bits of the largest magnitude, by task */
 };
@@ -13621,25 +13621,31 @@ static uint8_t moqi_e4m3_code(float v)
     int32_t b = (int32_t)moqi_f32_bits(v), a = b & 0x7fffffff;
     int32_t normal = (int32_t)(((uint32_t)a + 0x7ffffu + ((uint32_t)a >> 20 & 1u)) >> 20) - (120 << 3);
     int32_t tiny = (int32_t)moqi_f32_bits(moqi_bits_f32((uint32_t)a) + 16384.0f) - 0x46800000;
-    int32_t code = a < 0x3c800000 ? tiny : normal;
+    int32_t small = -(a < 0x3c800000), code = (tiny & small) | (normal & ~small); /* a choice would be a branch, which no compiler vectorises */
     code = code > 0x7e ? 0x7e : code;
-    return (uint8_t)(code | (b < 0 ? 0x80 : 0));
+    return (uint8_t)(code | (b >> 31 & 0x80));
 }
 
-/* NVFP4: ties to even, and the sign bit is (t < 0), so tiny negatives become -0 while -0 itself becomes +0. */
+/* NVFP4: ties to even, and the sign bit is (t < 0), so tiny negatives become -0 while -0 itself becomes +0. From 1 on the code is the
+   exponent and one mantissa bit; below, adding 2^22 leaves the count of halves in the low bits of the sum. */
 static uint32_t moqi_e2m1_code(float t)
 {
-    float a = fabsf(t);
-    int i = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
-    return (uint32_t)(i | (t < 0 ? 8 : 0));
+    int32_t b = (int32_t)moqi_f32_bits(t), a = b & 0x7fffffff;
+    int32_t normal = (int32_t)(((uint32_t)a + 0x1fffffu + ((uint32_t)a >> 22 & 1u)) >> 22) - 252;
+    int32_t tiny = (int32_t)moqi_f32_bits(moqi_bits_f32((uint32_t)a) + 4194304.0f) - 0x4a800000;
+    int32_t small = -(a < 0x3f800000), code = (tiny & small) | (normal & ~small);
+    code = code > 7 ? 7 : code;
+    return (uint32_t)(code | (b >> 28 & -(a > 0) & 8));
 }
 
 /* MXFP4 (MXFP4QTensor): ties toward zero, and the sign bit is set for 0 too. */
 static uint32_t moqi_mx_e2m1_code(float t)
 {
-    float a = fabsf(t);
-    int i = (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) + (a > 5.0f);
-    return (uint32_t)(i | (t > 0 ? 0 : 8));
+    int32_t b = (int32_t)moqi_f32_bits(t), a = b & 0x7fffffff;
+    int32_t normal = (int32_t)(((uint32_t)a + 0x1fffffu) >> 22) - 252, tiny = (a > 0x3e800000) + (a > 0x3f400000); /* 1/4, 3/4 */
+    int32_t small = -(a < 0x3f800000), code = (tiny & small) | (normal & ~small);
+    code = code > 7 ? 7 : code;
+    return (uint32_t)(code | (-(b < 1) & 8));
 }
 
 /* Nearest integer, ties to even, clamped to [-bound - 1, bound]; |v| < 2^22. */
@@ -13649,94 +13655,157 @@ static int32_t moqi_int_code(float v, int32_t bound)
     return q > bound ? bound : q < -bound - 1 ? -bound - 1 : q;
 }
 
-/* q[i] = code of x[i] / step[i]. One loop for each format, written so that compilers vectorise it, and compiled twice on x86. */
-#define MOQI_CODE_LOOP(name, attribute, code) \
-    attribute static void name(const float *x, const float *step, int64_t n, uint8_t *q) \
-    { \
-        for (int64_t i = 0; i < n; i++) { \
-            float t = x[i] / step[i]; \
-            q[i] = (uint8_t)(code); \
-        } \
-    }
+/* One loop for each format, written so that compilers vectorise it, and compiled three times on x86. Arrays never overlap. */
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC optimize("O3")
+#define MOQI_APART _Pragma("GCC ivdep")
+#else
+#define MOQI_APART
 #endif
-MOQI_CODE_LOOP(moqi_codes_e2m1, , moqi_e2m1_code(t))
-MOQI_CODE_LOOP(moqi_codes_mx_e2m1, , moqi_mx_e2m1_code(t))
-MOQI_CODE_LOOP(moqi_codes_e4m3, , moqi_e4m3_code(t))
 #ifdef MOQI_X86
-MOQI_CODE_LOOP(moqi_codes_e2m1_avx2, MOQI_AVX2, moqi_e2m1_code(t))
-MOQI_CODE_LOOP(moqi_codes_mx_e2m1_avx2, MOQI_AVX2, moqi_mx_e2m1_code(t))
-MOQI_CODE_LOOP(moqi_codes_e4m3_avx2, MOQI_AVX2, moqi_e4m3_code(t))
+#define MOQI_THRICE(loop, name, arguments) loop(name##_any, , arguments) loop(name##_avx2, MOQI_AVX2, arguments) loop(name##_avx512, MOQI_AVX512, arguments)
+#define MOQI_CALL(level, name, arguments) \
+    do { \
+        if (level == 2) name##_avx512 arguments; \
+        else if (level == 1) name##_avx2 arguments; \
+        else name##_any arguments; \
+    } while (0)
+#else
+#define MOQI_THRICE(loop, name, arguments) loop(name##_any, , arguments)
+#define MOQI_CALL(level, name, arguments) do { (void)(level); name##_any arguments; } while (0)
 #endif
 
+/* q[i] = code of x[i] / step[i / g]. Short groups go through a list of steps, so that the loop over codes is long enough for vectors. */
+#define MOQI_CODE_LOOP(name, attribute, code) \
+    attribute static void name(const float *x, const float *step, int64_t n, int64_t g, uint8_t *q) \
+    { \
+        float steps[512]; \
+        int64_t run = g < 128 ? 512 / g * g : g; \
+        for (; n > 0; n -= run, x += run, q += run) { \
+            int64_t m = moqi_min(run, n); \
+            float s = *step; \
+            if (run == g) { \
+                step++; \
+                MOQI_APART for (int64_t i = 0; i < m; i++) { float t = x[i] / s; q[i] = (uint8_t)(code); } \
+                continue; \
+            } \
+            for (int64_t k = 0; k < m; k += g, step++) { \
+                int64_t last = moqi_min(g, m - k); \
+                s = *step; \
+                for (int64_t i = 0; i < last; i++) steps[k + i] = s; \
+            } \
+            MOQI_APART for (int64_t i = 0; i < m; i++) { float t = x[i] / steps[i]; q[i] = (uint8_t)(code); } \
+        } \
+    }
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_e2m1, moqi_e2m1_code(t))
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_mx_e2m1, moqi_mx_e2m1_code(t))
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_e4m3, moqi_e4m3_code(t))
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_int8, moqi_int_code(t, 127))
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_int4, moqi_int_code(t, 7) & 15)
+
 /* Magnitude bits of the largest value of each group of g. */
-#define MOQI_TOP_LOOP(name, attribute) \
+#define MOQI_TOP_OF(count) \
+    MOQI_APART for (int64_t i = 0; i < count; i++) { \
+        int32_t v = (int32_t)(moqi_f32_bits(x[i]) & 0x7fffffffu); \
+        top = v > top ? v : top; \
+    }
+#define MOQI_TOP_LOOP(name, attribute, unused) \
     attribute static void name(const float *x, int64_t groups, int64_t g, int32_t *tops) \
     { \
-        for (int64_t k = 0; k < groups; k++) { \
-            const float *b = x + k * g; \
+        for (int64_t k = 0; k < groups; k++, x += g) { \
             int32_t top = 0; \
-            for (int64_t i = 0; i < g; i++) { \
-                int32_t v = (int32_t)(moqi_f32_bits(b[i]) & 0x7fffffffu); \
-                top = v > top ? v : top; \
-            } \
+            if (g == 16) MOQI_TOP_OF(16) \
+            else if (g == 32) MOQI_TOP_OF(32) \
+            else MOQI_TOP_OF(g) \
             tops[k] = top; \
         } \
     }
-MOQI_TOP_LOOP(moqi_tops_any, )
-#ifdef MOQI_X86
-MOQI_TOP_LOOP(moqi_tops_avx2, MOQI_AVX2)
-#endif
+MOQI_THRICE(MOQI_TOP_LOOP, moqi_tops, )
 
-static void moqi_tops(int avx2, const float *x, int64_t groups, int64_t g, int32_t *tops)
-{
-#ifdef MOQI_X86
-    if (avx2) { moqi_tops_avx2(x, groups, g, tops); return; }
-#endif
-    (void)avx2;
-    moqi_tops_any(x, groups, g, tops);
-}
+static void moqi_tops(int level, const float *x, int64_t groups, int64_t g, int32_t *tops) { MOQI_CALL(level, moqi_tops, (x, groups, g, tops)); }
+
+/* BF16 to F32. */
+#define MOQI_WIDEN_LOOP(name, attribute, unused) \
+    attribute static void name(const uint8_t *in, int64_t n, float *x) \
+    { \
+        MOQI_APART for (int64_t i = 0; i < n; i++) x[i] = moqi_bits_f32((uint32_t)moqi_get_u16(in + 2 * i) << 16); \
+    }
+MOQI_THRICE(MOQI_WIDEN_LOOP, moqi_widen, )
 
 /* Pairs of codes to bytes, even index low. */
-static void moqi_pack_nibbles(const uint8_t *q, int64_t n, uint8_t *out)
-{
-    for (int64_t i = 0; i < n / 2; i++) out[i] = (uint8_t)(q[2 * i] | q[2 * i + 1] << 4);
-}
+#define MOQI_PACK_LOOP(name, attribute, unused) \
+    attribute static void name(const uint8_t *q, int64_t n, uint8_t *out) \
+    { \
+        MOQI_APART for (int64_t i = 0; i < n / 2; i++) { \
+            uint16_t v = moqi_get_u16(q + 2 * i); \
+            out[i] = (uint8_t)(v | v >> 4); \
+        } \
+    }
+MOQI_THRICE(MOQI_PACK_LOOP, moqi_nibbles, )
+
+static void moqi_pack_nibbles(int level, const uint8_t *q, int64_t n, uint8_t *out) { MOQI_CALL(level, moqi_nibbles, (q, n, out)); }
+
+/* Two rows of codes to one of bytes, the first in the low nibbles. */
+#define MOQI_PAIR_LOOP(name, attribute, unused) \
+    attribute static void name(const uint8_t *q, const uint8_t *above, int64_t n, uint8_t *out) \
+    { \
+        MOQI_APART for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)(q[i] | above[i] << 4); \
+    }
+MOQI_THRICE(MOQI_PAIR_LOOP, moqi_pairs, )
+
+/* NVFP4 block scales from the data: s[k] = amax / (6 global), 0 becomes 1, clamped to [2^-9, 448]; its code, and the step of the block. */
+#define MOQI_BLOCK_LOOP(name, attribute, unused) \
+    attribute static void name(const int32_t *tops, int64_t n, float global, uint8_t *codes, float *step) \
+    { \
+        float six = 6 * global; \
+        MOQI_APART for (int64_t k = 0; k < n; k++) { \
+            float s = moqi_bits_f32((uint32_t)tops[k]) / six; \
+            s = s > 0 ? s : 1; \
+            s = s < 0.001953125f ? 0.001953125f : s; \
+            s = s > 448 ? 448 : s; \
+            int32_t c = moqi_e4m3_code(s), small = -(c < 8); \
+            uint32_t tiny = moqi_f32_bits((float)c * 0.001953125f), normal = ((uint32_t)c << 20) + (120u << 23); \
+            codes[k] = (uint8_t)c; \
+            step[k] = moqi_bits_f32((tiny & (uint32_t)small) | (normal & ~(uint32_t)small)) * global; \
+        } \
+    }
+MOQI_THRICE(MOQI_BLOCK_LOOP, moqi_blocks, )
 
 /* Largest magnitude of 16-bit floats, as their bits without sign. */
-static uint16_t moqi_top_u16(const uint8_t *in, int64_t n)
-{
-    uint16_t most = 0;
-    for (int64_t c = 0; c < n; c++) {
-        uint16_t v = (uint16_t)(moqi_get_u16(in + 2 * c) & 0x7fffu);
-        most = v > most ? v : most;
+#define MOQI_TOP16_LOOP(name, attribute, unused) \
+    attribute static void name(const uint8_t *in, int64_t n, int16_t *most) \
+    { \
+        int16_t top = 0; \
+        MOQI_APART for (int64_t i = 0; i < n; i++) { \
+            int16_t v = (int16_t)(moqi_get_u16(in + 2 * i) & 0x7fffu); \
+            top = v > top ? v : top; \
+        } \
+        *most = top; \
     }
-    return most;
+MOQI_THRICE(MOQI_TOP16_LOOP, moqi_top16, )
+
+static uint16_t moqi_top_u16(int level, const uint8_t *in, int64_t n)
+{
+    int16_t most;
+    MOQI_CALL(level, moqi_top16, (in, n, &most));
+    return (uint16_t)most;
 }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC pop_options
 #endif
 
-enum { MOQI_CODES_E2M1, MOQI_CODES_MX_E2M1, MOQI_CODES_E4M3 };
+enum { MOQI_CODES_E2M1, MOQI_CODES_MX_E2M1, MOQI_CODES_E4M3, MOQI_CODES_INT8, MOQI_CODES_INT4 };
 
-static void moqi_codes(int avx2, int kind, const float *x, const float *step, int64_t n, uint8_t *q)
+static void moqi_codes(int level, int kind, const float *x, const float *step, int64_t n, int64_t g, uint8_t *q)
 {
-#ifdef MOQI_X86
-    if (avx2 && kind == MOQI_CODES_E2M1) { moqi_codes_e2m1_avx2(x, step, n, q); return; }
-    if (avx2 && kind == MOQI_CODES_MX_E2M1) { moqi_codes_mx_e2m1_avx2(x, step, n, q); return; }
-    if (avx2) { moqi_codes_e4m3_avx2(x, step, n, q); return; }
-#endif
-    (void)avx2;
-    if (kind == MOQI_CODES_E2M1) moqi_codes_e2m1(x, step, n, q);
-    else if (kind == MOQI_CODES_MX_E2M1) moqi_codes_mx_e2m1(x, step, n, q);
-    else moqi_codes_e4m3(x, step, n, q);
-}
-
-static void moqi_fill(float *p, int64_t n, float v)
-{
-    for (int64_t i = 0; i < n; i++) p[i] = v;
+    switch (kind) {
+    case MOQI_CODES_E2M1: MOQI_CALL(level, moqi_codes_e2m1, (x, step, n, g, q)); return;
+    case MOQI_CODES_MX_E2M1: MOQI_CALL(level, moqi_codes_mx_e2m1, (x, step, n, g, q)); return;
+    case MOQI_CODES_INT8: MOQI_CALL(level, moqi_codes_int8, (x, step, n, g, q)); return;
+    case MOQI_CODES_INT4: MOQI_CALL(level, moqi_codes_int4, (x, step, n, g, q)); return;
+    default: MOQI_CALL(level, moqi_codes_e4m3, (x, step, n, g, q)); return;
+    }
 }
 
 /* A value as the model's own type holds it. */
@@ -13750,7 +13819,9 @@ static void moqi_source_row(const moqi_encoder *e, int64_t r, float *x)
 {
     const moq_encode_desc *d = e->d;
     size_t bytes = (size_t)moq_dtype_bits(d->dtype) / 8;
-    moq_to_f32(d->dtype, (const uint8_t *)d->data + (size_t)(r * d->cols) * bytes, (size_t)d->cols, x);
+    const uint8_t *row = (const uint8_t *)d->data + (size_t)(r * d->cols) * bytes;
+    if (d->dtype == MOQ_BF16) MOQI_CALL(e->level, moqi_widen, (row, d->cols, x));
+    else moq_to_f32(d->dtype, row, (size_t)d->cols, x);
 }
 
 static uint32_t moqi_max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
@@ -13773,7 +13844,7 @@ static uint32_t moqi_rows_fp8_tensor(const moqi_encoder *e, int64_t first, int64
         uint8_t *out = e->codes + r * cols;
         if (e->table) {
             const uint8_t *in = (const uint8_t *)e->d->data + (size_t)(r * cols) * 2;
-            uint16_t most = moqi_top_u16(in, cols);
+            uint16_t most = moqi_top_u16(e->level, in, cols);
             for (int64_t c = 0; c < cols; c++) out[c] = e->table[moqi_get_u16(in + 2 * c)];
             top = moqi_max_u32(top, moqi_f32_bits(e->d->dtype == MOQ_BF16 ? moq_bf16_decode(most) : moq_f16_decode(most)));
             continue;
@@ -13793,12 +13864,11 @@ static uint32_t moqi_rows_fp8_row(const moqi_encoder *e, int64_t first, int64_t 
     for (int64_t r = first; r < last; r++) {
         moqi_source_row(e, r, x);
         int32_t most;
-        moqi_tops(e->avx2, x, 1, cols, &most);
+        moqi_tops(e->level, x, 1, cols, &most);
         uint32_t top = (uint32_t)most;
         float s = moqi_scale_of(e->d->amax ? e->d->amax[r] : moqi_bits_f32(top), e->bound, e->inverse);
         ((float *)e->scales)[r] = s;
-        moqi_fill(x + cols, cols, s);
-        if (e->codes) moqi_codes(e->avx2, MOQI_CODES_E4M3, x, x + cols, cols, e->codes + r * cols);
+        if (e->codes) moqi_codes(e->level, MOQI_CODES_E4M3, x, &s, cols, cols, e->codes + r * cols);
         all = moqi_max_u32(all, top);
     }
     return all;
@@ -13815,17 +13885,19 @@ static uint32_t moqi_rows_fp8_block(const moqi_encoder *e, int64_t first, int64_
         memset(s, 0, (size_t)e->grid_cols * sizeof *s);
         for (int64_t r = r0; r < r1; r++) {
             moqi_source_row(e, r, x);
+            int32_t *tops = (int32_t *)(void *)(x + 2 * cols);
+            moqi_tops(e->level, x, cols / g, g, tops);
+            if (cols % g) moqi_tops(e->level, x + cols / g * g, 1, cols % g, tops + cols / g);
             for (int64_t k = 0; k < e->grid_cols; k++) {
-                uint32_t top = moqi_top_bits(x + k * g, moqi_min(g, cols - k * g));
+                uint32_t top = (uint32_t)tops[k];
                 if (top > moqi_f32_bits(s[k])) s[k] = moqi_bits_f32(top);
                 all = moqi_max_u32(all, top);
             }
         }
         for (int64_t k = 0; k < e->grid_cols; k++) s[k] = moqi_scale_of(e->d->amax ? e->d->amax[band + k] : s[k], e->bound, e->inverse);
-        for (int64_t c = 0; c < cols; c += g) moqi_fill(x + cols + c, moqi_min(g, cols - c), s[c / g]);
         for (int64_t r = r0; e->codes && r < r1; r++) {
             moqi_source_row(e, r, x);
-            moqi_codes(e->avx2, MOQI_CODES_E4M3, x, x + cols, cols, e->codes + r * cols);
+            moqi_codes(e->level, MOQI_CODES_E4M3, x, s, cols, g, e->codes + r * cols);
         }
     }
     return all;
@@ -13840,30 +13912,30 @@ static uint32_t moqi_rows_int8(const moqi_encoder *e, int64_t first, int64_t las
     for (int64_t r = first; r < last; r++) {
         moqi_source_row(e, r, x);
         int32_t most;
-        moqi_tops(e->avx2, x, 1, cols, &most);
+        moqi_tops(e->level, x, 1, cols, &most);
         uint32_t top = (uint32_t)most;
         float s = moqi_scale_of(e->d->amax ? e->d->amax[r] : moqi_bits_f32(top), e->bound, e->inverse);
         ((float *)e->scales)[r] = s;
-        for (int64_t c = 0; e->codes && c < cols; c++) e->codes[r * cols + c] = (uint8_t)moqi_int_code(x[c] / s, 127);
+        if (e->codes) moqi_codes(e->level, MOQI_CODES_INT8, x, &s, cols, cols, e->codes + r * cols);
         all = moqi_max_u32(all, top);
     }
     return all;
 }
 
-/* Scales of one row of groups; x becomes its codes as small integers. */
-static uint32_t moqi_int4_row(const moqi_encoder *e, int64_t r, float *x)
+/* Scales of one row of groups, and its codes q [cols], 4 bits in a byte each. x: [cols], steps and amax values [grid_cols] behind it. */
+static uint32_t moqi_int4_row(const moqi_encoder *e, int64_t r, float *x, int32_t *tops, uint8_t *q)
 {
-    int64_t g = e->group_cols;
+    int64_t g = e->group_cols, n = e->grid_cols, cols = e->d->cols;
+    float *s = (float *)e->scales + r * n;
     uint32_t all = 0;
     moqi_source_row(e, r, x);
-    for (int64_t k = 0; k < e->grid_cols; k++) {
-        float *b = x + k * g;
-        uint32_t top = moqi_top_bits(b, g);
-        float s = moqi_scale_of(e->d->amax ? e->d->amax[r * e->grid_cols + k] : moqi_bits_f32(top), e->bound, e->inverse);
-        ((float *)e->scales)[r * e->grid_cols + k] = s;
-        for (int64_t c = 0; e->codes && c < g; c++) b[c] = (float)moqi_int_code(b[c] / s, 7);
+    moqi_tops(e->level, x, n, g, tops);
+    for (int64_t k = 0; k < n; k++) {
+        uint32_t top = (uint32_t)tops[k];
+        s[k] = moqi_scale_of(e->d->amax ? e->d->amax[r * n + k] : moqi_bits_f32(top), e->bound, e->inverse);
         all = moqi_max_u32(all, top);
     }
+    if (e->codes) moqi_codes(e->level, MOQI_CODES_INT4, x, s, cols, g, q);
     return all;
 }
 
@@ -13871,34 +13943,27 @@ static uint32_t moqi_int4_row(const moqi_encoder *e, int64_t r, float *x)
 static uint32_t moqi_rows_int4(const moqi_encoder *e, int64_t first, int64_t last, float *x)
 {
     int64_t cols = e->d->cols;
+    int32_t *tops = (int32_t *)(void *)(x + cols);
+    uint8_t *q = (uint8_t *)(x + 2 * cols), *above = q + cols;
     uint32_t all = 0;
     for (int64_t r = first; r < last; r += 2) {
-        float *y = x + cols;
-        all = moqi_max_u32(all, moqi_int4_row(e, r, x));
-        all = moqi_max_u32(all, moqi_int4_row(e, r + 1, y));
-        for (int64_t c = 0; e->codes && c < cols; c++) e->codes[r / 2 * cols + c] = (uint8_t)(((int32_t)x[c] & 15) | ((int32_t)y[c] & 15) << 4);
+        all = moqi_max_u32(all, moqi_int4_row(e, r, x, tops, q));
+        all = moqi_max_u32(all, moqi_int4_row(e, r + 1, x, tops, above));
+        if (e->codes) MOQI_CALL(e->level, moqi_pairs, (q, above, cols, e->codes + r / 2 * cols));
     }
     return all;
 }
 
 /* ---- NVFP4 ---- */
 
-/* The stored E4M3 block scale, clamped to [2^-9, 448] so that it is never 0.
-     from the data: s = amax / (6 global), 0 becomes 1
-     static:        s = amax / 6 in weight units, 0 becomes 1; then s * M / (global_amax / 6), M = 448 or 256 */
-static uint8_t moqi_block_scale(const moqi_encoder *e, float amax, int is_static)
+/* The stored E4M3 scale of a static block, never 0: s = amax / 6 in weight units, 0 becomes 1; then s * M / (global_amax / 6), M = 448
+   or 256, clamped to [2^-9, 448]. Blocks from the data are in moqi_blocks. */
+static uint8_t moqi_block_scale(const moqi_encoder *e, float amax)
 {
-    float s;
-    if (is_static) {
-        s = amax * moqi_bits_f32(MOQI_INV_6);
-        if (!(s > 0)) s = 1;
-        s = s * e->norm / (e->global_amax * moqi_bits_f32(MOQI_INV_6));
-    } else {
-        s = amax / (6 * e->global);
-        if (!(s > 0)) s = 1;
-    }
-    s = s < 0.001953125f ? 0.001953125f : s > 448 ? 448 : s;
-    return moqi_e4m3_code(s);
+    float s = amax * moqi_bits_f32(MOQI_INV_6);
+    if (!(s > 0)) s = 1;
+    s = s * e->norm / (e->global_amax * moqi_bits_f32(MOQI_INV_6));
+    return moqi_e4m3_code(s < 0.001953125f ? 0.001953125f : s > 448 ? 448 : s);
 }
 
 static uint32_t moqi_rows_nvfp4(const moqi_encoder *e, int64_t first, int64_t last, float *x)
@@ -13908,18 +13973,17 @@ static uint32_t moqi_rows_nvfp4(const moqi_encoder *e, int64_t first, int64_t la
     int32_t *tops = (int32_t *)(void *)(x + 2 * cols);
     for (int64_t r = first; r < last; r++) {
         moqi_source_row(e, r, x);
-        moqi_tops(e->avx2, x, n, g, tops);
-        for (int64_t k = 0; k < n; k++) {
-            uint32_t top = (uint32_t)tops[k];
-            const float *given = e->d->amax ? &e->d->amax[r * n + k] : NULL;
-            uint8_t s = moqi_block_scale(e, given ? *given : moqi_bits_f32(top), given != NULL);
-            ((uint8_t *)e->scales)[r * n + k] = s;
-            moqi_fill(x + cols + k * g, g, moq_e4m3_decode(s) * e->global);
-            all = moqi_max_u32(all, top);
+        moqi_tops(e->level, x, n, g, tops);
+        uint8_t *scales = (uint8_t *)e->scales + r * n;
+        for (int64_t k = 0; k < n; k++) all = moqi_max_u32(all, (uint32_t)tops[k]);
+        if (!e->d->amax) MOQI_CALL(e->level, moqi_blocks, (tops, n, e->global, scales, x + cols));
+        for (int64_t k = 0; e->d->amax && k < n; k++) {
+            scales[k] = moqi_block_scale(e, e->d->amax[r * n + k]);
+            x[cols + k] = moq_e4m3_decode(scales[k]) * e->global;
         }
         if (!e->codes) continue;
-        moqi_codes(e->avx2, MOQI_CODES_E2M1, x, x + cols, cols, (uint8_t *)(x + 2 * cols));
-        moqi_pack_nibbles((const uint8_t *)(x + 2 * cols), cols, e->codes + r * cols / 2);
+        moqi_codes(e->level, MOQI_CODES_E2M1, x, x + cols, cols, g, (uint8_t *)(x + 2 * cols));
+        moqi_pack_nibbles(e->level, (const uint8_t *)(x + 2 * cols), cols, e->codes + r * cols / 2);
     }
     return all;
 }
@@ -13950,21 +14014,23 @@ static uint32_t moqi_mx_code(moq_dtype elem, float v)
     }
 }
 
-/* One row whose scales stand behind it: x [2, cols]. */
+/* One row whose steps stand behind it: x [cols], [grid_cols]. */
 static void moqi_mx_codes(const moqi_encoder *e, float *x, uint8_t *out)
 {
     moq_dtype elem = e->d->scheme.weight.elem;
     int64_t cols = e->d->cols, bits = moq_dtype_bits(elem);
     uint8_t *q = (uint8_t *)(x + 2 * cols);
-    if (elem == MOQ_F8_E4M3) { moqi_codes(e->avx2, MOQI_CODES_E4M3, x, x + cols, cols, out); return; }
+    int64_t g = e->group_cols;
+    if (elem == MOQ_F8_E4M3) { moqi_codes(e->level, MOQI_CODES_E4M3, x, x + cols, cols, g, out); return; }
+    if (elem == MOQ_I8) { moqi_codes(e->level, MOQI_CODES_INT8, x, x + cols, cols, g, out); return; } /* |x| <= 127 steps: -128 cannot come out */
     if (elem == MOQ_F4) {
-        moqi_codes(e->avx2, MOQI_CODES_MX_E2M1, x, x + cols, cols, q);
-        moqi_pack_nibbles(q, cols, out);
+        moqi_codes(e->level, MOQI_CODES_MX_E2M1, x, x + cols, cols, g, q);
+        moqi_pack_nibbles(e->level, q, cols, out);
         return;
     }
     memset(out, 0, (size_t)(cols * bits / 8));
     for (int64_t c = 0; c < cols; c++) { /* any width, low bits first */
-        uint32_t code = moqi_mx_code(elem, x[c] / x[cols + c]) << (c * bits % 8);
+        uint32_t code = moqi_mx_code(elem, x[c] / x[cols + c / g]) << (c * bits % 8);
         out[c * bits / 8] = (uint8_t)(out[c * bits / 8] | (code & 255u));
         if (code >> 8) out[c * bits / 8 + 1] = (uint8_t)(code >> 8);
     }
@@ -13978,12 +14044,12 @@ static uint32_t moqi_rows_mx(const moqi_encoder *e, int64_t first, int64_t last,
     int32_t *tops = (int32_t *)(void *)(x + 2 * cols);
     for (int64_t r = first; r < last; r++) {
         moqi_source_row(e, r, x);
-        moqi_tops(e->avx2, x, n, g, tops);
+        moqi_tops(e->level, x, n, g, tops);
         for (int64_t k = 0; k < n; k++) {
             uint32_t top = (uint32_t)tops[k];
             uint8_t s = moqi_mx_scale(moqi_bits_f32(top), e->bound);
             ((uint8_t *)e->scales)[r * n + k] = s;
-            moqi_fill(x + cols + k * g, g, moq_e8m0_decode(s)); /* dividing by a power of two is exact */
+            x[cols + k] = moq_e8m0_decode(s); /* dividing by a power of two is exact */
             all = moqi_max_u32(all, top);
         }
         if (e->codes) moqi_mx_codes(e, x, e->codes + r * (cols * bits / 8));
@@ -14038,7 +14104,7 @@ static uint32_t moqi_rows_amax(const moqi_encoder *e, int64_t first, int64_t las
     int64_t cols = e->d->cols, g = e->group_cols, n = e->grid_cols;
     uint32_t all = 0;
     if (!e->amax && moq_dtype_bits(e->d->dtype) == 16) { /* only the largest of all: no need to decode */
-        uint16_t most = moqi_top_u16((const uint8_t *)e->d->data + (size_t)(first * cols) * 2, (last - first) * cols);
+        uint16_t most = moqi_top_u16(e->level, (const uint8_t *)e->d->data + (size_t)(first * cols) * 2, (last - first) * cols);
         return moqi_f32_bits(e->d->dtype == MOQ_BF16 ? moq_bf16_decode(most) : moq_f16_decode(most));
     }
     for (int64_t r = first; r < last; r++) {
@@ -14129,7 +14195,8 @@ static moq_result moqi_encoder_make(moqi_encoder *e, const moq_encode_desc *d, m
     char format[64];
     memset(e, 0, sizeof *e);
     e->d = d;
-    e->avx2 = (moqi_cpu_flags() & (uint32_t)MOQI_CPU_AVX2) != 0;
+    uint32_t flags = moqi_cpu_flags();
+    e->level = flags & (uint32_t)MOQI_CPU_AVX512 ? 2 : flags & (uint32_t)MOQI_CPU_AVX2 ? 1 : 0;
     if (d->rows <= 0 || d->cols <= 0 || (d->dtype != MOQ_F32 && d->dtype != MOQ_BF16 && d->dtype != MOQ_F16))
         return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "the source must be a matrix of F32, BF16 or F16");
     for (size_t i = 0; i < MOQI_COUNT(moqi_encoders); i++) {

@@ -315,6 +315,7 @@ typedef struct options {
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
         *save_calibration, *max_memory;
     const char *to, *png, *recipes, *method, *search, *save_search;
+    int encode;
     text_list scheme, shape, exclude, rule;
 } options;
 
@@ -379,12 +380,13 @@ static const option_row option_table[] = {
     {"exclude", KIND_LIST, FIELD(exclude), "PATTERN", "leave modules of this name alone; * and ? as in a shell (may be repeated)"},
     {"rule", KIND_LIST, FIELD(rule), "PATTERN=R", "another recipe for modules of this name (may be repeated)"},
     {"format", KIND_TEXT, FIELD(format), "F", "container: modelopt (default) or compressed-tensors"},
+    {"png", KIND_TEXT, FIELD(png), "FILE", "a picture of where the bits and, with --against, the error went"},
+    {"encode", KIND_FLAG, FIELD(encode), "", "measure quantizing: GB/s of BF16 and the ratio to a copy of the same bytes"},
     {"to", KIND_TEXT, FIELD(to), "F", "container: modelopt or compressed-tensors"},
     {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
     {"quantize", KIND_LATER, FIELD(none), "RECIPE", ""},
-    {"json-schema", KIND_LATER, FIELD(none), "FILE", ""},
-    {"png", KIND_LATER, FIELD(none), "FILE", ""}
+    {"json-schema", KIND_LATER, FIELD(none), "FILE", ""}
 };
 
 typedef struct verb_row {
@@ -981,6 +983,9 @@ static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_
     printf("\n");
 }
 
+static int bench_encode(const options *o); /* moq_quantize.h */
+static int draw_picture(const options *o, const moq_checkpoint *ck, const module_row *rows, size_t count); /* moq_picture.h */
+
 static int verb_inspect(const options *o)
 {
     moq_error err;
@@ -990,6 +995,7 @@ static int verb_inspect(const options *o)
     totals t;
     moq_checkpoint *ck = open_folder(o->args[0], 0, &err);
     int bad = ck ? open_backend(o, o->kernel, &be) : refuse_error(o->args[0], &err);
+    if (!bad && o->against && !o->png) bad = refuse("--against goes with --png FILE; moq diff compares numbers");
     if (!bad) bad = list_modules(ck, o->args[0], be, &rows, &count);
     if (!bad) {
         memset(&t, 0, sizeof t);
@@ -1005,6 +1011,7 @@ static int verb_inspect(const options *o)
         t.kv_bytes = plan_kv(ck, be, rows, count, t.context, o->kv);
         if (o->json) inspect_json(ck, rows, count, &t);
         else inspect_text(ck, rows, count, &t, o->explain);
+        if (o->png) bad = draw_picture(o, ck, rows, count);
     }
     free(rows);
     moq_backend_destroy(be);
@@ -2360,6 +2367,7 @@ static int verb_diff(const options *o)
 #include "moq_measure.h"
 #include "moq_quantize.h"
 #include "moq_autoquant.h"
+#include "moq_picture.h"
 
 /* ------------------------------------------------------------------------------------------------
    >>verbs           the table of verbs, help, main
@@ -2368,8 +2376,9 @@ static int verb_diff(const options *o)
 #define ENGINE_OPTIONS "context chunk "
 
 static const verb_row verb_table[] = {
-    {"inspect", verb_inspect, 1, 1, "DIR", "json context explain",
-     "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.",
+    {"inspect", verb_inspect, 1, 1, "DIR", "json context explain png against",
+     "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.\n"
+     "--png: a picture of where the bytes are, layer by layer, and of bits per weight; with --against SRC of the error instead.",
      "moq inspect Llama-3.1-8B-Instruct-NVFP4 --context 8192 --explain"},
     {"verify", verb_verify, 1, 1, "DIR or FILE.safetensors", "json deep",
      "Checks every rule of the container and of the quantization. Silent when sound; findings one a line, then exit status 1.",
@@ -2418,9 +2427,9 @@ static const verb_row verb_table[] = {
      "A line for each: equal, or how many bytes differ and the relative error of the values.\n"
      "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
-    {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m",
+    {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m encode",
      "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes.\n"
-     "With DIR: prompt and generation tokens per second.",
+     "With DIR: prompt and generation tokens per second. With --encode: how fast one core quantizes BF16 weights to each format.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
     {"selftest", verb_selftest, 0, 0, "", "json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
 };

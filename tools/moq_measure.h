@@ -576,6 +576,7 @@ static int verb_bench(const options *o)
     bench b;
     engine e;
     int bad;
+    if (o->encode) return bench_encode(o);
     memset(&b, 0, sizeof b);
     b.o = o;
     b.j = json_to(stdout, 2);

@@ -299,3 +299,56 @@ static int verb_convert(const options *o)
     if (moq_convert(&d, &err) != MOQ_OK) return refuse_error(err.file[0] && strstr(o->args[1], err.file) ? o->args[1] : o->args[0], &err);
     return report_folder(o, o->args[1]);
 }
+
+/* ------------------------------------------------------------------------------------------------
+   >>encode          bench --encode: how fast weights are quantized
+   One thread, BF16 weights with outliers that fit the cache; a copy of the same bytes is timed in between, best of many.
+   ------------------------------------------------------------------------------------------------ */
+
+static int bench_encode(const options *o)
+{
+    static const char *const recipes[] = {"fp8", "fp8_per_channel_per_token", "fp8_2d_blockwise_weight_only", "int8", "int4_awq", "nvfp4", "mxfp4", "mxfp8", "mxint8", "mxfp6"};
+    enum { ROWS = 256, COLS = 4096 };
+    size_t bytes = (size_t)ROWS * COLS * 2;
+    uint16_t *weights = (uint16_t *)take(bytes, 1), *copy = (uint16_t *)take(bytes, 1);
+    uint8_t *codes = (uint8_t *)take(bytes, 1), *scales = (uint8_t *)take(bytes, 1);
+    uint64_t state = 1;
+    int bad = 0;
+    json_out j = json_to(stdout, 2);
+    for (size_t i = 0; i < (size_t)ROWS * COLS; i++) weights[i] = moq_bf16_encode((float)random_value(&state));
+    if (o->json) { json_open(&j, NULL, '{'); json_open(&j, "rows", '['); }
+    else printf("%-30s %10s %12s\n", "recipe", "GB/s BF16", "of a copy");
+    for (int k = 0; k < COUNT(recipes) && !bad && !stop_requested; k++) {
+        moq_encode_desc d;
+        moq_error err;
+        double best = 1e9, plain = 1e9;
+        memset(&d, 0, sizeof d);
+        d.scheme = moq_find_recipe(recipes[k])->scheme;
+        d.data = weights;
+        d.dtype = MOQ_BF16;
+        d.rows = ROWS;
+        d.cols = COLS;
+        for (int i = 0; i < 60 && !bad; i++) {
+            double start = moq_seconds(), middle, end;
+            memcpy(copy, weights, bytes);
+            middle = moq_seconds();
+            if (moq_encode(&d, codes, scales, NULL, &err) != MOQ_OK) bad = refuse_error(recipes[k], &err);
+            end = moq_seconds();
+            if (middle - start < plain) plain = middle - start;
+            if (end - middle < best) best = end - middle;
+        }
+        if (o->json) {
+            json_open(&j, NULL, '{');
+            json_string(&j, "recipe", recipes[k]);
+            json_number(&j, "gbps", (double)bytes / best / 1e9);
+            json_number(&j, "copy_ratio", plain / best);
+            json_close(&j, '}');
+        } else printf("%-30s %10.2f %12.3f\n", recipes[k], (double)bytes / best / 1e9, plain / best);
+    }
+    if (o->json) { json_close(&j, ']'); json_close(&j, '}'); }
+    free(weights);
+    free(copy);
+    free(codes);
+    free(scales);
+    return bad;
+}
