@@ -247,6 +247,24 @@ run run "$demo" --prompt "hello" --temp 1 --seed 7 --threads 1
 check "run: same seed, same text" cmp "$dir/out" "$dir/first"
 run run "$demo" --raw --prompt "<|system|>" --max-tokens 4
 check "run --raw" is 0
+cat >"$dir/schema.json" <<'END'
+{"type": "object", "properties": {"say": {"type": "string", "maxLength": 80},
+ "plan": {"type": "array", "items": {"type": "object", "properties": {"do": {"enum": ["go", "pick"]}, "to": {"type": "string"}}, "required": ["do"]}}},
+ "required": ["say", "plan"], "additionalProperties": false}
+END
+run run "$demo" --system "$scene" --prompt "can you give the green plate to Chen?" --json-schema "$dir/schema.json"
+check "run --json-schema is JSON" json
+check "run --json-schema: members" out '"plan": *\['
+run run "$demo" --prompt "hello" --json-schema "$dir/schema.json" --max-tokens 30 --temp 5 --seed 3
+check "run --json-schema: complete within its tokens" json
+run run "$demo" --prompt "hello" --json-schema "$dir/schema.json" --max-tokens 4
+check "run --json-schema: too few tokens" refused "shortest"
+echo '{"type": "object", "required": ["a"], "additionalProperties": false}' >"$dir/schema.json"
+run run "$demo" --prompt "hello" --json-schema "$dir/schema.json"
+check "run --json-schema: impossible" refused "#/required"
+echo 'root ::= "yes" | "no"' >"$dir/yes.gbnf"
+run run "$demo" --prompt "hello" --grammar "$dir/yes.gbnf"
+check "run --grammar" grep -qE "^(yes|no)$" "$dir/out"
 printf 'bring the red mug\n\n  two  spaces, 123 and <|end|>\nlast' >"$dir/text"
 run tokenize "$demo" --file "$dir/text"
 check "tokenize: a line for a line" lines out 4

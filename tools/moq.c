@@ -314,7 +314,7 @@ typedef struct options {
     double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
         *save_calibration, *max_memory;
-    const char *to, *png, *recipes, *method, *search, *save_search;
+    const char *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
     int encode;
     text_list scheme, shape, exclude, rule;
 } options;
@@ -386,7 +386,8 @@ static const option_row option_table[] = {
     {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
     {"quantize", KIND_LATER, FIELD(none), "RECIPE", ""},
-    {"json-schema", KIND_LATER, FIELD(none), "FILE", ""}
+    {"json-schema", KIND_TEXT, FIELD(json_schema), "FILE", "answers are documents of this JSON Schema, complete within --max-tokens"},
+    {"grammar", KIND_TEXT, FIELD(grammar), "FILE", "answers are texts of this GBNF grammar, complete within --max-tokens"}
 };
 
 typedef struct verb_row {
@@ -1988,7 +1989,7 @@ static int answer(const engine *e, const options *o)
             fputs(piece, stdout);
             fflush(stdout);
         }
-        if (o->max_tokens && llm_get_stats(e->m)->generated_tokens - before >= (uint64_t)o->max_tokens) break;
+        if (o->max_tokens && !o->json_schema && !o->grammar && llm_get_stats(e->m)->generated_tokens - before >= (uint64_t)o->max_tokens) break;
     }
     if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length);
     if (!o->json) fputc('\n', stdout);
@@ -2034,14 +2035,44 @@ static int chat(const engine *e, const options *o)
     return bad;
 }
 
+/* --json-schema and --grammar: compiled before the model is opened, so that a wrong one is told at once. */
+static int open_grammar(const options *o, llm_grammar **out)
+{
+    const char *path = o->json_schema ? o->json_schema : o->grammar;
+    llm_grammar_desc d;
+    moq_error err;
+    size_t bytes = 0;
+    *out = NULL;
+    if (!path) return 0;
+    if (o->json_schema && o->grammar) return refuse("--json-schema and --grammar exclude each other");
+    char *text = read_input(path, &bytes);
+    if (!text) return 2;
+    memset(&d, 0, sizeof d);
+    if (o->json_schema) d.schema = text;
+    else d.gbnf = text;
+    d.bytes = bytes;
+    if (bytes == 0) moq_fail(&err, MOQ_E_GRAMMAR, NULL, "the file is empty");
+    else *out = llm_grammar_create(&d, &err);
+    free_file(text, bytes);
+    return *out ? 0 : refuse_error(path, &err);
+}
+
 static int verb_run(const options *o)
 {
     engine e;
     char *text = NULL;
     size_t bytes = 0;
-    int bad = open_engine(&e, o, o->args[0], 0, 0);
-    if (bad) return bad;
-    if (o->system) bad = say(&e, o, "system", o->system);
+    llm_grammar *grammar;
+    moq_error err;
+    int bad = open_grammar(o, &grammar);
+    if (!bad) bad = open_engine(&e, o, o->args[0], 0, 0);
+    if (bad) {
+        llm_grammar_destroy(grammar);
+        return bad;
+    }
+    if (grammar && llm_set_grammar(e.m, grammar, (int32_t)(o->max_tokens < INT32_MAX ? o->max_tokens : INT32_MAX), &err) < 0)
+        bad = refuse_error(o->json_schema ? o->json_schema : o->grammar, &err);
+    if (!bad && o->system) bad = say(&e, o, "system", o->system);
     if (!bad && !o->prompt && isatty(0) && !o->json) bad = chat(&e, o);
     else if (!bad) {
         if (!o->prompt) {
@@ -2053,6 +2084,7 @@ static int verb_run(const options *o)
     }
     free(text);
     close_engine(&e);
+    llm_grammar_destroy(grammar);
     return bad;
 }
 
@@ -2397,7 +2429,7 @@ static const verb_row verb_table[] = {
      "Text (.txt, .jsonl rows {\"text\"}, each cut by itself) or tokens: perplexity over windows of --seq.\n"
      "--against DIR2: also the mean KL divergence of the next-token distributions from DIR2's.",
      "moq eval my-model-nvfp4 --data eval.jsonl --limit 200 --against my-model"},
-    {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p seed raw stats",
+    {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p seed raw stats json-schema grammar",
      "Answers a prompt, streaming. Without --prompt: what stands on stdin, or a chat on a terminal.",
      "moq run my-model --system 'You are brief.' --prompt 'What is the capital of France?' --stats"},
     {"tokenize", verb_tokenize, 1, 1, "DIR", "decode file",
