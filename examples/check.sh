@@ -31,5 +31,13 @@ expect "chat 2" 'robot  {"say":"Moving the purple key and green mug.","plan":[{"
 expect "chat 3" 'robot  {"say":"I cannot see a black pillow.","plan":[]}'
 if [ "$(grep -c 'tokens per second' "$out")" -eq 3 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED chat: three speeds"; fi
 
+./robot >"$out" 2>&1
+expect "robot: a plan that fails" "  failed: pick red mug (it is not here)"
+expect "robot: and the next one" "  done:   place red mug on hallway bench"
+expect "robot: puts down what it cannot give" "  done:   put down yellow book at kitchen table"
+if [ "$(grep -c 'finished after' "$out")" -eq 3 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED robot: three errands"; cat "$out"; fi
+./robot --eval ../tests/data/demo-eval.jsonl >"$out" 2>&1
+expect "robot: 200 requests" "200 requests: 200 valid plans, 189 carried out, 186 exactly right"
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -1,7 +1,9 @@
 /* Structured output of examples/llm.h: schemas and grammars against an own slow validator, with models that choose at random.
 
    test_grammar --make FOLDER FILE N     for each line of FILE, a schema: N documents, one a line, or the refusal after "!"
-                                         (tests/interop/schema.py compares them with another validator) */
+                                         (tests/interop/schema.py compares them with another validator)
+   test_grammar --schemas N              N random schemas, one a line
+   test_grammar --bench FOLDER FILE N    what masks cost in N answers under the schema in FILE */
 #include "test.h"
 #define LLM_IMPLEMENTATION
 #include "../examples/llm.h"
@@ -850,8 +852,57 @@ static int make_documents(const char *path, const char *file, int count)
     return 0;
 }
 
+/* What masks cost beside a token's pass through the model, on answers that the schema leads: seconds of both, best of some rounds. */
+static int bench(const char *path, const char *schema, int count)
+{
+    moq_error err;
+    llm_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.path = path;
+    desc.threads = 1;
+    desc.context = 512;
+    llm *m = llm_open(&desc, &err);
+    llm_grammar *g = compile(schema, &err);
+    double start = moq_seconds(), pass = 0, mask = 0, worst = 0;
+    llmi_lexicon *x = m && g ? llmi_lexicon_make(llm_get_tokenizer(m), NULL) : NULL;
+    double tree = moq_seconds() - start;
+    start = moq_seconds();
+    llmi_guide *guide = x ? llmi_guide_make(g, x, NULL, &err) : NULL;
+    if (!guide) { puts(err.text); return 1; }
+    double made = moq_seconds() - start;
+    int32_t vocab = llm_get_info(m)->vocab, tokens = 0;
+    float *logits = (float *)malloc((size_t)vocab * sizeof *logits), *scratch = (float *)malloc((size_t)vocab * sizeof *logits);
+    int32_t *index = (int32_t *)malloc((size_t)vocab * sizeof *index);
+    for (int k = 0; k < count; k++) {
+        llm_sampling s;
+        uint64_t state = (uint64_t)k;
+        llmi_place at = llmi_guide_begin(guide);
+        int32_t id = 5 + k;
+        memset(&s, 0, sizeof s);
+        for (int32_t n = 0; n < 200 && !llmi_guide_finished(guide, &at); n++) {
+            start = moq_seconds();
+            if (llm_forward(m, 0, &id, 1, n, NULL, logits, &err) < 0) { puts(err.text); return 1; }
+            pass += moq_seconds() - start;
+            start = moq_seconds();
+            id = llmi_guide_pick(guide, &at, &s, logits, vocab, 200 - n, &state, scratch, index, &err);
+            double spent = moq_seconds() - start;
+            start = moq_seconds();
+            llm_sample(&s, logits, vocab, &state, scratch, index); /* is needed without a grammar too */
+            spent -= moq_seconds() - start;
+            mask += spent;
+            if (spent > worst) worst = spent;
+            tokens++;
+            if (id < 0 || llm_is_end(llm_get_tokenizer(m), id)) break;
+        }
+    }
+    printf("%d tokens of %d: pass %.1f us, mask %.1f us (%.2f %%), slowest mask %.2f ms; tree of the vocabulary %.1f ms, grammar %.1f ms\n", tokens, vocab, pass / tokens * 1e6,
+           mask / tokens * 1e6, 100 * mask / pass, worst * 1e3, tree * 1e3, made * 1e3);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
+    if (argc == 5 && strcmp(argv[1], "--bench") == 0) return bench(argv[2], read_all(argv[3]), atoi(argv[4]));
     if (argc == 5 && strcmp(argv[1], "--make") == 0) return make_documents(argv[2], argv[3], atoi(argv[4]));
     if (argc == 3 && strcmp(argv[1], "--schemas") == 0) {
         text s = {NULL, 0, 0};
