@@ -9021,13 +9021,12 @@ enum { LLMI_COMPLETE = 1, LLMI_BELOW = 2 }; /* flags: the document may end here;
 enum { LLMI_NODE_BOTTOM, LLMI_NODE_BELOW };  /* the two nodes without a state: under the root rule; "some frame" */
 #define LLMI_GUIDE_MOST 400000 /* nodes after which a new document begins with empty tables */
 
-/* Tokens that stay above a frame, for one set of threads. */
+/* Tokens that stay above a frame, for one set of threads, with how many tokens the end of the frame is away after them. */
 typedef struct llmi_local {
-    uint32_t *bits;       /* [vocab / 32] or NULL: few, then */
-    int32_t *ids;         /* [count] */
+    uint32_t *bits;       /* [vocab / 32] those with the most frequent distance, `usual`; NULL: few, and they are in the list */
+    int32_t *ids, *rests; /* [count] the others and their distances */
     uint32_t *leaves;     /* [leave_count] nodes of the lexicon at which the frame is left, and which have children */
-    int32_t count, leave_count;
-    int32_t furthest;     /* most tokens to the end of the frame after any of them */
+    int32_t count, leave_count, usual;
 } llmi_local;
 
 /* Where in its document a sequence is. Plain data. */
@@ -9273,72 +9272,82 @@ static void llmi_guide_allow(llmi_guide *g, int32_t token)
     for (; token >= 0; token = g->x->same[token]) g->bits[token >> 5] |= 1u << (token & 31);
 }
 
-/* All tokens below a node of the lexicon that `config` allows and that leave at most `left` tokens to the end; returns the most
-   that any of them leaves. */
-static int32_t llmi_guide_walk(llmi_guide *g, int32_t config, uint32_t node, int32_t left)
+/* All tokens below a node of the lexicon that `config` allows and that leave at most `left` tokens to the end. */
+static void llmi_guide_walk(llmi_guide *g, int32_t config, uint32_t node, int32_t left)
 {
     const llmi_lex *n = g->x->nodes;
-    int32_t furthest = 0;
     g->path[n[node].depth] = config;
     for (uint32_t i = node + 1, end = n[node].skip; i < end && !g->failed;) {
         int32_t c = llmi_guide_step(g, g->path[n[i].depth - 1], n[i].byte);
         if (c < 0) { i = n[i].skip; continue; }
         g->path[n[i].depth] = c;
-        if (n[i].token >= 0) {
-            int32_t rest = llmi_pool_at(&g->configs, c)[LLMI_C_REST];
-            if (rest > furthest) furthest = rest;
-            if (rest <= left) llmi_guide_allow(g, n[i].token);
-        }
+        if (n[i].token >= 0 && llmi_pool_at(&g->configs, c)[LLMI_C_REST] <= left) llmi_guide_allow(g, n[i].token);
         i++;
     }
-    return furthest;
+}
+
+/* What was found (g->accepted: pairs of a token and its distance; g->leaves) is kept. The most frequent distance is guessed from
+   samples: a wrong guess costs time, nothing else. */
+static llmi_local *llmi_guide_keep(llmi_guide *g)
+{
+    llmi_local *l = (llmi_local *)llmi_take(&g->kept, 1, sizeof *l);
+    size_t pairs = g->accepted.count / 2, others = 0, best = 0;
+    const int32_t *v = g->accepted.data;
+    int32_t usual = -1;
+    for (size_t i = 0; i < 16 && pairs > g->words; i++) {
+        int32_t rest = v[2 * (i * (pairs - 1) / 15) + 1];
+        size_t same = 0;
+        for (size_t k = 0; k < pairs; k++) same += v[2 * k + 1] == rest;
+        if (same > best) { best = same; usual = rest; }
+    }
+    for (size_t i = 0; i < pairs; i++) others += v[2 * i + 1] != usual;
+    if (l) {
+        l->usual = usual;
+        l->leave_count = (int32_t)g->leaves.count;
+        if (usual >= 0) l->bits = (uint32_t *)llmi_take(&g->kept, g->words, sizeof *l->bits);
+        l->ids = (int32_t *)llmi_take(&g->kept, others + 1, sizeof *l->ids);
+        l->rests = (int32_t *)llmi_take(&g->kept, others + 1, sizeof *l->rests);
+        l->leaves = (uint32_t *)llmi_take(&g->kept, g->leaves.count + 1, sizeof *l->leaves);
+    }
+    if (!l || !l->ids || !l->rests || !l->leaves || (usual >= 0 && !l->bits)) { g->failed = 1; return NULL; }
+    for (size_t i = 0; i < g->leaves.count; i++) l->leaves[i] = (uint32_t)g->leaves.data[i];
+    for (size_t i = 0; i < pairs; i++) {
+        int32_t id = v[2 * i], rest = v[2 * i + 1];
+        if (rest == usual) { l->bits[id >> 5] |= 1u << (id & 31); continue; }
+        l->ids[l->count] = id;
+        l->rests[l->count++] = rest;
+    }
+    return l;
 }
 
 /* The tokens that stay above the frame of the threads in `config`, which stand on LLMI_NODE_BELOW. */
 static llmi_local *llmi_guide_explore(llmi_guide *g, int32_t config)
 {
     const llmi_lex *n = g->x->nodes;
-    llmi_local *l = (llmi_local *)llmi_take(&g->kept, 1, sizeof *l);
     g->accepted.count = g->leaves.count = 0;
     g->path[0] = config;
-    if (!l) { g->failed = 1; return NULL; }
     for (uint32_t i = 1; i < n[0].skip && !g->failed;) {
-        int32_t c = llmi_guide_step(g, g->path[n[i].depth - 1], n[i].byte), at = (int32_t)i;
+        int32_t c = llmi_guide_step(g, g->path[n[i].depth - 1], n[i].byte), at = (int32_t)i, pair[2];
         if (c < 0) { i = n[i].skip; continue; }
         const int32_t *to = llmi_pool_at(&g->configs, c);
         g->path[n[i].depth] = c;
+        pair[1] = to[LLMI_C_REST];
         for (int32_t token = n[i].token; token >= 0; token = g->x->same[token]) {
-            if (!llmi_ids_add(&g->accepted, &token, 1)) g->failed = 1;
-            if (to[LLMI_C_REST] > l->furthest) l->furthest = to[LLMI_C_REST];
+            pair[0] = token;
+            if (!llmi_ids_add(&g->accepted, pair, 2)) g->failed = 1;
         }
         if (to[LLMI_C_FLAGS] & LLMI_BELOW && n[i].skip > i + 1 && !llmi_ids_add(&g->leaves, &at, 1)) g->failed = 1;
         i = to[LLMI_C_COUNT] ? i + 1 : n[i].skip;
     }
-    l->count = (int32_t)g->accepted.count;
-    l->leave_count = (int32_t)g->leaves.count;
-    if (g->accepted.count > g->words) l->bits = (uint32_t *)llmi_take(&g->kept, g->words, sizeof *l->bits);
-    else l->ids = (int32_t *)llmi_take(&g->kept, g->accepted.count + 1, sizeof *l->ids);
-    l->leaves = (uint32_t *)llmi_take(&g->kept, g->leaves.count + 1, sizeof *l->leaves);
-    if (g->failed || !l->leaves || (!l->bits && !l->ids)) { g->failed = 1; return NULL; }
-    for (size_t i = 0; i < g->leaves.count; i++) l->leaves[i] = (uint32_t)g->leaves.data[i];
-    for (size_t i = 0; i < g->accepted.count; i++) {
-        int32_t id = g->accepted.data[i];
-        if (l->bits) l->bits[id >> 5] |= 1u << (id & 31);
-        else l->ids[i] = id;
-    }
-    return l;
+    return g->failed ? NULL : llmi_guide_keep(g);
 }
 
-/* A counter far from its bounds changes no mask: one that stands for all of them. */
+/* A counter that no token can bring to its upper bound changes nothing: one that stands for all of them. */
 static int32_t llmi_guide_alike(const llmi_guide *g, int32_t state, int32_t data)
 {
-    const llmi_gstate *s = &g->g->states[state];
-    int32_t l = g->x->longest;
-    if (s->loop < 0) return data;
-    s = &g->g->states[s->loop];
-    if (s->least - data > l && (s->most < 0 || s->most - data > l)) return s->least - data > l && s->least > l ? 0 : data;
-    if (data >= s->least && s->most >= 0 && s->most - data > l) return s->least;
-    return data;
+    int32_t loop = g->g->states[state].loop;
+    const llmi_gstate *s = &g->g->states[loop < 0 ? 0 : loop];
+    return loop >= 0 && data > s->least && s->most >= 0 && s->most - data > g->x->longest ? s->least : data;
 }
 
 /* What is kept for the threads of `config` that stand on the frame `parent`. */
@@ -9369,26 +9378,22 @@ static llmi_local *llmi_guide_local(llmi_guide *g, int32_t config, int32_t paren
     return l;
 }
 
-/* All tokens that `config` allows, put together; returns the most tokens to the end that any of them leaves. */
-static int32_t llmi_guide_assemble(llmi_guide *g, int32_t config)
+/* All tokens that `config` allows and that leave at most `left` tokens to the end, put together. */
+static void llmi_guide_assemble(llmi_guide *g, int32_t config, int32_t left)
 {
-    int32_t first = llmi_pool_at(&g->configs, config)[LLMI_C_FIRST], count = llmi_pool_at(&g->configs, config)[LLMI_C_COUNT], furthest = 0;
+    int32_t first = llmi_pool_at(&g->configs, config)[LLMI_C_FIRST], count = llmi_pool_at(&g->configs, config)[LLMI_C_COUNT];
     for (int32_t i = 0; i < count && !g->failed; i++) {
         int32_t parent = llmi_pool_at(&g->nodes, g->flat.data[first + i])[LLMI_N_PARENT], seen = 0;
         for (int32_t k = 0; k < i && !seen; k++) seen = llmi_pool_at(&g->nodes, g->flat.data[first + k])[LLMI_N_PARENT] == parent;
-        llmi_local *l = seen ? NULL : llmi_guide_local(g, config, parent);
+        const llmi_local *l = seen ? NULL : llmi_guide_local(g, config, parent);
         if (!l) continue;
-        for (size_t w = 0; w < g->words && l->bits; w++) g->bits[w] |= l->bits[w];
-        for (int32_t k = 0; k < l->count && l->ids; k++) g->bits[l->ids[k] >> 5] |= 1u << (l->ids[k] & 31);
-        int32_t most = llmi_g_sum(l->furthest, llmi_pool_at(&g->nodes, parent)[LLMI_N_REST]);
-        if (most > furthest) furthest = most;
+        int32_t above = left - llmi_pool_at(&g->nodes, parent)[LLMI_N_REST]; /* what the frame itself may take */
+        for (size_t w = 0; w < g->words && l->bits && l->usual <= above; w++) g->bits[w] |= l->bits[w];
+        for (int32_t k = 0; k < l->count; k++)
+            if (l->rests[k] <= above) g->bits[l->ids[k] >> 5] |= 1u << (l->ids[k] & 31);
         int32_t below = l->leave_count && parent > LLMI_NODE_BELOW ? llmi_guide_resume(g, parent) : -1;
-        for (int32_t k = 0; k < l->leave_count && below >= 0; k++) {
-            most = llmi_guide_walk(g, below, l->leaves[k], LLMI_FAR);
-            if (most > furthest) furthest = most;
-        }
+        for (int32_t k = 0; k < l->leave_count && below >= 0; k++) llmi_guide_walk(g, below, l->leaves[k], left);
     }
-    return furthest;
 }
 
 /* The bytes that a token shows at a place, in text [capacity]; NULL: longer than any token. */
@@ -9464,10 +9469,7 @@ static const uint32_t *llmi_guide_mask(llmi_guide *g, const llmi_place *at, int6
     if (c[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
     most = left > LLMI_FAR ? LLMI_FAR : (int32_t)left - 1;
     memset(g->bits, 0, g->words * sizeof *g->bits);
-    if (most >= 0 && llmi_guide_assemble(g, at->config) > most) {
-        memset(g->bits, 0, g->words * sizeof *g->bits);
-        llmi_guide_walk(g, at->config, 0, most);
-    }
+    if (most >= 0) llmi_guide_assemble(g, at->config, most);
     for (int32_t i = 0; at->fresh && i < g->x->spaced_count && !g->failed; i++) {
         llmi_place to = *at;
         int32_t id = g->x->spaced[i];
@@ -9493,14 +9495,32 @@ static int llmi_guide_is_end(const llmi_guide *g, int32_t id)
     return 0;
 }
 
+/* Is any logit a number above -infinity? */
+static int llmi_guide_has_number(const float *logits, int32_t vocab)
+{
+    int32_t i = 0;
+    while (i < vocab && llmi_rank(logits[i]) <= 0x007fffffu) i++;
+    return i < vocab;
+}
+
+/* What is not in the mask gets -infinity. */
+static void llmi_guide_forbid(const llmi_guide *g, const uint32_t *mask, float never, float *logits, int32_t vocab)
+{
+    for (int32_t i = 0; i < vocab; i += 32) {
+        uint32_t bits = (size_t)i < g->words * 32 ? mask[i >> 5] : 0;
+        for (int32_t k = i; k < i + 32 && k < vocab && bits != UINT32_MAX; k++)
+            if (!(bits >> (k & 31) & 1)) logits[k] = never;
+    }
+}
+
 /* Choose among the allowed tokens as llm_sample does among all, and go past the token; an end token leaves *at where it is.
    logits [vocab] are overwritten: what may not come gets -infinity. -1 and an error: no logit is a number, or out of memory. */
 static int32_t llmi_guide_pick(llmi_guide *g, llmi_place *at, const llm_sampling *s, float *logits, int32_t vocab, int64_t left, uint64_t *random,
                                float *scratch, int32_t *index, moq_error *err)
 {
     const uint32_t bits_of_never = 0xff800000u;
-    const uint32_t *mask = g->failed || llmi_greedy(logits, vocab) < 0 ? NULL : llmi_guide_mask(g, at, left);
-    int32_t rest = mask ? llmi_guide_rest(g, at) : 0, next = 0;
+    const uint32_t *mask = g->failed || !llmi_guide_has_number(logits, vocab) ? NULL : llmi_guide_mask(g, at, left);
+    int32_t rest = mask ? llmi_guide_rest(g, at) : 0, next = 0, words = (int32_t)(g->words * 32);
     float never;
     if (!mask) {
         if (g->failed) llmi_nomem(err, "grammar");
@@ -9509,20 +9529,18 @@ static int32_t llmi_guide_pick(llmi_guide *g, llmi_place *at, const llm_sampling
     }
     if (llmi_pool_at(&g->configs, at->config)[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
     memcpy(&never, &bits_of_never, sizeof never);
-    for (int32_t i = 0; i < vocab; i++)
-        if (i >= (int32_t)(g->words * 32) || !(mask[i >> 5] >> (i & 31) & 1)) logits[i] = never;
+    llmi_guide_forbid(g, mask, never, logits, vocab);
     for (;;) {
         uint64_t state = random ? *random : 0;
-        int32_t id = llm_sample(s, logits, vocab, &state, scratch, index);
-        /* the model is sure that none of them can be: the first that may */
-        for (; id < 0 && next < vocab && next < (int32_t)(g->words * 32); next++)
+        int32_t id = llm_sample(s, logits, vocab, &state, scratch, index), ends;
+        for (; id < 0 && next < vocab && next < words; next++) /* the model is sure that none of them can be: the first that may */
             if (mask[next >> 5] >> (next & 31) & 1) id = next;
         if (id < 0) break;
         llmi_place to = *at;
-        int ends = llmi_guide_is_end(g, id), complete = llmi_pool_at(&g->configs, at->config)[LLMI_C_FLAGS] & LLMI_COMPLETE;
-        int moved = ends ? 2 * (complete != 0) : llmi_guide_advance(g, &to, id);
+        ends = llmi_guide_is_end(g, id) && llmi_pool_at(&g->configs, at->config)[LLMI_C_FLAGS] & LLMI_COMPLETE;
+        int moved = ends ? 1 : llmi_guide_is_end(g, id) ? 0 : llmi_guide_advance(g, &to, id);
         if (moved < 0) break;
-        if (moved == 2 || (moved == 1 && llmi_guide_rest(g, &to) < left)) {
+        if (moved == 1 && (ends || llmi_guide_rest(g, &to) < left)) {
             if (random) *random = state;
             *at = to;
             return id;
