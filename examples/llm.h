@@ -11547,6 +11547,7 @@ static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t
         llmi_pass_clear(m);
         for (int32_t i = 0; i < n; i++)
             llmi_pass_add(m, 0, c->s->rows[row][first + i], first + i, last && c->logits ? c->logits + (size_t)i * vocab : NULL);
+        llmi_pass_upload(m);
         llmi_pass_embed(m);
         if (layer > 0) {
             if ((code = moq_spill_get(c->kept, place, c->host, bytes, err)) < 0) return code;
