@@ -86,6 +86,7 @@
                          >>ssm          state-space mixers and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
        >>api-quant       >>quant        encoders of every format, and the weight searches that need no data
+                         >>lowrank      singular vectors of a matrix, for SVDQuant
                          >>recipe       which modules a recipe covers, recorded calibration, smoothing, shared scales
        >>api-calib       >>calib        calibration algorithms over float arrays
                          >>observe      a backend that shows what goes through another one
@@ -14322,6 +14323,92 @@ MOQ_API moq_result moq_find_amax(const moq_encode_desc *d, float *amax, float *g
 }
 
 /* ------------------------------------------------------------------------------------------------
+   >>lowrank         singular vectors of a matrix, for SVDQuant: the largest directions of a weight stay wide
+   Pure functions in double. Singular values are exact to a few units of 2^-52 of the largest.
+   ------------------------------------------------------------------------------------------------ */
+
+/* One-sided Jacobi (Hestenes) in double: rotate pairs of vectors until all are orthogonal, |a . b| <= 1e-15 |a| |b|. Singular values are
+   exact to a few units of 2^-52 of the largest. vectors: [n, length]; turns: [n, n], what was done, from the identity.
+   Afterwards vectors = turns * (what they were), and the singular values are their lengths. */
+static void moqi_jacobi(double *vectors, double *turns, int64_t n, int64_t length)
+{
+    memset(turns, 0, (size_t)(n * n) * sizeof *turns);
+    for (int64_t i = 0; i < n; i++) turns[i * n + i] = 1;
+    for (int sweep = 0, moved = 1; moved && sweep < 60; sweep++) {
+        moved = 0;
+        for (int64_t p = 0; p < n - 1; p++)
+            for (int64_t q = p + 1; q < n; q++) {
+                double *a = vectors + p * length, *b = vectors + q * length, aa = 0, bb = 0, ab = 0;
+                for (int64_t i = 0; i < length; i++) { aa += a[i] * a[i]; bb += b[i] * b[i]; ab += a[i] * b[i]; }
+                if (!(fabs(ab) > 1e-15 * sqrt(aa * bb))) continue;
+                double zeta = (bb - aa) / (2 * ab), t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
+                double c = 1 / sqrt(1 + t * t), s = c * t, *u = turns + p * n, *v = turns + q * n;
+                moved = 1;
+                for (int64_t i = 0; i < length; i++) { double x = a[i]; a[i] = c * x - s * b[i]; b[i] = s * x + c * b[i]; }
+                for (int64_t i = 0; i < n; i++) { double x = u[i]; u[i] = c * x - s * v[i]; v[i] = s * x + c * v[i]; }
+            }
+    }
+}
+
+/* Indices of the `rank` longest of n vectors, longest first; `size` [n] is left holding the squared lengths. */
+static void moqi_longest(const double *vectors, int64_t n, int64_t length, int64_t rank, double *size, int64_t *index)
+{
+    for (int64_t i = 0; i < n; i++) {
+        size[i] = 0;
+        for (int64_t j = 0; j < length; j++) size[i] += vectors[i * length + j] * vectors[i * length + j];
+    }
+    for (int64_t k = 0; k < rank; k++) {
+        index[k] = -1;
+        for (int64_t i = 0; i < n; i++) {
+            int used = 0;
+            for (int64_t j = 0; j < k; j++) used = used || index[j] == i;
+            if (!used && (index[k] < 0 || size[i] > size[index[k]])) index[k] = i;
+        }
+    }
+}
+
+/* W [rows, cols] ~ b [rows, rank] a [rank, cols], b = (U S)[:, :rank], a = V^T[:rank]; missing ranks are zero. 0 when out of memory.
+   The shorter side is rotated: columns of W when it is tall (then b are the rotated columns), else its rows (then a are, made unit). */
+static int moqi_low_rank(const moq_allocator *m, const float *w, int64_t rows, int64_t cols, int64_t ld, int64_t rank, float *b, float *a)
+{
+    int tall = rows >= cols;
+    int64_t n = tall ? cols : rows, length = tall ? rows : cols, have = moqi_min(rank, n);
+    size_t bytes = (size_t)(n * length + n * n + n + rank) * sizeof(double);
+    double *vectors = (double *)moq_allocate(m, bytes);
+    if (!vectors) return 0;
+    double *turns = vectors + n * length, *size = turns + n * n;
+    int64_t *index = (int64_t *)(void *)(size + n);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < length; j++) vectors[i * length + j] = (double)(tall ? w[j * ld + i] : w[i * ld + j]);
+    moqi_jacobi(vectors, turns, n, length);
+    moqi_longest(vectors, n, length, have, size, index);
+    memset(b, 0, (size_t)(rows * rank) * sizeof *b);
+    memset(a, 0, (size_t)(rank * cols) * sizeof *a);
+    for (int64_t k = 0; k < have; k++) {
+        const double *v = vectors + index[k] * length, *u = turns + index[k] * n;
+        double s = sqrt(size[index[k]]);
+        for (int64_t j = 0; j < length; j++) {
+            if (tall) b[j * rank + k] = (float)v[j];
+            else a[k * cols + j] = (float)(s > 0 ? v[j] / s : 0);
+        }
+        for (int64_t j = 0; j < n; j++) {
+            if (tall) a[k * cols + j] = (float)u[j];
+            else b[j * rank + k] = (float)(u[j] * s);
+        }
+    }
+    moq_release(m, vectors, bytes);
+    return 1;
+}
+
+/* One value of b a: row [rank] of b, column of a [rank, cols]. */
+static float moqi_low_rank_value(const float *b, const float *a, int64_t rank, int64_t cols, int64_t c)
+{
+    float sum = 0;
+    for (int64_t k = 0; k < rank; k++) sum += b[k] * a[k * cols + c];
+    return sum;
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>recipe          which modules a recipe covers, recorded calibration, smoothing, shared scales
    Fills a plan: one target for each module of the source, with everything that its encoding needs. Reads weights, writes nothing.
    ------------------------------------------------------------------------------------------------ */
@@ -14383,6 +14470,9 @@ typedef struct moqi_target {
     const float *mean_p;      /* of the group, when it has more than one member */
     const float *row_p;       /* [rows] pre_quant_scale of the next layer, folded into this one's rows */
     const float *out_p;       /* pre_quant_scale to store; NULL: none or folded away */
+    int64_t rank;             /* SVDQuant: W is what is left after b a; 0: none */
+    float *lora_b, *lora_a;   /* [rows, rank], [rank, cols] of this layer alone, in the model's type */
+    float *group_b, *group_a; /* the same in F32 of its group as one matrix, whose members share a; NULL: alone */
 } moqi_target;
 
 /* A norm whose weight takes up the pre_quant_scale of the layers behind it. */
@@ -14634,7 +14724,7 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
             if (moqi_f32_bits(moqi_in_model(t->model, whole)) == moqi_f32_bits(own[i])) v = whole;
         }
         /* AutoQuantize keeps s beside the weight in BF16, and leaves no best_scale */
-        int narrow = p->narrow || (!best && t->recipe->scheme.weight.elem != MOQ_I8);
+        int narrow = p->narrow || (!best && t->recipe->scheme.weight.elem != MOQ_I8 && !t->recipe->scheme.lora_rank);
         smooth[i] = narrow ? moqi_in_model(t->model, best ? best[i] : 1 / v) : 1 / v;
     }
     t->smooth = smooth;
@@ -14807,8 +14897,21 @@ static moq_result moqi_smooth_targets(moqi_plan *p, moq_error *err)
 static int moqi_is_direct(const moqi_target *t, const moq_linear *w)
 {
     int64_t bits = moq_dtype_bits(w->codes.dtype);
-    return moqi_is_float(w->codes.dtype) && w->scheme.weight.elem == w->codes.dtype && !t->smooth && !t->row_p && w->row_step == 1 && w->row_first == 0 &&
-           w->col_first == 0 && w->packing.col_stride == 1 && w->packing.row_stride == w->cols && w->packing.word_bits == bits;
+    return moqi_is_float(w->codes.dtype) && w->scheme.weight.elem == w->codes.dtype && !t->smooth && !t->row_p && !t->lora_b && w->row_step == 1 &&
+           w->row_first == 0 && w->col_first == 0 && w->packing.col_stride == 1 && w->packing.row_stride == w->cols && w->packing.word_bits == bits;
+}
+
+/* x [cols] := the row without its low-rank branch. Members of a group are put together again, smoothed by the mean vector, and lose the
+   branch of the group, whose factors are F32 here and rounded only when they are stored (modelopt-checkpoints 5.9). */
+static void moqi_take_branch(const moqi_target *t, int64_t row, float *x)
+{
+    int64_t cols = t->w.cols, rank = t->rank;
+    for (int64_t c = 0; c < cols; c++) {
+        float branch = moqi_in_model(t->model, moqi_low_rank_value(t->lora_b + row * rank, t->lora_a, rank, cols, c)), v = moqi_in_model(t->model, x[c] - branch);
+        if (t->mean_p) v = (v + branch) * t->own_p[c] / t->mean_p[c];
+        if (t->group_b) v = moqi_in_model(t->model, v - moqi_low_rank_value(t->group_b + row * rank, t->group_a, rank, cols, c));
+        x[c] = v;
+    }
 }
 
 /* The smoothed weight in F32, every step rounded as ModelOpt's tensors are: W * (1/p), rows * p of the next layer, (W * p) / mean. */
@@ -14821,9 +14924,10 @@ static void moqi_load_weight(const moqi_target *t, const moq_linear *w, float *o
             float v = moqi_in_model(t->model, x[c]);
             if (t->smooth) v = moqi_in_model(t->model, v * t->smooth[c]);
             if (t->row_p) v = moqi_in_model(t->model, v * t->row_p[row]);
-            if (t->mean_p) v = moqi_in_model(t->model, v * t->own_p[c] / t->mean_p[c]);
+            if (t->mean_p && !t->lora_b) v = moqi_in_model(t->model, v * t->own_p[c] / t->mean_p[c]);
             x[c] = v;
         }
+        if (t->lora_b) moqi_take_branch(t, row, x);
     }
 }
 
@@ -14859,6 +14963,69 @@ static moq_result moqi_encode_source(moqi_plan *p, const moqi_target *t, int32_t
     moqi_load_weight(t, &w, p->work);
     d->data = p->work;
     return MOQ_OK;
+}
+
+/* Factors of one layer, from its smoothed weight. */
+static moq_result moqi_decompose(moqi_plan *p, moqi_target *t, moq_error *err)
+{
+    const moq_allocator *a = &p->desc->allocator;
+    int64_t rank = t->recipe->scheme.lora_rank, n = t->w.rows * t->w.cols;
+    size_t bytes = (size_t)n * sizeof(float);
+    float *w = (float *)moq_allocate(a, bytes), *b = (float *)moqi_take_array(p->r, (uint64_t)(t->w.rows * rank), sizeof *b);
+    float *v = (float *)moqi_take_array(p->r, (uint64_t)(t->w.cols * rank), sizeof *v);
+    const float *mean = t->mean_p;
+    t->mean_p = NULL; /* its own smoothing only */
+    if (w) moqi_load_weight(t, &t->w, w);
+    t->mean_p = mean;
+    int ok = w && b && v && moqi_low_rank(a, w, t->w.rows, t->w.cols, t->w.cols, rank, b, v);
+    moq_release(a, w, bytes);
+    if (!ok) return moqi_nomem(err, bytes);
+    for (int64_t i = 0; i < t->w.rows * rank; i++) b[i] = moqi_in_model(t->model, b[i]);
+    for (int64_t i = 0; i < t->w.cols * rank; i++) v[i] = moqi_in_model(t->model, v[i]);
+    t->rank = rank;
+    t->lora_b = b;
+    t->lora_a = v;
+    return MOQ_OK;
+}
+
+/* Factors of a group: the members' weights one below the other, smoothed alike, as one matrix. */
+static moq_result moqi_decompose_group(moqi_plan *p, size_t leader, moq_error *err)
+{
+    const moq_allocator *a = &p->desc->allocator;
+    const moqi_target *t = &p->targets[leader];
+    int64_t rows = 0, cols = t->w.cols, rank = t->rank, at = 0;
+    for (size_t i = leader; i < p->count; i++)
+        if (p->targets[i].leader == leader) rows += p->targets[i].w.rows;
+    size_t bytes = (size_t)(rows * cols) * sizeof(float);
+    float *w = (float *)moq_allocate(a, bytes), *b = (float *)moqi_take_array(p->r, (uint64_t)(rows * rank), sizeof *b);
+    float *v = (float *)moqi_take_array(p->r, (uint64_t)(cols * rank), sizeof *v);
+    for (size_t i = leader; w && i < p->count; i++) {
+        if (p->targets[i].leader != leader) continue;
+        moqi_load_weight(&p->targets[i], &p->targets[i].w, w + at * cols);
+        at += p->targets[i].w.rows;
+    }
+    int ok = w && b && v && moqi_low_rank(a, w, rows, cols, cols, rank, b, v);
+    moq_release(a, w, bytes);
+    if (!ok) return moqi_nomem(err, bytes);
+    at = 0;
+    for (size_t i = leader; i < p->count; i++) {
+        if (p->targets[i].leader != leader) continue;
+        p->targets[i].group_b = b + at * rank;
+        p->targets[i].group_a = v;
+        at += p->targets[i].w.rows;
+    }
+    return MOQ_OK;
+}
+
+/* SVDQuant: every layer by itself, then the groups. Experts stay plain, as they do when smoothed. */
+static moq_result moqi_decompose_targets(moqi_plan *p, moq_error *err)
+{
+    moq_result r = MOQ_OK;
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
+        if (p->targets[i].recipe && p->targets[i].recipe->scheme.lora_rank && p->targets[i].own_p) r = moqi_decompose(p, &p->targets[i], err);
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
+        if (p->targets[i].lora_b && p->targets[i].leader == i && p->targets[i].members > 1) r = moqi_decompose_group(p, i, err);
+    return r;
 }
 
 /* Does one amax of the whole weight enter the encoding? */
@@ -14955,8 +15122,6 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
     moqi_where at = moqi_at(NULL, "layer", t->name, -1);
     if (t->recipe->algo[0] == 0)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored in a ModelOpt folder", t->recipe->name);
-    if (t->recipe->scheme.lora_rank)
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s needs a decomposition that recorded values do not hold", t->recipe->name);
     int fits = (c->elem == MOQ_F4 && (c->scale == MOQ_F8_E8M0 || c->group_cols == 16)) || (c->elem == MOQ_F8_E4M3 && c->group_rows == MOQ_ALL);
     if (t->w.experts > 0 && !fits)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored for a stack of experts; exclude it, or use fp8, nvfp4 or mxfp4", t->recipe->name);
@@ -15012,6 +15177,7 @@ static moq_result moqi_load_targets(moqi_plan *p, moq_error *err)
     if (r != MOQ_OK) return r;
     moqi_group_targets(p);
     r = moqi_smooth_targets(p, err);
+    if (r == MOQ_OK) r = moqi_decompose_targets(p, err);
     return r == MOQ_OK ? moqi_find_globals(p, err) : r;
 }
 
@@ -15534,94 +15700,6 @@ static float moqi_headroom_amax(const uint64_t bins[MOQI_BINS], float running_ma
     if (!(upper > 0)) return running_max;
     double anchor = moqi_headroom_value(bins, 1, upper / 1e6) * 16384;
     return (float)(anchor > upper ? anchor : upper);
-}
-
-/* ---- svdquant (9): the largest directions of the weight stay wide ---- */
-
-/* One-sided Jacobi (Hestenes) in double: rotate pairs of vectors until all are orthogonal, |a . b| <= 1e-15 |a| |b|. Singular values are
-   exact to a few units of 2^-52 of the largest. vectors: [n, length]; turns: [n, n], what was done, from the identity.
-   Afterwards vectors = turns * (what they were), and the singular values are their lengths. */
-static void moqi_jacobi(double *vectors, double *turns, int64_t n, int64_t length)
-{
-    memset(turns, 0, (size_t)(n * n) * sizeof *turns);
-    for (int64_t i = 0; i < n; i++) turns[i * n + i] = 1;
-    for (int sweep = 0, moved = 1; moved && sweep < 60; sweep++) {
-        moved = 0;
-        for (int64_t p = 0; p < n - 1; p++)
-            for (int64_t q = p + 1; q < n; q++) {
-                double *a = vectors + p * length, *b = vectors + q * length, aa = 0, bb = 0, ab = 0;
-                for (int64_t i = 0; i < length; i++) { aa += a[i] * a[i]; bb += b[i] * b[i]; ab += a[i] * b[i]; }
-                if (!(fabs(ab) > 1e-15 * sqrt(aa * bb))) continue;
-                double zeta = (bb - aa) / (2 * ab), t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
-                double c = 1 / sqrt(1 + t * t), s = c * t, *u = turns + p * n, *v = turns + q * n;
-                moved = 1;
-                for (int64_t i = 0; i < length; i++) { double x = a[i]; a[i] = c * x - s * b[i]; b[i] = s * x + c * b[i]; }
-                for (int64_t i = 0; i < n; i++) { double x = u[i]; u[i] = c * x - s * v[i]; v[i] = s * x + c * v[i]; }
-            }
-    }
-}
-
-/* Indices of the `rank` longest of n vectors, longest first; `size` [n] is left holding the squared lengths. */
-static void moqi_longest(const double *vectors, int64_t n, int64_t length, int64_t rank, double *size, int64_t *index)
-{
-    for (int64_t i = 0; i < n; i++) {
-        size[i] = 0;
-        for (int64_t j = 0; j < length; j++) size[i] += vectors[i * length + j] * vectors[i * length + j];
-    }
-    for (int64_t k = 0; k < rank; k++) {
-        index[k] = -1;
-        for (int64_t i = 0; i < n; i++) {
-            int used = 0;
-            for (int64_t j = 0; j < k; j++) used = used || index[j] == i;
-            if (!used && (index[k] < 0 || size[i] > size[index[k]])) index[k] = i;
-        }
-    }
-}
-
-/* W [rows, cols] ~ b [rows, rank] a [rank, cols], b = (U S)[:, :rank], a = V^T[:rank]; missing ranks are zero. 0 when out of memory.
-   The shorter side is rotated: columns of W when it is tall (then b are the rotated columns), else its rows (then a are, made unit). */
-MOQI_UNUSED static int moqi_low_rank(const moq_allocator *m, const moqi_matrix *w, int64_t rank, float *b, float *a)
-{
-    int tall = w->rows >= w->cols;
-    int64_t n = tall ? w->cols : w->rows, length = tall ? w->rows : w->cols, have = moqi_min(rank, n);
-    size_t bytes = (size_t)(n * length + n * n + n + rank) * sizeof(double);
-    double *vectors = (double *)moq_allocate(m, bytes);
-    if (!vectors) return 0;
-    double *turns = vectors + n * length, *size = turns + n * n;
-    int64_t *index = (int64_t *)(void *)(size + n);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < length; j++) vectors[i * length + j] = (double)(tall ? w->data[j * w->ld + i] : w->data[i * w->ld + j]);
-    moqi_jacobi(vectors, turns, n, length);
-    moqi_longest(vectors, n, length, have, size, index);
-    memset(b, 0, (size_t)(w->rows * rank) * sizeof *b);
-    memset(a, 0, (size_t)(rank * w->cols) * sizeof *a);
-    for (int64_t k = 0; k < have; k++) {
-        const double *v = vectors + index[k] * length, *u = turns + index[k] * n;
-        double s = sqrt(size[index[k]]);
-        for (int64_t j = 0; j < length; j++) {
-            if (tall) b[j * rank + k] = (float)v[j];
-            else a[k * w->cols + j] = (float)(s > 0 ? v[j] / s : 0);
-        }
-        for (int64_t j = 0; j < n; j++) {
-            if (tall) a[k * w->cols + j] = (float)u[j];
-            else b[j * rank + k] = (float)(u[j] * s);
-        }
-    }
-    moq_release(m, vectors, bytes);
-    return 1;
-}
-
-/* W := bf16(W - bf16(b a)) after both factors were rounded to BF16. */
-MOQI_UNUSED static void moqi_take_low_rank(moqi_matrix *w, float *b, float *a, int64_t rank)
-{
-    moqi_bf16_all(b, w->rows * rank);
-    moqi_bf16_all(a, rank * w->cols);
-    for (int64_t r = 0; r < w->rows; r++)
-        for (int64_t c = 0; c < w->cols; c++) {
-            float sum = 0;
-            for (int64_t k = 0; k < rank; k++) sum += b[r * rank + k] * a[k * w->cols + c];
-            w->data[r * w->ld + c] = moqi_bf16(w->data[r * w->ld + c] - moqi_bf16(sum));
-        }
 }
 
 /* ---- gptq (10): spread the error of each column over those that follow ---- */
@@ -19838,6 +19916,17 @@ static float moqi_target_input(const moqi_target *t)
                             : moqi_scale_of(t->input_amax, 6, MOQI_INV_2688);
 }
 
+/* The low-rank factors; members of a group repeat the `a` that they share. */
+static moq_result moqi_add_branch(moqi_export *x, const moqi_target *t, moq_error *err)
+{
+    uint64_t a[2], b[2];
+    a[0] = b[1] = (uint64_t)t->rank;
+    a[1] = (uint64_t)t->w.cols;
+    b[0] = (uint64_t)t->w.rows;
+    moq_result r = moqi_add_values(x, t->name, ".weight_quantizer._svdquant_lora_a", t->model, 2, a, t->group_a ? t->group_a : t->lora_a, err);
+    return r == MOQ_OK ? moqi_add_values(x, t->name, ".weight_quantizer._svdquant_lora_b", t->model, 2, b, t->group_b ? t->group_b : t->lora_b, err) : r;
+}
+
 /* All tensors of a quantized target but its bias. */
 static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
 {
@@ -19868,6 +19957,7 @@ static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
         r = moqi_add_scalar(x, t->name, stack ? "_input_scale" : ".input_scale", moqi_target_input(t), err);
     }
     if (r == MOQ_OK && t->out_p) r = moqi_add_values(x, t->name, ".pre_quant_scale", t->model, 1, &cols, t->out_p, err);
+    if (r == MOQ_OK && t->lora_b) r = moqi_add_branch(x, t, err);
     return r;
 }
 
@@ -20541,7 +20631,7 @@ static moq_result moqi_make_units(moqi_export *x, moq_error *err)
         if (t->embedding && moqi_starts(moq_get_info(p->ck)->model_type, "gemma")) continue;
         const moqi_form *f = &x->forms[i];
         const char *algo = t->recipe ? t->recipe->algo : f->algo;
-        if (t->recipe && (t->expert || t->w.experts > 0) && strcmp(algo, "NVFP4_AWQ") == 0) algo = "NVFP4"; /* experts are not smoothed */
+        if (t->recipe && (t->expert || t->w.experts > 0) && moqi_starts(algo, "NVFP4_") && t->recipe->scheme.pre_quant_scale) algo = "NVFP4"; /* not smoothed */
         r = moqi_add_unit(x, moqi_unit_name(x, t), t->recipe ? &t->recipe->scheme : f->algo ? &f->scheme : NULL, algo, err);
     }
     for (size_t i = 0; i < moq_tensor_count(p->ck) && r == MOQ_OK; i++) { /* convolutions */

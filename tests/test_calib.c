@@ -582,7 +582,7 @@ static void test_low_rank(void)
         double all = 0, left = 0, found = 0;
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < cols; j++) w.data[i * w.ld + j] = test_normal();
-        CHECK(moqi_low_rank(NULL, &w, rank, b, a));
+        CHECK(moqi_low_rank(NULL, w.data, rows, cols, w.ld, rank, b, a));
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < cols; j++) {
                 double x = (double)w.data[i * w.ld + j], sum = 0;
