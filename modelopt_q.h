@@ -87,7 +87,8 @@
        >>api-backend     >>backend      the function table and its CPU filling
        >>api-quant       >>quant        encoders of every format, and the weight searches that need no data
                          >>lowrank      singular vectors of a matrix, for SVDQuant
-                         >>recipe       which modules a recipe covers, recorded calibration, smoothing, shared scales
+                         >>recipe       which modules a recipe covers, recorded calibration, groups, smoothing
+                         >>plan         the weights that a plan encodes, the scales that they share
        >>api-calib       >>calib        calibration algorithms over float arrays
                          >>observe      a backend that shows what goes through another one
                          >>tape         what an engine asks of a backend, kept and done again
@@ -14409,7 +14410,7 @@ static float moqi_low_rank_value(const float *b, const float *a, int64_t rank, i
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>recipe          which modules a recipe covers, recorded calibration, smoothing, shared scales
+   >>recipe          which modules a recipe covers, recorded calibration, groups, smoothing
    Fills a plan: one target for each module of the source, with everything that its encoding needs. Reads weights, writes nothing.
    ------------------------------------------------------------------------------------------------ */
 
@@ -14700,7 +14701,11 @@ static moq_amax_search moqi_recipe_search(const moq_recipe *recipe)
 static int moqi_recipe_clips(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "awq_clip") || moqi_starts(recipe->calibration, "awq_full"); }
 
 /* Fused experts are no linears to ModelOpt's smoothing steps: they stay plain max-calibrated. */
-static int moqi_is_smoothed(const moqi_target *t) { return t->recipe->scheme.pre_quant_scale && !t->expert && t->w.experts == 0; }
+static int moqi_is_smoothed(const moqi_target *t)
+{
+    /* ModelOpt cannot export INT4 experts that are fused; ours are smoothed as it smooths experts that are modules of their own */
+    return t->recipe->scheme.pre_quant_scale && t->w.experts == 0 && (!t->expert || t->recipe->scheme.weight.elem == MOQ_I4);
+}
 
 /* p = recorded pre_quant_scale, or 1 / best_scale of AWQ, in F32. The stored vector is p in the model's type; the weight is multiplied
    by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax, so p is found again from its BF16 value. */
@@ -14711,6 +14716,7 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
     moq_result r = moqi_recorded(p, t, "awq_lite.best_scale", n, &best, err);
     if (r == MOQ_OK) r = moqi_recorded(p, t, "input_quantizer.pre_quant_scale", n, &given, err);
     if (r != MOQ_OK) return r;
+    if (!best && !given && t->expert) return MOQ_OK; /* calibrated without smoothing */
     if (!best && !given)
         return moqi_fail(err, MOQ_E_MISSING, moqi_at(p->records_name, "layer", t->name, -1),
                          "recipe %s needs a pre_quant_scale for it, and there is none", t->recipe->name);
@@ -14747,7 +14753,7 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     moqi_where at = moqi_at(p->records_name, "layer", t->name, -1);
     if (moqi_has_input_scale(t->recipe)) {
         r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
-        if (r == MOQ_OK && !v)
+        if (r == MOQ_OK && !v && !t->expert)
             return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, and %s; give a calibration file that has it",
                              t->recipe->name, p->records_name ? "the calibration has none" : "nothing was calibrated");
         if (v) t->input_amax = v[0];
@@ -14881,17 +14887,74 @@ static moq_result moqi_average_group(moqi_plan *p, size_t leader, moq_error *err
     return MOQ_OK;
 }
 
+/* 1: b is an expert of the same container as a, and its input is the same tensor: gate and up of all, or down of all. */
+static int moqi_same_experts(const moqi_target *a, const moqi_target *b)
+{
+    size_t n, m;
+    uint32_t number;
+    const char *x, *y;
+    if (!b->expert || !moqi_expert_name(a->name, &n, &number, &x) || !moqi_expert_name(b->name, &m, &number, &y)) return 0;
+    int down = strcmp(x, "down_proj") == 0 || strcmp(x, "w2") == 0;
+    return n == m && strncmp(a->name, b->name, n) == 0 && (strcmp(y, "down_proj") == 0 || strcmp(y, "w2") == 0) == down;
+}
+
+/* All experts of a layer get the mean vector of their projection, those that saw no token (p = 1) too. Targets are in the order of
+   names, so a container's stand together. */
+static moq_result moqi_average_experts(moqi_plan *p, size_t first, moq_error *err)
+{
+    const moqi_target *t = &p->targets[first];
+    size_t n = (size_t)t->w.cols, count = 0, end = first;
+    float *mean = (float *)moqi_take_array(p->r, n, sizeof *mean);
+    if (!mean) return moqi_nomem(err, n * sizeof *mean);
+    memset(mean, 0, n * sizeof *mean);
+    for (; end < p->count && p->targets[end].expert; end++) {
+        if (!p->targets[end].own_p || !moqi_same_experts(t, &p->targets[end])) continue;
+        for (size_t c = 0; c < n; c++) mean[c] += p->targets[end].own_p[c];
+        count++;
+    }
+    for (size_t c = 0; c < n; c++) mean[c] = moqi_in_model(t->model, mean[c] / (float)count);
+    for (size_t i = first; i < end; i++) {
+        if (!p->targets[i].own_p || !moqi_same_experts(t, &p->targets[i])) continue;
+        p->targets[i].mean_p = p->targets[i].out_p = mean;
+        p->targets[i].amax = NULL;
+    }
+    return MOQ_OK;
+}
+
+/* Experts that saw no token take the largest input of the others; when none saw any, 0.5. */
+static moq_result moqi_fill_experts(moqi_plan *p, moq_error *err)
+{
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_target *t = &p->targets[i];
+        if (!t->recipe || !t->expert || t->input_amax > 0 || !moqi_has_input_scale(t->recipe)) continue;
+        if (!p->records_name)
+            return moqi_fail(err, MOQ_E_MISSING, moqi_at(NULL, "layer", t->name, -1), "recipe %s needs the largest input of this layer, and nothing was calibrated; "
+                             "give a calibration file that has it", t->recipe->name);
+        size_t first = i;
+        while (first > 0 && p->targets[first - 1].expert) first--;
+        for (size_t k = first; k < p->count && p->targets[k].expert; k++)
+            if (p->targets[k].input_amax > t->input_amax && moqi_same_experts(t, &p->targets[k])) t->input_amax = p->targets[k].input_amax;
+        if (!(t->input_amax > 0)) t->input_amax = 0.5f;
+    }
+    return MOQ_OK;
+}
+
 static moq_result moqi_smooth_targets(moqi_plan *p, moq_error *err)
 {
     moq_result r = MOQ_OK;
     for (size_t i = 0; i < p->count; i++) p->targets[i].out_p = p->targets[i].own_p;
     moqi_fold_into_rows(p);
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
-        if (p->targets[i].own_p && p->targets[i].leader == i && p->targets[i].members > 1) r = moqi_average_group(p, i, err);
+        if (p->targets[i].own_p && p->targets[i].expert && !p->targets[i].mean_p) r = moqi_average_experts(p, i, err);
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
+        if (p->targets[i].own_p && !p->targets[i].expert && p->targets[i].leader == i && p->targets[i].members > 1) r = moqi_average_group(p, i, err);
     return r;
 }
 
-/* ---- weights ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>plan            the weights that a plan encodes: smoothed, decomposed, with the scales that they share
+   Reads one weight at a time into the plan's scratch memory.
+   ------------------------------------------------------------------------------------------------ */
 
 /* Can the encoder read the source where it lies? */
 static int moqi_is_direct(const moqi_target *t, const moq_linear *w)
@@ -15176,7 +15239,8 @@ static moq_result moqi_load_targets(moqi_plan *p, moq_error *err)
         if (p->targets[i].recipe) r = moqi_load_target(p, &p->targets[i], err);
     if (r != MOQ_OK) return r;
     moqi_group_targets(p);
-    r = moqi_smooth_targets(p, err);
+    r = moqi_fill_experts(p, err);
+    if (r == MOQ_OK) r = moqi_smooth_targets(p, err);
     if (r == MOQ_OK) r = moqi_decompose_targets(p, err);
     return r == MOQ_OK ? moqi_find_globals(p, err) : r;
 }
@@ -21180,6 +21244,8 @@ static moq_result moqi_get_records(moqi_export *x, moq_error *err)
         c.choose = moqi_planned;
         c.choose_user = p;
         c.kv = d->kv;
+        for (size_t i = 0; i < p->count; i++)
+            if (p->targets[i].recipe && p->targets[i].expert && moqi_is_smoothed(&p->targets[i])) c.smooth_experts = 1;
         c.forward = d->calibrate;
         c.data = d->data;
         c.backend = d->backend;
@@ -21847,7 +21913,7 @@ static moq_result moqi_auto_fake(moqi_auto *x, moqi_auto_layer *l, int f, moq_er
     if (r >= 0 && l->w.experts == 0 && moqi_recipe_searches(k->recipe)) r = moqi_auto_blocks(x, l, &t, k, err);
     if (r < 0) return r;
     moqi_auto_pair(x, l, f);
-    if (!moqi_is_smoothed(&t)) return MOQ_OK;
+    if (!moqi_is_smoothed(&t) || t.expert) return MOQ_OK;
     r = moqi_recorded(&x->plan, &t, "awq_lite.best_scale", n, &best, err);
     if (r >= 0) r = moqi_recorded(&x->plan, &t, "input_quantizer.pre_quant_scale", n, &v, err);
     if (r < 0 || (!best && !v)) return r;

@@ -265,6 +265,7 @@ static int verb_quantize(const options *o)
     set.samples.scratch = d.target;
     if (o->calib) {
         bad = load_samples(&set, o);
+        set.samples.logits = o->rule.count > 0 || moq_find_recipe(o->recipe) == moq_find_recipe("nvfp4_fp8_mha"); /* only then can the head be meant */
         d.calibrate = llm_calibrate;
         d.data = &set.samples;
         d.save_calibration = o->save_calibration;

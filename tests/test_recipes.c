@@ -1,0 +1,258 @@
+/* test_recipes.c - every recipe of the table, from tokens to a folder that opens and computes; SVDQuant against ModelOpt's factors. */
+#define MOQ_QUANTIZE
+#include "test.h"
+
+#define LLM_IMPLEMENTATION
+#include "../examples/llm.h"
+
+#include <dirent.h>
+#include <unistd.h>
+
+#ifndef GOLDEN_DIR
+#define GOLDEN_DIR TEST_DIR "/data/golden"
+#endif
+
+static const char *golden(const char *format, const char *name)
+{
+    static char text[8][1024];
+    static int turn;
+    turn = (turn + 1) & 7;
+    int n = snprintf(text[turn], sizeof text[turn], "%s/", GOLDEN_DIR);
+    snprintf(text[turn] + n, sizeof text[turn] - (size_t)n, format, name);
+    return text[turn];
+}
+
+static int is_there(const char *path) { return access(path, R_OK) == 0; }
+
+static void remove_dir(const char *path)
+{
+    char text[2400];
+    DIR *d = opendir(path);
+    if (!d) return;
+    for (struct dirent *e; (e = readdir(d)) != NULL;) {
+        if (e->d_name[0] == '.') continue;
+        snprintf(text, sizeof text, "%s/%s", path, e->d_name);
+        unlink(text);
+    }
+    closedir(d);
+    rmdir(path);
+}
+
+/* Rows of random tokens of every word: what is measured here needs no particular text. */
+typedef struct token_set { int32_t tokens[8][24]; const int32_t *rows[8]; int32_t lengths[8]; llm_samples samples; } token_set;
+
+static void make_tokens(token_set *g, uint32_t words)
+{
+    memset(g, 0, sizeof *g);
+    for (int i = 0; i < 8; i++) {
+        for (int k = 0; k < 24; k++) g->tokens[i][k] = (int32_t)(test_random() % words);
+        g->rows[i] = g->tokens[i];
+        g->lengths[i] = 24;
+    }
+    g->samples.rows = g->rows;
+    g->samples.lengths = g->lengths;
+    g->samples.count = 8;
+    g->samples.batch = 4;
+}
+
+/* Logits of one row, [24, vocab]; free with free(). */
+static float *logits_of(const char *dir, const token_set *g, int64_t *count)
+{
+    llm_desc d;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    d.path = dir;
+    d.context = 32;
+    d.no_tokenizer = 1;
+    d.threads = 1;
+    llm *m = llm_open(&d, &err);
+    if (!m) { printf("  %s: %s\n", dir, err.text); return NULL; }
+    *count = 24 * (int64_t)llm_get_info(m)->vocab;
+    float *out = (float *)malloc((size_t)*count * sizeof *out);
+    if (llm_forward(m, 0, g->rows[0], 24, 0, out, NULL, &err) < 0) { printf("  %s: %s\n", dir, err.text); free(out); out = NULL; }
+    llm_close(m);
+    return out;
+}
+
+/* The source that has what a recipe covers. */
+static const char *source_for(const char *recipe)
+{
+    if (strncmp(recipe, "mamba", 5) == 0) return "nemotron_h";
+    return strstr(recipe, "experts_only") ? "qwen3_moe" : "llama";
+}
+
+static void recipe_case(const moq_recipe *recipe, const char *source)
+{
+    token_set g;
+    moq_quantize_desc d;
+    moq_error err;
+    int64_t n = 0, m = 0, layers = 0;
+    double num = 0, den = 0;
+    char target[1200], from[1200];
+    snprintf(target, sizeof target, "%s", test_path("build/recipe-out"));
+    snprintf(from, sizeof from, "%s", golden("sources/%s", source));
+    remove_dir(target);
+    make_tokens(&g, 256);
+    g.samples.logits = strcmp(recipe->name, "nvfp4_fp8_mha") == 0; /* the only one that quantizes the head */
+    memset(&d, 0, sizeof d);
+    d.source = from;
+    d.target = target;
+    d.recipe = recipe->name;
+    d.calibrate = llm_calibrate;
+    d.data = &g.samples;
+    d.threads = 1;
+    moq_result r = moq_quantize(&d, &err);
+    if (r != MOQ_OK) printf("  %s of %s: %s\n", recipe->name, source, err.text);
+    CHECK_INT(r, MOQ_OK);
+    if (r != MOQ_OK) return;
+    moq_checkpoint *ck = moq_open(target, NULL, &err);
+    CHECK(ck != NULL);
+    for (size_t i = 0; ck && i < moq_module_count(ck); i++) {
+        moq_linear w;
+        if (moq_get_module(ck, i, &w, &err) == MOQ_OK && moq_scheme_is_quantized(&w.scheme)) layers++;
+    }
+    moq_close(ck);
+    float *a = logits_of(from, &g, &n), *b = logits_of(target, &g, &m);
+    CHECK(a && b && n == m && layers > 0);
+    for (int64_t i = 0; a && b && i < n; i++) {
+        num += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+        den += (double)a[i] * (double)a[i];
+    }
+    double off = sqrt(num / (den > 0 ? den : 1));
+    CHECK(off > 0 && off < 0.9); /* four bits throughout move the logits of these models by a half */
+    printf("  %-36s %-11s %3lld layers, logits off by %.3f\n", recipe->name, source, (long long)layers, off);
+    free(a);
+    free(b);
+    remove_dir(target);
+}
+
+static void test_recipes_all(void)
+{
+    int done = 0;
+    for (size_t i = 0; i < moq_recipe_count(); i++) {
+        const moq_recipe *r = moq_get_recipe(i);
+        const char *source = source_for(r->name);
+        if (!is_there(golden("sources/%s/model.safetensors", source))) { printf("  %-36s its source %s is not in this set\n", r->name, source); continue; }
+        recipe_case(r, source);
+        done++;
+    }
+    CHECK(done > 20);
+}
+
+/* Recipes of smoothing on a mixture of experts: INT4 experts are smoothed with one vector a projection, the others stay plain. */
+static void test_recipes_experts(void)
+{
+    static const char *const names[] = {"int4_awq", "w4a8_awq_beta", "nvfp4_awq_lite", "int8_smoothquant", "nvfp4_svdquant"};
+    if (!is_there(golden("sources/%s/model.safetensors", "qwen3_moe"))) { printf("  qwen3_moe is not in this set\n"); test_state.skipped++; return; }
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) recipe_case(moq_find_recipe(names[i]), "qwen3_moe");
+}
+
+/* Every combination that does not fit is one clear line, and nothing is written. */
+static void test_recipes_refused(void)
+{
+    static const struct { const char *source, *recipe, *says; } cases[] = {
+        {"llama", "nvfp4_experts_only", "covers no layer"}, {"llama", "nvfp5", "no recipe"}, {"gpt_oss", "int4_awq", "stack of experts"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        token_set g;
+        moq_quantize_desc d;
+        moq_error err;
+        char target[1200];
+        if (!is_there(golden("sources/%s/model.safetensors", cases[i].source))) continue;
+        snprintf(target, sizeof target, "%s", test_path("build/recipe-refused"));
+        make_tokens(&g, 256);
+        memset(&d, 0, sizeof d);
+        d.source = golden("sources/%s", cases[i].source);
+        d.target = target;
+        d.recipe = cases[i].recipe;
+        d.calibrate = llm_calibrate;
+        d.data = &g.samples;
+        d.threads = 1;
+        CHECK(moq_quantize(&d, &err) < 0);
+        CHECK(strstr(err.text, cases[i].says) != NULL);
+        CHECK(!is_there(target));
+    }
+}
+
+/* Squared error of a folder's layer, low-rank branch included, against the source; p: its pre_quant_scale. */
+static double branch_error(moq_checkpoint *ck, moq_checkpoint *source, const char *name, double *norm)
+{
+    moq_linear w, s;
+    moq_error err;
+    static float row[1024], want[1024], p[1024], a[32 * 1024], b[1024 * 32];
+    double sum = 0;
+    *norm = 0;
+    if (moq_find_linear(ck, name, &w, &err) < 0 || moq_find_linear(source, name, &s, &err) < 0 || !w.lora_a.data || w.cols > 1024) return -1;
+    int64_t rank = w.scheme.lora_rank;
+    moq_to_f32(w.lora_a.dtype, w.lora_a.data, (size_t)(rank * w.cols), a);
+    moq_to_f32(w.lora_b.dtype, w.lora_b.data, (size_t)(rank * w.rows), b);
+    moq_to_f32(w.pre_quant_scale.dtype, w.pre_quant_scale.data, (size_t)w.cols, p);
+    for (int64_t r = 0; r < w.rows; r++) {
+        moq_dequantize(&w, r, 1, row);
+        moq_dequantize(&s, r, 1, want);
+        for (int64_t c = 0; c < w.cols; c++) {
+            double v = (double)row[c];
+            for (int64_t k = 0; k < rank; k++) v += (double)b[r * rank + k] * (double)a[k * w.cols + c];
+            v = v * (double)p[c] - (double)want[c];
+            sum += v * v;
+            *norm += (double)want[c] * (double)want[c];
+        }
+    }
+    return sum;
+}
+
+/* From ModelOpt's recorded vectors (which are BF16, so bytes cannot be equal): as close to the source as ModelOpt's own, layer by layer. */
+static void test_recipes_svdquant(void)
+{
+    moq_quantize_desc d;
+    moq_error err;
+    char target[1200];
+    int layers = 0;
+    double worst = 0;
+    if (!is_there(golden("modelopt/%s/calibration.safetensors", "llama-nvfp4_svdquant")) || !is_there(golden("sources/%s/model.safetensors", "llama"))) {
+        printf("  its golden is not in this set\n");
+        test_state.skipped++;
+        return;
+    }
+    snprintf(target, sizeof target, "%s", test_path("build/recipe-svd"));
+    remove_dir(target);
+    memset(&d, 0, sizeof d);
+    d.source = golden("sources/%s", "llama");
+    d.target = target;
+    d.recipe = "nvfp4_svdquant";
+    d.calibration = golden("modelopt/%s/calibration.safetensors", "llama-nvfp4_svdquant");
+    d.threads = 1;
+    CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+    moq_checkpoint *ours = moq_open(target, NULL, &err), *theirs = moq_open(golden("modelopt/%s", "llama-nvfp4_svdquant"), NULL, &err);
+    moq_checkpoint *source = moq_open(d.source, NULL, &err);
+    CHECK(ours && theirs && source);
+    CHECK_INT((int)moq_tensor_count(ours), (int)moq_tensor_count(theirs));
+    for (size_t i = 0; i < moq_tensor_count(theirs); i++) {
+        const moq_tensor *t = moq_get_tensor(theirs, i), *u = moq_find_tensor(ours, t->name);
+        CHECK(u && u->dtype == t->dtype && u->bytes == t->bytes);
+    }
+    for (size_t i = 0; i < moq_module_count(theirs); i++) {
+        moq_linear w;
+        double norm;
+        if (moq_get_module(theirs, i, &w, &err) < 0 || !w.lora_a.data) continue;
+        double a = branch_error(ours, source, w.name, &norm), b = branch_error(theirs, source, w.name, &norm);
+        CHECK(a >= 0 && a <= b * 1.02 && b <= a * 1.02);
+        if (b > 0 && fabs(a / b - 1) > worst) worst = fabs(a / b - 1);
+        layers++;
+    }
+    printf("  %d layers: squared error against the source within %.2f %% of ModelOpt's\n", layers, 100 * worst);
+    CHECK(layers == 14);
+    moq_close(ours);
+    moq_close(theirs);
+    moq_close(source);
+    remove_dir(target);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(test_recipes_all);
+    RUN(test_recipes_experts);
+    RUN(test_recipes_refused);
+    RUN(test_recipes_svdquant);
+    return test_end();
+}
