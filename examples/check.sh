@@ -39,5 +39,22 @@ if [ "$(grep -c 'finished after' "$out")" -eq 3 ]; then passed=$((passed + 1)); 
 ./robot --eval ../tests/data/demo-eval.jsonl >"$out" 2>&1
 expect "robot: 200 requests" "200 requests: 200 valid plans, 189 carried out, 186 exactly right"
 
+# four seconds of a game: every robot has been asked, the first one has planned what it plans alone, and frames were counted
+./game demo-model 4 >"$out" 2>&1
+if grep -q '^[0-9]* frames in .* late; work of a frame' "$out"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED game: statistics"; cat "$out"; fi
+if [ "$(grep -c '^[A-Z][a-z]*, asked [1-9][0-9]* times: {"say":' "$out")" -eq 3 ]; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED game: three robots speak"; cat "$out"; fi
+tail -n 1 "$out"
+
+# the same chat on a GPU, where one line differs
+if diff chat.c cuda.c | grep '^>' | grep -v '^> *\(cuda.c\|nvcc\|/\?\*\|./cuda\)' | grep -q 'moq_cuda_backend'; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED cuda.c: the line that differs"; fi
+if [ -x ./cuda ]; then
+    ./cuda >"$out" 2>&1
+    if grep -q '^robot  {"say":"Bringing the green plate to Chen."' "$out"; then passed=$((passed + 1))
+    elif grep -qi 'cuda' "$out"; then echo "cuda: built, not run: $(head -n 1 "$out")"
+    else failed=$((failed + 1)); echo "FAILED cuda"; cat "$out"; fi
+else
+    echo "cuda: skipped, not built without nvcc"
+fi
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

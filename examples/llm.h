@@ -248,7 +248,7 @@ LLM_API int llm_step(llm *m, int64_t max_microseconds);
 /* The same for all conversations of the model at once, whose tokens go through the layers together. Returns how many have a piece ready
    (llm_ready), 0 = more time needed, -1 = every turn has ended. A conversation waits until its piece is taken. */
 LLM_API int llm_step_all(llm *m, int64_t max_microseconds);
-LLM_API int llm_ready(const llm *m);                          /* 1: llm_piece has something new */
+LLM_API int llm_ready(const llm *m);                          /* 1: llm_piece has something new, 0: not yet, -1: the turn has ended (llm_next says how) */
 LLM_API const char *llm_piece(llm *m);
 /* The tokens of the answer so far, with llm_desc.logprobs; valid until the next call. */
 LLM_API const llm_token *llm_get_tokens(const llm *m, size_t *count);
@@ -10889,7 +10889,7 @@ LLM_API int llm_step(llm *m, int64_t max_microseconds)
     double start = moq_seconds();
     if (!m) return -1;
     llmi_rounds(m->house, m, start, max_microseconds);
-    return m->ready ? 1 : m->phase == LLMI_IDLE ? -1 : 0;
+    return llm_ready(m);
 }
 
 LLM_API int llm_step_all(llm *m, int64_t max_microseconds)
@@ -10914,7 +10914,7 @@ LLM_API const char *llm_piece(llm *m)
     return m->piece.data;
 }
 
-LLM_API int llm_ready(const llm *m) { return m && m->ready; }
+LLM_API int llm_ready(const llm *m) { return !m ? -1 : m->ready ? 1 : m->phase == LLMI_IDLE ? -1 : 0; }
 
 /* Holds until something new is said, so that a cancel just before the first llm_next is not lost. */
 LLM_API void llm_cancel(llm *m)

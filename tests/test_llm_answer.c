@@ -329,7 +329,7 @@ static void test_budget(void)
             state = turn % 2 ? llm_step(talk[turn / 2], 2000) : llm_step_all(talk[0], 2000);
             own[calls] = own_seconds() - mine;
             wall[calls++] = moq_seconds() - start;
-            for (int i = 0; i < 4; i++) if (llm_ready(talk[i])) llm_piece(talk[i]);
+            for (int i = 0; i < 4; i++) if (llm_ready(talk[i]) > 0) llm_piece(talk[i]);
         } while (state >= 0 && calls < CALLS);
         for (int i = 0; i < 4 && turn % 2 == 0; i++) CHECK(llm_next(talk[i], &e) == NULL && e.code == MOQ_OK);
     }
@@ -392,8 +392,8 @@ static void test_cancel_in_a_pass(void)
     ask(n, 0);
     CHECK(pthread_create(&t, NULL, cancel_soon, n) == 0);
     for (int i = 0; llm_step_all(m, 200) >= 0 && i < 100000; i++) {
-        if (llm_ready(m)) strcat(text, llm_piece(m));
-        if (llm_ready(n)) llm_piece(n);
+        if (llm_ready(m) > 0) strcat(text, llm_piece(m));
+        if (llm_ready(n) > 0) llm_piece(n);
     }
     pthread_join(t, NULL);
     CHECK_STR(text, plain);
@@ -493,8 +493,8 @@ static void test_nothing_grows(void)
     long before = test_state.total_allocs;
     uint64_t tokens = 0;
     for (int i = 0; llm_step_all(m, 500) >= 0 && i < 100000; i++) {
-        if (llm_ready(m)) llm_piece(m);
-        if (llm_ready(n)) llm_piece(n);
+        if (llm_ready(m) > 0) llm_piece(m);
+        if (llm_ready(n) > 0) llm_piece(n);
     }
     tokens = llm_get_stats(m)->generated_tokens + llm_get_stats(n)->generated_tokens;
     CHECK(tokens > 60);

@@ -210,7 +210,7 @@ static void check_continuous(int64_t microseconds, int32_t draft)
         for (int i = 0; i < TALKS; i++) any = talk[i] ? talk[i] : any;
         state = llm_step_all(any, microseconds);
         for (int i = 0; i < TALKS; i++)
-            if (talk[i] && llm_ready(talk[i])) snprintf(text[i] + strlen(text[i]), sizeof text[i] - strlen(text[i]), "%s", llm_piece(talk[i]));
+            if (talk[i] && llm_ready(talk[i]) > 0) snprintf(text[i] + strlen(text[i]), sizeof text[i] - strlen(text[i]), "%s", llm_piece(talk[i]));
         if (state < 0 && next == TALKS) break;
         for (int i = 0; i < TALKS && next < TALKS; i++) /* who has ended leaves, but not the last one */
             if (talk[i] && talk[i] != any && talk[i]->phase == LLMI_IDLE) {
@@ -252,8 +252,8 @@ static void test_batch_disturbed(void)
     ask(a, 0);
     ask(b, 1);
     for (int i = 0; llm_step_all(a, 1) >= 0 && i < 100000; i++) {
-        if (llm_ready(a)) strcat(text[0], llm_piece(a));
-        if (llm_ready(b)) strcat(text[1], llm_piece(b));
+        if (llm_ready(a) > 0) strcat(text[0], llm_piece(a));
+        if (llm_ready(b) > 0) strcat(text[1], llm_piece(b));
         if (i % 7 == 3) CHECK_INT(llm_forward(a, 2, &token, 1, 0, NULL, NULL, &e), MOQ_OK); /* an own slot */
         if (i % 41 == 5) CHECK(llm_copy_state(a, NULL, 0, &e) != SIZE_MAX);
         if (i % 31 == 11 && strlen(text[0]) > 40) { /* another one comes and goes */
@@ -262,8 +262,8 @@ static void test_batch_disturbed(void)
             if (c) ask(c, 2);
             for (int k = 0; k < 3 && c; k++) {
                 llm_step_all(a, 1);
-                if (llm_ready(a)) strcat(text[0], llm_piece(a));
-                if (llm_ready(b)) strcat(text[1], llm_piece(b));
+                if (llm_ready(a) > 0) strcat(text[0], llm_piece(a));
+                if (llm_ready(b) > 0) strcat(text[1], llm_piece(b));
             }
             llm_close(c);
         }
