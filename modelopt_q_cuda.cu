@@ -30,7 +30,13 @@
        >>cuda-numbers    number formats on the device
        >>cuda-prepare    moq_linear -> part: codes, scales and zero points in one row-major form
        >>cuda-linear     the feed; products of any scheme and any number of rows
+       >>cuda-decode     1 to 16 rows of x: weights stream through the tensor cores once
+       >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
+       >>cuda-gemm-wgmma   the same on compute capability 9.0: wgmma with decoded weights in registers
+       >>cuda-gemm-wgmma8  8-bit inputs on compute capability 9.0
+       >>cuda-gemm-mma   the same on every device: mma.sync
        >>cuda-dispatch   which kernel a layer gets: the table
+       >>cuda-gemm-host  how products of 17 and more rows are cut and launched
        >>cuda-ops        embed, norm, rope, activation, add, argmax
        >>cuda-kv         KV caches
        >>cuda-attention  attention with F32 arithmetic: every format and head size
@@ -67,7 +73,8 @@ enum {
     MOQC_SLOTS = 4,               /* pinned staging: so many pieces of */
     MOQC_SLOT_BYTES = 4 << 20,
     MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
-    MOQC_PARTIALS = 16384         /* partial results of one attention call: rows * heads * splits */
+    MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
+    MOQC_FEW_ROWS = 16            /* rows of x that need none of the room of >>cuda-gemm */
 };
 
 /* Device memory that was handed out; kept so that `release` knows its size and `destroy` finds all of it. */
@@ -92,6 +99,8 @@ typedef struct moqc_ctx {
     moq_allocator host, memory;
     int device, sm, sm_count, most_shared;   /* sm: 10 * major + minor of the compute capability; shared memory of a block */
     int bf16;                                /* activations are BF16, else F32 */
+    int wgmma;                               /* compute capability 9.0, and compiled for its own instructions (sm_90a) */
+    int gemm_tokens, gemm_even;              /* for measurements: tokens of a tile, 1 whole tiles or 2 equal runs; 0: automatic */
     char name[24], kernel[40];
     moq_act act;
     cudaStream_t stream;
@@ -116,6 +125,9 @@ typedef struct moqc_ctx {
     float *t, *r, *mid, *hidden, *out, *weight, *partial; /* in scratch */
     uint8_t *parted;                         /* x of few rows as >>cuda-ring reads it */
     int32_t *index, *place, *row_of, *expert_of, *tiles, *arrived, *chains;
+    uint8_t *x16;                            /* see >>cuda-gemm; NULL while rows are few */
+    float *partial_sums, *token_unit;
+    int32_t *turn;
 } moqc_ctx;
 
 static moqc_ctx *moqc_of(const moq_backend *be) { return (moqc_ctx *)be->ctx; }
@@ -425,6 +437,12 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     c->partial = (float *)moqc_carve(v, n->partial > 0 ? MOQC_PARTIALS : 0, n->partial, 4);
     c->chains = (int32_t *)moqc_carve(v, rows, n->chains, 4);
     c->arrived = (int32_t *)moqc_carve(v, 1, n->partial > 0 ? MOQC_PARTIALS : 0, 4);
+    int64_t tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + 264 : 0, chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + 264 : 0;
+    c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), 4);
+    c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen), 4);
+    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 256, 4);
+    c->turn = (int32_t *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 4, 4);
+    if (tokens + chosen == 0) c->turn = NULL;
 }
 
 /* Room for `need` and `rows` on top of what there is; nothing changes on failure. Graphs hold pointers into the old block, so it
@@ -452,6 +470,7 @@ static moq_result moqc_grow(moqc_ctx *c, const moqc_need *need, int32_t rows, mo
     v.at = c->scratch;
     v.bytes = 0;
     if (v.at) moqc_carve_all(c, &v);
+    if (v.at && c->turn) moqc_ok(c, cudaMemsetAsync(c->turn, 0, (size_t)c->sm_count * 16, c->stream), "cudaMemset");
     if (v.at && c->need.partial > 0) moqc_ok(c, cudaMemsetAsync(c->arrived, 0, MOQC_PARTIALS * sizeof *c->arrived, c->stream), "cudaMemset");
     return MOQ_OK;
 }
@@ -1298,8 +1317,10 @@ typedef struct moqk_call {
     int64_t ldx;
     void *y;
     int64_t ldy;
-    int32_t m;                 /* dense: rows */
+    int32_t m;                 /* dense: rows; grouped: rows of a tile */
+    int32_t all;               /* rows; grouped: choices */
     const int32_t *row_of;     /* grouped: x row of a choice; NULL: the choice itself */
+    const int32_t *expert_of;  /* grouped: of a choice */
     const int32_t *tiles;      /* grouped: [tile_count][expert, first, count, -], tile_count stands at tiles[-4]; NULL: dense */
     int32_t most_tiles;        /* grouped: an upper bound known to the host */
     uint8_t x_bf16, y_bf16;
@@ -2625,6 +2646,876 @@ static void moqc_launch_decode(const struct moqc_job *j);
 #endif
 
 /* ------------------------------------------------------------------------------------------------
+   >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
+   y^T = W x^T in tiles of 128 rows of W and BM rows of x ("tokens"). Weights are the layout of >>cuda-decode: the registers of its products
+   are those of wgmma, too, so one copy of the weights serves any number of rows. A pass before the product rounds x to BF16 and lays its
+   columns out as the weights have them:
+       x16 [part][slab of 64 columns][tokens, padded][64], 16-byte pieces of a token's 128 bytes exchanged by xor with token & 7,
+   which is the 128-byte swizzle of wgmma, so a tile of x is one contiguous copy. part 0: bf16(x); part 1, where two are needed:
+   bf16(x - part 0), which the product takes as as many columns more, with the same weights once again. Codes that stored inputs were rounded to are exact in one part: x is divided by its scale, the sums multiplied by it.
+
+   Work is cut in units of 256 columns of one tile. Either blocks take whole tiles in turn, or each block takes an equal run of all units;
+   then the partial sums of a tile go through memory and the block that comes last adds them, in the order of the columns: deterministic.
+   ------------------------------------------------------------------------------------------------ */
+
+/* The kernels of this file that need the instructions of compute capability 9.0 alone: nvcc -arch=sm_90a. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOQK_WGMMA 1
+#else
+#define MOQK_WGMMA 0
+#endif
+
+/* Tells the host which code was chosen: its shared memory is 16 bytes with wgmma, else 4. */
+__global__ void moqk_has_wgmma(int *out)
+{
+    __shared__ int room[MOQK_WGMMA ? 4 : 1];
+    room[threadIdx.x] = out ? *out : 0;
+    if (out) *out = room[0];
+}
+
+enum { MOQK_NO_UNIT, MOQK_STATIC_UNIT, MOQK_TOKEN_UNIT }; /* what x was divided by: nothing, the part's input_scale, a value per token */
+
+typedef struct moqk_pack_args {
+    const void *x;             /* [*, ldx] */
+    int64_t ldx, tokens;       /* tokens: of x16, padded */
+    const int32_t *row_of, *expert_of;
+    const moqk_part *part;     /* of expert 0 */
+    const float *token_unit;   /* [m] */
+    uint8_t *x16;
+    float up;                  /* a power of two that the form of the weights wants on x */
+    int32_t expert_stride, m, cols, slabs, parts, form, unit, x_bf16;
+} moqk_pack_args;
+
+/* One unit of the work of a GEMM kernel's launch. */
+typedef struct moqk_gemm_args {
+    const uint8_t *x16;
+    int64_t tokens;
+    float *partial;            /* [2 * blocks][warpgroups][BM / 8][128] of float4 */
+    int32_t *turn;             /* [blocks][warpgroups], 0 between launches */
+    const float *token_unit;
+    int32_t units, w_units;    /* of a tile: of all parts of x, of one */
+    int32_t row_tiles;         /* of 128 rows, of all parts of an expert */
+    int32_t token_tiles;       /* dense */
+    int32_t even, unit;        /* even: equal runs of units, else whole tiles */
+    float fix;                 /* the power of two that sums lack; see moqk_form_fix */
+} moqk_gemm_args;
+
+__host__ __device__ static inline int moqk_form_grouped(const moqk_part &p, int form) { return (form == MOQK_FAST_U4 || form == MOQK_FAST_E4M3) && p.group < p.cols; }
+
+/* The scale of a token that was rounded with one of its own: its largest magnitude is the largest code. A block per token. */
+__global__ void __launch_bounds__(256) moqk_token_units(moqk_pack_args a, float *unit)
+{
+    __shared__ float room[33];
+    const int64_t row = blockIdx.x, from = a.row_of ? a.row_of[row] : row;
+    const moqk_part &p = a.part[a.expert_of ? (int64_t)a.expert_of[row] * a.expert_stride : 0];
+    float top = 0;
+    for (int32_t i = threadIdx.x; i < a.cols; i += blockDim.x) top = fmaxf(top, fabsf(moqk_get_any(a.x, from * a.ldx + i, a.x_bf16)));
+    top = moqk_block_max(top, room);
+    if (threadIdx.x == 0) unit[row] = top > 0 ? top / moqk_largest(p.in_elem) : 1;
+}
+
+/* x -> x16. A thread makes 16 bytes of four tokens; 8 lanes share a token's 64 columns. Reads x once. Grid: 4 slabs, 32 tokens. */
+__global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
+{
+    moqk_dependents_may_start();
+    moqk_wait_for_before();
+    const int32_t lane = threadIdx.x & 31, slab = blockIdx.x * 4 + (lane >> 3), c = lane & 7, s = c >> 1, h = c & 1;
+    const int fp4 = a.form <= MOQK_MXFP4;
+    float2 v[4][4];
+    float by[4];
+#pragma unroll
+    for (int u = 0; u < 4; u++) {
+        int32_t m = blockIdx.y * 32 + u * 8 + (threadIdx.x >> 5);
+        by[u] = a.up;
+        if (m >= a.m) { by[u] = 0; continue; }
+        int64_t from = a.row_of ? a.row_of[m] : m;
+        if (a.unit == MOQK_STATIC_UNIT) by[u] /= a.part[a.expert_of ? (int64_t)a.expert_of[m] * a.expert_stride : 0].input_scale;
+        if (a.unit == MOQK_TOKEN_UNIT) by[u] /= a.token_unit[m];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            int32_t col = slab * 64 + (fp4 ? t * 16 + s * 4 : s * 16 + t * 4) + 2 * h;
+            v[u][t] = make_float2(0, 0);
+            if (col >= a.cols) continue;
+            if (a.x_bf16) {
+                uint32_t w = *(const uint32_t *)((const __nv_bfloat16 *)a.x + from * a.ldx + col);
+                v[u][t] = make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+            } else v[u][t] = *(const float2 *)((const float *)a.x + from * a.ldx + col);
+            if (col + 1 >= a.cols) v[u][t].y = 0;
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < 4; u++) {
+        int32_t m = blockIdx.y * 32 + u * 8 + (threadIdx.x >> 5);
+        if (m >= a.m || slab >= a.slabs) continue;
+        uint32_t w[4], low[4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            float x = v[u][t].x * by[u], y = v[u][t].y * by[u];
+            w[t] = moqk_pack(x, y);
+            low[t] = moqk_pack(x - __uint_as_float(w[t] << 16), y - __uint_as_float(w[t] & 0xffff0000u));
+        }
+        uint8_t *to = a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((c ^ (m & 7)) << 4);
+        *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
+        if (a.parts > 1) *(uint4 *)(to + a.slabs * a.tokens * 128) = make_uint4(low[0], low[1], low[2], low[3]);
+    }
+}
+
+/* ---- a block's work ---- */
+
+/* A run of units of one tile, and what the tile is. */
+typedef struct moqk_piece {
+    const moqk_part *p;
+    int32_t at;                /* the block's next unit or tile */
+    int32_t tile, from, to;    /* units */
+    int32_t row_tile, y_first; /* of 128 rows in the part; first row of the part in y */
+    int32_t x_first, first, end; /* the tile's first token in x16, a multiple of 8; those that are its own */
+} moqk_piece;
+
+/* Equal runs: the first blocks take one unit more than the others. */
+__device__ __forceinline__ uint32_t moqk_run_start(uint32_t total, uint32_t block) { return total / gridDim.x * block + min(total % gridDim.x, block); }
+
+__device__ __forceinline__ uint32_t moqk_run_of(uint32_t total, uint32_t unit)
+{
+    uint32_t each = total / gridDim.x, more = total % gridDim.x, longer = more * (each + 1);
+    return unit < longer ? unit / (each + 1) : more + (unit - longer) / each;
+}
+
+__device__ __forceinline__ int32_t moqk_tiles_of(const moqk_call &a, const moqk_gemm_args &b) { return b.row_tiles * (a.tiles ? a.tiles[-4] : b.token_tiles); }
+
+/* Where a tile lies; tiles that stand side by side share weights (dense) or tokens (experts). 0: it has no rows of this launch. */
+template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_locate_tile(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
+{
+    int32_t row_tile;
+    q->p = a.parts;
+    if (a.tiles) {
+        const int32_t *t = a.tiles + 4 * (int64_t)(q->tile / b.row_tiles);
+        row_tile = q->tile % b.row_tiles;
+        q->p += (int64_t)t[0] * a.expert_stride;
+        q->first = t[1];
+        q->end = t[1] + t[2];
+        q->x_first = t[1] & ~7;
+    } else {
+        row_tile = q->tile / b.token_tiles;
+        q->x_first = q->first = q->tile % b.token_tiles * BM;
+        q->end = min(q->first + BM, a.m);
+    }
+    q->y_first = 0;
+    for (int32_t i = 0; i < a.part_count; i++, q->p++) {
+        int32_t n = (q->p->rows + 127) / 128;
+        if (row_tile < n) { q->row_tile = row_tile; return moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (GROUPED > 0); }
+        row_tile -= n;
+        q->y_first += q->p->rows;
+    }
+    return 0;
+}
+
+/* The next piece with work, or 0. Start with at = -1. */
+template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_next_piece(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
+{
+    const int32_t tiles = moqk_tiles_of(a, b), total = tiles * b.units;
+    if (q->at < 0) q->at = b.even ? (int32_t)moqk_run_start(total, blockIdx.x) : blockIdx.x;
+    while (1) {
+        if (b.even) {
+            const int32_t end = (int32_t)moqk_run_start(total, blockIdx.x + 1);
+            if (q->at >= end) return 0;
+            q->tile = q->at / b.units;
+            q->from = q->at - q->tile * b.units;
+            q->to = min(b.units, q->from + (end - q->at));
+            q->at += q->to - q->from;
+        } else {
+            if (q->at >= tiles) return 0;
+            q->tile = q->at;
+            q->from = 0;
+            q->to = b.units;
+            q->at += gridDim.x;
+        }
+        if (moqk_locate_tile<FORM, GROUPED, BM>(a, b, q)) return 1;
+    }
+}
+
+__device__ __forceinline__ void moqk_sync_group(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+
+/* A thread's share of another block's sums of a tile. */
+template <int BM> __device__ __forceinline__ void moqk_add_partial(const float4 *from, float (&d)[BM / 2])
+{
+#pragma unroll
+    for (int i = 0; i < BM / 8; i++) {
+        float4 v = __ldcg(from + i * 128);
+        d[4 * i] += v.x;
+        d[4 * i + 1] += v.y;
+        d[4 * i + 2] += v.z;
+        d[4 * i + 3] += v.w;
+    }
+}
+
+/* Sums of a tile that several blocks share: each leaves its own in memory, the last to come adds them in the order of the columns into d and
+   returns 1. d: a thread's sums of its warpgroup's 64 x BM, in any order that all blocks agree on. */
+template <int BM> __device__ int moqk_join(const moqk_gemm_args &b, const moqk_piece &q, uint32_t total, int group, int thread, volatile int *room, float (&d)[BM / 2])
+{
+    const uint32_t begin = (uint32_t)(q.tile * b.units), low = moqk_run_of(total, begin), high = moqk_run_of(total, begin + b.units - 1), me = blockIdx.x;
+    const uint32_t size = 128 * (BM / 8);
+    float4 *all = (float4 *)b.partial + group * size + thread;
+    int32_t *turn = b.turn + 2 * low + group, others = (int32_t)(high - low);
+    const int early = me <= low + 1; /* adding the others to what it has is the order of the columns */
+    if (thread == 0) room[group] = early && atomicAdd(turn, 0) == others;
+    moqk_sync_group(group);
+    int last = room[group];
+    if (!last) {
+        float4 *mine = all + (2 * me + (moqk_run_start(total, me) <= begin)) * 2 * size;
+#pragma unroll
+        for (int i = 0; i < BM / 8; i++) __stcg(mine + i * 128, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+        __threadfence();
+        moqk_sync_group(group);
+        if (thread == 0) room[group] = atomicAdd(turn, 1) == others;
+        moqk_sync_group(group);
+        last = room[group];
+    }
+    if (!last) return 0;
+    __threadfence();
+    if (thread == 0) *turn = 0;
+#pragma unroll
+    for (int i = 0; i < BM / 2; i++) d[i] = early ? d[i] : 0;
+    for (uint32_t c = low; c <= high; c++)
+        if (!early || c != me) moqk_add_partial<BM>(all + (2 * c + (moqk_run_start(total, c) <= begin)) * 2 * size, d);
+    return 1;
+}
+
+/* Where scales lie behind the codes; see moqk_fast_of. */
+template <int FORM> __device__ __forceinline__ int64_t moqk_scales_at(const moqk_part &p)
+{
+    return (int64_t)((p.rows + 15) / 16) * ((p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM)) * moqk_chunk_bytes(FORM);
+}
+
+/* y = sums * scales + bias. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2, as both kinds of products leave
+   them. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
+template <int FORM, int GROUPED, int BM>
+__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const float (&d)[BM / 2])
+{
+    const moqk_part &p = *q.p;
+    const int lane = thread & 31, warp = thread >> 5, r4 = lane & 15, row0 = q.row_tile * 128 + group * 64 + r4 * 4;
+    float scale[4], bias[4], each = p.factor * b.fix;
+    if (b.unit == MOQK_STATIC_UNIT) each *= p.input_scale;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int row = min(row0 + i, p.rows - 1);
+        scale[i] = each;
+        if (FORM > MOQK_MXFP4 && !GROUPED) scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1)];
+        bias[i] = p.bias ? p.bias[row] : 0;
+    }
+    const int elem = a.y_bf16 ? 2 : 4;
+    const int whole = !a.accumulate && row0 + 3 < p.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + row0) * elem) & (4 * elem - 1)) == 0;
+#pragma unroll
+    for (int r = 0; r < BM / 32; r++) {
+        moqk_sync_group(group);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = d[r * 16 + j * 4 + i];
+        moqk_sync_group(group);
+#pragma unroll 4
+        for (int k = 0; k < 4; k++) {
+            const int token = warp * 8 + k * 2 + (lane >> 4), m = q.x_first + r * 32 + token;
+            if (m < q.first || m >= q.end || row0 >= p.rows) continue;
+            float4 v = *(const float4 *)(room + token * 68 + r4 * 4);
+            const float unit = b.unit == MOQK_TOKEN_UNIT ? b.token_unit[m] : 1;
+            const int64_t at = (int64_t)m * a.ldy + q.y_first + row0;
+            v.x = v.x * scale[0] * unit + bias[0];
+            v.y = v.y * scale[1] * unit + bias[1];
+            v.z = v.z * scale[2] * unit + bias[2];
+            v.w = v.w * scale[3] * unit + bias[3];
+            if (whole && a.y_bf16) *(uint2 *)((__nv_bfloat16 *)a.y + at) = make_uint2(moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
+            else if (whole) *(float4 *)((float *)a.y + at) = v;
+            else {
+                const float each_v[4] = {v.x, v.y, v.z, v.w};
+                for (int i = 0; i < 4; i++) if (row0 + i < p.rows) moqk_store(a, at + i, each_v[i]);
+            }
+        }
+    }
+}
+
+/* ---- weights on their way into registers ---- */
+
+__device__ __forceinline__ void moqk_copy_async(uint32_t dst, const void *src) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory"); }
+__device__ __forceinline__ void moqk_copy_async8(uint32_t dst, const void *src) { asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(dst), "l"(src) : "memory"); }
+__device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dst), "l"(src) : "memory"); }
+__device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
+__device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
+__device__ __forceinline__ uint4 moqk_read16(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
+/* Room of a warp for `ahead` blocks of 64 columns of its weights: codes, then scales. */
+__host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped, int ahead)
+{
+    return ahead * 128 * moqk_fast_bits(form) + (form <= MOQK_MXFP4 ? 3 * 256 : grouped ? ahead * 192 : 0);
+}
+
+/* The weights of a warp's 16 rows, block of 64 columns by block. They go through shared memory, each lane's by itself: loads into registers would be
+   moved to where they are used. GROUPED: 0 no scales of groups (those of 4-bit floats are always on the weights), 1 they multiply the weights,
+   2 the caller's sums. AHEAD - 1 blocks are on their way. */
+template <int FORM, int GROUPED, int AHEAD> struct moqk_stream {
+    static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS, SCALES = AHEAD * 128 * moqk_fast_bits(FORM);
+    float2 scale[2];           /* of the block that was fetched last, 32 columns each */
+    uint32_t zero[2];
+    uint2 bytes;               /* scales of 4-bit floats of the chunk */
+    uint32_t z[2];             /* zero points of whole rows */
+    const uint8_t *src;        /* the lane's first codes */
+    const float2 *scales;
+    const uint16_t *zeros;
+    uint32_t room;             /* shared memory of the warp */
+    int32_t chunks, shift, groups, wrap, slot, chunk_slot;
+
+    /* Sixteen rows from row_tile * 16 on; past the end the last ones again, for rows that nobody stores. */
+    __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units, uint32_t shared_room)
+    {
+        const int32_t lane = threadIdx.x & 31, tiles = (p.rows + 15) / 16;
+        const int64_t tile = min(row_tile, tiles - 1);
+        room = shared_room;
+        wrap = w_units * 4;
+        chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
+        src = p.packed[0] + tile * chunks * moqk_chunk_bytes(FORM) + lane * 16;
+        if (FORM <= MOQK_MXFP4) return;
+        shift = GROUPED ? __ffs(p.group) - 1 : 31;
+        groups = GROUPED ? (chunks * moqk_chunk_cols(FORM) + p.group - 1) >> shift : 1;
+        scales = (const float2 *)(p.packed[0] + moqk_scales_at<FORM>(p)) + tile * groups * 8 + (lane >> 2);
+        zeros = (const uint16_t *)(p.packed[0] + moqk_scales_at<FORM>(p) + (int64_t)tiles * groups * 64) + tile * groups * 8 + (lane >> 2);
+        z[0] = z[1] = 0;
+        if (FORM == MOQK_FAST_U8) {
+            uint32_t both = zeros[0];
+            z[0] = moqk_pack((float)(both & 255) - 128.0f, (float)(both & 255) - 128.0f);
+            z[1] = moqk_pack((float)(both >> 8) - 128.0f, (float)(both >> 8) - 128.0f);
+        }
+        if (FORM == MOQK_FAST_U4 && !GROUPED) {
+            uint32_t both = zeros[0];
+            z[0] = (both & 255) * 0x00010001u | 0x43004300u;
+            z[1] = (both >> 8) * 0x00010001u | 0x43004300u;
+        }
+    }
+
+    /* Asks for block `at` into slot `to`; past `last` only counts. A chunk's scales come with its first block, into chunk slot `to_chunk`. */
+    __device__ __forceinline__ void ask(int32_t at, int32_t last, int32_t to, int32_t to_chunk)
+    {
+        const int lane = threadIdx.x & 31;
+        if (at <= last) {
+            if (at >= wrap) at -= wrap;
+            const int32_t chunk = min(at / BLOCKS, chunks - 1), from = chunk * moqk_chunk_bytes(FORM) + at % BLOCKS * (UNITS * 512);
+#pragma unroll
+            for (int i = 0; i < UNITS; i++) moqk_copy_async(room + (to * UNITS + i) * 512 + lane * 16, src + from + i * 512);
+            if (FORM <= MOQK_MXFP4 && at % 4 == 0)
+                moqk_copy_async8(room + SCALES + to_chunk * 256 + lane * 8, src + (from + 2048 - (FORM == MOQK_NVFP4 ? lane * 8 : lane * 16 - (lane >> 1) * 8)));
+            if (GROUPED && (lane & 3) < 2) { /* lanes 0 and 1 of a quad: 32 columns each */
+                const int32_t group = min((at * 64 + (lane & 1) * 32) >> shift, groups - 1);
+                const uint32_t here = room + SCALES + to * 192 + (lane & 1) * 96 + (lane >> 2) * 8;
+                moqk_copy_async8(here, scales + group * 8);
+                if (FORM == MOQK_FAST_U4) moqk_copy_async4(room + SCALES + to * 192 + (lane & 1) * 96 + 64 + (lane >> 3) * 4, zeros + group * 8 - (lane >> 2 & 1));
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    __device__ __forceinline__ void start(int32_t unit, int32_t last)
+    {
+        __syncwarp(); /* all lanes have read what the slots held */
+        for (int i = 0; i < AHEAD - 1; i++) ask(unit * 4 + i, last, i, i / 4);
+        slot = 0;
+        chunk_slot = 0;
+    }
+
+    /* Codes and scales of block `b` (0..3) of a unit. `last`: the last block of this piece. */
+    __device__ __forceinline__ void fetch(int32_t unit, int b, int32_t last, uint4 (&w)[UNITS])
+    {
+        const int lane = threadIdx.x & 31;
+        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2) : "memory");
+        if (GROUPED) __syncwarp();
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) w[i] = moqk_read16(room + (slot * UNITS + i) * 512 + lane * 16);
+        if (FORM <= MOQK_MXFP4 && b == 0) {
+            bytes = moqk_read8(room + SCALES + chunk_slot * 256 + lane * 8);
+            if (++chunk_slot == 3) chunk_slot = 0;
+        }
+        if (GROUPED)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint32_t here = room + SCALES + slot * 192 + h * 96;
+                const uint2 v = moqk_read8(here + (lane >> 2) * 8);
+                scale[h] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+                if (FORM == MOQK_FAST_U4) zero[h] = moqk_read4(here + 64 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
+            }
+        if (++slot == AHEAD) slot = 0;
+        const int32_t later = chunk_slot + (AHEAD == 8); /* asked for with block 1 */
+        ask(unit * 4 + b + AHEAD - 1, last, slot + AHEAD - 2 >= AHEAD ? slot - 2 : slot + AHEAD - 2, later == 3 ? 0 : later);
+    }
+
+    /* The same as left operands of four products. */
+    __device__ __forceinline__ void decode(int32_t unit, int b, int32_t last, uint32_t (&a)[16])
+    {
+        uint4 w[UNITS];
+        uint32_t zz[2] = {z[0], z[1]}, s[2] = {0, 0};
+        fetch(unit, b, last, w);
+        if (FORM <= MOQK_MXFP4) {
+            const uint32_t v = b < 2 ? bytes.x : bytes.y;
+            s[0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
+            s[1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t r4[4];
+            if (GROUPED == 1 && i % 2 == 0) {
+                const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
+                s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
+                s[1] = moqk_pack(scale[i / 2].y * up, scale[i / 2].y * up);
+            }
+            if (GROUPED && FORM == MOQK_FAST_U4 && i % 2 == 0) {
+                zz[0] = (zero[i / 2] & 255) * 0x00010001u | 0x43004300u;
+                zz[1] = (zero[i / 2] >> 8 & 255) * 0x00010001u | 0x43004300u;
+            }
+            moqk_fast_decode<FORM>(w, i, zz, r4);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                if (FORM <= MOQK_MXFP4 || GROUPED == 1) a[4 * i + r] = moqk_mul_pair(r4[r], s[r & 1]);
+                else asm volatile("mov.b32 %0, %1;" : "=r"(a[4 * i + r]) : "r"(r4[r])); /* loads must not arrive where a product reads */
+            }
+        }
+    }
+};
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-gemm-wgmma   17 and more rows of x on compute capability 9.0: wgmma with decoded weights in registers
+   One warp copies tiles of x into a ring in shared memory; two warpgroups of 64 rows decode a slab of 64 columns while the tensor cores
+   work on the one before. Weights go from memory to registers without a stop, 64 to 256 columns ahead.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Tiles of x and blocks of 64 columns of weights in flight; blocks of a multiprocessor; shared memory. */
+__host__ __device__ static constexpr int moqk_ring(int form, int tokens) { return tokens == 256 ? (moqk_fast_bits(form) == 16 ? 4 : 5) : 6; }
+__host__ __device__ static constexpr int moqk_ahead(int form, int tokens) { return moqk_fast_bits(form) == 4 || (moqk_fast_bits(form) == 8 && tokens == 128) ? 8 : 4; }
+__host__ __device__ static constexpr int moqk_blocks_at_once(int tokens) { return tokens == 64 ? 2 : 1; }
+__host__ __device__ static constexpr int moqk_wgmma_shared(int form, int grouped, int tokens)
+{
+    return 1024 + moqk_ring(form, tokens) * (tokens * 128 + 16) + 2 * 32 * 68 * 4 + 8 * moqk_stream_bytes(form, grouped, moqk_ahead(form, tokens)) + 16 + 8 * 64;
+}
+
+#if MOQK_WGMMA
+__device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void moqk_bar_init(uint32_t bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
+__device__ __forceinline__ void moqk_bar_expect(uint32_t bar, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void moqk_bar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+__device__ __forceinline__ void moqk_bar_wait(uint32_t bar, int parity)
+{
+    asm volatile("{ .reg .pred p;\n"
+                 "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra D; bra W; D: }" :: "r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void moqk_bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
+
+/* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers: */
+#define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
+#define MOQK_L32 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15) "," MOQK_L8(16, 17, 18, 19, 20, 21, 22, 23) "," MOQK_L8(24, 25, 26, 27, 28, 29, 30, 31)
+#define MOQK_L64 MOQK_L32 "," MOQK_L8(32, 33, 34, 35, 36, 37, 38, 39) "," MOQK_L8(40, 41, 42, 43, 44, 45, 46, 47) "," MOQK_L8(48, 49, 50, 51, 52, 53, 54, 55) "," \
+    MOQK_L8(56, 57, 58, 59, 60, 61, 62, 63)
+#define MOQK_L128 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79) "," MOQK_L8(80, 81, 82, 83, 84, 85, 86, 87) "," \
+    MOQK_L8(88, 89, 90, 91, 92, 93, 94, 95) "," MOQK_L8(96, 97, 98, 99, 100, 101, 102, 103) "," MOQK_L8(104, 105, 106, 107, 108, 109, 110, 111) "," \
+    MOQK_L8(112, 113, 114, 115, 116, 117, 118, 119) "," MOQK_L8(120, 121, 122, 123, 124, 125, 126, 127)
+#define MOQK_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MOQK_D32(i) MOQK_D4(i), MOQK_D4(i + 4), MOQK_D4(i + 8), MOQK_D4(i + 12), MOQK_D4(i + 16), MOQK_D4(i + 20), MOQK_D4(i + 24), MOQK_D4(i + 28)
+#define MOQK_WGMMA_BODY(add, n, list, a0, a1, a2, a3, desc) \
+    "{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc ", p, 1, 1, 0; }"
+__device__ __forceinline__ void moqk_wgmma(float (&d)[32], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_WGMMA_BODY(37, 64, MOQK_L32, 32, 33, 34, 35, 36) : MOQK_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+__device__ __forceinline__ void moqk_wgmma(float (&d)[64], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_WGMMA_BODY(69, 128, MOQK_L64, 64, 65, 66, 67, 68) : MOQK_D32(0), MOQK_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+__device__ __forceinline__ void moqk_wgmma(float (&d)[128], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_WGMMA_BODY(133, 256, MOQK_L128, 128, 129, 130, 131, 132)
+                 : MOQK_D32(0), MOQK_D32(32), MOQK_D32(64), MOQK_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+
+/* The ring: stage of the next tile of x, its round. */
+struct moqk_stage {
+    int at, parity;
+    __device__ __forceinline__ void step(int ring) { if (++at == ring) { at = 0; parity ^= 1; } }
+};
+
+template <int BM, int RING> struct moqk_consumer {
+    uint32_t x, full, empty;   /* shared memory */
+    moqk_stage run;            /* the next tile to multiply */
+    int done;                  /* the next stage to free */
+
+    __device__ __forceinline__ void multiply(float (&d)[BM / 2], const uint32_t (&a)[16], int add)
+    {
+        moqk_bar_wait(full + run.at * 8, run.parity);
+        /* address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle */
+        const uint64_t desc = (uint64_t)((x + run.at * (BM * 128)) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < 4; i++) moqk_wgmma(d, a + 4 * i, desc + 2 * i, i ? 1 : add);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        run.step(RING);
+    }
+    /* All products but the last block's are done: its stage is free. One arrival a warp. */
+    __device__ __forceinline__ void release(int lane)
+    {
+        if (lane == 0) moqk_bar_arrive(empty + done * 8);
+        if (++done == RING) done = 0;
+    }
+
+    /* d = all units of a piece. While a block is multiplied the next one is decoded; with tiles of 64 tokens two blocks of threads do that for each other. */
+    template <typename S> __device__ __forceinline__ void run_units(S &w, float (&d)[BM / 2], int32_t from, int32_t to, int lane)
+    {
+        const int32_t last = to * 4 - 1;
+        uint32_t a0[16];
+        if constexpr (BM == 64) {
+            for (int32_t unit = from; unit < to; unit++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    w.decode(unit, i, last, a0);
+                    multiply(d, a0, unit > from || i > 0);
+                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    release(lane);
+                }
+            }
+        } else {
+            uint32_t a1[16];
+            w.decode(from, 0, last, a0);
+            for (int32_t unit = from; unit < to; unit++) {
+                multiply(d, a0, unit > from);
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (unit > from) release(lane);
+                w.decode(unit, 1, last, a1);
+                multiply(d, a1, 1);
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                release(lane);
+                w.decode(unit, 2, last, a0);
+                multiply(d, a0, 1);
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                release(lane);
+                w.decode(unit, 3, last, a1);
+                multiply(d, a1, 1);
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                release(lane);
+                if (unit + 1 < to) w.decode(unit + 1, 0, last, a0);
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            release(lane);
+        }
+    }
+};
+#endif
+
+/* Grid: any number of blocks. 384 threads: warpgroups 0 and 1 multiply, a thread of the third copies; it gives its registers to the others. */
+template <int FORM, int GROUPED, int BM> __global__ void __launch_bounds__(384, moqk_blocks_at_once(BM)) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+{
+#if MOQK_WGMMA
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int RING = moqk_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
+    uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
+    float *room = (float *)(void *)(base + RING * BM * 128);
+    uint8_t *streams = (uint8_t *)(void *)(room + 2 * 32 * 68);
+    uint64_t *bars = (uint64_t *)(void *)(streams + 8 * moqk_stream_bytes(FORM, GROUPED, AHEAD));
+    int *flags = (int *)(void *)(bars + 2 * RING);
+    const uint32_t full = moqk_shared_at(bars), empty = full + RING * 8;
+    moqk_piece *kept = (moqk_piece *)(void *)(flags + 4) + (threadIdx.x >> 5); /* a warp's own: registers are short */
+    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
+    moqk_piece q;
+    q.at = -1;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < RING; i++) { moqk_bar_init(full + i * 8, 1); moqk_bar_init(empty + i * 8, 8); }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (a.tiles) moqk_wait_for_before(); /* they say what is to be done */
+    if (group == 2) {
+        if (BM == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        else asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        moqk_wait_for_before();
+        moqk_dependents_may_start();
+        if (thread != 0) return;
+        moqk_stage s = {0, 0};
+        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+            const uint8_t *src = b.x16 + ((int64_t)q.from * 4 * b.tokens + q.x_first) * 128;
+            for (int32_t i = (q.to - q.from) * 4; i > 0; i--, src += b.tokens * 128) {
+                moqk_bar_wait(empty + s.at * 8, s.parity ^ 1);
+                moqk_bar_expect(full + s.at * 8, BM * 128);
+                moqk_bulk_copy(moqk_shared_at(base) + s.at * (BM * 128), src, BM * 128, full + s.at * 8);
+                s.step(RING);
+            }
+        }
+        return;
+    }
+    if (BM == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    moqk_consumer<BM, RING> k = {moqk_shared_at(base), full, empty, {0, 0}, 0};
+    moqk_stream<FORM, GROUPED, AHEAD> w;
+    float d[BM / 2];
+    int fresh = 1;
+    while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+        const int32_t from = q.from, to = q.to;
+        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units, moqk_shared_at(streams) + (group * 4 + warp) * moqk_stream_bytes(FORM, GROUPED, AHEAD));
+        w.start(from, to * 4 - 1);
+        if (lane == 0) *kept = q;
+        if (fresh) moqk_wait_for_before();
+        fresh = 0;
+        k.run_units(w, d, from, to, lane);
+        __syncwarp();
+        q = *kept;
+        if ((q.from > 0 || q.to < b.units) && !moqk_join<BM>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
+        moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room + group * 32 * 68, d);
+    }
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-gemm-wgmma8   17 and more rows of 8-bit inputs on compute capability 9.0: E4M3 times E4M3, integers times integers
+   Twice the rate of >>cuda-gemm-wgmma. Inputs are the codes that the checkpoint's rounding gave them; columns are in their order. The tensor
+   cores add E4M3 products with about 14 bits: sums of 128 columns go to F32. Sums of integers are exact.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_WGMMA8_TOKENS = 128 };
+
+/* r -> codes [slab of 128 columns][tokens][128], exchanged like x16. A thread makes 16 codes. Grid: 4 slabs, 8 tokens. */
+__global__ void __launch_bounds__(256) moqk_pack_codes(moqk_pack_args a)
+{
+    moqk_dependents_may_start();
+    moqk_wait_for_before();
+    const int32_t lane = threadIdx.x & 31, slab = blockIdx.x * 4 + (lane >> 3), piece = lane & 7, m = blockIdx.y * 8 + (threadIdx.x >> 5), col = slab * 128 + piece * 16;
+    if (m >= a.m || slab >= a.slabs) return;
+    const float unit = a.unit == MOQK_TOKEN_UNIT ? a.token_unit[m] : a.part[a.expert_of ? (int64_t)a.expert_of[m] * a.expert_stride : 0].input_scale;
+    const float *x = (const float *)a.x + (a.row_of ? a.row_of[m] : m) * a.ldx + col;
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float4 v = col + 4 * i < a.cols ? *(const float4 *)(x + 4 * i) : make_float4(0, 0, 0, 0);
+        const float f[4] = {v.x, v.y, v.z, v.w};
+        w[i] = 0;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const uint32_t code = a.form == MOQK_FAST_U8 ? (uint32_t)__float2int_rn(f[k] / unit) & 255 : moqk_to_e4m3(f[k] / unit);
+            if (col + 4 * i + k < a.cols) w[i] |= code << (8 * k);
+        }
+    }
+    *(uint4 *)(a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((piece ^ (m & 7)) << 4)) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+#if MOQK_WGMMA
+__device__ __forceinline__ void moqk_wgmma8(float (&d)[64], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MOQK_L64 "}, {%64,%65,%66,%67}, %68, p, 1, 1; }"
+                 : MOQK_D32(0), MOQK_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+#define MOQK_I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define MOQK_I32(i) MOQK_I4(i), MOQK_I4(i + 4), MOQK_I4(i + 8), MOQK_I4(i + 12), MOQK_I4(i + 16), MOQK_I4(i + 20), MOQK_I4(i + 24), MOQK_I4(i + 28)
+__device__ __forceinline__ void moqk_wgmma8(int32_t (&d)[64], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" MOQK_L64 "}, {%64,%65,%66,%67}, %68, p; }"
+                 : MOQK_I32(0), MOQK_I32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+
+template <int FORM> struct moqk_sum8 { typedef float type; };
+template <> struct moqk_sum8<MOQK_FAST_U8> { typedef int32_t type; };
+
+/* A chunk of 128 columns: each 32-bit register of the product takes 4 neighbours of one row; the layout pairs rows g and g + 8. */
+__device__ __forceinline__ void moqk_rows_apart(const uint4 (&w)[4], uint32_t (&a)[16])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        asm volatile("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(a[4 * i]) : "r"(w[i].x), "r"(w[i].y));
+        asm volatile("prmt.b32 %0, %1, %2, 0x7531;" : "=r"(a[4 * i + 1]) : "r"(w[i].x), "r"(w[i].y));
+        asm volatile("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(a[4 * i + 2]) : "r"(w[i].z), "r"(w[i].w));
+        asm volatile("prmt.b32 %0, %1, %2, 0x7531;" : "=r"(a[4 * i + 3]) : "r"(w[i].z), "r"(w[i].w));
+    }
+}
+
+/* d = all units of a piece. */
+template <int FORM, typename S>
+__device__ __forceinline__ void moqk_run_codes(S &w, int32_t from, int32_t to, uint32_t x, uint32_t full, uint32_t empty, moqk_stage &run, int lane, float (&d)[64])
+{
+    constexpr int BYTES = MOQK_WGMMA8_TOKENS * 128, RING = moqk_ring(FORM, MOQK_WGMMA8_TOKENS);
+    typename moqk_sum8<FORM>::type sum[64];
+    uint32_t a[16];
+#pragma unroll
+    for (int i = 0; i < 64; i++) { d[i] = 0; sum[i] = 0; }
+    for (int32_t unit = from; unit < to; unit++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) { /* 128 columns */
+            uint4 low[2], high[2];
+            w.fetch(unit, 2 * k, to * 4 - 1, low);
+            w.fetch(unit, 2 * k + 1, to * 4 - 1, high);
+            const uint4 both[4] = {low[0], low[1], high[0], high[1]};
+            moqk_rows_apart(both, a);
+            moqk_bar_wait(full + run.at * 8, run.parity);
+            const uint64_t desc = (uint64_t)((x + run.at * BYTES) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < 4; i++) moqk_wgmma8(sum, a + 4 * i, desc + 2 * i, FORM == MOQK_FAST_U8 || i);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (lane == 0) moqk_bar_arrive(empty + run.at * 8);
+            run.step(RING);
+            if (FORM != MOQK_FAST_U8)
+#pragma unroll
+                for (int i = 0; i < 64; i++) d[i] += (float)sum[i];
+        }
+    if (FORM == MOQK_FAST_U8)
+#pragma unroll
+        for (int i = 0; i < 64; i++) d[i] = (float)sum[i];
+}
+#endif
+
+/* As moqk_gemm_wgmma. Weights of one scale a row. */
+template <int FORM> __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma8(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+{
+#if MOQK_WGMMA
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr int BM = MOQK_WGMMA8_TOKENS, RING = moqk_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
+    uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
+    float *room = (float *)(void *)(base + RING * BM * 128);
+    uint8_t *streams = (uint8_t *)(void *)(room + 2 * 32 * 68);
+    uint64_t *bars = (uint64_t *)(void *)(streams + 8 * moqk_stream_bytes(FORM, 0, AHEAD));
+    int *flags = (int *)(void *)(bars + 2 * RING);
+    const uint32_t full = moqk_shared_at(bars), empty = full + RING * 8;
+    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
+    moqk_piece q;
+    moqk_stage s = {0, 0};
+    q.at = -1;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < RING; i++) { moqk_bar_init(full + i * 8, 1); moqk_bar_init(empty + i * 8, 8); }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    moqk_wait_for_before();
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        moqk_dependents_may_start();
+        if (thread != 0) return;
+        while (moqk_next_piece<FORM, 0, BM>(a, b, &q)) {
+            const uint8_t *src = b.x16 + ((int64_t)q.from * 2 * b.tokens + q.x_first) * 128;
+            for (int32_t i = (q.to - q.from) * 2; i > 0; i--, src += b.tokens * 128) {
+                moqk_bar_wait(empty + s.at * 8, s.parity ^ 1);
+                moqk_bar_expect(full + s.at * 8, BM * 128);
+                moqk_bulk_copy(moqk_shared_at(base) + s.at * (BM * 128), src, BM * 128, full + s.at * 8);
+                s.step(RING);
+            }
+        }
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    while (moqk_next_piece<FORM, 0, BM>(a, b, &q)) {
+        moqk_stream<FORM, 0, AHEAD> w;
+        float d[BM / 2];
+        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units, moqk_shared_at(streams) + (group * 4 + warp) * moqk_stream_bytes(FORM, 0, AHEAD));
+        w.start(q.from, q.to * 4 - 1);
+        moqk_run_codes<FORM>(w, q.from, q.to, moqk_shared_at(base), full, empty, s, lane, d);
+        if ((q.from > 0 || q.to < b.units) && !moqk_join<BM>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
+        moqk_finish<FORM, 0, BM>(a, b, q, group, thread, room + group * 32 * 68, d);
+    }
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-gemm-mma   17 and more rows of x on every device: mma.sync
+   Eight warps of 16 rows x 64 tokens; x comes by cp.async through a ring in shared memory and by ldmatrix into registers. Group scales may
+   multiply F32 sums instead of weights here (GROUPED 2), which keeps 4-bit integers and FP8 blocks as exact as their scales.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_MMA_RING = 4 };
+
+__host__ __device__ static constexpr int moqk_mma_ahead(int form) { return moqk_fast_bits(form) == 16 ? 2 : 4; }
+__host__ __device__ static constexpr int moqk_mma_shared(int form, int grouped) { return MOQK_MMA_RING * 8192 + 8 * moqk_stream_bytes(form, grouped, moqk_mma_ahead(form)) + 16; }
+
+__device__ __forceinline__ void moqk_load_matrices(uint32_t at, uint32_t (&r)[4])
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+/* A slab of 64 columns: d += W x, or, with scales on sums, d += scale * (W x) for 32 columns at a time. x: the slab's [64 tokens][128 bytes]. */
+template <int GROUPED> __device__ __forceinline__ void moqk_multiply_slab(float (&d)[32], const uint32_t (&a)[16], uint32_t x, int lane, const float2 (&scale)[2])
+{
+    const uint32_t row = x + (lane & 7) * 128;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t from = row + (((half * 4 + (lane >> 3)) ^ (lane & 7)) << 4);
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            uint32_t v[4];
+            float sum[4] = {0, 0, 0, 0}, *to = GROUPED == 2 ? sum : d + 4 * n;
+            moqk_load_matrices(from + n * 1024, v);
+            moqk_product(to, a + 8 * half, v[0], v[1]);
+            moqk_product(to, a + 8 * half + 4, v[2], v[3]);
+            if (GROUPED == 2) {
+                d[4 * n] += sum[0] * scale[half].x;
+                d[4 * n + 1] += sum[1] * scale[half].x;
+                d[4 * n + 2] += sum[2] * scale[half].y;
+                d[4 * n + 3] += sum[3] * scale[half].y;
+            }
+        }
+    }
+}
+
+template <int FORM, int GROUPED> __global__ void __launch_bounds__(256, 2) moqk_gemm_mma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared), copy = (threadIdx.x >> 3) * 128 + (threadIdx.x & 7) * 16;
+    constexpr int AHEAD = moqk_mma_ahead(FORM), BYTES = moqk_stream_bytes(FORM, GROUPED, AHEAD);
+    int *flags = (int *)(void *)(shared + MOQK_MMA_RING * 8192 + 8 * BYTES);
+    moqk_stream<FORM, GROUPED, AHEAD> w;
+    moqk_piece q;
+    q.at = -1;
+    moqk_wait_for_before();
+    while (moqk_next_piece<FORM, GROUPED, 64>(a, b, &q)) {
+        const int32_t slabs = (q.to - q.from) * 4, last = q.to * 4 - 1;
+        const uint8_t *src = b.x16 + ((int64_t)q.from * 4 * b.tokens + q.x_first) * 128 + copy;
+        float d[32];
+        w.open(*q.p, q.row_tile * 8 + warp, b.w_units, ring + MOQK_MMA_RING * 8192 + warp * BYTES);
+#pragma unroll
+        for (int i = 0; i < 32; i++) d[i] = 0;
+        __syncthreads(); /* the ring was the room of the tile before */
+        for (int i = 0; i < MOQK_MMA_RING - 1; i++)
+            if (i < slabs) for (int k = 0; k < 2; k++) moqk_copy_async(ring + i * 8192 + copy + k * 4096, src + (int64_t)i * b.tokens * 128 + k * 4096);
+        w.start(q.from, last); /* its first group holds the slabs, too; every later group one slab and one block of weights */
+        for (int32_t unit = q.from, i = 0; unit < q.to; unit++)
+#pragma unroll
+            for (int block = 0; block < 4; block++, i++) {
+                uint32_t fragments[16];
+                const int32_t ahead = i + MOQK_MMA_RING - 1;
+                asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2) : "memory");
+                __syncthreads(); /* slab i is there for all, slab i - 1 is done with */
+                if (ahead < slabs)
+                    for (int k = 0; k < 2; k++) moqk_copy_async(ring + ahead % MOQK_MMA_RING * 8192 + copy + k * 4096, src + (int64_t)ahead * b.tokens * 128 + k * 4096);
+                w.decode(unit, block, last, fragments); /* closes the group */
+                moqk_multiply_slab<GROUPED>(d, fragments, ring + i % MOQK_MMA_RING * 8192, lane, w.scale);
+            }
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads();
+        if ((q.from > 0 || q.to < b.units) && !moqk_join<64>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
+        moqk_finish<FORM, GROUPED, 64>(a, b, q, group, thread, (float *)(void *)shared + group * 32 * 68, d);
+    }
+}
+
+/* ---- rows of the dispatch table; defined behind it ---- */
+
+static int moqc_fits_wgmma(const struct moqc_shape *s);
+static int moqc_fits_wgmma8(const struct moqc_shape *s);
+static void moqc_launch_wgmma8(const struct moqc_job *j);
+static int moqc_fits_mma(const struct moqc_shape *s);
+static void moqc_launch_wgmma(const struct moqc_job *j);
+static void moqc_launch_mma(const struct moqc_job *j);
+
+#define MOQC_GEMM_KERNELS \
+    {"gemm-wgmma8", 17, INT32_MAX, moqc_fits_wgmma8, 1, moqc_launch_wgmma8, "codes of weights and inputs multiplied by wgmma at 8 bits"}, \
+    {"gemm-wgmma", 17, INT32_MAX, moqc_fits_wgmma, 1, moqc_launch_wgmma, "weights decoded in registers for wgmma, F32 sums"}, \
+    {"gemm-mma", 17, INT32_MAX, moqc_fits_mma, 1, moqc_launch_mma, "weights decoded in registers for mma.sync, F32 sums"},
+
+/* ------------------------------------------------------------------------------------------------
    >>cuda-dispatch   which kernel a layer gets: the table
    A kernel is a row: what it is called, for which rows of x, which layers it takes and why it is chosen. The first row that fits wins.
    ------------------------------------------------------------------------------------------------ */
@@ -2638,6 +3529,8 @@ typedef struct moqc_shape {
     int32_t rows_of_x;         /* the largest number of the regime */
     int grouped;               /* experts */
     int sm, bf16;              /* device, activations */
+    moq_act act;
+    int wgmma;                 /* this program holds code for it */
 } moqc_shape;
 
 /* What a launcher gets: parts [first, first + count) of a bank, all with this kernel and the same feed. */
@@ -2737,6 +3630,7 @@ static const moqc_kernel moqc_kernels[] = {
 #ifdef MOQC_FAST_KERNELS
     MOQC_FAST_KERNELS
 #endif
+    MOQC_GEMM_KERNELS
     {"reference-gemv", 1, 8, moqc_fits_all, 0, moqc_launch_gemv, "weights read once, decoded in registers, F32 sums"},
     {"reference-gemv", 9, 16, moqc_fits_dense, 0, moqc_launch_gemv, "eight rows at a time cost less than a tile of the matrix kernel"},
     {"reference-gemm", 1, INT32_MAX, moqc_fits_all, 0, moqc_launch_gemm, "weights decoded once for 64 rows, F32 sums"}
@@ -2754,6 +3648,8 @@ static const moqc_kernel *moqc_choose(const moqc_ctx *c, const moqk_part *p, int
     s.grouped = grouped;
     s.sm = c->sm;
     s.bf16 = c->bf16;
+    s.act = c->act;
+    s.wgmma = c->wgmma;
     for (int i = 0; i < MOQC_KERNELS; i++) {
         const moqc_kernel *k = &moqc_kernels[i];
         int reference = strncmp(k->name, "reference", 9) == 0, wanted = strcmp(c->kernel, "auto") == 0 || reference || strcmp(c->kernel, k->name) == 0;
@@ -2783,6 +3679,8 @@ static int moqc_regime(int64_t rows)
 }
 
 /* ---- can it run, and how ---- */
+
+static int moqc_precise(int bf16, moq_act act); /* see >>cuda-gemm-host */
 
 static moq_result moqc_supports(moq_backend *be, const moq_linear *w, moq_error *err)
 {
@@ -2831,7 +3729,8 @@ static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, siz
         else if (w->scheme.input.elem == MOQ_NONE) inputs[0] = 0;
         else snprintf(inputs, sizeof inputs, ", wide inputs (%s)", c->act == MOQ_ACT_WIDE ? "asked for" : "automatic: no arithmetic of that format on this device");
         const moqc_kernel *few = moqc_choose(c, &p.d, 0, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, 0);
-        n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s", few->name, scheme, c->sm, few->why, many->name, many->why, inputs);
+        const char *kept = strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || (p.d.rounds && strcmp(many->name, "gemm-wgmma8") == 0) ? "" : moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
+        n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s%s", few->name, scheme, c->sm, few->why, many->name, many->why, kept, inputs);
     }
     return n > 0 ? (size_t)n : 0;
 }
@@ -3105,7 +4004,9 @@ static void moqc_run_bank(moqc_ctx *c, const moqc_bank *b, const moqc_run *u)
         a.ldy = u->ldy;
         a.y_bf16 = elem == 2;
         a.m = (int32_t)rows;
+        a.all = u->m;
         a.row_of = direct ? u->row_of : NULL;
+        a.expert_of = u->expert_of;
         a.tiles = u->tiles;
         a.most_tiles = u->most_tiles;
         moqc_launch_parts(c, b, 0, i, next - i, &a, rows);
@@ -3427,6 +4328,222 @@ static void moqc_launch_decode(const struct moqc_job *j)
             if (form >= 0) forms |= 1u << (form * 3 + moqk_form_step(*p, form) / 32);
         }
     for (int i = 0; i < MOQK_FORMS * 3; i++) if (forms >> i & 1) moqc_launch_decode_form(j, i / 3, i % 3 * 32);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-gemm-host  how products of 17 and more rows are cut and launched
+   ------------------------------------------------------------------------------------------------ */
+
+/* F32 activations, and the caller asked for what is stored or for all of it: products keep 16 bits of each value (two BF16 parts), and group scales stay
+   out of the weights. */
+static int moqc_precise(int bf16, moq_act act) { return !bf16 && act != MOQ_ACT_AUTO; }
+
+static int moqc_fits_wgmma(const struct moqc_shape *s)
+{
+    const moqk_part *p = s->part;
+    int form = moqk_form_of(*p), precise = moqc_precise(s->bf16, s->act);
+    return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (precise ? 512 : 64) && !(precise && moqk_form_grouped(*p, form));
+}
+
+/* What the inputs of a call are divided by before they are rounded to BF16, so that stored codes stay exact; parts they need. */
+static void moqc_unit_of(const moqc_job *j, const moqk_part *p, int *unit, int *parts)
+{
+    int two_level = p->in_scale == MOQ_F8_E4M3;
+    *unit = MOQK_NO_UNIT;
+    if (p->rounds && p->in_scale != MOQ_F8_E8M0) {
+        if (!p->in_dynamic || two_level) *unit = MOQK_STATIC_UNIT;
+        else if (p->in_group == 0 && !p->in_zero_point) *unit = MOQK_TOKEN_UNIT;
+    }
+    *parts = j->call.x_bf16 || *unit != MOQK_NO_UNIT || (p->rounds && p->in_scale == MOQ_F8_E8M0) || !moqc_precise(j->c->bf16, j->c->act) ? 1 : 2;
+}
+
+/* E4M3 or integer weights of one scale a row, and inputs rounded to the same type with one scale a token at most. E4M3 sums lose bits, so they are for
+   callers who leave the choice open; integers are exact. */
+static int moqc_fits_wgmma8(const struct moqc_shape *s)
+{
+    const moqk_part *p = s->part;
+    int form = moqk_form_of(*p), tokens = !p->in_dynamic || p->in_group == 0;
+    if (!s->wgmma || !p->rounds || !tokens || p->in_zero_point || p->input_zero != 0 || p->in_scale == MOQ_F8_E8M0 || p->in_scale == MOQ_F8_E4M3) return 0;
+    if (p->rows < 16 || p->cols < 128 || p->group < p->cols) return 0;
+    if (form == MOQK_FAST_U8) return p->in_elem == MOQ_I8 && p->zero == 128 && !p->has_zeros;
+    return form == MOQK_FAST_E4M3 && p->in_elem == MOQ_F8_E4M3 && s->act == MOQ_ACT_AUTO;
+}
+
+/* Any device. Few columns, where one term may be the whole sum, are left to the F32 kernels. */
+static int moqc_fits_mma(const struct moqc_shape *s)
+{
+    const moqk_part *p = s->part;
+    return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (moqc_precise(s->bf16, s->act) ? 512 : 64);
+}
+
+typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args);
+
+template <int FORM, int GROUPED> static moqc_gemm_kernel moqc_wgmma_for(int tokens)
+{
+    return tokens == 64 ? moqk_gemm_wgmma<FORM, GROUPED, 64> : tokens == 128 ? moqk_gemm_wgmma<FORM, GROUPED, 128> : moqk_gemm_wgmma<FORM, GROUPED, 256>;
+}
+
+static moqc_gemm_kernel moqc_wgmma_find(int form, int grouped, int tokens)
+{
+    switch (form) {
+    case MOQK_NVFP4: return moqc_wgmma_for<MOQK_NVFP4, 0>(tokens);
+    case MOQK_MXFP4: return moqc_wgmma_for<MOQK_MXFP4, 0>(tokens);
+    case MOQK_FAST_U4: return grouped ? moqc_wgmma_for<MOQK_FAST_U4, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_U4, 0>(tokens);
+    case MOQK_FAST_U8: return moqc_wgmma_for<MOQK_FAST_U8, 0>(tokens);
+    case MOQK_FAST_BF16: return tokens == 256 ? moqk_gemm_wgmma<MOQK_FAST_BF16, 0, 256> : moqk_gemm_wgmma<MOQK_FAST_BF16, 0, 128>; /* bound by memory below */
+    default: return grouped ? moqc_wgmma_for<MOQK_FAST_E4M3, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_E4M3, 0>(tokens);
+    }
+}
+
+static moqc_gemm_kernel moqc_mma_find(int form, int grouped)
+{
+    switch (form) {
+    case MOQK_NVFP4: return moqk_gemm_mma<MOQK_NVFP4, 0>;
+    case MOQK_MXFP4: return moqk_gemm_mma<MOQK_MXFP4, 0>;
+    case MOQK_FAST_U4: return grouped ? moqk_gemm_mma<MOQK_FAST_U4, 2> : moqk_gemm_mma<MOQK_FAST_U4, 0>;
+    case MOQK_FAST_U8: return moqk_gemm_mma<MOQK_FAST_U8, 0>;
+    case MOQK_FAST_BF16: return moqk_gemm_mma<MOQK_FAST_BF16, 0>;
+    default: return grouped ? moqk_gemm_mma<MOQK_FAST_E4M3, 2> : moqk_gemm_mma<MOQK_FAST_E4M3, 0>;
+    }
+}
+
+static moqc_gemm_kernel moqc_wgmma8_find(int form) { return form == MOQK_FAST_U8 ? moqk_gemm_wgmma8<MOQK_FAST_U8> : moqk_gemm_wgmma8<MOQK_FAST_E4M3>; }
+
+enum { MOQC_MMA, MOQC_WGMMA, MOQC_WGMMA8 }; /* the kernels of this section */
+
+/* How a launch is cut: tokens of a tile, blocks, whether they take equal runs of units. */
+typedef struct moqc_gemm_cut { int32_t tokens, blocks, even; } moqc_gemm_cut;
+
+/* The cut with the least estimated time in microseconds; those of 64 columns of a tile, alone on a multiprocessor and beside another one, were
+   measured on one H200. */
+static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tiles, int64_t units, int which)
+{
+    static const struct { int32_t tokens, which; double alone, beside; } tiles[5] = {
+        {64, MOQC_WGMMA, 0.30, 0.64}, {128, MOQC_WGMMA, 0.38, 0}, {256, MOQC_WGMMA, 0.65, 0}, {64, MOQC_MMA, 0.55, 0.9}, {128, MOQC_WGMMA8, 0.38, 0}};
+    moqc_gemm_cut best = {64, 1, 0};
+    double least = 1e30;
+    for (int i = 0; i < 5; i++) {
+        const int32_t tokens = tiles[i].tokens;
+        const int64_t alone = j->c->sm_count, most = tiles[i].beside > 0 ? 2 * alone : alone;
+        if (tiles[i].which != which || (j->c->gemm_tokens && which == MOQC_WGMMA && j->c->gemm_tokens != tokens)) continue;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && tokens == 64) continue;
+        if (j->call.tiles && tokens < j->call.m + 8) continue;
+        const int64_t count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens)), all = count * units;
+        for (int even = 0; even < 2; even++) {
+            if (j->c->gemm_even && j->c->gemm_even != even + 1) continue;
+            const int64_t runs = moqc_min(most, even ? moqc_min(all, count * 4) : count), longest = even ? moqk_ceil(all, runs) : moqk_ceil(count, runs) * units;
+            const double time = (double)longest * 4 * (runs > alone ? tiles[i].beside : tiles[i].alone) + (even ? 4 + tokens * 0.055 : 0);
+            if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs; best.even = even; }
+        }
+    }
+    return best;
+}
+
+/* A launch that may begin while the kernel before it ends; it waits for that one before it reads what others wrote. */
+template <typename... A, typename... B>
+static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int threads, int shared, const char *what, const B &...args)
+{
+    cudaLaunchConfig_t how;
+    cudaLaunchAttribute with[1];
+    memset(&how, 0, sizeof how);
+    memset(with, 0, sizeof with);
+    how.gridDim = grid;
+    how.blockDim = dim3((unsigned)threads);
+    how.dynamicSmemBytes = (size_t)shared;
+    how.stream = c->stream;
+    how.attrs = with;
+    how.numAttrs = c->sm >= 90;
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    if (shared > 0 && !moqc_ok(c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute")) return;
+    moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
+}
+
+/* x of the call as x16 for weights of a form; `up`: what the form wants on x. */
+static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up, int codes, const moqk_gemm_args *b)
+{
+    moqc_ctx *c = j->c;
+    moqk_pack_args a;
+    memset(&a, 0, sizeof a);
+    a.x = j->call.x;
+    a.ldx = j->call.ldx;
+    a.tokens = b->tokens;
+    a.row_of = j->call.row_of;
+    a.expert_of = j->call.tiles ? j->call.expert_of : NULL;
+    a.part = j->call.parts;
+    a.expert_stride = j->call.expert_stride;
+    a.token_unit = c->token_unit;
+    a.x16 = c->x16;
+    a.up = up;
+    a.m = j->call.all;
+    a.cols = p->cols;
+    a.slabs = b->w_units * 4;
+    a.parts = b->units / b->w_units;
+    a.form = form;
+    a.unit = b->unit;
+    a.x_bf16 = j->call.x_bf16;
+    if (a.unit == MOQK_TOKEN_UNIT) moqk_token_units<<<(unsigned)a.m, 256, 0, c->stream>>>(a, c->token_unit);
+    if (codes) a.slabs = b->units * 2;
+    moqc_launch_early(c, codes ? moqk_pack_codes : moqk_pack_x, dim3((unsigned)moqk_ceil(a.slabs, 4), (unsigned)moqk_ceil(a.m, codes ? 8 : 32)), 256, 0, "laying out inputs", a);
+}
+
+/* moqk_form_fix for the host. */
+static float moqc_form_fix(int form) { return form == MOQK_NVFP4 ? 128.0f : form == MOQK_MXFP4 ? 2361183241434822606848.0f : form == MOQK_FAST_E4M3 ? 1152921504606846976.0f : 1.0f; }
+
+/* One launch for the parts of one form; others of the same call find nothing to do in it. */
+static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int form, int grouped, int which)
+{
+    moqc_ctx *c = j->c;
+    moqk_gemm_args b;
+    int parts;
+    memset(&b, 0, sizeof b);
+    moqc_unit_of(j, p, &b.unit, &parts);
+    b.w_units = (int32_t)moqk_ceil(p->cols, 256);
+    b.units = which == MOQC_WGMMA8 ? b.w_units : b.w_units * parts;
+    moqc_gemm_cut u = moqc_cut_gemm(j, form, j->row_blocks128, b.units, which);
+    b.x16 = c->x16;
+    b.tokens = moqk_pad(j->call.all, 8) + 256; /* a tile may reach past the last token */
+    b.partial = c->partial_sums;
+    b.turn = c->turn;
+    b.token_unit = c->token_unit;
+    b.row_tiles = (int32_t)j->row_blocks128;
+    b.token_tiles = (int32_t)moqk_ceil(j->call.m, u.tokens);
+    b.even = u.even;
+    int scaled = grouped && which == MOQC_WGMMA, bytes = which == MOQC_MMA ? moqk_mma_shared(form, grouped) : moqk_wgmma_shared(form, scaled, u.tokens); /* scaled: weights */
+    b.fix = which == MOQC_WGMMA8 ? 1 : scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
+    moqc_pack(j, p, form, form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1, which == MOQC_WGMMA8, &b); /* 2^60: moqk_form_x */
+    moqc_gemm_kernel kernel = which == MOQC_WGMMA8 ? moqc_wgmma8_find(form) : which == MOQC_WGMMA ? moqc_wgmma_find(form, grouped, u.tokens) : moqc_mma_find(form, grouped);
+    moqc_launch_early(c, kernel, dim3((unsigned)u.blocks), which == MOQC_MMA ? 256 : 384, bytes, "a matrix product", j->call, b); /* weights are on their way while x16 is made */
+}
+
+static void moqc_launch_gemm_forms(const moqc_job *j, int which)
+{
+    uint32_t done = 0; /* bit: form * 2 + grouped */
+    for (int32_t i = 0; i < j->call.part_count; i++)
+        for (int32_t e = 0; e < j->bank->experts; e++) {
+            const moqk_part *p = &j->part[i + e * j->bank->parts].d;
+            int form = p->rows > 0 ? moqk_form_of(*p) : -1, grouped = form >= 0 && moqk_form_grouped(*p, form), bit = form * 2 + grouped;
+            if (form < 0 || (done >> bit & 1)) continue;
+            done |= 1u << bit;
+            moqc_launch_gemm_form(j, p, form, grouped, which);
+        }
+}
+
+static void moqc_launch_wgmma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_WGMMA); }
+static void moqc_launch_wgmma8(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_WGMMA8); }
+static void moqc_launch_mma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_MMA); }
+
+/* Tokens of the largest tile with which the kernels of this section take every layer of a bank; 0: they do not. */
+static int moqc_gemm_tokens(const moqc_bank *b)
+{
+    int tokens = 256;
+    for (int32_t i = 0; i < b->count; i++)
+        for (int r = 2; r < MOQC_REGIMES && b->part[i].d.rows > 0; r++) {
+            if (b->part[i].kernel[r]->launch == moqc_launch_mma) tokens = (int)moqc_min(tokens, 64);
+            else if (b->part[i].kernel[r]->launch == moqc_launch_wgmma8) tokens = (int)moqc_min(tokens, MOQK_WGMMA8_TOKENS);
+            else if (b->part[i].kernel[r]->launch != moqc_launch_wgmma) tokens = 0;
+        }
+    return tokens;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -5322,17 +6439,22 @@ static void moqc_release_moe(moq_backend *be, moq_experts *m)
 /* ---- running ---- */
 
 /* Rows of a tile: what the kernel of that many rows works on at once. An expert rarely gets more than its share of the choices. */
-static int32_t moqc_moe_tile(int64_t rows, int64_t choices, int32_t experts)
+static int32_t moqc_moe_tile(const moqc_experts *m, int64_t rows, int64_t choices)
 {
+    int64_t each = choices / m->routing.experts;
     if (rows <= 8) return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
-    return choices / experts >= 24 ? 64 : 16;
+    int64_t tokens = moqc_min(moqc_gemm_tokens(m->in), moqc_gemm_tokens(m->down));
+    if (tokens > 0 && each >= 8) /* 8 less than a tile of tokens, which begins at a multiple of 8 */
+        return (int32_t)moqc_min(tokens, each >= 128 ? 256 : each >= 56 ? 128 : 64) - 8;
+    if (tokens > 0) return 16;
+    return each >= 24 ? 64 : 16;
 }
 
 static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int64_t rows, void *y)
 {
     const moq_routing *r = &m->routing;
     int64_t choices = rows * r->top_k;
-    int32_t tile = moqc_moe_tile(rows, choices, r->experts);
+    int32_t tile = moqc_moe_tile(m, rows, choices);
     moqk_choices k = {c->index, c->weight, c->place, c->row_of, c->expert_of, c->tiles};
     size_t shared = (size_t)r->experts * 14;
     unsigned n = (unsigned)rows;
@@ -5807,6 +6929,8 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     c->sm = 10 * major + minor;
     if (e == cudaSuccess && c->sm < 80) return moq_fail(err, MOQ_E_UNSUPPORTED, c->name, "compute capability %d.%d, 8.0 (Ampere) or later is needed", major, minor);
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_move);
+    if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_has_wgmma);
+    c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.sharedSizeBytes >= 16;
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     for (int i = 0; i < MOQC_SLOTS && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->slot_free[i], cudaEventDisableTiming);
     if (e == cudaSuccess) e = moqc_allow_shared(c->most_shared);

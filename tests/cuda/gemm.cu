@@ -1,0 +1,444 @@
+/* Products with 17 and more rows of x: against float64, the same bits in every run, and their times beside cuBLAS on BF16 weights in the same run.
+       gemm test [form]              random codes, outliers, odd shapes; ends with "N passed, N failed"
+       gemm bench [form [RxC]]       graphs over copies of the weights that are larger than the cache together; the median of 7 turns
+   Needs an object with the implementation of modelopt_q.h, modelopt_q_cuda.o and -lcublas. */
+#ifdef GEMM_INTERNAL
+#include "../../modelopt_q_cuda.cu" /* to measure every way of cutting a product, not only the one that is chosen */
+#else
+#include "../../modelopt_q.h"
+extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
+#endif
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static moq_error err;
+static int passed, failed;
+
+static void check(int fine, const char *what)
+{
+    if (fine) return;
+    fprintf(stderr, "%s: %s\n", what, err.text);
+    exit(2);
+}
+
+static void cuda(cudaError_t e) { if (e != cudaSuccess) { fprintf(stderr, "%s\n", cudaGetErrorString(e)); exit(2); } }
+
+static uint64_t state = 88172645463325252ull;
+static uint64_t next_random(void)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    return state ^= state << 17;
+}
+
+static float random_normal(void)
+{
+    double u = ((double)(next_random() >> 11) + 1) / 9007199254740993.0, v = (double)(next_random() >> 11) / 9007199254740992.0;
+    return (float)(sqrt(-2 * log(u)) * cos(6.283185307179586 * v));
+}
+
+/* ---- layers: random codes of every value (no NaN), scales over some powers of two ---- */
+
+typedef struct form {
+    const char *name;
+    int bits;
+    moq_dtype elem, scale;
+    int group;                 /* columns; 0: the row, -1: the tensor */
+    int group_rows, zero;
+    moq_dtype input;           /* rounding of inputs in the tests of stored ones; MOQ_NONE: wide */
+    moq_dtype in_scale;
+    int in_group, in_dynamic;
+} form;
+
+static const form forms[] = {
+    {"nvfp4", 4, MOQ_F4, MOQ_F8_E4M3, 16, 1, 0, MOQ_F4, MOQ_F8_E4M3, 16, 1},
+    {"mxfp4", 4, MOQ_F4, MOQ_F8_E8M0, 32, 1, 0, MOQ_F8_E4M3, MOQ_F32, -1, 0},
+    {"int4-g128", 4, MOQ_I4, MOQ_BF16, 128, 1, 0, MOQ_NONE, MOQ_NONE, 0, 0},
+    {"int4-g32-zeros", 4, MOQ_I4, MOQ_BF16, 32, 1, 1, MOQ_NONE, MOQ_NONE, 0, 0},
+    {"int4-channel", 4, MOQ_I4, MOQ_F32, 0, 1, 0, MOQ_NONE, MOQ_NONE, 0, 0},
+    {"fp8-tensor", 8, MOQ_F8_E4M3, MOQ_F32, -1, -1, 0, MOQ_F8_E4M3, MOQ_F32, -1, 0},
+    {"fp8-channel", 8, MOQ_F8_E4M3, MOQ_F32, 0, 1, 0, MOQ_F8_E4M3, MOQ_F32, -1, 1},
+    {"fp8-block128", 8, MOQ_F8_E4M3, MOQ_F32, 128, 128, 0, MOQ_F8_E4M3, MOQ_F32, 128, 1},
+    {"mxfp8", 8, MOQ_F8_E4M3, MOQ_F8_E8M0, 32, 1, 0, MOQ_F8_E4M3, MOQ_F8_E8M0, 32, 1},
+    {"int8", 8, MOQ_I8, MOQ_F32, 0, 1, 0, MOQ_I8, MOQ_F32, -1, 1},
+    {"bf16", 16, MOQ_BF16, MOQ_NONE, 0, 0, 0, MOQ_NONE, MOQ_NONE, 0, 0}};
+
+typedef struct room { uint8_t *codes, *scales, *zeros; } room;
+
+static void make_layer(moq_linear *w, const form *f, int64_t rows, int64_t cols, room *m)
+{
+    int64_t groups = f->group > 0 ? (cols + f->group - 1) / f->group : 1, line = (cols * f->bits + 7) / 8, high = f->group_rows > 0 ? (rows + f->group_rows - 1) / f->group_rows : 1;
+    m->codes = (uint8_t *)calloc((size_t)(rows * line + 16), 1);
+    m->scales = (uint8_t *)calloc((size_t)(high * groups * 4 + 16), 1);
+    m->zeros = (uint8_t *)calloc((size_t)(rows * groups + 16), 1);
+    memset(w, 0, sizeof *w);
+    moq_make_linear(w, "layer", MOQ_BF16, m->codes, rows, cols);
+    for (int64_t i = 0; i < rows * line; i++) {
+        m->codes[i] = (uint8_t)(next_random() >> 20);
+        if (f->elem == MOQ_F8_E4M3 && (m->codes[i] & 127) == 127) m->codes[i] ^= 1;
+    }
+    if (f->bits == 16) {
+        for (int64_t i = 0; i < rows * cols; i++) ((uint16_t *)(void *)m->codes)[i] = (uint16_t)((next_random() >> 20 & 0x80ff) | (0x3a00 + (next_random() >> 30 & 0x1ff)));
+        return;
+    }
+    w->scheme.weight.elem = f->elem;
+    w->scheme.weight.scale = f->scale;
+    w->scheme.weight.group_rows = f->group_rows > 0 ? f->group_rows : MOQ_ALL;
+    w->scheme.weight.group_cols = f->group > 0 ? f->group : MOQ_ALL;
+    w->codes.dtype = f->bits == 4 ? MOQ_U8 : f->elem == MOQ_I8 ? MOQ_I8 : MOQ_F8_E4M3;
+    w->codes.count = (uint64_t)(rows * line);
+    w->packing.bits = (uint8_t)f->bits;
+    w->packing.word_bits = 8;
+    w->packing.row_stride = line;
+    w->packing.col_stride = 1;
+    w->scales.data = m->scales;
+    w->scales.dtype = f->scale;
+    w->scales.count = (uint64_t)(high * groups);
+    w->scale_row_stride = groups;
+    w->scale_col_stride = 1;
+    if (f->scale == MOQ_F8_E4M3) w->global_mul = 0.0004f;
+    for (int64_t i = 0; i < high * groups; i++) {
+        uint64_t r = next_random();
+        if (f->scale == MOQ_F8_E4M3) m->scales[i] = (uint8_t)(r % 97 == 0 ? 0 : r % 89 == 0 ? r >> 16 & 7 : r % 83 == 0 ? 0x7e : 24 + (r >> 8) % 48);
+        else if (f->scale == MOQ_F8_E8M0) m->scales[i] = (uint8_t)(r % 97 == 0 ? 131 : 116 + (r >> 8) % 8);
+        else if (f->scale == MOQ_BF16) ((uint16_t *)(void *)m->scales)[i] = (uint16_t)(0x3c00 + (r >> 8) % 0x100);
+        else ((float *)(void *)m->scales)[i] = 0.002f + 0.0001f * (float)(r >> 8 & 127);
+    }
+    if (!f->zero) return;
+    w->scheme.weight.zero_point = 1;
+    w->zeros.data = m->zeros;
+    w->zeros.dtype = MOQ_I8;
+    w->zeros.count = (uint64_t)(rows * groups);
+    w->zero_packing.bits = w->zero_packing.word_bits = 8;
+    w->zero_packing.row_stride = groups;
+    w->zero_packing.col_stride = 1;
+    for (int64_t i = 0; i < rows * groups; i++) m->zeros[i] = (uint8_t)(int)(next_random() >> 30 & 15) - 8;
+}
+
+static void free_layer(room *m)
+{
+    free(m->codes);
+    free(m->scales);
+    free(m->zeros);
+}
+
+/* ---- float64 on the GPU, from weights that the CPU decoded ---- */
+
+/* out: sum of squared errors, of squares; number of outputs further off than `far` of the sum of |x w| plus `near` of themselves. */
+__global__ void compare(const float *w, const float *x, const void *y, int bf16, int rows, int cols, int m, double near, double far, double *out)
+{
+    int row = blockIdx.x * 16 + threadIdx.x, token = blockIdx.y * 16 + threadIdx.y;
+    double want = 0, size = 0;
+    if (row >= rows || token >= m) return;
+    for (int c = 0; c < cols; c++) {
+        double v = (double)w[(int64_t)row * cols + c] * (double)x[(int64_t)token * cols + c];
+        want += v;
+        size += fabs(v);
+    }
+    int64_t at = (int64_t)token * rows + row;
+    double got = bf16 ? (double)__bfloat162float(((const __nv_bfloat16 *)y)[at]) : (double)((const float *)y)[at], e = fabs(got - want);
+    atomicAdd(out, e * e);
+    atomicAdd(out + 1, want * want);
+    if (!(e <= near * fabs(want) + far * size)) atomicAdd(out + 2, 1.0);
+}
+
+enum { WIDE, STORED, AUTO, BF16_WIDE, MODES };
+static const char *const mode_names[MODES] = {"F32 wide", "F32 as stored", "F32 automatic", "BF16 wide"};
+
+static moq_backend *backend_of(int mode, const char *kernel)
+{
+    moq_cuda_desc d;
+    memset(&d, 0, sizeof d);
+    d.kernel = kernel;
+    d.act = mode == STORED ? MOQ_ACT_STORED : mode == AUTO ? MOQ_ACT_AUTO : MOQ_ACT_WIDE;
+    moq_backend *be = moq_cuda_backend_full(&d, mode == BF16_WIDE ? MOQ_BF16 : MOQ_F32, NULL, &err);
+    check(be != NULL, "moq_cuda_backend_full");
+    return be;
+}
+
+/* Are inputs rounded to the form's type? AUTO: where the device multiplies in it. */
+static int rounded(int mode, const form *f)
+{
+    return f->input != MOQ_NONE && (mode == STORED || (mode == AUTO && (f->input == MOQ_I8 || f->input == MOQ_F8_E4M3)));
+}
+
+static void round_inputs(moq_linear *w, const form *f)
+{
+    w->scheme.input.elem = f->input;
+    w->scheme.input.scale = f->in_scale;
+    w->scheme.input.group_rows = f->in_group == -1 && !f->in_dynamic ? MOQ_ALL : 1;
+    w->scheme.input.group_cols = f->in_group > 0 ? f->in_group : MOQ_ALL;
+    w->scheme.input.dynamic = (uint8_t)f->in_dynamic;
+    w->input_scale = f->elem == MOQ_F4 && f->in_group > 0 ? 0.013f : 0.21f;
+}
+
+/* One product in one mode; the second and third run must give the same bits. */
+static void test_one(moq_backend *be, int mode, const form *f, const moq_linear *w, const float *device_w, int m, int verbose)
+{
+    int64_t n = w->rows, k = w->cols;
+    double r[3], *sums;
+    float *x = (float *)malloc((size_t)(m * k) * 4), *xr = (float *)malloc((size_t)(m * k) * 4), *y[3], *dx;
+    int rounds = rounded(mode, f);
+    char why[400];
+    for (int64_t i = 0; i < m * k; i++) {
+        x[i] = random_normal() * (i % k % 97 == 5 ? 30.0f : 1.0f);
+        if (mode == BF16_WIDE) x[i] = moq_bf16_decode(moq_bf16_encode(x[i]));
+    }
+    for (int i = 0; i < m; i++) {
+        if (rounds) moq_round_input(w, x + i * k, xr + i * k);
+        else memcpy(xr + i * k, x + i * k, (size_t)k * 4);
+    }
+    moq_weight *p = be->prepare_linear(be, w, 1, &err);
+    check(p != NULL, "prepare_linear");
+    void *px = be->alloc(be, (size_t)(m * k + 8) * 4, &err), *py = be->alloc(be, (size_t)(m * n + 8) * 4, &err);
+    check(px && py, "alloc");
+    cuda(cudaMalloc(&dx, (size_t)(m * k) * 4));
+    cuda(cudaMalloc(&sums, sizeof r));
+    cuda(cudaMemcpy(dx, xr, (size_t)(m * k) * 4, cudaMemcpyHostToDevice));
+    cuda(cudaMemset(sums, 0, sizeof r));
+    be->upload_act(be, px, x, (size_t)(m * k));
+    for (int turn = 0; turn < 3; turn++) {
+        y[turn] = (float *)malloc((size_t)(m * n) * 4);
+        for (int64_t i = 0; i < m * n; i++) y[turn][i] = NAN;
+        be->upload_act(be, py, y[turn], (size_t)(m * n));
+        be->linear(be, p, px, m, py);
+        be->download_act(be, y[turn], py, (size_t)(m * n));
+        check(be->sync(be, &err) == MOQ_OK, "sync");
+    }
+    int same = memcmp(y[0], y[1], (size_t)(m * n) * 4) == 0 && memcmp(y[0], y[2], (size_t)(m * n) * 4) == 0;
+    /* Wide and as stored: two BF16 parts of x keep 2^-17 of every term at least. Else 2^-9, weights with scales of groups are rounded, too, and E4M3 sums. */
+    int precise = mode == WIDE || mode == STORED, grouped = (f->bits == 8 || f->elem == MOQ_I4) && f->group > 0;
+    double near = mode == BF16_WIDE ? 4e-3 : 1e-6, far = precise ? 1.2e-5 : grouped ? 6e-3 : 2.1e-3, most = precise ? 1e-5 : grouped ? 4e-3 : 2.4e-3;
+    compare<<<dim3((unsigned)(n + 15) / 16, (unsigned)(m + 15) / 16), dim3(16, 16)>>>(device_w, dx, py, mode == BF16_WIDE, (int)n, (int)k, m, near, far, sums);
+    cuda(cudaMemcpy(r, sums, sizeof r, cudaMemcpyDeviceToHost));
+    int good = same && r[2] == 0 && sqrt(r[0] / r[1]) <= most;
+    passed += good;
+    failed += !good;
+    be->explain(be, w, why, sizeof why);
+    if (!good || verbose) printf("%-15s %-14s %5dx%-5d %4d rows: nrmse %.2e, %.0f of %.0f outside%s; %.70s\n", f->name, mode_names[mode], (int)n, (int)k, m, sqrt(r[0] / r[1]), r[2], (double)m * (double)n, same ? "" : ", BITS DIFFER", why);
+    be->release_weight(be, p);
+    be->release(be, px);
+    be->release(be, py);
+    cudaFree(dx);
+    cudaFree(sums);
+    free(x);
+    free(xr);
+    for (int i = 0; i < 3; i++) free(y[i]);
+}
+
+static void test_all(const char *only, const char *kernel)
+{
+    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513};
+    for (int mode = 0; mode < MODES; mode++) {
+        moq_backend *be = backend_of(mode, kernel);
+        check(be->reserve(be, 520, &err) == MOQ_OK, "reserve");
+        for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+            if (only && strcmp(only, forms[i].name)) continue;
+            for (int s = 0; s < 6; s++) {
+                moq_linear w;
+                room m;
+                int64_t n = shapes[s][0], k = shapes[s][1];
+                if (forms[i].group > 0) k = k / forms[i].group * forms[i].group;
+                make_layer(&w, &forms[i], n, k, &m);
+                if (rounded(mode, &forms[i])) round_inputs(&w, &forms[i]);
+                float *line = (float *)malloc((size_t)(n * k) * 4), *dw;
+                moq_dequantize(&w, 0, n, line);
+                cuda(cudaMalloc(&dw, (size_t)(n * k) * 4));
+                cuda(cudaMemcpy(dw, line, (size_t)(n * k) * 4, cudaMemcpyHostToDevice));
+                for (int r = 0; r < 7; r++) {
+                    if (s >= 3 && (r == 0 || r == 2 || r == 4)) continue;
+                    test_one(be, mode, &forms[i], &w, dw, rows[r], r == 6 && s == 3);
+                }
+                free(line);
+                cudaFree(dw);
+                free_layer(&m);
+            }
+        }
+        moq_backend_destroy(be);
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+}
+
+/* ---- times ---- */
+
+enum { TURNS = 7, MOST = 64 };
+
+static int compare_double(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Microseconds of one of the calls of a graph. */
+static double time_replay(cudaGraphExec_t g, cudaStream_t stream, int calls)
+{
+    double t[TURNS];
+    float ms;
+    cudaEvent_t a, b;
+    cuda(cudaEventCreate(&a));
+    cuda(cudaEventCreate(&b));
+    int repeat = 1;
+    for (int i = -2; i < TURNS; i++) {
+        cuda(cudaEventRecord(a, stream));
+        for (int k = 0; k < repeat; k++) cuda(cudaGraphLaunch(g, stream));
+        cuda(cudaEventRecord(b, stream));
+        cuda(cudaEventSynchronize(b));
+        cuda(cudaEventElapsedTime(&ms, a, b));
+        if (i >= 0) t[i] = (double)ms * 1e3 / calls / repeat;
+        if (i == -2) repeat = ms > 3 ? 1 : (int)(3 / (double)ms) + 1;
+    }
+    qsort(t, TURNS, sizeof *t, compare_double);
+    cudaEventDestroy(a);
+    cudaEventDestroy(b);
+    return t[TURNS / 2];
+}
+
+typedef struct bench {
+    moq_backend *be;
+    moq_weight *p[MOST];
+    void *x, *y;
+    __nv_bfloat16 *blas_w[MOST];
+    int copies, blas_copies;
+    int64_t n, k;
+    cublasHandle_t blas;
+    cudaStream_t stream;
+} bench;
+
+static double time_ours(bench *b, int m)
+{
+    moq_backend *be = b->be;
+    double t[TURNS];
+    int repeat = 1;
+    check(be->capture_begin(be, &err) == MOQ_OK, "capture");
+    for (int i = 0; i < b->copies; i++) be->linear(be, b->p[i], b->x, m, b->y);
+    moq_graph *g = be->capture_end(be, &err);
+    check(g != NULL, "capture");
+    for (int i = -2; i < TURNS; i++) {
+        check(be->sync(be, &err) == MOQ_OK, "sync");
+        double start = moq_seconds();
+        for (int k = 0; k < repeat; k++) be->replay(be, g);
+        check(be->sync(be, &err) == MOQ_OK, "sync");
+        double one = (moq_seconds() - start) * 1e6;
+        if (i >= 0) t[i] = one / b->copies / repeat;
+        if (i == -2) repeat = one > 3000 ? 1 : (int)(3000 / one) + 1;
+    }
+    be->release_graph(be, g);
+    qsort(t, TURNS, sizeof *t, compare_double);
+    return t[TURNS / 2];
+}
+
+static double time_blas(bench *b, int m)
+{
+    const float one = 1, zero = 0;
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    cuda(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < b->blas_copies; i++)
+        if (cublasGemmEx(b->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)b->n, m, (int)b->k, &one, b->blas_w[i], CUDA_R_16BF, (int)b->k, b->x, CUDA_R_16BF, (int)b->k, &zero, b->y, CUDA_R_16BF,
+                         (int)b->n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT)) { fprintf(stderr, "cublas\n"); exit(2); }
+    cuda(cudaStreamEndCapture(b->stream, &graph));
+    cuda(cudaGraphInstantiate(&run, graph, 0));
+    double t = time_replay(run, b->stream, b->blas_copies);
+    cudaGraphExecDestroy(run);
+    cudaGraphDestroy(graph);
+    return t;
+}
+
+__global__ void fill_bf16(__nv_bfloat16 *p, size_t n, unsigned seed)
+{
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        unsigned v = (unsigned)i * 2654435761u + seed;
+        v ^= v >> 15; v *= 2246822519u; v ^= v >> 13; v *= 3266489917u; v ^= v >> 16;
+        p[i] = __float2bfloat16(((float)(v & 0xffffff) / 8388608.0f - 1) * 0.05f);
+    }
+}
+
+static void bench_all(const char *only, const char *shape_only, int f32, int sweep, const char *kernel)
+{
+    static const int shapes[5][2] = {{4096, 4096}, {14336, 4096}, {4096, 14336}, {8192, 8192}, {28672, 8192}}, rows[] = {17, 32, 64, 128, 256, 300, 512, 1024, 2048, 4096};
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
+        for (int s = 0; s < 5; s++) {
+            bench b;
+            moq_linear w;
+            room m;
+            char shape[32];
+            moq_cuda_desc d;
+            memset(&b, 0, sizeof b);
+            memset(&d, 0, sizeof d);
+            snprintf(shape, sizeof shape, "%dx%d", shapes[s][0], shapes[s][1]);
+            if ((only && *only && strcmp(only, forms[i].name)) || (shape_only && *shape_only && strcmp(shape_only, shape))) continue;
+            b.n = shapes[s][0];
+            b.k = shapes[s][1];
+            d.kernel = kernel;
+            b.be = moq_cuda_backend_full(&d, f32 ? MOQ_F32 : MOQ_BF16, NULL, &err);
+            check(b.be != NULL, "backend");
+            make_layer(&w, &forms[i], b.n, b.k, &m);
+            if (forms[i].bits == 8 && forms[i].group <= 0) round_inputs(&w, &forms[i]); /* 8 bits times 8 bits */
+            double bytes = (double)(b.n * b.k) * forms[i].bits / 8;
+            b.copies = (int)(150e6 / bytes) + 1;
+            b.blas_copies = (int)(150e6 / ((double)(b.n * b.k) * 2)) + 1;
+            for (int c = 0; c < b.copies; c++) check((b.p[c] = b.be->prepare_linear(b.be, &w, 1, &err)) != NULL, "prepare");
+            check(b.be->reserve(b.be, 4096, &err) == MOQ_OK, "reserve");
+            cuda(cudaMalloc(&b.x, (size_t)(4096 * b.k) * 4));
+            cuda(cudaMalloc(&b.y, (size_t)(4096 * b.n) * 4));
+            if (f32) { /* F32 normal numbers from BF16 bits would be odd: upload real ones */
+                float *hx = (float *)malloc((size_t)(4096 * b.k) * 4);
+                for (int64_t j = 0; j < 4096 * b.k; j++) hx[j] = (float)((int)(next_random() >> 40 & 0xffff) - 32768) * 1e-4f;
+                cuda(cudaMemcpy(b.x, hx, (size_t)(4096 * b.k) * 4, cudaMemcpyHostToDevice));
+                free(hx);
+            } else fill_bf16<<<1024, 256>>>((__nv_bfloat16 *)b.x, (size_t)(4096 * b.k), 7);
+            for (int c = 0; c < b.blas_copies; c++) {
+                cuda(cudaMalloc(&b.blas_w[c], (size_t)(b.n * b.k) * 2));
+                fill_bf16<<<1024, 256>>>(b.blas_w[c], (size_t)(b.n * b.k), (unsigned)c);
+            }
+            cublasCreate(&b.blas);
+            cuda(cudaStreamCreate(&b.stream));
+            cublasSetStream(b.blas, b.stream);
+            void *workspace;
+            cuda(cudaMalloc(&workspace, 64 << 20));
+            cublasSetWorkspace(b.blas, workspace, 64 << 20);
+            for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
+                if (b.n * b.k > (int64_t)2e8 && rows[r] > 1024) continue;
+                double ours = time_ours(&b, rows[r]), blas = time_blas(&b, rows[r]), again = time_ours(&b, rows[r]);
+                if (again < ours) ours = again;
+                printf("%-15s %11s M=%-4d %8.1f us %5.0f TFLOP/s, cuBLAS BF16 %8.1f us %5.0f, ratio %.2f", forms[i].name, shape, rows[r], ours, 2e-6 * (double)b.n * (double)b.k * rows[r] / ours, blas,
+                       2e-6 * (double)b.n * (double)b.k * rows[r] / blas, blas / ours);
+#ifdef GEMM_INTERNAL
+                for (int t = 64; sweep && t <= 256; t *= 2)
+                    for (int even = 1; even <= 2; even++) {
+                        if ((t == 64 && rows[r] > 512) || (t == 256 && rows[r] < 128)) continue;
+                        moqc_of(b.be)->gemm_tokens = t;
+                        moqc_of(b.be)->gemm_even = even;
+                        printf("  %d%s %.1f", t, even == 2 ? "e" : "t", time_ours(&b, rows[r]));
+                        moqc_of(b.be)->gemm_tokens = moqc_of(b.be)->gemm_even = 0;
+                    }
+#else
+                (void)sweep;
+#endif
+                printf("\n");
+                fflush(stdout);
+            }
+            moq_backend_destroy(b.be);
+            for (int c = 0; c < b.blas_copies; c++) cudaFree(b.blas_w[c]);
+            cudaFree(b.x);
+            cudaFree(b.y);
+            cudaFree(workspace);
+            cublasDestroy(b.blas);
+            cudaStreamDestroy(b.stream);
+            free_layer(&m);
+        }
+}
+
+int main(int argc, char **argv)
+{
+    const char *form_only = argc > 2 ? argv[2] : NULL, *shape = argc > 3 ? argv[3] : NULL;
+    if (argc > 1 && strcmp(argv[1], "test") == 0) { test_all(form_only && *form_only ? form_only : NULL, shape); return failed > 0; }
+    bench_all(form_only, shape, argc > 4 && strcmp(argv[4], "f32") == 0, argc > 5, argc > 6 ? argv[6] : NULL);
+    return 0;
+}
