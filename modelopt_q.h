@@ -919,7 +919,8 @@ MOQ_API moq_backend *moq_cpu_backend(const moq_cpu_desc *desc, moq_error *err);
 
 typedef struct moq_cuda_desc {
     int32_t device;          /* counts from 0 */
-    moq_act act;             /* AUTO: as stored where the GPU computes in that format, else wide */
+    moq_act act;             /* AUTO: as stored where the GPU computes in that format, else wide, but F32 inputs are rounded to BF16 where 17 or
+                                more rows are multiplied at once; WIDE and STORED keep 16 bits of them there */
     const char *kernel;      /* NULL or "auto"; "reference"; else a name that explain() prints */
     moq_allocator allocator; /* host memory */
 } moq_cuda_desc;

@@ -33,7 +33,6 @@
        >>cuda-decode     1 to 16 rows of x: weights stream through the tensor cores once
        >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
        >>cuda-gemm-wgmma   the same on compute capability 9.0: wgmma with decoded weights in registers
-       >>cuda-gemm-wgmma8  8-bit inputs on compute capability 9.0
        >>cuda-gemm-mma   the same on every device: mma.sync
        >>cuda-dispatch   which kernel a layer gets: the table
        >>cuda-gemm-host  how products of 17 and more rows are cut and launched
@@ -440,7 +439,7 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     int64_t tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + 264 : 0, chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + 264 : 0;
     c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), 4);
     c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen), 4);
-    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 256, 4);
+    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 128, 4);
     c->turn = (int32_t *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 4, 4);
     if (tokens + chosen == 0) c->turn = NULL;
 }
@@ -2652,10 +2651,12 @@ static void moqc_launch_decode(const struct moqc_job *j);
    columns out as the weights have them:
        x16 [part][slab of 64 columns][tokens, padded][64], 16-byte pieces of a token's 128 bytes exchanged by xor with token & 7,
    which is the 128-byte swizzle of wgmma, so a tile of x is one contiguous copy. part 0: bf16(x); part 1, where two are needed:
-   bf16(x - part 0), which the product takes as as many columns more, with the same weights once again. Codes that stored inputs were rounded to are exact in one part: x is divided by its scale, the sums multiplied by it.
+   bf16(x - part 0), which the product takes as as many columns more, with the same weights once again. Codes that stored inputs were
+   rounded to are exact in one part: x is divided by its scale, the sums multiplied by it.
 
-   Work is cut in units of 256 columns of one tile. Either blocks take whole tiles in turn, or each block takes an equal run of all units;
-   then the partial sums of a tile go through memory and the block that comes last adds them, in the order of the columns: deterministic.
+   Work is cut in units of 256 columns of one tile. Blocks take whole tiles in turn; where tiles are few, the blocks of a cluster share the
+   columns of each and add up through distributed shared memory. Without clusters each block takes an equal run of all units; the partial sums
+   of a tile go through memory and the block that comes last adds them. Always in the order of the columns: deterministic.
    ------------------------------------------------------------------------------------------------ */
 
 /* The kernels of this file that need the instructions of compute capability 9.0 alone: nvcc -arch=sm_90a. */
@@ -2697,6 +2698,7 @@ typedef struct moqk_gemm_args {
     int32_t row_tiles;         /* of 128 rows, of all parts of an expert */
     int32_t token_tiles;       /* dense */
     int32_t even, unit;        /* even: equal runs of units, else whole tiles */
+    int32_t split;             /* blocks of a cluster that share the columns of a tile: 1, 2, 4 */
     float fix;                 /* the power of two that sums lack; see moqk_form_fix */
 } moqk_gemm_args;
 
@@ -2813,7 +2815,7 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
 template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_next_piece(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
 {
     const int32_t tiles = moqk_tiles_of(a, b), total = tiles * b.units;
-    if (q->at < 0) q->at = b.even ? (int32_t)moqk_run_start(total, blockIdx.x) : blockIdx.x;
+    if (q->at < 0) q->at = b.even ? (int32_t)moqk_run_start(total, blockIdx.x) : blockIdx.x / b.split;
     while (1) {
         if (b.even) {
             const int32_t end = (int32_t)moqk_run_start(total, blockIdx.x + 1);
@@ -2824,10 +2826,11 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_nex
             q->at += q->to - q->from;
         } else {
             if (q->at >= tiles) return 0;
+            const int32_t rank = blockIdx.x % b.split;
             q->tile = q->at;
-            q->from = 0;
-            q->to = b.units;
-            q->at += gridDim.x;
+            q->from = b.units * rank / b.split;
+            q->to = b.units * (rank + 1) / b.split;
+            q->at += gridDim.x / b.split;
         }
         if (moqk_locate_tile<FORM, GROUPED, BM>(a, b, q)) return 1;
     }
@@ -2886,58 +2889,84 @@ template <int FORM> __device__ __forceinline__ int64_t moqk_scales_at(const moqk
     return (int64_t)((p.rows + 15) / 16) * ((p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM)) * moqk_chunk_bytes(FORM);
 }
 
-/* y = sums * scales + bias. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2, as both kinds of products leave
-   them. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
-template <int FORM, int GROUPED, int BM>
-__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const float (&d)[BM / 2])
+/* What four neighbouring rows of y need: scales, biases, where they begin; whole: one store writes them. */
+typedef struct moqk_rows {
+    float scale[4], bias[4];
+    int32_t first, whole;      /* row of the part */
+} moqk_rows;
+
+template <int FORM, int GROUPED> __device__ __forceinline__ moqk_rows moqk_rows_of(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int r4)
 {
     const moqk_part &p = *q.p;
-    const int lane = thread & 31, warp = thread >> 5, r4 = lane & 15, row0 = q.row_tile * 128 + group * 64 + r4 * 4;
-    float scale[4], bias[4], each = p.factor * b.fix;
+    moqk_rows o;
+    float each = p.factor * b.fix;
+    const int elem = a.y_bf16 ? 2 : 4;
+    o.first = q.row_tile * 128 + group * 64 + r4 * 4;
     if (b.unit == MOQK_STATIC_UNIT) each *= p.input_scale;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int row = min(row0 + i, p.rows - 1);
-        scale[i] = each;
-        if (FORM > MOQK_MXFP4 && !GROUPED) scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1)];
-        bias[i] = p.bias ? p.bias[row] : 0;
+        int row = min(o.first + i, p.rows - 1);
+        o.scale[i] = each;
+        const int64_t at = ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1);
+        if (FORM > MOQK_MXFP4 && !GROUPED) o.scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[at];
+        o.bias[i] = p.bias ? p.bias[row] : 0;
     }
-    const int elem = a.y_bf16 ? 2 : 4;
-    const int whole = !a.accumulate && row0 + 3 < p.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + row0) * elem) & (4 * elem - 1)) == 0;
+    o.whole = !a.accumulate && o.first + 3 < p.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + o.first) * elem) & (4 * elem - 1)) == 0;
+    return o;
+}
+
+/* Sums of four rows of token m of x16 into y, if the token is the tile's own. */
+__device__ __forceinline__ void moqk_put_rows(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const moqk_rows &o, int32_t m, float4 v)
+{
+    if (m < q.first || m >= q.end || o.first >= q.p->rows) return;
+    const float unit = b.unit == MOQK_TOKEN_UNIT ? b.token_unit[m] : 1;
+    const int64_t at = (int64_t)m * a.ldy + q.y_first + o.first;
+    const float each[4] = {v.x * o.scale[0] * unit + o.bias[0], v.y * o.scale[1] * unit + o.bias[1], v.z * o.scale[2] * unit + o.bias[2],
+                           v.w * o.scale[3] * unit + o.bias[3]};
+    if (o.whole && a.y_bf16) *(uint2 *)((__nv_bfloat16 *)a.y + at) = make_uint2(moqk_pack(each[0], each[1]), moqk_pack(each[2], each[3]));
+    else if (o.whole) *(float4 *)((float *)a.y + at) = make_float4(each[0], each[1], each[2], each[3]);
+    else for (int i = 0; i < 4; i++) if (o.first + i < q.p->rows) moqk_store(a, at + i, each[i]);
+}
+
+/* Sums of tokens from * 32 on into [tokens][68] of shared memory. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2,
+   as both kinds of products leave them. */
+template <int TOKENS, int N> __device__ __forceinline__ void moqk_lay_sums(float *room, int thread, const float (&d)[N], int from)
+{
+    const int lane = thread & 31, warp = thread >> 5;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = d[from * 16 + j * 4 + i];
+}
+
+/* y = sums * scales + bias. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
+template <int FORM, int GROUPED, int BM>
+__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const float (&d)[BM / 2])
+{
+    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
 #pragma unroll
     for (int r = 0; r < BM / 32; r++) {
         moqk_sync_group(group);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = d[r * 16 + j * 4 + i];
+        moqk_lay_sums<32>(room, thread, d, r);
         moqk_sync_group(group);
 #pragma unroll 4
-        for (int k = 0; k < 4; k++) {
-            const int token = warp * 8 + k * 2 + (lane >> 4), m = q.x_first + r * 32 + token;
-            if (m < q.first || m >= q.end || row0 >= p.rows) continue;
-            float4 v = *(const float4 *)(room + token * 68 + r4 * 4);
-            const float unit = b.unit == MOQK_TOKEN_UNIT ? b.token_unit[m] : 1;
-            const int64_t at = (int64_t)m * a.ldy + q.y_first + row0;
-            v.x = v.x * scale[0] * unit + bias[0];
-            v.y = v.y * scale[1] * unit + bias[1];
-            v.z = v.z * scale[2] * unit + bias[2];
-            v.w = v.w * scale[3] * unit + bias[3];
-            if (whole && a.y_bf16) *(uint2 *)((__nv_bfloat16 *)a.y + at) = make_uint2(moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
-            else if (whole) *(float4 *)((float *)a.y + at) = v;
-            else {
-                const float each_v[4] = {v.x, v.y, v.z, v.w};
-                for (int i = 0; i < 4; i++) if (row0 + i < p.rows) moqk_store(a, at + i, each_v[i]);
-            }
-        }
+        for (int token = thread >> 4; token < 32; token += 8)
+            moqk_put_rows(a, b, q, o, q.x_first + r * 32 + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
     }
 }
 
-/* ---- weights on their way into registers ---- */
-
-__device__ __forceinline__ void moqk_copy_async(uint32_t dst, const void *src) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory"); }
-__device__ __forceinline__ void moqk_copy_async8(uint32_t dst, const void *src) { asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(dst), "l"(src) : "memory"); }
-__device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dst), "l"(src) : "memory"); }
+__device__ __forceinline__ void moqk_copy_async(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory");
+}
+__device__ __forceinline__ void moqk_copy_async8(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(dst), "l"(src) : "memory");
+}
+__device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dst), "l"(src) : "memory");
+}
 __device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint4 moqk_read16(uint32_t at)
@@ -3088,19 +3117,23 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream {
    work on the one before. Weights go from memory to registers without a stop, 64 to 256 columns ahead.
    ------------------------------------------------------------------------------------------------ */
 
-/* Tiles of x and blocks of 64 columns of weights in flight; blocks of a multiprocessor; shared memory. */
+/* Tiles of x and blocks of 64 columns of weights in flight; shared memory. */
 __host__ __device__ static constexpr int moqk_ring(int form, int tokens) { return tokens == 256 ? (moqk_fast_bits(form) == 16 ? 4 : 5) : 6; }
 __host__ __device__ static constexpr int moqk_ahead(int form, int tokens) { return moqk_fast_bits(form) == 4 || (moqk_fast_bits(form) == 8 && tokens == 128) ? 8 : 4; }
-__host__ __device__ static constexpr int moqk_blocks_at_once(int tokens) { return tokens == 64 ? 2 : 1; }
+/* A warpgroup's room for sums, then its four streams, which lie idle while it is finishing. */
+__host__ __device__ static constexpr int moqk_group_bytes(int form, int grouped, int ahead) { return 32 * 68 * 4 + 4 * moqk_stream_bytes(form, grouped, ahead); }
 __host__ __device__ static constexpr int moqk_wgmma_shared(int form, int grouped, int tokens)
 {
-    return 1024 + moqk_ring(form, tokens) * (tokens * 128 + 16) + 2 * 32 * 68 * 4 + 8 * moqk_stream_bytes(form, grouped, moqk_ahead(form, tokens)) + 16 + 8 * 64;
+    return 1024 + moqk_ring(form, tokens) * (tokens * 128 + 16) + 2 * moqk_group_bytes(form, grouped, moqk_ahead(form, tokens)) + 48 + 8 * 64;
 }
 
 #if MOQK_WGMMA
 __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void moqk_bar_init(uint32_t bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
-__device__ __forceinline__ void moqk_bar_expect(uint32_t bar, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void moqk_bar_expect(uint32_t bar, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void moqk_bar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
 __device__ __forceinline__ void moqk_bar_wait(uint32_t bar, int parity)
 {
@@ -3115,7 +3148,8 @@ __device__ __forceinline__ void moqk_bulk_copy(uint32_t dst, const void *src, in
 
 /* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers: */
 #define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
-#define MOQK_L32 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15) "," MOQK_L8(16, 17, 18, 19, 20, 21, 22, 23) "," MOQK_L8(24, 25, 26, 27, 28, 29, 30, 31)
+#define MOQK_L32 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15) "," \
+    MOQK_L8(16, 17, 18, 19, 20, 21, 22, 23) "," MOQK_L8(24, 25, 26, 27, 28, 29, 30, 31)
 #define MOQK_L64 MOQK_L32 "," MOQK_L8(32, 33, 34, 35, 36, 37, 38, 39) "," MOQK_L8(40, 41, 42, 43, 44, 45, 46, 47) "," MOQK_L8(48, 49, 50, 51, 52, 53, 54, 55) "," \
     MOQK_L8(56, 57, 58, 59, 60, 61, 62, 63)
 #define MOQK_L128 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79) "," MOQK_L8(80, 81, 82, 83, 84, 85, 86, 87) "," \
@@ -3124,7 +3158,8 @@ __device__ __forceinline__ void moqk_bulk_copy(uint32_t dst, const void *src, in
 #define MOQK_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MOQK_D32(i) MOQK_D4(i), MOQK_D4(i + 4), MOQK_D4(i + 8), MOQK_D4(i + 12), MOQK_D4(i + 16), MOQK_D4(i + 20), MOQK_D4(i + 24), MOQK_D4(i + 28)
 #define MOQK_WGMMA_BODY(add, n, list, a0, a1, a2, a3, desc) \
-    "{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc ", p, 1, 1, 0; }"
+    "{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, " \
+    "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc ", p, 1, 1, 0; }"
 __device__ __forceinline__ void moqk_wgmma(float (&d)[32], const uint32_t *a, uint64_t desc, int add)
 {
     asm volatile(MOQK_WGMMA_BODY(37, 64, MOQK_L32, 32, 33, 34, 35, 36) : MOQK_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
@@ -3137,6 +3172,71 @@ __device__ __forceinline__ void moqk_wgmma(float (&d)[128], const uint32_t *a, u
 {
     asm volatile(MOQK_WGMMA_BODY(133, 256, MOQK_L128, 128, 129, 130, 131, 132)
                  : MOQK_D32(0), MOQK_D32(32), MOQK_D32(64), MOQK_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+
+__device__ __forceinline__ uint32_t moqk_of_block(uint32_t at, uint32_t rank)
+{
+    uint32_t r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(at), "r"(rank));
+    return r;
+}
+
+__device__ __forceinline__ float4 moqk_read_block(uint32_t at)
+{
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
+/* Barriers of a warpgroup and those of the same number in the other blocks of its cluster: sums are there, sums have been read. */
+struct moqk_share {
+    uint32_t ready, read;
+    int round;
+
+    __device__ __forceinline__ void tell(uint32_t bar, int group, int thread, int blocks) const
+    {
+        asm volatile("fence.acq_rel.cluster;" ::: "memory");
+        moqk_sync_group(group);
+        if (thread < blocks) asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(moqk_of_block(bar, thread)) : "memory");
+    }
+    __device__ __forceinline__ void wait(uint32_t bar) const
+    {
+        asm volatile("{ .reg .pred p;\n"
+                     "W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+                     "@p bra D; bra W; D: }" :: "r"(bar), "r"(round & 1) : "memory");
+    }
+};
+
+/* As moqk_finish for a tile whose columns the blocks of a cluster share: each adds up some of the tokens, in the order of the columns. `room`: 64 tokens. */
+template <int FORM, int GROUPED, int BM>
+__device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, moqk_share &share,
+                                   const float (&d)[BM / 2])
+{
+    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
+    const int mine = 64 / b.split, first = blockIdx.x % b.split * mine;
+    const uint32_t here = moqk_shared_at(room) + (thread & 15) * 16;
+#pragma unroll
+    for (int r = 0; r < BM / 64; r++) {
+        moqk_sync_group(group);
+        moqk_lay_sums<64>(room, thread, d, 2 * r);
+        share.tell(share.ready, group, thread, b.split);
+        share.wait(share.ready);
+        for (int token = first + (thread >> 4); token < first + mine; token += 8) {
+            float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+            for (int c = 0; c < b.split; c++) {
+                const float4 v = moqk_read_block(moqk_of_block(here + token * 272, c));
+                sum.x += v.x;
+                sum.y += v.y;
+                sum.z += v.z;
+                sum.w += v.w;
+            }
+            moqk_put_rows(a, b, q, o, q.x_first + r * 64 + token, sum);
+        }
+        share.tell(share.read, group, thread, b.split);
+        share.wait(share.read);
+        share.round++;
+    }
 }
 
 /* The ring: stage of the next tile of x, its round. */
@@ -3168,74 +3268,62 @@ template <int BM, int RING> struct moqk_consumer {
         if (++done == RING) done = 0;
     }
 
-    /* d = all units of a piece. While a block is multiplied the next one is decoded; with tiles of 64 tokens two blocks of threads do that for each other. */
+    /* d = all units of a piece. While a block is multiplied the next one is decoded. */
     template <typename S> __device__ __forceinline__ void run_units(S &w, float (&d)[BM / 2], int32_t from, int32_t to, int lane)
     {
         const int32_t last = to * 4 - 1;
-        uint32_t a0[16];
-        if constexpr (BM == 64) {
-            for (int32_t unit = from; unit < to; unit++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    w.decode(unit, i, last, a0);
-                    multiply(d, a0, unit > from || i > 0);
-                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                    release(lane);
-                }
-            }
-        } else {
-            uint32_t a1[16];
-            w.decode(from, 0, last, a0);
-            for (int32_t unit = from; unit < to; unit++) {
-                multiply(d, a0, unit > from);
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (unit > from) release(lane);
-                w.decode(unit, 1, last, a1);
-                multiply(d, a1, 1);
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                release(lane);
-                w.decode(unit, 2, last, a0);
-                multiply(d, a0, 1);
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                release(lane);
-                w.decode(unit, 3, last, a1);
-                multiply(d, a1, 1);
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                release(lane);
-                if (unit + 1 < to) w.decode(unit + 1, 0, last, a0);
-            }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        uint32_t a0[16], a1[16];
+        w.decode(from, 0, last, a0);
+        for (int32_t unit = from; unit < to; unit++) {
+            multiply(d, a0, unit > from);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (unit > from) release(lane);
+            w.decode(unit, 1, last, a1);
+            multiply(d, a1, 1);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             release(lane);
+            w.decode(unit, 2, last, a0);
+            multiply(d, a0, 1);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            release(lane);
+            w.decode(unit, 3, last, a1);
+            multiply(d, a1, 1);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            release(lane);
+            if (unit + 1 < to) w.decode(unit + 1, 0, last, a0);
         }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        release(lane);
     }
 };
 #endif
 
 /* Grid: any number of blocks. 384 threads: warpgroups 0 and 1 multiply, a thread of the third copies; it gives its registers to the others. */
-template <int FORM, int GROUPED, int BM> __global__ void __launch_bounds__(384, moqk_blocks_at_once(BM)) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+template <int FORM, int GROUPED, int BM>
+__global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
 {
 #if MOQK_WGMMA
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr int RING = moqk_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
     uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
-    float *room = (float *)(void *)(base + RING * BM * 128);
-    uint8_t *streams = (uint8_t *)(void *)(room + 2 * 32 * 68);
-    uint64_t *bars = (uint64_t *)(void *)(streams + 8 * moqk_stream_bytes(FORM, GROUPED, AHEAD));
-    int *flags = (int *)(void *)(bars + 2 * RING);
+    uint8_t *room = base + RING * BM * 128 + (threadIdx.x >> 7) * moqk_group_bytes(FORM, GROUPED, AHEAD);
+    uint64_t *bars = (uint64_t *)(void *)(base + RING * BM * 128 + 2 * moqk_group_bytes(FORM, GROUPED, AHEAD));
     const uint32_t full = moqk_shared_at(bars), empty = full + RING * 8;
-    moqk_piece *kept = (moqk_piece *)(void *)(flags + 4) + (threadIdx.x >> 5); /* a warp's own: registers are short */
+    moqk_piece *kept = (moqk_piece *)(void *)(bars + 2 * RING + 4) + (threadIdx.x >> 5); /* a warp's own: registers are short */
     const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
     moqk_piece q;
     q.at = -1;
     if (threadIdx.x == 0) {
         for (int i = 0; i < RING; i++) { moqk_bar_init(full + i * 8, 1); moqk_bar_init(empty + i * 8, 8); }
+        for (int i = 0; i < 4; i++) moqk_bar_init(full + (2 * RING + i) * 8, b.split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    if (b.split > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    moqk_share share = {full + (2 * RING + group % 2) * 8, full + (2 * RING + 2 + group % 2) * 8, 0};
     if (a.tiles) moqk_wait_for_before(); /* they say what is to be done */
     if (group == 2) {
-        if (BM == 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        else asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         moqk_wait_for_before();
         moqk_dependents_may_start();
         if (thread != 0) return;
@@ -3251,15 +3339,14 @@ template <int FORM, int GROUPED, int BM> __global__ void __launch_bounds__(384, 
         }
         return;
     }
-    if (BM == 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-    else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     moqk_consumer<BM, RING> k = {moqk_shared_at(base), full, empty, {0, 0}, 0};
     moqk_stream<FORM, GROUPED, AHEAD> w;
     float d[BM / 2];
     int fresh = 1;
     while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
         const int32_t from = q.from, to = q.to;
-        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units, moqk_shared_at(streams) + (group * 4 + warp) * moqk_stream_bytes(FORM, GROUPED, AHEAD));
+        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units, moqk_shared_at(room) + 32 * 68 * 4 + warp * moqk_stream_bytes(FORM, GROUPED, AHEAD));
         w.start(from, to * 4 - 1);
         if (lane == 0) *kept = q;
         if (fresh) moqk_wait_for_before();
@@ -3267,155 +3354,8 @@ template <int FORM, int GROUPED, int BM> __global__ void __launch_bounds__(384, 
         k.run_units(w, d, from, to, lane);
         __syncwarp();
         q = *kept;
-        if ((q.from > 0 || q.to < b.units) && !moqk_join<BM>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
-        moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room + group * 32 * 68, d);
-    }
-#endif
-}
-
-/* ------------------------------------------------------------------------------------------------
-   >>cuda-gemm-wgmma8   17 and more rows of 8-bit inputs on compute capability 9.0: E4M3 times E4M3, integers times integers
-   Twice the rate of >>cuda-gemm-wgmma. Inputs are the codes that the checkpoint's rounding gave them; columns are in their order. The tensor
-   cores add E4M3 products with about 14 bits: sums of 128 columns go to F32. Sums of integers are exact.
-   ------------------------------------------------------------------------------------------------ */
-
-enum { MOQK_WGMMA8_TOKENS = 128 };
-
-/* r -> codes [slab of 128 columns][tokens][128], exchanged like x16. A thread makes 16 codes. Grid: 4 slabs, 8 tokens. */
-__global__ void __launch_bounds__(256) moqk_pack_codes(moqk_pack_args a)
-{
-    moqk_dependents_may_start();
-    moqk_wait_for_before();
-    const int32_t lane = threadIdx.x & 31, slab = blockIdx.x * 4 + (lane >> 3), piece = lane & 7, m = blockIdx.y * 8 + (threadIdx.x >> 5), col = slab * 128 + piece * 16;
-    if (m >= a.m || slab >= a.slabs) return;
-    const float unit = a.unit == MOQK_TOKEN_UNIT ? a.token_unit[m] : a.part[a.expert_of ? (int64_t)a.expert_of[m] * a.expert_stride : 0].input_scale;
-    const float *x = (const float *)a.x + (a.row_of ? a.row_of[m] : m) * a.ldx + col;
-    uint32_t w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float4 v = col + 4 * i < a.cols ? *(const float4 *)(x + 4 * i) : make_float4(0, 0, 0, 0);
-        const float f[4] = {v.x, v.y, v.z, v.w};
-        w[i] = 0;
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const uint32_t code = a.form == MOQK_FAST_U8 ? (uint32_t)__float2int_rn(f[k] / unit) & 255 : moqk_to_e4m3(f[k] / unit);
-            if (col + 4 * i + k < a.cols) w[i] |= code << (8 * k);
-        }
-    }
-    *(uint4 *)(a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((piece ^ (m & 7)) << 4)) = make_uint4(w[0], w[1], w[2], w[3]);
-}
-
-#if MOQK_WGMMA
-__device__ __forceinline__ void moqk_wgmma8(float (&d)[64], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MOQK_L64 "}, {%64,%65,%66,%67}, %68, p, 1, 1; }"
-                 : MOQK_D32(0), MOQK_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-#define MOQK_I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define MOQK_I32(i) MOQK_I4(i), MOQK_I4(i + 4), MOQK_I4(i + 8), MOQK_I4(i + 12), MOQK_I4(i + 16), MOQK_I4(i + 20), MOQK_I4(i + 24), MOQK_I4(i + 28)
-__device__ __forceinline__ void moqk_wgmma8(int32_t (&d)[64], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" MOQK_L64 "}, {%64,%65,%66,%67}, %68, p; }"
-                 : MOQK_I32(0), MOQK_I32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-
-template <int FORM> struct moqk_sum8 { typedef float type; };
-template <> struct moqk_sum8<MOQK_FAST_U8> { typedef int32_t type; };
-
-/* A chunk of 128 columns: each 32-bit register of the product takes 4 neighbours of one row; the layout pairs rows g and g + 8. */
-__device__ __forceinline__ void moqk_rows_apart(const uint4 (&w)[4], uint32_t (&a)[16])
-{
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        asm volatile("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(a[4 * i]) : "r"(w[i].x), "r"(w[i].y));
-        asm volatile("prmt.b32 %0, %1, %2, 0x7531;" : "=r"(a[4 * i + 1]) : "r"(w[i].x), "r"(w[i].y));
-        asm volatile("prmt.b32 %0, %1, %2, 0x6420;" : "=r"(a[4 * i + 2]) : "r"(w[i].z), "r"(w[i].w));
-        asm volatile("prmt.b32 %0, %1, %2, 0x7531;" : "=r"(a[4 * i + 3]) : "r"(w[i].z), "r"(w[i].w));
-    }
-}
-
-/* d = all units of a piece. */
-template <int FORM, typename S>
-__device__ __forceinline__ void moqk_run_codes(S &w, int32_t from, int32_t to, uint32_t x, uint32_t full, uint32_t empty, moqk_stage &run, int lane, float (&d)[64])
-{
-    constexpr int BYTES = MOQK_WGMMA8_TOKENS * 128, RING = moqk_ring(FORM, MOQK_WGMMA8_TOKENS);
-    typename moqk_sum8<FORM>::type sum[64];
-    uint32_t a[16];
-#pragma unroll
-    for (int i = 0; i < 64; i++) { d[i] = 0; sum[i] = 0; }
-    for (int32_t unit = from; unit < to; unit++)
-#pragma unroll
-        for (int k = 0; k < 2; k++) { /* 128 columns */
-            uint4 low[2], high[2];
-            w.fetch(unit, 2 * k, to * 4 - 1, low);
-            w.fetch(unit, 2 * k + 1, to * 4 - 1, high);
-            const uint4 both[4] = {low[0], low[1], high[0], high[1]};
-            moqk_rows_apart(both, a);
-            moqk_bar_wait(full + run.at * 8, run.parity);
-            const uint64_t desc = (uint64_t)((x + run.at * BYTES) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-            for (int i = 0; i < 4; i++) moqk_wgmma8(sum, a + 4 * i, desc + 2 * i, FORM == MOQK_FAST_U8 || i);
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (lane == 0) moqk_bar_arrive(empty + run.at * 8);
-            run.step(RING);
-            if (FORM != MOQK_FAST_U8)
-#pragma unroll
-                for (int i = 0; i < 64; i++) d[i] += (float)sum[i];
-        }
-    if (FORM == MOQK_FAST_U8)
-#pragma unroll
-        for (int i = 0; i < 64; i++) d[i] = (float)sum[i];
-}
-#endif
-
-/* As moqk_gemm_wgmma. Weights of one scale a row. */
-template <int FORM> __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma8(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
-{
-#if MOQK_WGMMA
-    extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int BM = MOQK_WGMMA8_TOKENS, RING = moqk_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
-    uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
-    float *room = (float *)(void *)(base + RING * BM * 128);
-    uint8_t *streams = (uint8_t *)(void *)(room + 2 * 32 * 68);
-    uint64_t *bars = (uint64_t *)(void *)(streams + 8 * moqk_stream_bytes(FORM, 0, AHEAD));
-    int *flags = (int *)(void *)(bars + 2 * RING);
-    const uint32_t full = moqk_shared_at(bars), empty = full + RING * 8;
-    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
-    moqk_piece q;
-    moqk_stage s = {0, 0};
-    q.at = -1;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < RING; i++) { moqk_bar_init(full + i * 8, 1); moqk_bar_init(empty + i * 8, 8); }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    moqk_wait_for_before();
-    if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        moqk_dependents_may_start();
-        if (thread != 0) return;
-        while (moqk_next_piece<FORM, 0, BM>(a, b, &q)) {
-            const uint8_t *src = b.x16 + ((int64_t)q.from * 2 * b.tokens + q.x_first) * 128;
-            for (int32_t i = (q.to - q.from) * 2; i > 0; i--, src += b.tokens * 128) {
-                moqk_bar_wait(empty + s.at * 8, s.parity ^ 1);
-                moqk_bar_expect(full + s.at * 8, BM * 128);
-                moqk_bulk_copy(moqk_shared_at(base) + s.at * (BM * 128), src, BM * 128, full + s.at * 8);
-                s.step(RING);
-            }
-        }
-        return;
-    }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    while (moqk_next_piece<FORM, 0, BM>(a, b, &q)) {
-        moqk_stream<FORM, 0, AHEAD> w;
-        float d[BM / 2];
-        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units, moqk_shared_at(streams) + (group * 4 + warp) * moqk_stream_bytes(FORM, 0, AHEAD));
-        w.start(q.from, q.to * 4 - 1);
-        moqk_run_codes<FORM>(w, q.from, q.to, moqk_shared_at(base), full, empty, s, lane, d);
-        if ((q.from > 0 || q.to < b.units) && !moqk_join<BM>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
-        moqk_finish<FORM, 0, BM>(a, b, q, group, thread, room + group * 32 * 68, d);
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)room, share, d);
+        else moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)room, d);
     }
 #endif
 }
@@ -3504,14 +3444,11 @@ template <int FORM, int GROUPED> __global__ void __launch_bounds__(256, 2) moqk_
 /* ---- rows of the dispatch table; defined behind it ---- */
 
 static int moqc_fits_wgmma(const struct moqc_shape *s);
-static int moqc_fits_wgmma8(const struct moqc_shape *s);
-static void moqc_launch_wgmma8(const struct moqc_job *j);
 static int moqc_fits_mma(const struct moqc_shape *s);
 static void moqc_launch_wgmma(const struct moqc_job *j);
 static void moqc_launch_mma(const struct moqc_job *j);
 
 #define MOQC_GEMM_KERNELS \
-    {"gemm-wgmma8", 17, INT32_MAX, moqc_fits_wgmma8, 1, moqc_launch_wgmma8, "codes of weights and inputs multiplied by wgmma at 8 bits"}, \
     {"gemm-wgmma", 17, INT32_MAX, moqc_fits_wgmma, 1, moqc_launch_wgmma, "weights decoded in registers for wgmma, F32 sums"}, \
     {"gemm-mma", 17, INT32_MAX, moqc_fits_mma, 1, moqc_launch_mma, "weights decoded in registers for mma.sync, F32 sums"},
 
@@ -3729,7 +3666,8 @@ static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, siz
         else if (w->scheme.input.elem == MOQ_NONE) inputs[0] = 0;
         else snprintf(inputs, sizeof inputs, ", wide inputs (%s)", c->act == MOQ_ACT_WIDE ? "asked for" : "automatic: no arithmetic of that format on this device");
         const moqc_kernel *few = moqc_choose(c, &p.d, 0, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, 0);
-        const char *kept = strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || (p.d.rounds && strcmp(many->name, "gemm-wgmma8") == 0) ? "" : moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
+        const char *kept = moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
+        if (strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || p.d.rounds) kept = "";
         n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s%s", few->name, scheme, c->sm, few->why, many->name, many->why, kept, inputs);
     }
     return n > 0 ? (size_t)n : 0;
@@ -4342,7 +4280,7 @@ static int moqc_fits_wgmma(const struct moqc_shape *s)
 {
     const moqk_part *p = s->part;
     int form = moqk_form_of(*p), precise = moqc_precise(s->bf16, s->act);
-    return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (precise ? 512 : 64) && !(precise && moqk_form_grouped(*p, form));
+    return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (precise ? 1024 : 64) && !(precise && moqk_form_grouped(*p, form));
 }
 
 /* What the inputs of a call are divided by before they are rounded to BF16, so that stored codes stay exact; parts they need. */
@@ -4357,23 +4295,11 @@ static void moqc_unit_of(const moqc_job *j, const moqk_part *p, int *unit, int *
     *parts = j->call.x_bf16 || *unit != MOQK_NO_UNIT || (p->rounds && p->in_scale == MOQ_F8_E8M0) || !moqc_precise(j->c->bf16, j->c->act) ? 1 : 2;
 }
 
-/* E4M3 or integer weights of one scale a row, and inputs rounded to the same type with one scale a token at most. E4M3 sums lose bits, so they are for
-   callers who leave the choice open; integers are exact. */
-static int moqc_fits_wgmma8(const struct moqc_shape *s)
-{
-    const moqk_part *p = s->part;
-    int form = moqk_form_of(*p), tokens = !p->in_dynamic || p->in_group == 0;
-    if (!s->wgmma || !p->rounds || !tokens || p->in_zero_point || p->input_zero != 0 || p->in_scale == MOQ_F8_E8M0 || p->in_scale == MOQ_F8_E4M3) return 0;
-    if (p->rows < 16 || p->cols < 128 || p->group < p->cols) return 0;
-    if (form == MOQK_FAST_U8) return p->in_elem == MOQ_I8 && p->zero == 128 && !p->has_zeros;
-    return form == MOQK_FAST_E4M3 && p->in_elem == MOQ_F8_E4M3 && s->act == MOQ_ACT_AUTO;
-}
-
 /* Any device. Few columns, where one term may be the whole sum, are left to the F32 kernels. */
 static int moqc_fits_mma(const struct moqc_shape *s)
 {
     const moqk_part *p = s->part;
-    return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (moqc_precise(s->bf16, s->act) ? 512 : 64);
+    return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (moqc_precise(s->bf16, s->act) ? 1024 : 64);
 }
 
 typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args);
@@ -4407,33 +4333,33 @@ static moqc_gemm_kernel moqc_mma_find(int form, int grouped)
     }
 }
 
-static moqc_gemm_kernel moqc_wgmma8_find(int form) { return form == MOQK_FAST_U8 ? moqk_gemm_wgmma8<MOQK_FAST_U8> : moqk_gemm_wgmma8<MOQK_FAST_E4M3>; }
+enum { MOQC_MMA, MOQC_WGMMA }; /* the kernels of this section */
 
-enum { MOQC_MMA, MOQC_WGMMA, MOQC_WGMMA8 }; /* the kernels of this section */
+/* How a launch is cut: tokens of a tile, blocks, whether they take equal runs of units; blocks of a cluster. */
+typedef struct moqc_gemm_cut { int32_t tokens, blocks, even, split; } moqc_gemm_cut;
 
-/* How a launch is cut: tokens of a tile, blocks, whether they take equal runs of units. */
-typedef struct moqc_gemm_cut { int32_t tokens, blocks, even; } moqc_gemm_cut;
-
-/* The cut with the least estimated time in microseconds; those of 64 columns of a tile, alone on a multiprocessor and beside another one, were
-   measured on one H200. */
+/* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that a cluster shares, measured on one H200.
+   BF16 weights are bound by memory with few tokens: their tiles begin at 128. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tiles, int64_t units, int which)
 {
-    static const struct { int32_t tokens, which; double alone, beside; } tiles[5] = {
-        {64, MOQC_WGMMA, 0.30, 0.64}, {128, MOQC_WGMMA, 0.38, 0}, {256, MOQC_WGMMA, 0.65, 0}, {64, MOQC_MMA, 0.55, 0.9}, {128, MOQC_WGMMA8, 0.38, 0}};
-    moqc_gemm_cut best = {64, 1, 0};
+    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[4] = {
+        {64, MOQC_WGMMA, 0.30, 1, 3}, {128, MOQC_WGMMA, 0.38, 5, 9}, {256, MOQC_WGMMA, 0.65, 8, 13}, {64, MOQC_MMA, 0.5, 3, 9}};
+    moqc_gemm_cut best = {64, 1, 0, 1};
     double least = 1e30;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 4; i++) {
         const int32_t tokens = tiles[i].tokens;
-        const int64_t alone = j->c->sm_count, most = tiles[i].beside > 0 ? 2 * alone : alone;
         if (tiles[i].which != which || (j->c->gemm_tokens && which == MOQC_WGMMA && j->c->gemm_tokens != tokens)) continue;
         if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && tokens == 64) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
-        const int64_t count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens)), all = count * units;
-        for (int even = 0; even < 2; even++) {
-            if (j->c->gemm_even && j->c->gemm_even != even + 1) continue;
-            const int64_t runs = moqc_min(most, even ? moqc_min(all, count * 4) : count), longest = even ? moqk_ceil(all, runs) : moqk_ceil(count, runs) * units;
-            const double time = (double)longest * 4 * (runs > alone ? tiles[i].beside : tiles[i].alone) + (even ? 4 + tokens * 0.055 : 0);
-            if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs; best.even = even; }
+        const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1), count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
+        for (int k = 0; k < (which == MOQC_MMA ? 2 : 3); k++) { /* without clusters: whole tiles, equal runs; with them: 1, 2, 4 blocks a tile */
+            const int even = which == MOQC_MMA && k, split = which == MOQC_MMA ? 1 : 1 << k;
+            if ((j->c->gemm_even && j->c->gemm_even != k + 1) || units < split) continue;
+            const int64_t fit = split == 4 ? room * 9 / 40 : room / split; /* clusters of 4 do not fit everywhere */
+            const int64_t runs = moqc_max(1, moqc_min(fit, even ? count * moqc_min(units, 4) : count)), rounds = even ? 1 : moqk_ceil(count, runs);
+            const int64_t longest = even ? moqk_ceil(count * units, runs) : rounds * moqk_ceil(units, split);
+            const double time = (double)longest * 4 * tiles[i].slab + (double)rounds * (even || split > 1 ? tiles[i].shared_end : tiles[i].end);
+            if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs * split; best.even = even; best.split = split; }
         }
     }
     return best;
@@ -4441,10 +4367,10 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tile
 
 /* A launch that may begin while the kernel before it ends; it waits for that one before it reads what others wrote. */
 template <typename... A, typename... B>
-static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int threads, int shared, const char *what, const B &...args)
+static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int threads, int shared, int cluster, const char *what, const B &...args)
 {
     cudaLaunchConfig_t how;
-    cudaLaunchAttribute with[1];
+    cudaLaunchAttribute with[2];
     memset(&how, 0, sizeof how);
     memset(with, 0, sizeof with);
     how.gridDim = grid;
@@ -4452,15 +4378,18 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
     how.dynamicSmemBytes = (size_t)shared;
     how.stream = c->stream;
     how.attrs = with;
-    how.numAttrs = c->sm >= 90;
+    how.numAttrs = c->sm >= 90 ? 1 + (cluster > 1) : 0;
     with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     with[0].val.programmaticStreamSerializationAllowed = 1;
+    with[1].id = cudaLaunchAttributeClusterDimension;
+    with[1].val.clusterDim.x = (unsigned)cluster;
+    with[1].val.clusterDim.y = with[1].val.clusterDim.z = 1;
     if (shared > 0 && !moqc_ok(c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute")) return;
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
 
 /* x of the call as x16 for weights of a form; `up`: what the form wants on x. */
-static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up, int codes, const moqk_gemm_args *b)
+static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up, const moqk_gemm_args *b)
 {
     moqc_ctx *c = j->c;
     moqk_pack_args a;
@@ -4483,12 +4412,15 @@ static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up,
     a.unit = b->unit;
     a.x_bf16 = j->call.x_bf16;
     if (a.unit == MOQK_TOKEN_UNIT) moqk_token_units<<<(unsigned)a.m, 256, 0, c->stream>>>(a, c->token_unit);
-    if (codes) a.slabs = b->units * 2;
-    moqc_launch_early(c, codes ? moqk_pack_codes : moqk_pack_x, dim3((unsigned)moqk_ceil(a.slabs, 4), (unsigned)moqk_ceil(a.m, codes ? 8 : 32)), 256, 0, "laying out inputs", a);
+    dim3 grid((unsigned)a.slabs / 4, (unsigned)moqk_ceil(a.m, 32));
+    moqc_launch_early(c, moqk_pack_x, grid, 256, 0, 1, "laying out inputs", a);
 }
 
 /* moqk_form_fix for the host. */
-static float moqc_form_fix(int form) { return form == MOQK_NVFP4 ? 128.0f : form == MOQK_MXFP4 ? 2361183241434822606848.0f : form == MOQK_FAST_E4M3 ? 1152921504606846976.0f : 1.0f; }
+static float moqc_form_fix(int form)
+{
+    return form == MOQK_NVFP4 ? 128.0f : form == MOQK_MXFP4 ? 2361183241434822606848.0f : form == MOQK_FAST_E4M3 ? 1152921504606846976.0f : 1.0f;
+}
 
 /* One launch for the parts of one form; others of the same call find nothing to do in it. */
 static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int form, int grouped, int which)
@@ -4499,7 +4431,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     memset(&b, 0, sizeof b);
     moqc_unit_of(j, p, &b.unit, &parts);
     b.w_units = (int32_t)moqk_ceil(p->cols, 256);
-    b.units = which == MOQC_WGMMA8 ? b.w_units : b.w_units * parts;
+    b.units = b.w_units * parts;
     moqc_gemm_cut u = moqc_cut_gemm(j, form, j->row_blocks128, b.units, which);
     b.x16 = c->x16;
     b.tokens = moqk_pad(j->call.all, 8) + 256; /* a tile may reach past the last token */
@@ -4509,11 +4441,13 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.row_tiles = (int32_t)j->row_blocks128;
     b.token_tiles = (int32_t)moqk_ceil(j->call.m, u.tokens);
     b.even = u.even;
-    int scaled = grouped && which == MOQC_WGMMA, bytes = which == MOQC_MMA ? moqk_mma_shared(form, grouped) : moqk_wgmma_shared(form, scaled, u.tokens); /* scaled: weights */
-    b.fix = which == MOQC_WGMMA8 ? 1 : scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
-    moqc_pack(j, p, form, form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1, which == MOQC_WGMMA8, &b); /* 2^60: moqk_form_x */
-    moqc_gemm_kernel kernel = which == MOQC_WGMMA8 ? moqc_wgmma8_find(form) : which == MOQC_WGMMA ? moqc_wgmma_find(form, grouped, u.tokens) : moqc_mma_find(form, grouped);
-    moqc_launch_early(c, kernel, dim3((unsigned)u.blocks), which == MOQC_MMA ? 256 : 384, bytes, "a matrix product", j->call, b); /* weights are on their way while x16 is made */
+    b.split = u.split;
+    int scaled = grouped && which == MOQC_WGMMA; /* weights */
+    int bytes = which == MOQC_MMA ? moqk_mma_shared(form, grouped) : moqk_wgmma_shared(form, scaled, u.tokens);
+    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
+    moqc_pack(j, p, form, form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1, &b); /* 2^60: moqk_form_x */
+    moqc_gemm_kernel kernel = which == MOQC_WGMMA ? moqc_wgmma_find(form, grouped, u.tokens) : moqc_mma_find(form, grouped);
+    moqc_launch_early(c, kernel, dim3((unsigned)u.blocks), which == MOQC_MMA ? 256 : 384, bytes, u.split, "a matrix product", j->call, b);
 }
 
 static void moqc_launch_gemm_forms(const moqc_job *j, int which)
@@ -4530,7 +4464,6 @@ static void moqc_launch_gemm_forms(const moqc_job *j, int which)
 }
 
 static void moqc_launch_wgmma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_WGMMA); }
-static void moqc_launch_wgmma8(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_WGMMA8); }
 static void moqc_launch_mma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_MMA); }
 
 /* Tokens of the largest tile with which the kernels of this section take every layer of a bank; 0: they do not. */
@@ -4540,7 +4473,6 @@ static int moqc_gemm_tokens(const moqc_bank *b)
     for (int32_t i = 0; i < b->count; i++)
         for (int r = 2; r < MOQC_REGIMES && b->part[i].d.rows > 0; r++) {
             if (b->part[i].kernel[r]->launch == moqc_launch_mma) tokens = (int)moqc_min(tokens, 64);
-            else if (b->part[i].kernel[r]->launch == moqc_launch_wgmma8) tokens = (int)moqc_min(tokens, MOQK_WGMMA8_TOKENS);
             else if (b->part[i].kernel[r]->launch != moqc_launch_wgmma) tokens = 0;
         }
     return tokens;

@@ -39,8 +39,16 @@ if [ -z "${MOQ_PREBUILT:-}" ]; then
         name=$(basename "$t" .c)
         "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$t" -o "$build/$name.o" && "$nvcc" "$build/$name.o" "$build/backend.o" -o "$build/$name" -lm -lpthread || { echo "0 passed, 1 failed"; exit 1; }
     done
+    # products of many rows: needs cuBLAS, which they are compared with
+    "$cc" -O1 -DMODELOPT_Q_IMPLEMENTATION -x c -c "$root/modelopt_q.h" -o "$build/header.o" &&
+        "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread >"$log" 2>&1 ||
+        { skipped=$((skipped + 1)); echo "gemm was not built: $(tail -n 1 "$log")"; }
 fi
 
+if [ -x "$build/gemm" ]; then
+    "$build/gemm" test >"$log" 2>&1
+    count gemm $?
+fi
 for t in test_backend test_logits; do
     "$build/$t" >"$log" 2>&1
     count "$t" $?
@@ -65,7 +73,7 @@ if [ -z "${QUICK:-}" ]; then
         skipped=$((skipped + 1))
         echo "compute-sanitizer is not installed"
     fi
-    [ -x "$build/bench_kernels" ] && "$build/bench_kernels"
+    [ -x "$build/gemm" ] && "$build/gemm" bench nvfp4
 fi
 if [ "$skipped" -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
 [ "$failed" -eq 0 ]
