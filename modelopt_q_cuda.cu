@@ -3118,33 +3118,17 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream {
    ------------------------------------------------------------------------------------------------ */
 
 /* Tiles of x and blocks of 64 columns of weights in flight; shared memory. */
-__host__ __device__ static constexpr int moqk_ring(int form, int tokens) { return tokens == 256 ? (moqk_fast_bits(form) == 16 ? 4 : 5) : 6; }
+__host__ __device__ static constexpr int moqk_x_ring(int form, int tokens) { return tokens == 256 ? (moqk_fast_bits(form) == 16 ? 4 : 5) : 6; }
 __host__ __device__ static constexpr int moqk_ahead(int form, int tokens) { return moqk_fast_bits(form) == 4 || (moqk_fast_bits(form) == 8 && tokens == 128) ? 8 : 4; }
 /* A warpgroup's room for sums, then its four streams, which lie idle while it is finishing. */
 __host__ __device__ static constexpr int moqk_group_bytes(int form, int grouped, int ahead) { return 32 * 68 * 4 + 4 * moqk_stream_bytes(form, grouped, ahead); }
 __host__ __device__ static constexpr int moqk_wgmma_shared(int form, int grouped, int tokens)
 {
-    return 1024 + moqk_ring(form, tokens) * (tokens * 128 + 16) + 2 * moqk_group_bytes(form, grouped, moqk_ahead(form, tokens)) + 48 + 8 * 64;
+    return 1024 + moqk_x_ring(form, tokens) * (tokens * 128 + 16) + 2 * moqk_group_bytes(form, grouped, moqk_ahead(form, tokens)) + 48 + 8 * 64;
 }
 
 #if MOQK_WGMMA
 __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void moqk_bar_init(uint32_t bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(count) : "memory"); }
-__device__ __forceinline__ void moqk_bar_expect(uint32_t bar, int bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void moqk_bar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
-__device__ __forceinline__ void moqk_bar_wait(uint32_t bar, int parity)
-{
-    asm volatile("{ .reg .pred p;\n"
-                 "W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra D; bra W; D: }" :: "r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void moqk_bulk_copy(uint32_t dst, const void *src, int bytes, uint32_t bar)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
-}
 
 /* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers: */
 #define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
@@ -3252,7 +3236,7 @@ template <int BM, int RING> struct moqk_consumer {
 
     __device__ __forceinline__ void multiply(float (&d)[BM / 2], const uint32_t (&a)[16], int add)
     {
-        moqk_bar_wait(full + run.at * 8, run.parity);
+        moqk_barrier_wait(full + run.at * 8, (uint32_t)run.parity);
         /* address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle */
         const uint64_t desc = (uint64_t)((x + run.at * (BM * 128)) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -3264,7 +3248,7 @@ template <int BM, int RING> struct moqk_consumer {
     /* All products but the last block's are done: its stage is free. One arrival a warp. */
     __device__ __forceinline__ void release(int lane)
     {
-        if (lane == 0) moqk_bar_arrive(empty + done * 8);
+        if (lane == 0) moqk_barrier_arrive(empty + done * 8);
         if (++done == RING) done = 0;
     }
 
@@ -3304,7 +3288,7 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
 {
 #if MOQK_WGMMA
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int RING = moqk_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
+    constexpr int RING = moqk_x_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
     uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
     uint8_t *room = base + RING * BM * 128 + (threadIdx.x >> 7) * moqk_group_bytes(FORM, GROUPED, AHEAD);
     uint64_t *bars = (uint64_t *)(void *)(base + RING * BM * 128 + 2 * moqk_group_bytes(FORM, GROUPED, AHEAD));
@@ -3314,8 +3298,8 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
     moqk_piece q;
     q.at = -1;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < RING; i++) { moqk_bar_init(full + i * 8, 1); moqk_bar_init(empty + i * 8, 8); }
-        for (int i = 0; i < 4; i++) moqk_bar_init(full + (2 * RING + i) * 8, b.split);
+        for (int i = 0; i < RING; i++) { moqk_barrier_init(full + i * 8, 1); moqk_barrier_init(empty + i * 8, 8); }
+        for (int i = 0; i < 4; i++) moqk_barrier_init(full + (2 * RING + i) * 8, b.split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -3331,8 +3315,8 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
         while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
             const uint8_t *src = b.x16 + ((int64_t)q.from * 4 * b.tokens + q.x_first) * 128;
             for (int32_t i = (q.to - q.from) * 4; i > 0; i--, src += b.tokens * 128) {
-                moqk_bar_wait(empty + s.at * 8, s.parity ^ 1);
-                moqk_bar_expect(full + s.at * 8, BM * 128);
+                moqk_barrier_wait(empty + s.at * 8, s.parity ^ 1);
+                moqk_barrier_expect(full + s.at * 8, BM * 128);
                 moqk_bulk_copy(moqk_shared_at(base) + s.at * (BM * 128), src, BM * 128, full + s.at * 8);
                 s.step(RING);
             }
@@ -4280,7 +4264,7 @@ static int moqc_fits_wgmma(const struct moqc_shape *s)
 {
     const moqk_part *p = s->part;
     int form = moqk_form_of(*p), precise = moqc_precise(s->bf16, s->act);
-    return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (precise ? 1024 : 64) && !(precise && moqk_form_grouped(*p, form));
+    return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (!precise ? 64 : s->grouped ? 512 : 1024) && !(precise && moqk_form_grouped(*p, form));
 }
 
 /* What the inputs of a call are divided by before they are rounded to BF16, so that stored codes stay exact; parts they need. */
@@ -4299,7 +4283,7 @@ static void moqc_unit_of(const moqc_job *j, const moqk_part *p, int *unit, int *
 static int moqc_fits_mma(const struct moqc_shape *s)
 {
     const moqk_part *p = s->part;
-    return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (moqc_precise(s->bf16, s->act) ? 1024 : 64);
+    return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (!moqc_precise(s->bf16, s->act) ? 64 : s->grouped ? 512 : 1024);
 }
 
 typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args);

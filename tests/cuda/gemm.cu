@@ -232,6 +232,59 @@ static void test_one(moq_backend *be, int mode, const form *f, const moq_linear 
     for (int i = 0; i < 3; i++) free(y[i]);
 }
 
+/* A mixture of experts beside the F32 kernels, which take small tiles: every tile of choices. */
+static void test_moe(const form *f, int rows)
+{
+    enum { EXPERTS = 12, TOP = 3, COLS = 1088, INNER = 544 };
+    static moq_linear l[3 * EXPERTS];
+    room m[3 * EXPERTS];
+    moq_moe moe;
+    float *x = (float *)malloc((size_t)rows * COLS * 4), *logits = (float *)malloc((size_t)rows * EXPERTS * 4), *y[3];
+    double error = 0, all = 0;
+    int same = 1;
+    memset(&moe, 0, sizeof moe);
+    for (int i = 0; i < 3 * EXPERTS; i++) make_layer(&l[i], f, i < 2 * EXPERTS ? INNER : COLS, i < 2 * EXPERTS ? COLS : INNER, &m[i]);
+    moe.name = "mixture";
+    moe.routing.experts = EXPERTS;
+    moe.routing.top_k = TOP;
+    moe.routing.renormalize = 1;
+    moe.gate = l;
+    moe.up = l + EXPERTS;
+    moe.down = l + 2 * EXPERTS;
+    for (int i = 0; i < rows * COLS; i++) x[i] = random_normal() * 0.2f;
+    for (int i = 0; i < rows * EXPERTS; i++) logits[i] = random_normal() + (float)(i % EXPERTS) * 0.2f; /* uneven */
+    for (int k = 0; k < 3; k++) {
+        moq_backend *be = backend_of(AUTO, k == 0 ? "reference" : NULL);
+        check(be->reserve(be, rows, &err) == MOQ_OK, "reserve");
+        moq_experts *p = be->prepare_moe(be, &moe, &err);
+        check(p != NULL, "prepare_moe");
+        void *dx = be->alloc(be, (size_t)rows * COLS * 4, &err), *dl = be->alloc(be, (size_t)rows * EXPERTS * 4, &err), *dy = be->alloc(be, (size_t)rows * COLS * 4, &err);
+        check(dx && dl && dy, "alloc");
+        be->upload_act(be, dx, x, (size_t)rows * COLS);
+        be->upload_act(be, dl, logits, (size_t)rows * EXPERTS);
+        be->moe(be, p, dx, dl, rows, dy);
+        y[k] = (float *)malloc((size_t)rows * COLS * 4);
+        be->download_act(be, y[k], dy, (size_t)rows * COLS);
+        check(be->sync(be, &err) == MOQ_OK, "sync");
+        be->release_moe(be, p);
+        moq_backend_destroy(be);
+    }
+    for (int i = 0; i < rows * COLS; i++) {
+        double d = (double)y[0][i] - (double)y[1][i];
+        error += d * d;
+        all += (double)y[0][i] * (double)y[0][i];
+    }
+    same = memcmp(y[1], y[2], (size_t)rows * COLS * 4) == 0;
+    int good = same && sqrt(error / all) < 8e-3;
+    passed += good;
+    failed += !good;
+    printf("%-15s 3 of 12 experts %4d rows: nrmse %.2e%s\n", f->name, rows, sqrt(error / all), same ? "" : ", BITS DIFFER");
+    for (int i = 0; i < 3 * EXPERTS; i++) free_layer(&m[i]);
+    for (int k = 0; k < 3; k++) free(y[k]);
+    free(x);
+    free(logits);
+}
+
 static void test_all(const char *only, const char *kernel)
 {
     static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513};
@@ -262,6 +315,8 @@ static void test_all(const char *only, const char *kernel)
         }
         moq_backend_destroy(be);
     }
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
+        for (int rows = 40; rows <= 640 && !kernel && forms[i].group != 128; rows *= 4) if (!only || strcmp(only, forms[i].name) == 0) test_moe(&forms[i], rows);
     printf("%d passed, %d failed\n", passed, failed);
 }
 
