@@ -81,7 +81,10 @@
                          >>tiles        blocks of a matrix product
                          >>stream       4-bit rows times a few inputs, straight from the file's nibbles
                          >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
-                         >>panels       weights turned once for many inputs; which instruction set serves a layer
+                        >>panels       weights turned once for many inputs
+                        >>integers     integer codes times 8-bit inputs
+                        >>matrix       AMX: tiles of BF16
+                        >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
@@ -10876,14 +10879,19 @@ static void moqi_feed(const moqi_tiled *p, int64_t m, const float *x, float *t, 
 {
     int64_t cols = p->layer.cols;
     const moqi_way *way = moqi_way_for(p, m);
-    if (way && moqi_is_plain(p)) { way->arrange(p, x, cols, r); return; }
+    if (way && moqi_is_plain(p)) {
+        if (x == r && way->unit == 4) { memcpy(t, x, (size_t)cols * sizeof *t); x = t; } /* words are written where x is still read */
+        way->arrange(p, x, cols, r);
+        return;
+    }
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
     else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
     for (int64_t i = 0; p->smooth && i < cols; i++) t[i] *= p->smooth[i];
-    if (p->rounds) moq_round_input(&p->layer, t, r);
-    else for (int64_t i = 0; i < cols; i++) r[i] = t[p->order ? p->order[i] : i];
+    int codes = way && way->unit == 4; /* such a way rounds by itself: it wants the codes */
+    if (p->rounds && !codes) moq_round_input(&p->layer, t, r);
+    else for (int64_t i = 0; i < cols && !codes; i++) r[i] = t[p->order ? p->order[i] : i];
     for (int64_t i = cols; i < moqi_pad16(cols); i++) t[i] = r[i] = 0;
-    if (way) way->arrange(p, r, cols, r);
+    if (way) way->arrange(p, codes ? t : r, cols, r);
 }
 
 /* ---- preparing one layer: which bytes can be used as they lie, which are repacked ---- */
@@ -11063,7 +11071,7 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
 #define MOQI_TOKENS(f) f(0) if (tokens > 1) { f(1) } if (tokens > 2) { f(2) f(3) } if (tokens > 4) { f(4) f(5) f(6) f(7) }
 #define MOQI_INLINE static inline __attribute__((always_inline))
 
-enum { MOQI_STREAM_AHEAD = 2048 }; /* bytes that are asked for before they are needed: a few hundred nanoseconds at 10 GB/s */
+enum { MOQI_STREAM_AHEAD = 4096 }; /* bytes that are asked for before they are needed: a few hundred nanoseconds at 10 GB/s */
 
 /* Where the scales of a row are, as element number of its first group. */
 static int64_t moqi_stream_scale_at(const moqi_tiled *p, int64_t row)
@@ -11710,7 +11718,7 @@ static const moqi_way moqi_run_way = {"codes in place", 0, moqi_run_takes, moqi_
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>panels          weights turned once for many inputs; which instruction set serves a layer
+   >>panels          weights turned once for many inputs
    A panel is decoded once and used for every row of x. Sums go along the columns in order: they depend on no thread and no task.
    ------------------------------------------------------------------------------------------------ */
 
@@ -11741,15 +11749,19 @@ typedef struct moqi_panel {
     uint32_t *data;           /* see above; up to 64 KB, zeros past n up to a multiple of 16 words */
     float *scale;             /* integers only: [columns / chunk][32] */
     int chunk;
+    int64_t next_row, next_col; /* of the panel that follows: to be asked for early */
+    const uint8_t *ask;       /* codes that the block asks for while it computes: ask_step bytes for each of 128 words */
+    int64_t ask_step;
     float *tile;              /* scratch: [16, 512] */
 } moqi_panel;
 
-/* y[m][rows] = bias, then every panel is added. A block of columns is walked through all rows of the task before the next, so that
-   block of x stays in the second-level cache. */
+/* y[m][rows] = bias, then every panel is added. With many rows of x a block of columns is walked through all rows of the task before
+   the next, so that block of x stays in the second-level cache; with few, the weights are read in their order. */
 static void moqi_panels(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
                         int64_t ldy, float *scratch)
 {
     moqi_panel w;
+    int64_t cols = moqi_ceil_div(p->layer.cols, MOQI_TILE_COLS), blocks = moqi_ceil_div(rows, MOQI_PANEL_ROWS);
     w.p = p;
     w.tile = scratch;
     w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
@@ -11757,14 +11769,33 @@ static void moqi_panels(const moqi_way *way, const moqi_tiled *p, int64_t row, i
     w.chunk = 0;
     for (int64_t j = 0; j < m; j++)
         for (int64_t r = 0; r < rows; r++) y[j * ldy + r] = p->bias ? p->bias[row + r] : 0;
-    for (w.col = 0; w.col < p->layer.cols; w.col += MOQI_TILE_COLS)
-        for (int64_t r = 0; r < rows; r += MOQI_PANEL_ROWS) {
-            w.n = moqi_min(MOQI_TILE_COLS, p->layer.cols - w.col);
-            w.row = row + r;
-            w.rows = moqi_min(MOQI_PANEL_ROWS, rows - r);
-            way->decode(&w);
-            way->block(&w, x, ldx, m, y + r, ldy);
-        }
+    w.next_col = 0;
+    w.next_row = row;
+    for (int64_t i = 1; i <= blocks * cols; i++) {
+        w.col = w.next_col;
+        w.row = w.next_row;
+        w.n = moqi_min(MOQI_TILE_COLS, p->layer.cols - w.col);
+        w.rows = moqi_min(MOQI_PANEL_ROWS, row + rows - w.row);
+        w.next_col = MOQI_TILE_COLS * (m > 32 ? i / blocks : i % cols);
+        w.next_row = row + MOQI_PANEL_ROWS * (m > 32 ? i % blocks : i / cols);
+        way->decode(&w);
+        way->block(&w, x, ldx, m, y + (w.row - row), ldy);
+    }
+}
+
+/* Ask for what the next panel will read of its r-th row, into the second-level cache: rows whose length is a power of two would push each
+   other out of the first. Nothing there is touched, so addresses past the end do no harm. */
+static void moqi_panel_ask(const moqi_panel *w, int64_t r, int64_t bits)
+{
+#ifdef __GNUC__
+    const moqi_tiled *p = w->p;
+    const uint8_t *at = p->codes + (w->next_row + r) * p->row_bytes + w->next_col * bits / 8;
+    for (int64_t i = 0; i < MOQI_TILE_COLS * bits / 8; i += 64) __builtin_prefetch(at + i, 0, 2);
+    int64_t scale = (p->scale_first + (w->next_row + r) * p->scale_step) / p->group_rows * p->scale_stride + w->next_col / p->group_cols;
+    if (p->scales) __builtin_prefetch(p->scales + scale * moq_dtype_bits(p->scale_dtype) / 8, 0, 2);
+#else
+    (void)w; (void)r; (void)bits;
+#endif
 }
 
 /* The layer without the factors that need not enter the panel: mul takes a scale that is the same along the row, or the global one. */
@@ -11791,7 +11822,7 @@ static void moqi_panel_rows(const moqi_panel *w, const moqi_tiled *bare, int64_t
         int64_t n = r < w->rows ? w->n : 0;
         if (n > 0) moqi_decode_run(w->p->k, bare, w->row + r, w->col, n, out);
         memset(out + n, 0, (size_t)(moqi_min(MOQI_TILE_COLS, (w->n + 63) / 64 * 64) - n) * sizeof *out);
-        if (w->row + r + MOQI_TILE_ROWS < w->p->layer.rows) moqi_prefetch(w->p, w->row + r, w->col - w->n, w->n);
+        if (n > 0) moqi_panel_ask(w, r, w->p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(w->p->dtype));
     }
 }
 
@@ -11894,8 +11925,115 @@ MOQI_AVX512 static void moqi_block_f32_512(const moqi_panel *w, const float *x, 
     }
 }
 
-/* 4-bit codes are read in place for a few rows; other forms have no other way. */
-static int moqi_panel_takes_f32_512(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_stream_takes_512(p) ? 17 : 2; }
+/* ---- AVX-512: 8- and 16-bit elements in place, for a few rows of x ---- */
+
+/* 32 elements as F32, E4M3 as value / 256 and its NaN as a number: `most` keeps the largest size that was seen. */
+MOQI_INLINE MOQI_AVX512 void moqi_wide_load_512(moq_dtype dtype, const uint8_t *src, __m512 *v0, __m512 *v1, __m256i *most)
+{
+    const __m256i *p = (const __m256i *)(const void *)src;
+    if (dtype == MOQ_F8_E4M3) {
+        __m256i b = _mm256_loadu_si256(p);
+        __m512i h = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(b), 7), _mm512_set1_epi16((short)0xbfff));
+        *most = _mm256_max_epu8(*most, _mm256_and_si256(b, _mm256_set1_epi8(0x7f)));
+        *v0 = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+        *v1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+    } else if (dtype == MOQ_I8) {
+        *v0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)src)));
+        *v1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(src + 16))));
+    } else if (dtype == MOQ_BF16) {
+        *v0 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
+        *v1 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p + 1)), 16));
+    } else {
+        *v0 = _mm512_cvtph_ps(_mm256_loadu_si256(p));
+        *v1 = _mm512_cvtph_ps(_mm256_loadu_si256(p + 1));
+    }
+}
+
+/* acc[t] += scale * (n elements of a row . x[t]) for 1 or 4 rows of x, [2] sums each; dtype and tokens are constants after inlining.
+   n is a multiple of 32 or the end of the row; tail: [64] zeros but for what the same end left there. */
+MOQI_INLINE MOQI_AVX512 void moqi_wide_run_512(moq_dtype dtype, const uint8_t *src, int64_t n, float scale, const float *x, const int64_t *at,
+                                               int tokens, uint8_t *tail, __m512 *acc, __m256i *most)
+{
+    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
+    const __m512 s = _mm512_set1_ps(scale);
+    __m512 u[8], v0, v1;
+#define MOQI_EACH4(f) f(0) if (tokens > 1) { f(1) f(2) f(3) }
+#define MOQI_ZERO(t) u[2 * (t)] = u[2 * (t) + 1] = _mm512_setzero_ps();
+#define MOQI_FMA(t) \
+    u[2 * (t)] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(x + at[t] + i), u[2 * (t)]); \
+    u[2 * (t) + 1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(x + at[t] + i + 16), u[2 * (t) + 1]);
+#define MOQI_LAST(t) \
+    acc[2 * (t)] = _mm512_fmadd_ps(u[2 * (t)], s, acc[2 * (t)]); acc[2 * (t) + 1] = _mm512_fmadd_ps(u[2 * (t) + 1], s, acc[2 * (t) + 1]);
+    MOQI_EACH4(MOQI_ZERO)
+    for (int64_t i = 0; i < n; i += 32) {
+        const uint8_t *from = src + i * bytes;
+        if (bytes == 2 || !(i & 32)) __builtin_prefetch(from + MOQI_STREAM_AHEAD);
+        if (n - i < 32) { memcpy(tail, from, (size_t)((n - i) * bytes)); from = tail; }
+        moqi_wide_load_512(dtype, from, &v0, &v1, most);
+        MOQI_EACH4(MOQI_FMA)
+    }
+    MOQI_EACH4(MOQI_LAST)
+#undef MOQI_ZERO
+#undef MOQI_FMA
+#undef MOQI_LAST
+}
+
+/* One row times 1 or 4 rows of x -> y[t * ldy] for the first `valid` of them. */
+MOQI_INLINE MOQI_AVX512 void moqi_wide_row_512(moq_dtype dtype, const moqi_tiled *p, int64_t row, const float *x, const int64_t *at, int tokens,
+                                               int valid, uint8_t *tail, float *y, int64_t ldy)
+{
+    const uint8_t *codes = p->codes + row * p->row_bytes;
+    int64_t cols = p->layer.cols, piece = p->groups == 1 ? cols : p->group_cols, bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
+    float s[32], bias = p->bias ? p->bias[row] : 0, mul = dtype == MOQ_F8_E4M3 ? 256.0f : 1;
+    __m512 acc[8];
+    __m256i most = _mm256_setzero_si256();
+    s[0] = 1;
+    for (int t = 0; t < 8; t++) acc[t] = _mm512_setzero_ps();
+    for (int64_t c = 0, g = 0; c < cols; c += piece, g++) {
+        if (p->scale_dtype != MOQ_NONE && (g & 15) == 0) moqi_run_scales(p->k, p, row, c, moqi_min(cols - c, 16 * piece), s);
+        moqi_wide_run_512(dtype, codes + c * bytes, moqi_min(piece, cols - c), s[g & 15], x + c, at, tokens, tail, acc, &most);
+    }
+    int nan = _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(0x7f))) != 0;
+    for (int t = 0; t < valid; t++) {
+        float sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[2 * t], acc[2 * t + 1])) * mul;
+        y[t * ldy] = nan ? moqi_bits_f32(0x7fc00000) : bias + sum;
+    }
+}
+
+/* Rows of x go by fours; each row of weights is read once for all four. */
+MOQI_AVX512 static void moqi_wide_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                                      float *y, int64_t ldy, float *scratch)
+{
+    uint8_t tail[64] = {0};
+    (void)way;
+    (void)scratch;
+    for (int64_t j = 0; j < m; j += 4) {
+        int valid = (int)moqi_min(4, m - j);
+        int64_t at[4];
+        for (int t = 0; t < 4; t++) at[t] = (j + (t < valid ? t : valid - 1)) * ldx;
+#define MOQI_CASE(type, n) \
+    if (p->dtype == type && (valid == 1) == (n == 1)) \
+        for (int64_t r = 0; r < rows; r++) moqi_wide_row_512(type, p, row + r, x, at, n, valid, tail, y + j * ldy + r, ldy);
+        MOQI_CASE(MOQ_F8_E4M3, 1) MOQI_CASE(MOQ_I8, 1) MOQI_CASE(MOQ_BF16, 1) MOQI_CASE(MOQ_F16, 1)
+        MOQI_CASE(MOQ_F8_E4M3, 4) MOQI_CASE(MOQ_I8, 4) MOQI_CASE(MOQ_BF16, 4) MOQI_CASE(MOQ_F16, 4)
+#undef MOQI_CASE
+    }
+}
+
+/* Groups of at least 32 and no zero points. */
+static int moqi_wide_takes_512(const moqi_tiled *p)
+{
+    int known = p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_I8 || p->dtype == MOQ_BF16 || p->dtype == MOQ_F16;
+    return p->form == MOQI_CODES_WIDE && known && p->requant <= 0 && !p->zeros && p->zero == 0 && (p->groups == 1 || p->group_cols % 32 == 0);
+}
+
+static const moqi_way moqi_wide_way_512 = {"elements in place", 0, moqi_wide_takes_512, moqi_panel_copy, moqi_wide_512, NULL, NULL};
+
+/* A few rows of x are better served in place. */
+static int moqi_panel_takes_f32_512(const moqi_tiled *p)
+{
+    return !moqi_panel_takes_any(p) ? 0 : moqi_stream_takes_512(p) ? 17 : moqi_wide_takes_512(p) ? 9 : 2;
+}
 
 static const moqi_way moqi_f32_way_512 = {"F32 panels", 1, moqi_panel_takes_f32_512, moqi_panel_copy, moqi_panels, moqi_panel_f32_512,
                                           moqi_block_f32_512};
@@ -12060,12 +12198,440 @@ static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32
                                            moqi_block_f32_neon};
 #endif
 
-/* ---- which instruction set ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>integers        integer codes times 8-bit inputs
+   Sums are exact; what is rounded is x, and that only where the checkpoint or the caller's choice of activations says so.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Codes of E2M1 doubled are integers, INT4 and INT8 are: w = code - zero lies in [-16, 111] (nibbles) or [-128, 127] (bytes). The
+   instruction takes bytes without sign from one side, so the panel holds w + off and the sum starts at -off * (sum of x's codes):
+
+       y += mul[r] * sum over chunks of  scale[chunk][r] * xs[chunk] * ( sum of (w + off) x8 - off * sum of x8 )
+
+   The integer sums are exact. x8 are the checkpoint's own codes where inputs are rounded as stored (E2M1 doubled again, INT8), else
+   8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer. */
+
+/* Columns under one scale on both sides, at most a panel; 0: the layer's inputs are no integers. */
+static int64_t moqi_i8_chunk(const moqi_tiled *p)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    int64_t group = c->group_cols > 0 && (c->dynamic || c->scale == MOQ_F8_E8M0 || c->scale == MOQ_F8_E4M3) ? c->group_cols : MOQI_TILE_COLS;
+    int64_t chunk = moqi_min(p->shift < 9 ? (int64_t)1 << p->shift : MOQI_TILE_COLS, p->rounds ? group : 32);
+    if (!p->rounds) return p->input_bits <= 8 ? chunk : 0;
+    if ((c->elem != MOQ_F4 && c->elem != MOQ_I8) || c->zero_point || p->layer.input_zero != 0) return 0;
+    return chunk % 16 == 0 && MOQI_TILE_COLS % chunk == 0 && group % chunk == 0 ? chunk : 0;
+}
+
+static int moqi_i8_takes_512(const moqi_tiled *p)
+{
+    if (p->requant > 0 || p->zeros || p->order || moqi_i8_chunk(p) == 0) return 0;
+    if (p->form == MOQI_CODES_WIDE) return p->dtype == MOQ_I8 && p->zero == 0 && (p->groups == 1 || p->group_cols % 16 == 0) ? 3 : 0;
+    if (p->form != MOQI_CODES_NIBBLES) return 0;
+    for (int i = 0; i < 16; i++) {
+        float v = 2 * (p->table[i] - p->zero);
+        if (rintf(v) != v || v < -32 || v > 64) return 0;
+    }
+    return 3;
+}
+
+/* The scale of one group of x for moqi_i8_codes: amax / 127, or the checkpoint's. A NaN or an infinity makes it NaN. */
+static float moqi_i8_scale(const moqi_tiled *p, const float *x, int64_t n)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    float broken = 0;
+    for (int64_t i = 0; i < n; i++) broken += x[i] * 0;
+    if (broken != 0 || moqi_is_nan(broken)) return broken;
+    if (!p->rounds) return moqi_amax(x, n) / 127;
+    return c->dynamic || c->scale == MOQ_F8_E8M0 || c->scale == MOQ_F8_E4M3 ? moqi_input_scale(c, p->layer.input_scale, x, n) : p->layer.input_scale;
+}
+
+/* n <= 512 values over s, rounded to whole numbers, or to E2M1 and doubled. */
+static void moqi_i8_codes(const moqi_tiled *p, const float *x, int64_t n, float s, int8_t *codes)
+{
+    int fp4 = p->rounds && p->layer.scheme.input.elem == MOQ_F4;
+    for (int64_t i = 0; i < n; i++) {
+        float v = s > 0 ? x[i] / s : 0;
+        v = fp4 ? 2 * moqi_round_code(MOQ_F4, v, 0) : v + 12582912.0f - 12582912.0f; /* 1.5 * 2^23: what is left is whole, ties to even */
+        codes[i] = (int8_t)(v < -128 ? -128 : v > 127 ? 127 : v);
+    }
+}
+
+/* x [n] -> P = n padded to 128: P bytes of codes in the order of the panel's words, P / chunk scales, and as many -off * sums. */
+static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out)
+{
+    static const uint8_t even_first[8] = {0, 2, 4, 6, 1, 3, 5, 7}; /* low nibbles of four bytes, then their high ones */
+    const moq_coding *c = &p->layer.scheme.input;
+    int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), nibbles = p->form == MOQI_CODES_NIBBLES;
+    int64_t group = !p->rounds ? chunk : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    float *scale = out + all / 4, half = p->rounds && c->elem == MOQ_F4 ? 0.5f : 1.0f, s = 0;
+    int32_t *start = (int32_t *)(void *)(scale + all / 16);
+    int8_t *to = (int8_t *)(void *)out, codes[MOQI_TILE_COLS];
+    for (int64_t at = 0; at < all; at += chunk) {
+        int64_t m = moqi_max(0, moqi_min(chunk, n - at)), run = moqi_min(chunk, all - at), sum = 0;
+        if (m > 0 && at % group == 0) s = moqi_i8_scale(p, x + at, moqi_min(group, n - at));
+        memset(codes + m, 0, (size_t)(chunk - m));
+        moqi_i8_codes(p, x + at, m, s, codes);
+        for (int64_t i = 0; i < run; i += 8)
+            for (int64_t e = 0; e < 8; e++) to[at + i + e] = codes[nibbles ? i + even_first[e] : i + e];
+        for (int64_t i = 0; i < run; i++) sum += codes[i];
+        scale[at / chunk] = m > 0 ? s * half : 0;
+        start[at / chunk] = (int32_t)-sum * (nibbles ? 32 : 128);
+    }
+}
 
 #ifdef MOQI_X86
-static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
+#define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+
+/* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
+MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
+{
+    uint8_t edge[1024];
+    if (rows < 16 || bytes < 64 || row_bytes % 4 != 0) {
+        memset(edge, 0, sizeof edge);
+        for (int64_t r = 0; r < rows; r++) memcpy(edge + 64 * r, src + r * row_bytes, (size_t)moqi_min(bytes, 64));
+        src = edge;
+        row_bytes = 64;
+    }
+    moqi_turn_512(src, row_bytes / 4, out, 16);
+}
+
+/* Scales [chunk][rows h .. h + 16) of the panel, E4M3 as value / 256: rows of scales, turned, and repeated where a group has several chunks. */
+MOQI_AVX512 static void moqi_panel_scales_512(const moqi_panel *w, int64_t h)
+{
+    const moqi_tiled *p = w->p;
+    float rows[16][32], turned[32][16];
+    int64_t g = moqi_stream_group(p, w->col), chunks = moqi_ceil_div(w->n, w->chunk);
+    __m512 s[2], z[2];
+    for (int r = 0; r < 16; r++) {
+        int64_t row = w->row + moqi_min(h + r, w->rows - 1);
+        s[0] = s[1] = _mm512_set1_ps(1);
+        moqi_stream_groups_512(p, row, moqi_stream_scale_at(p, row), g, 0, s, z);
+        _mm512_storeu_ps(rows[r], s[0]);
+        _mm512_storeu_ps(rows[r] + 16, s[1]);
+    }
+    moqi_turn_512(rows, 32, turned, 16);
+    if (p->shift == 4) moqi_turn_512(rows[0] + 16, 32, turned[16], 16);
+    for (int64_t c = 0; c < chunks; c++)
+        _mm512_storeu_ps(w->scale + c * MOQI_PANEL_ROWS + h, _mm512_loadu_ps(turned[p->shift < 9 ? c * w->chunk >> p->shift : 0]));
+}
+
+/* What the block is to ask for: of the 32 rows that follow these, which lie one after the other, the part that this panel is of its own. */
+static void moqi_panel_ahead(moqi_panel *w, int64_t bits)
+{
+    const moqi_tiled *p = w->p;
+    int64_t next = w->row + MOQI_PANEL_ROWS, scale = moqi_stream_scale_at(p, next) + moqi_stream_group(p, w->col) * MOQI_PANEL_ROWS;
+    int64_t size = p->scales ? moq_dtype_bits(p->scale_dtype) / 8 : 0, bytes = moqi_ceil_div(MOQI_TILE_COLS, w->chunk) * MOQI_PANEL_ROWS * size;
+    w->ask = p->codes + next * p->row_bytes + w->col * bits / 8 * MOQI_PANEL_ROWS;
+    w->ask_step = bits * 16;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p->scales + scale * size + i, 0, 2);
+}
+
+/* Nibbles through a table of bytes, bytes by their top bit. */
+MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    uint32_t words[256];
+    uint8_t table[16];
+    int nibbles = p->form == MOQI_CODES_NIBBLES, bits = nibbles ? 4 : 8;
+    const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)-128);
+    for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table));
+    w->chunk = (int)moqi_i8_chunk(p);
+    moqi_panel_ahead(w, bits);
+    for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = p->factor * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
+        int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n * bits + 7) / 8;
+        uint32_t *to = w->data + h;
+        moqi_panel_scales_512(w, h);
+        for (int64_t b = 0; b < bytes; b += 64) {
+            moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
+            for (int i = 0; i < 16; i++) {
+                __m512i v = _mm512_loadu_si512(words + 16 * i);
+                if (nibbles) {
+                    _mm512_storeu_si512(to, _mm512_shuffle_epi8(values, _mm512_and_si512(v, low)));
+                    to += MOQI_PANEL_ROWS;
+                    v = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(v, 4), low));
+                } else v = _mm512_xor_si512(v, flip);
+                _mm512_storeu_si512(to, v);
+                to += MOQI_PANEL_ROWS;
+            }
+        }
+    }
+}
+
+/* moqi_i8_arrange, 16 values at a time, for everything but E2M1. */
+MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    if (n % 16 != 0 || (p->rounds && c->elem == MOQ_F4)) { moqi_i8_arrange(p, x, n, out); return; }
+    int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), group = !p->rounds ? chunk : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    int nibbles = p->form == MOQI_CODES_NIBBLES, fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
+    const __m128i plain = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m128i order = nibbles ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15) : plain;
+    float *scale = out + all / 4, s = 0;
+    int32_t *start = (int32_t *)(void *)(scale + all / 16);
+    uint8_t *to = (uint8_t *)(void *)out;
+    for (int64_t at = 0; at < n; at += chunk) {
+        int64_t m = moqi_min(chunk, n - at);
+        __m512i sum = _mm512_setzero_si512();
+        if (at % group == 0) {
+            __m512 most = _mm512_setzero_ps(), broken = most;
+            for (int64_t i = at; i < moqi_min(at + group, n); i += 16) {
+                __m512 v = _mm512_loadu_ps(x + i);
+                most = _mm512_max_ps(most, _mm512_abs_ps(v));
+                broken = _mm512_fmadd_ps(v, _mm512_setzero_ps(), broken);
+            }
+            float bad = _mm512_reduce_add_ps(broken);
+            s = _mm512_reduce_max_ps(most);
+            if (moqi_is_nan(bad)) s = bad;
+            else if (fixed) s = p->layer.input_scale;
+            else s = p->rounds ? moqi_input_scale(c, p->layer.input_scale, &s, 1) : s / 127;
+        }
+        __m512 by = _mm512_set1_ps(s > 0 ? s : 1);
+        for (int64_t i = at; i < at + m; i += 16) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(s > 0 ? _mm512_loadu_ps(x + i) : _mm512_setzero_ps(), by));
+            __m128i code = _mm512_cvtsepi32_epi8(q);
+            sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(code));
+            _mm_storeu_si128((__m128i *)(void *)(to + i), _mm_shuffle_epi8(code, order));
+        }
+        scale[at / chunk] = s;
+        start[at / chunk] = -_mm512_reduce_add_epi32(sum) * (nibbles ? 32 : 128);
+    }
+    memset(to + n, 0, (size_t)(all - n));
+    for (int64_t at = moqi_ceil_div(n, chunk); at < all / chunk; at++) { scale[at] = 0; start[at] = 0; }
+}
+
+/* A panel times 1, 4 or 6 rows of x, of which `valid` are stored. all: columns of x padded to 128 */
+MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid,
+                                                int tokens, int asks)
+{
+    const uint32_t *d = w->data;
+    const uint8_t *ask = w->ask;
+    const float *scale = w->scale, *from[6];
+    const int32_t *at[6];
+    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4;
+    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
+                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
+    __m512 lo[6], hi[6], s0, s1;
+    __m512i a[6], b[6];
+#define MOQI_TOKENS6(f) f(0) if (tokens > 1) { f(1) f(2) f(3) } if (tokens > 4) { f(4) f(5) }
+#define MOQI_BEGIN(t) \
+    at[t] = (const int32_t *)(const void *)(x + ((t) < valid ? (t) : valid - 1) * ldx) + w->col / 4; \
+    from[t] = x + ((t) < valid ? (t) : valid - 1) * ldx + all / 4 + w->col / w->chunk; \
+    lo[t] = hi[t] = _mm512_setzero_ps();
+#define MOQI_START(t) a[t] = b[t] = _mm512_set1_epi32(((const int32_t *)(const void *)from[t])[c + all / 16]);
+#define MOQI_DOT(t) { \
+        __m512i v = _mm512_set1_epi32(at[t][k]); \
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(a[t]) : "v"(w0), "v"(v)); /* GCC 12 copies the sums of the intrinsic to and fro */ \
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(b[t]) : "v"(w1), "v"(v)); }
+#define MOQI_SCALE(t) { \
+        __m512 v = _mm512_set1_ps(from[t][c]); \
+        lo[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[t]), v), s0, lo[t]); \
+        hi[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(b[t]), v), s1, hi[t]); }
+#define MOQI_STORE(t) if ((t) < valid) { \
+        float *to = y + (t) * ldy; \
+        _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], s0, _mm512_maskz_loadu_ps(some[0], to))); \
+        _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], s1, _mm512_maskz_loadu_ps(some[1], to + 16))); }
+    MOQI_TOKENS6(MOQI_BEGIN)
+    for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
+        MOQI_TOKENS6(MOQI_START)
+        for (int64_t end = k + words; k < end; k++, d += MOQI_PANEL_ROWS) {
+            if (asks) __builtin_prefetch(ask + k * w->ask_step, 0, 2);
+            if (asks) __builtin_prefetch(ask + k * w->ask_step + w->ask_step / 2, 0, 2);
+            __m512i w0 = _mm512_loadu_si512(d), w1 = _mm512_loadu_si512(d + 16);
+            MOQI_TOKENS6(MOQI_DOT)
+        }
+        s0 = _mm512_loadu_ps(scale);
+        s1 = _mm512_loadu_ps(scale + 16);
+        MOQI_TOKENS6(MOQI_SCALE)
+    }
+    s0 = _mm512_loadu_ps(w->mul);
+    s1 = _mm512_loadu_ps(w->mul + 16);
+    MOQI_TOKENS6(MOQI_STORE)
+#undef MOQI_BEGIN
+#undef MOQI_START
+#undef MOQI_DOT
+#undef MOQI_SCALE
+#undef MOQI_STORE
+}
+
+MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    int64_t j = 0, all = (w->p->layer.cols + 127) / 128 * 128;
+    if (m <= 4 || m == 7 || m == 8) {
+        if (m == 1) moqi_panel_i8_tokens(w, all, x, ldx, y, ldy, 1, 1, 1);
+        else moqi_panel_i8_tokens(w, all, x, ldx, y, ldy, (int)moqi_min(4, m), 4, 1);
+        j = 4;
+    }
+    for (; m - j > 4; j += 6) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 0);
+    if (j < m) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 0);
+}
+
+static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_takes_512, moqi_i8_arrange_512, moqi_panels, moqi_panel_i8_512, moqi_block_i8_512};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>matrix          AMX: tiles of BF16
+   Weights are exact wherever 8 significant bits hold them; x has 16 bits, or 8 where its layer allows it.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. Weights enter as they are where code times scale
+   has 8 significant bits (E2M1 and E4M3 codes, INT8, BF16), else rounded to BF16. x enters as one BF16 where inputs may be rounded to
+   16 bits, else as the sum of two, which keeps 16 bits and more: error up to 2^-17 of each x. */
+
+#if defined(MOQI_X86) && defined(__x86_64__) && defined(__linux__)
+#define MOQI_AMX 1
+
+/* Is a weight of this part, less what moqi_panel_bare takes out, a BF16? */
+static int moqi_bf16_exact(const moqi_tiled *p)
+{
+    int whole = p->groups == 1 && !p->zeros && p->zero == 0, small = p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F8_E8M0 || p->scale_dtype == MOQ_NONE;
+    moq_dtype e = p->layer.scheme.weight.elem;
+    if (p->requant > 0) return 0;
+    if (e == MOQ_BF16) return 1;
+    if (e == MOQ_F4) return whole || small;
+    if (e == MOQ_F8_E4M3) return whole || p->scale_dtype == MOQ_F8_E8M0;
+    return p->form == MOQI_CODES_NIBBLES || p->dtype == MOQ_I8 ? whole : 0;
+}
+
+/* Two parts of x cost twice as much, so more rows are needed before it pays. */
+static int moqi_amx_takes(const moqi_tiled *p)
+{
+    if (!moqi_panel_takes_any(p) || (p->input_bits == 32 && !moqi_bf16_exact(p))) return 0;
+    return p->input_bits == 32 ? 9 : 4;
+}
+
+/* 16 values to the nearest BF16, ties to even, in the low halves of words. A NaN stays one. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_bf16_512(__m512 v)
+{
+    __m512i b = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+    return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+
+/* x [n] -> words of BF16 pairs; for 32-bit inputs 16 words, then 16 of what those left of the same 32 columns. x may be out: every step
+   writes no further than it has read. */
+MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out)
+{
+    int two = p->input_bits == 32;
+    uint16_t *to = (uint16_t *)(void *)out;
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, to += two ? 64 : 32) {
+        __m512 v[2];
+        __m512i h;
+        for (int k = 0; k < 2; k++) {
+            int64_t left = n - i - 16 * k;
+            v[k] = _mm512_maskz_loadu_ps((__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0), x + i + 16 * k);
+        }
+        for (int k = 0; k < 2; k++) {
+            h = moqi_bf16_512(v[k]);
+            v[k] = _mm512_sub_ps(v[k], _mm512_castsi512_ps(_mm512_slli_epi32(h, 16)));
+            v[k] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(v[k]), _mm512_set1_ps(3e38f), _CMP_LT_OQ), v[k]); /* of infinity nothing is left */
+            _mm256_storeu_si256((__m256i *)(void *)(to + 16 * k), _mm512_cvtepi32_epi16(h));
+        }
+        for (int k = 0; two && k < 2; k++) _mm256_storeu_si256((__m256i *)(void *)(to + 32 + 16 * k), _mm512_cvtepi32_epi16(moqi_bf16_512(v[k])));
+    }
+}
+
+/* Rows of F32 as pairs of BF16, then turned. */
+MOQI_AVX512 static void moqi_panel_bf16_512(moqi_panel *w)
+{
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
+        moqi_panel_rows(w, &bare, h);
+        for (int64_t c = 0; c < w->n; c += 32) {
+            uint32_t pairs[256];
+            for (int r = 0; r < 16; r++) {
+                const float *from = w->tile + r * MOQI_TILE_COLS + c;
+                __m256i a = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_loadu_ps(from))), b = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_loadu_ps(from + 16)));
+                _mm512_storeu_si512(pairs + 16 * r, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+            }
+            moqi_turn_512(pairs, 16, w->data + c / 2 * MOQI_PANEL_ROWS + h, MOQI_PANEL_ROWS);
+        }
+    }
+}
+
+/* What LDTILECFG reads: 64 bytes. GCC 12's own intrinsic names only 8 of them to the compiler, which then drops the stores of the rest. */
+typedef struct moqi_tile_config { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } moqi_tile_config;
+
+/* Tiles 0..3: sums [tokens a, b][weights 0..15, 16..31]; 4, 5: x of a and b; 6, 7: weights. */
+static void moqi_amx_configure(int a, int b)
+{
+    moqi_tile_config c;
+    memset(&c, 0, sizeof c);
+    c.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        c.bytes[i] = 64;
+        c.rows[i] = (uint8_t)(i >= 6 ? 16 : i == 4 || i < 2 ? a : b);
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(c) : "memory");
+}
+
+/* y[t][0 .. 32) += mul * two tiles of sums. */
+MOQI_AVX512 static void moqi_amx_add(const moqi_panel *w, const float *sums, int64_t tokens, float *y, int64_t ldy)
+{
+    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
+                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
+    const __m512 m0 = _mm512_loadu_ps(w->mul), m1 = _mm512_loadu_ps(w->mul + 16);
+    for (int64_t t = 0; t < tokens; t++, y += ldy) {
+        _mm512_mask_storeu_ps(y, some[0], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * t), m0, _mm512_maskz_loadu_ps(some[0], y)));
+        _mm512_mask_storeu_ps(y + 16, some[1], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 256 + 16 * t), m1, _mm512_maskz_loadu_ps(some[1], y + 16)));
+    }
+}
+
+/* 32 rows of weights times 32 rows of x: 4 loads for 4 tile products. */
+static void moqi_block_amx(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    int64_t was = 0, parts = w->p->input_bits == 32 ? 2 : 1;
+    int64_t ld = ldx * 4, ldw = MOQI_PANEL_ROWS * 4, ldc = 64;
+    for (int64_t j = 0; j < m; j += 32) {
+        int64_t a = moqi_min(16, m - j), b = moqi_min(16, m - j - 16);
+        if (b < 1) b = 1; /* a tile has at least one row: one of a is multiplied twice and not stored */
+        if (a * 32 + b != was) moqi_amx_configure((int)a, (int)b);
+        was = a * 32 + b;
+        __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
+        const float *xa = x + j * ldx + w->col / 2 * parts, *xb = m - j > 16 ? xa + 16 * ldx : xa;
+        const uint32_t *d = w->data;
+        for (int64_t k = 0; k < w->n; k += 32, d += 16 * MOQI_PANEL_ROWS)
+            for (int64_t part = 0; part < parts; part++, xa += 16, xb += 16)
+                __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\t"
+                                 "tileloadd (%2,%5,1), %%tmm6\n\t"
+                                 "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
+                                 "tileloadd (%3,%5,1), %%tmm7\n\t"
+                                 "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+                                 "tileloadd (%1,%4,1), %%tmm5\n\t"
+                                 "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
+                                 "tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+                                 : : "r"(xa), "r"(xb), "r"(d), "r"(d + 16), "r"(ld), "r"(ldw) : "memory");
+        __asm__ volatile("tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\ttilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)"
+                         : : "r"(w->tile), "r"(w->tile + 256), "r"(w->tile + 512), "r"(w->tile + 768), "r"(ldc) : "memory");
+        moqi_amx_add(w, w->tile, a, y + j * ldy, ldy);
+        if (m - j > 16) moqi_amx_add(w, w->tile + 512, b, y + (j + 16) * ldy, ldy);
+    }
+    __asm__ volatile("tilerelease" : : : "memory");
+}
+
+static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_arrange, moqi_panels, moqi_panel_bf16_512, moqi_block_amx};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>kernels         which instruction set serves a layer
+   The processor is asked once for each backend; the choice is a table, and a name overrides it.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_X86
+static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                  moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways};
+static const moqi_way *const moqi_vnni_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
+#ifdef MOQI_AMX
+static const moqi_way *const moqi_amx_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_amx_way, &moqi_f32_way_512, NULL};
+static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
+                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
+#endif
 static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways};
@@ -12079,6 +12645,10 @@ static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_pl
 /* Every set, fastest first, and the features that it needs. "reference" is last and never the automatic choice. */
 static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[] = {
 #ifdef MOQI_X86
+#ifdef MOQI_AMX
+    {&moqi_amx_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_AMX},
+#endif
+    {&moqi_vnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI},
     {&moqi_avx512_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512},
     {&moqi_avx2_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C},
 #endif
@@ -12109,13 +12679,14 @@ static const moqi_kernels *moqi_get_kernels(int i)
 }
 
 /* Each part gets the ways of its kernel set that take it, in ascending order of the rows of x that they are for; of two for the same
-   number the first of the list. */
+   number, and of all that use panels, the first of the list. */
 static void moqi_choose_ways(moqi_tiled *p)
 {
-    int count = 0;
+    int count = 0, panels = 0;
     for (const moqi_way *const *w = p->k->ways; w && *w; w++) {
         int from = (*w)->takes(p), at = 0;
-        if (from < 1) continue;
+        if (from < 1 || ((*w)->unit > 0 && panels)) continue;
+        panels += (*w)->unit > 0;
         while (at < count && p->from[at] < from) at++;
         if (at >= MOQI_WAYS || (at < count && p->from[at] == from)) continue;
         count = count < MOQI_WAYS ? count + 1 : MOQI_WAYS;
@@ -12410,7 +12981,7 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
     const moq_linear *u = &a->layer, *v = &b->layer;
     const moq_coding *p = &u->scheme.input, *q = &v->scheme.input;
     if (memcmp(a->way, b->way, sizeof a->way) != 0 || memcmp(a->from, b->from, sizeof a->from) != 0) return 0;
-    if (moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
+    if (a->input_bits != b->input_bits || moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;

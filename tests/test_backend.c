@@ -74,11 +74,11 @@ static long check_linear(moq_backend *be, const layer *l, int stored, int rows)
 /* Every storage format, odd shapes, several tiles of rows and columns. */
 static void test_backend_formats(void)
 {
-    static const int shapes[4][3] = {{1, 1, 1}, {37, 200, 3}, {19, 1060, 1}, {130, 515, 6}};
+    static const int shapes[6][3] = {{1, 1, 1}, {37, 200, 3}, {19, 1060, 1}, {130, 515, 6}, {67, 1100, 19}, {33, 192, 37}};
     for (int k = 0; moqi_get_kernels(k); k++) {
         moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
         for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
-            for (int s = 0; s < 4; s++) {
+            for (int s = 0; s < 6; s++) {
                 layer l;
                 layer_make(&l, &layer_formats[i], shapes[s][0], shapes[s][1]);
                 long wrong = check_linear(be, &l, 0, shapes[s][2]);
@@ -88,6 +88,63 @@ static void test_backend_formats(void)
             }
         moq_backend_destroy(be);
         CHECK_INT(test_state.live_allocs, 0);
+    }
+}
+
+/* Automatic activations: inputs may lose bits where the processor multiplies shorter numbers faster. Of layers whose inputs the checkpoint
+   wants quantized 8 bits are left, with a scale for 32 columns at most; of other quantized layers 16; of unquantized ones all. */
+static long check_automatic(moq_backend *be, const layer *l, int rows, int *rounded)
+{
+    const moq_linear *w = &l->w;
+    moq_error err;
+    long wrong = 0;
+    int bits = w->scheme.weight.scale == MOQ_NONE ? 32 : w->scheme.input.elem == MOQ_NONE ? 16 : 8;
+    float *x = (float *)malloc((size_t)(rows * w->cols) * 4), *y = (float *)malloc((size_t)(rows * w->rows) * 4);
+    for (int64_t i = 0; i < rows * w->cols; i++) x[i] = test_normal() * (i % 61 == 0 ? 20.0f : 1.0f);
+    moq_weight *p = be->prepare_linear(be, w, 1, &err);
+    if (!p) { fprintf(stderr, "%s\n", err.text); free(x); free(y); return 1; }
+    be->linear(be, p, x, rows, y);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t r = 0; r < w->rows; r++) {
+            const float *row = x + i * w->cols;
+            double bound, want = oracle_output(l, r, row, row, &bound), allowed = 2e-6 * bound;
+            *rounded += fabs(want - (double)y[i * w->rows + r]) > allowed;
+            for (int64_t c = 0; bits < 32 && c < w->cols; c++) { /* BF16: half a step of 8 bits of x, and of the weight; 8 bits: half a step of the largest */
+                double v = fabs(l->exact[r * w->cols + c]), most = 0;
+                for (int64_t k = c / 32 * 32; bits == 8 && k < c / 32 * 32 + 32 && k < w->cols; k++) most = fabs((double)row[k]) > most ? fabs((double)row[k]) : most;
+                double eight = most / 254, sixteen = fabs((double)row[c]) / 128;
+                allowed += v * 1.01 * (eight > sixteen ? eight : sixteen);
+            }
+            wrong += !(fabs(want - (double)y[i * w->rows + r]) <= allowed);
+        }
+    be->release_weight(be, p);
+    free(x); free(y);
+    return wrong;
+}
+
+static void test_backend_automatic(void)
+{
+    static const int rows[] = {1, 2, 3, 4, 5, 7, 8, 13, 33, 50};
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 2);
+        moq_error err;
+        int rounded = 0;
+        CHECK(be->reserve(be, 64, &err) == MOQ_OK);
+        for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
+            for (size_t m = 0; m < MOQI_COUNT(rows); m++) {
+                layer l;
+                layer_make(&l, &layer_formats[i], m % 3 ? 45 : 16, m % 2 ? 576 : 290);
+                if (m % 2 && l.w.scheme.weight.scale != MOQ_NONE) { l.w.scheme.input = input_formats[0].c; l.w.input_scale = 0.1f; }
+                long wrong = check_automatic(be, &l, rows[m], &rounded);
+                if (wrong) fprintf(stderr, "%s, %s, %d rows: %ld wrong\n", moqi_get_kernels(k)->name, layer_formats[i].name, rows[m], wrong);
+                CHECK_INT(wrong, 0);
+                layer_free(&l);
+            }
+        const char *name = moqi_get_kernels(k)->name;
+        int shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL;
+        if (strcmp(name, "avx512") == 0 || strcmp(name, "plain") == 0 || strcmp(name, "reference") == 0) CHECK_INT(rounded, 0);
+        if (shortens) CHECK(rounded > 0);
+        moq_backend_destroy(be);
     }
 }
 
@@ -924,6 +981,7 @@ int main(int argc, char **argv)
 {
     test_begin(argc, argv);
     RUN(test_backend_formats);
+    RUN(test_backend_automatic);
     RUN(test_backend_forms);
     RUN(test_backend_inputs);
     RUN(test_backend_rotation);
