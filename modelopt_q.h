@@ -702,7 +702,9 @@ typedef struct moq_ssm moq_ssm;           /* a prepared state-space mixer with t
 
 /* How inputs of quantized layers are rounded. */
 typedef enum moq_act {
-    MOQ_ACT_AUTO = 0, /* as stored where this device computes in that format, wide elsewhere; explain() says which */
+    MOQ_ACT_AUTO = 0, /* as stored where this device computes in that format. Elsewhere no shorter than the checkpoint wants them, where the
+                         device multiplies short numbers faster: 16 bits for weight-only schemes, 8 with a scale for every 16 or 32 for
+                         schemes with inputs of 8 bits or fewer. Layers that are not quantized: wide. explain() says which */
     MOQ_ACT_STORED,   /* exactly as the checkpoint says */
     MOQ_ACT_WIDE      /* never rounded below the backend's own activation type */
 } moq_act;
@@ -911,7 +913,7 @@ struct moq_backend {
 
 typedef struct moq_cpu_desc {
     int32_t threads;         /* 0: physical cores; ignored when parallel.run is set */
-    moq_act act;             /* AUTO on the CPU: INT8 as stored, every other input format wide */
+    moq_act act;             /* AUTO on the CPU: INT8 as stored; others as said at moq_act, from 3 or 4 rows on */
     const char *kernel;      /* NULL or "auto": fastest; "reference": plain C; else a name that explain() prints */
     moq_parallel parallel;   /* the caller's job system */
     moq_allocator allocator;
@@ -10703,8 +10705,9 @@ typedef struct moqi_way {
     int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
-    /* x [n] -> out [n padded to 128] F32 or what fits there, zeros after x; x may be out */
-    void (*arrange)(const struct moqi_tiled *p, const float *x, int64_t n, float *out);
+    /* x [n] -> out [n padded to 128] F32 or what fits there, zeros after x; x may be out, but not with units of 2 and 4. `step` is for unit 2
+       only: words from 32 columns to the next 32 */
+    void (*arrange)(const struct moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step);
     /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: MOQI_WAY_FLOATS */
     void (*multiply)(const struct moqi_way *way, const struct moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
                      float *y, int64_t ldy, float *scratch);
@@ -10712,7 +10715,8 @@ typedef struct moqi_way {
     void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
 } moqi_way;
 
-enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_FLOATS = 40960 /* of scratch */ };
+enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_TOKENS = 512 /* in one go */,
+       MOQI_WAY_FLOATS = 40960 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS /* and more of it for units of 2 */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
 typedef struct moqi_tiled {
@@ -10875,23 +10879,21 @@ static int moqi_is_plain(const moqi_tiled *p)
 
 /* One of m tokens going into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
    the codes or as the way of m rows wants it. Both are padded with zeros to a multiple of 16. x may be r. A plain layer has no use for t. */
-static void moqi_feed(const moqi_tiled *p, int64_t m, const float *x, float *t, float *r)
+static void moqi_feed(const moqi_tiled *p, int64_t m, int64_t i, const float *x, float *t, float *rows)
 {
-    int64_t cols = p->layer.cols;
+    int64_t cols = p->layer.cols, ld = moqi_pad_x(cols), step = 16 * moqi_min(16, m - i / 16 * 16);
     const moqi_way *way = moqi_way_for(p, m);
-    if (way && moqi_is_plain(p)) {
-        if (x == r && way->unit == 4) { memcpy(t, x, (size_t)cols * sizeof *t); x = t; } /* words are written where x is still read */
-        way->arrange(p, x, cols, r);
-        return;
-    }
+    float *r = rows + i * ld, *out = way && way->unit == 2 ? rows + i / 16 * 16 * ld + i % 16 * 16 : r; /* tiles of 16 rows */
+    if (way && moqi_is_plain(p)) { way->arrange(p, x, cols, out, step); return; }
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
     else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
-    for (int64_t i = 0; p->smooth && i < cols; i++) t[i] *= p->smooth[i];
-    int codes = way && way->unit == 4; /* such a way rounds by itself: it wants the codes */
-    if (p->rounds && !codes) moq_round_input(&p->layer, t, r);
-    else for (int64_t i = 0; i < cols && !codes; i++) r[i] = t[p->order ? p->order[i] : i];
-    for (int64_t i = cols; i < moqi_pad16(cols); i++) t[i] = r[i] = 0;
-    if (way) way->arrange(p, codes ? t : r, cols, r);
+    for (int64_t c = 0; p->smooth && c < cols; c++) t[c] *= p->smooth[c];
+    for (int64_t c = cols; c < moqi_pad16(cols); c++) t[c] = 0;
+    if (way && way->unit > 1) { way->arrange(p, t, cols, out, step); return; } /* such ways round by themselves */
+    if (p->rounds) moq_round_input(&p->layer, t, r);
+    else for (int64_t c = 0; c < cols; c++) r[c] = t[p->order ? p->order[c] : c];
+    for (int64_t c = cols; c < moqi_pad16(cols); c++) r[c] = 0;
+    if (way) way->arrange(p, r, cols, out, step);
 }
 
 /* ---- preparing one layer: which bytes can be used as they lie, which are repacked ---- */
@@ -11219,10 +11221,11 @@ MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t 
 }
 
 /* x [n] -> out [n padded to 128], in the order of the lanes. x may be out. */
-static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
+static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     float block[128];
     (void)p;
+    (void)step;
     for (int64_t c = 0; c < n; c += 128) {
         int64_t m = moqi_min(128, n - c);
         memcpy(block, x + c, (size_t)m * sizeof *x);
@@ -11752,35 +11755,48 @@ typedef struct moqi_panel {
     int64_t next_row, next_col; /* of the panel that follows: to be asked for early */
     const uint8_t *ask;       /* codes that the block asks for while it computes: ask_step bytes for each of 128 words */
     int64_t ask_step;
+    int64_t block;            /* which 32 rows of the task these are */
     float *tile;              /* scratch: [16, 512] */
+    float *sums;              /* scratch of a way that keeps its sums: [rows of the task, up to 512 rows of x] */
 } moqi_panel;
 
 /* y[m][rows] = bias, then every panel is added. With many rows of x a block of columns is walked through all rows of the task before
-   the next, so that block of x stays in the second-level cache; with few, the weights are read in their order. */
+   the next, so that block of x stays in the second-level cache; with few, the weights are read in their order. m <= MOQI_WAY_TOKENS */
+static void moqi_panels_of(const moqi_way *way, moqi_panel *w, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                           int64_t ldy)
+{
+    const moqi_tiled *p = w->p;
+    int64_t cols = moqi_ceil_div(p->layer.cols, MOQI_TILE_COLS), blocks = moqi_ceil_div(rows, MOQI_PANEL_ROWS);
+    for (int64_t j = 0; j < m; j++)
+        for (int64_t r = 0; r < rows; r++) y[j * ldy + r] = p->bias ? p->bias[row + r] : 0;
+    w->next_col = 0;
+    w->next_row = row;
+    for (int64_t i = 1; i <= blocks * cols; i++) {
+        w->col = w->next_col;
+        w->row = w->next_row;
+        w->block = (w->row - row) / MOQI_PANEL_ROWS;
+        w->n = moqi_min(MOQI_TILE_COLS, p->layer.cols - w->col);
+        w->rows = moqi_min(MOQI_PANEL_ROWS, row + rows - w->row);
+        w->next_col = MOQI_TILE_COLS * (m > 32 ? i / blocks : i % cols);
+        w->next_row = row + MOQI_PANEL_ROWS * (m > 32 ? i % blocks : i / cols);
+        way->decode(w);
+        way->block(w, x, ldx, m, y + (w->row - row), ldy);
+    }
+}
+
+/* The same for any m. Pieces of x are a multiple of every group of rows that a way makes, but for the last. */
 static void moqi_panels(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
                         int64_t ldy, float *scratch)
 {
     moqi_panel w;
-    int64_t cols = moqi_ceil_div(p->layer.cols, MOQI_TILE_COLS), blocks = moqi_ceil_div(rows, MOQI_PANEL_ROWS);
     w.p = p;
     w.tile = scratch;
     w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
     w.scale = (float *)(void *)(w.data + MOQI_PANEL_ROWS * MOQI_TILE_COLS);
+    w.sums = w.scale + MOQI_PANEL_ROWS * MOQI_TILE_COLS / 16;
     w.chunk = 0;
-    for (int64_t j = 0; j < m; j++)
-        for (int64_t r = 0; r < rows; r++) y[j * ldy + r] = p->bias ? p->bias[row + r] : 0;
-    w.next_col = 0;
-    w.next_row = row;
-    for (int64_t i = 1; i <= blocks * cols; i++) {
-        w.col = w.next_col;
-        w.row = w.next_row;
-        w.n = moqi_min(MOQI_TILE_COLS, p->layer.cols - w.col);
-        w.rows = moqi_min(MOQI_PANEL_ROWS, row + rows - w.row);
-        w.next_col = MOQI_TILE_COLS * (m > 32 ? i / blocks : i % cols);
-        w.next_row = row + MOQI_PANEL_ROWS * (m > 32 ? i % blocks : i / cols);
-        way->decode(&w);
-        way->block(&w, x, ldx, m, y + (w.row - row), ldy);
-    }
+    for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
+        moqi_panels_of(way, &w, row, rows, x + j * ldx, ldx, moqi_min(MOQI_WAY_TOKENS, m - j), y + j * ldy, ldy);
 }
 
 /* Ask for what the next panel will read of its r-th row, into the second-level cache: rows whose length is a power of two would push each
@@ -11830,9 +11846,10 @@ static void moqi_panel_rows(const moqi_panel *w, const moqi_tiled *bare, int64_t
 static int moqi_panel_takes_any(const moqi_tiled *p) { return p->form != MOQI_CODES_SLOW; }
 
 /* x as it is, zeros up to a multiple of 128. */
-static void moqi_panel_copy(const moqi_tiled *p, const float *x, int64_t n, float *out)
+static void moqi_panel_copy(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     (void)p;
+    (void)step;
     if (out != x) memmove(out, x, (size_t)n * sizeof *x);
     for (int64_t i = n; i < (n + 127) / 128 * 128; i++) out[i] = 0;
 }
@@ -12257,8 +12274,9 @@ static void moqi_i8_codes(const moqi_tiled *p, const float *x, int64_t n, float 
 }
 
 /* x [n] -> P = n padded to 128: P bytes of codes in the order of the panel's words, P / chunk scales, and as many -off * sums. */
-static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out)
+static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
+    (void)step;
     static const uint8_t even_first[8] = {0, 2, 4, 6, 1, 3, 5, 7}; /* low nibbles of four bytes, then their high ones */
     const moq_coding *c = &p->layer.scheme.input;
     int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), nibbles = p->form == MOQI_CODES_NIBBLES;
@@ -12361,10 +12379,10 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
 }
 
 /* moqi_i8_arrange, 16 values at a time, for everything but E2M1. */
-MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
+MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     const moq_coding *c = &p->layer.scheme.input;
-    if (n % 16 != 0 || (p->rounds && c->elem == MOQ_F4)) { moqi_i8_arrange(p, x, n, out); return; }
+    if (n % 16 != 0 || (p->rounds && c->elem == MOQ_F4)) { moqi_i8_arrange(p, x, n, out, step); return; }
     int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), group = !p->rounds ? chunk : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
     int nibbles = p->form == MOQI_CODES_NIBBLES, fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
     const __m128i plain = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -12473,34 +12491,23 @@ static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_takes_512, mo
 
 /* ------------------------------------------------------------------------------------------------
    >>matrix          AMX: tiles of BF16
-   Weights are exact wherever 8 significant bits hold them; x has 16 bits, or 8 where its layer allows it.
+   For layers whose inputs may have 16 bits: x is rounded to BF16, and so are weights, unless 8 significant bits hold them anyway.
    ------------------------------------------------------------------------------------------------ */
 
-/* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. Weights enter as they are where code times scale
-   has 8 significant bits (E2M1 and E4M3 codes, INT8, BF16), else rounded to BF16. x enters as one BF16 where inputs may be rounded to
-   16 bits, else as the sum of two, which keeps 16 bits and more: error up to 2^-17 of each x. */
+/* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. Codes of E2M1 times scales in E4M3 or E8M0 are
+   BF16 numbers already; integers and E4M3 are when a row has one scale, which stays outside. x lies in tiles too, [columns / 32][rows of
+   x, up to 16][32], so that a tile is 1 KB in one piece: rows far apart would cost a page translation each. */
 
 #if defined(MOQI_X86) && defined(__x86_64__) && defined(__linux__)
 #define MOQI_AMX 1
 
-/* Is a weight of this part, less what moqi_panel_bare takes out, a BF16? */
-static int moqi_bf16_exact(const moqi_tiled *p)
-{
-    int whole = p->groups == 1 && !p->zeros && p->zero == 0, small = p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F8_E8M0 || p->scale_dtype == MOQ_NONE;
-    moq_dtype e = p->layer.scheme.weight.elem;
-    if (p->requant > 0) return 0;
-    if (e == MOQ_BF16) return 1;
-    if (e == MOQ_F4) return whole || small;
-    if (e == MOQ_F8_E4M3) return whole || p->scale_dtype == MOQ_F8_E8M0;
-    return p->form == MOQI_CODES_NIBBLES || p->dtype == MOQ_I8 ? whole : 0;
-}
-
-/* Two parts of x cost twice as much, so more rows are needed before it pays. */
 static int moqi_amx_takes(const moqi_tiled *p)
 {
-    if (!moqi_panel_takes_any(p) || (p->input_bits == 32 && !moqi_bf16_exact(p))) return 0;
-    return p->input_bits == 32 ? 9 : 4;
+    return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? 4 : 0;
 }
+
+/* Can the panel be made without rows of F32? Then columns lie in the order 0 4 1 5 2 6 3 7 of every 8. */
+static int moqi_amx_direct(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && !p->zeros && p->requant <= 0; }
 
 /* 16 values to the nearest BF16, ties to even, in the low halves of words. A NaN stays one. */
 MOQI_INLINE MOQI_AVX512 __m512i moqi_bf16_512(__m512 v)
@@ -12510,26 +12517,56 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_bf16_512(__m512 v)
     return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 
-/* x [n] -> words of BF16 pairs; for 32-bit inputs 16 words, then 16 of what those left of the same 32 columns. x may be out: every step
-   writes no further than it has read. */
-MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out)
+/* x [n] -> 16 words of BF16 pairs every `step` words. */
+MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    int two = p->input_bits == 32;
-    uint16_t *to = (uint16_t *)(void *)out;
-    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, to += two ? 64 : 32) {
-        __m512 v[2];
-        __m512i h;
-        for (int k = 0; k < 2; k++) {
-            int64_t left = n - i - 16 * k;
-            v[k] = _mm512_maskz_loadu_ps((__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0), x + i + 16 * k);
+    const __m256i plain = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m256i order = moqi_amx_direct(p) ? _mm256_setr_epi16(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15) : plain;
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step)
+        for (int64_t k = i; k < i + 32; k += 16) {
+            __mmask16 some = (__mmask16)(n - k >= 16 ? 0xffff : n > k ? (1 << (n - k)) - 1 : 0);
+            __m256i v = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_maskz_loadu_ps(some, x + k)));
+            _mm256_storeu_si256((__m256i *)(void *)(out + (k - i) / 2), _mm256_permutexvar_epi16(order, v));
         }
-        for (int k = 0; k < 2; k++) {
-            h = moqi_bf16_512(v[k]);
-            v[k] = _mm512_sub_ps(v[k], _mm512_castsi512_ps(_mm512_slli_epi32(h, 16)));
-            v[k] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(v[k]), _mm512_set1_ps(3e38f), _CMP_LT_OQ), v[k]); /* of infinity nothing is left */
-            _mm256_storeu_si256((__m256i *)(void *)(to + 16 * k), _mm512_cvtepi32_epi16(h));
+}
+
+/* Nibbles through a table of BF16, two columns of 16 rows at a time, times the scales of their rows; what F32 products have beyond
+   BF16 is rounded, a half up. */
+MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    uint32_t words[256];
+    uint16_t table[32];
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+    for (int i = 0; i < 32; i++) table[i] = moq_bf16_encode(p->table[i & 15] - p->zero);
+    const __m512i values = _mm512_loadu_si512(table);
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    w->chunk = p->shift < 9 ? 1 << p->shift : MOQI_TILE_COLS;
+    for (int r = 0; r < MOQI_PANEL_ROWS && bare.scale_dtype == MOQ_F8_E4M3; r++) w->mul[r] *= 256;
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col / 2;
+        int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n + 1) / 2;
+        uint32_t *to = w->data + h;
+        if (bare.scale_dtype != MOQ_NONE) moqi_panel_scales_512(w, h);
+        for (int64_t r = h; r < h + rows; r++) moqi_panel_ask(w, r, 4);
+        for (int64_t b = 0; b < bytes; b += 64) {
+            moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
+            for (int i = 0; i < 16; i++) {
+                __m512i v = _mm512_loadu_si512(words + 16 * i);
+                __m512 s = _mm512_set1_ps(1);
+                int64_t chunk = (2 * b + 8 * i) / w->chunk;
+                if (bare.scale_dtype != MOQ_NONE) s = 2 * b + 8 * i < w->n ? _mm512_loadu_ps(w->scale + chunk * MOQI_PANEL_ROWS + h) : _mm512_setzero_ps();
+                for (int j = 0; j < 4; j++, to += MOQI_PANEL_ROWS, v = _mm512_srli_epi16(v, 4)) {
+                    __m512i c = _mm512_permutexvar_epi16(v, values);
+                    __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(c, 16)), s));
+                    __m512i d = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(c, high)), s));
+                    a = _mm512_srli_epi32(_mm512_add_epi32(a, half), 16);
+                    d = _mm512_and_si512(_mm512_add_epi32(d, half), high);
+                    _mm512_storeu_si512(to, _mm512_or_si512(a, d));
+                }
+            }
         }
-        for (int k = 0; two && k < 2; k++) _mm256_storeu_si256((__m256i *)(void *)(to + 32 + 16 * k), _mm512_cvtepi32_epi16(moqi_bf16_512(v[k])));
     }
 }
 
@@ -12537,6 +12574,7 @@ MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, in
 MOQI_AVX512 static void moqi_panel_bf16_512(moqi_panel *w)
 {
     moqi_tiled bare;
+    if (moqi_amx_direct(w->p)) { moqi_panel_direct_512(w); return; }
     moqi_panel_bare(w, &bare);
     for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
         moqi_panel_rows(w, &bare, h);
@@ -12580,34 +12618,38 @@ MOQI_AVX512 static void moqi_amx_add(const moqi_panel *w, const float *sums, int
     }
 }
 
-/* 32 rows of weights times 32 rows of x: 4 loads for 4 tile products. */
+#define MOQI_TILES(op) op " %%tmm0, (%0,%1,1)\n\t" op " %%tmm1, 1024(%0,%1,1)\n\t" op " %%tmm2, 2048(%0,%1,1)\n\t" op " %%tmm3, 3072(%0,%1,1)"
+#define MOQI_UNTILES(op) op " (%0,%1,1), %%tmm0\n\t" op " 1024(%0,%1,1), %%tmm1\n\t" op " 2048(%0,%1,1), %%tmm2\n\t" op " 3072(%0,%1,1), %%tmm3"
+
+/* 32 rows of weights times 32 rows of x: 4 loads for 4 tile products. Sums stay in tiles of their own from panel to panel of the same
+   rows, and reach y with the last: rows of y lie too far apart to be added to 16 times. */
 static void moqi_block_amx(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
 {
-    int64_t was = 0, parts = w->p->input_bits == 32 ? 2 : 1;
-    int64_t ld = ldx * 4, ldw = MOQI_PANEL_ROWS * 4, ldc = 64;
+    int64_t was = 0, ldw = MOQI_PANEL_ROWS * 4, ldc = 64;
     for (int64_t j = 0; j < m; j += 32) {
         int64_t a = moqi_min(16, m - j), b = moqi_min(16, m - j - 16);
-        if (b < 1) b = 1; /* a tile has at least one row: one of a is multiplied twice and not stored */
+        float *sums = w->sums + (w->block * ((m + 31) / 32) + j / 32) * 1024;
+        if (b < 1) b = a; /* the rows of a twice, of which the second are not stored */
         if (a * 32 + b != was) moqi_amx_configure((int)a, (int)b);
         was = a * 32 + b;
-        __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
-        const float *xa = x + j * ldx + w->col / 2 * parts, *xb = m - j > 16 ? xa + 16 * ldx : xa;
+        if (w->col == 0) __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
+        else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"(ldc) : "memory");
+        const float *xa = x + j * ldx + w->col / 2 * a, *xb = m - j > 16 ? x + (j + 16) * ldx + w->col / 2 * b : xa;
         const uint32_t *d = w->data;
-        for (int64_t k = 0; k < w->n; k += 32, d += 16 * MOQI_PANEL_ROWS)
-            for (int64_t part = 0; part < parts; part++, xa += 16, xb += 16)
-                __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\t"
-                                 "tileloadd (%2,%5,1), %%tmm6\n\t"
-                                 "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-                                 "tileloadd (%3,%5,1), %%tmm7\n\t"
-                                 "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
-                                 "tileloadd (%1,%4,1), %%tmm5\n\t"
-                                 "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-                                 "tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
-                                 : : "r"(xa), "r"(xb), "r"(d), "r"(d + 16), "r"(ld), "r"(ldw) : "memory");
-        __asm__ volatile("tilestored %%tmm0, (%0,%4,1)\n\ttilestored %%tmm1, (%1,%4,1)\n\ttilestored %%tmm2, (%2,%4,1)\n\ttilestored %%tmm3, (%3,%4,1)"
-                         : : "r"(w->tile), "r"(w->tile + 256), "r"(w->tile + 512), "r"(w->tile + 768), "r"(ldc) : "memory");
-        moqi_amx_add(w, w->tile, a, y + j * ldy, ldy);
-        if (m - j > 16) moqi_amx_add(w, w->tile + 512, b, y + (j + 16) * ldy, ldy);
+        for (int64_t k = 0; k < w->n; k += 32, d += 16 * MOQI_PANEL_ROWS, xa += 16 * a, xb += 16 * b)
+            __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\t"
+                             "tileloadd (%2,%5,1), %%tmm6\n\t"
+                             "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
+                             "tileloadd (%3,%5,1), %%tmm7\n\t"
+                             "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+                             "tileloadd (%1,%4,1), %%tmm5\n\t"
+                             "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
+                             "tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+                             : : "r"(xa), "r"(xb), "r"(d), "r"(d + 16), "r"(ldc), "r"(ldw) : "memory");
+        __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"(ldc) : "memory");
+        if (w->col + MOQI_TILE_COLS < w->p->layer.cols) continue;
+        moqi_amx_add(w, sums, a, y + j * ldy, ldy);
+        if (m - j > 16) moqi_amx_add(w, sums + 512, b, y + (j + 16) * ldy, ldy);
     }
     __asm__ volatile("tilerelease" : : : "memory");
 }
@@ -12628,7 +12670,7 @@ static const moqi_way *const moqi_vnni_ways[] = {&moqi_stream_way_512, &moqi_wid
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_amx_way, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_amx_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_amx_way, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
@@ -12646,7 +12688,7 @@ static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_pl
 static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[] = {
 #ifdef MOQI_X86
 #ifdef MOQI_AMX
-    {&moqi_amx_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_AMX},
+    {&moqi_amx_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI | MOQI_CPU_AMX},
 #endif
     {&moqi_vnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI},
     {&moqi_avx512_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512},
@@ -12888,22 +12930,6 @@ static moq_result moqi_cpu_supports(moq_backend *be, const moq_linear *w, moq_er
     return MOQ_OK;
 }
 
-/* Kernel, format, how the weights are read, what happens to the inputs. */
-static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text, size_t capacity)
-{
-    const moqi_cpu *c = moqi_cpu_of(be);
-    char scheme[80];
-    moq_error err;
-    if (moqi_cpu_supports(be, w, &err) < 0) return moqi_format(text, capacity, "none: %s", err.text);
-    moq_scheme_name(&w->scheme, scheme, sizeof scheme);
-    const char *how = c->k == &moqi_reference_kernels ? "rows dequantized to F32" : "decoded to F32 by tiles";
-    if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how,
-                                                      moq_dtype_name(w->scheme.input.elem));
-    if (w->scheme.input.elem == MOQ_NONE) return moqi_format(text, capacity, "%s: %s %s", c->k->name, scheme, how);
-    return moqi_format(text, capacity, "%s: %s %s, wide inputs (%s: no %s arithmetic here)", c->k->name, scheme, how,
-                       c->act == MOQ_ACT_WIDE ? "asked for" : "automatic", moq_dtype_name(w->scheme.input.elem));
-}
-
 /* Codes, groups and zero points of one part. */
 static moq_result moqi_prepare_codes(const moqi_cpu *c, moqi_tiled *p, moqi_arena *r)
 {
@@ -12946,6 +12972,51 @@ static int moqi_input_bits(const moqi_cpu *c, const moqi_tiled *p)
     const moq_scheme *s = &p->layer.scheme;
     if (c->act != MOQ_ACT_AUTO || p->rounds || s->weight.scale == MOQ_NONE) return 32;
     return s->input.elem == MOQ_NONE ? 16 : 8;
+}
+
+/* How products of this layer are computed, found as prepare finds it: "codes in place, BF16 tiles from 4 rows". Returns the units of the
+   last way: 2 and 4 round inputs. */
+static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text, size_t capacity)
+{
+    static const int16_t some = 0;
+    moqi_tiled p;
+    size_t n = 0;
+    int unit = 0;
+    memset(&p, 0, sizeof p);
+    p.layer = *w;
+    p.k = c->k;
+    p.rounds = moqi_wants_rounding(c, w);
+    p.requant = p.rounds && c->act == MOQ_ACT_STORED ? w->requant_scale : 0;
+    p.input_bits = moqi_input_bits(c, &p);
+    if (!moqi_choose_form(&p) || !moqi_choose_groups(&p)) p.form = MOQI_CODES_SLOW;
+    p.zeros = w->zeros.data ? &some : NULL;
+    p.order = w->group_index.data ? (const int32_t *)w->group_index.data : NULL;
+    moqi_choose_ways(&p);
+    if (!p.way[0] || p.from[0] > 1) n = moqi_format(text, capacity, "%s", c->k == &moqi_reference_kernels ? "rows dequantized to F32" : "decoded to F32 by tiles");
+    for (int i = 0; i < MOQI_WAYS && p.way[i] && n < capacity; i++) {
+        n += moqi_format(text + n, capacity - n, "%s%s", n ? ", " : "", p.way[i]->name);
+        if (p.from[i] > 1 && n < capacity) n += moqi_format(text + n, capacity - n, " from %d rows", p.from[i]);
+        unit = p.way[i]->unit;
+    }
+    return unit;
+}
+
+/* Kernel, format, how the weights are read, what happens to the inputs. */
+static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text, size_t capacity)
+{
+    const moqi_cpu *c = moqi_cpu_of(be);
+    char scheme[80], how[160];
+    moq_error err;
+    if (moqi_cpu_supports(be, w, &err) < 0) return moqi_format(text, capacity, "none: %s", err.text);
+    moq_scheme_name(&w->scheme, scheme, sizeof scheme);
+    int unit = moqi_explain_ways(c, w, how, sizeof how);
+    if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how,
+                                                      moq_dtype_name(w->scheme.input.elem));
+    if (unit == 2) return moqi_format(text, capacity, "%s: %s %s with BF16 inputs (automatic)", c->k->name, scheme, how);
+    if (unit == 4) return moqi_format(text, capacity, "%s: %s %s with 8-bit inputs, a scale for 16 or 32 of them (automatic)", c->k->name, scheme, how);
+    if (w->scheme.input.elem == MOQ_NONE) return moqi_format(text, capacity, "%s: %s %s", c->k->name, scheme, how);
+    return moqi_format(text, capacity, "%s: %s %s, wide inputs (%s: no %s arithmetic here)", c->k->name, scheme, how,
+                       c->act == MOQ_ACT_WIDE ? "asked for" : "automatic", moq_dtype_name(w->scheme.input.elem));
 }
 
 /* Small vectors are copied as F32; matrices stay where they are, the two of the low-rank branch too. */
@@ -12998,6 +13069,7 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     int64_t tile = MOQI_TILE_ROWS * (int64_t)MOQI_TILE_COLS;
     if (p->form == MOQI_CODES_SLOW || (p->lora_a && p->lora_a->form == MOQI_CODES_SLOW)) tile = moqi_max(tile, MOQI_SLOW_ROWS * cols);
     if (p->way[0]) tile = moqi_max(tile, MOQI_WAY_FLOATS);
+    for (int i = 0; i < MOQI_WAYS && p->way[i]; i++) if (p->way[i]->unit == 2) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);
@@ -13143,7 +13215,7 @@ static void moqi_feed_task(void *arg, int index, int worker)
     const moqi_feeding *f = (const moqi_feeding *)arg;
     int64_t cols = f->part->layer.cols, ld = moqi_pad_x(cols);
     (void)worker;
-    moqi_feed(f->part, f->m, f->x + index * cols, f->c->t + index * ld, f->c->r + index * ld);
+    moqi_feed(f->part, f->m, index, f->x + index * cols, f->c->t + index * ld, f->c->r);
 }
 
 /* Can the rows of x be read where they are? */
@@ -13627,8 +13699,8 @@ static void moqi_gather_task(void *arg, int i, int worker)
     const moqi_pass *t = (const moqi_pass *)arg;
     int64_t ld = moqi_pad_x(t->m->cols);
     (void)worker;
-    int64_t e = t->c->expert_of[i], m = t->c->begin[e + 1] - t->c->begin[e];
-    moqi_feed(&t->parts[e], m, t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + i * ld);
+    int64_t e = t->c->expert_of[i], first = t->c->begin[e], m = t->c->begin[e + 1] - first;
+    moqi_feed(&t->parts[e], m, i - first, t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + first * ld);
 }
 
 /* hidden [assignments, gate n | up n] -> activation -> the inputs of down: t, r [assignments, n]. */
@@ -13636,11 +13708,11 @@ static void moqi_middle_task(void *arg, int i, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
     int64_t n = t->m->n, ld = moqi_pad_x(n);
-    float *r = t->c->r + i * ld;
+    float *in = t->c->t + i * ld;
     (void)worker;
-    moqi_activate_row(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, r);
-    int64_t e = t->c->expert_of[i], m = t->c->begin[e + 1] - t->c->begin[e];
-    moqi_feed(&t->m->down[e], m, r, t->c->t + i * ld, r);
+    moqi_activate_row(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, in);
+    int64_t e = t->c->expert_of[i], first = t->c->begin[e];
+    moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * ld);
 }
 
 /* y[row] = sum of weight * expert output, in the order of the choice. */

@@ -372,6 +372,99 @@ static double read_seconds(uint64_t bytes, int threads)
     return best;
 }
 
+/* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
+
+enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_AMX };
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(MOQ_NO_SIMD)
+#define PEAK_TEN(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9)
+/* 10 independent sums hide the latency; -> operations of one pass over them */
+__attribute__((target("avx512f,avx512vnni"))) static double peak_512(int vnni, int passes)
+{
+    __m512 f = _mm512_set1_ps(0.5f);
+#define PEAK_F(i) __asm__ volatile("vfmadd231ps %0, %0, %%zmm" #i : : "v"(f) : "xmm" #i);
+#define PEAK_V(i) __asm__ volatile("vpdpbusd %0, %0, %%zmm" #i : : "v"(f) : "xmm" #i);
+    for (int p = 0; p < passes && !vnni; p++) { PEAK_TEN(PEAK_F) }
+    for (int p = 0; p < passes && vnni; p++) { PEAK_TEN(PEAK_V) }
+    return (vnni ? 128.0 : 32.0) * 10 * passes;
+}
+
+__attribute__((target("avx2,fma"))) static double peak_256(int passes)
+{
+    __m256 f = _mm256_set1_ps(0.5f);
+#define PEAK_Y(i) __asm__ volatile("vfmadd231ps %0, %0, %%ymm" #i : : "x"(f) : "xmm" #i);
+    for (int p = 0; p < passes; p++) { PEAK_TEN(PEAK_Y) }
+    return 16.0 * 10 * passes;
+}
+
+/* Four sums of 16 x 16 with 16 x 32 x 16 products each. */
+static double peak_amx(int passes)
+{
+#ifdef MOQI_AMX
+    moqi_amx_configure(16, 16);
+    for (int p = 0; p < passes; p++)
+        __asm__ volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+                         "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" : : : "memory");
+    __asm__ volatile("tilerelease");
+#endif
+    return 4.0 * 16384 * passes;
+}
+
+typedef struct peak_work { int kind, wide; double operations, seconds; } peak_work;
+
+static void *peak_worker(void *user)
+{
+    peak_work *w = (peak_work *)user;
+    double start = moq_seconds();
+    w->operations = w->kind == PEAK_AMX ? peak_amx(15000) : w->wide ? peak_512(w->kind == PEAK_VNNI, 150000) : peak_256(150000);
+    w->seconds = moq_seconds() - start;
+    return NULL;
+}
+#else
+typedef struct peak_work { int kind, wide; double operations, seconds; } peak_work;
+static void *peak_worker(void *user)
+{
+    ((peak_work *)user)->seconds = 0;
+    return NULL;
+}
+#endif
+
+/* Which instruction does the backend's arithmetic for m rows? */
+static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, const char *kernel)
+{
+    const moqi_way *way;
+    if (strcmp(be->name, "cpu") != 0 || (strncmp(kernel, "avx", 3) != 0 && strcmp(kernel, "amx") != 0)) return PEAK_NONE;
+    way = moqi_way_for(((const moqi_weight *)(const void *)w)->part, m);
+    return way && way->unit == 2 ? PEAK_AMX : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
+}
+
+/* Operations per second of all threads together, the best of three; 0 when there is no loop for this kind. */
+static double peak_rate(int kind, const char *kernel, int threads)
+{
+    enum { MOST = 256 };
+    pthread_t id[MOST];
+    peak_work w[MOST];
+    double best = 0;
+    if (kind == PEAK_NONE || (kind == PEAK_VNNI && strncmp(kernel, "avx2", 4) == 0)) return 0;
+    if (threads > MOST) threads = MOST;
+    for (int run = 0; run < 3; run++) {
+        double rate = 0;
+        for (int i = 0; i < threads; i++) {
+            w[i].kind = kind;
+            w[i].wide = strncmp(kernel, "avx2", 4) != 0;
+            w[i].operations = w[i].seconds = 0;
+        }
+        for (int i = 1; i < threads; i++)
+            if (pthread_create(&id[i], NULL, peak_worker, &w[i]) != 0) { peak_worker(&w[i]); id[i] = pthread_self(); }
+        peak_worker(&w[0]);
+        for (int i = 1; i < threads; i++)
+            if (!pthread_equal(id[i], pthread_self())) pthread_join(id[i], NULL);
+        for (int i = 0; i < threads; i++) rate += w[i].seconds > 0 ? w[i].operations / w[i].seconds : 0;
+        best = rate > best ? rate : best;
+    }
+    return best;
+}
+
 static int compare_doubles(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
@@ -410,12 +503,13 @@ typedef struct bench {
     double prompt_rate, generation_rate; /* tokens per second of a folder */
 } bench;
 
-static void bench_report(bench *b, const layer *w, int32_t m, double seconds, double plain, const char *kernel)
+/* plain: seconds of a plain read; peak: operations per second, 0 when unknown */
+static void bench_report(bench *b, const layer *w, int32_t m, double seconds, double plain, double peak, const char *kernel)
 {
     double flops = 2.0 * (double)m * (double)w->l.rows * (double)w->l.cols;
     if (!b->o->json) {
-        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
-               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, kernel);
+        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6.3f  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
+               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, peak > 0 ? flops / seconds / peak : 0, kernel);
         fflush(stdout);
         return;
     }
@@ -427,8 +521,11 @@ static void bench_report(bench *b, const layer *w, int32_t m, double seconds, do
     json_number(&b->j, "gbps", (double)w->bytes / seconds / 1e9);
     json_number(&b->j, "gflops", flops / seconds / 1e9);
     json_number(&b->j, "read_ratio", plain / seconds);
-    json_item(&b->j, "peak_ratio");
-    fputs("null", b->j.to);
+    if (peak > 0) json_number(&b->j, "peak_ratio", flops / seconds / peak);
+    else {
+        json_item(&b->j, "peak_ratio");
+        fputs("null", b->j.to);
+    }
     json_string(&b->j, "kernel", kernel);
     json_close(&b->j, '}');
 }
@@ -462,7 +559,7 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     for (int i = 0; i < b->m_count && !bad && !stop_requested; i++) {
         double seconds = time_linear(be, prepared, x, b->m[i], y);
         if (seconds < 0) bad = 2;
-        else bench_report(b, &w, b->m[i], seconds, plain, kernel);
+        else bench_report(b, &w, b->m[i], seconds, plain, peak_rate(peak_kind(be, prepared, b->m[i], kernel), kernel, b->threads), kernel);
     }
     if (y) be->release(be, y);
     if (x) be->release(be, x);
@@ -542,7 +639,7 @@ static int bench_layers(bench *b)
     const options *o = b->o;
     int bad = 0;
     int64_t rows = 0, cols = 0;
-    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "kernel");
+    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "peak", "kernel");
     for (int i = 0; i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)) && !bad; i++)
         for (int k = 0; k < (o->shape.count ? o->shape.count : 1) && !bad && !stop_requested; k++) {
             bad = bench_shape(o, k, &rows, &cols);
@@ -564,7 +661,8 @@ static int run_bench(bench *b, engine *e)
         if (e) json_number(&b->j, "prompt_tokens_per_second", b->prompt_rate);
         if (e) json_number(&b->j, "generated_tokens_per_second", b->generation_rate);
         json_open(&b->j, "rows", '[');
-    } else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes\n", b->be->name, b->threads);
+    } else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
+                    "moq: same instruction (FMA, VNNI or AMX) alone in registers\n", b->be->name, b->threads);
     if (layers) bad = bench_layers(b);
     if (o->json) json_close(&b->j, ']');
     if (o->json) json_close(&b->j, '}');
@@ -1000,7 +1098,7 @@ static int test_kernel(selftest *s, const char *kernel)
 
 static int verb_selftest(const options *o)
 {
-    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "neon", "auto"};
+    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "amx", "neon", "auto"};
     selftest s;
     int cpu = !o->backend || strcmp(o->backend, "cpu") == 0, known = !o->kernel;
     memset(&s, 0, sizeof s);
