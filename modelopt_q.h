@@ -12428,7 +12428,7 @@ MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all
     const uint8_t *ask = w->ask;
     const float *scale = w->scale, *from[6];
     const int32_t *at[6];
-    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4;
+    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4, most = (w->n + 15) / 16 * 4; /* neither side has more words */
     const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
                                (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
     __m512 lo[6], hi[6], s0, s1;
@@ -12454,7 +12454,7 @@ MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all
     MOQI_TOKENS6(MOQI_BEGIN)
     for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
         MOQI_TOKENS6(MOQI_START)
-        for (int64_t end = k + words; k < end; k++, d += MOQI_PANEL_ROWS) {
+        for (int64_t end = moqi_min(k + words, most); k < end; k++, d += MOQI_PANEL_ROWS) {
             if (asks) __builtin_prefetch(ask + k * w->ask_step, 0, 2);
             if (asks) __builtin_prefetch(ask + k * w->ask_step + w->ask_step / 2, 0, 2);
             __m512i w0 = _mm512_loadu_si512(d), w1 = _mm512_loadu_si512(d + 16);
