@@ -11330,8 +11330,9 @@ static int moqi_run_column(const moqi_tiled *p, int half, int i, int l)
 }
 
 /* x [n] -> out [n padded to 128] in the order of the lanes. x may be out. */
-static void moqi_run_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out)
+static void moqi_run_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
+    (void)step;
     float block[2 * MOQI_HALF];
     int column[2 * MOQI_HALF];
     for (int i = 0; i < 2 * MOQI_HALF; i++) column[i] = moqi_run_column(p, i / MOQI_HALF, i / MOQI_LANES % 4, i % MOQI_LANES);
@@ -12103,7 +12104,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_panel_f32_tokens_256(const moqi_panel *w, int64_
     __m256 lo[6], hi[6], m0, m1;
     int64_t rows = moqi_min(16, w->rows - at);
     float sum[16];
-#define MOQI_TOKENS6(f) f(0) f(1) if (tokens > 2) { f(2) f(3) f(4) f(5) }
+#define MOQI_TOKENS246(f) f(0) f(1) if (tokens > 2) { f(2) f(3) f(4) f(5) }
 #define MOQI_ZERO(t) lo[t] = hi[t] = _mm256_setzero_ps();
 #define MOQI_FMA(t) { \
         __m256 v = _mm256_broadcast_ss(((t) < 3 ? x : x3) + (t) % 3 * ldx + k); \
@@ -12113,14 +12114,14 @@ MOQI_INLINE MOQI_AVX2 void moqi_panel_f32_tokens_256(const moqi_panel *w, int64_
         _mm256_storeu_ps(sum, _mm256_mul_ps(lo[t], m0)); \
         _mm256_storeu_ps(sum + 8, _mm256_mul_ps(hi[t], m1)); \
         for (int64_t r = 0; r < rows; r++) to[r] += sum[r]; }
-    MOQI_TOKENS6(MOQI_ZERO)
+    MOQI_TOKENS246(MOQI_ZERO)
     for (int64_t k = 0; k < n; k++, d += MOQI_PANEL_ROWS) {
         __m256 w0 = _mm256_loadu_ps(d), w1 = _mm256_loadu_ps(d + 8);
-        MOQI_TOKENS6(MOQI_FMA)
+        MOQI_TOKENS246(MOQI_FMA)
     }
     m0 = _mm256_loadu_ps(w->mul + at);
     m1 = _mm256_loadu_ps(w->mul + at + 8);
-    MOQI_TOKENS6(MOQI_STORE)
+    MOQI_TOKENS246(MOQI_STORE)
 #undef MOQI_ZERO
 #undef MOQI_FMA
 #undef MOQI_STORE
