@@ -405,7 +405,7 @@ static void test_backend_refuses(void)
     bad = l.w;
     bad.scheme.input = input_formats[0].c; /* static, but no scale */
     CHECK(be->supports(be, &bad, &err) == MOQ_E_MISSING);
-    bad.scheme.input.elem = MOQ_F6_E2M3;
+    bad.scheme.input.elem = MOQ_F64;
     CHECK(be->supports(be, &bad, &err) == MOQ_E_UNSUPPORTED);
     bad = l.w;
     bad.scales.data = NULL;
