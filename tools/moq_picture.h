@@ -89,15 +89,16 @@ typedef struct picture {
     char kinds[MOST_KINDS][24];
 } picture;
 
-/* "model.layers.3.mlp.experts.7.gate_proj" -> 3 and "experts gate"; what is in no layer is -1 and its own name. */
+/* "model.layers.3.mlp.experts.7.gate_proj" -> 3 and "exp gate"; what is in no layer is -1 and its own name. */
 static void split_name(const char *name, long *layer, char *kind, size_t capacity)
 {
     const char *at = strstr(name, "layers."), *last = strrchr(name, '.'), *experts = strstr(name, "experts.");
     char text[120];
     *layer = at ? strtol(at + 7, NULL, 10) : -1;
-    snprintf(text, sizeof text, "%s%s", strstr(name, "shared_expert") ? "shared " : experts ? "experts " : "", last ? last + 1 : name);
+    snprintf(text, sizeof text, "%s%s", strstr(name, "shared_expert") ? "shared " : experts ? "exp " : "", last ? last + 1 : name);
     char *proj = strstr(text, "_proj");
     if (proj) *proj = 0;
+    else if (at && !experts && last && strcmp(last, ".gate") == 0) snprintf(text, sizeof text, "router");
     snprintf(kind, capacity, "%.*s", (int)capacity - 1, text);
 }
 
@@ -134,7 +135,7 @@ static int lines_by_place(const void *a, const void *b)
 
 static void gather(picture *p, const module_row *rows, size_t count, const moq_checkpoint *source)
 {
-    static const char *const order[] = {"q", "k", "v", "qkv", "o", "gate_up", "gate", "up", "down", "experts gate_up", "experts gate", "experts up", "experts down"};
+    static const char *const order[] = {"q", "k", "v", "qkv", "o", "gate_up", "gate", "up", "down", "exp gate_up", "exp gate", "exp up", "exp down"};
     for (int pass = 0; pass < COUNT(order) + 1; pass++)
         for (size_t i = 0; i < count; i++) {
             char kind[24];
