@@ -15353,7 +15353,8 @@ static int moqi_is_smoothed(const moqi_target *t)
 }
 
 /* p = recorded pre_quant_scale, or 1 / best_scale of AWQ, in F32. The stored vector is p in the model's type; the weight is multiplied
-   by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax, so p is found again from its BF16 value. */
+   by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax. Where only the rounded p was recorded, as ModelOpt does, one
+   amax that gives it is taken; in a quarter of the channels there are two or three, so its bytes cannot follow from its record. */
 static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_error *err)
 {
     uint64_t n = (uint64_t)t->w.cols;
@@ -15370,7 +15371,7 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
     for (uint64_t i = 0; i < n; i++) {
         float v = best ? 1 / best[i] : given[i];
         own[i] = moqi_in_model(t->model, v);
-        if (!best) {
+        if (!best && moqi_f32_bits(own[i]) == moqi_f32_bits(v)) {
             float whole = 1 / moqi_in_model(t->model, 1 / v);
             if (moqi_f32_bits(moqi_in_model(t->model, whole)) == moqi_f32_bits(own[i])) v = whole;
         }
@@ -19750,9 +19751,10 @@ static int moqi_stat_inputs(const moqi_calibration *c, moq_stats *s, const moqi_
     if (r->expert && !r->p && r->algorithm != MOQI_ALG_HESSIAN && r->algorithm != MOQI_ALG_CLIP) return inputs ? moqi_stat_container(c, s, r) : 1;
     if (inputs && r->input_amax > 0) ok = moqi_stat_add(s, memory, ".input_quantizer.amax", &r->input_amax, 1, 0, NULL);
     if (ok && r->p && (inputs || !r->best_scale)) { /* wide inputs have no quantizer that could hold it */
-        float *rounded = (float *)moqi_take_array(&s->arena, n, sizeof *rounded);
-        for (uint64_t i = 0; rounded && i < n; i++) rounded[i] = moqi_bf16(r->p[i]);
-        ok = rounded && moqi_stat_add(s, memory, ".input_quantizer.pre_quant_scale", rounded, n, 1, &n);
+        float *kept = (float *)moqi_take_array(&s->arena, n, sizeof *kept);
+        /* SmoothQuant's has no second vector beside it, and its weights are smoothed in F32: rounded, a quarter of the channels were lost */
+        for (uint64_t i = 0; kept && i < n; i++) kept[i] = r->best_scale ? moqi_bf16(r->p[i]) : r->p[i];
+        ok = kept && moqi_stat_add(s, memory, ".input_quantizer.pre_quant_scale", kept, n, 1, &n);
     }
     if (ok && r->best_scale) {
         ok = moqi_stat_add(s, memory, ".awq_lite.act_scale", r->act, n, 1, &n) && moqi_stat_add(s, memory, ".awq_lite.weight_scale", r->wsc, n, 1, &n) &&
