@@ -726,7 +726,8 @@ typedef enum moq_score { MOQ_SCORE_SOFTMAX = 0, MOQ_SCORE_SIGMOID } moq_score;
 
 /* How router logits choose experts. p = score(logits); candidates are ranked by p + bias; the chosen weights are p without
    bias, divided by their sum if `renormalize`, times `scale`. With groups > 1 only the `top_groups` best groups compete:
-   a group's score is its largest p (softmax) or the sum of its two largest p + bias (sigmoid). Ties: the lower index. */
+   a group's score is its largest p (softmax) or the sum of its two largest p + bias (sigmoid). Ties: the lower index; without bias
+   and groups sigmoids are ranked by their logits, because large ones all round to 1. */
 typedef struct moq_routing {
     int32_t experts, top_k;
     moq_score score;
@@ -734,6 +735,7 @@ typedef struct moq_routing {
     int32_t groups, top_groups; /* 0 or 1: none */
     float scale;                /* 0: 1 */
     moq_view bias;              /* [experts] or absent */
+    int32_t on_input;           /* 1: the chosen weights multiply what their experts read instead of what they answer (Llama 4) */
 } moq_routing;
 
 /* A mixture of experts as bound: arrays of routing.experts layers. Not gated: gate NULL. Biases are the layers' own. */
@@ -791,6 +793,7 @@ typedef struct moq_attention_desc {
     float scale;            /* of q.k; 0: 1 / sqrt(head_dim) */
     float softcap;          /* 0: none; else scores = cap * tanh(score / cap) */
     const float *sinks;     /* [heads] extra logits in the softmax denominator, backend memory; NULL: none */
+    int32_t chunk;          /* 0: none; else a row sees only positions from the last multiple of `chunk` on (Llama 4); not with a window */
 } moq_attention_desc;
 
 /* A Mamba-2 mixer (Dao and Gu 2024) between its two projections, with the states of `slots` sequences. Below, inner is
@@ -866,7 +869,7 @@ struct moq_backend {
     void (*kv_append)(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride);
     /* Copy `count` tokens of a sequence: to another slot (fork), or within one (shift). Ranges may overlap. */
     void (*kv_copy)(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos, int32_t count);
-    /* Row i attends to positions max(0, pos - window + 1) .. pos of its slot, all appended before. */
+    /* Row i attends to positions max(0, pos - window + 1) .. pos, or pos / chunk * chunk .. pos, of its slot, all appended before. */
     void (*attention)(moq_backend *be, const moq_batch *b, const moq_attention_desc *a);
 
     void (*norm)(moq_backend *be, const moq_norm_desc *n); /* RMS norm: x / sqrt(mean(x^2) + eps) * weight */
@@ -10146,6 +10149,13 @@ static void moqi_attend_block(const moqi_kernels *k, const moq_attention_desc *a
     }
 }
 
+/* The first position that a row at `pos` sees. */
+static int64_t moqi_attend_first(const moq_attention_desc *a, int64_t pos)
+{
+    if (a->chunk > 0) return pos / a->chunk * a->chunk;
+    return a->window > 0 ? moqi_max(0, pos - (int64_t)a->window + 1) : 0;
+}
+
 /* Rows [row, row + rows) of a batch, all of one slot, for query heads [head, head + heads) that read one kv head. Blocks of keys begin at
    multiples of their length, so a row's result does not depend on its neighbours. */
 static void moqi_attend(const moqi_kernels *k, const moq_batch *b, const moq_attention_desc *a, int64_t row, int64_t rows, int64_t head,
@@ -10166,7 +10176,7 @@ static void moqi_attend(const moqi_kernels *k, const moq_batch *b, const moq_att
         memset((float *)a->y + r * a->y_stride + h * c->dim[1], 0, (size_t)c->dim[1] * sizeof(float));
         state[i].max = a->sinks ? a->sinks[h] : -3e38f;
         state[i].sum = a->sinks ? 1.0f : 0.0f;
-        low = moqi_min(low, a->window > 0 ? moqi_max(0, b->pos[r] - (int64_t)a->window + 1) : 0);
+        low = moqi_min(low, moqi_attend_first(a, b->pos[r]));
         high = moqi_max(high, b->pos[r]);
     }
     for (int64_t first = low / MOQI_ATTEND_KEYS * MOQI_ATTEND_KEYS; first <= high; first += MOQI_ATTEND_KEYS) {
@@ -10175,7 +10185,7 @@ static void moqi_attend(const moqi_kernels *k, const moq_batch *b, const moq_att
         moqi_kv_fetch(k, c, 1, slot, kv_head, first, last, values);
         for (int64_t i = 0; i < rows * heads; i++) {
             int64_t r = row + i / heads, h = head + i % heads, pos = b->pos[r];
-            int64_t from = moqi_max(first, a->window > 0 ? pos - (int64_t)a->window + 1 : 0), to = moqi_min(last, pos);
+            int64_t from = moqi_max(first, moqi_attend_first(a, pos)), to = moqi_min(last, pos);
             float *y = (float *)a->y + r * a->y_stride + h * c->dim[1];
             if (from <= to) moqi_attend_block(k, a, c, q + i * dim, keys, values, from - first, to - first, &state[i], y);
         }
@@ -10237,9 +10247,10 @@ static void moqi_close_groups(const moq_routing *r, const float *p, const float 
 static void moqi_route(const moq_routing *r, const float *bias, const float *logits, float *scratch, int32_t *index, float *weight)
 {
     float *p = scratch, *rank = p + r->experts, *open = rank + r->experts, sum = 0;
+    int plain = r->score == MOQ_SCORE_SIGMOID && !bias && r->groups <= 1;
     moqi_router_scores(r->score, logits, r->experts, p);
     for (int32_t e = 0; e < r->experts; e++) {
-        rank[e] = bias ? p[e] + bias[e] : p[e];
+        rank[e] = bias ? p[e] + bias[e] : plain ? logits[e] : p[e];
         open[e] = 1;
     }
     if (r->groups > 1) moqi_close_groups(r, p, rank, open, open + r->experts);
@@ -13698,10 +13709,16 @@ static void moqi_sort_choices(const moqi_cpu *c, const moqi_experts *m, int64_t 
 static void moqi_gather_task(void *arg, int i, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
-    int64_t ld = moqi_pad_x(t->m->cols);
+    int64_t ld = moqi_pad_x(t->m->cols), e = t->c->expert_of[i], first = t->c->begin[e], m = t->c->begin[e + 1] - first;
+    int64_t choice = t->c->row_of[i] * (int64_t)t->m->routing.top_k;
+    const float *x = t->x + t->c->row_of[i] * t->m->cols;
+    float *in = t->c->t + i * ld;
     (void)worker;
-    int64_t e = t->c->expert_of[i], first = t->c->begin[e], m = t->c->begin[e + 1] - first;
-    moqi_feed(&t->parts[e], m, i - first, t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + first * ld);
+    if (t->m->routing.on_input) {
+        while (t->c->place[choice] != i) choice++; /* which of the row's choices this is */
+        for (int64_t k = 0; k < t->m->cols; k++) in[k] = t->c->weight[choice] * x[k];
+    }
+    moqi_feed(&t->parts[e], m, i - first, t->m->routing.on_input ? in : x, in, t->c->r + first * ld);
 }
 
 /* hidden [assignments, gate n | up n] -> activation -> the inputs of down: t, r [assignments, n]. */
@@ -13716,7 +13733,7 @@ static void moqi_middle_task(void *arg, int i, int worker)
     moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * ld);
 }
 
-/* y[row] = sum of weight * expert output, in the order of the choice. */
+/* y[row] = sum of weight * expert output, in the order of the choice; weights that multiplied the inputs are done with. */
 static void moqi_combine_task(void *arg, int row, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
@@ -13724,7 +13741,8 @@ static void moqi_combine_task(void *arg, int row, int worker)
     float *y = t->y + row * out;
     (void)worker;
     memset(y, 0, (size_t)out * sizeof *y);
-    for (int64_t i = row * top; i < (row + 1) * top; i++) t->c->k->axpy(t->c->weight[i], t->c->out + t->c->place[i] * out, y, out);
+    for (int64_t i = row * top; i < (row + 1) * top; i++)
+        t->c->k->axpy(t->m->routing.on_input ? 1 : t->c->weight[i], t->c->out + t->c->place[i] * out, y, out);
 }
 
 /* Jobs of one role for every expert that was chosen, from jobs[count] on; returns the new count. */
@@ -13984,7 +14002,8 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     t.cpu = moqi_cpu_of(be);
     t.b = b;
     t.a = a;
-    double keys = a->window > 0 && a->window < b->max_pos ? a->window : b->max_pos + 1.0;
+    int32_t most = a->chunk > 0 ? a->chunk : a->window;
+    double keys = most > 0 && most < b->max_pos ? most : b->max_pos + 1.0;
     moqi_run(t.cpu, moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads,
              (double)b->rows * a->heads * keys * (double)(c->dim[0] + c->dim[1]), moqi_attend_task, &t);
 }
@@ -16834,6 +16853,15 @@ static float *moqi_watch_expert(moqi_watch *w, const moqi_seen_moe *m, int32_t e
     return out;
 }
 
+/* What an expert reads of x [cols]: the row, or the row times its weight. */
+static void moqi_expert_input(const moqi_seen_moe *m, const float *x, float weight, int round, float *out)
+{
+    memcpy(out, x, (size_t)m->cols * sizeof *x);
+    if (!m->routing.on_input) return;
+    for (int64_t c = 0; c < m->cols; c++) out[c] *= weight;
+    if (round) moqi_bf16_all(out, m->cols);
+}
+
 /* Choices of all rows, then expert after expert; each row's sum is kept on the host. Buffers: X holds the rows of one expert after the rows
    of all, ROUTE the logits, the scratch of routing, and the sums. */
 static void moqi_watch_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
@@ -16854,12 +16882,12 @@ static void moqi_watch_moe(moq_backend *be, const moq_experts *experts, const vo
     for (int32_t e = 0; e < (int32_t)count; e++) {
         int32_t n = 0;
         for (int64_t i = 0; i < rows * top; i++)
-            if (index[i] == e) memcpy(chosen + n++ * m->cols, in + i / top * m->cols, (size_t)m->cols * sizeof *in);
+            if (index[i] == e) moqi_expert_input(m, in + i / top * m->cols, weight[i], w->round, chosen + n++ * m->cols);
         float *out = n > 0 ? moqi_watch_expert(w, m, e, chosen, n) : NULL;
         for (int64_t i = 0; out && i < rows * top; i++) {
             if (index[i] != e) continue;
             for (int64_t c = 0; c < m->out; c++) {
-                float v = weight[i] * out[c];
+                float v = m->routing.on_input ? out[c] : weight[i] * out[c];
                 sum[i / top * m->out + c] += w->round ? moqi_bf16(v) : v;
             }
             out += m->out;
@@ -17008,7 +17036,7 @@ static void moqi_eager_attention(moqi_watch *w, const moqi_seen_kv *s, const moq
     float *y = q + qn, *sinks = score + s->desc.capacity;
     if (a->sinks) w->inner->download(w->inner, sinks, a->sinks, (size_t)a->heads * sizeof *sinks);
     for (int64_t r = 0; r < b->rows; r++) {
-        int64_t pos = at[b->rows + r], first = a->window > 0 ? moqi_max(0, pos - a->window + 1) : 0;
+        int64_t pos = at[b->rows + r], first = moqi_attend_first(a, pos);
         w->inner->download_act(w->inner, q, moqi_act_at(w, a->q, r * a->q_stride), (size_t)qn);
         memset(y, 0, (size_t)yn * sizeof *y);
         for (int64_t h = 0; at[r] >= 0 && at[r] < s->desc.slots && pos >= 0 && pos < s->desc.capacity && h < a->heads; h++)
@@ -17974,11 +18002,11 @@ static int moqi_expert_room_make(moqi_tape *t, const moqi_seen_moe *m, int64_t r
 }
 
 /* The rows that chose expert e, side by side in room->x; how many. An expert is chosen at most once by a row. */
-static int64_t moqi_expert_rows(const moqi_seen_moe *m, int32_t e, const float *x, int64_t rows, moqi_expert_room *r)
+static int64_t moqi_expert_rows(const moqi_tape *t, const moqi_seen_moe *m, int32_t e, const float *x, int64_t rows, moqi_expert_room *r)
 {
     int64_t n = 0, top = m->routing.top_k;
     for (int64_t i = 0; i < rows * top; i++)
-        if (r->index[i] == e) memcpy(r->x + n++ * m->cols, x + i / top * m->cols, (size_t)m->cols * sizeof *x);
+        if (r->index[i] == e) moqi_expert_input(m, x + i / top * m->cols, r->weight[i], t->w->round, r->x + n++ * m->cols);
     return n;
 }
 
@@ -17990,13 +18018,13 @@ static void moqi_tape_mixture(moqi_tape *t, const moqi_seen_moe *m, int format, 
     if (!moqi_expert_room_make(t, m, rows, &r) || !moqi_tape_route(t, m, logits, rows, r.index, r.weight, NULL)) return;
     memset(y, 0, (size_t)(rows * m->out) * sizeof *y);
     for (int32_t e = 0; e < m->routing.experts; e++) {
-        int64_t n = moqi_expert_rows(m, e, x, rows, &r), at = 0;
+        int64_t n = moqi_expert_rows(t, m, e, x, rows, &r), at = 0;
         if (n == 0) continue;
         moqi_tape_expert(t, m, e, format, r.x, n, r.mid, r.act, r.out);
         for (int64_t i = 0; i < rows * top; i++) {
             if (r.index[i] != e) continue;
             for (int64_t c = 0; c < m->out; c++) {
-                float v = r.weight[i] * r.out[at * m->out + c];
+                float v = (m->routing.on_input ? 1 : r.weight[i]) * r.out[at * m->out + c];
                 y[i / top * m->out + c] += t->w->round ? moqi_bf16(v) : v;
             }
             at++;
@@ -18367,7 +18395,7 @@ static void moqi_back_rope(moqi_tape *t, const moqi_op *o)
 static void moqi_back_head(const moqi_tape *t, const moq_attention_desc *a, const moqi_tape_kv *c, const moqi_seen_kv *s, int64_t head, int64_t pos, float sink,
                            const float *q, const float *dy, float *dq, double *score, double *slope)
 {
-    int64_t kv = head / (a->heads / s->desc.kv_heads), first = a->window > 0 ? moqi_max(0, pos - a->window + 1) : 0, kd = s->dim[0], vd = s->dim[1];
+    int64_t kv = head / (a->heads / s->desc.kv_heads), first = moqi_attend_first(a, pos), kd = s->dim[0], vd = s->dim[1];
     double scale = a->scale != 0 ? (double)a->scale : 1 / sqrt((double)kd), cap = (double)a->softcap, max = a->sinks ? (double)sink : -1e300, sum = 0, dot = 0;
     for (int64_t i = first; i <= pos; i++) {
         double v = (double)t->w->k->dot(q, c->k + i * c->kn + kv * kd, kd) * scale, y = cap > 0 ? tanh(v / cap) : 0;
@@ -18470,7 +18498,7 @@ static void moqi_score_mixture(moqi_tape *t, const moqi_op *o, const float *dy)
     }
 }
 
-/* y = sum w_e out_e: out_e gets w_e dy, w_e gets dy . out_e; then through the experts and through the choice. */
+/* y = sum w_e out_e: out_e gets w_e dy, w_e gets dy . out_e (of an expert that read w_e x: dy, and d(w_e x) . x); then through the experts and through the choice. */
 static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
 {
     const moqi_seen_moe *m = (const moqi_seen_moe *)o->object;
@@ -18482,7 +18510,7 @@ static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
     if (t->u.score) moqi_score_mixture(t, o, dy);
     if (!p || !part || !dw || !moqi_expert_room_make(t, m, rows, &r) || !moqi_tape_route(t, m, o->also, rows, r.index, r.weight, p)) return;
     for (int32_t e = 0; e < (int32_t)experts; e++) {
-        int64_t n = moqi_expert_rows(m, e, o->saved, rows, &r), at = 0;
+        int64_t n = moqi_expert_rows(t, m, e, o->saved, rows, &r), at = 0;
         if (n == 0) continue;
         moqi_tape_expert(t, m, e, -1, r.x, n, r.mid, r.act, r.out);
         for (int64_t i = 0; i < rows * top; i++) { /* r.out becomes its own gradient */
@@ -18490,13 +18518,18 @@ static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
             const float *d = dy + i / top * m->out;
             float *out = r.out + at++ * m->out;
             dw[i] = (double)t->w->k->dot(d, out, m->out);
-            for (int64_t c = 0; c < m->out; c++) out[c] = r.weight[i] * d[c];
+            for (int64_t c = 0; c < m->out; c++) out[c] = (m->routing.on_input ? 1 : r.weight[i]) * d[c];
         }
         memset(part, 0, (size_t)(n * m->cols) * sizeof *part);
         moqi_back_expert(t, m, e, &r, r.out, n, part);
         at = 0;
-        for (int64_t i = 0; i < rows * top; i++)
-            if (r.index[i] == e) t->w->k->axpy(1, part + at++ * m->cols, dx + i / top * m->cols, m->cols);
+        for (int64_t i = 0; i < rows * top; i++) {
+            const float *d = part + at * m->cols;
+            if (r.index[i] != e) continue;
+            at++;
+            t->w->k->axpy(m->routing.on_input ? r.weight[i] : 1, d, dx + i / top * m->cols, m->cols);
+            if (m->routing.on_input) dw[i] = (double)t->w->k->dot(d, o->saved + i / top * m->cols, m->cols);
+        }
     }
     for (int64_t i = 0; i < rows; i++) moqi_back_route(&m->routing, p + i * experts, r.index + i * top, dw + i * top, dp, dlogits + i * experts);
     memset(dy, 0, (size_t)(rows * m->out) * sizeof *dy);

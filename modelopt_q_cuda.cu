@@ -5024,9 +5024,16 @@ typedef struct moqk_attend_args {
     float2 *stats;             /* [rows, heads, splits] max and sum of each */
     int32_t *arrived;          /* [rows, head groups] splits that are done; zero between launches */
     int64_t q_stride, y_stride;
-    int32_t rows, heads, share, window, splits, bf16;
+    int32_t rows, heads, share, window, chunk, splits, bf16;
     float scale, softcap;
 } moqk_attend_args;
+
+/* The first position that a row at `pos` sees. */
+__device__ __forceinline__ int64_t moqk_first_seen(const moqk_attend_args &a, int64_t pos)
+{
+    if (a.chunk > 0) return pos / a.chunk * a.chunk;
+    return a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0;
+}
 
 /* The queries of heads [head, head + count) of a row as the keys want them: scaled, rotated with them. q: [H][padded], the rest zero. */
 __device__ void moqk_load_query(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t H, float *q)
@@ -5103,7 +5110,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
     int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * H, count = min(H, (kv_head + 1) * a.share - head);
     int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
     int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-    int64_t low = a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0, per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
+    int64_t low = moqk_first_seen(a, pos), per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
     int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
     float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head];
     const float *k_bias = a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * a.c.k.dim : NULL, *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * a.c.v.dim : NULL;
@@ -5260,7 +5267,7 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
         int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
         q_slot[tid] = held ? slot : -1;
         q_pos[tid] = pos;
-        q_from[tid] = a.window > 0 ? max(0, pos - a.window + 1) : 0;
+        q_from[tid] = (int32_t)moqk_first_seen(a, pos);
     }
     if (a.c.k.rotate) moqk_rotate_rows(q, N, stride, a.c.k.dim, 1 / sqrtf((float)a.c.k.dim));
     __syncthreads();
@@ -5610,7 +5617,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
     int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
     int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
     int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-    int64_t low = a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0, per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
+    int64_t low = moqk_first_seen(a, pos), per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
     int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
     float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head], top = -3e38f, sum = 0;
     if (KIND == MOQK_KV_NV4) { k_scale *= 512.0f / 6; v_scale *= 512.0f / 6; }
@@ -5887,7 +5894,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM
         int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
         q_slot[i] = held ? slot : -1;
         q_pos[i] = pos;
-        q_from[i] = a.window > 0 ? max(0, pos - a.window + 1) : 0;
+        q_from[i] = (int32_t)moqk_first_seen(a, pos);
     }
 #pragma unroll
     for (int i = 0; i < DIM / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
@@ -6085,10 +6092,11 @@ static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attent
     a.heads = d->heads;
     a.share = d->heads / a.c.kv_heads;
     a.window = d->window;
+    a.chunk = d->chunk;
     a.bf16 = c->bf16;
     a.scale = d->scale != 0 ? d->scale : 1 / sqrtf((float)a.c.k.dim);
     a.softcap = d->softcap;
-    int64_t length = d->window > 0 ? moqc_min(d->window, (int64_t)b->max_pos + 1) : (int64_t)b->max_pos + 1;
+    int64_t most_seen = d->chunk > 0 ? d->chunk : d->window, length = moqc_min(most_seen > 0 ? most_seen : INT32_MAX, (int64_t)b->max_pos + 1);
     int tiles = b->rows >= 8 && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
     int64_t most = tiles ? b->rows : moqc_min(b->rows, 32768);
     for (int64_t first = 0; first < b->rows; first += most) {
@@ -6172,7 +6180,7 @@ template <typename T> __global__ void moqk_route(moq_routing r, const float *bia
     float *rank = p + r.experts, *score = rank + r.experts, sum = 0, top = -3.4e38f;
     uint8_t *open = (uint8_t *)(score + r.experts), *group_open = open + r.experts;
     int64_t row = blockIdx.x, at = row * r.top_k;
-    int32_t lane = threadIdx.x;
+    int32_t lane = threadIdx.x, plain = r.score == MOQ_SCORE_SIGMOID && r.groups <= 1;
     for (int32_t e = lane; e < r.experts; e += 32) top = fmaxf(top, moqk_get(logits, row * r.experts + e));
     top = moqk_warp_max(top);
     for (int32_t e = lane; e < r.experts; e += 32) {
@@ -6183,7 +6191,7 @@ template <typename T> __global__ void moqk_route(moq_routing r, const float *bia
     sum = moqk_warp_sum(sum);
     for (int32_t e = lane; e < r.experts; e += 32) {
         if (r.score == MOQ_SCORE_SOFTMAX) p[e] /= sum;
-        rank[e] = bias ? p[e] + bias[e] : p[e];
+        rank[e] = bias ? p[e] + bias[e] : plain ? moqk_get(logits, row * r.experts + e) : p[e];
         open[e] = 1;
     }
     __syncwarp();
@@ -6279,6 +6287,7 @@ static moq_result moqc_check_moe(const moq_moe *m, moq_error *err)
         return moq_fail(err, MOQ_E_ARG, name, "%d of %d groups of %d experts do not hold the %d to choose", (int)tops, (int)groups, (int)r->experts, (int)r->top_k);
     if (r->bias.data && r->bias.count != (uint64_t)r->experts)
         return moq_fail(err, MOQ_E_SHAPE, name, "routing bias of %llu elements, expected %d", (unsigned long long)r->bias.count, (int)r->experts);
+    if (r->on_input) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "this router's weights multiply the inputs of experts, which only the CPU backend does so far");
     if ((unsigned)m->activation.kind > (unsigned)MOQ_RELU2 || (m->activation.kind == MOQ_RELU2) != (m->gate == NULL))
         return moq_fail(err, MOQ_E_ARG, name, "activation %d %s a gate", (int)m->activation.kind, m->gate ? "has no use for" : "needs");
     for (int32_t e = 0; e < r->experts; e++) {
