@@ -172,7 +172,7 @@ typedef struct llm_desc {
     int32_t keep;
     int32_t draft;               /* speculative decoding: guess so many tokens at once from what the conversation says (prompt lookup), or by
                                     llm_set_draft; the answer stays the same, token for token, where a row's result does not depend on the other
-                                    rows of a pass, as on the CPU. 0: off */
+                                    rows of a pass, as on the CPU: MOQ_ACT_AUTO means MOQ_ACT_WIDE then. 0: off */
     int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
@@ -10040,7 +10040,7 @@ static moq_result llmi_open_parts(llmi_house *h, const moq_checkpoint **ck, moq_
         moq_cpu_desc cpu;
         memset(&cpu, 0, sizeof cpu);
         cpu.threads = d->threads;
-        cpu.act = d->act;
+        cpu.act = d->draft > 0 && d->act == MOQ_ACT_AUTO ? MOQ_ACT_WIDE : d->act; /* automatic rounding depends on the rows of a pass */
         cpu.kernel = d->kernel;
         cpu.parallel = d->parallel;
         cpu.allocator = d->allocator;
