@@ -4491,27 +4491,55 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
     moqc_launched(c, "embed");
 }
 
-/* x += add; y = x / sqrt(mean(x^2) + eps) * weight. Grid: rows, groups; a thread reads back only what it wrote itself. */
-template <typename T> __global__ void moqk_norm(moq_norm_desc d)
+/* x += add; y = x / sqrt(mean(x^2) + eps) * weight. Grid: rows, groups; a thread reads back only what it wrote itself. What fits stays in
+   registers, all of its loads under way at once: a step of one token waits for each of these kernels. */
+template <typename T> __global__ void __launch_bounds__(1024) moqk_norm(moq_norm_desc d)
 {
-    moqk_follow();
+    enum { KEPT = 8 };
     __shared__ float room[33];
     int64_t groups = d.groups > 0 ? d.groups : 1, n = groups * d.cols, row = blockIdx.x, at = (int64_t)blockIdx.y * d.cols;
     T *x = (T *)(uintptr_t)d.x + row * (d.x_stride ? d.x_stride : n) + at, *y = (T *)d.y + row * (d.y_stride ? d.y_stride : n) + at;
     const T *add = d.add ? (const T *)d.add + row * n + at : NULL;
-    float sum = 0;
-    for (int32_t i = threadIdx.x; i < d.cols; i += blockDim.x) {
-        float v = moqk_get(x, i);
-        if (add) {
-            v += moqk_get(add, i);
-            moqk_put(x, i, v);
-            v = moqk_get(x, i);
+    const int32_t step = (int32_t)blockDim.x, rest = KEPT * step + (int32_t)threadIdx.x;
+    float v[KEPT], w[KEPT], sum = 0;
+    moqk_dependents_may_start();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) { /* weights never change: before the kernel before has ended */
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        w[k] = i < d.cols && d.weight ? d.weight[i] : 1;
+    }
+    moqk_wait_for_before();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        v[k] = i < d.cols ? moqk_get(x, i) + (add ? moqk_get(add, i) : 0) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        if (add && i < d.cols) {
+            moqk_put(x, i, v[k]);
+            if (sizeof(T) == 2) v[k] = __bfloat162float(__float2bfloat16_rn(v[k]));
         }
-        sum += v * v;
+        sum += v[k] * v[k];
+    }
+    for (int32_t i = rest; i < d.cols; i += step) {
+        float u = moqk_get(x, i);
+        if (add) {
+            u += moqk_get(add, i);
+            moqk_put(x, i, u);
+            u = moqk_get(x, i);
+        }
+        sum += u * u;
     }
     sum = moqk_block_sum(sum, room);
     float s = 1 / sqrtf(sum / (float)d.cols + d.eps);
-    for (int32_t i = threadIdx.x; i < d.cols; i += blockDim.x) moqk_put(y, i, d.weight ? moqk_get(x, i) * s * d.weight[i] : moqk_get(x, i) * s);
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        if (i < d.cols) moqk_put(y, i, d.weight ? v[k] * s * w[k] : v[k] * s);
+    }
+    for (int32_t i = rest; i < d.cols; i += step) moqk_put(y, i, d.weight ? moqk_get(x, i) * s * d.weight[i] : moqk_get(x, i) * s);
 }
 
 static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
@@ -5128,32 +5156,30 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
     }
     for (int64_t first = from; first < to; first += MOQK_KEYS) {
         int32_t n = (int32_t)min((int64_t)MOQK_KEYS, to - first);
-        for (int32_t j = sub; j < MOQK_KEYS; j += 2 * subs) {
-            float k[2][16];
+        for (int32_t j = sub; j < MOQK_KEYS; j += 4 * subs) { /* four keys' loads under way */
+            float k[4][16];
 #pragma unroll
-            for (int u = 0; u < 2; u++) {
+            for (int u = 0; u < 4; u++) {
                 if (j + u * subs < n && dk < a.c.k.padded) moqk_kv_read<KIND, 16>(a.c.k, base + first + j + u * subs, dk, k_scale, k_bias, k[u]);
                 else
 #pragma unroll
                     for (int i = 0; i < 16; i++) k[u][i] = 0;
             }
             for (int h = 0; h < H; h++) {
-                float s0 = 0, s1 = 0;
+                float s[4] = {0, 0, 0, 0};
                 const float4 *q4 = (const float4 *)(q + h * a.c.k.padded + (dk < a.c.k.padded ? dk : 0));
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float4 f = q4[i];
-                    s0 += f.x * k[0][4 * i] + f.y * k[0][4 * i + 1] + f.z * k[0][4 * i + 2] + f.w * k[0][4 * i + 3];
-                    s1 += f.x * k[1][4 * i] + f.y * k[1][4 * i + 1] + f.z * k[1][4 * i + 2] + f.w * k[1][4 * i + 3];
+#pragma unroll
+                    for (int u = 0; u < 4; u++) s[u] += f.x * k[u][4 * i] + f.y * k[u][4 * i + 1] + f.z * k[u][4 * i + 2] + f.w * k[u][4 * i + 3];
                 }
-                for (int o = L / 2; o > 0; o >>= 1) {
-                    s0 += __shfl_xor_sync(0xffffffffu, s0, o);
-                    s1 += __shfl_xor_sync(0xffffffffu, s1, o);
-                }
-                if (tid % L == 0) {
-                    score[j * H + h] = s0;
-                    if (j + subs < MOQK_KEYS) score[(j + subs) * H + h] = s1;
-                }
+                for (int o = L / 2; o > 0; o >>= 1)
+#pragma unroll
+                    for (int u = 0; u < 4; u++) s[u] += __shfl_xor_sync(0xffffffffu, s[u], o);
+                if (tid % L == 0)
+#pragma unroll
+                    for (int u = 0; u < 4; u++) if (j + u * subs < MOQK_KEYS) score[(j + u * subs) * H + h] = s[u];
             }
         }
         __syncthreads();
@@ -5187,7 +5213,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[h][i] *= shrink[h];
         if (team < teams) {
-#pragma unroll 4
+#pragma unroll 8
             for (int32_t j = team; j < n; j += teams) {
                 float v[4];
                 moqk_kv_read<KIND, 4>(a.c.v, base + first + j, dv, v_scale, v_bias, v);
