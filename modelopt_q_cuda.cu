@@ -4353,9 +4353,8 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tile
 template <typename... A, typename... B>
 static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int threads, int shared, int cluster, const char *what, const B &...args)
 {
-    cudaLaunchConfig_t how;
+    cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
-    memset(&how, 0, sizeof how);
     memset(with, 0, sizeof with);
     how.gridDim = grid;
     how.blockDim = dim3((unsigned)threads);
