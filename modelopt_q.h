@@ -75,7 +75,7 @@
        >>api-bind        >>bind         tensors of a module -> moq_linear, moq_kv
        >>api-checkpoint  >>checkpoint   folders, shards, index, tensors, modules, verification
                          >>verify       every value that opening did not touch
-       >>api-layout      >>layout       where a code lies; row, column and expert slices; repackings
+       >>api-layout      >>layout       where a code lies; row, column and expert slices; repackings (128x4 tiles, Marlin)
        >>api-cpu         >>cpu          reference kernels in plain C
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
@@ -605,7 +605,8 @@ typedef struct moq_kv {
 typedef struct moq_checkpoint moq_checkpoint;
 
 /* Open a checkpoint folder: config files, index, shards, and every module's tensors against its scheme. Only headers,
-   JSON and scalar scales are read; tensor data is mapped, so time and memory do not grow with it.
+   JSON and scalar scales are read; tensor data is mapped, so time and memory do not grow with it. But layers in Marlin's layout (GPTQ and AWQ) are
+   copied in plain order, for which memory of their size is taken.
    `desc` may be NULL. NULL on failure, with nothing left open. Close with moq_close. */
 MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err);
 
@@ -673,6 +674,44 @@ MOQ_API void moq_get_codes(const moq_linear *w, int64_t row, int64_t col, int64_
    a whole tiled array (rows padded to 128, groups to 4). */
 MOQ_API size_t moq_swizzle_128x4(int64_t row, int64_t group, int64_t groups);
 MOQ_API size_t moq_swizzle_128x4_bytes(int64_t rows, int64_t groups);
+
+/* Marlin: the layout in which vLLM, SGLang, AutoGPTQ and AutoAWQ keep INT4, INT8, FP8, MXFP8, NVFP4 and MXFP4 weights for tensor cores, in memory and
+   in some folders. Codes lie in tiles of 16 columns x 64 rows (NARROW: 32 x 32) in the order in which the 32 threads of mma.m16n8k16 read them,
+   integers as unsigned numbers (signed ones + 2^(bits-1)); scales [groups, rows] are permuted within 64 rows, or within 32 when a row has one scale. */
+typedef struct moq_marlin {
+    int64_t rows, cols;   /* outputs and inputs: multiples of 64 and of 16 (NARROW: 32) */
+    int64_t groups;       /* scales of a row; a bias is laid out as the scales of 1 group are */
+    int bits;             /* of a code: 4 or 8 */
+    uint32_t flags;       /* MOQ_MARLIN_... */
+    moq_dtype act;        /* what the kernel's registers hold: F16 or BF16 */
+    moq_dtype scale;      /* of a scale: F16, BF16, F8_E8M0, or F8_E4M3: the byte is then the 5 exponent and 3 mantissa bits of an F16 */
+    int shift;            /* scales are stored times 2^shift (F8_E4M3: times 2^(shift + 7)) */
+} moq_marlin;
+
+enum {
+    MOQ_MARLIN_NARROW = 1,   /* for kernels whose inputs have 8 bits */
+    MOQ_MARLIN_KEEP_TINY = 2 /* NVFP4: keep scales that BF16 kernels decode wrongly (below 2^(-6 - shift)), else they become 0 */
+};
+
+/* How layer `w` is stored for a kernel that computes in `act`; no stack: slice it first. NVFP4 in BF16: the largest `shift` that keeps all scales
+   finite; layers that share a launch (the experts of a mixture) take the smallest of theirs. FP8 with scales of floats: 8 or 120, the bias of the
+   kernel's decoding. MOQ_E_SHAPE when tiles do not fit, MOQ_E_UNSUPPORTED for other formats. */
+MOQ_API moq_result moq_marlin_describe(const moq_linear *w, moq_dtype act, uint32_t flags, moq_marlin *out, moq_error *err);
+
+/* Positions: of code (row, col) in the little-endian stream of codes, of scale (row, group), and of a 4-bit zero point. Each is one to one. */
+MOQ_API uint64_t moq_marlin_code(const moq_marlin *m, int64_t row, int64_t col);
+MOQ_API uint64_t moq_marlin_scale(const moq_marlin *m, int64_t row, int64_t group);
+MOQ_API uint64_t moq_marlin_zero(const moq_marlin *m, int64_t row, int64_t group);
+
+/* Layer -> Marlin. codes: rows * cols * bits / 8 bytes; scales: rows * groups elements; zeros: rows * groups / 2 bytes, or NULL for layers
+   without zero points; *global: the factor of the kernel's sums, 2^7 (F16) or 2^119 (BF16) times the scale of the layer, over 2^shift, for NVFP4.
+   order: NULL, or the column that comes at each place (act order: sorted by group). MOQ_E_SCALE: a scale that the layout cannot hold. */
+MOQ_API moq_result moq_marlin_pack(const moq_linear *w, const moq_marlin *m, const int32_t *order, void *codes, void *scales, void *zeros, float *global,
+                                   moq_error *err);
+
+/* Marlin -> plain: codes [rows, cols] as little-endian streams of `bits` along the columns, scales [rows, groups] of dtype m->scale as their
+   format is elsewhere. The exact inverse of moq_marlin_pack, but for scales that became 0. A pair may be NULL. */
+MOQ_API void moq_marlin_unpack(const moq_marlin *m, const void *codes, const void *scales, void *plain_codes, void *plain_scales);
 
 /* ------------------------------------------------------------------------------------------------
    >>api-cpu         reference kernels
@@ -6189,6 +6228,7 @@ typedef struct moqi_quant {
     int experts_only;        /* gpt-oss: only expert stacks are quantized */
     int plain_ends;          /* FP8, AWQ, GPTQ: embedding and lm_head are left out unless the file says "lm_head": true */
     int outer_names;         /* some name says "language_model": try names with other outermost parts */
+    int marlin;              /* AWQ, GPTQ: codes and scales lie in Marlin's layout */
     moqi_claim *claims;
     uint32_t claim_count;
     moqi_rules targets;      /* value: index in claims */
@@ -6967,7 +7007,17 @@ static moq_result moqi_read_int_group(const moqi_quant_read *c, const moq_json *
     return MOQ_OK;
 }
 
-/* AutoAWQ's gemm layout, 4 bits. Other layouts (gemv, llm-awq) hold the same names with other bit orders, so they must not be guessed. */
+/* Files of Marlin (AutoGPTQ, AutoAWQ) hold symmetric 4-bit groups in their own order: what says otherwise is another layout. */
+static moq_result moqi_check_marlin(const moqi_quant_read *c, const moqi_claim *a)
+{
+    c->q->marlin = 1;
+    if (a->weight_bits != 4) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "bits", "Marlin folders are read with 4 bits only");
+    if (a->zero_point) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, c->q->family == MOQ_FAMILY_AWQ ? "zero_point" : "sym", "Marlin folders hold symmetric weights");
+    if (a->act_order) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "desc_act", "Marlin folders hold columns in their own order");
+    return MOQ_OK;
+}
+
+/* AutoAWQ's gemm and marlin layouts, 4 bits. Others (gemv, llm-awq) hold the same names with other bit orders, so they must not be guessed. */
 static moq_result moqi_read_awq(const moqi_quant_read *c, const moq_json *block)
 {
     const char *version, *backend;
@@ -6977,13 +7027,15 @@ static moq_result moqi_read_awq(const moqi_quant_read *c, const moq_json *block)
     if ((r = moqi_get_string(c, block, "version", &version)) != MOQ_OK || (r = moqi_get_string(c, block, "backend", &backend)) != MOQ_OK ||
         (r = moqi_read_common(c, block, "awq", 0, &a)) != MOQ_OK || (r = moqi_get_bool(c, block, "zero_point", 1, &a->zero_point)) != MOQ_OK)
         return r;
-    if ((version[0] && !moqi_same(version, "gemm")) || (backend[0] && !moqi_same(backend, "autoawq")))
-        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "version", -1), "AWQ layout '%q' %q is not supported; gemm of autoawq is",
+    int marlin = moqi_same(version, "marlin");
+    if ((version[0] && !marlin && !moqi_same(version, "gemm")) || (backend[0] && !moqi_same(backend, "autoawq")))
+        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "version", -1), "AWQ layout '%q' %q is not supported; gemm and marlin of autoawq are",
                          version, backend);
     base = *a;
     base.weight_bits = 4;
     if ((r = moqi_read_int_group(c, block, &base, a)) != MOQ_OK) return r;
-    return a->weight_bits == 4 ? MOQ_OK : moqi_bad_key(c, MOQ_E_UNSUPPORTED, "bits", "AWQ is read with 4 bits only");
+    if (a->weight_bits != 4) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "bits", "AWQ is read with 4 bits only");
+    return marlin ? moqi_check_marlin(c, a) : MOQ_OK;
 }
 
 /* GPTQModel's per-module overrides: "-:regex" leaves out, "+:regex" or "regex" changes settings; the first that matches counts. */
@@ -7008,7 +7060,8 @@ static moq_result moqi_read_dynamic(const moqi_quant_read *c, const moq_json *ma
     return r;
 }
 
-/* GPTQ: checkpoint_format gptq stores zero points minus one, gptq_v2 as they are; sym: all zero points are the middle of the range. */
+/* GPTQ: checkpoint_format gptq stores zero points minus one, gptq_v2 as they are; sym: all zero points are the middle of the range. Older files say
+   is_marlin_format instead of checkpoint_format marlin. */
 static moq_result moqi_read_gptq(const moqi_quant_read *c, const moq_json *block)
 {
     const moq_json *dynamic = moqi_get(block, "dynamic");
@@ -7027,12 +7080,13 @@ static moq_result moqi_read_gptq(const moqi_quant_read *c, const moq_json *block
     /* read as `sym` above; files hold zero points either way */
     a->zero_point = !a->zero_point;
     a->gptq_v2 = moqi_same(format, "gptq_v2");
-    if (marlin || (format[0] && !a->gptq_v2 && !moqi_same(format, "gptq")))
-        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "checkpoint_format", -1), "'%q' is not supported; gptq and gptq_v2 are",
-                         marlin ? "marlin" : format);
+    if (moqi_same(format, "marlin")) marlin = 1;
+    else if (format[0] && !a->gptq_v2 && !moqi_same(format, "gptq"))
+        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "checkpoint_format", -1), "'%q' is not supported; gptq, gptq_v2 and marlin are", format);
     base = *a;
     if (!moqi_get(block, "bits")) return moqi_bad_key(c, MOQ_E_CONFIG, "bits", "missing");
-    if ((r = moqi_read_int_group(c, block, &base, a)) != MOQ_OK) return r;
+    if ((r = moqi_read_int_group(c, block, &base, a)) != MOQ_OK || (marlin && (r = moqi_check_marlin(c, a)) != MOQ_OK)) return r;
+    if (marlin && dynamic) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "dynamic", "Marlin folders have one setting for all layers");
     return dynamic ? moqi_read_dynamic(c, dynamic) : MOQ_OK;
 }
 
@@ -7183,6 +7237,7 @@ typedef struct moqi_tensor_set {
        WEIGHT    M.weight [rows, cols or packed]      M.weight_scale, M.weight_scale_2, M.input_scale, M.bias
        PACKED    M.weight_packed                      M.weight_scale, M.weight_global_scale, M.weight_zero_point, M.weight_shape
        QWEIGHT   M.qweight                            M.scales, M.qzeros, M.g_idx
+       MARLIN    M.B or M.qweight                     M.s or M.scales, in Marlin's layout
        STACK     P [experts, cols, rows]              P_weight_scale, P_weight_scale_2, P_input_scale, P_bias
        RESTACK   M.weight [experts, rows, cols]       as WEIGHT, each with the experts in front
        BLOCKS    P_blocks [experts, rows, groups, 16] P_scales, P_bias
@@ -7192,6 +7247,7 @@ enum {
     MOQI_STORE_WEIGHT = 1, /* M.weight [rows, cols] or packed; M.weight_scale ... */
     MOQI_STORE_PACKED,     /* compressed-tensors: M.weight_packed */
     MOQI_STORE_QWEIGHT,    /* AutoAWQ and GPTQ: M.qweight, M.qzeros, M.scales */
+    MOQI_STORE_MARLIN,     /* GPTQ: M.B, M.s; AutoAWQ: M.qweight, M.scales */
     MOQI_STORE_STACK,      /* a parameter P [experts, cols, rows]; P_weight_scale ... */
     MOQI_STORE_RESTACK,    /* M.weight [experts, rows, cols]; M.weight_scale ... */
     MOQI_STORE_BLOCKS      /* gpt-oss: P_blocks [experts, rows, cols/32, 16], P_scales */
@@ -7201,6 +7257,7 @@ typedef struct moqi_module {
     const char *name;
     const char *tensor;    /* that holds the codes */
     const char *transform; /* tensor of the online input transform, or NULL */
+    const void *codes, *scales; /* MARLIN: copies in plain order, else NULL */
     uint32_t kind;         /* MOQI_STORE_... */
 } moqi_module;
 
@@ -7876,6 +7933,31 @@ static moq_result moqi_bind_qweight(moqi_binder *b)
     return r < 0 || !order ? r : moqi_bind_group_index(b, order, (int64_t)scale->shape[0]);
 }
 
+/* Marlin: codes [cols / 16, 2 rows] words, scales [groups, rows], both in the order of >>layout, without zero points. Bound are the copies that
+   moqi_copy_marlin makes when the folder is opened: rows as compressed-tensors packs them, scales [rows, groups]. */
+static moq_result moqi_bind_marlin(moqi_binder *b)
+{
+    const moq_tensor *scale = moqi_part(b, moqi_ends(b->t->name, ".B") ? "s" : "scales");
+    int32_t g;
+    if (!scale) return moqi_missing(b, moqi_ends(b->t->name, ".B") ? "s" : "scales");
+    if (b->t->dtype != MOQ_I32) return moqi_bad_dtype(b, b->t, "I32");
+    if (scale->dtype != MOQ_F16 && scale->dtype != MOQ_BF16) return moqi_bad_dtype(b, scale, "F16 or BF16");
+    if (scale->rank != 2) return moqi_bad_shape(b, scale, moqi_dims2(b, 1, b->b / 2), "a scale for each group and row");
+    int64_t rows = (int64_t)scale->shape[1], groups = (int64_t)scale->shape[0], cols = b->a * 16;
+    if (b->b != rows * 2 || rows % 64 != 0) return moqi_bad_shape(b, b->t, moqi_dims2(b, b->a, moqi_ceil_div(rows, 64) * 128), "tiles of 16 columns x 64 rows");
+    moq_packing p = moqi_make_packing(4, 32, 0, cols / 8, 1);
+    p.is_unsigned = 1;
+    moqi_put_codes(b, MOQ_I4, rows, cols, p);
+    b->transposed = 1;
+    moq_result r = moqi_group_size(b, scale, cols, groups, 0, &g);
+    if (r < 0) return r;
+    moqi_put_scales(b, scale, scale->dtype, 1, g, groups, 1);
+    b->w->zero_add = 8;
+    b->w->codes.data = b->m->codes;
+    b->w->scales.data = b->m->scales;
+    return MOQ_OK;
+}
+
 /* ---- weights that are not quantized ---- */
 
 /* W = the stored number. A parameter of fused experts is [E, cols, rows]: its rows are a column of what is stored. */
@@ -8009,7 +8091,7 @@ static moq_result moqi_bind_input(moqi_binder *b)
     }
     if (r < 0) return r;
     if (b->claim.has_coding && b->q->family != MOQ_FAMILY_MODELOPT) return moqi_bind_claimed_input(b, t || divisor);
-    if (b->m->kind == MOQI_STORE_QWEIGHT || b->m->kind == MOQI_STORE_BLOCKS) return MOQ_OK;
+    if (b->m->kind == MOQI_STORE_QWEIGHT || b->m->kind == MOQI_STORE_MARLIN || b->m->kind == MOQI_STORE_BLOCKS) return MOQ_OK;
     if (divisor && !t) b->w->scheme.input = moqi_input_coding(MOQI_IN_NVFP4, 1);
     else if (moqi_part(b, "weight_scale_inv") && b->w->scheme.weight.group_rows > 1 && !algo) {
         static const moq_coding group = MOQI_GROUP128_IN; /* DeepSeek: a scale per token and 128 columns */
@@ -8193,6 +8275,7 @@ static moq_result moqi_bind_all(moqi_binder *b)
     switch (b->m->kind) {
     case MOQI_STORE_PACKED: r = moqi_bind_packed(b); break;
     case MOQI_STORE_QWEIGHT: r = moqi_bind_qweight(b); break;
+    case MOQI_STORE_MARLIN: r = moqi_bind_marlin(b); break;
     case MOQI_STORE_BLOCKS: r = moqi_bind_blocks(b); break;
     default: r = moqi_bind_weight(b); break;
     }
@@ -8304,7 +8387,7 @@ static int moqi_is_restack(const moqi_tensor_set *set, const moq_tensor *t)
 }
 
 /* The kind of module that a tensor carries, 0 if none, and the bytes of its name that name the module. */
-static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, size_t *bytes)
+static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, int marlin, size_t *bytes)
 {
     const char *s = t->name;
     size_t n = t->name_bytes;
@@ -8316,7 +8399,9 @@ static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, si
     *bytes = n > 14 ? n - 14 : 0;
     if (n > 14 && moqi_ends(s, ".weight_packed")) return MOQI_STORE_PACKED;
     *bytes = n > 8 ? n - 8 : 0;
-    if (n > 8 && moqi_ends(s, ".qweight")) return MOQI_STORE_QWEIGHT;
+    if (n > 8 && moqi_ends(s, ".qweight")) return marlin ? MOQI_STORE_MARLIN : MOQI_STORE_QWEIGHT;
+    *bytes = n > 2 ? n - 2 : 0;
+    if (n > 2 && marlin && moqi_ends(s, ".B")) return MOQI_STORE_MARLIN;
     *bytes = n > 7 ? n - 7 : 0;
     if (n > 7 && t->rank == 4 && moqi_ends(s, "_blocks")) return MOQI_STORE_BLOCKS;
     *bytes = n;
@@ -8331,6 +8416,7 @@ static moq_result moqi_add_module(moqi_collector *c, const moq_tensor *t, uint32
     if (!m->name) return moqi_nomem(c->err, bytes);
     m->tensor = t->name;
     m->transform = NULL;
+    m->codes = m->scales = NULL;
     m->kind = kind;
     const moqi_entry *e = moqi_map_add(&c->modules, m->name, bytes, (uint32_t)c->count);
     if (e)
@@ -8400,6 +8486,31 @@ static moq_result moqi_find_transform(moqi_collector *c, moqi_module *m)
     return MOQ_OK;
 }
 
+/* The codes and scales of a Marlin module in plain order: nothing else that reads weights knows tiles. The only weights that opening copies. */
+static moq_result moqi_copy_marlin(const moqi_collector *c, moqi_module *m)
+{
+    moq_linear w;
+    moq_marlin from;
+    moq_result r = moqi_bind_logged(c->set, c->q, m, NULL, &w, c->err);
+    if (r < 0) return r;
+    memset(&from, 0, sizeof from);
+    from.rows = w.rows;
+    from.cols = w.cols;
+    from.groups = w.scale_row_stride;
+    from.bits = 4;
+    from.act = from.scale = w.scales.dtype;
+    void *codes = moqi_take_array(c->r, (uint64_t)w.rows * (uint64_t)(w.cols / 8), 4);
+    void *scales = moqi_take_array(c->r, (uint64_t)w.rows * (uint64_t)from.groups, 2);
+    if (!codes || !scales) return moqi_nomem(c->err, (uint64_t)w.rows * (uint64_t)(w.cols / 2));
+    const char *s = moqi_ends(m->tensor, ".B") ? "s" : "scales";
+    char name[MOQI_NAME_ROOM];
+    moqi_part_name(m, s, name);
+    moq_marlin_unpack(&from, moqi_set_find(c->set, m->tensor)->data, moqi_set_find(c->set, name)->data, codes, scales);
+    m->codes = codes;
+    m->scales = scales;
+    return MOQ_OK;
+}
+
 /* Module order differs from tensor order: "a-b.weight" < "a.weight", but "a" < "a-b". */
 static int moqi_compare_modules(const void *a, const void *b)
 {
@@ -8438,7 +8549,7 @@ MOQI_UNUSED static moq_result moqi_collect_modules(const moqi_tensor_set *set, c
         return moqi_nomem(err, set->count * sizeof(moqi_module));
     for (size_t i = 0; i < set->count && rc == MOQ_OK; i++) {
         const moq_tensor *t = &set->list[i];
-        uint32_t kind = moqi_carrier(set, t, &bytes);
+        uint32_t kind = moqi_carrier(set, t, q->marlin, &bytes);
         if (kind) rc = moqi_add_module(&c, t, kind, bytes);
         else if (moqi_ends(t->name, "_input.weight") && moqi_is_transform(set, t)) rc = moqi_add_transform(&c, t, i);
     }
@@ -8447,6 +8558,8 @@ MOQI_UNUSED static moq_result moqi_collect_modules(const moqi_tensor_set *set, c
     if (rc < 0) return rc;
     moqi_module *sorted = moqi_sort_modules(&c);
     if (!sorted) return moqi_nomem(err, c.count * sizeof(moqi_module));
+    for (size_t i = 0; i < c.count; i++)
+        if (sorted[i].kind == MOQI_STORE_MARLIN && (rc = moqi_copy_marlin(&c, &sorted[i])) < 0) return rc;
     for (size_t i = 0; i < c.count && desc && desc->log; i++) {
         moq_linear w;
         if ((rc = moqi_bind_logged(set, q, &sorted[i], desc, &w, err)) < 0) return rc;
@@ -8517,7 +8630,7 @@ MOQI_UNUSED static moq_result moqi_bind_kv(const moqi_tensor_set *set, const moq
 
 /* ------------------------------------------------------------------------------------------------
    >>checkpoint      folders, shards, index, tensors, modules, verification
-   Opening reads headers, JSON and scalar scales, never other tensor data; a folder and the same files in memory get one verdict.
+   Opening reads headers, JSON and scalar scales, never other tensor data but Marlin's; a folder and the same files in memory get one verdict.
    ------------------------------------------------------------------------------------------------ */
 
 /* A finding made while opening, kept for moq_verify. */
@@ -9329,6 +9442,7 @@ static int moqi_verify_rule(moqi_verify *v, const moq_tensor *t)
     moq_error e;
     for (size_t i = 0; i < MOQI_COUNT(moqi_scale_kinds); i++)
         if (moqi_ends(t->name, moqi_scale_kinds[i].ending)) return moqi_scale_kinds[i].rule;
+    if (v->ck->quant.marlin && moqi_ends(t->name, ".s")) return MOQI_NO_NEGATIVE;
     for (const char *s = t->name; *s; s++)
         if (*s == '.') last = s + 1;
     if (strstr(last, "_scale") || strcmp(last, "scale") == 0) {
@@ -9413,7 +9527,7 @@ MOQ_API moq_result moq_verify(const moq_checkpoint *ck, uint32_t flags, moq_find
 MOQI_COLD_END
 
 /* ------------------------------------------------------------------------------------------------
-   >>layout          where a code lies; slices of layers; the tiling of block scales
+   >>layout          where a code lies; slices of layers; the tiling of block scales; Marlin's tiling
    Pure functions over moq_linear: no memory, no errors but the checks of slices. The only place that walks packed codes.
    ------------------------------------------------------------------------------------------------ */
 
@@ -9669,6 +9783,231 @@ MOQ_API size_t moq_swizzle_128x4(int64_t row, int64_t group, int64_t groups)
 MOQ_API size_t moq_swizzle_128x4_bytes(int64_t rows, int64_t groups)
 {
     return (size_t)(moqi_ceil_div(rows, 128) * moqi_ceil_div(groups, 4) * 512);
+}
+
+/* ---- Marlin ----
+   Thread `lane` of a warp reads four words of a tile. Inputs of 16 bits: word w holds what mma.m16n8k16 wants of it for rows 16 w ..+15: columns
+   k0 = 2 (lane % 4), k0 + 1 (register 0), k0 + 8, k0 + 9 (register 1), rows lane / 4 and 8 more, in the order in which the kernel's masks take
+   pairs out: all first columns before all second ones. 8-bit codes fill two words instead, one for each of the rows. */
+
+MOQ_API uint64_t moq_marlin_code(const moq_marlin *m, int64_t row, int64_t col)
+{
+    if (!m) return 0;
+    int narrow = (m->flags & MOQ_MARLIN_NARROW) != 0, n = (int)(row % (narrow ? 32 : 64)), k = (int)(col % (narrow ? 32 : 16));
+    int64_t tile = narrow ? col / 32 * (m->rows / 32) + row / 32 : col / 16 * (m->rows / 64) + row / 64;
+    int lane = n % 8 * 4 + (narrow ? k % 16 / 4 : k % 8 / 2), half = n / 8 & 1, at;
+    if (narrow) {
+        int word = lane * 4 + n / 8; /* n / 8 = 2 * (n / 16) + half */
+        at = m->bits == 4 ? word * 8 + k % 4 * 2 + k / 16 : (2 * word + k / 16) * 4 + k % 4;
+    } else {
+        int word = lane * 4 + n / 16;
+        at = m->bits == 4 ? word * 8 + (k & 1) * 4 + half * 2 + k / 8 : (2 * word + half) * 4 + (k & 1) * 2 + k / 8;
+    }
+    return (uint64_t)(tile * 1024 + at);
+}
+
+/* Groups: 64 rows as an 8 x 8 matrix, transposed. One scale a row: place 8 i + j of 32 holds row 2 i + {0, 1, 8, 9, 16, 17, 24, 25}[j]. Bytes:
+   the middle two of each four change places, since the kernel splits words into bytes 0, 2 and 1, 3. */
+MOQ_API uint64_t moq_marlin_scale(const moq_marlin *m, int64_t row, int64_t group)
+{
+    static const uint8_t swapped[4] = {0, 2, 1, 3};
+    if (!m) return 0;
+    int single = m->groups == 1 || (m->flags & MOQ_MARLIN_NARROW), r = (int)(row % (single ? 32 : 64));
+    int at = single ? r % 8 / 2 * 8 + r / 8 * 2 + (r & 1) : r % 8 * 8 + r / 8;
+    if (!(m->flags & MOQ_MARLIN_NARROW) && (m->scale == MOQ_F8_E4M3 || m->scale == MOQ_F8_E8M0)) at = at / 4 * 4 + swapped[at % 4];
+    return (uint64_t)(group * m->rows + row - r + at);
+}
+
+/* The permutation of group scales, then AutoAWQ's order within a word of eight. */
+MOQ_API uint64_t moq_marlin_zero(const moq_marlin *m, int64_t row, int64_t group)
+{
+    if (!m) return 0;
+    int r = (int)(row % 64), at = r % 8 * 8 + r / 8;
+    return (uint64_t)(group * m->rows + row - r + at / 8 * 8 + moqi_awq_slot[at % 8]);
+}
+
+/* Which power of two the scales of a layer are stored times; see moq_marlin_describe. */
+static int moqi_marlin_shift(const moq_linear *w, const moq_marlin *m)
+{
+    double largest = 0;
+    int shift = 0;
+    if (m->scale == MOQ_F8_E8M0) return m->bits == 4 && (m->flags & MOQ_MARLIN_NARROW) ? 6 : 0; /* 2^3 - 2^1: exponent biases of E4M3 and E2M1 */
+    if (m->scale != MOQ_F8_E4M3) return w->scheme.weight.elem != MOQ_F8_E4M3 ? 0 : m->act == MOQ_F16 ? 8 : 120;
+    if (m->act == MOQ_F16) return 0;
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+            double s = moqi_scale_at(w, r, moqi_group_of(w, g * w->scheme.weight.group_cols));
+            if (s > largest) largest = s;
+        }
+    for (; largest > 0 && largest * 2 <= 448; largest *= 2) shift++;
+    return shift;
+}
+
+/* Why a format has no Marlin form here, or NULL. */
+static const char *moqi_marlin_problem(const moq_linear *w, moq_dtype act, int narrow)
+{
+    moq_dtype e = w->scheme.weight.elem, s = w->scales.dtype;
+    int floats = s == MOQ_F32 || s == MOQ_F16 || s == MOQ_BF16, ints = e == MOQ_I4 || e == MOQ_I8;
+    if (act != MOQ_F16 && act != MOQ_BF16) return "the kernels compute in F16 or BF16";
+    if (w->experts > 0) return "a stack of experts is laid out one by one; slice it first";
+    if (!w->scales.data || (e != MOQ_F4 && e != MOQ_F8_E4M3 && !(ints && floats))) return "INT4, INT8, FP8, MXFP8, NVFP4 and MXFP4 have";
+    if (ints && !w->zeros.data && w->zero_add != (w->packing.is_unsigned ? 1 << (w->packing.bits - 1) : 0)) return "its zero point is not the middle of the range";
+    if (w->zeros.data && e != MOQ_I4) return "zero points are known for INT4 alone";
+    if (w->zeros.data && narrow) return "inputs of 8 bits go with symmetric weights";
+    if (s == MOQ_F8_E8M0 && act != MOQ_BF16) return "powers of two beyond F16: BF16 is needed";
+    if (narrow && !(e == MOQ_F4 && s == MOQ_F8_E8M0) && !(ints && (w->scheme.weight.group_cols <= 0 || w->scheme.weight.group_cols >= w->cols)))
+        return "with inputs of 8 bits MXFP4 has, and integers with one scale a row";
+    return NULL;
+}
+
+MOQ_API moq_result moq_marlin_describe(const moq_linear *w, moq_dtype act, uint32_t flags, moq_marlin *out, moq_error *err)
+{
+    moqi_clear(err);
+    if (!w || !out) return moq_fail(err, MOQ_E_ARG, "moq_marlin_describe", "w or out is NULL");
+    int narrow = (flags & MOQ_MARLIN_NARROW) != 0, unit = narrow ? 32 : 16;
+    const char *problem = moqi_marlin_problem(w, act, narrow);
+    moqi_where at = moqi_at(NULL, "layer", w->name, -1);
+    memset(out, 0, sizeof *out);
+    if (problem) return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "has no Marlin layout: %s", problem);
+    if (w->rows % 64 != 0 || w->cols % unit != 0)
+        return moqi_fail(err, MOQ_E_SHAPE, at, "[%lld, %lld], but Marlin's tiles want multiples of 64 rows and %d columns; pad the layer with zeros",
+                         (long long)w->rows, (long long)w->cols, unit);
+    out->rows = w->rows;
+    out->cols = w->cols;
+    out->groups = w->scheme.weight.group_cols > 0 ? moqi_ceil_div(w->cols, w->scheme.weight.group_cols) : 1;
+    out->bits = w->scheme.weight.elem == MOQ_F4 || w->scheme.weight.elem == MOQ_I4 ? 4 : 8;
+    out->flags = flags;
+    out->act = act;
+    out->scale = w->scales.dtype == MOQ_F8_E4M3 || w->scales.dtype == MOQ_F8_E8M0 ? w->scales.dtype : act;
+    out->shift = moqi_marlin_shift(w, out);
+    return MOQ_OK;
+}
+
+/* 2^e; exact. */
+static double moqi_pow2(int e)
+{
+    double v = 1;
+    for (; e > 0; e--) v *= 2;
+    for (; e < 0; e++) v *= 0.5;
+    return v;
+}
+
+static float moqi_half_decode(moq_dtype d, uint16_t v) { return d == MOQ_F16 ? moq_f16_decode(v) : moq_bf16_decode(v); }
+static uint16_t moqi_half_encode(moq_dtype d, float v) { return d == MOQ_F16 ? moq_f16_encode(v) : moq_bf16_encode(v); }
+
+/* One scale as its bits; -1 when the layout cannot hold it. NVFP4's byte: F16 of s * 2^(7 + shift), which is never negative, without its sign and its
+   last 7 bits, which are 0. BF16 kernels put its first bit on top of the exponent, which is right only when it is 1: from 2 on. */
+static int32_t moqi_marlin_encode(const moq_marlin *m, double s)
+{
+    int e;
+    if (m->scale == MOQ_F8_E8M0) {
+        if (!(s > 0)) return -1;
+        frexp(s, &e); /* s = 2^(e - 1) */
+        e += 126 + m->shift;
+        return e < 255 ? e : -1;
+    }
+    if (m->scale == MOQ_F8_E4M3) {
+        double v = s * moqi_pow2(7 + m->shift);
+        if (!(v >= 0) || v > 65504) return -1;
+        return v < 2 && !(m->flags & MOQ_MARLIN_KEEP_TINY) ? 0 : moq_f16_encode((float)v) >> 7;
+    }
+    double v = (double)moqi_half_decode(m->act, moqi_half_encode(m->act, (float)s)) * moqi_pow2(m->shift); /* rounded first, as engines do */
+    if (!(fabs(v) <= (m->act == MOQ_F16 ? 65504.0 : 3.3895313892515355e38))) return -1;
+    return moqi_half_encode(m->act, (float)v);
+}
+
+static moq_result moqi_marlin_pack_scales(const moq_linear *w, const moq_marlin *m, uint8_t *scales, uint8_t *zeros, moq_error *err)
+{
+    int middle = moqi_signed_codes(w) ? 1 << (m->bits - 1) : 0;
+    if (zeros) memset(zeros, 0, (size_t)(m->rows * m->groups / 2));
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+            int64_t group = w->group_index.data || w->scheme.weight.group_cols <= 0 ? g : moqi_group_of(w, g * w->scheme.weight.group_cols);
+            double s = moqi_scale_at(w, r, group);
+            int32_t v = moqi_marlin_encode(m, s), zero = moqi_zero_at(w, r, group) + middle;
+            uint64_t at = moq_marlin_scale(m, r, g), z = zeros ? moq_marlin_zero(m, r, g) : 0;
+            if (v < 0)
+                return moqi_fail(err, MOQ_E_SCALE, moqi_at(NULL, "layer", w->name, -1), "scale %g of row %lld, group %lld is beyond Marlin's %s times 2^%d", s,
+                                 (long long)r, (long long)g, moq_dtype_name(m->scale), m->shift);
+            if (zeros && (zero < 0 || zero > 15))
+                return moqi_fail(err, MOQ_E_SCALE, moqi_at(NULL, "layer", w->name, -1), "zero point %d of row %lld, group %lld, expected 0 to 15", (int)zero,
+                                 (long long)r, (long long)g);
+            if (m->scale == MOQ_F8_E4M3 || m->scale == MOQ_F8_E8M0) scales[at] = (uint8_t)v;
+            else {
+                scales[2 * at] = (uint8_t)v;
+                scales[2 * at + 1] = (uint8_t)(v >> 8);
+            }
+            if (zeros) zeros[z / 2] |= (uint8_t)(zero << (4 * (z & 1)));
+        }
+    return MOQ_OK;
+}
+
+MOQ_API moq_result moq_marlin_pack(const moq_linear *w, const moq_marlin *m, const int32_t *order, void *codes, void *scales, void *zeros, float *global,
+                                   moq_error *err)
+{
+    int16_t some[64];
+    uint8_t *out = (uint8_t *)codes;
+    moqi_clear(err);
+    if (!w || !m || !codes || !scales || !global) return moq_fail(err, MOQ_E_ARG, "moq_marlin_pack", "w, m, codes, scales or global is NULL");
+    if ((zeros != NULL) != (w->zeros.data != NULL)) return moq_fail(err, MOQ_E_ARG, "moq_marlin_pack", "room for zero points goes with a layer that has them");
+    if (m->rows != w->rows || m->cols != w->cols) return moq_fail(err, MOQ_E_ARG, "moq_marlin_pack", "the layer is not the one that was described");
+    int middle = moqi_signed_codes(w) ? 1 << (m->bits - 1) : 0, mask = (1 << m->bits) - 1;
+    *global = (float)((double)w->global_mul / (double)w->global_div * (m->scale == MOQ_F8_E4M3 ? moqi_pow2((m->act == MOQ_F16 ? 7 : 119) - m->shift) : 1));
+    memset(codes, 0, (size_t)(m->rows * m->cols / 8 * m->bits));
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t c = 0; c < m->cols; c += 16) {
+            if (!order) moq_get_codes(w, r, c, 16, some);
+            for (int i = 0; i < 16; i++) {
+                uint64_t at = moq_marlin_code(m, r, c + i);
+                if (order) moq_get_codes(w, r, order[c + i], 1, &some[i]);
+                int v = (some[i] + middle) & mask;
+                if (m->bits == 8) out[at] = (uint8_t)v;
+                else out[at / 2] |= (uint8_t)(v << (4 * (at & 1)));
+            }
+        }
+    return moqi_marlin_pack_scales(w, m, (uint8_t *)scales, (uint8_t *)zeros, err);
+}
+
+/* The tiles of 64 (NARROW: 32) rows, column after column, so that each row is written from left to right. */
+static void moqi_marlin_unpack_codes(const moq_marlin *m, const uint8_t *codes, uint8_t *out)
+{
+    int tall = m->flags & MOQ_MARLIN_NARROW ? 32 : 64, wide = 1024 / tall;
+    int64_t bytes = m->cols * m->bits / 8;
+    uint16_t from[1024]; /* [tall, wide] -> place in the tile */
+    moq_marlin tile = *m;
+    tile.rows = tall;
+    for (int i = 0; i < 1024; i++) from[i] = (uint16_t)moq_marlin_code(&tile, i / wide, i % wide);
+    for (int64_t r = 0; r < m->rows; r += tall)
+        for (int64_t c = 0; c < m->cols; c += wide) {
+            const uint8_t *in = codes + (c / wide * (m->rows / tall) + r / tall) * 128 * m->bits;
+            for (int i = 0; i < 1024; i += 2) {
+                uint8_t *to = out + (r + i / wide) * bytes + (c + i % wide) * m->bits / 8;
+                int a = from[i], b = from[i + 1];
+                if (m->bits == 8) { to[0] = in[a]; to[1] = in[b]; }
+                else to[0] = (uint8_t)((in[a / 2] >> (4 * (a & 1)) & 15) | (in[b / 2] >> (4 * (b & 1)) & 15) << 4);
+            }
+        }
+}
+
+MOQ_API void moq_marlin_unpack(const moq_marlin *m, const void *codes, const void *scales, void *plain_codes, void *plain_scales)
+{
+    const uint8_t *in = (const uint8_t *)scales;
+    uint8_t *out = (uint8_t *)plain_scales;
+    if (!m) return;
+    if (codes && plain_codes) moqi_marlin_unpack_codes(m, (const uint8_t *)codes, (uint8_t *)plain_codes);
+    double scale = moqi_pow2(m->scale == MOQ_F8_E4M3 ? -7 - m->shift : -m->shift);
+    for (int64_t r = 0; r < m->rows && in && out; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+            uint64_t from = moq_marlin_scale(m, r, g), to = (uint64_t)(r * m->groups + g);
+            if (m->scale == MOQ_F8_E8M0) out[to] = (uint8_t)(in[from] - m->shift);
+            else if (m->scale == MOQ_F8_E4M3) out[to] = moq_e4m3_encode((float)((double)moq_f16_decode((uint16_t)(in[from] << 7)) * scale));
+            else {
+                uint16_t v = moqi_get_u16(in + 2 * from);
+                if (m->shift) v = moqi_half_encode(m->act, (float)((double)moqi_half_decode(m->act, v) * scale));
+                out[2 * to] = (uint8_t)v;
+                out[2 * to + 1] = (uint8_t)(v >> 8);
+            }
+        }
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -20719,7 +21058,7 @@ static moq_result moqi_add_folded(moqi_export *x, const moq_tensor *t, const flo
 /* The target that a source tensor belongs to, NULL for norms and the like. Biases are never quantized and stay as they are. */
 static moqi_target *moqi_owner(const moqi_plan *p, const moq_tensor *t, int *is_bias)
 {
-    static const char *const more[] = {".weight", ".weight_packed", ".qweight", "_blocks", ".bias", ""};
+    static const char *const more[] = {".weight", ".weight_packed", ".qweight", ".B", ".s", "_blocks", ".bias", ""};
     size_t total = MOQI_COUNT(moqi_companions) + MOQI_COUNT(more);
     for (size_t i = 0; i < total; i++) {
         const char *end = i < MOQI_COUNT(more) ? more[i] : moqi_companions[i - MOQI_COUNT(more)];
