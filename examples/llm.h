@@ -25,11 +25,12 @@
    Contents: search for the tag.
        >>llm-api        this interface
        >>llm-base       memory, text and token buffers
-       >>llm-unicode    character classes for pre-tokenizers
+       >>llm-unicode    character classes, normalization forms, lower case
        >>llm-pattern    the regular expressions of pre-tokenizers
-       >>llm-tokenizer  tokenizer.json: BPE of bytes, BPE with byte fallback
+       >>llm-tokenizer  tokenizer.json: BPE of bytes, BPE with byte fallback, Unigram
+       >>llm-normalizer what happens to a text first
        >>llm-encode     text to ids and back
-       >>llm-open       reading tokenizer.json
+       >>llm-open       opening a tokenizer
        >>llm-chat       chat frames
        >>llm-families   the architectures: names and switches
        >>llm-keys       the model description; reading keys; rotary embeddings
@@ -172,7 +173,7 @@ typedef struct llm_desc {
     int32_t keep;
     int32_t draft;               /* speculative decoding: guess so many tokens at once from what the conversation says (prompt lookup), or by
                                     llm_set_draft; the answer stays the same, token for token, where a row's result does not depend on the other
-                                    rows of a pass, as on the CPU: MOQ_ACT_AUTO means MOQ_ACT_WIDE then. 0: off */
+                                    rows of a pass, as on the CPU. 0: off */
     int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
@@ -667,7 +668,7 @@ static const llmi_slot *llmi_map_add(llmi_map *m, const char *name, size_t bytes
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>llm-unicode     character classes and canonical composition
+   >>llm-unicode     character classes, normalization forms, lower case
    Pure: tables are unpacked into the tokenizer's own memory, every function is linear in its text.
    ------------------------------------------------------------------------------------------------ */
 
@@ -784,6 +785,110 @@ static const char *const llmi_decomposition_text[] = {
     "V_y# $]n`$ $rp`$ $t- $v& $Rdy# $Sk6 $wm6 $, $0 $6 $0 $n! $eWz# ",
     NULL};
 
+/* Compatibility decompositions: gap, (length - 1) * 2 + step of the first part, parts - 1, differences of the parts. */
+static const char *const llmi_compat_text[] = {
+    "j$  d!( ! gE!  y#% !x#(#$ G  !H&   SL# !RLp!   E   s#! #r#[a(_#  #  $  #% %j# !OuS)  !d!d!- !]!d$  !d! ) !_<Z$X!  };h! #S#JaC  # d!   #d!   ",
+    " !R!U#  ! d!  !d!   !_!c!  ! d!  !d! G !w!B  ! d!  !d! X%  )   o8   j8   2   S9   %   .   X9   %B !{$}>  ! #  ! '  ! `!  ! m!  ! 2#  r;   `8",
+    "   0   ,   R:_$ !{=k#+ ! P$o!  mK   .   H#  f!   -;  - $ 0!  w!   ^!$  Fv) !P6g>]& !m)s,  !f!   !n&   !i& |N !WQ#T|!v# !p&p&K !g!T!  ! 2Q!  ",
+    "]%a# #d([+pV$! ##  k)  Y/_i!  zX%   z&   w&!$ %   m0 1 h0!  #   s6   p6   % $ %   %   6 $ P8   pr'   oZ( $ %   Z8 $ %   [8!  )   %   x+   s+",
+    "   j7 $ es'   }Z( $ )   R[(   ir'   d8   a[( & id' $ G   ^I   4 $ ' $ uG   > $ ,/  [&E  u7   }7   V8   w1   X2   ^8   e8   %   ) & '   |v'  ",
+    " ot'   U#   ]w'   Qu'   Q#   ! ( %   ' $ 6   k+ $ x+   _q' $ [q'   i9 & r9   S/w% !}HfY$e' !x#t$! !    ! T#a! ! Q#$2  '  bS)& !aS)b!.  >  ! ",
+    "`E  #  ^x$)  =$ !yT)]T)  #  ]T)! !''  #  '% !|T)|T)! !!yC) !b!iB  ! _!  !_!`!/ $wT)hS)&_V)(  xT)2  C   i##- `#   =   rj)   zi) $ L   S$ 5 r#",
+    "   =   rj)   zi) $ L!  g#   )   6   4   b7   S8 ( '   % $ '- !g!XQ){! #AP$yQ)  #  C   _!  !w%K! #c$J(  #  .   b/! !{+Q!   Z$ % a!   d!   g) ",
+    "# w+   '   d!!  _!  ! v!#& % #  # !#g!  ##1u!  ! 2!  .$   $$ R!!  h! $ c!!  0   h! ( Ya!   ka!! #i!9:   jJ   ;   c!   <   ap(%  ji) $ d! $ )",
+    "' #h#ZT)e!  #  %  $  1WT) $#  % (#! %  #& #  #)    #( %  #%    #%    #%    !-    S!  ! wS)  #  E  ! <   <  ! ;  #     $   U!  !;A   A  ! @  ",
+    "#      9 $ 3   4   [!  ! d!  #  d!  ! <   <  ! ;  #     $   d!  !;A   A  ! @  #      9 $ 3   4+ #p#eR)b#l$ !mk)n7  #  gk)! !''  #  'd.3 pk) ",
+    " !1rk)  ! #  ! #  ! #  ! #  ! #  ! #  ! #  ! #  ! #  !#3  #5#Rl)  # #   # #   # #   # #   # #   # #   # #   # #   $ 10v#  $  #   $  #   $  #",
+    "   $  #   $  #   $  #   $  #   $  #   $  #   $ #3  3!4(  #1%$  # #   # #   # #   # #   # #   # #   # #   # #   # #   ##3   #5X#+  # #   # # ",
+    "  # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #  V",
+    "! U! V! 0   ]$X@ $mk)`h){k){k)^# #Wk)Wk)Qk)  !''  #   g-  P#   Ja&  gb-r'  Zt1w!  lT/.  nm6   t!   >   4   W!   |!   0   K   W!   o>   p!   ",
+    ".   Q!   K   M   a#   M   8   y'   X%   [!   ,   `!   4   Y!   <   U!   _#   G   Y!   lD   Y$   e6   Q!   2   8   G   b$   Y7   V#   `&   Q!",
+    "   I   O   c#   '   T2   6   :   <   W&   2   ,   Y&   6   <   2   q#   E   G   j$   v;   R#   M   yC   ,   p$   C   <   M   r!   ,   x-   S",
+    "!   d!   WP!   {#   Q!   k#   S!   4   0   _#   ,   d!   |R!   x5   :   ,   )   2   G   %   l$   l+   ,   S1   6   Z#   0   4   2   R%   0  ",
+    " V,   0   X#   E   T#   i,   0   E   i0   l&   .   T)   x$   R#   u2   z&   h;   Y!   i#   ]#   Q$   8   .   f!   b$   6   b1   0   4   4   ",
+    "C   A   )   h$   )   .   lN   `!   w6   :   Q!   k.   <   W$   R#   Y;   A   A   j!   n!   w)   :   }#   Q-   b!   ^+   M   ,   t+   X)   j&",
+    "   .   ,   hL   4   {'   w'   '   T#   o%   <   )   0   a%   h!   .   >   d(   ]#   )   V)   '   I   Y-   V#   0   U$   6   '   6   `!   j3 ",
+    "  t3   6   p!   O   2   6   )   t!   )   E   ,   <   Y!   A   2   m#   A   )M  r_KX!  hU.!  _y) $ 'V# !}P7ZZ.  ! ## !sZ.BU# !z!s#T!$ nP)   h",
+    "(   e( $ j( & i( - l(   x' & J   U! 5 R! L h$   L $ a$ $ z(   )   %   ,   )   %   b)   k)   % $ l)   % $ %   )   % + %   '   )   6   0   , $",
+    " `( & x' $ z!   ' $ 4   %   6   '$  y[1   Z'   u&   aZ#   ^Z#   j!   g!   fy+   }u+   v#   R!   {u#   d8   [V#V# #{w5kQ)J  # %   # #   # %  ",
+    " # #   # #   # %   # %   # #   # %   # #   # #   # #   # #   $ Fz`%zk)  $ %    $ #    $ %    $ #    $ #    $ %    $ %    $ #    $ %    $ #  ",
+    "  $ #    $ #    $ #    $ -<   ' !+V]%zb%Qf%v!  &   .4Xd%! # jc1[a%  # Z'   # u&   # aZ#   # WT#   # cC   # vI   # sI   # rE   # nZ!   # QP& ",
+    "  # ua#   # {R!   # c]!   # bt,   # uv0   # Tr$   # v;   # v.   # Wl%   # Vc+   # Vp(   # ll'   # Xx%   # ws+   # cN   # pc!   # or!   # s{'",
+    "   # sS,   # wl1   # mh0   # fm+   # {p,   # iw.   # 4    wh7   c_#   Vt!   oj&) #[WBtsC[!  !_!i!  ! #  ! #  ! #  ! #  ! #  ! #  ! #  ! #  !",
+    "#3  ! #  ! #  ! #  ! #  ! #   W[% $ % & %   % $ % + %  !Fb`% $!%  &!%   !%  $!%  +!%   %( gc%F+  $$<m(W&  !! !  jc1   Z'   u&   aZ#   WT#   ",
+    "cC   vI   sI   rE   nZ!   QP&   ua#   {R!   c]!   bt,   uv0   Tr$   v;   v.   Wl%   Vc+   Vp(   ll'   Xx%   ws+   `y+   nW!   yP(   `y/   k}",
+    "1   x;   td'   iy,   Qe4   u>   dh'   yc(   j!   g!   cP%   Xh#   W)   UU#   W#   s{'   sS,   wl1   mh0   te!  !kf8y`%  ! #  ! #  ! #  !#3  ",
+    "! #  ! #  ! #  ! #  ! #  ! #  ! #  ! #  ! #  !#3 3!(VP<  #1UP<ar7  # #   # #   !Q!a#  #^!8o{;  ! Z!  #T!$i!   |Y.   %   %   % $ %   %   %   ",
+    "%   %   %   %   %   %   %   %   %   '   %   % - %   '   '   '   ' + '   %   % - % ( %! %i$l[.|Y.s|({z(  $ [!m#Q%  % 2'/o!  # 4I  %%W#2M3  # ",
+    "t!Y#  #%]$Z#  &%CP$d$T#U[.  $ }#(   #%3>  # 4r!  ##y$6  $ S$q!^#  $ )r!_#  $ q$'3  $  .L  $% X$R$  $  d!c%  $ b$b!   & a$#p#S#c%  ! r$  &  n",
+    "#o!j$Z!  &  Z#c%e!8  %  >h#   $%q$-^!  &     2  & n$Q#V$k!-  $ %y#_#  #%A|#  #%DE  $ EE[#  $%y${!l$  % h$GEo#  %%3Z#c$V$  #)4Y#  #  0  $)}$_",
+    "#6  #0 R$  #% _#  ! P%  !%m!  #)7i!  ##a!(  & 5g#%P%m!  $   4  % ! t!1  &'#}$[#i!j!  $  <Z#  #  )  # !g#  &'2$s! m$  $ %I,  & 5h#De!n$  # j$",
+    "V#  %'j#^#S$Q$  # L$  $  >w!  # l$/  $ k$T#T!  %  4$m$  $ ! 2  %'#y$_#T#  $ !W$y!  ! P%  % {$2 S#  # a%1  #  2  $'y$P$n!  #  o#  # b!Z!  # t",
+    "!c!  % 22-P%  $#P$c#:  ! m#  &  _!}$4   #%t#b#  %   T#3  $ l$T#j!  $'  m$  #  j!  #%}$2  $)f!y!n$  ! p!  $#P!Q#E  % x!m#b%1  !#Z!  & I;S!m$2",
+    "  #'U#  5!l_.rW2  #1be>hW2  # #   # #   # #   # #   # #   # #   # #   # #   # #   ##3   # #   # #   # #   # #   #c#[!Yc>  !(E  !i!9  #f!:E  ",
+    "!<7  !#<  !96  #  v#  #  #  !X!R!  !bu9|p:  !z{!sc$  !W^$xs&  !u[$^1  $P:ie$r{5f`4  !WZ<n|9  !$   !lH   !mH   !$   !c!#  !%   !-   #[!b!Xy5 ",
+    " $2%7niA  !,]!  !$   !lH   ! f!  !mH   !$   !i!I  #j!Y#U!  #_!    #-    #<    !sIl!  !mH   !3   !0   !+#  !2   !lH   !mH   !5   !2   #% X$  ",
+    "#5    !6l#  #$m#   #% #  #5    !6j#  #$k#   #%{g)w#  $   j#  !]!eh)  #Y!DF  #_!    #-    #z!E'  %   jj)uW.  &     p_.  !$G  !$   !lH   !mH  ",
+    " !']!  !$   !lH   !mH   !$   !_!   !j!#  !$   !lH   !mH   !$   !_!   !`!tH  !_!   $KkJ4qj)  !a!}#  !f!=  ! #  $c!`h)$i#  # vg)p#  !f!}!  !]!",
+    "e#  !f!R!  !c!D  !f!`!  !_!i!  ! %  !d!r!  !#/  ! #  # #i#  ! 4  !#N  # 0,  # .   !]!q!  $d!V!#h#  #c!h!c!  ! %  !j!d!  !c!)  !)J  #!dh)d!  ",
+    "#L   3!BjV3  #1Xq;gn;  # #   # #   # #   # #   # #   # #   # #   # #   # #   ##3   # #   # #   # #   # #   # #   # #   # #   # #   # #   ##3",
+    "   # #   #_#V#hn;Pg0  ZO   %o%  V[LP$  {QM   P#[5  szL   ZQ!   hoM   rpM}R, !pYN,  ! '  ! '  # -&  #  ' #!<>. !{[!}[!  ! D  ! .  !68  !53)  ",
+    "y%   F $ ' & 0   8   %   ae!H !Zd!{% # W( ' 6 ' ' ' % ' - ' , ' - ' z! ' % ' g! ' ! ' ' ' # # . # ! # % # - # C # / ' S! ' . ' ) ' $ # 4 ' #",
+    " #!W!`& ' J ' & # K #!  D' m! # W! # ! # %  !!d! # ) # - # ) ' 0 # }& ###c!Ye! ##  r( ##  [' ##  n& ##  ! ##  % %#  2 %#  }& ' t&  #s& ]!  #",
+    "  #  #  S!  #  )  #  #  !g!s!  ! #  ! #  ! Q!  ! )  ! #  !%_!  ! #  ! #  ! Q!  ! )  ! #  !#_!  ! U!  ! )  ! #  !#]!  ! S!  !#T!  ! U!  !#T! ",
+    " ! #  ! S!  !,T!  ! #  ! #  ! Q!  !%R!  ! S!  !#T!  ! #  ! #  ! Q!  !#R! $! S!  !#T!  ! U!  !#T!  ! U!  !0T!  ! #  ! #  ! Q!  ! )  ! #  !#]!",
+    "  ! S!  ! )  ! #  !#i!  ! ,  ! #  ! #  ! O  ! #  ! )  ! #  !#_!  ! #  ! #  ! Q!  ! )  ! #  !#_!  ! #  ! #  ! Q!  ! )  ! #  !#_!  ! #  ! #  !",
+    " Q!  ! )  ! #  !#_!  ! U!  ! )  ! #  !'_!  ! #  ! #  ! Q!  ! )  ! # $!V!p!  !S!   #Sj!k!0  # #   # #   # #   # #   # #b!  #Vj!'t#  #  #  #  ",
+    "I  #  #  #  '  #  #  !g!i!  ! #  ! I  ! #  ! '  ! #  !%T!  ! #  ! I  ! #  ! '  ! #  !#T!  ! #  ! I  ! #  ! '  ! #  !O!  ! #  !#!  ! #  !#i! ",
+    " ! ^!  ! #  ! )  ! #  !#+  ! )  ! #  !#i!  ! `!  !#J  ! #  ! I  ! #  ! '  ! #  !'p!  !#t#  ! #  ! I  ! #  ! '  ! #  # 6_!  #  #  #  #  #  Q!",
+    "  #  %  !g!s!  ! #  ! #  ! Q!  ! %  !%X!  ! #  ! #  ! Q!  ! %  !#$  !#R!  ! S!  !#T!  ! U!  !#T!  ! U!  !,T!  ! #  ! #  ! Q!  !%R!  ! #  ! Q",
+    "!  !#T!  ! #  ! #  ! Q!  !#R!  !#S!  !#T!  ! U!  !#T!  ! U!  !0T!  ! #  ! #  ! Q!  !#R!  ! S!  !#T!  ! #  ! #  ! O  ! #  !#T!  ! #  ! #  ! Q",
+    "!  ! %  !#X!  ! #  ! #  ! Q!  !#T!  ! #  ! #  ! Q!  ! %  !#X!  ! U!  ! z!  !'P$  ! #  ! #  ! Q!  ! %  # <$  #  %  !g!@  ! %  !%$  ! %  !#$  ",
+    "! %  !2$  ! %  !#$  ! %  !A& $! #  !%   ! %  !)$  ! %  #506  # #   # #   !3/  ! #  !%!  ! #  !#!  ! #  !/!  ! #  !#!  ! #  !/!  ! #  !!!  ! ",
+    "#  !%!  ! #  !0!  ! #  !#!  ! #  !$_!  ! #  ! #  ! Q!  ! J  !!  $!%   !#S!  ! #  !%!  ! #  !#!  ! #  !/!  ! #  !#!  ! #  !/!  ! #  !!!  ! # ",
+    " !%!  ! #  !0!  ! #  !#!  ! #  !$_!  ! #  ! #  ! Q!  ! J  !!  $!%   !$+  ! #  ! #  ! Q! $!!%  !'$  !(T!  ! #  ! #  !#$  ! #  ! # $!'Q! #!D.4",
+    " #'a!9 ## #T!  #  U!  # #   # Q!T!  #  #  #  # ##% !  ## ^!  #  !  #.R!]!  # !#  #  [! ## U!Z!  #  ! ##  U! ##%R!R!  # S!S! ##!R!   # !, ## ",
+    "U!Z! ##  Q!  #%R!) ## #( ###Q!R!  #  S!  #  ,  #%T!+ ## U!   #  )  ## (  #  ,  #  ! ##0P!(  ##Q!R!  #  S!  #%R!   #  ,  #  ! ## !]! ## %U! #",
+    "# Q!R!  ##R!!  #  U!  #  ,  # !]!  #  S!  # %T!  #  U!# # $P!  #%U!$  #  U!  #!R!   #  ) ## !(  #  )  # U!#  #  ! ##) (  #g!P!,  #%$   #  ! ",
+    " # %#  #  !  # Q!#  #  !  #% #  # R!!  # S!   #0P!   #%!#  #!    #%    #>!   # U!   #.R!   # !   # U!   #+    #&    #)R!   #(S!]!  #%R!S!  #",
+    "7S!,  #6    #'T!]!  #!%^!  #!$+  #!U!   ##T!   #% R!  #V!#^!  ##!   #S!    #(U!   #T!R!   #Y!S!+  #5T!   #(U!   #$P!,  #I$ K #DS!R'  #<    $",
+    "X! ^'bi!  $ !Z!N  $`!N^!$  $BQ!9O  $(DA!  $2E%'  $AD-$  #HE,  3   yi!yd!Si!fi!dk!d!uj!^k!jk!dk!d!fk!ij!^k!`k!  (3 Sj!uh!^!]!    $,R'kh!S!5  ",
+    "fh! $ ZT. $ mS.   V!   `! $ _T.  #TU.]o!{g!8 !     {R)   ! # pP) $ d#   n$   % $ fQ. $ + $ / $ & ( '#  rR.   % '!p#_C % u#   [#   ZT.   UT.!",
+    "  <   !   ,   _!   hS) $ XS)   n$   % $ fQ.   gU.   ' $ )   %   A   %   !!  b! $ f#   Y!% !c![H  !pi!   !oi!#! ! #! ! #  !pi!   !oi!#  !pi! ",
+    "  !oi!#  !pi!   !oi!#  !pi!   !oi!#  !pi!    a! #!.# #! # #!f!  #!e!# '!j!! # i! ' # # # ' # ' # ' # ' # ' # # # # # # # # # ' # ' # ' # ' #",
+    " ' # ' # ' # ' # ' 0 ' # ' # ' # ' # ' # ' # # # # # ' # ##-}!zi! ##  # ##  # #!  %W% ui! $ ua,   tm! $ 6   9   U-   3   k$   %   %   %   % ",
+    "  k#   %   %   k!   i#   }$   %   %   % $ %   %   %   %   %   %   %   %   %   %   %   %   '   %   % - %   '   '   '   ' + '   %   % - %   % ",
+    "  ) $ }$   ]y( $ [%   h(   e( $ j( & i( - l(   x' & J   U! 5 R!$- h$#- ##- ##& #$$ c[%   4  !Y'oF   |&   !   ]T)!  fT! ( XJ   TQ!   z!du<V! ",
+    "Tg+ V! 0 V! h# / 0!F % V! h# V! 0   h#!$ %#  '#$ '#( '!1 % ( 0!  %!/ %!7 % V! h# V! 0 $ h#!( %#1 '!/ %!V! 2 $ h#!( %!+ %!  %$/ )!V! 2 V! h# ",
+    "V! 0 V! h# V! 0 V! h# V! 0 V! h# V! 0 V! h# V! 0 V! h# V! 0   V)   n-#D b1   3 / 8   ho( T! Vo(   xm(   rn(   '   %   :   +   ! D S#   3 / 8",
+    "   ho( T! Vo(   xm(   rn(   '   %   :   +   ! D S#   3 / 8   ho( T! Vo(   xm(   rn(   '   %   :   +   ! D S#   3 / 8   ho( T! Vo(   xm(   rn",
+    "(   '   %   :   +   ! D S#   3 / 8   ho( T! Vo(   xm(   rn(   '   %   :   +   ! $ [!#5 uL 5 3 5 3 5 3 5 3Wt#$ fg!   )   '!  U!   N   +   6  ",
+    " I ( /   H   .   2   9   <   D   ' $ 5   '   %   .   %   %   _#   b$   T!   Y#!  V$   )!  Y!#  V!!  ^! ( /   H   .   2   9   <!  = $ 5   '! ",
+    " 2!  )'  =%  #!  ^!!  -!  %   H   .!  (   <!  =#  -!  2!  )!  p&!  _$!  V$   )!  Y!#  V!   6   I   /!$ %   H   .   2   9   <!  = $ 5   '!  2",
+    "   %   %   _#!  ]#!$ c&   )   ' $ S!   N   +   6   I!& -   H   .   2   9   <   D   ' $ 5   '   %   .   %   %&  F   )   '!  U!   N   +   6   ",
+    "I!& -   H   .   2   9   <   D   ' $ 5   '   %   .   %   %y. !ph![C 5! $& #DMYj!  # #   # #   # #   # #   # #   # #   # #   # #   # #   # #  ",
+    " # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   # #   #[U./[U.   QT.   A  !@@  !KO!V! N  !F(  !,   !.F ",
+    " ! A  #&&ZS.  !0;< !5   ! #G !3.f# !kX.XV.  !g#m%   %/  Xi.   Ts!   uy!  !fw)V!   sh(   To#   S`.   b_.   on#   Y{&   Yt#   Xz#   ix%   q`$ ",
+    "  Zi$   UT&   p{%   yy,   jR#   v{&   fS/   mX!   jt'   WW$   i)   pb&   4   vr2   _r.   x|$   pe!   ju$   iq,   hy,   rw&   S-   cq+   Wp' ",
+    "  zx!   !   Yk$   ct)   WH   PS1% #Wk:{t/[S.  # }`'   # v&   # t]$   # Sa&   # um$   # dX&   # _T+   # Zo% (  kP.   l{#",
+    NULL};
+
+/* Lower case: gap, (length - 1) * 2 + (every second one only), difference. */
+static const char *const llmi_lower_text[] = {
+    "e!U!d![#Od!!.d!DR!#$&##1##P!#! a& &#$ `+ $#! W+  #!#U+  ## h$  })  Q+  #! U+  Y+! b+  ^+  #$ b+  f+! h+ &#! p+  #! p+# #! p+  #!#n+ $#! r+  ",
+    "#$ #( %  #! %  #! % 3##3## % $#! ^%  f# J#! s&!3#( tn,  #! Z(  nn,# #! n)  S$  W$ +#d'$#$ #) W&' p!!%n!! w#!#u#!Cd!!2d!F 2)9#& n## #! /  ##%",
+    "s& Aj$ b!d!S!D#+X!#! A /##U###n!V#Yd!n!wW(! wW(& wW(R2h$^bI ,2tS! #'x!o|##%o|#U(_$#+ dh(!U##+01),1,01)01),1-(1)01:01)01)01)#1 #]$  3-'u$  3-",
+    "#1 #d%.#1 #|%  /-#o& #k&  3l' Sd($ j])  XW)' [!P!AC5 #X4U!W!yKT#V#S! #! el,  gs$  rk,#&#! Tn,  ql,  Zn,  Xn,! ## #)#no, Y##)$#% #S`1P!#5=#P$",
+    "/#$a!#,$#! ^yE +#% #! TsL#$#$5#! `tL  vtL  ntL  YtL  `tL! UrL  XsL  [rL  [L 1#! U#  ^tL  l{E $#! yuL 1#! kQM: #yP-U!d!V=r!t!Q$j!t!f$6r!!>r!!",
+    ".r!!#r!`JZ#w#g$Md!xc!b!d!cu,b!d!d!S!Y!me1f!h!",
+    NULL};
+
+/* Marks newer than Unicode 9, and letters that were marks: gap, length. */
+static const char *const llmi_new_marks_text[] = {
+    "eP!!c$+M,m'!k&'y!!x$!Z!!R%!.!^!#h!!{'!5!SR!!i&!]12W.#$!n&&Wf3!o%!pn.%e!&R(#s!%j!-T!%Y&!##q!!y##y#!%#h#!i&!s#+!!#!!%!&!!0#r#!m71e&'!##%!!!#V$",
+    "(#($!>,K(!%)!+-Q!2r0'$!!#!(!!f!&!#!&q(%+#!!S!($&9!xm#!'1sn&4`t!!R!+R#!-#sP.Q!#9_X#!j$(`)!a!%^-%n&#",
+    NULL};
+
 /* Order as in the generator; PAIRS: upper and lower case letters in turn. */
 enum {
     LLMI_CLASS_OTHER, LLMI_CLASS_LU, LLMI_CLASS_LL, LLMI_CLASS_LT, LLMI_CLASS_LM, LLMI_CLASS_LO, LLMI_CLASS_M, LLMI_CLASS_ND, LLMI_CLASS_NL,
@@ -792,10 +897,17 @@ enum {
 #define LLMI_CLASS_END 0x32400u /* code points with a class of their own, but for U+E0100..E01EF */
 #define LLMI_CCC_END 0x2fa20u   /* no combining class and no decomposition from here on */
 #define LLMI_DECOMPOSITIONS 2200
+#define LLMI_COMPAT_RUNS 2200
+#define LLMI_COMPAT_PARTS 4200
+#define LLMI_LONGEST_COMPAT 18  /* U+FDFA */
+#define LLMI_LOWER_RUNS 250
 #define LLMI_NOT_INERT 255      /* in the table of combining classes: class 0, but normalization may change it */
 
 /* What a character means to normalization: U+11382 U+113C9 -> `whole`, never recomposed when `excluded`. */
 typedef struct llmi_pair { uint32_t whole, first, second; int32_t excluded; } llmi_pair;
+
+/* Characters first, first + step, ..: what becomes of them. */
+typedef struct llmi_char_run { uint32_t first, last, step; int32_t at, parts; } llmi_char_run;
 
 typedef struct llmi_unicode {
     uint8_t *classes;     /* [LLMI_CLASS_END] */
@@ -803,6 +915,10 @@ typedef struct llmi_unicode {
     llmi_pair *pairs;     /* sorted by `whole` */
     int32_t pair_count;
     uint16_t *compose;    /* hash of (first, second) -> index of the pair + 1, open addressing */
+    llmi_char_run *compat; /* parts [at, at + parts); `step` is added to the first part; NULL when no normalizer needs it */
+    int32_t *compat_parts;
+    llmi_char_run *lower;  /* every `step`-th character has a lower case at distance `at` */
+    int32_t compat_count, lower_count;
 } llmi_unicode;
 
 #define LLMI_COMPOSE_MASK 4095u
@@ -904,6 +1020,64 @@ static int llmi_unicode_normalization(llmi_unicode *u, llmi_arena *r)
     for (uint32_t c = 0x1161; c <= 0x11c2; c++) u->ccc[c] = LLMI_NOT_INERT; /* Hangul vowels and tails join what is before */
     llmi_unpack_pairs(u);
     return 1;
+}
+
+/* The tables of the compatibility forms. 0: out of memory. */
+static int llmi_unicode_compat(llmi_unicode *u, llmi_arena *r)
+{
+    if (u->compat) return 1;
+    llmi_packed p = {llmi_compat_text, llmi_compat_text[0]};
+    uint32_t last[LLMI_LONGEST_COMPAT] = {0}, at = 0;
+    int32_t used = 0;
+    llmi_char_run *run = (llmi_char_run *)llmi_take(r, LLMI_COMPAT_RUNS, sizeof *run);
+    u->compat_parts = (int32_t *)llmi_take(r, LLMI_COMPAT_PARTS, sizeof *u->compat_parts);
+    u->compat = run;
+    if (!run || !u->compat_parts) return 0;
+    for (; (*p.at || p.rows[1]) && u->compat_count < LLMI_COMPAT_RUNS; run++, u->compat_count++) {
+        run->first = at + llmi_packed_number(&p);
+        uint32_t more = llmi_packed_number(&p), n = llmi_packed_number(&p) + 1;
+        run->step = more & 1;
+        run->last = run->first + more / 2;
+        run->at = used;
+        if (n > LLMI_LONGEST_COMPAT || used + (int32_t)n > LLMI_COMPAT_PARTS) break;
+        for (uint32_t i = 0; i < n; i++) u->compat_parts[used++] = (int32_t)(last[i] = llmi_packed_signed(&p, last[i]));
+        last[0] += run->step * (more / 2);
+        run->parts = (int32_t)n;
+        at = run->last + 1;
+    }
+    return 1;
+}
+
+/* The table of lower case. 0: out of memory. */
+static int llmi_unicode_lower(llmi_unicode *u, llmi_arena *r)
+{
+    if (u->lower) return 1;
+    llmi_packed p = {llmi_lower_text, llmi_lower_text[0]};
+    uint32_t at = 0;
+    llmi_char_run *run = (llmi_char_run *)llmi_take(r, LLMI_LOWER_RUNS, sizeof *run);
+    u->lower = run;
+    if (!run) return 0;
+    for (; (*p.at || p.rows[1]) && u->lower_count < LLMI_LOWER_RUNS; run++, u->lower_count++) {
+        run->first = at + llmi_packed_number(&p);
+        uint32_t more = llmi_packed_number(&p);
+        run->step = 1 + (more & 1);
+        run->last = run->first + more / 2 * run->step;
+        run->at = (int32_t)llmi_packed_signed(&p, 0);
+        at = run->last + 1;
+    }
+    return 1;
+}
+
+/* The run that a character is in, or NULL. */
+static const llmi_char_run *llmi_find_run(const llmi_char_run *runs, int32_t count, uint32_t c)
+{
+    int32_t lo = 0, hi = count;
+    while (lo < hi) {
+        int32_t mid = (lo + hi) / 2;
+        if (runs[mid].last < c) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo < count && runs[lo].first <= c ? &runs[lo] : NULL;
 }
 
 /* The class of any code point; beyond the table only the variation selectors have one. */
@@ -1035,17 +1209,40 @@ static int llmi_is_inert(const llmi_unicode *u, const char *s, size_t n)
     return 1;
 }
 
-/* Appends form C (`compose`) or D of valid UTF-8. 0: out of memory. */
-static int llmi_normalize(const llmi_unicode *u, const char *s, size_t n, int compose, llmi_bytes *out)
+/* Appends the decomposition of one character: canonical, or with `compat` full. 0: out of memory. */
+static int llmi_add_decomposed(const llmi_unicode *u, uint32_t cp, int compat, llmi_ids *out)
 {
-    if (compose && llmi_is_inert(u, s, n)) return llmi_bytes_add(out, s, n);
+    int32_t parts[8], more[LLMI_LONGEST_COMPAT];
+    int n = llmi_decompose(u, cp, parts), ok = 1;
+    if (!compat) return llmi_ids_add(out, parts, (size_t)n);
+    for (int i = 0; i < n && ok; i++) {
+        const llmi_char_run *run = llmi_find_run(u->compat, u->compat_count, (uint32_t)parts[i]);
+        if (!run) { ok = llmi_ids_add(out, &parts[i], 1); continue; }
+        memcpy(more, u->compat_parts + run->at, (size_t)run->parts * sizeof *more);
+        if (run->step) more[0] += parts[i] - (int32_t)run->first;
+        ok = llmi_ids_add(out, more, (size_t)run->parts);
+    }
+    return ok;
+}
+
+/* Is it ASCII, which no form changes? */
+static int llmi_is_ascii(const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if ((uint8_t)s[i] >= 0x80) return 0;
+    return 1;
+}
+
+/* Appends form C (`compose`) or D of valid UTF-8, with `compat` KC or KD. 0: out of memory. */
+static int llmi_normalize(const llmi_unicode *u, const char *s, size_t n, int compose, int compat, llmi_bytes *out)
+{
+    if (compat ? llmi_is_ascii(s, n) : compose && llmi_is_inert(u, s, n)) return llmi_bytes_add(out, s, n);
     llmi_ids c = llmi_ids_make(&out->a);
     int ok = 1;
     for (size_t i = 0; i < n && ok;) {
         uint32_t cp;
-        int32_t parts[8];
         i += llmi_utf8_get(s + i, n - i, &cp, NULL);
-        ok = llmi_ids_add(&c, parts, (size_t)llmi_decompose(u, cp, parts));
+        ok = llmi_add_decomposed(u, cp, compat, &c);
     }
     for (size_t i = 0, j; i < c.count && ok; i = j + 1) {
         for (j = i; j < c.count && llmi_ccc(u, (uint32_t)c.data[j]); j++) {}
@@ -1057,6 +1254,50 @@ static int llmi_normalize(const llmi_unicode *u, const char *s, size_t n, int co
         ok = llmi_bytes_add(out, text, llmi_utf8_put((uint32_t)c.data[i], text));
     }
     llmi_ids_drop(&c);
+    return ok;
+}
+
+/* ---- marks and lower case ---- */
+
+/* A mark (general category M) of Unicode 9, which is what the package strips as an accent. */
+static int llmi_is_accent(const llmi_unicode *u, uint32_t c)
+{
+    if (c < 0x300 || (llmi_class(u, c) != LLMI_CLASS_M && c != 0x1cf2 && c != 0x1cf3)) return 0;
+    llmi_packed p = {llmi_new_marks_text, llmi_new_marks_text[0]};
+    int odd = 0;
+    for (uint32_t at = 0; !odd && at <= c && (*p.at || p.rows[1]);) {
+        uint32_t from = at + llmi_packed_number(&p);
+        at = from + llmi_packed_number(&p);
+        odd = c >= from && c < at;
+    }
+    return odd == (llmi_class(u, c) != LLMI_CLASS_M);
+}
+
+/* Appends a text without its marks. 0: out of memory. */
+static int llmi_strip_accents(const llmi_unicode *u, const char *s, size_t n, llmi_bytes *out)
+{
+    int ok = 1;
+    for (size_t i = 0, m; i < n && ok; i += m) {
+        uint32_t c;
+        m = llmi_utf8_get(s + i, n - i, &c, NULL);
+        if (!llmi_is_accent(u, c)) ok = llmi_bytes_add(out, s + i, m);
+    }
+    return ok;
+}
+
+/* Appends a text in lower case, character by character: a sigma at the end of a word is like any other. 0: out of memory. */
+static int llmi_lower(const llmi_unicode *u, const char *s, size_t n, llmi_bytes *out)
+{
+    int ok = 1;
+    for (size_t i = 0, m; i < n && ok; i += m) {
+        uint32_t c;
+        char text[4];
+        m = llmi_utf8_get(s + i, n - i, &c, NULL);
+        const llmi_char_run *run = llmi_find_run(u->lower, u->lower_count, c);
+        if (c == 0x130) ok = llmi_bytes_add(out, "i\xcc\x87", 3); /* the only one that becomes two */
+        else if (!run || (c - run->first) % run->step) ok = llmi_bytes_add(out, s + i, m);
+        else ok = llmi_bytes_add(out, text, llmi_utf8_put((uint32_t)((int32_t)c + run->at), text));
+    }
     return ok;
 }
 
@@ -1681,7 +1922,7 @@ static size_t llmi_match(llmi_matcher *m, size_t start)
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>llm-tokenizer   tokenizer.json: BPE of bytes, BPE with byte fallback
+   >>llm-tokenizer   tokenizer.json: BPE of bytes, BPE with byte fallback, Unigram
    Same ids as the Hugging Face tokenizers package; a definition it cannot follow exactly is refused by name. A tokenizer never changes after opening.
    ------------------------------------------------------------------------------------------------ */
 
@@ -1705,6 +1946,9 @@ typedef struct llmi_token {
 typedef struct llmi_merge { uint64_t pair; int32_t rank, id; } llmi_merge;
 #define LLMI_NO_PAIR UINT64_MAX
 
+/* What Unigram looks for in a text. The token of this id may show another text, when it is an added token as well. */
+typedef struct llmi_piece { const char *text; uint32_t bytes; int32_t id; } llmi_piece;
+
 typedef struct llmi_added { int32_t id; uint8_t single_word, lstrip, rstrip, normalized, special; } llmi_added;
 
 /* Trie of added tokens: (node, byte) -> node. Two roots: tokens found in the raw text (0) and in the normalized text (1). */
@@ -1717,8 +1961,15 @@ typedef struct llmi_trie {
     uint8_t first[2][256];
 } llmi_trie;
 
+/* Replacements compiled by SentencePiece: a double array (Aoe 1989, as in Darts) of texts -> places in `texts`, each ended by a zero. */
+typedef struct llmi_charsmap { const uint32_t *units; const char *texts; size_t unit_count, bytes; } llmi_charsmap;
+
 /* What happens to a text before BPE, and to tokens after it. */
-enum { LLMI_NFC, LLMI_NFD, LLMI_PREPEND, LLMI_REPLACE, LLMI_STRIP, LLMI_SPLIT, LLMI_BYTES, LLMI_METASPACE, LLMI_BYTE_FALLBACK, LLMI_FUSE };
+enum {
+    LLMI_NFD, LLMI_NFC, LLMI_NFKD, LLMI_NFKC, /* bit 0: compose, bit 1: compatibility */
+    LLMI_STRIP_ACCENTS, LLMI_LOWERCASE, LLMI_NMT, LLMI_PRECOMPILED, LLMI_PREPEND, LLMI_REPLACE, LLMI_STRIP,
+    LLMI_SPLIT, LLMI_BYTES, LLMI_METASPACE, LLMI_BYTE_FALLBACK, LLMI_FUSE
+};
 enum { LLMI_REMOVED, LLMI_ISOLATED, LLMI_WITH_PREVIOUS, LLMI_WITH_NEXT, LLMI_CONTIGUOUS };
 enum { LLMI_NEVER, LLMI_FIRST, LLMI_ALWAYS };
 
@@ -1727,6 +1978,7 @@ typedef struct llmi_stage {
     int32_t behavior, invert, prefix;  /* SPLIT, BYTES and METASPACE: put a space (replacement) in front */
     int32_t left, right;               /* STRIP */
     const llmi_regex *pattern;         /* SPLIT, REPLACE; NULL: `from` is literal */
+    const llmi_charsmap *map;          /* PRECOMPILED */
     const char *from, *to;             /* REPLACE from -> to, PREPEND to, METASPACE to, STRIP from */
 } llmi_stage;
 
@@ -1741,6 +1993,10 @@ struct llm_tokenizer {
     llmi_map names;
     llmi_merge *merges;       /* open addressing */
     size_t merge_mask;
+    double *scores;           /* [count] logarithms of Unigram probabilities; NULL: BPE */
+    double unk_score;
+    llmi_piece *pieces;       /* Unigram: in the order of their bytes */
+    int32_t first[257];       /* where the pieces that begin with a byte lie in `pieces` */
     int32_t byte_ids[256];    /* of single bytes, by byte-level letter or by <0xXX>; -1: none */
     int32_t unk;              /* -1: none */
     uint8_t byte_level, byte_fallback, ignore_merges, fuse_unk;
@@ -1838,6 +2094,15 @@ static void llmi_set_token(llm_tokenizer *t, int32_t id, const char *text, uint3
     t->tokens[id].present = 1;
 }
 
+/* The ids of added tokens count, too. */
+static void llmi_count_added(llmi_reader *rd, const moq_json *added)
+{
+    for (const moq_json *e = moq_json_first(added); e && rd->code >= 0; e = moq_json_next(added, e)) {
+        int32_t id = llmi_read_id(rd, moq_json_find(e, "id"), llmi_word(e, "content", ""));
+        if (id >= rd->t->count) rd->t->count = id + 1;
+    }
+}
+
 /* Sizes first: the largest id and the bytes of all texts, so that everything is taken in three pieces. */
 static size_t llmi_measure_vocab(llmi_reader *rd, const moq_json *vocab, const moq_json *added)
 {
@@ -1851,10 +2116,7 @@ static size_t llmi_measure_vocab(llmi_reader *rd, const moq_json *vocab, const m
         if (id >= rd->t->count) rd->t->count = id + 1;
         bytes += (size_t)e->key_bytes + 1;
     }
-    for (const moq_json *e = moq_json_first(added); e && rd->code >= 0; e = moq_json_next(added, e)) {
-        int32_t id = llmi_read_id(rd, moq_json_find(e, "id"), llmi_word(e, "content", ""));
-        if (id >= rd->t->count) rd->t->count = id + 1;
-    }
+    llmi_count_added(rd, added);
     return bytes;
 }
 
@@ -1984,6 +2246,141 @@ static void llmi_read_bytes(llmi_reader *rd)
     }
 }
 
+/* Does token a come before b? */
+typedef int (*llmi_order)(const llm_tokenizer *t, int32_t a, int32_t b);
+
+/* Merge sort of ids from the bottom up; returns where the result is: `list` or `spare`, both [n]. */
+static int32_t *llmi_sort_ids(const llm_tokenizer *t, int32_t *list, int32_t *spare, size_t n, llmi_order before)
+{
+    for (size_t width = 1; width < n; width *= 2) {
+        for (size_t from = 0; from < n; from += 2 * width) {
+            size_t mid = from + width < n ? from + width : n, end = mid + width < n ? mid + width : n;
+            for (size_t i = from, j = mid, k = from; k < end; k++)
+                spare[k] = j >= end || (i < mid && !before(t, list[j], list[i])) ? list[i++] : list[j++];
+        }
+        int32_t *other = list;
+        list = spare;
+        spare = other;
+    }
+    return list;
+}
+
+/* By bytes of the text, the shorter of equals first. */
+static int llmi_text_before(const llm_tokenizer *t, int32_t a, int32_t b)
+{
+    const llmi_token *x = &t->tokens[a], *y = &t->tokens[b];
+    int c = memcmp(x->text, y->text, x->bytes < y->bytes ? x->bytes : y->bytes);
+    return c ? c < 0 : x->bytes < y->bytes;
+}
+
+/* Put the pieces of Unigram in order, so that all that begin a text lie one after the other. */
+static void llmi_order_pieces(llmi_reader *rd, size_t vocab)
+{
+    llm_tokenizer *t = rd->t;
+    size_t n = 0;
+    int32_t *list = (int32_t *)moq_allocate(&t->a, vocab * 2 * sizeof *list), at = 0;
+    t->pieces = (llmi_piece *)llmi_take(&t->r, vocab, sizeof *t->pieces);
+    if (!list || !t->pieces) {
+        moq_release(&t->a, list, vocab * 2 * sizeof *list);
+        llmi_reader_nomem(rd);
+        return;
+    }
+    for (size_t i = 0; i < vocab; i++)
+        if (t->tokens[i].bytes) list[n++] = (int32_t)i;
+    const int32_t *sorted = llmi_sort_ids(t, list, list + vocab, n, llmi_text_before);
+    for (size_t i = 0; i < n; i++) {
+        t->pieces[i].text = t->tokens[sorted[i]].text;
+        t->pieces[i].bytes = t->tokens[sorted[i]].bytes;
+        t->pieces[i].id = sorted[i];
+    }
+    moq_release(&t->a, list, vocab * 2 * sizeof *list);
+    for (int b = 0; b < 256; b++) {
+        t->first[b] = at;
+        while (at < (int32_t)n && (uint8_t)t->pieces[at].text[0] == b) at++;
+    }
+    t->first[256] = at;
+}
+
+/* Room for the ids of a list of pieces and for those of the added tokens. 0 after an error. */
+static int llmi_take_pieces(llmi_reader *rd, const moq_json *vocab, const moq_json *added)
+{
+    llm_tokenizer *t = rd->t;
+    if (!vocab || vocab->type != MOQ_JSON_ARRAY || vocab->count == 0)
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "model.vocab is not a list of pairs of a piece and its score");
+    else if (vocab->count > MOQ_MAX_VOCAB)
+        LLMI_REFUSE(rd, MOQ_E_LIMIT, "the vocabulary has %u tokens; MOQ_MAX_VOCAB is %d", vocab->count, (int)MOQ_MAX_VOCAB);
+    if (rd->code < 0) return 0;
+    t->count = (int32_t)vocab->count;
+    llmi_count_added(rd, added);
+    if (rd->code < 0) return 0;
+    t->tokens = (llmi_token *)llmi_take(&t->r, (size_t)t->count, sizeof *t->tokens);
+    t->scores = (double *)llmi_take(&t->r, (size_t)t->count, sizeof *t->scores);
+    if (!t->tokens || !t->scores || !llmi_map_make(&t->names, &t->r, (size_t)vocab->count + (added ? added->count : 0))) llmi_reader_nomem(rd);
+    return rd->code >= 0;
+}
+
+/* A score as the package reads it: all digits as one integer, rounded, then divided by a power of ten, which may be off by one unit in
+   the last place, and that decides between segmentations whose sums are equal. Exact where the number is longer. 0: not a number. */
+static int llmi_read_score(const moq_json *v, double *out)
+{
+    uint64_t digits = 0;
+    double power = 1, exact;
+    int after = 0, known = 1;
+    if (!moq_json_float(v, &exact) || !(exact <= 1e30 && exact >= -1e30)) return 0;
+    for (const char *s = v->text + (*v->text == '-'); *s && known; s++) {
+        known = *s == '.' || (*s >= '0' && *s <= '9' && digits < UINT64_MAX / 10 && power < 1e22);
+        if (*s == '.') { after = 1; continue; }
+        digits = digits * 10 + (uint64_t)(*s - '0');
+        if (after) power *= 10;
+    }
+    *out = !known ? exact : *v->text == '-' ? -((double)digits / power) : (double)digits / power;
+    return 1;
+}
+
+/* Unigram: a list of pairs, piece and score; the place in the list is the id. */
+static void llmi_read_pieces(llmi_reader *rd, const moq_json *vocab, const moq_json *added)
+{
+    llm_tokenizer *t = rd->t;
+    int32_t id = 0;
+    double least = 0;
+    if (!llmi_take_pieces(rd, vocab, added)) return;
+    for (const moq_json *e = moq_json_first(vocab); e; e = moq_json_next(vocab, e), id++) {
+        const moq_json *piece = moq_json_at(e, 0);
+        double *score = &t->scores[id];
+        if (!moq_json_string(piece) || e->count != 2 || !llmi_read_score(moq_json_at(e, 1), score)) {
+            LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "entry %d of model.vocab is not a pair of a piece and a score", (int)id);
+            return;
+        }
+        char *text = llmi_take_text(&t->r, piece->text, piece->text_bytes);
+        if (!text) { llmi_reader_nomem(rd); return; }
+        llmi_set_token(t, id, text, piece->text_bytes);
+        t->tokens[id].in_vocab = 1;
+        if (llmi_map_add(&t->names, text, piece->text_bytes, id)) {
+            LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "the piece '%q' is in model.vocab twice", text);
+            return;
+        }
+        if (id == 0 || *score < least) least = *score;
+    }
+    t->unk_score = least - 10; /* as SentencePiece does */
+    llmi_order_pieces(rd, vocab->count);
+}
+
+/* Unigram's part of the key "model". */
+static void llmi_read_unigram(llmi_reader *rd, const moq_json *model, const moq_json *added)
+{
+    llm_tokenizer *t = rd->t;
+    const moq_json *unk = llmi_member(model, "unk_id");
+    int64_t id = -1;
+    t->byte_fallback = (uint8_t)llmi_flag(model, "byte_fallback", 0);
+    t->fuse_unk = 1;
+    llmi_read_pieces(rd, llmi_member(model, "vocab"), added);
+    if (rd->code < 0) return;
+    if (unk && (!moq_json_int(unk, &id) || id < 0 || id >= t->count || !t->tokens[id].present))
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "model.unk_id is no id of the vocabulary");
+    t->unk = unk ? (int32_t)id : -1;
+    llmi_read_bytes(rd);
+}
+
 /* The key "model". What would change ids without being followed here is refused: dropout, prefixes and suffixes of subwords. */
 static void llmi_read_model(llmi_reader *rd, const moq_json *model, const moq_json *added)
 {
@@ -1991,7 +2388,8 @@ static void llmi_read_model(llmi_reader *rd, const moq_json *model, const moq_js
     const char *type = llmi_word(model, "type", moq_json_find(model, "merges") ? "BPE" : "(none)"), *unk = llmi_word(model, "unk_token", NULL);
     double dropout = 0;
     if (!model || model->type != MOQ_JSON_OBJECT) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "the key 'model' is missing");
-    else if (strcmp(type, "BPE") != 0) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model type '%q'; only BPE is known", type);
+    else if (strcmp(type, "Unigram") == 0) { llmi_read_unigram(rd, model, added); return; }
+    else if (strcmp(type, "BPE") != 0) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model type '%q'; BPE and Unigram are known", type);
     if (llmi_word(model, "continuing_subword_prefix", "")[0]) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.continuing_subword_prefix is set");
     if (llmi_word(model, "end_of_word_suffix", "")[0]) LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "model.end_of_word_suffix is set");
     if (moq_json_float(llmi_member(model, "dropout"), &dropout) && dropout != 0)
@@ -2054,6 +2452,84 @@ static void llmi_read_metaspace(llmi_reader *rd, const moq_json *v, llmi_stages 
     if (llmi_flag(v, "split", 1)) x->pattern = llmi_read_regex(rd, x->to, 1);
 }
 
+/* Normalizers without settings, and the tables they need. 0: the type is none of them. */
+static int llmi_read_plain_normalizer(llmi_reader *rd, const char *type)
+{
+    static const struct { const char *type; int kind; } known[] = {
+        {"NFC", LLMI_NFC}, {"NFD", LLMI_NFD}, {"NFKC", LLMI_NFKC}, {"NFKD", LLMI_NFKD}, {"StripAccents", LLMI_STRIP_ACCENTS}, {"Lowercase", LLMI_LOWERCASE},
+        {"Nmt", LLMI_NMT}};
+    llm_tokenizer *t = rd->t;
+    for (size_t i = 0; i < LLMI_COUNT(known); i++) {
+        if (strcmp(known[i].type, type) != 0) continue;
+        int kind = known[i].kind, ok = 1;
+        llmi_add_stage(rd, &t->normalizer, kind);
+        if (kind <= LLMI_NFKC) ok = llmi_unicode_normalization(&t->u, &t->r);
+        if (kind == LLMI_NFKD || kind == LLMI_NFKC) ok = ok && llmi_unicode_compat(&t->u, &t->r);
+        if (kind == LLMI_LOWERCASE) ok = llmi_unicode_lower(&t->u, &t->r);
+        if (!ok) llmi_reader_nomem(rd);
+        return 1;
+    }
+    return 0;
+}
+
+/* Four bytes, the lowest first. */
+static uint32_t llmi_little(const uint8_t *b)
+{
+    return b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+}
+
+/* Six bits of base64; -1: none. */
+static int llmi_base64_digit(int c)
+{
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
+}
+
+/* Base64 with its padding into out, which has room for 3/4 of it. Returns the bytes; SIZE_MAX: it is not base64. */
+static size_t llmi_base64(const char *s, size_t n, uint8_t *out)
+{
+    size_t used = 0;
+    uint32_t bits = 0;
+    if (n % 4) return SIZE_MAX;
+    size_t pad = n && s[n - 1] == '=' ? 1u + (s[n - 2] == '=') : 0;
+    for (size_t i = 0; i < n - pad; i++) {
+        int d = llmi_base64_digit(s[i]);
+        if (d < 0) return SIZE_MAX;
+        bits = bits << 6 | (uint32_t)d;
+        if (i % 4) out[used++] = (uint8_t)(bits >> (6 - 2 * (i % 4)));
+    }
+    return used;
+}
+
+/* The map of a Precompiled normalizer: base64 of the bytes of the double array (32 bits), its units, and texts that end with zeros. */
+static const llmi_charsmap *llmi_read_charsmap(llmi_reader *rd, const char *text)
+{
+    size_t n = strlen(text);
+    llmi_charsmap *map = rd->code < 0 ? NULL : (llmi_charsmap *)llmi_take(&rd->t->r, 1, sizeof *map);
+    uint8_t *data = map ? (uint8_t *)llmi_take(&rd->t->r, n / 4 * 3 + 1, 1) : NULL; /* one zero more ends the last text */
+    if (!data) { llmi_reader_nomem(rd); return NULL; }
+    size_t bytes = llmi_base64(text, n, data), units = bytes != SIZE_MAX && bytes >= 4 ? llmi_little(data) : SIZE_MAX;
+    if (units == SIZE_MAX || units % 4 || units < 4 || units > bytes - 4) {
+        LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "precompiled_charsmap is not base64 of a double array and its texts");
+        return NULL;
+    }
+    uint32_t *unit = (uint32_t *)llmi_take(&rd->t->r, units / 4, sizeof *unit);
+    if (!unit) { llmi_reader_nomem(rd); return NULL; }
+    for (size_t i = 0; i < units / 4; i++) unit[i] = llmi_little(data + 4 + 4 * i);
+    map->units = unit;
+    map->unit_count = units / 4;
+    map->texts = (const char *)data + 4 + units;
+    map->bytes = bytes - 4 - units;
+    for (size_t i = 0, m; i < map->bytes; i += m) {
+        uint32_t c;
+        m = llmi_utf8_get(map->texts + i, map->bytes - i, &c, NULL);
+        if (c == LLMI_REPLACEMENT && m != 3) LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "the texts of precompiled_charsmap are not UTF-8");
+    }
+    return map;
+}
+
 /* The key "normalizer"; sequences are flattened, which keeps their order. */
 static void llmi_read_normalizer(llmi_reader *rd, const moq_json *v)
 {
@@ -2063,9 +2539,10 @@ static void llmi_read_normalizer(llmi_reader *rd, const moq_json *v)
     if (strcmp(type, "Sequence") == 0) {
         const moq_json *list = llmi_member(v, "normalizers");
         for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) llmi_read_normalizer(rd, e);
-    } else if (strcmp(type, "NFC") == 0 || strcmp(type, "NFD") == 0) {
-        llmi_add_stage(rd, out, type[2] == 'C' ? LLMI_NFC : LLMI_NFD);
-        if (!llmi_unicode_normalization(&rd->t->u, &rd->t->r)) llmi_reader_nomem(rd);
+    } else if (llmi_read_plain_normalizer(rd, type)) {
+        return;
+    } else if (strcmp(type, "Precompiled") == 0) {
+        llmi_add_stage(rd, out, LLMI_PRECOMPILED)->map = llmi_read_charsmap(rd, llmi_word(v, "precompiled_charsmap", ""));
     } else if (strcmp(type, "Prepend") == 0) {
         llmi_add_stage(rd, out, LLMI_PREPEND)->to = llmi_keep(rd, llmi_word(v, "prepend", ""));
     } else if (strcmp(type, "Replace") == 0) {
@@ -2077,7 +2554,8 @@ static void llmi_read_normalizer(llmi_reader *rd, const moq_json *v)
         x->left = llmi_flag(v, "strip_left", 1);
         x->right = llmi_flag(v, "strip_right", 1);
     } else {
-        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED, "normalizer '%q'; known are NFC, NFD, Prepend, Replace, Strip, Sequence", type);
+        LLMI_REFUSE(rd, MOQ_E_UNSUPPORTED,
+                    "normalizer '%q'; known are NFC, NFD, NFKC, NFKD, Lowercase, Nmt, Precompiled, Prepend, Replace, Strip, StripAccents, Sequence", type);
     }
 }
 
@@ -2236,77 +2714,9 @@ static void llmi_read_post(llmi_reader *rd, const moq_json *v)
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>llm-encode      text to ids and back: added tokens, normalizer, pre-tokenizer, merges, decoder
-   The stages run in the order of the tokenizers package; every step is linear in the text, merging n log n.
+   >>llm-normalizer  what happens to a text before it is cut
+   Pure and linear in the text, but for the size of what replaces it; an empty text stays empty.
    ------------------------------------------------------------------------------------------------ */
-
-/* Text of which some may hold control tokens (`special`) and some may not, such as what a user said. */
-typedef struct llmi_part { const char *text; size_t bytes; int special; } llmi_part;
-
-typedef struct llmi_symbol { int32_t id, before, after; } llmi_symbol; /* id -1: merged away */
-typedef struct llmi_candidate { uint64_t key; int32_t id; } llmi_candidate; /* key: rank, then position */
-
-/* Everything one call needs; nothing in the tokenizer changes. */
-typedef struct llmi_coder {
-    const llm_tokenizer *t;
-    moq_allocator a;
-    llmi_bytes text;          /* valid UTF-8 */
-    llmi_ids ranges;          /* pairs: where control tokens may stand */
-    llmi_bytes normal, spare; /* one segment after its normalizer */
-    llmi_bytes split;         /* the same after a pre-tokenizer that changes text */
-    llmi_ids found[2];        /* triples: id or -1, start, end */
-    llmi_ids pieces, next;    /* pairs: start, end */
-    llmi_ids spans;           /* triples: start, end, is a match */
-    llmi_matcher m;
-    llmi_symbol *symbols;
-    llmi_candidate *heap;
-    size_t symbol_capacity, heap_capacity, heap_count;
-    llmi_ids out;
-} llmi_coder;
-
-/* An empty coder; nothing is allocated until there is text. */
-static void llmi_coder_make(llmi_coder *c, const llm_tokenizer *t)
-{
-    memset(c, 0, sizeof *c);
-    c->t = t;
-    c->a = c->m.a = t->a;
-    c->m.u = &t->u;
-    c->text = c->normal = c->spare = c->split = llmi_bytes_make(&t->a);
-    c->ranges = c->found[0] = c->found[1] = c->pieces = c->next = c->spans = c->out = llmi_ids_make(&t->a);
-}
-
-/* Frees everything one call took. */
-static void llmi_coder_drop(llmi_coder *c)
-{
-    llmi_bytes *texts[] = {&c->text, &c->normal, &c->spare, &c->split};
-    llmi_ids *lists[] = {&c->ranges, &c->found[0], &c->found[1], &c->pieces, &c->next, &c->spans, &c->out};
-    for (size_t i = 0; i < LLMI_COUNT(texts); i++) llmi_bytes_drop(texts[i]);
-    for (size_t i = 0; i < LLMI_COUNT(lists); i++) llmi_ids_drop(lists[i]);
-    llmi_matcher_drop(&c->m);
-    moq_release(&c->a, c->symbols, c->symbol_capacity * sizeof *c->symbols);
-    moq_release(&c->a, c->heap, c->heap_capacity * sizeof *c->heap);
-}
-
-/* Append a pair of positions; texts stay below 2^29 bytes, so they fit. */
-static int llmi_add2(llmi_ids *v, size_t a, size_t b)
-{
-    int32_t x[2];
-    x[0] = (int32_t)a;
-    x[1] = (int32_t)b;
-    return llmi_ids_add(v, x, 2);
-}
-
-/* Append a triple. */
-static int llmi_add3(llmi_ids *v, int32_t a, size_t b, size_t c)
-{
-    int32_t x[3];
-    x[0] = a;
-    x[1] = (int32_t)b;
-    x[2] = (int32_t)c;
-    return llmi_ids_add(v, x, 3);
-}
-
-/* ---- normalizer ---- */
 
 /* Append s with every `from` replaced by `to`. 0: out of memory. */
 static int llmi_replace_literal(const char *s, size_t n, const char *from, const char *to, llmi_bytes *out)
@@ -2365,14 +2775,149 @@ static size_t llmi_space_after(const char *s, size_t i, size_t n)
     return i;
 }
 
-/* Append what one stage makes of s. An empty text stays empty: nothing is put in front of it. */
-static int llmi_normalize_stage(llmi_coder *c, const llmi_stage *x, const char *s, size_t n, llmi_bytes *out)
+/* Control characters vanish and odd spaces become one, as SentencePiece's rules of machine translation say. 0: out of memory. */
+static int llmi_nmt(const char *s, size_t n, llmi_bytes *out)
+{
+    int ok = 1;
+    for (size_t i = 0, m; i < n && ok; i += m) {
+        uint32_t c;
+        m = llmi_utf8_get(s + i, n - i, &c, NULL);
+        if ((c >= 1 && c <= 8) || c == 0xb || (c >= 0xe && c <= 0x1f) || c == 0x7f || c == 0x8f || c == 0x9f) continue;
+        int space = (c >= 9 && c <= 0xd) || c == 0x1680 || (c >= 0x200b && c <= 0x200f) || c == 0x2028 || c == 0x2029 || c == 0x2581 ||
+                    c == 0xfeff || c == 0xfffd;
+        ok = space ? llmi_bytes_add(out, " ", 1) : llmi_bytes_add(out, s + i, m);
+    }
+    return ok;
+}
+
+/* ---- replacements compiled by SentencePiece ---- */
+
+/* What the shortest beginning of s that is in the map becomes; NULL: none is. The fields of a unit: label in bits 0..7, has a value 8,
+   offset from bit 10 on, shifted by 8 more when bit 9 is set; bit 31 marks a value. */
+static const char *llmi_charsmap_find(const llmi_charsmap *map, const char *s, size_t n)
+{
+    size_t at = 0;
+    uint32_t unit = map->unit_count ? map->units[0] : 0;
+    at ^= (size_t)(unit >> 10) << ((unit & 0x200u) >> 6);
+    for (size_t i = 0; i < n && s[i]; i++) {
+        at ^= (uint8_t)s[i];
+        if (at >= map->unit_count) return NULL;
+        unit = map->units[at];
+        if ((unit & 0x800000ffu) != (uint8_t)s[i]) return NULL;
+        at ^= (size_t)(unit >> 10) << ((unit & 0x200u) >> 6);
+        if (!(unit & 0x100u)) continue;
+        if (at >= map->unit_count) return NULL;
+        size_t place = map->units[at] & 0x7fffffffu;
+        return place < map->bytes ? map->texts + place : NULL;
+    }
+    return NULL;
+}
+
+/* How a character joins its neighbours in a grapheme cluster (Unicode standard annex 29). */
+enum { LLMI_JOINS_NOT, LLMI_JOINS_CONTROL, LLMI_JOINS_BEFORE, LLMI_JOINS_AFTER, LLMI_JOINS_L, LLMI_JOINS_V, LLMI_JOINS_T, LLMI_JOINS_LV };
+
+/* Characters outside general category M that extend a cluster, marks that do not, controls, and what joins the character after it;
+   pairs first, last. Unicode 17, as in the package. */
+static const uint32_t llmi_extending[] = {0xe33, 0xe33, 0xeb3, 0xeb3, 0x1acf, 0x1add, 0x1ae0, 0x1aeb, 0x200c, 0x200d, 0xff9e, 0xff9f, 0x10efa, 0x10efb,
+    0x11b60, 0x11b67, 0x1e6e3, 0x1e6e3, 0x1e6e6, 0x1e6e6, 0x1e6ee, 0x1e6ef, 0x1e6f5, 0x1e6f5, 0x1f3fb, 0x1f3ff, 0xe0020, 0xe007f};
+static const uint32_t llmi_lone_marks[] = {0x102b, 0x102c, 0x1038, 0x1038, 0x1062, 0x1064, 0x1067, 0x106d, 0x1083, 0x1083, 0x1087, 0x108c, 0x108f, 0x108f,
+    0x109a, 0x109c, 0x1a61, 0x1a61, 0x1a63, 0x1a64, 0xaa7b, 0xaa7b, 0xaa7d, 0xaa7d, 0x11720, 0x11721};
+static const uint32_t llmi_controls[] = {0, 0x1f, 0x7f, 0x9f, 0xad, 0xad, 0x61c, 0x61c, 0x180e, 0x180e, 0x200b, 0x200b, 0x200e, 0x200f, 0x2028, 0x202e,
+    0x2060, 0x206f, 0xfeff, 0xfeff, 0xfff0, 0xfffb};
+static const uint32_t llmi_leading[] = {0x600, 0x605, 0x6dd, 0x6dd, 0x70f, 0x70f, 0x890, 0x891, 0x8e2, 0x8e2, 0xd4e, 0xd4e, 0x110bd, 0x110bd, 0x110cd, 0x110cd,
+    0x111c2, 0x111c3, 0x113d1, 0x113d1, 0x1193f, 0x1193f, 0x11941, 0x11941, 0x11a84, 0x11a89, 0x11d46, 0x11d46, 0x11f02, 0x11f02};
+
+/* Is c in one of `count` ranges, given as pairs? */
+static int llmi_in_ranges(const uint32_t *ranges, size_t count, uint32_t c)
+{
+    for (size_t i = 0; i < count; i += 2)
+        if (c >= ranges[i] && c <= ranges[i + 1]) return 1;
+    return 0;
+}
+
+/* How a character joins its neighbours. */
+static int llmi_joins(const llmi_unicode *u, uint32_t c)
+{
+    if (c < 0x300) return llmi_in_ranges(llmi_controls, 6, c) ? LLMI_JOINS_CONTROL : LLMI_JOINS_NOT;
+    if (c >= 0xac00 && c <= 0xd7a3) return (c - 0xac00) % 28 ? LLMI_JOINS_T : LLMI_JOINS_LV;
+    if ((c >= 0x1100 && c <= 0x115f) || (c >= 0xa960 && c <= 0xa97c)) return LLMI_JOINS_L;
+    if ((c >= 0x1160 && c <= 0x11a7) || (c >= 0xd7b0 && c <= 0xd7c6)) return LLMI_JOINS_V;
+    if ((c >= 0x11a8 && c <= 0x11ff) || (c >= 0xd7cb && c <= 0xd7fb)) return LLMI_JOINS_T;
+    if (llmi_in_ranges(llmi_leading, LLMI_COUNT(llmi_leading), c)) return LLMI_JOINS_AFTER;
+    if (llmi_in_ranges(llmi_extending, LLMI_COUNT(llmi_extending), c)) return LLMI_JOINS_BEFORE;
+    if (llmi_class(u, c) == LLMI_CLASS_M) return llmi_in_ranges(llmi_lone_marks, LLMI_COUNT(llmi_lone_marks), c) ? LLMI_JOINS_NOT : LLMI_JOINS_BEFORE;
+    return llmi_in_ranges(llmi_controls, LLMI_COUNT(llmi_controls), c) ? LLMI_JOINS_CONTROL : LLMI_JOINS_NOT;
+}
+
+/* Do two neighbours of these kinds stand in one cluster? Syllables: L before L, V, syllable; V before V, T; T before T.
+   A whole syllable with a tail acts as T here; it begins like LV. */
+static int llmi_is_joined(int a, int b, int b_is_syllable)
+{
+    if (a == LLMI_JOINS_CONTROL || b == LLMI_JOINS_CONTROL) return 0;
+    if (b == LLMI_JOINS_BEFORE || a == LLMI_JOINS_AFTER) return 1;
+    if (a == LLMI_JOINS_L) return b == LLMI_JOINS_L || b == LLMI_JOINS_V || b_is_syllable;
+    if (a == LLMI_JOINS_V || a == LLMI_JOINS_LV) return b == LLMI_JOINS_V || (b == LLMI_JOINS_T && !b_is_syllable);
+    return a == LLMI_JOINS_T && b == LLMI_JOINS_T && !b_is_syllable;
+}
+
+/* Bytes of the cluster at s. Emoji sequences, flags and Indic conjuncts are not looked for: their parts are too long to be replaced
+   as one cluster, and a part of them that carries a short mark of its own does not occur. */
+static size_t llmi_cluster(const llmi_unicode *u, const char *s, size_t n)
+{
+    uint32_t c;
+    size_t at = llmi_utf8_get(s, n, &c, NULL);
+    if (c == '\r' && n > 1 && s[1] == '\n') return 2;
+    for (int kind = -1; at < n;) {
+        if (c < 0x300 && (uint8_t)s[at] < 0xcc) break; /* the next one is below U+0300, too */
+        if (kind < 0) kind = llmi_joins(u, c);
+        size_t m = llmi_utf8_get(s + at, n - at, &c, NULL);
+        int next = llmi_joins(u, c);
+        if (!llmi_is_joined(kind, next, c >= 0xac00 && c <= 0xd7a3)) break;
+        kind = next;
+        at += m;
+    }
+    return at;
+}
+
+/* Appends a text with its replacements. Clusters below six bytes are looked up as a whole, of which a beginning counts for all of it;
+   others character by character. This is what the package does, and so do vocabularies made with it. 0: out of memory. */
+static int llmi_precompiled(const llmi_unicode *u, const llmi_charsmap *map, const char *s, size_t n, llmi_bytes *out)
+{
+    int ok = 1;
+    for (size_t i = 0, size; i < n && ok; i += size) {
+        size = llmi_cluster(u, s + i, n - i);
+        const char *to = size < 6 ? llmi_charsmap_find(map, s + i, size) : NULL;
+        if (to) { ok = llmi_bytes_add(out, to, strlen(to)); continue; }
+        for (size_t k = 0, m; k < size && ok; k += m) {
+            uint32_t c;
+            m = llmi_utf8_get(s + i + k, size - k, &c, NULL);
+            to = llmi_charsmap_find(map, s + i + k, m);
+            ok = to ? llmi_bytes_add(out, to, strlen(to)) : llmi_bytes_add(out, s + i + k, m);
+        }
+    }
+    return ok;
+}
+
+/* ---- the stages ---- */
+
+/* Append what one stage makes of s. An empty text stays empty: nothing is put in front of it. 0: out of memory. */
+static int llmi_normalize_stage(const llmi_unicode *u, llmi_matcher *m, const llmi_stage *x, const char *s, size_t n, llmi_bytes *out)
 {
     size_t from = 0;
     switch (x->kind) {
-    case LLMI_NFC:
     case LLMI_NFD:
-        return llmi_normalize(&c->t->u, s, n, x->kind == LLMI_NFC, out);
+    case LLMI_NFC:
+    case LLMI_NFKD:
+    case LLMI_NFKC:
+        return llmi_normalize(u, s, n, x->kind & 1, x->kind >> 1 & 1, out);
+    case LLMI_STRIP_ACCENTS:
+        return llmi_strip_accents(u, s, n, out);
+    case LLMI_LOWERCASE:
+        return llmi_lower(u, s, n, out);
+    case LLMI_NMT:
+        return llmi_nmt(s, n, out);
+    case LLMI_PRECOMPILED:
+        return llmi_precompiled(u, x->map, s, n, out);
     case LLMI_PREPEND:
         return n == 0 || (llmi_bytes_add(out, x->to, strlen(x->to)) && llmi_bytes_add(out, s, n));
     case LLMI_STRIP:
@@ -2380,9 +2925,88 @@ static int llmi_normalize_stage(llmi_coder *c, const llmi_stage *x, const char *
         if (x->right) n = llmi_space_before(s, from, n);
         return llmi_bytes_add(out, s + from, n - from);
     default:
-        return x->pattern ? llmi_replace_pattern(&c->m, x->pattern, s, n, x->to, out) : llmi_replace_literal(s, n, x->from, x->to, out);
+        return x->pattern ? llmi_replace_pattern(m, x->pattern, s, n, x->to, out) : llmi_replace_literal(s, n, x->from, x->to, out);
     }
 }
+
+/* ------------------------------------------------------------------------------------------------
+   >>llm-encode      text to ids and back: added tokens, normalizer, pre-tokenizer, merges, decoder
+   The stages run in the order of the tokenizers package; every step is linear in the text, merging n log n.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Text of which some may hold control tokens (`special`) and some may not, such as what a user said. */
+typedef struct llmi_part { const char *text; size_t bytes; int special; } llmi_part;
+
+typedef struct llmi_symbol { int32_t id, before, after; } llmi_symbol; /* id -1: merged away */
+typedef struct llmi_candidate { uint64_t key; int32_t id; } llmi_candidate; /* key: rank, then position */
+
+/* The best segmentation that ends at a byte: its score, its last piece. start -1: there is none. */
+typedef struct llmi_lattice { double score; int32_t id, start; } llmi_lattice;
+
+/* Everything one call needs; nothing in the tokenizer changes. */
+typedef struct llmi_coder {
+    const llm_tokenizer *t;
+    moq_allocator a;
+    llmi_bytes text;          /* valid UTF-8 */
+    llmi_ids ranges;          /* pairs: where control tokens may stand */
+    llmi_bytes normal, spare; /* one segment after its normalizer */
+    llmi_bytes split;         /* the same after a pre-tokenizer that changes text */
+    llmi_ids found[2];        /* triples: id or -1, start, end */
+    llmi_ids pieces, next;    /* pairs: start, end */
+    llmi_ids spans;           /* triples: start, end, is a match */
+    llmi_matcher m;
+    llmi_symbol *symbols;
+    llmi_candidate *heap;
+    llmi_lattice *lattice;    /* Unigram: the best way to each byte */
+    size_t lattice_capacity;
+    size_t symbol_capacity, heap_capacity, heap_count;
+    llmi_ids out;
+} llmi_coder;
+
+/* An empty coder; nothing is allocated until there is text. */
+static void llmi_coder_make(llmi_coder *c, const llm_tokenizer *t)
+{
+    memset(c, 0, sizeof *c);
+    c->t = t;
+    c->a = c->m.a = t->a;
+    c->m.u = &t->u;
+    c->text = c->normal = c->spare = c->split = llmi_bytes_make(&t->a);
+    c->ranges = c->found[0] = c->found[1] = c->pieces = c->next = c->spans = c->out = llmi_ids_make(&t->a);
+}
+
+/* Frees everything one call took. */
+static void llmi_coder_drop(llmi_coder *c)
+{
+    llmi_bytes *texts[] = {&c->text, &c->normal, &c->spare, &c->split};
+    llmi_ids *lists[] = {&c->ranges, &c->found[0], &c->found[1], &c->pieces, &c->next, &c->spans, &c->out};
+    for (size_t i = 0; i < LLMI_COUNT(texts); i++) llmi_bytes_drop(texts[i]);
+    for (size_t i = 0; i < LLMI_COUNT(lists); i++) llmi_ids_drop(lists[i]);
+    llmi_matcher_drop(&c->m);
+    moq_release(&c->a, c->symbols, c->symbol_capacity * sizeof *c->symbols);
+    moq_release(&c->a, c->heap, c->heap_capacity * sizeof *c->heap);
+    moq_release(&c->a, c->lattice, c->lattice_capacity * sizeof *c->lattice);
+}
+
+/* Append a pair of positions; texts stay below 2^29 bytes, so they fit. */
+static int llmi_add2(llmi_ids *v, size_t a, size_t b)
+{
+    int32_t x[2];
+    x[0] = (int32_t)a;
+    x[1] = (int32_t)b;
+    return llmi_ids_add(v, x, 2);
+}
+
+/* Append a triple. */
+static int llmi_add3(llmi_ids *v, int32_t a, size_t b, size_t c)
+{
+    int32_t x[3];
+    x[0] = a;
+    x[1] = (int32_t)b;
+    x[2] = (int32_t)c;
+    return llmi_ids_add(v, x, 3);
+}
+
+/* ---- normalizer ---- */
 
 /* c->normal = normalizer(s). */
 static int llmi_run_normalizer(llmi_coder *c, const char *s, size_t n)
@@ -2393,7 +3017,7 @@ static int llmi_run_normalizer(llmi_coder *c, const char *s, size_t n)
     for (int32_t i = 0; i < list->count; i++) {
         llmi_bytes t = c->spare;
         t.count = 0;
-        int ok = llmi_normalize_stage(c, &list->list[i], c->normal.data, c->normal.count, &t);
+        int ok = llmi_normalize_stage(&c->t->u, &c->m, &list->list[i], c->normal.data, c->normal.count, &t);
         c->spare = c->normal;
         c->normal = t;
         if (!ok) return 0;
@@ -2697,9 +3321,98 @@ static size_t llmi_first_symbols(llmi_coder *c, const char *s, size_t n)
     return used;
 }
 
+/* A way to a byte, if it is better than the one known. */
+static void llmi_lattice_offer(llmi_lattice *to, double score, int32_t id, size_t start)
+{
+    if (to->start >= 0 && !(score > to->score)) return;
+    to->score = score;
+    to->id = id;
+    to->start = (int32_t)start;
+}
+
+/* What the best segmentation of Unigram gives for s[start, end): its id, its bytes, or the unknown token. 0: out of memory. */
+static int llmi_add_unigram(llmi_coder *c, const char *s, size_t start, size_t end)
+{
+    const llm_tokenizer *t = c->t;
+    const llmi_slot *slot = llmi_map_find(&t->names, s + start, end - start);
+    int ok = 1;
+    if (slot && t->tokens[slot->value].in_vocab) return llmi_ids_add(&c->out, &slot->value, 1);
+    if (!t->byte_fallback) return t->unk < 0 || llmi_ids_add(&c->out, &t->unk, 1);
+    for (size_t i = start; i < end && ok; i++) ok = llmi_ids_add(&c->out, &t->byte_ids[(uint8_t)s[i]], 1);
+    return ok;
+}
+
+/* The part of the pieces [*lo, *hi), which agree in their first `depth` bytes, that goes on with this byte. */
+static void llmi_narrow(const llm_tokenizer *t, int32_t *lo, int32_t *hi, uint32_t depth, uint8_t byte)
+{
+    int32_t ends[2];
+    for (int k = 0; k < 2; k++) { /* the first that is not below, the first that is above */
+        int32_t from = *lo, to = *hi;
+        while (from < to) {
+            int32_t mid = from + (to - from) / 2;
+            int c = (uint8_t)t->pieces[mid].text[depth];
+            if (c < byte + k) from = mid + 1;
+            else to = mid;
+        }
+        ends[k] = from;
+    }
+    *lo = ends[0];
+    *hi = ends[1];
+}
+
+/* Every piece that begins at s[at] is a way on from there; a character that no piece covers alone is unknown. */
+static void llmi_lattice_step(llmi_coder *c, const char *s, size_t n, size_t at, size_t width)
+{
+    const llm_tokenizer *t = c->t;
+    double so_far = c->lattice[at].score;
+    int32_t lo = t->first[(uint8_t)s[at]], hi = t->first[(uint8_t)s[at] + 1];
+    int alone = 0;
+    for (uint32_t m = 1; lo < hi; m++) {
+        int32_t id = t->pieces[lo].id;
+        if (t->pieces[lo].bytes == m) {
+            llmi_lattice_offer(&c->lattice[at + m], t->scores[id] + so_far, id, at);
+            alone |= m == width;
+            lo++;
+        }
+        if (at + m >= n) break;
+        llmi_narrow(t, &lo, &hi, m, (uint8_t)s[at + m]);
+    }
+    if (!alone) llmi_lattice_offer(&c->lattice[at + width], t->unk_score + so_far, t->unk, at);
+}
+
+/* Viterbi over all pieces that begin at each character (Kudo 2018): the segmentation with the largest sum of scores, of equals the one
+   found first. Neighbours that are unknown become one. */
+static int llmi_encode_unigram(llmi_coder *c, const char *s, size_t n)
+{
+    const llm_tokenizer *t = c->t;
+    if (c->lattice_capacity < n + 1) {
+        llmi_lattice *p = (llmi_lattice *)llmi_grow(&c->a, c->lattice, 0, &c->lattice_capacity, n + 1, sizeof *p);
+        if (!p) return 0;
+        c->lattice = p;
+    }
+    for (size_t i = 0; i <= n; i++) c->lattice[i].start = -1;
+    c->lattice[0].score = 0;
+    for (size_t at = 0, width; at < n; at += width) {
+        uint32_t cp;
+        width = llmi_utf8_get(s + at, n - at, &cp, NULL);
+        llmi_lattice_step(c, s, n, at, width);
+    }
+    c->next.count = 0; /* ends, last first */
+    for (size_t end = n; end > 0; end = (size_t)c->lattice[end].start) {
+        int joins = c->lattice[end].id == t->unk && c->next.count && c->lattice[c->next.data[c->next.count - 1]].id == t->unk;
+        int32_t at = (int32_t)end;
+        if (!joins && !llmi_ids_add(&c->next, &at, 1)) return 0;
+    }
+    size_t start = 0;
+    for (size_t i = c->next.count; i-- > 0; start = (size_t)c->next.data[i])
+        if (!llmi_add_unigram(c, s, start, (size_t)c->next.data[i])) return 0;
+    return 1;
+}
+
 /* One piece of the pre-tokenizer: merges never cross its borders. */
 static int llmi_encode_piece(llmi_coder *c, const char *s, size_t n)
 {
+    if (c->t->scores) return llmi_encode_unigram(c, s, n);
     int32_t id = c->t->ignore_merges ? llmi_whole_piece(c->t, s, n) : -1;
     if (id >= 0) return llmi_ids_add(&c->out, &id, 1);
     if (c->symbol_capacity < n) {
@@ -2989,7 +3702,7 @@ static void llmi_make_trie(llmi_reader *rd, size_t bytes, size_t count)
 static void llmi_read_added(llmi_reader *rd, const moq_json *list)
 {
     llm_tokenizer *t = rd->t;
-    size_t count = list ? list->count : 0, bytes = 0, each = 0;
+    size_t count = list ? list->count : 0, bytes = 0, each = 0, times = 3; /* marks decompose to at most 3 times their bytes */
     int32_t index = 0;
     if (rd->code < 0 || count == 0) return;
     if (list->type != MOQ_JSON_ARRAY) { LLMI_REFUSE(rd, MOQ_E_TOKENIZER, "added_tokens is not a list"); return; }
@@ -3000,8 +3713,12 @@ static void llmi_read_added(llmi_reader *rd, const moq_json *list)
         if (rd->code >= 0) bytes += t->tokens[t->added[index].id].bytes;
         index++;
     }
-    for (int32_t i = 0; i < t->normalizer.count; i++) each += strlen(t->normalizer.list[i].to);
-    if (rd->code >= 0) llmi_make_trie(rd, bytes * (each ? 4 : 3) + count * each, count); /* marks decompose to at most 3 times */
+    for (int32_t i = 0; i < t->normalizer.count; i++) {
+        int kind = t->normalizer.list[i].kind;
+        each += strlen(t->normalizer.list[i].to);
+        if (kind == LLMI_NFKD || kind == LLMI_NFKC || kind == LLMI_PRECOMPILED) times = 12; /* U+FDFA: 3 bytes to 33 */
+    }
+    if (rd->code >= 0) llmi_make_trie(rd, bytes * (times + (each != 0)) + count * each, count);
 }
 
 /* Settle what every token shows once, so that decoding only copies. */
@@ -3781,14 +4498,13 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
 /* Which layers have a sliding window. The families use the same keys with different meanings:
    Llama writes no window; Mistral, Mixtral and Phi-3 mean every layer; Qwen2 and Qwen3 mean it only with a second key, and then
    for the layers from max_window_layers on, or for those that layer_types names; Qwen3-MoE has the second key but no list;
-   Gemma and gpt-oss name the layers, or mean all but every sixth or second; Llama 4 cuts the text into chunks that do not see each other. */
+   Gemma and gpt-oss name the layers, or mean all but every sixth or second. */
 enum {
     LLMI_WINDOW_NONE = 0, /* sliding_window is ignored */
     LLMI_WINDOW_ALL,      /* every layer when sliding_window is a number */
     LLMI_WINDOW_FLAG,     /* every layer, only with use_sliding_window */
     LLMI_WINDOW_LAYERS,   /* only with use_sliding_window, and by layer_types or from max_window_layers on */
-    LLMI_WINDOW_TYPES,    /* by layer_types, or all layers but every pattern-th */
-    LLMI_WINDOW_CHUNKS    /* no window: chunks of attention_chunk_size, by layer_types, or in layers with rope */
+    LLMI_WINDOW_TYPES     /* by layer_types, or all layers but every pattern-th */
 };
 
 /* Switches of a family. */
@@ -3801,9 +4517,7 @@ enum {
     LLMI_LATENT = 32,      /* latent attention: keys and values pass through a narrow middle */
     LLMI_CLAMPED = 64,     /* MOQ_SWIGLU_CLAMP whatever hidden_act says */
     LLMI_LOCAL_ROPE = 128, /* layers with a window have a rope of their own */
-    LLMI_TIED = 256,       /* a config.json that is silent means a tied head */
-    LLMI_SOME_ROPE = 512,  /* every fourth layer has no rope, or those that no_rope_layers says */
-    LLMI_LLAMA4 = 1024     /* layers without rope scale q with the position; heads of the others are normed after rope, in neighbouring pairs */
+    LLMI_TIED = 256        /* a config.json that is silent means a tied head */
 };
 
 /* Module names under the decoder's prefix, or under layers.N. */
@@ -3821,17 +4535,14 @@ enum { LLMI_NORM_IF = 0, LLMI_NORM_ALWAYS, LLMI_NORM_UNLESS }; /* only if norm_t
 /* How experts are named under a layer; gate NULL: not gated. */
 typedef struct llmi_moe_names {
     const char *router, *experts; /* modules under the layer: "mlp.gate", "mlp.experts" */
-    const char *gate, *up, *down; /* under experts.E, unless they are stacked */
+    const char *gate, *up, *down; /* under experts.E */
     const char *count_key, *count_alias;
     int32_t renormalize;          /* LLMI_NORM_... */
-    const char *stack;            /* one tensor of all experts that holds gate and up, beside one for `down`; NULL: none */
-    int32_t halves;               /* there gate and up are two halves instead of rows in turn */
+    int32_t stacked;              /* one tensor of all experts; `up` holds gate and up rows in turn */
     moq_score score;              /* where scoring_func is silent */
     const char *bias;             /* a tensor added to the scores while choosing, where it is there; NULL: none */
     const char *shared, *shared_key; /* a dense MLP beside the experts and the key of its width; NULL: none */
     int32_t shared_each;          /* that key counts once for each of n_shared_experts */
-    const char *dense_key;        /* width of the layers without experts; NULL: intermediate_size */
-    int32_t on_input;             /* see moq_routing */
 } llmi_moe_names;
 
 /* A number that config.json may leave out. */
@@ -3857,34 +4568,28 @@ static const llmi_names llmi_names_plain = {
 static const llmi_names llmi_names_gemma = {
     "embed_tokens", NULL, "norm", "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm",
     "self_attn", "mlp"};
-static const llmi_names llmi_names_llama4 = {
-    "embed_tokens", NULL, "norm", "input_layernorm", "post_attention_layernorm", NULL, NULL, "self_attn", "feed_forward"};
 static const llmi_names llmi_names_nemotron = {
     "embeddings", "embedding", "norm_f", "norm", "norm", NULL, NULL, "mixer", "mixer"};
 
 static const llmi_moe_names llmi_moe_mixtral = {
-    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, NULL, 0,
-    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
+    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
 static const llmi_moe_names llmi_moe_qwen3 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", LLMI_NORM_IF, NULL, 0,
-    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", LLMI_NORM_IF, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
 /* softmax over the chosen logits is softmax over all of them, divided by the sum of the chosen */
 static const llmi_moe_names llmi_moe_gpt_oss = {
-    "mlp.router", "mlp.experts", NULL, NULL, "down_proj", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, "gate_up_proj", 0,
-    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
+    "mlp.router", "mlp.experts", NULL, "gate_up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, 1,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
 static const llmi_moe_names llmi_moe_deepseek2 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_IF, NULL, 0,
-    MOQ_SCORE_SOFTMAX, NULL, "mlp.shared_experts", "moe_intermediate_size", 1, NULL, 0};
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_IF, 0,
+    MOQ_SCORE_SOFTMAX, NULL, "mlp.shared_experts", "moe_intermediate_size", 1};
 static const llmi_moe_names llmi_moe_deepseek3 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, NULL, 0,
-    MOQ_SCORE_SIGMOID, "mlp.gate.e_score_correction_bias", "mlp.shared_experts", "moe_intermediate_size", 1, NULL, 0};
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, 0,
+    MOQ_SCORE_SIGMOID, "mlp.gate.e_score_correction_bias", "mlp.shared_experts", "moe_intermediate_size", 1};
 static const llmi_moe_names llmi_moe_nemotron = {
-    "mixer.gate", "mixer.experts", NULL, "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, NULL, 0,
-    MOQ_SCORE_SIGMOID, "mixer.gate.e_score_correction_bias", "mixer.shared_experts", "moe_shared_expert_intermediate_size", 0, NULL, 0};
-/* stacked as published, one by one as llm-compressor writes them */
-static const llmi_moe_names llmi_moe_llama4 = {
-    "feed_forward.router", "feed_forward.experts", "gate_proj", "up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_IF,
-    "gate_up_proj", 1, MOQ_SCORE_SIGMOID, NULL, "feed_forward.shared_expert", "intermediate_size", 0, "intermediate_size_mlp", 1};
+    "mixer.gate", "mixer.experts", NULL, "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, 0,
+    MOQ_SCORE_SIGMOID, "mixer.gate.e_score_correction_bias", "mixer.shared_experts", "moe_shared_expert_intermediate_size", 0};
 
 /* Published Gemma 3 folders that also see leave out what equals the reference implementation's defaults. */
 static const llmi_default llmi_defaults_gemma3[] = {
@@ -3899,9 +4604,7 @@ static const llmi_default llmi_defaults_gemma2[] = {
 static const llmi_family llmi_families[] = {
     /* model_type    window         pattern  flags                  theta      eps   eps_key         names              moe  defaults */
     {"llama",        LLMI_WINDOW_NONE,   0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
-    {"llama4_text",  LLMI_WINDOW_CHUNKS, 0, LLMI_SOME_ROPE | LLMI_LLAMA4, 500000.0,  1e-5, "rms_norm_eps", &llmi_names_llama4, &llmi_moe_llama4, NULL},
     {"mistral",      LLMI_WINDOW_ALL,    0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
-    {"smollm3",      LLMI_WINDOW_LAYERS, 0, LLMI_SOME_ROPE,          2000000.0, 1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
     {"qwen2",        LLMI_WINDOW_LAYERS, 0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
     {"qwen3",        LLMI_WINDOW_LAYERS, 0, LLMI_QK_NORM,            10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
     {"phi3",         LLMI_WINDOW_ALL,    0, 0,                       10000.0,   1e-5, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
@@ -3990,13 +4693,6 @@ typedef struct llmi_config {
     /* window 0: none; else of layers from window_from on, of all but every pattern-th, or of those that layer_types (not NULL) names */
     int32_t window, window_from, pattern;
     const moq_json *layer_types;
-    /* turned: no_rope_layers, 1 for a layer with rope (sic), or NULL: all but every turned_step-th.
-       Llama 4: chunk 0: none; q of a layer without rope counts 1 + temper * ln(1 + floor((pos + 1) / temper_floor)), temper 0: 1 */
-    int32_t chunk, turned_step, unit_heads;
-    double temper, temper_floor;
-    const moq_json *turned;
-    /* experts_said: moe_layers, or NULL */
-    const moq_json *experts_said;
     /* latent attention: widths of the middles (q_rank 0: none) and of the parts of a head without and with rope */
     int32_t q_rank, kv_rank, nope_dim, rope_dim;
     int interleaved;
@@ -4151,7 +4847,8 @@ static void llmi_rope_llama3(const llmi_rope *r, double *inv, double *scale)
     for (int32_t i = 0; i < r->dims / 2; i++) {
         /* how often pair i goes round within the original context */
         double turns = r->original * inv[i] / 6.283185307179586, keep;
-        keep = turns < r->low ? 0 : turns >= r->high ? 1 : (turns - r->low) / (r->high - r->low);
+        keep = (turns - r->low) / (r->high - r->low);
+        keep = turns < r->low ? 0 : turns > r->high ? 1 : keep;
         inv[i] = inv[i] * keep + inv[i] / r->factor * (1 - keep);
     }
 }
@@ -4279,8 +4976,8 @@ static moq_result llmi_check_rope(const llmi_keys *k, const llmi_config *c, llmi
     moq_result code = llmi_positive(k, "original_max_position_embeddings", llmi_key(k, "original_max_position_embeddings"), 0, &own);
     if (code < 0) return code;
     if (r->original <= 0) r->original = own > 0 ? own : (double)c->max_positions;
-    if (r->adjust == llmi_rope_llama3 && r->high < r->low)
-        return llmi_bad_key(k, MOQ_E_CONFIG, "high_freq_factor", moq_json_find(r->spec, "high_freq_factor"), "low_freq_factor or more");
+    if (r->adjust == llmi_rope_llama3 && r->high <= r->low)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "high_freq_factor", moq_json_find(r->spec, "high_freq_factor"), "more than low_freq_factor");
     if (r->adjust == llmi_rope_longrope && own > 0) r->factor = 0; /* Phi-3 says it by two lengths, which win over a factor */
     if (r->factor <= 0 && (r->adjust == llmi_rope_longrope || r->adjust == llmi_rope_yarn)) r->factor = (double)c->max_positions / r->original;
     if (r->factor <= 0 && r->adjust) return llmi_bad_key(k, MOQ_E_CONFIG, "factor", NULL, "a finite number above 0");
@@ -4458,10 +5155,8 @@ static moq_result llmi_check_blocks(const llmi_keys *k, const llmi_config *c, in
 /* Layers are limited first of all: a thousand million of them must fail before anything is allocated. */
 static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
 {
-    const char *inter = c->family->moe && c->family->moe->dense_key ? c->family->moe->dense_key : "intermediate_size";
     int64_t layers, listed;
     moq_result code;
-    if (!llmi_key(k, inter)) inter = "intermediate_size";
     if ((code = llmi_read_blocks(k, c, &listed)) < 0) return code;
     if ((code = llmi_key_int(k, "num_hidden_layers", 1, INT32_MAX, listed, &layers)) < 0) return code;
     if (layers > LLM_MAX_LAYERS)
@@ -4470,7 +5165,7 @@ static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
     c->layers = (int32_t)layers;
     if ((code = llmi_check_blocks(k, c, listed)) < 0) return code;
     if ((code = llmi_key_size(k, "hidden_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->hidden)) < 0) return code;
-    if ((code = llmi_key_size(k, inter, LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->inter)) < 0) return code;
+    if ((code = llmi_key_size(k, "intermediate_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->inter)) < 0) return code;
     if ((code = llmi_key_size(k, "vocab_size", LLMI_MAX_WIDTH, LLMI_REQUIRED, &c->vocab)) < 0) return code;
     return llmi_read_heads(k, c);
 }
@@ -4502,70 +5197,6 @@ static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
     return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented; known: silu, gelu, gelu_pytorch_tanh, relu2", text);
 }
 
-/* true, false, or the numbers 1 and 0 that some files write instead. */
-static moq_result llmi_key_switch(const llmi_keys *k, const char *key, int fallback, int *out)
-{
-    int64_t v;
-    if (!moq_json_int(llmi_key(k, key), &v)) return llmi_key_bool(k, key, fallback, out);
-    *out = v != 0;
-    return MOQ_OK;
-}
-
-/* A list with an entry for every layer, or absent. */
-static moq_result llmi_key_list(const llmi_keys *k, const char *key, int32_t layers, const moq_json **out)
-{
-    const moq_json *v = *out = llmi_key(k, key);
-    if (!v || (v->type == MOQ_JSON_ARRAY && (int64_t)v->count >= layers)) return MOQ_OK;
-    return llmi_bad_key(k, MOQ_E_CONFIG, key, v, "a list with one entry for every layer");
-}
-
-/* Layers without rope. no_rope_layers says 1 for a layer that has it; an empty list means that it is not said. */
-static moq_result llmi_read_turns(const llmi_keys *k, llmi_config *c)
-{
-    const moq_json *list = llmi_key(k, "no_rope_layers");
-    if (!(c->family->flags & LLMI_SOME_ROPE)) return MOQ_OK;
-    if (list && list->count) return llmi_key_list(k, "no_rope_layers", c->layers, &c->turned);
-    return llmi_key_size(k, "no_rope_layer_interval", INT32_MAX, 4, &c->turned_step);
-}
-
-/* Llama 4: chunks, norms of heads, how layers without rope scale q. */
-static moq_result llmi_read_chunks(const llmi_keys *k, llmi_config *c)
-{
-    int64_t chunk;
-    int on;
-    moq_result code;
-    if ((code = llmi_key_int(k, "attention_chunk_size", 1, INT64_MAX, 8192, &chunk)) < 0) return code;
-    /* the whole context in one chunk: nothing to cut */
-    c->chunk = chunk < c->context ? (int32_t)chunk : 0;
-    if ((code = llmi_key_list(k, "layer_types", c->layers, &c->layer_types)) < 0) return code;
-    for (const moq_json *e = moq_json_first(c->layer_types); e; e = moq_json_next(c->layer_types, e))
-        if (!moq_json_is(e, "full_attention") && !moq_json_is(e, "chunked_attention"))
-            return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "layer_types", e, "full_attention or chunked_attention");
-    if ((code = llmi_key_switch(k, "use_qk_norm", 1, &on)) < 0) return code;
-    c->unit_heads = on;
-    if ((code = llmi_key_switch(k, "attn_temperature_tuning", 1, &on)) < 0) return code;
-    if ((code = llmi_positive(k, "attn_scale", llmi_key(k, "attn_scale"), 0.1, &c->temper)) < 0) return code;
-    if (!on) c->temper = 0;
-    return llmi_positive(k, "floor_scale", llmi_key(k, "floor_scale"), 8192, &c->temper_floor);
-}
-
-/* Does this layer turn q and k? */
-static int llmi_layer_turns(const llmi_config *c, int32_t layer)
-{
-    int64_t v = 1;
-    if (c->family->flags & LLMI_NO_ROPE) return 0;
-    if (c->turned) return moq_json_int(moq_json_at(c->turned, (size_t)layer), &v) && v != 0;
-    return c->turned_step == 0 || (layer + 1) % c->turned_step != 0;
-}
-
-/* Chunks of a layer, 0: it sees everything. */
-static int32_t llmi_layer_chunk(const llmi_config *c, int32_t layer)
-{
-    if (c->family->window != LLMI_WINDOW_CHUNKS) return 0;
-    if (c->layer_types) return moq_json_is(moq_json_at(c->layer_types, (size_t)layer), "chunked_attention") ? c->chunk : 0;
-    return llmi_layer_turns(c, layer) ? c->chunk : 0;
-}
-
 /* See >>llm-families for what the keys mean in which family. */
 static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
 {
@@ -4574,14 +5205,13 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
     int64_t window = 0, from = 0;
     moq_result code = MOQ_OK;
     if (f->window == LLMI_WINDOW_NONE) return MOQ_OK;
-    if (f->window == LLMI_WINDOW_CHUNKS) return llmi_read_chunks(k, c);
     if ((f->window == LLMI_WINDOW_FLAG || f->window == LLMI_WINDOW_LAYERS) && (code = llmi_key_bool(k, "use_sliding_window", 0, &on)) < 0) return code;
     if (!on) return MOQ_OK;
     if ((code = llmi_key_int(k, "sliding_window", 0, INT64_MAX, 0, &window)) < 0) return code;
     /* a window wider than any position is none */
     c->window = window > INT32_MAX ? 0 : (int32_t)window;
     if (f->window != LLMI_WINDOW_LAYERS && f->window != LLMI_WINDOW_TYPES) return MOQ_OK;
-    if ((code = llmi_key_list(k, "layer_types", c->layers, &c->layer_types)) < 0) return code;
+    c->layer_types = llmi_key(k, "layer_types");
     if (!c->layer_types && f->window == LLMI_WINDOW_TYPES) {
         const char *key = llmi_key(k, "sliding_window_pattern") ? "sliding_window_pattern" : "_sliding_window_pattern";
         return llmi_key_size(k, key, INT32_MAX, f->pattern, &c->pattern);
@@ -4591,6 +5221,8 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
         c->window_from = (int32_t)from;
         return code;
     }
+    if (c->layer_types->type != MOQ_JSON_ARRAY || (int64_t)c->layer_types->count < c->layers)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "layer_types", c->layer_types, "a list with one name for every layer");
     for (const moq_json *e = moq_json_first(c->layer_types); e; e = moq_json_next(c->layer_types, e))
         if (!moq_json_is(e, "full_attention") && !moq_json_is(e, "sliding_attention"))
             return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "layer_types", e, "full_attention or sliding_attention");
@@ -4647,15 +5279,13 @@ static moq_result llmi_read_shared(const llmi_keys *k, llmi_config *c)
     return MOQ_OK;
 }
 
-/* Every layer holds experts unless decoder_sparse_step (Llama 4: interleave_moe_layer_step), mlp_only_layers or first_k_dense_replace
-   say otherwise, or moe_layers lists them. The count has two
+/* Every layer holds experts unless decoder_sparse_step, mlp_only_layers or first_k_dense_replace say otherwise. The count has two
    spellings, which transformers 5 exchanged; norm_topk_prob divides the chosen weights by their sum, as Mixtral always does. */
 static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
 {
     const llmi_moe_names *n = c->family->moe;
-    const char *key, *step = llmi_key(k, "interleave_moe_layer_step") ? "interleave_moe_layer_step" : "decoder_sparse_step";
+    const char *key;
     int64_t experts, dense;
-    int32_t width = c->inter;
     int renormalize;
     moq_result code;
     if (!n) return MOQ_OK;
@@ -4666,36 +5296,28 @@ static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
     if ((code = llmi_key_size(k, "num_experts_per_tok", 65536, LLMI_REQUIRED, &c->top_k)) < 0) return code;
     if (c->top_k > c->experts)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "num_experts_per_tok", "%d is more than %s %d; one of the two is wrong", c->top_k, key, c->experts);
-    if (n->dense_key && (code = llmi_key_size(k, "intermediate_size", LLMI_MAX_WIDTH / 4, width, &width)) < 0) return code;
-    if ((code = llmi_key_size(k, "moe_intermediate_size", LLMI_MAX_WIDTH / 4, width, &c->moe_inter)) < 0) return code;
+    if ((code = llmi_key_size(k, "moe_intermediate_size", LLMI_MAX_WIDTH / 4, c->inter, &c->moe_inter)) < 0) return code;
     if ((code = llmi_key_size(k, "moe_latent_size", LLMI_MAX_WIDTH / 4, c->hidden, &c->moe_hidden)) < 0) return code;
     c->moe_narrow = llmi_key(k, "moe_latent_size") != NULL;
-    if ((code = llmi_key_size(k, step, INT32_MAX, 1, &c->sparse_step)) < 0) return code;
+    if ((code = llmi_key_size(k, "decoder_sparse_step", INT32_MAX, 1, &c->sparse_step)) < 0) return code;
     if ((code = llmi_key_int(k, "first_k_dense_replace", 0, INT32_MAX, 0, &dense)) < 0) return code;
     if ((code = llmi_key_bool(k, "norm_topk_prob", n->renormalize == LLMI_NORM_UNLESS, &renormalize)) < 0) return code;
     c->renormalize = n->renormalize == LLMI_NORM_ALWAYS || renormalize;
     c->dense_layers = llmi_key(k, "mlp_only_layers");
-    c->experts_said = llmi_key(k, "moe_layers");
     c->dense_first = (int32_t)dense;
     if ((code = llmi_read_routing(k, c)) < 0) return code;
     return llmi_read_shared(k, c);
 }
 
-/* Does a list of layers name this one? */
-static int llmi_names_layer(const moq_json *list, int32_t layer)
-{
-    int64_t v;
-    for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e))
-        if (moq_json_int(e, &v) && v == layer) return 1;
-    return 0;
-}
-
 /* Does this layer hold experts? */
 static int llmi_layer_is_moe(const llmi_config *c, int32_t layer)
 {
-    if (!c->experts || layer < c->dense_first) return 0;
-    if (c->experts_said) return llmi_names_layer(c->experts_said, layer);
-    return (layer + 1) % c->sparse_step == 0 && !llmi_names_layer(c->dense_layers, layer);
+    if (!c->experts || layer < c->dense_first || (layer + 1) % c->sparse_step) return 0;
+    for (const moq_json *e = moq_json_first(c->dense_layers); e; e = moq_json_next(c->dense_layers, e)) {
+        int64_t v;
+        if (moq_json_int(e, &v) && v == layer) return 0;
+    }
+    return 1;
 }
 
 /* The two blocks of a layer. */
@@ -4824,11 +5446,8 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     if ((code = llmi_key_int(&k, "max_position_embeddings", 1, INT64_MAX, 4096, &c->max_positions)) < 0) return code;
     c->context = context > 0 ? context : c->max_positions < 4096 ? (int32_t)c->max_positions : 4096;
     if ((code = llmi_read_activation(&k, c)) < 0 || (code = llmi_read_window(&k, c)) < 0 || (code = llmi_read_moe(&k, c)) < 0) return code;
-    if ((code = llmi_read_turns(&k, c)) < 0) return code;
     if ((code = llmi_read_state(&k, c)) < 0) return code;
     if ((code = llmi_read_rope(&k, c)) < 0) return code;
-    /* Llama 4 is published as it was trained: pairs are neighbours */
-    if (c->family->flags & LLMI_LLAMA4) c->interleaved = 1;
     llmi_scale_latent(c);
     if ((code = llmi_read_rest(&k, c)) < 0) return code;
     return llmi_read_generation(ck, c, err);
@@ -4852,9 +5471,6 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
    Biases, scales, rotations and low-rank branches come with each moq_linear: this section never sees a scheme. Projections of
    one input are prepared as one weight, so that the input is rounded once and one launch does the work of three. */
 
-/* How a layer turns q and k: by config's rope, by its local rope, not at all. Tables of LLMI_TURN_NONE scale q instead. */
-enum { LLMI_TURN_ROPE = 0, LLMI_TURN_LOCAL, LLMI_TURN_NONE, LLMI_TURNS };
-
 /* One decoder layer, all in the backend's memory; what its blocks do not have is NULL. */
 typedef struct llmi_layer {
     int32_t mix, feed;                 /* LLMI_MIX_..., LLMI_FEED_... */
@@ -4871,8 +5487,7 @@ typedef struct llmi_layer {
     moq_experts *experts;
     moq_kv_cache *kv;
     moq_ssm *ssm;
-    int32_t window, chunk;             /* what attention sees, 0: everything */
-    int32_t turn;                      /* LLMI_TURN_... */
+    int32_t window, local;             /* local: rope is config's local */
 } llmi_layer;
 
 /* A block of backend memory, for closing. */
@@ -4954,10 +5569,8 @@ typedef struct llmi_model {
     void *expert_in, *expert_out;
     /* [chunk, experts], [head_rows, vocab] */
     void *route, *logits;
-    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin; of layers without: [chunk, head_dim / 2, 2] factor, 0, or NULL */
-    float *table[LLMI_TURNS];
-    /* [chunk, head_dim] the last of them before it is uploaded */
-    float *temper;
+    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin */
+    float *table[2];
     /* [chunk] ids, positions and slots where the backend reads them */
     int32_t *ids, *pos, *slot;
     /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; passes like it so far; 1: not to be had */
@@ -5483,7 +6096,7 @@ static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e
     return MOQ_OK;
 }
 
-/* The same for all experts of two stacks: gate_up, whose rows are gate, up, gate, up and so on, or all gates and then all ups, and down. */
+/* The same for all experts of two stacks: gate_up, whose rows are gate, up, gate, up and so on, and down. */
 static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linear *list, moq_error *err)
 {
     const llmi_config *c = &m->c;
@@ -5491,9 +6104,8 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
     llmi_shape up = llmi_shape_of(2 * (int64_t)c->moe_inter, "twice the experts' intermediate size", c->moe_hidden, "the experts' hidden size");
     llmi_shape down = llmi_shape_of(c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
-    int64_t step = n->halves ? 1 : 2;
     moq_linear stack[2], w;
-    moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->stack)), up, &stack[0], err);
+    moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->up)), up, &stack[0], err);
     if (code >= 0) code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->down)), down, &stack[1], err);
     if (code < 0) return code;
     if (stack[0].experts != c->experts || stack[1].experts != c->experts)
@@ -5502,8 +6114,8 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     /* slices are views: nothing is copied, whatever the storage (BF16 [in, out], MXFP4 blocks, NVFP4 [in / 2, out]) */
     for (int32_t e = 0; e < c->experts; e++) {
         if ((code = moq_slice_expert(&stack[0], e, &w, err)) < 0) return code;
-        if ((code = moq_slice_rows(&w, 0, c->moe_inter, step, &list[e], err)) < 0) return code;
-        if ((code = moq_slice_rows(&w, n->halves ? c->moe_inter : 1, c->moe_inter, step, &list[c->experts + e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, 0, c->moe_inter, 2, &list[e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, 1, c->moe_inter, 2, &list[c->experts + e], err)) < 0) return code;
         if ((code = moq_slice_expert(&stack[1], e, &list[2 * (size_t)c->experts + (size_t)e], err)) < 0) return code;
     }
     return MOQ_OK;
@@ -5524,7 +6136,6 @@ static moq_result llmi_describe_routing(const llmi_model *m, int32_t layer, moq_
     r->groups = c->groups;
     r->top_groups = c->top_groups;
     r->scale = (float)c->route_scale;
-    r->on_input = n->on_input;
     if (!n->bias || !moq_find_tensor(m->ck, llmi_name(m, name, layer, n->bias))) return MOQ_OK;
     if ((code = llmi_find_values(m, layer, n->bias, (uint64_t)c->experts, &t, err)) < 0) return code;
     r->bias.data = t->data;
@@ -5548,14 +6159,6 @@ static moq_result llmi_prepare_mixture(llmi_model *m, const moq_moe *moe, int32_
     return code;
 }
 
-/* Are the experts of a layer stacked? Families that know both ways are asked for what is there. */
-static int llmi_is_stacked(const llmi_model *m, int32_t layer)
-{
-    const llmi_moe_names *n = m->c.family->moe;
-    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
-    return n->stack && (!n->gate || moq_has_linear(m->ck, llmi_name(m, name, layer, llmi_join(module, n->experts, n->stack))));
-}
-
 /* Router and experts. The lists live only during prepare_moe: the backend keeps what it needs. */
 static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
@@ -5564,7 +6167,6 @@ static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer 
     char name[LLMI_NAME_BYTES];
     size_t bytes = (size_t)c->experts * 3 * sizeof(moq_linear);
     llmi_shape s = llmi_shape_of(c->experts, n->count_key, c->hidden, "hidden_size");
-    int stacked = llmi_is_stacked(m, layer);
     moq_moe moe;
     moq_result code = llmi_prepare(m, layer, NULL, n->router, s, &l->router, err);
     moq_linear *list;
@@ -5573,13 +6175,13 @@ static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer 
     if ((code = llmi_describe_routing(m, layer, &moe.routing, err)) < 0) return code;
     list = (moq_linear *)moq_allocate(&m->arena.a, bytes);
     if (!list) return llmi_nomem(err, "experts");
-    if (stacked) code = llmi_find_stacks(m, layer, list, err);
-    for (int32_t e = 0; e < c->experts && code >= 0 && !stacked; e++) code = llmi_find_expert(m, layer, e, list, err);
+    if (n->stacked) code = llmi_find_stacks(m, layer, list, err);
+    for (int32_t e = 0; e < c->experts && code >= 0 && !n->stacked; e++) code = llmi_find_expert(m, layer, e, list, err);
     if (code >= 0) {
         llmi_name(m, name, layer, n->experts);
         moe.name = llmi_take_text(&m->arena, name, strlen(name));
         moe.activation = c->activation;
-        moe.gate = n->gate || stacked ? list : NULL;
+        moe.gate = n->gate || n->stacked ? list : NULL;
         moe.up = list + c->experts;
         moe.down = list + 2 * (size_t)c->experts;
         code = moe.name ? llmi_prepare_mixture(m, &moe, (int32_t)(bytes / sizeof *list), list, l, err) : llmi_nomem(err, name);
@@ -5656,9 +6258,8 @@ static moq_result llmi_prepare_layer(llmi_model *m, int32_t layer, llmi_layer *l
     llmi_layer_blocks(c, layer, &l->mix, &l->feed);
     if ((code = llmi_check_layer(m, layer, l, err)) < 0) return code;
     l->window = llmi_layer_window(c, layer);
-    l->chunk = llmi_layer_chunk(c, layer);
     /* layers with a window may turn by another rope than those that see everything */
-    l->turn = !llmi_layer_turns(c, layer) ? LLMI_TURN_NONE : c->local.dims > 0 && llmi_layer_slides(c, layer) ? LLMI_TURN_LOCAL : LLMI_TURN_ROPE;
+    l->local = c->local.dims > 0 && llmi_layer_slides(c, layer);
     if (l->mix) {
         if ((code = llmi_prepare_norms(m, layer, names->mix_norm, names->mix_post, &l->mix_norm, &l->mix_post, err)) < 0) return code;
         if ((code = mixes[l->mix](m, layer, l, err)) < 0) return code;
@@ -5757,17 +6358,6 @@ static moq_result llmi_make_rope(llmi_model *m, const llmi_rope *r, int which, m
     return MOQ_OK;
 }
 
-/* The factors of q in layers without rope: they are turned by no angle and scaled, so that a backend needs nothing new. */
-static moq_result llmi_make_temper(llmi_model *m, moq_error *err)
-{
-    uint64_t values = (uint64_t)m->chunk * (uint64_t)m->c.head_dim;
-    if (m->c.temper <= 0) return MOQ_OK;
-    m->temper = (float *)llmi_take(&m->arena, (size_t)values, sizeof *m->temper);
-    if (!m->temper) return llmi_nomem(err, "rope");
-    m->table[LLMI_TURN_NONE] = (float *)llmi_alloc(m, values, sizeof(float), err);
-    return m->table[LLMI_TURN_NONE] ? MOQ_OK : llmi_code(err, MOQ_E_NOMEM);
-}
-
 typedef struct llmi_want { void **out; uint64_t width; size_t size; } llmi_want; /* rows of chunk; width 0: not needed */
 
 static uint64_t llmi_larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
@@ -5856,8 +6446,7 @@ static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
         if ((code = llmi_open_layer(m, i, err)) < 0) return code;
     }
     if (!m->one_by_one) llmi_tell_unused(m);
-    if ((code = llmi_make_rope(m, &m->c.rope, LLMI_TURN_ROPE, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, LLMI_TURN_LOCAL, err)) < 0) return code;
-    if ((code = llmi_make_temper(m, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
+    if ((code = llmi_make_rope(m, &m->c.rope, 0, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, 1, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
     /* a backend that is the caller's keeps the scratch that it has while one plans */
     if ((!m->dry || !m->desc->backend) && (code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
     return llmi_progress(m, MOQ_STAGE_PREPARE, m->c.layers, m->c.layers, err);
@@ -5954,10 +6543,9 @@ static void llmi_part_norm(const llmi_model *m, void *x, int64_t x_stride, void 
 /* Rotary embedding of heads of dim values at x [rows, stride], in place, from value `first` of each on; the table belongs to the chunk. */
 static void llmi_rotate(const llmi_model *m, const llmi_layer *l, void *x, int32_t heads, int32_t dim, int32_t first, int64_t stride, int32_t rows)
 {
-    const llmi_config *c = &m->c;
-    int32_t dims = l->turn == LLMI_TURN_NONE ? dim : l->turn == LLMI_TURN_LOCAL ? c->local.dims : c->rope.dims;
+    const llmi_rope *rope = l->local ? &m->c.local : &m->c.rope;
     moq_rope_desc r;
-    if (dims == 0 || !m->table[l->turn]) return;
+    if (rope->dims == 0) return;
     memset(&r, 0, sizeof r);
     r.x = x;
     r.stride = stride;
@@ -5965,9 +6553,9 @@ static void llmi_rotate(const llmi_model *m, const llmi_layer *l, void *x, int32
     r.heads = heads;
     r.head_dim = dim;
     r.first = first;
-    r.dims = dims;
-    r.interleaved = c->interleaved;
-    r.table = m->table[l->turn];
+    r.dims = rope->dims;
+    r.interleaved = m->c.interleaved;
+    r.table = m->table[l->local];
     m->be->rope(m->be, &r);
 }
 
@@ -5986,7 +6574,6 @@ static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batc
     a.y_stride = (int64_t)c->heads * c->value_dim;
     a.heads = c->heads;
     a.window = l->window;
-    a.chunk = l->chunk;
     a.scale = (float)c->attn_scale;
     a.softcap = (float)c->attn_cap;
     a.sinks = l->sinks;
@@ -6003,12 +6590,7 @@ static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_b
     if (l->q_norm) llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, l->q_norm, b->rows);
     if (l->k_norm) llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, l->k_norm, b->rows);
     llmi_rotate(m, l, q, c->heads, c->head_dim, 0, stride, b->rows);
-    if (l->turn != LLMI_TURN_NONE) llmi_rotate(m, l, k, c->kv_heads, c->head_dim, 0, stride, b->rows);
-    /* Llama 4 norms the heads that it has turned, without weights */
-    if (c->unit_heads && l->turn != LLMI_TURN_NONE) {
-        llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, NULL, b->rows);
-        llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, NULL, b->rows);
-    }
+    llmi_rotate(m, l, k, c->kv_heads, c->head_dim, 0, stride, b->rows);
     llmi_attend(m, l, b, q, stride, k, stride, v, stride);
 }
 
@@ -6125,17 +6707,11 @@ static void llmi_pass_add(llmi_model *m, int32_t slot, int32_t token, int32_t po
     else if (pos < m->length[slot]) m->length[slot] = pos;
 }
 
-/* Token ids, positions and slots to the backend, and what depends on positions alone. */
+/* Token ids, positions and slots to the backend. */
 static void llmi_pass_upload(llmi_model *m)
 {
     moq_backend *be = m->be;
-    const llmi_config *c = &m->c;
     size_t bytes = (size_t)m->pass.rows * sizeof(int32_t);
-    for (int32_t i = 0; m->temper && i < m->pass.rows; i++) {
-        double factor = 1 + c->temper * log1p(floor((m->host[m->chunk + i] + 1) / c->temper_floor));
-        for (int32_t d = 0; d < c->head_dim; d++) m->temper[(size_t)i * (size_t)c->head_dim + (size_t)d] = d % 2 ? 0 : (float)factor;
-    }
-    if (m->temper) be->upload(be, m->table[LLMI_TURN_NONE], m->temper, (size_t)m->pass.rows * (size_t)c->head_dim * sizeof *m->temper);
     be->upload(be, m->ids, m->host, bytes);
     be->upload(be, m->pos, m->host + m->chunk, bytes);
     be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
@@ -8940,22 +9516,6 @@ static int llmi_lex_before(const llm_tokenizer *t, int32_t a, int32_t b)
     return c ? c < 0 : x->shown_bytes != y->shown_bytes ? x->shown_bytes < y->shown_bytes : a < b;
 }
 
-/* Merge sort from the bottom up; returns where the result is. */
-static int32_t *llmi_lex_sort(const llm_tokenizer *t, int32_t *list, int32_t *spare, size_t n)
-{
-    for (size_t width = 1; width < n; width *= 2) {
-        for (size_t from = 0; from < n; from += 2 * width) {
-            size_t mid = from + width < n ? from + width : n, end = mid + width < n ? mid + width : n;
-            for (size_t i = from, j = mid, k = from; k < end; k++)
-                spare[k] = j >= end || (i < mid && !llmi_lex_before(t, list[j], list[i])) ? list[i++] : list[j++];
-        }
-        int32_t *other = list;
-        list = spare;
-        spare = other;
-    }
-    return list;
-}
-
 /* Bytes that a and b have in common at their beginning. */
 static uint32_t llmi_lex_common(const llmi_token *a, const llmi_token *b)
 {
@@ -9032,7 +9592,7 @@ static llmi_lexicon *llmi_lexicon_make(const llm_tokenizer *t, const moq_allocat
     int ok = list && x->same;
     for (int32_t i = 0; i < t->count && ok; i++)
         if (llmi_lex_usable(t, i)) list[n++] = i;
-    const int32_t *sorted = ok ? llmi_lex_sort(t, list, list + t->count, n) : NULL;
+    const int32_t *sorted = ok ? llmi_sort_ids(t, list, list + t->count, n, llmi_lex_before) : NULL;
     for (size_t i = 0; i < n && ok; i++) {
         const llmi_token *token = &t->tokens[sorted[i]];
         nodes += token->shown_bytes - (i ? llmi_lex_common(token, &t->tokens[sorted[i - 1]]) : 0);
@@ -10040,7 +10600,7 @@ static moq_result llmi_open_parts(llmi_house *h, const moq_checkpoint **ck, moq_
         moq_cpu_desc cpu;
         memset(&cpu, 0, sizeof cpu);
         cpu.threads = d->threads;
-        cpu.act = d->draft > 0 && d->act == MOQ_ACT_AUTO ? MOQ_ACT_WIDE : d->act; /* automatic rounding depends on the rows of a pass */
+        cpu.act = d->act;
         cpu.kernel = d->kernel;
         cpu.parallel = d->parallel;
         cpu.allocator = d->allocator;

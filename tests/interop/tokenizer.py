@@ -6,9 +6,10 @@
     python3 tests/interop/tokenizer.py tests/build/cc/test_tokenizer examples/demo-model/tokenizer.json [MORE.json ...] [--lines 10000] [--seed 1]
     python3 tests/interop/tokenizer.py --train DIR      writes small tokenizers of every supported kind to DIR
     python3 tests/interop/tokenizer.py --cases A.json   writes A.txt: lines, their ids and decoded texts, as tests/data/tokenizers has them
+    python3 tests/interop/tokenizer.py --hashes         what the normalizers make of all characters, as tests/test_tokenizer.c has it
 
 Ends with "N passed, N failed", a pass for each tokenizer and mode."""
-import argparse, random, struct, subprocess, sys
+import argparse, random, struct, subprocess, sys, unicodedata
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 WORDS = ("the quick brown fox jumps over lazy dogs don't we'll I'VE you're THEY'D it's 'tis o'clock naïve café Ångström straße ﬁne "
@@ -110,6 +111,81 @@ def pieces(form, size=1200):
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
     return t, trainers.BpeTrainer(vocab_size=size, show_progress=False, special_tokens=tokens, max_token_length=16, limit_alphabet=400)
 
+def charsmap(blocks=(range(0x80, 0x3400), range(0xf900, 0x10000), range(0x1d400, 0x1d800))):
+    """A map as SentencePiece compiles it (a Darts double array), with rules like those of nmt_nfkc and some odd ones."""
+    table, nfkc = {}, unicodedata.normalize
+    for c in [c for b in blocks for c in b]:
+        if nfkc("NFKC", chr(c)) != chr(c):
+            table[chr(c)] = nfkc("NFKC", chr(c))
+        parts = nfkc("NFD", chr(c))
+        if 1 < len(parts) < 4 and nfkc("NFC", parts) == chr(c):
+            table[parts] = chr(c)
+    table.update({chr(c): "" for c in [*range(1, 9), 0xb, *range(0xe, 0x20), 0x7f, 0x8f, 0x9f]})
+    table.update({chr(c): " " for c in [9, 10, 12, 13, 0x1680, *range(0x200b, 0x2010), 0x2028, 0x2029, 0xfeff]})
+    table.update({"z": "", "\u0600": "N", "\u00ad": "", "q\u0307": "Q", "\u1100": "g", "\u1161": "a", "\u11a8": "k", "\u0e01": "K", "\u102b": "aa"})
+    blob, where, trie = b"", {}, {}
+    for key, value in table.items():
+        if value not in where:
+            where[value] = len(blob)
+            blob += value.encode() + b"\0"
+        node = trie
+        for byte in key.encode():
+            node = node.setdefault(byte, {})
+        node[-1] = where[value]
+    units, used, bases, lowest = [0], {0}, set(), 1
+    todo = [(trie, 0)]
+    while todo:
+        node, at = todo.pop()
+        labels, base = [max(x, 0) for x in node], lowest
+        while base in bases or any(base ^ x in used for x in labels):
+            base += 1
+        if len(bases) % 64 == 0:
+            lowest = max(lowest, base - 512)
+        bases.add(base)
+        used.update(base ^ x for x in labels)
+        units += [0] * (max(base ^ x for x in labels) + 1 - len(units))
+        units[at] |= (base ^ at) << 10 | (-1 in node) << 8
+        for x, below in node.items():
+            if x < 0:
+                units[base] = 1 << 31 | below
+            else:
+                units[base ^ x] |= x
+                todo.append((below, base ^ x))
+    units += [0] * (-len(units) % 256)
+    return struct.pack(f"<{len(units) + 1}I", 4 * len(units), *units) + blob
+
+def unigram(form, size=2500):
+    """The trainer wants a vocabulary with every character, so the pieces are drawn here; scores repeat, so that ties are decided, too."""
+    r = random.Random(form)
+    pieces, spaced = {}, ["▁" + (w.lower() if form == "lower" else w) for w in WORDS if w and w[0] != "<"]
+    for _ in range(size):
+        w = r.choice(spaced)
+        at = r.randrange(len(w))
+        pieces[w[at:at + r.choice([1, 1, 1, 2, 2, 3, 4, 6, 9])]] = -r.choice([2.5, 3, 3.75, 5, 7.125, r.uniform(2, 14), r.uniform(2, 14)])
+    pieces["▁"] = -3.0
+    bytes_ = {f"<0x{b:02X}>": 0.0 for b in range(256)} if form == "bytes" else {}
+    vocab = [(x, 0.0) for x in ("<unk>", "<s>", "</s>")] + list(bytes_.items()) + list(pieces.items())
+    t = Tokenizer(models.Unigram(vocab, 0, form == "bytes"))
+    n, p = normalizers, pre_tokenizers
+    spaces = n.Replace(Regex(r" {2,}"), " ")
+    if form == "t5":
+        t.normalizer, t.pre_tokenizer = n.Sequence([n.Precompiled(charsmap()), spaces]), p.Sequence([p.WhitespaceSplit(), p.Metaspace(prepend_scheme="always")])
+    elif form == "map":
+        t.normalizer, t.pre_tokenizer = n.Precompiled(charsmap()), p.Metaspace(prepend_scheme="first")
+    elif form == "strip":
+        t.normalizer, t.pre_tokenizer = n.Sequence([n.Nmt(), n.NFKC(), n.Strip(left=False, right=True), spaces]), p.Metaspace(prepend_scheme="always")
+    elif form == "lower":
+        t.normalizer = n.Sequence([n.Replace("``", '"'), n.Replace("''", '"'), n.NFKD(), n.StripAccents(), n.Lowercase(), n.Precompiled(charsmap())])
+        t.pre_tokenizer = p.Metaspace(prepend_scheme="always")
+    elif form == "small":
+        t.normalizer = n.Sequence([n.Precompiled(charsmap([range(0xc0, 0x120)])), n.NFKD(), n.StripAccents(), n.Lowercase(), n.Nmt(), spaces])
+        t.pre_tokenizer = p.Sequence([p.WhitespaceSplit(), p.Metaspace(prepend_scheme="always")])
+    else:
+        t.normalizer, t.pre_tokenizer = n.Sequence([n.NFC(), n.Prepend("▁"), n.Replace(" ", "▁")]), None
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]) if form == "bytes" else \
+        decoders.Metaspace(prepend_scheme="first" if form == "map" else "always")
+    return t, None
+
 def cases(path, count):
     """One case a line: special or not, text, ids, decoded text; texts in hexadecimal, "-" for a decoded text that is not UTF-8."""
     r = random.Random(11)
@@ -125,7 +201,17 @@ def cases(path, count):
             shown = "-" if "\ufffd" in back else back.encode().hex()
             out.write(f"{special} {text.hex() or '.'} {','.join(map(str, ids)) or '.'} {shown or '.'}\n")
 
-def train(folder):
+def hashes():
+    """FNV-1a of every character after a normalizer, each followed by a line end; tests/test_tokenizer.c has them."""
+    for name in ("NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Lowercase", "Nmt"):
+        form, h = getattr(normalizers, name)(), 0xcbf29ce484222325
+        for c in range(1, 0x110000):
+            if not 0xd800 <= c <= 0xdfff:
+                for b in (form.normalize_str("a" + chr(c)) + "\n").encode():
+                    h = (h ^ b) * 0x100000001b3 & 0xffffffffffffffff
+        print(f"{name} 0x{h:016x}")
+
+def train(folder, only):
     r = random.Random(7)
     text = [line(r).decode("utf-8", errors="replace") for _ in range(3000)]
     kinds = {
@@ -141,16 +227,23 @@ def train(folder):
         "words": lambda: byte_level([pre_tokenizers.Punctuation()]),
         "literal": lambda: byte_level([pre_tokenizers.Split("e", "merged_with_next")], normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(r"\s{2,}"), "_")])),
         "prepend": lambda: pieces("prepend"), "metaspace": lambda: pieces("always"), "metaspace_first": lambda: pieces("first"), "metaspace_never": lambda: pieces("never"),
+        "nfkc": lambda: byte_level([split(QWEN2)], normalizers.NFKC()), "nfkd": lambda: byte_level([split(QWEN2)], normalizers.NFKD()),
+        "plain": lambda: byte_level([split(QWEN2)], normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])),
+        "compiled": lambda: byte_level([split(QWEN2)], normalizers.Sequence([normalizers.Precompiled(charsmap()), normalizers.Nmt()])),
+        "unigram_t5": lambda: unigram("t5"), "unigram_map": lambda: unigram("map"), "unigram_strip": lambda: unigram("strip"),
+        "unigram": lambda: unigram("small", 900), "unigram_lower": lambda: unigram("lower"), "unigram_bytes": lambda: unigram("bytes"),
     }
     for name, make in kinds.items():
+        if only and name not in only:
+            continue
         t, trainer = make()
-        t.train_from_iterator(text, trainer)
+        if trainer: t.train_from_iterator(text, trainer)
         t.add_special_tokens([AddedToken("<|im_start|>", special=True, normalized=False), AddedToken("<|im_end|>", special=True, normalized=False, rstrip=name == "gpt2"),
                               AddedToken("<|eot_id|>", special=True, normalized=False, lstrip=True)])
         t.add_tokens([AddedToken("<think>", normalized=False), AddedToken("fox", normalized=True, single_word=True), AddedToken("Å!", normalized=True),
                       AddedToken("</think>", normalized=False, rstrip=True, lstrip=True), AddedToken("int main", normalized=name != "prepend")])
         bos = "<s>" if t.token_to_id("<s>") is not None else "<|im_start|>"
-        t.post_processor = processors.TemplateProcessing(single=f"{bos} $A" + (" <|im_end|>" if name == "qwen2" else ""), pair=None,
+        t.post_processor = processors.TemplateProcessing(single=f"{bos} $A" + (" <|im_end|>" if name in ("qwen2", "unigram_t5") else ""), pair=None,
                                                          special_tokens=[(x, t.token_to_id(x)) for x in (bos, "<|im_end|>")])
         t.save(f"{folder}/{name}.json", pretty=False)
 
@@ -160,14 +253,18 @@ def main():
     p.add_argument("--lines", type=int, default=10000)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--train")
+    p.add_argument("--only", nargs="*", help="with --train: these kinds")
     p.add_argument("--cases", nargs="*")
+    p.add_argument("--hashes", action="store_true")
     a = p.parse_args()
     for path in a.cases or []:
-        cases(path, 140)
-    if a.cases:
+        cases(path, 60 if "unigram" in path else 140)
+    if a.hashes:
+        hashes()
+    if a.cases or a.hashes:
         return 0
     if a.train:
-        train(a.train)
+        train(a.train, a.only)
         return 0
     r = random.Random(a.seed)
     lines = [line(r) for _ in range(a.lines)]
