@@ -84,6 +84,7 @@
                         >>panels       weights turned once for many inputs
                         >>integers     integer codes times 8-bit inputs
                         >>matrix       AMX: tiles of BF16
+                        >>attend       attention, and what lies between two products
                         >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers and copies on the CPU
@@ -10043,18 +10044,21 @@ static const float moqi_e2m1_table[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -
 static void moqi_kv_unpack(const moqi_kernels *k, moq_kv_format format, float scale, const float *bias, const uint8_t *row, int64_t n, float *out)
 {
     int64_t block = format == MOQ_KV_MXFP4 ? 32 : 16;
+    float s[16];
     if (format == MOQ_KV_WIDE) { memcpy(out, row, (size_t)n * 4); return; }
     if (format == MOQ_KV_FP8 || format == MOQ_KV_FP8_AFFINE || format == MOQ_KV_INT8) {
         k->expand(format == MOQ_KV_INT8 ? MOQ_I8 : MOQ_F8_E4M3, row, n, out);
-        for (int64_t i = 0; i < n; i++) out[i] *= scale;
+        k->scale(out, n, 31, &scale, NULL);
         for (int64_t i = 0; format == MOQ_KV_FP8_AFFINE && bias && i < n; i++) out[i] += bias[i];
         return;
     }
     k->nibbles(row, n, moqi_e2m1_table, out);
-    for (int64_t b = 0; b * block < n; b++) {
-        uint8_t code = row[moqi_ceil_div(n, 2) + b];
-        float s = format == MOQ_KV_MXFP4 ? moq_e8m0_decode(code) : moq_e4m3_decode(code) * (scale / 6);
-        for (int64_t i = b * block; i < moqi_min(n, (b + 1) * block); i++) out[i] *= s;
+    for (int64_t first = 0; first < n; first += (int64_t)MOQI_COUNT(s) * block) {
+        int64_t end = moqi_min(n, first + (int64_t)MOQI_COUNT(s) * block);
+        const uint8_t *codes = row + moqi_ceil_div(n, 2) + first / block;
+        for (int64_t b = 0; b * block < end - first; b++)
+            s[b] = format == MOQ_KV_MXFP4 ? moq_e8m0_decode(codes[b]) : moq_e4m3_decode(codes[b]) * (scale / 6);
+        k->scale(out + first, end - first, block == 32 ? 5 : 4, s, NULL);
     }
 }
 
@@ -10077,13 +10081,6 @@ MOQ_API void moq_round_kv(moq_kv_format format, float scale, const float *bias, 
     }
 }
 
-/* ---- attention ----
-   For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
-   32 positions at a time and shared by up to 8 rows and 16 query heads; the softmax is a running one, so no buffer grows with the
-   length of the sequence:
-       m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v
-   and at the end y / l. A sink is a score without a value: it enters l only, which then begins at 1 with m = sink. */
-
 /* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. */
 typedef struct moqi_cache {
     moq_kv_desc desc;
@@ -10103,87 +10100,18 @@ static uint8_t *moqi_kv_row(const moqi_cache *c, int which, int64_t slot, int64_
     return c->data[which] + (size_t)((slot * c->desc.kv_heads + head) * c->desc.capacity + pos) * c->row_bytes[which];
 }
 
-enum { MOQI_ATTEND_ROWS = 8, MOQI_ATTEND_HEADS = 16, MOQI_ATTEND_KEYS = 32 };
-
-/* Floats of scratch that one call of moqi_attend needs: queries, a block of keys, a block of values. */
-static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim)
-{
-    return MOQI_ATTEND_ROWS * MOQI_ATTEND_HEADS * head_dim + MOQI_ATTEND_KEYS * (head_dim + value_dim);
-}
-
 /* Unpack positions [first, last] of one head as F32 rows of dim values. */
 static void moqi_kv_fetch(const moqi_kernels *k, const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t first, int64_t last, float *out)
 {
     int64_t dim = c->dim[which];
     const float *bias = c->bias[which] ? c->bias[which] + head * dim : NULL;
+    /* rows without block scales lie end to end: all of them are one row */
+    if (c->row_bytes[which] == moqi_kv_row_bytes(MOQ_KV_FP8, dim) && !bias) {
+        moqi_kv_unpack(k, c->format[which], c->scale[which][head], NULL, moqi_kv_row(c, which, slot, head, first), (last - first + 1) * dim, out);
+        return;
+    }
     for (int64_t pos = first; pos <= last; pos++)
         moqi_kv_unpack(k, c->format[which], c->scale[which][head], bias, moqi_kv_row(c, which, slot, head, pos), dim, out + (pos - first) * dim);
-}
-
-/* Running state of one query: exp(score - max) never overflows, and a later larger score rescales what was summed before. */
-typedef struct moqi_softmax { float max, sum; } moqi_softmax; /* of the scores seen so far: sum of exp(score - max) */
-
-/* One query over keys [from, to] of a block: the running softmax is rescaled when a larger score appears. y: [value_dim]. */
-static void moqi_attend_block(const moqi_kernels *k, const moq_attention_desc *a, const moqi_cache *c, const float *q, const float *keys,
-                              const float *values, int64_t from, int64_t to, moqi_softmax *state, float *y)
-{
-    float score[MOQI_ATTEND_KEYS], max = state->max;
-    for (int64_t j = from; j <= to; j++) {
-        score[j] = k->dot(q, keys + j * c->dim[0], c->dim[0]);
-        if (a->softcap > 0) score[j] = a->softcap * tanhf(score[j] / a->softcap);
-        if (score[j] > max) max = score[j];
-    }
-    if (max > state->max) {
-        float shrink = state->sum > 0 ? expf(state->max - max) : 0;
-        state->sum *= shrink;
-        for (int64_t i = 0; i < c->dim[1]; i++) y[i] *= shrink;
-        state->max = max;
-    }
-    for (int64_t j = from; j <= to; j++) {
-        float p = expf(score[j] - max);
-        state->sum += p;
-        k->axpy(p, values + j * c->dim[1], y, c->dim[1]);
-    }
-}
-
-/* Rows [row, row + rows) of a batch, all of one slot, for query heads [head, head + heads) that read one kv head. Blocks of keys begin at
-   multiples of their length, so a row's result does not depend on its neighbours. */
-static void moqi_attend(const moqi_kernels *k, const moq_batch *b, const moq_attention_desc *a, int64_t row, int64_t rows, int64_t head,
-                        int64_t heads, int64_t kv_head, float *scratch)
-{
-    const moqi_cache *c = (const moqi_cache *)(const void *)a->cache;
-    int64_t slot = b->slot[row], dim = c->dim[0], low = b->pos[row], high = 0;
-    float *q = scratch, *keys = q + rows * heads * dim, *values = keys + MOQI_ATTEND_KEYS * dim;
-    float scale = a->scale != 0 ? a->scale : 1 / sqrtf((float)dim);
-    float norm = c->format[0] == MOQ_KV_NVFP4_ROTATE ? scale / sqrtf((float)dim) : scale;
-    moqi_softmax state[MOQI_ATTEND_ROWS * MOQI_ATTEND_HEADS];
-    for (int64_t i = 0; i < rows * heads; i++) {
-        int64_t r = row + i / heads, h = head + i % heads;
-        const float *src = (const float *)a->q + r * a->q_stride + h * dim;
-        memcpy(q + i * dim, src, (size_t)dim * sizeof *q);
-        if (c->format[0] == MOQ_KV_NVFP4_ROTATE) moqi_sylvester(q + i * dim, dim); /* (q H) . (k H) = n q . k */
-        for (int64_t d = 0; d < dim; d++) q[i * dim + d] *= norm;
-        memset((float *)a->y + r * a->y_stride + h * c->dim[1], 0, (size_t)c->dim[1] * sizeof(float));
-        state[i].max = a->sinks ? a->sinks[h] : -3e38f;
-        state[i].sum = a->sinks ? 1.0f : 0.0f;
-        low = moqi_min(low, a->window > 0 ? moqi_max(0, b->pos[r] - (int64_t)a->window + 1) : 0);
-        high = moqi_max(high, b->pos[r]);
-    }
-    for (int64_t first = low / MOQI_ATTEND_KEYS * MOQI_ATTEND_KEYS; first <= high; first += MOQI_ATTEND_KEYS) {
-        int64_t last = moqi_min(high, first + MOQI_ATTEND_KEYS - 1);
-        moqi_kv_fetch(k, c, 0, slot, kv_head, first, last, keys);
-        moqi_kv_fetch(k, c, 1, slot, kv_head, first, last, values);
-        for (int64_t i = 0; i < rows * heads; i++) {
-            int64_t r = row + i / heads, h = head + i % heads, pos = b->pos[r];
-            int64_t from = moqi_max(first, a->window > 0 ? pos - (int64_t)a->window + 1 : 0), to = moqi_min(last, pos);
-            float *y = (float *)a->y + r * a->y_stride + h * c->dim[1];
-            if (from <= to) moqi_attend_block(k, a, c, q + i * dim, keys, values, from - first, to - first, &state[i], y);
-        }
-    }
-    for (int64_t i = 0; i < rows * heads; i++) {
-        float *y = (float *)a->y + (row + i / heads) * a->y_stride + (head + i % heads) * c->dim[1];
-        for (int64_t d = 0; d < c->dim[1]; d++) y[d] /= state[i].sum;
-    }
 }
 
 /* ---- routing ----
@@ -10275,13 +10203,6 @@ static void moqi_activate_row(const moq_activation_desc *a, const float *x, int6
 {
     int64_t up = a->kind == MOQ_RELU2 ? 0 : n;
     for (int64_t i = 0; i < n; i++) y[i] = moqi_activate(a, x[i], x[up + i]);
-}
-
-/* y = x / sqrt(mean(x^2) + eps) * weight */
-static void moqi_norm_row(const moqi_kernels *k, const float *x, const float *weight, int64_t n, float eps, float *y)
-{
-    float s = 1 / sqrtf(k->dot(x, x, n) / (float)n + eps);
-    for (int64_t i = 0; i < n; i++) y[i] = weight ? x[i] * s * weight[i] : x[i] * s;
 }
 
 /* (a, b) -> (a cos - b sin, b cos + a sin) for the pairs of one head. table: [dims / 2][cos, sin] */
@@ -12659,6 +12580,548 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_
 #endif
 
 /* ------------------------------------------------------------------------------------------------
+   >>attend          attention, and what lies between two products
+   What happens to a row does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQI_ATTEND_ROWS = 8, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512 };
+
+/* The loops of one instruction set. */
+typedef struct moqi_ops {
+    /* s[from..to] of 32 scores become e^(score - max), all others 0; *max grows to the largest of them; -> their sum */
+    float (*softmax)(float *s, int from, int to, float *max);
+    /* y[i][c] += sum over k of p[i][k] v[k][c], one k after the other; p: [m, ldp], v: [count, ldv], y: [m, ldy], c < n */
+    void (*blend)(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy, int64_t n);
+    /* dst[c][r] = src[r][c]; rows and cols are multiples of 16 */
+    void (*turn)(const float *src, int64_t lds, int64_t rows, int64_t cols, float *dst, int64_t ldd);
+    /* moqi_activate_row */
+    void (*activate)(const moq_activation_desc *a, const float *x, int64_t n, float *y);
+    /* y = x * s * weight; weight may be NULL; y may be x */
+    void (*weigh)(const float *x, const float *weight, float s, int64_t n, float *y);
+    /* moqi_rope_head */
+    void (*rotate)(float *x, const float *table, int64_t dims, int interleaved);
+} moqi_ops;
+
+/* ---- plain ---- */
+
+static float moqi_plain_softmax(float *s, int from, int to, float *max)
+{
+    float sum = 0, top = *max;
+    for (int j = from; j <= to; j++) if (s[j] > top) top = s[j];
+    for (int j = 0; j < MOQI_ATTEND_KEYS; j++) {
+        s[j] = j < from || j > to ? 0 : expf(s[j] - top);
+        sum += s[j];
+    }
+    *max = top;
+    return sum;
+}
+
+static void moqi_plain_blend(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy, int64_t n)
+{
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t k = 0; k < count; k++)
+            for (int64_t c = 0; c < n; c++) y[i * ldy + c] += p[i * ldp + k] * v[k * ldv + c];
+}
+
+static void moqi_plain_turn(const float *src, int64_t lds, int64_t rows, int64_t cols, float *dst, int64_t ldd)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) dst[c * ldd + r] = src[r * lds + c];
+}
+
+static void moqi_plain_weigh(const float *x, const float *weight, float s, int64_t n, float *y)
+{
+    for (int64_t i = 0; i < n; i++) y[i] = weight ? x[i] * s * weight[i] : x[i] * s;
+}
+
+static const moqi_ops moqi_plain_ops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
+
+/* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
+       silu        z = g
+       clamped     z = alpha g, g and u limited first
+       gelu, tanh  z = 2 sqrt(2 / pi) (g + 0.044715 g^3), for 0.5 (1 + tanh t) = sigmoid(2 t) */
+static int moqi_is_sigmoid(const moq_activation_desc *a)
+{
+    return a->kind == MOQ_SILU_MUL || a->kind == MOQ_SWIGLU_CLAMP || a->kind == MOQ_GELU_TANH_MUL;
+}
+
+/* The last n - i values of a row, [gate of full | up of full]. */
+static void moqi_activate_rest(const moq_activation_desc *a, const float *x, int64_t i, int64_t n, float *y)
+{
+    for (; i < n; i++) y[i] = moqi_activate(a, x[i], x[n + i]);
+}
+
+#ifdef MOQI_X86
+/* ---- AVX-512 ---- */
+
+/* e^x = 2^n e^r with n = rne(x / ln 2), |r| <= ln 2 / 2, and the first eight terms of the series of e^r: the ninth is below 6e-9.
+   NaN passes, since min and max give their second operand then. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_exp_512(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-110), _mm512_min_ps(_mm512_set1_ps(90), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x), p = _mm512_set1_ps(1.0f / 5040);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), n);
+}
+
+MOQI_AVX512 static float moqi_softmax_512(float *s, int from, int to, float *max)
+{
+    uint32_t keys = (uint32_t)(((uint64_t)2 << to) - ((uint64_t)1 << from));
+    __mmask16 low = (__mmask16)keys, high = (__mmask16)(keys >> 16);
+    __m512 a = _mm512_loadu_ps(s), b = _mm512_loadu_ps(s + 16), never = _mm512_set1_ps(*max);
+    __m512 top = _mm512_max_ps(_mm512_mask_mov_ps(never, low, a), _mm512_mask_mov_ps(never, high, b));
+    *max = _mm512_reduce_max_ps(_mm512_max_ps(top, never));
+    top = _mm512_set1_ps(*max);
+    a = _mm512_maskz_mov_ps(low, moqi_exp_512(_mm512_sub_ps(a, top)));
+    b = _mm512_maskz_mov_ps(high, moqi_exp_512(_mm512_sub_ps(b, top)));
+    _mm512_storeu_ps(s, a);
+    _mm512_storeu_ps(s + 16, b);
+    return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+}
+
+/* Up to 4 rows of y at once, 32 columns at a time: each load of v serves all of them. `rows` is a constant after inlining. */
+MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
+                                                 int64_t n, int rows)
+{
+    for (int64_t c = 0; c < n; c += 32) {
+        uint64_t left = n - c < 32 ? ((uint64_t)1 << (n - c)) - 1 : 0xffffffffu;
+        __mmask16 k0 = (__mmask16)left, k1 = (__mmask16)(left >> 16);
+#define MOQI_FOUR(f) f(0) if (rows > 1) { f(1) } if (rows > 2) { f(2) } if (rows > 3) { f(3) }
+#define MOQI_BEGIN(i) a[i] = _mm512_maskz_loadu_ps(k0, y + i * ldy + c); b[i] = _mm512_maskz_loadu_ps(k1, y + i * ldy + c + 16);
+#define MOQI_STEP(i) w = _mm512_set1_ps(p[i * ldp + k]); a[i] = _mm512_fmadd_ps(w, v0, a[i]); b[i] = _mm512_fmadd_ps(w, v1, b[i]);
+#define MOQI_END(i) _mm512_mask_storeu_ps(y + i * ldy + c, k0, a[i]); _mm512_mask_storeu_ps(y + i * ldy + c + 16, k1, b[i]);
+        __m512 a[4], b[4];
+        MOQI_FOUR(MOQI_BEGIN)
+        for (int64_t k = 0; k < count; k++) {
+            __m512 v0 = _mm512_maskz_loadu_ps(k0, v + k * ldv + c), v1 = _mm512_maskz_loadu_ps(k1, v + k * ldv + c + 16), w;
+            MOQI_FOUR(MOQI_STEP)
+        }
+        MOQI_FOUR(MOQI_END)
+#undef MOQI_BEGIN
+#undef MOQI_STEP
+#undef MOQI_END
+    }
+}
+
+MOQI_AVX512 static void moqi_blend_512(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
+                                       int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 4);
+    if (m - i == 3) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 3);
+    if (m - i == 2) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 2);
+    if (m - i == 1) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 1);
+}
+
+MOQI_AVX512 static void moqi_turns_512(const float *src, int64_t lds, int64_t rows, int64_t cols, float *dst, int64_t ldd)
+{
+    for (int64_t r = 0; r < rows; r += 16)
+        for (int64_t c = 0; c < cols; c += 16) moqi_turn_512(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+}
+
+MOQI_AVX512 static void moqi_activate_512(const moq_activation_desc *a, const float *x, int64_t n, float *y)
+{
+    int64_t i = 0;
+    int clamps = a->kind == MOQ_SWIGLU_CLAMP, gelu = a->kind == MOQ_GELU_TANH_MUL;
+    const __m512 one = _mm512_set1_ps(1), limit = _mm512_set1_ps(a->limit), least = _mm512_set1_ps(-a->limit);
+    const __m512 slope = _mm512_set1_ps(clamps ? -a->alpha : gelu ? -1.59576912f : -1.0f), add = _mm512_set1_ps(clamps ? a->beta : 0);
+    if (!moqi_is_sigmoid(a)) { moqi_activate_row(a, x, n, y); return; }
+    for (; i + 16 <= n; i += 16) {
+        __m512 g = _mm512_loadu_ps(x + i), u = _mm512_loadu_ps(x + n + i), z;
+        if (clamps) {
+            g = _mm512_min_ps(limit, g);
+            u = _mm512_max_ps(least, _mm512_min_ps(limit, u));
+        }
+        z = gelu ? _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(g, g), g), _mm512_set1_ps(0.044715f), g) : g;
+        z = _mm512_div_ps(g, _mm512_add_ps(one, moqi_exp_512(_mm512_mul_ps(slope, z))));
+        _mm512_storeu_ps(y + i, _mm512_mul_ps(z, _mm512_add_ps(u, add)));
+    }
+    moqi_activate_rest(a, x, i, n, y);
+}
+
+MOQI_AVX512 static void moqi_weigh_512(const float *x, const float *weight, float s, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(s));
+        _mm512_storeu_ps(y + i, weight ? _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)) : v);
+    }
+    moqi_plain_weigh(x + i, weight ? weight + i : NULL, s, n - i, y + i);
+}
+
+/* 16 pairs a step; their cos and sin are pairs in the table. */
+MOQI_AVX512 static void moqi_rotate_512(float *x, const float *table, int64_t dims, int interleaved)
+{
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    int64_t half = dims / 2;
+    if (interleaved || half % 16 != 0) { moqi_rope_head(x, table, dims, interleaved); return; }
+    for (int64_t i = 0; i < half; i += 16) {
+        __m512 t = _mm512_loadu_ps(table + 2 * i), w = _mm512_loadu_ps(table + 2 * i + 16), a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + half + i);
+        __m512 c = _mm512_permutex2var_ps(t, even, w), s = _mm512_permutex2var_ps(t, odd, w);
+        _mm512_storeu_ps(x + i, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)));
+        _mm512_storeu_ps(x + half + i, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)));
+    }
+}
+
+static const moqi_ops moqi_ops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512};
+
+/* ---- AVX2 ---- */
+
+/* As in the AVX-512 version, but clamped to numbers whose exponent is one of F32. */
+MOQI_INLINE MOQI_AVX2 __m256 moqi_exp_256(__m256 x)
+{
+    x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), x));
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x), p = _mm256_set1_ps(1.0f / 5040);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
+}
+
+MOQI_AVX2 static float moqi_softmax_256(float *s, int from, int to, float *max)
+{
+    __m256 sum = _mm256_setzero_ps(), top;
+    float most = *max;
+    for (int j = from; j <= to; j++) most = s[j] > most ? s[j] : most;
+    top = _mm256_set1_ps(most);
+    for (int j = 0; j < MOQI_ATTEND_KEYS; j += 8) {
+        __m256i at = _mm256_add_epi32(_mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(j));
+        __m256i out = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(from), at), _mm256_cmpgt_epi32(at, _mm256_set1_epi32(to)));
+        __m256 e = _mm256_andnot_ps(_mm256_castsi256_ps(out), moqi_exp_256(_mm256_sub_ps(_mm256_loadu_ps(s + j), top)));
+        _mm256_storeu_ps(s + j, e);
+        sum = _mm256_add_ps(sum, e);
+    }
+    *max = most;
+    return moqi_sum_256(sum);
+}
+
+/* Up to 4 rows of y, 16 columns at a time; n is a multiple of 16. */
+MOQI_INLINE MOQI_AVX2 void moqi_blend_rows_256(const float *p, int64_t ldp, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
+                                               int64_t n, int rows)
+{
+#define MOQI_BEGIN(i) a[i] = _mm256_loadu_ps(y + i * ldy + c); b[i] = _mm256_loadu_ps(y + i * ldy + c + 8);
+#define MOQI_STEP(i) w = _mm256_set1_ps(p[i * ldp + k]); a[i] = _mm256_fmadd_ps(w, v0, a[i]); b[i] = _mm256_fmadd_ps(w, v1, b[i]);
+#define MOQI_END(i) _mm256_storeu_ps(y + i * ldy + c, a[i]); _mm256_storeu_ps(y + i * ldy + c + 8, b[i]);
+    for (int64_t c = 0; c < n; c += 16) {
+        __m256 a[4], b[4];
+        MOQI_FOUR(MOQI_BEGIN)
+        for (int64_t k = 0; k < count; k++) {
+            __m256 v0 = _mm256_loadu_ps(v + k * ldv + c), v1 = _mm256_loadu_ps(v + k * ldv + c + 8), w;
+            MOQI_FOUR(MOQI_STEP)
+        }
+        MOQI_FOUR(MOQI_END)
+    }
+#undef MOQI_BEGIN
+#undef MOQI_STEP
+#undef MOQI_END
+#undef MOQI_FOUR
+}
+
+MOQI_AVX2 static void moqi_blend_256(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
+                                     int64_t n)
+{
+    int64_t i = 0, even = n / 16 * 16;
+    for (; i + 4 <= m; i += 4) moqi_blend_rows_256(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, even, 4);
+    for (; i < m; i++) moqi_blend_rows_256(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, even, 1);
+    if (even < n) moqi_plain_blend(p, ldp, m, count, v + even, ldv, y + even, ldy, n - even);
+}
+
+MOQI_AVX2 static void moqi_turns_256(const float *src, int64_t lds, int64_t rows, int64_t cols, float *dst, int64_t ldd)
+{
+    for (int64_t r = 0; r < rows; r += 8)
+        for (int64_t c = 0; c < cols; c += 8) moqi_turn_256(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+}
+
+MOQI_AVX2 static void moqi_activate_256(const moq_activation_desc *a, const float *x, int64_t n, float *y)
+{
+    int64_t i = 0;
+    int clamps = a->kind == MOQ_SWIGLU_CLAMP, gelu = a->kind == MOQ_GELU_TANH_MUL;
+    const __m256 one = _mm256_set1_ps(1), limit = _mm256_set1_ps(a->limit), least = _mm256_set1_ps(-a->limit);
+    const __m256 slope = _mm256_set1_ps(clamps ? -a->alpha : gelu ? -1.59576912f : -1.0f), add = _mm256_set1_ps(clamps ? a->beta : 0);
+    if (!moqi_is_sigmoid(a)) { moqi_activate_row(a, x, n, y); return; }
+    for (; i + 8 <= n; i += 8) {
+        __m256 g = _mm256_loadu_ps(x + i), u = _mm256_loadu_ps(x + n + i), z;
+        if (clamps) {
+            g = _mm256_min_ps(limit, g);
+            u = _mm256_max_ps(least, _mm256_min_ps(limit, u));
+        }
+        z = gelu ? _mm256_fmadd_ps(_mm256_mul_ps(_mm256_mul_ps(g, g), g), _mm256_set1_ps(0.044715f), g) : g;
+        z = _mm256_div_ps(g, _mm256_add_ps(one, moqi_exp_256(_mm256_mul_ps(slope, z))));
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(z, _mm256_add_ps(u, add)));
+    }
+    moqi_activate_rest(a, x, i, n, y);
+}
+
+MOQI_AVX2 static void moqi_weigh_256(const float *x, const float *weight, float s, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(s));
+        _mm256_storeu_ps(y + i, weight ? _mm256_mul_ps(v, _mm256_loadu_ps(weight + i)) : v);
+    }
+    moqi_plain_weigh(x + i, weight ? weight + i : NULL, s, n - i, y + i);
+}
+
+static const moqi_ops moqi_ops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head};
+#endif
+
+#ifdef MOQI_ARM
+/* ---- NEON ---- */
+
+/* 4 columns of 4 rows of y stay in registers; n is a multiple of 4. */
+static void moqi_blend_rows_neon(const float *p, int64_t ldp, int64_t rows, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy, int64_t n)
+{
+    for (int64_t c = 0; c < n; c += 4) {
+        float32x4_t a[4];
+        for (int64_t i = 0; i < 4; i++) a[i] = vld1q_f32(y + (i < rows ? i : 0) * ldy + c);
+        for (int64_t k = 0; k < count; k++) {
+            float32x4_t w = vld1q_f32(v + k * ldv + c);
+            for (int64_t i = 0; i < 4; i++) a[i] = vfmaq_n_f32(a[i], w, p[(i < rows ? i : 0) * ldp + k]);
+        }
+        for (int64_t i = 0; i < rows; i++) vst1q_f32(y + i * ldy + c, a[i]);
+    }
+}
+
+static void moqi_blend_neon(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy, int64_t n)
+{
+    int64_t even = n / 4 * 4;
+    for (int64_t i = 0; i < m; i += 4) moqi_blend_rows_neon(p + i * ldp, ldp, moqi_min(4, m - i), count, v, ldv, y + i * ldy, ldy, even);
+    if (even < n) moqi_plain_blend(p, ldp, m, count, v + even, ldv, y + even, ldy, n - even);
+}
+
+static void moqi_turns_neon(const float *src, int64_t lds, int64_t rows, int64_t cols, float *dst, int64_t ldd)
+{
+    for (int64_t r = 0; r < rows; r += 4)
+        for (int64_t c = 0; c < cols; c += 4) moqi_turn_neon(src + r * lds + c, lds, dst + c * ldd + r, ldd);
+}
+
+static const moqi_ops moqi_ops_neon = {moqi_plain_softmax, moqi_blend_neon, moqi_turns_neon, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
+#endif
+
+/* The loops that go with a set of kernels, which share its instructions. */
+static const moqi_ops *moqi_ops_for(const moqi_kernels *k)
+{
+#ifdef MOQI_X86
+    if (k->dot == moqi_dot_512) return &moqi_ops_512;
+    if (k->dot == moqi_dot_256) return &moqi_ops_256;
+#endif
+#ifdef MOQI_ARM
+    if (k->dot == moqi_dot_neon) return &moqi_ops_neon;
+#endif
+    (void)k;
+    return &moqi_plain_ops;
+}
+
+/* ---- attention ----
+   For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
+   32 positions at a time and shared by up to 8 rows and all query heads of their kv head; keys are turned, so that scores too are sums of
+   whole vectors. The softmax is a running one, so no buffer grows with the length of the sequence:
+       m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v
+   and at the end y / l. It begins anew with every span of 512 positions, and spans are joined in their order by the same rule: so spans
+   may be computed side by side, and a row's result is the same whether they were or not. A sink is a score without a value: it enters l
+   only, which then begins at 1 with m = sink. */
+
+/* Running state of a query: exp(score - max) never overflows, and a later larger score rescales what was summed before. */
+typedef struct moqi_softmax { float max, sum; } moqi_softmax; /* of the scores seen so far: sum of exp(score - max) */
+
+/* One call of the table. */
+typedef struct moqi_attending {
+    const moqi_kernels *k;
+    const moqi_ops *o;
+    const moq_batch *b;
+    const moq_attention_desc *a;
+    float *worker, *parts;      /* scratch of every worker, each_worker floats; spans side by side: [rows, heads, spans, value_dim + 2] */
+    int64_t each_worker, spans;
+} moqi_attending;
+
+/* Rows [row, row + rows) of one slot, for query heads [head, head + heads) that read one kv head. */
+typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head; } moqi_queries;
+
+/* Scratch of one task: up to 128 queries [n, head_dim padded to 16], 32 keys as they come and turned, 32 values, scores [n, 32],
+   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. */
+static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim)
+{
+    int64_t dim = (head_dim + 15) / 16 * 16;
+    return MOQI_ATTEND_QUERIES * (dim + MOQI_ATTEND_KEYS + value_dim + 2) + MOQI_ATTEND_KEYS * (2 * dim + value_dim);
+}
+
+/* The first position that row r sees. */
+static int64_t moqi_attend_from(const moqi_attending *t, int64_t r)
+{
+    return t->a->window > 0 ? moqi_max(0, t->b->pos[r] - (int64_t)t->a->window + 1) : 0;
+}
+
+/* The queries times the scale of the scores: q [n, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
+static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t dim, float *q)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t n = c->dim[0];
+    float scale = t->a->scale != 0 ? t->a->scale : 1 / sqrtf((float)n);
+    if (c->format[0] == MOQ_KV_NVFP4_ROTATE) scale /= sqrtf((float)n);
+    for (int64_t i = 0; i < g->rows * g->heads; i++, q += dim) {
+        const float *src = (const float *)t->a->q + (g->row + i / g->heads) * t->a->q_stride + (g->head + i % g->heads) * n;
+        memcpy(q, src, (size_t)n * sizeof *q);
+        memset(q + n, 0, (size_t)(dim - n) * sizeof *q);
+        if (c->format[0] == MOQ_KV_NVFP4_ROTATE) moqi_sylvester(q, n);
+        for (int64_t d = 0; d < n; d++) q[d] *= scale;
+    }
+}
+
+/* Keys of positions [first, first + count) turned: [dim, 32]. What lies beyond `count` is not looked at later. */
+static void moqi_attend_keys(const moqi_attending *t, int64_t slot, int64_t head, int64_t first, int64_t count, int64_t dim, float *keys, float *turned)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    const float *from = keys;
+    if (c->format[0] == MOQ_KV_WIDE && count == MOQI_ATTEND_KEYS && c->dim[0] == dim)
+        from = (const float *)(const void *)moqi_kv_row(c, 0, slot, head, first);
+    else if (c->dim[0] == dim) moqi_kv_fetch(t->k, c, 0, slot, head, first, first + count - 1, keys);
+    else for (int64_t i = 0; i < count; i++) moqi_kv_fetch(t->k, c, 0, slot, head, first + i, first + i, keys + i * dim);
+    t->o->turn(from, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
+}
+
+/* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]; values: [count, value_dim]. */
+static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, float *s, const float *values, float *part)
+{
+    int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], queries = g->rows * g->heads;
+    for (int64_t i = 0; i < queries; i++) {
+        float *score = s + i * MOQI_ATTEND_KEYS, *y = part + i * (n + 2), max = y[n];
+        int64_t r = g->row + i / g->heads, from = moqi_max(first, moqi_attend_from(t, r)) - first, to = moqi_min(first + count - 1, t->b->pos[r]) - first;
+        if (from > to) { memset(score, 0, MOQI_ATTEND_KEYS * sizeof *score); continue; }
+        for (int64_t j = from; t->a->softcap > 0 && j <= to; j++) score[j] = t->a->softcap * tanhf(score[j] / t->a->softcap);
+        float sum = t->o->softmax(score, (int)from, (int)to, &max);
+        if (max > y[n]) {
+            float shrink = y[n + 1] > 0 ? expf(y[n] - max) : 0;
+            y[n + 1] *= shrink;
+            t->o->weigh(y, NULL, shrink, n, y);
+            y[n] = max;
+        }
+        y[n + 1] += sum;
+    }
+    t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, values, n, part, n + 2, n);
+}
+
+/* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2]. */
+static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t dim = moqi_pad16(c->dim[0]), n = c->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads, low = INT64_MAX, high = 0;
+    float *keys = scratch, *turned = keys + MOQI_ATTEND_KEYS * dim, *room = turned + MOQI_ATTEND_KEYS * dim, *s = room + MOQI_ATTEND_KEYS * n;
+    for (int64_t r = g->row; r < g->row + g->rows; r++) {
+        low = moqi_min(low, moqi_attend_from(t, r));
+        high = moqi_max(high, t->b->pos[r]);
+    }
+    low = moqi_max(low / MOQI_ATTEND_KEYS * MOQI_ATTEND_KEYS, span * MOQI_ATTEND_SPAN);
+    high = moqi_min(high, (span + 1) * MOQI_ATTEND_SPAN - 1);
+    memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
+    for (int64_t i = 0; i < queries; i++) part[i * (n + 2) + n] = -3e38f;
+    for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS) {
+        int64_t count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
+        const float *values = room;
+        moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys, turned);
+        if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
+        else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
+        memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
+        t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
+        moqi_attend_block(t, g, first, count, s, values, part);
+    }
+}
+
+/* What a query has before its first span: a sink, or nothing. */
+static moqi_softmax moqi_attend_begin(const moqi_attending *t, int64_t head)
+{
+    moqi_softmax state;
+    state.max = t->a->sinks ? t->a->sinks[head] : -3e38f;
+    state.sum = t->a->sinks ? 1.0f : 0.0f;
+    return state;
+}
+
+/* Joins one span of a query to y [n]. */
+static void moqi_attend_join(const moqi_attending *t, const float *part, int64_t n, moqi_softmax *state, float *y)
+{
+    const float max = part[n] > state->max ? part[n] : state->max;
+    float old = state->sum > 0 ? expf(state->max - max) : 0, now = expf(part[n] - max);
+    t->o->weigh(y, NULL, old, n, y);
+    t->o->blend(&now, 1, 1, 1, part, n, y, n, n);
+    state->sum = state->sum * old + part[n + 1] * now;
+    state->max = max;
+}
+
+static float *moqi_attend_out(const moqi_attending *t, const moqi_queries *g, int64_t i)
+{
+    int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
+    return (float *)t->a->y + (g->row + i / g->heads) * t->a->y_stride + (g->head + i % g->heads) * n;
+}
+
+/* All spans of some queries, one after the other. */
+static void moqi_attend(const moqi_attending *t, const moqi_queries *g, float *scratch)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    moqi_softmax state[MOQI_ATTEND_QUERIES];
+    int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads, low = INT64_MAX, high = 0;
+    float *q = scratch, *part = q + queries * dim, *rest = part + queries * (n + 2);
+    moqi_attend_load(t, g, dim, q);
+    for (int64_t i = 0; i < queries; i++) {
+        state[i] = moqi_attend_begin(t, g->head + i % g->heads);
+        memset(moqi_attend_out(t, g, i), 0, (size_t)n * sizeof(float));
+        low = moqi_min(low, moqi_attend_from(t, g->row + i / g->heads));
+        high = moqi_max(high, t->b->pos[g->row + i / g->heads]);
+    }
+    for (int64_t span = low / MOQI_ATTEND_SPAN; span <= high / MOQI_ATTEND_SPAN; span++) {
+        moqi_attend_span(t, g, span, q, rest, part);
+        for (int64_t i = 0; i < queries; i++)
+            if (part[i * (n + 2) + n + 1] != 0) moqi_attend_join(t, part + i * (n + 2), n, &state[i], moqi_attend_out(t, g, i));
+    }
+    for (int64_t i = 0; i < queries; i++) t->o->weigh(moqi_attend_out(t, g, i), NULL, 1 / state[i].sum, n, moqi_attend_out(t, g, i));
+}
+
+/* One span of some queries, kept for moqi_attend_finish. */
+static void moqi_attend_part(const moqi_attending *t, const moqi_queries *g, int64_t span, float *scratch)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads;
+    float *q = scratch, *part = q + queries * dim, *rest = part + queries * (n + 2);
+    moqi_attend_load(t, g, dim, q);
+    moqi_attend_span(t, g, span, q, rest, part);
+    for (int64_t i = 0; i < queries; i++) {
+        int64_t at = (g->row + i / g->heads) * t->a->heads + g->head + i % g->heads;
+        memcpy(t->parts + (at * t->spans + span) * (n + 2), part + i * (n + 2), (size_t)(n + 2) * sizeof *part);
+    }
+}
+
+/* The kept spans of one head of one row. */
+static void moqi_attend_finish(const moqi_attending *t, int64_t row, int64_t head)
+{
+    int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
+    const float *part = t->parts + (row * t->a->heads + head) * t->spans * (n + 2);
+    moqi_softmax state = moqi_attend_begin(t, head);
+    float *y = (float *)t->a->y + row * t->a->y_stride + head * n;
+    memset(y, 0, (size_t)n * sizeof *y);
+    for (int64_t span = moqi_attend_from(t, row) / MOQI_ATTEND_SPAN; span <= t->b->pos[row] / MOQI_ATTEND_SPAN; span++)
+        if (part[span * (n + 2) + n + 1] != 0) moqi_attend_join(t, part + span * (n + 2), n, &state, y);
+    t->o->weigh(y, NULL, 1 / state.sum, n, y);
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * weight */
+static void moqi_norm_row(const moqi_kernels *k, const moqi_ops *o, const float *x, const float *weight, int64_t n, float eps, float *y)
+{
+    o->weigh(x, weight, 1 / sqrtf(k->dot(x, x, n) / (float)n + eps), n, y);
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>kernels         which instruction set serves a layer
    The processor is asked once for each backend; the choice is a table, and a name overrides it.
    ------------------------------------------------------------------------------------------------ */
@@ -12762,6 +13225,7 @@ typedef struct moqi_need {
     int64_t cols, rank;         /* per row: inputs, low-rank middle */
     int64_t moe_cols, moe_rank, moe_hidden, moe_out, moe_top; /* per row of a mixture of experts */
     int64_t experts, jobs;      /* numbers of them */
+    int64_t parts;              /* of attention over spans side by side */
 } moqi_need;
 
 /* One matrix product of a launch: y[m][part rows] = x W^T + mid B^T + bias. */
@@ -12781,12 +13245,13 @@ typedef struct moqi_cpu {
     moq_parallel par;
     moqi_pool *pool;            /* NULL: one thread, or the caller's job system */
     const moqi_kernels *k;
+    const moqi_ops *o;
     moq_act act;
     moqi_need need;
     uint8_t *scratch;
     size_t scratch_bytes;
     int64_t moe_rows;           /* rows of one pass through a mixture of experts */
-    float *worker, *t, *r, *mid, *hidden, *out, *weight; /* in scratch */
+    float *worker, *t, *r, *mid, *hidden, *out, *weight, *parts; /* in scratch */
     int32_t *index, *place, *row_of, *expert_of, *begin;
     moqi_job *jobs;             /* [2 * need.jobs]: products, then their low-rank branches */
 } moqi_cpu;
@@ -12829,6 +13294,7 @@ static void moqi_carve_all(moqi_cpu *c, moqi_carver *v)
     c->hidden = (float *)moqi_carve(v, moe, n->moe_hidden, 4);
     c->out = (float *)moqi_carve(v, moe, n->moe_out, 4);
     c->weight = (float *)moqi_carve(v, moe, n->moe_top, 4);
+    c->parts = (float *)moqi_carve(v, 1, n->parts, 4);
     c->index = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
     c->place = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
     c->row_of = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
@@ -13465,7 +13931,7 @@ static void moqi_ssm_row(const moqi_ssm_run *t, int64_t row, int64_t group, floa
     }
     /* the gate comes before the norm, and the norm sees one group */
     for (int64_t i = 0; i < n; i++) y[i] *= moqi_ssm_silu(z[i]);
-    moqi_norm_row(t->c->k, y, s->norm + group * n, n, s->desc.eps, y);
+    moqi_norm_row(t->c->k, t->c->o, y, s->norm + group * n, n, s->desc.eps, y);
 }
 
 /* Rows one after the other: each needs the state that the row before left. Rows of no slot give zeros. */
@@ -13711,7 +14177,7 @@ static void moqi_middle_task(void *arg, int i, int worker)
     int64_t n = t->m->n, ld = moqi_pad_x(n);
     float *in = t->c->t + i * ld;
     (void)worker;
-    moqi_activate_row(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, in);
+    t->c->o->activate(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, in);
     int64_t e = t->c->expert_of[i], first = t->c->begin[e];
     moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * ld);
 }
@@ -13838,6 +14304,8 @@ static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc
     if (moqi_kv_plan(desc, &plan, bytes, err) < 0) return NULL;
     memset(&need, 0, sizeof need);
     need.worker = moqi_pad16(moqi_attend_floats(plan.dim[0], plan.dim[1]));
+    /* one row of 8 heads for each kv head, or fewer positions of more */
+    if (cpu->par.workers > 1) need.parts = 8 * (int64_t)desc->kv_heads * moqi_ceil_div(desc->capacity, MOQI_ATTEND_SPAN) * (plan.dim[1] + 2);
     if (moqi_grow(cpu, &need, cpu->be.max_rows, err) < 0) return NULL;
     size_t heads = (size_t)desc->kv_heads, values = heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     size_t total = ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
@@ -13953,40 +14421,64 @@ static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot
         for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) memcpy(moqi_kv_row(c, i, slot, (int64_t)h, 0), from, rows * c->row_bytes[i]);
 }
 
-/* Arguments of moqi_attend_task. */
-typedef struct moqi_attending { const moqi_cpu *cpu; const moq_batch *b; const moq_attention_desc *a; } moqi_attending;
-
-/* A block of rows for one kv head: runs of rows of one slot share the unpacked keys and values. */
+/* A block of rows for one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side, one span of it. */
 static void moqi_attend_task(void *arg, int index, int worker)
 {
     const moqi_attending *t = (const moqi_attending *)arg;
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t kv_head = index % c->desc.kv_heads, row = index / c->desc.kv_heads * MOQI_ATTEND_ROWS;
-    int64_t end = moqi_min(row + MOQI_ATTEND_ROWS, t->b->rows), share = t->a->heads / c->desc.kv_heads;
-    float *scratch = t->cpu->worker + worker * t->cpu->need.worker;
-    for (int64_t next; row < end; row = next) {
-        next = row + 1;
+    int64_t span = index % t->spans, at = index / t->spans, share = t->a->heads / c->desc.kv_heads, row = at / c->desc.kv_heads * MOQI_ATTEND_ROWS;
+    int64_t end = moqi_min(row + MOQI_ATTEND_ROWS, t->b->rows);
+    float *scratch = t->worker + worker * t->each_worker;
+    moqi_queries g;
+    g.kv_head = at % c->desc.kv_heads;
+    for (; row < end; row += g.rows) {
+        g.row = row;
+        g.rows = 1;
         if (!moqi_kv_holds(c, t->b, row)) {
-            memset((float *)t->a->y + row * t->a->y_stride + kv_head * share * c->dim[1], 0, (size_t)(share * c->dim[1]) * sizeof(float));
+            memset((float *)t->a->y + row * t->a->y_stride + g.kv_head * share * c->dim[1], 0, (size_t)(share * c->dim[1]) * sizeof(float));
             continue;
         }
-        while (next < end && t->b->slot[next] == t->b->slot[row] && moqi_kv_holds(c, t->b, next)) next++;
-        for (int64_t h = 0; h < share; h += MOQI_ATTEND_HEADS)
-            moqi_attend(t->cpu->k, t->b, t->a, row, next - row, kv_head * share + h, moqi_min(MOQI_ATTEND_HEADS, share - h), kv_head, scratch);
+        while (row + g.rows < end && t->b->slot[row + g.rows] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + g.rows)) g.rows++;
+        for (int64_t h = 0; h < share; h += g.heads) {
+            g.head = g.kv_head * share + h;
+            g.heads = moqi_min(MOQI_ATTEND_QUERIES / g.rows, share - h);
+            if (t->parts) moqi_attend_part(t, &g, span, scratch);
+            else moqi_attend(t, &g, scratch);
+        }
     }
 }
 
-/* Tasks are blocks of rows times kv heads. */
+/* Spans of one head of one row. */
+static void moqi_finish_task(void *arg, int index, int worker)
+{
+    const moqi_attending *t = (const moqi_attending *)arg;
+    (void)worker;
+    if (moqi_kv_holds((const moqi_cache *)(const void *)t->a->cache, t->b, index / t->a->heads))
+        moqi_attend_finish(t, index / t->a->heads, index % t->a->heads);
+}
+
+/* Tasks are blocks of rows times kv heads, and where that is too few for the workers, times spans of positions. */
 static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *a)
 {
+    const moqi_cpu *cpu = moqi_cpu_of(be);
     const moqi_cache *c = (const moqi_cache *)(const void *)a->cache;
+    int64_t tasks = moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads, spans = b->max_pos / MOQI_ATTEND_SPAN + 1;
+    double keys = a->window > 0 && a->window < b->max_pos ? a->window : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
     moqi_attending t;
-    t.cpu = moqi_cpu_of(be);
+    t.k = cpu->k;
+    t.o = cpu->o;
     t.b = b;
     t.a = a;
-    double keys = a->window > 0 && a->window < b->max_pos ? a->window : b->max_pos + 1.0;
-    moqi_run(t.cpu, moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads,
-             (double)b->rows * a->heads * keys * (double)(c->dim[0] + c->dim[1]), moqi_attend_task, &t);
+    t.worker = cpu->worker;
+    t.each_worker = cpu->need.worker;
+    t.parts = NULL;
+    t.spans = 1;
+    if (tasks < 4 * (int64_t)cpu->par.workers && spans > 1 && (int64_t)b->rows * a->heads * spans * (c->dim[1] + 2) <= cpu->need.parts) {
+        t.parts = cpu->parts;
+        t.spans = spans;
+    }
+    moqi_run(cpu, tasks * t.spans, (double)b->rows * a->heads * keys * each, moqi_attend_task, &t);
+    if (t.parts) moqi_run(cpu, (int64_t)b->rows * a->heads, (double)b->rows * a->heads * (double)spans * each, moqi_finish_task, &t);
 }
 
 /* ---- the operations between layers ---- */
@@ -14011,9 +14503,9 @@ static void moqi_norm_task(void *arg, int row, int worker)
     (void)worker;
     if (d->add) {
         float *sum = (float *)(uintptr_t)x; /* writable when there is something to add */
-        for (int64_t i = 0; i < n; i++) sum[i] += ((const float *)d->add)[row * n + i];
+        t->c->k->axpy(1, (const float *)d->add + row * n, sum, n);
     }
-    for (int64_t g = 0; g < groups; g++) moqi_norm_row(t->c->k, x + g * d->cols, d->weight, d->cols, d->eps, y + g * d->cols);
+    for (int64_t g = 0; g < groups; g++) moqi_norm_row(t->c->k, t->c->o, x + g * d->cols, d->weight, d->cols, d->eps, y + g * d->cols);
 }
 
 static void moqi_cpu_norm(moq_backend *be, const moq_norm_desc *d)
@@ -14036,11 +14528,12 @@ static void moqi_cpu_rope_table(moq_backend *be, const int32_t *pos, int32_t row
 /* One row: all its heads turn by the same angles. */
 static void moqi_rope_task(void *arg, int row, int worker)
 {
-    const moq_rope_desc *d = (const moq_rope_desc *)((const moqi_rows *)arg)->desc;
+    const moqi_rows *t = (const moqi_rows *)arg;
+    const moq_rope_desc *d = (const moq_rope_desc *)t->desc;
     int64_t dims = d->dims > 0 ? d->dims : d->head_dim;
     float *x = (float *)d->x + row * d->stride + d->first;
     (void)worker;
-    for (int64_t h = 0; h < d->heads; h++) moqi_rope_head(x + h * d->head_dim, d->table + row * dims, dims, d->interleaved);
+    for (int64_t h = 0; h < d->heads; h++) t->c->o->rotate(x + h * d->head_dim, d->table + row * dims, dims, d->interleaved);
 }
 
 static void moqi_cpu_rope(moq_backend *be, const moq_rope_desc *d)
@@ -14055,7 +14548,7 @@ static void moqi_activate_task(void *arg, int row, int worker)
     const moqi_rows *t = (const moqi_rows *)arg;
     const moq_activation_desc *a = (const moq_activation_desc *)t->desc;
     (void)worker;
-    moqi_activate_row(a, t->x + row * t->n * (a->kind == MOQ_RELU2 ? 1 : 2), t->n, t->y + row * t->n);
+    t->c->o->activate(a, t->x + row * t->n * (a->kind == MOQ_RELU2 ? 1 : 2), t->n, t->y + row * t->n);
 }
 
 static void moqi_cpu_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
@@ -14180,6 +14673,7 @@ MOQ_API moq_backend *moq_cpu_backend(const moq_cpu_desc *desc, moq_error *err)
     c->par = desc->parallel;
     c->act = desc->act;
     c->k = k;
+    c->o = moqi_ops_for(k);
     if (c->par.run) {
         if (c->par.workers < 1) c->par.workers = 1;
         return &c->be;

@@ -164,6 +164,8 @@ typedef struct llm_desc {
     const char *kernel;
     moq_parallel parallel;
     const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says, "wide", or a name of moq_kv_format */
+    const char *head;            /* an output layer that is stored unquantized: NULL or "stored" as it is, "int8" or "fp8" quantized while opening,
+                                    see llm_make_head. Halves what it reads for each token; logits change by what moq eval --against says */
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
     int32_t slots;               /* conversations that the KV cache has room for; 0: 1 */
     int32_t chunk;               /* rows of one pass through the model: prompt tokens, or tokens of many answers; 0: 256 */
@@ -189,7 +191,10 @@ typedef struct llm_info {
     int32_t layers, hidden, vocab, context, slots;
     uint64_t weight_bytes;       /* of the checkpoint's tensors */
     uint64_t memory_bytes;       /* allocated beyond them: prepared weights, KV cache, activations */
+    uint64_t token_bytes;        /* codes and scales that the products of one generated token read; of experts, as many as are chosen */
+    uint64_t token_products;     /* their multiplications: elements of those weights */
     moq_kv_format kv;
+    const char *head;            /* scheme of the output layer as it runs: "bf16", "w8a16" */
 } llm_info;
 
 typedef struct llm_stats {
@@ -228,6 +233,11 @@ LLM_API const moq_checkpoint *llm_get_checkpoint(const llm *m);
 LLM_API moq_backend *llm_get_backend(const llm *m);
 LLM_API const llm_stats *llm_get_stats(const llm *m);         /* since open or the last llm_reset */
 LLM_API int32_t llm_get_slot(const llm *m);                   /* of the KV cache: 0 after llm_open */
+
+/* What llm_desc.head makes of an output layer: every row gets one F32 scale, amax / 127 (int8) or amax / 448 (fp8), and its nearest codes, ties
+   to even. codes: [rows, cols] bytes, scales: [rows], both the caller's and kept by *out; both NULL: only shape and scheme, over no memory.
+   MOQ_E_ARG: no such name; MOQ_E_UNSUPPORTED: the layer is quantized already, or a value is not finite. */
+LLM_API moq_result llm_make_head(const moq_linear *stored, const char *name, uint8_t *codes, float *scales, moq_linear *out, moq_error *err);
 LLM_API void llm_set_sampling(llm *m, const llm_sampling *s);
 /* The answer ends before the first of these strings, of which nothing is shown. They are copied; count 0: none. */
 LLM_API moq_result llm_set_stops(llm *m, const char *const *stops, int32_t count, moq_error *err);
@@ -340,6 +350,7 @@ LLM_API moq_result llm_calibrate(void *data, const moq_checkpoint *source, moq_b
    Pure functions over the public allocator of modelopt_q.h; a failed allocation leaves every structure usable.
    ------------------------------------------------------------------------------------------------ */
 
+#include <float.h>
 #include <limits.h>
 #include <string.h>
 
@@ -5541,6 +5552,9 @@ typedef struct llmi_model {
     moq_kv_format kv;
     /* bytes on the backend beyond the checkpoint's; of these weights, and caches and states */
     uint64_t memory, weight_memory, cache_memory;
+    /* what the products of one generated token read, and how many there are; the output layer's scheme */
+    uint64_t token_bytes, token_products;
+    char head_scheme[32];
     /* planning: weights are released as soon as their bytes are known, what is large is only counted, in `planned` */
     int dry;
     uint64_t planned;
@@ -5712,11 +5726,37 @@ static moq_result llmi_count_weight(llmi_model *m, uint64_t key, uint64_t bytes,
     return MOQ_OK;
 }
 
+/* Bytes that a product with this layer reads: codes, scales, zero points and the low-rank branch. */
+static uint64_t llmi_product_bytes(const moq_linear *w)
+{
+    const moq_coding *c = &w->scheme.weight;
+    uint64_t rows = (uint64_t)w->rows, cols = (uint64_t)w->cols, groups = 0;
+    uint64_t down = c->group_rows > 0 ? (rows + (uint64_t)c->group_rows - 1) / (uint64_t)c->group_rows : 1;
+    uint64_t across = c->group_cols > 0 ? (cols + (uint64_t)c->group_cols - 1) / (uint64_t)c->group_cols : 1;
+    if (w->scales.data) groups = down * across;
+    return rows * cols * w->packing.bits / 8 + groups * (uint64_t)moq_dtype_bits(w->scales.dtype) / 8 +
+           (w->zeros.data ? groups * w->zero_packing.bits / 8 : 0) +
+           (w->lora_a.data ? (rows + cols) * w->scheme.lora_rank * (uint64_t)moq_dtype_bits(w->lora_a.dtype) / 8 : 0);
+}
+
+/* Adds the layers of a weight to what one token reads; of experts `share` of `of` are chosen. */
+static void llmi_count_token(llmi_model *m, const moq_linear *w, int32_t count, int32_t share, int32_t of)
+{
+    uint64_t bytes = 0, products = 0;
+    for (int32_t i = 0; i < count; i++) {
+        bytes += llmi_product_bytes(&w[i]);
+        products += (uint64_t)w[i].rows * (uint64_t)w[i].cols;
+    }
+    m->token_bytes += bytes / (uint64_t)of * (uint64_t)share;
+    m->token_products += products / (uint64_t)of * (uint64_t)share;
+}
+
 /* `parts` layers of one input, prepared as one. Planning leaves *out NULL. */
 static moq_result llmi_prepare_weight(llmi_model *m, const moq_linear *w, int32_t parts, moq_weight **out, moq_error *err)
 {
     uint64_t key = m->dry ? llmi_kind_of(w, parts) : 0;
     moq_result code;
+    llmi_count_token(m, w, parts, 1, 1);
     if (llmi_known_kind(m, key)) return MOQ_OK;
     *out = m->be->prepare_linear(m->be, w, parts, err);
     if (!*out) return err->code != MOQ_OK ? err->code : moq_fail(err, MOQ_E_BACKEND, "backend", "the call failed without a reason");
@@ -5887,6 +5927,125 @@ static moq_result llmi_prepare_table(llmi_model *m, moq_linear *w, moq_weight **
     return code < 0 ? code : llmi_prepare_weight(m, w, 1, out, err);
 }
 
+/* One row, fetched twice in pieces: scale = amax / largest code; code = nearest. codes: [cols]. 0: a value is not finite. */
+static int llmi_encode_row(const moq_linear *w, int64_t row, int fp8, uint8_t *codes, float *scale)
+{
+    float x[512], amax = 0;
+    moq_linear part = *w;
+    *scale = 1;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t first = 0; first < w->cols; first += part.cols) {
+            part.col_first = w->col_first + first;
+            part.cols = w->cols - first < (int64_t)LLMI_COUNT(x) ? w->cols - first : (int64_t)LLMI_COUNT(x);
+            moq_dequantize(&part, row, 1, x);
+            for (int64_t i = 0; pass == 0 && i < part.cols; i++) {
+                float a = fabsf(x[i]);
+                if (!(a <= FLT_MAX)) return 0;
+                amax = a > amax ? a : amax;
+            }
+            for (int64_t i = 0; pass == 1 && i < part.cols; i++)
+                codes[first + i] = fp8 ? moq_e4m3_encode(x[i] / *scale) : (uint8_t)(int8_t)rintf(x[i] / *scale);
+        }
+        /* a row of zeros, or of values so small that they have no scale, keeps 1 */
+        if (amax / (fp8 ? 448.0f : 127.0f) >= FLT_MIN) *scale = amax / (fp8 ? 448.0f : 127.0f);
+    }
+    return 1;
+}
+
+LLM_API moq_result llm_make_head(const moq_linear *stored, const char *name, uint8_t *codes, float *scales, moq_linear *out, moq_error *err)
+{
+    int fp8 = strcmp(name, "fp8") == 0;
+    const char *tensor = stored->tensor ? stored->tensor : stored->name;
+    moq_linear w = *stored;
+    if (!fp8 && strcmp(name, "int8") != 0) return moq_fail(err, MOQ_E_ARG, "llm_desc.head", "'%q' is not known; there are stored, int8 and fp8", name);
+    if (moq_scheme_is_quantized(&stored->scheme) || stored->experts > 0)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, tensor, "the layer is quantized already and stays as it is; leave llm_desc.head out");
+    memset(&w.scheme, 0, sizeof w.scheme);
+    w.scheme.weight.elem = fp8 ? MOQ_F8_E4M3 : MOQ_I8;
+    w.scheme.weight.group_rows = 1;
+    w.scheme.weight.group_cols = MOQ_ALL;
+    w.scheme.weight.scale = MOQ_F32;
+    w.scheme.input.elem = w.scheme.input.scale = MOQ_NONE;
+    memset(&w.packing, 0, sizeof w.packing);
+    w.packing.bits = w.packing.word_bits = 8;
+    w.packing.row_stride = w.cols;
+    w.packing.col_stride = 1;
+    w.row_first = w.col_first = 0;
+    w.row_step = 1;
+    w.codes.data = codes;
+    w.codes.dtype = w.scheme.weight.elem;
+    w.codes.count = (uint64_t)w.rows * (uint64_t)w.cols;
+    w.scales.data = scales;
+    w.scales.dtype = MOQ_F32;
+    w.scales.count = (uint64_t)w.rows;
+    w.scale_row_stride = 1;
+    w.scale_col_stride = 0;
+    for (int64_t r = 0; codes && r < w.rows; r++)
+        if (!llmi_encode_row(stored, r, fp8, codes + r * w.cols, &scales[r]))
+            return moq_fail(err, MOQ_E_UNSUPPORTED, tensor, "row %lld holds a value that is not finite and has no scale; leave llm_desc.head out", (long long)r);
+    *out = w;
+    return MOQ_OK;
+}
+
+/* The output layer as llm_desc.head wants it, from w [vocab, hidden]. */
+static moq_result llmi_narrow_head(llmi_model *m, moq_linear *w, moq_error *err)
+{
+    const char *name = m->desc->head;
+    uint64_t bytes = (uint64_t)w->rows * ((uint64_t)w->cols + sizeof(float));
+    moq_error finding;
+    float *scales = NULL;
+    uint8_t *codes = NULL;
+    moq_linear narrow;
+    moq_result code;
+    if (!name || strcmp(name, "stored") == 0) return MOQ_OK;
+    if ((code = llm_make_head(w, name, NULL, NULL, &narrow, &finding)) == MOQ_E_UNSUPPORTED) {
+        llmi_tell(m, &finding);
+        return MOQ_OK;
+    }
+    if (code < 0) {
+        if (err) *err = finding;
+        return code;
+    }
+    m->memory += bytes;
+    m->weight_memory += bytes;
+    if (m->dry) {
+        /* nothing is computed with it: what is stored is at least as large as codes and scales are */
+        m->planned += bytes;
+        narrow.codes.data = narrow.scales.data = w->codes.data;
+    } else {
+        scales = (float *)llmi_take(&m->arena, (size_t)w->rows, sizeof *scales);
+        codes = (uint8_t *)llmi_take(&m->arena, (size_t)w->rows * (size_t)w->cols, 1);
+        if (!scales || !codes) return llmi_nomem(err, "the quantized output layer");
+        if ((code = llm_make_head(w, name, codes, scales, &narrow, err)) < 0) return code;
+    }
+    *w = narrow;
+    return MOQ_OK;
+}
+
+/* The output layer of its own. */
+static moq_result llmi_prepare_output(llmi_model *m, moq_linear *w, moq_error *err)
+{
+    moq_result code = llmi_cut_vocab(m, w, err);
+    if (code < 0 || (code = llmi_narrow_head(m, w, err)) < 0) return code;
+    moq_scheme_name(&w->scheme, m->head_scheme, sizeof m->head_scheme);
+    return llmi_prepare_weight(m, w, 1, &m->head, err);
+}
+
+/* The embedding as output layer: one prepared table serves both, unless the output layer is to be quantized. */
+static moq_result llmi_share_head(llmi_model *m, const moq_linear *embed, moq_error *err)
+{
+    moq_linear head = *embed;
+    uint64_t bytes = m->token_bytes, products = m->token_products;
+    if (m->desc->head && strcmp(m->desc->head, "stored") != 0 && !moq_scheme_is_quantized(&embed->scheme)) return llmi_prepare_output(m, &head, err);
+    m->head = m->embed;
+    moq_scheme_name(&embed->scheme, m->head_scheme, sizeof m->head_scheme);
+    llmi_count_token(m, embed, 1, 1, 1);
+    /* rows beyond vocab_size are not read */
+    m->token_bytes = bytes + (m->token_bytes - bytes) / (uint64_t)embed->rows * (uint64_t)m->c.vocab;
+    m->token_products = products + (uint64_t)m->c.vocab * (uint64_t)embed->cols;
+    return MOQ_OK;
+}
+
 /* The output layer: lm_head where it is there, else the embedding, unless config.json says that they are not tied. */
 static moq_result llmi_prepare_head(llmi_model *m, const moq_linear *embed, moq_error *err)
 {
@@ -5896,20 +6055,14 @@ static moq_result llmi_prepare_head(llmi_model *m, const moq_linear *embed, moq_
     int there = moq_has_linear(m->ck, m->head_name);
     /* said to be untied and yet without a head: something was lost */
     if (!there && m->c.tie_said && !m->c.tied) return llmi_missing(m, m->head_name, err);
-    if (!there) {
-        m->head = m->embed;
-        return MOQ_OK;
-    }
+    if (!there) return llmi_share_head(m, embed, err);
     if ((code = moq_find_linear(m->ck, m->head_name, &head, err)) < 0) return code;
-    if (m->c.tied && llmi_same_codes(&head, embed)) {
-        m->head = m->embed;
-        return MOQ_OK;
-    }
+    if (m->c.tied && llmi_same_codes(&head, embed)) return llmi_share_head(m, embed, err);
     if (m->c.tied) {
         moq_fail(&finding, MOQ_E_MISMATCH, head.tensor, "tie_word_embeddings of config.json is true, but this tensor holds other values; it is used");
         llmi_tell(m, &finding);
     }
-    return llmi_prepare_table(m, &head, &m->head, err);
+    return llmi_prepare_output(m, &head, err);
 }
 
 /* What comes before the first and after the last layer. */
@@ -5926,6 +6079,8 @@ static moq_result llmi_prepare_ends(llmi_model *m, moq_error *err)
     }
     table = embed;
     if ((code = llmi_prepare_table(m, &table, &m->embed, err)) < 0) return code;
+    /* one row of the embedding is looked up: no product */
+    m->token_bytes = m->token_products = 0;
     if ((code = llmi_prepare_head(m, &embed, err)) < 0) return code;
     return llmi_load_norm(m, -1, m->c.family->names->norm, m->c.hidden, &m->final_norm, err);
 }
@@ -6149,6 +6304,8 @@ static moq_result llmi_prepare_mixture(llmi_model *m, const moq_moe *moe, int32_
 {
     uint64_t key = m->dry ? llmi_kind_of(list, count) : 0;
     moq_result code;
+    /* an activation without a gate leaves the first third of the list empty */
+    llmi_count_token(m, moe->gate ? list : moe->up, moe->gate ? count : count / 3 * 2, moe->routing.top_k, moe->routing.experts);
     if (llmi_known_kind(m, key)) return MOQ_OK;
     l->experts = m->be->prepare_moe(m->be, moe, err);
     if (!l->experts) return llmi_code(err, MOQ_E_BACKEND);
@@ -10622,6 +10779,9 @@ static void llmi_fill_info(llmi_house *h, const moq_checkpoint *ck)
     h->info.weight_bytes = moq_get_info(ck)->total_bytes;
     h->info.memory_bytes = h->model.memory;
     h->info.kv = h->model.kv;
+    h->info.token_bytes = h->model.token_bytes;
+    h->info.token_products = h->model.token_products;
+    h->info.head = h->model.head_scheme;
 }
 
 /* The longest text of one token, with a space or two that a decoder may add. */

@@ -599,9 +599,9 @@ static void test_backend_moe_stored(void)
 
 /* ---- attention ---- */
 
-enum { SLOTS = 3, CAPACITY = 90, KV_HEADS = 2, MAX_DIM = 64 };
+enum { SLOTS = 3, CAPACITY = 90, LONG = 1300, KV_HEADS = 2, MAX_DIM = 64 };
 
-typedef struct history { float k[SLOTS][CAPACITY][KV_HEADS * MAX_DIM], v[SLOTS][CAPACITY][KV_HEADS * MAX_DIM]; } history; /* as the cache should hold them */
+typedef struct history { float k[SLOTS][LONG][KV_HEADS * MAX_DIM], v[SLOTS][LONG][KV_HEADS * MAX_DIM]; } history; /* as the cache should hold them */
 
 /* Append the rows of a batch and remember what a cache of this format keeps of them. */
 static void append_rows(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const moq_batch *b, history *h)
@@ -645,7 +645,7 @@ static void check_attention(moq_backend *be, moq_kv_cache *cache, const moq_kv_d
     for (int r = 0; r < b->rows; r++)
         for (int n = 0; n < heads; n++) {
             int kv = n / (heads / KV_HEADS), s = b->slot[r], from = window > 0 && b->pos[r] - window + 1 > 0 ? b->pos[r] - window + 1 : 0;
-            double p[CAPACITY], max = sinks ? (double)sinks[n] : -1e300, sum = 0;
+            double p[LONG], max = sinks ? (double)sinks[n] : -1e300, sum = 0;
             for (int t = from; t <= b->pos[r]; t++) {
                 p[t] = 0;
                 for (int i = 0; i < dim; i++) p[t] += (double)q[r * 600 + n * dim + i] * (double)h->k[s][t][kv * dim + i];
@@ -741,6 +741,94 @@ static void test_backend_attention(void)
                 moq_backend_destroy(be);
                 CHECK_INT(test_state.live_allocs, 0);
             }
+}
+
+/* Positions beyond one span: computed side by side by three workers where there is one row, one after the other where there are more;
+   check_attention wants the same bits of both. */
+static void test_backend_attention_spans(void)
+{
+    static history h;
+    static const moq_kv_format formats[] = {MOQ_KV_WIDE, MOQ_KV_FP8, MOQ_KV_NVFP4_ROTATE};
+    float scale[1] = {0.03f}, sinks[6];
+    for (int i = 0; i < 6; i++) sinks[i] = test_normal();
+    for (int k = 0; moqi_get_kernels(k); k++)
+        for (int f = 0; f < 3; f++) {
+            moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 3);
+            moq_error err;
+            moq_kv_desc d;
+            int32_t slot[64], pos[64];
+            moq_batch b = {0, 0, slot, pos};
+            memset(&d, 0, sizeof d);
+            d.slots = 2;
+            d.capacity = LONG;
+            d.kv_heads = KV_HEADS;
+            d.head_dim = formats[f] == MOQ_KV_NVFP4_ROTATE ? 32 : 40; /* 40: no multiple of 16 */
+            d.value_dim = 24;
+            d.kv.format = formats[f];
+            d.kv.k_scale = d.kv.v_scale = layer_view(scale, MOQ_F32, 1);
+            moq_kv_cache *c = be->kv_create(be, &d, &err);
+            CHECK(c != NULL);
+            for (int first = 0; first < LONG; first += b.rows) {
+                for (b.rows = 0; b.rows < 64 && first + b.rows < LONG; b.rows++) { slot[b.rows] = 1; pos[b.rows] = first + b.rows; }
+                b.max_pos = first + b.rows - 1;
+                append_rows(be, c, &d, &b, &h);
+            }
+            slot[0] = slot[1] = slot[2] = slot[3] = 1;
+            pos[0] = LONG - 1; pos[1] = 511; pos[2] = 512; pos[3] = 1030;
+            b.rows = 4;
+            b.max_pos = LONG - 1;
+            check_attention(be, c, &d, &b, &h, 6, 0, 0, NULL);
+            check_attention(be, c, &d, &b, &h, 6, 600, 0, sinks);
+            check_attention(be, c, &d, &b, &h, 6, 1, 0, NULL);
+            be->kv_release(be, c);
+            moq_backend_destroy(be);
+            CHECK_INT(test_state.live_allocs, 0);
+        }
+}
+
+/* Every kernel's activations, norms and rotations against double; the widest numbers and NaN too. */
+static void test_backend_between(void)
+{
+    static const float odd[] = {0, -0.0f, 200, -200, 88.5f, -88.5f, 1e30f, -1e30f, 1e-30f};
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        const moqi_ops *o = moqi_ops_for(moqi_get_kernels(k));
+        for (int kind = 0; kind < 5; kind++)
+            for (int turn = 0; turn < 30; turn++) {
+                moq_activation_desc a = {(moq_activation)kind, 7, 1.702f, 1};
+                float x[2 * 53], y[53];
+                int n = 53;
+                for (int i = 0; i < 2 * n; i++) x[i] = i < n && i % 7 == turn % 7 && turn < 9 ? odd[(i + turn) % 9] : test_normal() * 3;
+                o->activate(&a, x, n, y);
+                for (int i = 0; i < n; i++) {
+                    double g = (double)x[i], u = kind == MOQ_RELU2 ? 1 : (double)x[n + i], cg = g > 7 ? 7 : g, cu = u > 7 ? 7 : u < -7 ? -7 : u, want = 0;
+                    if (kind == MOQ_SILU_MUL) want = g / (1 + exp(-g)) * u;
+                    if (kind == MOQ_GELU_MUL) want = g * 0.5 * erfc(-g / sqrt(2.0)) * u;
+                    if (kind == MOQ_GELU_TANH_MUL) want = g < -50 ? 0 : g / (1 + exp(-2 * sqrt(2 / 3.14159265358979323846) * (g + 0.044715 * g * g * g))) * u;
+                    if (kind == MOQ_SWIGLU_CLAMP) want = cg / (1 + exp(-(double)1.702f * cg)) * (cu + 1);
+                    if (kind == MOQ_RELU2) want = g > 0 ? g * g : 0;
+                    if (!(fabs(want) < 3e38)) continue;
+                    double slack = fabs(g) > 50 ? 1e-35 * fabs(g * u) : 0.1 * fabs(g * u);
+                    CHECK(fabs((double)y[i] - want) <= 3e-6 * (fabs(want) + slack) + 1e-36);
+                }
+                x[17] = moqi_bits_f32(0x7fc00000u);
+                o->activate(&a, x, n, y);
+                CHECK(moqi_is_nan(y[17]) && !moqi_is_nan(y[18]));
+            }
+        float x[96], w[96], y[96], z[96], table[96];
+        for (int i = 0; i < 96; i++) { x[i] = test_normal(); w[i] = test_normal(); table[i] = test_normal(); }
+        o->weigh(x, w, 0.3f, 93, y);
+        for (int i = 0; i < 93; i++) CHECK(y[i] == x[i] * 0.3f * w[i]);
+        o->weigh(x, NULL, 0.3f, 93, y);
+        for (int i = 0; i < 93; i++) CHECK(y[i] == x[i] * 0.3f);
+        for (int dims = 8; dims <= 96; dims += 8)
+            for (int pairs = 0; pairs < 2; pairs++) {
+                memcpy(y, x, sizeof x);
+                memcpy(z, x, sizeof x);
+                o->rotate(y, table, dims, pairs);
+                moqi_rope_head(z, table, dims, pairs);
+                for (int i = 0; i < 96; i++) CHECK(fabsf(y[i] - z[i]) <= 2e-6f);
+            }
+    }
 }
 
 static void test_backend_kv_refuses(void)
@@ -992,6 +1080,8 @@ int main(int argc, char **argv)
     RUN(test_backend_moe);
     RUN(test_backend_moe_stored);
     RUN(test_backend_attention);
+    RUN(test_backend_attention_spans);
+    RUN(test_backend_between);
     RUN(test_backend_kv_refuses);
     RUN(test_backend_norm);
     RUN(test_backend_rope);

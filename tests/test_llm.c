@@ -613,6 +613,98 @@ static void check_chunks(const char *folder, const char *source)
     free(parts);
 }
 
+/* The largest |row of w - row of the codes times its scale|, and how that row is longest: rows of an output layer as llm_make_head left them,
+   decoded by hand. */
+static void check_head_codes(const moq_linear *w, const char *name, double *distance)
+{
+    int fp8 = strcmp(name, "fp8") == 0;
+    uint8_t *codes = (uint8_t *)malloc((size_t)(w->rows * w->cols));
+    float *scales = (float *)malloc((size_t)w->rows * sizeof *scales), *row = (float *)malloc((size_t)w->cols * sizeof *row);
+    moq_linear narrow;
+    moq_error e;
+    CHECK_INT(llm_make_head(w, name, codes, scales, &narrow, &e), MOQ_OK);
+    CHECK(narrow.rows == w->rows && narrow.cols == w->cols && narrow.codes.data == codes && narrow.scales.data == scales);
+    for (int64_t r = 0; r < w->rows; r++) {
+        double amax = 0, s = (double)scales[r], sum = 0;
+        long wrong = 0;
+        moq_dequantize(w, r, 1, row);
+        for (int64_t c = 0; c < w->cols; c++) amax = fabs((double)row[c]) > amax ? fabs((double)row[c]) : amax;
+        CHECK(fabs(s - amax / (fp8 ? 448 : 127)) <= 1e-6 * s);
+        for (int64_t c = 0; c < w->cols; c++) {
+            uint8_t code = codes[r * w->cols + c];
+            int exponent = code >> 3 & 15;
+            double size = exponent ? ldexp(8 + (code & 7), exponent - 10) : ldexp(code & 7, -9); /* E4M3 */
+            double v = s * (fp8 ? (code & 128 ? -size : size) : (double)(int8_t)code), d = fabs((double)row[c] - v);
+            wrong += !(d <= (fp8 ? fabs((double)row[c]) / 16 + s * ldexp(1, -10) : s / 2) * (1 + 1e-5));
+            sum += d * d;
+        }
+        CHECK_INT(wrong, 0);
+        distance[r] = sqrt(sum);
+    }
+    CHECK_INT(llm_make_head(&narrow, name, codes, scales, &narrow, &e), MOQ_E_UNSUPPORTED);
+    free(codes);
+    free(scales);
+    free(row);
+}
+
+/* llm_desc.head: what the output layer reads is normed, so its length is at most sqrt(hidden) times the norm's largest weight, and a logit moves
+   by at most that times the distance of its row. */
+static void check_head(const char *folder, const char *module, const char *source)
+{
+    static const char *const names[] = {"int8", "fp8"};
+    int32_t ids[2][TOKENS];
+    moq_error e;
+    moq_linear w;
+    size_t n = (size_t)TOKENS * VOCAB;
+    float *stored = (float *)malloc(n * sizeof *stored), *narrow = (float *)malloc(n * sizeof *narrow);
+    double distance[VOCAB], length = 0;
+    llm_desc d = plain_desc();
+    CHECK(read_eval(source, ids));
+    d.path = golden(folder);
+    d.act = MOQ_ACT_WIDE;
+    d.head = "stored";
+    llm *m = llm_open(&d, &e);
+    CHECK(m != NULL);
+    if (!m) return;
+    uint64_t bytes = llm_get_info(m)->token_bytes;
+    CHECK_INT(llm_forward(m, 0, ids[0], TOKENS, 0, stored, NULL, &e), MOQ_OK);
+    CHECK_INT(moq_find_linear(llm_get_checkpoint(m), module, &w, &e), MOQ_OK);
+    for (int32_t i = 0; i < m->model->c.hidden; i++) length = fabs((double)m->model->final_norm[i]) > length ? fabs((double)m->model->final_norm[i]) : length;
+    length *= sqrt((double)m->model->c.hidden);
+    for (int k = 0; k < 2; k++) {
+        llm_memory plan;
+        long wrong = 0, moved = 0;
+        check_head_codes(&w, names[k], distance);
+        d.head = names[k];
+        llm *other = llm_open(&d, &e);
+        CHECK(other != NULL);
+        if (!other) break;
+        CHECK_INT(llm_plan(&d, &plan, &e), MOQ_OK);
+        CHECK(plan.weight_bytes == other->model->weight_memory);
+        CHECK(llm_get_info(other)->token_bytes < bytes && strcmp(llm_get_info(other)->head, llm_get_info(m)->head) != 0);
+        CHECK_INT(llm_forward(other, 0, ids[0], TOKENS, 0, narrow, NULL, &e), MOQ_OK);
+        for (size_t i = 0; i < n; i++) {
+            double by = fabs((double)narrow[i] - (double)stored[i]);
+            wrong += !(by <= length * distance[i % VOCAB] + 1e-4);
+            moved += by > 0;
+        }
+        CHECK_INT(wrong, 0);
+        CHECK(moved > (long)n / 2);
+        llm_close(other);
+    }
+    d.head = "int5";
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "int5") != NULL);
+    llm_close(m);
+    free(stored);
+    free(narrow);
+}
+
+static void test_llm_head(void)
+{
+    check_head(LLAMA, "lm_head", "llama");
+    check_head("sources/gemma3", "model.embed_tokens", "gemma3"); /* tied: the embedding stays as it is */
+}
+
 static void test_llm_chunks(void)
 {
     static const char *const more[] = {"mistral", "gemma3", "nemotron_h"};
@@ -1165,6 +1257,7 @@ int main(int argc, char **argv)
     RUN(test_llm_golden_modelopt);
     RUN(test_llm_golden_compressed_tensors);
     RUN(test_llm_golden_foreign);
+    RUN(test_llm_head);
     RUN(test_llm_chunks);
     RUN(test_llm_narrow_experts);
     RUN(test_llm_forward_refusals);

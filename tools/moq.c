@@ -314,7 +314,7 @@ typedef struct options {
     double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
         *save_calibration, *max_memory;
-    const char *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
+    const char *head, *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
     int encode;
     text_list scheme, shape, exclude, rule;
 } options;
@@ -337,6 +337,7 @@ static const option_row option_table[] = {
     {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints"},
     {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide"},
     {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate, mxfp4"},
+    {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
     {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
     {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256)"},
     {"explain", KIND_FLAG, FIELD(explain), "", "why each layer gets its kernel"},
@@ -570,6 +571,7 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     desc.checkpoint = e->ck;
     desc.backend = e->be;
     desc.kv = o->kv;
+    desc.head = o->head;
     desc.context = (int32_t)(o->context ? o->context : context);
     desc.chunk = (int32_t)o->chunk;
     desc.no_tokenizer = no_tokenizer;
@@ -840,10 +842,38 @@ static void explain_module(moq_backend *be, module_row *row)
     else be->explain(be, &one, row->kernel, sizeof row->kernel);
 }
 
+/* With --head: the output layer as it would run. A table that serves as embedding and as output layer gets a row of its own for that. */
+static int list_head(const options *o, moq_backend *be, module_row *rows, size_t *count)
+{
+    module_row *head = NULL, *embed = NULL, *row = &rows[*count];
+    moq_linear stored;
+    moq_error err;
+    if (!o->head || strcmp(o->head, "stored") == 0) return 0;
+    for (size_t i = 0; i < *count; i++) {
+        const char *name = rows[i].l.name;
+        if (ends_with(name, "lm_head")) head = &rows[i];
+        if (ends_with(name, "embed_tokens") || ends_with(name, ".embeddings") || strcmp(name, "embeddings") == 0) embed = &rows[i];
+    }
+    if (!head && !embed) return refuse("--head: this folder has neither lm_head nor an embedding");
+    if (head) row = head;
+    else *row = *embed;
+    stored = row->l;
+    if (llm_make_head(&stored, o->head, NULL, NULL, &row->l, &err) != MOQ_OK) return refuse_error(o->args[0], &err);
+    if (!head) row->l.name = "lm_head";
+    *count += !head;
+    moq_scheme_name(&row->l.scheme, row->scheme, sizeof row->scheme);
+    row->bytes = row->weight_bytes = (uint64_t)row->l.rows * ((uint64_t)row->l.cols + sizeof(float));
+    /* the explanation asks only whether codes are there */
+    row->l.codes.data = row->l.scales.data = stored.codes.data;
+    explain_module(be, row);
+    return 0;
+}
+
+/* One more row than there are modules: for list_head. */
 static int list_modules(const moq_checkpoint *ck, const char *path, moq_backend *be, module_row **out, size_t *count)
 {
     size_t n = moq_module_count(ck);
-    module_row *rows = (module_row *)take(n, sizeof *rows);
+    module_row *rows = (module_row *)take(n + 1, sizeof *rows);
     moq_error err;
     for (size_t i = 0; i < n; i++) {
         if (moq_get_module(ck, i, &rows[i].l, &err) != MOQ_OK) { free(rows); return refuse_error(path, &err); }
@@ -998,6 +1028,7 @@ static int verb_inspect(const options *o)
     int bad = ck ? open_backend(o, o->kernel, &be) : refuse_error(o->args[0], &err);
     if (!bad && o->against && !o->png) bad = refuse("--against goes with --png FILE; moq diff compares numbers");
     if (!bad) bad = list_modules(ck, o->args[0], be, &rows, &count);
+    if (!bad) bad = list_head(o, be, rows, &count);
     if (!bad) {
         memset(&t, 0, sizeof t);
         for (size_t i = 0; i < count; i++) {
@@ -2405,10 +2436,10 @@ static int verb_diff(const options *o)
    >>verbs           the table of verbs, help, main
    ------------------------------------------------------------------------------------------------ */
 
-#define ENGINE_OPTIONS "context chunk "
+#define ENGINE_OPTIONS "context chunk head "
 
 static const verb_row verb_table[] = {
-    {"inspect", verb_inspect, 1, 1, "DIR", "json context explain png against",
+    {"inspect", verb_inspect, 1, 1, "DIR", "json context head explain png against",
      "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.\n"
      "--png: a picture of where the bytes are, layer by layer, and of bits per weight; with --against SRC of the error instead.",
      "moq inspect Llama-3.1-8B-Instruct-NVFP4 --context 8192 --explain"},

@@ -501,6 +501,7 @@ typedef struct bench {
     int32_t m[16];
     int m_count;
     double prompt_rate, generation_rate; /* tokens per second of a folder */
+    double prompt_peak, read_ratio;      /* share of the peak of the instruction; of what a plain read of a token's weights would give */
 } bench;
 
 /* plain: seconds of a plain read; peak: operations per second, 0 when unknown */
@@ -569,28 +570,76 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     return bad;
 }
 
-/* Prompt and generation speed of a folder: the median of three prompts of up to 256 tokens, then 64 tokens one by one. */
+/* Operations per second of the instruction that serves `rows` rows of the folder's first quantized layer, or of its first layer; 0: unknown. */
+static double folder_peak(const bench *b, const engine *e, int32_t rows)
+{
+    const moq_backend *be = b->be;
+    char kernel[200] = "";
+    moq_linear l, best;
+    moq_weight *w;
+    moq_error err;
+    double rate;
+    int found = 0;
+    for (size_t i = 0; i < moq_module_count(e->ck) && found < 2; i++) {
+        if (moq_get_module(e->ck, i, &l, &err) != MOQ_OK || (l.experts > 0 && moq_slice_expert(&l, 0, &l, &err) != MOQ_OK)) continue;
+        if (found && !moq_scheme_is_quantized(&l.scheme)) continue;
+        best = l;
+        found = moq_scheme_is_quantized(&l.scheme) ? 2 : 1;
+    }
+    w = found ? e->be->prepare_linear(e->be, &best, 1, &err) : NULL;
+    if (!w) return 0;
+    if (be->explain) e->be->explain(e->be, &best, kernel, sizeof kernel);
+    kernel[strcspn(kernel, ":")] = 0;
+    rate = peak_rate(peak_kind(be, w, rows, kernel), kernel, b->threads);
+    e->be->release_weight(e->be, w);
+    return rate;
+}
+
+/* Seconds of `prompt` tokens at once and of `steps` tokens one by one, each with its logits: the best of three. */
+static moq_result time_folder(const engine *e, const int32_t *ids, int32_t prompt, int32_t steps, float *logits, double best[2], moq_error *err)
+{
+    moq_result r = MOQ_OK;
+    for (int run = 0; run < 3 && r == MOQ_OK && !stop_requested; run++) {
+        double start = moq_seconds(), middle, end;
+        r = llm_forward(e->m, 0, ids, prompt, 0, NULL, logits, err);
+        middle = moq_seconds();
+        for (int32_t i = 0; i < steps && r == MOQ_OK; i++) r = llm_forward(e->m, 0, ids + i, 1, i, NULL, logits, err);
+        end = moq_seconds();
+        if (run == 0 || middle - start < best[0]) best[0] = middle - start;
+        if (run == 0 || end - middle < best[1]) best[1] = end - middle;
+    }
+    return r;
+}
+
+/* Prompt and generation speed of a folder: a prompt of up to 512 tokens, then up to 128 tokens one by one from position 0. */
 static int bench_folder(bench *b, engine *e)
 {
+    enum { PROMPT = 512, STEPS = 128 };
     moq_error err;
-    double prompt[3], start, each;
-    int32_t ids[512], n = e->info->context / 2 < 256 ? e->info->context / 2 : 256, steps = n < 64 ? n : 64;
-    moq_result r = MOQ_OK;
-    if (n < 1) return refuse("%s: a context of %d tokens is too short to measure", e->path, e->info->context);
-    for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % e->info->vocab);
-    for (int i = 0; i < 3 && r == MOQ_OK; i++) {
-        start = moq_seconds();
-        r = llm_forward(e->m, 0, ids, n, 0, NULL, NULL, &err);
-        prompt[i] = moq_seconds() - start;
-    }
-    start = moq_seconds();
-    for (int32_t i = 0; i < steps && r == MOQ_OK; i++) r = llm_forward(e->m, 0, ids + i, 1, n + i, NULL, NULL, &err);
-    each = (moq_seconds() - start) / steps;
+    const llm_info *info = e->info;
+    int32_t ids[PROMPT], n = info->context < PROMPT ? info->context : PROMPT, steps = n < STEPS ? n : STEPS;
+    double best[2] = {0, 0}, peak, plain = 0;
+    float *logits = (float *)take((size_t)info->vocab, sizeof *logits);
+    int cpu = strcmp(b->be->name, "cpu") == 0;
+    moq_result r;
+    for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % info->vocab);
+    r = time_folder(e, ids, n, steps, logits, best, &err);
+    free(logits);
     if (r != MOQ_OK) return refuse_error(e->path, &err);
-    qsort(prompt, 3, sizeof *prompt, compare_doubles);
-    b->prompt_rate = n / prompt[1];
-    b->generation_rate = 1 / each;
-    if (!b->o->json) printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s\n", e->path, b->prompt_rate, n, b->generation_rate);
+    b->prompt_rate = n / best[0];
+    b->generation_rate = steps / best[1];
+    peak = folder_peak(b, e, n);
+    if (peak > 0) b->prompt_peak = b->prompt_rate * 2 * (double)info->token_products / peak;
+    if (cpu) plain = read_seconds(info->token_bytes, b->threads);
+    b->read_ratio = plain * b->generation_rate;
+    if (b->o->json) return 0;
+    printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s (%d tokens)\n", e->path, b->prompt_rate, n, b->generation_rate, steps);
+    printf("prompt: %.1f GFLOP/s in weights", b->prompt_rate * 2 * (double)info->token_products / 1e9);
+    if (peak > 0) printf(", %.3f of the %.1f that its instruction alone gives", b->prompt_peak, peak / 1e9);
+    printf("\ngeneration: %.2f MB of weights a token (output layer %s), %.2f GB/s", (double)info->token_bytes / 1e6, info->head,
+           (double)info->token_bytes * b->generation_rate / 1e9);
+    if (cpu) printf(", %.3f of a plain read of as many bytes", b->read_ratio);
+    printf("\n");
     return 0;
 }
 
@@ -660,6 +709,10 @@ static int run_bench(bench *b, engine *e)
         json_string(&b->j, "cpu", moq_cpu_features());
         if (e) json_number(&b->j, "prompt_tokens_per_second", b->prompt_rate);
         if (e) json_number(&b->j, "generated_tokens_per_second", b->generation_rate);
+        if (e) json_string(&b->j, "head", e->info->head);
+        if (e) json_int(&b->j, "token_bytes", (int64_t)e->info->token_bytes);
+        if (e) json_number(&b->j, "prompt_peak_ratio", b->prompt_peak);
+        if (e) json_number(&b->j, "generation_read_ratio", b->read_ratio);
         json_open(&b->j, "rows", '[');
     } else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
                     "moq: same instruction (FMA, VNNI or AMX) alone in registers\n", b->be->name, b->threads);
@@ -681,7 +734,7 @@ static int verb_bench(const options *o)
     b.threads = o->threads ? (int)o->threads : moq_cpu_count();
     bad = bench_arguments(&b);
     if (!bad && o->arg_count) {
-        bad = open_engine(&e, o, o->args[0], 512, 1);
+        bad = open_engine(&e, o, o->args[0], 1024, 1);
         b.be = bad ? NULL : e.be;
         if (!bad) bad = run_bench(&b, &e);
         close_engine(&e);
