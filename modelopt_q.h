@@ -12587,7 +12587,7 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_
 enum { MOQI_ATTEND_ROWS = 8, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512 };
 
 /* The loops of one instruction set. */
-typedef struct moqi_ops {
+typedef struct moqi_loops {
     /* s[from..to] of 32 scores become e^(score - max), all others 0; *max grows to the largest of them; -> their sum */
     float (*softmax)(float *s, int from, int to, float *max);
     /* y[i][c] += sum over k of p[i][k] v[k][c], one k after the other; p: [m, ldp], v: [count, ldv], y: [m, ldy], c < n */
@@ -12600,7 +12600,7 @@ typedef struct moqi_ops {
     void (*weigh)(const float *x, const float *weight, float s, int64_t n, float *y);
     /* moqi_rope_head */
     void (*rotate)(float *x, const float *table, int64_t dims, int interleaved);
-} moqi_ops;
+} moqi_loops;
 
 /* ---- plain ---- */
 
@@ -12634,7 +12634,7 @@ static void moqi_plain_weigh(const float *x, const float *weight, float s, int64
     for (int64_t i = 0; i < n; i++) y[i] = weight ? x[i] * s * weight[i] : x[i] * s;
 }
 
-static const moqi_ops moqi_plain_ops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
+static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
 
 /* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
        silu        z = g
@@ -12771,14 +12771,14 @@ MOQI_AVX512 static void moqi_rotate_512(float *x, const float *table, int64_t di
     }
 }
 
-static const moqi_ops moqi_ops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512};
+static const moqi_loops moqi_loops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512};
 
 /* ---- AVX2 ---- */
 
-/* As in the AVX-512 version, but clamped to numbers whose exponent is one of F32. */
+/* As in the AVX-512 version, but 2^n is made of its bits: what is above e^88.4 is infinite, nothing is below e^-87. */
 MOQI_INLINE MOQI_AVX2 __m256 moqi_exp_256(__m256 x)
 {
-    x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(88), x));
+    x = _mm256_max_ps(_mm256_set1_ps(-87), _mm256_min_ps(_mm256_set1_ps(89), x));
     __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x), p = _mm256_set1_ps(1.0f / 5040);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
@@ -12876,7 +12876,7 @@ MOQI_AVX2 static void moqi_weigh_256(const float *x, const float *weight, float 
     moqi_plain_weigh(x + i, weight ? weight + i : NULL, s, n - i, y + i);
 }
 
-static const moqi_ops moqi_ops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head};
+static const moqi_loops moqi_loops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head};
 #endif
 
 #ifdef MOQI_ARM
@@ -12909,21 +12909,21 @@ static void moqi_turns_neon(const float *src, int64_t lds, int64_t rows, int64_t
         for (int64_t c = 0; c < cols; c += 4) moqi_turn_neon(src + r * lds + c, lds, dst + c * ldd + r, ldd);
 }
 
-static const moqi_ops moqi_ops_neon = {moqi_plain_softmax, moqi_blend_neon, moqi_turns_neon, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
+static const moqi_loops moqi_loops_neon = {moqi_plain_softmax, moqi_blend_neon, moqi_turns_neon, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
 #endif
 
 /* The loops that go with a set of kernels, which share its instructions. */
-static const moqi_ops *moqi_ops_for(const moqi_kernels *k)
+static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 {
 #ifdef MOQI_X86
-    if (k->dot == moqi_dot_512) return &moqi_ops_512;
-    if (k->dot == moqi_dot_256) return &moqi_ops_256;
+    if (k->dot == moqi_dot_512) return &moqi_loops_512;
+    if (k->dot == moqi_dot_256) return &moqi_loops_256;
 #endif
 #ifdef MOQI_ARM
-    if (k->dot == moqi_dot_neon) return &moqi_ops_neon;
+    if (k->dot == moqi_dot_neon) return &moqi_loops_neon;
 #endif
     (void)k;
-    return &moqi_plain_ops;
+    return &moqi_plain_loops;
 }
 
 /* ---- attention ----
@@ -12941,7 +12941,7 @@ typedef struct moqi_softmax { float max, sum; } moqi_softmax; /* of the scores s
 /* One call of the table. */
 typedef struct moqi_attending {
     const moqi_kernels *k;
-    const moqi_ops *o;
+    const moqi_loops *o;
     const moq_batch *b;
     const moq_attention_desc *a;
     float *worker, *parts;      /* scratch of every worker, each_worker floats; spans side by side: [rows, heads, spans, value_dim + 2] */
@@ -13116,7 +13116,7 @@ static void moqi_attend_finish(const moqi_attending *t, int64_t row, int64_t hea
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * weight */
-static void moqi_norm_row(const moqi_kernels *k, const moqi_ops *o, const float *x, const float *weight, int64_t n, float eps, float *y)
+static void moqi_norm_row(const moqi_kernels *k, const moqi_loops *o, const float *x, const float *weight, int64_t n, float eps, float *y)
 {
     o->weigh(x, weight, 1 / sqrtf(k->dot(x, x, n) / (float)n + eps), n, y);
 }
@@ -13245,7 +13245,7 @@ typedef struct moqi_cpu {
     moq_parallel par;
     moqi_pool *pool;            /* NULL: one thread, or the caller's job system */
     const moqi_kernels *k;
-    const moqi_ops *o;
+    const moqi_loops *o;
     moq_act act;
     moqi_need need;
     uint8_t *scratch;
@@ -14673,7 +14673,7 @@ MOQ_API moq_backend *moq_cpu_backend(const moq_cpu_desc *desc, moq_error *err)
     c->par = desc->parallel;
     c->act = desc->act;
     c->k = k;
-    c->o = moqi_ops_for(k);
+    c->o = moqi_loops_for(k);
     if (c->par.run) {
         if (c->par.workers < 1) c->par.workers = 1;
         return &c->be;
