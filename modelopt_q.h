@@ -22436,7 +22436,7 @@ static moq_result moqi_choose_kept(moqi_export *x, moq_error *err)
         return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "nothing in it is quantized; `moq quantize` makes a quantized folder of it");
     if (x->cast) return moqi_choose_casts(p, err);
     if (info->family == (x->container == MOQI_COMPRESSED ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT))
-        return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is %s already", moqi_container_names[x->container]);
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is %s already; it can be used as it is", moqi_container_names[x->container]);
     return MOQ_OK;
 }
 

@@ -116,6 +116,15 @@ static int refuse_error(const char *path, const moq_error *err)
     return 2;
 }
 
+/* An error of a verb that reads one folder and writes another: placed in the one whose path has the name that the error gives. */
+static int refuse_either(const char *source, const char *target, const moq_error *err)
+{
+    size_t n = strlen(source), of = strlen(err->file);
+    while (n > 1 && source[n - 1] == '/') n--;
+    int named = of && n >= of && strncmp(source + n - of, err->file, of) == 0;
+    return refuse_error(of && !named && target && strstr(target, err->file) ? target : source, err);
+}
+
 static void *take(size_t count, size_t bytes)
 {
     void *p = calloc(count ? count : 1, bytes);

@@ -118,7 +118,7 @@ static int verb_autoquant(const options *o)
         d.forward = llm_calibrate;
         d.data = &set.samples;
     }
-    if (!bad && !(s = moq_autoquant(&d, &err))) bad = refuse_error(d.target && err.file[0] && strstr(d.target, err.file) ? d.target : d.source, &err);
+    if (!bad && !(s = moq_autoquant(&d, &err))) bad = refuse_either(d.source, d.target, &err);
     if (s && o->json) print_search_json(s, d.target);
     else if (s) print_search(s);
     moq_search_destroy(s);

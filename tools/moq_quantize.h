@@ -275,7 +275,7 @@ static int verb_quantize(const options *o)
         bad = split_rule(o->rule.item[i], &rules[i]);
         if (!bad) d.rule_count++;
     }
-    if (!bad && moq_quantize(&d, &err) != MOQ_OK) bad = refuse_error(err.file[0] && strstr(o->args[1], err.file) ? o->args[1] : o->args[0], &err);
+    if (!bad && moq_quantize(&d, &err) != MOQ_OK) bad = refuse_either(o->args[0], o->args[1], &err);
     moq_backend_destroy(d.backend);
     drop_samples(&set);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
@@ -297,7 +297,7 @@ static int verb_convert(const options *o)
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
     if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
-    if (moq_convert(&d, &err) != MOQ_OK) return refuse_error(err.file[0] && strstr(o->args[1], err.file) ? o->args[1] : o->args[0], &err);
+    if (moq_convert(&d, &err) != MOQ_OK) return refuse_either(o->args[0], o->args[1], &err);
     return report_folder(o, o->args[1]);
 }
 
