@@ -2245,6 +2245,17 @@ static moq_result moqi_no_os(const char *path, moq_error *err)
 
 MOQI_UNUSED static int moqi_is_dir(const char *path) { (void)path; return 0; }
 MOQI_UNUSED static int moqi_file_exists(const char *path) { (void)path; return 0; }
+MOQI_UNUSED static int moqi_os_code(void) { return 0; }
+MOQI_UNUSED static unsigned moqi_sys_process(void) { return 0; }
+MOQI_UNUSED static int moqi_sys_make_dir(const char *path) { (void)path; return 0; }
+MOQI_UNUSED static int64_t moqi_sys_read(intptr_t file, void *p, size_t bytes) { (void)file; (void)p; (void)bytes; return -1; }
+MOQI_UNUSED static int64_t moqi_sys_write(intptr_t file, const void *p, size_t bytes) { (void)file; (void)p; (void)bytes; return -1; }
+
+MOQI_UNUSED static moq_result moqi_fail_os(moq_error *err, const char *name, const char *what, int code)
+{
+    (void)what; (void)code;
+    return moqi_no_os(name, err);
+}
 
 MOQI_UNUSED static moq_result moqi_blob_open(moqi_blob *out, const char *path, const char *base_name, int read_all,
                                              const moq_allocator *a, moq_error *err)
@@ -2585,7 +2596,7 @@ static int moqi_sys_make_dir(const char *path) { return mkdir(path, 0777) == 0; 
 static void moqi_sys_remove_dir(const char *path) { rmdir(path); }
 #endif
 
-/* Deletes the plain files of a folder and then the folder. Only for folders that this library has made. */
+/* Deletes the files of a folder, folders in it, and then the folder. Only for folders that this library has made. */
 static void moqi_remove_folder(const char *path)
 {
     moqi_arena r = moqi_arena_make(NULL);
@@ -2594,8 +2605,9 @@ static void moqi_remove_folder(const char *path)
     char text[4096 + 300];
     if (moqi_list_dir(path, &r, &names, &count, NULL) == MOQ_OK) {
         for (size_t i = 0; i < count; i++) {
-            moqi_format(text, sizeof text, "%s/%s", path, names[i]);
-            moqi_sys_remove(text);
+            if (moqi_format(text, sizeof text, "%s/%s", path, names[i]) >= sizeof text) continue;
+            moqi_sys_remove(text); /* a link goes, what it leads to stays */
+            if (moqi_is_dir(text)) moqi_remove_folder(text);
         }
     }
     moqi_arena_drop(&r);
@@ -22314,27 +22326,43 @@ static moq_result moqi_write_config(moqi_export *x, moq_error *err)
 
 /* ---- the folder ---- */
 
-/* Files that go along unchanged: what a tokenizer, a processor or remote code needs. */
-static moq_result moqi_copy_files(moqi_export *x, moq_error *err)
+/* Files of the source's folder `inside` ("" or "/NAME") that match go along unchanged. Links are followed; one that leads nowhere is an error,
+   since what it stands for would be missed by whoever reads the new folder. */
+static moq_result moqi_copy_matching(moqi_export *x, const char *inside, const char *const *wanted, size_t patterns, moq_error *err)
 {
-    static const char *const wanted[] = {
-        "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*preprocessor_config.json",
-        "processor_config.json", "spiece.model", "sentencepiece*", "tekken.json", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "USE_POLICY*"};
     char from[4096 + 300], to[4096 + 300];
     const char **names = NULL;
     size_t count = 0;
-    moq_result r = moqi_list_dir(x->plan.desc->source, &x->arena, &names, &count, err);
+    moqi_format(from, sizeof from, "%s%s", x->plan.desc->source, inside);
+    moq_result r = moqi_list_dir(from, &x->arena, &names, &count, err);
     for (size_t i = 0; i < count && r == MOQ_OK; i++) {
         size_t bytes = 0;
-        if (!moqi_any_glob(wanted, MOQI_COUNT(wanted), names[i])) continue;
-        moqi_format(from, sizeof from, "%s/%s", x->plan.desc->source, names[i]);
-        moqi_format(to, sizeof to, "%s/%s", x->temp, names[i]);
-        if (!moqi_file_exists(from)) continue;
+        if (!moqi_any_glob(wanted, patterns, names[i])) continue;
+        moqi_format(from, sizeof from, "%s%s/%s", x->plan.desc->source, inside, names[i]);
+        moqi_format(to, sizeof to, "%s%s/%s", x->temp, inside, names[i]);
+        if (moqi_is_dir(from)) continue;
         char *data = moq_read_file(from, MOQ_MAX_JSON_BYTES, &x->plan.desc->allocator, &bytes, err);
         r = data ? moq_write_file(to, data, bytes, err) : err ? err->code : MOQ_E_IO;
         moq_release(&x->plan.desc->allocator, data, data ? bytes + 1 : 0);
     }
     return r;
+}
+
+/* What a tokenizer, a processor or remote code needs; weights in other formats stay behind. */
+static moq_result moqi_copy_files(moqi_export *x, moq_error *err)
+{
+    static const char *const wanted[] = {
+        "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*preprocessor_config.json",
+        "processor_config.json", "spiece.model", "spm.model", "sentencepiece*", "tekken.json", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"};
+    static const char *const any[] = {"*.jinja"};
+    static const char templates[] = "/additional_chat_templates";
+    char path[4096 + 300];
+    moq_result r = moqi_copy_matching(x, "", wanted, MOQI_COUNT(wanted), err);
+    moqi_format(path, sizeof path, "%s%s", x->plan.desc->source, templates);
+    if (r != MOQ_OK || !moqi_is_dir(path)) return r;
+    moqi_format(path, sizeof path, "%s%s", x->temp, templates);
+    if (!moqi_sys_make_dir(path)) return moqi_fail_os(err, moqi_base_name(path), "cannot be created", moqi_os_code());
+    return moqi_copy_matching(x, templates, any, MOQI_COUNT(any), err);
 }
 
 /* What was written must open here and pass the checks of `moq verify`. */
@@ -22487,10 +22515,10 @@ static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
 #else
 static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
 {
-    moq_result r = moqi_write_shards(x, err);
+    moq_result r = moqi_copy_files(x, err); /* first: it may fail, and takes no time */
+    if (r == MOQ_OK) r = moqi_write_shards(x, err);
     if (r == MOQ_OK) r = moqi_write_config(x, err);
     if (r == MOQ_OK) r = moqi_write_hf_quant(x, err);
-    if (r == MOQ_OK) r = moqi_copy_files(x, err);
     if (r == MOQ_OK) r = moqi_reopen(x, err);
     if (r == MOQ_OK) r = moqi_folder_commit(x->temp, x->plan.desc->target, err);
     return r;

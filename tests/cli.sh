@@ -302,6 +302,52 @@ check "eval: a row of another kind" refused "line 1"
 run eval "$demo" --data "$dir/nowhere.txt"
 check "eval: no data" refused "nowhere"
 
+# ---- export and convert ----
+src=$golden/sources/llama
+"$moq" quantize "$src" "$dir/x" --recipe w4a16_nvfp4 >/dev/null 2>&1
+# a cache of links to blobs that may not be written: what belongs to the model goes along, weights in other formats stay, a link to nothing is an error
+mkdir -p "$dir/hub/blobs" "$dir/hub/snapshot/additional_chat_templates" "$dir/hub/snapshot/onnx"
+for f in "$src"/*; do cp "$f" "$dir/hub/blobs/" && ln -s "../blobs/$(basename "$f")" "$dir/hub/snapshot/"; done
+for f in tokenizer.json chat_template.jinja merges.txt modeling_own.py pytorch_model.bin model.onnx; do
+    echo "$f" >"$dir/hub/blobs/$f" && ln -s "../blobs/$f" "$dir/hub/snapshot/"
+done
+echo tools >"$dir/hub/snapshot/additional_chat_templates/tool_use.jinja"
+chmod -R a-w "$dir/hub"
+run quantize "$dir/hub/snapshot" "$dir/x3" --recipe w4a16_nvfp4
+check "quantize from links" is 0
+check "the same weights" cmp "$dir/x/model.safetensors" "$dir/x3/model.safetensors"
+for f in tokenizer.json chat_template.jinja merges.txt modeling_own.py additional_chat_templates/tool_use.jinja; do
+    check "copied: $f" cmp "$dir/hub/snapshot/$f" "$dir/x3/$f"
+done
+check "no other weights" test ! -e "$dir/x3/pytorch_model.bin" -a ! -e "$dir/x3/model.onnx" -a ! -e "$dir/x3/onnx" -a ! -L "$dir/x3/config.json"
+chmod -R u+w "$dir/hub" "$dir/x3"
+rm -r "$dir/x3" "$dir/hub/blobs/merges.txt"
+run quantize "$dir/hub/snapshot" "$dir/x3" --recipe w4a16_nvfp4
+check "a link to nothing" refused "hub/snapshot/merges.txt"
+check "and nothing is left" test ! -e "$dir/x3" -a -z "$(find "$dir" -name 'x3.tmp*')"
+run quantize "$src" "$dir/x3" --recipe w4a16_nvfp4 --shard 100K
+check "shards" test -f "$dir/x3/model-00001-of-00004.safetensors" -a -f "$dir/x3/model.safetensors.index.json"
+run diff "$dir/x" "$dir/x3"
+check "shards hold the same tensors" is 0
+run quantize "$dir/x3" "$dir/x4" --recipe int8_weight_only
+check "from shards" is 0
+for c in modelopt/llama-fp8:compressed-tensors compressed-tensors/llama-fp8-kv:modelopt foreign/deepseek_v3-fp8-block:modelopt foreign/llama-awq-g128:compressed-tensors; do
+    from=$golden/${c%%:*} to=${c##*:}
+    if [ ! -d "$from" ]; then echo "skipped convert of ${c%%:*}: not in this set"; continue; fi
+    run convert "$from" "$dir/conv" --to "$to"
+    check "convert $c" is 0
+    "$moq" dequant "$from" --hash >"$dir/a" && "$moq" dequant "$dir/conv" --hash >"$dir/b"
+    check "convert $c keeps every weight" cmp "$dir/a" "$dir/b"
+    rm -rf "$dir/conv"
+done
+run convert "$dir/x" "$dir/conv" --to modelopt
+check "convert: nothing to do" refused "$dir/x: is a ModelOpt folder already"
+run convert "$src" "$dir/conv" --to modelopt
+check "convert: nothing quantized" refused "moq quantize"
+run convert "$dir/x" "$dir/conv" --to gguf
+check "convert: unknown container" refused "gguf"
+check "convert leaves nothing" test ! -e "$dir/conv"
+
 # ---- diff ----
 run diff "$demo" "$demo"
 check "diff: the same folder" is 0
@@ -313,6 +359,12 @@ check "diff --against" out "snr_a_db [0-9.]*	snr_b_db"
 check "diff: one side only" out "only in "
 run diff "$demo" "$demo" --json
 check "diff --json is JSON" json
+run diff "$golden/modelopt/llama-fp8" "$golden/modelopt/llama-fp8_pb_wo" --against "$golden/sources/llama"
+check "diff: bytes, error and ratios as computed elsewhere" out "self_attn.q_proj.weight	242 of 16384 bytes differ	relative_error 0.00923071	snr_a_db 31.486	snr_b_db 31.5084"
+check "diff: equal tensors as counted elsewhere" last '^equal 11/49 tensors$'
+run diff "$golden/modelopt/llama-fp8" "$golden/modelopt/llama-fp8_pb_wo" --against "$golden/sources/llama" --json
+check "diff --json with a source" out '"differing_bytes": 242, "bytes": 16384, "relative_error": 0.00923071'
+check "diff --json is JSON there too" json
 run diff "$demo" "$dir/nowhere"
 check "diff: nothing there" refused "nowhere"
 

@@ -54,7 +54,7 @@ CC=${CC:-cc}
 # 2. options
 for cc in gcc clang; do if have $cc; then check "$cc MOQ_QUANTIZE" $cc -std=c99 $WARN -Wstrict-prototypes -DMOQ_QUANTIZE -O1 -c $B/impl.c -o $B/quantize.o; fi; done
 for cc in g++ clang++; do if have $cc; then check "$cc MOQ_QUANTIZE" $cc -std=c++11 $WARN -DMOQ_QUANTIZE -fsyntax-only $B/llm.cpp; fi; done
-for option in MOQ_STATIC MOQ_NO_OS MOQ_NO_THREADS MOQ_NO_SIMD MOQ_DEBUG "MOQ_NO_OS -DMOQ_NO_THREADS -DMOQ_NO_SIMD"; do
+for option in MOQ_STATIC MOQ_NO_OS MOQ_NO_THREADS MOQ_NO_SIMD MOQ_DEBUG "MOQ_NO_OS -DMOQ_NO_THREADS -DMOQ_NO_SIMD" "MOQ_NO_OS -DMOQ_QUANTIZE"; do
     # shellcheck disable=SC2086
     check "option $option" $CC -std=c99 $WARN -O1 -D$option -c $B/impl.c -o $B/option.o
 done

@@ -88,7 +88,7 @@ static int refuse(const char *format, ...)
 
 static int names_file(const char *text, size_t length)
 {
-    static const char *const ends[] = {".json", ".safetensors", ".jinja"};
+    static const char *const ends[] = {".json", ".safetensors", ".jinja", ".txt", ".model", ".py"};
     for (int i = 0; i < COUNT(ends); i++) {
         size_t n = strlen(ends[i]);
         if (length > n && strncmp(text + length - n, ends[i], n) == 0 && !memchr(text, ' ', length)) return 1;
