@@ -996,6 +996,10 @@ typedef struct moq_observer {
     /* moq_end_batch, moq_end_layers were called. Without end_layers the observer wants rows that run as a whole. */
     void (*end_batch)(void *user);
     void (*end_layers)(void *user);
+    /* moq_takes_twice was called; 1: yes. */
+    int (*twice)(void *user);
+    /* The product itself: y [rows, sum of the parts' rows] from x as `input` left it. 1: y is made, 0: the layers' own weights make it. */
+    int (*product)(void *user, const moq_linear *layers, int32_t parts, const float *x, int32_t rows, float *y);
     /* 1: every result is rounded to BF16 and the small operations go step by step as PyTorch does them in BF16, so that statistics are
        those of a BF16 model and not of an F32 one. */
     int32_t bf16;
@@ -1015,6 +1019,10 @@ MOQ_API void moq_end_batch(moq_backend *watch);
 MOQ_API void moq_end_layers(moq_backend *watch);
 /* Does the observer take a pass in that order, all rows through one layer before the next? Else every row must run as a whole. */
 MOQ_API int moq_takes_layers(const moq_backend *watch);
+/* Does it want, in this pass, the layers between two moq_end_layers twice on the same inputs, moq_end_layers after each time? The second time
+   they compute with the weights that the first led to (GPTQ), and that is what the next layers get. Optional: who never asks runs once, and
+   every layer is fitted to inputs from layers with their own weights. */
+MOQ_API int moq_takes_twice(moq_backend *watch);
 
 /* What to quantize a module with: the recipe, or NULL to leave it as it is. */
 typedef const moq_recipe *(*moq_choose_fn)(void *user, const char *module);
@@ -1046,7 +1054,8 @@ typedef struct moq_calibrate_desc {
 } moq_calibrate_desc;
 
 /* Statistics, named as ModelOpt names its quantizers in memory: "M.input_quantizer.amax", "M.input_quantizer.pre_quant_scale",
-   "M.awq_lite.best_scale", "M.weight_quantizer.amax", "A.k_bmm_quantizer.amax" ... all F32. */
+   "M.awq_lite.best_scale", "M.weight_quantizer.amax", "A.k_bmm_quantizer.amax" ... all F32. GPTQ's result is a weight, "M.weight" in BF16: as
+   much memory as the layers that it quantizes, and a factor of 8 cols^2 bytes while it works on one. */
 typedef struct moq_stats moq_stats;
 
 /* Run the model as often as the recipe's algorithm needs and return what it found. Destroy with moq_stats_destroy. */
@@ -5596,6 +5605,8 @@ static const moq_recipe moqi_recipes[] = {
     {"nvfp4_w4a4_weight_mse_fp8_sweep", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "NVFP4", MOQI_ALL_LINEARS, "mse fp8_scale_sweep", MOQI_S_NVFP4},
     {"nvfp4_w4a4_weight_local_hessian", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG", "NVFP4", MOQI_ALL_LINEARS, "local_hessian fp8_scale_sweep", MOQI_S_NVFP4},
     {"nvfp4_act_headroom", "general/ptq/nvfp4_act_headroom-kv_fp8_cast", "NVFP4", MOQI_ALL_LINEARS, "nvfp4_act_headroom", MOQI_S_NVFP4},
+    {"nvfp4_gptq", "general/ptq/nvfp4_default-kv_none-gptq", "NVFP4", MOQI_ALL_LINEARS, "gptq damp 0.01 block 128", MOQI_S_NVFP4},
+    {"int4_gptq", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG with gptq", "W4A16_AWQ", MOQI_ALL_LINEARS, "gptq damp 0.01 block 128", MOQI_S_INT4},
     {"nvfp4_mlp_only", "NVFP4_MLP_ONLY_CFG", "NVFP4", "mlp, experts", "max", MOQI_S_NVFP4},
     {"nvfp4_mlp_weight_only", "NVFP4_MLP_WEIGHT_ONLY_CFG", "W4A16_NVFP4", "mlp, experts", "max", MOQI_S_NVFP4_WO32},
     {"nvfp4_omlp_only", "NVFP4_OMLP_ONLY_CFG", "NVFP4", "o_proj, mlp, experts", "max", MOQI_S_NVFP4},
@@ -15614,6 +15625,7 @@ typedef struct moqi_target {
     float input_amax;         /* 0: none */
     float global_amax;        /* of the weight, the largest of the group where scales are shared */
     const float *amax;        /* recorded or searched amax of scale groups */
+    const moq_tensor *made;   /* the weight that GPTQ made, to be encoded in place of w; NULL: none */
     float *kept;              /* searched blocks between the scales and the codes; bytes of it */
     uint64_t kept_bytes;
     float recorded_amax;      /* scalar, where calibration clipped it; 0: of the weight */
@@ -15838,14 +15850,19 @@ static moq_result moqi_recorded(const moqi_plan *p, const moqi_target *t, const 
     return MOQ_OK;
 }
 
+static int moqi_recipe_gptq(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "gptq"); }
+
+/* Has static blocks of NVFP4, one recorded amax for each. */
 static int moqi_recipe_searches(const moq_recipe *recipe)
 {
-    return moqi_starts(recipe->calibration, "mse") || moqi_starts(recipe->calibration, "local_hessian");
+    int gptq = moqi_recipe_gptq(recipe) && recipe->scheme.weight.scale == MOQ_F8_E4M3;
+    return gptq || moqi_starts(recipe->calibration, "mse") || moqi_starts(recipe->calibration, "local_hessian");
 }
 
 /* How a recipe that searches does it; local_hessian's blocks come from data, so what it is here never counts. */
 static moq_amax_search moqi_recipe_search(const moq_recipe *recipe)
 {
+    if (moqi_recipe_gptq(recipe)) return MOQ_SEARCH_MAX;
     return moqi_starts(recipe->calibration, "mse") && !moqi_ends(recipe->calibration, "sweep") ? MOQ_SEARCH_FOUR_OVER_SIX : MOQ_SEARCH_SWEEP;
 }
 
@@ -15896,6 +15913,29 @@ static int moqi_has_input_scale(const moq_recipe *recipe)
     return c->elem != MOQ_NONE && (c->has_global || (!c->dynamic && c->scale == MOQ_F32));
 }
 
+/* The weight that GPTQ made and the scales that it was made with. A layer that saw no tokens has only scales: it stays as it is. */
+static moq_result moqi_load_gptq(const moqi_plan *p, moqi_target *t, moq_error *err)
+{
+    const moq_coding *c = &t->recipe->scheme.weight;
+    const float *v = NULL;
+    int up_half;
+    int64_t groups = c->group_cols > 0 ? moqi_ceil_div(t->w.cols, c->group_cols) : 1;
+    const moq_tensor *made = t->w.experts > 0 ? NULL : moqi_recorded_tensor(p, t, "weight", &up_half);
+    if (made && (made->dtype != MOQ_BF16 || made->rank != 2 || made->shape[0] != (uint64_t)t->w.rows || made->shape[1] != (uint64_t)t->w.cols))
+        return moqi_fail(err, MOQ_E_SHAPE, moqi_at(p->records_name, "tensor", made->name, (int64_t)made->offset),
+                         "is not the BF16 weight of layer '%q'; it was recorded with another model", t->name);
+    if (t->w.experts > 0) return MOQ_OK;
+    moq_result r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)(t->w.rows * groups), &t->amax, err);
+    if (r == MOQ_OK) r = moqi_recorded(p, t, "weight_quantizer.global_amax", 1, &v, err);
+    if (r != MOQ_OK) return r;
+    if (!t->amax || (c->has_global && !v))
+        return moqi_fail(err, MOQ_E_MISSING, moqi_at(p->records_name, "layer", t->name, -1),
+                         "recipe %s needs the weight that gptq makes of it in a calibration run", t->recipe->name);
+    t->made = made;
+    if (v) t->recorded_amax = v[0];
+    return r;
+}
+
 /* Everything that calibration says of one target. */
 static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error *err)
 {
@@ -15917,6 +15957,7 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     }
     if (r == MOQ_OK && moqi_is_smoothed(t) && t->recipe->scheme.weight.elem == MOQ_I8) /* rows of the weight that F32 vectors smoothed */
         r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)t->w.rows, &t->amax, err);
+    if (r == MOQ_OK && moqi_recipe_gptq(t->recipe)) return moqi_load_gptq(p, t, err);
     if (r != MOQ_OK || !moqi_recipe_searches(t->recipe)) return r;
     int fixed = moqi_starts(t->recipe->calibration, "mse");
     t->search = moqi_recipe_search(t->recipe);
@@ -16162,6 +16203,11 @@ static moq_result moqi_encode_source(moqi_plan *p, const moqi_target *t, int32_t
     d->parallel = p->parallel;
     d->allocator = &p->desc->allocator;
     d->dtype = MOQ_F32;
+    if (t->made) {
+        d->dtype = t->made->dtype;
+        d->data = t->made->data;
+        return MOQ_OK;
+    }
     if (moqi_is_direct(t, &w)) {
         d->dtype = w.codes.dtype;
         d->data = w.codes.data;
@@ -16919,50 +16965,106 @@ static float moqi_headroom_amax(const uint64_t bins[MOQI_BINS], float running_ma
 
 /* ---- gptq (10): spread the error of each column over those that follow ---- */
 
-/* In-place Cholesky of a symmetric positive definite h [n, n]: h = L L^T, L in the lower half. 0 when it is not definite. */
-static int moqi_cholesky(double *h, int64_t n)
+enum { MOQI_FACTOR_BLOCK = 64, MOQI_FACTOR_ROWS = 16, MOQI_GPTQ_BLOCK = 128, MOQI_GPTQ_ROWS = 64, MOQI_GPTQ_COLS = 256 };
+
+/* Sum of a[i] b[i]. */
+MOQI_VECTOR static double moqi_dot_double(const double *a, const double *b, int64_t n)
 {
-    for (int64_t j = 0; j < n; j++) {
-        for (int64_t i = j; i < n; i++) {
-            double sum = h[i * n + j];
-            for (int64_t k = 0; k < j; k++) sum -= h[i * n + k] * h[j * n + k];
-            if (i == j && !(sum > 0)) return 0;
-            h[i * n + j] = i == j ? sqrt(sum) : sum / h[j * n + j];
+    double s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int k = 0; k < 8; k++) s[k] += a[i + k] * b[i + k];
+    for (; i < n; i++) s[0] += a[i] * b[i];
+    return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+}
+
+/* Columns [first, last) of a matrix [n, n] on the way to its factor. */
+typedef struct moqi_factor { double *h; int64_t n, first, last; } moqi_factor;
+
+/* 16 rows from `first` on: what the columns before `first` take away from those of the block. */
+static void moqi_factor_before(void *arg, int index, int worker)
+{
+    const moqi_factor *f = (const moqi_factor *)arg;
+    int64_t r0 = f->first + (int64_t)index * MOQI_FACTOR_ROWS, r1 = moqi_min(r0 + MOQI_FACTOR_ROWS, f->n);
+    (void)worker;
+    for (int64_t j = f->first; j < f->last; j++)
+        for (int64_t i = moqi_max(r0, j); i < r1; i++) f->h[i * f->n + j] -= moqi_dot_double(f->h + i * f->n, f->h + j * f->n, f->first);
+}
+
+/* 16 rows below the block, with the block's own factor. */
+static void moqi_factor_below(void *arg, int index, int worker)
+{
+    const moqi_factor *f = (const moqi_factor *)arg;
+    int64_t r0 = f->last + (int64_t)index * MOQI_FACTOR_ROWS, r1 = moqi_min(r0 + MOQI_FACTOR_ROWS, f->n);
+    (void)worker;
+    for (int64_t i = r0; i < r1; i++)
+        for (int64_t j = f->first; j < f->last; j++) {
+            double *x = f->h + i * f->n, *y = f->h + j * f->n;
+            x[j] = (x[j] - moqi_dot_double(x + f->first, y + f->first, j - f->first)) / y[j];
         }
+}
+
+/* Cholesky: a symmetric positive definite h [n, n] = L L^T, L in the lower half and the diagonal; block after block of columns. 0 when it
+   is not definite. */
+static int moqi_cholesky(const moq_parallel *par, double *h, int64_t n)
+{
+    moqi_factor f;
+    f.h = h;
+    f.n = n;
+    for (f.first = 0; f.first < n; f.first = f.last) {
+        f.last = moqi_min(f.first + MOQI_FACTOR_BLOCK, n);
+        moqi_spread(par, moqi_ceil_div(n - f.first, MOQI_FACTOR_ROWS), moqi_factor_before, &f);
+        for (int64_t j = f.first; j < f.last; j++) {
+            for (int64_t i = j; i < f.last; i++) {
+                double sum = h[i * n + j] - moqi_dot_double(h + i * n + f.first, h + j * n + f.first, j - f.first);
+                if (i == j && !(sum > 0)) return 0;
+                h[i * n + j] = i == j ? sqrt(sum) : sum / h[j * n + j];
+            }
+        }
+        moqi_spread(par, moqi_ceil_div(n - f.last, MOQI_FACTOR_ROWS), moqi_factor_below, &f);
     }
     return 1;
 }
 
-/* u [n, n] = the upper Cholesky factor of h^-1 (h^-1 = U^T U); h is destroyed. The identity when h is not definite, as ModelOpt does.
-   h^-1 = L^-T L^-1 is formed column by column and factored again. */
-MOQI_UNUSED static int moqi_inverse_factor(double *h, double *u, int64_t n)
+/* 16 columns of L^-1, as rows of the upper half; the diagonal stays L's. */
+static void moqi_invert_task(void *arg, int index, int worker)
 {
-    int definite = moqi_cholesky(h, n);
-    memset(u, 0, (size_t)(n * n) * sizeof *u);
-    for (int64_t c = 0; definite && c < n; c++) { /* column c of h^-1 into row c of u: forward, then backward substitution */
-        double *y = u + c * n;
-        y[c] = 1;
-        for (int64_t i = c; i < n; i++) {
-            for (int64_t k = c; k < i; k++) y[i] -= h[i * n + k] * y[k];
-            y[i] /= h[i * n + i];
+    const moqi_factor *f = (const moqi_factor *)arg;
+    int64_t n = f->n, c0 = (int64_t)index * MOQI_FACTOR_ROWS, c1 = moqi_min(c0 + MOQI_FACTOR_ROWS, n);
+    (void)worker;
+    for (int64_t i = c0 + 1; i < n; i++)
+        for (int64_t c = c0; c < moqi_min(c1, i); c++) {
+            double *up = f->h + c * n, *row = f->h + i * n;
+            up[i] = -(row[c] / up[c] + moqi_dot_double(row + c + 1, up + c + 1, i - c - 1)) / row[i];
         }
-        for (int64_t i = n - 1; i >= 0; i--) {
-            for (int64_t k = i + 1; k < n; k++) y[i] -= h[k * n + i] * y[k];
-            y[i] /= h[i * n + i];
-        }
-    }
-    definite = definite && moqi_cholesky(u, n);
+}
+
+/* h [n, n] becomes the upper triangular U with h^-1 = U^T U. Turned by 180 degrees h = L L^T; then U = L^-1 turned back, so neither h^-1 nor a
+   second factor is needed. The identity when h is not definite, as ModelOpt does, and 0 is returned. */
+static int moqi_inverse_factor(const moq_parallel *par, double *h, int64_t n)
+{
+    moqi_factor f;
+    f.h = h;
+    f.n = n;
+    f.first = f.last = 0;
+    for (int64_t i = 0, j = n * n - 1; i < j; i++, j--) { double v = h[i]; h[i] = h[j]; h[j] = v; }
+    int definite = moqi_cholesky(par, h, n);
+    if (definite) moqi_spread(par, moqi_ceil_div(n, MOQI_FACTOR_ROWS), moqi_invert_task, &f);
     for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < i; j++) {
-            if (definite) u[j * n + i] = u[i * n + j];
-            u[i * n + j] = 0;
+        for (int64_t j = 0; j <= i; j++) h[i * n + j] = j == i ? (definite ? 1 / h[i * n + i] : 1) : 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = i + 1; j < n && !definite; j++) h[i * n + j] = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = i; i + j < n - 1; j++) { /* column c of L^-1 lies in row c: mirrored at the other diagonal it is U */
+            double v = h[i * n + j];
+            h[i * n + j] = h[(n - 1 - j) * n + n - 1 - i];
+            h[(n - 1 - j) * n + n - 1 - i] = v;
         }
-    for (int64_t i = 0; !definite && i < n; i++) { memset(u + i * n, 0, (size_t)n * sizeof *u); u[i * n + i] = 1; }
     return definite;
 }
 
-/* H += damp * mean(diag) * I after dead columns (all zero in W) were made units. */
-MOQI_UNUSED static void moqi_gptq_damp(const moqi_matrix *w, double *h, double damp)
+/* Dead columns, all zero in W, become units; then h += damp * mean(diag) * I. */
+static void moqi_gptq_damp(const moqi_matrix *w, double *h, double damp)
 {
     int64_t n = w->cols;
     double mean = 0;
@@ -16976,21 +17078,71 @@ MOQI_UNUSED static void moqi_gptq_damp(const moqi_matrix *w, double *h, double d
     for (int64_t c = 0; c < n; c++) h[c * n + c] += damp * mean;
 }
 
-/* The weight is replaced by its quantized values, column by column; scales: amax [rows, groups] of each group frozen before. u: of
-   moqi_inverse_factor. Rows are independent, so no blocks are needed: the result is that of any block size. */
-MOQI_UNUSED static void moqi_gptq_rows(const moq_coding *c, float top, const float *amax, moqi_matrix *w, const double *u)
+/* One weight with the scale of its group: frozen, so NVFP4 takes the static formula (3). */
+static float moqi_gptq_value(const moq_coding *c, float amax, float top, float x)
 {
-    int64_t n = w->cols, g = c->group_cols > 0 ? c->group_cols : n, groups = moqi_ceil_div(n, g);
-    for (int64_t r = 0; r < w->rows; r++) {
-        float *x = w->data + r * w->ld;
-        for (int64_t i = 0; i < n; i++) {
-            float q;
-            moqi_fake_group(c, amax[r * groups + i / g], top, x + i, 1, &q);
-            double e = ((double)x[i] - (double)q) / u[i * n + i];
-            for (int64_t j = i + 1; j < n; j++) x[j] -= (float)(e * u[i * n + j]);
-            x[i] = q;
-        }
+    float q = 0;
+    if (c->scale == MOQ_F8_E4M3) {
+        float k = 448 / (top * moqi_bits_f32(MOQI_INV_6)), s = moq_e4m3_decode(moqi_e4m3_code(amax * moqi_bits_f32(MOQI_INV_6) * k)) * (1 / k);
+        if (s > 0) moqi_fake_e2m1(&x, 1, s, &q);
+    } else {
+        moqi_fake_group(c, amax, top, &x, 1, &q);
     }
+    return q;
+}
+
+/* What moqi_gptq_task works on. */
+typedef struct moqi_gptq_work { const moq_coding *c; const float *amax; float top; moqi_matrix *w; const double *u; float *errors; } moqi_gptq_work;
+
+/* x -= e u over n columns. */
+MOQI_VECTOR static void moqi_gptq_spread(float *x, const double *u, double e, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) x[j] -= (float)(e * u[j]);
+}
+
+/* 64 rows: 128 columns one after the other, then what they leave to the columns behind, in tiles that stay in the cache. errors: [workers, 64, 128]. */
+static void moqi_gptq_task(void *arg, int index, int worker)
+{
+    const moqi_gptq_work *p = (const moqi_gptq_work *)arg;
+    int64_t n = p->w->cols, g = p->c->group_cols > 0 ? p->c->group_cols : n, groups = moqi_ceil_div(n, g);
+    int64_t r0 = (int64_t)index * MOQI_GPTQ_ROWS, r1 = moqi_min(r0 + MOQI_GPTQ_ROWS, p->w->rows);
+    float *errors = p->errors + (int64_t)worker * MOQI_GPTQ_ROWS * MOQI_GPTQ_BLOCK;
+    for (int64_t first = 0, last; first < n; first = last) {
+        last = moqi_min(first + MOQI_GPTQ_BLOCK, n);
+        for (int64_t r = r0; r < r1; r++) {
+            float *x = p->w->data + r * p->w->ld, *e = errors + (r - r0) * MOQI_GPTQ_BLOCK;
+            for (int64_t i = first; i < last; i++) {
+                float q = moqi_gptq_value(p->c, p->amax[r * groups + i / g], p->top, x[i]);
+                double error = ((double)x[i] - (double)q) / p->u[i * n + i];
+                moqi_gptq_spread(x + i + 1, p->u + i * n + i + 1, error, last - i - 1);
+                e[i - first] = (float)error;
+                x[i] = q;
+            }
+        }
+        for (int64_t tile = last; tile < n; tile += MOQI_GPTQ_COLS)
+            for (int64_t i = first; i < last; i++)
+                for (int64_t r = r0; r < r1; r++)
+                    moqi_gptq_spread(p->w->data + r * p->w->ld + tile, p->u + i * n + tile, (double)errors[(r - r0) * MOQI_GPTQ_BLOCK + i - first],
+                                     moqi_min(MOQI_GPTQ_COLS, n - tile));
+    }
+}
+
+/* The weight is replaced by its quantized values. amax [rows, groups]: of each group, and `top` of the tensor, frozen before; u: of
+   moqi_inverse_factor. 0 when out of memory. */
+static int moqi_gptq_rows(const moq_parallel *par, const moq_allocator *a, const moq_coding *c, float top, const float *amax, moqi_matrix *w, const double *u)
+{
+    moqi_gptq_work p;
+    size_t bytes = (size_t)(par && par->run ? par->workers : 1) * MOQI_GPTQ_ROWS * MOQI_GPTQ_BLOCK * sizeof(float);
+    p.c = c;
+    p.amax = amax;
+    p.top = top;
+    p.w = w;
+    p.u = u;
+    p.errors = (float *)moq_allocate(a, bytes);
+    if (!p.errors) return 0;
+    moqi_spread(par, moqi_ceil_div(w->rows, MOQI_GPTQ_ROWS), moqi_gptq_task, &p);
+    moq_release(a, p.errors, bytes);
+    return 1;
 }
 
 /* ---- keys and values (16) and rotation (17) ---- */
@@ -17247,7 +17399,9 @@ static void moqi_watch_product(moqi_watch *w, const moqi_seen *s, const void *x,
             if (changed) x = changed;
         }
     }
-    w->inner->linear(w->inner, s->inner, x, rows, y);
+    float *own = h && w->o.product ? moqi_host_room(w, MOQI_HOST_Y, out) : NULL;
+    if (own && w->o.product(w->o.user, s->layers, s->parts, h, rows, own)) w->inner->upload_act(w->inner, y, own, (size_t)out);
+    else w->inner->linear(w->inner, s->inner, x, rows, y);
     moqi_watch_round(w, y, out);
     h = w->o.output ? moqi_host_room(w, MOQI_HOST_Y, out) : NULL;
     if (!h) return;
@@ -17748,6 +17902,12 @@ MOQ_API void moq_end_layers(moq_backend *watch)
 MOQ_API int moq_takes_layers(const moq_backend *watch)
 {
     return watch && watch->destroy == moqi_watch_destroy && moqi_watch_of(watch)->o.end_layers != NULL;
+}
+
+MOQ_API int moq_takes_twice(moq_backend *watch)
+{
+    moqi_watch *w = watch && watch->destroy == moqi_watch_destroy ? moqi_watch_of(watch) : NULL;
+    return w && w->o.twice && w->o.twice(w->o.user);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -19303,7 +19463,8 @@ MOQ_API double moq_recipe_bits(const moq_recipe *recipe)
     const moq_coding *c = &recipe->scheme.weight;
     int bits = moq_dtype_bits(c->elem);
     /* static blocks come from the searches of block scales */
-    int fixed = strncmp(recipe->calibration, "mse", 3) == 0 || strncmp(recipe->calibration, "local_hessian", 13) == 0;
+    int fixed = strncmp(recipe->calibration, "mse", 3) == 0 || strncmp(recipe->calibration, "local_hessian", 13) == 0 ||
+                strncmp(recipe->calibration, "gptq", 4) == 0;
     return bits == 4 && c->scale == MOQ_F8_E4M3 && c->group_cols == 16 && !fixed ? 4.5 : bits;
 }
 
@@ -19562,15 +19723,17 @@ MOQ_API moq_result moq_solve(const moq_solve_desc *desc, int32_t *choice, double
 
 /* The algorithms of the recipe table, by the first word of moq_recipe.calibration. */
 typedef enum moqi_algorithm {
-    MOQI_ALG_NONE = 0, MOQI_ALG_MAX, MOQI_ALG_SMOOTH, MOQI_ALG_AWQ, MOQI_ALG_CLIP, MOQI_ALG_AWQ_FULL, MOQI_ALG_SVD, MOQI_ALG_HESSIAN, MOQI_ALG_HEADROOM
+    MOQI_ALG_NONE = 0, MOQI_ALG_MAX, MOQI_ALG_SMOOTH, MOQI_ALG_AWQ, MOQI_ALG_CLIP, MOQI_ALG_AWQ_FULL, MOQI_ALG_SVD, MOQI_ALG_HESSIAN, MOQI_ALG_HEADROOM,
+    MOQI_ALG_GPTQ
 } moqi_algorithm;
 
 /* Passes, in this order; a run makes those that some record needs.
      STATS    amax, channel amax, mean magnitude of channels, histograms; keys and values
      SEARCH   the loss of every alpha (awq_lite)
      AGAIN    on inputs times pre_quant_scale: amax, the loss of every clip ratio
-     HESSIAN  x^T x of inputs in a model whose inputs are quantized */
-enum { MOQI_PASS_STATS = 1, MOQI_PASS_SEARCH = 2, MOQI_PASS_AGAIN = 4, MOQI_PASS_HESSIAN = 8 };
+     HESSIAN  x^T x of inputs in a model whose inputs are quantized
+     GPTQ     the same of whole inputs as they are quantized; layers before have the weights that were made */
+enum { MOQI_PASS_STATS = 1, MOQI_PASS_SEARCH = 2, MOQI_PASS_AGAIN = 4, MOQI_PASS_HESSIAN = 8, MOQI_PASS_GPTQ = 16 };
 
 static const struct { const char *word; moqi_algorithm algorithm; int passes; } moqi_algorithms[] = {
     {"none", MOQI_ALG_NONE, 0},
@@ -19582,7 +19745,8 @@ static const struct { const char *word; moqi_algorithm algorithm; int passes; } 
     {"awq_full", MOQI_ALG_AWQ_FULL, MOQI_PASS_STATS | MOQI_PASS_SEARCH | MOQI_PASS_AGAIN},
     {"svdquant", MOQI_ALG_SVD, MOQI_PASS_STATS | MOQI_PASS_SEARCH | MOQI_PASS_AGAIN},
     {"local_hessian", MOQI_ALG_HESSIAN, MOQI_PASS_STATS | MOQI_PASS_HESSIAN},
-    {"nvfp4_act_headroom", MOQI_ALG_HEADROOM, MOQI_PASS_STATS}};
+    {"nvfp4_act_headroom", MOQI_ALG_HEADROOM, MOQI_PASS_STATS},
+    {"gptq", MOQI_ALG_GPTQ, MOQI_PASS_STATS | MOQI_PASS_GPTQ}};
 
 /* One layer. Vectors are F32 [cols], taken from the arena when the record is made. */
 typedef struct moqi_record {
@@ -19606,7 +19770,8 @@ typedef struct moqi_record {
     float *hessian;                 /* [cols / 16, 16, 16] */
     float *weight_amax;             /* result: of the tensor, or of each group */
     uint64_t weight_amax_count;
-    float global_amax;              /* local_hessian: of the layers that share an input */
+    float global_amax;              /* local_hessian, gptq: of the layers that share an input */
+    uint16_t *made;                 /* gptq: the quantized weight in BF16, [rows, cols] */
 } moqi_record;
 
 /* Keys and values of one attention module. */
@@ -19637,6 +19802,8 @@ typedef struct moqi_calibration {
     moqi_kv_record *kv;
     moq_kv_format kv_format;
     int wants_kv, pass;
+    int twice, again;               /* the engine runs layers twice; this is the second time */
+    moqi_arena kept;                /* what the statistics take over as it is */
     int32_t batch;                  /* complete ones of this pass */
     int64_t longest;                /* most tokens that a layer saw in the pass of statistics */
     moq_parallel par;               /* for the searches */
@@ -19694,12 +19861,13 @@ static moq_result moqi_set_algorithm(const moqi_calibration *c, moqi_record *r, 
         if (!moqi_starts(r->recipe->calibration, moqi_algorithms[i].word)) continue;
         r->algorithm = moqi_algorithms[i].algorithm;
         r->passes = moqi_algorithms[i].passes;
-        if (r->expert && r->algorithm != MOQI_ALG_NONE && r->algorithm != MOQI_ALG_HEADROOM && r->algorithm != MOQI_ALG_HESSIAN &&
+        if (r->expert && r->algorithm != MOQI_ALG_NONE && r->algorithm != MOQI_ALG_HEADROOM && r->algorithm != MOQI_ALG_HESSIAN && r->algorithm != MOQI_ALG_GPTQ &&
             (!c->desc->smooth_experts || r->algorithm == MOQI_ALG_SMOOTH || r->layer.experts > 0)) {
             r->algorithm = MOQI_ALG_MAX;
             r->passes = MOQI_PASS_STATS;
         }
-        if (r->algorithm == MOQI_ALG_HESSIAN && (r->layer.cols % 16 != 0 || r->layer.experts > 0)) { r->algorithm = MOQI_ALG_MAX; r->passes = MOQI_PASS_STATS; }
+        int blocks = r->algorithm == MOQI_ALG_HESSIAN || r->algorithm == MOQI_ALG_GPTQ;
+        if (blocks && (r->layer.cols % 16 != 0 || r->layer.experts > 0)) { r->algorithm = MOQI_ALG_MAX; r->passes = MOQI_PASS_STATS; }
         /* weights alone need no pass */
         if (r->algorithm == MOQI_ALG_MAX && !moqi_has_input_scale(r->recipe)) r->passes = 0;
         return MOQ_OK;
@@ -19843,21 +20011,71 @@ static int moqi_on_input(void *user, const moq_linear *layers, int32_t parts, fl
         moqi_record *r = moqi_record_of(c, &layers[i]);
         if (!r || !(r->passes & c->pass) || (leader && r == moqi_record_of(c, &layers[i - 1]))) continue; /* gate and up of one stack */
         if (!leader) leader = r;
+        if (c->again) continue;
         r->leader = leader;
         r->tokens += rows;
         r->batch_tokens += rows;
-        buffered = buffered || c->pass == MOQI_PASS_SEARCH || (c->pass == MOQI_PASS_AGAIN && r->algorithm != MOQI_ALG_SVD);
+        buffered = buffered || c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_GPTQ || (c->pass == MOQI_PASS_AGAIN && r->algorithm != MOQI_ALG_SVD);
         for (int64_t t = 0; t < rows; t++) {
             if (c->pass == MOQI_PASS_STATS) moqi_see_stats(r, x + t * cols);
             if (c->pass == MOQI_PASS_AGAIN) moqi_see_scaled(r, x + t * cols);
             if (c->pass == MOQI_PASS_HESSIAN) moqi_hessian_add(r->hessian, x + t * cols, cols);
         }
     }
+    int rounded = c->pass == MOQI_PASS_GPTQ && leader && leader->recipe->scheme.input.elem != MOQ_NONE;
+    for (int64_t t = 0; rounded && t < rows; t++, changed = 1)
+        moqi_fake_input(&leader->recipe->scheme.input, leader->input_amax, x + t * cols, cols, x + t * cols);
     if (buffered && !moqi_buffer_add(&leader->batch, x, (size_t)(rows * cols) * sizeof *x) && c->failed.code == MOQ_OK)
         moqi_nomem(&c->failed, (uint64_t)(rows * cols) * sizeof *x);
     for (int64_t t = 0; leader && c->pass == MOQI_PASS_HESSIAN && t < rows; t++, changed = 1)
         moqi_fake_input(&leader->recipe->scheme.input, leader->input_amax, x + t * cols, cols, x + t * cols);
     return changed;
+}
+
+/* The second time, y [rows, sum of the parts' rows] from the weights that gptq made. */
+static int moqi_on_product(void *user, const moq_linear *layers, int32_t parts, const float *x, int32_t rows, float *y)
+{
+    moqi_calibration *c = (moqi_calibration *)user;
+    const moq_allocator *a = &c->desc->allocator;
+    int64_t cols = layers[0].cols, width = 0, at = 0;
+    int made = 0;
+    for (int32_t i = 0; i < parts; i++) {
+        const moqi_record *r = c->again ? moqi_record_of(c, &layers[i]) : NULL;
+        width += layers[i].rows;
+        made |= r && r->made;
+    }
+    moqi_matrix in;
+    moqi_arena scratch = moqi_arena_make(a);
+    memset(&in, 0, sizeof in);
+    if (made) in = moqi_matrix_make(a, rows, cols);
+    for (int64_t t = 0; in.data && t < rows; t++) memcpy(in.data + t * in.ld, x + t * cols, (size_t)cols * sizeof *x);
+    for (int32_t i = 0; in.data && i < parts; i++) {
+        const moq_linear *l = &layers[i];
+        const moqi_record *r = moqi_record_of(c, l);
+        moqi_matrix w = moqi_matrix_make(a, l->rows, cols);
+        for (int64_t k = 0; w.data && k < l->rows; k++) {
+            float *row = w.data + k * w.ld;
+            if (r && r->made) moq_to_f32(MOQ_BF16, r->made + k * cols, (size_t)cols, row);
+            else moq_dequantize(l, k, 1, row);
+        }
+        if (w.data) moqi_product(&c->par, &in, &w, y + at, width);
+        else if (c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)(l->rows * cols) * sizeof *x);
+        moqi_matrix_drop(a, &w);
+        float *bias = l->bias.data ? moqi_take_floats(&scratch, &l->bias, l->row_first, l->row_step, l->rows) : NULL;
+        for (int64_t t = 0; bias && t < rows; t++)
+            for (int64_t k = 0; k < l->rows; k++) y[t * width + at + k] += bias[k];
+        at += l->rows;
+    }
+    if (made && !in.data && c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)(rows * cols) * sizeof *x);
+    moqi_matrix_drop(a, &in);
+    moqi_arena_drop(&scratch);
+    return made;
+}
+
+static int moqi_on_twice(void *user)
+{
+    moqi_calibration *c = (moqi_calibration *)user;
+    return c->twice = c->pass == MOQI_PASS_GPTQ;
 }
 
 /* ---- keys and values ---- */
@@ -19944,7 +20162,7 @@ static int moqi_uses_gram(const moqi_calibration *c)
     return c->pass == MOQI_PASS_SEARCH && (judge == MOQ_JUDGE_GRAM || (judge == MOQ_JUDGE_AUTO && c->longest > 4096));
 }
 
-/* gram += X^T X / tokens of the leader's batch. */
+/* gram += X^T X / tokens of the leader's batch; gptq weighs tokens alike, whatever their batch. */
 static void moqi_gram_batch(moqi_calibration *c, moqi_record *r)
 {
     const moq_allocator *a = &c->desc->allocator;
@@ -19957,7 +20175,8 @@ static void moqi_gram_batch(moqi_calibration *c, moqi_record *r)
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t j = 0; j < n; j++) xt.data[j * xt.ld + t] = x[t * n + j];
         moqi_gram(&c->par, &xt, &h);
-        for (int64_t i = 0; i < n * h.ld; i++) r->gram.data[i] += h.data[i] / (float)tokens;
+        float share = c->pass == MOQI_PASS_GPTQ ? 1 : (float)tokens;
+        for (int64_t i = 0; i < n * h.ld; i++) r->gram.data[i] += h.data[i] / share;
     } else if (c->failed.code == MOQ_OK) {
         moqi_nomem(&c->failed, (uint64_t)(n * n) * 8);
     }
@@ -20020,7 +20239,7 @@ static void moqi_on_batch(void *user)
                 r->batch_sum[j] = 0;
             }
         }
-        if (moqi_uses_gram(c)) { if (r->leader == r) moqi_gram_batch(c, r); }
+        if (moqi_uses_gram(c) || c->pass == MOQI_PASS_GPTQ) { if (r->leader == r) moqi_gram_batch(c, r); }
         else if (c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_AGAIN) moqi_search_batch(c, r);
         r->batches++;
     }
@@ -20104,24 +20323,30 @@ static moq_result moqi_end_clip(moqi_calibration *c, moqi_record *r, moq_error *
     return MOQ_OK;
 }
 
+/* global_amax of all layers that share this one's input, once for the group. */
+static moq_result moqi_shared_amax(moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    moqi_matrix w;
+    float top = 0;
+    for (size_t i = 0; i < c->count && !(r->global_amax > 0); i++) {
+        if (c->records[i].leader != r->leader) continue;
+        if (!moqi_record_weight(c, &c->records[i], &w)) return moqi_nomem(err, (uint64_t)(w.rows * w.cols) * 4);
+        float v = moqi_block_amax(&w, 0, w.rows, 0, w.cols);
+        if (v > top) top = v;
+        moqi_matrix_drop(&c->desc->allocator, &w);
+    }
+    for (size_t i = 0; i < c->count && top > 0; i++)
+        if (c->records[i].leader == r->leader) c->records[i].global_amax = top;
+    return MOQ_OK;
+}
+
 /* First the global amax of the layers that share an input, then every block. A layer that saw no tokens is left to the encoder. */
 static moq_result moqi_end_hessian(moqi_calibration *c, moqi_record *r, moq_error *err)
 {
     moqi_matrix w;
     int64_t blocks = r->layer.cols / 16;
-    if (r->tokens == 0) return MOQ_OK;
-    if (!(r->global_amax > 0)) { /* once for the group */
-        float top = 0;
-        for (size_t i = 0; i < c->count; i++) {
-            if (c->records[i].leader != r->leader) continue;
-            if (!moqi_record_weight(c, &c->records[i], &w)) return moqi_nomem(err, (uint64_t)(w.rows * w.cols) * 4);
-            float v = moqi_block_amax(&w, 0, w.rows, 0, w.cols);
-            if (v > top) top = v;
-            moqi_matrix_drop(&c->desc->allocator, &w);
-        }
-        for (size_t i = 0; i < c->count; i++)
-            if (c->records[i].leader == r->leader) c->records[i].global_amax = top;
-    }
+    moq_result code = r->tokens > 0 ? moqi_shared_amax(c, r, err) : MOQ_OK;
+    if (code < 0 || r->tokens == 0) return code;
     r->weight_amax_count = (uint64_t)(r->layer.rows * blocks);
     if (!(r->weight_amax = moqi_take_zeros(c, r->layer.rows * blocks)) || !moqi_record_weight(c, r, &w)) return moqi_nomem(err, r->weight_amax_count * 4);
     for (int64_t i = 0; i < blocks * 256; i++) r->hessian[i] /= (float)r->tokens;
@@ -20130,6 +20355,37 @@ static moq_result moqi_end_hessian(moqi_calibration *c, moqi_record *r, moq_erro
             r->weight_amax[i * blocks + b] = moqi_hessian_block(r->hessian + b * 256, w.data + i * w.ld + b * 16, r->global_amax);
     moqi_matrix_drop(&c->desc->allocator, &w);
     return MOQ_OK;
+}
+
+/* Frozen scales of the weight as it is, H = 2 / tokens * X^T X, and the weight column by column. A layer that saw no tokens stays plain. */
+static moq_result moqi_end_gptq(moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    const moq_allocator *a = &c->desc->allocator;
+    int64_t n = r->layer.cols, g = r->recipe->scheme.weight.group_cols, groups = g > 0 ? moqi_ceil_div(n, g) : 1;
+    uint64_t bytes = (uint64_t)(n * n) * sizeof(double);
+    moqi_matrix w;
+    if (r->tokens == 0 || !r->leader->gram.data) return MOQ_OK;
+    moq_result code = moqi_shared_amax(c, r, err);
+    if (code < 0) return code;
+    r->weight_amax_count = (uint64_t)(r->layer.rows * groups);
+    r->weight_amax = moqi_take_zeros(c, r->layer.rows * groups);
+    r->made = (uint16_t *)moqi_take_array(&c->kept, (uint64_t)(r->layer.rows * n), sizeof *r->made);
+    double *h = bytes <= SIZE_MAX / 2 ? (double *)moq_allocate(a, (size_t)bytes) : NULL;
+    int ok = r->weight_amax && r->made && h && moqi_record_weight(c, r, &w);
+    if (ok) {
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < n; j++) h[i * n + j] = 2 * (double)r->leader->gram.data[i * r->leader->gram.ld + j] / (double)r->tokens;
+        for (int64_t i = 0; i < w.rows; i++)
+            for (int64_t k = 0; k < groups; k++) r->weight_amax[i * groups + k] = moqi_amax(w.data + i * w.ld + k * g, moqi_min(g > 0 ? g : n, n - k * g));
+        moqi_gptq_damp(&w, h, 0.01);
+        moqi_inverse_factor(&c->par, h, n);
+        ok = moqi_gptq_rows(&c->par, a, &r->recipe->scheme.weight, r->global_amax, r->weight_amax, &w, h);
+        for (int64_t i = 0; i < w.rows; i++)
+            for (int64_t j = 0; j < n; j++) r->made[i * n + j] = moq_bf16_encode(w.data[i * w.ld + j]);
+        moqi_matrix_drop(a, &w);
+    }
+    moq_release(a, h, (size_t)bytes);
+    return ok ? MOQ_OK : moqi_nomem(err, bytes);
 }
 
 /* What follows from the inputs of layers that were shown and are not done yet; in the end also of those that were never shown. */
@@ -20152,6 +20408,7 @@ static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *er
         if (pass == MOQI_PASS_SEARCH && code >= 0) moqi_end_search(r);
         if (pass == MOQI_PASS_AGAIN) code = moqi_end_clip(c, r, err);
         if (pass == MOQI_PASS_HESSIAN) code = moqi_end_hessian(c, r, err);
+        if (pass == MOQI_PASS_GPTQ) code = moqi_end_gptq(c, r, err);
     }
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
@@ -20168,7 +20425,8 @@ static void moqi_on_layers(void *user)
     moqi_clear(&err);
     moqi_on_batch(c);
     c->batch = 0; /* the next layers see the first batch again */
-    if (c->failed.code == MOQ_OK && moqi_finish_layers(c, 0, &err) < 0) c->failed = err;
+    if (c->failed.code == MOQ_OK && !c->again && moqi_finish_layers(c, 0, &err) < 0) c->failed = err;
+    c->again = c->twice && !c->again;
 }
 
 /* One forward pass of all samples, and what follows from it. */
@@ -20177,6 +20435,7 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
     moq_result code = MOQ_OK;
     c->pass = pass;
     c->batch = 0;
+    c->twice = c->again = 0;
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         r->amax = 0;
@@ -20199,24 +20458,31 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
    Names and shapes are those that ModelOpt's model has in memory before its export, so either side's files can be read.
    ------------------------------------------------------------------------------------------------ */
 
-/* Append one tensor; data is copied. rank 0: a scalar. */
-static int moqi_stat_add(moq_stats *s, const char *module, const char *tail, const float *data, uint64_t count, uint32_t rank, const uint64_t *shape)
+/* Append one tensor whose data stays where it is. rank 0: a scalar. */
+static int moqi_stat_put(moq_stats *s, const char *module, const char *tail, moq_dtype dtype, const void *data, uint64_t count, uint32_t rank, const uint64_t *shape)
 {
     char name[MOQ_MAX_NAME_BYTES + 64];
     moq_tensor t;
     memset(&t, 0, sizeof t);
     size_t n = moqi_format(name, sizeof name, "%s%s", module, tail);
-    float *copy = (float *)moqi_take_array(&s->arena, count, sizeof *copy);
     t.name = n < sizeof name ? moqi_take_text(&s->arena, name, n) : NULL;
-    if (!copy || !t.name) return 0;
-    memcpy(copy, data, (size_t)count * sizeof *copy);
+    if (!t.name) return 0;
     t.name_bytes = (uint32_t)n;
-    t.data = copy;
-    t.bytes = count * sizeof *copy;
-    t.dtype = MOQ_F32;
+    t.data = data;
+    t.bytes = count * (uint64_t)moq_dtype_bits(dtype) / 8;
+    t.dtype = dtype;
     t.rank = rank;
     for (uint32_t i = 0; i < rank; i++) t.shape[i] = shape[i];
     return moqi_buffer_add(&s->list, &t, sizeof t);
+}
+
+/* The same of F32 numbers that are copied. */
+static int moqi_stat_add(moq_stats *s, const char *module, const char *tail, const float *data, uint64_t count, uint32_t rank, const uint64_t *shape)
+{
+    float *copy = (float *)moqi_take_array(&s->arena, count, sizeof *copy);
+    if (!copy) return 0;
+    memcpy(copy, data, (size_t)count * sizeof *copy);
+    return moqi_stat_put(s, module, tail, MOQ_F32, copy, count, rank, shape);
 }
 
 /* The largest input of all experts of a container that share a projection: ModelOpt's fused experts have one input quantizer for each. */
@@ -20253,7 +20519,8 @@ static int moqi_stat_inputs(const moqi_calibration *c, moq_stats *s, const moqi_
     int ok = 1, inputs = moqi_has_input_scale(r->recipe);
     moqi_memory_name(&c->plan, r->name, memory, sizeof memory);
     if (r->layer.experts > 0) return !inputs || !(r->input_amax > 0) || moqi_stat_add(s, memory, "_input_quantizer.amax", &r->input_amax, 1, 0, NULL);
-    if (r->expert && !r->p && r->algorithm != MOQI_ALG_HESSIAN && r->algorithm != MOQI_ALG_CLIP) return inputs ? moqi_stat_container(c, s, r) : 1;
+    int fused = r->algorithm != MOQI_ALG_HESSIAN && r->algorithm != MOQI_ALG_CLIP && r->algorithm != MOQI_ALG_GPTQ;
+    if (r->expert && !r->p && fused) return inputs ? moqi_stat_container(c, s, r) : 1;
     if (inputs && r->input_amax > 0) ok = moqi_stat_add(s, memory, ".input_quantizer.amax", &r->input_amax, 1, 0, NULL);
     if (ok && r->p && (inputs || !r->best_scale)) { /* wide inputs have no quantizer that could hold it */
         float *rounded = (float *)moqi_take_array(&s->arena, n, sizeof *rounded);
@@ -20348,9 +20615,10 @@ static moq_result moqi_stat_weight(moqi_calibration *c, moq_stats *s, const moqi
     }
     float whole = r->global_amax > 0 ? r->global_amax : top;
     for (int i = 0; i <= pair; i++) {
-        moq_result code = r->weight_amax ? MOQ_OK : moqi_record_amax(c, halves[i], whole, rank ? amax + (uint64_t)i * n : NULL, &one, err);
+        const float *found = halves[i]->weight_amax;
+        moq_result code = found ? MOQ_OK : moqi_record_amax(c, halves[i], whole, rank ? amax + (uint64_t)i * n : NULL, &one, err);
         if (code < 0) return code;
-        if (r->weight_amax) memcpy(amax, r->weight_amax, (size_t)n * sizeof *amax);
+        if (found) memcpy(amax + (rank ? (uint64_t)i * n : 0), found, (size_t)n * sizeof *amax);
         if (one > top) top = one;
     }
     if (pair && rank) shape[0] *= 2;
@@ -20359,6 +20627,18 @@ static moq_result moqi_stat_weight(moqi_calibration *c, moq_stats *s, const moqi
         (two && !moqi_stat_add(s, name, ".1.amax", &top, 1, 0, NULL)) || (searched && !moqi_stat_add(s, name, ".global_amax", &whole, 1, 0, NULL)))
         return moqi_nomem(err, n * sizeof *amax);
     return MOQ_OK;
+}
+
+/* The weight that gptq made, under the module's own name. */
+static int moqi_stat_made(const moqi_calibration *c, moq_stats *s, const moqi_record *r)
+{
+    char memory[MOQ_MAX_NAME_BYTES + 64];
+    uint64_t shape[2];
+    if (!r->made) return 1;
+    shape[0] = (uint64_t)r->layer.rows;
+    shape[1] = (uint64_t)r->layer.cols;
+    moqi_memory_name(&c->plan, r->name, memory, sizeof memory);
+    return moqi_stat_put(s, memory, ".weight", MOQ_BF16, r->made, shape[0] * shape[1], 2, shape);
 }
 
 static int moqi_stat_kv(moq_stats *s, const moqi_kv_record *r)
@@ -20383,12 +20663,14 @@ static moq_stats *moqi_make_stats(moqi_calibration *c, moq_error *err)
     moq_result code = MOQ_OK;
     if (s) {
         s->a = c->desc->allocator;
-        s->arena = moqi_arena_make(&s->a);
+        s->arena = c->kept;
         s->list.a = s->a;
+        c->kept = moqi_arena_make(&s->a);
     }
     for (size_t i = 0; ok && code >= 0 && i < c->count; i++) {
         ok = moqi_stat_inputs(c, s, &c->records[i]);
         if (ok) code = moqi_stat_weight(c, s, &c->records[i], err);
+        if (ok && code >= 0) ok = moqi_stat_made(c, s, &c->records[i]);
     }
     for (const moqi_kv_record *r = c->kv; ok && r; r = r->next) ok = moqi_stat_kv(s, r);
     if (ok && code >= 0) return s;
@@ -20408,6 +20690,7 @@ static void moqi_calibration_drop(moqi_calibration *c)
     for (moqi_kv_record *r = c->kv; r; r = r->next)
         for (int i = 0; i < 2; i++) moqi_buffer_drop(&r->batch[i]);
     moqi_arena_drop(&c->arena);
+    moqi_arena_drop(&c->kept);
 }
 
 /* All passes that some record needs, on a backend that shows them. */
@@ -20423,12 +20706,14 @@ static moq_result moqi_run_passes(moqi_calibration *c, moq_backend *inner, moq_e
     o.kv = moqi_on_kv;
     o.end_batch = moqi_on_batch;
     o.end_layers = moqi_on_layers;
+    o.twice = moqi_on_twice;
+    o.product = moqi_on_product;
     o.bf16 = !d->f32;
     for (size_t i = 0; i < c->count; i++) all |= c->records[i].passes;
-    for (int pass = 1; pass <= MOQI_PASS_HESSIAN; pass *= 2) c->total += (all & pass) != 0;
+    for (int pass = 1; pass <= MOQI_PASS_GPTQ; pass *= 2) c->total += (all & pass) != 0;
     moq_backend *watch = moq_observing_backend(inner, &o, &d->allocator, err);
     if (!watch) return err && err->code < 0 ? err->code : MOQ_E_NOMEM;
-    for (int pass = 1; pass <= MOQI_PASS_HESSIAN && code >= 0; pass *= 2) {
+    for (int pass = 1; pass <= MOQI_PASS_GPTQ && code >= 0; pass *= 2) {
         if (!(all & pass)) continue;
         if (!moqi_goes_on(c)) {
             if (err) *err = c->failed;
@@ -20470,6 +20755,7 @@ MOQ_API moq_stats *moq_calibrate(const moq_calibrate_desc *desc, moq_error *err)
     if (!desc) { moq_fail(err, MOQ_E_ARG, "moq_calibrate", "desc is NULL"); return NULL; }
     c.desc = desc;
     c.arena = moqi_arena_make(&desc->allocator);
+    c.kept = moqi_arena_make(&desc->allocator);
     moqi_clear(&c.failed);
     moq_result code = moqi_check_calibrate(&c, err);
     if (code >= 0) code = moqi_make_records(&c, err);
@@ -22392,7 +22678,7 @@ static int moqi_needs_data(const moqi_plan *p)
     const char *kv = p->desc->kv;
     for (size_t i = 0; i < p->count; i++) {
         const moq_recipe *recipe = p->targets[i].recipe;
-        if (recipe && (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale)) return 1;
+        if (recipe && (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale || moqi_recipe_gptq(recipe))) return 1;
     }
     return kv && !moqi_same(kv, "none") && !moqi_same(kv, "wide") && !moqi_ends(kv, "_cast");
 }
@@ -22939,7 +23225,7 @@ static moq_result moqi_auto_recipes(moqi_auto *x, moq_error *err)
         const moq_recipe *r = moq_find_recipe(d->recipes[i]);
         if (!r && moqi_same(d->recipes[i], "none")) continue;
         if (!r) return moq_fail(err, MOQ_E_ARG, d->recipes[i], "no recipe has this name; `moq recipes` lists them");
-        if (r->scheme.lora_rank) return moq_fail(err, MOQ_E_UNSUPPORTED, r->name, "svdquant is no candidate of AutoQuantize; use an awq recipe");
+        if (r->scheme.lora_rank || moqi_recipe_gptq(r)) return moq_fail(err, MOQ_E_UNSUPPORTED, r->name, "it is no candidate of AutoQuantize; use an awq recipe");
         int at = x->formats++;
         for (; at > 0; at--) {
             const moq_recipe *b = x->recipes[at - 1];

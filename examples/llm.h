@@ -12393,8 +12393,8 @@ typedef struct llmi_calibration {
     int32_t longest;
 } llmi_calibration;
 
-/* One row through one layer; `at`: index of its first token among all. */
-static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t row, uint64_t at, moq_error *err)
+/* One row through one layer; `at`: index of its first token among all; keep: the next layer gets what comes out. */
+static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t row, uint64_t at, int keep, moq_error *err)
 {
     llmi_model *m = &c->m;
     moq_backend *be = m->be;
@@ -12418,7 +12418,7 @@ static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t
         }
         llmi_pass_layer(m, &m->layers[layer]);
         while (m->pass.head < m->pass.wanted) llmi_pass_head(m);
-        if (!last) {
+        if (keep) {
             be->download_act(be, c->host, m->x, half);
             be->download_act(be, c->host + half, m->d, half);
             code = moq_spill_put(c->kept, place, c->host, bytes, err);
@@ -12428,25 +12428,35 @@ static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t
     return code;
 }
 
-/* All rows through one layer. */
-static moq_result llmi_calibrate_layer(llmi_calibration *c, int32_t layer, moq_error *err)
+/* All rows through the layer that is open; `again`: the second time. */
+static moq_result llmi_calibrate_rows(llmi_calibration *c, int32_t layer, int keep, int again, moq_error *err)
 {
     const llm_samples *s = c->s;
-    llmi_held *mark = c->m.held;
     int32_t batch = s->batch > 0 ? s->batch : 1;
     uint64_t at = 0;
-    moq_result code = llmi_open_layer(&c->m, layer, err);
+    moq_result code = MOQ_OK;
     for (int32_t i = 0; i < s->count && code >= 0; i++) {
-        code = llmi_calibrate_row(c, layer, i, at, err);
+        code = llmi_calibrate_row(c, layer, i, at, keep, err);
         at += (uint64_t)s->lengths[i];
-        c->done += (uint64_t)s->lengths[i];
+        if (!again) c->done += (uint64_t)s->lengths[i];
         if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(c->watch);
         if (code >= 0 && s->progress && s->progress(s->progress_user, MOQ_STAGE_CALIBRATE, c->done, c->tokens * (uint64_t)c->m.c.layers))
             code = moq_fail(err, MOQ_E_CANCELLED, NULL, "stopped by the caller");
     }
     if (code >= 0) moq_end_layers(c->watch);
+    return code;
+}
+
+/* One layer; twice where the observer changes its weights and there is a next one to feel it. */
+static moq_result llmi_calibrate_layer(llmi_calibration *c, int32_t layer, moq_error *err)
+{
+    llmi_held *mark = c->m.held;
+    int last = layer + 1 == c->m.c.layers, twice = !last && moq_takes_twice(c->watch);
+    moq_result code = llmi_open_layer(&c->m, layer, err);
+    if (code >= 0) code = llmi_calibrate_rows(c, layer, !last && !twice, 0, err);
+    if (code >= 0 && twice) code = llmi_calibrate_rows(c, layer, 1, 1, err);
     llmi_close_layer(&c->m, layer, mark);
-    if (s->max_memory) moq_forget_pages(c->m.ck);
+    if (c->s->max_memory) moq_forget_pages(c->m.ck);
     return code;
 }
 

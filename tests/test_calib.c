@@ -5,6 +5,8 @@
 #define LLM_IMPLEMENTATION
 #include "../examples/llm.h"
 
+#include <sys/stat.h>
+
 #ifndef GOLDEN_DIR
 #define GOLDEN_DIR TEST_DIR "/data/golden"
 #endif
@@ -637,63 +639,311 @@ static void test_jacobi_accuracy(void)
     CHECK(worst < 1e-14);
 }
 
-/* The factor against H^-1 itself, and the quantized result against plain rounding: GPTQ errs less on the inputs it saw. */
+/* One weight rounded as the exporter will: NVFP4's static step (calibration.md 3) or an integer group. Written from the formulas. */
+static double slow_round(const moq_coding *c, float amax, float top, double x)
+{
+    if (c->scale == MOQ_F8_E4M3) {
+        static const double values[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+        float k = 448 / (top * 0.16666667163372039794921875f), s = moq_e4m3_decode(moq_e4m3_encode(amax * 0.16666667163372039794921875f * k)) / k;
+        double best = 0, a = fabs(x);
+        for (int i = 1; i < 8 && s > 0; i++)
+            if (fabs(a - values[i] * (double)s) < fabs(a - best)) best = values[i] * (double)s;
+        return x < 0 ? -best : best;
+    }
+    double s = (double)amax / 7, q = s > 0 ? rint(x / s) : 0;
+    return (q < -8 ? -8 : q > 7 ? 7 : q) * s;
+}
+
+/* Optimal brain quantization, which GPTQ's triangular factor stands for: H^-1 by elimination, and after each column the column is
+   eliminated from it. All in double. w [rows, n] in place. */
+static void slow_gptq(const moq_coding *c, float top, const float *amax, double *w, int64_t rows, const double *h, int64_t n)
+{
+    int64_t g = c->group_cols, groups = (n + g - 1) / g;
+    double *a = (double *)malloc((size_t)(2 * n * n) * sizeof *a), *inv = (double *)malloc((size_t)(n * n) * sizeof *inv);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < n; j++) { a[i * 2 * n + j] = h[i * n + j]; a[i * 2 * n + n + j] = i == j; }
+    for (int64_t p = 0; p < n; p++) { /* Gauss and Jordan; definite, so no pivoting */
+        double d = a[p * 2 * n + p];
+        for (int64_t j = 0; j < 2 * n; j++) a[p * 2 * n + j] /= d;
+        for (int64_t i = 0; i < n; i++) {
+            double f = a[i * 2 * n + p];
+            for (int64_t j = 0; j < 2 * n && i != p; j++) a[i * 2 * n + j] -= f * a[p * 2 * n + j];
+        }
+    }
+    for (int64_t i = 0; i < n; i++) memcpy(inv + i * n, a + i * 2 * n + n, (size_t)n * sizeof *inv);
+    for (int64_t p = 0; p < n; p++) {
+        for (int64_t r = 0; r < rows; r++) {
+            double q = slow_round(c, amax[r * groups + p / g], top, w[r * n + p]), e = (w[r * n + p] - q) / inv[p * n + p];
+            for (int64_t j = p; j < n; j++) w[r * n + j] -= e * inv[p * n + j];
+            w[r * n + p] = q;
+        }
+        for (int64_t i = n - 1; i > p; i--)
+            for (int64_t j = n - 1; j > p; j--) inv[i * n + j] -= inv[i * n + p] * inv[p * n + j] / inv[p * n + p];
+    }
+    free(a);
+    free(inv);
+}
+
+/* The factor against H^-1 itself, and the quantized weight against the slow algorithm and plain rounding. */
+static void gptq_case(const char *recipe, int64_t rows, int64_t n, int64_t tokens)
+{
+    moq_coding c = moq_find_recipe(recipe)->scheme.weight;
+    double *h = (double *)calloc((size_t)(n * n), sizeof *h), *keep = (double *)malloc((size_t)(n * n) * sizeof *keep), *slow;
+    float *x = (float *)malloc((size_t)(tokens * n) * sizeof *x), *amax, top;
+    moqi_matrix w = moqi_matrix_make(NULL, rows, n), q = moqi_matrix_make(NULL, rows, n);
+    if (c.group_cols > n) c.group_cols = (int32_t)n;
+    int64_t g = c.group_cols, groups = (n + g - 1) / g, wrong = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        float common = test_uniform(), other = test_uniform();
+        for (int64_t i = 0; i < n; i++) x[t * n + i] = (i == 5 ? 0 : test_uniform() + 2 * common + (float)(i % 3) * other) * (i == 9 ? 8.0f : 1.0f);
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < n; j++) h[i * n + j] += 2.0 / (double)tokens * (double)x[t * n + i] * (double)x[t * n + j];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < n; i++) w.data[r * w.ld + i] = q.data[r * q.ld + i] = i == 7 ? 0 : moqi_bf16(test_normal() * (r == 1 ? 20.0f : 1.0f));
+    amax = (float *)malloc((size_t)(rows * groups) * sizeof *amax);
+    top = moqi_block_amax(&w, 0, rows, 0, n);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < groups; k++) amax[r * groups + k] = moqi_amax(w.data + r * w.ld + k * g, k * g + g > n ? n - k * g : g);
+    moqi_gptq_damp(&w, h, 0.01);
+    CHECK(h[7 * n + 7] > 1 && h[7 * n + 3] == 0 && h[3 * n + 7] == 0); /* a dead column */
+    memcpy(keep, h, (size_t)(n * n) * sizeof *h);
+    CHECK(moqi_inverse_factor(NULL, h, n));
+    double worst = 0;
+    for (int64_t i = 0; i < n; i++) /* (U H) U^T = 1 / ... : H = U^-1 U^-T, so U H U^T = 1 */
+        for (int64_t j = 0; j < n; j++) {
+            double sum = 0;
+            for (int64_t k = i; k < n; k++) {
+                double part = 0;
+                for (int64_t l = j; l < n; l++) part += keep[k * n + l] * h[j * n + l];
+                sum += h[i * n + k] * part;
+            }
+            if (j < i) CHECK(h[i * n + j] == 0);
+            if (fabs(sum - (i == j)) > worst) worst = fabs(sum - (i == j));
+        }
+    CHECK(worst < 1e-9);
+    CHECK(moqi_gptq_rows(NULL, NULL, &c, top, amax, &q, h));
+    slow = (double *)malloc((size_t)(rows * n) * sizeof *slow);
+    for (int64_t i = 0; i < rows * n; i++) slow[i] = (double)w.data[i / n * w.ld + i % n];
+    slow_gptq(&c, top, amax, slow, rows, keep, n);
+    double errors[3] = {0, 0, 0};
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < n; i++) wrong += fabs((double)q.data[r * q.ld + i] - slow[r * n + i]) > 1e-4 * (double)top;
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t r = 0; r < rows; r++) {
+            double e[3] = {0, 0, 0};
+            for (int64_t i = 0; i < n; i++) {
+                double v = (double)x[t * n + i], o = (double)w.data[r * w.ld + i];
+                e[0] += v * (slow_round(&c, amax[r * groups + i / g], top, o) - o);
+                e[1] += v * ((double)q.data[r * q.ld + i] - o);
+                e[2] += v * (slow[r * n + i] - o);
+            }
+            for (int k = 0; k < 3; k++) errors[k] += e[k] * e[k];
+        }
+    printf("  %-10s %3lld x %3lld: squared error %.4g, second implementation %.4g, plain rounding %.4g; %lld of %lld weights are others\n", recipe,
+           (long long)rows, (long long)n, errors[1], errors[2], errors[0], (long long)wrong, (long long)(rows * n));
+    CHECK(errors[1] < 0.7 * errors[0] && errors[1] < 1.05 * errors[2] && errors[2] < 1.05 * errors[1]);
+    CHECK((double)wrong <= 0.01 * (double)(rows * n)); /* one value on an edge moves all that follow it in its row */
+    moqi_matrix_drop(NULL, &w);
+    moqi_matrix_drop(NULL, &q);
+    free(h);
+    free(keep);
+    free(slow);
+    free(x);
+    free(amax);
+}
+
 static void test_gptq(void)
 {
-    enum { N = 24, R = 12, T = 100 };
-    static double h[N * N], keep[N * N], u[N * N];
-    static float x[T * N];
-    moqi_matrix w = moqi_matrix_make(NULL, R, N), plain = moqi_matrix_make(NULL, R, N), q = moqi_matrix_make(NULL, R, N);
-    moq_coding c = moq_find_recipe("int4_blockwise_weight_only")->scheme.weight;
-    float amax[R];
-    c.group_cols = N;
-    for (int t = 0; t < T; t++) {
-        float common = test_uniform();
-        for (int i = 0; i < N; i++) x[t * N + i] = i == 5 ? 0 : test_uniform() + 2 * common;
+    double h[9] = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+    gptq_case("nvfp4_gptq", 12, 32, 100);
+    gptq_case("nvfp4_gptq", 70, 176, 400); /* more than one block of each kind, none of them whole */
+    gptq_case("int4_gptq", 12, 24, 100);
+    gptq_case("int4_gptq", 70, 300, 700);
+    CHECK(!moqi_inverse_factor(NULL, h, 3)); /* not definite: the identity */
+    for (int i = 0; i < 9; i++) CHECK(h[i] == (i % 4 == 0));
+}
+
+/* Inputs of one layer as its NVFP4 quantizer rounds them, [rows, cols]; the model computes with the rounded ones. */
+typedef struct input_log { const char *name; const moq_st *stats; float *x; size_t count, room; } input_log;
+
+static int keep_input(void *user, const moq_linear *layers, int32_t parts, float *x, int32_t rows)
+{
+    input_log *l = (input_log *)user;
+    size_t n = (size_t)rows * (size_t)layers[0].cols, count;
+    float *amax = recorded(l->stats, &count, "%s.input_quantizer.amax", layers[0].name);
+    for (size_t i = 0; amax && i < n; i += 16) {
+        float top = 0, g = amax[0] * moqi_bits_f32(0x39c30c31u), s; /* 1 / 2688 */
+        for (size_t k = i; k < i + 16; k++) top = fabsf(x[k]) > top ? fabsf(x[k]) : top;
+        s = top / (6 * g);
+        s = moq_e4m3_decode(moq_e4m3_encode(s < 448 ? s : 448)) * g;
+        for (size_t k = i; k < i + 16; k++) x[k] = moqi_bf16(moq_e2m1_decode(moq_e2m1_encode(x[k] / (s < 1e-5f ? 1 : s))) * (s < 1e-5f ? 1 : s));
     }
-    for (int t = 0; t < T; t++)
-        for (int i = 0; i < N; i++)
-            for (int j = 0; j < N; j++) h[i * N + j] += 2.0 / T * (double)x[t * N + i] * (double)x[t * N + j];
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < N; i++) w.data[r * w.ld + i] = plain.data[r * w.ld + i] = q.data[r * w.ld + i] = i == 7 ? 0 : test_uniform();
-    moqi_gptq_damp(&w, h, 0.01);
-    CHECK(h[7 * N + 7] > 1 && h[7 * N + 3] == 0 && h[3 * N + 7] == 0); /* a dead column */
-    memcpy(keep, h, sizeof h);
-    CHECK(moqi_inverse_factor(h, u, N));
-    for (int i = 0; i < N; i++) /* H (U^T U) = 1 */
-        for (int j = 0; j < N; j++) {
-            double sum = 0;
-            for (int k = 0; k < N; k++) {
-                double inverse = 0;
-                for (int l = 0; l < N; l++) inverse += u[l * N + k] * u[l * N + j];
-                sum += keep[i * N + k] * inverse;
-            }
-            CHECK(fabs(sum - (i == j)) < 1e-8);
+    for (int32_t i = 0; i < parts; i++) {
+        if (strcmp(layers[i].name, l->name) != 0) continue;
+        if (l->count + n > l->room) {
+            l->room = 2 * (l->count + n);
+            l->x = (float *)realloc(l->x, l->room * sizeof *x);
         }
-    double errors[2] = {0, 0};
-    for (int r = 0; r < R; r++) {
-        amax[r] = moqi_amax(w.data + r * w.ld, N);
-        moqi_fake_group(&c, amax[r], 0, plain.data + r * plain.ld, N, plain.data + r * plain.ld);
+        memcpy(l->x + l->count, x, n * sizeof *x);
+        l->count += n;
     }
-    moqi_gptq_rows(&c, 0, amax, &q, u);
-    for (int t = 0; t < T; t++)
-        for (int r = 0; r < R; r++) {
+    free(amax);
+    return amax != NULL;
+}
+
+/* All of them, from a BF16 model. Free x with free(). */
+static input_log inputs_of(const moq_checkpoint *ck, const moq_st *stats, const char *name, golden_rows *g)
+{
+    input_log l;
+    moq_observer o;
+    moq_error err;
+    memset(&l, 0, sizeof l);
+    memset(&o, 0, sizeof o);
+    l.name = name;
+    l.stats = stats;
+    o.user = &l;
+    o.input = keep_input;
+    o.bf16 = 1;
+    moq_backend *be = moq_cpu_backend(NULL, &err), *watch = moq_observing_backend(be, &o, NULL, &err);
+    CHECK(be && watch && llm_calibrate(&g->samples, ck, watch, &err) == MOQ_OK);
+    moq_backend_destroy(watch);
+    moq_backend_destroy(be);
+    return l;
+}
+
+/* A BF16 folder with the weights that gptq made in its first block. 0 on failure. */
+static int write_made(const char *dir, const char *source, const moq_checkpoint *ck, const moq_st *stats)
+{
+    static moq_tensor list[400];
+    char path[1300];
+    moq_error err;
+    size_t bytes, n = 0;
+    mkdir(dir, 0777);
+    for (; n < moq_tensor_count(ck) && n < 400; n++) {
+        list[n] = *moq_get_tensor(ck, n);
+        const moq_tensor *made = strstr(list[n].name, "layers.0.") ? moq_st_find(stats, list[n].name) : NULL;
+        if (!made) continue;
+        list[n].dtype = made->dtype;
+        list[n].data = made->data;
+        list[n].bytes = made->bytes;
+    }
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    if (moq_st_write(path, list, n, NULL, 0, NULL, &err) != MOQ_OK) return 0;
+    snprintf(path, sizeof path, "%s/config.json", source);
+    char *text = moq_read_file(path, 1 << 20, NULL, &bytes, &err);
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    FILE *f = fopen(path, "wb");
+    int ok = text && f && fwrite(text, 1, bytes, f) == bytes;
+    if (f) fclose(f);
+    moq_release(NULL, text, bytes + 1);
+    return ok;
+}
+
+/* From the inputs that a layer has behind `from`, the slow algorithm must make the folder's weight. */
+static void gptq_layer(const moq_quantize_desc *d, const char *layer, const moq_checkpoint *from, const moq_checkpoint *ck, const moq_checkpoint *out, const moq_st *stats, golden_rows *g)
+{
+    moq_linear w, q;
+    moq_error err;
+    size_t count;
+    CHECK(moq_find_linear(ck, layer, &w, &err) == MOQ_OK && moq_find_linear(out, layer, &q, &err) == MOQ_OK);
+    input_log l = inputs_of(from, stats, layer, g);
+    moq_coding c = moq_find_recipe(d->recipe)->scheme.weight;
+    int64_t n = w.cols, rows = w.rows, tokens = (int64_t)l.count / n, gc = c.group_cols, groups = n / gc, wrong = 0;
+    CHECK_INT(tokens, 16 * 24);
+    double *h = (double *)calloc((size_t)(n * n), sizeof *h), *slow = (double *)malloc((size_t)(rows * n) * sizeof *slow), mean = 0, errors[2] = {0, 0};
+    double *plain = (double *)malloc((size_t)(rows * n) * sizeof *plain);
+    float *amax = (float *)calloc((size_t)(rows * groups), sizeof *amax), *row = (float *)malloc((size_t)n * sizeof *row), *x = l.x;
+    float *top = recorded(stats, &count, "%s.weight_quantizer.global_amax", layer);
+    CHECK((top != NULL) == c.has_global);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < n; j++) h[i * n + j] += 2.0 / (double)tokens * (double)x[t * n + i] * (double)x[t * n + j];
+    for (int64_t i = 0; i < n; i++) mean += h[i * n + i] / (double)n;
+    for (int64_t i = 0; i < n; i++) h[i * n + i] += 0.01 * mean;
+    for (int64_t r = 0; r < rows; r++) {
+        moq_dequantize(&w, r, 1, row);
+        for (int64_t i = 0; i < n; i++) plain[r * n + i] = (double)row[i];
+        for (int64_t k = 0; k < groups; k++) amax[r * groups + k] = moqi_amax(row + k * gc, gc);
+    }
+    memcpy(slow, plain, (size_t)(rows * n) * sizeof *slow);
+    slow_gptq(&c, top ? top[0] : 0, amax, slow, rows, h, n);
+    for (int64_t r = 0; r < rows; r++) {
+        moq_dequantize(&q, r, 1, row);
+        for (int64_t i = 0; i < n; i++) wrong += fabs((double)row[i] - slow[r * n + i]) > 1e-3 * fabs(slow[r * n + i]) + 1e-6;
+        for (int64_t t = 0; t < tokens; t++) {
             double e[2] = {0, 0};
-            for (int i = 0; i < N; i++) {
-                e[0] += (double)x[t * N + i] * (double)(plain.data[r * plain.ld + i] - w.data[r * w.ld + i]);
-                e[1] += (double)x[t * N + i] * (double)(q.data[r * q.ld + i] - w.data[r * w.ld + i]);
+            for (int64_t i = 0; i < n; i++) {
+                double o = plain[r * n + i], v = (double)x[t * n + i];
+                e[0] += v * (slow_round(&c, amax[r * groups + i / gc], top ? top[0] : 0, o) - o);
+                e[1] += v * ((double)row[i] - o);
             }
-            errors[0] += e[0] * e[0];
-            errors[1] += e[1] * e[1];
+            for (int k = 0; k < 2; k++) errors[k] += e[k] * e[k];
         }
-    printf("  gptq: squared error %.3g, plain rounding %.3g\n", errors[1], errors[0]);
-    CHECK(errors[1] < 0.5 * errors[0]);
-    memset(h, 0, sizeof h);
-    CHECK(!moqi_inverse_factor(h, u, N)); /* not definite: the identity */
-    for (int i = 0; i < N * N; i++) CHECK(u[i] == (i % (N + 1) == 0));
-    moqi_matrix_drop(NULL, &w);
-    moqi_matrix_drop(NULL, &plain);
-    moqi_matrix_drop(NULL, &q);
+    }
+    printf("  %-10s %-32s %5lld of %6lld weights are others; squared error of its outputs %.3f of plain rounding's\n", d->recipe, layer, (long long)wrong,
+           (long long)(rows * n), errors[1] / errors[0]);
+    CHECK((double)wrong <= 0.03 * (double)(rows * n)); /* BF16 products in another order flip values on edges, and each moves what follows in its row */
+    CHECK(errors[1] < 0.8 * errors[0]);
+    free(h);
+    free(slow);
+    free(plain);
+    free(amax);
+    free(row);
+    free(top);
+    free(l.x);
+}
+
+/* From tokens to a folder, whose weights are those of the second implementation: in the first block, and in the second, whose inputs come from
+   a first block that is quantized. */
+static void test_gptq_folder(void)
+{
+    static const char *const cases[][2] = {{"llama", "nvfp4_gptq"}, {"llama", "int4_gptq"}, {"qwen2", "nvfp4_gptq"}}; /* qwen2 has biases */
+    static const char *const files[] = {"gptq-out/model.safetensors", "gptq-out/config.json", "gptq-out/hf_quant_config.json", "gptq-out/generation_config.json", "gptq-out",
+                                        "gptq-made/model.safetensors", "gptq-made/config.json", "gptq-made", "gptq-stats"};
+    int done = 0;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        golden_rows g;
+        moq_quantize_desc d;
+        moq_error err;
+        char target[1100], made[1100], kept[1100], file[1200];
+        snprintf(target, sizeof target, "%s", test_path("build/gptq-out"));
+        snprintf(made, sizeof made, "%s", test_path("build/gptq-made"));
+        snprintf(kept, sizeof kept, "%s", test_path("build/gptq-stats"));
+        if (!is_there(golden("sources/%s/model.safetensors", cases[i][0]))) continue;
+        CHECK(load_rows(&g, cases[i][0]));
+        memset(&d, 0, sizeof d);
+        d.source = golden("sources/%s", cases[i][0]);
+        d.target = target;
+        d.recipe = cases[i][1];
+        d.calibrate = llm_calibrate;
+        d.data = &g.samples;
+        d.save_calibration = kept;
+        d.threads = (int)i + 1;
+        moq_result r = moq_quantize(&d, &err);
+        if (r != MOQ_OK) printf("  %s\n", err.text);
+        CHECK_INT(r, MOQ_OK);
+        moq_checkpoint *ck = open_source(cases[i][0]), *out = moq_open(target, NULL, &err), *from = NULL;
+        moq_st *stats = moq_st_open(kept, NULL, &err);
+        CHECK(ck && out && stats);
+        if (ck && out && stats && write_made(made, d.source, ck, stats)) from = moq_open(made, NULL, &err);
+        CHECK(from != NULL);
+        if (from) {
+            gptq_layer(&d, "model.layers.0.self_attn.k_proj", ck, ck, out, stats, &g);
+            gptq_layer(&d, "model.layers.1.self_attn.q_proj", from, ck, out, stats, &g);
+        }
+        moq_close(from);
+        moq_close(out);
+        moq_close(ck);
+        moq_st_close(stats);
+        for (size_t k = 0; k < sizeof files / sizeof *files; k++) {
+            snprintf(file, sizeof file, "%s/%s", test_path("build"), files[k]);
+            remove(file);
+        }
+        done++;
+    }
+    if (!done) test_state.skipped++;
 }
 
 /* Products by tiles against sums in double, for odd shapes. */
@@ -966,7 +1216,8 @@ static void test_calibrate_misuse(void)
 /* Every allocation of a run may fail: an error, and nothing is left. Later failures are sampled, because a run takes hundreds. */
 static void test_calibrate_allocations(void)
 {
-    static const char *const recipes[][2] = {{"nvfp4_awq_full", "fp8_affine"}, {"int8_smoothquant", "nvfp4_rotate"}, {"nvfp4_w4a4_weight_local_hessian", NULL}};
+    static const char *const recipes[][2] = {{"nvfp4_awq_full", "fp8_affine"}, {"int8_smoothquant", "nvfp4_rotate"}, {"nvfp4_w4a4_weight_local_hessian", NULL},
+        {"nvfp4_gptq", NULL}};
     golden_rows g;
     moq_error err;
     moq_checkpoint *ck = open_source("llama");
@@ -1037,7 +1288,8 @@ static void test_calibrate_streams(void)
     static const char *const cases[][3] = {
         {"llama", "nvfp4_awq_full", "fp8_affine"}, {"llama", "int8_smoothquant", "nvfp4_rotate"}, {"llama", "nvfp4_w4a4_weight_local_hessian", NULL},
         {"gemma3", "nvfp4_act_headroom", "fp8"}, {"qwen3_moe", "nvfp4", "fp8"}, {"deepseek_v3", "fp8", "nvfp4_affine"}, {"gpt_oss", "nvfp4", NULL},
-        {"nemotron_h", "mamba_moe_nvfp4_aggressive", "fp8"}, {"phi3", "nvfp4_awq_lite", NULL}, {"mistral", "int4_awq", NULL}};
+        {"nemotron_h", "mamba_moe_nvfp4_aggressive", "fp8"}, {"phi3", "nvfp4_awq_lite", NULL}, {"mistral", "int4_awq", NULL},
+        {"llama", "nvfp4_gptq", NULL}, {"mixtral", "int4_gptq", NULL}};
     int done = 0;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         golden_rows g;
@@ -1057,6 +1309,7 @@ static void test_calibrate_streams(void)
         d.data = &g.samples;
         d.judge = i % 2 ? MOQ_JUDGE_GRAM : MOQ_JUDGE_EXACT;
         d.threads = 1;
+        int first = strstr(cases[i][1], "gptq") != NULL; /* whole rows cannot be run twice: every layer sees layers as they were */
         for (int k = 0; k < 4; k++) {
             d.forward = k ? llm_calibrate : forward_whole;
             d.threads = k == 3 ? 3 : 1;
@@ -1065,7 +1318,8 @@ static void test_calibrate_streams(void)
             s[k] = moq_calibrate(&d, &err);
             if (!s[k]) printf("  %s: %s\n", cases[i][0], err.text);
             CHECK(s[k] != NULL);
-            if (k) CHECK(same_stats(s[0], s[k]));
+            if (k > first) CHECK(same_stats(s[first], s[k]));
+            else if (k) CHECK(!same_stats(s[0], s[k]));
         }
         CHECK(s[0] && moq_stats_count(s[0]) > 0);
         for (int k = 0; k < 4; k++) moq_stats_destroy(s[k]);
@@ -1126,6 +1380,7 @@ int main(int argc, char **argv)
     RUN(test_low_rank);
     RUN(test_jacobi_accuracy);
     RUN(test_gptq);
+    RUN(test_gptq_folder);
     RUN(test_solve_recorded);
     RUN(test_solve_exhaustive);
     RUN(test_solve_large);

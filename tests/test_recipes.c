@@ -142,7 +142,8 @@ static void test_recipes_all(void)
 /* Recipes of smoothing on a mixture of experts: INT4 experts are smoothed with one vector a projection, the others stay plain. */
 static void test_recipes_experts(void)
 {
-    static const char *const names[] = {"int4_awq", "w4a8_awq_beta", "nvfp4_awq_lite", "int8_smoothquant", "nvfp4_svdquant"};
+    static const char *const names[] = {"int4_awq", "w4a8_awq_beta", "nvfp4_awq_lite", "int8_smoothquant", "nvfp4_svdquant", "nvfp4_awq_clip",
+                                        "nvfp4_w4a4_weight_local_hessian", "nvfp4_gptq", "int4_gptq"};
     if (!is_there(golden("sources/%s/model.safetensors", "qwen3_moe"))) { printf("  qwen3_moe is not in this set\n"); test_state.skipped++; return; }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) recipe_case(moq_find_recipe(names[i]), "qwen3_moe");
 }
