@@ -75,7 +75,7 @@
        >>api-bind        >>bind         tensors of a module -> moq_linear, moq_kv
        >>api-checkpoint  >>checkpoint   folders, shards, index, tensors, modules, verification
                          >>verify       every value that opening did not touch
-       >>api-layout      >>layout       where a code lies; row, column and expert slices; repackings
+       >>api-layout      >>layout       where a code lies; row, column and expert slices; repackings (128x4 tiles, Marlin)
        >>api-cpu         >>cpu          reference kernels in plain C
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
@@ -606,7 +606,8 @@ typedef struct moq_kv {
 typedef struct moq_checkpoint moq_checkpoint;
 
 /* Open a checkpoint folder: config files, index, shards, and every module's tensors against its scheme. Only headers,
-   JSON and scalar scales are read; tensor data is mapped, so time and memory do not grow with it.
+   JSON and scalar scales are read; tensor data is mapped, so time and memory do not grow with it. But layers in Marlin's layout (GPTQ and AWQ) are
+   copied in plain order, for which memory of their size is taken.
    `desc` may be NULL. NULL on failure, with nothing left open. Close with moq_close. */
 MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err);
 
@@ -675,6 +676,44 @@ MOQ_API void moq_get_codes(const moq_linear *w, int64_t row, int64_t col, int64_
 MOQ_API size_t moq_swizzle_128x4(int64_t row, int64_t group, int64_t groups);
 MOQ_API size_t moq_swizzle_128x4_bytes(int64_t rows, int64_t groups);
 
+/* Marlin: the layout in which vLLM, SGLang, AutoGPTQ and AutoAWQ keep INT4, INT8, FP8, MXFP8, NVFP4 and MXFP4 weights for tensor cores, in memory and
+   in some folders. Codes lie in tiles of 16 columns x 64 rows (NARROW: 32 x 32) in the order in which the 32 threads of mma.m16n8k16 read them,
+   integers as unsigned numbers (signed ones + 2^(bits-1)); scales [groups, rows] are permuted within 64 rows, or within 32 when a row has one scale. */
+typedef struct moq_marlin {
+    int64_t rows, cols;   /* outputs and inputs: multiples of 64 and of 16 (NARROW: 32) */
+    int64_t groups;       /* scales of a row; a bias is laid out as the scales of 1 group are */
+    int bits;             /* of a code: 4 or 8 */
+    uint32_t flags;       /* MOQ_MARLIN_... */
+    moq_dtype act;        /* what the kernel's registers hold: F16 or BF16 */
+    moq_dtype scale;      /* of a scale: F16, BF16, F8_E8M0, or F8_E4M3: the byte is then the 5 exponent and 3 mantissa bits of an F16 */
+    int shift;            /* scales are stored times 2^shift (F8_E4M3: times 2^(shift + 7)) */
+} moq_marlin;
+
+enum {
+    MOQ_MARLIN_NARROW = 1,   /* for kernels whose inputs have 8 bits */
+    MOQ_MARLIN_KEEP_TINY = 2 /* NVFP4: keep scales that BF16 kernels decode wrongly (below 2^(-6 - shift)), else they become 0 */
+};
+
+/* How layer `w` is stored for a kernel that computes in `act`; no stack: slice it first. NVFP4 in BF16: the largest `shift` that keeps all scales
+   finite; layers that share a launch (the experts of a mixture) take the smallest of theirs. FP8 with scales of floats: 8 or 120, the bias of the
+   kernel's decoding. MOQ_E_SHAPE when tiles do not fit, MOQ_E_UNSUPPORTED for other formats. */
+MOQ_API moq_result moq_marlin_describe(const moq_linear *w, moq_dtype act, uint32_t flags, moq_marlin *out, moq_error *err);
+
+/* Positions: of code (row, col) in the little-endian stream of codes, of scale (row, group), and of a 4-bit zero point. Each is one to one. */
+MOQ_API uint64_t moq_marlin_code(const moq_marlin *m, int64_t row, int64_t col);
+MOQ_API uint64_t moq_marlin_scale(const moq_marlin *m, int64_t row, int64_t group);
+MOQ_API uint64_t moq_marlin_zero(const moq_marlin *m, int64_t row, int64_t group);
+
+/* Layer -> Marlin. codes: rows * cols * bits / 8 bytes; scales: rows * groups elements; zeros: rows * groups / 2 bytes, or NULL for layers
+   without zero points; *global: the factor of the kernel's sums, 2^7 (F16) or 2^119 (BF16) times the scale of the layer, over 2^shift, for NVFP4.
+   order: NULL, or the column that comes at each place (act order: sorted by group). MOQ_E_SCALE: a scale that the layout cannot hold. */
+MOQ_API moq_result moq_marlin_pack(const moq_linear *w, const moq_marlin *m, const int32_t *order, void *codes, void *scales, void *zeros, float *global,
+                                   moq_error *err);
+
+/* Marlin -> plain: codes [rows, cols] as little-endian streams of `bits` along the columns, scales [rows, groups] of dtype m->scale as their
+   format is elsewhere. The exact inverse of moq_marlin_pack, but for scales that became 0. A pair may be NULL. */
+MOQ_API void moq_marlin_unpack(const moq_marlin *m, const void *codes, const void *scales, void *plain_codes, void *plain_scales);
+
 /* ------------------------------------------------------------------------------------------------
    >>api-cpu         reference kernels
    ------------------------------------------------------------------------------------------------ */
@@ -727,7 +766,8 @@ typedef enum moq_score { MOQ_SCORE_SOFTMAX = 0, MOQ_SCORE_SIGMOID } moq_score;
 
 /* How router logits choose experts. p = score(logits); candidates are ranked by p + bias; the chosen weights are p without
    bias, divided by their sum if `renormalize`, times `scale`. With groups > 1 only the `top_groups` best groups compete:
-   a group's score is its largest p (softmax) or the sum of its two largest p + bias (sigmoid). Ties: the lower index. */
+   a group's score is its largest p (softmax) or the sum of its two largest p + bias (sigmoid). Ties: the lower index; without bias
+   and groups sigmoids are ranked by their logits, because large ones all round to 1. */
 typedef struct moq_routing {
     int32_t experts, top_k;
     moq_score score;
@@ -735,6 +775,7 @@ typedef struct moq_routing {
     int32_t groups, top_groups; /* 0 or 1: none */
     float scale;                /* 0: 1 */
     moq_view bias;              /* [experts] or absent */
+    int32_t on_input;           /* 1: the chosen weights multiply what their experts read instead of what they answer (Llama 4) */
 } moq_routing;
 
 /* A mixture of experts as bound: arrays of routing.experts layers. Not gated: gate NULL. Biases are the layers' own. */
@@ -792,6 +833,7 @@ typedef struct moq_attention_desc {
     float scale;            /* of q.k; 0: 1 / sqrt(head_dim) */
     float softcap;          /* 0: none; else scores = cap * tanh(score / cap) */
     const float *sinks;     /* [heads] extra logits in the softmax denominator, backend memory; NULL: none */
+    int32_t chunk;          /* 0: none; else a row sees only positions from the last multiple of `chunk` on (Llama 4); not with a window */
 } moq_attention_desc;
 
 /* A Mamba-2 mixer (Dao and Gu 2024) between its two projections, with the states of `slots` sequences. Below, inner is
@@ -867,7 +909,7 @@ struct moq_backend {
     void (*kv_append)(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride);
     /* Copy `count` tokens of a sequence: to another slot (fork), or within one (shift). Ranges may overlap. */
     void (*kv_copy)(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos, int32_t count);
-    /* Row i attends to positions max(0, pos - window + 1) .. pos of its slot, all appended before. */
+    /* Row i attends to positions max(0, pos - window + 1) .. pos, or pos / chunk * chunk .. pos, of its slot, all appended before. */
     void (*attention)(moq_backend *be, const moq_batch *b, const moq_attention_desc *a);
 
     void (*norm)(moq_backend *be, const moq_norm_desc *n); /* RMS norm: x / sqrt(mean(x^2) + eps) * weight */
@@ -6210,6 +6252,7 @@ typedef struct moqi_quant {
     int experts_only;        /* gpt-oss: only expert stacks are quantized */
     int plain_ends;          /* FP8, AWQ, GPTQ: embedding and lm_head are left out unless the file says "lm_head": true */
     int outer_names;         /* some name says "language_model": try names with other outermost parts */
+    int marlin;              /* AWQ, GPTQ: codes and scales lie in Marlin's layout */
     moqi_claim *claims;
     uint32_t claim_count;
     moqi_rules targets;      /* value: index in claims */
@@ -6988,7 +7031,17 @@ static moq_result moqi_read_int_group(const moqi_quant_read *c, const moq_json *
     return MOQ_OK;
 }
 
-/* AutoAWQ's gemm layout, 4 bits. Other layouts (gemv, llm-awq) hold the same names with other bit orders, so they must not be guessed. */
+/* Files of Marlin (AutoGPTQ, AutoAWQ) hold symmetric 4-bit groups in their own order: what says otherwise is another layout. */
+static moq_result moqi_check_marlin(const moqi_quant_read *c, const moqi_claim *a)
+{
+    c->q->marlin = 1;
+    if (a->weight_bits != 4) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "bits", "Marlin folders are read with 4 bits only");
+    if (a->zero_point) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, c->q->family == MOQ_FAMILY_AWQ ? "zero_point" : "sym", "Marlin folders hold symmetric weights");
+    if (a->act_order) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "desc_act", "Marlin folders hold columns in their own order");
+    return MOQ_OK;
+}
+
+/* AutoAWQ's gemm and marlin layouts, 4 bits. Others (gemv, llm-awq) hold the same names with other bit orders, so they must not be guessed. */
 static moq_result moqi_read_awq(const moqi_quant_read *c, const moq_json *block)
 {
     const char *version, *backend;
@@ -6998,13 +7051,15 @@ static moq_result moqi_read_awq(const moqi_quant_read *c, const moq_json *block)
     if ((r = moqi_get_string(c, block, "version", &version)) != MOQ_OK || (r = moqi_get_string(c, block, "backend", &backend)) != MOQ_OK ||
         (r = moqi_read_common(c, block, "awq", 0, &a)) != MOQ_OK || (r = moqi_get_bool(c, block, "zero_point", 1, &a->zero_point)) != MOQ_OK)
         return r;
-    if ((version[0] && !moqi_same(version, "gemm")) || (backend[0] && !moqi_same(backend, "autoawq")))
-        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "version", -1), "AWQ layout '%q' %q is not supported; gemm of autoawq is",
+    int marlin = moqi_same(version, "marlin");
+    if ((version[0] && !marlin && !moqi_same(version, "gemm")) || (backend[0] && !moqi_same(backend, "autoawq")))
+        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "version", -1), "AWQ layout '%q' %q is not supported; gemm and marlin of autoawq are",
                          version, backend);
     base = *a;
     base.weight_bits = 4;
     if ((r = moqi_read_int_group(c, block, &base, a)) != MOQ_OK) return r;
-    return a->weight_bits == 4 ? MOQ_OK : moqi_bad_key(c, MOQ_E_UNSUPPORTED, "bits", "AWQ is read with 4 bits only");
+    if (a->weight_bits != 4) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "bits", "AWQ is read with 4 bits only");
+    return marlin ? moqi_check_marlin(c, a) : MOQ_OK;
 }
 
 /* GPTQModel's per-module overrides: "-:regex" leaves out, "+:regex" or "regex" changes settings; the first that matches counts. */
@@ -7029,7 +7084,8 @@ static moq_result moqi_read_dynamic(const moqi_quant_read *c, const moq_json *ma
     return r;
 }
 
-/* GPTQ: checkpoint_format gptq stores zero points minus one, gptq_v2 as they are; sym: all zero points are the middle of the range. */
+/* GPTQ: checkpoint_format gptq stores zero points minus one, gptq_v2 as they are; sym: all zero points are the middle of the range. Older files say
+   is_marlin_format instead of checkpoint_format marlin. */
 static moq_result moqi_read_gptq(const moqi_quant_read *c, const moq_json *block)
 {
     const moq_json *dynamic = moqi_get(block, "dynamic");
@@ -7048,12 +7104,13 @@ static moq_result moqi_read_gptq(const moqi_quant_read *c, const moq_json *block
     /* read as `sym` above; files hold zero points either way */
     a->zero_point = !a->zero_point;
     a->gptq_v2 = moqi_same(format, "gptq_v2");
-    if (marlin || (format[0] && !a->gptq_v2 && !moqi_same(format, "gptq")))
-        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "checkpoint_format", -1), "'%q' is not supported; gptq and gptq_v2 are",
-                         marlin ? "marlin" : format);
+    if (moqi_same(format, "marlin")) marlin = 1;
+    else if (format[0] && !a->gptq_v2 && !moqi_same(format, "gptq"))
+        return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "checkpoint_format", -1), "'%q' is not supported; gptq, gptq_v2 and marlin are", format);
     base = *a;
     if (!moqi_get(block, "bits")) return moqi_bad_key(c, MOQ_E_CONFIG, "bits", "missing");
-    if ((r = moqi_read_int_group(c, block, &base, a)) != MOQ_OK) return r;
+    if ((r = moqi_read_int_group(c, block, &base, a)) != MOQ_OK || (marlin && (r = moqi_check_marlin(c, a)) != MOQ_OK)) return r;
+    if (marlin && dynamic) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "dynamic", "Marlin folders have one setting for all layers");
     return dynamic ? moqi_read_dynamic(c, dynamic) : MOQ_OK;
 }
 
@@ -7204,6 +7261,7 @@ typedef struct moqi_tensor_set {
        WEIGHT    M.weight [rows, cols or packed]      M.weight_scale, M.weight_scale_2, M.input_scale, M.bias
        PACKED    M.weight_packed                      M.weight_scale, M.weight_global_scale, M.weight_zero_point, M.weight_shape
        QWEIGHT   M.qweight                            M.scales, M.qzeros, M.g_idx
+       MARLIN    M.B or M.qweight                     M.s or M.scales, in Marlin's layout
        STACK     P [experts, cols, rows]              P_weight_scale, P_weight_scale_2, P_input_scale, P_bias
        RESTACK   M.weight [experts, rows, cols]       as WEIGHT, each with the experts in front
        BLOCKS    P_blocks [experts, rows, groups, 16] P_scales, P_bias
@@ -7213,6 +7271,7 @@ enum {
     MOQI_STORE_WEIGHT = 1, /* M.weight [rows, cols] or packed; M.weight_scale ... */
     MOQI_STORE_PACKED,     /* compressed-tensors: M.weight_packed */
     MOQI_STORE_QWEIGHT,    /* AutoAWQ and GPTQ: M.qweight, M.qzeros, M.scales */
+    MOQI_STORE_MARLIN,     /* GPTQ: M.B, M.s; AutoAWQ: M.qweight, M.scales */
     MOQI_STORE_STACK,      /* a parameter P [experts, cols, rows]; P_weight_scale ... */
     MOQI_STORE_RESTACK,    /* M.weight [experts, rows, cols]; M.weight_scale ... */
     MOQI_STORE_BLOCKS      /* gpt-oss: P_blocks [experts, rows, cols/32, 16], P_scales */
@@ -7222,6 +7281,7 @@ typedef struct moqi_module {
     const char *name;
     const char *tensor;    /* that holds the codes */
     const char *transform; /* tensor of the online input transform, or NULL */
+    const void *codes, *scales; /* MARLIN: copies in plain order, else NULL */
     uint32_t kind;         /* MOQI_STORE_... */
 } moqi_module;
 
@@ -7897,6 +7957,31 @@ static moq_result moqi_bind_qweight(moqi_binder *b)
     return r < 0 || !order ? r : moqi_bind_group_index(b, order, (int64_t)scale->shape[0]);
 }
 
+/* Marlin: codes [cols / 16, 2 rows] words, scales [groups, rows], both in the order of >>layout, without zero points. Bound are the copies that
+   moqi_copy_marlin makes when the folder is opened: rows as compressed-tensors packs them, scales [rows, groups]. */
+static moq_result moqi_bind_marlin(moqi_binder *b)
+{
+    const moq_tensor *scale = moqi_part(b, moqi_ends(b->t->name, ".B") ? "s" : "scales");
+    int32_t g;
+    if (!scale) return moqi_missing(b, moqi_ends(b->t->name, ".B") ? "s" : "scales");
+    if (b->t->dtype != MOQ_I32) return moqi_bad_dtype(b, b->t, "I32");
+    if (scale->dtype != MOQ_F16 && scale->dtype != MOQ_BF16) return moqi_bad_dtype(b, scale, "F16 or BF16");
+    if (scale->rank != 2) return moqi_bad_shape(b, scale, moqi_dims2(b, 1, b->b / 2), "a scale for each group and row");
+    int64_t rows = (int64_t)scale->shape[1], groups = (int64_t)scale->shape[0], cols = b->a * 16;
+    if (b->b != rows * 2 || rows % 64 != 0) return moqi_bad_shape(b, b->t, moqi_dims2(b, b->a, moqi_ceil_div(rows, 64) * 128), "tiles of 16 columns x 64 rows");
+    moq_packing p = moqi_make_packing(4, 32, 0, cols / 8, 1);
+    p.is_unsigned = 1;
+    moqi_put_codes(b, MOQ_I4, rows, cols, p);
+    b->transposed = 1;
+    moq_result r = moqi_group_size(b, scale, cols, groups, 0, &g);
+    if (r < 0) return r;
+    moqi_put_scales(b, scale, scale->dtype, 1, g, groups, 1);
+    b->w->zero_add = 8;
+    b->w->codes.data = b->m->codes;
+    b->w->scales.data = b->m->scales;
+    return MOQ_OK;
+}
+
 /* ---- weights that are not quantized ---- */
 
 /* W = the stored number. A parameter of fused experts is [E, cols, rows]: its rows are a column of what is stored. */
@@ -8030,7 +8115,7 @@ static moq_result moqi_bind_input(moqi_binder *b)
     }
     if (r < 0) return r;
     if (b->claim.has_coding && b->q->family != MOQ_FAMILY_MODELOPT) return moqi_bind_claimed_input(b, t || divisor);
-    if (b->m->kind == MOQI_STORE_QWEIGHT || b->m->kind == MOQI_STORE_BLOCKS) return MOQ_OK;
+    if (b->m->kind == MOQI_STORE_QWEIGHT || b->m->kind == MOQI_STORE_MARLIN || b->m->kind == MOQI_STORE_BLOCKS) return MOQ_OK;
     if (divisor && !t) b->w->scheme.input = moqi_input_coding(MOQI_IN_NVFP4, 1);
     else if (moqi_part(b, "weight_scale_inv") && b->w->scheme.weight.group_rows > 1 && !algo) {
         static const moq_coding group = MOQI_GROUP128_IN; /* DeepSeek: a scale per token and 128 columns */
@@ -8214,6 +8299,7 @@ static moq_result moqi_bind_all(moqi_binder *b)
     switch (b->m->kind) {
     case MOQI_STORE_PACKED: r = moqi_bind_packed(b); break;
     case MOQI_STORE_QWEIGHT: r = moqi_bind_qweight(b); break;
+    case MOQI_STORE_MARLIN: r = moqi_bind_marlin(b); break;
     case MOQI_STORE_BLOCKS: r = moqi_bind_blocks(b); break;
     default: r = moqi_bind_weight(b); break;
     }
@@ -8325,7 +8411,7 @@ static int moqi_is_restack(const moqi_tensor_set *set, const moq_tensor *t)
 }
 
 /* The kind of module that a tensor carries, 0 if none, and the bytes of its name that name the module. */
-static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, size_t *bytes)
+static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, int marlin, size_t *bytes)
 {
     const char *s = t->name;
     size_t n = t->name_bytes;
@@ -8337,7 +8423,9 @@ static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, si
     *bytes = n > 14 ? n - 14 : 0;
     if (n > 14 && moqi_ends(s, ".weight_packed")) return MOQI_STORE_PACKED;
     *bytes = n > 8 ? n - 8 : 0;
-    if (n > 8 && moqi_ends(s, ".qweight")) return MOQI_STORE_QWEIGHT;
+    if (n > 8 && moqi_ends(s, ".qweight")) return marlin ? MOQI_STORE_MARLIN : MOQI_STORE_QWEIGHT;
+    *bytes = n > 2 ? n - 2 : 0;
+    if (n > 2 && marlin && moqi_ends(s, ".B")) return MOQI_STORE_MARLIN;
     *bytes = n > 7 ? n - 7 : 0;
     if (n > 7 && t->rank == 4 && moqi_ends(s, "_blocks")) return MOQI_STORE_BLOCKS;
     *bytes = n;
@@ -8352,6 +8440,7 @@ static moq_result moqi_add_module(moqi_collector *c, const moq_tensor *t, uint32
     if (!m->name) return moqi_nomem(c->err, bytes);
     m->tensor = t->name;
     m->transform = NULL;
+    m->codes = m->scales = NULL;
     m->kind = kind;
     const moqi_entry *e = moqi_map_add(&c->modules, m->name, bytes, (uint32_t)c->count);
     if (e)
@@ -8421,6 +8510,31 @@ static moq_result moqi_find_transform(moqi_collector *c, moqi_module *m)
     return MOQ_OK;
 }
 
+/* The codes and scales of a Marlin module in plain order: nothing else that reads weights knows tiles. The only weights that opening copies. */
+static moq_result moqi_copy_marlin(const moqi_collector *c, moqi_module *m)
+{
+    moq_linear w;
+    moq_marlin from;
+    moq_result r = moqi_bind_logged(c->set, c->q, m, NULL, &w, c->err);
+    if (r < 0) return r;
+    memset(&from, 0, sizeof from);
+    from.rows = w.rows;
+    from.cols = w.cols;
+    from.groups = w.scale_row_stride;
+    from.bits = 4;
+    from.act = from.scale = w.scales.dtype;
+    void *codes = moqi_take_array(c->r, (uint64_t)w.rows * (uint64_t)(w.cols / 8), 4);
+    void *scales = moqi_take_array(c->r, (uint64_t)w.rows * (uint64_t)from.groups, 2);
+    if (!codes || !scales) return moqi_nomem(c->err, (uint64_t)w.rows * (uint64_t)(w.cols / 2));
+    const char *s = moqi_ends(m->tensor, ".B") ? "s" : "scales";
+    char name[MOQI_NAME_ROOM];
+    moqi_part_name(m, s, name);
+    moq_marlin_unpack(&from, moqi_set_find(c->set, m->tensor)->data, moqi_set_find(c->set, name)->data, codes, scales);
+    m->codes = codes;
+    m->scales = scales;
+    return MOQ_OK;
+}
+
 /* Module order differs from tensor order: "a-b.weight" < "a.weight", but "a" < "a-b". */
 static int moqi_compare_modules(const void *a, const void *b)
 {
@@ -8459,7 +8573,7 @@ MOQI_UNUSED static moq_result moqi_collect_modules(const moqi_tensor_set *set, c
         return moqi_nomem(err, set->count * sizeof(moqi_module));
     for (size_t i = 0; i < set->count && rc == MOQ_OK; i++) {
         const moq_tensor *t = &set->list[i];
-        uint32_t kind = moqi_carrier(set, t, &bytes);
+        uint32_t kind = moqi_carrier(set, t, q->marlin, &bytes);
         if (kind) rc = moqi_add_module(&c, t, kind, bytes);
         else if (moqi_ends(t->name, "_input.weight") && moqi_is_transform(set, t)) rc = moqi_add_transform(&c, t, i);
     }
@@ -8468,6 +8582,8 @@ MOQI_UNUSED static moq_result moqi_collect_modules(const moqi_tensor_set *set, c
     if (rc < 0) return rc;
     moqi_module *sorted = moqi_sort_modules(&c);
     if (!sorted) return moqi_nomem(err, c.count * sizeof(moqi_module));
+    for (size_t i = 0; i < c.count; i++)
+        if (sorted[i].kind == MOQI_STORE_MARLIN && (rc = moqi_copy_marlin(&c, &sorted[i])) < 0) return rc;
     for (size_t i = 0; i < c.count && desc && desc->log; i++) {
         moq_linear w;
         if ((rc = moqi_bind_logged(set, q, &sorted[i], desc, &w, err)) < 0) return rc;
@@ -8538,7 +8654,7 @@ MOQI_UNUSED static moq_result moqi_bind_kv(const moqi_tensor_set *set, const moq
 
 /* ------------------------------------------------------------------------------------------------
    >>checkpoint      folders, shards, index, tensors, modules, verification
-   Opening reads headers, JSON and scalar scales, never other tensor data; a folder and the same files in memory get one verdict.
+   Opening reads headers, JSON and scalar scales, never other tensor data but Marlin's; a folder and the same files in memory get one verdict.
    ------------------------------------------------------------------------------------------------ */
 
 /* A finding made while opening, kept for moq_verify. */
@@ -9350,6 +9466,7 @@ static int moqi_verify_rule(moqi_verify *v, const moq_tensor *t)
     moq_error e;
     for (size_t i = 0; i < MOQI_COUNT(moqi_scale_kinds); i++)
         if (moqi_ends(t->name, moqi_scale_kinds[i].ending)) return moqi_scale_kinds[i].rule;
+    if (v->ck->quant.marlin && moqi_ends(t->name, ".s")) return MOQI_NO_NEGATIVE;
     for (const char *s = t->name; *s; s++)
         if (*s == '.') last = s + 1;
     if (strstr(last, "_scale") || strcmp(last, "scale") == 0) {
@@ -9434,7 +9551,7 @@ MOQ_API moq_result moq_verify(const moq_checkpoint *ck, uint32_t flags, moq_find
 MOQI_COLD_END
 
 /* ------------------------------------------------------------------------------------------------
-   >>layout          where a code lies; slices of layers; the tiling of block scales
+   >>layout          where a code lies; slices of layers; the tiling of block scales; Marlin's tiling
    Pure functions over moq_linear: no memory, no errors but the checks of slices. The only place that walks packed codes.
    ------------------------------------------------------------------------------------------------ */
 
@@ -9690,6 +9807,231 @@ MOQ_API size_t moq_swizzle_128x4(int64_t row, int64_t group, int64_t groups)
 MOQ_API size_t moq_swizzle_128x4_bytes(int64_t rows, int64_t groups)
 {
     return (size_t)(moqi_ceil_div(rows, 128) * moqi_ceil_div(groups, 4) * 512);
+}
+
+/* ---- Marlin ----
+   Thread `lane` of a warp reads four words of a tile. Inputs of 16 bits: word w holds what mma.m16n8k16 wants of it for rows 16 w ..+15: columns
+   k0 = 2 (lane % 4), k0 + 1 (register 0), k0 + 8, k0 + 9 (register 1), rows lane / 4 and 8 more, in the order in which the kernel's masks take
+   pairs out: all first columns before all second ones. 8-bit codes fill two words instead, one for each of the rows. */
+
+MOQ_API uint64_t moq_marlin_code(const moq_marlin *m, int64_t row, int64_t col)
+{
+    if (!m) return 0;
+    int narrow = (m->flags & MOQ_MARLIN_NARROW) != 0, n = (int)(row % (narrow ? 32 : 64)), k = (int)(col % (narrow ? 32 : 16));
+    int64_t tile = narrow ? col / 32 * (m->rows / 32) + row / 32 : col / 16 * (m->rows / 64) + row / 64;
+    int lane = n % 8 * 4 + (narrow ? k % 16 / 4 : k % 8 / 2), half = n / 8 & 1, at;
+    if (narrow) {
+        int word = lane * 4 + n / 8; /* n / 8 = 2 * (n / 16) + half */
+        at = m->bits == 4 ? word * 8 + k % 4 * 2 + k / 16 : (2 * word + k / 16) * 4 + k % 4;
+    } else {
+        int word = lane * 4 + n / 16;
+        at = m->bits == 4 ? word * 8 + (k & 1) * 4 + half * 2 + k / 8 : (2 * word + half) * 4 + (k & 1) * 2 + k / 8;
+    }
+    return (uint64_t)(tile * 1024 + at);
+}
+
+/* Groups: 64 rows as an 8 x 8 matrix, transposed. One scale a row: place 8 i + j of 32 holds row 2 i + {0, 1, 8, 9, 16, 17, 24, 25}[j]. Bytes:
+   the middle two of each four change places, since the kernel splits words into bytes 0, 2 and 1, 3. */
+MOQ_API uint64_t moq_marlin_scale(const moq_marlin *m, int64_t row, int64_t group)
+{
+    static const uint8_t swapped[4] = {0, 2, 1, 3};
+    if (!m) return 0;
+    int single = m->groups == 1 || (m->flags & MOQ_MARLIN_NARROW), r = (int)(row % (single ? 32 : 64));
+    int at = single ? r % 8 / 2 * 8 + r / 8 * 2 + (r & 1) : r % 8 * 8 + r / 8;
+    if (!(m->flags & MOQ_MARLIN_NARROW) && (m->scale == MOQ_F8_E4M3 || m->scale == MOQ_F8_E8M0)) at = at / 4 * 4 + swapped[at % 4];
+    return (uint64_t)(group * m->rows + row - r + at);
+}
+
+/* The permutation of group scales, then AutoAWQ's order within a word of eight. */
+MOQ_API uint64_t moq_marlin_zero(const moq_marlin *m, int64_t row, int64_t group)
+{
+    if (!m) return 0;
+    int r = (int)(row % 64), at = r % 8 * 8 + r / 8;
+    return (uint64_t)(group * m->rows + row - r + at / 8 * 8 + moqi_awq_slot[at % 8]);
+}
+
+/* Which power of two the scales of a layer are stored times; see moq_marlin_describe. */
+static int moqi_marlin_shift(const moq_linear *w, const moq_marlin *m)
+{
+    double largest = 0;
+    int shift = 0;
+    if (m->scale == MOQ_F8_E8M0) return m->bits == 4 && (m->flags & MOQ_MARLIN_NARROW) ? 6 : 0; /* 2^3 - 2^1: exponent biases of E4M3 and E2M1 */
+    if (m->scale != MOQ_F8_E4M3) return w->scheme.weight.elem != MOQ_F8_E4M3 ? 0 : m->act == MOQ_F16 ? 8 : 120;
+    if (m->act == MOQ_F16) return 0;
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+            double s = moqi_scale_at(w, r, moqi_group_of(w, g * w->scheme.weight.group_cols));
+            if (s > largest) largest = s;
+        }
+    for (; largest > 0 && largest * 2 <= 448; largest *= 2) shift++;
+    return shift;
+}
+
+/* Why a format has no Marlin form here, or NULL. */
+static const char *moqi_marlin_problem(const moq_linear *w, moq_dtype act, int narrow)
+{
+    moq_dtype e = w->scheme.weight.elem, s = w->scales.dtype;
+    int floats = s == MOQ_F32 || s == MOQ_F16 || s == MOQ_BF16, ints = e == MOQ_I4 || e == MOQ_I8;
+    if (act != MOQ_F16 && act != MOQ_BF16) return "the kernels compute in F16 or BF16";
+    if (w->experts > 0) return "a stack of experts is laid out one by one; slice it first";
+    if (!w->scales.data || (e != MOQ_F4 && e != MOQ_F8_E4M3 && !(ints && floats))) return "INT4, INT8, FP8, MXFP8, NVFP4 and MXFP4 have";
+    if (ints && !w->zeros.data && w->zero_add != (w->packing.is_unsigned ? 1 << (w->packing.bits - 1) : 0)) return "its zero point is not the middle of the range";
+    if (w->zeros.data && e != MOQ_I4) return "zero points are known for INT4 alone";
+    if (w->zeros.data && narrow) return "inputs of 8 bits go with symmetric weights";
+    if (s == MOQ_F8_E8M0 && act != MOQ_BF16) return "powers of two beyond F16: BF16 is needed";
+    if (narrow && !(e == MOQ_F4 && s == MOQ_F8_E8M0) && !(ints && (w->scheme.weight.group_cols <= 0 || w->scheme.weight.group_cols >= w->cols)))
+        return "with inputs of 8 bits MXFP4 has, and integers with one scale a row";
+    return NULL;
+}
+
+MOQ_API moq_result moq_marlin_describe(const moq_linear *w, moq_dtype act, uint32_t flags, moq_marlin *out, moq_error *err)
+{
+    moqi_clear(err);
+    if (!w || !out) return moq_fail(err, MOQ_E_ARG, "moq_marlin_describe", "w or out is NULL");
+    int narrow = (flags & MOQ_MARLIN_NARROW) != 0, unit = narrow ? 32 : 16;
+    const char *problem = moqi_marlin_problem(w, act, narrow);
+    moqi_where at = moqi_at(NULL, "layer", w->name, -1);
+    memset(out, 0, sizeof *out);
+    if (problem) return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "has no Marlin layout: %s", problem);
+    if (w->rows % 64 != 0 || w->cols % unit != 0)
+        return moqi_fail(err, MOQ_E_SHAPE, at, "[%lld, %lld], but Marlin's tiles want multiples of 64 rows and %d columns; pad the layer with zeros",
+                         (long long)w->rows, (long long)w->cols, unit);
+    out->rows = w->rows;
+    out->cols = w->cols;
+    out->groups = w->scheme.weight.group_cols > 0 ? moqi_ceil_div(w->cols, w->scheme.weight.group_cols) : 1;
+    out->bits = w->scheme.weight.elem == MOQ_F4 || w->scheme.weight.elem == MOQ_I4 ? 4 : 8;
+    out->flags = flags;
+    out->act = act;
+    out->scale = w->scales.dtype == MOQ_F8_E4M3 || w->scales.dtype == MOQ_F8_E8M0 ? w->scales.dtype : act;
+    out->shift = moqi_marlin_shift(w, out);
+    return MOQ_OK;
+}
+
+/* 2^e; exact. */
+static double moqi_pow2(int e)
+{
+    double v = 1;
+    for (; e > 0; e--) v *= 2;
+    for (; e < 0; e++) v *= 0.5;
+    return v;
+}
+
+static float moqi_half_decode(moq_dtype d, uint16_t v) { return d == MOQ_F16 ? moq_f16_decode(v) : moq_bf16_decode(v); }
+static uint16_t moqi_half_encode(moq_dtype d, float v) { return d == MOQ_F16 ? moq_f16_encode(v) : moq_bf16_encode(v); }
+
+/* One scale as its bits; -1 when the layout cannot hold it. NVFP4's byte: F16 of s * 2^(7 + shift), which is never negative, without its sign and its
+   last 7 bits, which are 0. BF16 kernels put its first bit on top of the exponent, which is right only when it is 1: from 2 on. */
+static int32_t moqi_marlin_encode(const moq_marlin *m, double s)
+{
+    int e;
+    if (m->scale == MOQ_F8_E8M0) {
+        if (!(s > 0)) return -1;
+        frexp(s, &e); /* s = 2^(e - 1) */
+        e += 126 + m->shift;
+        return e < 255 ? e : -1;
+    }
+    if (m->scale == MOQ_F8_E4M3) {
+        double v = s * moqi_pow2(7 + m->shift);
+        if (!(v >= 0) || v > 65504) return -1;
+        return v < 2 && !(m->flags & MOQ_MARLIN_KEEP_TINY) ? 0 : moq_f16_encode((float)v) >> 7;
+    }
+    double v = (double)moqi_half_decode(m->act, moqi_half_encode(m->act, (float)s)) * moqi_pow2(m->shift); /* rounded first, as engines do */
+    if (!(fabs(v) <= (m->act == MOQ_F16 ? 65504.0 : 3.3895313892515355e38))) return -1;
+    return moqi_half_encode(m->act, (float)v);
+}
+
+static moq_result moqi_marlin_pack_scales(const moq_linear *w, const moq_marlin *m, uint8_t *scales, uint8_t *zeros, moq_error *err)
+{
+    int middle = moqi_signed_codes(w) ? 1 << (m->bits - 1) : 0;
+    if (zeros) memset(zeros, 0, (size_t)(m->rows * m->groups / 2));
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+            int64_t group = w->group_index.data || w->scheme.weight.group_cols <= 0 ? g : moqi_group_of(w, g * w->scheme.weight.group_cols);
+            double s = moqi_scale_at(w, r, group);
+            int32_t v = moqi_marlin_encode(m, s), zero = moqi_zero_at(w, r, group) + middle;
+            uint64_t at = moq_marlin_scale(m, r, g), z = zeros ? moq_marlin_zero(m, r, g) : 0;
+            if (v < 0)
+                return moqi_fail(err, MOQ_E_SCALE, moqi_at(NULL, "layer", w->name, -1), "scale %g of row %lld, group %lld is beyond Marlin's %s times 2^%d", s,
+                                 (long long)r, (long long)g, moq_dtype_name(m->scale), m->shift);
+            if (zeros && (zero < 0 || zero > 15))
+                return moqi_fail(err, MOQ_E_SCALE, moqi_at(NULL, "layer", w->name, -1), "zero point %d of row %lld, group %lld, expected 0 to 15", (int)zero,
+                                 (long long)r, (long long)g);
+            if (m->scale == MOQ_F8_E4M3 || m->scale == MOQ_F8_E8M0) scales[at] = (uint8_t)v;
+            else {
+                scales[2 * at] = (uint8_t)v;
+                scales[2 * at + 1] = (uint8_t)(v >> 8);
+            }
+            if (zeros) zeros[z / 2] |= (uint8_t)(zero << (4 * (z & 1)));
+        }
+    return MOQ_OK;
+}
+
+MOQ_API moq_result moq_marlin_pack(const moq_linear *w, const moq_marlin *m, const int32_t *order, void *codes, void *scales, void *zeros, float *global,
+                                   moq_error *err)
+{
+    int16_t some[64];
+    uint8_t *out = (uint8_t *)codes;
+    moqi_clear(err);
+    if (!w || !m || !codes || !scales || !global) return moq_fail(err, MOQ_E_ARG, "moq_marlin_pack", "w, m, codes, scales or global is NULL");
+    if ((zeros != NULL) != (w->zeros.data != NULL)) return moq_fail(err, MOQ_E_ARG, "moq_marlin_pack", "room for zero points goes with a layer that has them");
+    if (m->rows != w->rows || m->cols != w->cols) return moq_fail(err, MOQ_E_ARG, "moq_marlin_pack", "the layer is not the one that was described");
+    int middle = moqi_signed_codes(w) ? 1 << (m->bits - 1) : 0, mask = (1 << m->bits) - 1;
+    *global = (float)((double)w->global_mul / (double)w->global_div * (m->scale == MOQ_F8_E4M3 ? moqi_pow2((m->act == MOQ_F16 ? 7 : 119) - m->shift) : 1));
+    memset(codes, 0, (size_t)(m->rows * m->cols / 8 * m->bits));
+    for (int64_t r = 0; r < m->rows; r++)
+        for (int64_t c = 0; c < m->cols; c += 16) {
+            if (!order) moq_get_codes(w, r, c, 16, some);
+            for (int i = 0; i < 16; i++) {
+                uint64_t at = moq_marlin_code(m, r, c + i);
+                if (order) moq_get_codes(w, r, order[c + i], 1, &some[i]);
+                int v = (some[i] + middle) & mask;
+                if (m->bits == 8) out[at] = (uint8_t)v;
+                else out[at / 2] |= (uint8_t)(v << (4 * (at & 1)));
+            }
+        }
+    return moqi_marlin_pack_scales(w, m, (uint8_t *)scales, (uint8_t *)zeros, err);
+}
+
+/* The tiles of 64 (NARROW: 32) rows, column after column, so that each row is written from left to right. */
+static void moqi_marlin_unpack_codes(const moq_marlin *m, const uint8_t *codes, uint8_t *out)
+{
+    int tall = m->flags & MOQ_MARLIN_NARROW ? 32 : 64, wide = 1024 / tall;
+    int64_t bytes = m->cols * m->bits / 8;
+    uint16_t from[1024]; /* [tall, wide] -> place in the tile */
+    moq_marlin tile = *m;
+    tile.rows = tall;
+    for (int i = 0; i < 1024; i++) from[i] = (uint16_t)moq_marlin_code(&tile, i / wide, i % wide);
+    for (int64_t r = 0; r < m->rows; r += tall)
+        for (int64_t c = 0; c < m->cols; c += wide) {
+            const uint8_t *in = codes + (c / wide * (m->rows / tall) + r / tall) * 128 * m->bits;
+            for (int i = 0; i < 1024; i += 2) {
+                uint8_t *to = out + (r + i / wide) * bytes + (c + i % wide) * m->bits / 8;
+                int a = from[i], b = from[i + 1];
+                if (m->bits == 8) { to[0] = in[a]; to[1] = in[b]; }
+                else to[0] = (uint8_t)((in[a / 2] >> (4 * (a & 1)) & 15) | (in[b / 2] >> (4 * (b & 1)) & 15) << 4);
+            }
+        }
+}
+
+MOQ_API void moq_marlin_unpack(const moq_marlin *m, const void *codes, const void *scales, void *plain_codes, void *plain_scales)
+{
+    const uint8_t *in = (const uint8_t *)scales;
+    uint8_t *out = (uint8_t *)plain_scales;
+    if (!m) return;
+    if (codes && plain_codes) moqi_marlin_unpack_codes(m, (const uint8_t *)codes, (uint8_t *)plain_codes);
+    double scale = moqi_pow2(m->scale == MOQ_F8_E4M3 ? -7 - m->shift : -m->shift);
+    for (int64_t r = 0; r < m->rows && in && out; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+            uint64_t from = moq_marlin_scale(m, r, g), to = (uint64_t)(r * m->groups + g);
+            if (m->scale == MOQ_F8_E8M0) out[to] = (uint8_t)(in[from] - m->shift);
+            else if (m->scale == MOQ_F8_E4M3) out[to] = moq_e4m3_encode((float)((double)moq_f16_decode((uint16_t)(in[from] << 7)) * scale));
+            else {
+                uint16_t v = moqi_get_u16(in + 2 * from);
+                if (m->shift) v = moqi_half_encode(m->act, (float)((double)moqi_half_decode(m->act, v) * scale));
+                out[2 * to] = (uint8_t)v;
+                out[2 * to + 1] = (uint8_t)(v >> 8);
+            }
+        }
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -10137,6 +10479,13 @@ static void moqi_kv_fetch(const moqi_kernels *k, const moqi_cache *c, int which,
         moqi_kv_unpack(k, c->format[which], c->scale[which][head], bias, moqi_kv_row(c, which, slot, head, pos), dim, out + (pos - first) * dim);
 }
 
+/* The first position that a row at `pos` sees. */
+static int64_t moqi_attend_first(const moq_attention_desc *a, int64_t pos)
+{
+    if (a->chunk > 0) return pos / a->chunk * a->chunk;
+    return a->window > 0 ? moqi_max(0, pos - (int64_t)a->window + 1) : 0;
+}
+
 /* ---- routing ----
    The variants in use (runtime-layouts 4.4): softmax then top k (Mixtral, Qwen; with renormalization the same as gpt-oss' softmax over
    the chosen), sigmoid, DeepSeek-V2's groups by their largest score, DeepSeek-V3's sigmoid with a correction bias that ranks experts but
@@ -10188,9 +10537,10 @@ static void moqi_close_groups(const moq_routing *r, const float *p, const float 
 static void moqi_route(const moq_routing *r, const float *bias, const float *logits, float *scratch, int32_t *index, float *weight)
 {
     float *p = scratch, *rank = p + r->experts, *open = rank + r->experts, sum = 0;
+    int plain = r->score == MOQ_SCORE_SIGMOID && !bias && r->groups <= 1;
     moqi_router_scores(r->score, logits, r->experts, p);
     for (int32_t e = 0; e < r->experts; e++) {
-        rank[e] = bias ? p[e] + bias[e] : p[e];
+        rank[e] = bias ? p[e] + bias[e] : plain ? logits[e] : p[e];
         open[e] = 1;
     }
     if (r->groups > 1) moqi_close_groups(r, p, rank, open, open + r->experts);
@@ -12985,7 +13335,7 @@ static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim)
 /* The first position that row r sees. */
 static int64_t moqi_attend_from(const moqi_attending *t, int64_t r)
 {
-    return t->a->window > 0 ? moqi_max(0, t->b->pos[r] - (int64_t)t->a->window + 1) : 0;
+    return moqi_attend_first(t->a, t->b->pos[r]);
 }
 
 /* The queries times the scale of the scores: q [n, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
@@ -14187,10 +14537,16 @@ static void moqi_sort_choices(const moqi_cpu *c, const moqi_experts *m, int64_t 
 static void moqi_gather_task(void *arg, int i, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
-    int64_t ld = moqi_pad_x(t->m->cols);
+    int64_t ld = moqi_pad_x(t->m->cols), e = t->c->expert_of[i], first = t->c->begin[e], m = t->c->begin[e + 1] - first;
+    int64_t choice = t->c->row_of[i] * (int64_t)t->m->routing.top_k;
+    const float *x = t->x + t->c->row_of[i] * t->m->cols;
+    float *in = t->c->t + i * ld;
     (void)worker;
-    int64_t e = t->c->expert_of[i], first = t->c->begin[e], m = t->c->begin[e + 1] - first;
-    moqi_feed(&t->parts[e], m, i - first, t->x + t->c->row_of[i] * t->m->cols, t->c->t + i * ld, t->c->r + first * ld);
+    if (t->m->routing.on_input) {
+        while (t->c->place[choice] != i) choice++; /* which of the row's choices this is */
+        for (int64_t k = 0; k < t->m->cols; k++) in[k] = t->c->weight[choice] * x[k];
+    }
+    moqi_feed(&t->parts[e], m, i - first, t->m->routing.on_input ? in : x, in, t->c->r + first * ld);
 }
 
 /* hidden [assignments, gate n | up n] -> activation -> the inputs of down: t, r [assignments, n]. */
@@ -14205,7 +14561,7 @@ static void moqi_middle_task(void *arg, int i, int worker)
     moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * ld);
 }
 
-/* y[row] = sum of weight * expert output, in the order of the choice. */
+/* y[row] = sum of weight * expert output, in the order of the choice; weights that multiplied the inputs are done with. */
 static void moqi_combine_task(void *arg, int row, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
@@ -14213,7 +14569,8 @@ static void moqi_combine_task(void *arg, int row, int worker)
     float *y = t->y + row * out;
     (void)worker;
     memset(y, 0, (size_t)out * sizeof *y);
-    for (int64_t i = row * top; i < (row + 1) * top; i++) t->c->k->axpy(t->c->weight[i], t->c->out + t->c->place[i] * out, y, out);
+    for (int64_t i = row * top; i < (row + 1) * top; i++)
+        t->c->k->axpy(t->m->routing.on_input ? 1 : t->c->weight[i], t->c->out + t->c->place[i] * out, y, out);
 }
 
 /* Jobs of one role for every expert that was chosen, from jobs[count] on; returns the new count. */
@@ -14486,7 +14843,8 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     const moqi_cpu *cpu = moqi_cpu_of(be);
     const moqi_cache *c = (const moqi_cache *)(const void *)a->cache;
     int64_t tasks = moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads, spans = b->max_pos / MOQI_ATTEND_SPAN + 1;
-    double keys = a->window > 0 && a->window < b->max_pos ? a->window : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
+    int32_t most = a->chunk > 0 ? a->chunk : a->window;
+    double keys = most > 0 && most < b->max_pos ? most : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
     moqi_attending t;
     t.k = cpu->k;
     t.o = cpu->o;
@@ -15876,7 +16234,8 @@ static int moqi_is_smoothed(const moqi_target *t)
 }
 
 /* p = recorded pre_quant_scale, or 1 / best_scale of AWQ, in F32. The stored vector is p in the model's type; the weight is multiplied
-   by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax, so p is found again from its BF16 value. */
+   by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax. Where only the rounded p was recorded, as ModelOpt does, one
+   amax that gives it is taken; in a quarter of the channels there are two or three, so its bytes cannot follow from its record. */
 static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_error *err)
 {
     uint64_t n = (uint64_t)t->w.cols;
@@ -15893,7 +16252,7 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
     for (uint64_t i = 0; i < n; i++) {
         float v = best ? 1 / best[i] : given[i];
         own[i] = moqi_in_model(t->model, v);
-        if (!best) {
+        if (!best && moqi_f32_bits(own[i]) == moqi_f32_bits(v)) {
             float whole = 1 / moqi_in_model(t->model, 1 / v);
             if (moqi_f32_bits(moqi_in_model(t->model, whole)) == moqi_f32_bits(own[i])) v = whole;
         }
@@ -17493,6 +17852,15 @@ static float *moqi_watch_expert(moqi_watch *w, const moqi_seen_moe *m, int32_t e
     return out;
 }
 
+/* What an expert reads of x [cols]: the row, or the row times its weight. */
+static void moqi_expert_input(const moqi_seen_moe *m, const float *x, float weight, int round, float *out)
+{
+    memcpy(out, x, (size_t)m->cols * sizeof *x);
+    if (!m->routing.on_input) return;
+    for (int64_t c = 0; c < m->cols; c++) out[c] *= weight;
+    if (round) moqi_bf16_all(out, m->cols);
+}
+
 /* Choices of all rows, then expert after expert; each row's sum is kept on the host. Buffers: X holds the rows of one expert after the rows
    of all, ROUTE the logits, the scratch of routing, and the sums. */
 static void moqi_watch_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
@@ -17513,12 +17881,12 @@ static void moqi_watch_moe(moq_backend *be, const moq_experts *experts, const vo
     for (int32_t e = 0; e < (int32_t)count; e++) {
         int32_t n = 0;
         for (int64_t i = 0; i < rows * top; i++)
-            if (index[i] == e) memcpy(chosen + n++ * m->cols, in + i / top * m->cols, (size_t)m->cols * sizeof *in);
+            if (index[i] == e) moqi_expert_input(m, in + i / top * m->cols, weight[i], w->round, chosen + n++ * m->cols);
         float *out = n > 0 ? moqi_watch_expert(w, m, e, chosen, n) : NULL;
         for (int64_t i = 0; out && i < rows * top; i++) {
             if (index[i] != e) continue;
             for (int64_t c = 0; c < m->out; c++) {
-                float v = weight[i] * out[c];
+                float v = m->routing.on_input ? out[c] : weight[i] * out[c];
                 sum[i / top * m->out + c] += w->round ? moqi_bf16(v) : v;
             }
             out += m->out;
@@ -17667,7 +18035,7 @@ static void moqi_eager_attention(moqi_watch *w, const moqi_seen_kv *s, const moq
     float *y = q + qn, *sinks = score + s->desc.capacity;
     if (a->sinks) w->inner->download(w->inner, sinks, a->sinks, (size_t)a->heads * sizeof *sinks);
     for (int64_t r = 0; r < b->rows; r++) {
-        int64_t pos = at[b->rows + r], first = a->window > 0 ? moqi_max(0, pos - a->window + 1) : 0;
+        int64_t pos = at[b->rows + r], first = moqi_attend_first(a, pos);
         w->inner->download_act(w->inner, q, moqi_act_at(w, a->q, r * a->q_stride), (size_t)qn);
         memset(y, 0, (size_t)yn * sizeof *y);
         for (int64_t h = 0; at[r] >= 0 && at[r] < s->desc.slots && pos >= 0 && pos < s->desc.capacity && h < a->heads; h++)
@@ -18639,11 +19007,11 @@ static int moqi_expert_room_make(moqi_tape *t, const moqi_seen_moe *m, int64_t r
 }
 
 /* The rows that chose expert e, side by side in room->x; how many. An expert is chosen at most once by a row. */
-static int64_t moqi_expert_rows(const moqi_seen_moe *m, int32_t e, const float *x, int64_t rows, moqi_expert_room *r)
+static int64_t moqi_expert_rows(const moqi_tape *t, const moqi_seen_moe *m, int32_t e, const float *x, int64_t rows, moqi_expert_room *r)
 {
     int64_t n = 0, top = m->routing.top_k;
     for (int64_t i = 0; i < rows * top; i++)
-        if (r->index[i] == e) memcpy(r->x + n++ * m->cols, x + i / top * m->cols, (size_t)m->cols * sizeof *x);
+        if (r->index[i] == e) moqi_expert_input(m, x + i / top * m->cols, r->weight[i], t->w->round, r->x + n++ * m->cols);
     return n;
 }
 
@@ -18655,13 +19023,13 @@ static void moqi_tape_mixture(moqi_tape *t, const moqi_seen_moe *m, int format, 
     if (!moqi_expert_room_make(t, m, rows, &r) || !moqi_tape_route(t, m, logits, rows, r.index, r.weight, NULL)) return;
     memset(y, 0, (size_t)(rows * m->out) * sizeof *y);
     for (int32_t e = 0; e < m->routing.experts; e++) {
-        int64_t n = moqi_expert_rows(m, e, x, rows, &r), at = 0;
+        int64_t n = moqi_expert_rows(t, m, e, x, rows, &r), at = 0;
         if (n == 0) continue;
         moqi_tape_expert(t, m, e, format, r.x, n, r.mid, r.act, r.out);
         for (int64_t i = 0; i < rows * top; i++) {
             if (r.index[i] != e) continue;
             for (int64_t c = 0; c < m->out; c++) {
-                float v = r.weight[i] * r.out[at * m->out + c];
+                float v = (m->routing.on_input ? 1 : r.weight[i]) * r.out[at * m->out + c];
                 y[i / top * m->out + c] += t->w->round ? moqi_bf16(v) : v;
             }
             at++;
@@ -19032,7 +19400,7 @@ static void moqi_back_rope(moqi_tape *t, const moqi_op *o)
 static void moqi_back_head(const moqi_tape *t, const moq_attention_desc *a, const moqi_tape_kv *c, const moqi_seen_kv *s, int64_t head, int64_t pos, float sink,
                            const float *q, const float *dy, float *dq, double *score, double *slope)
 {
-    int64_t kv = head / (a->heads / s->desc.kv_heads), first = a->window > 0 ? moqi_max(0, pos - a->window + 1) : 0, kd = s->dim[0], vd = s->dim[1];
+    int64_t kv = head / (a->heads / s->desc.kv_heads), first = moqi_attend_first(a, pos), kd = s->dim[0], vd = s->dim[1];
     double scale = a->scale != 0 ? (double)a->scale : 1 / sqrt((double)kd), cap = (double)a->softcap, max = a->sinks ? (double)sink : -1e300, sum = 0, dot = 0;
     for (int64_t i = first; i <= pos; i++) {
         double v = (double)t->w->k->dot(q, c->k + i * c->kn + kv * kd, kd) * scale, y = cap > 0 ? tanh(v / cap) : 0;
@@ -19135,7 +19503,7 @@ static void moqi_score_mixture(moqi_tape *t, const moqi_op *o, const float *dy)
     }
 }
 
-/* y = sum w_e out_e: out_e gets w_e dy, w_e gets dy . out_e; then through the experts and through the choice. */
+/* y = sum w_e out_e: out_e gets w_e dy, w_e gets dy . out_e (of an expert that read w_e x: dy, and d(w_e x) . x); then through the experts and through the choice. */
 static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
 {
     const moqi_seen_moe *m = (const moqi_seen_moe *)o->object;
@@ -19147,7 +19515,7 @@ static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
     if (t->u.score) moqi_score_mixture(t, o, dy);
     if (!p || !part || !dw || !moqi_expert_room_make(t, m, rows, &r) || !moqi_tape_route(t, m, o->also, rows, r.index, r.weight, p)) return;
     for (int32_t e = 0; e < (int32_t)experts; e++) {
-        int64_t n = moqi_expert_rows(m, e, o->saved, rows, &r), at = 0;
+        int64_t n = moqi_expert_rows(t, m, e, o->saved, rows, &r), at = 0;
         if (n == 0) continue;
         moqi_tape_expert(t, m, e, -1, r.x, n, r.mid, r.act, r.out);
         for (int64_t i = 0; i < rows * top; i++) { /* r.out becomes its own gradient */
@@ -19155,13 +19523,18 @@ static void moqi_back_moe(moqi_tape *t, const moqi_op *o)
             const float *d = dy + i / top * m->out;
             float *out = r.out + at++ * m->out;
             dw[i] = (double)t->w->k->dot(d, out, m->out);
-            for (int64_t c = 0; c < m->out; c++) out[c] = r.weight[i] * d[c];
+            for (int64_t c = 0; c < m->out; c++) out[c] = (m->routing.on_input ? 1 : r.weight[i]) * d[c];
         }
         memset(part, 0, (size_t)(n * m->cols) * sizeof *part);
         moqi_back_expert(t, m, e, &r, r.out, n, part);
         at = 0;
-        for (int64_t i = 0; i < rows * top; i++)
-            if (r.index[i] == e) t->w->k->axpy(1, part + at++ * m->cols, dx + i / top * m->cols, m->cols);
+        for (int64_t i = 0; i < rows * top; i++) {
+            const float *d = part + at * m->cols;
+            if (r.index[i] != e) continue;
+            at++;
+            t->w->k->axpy(m->routing.on_input ? r.weight[i] : 1, d, dx + i / top * m->cols, m->cols);
+            if (m->routing.on_input) dw[i] = (double)t->w->k->dot(d, o->saved + i / top * m->cols, m->cols);
+        }
     }
     for (int64_t i = 0; i < rows; i++) moqi_back_route(&m->routing, p + i * experts, r.index + i * top, dw + i * top, dp, dlogits + i * experts);
     memset(dy, 0, (size_t)(rows * m->out) * sizeof *dy);
@@ -20523,9 +20896,10 @@ static int moqi_stat_inputs(const moqi_calibration *c, moq_stats *s, const moqi_
     if (r->expert && !r->p && fused) return inputs ? moqi_stat_container(c, s, r) : 1;
     if (inputs && r->input_amax > 0) ok = moqi_stat_add(s, memory, ".input_quantizer.amax", &r->input_amax, 1, 0, NULL);
     if (ok && r->p && (inputs || !r->best_scale)) { /* wide inputs have no quantizer that could hold it */
-        float *rounded = (float *)moqi_take_array(&s->arena, n, sizeof *rounded);
-        for (uint64_t i = 0; rounded && i < n; i++) rounded[i] = moqi_bf16(r->p[i]);
-        ok = rounded && moqi_stat_add(s, memory, ".input_quantizer.pre_quant_scale", rounded, n, 1, &n);
+        float *kept = (float *)moqi_take_array(&s->arena, n, sizeof *kept);
+        /* SmoothQuant's has no second vector beside it, and its weights are smoothed in F32: rounded, a quarter of the channels were lost */
+        for (uint64_t i = 0; kept && i < n; i++) kept[i] = r->best_scale ? moqi_bf16(r->p[i]) : r->p[i];
+        ok = kept && moqi_stat_add(s, memory, ".input_quantizer.pre_quant_scale", kept, n, 1, &n);
     }
     if (ok && r->best_scale) {
         ok = moqi_stat_add(s, memory, ".awq_lite.act_scale", r->act, n, 1, &n) && moqi_stat_add(s, memory, ".awq_lite.weight_scale", r->wsc, n, 1, &n) &&
@@ -21476,7 +21850,7 @@ static moq_result moqi_add_folded(moqi_export *x, const moq_tensor *t, const flo
 /* The target that a source tensor belongs to, NULL for norms and the like. Biases are never quantized and stay as they are. */
 static moqi_target *moqi_owner(const moqi_plan *p, const moq_tensor *t, int *is_bias)
 {
-    static const char *const more[] = {".weight", ".weight_packed", ".qweight", "_blocks", ".bias", ""};
+    static const char *const more[] = {".weight", ".weight_packed", ".qweight", ".B", ".s", "_blocks", ".bias", ""};
     size_t total = MOQI_COUNT(moqi_companions) + MOQI_COUNT(more);
     for (size_t i = 0; i < total; i++) {
         const char *end = i < MOQI_COUNT(more) ? more[i] : moqi_companions[i - MOQI_COUNT(more)];

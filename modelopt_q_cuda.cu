@@ -4353,9 +4353,8 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tile
 template <typename... A, typename... B>
 static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int threads, int shared, int cluster, const char *what, const B &...args)
 {
-    cudaLaunchConfig_t how;
+    cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
-    memset(&how, 0, sizeof how);
     memset(with, 0, sizeof with);
     how.gridDim = grid;
     how.blockDim = dim3((unsigned)threads);
@@ -4491,27 +4490,55 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
     moqc_launched(c, "embed");
 }
 
-/* x += add; y = x / sqrt(mean(x^2) + eps) * weight. Grid: rows, groups; a thread reads back only what it wrote itself. */
-template <typename T> __global__ void moqk_norm(moq_norm_desc d)
+/* x += add; y = x / sqrt(mean(x^2) + eps) * weight. Grid: rows, groups; a thread reads back only what it wrote itself. What fits stays in
+   registers, all of its loads under way at once: a step of one token waits for each of these kernels. */
+template <typename T> __global__ void __launch_bounds__(1024) moqk_norm(moq_norm_desc d)
 {
-    moqk_follow();
+    enum { KEPT = 8 };
     __shared__ float room[33];
     int64_t groups = d.groups > 0 ? d.groups : 1, n = groups * d.cols, row = blockIdx.x, at = (int64_t)blockIdx.y * d.cols;
     T *x = (T *)(uintptr_t)d.x + row * (d.x_stride ? d.x_stride : n) + at, *y = (T *)d.y + row * (d.y_stride ? d.y_stride : n) + at;
     const T *add = d.add ? (const T *)d.add + row * n + at : NULL;
-    float sum = 0;
-    for (int32_t i = threadIdx.x; i < d.cols; i += blockDim.x) {
-        float v = moqk_get(x, i);
-        if (add) {
-            v += moqk_get(add, i);
-            moqk_put(x, i, v);
-            v = moqk_get(x, i);
+    const int32_t step = (int32_t)blockDim.x, rest = KEPT * step + (int32_t)threadIdx.x;
+    float v[KEPT], w[KEPT], sum = 0;
+    moqk_dependents_may_start();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) { /* weights never change: before the kernel before has ended */
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        w[k] = i < d.cols && d.weight ? d.weight[i] : 1;
+    }
+    moqk_wait_for_before();
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        v[k] = i < d.cols ? moqk_get(x, i) + (add ? moqk_get(add, i) : 0) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        if (add && i < d.cols) {
+            moqk_put(x, i, v[k]);
+            if (sizeof(T) == 2) v[k] = __bfloat162float(__float2bfloat16_rn(v[k]));
         }
-        sum += v * v;
+        sum += v[k] * v[k];
+    }
+    for (int32_t i = rest; i < d.cols; i += step) {
+        float u = moqk_get(x, i);
+        if (add) {
+            u += moqk_get(add, i);
+            moqk_put(x, i, u);
+            u = moqk_get(x, i);
+        }
+        sum += u * u;
     }
     sum = moqk_block_sum(sum, room);
     float s = 1 / sqrtf(sum / (float)d.cols + d.eps);
-    for (int32_t i = threadIdx.x; i < d.cols; i += blockDim.x) moqk_put(y, i, d.weight ? moqk_get(x, i) * s * d.weight[i] : moqk_get(x, i) * s);
+#pragma unroll
+    for (int k = 0; k < KEPT; k++) {
+        int32_t i = (int32_t)threadIdx.x + k * step;
+        if (i < d.cols) moqk_put(y, i, d.weight ? v[k] * s * w[k] : v[k] * s);
+    }
+    for (int32_t i = rest; i < d.cols; i += step) moqk_put(y, i, d.weight ? moqk_get(x, i) * s * d.weight[i] : moqk_get(x, i) * s);
 }
 
 static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
@@ -5024,9 +5051,16 @@ typedef struct moqk_attend_args {
     float2 *stats;             /* [rows, heads, splits] max and sum of each */
     int32_t *arrived;          /* [rows, head groups] splits that are done; zero between launches */
     int64_t q_stride, y_stride;
-    int32_t rows, heads, share, window, splits, bf16;
+    int32_t rows, heads, share, window, chunk, splits, bf16;
     float scale, softcap;
 } moqk_attend_args;
+
+/* The first position that a row at `pos` sees. */
+__device__ __forceinline__ int64_t moqk_first_seen(const moqk_attend_args &a, int64_t pos)
+{
+    if (a.chunk > 0) return pos / a.chunk * a.chunk;
+    return a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0;
+}
 
 /* The queries of heads [head, head + count) of a row as the keys want them: scaled, rotated with them. q: [H][padded], the rest zero. */
 __device__ void moqk_load_query(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t H, float *q)
@@ -5103,7 +5137,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
     int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * H, count = min(H, (kv_head + 1) * a.share - head);
     int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
     int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-    int64_t low = a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0, per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
+    int64_t low = moqk_first_seen(a, pos), per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
     int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
     float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head];
     const float *k_bias = a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * a.c.k.dim : NULL, *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * a.c.v.dim : NULL;
@@ -5121,32 +5155,30 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
     }
     for (int64_t first = from; first < to; first += MOQK_KEYS) {
         int32_t n = (int32_t)min((int64_t)MOQK_KEYS, to - first);
-        for (int32_t j = sub; j < MOQK_KEYS; j += 2 * subs) {
-            float k[2][16];
+        for (int32_t j = sub; j < MOQK_KEYS; j += 4 * subs) { /* four keys' loads under way */
+            float k[4][16];
 #pragma unroll
-            for (int u = 0; u < 2; u++) {
+            for (int u = 0; u < 4; u++) {
                 if (j + u * subs < n && dk < a.c.k.padded) moqk_kv_read<KIND, 16>(a.c.k, base + first + j + u * subs, dk, k_scale, k_bias, k[u]);
                 else
 #pragma unroll
                     for (int i = 0; i < 16; i++) k[u][i] = 0;
             }
             for (int h = 0; h < H; h++) {
-                float s0 = 0, s1 = 0;
+                float s[4] = {0, 0, 0, 0};
                 const float4 *q4 = (const float4 *)(q + h * a.c.k.padded + (dk < a.c.k.padded ? dk : 0));
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     float4 f = q4[i];
-                    s0 += f.x * k[0][4 * i] + f.y * k[0][4 * i + 1] + f.z * k[0][4 * i + 2] + f.w * k[0][4 * i + 3];
-                    s1 += f.x * k[1][4 * i] + f.y * k[1][4 * i + 1] + f.z * k[1][4 * i + 2] + f.w * k[1][4 * i + 3];
+#pragma unroll
+                    for (int u = 0; u < 4; u++) s[u] += f.x * k[u][4 * i] + f.y * k[u][4 * i + 1] + f.z * k[u][4 * i + 2] + f.w * k[u][4 * i + 3];
                 }
-                for (int o = L / 2; o > 0; o >>= 1) {
-                    s0 += __shfl_xor_sync(0xffffffffu, s0, o);
-                    s1 += __shfl_xor_sync(0xffffffffu, s1, o);
-                }
-                if (tid % L == 0) {
-                    score[j * H + h] = s0;
-                    if (j + subs < MOQK_KEYS) score[(j + subs) * H + h] = s1;
-                }
+                for (int o = L / 2; o > 0; o >>= 1)
+#pragma unroll
+                    for (int u = 0; u < 4; u++) s[u] += __shfl_xor_sync(0xffffffffu, s[u], o);
+                if (tid % L == 0)
+#pragma unroll
+                    for (int u = 0; u < 4; u++) if (j + u * subs < MOQK_KEYS) score[(j + u * subs) * H + h] = s[u];
             }
         }
         __syncthreads();
@@ -5180,7 +5212,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[h][i] *= shrink[h];
         if (team < teams) {
-#pragma unroll 4
+#pragma unroll 8
             for (int32_t j = team; j < n; j += teams) {
                 float v[4];
                 moqk_kv_read<KIND, 4>(a.c.v, base + first + j, dv, v_scale, v_bias, v);
@@ -5260,7 +5292,7 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
         int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
         q_slot[tid] = held ? slot : -1;
         q_pos[tid] = pos;
-        q_from[tid] = a.window > 0 ? max(0, pos - a.window + 1) : 0;
+        q_from[tid] = (int32_t)moqk_first_seen(a, pos);
     }
     if (a.c.k.rotate) moqk_rotate_rows(q, N, stride, a.c.k.dim, 1 / sqrtf((float)a.c.k.dim));
     __syncthreads();
@@ -5610,7 +5642,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
     int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
     int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
     int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-    int64_t low = a.window > 0 ? max((int64_t)0, pos - a.window + 1) : 0, per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
+    int64_t low = moqk_first_seen(a, pos), per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
     int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
     float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head], top = -3e38f, sum = 0;
     if (KIND == MOQK_KV_NV4) { k_scale *= 512.0f / 6; v_scale *= 512.0f / 6; }
@@ -5887,7 +5919,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM
         int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
         q_slot[i] = held ? slot : -1;
         q_pos[i] = pos;
-        q_from[i] = a.window > 0 ? max(0, pos - a.window + 1) : 0;
+        q_from[i] = (int32_t)moqk_first_seen(a, pos);
     }
 #pragma unroll
     for (int i = 0; i < DIM / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
@@ -6085,10 +6117,11 @@ static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attent
     a.heads = d->heads;
     a.share = d->heads / a.c.kv_heads;
     a.window = d->window;
+    a.chunk = d->chunk;
     a.bf16 = c->bf16;
     a.scale = d->scale != 0 ? d->scale : 1 / sqrtf((float)a.c.k.dim);
     a.softcap = d->softcap;
-    int64_t length = d->window > 0 ? moqc_min(d->window, (int64_t)b->max_pos + 1) : (int64_t)b->max_pos + 1;
+    int64_t most_seen = d->chunk > 0 ? d->chunk : d->window, length = moqc_min(most_seen > 0 ? most_seen : INT32_MAX, (int64_t)b->max_pos + 1);
     int tiles = b->rows >= 8 && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
     int64_t most = tiles ? b->rows : moqc_min(b->rows, 32768);
     for (int64_t first = 0; first < b->rows; first += most) {
@@ -6172,7 +6205,7 @@ template <typename T> __global__ void moqk_route(moq_routing r, const float *bia
     float *rank = p + r.experts, *score = rank + r.experts, sum = 0, top = -3.4e38f;
     uint8_t *open = (uint8_t *)(score + r.experts), *group_open = open + r.experts;
     int64_t row = blockIdx.x, at = row * r.top_k;
-    int32_t lane = threadIdx.x;
+    int32_t lane = threadIdx.x, plain = r.score == MOQ_SCORE_SIGMOID && r.groups <= 1;
     for (int32_t e = lane; e < r.experts; e += 32) top = fmaxf(top, moqk_get(logits, row * r.experts + e));
     top = moqk_warp_max(top);
     for (int32_t e = lane; e < r.experts; e += 32) {
@@ -6183,7 +6216,7 @@ template <typename T> __global__ void moqk_route(moq_routing r, const float *bia
     sum = moqk_warp_sum(sum);
     for (int32_t e = lane; e < r.experts; e += 32) {
         if (r.score == MOQ_SCORE_SOFTMAX) p[e] /= sum;
-        rank[e] = bias ? p[e] + bias[e] : p[e];
+        rank[e] = bias ? p[e] + bias[e] : plain ? moqk_get(logits, row * r.experts + e) : p[e];
         open[e] = 1;
     }
     __syncwarp();
@@ -6279,6 +6312,7 @@ static moq_result moqc_check_moe(const moq_moe *m, moq_error *err)
         return moq_fail(err, MOQ_E_ARG, name, "%d of %d groups of %d experts do not hold the %d to choose", (int)tops, (int)groups, (int)r->experts, (int)r->top_k);
     if (r->bias.data && r->bias.count != (uint64_t)r->experts)
         return moq_fail(err, MOQ_E_SHAPE, name, "routing bias of %llu elements, expected %d", (unsigned long long)r->bias.count, (int)r->experts);
+    if (r->on_input) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "this router's weights multiply the inputs of experts, which only the CPU backend does so far");
     if ((unsigned)m->activation.kind > (unsigned)MOQ_RELU2 || (m->activation.kind == MOQ_RELU2) != (m->gate == NULL))
         return moq_fail(err, MOQ_E_ARG, name, "activation %d %s a gate", (int)m->activation.kind, m->gate ? "has no use for" : "needs");
     for (int32_t e = 0; e < r->experts; e++) {

@@ -53,8 +53,19 @@ if [ -x ./cuda ]; then
     elif grep -qi 'cuda' "$out"; then echo "cuda: built, not run: $(head -n 1 "$out")"
     else failed=$((failed + 1)); echo "FAILED cuda"; cat "$out"; fi
 else
-    echo "cuda: skipped, not built without nvcc"
+    echo "cuda: skipped, it is built here where nvcc and a GPU are"
 fi
+
+# the demo model once more, in FP8: the folder opens, a layer answers nearly as before, and a target that exists is refused
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$out" "$work"' EXIT
+./quantize demo-model "$work/fp8" fp8 ../tests/data/demo-eval.jsonl >"$out" 2>/dev/null
+expect quantize "$work/fp8: fp8, calibrated with 64 rows"
+./hello "$work/fp8" >"$out" 2>&1
+if grep -q '^model.layers.0.mlp.up_proj: fp8, 768 x 256, |y| = 33\.[4-6]' "$out"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED hello on its folder"; cat "$out"; fi
+if ./quantize demo-model "$work/fp8" fp8 ../tests/data/demo-eval.jsonl >"$out" 2>/dev/null || ! grep -q 'exists already' "$out"; then
+    failed=$((failed + 1)); echo "FAILED quantize onto a folder"
+else passed=$((passed + 1)); fi
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -175,7 +175,7 @@ typedef struct llm_desc {
     int32_t keep;
     int32_t draft;               /* speculative decoding: guess so many tokens at once from what the conversation says (prompt lookup), or by
                                     llm_set_draft; the answer stays the same, token for token, where a row's result does not depend on the other
-                                    rows of a pass, as on the CPU. 0: off */
+                                    rows of a pass, as on the CPU: MOQ_ACT_AUTO means MOQ_ACT_WIDE then. 0: off */
     int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
@@ -4509,13 +4509,14 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
 /* Which layers have a sliding window. The families use the same keys with different meanings:
    Llama writes no window; Mistral, Mixtral and Phi-3 mean every layer; Qwen2 and Qwen3 mean it only with a second key, and then
    for the layers from max_window_layers on, or for those that layer_types names; Qwen3-MoE has the second key but no list;
-   Gemma and gpt-oss name the layers, or mean all but every sixth or second. */
+   Gemma and gpt-oss name the layers, or mean all but every sixth or second; Llama 4 cuts the text into chunks that do not see each other. */
 enum {
     LLMI_WINDOW_NONE = 0, /* sliding_window is ignored */
     LLMI_WINDOW_ALL,      /* every layer when sliding_window is a number */
     LLMI_WINDOW_FLAG,     /* every layer, only with use_sliding_window */
     LLMI_WINDOW_LAYERS,   /* only with use_sliding_window, and by layer_types or from max_window_layers on */
-    LLMI_WINDOW_TYPES     /* by layer_types, or all layers but every pattern-th */
+    LLMI_WINDOW_TYPES,    /* by layer_types, or all layers but every pattern-th */
+    LLMI_WINDOW_CHUNKS    /* no window: chunks of attention_chunk_size, by layer_types, or in layers with rope */
 };
 
 /* Switches of a family. */
@@ -4528,7 +4529,9 @@ enum {
     LLMI_LATENT = 32,      /* latent attention: keys and values pass through a narrow middle */
     LLMI_CLAMPED = 64,     /* MOQ_SWIGLU_CLAMP whatever hidden_act says */
     LLMI_LOCAL_ROPE = 128, /* layers with a window have a rope of their own */
-    LLMI_TIED = 256        /* a config.json that is silent means a tied head */
+    LLMI_TIED = 256,       /* a config.json that is silent means a tied head */
+    LLMI_SOME_ROPE = 512,  /* every fourth layer has no rope, or those that no_rope_layers says */
+    LLMI_LLAMA4 = 1024     /* layers without rope scale q with the position; heads of the others are normed after rope, in neighbouring pairs */
 };
 
 /* Module names under the decoder's prefix, or under layers.N. */
@@ -4546,14 +4549,17 @@ enum { LLMI_NORM_IF = 0, LLMI_NORM_ALWAYS, LLMI_NORM_UNLESS }; /* only if norm_t
 /* How experts are named under a layer; gate NULL: not gated. */
 typedef struct llmi_moe_names {
     const char *router, *experts; /* modules under the layer: "mlp.gate", "mlp.experts" */
-    const char *gate, *up, *down; /* under experts.E */
+    const char *gate, *up, *down; /* under experts.E, unless they are stacked */
     const char *count_key, *count_alias;
     int32_t renormalize;          /* LLMI_NORM_... */
-    int32_t stacked;              /* one tensor of all experts; `up` holds gate and up rows in turn */
+    const char *stack;            /* one tensor of all experts that holds gate and up, beside one for `down`; NULL: none */
+    int32_t halves;               /* there gate and up are two halves instead of rows in turn */
     moq_score score;              /* where scoring_func is silent */
     const char *bias;             /* a tensor added to the scores while choosing, where it is there; NULL: none */
     const char *shared, *shared_key; /* a dense MLP beside the experts and the key of its width; NULL: none */
     int32_t shared_each;          /* that key counts once for each of n_shared_experts */
+    const char *dense_key;        /* width of the layers without experts; NULL: intermediate_size */
+    int32_t on_input;             /* see moq_routing */
 } llmi_moe_names;
 
 /* A number that config.json may leave out. */
@@ -4579,28 +4585,34 @@ static const llmi_names llmi_names_plain = {
 static const llmi_names llmi_names_gemma = {
     "embed_tokens", NULL, "norm", "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm",
     "self_attn", "mlp"};
+static const llmi_names llmi_names_llama4 = {
+    "embed_tokens", NULL, "norm", "input_layernorm", "post_attention_layernorm", NULL, NULL, "self_attn", "feed_forward"};
 static const llmi_names llmi_names_nemotron = {
     "embeddings", "embedding", "norm_f", "norm", "norm", NULL, NULL, "mixer", "mixer"};
 
 static const llmi_moe_names llmi_moe_mixtral = {
-    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, 0,
-    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
+    "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, NULL, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
 static const llmi_moe_names llmi_moe_qwen3 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", LLMI_NORM_IF, 0,
-    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", LLMI_NORM_IF, NULL, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
 /* softmax over the chosen logits is softmax over all of them, divided by the sum of the chosen */
 static const llmi_moe_names llmi_moe_gpt_oss = {
-    "mlp.router", "mlp.experts", NULL, "gate_up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, 1,
-    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0};
+    "mlp.router", "mlp.experts", NULL, NULL, "down_proj", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, "gate_up_proj", 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
 static const llmi_moe_names llmi_moe_deepseek2 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_IF, 0,
-    MOQ_SCORE_SOFTMAX, NULL, "mlp.shared_experts", "moe_intermediate_size", 1};
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_IF, NULL, 0,
+    MOQ_SCORE_SOFTMAX, NULL, "mlp.shared_experts", "moe_intermediate_size", 1, NULL, 0};
 static const llmi_moe_names llmi_moe_deepseek3 = {
-    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, 0,
-    MOQ_SCORE_SIGMOID, "mlp.gate.e_score_correction_bias", "mlp.shared_experts", "moe_intermediate_size", 1};
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, NULL, 0,
+    MOQ_SCORE_SIGMOID, "mlp.gate.e_score_correction_bias", "mlp.shared_experts", "moe_intermediate_size", 1, NULL, 0};
 static const llmi_moe_names llmi_moe_nemotron = {
-    "mixer.gate", "mixer.experts", NULL, "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, 0,
-    MOQ_SCORE_SIGMOID, "mixer.gate.e_score_correction_bias", "mixer.shared_experts", "moe_shared_expert_intermediate_size", 0};
+    "mixer.gate", "mixer.experts", NULL, "up_proj", "down_proj", "n_routed_experts", "num_local_experts", LLMI_NORM_UNLESS, NULL, 0,
+    MOQ_SCORE_SIGMOID, "mixer.gate.e_score_correction_bias", "mixer.shared_experts", "moe_shared_expert_intermediate_size", 0, NULL, 0};
+/* stacked as published, one by one as llm-compressor writes them */
+static const llmi_moe_names llmi_moe_llama4 = {
+    "feed_forward.router", "feed_forward.experts", "gate_proj", "up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_IF,
+    "gate_up_proj", 1, MOQ_SCORE_SIGMOID, NULL, "feed_forward.shared_expert", "intermediate_size", 0, "intermediate_size_mlp", 1};
 
 /* Published Gemma 3 folders that also see leave out what equals the reference implementation's defaults. */
 static const llmi_default llmi_defaults_gemma3[] = {
@@ -4615,7 +4627,9 @@ static const llmi_default llmi_defaults_gemma2[] = {
 static const llmi_family llmi_families[] = {
     /* model_type    window         pattern  flags                  theta      eps   eps_key         names              moe  defaults */
     {"llama",        LLMI_WINDOW_NONE,   0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"llama4_text",  LLMI_WINDOW_CHUNKS, 0, LLMI_SOME_ROPE | LLMI_LLAMA4, 500000.0,  1e-5, "rms_norm_eps", &llmi_names_llama4, &llmi_moe_llama4, NULL},
     {"mistral",      LLMI_WINDOW_ALL,    0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
+    {"smollm3",      LLMI_WINDOW_LAYERS, 0, LLMI_SOME_ROPE,          2000000.0, 1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
     {"qwen2",        LLMI_WINDOW_LAYERS, 0, 0,                       10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
     {"qwen3",        LLMI_WINDOW_LAYERS, 0, LLMI_QK_NORM,            10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
     {"phi3",         LLMI_WINDOW_ALL,    0, 0,                       10000.0,   1e-5, "rms_norm_eps", &llmi_names_plain, NULL, NULL},
@@ -4704,6 +4718,13 @@ typedef struct llmi_config {
     /* window 0: none; else of layers from window_from on, of all but every pattern-th, or of those that layer_types (not NULL) names */
     int32_t window, window_from, pattern;
     const moq_json *layer_types;
+    /* turned: no_rope_layers, 1 for a layer with rope (sic), or NULL: all but every turned_step-th.
+       Llama 4: chunk 0: none; q of a layer without rope counts 1 + temper * ln(1 + floor((pos + 1) / temper_floor)), temper 0: 1 */
+    int32_t chunk, turned_step, unit_heads;
+    double temper, temper_floor;
+    const moq_json *turned;
+    /* experts_said: moe_layers, or NULL */
+    const moq_json *experts_said;
     /* latent attention: widths of the middles (q_rank 0: none) and of the parts of a head without and with rope */
     int32_t q_rank, kv_rank, nope_dim, rope_dim;
     int interleaved;
@@ -4858,8 +4879,7 @@ static void llmi_rope_llama3(const llmi_rope *r, double *inv, double *scale)
     for (int32_t i = 0; i < r->dims / 2; i++) {
         /* how often pair i goes round within the original context */
         double turns = r->original * inv[i] / 6.283185307179586, keep;
-        keep = (turns - r->low) / (r->high - r->low);
-        keep = turns < r->low ? 0 : turns > r->high ? 1 : keep;
+        keep = turns < r->low ? 0 : turns >= r->high ? 1 : (turns - r->low) / (r->high - r->low);
         inv[i] = inv[i] * keep + inv[i] / r->factor * (1 - keep);
     }
 }
@@ -4987,8 +5007,8 @@ static moq_result llmi_check_rope(const llmi_keys *k, const llmi_config *c, llmi
     moq_result code = llmi_positive(k, "original_max_position_embeddings", llmi_key(k, "original_max_position_embeddings"), 0, &own);
     if (code < 0) return code;
     if (r->original <= 0) r->original = own > 0 ? own : (double)c->max_positions;
-    if (r->adjust == llmi_rope_llama3 && r->high <= r->low)
-        return llmi_bad_key(k, MOQ_E_CONFIG, "high_freq_factor", moq_json_find(r->spec, "high_freq_factor"), "more than low_freq_factor");
+    if (r->adjust == llmi_rope_llama3 && r->high < r->low)
+        return llmi_bad_key(k, MOQ_E_CONFIG, "high_freq_factor", moq_json_find(r->spec, "high_freq_factor"), "low_freq_factor or more");
     if (r->adjust == llmi_rope_longrope && own > 0) r->factor = 0; /* Phi-3 says it by two lengths, which win over a factor */
     if (r->factor <= 0 && (r->adjust == llmi_rope_longrope || r->adjust == llmi_rope_yarn)) r->factor = (double)c->max_positions / r->original;
     if (r->factor <= 0 && r->adjust) return llmi_bad_key(k, MOQ_E_CONFIG, "factor", NULL, "a finite number above 0");
@@ -5166,8 +5186,10 @@ static moq_result llmi_check_blocks(const llmi_keys *k, const llmi_config *c, in
 /* Layers are limited first of all: a thousand million of them must fail before anything is allocated. */
 static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
 {
+    const char *inter = c->family->moe && c->family->moe->dense_key ? c->family->moe->dense_key : "intermediate_size";
     int64_t layers, listed;
     moq_result code;
+    if (!llmi_key(k, inter)) inter = "intermediate_size";
     if ((code = llmi_read_blocks(k, c, &listed)) < 0) return code;
     if ((code = llmi_key_int(k, "num_hidden_layers", 1, INT32_MAX, listed, &layers)) < 0) return code;
     if (layers > LLM_MAX_LAYERS)
@@ -5176,7 +5198,7 @@ static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
     c->layers = (int32_t)layers;
     if ((code = llmi_check_blocks(k, c, listed)) < 0) return code;
     if ((code = llmi_key_size(k, "hidden_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->hidden)) < 0) return code;
-    if ((code = llmi_key_size(k, "intermediate_size", LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->inter)) < 0) return code;
+    if ((code = llmi_key_size(k, inter, LLMI_MAX_WIDTH / 4, LLMI_REQUIRED, &c->inter)) < 0) return code;
     if ((code = llmi_key_size(k, "vocab_size", LLMI_MAX_WIDTH, LLMI_REQUIRED, &c->vocab)) < 0) return code;
     return llmi_read_heads(k, c);
 }
@@ -5208,6 +5230,70 @@ static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
     return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented; known: silu, gelu, gelu_pytorch_tanh, relu2", text);
 }
 
+/* true, false, or the numbers 1 and 0 that some files write instead. */
+static moq_result llmi_key_switch(const llmi_keys *k, const char *key, int fallback, int *out)
+{
+    int64_t v;
+    if (!moq_json_int(llmi_key(k, key), &v)) return llmi_key_bool(k, key, fallback, out);
+    *out = v != 0;
+    return MOQ_OK;
+}
+
+/* A list with an entry for every layer, or absent. */
+static moq_result llmi_key_list(const llmi_keys *k, const char *key, int32_t layers, const moq_json **out)
+{
+    const moq_json *v = *out = llmi_key(k, key);
+    if (!v || (v->type == MOQ_JSON_ARRAY && (int64_t)v->count >= layers)) return MOQ_OK;
+    return llmi_bad_key(k, MOQ_E_CONFIG, key, v, "a list with one entry for every layer");
+}
+
+/* Layers without rope. no_rope_layers says 1 for a layer that has it; an empty list means that it is not said. */
+static moq_result llmi_read_turns(const llmi_keys *k, llmi_config *c)
+{
+    const moq_json *list = llmi_key(k, "no_rope_layers");
+    if (!(c->family->flags & LLMI_SOME_ROPE)) return MOQ_OK;
+    if (list && list->count) return llmi_key_list(k, "no_rope_layers", c->layers, &c->turned);
+    return llmi_key_size(k, "no_rope_layer_interval", INT32_MAX, 4, &c->turned_step);
+}
+
+/* Llama 4: chunks, norms of heads, how layers without rope scale q. */
+static moq_result llmi_read_chunks(const llmi_keys *k, llmi_config *c)
+{
+    int64_t chunk;
+    int on;
+    moq_result code;
+    if ((code = llmi_key_int(k, "attention_chunk_size", 1, INT64_MAX, 8192, &chunk)) < 0) return code;
+    /* the whole context in one chunk: nothing to cut */
+    c->chunk = chunk < c->context ? (int32_t)chunk : 0;
+    if ((code = llmi_key_list(k, "layer_types", c->layers, &c->layer_types)) < 0) return code;
+    for (const moq_json *e = moq_json_first(c->layer_types); e; e = moq_json_next(c->layer_types, e))
+        if (!moq_json_is(e, "full_attention") && !moq_json_is(e, "chunked_attention"))
+            return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "layer_types", e, "full_attention or chunked_attention");
+    if ((code = llmi_key_switch(k, "use_qk_norm", 1, &on)) < 0) return code;
+    c->unit_heads = on;
+    if ((code = llmi_key_switch(k, "attn_temperature_tuning", 1, &on)) < 0) return code;
+    if ((code = llmi_positive(k, "attn_scale", llmi_key(k, "attn_scale"), 0.1, &c->temper)) < 0) return code;
+    if (!on) c->temper = 0;
+    return llmi_positive(k, "floor_scale", llmi_key(k, "floor_scale"), 8192, &c->temper_floor);
+}
+
+/* Does this layer turn q and k? */
+static int llmi_layer_turns(const llmi_config *c, int32_t layer)
+{
+    int64_t v = 1;
+    if (c->family->flags & LLMI_NO_ROPE) return 0;
+    if (c->turned) return moq_json_int(moq_json_at(c->turned, (size_t)layer), &v) && v != 0;
+    return c->turned_step == 0 || (layer + 1) % c->turned_step != 0;
+}
+
+/* Chunks of a layer, 0: it sees everything. */
+static int32_t llmi_layer_chunk(const llmi_config *c, int32_t layer)
+{
+    if (c->family->window != LLMI_WINDOW_CHUNKS) return 0;
+    if (c->layer_types) return moq_json_is(moq_json_at(c->layer_types, (size_t)layer), "chunked_attention") ? c->chunk : 0;
+    return llmi_layer_turns(c, layer) ? c->chunk : 0;
+}
+
 /* See >>llm-families for what the keys mean in which family. */
 static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
 {
@@ -5216,13 +5302,14 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
     int64_t window = 0, from = 0;
     moq_result code = MOQ_OK;
     if (f->window == LLMI_WINDOW_NONE) return MOQ_OK;
+    if (f->window == LLMI_WINDOW_CHUNKS) return llmi_read_chunks(k, c);
     if ((f->window == LLMI_WINDOW_FLAG || f->window == LLMI_WINDOW_LAYERS) && (code = llmi_key_bool(k, "use_sliding_window", 0, &on)) < 0) return code;
     if (!on) return MOQ_OK;
     if ((code = llmi_key_int(k, "sliding_window", 0, INT64_MAX, 0, &window)) < 0) return code;
     /* a window wider than any position is none */
     c->window = window > INT32_MAX ? 0 : (int32_t)window;
     if (f->window != LLMI_WINDOW_LAYERS && f->window != LLMI_WINDOW_TYPES) return MOQ_OK;
-    c->layer_types = llmi_key(k, "layer_types");
+    if ((code = llmi_key_list(k, "layer_types", c->layers, &c->layer_types)) < 0) return code;
     if (!c->layer_types && f->window == LLMI_WINDOW_TYPES) {
         const char *key = llmi_key(k, "sliding_window_pattern") ? "sliding_window_pattern" : "_sliding_window_pattern";
         return llmi_key_size(k, key, INT32_MAX, f->pattern, &c->pattern);
@@ -5232,8 +5319,6 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
         c->window_from = (int32_t)from;
         return code;
     }
-    if (c->layer_types->type != MOQ_JSON_ARRAY || (int64_t)c->layer_types->count < c->layers)
-        return llmi_bad_key(k, MOQ_E_CONFIG, "layer_types", c->layer_types, "a list with one name for every layer");
     for (const moq_json *e = moq_json_first(c->layer_types); e; e = moq_json_next(c->layer_types, e))
         if (!moq_json_is(e, "full_attention") && !moq_json_is(e, "sliding_attention"))
             return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "layer_types", e, "full_attention or sliding_attention");
@@ -5290,13 +5375,15 @@ static moq_result llmi_read_shared(const llmi_keys *k, llmi_config *c)
     return MOQ_OK;
 }
 
-/* Every layer holds experts unless decoder_sparse_step, mlp_only_layers or first_k_dense_replace say otherwise. The count has two
+/* Every layer holds experts unless decoder_sparse_step (Llama 4: interleave_moe_layer_step), mlp_only_layers or first_k_dense_replace
+   say otherwise, or moe_layers lists them. The count has two
    spellings, which transformers 5 exchanged; norm_topk_prob divides the chosen weights by their sum, as Mixtral always does. */
 static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
 {
     const llmi_moe_names *n = c->family->moe;
-    const char *key;
+    const char *key, *step = llmi_key(k, "interleave_moe_layer_step") ? "interleave_moe_layer_step" : "decoder_sparse_step";
     int64_t experts, dense;
+    int32_t width = c->inter;
     int renormalize;
     moq_result code;
     if (!n) return MOQ_OK;
@@ -5307,28 +5394,36 @@ static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
     if ((code = llmi_key_size(k, "num_experts_per_tok", 65536, LLMI_REQUIRED, &c->top_k)) < 0) return code;
     if (c->top_k > c->experts)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "num_experts_per_tok", "%d is more than %s %d; one of the two is wrong", c->top_k, key, c->experts);
-    if ((code = llmi_key_size(k, "moe_intermediate_size", LLMI_MAX_WIDTH / 4, c->inter, &c->moe_inter)) < 0) return code;
+    if (n->dense_key && (code = llmi_key_size(k, "intermediate_size", LLMI_MAX_WIDTH / 4, width, &width)) < 0) return code;
+    if ((code = llmi_key_size(k, "moe_intermediate_size", LLMI_MAX_WIDTH / 4, width, &c->moe_inter)) < 0) return code;
     if ((code = llmi_key_size(k, "moe_latent_size", LLMI_MAX_WIDTH / 4, c->hidden, &c->moe_hidden)) < 0) return code;
     c->moe_narrow = llmi_key(k, "moe_latent_size") != NULL;
-    if ((code = llmi_key_size(k, "decoder_sparse_step", INT32_MAX, 1, &c->sparse_step)) < 0) return code;
+    if ((code = llmi_key_size(k, step, INT32_MAX, 1, &c->sparse_step)) < 0) return code;
     if ((code = llmi_key_int(k, "first_k_dense_replace", 0, INT32_MAX, 0, &dense)) < 0) return code;
     if ((code = llmi_key_bool(k, "norm_topk_prob", n->renormalize == LLMI_NORM_UNLESS, &renormalize)) < 0) return code;
     c->renormalize = n->renormalize == LLMI_NORM_ALWAYS || renormalize;
     c->dense_layers = llmi_key(k, "mlp_only_layers");
+    c->experts_said = llmi_key(k, "moe_layers");
     c->dense_first = (int32_t)dense;
     if ((code = llmi_read_routing(k, c)) < 0) return code;
     return llmi_read_shared(k, c);
 }
 
+/* Does a list of layers name this one? */
+static int llmi_names_layer(const moq_json *list, int32_t layer)
+{
+    int64_t v;
+    for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e))
+        if (moq_json_int(e, &v) && v == layer) return 1;
+    return 0;
+}
+
 /* Does this layer hold experts? */
 static int llmi_layer_is_moe(const llmi_config *c, int32_t layer)
 {
-    if (!c->experts || layer < c->dense_first || (layer + 1) % c->sparse_step) return 0;
-    for (const moq_json *e = moq_json_first(c->dense_layers); e; e = moq_json_next(c->dense_layers, e)) {
-        int64_t v;
-        if (moq_json_int(e, &v) && v == layer) return 0;
-    }
-    return 1;
+    if (!c->experts || layer < c->dense_first) return 0;
+    if (c->experts_said) return llmi_names_layer(c->experts_said, layer);
+    return (layer + 1) % c->sparse_step == 0 && !llmi_names_layer(c->dense_layers, layer);
 }
 
 /* The two blocks of a layer. */
@@ -5457,8 +5552,11 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     if ((code = llmi_key_int(&k, "max_position_embeddings", 1, INT64_MAX, 4096, &c->max_positions)) < 0) return code;
     c->context = context > 0 ? context : c->max_positions < 4096 ? (int32_t)c->max_positions : 4096;
     if ((code = llmi_read_activation(&k, c)) < 0 || (code = llmi_read_window(&k, c)) < 0 || (code = llmi_read_moe(&k, c)) < 0) return code;
+    if ((code = llmi_read_turns(&k, c)) < 0) return code;
     if ((code = llmi_read_state(&k, c)) < 0) return code;
     if ((code = llmi_read_rope(&k, c)) < 0) return code;
+    /* Llama 4 is published as it was trained: pairs are neighbours */
+    if (c->family->flags & LLMI_LLAMA4) c->interleaved = 1;
     llmi_scale_latent(c);
     if ((code = llmi_read_rest(&k, c)) < 0) return code;
     return llmi_read_generation(ck, c, err);
@@ -5482,6 +5580,9 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
    Biases, scales, rotations and low-rank branches come with each moq_linear: this section never sees a scheme. Projections of
    one input are prepared as one weight, so that the input is rounded once and one launch does the work of three. */
 
+/* How a layer turns q and k: by config's rope, by its local rope, not at all. Tables of LLMI_TURN_NONE scale q instead. */
+enum { LLMI_TURN_ROPE = 0, LLMI_TURN_LOCAL, LLMI_TURN_NONE, LLMI_TURNS };
+
 /* One decoder layer, all in the backend's memory; what its blocks do not have is NULL. */
 typedef struct llmi_layer {
     int32_t mix, feed;                 /* LLMI_MIX_..., LLMI_FEED_... */
@@ -5498,7 +5599,8 @@ typedef struct llmi_layer {
     moq_experts *experts;
     moq_kv_cache *kv;
     moq_ssm *ssm;
-    int32_t window, local;             /* local: rope is config's local */
+    int32_t window, chunk;             /* what attention sees, 0: everything */
+    int32_t turn;                      /* LLMI_TURN_... */
 } llmi_layer;
 
 /* A block of backend memory, for closing. */
@@ -5583,8 +5685,10 @@ typedef struct llmi_model {
     void *expert_in, *expert_out;
     /* [chunk, experts], [head_rows, vocab] */
     void *route, *logits;
-    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin */
-    float *table[2];
+    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin; of layers without: [chunk, head_dim / 2, 2] factor, 0, or NULL */
+    float *table[LLMI_TURNS];
+    /* [chunk, head_dim] the last of them before it is uploaded */
+    float *temper;
     /* [chunk] ids, positions and slots where the backend reads them */
     int32_t *ids, *pos, *slot;
     /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; passes like it so far; 1: not to be had */
@@ -6251,7 +6355,7 @@ static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e
     return MOQ_OK;
 }
 
-/* The same for all experts of two stacks: gate_up, whose rows are gate, up, gate, up and so on, and down. */
+/* The same for all experts of two stacks: gate_up, whose rows are gate, up, gate, up and so on, or all gates and then all ups, and down. */
 static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linear *list, moq_error *err)
 {
     const llmi_config *c = &m->c;
@@ -6259,8 +6363,9 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
     llmi_shape up = llmi_shape_of(2 * (int64_t)c->moe_inter, "twice the experts' intermediate size", c->moe_hidden, "the experts' hidden size");
     llmi_shape down = llmi_shape_of(c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
+    int64_t step = n->halves ? 1 : 2;
     moq_linear stack[2], w;
-    moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->up)), up, &stack[0], err);
+    moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->stack)), up, &stack[0], err);
     if (code >= 0) code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->down)), down, &stack[1], err);
     if (code < 0) return code;
     if (stack[0].experts != c->experts || stack[1].experts != c->experts)
@@ -6269,8 +6374,8 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     /* slices are views: nothing is copied, whatever the storage (BF16 [in, out], MXFP4 blocks, NVFP4 [in / 2, out]) */
     for (int32_t e = 0; e < c->experts; e++) {
         if ((code = moq_slice_expert(&stack[0], e, &w, err)) < 0) return code;
-        if ((code = moq_slice_rows(&w, 0, c->moe_inter, 2, &list[e], err)) < 0) return code;
-        if ((code = moq_slice_rows(&w, 1, c->moe_inter, 2, &list[c->experts + e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, 0, c->moe_inter, step, &list[e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, n->halves ? c->moe_inter : 1, c->moe_inter, step, &list[c->experts + e], err)) < 0) return code;
         if ((code = moq_slice_expert(&stack[1], e, &list[2 * (size_t)c->experts + (size_t)e], err)) < 0) return code;
     }
     return MOQ_OK;
@@ -6291,6 +6396,7 @@ static moq_result llmi_describe_routing(const llmi_model *m, int32_t layer, moq_
     r->groups = c->groups;
     r->top_groups = c->top_groups;
     r->scale = (float)c->route_scale;
+    r->on_input = n->on_input;
     if (!n->bias || !moq_find_tensor(m->ck, llmi_name(m, name, layer, n->bias))) return MOQ_OK;
     if ((code = llmi_find_values(m, layer, n->bias, (uint64_t)c->experts, &t, err)) < 0) return code;
     r->bias.data = t->data;
@@ -6316,6 +6422,14 @@ static moq_result llmi_prepare_mixture(llmi_model *m, const moq_moe *moe, int32_
     return code;
 }
 
+/* Are the experts of a layer stacked? Families that know both ways are asked for what is there. */
+static int llmi_is_stacked(const llmi_model *m, int32_t layer)
+{
+    const llmi_moe_names *n = m->c.family->moe;
+    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
+    return n->stack && (!n->gate || moq_has_linear(m->ck, llmi_name(m, name, layer, llmi_join(module, n->experts, n->stack))));
+}
+
 /* Router and experts. The lists live only during prepare_moe: the backend keeps what it needs. */
 static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
@@ -6324,6 +6438,7 @@ static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer 
     char name[LLMI_NAME_BYTES];
     size_t bytes = (size_t)c->experts * 3 * sizeof(moq_linear);
     llmi_shape s = llmi_shape_of(c->experts, n->count_key, c->hidden, "hidden_size");
+    int stacked = llmi_is_stacked(m, layer);
     moq_moe moe;
     moq_result code = llmi_prepare(m, layer, NULL, n->router, s, &l->router, err);
     moq_linear *list;
@@ -6332,13 +6447,13 @@ static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer 
     if ((code = llmi_describe_routing(m, layer, &moe.routing, err)) < 0) return code;
     list = (moq_linear *)moq_allocate(&m->arena.a, bytes);
     if (!list) return llmi_nomem(err, "experts");
-    if (n->stacked) code = llmi_find_stacks(m, layer, list, err);
-    for (int32_t e = 0; e < c->experts && code >= 0 && !n->stacked; e++) code = llmi_find_expert(m, layer, e, list, err);
+    if (stacked) code = llmi_find_stacks(m, layer, list, err);
+    for (int32_t e = 0; e < c->experts && code >= 0 && !stacked; e++) code = llmi_find_expert(m, layer, e, list, err);
     if (code >= 0) {
         llmi_name(m, name, layer, n->experts);
         moe.name = llmi_take_text(&m->arena, name, strlen(name));
         moe.activation = c->activation;
-        moe.gate = n->gate || n->stacked ? list : NULL;
+        moe.gate = n->gate || stacked ? list : NULL;
         moe.up = list + c->experts;
         moe.down = list + 2 * (size_t)c->experts;
         code = moe.name ? llmi_prepare_mixture(m, &moe, (int32_t)(bytes / sizeof *list), list, l, err) : llmi_nomem(err, name);
@@ -6415,8 +6530,9 @@ static moq_result llmi_prepare_layer(llmi_model *m, int32_t layer, llmi_layer *l
     llmi_layer_blocks(c, layer, &l->mix, &l->feed);
     if ((code = llmi_check_layer(m, layer, l, err)) < 0) return code;
     l->window = llmi_layer_window(c, layer);
+    l->chunk = llmi_layer_chunk(c, layer);
     /* layers with a window may turn by another rope than those that see everything */
-    l->local = c->local.dims > 0 && llmi_layer_slides(c, layer);
+    l->turn = !llmi_layer_turns(c, layer) ? LLMI_TURN_NONE : c->local.dims > 0 && llmi_layer_slides(c, layer) ? LLMI_TURN_LOCAL : LLMI_TURN_ROPE;
     if (l->mix) {
         if ((code = llmi_prepare_norms(m, layer, names->mix_norm, names->mix_post, &l->mix_norm, &l->mix_post, err)) < 0) return code;
         if ((code = mixes[l->mix](m, layer, l, err)) < 0) return code;
@@ -6515,6 +6631,17 @@ static moq_result llmi_make_rope(llmi_model *m, const llmi_rope *r, int which, m
     return MOQ_OK;
 }
 
+/* The factors of q in layers without rope: they are turned by no angle and scaled, so that a backend needs nothing new. */
+static moq_result llmi_make_temper(llmi_model *m, moq_error *err)
+{
+    uint64_t values = (uint64_t)m->chunk * (uint64_t)m->c.head_dim;
+    if (m->c.temper <= 0) return MOQ_OK;
+    m->temper = (float *)llmi_take(&m->arena, (size_t)values, sizeof *m->temper);
+    if (!m->temper) return llmi_nomem(err, "rope");
+    m->table[LLMI_TURN_NONE] = (float *)llmi_alloc(m, values, sizeof(float), err);
+    return m->table[LLMI_TURN_NONE] ? MOQ_OK : llmi_code(err, MOQ_E_NOMEM);
+}
+
 typedef struct llmi_want { void **out; uint64_t width; size_t size; } llmi_want; /* rows of chunk; width 0: not needed */
 
 static uint64_t llmi_larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
@@ -6603,7 +6730,8 @@ static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
         if ((code = llmi_open_layer(m, i, err)) < 0) return code;
     }
     if (!m->one_by_one) llmi_tell_unused(m);
-    if ((code = llmi_make_rope(m, &m->c.rope, 0, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, 1, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
+    if ((code = llmi_make_rope(m, &m->c.rope, LLMI_TURN_ROPE, err)) < 0 || (code = llmi_make_rope(m, &m->c.local, LLMI_TURN_LOCAL, err)) < 0) return code;
+    if ((code = llmi_make_temper(m, err)) < 0 || (code = llmi_make_buffers(m, err)) < 0) return code;
     /* a backend that is the caller's keeps the scratch that it has while one plans */
     if ((!m->dry || !m->desc->backend) && (code = m->be->reserve(m->be, m->chunk, err)) < 0) return code;
     return llmi_progress(m, MOQ_STAGE_PREPARE, m->c.layers, m->c.layers, err);
@@ -6700,9 +6828,10 @@ static void llmi_part_norm(const llmi_model *m, void *x, int64_t x_stride, void 
 /* Rotary embedding of heads of dim values at x [rows, stride], in place, from value `first` of each on; the table belongs to the chunk. */
 static void llmi_rotate(const llmi_model *m, const llmi_layer *l, void *x, int32_t heads, int32_t dim, int32_t first, int64_t stride, int32_t rows)
 {
-    const llmi_rope *rope = l->local ? &m->c.local : &m->c.rope;
+    const llmi_config *c = &m->c;
+    int32_t dims = l->turn == LLMI_TURN_NONE ? dim : l->turn == LLMI_TURN_LOCAL ? c->local.dims : c->rope.dims;
     moq_rope_desc r;
-    if (rope->dims == 0) return;
+    if (dims == 0 || !m->table[l->turn]) return;
     memset(&r, 0, sizeof r);
     r.x = x;
     r.stride = stride;
@@ -6710,9 +6839,9 @@ static void llmi_rotate(const llmi_model *m, const llmi_layer *l, void *x, int32
     r.heads = heads;
     r.head_dim = dim;
     r.first = first;
-    r.dims = rope->dims;
-    r.interleaved = m->c.interleaved;
-    r.table = m->table[l->local];
+    r.dims = dims;
+    r.interleaved = c->interleaved;
+    r.table = m->table[l->turn];
     m->be->rope(m->be, &r);
 }
 
@@ -6731,6 +6860,7 @@ static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batc
     a.y_stride = (int64_t)c->heads * c->value_dim;
     a.heads = c->heads;
     a.window = l->window;
+    a.chunk = l->chunk;
     a.scale = (float)c->attn_scale;
     a.softcap = (float)c->attn_cap;
     a.sinks = l->sinks;
@@ -6747,7 +6877,12 @@ static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_b
     if (l->q_norm) llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, l->q_norm, b->rows);
     if (l->k_norm) llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, l->k_norm, b->rows);
     llmi_rotate(m, l, q, c->heads, c->head_dim, 0, stride, b->rows);
-    llmi_rotate(m, l, k, c->kv_heads, c->head_dim, 0, stride, b->rows);
+    if (l->turn != LLMI_TURN_NONE) llmi_rotate(m, l, k, c->kv_heads, c->head_dim, 0, stride, b->rows);
+    /* Llama 4 norms the heads that it has turned, without weights */
+    if (c->unit_heads && l->turn != LLMI_TURN_NONE) {
+        llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, NULL, b->rows);
+        llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, NULL, b->rows);
+    }
     llmi_attend(m, l, b, q, stride, k, stride, v, stride);
 }
 
@@ -6864,11 +6999,17 @@ static void llmi_pass_add(llmi_model *m, int32_t slot, int32_t token, int32_t po
     else if (pos < m->length[slot]) m->length[slot] = pos;
 }
 
-/* Token ids, positions and slots to the backend. */
+/* Token ids, positions and slots to the backend, and what depends on positions alone. */
 static void llmi_pass_upload(llmi_model *m)
 {
     moq_backend *be = m->be;
+    const llmi_config *c = &m->c;
     size_t bytes = (size_t)m->pass.rows * sizeof(int32_t);
+    for (int32_t i = 0; m->temper && i < m->pass.rows; i++) {
+        double factor = 1 + c->temper * log1p(floor((m->host[m->chunk + i] + 1) / c->temper_floor));
+        for (int32_t d = 0; d < c->head_dim; d++) m->temper[(size_t)i * (size_t)c->head_dim + (size_t)d] = d % 2 ? 0 : (float)factor;
+    }
+    if (m->temper) be->upload(be, m->table[LLMI_TURN_NONE], m->temper, (size_t)m->pass.rows * (size_t)c->head_dim * sizeof *m->temper);
     be->upload(be, m->ids, m->host, bytes);
     be->upload(be, m->pos, m->host + m->chunk, bytes);
     be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
@@ -10757,7 +10898,7 @@ static moq_result llmi_open_parts(llmi_house *h, const moq_checkpoint **ck, moq_
         moq_cpu_desc cpu;
         memset(&cpu, 0, sizeof cpu);
         cpu.threads = d->threads;
-        cpu.act = d->act;
+        cpu.act = d->draft > 0 && d->act == MOQ_ACT_AUTO ? MOQ_ACT_WIDE : d->act; /* automatic rounding depends on the rows of a pass */
         cpu.kernel = d->kernel;
         cpu.parallel = d->parallel;
         cpu.allocator = d->allocator;

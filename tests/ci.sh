@@ -16,7 +16,7 @@ step make -s -j2 CC=gcc BUILD=build/gcc programs $golden
 step make -s CC=gcc BUILD=build/gcc $golden
 step make -s -j2 CC=clang BUILD=build/clang programs
 step make -s CC=clang BUILD=build/clang test
-step make -s -j2 CC=clang BUILD=build/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" programs
+step make -s -j2 CC=clang sanitize-programs
 step make -s CC=clang sanitize
 step make -s -C ../examples check
 step make -s cuda-compile

@@ -31,8 +31,9 @@ cp $B/llm.c $B/llm.cpp
 # 1. language modes, warnings as errors
 for cc in gcc clang; do
     if ! have $cc; then skipped "$cc is not installed"; continue; fi
+    check "$cc -O1" $cc -std=c99 $WARN -Wstrict-prototypes -O1 -c $B/impl.c -o $B/impl_$cc.o
     for std in c99 c11 c17 gnu99; do
-        check "$cc $std" $cc -std=$std $WARN -Wstrict-prototypes -O1 -c $B/impl.c -o $B/impl_$cc.o
+        check "$cc $std" $cc -std=$std $WARN -Wstrict-prototypes -fsyntax-only $B/impl.c
         check "$cc $std declarations" $cc -std=$std $WARN -Wstrict-prototypes -c $B/decl.c -o $B/decl_$cc.o
         check "$cc $std llm.h" $cc -std=$std $WARN -Wstrict-prototypes -fsyntax-only $B/llm.c
     done

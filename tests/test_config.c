@@ -739,8 +739,23 @@ static void test_gptq(void)
               MOQ_OK);
     CHECK(claim("l.0.mlp.gate").excluded && claim("l.0.mlp.down_proj").weight_bits == 8 && claim("l.0.mlp.down_proj").group_size == 32 && claim("l.0.mlp.down_proj").weight.elem == MOQ_I8);
     CHECK(claim("l.0.mlp.up_proj").act_order && claim("l.0.mlp.up_proj").weight_bits == 4 && claim("l.0.mlp.up_proj").group_size == 128 && !claim("l.0.mlp.gate_proj").excluded);
-    FAILS(MOQ_E_UNSUPPORTED, "marlin", parse_block("{\"quant_method\": \"gptq\", \"bits\": 4, \"checkpoint_format\": \"marlin\"}"));
-    FAILS(MOQ_E_UNSUPPORTED, "marlin", parse_block("{\"quant_method\": \"gptq\", \"bits\": 4, \"is_marlin_format\": true}"));
+    static const char *const marlin[] = {"\"quant_method\": \"gptq\", \"checkpoint_format\": \"marlin\"", "\"quant_method\": \"gptq\", \"is_marlin_format\": true",
+                                         "\"quant_method\": \"awq\", \"version\": \"marlin\", \"zero_point\": false"};
+    for (size_t i = 0; i < MOQI_COUNT(marlin); i++) {
+        char text[200];
+        snprintf(text, sizeof text, "{%s, \"bits\": 4, \"group_size\": -1}", marlin[i]);
+        CHECK_INT(parse_block(text), MOQ_OK);
+        CHECK(p.q.marlin && claim("a").weight_bits == 4 && claim("a").group_size == MOQ_ALL);
+        snprintf(text, sizeof text, "{%s, \"bits\": 8}", marlin[i]);
+        FAILS(MOQ_E_UNSUPPORTED, "4 bits", parse_block(text));
+    }
+    FAILS(MOQ_E_UNSUPPORTED, "sym", parse_block("{\"quant_method\": \"gptq\", \"bits\": 4, \"sym\": false, \"checkpoint_format\": \"marlin\"}"));
+    FAILS(MOQ_E_UNSUPPORTED, "desc_act", parse_block("{\"quant_method\": \"gptq\", \"bits\": 4, \"desc_act\": true, \"checkpoint_format\": \"marlin\"}"));
+    FAILS(MOQ_E_UNSUPPORTED, "dynamic", parse_block("{\"quant_method\": \"gptq\", \"bits\": 4, \"dynamic\": {\".*up\": {}}, \"checkpoint_format\": \"marlin\"}"));
+    FAILS(MOQ_E_UNSUPPORTED, "zero_point", parse_block("{\"quant_method\": \"awq\", \"bits\": 4, \"version\": \"marlin\"}"));
+    FAILS(MOQ_E_UNSUPPORTED, "marlin_24", parse_block("{\"quant_method\": \"gptq\", \"bits\": 4, \"checkpoint_format\": \"marlin_24\"}"));
+    CHECK_INT(parse_block("{\"quant_method\": \"gptq\", \"bits\": 4}"), MOQ_OK);
+    CHECK(!p.q.marlin);
     FAILS(MOQ_E_UNSUPPORTED, "5 bits", parse_block("{\"quant_method\": \"gptq\", \"bits\": 5}"));
     FAILS(MOQ_E_CONFIG, "bits", parse_block("{\"quant_method\": \"gptq\"}"));
     FAILS(MOQ_E_CONFIG, "bits", parse_block("{\"quant_method\": \"gptq\", \"bits\": \"4\"}"));

@@ -4,8 +4,10 @@
 
 #define LLM_IMPLEMENTATION
 #include "../examples/llm.h"
+#include "reference.h"
 
 #include <dirent.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef GOLDEN_DIR
@@ -347,61 +349,105 @@ static double moved_loss(slopes *s, moq_checkpoint *ck, moq_backend *cpu, double
     return v;
 }
 
+static void check_family(const char *name, const char *folder, golden_rows *g)
+{
+    static slopes s;
+    moq_error err;
+    moq_cpu_desc cd;
+    moqi_tape_user u;
+    moq_checkpoint *ck = moq_open(folder, NULL, &err);
+    memset(&cd, 0, sizeof cd);
+    cd.threads = 1;
+    cd.act = MOQ_ACT_WIDE;
+    moq_backend *cpu = moq_cpu_backend(&cd, &err);
+    memset(&s, 0, sizeof s);
+    memset(&u, 0, sizeof u);
+    s.rows = g;
+    u.user = &s;
+    u.batch = go_back;
+    u.grad = add_slope;
+    moqi_tape *t = moqi_tape_create(cpu, 0, &u, NULL, NULL, &err);
+    moq_json_float(moq_json_find(moq_get_config(ck), "final_logit_softcapping"), &t->cap);
+    moq_result r = llm_calibrate(&g->samples, ck, &t->w->be, &err);
+    moq_end_batch(&t->w->be);
+    if (r >= 0) r = moqi_tape_sync(&t->w->be, &err);
+    moqi_tape_destroy(t);
+    if (r < 0) printf("  %s: %s\n", name, err.text);
+    CHECK_INT(r, MOQ_OK);
+    s.moved = NULL;
+    double loss = moved_loss(&s, ck, cpu, 0), worst = 0, sum = 0;
+    CHECK(fabs(loss - s.loss) < 1e-4 * loss);
+    int layers = 0;
+    for (int k = 0; k < s.count; k += 1 + s.count / 40) { /* some forty layers of each */
+        s.moved = s.name[k];
+        double step = 2e-3, got = (moved_loss(&s, ck, cpu, step) - moved_loss(&s, ck, cpu, -step)) / (2 * step);
+        double off = fabs(got - s.slope[k]) / (fabs(s.slope[k]) + 0.05);
+        for (int side = -1; side <= 1 && off > 0.05; side += 2) { /* a router that changes its mind does so on one side only */
+            step = side * 2e-3;
+            got = (moved_loss(&s, ck, cpu, step) - loss) / step;
+            off = fabs(got - s.slope[k]) / (fabs(s.slope[k]) + 0.5);
+        }
+        if (off > 0.05) printf("    %s: %g by differences, %g by the tape\n", s.moved, got, s.slope[k]);
+        CHECK(off <= 0.05);
+        worst = off > worst ? off : worst;
+        sum += off;
+        layers++;
+    }
+    printf("  %-12s loss %.4f, %d of %d layers: slope off by %.2e on average, %.2e at most\n", name, loss, layers, s.count, sum / (layers ? layers : 1), worst);
+    CHECK(layers > 0);
+    moq_backend_destroy(cpu);
+    moq_close(ck);
+}
+
+/* Llama 4 with two experts a token, whose weights multiply their inputs; random weights. */
+static void check_llama4(void)
+{
+    static const char dir[] = TEST_DIR "/build/tmp/gradient";
+    golden_rows g;
+    ref_config c;
+    memset(&c, 0, sizeof c);
+    c.layers = 4;
+    c.hidden = 48;
+    c.inter = 36;
+    c.moe_inter = 20;
+    c.heads = 6;
+    c.kv_heads = 2;
+    c.head_dim = 8;
+    c.experts = 4;
+    for (int l = 1; l < 4; l += 2) c.moe[l] = 1;
+    ref_make_llama4(&c, 0);
+    mkdir(TEST_DIR "/build", 0777);
+    mkdir(TEST_DIR "/build/tmp", 0777);
+    mkdir(dir, 0777);
+    CHECK(ref_write(dir, "{\"model_type\": \"llama4_text\", \"hidden_size\": 48, \"intermediate_size\": 20, \"intermediate_size_mlp\": 36, \"num_hidden_layers\": 4,"
+        " \"vocab_size\": 61, \"num_attention_heads\": 6, \"num_key_value_heads\": 2, \"head_dim\": 8, \"num_local_experts\": 4, \"num_experts_per_tok\": 2,"
+        " \"interleave_moe_layer_step\": 2, \"attention_chunk_size\": 7, \"floor_scale\": 4, \"max_position_embeddings\": 64, \"rope_theta\": 10000}"));
+    ref_clear();
+    memset(&g, 0, sizeof g);
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 20; j++) g.tokens[i][j] = (int32_t)(test_random() % REF_VOCAB);
+        g.rows[i] = g.tokens[i];
+        g.lengths[i] = 20;
+    }
+    g.samples.rows = g.rows;
+    g.samples.lengths = g.lengths;
+    g.samples.count = 2;
+    g.samples.batch = 2;
+    g.samples.logits = 1;
+    check_family("llama4", dir, &g);
+}
+
 static void test_gradient_families(void)
 {
     static const char *const sources[] = {"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"};
-    static slopes s;
     int families = 0;
     for (size_t i = 0; i < sizeof sources / sizeof *sources; i++) {
         golden_rows g;
-        moq_error err;
-        moq_cpu_desc cd;
-        moqi_tape_user u;
         if (!is_there(golden("sources/%s/model.safetensors", sources[i])) || !load_rows(&g, sources[i], 2)) { printf("  %s: not in this set\n", sources[i]); continue; }
-        moq_checkpoint *ck = moq_open(golden("sources/%s", sources[i]), NULL, &err);
-        memset(&cd, 0, sizeof cd);
-        cd.threads = 1;
-        cd.act = MOQ_ACT_WIDE;
-        moq_backend *cpu = moq_cpu_backend(&cd, &err);
-        memset(&s, 0, sizeof s);
-        memset(&u, 0, sizeof u);
-        s.rows = &g;
-        u.user = &s;
-        u.batch = go_back;
-        u.grad = add_slope;
-        moqi_tape *t = moqi_tape_create(cpu, 0, &u, NULL, NULL, &err);
-        moq_json_float(moq_json_find(moq_get_config(ck), "final_logit_softcapping"), &t->cap);
-        moq_result r = llm_calibrate(&g.samples, ck, &t->w->be, &err);
-        moq_end_batch(&t->w->be);
-        if (r >= 0) r = moqi_tape_sync(&t->w->be, &err);
-        moqi_tape_destroy(t);
-        if (r < 0) printf("  %s: %s\n", sources[i], err.text);
-        CHECK_INT(r, MOQ_OK);
-        s.moved = NULL;
-        double loss = moved_loss(&s, ck, cpu, 0), worst = 0, sum = 0;
-        CHECK(fabs(loss - s.loss) < 1e-4 * loss);
-        int layers = 0;
-        for (int k = 0; k < s.count; k += 1 + s.count / 40) { /* some forty layers of each */
-            s.moved = s.name[k];
-            double step = 2e-3, got = (moved_loss(&s, ck, cpu, step) - moved_loss(&s, ck, cpu, -step)) / (2 * step);
-            double off = fabs(got - s.slope[k]) / (fabs(s.slope[k]) + 0.05);
-            for (int side = -1; side <= 1 && off > 0.05; side += 2) { /* a router that changes its mind does so on one side only */
-                step = side * 2e-3;
-                got = (moved_loss(&s, ck, cpu, step) - loss) / step;
-                off = fabs(got - s.slope[k]) / (fabs(s.slope[k]) + 0.5);
-            }
-            if (off > 0.05) printf("    %s: %g by differences, %g by the tape\n", s.moved, got, s.slope[k]);
-            CHECK(off <= 0.05);
-            worst = off > worst ? off : worst;
-            sum += off;
-            layers++;
-        }
-        printf("  %-12s loss %.4f, %d of %d layers: slope off by %.2e on average, %.2e at most\n", sources[i], loss, layers, s.count, sum / (layers ? layers : 1), worst);
-        CHECK(layers > 0);
+        check_family(sources[i], golden("sources/%s", sources[i]), &g);
         families++;
-        moq_backend_destroy(cpu);
-        moq_close(ck);
     }
+    check_llama4();
     CHECK(families >= 1);
 }
 

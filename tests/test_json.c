@@ -1,5 +1,6 @@
 /* test_json.c - the parser's verdicts, its values, numbers against exact arithmetic, limits, failing allocations, the writer. */
 #include "test.h"
+#include <time.h>
 
 static moq_json_doc *parse(const char *s, size_t n, moq_json_dialect d, moq_error *err)
 {
@@ -498,11 +499,11 @@ static void test_json_many_keys(void)
         for (int duplicate = 0; duplicate < 2; duplicate++) {
             char *s = many_keys(counts[k], duplicate, &n), name[32];
             moq_error err;
-            double before = moq_seconds();
+            clock_t before = clock();
             moq_json_doc *doc = moq_json_parse(s, n, MOQ_JSON_STRICT, 8, NULL, NULL, &err);
-            double seconds = moq_seconds() - before;
+            double seconds = (double)(clock() - before) / CLOCKS_PER_SEC;
             CHECK((doc == NULL) == duplicate);
-            CHECK(seconds < 0.5 + (double)counts[k] * 5e-6); /* quadratic would take an hour */
+            CHECK(seconds < 0.5 + (double)counts[k] * 5e-5); /* quadratic would take an hour */
             snprintf(name, sizeof name, "scale_%u", (unsigned)((counts[k] - 1) / 2));
             if (duplicate) CHECK(err.code == MOQ_E_DUPLICATE && strstr(err.object, name));
             else CHECK_INT(moq_json_root(doc)->count, counts[k]);

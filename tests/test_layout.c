@@ -631,6 +631,416 @@ static void test_layout_column_units(void)
     CHECK_INT(moq_slice_cols(&w, 128, 64, &a, &err), MOQ_OK); /* to the end */
 }
 
+/* ---- Marlin ----
+   The oracle goes the other way round than the library: word by word, what lies in each slot, as the descriptions of the repacking say. */
+
+/* Column and row of slot `slot` of word `word`; rows: of the layer. */
+static void slow_marlin_slot(int bits, int narrow, int rows, int word, int slot, int *col, int *row)
+{
+    static const int k4[8] = {0, 8, 0, 8, 1, 9, 1, 9}, n4[8] = {0, 0, 8, 8, 0, 0, 8, 8}, k8[4] = {0, 8, 1, 9}, narrow4[8] = {0, 16, 1, 17, 2, 18, 3, 19};
+    int words = bits == 4 ? 128 : 256, tile = word / words, in = word % words, across = rows / (narrow ? 32 : 64), kt = tile / across, nt = tile % across;
+    int lane = bits == 4 ? in / 4 : in / 8, w = bits == 4 ? in % 4 : in % 8 / 2, h = in % 2;
+    if (!narrow) {
+        int k0 = 16 * kt + 2 * (lane % 4), n0 = 64 * nt + 16 * w + lane / 4;
+        *col = k0 + (bits == 4 ? k4[slot] : k8[slot]);
+        *row = n0 + (bits == 4 ? n4[slot] : 8 * h);
+    } else {
+        int k0 = 32 * kt + 4 * (lane % 4);
+        *row = 32 * nt + 16 * (w / 2) + 8 * (w % 2) + lane / 4;
+        *col = k0 + (bits == 4 ? narrow4[slot] : 16 * h + slot);
+    }
+}
+
+/* codes: [rows, cols] as they are stored; order: NULL or the column at each place. */
+static void slow_marlin_codes(int bits, int narrow, int rows, int cols, const int32_t *codes, const int32_t *order, uint8_t *out)
+{
+    int per = 32 / bits, r, c;
+    for (int word = 0; word < rows * cols / per; word++) {
+        uint32_t v = 0;
+        for (int slot = 0; slot < per; slot++) {
+            slow_marlin_slot(bits, narrow, rows, word, slot, &c, &r);
+            v |= ((uint32_t)codes[(int64_t)r * cols + (order ? order[c] : c)] & ((1u << bits) - 1)) << (bits * slot);
+        }
+        for (int i = 0; i < 4; i++) out[4 * word + i] = (uint8_t)(v >> (8 * i));
+    }
+}
+
+/* Which row each place of a line of scales holds. */
+static void slow_marlin_scales(int rows, int single, int bytes, int *row_at)
+{
+    static const int one[8] = {0, 1, 8, 9, 16, 17, 24, 25}, swap[4] = {0, 2, 1, 3};
+    int *line = (int *)malloc(sizeof(int) * (size_t)rows);
+    for (int i = 0; i < rows; i++)
+        line[i] = single ? i / 32 * 32 + 2 * (i % 32 / 8) + one[i % 8] : i / 64 * 64 + i % 64 / 8 + 8 * (i % 8);
+    for (int i = 0; i < rows; i++) row_at[i] = bytes ? line[i / 4 * 4 + swap[i % 4]] : line[i];
+    free(line);
+}
+
+/* The permutation of the first publication, built as its reference does: 16 x 16 tiles flattened, four of them side by side. */
+static void test_marlin_first_publication(void)
+{
+    static const int interleave[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    int perm[1024], n = 0, c, r;
+    for (int i = 0; i < 32; i++)
+        for (int j = 0; j < 4; j++)
+            for (int block = 0; block < 2; block++)
+                for (int k = 0; k < 4; k++) perm[n++] = 16 * (2 * (i % 4) + k % 2 + k / 2 * 8) + i / 4 + 8 * block + 256 * j;
+    for (int i = 0; i < 1024; i++) { /* slot i holds element perm[...] of four tiles of 16 columns x 16 rows */
+        int from = perm[i / 8 * 8 + interleave[i % 8]];
+        slow_marlin_slot(4, 0, 64, i / 8, i % 8, &c, &r);
+        CHECK(c == from % 256 / 16 && r == from / 256 * 16 + from % 16);
+    }
+}
+
+static void test_marlin_known_places(void)
+{
+    static const int group[16] = {0, 8, 16, 24, 32, 40, 48, 56, 1, 9, 17, 25, 33, 41, 49, 57}, bytes[16] = {0, 16, 8, 24, 32, 48, 40, 56, 1, 17, 9, 25, 33, 49, 41, 57};
+    static const int one[32] = {0, 1, 8, 9, 16, 17, 24, 25, 2, 3, 10, 11, 18, 19, 26, 27, 4, 5, 12, 13, 20, 21, 28, 29, 6, 7, 14, 15, 22, 23, 30, 31};
+    static const int e4m3_code[] = {0x08, 0x38, 0x3c, 0x40, 0x7e, 0x01, 0x07}, byte[] = {0x80, 0xb0, 0xb4, 0xb8, 0xf6, 0x68, 0x7e};
+    moq_marlin m;
+    memset(&m, 0, sizeof m);
+    m.rows = m.cols = 64;
+    m.groups = 4;
+    m.bits = 4;
+    m.act = m.scale = MOQ_F16;
+    CHECK_INT(moq_marlin_code(&m, 9, 17), 144 * 8 + 6);
+    CHECK_INT(moq_marlin_code(&m, 63, 63), 511 * 8 + 7);
+    for (int i = 0; i < 16; i++) CHECK_INT(moq_marlin_scale(&m, group[i], 0), i);
+    m.scale = MOQ_F8_E4M3;
+    for (int i = 0; i < 16; i++) CHECK_INT(moq_marlin_scale(&m, bytes[i], 2), 128 + i);
+    m.flags = MOQ_MARLIN_KEEP_TINY;
+    for (int i = 0; i < 7; i++) CHECK_INT(moqi_marlin_encode(&m, e4m3(e4m3_code[i])), byte[i]);
+    m.scale = MOQ_F16;
+    m.groups = 1;
+    for (int i = 0; i < 32; i++) CHECK_INT(moq_marlin_scale(&m, one[i], 0), i);
+    m.bits = 8;
+    CHECK_INT(moq_marlin_code(&m, 21, 40), 674 * 4 + 1);
+    CHECK(moq_marlin_code(NULL, 1, 1) == 0 && moq_marlin_scale(NULL, 1, 1) == 0 && moq_marlin_zero(NULL, 1, 1) == 0);
+}
+
+/* What a kernel makes of a code and a scale in its registers (formulas of its bit tricks), times the factor of its sums. */
+static double kernel_value(const moq_linear *w, const moq_marlin *m, const uint8_t *codes, const uint8_t *scales, float global, int r, int c, int group, int zero)
+{
+    uint64_t at = moq_marlin_code(m, r, c), s = moq_marlin_scale(m, r, group);
+    int f16 = m->act == MOQ_F16, u = m->bits == 8 ? codes[at] : codes[at / 2] >> (4 * (at & 1)) & 15;
+    double scale, value = u - zero;
+    uint16_t bits = 0;
+    if (w->scheme.weight.elem == MOQ_F4) bits = (uint16_t)((u & 8) << 12 | (u & 7) << (f16 ? 9 : 6));
+    if (w->scheme.weight.elem == MOQ_F8_E4M3) bits = (uint16_t)((u & 128) << 8 | (u & 127) << (f16 ? 7 : 4));
+    if (w->scheme.weight.elem == MOQ_F4 || w->scheme.weight.elem == MOQ_F8_E4M3) value = f16 ? slow_float(bits, 5, 10, 15) : slow_float(bits, 8, 7, 127);
+    if (m->scale == MOQ_F8_E8M0) {
+        /* the decoding of E2M1 leaves 2^-126 (E4M3: 2^-120), which the kernels multiply back */
+        scale = slow_float((uint16_t)(scales[s] << 7), 8, 7, 127) * ldexp(1, m->bits == 4 ? 126 : 120);
+        if (scales[s] == 0) scale = ldexp(1, -127 + (m->bits == 4 ? 126 : 120)); /* 0 in the kernel */
+    } else if (m->scale == MOQ_F8_E4M3) {
+        scale = f16 ? slow_float((uint16_t)(scales[s] << 7), 5, 10, 15) : slow_float((uint16_t)((scales[s] & 128) << 7 | (scales[s] & 127) << 4), 8, 7, 127);
+    } else {
+        scale = f16 ? slow_float(scales[2 * s] | scales[2 * s + 1] << 8, 5, 10, 15) : slow_float(scales[2 * s] | scales[2 * s + 1] << 8, 8, 7, 127);
+    }
+    return value * scale * (double)global;
+}
+
+/* Pack a layer, compare with the oracle, decode as a kernel would, unpack. `flags` as in check_layout. */
+static void check_marlin(int layout, int bits, int rows, int cols, int group, int flags, moq_dtype act, uint32_t how)
+{
+    sample s;
+    moq_linear w;
+    moq_marlin m;
+    moq_error err;
+    float global = 0;
+    CHECK(make(&s, layout, bits, rows, cols, group, 0, flags, &w));
+    if (layout == MXFP4_2D || layout == MXFP8_2D) for (uint64_t i = 0; i < w.scales.count; i++) { /* what act * 2^6 holds */
+        uint8_t *p = (uint8_t *)(uintptr_t)w.scales.data + i;
+        if (*p > 240) *p = 240;
+    }
+    CHECK_INT(moq_marlin_describe(&w, act, how, &m, &err), MOQ_OK);
+    int groups = (int)m.groups, narrow = (how & MOQ_MARLIN_NARROW) != 0, one = m.scale == MOQ_F8_E4M3 || m.scale == MOQ_F8_E8M0, size = one ? 1 : 2, bad = 0;
+    CHECK_INT(groups, w.scheme.weight.group_cols > 0 ? cols / w.scheme.weight.group_cols : 1);
+    size_t code_bytes = (size_t)rows * (size_t)cols * (size_t)m.bits / 8, count = (size_t)rows * (size_t)groups;
+    uint8_t *codes = (uint8_t *)malloc(code_bytes), *want = (uint8_t *)malloc(code_bytes), *scales = (uint8_t *)malloc(count * 2), *back = (uint8_t *)malloc(count * 2);
+    uint8_t *zeros = w.zeros.data ? (uint8_t *)malloc(count / 2) : NULL;
+    int32_t *order = s.order ? (int32_t *)malloc(sizeof *order * (size_t)cols) : NULL, *stored = (int32_t *)malloc(sizeof *stored * (size_t)rows * (size_t)cols);
+    int *row_at = (int *)malloc(sizeof(int) * (size_t)rows), n = 0;
+    for (int g = 0; order && g < groups; g++) /* columns by their groups */
+        for (int c = 0; c < cols; c++) if (moqi_group_of(&w, c) == g) order[n++] = c;
+    int middle = w.scheme.weight.elem == MOQ_I8 && s.layout != CT_STREAM ? 128 : 0;
+    for (int i = 0; i < rows * cols; i++) stored[i] = s.code[i] + middle;
+    CHECK_INT(moq_marlin_pack(&w, &m, order, codes, scales, zeros, &global, &err), MOQ_OK);
+    slow_marlin_codes(m.bits, narrow, rows, cols, stored, order, want);
+    CHECK(memcmp(codes, want, code_bytes) == 0);
+    slow_marlin_scales(rows, groups == 1 || narrow, one && !narrow, row_at);
+    for (int g = 0; g < groups; g++)
+        for (int i = 0; i < rows; i++) if (moq_marlin_scale(&m, row_at[i], g) != (uint64_t)(g * rows + i)) bad++;
+    for (int g = 0; zeros && g < groups; g++) { /* the permutation of scales, then 0 2 4 6 1 3 5 7 within eight */
+        static const int awq[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+        slow_marlin_scales(rows, 0, 0, row_at);
+        for (int i = 0; i < rows; i++) {
+            int at = g * rows + i, z = zeros[at / 2] >> (4 * (at & 1)) & 15;
+            if (z != moqi_zero_at(&w, row_at[i / 8 * 8 + awq[i % 8]], g)) bad++;
+        }
+    }
+    CHECK_INT(bad, 0);
+    for (int r = 0; r < rows && !narrow; r += 5) /* every place of a tile, some of each group */
+        for (int c = 0; c < cols; c += 3) {
+            int column = order ? order[c] : c, g = (int)moqi_group_of(&w, column);
+            double scale = moqi_scale_at(&w, r, g), v = s.value[(int64_t)r * cols + column];
+            int zero = moqi_zero_at(&w, r, g) + middle;
+            if (!one) { /* scales are rounded to the type of the kernel */
+                float rounded = act == MOQ_F16 ? moq_f16_decode(moq_f16_encode((float)scale)) : moq_bf16_decode(moq_bf16_encode((float)scale));
+                v = scale == 0 ? 0 : (w.scheme.weight.elem == MOQ_F8_E4M3 ? e4m3(s.code[(int64_t)r * cols + column]) : s.code[(int64_t)r * cols + column] + middle - zero) * (double)rounded;
+            } else if (m.scale == MOQ_F8_E8M0) v = (m.bits == 4 ? e2m1(s.code[(int64_t)r * cols + column]) : e4m3(s.code[(int64_t)r * cols + column])) * scale;
+            else if (!(how & MOQ_MARLIN_KEEP_TINY) && scale * ldexp(1, 7 + m.shift) < 2) v = 0;
+            else if (act == MOQ_BF16 && scale * ldexp(1, 7 + m.shift) < 2) continue; /* what the kernel gets wrong */
+            double got = kernel_value(&w, &m, codes, scales, global, r, c, g, zero);
+            int differ = layout == NVFP4_CT ? fabs(got - v) > 1.2e-7 * fabs(v) : m.scale == MOQ_F8_E4M3 ? (float)got != (float)v : got != v;
+            if (differ) { /* CT: 1 / divisor is rounded once more */ if (bad++ < 3) fprintf(stderr, "[%d, %d]: %.9g, expected %.9g\n", r, c, got, v); }
+        }
+    CHECK_INT(bad, 0);
+    moq_marlin_unpack(&m, codes, scales, want, back); /* exact inverse */
+    for (int r = 0; r < rows; r++) {
+        for (int c = 0; c < cols; c++) {
+            int64_t at = (int64_t)r * cols + c;
+            if ((m.bits == 8 ? want[at] : want[at / 2] >> (4 * (at & 1)) & 15) != (stored[(int64_t)r * cols + (order ? order[c] : c)] & (m.bits == 8 ? 255 : 15))) bad++;
+        }
+        for (int g = 0; g < groups; g++) {
+            const uint8_t *p = back + (size_t)size * (size_t)(r * groups + g);
+            double scale = moqi_scale_at(&w, r, g), v = m.scale == MOQ_F8_E8M0 ? ldexp(1, *p - 127) : m.scale == MOQ_F8_E4M3 ? e4m3(*p) :
+                           act == MOQ_F16 ? slow_float(p[0] | p[1] << 8, 5, 10, 15) : slow_float(p[0] | p[1] << 8, 8, 7, 127);
+            if (!one) scale = act == MOQ_F16 ? moq_f16_decode(moq_f16_encode((float)scale)) : moq_bf16_decode(moq_bf16_encode((float)scale));
+            if (m.scale == MOQ_F8_E4M3 && !(how & MOQ_MARLIN_KEEP_TINY) && scale * ldexp(1, 7 + m.shift) < 2) scale = 0;
+            if (v != scale) bad++;
+        }
+    }
+    if (bad) fprintf(stderr, "marlin %s, %d bits, [%d, %d], act %s, flags %d\n", layout_names[layout], bits, rows, cols, moq_dtype_name(act), (int)how);
+    CHECK_INT(bad, 0);
+    free(codes); free(want); free(scales); free(back); free(zeros); free(order); free(stored); free(row_at);
+    drop(&s);
+}
+
+static void test_marlin_integers(void)
+{
+    static const int groups[] = {32, 64, 128, 256};
+    for (int i = 0; i < 4; i++)
+        for (int flags = 0; flags < 4; flags += 2) { /* 2: act order */
+            check_marlin(CT_STREAM, 4, 64, 256, groups[i], flags, MOQ_F16, 0);
+            check_marlin(CT_STREAM, 8, 192, 256, groups[i], flags, MOQ_BF16, 0);
+        }
+    check_marlin(AWQ, 4, 128, 256, 64, 0, MOQ_F16, 0);
+    check_marlin(CT_STREAM, 4, 128, 128, 32, 1, MOQ_BF16, 0);
+    check_marlin(CT_STREAM, 4, 128, 96, 96 / 3, 1, MOQ_F16, 0);
+    check_marlin(CT_STREAM, 4, 64, 128, 128, 0, MOQ_BF16, MOQ_MARLIN_NARROW);
+    check_marlin(CT_STREAM, 8, 128, 64, 64, 0, MOQ_F16, MOQ_MARLIN_NARROW);
+}
+
+static void test_marlin_floats(void)
+{
+    for (int i = 0; i < 2; i++) {
+        moq_dtype act = i ? MOQ_BF16 : MOQ_F16;
+        check_marlin(NVFP4_2D, 4, 128, 176, 16, 0, act, 0);
+        check_marlin(NVFP4_2D, 4, 64, 48, 16, 0, act, MOQ_MARLIN_KEEP_TINY);
+        check_marlin(NVFP4_CT, 4, 64, 64, 16, 0, act, 0);
+        check_marlin(FP8_TENSOR, 8, 64, 48, 1, 0, act, 0);
+        check_marlin(FP8_ROW, 8, 128, 80, 1, 0, act, 0);
+        check_marlin(FP8_BLOCK, 8, 192, 256, 1, 0, act, 0);
+    }
+    check_marlin(MXFP4_2D, 4, 192, 160, 32, 0, MOQ_BF16, 0);
+    check_marlin(MXFP4_2D, 4, 64, 96, 32, 0, MOQ_BF16, MOQ_MARLIN_NARROW);
+    check_marlin(MXFP8_2D, 8, 64, 96, 32, 0, MOQ_BF16, 0);
+}
+
+/* All 127 codes of E4M3 under every power of two: out and back; those below 2 / 2^(7 + shift) become 0. */
+static void test_marlin_scale_bytes(void)
+{
+    moq_marlin m;
+    memset(&m, 0, sizeof m);
+    m.rows = 64;
+    m.cols = 16;
+    m.groups = 2;
+    m.bits = 4;
+    m.act = MOQ_BF16;
+    m.scale = MOQ_F8_E4M3;
+    for (m.shift = 0; m.shift < 15; m.shift++)
+        for (int keep = 0; keep < 2; keep++)
+            for (int c = 0; c < 127; c++) {
+                uint8_t in[128], out[128];
+                m.flags = keep ? MOQ_MARLIN_KEEP_TINY : 0;
+                int32_t b = moqi_marlin_encode(&m, e4m3(c));
+                if (e4m3(c) * ldexp(1, 7 + m.shift) > 65504) { CHECK_INT(b, -1); continue; }
+                CHECK(b >= 0 && b < 256);
+                memset(in, b, sizeof in);
+                moq_marlin_unpack(&m, NULL, in, NULL, out);
+                CHECK_INT(out[77], keep || e4m3(c) * ldexp(1, 7 + m.shift) >= 2 ? c : 0);
+            }
+    m.shift = 0;
+    CHECK(moqi_marlin_encode(&m, -1.0) == -1 && moqi_marlin_encode(&m, (double)moq_e4m3_decode(0x7f)) == -1);
+    m.scale = MOQ_F8_E8M0;
+    CHECK(moqi_marlin_encode(&m, (double)moq_e8m0_decode(255)) == -1 && moqi_marlin_encode(&m, (double)moq_e8m0_decode(0)) == 0);
+    for (int c = 0; c < 255; c++) CHECK_INT(moqi_marlin_encode(&m, ldexp(1, c - 127)), c);
+}
+
+static void test_marlin_refusals(void)
+{
+    static const struct { int layout, bits, rows, cols, group, flags; moq_dtype act; uint32_t how; moq_result code; const char *says; } bad[] = {
+        {CT_STREAM, 4, 96, 64, 32, 0, MOQ_F16, 0, MOQ_E_SHAPE, "multiples of 64 rows"}, {NVFP4_2D, 4, 64, 176, 16, 0, MOQ_F32, 0, MOQ_E_UNSUPPORTED, "F16 or BF16"},
+        {CT_STREAM, 4, 64, 112, 16, 0, MOQ_F16, MOQ_MARLIN_NARROW, MOQ_E_UNSUPPORTED, "one scale a row"}, {CT_STREAM, 3, 64, 64, 32, 0, MOQ_F16, 0, MOQ_E_UNSUPPORTED, "INT4, INT8"},
+        {CT_STREAM, 8, 64, 64, 32, 1, MOQ_F16, 0, MOQ_E_UNSUPPORTED, "INT4 alone"}, {MXFP4_2D, 4, 64, 64, 32, 0, MOQ_F16, 0, MOQ_E_UNSUPPORTED, "BF16 is needed"},
+        {NVFP4_2D, 4, 64, 64, 16, 0, MOQ_BF16, MOQ_MARLIN_NARROW, MOQ_E_UNSUPPORTED, "MXFP4"}, {MXFP4_2D, 4, 64, 32, 32, 0, MOQ_BF16, 0, MOQ_OK, ""},
+        {FP8_TENSOR, 8, 64, 72, 1, 0, MOQ_F16, 0, MOQ_E_SHAPE, "16 columns"}
+    };
+    for (size_t i = 0; i < MOQI_COUNT(bad); i++) {
+        sample s;
+        moq_linear w;
+        moq_marlin m;
+        moq_error err;
+        CHECK(make(&s, bad[i].layout, bad[i].bits, bad[i].rows, bad[i].cols, bad[i].group, 0, bad[i].flags, &w));
+        CHECK_INT(moq_marlin_describe(&w, bad[i].act, bad[i].how, &m, &err), bad[i].code);
+        CHECK(strstr(err.text, bad[i].says) != NULL);
+        if (bad[i].code == MOQ_OK) { /* a scale that is no number */
+            uint8_t codes[64 * 16], scales[64];
+            float global;
+            ((uint8_t *)(uintptr_t)w.scales.data)[5] = 255;
+            CHECK_INT(moq_marlin_pack(&w, &m, NULL, codes, scales, NULL, &global, &err), MOQ_E_SCALE);
+            CHECK(strstr(err.text, "row 5") != NULL);
+            CHECK_INT(moq_marlin_pack(&w, &m, NULL, codes, scales, codes, &global, &err), MOQ_E_ARG);
+            CHECK_INT(moq_marlin_pack(&w, &m, NULL, codes, NULL, NULL, &global, &err), MOQ_E_ARG);
+            CHECK_INT(moq_marlin_pack(NULL, &m, NULL, codes, scales, NULL, &global, NULL), MOQ_E_ARG);
+            CHECK_INT(moq_marlin_describe(NULL, MOQ_F16, 0, &m, &err), MOQ_E_ARG);
+            CHECK_INT(moq_marlin_describe(&w, MOQ_F16, 0, NULL, &err), MOQ_E_ARG);
+            moq_marlin_unpack(NULL, codes, scales, codes, scales);
+        }
+        drop(&s);
+    }
+}
+
+/* ---- folders in Marlin's layout, and the same numbers as plain GPTQ ---- */
+
+typedef struct buffer { uint8_t *p; size_t n; } buffer;
+
+/* A safetensors file of a 64-bit length, a header and up to 4 tensors; freed by the caller. */
+static buffer shard(int count, const char *const *names, const char *const *dtypes, const int (*shape)[2], const void *const *data)
+{
+    char head[1000];
+    size_t n = 0, end = 0, sizes[4];
+    buffer b;
+    n += (size_t)snprintf(head, sizeof head, "{");
+    for (int i = 0; i < count; i++) {
+        sizes[i] = (size_t)shape[i][0] * (size_t)shape[i][1] * (strcmp(dtypes[i], "I32") == 0 ? 4u : 2u);
+        n += (size_t)snprintf(head + n, sizeof head - n, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%d,%d],\"data_offsets\":[%u,%u]}", i ? "," : "", names[i], dtypes[i], shape[i][0],
+                              shape[i][1], (unsigned)end, (unsigned)(end + sizes[i]));
+        end += sizes[i];
+    }
+    n += (size_t)snprintf(head + n, sizeof head - n, "}");
+    b.n = 8 + n + end;
+    b.p = (uint8_t *)calloc(1, b.n);
+    for (int i = 0; i < 8; i++) b.p[i] = (uint8_t)((uint64_t)n >> (8 * i));
+    memcpy(b.p + 8, head, n);
+    for (int i = 0, at = (int)(8 + n); i < count; at += (int)sizes[i++]) memcpy(b.p + at, data[i], sizes[i]);
+    return b;
+}
+
+static moq_checkpoint *open_pair(const char *config, buffer tensors, int fails, moq_error *err)
+{
+    moq_file files[2];
+    moq_open_desc d;
+    memset(files, 0, sizeof files);
+    memset(&d, 0, sizeof d);
+    files[0].name = "config.json";
+    files[0].data = config;
+    files[0].bytes = strlen(config);
+    files[1].name = "model.safetensors";
+    files[1].data = tensors.p;
+    files[1].bytes = tensors.n;
+    d.allocator = test_allocator();
+    if (fails) test_state.fail_at = fails;
+    moq_checkpoint *ck = moq_open_memory(files, 2, &d, err);
+    test_state.fail_at = 0;
+    return ck;
+}
+
+static void check_marlin_folder(int rows, int cols, int group, int awq)
+{
+    enum { WORD = 4, HALF = 2 };
+    static const char *const marlin_types[2] = {"I32", "F16"}, *const plain_types[4] = {"I32", "F16", "I32", "I32"};
+    static const char *const names[2][2] = {{"m.up_proj.B", "m.up_proj.s"}, {"m.up_proj.qweight", "m.up_proj.scales"}};
+    static const char *const plain_names[2] = {"m.up_proj.qweight", "m.up_proj.scales"};
+    int g = group > 0 ? cols / group : 1, *row_at = (int *)malloc(sizeof(int) * (size_t)rows), bad = 0;
+    const int shape[2][2] = {{cols / 16, rows * 2}, {g, rows}}, plain_shape[2][2] = {{cols / 8, rows}, {g, rows}};
+    int32_t *code = (int32_t *)malloc(sizeof *code * (size_t)rows * (size_t)cols);
+    uint8_t *tiled = (uint8_t *)malloc((size_t)rows * (size_t)cols / 2), *plain = (uint8_t *)calloc((size_t)rows, (size_t)cols / 2);
+    uint8_t *scale = (uint8_t *)malloc((size_t)rows * (size_t)g * HALF), *permuted = (uint8_t *)malloc((size_t)rows * (size_t)g * HALF);
+    char config[2][300];
+    moq_error err;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) {
+            code[r * cols + c] = (int32_t)(test_random() & 15);
+            put_bits(plain, (uint64_t)((c / 8 * rows + r) * 32 + c % 8 * 4), 4, code[r * cols + c]); /* GPTQ: [cols / 8, rows] words */
+        }
+    slow_marlin_codes(4, 0, rows, cols, code, NULL, tiled);
+    slow_marlin_scales(rows, g == 1, 0, row_at);
+    for (int i = 0; i < g * rows; i++) put_f16(scale, i);
+    for (int k = 0; k < g; k++)
+        for (int i = 0; i < rows; i++) memcpy(permuted + HALF * (k * rows + i), scale + HALF * (k * rows + row_at[i]), HALF);
+    const void *data[2] = {tiled, permuted}, *plain_data[2] = {plain, scale};
+    buffer a = shard(2, names[awq], marlin_types, shape, data), b = shard(2, plain_names, plain_types, plain_shape, plain_data);
+    snprintf(config[0], sizeof config[0], awq ? "{\"quantization_config\":{\"quant_method\":\"awq\",\"version\":\"marlin\",\"zero_point\":false,\"bits\":4,\"group_size\":%d}}" :
+             group == 128 ? "{\"quantization_config\":{\"quant_method\":\"gptq\",\"is_marlin_format\":true,\"bits\":4,\"group_size\":%d}}" :
+             "{\"quantization_config\":{\"quant_method\":\"gptq\",\"checkpoint_format\":\"marlin\",\"sym\":true,\"desc_act\":false,\"bits\":4,\"group_size\":%d}}", group);
+    snprintf(config[1], sizeof config[1], "{\"quantization_config\":{\"quant_method\":\"gptq\",\"bits\":4,\"group_size\":%d}}", group);
+    moq_checkpoint *x = open_pair(config[0], a, 0, &err), *y = open_pair(config[1], b, 0, &err);
+    CHECK(x != NULL && y != NULL);
+    if (x && y) {
+        moq_linear v, w;
+        float *p = (float *)malloc(sizeof(float) * (size_t)rows * (size_t)cols), *q = (float *)malloc(sizeof(float) * (size_t)rows * (size_t)cols);
+        CHECK_INT(moq_find_linear(x, "m.up_proj", &v, &err), MOQ_OK);
+        CHECK_INT(moq_find_linear(y, "m.up_proj", &w, &err), MOQ_OK);
+        CHECK(moq_scheme_equal(&v.scheme, &w.scheme) && v.rows == rows && v.cols == cols && v.zero_add == 8);
+        CHECK_STR(v.tensor, names[awq][0]);
+        moq_dequantize(&v, 0, rows, p);
+        moq_dequantize(&w, 0, rows, q);
+        CHECK(memcmp(p, q, sizeof(float) * (size_t)rows * (size_t)cols) == 0);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < cols; c++) {
+                const uint8_t *h = scale + HALF * ((group > 0 ? c / group : 0) * rows + r);
+                if ((double)p[r * cols + c] != (double)(float)((code[r * cols + c] - 8) * slow_float(h[0] | h[1] << 8, 5, 10, 15))) bad++;
+            }
+        CHECK_INT(bad, 0);
+        CHECK_INT(moq_verify(x, MOQ_VERIFY_DEEP, NULL, NULL, &err), MOQ_OK);
+        free(p);
+        free(q);
+    }
+    moq_close(x);
+    moq_close(y);
+    for (int k = 1; k < 60; k++) { /* every allocation may fail */
+        x = open_pair(config[0], a, k, &err);
+        if (!x) CHECK_INT(err.code, MOQ_E_NOMEM);
+        moq_close(x);
+    }
+    CHECK_INT(test_state.live_allocs, 0);
+    memset(a.p + a.n - HALF, 0xff, HALF); /* NaN */
+    CHECK((x = open_pair(config[0], a, 0, &err)) != NULL);
+    CHECK_INT(moq_verify(x, 0, NULL, NULL, &err), MOQ_E_SCALE);
+    moq_close(x);
+    free(a.p);
+    const int other[2][2] = {{cols / 16, rows * 2}, {g, rows - 1}};
+    a = shard(2, names[awq], marlin_types, other, data);
+    CHECK(open_pair(config[0], a, 0, &err) == NULL && err.code == MOQ_E_SHAPE && strstr(err.text, "tiles of 16 columns x 64 rows"));
+    free(a.p);
+    a = shard(1, names[awq], marlin_types, shape, data);
+    CHECK(open_pair(config[0], a, 0, &err) == NULL && err.code == MOQ_E_MISSING && strstr(err.text, names[awq][1]));
+    CHECK(open_pair(config[0], b, 0, &err) == NULL && err.code == MOQ_E_SHAPE); /* plain codes under a claim of Marlin */
+    free(a.p); free(b.p); free(row_at); free(code); free(tiled); free(plain); free(scale); free(permuted);
+}
+
+static void test_marlin_folders(void)
+{
+    for (int awq = 0; awq < 2; awq++) {
+        check_marlin_folder(256, 384, 128, awq);
+        check_marlin_folder(64, 256, 64, awq);
+        check_marlin_folder(192, 128, -1, awq);
+        check_marlin_folder(128, 128, 128, awq); /* one group as wide as the row: permuted as a single scale */
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -644,5 +1054,12 @@ int main(int argc, char **argv)
     RUN(test_layout_swizzle);
     RUN(test_layout_known_bytes);
     RUN(test_layout_column_units);
+    RUN(test_marlin_first_publication);
+    RUN(test_marlin_known_places);
+    RUN(test_marlin_integers);
+    RUN(test_marlin_floats);
+    RUN(test_marlin_scale_bytes);
+    RUN(test_marlin_refusals);
+    RUN(test_marlin_folders);
     return test_end();
 }

@@ -6,6 +6,7 @@
 
 #define LLM_IMPLEMENTATION
 #include "../examples/llm.h"
+#include "reference.h"
 
 #ifndef GOLDEN_DIR
 #define GOLDEN_DIR TEST_DIR "/data/golden"
@@ -433,7 +434,14 @@ static void test_llm_published_configs(void)
         " \"num_attention_heads\": 32, \"num_key_value_heads\": 8, \"attention_head_dim\": 128, \"hybrid_override_pattern\": \"M-M-M*-E\","
         " \"mamba_num_heads\": 128, \"mamba_head_dim\": 64, \"ssm_state_size\": 128, \"n_groups\": 8, \"conv_kernel\": 4, \"mlp_hidden_act\": \"relu2\","
         " \"layer_norm_epsilon\": 1e-06, \"time_step_limit\": [0.0, Infinity], \"n_routed_experts\": 8, \"num_experts_per_tok\": 2}";
-    static const char *const texts[] = {gemma3, deepseek, deepseek2, nemotron};
+    static const char llama4[] = /* Scout, one of whose older spellings says 4 for true; its first layers */
+        "{\"model_type\": \"llama4\", \"text_config\": {\"model_type\": \"llama4_text\", \"attention_chunk_size\": 8192, \"attn_scale\": 0.1,"
+        " \"attn_temperature_tuning\": 4, \"floor_scale\": 8192, \"hidden_size\": 5120, \"intermediate_size\": 8192, \"intermediate_size_mlp\": 16384,"
+        " \"interleave_moe_layer_step\": 1, \"no_rope_layers\": [], \"num_attention_heads\": 40, \"num_experts_per_tok\": 1, \"num_hidden_layers\": 8,"
+        " \"num_key_value_heads\": 8, \"head_dim\": 128, \"num_local_experts\": 16, \"rms_norm_eps\": 1e-05, \"rope_theta\": 500000.0, \"vocab_size\": 202048,"
+        " \"rope_scaling\": {\"factor\": 16.0, \"high_freq_factor\": 1.0, \"low_freq_factor\": 1.0, \"original_max_position_embeddings\": 8192, \"rope_type\": \"llama3\"},"
+        " \"use_qk_norm\": true, \"max_position_embeddings\": 10485760}}";
+    static const char *const texts[] = {gemma3, deepseek, deepseek2, nemotron, llama4};
     for (size_t i = 0; i < LLMI_COUNT(texts); i++) {
         llmi_config c;
         moq_checkpoint *ck;
@@ -452,6 +460,10 @@ static void test_llm_published_configs(void)
             CHECK(c.score == MOQ_SCORE_SIGMOID && c.renormalize && c.route_scale == 2.5 && !llmi_layer_is_moe(&c, 2) && llmi_layer_is_moe(&c, 3));
         } else if (i == 2) {
             CHECK(c.q_rank == 0 && c.groups == 1 && c.score == MOQ_SCORE_SOFTMAX && !c.renormalize && c.shared_inter == 2816);
+        } else if (i == 4) {
+            CHECK(c.inter == 16384 && c.moe_inter == 8192 && c.shared_inter == 8192 && c.top_k == 1 && c.score == MOQ_SCORE_SIGMOID && !c.renormalize);
+            CHECK(c.temper == 0.1 && c.temper_floor == 8192 && c.unit_heads && c.interleaved && c.context == 4096 && c.chunk == 0);
+            CHECK(llmi_layer_turns(&c, 2) && !llmi_layer_turns(&c, 3) && llmi_layer_turns(&c, 4) && llmi_layer_is_moe(&c, 0));
         } else {
             static const int32_t mix[] = {3, 0, 3, 0, 3, 1, 0, 0}, feed[] = {0, 1, 0, 1, 0, 0, 1, 2};
             CHECK(c.head_dim == 128 && c.rope.dims == 0 && c.eps == 1e-6 && c.dt_max == 0 && c.activation.kind == MOQ_RELU2);
@@ -463,6 +475,180 @@ static void test_llm_published_configs(void)
         }
         moq_close(ck);
     }
+}
+
+/* ---- families without a golden folder, against the references of reference.h ---- */
+
+static const int32_t ref_ids[REF_TOKENS] = {3, 60, 0, 17, 17, 41, 8, 25, 59, 2, 33, 3, 12, 60, 44, 7, 1, 0, 58, 29, 13, 50, 36, 5};
+static double ref_worst;
+
+/* A folder of what reference.h made, opened; its logits in one pass, in pieces of 5, and token by token against `want`. */
+static void check_reference(const char *what, const char *config, const double *want, int tokens)
+{
+    static const char dir[] = TEST_DIR "/build/tmp/reference";
+    static const int steps[] = {REF_TOKENS, 5, 1};
+    static float got[REF_TOKENS * REF_VOCAB], expected[REF_TOKENS * REF_VOCAB];
+    moq_error e;
+    mkdir(TEST_DIR "/build", 0777);
+    mkdir(TEST_DIR "/build/tmp", 0777);
+    mkdir(dir, 0777);
+    CHECK(ref_write(dir, config));
+    for (int i = 0; i < tokens * REF_VOCAB; i++) expected[i] = (float)want[i];
+    for (size_t s = 0; s < 3; s++) {
+        llm_desc d = plain_desc();
+        d.path = dir;
+        d.act = MOQ_ACT_WIDE;
+        d.context = 32;
+        d.chunk = s == 0 ? 7 : 0;
+        llm *m = llm_open(&d, &e);
+        if (!m) fprintf(stderr, "%s: %s\n", what, e.text);
+        CHECK(m != NULL);
+        for (int at = 0; m && at < tokens; at += steps[s]) {
+            int n = tokens - at < steps[s] ? tokens - at : steps[s];
+            CHECK_INT(llm_forward(m, 0, ref_ids + at, n, at, got + at * REF_VOCAB, NULL, &e), MOQ_OK);
+        }
+        double off = m ? relative_rms(got, expected, (size_t)(tokens * REF_VOCAB)) : 1;
+        if (off > 2e-5) fprintf(stderr, "%s, steps of %d: relative rms %g\n", what, steps[s], off);
+        CHECK(off <= 2e-5);
+        if (off > ref_worst) ref_worst = off;
+        llm_close(m);
+    }
+    ref_clear();
+}
+
+/* Stacked experts, chunks, every second layer mixed; then experts one by one, lists instead of steps, two experts a token, no tuning. */
+static void test_llm_reference_llama4(void)
+{
+    static double want[REF_TOKENS * REF_VOCAB];
+    static const char common[] = "\"hidden_size\": 48, \"intermediate_size\": 20, \"intermediate_size_mlp\": 36, \"num_hidden_layers\": 5, \"vocab_size\": 61,"
+        " \"num_attention_heads\": 6, \"num_key_value_heads\": 2, \"head_dim\": 8, \"num_local_experts\": 4, \"rms_norm_eps\": 1e-05, \"rope_theta\": 500000.0,"
+        " \"tie_word_embeddings\": false, \"max_position_embeddings\": 64";
+    for (int other = 0; other < 2; other++) {
+        char config[2000];
+        ref_config c;
+        memset(&c, 0, sizeof c);
+        c.layers = 5;
+        c.hidden = 48;
+        c.inter = 36;
+        c.moe_inter = 20;
+        c.heads = 6;
+        c.kv_heads = 2;
+        c.head_dim = 8;
+        c.experts = 4;
+        c.eps = 1e-5;
+        c.theta = 500000;
+        c.tokens = REF_TOKENS;
+        c.top_k = other ? 2 : 1;
+        c.stacked = !other;
+        c.unit_heads = !other;
+        c.chunk = other ? 0 : 6;
+        c.temper = other ? 0 : 0.1;
+        c.temper_floor = 4;
+        c.no_rope[other ? 1 : 3] = c.no_rope[other ? 4 : 3] = 1;
+        for (int l = 0; l < 5; l++) c.moe[l] = other ? l == 0 || l == 3 : l % 2;
+        ref_make_llama4(&c, 0);
+        ref_run_llama4(&c, 0, ref_ids, want);
+        snprintf(config, sizeof config, "{\"model_type\": \"llama4\", \"text_config\": {\"model_type\": \"llama4_text\", %s, %s}}", common,
+                 other ? "\"num_experts_per_tok\": 2, \"moe_layers\": [0, 3], \"no_rope_layers\": [1, 0, 1, 1, 0], \"use_qk_norm\": false, \"attn_temperature_tuning\": 0"
+                       : "\"num_experts_per_tok\": 1, \"interleave_moe_layer_step\": 2, \"attention_chunk_size\": 6, \"floor_scale\": 4, \"attn_scale\": 0.1,"
+                         " \"no_rope_layers\": [], \"use_qk_norm\": true, \"attn_temperature_tuning\": true");
+        check_reference(other ? "llama4, experts one by one" : "llama4", config, want, REF_TOKENS);
+    }
+}
+
+static void test_llm_reference_smollm3(void)
+{
+    static double want[REF_TOKENS * REF_VOCAB];
+    ref_config c;
+    memset(&c, 0, sizeof c);
+    c.layers = 5;
+    c.hidden = 48;
+    c.inter = 36;
+    c.heads = 6;
+    c.kv_heads = 3;
+    c.head_dim = 8;
+    c.eps = 1e-6;
+    c.theta = 2000000;
+    c.tokens = REF_TOKENS;
+    c.temper_floor = 1;
+    c.no_rope[3] = 1;
+    ref_make_llama4(&c, 1);
+    ref_run_llama4(&c, 1, ref_ids, want);
+    check_reference("smollm3", "{\"model_type\": \"smollm3\", \"hidden_size\": 48, \"intermediate_size\": 36, \"num_hidden_layers\": 5, \"vocab_size\": 61,"
+        " \"num_attention_heads\": 6, \"num_key_value_heads\": 3, \"no_rope_layer_interval\": 4, \"no_rope_layers\": [1, 1, 1, 0, 1], \"use_sliding_window\": false,"
+        " \"max_position_embeddings\": 64}", want, REF_TOKENS);
+}
+
+static void test_llm_reference_gemma2(void)
+{
+    static double want[REF_TOKENS * REF_VOCAB];
+    ref_config c;
+    memset(&c, 0, sizeof c);
+    c.layers = 4;
+    c.hidden = 40;
+    c.inter = 56;
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.head_dim = 12;
+    c.eps = 1e-6;
+    c.theta = 10000;
+    c.tokens = REF_TOKENS;
+    c.window = 5;
+    c.pre_scalar = 20;
+    c.attn_cap = 3;
+    c.logit_cap = 4;
+    ref_make_gemma2(&c);
+    ref_run_gemma2(&c, ref_ids, want);
+    check_reference("gemma2", "{\"model_type\": \"gemma2\", \"hidden_size\": 40, \"intermediate_size\": 56, \"num_hidden_layers\": 4, \"vocab_size\": 61,"
+        " \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 12, \"query_pre_attn_scalar\": 20, \"sliding_window\": 5,"
+        " \"attn_logit_softcapping\": 3.0, \"final_logit_softcapping\": 4.0, \"hidden_activation\": \"gelu_pytorch_tanh\", \"max_position_embeddings\": 64}", want, REF_TOKENS);
+}
+
+/* With a middle of q and YaRN; then V2-Lite's plain q, one group and plain rope. */
+static void test_llm_reference_deepseek2(void)
+{
+    static double want[REF_TOKENS * REF_VOCAB];
+    static const char common[] = "\"model_type\": \"deepseek_v2\", \"hidden_size\": 40, \"intermediate_size\": 44, \"num_hidden_layers\": 3, \"vocab_size\": 61,"
+        " \"num_attention_heads\": 3, \"num_key_value_heads\": 3, \"kv_lora_rank\": 16, \"qk_nope_head_dim\": 10, \"qk_rope_head_dim\": 12, \"v_head_dim\": 6,"
+        " \"n_routed_experts\": 8, \"n_shared_experts\": 2, \"num_experts_per_tok\": 3, \"moe_intermediate_size\": 12, \"first_k_dense_replace\": 1, \"moe_layer_freq\": 1,"
+        " \"scoring_func\": \"softmax\", \"norm_topk_prob\": false, \"rms_norm_eps\": 1e-06, \"rope_theta\": 10000, \"tie_word_embeddings\": false";
+    for (int lite = 0; lite < 2; lite++) {
+        char config[2000];
+        ref_config c;
+        memset(&c, 0, sizeof c);
+        c.layers = 3;
+        c.hidden = 40;
+        c.inter = 44;
+        c.heads = 3;
+        c.eps = 1e-6;
+        c.theta = 10000;
+        c.tokens = REF_TOKENS;
+        c.q_rank = lite ? 0 : 20;
+        c.kv_rank = 16;
+        c.nope = 10;
+        c.rope = 12;
+        c.value = 6;
+        c.experts = 8;
+        c.top_k = 3;
+        c.moe_inter = 12;
+        c.shared = 2;
+        c.dense_first = 1;
+        c.groups = lite ? 1 : 4;
+        c.top_groups = lite ? 1 : 2;
+        c.route_scale = lite ? 1 : 2.5;
+        c.yarn = lite ? 1 : 4;
+        c.original = 16;
+        c.mscale = 0.707;
+        ref_make_deepseek2(&c);
+        ref_run_deepseek2(&c, ref_ids, want);
+        snprintf(config, sizeof config, "{%s, %s}", common,
+                 lite ? "\"q_lora_rank\": null, \"n_group\": 1, \"topk_group\": 1, \"topk_method\": \"greedy\", \"routed_scaling_factor\": 1.0, \"max_position_embeddings\": 64"
+                      : "\"q_lora_rank\": 20, \"n_group\": 4, \"topk_group\": 2, \"topk_method\": \"group_limited_greedy\", \"routed_scaling_factor\": 2.5,"
+                        " \"max_position_embeddings\": 64, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4, \"beta_fast\": 32, \"beta_slow\": 1, \"mscale\": 0.707,"
+                        " \"mscale_all_dim\": 0.707, \"original_max_position_embeddings\": 16}");
+        check_reference(lite ? "deepseek_v2 lite" : "deepseek_v2", config, want, REF_TOKENS);
+    }
+    printf("families against the references: worst relative rms %.2g\n", ref_worst);
 }
 
 /* Keys of the families that have more than plain attention: a wrong one is named. */
@@ -1251,6 +1437,10 @@ int main(int argc, char **argv)
     RUN(test_llm_windows);
     RUN(test_llm_moe_layers);
     RUN(test_llm_published_configs);
+    RUN(test_llm_reference_llama4);
+    RUN(test_llm_reference_smollm3);
+    RUN(test_llm_reference_gemma2);
+    RUN(test_llm_reference_deepseek2);
     RUN(test_llm_family_refusals);
     RUN(test_llm_rope);
     RUN(test_llm_golden_sources);

@@ -76,7 +76,7 @@ static void draw_centered(canvas *c, int x0, int x1, int y, const char *text, co
 
 /* ---- what is drawn ---- */
 
-enum { MOST_KINDS = 14, MOST_LINES = 400 };
+enum { MOST_KINDS = 24, MOST_LINES = 400 };   /* the last kind is "other": modules of no layer, and what would be one kind too many */
 
 /* One part of one layer: all modules of that kind, experts together. */
 typedef struct cell { uint64_t elements, bytes; distance d; int seen, compared; } cell;
@@ -89,24 +89,25 @@ typedef struct picture {
     char kinds[MOST_KINDS][24];
 } picture;
 
-/* "model.layers.3.mlp.experts.7.gate_proj" -> 3 and "experts gate"; what is in no layer is -1 and its own name. */
+/* "model.layers.3.mlp.experts.7.gate_proj" -> 3 and "exp gate"; what is in no layer is -1 and its own name. */
 static void split_name(const char *name, long *layer, char *kind, size_t capacity)
 {
     const char *at = strstr(name, "layers."), *last = strrchr(name, '.'), *experts = strstr(name, "experts.");
     char text[120];
     *layer = at ? strtol(at + 7, NULL, 10) : -1;
-    snprintf(text, sizeof text, "%s%s", strstr(name, "shared_expert") ? "shared " : experts ? "experts " : "", last ? last + 1 : name);
+    snprintf(text, sizeof text, "%s%s", strstr(name, "shared_expert") ? "shared " : experts ? "exp " : "", last ? last + 1 : name);
     char *proj = strstr(text, "_proj");
     if (proj) *proj = 0;
+    else if (at && !experts && last && strcmp(last, ".gate") == 0) snprintf(text, sizeof text, "router");
     snprintf(kind, capacity, "%.*s", (int)capacity - 1, text);
 }
 
-/* The place of a kind, in the order in which a layer computes; -1 when there are too many. */
+/* The place of a kind, in the order in which a layer computes; the last place of all, for the moment, when there are too many. */
 static int find_column(picture *p, const char *kind)
 {
     for (int i = 0; i < p->kind_count; i++)
         if (strcmp(p->kinds[i], kind) == 0) return i;
-    if (p->kind_count == MOST_KINDS) return -1;
+    if (p->kind_count == MOST_KINDS - 1) return MOST_KINDS - 1;
     snprintf(p->kinds[p->kind_count], sizeof p->kinds[0], "%s", kind);
     return p->kind_count++;
 }
@@ -132,9 +133,24 @@ static int lines_by_place(const void *a, const void *b)
     return x->layer < y->layer ? -1 : x->layer > y->layer;
 }
 
+/* "other" moves next to the last kind that there is. */
+static void close_columns(picture *p)
+{
+    int used = 0, to = p->kind_count;
+    for (int i = 0; i < p->line_count; i++) used |= p->lines[i].cell[MOST_KINDS - 1].seen;
+    if (!used) return;
+    snprintf(p->kinds[to], sizeof p->kinds[0], "other");
+    p->kind_count = to + 1;
+    for (int i = 0; i < p->line_count && to < MOST_KINDS - 1; i++) {
+        p->lines[i].cell[to] = p->lines[i].cell[MOST_KINDS - 1];
+        memset(&p->lines[i].cell[MOST_KINDS - 1], 0, sizeof(cell));
+    }
+}
+
 static void gather(picture *p, const module_row *rows, size_t count, const moq_checkpoint *source)
 {
-    static const char *const order[] = {"q", "k", "v", "qkv", "o", "gate_up", "gate", "up", "down", "experts gate_up", "experts gate", "experts up", "experts down"};
+    static const char *const order[] = {"in", "out", "q_a", "q_b", "kv_a", "kv_b", "q", "k", "v", "qkv", "o", "gate_up", "gate", "up", "down", "router",
+                                        "exp gate_up", "exp gate", "exp up", "exp down", "shared gate", "shared up", "shared down"};
     for (int pass = 0; pass < COUNT(order) + 1; pass++)
         for (size_t i = 0; i < count; i++) {
             char kind[24];
@@ -144,9 +160,9 @@ static void gather(picture *p, const module_row *rows, size_t count, const moq_c
             int named = 0;
             for (int k = 0; k < COUNT(order); k++) named |= strcmp(kind, order[k]) == 0;
             if (pass < COUNT(order) ? strcmp(kind, order[pass]) != 0 : named) continue;
-            int column = layer < 0 ? find_column(p, "other") : find_column(p, kind);
+            int column = layer < 0 ? MOST_KINDS - 1 : find_column(p, kind);
             line *l = find_line(p, layer, kind);
-            if (column < 0 || !l) continue;
+            if (!l) continue;
             cell *c = &l->cell[column];
             distance d;
             c->seen = 1;
@@ -159,6 +175,7 @@ static void gather(picture *p, const module_row *rows, size_t count, const moq_c
             c->d.power += d.power;
         }
     qsort(p->lines, (size_t)p->line_count, sizeof *p->lines, lines_by_place);
+    close_columns(p);
 }
 
 /* ---- colours ---- */
@@ -205,7 +222,7 @@ static double snr_of(const cell *c) { return c->d.error > 0 ? 10 * log10(c->d.po
 
 /* ---- drawing ---- */
 
-enum { PIC_NAME = 110, PIC_BARS = 560, PIC_CELL = 62, PIC_LINE = 20, PIC_TOP = 112, PIC_BOTTOM = 104, PIC_EDGE = 28 };
+enum { PIC_NAME = 110, PIC_BARS = 560, PIC_CELL = 72, PIC_LINE = 20, PIC_TOP = 112, PIC_BOTTOM = 104, PIC_EDGE = 28 };
 
 static void draw_bars(canvas *c, const picture *p, int y, const line *l, uint64_t most)
 {
@@ -271,7 +288,7 @@ static void draw_all(canvas *c, const picture *p, const options *o, const moq_ch
     snprintf(text, sizeof text, "%s   %s %s   %.1f MB of weights   %.2f bits per weight%s%s", info->model_type, info->family_name, info->quant_algo,
              (double)bytes / 1e6, elements ? 8.0 * (double)bytes / (double)elements : 0.0, snr ? "   against " : "", snr ? source : "");
     draw_text(c, PIC_EDGE, 52, 1, text, soft);
-    snprintf(text, sizeof text, "bytes of each layer (full width: %.3g MB)", (double)most / 1e6);
+    snprintf(text, sizeof text, "bytes of each layer (full width: %.*f MB)", most < 10000000 ? 3 : 1, (double)most / 1e6);
     draw_text(c, PIC_NAME, PIC_TOP - 18, 1, text, soft);
     for (int k = 0; k < p->kind_count; k++) draw_centered(c, table + k * PIC_CELL, table + (k + 1) * PIC_CELL, PIC_TOP - 18, p->kinds[k], soft);
     draw_text(c, table, PIC_TOP - 36, 1, snr ? "error of each part: signal-to-noise ratio in dB" : "bits per weight of each part", ink);
@@ -280,6 +297,7 @@ static void draw_all(canvas *c, const picture *p, const options *o, const moq_ch
         const line *l = &p->lines[i];
         if (l->layer >= 0) snprintf(text, sizeof text, "layer %ld", l->layer);
         else snprintf(text, sizeof text, "%s", l->name);
+        for (size_t n = strlen(text); n > 1 && draw_text(NULL, 0, 0, 1, text, ink) > PIC_NAME - PIC_EDGE - 4; n--) snprintf(text + n - 2, 2, ".");
         draw_text(c, PIC_EDGE, y + 6, 1, text, ink);
         draw_bars(c, p, y, l, most);
         draw_cells(c, p, table, y, l, snr);

@@ -1,7 +1,7 @@
 /* Tokens a second of whole models with random NVFP4 weights: writes a folder of the wanted shape, opens it on the GPU and generates.
        bench_model SHAPE FOLDER [LAYERS [GB_PER_S]]     e.g. bench_model llama-8b /tmp/model 32 4530
    Shapes: llama-8b, qwen3-30b-a3b, tiny. GB_PER_S: what a plain read reaches, for the fraction (of weights and KV bytes of a token over that rate).
-   A folder that is there already is used as it is. Prints after 64, 1024 and 8192 tokens of context, greedy decoding, one token a call. */
+   A folder that is there already is used as it is. Prints after 64, 1024 and 8192 tokens of context, one token a call, logits to the host. */
 #include "../test.h"
 
 #define LLM_IMPLEMENTATION
@@ -172,7 +172,7 @@ static double token_bytes(const list *l, const shape *s)
 
 /* ---- timing ---- */
 
-/* Tokens a second of `count` greedy steps from a context of `context` tokens. */
+/* Tokens a second of `count` steps of one token from a context of `context` tokens; logits come to the host every time. */
 static double run(llm *m, int context, int count, int vocab)
 {
     float *logits = (float *)malloc((size_t)vocab * sizeof *logits);
@@ -185,11 +185,10 @@ static double run(llm *m, int context, int count, int vocab)
     for (int i = -3; i < count; i++) {
         if (i == 0) start = moq_seconds();
         if (llm_forward(m, 0, &id, 1, context + 3 + i, NULL, logits, &e) != MOQ_OK) { fprintf(stderr, "%s\n", e.text); exit(2); }
-        id = 0;
-        for (int k = 1; k < vocab; k++) if (logits[k] > logits[id]) id = k;
-        if (!(logits[id] == logits[id])) { fprintf(stderr, "logits are NaN\n"); exit(2); }
+        id = (int32_t)(test_random() % (uint32_t)vocab);
     }
     start = moq_seconds() - start;
+    for (int k = 0; k < vocab; k++) if (!(fabs((double)logits[k]) < 1e6)) { fprintf(stderr, "logits are not numbers\n"); exit(2); }
     free(logits);
     free(ids);
     return count / start;

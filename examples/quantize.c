@@ -1,0 +1,77 @@
+/* quantize.c - a model folder and some lines of text in, a quantized folder out.
+
+       cc -O2 quantize.c -o quantize -lm -pthread
+       ./quantize SOURCE TARGET [RECIPE [TEXT]]        nvfp4 of the lines of prompts.txt, unless said otherwise
+
+   The folder is the one that NVIDIA ModelOpt would have written. Ctrl-C is heard by programs that return 1 from show(). */
+#define MOQ_QUANTIZE
+#define MODELOPT_Q_IMPLEMENTATION
+#include "../modelopt_q.h"
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROWS = 64, TOKENS = 128 };
+
+static int32_t ids[ROWS][TOKENS];   /* what the model reads while its layers are watched */
+static const int32_t *rows[ROWS];
+static int32_t lengths[ROWS];
+
+/* A line of progress; returning 1 would stop the work, and nothing would be left. */
+static int show(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    int percent = total ? (int)(100 * done / total) : 100;
+    (void)user;
+    fprintf(stderr, "\r%s %3d %%%s", stage == MOQ_STAGE_CALIBRATE ? "watching the model" : "writing           ", percent, done < total ? "" : "\n");
+    return 0;
+}
+
+/* Every line of a text file becomes a row of tokens. */
+static int read_rows(const char *source, const char *path, llm_samples *samples, moq_error *err)
+{
+    char line[4096];
+    moq_checkpoint *ck = moq_open(source, NULL, err);
+    llm_tokenizer *words = ck ? llm_tokenizer_open(ck, err) : NULL;
+    FILE *file = words ? fopen(path, "r") : NULL;
+    if (words && !file) moq_fail(err, MOQ_E_NOTFOUND, path, "cannot be read; give a file with a line of text for each sample");
+    while (file && samples->count < ROWS && fgets(line, sizeof line, file)) {
+        size_t n = llm_encode(words, line, strcspn(line, "\r\n"), 0, ids[samples->count], TOKENS);
+        if (n == 0) continue;
+        rows[samples->count] = ids[samples->count];
+        lengths[samples->count++] = n < TOKENS ? (int32_t)n : TOKENS;
+    }
+    if (file) fclose(file);
+    llm_tokenizer_close(words);
+    moq_close(ck);
+    return file != NULL;
+}
+
+int main(int argc, char **argv)
+{
+    moq_error err;
+    moq_quantize_desc q;
+    llm_samples samples;
+    if (argc < 3) {
+        puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]");
+        return 2;
+    }
+    memset(&samples, 0, sizeof samples);
+    samples.rows = rows;
+    samples.lengths = lengths;
+    samples.batch = 8;
+    memset(&q, 0, sizeof q);
+    q.source = argv[1];
+    q.target = argv[2];
+    q.recipe = argc > 3 ? argv[3] : "nvfp4";
+    q.calibrate = llm_calibrate;                     /* runs the model; only for recipes that need to see inputs */
+    q.data = &samples;
+    q.progress = show;
+    if (!read_rows(q.source, argc > 4 ? argv[4] : "prompts.txt", &samples, &err) || moq_quantize(&q, &err) != MOQ_OK) {
+        puts(err.text);
+        return 1;
+    }
+    printf("%s: %s, calibrated with %d rows\n", q.target, q.recipe, (int)samples.count);
+    return 0;
+}
