@@ -87,7 +87,7 @@
                         >>attend       attention, and what lies between two products
                         >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
-                         >>ssm          state-space mixers and copies on the CPU
+                         >>ssm          state-space mixers, latent attention's products and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
        >>api-quant       >>quant        encoders of every format, and the weight searches that need no data
                          >>lowrank      singular vectors of a matrix, for SVDQuant
@@ -739,6 +739,7 @@ typedef struct moq_experts moq_experts;   /* a prepared mixture of experts */
 typedef struct moq_kv_cache moq_kv_cache;
 typedef struct moq_graph moq_graph;
 typedef struct moq_ssm moq_ssm;           /* a prepared state-space mixer with the states of its sequences */
+typedef struct moq_latent moq_latent;     /* the products of latent attention, prepared */
 
 /* How inputs of quantized layers are rounded. */
 typedef enum moq_act {
@@ -801,7 +802,17 @@ typedef struct moq_kv_desc {
     int32_t head_dim;       /* of keys */
     int32_t value_dim;      /* of values; 0: head_dim */
     moq_kv kv;              /* format, scales, biases */
+    int32_t shared;         /* 1: a value is the first value_dim numbers of its key and not stored again; wide format only */
 } moq_kv_desc;
+
+/* Latent attention (DeepSeek-V2, section 2.1.2) without its wide keys and values. kv_b [heads * (nope + value), rank] makes from the narrow
+   middle c of a token, for every head, the part of the key that is not rotated, K c, and the value V c. Because q . (K c) = (K^T q) . c
+   and sum p V c = V sum p c, attention can run over c itself, which all heads share. */
+typedef struct moq_latent_desc {
+    const char *name;       /* for messages */
+    const moq_linear *kv_b; /* [heads * (nope + value), rank], rows of a head: nope of K, then value of V */
+    int32_t heads, nope;
+} moq_latent_desc;
 
 typedef struct moq_norm_desc {
     const void *x;          /* [rows, groups * cols], row stride x_stride elements (0: groups * cols) */
@@ -952,6 +963,16 @@ struct moq_backend {
     /* The same for the state of a slot, whatever its length. */
     size_t (*ssm_read)(moq_backend *be, const moq_ssm *s, int32_t slot, void *out);
     void (*ssm_write)(moq_backend *be, moq_ssm *s, int32_t slot, const void *bytes);
+
+    /* Latent attention over the middles. latent_bytes: what latent_create would take; 0: it cannot be done for this layer here, because its
+       inputs are rounded, or the sums would have to pass through more than one matrix. */
+    size_t (*latent_bytes)(const moq_backend *be, const moq_latent_desc *desc);
+    moq_latent *(*latent_create)(moq_backend *be, const moq_latent_desc *desc, moq_error *err);
+    void (*latent_release)(moq_backend *be, moq_latent *l);
+    /* Strides and steps of `d` as in copy_heads; its heads and width are not read.
+       query: y[r][h][0 .. rank) = K^T x[r][h][0 .. nope); value: y[r][h][0 .. value) = V x[r][h][0 .. rank). */
+    void (*latent_query)(moq_backend *be, const moq_latent *l, const moq_copy_desc *d);
+    void (*latent_value)(moq_backend *be, const moq_latent *l, const moq_copy_desc *d);
 };
 
 typedef struct moq_cpu_desc {
@@ -12957,7 +12978,7 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_
    What happens to a row does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQI_ATTEND_ROWS = 8, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512 };
+enum { MOQI_ATTEND_ROWS = 8, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16 };
 
 /* The loops of one instruction set. */
 typedef struct moqi_loops {
@@ -13319,6 +13340,7 @@ typedef struct moqi_attending {
     const moq_attention_desc *a;
     float *worker, *parts;      /* scratch of every worker, each_worker floats; spans side by side: [rows, heads, spans, value_dim + 2] */
     int64_t each_worker, spans;
+    int64_t groups;             /* of MOQI_ATTEND_HEADS heads that read one kv head */
 } moqi_attending;
 
 /* Rows [row, row + rows) of one slot, for query heads [head, head + heads) that read one kv head. */
@@ -13405,7 +13427,9 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
         int64_t count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
         const float *values = room;
         moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys, turned);
-        if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
+        if (c->desc.shared)
+            for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
+        else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
         else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
         memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
         t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
@@ -14122,8 +14146,8 @@ static void moqi_cpu_embed(moq_backend *be, const moq_weight *weight, const int3
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>ssm             state-space mixers and copies on the CPU
-   A task is one group of one call: it owns the group's heads, states and norm, so results do not depend on the number of workers.
+   >>ssm             state-space mixers, latent attention's products and copies on the CPU
+   A task is one group or head of one call: it owns all that it writes, so results do not depend on the number of workers.
    ------------------------------------------------------------------------------------------------ */
 
 /* ---- the object ----
@@ -14359,6 +14383,125 @@ static void moqi_cpu_ssm_write(moq_backend *be, moq_ssm *ssm, int32_t slot, cons
     (void)be;
     memcpy((uint8_t *)s->past + (size_t)slot * past, bytes, past);
     memcpy((uint8_t *)s->states + (size_t)slot * state, (const uint8_t *)bytes + past, state);
+}
+
+/* ---- latent attention ----
+   A task is one head: it reads each row of kv_b once for all rows of the call. Rows that are stored as plain numbers are read where they
+   lie; codes are decoded once, because they would be decoded for every token. */
+
+typedef struct moqi_latent {
+    moq_linear layer;
+    int64_t heads, nope, value, rank;
+    float *w;                   /* [heads, nope + value, rank], smoothed, or NULL: as in the file */
+    size_t bytes;               /* of this block */
+} moqi_latent;
+
+/* 0: the layer cannot be taken apart. Inputs that would be rounded are: kv_b's own rounding comes before K and V. */
+static int moqi_latent_plan(const moqi_cpu *c, const moq_latent_desc *d, moqi_latent *l)
+{
+    const moq_linear *w = d->kv_b;
+    memset(l, 0, sizeof *l);
+    if (!w || d->heads < 1 || d->nope < 1 || w->rows % d->heads || w->rows / d->heads <= d->nope || w->cols < 1 || w->experts > 0) return 0;
+    if (w->bias.data || w->lora_a.data || w->hadamard_size > 0 || moqi_wants_rounding(c, w)) return 0;
+    l->layer = *w;
+    l->heads = d->heads;
+    l->nope = d->nope;
+    l->value = w->rows / d->heads - d->nope;
+    l->rank = w->cols;
+    l->bytes = sizeof *l;
+    if (moq_scheme_is_quantized(&w->scheme) || w->pre_quant_scale.data) {
+        if ((uint64_t)w->rows > SIZE_MAX / 8 / (uint64_t)w->cols) return 0;
+        l->bytes += (size_t)w->rows * (size_t)w->cols * sizeof(float);
+    }
+    return 1;
+}
+
+static size_t moqi_cpu_latent_bytes(const moq_backend *be, const moq_latent_desc *desc)
+{
+    moqi_latent plan;
+    return moqi_latent_plan((const moqi_cpu *)be->ctx, desc, &plan) ? plan.bytes : 0;
+}
+
+static moq_latent *moqi_cpu_latent_create(moq_backend *be, const moq_latent_desc *desc, moq_error *err)
+{
+    moqi_cpu *c = moqi_cpu_of(be);
+    moqi_latent plan;
+    moqi_need need;
+    moqi_clear(err);
+    if (!moqi_latent_plan(c, desc, &plan)) {
+        moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", desc->name ? desc->name : "", -1), "latent attention cannot run over its middles here");
+        return NULL;
+    }
+    if (moqi_cpu_supports(be, desc->kv_b, err) < 0) return NULL;
+    memset(&need, 0, sizeof need);
+    need.worker = moqi_pad16(plan.rank);
+    if (moqi_grow(c, &need, c->be.max_rows, err) < 0) return NULL;
+    moqi_latent *l = (moqi_latent *)moq_allocate(&c->a, plan.bytes);
+    if (!l) { moqi_nomem(err, plan.bytes); return NULL; }
+    *l = plan;
+    if (plan.bytes == sizeof plan) return (moq_latent *)(void *)l;
+    l->w = (float *)(void *)(l + 1);
+    moq_dequantize(&l->layer, 0, l->layer.rows, l->w);
+    for (int64_t r = 0; desc->kv_b->pre_quant_scale.data && r < l->layer.rows; r++)
+        for (int64_t i = 0; i < l->rank; i++) l->w[r * l->rank + i] *= moqi_view_f32(&desc->kv_b->pre_quant_scale, (uint64_t)i);
+    return (moq_latent *)(void *)l;
+}
+
+static void moqi_cpu_latent_release(moq_backend *be, moq_latent *latent)
+{
+    if (latent) moq_release(&moqi_cpu_of(be)->a, latent, ((moqi_latent *)(void *)latent)->bytes);
+}
+
+typedef struct moqi_latent_call { const moqi_cpu *c; const moqi_latent *l; const moq_copy_desc *d; } moqi_latent_call;
+
+/* Row i of head h, [rank]. */
+static const float *moqi_latent_row(const moqi_latent_call *t, int64_t h, int64_t i, int worker)
+{
+    const moqi_latent *l = t->l;
+    int64_t row = h * (l->nope + l->value) + i;
+    float *scratch = t->c->worker + worker * t->c->need.worker;
+    if (l->w) return l->w + row * l->rank;
+    moq_dequantize(&l->layer, row, 1, scratch);
+    return scratch;
+}
+
+/* y[rank] = sum of x[i] times row i of K */
+static void moqi_latent_query_task(void *arg, int h, int worker)
+{
+    const moqi_latent_call *t = (const moqi_latent_call *)arg;
+    const moq_copy_desc *d = t->d;
+    const float *x = (const float *)d->x + h * d->x_step;
+    float *y = (float *)d->y + h * d->y_step;
+    for (int64_t r = 0; r < d->rows; r++) memset(y + r * d->y_stride, 0, (size_t)t->l->rank * sizeof *y);
+    for (int64_t i = 0; i < t->l->nope; i++) {
+        const float *w = moqi_latent_row(t, h, i, worker);
+        for (int64_t r = 0; r < d->rows; r++) t->c->k->axpy(x[r * d->x_stride + i], w, y + r * d->y_stride, t->l->rank);
+    }
+}
+
+/* y[i] = row i of V . x */
+static void moqi_latent_value_task(void *arg, int h, int worker)
+{
+    const moqi_latent_call *t = (const moqi_latent_call *)arg;
+    const moq_copy_desc *d = t->d;
+    const float *x = (const float *)d->x + h * d->x_step;
+    float *y = (float *)d->y + h * d->y_step;
+    for (int64_t i = 0; i < t->l->value; i++) {
+        const float *w = moqi_latent_row(t, h, t->l->nope + i, worker);
+        for (int64_t r = 0; r < d->rows; r++) y[r * d->y_stride + i] = t->c->k->dot(w, x + r * d->x_stride, t->l->rank);
+    }
+}
+
+static void moqi_cpu_latent_query(moq_backend *be, const moq_latent *l, const moq_copy_desc *d)
+{
+    moqi_latent_call t = {moqi_cpu_of(be), (const moqi_latent *)(const void *)l, d};
+    moqi_run(t.c, t.l->heads, (double)d->rows * (double)(t.l->heads * t.l->nope * t.l->rank), moqi_latent_query_task, &t);
+}
+
+static void moqi_cpu_latent_value(moq_backend *be, const moq_latent *l, const moq_copy_desc *d)
+{
+    moqi_latent_call t = {moqi_cpu_of(be), (const moqi_latent *)(const void *)l, d};
+    moqi_run(t.c, t.l->heads, (double)d->rows * (double)(t.l->heads * t.l->value * t.l->rank), moqi_latent_value_task, &t);
 }
 
 /* ---- copies ---- */
@@ -14653,9 +14796,12 @@ static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t byt
                          (int)d->head_dim, (int)d->kv.format);
     if (d->kv.format == MOQ_KV_NVFP4_ROTATE && (d->head_dim & (d->head_dim - 1)) != 0)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "rotated keys need a head_dim that is a power of two, found %d; use nvfp4", (int)d->head_dim);
+    if (d->shared && (d->kv.format != MOQ_KV_WIDE || c->dim[1] > c->dim[0]))
+        return moqi_fail(err, MOQ_E_ARG, at, "values of %lld numbers cannot be parts of keys of %lld in format %d", (long long)c->dim[1], (long long)c->dim[0],
+                         (int)d->kv.format);
     for (int i = 0; i < 2; i++) {
         const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
-        c->row_bytes[i] = moqi_kv_row_bytes(c->format[i], c->dim[i]);
+        c->row_bytes[i] = i && d->shared ? 0 : moqi_kv_row_bytes(c->format[i], c->dim[i]);
         if ((s->data && s->count != 1 && s->count != (uint64_t)d->kv_heads) || (b->data && b->count != (uint64_t)d->kv_heads * (uint64_t)c->dim[i]))
             return moqi_fail(err, MOQ_E_SHAPE, at, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld",
                              (unsigned long long)s->count,
@@ -14738,7 +14884,7 @@ static void moqi_append_task(void *arg, int row, int worker)
     const moqi_cache *c = t->c;
     float *turned = t->cpu->worker + worker * t->cpu->need.worker;
     if (!moqi_kv_holds(c, t->b, row)) return;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < (c->desc.shared ? 1 : 2); i++) {
         for (int64_t h = 0; h < c->desc.kv_heads; h++) {
             const float *x = t->from[i] + row * t->stride[i] + h * c->dim[i];
             if (c->format[i] == MOQ_KV_NVFP4_ROTATE) {
@@ -14801,13 +14947,15 @@ static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot
         for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) memcpy(moqi_kv_row(c, i, slot, (int64_t)h, 0), from, rows * c->row_bytes[i]);
 }
 
-/* A block of rows for one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side, one span of it. */
+/* A block of rows for up to 16 heads of one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side,
+   one span of it. */
 static void moqi_attend_task(void *arg, int index, int worker)
 {
     const moqi_attending *t = (const moqi_attending *)arg;
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t span = index % t->spans, at = index / t->spans, share = t->a->heads / c->desc.kv_heads, row = at / c->desc.kv_heads * MOQI_ATTEND_ROWS;
-    int64_t end = moqi_min(row + MOQI_ATTEND_ROWS, t->b->rows);
+    int64_t span = index % t->spans, at = index / t->spans / t->groups, share = t->a->heads / c->desc.kv_heads;
+    int64_t row = at / c->desc.kv_heads * MOQI_ATTEND_ROWS, end = moqi_min(row + MOQI_ATTEND_ROWS, t->b->rows);
+    int64_t first = index / t->spans % t->groups * MOQI_ATTEND_HEADS, last = moqi_min(share, first + MOQI_ATTEND_HEADS);
     float *scratch = t->worker + worker * t->each_worker;
     moqi_queries g;
     g.kv_head = at % c->desc.kv_heads;
@@ -14815,13 +14963,13 @@ static void moqi_attend_task(void *arg, int index, int worker)
         g.row = row;
         g.rows = 1;
         if (!moqi_kv_holds(c, t->b, row)) {
-            memset((float *)t->a->y + row * t->a->y_stride + g.kv_head * share * c->dim[1], 0, (size_t)(share * c->dim[1]) * sizeof(float));
+            memset((float *)t->a->y + row * t->a->y_stride + (g.kv_head * share + first) * c->dim[1], 0, (size_t)((last - first) * c->dim[1]) * sizeof(float));
             continue;
         }
         while (row + g.rows < end && t->b->slot[row + g.rows] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + g.rows)) g.rows++;
-        for (int64_t h = 0; h < share; h += g.heads) {
+        for (int64_t h = first; h < last; h += g.heads) {
             g.head = g.kv_head * share + h;
-            g.heads = moqi_min(MOQI_ATTEND_QUERIES / g.rows, share - h);
+            g.heads = moqi_min(MOQI_ATTEND_QUERIES / g.rows, last - h);
             if (t->parts) moqi_attend_part(t, &g, span, scratch);
             else moqi_attend(t, &g, scratch);
         }
@@ -14837,12 +14985,13 @@ static void moqi_finish_task(void *arg, int index, int worker)
         moqi_attend_finish(t, index / t->a->heads, index % t->a->heads);
 }
 
-/* Tasks are blocks of rows times kv heads, and where that is too few for the workers, times spans of positions. */
+/* Tasks are blocks of rows times kv heads times groups of their heads, and where that is too few for the workers, times spans of positions. */
 static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *a)
 {
     const moqi_cpu *cpu = moqi_cpu_of(be);
     const moqi_cache *c = (const moqi_cache *)(const void *)a->cache;
-    int64_t tasks = moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads, spans = b->max_pos / MOQI_ATTEND_SPAN + 1;
+    int64_t groups = moqi_ceil_div(a->heads / c->desc.kv_heads, MOQI_ATTEND_HEADS), spans = b->max_pos / MOQI_ATTEND_SPAN + 1;
+    int64_t tasks = moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads * groups;
     int32_t most = a->chunk > 0 ? a->chunk : a->window;
     double keys = most > 0 && most < b->max_pos ? most : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
     moqi_attending t;
@@ -14854,6 +15003,7 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     t.each_worker = cpu->need.worker;
     t.parts = NULL;
     t.spans = 1;
+    t.groups = groups;
     if (tasks < 4 * (int64_t)cpu->par.workers && spans > 1 && (int64_t)b->rows * a->heads * spans * (c->dim[1] + 2) <= cpu->need.parts) {
         t.parts = cpu->parts;
         t.spans = spans;
@@ -15016,7 +15166,8 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_norm, moqi_cpu_rope_table, moqi_cpu_rope, moqi_cpu_activation, moqi_cpu_add, moqi_cpu_argmax,
     NULL, NULL, NULL, NULL,
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
-    moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write
+    moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
+    moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value
 };
 
 /* By name, or the fastest. */
@@ -18217,7 +18368,8 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_attention, moqi_watch_norm, moqi_watch_rope_table, moqi_watch_rope, moqi_watch_activation, moqi_watch_add, moqi_watch_argmax,
     NULL, NULL, NULL, NULL,
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
-    moqi_watch_moe_bytes, NULL, NULL, NULL, NULL
+    moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
+    NULL, NULL, NULL, NULL, NULL /* what goes through kv_b is to be seen */
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

@@ -6859,7 +6859,8 @@ static const moq_backend moqc_table = {
     moqc_norm, moqc_rope_table, moqc_rope, moqc_activation, moqc_add, moqc_argmax,
     moqc_capture_begin, moqc_capture_end, moqc_replay, moqc_release_graph,
     moqc_ssm_create, moqc_ssm_release, moqc_ssm_bytes, moqc_ssm_run, moqc_ssm_copy, moqc_copy_heads,
-    moqc_moe_bytes, moqc_kv_read, moqc_kv_write, moqc_ssm_read, moqc_ssm_write
+    moqc_moe_bytes, moqc_kv_read, moqc_kv_write, moqc_ssm_read, moqc_ssm_write,
+    NULL, NULL, NULL, NULL, NULL /* latent attention keeps its wide keys and values here */
 };
 
 /* The device itself: is it there, new enough, does this program hold code for it. */

@@ -5593,6 +5593,8 @@ typedef struct llmi_layer {
     moq_weight *in, *out;              /* attention: [q | k | v] rows from hidden; latent: [q or its middle | kv middle | rope part of k];
                                           state-space: [z | x | B | C | dt]. out: back to hidden */
     moq_weight *q_b, *kv_b;            /* latent: from the middles to the heads */
+    moq_latent *latent;                /* instead of kv_b, where attention runs over the middles */
+    int32_t absorbed;                  /* it does; also when planning, which makes no `latent` */
     moq_weight *gate_up, *down;        /* dense: [gate | up] rows, or up alone; beside experts: the shared ones */
     moq_weight *router;
     moq_weight *narrow, *widen;        /* around experts that read fewer values than hidden */
@@ -5677,8 +5679,11 @@ typedef struct llmi_model {
     void *x, *h, *d;
     /* [chunk, rows of layer.in], [chunk, cols of layer.out] */
     void *in, *att;
-    /* latent: [chunk, largest middle], [chunk, heads * head_dim] twice, [chunk, heads * (nope + value)], [chunk, heads * value] */
+    /* latent: [chunk, largest middle], [chunk, heads * head_dim] twice, [chunk, heads * (nope + value)], [chunk, heads * value];
+       over the middles: k [chunk, heads * (rank + rope)] is what q becomes, kv_b [chunk, heads * rank] what is attended, v [chunk, rank + rope] */
     void *middle, *q, *k, *kv_b, *v;
+    /* 1: a layer whose attention runs over the middles; 2: one with wide keys and values */
+    int latent_ways;
     /* [chunk, 2 * inter], [chunk, inter], [chunk, hidden] of the shared experts */
     void *gate_up, *mid, *shared;
     /* [chunk, moe_hidden] what narrow experts read and write */
@@ -6215,6 +6220,52 @@ static moq_result llmi_prepare_attention(llmi_model *m, int32_t layer, llmi_laye
     return llmi_load_norm(m, layer, llmi_join(tail, mix, "k_norm"), c->head_dim, &l->k_norm, err);
 }
 
+/* What a layer's cache holds: as the checkpoint says, or as the caller wants it. */
+static moq_result llmi_find_cache(const llmi_model *m, int32_t layer, moq_kv *kv, moq_error *err)
+{
+    char name[LLMI_NAME_BYTES];
+    const char *said = m->desc->kv;
+    moq_kv_format forced = MOQ_KV_WIDE;
+    int as_stored = !said || strcmp(said, "auto") == 0;
+    moq_result code;
+    if (!as_stored && !moq_kv_format_find(said, &forced))
+        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; try auto, wide or fp8", said);
+    code = moq_find_kv(m->ck, llmi_name(m, name, layer, m->c.family->names->mix), kv, err);
+    if (code < 0) return code;
+    /* a forced format keeps the scales that the checkpoint has; wide has none */
+    if (!as_stored && forced == MOQ_KV_WIDE) memset(kv, 0, sizeof *kv);
+    if (!as_stored) kv->format = forced;
+    return MOQ_OK;
+}
+
+/* kv_b. Where the backend can, and the cache is not quantized (its scales are those of wide keys and values), it is taken apart: attention
+   then runs over the narrow middles, which are all that the cache holds. */
+static moq_result llmi_prepare_kv_b(llmi_model *m, int32_t layer, llmi_layer *l, llmi_shape s, moq_error *err)
+{
+    const llmi_config *c = &m->c;
+    moq_backend *be = m->be;
+    char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
+    moq_latent_desc d;
+    moq_linear w;
+    moq_kv kv;
+    size_t bytes;
+    moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, c->family->names->mix, "kv_b_proj")), s, &w, err);
+    if (code < 0 || (code = llmi_find_cache(m, layer, &kv, err)) < 0) return code;
+    d.name = w.name;
+    d.kv_b = &w;
+    d.heads = c->heads;
+    d.nope = c->nope_dim;
+    bytes = be->latent_create && kv.format == MOQ_KV_WIDE ? be->latent_bytes(be, &d) : 0;
+    l->absorbed = bytes > 0;
+    m->latent_ways |= l->absorbed ? 1 : 2;
+    if (!l->absorbed) return llmi_prepare_weight(m, &w, 1, &l->kv_b, err);
+    m->memory += bytes;
+    m->weight_memory += bytes;
+    if (m->dry) m->planned += bytes;
+    else if (!(l->latent = be->latent_create(be, &d, err))) return llmi_code(err, MOQ_E_BACKEND);
+    return MOQ_OK;
+}
+
 /* Latent attention (DeepSeek-V2): in = [q_a | kv_a] where q has a middle too, else [q | kv_a]; kv_a ends with the one rope part
    that all heads share. */
 static moq_result llmi_prepare_latent(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
@@ -6239,7 +6290,7 @@ static moq_result llmi_prepare_latent(llmi_model *m, int32_t layer, llmi_layer *
     if ((code = llmi_load_norm(m, layer, llmi_join(tail, mix, "kv_a_layernorm"), c->kv_rank, &l->k_norm, err)) < 0) return code;
     /* rows of kv_b: for every head its part of the key without rope, then its value */
     s[0] = llmi_shape_of((int64_t)c->heads * (c->nope_dim + c->value_dim), "num_attention_heads * (nope + v)", c->kv_rank, "kv_lora_rank");
-    if ((code = llmi_prepare(m, layer, mix, "kv_b_proj", s[0], &l->kv_b, err)) < 0) return code;
+    if ((code = llmi_prepare_kv_b(m, layer, l, s[0], err)) < 0) return code;
     s[0] = llmi_shape_of(c->hidden, "hidden_size", (int64_t)c->heads * c->value_dim, "num_attention_heads * v_head_dim");
     return llmi_prepare(m, layer, mix, "o_proj", s[0], &l->out, err);
 }
@@ -6560,31 +6611,26 @@ static void llmi_tell_unused(const llmi_model *m)
 
 /* ---- KV cache ---- */
 
-/* kv: NULL or "auto": as the checkpoint says; "wide"; or a name of moq_kv_format. */
-static moq_result llmi_make_kv(llmi_model *m, int32_t layer, const char *kv, llmi_layer *l, moq_error *err)
+/* The cache of a layer that attends. */
+static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
+    const llmi_config *c = &m->c;
     char name[LLMI_NAME_BYTES];
     moq_kv_desc d;
-    moq_kv_format forced = MOQ_KV_WIDE;
-    int as_stored = !kv || strcmp(kv, "auto") == 0;
     moq_result code;
     if (l->mix != LLMI_MIX_ATTENTION && l->mix != LLMI_MIX_LATENT) return MOQ_OK;
     memset(&d, 0, sizeof d);
-    if (!as_stored && !moq_kv_format_find(kv, &forced))
-        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; try auto, wide or fp8", kv);
-    code = moq_find_kv(m->ck, llmi_name(m, name, layer, m->c.family->names->mix), &d.kv, err);
-    if (code < 0) return code;
-    /* a forced format keeps the scales that the checkpoint has; wide has none */
-    if (!as_stored && forced == MOQ_KV_WIDE) memset(&d.kv, 0, sizeof d.kv);
-    if (!as_stored) d.kv.format = forced;
+    if ((code = llmi_find_cache(m, layer, &d.kv, err)) < 0) return code;
+    llmi_name(m, name, layer, c->family->names->mix);
     d.name = llmi_take_text(&m->arena, name, strlen(name)); /* a backend may keep it for its messages */
     if (!d.name) return llmi_nomem(err, name);
     d.slots = m->slots;
-    d.capacity = m->c.context;
-    d.kv_heads = m->c.kv_heads;
-    d.head_dim = m->c.head_dim;
-    /* latent attention keeps expanded keys and values: heads * (head_dim + value_dim) numbers a token */
-    d.value_dim = m->c.value_dim;
+    d.capacity = c->context;
+    d.shared = l->absorbed;
+    d.kv_heads = l->absorbed ? 1 : c->kv_heads;
+    /* latent attention: rank + rope numbers a token, or heads * (head_dim + value_dim) */
+    d.head_dim = l->absorbed ? c->kv_rank + c->rope_dim : c->head_dim;
+    d.value_dim = l->absorbed ? c->kv_rank : c->value_dim;
     m->kv = d.kv.format;
     if (llmi_plan_cache(m, m->be->kv_bytes(m->be, &d))) return MOQ_OK;
     l->kv = m->be->kv_create(m->be, &d, err);
@@ -6655,14 +6701,17 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     uint64_t state_in = 2 * inner + 2 * (uint64_t)c->ssm_groups * (uint64_t)c->ssm_state + (uint64_t)c->ssm_heads;
     uint64_t inter = llmi_larger((uint64_t)c->inter, (uint64_t)c->shared_inter), latent = c->kv_rank ? 1 : 0;
     uint64_t attention_in = latent ? (c->q_rank ? (uint64_t)c->q_rank : heads * dim) + (uint64_t)c->kv_rank + (uint64_t)c->rope_dim : (heads + 2 * kv) * dim;
-    uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0;
+    uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0, key = (uint64_t)c->kv_rank + (uint64_t)c->rope_dim;
+    /* layers that are opened one by one, behind an observer, have wide keys and values */
+    uint64_t narrow_kv = m->latent_ways & 1, wide = latent && (m->one_by_one || m->latent_ways & 2);
     void *ids, *pos, *slot;
     llmi_want want[] = {
         {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
         {&m->in, llmi_larger(attention_in, state_in), m->elem},    {&m->att, llmi_larger(heads * value, inner), m->elem},
         {&m->middle, latent * llmi_larger((uint64_t)c->q_rank, (uint64_t)c->kv_rank), m->elem},
-        {&m->q, latent * heads * dim, m->elem}, {&m->k, latent * heads * dim, m->elem},
-        {&m->kv_b, latent * heads * ((uint64_t)c->nope_dim + value), m->elem}, {&m->v, latent * heads * value, m->elem},
+        {&m->q, latent * heads * dim, m->elem}, {&m->k, llmi_larger(wide * heads * dim, narrow_kv * heads * key), m->elem},
+        {&m->kv_b, heads * llmi_larger(wide * ((uint64_t)c->nope_dim + value), narrow_kv * (uint64_t)c->kv_rank), m->elem},
+        {&m->v, llmi_larger(wide * heads * value, narrow_kv * key), m->elem},
         {&m->gate_up, 2 * inter, m->elem},      {&m->mid, inter, m->elem}, {&m->shared, c->shared_inter ? hidden : 0, m->elem},
         {&m->expert_in, narrow, m->elem},       {&m->expert_out, narrow, m->elem},
         {&m->route, (uint64_t)c->experts + 1, m->elem},
@@ -6698,7 +6747,7 @@ static moq_result llmi_progress(const llmi_model *m, moq_stage stage, int64_t do
 static moq_result llmi_open_layer(llmi_model *m, int32_t layer, moq_error *err)
 {
     moq_result code = llmi_prepare_layer(m, layer, &m->layers[layer], err);
-    return code < 0 ? code : llmi_make_kv(m, layer, m->desc->kv, &m->layers[layer], err);
+    return code < 0 ? code : llmi_make_kv(m, layer, &m->layers[layer], err);
 }
 
 /* Also of one that was opened halfway. Blocks taken since `mark` go too. */
@@ -6711,6 +6760,7 @@ static void llmi_close_layer(llmi_model *m, int32_t layer, const llmi_held *mark
     m->step = NULL;
     for (size_t j = 0; j < LLMI_COUNT(weights); j++)
         if (weights[j]) be->release_weight(be, weights[j]);
+    if (l->latent) be->latent_release(be, l->latent);
     if (l->experts) be->release_moe(be, l->experts);
     if (l->kv) be->kv_release(be, l->kv);
     if (l->ssm) be->ssm_release(be, l->ssm);
@@ -6855,13 +6905,14 @@ static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batc
     memset(&a, 0, sizeof a);
     a.cache = l->kv;
     a.q = q;
-    a.y = m->att;
+    a.y = l->latent ? m->kv_b : m->att;
     a.q_stride = q_stride;
-    a.y_stride = (int64_t)c->heads * c->value_dim;
+    a.y_stride = (int64_t)c->heads * (l->latent ? c->kv_rank : c->value_dim);
     a.heads = c->heads;
     a.window = l->window;
     a.chunk = l->chunk;
-    a.scale = (float)c->attn_scale;
+    /* keys over the middles are longer than heads are */
+    a.scale = l->latent && c->attn_scale == 0 ? 1 / sqrtf((float)c->head_dim) : (float)c->attn_scale;
     a.softcap = (float)c->attn_cap;
     a.sinks = l->sinks;
     m->be->attention(m->be, b, &a);
@@ -6902,6 +6953,30 @@ static void llmi_copy_heads(const llmi_model *m, const void *x, int64_t x_stride
     m->be->copy_heads(m->be, &d);
 }
 
+/* The rest of latent attention over the middles: q [heads, nope | rope] and the rotated part `turned` of the key; the normed middle is in v
+   already. In the cache stands [middle | rotated part] once for all heads, q becomes [K^T nope | rope], the result V times what it attends. */
+static void llmi_attend_latent(const llmi_model *m, const llmi_layer *l, const moq_batch *b, void *q, int64_t q_stride, const void *turned, int64_t stride)
+{
+    const llmi_config *c = &m->c;
+    moq_backend *be = m->be;
+    int64_t key = c->kv_rank + c->rope_dim;
+    moq_copy_desc d = {q, m->k, q_stride, key * c->heads, c->head_dim, key, b->rows, c->heads, c->rope_dim};
+    moq_copy_desc one = {turned, llmi_act(m, m->v, c->kv_rank), stride, key, 0, 0, b->rows, 1, c->rope_dim};
+    be->latent_query(be, l->latent, &d);
+    d.x = llmi_act(m, q, c->nope_dim);
+    d.y = llmi_act(m, m->k, c->kv_rank);
+    be->copy_heads(be, &d);
+    be->copy_heads(be, &one);
+    llmi_attend(m, l, b, m->k, key * c->heads, m->v, key, m->v, key);
+    d.x = m->kv_b;
+    d.y = m->att;
+    d.x_stride = (int64_t)c->kv_rank * c->heads;
+    d.x_step = c->kv_rank;
+    d.y_stride = (int64_t)c->value_dim * c->heads;
+    d.y_step = c->value_dim;
+    be->latent_value(be, l->latent, &d);
+}
+
 /* att = latent attention of h. The middles are normed and widened to the heads; a key is [nope of its head | rope part of all]. */
 static void llmi_latent(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
 {
@@ -6917,6 +6992,11 @@ static void llmi_latent(const llmi_model *m, const llmi_layer *l, const moq_batc
     }
     llmi_rotate(m, l, q, c->heads, c->head_dim, c->nope_dim, q_stride, b->rows);
     llmi_rotate(m, l, turned, 1, c->rope_dim, 0, stride, b->rows);
+    if (l->latent) {
+        llmi_part_norm(m, middle, stride, m->v, c->kv_rank + c->rope_dim, 1, c->kv_rank, l->k_norm, b->rows);
+        llmi_attend_latent(m, l, b, q, q_stride, turned, stride);
+        return;
+    }
     llmi_part_norm(m, middle, stride, m->middle, c->kv_rank, 1, c->kv_rank, l->k_norm, b->rows);
     be->linear(be, l->kv_b, m->middle, b->rows, m->kv_b);
     llmi_copy_heads(m, m->kv_b, head * c->heads, head, m->k, c->head_dim, c->nope_dim, b->rows);

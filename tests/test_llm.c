@@ -482,11 +482,15 @@ static void test_llm_published_configs(void)
 static const int32_t ref_ids[REF_TOKENS] = {3, 60, 0, 17, 17, 41, 8, 25, 59, 2, 33, 3, 12, 60, 44, 7, 1, 0, 58, 29, 13, 50, 36, 5};
 static double ref_worst;
 
-/* A folder of what reference.h made, opened; its logits in one pass, in pieces of 5, and token by token against `want`. */
-static void check_reference(const char *what, const char *config, const double *want, int tokens)
+/* A folder of what reference.h made, opened; its logits in one pass, in pieces of 5, and token by token against `want`. Returns the bytes
+   of its cache, `wide`: on a backend that cannot take latent attention apart. */
+static uint64_t check_reference(const char *what, const char *config, const double *want, int tokens, int wide)
 {
     static const char dir[] = TEST_DIR "/build/tmp/reference";
     static const int steps[] = {REF_TOKENS, 5, 1};
+    llm_memory plan;
+    moq_cpu_desc cd;
+    moq_backend *be;
     static float got[REF_TOKENS * REF_VOCAB], expected[REF_TOKENS * REF_VOCAB];
     moq_error e;
     mkdir(TEST_DIR "/build", 0777);
@@ -494,10 +498,16 @@ static void check_reference(const char *what, const char *config, const double *
     mkdir(dir, 0777);
     CHECK(ref_write(dir, config));
     for (int i = 0; i < tokens * REF_VOCAB; i++) expected[i] = (float)want[i];
+    memset(&cd, 0, sizeof cd);
+    cd.threads = 3;
+    cd.act = MOQ_ACT_WIDE;
+    be = moq_cpu_backend(&cd, &e);
+    if (!be) return 0;
+    if (wide) be->latent_create = NULL;
     for (size_t s = 0; s < 3; s++) {
         llm_desc d = plain_desc();
         d.path = dir;
-        d.act = MOQ_ACT_WIDE;
+        d.backend = be;
         d.context = 32;
         d.chunk = s == 0 ? 7 : 0;
         llm *m = llm_open(&d, &e);
@@ -511,9 +521,12 @@ static void check_reference(const char *what, const char *config, const double *
         if (off > 2e-5) fprintf(stderr, "%s, steps of %d: relative rms %g\n", what, steps[s], off);
         CHECK(off <= 2e-5);
         if (off > ref_worst) ref_worst = off;
+        CHECK_INT(llm_plan(&d, &plan, &e), MOQ_OK);
+        if (m) CHECK_INT(plan.cache_bytes, m->model->cache_memory);
         llm_close(m);
     }
-    ref_clear();
+    moq_backend_destroy(be);
+    return plan.cache_bytes;
 }
 
 /* Stacked experts, chunks, every second layer mixed; then experts one by one, lists instead of steps, two experts a token, no tuning. */
@@ -552,7 +565,8 @@ static void test_llm_reference_llama4(void)
                  other ? "\"num_experts_per_tok\": 2, \"moe_layers\": [0, 3], \"no_rope_layers\": [1, 0, 1, 1, 0], \"use_qk_norm\": false, \"attn_temperature_tuning\": 0"
                        : "\"num_experts_per_tok\": 1, \"interleave_moe_layer_step\": 2, \"attention_chunk_size\": 6, \"floor_scale\": 4, \"attn_scale\": 0.1,"
                          " \"no_rope_layers\": [], \"use_qk_norm\": true, \"attn_temperature_tuning\": true");
-        check_reference(other ? "llama4, experts one by one" : "llama4", config, want, REF_TOKENS);
+        check_reference(other ? "llama4, experts one by one" : "llama4", config, want, REF_TOKENS, 0);
+        ref_clear();
     }
 }
 
@@ -576,7 +590,8 @@ static void test_llm_reference_smollm3(void)
     ref_run_llama4(&c, 1, ref_ids, want);
     check_reference("smollm3", "{\"model_type\": \"smollm3\", \"hidden_size\": 48, \"intermediate_size\": 36, \"num_hidden_layers\": 5, \"vocab_size\": 61,"
         " \"num_attention_heads\": 6, \"num_key_value_heads\": 3, \"no_rope_layer_interval\": 4, \"no_rope_layers\": [1, 1, 1, 0, 1], \"use_sliding_window\": false,"
-        " \"max_position_embeddings\": 64}", want, REF_TOKENS);
+        " \"max_position_embeddings\": 64}", want, REF_TOKENS, 0);
+    ref_clear();
 }
 
 static void test_llm_reference_gemma2(void)
@@ -601,7 +616,8 @@ static void test_llm_reference_gemma2(void)
     ref_run_gemma2(&c, ref_ids, want);
     check_reference("gemma2", "{\"model_type\": \"gemma2\", \"hidden_size\": 40, \"intermediate_size\": 56, \"num_hidden_layers\": 4, \"vocab_size\": 61,"
         " \"num_attention_heads\": 4, \"num_key_value_heads\": 2, \"head_dim\": 12, \"query_pre_attn_scalar\": 20, \"sliding_window\": 5,"
-        " \"attn_logit_softcapping\": 3.0, \"final_logit_softcapping\": 4.0, \"hidden_activation\": \"gelu_pytorch_tanh\", \"max_position_embeddings\": 64}", want, REF_TOKENS);
+        " \"attn_logit_softcapping\": 3.0, \"final_logit_softcapping\": 4.0, \"hidden_activation\": \"gelu_pytorch_tanh\", \"max_position_embeddings\": 64}", want, REF_TOKENS, 0);
+    ref_clear();
 }
 
 /* With a middle of q and YaRN; then V2-Lite's plain q, one group and plain rope. */
@@ -646,7 +662,11 @@ static void test_llm_reference_deepseek2(void)
                       : "\"q_lora_rank\": 20, \"n_group\": 4, \"topk_group\": 2, \"topk_method\": \"group_limited_greedy\", \"routed_scaling_factor\": 2.5,"
                         " \"max_position_embeddings\": 64, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4, \"beta_fast\": 32, \"beta_slow\": 1, \"mscale\": 0.707,"
                         " \"mscale_all_dim\": 0.707, \"original_max_position_embeddings\": 16}");
-        check_reference(lite ? "deepseek_v2 lite" : "deepseek_v2", config, want, REF_TOKENS);
+        uint64_t narrow = check_reference(lite ? "deepseek_v2 lite" : "deepseek_v2", config, want, REF_TOKENS, 0);
+        uint64_t whole = check_reference(lite ? "deepseek_v2 lite, wide" : "deepseek_v2, wide", config, want, REF_TOKENS, 1);
+        /* a token keeps rank + rope numbers instead of heads * (nope + rope + value) */
+        CHECK(narrow > 3 * 32 * (16 + 12) * 4 && narrow < 3 * (32 * (16 + 12) * 4 + 1024) && whole > 3 * 32 * 3 * (10 + 12 + 6) * 4);
+        ref_clear();
     }
     printf("families against the references: worst relative rms %.2g\n", ref_worst);
 }
