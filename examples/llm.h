@@ -31,7 +31,8 @@
        >>llm-normalizer what happens to a text first
        >>llm-encode     text to ids and back
        >>llm-open       opening a tokenizer
-       >>llm-chat       chat frames
+       >>llm-chat       chat templates and the frames they mean
+       >>llm-frame      writing frames
        >>llm-families   the architectures: names and switches
        >>llm-keys       the model description; reading keys; rotary embeddings
        >>llm-config     config.json -> model description
@@ -106,8 +107,12 @@ LLM_API size_t llm_decode(const llm_tokenizer *t, const int32_t *ids, size_t cou
 
 /* ---- chat frames ---- */
 
+/* Roles are "system", "user", "assistant", "tool", and what else the template has a place for. The first messages may be settings
+   instead: "date", for templates that write the current one, in their own format ("2025-06-30" for gpt-oss, "30 Jun 2025" for Llama 3);
+   "thinking" with "on", "off", "low", "medium" or "high", for templates that know such a switch (Qwen3, DeepSeek-V3.1, gpt-oss).
+   Descriptions of tools belong into the system text, written as the model's maker shows it. */
 typedef struct llm_message {
-    const char *role; /* "system", "user", "assistant", "tool" */
+    const char *role;
     const char *text;
 } llm_message;
 
@@ -3920,7 +3925,7 @@ LLM_API int llm_is_end(const llm_tokenizer *t, int32_t id)
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>llm-chat        chat frames
+   >>llm-chat        chat templates and the frames they mean
    The folder's own chat template is recognised by what it says and its frame is written exactly; an unknown one is refused, never guessed.
    ------------------------------------------------------------------------------------------------ */
 
@@ -4031,35 +4036,66 @@ static int llmi_spell_template(llmi_spelling *p, const char *s)
 
 /* ---- frames ---- */
 
-/* Where a system message goes: a turn like others; refused; always after the start; before the first or the last user text. */
-enum { LLMI_SYSTEM_TURN, LLMI_SYSTEM_NONE, LLMI_SYSTEM_START, LLMI_SYSTEM_FIRST, LLMI_SYSTEM_LAST };
+/* Where a system message goes: a turn like others; refused; a head that is always there; a head when there is one; before the first or
+   the last user text. */
+enum { LLMI_SYSTEM_TURN, LLMI_SYSTEM_NONE, LLMI_SYSTEM_START, LLMI_SYSTEM_HEAD, LLMI_SYSTEM_FIRST, LLMI_SYSTEM_LAST };
+enum { LLMI_THINK_ON = 1, LLMI_THINK_OFF = 2, LLMI_THINK_LEVELS = 4 };
+enum { LLMI_TURNS, LLMI_DEEPSEEK3, LLMI_DEEPSEEK31, LLMI_NEMOTRON2 };
+enum { LLMI_CUT_NEVER, LLMI_CUT_FIRST, LLMI_CUT_LAST };
 
 typedef struct llmi_around { const char *before, *after; } llmi_around;
 
-/* One frame. In all texts \1 is the BOS text, \2 the EOS text, \3 the role; NULL: such a turn is refused. */
+/* Answers of tools: those in a row stand between `open` and `shut`. json: as a JSON string. */
+typedef struct llmi_tools { const char *open, *before, *after, *between, *shut; int json; } llmi_tools;
+
+/* One frame. In all texts \1 is the BOS text, \2 the EOS text, \3 the role, \4 the date, \6 the level of thinking; NULL: such a turn is refused. */
 typedef struct llmi_frame {
     const char *start;              /* before everything */
     llmi_around system, user, assistant, other;
+    llmi_around head;               /* of a leading system text under SYSTEM_START and SYSTEM_HEAD */
+    llmi_tools tools;               /* open NULL: tools have turns like other roles */
     const char *open;               /* opening of an answer */
     const char *shut;               /* at the end when no answer is opened */
+    const char *last;               /* after an answer that ends the text; NULL: as after others */
     const char *default_system;     /* a turn written when the first message is not of the system; need not end in NUL */
     size_t default_bytes;
-    int where_system;
+    int where_system, needs_system;
     int trim, alternate, always_open; /* trim 1: every text, 2: answers only */
-    int tool_turns;                 /* tool messages in a row become one user turn of <tool_response> blocks */
     int thinking;                   /* Qwen3: reasoning of earlier answers is left out */
+    int cut;                        /* answers begin after their first or last </think> */
+    int switches;                   /* Nemotron: /think and /no_think in texts are obeyed and removed */
+    int modes;                      /* THINK_..: what the setting "thinking" may say */
+    const char *open_on, *open_off; /* openings of answers for THINK_ON and THINK_OFF */
+    int writer;
+    const char *date, *level;       /* defaults; NULL: the date must be given */
 } llmi_frame;
 
 /* Does the template hold this text? */
 static int llmi_says(const char *spelled, const char *part) { return strstr(spelled, part) != NULL; }
 
-/* All roles get one kind of turn. */
-static void llmi_same_turns(llmi_frame *f, const char *before, const char *after)
+/* What stands around a text. */
+static llmi_around llmi_make_around(const char *before, const char *after)
 {
     llmi_around a;
     a.before = before;
     a.after = after;
-    f->system = f->user = f->assistant = f->other = a;
+    return a;
+}
+
+/* All roles get one kind of turn. */
+static void llmi_same_turns(llmi_frame *f, const char *before, const char *after)
+{
+    f->system = f->user = f->assistant = f->other = llmi_make_around(before, after);
+}
+
+/* Answers of tools. */
+static void llmi_set_tools(llmi_frame *f, const char *open, const char *before, const char *after, const char *between, const char *shut)
+{
+    f->tools.open = open;
+    f->tools.before = before;
+    f->tools.after = after;
+    f->tools.between = between;
+    f->tools.shut = shut;
 }
 
 /* ChatML: SmolLM2, Qwen2, Qwen2.5, Qwen3 and many others. */
@@ -4071,8 +4107,12 @@ static int llmi_is_chatml(const char *s, llmi_frame *f)
     if ((!plain && !content) || llmi_says(s, "custom_instructions") || llmi_says(s, "strftime_now")) return 0;
     llmi_same_turns(f, "<|im_start|>\3\n", "<|im_end|>\n");
     f->open = llmi_says(s, "\"<|im_start|>assistant\n<think>\n\"") ? "<|im_start|>assistant\n<think>\n" : "<|im_start|>assistant\n";
-    f->tool_turns = llmi_says(s, "<tool_response>");
+    if (llmi_says(s, "<tool_response>"))
+        llmi_set_tools(f, "<|im_start|>user", "\n<tool_response>\n", "\n</tool_response>", "", "<|im_end|>\n");
     f->thinking = llmi_says(s, "last_query_index");
+    f->modes = f->thinking && llmi_says(s, "{{\"<think>\n\n</think>\n\n\"}}") ? LLMI_THINK_ON | LLMI_THINK_OFF : 0;
+    f->open_on = f->open;
+    f->open_off = "<|im_start|>assistant\n<think>\n\n</think>\n\n";
     for (const char *p = strstr(s, opening); p; p = strstr(p + 1, opening)) { /* a whole turn in one literal is the default */
         const char *from = p + sizeof opening - 1, *quote = strchr(from, '"'), *end = strstr(from, "<|im_end|>\n\"");
         if (!quote || !end || end > quote || end == from) continue;
@@ -4095,8 +4135,13 @@ static int llmi_is_llama3(const char *s, llmi_frame *f)
     f->trim = 1;
     if (dates) {
         f->where_system = LLMI_SYSTEM_START;
-        f->system.before = "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+        f->head = llmi_make_around("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: \4\n\n", "<|eot_id|>");
+        f->date = "26 Jul 2024";
         f->other.before = NULL;
+        if (llmi_says(s, "message.contentismappingormessage.contentisiterable%}{{message.content|tojson}}")) { /* texts are iterable */
+            llmi_set_tools(f, "", "<|start_header_id|>ipython<|end_header_id|>\n\n", "<|eot_id|>", "", "");
+            f->tools.json = 1;
+        }
     }
     return 1;
 }
@@ -4133,7 +4178,8 @@ static int llmi_is_mistral(const char *s, llmi_frame *f)
     size_t u = 0, a = 0;
     while (u < LLMI_COUNT(users) && !llmi_says(s, users[u].says)) u++;
     while (a < LLMI_COUNT(answers) && !llmi_says(s, answers[a].says)) a++;
-    if (u == LLMI_COUNT(users) || a == LLMI_COUNT(answers) || llmi_says(s, "[SYSTEM_PROMPT]") || !llmi_says(s, "{{bos_token}}")) return 0;
+    if (u == LLMI_COUNT(users) || a == LLMI_COUNT(answers) || !llmi_says(s, "{{bos_token}}")) return 0;
+    if (llmi_says(s, "[SYSTEM_PROMPT]") && !llmi_says(s, "{{\"[SYSTEM_PROMPT]\"+system_message+\"[/SYSTEM_PROMPT]\"}}")) return 0;
     f->start = "\1";
     f->user.before = users[u].before;
     f->user.after = users[u].after;
@@ -4141,8 +4187,15 @@ static int llmi_is_mistral(const char *s, llmi_frame *f)
     f->assistant.after = answers[a].after;
     f->trim = a == 0 ? 2 : 0;
     f->alternate = 1;
-    f->system.before = "";
-    f->system.after = "\n\n";
+    f->system = llmi_make_around("", "\n\n");
+    if (llmi_says(s, "[SYSTEM_PROMPT]")) { /* from version 7 on; the default names the current date, so a text is asked for */
+        f->alternate = llmi_says(s, "!=(loop.index0%2==0)");
+        f->head = f->system = llmi_make_around("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]");
+        if (!llmi_says(s, "{{\"[SYSTEM_PROMPT]\"+message.content+\"[/SYSTEM_PROMPT]\"}}")) f->system.before = NULL;
+        f->where_system = LLMI_SYSTEM_HEAD;
+        f->needs_system = 1;
+        return 1;
+    }
     f->where_system = !llmi_says(s, "system_message+\"\n\n\"+message.content") ? LLMI_SYSTEM_NONE :
                       llmi_says(s, "ifloop.lastandsystem_message") ? LLMI_SYSTEM_LAST : LLMI_SYSTEM_FIRST;
     return 1;
@@ -4217,8 +4270,117 @@ static int llmi_is_role_marks(const char *s, llmi_frame *f)
     return 1;
 }
 
+/* Phi-4. The first release opened an answer after every user text. */
+static int llmi_is_phi4(const char *s, llmi_frame *f)
+{
+    if (!llmi_says(s, "\"<|im_start|>system<|im_sep|>\"+message.content+\"<|im_end|>\"")) return 0;
+    llmi_same_turns(f, "<|im_start|>\3<|im_sep|>", "<|im_end|>");
+    f->other.before = NULL;
+    if (llmi_says(s, "\"<|im_start|>user<|im_sep|>\"+message.content+\"<|im_end|><|im_start|>assistant<|im_sep|>\"")) {
+        f->user.after = "<|im_end|><|im_start|>assistant<|im_sep|>";
+        f->assistant.before = "";
+        return llmi_says(s, "{{message.content+\"<|im_end|>\"}}");
+    }
+    f->open = "<|im_start|>assistant<|im_sep|>";
+    return llmi_says(s, "\"<|im_start|>user<|im_sep|>\"+message.content+\"<|im_end|>\"") &&
+           llmi_says(s, "\"<|im_start|>assistant<|im_sep|>\"+message.content+\"<|im_end|>\"");
+}
+
+/* gpt-oss ("harmony"): the text of the system is the template's own, the caller's is the developer's. */
+static int llmi_is_harmony(const char *s, llmi_frame *f)
+{
+    if (!llmi_says(s, "\"<|start|>assistant<|channel|>final<|message|>\"+message.content+\"<|end|>\"") ||
+        !llmi_says(s, "model_identity=\"You are ChatGPT, a large language model trained by OpenAI.\"") || !llmi_says(s, "reasoning_effort=\"medium\"") ||
+        !llmi_says(s, "\"Knowledge cutoff: 2024-06\n\"") || !llmi_says(s, "strftime_now(\"%Y-%m-%d\")") ||
+        !llmi_says(s, "\"# Instructions\n\n\"}}{{developer_message}}{{\"\n\n\"}}"))
+        return 0;
+    f->start = "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: \4\n\n"
+               "Reasoning: \6\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>";
+    f->head = llmi_make_around("<|start|>developer<|message|># Instructions\n\n", "\n\n<|end|>");
+    f->where_system = LLMI_SYSTEM_HEAD;
+    f->user = llmi_make_around("<|start|>user<|message|>", "<|end|>");
+    f->assistant = llmi_make_around("<|start|>assistant<|channel|>final<|message|>", "<|end|>");
+    f->last = "<|return|>";
+    f->open = "<|start|>assistant";
+    f->date = NULL;
+    f->level = "medium";
+    f->modes = LLMI_THINK_LEVELS;
+    return 1;
+}
+
+#define LLMI_DEEPSEEK(name) "<\357\275\234" name "\357\275\234>"
+#define LLMI_DEEPSEEK_EOS LLMI_DEEPSEEK("end\342\226\201of\342\226\201sentence")
+#define LLMI_DEEPSEEK_TOOL(name) LLMI_DEEPSEEK("tool\342\226\201" name)
+
+/* DeepSeek: V3 and R1; V3.1, where thinking is a switch; V2. */
+static int llmi_is_deepseek(const char *s, llmi_frame *f)
+{
+    f->start = "\1";
+    f->where_system = LLMI_SYSTEM_START;
+    f->head = llmi_make_around("", "");
+    if (llmi_says(s, "\"User: \"+message.content+\"\n\n\"") && llmi_says(s, "\"Assistant: \"+message.content+eos_token") &&
+        llmi_says(s, "{{message.content+\"\n\n\"}}")) {
+        f->user = llmi_make_around("User: ", "\n\n");
+        f->assistant = llmi_make_around("Assistant: ", "\2");
+        f->system = llmi_make_around("", "\n\n");
+        f->where_system = LLMI_SYSTEM_TURN;
+        f->open = "Assistant:";
+        return 1;
+    }
+    int new_one = llmi_says(s, "\"" LLMI_DEEPSEEK("Assistant")
+                               "\"}}{%ifmessage.prefixisdefinedandmessage.prefixandthinking%}{{\"<think>\"}}{%else%}{{\"</think>\"}}");
+    int plain = llmi_says(s, "\"" LLMI_DEEPSEEK("Assistant") "\"+message.content+\"" LLMI_DEEPSEEK_EOS "\"");
+    int cut = llmi_says(s, "\"" LLMI_DEEPSEEK("Assistant") "\"+content+\"" LLMI_DEEPSEEK_EOS "\"") && llmi_says(s, "content.split(\"</think>\")[1]");
+    if ((!plain && !cut && !new_one) || !llmi_says(s, "\"" LLMI_DEEPSEEK("User") "\"+message.content") || !llmi_says(s, "{{ns.system_prompt}}")) return 0;
+    f->user.before = LLMI_DEEPSEEK("User");
+    f->assistant.before = "";
+    f->writer = new_one ? LLMI_DEEPSEEK31 : LLMI_DEEPSEEK3;
+    f->cut = new_one ? LLMI_CUT_FIRST : cut ? LLMI_CUT_LAST : LLMI_CUT_NEVER;
+    f->modes = new_one ? LLMI_THINK_ON | LLMI_THINK_OFF : 0;
+    f->open_on = LLMI_DEEPSEEK("Assistant") "<think>";
+    f->open_off = LLMI_DEEPSEEK("Assistant") "</think>";
+    f->open = new_one ? f->open_off : llmi_says(s, "\"" LLMI_DEEPSEEK("Assistant") "<think>\n\"") ?
+              LLMI_DEEPSEEK("Assistant") "<think>\n" : LLMI_DEEPSEEK("Assistant");
+    if (new_one || llmi_says(s, "\"\n" LLMI_DEEPSEEK_TOOL("output\342\226\201begin") "\"+message.content"))
+        llmi_set_tools(f, "", "", "", "", "");
+    return 1;
+}
+
+/* Nemotron: Nano v2 with its own control tokens; those made from Llama 3. */
+static int llmi_is_nemotron(const char *s, llmi_frame *f)
+{
+    static const char header[] = "<|start_header_id|>\3<|end_header_id|>\n\n";
+    if (llmi_says(s, "\"<SPECIAL_11>User\n\"+(content|default(\"\",true)).replace(\"/think\",\"\").replace(\"/no_think\",\"\").strip()+\"\n\"")) {
+        if (!llmi_says(s, "\"<SPECIAL_11>User\n<TOOL_RESPONSE>[\"") || !llmi_says(s, "last_turn_assistant_content")) return 0;
+        f->writer = LLMI_NEMOTRON2;
+        f->where_system = LLMI_SYSTEM_START;
+        f->user.before = f->assistant.before = "";
+        f->switches = 1;
+        llmi_set_tools(f, "<SPECIAL_11>User\n<TOOL_RESPONSE>[", "", "", ", ", "]</TOOL_RESPONSE>\n\n");
+        return 1;
+    }
+    int next = llmi_says(s, "{{bos~system_start_header~system_token~system_end_header}}") && llmi_says(s, "bos=\"<|begin_of_text|>\"") &&
+               llmi_says(s, "{{system_content+\"\n\n\"}}");
+    int first = llmi_says(s, "{{bos_token}}") && llmi_says(s, "system_message=messages[0].content|trim") &&
+                llmi_says(s, "{{\"<|start_header_id|>system<|end_header_id|>\n\n\"}}{{system_message}}{{\"<|eot_id|>\"}}") &&
+                llmi_says(s, "\"<|start_header_id|>\"+message.role+\"<|end_header_id|>\n\n\"+content|trim+\"<|eot_id|>\"");
+    if ((!first && !next) || !llmi_says(s, "content=message.content.split(\"</think>\")[1].lstrip()")) return 0;
+    llmi_same_turns(f, header, "<|eot_id|>");
+    f->start = next ? "<|begin_of_text|>" : "\1";
+    f->head = llmi_make_around("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>");
+    f->where_system = LLMI_SYSTEM_START;
+    f->open = "<|start_header_id|>assistant<|end_header_id|>\n\n";
+    f->cut = LLMI_CUT_LAST;
+    f->trim = first;
+    f->switches = next;
+    if (!next) return 1;
+    f->system.before = f->other.before = NULL;
+    llmi_set_tools(f, "<|start_header_id|>tool<|end_header_id|>\n\n<TOOL_RESPONSE>[", "", "", ", ", "]</TOOL_RESPONSE><|eot_id|>");
+    return 1;
+}
+
 static const struct { const char *name; int (*is)(const char *spelled, llmi_frame *f); } llmi_frames[] = {
-    {"ChatML", llmi_is_chatml}, {"Llama 3", llmi_is_llama3}, {"Llama 2", llmi_is_llama2}, {"Mistral", llmi_is_mistral},
+    {"Nemotron", llmi_is_nemotron}, {"Phi-4", llmi_is_phi4}, {"gpt-oss", llmi_is_harmony}, {"DeepSeek", llmi_is_deepseek}, {"ChatML", llmi_is_chatml}, {"Llama 3", llmi_is_llama3}, {"Llama 2", llmi_is_llama2}, {"Mistral", llmi_is_mistral},
     {"Phi-3", llmi_is_phi3}, {"Zephyr", llmi_is_zephyr}, {"Gemma", llmi_is_gemma}, {"role marks", llmi_is_role_marks},
 };
 
@@ -4228,19 +4390,25 @@ static moq_result llmi_find_frame(const char *spelled, llmi_frame *f, moq_error 
     for (size_t i = 0; i < LLMI_COUNT(llmi_frames); i++) {
         memset(f, 0, sizeof *f);
         f->start = f->open = f->shut = "";
+        f->level = f->date = "";
         f->always_open = !llmi_says(spelled, "add_generation_prompt");
         if (llmi_frames[i].is(spelled, f)) return MOQ_OK;
     }
     return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
                     "the chat template is none of the known ones "
-                    "(ChatML, Llama 2, Llama 3, Mistral, Phi-3, Zephyr, Gemma, <|role|>); use raw prompts");
+                    "(ChatML, Llama 2, Llama 3, Mistral, Phi-3, Phi-4, Zephyr, Gemma, gpt-oss, DeepSeek, Nemotron, <|role|>); use raw prompts");
 }
 
-/* ---- writing ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>llm-frame       writing frames
+   Texts of messages are never control tokens; the ids are those of the whole rendered text.
+   ------------------------------------------------------------------------------------------------ */
 
 typedef struct llmi_pen {
     const llm_tokenizer *t;
-    llmi_bytes parts;  /* llmi_part after llmi_part */
+    llmi_bytes parts;         /* llmi_part after llmi_part */
+    llmi_arena r;             /* texts that had to be changed */
+    const char *date, *level;
     int ok;
 } llmi_pen;
 
@@ -4260,7 +4428,8 @@ static void llmi_pen_frame_part(llmi_pen *p, const char *s, size_t n, const char
 {
     size_t done = 0;
     for (size_t i = 0; i < n; i++) {
-        const char *put = s[i] == '\1' ? p->t->bos : s[i] == '\2' ? p->t->eos : s[i] == '\3' ? role : s[i] == LLMI_QUOTE ? "\"" : NULL;
+        const char *put = s[i] == '\1' ? p->t->bos : s[i] == '\2' ? p->t->eos : s[i] == '\3' ? role : s[i] == '\4' ? p->date :
+                          s[i] == '\6' ? p->level : s[i] == LLMI_QUOTE ? "\"" : NULL;
         if (!put) continue;
         llmi_pen_add(p, s + done, i - done, 1);
         llmi_pen_add(p, put, strlen(put), 1);
@@ -4347,22 +4516,79 @@ static size_t llmi_last_query(const llm_message *m, size_t count)
     return count ? count - 1 : 0;
 }
 
-/* A tool's answer as Qwen writes it: answers in a row share one user turn. */
-static void llmi_pen_tool(llmi_pen *p, const llm_message *m, size_t i, size_t count)
+/* A text as a JSON string, as Python's json.dumps(ensure_ascii=False) writes it. */
+static void llmi_pen_json(llmi_pen *p, const char *s)
 {
-    if (i == 0 || strcmp(m[i - 1].role, "tool") != 0) llmi_pen_frame(p, "<|im_start|>user", "");
-    llmi_pen_frame(p, "\n<tool_response>\n", "");
-    llmi_pen_add(p, m[i].text, strlen(m[i].text), 0);
-    llmi_pen_frame(p, "\n</tool_response>", "");
-    if (i + 1 == count || strcmp(m[i + 1].role, "tool") != 0) llmi_pen_frame(p, "<|im_end|>\n", "");
+    static const char marks[] = "\"\\\b\f\n\r\t", letters[] = "\"\\bfnrt", hex[] = "0123456789abcdef";
+    size_t n = strlen(s), done = 0;
+    llmi_pen_add(p, "\"", 1, 0);
+    for (size_t i = 0; i < n; i++) {
+        const char *mark = strchr(marks, s[i]);
+        char escape[8] = "\\u00";
+        if (!mark && (uint8_t)s[i] >= 0x20) continue;
+        escape[1] = mark ? letters[mark - marks] : 'u';
+        escape[4] = hex[(uint8_t)s[i] >> 4];
+        escape[5] = hex[s[i] & 15];
+        const char *kept = llmi_take_text(&p->r, escape, mark ? 2 : 6);
+        if (!kept) { p->ok = 0; return; }
+        llmi_pen_add(p, s + done, i - done, 0);
+        llmi_pen_add(p, kept, mark ? 2 : 6, 0);
+        done = i + 1;
+    }
+    llmi_pen_add(p, s + done, n - done, 0);
+    llmi_pen_add(p, "\"", 1, 0);
 }
 
-/* One turn; `system` is the text that goes in front of this user text, or NULL. */
-static void llmi_pen_turn(llmi_pen *p, const llmi_frame *f, const llmi_around *a, const llm_message *m, const char *system)
+/* A tool's answer: answers in a row share one turn. */
+static void llmi_pen_tool(llmi_pen *p, const llmi_tools *t, const llm_message *m, size_t i, size_t count)
 {
-    const char *s = m->text;
-    size_t n = strlen(s);
+    int follows = i > 0 && strcmp(m[i - 1].role, "tool") == 0, goes_on = i + 1 < count && strcmp(m[i + 1].role, "tool") == 0;
+    llmi_pen_frame(p, follows ? t->between : t->open, "");
+    llmi_pen_frame(p, t->before, "");
+    if (t->json) llmi_pen_json(p, m[i].text);
+    else llmi_pen_add(p, m[i].text, strlen(m[i].text), 0);
+    llmi_pen_frame(p, t->after, "");
+    if (!goes_on) llmi_pen_frame(p, t->shut, "");
+}
+
+/* Where an answer begins, its reasoning left out. */
+static const char *llmi_cut_thought(const char *s, int cut)
+{
+    const char *end = cut == LLMI_CUT_NEVER ? NULL : cut == LLMI_CUT_FIRST ? strstr(s, "</think>") : llmi_find_last(s, "</think>");
+    return end ? end + 8 : s;
+}
+
+/* A copy of a text without a word; what comes together by that is not looked at again. */
+static const char *llmi_pen_remove(llmi_pen *p, const char *s, const char *word)
+{
+    size_t m = strlen(word);
+    char *t = llmi_take_text(&p->r, s, strlen(s)), *to = t;
+    if (!t) { p->ok = 0; return ""; }
+    for (const char *hit = strstr(s, word); hit; hit = strstr(s, word)) {
+        memcpy(to, s, (size_t)(hit - s));
+        to += hit - s;
+        s = hit + m;
+    }
+    memcpy(to, s, strlen(s) + 1);
+    return t;
+}
+
+/* A text without its switches /think and /no_think, stripped. */
+static const char *llmi_pen_clean(llmi_pen *p, const char *s, size_t *n)
+{
+    s = llmi_pen_remove(p, llmi_pen_remove(p, s, "/think"), "/no_think");
+    *n = strlen(s);
+    llmi_trim(&s, n, 1, 1);
+    return s;
+}
+
+/* One turn; `system` is the text that goes in front of this user text, or NULL; `after` stands in the place of what follows others, or NULL. */
+static void llmi_pen_turn(llmi_pen *p, const llmi_frame *f, const llmi_around *a, const llm_message *m, const char *system, const char *after)
+{
     int answer = a == &f->assistant;
+    const char *s = answer ? llmi_cut_thought(m->text, f->cut) : m->text;
+    size_t n = strlen(s);
+    if (s != m->text) llmi_trim(&s, &n, 1, 0);
     llmi_pen_frame(p, a->before, m->role);
     if (system) {
         llmi_pen_frame(p, f->system.before, "system");
@@ -4371,13 +4597,13 @@ static void llmi_pen_turn(llmi_pen *p, const llmi_frame *f, const llmi_around *a
     int joined = system && *f->system.before; /* Llama 2 strips the system text and the user text as one */
     if (f->trim == 1 || (f->trim == 2 && answer)) llmi_trim(&s, &n, !joined, 1);
     if (system) {
-        const char *after = f->system.after;
-        size_t bytes = strlen(after);
-        if (joined && n == 0) llmi_trim(&after, &bytes, 0, 1);
-        llmi_pen_frame_part(p, after, bytes, "system");
+        const char *gap = f->system.after;
+        size_t bytes = strlen(gap);
+        if (joined && n == 0) llmi_trim(&gap, &bytes, 0, 1);
+        llmi_pen_frame_part(p, gap, bytes, "system");
     }
     llmi_pen_add(p, s, n, 0);
-    llmi_pen_frame(p, a->after, m->role);
+    llmi_pen_frame(p, after ? after : a->after, m->role);
 }
 
 /* What stands around the text of a role. */
@@ -4401,6 +4627,9 @@ static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m,
         int system = strcmp(m[i].role, "system") == 0, leads = system && i == 0 && f->where_system > LLMI_SYSTEM_NONE;
         if (leads) continue;
         const llmi_around *a = llmi_find_around(f, m[i].role);
+        if (f->tools.open && strcmp(m[i].role, "tool") == 0) { turn++; continue; }
+        if (f->last && a == &f->assistant && (strstr(m[i].text, "<|channel|>analysis<|message|>") || strstr(m[i].text, "<|channel|>final<|message|>")))
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "message %llu holds channel marks; give only the final text of an answer", (unsigned long long)i);
         if ((system && (f->where_system == LLMI_SYSTEM_NONE || f->alternate)) || !a->before)
             return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for the role '%q' (message %llu)",
                             m[i].role, (unsigned long long)i);
@@ -4409,23 +4638,65 @@ static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m,
                             (unsigned long long)i, m[i].role);
         turn++;
     }
+    if (f->writer == LLMI_NEMOTRON2 && turn == 0)
+        return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame needs a message beside the system's");
+    if (f->needs_system && (count == 0 || strcmp(m[0].role, "system") != 0))
+        return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's own system text names the current date; begin with a system message");
     return MOQ_OK;
 }
 
-/* The whole conversation in the order of the template. */
-static void llmi_pen_all(llmi_pen *p, const llmi_frame *f, const llm_message *m, size_t count, int open)
+/* The settings before the first message, and how many they are. */
+static moq_result llmi_read_settings(llmi_pen *p, llmi_frame *f, const llm_message *m, size_t count, size_t *used, moq_error *err)
+{
+    static const struct { const char *text; int mode; } modes[] = {
+        {"on", LLMI_THINK_ON}, {"off", LLMI_THINK_OFF}, {"low", LLMI_THINK_LEVELS}, {"medium", LLMI_THINK_LEVELS}, {"high", LLMI_THINK_LEVELS}};
+    p->date = f->date;
+    p->level = f->level;
+    for (*used = 0; *used < count && m[*used].role && m[*used].text; (*used)++) {
+        const char *text = m[*used].text;
+        size_t i = 0;
+        if (strcmp(m[*used].role, "date") == 0) { p->date = text; continue; }
+        if (strcmp(m[*used].role, "thinking") != 0) break;
+        while (i < LLMI_COUNT(modes) && strcmp(modes[i].text, text) != 0) i++;
+        if (i == LLMI_COUNT(modes) || !(modes[i].mode & f->modes))
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "thinking cannot be '%q' in this model's frame%s", text,
+                            f->modes & LLMI_THINK_LEVELS ? "; known: low, medium, high" : f->modes ? "; known: on, off" : ", which has no such switch");
+        if (modes[i].mode == LLMI_THINK_LEVELS) p->level = text;
+        else f->open = modes[i].mode == LLMI_THINK_ON ? f->open_on : f->open_off;
+    }
+    if (p->date) return MOQ_OK;
+    return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
+                    "this model's frame has the current date; begin with a message of the role 'date', such as 2025-06-30");
+}
+
+/* A leading system text of its own turn. Nemotron: a text that is there is followed by an empty line, and switches in it are obeyed. */
+static void llmi_pen_head(llmi_pen *p, llmi_frame *f, const char *system)
+{
+    const char *s = system ? system : "";
+    size_t n = strlen(s);
+    if (f->where_system == LLMI_SYSTEM_HEAD && n == 0 && !f->needs_system) return;
+    if (f->trim == 1) llmi_trim(&s, &n, 1, 1);
+    if (f->switches && (strstr(s, "/no_think") || strstr(s, "/think"))) {
+        const char *word = strstr(s, "/no_think") ? "/no_think" : "/think";
+        if (word[1] == 'n') f->open = "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n\n</think>\n\n";
+        s = llmi_pen_remove(p, s, word);
+        n = strlen(s);
+        llmi_trim(&s, &n, 1, 1);
+    }
+    llmi_pen_frame(p, f->head.before, "system");
+    llmi_pen_add(p, s, n, 0);
+    if (f->switches && system && *system) llmi_pen_frame(p, "\n\n", "system");
+    llmi_pen_frame(p, f->head.after, "system");
+}
+
+/* Turn after turn. */
+static void llmi_pen_turns(llmi_pen *p, llmi_frame *f, const llm_message *m, size_t count, int open)
 {
     int leads = count > 0 && f->where_system > LLMI_SYSTEM_NONE && strcmp(m[0].role, "system") == 0;
     const char *system = leads ? m[0].text : NULL;
     size_t from = leads ? 1 : 0, query = f->thinking ? llmi_last_query(m, count) : 0;
-    llmi_pen_frame(p, f->start, "");
-    if (f->where_system == LLMI_SYSTEM_START) {
-        const char *s = system ? system : "";
-        size_t n = strlen(s);
-        if (f->trim) llmi_trim(&s, &n, 1, 1);
-        llmi_pen_frame(p, f->system.before, "system");
-        llmi_pen_add(p, s, n, 0);
-        llmi_pen_frame(p, f->system.after, "system");
+    if (f->where_system == LLMI_SYSTEM_START || f->where_system == LLMI_SYSTEM_HEAD) {
+        llmi_pen_head(p, f, system);
         system = NULL;
     }
     if (f->default_system && count > 0 && strcmp(m[0].role, "system") != 0) {
@@ -4435,23 +4706,100 @@ static void llmi_pen_all(llmi_pen *p, const llmi_frame *f, const llm_message *m,
     }
     for (size_t i = from; i < count; i++) {
         const llmi_around *a = llmi_find_around(f, m[i].role);
-        llmi_around plain_header = f->other;
         int here = a == &f->user && (f->where_system == LLMI_SYSTEM_LAST ? i + 1 == count : i == from);
-        if (f->where_system == LLMI_SYSTEM_START && a == &f->system) { /* a later system message is an ordinary turn */
-            plain_header = f->user;
-            a = &plain_header;
-        }
-        if (f->tool_turns && strcmp(m[i].role, "tool") == 0) {
-            llmi_pen_tool(p, m, i, count);
+        int ends = a == &f->assistant && i + 1 == count && !open && !f->always_open;
+        if (f->tools.open && strcmp(m[i].role, "tool") == 0) {
+            llmi_pen_tool(p, &f->tools, m, i, count);
         } else if (f->thinking && a == &f->assistant) {
             llmi_pen_frame(p, a->before, m[i].role);
             llmi_pen_thinking(p, &m[i], i > query, i + 1 == count);
             llmi_pen_frame(p, a->after, m[i].role);
         } else {
-            llmi_pen_turn(p, f, a, &m[i], here ? system : NULL);
+            llmi_pen_turn(p, f, a, &m[i], here ? system : NULL, ends ? f->last : NULL);
         }
     }
     llmi_pen_frame(p, open || f->always_open ? f->open : f->shut, "");
+}
+
+/* DeepSeek: what opens an answer depends on whether a tool or a user spoke before it. */
+static void llmi_pen_deepseek(llmi_pen *p, const llmi_frame *f, const llm_message *m, size_t count, int open)
+{
+    int v3 = f->writer == LLMI_DEEPSEEK3, tool = 0, asked = 0, outputs = 0;
+    for (size_t i = 0; i < count; i++) {
+        const char *s = m[i].text;
+        if (i == 0 && strcmp(m[i].role, "system") == 0) {
+            llmi_pen_add(p, s, strlen(s), 0);
+        } else if (strcmp(m[i].role, "user") == 0) {
+            llmi_pen_frame(p, f->user.before, "");
+            llmi_pen_add(p, s, strlen(s), 0);
+            tool = 0;
+            asked = 1;
+        } else if (strcmp(m[i].role, "tool") == 0) {
+            if (v3) llmi_pen_frame(p, outputs ? "\n" : LLMI_DEEPSEEK_TOOL("outputs\342\226\201begin"), "");
+            llmi_pen_frame(p, LLMI_DEEPSEEK_TOOL("output\342\226\201begin"), "");
+            llmi_pen_add(p, s, strlen(s), 0);
+            llmi_pen_frame(p, LLMI_DEEPSEEK_TOOL("output\342\226\201end"), "");
+            tool = outputs = 1;
+            asked = 0;
+        } else {
+            if (v3) llmi_pen_frame(p, tool ? LLMI_DEEPSEEK_TOOL("outputs\342\226\201end") : LLMI_DEEPSEEK("Assistant"), "");
+            else if (asked) llmi_pen_frame(p, LLMI_DEEPSEEK("Assistant") "</think>", "");
+            if (!tool) s = llmi_cut_thought(s, f->cut);
+            llmi_pen_add(p, s, strlen(s), 0);
+            llmi_pen_frame(p, LLMI_DEEPSEEK_EOS, "");
+            tool = asked = 0;
+        }
+    }
+    if (v3 && tool) llmi_pen_frame(p, LLMI_DEEPSEEK_TOOL("outputs\342\226\201end"), "");
+    if (open && !tool && (v3 || asked)) llmi_pen_frame(p, f->open, "");
+}
+
+/* Nemotron Nano v2: switches may stand in every text, and an answer at the end is gone on with. */
+static void llmi_pen_nemotron(llmi_pen *p, const llmi_frame *f, const llm_message *m, size_t count, int open)
+{
+    int leads = count > 0 && strcmp(m[0].role, "system") == 0, think = 1;
+    const char *last = "", *s = "";
+    size_t n = 0, last_bytes = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (strcmp(m[i].role, "user") != 0 && strcmp(m[i].role, "system") != 0) continue;
+        if (strstr(m[i].text, "/think")) think = 1;
+        else if (strstr(m[i].text, "/no_think")) think = 0;
+    }
+    if (leads) s = llmi_pen_clean(p, m[0].text, &n);
+    llmi_pen_frame(p, "<SPECIAL_10>System\n", "");
+    llmi_pen_add(p, s, n, 0);
+    llmi_pen_frame(p, "\n\n", "");
+    m += leads;
+    count -= (size_t)leads;
+    if (count && strcmp(m[count - 1].role, "assistant") == 0) {
+        last = m[--count].text;
+        last_bytes = strlen(last);
+        llmi_trim(&last, &last_bytes, 1, 1);
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (strcmp(m[i].role, "tool") == 0) { llmi_pen_tool(p, &f->tools, m, i, count); continue; }
+        int user = strcmp(m[i].role, "user") == 0;
+        s = user ? llmi_pen_clean(p, m[i].text, &n) : llmi_cut_thought(m[i].text, LLMI_CUT_FIRST);
+        const char *again = user || s == m[i].text ? NULL : strstr(s, "</think>");
+        if (!user) n = again ? (size_t)(again - s) : strlen(s);
+        if (!user) llmi_trim(&s, &n, 1, 1);
+        llmi_pen_frame(p, user ? "<SPECIAL_11>User\n" : "<SPECIAL_11>Assistant\n", "");
+        llmi_pen_add(p, s, n, 0);
+        llmi_pen_frame(p, user ? "\n" : "\n<SPECIAL_12>\n\n", "");
+    }
+    if (!open && last_bytes == 0) return;
+    llmi_pen_frame(p, think ? "<SPECIAL_11>Assistant\n<think>\n\n" : "<SPECIAL_11>Assistant\n<think></think>", "");
+    llmi_pen_add(p, last, last_bytes, 0);
+    if (!open) llmi_pen_frame(p, "\n<SPECIAL_12>\n\n", "");
+}
+
+/* The whole conversation in the order of the template. */
+static void llmi_pen_all(llmi_pen *p, llmi_frame *f, const llm_message *m, size_t count, int open)
+{
+    llmi_pen_frame(p, f->start, "");
+    if (f->writer == LLMI_TURNS) llmi_pen_turns(p, f, m, count, open);
+    else if (f->writer == LLMI_NEMOTRON2) llmi_pen_nemotron(p, f, m, count, open);
+    else llmi_pen_deepseek(p, f, m, count, open);
 }
 
 LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, size_t count, int open_answer, int32_t *ids, size_t capacity,
@@ -4461,7 +4809,7 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
     llmi_spelling spelled;
     llmi_pen pen;
     llmi_coder c;
-    size_t need = SIZE_MAX;
+    size_t need = SIZE_MAX, set = 0;
     if (!t || (count && !messages)) {
         moq_fail(err, MOQ_E_ARG, "llm_frame", "the tokenizer or the messages are missing");
         return SIZE_MAX;
@@ -4475,10 +4823,12 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
     spelled.ok = pen.ok = 1;
     pen.t = t;
     pen.parts = llmi_bytes_make(&t->a);
+    pen.r = llmi_arena_make(&t->a);
     llmi_coder_make(&c, t);
     int ok = llmi_spell_template(&spelled, t->frame_text);
-    if (ok && llmi_find_frame(spelled.out.data, &f, err) >= 0 && llmi_check_messages(&f, messages, count, err) >= 0) {
-        llmi_pen_all(&pen, &f, messages, count, open_answer);
+    if (ok && llmi_find_frame(spelled.out.data, &f, err) >= 0 && llmi_read_settings(&pen, &f, messages, count, &set, err) >= 0 &&
+        llmi_check_messages(&f, messages + set, count - set, err) >= 0) {
+        llmi_pen_all(&pen, &f, messages + set, count - set, open_answer);
         ok = pen.ok && llmi_encode_parts(&c, (const llmi_part *)(const void *)pen.parts.data, pen.parts.count / sizeof(llmi_part));
         if (ok) need = c.out.count;
     }
@@ -4486,6 +4836,7 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
     if (need != SIZE_MAX && ids && capacity) memcpy(ids, c.out.data, (need < capacity ? need : capacity) * sizeof *ids);
     llmi_coder_drop(&c);
     llmi_bytes_drop(&pen.parts);
+    llmi_arena_drop(&pen.r);
     llmi_bytes_drop(&spelled.out);
     return need;
 }

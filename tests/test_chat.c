@@ -10,7 +10,7 @@
 
 /* A tokenizer whose tokens are single bytes and control tokens, so that ids show exactly where control tokens stand: byte b has id b. */
 static const char *const marks[] = {"<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>",
-                                    "<|assistant|>", "<|system|>", "<|end|>", "<start_of_turn>", "<end_of_turn>"};
+                                    "<|assistant|>", "<|system|>", "<|end|>", "<start_of_turn>", "<end_of_turn>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>"};
 
 static void put(char *out, size_t *n, const char *s)
 {
@@ -184,6 +184,74 @@ static void test_chat_control_text(void)
                 m + 2, 1, 0, "{<|user|>}<|im_");
 }
 
+#define HARMONY "{%- set model_identity = \"You are ChatGPT, a large language model trained by OpenAI.\" %}{{ \"Knowledge cutoff: 2024-06\\n\" }}{{ strftime_now(\"%Y-%m-%d\") }}" \
+                "{%- set reasoning_effort = \"medium\" %}{{- \"# Instructions\\n\\n\" }} {{- developer_message }} {{- \"\\n\\n\" }}" \
+                "{{- \"<|start|>assistant<|channel|>final<|message|>\" + message.content + \"<|end|>\" }}{% if add_generation_prompt %}"
+#define HARMONY_SYSTEM(level) "{<|start|>}system{<|message|>}You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2025-06-30\n\nReasoning: " \
+                              level "\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message.{<|end|>}"
+#define DEEP(name) "<\357\275\234" name "\357\275\234>"
+#define DEEP_END DEEP("end\342\226\201of\342\226\201sentence")
+#define DEEP_OUT(text) DEEP("tool\342\226\201output\342\226\201begin") text DEEP("tool\342\226\201output\342\226\201end")
+#define DEEPSEEK3 "{{ns.system_prompt}}{{'" DEEP("User") "' + message['content']}}{{'" DEEP("Assistant") "' + message['content'] + '" DEEP_END "'}}" \
+                  "{{'\\n" DEEP("tool\342\226\201output\342\226\201begin") "' + message['content']}}{% if add_generation_prompt %}"
+#define DEEPSEEK31 "{{ns.system_prompt}}{{'" DEEP("User") "' + message['content']}}{{'" DEEP("Assistant") "'}}{%- if message['prefix'] is defined and message['prefix'] and thinking -%}" \
+                   "{{'<think>'}}{%- else -%}{{'</think>'}}{%- endif -%}{% if add_generation_prompt %}"
+#define NANO2 "{{- '<SPECIAL_11>User\\n' + (content | default('', true)).replace('/think', '').replace('/no_think', '').strip() + '\\n' }}{{- '<SPECIAL_11>User\\n' + '<TOOL_RESPONSE>[' }}" \
+              "{%- set ns.last_turn_assistant_content = 1 %}{% if add_generation_prompt %}"
+#define LLAMA32 "{{- bos_token }}{{- \"Cutting Knowledge Date: December 2023\\n\" }}\"26 Jul 2024\"{% set d = \"26 Jul 2024\" %}" \
+                "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}" \
+                "{%- if message.content is mapping or message.content is iterable %}{{- message.content | tojson }}{% if add_generation_prompt %}"
+
+/* Frames that differ from turn to turn; the templates here hold only what they are recognised by. */
+static void test_chat_newer(void)
+{
+    static const llm_message dated[] = {{"date", "2025-06-30"}, {"thinking", "high"}, {"system", "Short."}, {"user", "hi"}, {"assistant", "yo"}};
+    check_frame(HARMONY, dated, 5, 0, HARMONY_SYSTEM("high") "{<|start|>}developer{<|message|>}# Instructions\n\nShort.\n\n{<|end|>}{<|start|>}user{<|message|>}hi{<|end|>}"
+                "{<|start|>}assistant{<|channel|>}final{<|message|>}yo{<|return|>}");
+    check_frame(HARMONY, dated, 5, 1, HARMONY_SYSTEM("high") "{<|start|>}developer{<|message|>}# Instructions\n\nShort.\n\n{<|end|>}{<|start|>}user{<|message|>}hi{<|end|>}"
+                "{<|start|>}assistant{<|channel|>}final{<|message|>}yo{<|end|>}{<|start|>}assistant");
+    static const llm_message tools[] = {{"system", "S"}, {"user", "u"}, {"assistant", "t</think>a"}, {"tool", "1"}, {"tool", "\"2\"\n"}, {"assistant", "b"}, {"user", "v"}};
+    check_frame(DEEPSEEK3, tools, 7, 1, "{<s>}S" DEEP("User") "u" DEEP("Assistant") "t</think>a" DEEP_END DEEP("tool\342\226\201outputs\342\226\201begin") DEEP_OUT("1") "\n" DEEP_OUT("\"2\"\n")
+                DEEP("tool\342\226\201outputs\342\226\201end") "b" DEEP_END DEEP("User") "v" DEEP("Assistant"));
+    check_frame(DEEPSEEK3, tools, 4, 1, "{<s>}S" DEEP("User") "u" DEEP("Assistant") "t</think>a" DEEP_END DEEP("tool\342\226\201outputs\342\226\201begin") DEEP_OUT("1")
+                DEEP("tool\342\226\201outputs\342\226\201end"));
+    check_frame(DEEPSEEK31, tools, 7, 1, "{<s>}S" DEEP("User") "u" DEEP("Assistant") "</think>a" DEEP_END DEEP_OUT("1") DEEP_OUT("\"2\"\n") "b" DEEP_END DEEP("User") "v" DEEP("Assistant") "</think>");
+    static const llm_message think[] = {{"thinking", "on"}, {"user", "u"}};
+    check_frame(DEEPSEEK31, think, 2, 1, "{<s>}" DEEP("User") "u" DEEP("Assistant") "<think>");
+    check_frame(NANO2, tools, 7, 1, "<SPECIAL_10>System\nS\n\n<SPECIAL_11>User\nu\n<SPECIAL_11>Assistant\na\n<SPECIAL_12>\n\n<SPECIAL_11>User\n<TOOL_RESPONSE>[1, \"2\"\n]</TOOL_RESPONSE>\n\n"
+                "<SPECIAL_11>Assistant\nb\n<SPECIAL_12>\n\n<SPECIAL_11>User\nv\n<SPECIAL_11>Assistant\n<think>\n\n");
+    static const llm_message off[] = {{"system", " a /no_think b"}, {"user", "q"}, {"assistant", " done "}};
+    check_frame(NANO2, off, 3, 0, "<SPECIAL_10>System\na  b\n\n<SPECIAL_11>User\nq\n<SPECIAL_11>Assistant\n<think></think>done\n<SPECIAL_12>\n\n");
+    static const llm_message call[] = {{"date", "01 May 2025"}, {"user", "u"}, {"assistant", "a"}, {"tool", "\"2\\\n\x01\t"}};
+    check_frame(LLAMA32, call, 4, 1, "{<s>}{<|start_header_id|>}system{<|end_header_id|>}\n\nCutting Knowledge Date: December 2023\nToday Date: 01 May 2025\n\n{<|eot_id|>}"
+                "{<|start_header_id|>}user{<|end_header_id|>}\n\nu{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}\n\na{<|eot_id|>}"
+                "{<|start_header_id|>}ipython{<|end_header_id|>}\n\n\"\\\"2\\\\\\n\\u0001\\t\"{<|eot_id|>}{<|start_header_id|>}assistant{<|end_header_id|>}\n\n");
+}
+
+/* What a frame has no place for is said. */
+static void test_chat_settings_refused(void)
+{
+    static const struct { const char *text; llm_message m[2]; size_t count; const char *says; } bad[] = {
+        {HARMONY, {{"user", "x"}}, 1, "role 'date'"},
+        {HARMONY, {{"thinking", "on"}, {"user", "x"}}, 2, "low, medium, high"},
+        {HARMONY, {{"date", "d"}, {"tool", "x"}}, 2, "role 'tool'"},
+        {HARMONY, {{"date", "d"}, {"assistant", "<|channel|>final<|message|>x"}}, 2, "channel marks"},
+        {DEEPSEEK31, {{"thinking", "high"}, {"user", "x"}}, 2, "on, off"},
+        {CHATML, {{"thinking", "off"}, {"user", "x"}}, 2, "no such switch"},
+        {NANO2, {{"system", "x"}}, 1, "beside the system"},
+        {"{{- bos_token }}{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}{{- '[INST]' + message['content'] + '[/INST]' }}{{- message['content'] + eos_token }}",
+         {{"user", "x"}}, 1, "begin with a system message"}};
+    moq_error err;
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        llm_tokenizer *t = open_chat(bad[i].text, &err);
+        CHECK(t && llm_frame(t, bad[i].m, bad[i].count, 1, NULL, 0, &err) == SIZE_MAX);
+        CHECK_INT(err.code, MOQ_E_TEMPLATE);
+        CHECK(strstr(err.text, bad[i].says) != NULL);
+        if (!strstr(err.text, bad[i].says)) fprintf(stderr, "%d: %s\n", (int)i, err.text);
+        close_chat(t);
+    }
+}
+
 static void test_chat_refused(void)
 {
     static const char *const bad[] = {"", "{{", "{% for message in messages %}{{ message.content }}{% endfor %}", "{{ '<|im_start|>' }}", "{{ \"a", "{# x", "}}{%"};
@@ -242,16 +310,17 @@ static void test_chat_ends(void)
     close_chat(t);
 }
 
-static void test_chat_failing_allocations(void)
+static void fail_allocations(const char *text, const llm_message *m, size_t count)
 {
     moq_error err;
-    llm_tokenizer *t = open_chat(CHATML, &err);
-    size_t want = llm_frame(t, three, 4, 1, NULL, 0, &err);
+    llm_tokenizer *t = open_chat(text, &err);
+    size_t want = llm_frame(t, m, count, 1, NULL, 0, &err);
     int done = 0;
+    CHECK(want != SIZE_MAX);
     for (long k = 1; !done && k < 1000; k++) {
         long live = test_state.live_allocs;
         test_state.fail_at = k;
-        size_t n = llm_frame(t, three, 4, 1, NULL, 0, &err);
+        size_t n = llm_frame(t, m, count, 1, NULL, 0, &err);
         done = test_state.fail_at > 0;
         test_state.fail_at = 0;
         if (done) CHECK_INT((long long)n, (long long)want);
@@ -260,6 +329,14 @@ static void test_chat_failing_allocations(void)
     }
     CHECK(done);
     close_chat(t);
+}
+
+static void test_chat_failing_allocations(void)
+{
+    static const llm_message m[] = {{"system", "x /think"}, {"user", "/no_think"}, {"tool", "\"\n\""}, {"user", "y"}};
+    fail_allocations(CHATML, three, 4);
+    fail_allocations(NANO2, m, 4);
+    fail_allocations(LLAMA32, m, 4);
 }
 
 /* ---- for tests/interop/chat.py ---- */
@@ -324,6 +401,8 @@ int main(int argc, char **argv)
     RUN(test_chat_inst);
     RUN(test_chat_others);
     RUN(test_chat_control_text);
+    RUN(test_chat_newer);
+    RUN(test_chat_settings_refused);
     RUN(test_chat_refused);
     RUN(test_chat_template_prefixes);
     RUN(test_chat_ends);

@@ -238,9 +238,205 @@ TEMPLATES = {
 }
 MARKS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
          "<start_of_turn>", "<end_of_turn>", "<|tool|>"]
+
+# Newer frames, written here as their makers' templates put the texts together, without descriptions of tools and calls.
+def ds(name):
+    return f"<｜{name}｜>"
+
+DEEPSEEK_HEAD = """{%- set ns = namespace(is_first=false, is_tool=false, is_output_first=true, is_last_user=false, system_prompt='') -%}
+{%- for message in messages -%}{%- if message['role'] == 'system' -%}{%- set ns.system_prompt = message['content'] -%}{%- endif -%}{%- endfor -%}
+{{bos_token}}{{ns.system_prompt}}
+{%- for message in messages -%}
+  {%- if message['role'] == 'user' -%}{%- set ns.is_tool = false -%}{%- set ns.is_last_user = true -%}{{'USER' + message['content']}}{%- endif -%}
+""".replace("USER", ds("User"))
+DEEPSEEK_TOOLS = """
+  {%- if message['role'] == 'tool' -%}
+    {%- set ns.is_tool = true -%}
+    {%- if ns.is_output_first -%}{{'BEGINS<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>'}}{%- set ns.is_output_first = false -%}
+    {%- else -%}{{'\n<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>'}}{%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if ns.is_tool -%}{{'ENDS'}}{%- endif -%}
+{%- if add_generation_prompt and not ns.is_tool -%}{{'OPEN'}}{%- endif -%}
+"""
+DEEPSEEK_ANSWER = """
+  {%- if message['role'] == 'assistant' and message['content'] is not none -%}
+    {%- if ns.is_tool -%}{{'ENDS' + message['content'] + 'EOS'}}{%- set ns.is_tool = false -%}
+    {%- else -%}CUT{{'<｜Assistant｜>' + TEXT + 'EOS'}}{%- endif -%}
+  {%- endif -%}
+"""
+
+def deepseek(cut, opening):
+    t = DEEPSEEK_HEAD + DEEPSEEK_ANSWER + DEEPSEEK_TOOLS
+    t = t.replace("CUT", "{%- set content = message['content'] -%}{%- if '</think>' in content -%}{%- set content = content.split('</think>')[-1] -%}{%- endif -%}" if cut else "")
+    for a, b in (("TEXT", "content" if cut else "message['content']"), ("EOS", ds("end▁of▁sentence")), ("BEGINS", ds("tool▁outputs▁begin")), ("ENDS", ds("tool▁outputs▁end")),
+                 ("OPEN", opening)):
+        t = t.replace(a, b)
+    return t
+
+TEMPLATES.update({
+    "deepseek_v3": deepseek(False, ds("Assistant")), "deepseek_r1": deepseek(True, ds("Assistant") + "<think>\\n"),
+    "deepseek_v2": "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "deepseek_v3.1": "{%- if not thinking is defined -%}{%- set thinking = false -%}{%- endif -%}" + DEEPSEEK_HEAD + """
+  {%- if message['role'] == 'assistant' -%}
+    {%- if ns.is_last_user -%}{{'<｜Assistant｜>'}}{%- if message['prefix'] is defined and message['prefix'] and thinking -%}{{'<think>'}}{%- else -%}{{'</think>'}}{%- endif -%}{%- endif -%}
+    {%- set ns.is_last_user = false -%}
+    {%- if ns.is_tool -%}{{message['content'] + '<｜end▁of▁sentence｜>'}}{%- set ns.is_tool = false -%}
+    {%- else -%}{%- set content = message['content'] -%}{%- if '</think>' in content -%}{%- set content = content.split('</think>', 1)[1] -%}{%- endif -%}{{content + '<｜end▁of▁sentence｜>'}}{%- endif -%}
+  {%- endif -%}
+  {%- if message['role'] == 'tool' -%}{%- set ns.is_last_user = false -%}{%- set ns.is_tool = true -%}{{'<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>'}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and ns.is_last_user and not ns.is_tool -%}{{'<｜Assistant｜>'}}{%- if not thinking -%}{{'</think>'}}{%- else -%}{{'<think>'}}{%- endif -%}{%- endif -%}
+""",
+    "phi4": "{% for message in messages %}{% if (message['role'] == 'system') %}{{'<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'user') %}{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'assistant') %}{{'<|im_start|>assistant<|im_sep|>' + message['content'] + '<|im_end|>'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+    "phi4_first": "{% for message in messages %}{% if (message['role'] == 'system') %}{{'<|im_start|>system<|im_sep|>' + message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'user') %}{{'<|im_start|>user<|im_sep|>' + message['content'] + '<|im_end|><|im_start|>assistant<|im_sep|>'}}{% elif (message['role'] == 'assistant') %}{{message['content'] + '<|im_end|>'}}{% endif %}{% endfor %}",
+    "mistral7": """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set loop_messages = messages[1:] %}
+{%- else %}{{- raise_exception('the default text names a date') }}{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+{%- for message in loop_messages %}
+    {%- if (message["role"] == "user") != (loop.index0 % 2 == 0) %}{{- raise_exception("roles must alternate") }}{%- endif %}
+{%- endfor %}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}{{- '[INST]' + message['content'] + '[/INST]' }}
+    {%- elif message['role'] == 'assistant' %}{{- message['content'] + eos_token }}
+    {%- else %}{{- raise_exception("Only user and assistant roles are supported") }}{%- endif %}
+{%- endfor %}
+""",
+    "mistral7_system": """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}{%- set loop_messages = messages[1:] %}
+{%- else %}{{- raise_exception('the default text names a date') }}{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+{%- for message in loop_messages %}
+    {%- if message['role'] == 'user' %}{{- '[INST]' + message['content'] + '[/INST]' }}
+    {%- elif message['role'] == 'system' %}{{- '[SYSTEM_PROMPT]' + message['content'] + '[/SYSTEM_PROMPT]' }}
+    {%- elif message['role'] == 'assistant' %}{{- message['content'] + eos_token }}
+    {%- else %}{{- raise_exception('Only user, systemm and assistant roles are supported!') }}{%- endif %}
+{%- endfor %}
+""",
+    "gpt_oss": """{%- macro build_system_message() -%}
+    {%- if model_identity is not defined %}{%- set model_identity = "You are ChatGPT, a large language model trained by OpenAI." %}{%- endif %}
+    {{- model_identity + "\\n" }}
+    {{- "Knowledge cutoff: 2024-06\\n" }}
+    {{- "Current date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}
+    {%- if reasoning_effort is not defined %}{%- set reasoning_effort = "medium" %}{%- endif %}
+    {{- "Reasoning: " + reasoning_effort + "\\n\\n" }}
+    {{- "# Valid channels: analysis, commentary, final. Channel must be included for every message." }}
+{%- endmacro -%}
+{{- "<|start|>system<|message|>" }}{{- build_system_message() }}{{- "<|end|>" }}
+{%- if messages[0].role == "developer" or messages[0].role == "system" %}{%- set developer_message = messages[0].content %}{%- set loop_messages = messages[1:] %}
+{%- else %}{%- set developer_message = "" %}{%- set loop_messages = messages %}{%- endif %}
+{%- if developer_message %}
+    {{- "<|start|>developer<|message|>" }}
+    {{- "# Instructions\\n\\n" }}
+    {{- developer_message }}
+    {{- "\\n\\n" }}
+    {{- "<|end|>" }}
+{%- endif %}
+{%- for message in loop_messages -%}
+    {%- if message.role == 'assistant' -%}
+        {%- if "<|channel|>analysis<|message|>" in message.content or "<|channel|>final<|message|>" in message.content %}{{- raise_exception("channel tags in the content") }}{%- endif %}
+        {%- if loop.last and not add_generation_prompt %}{{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
+        {%- else %}{{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|end|>" }}{%- endif %}
+    {%- elif message.role == 'tool' -%}{{- raise_exception("tool role without a call") }}
+    {%- elif message.role == 'user' -%}{{- "<|start|>user<|message|>" + message.content + "<|end|>" }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|start|>assistant
+{%- endif -%}
+""",
+    "nemotron_first": """{{- bos_token }}{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' and '</think>' in message['content'] %}{%- set content = message['content'].split('</think>')[-1].lstrip() %}{%- else %}{%- set content = message['content'] %}{%- endif %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+""",
+})
+TEMPLATES["nemotron_nano2"] = """{%- set ns = namespace(think=true, last='') -%}
+{%- for message in messages -%}{%- if message['role'] == 'user' or message['role'] == 'system' -%}
+    {%- if '/think' in message['content'] -%}{%- set ns.think = true -%}{%- elif '/no_think' in message['content'] -%}{%- set ns.think = false -%}{%- endif -%}
+{%- endif -%}{%- endfor -%}
+{%- if messages[0]['role'] != 'system' -%}{{- '<SPECIAL_10>System\n' -}}
+{%- else -%}{{- '<SPECIAL_10>System\n' + messages[0]['content'].replace('/think', '').replace('/no_think', '').strip() }}{%- endif -%}
+{{- '\n\n' -}}
+{%- set messages = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+{%- if messages[-1]['role'] == 'assistant' -%}
+  {%- set ns.last_turn_assistant_content = messages[-1]['content'].strip() -%}{%- set messages = messages[:-1] -%}
+{%- endif -%}
+{%- for message in messages %}
+  {%- set content = message['content'] %}
+  {%- if message['role'] == 'user' -%}
+    {{- '<SPECIAL_11>User\n' + (content | default('', true)).replace('/think', '').replace('/no_think', '').strip() + '\n' }}
+  {%- elif message['role'] == 'tool' -%}
+    {%- if loop.first or (messages[loop.index0 - 1].role != 'tool') -%}{{- '<SPECIAL_11>User\n' + '<TOOL_RESPONSE>[' }}{%- endif -%}
+    {{- message['content'] -}}
+    {{- ', ' if not loop.last and (messages[loop.index0 + 1].role == 'tool') else '' -}}
+    {%- if loop.last or (messages[loop.index0 + 1].role != 'tool') -%}{{- ']</TOOL_RESPONSE>\n\n' -}}{%- endif -%}
+  {%- elif message['role'] == 'assistant' -%}
+    {%- if content and '</think>' in content -%}{%- set content = (content.split('</think>')[1] | default('', true)).strip() %}{%- endif -%}
+    {{- '<SPECIAL_11>Assistant\n' + content.strip() }}
+    {{- '\n<SPECIAL_12>\n\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- set opening = '<SPECIAL_11>Assistant\n' + ('<think>\n\n' if ns.think else '<think></think>') -%}
+{%- if add_generation_prompt -%}{{- opening -}}{{- ns.last_turn_assistant_content if ns.last_turn_assistant_content is defined else '' -}}
+{%- elif ns.last_turn_assistant_content is defined and ns.last_turn_assistant_content != '' -%}{{- opening -}}{{- ns.last_turn_assistant_content -}}{{- '\n<SPECIAL_12>\n\n' -}}
+{%- endif -%}"""
+TEMPLATES["nemotron_next"] = """{% set bos = "<|begin_of_text|>" %}{%- set enable_thinking = true -%}{% set system_start_header = "<|start_header_id|>" %}{% set system_end_header = "<|end_header_id|>
+
+" %}{% set start_header = "<|start_header_id|>" %}{% set end_header = "<|end_header_id|>
+
+" %}{% set eot = "<|eot_id|>" %}{% set system_token = "system" %}{% set user_token = "user" %}{% set assistant_token = "assistant" %}{% set tool_token = "tool" %}
+{{- bos ~ system_start_header ~ system_token ~ system_end_header -}}
+{%- if messages[0].role == 'system' and messages[0].content != '' -%}{%- set system_content = messages[0].content -%}
+{%- if '/no_think' in system_content -%}{%- set system_content = system_content.replace('/no_think', '')|trim -%}{%- set enable_thinking = false -%}
+{%- elif '/think' in system_content -%}{%- set system_content = system_content.replace('/think', '')|trim -%}{%- endif -%}
+{{- system_content + '\n\n' -}}{%- endif -%}{{- eot -}}
+{%- for message in messages -%}
+{%- if message.role == user_token -%}{{- start_header ~ user_token ~ end_header -}}{{ message.content -}}{{ eot -}}
+{%- elif message.role == assistant_token -%}
+{%- if '</think>' in message.content -%}{%- set content = message.content.split('</think>')[-1].lstrip() -%}{%- else -%}{%- set content = message.content -%}{%- endif -%}
+{{- start_header ~ assistant_token ~ end_header -}}{{ content -}}{{- eot -}}
+{%- elif message.role == tool_token -%}
+{%- if loop.first or (messages[loop.index0 - 1].role != tool_token) -%}{{- start_header ~ tool_token ~ end_header -}}{{ '<TOOL_RESPONSE>[' -}}{%- endif -%}
+{{- message.content -}}{{- ', ' if not loop.last and (messages[loop.index0 + 1].role == tool_token) else '' -}}
+{%- if loop.last or (messages[loop.index0 + 1].role != tool_token) -%}{{- ']</TOOL_RESPONSE>' -}}{{ eot -}}{%- endif -%}{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- start_header ~ assistant_token ~ end_header -}}{%- if not enable_thinking -%}{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}{%- endif -%}"""
+TEMPLATES["llama3.2"] = """{{- bos_token }}
+{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}{%- else %}{%- set system_message = "" %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+    {%- elif message.role == "tool" or message.role == "ipython" %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}
+        {%- if message.content is mapping or message.content is iterable %}
+            {{- message.content | tojson }}
+        {%- else %}
+            {{- message.content }}
+        {%- endif %}
+        {{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MARKS += ["<|im_sep|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"] + \
+    [ds(x) for x in ("User", "Assistant", "end▁of▁sentence", "tool▁outputs▁begin", "tool▁outputs▁end", "tool▁output▁begin", "tool▁output▁end")]
 UNKNOWN = ["{% for message in messages %}{{ message['content'] }}{% endfor %}", "", "{{ bos_token }}[{{ messages }}]", "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"]
 TEXTS = ["", " ", "\n", "Hello", " hi ", "line one\nline two\n", "\n\n  padded\t\n", "Привет, мир!", "你好 👍🏽", "1234567", "a  b   c", "code: if (x) { y(); }", "  \u00a0x\u3000 ", "\x1cz\x1f",
-         "<think>\nwhy not\n</think>\n\nso it is", "<think>a</think>b<think>c</think>\nd", "</think>", "<think>", "<tool_response>\n3\n</tool_response>", "[INST] x [/INST]", "it's"]
+         "<think>\nwhy not\n</think>\n\nso it is", "<think>a</think>b<think>c</think>\nd", "</think>", "<think>", "<tool_response>\n3\n</tool_response>", "[INST] x [/INST]", "it's",
+         " /no_think x", "/think", "y /no_/thinkthink\n", "\"q\\ \b\f\t\x01\x7f\u2028 é", "User: "]
 
 def raise_exception(text):
     raise jinja2.exceptions.TemplateError(text)
@@ -256,13 +452,23 @@ def conversation(r):
 def run(program, folder, name, template, tokenizer, bos, eos, cases):
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.globals["raise_exception"] = raise_exception
+    env.filters["tojson"] = lambda x, **more: json.dumps(x, ensure_ascii=False)  # as Hugging Face has it
+    dated = "strftime_now" in template
+    modes = {"gpt_oss": ["low", "medium", "high"], "deepseek_v3.1": ["on", "off"], "qwen3": ["on", "off"]}.get(os.path.basename(name), [])
     compiled = env.from_string(template)
     r, lines, want = random.Random(5), [], []
     for _ in range(cases):
         messages, opened = conversation(r), r.random() < 0.6
-        lines.append(json.dumps({"open": opened, "messages": messages}))
+        mode, more = r.choice(modes + [None]), {}
+        if mode:
+            more = {"reasoning_effort": mode, "thinking": mode == "on", "enable_thinking": mode == "on"}
+        day = f"2025-0{r.randint(1, 9)}-11"
+        if dated:
+            more["strftime_now"] = lambda form: day
+        settings = ([{"role": "date", "content": day}] if dated else []) + ([{"role": "thinking", "content": mode}] if mode else [])
+        lines.append(json.dumps({"open": opened, "messages": settings + messages}))
         try:
-            text = compiled.render(messages=messages, add_generation_prompt=opened, bos_token=bos, eos_token=eos)
+            text = compiled.render(messages=messages, add_generation_prompt=opened, bos_token=bos, eos_token=eos, **more)
             want.append(tokenizer.encode(text, add_special_tokens=False).ids)
         except jinja2.exceptions.TemplateError:
             want.append(None)

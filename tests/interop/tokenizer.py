@@ -88,6 +88,9 @@ DEEPSEEK = [r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+",
             r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]
 CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+          r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
 def split(pattern, behavior="isolated", **more):
     return pre_tokenizers.Split(Regex(pattern), behavior, **more)
 
@@ -101,7 +104,11 @@ def byte_level(first, normalizer=None, size=900, post=None, prefix=False, regex=
 
 def pieces(form, size=1200):
     t = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    if form == "prepend":
+    if form == "gemma":
+        t.normalizer = normalizers.Replace(" ", "▁")
+        t.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    elif form == "prepend":
         t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     else:
@@ -227,6 +234,7 @@ def train(folder, only):
         "words": lambda: byte_level([pre_tokenizers.Punctuation()]),
         "literal": lambda: byte_level([pre_tokenizers.Split("e", "merged_with_next")], normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(r"\s{2,}"), "_")])),
         "prepend": lambda: pieces("prepend"), "metaspace": lambda: pieces("always"), "metaspace_first": lambda: pieces("first"), "metaspace_never": lambda: pieces("never"),
+        "gemma": lambda: pieces("gemma"), "tekken": lambda: byte_level([split(TEKKEN)], ignore_merges=True),
         "nfkc": lambda: byte_level([split(QWEN2)], normalizers.NFKC()), "nfkd": lambda: byte_level([split(QWEN2)], normalizers.NFKD()),
         "plain": lambda: byte_level([split(QWEN2)], normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])),
         "compiled": lambda: byte_level([split(QWEN2)], normalizers.Sequence([normalizers.Precompiled(charsmap()), normalizers.Nmt()])),
@@ -242,6 +250,10 @@ def train(folder, only):
                               AddedToken("<|eot_id|>", special=True, normalized=False, lstrip=True)])
         t.add_tokens([AddedToken("<think>", normalized=False), AddedToken("fox", normalized=True, single_word=True), AddedToken("Å!", normalized=True),
                       AddedToken("</think>", normalized=False, rstrip=True, lstrip=True), AddedToken("int main", normalized=name != "prepend")])
+        if name == "gemma":
+            t.add_tokens([AddedToken(x, normalized=False) for x in ("\n", "\n\n", "\n\n\n", "\t", "\t\t", "▁▁", "▁▁▁", "▁▁▁▁", "<start_of_turn>")])
+        if name == "prepend":  # as Phi-3 has them
+            t.add_special_tokens([AddedToken(x, special=True, normalized=False, rstrip=True) for x in ("<|user|>", "<|end|>")])
         bos = "<s>" if t.token_to_id("<s>") is not None else "<|im_start|>"
         t.post_processor = processors.TemplateProcessing(single=f"{bos} $A" + (" <|im_end|>" if name in ("qwen2", "unigram_t5") else ""), pair=None,
                                                          special_tokens=[(x, t.token_to_id(x)) for x in (bos, "<|im_end|>")])
