@@ -4040,7 +4040,7 @@ static int llmi_spell_template(llmi_spelling *p, const char *s)
    the last user text. */
 enum { LLMI_SYSTEM_TURN, LLMI_SYSTEM_NONE, LLMI_SYSTEM_START, LLMI_SYSTEM_HEAD, LLMI_SYSTEM_FIRST, LLMI_SYSTEM_LAST };
 enum { LLMI_THINK_ON = 1, LLMI_THINK_OFF = 2, LLMI_THINK_LEVELS = 4 };
-enum { LLMI_TURNS, LLMI_DEEPSEEK3, LLMI_DEEPSEEK31, LLMI_NEMOTRON2 };
+enum { LLMI_FRAME_TURNS, LLMI_DEEPSEEK3, LLMI_DEEPSEEK31, LLMI_NEMOTRON2 };
 enum { LLMI_CUT_NEVER, LLMI_CUT_FIRST, LLMI_CUT_LAST };
 
 typedef struct llmi_around { const char *before, *after; } llmi_around;
@@ -4380,7 +4380,8 @@ static int llmi_is_nemotron(const char *s, llmi_frame *f)
 }
 
 static const struct { const char *name; int (*is)(const char *spelled, llmi_frame *f); } llmi_frames[] = {
-    {"Nemotron", llmi_is_nemotron}, {"Phi-4", llmi_is_phi4}, {"gpt-oss", llmi_is_harmony}, {"DeepSeek", llmi_is_deepseek}, {"ChatML", llmi_is_chatml}, {"Llama 3", llmi_is_llama3}, {"Llama 2", llmi_is_llama2}, {"Mistral", llmi_is_mistral},
+    {"Nemotron", llmi_is_nemotron}, {"Phi-4", llmi_is_phi4}, {"gpt-oss", llmi_is_harmony}, {"DeepSeek", llmi_is_deepseek},
+    {"ChatML", llmi_is_chatml}, {"Llama 3", llmi_is_llama3}, {"Llama 2", llmi_is_llama2}, {"Mistral", llmi_is_mistral},
     {"Phi-3", llmi_is_phi3}, {"Zephyr", llmi_is_zephyr}, {"Gemma", llmi_is_gemma}, {"role marks", llmi_is_role_marks},
 };
 
@@ -4797,7 +4798,7 @@ static void llmi_pen_nemotron(llmi_pen *p, const llmi_frame *f, const llm_messag
 static void llmi_pen_all(llmi_pen *p, llmi_frame *f, const llm_message *m, size_t count, int open)
 {
     llmi_pen_frame(p, f->start, "");
-    if (f->writer == LLMI_TURNS) llmi_pen_turns(p, f, m, count, open);
+    if (f->writer == LLMI_FRAME_TURNS) llmi_pen_turns(p, f, m, count, open);
     else if (f->writer == LLMI_NEMOTRON2) llmi_pen_nemotron(p, f, m, count, open);
     else llmi_pen_deepseek(p, f, m, count, open);
 }
