@@ -401,6 +401,8 @@ typedef struct moq_open_desc {
     void *log_user;
     moq_progress_fn progress;
     void *progress_user;
+    const char *quantize;           /* a recipe of moq_find_recipe that needs no data: moq_open quantizes the layers of a float folder as moq_quantize
+                                       would write them, in memory, and what is opened is that. NULL: as the folder is. Needs MOQ_QUANTIZE */
 } moq_open_desc;
 
 enum {
@@ -1110,6 +1112,7 @@ typedef struct moq_calibrate_desc {
     int32_t threads;                /* of that one; 0: physical cores */
     moq_judge judge;
     int32_t f32;                    /* 1: statistics of an F32 model; 0: of a BF16 model, as ModelOpt calibrates */
+    uint64_t max_memory;            /* as in moq_quantize_desc */
     int32_t batches;                /* only the first so many count; 0: all */
     moq_allocator allocator;
     moq_progress_fn progress;       /* MOQ_STAGE_CALIBRATE: passes done, passes in all */
@@ -1196,8 +1199,8 @@ typedef struct moq_quantize_desc {
     const char *save_calibration; /* keep what was measured in this file, weights' amax too; recipes without any (MX) write none; may be NULL */
     const char *format;          /* "modelopt" (also NULL) or "compressed-tensors": the same numbers under its names */
     uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
-    uint64_t max_memory;         /* 0: none. Else pages of the source that were read are given back soon: what stays is one layer. The samples of
-                                    `calibrate` have a limit of their own */
+    uint64_t max_memory;         /* bytes; 0: no limit. Else pages of the source are given back once they were read, and MOQ_E_LIMIT says that the
+                                    largest layer needs more. The samples of `calibrate` have a limit of their own */
     int threads;                 /* 0: physical cores */
     moq_progress_fn progress;    /* MOQ_STAGE_QUANTIZE in bytes of the target; a non-zero return cancels */
     void *progress_user;
@@ -8700,6 +8703,8 @@ struct moq_checkpoint {
     const char *name;        /* base name of the folder */
     const moq_file *files;
     size_t file_count;
+    moq_file *owned;         /* files made while opening (moq_open_desc.quantize), released with the checkpoint */
+    size_t owned_count;
     moq_json_doc *config, *hf_quant, *gptq, *index;
     moqi_shard *shards;      /* sorted by name */
     const char **shard_names;
@@ -9253,6 +9258,11 @@ static moq_checkpoint *moqi_ck_finish(moq_checkpoint *ck, moq_result r, moq_erro
     return NULL;
 }
 
+#if defined(MOQ_QUANTIZE) && !defined(MOQ_NO_OS)
+/* forward: >>export makes the files, with everything between here and there */
+static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, size_t base_bytes, const moq_open_desc *desc, moq_error *err);
+#endif
+
 MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err)
 {
     moqi_clear(err);
@@ -9271,6 +9281,14 @@ MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq
         moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1),
                   moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint" : "no such folder");
         return NULL;
+    }
+    if (desc && desc->quantize) {
+#ifdef MOQ_QUANTIZE
+        return moqi_open_quantized(dir, base, n - start, desc, err);
+#else
+        moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(base, NULL, NULL, -1), "cannot be quantized while loading: this program was compiled without MOQ_QUANTIZE");
+        return NULL;
+#endif
     }
     moq_checkpoint *ck = moqi_ck_make(base, n - start, desc, err);
     if (!ck) return NULL;
@@ -9300,6 +9318,12 @@ MOQ_API moq_checkpoint *moq_open_memory(const moq_file *files, size_t count, con
 }
 
 /* Safe at any stage of a failed opening: what is not there yet is NULL. */
+/* Data of files that were made in memory, and their list in the arena of who made them. */
+static void moqi_drop_files(const moq_allocator *a, moq_file *files, size_t count)
+{
+    for (size_t i = 0; i < count; i++) moq_release(a, (void *)(uintptr_t)files[i].data, files[i].bytes ? files[i].bytes : 1);
+}
+
 MOQ_API void moq_close(moq_checkpoint *ck)
 {
     if (!ck) return;
@@ -9309,6 +9333,7 @@ MOQ_API void moq_close(moq_checkpoint *ck)
     moq_json_destroy(ck->hf_quant);
     moq_json_destroy(ck->gptq);
     moq_json_destroy(ck->index);
+    moqi_drop_files(&arena.a, ck->owned, ck->owned_count);
     moqi_arena_drop(&arena);
 }
 
@@ -16869,6 +16894,7 @@ static moq_result moqi_find_globals(moqi_plan *p, moq_error *err)
             if (r != MOQ_OK) return r;
             if (top > t->global_amax) t->global_amax = top;
         }
+        if (p->desc->max_memory) moq_forget_pages(p->ck);
     }
     for (int pass = 0; pass < 2; pass++) {
         for (size_t i = 0; i < p->count; i++) {
@@ -20470,6 +20496,7 @@ static moq_result moqi_record_amax(moqi_calibration *c, const moqi_record *r, fl
         if (own > *top) *top = own;
     }
     moqi_arena_drop(&scratch);
+    if (c->desc->max_memory) moq_forget_pages(c->desc->source);
     return code;
 }
 
@@ -21851,6 +21878,7 @@ typedef struct moqi_export {
     moqi_form *forms;          /* of each target: how it is written as pieces; algo NULL: it is not */
     uint8_t *pieces;           /* one band of a piece */
     uint64_t piece_room, band_bytes;
+    struct moqi_made *made;    /* NULL: a folder; else files in memory */
     char temp[4096 + 40];
     uint32_t shards;
 } moqi_export;
@@ -22397,13 +22425,65 @@ static moq_result moqi_tell(moqi_export *x, uint64_t more, moq_error *err)
     return MOQ_OK;
 }
 
+/* Files that are made in memory instead of a folder. */
+typedef struct moqi_made {
+    moqi_arena arena;       /* list and names */
+    moq_allocator a;        /* data */
+    moq_file *files;
+    size_t count, capacity;
+    size_t used;            /* bytes of the last file that are written */
+    const char *base;       /* of the source, for the opened checkpoint */
+} moqi_made;
+
+/* A new file with room for `bytes`; `data` is written by moqi_send. */
+static moq_result moqi_made_begin(moqi_made *m, const char *name, uint64_t bytes, moq_error *err)
+{
+    if (m->count == m->capacity) {
+        size_t more = m->capacity ? 2 * m->capacity : 16;
+        moq_file *list = (moq_file *)moqi_take_array(&m->arena, more, sizeof *list);
+        if (!list) return moqi_nomem(err, more * sizeof *list);
+        if (m->count) memcpy(list, m->files, m->count * sizeof *list);
+        m->files = list;
+        m->capacity = more;
+    }
+    moq_file *f = &m->files[m->count];
+    f->name = moqi_take_text(&m->arena, name, strlen(name));
+    f->data = f->name && bytes <= SIZE_MAX / 2 ? moq_allocate(&m->a, bytes ? (size_t)bytes : 1) : NULL;
+    f->bytes = (size_t)bytes;
+    if (!f->data) return moqi_nomem(err, bytes);
+    m->used = 0;
+    m->count++;
+    return MOQ_OK;
+}
+
+/* To the file being written, in the folder or in memory. */
+static moq_result moqi_send(moqi_export *x, moqi_writer *w, const void *data, size_t bytes, moq_error *err)
+{
+    if (!x->made) return moqi_writer_put(w, data, bytes, err);
+    moq_file *f = &x->made->files[x->made->count - 1];
+    if (bytes > f->bytes - x->made->used) return moqi_fail(err, MOQ_E_STATE, moqi_at(f->name, NULL, NULL, -1), "more bytes than were planned");
+    if (bytes) memcpy((uint8_t *)(uintptr_t)f->data + x->made->used, data, bytes);
+    x->made->used += bytes;
+    return MOQ_OK;
+}
+
+/* A whole small file. */
+static moq_result moqi_put_file(moqi_export *x, const char *name, const void *data, size_t bytes, moq_error *err)
+{
+    char path[4096 + 300];
+    moqi_format(path, sizeof path, "%s/%s", x->temp, name);
+    if (!x->made) return moq_write_file(path, data, bytes, err);
+    moq_result r = moqi_made_begin(x->made, name, bytes, err);
+    return r == MOQ_OK ? moqi_send(x, NULL, data, bytes, err) : r;
+}
+
 /* Some bytes to the file, 64 MB at a time, so that cancelling is heard. */
 static moq_result moqi_put_bytes(moqi_export *x, moqi_writer *w, const uint8_t *p, uint64_t bytes, moq_error *err)
 {
     moq_result r = MOQ_OK;
     for (uint64_t at = 0, step; at < bytes && r == MOQ_OK; at += step) {
-        step = (uint64_t)moqi_min((int64_t)(bytes - at), 64 << 20);
-        r = moqi_writer_put(w, p + at, (size_t)step, err);
+        step = (uint64_t)moqi_min((int64_t)(bytes - at), x->plan.desc->max_memory ? 4 << 20 : 64 << 20);
+        r = moqi_send(x, w, p + at, (size_t)step, err);
         if (r == MOQ_OK) r = moqi_tell(x, step, err);
         if (x->plan.desc->max_memory) moq_forget_pages(x->plan.ck);
     }
@@ -22490,10 +22570,10 @@ static moq_result moqi_write_shard(moqi_export *x, const char *file, size_t firs
         r = header.failed == MOQ_OK ? moqi_st_proofread(&header.b, bytes, file, err) : moqi_nomem(err, header.b.bytes);
     }
     moqi_format(path, sizeof path, "%s/%s", x->temp, file);
-    if (r == MOQ_OK) r = moqi_writer_open(&w, path, err);
-    if (r == MOQ_OK) r = moqi_writer_put(&w, header.b.data, header.b.bytes, err);
+    if (r == MOQ_OK) r = x->made ? moqi_made_begin(x->made, file, bytes + header.b.bytes, err) : moqi_writer_open(&w, path, err);
+    if (r == MOQ_OK) r = moqi_send(x, &w, header.b.data, header.b.bytes, err);
     for (size_t i = 0; i < n && r == MOQ_OK; i++) r = moqi_put_out(x, &w, (const moqi_out *)(const void *)sorted[i], err);
-    if (r == MOQ_OK) r = moqi_writer_commit(&w, err);
+    if (r == MOQ_OK && !x->made) r = moqi_writer_commit(&w, err);
     else if (w.file != -1) moqi_writer_abort(&w);
     moqi_buffer_drop(&header.b);
     moqi_arena_drop(&r0);
@@ -22540,10 +22620,8 @@ static void moqi_shard_name(const moqi_export *x, uint32_t number, char *text, s
 /* Writes finished JSON text and drops it. */
 static moq_result moqi_write_json(moqi_export *x, const char *file, moqi_json_out *o, moq_error *err)
 {
-    char path[4096 + 120];
     moq_result r = o->failed == MOQ_OK ? MOQ_OK : moqi_fail(err, o->failed, moqi_at(file, NULL, NULL, -1), "cannot be composed");
-    moqi_format(path, sizeof path, "%s/%s", x->temp, file);
-    if (r == MOQ_OK) r = moq_write_file(path, o->b.data, o->b.bytes, err);
+    if (r == MOQ_OK) r = moqi_put_file(x, file, o->b.data, o->b.bytes, err);
     moqi_buffer_drop(&o->b);
     return r;
 }
@@ -23142,7 +23220,7 @@ static moq_result moqi_write_config(moqi_export *x, moq_error *err)
    since what it stands for would be missed by whoever reads the new folder. */
 static moq_result moqi_copy_matching(moqi_export *x, const char *inside, const char *const *wanted, size_t patterns, moq_error *err)
 {
-    char from[4096 + 300], to[4096 + 300];
+    char from[4096 + 300], to[600];
     const char **names = NULL;
     size_t count = 0;
     moqi_format(from, sizeof from, "%s%s", x->plan.desc->source, inside);
@@ -23151,10 +23229,10 @@ static moq_result moqi_copy_matching(moqi_export *x, const char *inside, const c
         size_t bytes = 0;
         if (!moqi_any_glob(wanted, patterns, names[i])) continue;
         moqi_format(from, sizeof from, "%s%s/%s", x->plan.desc->source, inside, names[i]);
-        moqi_format(to, sizeof to, "%s%s/%s", x->temp, inside, names[i]);
         if (moqi_is_dir(from)) continue;
         char *data = moq_read_file(from, MOQ_MAX_JSON_BYTES, &x->plan.desc->allocator, &bytes, err);
-        r = data ? moq_write_file(to, data, bytes, err) : err ? err->code : MOQ_E_IO;
+        moqi_format(to, sizeof to, "%s%s%s", inside[0] ? inside + 1 : "", inside[0] ? "/" : "", names[i]);
+        r = data ? moqi_put_file(x, to, data, bytes, err) : err ? err->code : MOQ_E_IO;
         moq_release(&x->plan.desc->allocator, data, data ? bytes + 1 : 0);
     }
     return r;
@@ -23173,7 +23251,7 @@ static moq_result moqi_copy_files(moqi_export *x, moq_error *err)
     moqi_format(path, sizeof path, "%s%s", x->plan.desc->source, templates);
     if (r != MOQ_OK || !moqi_is_dir(path)) return r;
     moqi_format(path, sizeof path, "%s%s", x->temp, templates);
-    if (!moqi_sys_make_dir(path)) return moqi_fail_os(err, moqi_base_name(path), "cannot be created", moqi_os_code());
+    if (!x->made && !moqi_sys_make_dir(path)) return moqi_fail_os(err, moqi_base_name(path), "cannot be created", moqi_os_code());
     return moqi_copy_matching(x, templates, any, MOQI_COUNT(any), err);
 }
 
@@ -23232,6 +23310,7 @@ static moq_result moqi_get_records(moqi_export *x, moq_error *err)
         c.allocator = d->allocator;
         c.progress = d->progress;
         c.progress_user = d->progress_user;
+        c.max_memory = d->max_memory;
         x->stats = moq_calibrate(&c, err);
         if (!x->stats) return err->code;
         p->records_name = "calibration";
@@ -23280,12 +23359,35 @@ static moq_result moqi_choose_kept(moqi_export *x, moq_error *err)
     return MOQ_OK;
 }
 
+/* A limit that the largest layer breaks is refused: its weight in F32, and for a search two copies of it and sums of its inputs. The rest
+   is what a model of one layer takes to run: activations of a chunk, a block of logits. */
+static moq_result moqi_check_memory(const moqi_plan *p, moq_error *err)
+{
+    uint64_t most = 0;
+    const char *name = "";
+    for (size_t i = 0; i < p->count && p->desc->max_memory; i++) {
+        const moqi_target *t = &p->targets[i];
+        uint64_t rows = (uint64_t)t->w.rows, cols = (uint64_t)t->w.cols, n = t->recipe ? rows * cols * 4 : 0;
+        if (t->recipe && t->recipe->scheme.pre_quant_scale && !p->desc->calibration) n = 3 * n + 3 * cols * cols * 4;
+        if (n > most) { most = n; name = t->name; }
+    }
+    most += 48u << 20;
+    if (!p->desc->max_memory || most <= p->desc->max_memory) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_LIMIT, moqi_at(NULL, "layer", name, -1), "takes about %llu MB to quantize, more than the %llu MB allowed; allow at least that",
+                     (unsigned long long)(most / 1000000 + 1), (unsigned long long)(p->desc->max_memory / 1000000));
+}
+
 /* Everything that can be refused is refused here, before a byte is written. */
 static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
 {
     moqi_plan *p = &x->plan;
     moq_result r = moqi_choose_targets(p, err);
     if (r == MOQ_OK && x->convert) r = moqi_choose_kept(x, err);
+    if (r == MOQ_OK) r = moqi_check_memory(p, err);
+    if (r == MOQ_OK && x->made && moqi_needs_data(p))
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s needs calibration data, so it cannot be made while loading; "
+                         "write a folder with `moq quantize ... --recipe %s --calib DATA`, or load with one that needs none", p->recipe ? p->recipe->name : "none",
+                         p->recipe ? p->recipe->name : "none");
     if (r == MOQ_OK) r = moqi_get_records(x, err);
     if (r == MOQ_OK) r = moqi_load_targets(p, err);
     if (r != MOQ_OK) return r;
@@ -23331,6 +23433,7 @@ static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
     if (r == MOQ_OK) r = moqi_write_shards(x, err);
     if (r == MOQ_OK) r = moqi_write_config(x, err);
     if (r == MOQ_OK) r = moqi_write_hf_quant(x, err);
+    if (x->made) return r;
     if (r == MOQ_OK) r = moqi_reopen(x, err);
     if (r == MOQ_OK) r = moqi_folder_commit(x->temp, x->plan.desc->target, err);
     return r;
@@ -23344,8 +23447,8 @@ static moq_result moqi_begin_folder(moqi_export *x, moq_error *err)
     (void)x; (void)err; /* said when the folder is to be written */
     return MOQ_OK;
 #else
-    moq_result r = moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
-    if (r != MOQ_OK) x->temp[0] = 0;
+    moq_result r = x->made ? MOQ_OK : moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
+    if (r != MOQ_OK || x->made) x->temp[0] = 0;
     return r;
 #endif
 }
@@ -23476,6 +23579,58 @@ static moq_result moqi_quantize_given(const moq_quantize_desc *desc, const moq_s
     moq_result r = moqi_open_sources(x, desc, &ck, err);
     return moqi_run_export(x, ck, r, err);
 }
+
+#ifndef MOQ_NO_OS
+/* The same files in memory, opened from there. The float folder is closed by then. */
+static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, size_t base_bytes, const moq_open_desc *desc, moq_error *err)
+{
+    moq_error own;
+    moq_checkpoint *ck = NULL;
+    moq_quantize_desc d;
+    moqi_made made;
+    moq_open_desc plain = *desc;
+    if (!err) err = &own;
+    moqi_clear(err);
+    memset(&d, 0, sizeof d);
+    memset(&made, 0, sizeof made);
+    d.source = dir;
+    d.target = "memory";
+    d.recipe = desc->quantize;
+    d.progress = desc->progress;
+    d.progress_user = desc->progress_user;
+    d.log = desc->log;
+    d.log_user = desc->log_user;
+    d.allocator = desc->allocator;
+    plain.quantize = NULL;
+    made.a = desc->allocator;
+    made.arena = moqi_arena_make(&made.a);
+    moqi_export *x = moqi_begin_export(&d, err);
+    if (!x) return NULL;
+    x->made = &made;
+    moq_result r = moqi_open_sources(x, &d, &ck, err);
+    if (r == MOQ_OK && moq_get_info(ck)->quant_algo[0])
+        r = moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(ck), NULL, NULL, -1), "is quantized already (%s); only a float folder can be quantized while loading",
+                      moq_get_info(ck)->quant_algo);
+    r = moqi_run_export(x, ck, r, err);
+    ck = r == MOQ_OK ? moq_open_memory(made.files, made.count, &plain, err) : NULL;
+    if (ck) {
+        moq_file *owned = (moq_file *)moqi_take_array(&ck->arena, (uint64_t)made.count + 1, sizeof *owned);
+        ck->name = moqi_take_text(&ck->arena, base, base_bytes);
+        if (owned && ck->name) {
+            memcpy(owned, made.files, made.count * sizeof *owned);
+            ck->owned = owned;
+            ck->owned_count = made.count;
+        } else {
+            moq_close(ck);
+            ck = NULL;
+            moqi_nomem(err, made.count * sizeof *owned);
+        }
+    }
+    if (!ck) moqi_drop_files(&made.a, made.files, made.count);
+    moqi_arena_drop(&made.arena);
+    return ck;
+}
+#endif
 
 MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err) { return moqi_quantize_given(desc, NULL, 0, err); }
 

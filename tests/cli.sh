@@ -98,8 +98,71 @@ check "a recipe that needs data says so" refused "calibration"
 check "and leaves nothing" test ! -e "$dir/q2"
 run quantize "$src" "$dir/q2" --recipe nonsense
 check "unknown recipe" refused "nonsense"
-run run "$demo" --quantize nvfp4
-check "--quantize is not in this build" refused "does not have --quantize"
+# calibration: every kind of data, what is saved is read back, refusals write nothing
+calib=$src/inputs.json#calib
+run quantize "$src" "$dir/q3" --recipe nvfp4_awq_lite --calib "$calib" --batch 4 --save-calibration "$dir/kept.safetensors"
+check "quantize --calib" is 0
+run quantize "$src" "$dir/q4" --recipe nvfp4_awq_lite --calibration "$dir/kept.safetensors"
+check "--calibration of what was saved" is 0
+check "gives the same bytes" cmp "$dir/q3/model.safetensors" "$dir/q4/model.safetensors"
+rm -rf "$dir/q4"
+run quantize "$src" "$dir/q4" --recipe nvfp4_awq_lite --calib "$calib" --batch 4 --max-memory 64M
+check "--max-memory" is 0
+check "changes no byte" cmp "$dir/q3/model.safetensors" "$dir/q4/model.safetensors"
+rm -rf "$dir/q3" "$dir/q4"
+run quantize "$src" "$dir/q4" --recipe nvfp4 --calib "$calib" --max-memory 1M
+check "--max-memory that cannot be kept" refused "allow at least"
+"$moq" dequant "$demo" --out "$dir/float" --dtype bf16 >/dev/null 2>&1
+printf 'bring the red mug to the kitchen table, please, and then go to the hallway bench' >"$dir/calib.txt"
+{
+    echo '{"text": "bring the red mug"}'
+    echo '{"system": "robot at garage", "user": "go to the kitchen", "assistant": "ok"}'
+    echo '{"messages": [{"role": "user", "content": "go to the kitchen"}, {"role": "assistant", "content": "ok"}]}'
+} >"$dir/calib.jsonl"
+for data in "$dir/calib.txt" "$dir/calib.jsonl" 5,6,7,8,9; do
+    rm -rf "$dir/q4"
+    run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$data" --samples 3 --seq 16
+    check "quantize --calib $(basename "$data")" is 0
+done
+rm -rf "$dir/q4"
+run quantize "$src" "$dir/q4" --recipe fp8 --calib 5,999999
+check "tokens outside the vocabulary" refused "vocabulary"
+: >"$dir/empty.txt"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/empty.txt"
+check "an empty calibration text" refused "empty.txt"
+: >"$dir/empty.safetensors"
+run quantize "$src" "$dir/q4" --recipe fp8 --calibration "$dir/empty.safetensors"
+check "an empty calibration file" refused "empty.safetensors"
+run quantize "$src" "$dir/q4" --recipe fp8 --calib "$dir/nowhere.txt"
+check "a calibration text that is not there" refused "nowhere"
+run quantize "$src" "$dir/q4" --recipe fp8 --calib 1,2,3 --calibration "$dir/kept.safetensors"
+check "--calib and --calibration" refused "one of them"
+run quantize "$src" "$dir/q4" --recipe fp8 --save-calibration "$dir/k"
+check "--save-calibration without --calib" refused "calib"
+run quantize "$src" "$dir/q4" --recipe fp8 --calib 1,2,3 --seq 99999999
+check "--seq beyond the model" refused "was made for"
+run quantize "$src" "$dir/no/such/parent" --recipe mxfp4
+check "quantize: no parent" refused "parent"
+check "refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* '$dir'/k 2>/dev/null"
+(ulimit -f 20; trap '' XFSZ; "$moq" quantize "$src" "$dir/q4" --recipe mxfp4 >"$dir/out" 2>"$dir/err"); code=$?
+check "no space for the folder" refused "q4"
+(ulimit -f 20; trap '' XFSZ; "$moq" quantize "$src" "$dir/q4" --recipe fp8 --calib "$calib" --max-memory 64M --save-calibration "$dir/k" >"$dir/out" 2>"$dir/err"); code=$?
+check "no space after a calibration" refused "q4"
+check "no space: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
+# at load
+run quantize "$src" "$dir/q4" --recipe w4a16_nvfp4
+"$moq" logits "$dir/q4" --tokens 1,2,3 --out "$dir/a.safetensors"
+run logits "$src" --quantize w4a16_nvfp4 --tokens 1,2,3 --out "$dir/b.safetensors"
+check "logits --quantize" is 0
+check "computes what the folder would" cmp "$dir/a.safetensors" "$dir/b.safetensors"
+run run "$dir/float" --quantize mxfp4 --prompt hello --max-tokens 2
+check "run --quantize" is 0
+run eval "$dir/float" --quantize int8_weight_only --data "$dir/calib.txt" --seq 8
+check "eval --quantize" last '^nll '
+run logits "$src" --quantize nvfp4 --tokens 1,2 --out "$dir/never.safetensors"
+check "--quantize with a recipe that needs data" refused "moq quantize"
+run run "$demo" --quantize mxfp4
+check "--quantize of a quantized folder" refused "quantized already"
 run inspect
 check "missing argument" refused "usage: moq inspect DIR"
 run inspect a b

@@ -663,6 +663,60 @@ static void test_export_threads_and_shards(void)
     remove_dir(many);
 }
 
+/* Quantized while loading: the tensors that a folder would have got, the same files beside them, nothing written, nothing leaked. */
+static void test_open_quantized(void)
+{
+    static const char *const cases[][2] = {{"llama", "w4a16_nvfp4"}, {"llama", "mxfp4"}, {"llama", "fp8_per_channel_per_token"}, {"llama", "int8_weight_only"},
+                                           {"llama", "int4_blockwise_weight_only"}, {"qwen3_moe", "mxfp8"}, {"gpt_oss", "mxfp4"}, {"nemotron_h", "mxfp4"}};
+    char folder[1200];
+    moq_error err;
+    int done = 0;
+    snprintf(folder, sizeof folder, "%s", scratch("written"));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char source[1200];
+        moq_open_desc o;
+        snprintf(source, sizeof source, "%s/sources/%s", GOLDEN_DIR, cases[i][0]);
+        if (!is_there(source)) continue;
+        remove_dir(folder);
+        moq_quantize_desc d = simple_desc(source, folder, cases[i][1]);
+        CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+        memset(&o, 0, sizeof o);
+        o.quantize = cases[i][1];
+        o.allocator = test_allocator();
+        moq_checkpoint *x = moq_open(source, &o, &err), *y = moq_open(folder, NULL, &err);
+        CHECK(x && y && moq_tensor_count(x) == moq_tensor_count(y));
+        for (size_t k = 0; x && y && k < moq_tensor_count(x); k++) {
+            const moq_tensor *t = moq_get_tensor(x, k), *u = moq_get_tensor(y, k);
+            CHECK(strcmp(t->name, u->name) == 0 && t->dtype == u->dtype && t->bytes == u->bytes && memcmp(t->data, u->data, (size_t)t->bytes) == 0);
+        }
+        CHECK(x && strcmp(moq_get_info(x)->quant_algo, moq_get_info(y)->quant_algo) == 0 && strcmp(moq_get_name(x), cases[i][0]) == 0);
+        CHECK(x && moq_verify(x, MOQ_VERIFY_DEEP, NULL, NULL, &err) == MOQ_OK);
+        moq_close(x);
+        moq_close(y);
+        CHECK_INT(test_state.live_allocs, 0);
+        for (long k = 1; i == 0 && k < 100000; k += 1 + k / 5) {
+            test_state.fail_at = k;
+            x = moq_open(source, &o, &err);
+            int made = x != NULL;
+            if (!made) CHECK_INT(err.code, MOQ_E_NOMEM);
+            moq_close(x);
+            CHECK_INT(test_state.live_allocs, 0);
+            if (made) break;
+        }
+        test_state.fail_at = 0;
+        o.quantize = "nvfp4";
+        CHECK(!moq_open(source, &o, &err) && err.code == MOQ_E_UNSUPPORTED && strstr(err.text, "moq quantize"));
+        o.quantize = "nonsense";
+        CHECK(!moq_open(source, &o, &err) && err.code == MOQ_E_ARG);
+        o.quantize = "mxfp4";
+        CHECK(!moq_open(folder, &o, &err) && err.code == MOQ_E_ARG && strstr(err.text, "already"));
+        CHECK_INT(test_state.live_allocs, 0);
+        done++;
+    }
+    remove_dir(folder);
+    CHECK(done > 0);
+}
+
 /* Every source there is, also those without a golden: the result opens, is verified inside, and decodes to within half a step. */
 static void test_export_all_sources(void)
 {
@@ -1162,6 +1216,7 @@ int main(int argc, char **argv)
     RUN(test_export_mixed);
     RUN(test_export_restored);
     RUN(test_export_threads_and_shards);
+    RUN(test_open_quantized);
     RUN(test_export_all_sources);
     RUN(test_export_quantized_sources);
     RUN(test_export_convert);

@@ -322,7 +322,7 @@ typedef struct options {
     int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch;
     double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
-        *save_calibration, *max_memory;
+        *save_calibration, *max_memory, *quantize;
     const char *head, *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
     int encode;
     text_list scheme, shape, exclude, rule;
@@ -395,7 +395,7 @@ static const option_row option_table[] = {
     {"to", KIND_TEXT, FIELD(to), "F", "container: modelopt or compressed-tensors"},
     {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
-    {"quantize", KIND_LATER, FIELD(none), "RECIPE", ""},
+    {"quantize", KIND_TEXT, FIELD(quantize), "RECIPE", "quantize a float folder while loading; nothing is written"},
     {"json-schema", KIND_TEXT, FIELD(json_schema), "FILE", "answers are documents of this JSON Schema, complete within --max-tokens"},
     {"grammar", KIND_TEXT, FIELD(grammar), "FILE", "answers are texts of this GBNF grammar, complete within --max-tokens"}
 };
@@ -537,13 +537,14 @@ static int open_backend(const options *o, const char *kernel, moq_backend **out)
 }
 
 /* quiet: what opening would log comes as findings of moq_verify. */
-static moq_checkpoint *open_folder(const char *path, int quiet, moq_error *err)
+static moq_checkpoint *open_folder(const char *path, int quiet, const char *recipe, moq_error *err)
 {
     moq_open_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.log = quiet ? NULL : on_log;
     desc.log_user = (void *)(uintptr_t)path;
     desc.progress = on_progress;
+    desc.quantize = recipe;
     return moq_open(path, &desc, err);
 }
 
@@ -573,7 +574,7 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     memset(e, 0, sizeof *e);
     memset(&desc, 0, sizeof desc);
     e->path = path;
-    e->ck = open_folder(path, 0, &err);
+    e->ck = open_folder(path, 0, path == o->args[0] ? o->quantize : NULL, &err);
     if (!e->ck) return refuse_error(path, &err);
     bad = open_backend(o, o->kernel, &e->be);
     if (bad) { close_engine(e); return bad; }
@@ -1033,7 +1034,7 @@ static int verb_inspect(const options *o)
     module_row *rows = NULL;
     size_t count = 0;
     totals t;
-    moq_checkpoint *ck = open_folder(o->args[0], 0, &err);
+    moq_checkpoint *ck = open_folder(o->args[0], 0, NULL, &err);
     int bad = ck ? open_backend(o, o->kernel, &be) : refuse_error(o->args[0], &err);
     if (!bad && o->against && !o->png) bad = refuse("--against goes with --png FILE; moq diff compares numbers");
     if (!bad) bad = list_modules(ck, o->args[0], be, &rows, &count);
@@ -1096,7 +1097,7 @@ static int verify_path(const options *o, verdict *v)
     if (stat(path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", path, strerror(errno));
     memset(&err, 0, sizeof err);
     if (S_ISDIR(info.st_mode)) {
-        moq_checkpoint *ck = open_folder(path, 1, &err);
+        moq_checkpoint *ck = open_folder(path, 1, NULL, &err);
         if (ck) moq_verify(ck, o->deep ? (uint32_t)MOQ_VERIFY_DEEP : 0, report_finding, v, &err);
         else bad = 1;
         if (ck && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) bad = 1;
@@ -1656,7 +1657,7 @@ static int verb_dequant(const options *o)
     int bad;
     if (!o->hash == !o->out) return refuse(o->hash ? "dequant takes --hash or --out DST, not both" : "dequant needs --hash or --out DST");
     if (o->out && o->json) return refuse("--json goes with --hash");
-    ck = open_folder(o->args[0], 0, &err);
+    ck = open_folder(o->args[0], 0, NULL, &err);
     if (!ck) return refuse_error(o->args[0], &err);
     bad = o->hash ? dequant_hash(o, ck) : dequant_out(o, ck);
     moq_close(ck);
@@ -2180,7 +2181,7 @@ static int verb_tokenize(const options *o)
     char *text;
     int bad = 0;
     if (!from) return refuse("%s: %s", o->file, strerror(errno));
-    ck = open_folder(o->args[0], 0, &err);
+    ck = open_folder(o->args[0], 0, NULL, &err);
     t = ck ? llm_tokenizer_open(ck, &err) : NULL;
     if (!t) {
         if (from != stdin) fclose(from);
@@ -2265,7 +2266,7 @@ static int open_side(side *s, const char *path)
     memset(s, 0, sizeof *s);
     s->path = path;
     if (stat(path, &info) != 0) return refuse("%s: %s", path, strerror(errno));
-    if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, &err);
+    if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, NULL, &err);
     else s->st = moq_st_open(path, NULL, &err);
     return s->ck || s->st ? 0 : refuse_error(path, &err);
 }
@@ -2445,7 +2446,7 @@ static int verb_diff(const options *o)
    >>verbs           the table of verbs, help, main
    ------------------------------------------------------------------------------------------------ */
 
-#define ENGINE_OPTIONS "context chunk head "
+#define ENGINE_OPTIONS "context chunk head quantize "
 
 static const verb_row verb_table[] = {
     {"inspect", verb_inspect, 1, 1, "DIR", "json context head explain png against",
