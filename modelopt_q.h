@@ -103,6 +103,7 @@
                         >>statistics   what passes found, under ModelOpt's names
                          >>container    a layer as tensors of either container
                          >>pack         tensors of an exported folder
+                         >>shards       its files of tensors, in a folder or in memory
                          >>describe     JSON files of an exported folder
        >>api-export      >>export       ModelOpt folders: tensors, shards, JSON files
        >>api-autoquant   >>candidates   AutoQuantize: units, their candidates calibrated and scored
@@ -205,7 +206,7 @@ typedef struct moq_error {
     moq_result code;
     int32_t os_code;   /* errno or GetLastError(); 0: none */
     int64_t offset;    /* byte in `file`; -1: none */
-    char file[96];     /* base name of the file, or "" */
+    char file[96];     /* base name of the file, or ""; inside a folder being written FOLDER/FILE */
     char object[160];  /* tensor, key or layer name, escaped and cut, or "" */
     char text[768];    /* the whole sentence: file: object: what is wrong; what to do */
 } moq_error;
@@ -402,7 +403,7 @@ typedef struct moq_open_desc {
     moq_progress_fn progress;
     void *progress_user;
     const char *quantize;           /* a recipe of moq_find_recipe that needs no data: moq_open quantizes the layers of a float folder as moq_quantize
-                                       would write them, in memory, and what is opened is that. NULL: as the folder is. Needs MOQ_QUANTIZE */
+                                       would write them, in memory, and what is opened is that. NULL: as the folder is. Needs MOQ_QUANTIZE; moq_open only */
 } moq_open_desc;
 
 enum {
@@ -2075,6 +2076,9 @@ static void *moqi_sys_map(intptr_t file, size_t bytes)
 
 static void moqi_sys_unmap(void *map, size_t bytes) { (void)bytes; UnmapViewOfFile(map); }
 
+/* Pages that are not locked leave the working set: what VirtualUnlock is documented to do with them, and to call an error. */
+MOQI_UNUSED static void moqi_sys_forget(void *map, size_t bytes) { (void)VirtualUnlock(map, bytes); }
+
 /* Fails while the target is mapped, with ERROR_USER_MAPPED_FILE: nothing is written then, and the message says so. */
 static int moqi_sys_rename(const char *from, const char *to)
 {
@@ -2657,13 +2661,13 @@ MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t byt
 #if defined(_WIN32)
 static int moqi_sys_make_dir(const char *path)
 {
-    wchar_t w[MOQI_WIDE];
+    wchar_t w[MOQI_WIDE_PATH];
     return moqi_wide(path, w) && CreateDirectoryW(w, NULL) != 0;
 }
 
 static void moqi_sys_remove_dir(const char *path)
 {
-    wchar_t w[MOQI_WIDE];
+    wchar_t w[MOQI_WIDE_PATH];
     if (moqi_wide(path, w)) RemoveDirectoryW(w);
 }
 #else
@@ -9303,6 +9307,7 @@ MOQ_API moq_checkpoint *moq_open_memory(const moq_file *files, size_t count, con
     for (size_t i = 0; i < count; i++)
         if (!files || !files[i].name || (!files[i].data && files[i].bytes)) { moq_fail(err, MOQ_E_ARG, "moq_open_memory",
                                                                                        "file %zu has no name or no data", i); return NULL; }
+    if (desc && desc->quantize) { moq_fail(err, MOQ_E_UNSUPPORTED, "moq_open_memory", "quantizes nothing while loading; moq_open does, from a folder"); return NULL; }
     moq_checkpoint *ck = moqi_ck_make("memory", 6, desc, err);
     if (!ck) return NULL;
     moq_file *copy = (moq_file *)moqi_take_array(&ck->arena, (uint64_t)count + 1, sizeof(moq_file));
@@ -9317,13 +9322,13 @@ MOQ_API moq_checkpoint *moq_open_memory(const moq_file *files, size_t count, con
     return moqi_ck_finish(ck, r, err);
 }
 
-/* Safe at any stage of a failed opening: what is not there yet is NULL. */
-/* Data of files that were made in memory, and their list in the arena of who made them. */
+/* Data of files that were made in memory; their list is in the arena of who made them. */
 static void moqi_drop_files(const moq_allocator *a, moq_file *files, size_t count)
 {
     for (size_t i = 0; i < count; i++) moq_release(a, (void *)(uintptr_t)files[i].data, files[i].bytes ? files[i].bytes : 1);
 }
 
+/* Safe at any stage of a failed opening: what is not there yet is NULL. */
 MOQ_API void moq_close(moq_checkpoint *ck)
 {
     if (!ck) return;
@@ -21829,7 +21834,7 @@ static void moqi_store_piece(const moqi_form *f, const moqi_piece *p, const moq_
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>pack            the tensors of a quantized folder, encoded and written shard by shard
+   >>pack            the tensors of a quantized folder, encoded when their turn comes
    Memory holds one layer at a time; tensor names, shapes and their order in the file are ModelOpt's.
    ------------------------------------------------------------------------------------------------ */
 
@@ -22413,7 +22418,10 @@ static moq_result moqi_add_pieces(moqi_export *x, size_t index, moq_error *err)
     return r;
 }
 
-/* ---- shards ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>shards          the files of tensors and their index, in a folder or in memory
+   Bytes go out in the order of the header, which is checked against them first.
+   ------------------------------------------------------------------------------------------------ */
 
 /* Progress, and the place where a caller can stop the work. */
 static moq_result moqi_tell(moqi_export *x, uint64_t more, moq_error *err)
@@ -22432,7 +22440,6 @@ typedef struct moqi_made {
     moq_file *files;
     size_t count, capacity;
     size_t used;            /* bytes of the last file that are written */
-    const char *base;       /* of the source, for the opened checkpoint */
 } moqi_made;
 
 /* A new file with room for `bytes`; `data` is written by moqi_send. */
@@ -22456,10 +22463,22 @@ static moq_result moqi_made_begin(moqi_made *m, const char *name, uint64_t bytes
     return MOQ_OK;
 }
 
+/* An error about a file of the target says so: the source has files of the same names. */
+static moq_result moqi_in_target(const moqi_export *x, moq_result r, moq_error *err)
+{
+    moq_error e;
+    const char *base = moqi_base_name(x->plan.desc->target);
+    if (r >= 0 || !err || !err->file[0]) return r;
+    e = *err;
+    moqi_format(err->file, sizeof err->file, "%s/%s", base, e.file);
+    moqi_format(err->text, sizeof err->text, "%s/%s", base, e.text);
+    return r;
+}
+
 /* To the file being written, in the folder or in memory. */
 static moq_result moqi_send(moqi_export *x, moqi_writer *w, const void *data, size_t bytes, moq_error *err)
 {
-    if (!x->made) return moqi_writer_put(w, data, bytes, err);
+    if (!x->made) return moqi_in_target(x, moqi_writer_put(w, data, bytes, err), err);
     moq_file *f = &x->made->files[x->made->count - 1];
     if (bytes > f->bytes - x->made->used) return moqi_fail(err, MOQ_E_STATE, moqi_at(f->name, NULL, NULL, -1), "more bytes than were planned");
     if (bytes) memcpy((uint8_t *)(uintptr_t)f->data + x->made->used, data, bytes);
@@ -22472,7 +22491,7 @@ static moq_result moqi_put_file(moqi_export *x, const char *name, const void *da
 {
     char path[4096 + 300];
     moqi_format(path, sizeof path, "%s/%s", x->temp, name);
-    if (!x->made) return moq_write_file(path, data, bytes, err);
+    if (!x->made) return moqi_in_target(x, moq_write_file(path, data, bytes, err), err);
     moq_result r = moqi_made_begin(x->made, name, bytes, err);
     return r == MOQ_OK ? moqi_send(x, NULL, data, bytes, err) : r;
 }
@@ -22570,10 +22589,10 @@ static moq_result moqi_write_shard(moqi_export *x, const char *file, size_t firs
         r = header.failed == MOQ_OK ? moqi_st_proofread(&header.b, bytes, file, err) : moqi_nomem(err, header.b.bytes);
     }
     moqi_format(path, sizeof path, "%s/%s", x->temp, file);
-    if (r == MOQ_OK) r = x->made ? moqi_made_begin(x->made, file, bytes + header.b.bytes, err) : moqi_writer_open(&w, path, err);
+    if (r == MOQ_OK) r = x->made ? moqi_made_begin(x->made, file, bytes + header.b.bytes, err) : moqi_in_target(x, moqi_writer_open(&w, path, err), err);
     if (r == MOQ_OK) r = moqi_send(x, &w, header.b.data, header.b.bytes, err);
     for (size_t i = 0; i < n && r == MOQ_OK; i++) r = moqi_put_out(x, &w, (const moqi_out *)(const void *)sorted[i], err);
-    if (r == MOQ_OK && !x->made) r = moqi_writer_commit(&w, err);
+    if (r == MOQ_OK && !x->made) r = moqi_in_target(x, moqi_writer_commit(&w, err), err);
     else if (w.file != -1) moqi_writer_abort(&w);
     moqi_buffer_drop(&header.b);
     moqi_arena_drop(&r0);
@@ -23262,8 +23281,8 @@ static moq_result moqi_reopen(const moqi_export *x, moq_error *err)
     memset(&d, 0, sizeof d);
     d.allocator = x->plan.desc->allocator;
     moq_checkpoint *ck = moq_open(x->temp, &d, err);
-    if (!ck) return err ? err->code : MOQ_E_STATE;
-    moq_result r = moq_verify(ck, 0, NULL, NULL, err);
+    if (!ck) return moqi_in_target(x, err ? err->code : MOQ_E_STATE, err);
+    moq_result r = moqi_in_target(x, moq_verify(ck, 0, NULL, NULL, err), err);
     moq_close(ck);
     return r;
 }
@@ -23377,6 +23396,20 @@ static moq_result moqi_check_memory(const moqi_plan *p, moq_error *err)
                      (unsigned long long)(most / 1000000 + 1), (unsigned long long)(p->desc->max_memory / 1000000));
 }
 
+/* Loading has no data to calibrate with. The first recipe with weights of the same kind that needs none is named instead. */
+static moq_result moqi_refuse_data(const moqi_plan *p, moq_error *err)
+{
+    const moq_recipe *other = NULL;
+    for (size_t i = 0; i < moq_recipe_count() && !other; i++) {
+        const moq_recipe *c = moq_get_recipe(i);
+        if (c->scheme.weight.elem != p->recipe->scheme.weight.elem || c->scheme.weight.scale != p->recipe->scheme.weight.scale) continue;
+        if (!moqi_has_input_scale(c) && !c->scheme.pre_quant_scale) other = c;
+    }
+    return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s needs calibration data, so it cannot be applied while "
+                     "loading; write a folder with `moq quantize --recipe %s --calib DATA`%s%s", p->recipe->name, p->recipe->name,
+                     other ? ", or load with " : "", other ? other->name : "");
+}
+
 /* Everything that can be refused is refused here, before a byte is written. */
 static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
 {
@@ -23384,10 +23417,7 @@ static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
     moq_result r = moqi_choose_targets(p, err);
     if (r == MOQ_OK && x->convert) r = moqi_choose_kept(x, err);
     if (r == MOQ_OK) r = moqi_check_memory(p, err);
-    if (r == MOQ_OK && x->made && moqi_needs_data(p))
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s needs calibration data, so it cannot be made while loading; "
-                         "write a folder with `moq quantize ... --recipe %s --calib DATA`, or load with one that needs none", p->recipe ? p->recipe->name : "none",
-                         p->recipe ? p->recipe->name : "none");
+    if (r == MOQ_OK && x->made && moqi_needs_data(p)) r = moqi_refuse_data(p, err);
     if (r == MOQ_OK) r = moqi_get_records(x, err);
     if (r == MOQ_OK) r = moqi_load_targets(p, err);
     if (r != MOQ_OK) return r;
@@ -23594,7 +23624,7 @@ static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, si
     memset(&d, 0, sizeof d);
     memset(&made, 0, sizeof made);
     d.source = dir;
-    d.target = "memory";
+    d.target = dir;
     d.recipe = desc->quantize;
     d.progress = desc->progress;
     d.progress_user = desc->progress_user;

@@ -63,7 +63,10 @@ printf '#include <stddef.h>\nvoid *my_alloc(size_t);\nvoid my_free(void *);\n' >
 check "own allocator" $CC -std=c99 $WARN "-DMOQ_MALLOC(n)=my_alloc(n)" "-DMOQ_FREE(p)=my_free(p)" -include $B/my_alloc.h -c $B/impl.c -o $B/option.o
 check "-ffast-math" $CC -std=c99 $WARN -O3 -ffast-math -c $B/impl.c -o $B/option.o
 for cross in x86_64-w64-mingw32-gcc aarch64-linux-gnu-gcc i686-linux-gnu-gcc; do
-    if have $cross; then check "$cross" $cross -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o; else skipped "$cross is not installed"; fi
+    if have $cross; then
+        check "$cross" $cross -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o
+        check "$cross MOQ_QUANTIZE" $cross -std=c99 $WARN -DMOQ_QUANTIZE -fsyntax-only $B/impl.c
+    else skipped "$cross is not installed"; fi
 done
 
 # 3. several translation units link and run

@@ -298,6 +298,23 @@ static void test_checkpoint_subfolder(void)
     end_folder(&f);
 }
 
+/* Only programs compiled with MOQ_QUANTIZE quantize while loading, and only folders: nothing is opened as if nothing had been asked. */
+static void test_checkpoint_quantize_refused(void)
+{
+    folder f = sharded("quantize");
+    moq_open_desc d;
+    moq_error err;
+    moq_file file;
+    memset(&d, 0, sizeof d);
+    memset(&file, 0, sizeof file);
+    d.quantize = "mxfp4";
+    d.allocator = test_allocator();
+    CHECK(!moq_open(f.path, &d, &err) && err.code == MOQ_E_UNSUPPORTED && strstr(err.text, "compiled without MOQ_QUANTIZE"));
+    CHECK(!moq_open_memory(&file, 0, &d, &err) && err.code == MOQ_E_UNSUPPORTED && strstr(err.text, "from a folder"));
+    CHECK_INT(test_state.live_allocs, 0);
+    end_folder(&f);
+}
+
 static void test_checkpoint_shard_is_no_file(void)
 {
     folder f = sharded("nofile");
@@ -971,6 +988,7 @@ int main(int argc, char **argv)
     RUN(test_checkpoint_index_rows);
     RUN(test_checkpoint_paths_refused);
     RUN(test_checkpoint_subfolder);
+    RUN(test_checkpoint_quantize_refused);
     RUN(test_checkpoint_shard_is_no_file);
     RUN(test_checkpoint_total_size);
     RUN(test_checkpoint_without_index);

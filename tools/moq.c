@@ -97,15 +97,15 @@ static int names_file(const char *text, size_t length)
 }
 
 /* "FOLDER/FILE: tensor 'NAME': what is wrong; what to do", from a text that begins with the bare name of a file, with that of
-   the folder, or with neither. */
+   the folder (and a file in it), or with neither. */
 static void print_placed(FILE *to, const char *prefix, const char *path, const char *text)
 {
-    size_t length = path ? strlen(path) : 0, base, head = strcspn(text, ":");
+    size_t length = path ? strlen(path) : 0, base, head = strcspn(text, ":"), folder = strcspn(text, "/:");
     while (length > 1 && path[length - 1] == '/') length--;
     for (base = length; base > 0 && path[base - 1] != '/'; base--) {}
     fputs(prefix, to);
     if (!path || strncmp(text, path, length) == 0) fprintf(to, "%s\n", text);
-    else if (head == length - base && strncmp(text, path + base, head) == 0) fprintf(to, "%.*s%s\n", (int)length, path, text + head);
+    else if (folder == length - base && strncmp(text, path + base, folder) == 0) fprintf(to, "%.*s%s\n", (int)length, path, text + folder);
     else fprintf(to, "%.*s%s%s\n", (int)length, path, names_file(text, head) ? "/" : ": ", text);
 }
 
@@ -114,15 +114,6 @@ static int refuse_error(const char *path, const moq_error *err)
     if (err->code == MOQ_E_CANCELLED && stop_requested) return refuse("stopped");
     print_placed(stderr, "moq: ", path, err->text);
     return 2;
-}
-
-/* An error of a verb that reads one folder and writes another: placed in the one whose path has the name that the error gives. */
-static int refuse_either(const char *source, const char *target, const moq_error *err)
-{
-    size_t n = strlen(source), of = strlen(err->file);
-    while (n > 1 && source[n - 1] == '/') n--;
-    int named = of && n >= of && strncmp(source + n - of, err->file, of) == 0;
-    return refuse_error(of && !named && target && strstr(target, err->file) ? target : source, err);
 }
 
 static void *take(size_t count, size_t bytes)

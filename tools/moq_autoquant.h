@@ -118,7 +118,10 @@ static int verb_autoquant(const options *o)
         d.forward = llm_calibrate;
         d.data = &set.samples;
     }
-    if (!bad && !(s = moq_autoquant(&d, &err))) bad = refuse_either(d.source, d.target, &err);
+    if (!bad && !(s = moq_autoquant(&d, &err))) {
+        const char *others[] = {d.target, o->search, o->save_search, o->calibration};
+        bad = refuse_error(blamed_path(&err, d.source, others, COUNT(others)), &err);
+    }
     if (s && o->json) print_search_json(s, d.target);
     else if (s) print_search(s);
     moq_search_destroy(s);

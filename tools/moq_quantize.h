@@ -225,6 +225,24 @@ static int report_folder(const options *o, const char *path)
     return 0;
 }
 
+/* Is the first part of `name` the last part of the path? */
+static int ends_in(const char *path, const char *name)
+{
+    size_t n = strcspn(name, "/"), length = path ? strlen(path) : 0, base;
+    while (length > 1 && path[length - 1] == '/') length--;
+    for (base = length; base > 0 && path[base - 1] != '/'; base--) {}
+    return n > 0 && length - base == n && strncmp(path + base, name, n) == 0;
+}
+
+/* The path that an error is about: a file of the target comes as FOLDER/FILE, others by their last part; what else there is belongs to the source. */
+static const char *blamed_path(const moq_error *err, const char *source, const char *const *others, int count)
+{
+    if (!strchr(err->file, '/') && ends_in(source, err->file)) return source;
+    for (int i = 0; i < count; i++)
+        if (ends_in(others[i], err->file)) return others[i];
+    return source;
+}
+
 /* Options that contradict each other or lack what they need. */
 static int check_quantize(const options *o)
 {
@@ -275,7 +293,10 @@ static int verb_quantize(const options *o)
         bad = split_rule(o->rule.item[i], &rules[i]);
         if (!bad) d.rule_count++;
     }
-    if (!bad && moq_quantize(&d, &err) != MOQ_OK) bad = refuse_either(o->args[0], o->args[1], &err);
+    if (!bad && moq_quantize(&d, &err) != MOQ_OK) {
+        const char *others[] = {o->args[1], o->calibration, o->save_calibration};
+        bad = refuse_error(blamed_path(&err, o->args[0], others, COUNT(others)), &err);
+    }
     moq_backend_destroy(d.backend);
     drop_samples(&set);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
@@ -297,7 +318,7 @@ static int verb_convert(const options *o)
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
     if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
-    if (moq_convert(&d, &err) != MOQ_OK) return refuse_either(o->args[0], o->args[1], &err);
+    if (moq_convert(&d, &err) != MOQ_OK) return refuse_error(blamed_path(&err, o->args[0], (const char *const *)&o->args[1], 1), &err);
     return report_folder(o, o->args[1]);
 }
 
