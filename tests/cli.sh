@@ -437,7 +437,7 @@ for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], 
     check "bench --json: $k" out "$k"
 done
 run bench "$demo"
-check "bench DIR" last 'prompt [0-9.]* tokens/s .*, generation [0-9.]* tokens/s'
+check "bench DIR" out 'prompt [0-9.]* tokens/s .*, generation [0-9.]* tokens/s'
 run bench "$demo" --json
 check "bench DIR --json is JSON" json
 check "bench DIR --json: speed" out '"generated_tokens_per_second": [0-9]'
