@@ -670,7 +670,7 @@ static void test_open_quantized(void)
 {
     static const char *const cases[][2] = {{"llama", "w4a16_nvfp4"}, {"llama", "mxfp4"}, {"llama", "fp8_per_channel_per_token"}, {"llama", "int8_weight_only"},
                                            {"llama", "int4_blockwise_weight_only"}, {"qwen3_moe", "mxfp8"}, {"gpt_oss", "mxfp4"}, {"nemotron_h", "mxfp4"}};
-    char folder[1200];
+    char folder[1300];
     moq_error err;
     int done = 0;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
