@@ -26,7 +26,11 @@ while [ $# -gt 0 ]; do
     shift
     [ $# -gt 0 ] && shift
 done
-passed=$(ls "$dir" | grep -c 'good$')
-all=$(ls "$dir" | grep -c 'line$')
+passed=0 all=0
+for t in "$dir"/*.line; do
+    [ -e "$t" ] || continue
+    all=$((all + 1))
+    [ -e "${t%.line}.good" ] && passed=$((passed + 1))
+done
 echo "$passed passed, $((all - passed)) failed"
 [ "$passed" -eq "$all" ]

@@ -1,79 +1,175 @@
 #!/bin/sh
-# run.sh [ARCH]    builds and runs the tests of the CUDA backend on this machine's GPU; ends with "N passed, N failed".
+# run.sh [-n] [-l] [STEP...]    builds and runs the tests and measurements of the CUDA backend; ends with "N passed, N failed".
 #
-#   ARCH          what nvcc -arch takes (default: native)
+#   STEP          which steps, in their order (default: all); -l lists them with the seconds they took or may take on an H100 or H200
+#   -n            dry run: says what each step would run, and which tools are missing; builds and runs nothing
+#
+#   ARCH          what nvcc -arch takes (default: native, but sm_90a on H100 and H200, whose own instructions native leaves out)
 #   NVCC, CC      other compilers
+#   MOQ_BUILD     where programs go (default: tests/build/cuda); build on one machine, copy the folder, run on another
 #   MOQ_GOLDEN    a folder with all golden checkpoints instead of the subset in tests/data/golden
-#   MOQ_PREBUILT  a folder that holds the test programs already: nothing is compiled
-#   QUICK=1       without compute-sanitizer and without the bench
+#   MOQ_MODELS    where folders with random weights are written (default: /tmp); 4.8 GB and 17 GB
+#   FORMS         layer forms of bench-few and bench-many (default: nvfp4 mxfp4 int4-g128 fp8-tensor fp8-block128)
+#
+# Rows of the table of measurements come from: bench-few (1 to 16 rows of x beside a plain read), bench-many (17 and more beside cuBLAS),
+# bench-moe, bench-attention, bench-model. Peers: tests/bench/gpu_peers.sh.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 nvcc=${NVCC:-nvcc}
 cc=${CC:-cc}
-arch=${1:-native}
-build=${MOQ_PREBUILT:-$here/../build/cuda}
-passed=0 failed=0 skipped=0
-log=$(mktemp) || exit 2
-trap 'rm -f "$log"' EXIT
+arch=${ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^9\.0$/sm_90a/p')}
+arch=${arch:-native}
+build=${MOQ_BUILD:-$here/../build/cuda}
+models=${MOQ_MODELS:-/tmp}
+forms=${FORMS:-nvfp4 mxfp4 int4-g128 fp8-tensor fp8-block128}
+passed=0 failed=0 skipped=0 dry=
 export MOQ_DATA="$here/../data" MOQ_DEMO="$root/examples/demo-model"
+
+# name, seconds, what. Seconds are estimates until a run says better: the table that -l prints is for planning.
+steps='tools 3 compilers, sanitizer, device
+build 240 modelopt_q_cuda.cu and every program here
+gemm 100 products of 17 and more rows: every form x odd shapes x modes against float64, same bits in every run; mixtures of experts
+backend 150 the function table: every kernel x scheme x odd shape against float64, caches, mixtures, graphs, two backends, memory that runs out
+logits 90 golden logits through the backend
+demo 20 the demo model'\''s answers, CPU and CUDA
+memcheck 240 compute-sanitizer over the function table and golden logits
+racecheck 120 compute-sanitizer over one test of each kernel
+initcheck 90 the same
+synccheck 60 the same
+bench-few 45 1, 2, 8, 16 rows of x beside a plain read of the same bytes
+bench-many 240 17 to 4096 rows of x beside cuBLAS BF16
+bench-moe 40 mixtures of experts
+bench-attention 40 caches of 4 to 32 thousand positions
+bench-model 200 tokens a second of Llama-8B and Qwen3-30B-A3B shapes with random weights'
+sanitized='test_cuda_ops test_cuda_rotation test_cuda_fused test_cuda_requantized test_cuda_moe_stored test_cuda_graphs test_cuda_embed test_cuda_each_kernel'
+
+list() {
+    total=0
+    echo "$steps" | { while read -r name seconds what; do
+        total=$((total + seconds))
+        printf '%-16s %4d s  %s\n' "$name" "$seconds" "$what"
+    done; printf '%-16s %4d s\n' all "$total"; }
+}
+
+while [ $# -gt 0 ]; do
+    case $1 in
+    -n) dry=1 ;;
+    -l) list; exit 0 ;;
+    -*) sed -n '2,6p' "$0"; exit 2 ;;
+    *) break ;;
+    esac
+    shift
+done
+wanted=${*:-$(echo "$steps" | while read -r name _; do echo "$name"; done)}
+for w in $wanted; do
+    echo "$steps" | grep -q "^$w " || { echo "no step '$w'; known are:"; list; exit 2; }
+done
+log=$(mktemp) || exit 2
+trap 'rm -f "$log" "$log.tool"' EXIT
+
+# Runs a command, or says that it would.
+run() {
+    if [ -n "$dry" ]; then echo "    $*"; return 0; fi
+    "$@"
+}
 
 count() { # name, exit code: adds what the closing line of $log says
     line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
     p=$(echo "$line" | sed -n 's/^\([0-9]*\) passed.*/\1/p')
     f=$(echo "$line" | sed -n 's/.* \([0-9]*\) failed.*/\1/p')
     if [ -z "$line" ] || { [ "$2" -ne 0 ] && [ "${f:-0}" -eq 0 ]; }; then f=$((${f:-0} + 1)); echo "exit code $2" >>"$log"; fi
-    printf '%-44s %5d ok %3d failed\n' "$1" "${p:-0}" "$f"
+    printf '%-52s %5d ok %3d failed\n' "$1" "${p:-0}" "$f"
     if [ "$f" -gt 0 ]; then tail -n 60 "$log"; else grep -E '^note:' "$log"; fi
     passed=$((passed + ${p:-0})) failed=$((failed + f))
 }
 
-if [ -z "${MOQ_PREBUILT:-}" ]; then
-    command -v "$nvcc" >/dev/null || { echo "nvcc is not installed"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
-    mkdir -p "$build"
-    start=$(date +%s)
-    "$nvcc" -std=c++17 -O2 -arch="$arch" -c "$root/modelopt_q_cuda.cu" -o "$build/backend.o" || { echo "0 passed, 1 failed"; exit 1; }
-    echo "modelopt_q_cuda.cu compiled for $arch in $(($(date +%s) - start)) s"
-    for t in "$here"/test_*.c "$here"/bench_*.c; do
-        [ -e "$t" ] || continue
-        name=$(basename "$t" .c)
-        "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$t" -o "$build/$name.o" && "$nvcc" "$build/$name.o" "$build/backend.o" -o "$build/$name" -lm -lpthread || { echo "0 passed, 1 failed"; exit 1; }
-    done
-    # products of many rows: needs cuBLAS, which they are compared with
-    "$cc" -O1 -DMODELOPT_Q_IMPLEMENTATION -x c -c "$root/modelopt_q.h" -o "$build/header.o" &&
-        "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread >"$log" 2>&1 ||
-        { skipped=$((skipped + 1)); echo "gemm was not built: $(tail -n 1 "$log")"; }
-fi
+tested() { # name, command...
+    name=$1
+    shift
+    if [ -n "$dry" ]; then run "$@"; return; fi
+    if [ ! -x "$1" ]; then echo "$name: $1 is not there; run the step build"; skipped=$((skipped + 1)); return; fi
+    "$@" >"$log" 2>&1
+    count "$name" $?
+}
 
-if [ -x "$build/gemm" ]; then
-    "$build/gemm" test >"$log" 2>&1
-    count gemm $?
-fi
-for t in test_backend test_logits; do
-    "$build/$t" >"$log" 2>&1
-    count "$t" $?
-done
+measured() { # command...: a table on standard output
+    if [ -n "$dry" ]; then run "$@"; return; fi
+    if [ ! -x "$1" ]; then echo "$1 is not there; run the step build"; skipped=$((skipped + 1)); return; fi
+    "$@" || failed=$((failed + 1))
+}
 
-# compute-sanitizer: memory and synchronisation over everything, the slower tools over one test of each kernel
-sanitize() { # tool, program, filter
-    compute-sanitizer --tool "$1" --error-exitcode 9 --log-file "$log.tool" "$build/$2" ${3:-} >"$log" 2>&1
+sanitized_by() { # tool, program, filter
+    if [ -n "$dry" ]; then run compute-sanitizer --tool "$1" "$build/$2" "$3"; return; fi
+    if ! command -v compute-sanitizer >/dev/null; then skipped=$((skipped + 1)); echo "$1: compute-sanitizer is not installed"; return; fi
+    compute-sanitizer --tool "$1" --error-exitcode 9 --log-file "$log.tool" "$build/$2" ${3:+"$3"} >"$log" 2>&1
     code=$?
     if grep -q 'ERROR SUMMARY: 0 errors\|RACECHECK SUMMARY: 0 hazards' "$log.tool"; then code=0; else cat "$log.tool" >>"$log"; [ "$code" -eq 0 ] && code=9; fi
-    rm -f "$log.tool"
-    count "$1 $2 ${3:-}" $code
+    count "$1 $2 $3" "$code"
 }
-if [ -z "${QUICK:-}" ]; then
-    if command -v compute-sanitizer >/dev/null; then
-        sanitize memcheck test_backend
-        sanitize memcheck test_logits test_cuda_golden_foreign
-        for tool in racecheck initcheck synccheck; do
-            for t in test_cuda_ops test_cuda_rotation test_cuda_fused test_cuda_requantized test_cuda_moe_stored test_cuda_graphs test_cuda_embed test_cuda_each_kernel; do sanitize $tool test_backend $t; done
-        done
-    else
-        skipped=$((skipped + 1))
-        echo "compute-sanitizer is not installed"
-    fi
-    [ -x "$build/gemm" ] && "$build/gemm" bench nvfp4
-fi
+
+step_tools() {
+    for t in "$nvcc" "$cc" nvidia-smi compute-sanitizer; do
+        if command -v "$t" >/dev/null; then echo "$t: $(command -v "$t")"; else echo "$t: not there"; fi
+    done
+    [ -z "$dry" ] || return 0
+    nvidia-smi --query-gpu=name,compute_cap,memory.total,driver_version --format=csv,noheader 2>/dev/null || { echo "no device answers"; skipped=$((skipped + 1)); }
+}
+
+one() { # what, command...: a part of the build
+    what=$1
+    shift
+    if run "$@" >"$log" 2>&1; then [ -z "$dry" ] || cat "$log"; return 0; fi
+    echo "$what was not built:"
+    tail -n 20 "$log"
+    failed=$((failed + 1))
+    return 1
+}
+
+step_build() {
+    command -v "$nvcc" >/dev/null || { echo "nvcc is not installed"; skipped=$((skipped + 1)); return; }
+    run mkdir -p "$build"
+    start=$(date +%s)
+    one modelopt_q_cuda.cu "$nvcc" -std=c++17 -O2 -arch="$arch" -c "$root/modelopt_q_cuda.cu" -o "$build/backend.o" || return
+    echo "modelopt_q_cuda.cu compiled for $arch in $(($(date +%s) - start)) s"
+    for t in test_backend test_logits bench_backend bench_model; do
+        one "$t" "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$here/$t.c" -o "$build/$t.o" && one "$t" "$nvcc" "$build/$t.o" "$build/backend.o" -o "$build/$t" -lm -lpthread
+    done
+    one header "$cc" -O1 -DMODELOPT_Q_IMPLEMENTATION -x c -c "$root/modelopt_q.h" -o "$build/header.o" || return
+    one bench "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/bench.cu" "$build/backend.o" "$build/header.o" -o "$build/bench" -lm -lpthread
+    one gemm "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread # beside cuBLAS
+}
+
+step_gemm() {
+    tested gemm "$build/gemm" test
+    tested "gemm, mma.sync" "$build/gemm" test "" gemm-mma # what older devices run
+}
+step_backend() { tested test_backend "$build/test_backend"; }
+step_logits() { tested test_logits "$build/test_logits" golden; }
+step_demo() { tested "test_logits demo" "$build/test_logits" demo; }
+step_memcheck() {
+    sanitized_by memcheck test_backend ""
+    sanitized_by memcheck test_logits test_cuda_golden_foreign
+}
+each_sanitized() { for t in $sanitized; do sanitized_by "$1" test_backend "$t"; done; }
+step_racecheck() { each_sanitized racecheck; }
+step_initcheck() { each_sanitized initcheck; }
+step_synccheck() { each_sanitized synccheck; }
+step_bench_few() { for f in $forms; do measured "$build/bench" "$f"; done; }
+step_bench_many() { for f in $forms; do measured "$build/gemm" bench "$f"; done; }
+step_bench_moe() { measured "$build/bench_backend" moe; }
+step_bench_attention() { measured "$build/bench_backend" attention; }
+step_bench_model() {
+    for s in llama-8b qwen3-30b-a3b; do measured "$build/bench_model" "$s" "$models/moq-$s"; done
+}
+
+for w in $wanted; do
+    seconds=$(echo "$steps" | sed -n "s/^$w \([0-9]*\) .*/\1/p")
+    echo "== $w (about $seconds s)"
+    start=$(date +%s)
+    "step_$(echo "$w" | tr - _)"
+    [ -n "$dry" ] || echo "== $w took $(($(date +%s) - start)) s"
+done
+if [ -n "$dry" ]; then echo "dry run: nothing was done"; exit 0; fi
 if [ "$skipped" -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
 [ "$failed" -eq 0 ]
