@@ -1198,7 +1198,8 @@ typedef struct moq_quantize_desc {
     void *data;
     struct moq_backend *backend; /* runs the model meanwhile; NULL: the CPU */
     const char *save_calibration; /* keep what was measured in this file, weights' amax too; recipes without any (MX) write none; may be NULL */
-    const char *format;          /* "modelopt" (also NULL) or "compressed-tensors": the same numbers under its names */
+    const char *format;          /* "modelopt" (also NULL) or "compressed-tensors": the same numbers under its names; "gpt-oss": a gpt-oss model
+                                    with its experts in MXFP4 (recipe mxfp4_mlp_weight_only), as OpenAI published it */
     uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
     uint64_t max_memory;         /* bytes; 0: no limit. Else pages of the source are given back once they were read, and MOQ_E_LIMIT says that the
                                     largest layer needs more. The samples of `calibrate` have a limit of their own */
@@ -1218,7 +1219,7 @@ MOQ_API moq_result moq_quantize(const moq_quantize_desc *desc, moq_error *err);
 typedef struct moq_convert_desc {
     const char *source;          /* folder of any family that moq_open reads */
     const char *target;          /* folder that does not exist yet */
-    const char *to;              /* "modelopt" or "compressed-tensors" */
+    const char *to;              /* "modelopt", "compressed-tensors" or "gpt-oss" */
     const char *recipe;          /* NULL, or "nvfp4": MXFP4 layers become weight-only NVFP4 with the same values; where the exponents of one
                                     layer lie more than 2^17 apart its smallest blocks are rounded, and `log` says how many */
     uint64_t shard_bytes;        /* largest shard; 0: 10 GB */
@@ -21374,7 +21375,7 @@ MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_erro
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>container       a layer as the tensors of a ModelOpt or a compressed-tensors folder
+   >>container       a layer as the tensors of a ModelOpt, a compressed-tensors or a gpt-oss folder
    Pure: the same codes and scales under other names and packings. What a container cannot hold is refused by name.
    ------------------------------------------------------------------------------------------------ */
 
@@ -21384,8 +21385,9 @@ MOQ_API moq_result moq_stats_save(const moq_stats *s, const char *path, moq_erro
        INT4       weight, pairs of rows in a byte, two's complement          weight_packed, a stream of 32-bit words along the columns, plus 8
        FP8        weight_scale [], [rows], [.., 1, .., 1]                    [1], [rows, 1], [.., ..]
        scales     F32                                                        the model's type where it holds them exactly, else F32
-       KV cache   A.k_proj.k_scale                                           A.k_scale */
-enum { MOQI_MODELOPT = 0, MOQI_COMPRESSED };
+       KV cache   A.k_proj.k_scale                                           A.k_scale
+   The third, gpt-oss' own, has only stacks of experts in MXFP4: P_blocks [experts, rows, groups, 16], P_scales [experts, rows, groups]. */
+enum { MOQI_MODELOPT = 0, MOQI_COMPRESSED, MOQI_GPT_OSS };
 
 /* Tensors of a layer. The first four are as large as the weight or a part of it and are made when their turn comes. */
 enum { MOQI_PIECE_CODES = 0, MOQI_PIECE_SCALES, MOQI_PIECE_ZEROS, MOQI_PIECE_ORDER, MOQI_PIECE_GLOBAL, MOQI_PIECE_INPUT, MOQI_PIECE_INPUT_ZERO, MOQI_PIECE_SHAPE };
@@ -21413,7 +21415,8 @@ typedef struct moqi_form {
     int stack;            /* experts in one tensor */
 } moqi_form;
 
-static const char *const moqi_container_names[2] = {"a ModelOpt folder", "a compressed-tensors folder"};
+static const char *const moqi_container_names[3] = {"a ModelOpt folder", "a compressed-tensors folder", "a gpt-oss folder"};
+static const moq_family moqi_container_families[3] = {MOQ_FAMILY_MODELOPT, MOQ_FAMILY_COMPRESSED_TENSORS, MOQ_FAMILY_GPT_OSS};
 
 /* ---- small parts ---- */
 
@@ -21665,6 +21668,17 @@ static moq_result moqi_modelopt_form(const moq_linear *w, moqi_form *f, moq_erro
     return wide || in->elem == MOQ_F4 || moqi_input_is(w, MOQ_F8_E4M3, 1, 0) ? MOQ_OK : moqi_refuse_form(f, w, "NVFP4 goes with wide, NVFP4 or FP8 inputs", err);
 }
 
+/* gpt-oss: stacks as OpenAI published them. Readers know the name of a stack, so there is nothing to describe. */
+static moq_result moqi_gpt_oss_form(const moq_linear *w, moqi_form *f, moq_error *err)
+{
+    const moq_coding *c = &w->scheme.weight;
+    f->stack = 1;
+    if (w->experts == 0) return moqi_refuse_form(f, w, "only stacks of experts are quantized there; use mxfp4_mlp_weight_only", err);
+    if (!moqi_coding_is(c, MOQ_F4, 1, 32) || c->scale != MOQ_F8_E8M0 || w->packing.along_rows || w->cols % 32 != 0)
+        return moqi_refuse_form(f, w, "experts are MXFP4 there, in whole groups of 32 inputs", err);
+    return w->scheme.input.elem == MOQ_NONE ? MOQ_OK : moqi_refuse_form(f, w, "inputs are wide there; use mxfp4_mlp_weight_only", err);
+}
+
 /* How `container` stores a layer, or MOQ_E_UNSUPPORTED with the reason. `model`: the float type of the model. */
 static moq_result moqi_find_form(int container, const moq_linear *w, moq_dtype model, moqi_form *f, moq_error *err)
 {
@@ -21672,6 +21686,7 @@ static moq_result moqi_find_form(int container, const moq_linear *w, moq_dtype m
     f->container = container;
     f->scheme = w->scheme;
     f->algo = "";
+    if (container == MOQI_GPT_OSS) return moqi_gpt_oss_form(w, f, err);
     return container == MOQI_COMPRESSED ? moqi_ct_form(w, model, f, err) : moqi_modelopt_form(w, f, err);
 }
 
@@ -21694,7 +21709,19 @@ static void moqi_scale_piece(const moqi_form *f, const moq_linear *w, moqi_piece
     }
 }
 
-/* The tensors of one layer in either container; names begin with the module's. Returns how many of `list`, at most MOQI_MAX_PIECES. */
+static int moqi_list_blocks(const moq_linear *w, moqi_piece *list)
+{
+    int n = 0;
+    for (int k = 0; k < 2; k++) { /* codes, scales */
+        moqi_put_piece(list, &n, k ? MOQI_PIECE_SCALES : MOQI_PIECE_CODES, k ? "_scales" : "_blocks", MOQ_U8, 2, w->experts, w->rows);
+        list[k].rank = k ? 3 : 4;
+        list[k].shape[2] = (uint64_t)w->cols / 32;
+        list[k].shape[3] = 16;
+    }
+    return n;
+}
+
+/* The tensors of one layer in one of the containers; names begin with the module's. Returns how many of `list`, at most MOQI_MAX_PIECES. */
 static int moqi_list_pieces(const moqi_form *f, const moq_linear *w, moqi_piece *list)
 {
     const moq_coding *c = &f->scheme.weight;
@@ -21702,6 +21729,7 @@ static int moqi_list_pieces(const moqi_form *f, const moq_linear *w, moqi_piece 
     int n = 0, ct = f->container == MOQI_COMPRESSED, bits = moq_dtype_bits(c->elem), nvfp4 = c->elem == MOQ_F4 && c->scale == MOQ_F8_E4M3;
     int64_t groups = c->group_cols > 0 ? moqi_ceil_div(w->cols, c->group_cols) : 1, words = moqi_ceil_div(w->cols * bits, 32);
     float global = w->global_mul / w->global_div;
+    if (f->container == MOQI_GPT_OSS) return moqi_list_blocks(w, list);
     if (ct && f->format == MOQI_CT_PACK) {
         moqi_put_piece(list, &n, MOQI_PIECE_CODES, ".weight_packed", MOQ_I32, 2, w->rows, words);
         moqi_put_piece(list, &n, MOQI_PIECE_SHAPE, ".weight_shape", MOQ_I64, 1, 2, 0);
@@ -21762,14 +21790,15 @@ static void moqi_store_codes(const moqi_form *f, const moq_linear *w, int16_t *q
 {
     int bits = moq_dtype_bits(f->scheme.weight.elem), pack = f->format == MOQI_CT_PACK, pairs = f->container == MOQI_MODELOPT && f->scheme.weight.elem == MOQ_I4;
     int bytes = !pack && !pairs && (bits == 8 || moqi_is_int(f->scheme.weight.elem));
+    int turned = f->stack && f->container == MOQI_MODELOPT;
     int32_t offset = moqi_is_int(f->scheme.weight.elem) ? moqi_code_offset(w) : 0;
     uint32_t half = 1u << (bits - 1), mask = (1u << bits) - 1;
     int64_t stride = moqi_ceil_div(w->cols * bits, pack ? 32 : 8) * (pack ? 4 : 1);
     for (int64_t r = 0; r < w->rows; r++) {
         moqi_row_codes(w, r, offset, q);
         uint8_t *row = out + (pairs ? r / 2 : r) * (pairs || bytes ? w->cols : stride);
-        if (f->stack && bits == 4) for (int64_t c = 0; c < w->cols; c += 2) out[c / 2 * w->rows + r] = (uint8_t)((q[c] & 15) | (q[c + 1] & 15) << 4);
-        else if (f->stack) for (int64_t c = 0; c < w->cols; c++) out[c * w->rows + r] = (uint8_t)q[c];
+        if (turned && bits == 4) for (int64_t c = 0; c < w->cols; c += 2) out[c / 2 * w->rows + r] = (uint8_t)((q[c] & 15) | (q[c + 1] & 15) << 4);
+        else if (turned) for (int64_t c = 0; c < w->cols; c++) out[c * w->rows + r] = (uint8_t)q[c];
         else if (pairs) for (int64_t c = 0; c < w->cols; c++) row[c] |= (uint8_t)((q[c] & 15) << (r & 1 ? 4 : 0));
         else if (bytes) for (int64_t c = 0; c < w->cols; c++) row[c] = (uint8_t)q[c];
         else if (pack) for (int64_t c = 0; c < w->cols; c++) moqi_put_bits(row, c * bits, ((uint32_t)(int32_t)q[c] + half) & mask, bits);
@@ -21798,7 +21827,7 @@ static void moqi_store_scales(const moqi_form *f, const moqi_piece *p, const moq
         int64_t band = w->row_first + r * w->row_step;
         if (w->scheme.weight.group_rows > 1) band /= w->scheme.weight.group_rows;
         uint8_t byte = ((const uint8_t *)w->scales.data)[band * w->scale_row_stride + g * w->scale_col_stride];
-        if (f->stack) out[i % groups * w->rows + i / groups] = byte;
+        if (f->stack && f->container == MOQI_MODELOPT) out[i % groups * w->rows + i / groups] = byte;
         else out[i] = byte;
     }
 }
@@ -21877,7 +21906,7 @@ typedef struct moqi_export {
     int with_codes;            /* its codes are there too, not only its scales */
     uint64_t done, total;      /* bytes written, of all */
     const char *kv_algo;       /* "FP8" ...; NULL: none */
-    int container;             /* MOQI_MODELOPT, MOQI_COMPRESSED */
+    int container;             /* MOQI_MODELOPT, MOQI_COMPRESSED, MOQI_GPT_OSS */
     int convert;               /* quantized layers of the source keep their numbers */
     int cast;                  /* but for MXFP4, which becomes NVFP4 */
     moqi_form *forms;          /* of each target: how it is written as pieces; algo NULL: it is not */
@@ -22117,13 +22146,13 @@ static moq_result moqi_convert_kv(moqi_export *x, moq_error *err)
 {
     const moq_checkpoint *ck = x->plan.ck;
     moq_kv_format kv = moq_get_info(ck)->kv;
-    int ct = x->container == MOQI_COMPRESSED, same = moq_get_info(ck)->family == (ct ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT);
+    int ct = x->container == MOQI_COMPRESSED, same = moq_get_info(ck)->family == moqi_container_families[x->container];
     char name[MOQ_MAX_NAME_BYTES + 64];
     uint64_t one = 1;
     moq_result r = MOQ_OK;
     if (kv == MOQ_KV_WIDE) return MOQ_OK;
     x->kv_algo = kv == MOQ_KV_NVFP4 ? "NVFP4" : kv == MOQ_KV_NVFP4_AFFINE ? "NVFP4_AFFINE" : "FP8";
-    if (kv != MOQ_KV_FP8 && !same)
+    if ((kv != MOQ_KV_FP8 || x->container == MOQI_GPT_OSS) && !same)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(ck), NULL, NULL, -1), "a KV cache of %s cannot be described in %s", moq_kv_format_name(kv),
                          moqi_container_names[x->container]);
     for (size_t i = 0; i < moq_tensor_count(ck) && r == MOQ_OK; i++) {
@@ -22164,6 +22193,8 @@ static moq_result moqi_add_kv(moqi_export *x, moq_error *err)
     x->kv_algo = moqi_kv_recipes[row].algo;
     if (x->container == MOQI_COMPRESSED && (strcmp(x->kv_algo, "FP8") != 0 || moqi_kv_recipes[row].bias))
         return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, NULL, kv, -1), "this KV cache cannot be described in a compressed-tensors folder; fp8 and fp8_cast can");
+    if (x->container == MOQI_GPT_OSS)
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, NULL, kv, -1), "no KV cache can be described in a gpt-oss folder; use none");
     if (!moqi_kv_recipes[row].recorded) return MOQ_OK;
     for (size_t i = 0; i < x->plan.record_count; i++) {
         const moq_tensor *t = x->plan.records[i];
@@ -22207,6 +22238,10 @@ static moq_result moqi_encode_expert(moqi_export *x, const moqi_target *t, int32
 {
     uint64_t codes, scales;
     uint8_t *to = (uint8_t *)spare, *from;
+    if (x->container == MOQI_GPT_OSS) { /* not turned */
+        moq_result e = moq_encode_bytes(d, &codes, &scales, err);
+        return e == MOQ_OK ? moq_encode(d, x->codes + (uint64_t)k * codes, x->scales + (uint64_t)k * scales, NULL, err) : e;
+    }
     if (d->scheme.weight.scale == MOQ_F8_E8M0) {
         const float *in = x->plan.work;
         for (int64_t i = 0; i < t->w.rows; i++)
@@ -22358,6 +22393,8 @@ static void moqi_made_linear(const moqi_export *x, const moqi_target *t, moq_lin
     w->codes.data = x->codes;
     w->scales.data = x->scales;
     w->scales.dtype = c->scale;
+    w->expert_codes = w->experts > 0 ? (int64_t)x->code_bytes : 0;
+    w->expert_scales = w->experts > 0 ? (int64_t)x->scale_bytes : 0;
     w->scale_row_stride = c->group_rows == MOQ_ALL ? 0 : groups;
     w->scale_col_stride = c->group_cols == MOQ_ALL ? 0 : 1;
     w->global_mul = c->has_global && c->elem == MOQ_F4 ? moqi_global_scale(&w->scheme, t->search, t->global_amax) : 1;
@@ -22390,13 +22427,13 @@ static moq_result moqi_add_pieces(moqi_export *x, size_t index, moq_error *err)
     }
     moq_result r = moqi_find_form(x->container, &w, model, f, err);
     moq_family family = moq_get_info(x->plan.ck)->family;
-    f->raw = !t->recipe && family == (x->container == MOQI_COMPRESSED ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT);
+    f->raw = !t->recipe && family == moqi_container_families[x->container];
     int n = r == MOQ_OK && !f->raw ? moqi_list_pieces(f, &w, list) : 0;
     for (int i = 0; i < n && r == MOQ_OK; i++) {
         moqi_piece *p = &list[i];
         char stack[32];
         moqi_format(stack, sizeof stack, "_%s", p->ending + 1);
-        const char *ending = !f->stack ? p->ending : p->what == MOQI_PIECE_CODES ? "" : stack;
+        const char *ending = !f->stack || x->container == MOQI_GPT_OSS ? p->ending : p->what == MOQI_PIECE_CODES ? "" : stack;
         if (p->what == MOQI_PIECE_GLOBAL || p->what == MOQI_PIECE_INPUT) {
             r = moqi_add_values(x, t->name, ending, p->dtype, p->rank, p->shape, &p->value, err);
             continue;
@@ -22970,7 +23007,7 @@ static moq_result moqi_write_hf_quant(moqi_export *x, moq_error *err)
     moqi_json_out o;
     int mixed;
     const moqi_unit *u = moqi_first_unit(x, &mixed);
-    if ((!u && !x->kv_algo) || x->container == MOQI_COMPRESSED) return MOQ_OK;
+    if ((!u && !x->kv_algo) || x->container != MOQI_MODELOPT) return MOQ_OK;
     moqi_json_out_make(&o, &x->plan.desc->allocator, 1);
     moqi_json_begin(&o, '{');
     moqi_put_producer(&o);
@@ -23205,6 +23242,19 @@ static void moqi_json_copy(moqi_json_out *o, const moq_json *root)
     while (depth > 0) moqi_json_end(o, close[--depth]);
 }
 
+/* gpt-oss: what OpenAI's config says, the same for every such model. */
+static void moqi_put_gpt_oss_config(moqi_json_out *o)
+{
+    static const char *const wide[] = {"model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"};
+    moqi_json_begin(o, '{');
+    moqi_json_put_key(o, "modules_to_not_convert");
+    moqi_json_begin(o, '[');
+    for (size_t i = 0; i < MOQI_COUNT(wide); i++) moqi_json_put_string(o, wide[i]);
+    moqi_json_end(o, ']');
+    moqi_put_field(o, "quant_method", NULL, "mxfp4");
+    moqi_json_end(o, '}');
+}
+
 /* The source's config with a new quantization_config at its end; an old one is dropped, since its layers have been decoded. */
 static moq_result moqi_write_config(moqi_export *x, moq_error *err)
 {
@@ -23220,7 +23270,8 @@ static moq_result moqi_write_config(moqi_export *x, moq_error *err)
     }
     if (moqi_first_unit(x, &mixed) || x->kv_algo) {
         moqi_json_put_key(&o, "quantization_config");
-        if (x->container == MOQI_COMPRESSED) moqi_put_ct_config(x, &o);
+        if (x->container == MOQI_GPT_OSS) moqi_put_gpt_oss_config(&o);
+        else if (x->container == MOQI_COMPRESSED) moqi_put_ct_config(x, &o);
         else moqi_put_config(x, &o);
     }
     moqi_json_end(&o, '}');
@@ -23373,7 +23424,7 @@ static moq_result moqi_choose_kept(moqi_export *x, moq_error *err)
     if (!n && info->kv == MOQ_KV_WIDE)
         return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "nothing in it is quantized; `moq quantize` makes a quantized folder of it");
     if (x->cast) return moqi_choose_casts(p, err);
-    if (info->family == (x->container == MOQI_COMPRESSED ? MOQ_FAMILY_COMPRESSED_TENSORS : MOQ_FAMILY_MODELOPT))
+    if (info->family == moqi_container_families[x->container])
         return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is %s already; it can be used as it is", moqi_container_names[x->container]);
     return MOQ_OK;
 }
@@ -23415,6 +23466,9 @@ static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
 {
     moqi_plan *p = &x->plan;
     moq_result r = moqi_choose_targets(p, err);
+    if (r == MOQ_OK && x->container == MOQI_GPT_OSS && !moqi_same(moq_get_info(p->ck)->model_type, "gpt_oss"))
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is of type %q; only gpt_oss models have a gpt-oss folder",
+                         moq_get_info(p->ck)->model_type);
     if (r == MOQ_OK && x->convert) r = moqi_choose_kept(x, err);
     if (r == MOQ_OK) r = moqi_check_memory(p, err);
     if (r == MOQ_OK && x->made && moqi_needs_data(p)) r = moqi_refuse_data(p, err);
@@ -23429,7 +23483,9 @@ static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
         const moqi_target *t = &p->targets[i];
         int kept = x->convert && !t->recipe && moq_scheme_is_quantized(&t->w.scheme);
-        if (kept || (t->recipe && x->container == MOQI_COMPRESSED)) r = moqi_add_pieces(x, i, err);
+        if (x->container == MOQI_GPT_OSS && t->w.experts > 0 && !kept && !t->recipe)
+            return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", t->name, -1), "every stack of experts is MXFP4 in a gpt-oss folder; do not exclude it");
+        if (kept || (t->recipe && x->container != MOQI_MODELOPT)) r = moqi_add_pieces(x, i, err);
         else if (t->recipe) r = moqi_add_target(x, i, err);
         else if (moq_scheme_is_quantized(&t->w.scheme)) {
             uint64_t shape[3] = {(uint64_t)t->w.experts, (uint64_t)t->w.cols, (uint64_t)t->w.rows}, flat[2] = {(uint64_t)t->w.rows, (uint64_t)t->w.cols};
@@ -23495,7 +23551,8 @@ static void moqi_abort_folder(const moqi_export *x)
 
 static int moqi_find_container(const char *name)
 {
-    return moqi_same(name, "modelopt") ? MOQI_MODELOPT : moqi_same(name, "compressed-tensors") || moqi_same(name, "compressed_tensors") ? MOQI_COMPRESSED : -1;
+    return moqi_same(name, "modelopt") ? MOQI_MODELOPT : moqi_same(name, "compressed-tensors") || moqi_same(name, "compressed_tensors") ? MOQI_COMPRESSED
+           : moqi_same(name, "gpt-oss") || moqi_same(name, "gpt_oss") ? MOQI_GPT_OSS : -1;
 }
 
 /* Names of recipe and format, the source, the calibration file. */
@@ -23508,7 +23565,7 @@ static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, 
     open.log_user = d->log_user;
     if (!d->source || !d->target || !d->recipe) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "source, target and recipe must be given");
     if (d->format && moqi_find_container(d->format) < 0)
-        return moq_fail(err, MOQ_E_UNSUPPORTED, d->format, "folders of this format cannot be written; use modelopt or compressed-tensors");
+        return moq_fail(err, MOQ_E_UNSUPPORTED, d->format, "folders of this format cannot be written; use modelopt, compressed-tensors or gpt-oss");
     x->container = d->format ? moqi_find_container(d->format) : MOQI_MODELOPT;
     x->plan.recipe = moq_find_recipe(d->recipe);
     if (!x->plan.recipe && !moqi_same(d->recipe, "none")) return moq_fail(err, MOQ_E_ARG, d->recipe, "no recipe has this name; `moq recipes` lists them");

@@ -1063,6 +1063,15 @@ static double nearest(const double *values, int n, double v)
     return v < 0 ? -values[best] : values[best];
 }
 
+/* The same with ties to the smaller: ModelOpt's MXFP4. */
+static double nearest_down(const double *values, int n, double v)
+{
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (fabs(fabs(v) - values[i]) < fabs(fabs(v) - values[best])) best = i;
+    return v < 0 ? -values[best] : values[best];
+}
+
 /* MXFP6 and MXINT8 go into both containers where they have a name, come back as the same scheme, and every weight is what the definition
    says: 2^ceil(log2(amax / largest)) times the nearest value, in double precision. */
 static void test_export_mx_more(void)
@@ -1135,6 +1144,77 @@ static void test_export_mx_more(void)
     }
     remove_dir(target);
     remove_dir(other);
+}
+
+/* gpt-oss: BF16 stacks into OpenAI's layout and such a folder once more; every weight by the definition, every other tensor as it was. */
+static void test_export_gpt_oss(void)
+{
+    static const char *const folders[] = {"sources/gpt_oss", "foreign/gpt_oss-mxfp4"};
+    static const double values[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    char target[1200];
+    moq_error err;
+    snprintf(target, sizeof target, "%s", scratch("gpt_oss"));
+    for (int k = 0; k < 2; k++) {
+        int stacks = 0, copied = 0;
+        remove_dir(target);
+        moq_quantize_desc d = simple_desc(source_dir(folders[k]), target, "mxfp4_mlp_weight_only");
+        d.format = "gpt-oss";
+        CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+        moq_checkpoint *ck = moq_open(target, NULL, &err), *src = moq_open(source_dir(folders[k]), NULL, &err);
+        CHECK(ck && src && moq_get_info(ck)->family == MOQ_FAMILY_GPT_OSS);
+        for (size_t i = 0; ck && src && i < moq_module_count(ck); i++) {
+            moq_linear w, v;
+            float a[512], b[512];
+            int wrong = 0;
+            CHECK(moq_get_module(ck, i, &w, &err) == MOQ_OK && moq_find_linear(src, w.name, &v, &err) == MOQ_OK && w.cols <= 512);
+            CHECK(w.experts == v.experts && w.rows == v.rows && w.cols == v.cols && moq_scheme_is_quantized(&w.scheme) == (w.experts > 0));
+            for (int64_t r = 0; r < w.rows * w.experts; r++) {
+                moq_dequantize(&w, r, 1, a);
+                moq_dequantize(&v, r, 1, b);
+                for (int64_t c = 0; c < w.cols; c++) {
+                    double amax = 0, scale;
+                    for (int64_t j = c / 32 * 32; j < c / 32 * 32 + 32; j++) amax = fabs((double)b[j]) > amax ? fabs((double)b[j]) : amax;
+                    scale = amax > 0 ? ldexp(1, (int)ceil(log2(amax / 6))) : 1;
+                    wrong += (double)a[c] != (k ? (double)b[c] : nearest_down(values, 8, (double)b[c] / scale) * scale);
+                }
+            }
+            CHECK_INT(wrong, 0);
+            stacks += w.experts > 0;
+        }
+        for (size_t i = 0; ck && src && i < moq_tensor_count(ck); i++) {
+            const moq_tensor *t = moq_get_tensor(ck, i), *u = moq_find_tensor(src, t->name);
+            if (strstr(t->name, "_blocks") || strstr(t->name, "_scales")) continue;
+            CHECK(u && u->bytes == t->bytes && memcmp(u->data, t->data, (size_t)t->bytes) == 0);
+            copied++;
+        }
+        CHECK(stacks >= 4 && copied > 10 && (!ck || !src || k == 0 || moq_tensor_count(ck) == moq_tensor_count(src)));
+        CHECK(k == 0 || same_json_file(target, source_dir(folders[k]), "config.json"));
+        moq_close(ck);
+        moq_close(src);
+    }
+    remove_dir(target);
+    static const struct { const char *source, *recipe, *kv, *exclude, *says; } no[] = {
+        {"sources/llama", "mxfp4_mlp_weight_only", NULL, NULL, "only gpt_oss models"}, {"sources/gpt_oss", "mxfp4", NULL, NULL, "wide"},
+        {"sources/gpt_oss", "w4a16_nvfp4", NULL, "*self_attn*", "experts are MXFP4"}, {"sources/gpt_oss", "mxfp4_mlp_weight_only", "fp8_cast", NULL, "KV cache"},
+        {"sources/gpt_oss", "mxfp4_mlp_weight_only", NULL, "*layers.1.mlp*", "every stack"}, {"sources/gpt_oss", "mxfp4_mlp_weight_only", "rule", NULL, "only stacks"}};
+    static const moq_rule rule = {"*self_attn*", "int8_weight_only"};
+    for (size_t i = 0; i < sizeof no / sizeof *no; i++) {
+        moq_quantize_desc d = simple_desc(source_dir(no[i].source), target, no[i].recipe);
+        d.format = "gpt-oss";
+        if (no[i].kv && strcmp(no[i].kv, "rule") == 0) {
+            d.rules = &rule;
+            d.rule_count = 1;
+        } else d.kv = no[i].kv;
+        d.exclude = &no[i].exclude;
+        d.exclude_count = no[i].exclude != NULL;
+        CHECK_INT(moq_quantize(&d, &err), MOQ_E_UNSUPPORTED);
+        CHECK(strstr(err.text, no[i].says) != NULL && !is_there(target));
+        if (!strstr(err.text, no[i].says)) fprintf(stderr, "%s\n", err.text);
+    }
+    CHECK_INT(convert(source_dir("foreign/gpt_oss-mxfp4"), target, "gpt-oss", NULL, &err), MOQ_E_ARG);
+    CHECK(strstr(err.text, "already") != NULL);
+    CHECK_INT(convert(source_dir("modelopt/gpt_oss-mxfp4"), target, "gpt-oss", NULL, &err), MOQ_E_UNSUPPORTED); /* groups along the outputs */
+    CHECK(!is_there(target));
 }
 
 /* One clear line, and nothing left beside the target. */
@@ -1230,6 +1310,7 @@ int main(int argc, char **argv)
     RUN(test_export_convert_cases);
     RUN(test_export_compressed);
     RUN(test_export_mx_more);
+    RUN(test_export_gpt_oss);
     RUN(test_export_refusals);
     RUN(test_export_no_memory);
     return test_end();

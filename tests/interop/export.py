@@ -4,9 +4,10 @@
     pip install torch transformers compressed-tensors nvidia-modelopt
     python3 tests/interop/export.py tools/moq GOLDEN [RECIPE ...]
 
-GOLDEN holds sources/llama and modelopt/llama-*/calibration.safetensors. For each recipe
+GOLDEN holds sources/llama, sources/gpt_oss and modelopt/llama-*/calibration.safetensors. For each recipe
   compressed-tensors   transformers loads `moq quantize --format compressed-tensors`, once decompressed and, where it can, compressed
   modelopt             ModelOpt's own tensor classes decode `moq quantize`, tensor by tensor; transformers runs the weights
+Then gpt-oss: transformers loads `moq quantize --format gpt-oss`, and ModelOpt's encoder gives the same bytes.
 Weights are compared with `moq dequant`, logits with `moq logits`. Ends with "N passed, N failed"; what cannot be tried is said."""
 import json, os, shutil, subprocess, sys, tempfile
 import warnings
@@ -112,6 +113,27 @@ def by_modelopt(recipe, folder, work):
     check(f"{recipe}: logits of those weights", not missing and relative(got, want) < 1e-5, f"relative rms {relative(got, want):.2g}")
 
 
+def by_gpt_oss(work):
+    from transformers import Mxfp4Config
+    source, folder = GOLDEN + "/sources/gpt_oss", work + "/out"
+    moq("quantize", source, folder, "--recipe", "mxfp4_mlp_weight_only", "--format", "gpt-oss")
+    moq("dequant", folder, "--out", work + "/plain", "--dtype", "bf16")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)).state_dict()
+    ours, t = load_file(work + "/plain/model.safetensors"), load_file(folder + "/model.safetensors")
+    differ = sum(n not in model or not torch.equal(model[n].float(), w.float()) for n, w in ours.items())
+    check("gpt-oss: tensors as transformers reads them", differ == 0, f"{differ} of {len(ours)} differ")
+    try:
+        from modelopt.torch.quantization.qtensor import MXFP4QTensor
+    except ImportError:
+        return
+    names = [n[: -len("_blocks")] for n in t if n.endswith("_blocks")]
+    bf16, same = load_file(source + "/model.safetensors"), 0
+    for n in names:
+        codes, scales = MXFP4QTensor.quantize(bf16[n].transpose(-1, -2).contiguous(), 32)
+        same += torch.equal(codes._quantized_data.flatten(), t[n + "_blocks"].flatten()) and torch.equal(scales.flatten(), t[n + "_scales"].flatten())
+    check("gpt-oss: bytes as ModelOpt's encoder makes them", same == len(names) > 0, f"{same} of {len(names)} stacks")
+
+
 import compressed_tensors, transformers
 print("torch", torch.__version__, "transformers", transformers.__version__, "compressed-tensors", compressed_tensors.__version__)
 containers = [("compressed-tensors", by_compressed)]
@@ -135,5 +157,13 @@ for recipe in sys.argv[3:] or RECIPES:
             check(f"{recipe}: {name}", False, f"{type(e).__name__}: {str(e)[:300]}")
         finally:
             shutil.rmtree(work)
+if not sys.argv[3:]:
+    work = tempfile.mkdtemp()
+    try:
+        by_gpt_oss(work)
+    except Exception as e:
+        check("gpt-oss", False, f"{type(e).__name__}: {str(e)[:300]}")
+    finally:
+        shutil.rmtree(work)
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed != 0)
