@@ -180,6 +180,21 @@ static int moqc_ok(moqc_ctx *c, cudaError_t e, const char *what)
     return 0;
 }
 
+/* The error that was kept, if any; it does not come out of sync a second time. */
+static moq_result moqc_told(moqc_ctx *c, moq_error *err)
+{
+    moq_result code = c->error.code;
+    if (code != MOQ_OK && err) *err = c->error;
+    c->error.code = MOQ_OK;
+    return code;
+}
+
+/* Why something could not be made: the error that was kept, which is told here and not again by sync, else host memory ran out. */
+static moq_result moqc_why(moqc_ctx *c, const char *name, moq_error *err)
+{
+    return c->error.code != MOQ_OK ? moqc_told(c, err) : moq_fail(err, MOQ_E_NOMEM, name, "no host memory to prepare it");
+}
+
 static int moqc_launched(moqc_ctx *c, const char *what) { return moqc_ok(c, cudaGetLastError(), what); }
 
 static void moqc_clear(moq_error *err)
@@ -396,11 +411,7 @@ static moq_result moqc_sync(moq_backend *be, moq_error *err)
     moqc_on on(c);
     moqc_clear(err);
     if (!c->capturing) moqc_ok(c, cudaStreamSynchronize(c->stream), "work on the device");
-    if (c->error.code == MOQ_OK) return MOQ_OK;
-    moq_result code = c->error.code;
-    if (err) *err = c->error;
-    c->error.code = MOQ_OK;
-    return code;
+    return moqc_told(c, err);
 }
 
 /* ---- scratch: one block, carved anew whenever a need grows ---- */
@@ -946,7 +957,7 @@ static uint8_t *moqc_send_raw(moqc_ctx *c, const void *src, size_t bytes, moq_er
 {
     uint8_t *p = moqc_raw(c, bytes, err);
     if (p && !moqc_send(c, p, src, bytes)) {
-        if (err) *err = c->error;
+        moqc_why(c, c->name, err);
         return NULL;
     }
     return p;
@@ -1297,9 +1308,7 @@ static moq_result moqc_fill_part(moqc_ctx *c, moqc_part *p, uint8_t *block, moq_
     moqc_free_plan(c, p);
     final.order = final.group_of = NULL;
     *p = final;
-    if (moqc_launched(c, "repacking a weight") && fine) return MOQ_OK;
-    if (err) *err = c->error;
-    return MOQ_E_BACKEND;
+    return moqc_launched(c, "repacking a weight") && fine ? MOQ_OK : moqc_why(c, w->name, err);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -3778,9 +3787,7 @@ static moq_result moqc_bank_fill(moqc_ctx *c, moqc_bank *b, moq_error *err)
     b->device = (moqk_part *)(void *)at;
     int fine = moqc_send(c, b->device, parts, list);
     moq_release(&c->host, parts, list);
-    if (fine && c->error.code == MOQ_OK) return MOQ_OK;
-    if (err) *err = c->error;
-    return MOQ_E_BACKEND;
+    return fine && c->error.code == MOQ_OK ? MOQ_OK : moqc_why(c, c->name, err);
 }
 
 /* roles[part][expert]. Layers of an expert share their input; ranks and shapes agree between experts. */
@@ -4944,7 +4951,7 @@ static moq_kv_cache *moqc_kv_create(moq_backend *be, const moq_kv_desc *d, moq_e
             cache->d = k;
             return (moq_kv_cache *)(void *)cache;
         }
-        if (err) *err = c->error;
+        moqc_why(c, d->name, err);
     }
     moqc_kv_release(be, (moq_kv_cache *)(void *)cache);
     return NULL;
@@ -6350,7 +6357,7 @@ static moq_result moqc_fill_experts(moqc_ctx *c, moqc_experts *x, const moq_moe 
     if (!(x->down = moqc_bank_create(c, down, experts, 1, 1, &second, err))) return MOQ_E_NOMEM;
     if (m->routing.bias.data) {
         if (!(x->bias = (const float *)moqc_take(c, (size_t)experts * 4, "a routing bias", err))) return MOQ_E_NOMEM;
-        if (!moqc_send_floats(c, (void *)x->bias, &m->routing.bias, 0, 1, experts)) { if (err) *err = c->error; return MOQ_E_BACKEND; }
+        if (!moqc_send_floats(c, (void *)x->bias, &m->routing.bias, 0, 1, experts)) return moqc_why(c, m->name, err);
     }
     need.moe_top = m->routing.top_k;
     need.moe_cols = moqc_max(first.cols, second.cols);
@@ -6670,8 +6677,7 @@ static moq_ssm *moqc_ssm_create(moq_backend *be, const moq_ssm_desc *desc, moq_e
             ssm->d = s;
             return (moq_ssm *)(void *)ssm;
         }
-        if (c->error.code != MOQ_OK && err) *err = c->error;
-        else moq_fail(err, MOQ_E_NOMEM, desc->name, "no host memory for the mixer");
+        moqc_why(c, desc->name, err);
     }
     moqc_ssm_release(be, (moq_ssm *)(void *)ssm);
     return NULL;
