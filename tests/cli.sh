@@ -145,6 +145,17 @@ check "no space for the folder" refused "q4"
 (ulimit -f 20; trap '' XFSZ; "$moq" quantize "$src" "$dir/q4" --recipe fp8 --calib "$calib" --max-memory 64M --save-calibration "$dir/k" >"$dir/out" 2>"$dir/err"); code=$?
 check "no space after a calibration" refused "q4"
 check "no space: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
+# stopped in the middle of a calibration, which would take minutes
+awk 'BEGIN { for (i = 0; i < 20000; i++) print "bring the red mug to the kitchen table, number", i }' >"$dir/long.txt"
+"$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" --max-memory 64M >"$dir/out" 2>"$dir/err" </dev/null &
+stopped=$!
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ls -d "$dir"/q4.tmp* >/dev/null 2>&1 && break; sleep 0.5; done
+sleep 0.5
+kill -INT $stopped
+wait $stopped
+code=$?
+check "Ctrl-C while calibrating" refused "stopped"
+check "Ctrl-C: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
 # at load
 run quantize "$src" "$dir/q4" --recipe w4a16_nvfp4
 "$moq" logits "$dir/q4" --tokens 1,2,3 --out "$dir/a.safetensors"
