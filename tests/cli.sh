@@ -199,7 +199,11 @@ check "inspect" is 0
 check "inspect: a module" out "^model.layers.0.mlp.up_proj  *nvfp4  *768x256  *4.50"
 check "inspect: totals" out "^44 modules, 183 tensors in 1 file"
 check "inspect: effective bits" out "^effective bits: 5.65"
-check "inspect: memory plan" out "^memory for a context of 1024 tokens"
+check "inspect: memory plan" out "^memory for a context of 1024 tokens: weights .*, KV cache .*, repacked weights .*, run state .*, tokenizer .*, together "
+run run "$demo" --max-memory 1M --prompt hello
+check "too little memory" refused "1000000 bytes are allowed, [0-9]* are needed: [0-9]* mapped weights"
+run run "$demo" --max-memory x --prompt hello
+check "no number of bytes" refused "needs a number of bytes"
 run inspect "$demo" --context 512 --explain
 check "inspect --context" out "context of 512 tokens"
 check "inspect --explain" out "up_proj.*: nvfp4"

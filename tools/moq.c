@@ -371,7 +371,7 @@ static const option_row option_table[] = {
     {"samples", KIND_INT, FIELD(samples), "N", "at most N rows of it (default 512)"},
     {"batch", KIND_INT, FIELD(batch), "N", "rows of a batch: averages and losses are means over batches (default 8)"},
     {"save-calibration", KIND_TEXT, FIELD(save_calibration), "FILE", "keep what was measured, for --calibration"},
-    {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: activations go to a file"},
+    {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: refused with the numbers; quantize: activations go to a file"},
     {"bits", KIND_REAL, FIELD(bits), "X", "bits of a weight on average"},
     {"recipes", KIND_TEXT, FIELD(recipes), "A,B", "what to choose from, beside leaving a layer as it is"},
     {"method", KIND_TEXT, FIELD(method), "M", "scores: gradient (default) or kl"},
@@ -557,6 +557,34 @@ static void close_engine(engine *e)
     memset(e, 0, sizeof *e);
 }
 
+static int parse_bytes(const char *option, const char *text, uint64_t *out); /* moq_quantize.h */
+
+/* Bytes of the machine's memory, 0: not known. */
+static uint64_t machine_memory(void)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
+    return pages > 0 && bytes > 0 ? (uint64_t)pages * (uint64_t)bytes : 0;
+}
+
+/* What does not fit is refused before it is allocated: more than --max-memory by llm_open, more than the machine has here. Mapped weights
+   count for the former only: the system may drop their pages. */
+static int check_memory(const llm_desc *desc, const char *path)
+{
+    llm_desc d = *desc;
+    llm_memory p;
+    moq_error err;
+    uint64_t own, all = machine_memory();
+    d.no_tokenizer = 1;
+    d.progress = NULL;
+    d.log = NULL;
+    if (d.max_memory || !all || llm_plan(&d, &p, &err) != MOQ_OK) return 0; /* llm_open says what is wrong */
+    own = p.total_bytes - p.mapped_bytes;
+    if (own <= all) return 0;
+    return refuse("%s: this machine has %.1f GB, but beyond its mapped weights the model takes %.1f GB: %.1f repacked weights, %.1f KV cache of %d tokens, "
+                  "%.1f run state; lower --context or --chunk, or choose a smaller --kv", path, (double)all / 1e9, (double)own / 1e9, (double)p.weight_bytes / 1e9,
+                  (double)p.cache_bytes / 1e9, p.context, (double)p.run_bytes / 1e9);
+}
+
 static int open_engine(engine *e, const options *o, const char *path, int64_t context, int no_tokenizer)
 {
     llm_desc desc;
@@ -584,12 +612,10 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     desc.sampling.top_p = (float)o->top_p;
     desc.sampling.min_p = (float)o->min_p;
     desc.sampling.seed = (uint64_t)o->seed;
-    e->m = llm_open(&desc, &err);
-    if (!e->m) {
-        bad = refuse_error(path, &err);
-        close_engine(e);
-        return bad;
-    }
+    if (o->max_memory && !parse_bytes("max-memory", o->max_memory, &desc.max_memory)) bad = 2;
+    if (!bad) bad = check_memory(&desc, path);
+    if (!bad && !(e->m = llm_open(&desc, &err))) bad = refuse_error(path, &err);
+    if (bad) { close_engine(e); return bad; }
     e->info = llm_get_info(e->m);
     running = e->m;
     return 0;
@@ -952,7 +978,13 @@ static void json_shape(json_out *j, const moq_linear *l)
 
 static double bits_per(uint64_t bytes, uint64_t elements) { return elements ? 8.0 * (double)bytes / (double)elements : 0; }
 
-typedef struct totals { uint64_t elements, bytes, quantized, quantized_bytes, kv_bytes; int64_t context; } totals;
+/* memory: what examples/llm.h will take; planned 0: it does not know this architecture, then kv_bytes is all that is known. */
+typedef struct totals {
+    uint64_t elements, bytes, quantized, quantized_bytes, kv_bytes;
+    int64_t context;
+    int planned;
+    llm_memory memory;
+} totals;
 
 static void inspect_json(const moq_checkpoint *ck, const module_row *rows, size_t count, const totals *t)
 {
@@ -969,6 +1001,16 @@ static void inspect_json(const moq_checkpoint *ck, const module_row *rows, size_
     json_int(&j, "total_bytes", (int64_t)info->total_bytes);
     json_int(&j, "context", t->context);
     json_int(&j, "kv_bytes", (int64_t)t->kv_bytes);
+    if (t->planned) {
+        json_open(&j, "memory", '{');
+        json_int(&j, "mapped_bytes", (int64_t)t->memory.mapped_bytes);
+        json_int(&j, "weight_bytes", (int64_t)t->memory.weight_bytes);
+        json_int(&j, "cache_bytes", (int64_t)t->memory.cache_bytes);
+        json_int(&j, "run_bytes", (int64_t)t->memory.run_bytes);
+        json_int(&j, "tokenizer_bytes", (int64_t)t->memory.tokenizer_bytes);
+        json_int(&j, "total_bytes", (int64_t)t->memory.total_bytes);
+        json_close(&j, '}');
+    }
     json_open(&j, "modules", '[');
     for (size_t i = 0; i < count; i++) {
         json_open(&j, NULL, '{');
@@ -1011,12 +1053,36 @@ static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_
     printf("\nmemory for a context of %" PRId64 " tokens:", t->context);
     print_bytes(" weights ", info->total_bytes);
     print_bytes(", KV cache ", t->kv_bytes);
-    print_bytes(", together ", info->total_bytes + t->kv_bytes);
+    if (t->planned) print_bytes(", repacked weights ", t->memory.weight_bytes);
+    if (t->planned) print_bytes(", run state ", t->memory.run_bytes);
+    if (t->planned) print_bytes(", tokenizer ", t->memory.tokenizer_bytes);
+    print_bytes(", together ", t->planned ? t->memory.total_bytes : info->total_bytes + t->kv_bytes);
     printf("\n");
 }
 
 static int bench_encode(const options *o); /* moq_quantize.h */
 static int draw_picture(const options *o, const moq_checkpoint *ck, const module_row *rows, size_t count); /* moq_picture.h */
+
+/* llm_plan's figures, with the tokenizer where the folder has one. */
+static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *be, totals *t)
+{
+    llm_desc d;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    d.checkpoint = ck;
+    d.context = (int32_t)t->context;
+    d.kv = o->kv;
+    d.head = o->head;
+    d.threads = (int32_t)o->threads;
+    d.kernel = o->kernel;
+    parse_act(o->act, &d.act);
+    if (be && strcmp(be->name, "cpu") != 0) d.backend = be;
+    t->planned = llm_plan(&d, &t->memory, &err) == MOQ_OK;
+    d.no_tokenizer = 1;
+    if (!t->planned) t->planned = llm_plan(&d, &t->memory, &err) == MOQ_OK;
+    if (t->planned) t->kv_bytes = t->memory.cache_bytes;
+    return t->planned;
+}
 
 static int verb_inspect(const options *o)
 {
@@ -1041,7 +1107,7 @@ static int verb_inspect(const options *o)
         }
         t.context = o->context ? o->context : config_int(ck, "max_position_embeddings", 4096);
         if (!o->context && t.context > 4096) t.context = 4096;
-        t.kv_bytes = plan_kv(ck, be, rows, count, t.context, o->kv);
+        if (!plan_memory(o, ck, be, &t)) t.kv_bytes = plan_kv(ck, be, rows, count, t.context, o->kv);
         if (o->json) inspect_json(ck, rows, count, &t);
         else inspect_text(ck, rows, count, &t, o->explain);
         if (o->png) bad = draw_picture(o, ck, rows, count);
@@ -2437,7 +2503,7 @@ static int verb_diff(const options *o)
    >>verbs           the table of verbs, help, main
    ------------------------------------------------------------------------------------------------ */
 
-#define ENGINE_OPTIONS "context chunk head quantize "
+#define ENGINE_OPTIONS "context chunk head quantize max-memory "
 
 static const verb_row verb_table[] = {
     {"inspect", verb_inspect, 1, 1, "DIR", "json context head explain png against",
