@@ -19,6 +19,19 @@
        if (err.code != MOQ_OK) puts(err.text);
        llm_close(bot);
 
+   What else there is, each in a line:
+
+       llm_step(bot, 2000);                            work for 2 ms of a frame; 1: llm_piece(bot) is new, -1: the turn has ended
+       llm *ana = llm_join(bot, &err);                 another conversation of the same model (desc.slots); llm_fork: with all that was said
+       llm_step_all(bot, 3000);                        the same for all of them: their tokens go through the layers together
+       llm_set_grammar(bot, grammar, 200, &err);       answers that always are documents of a JSON Schema; llm_grammar_create
+       llm_set_sampling(bot, &sampling);               temperature, top_k, penalties, bias; llm_set_stops: where an answer ends
+       llm_save(bot, "bot.state", &err);               go on later: llm_load; nothing is computed again
+       desc.endless = 1;                               forget the oldest turns when the context is full, instead of ending
+       desc.draft = 4;                                 guess tokens and check them in one pass: faster, the same answer
+       llm_plan(&desc, &memory, &err);                 bytes before anything is allocated; desc.max_memory: refuse more
+       llm_cancel(bot);                                from any thread
+
    Zero is the default of every field. What is opened is closed by one call. The rules of modelopt_q.h on errors, memory
    and threads hold here too: one llm belongs to one thread at a time; only llm_cancel may be called from another.
 
