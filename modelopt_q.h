@@ -90,6 +90,7 @@
                          >>ssm          state-space mixers, latent attention's products and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
        >>api-quant       >>quant        encoders of every format, and the weight searches that need no data
+                         >>amax         scales found by search, and the encoders' rows shared out
                          >>lowrank      singular vectors of a matrix, for SVDQuant
                          >>recipe       which modules a recipe covers, recorded calibration, groups, smoothing
                          >>plan         the weights that a plan encodes, the scales that they share
@@ -1009,12 +1010,14 @@ MOQ_API void moq_backend_destroy(moq_backend *be);
    >>api-quant       float matrices to codes and scales
    ------------------------------------------------------------------------------------------------ */
 
-/* How the amax (largest magnitude) of each NVFP4 block is chosen. With MAX block scales are those of the data; with the others, or
+/* How the amax (largest magnitude) of each scale group is chosen. With MAX NVFP4's block scales are those of the data; with the others, or
    with given `amax` values, they are "static": the encoder takes them as they are. */
 typedef enum moq_amax_search {
     MOQ_SEARCH_MAX = 0,
     MOQ_SEARCH_SWEEP,        /* of all E4M3 scales the one with the smallest squared error */
-    MOQ_SEARCH_FOUR_OVER_SIX /* the largest value becomes code 6 or code 4, whichever errs less; block scales end at 256 */
+    MOQ_SEARCH_FOUR_OVER_SIX, /* the largest value becomes code 6 or code 4, whichever errs less; block scales end at 256 */
+    MOQ_SEARCH_MULTIPLES     /* of 39 multiples of each group's amax, 0.25 to 4, the one with the smallest squared error: ModelOpt's mse as it is
+                                without arguments. NVFP4, and integers whose groups lie in one row */
 } moq_amax_search;
 
 /* One float matrix and what to make of it. Rounding, clamps, zero blocks and ties are those of ModelOpt's exporter on a GPU, so the
@@ -5675,6 +5678,8 @@ static const moq_recipe moqi_recipes[] = {
     {"nvfp4_four_over_six", "NVFP4_FOUR_OVER_SIX_CFG", "NVFP4", MOQI_ALL_LINEARS, "mse 1.0 to 1.5 step 0.5", MOQI_S_NVFP4},
     {"nvfp4_w4a4_weight_mse_fp8_sweep", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG", "NVFP4", MOQI_ALL_LINEARS, "mse fp8_scale_sweep", MOQI_S_NVFP4},
     {"nvfp4_w4a4_weight_local_hessian", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG", "NVFP4", MOQI_ALL_LINEARS, "local_hessian fp8_scale_sweep", MOQI_S_NVFP4},
+    {"nvfp4_mse", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG without sweep", "NVFP4", MOQI_ALL_LINEARS, "mse 0.25 to 4.0 step 0.1", MOQI_S_NVFP4},
+    {"int4_mse", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG with mse", "W4A16_AWQ", MOQI_ALL_LINEARS, "mse 0.25 to 4.0 step 0.1", MOQI_S_INT4},
     {"nvfp4_act_headroom", "general/ptq/nvfp4_act_headroom-kv_fp8_cast", "NVFP4", MOQI_ALL_LINEARS, "nvfp4_act_headroom", MOQI_S_NVFP4},
     {"nvfp4_gptq", "general/ptq/nvfp4_default-kv_none-gptq", "NVFP4", MOQI_ALL_LINEARS, "gptq damp 0.01 block 128", MOQI_S_NVFP4},
     {"int4_gptq", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG with gptq", "W4A16_AWQ", MOQI_ALL_LINEARS, "gptq damp 0.01 block 128", MOQI_S_INT4},
@@ -15761,7 +15766,10 @@ static uint32_t moqi_rows_mx(const moqi_encoder *e, int64_t first, int64_t last,
     return all;
 }
 
-/* ---- amax and searches ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>amax            scales found by search, and the encoders' rows shared out
+   Every search takes the first of equal errors; results do not depend on the number of workers.
+   ------------------------------------------------------------------------------------------------ */
 
 /* Squared error of a block quantized with one scale. */
 static float moqi_block_error(const float *x, int64_t n, float step)
@@ -15802,6 +15810,42 @@ static float moqi_static_error(const float *x, int64_t n, float amax, float glob
     return moqi_block_error(x, n, s > 0 ? s : 1e30f);
 }
 
+/* Squared error of n values as integers of one scale: q = clamp(x * (bound / amax)), -bound - 1 to bound. */
+static float moqi_integer_error(const float *x, int64_t n, float amax, float bound)
+{
+    float s = amax >= 5.9604645e-8f ? bound / amax : 0, sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float q = rintf(x[i] * s), d;
+        q = q < -bound - 1 ? -bound - 1 : q > bound ? bound : q;
+        d = x[i] - (s > 0 ? q / s : 0);
+        sum += d * d;
+    }
+    return sum;
+}
+
+enum { MOQI_MULTIPLES = 39 };
+
+/* linspace(0.25, 4, 39) in F32, from both ends as PyTorch counts. */
+static float moqi_multiple(int i)
+{
+    const float step = 3.75f / 38;
+    return i < (MOQI_MULTIPLES - 1) / 2 + 1 ? 0.25f + step * (float)i : 4 - step * (float)(MOQI_MULTIPLES - 1 - i);
+}
+
+/* The best multiple of the amax of one group; the first of equals wins (calibration.md 5). */
+static float moqi_multiple_group(const moqi_encoder *e, const float *x, int64_t n, float amax)
+{
+    float best = -1, choice = amax;
+    for (int i = 0; i < MOQI_MULTIPLES; i++) {
+        float a = amax * moqi_multiple(i);
+        float loss = e->d->scheme.weight.elem == MOQ_F4 ? moqi_static_error(x, n, a, e->global_amax, e->norm) : moqi_integer_error(x, n, a, e->bound);
+        if (best >= 0 && !(loss < best)) continue;
+        best = loss;
+        choice = a;
+    }
+    return choice;
+}
+
 /* Rows of amax values, [grid_cols] for each row; scales of several rows are merged by moq_find_amax. */
 static uint32_t moqi_rows_amax(const moqi_encoder *e, int64_t first, int64_t last, float *x)
 {
@@ -15819,6 +15863,7 @@ static uint32_t moqi_rows_amax(const moqi_encoder *e, int64_t first, int64_t las
             int64_t m = moqi_min(g, cols - k * g);
             float v = moqi_bits_f32(moqi_top_bits(b, m));
             if (e->d->search == MOQ_SEARCH_SWEEP) v = moqi_sweep_block(b, m, v, e->global_amax);
+            if (e->d->search == MOQ_SEARCH_MULTIPLES) v = moqi_multiple_group(e, b, m, v);
             if (e->d->search == MOQ_SEARCH_FOUR_OVER_SIX) {
                 float wide = v * 1.5f; /* in F32: ModelOpt multiplies its F32 amax */
                 if (moqi_static_error(b, m, wide, e->global_amax, e->norm) < moqi_static_error(b, m, v, e->global_amax, e->norm)) v = wide;
@@ -15920,6 +15965,11 @@ static moq_result moqi_encoder_make(moqi_encoder *e, const moq_encode_desc *d, m
     e->grid_rows = moqi_ceil_div(d->rows, e->group_rows);
     e->grid_cols = moqi_ceil_div(d->cols, e->group_cols);
     e->norm = d->search == MOQ_SEARCH_FOUR_OVER_SIX ? 256.0f : 448.0f;
+    int blocks = w->scale == MOQ_F8_E4M3, integers = (w->elem == MOQ_I4 || w->elem == MOQ_I8) && e->group_rows == 1 && w->scale == MOQ_F32;
+    if (d->search != MOQ_SEARCH_MAX && !blocks && !(d->search == MOQ_SEARCH_MULTIPLES && integers)) {
+        moq_scheme_name(&d->scheme, format, sizeof format);
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "scales of %s have no such search", format);
+    }
     return moqi_check_shape(e, err);
 }
 
@@ -15986,7 +16036,7 @@ MOQ_API moq_result moq_encode(const moq_encode_desc *d, void *codes, void *scale
     if (!(amax > 0) && (per_tensor || copy.scheme.weight.has_global)) r = moqi_encode_run(&e, moqi_rows_amax, &amax, err);
     e.rows = rows;
     moqi_set_global(&e, amax);
-    if (r == MOQ_OK && rows == moqi_rows_nvfp4 && copy.search != MOQ_SEARCH_MAX && !copy.amax) { /* static blocks: search them first */
+    if (r == MOQ_OK && copy.search != MOQ_SEARCH_MAX && !copy.amax) { /* static blocks: search them first */
         found_bytes = (uint64_t)e.grid_rows * (uint64_t)e.grid_cols * sizeof(float);
         found = (float *)moq_allocate(copy.allocator, (size_t)found_bytes);
         e.amax = found;
@@ -16392,7 +16442,7 @@ static moq_result moqi_recorded(const moqi_plan *p, const moqi_target *t, const 
 
 static int moqi_recipe_gptq(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "gptq"); }
 
-/* Has static blocks of NVFP4, one recorded amax for each. */
+/* Has static scale groups, one recorded amax for each. */
 static int moqi_recipe_searches(const moq_recipe *recipe)
 {
     int gptq = moqi_recipe_gptq(recipe) && recipe->scheme.weight.scale == MOQ_F8_E4M3;
@@ -16403,6 +16453,7 @@ static int moqi_recipe_searches(const moq_recipe *recipe)
 static moq_amax_search moqi_recipe_search(const moq_recipe *recipe)
 {
     if (moqi_recipe_gptq(recipe)) return MOQ_SEARCH_MAX;
+    if (moqi_starts(recipe->calibration, "mse 0.25")) return MOQ_SEARCH_MULTIPLES;
     return moqi_starts(recipe->calibration, "mse") && !moqi_ends(recipe->calibration, "sweep") ? MOQ_SEARCH_FOUR_OVER_SIX : MOQ_SEARCH_SWEEP;
 }
 
@@ -16502,8 +16553,8 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     if (r != MOQ_OK || !moqi_recipe_searches(t->recipe)) return r;
     int fixed = moqi_starts(t->recipe->calibration, "mse");
     t->search = moqi_recipe_search(t->recipe);
-    uint64_t experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 1;
-    r = moqi_recorded(p, t, "weight_quantizer.amax", experts * (uint64_t)t->w.rows * (uint64_t)(t->w.cols / 16), &t->amax, err);
+    uint64_t experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 1, groups = (uint64_t)(t->w.cols / t->recipe->scheme.weight.group_cols);
+    r = moqi_recorded(p, t, "weight_quantizer.amax", experts * (uint64_t)t->w.rows * groups, &t->amax, err);
     if (r == MOQ_OK && !t->amax && !fixed)
         return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the block amax of this layer from a calibration run", t->recipe->name);
     return r;
@@ -17417,22 +17468,6 @@ static void moqi_col_amax(const moqi_matrix *w, float *out)
             float v = fabsf(w->data[r * w->ld + c]);
             if (v > out[c]) out[c] = v;
         }
-}
-
-/* ---- mse (5): the general search over multiples of amax ---- */
-
-/* The best of ceil((stop - start) / step) + 1 multiples of the amax of one group of n values; the first smallest wins. */
-MOQI_UNUSED static float moqi_mse_group(const moq_coding *c, float amax, float top, const float *x, int64_t n, double start, double stop, double step, float *work)
-{
-    int count = (int)ceil((stop - start) / step - 1e-9) + 1;
-    float best = -1, choice = amax;
-    for (int k = 0; k < count; k++) {
-        float m = (float)(count > 1 ? start + (stop - start) * k / (count - 1) : start), loss = 0;
-        moqi_fake_group(c, amax * m, top, x, n, work);
-        for (int64_t i = 0; i < n; i++) loss += (x[i] - work[i]) * (x[i] - work[i]);
-        if (best < 0 || loss < best) { best = loss; choice = amax * m; }
-    }
-    return choice;
 }
 
 /* ---- local_hessian (6): block scales that err least on the inputs seen ---- */
@@ -21183,7 +21218,7 @@ static moq_result moqi_stat_weight(moqi_calibration *c, moq_stats *s, const moqi
     if (pair && rank) shape[0] *= 2;
     if (rank == 0 && !r->weight_amax) amax[0] = top;
     if (!moqi_stat_add(s, name, two ? ".0.amax" : ".amax", amax, rank ? n * (pair ? 2 : 1) : 1, rank, shape) ||
-        (two && !moqi_stat_add(s, name, ".1.amax", &top, 1, 0, NULL)) || (searched && !moqi_stat_add(s, name, ".global_amax", &whole, 1, 0, NULL)))
+        (two && !moqi_stat_add(s, name, ".1.amax", &top, 1, 0, NULL)) || (searched && w->has_global && !moqi_stat_add(s, name, ".global_amax", &whole, 1, 0, NULL)))
         return moqi_nomem(err, n * sizeof *amax);
     return MOQ_OK;
 }
@@ -22265,7 +22300,7 @@ static moq_result moqi_encode_expert(moqi_export *x, const moqi_target *t, int32
 /* The blocks that a search has chosen are kept until the codes have been written: searching twice would cost far more. */
 static moq_result moqi_keep_search(moqi_export *x, moqi_target *t, const moq_encode_desc *d, moq_error *err)
 {
-    uint64_t n = (uint64_t)d->rows * (uint64_t)(d->cols / 16);
+    uint64_t n = (uint64_t)d->rows * (uint64_t)(d->cols / moqi_max(t->recipe->scheme.weight.group_cols, 1));
     if (t->cast && !t->kept) {
         t->kept_bytes = n * sizeof(float);
         t->kept = (float *)moq_allocate(&x->plan.desc->allocator, (size_t)t->kept_bytes);
@@ -23993,7 +24028,9 @@ static moq_result moqi_auto_recipes(moqi_auto *x, moq_error *err)
         const moq_recipe *r = moq_find_recipe(d->recipes[i]);
         if (!r && moqi_same(d->recipes[i], "none")) continue;
         if (!r) return moq_fail(err, MOQ_E_ARG, d->recipes[i], "no recipe has this name; `moq recipes` lists them");
-        if (r->scheme.lora_rank || moqi_recipe_gptq(r)) return moq_fail(err, MOQ_E_UNSUPPORTED, r->name, "it is no candidate of AutoQuantize; use an awq recipe");
+        int integers = moqi_recipe_searches(r) && r->scheme.weight.elem != MOQ_F4;
+        if (r->scheme.lora_rank || moqi_recipe_gptq(r) || integers)
+            return moq_fail(err, MOQ_E_UNSUPPORTED, r->name, "it is no candidate of AutoQuantize; use an awq recipe");
         int at = x->formats++;
         for (; at > 0; at--) {
             const moq_recipe *b = x->recipes[at - 1];

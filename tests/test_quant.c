@@ -333,6 +333,51 @@ static void test_quant_searches(void)
     free_matrix(&m);
 }
 
+/* mse over multiples: no multiple of a group's amax errs less than the chosen one, integers too; the loss is counted in double here. */
+static void test_quant_multiples(void)
+{
+    static const char *const recipes[] = {"int4_mse", "nvfp4_mse", "int8_weight_only"};
+    matrix m = random_matrix(16, 256);
+    moq_error err;
+    for (size_t i = 0; i < 3; i++) {
+        moq_encode_desc d = desc_of(&m, recipes[i]);
+        float amax[256], top = 0;
+        int64_t g = i == 0 ? 128 : i == 1 ? 16 : 256, n = m.cols / g;
+        int moved = 0;
+        d.search = MOQ_SEARCH_MULTIPLES;
+        CHECK(moq_find_amax(&d, amax, &top, &err) == MOQ_OK);
+        for (int64_t k = 0; k < m.rows * n; k++) {
+            double largest = group_amax(&m, k / n, k / n + 1, k % n * g, k % n * g + g), best = 1e30, mine = -1;
+            if (!(largest > 0)) continue;
+            for (int t = 0; t < 39; t++) {
+                double a = largest * (0.25 + 3.75 / 38 * t), loss = 0, bound = i == 2 ? 127 : 7;
+                double step = i == 1 ? e4m3_table[nearest(e4m3_table, 127, a * 448 / (double)top, TIE_EVEN)] * (double)top / 2688 : a / bound;
+                for (int64_t c = 0; c < g; c++) {
+                    double v = (double)m.x[k * g + c], q = rint(v / step), w = fabs(v);
+                    q = q < -bound - 1 ? -bound - 1 : q > bound ? bound : q;
+                    q = i == 1 ? (step > 0 ? e2m1_table[nearest(e2m1_table, 8, w / step, TIE_EVEN)] * step : 0) : fabs(q * step);
+                    loss += (w - q) * (w - q);
+                }
+                if (fabs(a / (double)amax[k] - 1) < 1e-5) mine = loss;
+                if (loss < best) best = loss;
+            }
+            CHECK(mine >= 0 && mine <= best * 1.001 + 1e-12);
+            moved += (double)amax[k] < 0.99 * largest;
+        }
+        CHECK(moved > 0 || i == 2); /* eight bits are never better clipped here */
+        encoded e = encode(&d), given;
+        d.amax = amax;
+        given = encode(&d);
+        CHECK(memcmp(e.codes, given.codes, (size_t)e.code_bytes) == 0 && memcmp(e.scales, given.scales, (size_t)e.scale_bytes) == 0);
+        free_encoded(&e);
+        free_encoded(&given);
+        d.amax = NULL;
+        d.search = MOQ_SEARCH_SWEEP;
+        CHECK(i == 1 || moq_find_amax(&d, amax, &top, &err) == MOQ_E_UNSUPPORTED);
+    }
+    free_matrix(&m);
+}
+
 /* Workers and the source's type change nothing; codes may be left out. */
 static void test_quant_threads(void)
 {
@@ -458,6 +503,7 @@ int main(int argc, char **argv)
     RUN(test_quant_nvfp4);
     RUN(test_quant_mx);
     RUN(test_quant_searches);
+    RUN(test_quant_multiples);
     RUN(test_quant_threads);
     RUN(test_quant_refusals);
     RUN(test_quant_speed);
