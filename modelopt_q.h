@@ -79,7 +79,7 @@
        >>api-cpu         >>cpu          reference kernels in plain C
                          >>simd         vector versions of the inner loops
                          >>tiles        blocks of a matrix product
-                         >>stream       4-bit rows times a few inputs, straight from the file's nibbles
+                         >>stream       rows of 4, 8 or 16 bits times a few inputs, for AVX-512
                          >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
                         >>panels       weights turned once for many inputs
                         >>integers     integer codes times 8-bit inputs
@@ -11056,7 +11056,7 @@ typedef struct moqi_way {
     int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
-    /* x [n] -> out [n padded to 128] F32 or what fits there, zeros after x; x may be out, but not with units of 2 and 4. `step` is for unit 2
+    /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units of 2 and 4. `step` is for unit 2
        only: words from 32 columns to the next 32 */
     void (*arrange)(const struct moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step);
     /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: MOQI_WAY_FLOATS */
@@ -11067,7 +11067,7 @@ typedef struct moqi_way {
 } moqi_way;
 
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_TOKENS = 512 /* in one go */,
-       MOQI_WAY_FLOATS = 40960 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS /* and more of it for units of 2 */ };
+       MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS /* and more of it for units of 2 */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
 typedef struct moqi_tiled {
@@ -11102,9 +11102,9 @@ typedef struct moqi_tiled {
 } moqi_tiled;
 
 /* Inner loops step by 16 columns; whatever lies between cols and the next multiple of 16 is zero on both sides. Rows of x have room
-   for a whole block of a stream, 128. */
+   for whole blocks of 256, for the sums of their groups, and for 16 more, so that they do not all fall into the same cache sets. */
 static int64_t moqi_pad16(int64_t n) { return (n + 15) / 16 * 16; }
-static int64_t moqi_pad_x(int64_t n) { return (n + 127) / 128 * 128 + 16; } /* + 16: rows of x do not all fall into the same cache sets */
+static int64_t moqi_pad_x(int64_t n) { return (n + 255) / 256 * 272 + 16; }
 
 /* How m rows of x are multiplied; NULL: by tiles. */
 static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
@@ -11400,8 +11400,8 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>stream          4-bit rows times inputs, straight from the file's nibbles
-   Codes never become a tile in memory: they are looked up in registers, so one token runs at the speed of a read.
+   >>stream          rows of 4, 8 or 16 bits times a few inputs, for AVX-512
+   4-bit codes are looked up in registers; of wider ones a run of two rows is decoded into the first-level cache for several tokens.
    ------------------------------------------------------------------------------------------------ */
 
 /* A vector load of a row holds L words of 8 consecutive codes (L = 16 in AVX-512). Shifted right by 4 j, lane l holds code 8 l + j of the
@@ -11411,8 +11411,12 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
        x'[128 b + 16 j + l] = x[128 b + 8 l + j]                         l < 16, j < 8
        y[r] = bias[r] + factor * sum over l of ( sum over blocks b of s[r][group of (b, l)] * ( sum over j of w x' ) )
 
-   Groups have at least 16 codes, two lanes, so a scale multiplies sums and not weights. This order of sums is the same for one row of x
-   and for many (the loops over x only share the look-ups), and it depends on neither tile nor thread. */
+   Groups have at least 16 codes, two lanes, so a scale multiplies sums and not weights. Zero points come afterwards, a group at a time:
+
+       sum over its columns of s (w - z) x = s sum w x + s z X           X = -(sum of its x), stored behind x'
+
+   This order of sums is the same for one row of x and for many (the loops over x only share the look-ups), and it depends on neither
+   tile nor thread. */
 
 #if defined(MOQI_X86) || defined(MOQI_ARM)
 #if defined(__clang__)
@@ -11438,8 +11442,6 @@ static int64_t moqi_stream_group(const moqi_tiled *p, int64_t c) { return p->shi
 #endif
 
 #ifdef MOQI_X86
-enum { MOQI_STREAM_ANY, MOQI_STREAM_ZEROS, MOQI_STREAM_NVFP4 }; /* any scales; also zero points; E4M3 on groups of 16 */
-
 /* ---- AVX-512 ---- */
 
 /* Up to 16 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
@@ -11465,10 +11467,14 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64
 /* What one pass over columns [first, end) of some rows needs. */
 typedef struct moqi_stream_pass {
     const moqi_tiled *p;
-    const float *x;       /* [16 columns of this pass][token][16] in the order of the lanes */
-    int64_t first, end;
+    const float *x;       /* [tokens, ldx] in the order of the lanes; 4-bit codes: [16 columns of this pass][token][16] */
+    int64_t ldx, first, end;
     float table[16];      /* values of the codes, less a zero point that is the same everywhere */
-    int32_t lane[64];     /* [4 blocks of a run of 512 columns][lane] -> its scale among 16 */
+    int32_t lane[64];     /* [4 blocks of a run of 512 columns][lane] -> its scale among 16; wider codes: [lane], for 32 columns each */
+    float *scale;         /* scratch: scales of a row of this pass, [block][16] */
+    float *w;             /* scratch: [2 rows][512] */
+    int64_t lda;          /* sums: [rows, lda], of tokens [16] */
+    int64_t ahead;        /* bytes from codes to those that are wanted 4 KB later: an even number of rows */
 } moqi_stream_pass;
 
 /* The 32 E4M3 scales of a run of 512 columns as value / 256; past the count they are 0 and not read. */
@@ -11483,71 +11489,87 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_e4m3_512(const uint8_t *scales, int64_t
     *s1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
 }
 
-/* The scales and zero points of the run of 512 columns from c, 16 to a vector. g: number of their first group */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_groups_512(const moqi_tiled *p, int64_t row, int64_t at, int64_t g, int zeros, __m512 *s, __m512 *z)
+/* The scales of the run of 512 columns whose first group is g, 16 to a vector. at: element number of the row's first scale */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_groups_512(const moqi_tiled *p, int64_t at, int64_t g, __m512 *s)
 {
     int64_t count = p->groups - g;
-    if (p->scales) s[1] = s[0] = moqi_stream_scales_512(p, at + g, count);
-    if (p->scales && p->shift == 4) s[1] = moqi_stream_scales_512(p, at + g + 16, count - 16);
-    if (!zeros) return;
-    __mmask16 low = (__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1);
-    __mmask16 high = (__mmask16)(count >= 32 ? 0xffff : count > 16 ? (1 << (count - 16)) - 1 : 0);
-    const int16_t *from = p->zeros + row * p->groups + g;
-    z[1] = z[0] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(low, from)));
-    if (p->shift == 4) z[1] = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(high, from + 16)));
+    if (p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4) { moqi_stream_e4m3_512(p->scales + at + g, count, &s[0], &s[1]); return; }
+    s[1] = s[0] = moqi_stream_scales_512(p, at + g, count);
+    if (p->shift == 4) s[1] = moqi_stream_scales_512(p, at + g + 16, count - 16);
 }
 
-/* acc[t] += row . x[t] over the pass; tokens and kind are constants where this is called. */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, int64_t row, int tokens, int kind, float *acc)
+/* Scales of columns [first, end) of a row as the lanes want them: `vectors` (1, 2 or 4) for each 512 columns, lane: [vectors][16] */
+MOQI_AVX512 static void moqi_lane_scales_512(const moqi_tiled *p, int64_t row, int64_t first, int64_t end, const int32_t *lane, int vectors, float *out)
+{
+    const __m512i i0 = _mm512_loadu_si512(lane), i1 = _mm512_loadu_si512(lane + 16);
+    const __m512i i2 = _mm512_loadu_si512(lane + vectors / 4 * 32), i3 = _mm512_loadu_si512(lane + vectors / 4 * 48);
+    int64_t at = moqi_stream_scale_at(p, row);
+    __m512 s[2];
+    s[0] = s[1] = _mm512_set1_ps(1);
+    for (int64_t c = first; c < end; c += 512, out += 16 * vectors) {
+        if (p->scales) moqi_stream_groups_512(p, at, moqi_stream_group(p, c), s);
+        _mm512_storeu_ps(out, _mm512_permutexvar_ps(i0, s[0]));
+        if (vectors == 1) continue;
+        _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(i1, vectors == 2 ? s[1] : s[0]));
+        if (vectors == 2) continue;
+        _mm512_storeu_ps(out + 32, _mm512_permutexvar_ps(i2, s[1]));
+        _mm512_storeu_ps(out + 48, _mm512_permutexvar_ps(i3, s[1]));
+    }
+}
+
+/* acc[t] += scale * zero point * X[t] of all groups of a row. sums: X [tokens, lds]; acc: [tokens, 16] */
+MOQI_AVX512 static void moqi_lane_zeros_512(const moqi_tiled *p, int64_t row, const float *sums, int64_t lds, int tokens, float *acc)
+{
+    int64_t at = moqi_stream_scale_at(p, row);
+    for (int64_t g = 0; g < p->groups; g += 16) {
+        __mmask16 some = (__mmask16)(p->groups - g >= 16 ? 0xffff : (1 << (p->groups - g)) - 1);
+        __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + row * p->groups + g)));
+        if (p->scales) z = _mm512_mul_ps(z, moqi_stream_scales_512(p, at + g, p->groups - g));
+        for (int t = 0; t < tokens; t++)
+            _mm512_storeu_ps(acc + 16 * t, _mm512_fmadd_ps(z, _mm512_loadu_ps(sums + t * lds + g), _mm512_loadu_ps(acc + 16 * t)));
+    }
+}
+
+/* acc[t] += row . x[t] over the pass for 1, 2, 4 or 8 tokens, a constant where this is called. x: [16 columns][token][16] */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, int64_t row, int tokens, float *acc)
 {
     const moqi_tiled *p = pass->p;
-    const uint8_t *codes = p->codes + row * p->row_bytes;
+    const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 2;
+    const float *x = pass->x, *scale = pass->scale;
     const __m512 table = _mm512_loadu_ps(pass->table);
-    int64_t at = moqi_stream_scale_at(p, row), cols = p->layer.cols, first = pass->first, end = pass->end;
-    const int zeros = kind == MOQI_STREAM_ZEROS;
-    __m512 a[8], b[8], s[2], z[2];
-    z[0] = z[1] = s[0] = s[1] = _mm512_set1_ps(1);
+    __m512 a[8], b[8];
 #define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t));
 #define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]);
 #define MOQI_FIRST(t) b[t] = _mm512_mul_ps(w, _mm512_loadu_ps(x + (t) * 16));
 #define MOQI_NEXT(t) b[t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(xj + (t) * 16), b[t]);
-#define MOQI_LAST(t) a[t] = _mm512_fmadd_ps(b[t], scale, a[t]);
-#define MOQI_LOOKUP(v) w = _mm512_permutexvar_ps(v, table); if (zeros) w = _mm512_sub_ps(w, zero);
-#define MOQI_STEP(j, v) { const float *xj = x + 16 * (j) * tokens; MOQI_LOOKUP(v) MOQI_TOKENS(MOQI_NEXT) }
+#define MOQI_LAST(t) a[t] = _mm512_fmadd_ps(b[t], s, a[t]);
+#define MOQI_STEP(j, v) { const float *xj = x + 16 * (j) * tokens; w = _mm512_permutexvar_ps(v, table); MOQI_TOKENS(MOQI_NEXT) }
     MOQI_TOKENS(MOQI_LOAD)
-    for (int64_t c = first; c < end; c += 512) {
-        if (kind == MOQI_STREAM_NVFP4) moqi_stream_e4m3_512(p->scales + at + c / 16, p->groups - c / 16, &s[0], &s[1]);
-        else moqi_stream_groups_512(p, row, at, moqi_stream_group(p, c), zeros, s, z);
-        MOQI_UNROLL for (int k = 0; k < 4; k++) {
-            int64_t col = c + 128 * k;
-            const uint8_t *src = codes + col / 2;
-            const float *x = pass->x + (col - first) * tokens;
-            __m512i v, v8, v16, v24, lane = _mm512_loadu_si512(pass->lane + 16 * k);
-            __m512 w, scale = _mm512_permutexvar_ps(lane, s[k / 2]), zero = zeros ? _mm512_permutexvar_ps(lane, z[k / 2]) : scale;
-            if (col >= end) break;
-            if (cols - col >= 134) { /* shifts by whole bytes are left to the loads while there are codes behind this block */
-                v = _mm512_loadu_si512(src);
-                v8 = _mm512_loadu_si512(src + 1);
-                v16 = _mm512_loadu_si512(src + 2);
-                v24 = _mm512_loadu_si512(src + 3);
-            } else {
-                v = cols - col >= 128 ? _mm512_loadu_si512(src) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((cols - col + 1) / 2)) - 1, src);
-                v8 = _mm512_srli_epi32(v, 8);
-                v16 = _mm512_srli_epi32(v, 16);
-                v24 = _mm512_srli_epi32(v, 24);
-            }
-            __builtin_prefetch(src + MOQI_STREAM_AHEAD);
-            MOQI_LOOKUP(v)
-            MOQI_TOKENS(MOQI_FIRST)
-            MOQI_STEP(1, _mm512_srli_epi32(v, 4))
-            MOQI_STEP(2, v8)
-            MOQI_STEP(3, _mm512_srli_epi32(v8, 4))
-            MOQI_STEP(4, v16)
-            MOQI_STEP(5, _mm512_srli_epi32(v16, 4))
-            MOQI_STEP(6, v24)
-            MOQI_STEP(7, _mm512_srli_epi32(v24, 4))
-            MOQI_TOKENS(MOQI_LAST)
+    for (int64_t left = p->layer.cols - pass->first, stop = p->layer.cols - pass->end; left > stop; left -= 128, src += 64, x += 128 * tokens, scale += 16) {
+        __m512i v, v8, v16, v24;
+        __m512 w, s = _mm512_loadu_ps(scale);
+        if (left >= 134) { /* shifts by whole bytes are left to the loads while there are codes behind this block */
+            v = _mm512_loadu_si512(src);
+            v8 = _mm512_loadu_si512(src + 1);
+            v16 = _mm512_loadu_si512(src + 2);
+            v24 = _mm512_loadu_si512(src + 3);
+        } else {
+            v = left >= 128 ? _mm512_loadu_si512(src) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((left + 1) / 2)) - 1, src);
+            v8 = _mm512_srli_epi32(v, 8);
+            v16 = _mm512_srli_epi32(v, 16);
+            v24 = _mm512_srli_epi32(v, 24);
         }
+        __builtin_prefetch(src + pass->ahead);
+        w = _mm512_permutexvar_ps(v, table);
+        MOQI_TOKENS(MOQI_FIRST)
+        MOQI_STEP(1, _mm512_srli_epi32(v, 4))
+        MOQI_STEP(2, v8)
+        MOQI_STEP(3, _mm512_srli_epi32(v8, 4))
+        MOQI_STEP(4, v16)
+        MOQI_STEP(5, _mm512_srli_epi32(v16, 4))
+        MOQI_STEP(6, v24)
+        MOQI_STEP(7, _mm512_srli_epi32(v24, 4))
+        MOQI_TOKENS(MOQI_LAST)
     }
     MOQI_TOKENS(MOQI_STORE)
 #undef MOQI_LOAD
@@ -11555,34 +11577,146 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, i
 #undef MOQI_FIRST
 #undef MOQI_NEXT
 #undef MOQI_LAST
-#undef MOQI_LOOKUP
 #undef MOQI_STEP
 }
 
-/* `rows` rows for 1, 2, 4 or 8 tokens; one body for each, so that sums stay in registers. acc: [rows, tokens, 16] */
-MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t row, int64_t rows, int tokens, float *acc)
+/* Are 32 columns of x stored as the 16 even ones, then the 16 odd ones? */
+static int moqi_stream_pairs_512(const moqi_tiled *p) { return p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_BF16; }
+
+/* 64 elements -> v; the dtype is a constant after inlining. E4M3 comes out as value / 256 and its NaN as a number: `most` keeps the
+   largest size that was seen. Its halves go through memory: a conversion that loads its operand is half as many operations. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_convert_512(moq_dtype dtype, const uint8_t *from, __m512 *v, __m512i *most)
 {
-    int kind = s->p->zeros ? MOQI_STREAM_ZEROS :
-               s->p->scales && s->p->scale_dtype == MOQ_F8_E4M3 && s->p->shift == 4 ? MOQI_STREAM_NVFP4 : MOQI_STREAM_ANY;
-#define MOQI_KIND(n, k) if (tokens == n && kind == k) for (int64_t r = 0; r < rows; r++) moqi_stream_row_512(s, row + r, n, k, acc + 16 * n * r);
-#define MOQI_CASE(n) MOQI_KIND(n, MOQI_STREAM_NVFP4) MOQI_KIND(n, MOQI_STREAM_ANY) MOQI_KIND(n, MOQI_STREAM_ZEROS)
-    MOQI_CASE(1) MOQI_CASE(2) MOQI_CASE(4) MOQI_CASE(8)
-#undef MOQI_CASE
-#undef MOQI_KIND
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000), keep = _mm512_set1_epi16((short)0xbf80);
+    uint8_t halves[128];
+    if (dtype == MOQ_F8_E4M3) {
+        __m512i b = _mm512_loadu_si512(from);
+        *most = _mm512_max_epu8(*most, _mm512_and_si512(b, _mm512_set1_epi8(0x7f)));
+        _mm512_storeu_si512(halves, _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 1), keep));
+        _mm512_storeu_si512(halves + 64, _mm512_and_si512(_mm512_srai_epi16(b, 1), keep));
+        __asm__("" : "+m"(halves)); /* or the compiler takes the halves out of the registers again */
+    }
+    MOQI_UNROLL for (int i = 0; i < 4; i++) {
+        if (dtype == MOQ_F8_E4M3) v[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(halves + i / 2 * 32 + i % 2 * 64)));
+        else if (dtype == MOQ_I8) v[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * i))));
+        else if (dtype == MOQ_F16) v[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * i)));
+        else if (i % 2 == 0) v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from + 32 * i), 16));
+        else v[i] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from + 32 * i - 32), high));
+    }
 }
 
-/* x [n] -> out [n padded to 128], in the order of the lanes. x may be out. */
+/* One row times one token over the pass, or (x NULL) n <= 512 elements from `first` decoded into `to`; the dtype is a constant. Scales, one
+   for 32 columns, apply where groups are part of a row. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_wide_512(const moqi_stream_pass *pass, moq_dtype dtype, int64_t row, int64_t first, int64_t n, const float *x,
+                                                  float *to)
+{
+    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
+    const uint8_t *src = pass->p->codes + row * pass->p->row_bytes + first * bytes;
+    const int scaled = pass->p->scales && pass->p->groups > 1;
+    const float *scale = pass->scale;
+    __m512i most = _mm512_setzero_si512();
+    __m512 v[4], a[4];
+    uint8_t edge[128] = {0};
+    MOQI_UNROLL for (int i = 0; i < 4; i++) a[i] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 64, scale += 2) {
+        const uint8_t *from = src + i * bytes;
+        __builtin_prefetch(from + pass->ahead);
+        if (bytes == 2) __builtin_prefetch(from + pass->ahead + 64);
+        if (n - i < 64) { memcpy(edge, from, (size_t)((n - i) * bytes)); from = edge; }
+        moqi_stream_convert_512(dtype, from, v, &most);
+        if (scaled) {
+            MOQI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_mul_ps(v[k], _mm512_set1_ps(scale[k / 2]));
+        }
+        if (x) {
+            MOQI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm512_fmadd_ps(v[k], _mm512_loadu_ps(x + i + 16 * k), a[k]);
+        } else {
+            MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(to + i + 16 * k, v[k]);
+        }
+    }
+    int nan = dtype == MOQ_F8_E4M3 && _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(0x7f)) != 0;
+    for (int64_t i = 0; nan && !x && i < n; i++)
+        if ((src[i] & 0x7f) == 0x7f) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = moqi_bits_f32(0x7fc00000);
+    if (!x) return;
+    a[0] = _mm512_add_ps(_mm512_add_ps(a[0], a[1]), _mm512_add_ps(a[2], a[3]));
+    if (nan) a[0] = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), a[0]));
+}
+
+/* The same for any of the four dtypes. */
+MOQI_AVX512 static void moqi_stream_any_512(const moqi_stream_pass *pass, int64_t row, int64_t first, int64_t n, const float *x, float *to)
+{
+    const moqi_tiled *p = pass->p;
+    if (p->scales && p->groups > 1) moqi_lane_scales_512(p, row, first, first + n, pass->lane, 1, pass->scale);
+    if (p->dtype == MOQ_F8_E4M3) moqi_stream_wide_512(pass, MOQ_F8_E4M3, row, first, n, x, to);
+    else if (p->dtype == MOQ_I8) moqi_stream_wide_512(pass, MOQ_I8, row, first, n, x, to);
+    else if (p->dtype == MOQ_BF16) moqi_stream_wide_512(pass, MOQ_BF16, row, first, n, x, to);
+    else moqi_stream_wide_512(pass, MOQ_F16, row, first, n, x, to);
+}
+
+/* acc[r][t] += two rows w . x[t] for 1, 2, 4 or 8 tokens, a constant where this is called; n is a multiple of 64. acc: [2][8][16] */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_dot_512(const float *w, int64_t n, const float *x, int64_t ldx, int tokens, float *acc)
+{
+    __m512 a[8], b[8];
+    const float *x4 = x + 4 * ldx;
+#define MOQI_EACH8(f) f(0) if (tokens > 1) { f(1) } if (tokens > 2) { f(2) f(3) } if (tokens > 4) { f(4) f(5) f(6) f(7) }
+#define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t)); b[t] = _mm512_loadu_ps(acc + 128 + 16 * (t));
+#define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]); _mm512_storeu_ps(acc + 128 + 16 * (t), b[t]);
+#define MOQI_FMA(t) { \
+        __m512 v = _mm512_loadu_ps(((t) < 4 ? x : x4) + ((t) & 3) * ldx + k); \
+        a[t] = _mm512_fmadd_ps(w0, v, a[t]); b[t] = _mm512_fmadd_ps(w1, v, b[t]); }
+    MOQI_EACH8(MOQI_LOAD)
+    for (int64_t k = 0; k < n; k += 16) {
+        __m512 w0 = _mm512_loadu_ps(w + k), w1 = _mm512_loadu_ps(w + 512 + k);
+        MOQI_EACH8(MOQI_FMA)
+    }
+    MOQI_EACH8(MOQI_STORE)
+#undef MOQI_LOAD
+#undef MOQI_STORE
+#undef MOQI_FMA
+}
+
+/* The pass over some rows for up to 8 tokens (4-bit codes: 1, 2, 4 or 8). acc: [rows, lda], with room for one more row */
+MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t row, int64_t rows, int tokens, float *acc)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        if (s->p->form != MOQI_CODES_NIBBLES) break;
+        moqi_lane_scales_512(s->p, row + r, s->first, s->end, s->lane, 4, s->scale);
+        if (tokens == 1) moqi_stream_row_512(s, row + r, 1, acc + s->lda * r);
+        else if (tokens == 2) moqi_stream_row_512(s, row + r, 2, acc + s->lda * r);
+        else if (tokens == 4) moqi_stream_row_512(s, row + r, 4, acc + s->lda * r);
+        else moqi_stream_row_512(s, row + r, 8, acc + s->lda * r);
+        if (r == rows - 1) return;
+    }
+    for (int64_t r = 0; r < rows && tokens == 1; r++) moqi_stream_any_512(s, row + r, s->first, s->end - s->first, s->x + s->first, acc + s->lda * r);
+    for (int64_t r = 0; r < rows && tokens > 1; r += 2)
+        for (int64_t c = s->first; c < s->end; c += 512) {
+            int64_t n = moqi_min(512, s->end - c), all = (n + 63) / 64 * 64;
+            const float *x = s->x + c;
+            float *to = acc + s->lda * r;
+            int t = tokens & ~3;
+            moqi_stream_any_512(s, row + r, c, n, NULL, s->w);
+            moqi_stream_any_512(s, row + moqi_min(r + 1, rows - 1), c, n, NULL, s->w + 512);
+            if (tokens == 8) moqi_stream_dot_512(s->w, all, x, s->ldx, 8, to);
+            else if (t == 4) moqi_stream_dot_512(s->w, all, x, s->ldx, 4, to);
+            if (tokens & 2) moqi_stream_dot_512(s->w, all, x + t * s->ldx, s->ldx, 2, to + 16 * t);
+            if (tokens & 1) moqi_stream_dot_512(s->w, all, x + (tokens - 1) * s->ldx, s->ldx, 1, to + 16 * (tokens - 1));
+        }
+}
+
+/* x [n] -> out [n padded to 128], in the order of the lanes, then X of every group where there are zero points. x may be out. */
 static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    float block[128];
-    (void)p;
+    float block[128], *sums = out + (n + 127) / 128 * 128;
+    int nibbles = p->form == MOQI_CODES_NIBBLES, pairs = !nibbles && moqi_stream_pairs_512(p);
     (void)step;
-    for (int64_t c = 0; c < n; c += 128) {
+    for (int64_t g = 0; p->zeros && g < moqi_pad16(p->groups); g++) sums[g] = 0;
+    for (int64_t c = 0; c < n; c += 128, out += 128) {
         int64_t m = moqi_min(128, n - c);
         memcpy(block, x + c, (size_t)m * sizeof *x);
         for (int64_t i = m; i < 128; i++) block[i] = 0;
+        for (int64_t i = 0; p->zeros && i < m; i++) sums[moqi_stream_group(p, c + i)] -= block[i];
         for (int j = 0; j < 8; j++)
-            for (int l = 0; l < 16; l++) out[c + 16 * j + l] = block[8 * l + j];
+            for (int l = 0; l < 16; l++) out[16 * j + l] = block[nibbles ? 8 * l + j : pairs ? 32 * (j / 2) + 2 * l + j % 2 : 16 * j + l];
     }
 }
 
@@ -11595,46 +11729,63 @@ MOQI_AVX512 static float moqi_stream_sum_512(const float *a)
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* Columns [first, end) of some rows of x, 16 columns of all of them side by side: 32 KB that stay in the first-level cache. */
+/* Columns [first, end) of some rows of x, 16 columns of all of them side by side. */
 MOQI_AVX512 static void moqi_stream_pack_512(const float *x, int64_t ldx, int tokens, int64_t first, int64_t end, float *out)
 {
-    int64_t n = moqi_pad_x(end - first);
+    int64_t n = (end - first + 127) / 128 * 128;
     for (int t = 0; t < tokens; t++)
         for (int64_t i = 0; i < n; i += 16) _mm512_storeu_ps(out + i * tokens + 16 * t, _mm512_loadu_ps(x + t * ldx + first + i));
 }
 
 /* Tokens run in groups of 8; x of a group is taken in pieces that stay in the first-level cache while the rows pass by. */
-static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
-                            int64_t ldy, float *acc)
+MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                                        float *y, int64_t ldy, float *acc)
 {
     moqi_stream_pass s;
-    float *pack = acc + rows * 128;
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
+    float mul = p->factor, one, *pack;
     (void)way;
-    float mul = p->scales && p->scale_dtype == MOQ_F8_E4M3 ? p->factor * 256 : p->factor;
+    if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole) mul *= 256;
+    if (!nibbles && p->dtype == MOQ_F8_E4M3) mul *= 256;
+    if (whole) mul /= p->factor;
     s.p = p;
+    s.ldx = ldx;
+    s.scale = acc + (rows + 1) * 128;
+    s.w = s.scale + 1024;
+    pack = s.scale + 1024; /* wider codes are decoded, narrow ones packed */
     for (int i = 0; i < 16; i++) s.table[i] = p->table[i] - p->zero;
-    for (int i = 0; i < 64; i++) s.lane[i] = p->shift < 9 ? (int32_t)(8 * i >> p->shift & 15) : 0;
-    for (int64_t j = 0; j < m;) {
-        int tokens = m - j >= 8 ? 8 : m - j >= 4 ? 4 : m - j >= 2 ? 2 : 1;
-        int64_t piece = 8192 / tokens;
-        memset(acc, 0, (size_t)(rows * tokens * 16) * sizeof *acc);
+    for (int i = 0; i < 64; i++) s.lane[i] = p->shift < 9 ? (int32_t)((nibbles ? 8 * i : 32 * i) >> p->shift & 15) : 0;
+    for (int64_t j = 0, step; j < m; j += step) {
+        int tokens = (int)moqi_min(8, m - j);
+        if (nibbles) tokens = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
+        int64_t piece = tokens <= 1 ? 8192 : tokens <= 2 ? 4096 : tokens <= 4 ? 2048 : 1024;
+        int64_t visit = moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8;
+        step = tokens;
+        s.lda = tokens == 1 ? 16 : 128;
+        s.ahead = tokens == 1 ? MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
+        memset(acc, 0, (size_t)((rows + 1) * s.lda) * sizeof *acc);
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
-            s.x = tokens == 1 ? x + j * ldx + s.first : pack;
-            if (tokens > 1) moqi_stream_pack_512(x + j * ldx, ldx, tokens, s.first, s.end, pack);
+            s.x = nibbles ? (tokens > 1 ? pack : x + j * ldx + s.first) : x + j * ldx;
+            if (nibbles && tokens > 1) moqi_stream_pack_512(x + j * ldx, ldx, tokens, s.first, s.end, pack);
             moqi_stream_rows_512(&s, row, rows, tokens, acc);
         }
-        for (int t = 0; t < tokens; t++)
-            for (int64_t r = 0; r < rows; r++) {
-                float sum = moqi_stream_sum_512(acc + (r * tokens + t) * 16);
-                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * sum;
-            }
-        j += tokens;
+        for (int64_t r = 0; r < rows; r++) {
+            if (p->zeros) moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, tokens, acc + s.lda * r);
+            if (whole) moqi_run_scales(p->k, p, row + r, 0, 1, &one);
+            for (int t = 0; t < tokens; t++)
+                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + (whole ? one * mul : mul) * moqi_stream_sum_512(acc + r * s.lda + t * 16);
+        }
     }
 }
 
-/* Two codes a byte and groups that lie as runs, of scales that it can expand. */
-static int moqi_stream_takes_512(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && p->requant <= 0; }
+/* Two codes a byte and groups that lie as runs, of scales that it can expand; or wider ones without zero points, in groups of 32 at least. */
+static int moqi_stream_takes_512(const moqi_tiled *p)
+{
+    int known = p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_I8 || p->dtype == MOQ_BF16 || p->dtype == MOQ_F16;
+    if (p->form == MOQI_CODES_SLOW || p->requant > 0) return 0;
+    return p->form == MOQI_CODES_NIBBLES || (known && !p->zeros && p->zero == 0 && (p->groups == 1 || p->group_cols % 32 == 0));
+}
 
 static const moqi_way moqi_stream_way_512 = {"codes in place", 0, moqi_stream_takes_512, moqi_stream_arrange_512, moqi_stream_512, NULL, NULL};
 #endif
@@ -12294,114 +12445,10 @@ MOQI_AVX512 static void moqi_block_f32_512(const moqi_panel *w, const float *x, 
     }
 }
 
-/* ---- AVX-512: 8- and 16-bit elements in place, for a few rows of x ---- */
-
-/* 32 elements as F32, E4M3 as value / 256 and its NaN as a number: `most` keeps the largest size that was seen. */
-MOQI_INLINE MOQI_AVX512 void moqi_wide_load_512(moq_dtype dtype, const uint8_t *src, __m512 *v0, __m512 *v1, __m256i *most)
-{
-    const __m256i *p = (const __m256i *)(const void *)src;
-    if (dtype == MOQ_F8_E4M3) {
-        __m256i b = _mm256_loadu_si256(p);
-        __m512i h = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(b), 7), _mm512_set1_epi16((short)0xbfff));
-        *most = _mm256_max_epu8(*most, _mm256_and_si256(b, _mm256_set1_epi8(0x7f)));
-        *v0 = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
-        *v1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
-    } else if (dtype == MOQ_I8) {
-        *v0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)src)));
-        *v1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(src + 16))));
-    } else if (dtype == MOQ_BF16) {
-        *v0 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
-        *v1 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p + 1)), 16));
-    } else {
-        *v0 = _mm512_cvtph_ps(_mm256_loadu_si256(p));
-        *v1 = _mm512_cvtph_ps(_mm256_loadu_si256(p + 1));
-    }
-}
-
-/* acc[t] += scale * (n elements of a row . x[t]) for 1 or 4 rows of x, [2] sums each; dtype and tokens are constants after inlining.
-   n is a multiple of 32 or the end of the row; tail: [64] zeros but for what the same end left there. */
-MOQI_INLINE MOQI_AVX512 void moqi_wide_run_512(moq_dtype dtype, const uint8_t *src, int64_t n, float scale, const float *x, const int64_t *at,
-                                               int tokens, uint8_t *tail, __m512 *acc, __m256i *most)
-{
-    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
-    const __m512 s = _mm512_set1_ps(scale);
-    __m512 u[8], v0, v1;
-#define MOQI_EACH4(f) f(0) if (tokens > 1) { f(1) f(2) f(3) }
-#define MOQI_ZERO(t) u[2 * (t)] = u[2 * (t) + 1] = _mm512_setzero_ps();
-#define MOQI_FMA(t) \
-    u[2 * (t)] = _mm512_fmadd_ps(v0, _mm512_loadu_ps(x + at[t] + i), u[2 * (t)]); \
-    u[2 * (t) + 1] = _mm512_fmadd_ps(v1, _mm512_loadu_ps(x + at[t] + i + 16), u[2 * (t) + 1]);
-#define MOQI_LAST(t) \
-    acc[2 * (t)] = _mm512_fmadd_ps(u[2 * (t)], s, acc[2 * (t)]); acc[2 * (t) + 1] = _mm512_fmadd_ps(u[2 * (t) + 1], s, acc[2 * (t) + 1]);
-    MOQI_EACH4(MOQI_ZERO)
-    for (int64_t i = 0; i < n; i += 32) {
-        const uint8_t *from = src + i * bytes;
-        if (bytes == 2 || !(i & 32)) __builtin_prefetch(from + MOQI_STREAM_AHEAD);
-        if (n - i < 32) { memcpy(tail, from, (size_t)((n - i) * bytes)); from = tail; }
-        moqi_wide_load_512(dtype, from, &v0, &v1, most);
-        MOQI_EACH4(MOQI_FMA)
-    }
-    MOQI_EACH4(MOQI_LAST)
-#undef MOQI_ZERO
-#undef MOQI_FMA
-#undef MOQI_LAST
-}
-
-/* One row times 1 or 4 rows of x -> y[t * ldy] for the first `valid` of them. */
-MOQI_INLINE MOQI_AVX512 void moqi_wide_row_512(moq_dtype dtype, const moqi_tiled *p, int64_t row, const float *x, const int64_t *at, int tokens,
-                                               int valid, uint8_t *tail, float *y, int64_t ldy)
-{
-    const uint8_t *codes = p->codes + row * p->row_bytes;
-    int64_t cols = p->layer.cols, piece = p->groups == 1 ? cols : p->group_cols, bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
-    float s[32], bias = p->bias ? p->bias[row] : 0, mul = dtype == MOQ_F8_E4M3 ? 256.0f : 1;
-    __m512 acc[8];
-    __m256i most = _mm256_setzero_si256();
-    s[0] = 1;
-    for (int t = 0; t < 8; t++) acc[t] = _mm512_setzero_ps();
-    for (int64_t c = 0, g = 0; c < cols; c += piece, g++) {
-        if (p->scale_dtype != MOQ_NONE && (g & 15) == 0) moqi_run_scales(p->k, p, row, c, moqi_min(cols - c, 16 * piece), s);
-        moqi_wide_run_512(dtype, codes + c * bytes, moqi_min(piece, cols - c), s[g & 15], x + c, at, tokens, tail, acc, &most);
-    }
-    int nan = _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(0x7f))) != 0;
-    for (int t = 0; t < valid; t++) {
-        float sum = _mm512_reduce_add_ps(_mm512_add_ps(acc[2 * t], acc[2 * t + 1])) * mul;
-        y[t * ldy] = nan ? moqi_bits_f32(0x7fc00000) : bias + sum;
-    }
-}
-
-/* Rows of x go by fours; each row of weights is read once for all four. */
-MOQI_AVX512 static void moqi_wide_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
-                                      float *y, int64_t ldy, float *scratch)
-{
-    uint8_t tail[64] = {0};
-    (void)way;
-    (void)scratch;
-    for (int64_t j = 0; j < m; j += 4) {
-        int valid = (int)moqi_min(4, m - j);
-        int64_t at[4];
-        for (int t = 0; t < 4; t++) at[t] = (j + (t < valid ? t : valid - 1)) * ldx;
-#define MOQI_CASE(type, n) \
-    if (p->dtype == type && (valid == 1) == (n == 1)) \
-        for (int64_t r = 0; r < rows; r++) moqi_wide_row_512(type, p, row + r, x, at, n, valid, tail, y + j * ldy + r, ldy);
-        MOQI_CASE(MOQ_F8_E4M3, 1) MOQI_CASE(MOQ_I8, 1) MOQI_CASE(MOQ_BF16, 1) MOQI_CASE(MOQ_F16, 1)
-        MOQI_CASE(MOQ_F8_E4M3, 4) MOQI_CASE(MOQ_I8, 4) MOQI_CASE(MOQ_BF16, 4) MOQI_CASE(MOQ_F16, 4)
-#undef MOQI_CASE
-    }
-}
-
-/* Groups of at least 32 and no zero points. */
-static int moqi_wide_takes_512(const moqi_tiled *p)
-{
-    int known = p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_I8 || p->dtype == MOQ_BF16 || p->dtype == MOQ_F16;
-    return p->form == MOQI_CODES_WIDE && known && p->requant <= 0 && !p->zeros && p->zero == 0 && (p->groups == 1 || p->group_cols % 32 == 0);
-}
-
-static const moqi_way moqi_wide_way_512 = {"elements in place", 0, moqi_wide_takes_512, moqi_panel_copy, moqi_wide_512, NULL, NULL};
-
 /* A few rows of x are better served in place. */
 static int moqi_panel_takes_f32_512(const moqi_tiled *p)
 {
-    return !moqi_panel_takes_any(p) ? 0 : moqi_stream_takes_512(p) ? 17 : moqi_wide_takes_512(p) ? 9 : 2;
+    return !moqi_panel_takes_any(p) ? 0 : moqi_stream_takes_512(p) ? 17 : 2;
 }
 
 static const moqi_way moqi_f32_way_512 = {"F32 panels", 1, moqi_panel_takes_f32_512, moqi_panel_copy, moqi_panels, moqi_panel_f32_512,
@@ -12671,11 +12718,11 @@ MOQI_AVX512 static void moqi_panel_scales_512(const moqi_panel *w, int64_t h)
     const moqi_tiled *p = w->p;
     float rows[16][32], turned[32][16];
     int64_t g = moqi_stream_group(p, w->col), chunks = moqi_ceil_div(w->n, w->chunk);
-    __m512 s[2], z[2];
+    __m512 s[2];
+    s[0] = s[1] = _mm512_set1_ps(1);
     for (int r = 0; r < 16; r++) {
         int64_t row = w->row + moqi_min(h + r, w->rows - 1);
-        s[0] = s[1] = _mm512_set1_ps(1);
-        moqi_stream_groups_512(p, row, moqi_stream_scale_at(p, row), g, 0, s, z);
+        if (p->scales) moqi_stream_groups_512(p, moqi_stream_scale_at(p, row), g, s);
         _mm512_storeu_ps(rows[r], s[0]);
         _mm512_storeu_ps(rows[r] + 16, s[1]);
     }
@@ -13560,14 +13607,14 @@ static void moqi_norm_row(const moqi_kernels *k, const moqi_loops *o, const floa
    ------------------------------------------------------------------------------------------------ */
 
 #ifdef MOQI_X86
-static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                  moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways};
-static const moqi_way *const moqi_vnni_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_vnni_ways[] = {&moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_stream_way_512, &moqi_wide_way_512, &moqi_amx_way, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_amx_ways[] = {&moqi_stream_way_512, &moqi_amx_way, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
@@ -13953,6 +14000,7 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
     const moq_coding *p = &u->scheme.input, *q = &v->scheme.input;
     if (memcmp(a->way, b->way, sizeof a->way) != 0 || memcmp(a->from, b->from, sizeof a->from) != 0) return 0;
     if (a->input_bits != b->input_bits || moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
+    if (a->way[0] && (a->group_cols != b->group_cols || !a->zeros != !b->zeros)) return 0;
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;
