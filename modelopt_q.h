@@ -12638,16 +12638,22 @@ static int64_t moqi_i8_chunk(const moqi_tiled *p)
     return chunk % 16 == 0 && MOQI_TILE_COLS % chunk == 0 && group % chunk == 0 ? chunk : 0;
 }
 
+/* Are twice the values of 4-bit codes whole numbers that fit? */
+static int moqi_i8_nibbles(const moqi_tiled *p)
+{
+    int fit = p->form == MOQI_CODES_NIBBLES;
+    for (int i = 0; i < 16 && fit; i++) {
+        float v = 2 * (p->table[i] - p->zero);
+        fit = rintf(v) == v && v >= -32 && v <= 64;
+    }
+    return fit;
+}
+
 static int moqi_i8_takes_512(const moqi_tiled *p)
 {
     if (p->requant > 0 || p->zeros || p->order || moqi_i8_chunk(p) == 0) return 0;
     if (p->form == MOQI_CODES_WIDE) return p->dtype == MOQ_I8 && p->zero == 0 && (p->groups == 1 || p->group_cols % 16 == 0) ? 3 : 0;
-    if (p->form != MOQI_CODES_NIBBLES) return 0;
-    for (int i = 0; i < 16; i++) {
-        float v = 2 * (p->table[i] - p->zero);
-        if (rintf(v) != v || v < -32 || v > 64) return 0;
-    }
-    return 3;
+    return moqi_i8_nibbles(p) ? 3 : 0;
 }
 
 /* The scale of one group of x for moqi_i8_codes: amax / 127, or the checkpoint's. A NaN or an infinity makes it NaN. */
@@ -12885,7 +12891,230 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
     if (j < m) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 0);
 }
 
-static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_takes_512, moqi_i8_arrange_512, moqi_panels, moqi_panel_i8_512, moqi_block_i8_512};
+/* ---- in place ----
+   A few rows of x do not pay for a panel. Two vectors of nibbles hold 256 columns; their even and their odd words, put together, give
+   lanes of 16 columns each, one group: four instructions sum a lane, one multiplies with its scales. Four vectors of bytes do the same
+   for 256 columns of INT8 under one scale. x is stored once per call as blocks of 96 words:
+
+       [4][16 lanes] words of codes in the order of the weights, [16] scales, [16] -off * (sum of the lane's codes)
+
+   and X behind them as in >>stream. Where 16 bits of x may be kept, x = 256 hi + lo is two such rows. */
+enum { MOQI_DOT_WORDS = 96 };
+
+static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
+
+static int moqi_dot_takes_512(const moqi_tiled *p)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    if (p->requant > 0 || p->order || (p->rounds ? moqi_i8_chunk(p) == 0 : p->input_bits > 16)) return 0;
+    if (p->form == MOQI_CODES_NIBBLES) return moqi_i8_nibbles(p);
+    if (p->form != MOQI_CODES_WIDE || p->dtype != MOQ_I8 || p->zeros || p->zero != 0 || (p->groups > 1 && p->group_cols % 256 != 0)) return 0;
+    return !p->rounds || c->group_cols <= 0 || c->group_cols >= p->layer.cols || c->group_cols % 256 == 0;
+}
+
+/* 16 values over s as whole numbers, or twice E2M1, or two digits of 8 bits: codes[digits][16]. 1 / s would move values that lie on an edge. */
+MOQI_AVX512 static void moqi_dot_round_512(__m512 x, float s, int fp4, int digits, __m128i *codes)
+{
+    __m512 v = s > 0 ? _mm512_div_ps(x, _mm512_set1_ps(s)) : _mm512_setzero_ps();
+    if (fp4) { /* steps of 1/2 below 2, of 1 below 4, of 2 to 6; ties to even in each */
+        __m512 a = _mm512_min_ps(_mm512_abs_ps(v), _mm512_set1_ps(6)), two = _mm512_set1_ps(2);
+        __m512 step = _mm512_mask_mov_ps(_mm512_set1_ps(2), _mm512_cmp_ps_mask(a, two, _CMP_GE_OQ), _mm512_set1_ps(1));
+        step = _mm512_mask_mov_ps(step, _mm512_cmp_ps_mask(a, _mm512_set1_ps(4), _CMP_GE_OQ), _mm512_set1_ps(0.5f));
+        __m512 q = _mm512_mul_ps(_mm512_div_ps(_mm512_roundscale_ps(_mm512_mul_ps(a, step), 8), step), two);
+        v = _mm512_mask_sub_ps(q, _mm512_movepi32_mask(_mm512_castps_si512(v)), _mm512_setzero_ps(), q);
+    }
+    __m512i q = _mm512_cvtps_epi32(v);
+    if (digits == 1) { codes[0] = _mm512_cvtsepi32_epi8(q); return; }
+    __m512i lo = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
+    codes[0] = _mm512_cvtepi32_epi8(lo);
+    codes[1] = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, lo), 8));
+}
+
+/* Largest magnitude of n values; NaN where one of them is no number. */
+MOQI_AVX512 static float moqi_dot_amax_512(const float *x, int64_t n)
+{
+    __m512 most = _mm512_setzero_ps(), broken = most;
+    for (int64_t i = 0; i < n; i += 16) {
+        __m512 v = _mm512_maskz_loadu_ps((__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1), x + i);
+        most = _mm512_max_ps(most, _mm512_abs_ps(v));
+        broken = _mm512_fmadd_ps(v, _mm512_setzero_ps(), broken);
+    }
+    float bad = _mm512_reduce_add_ps(broken);
+    return moqi_is_nan(bad) ? bad : _mm512_reduce_max_ps(most);
+}
+
+/* Blocks of x as said above. Scales are the checkpoint's, or for 16 columns (with weights of 8 bits: 256) each. */
+MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), fp4 = p->rounds && c->elem == MOQ_F4;
+    const int fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
+    const int64_t own = nibbles ? 16 : 256, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    const int64_t blocks = (n + 255) / 256, row = blocks * MOQI_DOT_WORDS;
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m512i ones = _mm512_set1_epi8(1);
+    float s = 0, *sums = out + digits * row;
+    (void)step;
+    for (int64_t g = 0; p->zeros && g < moqi_pad16(p->groups); g++) sums[g] = 0;
+    for (int64_t at = 0; at < blocks * 256; at += 16) {
+        int64_t i = at / 16 % 16, lane = nibbles ? i % 8 / 2 * 4 + i / 8 * 2 + i % 2 : i;
+        __mmask16 some = (__mmask16)(n - at >= 16 ? 0xffff : n > at ? (1 << (n - at)) - 1 : 0);
+        __m128i codes[2];
+        if (at < n && at % group == 0) {
+            s = moqi_dot_amax_512(x + at, moqi_min(group, n - at));
+            if (fixed) s = moqi_is_nan(s) ? s : p->layer.input_scale;
+            else if (p->rounds && !moqi_is_nan(s)) s = moqi_input_scale(c, p->layer.input_scale, &s, 1);
+            else if (!p->rounds) s /= digits == 2 ? 32639.0f : 127.0f;
+        }
+        moqi_dot_round_512(_mm512_maskz_loadu_ps(some, x + at), s, fp4, digits, codes);
+        for (int d = 0; d < digits; d++) {
+            float *block = out + d * row + at / 256 * MOQI_DOT_WORDS, scale = (d ? 256 * s : s) * (fp4 ? 0.5f : 1.0f);
+            int32_t words[4];
+            _mm_storeu_si128((__m128i *)(void *)words, nibbles ? _mm_shuffle_epi8(codes[d], order) : codes[d]);
+            for (int k = 0; k < 4; k++) memcpy(nibbles ? block + 16 * k + lane : block + 4 * i + k, &words[k], 4);
+            block[64 + lane] = scale;
+            if (p->zeros && at < n) sums[moqi_stream_group(p, at)] -= 2 * scale * (float)_mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(codes[d]));
+        }
+    }
+    for (float *block = out; block < sums; block += MOQI_DOT_WORDS) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int k = 0; k < 64; k += 16) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(ones), "v"(_mm512_loadu_si512(block + k)));
+        _mm512_storeu_si512(block + 80, _mm512_mullo_epi32(sum, _mm512_set1_epi32(nibbles ? -32 : -128)));
+    }
+}
+
+/* What one pass over columns [first, end) of some rows needs. */
+typedef struct moqi_dot_pass {
+    const moqi_tiled *p;
+    const float *x, *odd; /* blocks of the rows 0, 2, 4, 6 of x, `step` apart, and of 1, 3, 5, 7 */
+    int64_t step, first, end;
+    uint8_t table[16];
+    int32_t lane[64];     /* [2 blocks of 512 columns][lane] -> its scale among 16 */
+    float *scale;         /* scratch: scales of a row of this pass, [block][16] */
+} moqi_dot_pass;
+
+/* 64 bytes, or what is left of a row. */
+MOQI_INLINE MOQI_VNNI __m512i moqi_dot_load_512(const uint8_t *src, int64_t left)
+{
+    return left >= 64 ? _mm512_loadu_si512(src) : left <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, src);
+}
+
+/* acc[t] += row . x[t] over the pass; tokens is a constant where this is called. */
+MOQI_INLINE MOQI_VNNI void moqi_dot_row_512(const moqi_dot_pass *pass, int64_t row, int tokens, float *acc)
+{
+    const moqi_tiled *p = pass->p;
+    const int nibbles = p->form == MOQI_CODES_NIBBLES;
+    const int64_t bytes = nibbles ? 128 : 256, step = pass->step;
+    const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
+    const __m512i low = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
+    const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS, *odd = pass->odd + pass->first / 256 * MOQI_DOT_WORDS;
+    int64_t left = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first;
+    __m512 a[8];
+#define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t));
+#define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]);
+#define MOQI_WORDS(k) "m"(*(const __m512i_u *)(const void *)(xt + 16 * (k)))
+#define MOQI_DOT(t) { \
+        const float *xt = ((t) % 2 ? odd : x) + (t) / 2 * step; \
+        __m512i q = _mm512_loadu_si512(xt + 80); \
+        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(0), "v"(w0)); \
+        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(1), "v"(w1)); \
+        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(2), "v"(w2)); \
+        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(3), "v"(w3)); \
+        a[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_loadu_ps(xt + 64)), s, a[t]); }
+    MOQI_TOKENS(MOQI_LOAD)
+    for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, left -= bytes, scale += 16) {
+        __m512i w0, w1, w2, w3, v0 = moqi_dot_load_512(src, left), v1 = moqi_dot_load_512(src + 64, left - 64);
+        __m512 s = _mm512_loadu_ps(scale);
+        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
+        __builtin_prefetch(src + MOQI_STREAM_AHEAD + 64);
+        if (nibbles) {
+            __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
+            v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
+            v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
+            w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
+            w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
+            w2 = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
+            w3 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
+        } else {
+            const __m512i flip = _mm512_set1_epi8((char)-128);
+            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 128);
+            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 192);
+            w0 = _mm512_xor_si512(v0, flip);
+            w1 = _mm512_xor_si512(v1, flip);
+            w2 = _mm512_xor_si512(moqi_dot_load_512(src + 128, left - 128), flip);
+            w3 = _mm512_xor_si512(moqi_dot_load_512(src + 192, left - 192), flip);
+        }
+        MOQI_TOKENS(MOQI_DOT)
+        x += MOQI_DOT_WORDS;
+        odd += MOQI_DOT_WORDS;
+    }
+    MOQI_TOKENS(MOQI_STORE)
+#undef MOQI_LOAD
+#undef MOQI_STORE
+#undef MOQI_WORDS
+#undef MOQI_DOT
+}
+
+/* Rows of x, digit by digit, in groups of up to 8; `x` of a group is taken in pieces that stay in the first-level cache. */
+MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                                    float *y, int64_t ldy, float *acc)
+{
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
+    const int64_t words = (p->layer.cols + 255) / 256 * MOQI_DOT_WORDS;
+    float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), one = 1;
+    moqi_tiled plain = *p;
+    moqi_dot_pass s;
+    (void)way;
+    if (whole) plain.scales = NULL;
+    s.p = &plain;
+    s.scale = acc + rows * 128;
+    for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
+    for (int i = 0; i < 64; i++) {
+        int g = i / 16 % 2 * 16 + i % 4 / 2 * 8 + i % 16 / 4 * 2 + i % 2; /* of 16 columns */
+        s.lane[i] = p->shift < 9 ? (nibbles ? 16 * g : i / 16 % 2 * 256) >> p->shift & 15 : 0;
+    }
+    for (int64_t j = 0, step; j < m; j += step) {
+        int64_t most = digits * (m - j);
+        int tokens = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+        int64_t piece = tokens <= 2 ? 8192 : tokens <= 4 ? 4096 : 2048;
+        step = tokens / digits;
+        s.x = x + j * ldx;
+        s.odd = s.x + (digits == 2 ? words : ldx);
+        s.step = digits == 2 ? ldx : 2 * ldx;
+        memset(acc, 0, (size_t)(rows * tokens * 16) * sizeof *acc);
+        for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
+            s.end = moqi_min(p->layer.cols, s.first + piece);
+            for (int64_t r = 0; r < rows; r++) {
+                float *to = acc + 16 * tokens * r;
+                moqi_lane_scales_512(&plain, row + r, s.first, s.end, s.lane, 2, s.scale);
+                if (tokens == 1) moqi_dot_row_512(&s, row + r, 1, to);
+                else if (tokens == 2) moqi_dot_row_512(&s, row + r, 2, to);
+                else if (tokens == 4) moqi_dot_row_512(&s, row + r, 4, to);
+                else moqi_dot_row_512(&s, row + r, 8, to);
+            }
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            if (whole) moqi_run_scales(p->k, p, row + r, 0, 1, &one);
+            float *from = acc + 16 * tokens * r;
+            for (int64_t i = 0; i < step && digits == 2; i++)
+                _mm512_storeu_ps(from + 16 * i, _mm512_add_ps(_mm512_loadu_ps(from + 32 * i), _mm512_loadu_ps(from + 32 * i + 16)));
+            if (p->zeros) moqi_lane_zeros_512(p, row + r, x + j * ldx + digits * words, ldx, (int)step, from);
+            for (int64_t i = 0; i < step; i++)
+                y[(j + i) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * one * moqi_stream_sum_512(from + 16 * i);
+        }
+    }
+}
+
+/* The rows from which panels are better. */
+static int moqi_i8_after_512(const moqi_tiled *p)
+{
+    int from = moqi_i8_takes_512(p);
+    return !from || !moqi_dot_takes_512(p) ? from : p->form == MOQI_CODES_NIBBLES ? 13 : 9;
+}
+
+static const moqi_way moqi_dot_way_512 = {"codes in place, integers", 4, moqi_dot_takes_512, moqi_dot_arrange_512, moqi_dots_512, NULL, NULL};
+
+static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_after_512, moqi_i8_arrange_512, moqi_panels, moqi_panel_i8_512, moqi_block_i8_512};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -13610,11 +13839,11 @@ static void moqi_norm_row(const moqi_kernels *k, const moqi_loops *o, const floa
 static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                  moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways};
-static const moqi_way *const moqi_vnni_ways[] = {&moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_stream_way_512, &moqi_amx_way, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_amx_way, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
@@ -13671,8 +13900,8 @@ static void moqi_choose_ways(moqi_tiled *p)
     int count = 0, panels = 0;
     for (const moqi_way *const *w = p->k->ways; w && *w; w++) {
         int from = (*w)->takes(p), at = 0;
-        if (from < 1 || ((*w)->unit > 0 && panels)) continue;
-        panels += (*w)->unit > 0;
+        if (from < 1 || ((*w)->decode && panels)) continue;
+        panels += (*w)->decode != NULL;
         while (at < count && p->from[at] < from) at++;
         if (at >= MOQI_WAYS || (at < count && p->from[at] == from)) continue;
         count = count < MOQI_WAYS ? count + 1 : MOQI_WAYS;
@@ -13922,7 +14151,7 @@ static int moqi_input_bits(const moqi_cpu *c, const moqi_tiled *p)
 }
 
 /* How products of this layer are computed, found as prepare finds it: "codes in place, BF16 tiles from 4 rows". Returns the units of the
-   last way: 2 and 4 round inputs. */
+   last way that rounds inputs, 2 or 4; 16 for units of 4 that keep 16 bits. */
 static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text, size_t capacity)
 {
     static const int16_t some = 0;
@@ -13943,7 +14172,7 @@ static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text,
     for (int i = 0; i < MOQI_WAYS && p.way[i] && n < capacity; i++) {
         n += moqi_format(text + n, capacity - n, "%s%s", n ? ", " : "", p.way[i]->name);
         if (p.from[i] > 1 && n < capacity) n += moqi_format(text + n, capacity - n, " from %d rows", p.from[i]);
-        unit = p.way[i]->unit;
+        if (p.way[i]->unit > 1) unit = p.way[i]->unit == 4 && p.input_bits == 16 ? 16 : p.way[i]->unit;
     }
     return unit;
 }
@@ -13960,6 +14189,7 @@ static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text,
     if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how,
                                                       moq_dtype_name(w->scheme.input.elem));
     if (unit == 2) return moqi_format(text, capacity, "%s: %s %s with BF16 inputs (automatic)", c->k->name, scheme, how);
+    if (unit == 16) return moqi_format(text, capacity, "%s: %s %s with 16-bit inputs, a scale for 16 or 256 of them (automatic)", c->k->name, scheme, how);
     if (unit == 4) return moqi_format(text, capacity, "%s: %s %s with 8-bit inputs, a scale for 16 or 32 of them (automatic)", c->k->name, scheme, how);
     if (w->scheme.input.elem == MOQ_NONE) return moqi_format(text, capacity, "%s: %s %s", c->k->name, scheme, how);
     return moqi_format(text, capacity, "%s: %s %s, wide inputs (%s: no %s arithmetic here)", c->k->name, scheme, how,
