@@ -11762,7 +11762,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
         int64_t visit = moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8;
         step = tokens;
         s.lda = tokens == 1 ? 16 : 128;
-        s.ahead = tokens == 1 ? MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
+        s.ahead = tokens == 1 ? (int64_t)MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
         memset(acc, 0, (size_t)((rows + 1) * s.lda) * sizeof *acc);
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
@@ -12185,7 +12185,7 @@ static void moqi_run_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     moqi_run_pass run;
     int small = MOQI_LANES == 8 && p->form != MOQI_CODES_NIBBLES && p->dtype == MOQ_F8_E4M3; /* AVX2 decodes E4M3 to value / 256 */
     int tiny = MOQI_LANES == 8 && p->scales && p->scale_dtype == MOQ_F8_E4M3;
-    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + MOQI_LANES * MOQI_RUN_HALVES;
+    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + (int)MOQI_LANES * (int)MOQI_RUN_HALVES;
     (void)way;
     run.p = p;
     run.w = scratch;
