@@ -2275,17 +2275,17 @@ static void llmi_read_bytes(llmi_reader *rd)
     }
 }
 
-/* Does token a come before b? */
-typedef int (*llmi_order)(const llm_tokenizer *t, int32_t a, int32_t b);
+/* Does a come before b among the things of `in`? */
+typedef int (*llmi_order)(const void *in, int32_t a, int32_t b);
 
-/* Merge sort of ids from the bottom up; returns where the result is: `list` or `spare`, both [n]. */
-static int32_t *llmi_sort_ids(const llm_tokenizer *t, int32_t *list, int32_t *spare, size_t n, llmi_order before)
+/* Merge sort from the bottom up; returns where the result is: `list` or `spare`, both [n]. */
+static int32_t *llmi_sort_ids(const void *in, int32_t *list, int32_t *spare, size_t n, llmi_order before)
 {
     for (size_t width = 1; width < n; width *= 2) {
         for (size_t from = 0; from < n; from += 2 * width) {
             size_t mid = from + width < n ? from + width : n, end = mid + width < n ? mid + width : n;
             for (size_t i = from, j = mid, k = from; k < end; k++)
-                spare[k] = j >= end || (i < mid && !before(t, list[j], list[i])) ? list[i++] : list[j++];
+                spare[k] = j >= end || (i < mid && !before(in, list[j], list[i])) ? list[i++] : list[j++];
         }
         int32_t *other = list;
         list = spare;
@@ -2295,8 +2295,9 @@ static int32_t *llmi_sort_ids(const llm_tokenizer *t, int32_t *list, int32_t *sp
 }
 
 /* By bytes of the text, the shorter of equals first. */
-static int llmi_text_before(const llm_tokenizer *t, int32_t a, int32_t b)
+static int llmi_text_before(const void *in, int32_t a, int32_t b)
 {
+    const llm_tokenizer *t = (const llm_tokenizer *)in;
     const llmi_token *x = &t->tokens[a], *y = &t->tokens[b];
     int c = memcmp(x->text, y->text, x->bytes < y->bytes ? x->bytes : y->bytes);
     return c ? c < 0 : x->bytes < y->bytes;
@@ -7891,6 +7892,7 @@ typedef struct llmi_grule { int32_t start, weight; } llmi_grule; /* weight: leve
 typedef struct llmi_gname { int32_t owner; uint32_t at, bytes; } llmi_gname; /* names that a KEY_END refuses; at: in words */
 
 #define LLMI_G_MOST_STATES 400000
+#define LLMI_G_MOST_WORK 100000000 /* states looked at while a grammar is measured */
 #define LLMI_G_DEEP_JSON 32    /* containers; beyond, only the shortest way out is taken */
 #define LLMI_G_DEEP_TEXT 500   /* calls of rules of a GBNF grammar */
 #define LLMI_FAR (1 << 29)     /* no way to the end */
@@ -8284,18 +8286,22 @@ static int32_t llmi_g_cost(const llm_grammar *g, const int32_t *near, int32_t st
     }
 }
 
-/* near [states] from single [256]: the least costs that agree with each other, found by lowering them until nothing changes. */
-static void llmi_g_measure(const llm_grammar *g, const int32_t *single, int32_t *near)
+/* near [states] from single [256]: the least costs that agree with each other, found by lowering them until nothing changes. Passes
+   go up and down in turn, so that chains of rules are short whichever way they were written. 0: it would take too long. */
+static int llmi_g_measure(const llm_grammar *g, const int32_t *single, int32_t *near)
 {
-    int changed = 1;
-    for (size_t i = 0; i < g->state_count; i++) near[i] = LLMI_FAR;
-    while (changed) {
+    size_t n = g->state_count, changed = 1, work = 0;
+    for (size_t i = 0; i < n; i++) near[i] = LLMI_FAR;
+    for (int down = 1; changed; down = !down) {
         changed = 0;
-        for (size_t i = 0; i < g->state_count; i++) {
+        if ((work += n) > LLMI_G_MOST_WORK) return 0;
+        for (size_t k = 0; k < n; k++) {
+            size_t i = down ? n - 1 - k : k;
             int32_t cost = llmi_g_cost(g, near, (int32_t)i, single);
             if (cost < near[i]) { near[i] = cost; changed = 1; }
         }
     }
+    return 1;
 }
 
 /* Are all rules that `rule` may call before its first byte in `fine`? stack, seen [states]. */
@@ -8317,21 +8323,24 @@ static int llmi_g_begins_fine(const llm_grammar *g, int32_t rule, const uint8_t 
     return 1;
 }
 
-/* A rule that begins with itself, or -1: such a rule would call itself for ever. -2: out of memory. */
+/* A rule that begins with itself, or -1: such a rule would call itself for ever. -2: out of memory; -3: it would take too long. */
 static int32_t llmi_g_left_recursion(const llm_grammar *g)
 {
     llmi_arena r = llmi_arena_make(&g->a);
     int32_t *stack = (int32_t *)llmi_take(&r, 2 * g->state_count + 2, sizeof *stack), *seen = (int32_t *)llmi_take(&r, g->state_count, sizeof *seen);
     uint8_t *fine = (uint8_t *)llmi_take(&r, g->rule_count, 1);
-    int32_t found = stack && seen && fine ? -1 : -2;
-    for (int changed = found == -1; changed;) {
+    int32_t found = stack && seen && fine ? -1 : -2, n = (int32_t)g->rule_count;
+    size_t work = 0;
+    for (int changed = found == -1, down = 1; changed; down = !down) {
         changed = 0;
         found = -1;
+        if ((work += g->state_count) > LLMI_G_MOST_WORK) { found = -3; break; }
         memset(seen, 0, g->state_count * sizeof *seen);
-        for (int32_t i = 0; i < (int32_t)g->rule_count; i++) {
+        for (int32_t k = 0; k < n; k++) {
+            int32_t i = down ? n - 1 - k : k;
             if (fine[i]) continue;
             if (llmi_g_begins_fine(g, i, fine, stack, seen)) { fine[i] = 1; changed = 1; }
-            else if (found < 0) found = i;
+            else if (found < 0 || i < found) found = i;
         }
     }
     llmi_arena_drop(&r);
@@ -8376,9 +8385,11 @@ static moq_result llmi_g_finish(llm_grammar *g, const char *where, int32_t *recu
     g->near = g->failed ? NULL : (int32_t *)moq_allocate(&g->a, g->state_count * sizeof *g->near);
     if (!g->near) return llmi_nomem(err, where);
     g->near_count = g->state_count;
-    llmi_g_measure(g, single, g->near);
-    *recursive = llmi_g_left_recursion(g);
+    int measured = llmi_g_measure(g, single, g->near);
+    *recursive = measured ? llmi_g_left_recursion(g) : -1;
     if (*recursive == -2) return llmi_nomem(err, where);
+    if (!measured || *recursive == -3)
+        return moq_fail(err, MOQ_E_LIMIT, where, "its rules lead to each other in too many and too long ways; give it fewer rules");
     if (*recursive >= 0) return MOQ_E_GRAMMAR; /* the caller knows its name */
     if (g->near[g->rules[g->root].start] >= LLMI_FAR)
         return moq_fail(err, MOQ_E_GRAMMAR, where, "no finite text satisfies it: what it requires contains itself again without end");
@@ -8401,7 +8412,7 @@ typedef struct llmi_gbnf {
     int depth;
 } llmi_gbnf;
 
-enum { LLMI_GBNF_RULE = 4 }; /* numbers of a rule in `names` */
+enum { LLMI_GBNF_RULE = 4, LLMI_GBNF_MOST_RULES = 4000 }; /* numbers of a rule in `names`; rules of a grammar */
 
 static int llmi_gbnf_line(const llmi_gbnf *b, const char *at)
 {
@@ -8459,6 +8470,7 @@ static int32_t llmi_gbnf_rule(llmi_gbnf *b)
         const int32_t *e = b->names.data + i;
         if ((size_t)e[1] == n && memcmp(b->text + e[0], from, n) == 0) return (int32_t)(i / LLMI_GBNF_RULE);
     }
+    if (b->names.count >= (size_t)LLMI_GBNF_RULE * LLMI_GBNF_MOST_RULES) return llmi_gbnf_fail(b, "more rules than a grammar may have (4000)");
     entry[0] = (int32_t)(from - b->text);
     entry[1] = (int32_t)n;
     entry[2] = llmi_gbnf_line(b, from);
@@ -9125,6 +9137,7 @@ static const struct { const char *name, *pattern; } llmi_formats[] = {
 /* What must hold at one place of the document: several schemas at once, as $ref, allOf and branches bring them together. `taken`:
    keywords of a part that are dealt with. */
 #define LLMI_MOST_PARTS 32
+#define LLMI_MOST_CHECKS 20000000
 enum { LLMI_TAKEN_ANY = 1, LLMI_TAKEN_ONE = 2, LLMI_OPENING = 4 };
 typedef struct llmi_claim { const moq_json *node; int32_t taken; } llmi_claim;
 typedef struct llmi_view {
@@ -9134,19 +9147,24 @@ typedef struct llmi_view {
 } llmi_view;
 
 /* A rule that is still to be built, or is. */
-typedef struct llmi_job { struct llmi_job *next; llmi_view view; int32_t rule; } llmi_job;
+typedef struct llmi_job { struct llmi_job *next, *same; llmi_view view; int32_t rule; } llmi_job; /* same: of one hash */
+#define LLMI_MOST_JOBS 20000
+#define LLMI_JOB_HASHES 1024
 
 typedef struct llmi_schema {
     llm_grammar *g;
     const moq_json *root;
     llmi_arena r;
     llmi_unicode u;
-    llmi_job *first, *last;
+    llmi_job *first, *last, *jobs[LLMI_JOB_HASHES];
+    int32_t job_count;
     moq_result code;
     moq_error *err;
     moq_error wrong, never; /* the first contradiction; the first in a combination or by the schema false */
     char where[400];
     int32_t spaces, depth;
+    const moq_json *list, *value; /* the enum that is being read, and which of its values */
+    uint64_t checks;              /* values compared so far */
 } llmi_schema;
 
 enum { LLMI_T_NULL = 1, LLMI_T_BOOL = 2, LLMI_T_INT = 4, LLMI_T_FRACTION = 8, LLMI_T_STRING = 16, LLMI_T_ARRAY = 32, LLMI_T_OBJECT = 64, LLMI_T_ALL = 127 };
@@ -9328,6 +9346,10 @@ static void llmi_schema_add(llmi_schema *c, llmi_view *v, const moq_json *node)
             LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, ref, "'%q' names nothing in this schema; only references of the form #/$defs/name are followed",
                                ref->text ? ref->text : "");
         else llmi_schema_add(c, v, to);
+        if (node->count == 1 && c->code >= 0) { /* says nothing of its own: what leads to one schema in two ways is one */
+            memmove(&v->part[at], &v->part[at + 1], (size_t)(--v->count - at) * sizeof v->part[0]);
+            return;
+        }
     }
     all = moq_json_find(node, "allOf");
     for (const moq_json *e = moq_json_first(all); e; e = moq_json_next(all, e)) {
@@ -9517,6 +9539,9 @@ static int llmi_schema_holds(llmi_schema *c, const moq_json *node, const moq_jso
     any = moq_json_find(node, "anyOf");
     one = moq_json_find(node, "oneOf");
     const moq_json *list = moq_json_find(node, "enum"), *only = moq_json_find(node, "const");
+    found = list && list == c->list && v == c->value; /* an enum's own values need no search */
+    c->checks += 1 + (list && !found ? list->count : 0);
+    if (c->checks > LLMI_MOST_CHECKS) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "takes too long to check; give it fewer values of enum, or fewer branches");
     for (e = moq_json_first(list); e && !found; e = moq_json_next(list, e)) found = llmi_json_equal(e, v);
     int32_t kind = llmi_json_types(v);
     int ok = (llmi_schema_types(c, moq_json_find(node, "type")) & kind) && (!list || found) && (!only || llmi_json_equal(only, v)) &&
@@ -9545,14 +9570,24 @@ static int llmi_view_holds(llmi_schema *c, const llmi_view *view, const moq_json
 /* The rule of a view: one that exists, or a new one in the queue. */
 static int32_t llmi_schema_rule(llmi_schema *c, const llmi_view *v)
 {
-    for (const llmi_job *j = c->first; j; j = j->next) {
+    uint64_t hash = 0;
+    for (int32_t i = 0; i < v->count; i++) hash = llmi_fold(hash ^ (uint64_t)(v->part[i].node - c->root), 0x9e3779b97f4a7c15u + (uint64_t)v->part[i].taken);
+    llmi_job **chain = &c->jobs[hash % LLMI_JOB_HASHES];
+    for (const llmi_job *j = *chain; j; j = j->same) {
         int same = j->view.count == v->count && j->view.nothing == v->nothing;
         for (int32_t i = 0; i < v->count && same; i++)
             same = j->view.part[i].node == v->part[i].node && j->view.part[i].taken == v->part[i].taken;
         if (same) return j->rule;
     }
+    if (++c->job_count > LLMI_MOST_JOBS) {
+        const moq_json *at = v->count ? v->part[v->count - 1].node : c->root;
+        LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, at, "leads to more than %d combinations of schemas; give it fewer branches that hold together", LLMI_MOST_JOBS);
+        return 0;
+    }
     llmi_job *j = (llmi_job *)llmi_take(&c->r, 1, sizeof *j);
     if (!j) { llmi_schema_nomem(c); return 0; }
+    j->same = *chain;
+    *chain = j;
     j->view = *v;
     j->rule = llmi_g_rule(c->g, 0);
     if (c->last) c->last->next = j;
@@ -9653,22 +9688,24 @@ static int32_t llmi_g_one_of(llm_grammar *g, const llmi_texts *t, size_t from, s
     return llmi_g_text(g, first + same, common - same, s);
 }
 
-/* Adds the text that was appended to t->data at `from`, at its place; twice the same counts once. */
-static int llmi_texts_add(llmi_texts *t, size_t from)
+/* By bytes. */
+static int llmi_texts_before(const void *in, int32_t a, int32_t b)
 {
-    int32_t at = (int32_t)from;
-    size_t i = t->at.count, low = 0, high = i;
-    const char *s = t->data.data + from;
-    while (low < high) {
-        size_t mid = (low + high) / 2;
-        int order = strcmp(t->data.data + t->at.data[mid], s);
-        if (order == 0) return 1;
-        if (order < 0) low = mid + 1;
-        else high = mid;
-    }
-    if (!llmi_ids_add(&t->at, &at, 1)) return 0;
-    for (; i > low; i--) t->at.data[i] = t->at.data[i - 1];
-    t->at.data[low] = at;
+    const char *s = ((const llmi_texts *)in)->data.data;
+    return strcmp(s + a, s + b) < 0;
+}
+
+/* Put the texts in order; twice the same counts once. 0: out of memory. */
+static int llmi_texts_sort(llmi_texts *t)
+{
+    size_t n = t->at.count, used = 0;
+    int32_t *spare = (int32_t *)moq_allocate(&t->at.a, n * sizeof *spare);
+    if (!spare) return 0;
+    const int32_t *sorted = llmi_sort_ids(t, t->at.data, spare, n, llmi_texts_before);
+    for (size_t i = 0; i < n; i++)
+        if (used == 0 || strcmp(t->data.data + t->at.data[used - 1], t->data.data + sorted[i]) != 0) t->at.data[used++] = sorted[i];
+    t->at.count = used;
+    moq_release(&t->at.a, spare, n * sizeof *spare);
     return 1;
 }
 
@@ -9681,10 +9718,14 @@ static int32_t llmi_schema_values(llmi_schema *c, const llmi_view *v, const moq_
     t.at = llmi_ids_make(&c->g->a);
     if (strcmp(list->key, "enum") == 0 && list->type != MOQ_JSON_ARRAY) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, list, "enum must be a list of values");
     for (const moq_json *e = llmi_value_next(list, NULL); e && c->code >= 0; e = llmi_value_next(list, e)) {
-        size_t from = t.data.count;
+        int32_t from = (int32_t)t.data.count;
+        c->list = list;
+        c->value = e;
         if (!llmi_view_holds(c, v, e)) continue;
-        if (!llmi_json_write(&t.data, e) || !llmi_bytes_add(&t.data, "", 1) || t.data.count > INT32_MAX / 2 || !llmi_texts_add(&t, from)) llmi_schema_nomem(c);
+        if (!llmi_json_write(&t.data, e) || !llmi_bytes_add(&t.data, "", 1) || t.data.count > INT32_MAX / 2 || !llmi_ids_add(&t.at, &from, 1)) llmi_schema_nomem(c);
     }
+    c->list = c->value = NULL;
+    if (c->code >= 0 && t.at.count && !llmi_texts_sort(&t)) llmi_schema_nomem(c);
     if (c->code >= 0 && t.at.count) s = llmi_g_one_of(c->g, &t, 0, t.at.count, 0, next);
     if (c->code >= 0 && s < 0) LLMI_SCHEMA_NEVER(c, v, list, "none of its values is allowed by the other keywords here");
     llmi_bytes_drop(&t.data);
@@ -10039,6 +10080,9 @@ static int llmi_view_apart(llmi_schema *c, const llmi_view *a, const llmi_view *
     llmi_dec x, y;
     int x_strict = 0, y_strict = 0;
     if (a->nothing || b->nothing) return 1;
+    c->checks += 64;
+    if (c->checks > LLMI_MOST_CHECKS && a->count) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, a->part[0].node, "takes too long to check; give it fewer branches of oneOf");
+    if (c->code < 0) return 0;
     for (const moq_json *e = list ? llmi_value_next(list, NULL) : NULL; e && apart; e = llmi_value_next(list, e))
         if (llmi_view_holds(c, a, e)) apart = !llmi_view_holds(c, b, e);
     if (list) return apart;
@@ -10103,6 +10147,8 @@ static int32_t llmi_schema_either(llmi_schema *c, const llmi_view *v, int32_t pa
     if (list->type != MOQ_JSON_ARRAY || list->count == 0) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, list, "must be a list of at least one schema"); return -1; }
     for (const moq_json *e = moq_json_first(list); e && c->code >= 0; e = moq_json_next(list, e)) {
         llmi_schema_branch_view(c, v, part, taken, e, &a);
+        llmi_arena kept = c->r;
+        c->r = llmi_arena_make(&c->g->a); /* what comparing takes is not needed after it */
         for (const moq_json *f = one ? moq_json_first(list) : NULL; f && c->code >= 0; f = moq_json_next(list, f)) {
             if (e == f) continue;
             llmi_schema_branch_view(c, v, part, taken, f, &b);
@@ -10110,6 +10156,8 @@ static int32_t llmi_schema_either(llmi_schema *c, const llmi_view *v, int32_t pa
                 LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, f, "may hold together with an earlier or later branch of oneOf, which allows exactly one; "
                                    "tell the branches apart by type or by a required member with different const, or use anyOf");
         }
+        llmi_arena_drop(&c->r);
+        c->r = kept;
         s = llmi_g_either(c->g, s, llmi_g_state(c->g, LLMI_G_CALL, next, llmi_schema_rule(c, &a)));
     }
     return s;
@@ -10252,8 +10300,9 @@ static int llmi_lex_usable(const llm_tokenizer *t, int32_t id)
 }
 
 /* a before b: by bytes, then by id. */
-static int llmi_lex_before(const llm_tokenizer *t, int32_t a, int32_t b)
+static int llmi_lex_before(const void *in, int32_t a, int32_t b)
 {
+    const llm_tokenizer *t = (const llm_tokenizer *)in;
     const llmi_token *x = &t->tokens[a], *y = &t->tokens[b];
     int c = memcmp(x->shown, y->shown, x->shown_bytes < y->shown_bytes ? x->shown_bytes : y->shown_bytes);
     return c ? c < 0 : x->shown_bytes != y->shown_bytes ? x->shown_bytes < y->shown_bytes : a < b;
@@ -11017,12 +11066,14 @@ static int32_t llmi_guide_chain(const llmi_guide *g, int32_t state)
 static void llmi_guide_measure(llmi_guide *g)
 {
     int32_t single[256];
+    size_t n = g->g->state_count;
     int changed = 1;
     for (int b = 0; b < 256; b++) single[b] = g->x->child[b] && g->x->nodes[g->x->child[b]].token >= 0 ? 1 : LLMI_FAR;
-    for (size_t i = 0; i < g->g->state_count; i++) g->near[i] = LLMI_FAR;
-    while (changed) {
+    for (size_t i = 0; i < n; i++) g->near[i] = LLMI_FAR;
+    for (int down = 1; changed; down = !down) {
         changed = 0;
-        for (size_t i = 0; i < g->g->state_count; i++) {
+        for (size_t k = 0; k < n; k++) {
+            size_t i = down ? n - 1 - k : k;
             int32_t cost = llmi_g_cost(g->g, g->near, (int32_t)i, single), chain = llmi_guide_chain(g, (int32_t)i);
             if (chain < cost) cost = chain;
             if (cost < g->near[i]) { g->near[i] = cost; changed = 1; }

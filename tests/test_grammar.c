@@ -707,6 +707,162 @@ static void test_masks(void)
     }
 }
 
+/* ---- schemas and grammars made to hurt ---- */
+
+static size_t live_bytes, peak_bytes;
+static void *count_alloc(void *user, size_t bytes, size_t align)
+{
+    (void)user;
+    (void)align;
+    live_bytes += bytes;
+    if (live_bytes > peak_bytes) peak_bytes = live_bytes;
+    return malloc(bytes ? bytes : 1);
+}
+
+static void count_release(void *user, void *p, size_t bytes)
+{
+    (void)user;
+    if (p) live_bytes -= bytes;
+    free(p);
+}
+
+/* Compile t (emptied) within a bounded time and memory: a grammar, or a refusal that says why. */
+static void bounded(text *t, int gbnf, int refused, const char *says)
+{
+    llm_grammar_desc d;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    memset(&err, 0, sizeof err);
+    if (gbnf) d.gbnf = t->data;
+    else d.schema = t->data;
+    d.bytes = t->count;
+    d.allocator.alloc = count_alloc;
+    d.allocator.release = count_release;
+    live_bytes = peak_bytes = 0;
+    double start = moq_seconds();
+    llm_grammar *g = llm_grammar_create(&d, &err);
+    double spent = moq_seconds() - start;
+    CHECK(spent < 20);
+    CHECK(peak_bytes < (size_t)64 << 20);
+    CHECK(refused ? !g && err.code < 0 && strstr(err.text, says) : g != NULL);
+    if ((g == NULL) != refused || (refused && !strstr(err.text, says))) fprintf(stderr, "%.60s..: %s\n", t->data, err.text);
+    llm_grammar_destroy(g);
+    CHECK(live_bytes == 0);
+    t->count = 0;
+}
+
+/* `count` times `each`, in which %d stands for the number and for the next one. */
+static void add_times(text *t, int count, const char *between, const char *each)
+{
+    char s[300];
+    for (int i = 0; i < count; i++) {
+        if (i) add(t, between);
+        snprintf(s, sizeof s, each, i, i + 1, i + 1);
+        add(t, s);
+    }
+}
+
+static void test_hostile(void)
+{
+    text t = {NULL, 0, 0};
+    add(&t, "{\"enum\": ["); /* a large enum is sorted once, not searched for each value */
+    for (int i = 0; i < 20000; i++) {
+        char s[60];
+        snprintf(s, sizeof s, "%s\"%x-%d\"", i ? "," : "", (unsigned)i * 2654435761u, i % 7);
+        add(&t, s);
+    }
+    add(&t, "]}");
+    bounded(&t, 0, 0, "");
+    add_times(&t, 2000, "", "{\"items\": ");
+    bounded(&t, 0, 1, "nested deeper");
+    add(&t, "{\"$ref\": \"#/$defs/d0\", \"$defs\": {"); /* two ways to one schema are one: 2^12 otherwise */
+    add_times(&t, 12, ",", "\"d%d\": {\"anyOf\": [{\"$ref\": \"#/$defs/d%d\"}, {\"$ref\": \"#/$defs/d%d\"}]}");
+    add(&t, ", \"d12\": {\"type\": \"null\"}}}");
+    bounded(&t, 0, 0, "");
+    add(&t, "{\"$ref\": \"#/$defs/d0\", \"$defs\": {");
+    add_times(&t, 300, ",", "\"d%d\": {\"anyOf\": [{\"$ref\": \"#/$defs/d%d\"}, {\"$ref\": \"#/$defs/d%d\"}]}");
+    add(&t, ", \"d300\": {\"type\": \"null\"}}}");
+    bounded(&t, 0, 1, "more than 32 schemas");
+    add(&t, "{\"enum\": [1], \"$ref\": \"#/$defs/d0\", \"$defs\": {"); /* and a value that would be checked in 2^100 ways */
+    add_times(&t, 100, ",", "\"d%d\": {\"anyOf\": [{\"$ref\": \"#/$defs/d%d\", \"minimum\": 2}, {\"$ref\": \"#/$defs/d%d\"}]}");
+    add(&t, ", \"d100\": {\"type\": \"null\"}}}");
+    bounded(&t, 0, 1, "");
+    add(&t, "{\"type\": \"object\", \"allOf\": [");
+    add_times(&t, 14, ",", "{\"anyOf\": [{\"required\": [\"a%d\"]}, {\"required\": [\"b%d\"]}]}");
+    add(&t, "]}");
+    bounded(&t, 0, 1, "");
+    add(&t, "{\"oneOf\": [");
+    add_times(&t, 800, ",", "{\"type\": \"object\", \"properties\": {\"k\": {\"const\": %d}}, \"required\": [\"k\"]}");
+    add(&t, "]}");
+    bounded(&t, 0, 1, "takes too long to check");
+    add(&t, "{\"$ref\": \"#/$defs/d0\", \"$defs\": {\"d1000\": {\"$ref\": \"#/$defs/d0\"}, "); /* a ring that may end anywhere */
+    add_times(&t, 1000, ",", "\"d%d\": {\"type\": \"object\", \"properties\": {\"x\": {\"$ref\": \"#/$defs/d%d\"}}}");
+    add(&t, "}}");
+    bounded(&t, 0, 0, "");
+    add(&t, "{\"type\": \"object\", \"properties\": {");
+    add_times(&t, 25000, ",", "\"p%d\": {\"minimum\": 1}");
+    add(&t, "}}");
+    bounded(&t, 0, 1, "more than 20000 combinations");
+    static const char *const refused[] = {"^(a{1,1000}){1,1000}$", "^(a?){1000}a{1000}$", "(.*a.*){30}", "^(((((a{10}){10}){10}){10}){10}){10}$", "^((((a|b)*)*)*)*$", "^[^x]{0,100000}$"};
+    for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++) {
+        add(&t, "{\"type\": \"string\", \"minLength\": 50, \"maxLength\": 2000, \"pattern\": \"");
+        add(&t, refused[i]);
+        add(&t, "\"}");
+        bounded(&t, 0, 1, "");
+    }
+    add(&t, "root ::= ");
+    add_times(&t, 100000, "", "(");
+    bounded(&t, 1, 1, "nested too deeply");
+    add_times(&t, 5000, "\n", "r%d ::= r%d r%d");
+    add(&t, "\nr5000 ::= \"a\"\nroot ::= r0\n");
+    bounded(&t, 1, 1, "more rules");
+    add_times(&t, 1000, "\n", "r%d ::= r%d r%d");
+    add(&t, "\nr1000 ::= \"a\"\nroot ::= r0\n");
+    bounded(&t, 1, 1, "no finite text");
+    add(&t, "root ::= ((\"a\"{1,3000}){1,3000}){1,3000}\n");
+    bounded(&t, 1, 0, "");
+    free(t.data);
+}
+
+/* Every byte of a text changed, and every length: a grammar, or an error with a text. */
+static void damage(const char *good, int gbnf)
+{
+    size_t n = strlen(good);
+    int made = 0;
+    moq_error first;
+    llm_grammar *whole = gbnf ? compile_gbnf(good, &first) : compile(good, &first);
+    CHECK(whole != NULL);
+    if (!whole) fprintf(stderr, "%s\n", first.text);
+    llm_grammar_destroy(whole);
+    for (size_t i = 0; i < n; i++)
+        for (int k = 0; k < 4; k++) {
+            llm_grammar_desc d;
+            moq_error err;
+            uint8_t *s = test_copy(good, k == 3 ? i + 1 : n); /* the last length is the whole text */
+            memset(&d, 0, sizeof d);
+            if (k < 3) s[i] = (uint8_t)(k == 0 ? good[i] ^ 1 : k == 1 ? "\"{}[]9|*(\\"[i % 10] : (int)(test_random() & 0xff));
+            if (gbnf) d.gbnf = (const char *)s;
+            else d.schema = (const char *)s;
+            d.bytes = k == 3 ? i + 1 : n;
+            d.allocator = test_allocator();
+            llm_grammar *g = llm_grammar_create(&d, &err);
+            made += g != NULL;
+            if (!g) CHECK(err.code < 0 && err.code != MOQ_E_NOMEM && err.text[0]);
+            llm_grammar_destroy(g);
+            free(s);
+            CHECK_INT(test_state.live_allocs, 0);
+        }
+    CHECK(made > 20);
+}
+
+static void test_damaged(void)
+{
+    damage("{\"$defs\":{\"a/b\":{\"type\":[\"integer\",\"null\"],\"minimum\":-2.5e1,\"exclusiveMaximum\":77}},\"type\":\"object\",\"properties\":{\"x\":{\"$ref\":\"#/$defs/a~1b\"},"
+           "\"y\":{\"type\":\"string\",\"pattern\":\"^[a-c]{2,3}(x|\\\\d)+$\",\"maxLength\":9},\"z\":{\"oneOf\":[{\"const\":[1,{\"a\":null}]},{\"enum\":[\"p\",true]}]}},"
+           "\"required\":[\"x\"],\"additionalProperties\":{\"type\":\"array\",\"prefixItems\":[{}],\"items\":false,\"minItems\":1},\"maxProperties\":4}", 0);
+    damage("root ::= (\"a\" | [b-d\\n] word){1,3} \" \"? # end\nword ::= [^\\x01-\\x20\"\\\\]{2,5}\n  | \"\\\"\" root\n", 1);
+}
+
 /* Every failing allocation is an error and leaks nothing. */
 static void test_no_memory(void)
 {
@@ -920,6 +1076,8 @@ int main(int argc, char **argv)
     RUN(test_languages);
     RUN(test_gbnf);
     RUN(test_masks);
+    RUN(test_hostile);
+    RUN(test_damaged);
     RUN(test_no_memory);
     RUN(test_conversation);
     RUN(test_random_bytes);
