@@ -11831,11 +11831,17 @@ static int moqi_run_column(const moqi_tiled *p, int half, int i, int l)
     return p->form == MOQI_CODES_NIBBLES ? 2 * MOQI_HALF * (half / 2) + 2 * byte + i / 2 : MOQI_HALF * half + MOQI_LANES * i + l;
 }
 
-/* x [n] -> out [n padded to 128] in the order of the lanes. x may be out. */
+/* Behind x': X of every group, minus the sum of its x, where zero points are stored. */
+static int64_t moqi_run_sums(const moqi_tiled *p) { return (p->layer.cols + 127) / 128 * 128; }
+
+/* x [n] -> out [n padded to 128] in the order of the lanes, then X. x may be out. */
 static void moqi_run_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     (void)step;
-    float block[2 * MOQI_HALF];
+    float block[2 * MOQI_HALF], *sums = out + moqi_run_sums(p);
+    for (int64_t g = 0; p->zeros && g < p->groups; g++) sums[g] = 0;
+    for (int64_t g = 0, c = 0; p->zeros && c < n; g++)
+        for (int64_t end = p->groups == 1 ? n : moqi_min(n, c + p->group_cols); c < end; c++) sums[g] -= x[c];
     int column[2 * MOQI_HALF];
     for (int i = 0; i < 2 * MOQI_HALF; i++) column[i] = moqi_run_column(p, i / MOQI_HALF, i / MOQI_LANES % 4, i % MOQI_LANES);
     for (int64_t c = 0; c < (n + 127) / 128 * 128; c += 2 * MOQI_HALF) {
@@ -11846,16 +11852,28 @@ static void moqi_run_arrange(const moqi_tiled *p, const float *x, int64_t n, flo
     }
 }
 
-/* Zero points: w - z, lane by lane as the scales. */
-static void moqi_run_zeros(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n)
+/* A zero point that all groups share, of codes without a table: w - z. */
+static void moqi_run_zero(const moqi_run_pass *run, int64_t n)
 {
-    const moqi_tiled *p = run->p;
-    int64_t g = moqi_stream_group(p, c), halves = (n + 2 * MOQI_HALF - 1) / (2 * MOQI_HALF) * 2;
-    for (int64_t h = 0; h < halves; h++)
-        for (int i = 0; i < MOQI_HALF; i++) {
-            int64_t at = moqi_min(g + 8 * run->vector[h] + run->lane[h][i % MOQI_LANES], p->groups - 1);
-            run->w[MOQI_HALF * h + i] -= p->zeros ? (float)p->zeros[row * p->groups + at] : p->zero;
+    for (int64_t i = 0; i < (n + 2 * MOQI_HALF - 1) / (2 * MOQI_HALF) * (2 * MOQI_HALF); i++) run->w[i] -= run->p->zero;
+}
+
+/* Stored zero points: y[t] += sum over groups of scale * zero point * X[t], as in >>stream. x: [tokens, ldx] arranged */
+static void moqi_run_zeros(const moqi_tiled *p, int64_t row, const float *x, int64_t ldx, int tokens, float *y, int64_t ldy)
+{
+    float s[MOQI_TILE_COLS / 16];
+    for (int64_t g = 0, n; g < p->groups; g += n) {
+        const int16_t *z = p->zeros + row * p->groups + g;
+        n = moqi_min(p->groups - g, MOQI_TILE_COLS / 16);
+        moqi_run_scales(p->k, p, row, g * p->group_cols, n * p->group_cols, s);
+        for (int64_t i = 0; i < n; i++) s[i] *= (float)z[i];
+        for (int t = 0; t < tokens; t++) {
+            const float *at = x + t * ldx + moqi_run_sums(p) + g;
+            float sum[4] = {0, 0, 0, 0};
+            for (int64_t i = 0; i < n; i++) sum[i & 3] += s[i] * at[i];
+            y[t * ldy] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
         }
+    }
 }
 #endif
 
@@ -12053,7 +12071,7 @@ MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64
                                         int64_t ldx, int tokens, float *acc)
 {
     const moqi_tiled *p = run->p;
-    const int direct = p->form == MOQI_CODES_NIBBLES && !p->zeros && tokens <= 2;
+    const int direct = p->form == MOQI_CODES_NIBBLES && tokens <= 2;
     for (int64_t r = 0; r < rows; r++, acc += 64)
         for (int64_t c = first; c < end; c += MOQI_RUN) {
             int64_t n = moqi_min(MOQI_RUN, end - c);
@@ -12067,7 +12085,7 @@ MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64
                 continue;
             }
             moqi_run_codes_256(run, row + r, c, n);
-            if (p->zeros || (p->zero != 0 && p->form != MOQI_CODES_NIBBLES)) moqi_run_zeros(run, row + r, c, n);
+            if (p->zero != 0 && p->form != MOQI_CODES_NIBBLES) moqi_run_zero(run, n);
             for (; t + 4 <= tokens; t += 4) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 4, acc + 8 * t);
             for (; t + 2 <= tokens; t += 2) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 2, acc + 8 * t);
             if (t < tokens) moqi_run_dot_256(run, halves, x + t * ldx + c, ldx, 1, acc + 8 * t);
@@ -12165,7 +12183,7 @@ static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64_t rows, i
             int halves = (int)((n + 31) / 32 * 2), t = 0;
             moqi_run_groups_neon(run, row + r, c, halves);
             moqi_run_codes_neon(run, row + r, c, n);
-            if (p->zeros || (p->zero != 0 && p->form != MOQI_CODES_NIBBLES)) moqi_run_zeros(run, row + r, c, n);
+            if (p->zero != 0 && p->form != MOQI_CODES_NIBBLES) moqi_run_zero(run, n);
             for (; t + 4 <= tokens; t += 4) moqi_run_dot_neon(run, halves, x + t * ldx + c, ldx, 4, acc + 4 * t);
             for (; t < tokens; t++) moqi_run_dot_neon(run, halves, x + t * ldx + c, ldx, 1, acc + 4 * t);
         }
@@ -12210,6 +12228,7 @@ static void moqi_run_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
         for (int t = 0; t < tokens; t++)
             for (int64_t r = 0; r < rows; r++)
                 y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * moqi_run_sum(acc + STEP * r + MOQI_LANES * t);
+        for (int64_t r = 0; p->zeros && r < rows; r++) moqi_run_zeros(p, row + r, x + j * ldx, ldx, tokens, y + j * ldy + r, ldy);
     }
 }
 
