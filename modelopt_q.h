@@ -16850,8 +16850,9 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     if (r != MOQ_OK || !moqi_recipe_searches(t->recipe)) return r;
     int fixed = moqi_starts(t->recipe->calibration, "mse");
     t->search = moqi_recipe_search(t->recipe);
-    uint64_t experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 1, groups = (uint64_t)(t->w.cols / t->recipe->scheme.weight.group_cols);
-    r = moqi_recorded(p, t, "weight_quantizer.amax", experts * (uint64_t)t->w.rows * groups, &t->amax, err);
+    if (t->w.experts > 0) return r; /* only the amax of a whole stack is recorded: its blocks are searched for when it is encoded */
+    uint64_t groups = (uint64_t)(t->w.cols / t->recipe->scheme.weight.group_cols);
+    r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)t->w.rows * groups, &t->amax, err);
     if (r == MOQ_OK && !t->amax && !fixed)
         return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the block amax of this layer from a calibration run", t->recipe->name);
     return r;

@@ -1217,6 +1217,41 @@ static void test_export_gpt_oss(void)
     CHECK(!is_there(target));
 }
 
+/* Recipes that search the blocks of a weight do so for stacks too, whatever is recorded of them, and come closer than the largest value. */
+static void test_export_searched_stacks(void)
+{
+    static const char *const recipes[] = {"nvfp4_experts_only", "nvfp4_experts_only_mse"};
+    char target[1200], calibration[1300];
+    double error[2] = {0, 0};
+    moq_error err;
+    snprintf(target, sizeof target, "%s", scratch("stacks"));
+    snprintf(calibration, sizeof calibration, "%s/calibration.safetensors", source_dir("modelopt/gpt_oss-nvfp4"));
+    if (!is_there(calibration)) { printf("modelopt/gpt_oss-nvfp4/calibration.safetensors is not in this set\n"); return; }
+    for (int k = 0; k < 2; k++) {
+        remove_dir(target);
+        moq_quantize_desc d = simple_desc(source_dir("sources/gpt_oss"), target, recipes[k]);
+        d.calibration = calibration;
+        CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+        moq_checkpoint *ck = moq_open(target, NULL, &err), *src = moq_open(source_dir("sources/gpt_oss"), NULL, &err);
+        CHECK(ck && src);
+        for (size_t i = 0; ck && src && i < moq_module_count(ck); i++) {
+            moq_linear w, v;
+            float a[512], b[512];
+            CHECK(moq_get_module(ck, i, &w, &err) == MOQ_OK && moq_find_linear(src, w.name, &v, &err) == MOQ_OK && w.cols <= 512);
+            CHECK(w.experts == 0 || w.scheme.weight.scale == MOQ_F8_E4M3);
+            for (int64_t r = 0; r < w.rows * w.experts; r++) {
+                moq_dequantize(&w, r, 1, a);
+                moq_dequantize(&v, r, 1, b);
+                for (int64_t c = 0; c < w.cols; c++) error[k] += ((double)a[c] - (double)b[c]) * ((double)a[c] - (double)b[c]);
+            }
+        }
+        moq_close(ck);
+        moq_close(src);
+    }
+    CHECK(error[1] > 0 && error[1] < 0.82 * error[0]);
+    remove_dir(target);
+}
+
 /* One clear line, and nothing left beside the target. */
 static void test_export_refusals(void)
 {
@@ -1311,6 +1346,7 @@ int main(int argc, char **argv)
     RUN(test_export_compressed);
     RUN(test_export_mx_more);
     RUN(test_export_gpt_oss);
+    RUN(test_export_searched_stacks);
     RUN(test_export_refusals);
     RUN(test_export_no_memory);
     return test_end();
