@@ -13309,7 +13309,7 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_
    What happens to a row does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQI_ATTEND_ROWS = 8, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16 };
+enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16 };
 
 /* The loops of one instruction set. */
 typedef struct moqi_loops {
@@ -13411,7 +13411,7 @@ MOQI_AVX512 static float moqi_softmax_512(float *s, int from, int to, float *max
     return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
 }
 
-/* Up to 4 rows of y at once, 32 columns at a time: each load of v serves all of them. `rows` is a constant after inlining. */
+/* Up to 8 rows of y at once, 32 columns at a time: each load of v serves all of them. `rows` is a constant after inlining. */
 MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
                                                  int64_t n, int rows)
 {
@@ -13419,16 +13419,18 @@ MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, in
         uint64_t left = n - c < 32 ? ((uint64_t)1 << (n - c)) - 1 : 0xffffffffu;
         __mmask16 k0 = (__mmask16)left, k1 = (__mmask16)(left >> 16);
 #define MOQI_FOUR(f) f(0) if (rows > 1) { f(1) } if (rows > 2) { f(2) } if (rows > 3) { f(3) }
+#define MOQI_EIGHT(f) MOQI_FOUR(f) if (rows > 4) { f(4) f(5) f(6) f(7) }
 #define MOQI_BEGIN(i) a[i] = _mm512_maskz_loadu_ps(k0, y + i * ldy + c); b[i] = _mm512_maskz_loadu_ps(k1, y + i * ldy + c + 16);
 #define MOQI_STEP(i) w = _mm512_set1_ps(p[i * ldp + k]); a[i] = _mm512_fmadd_ps(w, v0, a[i]); b[i] = _mm512_fmadd_ps(w, v1, b[i]);
 #define MOQI_END(i) _mm512_mask_storeu_ps(y + i * ldy + c, k0, a[i]); _mm512_mask_storeu_ps(y + i * ldy + c + 16, k1, b[i]);
-        __m512 a[4], b[4];
-        MOQI_FOUR(MOQI_BEGIN)
+        __m512 a[8], b[8];
+        MOQI_EIGHT(MOQI_BEGIN)
         for (int64_t k = 0; k < count; k++) {
             __m512 v0 = _mm512_maskz_loadu_ps(k0, v + k * ldv + c), v1 = _mm512_maskz_loadu_ps(k1, v + k * ldv + c + 16), w;
-            MOQI_FOUR(MOQI_STEP)
+            MOQI_EIGHT(MOQI_STEP)
         }
-        MOQI_FOUR(MOQI_END)
+        MOQI_EIGHT(MOQI_END)
+#undef MOQI_EIGHT
 #undef MOQI_BEGIN
 #undef MOQI_STEP
 #undef MOQI_END
@@ -13439,6 +13441,7 @@ MOQI_AVX512 static void moqi_blend_512(const float *p, int64_t ldp, int64_t m, i
                                        int64_t n)
 {
     int64_t i = 0;
+    for (; i + 8 <= m; i += 8) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 8);
     for (; i + 4 <= m; i += 4) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 4);
     if (m - i == 3) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 3);
     if (m - i == 2) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 2);
@@ -13653,7 +13656,7 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 
 /* ---- attention ----
    For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
-   32 positions at a time and shared by up to 8 rows and all query heads of their kv head; keys are turned, so that scores too are sums of
+   32 positions at a time and shared by up to 16 rows and all query heads of their kv head; keys are turned, so that scores too are sums of
    whole vectors. The softmax is a running one, so no buffer grows with the length of the sequence:
        m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v
    and at the end y / l. It begins anew with every span of 512 positions, and spans are joined in their order by the same rule: so spans
