@@ -13722,6 +13722,19 @@ static void moqi_attend_keys(const moqi_attending *t, int64_t slot, int64_t head
     t->o->turn(from, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
 }
 
+/* Tells the memory that 32 rows of one head from position `first` on come next. */
+static void moqi_attend_ahead(const moqi_cache *c, int64_t slot, int64_t head, int64_t first)
+{
+#if defined(__GNUC__)
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *p = moqi_kv_row(c, i, slot, head, first);
+        for (int64_t at = 0; at < MOQI_ATTEND_KEYS * (int64_t)c->row_bytes[i]; at += 64) __builtin_prefetch(p + at);
+    }
+#else
+    (void)c; (void)slot; (void)head; (void)first;
+#endif
+}
+
 /* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]; values: [count, value_dim]. */
 static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, float *s, const float *values, float *part)
 {
@@ -13765,6 +13778,7 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
             for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
         else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
         else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
+        if (first + 2 * MOQI_ATTEND_KEYS <= high + 1) moqi_attend_ahead(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS);
         memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
         t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
         moqi_attend_block(t, g, first, count, s, values, part);
