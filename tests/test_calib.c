@@ -202,10 +202,11 @@ static void score_tensor(run_score *r, const moq_tensor *t, const moq_stats *s)
     b = (const float *)own->data;
     double worst = 0, largest = 0;
     for (size_t i = 0; i < n; i++) {
-        double d = bias ? fabs((double)b[i] - (double)a[i]) : relative((double)b[i], (double)a[i]);
+        float v = p ? moqi_bf16(b[i]) : b[i]; /* SmoothQuant's vectors are kept in F32, ModelOpt's record is BF16 */
+        double d = bias ? fabs((double)v - (double)a[i]) : relative((double)v, (double)a[i]);
         if (fabs((double)a[i]) > largest) largest = fabs((double)a[i]);
         if (d > worst) worst = d;
-        equal += memcmp(&a[i], &b[i], 4) == 0;
+        equal += memcmp(&a[i], &v, 4) == 0;
     }
     if (amax) {
         r->amax_count++;
