@@ -12505,7 +12505,7 @@ static uint64_t llmi_fingerprint(const llm *m)
     const llmi_model *o = m->model;
     const llmi_config *c = &o->c;
     const int64_t shapes[] = {c->layers, c->hidden, c->heads, c->kv_heads, c->head_dim, c->value_dim, c->vocab, c->ssm_heads, c->ssm_state,
-                              (int64_t)o->kv, (int64_t)o->elem, 0x0102};
+                              (int64_t)o->kv + 256 * (int64_t)o->latent_ways, (int64_t)o->elem, 0x0102};
     uint64_t h = llmi_hash(o->be->name, strcspn(o->be->name, ":"));
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);

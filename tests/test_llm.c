@@ -481,6 +481,7 @@ static void test_llm_published_configs(void)
 
 static const int32_t ref_ids[REF_TOKENS] = {3, 60, 0, 17, 17, 41, 8, 25, 59, 2, 33, 3, 12, 60, 44, 7, 1, 0, 58, 29, 13, 50, 36, 5};
 static double ref_worst;
+static uint64_t ref_print; /* what a saved state of the last model would be known by */
 
 /* A folder of what reference.h made, opened; its logits in one pass, in pieces of 5, and token by token against `want`. Returns the bytes
    of its cache, `wide`: on a backend that cannot take latent attention apart. */
@@ -523,6 +524,7 @@ static uint64_t check_reference(const char *what, const char *config, const doub
         if (off > ref_worst) ref_worst = off;
         CHECK_INT(llm_plan(&d, &plan, &e), MOQ_OK);
         if (m) CHECK_INT(plan.cache_bytes, m->model->cache_memory);
+        if (m) ref_print = llmi_fingerprint(m);
         llm_close(m);
     }
     moq_backend_destroy(be);
@@ -663,7 +665,9 @@ static void test_llm_reference_deepseek2(void)
                         " \"max_position_embeddings\": 64, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4, \"beta_fast\": 32, \"beta_slow\": 1, \"mscale\": 0.707,"
                         " \"mscale_all_dim\": 0.707, \"original_max_position_embeddings\": 16}");
         uint64_t narrow = check_reference(lite ? "deepseek_v2 lite" : "deepseek_v2", config, want, REF_TOKENS, 0);
+        uint64_t print = ref_print;
         uint64_t whole = check_reference(lite ? "deepseek_v2 lite, wide" : "deepseek_v2, wide", config, want, REF_TOKENS, 1);
+        CHECK(print != ref_print);
         /* a token keeps rank + rope numbers instead of heads * (nope + rope + value) */
         CHECK(narrow > 3 * 32 * (16 + 12) * 4 && narrow < 3 * (32 * (16 + 12) * 4 + 1024) && whole > 3 * 32 * 3 * (10 + 12 + 6) * 4);
         ref_clear();
