@@ -5,6 +5,7 @@
 # DATA   what `moq eval` takes: chat rows (exact answers, nll) or text (nll, perplexity); default: data/demo-eval.jsonl
 # CALIB  what `moq quantize --calib` takes; default: every second row of DATA, and the others are judged; for text the comments of modelopt_q.h
 # RECIPES="a b"  only these    SAMPLES=512 SEQ=512  of calibration    EVAL="--limit 50"  more for `moq eval`    MOQ=PATH  that program
+# ACT=stored  how inputs are rounded while judging: as the folder says, which is what ModelOpt simulates; ACT=auto: as the fastest kernels do
 here=$(cd "$(dirname "$0")" && pwd) || exit 2
 moq=${MOQ:-$here/../tools/moq}
 data=${2:-$here/data/demo-eval.jsonl}
@@ -38,7 +39,7 @@ fi
 # score FOLDER: "exact 927/1000 nll 0.003412" or "nll 2.8731 ppl 17.69 tokens 4096", as three columns
 score() {
     # shellcheck disable=SC2086
-    "$moq" eval "$1" --data "$data" $EVAL 2>"$dir/err" | tail -n 1 | awk '$1 == "exact" { print $2, $4 } $1 == "nll" { print $4, $2 }'
+    "$moq" eval "$1" --data "$data" --act "${ACT:-stored}" $EVAL 2>"$dir/err" | tail -n 1 | awk '$1 == "exact" { print $2, $4 } $1 == "nll" { print $4, $2 }'
 }
 row() { printf '%-34s %10s %9s %9s %8s\n' "$@"; }
 megabytes() { cat "$1"/*.safetensors | wc -c | awk '{ printf "%.3f", $1 / 1e6 }'; }
