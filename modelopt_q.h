@@ -12646,6 +12646,7 @@ static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32
    The integer sums are exact. x8 are the checkpoint's own codes where inputs are rounded as stored (E2M1 doubled again, INT8), else
    8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer. */
 
+#ifdef MOQI_X86
 /* Columns under one scale on both sides, at most a panel; 0: the layer's inputs are no integers. */
 static int64_t moqi_i8_chunk(const moqi_tiled *p)
 {
@@ -12721,7 +12722,6 @@ static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, floa
     }
 }
 
-#ifdef MOQI_X86
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
@@ -13361,6 +13361,7 @@ static void moqi_plain_weigh(const float *x, const float *weight, float s, int64
 
 static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
 
+#ifdef MOQI_X86
 /* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
        silu        z = g
        clamped     z = alpha g, g and u limited first
@@ -13376,7 +13377,6 @@ static void moqi_activate_rest(const moq_activation_desc *a, const float *x, int
     for (; i < n; i++) y[i] = moqi_activate(a, x[i], x[n + i]);
 }
 
-#ifdef MOQI_X86
 /* ---- AVX-512 ---- */
 
 /* e^x = 2^n e^r with n = rne(x / ln 2), |r| <= ln 2 / 2, and the first eight terms of the series of e^r: the ninth is below 6e-9.
