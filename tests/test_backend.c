@@ -1,6 +1,10 @@
 /* The CPU function table: every kernel set against double, threads, memory, caches, experts. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* names of registers, for amx.h */
+#endif
 #include "test.h"
 #include "layers.h"
+#include "amx.h"
 
 static moq_backend *backend_of(const char *kernel, moq_act act, int threads)
 {
@@ -122,30 +126,58 @@ static long check_automatic(moq_backend *be, const layer *l, int rows, int *roun
     return wrong;
 }
 
-static void test_backend_automatic(void)
+/* Every storage format with any number of rows; -> how many results differ from wide ones, so that the caller sees rounding happen. */
+static int automatic_formats(moq_backend *be, const char *name)
 {
     static const int rows[] = {1, 2, 3, 4, 5, 7, 8, 13, 33, 50};
+    moq_error err;
+    int rounded = 0;
+    CHECK(be->reserve(be, 64, &err) == MOQ_OK);
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
+        for (size_t m = 0; m < MOQI_COUNT(rows); m++) {
+            layer l;
+            layer_make(&l, &layer_formats[i], m % 3 ? 45 : 16, m % 2 ? 576 : 290);
+            if (m % 2 && l.w.scheme.weight.scale != MOQ_NONE) { l.w.scheme.input = input_formats[0].c; l.w.input_scale = 0.1f; }
+            long wrong = check_automatic(be, &l, rows[m], &rounded);
+            if (wrong) fprintf(stderr, "%s, %s, %d rows: %ld wrong\n", name, layer_formats[i].name, rows[m], wrong);
+            CHECK_INT(wrong, 0);
+            layer_free(&l);
+        }
+    return rounded;
+}
+
+static void test_backend_automatic(void)
+{
     for (int k = 0; moqi_get_kernels(k); k++) {
-        moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 2);
-        moq_error err;
-        int rounded = 0;
-        CHECK(be->reserve(be, 64, &err) == MOQ_OK);
-        for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
-            for (size_t m = 0; m < MOQI_COUNT(rows); m++) {
-                layer l;
-                layer_make(&l, &layer_formats[i], m % 3 ? 45 : 16, m % 2 ? 576 : 290);
-                if (m % 2 && l.w.scheme.weight.scale != MOQ_NONE) { l.w.scheme.input = input_formats[0].c; l.w.input_scale = 0.1f; }
-                long wrong = check_automatic(be, &l, rows[m], &rounded);
-                if (wrong) fprintf(stderr, "%s, %s, %d rows: %ld wrong\n", moqi_get_kernels(k)->name, layer_formats[i].name, rows[m], wrong);
-                CHECK_INT(wrong, 0);
-                layer_free(&l);
-            }
         const char *name = moqi_get_kernels(k)->name;
-        int shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL;
+        moq_backend *be = backend_of(name, MOQ_ACT_AUTO, 2);
+        int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL;
         if (strcmp(name, "avx512") == 0 || strcmp(name, "plain") == 0 || strcmp(name, "reference") == 0) CHECK_INT(rounded, 0);
         if (shortens) CHECK(rounded > 0);
         moq_backend_destroy(be);
     }
+}
+
+/* Tile instructions where the processor has none, but the rest of what their kernels need. */
+static void test_backend_tiles(void)
+{
+#if defined(MOQI_AMX) && defined(AMX_H)
+    uint32_t flags = moqi_cpu_flags();
+    if (flags & MOQI_CPU_AMX) return; /* test_backend_automatic has run them as they are */
+    if (!(flags & MOQI_CPU_VNNI)) { printf("skipped: tiles, for want of AVX-512 with VNNI\n"); test_state.skipped++; return; }
+    struct sigaction before;
+    sigaction(SIGILL, NULL, &before);
+    amx_emulate();
+    moq_backend *be = backend_of("avx512vnni", MOQ_ACT_AUTO, 2);
+    moqi_cpu_of(be)->k = &moqi_amx_kernels;
+    CHECK(automatic_formats(be, "amx, emulated") > 0);
+    CHECK(amx_count > 1000);
+    moq_backend_destroy(be);
+    sigaction(SIGILL, &before, NULL);
+#else
+    printf("skipped: tiles, not for this system\n");
+    test_state.skipped++;
+#endif
 }
 
 /* What is read where it lies and what is rewritten: a format must not fall back to the slow path unnoticed. */
@@ -1071,6 +1103,7 @@ int main(int argc, char **argv)
     test_begin(argc, argv);
     RUN(test_backend_formats);
     RUN(test_backend_automatic);
+    RUN(test_backend_tiles);
     RUN(test_backend_forms);
     RUN(test_backend_inputs);
     RUN(test_backend_rotation);
