@@ -696,8 +696,8 @@ static void check_masks(llm_tokenizer *t, const char *schema, int steps)
 static void test_masks(void)
 {
     static const char *const schemas[] = {
-        "{\"type\": \"array\", \"items\": {\"type\": \"object\", \"properties\": {\"name\": {\"type\": \"string\", \"minLength\": 3, \"maxLength\": 9}, \"x\": {\"type\": \"number\"}},"
-        "\"required\": [\"name\"]}, \"minItems\": 3}",
+        ("{\"type\": \"array\", \"items\": {\"type\": \"object\", \"properties\": {\"name\": {\"type\": \"string\", \"minLength\": 3, \"maxLength\": 9}, \"x\": {\"type\": \"number\"}},"
+        "\"required\": [\"name\"]}, \"minItems\": 3}"),
         "{}", "{\"type\": \"object\", \"additionalProperties\": {\"enum\": [\"a\", 1]}, \"minProperties\": 2}",
     };
     for (int k = 0; k < 2; k++) {
