@@ -81,11 +81,11 @@
                          >>tiles        blocks of a matrix product
                          >>stream       rows of 4, 8 or 16 bits times a few inputs, for AVX-512
                          >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
-                        >>panels       weights turned once for many inputs
-                        >>integers     integer codes times 8-bit inputs
-                        >>matrix       AMX: tiles of BF16
-                        >>attend       attention, and what lies between two products
-                        >>kernels      which instruction set serves a layer
+                         >>panels       weights turned once for many inputs
+                         >>integers     integer codes times 8-bit inputs
+                         >>matrix       AMX: tiles of BF16
+                         >>attend       attention, and what lies between two products
+                         >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers, latent attention's products and copies on the CPU
        >>api-backend     >>backend      the function table and its CPU filling
@@ -101,7 +101,7 @@
                          >>gradient     the way back through a tape
                          >>search       AutoQuantize: which units get which format within a budget of bits
                          >>calibrate    passes of a model under observation
-                        >>statistics   what passes found, under ModelOpt's names
+                         >>statistics   what passes found, under ModelOpt's names
                          >>container    a layer as tensors of either container
                          >>pack         tensors of an exported folder
                          >>shards       its files of tensors, in a folder or in memory
@@ -239,7 +239,7 @@ typedef void (*moq_log_fn)(void *user, moq_log_level level, moq_result code, con
 
 /* Long work reports itself; a non-zero return cancels (MOQ_E_CANCELLED). `done` and `total` are bytes or items. */
 typedef enum moq_stage {
-    MOQ_STAGE_LOAD = 1, MOQ_STAGE_PREPARE, MOQ_STAGE_VERIFY, MOQ_STAGE_CALIBRATE, MOQ_STAGE_QUANTIZE, MOQ_STAGE_EXPORT, MOQ_STAGE_PREFILL
+    MOQ_STAGE_LOAD = 1, MOQ_STAGE_PREPARE, MOQ_STAGE_VERIFY, MOQ_STAGE_CALIBRATE, MOQ_STAGE_QUANTIZE, MOQ_STAGE_PREFILL
 } moq_stage;
 typedef int (*moq_progress_fn)(void *user, moq_stage stage, uint64_t done, uint64_t total);
 
@@ -682,7 +682,7 @@ MOQ_API size_t moq_swizzle_128x4_bytes(int64_t rows, int64_t groups);
 
 /* Marlin: the layout in which vLLM, SGLang, AutoGPTQ and AutoAWQ keep INT4, INT8, FP8, MXFP8, NVFP4 and MXFP4 weights for tensor cores, in memory and
    in some folders. Codes lie in tiles of 16 columns x 64 rows (NARROW: 32 x 32) in the order in which the 32 threads of mma.m16n8k16 read them,
-   integers as unsigned numbers (signed ones + 2^(bits-1)); scales [groups, rows] are permuted within 64 rows, or within 32 when a row has one scale. */
+   integers as unsigned numbers (signed ones + 2^(bits-1)); scales [groups, rows] are permuted within 64 rows, or within 32 when a row has one scale or with NARROW. */
 typedef struct moq_marlin {
     int64_t rows, cols;   /* outputs and inputs: multiples of 64 and of 16 (NARROW: 32) */
     int64_t groups;       /* scales of a row; a bias is laid out as the scales of 1 group are */
@@ -920,7 +920,8 @@ struct moq_backend {
     moq_kv_cache *(*kv_create)(moq_backend *be, const moq_kv_desc *desc, moq_error *err);
     void (*kv_release)(moq_backend *be, moq_kv_cache *cache);
     size_t (*kv_bytes)(const moq_backend *be, const moq_kv_desc *desc); /* what kv_create would take */
-    /* k: [rows, kv_heads, head_dim], v: [rows, kv_heads, value_dim], with row strides in elements. Rotated keys in, after rope. */
+    /* k: [rows, kv_heads, head_dim], v: [rows, kv_heads, value_dim] (not read by a `shared` cache), with row strides in elements. Rotated keys
+       in, after rope. */
     void (*kv_append)(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride);
     /* Copy `count` tokens of a sequence: to another slot (fork), or within one (shift). Ranges may overlap. */
     void (*kv_copy)(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos, int32_t count);
@@ -981,7 +982,7 @@ struct moq_backend {
 
 typedef struct moq_cpu_desc {
     int32_t threads;         /* 0: physical cores; ignored when parallel.run is set */
-    moq_act act;             /* AUTO on the CPU: INT8 as stored; others as said at moq_act, from 3 or 4 rows on */
+    moq_act act;             /* AUTO on the CPU: INT8 as stored; others as said at moq_act. explain() says from how many rows on */
     const char *kernel;      /* NULL or "auto": fastest; "reference": plain C; else a name that explain() prints */
     moq_parallel parallel;   /* the caller's job system */
     moq_allocator allocator;
@@ -1173,7 +1174,6 @@ MOQ_API size_t moq_unit_name(const char *module, char *text, size_t capacity);
 /* Bits of an element as AutoQuantize counts a recipe; 16 for NULL. */
 MOQ_API double moq_recipe_bits(const moq_recipe *recipe);
 
-
 /* ------------------------------------------------------------------------------------------------
    >>api-export      whole folders: quantize, convert
    ------------------------------------------------------------------------------------------------ */
@@ -1241,7 +1241,6 @@ typedef struct moq_convert_desc {
    MOQ_E_UNSUPPORTED and is named, before anything is written. The folder appears only when it is complete and has been verified. */
 MOQ_API moq_result moq_convert(const moq_convert_desc *desc, moq_error *err);
 
-
 /* ------------------------------------------------------------------------------------------------
    >>api-autoquant   a format for every layer within a budget of bits
    ------------------------------------------------------------------------------------------------ */
@@ -1301,7 +1300,6 @@ MOQ_API moq_search *moq_autoquant(const moq_autoquant_desc *desc, moq_error *err
 MOQ_API void moq_search_destroy(moq_search *s);
 MOQ_API const moq_search_info *moq_search_get_info(const moq_search *s);
 MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t index); /* in the order of the model; NULL past the end */
-
 
 #endif /* MOQ_QUANTIZE */
 
@@ -2795,6 +2793,7 @@ MOQ_API moq_spill *moq_spill_create(uint64_t bytes, uint64_t memory, const char 
 
 static moq_result moqi_spill_check(const moq_spill *s, uint64_t at, size_t bytes, moq_error *err)
 {
+    if (!s) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, "moq_spill", -1), "a spill is needed, found NULL");
     if (at <= s->bytes && bytes <= s->bytes - at) return MOQ_OK;
     return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, "moq_spill", -1), "%llu bytes from %llu are outside its %llu", (unsigned long long)bytes,
                      (unsigned long long)at, (unsigned long long)s->bytes);
@@ -7578,14 +7577,14 @@ static moq_result moqi_scale_plane(const moqi_binder *b, const moq_tensor *t, in
 
 /* ---- floats of four bits ---- */
 
-/* ModelOpt stores E8M0 as U8; newer writers have a dtype for it (X14). */
+/* ModelOpt stores E8M0 as U8; newer writers have a dtype for it. */
 static void moqi_note_e8m0(const moqi_binder *b, const moq_tensor *scale)
 {
     if (scale->dtype == MOQ_U8) return;
     moqi_log(b->desc, MOQ_LOG_INFO, MOQ_E_DTYPE, moqi_at_tensor(b, scale), "scales of dtype %s where U8 is usual; the bits are the same", moq_dtype_name(scale->dtype));
 }
 
-/* Block scales tiled for tensor cores are padded to 128 rows and 4 groups: an engine's layout, never an export's (X3). Padding is
+/* Block scales tiled for tensor cores are padded to 128 rows and 4 groups: an engine's layout, never an export's. Padding is
    how it shows; where nothing needs padding it cannot be told from the plain layout. */
 static moq_result moqi_bad_block_rows(const moqi_binder *b, const moq_tensor *scale, int64_t rows, int64_t cols, int64_t x)
 {
@@ -7744,7 +7743,7 @@ static moq_result moqi_bind_fp8(moqi_binder *b, const moq_tensor *scale)
 /* ModelOpt INT4: byte [j, i] holds row 2j low and row 2j + 1 high, two's complement, no zero point.
        codes [rows/2, cols], scale [rows, cols/group]: W = q * scale
    The halved dimension is the rows: codes halved along the columns, as most other formats have them, give a scale with the wrong
-   number of rows and are refused (X11). W4A8_AWQ adds a second-stage scale that is no part of the weight: as stored, the product
+   number of rows and are refused. W4A8_AWQ adds a second-stage scale that is no part of the weight: as stored, the product
    is rounded to E4M3 with it once more (modelopt-checkpoints 5.10). */
 static moq_result moqi_bind_int4(moqi_binder *b, const moq_tensor *scale)
 {
@@ -7878,7 +7877,7 @@ static moq_result moqi_true_shape(const moqi_binder *b, const moq_tensor *t, int
     return MOQ_OK;
 }
 
-/* compressed-tensors integers (runtime-layouts 1.8), stored as u = q + 2^(bits-1) in I32 words:
+/* compressed-tensors integers, stored as u = q + 2^(bits-1) in I32 words:
        codes [rows, words of a row], scale [rows, groups], zero points [words of a column of rows, groups], packed along the rows
        W = (u - 2^(bits-1)) * scale, or (u - zero) * scale with zero points, which have the same offset */
 static moq_result moqi_bind_pack(moqi_binder *b, const moq_tensor *scale)
@@ -8466,7 +8465,7 @@ static uint32_t moqi_carrier(const moqi_tensor_set *set, const moq_tensor *t, in
     return moqi_is_stack(set, t) ? MOQI_STORE_STACK : 0;
 }
 
-/* Two tensors that both carry the codes of one module contradict each other (X16): which one is right cannot be known. */
+/* Two tensors that both carry the codes of one module contradict each other: which one is right cannot be known. */
 static moq_result moqi_add_module(moqi_collector *c, const moq_tensor *t, uint32_t kind, size_t bytes)
 {
     moqi_module *m = &c->list[c->count];
@@ -8629,7 +8628,7 @@ MOQI_UNUSED static moq_result moqi_collect_modules(const moqi_tensor_set *set, c
 
 /* ---- KV cache ---- */
 
-/* Where writers put a scale of attention A: ModelOpt, compressed-tensors, engines' fused projections (runtime-layouts 6.1). */
+/* Where writers put a scale of attention A: ModelOpt, compressed-tensors, engines' fused projections. */
 static const moq_tensor *moqi_kv_part(const moqi_tensor_set *set, const char *attention, char which, const char *part)
 {
     static const char *const forms[] = {"k_proj.", "", "attn.", "qkv_proj.", "qkqkv_proj."};
@@ -9380,7 +9379,7 @@ MOQ_API void moq_forget_pages(const moq_checkpoint *ck)
 #ifdef MOQ_NO_OS
     (void)ck;
 #else
-    for (uint32_t i = 0; i < ck->shard_count; i++)
+    for (uint32_t i = 0; ck && i < ck->shard_count; i++)
         if (ck->shards[i].st->blob.mapped) moqi_sys_forget(ck->shards[i].st->blob.map, ck->shards[i].st->blob.held);
 #endif
 }
@@ -10418,7 +10417,7 @@ static size_t moqi_kv_row_bytes(moq_kv_format format, int64_t n)
     return (size_t)(moqi_ceil_div(n, 2) + moqi_ceil_div(n, format == MOQ_KV_MXFP4 ? 32 : 16)); /* codes, then block scales */
 }
 
-/* Block scales as activations get them (runtime-layouts 6.2): NVFP4 rounds amax / (6 global) to E4M3 with `global` = k_scale / 6,
+/* Block scales as activations get them: NVFP4 rounds amax / (6 global) to E4M3 with `global` = k_scale / 6,
    MXFP4 takes the next power of two. A block whose scale rounds to 0 is stored as zeros.
    x: [n]; row: [(n + 1) / 2 codes][blocks] */
 static void moqi_kv_pack_fp4(moq_kv_format format, float global, const float *x, int64_t n, uint8_t *row)
@@ -10544,7 +10543,7 @@ static int64_t moqi_attend_first(const moq_attention_desc *a, int64_t pos)
 }
 
 /* ---- routing ----
-   The variants in use (runtime-layouts 4.4): softmax then top k (Mixtral, Qwen; with renormalization the same as gpt-oss' softmax over
+   The variants in use: softmax then top k (Mixtral, Qwen; with renormalization the same as gpt-oss' softmax over
    the chosen), sigmoid, DeepSeek-V2's groups by their largest score, DeepSeek-V3's sigmoid with a correction bias that ranks experts but
    does not weigh them, and groups by the sum of their two best. */
 
@@ -10613,7 +10612,7 @@ static void moqi_route(const moq_routing *r, const float *bias, const float *log
 
 /* ---- the small operations between layers, one row at a time ---- */
 
-/* g: the gate, u: the other half (runtime-layouts 4.7). alpha multiplies inside the sigmoid, beta is added to u. */
+/* g: the gate, u: the other half. alpha multiplies inside the sigmoid, beta is added to u. */
 static float moqi_activate(const moq_activation_desc *a, float g, float u)
 {
     switch ((int)a->kind) {
@@ -13306,7 +13305,7 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_
 
 /* ------------------------------------------------------------------------------------------------
    >>attend          attention, and what lies between two products
-   What happens to a row does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
+   What happens to a row of finite values does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16 };
@@ -13656,7 +13655,7 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 
 /* ---- attention ----
    For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
-   32 positions at a time and shared by up to 16 rows and all query heads of their kv head; keys are turned, so that scores too are sums of
+   32 positions at a time and shared by up to 16 rows and 16 query heads of their kv head; keys are turned, so that scores too are sums of
    whole vectors. The softmax is a running one, so no buffer grows with the length of the sequence:
        m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v
    and at the end y / l. It begins anew with every span of 512 positions, and spans are joined in their order by the same rule: so spans
@@ -13718,7 +13717,10 @@ static void moqi_attend_keys(const moqi_attending *t, int64_t slot, int64_t head
     if (c->format[0] == MOQ_KV_WIDE && count == MOQI_ATTEND_KEYS && c->dim[0] == dim)
         from = (const float *)(const void *)moqi_kv_row(c, 0, slot, head, first);
     else if (c->dim[0] == dim) moqi_kv_fetch(t->k, c, 0, slot, head, first, first + count - 1, keys);
-    else for (int64_t i = 0; i < count; i++) moqi_kv_fetch(t->k, c, 0, slot, head, first + i, first + i, keys + i * dim);
+    else for (int64_t i = 0; i < count; i++) { /* zeros up to `dim`: what is left there by others may be NaN, and meets the zeros of q */
+        moqi_kv_fetch(t->k, c, 0, slot, head, first + i, first + i, keys + i * dim);
+        memset(keys + i * dim + c->dim[0], 0, (size_t)(dim - c->dim[0]) * sizeof *keys);
+    }
     t->o->turn(from, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
 }
 
@@ -17757,7 +17759,7 @@ static void moqi_clip_group_losses(const moqi_bench *b, const moq_coding *c, flo
         }
 }
 
-/* ---- smoothquant (7) ---- */
+/* ---- smoothquant ---- */
 
 /* p = b^(1 - alpha) / a^alpha from the channel maxima of weight and input. When the smallest p vanishes, dead channels get 1. */
 static void moqi_smooth_scale(const float *a, const float *b, int64_t cols, float alpha, float *p)
@@ -17785,7 +17787,7 @@ static void moqi_col_amax(const moqi_matrix *w, float *out)
         }
 }
 
-/* ---- local_hessian (6): block scales that err least on the inputs seen ---- */
+/* ---- local_hessian: block scales that err least on the inputs seen ---- */
 
 /* h [blocks, 16, 16] += x_b^T x_b of one token. */
 static void moqi_hessian_add(float *h, const float *x, int64_t cols)
@@ -17816,7 +17818,7 @@ static float moqi_hessian_block(const float *h, const float *w, float global_ama
     return choice;
 }
 
-/* ---- nvfp4_act_headroom (11): the scale from a histogram of block maxima ---- */
+/* ---- nvfp4_act_headroom: the scale from a histogram of block maxima ---- */
 
 enum { MOQI_BINS = 512 };
 
@@ -17855,7 +17857,7 @@ static float moqi_headroom_amax(const uint64_t bins[MOQI_BINS], float running_ma
     return (float)(anchor > upper ? anchor : upper);
 }
 
-/* ---- gptq (10): spread the error of each column over those that follow ---- */
+/* ---- gptq: spread the error of each column over those that follow ---- */
 
 enum { MOQI_FACTOR_BLOCK = 64, MOQI_FACTOR_ROWS = 16, MOQI_GPTQ_BLOCK = 128, MOQI_GPTQ_ROWS = 64, MOQI_GPTQ_COLS = 256 };
 
@@ -17970,7 +17972,7 @@ static void moqi_gptq_damp(const moqi_matrix *w, double *h, double damp)
     for (int64_t c = 0; c < n; c++) h[c * n + c] += damp * mean;
 }
 
-/* One weight with the scale of its group: frozen, so NVFP4 takes the static formula (3). */
+/* One weight with the scale of its group: frozen, so NVFP4 takes the static formula. */
 static float moqi_gptq_value(const moq_coding *c, float amax, float top, float x)
 {
     float q = 0;
@@ -18037,7 +18039,7 @@ static int moqi_gptq_rows(const moq_parallel *par, const moq_allocator *a, const
     return 1;
 }
 
-/* ---- keys and values (16) and rotation (17) ---- */
+/* ---- keys and values, and rotation ---- */
 
 /* x [n] := x H / sqrt(block) in blocks of `block`, a power of two; rounded to BF16. */
 static void moqi_rotate_blocks(float *x, int64_t n, int64_t block)
@@ -20970,6 +20972,7 @@ static int moqi_on_product(void *user, const moq_linear *layers, int32_t parts, 
         else if (c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)(l->rows * cols) * sizeof *x);
         moqi_matrix_drop(a, &w);
         float *bias = l->bias.data ? moqi_take_floats(&scratch, &l->bias, l->row_first, l->row_step, l->rows) : NULL;
+        if (l->bias.data && !bias && c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)l->rows * sizeof *bias);
         for (int64_t t = 0; bias && t < rows; t++)
             for (int64_t k = 0; k < l->rows; k++) y[t * width + at + k] += bias[k];
         at += l->rows;
@@ -22241,6 +22244,7 @@ typedef struct moqi_unit {
 
 typedef struct moqi_export {
     moqi_plan plan;
+    uint32_t open_flags;       /* MOQ_OPEN_* for the source */
     moqi_arena arena;
     moq_st *file;              /* calibration from a file, or measured */
     moq_stats *stats;
@@ -22883,7 +22887,7 @@ static moq_result moqi_put_file(moqi_export *x, const char *name, const void *da
     return r == MOQ_OK ? moqi_send(x, NULL, data, bytes, err) : r;
 }
 
-/* Some bytes to the file, 64 MB at a time, so that cancelling is heard. */
+/* Some bytes to the file, 64 MB at a time (4 MB with max_memory), so that cancelling is heard. */
 static moq_result moqi_put_bytes(moqi_export *x, moqi_writer *w, const uint8_t *p, uint64_t bytes, moq_error *err)
 {
     moq_result r = MOQ_OK;
@@ -23063,7 +23067,6 @@ static moq_result moqi_write_shards(moqi_export *x, moq_error *err)
     moqi_buffer_drop(&index.b);
     return r;
 }
-
 
 /* ------------------------------------------------------------------------------------------------
    >>describe        hf_quant_config.json and config.json as ModelOpt writes them
@@ -23628,7 +23631,6 @@ static moq_result moqi_write_config(moqi_export *x, moq_error *err)
     return moqi_write_json(x, "config.json", &o, err);
 }
 
-
 /* ------------------------------------------------------------------------------------------------
    >>export          moq_quantize: the whole folder
    A folder is built beside its target, opened again, verified and only then renamed; failures leave nothing.
@@ -23913,6 +23915,7 @@ static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, 
     open.allocator = d->allocator;
     open.log = d->log;
     open.log_user = d->log_user;
+    open.flags = x->open_flags;
     if (!d->source || !d->target || !d->recipe) return moq_fail(err, MOQ_E_ARG, "moq_quantize", "source, target and recipe must be given");
     if (d->format && moqi_find_container(d->format) < 0)
         return moq_fail(err, MOQ_E_UNSUPPORTED, d->format, "folders of this format cannot be written; use modelopt, compressed-tensors or gpt-oss");
@@ -24044,6 +24047,7 @@ static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, si
     moqi_export *x = moqi_begin_export(&d, err);
     if (!x) return NULL;
     x->made = &made;
+    x->open_flags = desc->flags;
     moq_result r = moqi_open_sources(x, &d, &ck, err);
     if (r == MOQ_OK && moq_get_info(ck)->quant_algo[0])
         r = moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(ck), NULL, NULL, -1), "is quantized already (%s); only a float folder can be quantized while loading",
@@ -25013,6 +25017,7 @@ MOQ_API moq_search *moq_autoquant(const moq_autoquant_desc *desc, moq_error *err
     if (!err) err = &own;
     moqi_clear(err);
     memset(&x, 0, sizeof x);
+    if (!desc) { moq_fail(err, MOQ_E_ARG, "moq_autoquant", "a desc is needed, found NULL"); return NULL; }
     x.desc = desc;
     moq_search *s = (moq_search *)moq_allocate(&desc->allocator, sizeof *s);
     if (!s) { moqi_nomem(err, sizeof *s); return NULL; }
@@ -25044,9 +25049,9 @@ MOQ_API void moq_search_destroy(moq_search *s)
     moq_release(&a, s, sizeof *s);
 }
 
-MOQ_API const moq_search_info *moq_search_get_info(const moq_search *s) { return &s->info; }
+MOQ_API const moq_search_info *moq_search_get_info(const moq_search *s) { return s ? &s->info : NULL; }
 
-MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t index) { return index < s->info.units ? &s->order[index]->pub : NULL; }
+MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t index) { return s && index < s->info.units ? &s->order[index]->pub : NULL; }
 
 #endif /* MOQ_QUANTIZE */
 

@@ -4862,6 +4862,7 @@ static moq_result moqc_kv_plan(const moqc_ctx *c, const moq_kv_desc *d, moqk_cac
     if (d->slots < 1 || d->capacity < 1 || d->kv_heads < 1 || d->head_dim < 1 || (unsigned)d->kv.format >= (unsigned)MOQ_KV_FORMAT_COUNT)
         return moq_fail(err, MOQ_E_ARG, name, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity, (int)d->kv_heads,
                         (int)d->head_dim, (int)d->kv.format);
+    if (d->shared) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "caches whose values are part of the keys are not supported on CUDA; keep both");
     if (d->kv.format == MOQ_KV_NVFP4_ROTATE && (d->head_dim & (d->head_dim - 1)) != 0)
         return moq_fail(err, MOQ_E_UNSUPPORTED, name, "rotated keys need a head_dim that is a power of two, found %d; use nvfp4", (int)d->head_dim);
     if (d->head_dim > MOQK_KV_MOST_DIM || d->value_dim > MOQK_KV_MOST_DIM)

@@ -600,20 +600,6 @@ static size_t llmi_utf8_put(uint32_t cp, char out[4])
     return n;
 }
 
-/* Bytes of s up to the last whole character: what may be shown now when more text follows. */
-LLMI_UNUSED static size_t llmi_utf8_whole(const char *s, size_t n)
-{
-    size_t from = n > 3 ? n - 3 : 0;
-    for (size_t i = n; i-- > from;) {
-        uint32_t cp;
-        int cut;
-        if (((uint8_t)s[i] & 0xc0) == 0x80) continue; /* inside a character: look at its first byte */
-        llmi_utf8_get(s + i, n - i, &cp, &cut);
-        return cut ? i : n;
-    }
-    return n;
-}
-
 /* ---- map: byte strings to numbers, open addressing, at most half full ---- */
 
 typedef struct llmi_slot {
@@ -5328,8 +5314,8 @@ static moq_result llmi_read_longrope(const llmi_keys *k, const llmi_config *c, l
 /* A number of a rope description and where it goes. */
 typedef struct llmi_rope_key { const char *name; double fallback; size_t offset; } llmi_rope_key;
 
-/* Numbers of a rope description; 0 stands for "not said". */
-/* attention_factor replaces what a type would compute; beta_fast, beta_slow and mscale are YaRN's, low and high Llama 3's. */
+/* Numbers of a rope description; 0 stands for "not said". attention_factor replaces what a type would compute; beta_fast, beta_slow and
+   mscale are YaRN's, low and high Llama 3's. */
 static moq_result llmi_read_rope_numbers(const llmi_keys *k, llmi_rope *r)
 {
     static const llmi_rope_key keys[] = {
@@ -6429,12 +6415,15 @@ static int llmi_encode_row(const moq_linear *w, int64_t row, int fp8, uint8_t *c
 
 LLM_API moq_result llm_make_head(const moq_linear *stored, const char *name, uint8_t *codes, float *scales, moq_linear *out, moq_error *err)
 {
+    if (!stored || !name || !out || (codes && !scales)) return moq_fail(err, MOQ_E_ARG, "llm_make_head", "stored, name and out must be given, and scales with codes");
     int fp8 = strcmp(name, "fp8") == 0;
     const char *tensor = stored->tensor ? stored->tensor : stored->name;
     moq_linear w = *stored;
     if (!fp8 && strcmp(name, "int8") != 0) return moq_fail(err, MOQ_E_ARG, "llm_desc.head", "'%q' is not known; there are stored, int8 and fp8", name);
     if (moq_scheme_is_quantized(&stored->scheme) || stored->experts > 0)
         return moq_fail(err, MOQ_E_UNSUPPORTED, tensor, "the layer is quantized already and stays as it is; leave llm_desc.head out");
+    if ((stored->bias.data && (stored->row_first != 0 || stored->row_step > 1)) || (stored->pre_quant_scale.data && stored->col_first != 0))
+        return moq_fail(err, MOQ_E_UNSUPPORTED, tensor, "a slice with a bias or a pre_quant_scale cannot be a head; give the whole layer");
     memset(&w.scheme, 0, sizeof w.scheme);
     w.scheme.weight.elem = fp8 ? MOQ_F8_E4M3 : MOQ_I8;
     w.scheme.weight.group_rows = 1;
@@ -9175,7 +9164,6 @@ static const struct { const char *name; int32_t types; } llmi_types[] = {
 
 /* Keywords: the type that they imply where no type is given, 0 for those of every type; NULL or why it is refused. */
 typedef struct llmi_keyword { const char *name; int32_t implies; const char *refusal; } llmi_keyword;
-#define LLMI_NOTED "", 0 /* an annotation */
 static const llmi_keyword llmi_keywords[] = {
     {"type", 0, NULL}, {"enum", 0, NULL}, {"const", 0, NULL}, {"anyOf", 0, NULL}, {"oneOf", 0, NULL}, {"allOf", 0, NULL}, {"$ref", 0, NULL},
     {"$defs", 0, NULL}, {"definitions", 0, NULL},
@@ -10145,6 +10133,7 @@ static int32_t llmi_schema_either(llmi_schema *c, const llmi_view *v, int32_t pa
     llmi_view a, b;
     int32_t s = -1, taken = one ? LLMI_TAKEN_ONE : LLMI_TAKEN_ANY;
     if (list->type != MOQ_JSON_ARRAY || list->count == 0) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, list, "must be a list of at least one schema"); return -1; }
+    if (one && !c->u.classes && !llmi_unicode_make(&c->u, &c->r)) { llmi_schema_nomem(c); return -1; } /* a pattern met below would put them into what is dropped */
     for (const moq_json *e = moq_json_first(list); e && c->code >= 0; e = moq_json_next(list, e)) {
         llmi_schema_branch_view(c, v, part, taken, e, &a);
         llmi_arena kept = c->r;
@@ -12509,6 +12498,7 @@ static uint64_t llmi_fingerprint(const llm *m)
     uint64_t h = llmi_hash(o->be->name, strcspn(o->be->name, ":"));
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);
+    if (c->rope.adjust == llmi_rope_longrope) h = llmi_fold(h + (c->context > c->rope.original), 0x9e3779b97f4a7c15u); /* which of two lists turned the keys */
     for (size_t i = 0; i < count; i += step) {
         const moq_tensor *t = moq_get_tensor(o->ck, i);
         size_t n = t->bytes < 64 ? (size_t)t->bytes : 64;

@@ -16,8 +16,8 @@ step make -s -j2 CC=gcc BUILD=build/gcc programs $golden
 step make -s CC=gcc BUILD=build/gcc $golden
 step make -s -j2 CC=clang BUILD=build/clang programs
 step make -s CC=clang BUILD=build/clang test
-step make -s -j2 CC=clang sanitize-programs
-step make -s CC=clang sanitize
+step make -s -j2 CC=gcc sanitize-programs
+step make -s CC=gcc sanitize
 step make -s -C ../examples check
 step make -s cuda-compile
 grep -qE '\*\*\* |Error [0-9]' "$log" && status=1

@@ -848,7 +848,12 @@ static void test_backend_between(void)
                 CHECK(moqi_is_nan(y[17]) && !moqi_is_nan(y[18]));
             }
         float x[96], w[96], y[96], z[96], table[96];
-        for (int i = 0; i < 96; i++) { x[i] = test_normal(); w[i] = test_normal(); table[i] = test_normal(); }
+        float most[2] = {0, 0}; /* of x and of the table: two products are added, one of them perhaps without rounding */
+        for (int i = 0; i < 96; i++) {
+            x[i] = test_normal(); w[i] = test_normal(); table[i] = test_normal();
+            if (fabsf(x[i]) > most[0]) most[0] = fabsf(x[i]);
+            if (fabsf(table[i]) > most[1]) most[1] = fabsf(table[i]);
+        }
         o->weigh(x, w, 0.3f, 93, y);
         for (int i = 0; i < 93; i++) CHECK(y[i] == x[i] * 0.3f * w[i]);
         o->weigh(x, NULL, 0.3f, 93, y);
@@ -859,7 +864,7 @@ static void test_backend_between(void)
                 memcpy(z, x, sizeof x);
                 o->rotate(y, table, dims, pairs);
                 moqi_rope_head(z, table, dims, pairs);
-                for (int i = 0; i < 96; i++) CHECK(fabsf(y[i] - z[i]) <= 2e-6f);
+                for (int i = 0; i < 96; i++) CHECK(fabsf(y[i] - z[i]) <= 4 * 1.2e-7f * most[0] * most[1]);
             }
     }
 }

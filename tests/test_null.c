@@ -1,5 +1,5 @@
-/* test_null.c - NULL for each pointer argument of each public function in turn: a refusal or a harmless answer, never a crash
-   (rule M1). Functions of a backend's table are not public functions: their pointers are the backend's business. */
+/* test_null.c - NULL for each pointer argument of each public function in turn: a refusal or a harmless answer, never a crash.
+   Functions of a backend's table are not public functions: their pointers are the backend's business. */
 #define MOQ_QUANTIZE
 #include "test.h"
 
@@ -178,6 +178,16 @@ static void test_null_quantizing(void)
     REFUSED(moq_quantize(NULL, &e), "moq_quantize");
 }
 
+static void test_null_searches(void)
+{
+    char data[4];
+    moq_forget_pages(NULL);
+    NOTHING(moq_autoquant(NULL, &e), "moq_autoquant");
+    CHECK(moq_search_get_info(NULL) == NULL && moq_search_get_unit(NULL, 0) == NULL);
+    REFUSED(moq_spill_put(NULL, 0, data, sizeof data, &e), "moq_spill");
+    REFUSED(moq_spill_get(NULL, 0, data, sizeof data, &e), "moq_spill");
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -188,5 +198,6 @@ int main(int argc, char **argv)
     RUN(test_null_checkpoint);
     RUN(test_null_layers);
     RUN(test_null_quantizing);
+    RUN(test_null_searches);
     return test_end();
 }

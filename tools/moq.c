@@ -1,4 +1,4 @@
-/* moq.c - the command line of modelopt_q: inspect, verify, run and measure quantized checkpoints.
+/* moq.c - the command line of modelopt_q: inspect, verify, run, quantize and measure checkpoints.
 
        cc -O2 tools/moq.c -o moq -lm -pthread          or: make -C tools
 
@@ -14,7 +14,8 @@
        >>rows       lines of .jsonl files: texts and conversations
        >>inspect  >>verify  >>plain  >>dequant  >>logits  >>eval  >>run  >>tokenize  >>recipes  >>diff
        >>verbs      the table of verbs, help, main
-   bench and selftest, with the random layers that both need, are in moq_measure.h. */
+   Beside it: moq_measure.h (bench and selftest, with the random layers that both need), moq_quantize.h (quantize, convert), moq_autoquant.h,
+   moq_picture.h (inspect --png). */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -309,7 +310,7 @@ typedef struct text_list { const char *item[MAX_LIST]; int count; } text_list;
 typedef struct options {
     const char *args[4];
     int arg_count;
-    int json, explain, deep, hash, raw, stats, decode, help, unavailable, active_experts;
+    int json, explain, deep, hash, raw, stats, decode, help, active_experts;
     int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch;
     double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
@@ -319,7 +320,7 @@ typedef struct options {
     text_list scheme, shape, exclude, rule;
 } options;
 
-enum { KIND_FLAG, KIND_INT, KIND_REAL, KIND_TEXT, KIND_LIST, KIND_LATER };
+enum { KIND_FLAG, KIND_INT, KIND_REAL, KIND_TEXT, KIND_LIST };
 
 typedef struct option_row {
     const char *name;
@@ -393,7 +394,7 @@ static const option_row option_table[] = {
 
 typedef struct verb_row {
     const char *name;
-    int (*run)(const options *o); /* NULL: this build does not have it */
+    int (*run)(const options *o);
     int min_args, max_args;
     const char *arguments; /* after the verb, for the usage line */
     const char *options;   /* names, space-separated, besides the common ones */
@@ -461,7 +462,6 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         equals = strchr(a, '=');
         row = a[1] == '-' ? find_option(a + 2, equals ? (size_t)(equals - a - 2) : strlen(a + 2)) : NULL;
         if (!row) return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
-        if (row->kind == KIND_LATER) return refuse("this build does not have --%s", row->name);
         if (row->kind != KIND_FLAG && !equals && ++i >= argc) return refuse("--%s needs a value: --%s %s", row->name, row->name, row->value);
         if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
             return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
@@ -2573,11 +2573,11 @@ static const verb_row *find_verb(const char *name)
 
 static int help_all(void)
 {
-    printf("moq - inspect, verify and run quantized model checkpoints\n\nusage: moq VERB ARGUMENTS\n\n");
+    printf("moq - inspect, verify, run and quantize model checkpoints\n\nusage: moq VERB ARGUMENTS\n\n");
     for (int i = 0; i < COUNT(verb_table); i++) {
         const verb_row *v = &verb_table[i];
         int first = (int)strcspn(v->help, ".;\n");
-        if (v->run) printf("  %-9s %-40s %.*s\n", v->name, v->arguments, first, v->help);
+        printf("  %-9s %-40s %.*s\n", v->name, v->arguments, first, v->help);
     }
     printf("\n  help [VERB], --version\n\nExit status: 0 done or right, 1 checked and found wanting, 2 refused.\n");
     return 0;
@@ -2586,7 +2586,6 @@ static int help_all(void)
 static int help_verb(const verb_row *v)
 {
     int computes = !in_list("verify dequant tokenize recipes diff", v->name);
-    if (!v->run) return refuse("this build does not have '%s'", v->name);
     printf("usage: moq %s %s%s\n\n%s\n\n", v->name, v->arguments, v->options[0] ? " [options]" : "", v->help);
     for (int i = 0; i < COUNT(option_table); i++) {
         const option_row *row = &option_table[i];
@@ -2644,7 +2643,6 @@ int main(int argc, char **argv)
     }
     verb = find_verb(name);
     if (!verb) return refuse("there is no verb '%s'; moq help lists them", name);
-    if (!verb->run) return refuse("this build does not have '%s'; moq help lists what it has", name);
     memset(&o, 0, sizeof o);
     bad = parse_options(&o, verb, argc - 2, argv + 2);
     if (bad) return bad;
