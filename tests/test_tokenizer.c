@@ -851,7 +851,7 @@ static void test_tokenizer_damaged(void)
 
 /* ---- Unigram ---- */
 
-static const char *const unigram_pieces[] = {"<unk>", "a", "b", "ab", "aba", "bb", "abab", "\xc3\xa9", "b\xc3\xa9", "\xc3\xa9" "a", "\xc3\xa9\xc3\xa9", "bbbb", "aa"};
+static const char *const unigram_pieces[] = {"<unk>", "a", "b", "ab", "aba", "bb", "abab", "\xc3\xa9", "b\xc3\xa9", ("\xc3\xa9" "a"), "\xc3\xa9\xc3\xa9", "bbbb", "aa"};
 enum { UNIGRAM_PIECES = sizeof unigram_pieces / sizeof unigram_pieces[0] };
 
 /* The best sum of scores over all ways to cut s[at, n): every piece, or one unknown character where no piece is that character. */
