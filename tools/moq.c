@@ -335,7 +335,7 @@ static const option_row option_table[] = {
     {"json", KIND_FLAG, FIELD(json), "", "one JSON object on stdout"},
     {"threads", KIND_INT, FIELD(threads), "N", "CPU threads (default: physical cores)"},
     {"backend", KIND_TEXT, FIELD(backend), "B", "cpu, cuda or cuda:N (default: cuda when built in and a device is there)"},
-    {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints"},
+    {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints (default: what MOQ_KERNEL says, else auto)"},
     {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide"},
     {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate, mxfp4"},
     {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
@@ -499,13 +499,14 @@ static int open_cuda(const options *o, moq_backend **out)
         return refuse("--backend is cpu, cuda or cuda:N, not '%s'", name);
 #ifdef MOQ_CUDA
     moq_error err;
-    *out = moq_cuda_backend(asked && name[4] ? atoi(name + 5) : 0, &err);
+    moq_cuda_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.device = asked && name[4] ? atoi(name + 5) : 0;
+    desc.kernel = o->kernel;
+    int bad = parse_act(o->act, &desc.act);
+    if (bad) return bad;
+    *out = !asked && o->kernel ? NULL : moq_cuda_backend_with(&desc, &err); /* a kernel without a backend is one of the CPU */
     if (!*out && asked) return refuse_error(NULL, &err);
-    if (*out && (o->kernel || o->act)) {
-        moq_backend_destroy(*out);
-        *out = NULL;
-        return asked ? refuse("--kernel and --act choose among CPU kernels; leave them out with --backend cuda, or use --backend cpu") : 0;
-    }
 #else
     if (asked) return refuse("--backend %s: this build has no CUDA; build it with `make -C tools CUDA=1` (needs nvcc), or use --backend cpu", name);
 #endif
@@ -520,7 +521,7 @@ static int open_backend(const options *o, const char *kernel, moq_backend **out)
     if (bad || *out) return bad;
     memset(&desc, 0, sizeof desc);
     desc.threads = (int32_t)o->threads;
-    desc.kernel = kernel;
+    desc.kernel = kernel ? kernel : getenv("MOQ_KERNEL"); /* so that a whole script can be run with other kernels */
     bad = parse_act(o->act, &desc.act);
     if (bad) return bad;
     *out = moq_cpu_backend(&desc, &err);
