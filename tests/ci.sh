@@ -4,11 +4,8 @@
 cd "$(dirname "$0")" || exit 2
 golden=${1:+MOQ_GOLDEN=$1}
 log=$(mktemp) || exit 2
-cuda=$(mktemp) || exit 2
-trap 'rm -f "$log" "$cuda"' EXIT
-# nvcc takes minutes on one core: beside the tests, most of which run on one
-make -s cuda-compile >"$cuda" 2>&1 &
-compiling=$!
+dir=$(mktemp -d) || exit 2
+trap 'rm -rf "$log" "$dir"' EXIT
 status=0
 step() {
     echo "== $*"
@@ -17,14 +14,31 @@ step() {
 }
 # shellcheck disable=SC2086
 step make -s -j2 CC=gcc BUILD=build/gcc programs $golden
+# What comes next is compiled on one core while tests run on the other. A leg waits for its programs.
+later() { # NAME COMMAND...
+    name=$1
+    shift
+    "$@" >"$dir/$name.log" 2>&1 || echo "*** $name: exit code $?" >>"$dir/$name.log"
+    : >"$dir/$name"
+}
+clang_flags="-O1 -DMOQ_STATIC"
+{
+    later clang make -s CC=clang BUILD=build/clang CFLAGS="$clang_flags" programs
+    later sanitizers make -s CC=gcc sanitize-programs
+    later nvcc make -s cuda-compile
+} &
+built() {
+    until [ -e "$dir/$1" ]; do sleep 1; done
+    step cat "$dir/$1.log"
+}
+# shellcheck disable=SC2086
 step make -s CC=gcc BUILD=build/gcc $golden
-step make -s -j2 CC=clang BUILD=build/clang CFLAGS="-O1 -DMOQ_STATIC" programs
-step make -s CC=clang BUILD=build/clang CFLAGS="-O1 -DMOQ_STATIC" test
-step make -s -j2 CC=gcc sanitize-programs
+built clang
+step make -s CC=clang BUILD=build/clang CFLAGS="$clang_flags" test
+built sanitizers
 step make -s CC=gcc sanitize
 step make -s -C ../examples check
-wait "$compiling" || echo "*** cuda-compile" >>"$log"
-step cat "$cuda"
+built nvcc
 grep -qE '\*\*\* |Error [0-9]' "$log" && status=1
 p=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $1} END {print n + 0}')
 f=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $3} END {print n + 0}')
