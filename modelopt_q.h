@@ -16853,7 +16853,8 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     if (moqi_has_input_scale(t->recipe)) {
         r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
         if (r == MOQ_OK && !v && !t->expert)
-            return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, and %s; give a calibration file that has it",
+            return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, "
+                            "and %s; calibrate with text (--calib), or give a calibration file that has it",
                              t->recipe->name, p->records_name ? "the calibration has none" : "nothing was calibrated");
         if (v) t->input_amax = v[0];
     }

@@ -11805,7 +11805,7 @@ static moq_result llmi_begin(llm *m)
     if (m->ids.count == 0) return moq_fail(&m->kept, MOQ_E_STATE, "conversation", "there is not a single token to begin with; say something first");
     if (m->ids.count > room)
         return moq_fail(&m->kept, MOQ_E_STATE, "context",
-                        "the conversation has %zu tokens, the context holds %zu; open with a larger llm_desc.context or reset", m->ids.count, room);
+                        "the conversation has %zu tokens, the context holds %zu; open with a larger llm_desc.context (--context) or reset", m->ids.count, room);
     /* llm_forward may have run the slot */
     if (m->done > held) m->done = held;
     /* the last token is run again for its logits */
@@ -12150,7 +12150,8 @@ static moq_result llmi_at_the_edge(llm *m)
     size_t context = (size_t)m->model->c.context, prompt = m->answer;
     if (m->house->desc.endless && llmi_shift(m, m->ids.count - m->answer) < 0) return m->kept.code;
     if (m->done >= context || m->ids.count > context)
-        return moq_fail(&m->kept, MOQ_E_STATE, "context", "all %zu tokens of the context are used: %zu of the prompt, %zu of the answer; open with a larger context",
+        return moq_fail(&m->kept, MOQ_E_STATE, "context", "all %zu tokens of the context are used: "
+                        "%zu of the prompt, %zu of the answer; open with a larger llm_desc.context (--context)",
                         context, prompt, context - (prompt < context ? prompt : context));
     if (m->model->stateful) m->done = 0;
     m->phase = LLMI_PROMPT;

@@ -1,7 +1,7 @@
 /* quantize.c - a model folder and some lines of text in, a quantized folder out.
 
        cc -O2 quantize.c -o quantize -lm -pthread
-       ./quantize SOURCE TARGET [RECIPE [TEXT]]        nvfp4 of the lines of prompts.txt, unless said otherwise
+       ./quantize SOURCE TARGET [RECIPE [TEXT]]        nvfp4, calibrated with the lines of ../tests/data/demo-eval.jsonl, unless said otherwise
 
    The folder is the one that NVIDIA ModelOpt would have written. Ctrl-C is heard by programs that return 1 from show(). */
 #define MOQ_QUANTIZE
@@ -68,7 +68,7 @@ int main(int argc, char **argv)
     q.calibrate = llm_calibrate;                     /* runs the model; only for recipes that need to see inputs */
     q.data = &samples;
     q.progress = show;
-    if (!read_rows(q.source, argc > 4 ? argv[4] : "prompts.txt", &samples, &err) || moq_quantize(&q, &err) != MOQ_OK) {
+    if (!read_rows(q.source, argc > 4 ? argv[4] : "../tests/data/demo-eval.jsonl", &samples, &err) || moq_quantize(&q, &err) != MOQ_OK) {
         puts(err.text);
         return 1;
     }

@@ -719,7 +719,7 @@ static int read_tokens(token_rows *t, const char *text)
         free(ids);
         return 0;
     }
-    if (!hash && !strstr(text, ".json")) return refuse("'%s' is neither token ids (1,2,3) nor a FILE.json nor FILE.json#KEY", text);
+    if (!hash && !strstr(text, ".json")) return refuse("'%s' is neither token ids (1,2,3) nor a file of them (FILE.json, FILE.json#KEY); text is read from .jsonl and .txt files where the verb takes it", text);
     if (hash) {
         char *path = join(text, "", "");
         int bad;
