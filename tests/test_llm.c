@@ -1,5 +1,6 @@
 /* test_llm.c - the engine of examples/llm.h: config.json, families against golden logits, sampling, conversations. */
 #include "test.h"
+#include <unistd.h>
 
 #include <pthread.h>
 #include <sys/stat.h>
@@ -866,6 +867,7 @@ static void check_head(const char *folder, const char *module, const char *sourc
     moq_error e;
     moq_linear w;
     size_t n = (size_t)TOKENS * VOCAB;
+    if (access(golden(folder), R_OK) != 0) { printf("skipped: the head of %s, which is not in this set\n", folder); test_state.skipped++; return; }
     float *stored = (float *)malloc(n * sizeof *stored), *narrow = (float *)malloc(n * sizeof *narrow);
     double distance[VOCAB], length = 0;
     llm_desc d = plain_desc();
