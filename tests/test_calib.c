@@ -1,45 +1,9 @@
 /* test_calib.c - calibration algorithms against recorded statistics, the observing backend, calibration runs, AutoQuantize's solver. */
 #define MOQ_QUANTIZE
 #include "test.h"
-
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
+#include "golden.h"
 
 #include <sys/stat.h>
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
-
-/* ---- golden files ---- */
-
-static const char *golden(const char *format, const char *name)
-{
-    static char text[8][1024];
-    static int turn;
-    int n;
-    turn = (turn + 1) & 7;
-    n = snprintf(text[turn], sizeof text[turn], "%s/", GOLDEN_DIR);
-    snprintf(text[turn] + n, sizeof text[turn] - (size_t)n, format, name);
-    return text[turn];
-}
-
-static int is_there(const char *path)
-{
-    FILE *f = fopen(path, "rb");
-    if (f) fclose(f);
-    return f != NULL;
-}
-
-static moq_json_doc *read_doc(const char *path)
-{
-    size_t n = 0;
-    moq_error err;
-    char *text = moq_read_file(path, 1 << 26, NULL, &n, &err);
-    moq_json_doc *doc = text ? moq_json_parse(text, n, MOQ_JSON_CONFIG, 0, "golden", NULL, &err) : NULL;
-    moq_release(NULL, text, n + 1);
-    return doc;
-}
 
 /* F32 values of a recorded tensor; NULL when it is not there. Free with free(). */
 static float *recorded(const moq_st *st, size_t *count, const char *format, const char *module)
@@ -56,37 +20,6 @@ static float *recorded(const moq_st *st, size_t *count, const char *format, cons
     if (v && !moq_to_f32(t->dtype, t->data, n, v)) { free(v); return NULL; }
     *count = n;
     return v;
-}
-
-/* The 16 calibration rows of 24 tokens, in 4 batches. */
-typedef struct golden_rows {
-    int32_t tokens[16][32];
-    const int32_t *rows[16];
-    int32_t lengths[16];
-    llm_samples samples;
-} golden_rows;
-
-static int load_rows(golden_rows *g, const char *source)
-{
-    moq_json_doc *doc = read_doc(golden("sources/%s/inputs.json", source));
-    const moq_json *list = doc ? moq_json_find(moq_json_root(doc), "calib") : NULL;
-    memset(g, 0, sizeof *g);
-    for (uint32_t i = 0; list && i < list->count && i < 16; i++) {
-        const moq_json *row = moq_json_at(list, i);
-        for (uint32_t j = 0; j < row->count && j < 32; j++) {
-            int64_t v = 0;
-            moq_json_int(moq_json_at(row, j), &v);
-            g->tokens[i][j] = (int32_t)v;
-        }
-        g->rows[i] = g->tokens[i];
-        g->lengths[i] = (int32_t)row->count;
-        g->samples.count++;
-    }
-    g->samples.rows = g->rows;
-    g->samples.lengths = g->lengths;
-    g->samples.batch = 4;
-    moq_json_destroy(doc);
-    return g->samples.count == 16;
 }
 
 static moq_checkpoint *open_source(const char *source)
@@ -274,7 +207,7 @@ static int score_case(const run_case *c, int f32, run_score *r)
     if (!is_there(golden("%s", folder)) || !is_there(golden("sources/%s/model.safetensors", c->source))) return 0;
     st = moq_st_open(golden("%s", folder), NULL, &err);
     ck = open_source(c->source);
-    CHECK(st && ck && load_rows(&g, c->source));
+    CHECK(st && ck && load_rows(&g, c->source, 16));
     memset(&d, 0, sizeof d);
     d.source = ck;
     d.recipe = c->recipe;
@@ -913,7 +846,7 @@ static void test_gptq_folder(void)
         snprintf(made, sizeof made, "%s", test_path("build/gptq-made"));
         snprintf(kept, sizeof kept, "%s", test_path("build/gptq-stats"));
         if (!is_there(golden("sources/%s/model.safetensors", cases[i][0]))) continue;
-        CHECK(load_rows(&g, cases[i][0]));
+        CHECK(load_rows(&g, cases[i][0], 16));
         memset(&d, 0, sizeof d);
         d.source = golden("sources/%s", cases[i][0]);
         d.target = target;
@@ -1101,7 +1034,7 @@ static void test_observe(void)
         if (!is_there(golden("%s", file))) continue;
         moq_checkpoint *ck = open_source(sources[i]);
         moq_backend *be = moq_cpu_backend(NULL, &err);
-        CHECK(ck && be && load_rows(&g, sources[i]));
+        CHECK(ck && be && load_rows(&g, sources[i], 16));
         size_t n = (size_t)logits_on(ck, be, &g, plain, sizeof plain / 4) * 48;
         if (n == 0) { printf("  %s: the engine does not run it yet\n", sources[i]); moq_backend_destroy(be); moq_close(ck); continue; }
         memset(&log, 0, sizeof log);
@@ -1172,7 +1105,7 @@ static void test_calibrate_misuse(void)
     moq_error err;
     moq_checkpoint *ck = open_source("llama");
     if (!ck) return;
-    CHECK(load_rows(&g, "llama"));
+    CHECK(load_rows(&g, "llama", 16));
     memset(&d, 0, sizeof d);
     d.source = ck;
     d.data = &g.samples;
@@ -1223,7 +1156,7 @@ static void test_calibrate_allocations(void)
     moq_error err;
     moq_checkpoint *ck = open_source("llama");
     if (!ck) return;
-    CHECK(load_rows(&g, "llama"));
+    CHECK(load_rows(&g, "llama", 16));
     g.samples.count = 1;
     g.lengths[0] = 3;
     for (size_t i = 0; i < sizeof recipes / sizeof recipes[0]; i++) {
@@ -1299,7 +1232,7 @@ static void test_calibrate_streams(void)
         moq_stats *s[4];
         if (!is_there(golden("sources/%s/model.safetensors", cases[i][0]))) continue;
         moq_checkpoint *ck = open_source(cases[i][0]);
-        CHECK(ck && load_rows(&g, cases[i][0]));
+        CHECK(ck && load_rows(&g, cases[i][0], 16));
         if (!ck) continue;
         g.lengths[1] = 7;
         g.lengths[15] = 1; /* rows need not be alike */

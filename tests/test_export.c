@@ -1,17 +1,11 @@
 /* Folders that moq_quantize writes against the folders that ModelOpt wrote from the same source and calibration. */
 #define MOQ_QUANTIZE
 #include "test.h"
-
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
+#include "golden.h"
 
 #include <dirent.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
 
 static const char *scratch(const char *name)
 {
@@ -25,21 +19,6 @@ static const char *scratch(const char *name)
     return text[turn];
 }
 
-/* Files of a folder, and the folder. */
-static void remove_dir(const char *path)
-{
-    char text[2400];
-    DIR *d = opendir(path);
-    if (!d) return;
-    for (struct dirent *e; (e = readdir(d)) != NULL; ) {
-        if (e->d_name[0] == '.') continue;
-        snprintf(text, sizeof text, "%s/%s", path, e->d_name);
-        unlink(text);
-    }
-    closedir(d);
-    rmdir(path);
-}
-
 static int count_entries(const char *path)
 {
     int n = 0;
@@ -50,20 +29,11 @@ static int count_entries(const char *path)
     return n;
 }
 
-static int is_there(const char *path) { return access(path, R_OK) == 0; }
-
 static moq_json_doc *parse_file(const char *dir, const char *name)
 {
     char path[2400];
-    size_t bytes;
-    moq_error err;
     snprintf(path, sizeof path, "%s/%s", dir, name);
-    char *text = moq_read_file(path, 1 << 20, NULL, &bytes, &err);
-    if (!text) return NULL;
-    moq_json_doc *doc = moq_json_parse(text, bytes, MOQ_JSON_CONFIG, 0, name, NULL, &err);
-    if (!doc) fprintf(stderr, "%s\n", err.text);
-    moq_release(NULL, text, bytes + 1);
-    return doc;
+    return read_doc(path);
 }
 
 /* Equal up to the order of keys and the producer's version. ModelOpt leaves a NUL and "backbone.pt_name_sentinel" in Nemotron-H's
@@ -231,36 +201,6 @@ static void test_export_golden(void)
 
 /* ---- from calibration tokens alone ---- */
 
-/* The 16 rows of 24 tokens that ModelOpt calibrated with, in 4 batches. */
-typedef struct token_set {
-    int32_t tokens[16][32], lengths[16];
-    const int32_t *rows[16];
-    llm_samples samples;
-} token_set;
-
-static int load_tokens(token_set *g, const char *source)
-{
-    moq_json_doc *doc = parse_file(source, "inputs.json");
-    const moq_json *list = doc ? moq_json_find(moq_json_root(doc), "calib") : NULL;
-    memset(g, 0, sizeof *g);
-    for (uint32_t i = 0; list && i < list->count && i < 16; i++) {
-        const moq_json *row = moq_json_at(list, i);
-        for (uint32_t j = 0; j < row->count && j < 32; j++) {
-            int64_t v = 0;
-            moq_json_int(moq_json_at(row, j), &v);
-            g->tokens[i][j] = (int32_t)v;
-        }
-        g->rows[i] = g->tokens[i];
-        g->lengths[i] = (int32_t)row->count;
-        g->samples.count++;
-    }
-    g->samples.rows = g->rows;
-    g->samples.lengths = g->lengths;
-    g->samples.batch = 4;
-    moq_json_destroy(doc);
-    return g->samples.count == 16;
-}
-
 /* Names and shapes of two safetensors files are the same. */
 static int same_names(const char *ours, const char *theirs)
 {
@@ -321,7 +261,7 @@ static double allowed(const char *name)
 static void tokens_case(const char *name, const char *recipe, const char *kv)
 {
     char source[1200], theirs[1300], target[1200], again[1200], saved[1300], a[1400], b[1400];
-    token_set g;
+    golden_rows g;
     moq_quantize_desc d;
     moq_error err;
     int scales, amaxes;
@@ -332,7 +272,7 @@ static void tokens_case(const char *name, const char *recipe, const char *kv)
     snprintf(theirs, sizeof theirs, "%s/modelopt/%s", GOLDEN_DIR, name);
     remove_dir(target);
     remove_dir(again);
-    CHECK(load_tokens(&g, source));
+    CHECK(load_rows(&g, strrchr(source, '/') + 1, 16));
     memset(&d, 0, sizeof d);
     d.source = source;
     d.target = target;
@@ -516,7 +456,7 @@ static int restore_records(const char *name, const char *recipe, rule_list *rule
     float *kept[128];
     int vectors = 0;
     size_t n = 0;
-    token_set g;
+    golden_rows g;
     moq_calibrate_desc d;
     moq_error err;
     snprintf(source, sizeof source, "%s/sources/%.*s", GOLDEN_DIR, (int)strcspn(name, "-"), name);
@@ -525,7 +465,7 @@ static int restore_records(const char *name, const char *recipe, rule_list *rule
     snprintf(text, sizeof text, "%s/modelopt/%s/model.safetensors", GOLDEN_DIR, name);
     moq_st *folder = moq_st_open(text, NULL, &err);
     moq_checkpoint *ck = moq_open(source, NULL, &err);
-    CHECK(records && folder && ck && load_tokens(&g, source));
+    CHECK(records && folder && ck && load_rows(&g, strrchr(source, '/') + 1, 16));
     memset(&d, 0, sizeof d);
     d.source = ck;
     d.recipe = recipe;

@@ -1,74 +1,11 @@
 /* test_gradient.c - the way back through a model against differences in float64, AutoQuantize's scores and folders against ModelOpt's. */
 #define MOQ_QUANTIZE
 #include "test.h"
-
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
+#include "golden.h"
 #include "reference.h"
 
-#include <dirent.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
-
-/* ---- golden files ---- */
-
-static const char *golden(const char *format, const char *name)
-{
-    static char text[8][1024];
-    static int turn;
-    turn = (turn + 1) & 7;
-    int n = snprintf(text[turn], sizeof text[turn], "%s/", GOLDEN_DIR);
-    snprintf(text[turn] + n, sizeof text[turn] - (size_t)n, format, name);
-    return text[turn];
-}
-
-static int is_there(const char *path) { return access(path, R_OK) == 0; }
-
-static moq_json_doc *read_doc(const char *path)
-{
-    size_t n = 0;
-    moq_error err;
-    char *text = moq_read_file(path, 1 << 26, NULL, &n, &err);
-    moq_json_doc *doc = text ? moq_json_parse(text, n, MOQ_JSON_CONFIG, 0, "golden", NULL, &err) : NULL;
-    moq_release(NULL, text, text ? n + 1 : 0);
-    return doc;
-}
-
-/* The 16 calibration rows of 24 tokens, in 4 batches. */
-typedef struct golden_rows {
-    int32_t tokens[16][32];
-    const int32_t *rows[16];
-    int32_t lengths[16];
-    llm_samples samples;
-} golden_rows;
-
-static int load_rows(golden_rows *g, const char *source, int32_t count)
-{
-    moq_json_doc *doc = read_doc(golden("sources/%s/inputs.json", source));
-    const moq_json *list = doc ? moq_json_find(moq_json_root(doc), "calib") : NULL;
-    memset(g, 0, sizeof *g);
-    for (uint32_t i = 0; list && i < list->count && i < (uint32_t)count; i++) {
-        const moq_json *row = moq_json_at(list, i);
-        for (uint32_t j = 0; j < row->count && j < 32; j++) {
-            int64_t v = 0;
-            moq_json_int(moq_json_at(row, j), &v);
-            g->tokens[i][j] = (int32_t)v;
-        }
-        g->rows[i] = g->tokens[i];
-        g->lengths[i] = (int32_t)row->count;
-        g->samples.count++;
-    }
-    g->samples.rows = g->rows;
-    g->samples.lengths = g->lengths;
-    g->samples.batch = 4;
-    g->samples.logits = 1;
-    moq_json_destroy(doc);
-    return g->samples.count == count;
-}
 
 /* ---- single steps against differences in float64 ---- */
 
@@ -444,6 +381,7 @@ static void test_gradient_families(void)
     for (size_t i = 0; i < sizeof sources / sizeof *sources; i++) {
         golden_rows g;
         if (!is_there(golden("sources/%s/model.safetensors", sources[i])) || !load_rows(&g, sources[i], 2)) { printf("  %s: not in this set\n", sources[i]); continue; }
+        g.samples.logits = 1;
         check_family(sources[i], golden("sources/%s", sources[i]), &g);
         families++;
     }
@@ -452,20 +390,6 @@ static void test_gradient_families(void)
 }
 
 /* ---- AutoQuantize against ModelOpt ---- */
-
-static void remove_dir(const char *path)
-{
-    char text[2400];
-    DIR *d = opendir(path);
-    if (!d) return;
-    for (struct dirent *e; (e = readdir(d)) != NULL;) {
-        if (e->d_name[0] == '.') continue;
-        snprintf(text, sizeof text, "%s/%s", path, e->d_name);
-        unlink(text);
-    }
-    closedir(d);
-    rmdir(path);
-}
 
 /* Bytes of all tensors that differ, in percent; 100 when the lists differ. */
 static double folder_difference(const char *ours, const char *theirs)
@@ -511,6 +435,7 @@ static void run_auto(const auto_case *c, int f32)
     int same = 1, awq = strstr(c->name, "awq") != NULL;
     snprintf(source, sizeof source, "%.*s", (int)strcspn(c->name, "-"), c->name);
     if (!is_there(golden("modelopt/%s/search.json", c->name)) || !is_there(golden("sources/%s/model.safetensors", source)) || !load_rows(&g, source, 16)) { printf("  %s: not in this set\n", c->name); return; }
+    g.samples.logits = 1;
     moq_json_doc *doc = read_doc(golden("modelopt/%s/search.json", c->name));
     const moq_json *root = moq_json_root(doc);
     snprintf(target, sizeof target, "%s", test_path("build/auto-out"));
@@ -604,6 +529,7 @@ static void test_auto_misuse(void)
     moq_error err;
     int calls = 0;
     if (!load_rows(&g, "llama", 4)) { test_state.skipped++; return; }
+    g.samples.logits = 1;
     memset(&d, 0, sizeof d);
     d.source = golden("sources/%s", "llama");
     d.threads = 1;
@@ -643,6 +569,7 @@ static void test_auto_allocations(void)
     moq_error err;
     long step = 1, total = 0;
     if (!load_rows(&g, "llama", 1)) { test_state.skipped++; return; }
+    g.samples.logits = 1;
     g.lengths[0] = 5;
     for (int method = 0; method < 2; method++)
         for (long k = 1, done = 0; !done; k += step) {

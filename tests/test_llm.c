@@ -1,29 +1,11 @@
 /* test_llm.c - the engine of examples/llm.h: config.json, families against golden logits, sampling, conversations. */
 #include "test.h"
-#include <unistd.h>
 
 #include <pthread.h>
 #include <sys/stat.h>
 
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
+#include "golden.h"
 #include "reference.h"
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
-#define DEMO_DIR TEST_DIR "/../examples/demo-model"
-
-/* ---- small helpers ---- */
-
-static const char *golden(const char *tail)
-{
-    static char text[4][1024];
-    static int turn;
-    turn = (turn + 1) & 3;
-    snprintf(text[turn], sizeof text[turn], "%s/%s", GOLDEN_DIR, tail);
-    return text[turn];
-}
 
 static llm_desc plain_desc(void)
 {
@@ -45,49 +27,7 @@ static void keep_finding(void *user, moq_log_level level, moq_result code, const
     snprintf(found_text + n, sizeof found_text - n, "%s\n", text);
 }
 
-/* Relative rms of a - b against b. */
-static double relative_rms(const float *a, const float *b, size_t n)
-{
-    double d = 0, s = 0;
-    for (size_t i = 0; i < n; i++) {
-        double e = (double)a[i] - (double)b[i];
-        d += e * e;
-        s += (double)b[i] * (double)b[i];
-    }
-    return s > 0 && d == d ? sqrt(d / s) : d == 0 ? 0 : 1e30;
-}
-
-static int compare_double(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
 /* ---- golden logits ---- */
-
-enum { TOKENS = 24, VOCAB = 256 };
-
-static int read_eval(const char *source, int32_t ids[2][TOKENS])
-{
-    char path[256];
-    size_t bytes;
-    moq_error e;
-    moq_json_doc *doc;
-    snprintf(path, sizeof path, "sources/%s/inputs.json", source);
-    char *text = moq_read_file(golden(path), 1 << 20, NULL, &bytes, &e);
-    if (!text) return 0;
-    doc = moq_json_parse(text, bytes, MOQ_JSON_STRICT, 0, "inputs.json", NULL, &e);
-    const moq_json *rows = moq_json_find(moq_json_root(doc), "eval");
-    for (size_t r = 0; r < 2; r++)
-        for (size_t i = 0; i < TOKENS; i++) {
-            int64_t v = -1;
-            moq_json_int(moq_json_at(moq_json_at(rows, r), i), &v);
-            ids[r][i] = (int32_t)v;
-        }
-    moq_json_destroy(doc);
-    moq_release(NULL, text, bytes + 1);
-    return 1;
-}
 
 /* One key of logits.safetensors: wide is continuous, the stored ones compare by the median over tokens. */
 static void check_logits(const char *dir, const moq_tensor *want, moq_act act, const char *kv, int32_t ids[2][TOKENS])
@@ -134,7 +74,7 @@ static void check_case(const char *group, const char *name)
     snprintf(file, sizeof file, "%s/logits.safetensors", dir);
     if (!known || (strcmp(group, "sources") == 0 && !moqi_file_exists(file))) return; /* the subset has only the inputs of some sources */
     moq_st *st = moq_st_open(file, NULL, &e);
-    CHECK(st != NULL && read_eval(source, ids));
+    CHECK(st != NULL && read_eval(golden("sources/%s/inputs.json", source), ids));
     if (st) {
         const moq_tensor *wide = moq_st_find(st, "wide"), *stored = moq_st_find(st, "as_stored"), *kv = moq_st_find(st, "as_stored_kv");
         int kv_in_stored = strcmp(name, "llama-fp8-kv") == 0; /* golden README: this case rounds K and V in as_stored */
@@ -789,7 +729,7 @@ static void check_chunks(const char *folder, const char *source)
     moq_error e;
     size_t n = (size_t)TOKENS * VOCAB;
     float *whole = (float *)malloc(n * sizeof *whole), *parts = (float *)malloc(n * sizeof *parts), last[VOCAB];
-    CHECK(read_eval(source, ids));
+    CHECK(read_eval(golden("sources/%s/inputs.json", source), ids));
     for (int32_t chunk = 0; chunk <= 7; chunk += 7) {
         llm_desc d = plain_desc();
         d.path = golden(folder);
@@ -871,7 +811,7 @@ static void check_head(const char *folder, const char *module, const char *sourc
     float *stored = (float *)malloc(n * sizeof *stored), *narrow = (float *)malloc(n * sizeof *narrow);
     double distance[VOCAB], length = 0;
     llm_desc d = plain_desc();
-    CHECK(read_eval(source, ids));
+    CHECK(read_eval(golden("sources/%s/inputs.json", source), ids));
     d.path = golden(folder);
     d.act = MOQ_ACT_WIDE;
     d.head = "stored";
@@ -977,7 +917,7 @@ static void test_llm_narrow_experts(void)
     mkdir(TEST_DIR "/build", 0777);
     mkdir(TEST_DIR "/build/tmp", 0777);
     mkdir(dir, 0777);
-    CHECK(write_narrow(dir) && read_eval("nemotron_h", ids));
+    CHECK(write_narrow(dir) && read_eval(golden("sources/nemotron_h/inputs.json"), ids));
     for (int i = 0; i < 2; i++) {
         llm_desc d = plain_desc();
         d.path = i ? dir : golden("sources/nemotron_h");

@@ -5,13 +5,7 @@
 #include <pthread.h>
 #include <time.h>
 
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
-#define DEMO_DIR TEST_DIR "/../examples/demo-model"
+#include "golden.h"
 
 static const char scene[] = "green charger at hallway coat rack; red pillow at hallway coat rack; yellow book at bedroom drawer; red towel at kitchen sink; "
                             "blue umbrella at kitchen sink; Juno at kitchen counter; robot at bathroom washer";
@@ -26,15 +20,6 @@ static llm_desc demo_desc(void)
     d.threads = 1;
     d.context = 512;
     return d;
-}
-
-static llm *open_or_say(const llm_desc *d)
-{
-    moq_error e;
-    llm *m = llm_open(d, &e);
-    if (!m) fprintf(stderr, "%s\n", e.text);
-    CHECK(m != NULL);
-    return m;
 }
 
 static void ask(llm *m, int i)
@@ -289,12 +274,6 @@ static void test_draft(void)
 }
 
 /* ---- time ---- */
-
-static int compare_double(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
 
 /* Processor time of this thread: what other programs take away from it does not count. */
 static double own_seconds(void)

@@ -4,13 +4,7 @@
 #include <math.h>
 #include <unistd.h>
 
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
-#define DEMO_DIR TEST_DIR "/../examples/demo-model"
+#include "golden.h"
 
 static const char *const scenes[] = {
     "green umbrella at hallway bench; green plate at bedroom drawer; green spoon at kitchen fridge; Chen at hallway coat rack; robot at garage toolbox",
@@ -30,15 +24,6 @@ static llm_desc demo_desc(void)
     d.act = MOQ_ACT_WIDE; /* what is compared here was computed with other numbers of rows */
     d.context = 512;
     return d;
-}
-
-static llm *open_or_say(const llm_desc *d)
-{
-    moq_error e;
-    llm *m = llm_open(d, &e);
-    if (!m) fprintf(stderr, "%s\n", e.text);
-    CHECK(m != NULL);
-    return m;
 }
 
 static void ask(llm *m, int i)
@@ -76,18 +61,6 @@ static void answer_alone(const llm_desc *d)
 /* ---- batches ---- */
 
 static double worst_relative; /* of all folders */
-
-/* |a - b| against |b|, as root mean squares. */
-static double relative_rms(const float *a, const float *b, size_t n)
-{
-    double d = 0, s = 0;
-    for (size_t i = 0; i < n; i++) {
-        double v = (double)a[i] - (double)b[i];
-        d += v * v;
-        s += (double)b[i] * (double)b[i];
-    }
-    return s > 0 ? sqrt(d / s) : d > 0 ? 1e30 : 0;
-}
 
 /* Four sequences whose rows share every pass give the logits that each gives alone. Kernels for one row and for many may add in another
    order, so equality is one of rounding; inputs and cache are kept wide, because rounded ones would jump where the order crosses an edge.

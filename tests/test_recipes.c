@@ -1,42 +1,9 @@
 /* test_recipes.c - every recipe of the table, from tokens to a folder that opens and computes; SVDQuant against ModelOpt's factors. */
 #define MOQ_QUANTIZE
 #include "test.h"
+#include "golden.h"
 
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
-
-#include <dirent.h>
 #include <unistd.h>
-
-#ifndef GOLDEN_DIR
-#define GOLDEN_DIR TEST_DIR "/data/golden"
-#endif
-
-static const char *golden(const char *format, const char *name)
-{
-    static char text[8][1024];
-    static int turn;
-    turn = (turn + 1) & 7;
-    int n = snprintf(text[turn], sizeof text[turn], "%s/", GOLDEN_DIR);
-    snprintf(text[turn] + n, sizeof text[turn] - (size_t)n, format, name);
-    return text[turn];
-}
-
-static int is_there(const char *path) { return access(path, R_OK) == 0; }
-
-static void remove_dir(const char *path)
-{
-    char text[2400];
-    DIR *d = opendir(path);
-    if (!d) return;
-    for (struct dirent *e; (e = readdir(d)) != NULL;) {
-        if (e->d_name[0] == '.') continue;
-        snprintf(text, sizeof text, "%s/%s", path, e->d_name);
-        unlink(text);
-    }
-    closedir(d);
-    rmdir(path);
-}
 
 /* Rows of random tokens of every word: what is measured here needs no particular text. */
 typedef struct token_set { int32_t tokens[8][24]; const int32_t *rows[8]; int32_t lengths[8]; llm_samples samples; } token_set;

@@ -2,46 +2,11 @@
    as a graph; the median of 9. nrmse: the root of the mean squared error of 64 rows of W against float64, over the root of the mean square.
        bench [form [rows x cols]]     e.g. bench nvfp4 4096x4096 */
 #include "../../modelopt_q.h"
-
-#include <cuda_runtime.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include "measure.h"
 
 enum { TURNS = 9, MOST_COPIES = 64, SAMPLES = 64 };
 
 static moq_backend *be;
-static moq_error err;
-
-static void check(int fine, const char *what)
-{
-    if (fine) return;
-    fprintf(stderr, "%s: %s\n", what, err.text);
-    exit(2);
-}
-
-static void cuda(cudaError_t e) { if (e != cudaSuccess) { fprintf(stderr, "%s\n", cudaGetErrorString(e)); exit(2); } }
-
-static uint64_t state = 88172645463325252ull;
-static uint64_t next_random(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-}
-
-static int compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double median(double *t, int n)
-{
-    qsort(t, (size_t)n, sizeof *t, compare);
-    return t[n / 2];
-}
 
 /* ---- the plain read ---- */
 

@@ -8,34 +8,12 @@
 #include "../../modelopt_q.h"
 extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
 #endif
+#include "measure.h"
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-static moq_error err;
 static int passed, failed;
-
-static void check(int fine, const char *what)
-{
-    if (fine) return;
-    fprintf(stderr, "%s: %s\n", what, err.text);
-    exit(2);
-}
-
-static void cuda(cudaError_t e) { if (e != cudaSuccess) { fprintf(stderr, "%s\n", cudaGetErrorString(e)); exit(2); } }
-
-static uint64_t state = 88172645463325252ull;
-static uint64_t next_random(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-}
 
 static float random_normal(void)
 {
@@ -351,12 +329,6 @@ static void test_all(const char *only, const char *kernel)
 
 enum { TURNS = 7, MOST = 64 };
 
-static int compare_double(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
 /* Microseconds of one of the calls of a graph. */
 static double time_replay(cudaGraphExec_t g, cudaStream_t stream, int calls)
 {
@@ -375,10 +347,9 @@ static double time_replay(cudaGraphExec_t g, cudaStream_t stream, int calls)
         if (i >= 0) t[i] = (double)ms * 1e3 / calls / repeat;
         if (i == -2) repeat = ms > 3 ? 1 : (int)(3 / (double)ms) + 1;
     }
-    qsort(t, TURNS, sizeof *t, compare_double);
     cudaEventDestroy(a);
     cudaEventDestroy(b);
-    return t[TURNS / 2];
+    return median(t, TURNS);
 }
 
 typedef struct bench {
@@ -411,8 +382,7 @@ static double time_ours(bench *b, int m)
         if (i == -2) repeat = one > 3000 ? 1 : (int)(3000 / one) + 1;
     }
     be->release_graph(be, g);
-    qsort(t, TURNS, sizeof *t, compare_double);
-    return t[TURNS / 2];
+    return median(t, TURNS);
 }
 
 static double time_blas(bench *b, int m)

@@ -1,17 +1,15 @@
 /* Golden logits and the demo model's answers through the CUDA backend.
    MOQ_GOLDEN: a folder with all golden checkpoints instead of the subset in tests/data/golden. MOQ_DATA: tests/data, for a program that moved. */
 #include "../test.h"
-
-#define LLM_IMPLEMENTATION
-#include "../../examples/llm.h"
+#include "../golden.h"
 
 static const char *data_path(const char *tail)
 {
     static char text[4][1024];
     static int turn;
-    const char *golden = getenv("MOQ_GOLDEN"), *data = getenv("MOQ_DATA");
+    const char *set = getenv("MOQ_GOLDEN"), *data = getenv("MOQ_DATA");
     turn = (turn + 1) & 3;
-    if (golden && strncmp(tail, "golden/", 7) == 0) snprintf(text[turn], sizeof text[turn], "%s/%s", golden, tail + 7);
+    if (set && strncmp(tail, "golden/", 7) == 0) snprintf(text[turn], sizeof text[turn], "%s/%s", set, tail + 7);
     else if (data) snprintf(text[turn], sizeof text[turn], "%s/%s", data, tail);
     else snprintf(text[turn], sizeof text[turn], "%s/../data/%s", TEST_DIR, tail);
     return text[turn];
@@ -28,47 +26,7 @@ static moq_backend *cuda_backend(moq_act act)
     return be;
 }
 
-static double relative_rms(const float *a, const float *b, size_t n)
-{
-    double d = 0, s = 0;
-    for (size_t i = 0; i < n; i++) {
-        double e = (double)a[i] - (double)b[i];
-        d += e * e;
-        s += (double)b[i] * (double)b[i];
-    }
-    return s > 0 && d == d ? sqrt(d / s) : d == 0 ? 0 : 1e30;
-}
-
-static int compare_double(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
 /* ---- golden logits ---- */
-
-enum { TOKENS = 24, VOCAB = 256 };
-
-static int read_eval(const char *source, int32_t ids[2][TOKENS])
-{
-    char path[256];
-    size_t bytes;
-    moq_error e;
-    snprintf(path, sizeof path, "golden/sources/%s/inputs.json", source);
-    char *text = moq_read_file(data_path(path), 1 << 20, NULL, &bytes, &e);
-    if (!text) return 0;
-    moq_json_doc *doc = moq_json_parse(text, bytes, MOQ_JSON_STRICT, 0, "inputs.json", NULL, &e);
-    const moq_json *rows = moq_json_find(moq_json_root(doc), "eval");
-    for (size_t r = 0; r < 2; r++)
-        for (size_t i = 0; i < TOKENS; i++) {
-            int64_t v = -1;
-            moq_json_int(moq_json_at(moq_json_at(rows, r), i), &v);
-            ids[r][i] = (int32_t)v;
-        }
-    moq_json_destroy(doc);
-    moq_release(NULL, text, bytes + 1);
-    return 1;
-}
 
 /* One key of logits.safetensors, whole rows at once and token by token: wide is continuous, the stored ones compare by the median over tokens. */
 static void check_logits(const char *dir, const moq_tensor *want, moq_act act, const char *kv, int32_t ids[2][TOKENS])
@@ -110,7 +68,7 @@ static int golden_cases;
 
 static void check_case(const char *group, const char *name)
 {
-    char tail[300], dir[512], file[600], source[64];
+    char tail[300], dir[512], file[600], source[64], inputs[512];
     int32_t ids[2][TOKENS];
     moq_error e;
     int known = 0;
@@ -120,8 +78,10 @@ static void check_case(const char *group, const char *name)
     snprintf(dir, sizeof dir, "%s", data_path(tail));
     snprintf(file, sizeof file, "%s/logits.safetensors", dir);
     if (!known || (strcmp(group, "sources") == 0 && !moqi_file_exists(file))) return; /* the subset has only the inputs of some sources */
+    snprintf(tail, sizeof tail, "golden/sources/%s/inputs.json", source);
+    snprintf(inputs, sizeof inputs, "%s", data_path(tail));
     moq_st *st = moq_st_open(file, NULL, &e);
-    CHECK(st != NULL && read_eval(source, ids));
+    CHECK(st != NULL && read_eval(inputs, ids));
     if (st) {
         const moq_tensor *wide = moq_st_find(st, "wide"), *stored = moq_st_find(st, "as_stored"), *kv = moq_st_find(st, "as_stored_kv");
         int kv_in_stored = strcmp(name, "llama-fp8-kv") == 0; /* this case rounds K and V in as_stored */
