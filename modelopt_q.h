@@ -24657,7 +24657,6 @@ static moq_result moqi_auto_pass(moqi_auto *x, moq_backend *cpu, moq_error *err)
     if (!t) return err->code;
     moq_json_float(moq_json_find(moq_get_config(x->ck), "final_logit_softcapping"), &t->cap);
     moq_result r = x->desc->forward(x->desc->data, x->ck, &t->w->be, err);
-    moq_end_batch(&t->w->be);
     if (r >= 0) r = moqi_tape_sync(&t->w->be, err);
     moqi_tape_destroy(t);
     return r;

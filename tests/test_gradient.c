@@ -521,6 +521,25 @@ static int stop_at_once(void *user, moq_stage stage, uint64_t done, uint64_t tot
     return 1;
 }
 
+/* A forward pass that does not say where its batches end. */
+static moq_result run_no_batch(void *data, const moq_checkpoint *source, moq_backend *watch, moq_error *err)
+{
+    const llm_samples *s = (const llm_samples *)data;
+    moq_error e;
+    llm_desc d;
+    memset(&d, 0, sizeof d);
+    (void)source;
+    d.path = golden("sources/llama");
+    d.kv = "wide";
+    d.no_tokenizer = 1;
+    d.backend = watch;
+    llm *m = llm_open(&d, &e);
+    static float logits[TOKENS * VOCAB];
+    moq_result r = m ? llm_forward(m, 0, s->rows[0], TOKENS, 0, logits, NULL, err) : MOQ_E_STATE;
+    llm_close(m);
+    return r;
+}
+
 static void test_auto_misuse(void)
 {
     static const char *const two[] = {"nvfp4", "fp8"}, *const bad[] = {"nvfp5"}, *const svd[] = {"nvfp4_svdquant"};
@@ -554,6 +573,10 @@ static void test_auto_misuse(void)
     d.recipes = two;
     d.recipe_count = 0;
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_ARG);
+    d.recipe_count = 2;
+    d.forward = run_no_batch;
+    CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "moq_end_batch"));
+    d.forward = llm_calibrate;
     d.recipe_count = 2;
     d.progress = stop_at_once;
     d.progress_user = &calls;
