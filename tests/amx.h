@@ -111,7 +111,7 @@ static int amx_step(ucontext_t *c)
     } else {
         return 0;
     }
-    amx_count++;
+    __atomic_fetch_add(&amx_count, 1, __ATOMIC_RELAXED);
     c->uc_mcontext.gregs[REG_RIP] = (greg_t)(uintptr_t)p;
     return 1;
 }

@@ -14,7 +14,7 @@ step() {
 }
 # shellcheck disable=SC2086
 step make -s -j2 CC=gcc BUILD=build/gcc programs $golden
-# What comes next is compiled on one core while tests run on the other. A leg waits for its programs.
+# What comes next is compiled on one core while tests run on the other, and the threads are watched there. A leg waits for its programs.
 later() { # NAME COMMAND...
     name=$1
     shift
@@ -25,6 +25,7 @@ clang_flags="-O1 -DMOQ_STATIC"
 {
     later clang make -s CC=clang BUILD=build/clang CFLAGS="$clang_flags" programs
     later sanitizers make -s CC=gcc sanitize-programs
+    later threads make -s CC=gcc sanitize-threads
     later nvcc make -s cuda-compile
 } &
 built() {
@@ -36,8 +37,9 @@ step make -s CC=gcc BUILD=build/gcc $golden
 built clang
 step make -s CC=clang BUILD=build/clang CFLAGS="$clang_flags" test
 built sanitizers
-step make -s CC=gcc sanitize
+step make -s CC=gcc sanitize-memory
 step make -s -C ../examples check
+built threads
 built nvcc
 grep -qE '\*\*\* |Error [0-9]' "$log" && status=1
 p=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | awk '{n += $1} END {print n + 0}')
