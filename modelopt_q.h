@@ -94,6 +94,7 @@
                          >>lowrank      singular vectors of a matrix, for SVDQuant
                          >>recipe       which modules a recipe covers, recorded calibration, groups, smoothing
                          >>plan         the weights that a plan encodes, the scales that they share
+                         >>simulate     products on all workers; weights and inputs as a format would hold them
        >>api-calib       >>calib        calibration algorithms over float arrays
                          >>observe      a backend that shows what goes through another one
                          >>tape         what an engine asks of a backend, kept and done again
@@ -1101,7 +1102,8 @@ typedef const moq_recipe *(*moq_choose_fn)(void *user, const char *module);
 typedef enum moq_judge {
     MOQ_JUDGE_AUTO = 0, /* EXACT for up to 4096 tokens, then GRAM */
     MOQ_JUDGE_EXACT,    /* by the layer's outputs, rounded to BF16 step by step as ModelOpt does; time grows with the tokens */
-    MOQ_JUDGE_GRAM      /* by sums of x^T x: the same loss without those roundings; memory cols^2 for each input */
+    MOQ_JUDGE_GRAM      /* by sums of x^T x: the same loss without those roundings, in one pass of the model instead of two; memory
+                           2 cols^2 for each input of the layers that run together */
 } moq_judge;
 
 typedef struct moq_calibrate_desc {
@@ -5687,6 +5689,7 @@ static const moq_recipe moqi_recipes[] = {
     {"nvfp4_omlp_only", "NVFP4_OMLP_ONLY_CFG", "NVFP4", "o_proj, mlp, experts", "max", MOQI_S_NVFP4},
     {"nvfp4_experts_only", "NVFP4_EXPERTS_ONLY_CFG", "NVFP4", "experts", "max", MOQI_S_NVFP4},
     {"nvfp4_experts_only_mse", "general/ptq/nvfp4_experts_only_mse-kv_fp8_cast", "NVFP4", "experts", "mse fp8_scale_sweep", MOQI_S_NVFP4},
+    {"nvfp4_experts_only_input_scale1", "general/ptq/nvfp4_experts_only_input_scale1-kv_fp8_cast", "NVFP4", "experts", "constant_amax 2688", MOQI_S_NVFP4},
     {"nvfp4_fp8_mha", "NVFP4_FP8_MHA_CONFIG", "NVFP4", "all linears, fp8 attention", "max", MOQI_S_NVFP4},
     {"mxfp4", "MXFP4_DEFAULT_CFG", "mxfp4", MOQI_ALL_LINEARS, "none", MOQI_S_MX(MOQ_F4)},
     {"mxfp4_mlp_weight_only", "MXFP4_MLP_WEIGHT_ONLY_CFG", "mxfp4", "mlp, experts", "none", MOQI_S_MXFP4_WO},
@@ -15673,6 +15676,27 @@ static uint32_t moqi_mx_e2m1_code(float t)
     return (uint32_t)(code | (-(b < 1) & 8));
 }
 
+/* E3M2 and E2M3, ties to even, sign kept. Below 1/4 the unit of E3M2 is 2^-4, below 1 that of E2M3 is 2^-3. */
+static uint32_t moqi_e3m2_code(float v)
+{
+    int32_t b = (int32_t)moqi_f32_bits(v), a = b & 0x7fffffff;
+    int32_t normal = (int32_t)(((uint32_t)a + 0xfffffu + ((uint32_t)a >> 21 & 1u)) >> 21) - (124 << 2);
+    int32_t tiny = (int32_t)moqi_f32_bits(moqi_bits_f32((uint32_t)a) + 524288.0f) - 0x49000000;
+    int32_t small = -(a < 0x3e800000), code = (tiny & small) | (normal & ~small);
+    code = code > 31 ? 31 : code;
+    return (uint32_t)(code | (b >> 26 & 32));
+}
+
+static uint32_t moqi_e2m3_code(float v)
+{
+    int32_t b = (int32_t)moqi_f32_bits(v), a = b & 0x7fffffff;
+    int32_t normal = (int32_t)(((uint32_t)a + 0x7ffffu + ((uint32_t)a >> 20 & 1u)) >> 20) - (126 << 3);
+    int32_t tiny = (int32_t)moqi_f32_bits(moqi_bits_f32((uint32_t)a) + 1048576.0f) - 0x49800000;
+    int32_t small = -(a < 0x3f800000), code = (tiny & small) | (normal & ~small);
+    code = code > 31 ? 31 : code;
+    return (uint32_t)(code | (b >> 26 & 32));
+}
+
 /* Nearest integer, ties to even, clamped to [-bound - 1, bound]; |v| < 2^22. */
 static int32_t moqi_int_code(float v, int32_t bound)
 {
@@ -15726,6 +15750,8 @@ static int32_t moqi_int_code(float v, int32_t bound)
 MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_e2m1, moqi_e2m1_code(t))
 MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_mx_e2m1, moqi_mx_e2m1_code(t))
 MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_e4m3, moqi_e4m3_code(t))
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_e3m2, moqi_e3m2_code(t))
+MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_e2m3, moqi_e2m3_code(t))
 MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_int8, moqi_int_code(t, 127))
 MOQI_THRICE(MOQI_CODE_LOOP, moqi_codes_int4, moqi_int_code(t, 7) & 15)
 
@@ -15820,13 +15846,22 @@ static uint16_t moqi_top_u16(int level, const uint8_t *in, int64_t n)
 #pragma GCC pop_options
 #endif
 
-enum { MOQI_CODES_E2M1, MOQI_CODES_MX_E2M1, MOQI_CODES_E4M3, MOQI_CODES_INT8, MOQI_CODES_INT4 };
+/* Loops that may run here: 0 plain, 1 AVX2, 2 AVX-512. */
+static int moqi_vector_level(void)
+{
+    uint32_t flags = moqi_cpu_flags();
+    return flags & (uint32_t)MOQI_CPU_AVX512 ? 2 : flags & (uint32_t)MOQI_CPU_AVX2 ? 1 : 0;
+}
+
+enum { MOQI_CODES_E2M1, MOQI_CODES_MX_E2M1, MOQI_CODES_E4M3, MOQI_CODES_E3M2, MOQI_CODES_E2M3, MOQI_CODES_INT8, MOQI_CODES_INT4 };
 
 static void moqi_codes(int level, int kind, const float *x, const float *step, int64_t n, int64_t g, uint8_t *q)
 {
     switch (kind) {
     case MOQI_CODES_E2M1: MOQI_CALL(level, moqi_codes_e2m1, (x, step, n, g, q)); return;
     case MOQI_CODES_MX_E2M1: MOQI_CALL(level, moqi_codes_mx_e2m1, (x, step, n, g, q)); return;
+    case MOQI_CODES_E3M2: MOQI_CALL(level, moqi_codes_e3m2, (x, step, n, g, q)); return;
+    case MOQI_CODES_E2M3: MOQI_CALL(level, moqi_codes_e2m3, (x, step, n, g, q)); return;
     case MOQI_CODES_INT8: MOQI_CALL(level, moqi_codes_int8, (x, step, n, g, q)); return;
     case MOQI_CODES_INT4: MOQI_CALL(level, moqi_codes_int4, (x, step, n, g, q)); return;
     default: MOQI_CALL(level, moqi_codes_e4m3, (x, step, n, g, q)); return;
@@ -16024,41 +16059,36 @@ static uint8_t moqi_mx_scale(float amax, float bound)
     return (uint8_t)(e > 254 ? 254 : e);
 }
 
-/* Code of a value already divided by its scale, for the element types of MX. */
-static uint32_t moqi_mx_code(moq_dtype elem, float v)
+/* 8 codes of 6 bits to 6 bytes, low bits first. */
+static void moqi_pack_eight(const uint8_t *q, uint8_t *out)
 {
-    switch ((int)elem) {
-    case MOQ_F4: return moqi_mx_e2m1_code(v);
-    case MOQ_F8_E4M3: return moqi_e4m3_code(v);
-    case MOQ_F6_E2M3: return moq_e2m3_encode(v);
-    case MOQ_F6_E3M2: return moq_e3m2_encode(v);
-    default: { /* integers, symmetric */
-        int32_t q = moqi_int_code(v, 127);
-        return (uint32_t)(q < -127 ? -127 : q) & 255u;
-    }
-    }
+    uint64_t v = moqi_get_u64(q);
+    v = (v & 0x003f003f003f003fu) | (v >> 2 & 0x0fc00fc00fc00fc0u);
+    v = (v & 0x00000fff00000fffu) | (v >> 4 & 0x00fff00000fff000u);
+    v = (v & 0x0000000000ffffffu) | (v >> 8 & 0x0000ffffff000000u);
+    for (int k = 0; k < 6; k++) out[k] = (uint8_t)(v >> (8 * k));
 }
 
-/* One row whose steps stand behind it: x [cols], [grid_cols]. */
+static void moqi_pack_sixes(const uint8_t *q, int64_t n, uint8_t *out)
+{
+    uint8_t last[8] = {0}, bytes[6];
+    for (; n >= 8; n -= 8, q += 8, out += 6) moqi_pack_eight(q, out);
+    memcpy(last, q, (size_t)n);
+    moqi_pack_eight(last, bytes);
+    memcpy(out, bytes, (size_t)((n * 6 + 7) / 8));
+}
+
+/* One row whose steps stand behind it: x [cols], [grid_cols]. INT8: |x| <= 127 steps, so -128 cannot come out. */
 static void moqi_mx_codes(const moqi_encoder *e, float *x, uint8_t *out)
 {
     moq_dtype elem = e->d->scheme.weight.elem;
-    int64_t cols = e->d->cols, bits = moq_dtype_bits(elem);
-    uint8_t *q = (uint8_t *)(x + 2 * cols);
-    int64_t g = e->group_cols;
-    if (elem == MOQ_F8_E4M3) { moqi_codes(e->level, MOQI_CODES_E4M3, x, x + cols, cols, g, out); return; }
-    if (elem == MOQ_I8) { moqi_codes(e->level, MOQI_CODES_INT8, x, x + cols, cols, g, out); return; } /* |x| <= 127 steps: -128 cannot come out */
-    if (elem == MOQ_F4) {
-        moqi_codes(e->level, MOQI_CODES_MX_E2M1, x, x + cols, cols, g, q);
-        moqi_pack_nibbles(e->level, q, cols, out);
-        return;
-    }
-    memset(out, 0, (size_t)(cols * bits / 8));
-    for (int64_t c = 0; c < cols; c++) { /* any width, low bits first */
-        uint32_t code = moqi_mx_code(elem, x[c] / x[cols + c / g]) << (c * bits % 8);
-        out[c * bits / 8] = (uint8_t)(out[c * bits / 8] | (code & 255u));
-        if (code >> 8) out[c * bits / 8 + 1] = (uint8_t)(code >> 8);
-    }
+    int64_t cols = e->d->cols;
+    int bits = moq_dtype_bits(elem), kind = elem == MOQ_F8_E4M3 ? MOQI_CODES_E4M3 : elem == MOQ_I8 ? MOQI_CODES_INT8 : elem == MOQ_F4 ? MOQI_CODES_MX_E2M1 :
+                                            elem == MOQ_F6_E3M2 ? MOQI_CODES_E3M2 : MOQI_CODES_E2M3;
+    uint8_t *q = bits == 8 ? out : (uint8_t *)(x + 2 * cols);
+    moqi_codes(e->level, kind, x, x + cols, cols, e->group_cols, q);
+    if (bits == 4) moqi_pack_nibbles(e->level, q, cols, out);
+    if (bits == 6) moqi_pack_sixes(q, cols, out);
 }
 
 static uint32_t moqi_rows_mx(const moqi_encoder *e, int64_t first, int64_t last, float *x)
@@ -16260,8 +16290,7 @@ static moq_result moqi_encoder_make(moqi_encoder *e, const moq_encode_desc *d, m
     char format[64];
     memset(e, 0, sizeof *e);
     e->d = d;
-    uint32_t flags = moqi_cpu_flags();
-    e->level = flags & (uint32_t)MOQI_CPU_AVX512 ? 2 : flags & (uint32_t)MOQI_CPU_AVX2 ? 1 : 0;
+    e->level = moqi_vector_level();
     if (d->rows <= 0 || d->cols <= 0 || (d->dtype != MOQ_F32 && d->dtype != MOQ_BF16 && d->dtype != MOQ_F16))
         return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "layer", d->name ? d->name : "", -1), "the source must be a matrix of F32, BF16 or F16");
     for (size_t i = 0; i < MOQI_COUNT(moqi_encoders); i++) {
@@ -16508,6 +16537,7 @@ static const moqi_coverage moqi_coverages[] = {
     {"nvfp4_omlp_only", {"*o_proj*", "*mlp*", "*.mixer.up_proj*", "*.mixer.down_proj*", "*block_sparse_moe*", NULL}, {NULL}, 0},
     {"nvfp4_experts_only", {"*block_sparse_moe*", "*.experts.*", NULL}, {NULL}, 0},
     {"nvfp4_experts_only_mse", {"*block_sparse_moe*", "*.experts.*", NULL}, {NULL}, 0},
+    {"nvfp4_experts_only_input_scale1", {"*block_sparse_moe*", "*.experts.*", NULL}, {NULL}, 0},
     {"nvfp4_fp8_mha", {NULL}, {NULL}, 1},
     {"mamba_moe_fp8_aggressive", {NULL}, {MOQI_MAMBA_OFF, NULL}, 0},
     {"mamba_moe_fp8_conservative", {NULL}, {MOQI_MAMBA_OFF, "*mixer.in_proj*", "*mixer.out_proj*"}, 0},
@@ -16821,6 +16851,9 @@ static int moqi_has_input_scale(const moq_recipe *recipe)
     return c->elem != MOQ_NONE && (c->has_global || (!c->dynamic && c->scale == MOQ_F32));
 }
 
+/* The largest input that a recipe takes for granted, so that input_scale is 1; 0: it is measured. */
+static float moqi_constant_amax(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "constant_amax") ? 2688.0f : 0; }
+
 /* The weight that GPTQ made and the scales that it was made with. A layer that saw no tokens has only scales: it stays as it is. */
 static moq_result moqi_load_gptq(const moqi_plan *p, moqi_target *t, moq_error *err)
 {
@@ -16850,7 +16883,8 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     const float *v = NULL;
     moq_result r = MOQ_OK;
     moqi_where at = moqi_at(p->records_name, "layer", t->name, -1);
-    if (moqi_has_input_scale(t->recipe)) {
+    t->input_amax = moqi_constant_amax(t->recipe);
+    if (moqi_has_input_scale(t->recipe) && !(t->input_amax > 0)) {
         r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
         if (r == MOQ_OK && !v && !t->expert)
             return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, "
@@ -17308,6 +17342,42 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
     return moq_encode_bytes(&d, &codes, &scales, err);
 }
 
+/* Does the pattern name any module? */
+static int moqi_names_any(const moqi_plan *p, const char *pattern)
+{
+    char quantizer[MOQ_MAX_NAME_BYTES + 32];
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", p->targets[i].name);
+        if (moqi_names(pattern, p->targets[i].name, quantizer)) return 1;
+    }
+    return 0;
+}
+
+/* A rule for nothing is a slip: the folder would not be what was asked for. An exclusion of nothing may be meant for many models (lm_head,
+   where this one has none), so it is only told, as are layers that lose twice. */
+static moq_result moqi_check_request(const moqi_plan *p, moq_error *err)
+{
+    const moq_quantize_desc *d = p->desc;
+    moq_open_desc log;
+    size_t again = 0;
+    memset(&log, 0, sizeof log);
+    log.log = d->log;
+    log.log_user = d->log_user;
+    for (size_t i = 0; i < d->rule_count; i++)
+        if (!moqi_names_any(p, d->rules[i].pattern))
+            return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), "rule", d->rules[i].pattern, -1),
+                             "names no module; patterns are whole names, with * for any run of characters; `moq inspect` lists the modules");
+    for (size_t i = 0; i < d->exclude_count; i++)
+        if (!moqi_names_any(p, d->exclude[i]))
+            moqi_log(&log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), "exclude", d->exclude[i], -1),
+                     "names no module, so it changes nothing; patterns are whole names, with * for any run of characters; `moq inspect` lists the modules");
+    for (size_t i = 0; i < p->count; i++) again += p->targets[i].recipe && !p->targets[i].cast && moq_scheme_is_quantized(&p->targets[i].w.scheme);
+    if (again)
+        moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "%llu of its layers are quantized already (%s); they are decoded and "
+                 "quantized again, so both errors add up", (unsigned long long)again, moq_get_info(p->ck)->quant_algo);
+    return MOQ_OK;
+}
+
 static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
 {
     size_t n = moq_module_count(p->ck);
@@ -17336,7 +17406,7 @@ static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
             r = moqi_check_target(t, err);
         }
     }
-    return r;
+    return r == MOQ_OK ? moqi_check_request(p, err) : r;
 }
 
 /* With the records at hand: values, groups, smoothing, shared scales. */
@@ -17354,8 +17424,8 @@ static moq_result moqi_load_targets(moqi_plan *p, moq_error *err)
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>calib           calibration algorithms over float arrays
-   Pure functions: statistics in, scales and choices out. Nothing here knows of files, models or backends.
+   >>simulate        products on all workers; weights and inputs as a format would hold them
+   Over float arrays. Results do not depend on the number of workers.
    ------------------------------------------------------------------------------------------------ */
 
 /* ModelOpt runs the model in BF16, and its searches compare numbers that were rounded at every step. The same roundings are made
@@ -17410,7 +17480,16 @@ static void moqi_spread(const moq_parallel *par, int64_t n, void (*task)(void *a
 }
 
 /* Arguments of moqi_multiply_task. */
-typedef struct moqi_multiply_work { const moqi_kernels *k; const moqi_matrix *x, *w; float *y; int64_t ldy; int half; } moqi_multiply_work;
+typedef struct moqi_multiply_work {
+    const moqi_kernels *k;
+    const moqi_matrix *x, *w;
+    float *y;
+    int64_t ldy;
+    int half;
+    const moqi_way *way;     /* F32 panels; NULL: tiles */
+    moqi_tiled layer;        /* w for panels */
+    float *scratch;          /* [workers, MOQI_WAY_FLOATS] for panels */
+} moqi_multiply_work;
 
 enum { MOQI_PRODUCT_ROWS = 32 };
 
@@ -17420,7 +17499,11 @@ static void moqi_multiply_task(void *arg, int index, int worker)
     const moqi_multiply_work *p = (const moqi_multiply_work *)arg;
     const moqi_kernels *k = p->k;
     int64_t first = (int64_t)index * MOQI_PRODUCT_ROWS, last = moqi_min(first + MOQI_PRODUCT_ROWS, p->w->rows), t0 = p->half ? first : 0;
-    (void)worker;
+    if (p->way) {
+        p->way->multiply(p->way, &p->layer, first, last - first, p->x->data + t0 * p->x->ld, p->x->ld, p->x->rows - t0, p->y + t0 * p->ldy + first,
+                         p->ldy, p->scratch + (int64_t)worker * MOQI_WAY_FLOATS);
+        return;
+    }
     for (int64_t t = t0; t < p->x->rows; t++) memset(p->y + t * p->ldy + first, 0, (size_t)(last - first) * sizeof(float));
     for (int64_t t = t0; t < p->x->rows; t += 64) { /* 64 rows of x stay in the cache */
         int64_t n = moqi_min(64, p->x->rows - t), r = first;
@@ -17431,46 +17514,153 @@ static void moqi_multiply_task(void *arg, int index, int worker)
     }
 }
 
-/* y [x.rows, ldy] = x W^T, each product summed in F32. */
-static void moqi_product(const moq_parallel *par, const moqi_matrix *x, const moqi_matrix *w, float *y, int64_t ldy)
+/* Panels pay for being turned once a few rows of x share them. Without memory for them, or an instruction set that has them, tiles do the
+   same work. */
+static void moqi_multiply_panels(moqi_multiply_work *p, const moq_parallel *par, const moq_allocator *a)
+{
+    const moqi_way *const *way = p->k->ways;
+    int64_t workers = par && par->workers > 1 ? par->workers : 1;
+    while (way && *way && ((*way)->unit != 1 || !(*way)->decode)) way++;
+    if (!way || !*way || p->x->rows < 12 || (double)p->x->rows * (double)p->w->rows * (double)p->w->cols < 1e6) return;
+    moq_make_linear(&p->layer.layer, "", MOQ_F32, p->w->data, p->w->rows, p->w->ld);
+    p->layer.layer.cols = p->w->cols;
+    p->layer.k = p->k;
+    if (!moqi_choose_form(&p->layer) || !moqi_choose_groups(&p->layer) || !moqi_use_codes(&p->layer)) return;
+    p->scratch = (float *)moq_allocate(a, (size_t)(workers * MOQI_WAY_FLOATS) * sizeof(float));
+    if (p->scratch) p->way = *way;
+}
+
+static void moqi_multiply_all(const moq_parallel *par, const moq_allocator *a, const moqi_matrix *x, const moqi_matrix *w, float *y, int64_t ldy, int half)
 {
     moqi_multiply_work p;
+    memset(&p, 0, sizeof p);
     p.k = moqi_get_kernels(0); /* once: asking the processor costs as much as a small product */
     p.x = x;
     p.w = w;
     p.y = y;
     p.ldy = ldy;
-    p.half = 0;
+    p.half = half;
+    moqi_multiply_panels(&p, par, a);
     moqi_spread(par, moqi_ceil_div(w->rows, MOQI_PRODUCT_ROWS), moqi_multiply_task, &p);
+    moq_release(a, p.scratch, (size_t)((par && par->workers > 1 ? par->workers : 1) * MOQI_WAY_FLOATS) * sizeof(float));
 }
 
-/* h [n, h.ld] = xt xt^T, for xt [n, tokens] transposed inputs: the lower half is computed, the upper copied. */
-static void moqi_gram(const moq_parallel *par, const moqi_matrix *xt, moqi_matrix *h)
+/* y [x.rows, ldy] = x W^T, each product summed in F32. */
+static void moqi_product(const moq_parallel *par, const moq_allocator *a, const moqi_matrix *x, const moqi_matrix *w, float *y, int64_t ldy)
 {
-    moqi_multiply_work p;
-    p.k = moqi_get_kernels(0);
-    p.x = p.w = xt;
-    p.y = h->data;
-    p.ldy = h->ld;
-    p.half = 1;
-    moqi_spread(par, moqi_ceil_div(xt->rows, MOQI_PRODUCT_ROWS), moqi_multiply_task, &p);
-    for (int64_t i = 0; i < h->rows; i++)
-        for (int64_t j = i + 1; j < h->rows; j++) h->data[i * h->ld + j] = h->data[j * h->ld + i];
+    moqi_multiply_all(par, a, x, w, y, ldy, 0);
+}
+
+/* Arguments of the two tasks of moqi_gram_add. */
+typedef struct moqi_gram_work { const float *x; moqi_matrix *xt, *h, *sum; float share; } moqi_gram_work;
+
+/* 64 columns of x [tokens, cols] become rows of xt. */
+static void moqi_turn_task(void *arg, int index, int worker)
+{
+    const moqi_gram_work *p = (const moqi_gram_work *)arg;
+    moqi_matrix *xt = p->xt;
+    int64_t first = (int64_t)index * 64, last = moqi_min(first + 64, xt->rows);
+    (void)worker;
+    for (int64_t t = 0; t < xt->cols; t++)
+        for (int64_t j = first; j < last; j++) xt->data[j * xt->ld + t] = p->x[t * xt->rows + j];
+}
+
+/* 32 rows of the lower half of h, divided by share, to the sum and to its upper half. */
+MOQI_VECTOR static void moqi_gram_task(void *arg, int index, int worker)
+{
+    const moqi_gram_work *p = (const moqi_gram_work *)arg;
+    const moqi_matrix *h = p->h;
+    int64_t first = (int64_t)index * 32, last = moqi_min(first + 32, h->rows);
+    (void)worker;
+    for (int64_t i = first; i < last; i++) {
+        const float *from = h->data + i * h->ld;
+        float *to = p->sum->data + i * h->ld, share = p->share;
+        for (int64_t j = 0; j <= i; j++) to[j] += from[j] / share;
+    }
+    for (int64_t j = 0; j < last; j++)
+        for (int64_t i = moqi_max(first, j + 1); i < last; i++) p->sum->data[j * h->ld + i] = p->sum->data[i * h->ld + j];
+}
+
+/* sum [cols, cols] += x^T x / share, for x [tokens, cols]. The lower half is computed, the upper is its mirror. 0 when out of memory. */
+static int moqi_gram_add(const moq_parallel *par, const moq_allocator *a, const float *x, int64_t tokens, float share, moqi_matrix *sum)
+{
+    moqi_gram_work p;
+    moqi_matrix xt = moqi_matrix_make(a, sum->cols, tokens), h = moqi_matrix_make(a, sum->cols, sum->cols);
+    int ok = xt.data && h.data;
+    p.x = x;
+    p.xt = &xt;
+    p.h = &h;
+    p.sum = sum;
+    p.share = share;
+    if (ok) {
+        moqi_spread(par, moqi_ceil_div(xt.rows, 64), moqi_turn_task, &p);
+        moqi_multiply_all(par, a, &xt, &xt, h.data, h.ld, 1);
+        moqi_spread(par, moqi_ceil_div(h.rows, 32), moqi_gram_task, &p);
+    }
+    moqi_matrix_drop(a, &xt);
+    moqi_matrix_drop(a, &h);
+    return ok;
 }
 
 /* ---- fake quantization: quantize and dequantize (calibration.md 3) ---- */
 
-/* Nearest E2M1 value of n values times 1 / s, times s: steps of 1/2 below 2, of 1 below 4, of 2 above. Adding 1.5 * 2^23 rounds to an
-   integer with ties to even, which are the even codes. */
-MOQI_VECTOR static void moqi_fake_e2m1(const float *x, int64_t n, float s, float *out)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+#endif
+/* Nearest E2M1 value of x[i] / step[i / 16], times the step: steps of 1/2 below 2, of 1 below 4, of 2 above. Adding 1.5 * 2^23 rounds to an
+   integer with ties to even, which are the even codes. out may be x. At most 512 values. */
+#define MOQI_FAKE_LOOP(name, attribute, unused) \
+    attribute static void name(const float *x, const float *step, int64_t n, float *out) \
+    { \
+        float steps[512]; \
+        for (int64_t i = 0; i < n; i++) steps[i] = step[i / 16]; \
+        MOQI_APART for (int64_t i = 0; i < n; i++) { \
+            float s = steps[i], v = x[i] / s, a = fabsf(v); \
+            float unit = a < 2 ? 0.5f : a < 4 ? 1.0f : 2.0f, inverse = a < 2 ? 2.0f : a < 4 ? 1.0f : 0.5f; \
+            a = a > 6 ? 6 : a; \
+            int32_t q = (int32_t)(moqi_f32_bits(a * inverse + 12582912.0f) - 0x4b400000u); \
+            float r = (float)q * unit * s; \
+            out[i] = v < 0 ? -r : r; \
+        } \
+    }
+MOQI_THRICE(MOQI_FAKE_LOOP, moqi_fakes, )
+
+/* Integers of one scale: q = clamp(round(x s)), q / s. Clamped first: the bounds are integers. */
+static void moqi_fake_integers(const float *x, int64_t n, float s, float bound, float *out)
 {
     for (int64_t i = 0; i < n; i++) {
-        float v = x[i] / s, a = fabsf(v);
-        float step = a < 2 ? 0.5f : a < 4 ? 1.0f : 2.0f, inverse = a < 2 ? 2.0f : a < 4 ? 1.0f : 0.5f;
-        a = a > 6 ? 6 : a;
-        int32_t q = (int32_t)(moqi_f32_bits(a * inverse + 12582912.0f) - 0x4b400000u);
-        float r = (float)q * step * s;
-        out[i] = v < 0 ? -r : r;
+        float v = x[i] * s;
+        v = v < -bound - 1 ? -bound - 1 : v;
+        v = v > bound ? bound : v;
+        out[i] = v == v ? (float)(int32_t)(moqi_f32_bits(v + 12582912.0f) - 0x4b400000u) / s : v;
+    }
+}
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+/* Step of an NVFP4 block with dynamic scales: g = A / 2688, s = e4m3(amax / 6g) g. */
+static float moqi_fake_step(float amax, float top)
+{
+    float g = top * moqi_bits_f32(MOQI_INV_2688), s;
+    if (!(g > 0)) g = 1e-12f;
+    s = amax / (6 * g);
+    s = moq_e4m3_decode(moqi_e4m3_code(s < 448 ? s : 448)) * g;
+    return s < 1e-5f ? 1 : s;
+}
+
+/* n values in NVFP4 blocks of 16, the last one maybe shorter; `top`: amax of the whole tensor. out may be x. */
+static void moqi_fake_blocks(int level, float top, const float *x, int64_t n, float *out)
+{
+    int32_t tops[32];
+    float step[32];
+    for (int64_t at = 0; at < n; at += 512) {
+        int64_t m = moqi_min(512, n - at), whole = m / 16;
+        moqi_tops(level, x + at, whole, 16, tops);
+        if (m % 16) moqi_tops(level, x + at + whole * 16, 1, m % 16, tops + whole);
+        for (int64_t k = 0; k < moqi_ceil_div(m, 16); k++) step[k] = moqi_fake_step(moqi_bits_f32((uint32_t)tops[k]), top);
+        MOQI_CALL(level, moqi_fakes, (x + at, step, m, out + at));
     }
 }
 
@@ -17478,13 +17668,9 @@ MOQI_VECTOR static void moqi_fake_e2m1(const float *x, int64_t n, float s, float
 static void moqi_fake_group(const moq_coding *c, float amax, float top, const float *x, int64_t n, float *out)
 {
     float bound = moqi_largest(c->elem), s;
-    if (c->scale == MOQ_F8_E4M3) { /* NVFP4 with dynamic blocks: g = A / 2688, s = e4m3(amax / 6g) g */
-        float g = top * moqi_bits_f32(MOQI_INV_2688);
-        if (!(g > 0)) g = 1e-12f;
-        s = amax / (6 * g);
-        s = moq_e4m3_decode(moqi_e4m3_code(s < 448 ? s : 448)) * g;
-        if (s < 1e-5f) s = 1;
-        moqi_fake_e2m1(x, n, s, out);
+    if (c->scale == MOQ_F8_E4M3) {
+        s = moqi_fake_step(amax, top);
+        for (int64_t at = 0; at < n; at += 16) moqi_fakes_any(x + at, &s, moqi_min(16, n - at), out + at);
     } else if (c->scale == MOQ_F8_E8M0) {
         s = moqi_e8m0_scale(MOQ_RULE_E8M0_CEIL, bound, amax);
         for (int64_t i = 0; i < n; i++) out[i] = moqi_round_code(c->elem, x[i] / s, 0) * s;
@@ -17494,11 +17680,8 @@ static void moqi_fake_group(const moq_coding *c, float amax, float top, const fl
         for (int64_t i = 0; i < n; i++) out[i] = moq_e4m3_decode(moqi_e4m3_code(x[i] * s)) * back;
     } else {
         s = amax >= 5.9604645e-8f ? bound / amax : 0;
-        for (int64_t i = 0; i < n; i++) {
-            float q = rintf(x[i] * s);
-            q = q < -bound - 1 ? -bound - 1 : q > bound ? bound : q;
-            out[i] = s > 0 ? q / s : 0;
-        }
+        if (s > 0) moqi_fake_integers(x, n, s, bound, out);
+        else memset(out, 0, (size_t)n * sizeof *out);
     }
 }
 
@@ -17514,16 +17697,17 @@ static float moqi_block_amax(const moqi_matrix *w, int64_t r0, int64_t r1, int64
 }
 
 /* Arguments of moqi_fake_task. */
-typedef struct moqi_fake_work { const moq_coding *c; const moqi_matrix *w; moqi_matrix *q; float top; int64_t gr, gc; } moqi_fake_work;
+typedef struct moqi_fake_work { const moq_coding *c; const moqi_matrix *w; moqi_matrix *q; float top; int64_t gr, gc; int level; } moqi_fake_work;
 
 /* One band of rows that share scales, or 16 rows with scales of their own. */
 static void moqi_fake_task(void *arg, int index, int worker)
 {
     const moqi_fake_work *p = (const moqi_fake_work *)arg;
     int64_t band = p->gr == 1 ? 16 : p->gr, first = index * band, last = moqi_min(first + band, p->w->rows);
-    int whole = p->gr >= p->w->rows && p->gc >= p->w->cols;
+    int whole = p->gr >= p->w->rows && p->gc >= p->w->cols, blocks = p->c->scale == MOQ_F8_E4M3 && p->gr == 1;
     (void)worker;
-    for (int64_t r0 = first; r0 < last; r0 += p->gr)
+    for (int64_t r = first; blocks && r < last; r++) moqi_fake_blocks(p->level, p->top, p->w->data + r * p->w->ld, p->w->cols, p->q->data + r * p->q->ld);
+    for (int64_t r0 = first; !blocks && r0 < last; r0 += p->gr)
         for (int64_t c0 = 0; c0 < p->w->cols; c0 += p->gc) {
             int64_t r1 = moqi_min(r0 + p->gr, last), c1 = moqi_min(c0 + p->gc, p->w->cols);
             float amax = whole && p->top > 0 ? p->top : moqi_block_amax(p->w, r0, r1, c0, c1);
@@ -17541,6 +17725,7 @@ static void moqi_fake_weight(const moq_parallel *par, const moq_coding *c, float
     p.c = c;
     p.w = w;
     p.q = q;
+    p.level = moqi_vector_level();
     p.gr = c->group_rows == MOQ_ALL ? w->rows : moqi_max(c->group_rows, 1);
     p.gc = two_level ? 16 : c->group_cols == MOQ_ALL || c->group_cols <= 0 ? w->cols : c->group_cols;
     p.top = two_level && !(top > 0) ? moqi_block_amax(w, 0, w->rows, 0, w->cols) : top;
@@ -17559,6 +17744,11 @@ static void moqi_fake_input(const moq_coding *c, float amax, const float *x, int
     }
     moqi_bf16_all(out, cols);
 }
+
+/* ------------------------------------------------------------------------------------------------
+   >>calib           calibration algorithms over float arrays
+   Pure functions: statistics in, scales and choices out. Nothing here knows of files, models or backends.
+   ------------------------------------------------------------------------------------------------ */
 
 /* ---- awq_lite (calibration.md 8.1): move the difficulty of large input channels into the weight, by a power that is searched ---- */
 
@@ -17597,33 +17787,46 @@ static void moqi_awq_scale(const float *act, const float *wsc, int64_t cols, flo
     for (int64_t c = 0; c < cols; c++) s[c] /= middle;
 }
 
-/* out = bf16(w * s) by columns, s rounded to BF16 first when `narrow` (the search), else as it is (what is exported). */
-MOQI_VECTOR static void moqi_scale_cols(const moqi_matrix *w, const float *s, int narrow, moqi_matrix *out)
+/* Arguments of moqi_scale_task. */
+typedef struct moqi_scale_work { const moqi_matrix *w; const float *s; int narrow; moqi_matrix *out; } moqi_scale_work;
+
+/* 32 rows. */
+MOQI_VECTOR static void moqi_scale_task(void *arg, int index, int worker)
 {
-    for (int64_t r = 0; r < w->rows; r++) {
-        const float *x = w->data + r * w->ld;
-        float *y = out->data + r * out->ld;
-        for (int64_t c = 0; c < w->cols; c++) y[c] = x[c] * (narrow ? moqi_bf16(s[c]) : s[c]);
-        moqi_bf16_all(y, w->cols);
+    const moqi_scale_work *p = (const moqi_scale_work *)arg;
+    int64_t first = (int64_t)index * 32, last = moqi_min(first + 32, p->w->rows), n = p->w->cols;
+    (void)worker;
+    for (int64_t r = first; r < last; r++) {
+        const float *x = p->w->data + r * p->w->ld, *s = p->s;
+        float *y = p->out->data + r * p->out->ld;
+        if (p->narrow) {
+            memcpy(y, s, (size_t)n * sizeof *y);
+            moqi_bf16_all(y, n);
+            s = y;
+        }
+        for (int64_t c = 0; c < n; c++) y[c] = x[c] * s[c];
+        moqi_bf16_all(y, n);
     }
 }
 
-/* Mean of the squared difference of two outputs of n values. Outputs and difference are BF16, square and sum are not. */
-MOQI_VECTOR static double moqi_output_error(const float *y, const float *ref, int64_t n)
+/* out = bf16(w * s) by columns, s rounded to BF16 first when `narrow` (the search), else as it is (what is exported); then out may be w. */
+static void moqi_scale_cols(const moq_parallel *par, const moqi_matrix *w, const float *s, int narrow, moqi_matrix *out)
 {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float d = moqi_bf16(moqi_bf16(y[i]) - moqi_bf16(ref[i]));
-        sum += (double)(d * d);
-    }
-    return sum / (double)(n > 0 ? n : 1);
+    moqi_scale_work p;
+    p.w = w;
+    p.s = s;
+    p.narrow = narrow;
+    p.out = out;
+    moqi_spread(par, moqi_ceil_div(w->rows, 32), moqi_scale_task, &p);
 }
 
 /* Working memory of a search over one layer and one batch. */
 typedef struct moqi_bench {
     moqi_matrix w, scaled, q, x;  /* [rows, cols] three times; [tokens, cols] */
     float *y, *ref, *s;           /* [tokens, rows or cols] twice; [cols] */
+    double *part;                 /* [tokens] */
     const moq_parallel *par;
+    moq_allocator a;
 } moqi_bench;
 
 static void moqi_bench_drop(const moq_allocator *a, moqi_bench *b)
@@ -17636,12 +17839,14 @@ static void moqi_bench_drop(const moq_allocator *a, moqi_bench *b)
     moq_release(a, b->y, out);
     moq_release(a, b->ref, out);
     moq_release(a, b->s, (size_t)b->w.cols * sizeof(float));
+    moq_release(a, b->part, (size_t)b->x.rows * sizeof(double));
 }
 
 /* 0 when out of memory, and then nothing is held. */
 static int moqi_bench_make(const moq_allocator *a, moqi_bench *b, int64_t rows, int64_t cols, int64_t tokens, const moq_parallel *par)
 {
     b->par = par;
+    b->a = *a;
     b->w = moqi_matrix_make(a, rows, cols);
     b->scaled = moqi_matrix_make(a, rows, cols);
     b->q = moqi_matrix_make(a, rows, cols);
@@ -17649,53 +17854,128 @@ static int moqi_bench_make(const moq_allocator *a, moqi_bench *b, int64_t rows, 
     b->y = (float *)moq_allocate(a, (size_t)(tokens * moqi_max(rows, cols)) * sizeof(float));
     b->ref = (float *)moq_allocate(a, (size_t)(tokens * moqi_max(rows, cols)) * sizeof(float));
     b->s = (float *)moq_allocate(a, (size_t)cols * sizeof(float));
-    if (b->w.data && b->scaled.data && b->q.data && b->x.data && b->y && b->ref && b->s) return 1;
+    b->part = (double *)moq_allocate(a, (size_t)tokens * sizeof(double));
+    if (b->w.data && b->scaled.data && b->q.data && b->x.data && b->y && b->ref && b->s && b->part) return 1;
     moqi_bench_drop(a, b);
     return 0;
+}
+
+/* part[t] = sum of the squared differences of a token's outputs. Outputs and difference are BF16, square and sum are not. */
+MOQI_VECTOR static void moqi_output_task(void *arg, int t, int worker)
+{
+    const moqi_bench *b = (const moqi_bench *)arg;
+    int64_t n = b->w.rows;
+    float *y = b->y + t * n, *ref = b->ref + t * n;
+    double sum = 0;
+    (void)worker;
+    moqi_bf16_all(y, n);
+    moqi_bf16_all(ref, n); /* no change when it was done before */
+    for (int64_t i = 0; i < n; i++) y[i] -= ref[i];
+    moqi_bf16_all(y, n);
+    for (int64_t i = 0; i < n; i++) sum += (double)(y[i] * y[i]);
+    b->part[t] = sum;
+}
+
+/* Their mean over all tokens and outputs; b->y is used up. */
+static double moqi_output_error(moqi_bench *b)
+{
+    int64_t n = b->x.rows * b->w.rows;
+    double sum = 0;
+    moqi_spread(b->par, b->x.rows, moqi_output_task, b);
+    for (int64_t t = 0; t < b->x.rows; t++) sum += b->part[t];
+    return sum / (double)(n > 0 ? n : 1);
+}
+
+/* Arguments of moqi_divide_task. */
+typedef struct moqi_divide_work { const moqi_bench *b; const float *x; } moqi_divide_work;
+
+/* A token times b->s, in BF16. */
+MOQI_VECTOR static void moqi_divide_task(void *arg, int t, int worker)
+{
+    const moqi_divide_work *p = (const moqi_divide_work *)arg;
+    const moqi_bench *b = p->b;
+    const float *x = p->x + t * b->x.cols, *s = b->s;
+    float *y = b->x.data + t * b->x.ld;
+    (void)worker;
+    for (int64_t j = 0; j < b->x.cols; j++) y[j] = x[j] * s[j];
+    moqi_bf16_all(y, b->x.cols);
 }
 
 /* loss[i] += mean((Qw(W s) (x / s) - W x)^2) for the alphas of the grid. x: [tokens, cols] of one batch, in b->x.ld rows; b->w: W. */
 static void moqi_awq_losses(moqi_bench *b, const moq_coding *c, const float *act, const float *wsc, const float *x, double loss[MOQI_ALPHAS])
 {
-    int64_t n = b->x.rows * b->w.rows;
+    moqi_divide_work p;
+    p.b = b;
+    p.x = x;
     for (int64_t t = 0; t < b->x.rows; t++) memcpy(b->x.data + t * b->x.ld, x + t * b->x.cols, (size_t)b->x.cols * sizeof *x);
-    moqi_product(b->par, &b->x, &b->w, b->ref, b->w.rows);
+    moqi_product(b->par, &b->a, &b->x, &b->w, b->ref, b->w.rows);
     for (int i = 0; i < MOQI_ALPHAS; i++) {
         moqi_awq_scale(act, wsc, b->w.cols, moqi_alpha(i), b->s);
-        moqi_scale_cols(&b->w, b->s, 1, &b->scaled);
+        moqi_scale_cols(b->par, &b->w, b->s, 1, &b->scaled);
         moqi_fake_weight(b->par, c, 0, &b->scaled, &b->q);
         for (int64_t j = 0; j < b->w.cols; j++) b->s[j] = moqi_bf16(1 / b->s[j]);
-        for (int64_t t = 0; t < b->x.rows; t++)
-            for (int64_t j = 0; j < b->x.cols; j++) b->x.data[t * b->x.ld + j] = moqi_bf16(x[t * b->x.cols + j] * b->s[j]);
-        moqi_product(b->par, &b->x, &b->q, b->y, b->w.rows);
-        loss[i] += (double)(float)moqi_output_error(b->y, b->ref, n);
+        moqi_spread(b->par, b->x.rows, moqi_divide_task, &p);
+        moqi_product(b->par, &b->a, &b->x, &b->q, b->y, b->w.rows);
+        loss[i] += (double)(float)moqi_output_error(b);
+    }
+}
+
+/* Arguments of the tasks of moqi_awq_gram_losses: 32 rows of the weight. */
+typedef struct moqi_gram_loss { moqi_bench *b; float *part; } moqi_gram_loss;
+
+enum { MOQI_LOSS_ROWS = 32 };
+
+/* d = Qw(W s) / s - W, in b->x. */
+MOQI_VECTOR static void moqi_gram_loss_error(void *arg, int index, int worker)
+{
+    const moqi_bench *b = ((const moqi_gram_loss *)arg)->b;
+    int64_t first = (int64_t)index * MOQI_LOSS_ROWS, last = moqi_min(first + MOQI_LOSS_ROWS, b->w.rows);
+    (void)worker;
+    for (int64_t r = first; r < last; r++) {
+        const float *w = b->w.data + r * b->w.ld, *q = b->q.data + r * b->q.ld, *back = b->s;
+        float *d = b->x.data + r * b->x.ld;
+        for (int64_t j = 0; j < b->w.cols; j++) d[j] = q[j] * back[j] - w[j];
+    }
+}
+
+/* part[r] = d H d^T, with d H in b->y. */
+MOQI_VECTOR static void moqi_gram_loss_rows(void *arg, int index, int worker)
+{
+    const moqi_gram_loss *p = (const moqi_gram_loss *)arg;
+    const moqi_bench *b = p->b;
+    int64_t first = (int64_t)index * MOQI_LOSS_ROWS, last = moqi_min(first + MOQI_LOSS_ROWS, b->w.rows), n = b->w.cols;
+    (void)worker;
+    for (int64_t r = first; r < last; r++) {
+        const float *d = b->x.data + r * b->x.ld, *y = b->y + r * n;
+        float sum[16] = {0}, all = 0;
+        int64_t c = 0;
+        for (; c + 16 <= n; c += 16)
+            for (int64_t k = 0; k < 16; k++) sum[k] += d[c + k] * y[c + k];
+        for (; c < n; c++) all += d[c] * y[c];
+        for (int64_t k = 0; k < 16; k++) all += sum[k];
+        p->part[r] = all;
     }
 }
 
 /* The same losses from H = sum over batches of X^T X / tokens: mean over rows of d H d^T, d = Qw(W s) / s - W. Outputs are not rounded
-   to BF16 here; the cost does not grow with the tokens. Work: b->x is [rows, cols], b->y [rows, cols]. */
-static double moqi_gram_loss(moqi_bench *b, const moqi_matrix *h)
-{
-    double sum = 0;
-    moqi_product(b->par, &b->x, h, b->y, b->w.cols);
-    for (int64_t r = 0; r < b->w.rows; r++) {
-        float part = 0;
-        for (int64_t c = 0; c < b->w.cols; c++) part += b->x.data[r * b->x.ld + c] * b->y[r * b->w.cols + c];
-        sum += (double)part;
-    }
-    return sum / (double)b->w.rows;
-}
-
+   to BF16 here; the cost does not grow with the tokens. Work: b->x is [rows, cols], b->y [rows, cols], b->ref [rows]. */
 static void moqi_awq_gram_losses(moqi_bench *b, const moq_coding *c, const float *act, const float *wsc, const moqi_matrix *h, double loss[MOQI_ALPHAS])
 {
+    moqi_gram_loss p;
+    int64_t bands = moqi_ceil_div(b->w.rows, MOQI_LOSS_ROWS);
+    p.b = b;
+    p.part = b->ref;
     for (int i = 0; i < MOQI_ALPHAS; i++) {
+        double sum = 0;
         moqi_awq_scale(act, wsc, b->w.cols, moqi_alpha(i), b->s);
-        moqi_scale_cols(&b->w, b->s, 1, &b->scaled);
+        moqi_scale_cols(b->par, &b->w, b->s, 1, &b->scaled);
         moqi_fake_weight(b->par, c, 0, &b->scaled, &b->q);
         for (int64_t j = 0; j < b->w.cols; j++) b->s[j] = moqi_bf16(1 / b->s[j]);
-        for (int64_t r = 0; r < b->w.rows; r++)
-            for (int64_t j = 0; j < b->w.cols; j++) b->x.data[r * b->x.ld + j] = b->q.data[r * b->q.ld + j] * b->s[j] - b->w.data[r * b->w.ld + j];
-        loss[i] = moqi_gram_loss(b, h);
+        moqi_spread(b->par, bands, moqi_gram_loss_error, &p);
+        moqi_product(b->par, &b->a, &b->x, h, b->y, b->w.cols);
+        moqi_spread(b->par, bands, moqi_gram_loss_rows, &p);
+        for (int64_t r = 0; r < b->w.rows; r++) sum += (double)p.part[r];
+        loss[i] = sum / (double)b->w.rows;
     }
 }
 
@@ -17727,11 +18007,11 @@ static float moqi_ratio(int i) { return (float)(0.5 + 0.05 * i); }
 static void moqi_clip_losses(moqi_bench *b, const moq_coding *c, double loss[MOQI_RATIOS])
 {
     float top = moqi_block_amax(&b->w, 0, b->w.rows, 0, b->w.cols);
-    moqi_product(b->par, &b->x, &b->w, b->ref, b->w.rows);
+    moqi_product(b->par, &b->a, &b->x, &b->w, b->ref, b->w.rows);
     for (int i = 0; i < MOQI_RATIOS; i++) {
         moqi_fake_weight(b->par, c, moqi_bf16(top * moqi_ratio(i)), &b->w, &b->q);
-        moqi_product(b->par, &b->x, &b->q, b->y, b->w.rows);
-        loss[i] += (double)(float)moqi_output_error(b->y, b->ref, b->x.rows * b->w.rows);
+        moqi_product(b->par, &b->a, &b->x, &b->q, b->y, b->w.rows);
+        loss[i] += (double)(float)moqi_output_error(b);
     }
 }
 
@@ -17979,7 +18259,7 @@ static float moqi_gptq_value(const moq_coding *c, float amax, float top, float x
     float q = 0;
     if (c->scale == MOQ_F8_E4M3) {
         float k = 448 / (top * moqi_bits_f32(MOQI_INV_6)), s = moq_e4m3_decode(moqi_e4m3_code(amax * moqi_bits_f32(MOQI_INV_6) * k)) * (1 / k);
-        if (s > 0) moqi_fake_e2m1(&x, 1, s, &q);
+        if (s > 0) moqi_fakes_any(&x, &s, 1, &q);
     } else {
         moqi_fake_group(c, amax, top, &x, 1, &q);
     }
@@ -18108,6 +18388,7 @@ typedef struct moqi_watch {
     size_t elem;                       /* bytes of one activation */
     const moqi_kernels *k;             /* for what is computed on the host */
     int round;                         /* results become BF16 */
+    const moq_parallel *par;           /* workers for what is computed on the host, or NULL */
     void *tape;                        /* of >>tape, which puts its own calls into the table */
     moq_error failed;                  /* the first failure while running, for sync */
 } moqi_watch;
@@ -18561,23 +18842,46 @@ static void moqi_eager_head(const moqi_kernels *k, const moqi_seen_kv *s, const 
     moqi_bf16_all(y, s->dim[1]);
 }
 
+/* Arguments of moqi_eager_task. */
+typedef struct moqi_eager {
+    const moqi_watch *w;
+    const moqi_seen_kv *s;
+    const moq_attention_desc *a;
+    const int32_t *at;      /* [rows] slots, [rows] positions */
+    const float *q, *sinks; /* [rows, heads * dim]; [heads] or NULL */
+    float *y, *score;       /* [rows, heads * value dim]; [workers, capacity] */
+    int64_t rows;
+} moqi_eager;
+
+/* One row, all heads. */
+static void moqi_eager_task(void *arg, int r, int worker)
+{
+    const moqi_eager *e = (const moqi_eager *)arg;
+    const moqi_seen_kv *s = e->s;
+    int64_t slot = e->at[r], pos = e->at[e->rows + r], first = moqi_attend_first(e->a, pos);
+    const float *q = e->q + r * e->a->heads * s->dim[0];
+    float *y = e->y + r * e->a->heads * s->dim[1];
+    for (int64_t h = 0; slot >= 0 && slot < s->desc.slots && pos >= 0 && pos < s->desc.capacity && h < e->a->heads; h++)
+        moqi_eager_head(e->w->k, s, e->a, q + h * s->dim[0], h, (int32_t)slot, first, pos, e->sinks ? e->sinks[h] : 0, e->score + worker * s->desc.capacity,
+                        y + h * s->dim[1]);
+}
+
 /* All rows and heads on the host. */
 static void moqi_eager_attention(moqi_watch *w, const moqi_seen_kv *s, const moq_batch *b, const moq_attention_desc *a)
 {
-    int64_t qn = a->heads * s->dim[0], yn = a->heads * s->dim[1];
+    moqi_eager e;
+    int64_t qn = a->heads * s->dim[0], yn = a->heads * s->dim[1], workers = w->par ? moqi_max(w->par->workers, 1) : 1;
     const int32_t *at = moqi_watch_batch(w, b);
-    float *q = moqi_host_room(w, MOQI_HOST_X, qn + yn), *score = moqi_host_room(w, MOQI_HOST_ROUTE, s->desc.capacity + a->heads);
+    float *q = moqi_host_room(w, MOQI_HOST_X, b->rows * (qn + yn)), *score = moqi_host_room(w, MOQI_HOST_ROUTE, workers * s->desc.capacity + a->heads);
     if (!at || !q || !score) return;
-    float *y = q + qn, *sinks = score + s->desc.capacity;
+    float *y = q + b->rows * qn, *sinks = score + workers * s->desc.capacity;
     if (a->sinks) w->inner->download(w->inner, sinks, a->sinks, (size_t)a->heads * sizeof *sinks);
-    for (int64_t r = 0; r < b->rows; r++) {
-        int64_t pos = at[b->rows + r], first = moqi_attend_first(a, pos);
-        w->inner->download_act(w->inner, q, moqi_act_at(w, a->q, r * a->q_stride), (size_t)qn);
-        memset(y, 0, (size_t)yn * sizeof *y);
-        for (int64_t h = 0; at[r] >= 0 && at[r] < s->desc.slots && pos >= 0 && pos < s->desc.capacity && h < a->heads; h++)
-            moqi_eager_head(w->k, s, a, q + h * s->dim[0], h, at[r], first, pos, a->sinks ? sinks[h] : 0, score, y + h * s->dim[1]);
-        w->inner->upload_act(w->inner, moqi_act_at(w, a->y, r * a->y_stride), y, (size_t)yn);
-    }
+    moqi_gather(w, a->q, b->rows, qn, a->q_stride, q);
+    memset(y, 0, (size_t)(b->rows * yn) * sizeof *y);
+    e.w = w; e.s = s; e.a = a; e.at = at; e.q = q; e.y = y; e.score = score; e.rows = b->rows;
+    e.sinks = a->sinks ? sinks : NULL;
+    moqi_spread(w->par, b->rows, moqi_eager_task, &e);
+    for (int64_t r = 0; r < b->rows; r++) w->inner->upload_act(w->inner, moqi_act_at(w, a->y, r * a->y_stride), y + r * yn, (size_t)yn);
 }
 
 static void moqi_watch_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *a)
@@ -18648,23 +18952,39 @@ static void moqi_watch_rope(moq_backend *be, const moq_rope_desc *r)
     }
 }
 
+/* Arguments of moqi_step_task: x [rows, width] on the host, of which the first n of each row become the result. */
+typedef struct moqi_step { const moq_activation_desc *a; float *x; int64_t width, n; } moqi_step;
+
 /* PyTorch: the activated gate is rounded before it is multiplied. */
+static void moqi_step_task(void *arg, int r, int worker)
+{
+    const moqi_step *p = (const moqi_step *)arg;
+    float *h = p->x + r * p->width;
+    (void)worker;
+    for (int64_t i = 0; i < p->n; i++) h[i] = moqi_activate(p->a, h[i], 1);
+    moqi_bf16_all(h, p->n);
+    for (int64_t i = 0; i < p->n; i++) h[i] *= h[p->n + i];
+    moqi_bf16_all(h, p->n);
+}
+
 static void moqi_watch_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
 {
     moqi_watch *w = moqi_watch_of(be);
     int gated = a->kind != MOQ_RELU2, steps = a->kind == MOQ_SILU_MUL || a->kind == MOQ_GELU_MUL || a->kind == MOQ_GELU_TANH_MUL;
     int64_t width = gated ? 2 * (int64_t)n : n;
-    float *h = w->round && steps ? moqi_host_room(w, MOQI_HOST_Y, width) : NULL;
-    if (!h) {
+    moqi_step p;
+    p.a = a;
+    p.n = n;
+    p.width = width;
+    p.x = w->round && steps ? moqi_host_room(w, MOQI_HOST_Y, rows * width) : NULL;
+    if (!p.x) {
         w->inner->activation(w->inner, a, x, rows, n, y);
         moqi_watch_round(w, y, (int64_t)rows * n);
         return;
     }
-    for (int64_t r = 0; r < rows; r++) {
-        w->inner->download_act(w->inner, h, moqi_act_at(w, x, r * width), (size_t)width);
-        for (int64_t i = 0; i < n; i++) h[i] = moqi_bf16(moqi_bf16(moqi_activate(a, h[i], 1)) * h[n + i]);
-        w->inner->upload_act(w->inner, moqi_act_at(w, y, r * n), h, (size_t)n);
-    }
+    w->inner->download_act(w->inner, p.x, x, (size_t)(rows * width));
+    moqi_spread(w->par, rows, moqi_step_task, &p);
+    for (int64_t r = 0; r < rows; r++) w->inner->upload_act(w->inner, moqi_act_at(w, y, r * n), p.x + r * width, (size_t)n);
 }
 
 static void moqi_watch_add(moq_backend *be, void *x, const void *y, size_t count)
@@ -19397,7 +19717,7 @@ static void moqi_fake_static(const moqi_fake *f, const float *amax, float *x, in
     float m = f->norm256 ? 256.0f : 448.0f, whole = f->blocks_top * (448 / m) * moqi_bits_f32(MOQI_INV_6), k = 448 / whole;
     for (int64_t i = 0; i < n; i += 16) {
         float s = moq_e4m3_decode(moqi_e4m3_code(amax[i / 16] * moqi_bits_f32(MOQI_INV_6) * k)) * (1 / k);
-        if (s > 0) moqi_fake_e2m1(x + i, moqi_min(16, n - i), s, x + i);
+        if (s > 0) moqi_fakes_any(x + i, &s, moqi_min(16, n - i), x + i);
         else memset(x + i, 0, (size_t)moqi_min(16, n - i) * sizeof *x);
     }
 }
@@ -19472,7 +19792,7 @@ static void moqi_fake_linear(moqi_tape *t, const moq_linear *l, const moqi_fake 
             moqi_matrix part = w, coded = q;
             part.rows = coded.rows = moqi_min(slab, l->rows - first);
             moqi_fake_slab(t, l, f, top, first, &part, &coded);
-            moqi_product(t->par, &in, &coded, y + first, ldy);
+            moqi_product(t->par, &t->a, &in, &coded, y + first, ldy);
         }
         for (int64_t r = 0; r < n; r++) {
             for (int64_t i = 0; bias && i < l->rows; i++) y[r * ldy + i] += bias[i];
@@ -19782,7 +20102,7 @@ static void moqi_back_weight(moqi_tape *t, const moq_linear *l, const float *dy,
         }
         for (int64_t i = 0; i < n; i++)
             for (int64_t r = 0; r < slab; r++) d.data[i * d.ld + r] = r < m ? dy[i * ldy + first + r] : 0;
-        moqi_product(t->par, &d, &wt, sum.data, sum.ld);
+        moqi_product(t->par, &t->a, &d, &wt, sum.data, sum.ld);
         for (int64_t i = 0; i < n; i++) t->w->k->axpy(1, sum.data + i * sum.ld, dx + i * l->cols, l->cols);
     }
     if (!wt.data || !d.data || !sum.data) moqi_tape_nomem(t, (uint64_t)(l->cols * slab) * 4);
@@ -20638,8 +20958,8 @@ typedef enum moqi_algorithm {
 } moqi_algorithm;
 
 /* Passes, in this order; a run makes those that some record needs.
-     STATS    amax, channel amax, mean magnitude of channels, histograms; keys and values
-     SEARCH   the loss of every alpha (awq_lite)
+     STATS    amax, channel amax, mean magnitude of channels, histograms; keys and values; x^T x for searches that are judged by it
+     SEARCH   the loss of every alpha (awq_lite), where outputs are the judge
      AGAIN    on inputs times pre_quant_scale: amax, the loss of every clip ratio
      HESSIAN  x^T x of inputs in a model whose inputs are quantized
      GPTQ     the same of whole inputs as they are quantized; layers before have the weights that were made */
@@ -20647,6 +20967,7 @@ enum { MOQI_PASS_STATS = 1, MOQI_PASS_SEARCH = 2, MOQI_PASS_AGAIN = 4, MOQI_PASS
 
 static const struct { const char *word; moqi_algorithm algorithm; int passes; } moqi_algorithms[] = {
     {"none", MOQI_ALG_NONE, 0},
+    {"constant_amax", MOQI_ALG_NONE, 0},
     {"max", MOQI_ALG_MAX, MOQI_PASS_STATS},
     {"mse", MOQI_ALG_MAX, MOQI_PASS_STATS}, /* the search of block scales needs no data: the encoder makes it */
     {"smoothquant", MOQI_ALG_SMOOTH, MOQI_PASS_STATS},
@@ -20716,6 +21037,7 @@ typedef struct moqi_calibration {
     moqi_arena kept;                /* what the statistics take over as it is */
     int32_t batch;                  /* complete ones of this pass */
     int64_t longest;                /* most tokens that a layer saw in the pass of statistics */
+    int sums;                       /* that pass keeps x^T x for searches, which then need no pass of their own */
     moq_parallel par;               /* for the searches */
     moqi_pool *pool;
     uint64_t done, total;           /* passes, for the caller's progress */
@@ -20889,15 +21211,41 @@ static int moqi_record_weight(const moqi_calibration *c, const moqi_record *r, m
 
 /* ---- one token of one layer, by pass ---- */
 
-static void moqi_see_stats(moqi_record *r, const float *x)
+enum { MOQI_STATS_TASKS = 64 };
+
+typedef struct moqi_stats_work { moqi_record *r; const float *x; int64_t rows, step; float top[MOQI_STATS_TASKS]; } moqi_stats_work;
+
+/* Some columns of all rows. */
+MOQI_VECTOR static void moqi_stats_task(void *arg, int index, int worker)
 {
-    int64_t n = r->layer.cols;
-    float top = moqi_amax(x, n);
-    if (top > r->amax) r->amax = top;
-    for (int64_t i = 0; r->channel_amax && i < n; i++)
-        if (fabsf(x[i]) > r->channel_amax[i]) r->channel_amax[i] = fabsf(x[i]);
-    for (int64_t i = 0; r->batch_sum && i < n; i++) r->batch_sum[i] += fabsf(x[i]);
-    if (r->bins) moqi_headroom_add(r->bins, x, n);
+    moqi_stats_work *p = (moqi_stats_work *)arg;
+    moqi_record *r = p->r;
+    int64_t cols = r->layer.cols, first = index * p->step, n = moqi_min(p->step, cols - first);
+    float top = 0, *most = r->channel_amax ? r->channel_amax + first : NULL, *sum = r->batch_sum ? r->batch_sum + first : NULL;
+    (void)worker;
+    for (int64_t t = 0; t < p->rows; t++) {
+        const float *x = p->x + t * cols + first;
+        for (int64_t i = 0; i < n; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        if (most) for (int64_t i = 0; i < n; i++) most[i] = fabsf(x[i]) > most[i] ? fabsf(x[i]) : most[i];
+        if (sum) for (int64_t i = 0; i < n; i++) sum[i] += fabsf(x[i]);
+    }
+    p->top[index] = top;
+}
+
+/* x: [rows, cols]. */
+static void moqi_see_stats(const moq_parallel *par, moqi_record *r, const float *x, int64_t rows)
+{
+    moqi_stats_work p;
+    int64_t cols = r->layer.cols;
+    p.r = r;
+    p.x = x;
+    p.rows = rows;
+    p.step = moqi_pad16(moqi_ceil_div(cols, MOQI_STATS_TASKS));
+    int64_t tasks = moqi_ceil_div(cols, p.step);
+    moqi_spread(par, tasks, moqi_stats_task, &p);
+    for (int64_t i = 0; i < tasks; i++)
+        if (p.top[i] > r->amax) r->amax = p.top[i];
+    for (int64_t t = 0; r->bins && t < rows; t++) moqi_headroom_add(r->bins, x + t * cols, cols);
 }
 
 /* max |bf16(x * bf16(p))|: pre_quant_scale as it is stored. */
@@ -20926,9 +21274,10 @@ static int moqi_on_input(void *user, const moq_linear *layers, int32_t parts, fl
         r->leader = leader;
         r->tokens += rows;
         r->batch_tokens += rows;
-        buffered = buffered || c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_GPTQ || (c->pass == MOQI_PASS_AGAIN && r->algorithm != MOQI_ALG_SVD);
+        buffered |= c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_GPTQ || (c->pass == MOQI_PASS_AGAIN && r->algorithm != MOQI_ALG_SVD);
+        buffered |= c->pass == MOQI_PASS_STATS && c->sums && (r->passes & MOQI_PASS_SEARCH) != 0;
+        if (c->pass == MOQI_PASS_STATS) moqi_see_stats(&c->par, r, x, rows);
         for (int64_t t = 0; t < rows; t++) {
-            if (c->pass == MOQI_PASS_STATS) moqi_see_stats(r, x + t * cols);
             if (c->pass == MOQI_PASS_AGAIN) moqi_see_scaled(r, x + t * cols);
             if (c->pass == MOQI_PASS_HESSIAN) moqi_hessian_add(r->hessian, x + t * cols, cols);
         }
@@ -20969,7 +21318,7 @@ static int moqi_on_product(void *user, const moq_linear *layers, int32_t parts, 
             if (r && r->made) moq_to_f32(MOQ_BF16, r->made + k * cols, (size_t)cols, row);
             else moq_dequantize(l, k, 1, row);
         }
-        if (w.data) moqi_product(&c->par, &in, &w, y + at, width);
+        if (w.data) moqi_product(&c->par, a, &in, &w, y + at, width);
         else if (c->failed.code == MOQ_OK) moqi_nomem(&c->failed, (uint64_t)(l->rows * cols) * sizeof *x);
         moqi_matrix_drop(a, &w);
         float *bias = l->bias.data ? moqi_take_floats(&scratch, &l->bias, l->row_first, l->row_step, l->rows) : NULL;
@@ -21071,7 +21420,7 @@ static void moqi_kv_end_batch(moqi_calibration *c, moqi_kv_record *r)
 static int moqi_uses_gram(const moqi_calibration *c)
 {
     moq_judge judge = c->desc->judge;
-    return c->pass == MOQI_PASS_SEARCH && (judge == MOQ_JUDGE_GRAM || (judge == MOQ_JUDGE_AUTO && c->longest > 4096));
+    return judge == MOQ_JUDGE_GRAM || (judge == MOQ_JUDGE_AUTO && c->longest > 4096);
 }
 
 /* gram += X^T X / tokens of the leader's batch; gptq weighs tokens alike, whatever their batch. */
@@ -21082,31 +21431,8 @@ static void moqi_gram_batch(moqi_calibration *c, moqi_record *r)
     const float *x = (const float *)(const void *)r->batch.data;
     if (tokens == 0) return;
     if (!r->gram.data) r->gram = moqi_matrix_make(a, n, n);
-    moqi_matrix xt = moqi_matrix_make(a, n, tokens), h = moqi_matrix_make(a, n, n);
-    if (r->gram.data && xt.data && h.data) {
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t j = 0; j < n; j++) xt.data[j * xt.ld + t] = x[t * n + j];
-        moqi_gram(&c->par, &xt, &h);
-        float share = c->pass == MOQI_PASS_GPTQ ? 1 : (float)tokens;
-        for (int64_t i = 0; i < n * h.ld; i++) r->gram.data[i] += h.data[i] / share;
-    } else if (c->failed.code == MOQ_OK) {
+    if ((!r->gram.data || !moqi_gram_add(&c->par, a, x, tokens, c->pass == MOQI_PASS_GPTQ ? 1 : (float)tokens, &r->gram)) && c->failed.code == MOQ_OK)
         moqi_nomem(&c->failed, (uint64_t)(n * n) * 8);
-    }
-    moqi_matrix_drop(a, &xt);
-    moqi_matrix_drop(a, &h);
-}
-
-/* Losses of one layer from its leader's sums. */
-static moq_result moqi_search_gram(moqi_calibration *c, moqi_record *r, moq_error *err)
-{
-    moqi_bench b;
-    if (r->tokens == 0 || !r->leader->gram.data) return MOQ_OK;
-    if (!moqi_bench_make(&c->desc->allocator, &b, r->layer.rows, r->layer.cols, r->layer.rows, &c->par))
-        return moqi_nomem(err, (uint64_t)(r->layer.rows * r->layer.cols) * 16);
-    for (int64_t i = 0; i < b.w.rows; i++) moq_dequantize(&r->layer, i, 1, b.w.data + i * b.w.ld);
-    moqi_awq_gram_losses(&b, &r->recipe->scheme.weight, r->act, r->wsc, &r->leader->gram, r->alpha_loss);
-    moqi_bench_drop(&c->desc->allocator, &b);
-    return MOQ_OK;
 }
 
 /* Losses of one layer on the batch that its leader kept. */
@@ -21126,7 +21452,7 @@ static void moqi_search_batch(moqi_calibration *c, moqi_record *r)
         moqi_awq_losses(&b, coding, r->act, r->wsc, x, r->alpha_loss);
     } else {
         for (int64_t i = 0; r->p && i < b.w.cols; i++) b.s[i] = 1 / r->p[i];
-        if (r->p) moqi_scale_cols(&b.w, b.s, 0, &b.w);
+        if (r->p) moqi_scale_cols(b.par, &b.w, b.s, 0, &b.w);
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t i = 0; i < b.x.cols; i++)
                 b.x.data[t * b.x.ld + i] = r->p ? moqi_bf16(x[t * b.x.cols + i] * moqi_bf16(r->p[i])) : x[t * b.x.cols + i];
@@ -21151,7 +21477,7 @@ static void moqi_on_batch(void *user)
                 r->batch_sum[j] = 0;
             }
         }
-        if (moqi_uses_gram(c) || c->pass == MOQI_PASS_GPTQ) { if (r->leader == r) moqi_gram_batch(c, r); }
+        if (c->pass == MOQI_PASS_STATS || c->pass == MOQI_PASS_GPTQ) { if (r->leader == r) moqi_gram_batch(c, r); }
         else if (c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_AGAIN) moqi_search_batch(c, r);
         r->batches++;
     }
@@ -21209,6 +21535,22 @@ static void moqi_end_search(moqi_record *r)
     moqi_awq_scale(r->act, r->wsc, r->layer.cols, moqi_alpha(r->best_alpha), r->best_scale);
     for (int64_t i = 0; i < r->layer.cols; i++) r->p[i] = 1 / r->best_scale[i];
     r->input_amax = moqi_scaled_amax(r->channel_amax, r->p, r->layer.cols);
+}
+
+/* The search from the leader's sums, at the end of the pass that made them. */
+static moq_result moqi_search_gram(const moqi_calibration *c, moqi_record *r, moq_error *err)
+{
+    moqi_bench b;
+    if (!(r->passes & MOQI_PASS_SEARCH)) return MOQ_OK;
+    r->passes &= ~MOQI_PASS_SEARCH;
+    if (r->tokens == 0 || !r->leader->gram.data) return MOQ_OK;
+    if (!moqi_bench_make(&c->desc->allocator, &b, r->layer.rows, r->layer.cols, r->layer.rows, &c->par))
+        return moqi_nomem(err, (uint64_t)(r->layer.rows * r->layer.cols) * 16);
+    for (int64_t i = 0; i < b.w.rows; i++) moq_dequantize(&r->layer, i, 1, b.w.data + i * b.w.ld);
+    moqi_awq_gram_losses(&b, &r->recipe->scheme.weight, r->act, r->wsc, &r->leader->gram, r->alpha_loss);
+    moqi_bench_drop(&c->desc->allocator, &b);
+    moqi_end_search(r);
+    return MOQ_OK;
 }
 
 /* The clipped amax, of the tensor or of every group. */
@@ -21300,6 +21642,21 @@ static moq_result moqi_end_gptq(moqi_calibration *c, moqi_record *r, moq_error *
     return ok ? MOQ_OK : moqi_nomem(err, bytes);
 }
 
+/* Passes that some record needs. */
+static int moqi_wanted_passes(const moqi_calibration *c)
+{
+    int all = c->wants_kv ? MOQI_PASS_STATS : 0;
+    for (size_t i = 0; i < c->count; i++) all |= c->records[i].passes;
+    return c->sums && moqi_uses_gram(c) ? all & ~MOQI_PASS_SEARCH : all;
+}
+
+static void moqi_count_passes(moqi_calibration *c)
+{
+    int all = moqi_wanted_passes(c);
+    c->total = 0;
+    for (int pass = 1; pass <= MOQI_PASS_GPTQ; pass *= 2) c->total += (all & pass) != 0;
+}
+
 /* What follows from the inputs of layers that were shown and are not done yet; in the end also of those that were never shown. */
 static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *err)
 {
@@ -21307,6 +21664,7 @@ static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *er
     moq_result code = MOQ_OK;
     for (size_t i = 0; i < c->count; i++) /* first of all: it decides how all layers are judged */
         if (pass == MOQI_PASS_STATS && c->records[i].tokens > c->longest) c->longest = c->records[i].tokens;
+    if (pass == MOQI_PASS_STATS && c->sums) moqi_count_passes(c);
     for (size_t i = 0; i < c->count && code >= 0; i++) {
         moqi_record *r = &c->records[i];
         if (!(r->passes & pass) || r->finished || (!all && r->tokens == 0)) continue;
@@ -21316,8 +21674,8 @@ static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *er
             return c->failed.code;
         }
         if (pass == MOQI_PASS_STATS) code = moqi_end_stats(c, r, err);
-        if (moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
-        if (pass == MOQI_PASS_SEARCH && code >= 0) moqi_end_search(r);
+        if (pass == MOQI_PASS_STATS && code >= 0 && c->sums && moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
+        if (pass == MOQI_PASS_SEARCH) moqi_end_search(r);
         if (pass == MOQI_PASS_AGAIN) code = moqi_end_clip(c, r, err);
         if (pass == MOQI_PASS_HESSIAN) code = moqi_end_hessian(c, r, err);
         if (pass == MOQI_PASS_GPTQ) code = moqi_end_gptq(c, r, err);
@@ -21327,6 +21685,7 @@ static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *er
         if (r->gram.data) moqi_matrix_drop(&c->desc->allocator, &r->gram);
         if (r->finished) moqi_buffer_drop(&r->batch);
     }
+    if (c->longest > 0 && !moqi_uses_gram(c)) c->sums = 0; /* a short run: layers to come keep none */
     return code;
 }
 
@@ -21348,6 +21707,7 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
     c->pass = pass;
     c->batch = 0;
     c->twice = c->again = 0;
+    c->sums = c->sums || (pass == MOQI_PASS_STATS && c->desc->judge != MOQ_JUDGE_EXACT);
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         r->amax = 0;
@@ -21611,7 +21971,6 @@ static moq_result moqi_run_passes(moqi_calibration *c, moq_backend *inner, moq_e
 {
     moq_observer o;
     moq_result code = MOQ_OK;
-    int all = c->wants_kv ? MOQI_PASS_STATS : 0;
     const moq_calibrate_desc *d = c->desc;
     memset(&o, 0, sizeof o);
     o.user = c;
@@ -21622,12 +21981,12 @@ static moq_result moqi_run_passes(moqi_calibration *c, moq_backend *inner, moq_e
     o.twice = moqi_on_twice;
     o.product = moqi_on_product;
     o.bf16 = !d->f32;
-    for (size_t i = 0; i < c->count; i++) all |= c->records[i].passes;
-    for (int pass = 1; pass <= MOQI_PASS_GPTQ; pass *= 2) c->total += (all & pass) != 0;
+    moqi_count_passes(c);
     moq_backend *watch = moq_observing_backend(inner, &o, &d->allocator, err);
     if (!watch) return err && err->code < 0 ? err->code : MOQ_E_NOMEM;
+    moqi_watch_of(watch)->par = &c->par;
     for (int pass = 1; pass <= MOQI_PASS_GPTQ && code >= 0; pass *= 2) {
-        if (!(all & pass)) continue;
+        if (!(moqi_wanted_passes(c) & pass)) continue;
         if (!moqi_goes_on(c)) {
             if (err) *err = c->failed;
             code = c->failed.code;
@@ -23705,7 +24064,8 @@ static int moqi_needs_data(const moqi_plan *p)
     const char *kv = p->desc->kv;
     for (size_t i = 0; i < p->count; i++) {
         const moq_recipe *recipe = p->targets[i].recipe;
-        if (recipe && (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale || moqi_recipe_gptq(recipe))) return 1;
+        if (!recipe || moqi_constant_amax(recipe) > 0) continue;
+        if (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale || moqi_recipe_gptq(recipe)) return 1;
     }
     return kv && !moqi_same(kv, "none") && !moqi_same(kv, "wide") && !moqi_ends(kv, "_cast");
 }
@@ -23807,7 +24167,7 @@ static moq_result moqi_refuse_data(const moqi_plan *p, moq_error *err)
     for (size_t i = 0; i < moq_recipe_count() && !other; i++) {
         const moq_recipe *c = moq_get_recipe(i);
         if (c->scheme.weight.elem != p->recipe->scheme.weight.elem || c->scheme.weight.scale != p->recipe->scheme.weight.scale) continue;
-        if (!moqi_has_input_scale(c) && !c->scheme.pre_quant_scale) other = c;
+        if (!moqi_has_input_scale(c) && !c->scheme.pre_quant_scale) other = c; /* one with constant input scales covers experts only */
     }
     return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s needs calibration data, so it cannot be applied while "
                      "loading; write a folder with `moq quantize --recipe %s --calib DATA`%s%s", p->recipe->name, p->recipe->name,
@@ -24487,6 +24847,7 @@ static moq_result moqi_auto_fake(moqi_auto *x, moqi_auto_layer *l, int f, moq_er
     t.expert = (uint8_t)moqi_expert_name(l->name, &container, &number, &part);
     moq_result r = moqi_recorded(&x->plan, &t, "input_quantizer.amax", 1, &v, err);
     if (r >= 0 && v) k->input_amax = v[0];
+    if (moqi_constant_amax(k->recipe) > 0) k->input_amax = moqi_constant_amax(k->recipe);
     if (l->w.experts > 0) k->top = moqi_auto_top(x, &l->w); /* one weight quantizer for all of a stack */
     if (r >= 0 && l->w.experts == 0 && moqi_recipe_searches(k->recipe)) r = moqi_auto_blocks(x, l, &t, k, err);
     if (r < 0) return r;

@@ -892,7 +892,7 @@ static void test_product(void)
                     for (int64_t j = 0; j < cols; j++) w.data[i * w.ld + j] = test_normal();
                 for (int64_t i = 0; i < tokens; i++)
                     for (int64_t j = 0; j < cols; j++) x.data[i * x.ld + j] = test_normal();
-                moqi_product(NULL, &x, &w, y, rows);
+                moqi_product(NULL, NULL, &x, &w, y, rows);
                 for (int64_t t = 0; t < tokens; t++)
                     for (int64_t r = 0; r < rows; r++) {
                         double sum = 0, size = 0;

@@ -1195,10 +1195,56 @@ static void test_export_searched_stacks(void)
     remove_dir(target);
 }
 
+/* A recipe whose inputs have a constant scale of 1 runs no data, and its weights are those of the measured one. */
+static void test_export_constant_inputs(void)
+{
+    char target[2][1200], calibration[1300];
+    moq_checkpoint *ck[2];
+    moq_error err;
+    int layers = 0, wrong = 0;
+    snprintf(calibration, sizeof calibration, "%s/calibration.safetensors", source_dir("modelopt/gpt_oss-nvfp4"));
+    if (!is_there(calibration)) { printf("modelopt/gpt_oss-nvfp4/calibration.safetensors is not in this set\n"); return; }
+    for (int k = 0; k < 2; k++) {
+        snprintf(target[k], sizeof target[k], "%s", scratch(k ? "measured" : "constant"));
+        moq_quantize_desc d = simple_desc(source_dir("sources/gpt_oss"), target[k], k ? "nvfp4_experts_only" : "nvfp4_experts_only_input_scale1");
+        d.calibration = k ? calibration : NULL;
+        CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+        ck[k] = moq_open(target[k], NULL, &err);
+        CHECK(ck[k] != NULL);
+    }
+    for (size_t i = 0; ck[0] && ck[1] && i < moq_module_count(ck[0]); i++) {
+        moq_linear w, v;
+        float a[512], b[512];
+        CHECK(moq_get_module(ck[0], i, &w, &err) == MOQ_OK && moq_find_linear(ck[1], w.name, &v, &err) == MOQ_OK && w.cols <= 512);
+        if (w.experts == 0) continue;
+        layers++;
+        wrong += w.scheme.weight.scale != MOQ_F8_E4M3 || w.input_scale != 1.0f || v.input_scale == 1.0f;
+        for (int64_t r = 0; r < w.rows * w.experts; r++) {
+            moq_dequantize(&w, r, 1, a);
+            moq_dequantize(&v, r, 1, b);
+            wrong += memcmp(a, b, (size_t)w.cols * sizeof *a) != 0;
+        }
+    }
+    CHECK(layers > 0 && wrong == 0);
+    for (int k = 0; k < 2; k++) {
+        moq_close(ck[k]);
+        remove_dir(target[k]);
+    }
+}
+
+static void count_notes(void *user, moq_log_level level, moq_result code, const char *text)
+{
+    (void)code;
+    if (level == MOQ_LOG_WARNING && strstr(text, "names no module") && strstr(text, "*.nothing_of_this_name")) ++*(int *)user;
+}
+
 /* One clear line, and nothing left beside the target. */
 static void test_export_refusals(void)
 {
     char target[1200];
+    static const moq_rule slip[] = {{"*mlp*", "mxfp8"}, {"*.nothing_of_this_name", "mxfp4"}};
+    static const char *const spare[] = {"*.nothing_of_this_name"};
+    int notes = 0;
     snprintf(target, sizeof target, "%s", scratch("refused/out"));
     mkdir(scratch("refused"), 0777);
     moq_error err;
@@ -1225,6 +1271,7 @@ static void test_export_refusals(void)
     d.recipe = "nvfp4_w4a4_weight_local_hessian"; d.calibration = calibration; REFUSED(MOQ_E_SHAPE, "another model or recipe");
     d.recipe = "nvfp4"; d.source = source_dir("sources/phi3"); d.calibration = calibration; REFUSED(MOQ_E_MISSING, "needs the largest input");
     d.recipe = "nvfp4_experts_only"; REFUSED(MOQ_E_ARG, "covers no layer");
+    d.rules = slip; d.rule_count = 2; REFUSED(MOQ_E_ARG, "names no module");
     d.progress = cancel_later; d.progress_user = &calls; REFUSED(MOQ_E_CANCELLED, "nothing was written");
     d.source = tiny_source(16, 24, 0); REFUSED(MOQ_E_SHAPE, "24 input features");
     d.source = tiny_source(16, 96, 1); REFUSED(MOQ_E_SCALE, "NaN");
@@ -1235,7 +1282,12 @@ static void test_export_refusals(void)
     CHECK(strstr(err.text, "exists already") != NULL && count_entries(target) == 0);
     rmdir(target);
     d.source = tiny_source(16, 96, 0);
+    d.exclude = spare;
+    d.exclude_count = 1;
+    d.log = count_notes;
+    d.log_user = &notes;
     CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+    CHECK_INT(notes, 1);
     moq_json_doc *doc = parse_file(target, "config.json"); /* odd values survive the copy */
     CHECK(doc && moq_json_find(moq_json_root(doc), "quantization_config"));
     const moq_json *list = doc ? moq_json_find(moq_json_root(doc), "list") : NULL;
@@ -1290,6 +1342,7 @@ int main(int argc, char **argv)
     RUN(test_export_mx_more);
     RUN(test_export_gpt_oss);
     RUN(test_export_searched_stacks);
+    RUN(test_export_constant_inputs);
     RUN(test_export_refusals);
     RUN(test_export_no_memory);
     return test_end();

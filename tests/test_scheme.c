@@ -169,6 +169,7 @@ static void test_scheme_recipes(void)
         {"nvfp4_w4a4_weight_mse_fp8_sweep", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"}, {"nvfp4_w4a4_weight_local_hessian", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG"},
         {"nvfp4_mse", NULL}, {"int4_mse", NULL}, {"nvfp4_act_headroom", NULL}, {"nvfp4_gptq", "general/ptq/nvfp4_default-kv_none-gptq"}, {"int4_gptq", NULL}, {"nvfp4_mlp_only", "NVFP4_MLP_ONLY_CFG"}, {"nvfp4_mlp_weight_only", "NVFP4_MLP_WEIGHT_ONLY_CFG"},
         {"nvfp4_omlp_only", "NVFP4_OMLP_ONLY_CFG"}, {"nvfp4_experts_only", "NVFP4_EXPERTS_ONLY_CFG"}, {"nvfp4_experts_only_mse", NULL},
+        {"nvfp4_experts_only_input_scale1", NULL},
         {"nvfp4_fp8_mha", "NVFP4_FP8_MHA_CONFIG"}, {"mxfp4", "MXFP4_DEFAULT_CFG"}, {"mxfp4_mlp_weight_only", "MXFP4_MLP_WEIGHT_ONLY_CFG"},
         {"w4a8_mxfp4_fp8", "W4A8_MXFP4_FP8_CFG"}, {"mxfp8", "MXFP8_DEFAULT_CFG"}, {"mxfp6", "MXFP6_DEFAULT_CFG"}, {"mxfp6_e2m3", NULL},
         {"mxint8", "MXINT8_DEFAULT_CFG"},
