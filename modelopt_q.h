@@ -83,6 +83,7 @@
                          >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
                          >>panels       weights turned once for many inputs
                          >>integers     integer codes times 8-bit inputs
+                         >>dots          the same in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>matrix       AMX: tiles of BF16
                          >>attend       attention, and what lies between two products
                          >>kernels      which instruction set serves a layer
@@ -3045,15 +3046,23 @@ static uint32_t moqi_cpu_flags(void)
 #include <sys/auxv.h>
 #endif
 
-/* HWCAP_ASIMDDP is bit 20 of AT_HWCAP, HWCAP2_I8MM bit 13 of AT_HWCAP2. */
+/* Linux: HWCAP_ASIMDDP is bit 20 of AT_HWCAP, HWCAP2_I8MM and HWCAP2_BF16 are bits 13 and 14 of AT_HWCAP2. Apple answers by name. */
 static uint32_t moqi_cpu_flags(void)
 {
     uint32_t flags = MOQI_CPU_NEON;
 #if defined(__linux__) && !defined(MOQ_NO_OS)
     if (getauxval(AT_HWCAP) >> 20 & 1) flags |= MOQI_CPU_DOTPROD;
     if (getauxval(AT_HWCAP2) >> 13 & 1) flags |= MOQI_CPU_I8MM;
-#elif defined(__APPLE__)
-    flags |= MOQI_CPU_DOTPROD; /* every Apple Silicon Mac */
+    if (getauxval(AT_HWCAP2) >> 14 & 1) flags |= MOQI_CPU_BF16;
+#elif defined(__APPLE__) && !defined(MOQ_NO_OS)
+    static const struct { const char *name; uint32_t flag; } known[] = {
+        {"hw.optional.arm.FEAT_DotProd", MOQI_CPU_DOTPROD}, {"hw.optional.arm.FEAT_I8MM", MOQI_CPU_I8MM}, {"hw.optional.arm.FEAT_BF16", MOQI_CPU_BF16}
+    };
+    for (size_t i = 0; i < MOQI_COUNT(known); i++) {
+        int has = 0;
+        size_t bytes = sizeof has;
+        if (sysctlbyname(known[i].name, &has, &bytes, NULL, 0) == 0 && has) flags |= known[i].flag;
+    }
 #endif
     return flags;
 }
@@ -3078,9 +3087,10 @@ static uint32_t moqi_cpu_flags(void) { return 0; }
 MOQ_API const char *moq_cpu_features(void)
 {
     static const char *const x86[] = {MOQI_WORDS_6("avx2 fma f16c")};
-    static const char *const arm[] = {"neon", "neon dotprod", "neon i8mm", "neon dotprod i8mm"};
+    static const char *const arm[] = {"neon", "neon dotprod", "neon i8mm", "neon dotprod i8mm",
+                                      "neon bf16", "neon dotprod bf16", "neon i8mm bf16", "neon dotprod i8mm bf16"};
     uint32_t f = moqi_cpu_flags(), index = 0;
-    if (f & MOQI_CPU_NEON) return arm[f / MOQI_CPU_DOTPROD & 3];
+    if (f & MOQI_CPU_NEON) return arm[(f / MOQI_CPU_DOTPROD & 3) + (f & MOQI_CPU_BF16 ? 4 : 0)];
     for (uint32_t bit = MOQI_CPU_AVX512; bit <= MOQI_CPU_AMX; bit *= 2) index = index * 2 + ((f & bit) != 0);
     return f & MOQI_CPU_AVX2 ? x86[index] : "";
 }
@@ -10678,6 +10688,28 @@ static void moqi_rope_head(float *x, const float *table, int64_t dims, int inter
    E4M3 through F16: the same sign, exponent and mantissa fields give value / 256, subnormals included, without subnormal F32
    numbers on the way. Code 0x7f is NaN in E4M3 but finite in F16, so it is put back. */
 
+/* Dot products of bytes, where the compiler knows such targets. */
+#if defined(MOQI_ARM) && defined(__clang__) && __clang_major__ >= 14
+#define MOQI_DOTS 1
+#define MOQI_DOTPROD __attribute__((target("dotprod")))
+#define MOQI_I8MM __attribute__((target("i8mm")))
+#define MOQI_BFMM __attribute__((target("bf16")))
+#elif defined(MOQI_ARM) && !defined(__clang__) && __GNUC__ >= 10 && defined(__ARM_FEATURE_DOTPROD)
+#define MOQI_DOTS 1
+#define MOQI_DOTPROD
+#define MOQI_I8MM __attribute__((target("+i8mm")))
+#define MOQI_BFMM __attribute__((target("+bf16")))
+#elif defined(MOQI_ARM) && !defined(__clang__) && __GNUC__ >= 10 && !defined(__ARM_FEATURE_QRDMX) && !defined(__ARM_FEATURE_CRYPTO)
+/* Its assembler wants 8.2 by name. Where the command line asks for more than 8.0 and for no dot products, this would take something away. */
+#define MOQI_DOTS 1
+#define MOQI_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#define MOQI_I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
+#define MOQI_BFMM __attribute__((target("arch=armv8.2-a+bf16")))
+#elif defined(MOQI_X86) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12)
+#define MOQI_DOTS 1
+#define MOQI_DOTPROD __attribute__((target("avx2,fma,f16c,avxvnni")))
+#endif
+
 #ifdef MOQI_X86
 #define MOQI_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define MOQI_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -10954,7 +10986,14 @@ static float32x4_t moqi_e4m3_neon(uint16x4_t w)
     return vbslq_f32(vreinterpretq_u32_s32(vmovl_s16(nan)), vreinterpretq_f32_u32(vdupq_n_u32(0x7fc00000)), f);
 }
 
-/* 8 elements a step; E8M0 and U8 are rare enough for the plain loop. */
+/* As in the AVX2 version. */
+static float32x4_t moqi_e8m0_neon(uint32x4_t w)
+{
+    uint32x4_t edge = vorrq_u32(vceqq_u32(w, vdupq_n_u32(0)), vceqq_u32(w, vdupq_n_u32(255)));
+    return vreinterpretq_f32_u32(vorrq_u32(vshlq_n_u32(w, 23), vandq_u32(edge, vdupq_n_u32(0x00400000))));
+}
+
+/* 8 elements a step; U8 is rare enough for the plain loop. */
 static void moqi_expand_neon(moq_dtype dtype, const uint8_t *src, int64_t n, float *dst)
 {
     int64_t i = 0, end = n / 8 * 8;
@@ -10973,11 +11012,34 @@ static void moqi_expand_neon(moq_dtype dtype, const uint8_t *src, int64_t n, flo
             int16x8_t v = vmovl_s8(vreinterpret_s8_u8(vld1_u8(src + i)));
             low = vcvtq_f32_s32(vmovl_s16(vget_low_s16(v)));
             high = vcvtq_f32_s32(vmovl_s16(vget_high_s16(v)));
+        } else if (dtype == MOQ_F8_E8M0) {
+            uint16x8_t v = vmovl_u8(vld1_u8(src + i));
+            low = moqi_e8m0_neon(vmovl_u16(vget_low_u16(v)));
+            high = moqi_e8m0_neon(vmovl_u16(vget_high_u16(v)));
         } else break;
         vst1q_f32(dst + i, low);
         vst1q_f32(dst + i + 4, high);
     }
     if (i < n) moqi_plain_expand(dtype, src + i * (moq_dtype_bits(dtype) / 8), n - i, dst + i);
+}
+
+/* 4 bytes of the table for each code: byte b of it is at 4 * code + b. */
+static void moqi_nibbles_neon(const uint8_t *src, int64_t n, const float *table, float *dst)
+{
+    static const uint8_t spread[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const uint8x16_t byte = vreinterpretq_u8_u32(vdupq_n_u32(0x03020100)), at = vld1q_u8(spread);
+    uint8x16x4_t values;
+    int64_t i = 0;
+    for (int k = 0; k < 4; k++) values.val[k] = vreinterpretq_u8_f32(vld1q_f32(table + 4 * k));
+    for (; i + 16 <= n; i += 16) {
+        uint8x8_t v = vld1_u8(src + i / 2), low = vand_u8(v, vdup_n_u8(15)), high = vshr_n_u8(v, 4);
+        uint8x16_t code = vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high));
+        for (int k = 0; k < 16; k += 4) {
+            uint8x16_t c = vqtbl1q_u8(code, vaddq_u8(at, vdupq_n_u8((uint8_t)k)));
+            vst1q_f32(dst + i + k, vreinterpretq_f32_u8(vqtbl4q_u8(values, vaddq_u8(vshlq_n_u8(c, 2), byte))));
+        }
+    }
+    if (i < n) moqi_plain_nibbles(src + i / 2, n - i, table, dst + i);
 }
 
 static void moqi_scale_neon(float *w, int64_t n, int shift, const float *s, const float *zero)
@@ -12648,7 +12710,7 @@ static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32
    The integer sums are exact. x8 are the checkpoint's own codes where inputs are rounded as stored (E2M1 doubled again, INT8), else
    8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer. */
 
-#ifdef MOQI_X86
+#if defined(MOQI_X86) || defined(MOQI_DOTS)
 /* Columns under one scale on both sides, at most a panel; 0: the layer's inputs are no integers. */
 static int64_t moqi_i8_chunk(const moqi_tiled *p)
 {
@@ -12671,7 +12733,7 @@ static int moqi_i8_nibbles(const moqi_tiled *p)
     return fit;
 }
 
-static int moqi_i8_takes_512(const moqi_tiled *p)
+static int moqi_i8_takes(const moqi_tiled *p)
 {
     if (p->requant > 0 || p->zeros || p->order || moqi_i8_chunk(p) == 0) return 0;
     if (p->form == MOQI_CODES_WIDE) return p->dtype == MOQ_I8 && p->zero == 0 && (p->groups == 1 || p->group_cols % 16 == 0) ? 3 : 0;
@@ -12724,6 +12786,22 @@ static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, floa
     }
 }
 
+/* How many rows of codes stand for one row of x in place: its own 8 bits, or two digits of 8. */
+static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
+
+/* Codes in place, in blocks of so many columns. */
+static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    if (p->requant > 0 || p->order || (p->rounds ? moqi_i8_chunk(p) == 0 : p->input_bits > 16)) return 0;
+    if (p->form == MOQI_CODES_NIBBLES) return moqi_i8_nibbles(p);
+    if (p->form != MOQI_CODES_WIDE || p->dtype != MOQ_I8 || p->zeros || p->zero != 0 || (p->groups > 1 && p->group_cols % block != 0)) return 0;
+    return !p->rounds || c->group_cols <= 0 || c->group_cols >= p->layer.cols || c->group_cols % block == 0;
+}
+
+#endif
+
+#ifdef MOQI_X86
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
@@ -12922,16 +13000,7 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
    and X behind them as in >>stream. Where 16 bits of x may be kept, x = 256 hi + lo is two such rows. */
 enum { MOQI_DOT_WORDS = 96 };
 
-static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
-
-static int moqi_dot_takes_512(const moqi_tiled *p)
-{
-    const moq_coding *c = &p->layer.scheme.input;
-    if (p->requant > 0 || p->order || (p->rounds ? moqi_i8_chunk(p) == 0 : p->input_bits > 16)) return 0;
-    if (p->form == MOQI_CODES_NIBBLES) return moqi_i8_nibbles(p);
-    if (p->form != MOQI_CODES_WIDE || p->dtype != MOQ_I8 || p->zeros || p->zero != 0 || (p->groups > 1 && p->group_cols % 256 != 0)) return 0;
-    return !p->rounds || c->group_cols <= 0 || c->group_cols >= p->layer.cols || c->group_cols % 256 == 0;
-}
+static int moqi_dot_takes_512(const moqi_tiled *p) { return moqi_dot_takes(p, 256); }
 
 /* 16 values over s as whole numbers, or twice E2M1, or two digits of 8 bits: codes[digits][16]. 1 / s would move values that lie on an edge. */
 MOQI_AVX512 static void moqi_dot_round_512(__m512 x, float s, int fp4, int digits, __m128i *codes)
@@ -13129,13 +13198,618 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
 /* The rows from which panels are better. */
 static int moqi_i8_after_512(const moqi_tiled *p)
 {
-    int from = moqi_i8_takes_512(p);
+    int from = moqi_i8_takes(p);
     return !from || !moqi_dot_takes_512(p) ? from : p->form == MOQI_CODES_NIBBLES ? 13 : 9;
 }
 
 static const moqi_way moqi_dot_way_512 = {"codes in place, integers", 4, moqi_dot_takes_512, moqi_dot_arrange_512, moqi_dots_512, NULL, NULL};
 
 static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_after_512, moqi_i8_arrange_512, moqi_panels, moqi_panel_i8_512, moqi_block_i8_512};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>dots            integer codes times 8-bit inputs in vectors of 8 or 4 words, for AVX-VNNI and NEON
+   The products of >>integers for shorter vectors: the sums are exact, so their width changes no result but in the order of scaled sums.
+   ------------------------------------------------------------------------------------------------ */
+
+/* In place, a block is 16 columns for each of L lanes: two vectors of nibbles, whose even and odd words are put together, or four of
+   bytes. x is stored as blocks of 6 L words, digit by digit, and X behind them as in >>runs:
+
+       [4][L] words of codes in the order of the weights, [L] scales, [L] -off * (sum of the lane's codes)
+
+   NEON multiplies bytes with sign from both sides, so its panels hold w itself and its sums start at 0. Panels of SMMLA and BFMMLA lie
+   in pairs of words, [columns / 8 or 4][32 rows][2 words]: an instruction multiplies two rows of 8 bytes with two of x.
+   Functions with a target of their own spell the instruction out: compilers declare intrinsics only where the command line has it. */
+
+#ifdef MOQI_DOTS
+enum { MOQI_DOTS_COLS = 16 * MOQI_LANES, MOQI_DOTS_WORDS = 6 * MOQI_LANES };
+
+/* What one pass over some rows needs. */
+typedef struct moqi_dots_pass {
+    moqi_run_pass run;        /* scales of 512 columns, in the order of the lanes */
+    uint8_t table[16];        /* twice the values of the codes, and what the instruction wants added */
+} moqi_dots_pass;
+
+/* Which 16 columns of a block lane l holds: AVX2 takes words out of each 128 bits. */
+static int moqi_dots_group(int l) { return MOQI_LANES == 8 ? (l & 1) + (l & 2) * 2 + (l & 4) / 2 : l; }
+
+static int moqi_dots_take(const moqi_tiled *p) { return moqi_dot_takes(p, MOQI_DOTS_COLS); }
+
+/* The rows from which panels are better. */
+static int moqi_dots_after(const moqi_tiled *p)
+{
+    int from = moqi_i8_takes(p);
+    return !from || !moqi_dots_take(p) ? from : p->form == MOQI_CODES_NIBBLES ? 13 : 9;
+}
+
+/* ---- the instruction sets ---- */
+
+#ifdef MOQI_X86
+/* 16 values over s to the nearest whole numbers of 16 bits, ties to even. */
+MOQI_AVX2 static void moqi_dots_whole(const float *x, float s, int16_t *q)
+{
+    const __m256 by = _mm256_set1_ps(s), most = _mm256_set1_ps(32767);
+    __m256 a = _mm256_min_ps(_mm256_div_ps(_mm256_loadu_ps(x), by), most), b = _mm256_min_ps(_mm256_div_ps(_mm256_loadu_ps(x + 8), by), most);
+    __m256i v = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)); /* what is below -2^31 becomes that */
+    _mm256_storeu_si256((__m256i *)(void *)q, _mm256_permute4x64_epi64(v, 0xd8));
+}
+
+/* Scales of the blocks of a run. */
+static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks) { moqi_run_groups_256(run, row, c, blocks); }
+
+#define MOQI_DPBUSD(sum, w, v) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "xm"(v))
+
+/* acc[t] += some blocks of a row times x[t] from word `at`; tokens is a constant where this is called. left: bytes of the row; acc: [tokens][8] */
+MOQI_INLINE MOQI_DOTPROD void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
+                                            int64_t at, int tokens, float *acc)
+{
+    const int nibbles = pass->run.p->form == MOQI_CODES_NIBBLES, bytes = nibbles ? 64 : 128;
+    const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)-128);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
+    const float *scale = pass->run.s;
+    uint8_t edge[128];
+    __m256 a[4];
+#define MOQI_LOAD(t) a[t] = _mm256_loadu_ps(acc + 8 * (t));
+#define MOQI_STORE(t) _mm256_storeu_ps(acc + 8 * (t), a[t]);
+#define MOQI_AT(i) _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * (i)))
+#define MOQI_X(i) *(const __m256i_u *)(const void *)(xt + 8 * (i))
+#define MOQI_DOT(t) { \
+        const float *xt = x[t] + at; \
+        __m256i q = MOQI_X(5); \
+        MOQI_DPBUSD(q, w0, MOQI_X(0)); \
+        MOQI_DPBUSD(q, w1, MOQI_X(1)); \
+        MOQI_DPBUSD(q, w2, MOQI_X(2)); \
+        MOQI_DPBUSD(q, w3, MOQI_X(3)); \
+        a[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_loadu_ps(xt + 32)), s, a[t]); }
+    MOQI_TOKENS4(MOQI_LOAD)
+    for (; blocks > 0; blocks--, src += bytes, left -= bytes, at += MOQI_DOTS_WORDS, scale += 8) {
+        const uint8_t *from = src;
+        __m256i w0, w1, w2, w3;
+        __m256 s = _mm256_loadu_ps(scale);
+        if (left < bytes) { memset(edge, 0, sizeof edge); memcpy(edge, src, (size_t)left); from = edge; }
+        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
+        if (nibbles) {
+            __m256 f0 = _mm256_castsi256_ps(MOQI_AT(0)), f1 = _mm256_castsi256_ps(MOQI_AT(1));
+            __m256i v0 = _mm256_castps_si256(_mm256_shuffle_ps(f0, f1, 0x88)), v1 = _mm256_castps_si256(_mm256_shuffle_ps(f0, f1, 0xdd));
+            w0 = _mm256_shuffle_epi8(table, _mm256_and_si256(v0, low));
+            w1 = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v0, 4), low));
+            w2 = _mm256_shuffle_epi8(table, _mm256_and_si256(v1, low));
+            w3 = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v1, 4), low));
+        } else {
+            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 64);
+            w0 = _mm256_xor_si256(MOQI_AT(0), flip);
+            w1 = _mm256_xor_si256(MOQI_AT(1), flip);
+            w2 = _mm256_xor_si256(MOQI_AT(2), flip);
+            w3 = _mm256_xor_si256(MOQI_AT(3), flip);
+        }
+        MOQI_TOKENS4(MOQI_DOT)
+    }
+    MOQI_TOKENS4(MOQI_STORE)
+#undef MOQI_LOAD
+#undef MOQI_STORE
+#undef MOQI_AT
+#undef MOQI_X
+#undef MOQI_DOT
+}
+
+/* 16 rows of 16 words turned: dst[c][r] = src[r][c]. */
+MOQI_AVX2 static void moqi_dots_turn(const uint8_t *src, int64_t row_bytes, uint32_t *dst)
+{
+    for (int64_t r = 0; r < 16; r += 8)
+        for (int64_t c = 0; c < 16; c += 8)
+            moqi_turn_256((const float *)(const void *)(src + r * row_bytes) + c, row_bytes / 4, (float *)(void *)(dst + 16 * c + r), 16);
+}
+
+/* 16 words of 16 rows -> words of the panel: nibbles through the table, the low ones first, bytes by their top bit. */
+MOQI_AVX2 static void moqi_dots_words(const uint32_t *words, int nibbles, const uint8_t *table, int pairs, uint32_t *to)
+{
+    const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)-128);
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)table));
+    (void)pairs;
+    for (int i = 0; i < 32; i++, words += 8, to += i & 1 ? 8 : nibbles ? 2 * MOQI_PANEL_ROWS - 8 : MOQI_PANEL_ROWS - 8) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)words), even = _mm256_shuffle_epi8(values, _mm256_and_si256(v, low));
+        _mm256_storeu_si256((__m256i *)(void *)to, nibbles ? even : _mm256_xor_si256(v, flip));
+        if (nibbles) _mm256_storeu_si256((__m256i *)(void *)(to + MOQI_PANEL_ROWS), _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)));
+    }
+}
+
+/* 16 rows of a panel from `at` times 3 rows of x, of which `valid` are stored. all: columns of x padded to 128 */
+MOQI_DOTPROD static void moqi_dots_tokens(const moqi_panel *w, int64_t at, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid)
+{
+    const uint32_t *d = w->data + at;
+    const float *scale = w->scale + at, *x0 = x, *x1 = x + (valid > 1 ? ldx : 0), *x2 = x + (valid > 2 ? 2 * ldx : 0);
+    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4, most = (w->n + 15) / 16 * 4, base = w->col / 4; /* neither side has more */
+    const int64_t begin = all / 4 + w->col / w->chunk, rows = moqi_min(16, w->rows - at);
+    __m256 lo[3], hi[3], s0, s1;
+    float sum[16];
+#define MOQI_EACH3(f) f(0) f(1) f(2)
+#define MOQI_BEGIN(t) lo[t] = hi[t] = _mm256_setzero_ps();
+#define MOQI_START(t) __m256i a##t = _mm256_castps_si256(_mm256_broadcast_ss(x##t + begin + c + all / 16)), b##t = a##t;
+#define MOQI_DOT(t) { __m256i v = _mm256_castps_si256(_mm256_broadcast_ss(x##t + base + k)); MOQI_DPBUSD(a##t, w0, v); MOQI_DPBUSD(b##t, w1, v); }
+#define MOQI_SCALE(t) { \
+        __m256 v = _mm256_broadcast_ss(x##t + begin + c); \
+        lo[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(a##t), v), s0, lo[t]); \
+        hi[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(b##t), v), s1, hi[t]); }
+#define MOQI_ADD(t) if ((t) < valid) { \
+        float *to = y + at + (t) * ldy; \
+        _mm256_storeu_ps(sum, _mm256_mul_ps(lo[t], s0)); \
+        _mm256_storeu_ps(sum + 8, _mm256_mul_ps(hi[t], s1)); \
+        for (int64_t r = 0; r < rows; r++) to[r] += sum[r]; }
+    MOQI_EACH3(MOQI_BEGIN)
+    for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
+        MOQI_EACH3(MOQI_START)
+        for (int64_t end = moqi_min(k + words, most); k < end; k++, d += MOQI_PANEL_ROWS) {
+            __m256i w0 = _mm256_loadu_si256((const __m256i *)(const void *)d), w1 = _mm256_loadu_si256((const __m256i *)(const void *)(d + 8));
+            MOQI_EACH3(MOQI_DOT)
+        }
+        s0 = _mm256_loadu_ps(scale);
+        s1 = _mm256_loadu_ps(scale + 8);
+        MOQI_EACH3(MOQI_SCALE)
+    }
+    s0 = _mm256_loadu_ps(w->mul + at);
+    s1 = _mm256_loadu_ps(w->mul + at + 8);
+    MOQI_EACH3(MOQI_ADD)
+#undef MOQI_BEGIN
+#undef MOQI_START
+#undef MOQI_DOT
+#undef MOQI_SCALE
+#undef MOQI_ADD
+#undef MOQI_EACH3
+}
+
+MOQI_DOTPROD static void moqi_dots_block(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    int64_t all = (w->p->layer.cols + 127) / 128 * 128;
+    for (int64_t at = 0; at < w->rows; at += 16)
+        for (int64_t j = 0; j < m; j += 3) moqi_dots_tokens(w, at, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(3, m - j));
+}
+#endif
+
+#ifdef MOQI_ARM
+static void moqi_dots_whole(const float *x, float s, int16_t *q)
+{
+    const float32x4_t by = vdupq_n_f32(s);
+    for (int i = 0; i < 16; i += 4) vst1_s16(q + i, vqmovn_s32(vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i), by))));
+}
+
+/* Lanes hold groups of columns in their order, so scales of 16 columns need no permutation. */
+static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks)
+{
+    const moqi_tiled *p = run->p;
+    int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, size = moq_dtype_bits(p->scale_dtype) / 8;
+    float s[MOQI_RUN / 16];
+    for (int i = 0; i < MOQI_RUN / 16; i++) s[i] = p->scales ? 0.0f : 1.0f;
+    if (p->scales) moqi_expand_neon(p->scale_dtype, p->scales + at * size, moqi_min(p->groups - g, p->shift < 9 ? MOQI_RUN >> p->shift : 1), s);
+    for (int i = 0; i < MOQI_LANES * blocks; i++) run->s[i] = s[p->scales && p->shift < 9 ? 16 * i >> p->shift : 0];
+}
+
+#define MOQI_SDOT(sum, w, v) __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(v))
+#define MOQI_SDOT_LANE(sum, w, v, lane) __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(sum) : "w"(w), "w"(v))
+#define MOQI_SMMLA(sum, w, v) __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(v))
+#define MOQI_BFMMLA(sum, w, v) __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(w), "w"(v))
+
+/* acc[t] += some blocks of a row times x[t] from word `at`; tokens is a constant where this is called. left: bytes of the row; acc: [tokens][4] */
+MOQI_INLINE MOQI_DOTPROD void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
+                                            int64_t at, int tokens, float *acc)
+{
+    const int nibbles = pass->run.p->form == MOQI_CODES_NIBBLES, bytes = nibbles ? 32 : 64;
+    const uint8x16_t low = vdupq_n_u8(15), table = vld1q_u8(pass->table);
+    const float *scale = pass->run.s;
+    uint8_t edge[64];
+    float32x4_t a[4];
+    MOQI_UNROLL for (int t = 0; t < tokens; t++) a[t] = vld1q_f32(acc + 4 * t);
+    for (; blocks > 0; blocks--, src += bytes, left -= bytes, at += MOQI_DOTS_WORDS, scale += 4) {
+        const uint8_t *from = src;
+        uint8x16_t w[4];
+        float32x4_t s = vld1q_f32(scale);
+        if (left < bytes) { memset(edge, 0, sizeof edge); memcpy(edge, src, (size_t)left); from = edge; }
+        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
+        if (nibbles) {
+            uint32x4_t u = vreinterpretq_u32_u8(vld1q_u8(from)), v = vreinterpretq_u32_u8(vld1q_u8(from + 16));
+            uint8x16_t even = vreinterpretq_u8_u32(vuzp1q_u32(u, v)), odd = vreinterpretq_u8_u32(vuzp2q_u32(u, v));
+            w[0] = vqtbl1q_u8(table, vandq_u8(even, low));
+            w[1] = vqtbl1q_u8(table, vshrq_n_u8(even, 4));
+            w[2] = vqtbl1q_u8(table, vandq_u8(odd, low));
+            w[3] = vqtbl1q_u8(table, vshrq_n_u8(odd, 4));
+        } else { MOQI_UNROLL for (int i = 0; i < 4; i++) w[i] = vld1q_u8(from + 16 * i); }
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+            const float *xt = x[t] + at;
+            int32x4_t q = vdupq_n_s32(0);
+            MOQI_UNROLL for (int i = 0; i < 4; i++) MOQI_SDOT(q, w[i], vld1q_f32(xt + 4 * i));
+            a[t] = vfmaq_f32(a[t], vmulq_f32(vcvtq_f32_s32(q), vld1q_f32(xt + 16)), s);
+        }
+    }
+    MOQI_UNROLL for (int t = 0; t < tokens; t++) vst1q_f32(acc + 4 * t, a[t]);
+}
+
+/* 16 rows of 16 words turned: dst[c][r] = src[r][c]. */
+static void moqi_dots_turn(const uint8_t *src, int64_t row_bytes, uint32_t *dst)
+{
+    for (int64_t r = 0; r < 16; r += 4)
+        for (int64_t c = 0; c < 16; c += 4)
+            moqi_turn_neon((const float *)(const void *)(src + r * row_bytes) + c, row_bytes / 4, (float *)(void *)(dst + 16 * c + r), 16);
+}
+
+/* 16 words of 16 rows -> words of the panel: nibbles through the table, the low ones first. */
+static void moqi_dots_words(const uint32_t *words, int nibbles, const uint8_t *table, int pairs, uint32_t *to)
+{
+    const uint8x16_t values = vld1q_u8(table);
+    for (int i = 0; i < 16; i += nibbles ? 1 : 2, to += 2 * MOQI_PANEL_ROWS)
+        for (int r = 0; r < 16; r += 4) {
+            uint8x16_t v = vreinterpretq_u8_u32(vld1q_u32(words + 16 * i + r));
+            uint32x4_t a = vreinterpretq_u32_u8(v), b;
+            if (nibbles) {
+                a = vreinterpretq_u32_u8(vqtbl1q_u8(values, vandq_u8(v, vdupq_n_u8(15))));
+                b = vreinterpretq_u32_u8(vqtbl1q_u8(values, vshrq_n_u8(v, 4)));
+            } else b = vld1q_u32(words + 16 * i + 16 + r);
+            vst1q_u32(to + (pairs ? 2 * r : r), pairs ? vzip1q_u32(a, b) : a);
+            vst1q_u32(to + (pairs ? 2 * r + 4 : MOQI_PANEL_ROWS + r), pairs ? vzip2q_u32(a, b) : b);
+        }
+}
+
+/* y[0 .. rows) of up to 4 rows of x += mul * sums. f: [4][2] */
+static void moqi_dots_add(const moqi_panel *w, int64_t at, float32x4_t (*f)[2], float *y, int64_t ldy, int valid)
+{
+    float sum[8];
+    int64_t rows = moqi_min(8, w->rows - at);
+    for (int t = 0; t < valid; t++) {
+        vst1q_f32(sum, vmulq_f32(f[t][0], vld1q_f32(w->mul + at)));
+        vst1q_f32(sum + 4, vmulq_f32(f[t][1], vld1q_f32(w->mul + at + 4)));
+        for (int64_t r = 0; r < rows; r++) y[at + t * ldy + r] += sum[r];
+    }
+}
+
+/* Sums of 8 rows and 4 rows of x under one scale, times it. a: [4][2]; from: scales of x */
+MOQI_INLINE void moqi_dots_scale(int32x4_t (*a)[2], const float *scale, const float *const *from, int64_t c, float32x4_t (*f)[2])
+{
+    const float32x4_t s0 = vld1q_f32(scale), s1 = vld1q_f32(scale + 4);
+    MOQI_UNROLL for (int t = 0; t < 4; t++) {
+        f[t][0] = vfmaq_f32(f[t][0], vmulq_n_f32(vcvtq_f32_s32(a[t][0]), from[t][c]), s0);
+        f[t][1] = vfmaq_f32(f[t][1], vmulq_n_f32(vcvtq_f32_s32(a[t][1]), from[t][c]), s1);
+    }
+}
+
+/* 8 rows of a panel from `at` times 4 rows of x, of which `valid` are stored. all: columns of x padded to 128 */
+MOQI_DOTPROD static void moqi_dots_tokens(const moqi_panel *w, int64_t at, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid)
+{
+    const uint32_t *d = w->data + at;
+    const float *scale = w->scale + at, *from[4], *xt[4];
+    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4, most = (w->n + 15) / 16 * 4; /* neither side has more */
+    float32x4_t f[4][2];
+    MOQI_UNROLL for (int t = 0; t < 4; t++) {
+        xt[t] = x + (t < valid ? t : valid - 1) * ldx + w->col / 4;
+        from[t] = x + (t < valid ? t : valid - 1) * ldx + all / 4 + w->col / w->chunk;
+        f[t][0] = f[t][1] = vdupq_n_f32(0);
+    }
+    for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
+        int32x4_t a[4][2];
+        MOQI_UNROLL for (int t = 0; t < 4; t++) a[t][0] = a[t][1] = vdupq_n_s32(0);
+        for (int64_t end = moqi_min(k + words, most); k < end; k += 4, d += 4 * MOQI_PANEL_ROWS) {
+            const float32x4_t x0 = vld1q_f32(xt[0] + k), x1 = vld1q_f32(xt[1] + k), x2 = vld1q_f32(xt[2] + k), x3 = vld1q_f32(xt[3] + k);
+#define MOQI_WORD(i) { \
+            const uint32x4_t w0 = vld1q_u32(d + (i) * MOQI_PANEL_ROWS), w1 = vld1q_u32(d + (i) * MOQI_PANEL_ROWS + 4); \
+            MOQI_SDOT_LANE(a[0][0], w0, x0, i); MOQI_SDOT_LANE(a[0][1], w1, x0, i); MOQI_SDOT_LANE(a[1][0], w0, x1, i); MOQI_SDOT_LANE(a[1][1], w1, x1, i); \
+            MOQI_SDOT_LANE(a[2][0], w0, x2, i); MOQI_SDOT_LANE(a[2][1], w1, x2, i); MOQI_SDOT_LANE(a[3][0], w0, x3, i); MOQI_SDOT_LANE(a[3][1], w1, x3, i); }
+            MOQI_WORD(0) MOQI_WORD(1) MOQI_WORD(2) MOQI_WORD(3)
+#undef MOQI_WORD
+        }
+        moqi_dots_scale(a, scale, from, c, f);
+    }
+    moqi_dots_add(w, at, f, y, ldy, valid);
+}
+
+/* The same from a panel in pairs: each instruction multiplies 2 rows with 2 rows of x, 8 columns of them. */
+MOQI_I8MM static void moqi_dots_tiles(const moqi_panel *w, int64_t at, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid)
+{
+    const uint32_t *d = w->data + 2 * at;
+    const float *scale = w->scale + at, *from[4], *xt[4];
+    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4, most = (w->n + 15) / 16 * 4; /* neither side has more */
+    float32x4_t f[4][2];
+    MOQI_UNROLL for (int t = 0; t < 4; t++) {
+        xt[t] = x + (t < valid ? t : valid - 1) * ldx + w->col / 4;
+        from[t] = x + (t < valid ? t : valid - 1) * ldx + all / 4 + w->col / w->chunk;
+        f[t][0] = f[t][1] = vdupq_n_f32(0);
+    }
+    for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
+        int32x4_t p[4], q[4], a[4][2]; /* sums of two rows with rows 0 and 1 of x, with 2 and 3 */
+        MOQI_UNROLL for (int i = 0; i < 4; i++) p[i] = q[i] = vdupq_n_s32(0);
+        for (int64_t end = moqi_min(k + words, most); k < end; k += 4)
+            MOQI_UNROLL for (int h = 0; h < 4; h += 2, d += 2 * MOQI_PANEL_ROWS) {
+                const float32x4_t x01 = vcombine_f32(vld1_f32(xt[0] + k + h), vld1_f32(xt[1] + k + h));
+                const float32x4_t x23 = vcombine_f32(vld1_f32(xt[2] + k + h), vld1_f32(xt[3] + k + h));
+                MOQI_UNROLL for (int i = 0; i < 4; i++) {
+                    const uint32x4_t v = vld1q_u32(d + 4 * i);
+                    MOQI_SMMLA(p[i], v, x01);
+                    MOQI_SMMLA(q[i], v, x23);
+                }
+            }
+        MOQI_UNROLL for (int i = 0; i < 2; i++) {
+            a[0][i] = vuzp1q_s32(p[2 * i], p[2 * i + 1]);
+            a[1][i] = vuzp2q_s32(p[2 * i], p[2 * i + 1]);
+            a[2][i] = vuzp1q_s32(q[2 * i], q[2 * i + 1]);
+            a[3][i] = vuzp2q_s32(q[2 * i], q[2 * i + 1]);
+        }
+        moqi_dots_scale(a, scale, from, c, f);
+    }
+    moqi_dots_add(w, at, f, y, ldy, valid);
+}
+
+MOQI_DOTPROD static void moqi_dots_block(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    int64_t all = (w->p->layer.cols + 127) / 128 * 128;
+    for (int64_t at = 0; at < w->rows; at += 8)
+        for (int64_t j = 0; j < m; j += 4) moqi_dots_tokens(w, at, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(4, m - j));
+}
+
+static void moqi_tiles_block(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    int64_t all = (w->p->layer.cols + 127) / 128 * 128;
+    for (int64_t at = 0; at < w->rows; at += 8)
+        for (int64_t j = 0; j < m; j += 4) moqi_dots_tiles(w, at, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(4, m - j));
+}
+#endif
+
+/* ---- the ways ---- */
+
+/* 16 values -> the digits of their codes; past m they are 0. */
+static void moqi_dots_round(const moqi_tiled *p, const float *x, int64_t m, float s, int digits, int8_t *lo, int8_t *hi)
+{
+    int16_t q[16];
+    float v[16];
+    memset(v, 0, sizeof v);
+    if (m > 0 && s > 0) memcpy(v, x, (size_t)m * sizeof *x);
+    if (p->rounds && p->layer.scheme.input.elem == MOQ_F4) { moqi_i8_codes(p, v, 16, s, lo); return; }
+    moqi_dots_whole(v, s > 0 ? s : 1, q);
+    for (int i = 0; i < 16; i++) {
+        if (digits == 1) lo[i] = (int8_t)(q[i] < -128 ? -128 : q[i] > 127 ? 127 : q[i]);
+        else {
+            lo[i] = (int8_t)(((q[i] + 128) & 255) - 128);
+            hi[i] = (int8_t)((q[i] - lo[i]) / 256);
+        }
+    }
+}
+
+/* Blocks of x. Scales are the checkpoint's, or for 16 columns (with weights of 8 bits: a block) each. */
+static void moqi_dots_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), off = MOQI_LANES == 4 ? 0 : nibbles ? 32 : 128;
+    const int64_t own = nibbles ? 16 : MOQI_DOTS_COLS, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    const int64_t blocks = moqi_ceil_div(n, MOQI_DOTS_COLS);
+    float s = 0, scale[MOQI_LANES], half = p->rounds && c->elem == MOQ_F4 ? 0.5f : 1.0f, *sums = out + moqi_run_sums(p);
+    int8_t codes[2][MOQI_DOTS_COLS];
+    (void)step;
+    for (int64_t g = 0; p->zeros && g < p->groups; g++) sums[g] = 0;
+    for (int64_t b = 0; b < blocks; b++) {
+        for (int i = 0; i < MOQI_LANES; i++) {
+            int64_t at = b * MOQI_DOTS_COLS + 16 * i;
+            if (at < n && at % group == 0) s = moqi_i8_scale(p, x + at, moqi_min(group, n - at)) * (digits == 2 ? 127.0f / 32639 : 1.0f) * half;
+            scale[i] = s;
+            moqi_dots_round(p, x + at, moqi_min(16, n - at), s / half, digits, codes[0] + 16 * i, codes[1] + 16 * i);
+        }
+        for (int d = 0; d < digits; d++) {
+            float *block = out + (d * blocks + b) * MOQI_DOTS_WORDS;
+            int8_t *word = (int8_t *)(void *)block;
+            for (int l = 0; l < MOQI_LANES; l++) {
+                const int8_t *from = codes[d] + (nibbles ? 16 * moqi_dots_group(l) : 4 * l);
+                int32_t sum = 0;
+                for (int i = 0; i < 16; i++) {
+                    int8_t v = nibbles ? from[i / 8 * 8 + i / 4 % 2 + i % 4 * 2] : from[i / 4 * 4 * MOQI_LANES + i % 4];
+                    word[i / 4 * 4 * MOQI_LANES + 4 * l + i % 4] = v;
+                    sum += v;
+                }
+                int64_t at = b * MOQI_DOTS_COLS + 16 * moqi_dots_group(l);
+                float by = (d ? 256.0f : 1.0f) * scale[nibbles ? moqi_dots_group(l) : l];
+                block[4 * MOQI_LANES + l] = by;
+                sum *= -off;
+                memcpy(block + 5 * MOQI_LANES + l, &sum, sizeof sum);
+                for (int i = 0; p->zeros && at < n && i < 16; i++) sums[moqi_stream_group(p, at)] -= by * (float)from[i];
+            }
+        }
+    }
+}
+
+/* Columns [first, end) of a row times `tokens` rows of codes. acc: [tokens][lanes] */
+MOQI_DOTPROD static void moqi_dots_columns(const moqi_dots_pass *s, int64_t row, int64_t first, int64_t end, const float *const *x, int tokens, float *acc)
+{
+    const moqi_tiled *p = s->run.p;
+    const int64_t bits = p->form == MOQI_CODES_NIBBLES ? 4 : 8;
+    for (int64_t c = first; c < end; c += MOQI_RUN) {
+        int64_t left = ((p->layer.cols - c) * bits + 7) / 8, at = c / MOQI_DOTS_COLS * MOQI_DOTS_WORDS;
+        const uint8_t *src = p->codes + row * p->row_bytes + c * bits / 8;
+        int blocks = (int)moqi_ceil_div(moqi_min(MOQI_RUN, end - c), MOQI_DOTS_COLS), t = 0;
+        moqi_dots_scales(&s->run, row, c, blocks);
+        for (; t + 4 <= tokens; t += 4) moqi_dots_row(s, src, left, blocks, x + t, at, 4, acc + MOQI_LANES * t);
+        for (; t + 2 <= tokens; t += 2) moqi_dots_row(s, src, left, blocks, x + t, at, 2, acc + MOQI_LANES * t);
+        if (t < tokens) moqi_dots_row(s, src, left, blocks, x + t, at, 1, acc + MOQI_LANES * t);
+    }
+}
+
+/* Rows of x, digit by digit, in groups of up to 8, taken in pieces that stay in the first-level cache. */
+static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                      int64_t ldy, float *scratch)
+{
+    enum { MOST = 8, STEP = MOST * MOQI_LANES };
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), tiny = MOQI_LANES == 8 && p->scales && p->scale_dtype == MOQ_F8_E4M3;
+    const int64_t cols = p->layer.cols, words = moqi_ceil_div(cols, MOQI_DOTS_COLS) * MOQI_DOTS_WORDS;
+    float mul = p->factor * (nibbles ? 0.5f : 1.0f) * (tiny ? 256 : 1), *acc = scratch + (int)MOQI_LANES * (int)MOQI_RUN_HALVES;
+    const float *from[MOST];
+    moqi_dots_pass s;
+    (void)way;
+    s.run.p = p;
+    s.run.s = scratch;
+    for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + (MOQI_LANES == 8 ? 32 : 0));
+    for (int h = 0; h < MOQI_RUN / MOQI_DOTS_COLS; h++)
+        for (int l = 0; l < MOQI_LANES; l++) {
+            int g = p->shift < 9 ? (MOQI_DOTS_COLS * h + 16 * moqi_dots_group(l)) >> p->shift : 0;
+            s.run.vector[h] = g / 8;
+            s.run.lane[h][l] = g % 8;
+        }
+    for (int64_t j = 0; j < m; j += MOST / digits) {
+        int tokens = (int)moqi_min(MOST, digits * (m - j));
+        int64_t piece = 16384 / tokens / MOQI_RUN * MOQI_RUN;
+        for (int t = 0; t < tokens; t++) from[t] = x + (j + t / digits) * ldx + t % digits * words;
+        memset(acc, 0, (size_t)(rows * STEP) * sizeof *acc);
+        for (int64_t c = 0; c < cols; c += piece)
+            for (int64_t r = 0; r < rows; r++) moqi_dots_columns(&s, row + r, c, moqi_min(cols, c + piece), from, tokens, acc + STEP * r);
+        for (int64_t r = 0; r < rows; r++) {
+            for (int t = 0; t < tokens; t += digits) {
+                const float *a = acc + STEP * r + MOQI_LANES * t;
+                float sum = digits == 2 ? moqi_run_sum(a) + moqi_run_sum(a + MOQI_LANES) : moqi_run_sum(a);
+                y[(j + t / digits) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * sum;
+            }
+            if (p->zeros) moqi_run_zeros(p, row + r, x + j * ldx, ldx, tokens / digits, y + j * ldy + r, ldy);
+        }
+    }
+}
+
+/* Codes and scales of a panel: 64 bytes of 16 rows at a time. */
+static void moqi_dots_decode(moqi_panel *w, int pairs)
+{
+    const moqi_tiled *p = w->p;
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, bits = nibbles ? 4 : 8;
+    uint32_t words[256];
+    uint8_t table[16], edge[1024];
+    float scale[MOQI_TILE_COLS / 16];
+    for (int i = 0; i < 16; i++) table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + (MOQI_LANES == 8 ? 32 : 0));
+    w->chunk = (int)moqi_i8_chunk(p);
+    for (int r = 0; r < MOQI_PANEL_ROWS; r++) {
+        w->mul[r] = nibbles ? 0.5f : 1.0f;
+        moqi_run_scales(p->k, p, w->row + moqi_min(r, w->rows - 1), w->col, w->n, scale);
+        for (int64_t c = 0; c * w->chunk < w->n; c++) w->scale[c * MOQI_PANEL_ROWS + r] = scale[p->shift < 9 ? c * w->chunk >> p->shift : 0];
+    }
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
+        int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n * bits + 7) / 8;
+        uint32_t *to = w->data + (pairs ? 2 * h : h);
+        for (int64_t r = h; r < h + rows; r++) moqi_panel_ask(w, r, bits);
+        for (int64_t b = 0; b < bytes; b += 64, to += (nibbles ? 32 : 16) * MOQI_PANEL_ROWS) {
+            if (rows == 16 && bytes - b >= 64 && p->row_bytes % 4 == 0) moqi_dots_turn(src + b, p->row_bytes, words);
+            else {
+                memset(edge, 0, sizeof edge);
+                for (int64_t r = 0; r < rows; r++) memcpy(edge + 64 * r, src + b + r * p->row_bytes, (size_t)moqi_min(bytes - b, 64));
+                moqi_dots_turn(edge, 64, words);
+            }
+            moqi_dots_words(words, nibbles, table, pairs, to);
+        }
+    }
+}
+
+static void moqi_dots_panel(moqi_panel *w) { moqi_dots_decode(w, 0); }
+
+static const moqi_way moqi_dots_way = {"codes in place, integers", 4, moqi_dots_take, moqi_dots_arrange, moqi_dots, NULL, NULL};
+static const moqi_way moqi_dots_panels = {"INT8 panels", 4, moqi_dots_after, moqi_i8_arrange, moqi_panels, moqi_dots_panel, moqi_dots_block};
+#endif
+
+/* ---- NEON: tiles of INT8 and BF16 ---- */
+
+#if defined(MOQI_ARM) && defined(MOQI_DOTS)
+static void moqi_tiles_panel(moqi_panel *w) { moqi_dots_decode(w, 1); }
+
+static const moqi_way moqi_tiles_panels = {"INT8 tiles", 4, moqi_dots_after, moqi_i8_arrange, moqi_panels, moqi_tiles_panel, moqi_tiles_block};
+
+/* Layers whose inputs may have 16 bits: both sides are rounded to BF16. */
+static int moqi_bf16_take(const moqi_tiled *p)
+{
+    return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? 9 : 0;
+}
+
+/* 8 values to the nearest BF16. */
+MOQI_INLINE MOQI_BFMM uint16x8_t moqi_bf16_neon(const float *x)
+{
+    uint16x8_t v;
+    __asm__("bfcvtn %0.4h, %1.4s\n\tbfcvtn2 %0.8h, %2.4s" : "=&w"(v) : "w"(vld1q_f32(x)), "w"(vld1q_f32(x + 4)));
+    return v;
+}
+
+/* x [n] -> 16 words of BF16 pairs every `step` words. */
+MOQI_BFMM static void moqi_bf16_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    (void)p;
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step) {
+        float v[32];
+        int64_t m = moqi_max(0, moqi_min(32, n - i));
+        memset(v, 0, sizeof v);
+        memcpy(v, x + (m > 0 ? i : 0), (size_t)m * sizeof *x);
+        for (int k = 0; k < 32; k += 8) vst1q_u16((uint16_t *)(void *)(out + k / 2), moqi_bf16_neon(v + k));
+    }
+}
+
+/* Rows of F32 as words of two BF16, in pairs. */
+MOQI_BFMM static void moqi_bf16_panel(moqi_panel *w)
+{
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
+        moqi_panel_rows(w, &bare, h);
+        for (int64_t c = 0; c < w->n; c += 8)
+            for (int64_t r = 0; r < 16; r += 2) {
+                uint64x2_t a = vreinterpretq_u64_u16(moqi_bf16_neon(w->tile + r * MOQI_TILE_COLS + c));
+                uint64x2_t b = vreinterpretq_u64_u16(moqi_bf16_neon(w->tile + (r + 1) * MOQI_TILE_COLS + c));
+                uint32_t *to = w->data + c / 4 * 2 * MOQI_PANEL_ROWS + 2 * (h + r);
+                vst1q_u32(to, vreinterpretq_u32_u64(vzip1q_u64(a, b)));
+                vst1q_u32(to + 2 * MOQI_PANEL_ROWS, vreinterpretq_u32_u64(vzip2q_u64(a, b)));
+            }
+    }
+}
+
+/* 8 rows of a panel from `at` times 4 rows of x, of which `valid` are stored. x: words of the panel's first columns, 16 for each of `tile` rows */
+MOQI_BFMM static void moqi_bf16_tokens(const moqi_panel *w, int64_t at, const float *x, int64_t tile, float *y, int64_t ldy, int valid)
+{
+    const uint32_t *d = w->data + 2 * at;
+    const int64_t x1 = valid > 1 ? 16 : 0, x2 = valid > 2 ? 32 : 0, x3 = valid > 3 ? 48 : x2;
+    float32x4_t p[4], q[4], f[4][2];
+    MOQI_UNROLL for (int i = 0; i < 4; i++) p[i] = q[i] = vdupq_n_f32(0);
+    for (int64_t c = 0; c < w->n; c += 32, x += 16 * tile)
+        for (int k = 0; k < 16; k += 2, d += 2 * MOQI_PANEL_ROWS) {
+            if (c + 2 * k >= (w->n + 7) / 8 * 8) break;
+            const float32x4_t x01 = vcombine_f32(vld1_f32(x + k), vld1_f32(x + x1 + k)), x23 = vcombine_f32(vld1_f32(x + x2 + k), vld1_f32(x + x3 + k));
+            MOQI_UNROLL for (int i = 0; i < 4; i++) {
+                const uint32x4_t v = vld1q_u32(d + 4 * i);
+                MOQI_BFMMLA(p[i], v, x01);
+                MOQI_BFMMLA(q[i], v, x23);
+            }
+        }
+    MOQI_UNROLL for (int i = 0; i < 2; i++) {
+        f[0][i] = vuzp1q_f32(p[2 * i], p[2 * i + 1]);
+        f[1][i] = vuzp2q_f32(p[2 * i], p[2 * i + 1]);
+        f[2][i] = vuzp1q_f32(q[2 * i], q[2 * i + 1]);
+        f[3][i] = vuzp2q_f32(q[2 * i], q[2 * i + 1]);
+    }
+    moqi_dots_add(w, at, f, y, ldy, valid);
+}
+
+/* Rows of x lie in tiles of up to 16. */
+static void moqi_bf16_block(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    for (int64_t at = 0; at < w->rows; at += 8)
+        for (int64_t j = 0; j < m; j += 4) {
+            int64_t first = j / 16 * 16, tile = moqi_min(16, m - first);
+            moqi_bf16_tokens(w, at, x + first * ldx + w->col / 2 * tile + (j - first) * 16, tile, y + j * ldy, ldy, (int)moqi_min(4, m - j));
+        }
+}
+
+static const moqi_way moqi_bf16_panels = {"BF16 tiles", 2, moqi_bf16_take, moqi_bf16_arrange, moqi_panels, moqi_bf16_panel, moqi_bf16_block};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -13363,7 +14037,7 @@ static void moqi_plain_weigh(const float *x, const float *weight, float s, int64
 
 static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
 
-#ifdef MOQI_X86
+#if defined(MOQI_X86) || defined(MOQI_ARM)
 /* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
        silu        z = g
        clamped     z = alpha g, g and u limited first
@@ -13379,6 +14053,9 @@ static void moqi_activate_rest(const moq_activation_desc *a, const float *x, int
     for (; i < n; i++) y[i] = moqi_activate(a, x[i], x[n + i]);
 }
 
+#endif
+
+#ifdef MOQI_X86
 /* ---- AVX-512 ---- */
 
 /* e^x = 2^n e^r with n = rne(x / ln 2), |r| <= ln 2 / 2, and the first eight terms of the series of e^r: the ninth is below 6e-9.
@@ -13639,7 +14316,87 @@ static void moqi_turns_neon(const float *src, int64_t lds, int64_t rows, int64_t
         for (int64_t c = 0; c < cols; c += 4) moqi_turn_neon(src + r * lds + c, lds, dst + c * ldd + r, ldd);
 }
 
-static const moqi_loops moqi_loops_neon = {moqi_plain_softmax, moqi_blend_neon, moqi_turns_neon, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
+/* As in the AVX2 version; NaN passes through min and max. */
+static inline float32x4_t moqi_exp_neon(float32x4_t x)
+{
+    x = vmaxq_f32(vdupq_n_f32(-87), vminq_f32(vdupq_n_f32(89), x));
+    float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f)), p = vdupq_n_f32(1.0f / 5040);
+    float32x4_t r = vfmsq_f32(vfmsq_f32(x, n, vdupq_n_f32(0.693145752f)), n, vdupq_n_f32(1.42860677e-6f));
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 720), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
+    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1), p, r);
+    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23)));
+}
+
+static float moqi_softmax_neon(float *s, int from, int to, float *max)
+{
+    static const int32_t lane[4] = {0, 1, 2, 3};
+    float32x4_t sum = vdupq_n_f32(0);
+    float most = *max;
+    for (int j = from; j <= to; j++) most = s[j] > most ? s[j] : most;
+    for (int j = 0; j < MOQI_ATTEND_KEYS; j += 4) {
+        int32x4_t at = vaddq_s32(vld1q_s32(lane), vdupq_n_s32(j));
+        uint32x4_t in = vandq_u32(vcgeq_s32(at, vdupq_n_s32(from)), vcleq_s32(at, vdupq_n_s32(to)));
+        float32x4_t e = moqi_exp_neon(vsubq_f32(vld1q_f32(s + j), vdupq_n_f32(most)));
+        e = vreinterpretq_f32_u32(vandq_u32(in, vreinterpretq_u32_f32(e)));
+        vst1q_f32(s + j, e);
+        sum = vaddq_f32(sum, e);
+    }
+    *max = most;
+    return vaddvq_f32(sum);
+}
+
+static void moqi_activate_neon(const moq_activation_desc *a, const float *x, int64_t n, float *y)
+{
+    int64_t i = 0;
+    int clamps = a->kind == MOQ_SWIGLU_CLAMP, gelu = a->kind == MOQ_GELU_TANH_MUL;
+    const float slope = clamps ? -a->alpha : gelu ? -1.59576912f : -1.0f, add = clamps ? a->beta : 0;
+    if (!moqi_is_sigmoid(a)) { moqi_activate_row(a, x, n, y); return; }
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t g = vld1q_f32(x + i), u = vld1q_f32(x + n + i), z;
+        if (clamps) {
+            g = vminq_f32(vdupq_n_f32(a->limit), g);
+            u = vmaxq_f32(vdupq_n_f32(-a->limit), vminq_f32(vdupq_n_f32(a->limit), u));
+        }
+        z = gelu ? vfmaq_f32(g, vmulq_f32(vmulq_f32(g, g), g), vdupq_n_f32(0.044715f)) : g;
+        z = vdivq_f32(g, vaddq_f32(vdupq_n_f32(1), moqi_exp_neon(vmulq_n_f32(z, slope))));
+        vst1q_f32(y + i, vmulq_f32(z, vaddq_f32(u, vdupq_n_f32(add))));
+    }
+    moqi_activate_rest(a, x, i, n, y);
+}
+
+static void moqi_weigh_neon(const float *x, const float *weight, float s, int64_t n, float *y)
+{
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vmulq_n_f32(vld1q_f32(x + i), s);
+        vst1q_f32(y + i, weight ? vmulq_f32(v, vld1q_f32(weight + i)) : v);
+    }
+    moqi_plain_weigh(x + i, weight ? weight + i : NULL, s, n - i, y + i);
+}
+
+/* 4 pairs a step; a load takes cos and sin, or the two values of interleaved pairs, apart. */
+static void moqi_rotate_neon(float *x, const float *table, int64_t dims, int interleaved)
+{
+    int64_t half = dims / 2;
+    if (half % 4 != 0) { moqi_rope_head(x, table, dims, interleaved); return; }
+    for (int64_t i = 0; i < half; i += 4) {
+        float32x4x2_t t = vld2q_f32(table + 2 * i), v;
+        if (interleaved) v = vld2q_f32(x + 2 * i);
+        else { v.val[0] = vld1q_f32(x + i); v.val[1] = vld1q_f32(x + half + i); }
+        float32x4_t a = vsubq_f32(vmulq_f32(v.val[0], t.val[0]), vmulq_f32(v.val[1], t.val[1]));
+        v.val[1] = vaddq_f32(vmulq_f32(v.val[1], t.val[0]), vmulq_f32(v.val[0], t.val[1]));
+        v.val[0] = a;
+        if (interleaved) vst2q_f32(x + 2 * i, v);
+        else { vst1q_f32(x + i, v.val[0]); vst1q_f32(x + half + i, v.val[1]); }
+    }
+}
+
+static const moqi_loops moqi_loops_neon = {moqi_softmax_neon, moqi_blend_neon, moqi_turns_neon, moqi_activate_neon, moqi_weigh_neon, moqi_rotate_neon};
 #endif
 
 /* The loops that go with a set of kernels, which share its instructions. */
@@ -13889,13 +14646,26 @@ static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbl
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
 static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way, &moqi_f32_way_256, NULL};
+#ifdef MOQI_DOTS
+static const moqi_way *const moqi_avxvnni_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_256, NULL};
+static const moqi_kernels moqi_avxvnni_kernels = {"avxvnni", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
+                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways};
+#endif
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways};
 #endif
 #ifdef MOQI_ARM
 static const moqi_way *const moqi_neon_ways[] = {&moqi_run_way, &moqi_f32_way_neon, NULL};
-static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_plain_nibbles, moqi_scale_neon,
+static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
                                                moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways};
+#ifdef MOQI_DOTS
+static const moqi_way *const moqi_neondot_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_neon, NULL};
+static const moqi_kernels moqi_neondot_kernels = {"neondot", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
+                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways};
+static const moqi_way *const moqi_neonmm_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_tiles_panels, &moqi_bf16_panels, &moqi_f32_way_neon, NULL};
+static const moqi_kernels moqi_neonmm_kernels = {"neonmm", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
+                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways};
+#endif
 #endif
 
 /* Every set, fastest first, and the features that it needs. "reference" is last and never the automatic choice. */
@@ -13906,9 +14676,16 @@ static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[
 #endif
     {&moqi_vnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI},
     {&moqi_avx512_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512},
+#ifdef MOQI_DOTS
+    {&moqi_avxvnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVXVNNI},
+#endif
     {&moqi_avx2_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C},
 #endif
 #ifdef MOQI_ARM
+#ifdef MOQI_DOTS
+    {&moqi_neonmm_kernels, MOQI_CPU_NEON | MOQI_CPU_DOTPROD | MOQI_CPU_I8MM | MOQI_CPU_BF16},
+    {&moqi_neondot_kernels, MOQI_CPU_NEON | MOQI_CPU_DOTPROD},
+#endif
     {&moqi_neon_kernels, MOQI_CPU_NEON},
 #endif
     {&moqi_plain_kernels, 0},

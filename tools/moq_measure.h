@@ -397,6 +397,17 @@ __attribute__((target("avx2,fma"))) static double peak_256(int passes)
     return 16.0 * 10 * passes;
 }
 
+/* AVX-VNNI: the same instruction in 256 bits. */
+static double peak_bytes_256(int passes)
+{
+#ifdef MOQI_DOTS
+#define PEAK_B(i) __asm__ volatile("%{vex%} vpdpbusd %%ymm15, %%ymm15, %%ymm" #i : : : "xmm" #i);
+    for (int p = 0; p < passes; p++) { PEAK_TEN(PEAK_B) }
+    __asm__ volatile("vzeroupper");
+#endif
+    return 64.0 * 10 * passes;
+}
+
 /* Four sums of 16 x 16 with 16 x 32 x 16 products each. */
 static double peak_amx(int passes)
 {
@@ -416,7 +427,8 @@ static void *peak_worker(void *user)
 {
     peak_work *w = (peak_work *)user;
     double start = moq_seconds();
-    w->operations = w->kind == PEAK_AMX ? peak_amx(15000) : w->wide ? peak_512(w->kind == PEAK_VNNI, 150000) : peak_256(150000);
+    w->operations = w->kind == PEAK_AMX ? peak_amx(15000) : w->wide ? peak_512(w->kind == PEAK_VNNI, 150000)
+                    : w->kind == PEAK_VNNI ? peak_bytes_256(150000) : peak_256(150000);
     w->seconds = moq_seconds() - start;
     return NULL;
 }
@@ -451,7 +463,7 @@ static double peak_rate(int kind, const char *kernel, int threads)
         double rate = 0;
         for (int i = 0; i < threads; i++) {
             w[i].kind = kind;
-            w[i].wide = strncmp(kernel, "avx2", 4) != 0;
+            w[i].wide = strncmp(kernel, "avx2", 4) != 0 && strcmp(kernel, "avxvnni") != 0;
             w[i].operations = w[i].seconds = 0;
         }
         for (int i = 1; i < threads; i++)
@@ -1151,12 +1163,12 @@ static int test_kernel(selftest *s, const char *kernel)
 
 static int verb_selftest(const options *o)
 {
-    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "amx", "neon", "auto"};
+    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "avxvnni", "amx", "neon", "neondot", "neonmm", "auto"};
     selftest s;
     int cpu = !o->backend || strcmp(o->backend, "cpu") == 0, known = !o->kernel;
     memset(&s, 0, sizeof s);
     for (int i = 0; i < COUNT(kernels); i++) known |= o->kernel && strcmp(o->kernel, kernels[i]) == 0;
-    if (!known) return refuse("--kernel %s: known are reference, plain, avx2, avx512, neon and auto", o->kernel);
+    if (!known) return refuse("--kernel %s: known are reference, plain, avx2, avxvnni, avx512, avx512vnni, amx, neon, neondot, neonmm and auto", o->kernel);
     s.o = o;
     s.j = json_to(stdout, 2);
     if (o->json) json_open(&s.j, NULL, '{');
