@@ -11120,8 +11120,8 @@ typedef struct moqi_way {
     int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
-    /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units of 2 and 4. `step` is for unit 2
-       only: words from 32 columns to the next 32 */
+    /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units of 2 and 4. `step`: words from
+       32 columns to the next 32 (unit 2), or from 256 columns to the next 256 (integers in place) */
     void (*arrange)(const struct moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step);
     /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: MOQI_WAY_FLOATS */
     void (*multiply)(const struct moqi_way *way, const struct moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
@@ -11166,9 +11166,9 @@ typedef struct moqi_tiled {
 } moqi_tiled;
 
 /* Inner loops step by 16 columns; whatever lies between cols and the next multiple of 16 is zero on both sides. Rows of x have room
-   for whole blocks of 256, for the sums of their groups, and for 16 more, so that they do not all fall into the same cache sets. */
+   for whole blocks of 256, for the sums of their groups, and for 112 more, so that they do not all fall into the same cache sets. */
 static int64_t moqi_pad16(int64_t n) { return (n + 15) / 16 * 16; }
-static int64_t moqi_pad_x(int64_t n) { return (n + 255) / 256 * 272 + 16; }
+static int64_t moqi_pad_x(int64_t n) { return (n + 255) / 256 * 272 + 112; }
 
 /* How m rows of x are multiplied; NULL: by tiles. */
 static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
@@ -11286,19 +11286,39 @@ static void moqi_multiply(const moqi_kernels *k, const moqi_tiled *p, int64_t ro
     }
 }
 
+#if defined(MOQI_X86) || defined(MOQI_DOTS)
+/* How many rows of codes stand for one row of x in place: its own 8 bits, or two digits of 8. */
+static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
+
+enum { MOQI_DOT_WORDS = 96 }; /* AVX-512: of a digit of 256 columns of x */
+#endif
+
 /* Does x enter the product as it is? */
 static int moqi_is_plain(const moqi_tiled *p)
 {
     return !p->rounds && !p->order && !p->smooth && !p->lora_a && p->layer.hadamard_size == 0;
 }
 
+/* Where the i-th of m rows of x begins. BF16: tiles of 16 rows, 16 words a row. Integers in place, AVX-512: rows that run together lie block by
+   block, each with its 1 or 2 digits of 96 words. */
+static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t m, int64_t i, float *rows, int64_t *step)
+{
+    int64_t ld = moqi_pad_x(p->layer.cols), some = 1, words = 0;
+    if (way && way->unit == 2) { some = 16; words = 16; }
+#ifdef MOQI_X86
+    if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
+#endif
+    *step = words * moqi_min(some, m - i / some * some);
+    return rows + i / some * some * ld + i % some * (words ? words : ld);
+}
+
 /* One of m tokens going into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
    the codes or as the way of m rows wants it. Both are padded with zeros to a multiple of 16. x may be r. A plain layer has no use for t. */
 static void moqi_feed(const moqi_tiled *p, int64_t m, int64_t i, const float *x, float *t, float *rows)
 {
-    int64_t cols = p->layer.cols, ld = moqi_pad_x(cols), step = 16 * moqi_min(16, m - i / 16 * 16);
+    int64_t cols = p->layer.cols, ld = moqi_pad_x(cols), step;
     const moqi_way *way = moqi_way_for(p, m);
-    float *r = rows + i * ld, *out = way && way->unit == 2 ? rows + i / 16 * 16 * ld + i % 16 * 16 : r; /* tiles of 16 rows */
+    float *r = rows + i * ld, *out = moqi_feed_place(p, way, m, i, rows, &step);
     if (way && moqi_is_plain(p)) { way->arrange(p, x, cols, out, step); return; }
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
     else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
@@ -11493,6 +11513,7 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
 #define MOQI_INLINE static inline __attribute__((always_inline))
 
 enum { MOQI_STREAM_AHEAD = 4096 }; /* bytes that are asked for before they are needed: a few hundred nanoseconds at 10 GB/s */
+#define MOQI_ASK(at) __builtin_prefetch(at)
 
 /* Where the scales of a row are, as element number of its first group. */
 static int64_t moqi_stream_scale_at(const moqi_tiled *p, int64_t row)
@@ -11581,16 +11602,17 @@ MOQI_AVX512 static void moqi_lane_scales_512(const moqi_tiled *p, int64_t row, i
     }
 }
 
-/* acc[t] += scale * zero point * X[t] of all groups of a row. sums: X [tokens, lds]; acc: [tokens, 16] */
-MOQI_AVX512 static void moqi_lane_zeros_512(const moqi_tiled *p, int64_t row, const float *sums, int64_t lds, int tokens, float *acc)
+/* acc[t] += scale * zero point * X[t] of all groups of a row. sums: X [tokens, lds], in runs of 96 that are `wrap` apart; acc: [tokens, 16] */
+MOQI_AVX512 static void moqi_lane_zeros_512(const moqi_tiled *p, int64_t row, const float *sums, int64_t lds, int64_t wrap, int tokens, float *acc)
 {
     int64_t at = moqi_stream_scale_at(p, row);
     for (int64_t g = 0; g < p->groups; g += 16) {
+        const float *from = sums + g / 96 * wrap + g % 96;
         __mmask16 some = (__mmask16)(p->groups - g >= 16 ? 0xffff : (1 << (p->groups - g)) - 1);
         __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + row * p->groups + g)));
         if (p->scales) z = _mm512_mul_ps(z, moqi_stream_scales_512(p, at + g, p->groups - g));
         for (int t = 0; t < tokens; t++)
-            _mm512_storeu_ps(acc + 16 * t, _mm512_fmadd_ps(z, _mm512_loadu_ps(sums + t * lds + g), _mm512_loadu_ps(acc + 16 * t)));
+            _mm512_storeu_ps(acc + 16 * t, _mm512_fmadd_ps(z, _mm512_loadu_ps(from + t * lds), _mm512_loadu_ps(acc + 16 * t)));
     }
 }
 
@@ -11784,13 +11806,38 @@ static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t
     }
 }
 
-/* Sum of 16 lanes, always in the same order. */
-MOQI_AVX512 static float moqi_stream_sum_512(const float *a)
+/* 16 vectors of 16 lanes -> the sum of each, or (most) its largest number as bits without sign. Lanes are folded by 8, 4, 2 and 1. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_fold_512(const float *a, int most)
 {
-    __m256 h = _mm256_add_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(a + 8));
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    __m512 u[4], r[4];
+#define MOQI_FOLD(v, w) (most ? _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(v), _mm512_castps_si512(w))) : _mm512_add_ps(v, w))
+#define MOQI_QUADS(v, w, low, high) MOQI_FOLD(_mm512_shuffle_f32x4(v, w, low), _mm512_shuffle_f32x4(v, w, high))
+#define MOQI_LANES4(v, w, low, high) MOQI_FOLD(_mm512_shuffle_ps(v, w, low), _mm512_shuffle_ps(v, w, high))
+    MOQI_UNROLL for (int j = 0; j < 4; j++) {
+        MOQI_UNROLL for (int k = 0; k < 4; k++) u[k] = _mm512_loadu_ps(a + 16 * j + 64 * k);
+        u[0] = MOQI_QUADS(u[0], u[1], 0x44, 0xee);
+        u[2] = MOQI_QUADS(u[2], u[3], 0x44, 0xee);
+        r[j] = MOQI_QUADS(u[0], u[2], 0x88, 0xdd);
+    }
+    r[0] = MOQI_LANES4(r[0], r[1], 0x44, 0xee);
+    r[2] = MOQI_LANES4(r[2], r[3], 0x44, 0xee);
+    return MOQI_LANES4(r[0], r[2], 0x88, 0xdd);
+#undef MOQI_FOLD
+#undef MOQI_QUADS
+#undef MOQI_LANES4
+}
+
+/* n vectors of 16 lanes -> their sums, in place: a[i] = sum of a[16 i ..]. All are summed in the same order. */
+MOQI_AVX512 static void moqi_stream_sums_512(float *a, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(a + i, moqi_stream_fold_512(a + 16 * i, 0));
+    for (; i < n; i++) {
+        __m256 h = _mm256_add_ps(_mm256_loadu_ps(a + 16 * i), _mm256_loadu_ps(a + 16 * i + 8));
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        a[i] = _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
 }
 
 /* Columns [first, end) of some rows of x, 16 columns of all of them side by side. */
@@ -11834,11 +11881,13 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
             if (nibbles && tokens > 1) moqi_stream_pack_512(x + j * ldx, ldx, tokens, s.first, s.end, pack);
             moqi_stream_rows_512(&s, row, rows, tokens, acc);
         }
+        for (int64_t r = 0; p->zeros && r < rows; r++)
+            moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, 96, tokens, acc + s.lda * r);
+        moqi_stream_sums_512(acc, rows * s.lda / 16);
         for (int64_t r = 0; r < rows; r++) {
-            if (p->zeros) moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, tokens, acc + s.lda * r);
             if (whole) moqi_run_scales(p->k, p, row + r, 0, 1, &one);
             for (int t = 0; t < tokens; t++)
-                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + (whole ? one * mul : mul) * moqi_stream_sum_512(acc + r * s.lda + t * 16);
+                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + (whole ? one * mul : mul) * acc[r * s.lda / 16 + t];
         }
     }
 }
@@ -12786,9 +12835,6 @@ static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, floa
     }
 }
 
-/* How many rows of codes stand for one row of x in place: its own 8 bits, or two digits of 8. */
-static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
-
 /* Codes in place, in blocks of so many columns. */
 static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 {
@@ -12997,8 +13043,8 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
 
        [4][16 lanes] words of codes in the order of the weights, [16] scales, [16] -off * (sum of the lane's codes)
 
-   and X behind them as in >>stream. Where 16 bits of x may be kept, x = 256 hi + lo is two such rows. */
-enum { MOQI_DOT_WORDS = 96 };
+   and X behind them as in >>stream, 96 sums to a block. Where 16 bits of x may be kept, x = 256 hi + lo is two such rows. Up to 8 rows
+   run together, block by block side by side: weights are looked up once for all of them, and one register points to all of x. */
 
 static int moqi_dot_takes_512(const moqi_tiled *p) { return moqi_dot_takes(p, 256); }
 
@@ -13033,6 +13079,57 @@ MOQI_AVX512 static float moqi_dot_amax_512(const float *x, int64_t n)
     return moqi_is_nan(bad) ? bad : _mm512_reduce_max_ps(most);
 }
 
+/* Lane of the i-th 16 columns of a block. */
+static int64_t moqi_dot_lane(int nibbles, int64_t i) { return nibbles ? i % 8 / 2 * 4 + i / 8 * 2 + i % 2 : i; }
+
+/* 256 finite values -> a block, where scales are free: one for every 16 columns (weights of 8 bits: for all). 0: some value is no number, or all
+   of a scale's are so small that 1 over it might be. */
+MOQI_AVX512 static int moqi_dot_block_512(const float *x, int nibbles, int digits, float *block)
+{
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const float most = digits == 2 ? 32639.0f : 127.0f;
+    float folded[256], by[16];
+    uint8_t codes[2][256];
+    __m512 a;
+    for (int i = 0; i < 16; i++) _mm512_storeu_ps(folded + 16 * i, _mm512_abs_ps(_mm512_loadu_ps(x + 16 * i)));
+    a = moqi_stream_fold_512(folded, 1); /* bits of infinity and NaN are larger than those of numbers */
+    if (!nibbles) a = _mm512_set1_ps(_mm512_reduce_max_ps(a));
+    if (_mm512_cmp_ps_mask(a, _mm512_set1_ps(1e30f), _CMP_NLT_UQ) | _mm512_cmp_ps_mask(a, _mm512_set1_ps(1e-30f), _CMP_LT_OQ)) return 0;
+    a = _mm512_div_ps(a, _mm512_set1_ps(most));
+    _mm512_storeu_ps(by, _mm512_div_ps(_mm512_set1_ps(1), a));
+    for (int i = 0; i < 16; i++) {
+        /* words of lane l are turned out of place l / 4 + l % 4 * 4 */
+        int l = (int)moqi_dot_lane(nibbles, i), at = nibbles ? l / 4 + l % 4 * 4 : i;
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(by[i])));
+        __m512i lo = digits == 2 ? _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24) : q;
+        __m128i code = _mm512_cvtepi32_epi8(lo), high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, lo), 8));
+        _mm_storeu_si128((__m128i *)(void *)(codes[0] + 16 * at), nibbles ? _mm_shuffle_epi8(code, order) : code);
+        _mm_storeu_si128((__m128i *)(void *)(codes[1] + 16 * at), nibbles ? _mm_shuffle_epi8(high, order) : high);
+    }
+    if (nibbles) a = _mm512_permutexvar_ps(lanes, a);
+    for (int d = 0; d < digits; d++, block += MOQI_DOT_WORDS) {
+        __m512i v0 = _mm512_loadu_si512(codes[d]), v1 = _mm512_loadu_si512(codes[d] + 64), v2 = _mm512_loadu_si512(codes[d] + 128);
+        __m512i v3 = _mm512_loadu_si512(codes[d] + 192), u0 = v0, u1 = v1, u2 = v2, u3 = v3;
+        if (nibbles) {
+            u0 = _mm512_unpacklo_epi32(v0, v1);
+            u1 = _mm512_unpackhi_epi32(v0, v1);
+            u2 = _mm512_unpacklo_epi32(v2, v3);
+            u3 = _mm512_unpackhi_epi32(v2, v3);
+            v0 = _mm512_unpacklo_epi64(u0, u2);
+            v1 = _mm512_unpackhi_epi64(u0, u2);
+            v2 = _mm512_unpacklo_epi64(u1, u3);
+            v3 = _mm512_unpackhi_epi64(u1, u3);
+        }
+        _mm512_storeu_si512(block, v0);
+        _mm512_storeu_si512(block + 16, v1);
+        _mm512_storeu_si512(block + 32, v2);
+        _mm512_storeu_si512(block + 48, v3);
+        _mm512_storeu_ps(block + 64, d ? _mm512_mul_ps(a, _mm512_set1_ps(256)) : a);
+    }
+    return 1;
+}
+
 /* Blocks of x as said above. Scales are the checkpoint's, or for 16 columns (with weights of 8 bits: 256) each. */
 MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
@@ -13040,14 +13137,14 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), fp4 = p->rounds && c->elem == MOQ_F4;
     const int fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
     const int64_t own = nibbles ? 16 : 256, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
-    const int64_t blocks = (n + 255) / 256, row = blocks * MOQI_DOT_WORDS;
+    const int64_t blocks = (n + 255) / 256;
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const __m512i ones = _mm512_set1_epi8(1);
-    float s = 0, *sums = out + digits * row;
-    (void)step;
-    for (int64_t g = 0; p->zeros && g < moqi_pad16(p->groups); g++) sums[g] = 0;
+    float s = 0, *sums = out + blocks * step;
+    for (int64_t g = 0; p->zeros && g < moqi_pad16(p->groups); g++) sums[g / 96 * step + g % 96] = 0;
     for (int64_t at = 0; at < blocks * 256; at += 16) {
-        int64_t i = at / 16 % 16, lane = nibbles ? i % 8 / 2 * 4 + i / 8 * 2 + i % 2 : i;
+        int64_t i = at / 16 % 16, lane = moqi_dot_lane(nibbles, i);
+        if (i == 0 && !p->rounds && n - at >= 256 && moqi_dot_block_512(x + at, nibbles, digits, out + at / 256 * step)) { at += 240; continue; }
         __mmask16 some = (__mmask16)(n - at >= 16 ? 0xffff : n > at ? (1 << (n - at)) - 1 : 0);
         __m128i codes[2];
         if (at < n && at % group == 0) {
@@ -13058,140 +13155,213 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
         }
         moqi_dot_round_512(_mm512_maskz_loadu_ps(some, x + at), s, fp4, digits, codes);
         for (int d = 0; d < digits; d++) {
-            float *block = out + d * row + at / 256 * MOQI_DOT_WORDS, scale = (d ? 256 * s : s) * (fp4 ? 0.5f : 1.0f);
+            float *block = out + at / 256 * step + d * MOQI_DOT_WORDS, scale = (d ? 256 * s : s) * (fp4 ? 0.5f : 1.0f);
             int32_t words[4];
             _mm_storeu_si128((__m128i *)(void *)words, nibbles ? _mm_shuffle_epi8(codes[d], order) : codes[d]);
             for (int k = 0; k < 4; k++) memcpy(nibbles ? block + 16 * k + lane : block + 4 * i + k, &words[k], 4);
             block[64 + lane] = scale;
-            if (p->zeros && at < n) sums[moqi_stream_group(p, at)] -= 2 * scale * (float)_mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(codes[d]));
         }
     }
-    for (float *block = out; block < sums; block += MOQI_DOT_WORDS) {
+    for (int64_t i = 0; i < blocks * digits; i++) {
+        float *block = out + i / digits * step + i % digits * MOQI_DOT_WORDS;
         __m512i sum = _mm512_setzero_si512();
         for (int k = 0; k < 64; k += 16) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(ones), "v"(_mm512_loadu_si512(block + k)));
         _mm512_storeu_si512(block + 80, _mm512_mullo_epi32(sum, _mm512_set1_epi32(nibbles ? -32 : -128)));
+        if (!p->zeros) continue;
+        float lane[16];
+        _mm512_storeu_ps(lane, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(block + 64)));
+        for (int64_t at = i / digits * 256, k = 0; k < 16 && at + 16 * k < n; k++) {
+            int64_t g = moqi_stream_group(p, at + 16 * k);
+            sums[g / 96 * step + g % 96] -= 2 * lane[moqi_dot_lane(1, k)];
+        }
     }
 }
 
 /* What one pass over columns [first, end) of some rows needs. */
 typedef struct moqi_dot_pass {
     const moqi_tiled *p;
-    const float *x, *odd; /* blocks of the rows 0, 2, 4, 6 of x, `step` apart, and of 1, 3, 5, 7 */
-    int64_t step, first, end;
+    const float *x;       /* blocks of the rows that run together: [256 columns][row][digit][96] */
+    int64_t first, end;
     uint8_t table[16];
     int32_t lane[64];     /* [2 blocks of 512 columns][lane] -> its scale among 16 */
-    float *scale;         /* scratch: scales of a row of this pass, [block][16] */
+    float *scale;         /* scratch: [4 rows][lds], of a row [block][16] */
+    int64_t lds;
 } moqi_dot_pass;
 
-/* 64 bytes, or what is left of a row. */
-MOQI_INLINE MOQI_VNNI __m512i moqi_dot_load_512(const uint8_t *src, int64_t left)
+/* Scales of up to 4 rows for the lanes, E4M3 in groups of 16: bytes are put in order, and a conversion that loads its operand is half as many
+   operations. Returns 0 where a code is no number: then nothing that was stored is right. */
+MOQI_AVX512 static int moqi_dot_e4m3_512(const moqi_dot_pass *pass, int64_t row, int64_t rows)
 {
-    return left >= 64 ? _mm512_loadu_si512(src) : left <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(((__mmask64)1 << left) - 1, src);
+    const moqi_tiled *p = pass->p;
+    const __m256i order = _mm256_broadcastsi128_si256(_mm512_cvtepi32_epi8(_mm512_loadu_si512(pass->lane))), size = _mm256_set1_epi8(0x7f);
+    const int64_t groups = p->groups - pass->first / 16, stop = groups - moqi_ceil_div(pass->end - pass->first, 16);
+    __m256i most = _mm256_setzero_si256();
+    __m512i halves;
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t *s = p->scales + moqi_stream_scale_at(p, row + r) + pass->first / 16;
+        float *out = pass->scale + r * pass->lds;
+        for (int64_t left = groups; left > stop; left -= 32, s += 32, out += 32) {
+            __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)s) : _mm256_maskz_loadu_epi8(((__mmask32)1 << left) - 1, s);
+            MOQI_ASK(s + MOQI_STREAM_AHEAD / 2);
+            most = _mm256_max_epu8(most, _mm256_and_si256(b, size));
+            __m512i w = _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(b, order)); /* sign-extended: a shift puts the sign where F16 has it, and once more below */
+            halves = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff));
+            __asm__("" : "+m"(halves)); /* through memory */
+            _mm512_storeu_ps(out, _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)&halves)));
+            _mm512_storeu_ps(out + 16, _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)&halves + 1)));
+        }
+    }
+    return _mm256_cmpeq_epi8_mask(most, size) == 0;
 }
 
-/* acc[t] += row . x[t] over the pass; tokens is a constant where this is called. */
-MOQI_INLINE MOQI_VNNI void moqi_dot_row_512(const moqi_dot_pass *pass, int64_t row, int tokens, float *acc)
+/* The same for any scales. */
+MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t row, int64_t rows)
+{
+    const moqi_tiled *p = pass->p;
+    if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && moqi_dot_e4m3_512(pass, row, rows)) return;
+    for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
+}
+
+/* acc[t] += row . x[t] over the pass for a few rows; `slots` are the digits of all rows of x, 1 to 8. Both numbers are constants where this is
+   called. The loops over slots are side by side and not one after the other: a sum waits 5 cycles for the one before it. acc: [rows][slots / digits][16] */
+MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int slots, int digits, float *acc)
 {
     const moqi_tiled *p = pass->p;
     const int nibbles = p->form == MOQI_CODES_NIBBLES;
-    const int64_t bytes = nibbles ? 128 : 256, step = pass->step;
-    const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
+    const int64_t bytes = nibbles ? 128 : 256;
     const __m512i low = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS, *odd = pass->odd + pass->first / 256 * MOQI_DOT_WORDS;
-    int64_t left = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first;
+    const int64_t behind = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first;
+    uint8_t edge[256];
     __m512 a[8];
-#define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t));
-#define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]);
-#define MOQI_WORDS(k) "m"(*(const __m512i_u *)(const void *)(xt + 16 * (k)))
-#define MOQI_DOT(t) { \
-        const float *xt = ((t) % 2 ? odd : x) + (t) / 2 * step; \
-        __m512i q = _mm512_loadu_si512(xt + 80); \
-        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(0), "v"(w0)); \
-        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(1), "v"(w1)); \
-        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(2), "v"(w2)); \
-        __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : MOQI_WORDS(3), "v"(w3)); \
-        a[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_loadu_ps(xt + 64)), s, a[t]); }
-    MOQI_TOKENS(MOQI_LOAD)
-    for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, left -= bytes, scale += 16) {
-        __m512i w0, w1, w2, w3, v0 = moqi_dot_load_512(src, left), v1 = moqi_dot_load_512(src + 64, left - 64);
-        __m512 s = _mm512_loadu_ps(scale);
-        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
-        __builtin_prefetch(src + MOQI_STREAM_AHEAD + 64);
-        if (nibbles) {
-            __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
-            v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
-            v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
-            w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
-            w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
-            w2 = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
-            w3 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
-        } else {
-            const __m512i flip = _mm512_set1_epi8((char)-128);
-            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 128);
-            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 192);
-            w0 = _mm512_xor_si512(v0, flip);
-            w1 = _mm512_xor_si512(v1, flip);
-            w2 = _mm512_xor_si512(moqi_dot_load_512(src + 128, left - 128), flip);
-            w3 = _mm512_xor_si512(moqi_dot_load_512(src + 192, left - 192), flip);
+    __m512i q[8];
+#define MOQI_SLOTS(f) f(0) if (slots > 1) { f(1) } if (slots > 2) { f(2) } if (slots > 3) { f(3) } if (slots > 4) { f(4) } \
+    if (slots > 5) { f(5) } if (slots > 6) { f(6) } if (slots > 7) { f(7) }
+#define MOQI_LOAD(t) if ((t) % digits == 0) a[t] = _mm512_loadu_ps(acc + 16 * ((t) / digits));
+#define MOQI_STORE(t) if ((t) % digits == 0) _mm512_storeu_ps(acc + 16 * ((t) / digits), a[t]);
+#define MOQI_START(t) q[t] = _mm512_loadu_si512(x + 96 * (t) + 80);
+#define MOQI_DOT(k, t, w) __asm__("vpdpbusd %1, %2, %0" : "+v"(q[t]) : "m"(*(const __m512i_u *)(const void *)(x + 96 * (t) + 16 * (k))), "v"(w));
+#define MOQI_DOT0(t) MOQI_DOT(0, t, w0)
+#define MOQI_DOT1(t) MOQI_DOT(1, t, w1)
+#define MOQI_DOT2(t) MOQI_DOT(2, t, w2)
+#define MOQI_DOT3(t) MOQI_DOT(3, t, w3)
+#define MOQI_SCALE(t) if ((t) % digits == 0) { \
+        if (digits == 2) q[t] = _mm512_add_epi32(q[t], _mm512_slli_epi32(q[(t) + digits - 1], 8)); \
+        a[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[t]), _mm512_loadu_ps(x + 96 * (t) + 64)), s, a[t]); }
+    for (int64_t r = 0; r < rows; r++, acc += 16 * slots / digits) {
+        const uint8_t *src = p->codes + (row + r) * p->row_bytes + pass->first / 256 * bytes;
+        const float *scale = pass->scale + r * pass->lds, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * slots;
+        int64_t left = behind;
+        MOQI_SLOTS(MOQI_LOAD)
+        for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, left -= bytes, scale += 16, x += MOQI_DOT_WORDS * slots) {
+            if (left < bytes) {
+                memset(edge, 0, sizeof edge);
+                memcpy(edge, src, (size_t)left);
+                src = edge;
+            }
+            __m512i w0, w1, w2, w3, v0 = _mm512_loadu_si512(src), v1 = _mm512_loadu_si512(src + 64);
+            __m512 s = _mm512_loadu_ps(scale);
+            MOQI_ASK(src + MOQI_STREAM_AHEAD);
+            MOQI_ASK(src + MOQI_STREAM_AHEAD + 64);
+            if (nibbles) {
+                __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
+                v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
+                v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
+                w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
+                w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
+                w2 = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
+                w3 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
+            } else {
+                const __m512i flip = _mm512_set1_epi8((char)-128);
+                MOQI_ASK(src + MOQI_STREAM_AHEAD + 128);
+                MOQI_ASK(src + MOQI_STREAM_AHEAD + 192);
+                w0 = _mm512_xor_si512(v0, flip);
+                w1 = _mm512_xor_si512(v1, flip);
+                w2 = _mm512_xor_si512(_mm512_loadu_si512(src + 128), flip);
+                w3 = _mm512_xor_si512(_mm512_loadu_si512(src + 192), flip);
+            }
+            MOQI_SLOTS(MOQI_START)
+            MOQI_SLOTS(MOQI_DOT0)
+            MOQI_SLOTS(MOQI_DOT1)
+            MOQI_SLOTS(MOQI_DOT2)
+            MOQI_SLOTS(MOQI_DOT3)
+            MOQI_SLOTS(MOQI_SCALE)
         }
-        MOQI_TOKENS(MOQI_DOT)
-        x += MOQI_DOT_WORDS;
-        odd += MOQI_DOT_WORDS;
+        MOQI_SLOTS(MOQI_STORE)
     }
-    MOQI_TOKENS(MOQI_STORE)
+#undef MOQI_SLOTS
 #undef MOQI_LOAD
 #undef MOQI_STORE
-#undef MOQI_WORDS
+#undef MOQI_START
 #undef MOQI_DOT
+#undef MOQI_DOT0
+#undef MOQI_DOT1
+#undef MOQI_DOT2
+#undef MOQI_DOT3
+#undef MOQI_SCALE
 }
 
-/* Rows of x, digit by digit, in groups of up to 8; `x` of a group is taken in pieces that stay in the first-level cache. */
+typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *acc);
+#define MOQI_DOT_ROWS(slots, digits) \
+    MOQI_VNNI static void moqi_dot_##slots##_##digits(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *acc) \
+    { moqi_dot_rows_512(pass, row, rows, slots, digits, acc); }
+MOQI_DOT_ROWS(1, 1)
+MOQI_DOT_ROWS(2, 1)
+MOQI_DOT_ROWS(3, 1)
+MOQI_DOT_ROWS(4, 1)
+MOQI_DOT_ROWS(5, 1)
+MOQI_DOT_ROWS(6, 1)
+MOQI_DOT_ROWS(7, 1)
+MOQI_DOT_ROWS(8, 1)
+MOQI_DOT_ROWS(2, 2)
+MOQI_DOT_ROWS(4, 2)
+MOQI_DOT_ROWS(6, 2)
+MOQI_DOT_ROWS(8, 2)
+#undef MOQI_DOT_ROWS
+
+static const moqi_dot_fn moqi_dot_fns[2][8] = {
+    {moqi_dot_1_1, moqi_dot_2_1, moqi_dot_3_1, moqi_dot_4_1, moqi_dot_5_1, moqi_dot_6_1, moqi_dot_7_1, moqi_dot_8_1},
+    {moqi_dot_2_2, moqi_dot_4_2, moqi_dot_6_2, moqi_dot_8_2, NULL, NULL, NULL, NULL}
+};
+
+/* Rows of x in groups of up to 8 digits; `x` of a group is taken in pieces that stay in the first-level cache. */
 MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
                                     float *y, int64_t ldy, float *acc)
 {
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
-    const int64_t words = (p->layer.cols + 255) / 256 * MOQI_DOT_WORDS;
-    float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), one = 1;
+    float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), *one = acc + rows * 128;
     moqi_tiled plain = *p;
     moqi_dot_pass s;
     (void)way;
     if (whole) plain.scales = NULL;
     s.p = &plain;
-    s.scale = acc + rows * 128;
+    s.scale = one + moqi_pad16(rows);
+    for (int64_t r = 0; whole && r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, one + r);
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
     for (int i = 0; i < 64; i++) {
         int g = i / 16 % 2 * 16 + i % 4 / 2 * 8 + i % 16 / 4 * 2 + i % 2; /* of 16 columns */
         s.lane[i] = p->shift < 9 ? (nibbles ? 16 * g : i / 16 % 2 * 256) >> p->shift & 15 : 0;
     }
-    for (int64_t j = 0, step; j < m; j += step) {
-        int64_t most = digits * (m - j);
-        int tokens = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
-        int64_t piece = tokens <= 2 ? 8192 : tokens <= 4 ? 4096 : 2048;
-        step = tokens / digits;
+    for (int64_t j = 0, some; j < m; j += some) {
+        some = moqi_min(8 / digits, m - j);
+        const int64_t step = some * digits * MOQI_DOT_WORDS, piece = some * digits <= 2 ? 8192 : some * digits <= 4 ? 4096 : 2048;
+        const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
+        const moqi_dot_fn dot = moqi_dot_fns[digits - 1][some - 1];
         s.x = x + j * ldx;
-        s.odd = s.x + (digits == 2 ? words : ldx);
-        s.step = digits == 2 ? ldx : 2 * ldx;
-        memset(acc, 0, (size_t)(rows * tokens * 16) * sizeof *acc);
+        memset(acc, 0, (size_t)(rows * some * 16) * sizeof *acc);
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
-            for (int64_t r = 0; r < rows; r++) {
-                float *to = acc + 16 * tokens * r;
-                moqi_lane_scales_512(&plain, row + r, s.first, s.end, s.lane, 2, s.scale);
-                if (tokens == 1) moqi_dot_row_512(&s, row + r, 1, to);
-                else if (tokens == 2) moqi_dot_row_512(&s, row + r, 2, to);
-                else if (tokens == 4) moqi_dot_row_512(&s, row + r, 4, to);
-                else moqi_dot_row_512(&s, row + r, 8, to);
+            s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
+            for (int64_t r = 0, few; r < rows; r += few) {
+                few = moqi_min(4, rows - r);
+                moqi_dot_scales_512(&s, row + r, few);
+                dot(&s, row + r, few, acc + 16 * some * r);
             }
         }
-        for (int64_t r = 0; r < rows; r++) {
-            if (whole) moqi_run_scales(p->k, p, row + r, 0, 1, &one);
-            float *from = acc + 16 * tokens * r;
-            for (int64_t i = 0; i < step && digits == 2; i++)
-                _mm512_storeu_ps(from + 16 * i, _mm512_add_ps(_mm512_loadu_ps(from + 32 * i), _mm512_loadu_ps(from + 32 * i + 16)));
-            if (p->zeros) moqi_lane_zeros_512(p, row + r, x + j * ldx + digits * words, ldx, (int)step, from);
-            for (int64_t i = 0; i < step; i++)
-                y[(j + i) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * one * moqi_stream_sum_512(from + 16 * i);
-        }
+        for (int64_t r = 0; p->zeros && r < rows; r++)
+            moqi_lane_zeros_512(p, row + r, sums, digits * MOQI_DOT_WORDS, step, (int)some, acc + 16 * some * r);
+        moqi_stream_sums_512(acc, rows * some);
+        for (int64_t i = 0; i < some; i++)
+            for (int64_t r = 0; r < rows; r++) y[(j + i) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * acc[some * r + i];
     }
 }
 
