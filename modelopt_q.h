@@ -84,7 +84,7 @@
                          >>panels       weights turned once for many inputs
                          >>integers     integer codes times 8-bit inputs
                          >>dots          the same in vectors of 8 or 4 words, for AVX-VNNI and NEON
-                         >>matrix       AMX: tiles of BF16
+                         >>matrix       AMX: tiles of BF16, and of bytes
                          >>attend       attention, and what lies between two products
                          >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
@@ -12361,7 +12361,7 @@ static const moqi_way moqi_run_way = {"codes in place", 0, moqi_run_takes, moqi_
    ------------------------------------------------------------------------------------------------ */
 
 /* How an instruction set joins. Weights lie in rows, but a vector unit wants neighbouring outputs in its lanes: so 32 rows by up to
-   512 columns are decoded and turned into a panel, 32 bits of each row side by side,
+   512 columns (768 of bytes for many rows of x) are decoded and turned into a panel, 32 bits of each row side by side,
 
        data[column / unit][32 rows][unit columns]           unit: 1 F32, 2 BF16, 4 INT8
 
@@ -12375,18 +12375,20 @@ static const moqi_way moqi_run_way = {"codes in place", 0, moqi_run_takes, moqi_
        block      y[j][r] += mul[r] * sum over the panel's columns of w[r] x[j]; rows past w->rows are not stored
    and moqi_panels drives them. The way's address goes into the list of its moqi_kernels, fastest first; nothing else changes. */
 
-enum { MOQI_PANEL_ROWS = 32 };
+enum { MOQI_PANEL_ROWS = 32, MOQI_PANEL_BYTES = 768 /* columns of a panel of bytes: 24 KB beside the rows of x in the first-level cache */ };
 
 #if defined(MOQI_X86) || defined(MOQI_ARM)
 
 typedef struct moqi_panel {
     const moqi_tiled *p;
     int64_t row, rows;        /* of the layer; up to 32 */
-    int64_t col, n;           /* columns [col, col + n), n <= MOQI_TILE_COLS, col a multiple of it */
+    int64_t step, col, n;     /* columns [col, col + n), n <= step, col a multiple of it */
     float mul[MOQI_PANEL_ROWS]; /* what the numbers of a row are still to be multiplied with */
     uint32_t *data;           /* see above; up to 64 KB, zeros past n up to a multiple of 16 words */
     float *scale;             /* integers only: [columns / chunk][32] */
     int chunk;
+    int many;                 /* rows of x: more than 32, and panels go down the rows first */
+    int starts;               /* the block writes y = bias + ... at column 0, and adds to it later: else y is there before */
     int64_t next_row, next_col; /* of the panel that follows: to be asked for early */
     const uint8_t *ask;       /* codes that the block asks for while it computes: ask_step bytes for each of 128 words */
     int64_t ask_step;
@@ -12401,37 +12403,46 @@ static void moqi_panels_of(const moqi_way *way, moqi_panel *w, int64_t row, int6
                            int64_t ldy)
 {
     const moqi_tiled *p = w->p;
-    int64_t cols = moqi_ceil_div(p->layer.cols, MOQI_TILE_COLS), blocks = moqi_ceil_div(rows, MOQI_PANEL_ROWS);
-    for (int64_t j = 0; j < m; j++)
+    int64_t cols = moqi_ceil_div(p->layer.cols, w->step), blocks = moqi_ceil_div(rows, MOQI_PANEL_ROWS);
+    for (int64_t j = 0; j < m && !w->starts; j++)
         for (int64_t r = 0; r < rows; r++) y[j * ldy + r] = p->bias ? p->bias[row + r] : 0;
     w->next_col = 0;
     w->next_row = row;
+    w->many = m > 32;
     for (int64_t i = 1; i <= blocks * cols; i++) {
         w->col = w->next_col;
         w->row = w->next_row;
         w->block = (w->row - row) / MOQI_PANEL_ROWS;
-        w->n = moqi_min(MOQI_TILE_COLS, p->layer.cols - w->col);
+        w->n = moqi_min(w->step, p->layer.cols - w->col);
         w->rows = moqi_min(MOQI_PANEL_ROWS, row + rows - w->row);
-        w->next_col = MOQI_TILE_COLS * (m > 32 ? i / blocks : i % cols);
-        w->next_row = row + MOQI_PANEL_ROWS * (m > 32 ? i % blocks : i / cols);
+        w->next_col = w->step * (w->many ? i / blocks : i % cols);
+        w->next_row = row + MOQI_PANEL_ROWS * (w->many ? i % blocks : i / cols);
         way->decode(w);
         way->block(w, x, ldx, m, y + (w->row - row), ldy);
     }
 }
 
-/* The same for any m. Pieces of x are a multiple of every group of rows that a way makes, but for the last. */
-static void moqi_panels(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
-                        int64_t ldy, float *scratch)
+/* The same for any m, with `step` columns to a panel and blocks that start y or do not. Pieces of x are a multiple of every group of rows that a way makes, but for the last. */
+static void moqi_panels_in(const moqi_way *way, const moqi_tiled *p, int64_t step, int starts, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
+                           float *y, int64_t ldy, float *scratch)
 {
     moqi_panel w;
     w.p = p;
+    w.step = step;
+    w.starts = starts;
     w.tile = scratch;
     w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
     w.scale = (float *)(void *)(w.data + MOQI_PANEL_ROWS * MOQI_TILE_COLS);
-    w.sums = w.scale + MOQI_PANEL_ROWS * MOQI_TILE_COLS / 16;
+    w.sums = w.scale + MOQI_PANEL_ROWS * MOQI_PANEL_BYTES / 16;
     w.chunk = 0;
     for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
         moqi_panels_of(way, &w, row, rows, x + j * ldx, ldx, moqi_min(MOQI_WAY_TOKENS, m - j), y + j * ldy, ldy);
+}
+
+static void moqi_panels(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                        int64_t ldy, float *scratch)
+{
+    moqi_panels_in(way, p, MOQI_TILE_COLS, 0, row, rows, x, ldx, m, y, ldy, scratch);
 }
 
 /* Ask for what the next panel will read of its r-th row, into the second-level cache: rows whose length is a power of two would push each
@@ -12441,7 +12452,7 @@ static void moqi_panel_ask(const moqi_panel *w, int64_t r, int64_t bits)
 #ifdef __GNUC__
     const moqi_tiled *p = w->p;
     const uint8_t *at = p->codes + (w->next_row + r) * p->row_bytes + w->next_col * bits / 8;
-    for (int64_t i = 0; i < MOQI_TILE_COLS * bits / 8; i += 64) __builtin_prefetch(at + i, 0, 2);
+    for (int64_t i = 0; i < w->step * bits / 8; i += 64) __builtin_prefetch(at + i, 0, 2);
     int64_t scale = (p->scale_first + (w->next_row + r) * p->scale_step) / p->group_rows * p->scale_stride + w->next_col / p->group_cols;
     if (p->scales) __builtin_prefetch(p->scales + scale * moq_dtype_bits(p->scale_dtype) / 8, 0, 2);
 #else
@@ -12760,12 +12771,13 @@ static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32
    8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer. */
 
 #if defined(MOQI_X86) || defined(MOQI_DOTS)
-/* Columns under one scale on both sides, at most a panel; 0: the layer's inputs are no integers. */
+/* Columns under one scale on both sides; at most 256, of which the sum of products is at most 2^22. 0: the layer's inputs are no integers. */
 static int64_t moqi_i8_chunk(const moqi_tiled *p)
 {
     const moq_coding *c = &p->layer.scheme.input;
+    int64_t most = MOQI_TILE_COLS / 2;
     int64_t group = c->group_cols > 0 && (c->dynamic || c->scale == MOQ_F8_E8M0 || c->scale == MOQ_F8_E4M3) ? c->group_cols : MOQI_TILE_COLS;
-    int64_t chunk = moqi_min(p->shift < 9 ? (int64_t)1 << p->shift : MOQI_TILE_COLS, p->rounds ? group : 32);
+    int64_t chunk = moqi_min(moqi_min(p->shift < 9 ? (int64_t)1 << p->shift : most, most), p->rounds ? group : 32);
     if (!p->rounds) return p->input_bits <= 8 ? chunk : 0;
     if ((c->elem != MOQ_F4 && c->elem != MOQ_I8) || c->zero_point || p->layer.input_zero != 0) return 0;
     return chunk % 16 == 0 && MOQI_TILE_COLS % chunk == 0 && group % chunk == 0 ? chunk : 0;
@@ -12849,6 +12861,7 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 
 #ifdef MOQI_X86
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+enum { MOQI_I8_START = 0x4b400000 }; /* bits of 1.5 * 2^23, on which the sums of panels start; see moqi_panel_i8_tokens */
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
 MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
@@ -12868,19 +12881,42 @@ MOQI_AVX512 static void moqi_panel_scales_512(const moqi_panel *w, int64_t h)
 {
     const moqi_tiled *p = w->p;
     float rows[16][32], turned[32][16];
-    int64_t g = moqi_stream_group(p, w->col), chunks = moqi_ceil_div(w->n, w->chunk);
+    int64_t chunks = moqi_ceil_div(w->n, w->chunk), each = MOQI_TILE_COLS / w->chunk;
     __m512 s[2];
     s[0] = s[1] = _mm512_set1_ps(1);
-    for (int r = 0; r < 16; r++) {
-        int64_t row = w->row + moqi_min(h + r, w->rows - 1);
-        if (p->scales) moqi_stream_groups_512(p, moqi_stream_scale_at(p, row), g, s);
-        _mm512_storeu_ps(rows[r], s[0]);
-        _mm512_storeu_ps(rows[r] + 16, s[1]);
+    for (int64_t first = 0; first < chunks; first += each) {
+        int64_t g = moqi_stream_group(p, w->col + first * w->chunk);
+        for (int r = 0; r < 16; r++) {
+            int64_t row = w->row + moqi_min(h + r, w->rows - 1);
+            if (p->scales) moqi_stream_groups_512(p, moqi_stream_scale_at(p, row), g, s);
+            _mm512_storeu_ps(rows[r], s[0]);
+            _mm512_storeu_ps(rows[r] + 16, s[1]);
+        }
+        moqi_turn_512(rows, 32, turned, 16);
+        if (p->shift == 4) moqi_turn_512(rows[0] + 16, 32, turned[16], 16);
+        for (int64_t c = 0; c < moqi_min(each, chunks - first); c++)
+            _mm512_storeu_ps(w->scale + (first + c) * MOQI_PANEL_ROWS + h, _mm512_loadu_ps(turned[p->shift < 9 ? c * w->chunk >> p->shift : 0]));
     }
-    moqi_turn_512(rows, 32, turned, 16);
-    if (p->shift == 4) moqi_turn_512(rows[0] + 16, 32, turned[16], 16);
-    for (int64_t c = 0; c < chunks; c++)
-        _mm512_storeu_ps(w->scale + c * MOQI_PANEL_ROWS + h, _mm512_loadu_ps(turned[p->shift < 9 ? c * w->chunk >> p->shift : 0]));
+}
+
+/* Scales as moqi_panel_i8_tokens wants them: of up to 22 bits, and small enough that 2^24 times one is finite; 2^32 goes to the row's factor.
+   Nothing is to be done for types that are short and small. */
+MOQI_AVX512 static void moqi_panel_short_512(moqi_panel *w, int64_t h)
+{
+    const moqi_tiled *p = w->p;
+    const __m512i half = _mm512_set1_epi32(2), rest = _mm512_set1_epi32(~3);
+    int64_t chunks = moqi_ceil_div(w->n, w->chunk);
+    __m512 most = _mm512_setzero_ps(), mul = _mm512_loadu_ps(w->mul + h);
+    if (!p->scales || p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F16) return;
+    for (int64_t c = 0; c < chunks; c++) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(w->scale + c * MOQI_PANEL_ROWS + h)));
+    __mmask16 large = _mm512_cmp_ps_mask(most, _mm512_set1_ps(1e30f), _CMP_GT_OQ);
+    _mm512_storeu_ps(w->mul + h, _mm512_mask_mul_ps(mul, large, mul, _mm512_set1_ps(4294967296.0f)));
+    for (int64_t c = 0; c < chunks; c++) {
+        float *at = w->scale + c * MOQI_PANEL_ROWS + h;
+        __m512 s = _mm512_loadu_ps(at);
+        __m512i b = _mm512_castps_si512(_mm512_mask_mul_ps(s, large, s, _mm512_set1_ps(1 / 4294967296.0f)));
+        _mm512_storeu_si512(at, _mm512_mask_and_epi32(b, _mm512_cmp_ps_mask(s, s, _CMP_ORD_Q), _mm512_add_epi32(b, half), rest));
+    }
 }
 
 /* What the block is to ask for: of the 32 rows that follow these, which lie one after the other, the part that this panel is of its own. */
@@ -12905,13 +12941,15 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
     for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
     const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table));
     w->chunk = (int)moqi_i8_chunk(p);
-    moqi_panel_ahead(w, bits);
+    if (w->many) for (int r = 0; r < MOQI_PANEL_ROWS; r++) moqi_panel_ask(w, r, bits);
+    else moqi_panel_ahead(w, bits);
     for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = p->factor * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
     for (int64_t h = 0; h < w->rows; h += 16) {
         const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
         int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n * bits + 7) / 8;
         uint32_t *to = w->data + h;
         moqi_panel_scales_512(w, h);
+        moqi_panel_short_512(w, h);
         for (int64_t b = 0; b < bytes; b += 64) {
             moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
             for (int i = 0; i < 16; i++) {
@@ -12928,18 +12966,102 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
     }
 }
 
+/* Four vectors of four lanes of four words: each lane's largest word, or the sum of its words, as [lane][vector]. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_lanes_512(int sums, const __m512i *v)
+{
+    __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    a = sums ? _mm512_add_epi32(a, b) : _mm512_max_epu32(a, b);
+    c = sums ? _mm512_add_epi32(c, d) : _mm512_max_epu32(c, d);
+    b = _mm512_unpacklo_epi64(a, c);
+    d = _mm512_unpackhi_epi64(a, c);
+    return sums ? _mm512_add_epi32(b, d) : _mm512_max_epu32(b, d);
+}
+
+/* The largest magnitudes of 16 runs of 16 values, as bits: these are ordered as whole numbers, those of a NaN or an infinity come last. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x, int64_t n)
+{
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    __m512i a[4], r[4];
+    MOQI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        MOQI_UNROLL
+        for (int k = 0; k < 4; k++) {
+            int64_t left = n - 64 * i - 16 * k;
+            __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+            a[k] = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(some, x + 64 * i + 16 * k)), size);
+        }
+        r[i] = moqi_lanes_512(0, a);
+    }
+    a[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(r[0], r[1], 0x44), _mm512_shuffle_i32x4(r[0], r[1], 0xee));
+    a[1] = _mm512_max_epu32(_mm512_shuffle_i32x4(r[2], r[3], 0x44), _mm512_shuffle_i32x4(r[2], r[3], 0xee));
+    return _mm512_max_epu32(_mm512_shuffle_i32x4(a[0], a[1], 0x88), _mm512_shuffle_i32x4(a[0], a[1], 0xdd));
+}
+
+/* moqi_i8_arrange for inputs with a scale of their own for every 16 or 32 columns, 256 of them at a time. What 127 / amax cannot reach, below
+   1e-36, is rounded in steps of 2^-126. */
+MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
+{
+    const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
+    const __m512i pairs = _mm512_set_epi32(14, 15, 12, 13, 10, 11, 8, 9, 6, 7, 4, 5, 2, 3, 0, 1);
+    const __m512i even_first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    int64_t all = (n + 127) / 128 * 128, nibbles = p->form == MOQI_CODES_NIBBLES, wide = moqi_i8_chunk(p) == 32;
+    float *scale = out + all / 4, by[16];
+    int32_t *start = (int32_t *)(void *)(scale + all / 16);
+    uint8_t *to = (uint8_t *)(void *)out;
+    for (int64_t at = 0; at < all; at += 256) {
+        __m512i most = moqi_i8_most_512(x + at, n - at), sums[4], sum;
+        if (wide) most = _mm512_max_epu32(most, _mm512_permutexvar_epi32(pairs, most));
+        __mmask16 broken = _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(0x7f800000));
+        __m512 inverse = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(127), _mm512_castsi512_ps(most)), _mm512_set1_ps(8.5070592e37f));
+        __m512 s = _mm512_mask_mov_ps(_mm512_div_ps(_mm512_set1_ps(1), inverse), broken, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+        _mm512_storeu_ps(by, inverse);
+        MOQI_UNROLL
+        for (int64_t i = 0; i < 4; i++) {
+            __m512i q[4];
+            MOQI_UNROLL
+            for (int64_t k = 0; k < 4; k++) {
+                int64_t first = at + 64 * i + 16 * k, left = n - first;
+                __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+                q[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + first), _mm512_set1_ps(by[4 * i + k])));
+            }
+            __m512i code = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+            code = _mm512_permutexvar_epi32(lanes, code);
+            sums[i] = none;
+            __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i]) : "v"(ones), "v"(code));
+            if (nibbles) code = _mm512_shuffle_epi8(code, even_first);
+            if (at + 64 * i < all) _mm512_storeu_si512(to + at + 64 * i, code);
+        }
+        sum = _mm512_permutexvar_epi32(lanes, moqi_lanes_512(1, sums));
+        sum = _mm512_sub_epi32(none, _mm512_slli_epi32(sum, nibbles ? 5 : 7));
+        __mmask16 some = (__mmask16)(all - at >= 256 ? 0xffff : 0xff);
+        if (wide) {
+            sum = _mm512_maskz_compress_epi32(0x5555, _mm512_add_epi32(sum, _mm512_permutexvar_epi32(pairs, sum)));
+            s = _mm512_maskz_compress_ps(0x5555, s);
+            some = (__mmask16)(some >> (some == 0xffff ? 8 : 4));
+        }
+        _mm512_mask_storeu_ps(scale + (wide ? at / 32 : at / 16), some, s);
+        _mm512_mask_storeu_epi32(start + (wide ? at / 32 : at / 16), some, _mm512_add_epi32(sum, _mm512_set1_epi32(MOQI_I8_START)));
+    }
+}
+
 /* moqi_i8_arrange, 16 values at a time, for everything but E2M1. */
 MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     const moq_coding *c = &p->layer.scheme.input;
-    if (n % 16 != 0 || (p->rounds && c->elem == MOQ_F4)) { moqi_i8_arrange(p, x, n, out, step); return; }
-    int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), group = !p->rounds ? chunk : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
-    int nibbles = p->form == MOQI_CODES_NIBBLES, fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
+    if (!p->rounds) { moqi_i8_own_512(p, x, n, out); return; }
+    int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), group = c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    int nibbles = p->form == MOQI_CODES_NIBBLES, fixed = !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
     const __m128i plain = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m128i order = nibbles ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15) : plain;
     float *scale = out + all / 4, s = 0;
     int32_t *start = (int32_t *)(void *)(scale + all / 16);
     uint8_t *to = (uint8_t *)(void *)out;
+    if (n % 16 != 0 || c->elem == MOQ_F4) {
+        moqi_i8_arrange(p, x, n, out, step);
+        for (int64_t i = 0; i < all / chunk; i++) start[i] += MOQI_I8_START;
+        return;
+    }
     for (int64_t at = 0; at < n; at += chunk) {
         int64_t m = moqi_min(chunk, n - at);
         __m512i sum = _mm512_setzero_si512();
@@ -12954,7 +13076,7 @@ MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x,
             s = _mm512_reduce_max_ps(most);
             if (moqi_is_nan(bad)) s = bad;
             else if (fixed) s = p->layer.input_scale;
-            else s = p->rounds ? moqi_input_scale(c, p->layer.input_scale, &s, 1) : s / 127;
+            else s = moqi_input_scale(c, p->layer.input_scale, &s, 1);
         }
         __m512 by = _mm512_set1_ps(s > 0 ? s : 1);
         for (int64_t i = at; i < at + m; i += 16) {
@@ -12964,13 +13086,21 @@ MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x,
             _mm_storeu_si128((__m128i *)(void *)(to + i), _mm_shuffle_epi8(code, order));
         }
         scale[at / chunk] = s;
-        start[at / chunk] = -_mm512_reduce_add_epi32(sum) * (nibbles ? 32 : 128);
+        start[at / chunk] = MOQI_I8_START - _mm512_reduce_add_epi32(sum) * (nibbles ? 32 : 128);
     }
     memset(to + n, 0, (size_t)(all - n));
-    for (int64_t at = moqi_ceil_div(n, chunk); at < all / chunk; at++) { scale[at] = 0; start[at] = 0; }
+    for (int64_t at = moqi_ceil_div(n, chunk); at < all / chunk; at++) { scale[at] = 0; start[at] = MOQI_I8_START; }
 }
 
-/* A panel times 1, 4 or 6 rows of x, of which `valid` are stored. all: columns of x padded to 128 */
+/* What y has of 16 rows from `h` on before this panel of integers, if that is the same for every row of x: its bias. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_panel_bias_512(const moqi_panel *w, __mmask16 some, int64_t h)
+{
+    const float *bias = w->p->bias;
+    return bias && w->col == 0 ? _mm512_maskz_loadu_ps(some, bias + w->row + h) : _mm512_setzero_ps();
+}
+
+/* A panel times 1, 4 or 6 rows of x, of which `valid` are stored. all: columns of x padded to 128. A sum that starts at the bits of 1.5 * 2^23
+   ends as the bits of 1.5 * 2^23 + sum, so that one multiply-add turns it into a float times its scale: the two products differ by an exact one. */
 MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid,
                                                 int tokens, int asks)
 {
@@ -12981,12 +13111,14 @@ MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all
     const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4, most = (w->n + 15) / 16 * 4; /* neither side has more words */
     const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
                                (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
-    __m512 lo[6], hi[6], s0, s1;
+    __m512 lo[6], hi[6], s0, s1, n0, n1;
     __m512i a[6], b[6];
 #define MOQI_TOKENS6(f) f(0) if (tokens > 1) { f(1) f(2) f(3) } if (tokens > 4) { f(4) f(5) }
 #define MOQI_BEGIN(t) \
     at[t] = (const int32_t *)(const void *)(x + ((t) < valid ? (t) : valid - 1) * ldx) + w->col / 4; \
     from[t] = x + ((t) < valid ? (t) : valid - 1) * ldx + all / 4 + w->col / w->chunk; \
+    __builtin_prefetch(y + (t) * ldy, 1); /* the rows of y lie far apart */ \
+    __builtin_prefetch(y + (t) * ldy + 16, 1); \
     lo[t] = hi[t] = _mm512_setzero_ps();
 #define MOQI_START(t) a[t] = b[t] = _mm512_set1_epi32(((const int32_t *)(const void *)from[t])[c + all / 16]);
 #define MOQI_DOT(t) { \
@@ -12995,12 +13127,13 @@ MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all
         __asm__("vpdpbusd %2, %1, %0" : "+v"(b[t]) : "v"(w1), "v"(v)); }
 #define MOQI_SCALE(t) { \
         __m512 v = _mm512_set1_ps(from[t][c]); \
-        lo[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(a[t]), v), s0, lo[t]); \
-        hi[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(b[t]), v), s1, hi[t]); }
+        lo[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(a[t]), s0, n0), v, lo[t]); \
+        hi[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(b[t]), s1, n1), v, hi[t]); }
 #define MOQI_STORE(t) if ((t) < valid) { \
         float *to = y + (t) * ldy; \
-        _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], s0, _mm512_maskz_loadu_ps(some[0], to))); \
-        _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], s1, _mm512_maskz_loadu_ps(some[1], to + 16))); }
+        if (w->col > 0) { n0 = _mm512_maskz_loadu_ps(some[0], to); n1 = _mm512_maskz_loadu_ps(some[1], to + 16); } \
+        _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], s0, n0)); \
+        _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], s1, n1)); }
     MOQI_TOKENS6(MOQI_BEGIN)
     for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
         MOQI_TOKENS6(MOQI_START)
@@ -13012,10 +13145,14 @@ MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all
         }
         s0 = _mm512_loadu_ps(scale);
         s1 = _mm512_loadu_ps(scale + 16);
+        n0 = _mm512_mul_ps(s0, _mm512_set1_ps(12582912.0f));
+        n1 = _mm512_mul_ps(s1, _mm512_set1_ps(12582912.0f));
         MOQI_TOKENS6(MOQI_SCALE)
     }
     s0 = _mm512_loadu_ps(w->mul);
     s1 = _mm512_loadu_ps(w->mul + 16);
+    n0 = moqi_panel_bias_512(w, some[0], 0);
+    n1 = moqi_panel_bias_512(w, some[1], 16);
     MOQI_TOKENS6(MOQI_STORE)
 #undef MOQI_BEGIN
 #undef MOQI_START
@@ -13365,6 +13502,14 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     }
 }
 
+/* With many rows of x panels are wider, where groups allow it. */
+static void moqi_panels_i8(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                           int64_t ldy, float *scratch)
+{
+    int64_t step = m > 32 && (p->shift < 9 || p->groups == 1) ? MOQI_PANEL_BYTES : MOQI_TILE_COLS;
+    moqi_panels_in(way, p, step, 1, row, rows, x, ldx, m, y, ldy, scratch);
+}
+
 /* The rows from which panels are better. */
 static int moqi_i8_after_512(const moqi_tiled *p)
 {
@@ -13374,7 +13519,7 @@ static int moqi_i8_after_512(const moqi_tiled *p)
 
 static const moqi_way moqi_dot_way_512 = {"codes in place, integers", 4, moqi_dot_takes_512, moqi_dot_arrange_512, moqi_dots_512, NULL, NULL};
 
-static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_after_512, moqi_i8_arrange_512, moqi_panels, moqi_panel_i8_512, moqi_block_i8_512};
+static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_after_512, moqi_i8_arrange_512, moqi_panels_i8, moqi_panel_i8_512, moqi_block_i8_512};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -13983,8 +14128,9 @@ static const moqi_way moqi_bf16_panels = {"BF16 tiles", 2, moqi_bf16_take, moqi_
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>matrix          AMX: tiles of BF16
-   For layers whose inputs may have 16 bits: x is rounded to BF16, and so are weights, unless 8 significant bits hold them anyway.
+   >>matrix          AMX: tiles of BF16, and of bytes
+   For layers whose inputs may have 16 bits: x is rounded to BF16, and so are weights, unless 8 significant bits hold them anyway. For layers
+   whose inputs the checkpoint wants as bytes: the panels and the exact sums of >>integers.
    ------------------------------------------------------------------------------------------------ */
 
 /* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. Codes of E2M1 times scales in E4M3 or E8M0 are
@@ -14105,9 +14251,12 @@ MOQI_AVX512 static void moqi_amx_add(const moqi_panel *w, const float *sums, int
     const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
                                (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
     const __m512 m0 = _mm512_loadu_ps(w->mul), m1 = _mm512_loadu_ps(w->mul + 16);
+    const __m512 b0 = moqi_panel_bias_512(w, some[0], 0), b1 = moqi_panel_bias_512(w, some[1], 16);
+    const int adds = !w->starts || w->col > 0;
     for (int64_t t = 0; t < tokens; t++, y += ldy) {
-        _mm512_mask_storeu_ps(y, some[0], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * t), m0, _mm512_maskz_loadu_ps(some[0], y)));
-        _mm512_mask_storeu_ps(y + 16, some[1], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 256 + 16 * t), m1, _mm512_maskz_loadu_ps(some[1], y + 16)));
+        __m512 v0 = _mm512_mask_loadu_ps(b0, (__mmask16)(adds ? some[0] : 0), y), v1 = _mm512_mask_loadu_ps(b1, (__mmask16)(adds ? some[1] : 0), y + 16);
+        _mm512_mask_storeu_ps(y, some[0], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * t), m0, v0));
+        _mm512_mask_storeu_ps(y + 16, some[1], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 256 + 16 * t), m1, v1));
     }
 }
 
@@ -14148,6 +14297,69 @@ static void moqi_block_amx(const moqi_panel *w, const float *x, int64_t ldx, int
 }
 
 static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_arrange, moqi_panels, moqi_panel_bf16_512, moqi_block_amx};
+
+/* ---- bytes ----
+   A tile instruction adds 16 x 64 by 64 x 16 products of a byte with sign and one without. Sums of one scale go through the vector unit, which
+   takes as long as four tile products do: so there must be at least 64 columns under it. */
+
+static int moqi_amx_takes_i8(const moqi_tiled *p)
+{
+    return moqi_i8_takes(p) && moqi_i8_chunk(p) % 64 == 0 ? moqi_i8_after_512(p) : 0;
+}
+
+/* acc[t][16] += scale of the weights times scale of row t of x times (start of that row + sums[t]); see moqi_panel_i8_tokens. x: its codes */
+MOQI_VNNI static void moqi_amx_scale(const int32_t *sums, const float *scale, const float *x, int64_t ldx, int64_t all, int64_t tokens, float *acc)
+{
+    const __m512 s = _mm512_loadu_ps(scale), n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
+    for (int64_t t = 0; t < tokens; t++, x += ldx) {
+        int32_t start;
+        memcpy(&start, x + all / 16, sizeof start);
+        __m512 v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_loadu_si512(sums + 16 * t), _mm512_set1_epi32(start)));
+        _mm512_storeu_ps(acc + 16 * t, _mm512_fmadd_ps(_mm512_fmsub_ps(v, s, n), _mm512_set1_ps(*x), _mm512_loadu_ps(acc + 16 * t)));
+    }
+}
+
+/* 32 rows of weights times 32 rows of x, as in moqi_block_amx. */
+static void moqi_block_amx_i8(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    int64_t was = 0, all = (w->p->layer.cols + 127) / 128 * 128, ldw = MOQI_PANEL_ROWS * 4, ldc = 64, lda = ldx * 4;
+    int32_t sums[1024];
+    float acc[1024];
+    for (int64_t j = 0; j < m; j += 32, x += 32 * ldx) {
+        int64_t a = moqi_min(16, m - j), b = moqi_min(16, m - j - 16), second = b < 1 ? 0 : 16;
+        if (b < 1) b = a;
+        if (a * 32 + b != was) moqi_amx_configure((int)a, (int)b);
+        was = a * 32 + b;
+        memset(acc, 0, sizeof acc);
+        for (int64_t k = 0, c = 0; k < w->n; c++) {
+            const float *from = x + all / 4 + w->col / w->chunk + c, *s = w->scale + c * MOQI_PANEL_ROWS;
+            __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
+            for (int64_t end = moqi_min(k + w->chunk, w->n); k < end; k += 64) {
+                const float *xa = x + (w->col + k) / 4;
+                const uint32_t *d = w->data + k / 4 * MOQI_PANEL_ROWS;
+                __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\t"
+                                 "tileloadd (%2,%5,1), %%tmm6\n\t"
+                                 "tdpbsud %%tmm6, %%tmm4, %%tmm0\n\t"
+                                 "tileloadd (%3,%5,1), %%tmm7\n\t"
+                                 "tdpbsud %%tmm7, %%tmm4, %%tmm1\n\t"
+                                 "tileloadd (%1,%4,1), %%tmm5\n\t"
+                                 "tdpbsud %%tmm6, %%tmm5, %%tmm2\n\t"
+                                 "tdpbsud %%tmm7, %%tmm5, %%tmm3"
+                                 : : "r"(xa), "r"(xa + second * ldx), "r"(d), "r"(d + 16), "r"(lda), "r"(ldw) : "memory");
+            }
+            __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"(ldc) : "memory");
+            for (int64_t h = 0; h < 2; h++) {
+                moqi_amx_scale(sums + 256 * h, s + 16 * h, from, ldx, all, a, acc + 256 * h);
+                moqi_amx_scale(sums + 512 + 256 * h, s + 16 * h, from + second * ldx, ldx, all, b, acc + 512 + 256 * h);
+            }
+        }
+        moqi_amx_add(w, acc, a, y + j * ldy, ldy);
+        if (second) moqi_amx_add(w, acc + 512, b, y + (j + 16) * ldy, ldy);
+    }
+    __asm__ volatile("tilerelease" : : : "memory");
+}
+
+static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moqi_i8_arrange_512, moqi_panels_i8, moqi_panel_i8_512, moqi_block_amx_i8};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -14811,7 +15023,7 @@ static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_amx_way, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_amx_way, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif

@@ -2,7 +2,7 @@
 
    Such a processor stops at a tile instruction with SIGILL. The handler here reads the instruction, does what the Intel SDM (volume 2) says it
    does to tiles of its own, one set for each thread, and goes on behind it: ldtilecfg, tilerelease, tilezero, tileloadd, tilestored,
-   tdpbf16ps. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
+   tdpbf16ps, tdpbsud. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -19,7 +19,7 @@ typedef struct amx_state {
 } amx_state;
 
 static __thread amx_state amx_tiles;
-static long amx_count; /* instructions done, not exact with threads: a test looks whether there were any */
+static long amx_count, amx_bytes_count; /* instructions done, and products of bytes; not exact with threads: a test looks whether there were any */
 
 static int64_t amx_register(const ucontext_t *c, int i)
 {
@@ -78,6 +78,19 @@ static void amx_product(amx_state *t, int d, int a, int b)
         }
 }
 
+/* d[m][n] += sum over i < 4 of a[m][k][i] b[k][n][i], a with sign and b without */
+static void amx_bytes(amx_state *t, int d, int a, int b)
+{
+    for (int m = 0; m < t->rows[d]; m++)
+        for (int n = 0; n < t->bytes[d] / 4; n++) {
+            uint32_t sum;
+            memcpy(&sum, t->tile[d][m] + 4 * n, 4);
+            for (int k = 0; k < t->bytes[a] / 4 && k < t->rows[b]; k++)
+                for (int i = 0; i < 4; i++) sum += (uint32_t)((int8_t)t->tile[a][m][4 * k + i] * t->tile[b][k][4 * n + i]);
+            memcpy(t->tile[d][m] + 4 * n, &sum, 4);
+        }
+}
+
 /* 0: none of the instructions above. Three bytes of VEX: C4, RXB and map, W vvvv L pp. */
 static int amx_step(ucontext_t *c)
 {
@@ -107,6 +120,10 @@ static int amx_step(ucontext_t *c)
         }
     } else if (op == 0x5c && prefix == 2 && mod == 3) {
         amx_product(t, reg, rm, third);
+        p++;
+    } else if (op == 0x5e && prefix == 2 && mod == 3) {
+        amx_bytes(t, reg, rm, third);
+        amx_bytes_count++;
         p++;
     } else {
         return 0;

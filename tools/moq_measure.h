@@ -374,7 +374,7 @@ static double read_seconds(uint64_t bytes, int threads)
 
 /* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
 
-enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_AMX };
+enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_AMX, PEAK_AMX_BYTES };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MOQ_NO_SIMD)
 #define PEAK_TEN(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9)
@@ -408,17 +408,20 @@ static double peak_bytes_256(int passes)
     return 64.0 * 10 * passes;
 }
 
-/* Four sums of 16 x 16 with 16 x 32 x 16 products each. */
-static double peak_amx(int passes)
+/* Four sums of 16 x 16 with 16 x 32 x 16 products each, of bytes twice as many. */
+static double peak_amx(int bytes, int passes)
 {
 #ifdef MOQI_AMX
     moqi_amx_configure(16, 16);
-    for (int p = 0; p < passes; p++)
+    for (int p = 0; p < passes && bytes; p++)
+        __asm__ volatile("tdpbsud %%tmm6, %%tmm4, %%tmm0\n\ttdpbsud %%tmm7, %%tmm4, %%tmm1\n\t"
+                         "tdpbsud %%tmm6, %%tmm5, %%tmm2\n\ttdpbsud %%tmm7, %%tmm5, %%tmm3" : : : "memory");
+    for (int p = 0; p < passes && !bytes; p++)
         __asm__ volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
                          "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" : : : "memory");
     __asm__ volatile("tilerelease");
 #endif
-    return 4.0 * 16384 * passes;
+    return 4.0 * 16384 * (bytes ? 2 : 1) * passes;
 }
 
 typedef struct peak_work { int kind, wide; double operations, seconds; } peak_work;
@@ -427,7 +430,7 @@ static void *peak_worker(void *user)
 {
     peak_work *w = (peak_work *)user;
     double start = moq_seconds();
-    w->operations = w->kind == PEAK_AMX ? peak_amx(15000) : w->wide ? peak_512(w->kind == PEAK_VNNI, 150000)
+    w->operations = w->kind >= PEAK_AMX ? peak_amx(w->kind == PEAK_AMX_BYTES, 15000) : w->wide ? peak_512(w->kind == PEAK_VNNI, 150000)
                     : w->kind == PEAK_VNNI ? peak_bytes_256(150000) : peak_256(150000);
     w->seconds = moq_seconds() - start;
     return NULL;
@@ -447,6 +450,9 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
     const moqi_way *way;
     if (strcmp(be->name, "cpu") != 0 || (strncmp(kernel, "avx", 3) != 0 && strcmp(kernel, "amx") != 0)) return PEAK_NONE;
     way = moqi_way_for(((const moqi_weight *)(const void *)w)->part, m);
+#ifdef MOQI_AMX
+    if (way == &moqi_amx_way_i8) return PEAK_AMX_BYTES;
+#endif
     return way && way->unit == 2 ? PEAK_AMX : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
 }
 
@@ -630,7 +636,7 @@ static int bench_folder(bench *b, engine *e)
     moq_error err;
     const llm_info *info = e->info;
     int32_t ids[PROMPT], n = info->context < PROMPT ? info->context : PROMPT, steps = n < STEPS ? n : STEPS;
-    double best[2] = {0, 0}, peak, plain = 0;
+    double best[2] = {0, 0}, peak, plain = 0, products;
     float *logits = (float *)take((size_t)info->vocab, sizeof *logits);
     int cpu = strcmp(b->be->name, "cpu") == 0;
     moq_result r;
@@ -641,12 +647,14 @@ static int bench_folder(bench *b, engine *e)
     b->prompt_rate = n / best[0];
     b->generation_rate = steps / best[1];
     peak = folder_peak(b, e, n);
-    if (peak > 0) b->prompt_peak = b->prompt_rate * 2 * (double)info->token_products / peak;
+    /* the output layer runs for the last token of the prompt only */
+    products = (double)info->token_products - (double)info->vocab * info->hidden * (n - 1) / n;
+    if (peak > 0) b->prompt_peak = b->prompt_rate * 2 * products / peak;
     if (cpu) plain = read_seconds(info->token_bytes, b->threads);
     b->read_ratio = plain * b->generation_rate;
     if (b->o->json) return 0;
     printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s (%d tokens)\n", e->path, b->prompt_rate, n, b->generation_rate, steps);
-    printf("prompt: %.1f GFLOP/s in weights", b->prompt_rate * 2 * (double)info->token_products / 1e9);
+    printf("prompt: %.1f GFLOP/s in weights", b->prompt_rate * 2 * products / 1e9);
     if (peak > 0) printf(", %.3f of the %.1f that its instruction alone gives", b->prompt_peak, peak / 1e9);
     printf("\ngeneration: %.2f MB of weights a token (output layer %s), %.2f GB/s", (double)info->token_bytes / 1e6, info->head,
            (double)info->token_bytes * b->generation_rate / 1e9);
