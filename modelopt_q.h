@@ -12417,6 +12417,7 @@ static void moqi_panels_of(const moqi_way *way, moqi_panel *w, int64_t row, int6
         w->rows = moqi_min(MOQI_PANEL_ROWS, row + rows - w->row);
         w->next_col = w->step * (w->many ? i / blocks : i % cols);
         w->next_row = row + MOQI_PANEL_ROWS * (w->many ? i % blocks : i / cols);
+        if (w->many && i == blocks * cols) { w->next_col = 0; w->next_row = row + rows; } /* of the next task */
         way->decode(w);
         way->block(w, x, ldx, m, y + (w->row - row), ldy);
     }
@@ -12967,7 +12968,7 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
 }
 
 /* Four vectors of four lanes of four words: each lane's largest word, or the sum of its words, as [lane][vector]. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_lanes_512(int sums, const __m512i *v)
+MOQI_INLINE MOQI_AVX512 __m512i moqi_words_512(int sums, const __m512i *v)
 {
     __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
     __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -12991,7 +12992,7 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x, int64_t n)
             __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
             a[k] = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(some, x + 64 * i + 16 * k)), size);
         }
-        r[i] = moqi_lanes_512(0, a);
+        r[i] = moqi_words_512(0, a);
     }
     a[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(r[0], r[1], 0x44), _mm512_shuffle_i32x4(r[0], r[1], 0xee));
     a[1] = _mm512_max_epu32(_mm512_shuffle_i32x4(r[2], r[3], 0x44), _mm512_shuffle_i32x4(r[2], r[3], 0xee));
@@ -13032,7 +13033,7 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
             if (nibbles) code = _mm512_shuffle_epi8(code, even_first);
             if (at + 64 * i < all) _mm512_storeu_si512(to + at + 64 * i, code);
         }
-        sum = _mm512_permutexvar_epi32(lanes, moqi_lanes_512(1, sums));
+        sum = _mm512_permutexvar_epi32(lanes, moqi_words_512(1, sums));
         sum = _mm512_sub_epi32(none, _mm512_slli_epi32(sum, nibbles ? 5 : 7));
         __mmask16 some = (__mmask16)(all - at >= 256 ? 0xffff : 0xff);
         if (wide) {
@@ -14367,7 +14368,10 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
    What happens to a row of finite values does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16 };
+enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
+       MOQI_ATTEND_LANES = 12 };
+
+struct moqi_lanes;
 
 /* The loops of one instruction set. */
 typedef struct moqi_loops {
@@ -14383,7 +14387,20 @@ typedef struct moqi_loops {
     void (*weigh)(const float *x, const float *weight, float s, int64_t n, float *y);
     /* moqi_rope_head */
     void (*rotate)(float *x, const float *table, int64_t dims, int interleaved);
+    /* e^x as `softmax` computes it */
+    float (*exp)(float x);
+    /* One block of keys for queries side by side, or NULL: what `blend`, `softmax` and `blend` do to each of them, to the last bit. From as many
+       queries on as MOQI_ATTEND_LANES it is the faster way. */
+    void (*lanes)(const struct moqi_lanes *l, const float *keys, int64_t count, const float *values);
 } moqi_loops;
+
+/* Queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
+   from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. keys [count, dim], values [count, n] */
+typedef struct moqi_lanes {
+    int64_t wide, dim, n;
+    float *q, *s, *y, *max, *sum;
+    int32_t *from, *to;
+} moqi_lanes;
 
 /* ---- plain ---- */
 
@@ -14417,7 +14434,8 @@ static void moqi_plain_weigh(const float *x, const float *weight, float s, int64
     for (int64_t i = 0; i < n; i++) y[i] = weight ? x[i] * s * weight[i] : x[i] * s;
 }
 
-static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head};
+static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head,
+                                            expf, NULL};
 
 #if defined(MOQI_X86) || defined(MOQI_ARM)
 /* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
@@ -14560,7 +14578,94 @@ MOQI_AVX512 static void moqi_rotate_512(float *x, const float *table, int64_t di
     }
 }
 
-static const moqi_loops moqi_loops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512};
+MOQI_AVX512 static float moqi_exp_lane_512(float x) { return _mm512_cvtss_f32(moqi_exp_512(_mm512_set1_ps(x))); }
+
+/* c[i][16 v] += sum over k of a[i * si + k * sk] b[k][16 v] for 8 rows or one, and 1 to 3 vectors, all constants where this is called. */
+MOQI_INLINE MOQI_AVX512 void moqi_lanes_rows_512(const float *a, int64_t si, int64_t sk, int64_t count, const float *b, float *c, int64_t ld, int rows,
+                                                 int vectors)
+{
+    __m512 sum[8][3];
+    MOQI_UNROLL for (int i = 0; i < rows; i++) {
+        MOQI_UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_loadu_ps(c + i * ld + 16 * v);
+    }
+    for (int64_t k = 0; k < count; k++, a += sk, b += ld) {
+        __m512 w[3];
+        MOQI_UNROLL for (int v = 0; v < vectors; v++) w[v] = _mm512_loadu_ps(b + 16 * v);
+        MOQI_UNROLL for (int i = 0; i < rows; i++) {
+            __m512 x = _mm512_set1_ps(a[i * si]);
+            MOQI_UNROLL for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_fmadd_ps(x, w[v], sum[i][v]);
+        }
+    }
+    MOQI_UNROLL for (int i = 0; i < rows; i++) {
+        MOQI_UNROLL for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + i * ld + 16 * v, sum[i][v]);
+    }
+}
+
+MOQI_AVX512 static void moqi_lanes_blend_512(const float *a, int64_t si, int64_t sk, int64_t m, int64_t count, const float *b, float *c, int64_t ld)
+{
+    for (int64_t at = 0, n; at < ld; at += n) {
+        int64_t i = 0;
+        n = moqi_min(48, ld - at);
+        if (ld - at == 64) n = 32; /* 3 vectors and one would be worse */
+        for (; i + 8 <= m; i += 8) {
+            if (n == 48) moqi_lanes_rows_512(a + i * si, si, sk, count, b + at, c + i * ld + at, ld, 8, 3);
+            else if (n == 32) moqi_lanes_rows_512(a + i * si, si, sk, count, b + at, c + i * ld + at, ld, 8, 2);
+            else moqi_lanes_rows_512(a + i * si, si, sk, count, b + at, c + i * ld + at, ld, 8, 1);
+        }
+        for (; i < m; i++)
+            for (int64_t v = 0; v < n; v += 16) moqi_lanes_rows_512(a + i * si, si, sk, count, b + at + v, c + i * ld + at + v, ld, 1, 1);
+    }
+}
+
+/* moqi_softmax_512 for 16 queries: s [32, ld] -> e^(s - max), the sum in the same order, lanes as the masks of their keys say -> max and sum go on;
+   what was summed before shrinks by the result. */
+MOQI_AVX512 static __m512 moqi_lanes_softmax_512(float *s, int64_t ld, int64_t count, const int32_t *from, const int32_t *to, float *max, float *sum)
+{
+    const __m512i first = _mm512_loadu_si512(from), last = _mm512_loadu_si512(to);
+    const __m512 old = _mm512_loadu_ps(max);
+    __mmask16 seen[32], all = _mm512_cmpge_epi32_mask(last, first);
+    __m512 top = old, u[8], l = _mm512_loadu_ps(sum), shrink = _mm512_set1_ps(1);
+    for (int64_t j = 0; j < 32; j++) {
+        __m512i at = _mm512_set1_epi32((int)j);
+        seen[j] = (__mmask16)(j < count ? _mm512_cmple_epi32_mask(first, at) & _mm512_cmple_epi32_mask(at, last) & all : 0);
+        top = _mm512_mask_max_ps(top, seen[j], _mm512_loadu_ps(s + j * ld), top);
+    }
+    for (int64_t i = 0; i < 8; i++) {
+        __m512 e[4];
+        MOQI_UNROLL for (int k = 0; k < 4; k++) {
+            float *at = s + (i + 8 * k) * ld;
+            e[k] = _mm512_maskz_mov_ps(seen[i + 8 * k], moqi_exp_512(_mm512_sub_ps(_mm512_loadu_ps(at), top)));
+            _mm512_storeu_ps(at, e[k]);
+        }
+        u[i] = _mm512_add_ps(_mm512_add_ps(e[0], e[2]), _mm512_add_ps(e[1], e[3]));
+    }
+    for (int i = 0; i < 4; i++) u[i] = _mm512_add_ps(u[i], u[i + 4]);
+    u[0] = _mm512_add_ps(_mm512_add_ps(u[0], u[2]), _mm512_add_ps(u[1], u[3]));
+    __mmask16 grows = _mm512_cmp_ps_mask(top, old, _CMP_GT_OQ), some = _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_GT_OQ);
+    if (grows) shrink = _mm512_mask_mov_ps(shrink, grows, _mm512_maskz_mov_ps(some, moqi_exp_512(_mm512_sub_ps(old, top))));
+    _mm512_storeu_ps(max, top);
+    _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_mul_ps(l, shrink), u[0]));
+    return shrink;
+}
+
+MOQI_AVX512 static void moqi_lanes_512(const moqi_lanes *l, const float *keys, int64_t count, const float *values)
+{
+    const __m512 one = _mm512_set1_ps(1);
+    memset(l->s, 0, (size_t)(MOQI_ATTEND_KEYS * l->wide) * sizeof *l->s);
+    moqi_lanes_blend_512(keys, l->dim, 1, count, l->dim, l->q, l->s, l->wide);
+    for (int64_t v = 0; v < l->wide; v += 16) {
+        __m512 shrink = moqi_lanes_softmax_512(l->s + v, l->wide, count, l->from + v, l->to + v, l->max + v, l->sum + v);
+        if (!_mm512_cmp_ps_mask(shrink, one, _CMP_NEQ_UQ)) continue;
+        for (int64_t c = 0; c < l->n; c++) {
+            float *y = l->y + c * l->wide + v;
+            _mm512_storeu_ps(y, _mm512_mul_ps(_mm512_loadu_ps(y), shrink));
+        }
+    }
+    moqi_lanes_blend_512(values, 1, l->n, l->n, count, l->s, l->y, l->wide);
+}
+
+static const moqi_loops moqi_loops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512,
+                                          moqi_exp_lane_512, moqi_lanes_512};
 
 /* ---- AVX2 ---- */
 
@@ -14665,7 +14770,8 @@ MOQI_AVX2 static void moqi_weigh_256(const float *x, const float *weight, float 
     moqi_plain_weigh(x + i, weight ? weight + i : NULL, s, n - i, y + i);
 }
 
-static const moqi_loops moqi_loops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head};
+static const moqi_loops moqi_loops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head,
+                                          expf, NULL};
 #endif
 
 #ifdef MOQI_ARM
@@ -14778,7 +14884,8 @@ static void moqi_rotate_neon(float *x, const float *table, int64_t dims, int int
     }
 }
 
-static const moqi_loops moqi_loops_neon = {moqi_softmax_neon, moqi_blend_neon, moqi_turns_neon, moqi_activate_neon, moqi_weigh_neon, moqi_rotate_neon};
+static const moqi_loops moqi_loops_neon = {moqi_softmax_neon, moqi_blend_neon, moqi_turns_neon, moqi_activate_neon, moqi_weigh_neon, moqi_rotate_neon,
+                                           expf, NULL};
 #endif
 
 /* The loops that go with a set of kernels, which share its instructions. */
@@ -14822,11 +14929,11 @@ typedef struct moqi_attending {
 typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head; } moqi_queries;
 
 /* Scratch of one task: up to 128 queries [n, head_dim padded to 16], 32 keys as they come and turned, 32 values, scores [n, 32],
-   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. */
+   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides. */
 static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim)
 {
     int64_t dim = (head_dim + 15) / 16 * 16;
-    return MOQI_ATTEND_QUERIES * (dim + MOQI_ATTEND_KEYS + value_dim + 2) + MOQI_ATTEND_KEYS * (2 * dim + value_dim);
+    return MOQI_ATTEND_QUERIES * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + value_dim);
 }
 
 /* The first position that row r sees. */
@@ -14835,7 +14942,7 @@ static int64_t moqi_attend_from(const moqi_attending *t, int64_t r)
     return moqi_attend_first(t->a, t->b->pos[r]);
 }
 
-/* The queries times the scale of the scores: q [n, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
+/* The queries times the scale of the scores: q [n padded to 16, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
 static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t dim, float *q)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
@@ -14849,21 +14956,22 @@ static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int
         if (c->format[0] == MOQ_KV_NVFP4_ROTATE) moqi_sylvester(q, n);
         for (int64_t d = 0; d < n; d++) q[d] *= scale;
     }
+    memset(q, 0, (size_t)((moqi_pad16(g->rows * g->heads) - g->rows * g->heads) * dim) * sizeof *q);
 }
 
-/* Keys of positions [first, first + count) turned: [dim, 32]. What lies beyond `count` is not looked at later. */
-static void moqi_attend_keys(const moqi_attending *t, int64_t slot, int64_t head, int64_t first, int64_t count, int64_t dim, float *keys, float *turned)
+/* Keys of positions [first, first + count): [count, dim], in `room` or where they are. What lies beyond `count` is not looked at later, but may
+   be turned with the rest. */
+static const float *moqi_attend_keys(const moqi_attending *t, int64_t slot, int64_t head, int64_t first, int64_t count, int64_t dim, float *room)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    const float *from = keys;
     if (c->format[0] == MOQ_KV_WIDE && count == MOQI_ATTEND_KEYS && c->dim[0] == dim)
-        from = (const float *)(const void *)moqi_kv_row(c, 0, slot, head, first);
-    else if (c->dim[0] == dim) moqi_kv_fetch(t->k, c, 0, slot, head, first, first + count - 1, keys);
+        return (const float *)(const void *)moqi_kv_row(c, 0, slot, head, first);
+    if (c->dim[0] == dim) moqi_kv_fetch(t->k, c, 0, slot, head, first, first + count - 1, room);
     else for (int64_t i = 0; i < count; i++) { /* zeros up to `dim`: what is left there by others may be NaN, and meets the zeros of q */
-        moqi_kv_fetch(t->k, c, 0, slot, head, first + i, first + i, keys + i * dim);
-        memset(keys + i * dim + c->dim[0], 0, (size_t)(dim - c->dim[0]) * sizeof *keys);
+        moqi_kv_fetch(t->k, c, 0, slot, head, first + i, first + i, room + i * dim);
+        memset(room + i * dim + c->dim[0], 0, (size_t)(dim - c->dim[0]) * sizeof *room);
     }
-    t->o->turn(from, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
+    return room;
 }
 
 /* Tells the memory that 32 rows of one head from position `first` on come next. */
@@ -14890,7 +14998,7 @@ static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, in
         for (int64_t j = from; t->a->softcap > 0 && j <= to; j++) score[j] = t->a->softcap * tanhf(score[j] / t->a->softcap);
         float sum = t->o->softmax(score, (int)from, (int)to, &max);
         if (max > y[n]) {
-            float shrink = y[n + 1] > 0 ? expf(y[n] - max) : 0;
+            float shrink = y[n + 1] > 0 ? t->o->exp(y[n] - max) : 0;
             y[n + 1] *= shrink;
             t->o->weigh(y, NULL, shrink, n, y);
             y[n] = max;
@@ -14900,12 +15008,45 @@ static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, in
     t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, values, n, part, n + 2, n);
 }
 
+/* The queries of g to lanes: q [n, dim] -> [dim, lanes], nothing summed. memory: [lanes, dim + 32 + value_dim + 4] */
+static void moqi_attend_lanes(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, int64_t n, float *memory, moqi_lanes *l)
+{
+    l->wide = moqi_pad16(g->rows * g->heads);
+    l->dim = dim;
+    l->n = n;
+    l->q = memory;
+    l->s = l->q + dim * l->wide;
+    l->y = l->s + MOQI_ATTEND_KEYS * l->wide;
+    l->max = l->y + n * l->wide;
+    l->sum = l->max + l->wide;
+    l->from = (int32_t *)(void *)(l->sum + l->wide);
+    l->to = l->from + l->wide;
+    t->o->turn(q, dim, l->wide, dim, l->q, l->wide);
+    for (int64_t i = 0; i < l->wide; i++) {
+        l->max[i] = -3e38f;
+        l->sum[i] = 0;
+    }
+    memset(l->y, 0, (size_t)(n * l->wide) * sizeof *l->y);
+}
+
+/* Which of the keys [first, first + count) each lane sees. */
+static void moqi_attend_seen(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, moqi_lanes *l)
+{
+    for (int64_t i = 0; i < l->wide; i++) {
+        int64_t r = g->row + i / g->heads;
+        l->from[i] = (int32_t)(i < g->rows * g->heads ? moqi_max(first, moqi_attend_from(t, r)) - first : 1);
+        l->to[i] = (int32_t)(i < g->rows * g->heads ? moqi_min(first + count - 1, t->b->pos[r]) - first : 0);
+    }
+}
+
 /* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2]. */
 static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t dim = moqi_pad16(c->dim[0]), n = c->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads, low = INT64_MAX, high = 0;
     float *keys = scratch, *turned = keys + MOQI_ATTEND_KEYS * dim, *room = turned + MOQI_ATTEND_KEYS * dim, *s = room + MOQI_ATTEND_KEYS * n;
+    int lanes = t->o->lanes && queries >= MOQI_ATTEND_LANES && !(t->a->softcap > 0);
+    moqi_lanes l;
     for (int64_t r = g->row; r < g->row + g->rows; r++) {
         low = moqi_min(low, moqi_attend_from(t, r));
         high = moqi_max(high, t->b->pos[r]);
@@ -14914,18 +15055,32 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     high = moqi_min(high, (span + 1) * MOQI_ATTEND_SPAN - 1);
     memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
     for (int64_t i = 0; i < queries; i++) part[i * (n + 2) + n] = -3e38f;
+    if (lanes) moqi_attend_lanes(t, g, q, dim, n, s, &l);
     for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS) {
         int64_t count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
-        const float *values = room;
-        moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys, turned);
+        const float *values = room, *k = moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys);
         if (c->desc.shared)
             for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
         else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
         else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
         if (first + 2 * MOQI_ATTEND_KEYS <= high + 1) moqi_attend_ahead(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS);
+        if (lanes) {
+            moqi_attend_seen(t, g, first, count, &l);
+            t->o->lanes(&l, k, count, values);
+            continue;
+        }
+        t->o->turn(k, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
         memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
         t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
         moqi_attend_block(t, g, first, count, s, values, part);
+    }
+    /* rows past the last query lie where keys were */
+    if (lanes && n % 16 == 0) t->o->turn(l.y, l.wide, n, l.wide, part, n + 2);
+    for (int64_t i = 0; lanes && i < queries; i++) {
+        float *y = part + i * (n + 2);
+        for (int64_t d = 0; n % 16 != 0 && d < n; d++) y[d] = l.y[d * l.wide + i];
+        y[n] = l.max[i];
+        y[n + 1] = l.sum[i];
     }
 }
 
@@ -14961,7 +15116,7 @@ static void moqi_attend(const moqi_attending *t, const moqi_queries *g, float *s
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     moqi_softmax state[MOQI_ATTEND_QUERIES];
     int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads, low = INT64_MAX, high = 0;
-    float *q = scratch, *part = q + queries * dim, *rest = part + queries * (n + 2);
+    float *q = scratch, *part = q + moqi_pad16(queries) * dim, *rest = part + queries * (n + 2);
     moqi_attend_load(t, g, dim, q);
     for (int64_t i = 0; i < queries; i++) {
         state[i] = moqi_attend_begin(t, g->head + i % g->heads);
@@ -14982,7 +15137,7 @@ static void moqi_attend_part(const moqi_attending *t, const moqi_queries *g, int
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads;
-    float *q = scratch, *part = q + queries * dim, *rest = part + queries * (n + 2);
+    float *q = scratch, *part = q + moqi_pad16(queries) * dim, *rest = part + queries * (n + 2);
     moqi_attend_load(t, g, dim, q);
     moqi_attend_span(t, g, span, q, rest, part);
     for (int64_t i = 0; i < queries; i++) {
