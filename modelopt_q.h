@@ -12942,8 +12942,7 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
     for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
     const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table));
     w->chunk = (int)moqi_i8_chunk(p);
-    if (w->many) for (int r = 0; r < MOQI_PANEL_ROWS; r++) moqi_panel_ask(w, r, bits);
-    else moqi_panel_ahead(w, bits);
+    if (!w->many) moqi_panel_ahead(w, bits); /* else the block does, row by row */
     for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = p->factor * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
     for (int64_t h = 0; h < w->rows; h += 16) {
         const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
@@ -13170,7 +13169,11 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
         else moqi_panel_i8_tokens(w, all, x, ldx, y, ldy, (int)moqi_min(4, m), 4, 1);
         j = 4;
     }
-    for (; m - j > 4; j += 6) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 0);
+    int64_t bits = w->p->form == MOQI_CODES_NIBBLES ? 4 : 8, each = 1 + 6 * MOQI_PANEL_ROWS / m;
+    for (; m - j > 4; j += 6) {
+        for (int64_t r = j / 6 * each; w->many && r < moqi_min(MOQI_PANEL_ROWS, j / 6 * each + each); r++) moqi_panel_ask(w, r, bits);
+        moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 0);
+    }
     if (j < m) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 0);
 }
 
