@@ -59,7 +59,8 @@
        >>llm-schema     reading JSON Schemas
        >>llm-structure  JSON Schemas as grammars
        >>llm-lexicon    the vocabulary as a tree of bytes
-       >>llm-guide      a grammar on a vocabulary: masks
+       >>llm-guide      a grammar on a vocabulary: where a document stands
+       >>llm-mask       which tokens may come next, and choosing among them
        >>llm-session    conversations: opening, saying, framing
        >>llm-answer     from logits to tokens and from tokens to text
        >>llm-step       passes of many conversations, within a time
@@ -4036,17 +4037,18 @@ static int llmi_spell_template(llmi_spelling *p, const char *s)
 
 /* ---- frames ---- */
 
-/* Where a system message goes: a turn like others; refused; a head that is always there; a head when there is one; before the first or
-   the last user text. */
-enum { LLMI_SYSTEM_TURN, LLMI_SYSTEM_NONE, LLMI_SYSTEM_START, LLMI_SYSTEM_HEAD, LLMI_SYSTEM_FIRST, LLMI_SYSTEM_LAST };
+/* Where a system message goes: a turn like others; refused; a head that is always there; a head when there is a text; a head when there
+   is a message, even an empty one; before the first or the last user text. */
+enum { LLMI_SYSTEM_TURN, LLMI_SYSTEM_NONE, LLMI_SYSTEM_START, LLMI_SYSTEM_HEAD, LLMI_SYSTEM_GIVEN, LLMI_SYSTEM_FIRST, LLMI_SYSTEM_LAST };
 enum { LLMI_THINK_ON = 1, LLMI_THINK_OFF = 2, LLMI_THINK_LEVELS = 4 };
-enum { LLMI_FRAME_TURNS, LLMI_DEEPSEEK3, LLMI_DEEPSEEK31, LLMI_NEMOTRON2 };
+enum { LLMI_FRAME_TURNS, LLMI_DEEPSEEK3, LLMI_DEEPSEEK31, LLMI_NEMOTRON2, LLMI_SMOLLM3 };
+enum { LLMI_THOUGHT_KEPT, LLMI_THOUGHT_QWEN3, LLMI_THOUGHT_NEMOTRON3 };
 enum { LLMI_CUT_NEVER, LLMI_CUT_FIRST, LLMI_CUT_LAST };
 
 typedef struct llmi_around { const char *before, *after; } llmi_around;
 
-/* Answers of tools: those in a row stand between `open` and `shut`. json: as a JSON string. */
-typedef struct llmi_tools { const char *open, *before, *after, *between, *shut; int json; } llmi_tools;
+/* Answers of tools: those in a row stand between `open` and `shut`. json: as a JSON string; later: never as the first turn. */
+typedef struct llmi_tools { const char *open, *before, *after, *between, *shut; int json, later; } llmi_tools;
 
 /* One frame. In all texts \1 is the BOS text, \2 the EOS text, \3 the role, \4 the date, \6 the level of thinking; NULL: such a turn is refused. */
 typedef struct llmi_frame {
@@ -4059,9 +4061,12 @@ typedef struct llmi_frame {
     const char *last;               /* after an answer that ends the text; NULL: as after others */
     const char *default_system;     /* a turn written when the first message is not of the system; need not end in NUL */
     size_t default_bytes;
+    const char *short_system;       /* SmolLM3: the default of answers without thoughts, also in the template; */
+    size_t short_bytes;
+    int shut_system;                /* and whether its head ends with a mark: in the first release it does not */
     int where_system, needs_system;
-    int trim, alternate, always_open; /* trim 1: every text, 2: answers only */
-    int thinking;                   /* Qwen3: reasoning of earlier answers is left out */
+    int trim, alternate, always_open; /* trim 1: every text, 2: answers only, 3: the head only */
+    int thinking;                   /* THOUGHT_..: how reasoning of earlier answers is left out */
     int cut;                        /* answers begin after their first or last </think> */
     int switches;                   /* Nemotron: /think and /no_think in texts are obeyed and removed */
     int modes;                      /* THINK_..: what the setting "thinking" may say */
@@ -4072,6 +4077,15 @@ typedef struct llmi_frame {
 
 /* Does the template hold this text? */
 static int llmi_says(const char *spelled, const char *part) { return strstr(spelled, part) != NULL; }
+
+/* Does the first literal that it writes, macros left aside, begin so? */
+static int llmi_writes_first(const char *spelled, const char *mark)
+{
+    static const char end[] = "{%endmacro%}";
+    for (const char *p = strstr(spelled, end); p; p = strstr(spelled, end)) spelled = p + sizeof end - 1;
+    spelled = strstr(spelled, "{{\"");
+    return spelled && strncmp(spelled + 3, mark, strlen(mark)) == 0;
+}
 
 /* What stands around a text. */
 static llmi_around llmi_make_around(const char *before, const char *after)
@@ -4098,18 +4112,30 @@ static void llmi_set_tools(llmi_frame *f, const char *open, const char *before, 
     f->tools.shut = shut;
 }
 
+/* Answers of tools as Qwen3-Coder and Nemotron 3 write them, whose templates open the turn only after another message. */
+static void llmi_set_line_tools(llmi_frame *f)
+{
+    llmi_set_tools(f, "<|im_start|>user\n", "<tool_response>\n", "\n</tool_response>\n", "", "<|im_end|>\n");
+    f->tools.later = 1;
+}
+
 /* ChatML: SmolLM2, Qwen2, Qwen2.5, Qwen3 and many others. */
 static int llmi_is_chatml(const char *s, llmi_frame *f)
 {
     static const char opening[] = "\"<|im_start|>system\n";
     int plain = llmi_says(s, "\"<|im_start|>\"+message.role+\"\n\"+message.content+\"<|im_end|>\n\"");
     int content = llmi_says(s, "\"<|im_start|>\"+message.role+\"\n\"+content+\"<|im_end|>\n\"");
-    if ((!plain && !content) || llmi_says(s, "custom_instructions") || llmi_says(s, "strftime_now")) return 0;
+    if ((!plain && !content) || llmi_says(s, "custom_instructions") || llmi_says(s, "strftime_now") || llmi_says(s, "<think></think>")) return 0;
+    /* whoever looks closer at turns, writes something before them, or a BOS token only sometimes, means another frame */
+    int bos = strncmp(s, "{{bos_token}}", 13) == 0;
+    if (llmi_says(s, "raise_exception") || !llmi_writes_first(s, "<|im_start|>") || (!bos && llmi_says(s, "bos_token"))) return 0;
+    if (bos) f->start = "\1";
     llmi_same_turns(f, "<|im_start|>\3\n", "<|im_end|>\n");
     f->open = llmi_says(s, "\"<|im_start|>assistant\n<think>\n\"") ? "<|im_start|>assistant\n<think>\n" : "<|im_start|>assistant\n";
-    if (llmi_says(s, "<tool_response>"))
+    if (llmi_says(s, "\"\n</tool_response>\n\"")) llmi_set_line_tools(f);
+    else if (llmi_says(s, "<tool_response>"))
         llmi_set_tools(f, "<|im_start|>user", "\n<tool_response>\n", "\n</tool_response>", "", "<|im_end|>\n");
-    f->thinking = llmi_says(s, "last_query_index");
+    f->thinking = llmi_says(s, "last_query_index") ? LLMI_THOUGHT_QWEN3 : LLMI_THOUGHT_KEPT;
     f->modes = f->thinking && llmi_says(s, "{{\"<think>\n\n</think>\n\n\"}}") ? LLMI_THINK_ON | LLMI_THINK_OFF : 0;
     f->open_on = f->open;
     f->open_off = "<|im_start|>assistant\n<think>\n\n</think>\n\n";
@@ -4146,6 +4172,26 @@ static int llmi_is_llama3(const char *s, llmi_frame *f)
     return 1;
 }
 
+/* Llama 4: like Llama 3 with other marks; only the text of the system is trimmed. */
+static int llmi_is_llama4(const char *s, llmi_frame *f)
+{
+    if (!llmi_says(s, "{{\"<|header_start|>\"+message.role+\"<|header_end|>\n\n\"}}") || !llmi_says(s, "{{message.content}}") || !llmi_says(s, "{{\"<|eot|>\"}}") ||
+        !llmi_says(s, "{{\"<|header_start|>system<|header_end|>\n\n\"}}") || !llmi_says(s, "system_message=messages[0].content|trim"))
+        return 0;
+    llmi_same_turns(f, "<|header_start|>\3<|header_end|>\n\n", "<|eot|>");
+    f->start = llmi_says(s, "bos_token") ? "\1" : "";
+    f->head = llmi_make_around("<|header_start|>system<|header_end|>\n\n", "<|eot|>");
+    f->where_system = LLMI_SYSTEM_GIVEN;
+    f->trim = 3;
+    f->open = "<|header_start|>assistant<|header_end|>\n\n";
+    f->other.before = NULL;
+    if (llmi_says(s, "message.contentismappingormessage.contentisiterable%}{{message.content|tojson}}")) {
+        llmi_set_tools(f, "", "<|header_start|>ipython<|header_end|>\n\n", "<|eot|>", "", "");
+        f->tools.json = 1;
+    }
+    return 1;
+}
+
 /* Llama 2: the system text stands inside the first user turn, and each user turn begins with BOS. */
 static int llmi_is_llama2(const char *s, llmi_frame *f)
 {
@@ -4171,6 +4217,7 @@ static int llmi_is_mistral(const char *s, llmi_frame *f)
         {"\"[INST]\"+message.content+\"[/INST]\"", "[INST]", "[/INST]"},
     }, answers[] = {
         {"\" \"+message.content|trim+eos_token", " ", "\2"},
+        {"\" \"+message.content+\" \"+eos_token", " ", " \2"},
         {"\" \"+message.content+eos_token", " ", "\2"},
         {"message.content+eos_token+\" \"", "", "\2 "},
         {"message.content+eos_token", "", "\2"},
@@ -4186,7 +4233,7 @@ static int llmi_is_mistral(const char *s, llmi_frame *f)
     f->assistant.before = answers[a].before;
     f->assistant.after = answers[a].after;
     f->trim = a == 0 ? 2 : 0;
-    f->alternate = 1;
+    f->alternate = a != 1; /* the first template of version 3 takes turns as they come */
     f->system = llmi_make_around("", "\n\n");
     if (llmi_says(s, "[SYSTEM_PROMPT]")) { /* from version 7 on; the default names the current date, so a text is asked for */
         f->alternate = llmi_says(s, "!=(loop.index0%2==0)");
@@ -4379,8 +4426,53 @@ static int llmi_is_nemotron(const char *s, llmi_frame *f)
     return 1;
 }
 
+/* Nemotron 3: ChatML with a head that is always there; answers begin with a thought, which may be empty. */
+static int llmi_is_nemotron3(const char *s, llmi_frame *f)
+{
+    if (!llmi_says(s, "\"<think></think>\"~c.split(\"</think>\")[1]") || !llmi_says(s, "{{\"<|im_start|>system\n\"+system_message}}") ||
+        !llmi_says(s, "content=\"<think></think>\"~content") || !llmi_says(s, "loop.index0<ns.last_user_idx") ||
+        !llmi_says(s, "\"<|im_start|>assistant\n\"~(content|default(\"\",true)|string|trim)~\"<|im_end|>\n\""))
+        return 0;
+    llmi_same_turns(f, "<|im_start|>\3\n", "<|im_end|>\n");
+    f->head = f->system;
+    f->where_system = LLMI_SYSTEM_START;
+    f->thinking = LLMI_THOUGHT_NEMOTRON3;
+    f->modes = LLMI_THINK_ON | LLMI_THINK_OFF;
+    f->open_on = "<|im_start|>assistant\n<think>\n";
+    f->open_off = "<|im_start|>assistant\n<think></think>";
+    f->open = llmi_says(s, "enable_thinking=enable_thinkingifenable_thinkingisdefinedelseFalse") ? f->open_off : f->open_on;
+    if (llmi_says(s, "\"\n</tool_response>\n\"")) llmi_set_line_tools(f);
+    return 1;
+}
+
+/* SmolLM3: the head tells date and mode; the default texts are taken out of the template. */
+static int llmi_is_smollm3(const char *s, llmi_frame *f)
+{
+    static const char thinks[] = "{%elifreasoning_mode==\"/think\"%}{{\"", other[] = "\"}}{%else%}{{\"";
+    const char *from = strstr(s, thinks), *middle = from ? strstr(from, other) : NULL, *end = middle ? strstr(middle, "\"}}{%endif%}") : NULL;
+    if (!end || !llmi_says(s, "Knowledge Cutoff Date: June 2025\n") || !llmi_says(s, "\"Today Date: \"~today~\"\n\"") || !llmi_says(s, "/system_override") ||
+        !llmi_says(s, "\"<|im_start|>assistant\n<think>\n\n</think>\n\"+content.lstrip(\"\n\")+\"<|im_end|>\n\""))
+        return 0;
+    f->default_system = from + sizeof thinks - 1;
+    f->default_bytes = (size_t)(middle - f->default_system);
+    f->short_system = middle + sizeof other - 1;
+    f->short_bytes = (size_t)(end - f->short_system);
+    f->shut_system = llmi_says(s, "{%endif%}{{\"<|im_end|>\n\"}}{%endif%}");
+    llmi_same_turns(f, "<|im_start|>\3\n", "<|im_end|>\n");
+    f->system.before = f->other.before = NULL;
+    f->where_system = LLMI_SYSTEM_START;
+    f->writer = LLMI_SMOLLM3;
+    llmi_set_tools(f, "", "<|im_start|>user\n", "<|im_end|>\n", "", "");
+    f->date = NULL;
+    f->modes = LLMI_THINK_ON | LLMI_THINK_OFF;
+    f->open = f->open_on = "<|im_start|>assistant\n";
+    f->open_off = "<|im_start|>assistant\n<think>\n\n</think>\n";
+    return 1;
+}
+
 static const struct { const char *name; int (*is)(const char *spelled, llmi_frame *f); } llmi_frames[] = {
-    {"Nemotron", llmi_is_nemotron}, {"Phi-4", llmi_is_phi4}, {"gpt-oss", llmi_is_harmony}, {"DeepSeek", llmi_is_deepseek},
+    {"Nemotron", llmi_is_nemotron}, {"Nemotron 3", llmi_is_nemotron3}, {"SmolLM3", llmi_is_smollm3}, {"Llama 4", llmi_is_llama4},
+    {"Phi-4", llmi_is_phi4}, {"gpt-oss", llmi_is_harmony}, {"DeepSeek", llmi_is_deepseek},
     {"ChatML", llmi_is_chatml}, {"Llama 3", llmi_is_llama3}, {"Llama 2", llmi_is_llama2}, {"Mistral", llmi_is_mistral},
     {"Phi-3", llmi_is_phi3}, {"Zephyr", llmi_is_zephyr}, {"Gemma", llmi_is_gemma}, {"role marks", llmi_is_role_marks},
 };
@@ -4397,7 +4489,7 @@ static moq_result llmi_find_frame(const char *spelled, llmi_frame *f, moq_error 
     }
     return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
                     "the chat template is none of the known ones "
-                    "(ChatML, Llama 2, Llama 3, Mistral, Phi-3, Phi-4, Zephyr, Gemma, gpt-oss, DeepSeek, Nemotron, <|role|>); use raw prompts");
+                    "(ChatML, Llama 2, Llama 3, Llama 4, SmolLM3, Mistral, Phi-3, Phi-4, Zephyr, Gemma, gpt-oss, DeepSeek, Nemotron, <|role|>); use raw prompts");
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -4504,17 +4596,29 @@ static void llmi_pen_thinking(llmi_pen *p, const llm_message *m, int after_query
     llmi_pen_add(p, content, n, 0);
 }
 
-/* Index of the last user message that is a question, not the answer of a tool. */
-static size_t llmi_last_query(const llm_message *m, size_t count)
+/* An answer of Nemotron 3: without a thought it gets an empty one; of earlier ones the thought is emptied. */
+static void llmi_pen_thought(llmi_pen *p, const char *s, int earlier)
+{
+    const char *end = llmi_find_last(s, "</think>"), *begin = strstr(s, "<think>");
+    int empty = (!begin && !end) || (earlier && begin && end);
+    if (empty && end) s = end + 8;
+    size_t n = strlen(s);
+    if (empty) llmi_pen_frame(p, "<think></think>", "");
+    llmi_trim(&s, &n, !empty, 1);
+    llmi_pen_add(p, s, n, 0);
+}
+
+/* Index of the last user message; any: also one that is the answer of a tool. */
+static size_t llmi_last_query(const llm_message *m, size_t count, int any)
 {
     static const char open[] = "<tool_response>", shut[] = "</tool_response>";
     for (size_t i = count; i-- > 0;) {
         size_t n = strlen(m[i].text);
         if (strcmp(m[i].role, "user") != 0) continue;
-        if (strncmp(m[i].text, open, sizeof open - 1) == 0 && n >= sizeof shut - 1 && strcmp(m[i].text + n - (sizeof shut - 1), shut) == 0) continue;
+        if (!any && strncmp(m[i].text, open, sizeof open - 1) == 0 && n >= sizeof shut - 1 && strcmp(m[i].text + n - (sizeof shut - 1), shut) == 0) continue;
         return i;
     }
-    return count ? count - 1 : 0;
+    return count && !any ? count - 1 : 0;
 }
 
 /* A text as a JSON string, as Python's json.dumps(ensure_ascii=False) writes it. */
@@ -4618,7 +4722,7 @@ static const llmi_around *llmi_find_around(const llmi_frame *f, const char *role
 /* Refuse what the template would refuse, and roles that it would drop without a word: a lost message is a wrong answer. */
 static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m, size_t count, moq_error *err)
 {
-    size_t turn = 0;
+    size_t turn = 0, first = count > 0 && m[0].role && strcmp(m[0].role, "system") == 0;
     for (size_t i = 0; i < count; i++) {
         if (!m[i].role || !m[i].text) return moq_fail(err, MOQ_E_ARG, "llm_frame", "message %llu has no role or no text", (unsigned long long)i);
         size_t n = strlen(m[i].role);
@@ -4628,6 +4732,8 @@ static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m,
         int system = strcmp(m[i].role, "system") == 0, leads = system && i == 0 && f->where_system > LLMI_SYSTEM_NONE;
         if (leads) continue;
         const llmi_around *a = llmi_find_around(f, m[i].role);
+        if (f->tools.open && strcmp(m[i].role, "tool") == 0 && f->tools.later && i == first)
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for a tool's answer before a user's or model's turn");
         if (f->tools.open && strcmp(m[i].role, "tool") == 0) { turn++; continue; }
         if (f->last && a == &f->assistant && (strstr(m[i].text, "<|channel|>analysis<|message|>") || strstr(m[i].text, "<|channel|>final<|message|>")))
             return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "message %llu holds channel marks; give only the final text of an answer", (unsigned long long)i);
@@ -4675,8 +4781,8 @@ static void llmi_pen_head(llmi_pen *p, llmi_frame *f, const char *system)
 {
     const char *s = system ? system : "";
     size_t n = strlen(s);
-    if (f->where_system == LLMI_SYSTEM_HEAD && n == 0 && !f->needs_system) return;
-    if (f->trim == 1) llmi_trim(&s, &n, 1, 1);
+    if ((f->where_system == LLMI_SYSTEM_HEAD && n == 0 && !f->needs_system) || (f->where_system == LLMI_SYSTEM_GIVEN && !system)) return;
+    if (f->trim == 1 || f->trim == 3) llmi_trim(&s, &n, 1, 1);
     if (f->switches && (strstr(s, "/no_think") || strstr(s, "/think"))) {
         const char *word = strstr(s, "/no_think") ? "/no_think" : "/think";
         if (word[1] == 'n') f->open = "<|start_header_id|>assistant<|end_header_id|>\n\n<think>\n\n</think>\n\n";
@@ -4695,8 +4801,8 @@ static void llmi_pen_turns(llmi_pen *p, llmi_frame *f, const llm_message *m, siz
 {
     int leads = count > 0 && f->where_system > LLMI_SYSTEM_NONE && strcmp(m[0].role, "system") == 0;
     const char *system = leads ? m[0].text : NULL;
-    size_t from = leads ? 1 : 0, query = f->thinking ? llmi_last_query(m, count) : 0;
-    if (f->where_system == LLMI_SYSTEM_START || f->where_system == LLMI_SYSTEM_HEAD) {
+    size_t from = leads ? 1 : 0, query = f->thinking ? llmi_last_query(m, count, f->thinking == LLMI_THOUGHT_NEMOTRON3) : 0;
+    if (f->where_system >= LLMI_SYSTEM_START && f->where_system <= LLMI_SYSTEM_GIVEN) {
         llmi_pen_head(p, f, system);
         system = NULL;
     }
@@ -4713,7 +4819,8 @@ static void llmi_pen_turns(llmi_pen *p, llmi_frame *f, const llm_message *m, siz
             llmi_pen_tool(p, &f->tools, m, i, count);
         } else if (f->thinking && a == &f->assistant) {
             llmi_pen_frame(p, a->before, m[i].role);
-            llmi_pen_thinking(p, &m[i], i > query, i + 1 == count);
+            if (f->thinking == LLMI_THOUGHT_QWEN3) llmi_pen_thinking(p, &m[i], i > query, i + 1 == count);
+            else llmi_pen_thought(p, m[i].text, i < query);
             llmi_pen_frame(p, a->after, m[i].role);
         } else {
             llmi_pen_turn(p, f, a, &m[i], here ? system : NULL, ends ? f->last : NULL);
@@ -4794,12 +4901,54 @@ static void llmi_pen_nemotron(llmi_pen *p, const llmi_frame *f, const llm_messag
     if (!open) llmi_pen_frame(p, "\n<SPECIAL_12>\n\n", "");
 }
 
+/* SmolLM3: switches in the system text win over the setting; every answer of a conversation without thoughts begins with an empty one. */
+static void llmi_pen_smollm3(llmi_pen *p, const llmi_frame *f, const llm_message *m, size_t count, int open)
+{
+    int leads = count > 0 && strcmp(m[0].role, "system") == 0, think = f->open == f->open_on;
+    const char *s = leads ? m[0].text : "";
+    int own = strstr(s, "/system_override") != NULL;
+    if (strstr(s, "/no_think")) think = 0;
+    else if (strstr(s, "/think")) think = 1;
+    s = llmi_pen_remove(p, llmi_pen_remove(p, s, "/no_think"), "/think");
+    size_t n = strlen(s);
+    llmi_trim(&s, &n, 0, 1);
+    llmi_pen_frame(p, "<|im_start|>system\n", "");
+    if (own) {
+        const char *kept = llmi_take_text(&p->r, s, n);
+        if (!kept) { p->ok = 0; return; }
+        s = llmi_pen_remove(p, kept, "/system_override");
+        n = strlen(s);
+        llmi_trim(&s, &n, 0, 1);
+        llmi_pen_add(p, s, n, 0);
+    } else {
+        llmi_pen_frame(p, "## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: \4\nReasoning Mode: ", "");
+        llmi_pen_frame(p, think ? "/think\n\n## Custom Instructions\n\n" : "/no_think\n\n## Custom Instructions\n\n", "");
+        llmi_pen_add(p, s, n, 0);
+        if (n) llmi_pen_frame(p, "\n\n", "");
+        else llmi_pen_frame_part(p, think ? f->default_system : f->short_system, think ? f->default_bytes : f->short_bytes, "");
+    }
+    if (own || f->shut_system) llmi_pen_frame(p, "<|im_end|>\n", "");
+    for (size_t i = (size_t)leads; i < count; i++) {
+        const llmi_around *a = llmi_find_around(f, m[i].role);
+        int answer = a == &f->assistant;
+        if (strcmp(m[i].role, "tool") == 0) { llmi_pen_tool(p, &f->tools, m, i, count); continue; }
+        s = m[i].text;
+        n = strlen(s);
+        llmi_pen_frame(p, answer && !think ? f->open_off : a->before, m[i].role);
+        if (answer) llmi_trim_lines(&s, &n, 1, 0);
+        llmi_pen_add(p, s, n, 0);
+        llmi_pen_frame(p, a->after, m[i].role);
+    }
+    if (open) llmi_pen_frame(p, think ? f->open_on : f->open_off, "");
+}
+
 /* The whole conversation in the order of the template. */
 static void llmi_pen_all(llmi_pen *p, llmi_frame *f, const llm_message *m, size_t count, int open)
 {
     llmi_pen_frame(p, f->start, "");
     if (f->writer == LLMI_FRAME_TURNS) llmi_pen_turns(p, f, m, count, open);
     else if (f->writer == LLMI_NEMOTRON2) llmi_pen_nemotron(p, f, m, count, open);
+    else if (f->writer == LLMI_SMOLLM3) llmi_pen_smollm3(p, f, m, count, open);
     else llmi_pen_deepseek(p, f, m, count, open);
 }
 
@@ -5045,6 +5194,7 @@ struct llmi_rope {
     int32_t dims;             /* values of a head that are rotated, even */
     double theta, factor;
     double original;          /* context that the model was trained on before scaling */
+    double longest;           /* dynamic: the context that was asked for, at least `original` */
     double low, high;         /* llama3: low_freq_factor, high_freq_factor */
     double fast, slow;        /* yarn: beta_fast, beta_slow */
     double mscale, mscale_all, attention; /* 0: not said */
@@ -5061,7 +5211,7 @@ typedef struct llmi_config {
     int32_t layers, hidden, heads, kv_heads, head_dim, value_dim, inter, vocab, context;
     /* what the model was made for; context may be less or more */
     int64_t max_positions;
-    double eps;
+    double eps, part_eps; /* of the norms of the stream; of those inside a mixer: heads, narrow middles */
     moq_activation_desc activation;
     /* dims 0: none; local: of layers with a window where they have one of their own */
     llmi_rope rope, local;
@@ -5278,13 +5428,21 @@ static void llmi_rope_longrope(const llmi_rope *r, double *inv, double *scale)
     else *scale = r->factor <= 1 || r->original <= 1 ? 1 : sqrt(1 + log(r->factor) / log(r->original));
 }
 
-/* "su" is the first name of longrope. "dynamic" is missing on purpose: its frequencies change with the length of the text, and
-   keys that are already in the cache would have to be turned again. */
+/* NTK-aware scaling that grows with the text: theta times (factor * length / original - (factor - 1)) ^ (dims / (dims - 2)). Keys in the
+   cache cannot be turned again, so the length is the context that was asked for; up to the original one nothing changes. */
+static void llmi_rope_dynamic(const llmi_rope *r, double *inv, double *scale)
+{
+    double grown = r->factor * r->longest / r->original - (r->factor - 1);
+    (void)scale;
+    for (int32_t i = 1; i < r->dims / 2; i++) inv[i] *= pow(grown, -2.0 * i / (r->dims - 2));
+}
+
+/* "su" is the first name of longrope. */
 typedef struct llmi_rope_kind { const char *name; llmi_rope_fn adjust; } llmi_rope_kind;
 
 static const llmi_rope_kind llmi_rope_kinds[] = {
     {"default", NULL}, {"linear", llmi_rope_linear}, {"llama3", llmi_rope_llama3}, {"yarn", llmi_rope_yarn},
-    {"longrope", llmi_rope_longrope}, {"su", llmi_rope_longrope}};
+    {"longrope", llmi_rope_longrope}, {"su", llmi_rope_longrope}, {"dynamic", llmi_rope_dynamic}};
 
 /* inv [dims / 2]: radians per position; the return value multiplies cos and sin. */
 static float llmi_rope_table(const llmi_rope *r, double *inv)
@@ -5349,7 +5507,7 @@ static moq_result llmi_find_rope(const llmi_keys *k, llmi_rope *r)
     for (size_t i = 0; i < LLMI_COUNT(llmi_rope_kinds); i++)
         if (moq_json_is(type, llmi_rope_kinds[i].name)) { r->adjust = llmi_rope_kinds[i].adjust; return MOQ_OK; }
     llmi_show(type, text);
-    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "rope_type", "'%q' is not implemented; known: default, linear, llama3, yarn, longrope", text);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "rope_type", "'%q' is not implemented; known: default, linear, llama3, yarn, longrope, dynamic", text);
 }
 
 /* What the type found by llmi_find_rope needs of the numbers. */
@@ -5359,6 +5517,8 @@ static moq_result llmi_check_rope(const llmi_keys *k, const llmi_config *c, llmi
     moq_result code = llmi_positive(k, "original_max_position_embeddings", llmi_key(k, "original_max_position_embeddings"), 0, &own);
     if (code < 0) return code;
     if (r->original <= 0) r->original = own > 0 ? own : (double)c->max_positions;
+    if (r->adjust == llmi_rope_dynamic) r->original = (double)c->max_positions; /* whatever else is said */
+    r->longest = c->context > r->original ? c->context : r->original;
     if (r->adjust == llmi_rope_llama3 && r->high < r->low)
         return llmi_bad_key(k, MOQ_E_CONFIG, "high_freq_factor", moq_json_find(r->spec, "high_freq_factor"), "low_freq_factor or more");
     if (r->adjust == llmi_rope_longrope && own > 0) r->factor = 0; /* Phi-3 says it by two lengths, which win over a factor */
@@ -5487,7 +5647,8 @@ static moq_result llmi_read_heads(const llmi_keys *k, llmi_config *c)
     if (llmi_default_of(k, "query_pre_attn_scalar", &scalar)) q = (double)scalar;
     if ((code = llmi_positive(k, "query_pre_attn_scalar", v, q, &q)) < 0) return code;
     c->attn_scale = q > 0 ? 1 / sqrt(q) : 0;
-    v = llmi_key(k, "attn_logit_softcapping");
+    /* Gemma 3 normed heads in its place, and its reference implementation does not look at the key */
+    v = c->family->flags & LLMI_QK_NORM ? NULL : llmi_key(k, "attn_logit_softcapping");
     if ((code = llmi_positive(k, "attn_logit_softcapping", v, 0, &c->attn_cap)) < 0) return code;
     return llmi_positive(k, "final_logit_softcapping", llmi_key(k, "final_logit_softcapping"), 0, &c->logit_cap);
 }
@@ -5787,11 +5948,13 @@ static void llmi_layer_blocks(const llmi_config *c, int32_t layer, int32_t *mix,
     if (c->blocks) llmi_find_block(c->blocks, layer, mix, feed);
 }
 
-/* Sizes of the state-space mixers, where there is one. time_step_limit is [least, most], the most often infinite. */
+/* Sizes of the state-space mixers, where there is one. Steps are kept inside time_step_limit, [least, most] with the most often infinite,
+   and above time_step_min, as the reference implementation has it. */
 static moq_result llmi_read_state(const llmi_keys *k, llmi_config *c)
 {
     const moq_json *limit = llmi_key(k, "time_step_limit"), *least = moq_json_at(limit, 0), *most = moq_json_at(limit, 1);
     int32_t mix = 0, feed = 0, any = 0;
+    double shortest;
     moq_result code;
     for (int32_t i = 0; i < c->layers; i++) {
         llmi_layer_blocks(c, i, &mix, &feed);
@@ -5811,6 +5974,8 @@ static moq_result llmi_read_state(const llmi_keys *k, llmi_config *c)
     if (least && (!moq_json_float(least, &c->dt_min) || !llmi_finite(c->dt_min))) return llmi_bad_key(k, MOQ_E_CONFIG, "time_step_limit", least, "a finite number");
     if (most && !moq_json_float(most, &c->dt_max)) return llmi_bad_key(k, MOQ_E_CONFIG, "time_step_limit", most, "a number");
     if (!llmi_finite(c->dt_max)) c->dt_max = 0;
+    if ((code = llmi_positive(k, "time_step_min", llmi_key(k, "time_step_min"), 0.001, &shortest)) < 0) return code;
+    if (c->dt_min < shortest) c->dt_min = shortest;
     return MOQ_OK;
 }
 
@@ -5849,6 +6014,7 @@ static moq_result llmi_read_rest(const llmi_keys *k, llmi_config *c)
 {
     moq_result code;
     if ((code = llmi_positive(k, c->family->eps_key, llmi_key(k, c->family->eps_key), c->family->eps, &c->eps)) < 0) return code;
+    c->part_eps = c->family->flags & LLMI_LATENT ? 1e-6 : c->eps; /* the reference implementations of DeepSeek say nothing to these norms */
     c->tie_said = llmi_key(k, "tie_word_embeddings") != NULL;
     if ((code = llmi_key_bool(k, "tie_word_embeddings", (c->family->flags & LLMI_TIED) != 0, &c->tied)) < 0) return code;
     if ((code = llmi_read_bos(k, c)) < 0) return code;
@@ -7226,7 +7392,7 @@ static void llmi_part_norm(const llmi_model *m, void *x, int64_t x_stride, void 
     n.rows = rows;
     n.cols = cols;
     n.groups = groups;
-    n.eps = (float)m->c.eps;
+    n.eps = (float)m->c.part_eps;
     m->be->norm(m->be, &n);
 }
 
@@ -7671,6 +7837,22 @@ static int32_t llmi_greedy(const float *logits, int32_t n)
     return at;
 }
 
+/* The `most` largest logits in falling order, the lower index first among equals; at [most]. Returns how many are above -infinity. */
+static int32_t llmi_top(const float *logits, int32_t n, int32_t most, int32_t *at)
+{
+    uint32_t least = 0x007fffffu; /* the rank that the next one must exceed */
+    int32_t count = 0;
+    for (int32_t i = 0; i < n && most > 0; i++) {
+        uint32_t r = llmi_rank(logits[i]);
+        if (r <= least) continue;
+        int32_t k = count < most ? count++ : most - 1;
+        for (; k > 0 && llmi_rank(logits[at[k - 1]]) < r; k--) at[k] = at[k - 1];
+        at[k] = i;
+        if (count == most) least = llmi_rank(logits[at[most - 1]]);
+    }
+    return count;
+}
+
 /* Does a come before b? Larger logit first, then lower index: a total order, so every heap gives the same sequence. */
 static int llmi_before(const float *logits, int32_t a, int32_t b)
 {
@@ -7762,16 +7944,25 @@ static double llmi_typical(const float *weight, const int32_t *last, int32_t kep
     return taken;
 }
 
-/* -1 when no logit is a number above -infinity. A temperature that is no positive number is greedy. */
+/* A temperature that is no positive number is greedy. */
+static int llmi_is_greedy(const llm_sampling *s) { return !s || !llmi_is_on(s->temperature, 1e30f) || s->top_k == 1; }
+
+/* Does it leave out tokens that the others make unlikely? */
+static int llmi_filters(const llm_sampling *s)
+{
+    return s->top_k > 0 || llmi_is_on(s->top_p, 1.0f) || llmi_is_on(s->min_p, 2.0f) || llmi_is_on(s->typical_p, 1.0f);
+}
+
+/* -1 when no logit is a number above -infinity. */
 LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index)
 {
     int32_t best = vocab > 0 && logits ? llmi_greedy(logits, vocab) : -1, kept, first = 0;
     double total, mass, at;
-    if (best < 0 || !s || !llmi_is_on(s->temperature, 1e30f) || s->top_k == 1 || !state || !scratch || !index) return best;
+    if (best < 0 || llmi_is_greedy(s) || !state || !scratch || !index) return best;
     if (llmi_rank(logits[best]) >= 0xff800000u) return best; /* +infinity */
     total = llmi_weights(logits, vocab, logits[best], s->temperature, scratch);
     at = llmi_random(state);
-    if (s->top_k > 0 || llmi_is_on(s->top_p, 1.0f) || llmi_is_on(s->min_p, 2.0f) || llmi_is_on(s->typical_p, 1.0f)) {
+    if (llmi_filters(s)) {
         kept = llmi_filter(s, logits, scratch, total, vocab, index, &mass);
         if (llmi_is_on(s->typical_p, 1.0f)) mass = llmi_typical(scratch, index + vocab - 1, kept, mass, (double)s->typical_p, &first, &kept);
         at *= mass;
@@ -7837,14 +8028,7 @@ LLM_API void llm_logprobs(const float *logits, int32_t vocab, int32_t id, int32_
     out->id = id;
     out->logprob = best < 0 || id < 0 ? 0 : (float)((double)logits[id] - total);
     if (top > LLM_TOP) top = LLM_TOP;
-    for (int32_t i = 0; i < vocab && best >= 0 && top > 0; i++) {
-        int32_t at = out->top_count;
-        if (llmi_rank(logits[i]) <= 0x007fffffu || (at == top && !llmi_before(logits, i, out->top_id[at - 1]))) continue;
-        if (at == top) at--;
-        else out->top_count++;
-        for (; at > 0 && llmi_before(logits, i, out->top_id[at - 1]); at--) out->top_id[at] = out->top_id[at - 1];
-        out->top_id[at] = i;
-    }
+    out->top_count = llmi_top(logits, vocab, top, out->top_id);
     for (int32_t i = 0; i < out->top_count; i++) out->top_logprob[i] = (float)((double)logits[out->top_id[i]] - total);
 }
 
@@ -7870,6 +8054,7 @@ enum {
 
 typedef struct llmi_gstate {
     uint8_t kind, in_key; /* in_key: inside the free name of a member */
+    uint8_t any_text;     /* a LOOP over the characters of a JSON string, all of them */
     int32_t rule;         /* it belongs to */
     int32_t loop;         /* the LOOP whose body it is part of, -1: none */
     int32_t next, other, extra;
@@ -9140,10 +9325,15 @@ typedef struct llmi_job { struct llmi_job *next, *same; llmi_view view; int32_t 
 #define LLMI_MOST_JOBS 20000
 #define LLMI_JOB_HASHES 1024
 
+/* The members of a large object by their names: $refs may go through "$defs" of 100,000 schemas. */
+typedef struct llmi_members { struct llmi_members *next; const moq_json *object; llmi_map map; } llmi_members; /* values: from the root */
+#define LLMI_MANY_MEMBERS 64
+
 typedef struct llmi_schema {
     llm_grammar *g;
     const moq_json *root;
-    llmi_arena r;
+    llmi_arena r, fixed; /* fixed: what stays while r is put aside */
+    llmi_members *members;
     llmi_unicode u;
     llmi_job *first, *last, *jobs[LLMI_JOB_HASHES];
     int32_t job_count;
@@ -9233,34 +9423,58 @@ static void llmi_schema_nomem(llmi_schema *c)
     if (c->code >= 0) c->code = llmi_nomem(c->err, "schema");
 }
 
-/* A step of a JSON pointer against a member's name: ~0, ~1 and %HH are resolved. */
-static int llmi_schema_step_is(const char *step, size_t n, const char *key)
+/* A step of a JSON pointer as the name that it means: ~0, ~1 and %HH are resolved. Returns its length, at most n. */
+static size_t llmi_schema_step(const char *step, size_t n, char *name)
 {
-    for (size_t i = 0; i < n; i++, key++) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
         char ch = step[i];
         if (ch == '~' && i + 1 < n) ch = step[++i] == '0' ? '~' : '/';
         else if (ch == '%' && i + 2 < n && llmi_hex(step[i + 1]) >= 0 && llmi_hex(step[i + 2]) >= 0) {
             ch = (char)(llmi_hex(step[i + 1]) * 16 + llmi_hex(step[i + 2]));
             i += 2;
         }
-        if (*key == 0 || ch != *key) return 0;
+        name[count++] = ch;
     }
-    return *key == 0;
+    return count;
+}
+
+/* The member of an object, or NULL; large objects are put into a map when they are first asked. */
+static const moq_json *llmi_schema_member_of(llmi_schema *c, const moq_json *object, const char *name, size_t bytes)
+{
+    llmi_members *m = c->members;
+    if (object->count < LLMI_MANY_MEMBERS) {
+        const moq_json *e = moq_json_first(object);
+        while (e && (e->key_bytes != bytes || memcmp(e->key, name, bytes) != 0)) e = moq_json_next(object, e);
+        return e;
+    }
+    while (m && m->object != object) m = m->next;
+    if (!m) {
+        m = (llmi_members *)llmi_take(&c->fixed, 1, sizeof *m);
+        if (!m || !llmi_map_make(&m->map, &c->fixed, object->count)) { llmi_schema_nomem(c); return NULL; }
+        for (const moq_json *e = moq_json_first(object); e; e = moq_json_next(object, e)) llmi_map_add(&m->map, e->key, e->key_bytes, (int32_t)(e - c->root));
+        m->object = object;
+        m->next = c->members;
+        c->members = m;
+    }
+    const llmi_slot *s = llmi_map_find(&m->map, name, bytes);
+    return s ? c->root + s->value : NULL;
 }
 
 /* The value that a $ref of this document names, or NULL. */
-static const moq_json *llmi_schema_resolve(const llmi_schema *c, const char *ref)
+static const moq_json *llmi_schema_resolve(llmi_schema *c, const char *ref)
 {
     const moq_json *at = c->root;
+    char name[1024];
     if (*ref++ != '#') return NULL;
     while (*ref == '/' && at) {
-        size_t n = strcspn(++ref, "/");
-        const moq_json *e = moq_json_first(at);
-        uint64_t index = 0, want = 0;
+        size_t n = strcspn(++ref, "/"), bytes;
+        uint64_t want = 0;
+        if (n > sizeof name) return NULL;
+        bytes = llmi_schema_step(ref, n, name);
         for (size_t i = 0; i < n; i++) want = ref[i] >= '0' && ref[i] <= '9' && want < 1000000 ? want * 10 + (uint64_t)(ref[i] - '0') : 1000000;
-        for (; e; e = moq_json_next(at, e), index++)
-            if (at->type == MOQ_JSON_OBJECT ? llmi_schema_step_is(ref, n, e->key) : index == want) break;
-        at = e;
+        if (at->type == MOQ_JSON_OBJECT) at = llmi_schema_member_of(c, at, name, bytes);
+        else at = at->type == MOQ_JSON_ARRAY && n && want < at->count ? moq_json_at(at, (size_t)want) : NULL;
         ref += n;
     }
     return *ref ? NULL : at;
@@ -9785,7 +9999,9 @@ static int32_t llmi_schema_free_text(llm_grammar *g, int32_t least, int32_t most
     int32_t body = llmi_g_json_char(g, &any, 1, bump);
     g->loop = -1;
     llmi_ids_drop(&any.pairs);
-    if (!g->failed) g->states[loop].other = body;
+    if (g->failed) return 0;
+    g->states[loop].other = body;
+    g->states[loop].any_text = 1;
     return loop;
 }
 
@@ -10207,7 +10423,7 @@ static moq_result llmi_schema_compile(llm_grammar *g, const char *text, size_t b
     c->g = g;
     c->err = err;
     c->root = moq_json_root(doc);
-    c->r = llmi_arena_make(&g->a);
+    c->r = c->fixed = llmi_arena_make(&g->a);
     c->spaces = spaces;
     g->deepest = LLMI_G_DEEP_JSON;
     if (!doc) c->code = llmi_code(err, MOQ_E_JSON);
@@ -10228,6 +10444,7 @@ static moq_result llmi_schema_compile(llm_grammar *g, const char *text, size_t b
     code = c->code;
     moq_json_destroy(doc);
     llmi_arena_drop(&c->r);
+    llmi_arena_drop(&c->fixed);
     moq_release(&g->a, c, sizeof *c);
     return code;
 }
@@ -10264,8 +10481,8 @@ LLM_API int64_t llm_grammar_shortest(const llm_grammar *g) { return g ? g->near[
    Built once for a tokenizer; never changes. Control tokens and tokens without text are not in it.
    ------------------------------------------------------------------------------------------------ */
 
-/* A node of the tree; nodes lie in depth-first order, so a subtree is the range [its index, skip). */
-typedef struct llmi_lex { uint32_t skip; int32_t token; uint16_t depth; uint8_t byte; } llmi_lex; /* token -1: none ends here */
+/* A node of the tree; nodes lie in depth-first order, so a subtree is the range [its index, skip). plain: all tokens in it are. */
+typedef struct llmi_lex { uint32_t skip; int32_t token; uint16_t depth; uint8_t byte, plain; } llmi_lex; /* token -1: none ends here */
 
 typedef struct llmi_lexicon {
     moq_allocator a;
@@ -10276,6 +10493,10 @@ typedef struct llmi_lexicon {
     int32_t *same;        /* [vocab] the next token with the same bytes, -1: none */
     uint32_t child[256];  /* of the root; 0: none */
     int32_t vocab, longest;
+    int32_t *plain;       /* whole characters that JSON strings hold as they are: those with n characters are [plain_end[n - 1], plain_end[n]) */
+    int32_t *plain_end;   /* [plain_most + 1] */
+    uint32_t *plain_bits; /* [(vocab + 31) / 32 + 1] all of them */
+    int32_t plain_most;
     int32_t *spaced;      /* tokens that look different at the beginning of a text, where decoders strip spaces */
     int32_t spaced_count;
     uint8_t strips;
@@ -10305,8 +10526,50 @@ static uint32_t llmi_lex_common(const llmi_token *a, const llmi_token *b)
     return n;
 }
 
+/* May a JSON string hold this byte as it is, or as part of a character? */
+static int llmi_lex_is_plain(int byte) { return byte >= 0x20 && byte != '"' && byte != '\\'; }
+
+/* The characters of a token that is plain; 0: it is not. */
+static int32_t llmi_lex_chars(const llmi_token *t)
+{
+    int32_t count = 0;
+    for (size_t i = 0, n; i < t->shown_bytes; i += n, count++) {
+        uint32_t cp;
+        if (!llmi_lex_is_plain((uint8_t)t->shown[i])) return 0;
+        n = llmi_utf8_get(t->shown + i, t->shown_bytes - i, &cp, NULL);
+        if (cp == LLMI_REPLACEMENT && (n != 3 || memcmp(t->shown + i, "\357\277\275", 3) != 0)) return 0;
+    }
+    return count;
+}
+
+/* The lists of plain tokens; chars [n] of list. 0: out of memory. */
+static int llmi_lex_sort_plain(llmi_lexicon *x, const int32_t *list, const int32_t *chars, size_t n)
+{
+    int32_t total = 0;
+    for (size_t i = 0; i < n; i++)
+        if (chars[i] > x->plain_most) x->plain_most = chars[i];
+    x->plain = (int32_t *)llmi_take(&x->r, n + 1, sizeof *x->plain);
+    x->plain_end = (int32_t *)llmi_take(&x->r, (size_t)x->plain_most + 2, sizeof *x->plain_end);
+    x->plain_bits = (uint32_t *)llmi_take(&x->r, (size_t)x->vocab / 32 + 2, sizeof *x->plain_bits);
+    if (!x->plain || !x->plain_end || !x->plain_bits) return 0;
+    for (size_t i = 0; i < n; i++) x->plain_end[chars[i]]++;
+    x->plain_end[0] = 0;
+    for (int32_t k = 1; k <= x->plain_most; k++) { /* sums: where each length begins */
+        int32_t count = x->plain_end[k];
+        x->plain_end[k] = total;
+        total += count;
+    }
+    for (size_t i = 0; i < n; i++) { /* each moves its length's beginning to the end */
+        int32_t id = list[i];
+        if (!chars[i]) continue;
+        x->plain[x->plain_end[chars[i]]++] = id;
+        x->plain_bits[id >> 5] |= 1u << (id & 31);
+    }
+    return 1;
+}
+
 /* Fill the tree from the sorted list: every token adds the bytes that the one before it does not have. */
-static void llmi_lex_fill(llmi_lexicon *x, const int32_t *list, size_t n, uint32_t *open)
+static void llmi_lex_fill(llmi_lexicon *x, const int32_t *list, const int32_t *chars, size_t n, uint32_t *open)
 {
     const llm_tokenizer *t = x->t;
     uint32_t depth = 0;
@@ -10329,10 +10592,12 @@ static void llmi_lex_fill(llmi_lexicon *x, const int32_t *list, size_t n, uint32
             node->byte = (uint8_t)token->shown[depth];
             node->depth = (uint16_t)(depth + 1);
             node->token = -1;
+            node->plain = 1;
             if (depth == 0) x->child[node->byte] = x->count;
             open[depth + 1] = x->count++;
         }
         x->nodes[open[depth]].token = list[i];
+        for (uint32_t d = 0; d <= depth && !chars[i]; d++) x->nodes[open[d]].plain = 0;
     }
     for (; depth > 0; depth--) x->nodes[open[depth]].skip = x->count;
     x->nodes[0].skip = x->count;
@@ -10383,8 +10648,10 @@ static llmi_lexicon *llmi_lexicon_make(const llm_tokenizer *t, const moq_allocat
     uint32_t *open = ok ? (uint32_t *)llmi_take(&scratch, (size_t)x->longest + 2, sizeof *open) : NULL;
     x->nodes = ok && nodes < UINT32_MAX ? (llmi_lex *)llmi_take(&x->r, nodes, sizeof *x->nodes) : NULL;
     x->spaced = ok ? (int32_t *)llmi_take(&x->r, (size_t)x->spaced_count + 1, sizeof *x->spaced) : NULL;
-    ok = open && x->nodes && x->spaced;
-    if (ok) llmi_lex_fill(x, sorted, n, open);
+    int32_t *chars = ok ? (int32_t *)llmi_take(&scratch, n + 1, sizeof *chars) : NULL;
+    for (size_t i = 0; i < n && chars; i++) chars[i] = llmi_lex_chars(&t->tokens[sorted[i]]);
+    ok = open && chars && x->nodes && x->spaced && llmi_lex_sort_plain(x, sorted, chars, n);
+    if (ok) llmi_lex_fill(x, sorted, chars, n, open);
     x->spaced_count = 0;
     for (size_t i = 0; i < n && ok && x->strips; i++) {
         const llmi_token *token = &t->tokens[sorted[i]];
@@ -10406,17 +10673,13 @@ static uint32_t llmi_lex_child(const llmi_lexicon *x, uint32_t node, int byte)
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>llm-guide       a grammar on a vocabulary: which tokens may come next
-   Deterministic. No dead ends: a token is allowed only when the document can still be completed in the tokens that are left.
+   >>llm-guide       a grammar on a vocabulary: where a document stands
+   Deterministic: a place is a number, and the same bytes lead from it to the same place.
    ------------------------------------------------------------------------------------------------ */
 
 /* Where a document stands is a set of threads, each a BYTES state on a stack of frames. Stacks share their lower parts, equal
    stacks and equal sets get one number, and what a byte does to a set is remembered: a deterministic automaton that is made as
-   it is needed. So a place in a document is a number, and copying it is free.
-
-   A mask is put together. Threads that stand on the same frame are looked at without what lies below it, and the tokens that
-   stay above that frame are kept for good: all of a string's 100,000 tokens are found once for the grammar. Only tokens that
-   leave the frame are followed again with the real stack. */
+   it is needed. So a place in a document is a number, and copying it is free. */
 
 /* Tuples of `width` numbers, of which the first `keys` identify it; each gets the index of its first arrival. */
 typedef struct llmi_pool {
@@ -10502,13 +10765,16 @@ enum { LLMI_C_LIST, LLMI_C_FLAGS, LLMI_C_FIRST, LLMI_C_COUNT, LLMI_C_REST, LLMI_
 enum { LLMI_COMPLETE = 1, LLMI_BELOW = 2 }; /* flags: the document may end here; the frame was left */
 enum { LLMI_NODE_BOTTOM, LLMI_NODE_BELOW };  /* the two nodes without a state: under the root rule; "some frame" */
 #define LLMI_GUIDE_MOST 400000 /* nodes after which a new document begins with empty tables */
+#define LLMI_GUIDE_KEPT (48 << 20) /* bytes of masks' parts after which they are made anew */
 
-/* Tokens that stay above a frame, for one set of threads, with how many tokens the end of the frame is away after them. */
+/* Tokens that stay above a frame, for one set of threads, with how many tokens the end of the frame is away after them. Inside a free
+   text the plain tokens are not listed: any of them may come as long as there is room. */
 typedef struct llmi_local {
     uint32_t *bits;       /* [vocab / 32] those with the most frequent distance, `usual`; NULL: few, and they are in the list */
     int32_t *ids, *rests; /* [count] the others and their distances */
     uint32_t *leaves;     /* [leave_count] nodes of the lexicon at which the frame is left, and which have children */
     int32_t count, leave_count, usual;
+    int32_t loop, written; /* the LOOP of the free text, -1: none; its characters so far */
 } llmi_local;
 
 /* Where in its document a sequence is. Plain data. */
@@ -10524,8 +10790,10 @@ typedef struct llmi_guide {
     llmi_ids todo, found;   /* of the search for threads */
     int32_t *path;          /* [longest + 1] configs along a branch of the lexicon */
     uint32_t *bits;         /* [words] the mask */
+    int32_t *allowed;       /* [words * 32] its tokens */
     size_t words;
     llmi_arena kept;        /* llmi_local and their lists */
+    size_t kept_bytes;      /* about what they take */
     llmi_ids accepted, leaves;
     int32_t mark, key_now;  /* key_now: the name that a KEY_END sees, -1: any */
     int32_t ends[2 * LLMI_MAX_ENDS];
@@ -10747,12 +11015,23 @@ static int32_t llmi_guide_resume(llmi_guide *g, int32_t node)
     return tuple[2];
 }
 
-/* ---- masks ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>llm-mask        which tokens may come next, and choosing among them
+   No dead ends: a token is allowed only when the document can still be completed in the tokens that are left.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Most tokens are chosen without a mask: what the model likes best is nearly always allowed, and one token is followed in no time.
+
+   A mask is put together. Threads that stand on the same frame are looked at without what lies below it, and the tokens that
+   stay above that frame are kept for good: all of a string's 100,000 tokens are found once for the grammar. Only tokens that
+   leave the frame are followed again with the real stack. */
 
 static void llmi_guide_allow(llmi_guide *g, int32_t token)
 {
     for (; token >= 0; token = g->x->same[token]) g->bits[token >> 5] |= 1u << (token & 31);
 }
+
+static int llmi_guide_plain(const llmi_guide *g, int32_t token) { return (int)(g->x->plain_bits[token >> 5] >> (token & 31) & 1); }
 
 /* All tokens below a node of the lexicon that `config` allows and that leave at most `left` tokens to the end. */
 static void llmi_guide_walk(llmi_guide *g, int32_t config, uint32_t node, int32_t left)
@@ -10792,6 +11071,7 @@ static llmi_local *llmi_guide_keep(llmi_guide *g)
         l->leaves = (uint32_t *)llmi_take(&g->kept, g->leaves.count + 1, sizeof *l->leaves);
     }
     if (!l || !l->ids || !l->rests || !l->leaves || (usual >= 0 && !l->bits)) { g->failed = 1; return NULL; }
+    g->kept_bytes += sizeof *l + 8 * others + 4 * g->leaves.count + (usual >= 0 ? 4 * g->words : 0);
     for (size_t i = 0; i < g->leaves.count; i++) l->leaves[i] = (uint32_t)g->leaves.data[i];
     for (size_t i = 0; i < pairs; i++) {
         int32_t id = v[2 * i], rest = v[2 * i + 1];
@@ -10802,26 +11082,53 @@ static llmi_local *llmi_guide_keep(llmi_guide *g)
     return l;
 }
 
+/* The LOOP when one thread of `config` stands in a free text before a character, and none of the others goes on with a plain token; -1. */
+static int32_t llmi_guide_free_text(const llmi_guide *g, int32_t config, int32_t *written)
+{
+    const int32_t *c = llmi_pool_at(&g->configs, config);
+    int32_t loop = -1;
+    for (int32_t i = 0; i < c[LLMI_C_COUNT]; i++) {
+        const int32_t *n = llmi_pool_at(&g->nodes, g->flat.data[c[LLMI_C_FIRST] + i]);
+        const llmi_gstate *s = &g->g->states[n[LLMI_N_STATE]];
+        if (loop < 0 && s->loop >= 0 && g->g->states[s->loop].any_text && g->g->states[s->loop].other == n[LLMI_N_STATE]) {
+            loop = s->loop;
+            *written = n[LLMI_N_DATA];
+            continue;
+        }
+        for (int32_t k = s->least; k < s->most; k++)
+            for (int b = g->g->ranges[k].lo; b <= g->g->ranges[k].hi; b++)
+                if (llmi_lex_is_plain(b)) return -1;
+    }
+    return loop;
+}
+
 /* The tokens that stay above the frame of the threads in `config`, which stand on LLMI_NODE_BELOW. */
 static llmi_local *llmi_guide_explore(llmi_guide *g, int32_t config)
 {
     const llmi_lex *n = g->x->nodes;
+    int32_t written = 0, loop = llmi_guide_free_text(g, config, &written);
     g->accepted.count = g->leaves.count = 0;
     g->path[0] = config;
     for (uint32_t i = 1; i < n[0].skip && !g->failed;) {
+        if (loop >= 0 && n[i].plain) { i = n[i].skip; continue; }
         int32_t c = llmi_guide_step(g, g->path[n[i].depth - 1], n[i].byte), at = (int32_t)i, pair[2];
         if (c < 0) { i = n[i].skip; continue; }
         const int32_t *to = llmi_pool_at(&g->configs, c);
         g->path[n[i].depth] = c;
         pair[1] = to[LLMI_C_REST];
-        for (int32_t token = n[i].token; token >= 0; token = g->x->same[token]) {
+        for (int32_t token = n[i].token; token >= 0 && (loop < 0 || !llmi_guide_plain(g, token)); token = g->x->same[token]) {
             pair[0] = token;
             if (!llmi_ids_add(&g->accepted, pair, 2)) g->failed = 1;
         }
         if (to[LLMI_C_FLAGS] & LLMI_BELOW && n[i].skip > i + 1 && !llmi_ids_add(&g->leaves, &at, 1)) g->failed = 1;
         i = to[LLMI_C_COUNT] ? i + 1 : n[i].skip;
     }
-    return g->failed ? NULL : llmi_guide_keep(g);
+    llmi_local *l = g->failed ? NULL : llmi_guide_keep(g);
+    if (l) {
+        l->loop = loop;
+        l->written = written;
+    }
+    return l;
 }
 
 /* A counter that no token can bring to its upper bound changes nothing: one that stands for all of them. */
@@ -10860,6 +11167,21 @@ static llmi_local *llmi_guide_local(llmi_guide *g, int32_t config, int32_t paren
     return l;
 }
 
+/* The plain tokens of a free text: for which there is room, and after which its end is at most `above` tokens away. */
+static void llmi_guide_allow_plain(llmi_guide *g, const llmi_local *l, int32_t above)
+{
+    const llmi_lexicon *x = g->x;
+    const llmi_gstate *s = &g->g->states[l->loop];
+    int32_t most = s->most < 0 || s->most - l->written > x->plain_most ? x->plain_most : s->most - l->written, from = 1;
+    while (from <= most && llmi_g_rest(g->g, g->near, l->loop, l->written + from) > above) from++; /* the longer, the nearer to the least length */
+    if (from > most) return;
+    if (from == 1 && most == x->plain_most) {
+        for (size_t w = 0; w < (size_t)x->vocab / 32 + 1; w++) g->bits[w] |= x->plain_bits[w];
+        return;
+    }
+    for (int32_t i = x->plain_end[from - 1]; i < x->plain_end[most]; i++) g->bits[x->plain[i] >> 5] |= 1u << (x->plain[i] & 31);
+}
+
 /* All tokens that `config` allows and that leave at most `left` tokens to the end, put together. */
 static void llmi_guide_assemble(llmi_guide *g, int32_t config, int32_t left)
 {
@@ -10870,6 +11192,7 @@ static void llmi_guide_assemble(llmi_guide *g, int32_t config, int32_t left)
         const llmi_local *l = seen ? NULL : llmi_guide_local(g, config, parent);
         if (!l) continue;
         int32_t above = left - llmi_pool_at(&g->nodes, parent)[LLMI_N_REST]; /* what the frame itself may take */
+        if (l->loop >= 0) llmi_guide_allow_plain(g, l, above);
         for (size_t w = 0; w < g->words && l->bits && l->usual <= above; w++) g->bits[w] |= l->bits[w];
         for (int32_t k = 0; k < l->count; k++)
             if (l->rests[k] <= above) g->bits[l->ids[k] >> 5] |= 1u << (l->ids[k] & 31);
@@ -10950,6 +11273,11 @@ static const uint32_t *llmi_guide_mask(llmi_guide *g, const llmi_place *at, int6
     int32_t rest = llmi_guide_rest(g, at), most;
     if (c[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
     most = left > LLMI_FAR ? LLMI_FAR : (int32_t)left - 1;
+    if (g->kept_bytes > LLMI_GUIDE_KEPT) {
+        llmi_pool_drop(&g->locals);
+        llmi_arena_drop(&g->kept);
+        g->kept_bytes = 0;
+    }
     memset(g->bits, 0, g->words * sizeof *g->bits);
     if (most >= 0) llmi_guide_assemble(g, at->config, most);
     for (int32_t i = 0; at->fresh && i < g->x->spaced_count && !g->failed; i++) {
@@ -10985,51 +11313,80 @@ static int llmi_guide_has_number(const float *logits, int32_t vocab)
     return i < vocab;
 }
 
-/* What is not in the mask gets -infinity. */
-static void llmi_guide_forbid(const llmi_guide *g, const uint32_t *mask, float never, float *logits, int32_t vocab)
+/* The logits of the tokens in the mask, one behind the other; their ids go to g->allowed. `out` may be the logits themselves. */
+static int32_t llmi_guide_gather(llmi_guide *g, const uint32_t *mask, const float *logits, int32_t vocab, float *out)
 {
-    for (int32_t i = 0; i < vocab; i += 32) {
-        uint32_t bits = (size_t)i < g->words * 32 ? mask[i >> 5] : 0;
-        for (int32_t k = i; k < i + 32 && k < vocab && bits != UINT32_MAX; k++)
-            if (!(bits >> (k & 31) & 1)) logits[k] = never;
+    int32_t n = 0;
+    for (int32_t i = 0; i < vocab && (size_t)i < g->words * 32; i += 32)
+        for (uint32_t bits = mask[i >> 5], k = 0; bits; bits >>= 1, k++) {
+            int32_t id = i + (int32_t)k;
+            if (!(bits & 1) || id >= vocab) continue;
+            g->allowed[n] = id;
+            out[n++] = logits[id];
+        }
+    return n;
+}
+
+/* Follow a token when `left` may still be written, this one included. 1: it may come, and *at is past it (an end token leaves *at where it
+   is); 0: it may not; -1: out of memory. */
+static int llmi_guide_take(llmi_guide *g, llmi_place *at, int32_t id, int64_t left)
+{
+    llmi_place to = *at;
+    if (llmi_guide_is_end(g, id)) return (llmi_pool_at(&g->configs, at->config)[LLMI_C_FLAGS] & LLMI_COMPLETE) != 0;
+    int moved = llmi_guide_advance(g, &to, id);
+    if (moved != 1 || llmi_guide_rest(g, &to) >= left) return moved < 0 ? -1 : 0;
+    *at = to;
+    return 1;
+}
+
+/* What the model likes best, without a mask: greedy its first few tokens, else one draw among all. That is exact: a draw that is refused
+   and repeated without the refused token gives every allowed one its share of what is allowed. Filters count what is allowed, so they
+   need the mask. Refused ids go to refused [LLM_TOP]. Returns the id, -1: all were refused, -2: no logit is a number, -3: out of memory. */
+static int32_t llmi_guide_try(llmi_guide *g, llmi_place *at, const llm_sampling *s, const float *logits, int32_t vocab, int64_t left, uint64_t *random,
+                              float *scratch, int32_t *index, int32_t *refused, int32_t *count)
+{
+    int greedy = llmi_is_greedy(s) || !random || !scratch || !index;
+    int32_t n = 0;
+    *count = 0;
+    if (greedy) n = llmi_top(logits, vocab, LLM_TOP, refused);
+    else if (llmi_filters(s)) return llmi_guide_has_number(logits, vocab) ? -1 : -2;
+    else if ((refused[0] = llm_sample(s, logits, vocab, random, scratch, index)) >= 0) n = 1;
+    for (; *count < n; ++*count) {
+        int taken = llmi_guide_take(g, at, refused[*count], left);
+        if (taken) return taken < 0 ? -3 : refused[*count];
     }
+    return n ? -1 : -2;
 }
 
 /* Choose among the allowed tokens as llm_sample does among all, and go past the token; an end token leaves *at where it is.
-   logits [vocab] are overwritten: what may not come gets -infinity. -1 and an error: no logit is a number, or out of memory. */
-static int32_t llmi_guide_pick(llmi_guide *g, llmi_place *at, const llm_sampling *s, float *logits, int32_t vocab, int64_t left, uint64_t *random,
-                               float *scratch, int32_t *index, moq_error *err)
+   mixed [vocab], which may be the logits themselves, is overwritten. -1 and an error: no logit is a number, or out of memory. */
+static int32_t llmi_guide_pick(llmi_guide *g, llmi_place *at, const llm_sampling *s, const float *logits, float *mixed, int32_t vocab, int64_t left,
+                               uint64_t *random, float *scratch, int32_t *index, moq_error *err)
 {
     const uint32_t bits_of_never = 0xff800000u;
-    const uint32_t *mask = g->failed || !llmi_guide_has_number(logits, vocab) ? NULL : llmi_guide_mask(g, at, left);
-    int32_t rest = mask ? llmi_guide_rest(g, at) : 0, next = 0, words = (int32_t)(g->words * 32);
+    int32_t refused[LLM_TOP], count = 0, id = -3, next = 0, n = 0, rest = 0;
     float never;
-    if (!mask) {
-        if (g->failed) llmi_nomem(err, "grammar");
-        else moq_fail(err, MOQ_E_STATE, "logits", "none of %d logits is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP", vocab);
-        return -1;
+    if (!g->failed) {
+        rest = llmi_guide_rest(g, at);
+        if (llmi_pool_at(&g->configs, at->config)[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
+        id = llmi_guide_try(g, at, s, logits, vocab, left, random, scratch, index, refused, &count);
     }
-    if (llmi_pool_at(&g->configs, at->config)[LLMI_C_DEPTH] > g->g->deepest && rest < left) left = rest;
+    if (id >= 0) return id;
     memcpy(&never, &bits_of_never, sizeof never);
-    llmi_guide_forbid(g, mask, never, logits, vocab);
-    for (;;) {
-        uint64_t state = random ? *random : 0;
-        int32_t id = llm_sample(s, logits, vocab, &state, scratch, index), ends;
-        for (; id < 0 && next < vocab && next < words; next++) /* the model is sure that none of them can be: the first that may */
-            if (mask[next >> 5] >> (next & 31) & 1) id = next;
-        if (id < 0) break;
-        llmi_place to = *at;
-        ends = llmi_guide_is_end(g, id) && llmi_pool_at(&g->configs, at->config)[LLMI_C_FLAGS] & LLMI_COMPLETE;
-        int moved = ends ? 1 : llmi_guide_is_end(g, id) ? 0 : llmi_guide_advance(g, &to, id);
-        if (moved < 0) break;
-        if (moved == 1 && (ends || llmi_guide_rest(g, &to) < left)) {
-            if (random) *random = state;
-            *at = to;
-            return id;
-        }
-        logits[id] = never;
+    if (id == -1 && llmi_guide_mask(g, at, left)) {
+        for (int32_t i = 0; i < count; i++) g->bits[refused[i] >> 5] &= ~(1u << (refused[i] & 31));
+        n = llmi_guide_gather(g, g->bits, logits, vocab, mixed);
     }
-    if (g->failed) llmi_nomem(err, "grammar");
+    for (;;) {
+        int32_t k = llm_sample(s, mixed, n, random, scratch, index);
+        if (k < 0) k = next < n ? next++ : -1; /* the model is sure that none of them can be: the first that may */
+        int taken = k < 0 ? -1 : llmi_guide_take(g, at, g->allowed[k], left);
+        if (taken == 1) return g->allowed[k];
+        if (taken < 0) break;
+        mixed[k] = never;
+    }
+    if (id == -2) moq_fail(err, MOQ_E_STATE, "logits", "none of %d logits is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP", vocab);
+    else if (g->failed) llmi_nomem(err, "grammar");
     else moq_fail(err, MOQ_E_STATE, "grammar", "none of the tokens can go on in the %lld that are left, of which the document needs %d", (long long)left, (int)rest);
     return -1;
 }
@@ -11079,6 +11436,7 @@ static void llmi_guide_clear(llmi_guide *g)
     pools[4] = &g->locals; pools[5] = &g->names; pools[6] = &g->sets;
     for (int i = 0; i < 7; i++) llmi_pool_drop(pools[i]);
     llmi_arena_drop(&g->kept);
+    g->kept_bytes = 0;
     g->flat.count = g->todo.count = g->found.count = 0;
     g->mark = 0;
     g->key_now = -1;
@@ -11113,6 +11471,7 @@ static void llmi_guide_drop(llmi_guide *g)
     moq_release(&a, g->near, g->g->state_count * sizeof *g->near);
     moq_release(&a, g->path, ((size_t)g->x->longest + 2) * sizeof *g->path);
     moq_release(&a, g->bits, g->words * sizeof *g->bits);
+    moq_release(&a, g->allowed, g->words * 32 * sizeof *g->allowed);
     moq_release(&a, g, sizeof *g);
 }
 
@@ -11150,14 +11509,15 @@ static llmi_guide *llmi_guide_make(const llm_grammar *grammar, const llmi_lexico
     g->near = (int32_t *)moq_allocate(&g->a, grammar->state_count * sizeof *g->near);
     g->path = (int32_t *)moq_allocate(&g->a, ((size_t)x->longest + 2) * sizeof *g->path);
     g->bits = (uint32_t *)moq_allocate(&g->a, g->words * sizeof *g->bits);
+    g->allowed = (int32_t *)moq_allocate(&g->a, g->words * 32 * sizeof *g->allowed);
     for (int32_t i = 0; i < x->t->end_count; i++) llmi_guide_add_end(g, x->t->ends[i]);
-    if (g->near && g->path && g->bits) {
+    if (g->near && g->path && g->bits && g->allowed) {
         llmi_guide_measure(g);
         if (g->near[grammar->rules[grammar->root].start] < LLMI_FAR) llmi_guide_clear(g);
         else moq_fail(err, MOQ_E_GRAMMAR, "grammar", "the vocabulary has no tokens for bytes that every text of the grammar needs");
         if (g->start >= 0 && !g->failed && g->nodes.count) return g;
     }
-    if (!g->near || !g->path || !g->bits || g->failed) llmi_nomem(err, "grammar");
+    if (!g->near || !g->path || !g->bits || !g->allowed || g->failed) llmi_nomem(err, "grammar");
     llmi_guide_drop(g);
     return NULL;
 }
@@ -11249,8 +11609,8 @@ typedef struct llmi_house {
     int32_t part_count;
     /* seconds of that pass so far: its layers, its output layer */
     double spent[2];
-    /* of one layer at 2^i rows, of a block of the output layer at 2^i wanted rows; 0: not measured */
-    double seconds[2][LLMI_SPEEDS];
+    /* of one layer at 2^i rows, of a block of the output layer at 2^i wanted rows, of choosing for 2^i conversations; 0: not measured */
+    double seconds[3][LLMI_SPEEDS];
     /* units of work of the call in progress: the first one of a call always runs */
     int32_t units;
 } llmi_house;
@@ -11805,7 +12165,7 @@ static moq_result llmi_begin(llm *m)
     if (m->ids.count == 0) return moq_fail(&m->kept, MOQ_E_STATE, "conversation", "there is not a single token to begin with; say something first");
     if (m->ids.count > room)
         return moq_fail(&m->kept, MOQ_E_STATE, "context",
-                        "the conversation has %zu tokens, the context holds %zu; open with a larger llm_desc.context (--context) or reset", m->ids.count, room);
+                        "the conversation has %zu tokens, the context holds %zu; open with a larger llm_desc.context, or begin anew with llm_reset", m->ids.count, room);
     /* llm_forward may have run the slot */
     if (m->done > held) m->done = held;
     /* the last token is run again for its logits */
@@ -11933,11 +12293,11 @@ static int32_t llmi_pick(llm *m, const float *logits)
     llmi_house *h = m->house;
     int32_t vocab = m->model->c.vocab;
     int mixes = llmi_penalizes(&m->sampling);
-    if (mixes || m->guided) memcpy(h->mixed, logits, (size_t)vocab * sizeof *logits);
+    if (mixes) memcpy(h->mixed, logits, (size_t)vocab * sizeof *logits);
     if (mixes) llm_penalize(&m->sampling, m->ids.data, m->ids.count, m->answer, h->mixed, vocab, h->index);
     if (mixes) logits = h->mixed;
     if (m->guided) {
-        int32_t id = llmi_guide_pick(m->guide, &m->place, &m->sampling, h->mixed, vocab, llmi_left(m), &m->random, h->scratch, h->index, &m->kept);
+        int32_t id = llmi_guide_pick(m->guide, &m->place, &m->sampling, logits, h->mixed, vocab, llmi_left(m), &m->random, h->scratch, h->index, &m->kept);
         m->written++;
         return id;
     }
@@ -12096,7 +12456,7 @@ LLM_API moq_result llm_set_draft(llm *m, llm *draft, int32_t tokens, moq_error *
 
 /* ---- what runs next ---- */
 
-enum { LLMI_LAYER, LLMI_HEAD };
+enum { LLMI_LAYER, LLMI_HEAD, LLMI_CHOICE }; /* what is timed: a layer, a block of the head, the choosing of all who have logits */
 
 /* The place of a number of rows among 1, 2, 4 ... */
 static int32_t llmi_size_class(int32_t rows)
@@ -12106,7 +12466,7 @@ static int32_t llmi_size_class(int32_t rows)
     return i;
 }
 
-/* Seconds that a unit of `rows` will take. What was never timed counts as linear. */
+/* Seconds that a unit of `rows` (of CHOICE: conversations) will take. What was never timed counts as linear. */
 static double llmi_expect(const llmi_house *h, int what, int32_t rows)
 {
     int32_t n = llmi_size_class(rows);
@@ -12150,9 +12510,8 @@ static moq_result llmi_at_the_edge(llm *m)
     size_t context = (size_t)m->model->c.context, prompt = m->answer;
     if (m->house->desc.endless && llmi_shift(m, m->ids.count - m->answer) < 0) return m->kept.code;
     if (m->done >= context || m->ids.count > context)
-        return moq_fail(&m->kept, MOQ_E_STATE, "context", "all %zu tokens of the context are used: "
-                        "%zu of the prompt, %zu of the answer; open with a larger llm_desc.context (--context)",
-                        context, prompt, context - (prompt < context ? prompt : context));
+        return moq_fail(&m->kept, MOQ_E_STATE, "context", "all %zu places of the context are used: the prompt has %zu tokens, the answer %zu, "
+                        "of which the last was not run; open with a larger llm_desc.context", context, prompt, m->ids.count - prompt);
     if (m->model->stateful) m->done = 0;
     m->phase = LLMI_PROMPT;
     return MOQ_OK;
@@ -12335,9 +12694,17 @@ static int llmi_run_pass(llmi_house *h, double until)
 static int llmi_round(llmi_house *h, llm *only, double until)
 {
     int timed = until > 0;
+    int32_t choosers = 0, slots = h->model.slots;
     if (h->part_count > 0) return llmi_run_pass(h, until);
-    for (int32_t s = 0; s < h->model.slots; s++)
+    for (int32_t s = 0; s < slots; s++) {
+        const llm *m = h->by_slot[s];
+        choosers += m && (!only || m == only) && !m->ready && m->phase == LLMI_ANSWER && m->row < m->rows;
+    }
+    double start = timed ? moq_seconds() : 0;
+    if (timed && choosers && h->units > 0 && start + llmi_expect(h, LLMI_CHOICE, choosers) > until) return 0;
+    for (int32_t s = 0; s < slots; s++)
         if (h->by_slot[s] && (!only || h->by_slot[s] == only)) llmi_talk(h->by_slot[s]);
+    if (timed && choosers) llmi_measured(h, LLMI_CHOICE, choosers, moq_seconds() - start);
     if (llmi_collect(h, only, until - moq_seconds(), timed) == 0) return 0;
     return llmi_run_pass(h, until);
 }

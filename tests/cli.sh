@@ -204,6 +204,15 @@ run run "$demo" --max-memory 1M --prompt hello
 check "too little memory" refused "1000000 bytes are allowed, [0-9]* are needed: [0-9]* mapped weights"
 run run "$demo" --max-memory x --prompt hello
 check "no number of bytes" refused "needs a number of bytes"
+run inspect "$demo" --json --context 777 --chunk 64
+plan=$(sed -n '/"tokenizer_bytes"/,$s/.*"total_bytes": \([0-9]*\).*/\1/p' "$dir/out" | head -n 1)
+run run "$demo" --context 777 --chunk 64 --max-memory 1M --prompt hello
+check "inspect and run plan the same memory" refused "--max-memory: 1000000 bytes are allowed, $plan are needed.*lower --context or --chunk"
+run run "$demo" --context 24 --prompt "$(yes hello | head -n 100 | tr '\n' ' ')"
+check "an error names the option and the whole path" refused "$demo: context: the conversation has .* open with a larger --context, or begin anew\$"
+run run "$demo" --context 40 --stats --prompt "hello"
+written=$(sed -n 's/.*generated \([0-9]*\) tokens.*/\1/p' "$dir/err")
+check "--stats and the error count the same tokens" err "the answer $written, of which the last was not run; open with a larger --context\$"
 run inspect "$demo" --context 512 --explain
 check "inspect --context" out "context of 512 tokens"
 check "inspect --explain" out "up_proj.*: nvfp4"

@@ -202,6 +202,43 @@ static void test_chat_control_text(void)
                 "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}" \
                 "{%- if message.content is mapping or message.content is iterable %}{{- message.content | tojson }}{% if add_generation_prompt %}"
 
+#define LLAMA4 "{{- bos_token }}{%- set system_message = messages[0]['content']|trim %}{{- \"<|header_start|>system<|header_end|>\\n\\n\" }}" \
+               "{{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}{{- message['content'] }}{{- \"<|eot|>\" }}" \
+               "{%- if message.content is mapping or message.content is iterable %}{{- message.content | tojson }}{% if add_generation_prompt %}"
+#define NEMOTRON3 "{%- set enable_thinking = enable_thinking if enable_thinking is defined else True %}{{- \"<|im_start|>system\\n\" + system_message }}" \
+                  "{%- set content = \"<think></think>\" ~ content -%}{%- if loop.index0 < ns.last_user_idx %}{%- set c = \"<think></think>\" ~ c.split('</think>')[-1] %}" \
+                  "{{- '<|im_start|>assistant\\n' ~ (content | default('', true) | string | trim) ~ '<|im_end|>\\n' }}{{- '\\n</tool_response>\\n' }}{% if add_generation_prompt %}" \
+                  "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+#define SMOLLM3 "{{- \"Knowledge Cutoff Date: June 2025\\n\" -}}{{- \"Today Date: \" ~ today ~ \"\\n\" -}}/system_override{%- if custom_instructions -%}" \
+                "{%- elif reasoning_mode == \"/think\" -%}{{- \"Think first.\\n\\n\" -}}{%- else -%}{{- \"You are SmolLM.\\n\\n\" -}}{%- endif -%}" \
+                "{{ \"<|im_start|>assistant\\n\" + \"<think>\\n\\n</think>\\n\" + content.lstrip(\"\\n\") + \"<|im_end|>\\n\" }}{% if add_generation_prompt %}"
+
+/* Llama 4, Nemotron 3, SmolLM3. */
+static void test_chat_newest(void)
+{
+    static const llm_message turns[] = {{"system", " S "}, {"user", " u "}, {"assistant", " a\n"}, {"tool", "\"2\""}};
+    check_frame(LLAMA4, turns, 4, 1, "{<s>}<|header_start|>system<|header_end|>\n\nS<|eot|><|header_start|>user<|header_end|>\n\n u <|eot|>"
+                "<|header_start|>assistant<|header_end|>\n\n a\n<|eot|><|header_start|>ipython<|header_end|>\n\n\"\\\"2\\\"\"<|eot|><|header_start|>assistant<|header_end|>\n\n");
+    check_frame(LLAMA4, turns + 1, 1, 0, "{<s>}<|header_start|>user<|header_end|>\n\n u <|eot|>");
+    static const llm_message empty[] = {{"system", ""}, {"user", "u"}};
+    check_frame(LLAMA4, empty, 2, 0, "{<s>}<|header_start|>system<|header_end|>\n\n<|eot|><|header_start|>user<|header_end|>\n\nu<|eot|>");
+    static const llm_message thoughts[] = {{"user", "u"}, {"assistant", "<think>why</think> a "}, {"user", "v"}, {"tool", "1"}, {"tool", "2"}, {"assistant", "<think>b</think>c"}, {"assistant", " d "}};
+    check_frame(NEMOTRON3, thoughts, 7, 1, "{<|im_start|>}system\n{<|im_end|>}\n{<|im_start|>}user\nu{<|im_end|>}\n{<|im_start|>}assistant\n<think></think> a{<|im_end|>}\n"
+                "{<|im_start|>}user\nv{<|im_end|>}\n{<|im_start|>}user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>\n{<|im_end|>}\n"
+                "{<|im_start|>}assistant\n<think>b</think>c{<|im_end|>}\n{<|im_start|>}assistant\n<think></think> d{<|im_end|>}\n{<|im_start|>}assistant\n<think>\n");
+    static const llm_message off[] = {{"thinking", "off"}, {"system", "S"}, {"user", "u"}};
+    check_frame(NEMOTRON3, off, 3, 1, "{<|im_start|>}system\nS{<|im_end|>}\n{<|im_start|>}user\nu{<|im_end|>}\n{<|im_start|>}assistant\n<think></think>");
+    static const llm_message dated[] = {{"date", "11 July 2025"}, {"user", "u"}, {"assistant", "\na"}};
+    check_frame(SMOLLM3, dated, 3, 1, "{<|im_start|>}system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 11 July 2025\nReasoning Mode: /think\n\n## Custom Instructions\n\n"
+                "Think first.\n\n{<|im_start|>}user\nu{<|im_end|>}\n{<|im_start|>}assistant\na{<|im_end|>}\n{<|im_start|>}assistant\n");
+    static const llm_message quick[] = {{"date", "1 May 2025"}, {"system", "Be kind. /no_think"}, {"user", "u"}, {"assistant", "a"}, {"tool", "t"}};
+    check_frame(SMOLLM3, quick, 5, 1, "{<|im_start|>}system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 1 May 2025\nReasoning Mode: /no_think\n\n## Custom Instructions\n\n"
+                "Be kind.\n\n{<|im_start|>}user\nu{<|im_end|>}\n{<|im_start|>}assistant\n<think>\n\n</think>\na{<|im_end|>}\n{<|im_start|>}user\nt{<|im_end|>}\n"
+                "{<|im_start|>}assistant\n<think>\n\n</think>\n");
+    static const llm_message own[] = {{"date", ""}, {"system", "Mine. /system_override "}, {"user", "u"}};
+    check_frame(SMOLLM3, own, 3, 0, "{<|im_start|>}system\nMine.{<|im_end|>}\n{<|im_start|>}user\nu{<|im_end|>}\n");
+}
+
 /* Frames that differ from turn to turn; the templates here hold only what they are recognised by. */
 static void test_chat_newer(void)
 {
@@ -254,7 +291,8 @@ static void test_chat_settings_refused(void)
 
 static void test_chat_refused(void)
 {
-    static const char *const bad[] = {"", "{{", "{% for message in messages %}{{ message.content }}{% endfor %}", "{{ '<|im_start|>' }}", "{{ \"a", "{# x", "}}{%"};
+    static const char *const bad[] = {"", "{{", "{% for message in messages %}{{ message.content }}{% endfor %}", "{{ '<|im_start|>' }}", "{{ \"a", "{# x", "}}{%",
+                                      "{{ 'Call functions.' }}" CHATML, "{% if messages %}{{ bos_token }}{% endif %}" CHATML, CHATML "{{ raise_exception('no') }}"};
     static const llm_message odd[] = {{"us er", "x"}, {"", "x"}, {NULL, "x"}, {"user", NULL}, {"<|im_end|>", "x"}};
     moq_error err;
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -402,6 +440,7 @@ int main(int argc, char **argv)
     RUN(test_chat_others);
     RUN(test_chat_control_text);
     RUN(test_chat_newer);
+    RUN(test_chat_newest);
     RUN(test_chat_settings_refused);
     RUN(test_chat_refused);
     RUN(test_chat_template_prefixes);

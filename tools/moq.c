@@ -97,6 +97,30 @@ static int names_file(const char *text, size_t length)
     return 0;
 }
 
+/* The headers tell programmers which field to change; here the same thing is an option. */
+static const struct { const char *field, *option; } said_otherwise[] = {
+    {"llm_desc.max_memory", "--max-memory"}, {"llm_desc.context", "--context"}, {"llm_desc.chunk", "--chunk"}, {"llm_desc.kv", "--kv"}, {"llm_desc.head", "--head"},
+    {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"}, {"llm_desc.sampling.top_p", "--top-p"},
+    {"llm_desc.sampling.min_p", "--min-p"}, {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
+    {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
+    {"; use raw prompts", "; use --raw"}
+};
+
+static void print_text(FILE *to, const char *text)
+{
+    while (*text) {
+        int i = 0;
+        size_t n = 0;
+        for (; i < COUNT(said_otherwise); i++) {
+            n = strlen(said_otherwise[i].field);
+            if (strncmp(text, said_otherwise[i].field, n) == 0) break;
+        }
+        if (i == COUNT(said_otherwise)) fputc(*text++, to);
+        else { fputs(said_otherwise[i].option, to); text += n; }
+    }
+    fputc('\n', to);
+}
+
 /* "FOLDER/FILE: tensor 'NAME': what is wrong; what to do", from a text that begins with the bare name of a file, with that of
    the folder (and a file in it), or with neither. */
 static void print_placed(FILE *to, const char *prefix, const char *path, const char *text)
@@ -105,9 +129,11 @@ static void print_placed(FILE *to, const char *prefix, const char *path, const c
     while (length > 1 && path[length - 1] == '/') length--;
     for (base = length; base > 0 && path[base - 1] != '/'; base--) {}
     fputs(prefix, to);
-    if (!path || strncmp(text, path, length) == 0) fprintf(to, "%s\n", text);
-    else if (folder == length - base && strncmp(text, path + base, folder) == 0) fprintf(to, "%.*s%s\n", (int)length, path, text + folder);
-    else fprintf(to, "%.*s%s%s\n", (int)length, path, names_file(text, head) ? "/" : ": ", text);
+    if (path && folder == length - base && strncmp(text, path + base, folder) == 0) text += folder; /* the whole path stands in its place */
+    else if (path && strncmp(text, path, length) == 0 && (text[length] == ':' || text[length] == '/')) text += length;
+    else if (path) { fprintf(to, "%.*s%s", (int)length, path, names_file(text, head) ? "/" : ": "); path = NULL; }
+    if (path) fprintf(to, "%.*s", (int)length, path);
+    print_text(to, text);
 }
 
 static int refuse_error(const char *path, const moq_error *err)
@@ -1074,10 +1100,8 @@ static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *
     d.context = (int32_t)t->context;
     d.kv = o->kv;
     d.head = o->head;
-    d.threads = (int32_t)o->threads;
-    d.kernel = o->kernel;
-    parse_act(o->act, &d.act);
-    if (be && strcmp(be->name, "cpu") != 0) d.backend = be;
+    d.chunk = (int32_t)o->chunk;
+    d.backend = be; /* as verb_run does it, so that both say the same */
     t->planned = llm_plan(&d, &t->memory, &err) == MOQ_OK;
     d.no_tokenizer = 1;
     if (!t->planned) t->planned = llm_plan(&d, &t->memory, &err) == MOQ_OK;
@@ -2076,10 +2100,12 @@ static int answer(const engine *e, const options *o)
     const char *piece;
     char *all = NULL;
     size_t length = 0;
+    int shown = 0;
     moq_error err;
     memset(&err, 0, sizeof err);
     while ((piece = llm_next(e->m, &err)) != NULL) {
         size_t n = strlen(piece);
+        shown = 1;
         if (o->json) {
             all = (char *)grow(all, length + n + 1, 1);
             memcpy(all + length, piece, n);
@@ -2091,7 +2117,7 @@ static int answer(const engine *e, const options *o)
         if (o->max_tokens && !o->json_schema && !o->grammar && llm_get_stats(e->m)->generated_tokens - before >= (uint64_t)o->max_tokens) break;
     }
     if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length);
-    if (!o->json) fputc('\n', stdout);
+    if (!o->json && (shown || err.code == MOQ_OK)) fputc('\n', stdout); /* an error without an answer leaves nothing on stdout */
     free(all);
     if (o->stats) print_stats(e);
     return piece || err.code == MOQ_OK ? 0 : refuse_error(e->path, &err);
@@ -2507,7 +2533,7 @@ static int verb_diff(const options *o)
 #define ENGINE_OPTIONS "context chunk head quantize max-memory "
 
 static const verb_row verb_table[] = {
-    {"inspect", verb_inspect, 1, 1, "DIR", "json context head explain png against",
+    {"inspect", verb_inspect, 1, 1, "DIR", "json context chunk head explain png against",
      "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.\n"
      "--png: a picture of where the bytes are, layer by layer, and of bits per weight; with --against SRC of the error instead.",
      "moq inspect Llama-3.1-8B-Instruct-NVFP4 --context 8192 --explain"},

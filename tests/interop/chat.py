@@ -6,7 +6,7 @@
     python3 tests/interop/chat.py tests/build/cc/test_chat TOKENIZER.json [FOLDER_WITH_A_CHAT_TEMPLATE ...]
 
 TOKENIZER.json is any byte-level tokenizer; the control tokens of each frame are added to it. Ends with "N passed, N failed"."""
-import json, os, random, subprocess, sys, tempfile
+import json, os, random, re, subprocess, sys, tempfile
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
@@ -431,12 +431,144 @@ TEMPLATES["llama3.2"] = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+TEMPLATES["llama4"] = """{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- if messages[0]['content'] is string %}
+        {%- set system_message = messages[0]['content']|trim %}
+    {%- endif %}
+    {%- set messages = messages[1:] %}
+    {%- set user_supplied_system_message = true %}
+{%- else %}
+    {%- set user_supplied_system_message = false %}
+{%- endif %}
+{%- if user_supplied_system_message %}
+    {{- "<|header_start|>system<|header_end|>\\n\\n" }}
+    {{- system_message }}
+    {{- "<|eot|>" }}
+{%- endif %}
+
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
+        {%- if message['content'] is string %}
+            {{- message['content'] }}
+        {%- endif %}
+        {{- "<|eot|>" }}
+    {%- elif message.role == "tool" or message.role == "ipython" %}
+        {{- "<|header_start|>ipython<|header_end|>\\n\\n" }}
+        {%- if message.content is mapping or message.content is iterable %}
+            {{- message.content | tojson }}
+        {%- else %}
+            {{- message.content }}
+        {%- endif %}
+        {{- "<|eot|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
+{%- endif %}
+"""
+LINE_TOOLS = """
+    {%- elif message.role == "tool" %}
+        {%- if loop.previtem and loop.previtem.role != "tool" %}{{- '<|im_start|>user\\n' }}{%- endif %}
+        {{- '<tool_response>\\n' }}{{- message.content }}{{- '\\n</tool_response>\\n' }}
+        {%- if not loop.last and loop.nextitem.role != "tool" %}{{- '<|im_end|>\\n' }}{%- elif loop.last %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}"""
+TEMPLATES["qwen3_coder"] = """{%- if messages[0]["role"] == "system" %}{%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
+{%- else %}{%- set loop_messages = messages %}{%- endif %}
+{%- if system_message is defined %}{{- "<|im_start|>system\\n" + system_message }}{%- endif %}
+{%- if system_message is defined %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- for message in loop_messages %}
+    {%- if message.role == "user" or message.role == "system" or message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}""" + LINE_TOOLS + """
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+TEMPLATES["nemotron3"] = """{%- set enable_thinking = enable_thinking if enable_thinking is defined else True %}
+{%- set truncate_history_thinking = truncate_history_thinking if truncate_history_thinking is defined else True %}
+{%- if messages[0]["role"] == "system" %}{%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
+{%- else %}{%- set system_message = "" %}{%- set loop_messages = messages %}{%- endif %}
+{%- set ns = namespace(last_user_idx = -1) %}
+{%- for m in loop_messages %}{%- if m["role"] == "user" %}{%- set ns.last_user_idx = loop.index0 %}{%- endif %}{%- endfor %}
+{{- "<|im_start|>system\\n" + system_message }}{{- '<|im_end|>\\n' }}
+{%- for message in loop_messages %}
+    {%- if message.role == "assistant" %}
+        {%- set content = message.content | default('', true) %}
+        {%- if '<think>' not in content and '</think>' not in content -%}{%- set content = "<think></think>" ~ content -%}{%- endif -%}
+        {%- if not (truncate_history_thinking and loop.index0 < ns.last_user_idx) %}
+            {{- '<|im_start|>assistant\\n' ~ (content | default('', true) | string | trim) ~ '<|im_end|>\\n' }}
+        {%- else %}
+            {%- set c = (content | default('', true) | string) %}
+            {%- if '<think>' in c and '</think>' in c %}{%- set c = "<think></think>" ~ c.split('</think>')[-1] %}{%- endif %}
+            {%- set c = c | trim %}
+            {%- if c | length > 0 %}{{- '<|im_start|>assistant\\n' ~ c ~ '<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>assistant\\n<|im_end|>\\n' }}{%- endif %}
+        {%- endif %}
+    {%- elif message.role == "user" or message.role == "system" %}
+        {{- '<|im_start|>' + message.role + '\\n' }}{{- message.content | string }}{{- '<|im_end|>\\n' }}""" + LINE_TOOLS + """
+{%- if add_generation_prompt %}
+    {%- if enable_thinking %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- else %}{{- '<|im_start|>assistant\\n<think></think>' }}{%- endif %}
+{%- endif %}"""
+
+def smollm3(shut):
+    mark = "{{- \"<|im_end|>\\n\" -}}"
+    return """{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}
+{%- if enable_thinking -%}{%- set reasoning_mode = "/think" -%}{%- else -%}{%- set reasoning_mode = "/no_think" -%}{%- endif -%}
+{{- "<|im_start|>system\\n" -}}
+{%- if messages[0].role == "system" -%}
+  {%- set system_message = messages[0].content -%}
+  {%- if "/no_think" in system_message -%}{%- set reasoning_mode = "/no_think" -%}{%- elif "/think" in system_message -%}{%- set reasoning_mode = "/think" -%}{%- endif -%}
+  {%- set custom_instructions = system_message.replace("/no_think", "").replace("/think", "").rstrip() -%}
+{%- endif -%}
+{%- if "/system_override" in system_message -%}
+  {{- custom_instructions.replace("/system_override", "").rstrip() -}}{{- "<|im_end|>\\n" -}}
+{%- else -%}
+  {{- "## Metadata\\n\\n" -}}{{- "Knowledge Cutoff Date: June 2025\\n" -}}{%- set today = strftime_now("%d %B %Y") -%}{{- "Today Date: " ~ today ~ "\\n" -}}
+  {{- "Reasoning Mode: " + reasoning_mode + "\\n\\n" -}}{{- "## Custom Instructions\\n\\n" -}}
+  {%- if custom_instructions -%}{{- custom_instructions + "\\n\\n" -}}
+  {%- elif reasoning_mode == "/think" -%}
+    {{- "Think <think> Thought section </think>, then answer.\\n\\n" -}}
+  {%- else -%}
+    {{- "You are a helpful assistant.\\n\\n" -}}
+  {%- endif -%}
+  {%- if xml_tools -%}{{- "\\n\\n" -}}""" + ("{%- endif -%}" + mark if shut else mark + "{%- endif -%}") + """
+{%- endif -%}
+{%- for message in messages -%}
+  {%- set content = message.content if message.content is string else "" -%}
+  {%- if message.role == "user" -%}
+    {{ "<|im_start|>" + message.role + "\\n"  + content + "<|im_end|>\\n" }}
+  {%- elif message.role == "assistant" -%}
+    {% generation %}
+    {%- if reasoning_mode == "/think" -%}{{ "<|im_start|>assistant\\n" + content.lstrip("\\n") + "<|im_end|>\\n" }}
+    {%- else -%}{{ "<|im_start|>assistant\\n" + "<think>\\n\\n</think>\\n" + content.lstrip("\\n") + "<|im_end|>\\n" }}{%- endif -%}
+    {% endgeneration %}
+  {%- elif message.role == "tool" -%}{{ "<|im_start|>" + "user\\n"  + content + "<|im_end|>\\n" }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {%- if reasoning_mode == "/think" -%}{{ "<|im_start|>assistant\\n" }}{%- else -%}{{ "<|im_start|>assistant\\n" + "<think>\\n\\n</think>\\n"  }}{%- endif -%}
+{%- endif -%}"""
+TEMPLATES["smollm3"], TEMPLATES["smollm3_shut"] = smollm3(False), smollm3(True)
+MARKS += ["<|header_start|>", "<|header_end|>", "<|eot|>"]
 MARKS += ["<|im_sep|>", "<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"] + \
     [ds(x) for x in ("User", "Assistant", "end▁of▁sentence", "tool▁outputs▁begin", "tool▁outputs▁end", "tool▁output▁begin", "tool▁output▁end")]
-UNKNOWN = ["{% for message in messages %}{{ message['content'] }}{% endfor %}", "", "{{ bos_token }}[{{ messages }}]", "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"]
+TEMPLATES["mistral_v3_first"] = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- ' [INST] ' + message['content'] + ' [/INST]' }}
+    {%- elif message['role'] == 'assistant' %}
+        {%- if message.content is defined %}
+            {{- ' ' + message.content + ' ' + eos_token}}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+"""
+TEMPLATES["chatml_bos"] = "{{ bos_token }}" + TEMPLATES["chatml"]
+UNKNOWN = ["{{ 'Call functions.' }}" + TEMPLATES["chatml"], "{% if messages[0].role == 'user' %}{{ bos_token }}{% endif %}" + TEMPLATES["chatml"],
+           "{% if not messages %}{{ raise_exception('none') }}{% endif %}" + TEMPLATES["chatml"],
+           "{% for message in messages %}{{ message['content'] }}{% endfor %}", "", "{{ bos_token }}[{{ messages }}]", "{% for m in messages %}<|im_start|>{{ m.role }}{% endfor %}"]
 TEXTS = ["", " ", "\n", "Hello", " hi ", "line one\nline two\n", "\n\n  padded\t\n", "Привет, мир!", "你好 👍🏽", "1234567", "a  b   c", "code: if (x) { y(); }", "  \u00a0x\u3000 ", "\x1cz\x1f",
          "<think>\nwhy not\n</think>\n\nso it is", "<think>a</think>b<think>c</think>\nd", "</think>", "<think>", "<tool_response>\n3\n</tool_response>", "[INST] x [/INST]", "it's",
-         " /no_think x", "/think", "y /no_/thinkthink\n", "\"q\\ \b\f\t\x01\x7f\u2028 é", "User: "]
+         " /no_think x", "/think", "y /no_/thinkthink\n", "Mine /system_override \n", "\"q\\ \b\f\t\x01\x7f\u2028 é", "User: "]
 
 def raise_exception(text):
     raise jinja2.exceptions.TemplateError(text)
@@ -454,8 +586,8 @@ def run(program, folder, name, template, tokenizer, bos, eos, cases):
     env.globals["raise_exception"] = raise_exception
     env.filters["tojson"] = lambda x, **more: json.dumps(x, ensure_ascii=False)  # as Hugging Face has it
     dated = "strftime_now" in template
-    modes = {"gpt_oss": ["low", "medium", "high"], "deepseek_v3.1": ["on", "off"], "qwen3": ["on", "off"]}.get(os.path.basename(name), [])
-    compiled = env.from_string(template)
+    modes = {"gpt_oss": ["low", "medium", "high"], "deepseek_v3.1": ["on", "off"], "qwen3": ["on", "off"], "nemotron3": ["on", "off"], "smollm3": ["on", "off"]}.get(os.path.basename(name), [])
+    compiled = env.from_string(re.sub(r"{%-? *(end)?generation *-?%}", "", template))  # marks for training, without effect on the text
     r, lines, want = random.Random(5), [], []
     for _ in range(cases):
         messages, opened = conversation(r), r.random() < 0.6
