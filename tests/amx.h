@@ -123,7 +123,7 @@ static int amx_step(ucontext_t *c)
         p++;
     } else if (op == 0x5e && prefix == 2 && mod == 3) {
         amx_bytes(t, reg, rm, third);
-        amx_bytes_count++;
+        __atomic_fetch_add(&amx_bytes_count, 1, __ATOMIC_RELAXED);
         p++;
     } else {
         return 0;
