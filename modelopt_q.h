@@ -85,7 +85,8 @@
                          >>integers     integer codes times 8-bit inputs
                          >>dots          the same in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>matrix       AMX: tiles of BF16, and of bytes
-                         >>attend       attention, and what lies between two products
+                         >>loops        what lies between two products, for every instruction set
+                         >>attend       attention
                          >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers, latent attention's products and copies on the CPU
@@ -13059,7 +13060,7 @@ MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x,
     uint8_t *to = (uint8_t *)(void *)out;
     if (n % 16 != 0 || c->elem == MOQ_F4) {
         moqi_i8_arrange(p, x, n, out, step);
-        for (int64_t i = 0; i < all / chunk; i++) start[i] += MOQI_I8_START;
+        for (int64_t i = 0; i < moqi_ceil_div(all, chunk); i++) start[i] += MOQI_I8_START;
         return;
     }
     for (int64_t at = 0; at < n; at += chunk) {
@@ -14367,14 +14368,20 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>attend          attention, and what lies between two products
+   >>loops           what lies between two products: softmax, sums of rows, activations, norms, rotation, for every instruction set
    What happens to a row of finite values does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
        MOQI_ATTEND_LANES = 12 };
 
-struct moqi_lanes;
+/* Attention's queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
+   from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. keys [count, dim], values [count, n] */
+typedef struct moqi_lanes {
+    int64_t wide, dim, n;
+    float *q, *s, *y, *max, *sum;
+    int32_t *from, *to;
+} moqi_lanes;
 
 /* The loops of one instruction set. */
 typedef struct moqi_loops {
@@ -14394,16 +14401,8 @@ typedef struct moqi_loops {
     float (*exp)(float x);
     /* One block of keys for queries side by side, or NULL: what `blend`, `softmax` and `blend` do to each of them, to the last bit. From as many
        queries on as MOQI_ATTEND_LANES it is the faster way. */
-    void (*lanes)(const struct moqi_lanes *l, const float *keys, int64_t count, const float *values);
+    void (*lanes)(const moqi_lanes *l, const float *keys, int64_t count, const float *values);
 } moqi_loops;
-
-/* Queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
-   from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. keys [count, dim], values [count, n] */
-typedef struct moqi_lanes {
-    int64_t wide, dim, n;
-    float *q, *s, *y, *max, *sum;
-    int32_t *from, *to;
-} moqi_lanes;
 
 /* ---- plain ---- */
 
@@ -14905,8 +14904,12 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
     return &moqi_plain_loops;
 }
 
-/* ---- attention ----
-   For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
+/* ------------------------------------------------------------------------------------------------
+   >>attend          attention
+   A row's result is the same, to the last bit, whatever rows run beside it and however its positions are shared out.
+   ------------------------------------------------------------------------------------------------ */
+
+/* For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
    32 positions at a time and shared by up to 16 rows and 16 query heads of their kv head; keys are turned, so that scores too are sums of
    whole vectors. The softmax is a running one, so no buffer grows with the length of the sequence:
        m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v

@@ -154,7 +154,7 @@ static void integer_formats(moq_backend *be, const char *name)
         for (size_t m = 0; m < MOQI_COUNT(rows); m++) {
             layer l;
             const input_format *in = &input_formats[m % 2 ? 5 : 3];
-            layer_make(&l, &layer_formats[i], 45, m == 3 ? 1600 : 576);
+            layer_make(&l, &layer_formats[i], 45, m == 3 ? 1600 : m == 0 ? 99 : 576);
             l.w.scheme.input = in->c;
             l.w.input_scale = in->scale;
             long wrong = moqi_is_int(l.w.scheme.weight.elem) ? check_linear(be, &l, 1, rows[m]) : 0;
