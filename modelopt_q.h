@@ -407,7 +407,8 @@ typedef struct moq_open_desc {
     moq_progress_fn progress;
     void *progress_user;
     const char *quantize;           /* a recipe of moq_find_recipe that needs no data: moq_open quantizes the layers of a float folder as moq_quantize
-                                       would write them, in memory, and what is opened is that. NULL: as the folder is. Needs MOQ_QUANTIZE; moq_open only */
+                                       would write them, in memory, and what is opened is that; nvfp4 with an input_scale of 1. NULL: as the folder
+                                       is. Needs MOQ_QUANTIZE; moq_open only */
 } moq_open_desc;
 
 enum {
@@ -17916,6 +17917,7 @@ typedef struct moqi_plan {
     moq_parallel parallel;
     int narrow;                   /* weights are multiplied with 1 / p in BF16 */
     int nemotron;                 /* modules are "backbone. ..." on disk, "model. ..." in calibration */
+    int unseen;                   /* a folder is opened: there will be no data */
 } moqi_plan;
 
 /* ---- coverage ---- */
@@ -18171,8 +18173,13 @@ static int moqi_has_input_scale(const moq_recipe *recipe)
     return c->elem != MOQ_NONE && (c->has_global || (!c->dynamic && c->scale == MOQ_F32));
 }
 
-/* The largest input that a recipe takes for granted, so that input_scale is 1; 0: it is measured. */
-static float moqi_constant_amax(const moq_recipe *recipe) { return moqi_starts(recipe->calibration, "constant_amax") ? 2688.0f : 0; }
+/* The largest input that is taken for granted, so that input_scale is 1; 0: it is measured. Beside the recipe that says so, NVFP4 while
+   loading: the scales of its blocks are made from the data anyway and reach from 2^-9 to 448. */
+static float moqi_constant_amax(const moqi_plan *p, const moq_recipe *recipe)
+{
+    int plain = moqi_starts(recipe->calibration, "max") || moqi_starts(recipe->calibration, "mse");
+    return moqi_starts(recipe->calibration, "constant_amax") || (p->unseen && plain && recipe->scheme.input.scale == MOQ_F8_E4M3) ? 2688.0f : 0;
+}
 
 /* The weight that GPTQ made and the scales that it was made with. A layer that saw no tokens has only scales: it stays as it is. */
 static moq_result moqi_load_gptq(const moqi_plan *p, moqi_target *t, moq_error *err)
@@ -18203,7 +18210,7 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     const float *v = NULL;
     moq_result r = MOQ_OK;
     moqi_where at = moqi_at(p->records_name, "layer", t->name, -1);
-    t->input_amax = moqi_constant_amax(t->recipe);
+    t->input_amax = moqi_constant_amax(p, t->recipe);
     if (moqi_has_input_scale(t->recipe) && !(t->input_amax > 0)) {
         r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
         if (r == MOQ_OK && !v && !t->expert)
@@ -18663,18 +18670,27 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
 }
 
 /* Does the pattern name any module? */
-static int moqi_names_any(const moqi_plan *p, const char *pattern)
+static int moqi_names_any(const moq_checkpoint *ck, const char *pattern)
 {
     char quantizer[MOQ_MAX_NAME_BYTES + 32];
-    for (size_t i = 0; i < p->count; i++) {
-        moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", p->targets[i].name);
-        if (moqi_names(pattern, p->targets[i].name, quantizer)) return 1;
+    for (size_t i = 0; i < ck->module_count; i++) {
+        moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", ck->modules[i].name);
+        if (moqi_names(pattern, ck->modules[i].name, quantizer)) return 1;
     }
     return 0;
 }
 
-/* A rule for nothing is a slip: the folder would not be what was asked for. An exclusion of nothing may be meant for many models (lm_head,
-   where this one has none), so it is only told, as are layers that lose twice. */
+#define MOQI_NAMES_NONE "patterns are whole names, with * for any run of characters; `moq inspect` lists the modules"
+
+/* An exclusion of nothing may be meant for many models (lm_head, where this one has none), so it is only told. */
+static void moqi_tell_exclusions(const moq_checkpoint *ck, const char *const *exclude, size_t count, const moq_open_desc *log)
+{
+    for (size_t i = 0; i < count; i++)
+        if (!moqi_names_any(ck, exclude[i]))
+            moqi_log(log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(ck), "exclude", exclude[i], -1), "names no module, so it changes nothing; " MOQI_NAMES_NONE);
+}
+
+/* A rule for nothing is a slip: the folder would not be what was asked for. Layers that lose twice are told. */
 static moq_result moqi_check_request(const moqi_plan *p, moq_error *err)
 {
     const moq_quantize_desc *d = p->desc;
@@ -18684,13 +18700,9 @@ static moq_result moqi_check_request(const moqi_plan *p, moq_error *err)
     log.log = d->log;
     log.log_user = d->log_user;
     for (size_t i = 0; i < d->rule_count; i++)
-        if (!moqi_names_any(p, d->rules[i].pattern))
-            return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), "rule", d->rules[i].pattern, -1),
-                             "names no module; patterns are whole names, with * for any run of characters; `moq inspect` lists the modules");
-    for (size_t i = 0; i < d->exclude_count; i++)
-        if (!moqi_names_any(p, d->exclude[i]))
-            moqi_log(&log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), "exclude", d->exclude[i], -1),
-                     "names no module, so it changes nothing; patterns are whole names, with * for any run of characters; `moq inspect` lists the modules");
+        if (!moqi_names_any(p->ck, d->rules[i].pattern))
+            return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), "rule", d->rules[i].pattern, -1), "names no module; " MOQI_NAMES_NONE);
+    moqi_tell_exclusions(p->ck, d->exclude, d->exclude_count, &log);
     for (size_t i = 0; i < p->count; i++) again += p->targets[i].recipe && !p->targets[i].cast && moq_scheme_is_quantized(&p->targets[i].w.scheme);
     if (again)
         moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "%llu of its layers are quantized already (%s); they are decoded and "
@@ -19241,20 +19253,22 @@ static void moqi_awq_losses(moqi_bench *b, const moq_coding *c, const float *act
 }
 
 /* Arguments of the tasks of moqi_awq_gram_losses: 32 rows of the weight. */
-typedef struct moqi_gram_loss { moqi_bench *b; float *part; } moqi_gram_loss;
+typedef struct moqi_gram_loss { moqi_bench *b; float *part; int smoothed; } moqi_gram_loss;
 
 enum { MOQI_LOSS_ROWS = 32 };
 
-/* d = Qw(W s) / s - W, in b->x. */
+/* b->q: Qw. d = Qw(W s) back - W; or, where b->w is smoothed already, d = (Qw(W) - W) back. b->s: back. d in b->x. */
 MOQI_VECTOR static void moqi_gram_loss_error(void *arg, int index, int worker)
 {
-    const moqi_bench *b = ((const moqi_gram_loss *)arg)->b;
+    const moqi_gram_loss *p = (const moqi_gram_loss *)arg;
+    const moqi_bench *b = p->b;
     int64_t first = (int64_t)index * MOQI_LOSS_ROWS, last = moqi_min(first + MOQI_LOSS_ROWS, b->w.rows);
     (void)worker;
     for (int64_t r = first; r < last; r++) {
         const float *w = b->w.data + r * b->w.ld, *q = b->q.data + r * b->q.ld, *back = b->s;
         float *d = b->x.data + r * b->x.ld;
-        for (int64_t j = 0; j < b->w.cols; j++) d[j] = q[j] * back[j] - w[j];
+        if (p->smoothed) for (int64_t j = 0; j < b->w.cols; j++) d[j] = (q[j] - w[j]) * back[j];
+        else for (int64_t j = 0; j < b->w.cols; j++) d[j] = q[j] * back[j] - w[j];
     }
 }
 
@@ -19277,25 +19291,32 @@ MOQI_VECTOR static void moqi_gram_loss_rows(void *arg, int index, int worker)
     }
 }
 
-/* The same losses from H = sum over batches of X^T X / tokens: mean over rows of d H d^T, d = Qw(W s) / s - W. Outputs are not rounded
-   to BF16 here; the cost does not grow with the tokens. Work: b->x is [rows, cols], b->y [rows, cols], b->ref [rows]. */
-static void moqi_awq_gram_losses(moqi_bench *b, const moq_coding *c, const float *act, const float *wsc, const moqi_matrix *h, double loss[MOQI_ALPHAS])
+/* Loss of the weight in b->q from H = sum over batches of X^T X / tokens: mean over rows of d H d^T. Outputs are not rounded to BF16 here; the
+   cost does not grow with the tokens. Work: b->x is [rows, cols], b->y [rows, cols], b->ref [rows]. */
+static double moqi_gram_judge(moqi_bench *b, const moqi_matrix *h, int smoothed)
 {
     moqi_gram_loss p;
     int64_t bands = moqi_ceil_div(b->w.rows, MOQI_LOSS_ROWS);
+    double sum = 0;
     p.b = b;
     p.part = b->ref;
+    p.smoothed = smoothed;
+    moqi_spread(b->par, bands, moqi_gram_loss_error, &p);
+    moqi_product(b->par, &b->a, &b->x, h, b->y, b->w.cols);
+    moqi_spread(b->par, bands, moqi_gram_loss_rows, &p);
+    for (int64_t r = 0; r < b->w.rows; r++) sum += (double)p.part[r];
+    return sum / (double)b->w.rows;
+}
+
+/* moqi_awq_losses from those sums. */
+static void moqi_awq_gram_losses(moqi_bench *b, const moq_coding *c, const float *act, const float *wsc, const moqi_matrix *h, double loss[MOQI_ALPHAS])
+{
     for (int i = 0; i < MOQI_ALPHAS; i++) {
-        double sum = 0;
         moqi_awq_scale(act, wsc, b->w.cols, moqi_alpha(i), b->s);
         moqi_scale_cols(b->par, &b->w, b->s, 1, &b->scaled);
         moqi_fake_weight(b->par, c, 0, &b->scaled, &b->q);
         for (int64_t j = 0; j < b->w.cols; j++) b->s[j] = moqi_bf16(1 / b->s[j]);
-        moqi_spread(b->par, bands, moqi_gram_loss_error, &p);
-        moqi_product(b->par, &b->a, &b->x, h, b->y, b->w.cols);
-        moqi_spread(b->par, bands, moqi_gram_loss_rows, &p);
-        for (int64_t r = 0; r < b->w.rows; r++) sum += (double)p.part[r];
-        loss[i] = sum / (double)b->w.rows;
+        loss[i] = moqi_gram_judge(b, h, 0);
     }
 }
 
@@ -19332,6 +19353,16 @@ static void moqi_clip_losses(moqi_bench *b, const moq_coding *c, double loss[MOQ
         moqi_fake_weight(b->par, c, moqi_bf16(top * moqi_ratio(i)), &b->w, &b->q);
         moqi_product(b->par, &b->a, &b->x, &b->q, b->y, b->w.rows);
         loss[i] += (double)(float)moqi_output_error(b);
+    }
+}
+
+/* The same losses from sums of the inputs before they were multiplied with b->s: b->w is smoothed by its inverse. */
+static void moqi_clip_gram_losses(moqi_bench *b, const moq_coding *c, const moqi_matrix *h, double loss[MOQI_RATIOS])
+{
+    float top = moqi_block_amax(&b->w, 0, b->w.rows, 0, b->w.cols);
+    for (int i = 0; i < MOQI_RATIOS; i++) {
+        moqi_fake_weight(b->par, c, moqi_bf16(top * moqi_ratio(i)), &b->w, &b->q);
+        loss[i] = moqi_gram_judge(b, h, 1);
     }
 }
 
@@ -22356,8 +22387,8 @@ typedef struct moqi_calibration {
     int twice, again;               /* the engine runs layers twice; this is the second time */
     moqi_arena kept;                /* what the statistics take over as it is */
     int32_t batch;                  /* complete ones of this pass */
-    int64_t longest;                /* most tokens that a layer saw in the pass of statistics */
-    int sums;                       /* that pass keeps x^T x for searches, which then need no pass of their own */
+    int64_t longest;                /* most tokens that a finished layer saw; 0: none is finished */
+    int sums;                       /* x^T x is kept for searches, which then need no pass of their own; 0 once a run is known to be short */
     moq_parallel par;               /* for the searches */
     moqi_pool *pool;
     uint64_t done, total;           /* passes, for the caller's progress */
@@ -22736,11 +22767,12 @@ static void moqi_kv_end_batch(moqi_calibration *c, moqi_kv_record *r)
 
 /* ---- the end of a batch ---- */
 
+enum { MOQI_LONG_RUN = 4096 };
+
 /* Is the search made from X^T X? Beyond a few thousand tokens its sums are as good a judge, and the work no longer grows with them. */
 static int moqi_uses_gram(const moqi_calibration *c)
 {
-    moq_judge judge = c->desc->judge;
-    return judge == MOQ_JUDGE_GRAM || (judge == MOQ_JUDGE_AUTO && c->longest > 4096);
+    return c->sums && (c->desc->judge == MOQ_JUDGE_GRAM || c->longest > MOQI_LONG_RUN);
 }
 
 /* gram += X^T X / tokens of the leader's batch; gptq weighs tokens alike, whatever their batch. */
@@ -22797,8 +22829,9 @@ static void moqi_on_batch(void *user)
                 r->batch_sum[j] = 0;
             }
         }
-        if (c->pass == MOQI_PASS_STATS || c->pass == MOQI_PASS_GPTQ) { if (r->leader == r) moqi_gram_batch(c, r); }
-        else if (c->pass == MOQI_PASS_SEARCH || c->pass == MOQI_PASS_AGAIN) moqi_search_batch(c, r);
+        int again = c->pass == MOQI_PASS_AGAIN, outputs = !moqi_uses_gram(c) && (!c->sums || r->tokens <= MOQI_LONG_RUN); /* else not needed */
+        if (r->leader == r && (c->pass == MOQI_PASS_STATS || c->pass == MOQI_PASS_GPTQ || (again && c->sums))) moqi_gram_batch(c, r);
+        if (c->pass == MOQI_PASS_SEARCH || (again && (outputs || r->group_loss))) moqi_search_batch(c, r);
         r->batches++;
     }
     for (size_t i = 0; i < c->count; i++) {
@@ -22857,19 +22890,27 @@ static void moqi_end_search(moqi_record *r)
     r->input_amax = moqi_scaled_amax(r->channel_amax, r->p, r->layer.cols);
 }
 
-/* The search from the leader's sums, at the end of the pass that made them. */
+/* The search from the leader's sums, at the end of the pass that made them: of alpha after statistics, of the clip ratio after AGAIN. */
 static moq_result moqi_search_gram(const moqi_calibration *c, moqi_record *r, moq_error *err)
 {
     moqi_bench b;
-    if (!(r->passes & MOQI_PASS_SEARCH)) return MOQ_OK;
-    r->passes &= ~MOQI_PASS_SEARCH;
+    int clip = c->pass == MOQI_PASS_AGAIN;
+    if (clip ? r->group_loss || r->algorithm == MOQI_ALG_SVD : !(r->passes & MOQI_PASS_SEARCH)) return MOQ_OK;
+    if (!clip) r->passes &= ~MOQI_PASS_SEARCH;
     if (r->tokens == 0 || !r->leader->gram.data) return MOQ_OK;
     if (!moqi_bench_make(&c->desc->allocator, &b, r->layer.rows, r->layer.cols, r->layer.rows, &c->par))
         return moqi_nomem(err, (uint64_t)(r->layer.rows * r->layer.cols) * 16);
     for (int64_t i = 0; i < b.w.rows; i++) moq_dequantize(&r->layer, i, 1, b.w.data + i * b.w.ld);
-    moqi_awq_gram_losses(&b, &r->recipe->scheme.weight, r->act, r->wsc, &r->leader->gram, r->alpha_loss);
+    if (!clip) {
+        moqi_awq_gram_losses(&b, &r->recipe->scheme.weight, r->act, r->wsc, &r->leader->gram, r->alpha_loss);
+        moqi_end_search(r);
+    } else {
+        for (int64_t i = 0; r->p && i < b.w.cols; i++) b.s[i] = 1 / r->p[i];
+        if (r->p) moqi_scale_cols(b.par, &b.w, b.s, 0, &b.w);
+        for (int64_t i = 0; i < b.w.cols; i++) b.s[i] = r->p ? moqi_bf16(r->p[i]) : 1;
+        moqi_clip_gram_losses(&b, &r->recipe->scheme.weight, &r->leader->gram, r->clip_loss);
+    }
     moqi_bench_drop(&c->desc->allocator, &b);
-    moqi_end_search(r);
     return MOQ_OK;
 }
 
@@ -22967,7 +23008,7 @@ static int moqi_wanted_passes(const moqi_calibration *c)
 {
     int all = c->wants_kv ? MOQI_PASS_STATS : 0;
     for (size_t i = 0; i < c->count; i++) all |= c->records[i].passes;
-    return c->sums && moqi_uses_gram(c) ? all & ~MOQI_PASS_SEARCH : all;
+    return moqi_uses_gram(c) ? all & ~MOQI_PASS_SEARCH : all;
 }
 
 static void moqi_count_passes(moqi_calibration *c)
@@ -22983,8 +23024,8 @@ static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *er
     int pass = c->pass;
     moq_result code = MOQ_OK;
     for (size_t i = 0; i < c->count; i++) /* first of all: it decides how all layers are judged */
-        if (pass == MOQI_PASS_STATS && c->records[i].tokens > c->longest) c->longest = c->records[i].tokens;
-    if (pass == MOQI_PASS_STATS && c->sums) moqi_count_passes(c);
+        if ((pass == MOQI_PASS_STATS || pass == MOQI_PASS_AGAIN) && c->records[i].tokens > c->longest) c->longest = c->records[i].tokens;
+    if (pass == MOQI_PASS_STATS) moqi_count_passes(c);
     for (size_t i = 0; i < c->count && code >= 0; i++) {
         moqi_record *r = &c->records[i];
         if (!(r->passes & pass) || r->finished || (!all && r->tokens == 0)) continue;
@@ -22994,9 +23035,9 @@ static moq_result moqi_finish_layers(moqi_calibration *c, int all, moq_error *er
             return c->failed.code;
         }
         if (pass == MOQI_PASS_STATS) code = moqi_end_stats(c, r, err);
-        if (pass == MOQI_PASS_STATS && code >= 0 && c->sums && moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
+        if ((pass == MOQI_PASS_STATS || pass == MOQI_PASS_AGAIN) && code >= 0 && moqi_uses_gram(c)) code = moqi_search_gram(c, r, err);
         if (pass == MOQI_PASS_SEARCH) moqi_end_search(r);
-        if (pass == MOQI_PASS_AGAIN) code = moqi_end_clip(c, r, err);
+        if (pass == MOQI_PASS_AGAIN && code >= 0) code = moqi_end_clip(c, r, err);
         if (pass == MOQI_PASS_HESSIAN) code = moqi_end_hessian(c, r, err);
         if (pass == MOQI_PASS_GPTQ) code = moqi_end_gptq(c, r, err);
     }
@@ -23027,7 +23068,6 @@ static moq_result moqi_make_pass(moqi_calibration *c, moq_backend *watch, int pa
     c->pass = pass;
     c->batch = 0;
     c->twice = c->again = 0;
-    c->sums = c->sums || (pass == MOQI_PASS_STATS && c->desc->judge != MOQ_JUDGE_EXACT);
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         r->amax = 0;
@@ -23301,6 +23341,7 @@ static moq_result moqi_run_passes(moqi_calibration *c, moq_backend *inner, moq_e
     o.twice = moqi_on_twice;
     o.product = moqi_on_product;
     o.bf16 = !d->f32;
+    c->sums = d->judge != MOQ_JUDGE_EXACT;
     moqi_count_passes(c);
     moq_backend *watch = moq_observing_backend(inner, &o, &d->allocator, err);
     if (!watch) return err && err->code < 0 ? err->code : MOQ_E_NOMEM;
@@ -25384,7 +25425,7 @@ static int moqi_needs_data(const moqi_plan *p)
     const char *kv = p->desc->kv;
     for (size_t i = 0; i < p->count; i++) {
         const moq_recipe *recipe = p->targets[i].recipe;
-        if (!recipe || moqi_constant_amax(recipe) > 0) continue;
+        if (!recipe || moqi_constant_amax(p, recipe) > 0) continue;
         if (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale || moqi_recipe_gptq(recipe)) return 1;
     }
     return kv && !moqi_same(kv, "none") && !moqi_same(kv, "wide") && !moqi_ends(kv, "_cast");
@@ -25498,6 +25539,7 @@ static moq_result moqi_refuse_data(const moqi_plan *p, moq_error *err)
 static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
 {
     moqi_plan *p = &x->plan;
+    p->unseen = x->made != NULL;
     moq_result r = moqi_choose_targets(p, err);
     if (r == MOQ_OK && x->container == MOQI_GPT_OSS && !moqi_same(moq_get_info(p->ck)->model_type, "gpt_oss"))
         return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is of type %q; only gpt_oss models have a gpt-oss folder",
@@ -25961,6 +26003,11 @@ static moq_result moqi_auto_collect(moqi_auto *x, moq_error *err)
 {
     moq_search *s = x->s;
     size_t n = moq_module_count(x->ck);
+    moq_open_desc log;
+    memset(&log, 0, sizeof log);
+    log.log = x->desc->log;
+    log.log_user = x->desc->log_user;
+    moqi_tell_exclusions(x->ck, x->desc->exclude, x->desc->exclude_count, &log);
     x->layers = (moqi_auto_layer *)moqi_take_array(&s->arena, n + 1, sizeof *x->layers);
     s->units = (moqi_auto_unit *)moqi_take_array(&s->arena, n + 1, sizeof *s->units);
     s->order = (moqi_auto_unit **)moqi_take_array(&s->arena, n + 1, 2 * sizeof *s->order);
@@ -26167,7 +26214,7 @@ static moq_result moqi_auto_fake(moqi_auto *x, moqi_auto_layer *l, int f, moq_er
     t.expert = (uint8_t)moqi_expert_name(l->name, &container, &number, &part);
     moq_result r = moqi_recorded(&x->plan, &t, "input_quantizer.amax", 1, &v, err);
     if (r >= 0 && v) k->input_amax = v[0];
-    if (moqi_constant_amax(k->recipe) > 0) k->input_amax = moqi_constant_amax(k->recipe);
+    if (moqi_constant_amax(&x->plan, k->recipe) > 0) k->input_amax = moqi_constant_amax(&x->plan, k->recipe);
     if (l->w.experts > 0) k->top = moqi_auto_top(x, &l->w); /* one weight quantizer for all of a stack */
     if (r >= 0 && l->w.experts == 0 && moqi_recipe_searches(k->recipe)) r = moqi_auto_blocks(x, l, &t, k, err);
     if (r < 0) return r;

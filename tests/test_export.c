@@ -648,11 +648,23 @@ static void test_open_quantized(void)
             if (made) break;
         }
         test_state.fail_at = 0;
-        static const char *const refused[][2] = {{"nvfp4", "w4a16_nvfp4"}, {"fp8", "fp8_per_channel_per_token"}, {"int4_awq", "int4_blockwise_weight_only"}};
+        static const char *const refused[][2] = {{"nvfp4_awq_lite", "w4a16_nvfp4"}, {"fp8", "fp8_per_channel_per_token"}, {"int4_awq", "int4_blockwise_weight_only"}};
         for (size_t k = 0; i == 0 && k < 3; k++) {
             o.quantize = refused[k][0];
             CHECK(!moq_open(source, &o, &err) && err.code == MOQ_E_UNSUPPORTED && strstr(err.text, "moq quantize") && strstr(err.text, refused[k][1]));
         }
+        o.quantize = "nvfp4"; /* inputs as blocks with a scale of 1; the weights of w4a16_nvfp4, which was written above */
+        moq_checkpoint *inputs = i == 0 ? moq_open(source, &o, &err) : NULL, *weights = inputs ? moq_open(folder, NULL, &err) : NULL;
+        for (size_t k = 0; weights && k < moq_module_count(weights); k++) {
+            moq_linear w, v;
+            CHECK(moq_get_module(weights, k, &w, &err) == MOQ_OK && moq_find_linear(inputs, w.name, &v, &err) == MOQ_OK);
+            if (!moq_scheme_is_quantized(&w.scheme)) continue;
+            CHECK(v.scheme.input.elem == MOQ_F4 && v.input_scale == 1.0f && w.codes.count == v.codes.count && w.global_mul == v.global_mul);
+            CHECK(memcmp(w.codes.data, v.codes.data, (size_t)(w.rows * w.cols / 2)) == 0);
+        }
+        CHECK(i > 0 || weights);
+        moq_close(inputs);
+        moq_close(weights);
         o.quantize = "nonsense";
         CHECK(!moq_open(source, &o, &err) && err.code == MOQ_E_ARG);
         o.quantize = "mxfp4";

@@ -375,7 +375,7 @@ static const option_row option_table[] = {
     {"tokens", KIND_TEXT, FIELD(tokens), "T", "1,2,3 or FILE.json or FILE.json#KEY"},
     {"data", KIND_TEXT, FIELD(data), "D", ".jsonl, .txt, or tokens"},
     {"limit", KIND_INT, FIELD(limit), "N", "only the first N rows or windows"},
-    {"seq", KIND_INT, FIELD(seq), "N", "tokens of a window of text, or of a row to calibrate with (default 512)"},
+    {"seq", KIND_INT, FIELD(seq), "N", "tokens of a window of text, or of a row to calibrate with (default 512, or what the model was made for)"},
     {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
     {"system", KIND_TEXT, FIELD(system), "S", "system message"},
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
@@ -1928,9 +1928,9 @@ static int eval_chat(evaluation *v, const llm_message *messages, size_t count, s
 /* Windows of --seq tokens, cut without overlap; all but the first token of each are scored. */
 static int eval_windows(evaluation *v, const int32_t *ids, size_t count)
 {
-    size_t seq = v->o->seq ? (size_t)v->o->seq : 512, limit = (size_t)v->o->limit;
+    size_t most = (size_t)v->a.info->context, seq = v->o->seq ? (size_t)v->o->seq : most < 512 ? most : 512, limit = (size_t)v->o->limit;
     moq_error err;
-    if (seq < 2 || seq > (size_t)v->a.info->context) return refuse("--seq %zu: windows have 2 to %d tokens here", seq, v->a.info->context);
+    if (seq < 2 || seq > most) return refuse("--seq %zu: windows have 2 to %d tokens here", seq, v->a.info->context);
     for (size_t at = 0; at < count; at += seq) {
         size_t n = count - at < seq ? count - at : seq;
         if (n < 2 || (limit && v->rows == limit)) break;
