@@ -12026,14 +12026,14 @@ MOQI_INLINE MOQI_AVX2 __m256i moqi_e4m3_half_256(__m128i v)
     return _mm256_or_si256(h, _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(w, size), size), _mm256_set1_epi16(0x7e00)));
 }
 
-/* Scales of the halves of a run from column c. E4M3 in groups of 16 is what a decode step meets most. */
-MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_pass *run, int64_t row, int64_t c, int halves)
+/* Scales of the halves of a run from column c: [halves][8]. E4M3 in groups of 16 is what a decode step meets most. */
+MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_pass *run, int64_t row, int64_t c, int halves, float *out)
 {
     const moqi_tiled *p = run->p;
     int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, count = p->groups - g;
     __m256 v[4];
     if (!p->scales) {
-        for (int h = 0; h < halves; h++) _mm256_storeu_ps(run->s + 8 * h, _mm256_set1_ps(1));
+        for (int h = 0; h < halves; h++) _mm256_storeu_ps(out + 8 * h, _mm256_set1_ps(1));
         return;
     }
     if (p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && count >= 32) {
@@ -12047,7 +12047,7 @@ MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_pass *run, int64_t row,
         for (int i = 0; i < vectors; i++) v[i] = moqi_run_scales_256(p, at + 8 * i, count - 8 * i);
     }
     for (int h = 0; h < halves; h++)
-        _mm256_storeu_ps(run->s + 8 * h, _mm256_permutevar8x32_ps(v[run->vector[h]],
+        _mm256_storeu_ps(out + 8 * h, _mm256_permutevar8x32_ps(v[run->vector[h]],
                                                                   _mm256_loadu_si256((const __m256i *)(const void *)run->lane[h])));
 }
 
@@ -12191,7 +12191,7 @@ MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64
         for (int64_t c = first; c < end; c += MOQI_RUN) {
             int64_t n = moqi_min(MOQI_RUN, end - c);
             int halves = (int)((n + 63) / 64 * 2), t = 0;
-            moqi_run_groups_256(run, row + r, c, halves);
+            moqi_run_groups_256(run, row + r, c, halves, run->s);
             if (direct && n % 64 == 0) {
                 const uint8_t *src = p->codes + (row + r) * p->row_bytes + c / 2;
                 for (int64_t b = 0; b < n / 2; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
@@ -13556,6 +13556,16 @@ static int moqi_dots_group(int l) { return MOQI_LANES == 8 ? (l & 1) + (l & 2) *
 
 static int moqi_dots_take(const moqi_tiled *p) { return moqi_dot_takes(p, MOQI_DOTS_COLS); }
 
+#ifdef MOQI_X86
+/* Without VPDPBUSD: twice a code plus 32 is at most 64. */
+static int moqi_dots_take_256(const moqi_tiled *p)
+{
+    int fit = moqi_dots_take(p);
+    for (int i = 0; i < 16 && p->form == MOQI_CODES_NIBBLES; i++) fit = fit && p->table[i] - p->zero <= 16;
+    return fit;
+}
+#endif
+
 /* The rows from which panels are better. */
 static int moqi_dots_after(const moqi_tiled *p)
 {
@@ -13575,40 +13585,65 @@ MOQI_AVX2 static void moqi_dots_whole(const float *x, float s, int16_t *q)
     _mm256_storeu_si256((__m256i *)(void *)q, _mm256_permute4x64_epi64(v, 0xd8));
 }
 
-/* Scales of the blocks of a run. */
-static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks) { moqi_run_groups_256(run, row, c, blocks); }
+/* Scales of the blocks of a run: [blocks][8]. E4M3 in groups of 16: bytes are put in the order of the lanes first. */
+MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks, float *out)
+{
+    const moqi_tiled *p = run->p;
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    if (!p->scales || p->scale_dtype != MOQ_F8_E4M3 || p->shift != 4 || blocks < 4 || p->groups - c / 16 < 32) {
+        moqi_run_groups_256(run, row, c, blocks, out);
+        return;
+    }
+    const uint8_t *from = p->scales + moqi_stream_scale_at(p, row) + c / 16;
+    MOQI_ASK(from + MOQI_STREAM_AHEAD / 8);
+    for (int i = 0; i < 2; i++, out += 16) {
+        __m256i h = moqi_e4m3_half_256(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * i)), order));
+        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(h)));
+        _mm256_storeu_ps(out + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)));
+    }
+}
 
+#define MOQI_DOTS_BASE MOQI_AVX2
 #define MOQI_DPBUSD(sum, w, v) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "xm"(v))
 
-/* acc[t] += some blocks of a row times x[t] from word `at`; tokens is a constant where this is called. left: bytes of the row; acc: [tokens][8] */
-MOQI_INLINE MOQI_DOTPROD void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
-                                            int64_t at, int tokens, float *acc)
+/* acc[t] += some blocks of a row times x[t] from word `at`; tokens and vnni are constants where this is called. left: bytes of the row; acc: [tokens][8].
+   Without VPDPBUSD nibbles are summed by twos and twos in 16 bits, which hold 4 products of 64 and 127; bytes are widened to 16 bits on both sides, and it
+   does not matter in which lane, for they share their scales. */
+MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
+                                         int64_t at, int tokens, int vnni, float *acc)
 {
     const int nibbles = pass->run.p->form == MOQI_CODES_NIBBLES, bytes = nibbles ? 64 : 128;
-    const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)-128);
+    const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)-128), ones = _mm256_set1_epi16(1);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
     const float *scale = pass->run.s;
     uint8_t edge[128];
     __m256 a[4];
+    __m256i q[4];
 #define MOQI_LOAD(t) a[t] = _mm256_loadu_ps(acc + 8 * (t));
 #define MOQI_STORE(t) _mm256_storeu_ps(acc + 8 * (t), a[t]);
 #define MOQI_AT(i) _mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * (i)))
-#define MOQI_X(i) *(const __m256i_u *)(const void *)(xt + 8 * (i))
-#define MOQI_DOT(t) { \
-        const float *xt = x[t] + at; \
-        __m256i q = MOQI_X(5); \
-        MOQI_DPBUSD(q, w0, MOQI_X(0)); \
-        MOQI_DPBUSD(q, w1, MOQI_X(1)); \
-        MOQI_DPBUSD(q, w2, MOQI_X(2)); \
-        MOQI_DPBUSD(q, w3, MOQI_X(3)); \
-        a[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_loadu_ps(xt + 32)), s, a[t]); }
+#define MOQI_X(t, i) *(const __m256i_u *)(const void *)(x[t] + at + 8 * (i))
+#define MOQI_WORDS(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(p)))
+#define MOQI_DOT(t) \
+        q[t] = MOQI_X(t, 5); \
+        MOQI_DPBUSD(q[t], w0, MOQI_X(t, 0)); \
+        MOQI_DPBUSD(q[t], w1, MOQI_X(t, 1)); \
+        MOQI_DPBUSD(q[t], w2, MOQI_X(t, 2)); \
+        MOQI_DPBUSD(q[t], w3, MOQI_X(t, 3));
+#define MOQI_PAIRS(t) \
+        q[t] = _mm256_madd_epi16(ones, _mm256_add_epi16(_mm256_maddubs_epi16(w0, MOQI_X(t, 0)), _mm256_maddubs_epi16(w1, MOQI_X(t, 1)))); \
+        q[t] = _mm256_add_epi32(_mm256_add_epi32(q[t], MOQI_X(t, 5)), _mm256_madd_epi16(ones, _mm256_add_epi16( \
+                                _mm256_maddubs_epi16(w2, MOQI_X(t, 2)), _mm256_maddubs_epi16(w3, MOQI_X(t, 3)))));
+#define MOQI_BEGIN(t) q[t] = _mm256_setzero_si256();
+#define MOQI_WIDEN(t) q[t] = _mm256_add_epi32(q[t], _mm256_madd_epi16(w0, MOQI_WORDS(x[t] + at + i)));
+#define MOQI_SCALE(t) a[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q[t]), _mm256_loadu_ps(x[t] + at + 32)), s, a[t]);
     MOQI_TOKENS4(MOQI_LOAD)
     for (; blocks > 0; blocks--, src += bytes, left -= bytes, at += MOQI_DOTS_WORDS, scale += 8) {
         const uint8_t *from = src;
         __m256i w0, w1, w2, w3;
         __m256 s = _mm256_loadu_ps(scale);
         if (left < bytes) { memset(edge, 0, sizeof edge); memcpy(edge, src, (size_t)left); from = edge; }
-        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
+        MOQI_ASK(src + MOQI_STREAM_AHEAD);
         if (nibbles) {
             __m256 f0 = _mm256_castsi256_ps(MOQI_AT(0)), f1 = _mm256_castsi256_ps(MOQI_AT(1));
             __m256i v0 = _mm256_castps_si256(_mm256_shuffle_ps(f0, f1, 0x88)), v1 = _mm256_castps_si256(_mm256_shuffle_ps(f0, f1, 0xdd));
@@ -13616,21 +13651,37 @@ MOQI_INLINE MOQI_DOTPROD void moqi_dots_row(const moqi_dots_pass *pass, const ui
             w1 = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v0, 4), low));
             w2 = _mm256_shuffle_epi8(table, _mm256_and_si256(v1, low));
             w3 = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v1, 4), low));
+            if (vnni) { MOQI_TOKENS4(MOQI_DOT) }
+            else { MOQI_TOKENS4(MOQI_PAIRS) }
         } else {
-            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 64);
-            w0 = _mm256_xor_si256(MOQI_AT(0), flip);
-            w1 = _mm256_xor_si256(MOQI_AT(1), flip);
-            w2 = _mm256_xor_si256(MOQI_AT(2), flip);
-            w3 = _mm256_xor_si256(MOQI_AT(3), flip);
+            MOQI_ASK(src + MOQI_STREAM_AHEAD + 64);
+            if (vnni) {
+                w0 = _mm256_xor_si256(MOQI_AT(0), flip);
+                w1 = _mm256_xor_si256(MOQI_AT(1), flip);
+                w2 = _mm256_xor_si256(MOQI_AT(2), flip);
+                w3 = _mm256_xor_si256(MOQI_AT(3), flip);
+                MOQI_TOKENS4(MOQI_DOT)
+            } else {
+                MOQI_TOKENS4(MOQI_BEGIN)
+                MOQI_UNROLL for (int i = 0; i < 32; i += 4) {
+                    w0 = MOQI_WORDS(from + 4 * i);
+                    MOQI_TOKENS4(MOQI_WIDEN)
+                }
+            }
         }
-        MOQI_TOKENS4(MOQI_DOT)
+        MOQI_TOKENS4(MOQI_SCALE)
     }
     MOQI_TOKENS4(MOQI_STORE)
 #undef MOQI_LOAD
 #undef MOQI_STORE
 #undef MOQI_AT
 #undef MOQI_X
+#undef MOQI_WORDS
 #undef MOQI_DOT
+#undef MOQI_PAIRS
+#undef MOQI_BEGIN
+#undef MOQI_WIDEN
+#undef MOQI_SCALE
 }
 
 /* 16 rows of 16 words turned: dst[c][r] = src[r][c]. */
@@ -13714,16 +13765,17 @@ static void moqi_dots_whole(const float *x, float s, int16_t *q)
 }
 
 /* Lanes hold groups of columns in their order, so scales of 16 columns need no permutation. */
-static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks)
+static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks, float *out)
 {
     const moqi_tiled *p = run->p;
     int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, size = moq_dtype_bits(p->scale_dtype) / 8;
     float s[MOQI_RUN / 16];
     for (int i = 0; i < MOQI_RUN / 16; i++) s[i] = p->scales ? 0.0f : 1.0f;
     if (p->scales) moqi_expand_neon(p->scale_dtype, p->scales + at * size, moqi_min(p->groups - g, p->shift < 9 ? MOQI_RUN >> p->shift : 1), s);
-    for (int i = 0; i < MOQI_LANES * blocks; i++) run->s[i] = s[p->scales && p->shift < 9 ? 16 * i >> p->shift : 0];
+    for (int i = 0; i < MOQI_LANES * blocks; i++) out[i] = s[p->scales && p->shift < 9 ? 16 * i >> p->shift : 0];
 }
 
+#define MOQI_DOTS_BASE MOQI_DOTPROD
 #define MOQI_SDOT(sum, w, v) __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(v))
 #define MOQI_SDOT_LANE(sum, w, v, lane) __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(sum) : "w"(w), "w"(v))
 #define MOQI_SMMLA(sum, w, v) __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(v))
@@ -13731,9 +13783,10 @@ static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, i
 
 /* acc[t] += some blocks of a row times x[t] from word `at`; tokens is a constant where this is called. left: bytes of the row; acc: [tokens][4] */
 MOQI_INLINE MOQI_DOTPROD void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
-                                            int64_t at, int tokens, float *acc)
+                                            int64_t at, int tokens, int vnni, float *acc)
 {
     const int nibbles = pass->run.p->form == MOQI_CODES_NIBBLES, bytes = nibbles ? 32 : 64;
+    (void)vnni;
     const uint8x16_t low = vdupq_n_u8(15), table = vld1q_u8(pass->table);
     const float *scale = pass->run.s;
     uint8_t edge[64];
@@ -13950,25 +14003,46 @@ static void moqi_dots_arrange(const moqi_tiled *p, const float *x, int64_t n, fl
     }
 }
 
-/* Columns [first, end) of a row times `tokens` rows of codes. acc: [tokens][lanes] */
-MOQI_DOTPROD static void moqi_dots_columns(const moqi_dots_pass *s, int64_t row, int64_t first, int64_t end, const float *const *x, int tokens, float *acc)
+/* Columns [first, end) of some rows times `tokens` rows of codes, 16 or 32 blocks at a time. acc: [rows][8][lanes] */
+MOQI_INLINE MOQI_DOTS_BASE void moqi_dots_all(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x,
+                                              int tokens, int vnni, float *acc)
 {
     const moqi_tiled *p = s->run.p;
     const int64_t bits = p->form == MOQI_CODES_NIBBLES ? 4 : 8;
-    for (int64_t c = first; c < end; c += MOQI_RUN) {
-        int64_t left = ((p->layer.cols - c) * bits + 7) / 8, at = c / MOQI_DOTS_COLS * MOQI_DOTS_WORDS;
-        const uint8_t *src = p->codes + row * p->row_bytes + c * bits / 8;
-        int blocks = (int)moqi_ceil_div(moqi_min(MOQI_RUN, end - c), MOQI_DOTS_COLS), t = 0;
-        moqi_dots_scales(&s->run, row, c, blocks);
-        for (; t + 4 <= tokens; t += 4) moqi_dots_row(s, src, left, blocks, x + t, at, 4, acc + MOQI_LANES * t);
-        for (; t + 2 <= tokens; t += 2) moqi_dots_row(s, src, left, blocks, x + t, at, 2, acc + MOQI_LANES * t);
-        if (t < tokens) moqi_dots_row(s, src, left, blocks, x + t, at, 1, acc + MOQI_LANES * t);
-    }
+    for (int64_t r = 0; r < rows; r++, acc += 8 * MOQI_LANES)
+        for (int64_t c = first, at = c / MOQI_DOTS_COLS * MOQI_DOTS_WORDS; c < end; c += 4 * MOQI_RUN, at += 4 * MOQI_RUN / MOQI_DOTS_COLS * MOQI_DOTS_WORDS) {
+            const int64_t left = ((p->layer.cols - c) * bits + 7) / 8;
+            const uint8_t *src = p->codes + (row + r) * p->row_bytes + c * bits / 8;
+            int blocks = 0, t = 0;
+            for (int64_t k = c, some; k < end && k < c + 4 * MOQI_RUN; k += MOQI_RUN, blocks += (int)some) {
+                some = moqi_ceil_div(moqi_min(MOQI_RUN, end - k), MOQI_DOTS_COLS);
+                moqi_dots_scales(&s->run, row + r, k, (int)some, s->run.s + (int)MOQI_LANES * blocks);
+            }
+            for (; t + 4 <= tokens; t += 4) moqi_dots_row(s, src, left, blocks, x + t, at, 4, vnni, acc + MOQI_LANES * t);
+            for (; t + 2 <= tokens; t += 2) moqi_dots_row(s, src, left, blocks, x + t, at, 2, vnni, acc + MOQI_LANES * t);
+            if (t < tokens) moqi_dots_row(s, src, left, blocks, x + t, at, 1, vnni, acc + MOQI_LANES * t);
+        }
 }
 
+typedef void (*moqi_dots_fn)(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x, int tokens, float *acc);
+
+MOQI_DOTPROD static void moqi_dots_columns(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x,
+                                           int tokens, float *acc)
+{
+    moqi_dots_all(s, row, rows, first, end, x, tokens, 1, acc);
+}
+
+#ifdef MOQI_X86
+MOQI_AVX2 static void moqi_dots_columns_256(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x,
+                                            int tokens, float *acc)
+{
+    moqi_dots_all(s, row, rows, first, end, x, tokens, 0, acc);
+}
+#endif
+
 /* Rows of x, digit by digit, in groups of up to 8, taken in pieces that stay in the first-level cache. */
-static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
-                      int64_t ldy, float *scratch)
+static void moqi_dots_in(moqi_dots_fn columns, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                         int64_t ldy, float *scratch)
 {
     enum { MOST = 8, STEP = MOST * MOQI_LANES };
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), tiny = MOQI_LANES == 8 && p->scales && p->scale_dtype == MOQ_F8_E4M3;
@@ -13976,7 +14050,6 @@ static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int
     float mul = p->factor * (nibbles ? 0.5f : 1.0f) * (tiny ? 256 : 1), *acc = scratch + (int)MOQI_LANES * (int)MOQI_RUN_HALVES;
     const float *from[MOST];
     moqi_dots_pass s;
-    (void)way;
     s.run.p = p;
     s.run.s = scratch;
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + (MOQI_LANES == 8 ? 32 : 0));
@@ -13991,8 +14064,7 @@ static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int
         int64_t piece = 16384 / tokens / MOQI_RUN * MOQI_RUN;
         for (int t = 0; t < tokens; t++) from[t] = x + (j + t / digits) * ldx + t % digits * words;
         memset(acc, 0, (size_t)(rows * STEP) * sizeof *acc);
-        for (int64_t c = 0; c < cols; c += piece)
-            for (int64_t r = 0; r < rows; r++) moqi_dots_columns(&s, row + r, c, moqi_min(cols, c + piece), from, tokens, acc + STEP * r);
+        for (int64_t c = 0; c < cols; c += piece) columns(&s, row, rows, c, moqi_min(cols, c + piece), from, tokens, acc);
         for (int64_t r = 0; r < rows; r++) {
             for (int t = 0; t < tokens; t += digits) {
                 const float *a = acc + STEP * r + MOQI_LANES * t;
@@ -14003,6 +14075,22 @@ static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int
         }
     }
 }
+
+static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                      int64_t ldy, float *scratch)
+{
+    (void)way;
+    moqi_dots_in(moqi_dots_columns, p, row, rows, x, ldx, m, y, ldy, scratch);
+}
+
+#ifdef MOQI_X86
+static void moqi_dots_256(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                          int64_t ldy, float *scratch)
+{
+    (void)way;
+    moqi_dots_in(moqi_dots_columns_256, p, row, rows, x, ldx, m, y, ldy, scratch);
+}
+#endif
 
 /* Codes and scales of a panel: 64 bytes of 16 rows at a time. */
 static void moqi_dots_decode(moqi_panel *w, int pairs)
@@ -14039,6 +14127,9 @@ static void moqi_dots_decode(moqi_panel *w, int pairs)
 static void moqi_dots_panel(moqi_panel *w) { moqi_dots_decode(w, 0); }
 
 static const moqi_way moqi_dots_way = {"codes in place, integers", 4, moqi_dots_take, moqi_dots_arrange, moqi_dots, NULL, NULL};
+#ifdef MOQI_X86
+static const moqi_way moqi_dots_way_256 = {"codes in place, integers", 4, moqi_dots_take_256, moqi_dots_arrange, moqi_dots_256, NULL, NULL};
+#endif
 static const moqi_way moqi_dots_panels = {"INT8 panels", 4, moqi_dots_after, moqi_i8_arrange, moqi_panels, moqi_dots_panel, moqi_dots_block};
 #endif
 
@@ -15189,11 +15280,13 @@ static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
-static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way, &moqi_f32_way_256, NULL};
 #ifdef MOQI_DOTS
+static const moqi_way *const moqi_avx2_ways[] = {&moqi_dots_way_256, &moqi_run_way, &moqi_f32_way_256, NULL};
 static const moqi_way *const moqi_avxvnni_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avxvnni_kernels = {"avxvnni", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                   moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways};
+#else
+static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way, &moqi_f32_way_256, NULL};
 #endif
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways};
