@@ -5066,7 +5066,7 @@ typedef struct llmi_moe_names {
 /* A number that config.json may leave out. */
 typedef struct llmi_default {
     const char *key;
-    int64_t value;
+    double value; /* of an activation: its moq_activation */
 } llmi_default;
 
 /* A family is one row: names and switches. */
@@ -5115,13 +5115,18 @@ static const llmi_moe_names llmi_moe_llama4 = {
     "feed_forward.router", "feed_forward.experts", "gate_proj", "up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_IF,
     "gate_up_proj", 1, MOQ_SCORE_SIGMOID, NULL, "feed_forward.shared_expert", "intermediate_size", 0, "intermediate_size_mlp", 1};
 
-/* Published Gemma 3 folders that also see leave out what equals the reference implementation's defaults. */
+/* Published folders leave out what equals the reference implementation's defaults: Gemma 3 that also sees nearly everything. */
 static const llmi_default llmi_defaults_gemma3[] = {
     {"num_attention_heads", 8}, {"num_key_value_heads", 4}, {"head_dim", 256}, {"vocab_size", 262208}, {"hidden_size", 2304},
     {"intermediate_size", 9216}, {"num_hidden_layers", 26}, {"max_position_embeddings", 131072}, {"query_pre_attn_scalar", 256},
-    {"sliding_window", 4096}, {NULL, 0}};
+    {"sliding_window", 4096}, {"hidden_activation", MOQ_GELU_TANH_MUL}, {NULL, 0}};
 static const llmi_default llmi_defaults_gemma2[] = {
-    {"head_dim", 256}, {"query_pre_attn_scalar", 256}, {"max_position_embeddings", 8192}, {NULL, 0}};
+    {"head_dim", 256}, {"query_pre_attn_scalar", 256}, {"max_position_embeddings", 8192}, {"sliding_window", 4096},
+    {"hidden_activation", MOQ_GELU_TANH_MUL}, {"attn_logit_softcapping", 50}, {"final_logit_softcapping", 30}, {NULL, 0}};
+static const llmi_default llmi_defaults_deepseek2[] = {{"n_shared_experts", 2}, {NULL, 0}};
+static const llmi_default llmi_defaults_deepseek3[] = {
+    {"n_group", 8}, {"topk_group", 4}, {"first_k_dense_replace", 3}, {"routed_scaling_factor", 2.5}, {NULL, 0}};
+static const llmi_default llmi_defaults_nemotron[] = {{"mlp_hidden_act", MOQ_RELU2}, {"n_groups", 8}, {"num_experts_per_tok", 2}, {NULL, 0}};
 
 #define LLMI_GEMMA (LLMI_UNIT_NORM | LLMI_SCALED_EMBED | LLMI_TIED)
 
@@ -5139,9 +5144,9 @@ static const llmi_family llmi_families[] = {
     {"gemma2",       LLMI_WINDOW_TYPES,  2, LLMI_GEMMA,              10000.0,   1e-6, "rms_norm_eps", &llmi_names_gemma, NULL, llmi_defaults_gemma2},
     {"gemma3_text",  LLMI_WINDOW_TYPES,  6, LLMI_GEMMA | LLMI_QK_NORM | LLMI_LOCAL_ROPE, 1000000.0, 1e-6, "rms_norm_eps", &llmi_names_gemma, NULL, llmi_defaults_gemma3},
     {"gpt_oss",      LLMI_WINDOW_TYPES,  2, LLMI_SINKS | LLMI_CLAMPED, 150000.0, 1e-5, "rms_norm_eps", &llmi_names_plain, &llmi_moe_gpt_oss, NULL},
-    {"deepseek_v2",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek2, NULL},
-    {"deepseek_v3",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek3, NULL},
-    {"nemotron_h",   LLMI_WINDOW_NONE,   0, LLMI_NO_ROPE,            10000.0,   1e-5, "layer_norm_epsilon", &llmi_names_nemotron, &llmi_moe_nemotron, NULL}};
+    {"deepseek_v2",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek2, llmi_defaults_deepseek2},
+    {"deepseek_v3",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek3, llmi_defaults_deepseek3},
+    {"nemotron_h",   LLMI_WINDOW_NONE,   0, LLMI_NO_ROPE,            10000.0,   1e-5, "layer_norm_epsilon", &llmi_names_nemotron, &llmi_moe_nemotron, llmi_defaults_nemotron}};
 
 /* ------------------------------------------------------------------------------------------------
    >>llm-keys        the model description; reading keys of config.json; rotary embeddings
@@ -5311,7 +5316,7 @@ static int llmi_finite(double v)
 }
 
 /* What the family says of a key that the file leaves out; 0: nothing. */
-static int llmi_default_of(const llmi_keys *k, const char *key, int64_t *out)
+static int llmi_default_of(const llmi_keys *k, const char *key, double *out)
 {
     for (const llmi_default *d = k->defaults; d && d->key; d++)
         if (strcmp(d->key, key) == 0) { *out = d->value; return 1; }
@@ -5327,8 +5332,10 @@ static moq_result llmi_key_int(const llmi_keys *k, const char *key, int64_t lo, 
     char text[64];
     const char *kind;
     const moq_json *v = llmi_key(k, key);
+    double said;
     *out = fallback;
-    if (!v && (llmi_default_of(k, key, out) || fallback != LLMI_REQUIRED)) return MOQ_OK;
+    if (!v && llmi_default_of(k, key, &said)) { *out = (int64_t)said; return MOQ_OK; }
+    if (!v && fallback != LLMI_REQUIRED) return MOQ_OK;
     if (v && moq_json_int(v, out) && *out >= lo && *out <= hi) return MOQ_OK;
     *out = 0;
     kind = llmi_show(v, text);
@@ -5617,7 +5624,7 @@ static moq_result llmi_read_latent(const llmi_keys *k, llmi_config *c)
 static moq_result llmi_read_plain_heads(const llmi_keys *k, llmi_config *c)
 {
     const char *key = llmi_key(k, "head_dim") || !llmi_key(k, "attention_head_dim") ? "head_dim" : "attention_head_dim";
-    int64_t said;
+    double said;
     moq_result code;
     if ((code = llmi_key_size(k, "num_key_value_heads", 65536, c->heads, &c->kv_heads)) < 0) return code;
     if (c->heads % c->kv_heads)
@@ -5631,10 +5638,19 @@ static moq_result llmi_read_plain_heads(const llmi_keys *k, llmi_config *c)
     return code;
 }
 
+/* A cap: null is none, which an absent key need not be. */
+static moq_result llmi_read_cap(const llmi_keys *k, const char *key, double *out)
+{
+    const moq_json *own = moq_json_find(k->text, key), *v = llmi_key(k, key);
+    double none = 0;
+    if (!own) own = moq_json_find(k->root, key);
+    if (!own) llmi_default_of(k, key, &none);
+    return llmi_positive(k, key, v, none, out);
+}
+
 /* Heads, and what the scores of attention are multiplied by. */
 static moq_result llmi_read_heads(const llmi_keys *k, llmi_config *c)
 {
-    int64_t scalar = 0;
     const moq_json *v = llmi_key(k, "query_pre_attn_scalar");
     double q = 0;
     moq_result code;
@@ -5644,13 +5660,12 @@ static moq_result llmi_read_heads(const llmi_keys *k, llmi_config *c)
     if ((int64_t)c->heads * (c->head_dim + c->value_dim) * 3 > 2 * (int64_t)LLMI_MAX_WIDTH)
         return llmi_bad_key(k, MOQ_E_CONFIG, "head_dim", llmi_key(k, "head_dim"), "num_attention_heads * head_dim of a possible size");
     /* Gemma says what stands under the root: 1 / sqrt(query_pre_attn_scalar) takes the place of 1 / sqrt(head_dim) */
-    if (llmi_default_of(k, "query_pre_attn_scalar", &scalar)) q = (double)scalar;
+    llmi_default_of(k, "query_pre_attn_scalar", &q);
     if ((code = llmi_positive(k, "query_pre_attn_scalar", v, q, &q)) < 0) return code;
     c->attn_scale = q > 0 ? 1 / sqrt(q) : 0;
-    /* Gemma 3 normed heads in its place, and its reference implementation does not look at the key */
-    v = c->family->flags & LLMI_QK_NORM ? NULL : llmi_key(k, "attn_logit_softcapping");
-    if ((code = llmi_positive(k, "attn_logit_softcapping", v, 0, &c->attn_cap)) < 0) return code;
-    return llmi_positive(k, "final_logit_softcapping", llmi_key(k, "final_logit_softcapping"), 0, &c->logit_cap);
+    if ((code = llmi_read_cap(k, "attn_logit_softcapping", &c->attn_cap)) < 0) return code;
+    if (c->family->flags & LLMI_QK_NORM) c->attn_cap = 0; /* Gemma 3 norms heads instead; its reference implementation passes over the key */
+    return llmi_read_cap(k, "final_logit_softcapping", &c->logit_cap);
 }
 
 /* The blocks of a layer, as layers_block_type or hybrid_override_pattern says; 0: an unknown one. */
@@ -5716,13 +5731,13 @@ static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
     return llmi_read_heads(k, c);
 }
 
-/* Absent means SiLU, as in most families of the table. gpt-oss writes silu and means its own clamped function. */
+/* Absent means SiLU, but for what the family says. Gemma has two keys, of which the first counts. gpt-oss writes silu and means its own clamped function. */
 static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
 {
-    static const char *const keys[] = {"hidden_act", "hidden_activation", "mlp_hidden_act"};
+    static const char *const keys[] = {"hidden_activation", "hidden_act", "mlp_hidden_act"};
     const moq_json *v = NULL;
     char text[64];
-    double limit, alpha;
+    double limit, alpha, kind = MOQ_SILU_MUL;
     moq_result code;
     for (size_t i = 0; i < LLMI_COUNT(keys) && !v; i++) v = llmi_key(k, keys[i]);
     /* g = min(g, limit), u = clamp(u, +-limit): g * sigmoid(alpha g) * (u + 1), whatever the name of the function */
@@ -5735,7 +5750,8 @@ static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
         c->activation.beta = 1;
         return MOQ_OK;
     }
-    c->activation.kind = MOQ_SILU_MUL;
+    for (size_t i = 0; i < LLMI_COUNT(keys) && !v; i++) llmi_default_of(k, keys[i], &kind);
+    c->activation.kind = (moq_activation)(int)kind;
     if (!v) return MOQ_OK;
     for (size_t i = 0; i < LLMI_COUNT(llmi_activations); i++)
         if (moq_json_is(v, llmi_activations[i].name)) { c->activation.kind = llmi_activations[i].kind; return MOQ_OK; }
@@ -5854,6 +5870,7 @@ static moq_result llmi_read_routing(const llmi_keys *k, llmi_config *c)
     const llmi_moe_names *n = c->family->moe;
     const moq_json *score = llmi_key(k, "scoring_func");
     int64_t layers_apart;
+    double scale = 1;
     moq_result code;
     /* V2 folders say softmax and group_limited_greedy, V3 sigmoid and noaux_tc; a folder that is silent means its family's */
     c->score = n->score;
@@ -5862,12 +5879,15 @@ static moq_result llmi_read_routing(const llmi_keys *k, llmi_config *c)
     else if (score) return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "scoring_func", score, "softmax or sigmoid");
     if ((code = llmi_key_size(k, "n_group", c->experts, 1, &c->groups)) < 0) return code;
     if ((code = llmi_key_size(k, "topk_group", c->groups, c->groups, &c->top_groups)) < 0) return code;
+    if (c->top_groups > c->groups) c->top_groups = c->groups;
+    llmi_default_of(k, "routed_scaling_factor", &scale);
     if (c->experts % c->groups)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "n_group", "%d groups do not divide %d experts; one of the two is wrong", c->groups, c->experts);
-    if (moq_json_is(llmi_key(k, "topk_method"), "greedy")) c->groups = c->top_groups = 1;
+    const moq_json *method = llmi_key(k, "topk_method"); /* a silent V2 folder means greedy */
+    if (moq_json_is(method, "greedy") || (!method && n->score == MOQ_SCORE_SOFTMAX)) c->groups = c->top_groups = 1;
     /* every published folder writes 1; anything else would need a list of layers that nobody has defined */
     if ((code = llmi_key_int(k, "moe_layer_freq", 1, 1, 1, &layers_apart)) < 0) return code;
-    return llmi_positive(k, "routed_scaling_factor", llmi_key(k, "routed_scaling_factor"), 1, &c->route_scale);
+    return llmi_positive(k, "routed_scaling_factor", llmi_key(k, "routed_scaling_factor"), scale, &c->route_scale);
 }
 
 /* Experts that see every token are one dense MLP beside the others. */

@@ -298,7 +298,58 @@ static moq_result read_config(const char *text, int32_t context, llmi_config *c,
     return *ck ? llmi_config_read(*ck, context, c, e) : e->code;
 }
 
+#define MIDDLES "\"kv_lora_rank\": 16, \"qk_nope_head_dim\": 16, \"qk_rope_head_dim\": 8, \"v_head_dim\": 16"
+
 static const char sizes[] = "\"hidden_size\": 128, \"intermediate_size\": 256, \"num_hidden_layers\": 4, \"num_attention_heads\": 4, \"vocab_size\": 256";
+
+/* What the reference implementations take where config.json is silent; null is not silence. */
+static void test_llm_silent_keys(void)
+{
+    static const struct { const char *type, *keys; double attn_cap, logit_cap, scale, part_eps; moq_activation kind; int32_t shared, groups, top_groups, dense_first, experts; } cases[] = {
+        {"llama", "\"rms_norm_eps\": 0.001", 0, 0, 0, 0.001, MOQ_SILU_MUL, 0, 0, 0, 0, 0},
+        {"gemma2", "\"rms_norm_eps\": 0.001", 50, 30, 0, 0.001, MOQ_GELU_TANH_MUL, 0, 0, 0, 0, 0},
+        {"gemma2", "\"attn_logit_softcapping\": null, \"final_logit_softcapping\": null, \"hidden_act\": \"silu\", \"hidden_activation\": \"gelu\"", 0, 0, 0, 1e-6, MOQ_GELU_MUL, 0, 0, 0, 0, 0},
+        {"gemma3_text", "\"attn_logit_softcapping\": 50.0, \"final_logit_softcapping\": 9", 0, 9, 0, 1e-6, MOQ_GELU_TANH_MUL, 0, 0, 0, 0, 0},
+        {"mixtral", "\"num_local_experts\": 8, \"num_experts_per_tok\": 2", 0, 0, 1, 1e-5, MOQ_SILU_MUL, 0, 1, 1, 0, 8},
+        {"deepseek_v2", "\"rms_norm_eps\": 0.001, \"n_group\": 4, \"topk_group\": 2, \"moe_intermediate_size\": 32, \"n_routed_experts\": 16, \"num_experts_per_tok\": 2," MIDDLES, 0, 0, 1, 1e-6, MOQ_SILU_MUL, 64, 1, 1, 0, 16},
+        {"deepseek_v3", "\"rms_norm_eps\": 0.001, \"moe_intermediate_size\": 32, \"n_routed_experts\": 16, \"num_experts_per_tok\": 2," MIDDLES, 0, 0, 2.5, 1e-6, MOQ_SILU_MUL, 32, 8, 4, 3, 16},
+        {"nemotron_h", "\"hybrid_override_pattern\": \"*-*-\"", 0, 0, 0, 1e-5, MOQ_RELU2, 0, 0, 0, 0, 0}};
+    for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
+        char text[1024];
+        llmi_config c;
+        moq_checkpoint *ck;
+        moq_error e;
+        snprintf(text, sizeof text, "{\"model_type\": \"%s\", %s, %s}", cases[i].type, sizes, cases[i].keys);
+        CHECK_INT(read_config(text, 0, &c, &ck, &e), MOQ_OK);
+        if (e.code < 0) fprintf(stderr, "%s: %s\n", cases[i].type, e.text);
+        CHECK(c.attn_cap == cases[i].attn_cap && c.logit_cap == cases[i].logit_cap && c.route_scale == cases[i].scale && c.part_eps == cases[i].part_eps);
+        CHECK_INT(c.activation.kind, cases[i].kind);
+        CHECK_INT(c.shared_inter, cases[i].shared);
+        CHECK_INT(c.groups, cases[i].groups);
+        CHECK_INT(c.top_groups, cases[i].top_groups);
+        CHECK_INT(c.dense_first, cases[i].dense_first);
+        CHECK_INT(c.experts, cases[i].experts);
+        moq_close(ck);
+    }
+}
+
+/* Dynamic scaling: plain up to the original context, theta that grows with what was asked for beyond. */
+static void test_llm_dynamic_rope(void)
+{
+    llmi_config c;
+    moq_checkpoint *ck;
+    moq_error e;
+    char text[1024];
+    for (int32_t context = 64; context <= 256; context *= 2) {
+        double inv[16], grown = context > 128 ? 3.0 * context / 128 - 2 : 1;
+        snprintf(text, sizeof text, "{\"model_type\": \"llama\", %s, \"max_position_embeddings\": 128, \"rope_scaling\": {\"type\": \"dynamic\", \"factor\": 3}}", sizes);
+        CHECK_INT(read_config(text, context, &c, &ck, &e), MOQ_OK);
+        CHECK_INT(c.rope.dims, 32);
+        CHECK(llmi_rope_table(&c.rope, inv) == 1.0f);
+        for (int i = 0; i < 16; i++) CHECK(fabs(inv[i] * pow(10000.0 * pow(grown, 32.0 / 30), 2.0 * i / 32) - 1) < 1e-12);
+        moq_close(ck);
+    }
+}
 
 typedef struct window_case { const char *type, *keys; int32_t windows[4]; } window_case;
 
@@ -1401,6 +1452,8 @@ int main(int argc, char **argv)
     RUN(test_llm_config_rows);
     RUN(test_llm_config_absent_and_huge);
     RUN(test_llm_windows);
+    RUN(test_llm_silent_keys);
+    RUN(test_llm_dynamic_rope);
     RUN(test_llm_moe_layers);
     RUN(test_llm_published_configs);
     RUN(test_llm_reference_llama4);
