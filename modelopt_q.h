@@ -11184,7 +11184,7 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
    No result depends on where runs begin. */
 static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t workers)
 {
-    int64_t tile = MOQI_TILE_ROWS, most = m < 16 ? 64 : MOQI_WAY_ROWS;
+    int64_t tile = MOQI_TILE_ROWS, most = m > 1 && m < 16 ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
     if (!moqi_way_for(p, m)) return tile;
     for (tile *= 2; tile < most && p->layer.rows / (2 * tile) >= 4 * workers;) tile *= 2;
@@ -11676,16 +11676,16 @@ static int moqi_stream_pairs_512(const moqi_tiled *p) { return p->dtype == MOQ_F
 MOQI_INLINE MOQI_AVX512 void moqi_stream_convert_512(moq_dtype dtype, const uint8_t *from, __m512 *v, __m512i *most)
 {
     const __m512i high = _mm512_set1_epi32((int)0xffff0000), keep = _mm512_set1_epi16((short)0xbf80);
-    uint8_t halves[128];
+    __m512i halves[2]; /* lines of the cache */
     if (dtype == MOQ_F8_E4M3) {
         __m512i b = _mm512_loadu_si512(from);
         *most = _mm512_max_epu8(*most, _mm512_and_si512(b, _mm512_set1_epi8(0x7f)));
-        _mm512_storeu_si512(halves, _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 1), keep));
-        _mm512_storeu_si512(halves + 64, _mm512_and_si512(_mm512_srai_epi16(b, 1), keep));
+        halves[0] = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 1), keep);
+        halves[1] = _mm512_and_si512(_mm512_srai_epi16(b, 1), keep);
         __asm__("" : "+m"(halves)); /* or the compiler takes the halves out of the registers again */
     }
     MOQI_UNROLL for (int i = 0; i < 4; i++) {
-        if (dtype == MOQ_F8_E4M3) v[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(halves + i / 2 * 32 + i % 2 * 64)));
+        if (dtype == MOQ_F8_E4M3) v[i] = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)&halves[i % 2] + i / 2));
         else if (dtype == MOQ_I8) v[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * i))));
         else if (dtype == MOQ_F16) v[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * i)));
         else if (i % 2 == 0) v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from + 32 * i), 16));
@@ -13331,21 +13331,22 @@ typedef struct moqi_dot_pass {
     int64_t lds;
 } moqi_dot_pass;
 
-/* Scales of up to 4 rows for the lanes, E4M3 in groups of 16: bytes are put in order, and a conversion that loads its operand is half as many
+/* Scales of up to 4 rows, `step` apart, for the lanes, E4M3 in groups of 16: bytes are put in order, and a conversion that loads its operand is half as many
    operations. Returns 0 where a code is no number: then nothing that was stored is right. */
-MOQI_AVX512 static int moqi_dot_e4m3_512(const moqi_dot_pass *pass, int64_t row, int64_t rows)
+MOQI_AVX512 static int moqi_dot_e4m3_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int64_t step)
 {
     const moqi_tiled *p = pass->p;
     const __m256i order = _mm256_broadcastsi128_si256(_mm512_cvtepi32_epi8(_mm512_loadu_si512(pass->lane))), size = _mm256_set1_epi8(0x7f);
     const int64_t groups = p->groups - pass->first / 16, stop = groups - moqi_ceil_div(pass->end - pass->first, 16);
+    const int64_t ahead = step == 1 ? MOQI_STREAM_AHEAD / 2 : MOQI_STREAM_AHEAD / 8;
     __m256i most = _mm256_setzero_si256();
     __m512i halves;
     for (int64_t r = 0; r < rows; r++) {
-        const uint8_t *s = p->scales + moqi_stream_scale_at(p, row + r) + pass->first / 16;
+        const uint8_t *s = p->scales + moqi_stream_scale_at(p, row + r * step) + pass->first / 16;
         float *out = pass->scale + r * pass->lds;
         for (int64_t left = groups; left > stop; left -= 32, s += 32, out += 32) {
             __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)s) : _mm256_maskz_loadu_epi8(((__mmask32)1 << left) - 1, s);
-            MOQI_ASK(s + MOQI_STREAM_AHEAD / 2);
+            MOQI_ASK(s + ahead);
             most = _mm256_max_epu8(most, _mm256_and_si256(b, size));
             __m512i w = _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(b, order)); /* sign-extended: a shift puts the sign where F16 has it, and once more below */
             halves = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff));
@@ -13358,11 +13359,11 @@ MOQI_AVX512 static int moqi_dot_e4m3_512(const moqi_dot_pass *pass, int64_t row,
 }
 
 /* The same for any scales. */
-MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t row, int64_t rows)
+MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int64_t step)
 {
     const moqi_tiled *p = pass->p;
-    if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && moqi_dot_e4m3_512(pass, row, rows)) return;
-    for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
+    if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && moqi_dot_e4m3_512(pass, row, rows, step)) return;
+    for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r * step, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
 }
 
 /* acc[t] += row . x[t] over the pass for a few rows; `slots` are the digits of all rows of x, 1 to 8. Both numbers are constants where this is
@@ -13447,7 +13448,6 @@ typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t rows
 #define MOQI_DOT_ROWS(slots, digits) \
     MOQI_VNNI static void moqi_dot_##slots##_##digits(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *acc) \
     { moqi_dot_rows_512(pass, row, rows, slots, digits, acc); }
-MOQI_DOT_ROWS(1, 1)
 MOQI_DOT_ROWS(2, 1)
 MOQI_DOT_ROWS(3, 1)
 MOQI_DOT_ROWS(4, 1)
@@ -13455,11 +13455,90 @@ MOQI_DOT_ROWS(5, 1)
 MOQI_DOT_ROWS(6, 1)
 MOQI_DOT_ROWS(7, 1)
 MOQI_DOT_ROWS(8, 1)
-MOQI_DOT_ROWS(2, 2)
 MOQI_DOT_ROWS(4, 2)
 MOQI_DOT_ROWS(6, 2)
 MOQI_DOT_ROWS(8, 2)
+MOQI_DOT_ROWS(1, 1)
+MOQI_DOT_ROWS(2, 2)
 #undef MOQI_DOT_ROWS
+
+/* One row of x times rows `row`, row + step, ... (4): one row of x waits for memory, and more of it is on its way when four places are read in turn.
+   The same numbers come out. digits and nibbles are constants where this is called. */
+MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int digits, int nibbles, float *acc)
+{
+    const moqi_tiled *p = pass->p;
+    const int64_t bytes = nibbles ? 128 : 256;
+    const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
+    const __m512i low = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
+    const __m512i flip = _mm512_set1_epi8((char)-128);
+    const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * digits;
+    int64_t left = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first, next = step * p->row_bytes;
+    uint8_t edge[4][256];
+    __m512 a[4];
+#define MOQI_DOT(q, w, v) __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : "v"(v), "v"(w))
+    MOQI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm512_loadu_ps(acc + 16 * step * k);
+    for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, left -= bytes, scale += 16, x += MOQI_DOT_WORDS * digits) {
+        if (left < bytes) {
+            memset(edge, 0, sizeof edge);
+            for (int k = 0; k < 4; k++) memcpy(edge[k], src + k * next, (size_t)left);
+            src = edge[0];
+            next = 256;
+        }
+        const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 16), x2 = _mm512_loadu_si512(x + 32), x3 = _mm512_loadu_si512(x + 48);
+        const __m512i start = _mm512_loadu_si512(x + 80);
+        const __m512 by = _mm512_loadu_ps(x + 64);
+        MOQI_UNROLL for (int k = 0; k < 4; k++) {
+            const uint8_t *from = src + k * next;
+            __m512i w0, w1, w2, w3, q = start, v0 = _mm512_loadu_si512(from), v1 = _mm512_loadu_si512(from + 64);
+            MOQI_ASK(from + MOQI_STREAM_AHEAD / 2);
+            MOQI_ASK(from + MOQI_STREAM_AHEAD / 2 + 64);
+            if (nibbles) {
+                __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
+                v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
+                v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
+                w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
+                w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
+                w2 = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
+                w3 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
+            } else {
+                MOQI_ASK(from + MOQI_STREAM_AHEAD / 2 + 128);
+                MOQI_ASK(from + MOQI_STREAM_AHEAD / 2 + 192);
+                w0 = _mm512_xor_si512(v0, flip);
+                w1 = _mm512_xor_si512(v1, flip);
+                w2 = _mm512_xor_si512(_mm512_loadu_si512(from + 128), flip);
+                w3 = _mm512_xor_si512(_mm512_loadu_si512(from + 192), flip);
+            }
+            MOQI_DOT(q, w0, x0);
+            MOQI_DOT(q, w1, x1);
+            MOQI_DOT(q, w2, x2);
+            MOQI_DOT(q, w3, x3);
+            if (digits == 2) {
+                __m512i h = _mm512_loadu_si512(x + 176);
+                MOQI_DOT(h, w0, _mm512_loadu_si512(x + 96));
+                MOQI_DOT(h, w1, _mm512_loadu_si512(x + 112));
+                MOQI_DOT(h, w2, _mm512_loadu_si512(x + 128));
+                MOQI_DOT(h, w3, _mm512_loadu_si512(x + 144));
+                q = _mm512_add_epi32(q, _mm512_slli_epi32(h, 8));
+            }
+            a[k] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), by), _mm512_loadu_ps(scale + k * pass->lds), a[k]);
+        }
+    }
+    MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(acc + 16 * step * k, a[k]);
+#undef MOQI_DOT
+}
+
+/* All of some rows, a multiple of 4. */
+MOQI_VNNI static void moqi_dot_fours_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int digits, float *acc)
+{
+    const int nibbles = pass->p->form == MOQI_CODES_NIBBLES;
+    for (int64_t r = 0; r < rows / 4; r++) {
+        moqi_dot_scales_512(pass, row + r, 4, rows / 4);
+        if (digits == 1 && nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 1, 1, acc + 16 * r);
+        else if (digits == 1) moqi_dot_four_512(pass, row + r, rows / 4, 1, 0, acc + 16 * r);
+        else if (nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 2, 1, acc + 16 * r);
+        else moqi_dot_four_512(pass, row + r, rows / 4, 2, 0, acc + 16 * r);
+    }
+}
 
 static const moqi_dot_fn moqi_dot_fns[2][8] = {
     {moqi_dot_1_1, moqi_dot_2_1, moqi_dot_3_1, moqi_dot_4_1, moqi_dot_5_1, moqi_dot_6_1, moqi_dot_7_1, moqi_dot_8_1},
@@ -13494,9 +13573,10 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
             s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
-            for (int64_t r = 0, few; r < rows; r += few) {
+            if (some == 1 && rows % 4 == 0) moqi_dot_fours_512(&s, row, rows, digits, acc);
+            else for (int64_t r = 0, few; r < rows; r += few) {
                 few = moqi_min(4, rows - r);
-                moqi_dot_scales_512(&s, row + r, few);
+                moqi_dot_scales_512(&s, row + r, few, 1);
                 dot(&s, row + r, few, acc + 16 * some * r);
             }
         }
