@@ -5146,7 +5146,8 @@ static const llmi_family llmi_families[] = {
     {"gpt_oss",      LLMI_WINDOW_TYPES,  2, LLMI_SINKS | LLMI_CLAMPED, 150000.0, 1e-5, "rms_norm_eps", &llmi_names_plain, &llmi_moe_gpt_oss, NULL},
     {"deepseek_v2",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek2, llmi_defaults_deepseek2},
     {"deepseek_v3",  LLMI_WINDOW_NONE,   0, LLMI_LATENT,             10000.0,   1e-6, "rms_norm_eps", &llmi_names_plain, &llmi_moe_deepseek3, llmi_defaults_deepseek3},
-    {"nemotron_h",   LLMI_WINDOW_NONE,   0, LLMI_NO_ROPE,            10000.0,   1e-5, "layer_norm_epsilon", &llmi_names_nemotron, &llmi_moe_nemotron, llmi_defaults_nemotron}};
+    {"nemotron_h",   LLMI_WINDOW_NONE,   0, LLMI_NO_ROPE,            10000.0,   1e-5, "layer_norm_epsilon", &llmi_names_nemotron, &llmi_moe_nemotron,
+     llmi_defaults_nemotron}};
 
 /* ------------------------------------------------------------------------------------------------
    >>llm-keys        the model description; reading keys of config.json; rotary embeddings
