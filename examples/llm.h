@@ -123,7 +123,8 @@ LLM_API size_t llm_decode(const llm_tokenizer *t, const int32_t *ids, size_t cou
 
 /* Roles are "system", "user", "assistant", "tool", and what else the template has a place for. The first messages may be settings
    instead: "date", for templates that write the current one, in their own format ("2025-06-30" for gpt-oss, "30 Jun 2025" for Llama 3);
-   "thinking" with "on", "off", "low", "medium" or "high", for templates that know such a switch (Qwen3, DeepSeek-V3.1, gpt-oss).
+   "thinking" with "on", "off", "low", "medium" or "high", for templates that know such a switch (Qwen3, SmolLM3, Nemotron 3,
+   DeepSeek-V3.1, gpt-oss).
    Descriptions of tools belong into the system text, written as the model's maker shows it. */
 typedef struct llm_message {
     const char *role;
@@ -148,8 +149,8 @@ typedef struct llm_bias {
 } llm_bias;
 
 /* In the order in which they apply: repetition_penalty, presence and frequency, bias; then unless greedy temperature, top_k, top_p,
-   min_p, typical_p, each on what the one before left, renormalized. One random number per token, drawn from the seed by our own
-   generator: equal logits give equal tokens on every machine, with any number of threads and any backend. */
+   min_p, typical_p, each on what the one before left, renormalized. One random number per token (one more for each that a grammar
+   refuses), drawn from the seed by our own generator: equal logits give equal tokens on every machine, with any number of threads and any backend. */
 typedef struct llm_sampling {
     float temperature;  /* 0: greedy */
     int32_t top_k;      /* the k likeliest; 0: off */
@@ -3875,6 +3876,15 @@ static void llmi_check_rows(llmi_reader *rd, const moq_checkpoint *ck)
                         t->tokens[t->count - 1].text ? t->tokens[t->count - 1].text : "", (int)(t->count - 1), (long long)rows);
 }
 
+/* What to do about a tokenizer that was refused, where the sentence does not say it yet. */
+static void llmi_advise(moq_error *err)
+{
+    const char *advice = !err || strchr(err->text, ';') ? "" : err->code == MOQ_E_TOKENIZER ? "; copy the file again, or save it anew with the model's own tokenizer" :
+                         err->code == MOQ_E_UNSUPPORTED ? "; encode elsewhere and run ids, with llm_desc.no_tokenizer" : "";
+    size_t n = strlen(advice), m = err ? strlen(err->text) : 0;
+    if (n && m + n < sizeof err->text) memcpy(err->text + m, advice, n + 1);
+}
+
 LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *err)
 {
     if (!ck) {
@@ -3898,6 +3908,7 @@ LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *e
     if (doc) llmi_check_rows(&rd, ck);
     moq_json_destroy(doc);
     if (doc && rd.code >= 0) return t;
+    llmi_advise(err);
     llm_tokenizer_close(t);
     return NULL;
 }
@@ -4733,12 +4744,14 @@ static moq_result llmi_check_messages(const llmi_frame *f, const llm_message *m,
         if (leads) continue;
         const llmi_around *a = llmi_find_around(f, m[i].role);
         if (f->tools.open && strcmp(m[i].role, "tool") == 0 && f->tools.later && i == first)
-            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for a tool's answer before a user's or model's turn");
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
+                                "this model's frame has no place for a tool's answer before a turn of the user or the model; say something first");
         if (f->tools.open && strcmp(m[i].role, "tool") == 0) { turn++; continue; }
         if (f->last && a == &f->assistant && (strstr(m[i].text, "<|channel|>analysis<|message|>") || strstr(m[i].text, "<|channel|>final<|message|>")))
             return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "message %llu holds channel marks; give only the final text of an answer", (unsigned long long)i);
         if ((system && (f->where_system == LLMI_SYSTEM_NONE || f->alternate)) || !a->before)
-            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's frame has no place for the role '%q' (message %llu)",
+            return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
+                                "this model's frame has no place for the role '%q' (message %llu); put its text into a turn of the user",
                             m[i].role, (unsigned long long)i);
         if (f->alternate && a != (turn % 2 ? &f->assistant : &f->user))
             return moq_fail(err, MOQ_E_TEMPLATE, "chat_template", "this model's roles must alternate user, assistant, ...; message %llu is '%q'",
@@ -6467,7 +6480,7 @@ static moq_result llmi_find(const llmi_model *m, const char *name, llmi_shape s,
     }
     if (out->rows == s.rows && out->cols == s.cols) return MOQ_OK;
     return moq_fail(err, MOQ_E_MISMATCH, out->tensor ? out->tensor : name,
-                    "the layer has shape [%lld, %lld], but %s and %s of config.json ask for [%lld, %lld]", (long long)out->rows,
+                    "the layer has shape [%lld, %lld], but %s and %s of config.json ask for [%lld, %lld]; take both files from one model", (long long)out->rows,
                     (long long)out->cols, s.rows_key, s.cols_key, (long long)s.rows, (long long)s.cols);
 }
 
@@ -6550,10 +6563,12 @@ static moq_result llmi_cut_vocab(const llmi_model *m, moq_linear *w, moq_error *
     moq_error finding;
     const char *name = w->tensor ? w->tensor : w->name;
     if (w->cols != m->c.hidden)
-        return moq_fail(err, MOQ_E_MISMATCH, name, "the table has %lld columns, hidden_size of config.json is %d", (long long)w->cols, m->c.hidden);
+        return moq_fail(err, MOQ_E_MISMATCH, name,
+                            "the table has %lld columns, hidden_size of config.json is %d; take both files from one model", (long long)w->cols, m->c.hidden);
     if (w->rows == m->c.vocab) return MOQ_OK;
     if (w->rows < m->c.vocab)
-        return moq_fail(err, MOQ_E_MISMATCH, name, "the table has %lld rows, vocab_size of config.json is %d", (long long)w->rows, m->c.vocab);
+        return moq_fail(err, MOQ_E_MISMATCH, name,
+                            "the table has %lld rows, vocab_size of config.json is %d; take both files from one model", (long long)w->rows, m->c.vocab);
     moq_fail(&finding, MOQ_E_MISMATCH, name, "the table has %lld rows, vocab_size of config.json is %d; the rest is not used",
              (long long)w->rows, m->c.vocab);
     llmi_tell(m, &finding);
@@ -6962,7 +6977,8 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     if (code >= 0) code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->down)), down, &stack[1], err);
     if (code < 0) return code;
     if (stack[0].experts != c->experts || stack[1].experts != c->experts)
-        return moq_fail(err, MOQ_E_MISMATCH, name, "stacks of %d and %d experts, %s of config.json is %d", stack[0].experts, stack[1].experts,
+        return moq_fail(err, MOQ_E_MISMATCH, name,
+                            "stacks of %d and %d experts, %s of config.json is %d; take both files from one model", stack[0].experts, stack[1].experts,
                         n->count_key, c->experts);
     /* slices are views: nothing is copied, whatever the storage (BF16 [in, out], MXFP4 blocks, NVFP4 [in / 2, out]) */
     for (int32_t e = 0; e < c->experts; e++) {
@@ -7082,7 +7098,7 @@ static moq_result llmi_check_layer(const llmi_model *m, int32_t layer, const llm
     if (l->feed == LLMI_FEED_EXPERTS && m->c.shared_inter && !be->add) lacks = "add";
     if (!lacks) return MOQ_OK;
     return moq_fail(err, MOQ_E_UNSUPPORTED, llmi_name(m, name, layer, l->mix ? m->c.family->names->mix : m->c.family->names->feed),
-                    "backend %s has no '%s', which this layer needs", be->name, lacks);
+                    "backend %s has no '%s', which this layer needs; use the CPU backend", be->name, lacks);
 }
 
 /* The norms around a block. */
@@ -7106,7 +7122,8 @@ static moq_result llmi_prepare_feed(llmi_model *m, int32_t layer, llmi_layer *l,
     /* Mixtures may be dense in some layers: then the plain names are used. */
     /* a router without experts means that the key is wrong, not that the layer is dense */
     if (n && !c->experts && moq_has_linear(m->ck, llmi_name(m, name, layer, n->router)))
-        return llmi_in_file("config.json", moq_fail(err, MOQ_E_CONFIG, n->count_key, "0 experts, but the folder has the router '%q'", name), err);
+        return llmi_in_file("config.json", moq_fail(err, MOQ_E_CONFIG, n->count_key,
+                            "0 experts, but the folder has the router '%q'; take config.json and weights from one model", name), err);
     return llmi_prepare_mlp(m, layer, names->feed, c->inter, l, err);
 }
 
@@ -7196,7 +7213,7 @@ static moq_result llmi_check_backend(const llmi_model *m, moq_error *err)
 #define LLMI_X(entry) if (!be->entry) lacks = #entry;
     LLMI_ENTRIES(LLMI_X)
 #undef LLMI_X
-    return lacks ? moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which the model needs", lacks) : MOQ_OK;
+    return lacks ? moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which the model needs; use the CPU backend", lacks) : MOQ_OK;
 }
 
 /* Frequencies are computed in double and rounded once; the backend makes cos and sin for every chunk from them. */
@@ -8587,7 +8604,8 @@ static moq_result llmi_g_finish(llm_grammar *g, const char *where, int32_t *recu
         return moq_fail(err, MOQ_E_LIMIT, where, "its rules lead to each other in too many and too long ways; give it fewer rules");
     if (*recursive >= 0) return MOQ_E_GRAMMAR; /* the caller knows its name */
     if (g->near[g->rules[g->root].start] >= LLMI_FAR)
-        return moq_fail(err, MOQ_E_GRAMMAR, where, "no finite text satisfies it: what it requires contains itself again without end");
+        return moq_fail(err, MOQ_E_GRAMMAR, where,
+                            "no finite text satisfies it: what it requires contains itself again without end; let one of its parts be left out or empty");
     return MOQ_OK;
 }
 
@@ -8921,14 +8939,16 @@ static void llmi_gbnf_read(llmi_gbnf *b)
         if (b->code >= 0 && b->s < b->end && *b->s != '\n') llmi_gbnf_fail(b, "a ) without (");
         if (b->code >= 0 && b->names.count != known) {
             const int32_t *e = b->names.data + known;
-            b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d uses the rule '%.*s', which is not defined", (int)e[2], (int)e[1], b->text + e[0]);
+            b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar",
+                                "line %d uses the rule '%.*s', which is not defined; add it, or correct its name", (int)e[2], (int)e[1], b->text + e[0]);
         }
     }
     for (size_t i = 0; i < g->state_count && b->code >= 0; i++) { /* "::=" in a literal looks like a definition, so uses are checked too */
         const llmi_gstate *s = &g->states[i];
         const int32_t *e = s->kind == LLMI_G_CALL && (size_t)s->other < known / LLMI_GBNF_RULE ? b->names.data + s->other * LLMI_GBNF_RULE : NULL;
         if (e && !e[3])
-            b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d uses the rule '%.*s', which is not defined", (int)e[2], (int)e[1], b->text + e[0]);
+            b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar",
+                                "line %d uses the rule '%.*s', which is not defined; add it, or correct its name", (int)e[2], (int)e[1], b->text + e[0]);
     }
     g->root = -1;
     for (size_t i = 0; i < b->names.count; i += LLMI_GBNF_RULE)
@@ -9555,10 +9575,11 @@ static void llmi_schema_add(llmi_schema *c, llmi_view *v, const moq_json *node)
     if (node->type != MOQ_JSON_OBJECT) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "is no schema; a schema is an object, true or false"); return; }
     for (int32_t i = 0; i < v->count; i++) {
         if (v->part[i].node != node) continue;
-        if (v->part[i].taken) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "refers to itself without anything in between"); /* also through a branch */
+        if (v->part[i].taken) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node,
+                            "refers to itself without anything in between; put it into properties or items"); /* also through a branch */
         return;
     }
-    if (v->count == LLMI_MOST_PARTS) { LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "more than %d schemas apply to one value", LLMI_MOST_PARTS); return; }
+    if (v->count == LLMI_MOST_PARTS) { LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "more than %d schemas apply to one value; write them as one", LLMI_MOST_PARTS); return; }
     llmi_schema_check(c, node);
     int32_t at = v->count++;
     v->part[at].node = node;
@@ -9754,7 +9775,7 @@ static int llmi_schema_holds(llmi_schema *c, const moq_json *node, const moq_jso
     const moq_json *e = NULL, *ref, *all, *any, *one;
     int found = 0;
     if (node->type != MOQ_JSON_OBJECT) return node->type == MOQ_JSON_TRUE;
-    if (++c->depth > 200) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "is nested too deeply to check the values of enum");
+    if (++c->depth > 200) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, node, "is nested too deeply to check the values of enum; nest it less, or leave enum out");
     if (c->code < 0) { c->depth--; return 0; }
     ref = moq_json_find(node, "$ref");
     ref = moq_json_string(ref) ? llmi_schema_resolve(c, ref->text) : NULL;
@@ -10276,7 +10297,8 @@ static int32_t llmi_schema_object(llmi_schema *c, const llmi_view *v, int32_t ne
                           "%d members are required and %d possible, which does not fit minProperties and maxProperties", (int)required, (int)possible);
         return -1;
     }
-    if (is_open && least - possible > 50) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, llmi_schema_first(v, "minProperties"), "more than 50 members with free names");
+    if (is_open && least - possible > 50) LLMI_SCHEMA_REFUSE(c, MOQ_E_LIMIT, llmi_schema_first(v, "minProperties"),
+                        "more than 50 members with free names; declare them in properties, or use an array");
     if ((int64_t)(wide + 1) * count > LLMI_G_MOST_STATES) g->failed = 2;
     int32_t *at = (int32_t *)llmi_take(&c->r, (size_t)wide + 1, sizeof *at);
     if (!at) { llmi_schema_nomem(c); return -1; }
@@ -10397,7 +10419,8 @@ static int32_t llmi_schema_build(llmi_schema *c, const llmi_view *v, int32_t nex
     int32_t made, s = -1;
     const moq_json *values = llmi_view_values(v);
     if (v->nothing) {
-        if (c->never.code == MOQ_OK) moq_fail(&c->never, MOQ_E_GRAMMAR, llmi_schema_where(c, v->nothing), "the schema false allows nothing");
+        if (c->never.code == MOQ_OK) moq_fail(&c->never, MOQ_E_GRAMMAR, llmi_schema_where(c, v->nothing),
+                            "the schema false allows nothing; leave it out, or say what is allowed");
         return -1;
     }
     if (values) return llmi_schema_values(c, v, values, next);
@@ -10458,7 +10481,7 @@ static moq_result llmi_schema_compile(llm_grammar *g, const char *text, size_t b
         const llmi_job *j = c->first;
         while (j && j->rule != recursive) j = j->next;
         const moq_json *at = j && j->view.count ? j->view.part[j->view.count - 1].node : c->root;
-        moq_fail(err, MOQ_E_GRAMMAR, llmi_schema_where(c, at), "leads to itself through anyOf or oneOf without anything in between");
+        moq_fail(err, MOQ_E_GRAMMAR, llmi_schema_where(c, at), "leads to itself through anyOf or oneOf without anything in between; put it into properties or items");
     } else if (c->code == MOQ_E_GRAMMAR && c->never.code < 0 && err && c->wrong.code == MOQ_OK) {
         *err = c->never;
     }
@@ -11535,7 +11558,7 @@ static llmi_guide *llmi_guide_make(const llm_grammar *grammar, const llmi_lexico
     if (g->near && g->path && g->bits && g->allowed) {
         llmi_guide_measure(g);
         if (g->near[grammar->rules[grammar->root].start] < LLMI_FAR) llmi_guide_clear(g);
-        else moq_fail(err, MOQ_E_GRAMMAR, "grammar", "the vocabulary has no tokens for bytes that every text of the grammar needs");
+        else moq_fail(err, MOQ_E_GRAMMAR, "grammar", "the vocabulary has no tokens for bytes that every text of the grammar needs; use another model, or other words");
         if (g->start >= 0 && !g->failed && g->nodes.count) return g;
     }
     if (!g->near || !g->path || !g->bits || !g->allowed || g->failed) llmi_nomem(err, "grammar");
@@ -12035,7 +12058,8 @@ static moq_result llmi_start_saying(llm *m, int mode)
     llmi_settle(m->house, m);
     llmi_no_error(&m->kept);
     LLMI_FLAG_SET(&m->cancel, 0);
-    if (!m->tokenizer) return moq_fail(&m->kept, MOQ_E_STATE, "llm_desc.no_tokenizer", "text cannot be said to a model opened without its tokenizer");
+    if (!m->tokenizer) return moq_fail(&m->kept, MOQ_E_STATE, "llm_desc.no_tokenizer",
+                        "text cannot be said to a model opened without its tokenizer; open it with one, or run ids with llm_forward");
     if (m->mode != LLMI_MODE_NONE && m->mode != mode)
         return moq_fail(&m->kept, MOQ_E_STATE, "conversation", "framed turns and raw text do not mix; call llm_reset between them");
     r = llmi_keep_answer(m);
@@ -12374,7 +12398,8 @@ LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tok
     if (!m) return moq_fail(err, MOQ_E_ARG, "llm_set_grammar", "the model is NULL");
     if (max_tokens < 0) return moq_fail(err, MOQ_E_ARG, "llm_set_grammar", "max_tokens is %d; 0 is the default", max_tokens);
     if (m->phase > LLMI_BEGIN) return moq_fail(err, MOQ_E_STATE, "llm_set_grammar", "an answer is being written; wait for its end, cancel it or reset");
-    if (g && !m->tokenizer) return moq_fail(err, MOQ_E_STATE, "llm_set_grammar", "the model was opened without a tokenizer, so its tokens have no text");
+    if (g && !m->tokenizer) return moq_fail(err, MOQ_E_STATE, "llm_set_grammar",
+                        "the model was opened without a tokenizer, so its tokens have no text; open it with one");
     if (g && !m->house->lexicon && !(m->house->lexicon = llmi_lexicon_make(m->tokenizer, &m->house->a))) return llmi_nomem(err, "grammar");
     if (g && m->guide && m->guide->g == g) {
         guide = m->guide;
@@ -12456,7 +12481,8 @@ LLM_API moq_result llm_set_draft(llm *m, llm *draft, int32_t tokens, moq_error *
         return moq_fail(err, MOQ_E_ARG, "llm_set_draft", "%d tokens are outside 0..%d; llm_desc.draft reserves room for them", tokens, m->house->desc.draft);
     if (draft && draft->house == m->house) return moq_fail(err, MOQ_E_ARG, "llm_set_draft", "a model cannot draft for itself; open a smaller one");
     if (draft && draft->model->stateful)
-        return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_set_draft", "the running state of a '%s' cannot go back over a wrong guess", draft->model->c.family->model_type);
+        return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_set_draft",
+                            "the running state of a '%s' cannot go back over a wrong guess; draft with a model without one", draft->model->c.family->model_type);
     if (draft && draft->model->c.vocab != m->model->c.vocab)
         return moq_fail(err, MOQ_E_MISMATCH, "llm_set_draft", "the draft model has %d tokens, this one %d; both need the same tokenizer", draft->model->c.vocab,
                         m->model->c.vocab);
@@ -12975,7 +13001,7 @@ static moq_result llmi_check_state(const llm *m, int copies, moq_error *err)
         if (l->ssm && copies && !be->ssm_copy) lacks = "ssm_copy";
         if (l->kv && !copies && (!be->kv_read || !be->kv_write)) lacks = "kv_read";
         if (l->ssm && !copies && (!be->ssm_read || !be->ssm_write)) lacks = "ssm_read";
-        if (lacks) return moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which forking and saving need", lacks);
+        if (lacks) return moq_fail(err, MOQ_E_UNSUPPORTED, be->name, "this backend has no '%s', which forking and saving need; use the CPU backend", lacks);
     }
     return MOQ_OK;
 }
@@ -13029,7 +13055,7 @@ static moq_result llmi_check_header(const llm *m, const uint8_t *p, size_t bytes
     if (llmi_get_u64(p + 24) != llmi_hash((const char *)p + LLMI_STATE_HEADER, bytes - LLMI_STATE_HEADER))
         return moq_fail(err, MOQ_E_MISMATCH, "state", "its bytes do not agree with its checksum; the file is damaged");
     if (llmi_get_u64(p + 32) != llmi_fingerprint(m))
-        return moq_fail(err, MOQ_E_STATE, "state", "it was saved by another model, another KV format or another kind of backend than this '%s' on %s",
+        return moq_fail(err, MOQ_E_STATE, "state", "it was saved by another model, another KV format or another kind of backend than this '%s' on %s; save it anew",
                         m->model->c.family->model_type, m->model->be->name);
     return MOQ_OK;
 }
@@ -13083,12 +13109,13 @@ static moq_result llmi_parse_saved(const llm *m, const uint8_t *p, size_t bytes,
     s->logits = llmi_next_array(&at, &left, s->v[9] ? (uint64_t)m->model->c.vocab : 0, sizeof(float));
     s->cache = at;
     if (!s->ids || !s->turns || !s->words || !s->text || !s->raw || !s->piece || !s->stops || !s->tokens || !s->logits)
-        return moq_fail(err, MOQ_E_TRUNCATED, "state", "its arrays are longer than the state itself");
+        return moq_fail(err, MOQ_E_TRUNCATED, "state", "its arrays are longer than the state itself; save it anew");
     if ((r = llmi_check_numbers(m, s, err)) < 0) return r;
     for (int32_t i = 0; i < m->model->c.layers && s->v[3] > 0; i++) {
         cache += llmi_cache_bytes(m, &m->model->layers[i], (size_t)s->v[3]);
     }
-    return cache == left ? MOQ_OK : moq_fail(err, MOQ_E_STATE, "state", "%zu bytes of cache, this model needs %zu", left, cache);
+    return cache == left ? MOQ_OK : moq_fail(err, MOQ_E_STATE, "state",
+                        "%zu bytes of cache, this model needs %zu; save it anew with this model and KV format", left, cache);
 }
 
 /* Nothing can fail any more but memory, and that is asked for first. */
