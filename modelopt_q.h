@@ -9619,8 +9619,6 @@ MOQ_API moq_result moq_verify(const moq_checkpoint *ck, uint32_t flags, moq_find
     return v.first.code;
 }
 
-MOQI_COLD_END
-
 /* ------------------------------------------------------------------------------------------------
    >>layout          where a code lies; slices of layers; the tiling of block scales; Marlin's tiling
    Pure functions over moq_linear: no memory, no errors but the checks of slices. The only place that walks packed codes.
@@ -9725,6 +9723,8 @@ MOQ_API moq_result moq_slice_expert(const moq_linear *in, int32_t expert, moq_li
     out->expert_codes = out->expert_scales = out->expert_bias = 0;
     return MOQ_OK;
 }
+
+MOQI_COLD_END
 
 /* ---- codes ---- */
 
@@ -11335,6 +11335,8 @@ static void moqi_feed(const moqi_tiled *p, int64_t m, int64_t i, const float *x,
 
 /* ---- preparing one layer: which bytes can be used as they lie, which are repacked ---- */
 
+MOQI_COLD_BEGIN
+
 /* Integer element types, in whatever container they are stored. */
 static int moqi_is_int(moq_dtype t) { return t == MOQ_I8 || (t >= MOQ_I2 && t <= MOQ_I7); }
 
@@ -11407,6 +11409,8 @@ static moq_result moqi_order_columns(moqi_tiled *p, moqi_arena *r, int32_t **whe
 /* Arguments of moqi_repack_rows. where: new place of each column, NULL: unchanged. */
 typedef struct moqi_repack { moqi_tiled *part; uint8_t *out; const int32_t *where; } moqi_repack;
 
+MOQI_COLD_END
+
 /* 16 rows of codes into contiguous rows: nibbles, bytes, or wider elements copied. */
 static void moqi_repack_rows(void *arg, int index, int worker)
 {
@@ -11432,6 +11436,8 @@ static void moqi_repack_rows(void *arg, int index, int worker)
         }
     }
 }
+
+MOQI_COLD_BEGIN
 
 /* Scales as they lie when a row's groups are neighbours, else gathered as F32. 0: groups that tiles cannot follow. */
 static int moqi_choose_groups(moqi_tiled *p)
@@ -11484,6 +11490,8 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
     p->scale_step = p->group_rows = 1;
     return MOQ_OK;
 }
+
+MOQI_COLD_END
 
 /* ------------------------------------------------------------------------------------------------
    >>stream          rows of 4, 8 or 16 bits times a few inputs, for AVX-512
@@ -15410,6 +15418,8 @@ static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[
 };
 enum { MOQI_KERNEL_SETS = (int)(sizeof moqi_kernel_sets / sizeof moqi_kernel_sets[0]) };
 
+MOQI_COLD_BEGIN
+
 /* The sets that this machine can run -> their number. Asking the processor takes microseconds (a virtual machine traps it), so this
    runs once for each backend. */
 static int moqi_list_kernels(const moqi_kernels *found[MOQI_KERNEL_SETS])
@@ -15445,6 +15455,8 @@ static void moqi_choose_ways(moqi_tiled *p)
         p->from[at] = from;
     }
 }
+
+MOQI_COLD_END
 
 #if defined(__clang__)
 #pragma clang diagnostic pop
@@ -15546,6 +15558,8 @@ static void moqi_carve_all(moqi_cpu *c, moqi_carver *v)
     c->begin = (int32_t *)moqi_carve(v, 1, n->experts + 1, 4);
     c->jobs = (moqi_job *)moqi_carve(v, 2, n->jobs, sizeof *c->jobs);
 }
+
+MOQI_COLD_BEGIN
 
 /* Room for `need` and `rows` on top of what there is; nothing changes on failure. */
 static moq_result moqi_grow(moqi_cpu *c, const moqi_need *need, int32_t rows, moq_error *err)
@@ -15857,6 +15871,8 @@ static size_t moqi_cpu_weight_bytes(const moq_backend *be, const moq_weight *wei
 
 /* One parallel run over the tiles of several products. */
 typedef struct moqi_launch { const moqi_cpu *c; const moqi_job *jobs; int64_t count; } moqi_launch;
+
+MOQI_COLD_END
 
 /* One tile of rows of one job: bias, then the weights, then the low-rank branch. */
 static void moqi_product_task(void *arg, int index, int worker)
@@ -16391,6 +16407,8 @@ typedef struct moqi_experts {
     int shares;                 /* gate and up of every expert read the same inputs */
 } moqi_experts;
 
+MOQI_COLD_BEGIN
+
 /* What is wrong with the description itself. */
 static moq_result moqi_check_moe(const moq_moe *m, moq_error *err)
 {
@@ -16496,6 +16514,8 @@ typedef struct moqi_pass {
     const float *x, *logits;    /* [rows, cols], [rows, experts] */
     float *y;                   /* [rows, out] */
 } moqi_pass;
+
+MOQI_COLD_END
 
 /* One row of logits -> index, weight [top_k]. */
 static void moqi_route_task(void *arg, int row, int worker)
@@ -16628,6 +16648,8 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
    Keys and values are stored packed in the cache's format and unpacked when they are read: FP8 takes a quarter of F32, NVFP4 a seventh.
    Memory is [slot][kv head][position] rows, so one head's history is one run of bytes, and copying a range is one memmove a head. */
 
+MOQI_COLD_BEGIN
+
 /* Shapes and bytes of a cache; `err` names what is impossible. */
 static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t bytes[2], moq_error *err)
 {
@@ -16716,6 +16738,8 @@ static size_t moqi_cpu_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
     size_t values = (size_t)desc->kv_heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     return ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
 }
+
+MOQI_COLD_END
 
 /* Rows outside of the cache are ignored: they can only come from a caller's mistake. */
 static int moqi_kv_holds(const moqi_cache *c, const moq_batch *b, int64_t row)
@@ -16956,6 +16980,8 @@ static void moqi_cpu_argmax(moq_backend *be, const void *x, int32_t rows, int32_
 
 /* ---- memory ---- */
 
+MOQI_COLD_BEGIN
+
 /* The size stands in front of the block: release gets it back. */
 static void *moqi_cpu_alloc(moq_backend *be, size_t bytes, moq_error *err)
 {
@@ -17075,6 +17101,8 @@ MOQ_API void moq_backend_destroy(moq_backend *be)
 }
 
 /* Quantizing, calibrating and exporting are compiled on request: programs that only run models need none of it. */
+MOQI_COLD_END
+
 #ifdef MOQ_QUANTIZE
 
 /* ------------------------------------------------------------------------------------------------
