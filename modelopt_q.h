@@ -6263,7 +6263,7 @@ static int moqi_rules_exclude(const moqi_rules *s, const char *name, size_t byte
    ------------------------------------------------------------------------------------------------ */
 
 /* How a compressed-tensors group stores its weights. */
-enum { MOQI_CT_NONE = 0, MOQI_CT_PACK, MOQI_CT_NVFP4, MOQI_CT_MXFP4, MOQI_CT_MXFP8, MOQI_CT_FLOAT, MOQI_CT_INT, MOQI_CT_NAIVE, MOQI_CT_DENSE };
+enum { MOQI_CT_NONE = 0, MOQI_CT_PACK, MOQI_CT_NVFP4, MOQI_CT_MXFP4, MOQI_CT_MXFP6, MOQI_CT_MXFP8, MOQI_CT_FLOAT, MOQI_CT_INT, MOQI_CT_NAIVE, MOQI_CT_DENSE };
 
 /* Sources of the rules below: the exporter writes hf_quant_config.json (settings nested under "quantization") and a converted, flat copy
    in config.json that has lost group sizes of most algorithms. Only quant_algo, kv_cache_*, group_size, exclude_modules / ignore and
@@ -6678,8 +6678,8 @@ static void moqi_compare_blocks(const moqi_quant_read *c, const moq_json *block)
 /* ---- compressed-tensors ---- */
 
 static const char *const moqi_ct_formats[] = { /* by MOQI_CT_... */
-    "", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "float-quantized", "int-quantized",
-    "naive-quantized", "dense"};
+    "", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized", "float-quantized",
+    "int-quantized", "naive-quantized", "dense"};
 
 /* The library's presets: a group named so is a list of targets. */
 #define MOQI_CT_MX_IN(elem) {elem, 1, 32, MOQ_F8_E8M0, 0, 1, 0, MOQ_RULE_E8M0_ROUND}
@@ -6688,6 +6688,8 @@ static const struct { const char *name; int format; moq_coding weight, input; } 
     {"NVFP4A16", MOQI_CT_NVFP4, MOQI_NVFP4, MOQI_WIDE},
     {"MXFP4", MOQI_CT_MXFP4, MOQI_MX(MOQ_F4), MOQI_CT_MX_IN(MOQ_F4)},
     {"MXFP4A16", MOQI_CT_MXFP4, MOQI_MX(MOQ_F4), MOQI_WIDE},
+    {"MXFP6A16", MOQI_CT_MXFP6, MOQI_MX(MOQ_F6_E2M3), MOQI_WIDE},
+    {"MXFP6A8", MOQI_CT_MXFP6, MOQI_MX(MOQ_F6_E2M3), MOQI_CT_MX_IN(MOQ_F8_E4M3)},
     {"MXFP8", MOQI_CT_MXFP8, MOQI_MX(MOQ_F8_E4M3), MOQI_CT_MX_IN(MOQ_F8_E4M3)},
     {"MXFP8A16", MOQI_CT_MXFP8, MOQI_MX(MOQ_F8_E4M3), MOQI_WIDE},
     {"W8A16", MOQI_CT_PACK, MOQI_ROW(MOQ_I8), MOQI_WIDE},
@@ -6703,7 +6705,7 @@ static const struct { const char *name; int format; moq_coding weight, input; } 
 };
 
 /* What a group's arguments become:
-     type int, num_bits 2..8    elem I2..I8                    type float, num_bits 4, 8   elem F4, F8_E4M3
+     type int, num_bits 2..8    elem I2..I8                    type float, num_bits 4, 6, 8 elem F4, F6_E2M3, F8_E4M3
      strategy tensor            one scale in all: ALL x ALL    channel, token              one a row: 1 x ALL
      group                      1 x group_size                 tensor_group                the same, and a global scale
      block                      block_structure rows x cols    none given                  group_size > 0: group, -1: channel, else tensor
@@ -6772,11 +6774,11 @@ static moq_result moqi_ct_args(const moqi_quant_read *c, const moq_json *a, int 
         (r = moqi_get_bool(c, a, "symmetric", 1, &symmetric)) != MOQ_OK || (r = moqi_get_string(c, a, "scale_dtype", &scale)) != MOQ_OK ||
         (r = moqi_ct_strategy(c, a, input, out)) != MOQ_OK)
         return r;
-    if (moqi_same(type, "float")) out->elem = bits == 8 ? MOQ_F8_E4M3 : bits == 4 ? MOQ_F4 : MOQ_NONE;
+    if (moqi_same(type, "float")) out->elem = bits == 8 ? MOQ_F8_E4M3 : bits == 6 ? MOQ_F6_E2M3 : bits == 4 ? MOQ_F4 : MOQ_NONE;
     else if (!type[0] || moqi_same(type, "int")) out->elem = bits <= 8 ? ints[bits] : MOQ_NONE;
     if (out->elem == MOQ_NONE)
         return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", key, -1),
-                         "%d-bit '%q' is not supported; int of 2 to 8 bits and float of 4 or 8 are", bits, type);
+                         "%d-bit '%q' is not supported; int of 2 to 8 bits and float of 4, 6 or 8 are", bits, type);
     int local = d && moq_json_is(d, "local");
     if (d && !local && !moq_json_bool(d, &dynamic)) return moqi_bad_key(c, MOQ_E_CONFIG, "dynamic", "true, false or \"local\" is expected");
     if (local && !out->has_global) return moqi_bad_key(c, MOQ_E_CONFIG, "dynamic", "\"local\" needs the strategy tensor_group");
@@ -6784,7 +6786,7 @@ static moq_result moqi_ct_args(const moqi_quant_read *c, const moq_json *a, int 
     if (input && out->group_rows == 1 && !dynamic && !local)
         return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "dynamic", "inputs with a static scale per token or group are not supported");
     if (input && out->has_global && !local) return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "dynamic", "inputs with tensor_group must be \"local\"");
-    if (!symmetric && (out->elem == MOQ_F4 || out->elem == MOQ_F8_E4M3))
+    if (!symmetric && (out->elem == MOQ_F4 || out->elem == MOQ_F6_E2M3 || out->elem == MOQ_F8_E4M3))
         return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "symmetric", "asymmetric float is not supported");
     out->dynamic = (uint8_t)(dynamic || local);
     out->zero_point = (uint8_t)!symmetric;
@@ -6806,6 +6808,7 @@ static moq_result moqi_ct_format(const moqi_quant_read *c, const moq_json *block
     if (name[0] && !moqi_same(name, "mixed-precision"))
         return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "format", -1), "'%q' is not supported; known are %s", name, known);
     if (e == MOQ_F4) *out = a->weight.has_global ? MOQI_CT_NVFP4 : MOQI_CT_MXFP4;
+    else if (e == MOQ_F6_E2M3) *out = MOQI_CT_MXFP6;
     else if (e == MOQ_F8_E4M3) *out = a->weight.scale == MOQ_F8_E8M0 ? MOQI_CT_MXFP8 : MOQI_CT_FLOAT;
     else *out = a->input.elem == MOQ_NONE ? MOQI_CT_PACK : MOQI_CT_INT;
     return MOQ_OK;
@@ -6814,7 +6817,7 @@ static moq_result moqi_ct_format(const moqi_quant_read *c, const moq_json *block
 /* What follows from the codings and the format. MX inputs use this library's own rounding of scales. */
 static void moqi_ct_finish(moqi_claim *a, int format, int old_packing)
 {
-    int mx = format == MOQI_CT_MXFP4 || format == MOQI_CT_MXFP8;
+    int mx = format == MOQI_CT_MXFP4 || format == MOQI_CT_MXFP6 || format == MOQI_CT_MXFP8;
     a->known = 1;
     a->algo = "";
     a->packed_format = format;
@@ -7617,6 +7620,22 @@ static moq_result moqi_bad_block_rows(const moqi_binder *b, const moq_tensor *sc
     return moqi_bad_shape(b, scale, want, swizzled ? "padded to 128 rows: an engine layout, not a ModelOpt export" : "a scale for each row and group of columns");
 }
 
+/* ModelOpt does not turn the stacks of W4A8_NVFP4_FP8 before it packs them: codes [E, cols, rows/2], scales [E, cols, rows/group], pairs and
+   groups along the last dimension, which is the rows. */
+static moq_result moqi_bind_nvfp4_turned(moqi_binder *b, const moq_tensor *scale, int64_t groups)
+{
+    int64_t rows = b->b * 2;
+    int32_t g;
+    const moq_tensor *t = moqi_part(b, "weight_scale_2");
+    moq_result r = moqi_group_size(b, scale, rows, groups, 16, &g);
+    if (r < 0) return r;
+    if (!t) return moqi_missing(b, "weight_scale_2");
+    moqi_put_codes(b, MOQ_F4, rows, b->a, moqi_make_packing(4, 8, 1, 1, b->b));
+    moqi_put_scales(b, scale, MOQ_F8_E4M3, g, 1, 1, groups);
+    b->w->scheme.weight.has_global = 1;
+    return moqi_scalar(b, t, 1, &b->w->global_mul, &b->w->expert_global);
+}
+
 /* NVFP4: E2M1 nibbles, the even column low, with an E4M3 scale for a group of columns and one F32 scale over all.
        codes [rows, cols/2], scale [rows, cols/group]: W = e2m1 * scale * weight_scale_2, or / weight_global_scale
    A stack of experts [E, cols/2, rows] with scales [E, cols/group, rows] has the same pairs of columns, along its middle
@@ -7627,6 +7646,7 @@ static moq_result moqi_bind_nvfp4(moqi_binder *b, const moq_tensor *scale, const
     moqi_put_codes(b, MOQ_F4, rows, half * 2, moqi_make_packing(4, 8, 0, b->transposed ? 1 : half, b->transposed ? rows : 1));
     moq_result r = moqi_scale_plane(b, scale, &x, &y);
     if (r < 0) return r;
+    if (b->transposed && x == b->a && y != b->b) return moqi_bind_nvfp4_turned(b, scale, y);
     if ((b->transposed ? y : x) != rows) return moqi_bad_block_rows(b, scale, rows, half * 2, b->transposed ? y : x);
     int64_t groups = b->transposed ? x : y;
     int32_t g;
@@ -7665,7 +7685,7 @@ static moq_result moqi_bind_mxfp4(moqi_binder *b, const moq_tensor *scale)
 
 /* MXFP6: a stream of six-bit codes along each row, low bits first, with a power-of-two scale for 32 columns.
        codes [rows, 3*cols/4], scale [rows, cols/32]: W = e3m2 * 2^(scale - 127), or e2m3
-   No tool exports it; nothing but the description tells E3M2 from E2M3 or from MXFP4. */
+   compressed-tensors packs E2M3 so (4 codes in 3 bytes); nothing but the description tells E3M2 from E2M3 or from MXFP4. */
 static moq_result moqi_bind_mxfp6(moqi_binder *b, const moq_tensor *scale, moq_dtype elem)
 {
     int64_t cols = b->b / 3 * 4;
@@ -8300,16 +8320,16 @@ static moq_result moqi_bind_weight(moqi_binder *b)
     return moqi_bad_dtype(b, scale, "F8_E4M3 (NVFP4), U8 (MXFP4) or F32 (INT4)");
 }
 
-/* compressed-tensors: the dtype of weight_packed tells integers from FP4, that of the scale NVFP4 from MXFP4. */
+/* compressed-tensors: the dtype of weight_packed tells integers from floats, that of the scale NVFP4 from MXFP4; MXFP6 has its own format. */
 static moq_result moqi_bind_packed(moqi_binder *b)
 {
     const moq_tensor *scale = moqi_part(b, "weight_scale");
     if (!scale) return moqi_missing(b, "weight_scale");
     if (b->t->dtype == MOQ_I32) return moqi_bind_pack(b, scale);
-    if (b->t->dtype != MOQ_U8) return moqi_bad_dtype(b, b->t, "I32 (integers) or U8 (FP4)");
+    if (b->t->dtype != MOQ_U8) return moqi_bad_dtype(b, b->t, "I32 (integers) or U8 (FP4, FP6)");
     if (scale->dtype == MOQ_F8_E4M3) return moqi_bind_nvfp4(b, scale, "weight_global_scale", 1);
-    if (moqi_is_e8m0(scale->dtype)) return moqi_bind_mxfp4(b, scale);
-    return moqi_bad_dtype(b, scale, "F8_E4M3 (NVFP4) or U8 (MXFP4)");
+    if (moqi_is_e8m0(scale->dtype)) return b->claim.packed_format == MOQI_CT_MXFP6 ? moqi_bind_mxfp6(b, scale, MOQ_F6_E2M3) : moqi_bind_mxfp4(b, scale);
+    return moqi_bad_dtype(b, scale, "F8_E4M3 (NVFP4) or U8 (MXFP4, MXFP6)");
 }
 
 /* gpt-oss: [experts, rows, cols/32, 16] is contiguous, so it is the packed matrix [experts, rows, cols/2]. */
@@ -15796,7 +15816,7 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
     const moq_coding *p = &u->scheme.input, *q = &v->scheme.input;
     if (memcmp(a->way, b->way, sizeof a->way) != 0 || memcmp(a->from, b->from, sizeof a->from) != 0) return 0;
     if (a->input_bits != b->input_bits || moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
-    if (a->way[0] && (a->group_cols != b->group_cols || !a->zeros != !b->zeros)) return 0;
+    if (a->way[0] && (a->dtype != b->dtype || a->group_cols != b->group_cols || !a->zeros != !b->zeros)) return 0;
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;
@@ -18092,6 +18112,7 @@ typedef struct moqi_target {
     moq_dtype model;          /* float type of the source; BF16 for quantized sources */
     uint32_t kind;            /* MOQI_STORE_... of the source */
     uint8_t expert;           /* a member of a list of experts: "....experts.3.up_proj" */
+    uint8_t half;             /* its gate or its up_proj: ModelOpt holds both as one weight */
     uint8_t embedding;
     uint8_t cast;             /* MXFP4 to NVFP4: the codes stay, scales are only written differently */
     size_t leader;            /* first member of the group that shares an input; its own index when alone */
@@ -18486,7 +18507,9 @@ static void moqi_group_targets(moqi_plan *p)
             if (!e || e->value >= i || p->targets[e->value].recipe != t->recipe || p->targets[e->value].w.cols != t->w.cols) continue;
             t->leader = p->targets[e->value].leader;
         }
-        if (t->leader != i) p->targets[t->leader].members++;
+        if (t->leader == i) continue;
+        p->targets[t->leader].members++;
+        if (t->expert) t->half = p->targets[t->leader].half = 1;
     }
 }
 
@@ -18688,6 +18711,7 @@ static moq_result moqi_encode_source(moqi_plan *p, const moqi_target *t, int32_t
     d->rows = w.rows;
     d->cols = w.cols;
     d->model = t->w.experts > 0 ? MOQ_F32 : t->model; /* stacks are divided in F32 */
+    if (t->w.experts > 0 && d->scheme.weight.group_cols == MOQ_ALL) d->scheme.weight.group_rows = MOQ_ALL; /* "per channel" is per expert */
     d->search = t->search;
     d->parallel = p->parallel;
     d->allocator = &p->desc->allocator;
@@ -18784,11 +18808,18 @@ static int moqi_needs_global(const moqi_target *t)
     return c->has_global || (c->group_rows == MOQ_ALL && c->group_cols == MOQ_ALL);
 }
 
-/* One block of 128 x 128 or less has a scalar amax in ModelOpt's view, and scalars are shared. */
+/* One block of 128 x 128 or less has a scalar amax in ModelOpt's view, and scalars are shared. Gate and up of an expert are one weight there. */
 static int moqi_is_one_block(const moqi_target *t)
 {
     const moq_coding *c = &t->recipe->scheme.weight;
-    return c->group_rows == 128 && t->w.rows <= 128 && t->w.cols <= 128 && !t->expert;
+    return c->group_rows == 128 && t->w.rows * (t->half ? 2 : 1) <= 128 && t->w.cols <= 128;
+}
+
+/* MXFP4 and W4A8_NVFP4_FP8 stacks [experts, in, out] are packed as they stand: pairs and blocks run along out. */
+static int moqi_is_turned(const moqi_target *t)
+{
+    const moq_scheme *s = &t->recipe->scheme;
+    return t->w.experts > 0 && s->weight.elem == MOQ_F4 && (s->weight.scale == MOQ_F8_E8M0 || s->input.elem == MOQ_F8_E4M3);
 }
 
 /* MXFP4 to NVFP4 without loss: with k the exponents of the blocks, the global scale is 2^m, m = max k - 8, and a block scale is
@@ -18855,6 +18886,7 @@ static moq_result moqi_find_globals(moqi_plan *p, moq_error *err)
             moqi_target *t = &p->targets[i], *lead = &p->targets[t->leader];
             int fp8 = t->recipe && strcmp(t->recipe->algo, "FP8") == 0;
             if (!t->recipe || (fp8 && !t->expert)) continue;
+            if (t->recipe->scheme.weight.group_rows == 128 && !moqi_is_one_block(lead)) continue; /* the first member decides */
             moqi_target *from = pass ? lead : t, *to = pass ? t : lead;
             if (from->global_amax > to->global_amax) to->global_amax = from->global_amax;
             if (from->input_amax > to->input_amax) to->input_amax = from->input_amax;
@@ -18872,7 +18904,7 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
     moqi_where at = moqi_at(NULL, "layer", t->name, -1);
     if (t->recipe->algo[0] == 0)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored in a ModelOpt folder", t->recipe->name);
-    int fits = (c->elem == MOQ_F4 && (c->scale == MOQ_F8_E8M0 || c->group_cols == 16)) || (c->elem == MOQ_F8_E4M3 && c->group_rows == MOQ_ALL);
+    int fits = c->elem == MOQ_F4 || (c->elem == MOQ_F8_E4M3 && c->scale == MOQ_F32 && c->group_cols == MOQ_ALL);
     if (t->w.experts > 0 && !fits)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored for a stack of experts; exclude it, or use fp8, nvfp4 or mxfp4", t->recipe->name);
     moq_encode_desc d;
@@ -18881,7 +18913,7 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
     d.scheme = t->recipe->scheme;
     d.name = t->name;
     d.dtype = MOQ_F32;
-    int turned = t->w.experts > 0 && c->scale == MOQ_F8_E8M0;
+    int turned = moqi_is_turned(t);
     d.rows = turned ? t->w.cols : t->w.rows;
     d.cols = turned ? t->w.rows : t->w.cols;
     return moq_encode_bytes(&d, &codes, &scales, err);
@@ -23867,12 +23899,16 @@ static moq_result moqi_ct_form(const moq_linear *w, moq_dtype model, moqi_form *
         if (c->group_cols != 16) return moqi_refuse_form(f, w, "NVFP4 has groups of 16 there", err);
         return wide || in->elem == MOQ_F4 ? MOQ_OK : moqi_refuse_form(f, w, "NVFP4 weights go with wide or NVFP4 inputs", err);
     }
+    if (c->elem == MOQ_F6_E2M3) {
+        f->format = MOQI_CT_MXFP6;
+        return wide || (mx && in->elem != MOQ_F6_E3M2) ? MOQ_OK : moqi_refuse_form(f, w, "MXFP6 weights go with wide or MX inputs", err);
+    }
     if (c->elem == MOQ_F4 || (c->elem == MOQ_F8_E4M3 && c->scale == MOQ_F8_E8M0 && c->group_cols == 32)) {
         f->format = c->elem == MOQ_F4 ? MOQI_CT_MXFP4 : MOQI_CT_MXFP8;
         if (!moqi_coding_is(c, c->elem, 1, 32)) return moqi_refuse_form(f, w, "MX formats have groups of 32 columns there", err);
         return wide || (in->elem == c->elem && mx) ? MOQ_OK : moqi_refuse_form(f, w, "MX weights go with wide inputs or inputs of the same format", err);
     }
-    if (c->elem != MOQ_F8_E4M3) return moqi_refuse_form(f, w, "it has no floats of six bits", err);
+    if (c->elem != MOQ_F8_E4M3) return moqi_refuse_form(f, w, "its floats of six bits are E2M3, not E3M2", err);
     f->format = wide ? MOQI_CT_NAIVE : MOQI_CT_FLOAT;
     int blocks = in->elem == MOQ_F8_E4M3 && in->dynamic && in->group_rows == 1 && in->group_cols > 0 && in->scale != MOQ_F8_E8M0;
     return wide || blocks || moqi_input_is(w, MOQ_F8_E4M3, 1, 1) ? MOQ_OK : moqi_refuse_form(f, w, "FP8 weights go with wide or FP8 inputs", err);
@@ -24257,22 +24293,22 @@ static moq_result moqi_add_scalar(moqi_export *x, const char *name, const char *
     return moqi_add_values(x, name, ending, MOQ_F32, 0, NULL, &v, err);
 }
 
-/* Codes and scales as ModelOpt shapes them. Stacks of experts are [experts, in, out] with pairs along in; MXFP4 stacks keep the
-   orientation of the parameter, so pairs and blocks run along out. A single block of FP8 has a scalar scale. */
+/* Codes and scales as ModelOpt shapes them. Stacks of experts are [experts, in, out] with pairs along in, or along out where they keep the
+   orientation of the parameter; of FP8 per channel each expert is a channel. A single block of FP8 has a scalar scale. */
 static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_rank, uint64_t *scales, uint32_t *scale_rank)
 {
     const moq_coding *c = &t->recipe->scheme.weight;
     uint64_t rows = (uint64_t)t->w.rows, cols = (uint64_t)t->w.cols, experts = t->w.experts > 0 ? (uint64_t)t->w.experts : 0;
     uint64_t pack = c->elem == MOQ_F4 || c->elem == MOQ_I4 ? 2 : 1, group = c->group_cols > 0 ? (uint64_t)c->group_cols : cols;
     if (experts) {
-        int turned = c->scale == MOQ_F8_E8M0;
+        int turned = moqi_is_turned(t);
         codes[0] = scales[0] = experts;
         codes[1] = turned ? cols : cols / pack;
         codes[2] = turned ? rows / pack : rows;
         scales[1] = turned ? cols : cols / group;
         scales[2] = turned ? rows / group : rows;
         *code_rank = 3;
-        *scale_rank = c->elem == MOQ_F8_E4M3 ? 0 : 3;
+        *scale_rank = c->elem == MOQ_F4 ? 3 : c->group_rows == MOQ_ALL ? 0 : 1;
         return;
     }
     *code_rank = 2;
@@ -24282,12 +24318,10 @@ static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_ra
     scales[1] = cols / group;
     *scale_rank = c->group_rows == MOQ_ALL ? 0 : c->group_cols == MOQ_ALL ? 1 : 2;
     if (c->group_rows != 128) return;
-    const char *last = moqi_last_part(t->name);
-    int half = t->expert && strcmp(last, "down_proj") != 0 && strcmp(last, "w2") != 0;
     scales[0] = (uint64_t)moqi_ceil_div(t->w.rows, 128);
     scales[2] = (uint64_t)moqi_ceil_div(t->w.cols, 128);
     scales[1] = scales[3] = 1;
-    *scale_rank = scales[0] * scales[2] == 1 && !half ? 0 : 4;
+    *scale_rank = moqi_is_one_block(t) ? 0 : 4;
 }
 
 /* The stored scale of static inputs. */
@@ -24414,7 +24448,21 @@ static const struct { const char *name, *algo; int recorded, bias; } moqi_kv_rec
     {"nvfp4_cast", "NVFP4", 0, 0}, {"nvfp4_rotate", "NVFP4", 1, 0}
 };
 
-/* k_scale and v_scale are amax / 448 for every format; a bias keeps the shape of its record, in BF16. */
+/* The type of keys and values in ModelOpt's memory: that of the weight that makes them. */
+static moq_dtype moqi_kv_type(const moqi_export *x, const char *module, char which)
+{
+    static const char *const ends[] = {"_proj.weight", "qkv_proj.weight"};
+    char name[MOQ_MAX_NAME_BYTES + 64];
+    for (size_t i = 0; i < MOQI_COUNT(ends); i++) {
+        if (i == 0) moqi_format(name, sizeof name, "%s%c%s", module, which, ends[i]);
+        else moqi_format(name, sizeof name, "%s%s", module, ends[i]);
+        const moq_tensor *t = moq_find_tensor(x->plan.ck, name);
+        if (t && moqi_is_float(t->dtype)) return t->dtype;
+    }
+    return MOQ_BF16;
+}
+
+/* k_scale and v_scale are amax / 448 for every format; a bias keeps the shape of its record, in the model's type. */
 static moq_result moqi_add_kv_tensor(moqi_export *x, const moq_tensor *t, const char *module, char which, int bias, moq_error *err)
 {
     char name[MOQ_MAX_NAME_BYTES + 64];
@@ -24430,7 +24478,7 @@ static moq_result moqi_add_kv_tensor(moqi_export *x, const moq_tensor *t, const 
         return moqi_add_values(x, name, "", MOQ_F32, 1, &one, v, err);
     }
     moqi_format(name, sizeof name, "%s%c_proj.%c_%s", module, which, which, bias ? "bias" : "scale");
-    return moqi_add_values(x, name, "", bias ? MOQ_BF16 : MOQ_F32, bias ? t->rank : 0, t->shape, v, err);
+    return moqi_add_values(x, name, "", bias ? moqi_kv_type(x, module, which) : MOQ_F32, bias ? t->rank : 0, t->shape, v, err);
 }
 
 /* Keys and values of the source in the other container: "A.k_proj.k_scale" of one number, "A.k_scale" of [1] in the model's type where
@@ -24535,7 +24583,7 @@ static moq_result moqi_encode_expert(moqi_export *x, const moqi_target *t, int32
         moq_result e = moq_encode_bytes(d, &codes, &scales, err);
         return e == MOQ_OK ? moq_encode(d, x->codes + (uint64_t)k * codes, x->scales + (uint64_t)k * scales, NULL, err) : e;
     }
-    if (d->scheme.weight.scale == MOQ_F8_E8M0) {
+    if (moqi_is_turned(t)) {
         const float *in = x->plan.work;
         for (int64_t i = 0; i < t->w.rows; i++)
             for (int64_t j = 0; j < t->w.cols; j++) spare[j * t->w.rows + i] = in[i * t->w.cols + j];
@@ -24551,7 +24599,7 @@ static moq_result moqi_encode_expert(moqi_export *x, const moqi_target *t, int32
     from = to;
     moqi_transpose(from, t->w.rows, (int64_t)codes / t->w.rows, x->codes + (uint64_t)k * codes);
     if (d->scheme.weight.elem == MOQ_F4) moqi_transpose(from + codes, t->w.rows, (int64_t)scales / t->w.rows, x->scales + (uint64_t)k * scales);
-    else memcpy(x->scales, from + codes, 4);
+    else memcpy(x->scales + (uint64_t)k * scales, from + codes, (size_t)scales);
     return MOQ_OK;
 }
 

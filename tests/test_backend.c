@@ -453,6 +453,37 @@ static void run_fused(moq_backend *be, const layer *l, int rows, const float *x,
     be->release_weight(be, w);
 }
 
+/* Layers of any two formats as parts of one: their codes may want the same x in another order. */
+static void test_backend_mixed_parts(void)
+{
+    enum { FORMATS = (int)(sizeof layer_formats / sizeof *layer_formats), ROWS = 3, COLS = 256, HEIGHT = 32 };
+    static layer l[FORMATS];
+    static float x[ROWS * COLS], alone[FORMATS][ROWS * HEIGHT], y[ROWS * 2 * HEIGHT];
+    moq_error err;
+    for (int i = 0; i < ROWS * COLS; i++) x[i] = test_normal();
+    for (int i = 0; i < FORMATS; i++) layer_make(&l[i], &layer_formats[i], HEIGHT, COLS);
+    for (int k = 0; moqi_get_kernels(k); k++) {
+        moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 1);
+        int wrong = 0;
+        for (int i = 0; i < FORMATS * (FORMATS + 1); i++) {
+            int a = i / FORMATS - 1, b = i % FORMATS, count = a < 0 ? 1 : 2;
+            moq_linear parts[2] = {l[a < 0 ? b : a].w, l[b].w};
+            moq_weight *w = be->prepare_linear(be, parts, count, &err);
+            be->linear(be, w, x, ROWS, a < 0 ? alone[b] : y);
+            be->release_weight(be, w);
+            for (int r = 0; r < ROWS && a >= 0; r++) {
+                int bad = memcmp(y + r * 2 * HEIGHT, alone[a] + r * HEIGHT, HEIGHT * sizeof *y) != 0 ||
+                          memcmp(y + r * 2 * HEIGHT + HEIGHT, alone[b] + r * HEIGHT, HEIGHT * sizeof *y) != 0;
+                if (bad && !wrong) printf("    %s: %s beside %s\n", moqi_get_kernels(k)->name, layer_formats[a].name, layer_formats[b].name);
+                wrong += bad;
+            }
+        }
+        CHECK_INT(wrong, 0);
+        moq_backend_destroy(be);
+    }
+    for (int i = 0; i < FORMATS; i++) layer_free(&l[i]);
+}
+
 static void test_backend_fused_and_threads(void)
 {
     enum { ROWS = 21, COLS = 544 };
@@ -1263,6 +1294,7 @@ int main(int argc, char **argv)
     RUN(test_backend_inputs);
     RUN(test_backend_rotation);
     RUN(test_backend_slices);
+    RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
     RUN(test_backend_callers_jobs);
     RUN(test_backend_refuses);

@@ -1028,7 +1028,7 @@ static double nearest_down(const double *values, int n, double v)
    says: 2^ceil(log2(amax / largest)) times the nearest value, in double precision. */
 static void test_export_mx_more(void)
 {
-    static const struct { const char *recipe; int mantissa, bias, ct; } rows[] = {{"mxfp6", 2, 3, 0}, {"mxfp6_e2m3", 3, 1, 0}, {"mxint8", 0, 0, 1}};
+    static const struct { const char *recipe; int mantissa, bias, ct; } rows[] = {{"mxfp6", 2, 3, 0}, {"mxfp6_e2m3", 3, 1, 1}, {"mxint8", 0, 0, 1}};
     char target[1200], other[1200];
     moq_error err;
     snprintf(target, sizeof target, "%s", scratch("mx"));
@@ -1096,6 +1096,48 @@ static void test_export_mx_more(void)
     }
     remove_dir(target);
     remove_dir(other);
+}
+
+/* Stacks in the forms that ModelOpt gives them: W4A8_NVFP4_FP8 with pairs and groups of 32 along the outputs, weight-only NVFP4 with groups of
+   32 along the inputs, FP8 "per channel" with a scale for each expert. Shapes are those of its exports; weights stay near the source. */
+static void test_export_stack_forms(void)
+{
+    static const struct { const char *recipe; uint64_t codes[2], scales[2]; uint32_t rank; double error; } rows[] = {
+        {"w4a8_nvfp4_fp8", {128, 128}, {128, 8}, 3, 0.15}, {"nvfp4_mlp_weight_only", {64, 256}, {4, 256}, 3, 0.15},
+        {"fp8_per_channel_per_token", {128, 256}, {0, 0}, 1, 0.04}};
+    const char *name = "model.layers.0.mlp.experts.gate_up_proj";
+    char target[1200], records[1300], source[1200], scales[200];
+    moq_error err;
+    snprintf(source, sizeof source, "%s", source_dir("sources/gpt_oss"));
+    snprintf(records, sizeof records, "%s/calibration.safetensors", source_dir("modelopt/gpt_oss-nvfp4"));
+    if (!is_there(source) || !is_there(records)) { printf("skipped: test_export_stack_forms, gpt_oss is not in this set\n"); test_state.skipped++; return; }
+    snprintf(target, sizeof target, "%s", scratch("stack_forms"));
+    snprintf(scales, sizeof scales, "%s_weight_scale", name);
+    for (size_t k = 0; k < sizeof rows / sizeof *rows; k++) {
+        remove_dir(target);
+        moq_quantize_desc d = simple_desc(source, target, rows[k].recipe);
+        d.calibration = records;
+        CHECK_INT(moq_quantize(&d, &err), MOQ_OK);
+        moq_checkpoint *ck = moq_open(target, NULL, &err), *src = moq_open(source, NULL, &err);
+        const moq_tensor *t = moq_find_tensor(ck, name), *s = moq_find_tensor(ck, scales);
+        CHECK(t && t->rank == 3 && t->shape[1] == rows[k].codes[0] && t->shape[2] == rows[k].codes[1]);
+        CHECK(s && s->rank == rows[k].rank && (s->rank == 1 || (s->shape[1] == rows[k].scales[0] && s->shape[2] == rows[k].scales[1])));
+        moq_linear w, v;
+        CHECK(moq_find_linear(ck, name, &w, &err) == MOQ_OK && moq_find_linear(src, name, &v, &err) == MOQ_OK);
+        for (int64_t e = 0; ck && src && e < w.experts; e++) {
+            double far = 0, all = 0;
+            float a[512], b[512];
+            for (int64_t r = e * w.rows; r < (e + 1) * w.rows && w.cols <= 512; r++) {
+                moq_dequantize(&w, r, 1, a);
+                moq_dequantize(&v, r, 1, b);
+                for (int64_t c = 0; c < w.cols; c++) { far += ((double)a[c] - b[c]) * ((double)a[c] - b[c]); all += (double)b[c] * b[c]; }
+            }
+            CHECK(all > 0 && sqrt(far / all) < rows[k].error);
+        }
+        moq_close(ck);
+        moq_close(src);
+    }
+    remove_dir(target);
 }
 
 /* gpt-oss: BF16 stacks into OpenAI's layout and such a folder once more; every weight by the definition, every other tensor as it was. */
@@ -1352,6 +1394,7 @@ int main(int argc, char **argv)
     RUN(test_export_convert_cases);
     RUN(test_export_compressed);
     RUN(test_export_mx_more);
+    RUN(test_export_stack_forms);
     RUN(test_export_gpt_oss);
     RUN(test_export_searched_stacks);
     RUN(test_export_constant_inputs);

@@ -703,6 +703,7 @@ static void test_llm_family_refusals(void)
         {"nemotron_h", "\"hybrid_override_pattern\": \"M*-M\"", "mamba_num_heads"},
         {"nemotron_h", STATE ", \"hybrid_override_pattern\": \"M*-M\", \"conv_kernel\": 0", "conv_kernel"},
         {"nemotron_h", STATE ", \"hybrid_override_pattern\": \"M*-M\", \"time_step_limit\": [\"x\", 1]", "time_step_limit"},
+        {"nemotron_h", STATE ", \"hybrid_override_pattern\": \"M*-M\", \"time_step_min\": \"x\"", "time_step_min"},
         {"nemotron_h", "\"mamba_num_heads\": 8, \"mamba_head_dim\": 32, \"ssm_state_size\": 16, \"n_groups\": 3, \"hybrid_override_pattern\": \"M*-M\"",
          "n_groups"}};
     for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
