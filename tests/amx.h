@@ -19,7 +19,7 @@ typedef struct amx_state {
 } amx_state;
 
 static __thread amx_state amx_tiles;
-static long amx_count, amx_bytes_count; /* instructions done, and products of bytes; not exact with threads: a test looks whether there were any */
+static long amx_count, amx_bytes_count; /* instructions done, and products of bytes */
 
 static int64_t amx_register(const ucontext_t *c, int i)
 {
