@@ -11337,11 +11337,17 @@ static int moqi_is_plain(const moqi_tiled *p)
     return !p->rounds && !p->order && !p->smooth && !p->lora_a && p->layer.hadamard_size == 0;
 }
 
+/* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
+static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
+{
+    return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
+}
+
 /* Where the i-th of m rows of x begins. BF16: tiles of 16 rows, 16 words a row. Integers in place, AVX-512: rows that run together lie block by
    block, each with its 1 or 2 digits of 96 words. */
 static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t m, int64_t i, float *rows, int64_t *step)
 {
-    int64_t ld = moqi_pad_x(p->layer.cols), some = 1, words = 0;
+    int64_t ld = moqi_feed_step(p, way), some = 1, words = 0;
     if (way && way->unit == 2) { some = 16; words = 16; }
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
@@ -15926,7 +15932,7 @@ static void moqi_product_task(void *arg, int index, int worker)
     const moqi_way *way = moqi_way_for(p, j->m);
     int64_t tile = moqi_tile_rows(p, j->m, l->c->par.workers), row = (index - j->first) * tile, rows = moqi_min(tile, p->layer.rows - row);
     float *scratch = l->c->worker + worker * l->c->need.worker, *y = j->y + row;
-    if (way) way->multiply(way, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
+    if (way) way->multiply(way, p, row, rows, j->x, moqi_feed_step(p, way), j->m, y, j->ldy, scratch);
     for (int64_t i = 0; i < j->m && !way; i++)
         for (int64_t r = 0; r < rows; r++) y[i * j->ldy + r] = p->bias ? p->bias[row + r] : 0;
     if (!way) moqi_multiply(l->c->k, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
