@@ -83,7 +83,8 @@
                          >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
                          >>panels       weights turned once for many inputs
                          >>integers     integer codes times 8-bit inputs
-                         >>dots          the same in vectors of 8 or 4 words, for AVX-VNNI and NEON
+                         >>inplace      the same for a few inputs, where the codes lie
+                         >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>matrix       AMX: tiles of BF16, and of bytes
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
@@ -13230,6 +13231,14 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
     if (j < m) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 0);
 }
 
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>inplace         integer codes times 8-bit inputs where the codes lie, for AVX-512 VNNI
+   For the few rows of x that do not pay for a panel. Sums are as exact as those of >>integers.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_X86
 /* ---- in place ----
    A few rows of x do not pay for a panel. Two vectors of nibbles hold 256 columns; their even and their odd words, put together, give
    lanes of 16 columns each, one group: four instructions sum a lane, one multiplies with its scales. Four vectors of bytes do the same
