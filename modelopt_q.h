@@ -13669,7 +13669,7 @@ static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_after_512, mo
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>dots            integer codes times 8-bit inputs in vectors of 8 or 4 words, for AVX-VNNI and NEON
+   >>dots            integer codes times 8-bit inputs in vectors of 8 or 4 words, for AVX2, AVX-VNNI and NEON
    The products of >>integers for shorter vectors: the sums are exact, so their width changes no result but in the order of scaled sums.
    ------------------------------------------------------------------------------------------------ */
 
@@ -14193,7 +14193,7 @@ static void moqi_dots_in(moqi_dots_fn columns, const moqi_tiled *p, int64_t row,
     s.run.p = p;
     s.run.s = scratch;
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + (MOQI_LANES == 8 ? 32 : 0));
-    for (int h = 0; h < MOQI_RUN / MOQI_DOTS_COLS; h++)
+    for (int h = 0; h < (int)MOQI_RUN / (int)MOQI_DOTS_COLS; h++)
         for (int l = 0; l < MOQI_LANES; l++) {
             int g = p->shift < 9 ? (MOQI_DOTS_COLS * h + 16 * moqi_dots_group(l)) >> p->shift : 0;
             s.run.vector[h] = g / 8;
