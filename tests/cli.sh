@@ -166,7 +166,7 @@ run run "$dir/float" --quantize mxfp4 --prompt hello --max-tokens 2
 check "run --quantize" is 0
 run eval "$dir/float" --quantize int8_weight_only --data "$dir/calib.txt" --seq 8
 check "eval --quantize" last '^nll '
-run logits "$src" --quantize nvfp4 --tokens 1,2 --out "$dir/never.safetensors"
+run logits "$src" --quantize nvfp4_awq_lite --tokens 1,2 --out "$dir/never.safetensors"
 check "--quantize with a recipe that needs data" refused "moq quantize"
 run run "$demo" --quantize mxfp4
 check "--quantize of a quantized folder" refused "quantized already"
