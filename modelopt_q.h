@@ -24392,6 +24392,12 @@ static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
     return r;
 }
 
+/* (w + 1) p - 1 as PyTorch computes it in the tensor's type, each step rounded. */
+static float moqi_fold_plus_one(moq_dtype type, float w, float p)
+{
+    return moqi_in_model(type, moqi_in_model(type, moqi_in_model(type, w + 1) * p) - 1);
+}
+
 /* A float tensor times the pre_quant_scale that moved into it; (1 + w) norms keep their offset. */
 static moq_result moqi_add_folded(moqi_export *x, const moq_tensor *t, const float *p, int plus_one, moq_error *err)
 {
@@ -24399,7 +24405,7 @@ static moq_result moqi_add_folded(moqi_export *x, const moq_tensor *t, const flo
     float *v = (float *)moqi_take_array(&x->arena, n, sizeof *v);
     if (!v) return moqi_nomem(err, (uint64_t)n * sizeof *v);
     moq_to_f32(t->dtype, t->data, n, v);
-    for (size_t i = 0; i < n; i++) v[i] = plus_one ? (v[i] + 1) * p[i] - 1 : v[i] * p[i];
+    for (size_t i = 0; i < n; i++) v[i] = plus_one ? moqi_fold_plus_one(t->dtype, v[i], p[i]) : v[i] * p[i];
     return moqi_add_values(x, t->name, "", t->dtype, t->rank, t->shape, v, err);
 }
 

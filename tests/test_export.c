@@ -1098,6 +1098,13 @@ static void test_export_mx_more(void)
     remove_dir(other);
 }
 
+/* Gemma's norms: w + 1 = 1.09716... is 1.09375 in BF16, times p 0.65625, hence -0.34375; in F32 it would be -0.33984375. */
+static void test_export_norm_fold(void)
+{
+    CHECK(moqi_fold_plus_one(MOQ_BF16, 0.09716796875f, 0.6015625f) == -0.34375f);
+    CHECK(moqi_fold_plus_one(MOQ_F32, 0.5f, 0.75f) == 0.125f);
+}
+
 /* Stacks in the forms that ModelOpt gives them: W4A8_NVFP4_FP8 with pairs and groups of 32 along the outputs, weight-only NVFP4 with groups of
    32 along the inputs, FP8 "per channel" with a scale for each expert. Shapes are those of its exports; weights stay near the source. */
 static void test_export_stack_forms(void)
@@ -1394,6 +1401,7 @@ int main(int argc, char **argv)
     RUN(test_export_convert_cases);
     RUN(test_export_compressed);
     RUN(test_export_mx_more);
+    RUN(test_export_norm_fold);
     RUN(test_export_stack_forms);
     RUN(test_export_gpt_oss);
     RUN(test_export_searched_stacks);
