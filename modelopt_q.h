@@ -1104,7 +1104,7 @@ typedef const moq_recipe *(*moq_choose_fn)(void *user, const char *module);
 
 /* How a search over scales judges a candidate. */
 typedef enum moq_judge {
-    MOQ_JUDGE_AUTO = 0, /* EXACT for up to 4096 tokens, then GRAM */
+    MOQ_JUDGE_AUTO = 0, /* EXACT for up to 4096 tokens, then GRAM, whose memory it takes until the first layers have ended */
     MOQ_JUDGE_EXACT,    /* by the layer's outputs, rounded to BF16 step by step as ModelOpt does; time grows with the tokens */
     MOQ_JUDGE_GRAM      /* by sums of x^T x: the same loss without those roundings, in one pass of the model instead of two; memory
                            2 cols^2 for each input of the layers that run together */
@@ -1196,9 +1196,9 @@ typedef struct moq_quantize_desc {
     const char *target;          /* folder that does not exist yet */
     const char *recipe;          /* moq_find_recipe's names, or "none" to quantize only the KV cache */
     const char *kv;              /* "fp8", "fp8_affine", "fp8_cast", "nvfp4" ...; NULL or "none": as it is */
-    const char *const *exclude;  /* patterns of modules to leave as they are */
+    const char *const *exclude;  /* patterns of modules to leave as they are; one that names none is told to `log` */
     size_t exclude_count;
-    const moq_rule *rules;       /* mixed precision: the last rule that matches decides, else `recipe` */
+    const moq_rule *rules;       /* mixed precision: the last rule that matches decides, else `recipe`; MOQ_E_ARG: one names no module */
     size_t rule_count;
     const char *calibration;     /* .safetensors with recorded amax and pre_quant_scale values, named as ModelOpt names its quantizers */
     /* Or measure them: runs the samples in `data` on a model of `source` with the backend `watch` (see moq_calibrate). Used when the
@@ -13239,8 +13239,7 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
    ------------------------------------------------------------------------------------------------ */
 
 #ifdef MOQI_X86
-/* ---- in place ----
-   A few rows of x do not pay for a panel. Two vectors of nibbles hold 256 columns; their even and their odd words, put together, give
+/* A few rows of x do not pay for a panel. Two vectors of nibbles hold 256 columns; their even and their odd words, put together, give
    lanes of 16 columns each, one group: four instructions sum a lane, one multiplies with its scales. Four vectors of bytes do the same
    for 256 columns of INT8 under one scale. x is stored once per call as blocks of 96 words:
 
@@ -15790,7 +15789,7 @@ static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text,
     if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how,
                                                       moq_dtype_name(w->scheme.input.elem));
     if (unit == 2) return moqi_format(text, capacity, "%s: %s %s with BF16 inputs (automatic)", c->k->name, scheme, how);
-    if (unit == 16) return moqi_format(text, capacity, "%s: %s %s with 16-bit inputs, a scale for 16 or 256 of them (automatic)", c->k->name, scheme, how);
+    if (unit == 16) return moqi_format(text, capacity, "%s: %s %s with 16-bit inputs, a scale for each block of them (automatic)", c->k->name, scheme, how);
     if (unit == 4) return moqi_format(text, capacity, "%s: %s %s with 8-bit inputs, a scale for 16 or 32 of them (automatic)", c->k->name, scheme, how);
     if (w->scheme.input.elem == MOQ_NONE) return moqi_format(text, capacity, "%s: %s %s", c->k->name, scheme, how);
     return moqi_format(text, capacity, "%s: %s %s, wide inputs (%s: no %s arithmetic here)", c->k->name, scheme, how,
@@ -23087,7 +23086,7 @@ static void moqi_on_batch(void *user)
     for (size_t i = 0; i < c->count; i++) {
         moqi_record *r = &c->records[i];
         if (r->batch_tokens == 0) continue;
-        if (c->pass != MOQI_PASS_STATS && !moqi_goes_on(c)) return;
+        if ((c->pass != MOQI_PASS_STATS || c->sums) && !moqi_goes_on(c)) return;
         if (c->pass == MOQI_PASS_STATS && r->act) {
             for (int64_t j = 0; j < r->layer.cols; j++) {
                 r->act[j] += moqi_bf16(r->batch_sum[j] / (float)r->batch_tokens);

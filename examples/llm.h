@@ -11418,7 +11418,8 @@ static int32_t llmi_guide_pick(llmi_guide *g, llmi_place *at, const llm_sampling
     if (id >= 0) return id;
     memcpy(&never, &bits_of_never, sizeof never);
     if (id == -1 && llmi_guide_mask(g, at, left)) {
-        for (int32_t i = 0; i < count; i++) g->bits[refused[i] >> 5] &= ~(1u << (refused[i] & 31));
+        for (int32_t i = 0; i < count; i++) /* a padded table has rows behind the tokenizer's last token */
+            if ((size_t)refused[i] >> 5 < g->words) g->bits[refused[i] >> 5] &= ~(1u << (refused[i] & 31));
         n = llmi_guide_gather(g, g->bits, logits, vocab, mixed);
     }
     for (;;) {
@@ -12914,6 +12915,7 @@ static uint64_t llmi_fingerprint(const llm *m)
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);
     if (c->rope.adjust == llmi_rope_longrope) h = llmi_fold(h + (c->context > c->rope.original), 0x9e3779b97f4a7c15u); /* which of two lists turned the keys */
+    if (c->rope.adjust == llmi_rope_dynamic) h = llmi_fold(h ^ (uint64_t)c->rope.longest, 0x9e3779b97f4a7c15u); /* what theta was made from */
     for (size_t i = 0; i < count; i += step) {
         const moq_tensor *t = moq_get_tensor(o->ck, i);
         size_t n = t->bytes < 64 ? (size_t)t->bytes : 64;

@@ -62,6 +62,9 @@ done
 printf '#include <stddef.h>\nvoid *my_alloc(size_t);\nvoid my_free(void *);\n' >$B/my_alloc.h
 check "own allocator" $CC -std=c99 $WARN "-DMOQ_MALLOC(n)=my_alloc(n)" "-DMOQ_FREE(p)=my_free(p)" -include $B/my_alloc.h -c $B/impl.c -o $B/option.o
 check "-ffast-math" $CC -std=c99 $WARN -O3 -ffast-math -c $B/impl.c -o $B/option.o
+if have clang && have aarch64-linux-gnu-gcc; then # its libc's headers
+    check "clang for AArch64" clang --target=aarch64-linux-gnu --sysroot=/usr/aarch64-linux-gnu -isystem /usr/aarch64-linux-gnu/include -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o
+fi
 for cross in x86_64-w64-mingw32-gcc aarch64-linux-gnu-gcc i686-linux-gnu-gcc; do
     if have $cross; then
         check "$cross" $cross -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o

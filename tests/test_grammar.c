@@ -721,14 +721,14 @@ static void check_masks(llm_tokenizer *t, const char *schema, int steps)
    gives the same token. filtered: with top_k, which counts allowed tokens only. */
 static void check_draws(int filtered)
 {
-    enum { DRAWS = 20000, MOST = 1024 };
+    enum { DRAWS = 20000, MOST = 1024, PADDING = 250 }; /* rows of the model's table behind the tokenizer's last token, liked best of all */
     moq_error err;
     llm_tokenizer *t = open_pieces(300);
     llmi_lexicon *x = llmi_lexicon_make(t, NULL);
     llm_grammar *g = compile("{\"type\": \"string\", \"maxLength\": 3}", &err);
     llmi_guide *guide = g && x ? llmi_guide_make(g, x, NULL, &err) : NULL;
     float logits[MOST], mixed[MOST], scratch[MOST];
-    int32_t index[MOST], seen[MOST], count = llm_vocab(t);
+    int32_t index[MOST], seen[MOST], known = llm_vocab(t), count = known + PADDING;
     double share[MOST], total = 0, worst = 0;
     uint64_t state = 7, again = 7;
     llm_sampling s;
@@ -736,18 +736,20 @@ static void check_draws(int filtered)
     CHECK(guide && count <= MOST);
     CHECK_INT(llmi_guide_advance(guide, &at, t->byte_ids['"']), 1);
     const uint32_t *mask = llmi_guide_mask(guide, &at, 100);
+    char may[MOST];
     memset(&s, 0, sizeof s);
     s.temperature = 0.7f;
     s.top_k = filtered ? 5 : 0;
     for (int32_t i = 0; i < count; i++) {
+        may[i] = i < known && (mask[i >> 5] >> (i & 31) & 1);
         logits[i] = 3 * test_uniform();
-        if (!(mask[i >> 5] >> (i & 31) & 1)) logits[i] += 1; /* what may not come is liked better */
+        if (!may[i]) logits[i] += i < known ? 1 : 2; /* what may not come is liked better */
         seen[i] = 0;
     }
     for (int32_t i = 0; i < count; i++) {
         int32_t better = 0;
-        for (int32_t k = 0; k < count; k++) better += (mask[k >> 5] >> (k & 31) & 1) && (logits[k] > logits[i] || (logits[k] == logits[i] && k < i));
-        share[i] = (mask[i >> 5] >> (i & 31) & 1) && (!filtered || better < 5) ? exp((double)logits[i] / 0.7) : 0;
+        for (int32_t k = 0; k < count; k++) better += may[k] && (logits[k] > logits[i] || (logits[k] == logits[i] && k < i));
+        share[i] = may[i] && (!filtered || better < 5) ? exp((double)logits[i] / 0.7) : 0;
         total += share[i];
     }
     for (int n = 0; n < DRAWS; n++) {
@@ -762,6 +764,12 @@ static void check_draws(int filtered)
         if (off > worst) worst = off;
     }
     CHECK(worst < 5); /* standard deviations */
+    s.temperature = 0; /* greedy, the best eight are padding */
+    llmi_place to = at;
+    int32_t best = -1, id = llmi_guide_pick(guide, &to, &s, logits, mixed, count, 100, NULL, NULL, NULL, &err);
+    for (int32_t i = 0; i < count; i++)
+        if (may[i] && (best < 0 || logits[i] > logits[best])) best = i;
+    CHECK_INT(id, best);
     llmi_guide_drop(guide);
     llm_grammar_destroy(g);
     llmi_lexicon_drop(x);

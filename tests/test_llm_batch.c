@@ -2,6 +2,7 @@
 #include "test.h"
 
 #include <math.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "golden.h"
@@ -560,6 +561,51 @@ static void test_shift_raw(void)
     llm_close(m);
 }
 
+/* A dynamic theta comes from the context that was asked for: beyond the original length another context turns keys otherwise. */
+static void test_state_dynamic_rope(void)
+{
+    static const char dir[] = TEST_DIR "/build/tmp/dynamic", *const linked[] = {"model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"};
+    static const struct { int32_t saved, loaded; int fits; } cases[] = {{512, 1024, 1}, {1024, 2048, 0}, {4096, 2048, 0}, {4096, 4096, 1}};
+    static const char plain[] = "\"rope_type\": \"default\"";
+    moq_error e;
+    size_t bytes = 0;
+    char *config = moq_read_file(DEMO_DIR "/config.json", 1 << 20, NULL, &bytes, &e), *at = config ? strstr(config, plain) : NULL, text[400];
+    CHECK(at != NULL);
+    if (!at) return;
+    mkdir(TEST_DIR "/build", 0777);
+    mkdir(TEST_DIR "/build/tmp", 0777);
+    mkdir(dir, 0777);
+    snprintf(text, sizeof text, "%s/config.json", dir);
+    FILE *f = fopen(text, "wb");
+    CHECK(f && fprintf(f, "%.*s\"factor\": 2.0, \"rope_type\": \"dynamic\"%s", (int)(at - config), config, at + sizeof plain - 1) > 0);
+    if (f) fclose(f);
+    moq_release(NULL, config, bytes + 1);
+    for (size_t i = 0; i < sizeof linked / sizeof *linked; i++) {
+        char from[400];
+        snprintf(from, sizeof from, "%s/%s", DEMO_DIR, linked[i]);
+        snprintf(text, sizeof text, "%s/%s", dir, linked[i]);
+        unlink(text);
+        CHECK_INT(link(from, text), 0);
+    }
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        llm_desc d = demo_desc();
+        d.path = dir;
+        d.context = cases[i].saved;
+        llm *m = open_or_say(&d);
+        d.context = cases[i].loaded;
+        llm *n = open_or_say(&d);
+        if (m && n) {
+            ask(m, 0);
+            CHECK(llm_next(m, &e) != NULL);
+            CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
+            CHECK_INT(llm_load(n, state_file, &e), cases[i].fits ? MOQ_OK : MOQ_E_STATE);
+        }
+        llm_close(m);
+        llm_close(n);
+    }
+    remove_dir(dir);
+}
+
 /* ---- out of memory ---- */
 
 static void test_batch_out_of_memory(void)
@@ -607,6 +653,7 @@ int main(int argc, char **argv)
     RUN(test_state_refused);
     RUN(test_shift_chat);
     RUN(test_shift_raw);
+    RUN(test_state_dynamic_rope);
     RUN(test_batch_out_of_memory);
     remove(state_file);
     return test_end();
