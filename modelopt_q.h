@@ -6780,6 +6780,8 @@ static moq_result moqi_ct_args(const moqi_quant_read *c, const moq_json *a, int 
     if (out->elem == MOQ_NONE)
         return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", key, -1),
                          "%d-bit '%q' is not supported; int of 2 to 8 bits and float of 4, 6 or 8 are", bits, type);
+    if (out->elem == MOQ_F6_E2M3 && out->group_cols != 32)
+        return moqi_bad_key(c, MOQ_E_UNSUPPORTED, "group_size", "6-bit float is supported with one scale for 32 columns");
     int local = d && moq_json_is(d, "local");
     if (d && !local && !moq_json_bool(d, &dynamic)) return moqi_bad_key(c, MOQ_E_CONFIG, "dynamic", "true, false or \"local\" is expected");
     if (local && !out->has_global) return moqi_bad_key(c, MOQ_E_CONFIG, "dynamic", "\"local\" needs the strategy tensor_group");

@@ -556,6 +556,8 @@ static void test_ct_refusals(void)
         {"{\"num_bits\": 0}", "null", "", "num_bits", MOQ_E_CONFIG},
         {"{\"num_bits\": \"4\"}", "null", "", "num_bits", MOQ_E_CONFIG},
         {"{\"num_bits\": 6, \"type\": \"float\"}", "null", "", "6-bit", MOQ_E_UNSUPPORTED},
+        {"{\"num_bits\": 6, \"type\": \"float\", \"group_size\": 16}", "null", "", "6-bit", MOQ_E_UNSUPPORTED},
+        {"{\"num_bits\": 5, \"type\": \"float\"}", "null", "", "5-bit", MOQ_E_UNSUPPORTED},
         {"{\"num_bits\": 8, \"type\": \"float\", \"symmetric\": false}", "null", "", "symmetric", MOQ_E_UNSUPPORTED},
         {"{\"num_bits\": 4, \"dynamic\": true}", "null", "", "dynamic", MOQ_E_UNSUPPORTED},
         {"{\"num_bits\": 4, \"dynamic\": \"local\"}", "null", "", "tensor_group", MOQ_E_CONFIG},
