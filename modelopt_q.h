@@ -2705,12 +2705,18 @@ static void moqi_remove_folder(const char *path)
     moqi_sys_remove_dir(path);
 }
 
+static moq_result moqi_free_target(const char *target, moq_error *err)
+{
+    if (moqi_path_kind(target) == MOQI_NOTHING) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_ARG, moqi_at(moqi_base_name(target), NULL, NULL, -1), "exists already; choose another target or remove it first");
+}
+
 /* A new folder beside the target, "TARGET.tmp-PROCESS-N". The target itself must not exist. */
 static moq_result moqi_folder_begin(const char *target, char *temp, size_t capacity, moq_error *err)
 {
     const char *base = moqi_base_name(target);
-    if (moqi_path_kind(target) != MOQI_NOTHING)
-        return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "exists already; choose another target or remove it first");
+    moq_result free_name = moqi_free_target(target, err);
+    if (free_name < 0) return free_name;
     for (unsigned i = 0; i < 100; i++) {
         if (moqi_format(temp, capacity, "%s.tmp-%u-%u", target, moqi_sys_process(), i) >= capacity)
             return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "path longer than %zu bytes", capacity - 1);
@@ -22357,8 +22363,8 @@ static moq_result moqi_check_units(const moq_solve_desc *d, double budget, moq_e
         least += low;
     }
     if (least > budget * (1 + 1e-12))
-        return moqi_fail(err, MOQ_E_CONFIG, moqi_at(NULL, NULL, "effective_bits", -1), "the most compressed choice costs %g, the budget of %g bits is %g; raise it",
-                         least, d->effective_bits, budget);
+        return moqi_fail(err, MOQ_E_CONFIG, moqi_at(NULL, NULL, "effective_bits", -1), "%g bits a weight are too few, the most compressed choice takes %.4g; "
+                         "raise it, or offer a smaller format", d->effective_bits, least / budget * d->effective_bits);
     return MOQ_OK;
 }
 
@@ -27002,7 +27008,11 @@ static moq_result moqi_auto_run(moqi_auto *x, moq_error *err)
     open.log = d->log;
     open.log_user = d->log_user;
     if (!d->source) return moq_fail(err, MOQ_E_ARG, "moq_autoquant", "a source folder is needed");
-    moq_result r = d->search && d->recipe_count == 0 ? MOQ_OK : moqi_auto_recipes(x, err);
+    moq_result r = MOQ_OK;
+#ifndef MOQ_NO_OS
+    if (d->target) r = moqi_free_target(d->target, err); /* before hours of scoring */
+#endif
+    if (r >= 0 && !(d->search && d->recipe_count == 0)) r = moqi_auto_recipes(x, err);
     if (r < 0) return r;
     if (!(x->ck = moq_open(d->source, &open, err))) return err->code;
     x->plan.ck = x->ck;

@@ -563,7 +563,10 @@ static void test_auto_misuse(void)
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_STATE && strstr(err.text, "logits"));
     g.samples.logits = 1;
     d.effective_bits = 3;
-    CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_CONFIG);
+    CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_CONFIG && strstr(err.text, "takes 4.5"));
+    d.target = TEST_DIR;
+    CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "exists already"));
+    d.target = NULL;
     d.effective_bits = 5;
     d.recipes = bad;
     d.recipe_count = 1;
