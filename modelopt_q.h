@@ -410,6 +410,7 @@ typedef struct moq_open_desc {
     const char *quantize;           /* a recipe of moq_find_recipe that needs no data: moq_open quantizes the layers of a float folder as moq_quantize
                                        would write them, in memory, and what is opened is that; nvfp4 with an input_scale of 1. NULL: as the folder
                                        is. Needs MOQ_QUANTIZE; moq_open only */
+    uint64_t max_memory;            /* with `quantize`: MOQ_E_LIMIT, before anything is quantized, when the new weights take more bytes; 0: no limit */
 } moq_open_desc;
 
 enum {
@@ -24264,6 +24265,7 @@ typedef struct moqi_export {
     uint8_t *pieces;           /* one band of a piece */
     uint64_t piece_room, band_bytes;
     struct moqi_made *made;    /* NULL: a folder; else files in memory */
+    uint64_t most;             /* bytes that these may take; 0: no limit */
     char temp[4096 + 40];
     uint32_t shards;
 } moqi_export;
@@ -25032,6 +25034,9 @@ static moq_result moqi_sort_outs(moqi_export *x, moq_error *err)
     x->outs = sorted;
     for (size_t i = 0; i < n; i++) x->total += sorted[i].t.bytes;
     for (size_t i = 0; i < n; i = moqi_shard_end(x, i)) x->shards++;
+    if (x->most && x->total > x->most)
+        return moqi_fail(err, MOQ_E_LIMIT, moqi_at(moq_get_name(x->plan.ck), NULL, NULL, -1), "quantized in memory its weights take %llu bytes, %llu are allowed; "
+                         "choose a smaller recipe, or write the folder once with `moq quantize` and map it", (unsigned long long)x->total, (unsigned long long)x->most);
     return MOQ_OK;
 }
 
@@ -26053,6 +26058,7 @@ static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, si
     d.source = dir;
     d.target = dir;
     d.recipe = desc->quantize;
+    d.max_memory = desc->max_memory ? UINT64_MAX : 0; /* pages of the source are given back */
     d.progress = desc->progress;
     d.progress_user = desc->progress_user;
     d.log = desc->log;
@@ -26064,6 +26070,7 @@ static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, si
     moqi_export *x = moqi_begin_export(&d, err);
     if (!x) return NULL;
     x->made = &made;
+    x->most = desc->max_memory;
     x->open_flags = desc->flags;
     moq_result r = moqi_open_sources(x, &d, &ck, err);
     if (r == MOQ_OK && moq_get_info(ck)->quant_algo[0])

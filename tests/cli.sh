@@ -164,6 +164,8 @@ check "logits --quantize" is 0
 check "computes what the folder would" cmp "$dir/a.safetensors" "$dir/b.safetensors"
 run run "$dir/float" --quantize mxfp4 --prompt hello --max-tokens 2
 check "run --quantize" is 0
+run run "$dir/float" --quantize mxfp4 --prompt hello --max-memory 100K
+check "run --quantize stays below --max-memory" refused "are allowed"
 run eval "$dir/float" --quantize int8_weight_only --data "$dir/calib.txt" --seq 8
 check "eval --quantize" last '^nll '
 run logits "$src" --quantize nvfp4_awq_lite --tokens 1,2 --out "$dir/never.safetensors"

@@ -669,6 +669,12 @@ static void test_open_quantized(void)
         CHECK(!moq_open(source, &o, &err) && err.code == MOQ_E_ARG);
         o.quantize = "mxfp4";
         CHECK(!moq_open(folder, &o, &err) && err.code == MOQ_E_ARG && strstr(err.text, "already"));
+        o.max_memory = 1000;
+        CHECK(!moq_open(source, &o, &err) && err.code == MOQ_E_LIMIT && strstr(err.text, "1000 are allowed"));
+        o.max_memory = 1u << 30;
+        moq_checkpoint *roomy = moq_open(source, &o, &err);
+        CHECK(roomy != NULL);
+        moq_close(roomy);
         CHECK_INT(test_state.live_allocs, 0);
         done++;
     }

@@ -554,8 +554,8 @@ static int open_backend(const options *o, const char *kernel, moq_backend **out)
     return *out ? 0 : refuse_error(NULL, &err);
 }
 
-/* quiet: what opening would log comes as findings of moq_verify. */
-static moq_checkpoint *open_folder(const char *path, int quiet, const char *recipe, moq_error *err)
+/* quiet: what opening would log comes as findings of moq_verify. most: of bytes that quantizing while loading may take, or 0. */
+static moq_checkpoint *open_folder(const char *path, int quiet, const char *recipe, uint64_t most, moq_error *err)
 {
     moq_open_desc desc;
     memset(&desc, 0, sizeof desc);
@@ -563,6 +563,7 @@ static moq_checkpoint *open_folder(const char *path, int quiet, const char *reci
     desc.log_user = (void *)(uintptr_t)path;
     desc.progress = on_progress;
     desc.quantize = recipe;
+    desc.max_memory = most;
     return moq_open(path, &desc, err);
 }
 
@@ -620,7 +621,8 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     memset(e, 0, sizeof *e);
     memset(&desc, 0, sizeof desc);
     e->path = path;
-    e->ck = open_folder(path, 0, path == o->args[0] ? o->quantize : NULL, &err);
+    if (o->max_memory && !parse_bytes("max-memory", o->max_memory, &desc.max_memory)) return 2;
+    e->ck = open_folder(path, 0, path == o->args[0] ? o->quantize : NULL, desc.max_memory, &err);
     if (!e->ck) return refuse_error(path, &err);
     bad = open_backend(o, o->kernel, &e->be);
     if (bad) { close_engine(e); return bad; }
@@ -639,8 +641,7 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     desc.sampling.top_p = (float)o->top_p;
     desc.sampling.min_p = (float)o->min_p;
     desc.sampling.seed = (uint64_t)o->seed;
-    if (o->max_memory && !parse_bytes("max-memory", o->max_memory, &desc.max_memory)) bad = 2;
-    if (!bad) bad = check_memory(&desc, path);
+    bad = check_memory(&desc, path);
     if (!bad && !(e->m = llm_open(&desc, &err))) bad = refuse_error(path, &err);
     if (bad) { close_engine(e); return bad; }
     e->info = llm_get_info(e->m);
@@ -1116,7 +1117,7 @@ static int verb_inspect(const options *o)
     module_row *rows = NULL;
     size_t count = 0;
     totals t;
-    moq_checkpoint *ck = open_folder(o->args[0], 0, NULL, &err);
+    moq_checkpoint *ck = open_folder(o->args[0], 0, NULL, 0, &err);
     int bad = ck ? open_backend(o, o->kernel, &be) : refuse_error(o->args[0], &err);
     if (!bad && o->against && !o->png) bad = refuse("--against goes with --png FILE; moq diff compares numbers");
     if (!bad) bad = list_modules(ck, o->args[0], be, &rows, &count);
@@ -1179,7 +1180,7 @@ static int verify_path(const options *o, verdict *v)
     if (stat(path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", path, strerror(errno));
     memset(&err, 0, sizeof err);
     if (S_ISDIR(info.st_mode)) {
-        moq_checkpoint *ck = open_folder(path, 1, NULL, &err);
+        moq_checkpoint *ck = open_folder(path, 1, NULL, 0, &err);
         if (ck) moq_verify(ck, o->deep ? (uint32_t)MOQ_VERIFY_DEEP : 0, report_finding, v, &err);
         else bad = 1;
         if (ck && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) bad = 1;
@@ -1739,7 +1740,7 @@ static int verb_dequant(const options *o)
     int bad;
     if (!o->hash == !o->out) return refuse(o->hash ? "dequant takes --hash or --out DST, not both" : "dequant needs --hash or --out DST");
     if (o->out && o->json) return refuse("--json goes with --hash");
-    ck = open_folder(o->args[0], 0, NULL, &err);
+    ck = open_folder(o->args[0], 0, NULL, 0, &err);
     if (!ck) return refuse_error(o->args[0], &err);
     bad = o->hash ? dequant_hash(o, ck) : dequant_out(o, ck);
     moq_close(ck);
@@ -2265,7 +2266,7 @@ static int verb_tokenize(const options *o)
     char *text;
     int bad = 0;
     if (!from) return refuse("%s: %s", o->file, strerror(errno));
-    ck = open_folder(o->args[0], 0, NULL, &err);
+    ck = open_folder(o->args[0], 0, NULL, 0, &err);
     t = ck ? llm_tokenizer_open(ck, &err) : NULL;
     if (!t) {
         if (from != stdin) fclose(from);
@@ -2350,7 +2351,7 @@ static int open_side(side *s, const char *path)
     memset(s, 0, sizeof *s);
     s->path = path;
     if (stat(path, &info) != 0) return refuse("%s: %s", path, strerror(errno));
-    if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, NULL, &err);
+    if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, NULL, 0, &err);
     else s->st = moq_st_open(path, NULL, &err);
     return s->ck || s->st ? 0 : refuse_error(path, &err);
 }

@@ -312,7 +312,7 @@ static int draw_picture(const options *o, const moq_checkpoint *ck, const module
     canvas c;
     moq_error err;
     int bad = 0;
-    moq_checkpoint *source = o->against ? open_folder(o->against, 0, NULL, &err) : NULL;
+    moq_checkpoint *source = o->against ? open_folder(o->against, 0, NULL, 0, &err) : NULL;
     if (o->against && !source) return refuse_error(o->against, &err);
     memset(&p, 0, sizeof p);
     p.lines = (line *)take(MOST_LINES, sizeof *p.lines);
