@@ -1921,8 +1921,8 @@ static void moqi_log(const moq_open_desc *d, moq_log_level level, moq_result cod
     d->log(d->log_user, level, code, e.text);
 }
 
-/* What runs once per folder or layer is compiled for size, where it has loops over text or values (LEAN) with -O1 on GCC, else (COLD) with
-   the passes of -Og: both take a third of the time to compile the whole. Either ends with MOQI_COLD_END. */
+/* What runs once per folder or layer is compiled quickly: on clang for size, on GCC with -O1 where it has loops over text or values (LEAN),
+   else (COLD) with the passes of -Og. Without that the whole takes half as long again to compile. Either ends with MOQI_COLD_END. */
 #if defined(__clang__)
 #define MOQI_COLD_BEGIN _Pragma("clang attribute push(__attribute__((minsize)), apply_to = function)")
 #define MOQI_LEAN_BEGIN MOQI_COLD_BEGIN
@@ -10736,7 +10736,7 @@ static void moqi_rope_head(float *x, const float *table, int64_t dims, int inter
    E4M3 through F16: the same sign, exponent and mantissa fields give value / 256, subnormals included, without subnormal F32
    numbers on the way. Code 0x7f is NaN in E4M3 but finite in F16, so it is put back. */
 
-/* Dot products of bytes, where the compiler knows such targets. */
+/* Products of bytes (DOTS), and where the compiler knows such a target an instruction that sums them (DOTPROD). */
 #if defined(MOQI_ARM) && defined(__clang__) && __clang_major__ >= 14
 #define MOQI_DOTS 1
 #define MOQI_DOTPROD __attribute__((target("dotprod")))
@@ -10753,9 +10753,11 @@ static void moqi_rope_head(float *x, const float *table, int64_t dims, int inter
 #define MOQI_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
 #define MOQI_I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
 #define MOQI_BFMM __attribute__((target("arch=armv8.2-a+bf16")))
-#elif defined(MOQI_X86) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12)
+#elif defined(MOQI_X86)
 #define MOQI_DOTS 1
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define MOQI_DOTPROD __attribute__((target("avx2,fma,f16c,avxvnni")))
+#endif
 #endif
 
 #ifdef MOQI_X86
@@ -11334,7 +11336,7 @@ static void moqi_multiply(const moqi_kernels *k, const moqi_tiled *p, int64_t ro
     }
 }
 
-#if defined(MOQI_X86) || defined(MOQI_DOTS)
+#ifdef MOQI_DOTS
 /* How many rows of codes stand for one row of x in place: its own 8 bits, or two digits of 8. */
 static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
 
@@ -11575,7 +11577,6 @@ MOQI_COLD_END
 #define MOQI_INLINE static inline __attribute__((always_inline))
 
 enum { MOQI_STREAM_AHEAD = 4096 }; /* bytes that are asked for before they are needed: a few hundred nanoseconds at 10 GB/s */
-#define MOQI_ASK(at) __builtin_prefetch(at)
 
 /* Where the scales of a row are, as element number of its first group. */
 static int64_t moqi_stream_scale_at(const moqi_tiled *p, int64_t row)
@@ -12834,7 +12835,7 @@ static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32
    The integer sums are exact. x8 are the checkpoint's own codes where inputs are rounded as stored (E2M1 doubled again, INT8), else
    8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer. */
 
-#if defined(MOQI_X86) || defined(MOQI_DOTS)
+#ifdef MOQI_DOTS
 /* Columns under one scale on both sides; at most 256, of which the sum of products is at most 2^22. 0: the layer's inputs are no integers. */
 static int64_t moqi_i8_chunk(const moqi_tiled *p)
 {
@@ -13143,7 +13144,8 @@ MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x,
         }
         __m512 by = _mm512_set1_ps(s > 0 ? s : 1);
         for (int64_t i = at; i < at + m; i += 16) {
-            __m512i q = _mm512_cvtps_epi32(_mm512_div_ps(s > 0 ? _mm512_loadu_ps(x + i) : _mm512_setzero_ps(), by));
+            __m512 v = _mm512_div_ps(s > 0 ? _mm512_loadu_ps(x + i) : _mm512_setzero_ps(), by);
+            __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(32767))); /* what does not fit becomes -2^31, on either side */
             __m128i code = _mm512_cvtsepi32_epi8(q);
             sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(code));
             _mm_storeu_si128((__m128i *)(void *)(to + i), _mm_shuffle_epi8(code, order));
@@ -13270,7 +13272,7 @@ MOQI_AVX512 static void moqi_dot_round_512(__m512 x, float s, int fp4, int digit
         __m512 q = _mm512_mul_ps(_mm512_div_ps(_mm512_roundscale_ps(_mm512_mul_ps(a, step), 8), step), two);
         v = _mm512_mask_sub_ps(q, _mm512_movepi32_mask(_mm512_castps_si512(v)), _mm512_setzero_ps(), q);
     }
-    __m512i q = _mm512_cvtps_epi32(v);
+    __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(32767))); /* what does not fit becomes -2^31, on either side */
     if (digits == 1) { codes[0] = _mm512_cvtsepi32_epi8(q); return; }
     __m512i lo = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
     codes[0] = _mm512_cvtepi32_epi8(lo);
@@ -13414,7 +13416,7 @@ MOQI_AVX512 static int moqi_dot_e4m3_512(const moqi_dot_pass *pass, int64_t row,
         float *out = pass->scale + r * pass->lds;
         for (int64_t left = groups; left > stop; left -= 32, s += 32, out += 32) {
             __m256i b = left >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)s) : _mm256_maskz_loadu_epi8(((__mmask32)1 << left) - 1, s);
-            MOQI_ASK(s + ahead);
+            __builtin_prefetch(s + ahead);
             most = _mm256_max_epu8(most, _mm256_and_si256(b, size));
             __m512i w = _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(b, order)); /* sign-extended: a shift puts the sign where F16 has it, and once more below */
             halves = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff));
@@ -13434,6 +13436,31 @@ MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t r
     for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r * step, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
 }
 
+/* A block of 256 columns -> its codes in the order of x. */
+MOQI_INLINE MOQI_AVX512 void moqi_dot_words_512(const uint8_t *src, int ahead, int nibbles, __m512i table, __m512i *w)
+{
+    const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)-128);
+    __m512i v0 = _mm512_loadu_si512(src), v1 = _mm512_loadu_si512(src + 64);
+    __builtin_prefetch(src + ahead);
+    __builtin_prefetch(src + ahead + 64);
+    if (nibbles) {
+        __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
+        v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
+        v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
+        w[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
+        w[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
+        w[2] = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
+        w[3] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
+        return;
+    }
+    __builtin_prefetch(src + ahead + 128);
+    __builtin_prefetch(src + ahead + 192);
+    w[0] = _mm512_xor_si512(v0, flip);
+    w[1] = _mm512_xor_si512(v1, flip);
+    w[2] = _mm512_xor_si512(_mm512_loadu_si512(src + 128), flip);
+    w[3] = _mm512_xor_si512(_mm512_loadu_si512(src + 192), flip);
+}
+
 /* acc[t] += row . x[t] over the pass for a few rows; `slots` are the digits of all rows of x, 1 to 8. Both numbers are constants where this is
    called. The loops over slots are side by side and not one after the other: a sum waits 5 cycles for the one before it. acc: [rows][slots / digits][16] */
 MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int slots, int digits, float *acc)
@@ -13441,21 +13468,21 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     const moqi_tiled *p = pass->p;
     const int nibbles = p->form == MOQI_CODES_NIBBLES;
     const int64_t bytes = nibbles ? 128 : 256;
-    const __m512i low = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
     const int64_t behind = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first;
     uint8_t edge[256];
     __m512 a[8];
-    __m512i q[8];
+    __m512i q[8], w[4];
 #define MOQI_SLOTS(f) f(0) if (slots > 1) { f(1) } if (slots > 2) { f(2) } if (slots > 3) { f(3) } if (slots > 4) { f(4) } \
     if (slots > 5) { f(5) } if (slots > 6) { f(6) } if (slots > 7) { f(7) }
 #define MOQI_LOAD(t) if ((t) % digits == 0) a[t] = _mm512_loadu_ps(acc + 16 * ((t) / digits));
 #define MOQI_STORE(t) if ((t) % digits == 0) _mm512_storeu_ps(acc + 16 * ((t) / digits), a[t]);
 #define MOQI_START(t) q[t] = _mm512_loadu_si512(x + 96 * (t) + 80);
-#define MOQI_DOT(k, t, w) __asm__("vpdpbusd %1, %2, %0" : "+v"(q[t]) : "m"(*(const __m512i_u *)(const void *)(x + 96 * (t) + 16 * (k))), "v"(w));
-#define MOQI_DOT0(t) MOQI_DOT(0, t, w0)
-#define MOQI_DOT1(t) MOQI_DOT(1, t, w1)
-#define MOQI_DOT2(t) MOQI_DOT(2, t, w2)
-#define MOQI_DOT3(t) MOQI_DOT(3, t, w3)
+#define MOQI_DOT(k, t) __asm__("vpdpbusd %1, %2, %0" : "+v"(q[t]) : "m"(*(const __m512i_u *)(const void *)(x + 96 * (t) + 16 * (k))), "v"(w[k]));
+#define MOQI_DOT0(t) MOQI_DOT(0, t)
+#define MOQI_DOT1(t) MOQI_DOT(1, t)
+#define MOQI_DOT2(t) MOQI_DOT(2, t)
+#define MOQI_DOT3(t) MOQI_DOT(3, t)
 #define MOQI_SCALE(t) if ((t) % digits == 0) { \
         if (digits == 2) q[t] = _mm512_add_epi32(q[t], _mm512_slli_epi32(q[(t) + digits - 1], 8)); \
         a[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[t]), _mm512_loadu_ps(x + 96 * (t) + 64)), s, a[t]); }
@@ -13470,27 +13497,8 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                 memcpy(edge, src, (size_t)left);
                 src = edge;
             }
-            __m512i w0, w1, w2, w3, v0 = _mm512_loadu_si512(src), v1 = _mm512_loadu_si512(src + 64);
             __m512 s = _mm512_loadu_ps(scale);
-            MOQI_ASK(src + MOQI_STREAM_AHEAD);
-            MOQI_ASK(src + MOQI_STREAM_AHEAD + 64);
-            if (nibbles) {
-                __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
-                v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
-                v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
-                w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
-                w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
-                w2 = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
-                w3 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
-            } else {
-                const __m512i flip = _mm512_set1_epi8((char)-128);
-                MOQI_ASK(src + MOQI_STREAM_AHEAD + 128);
-                MOQI_ASK(src + MOQI_STREAM_AHEAD + 192);
-                w0 = _mm512_xor_si512(v0, flip);
-                w1 = _mm512_xor_si512(v1, flip);
-                w2 = _mm512_xor_si512(_mm512_loadu_si512(src + 128), flip);
-                w3 = _mm512_xor_si512(_mm512_loadu_si512(src + 192), flip);
-            }
+            moqi_dot_words_512(src, MOQI_STREAM_AHEAD, nibbles, table, w);
             MOQI_SLOTS(MOQI_START)
             MOQI_SLOTS(MOQI_DOT0)
             MOQI_SLOTS(MOQI_DOT1)
@@ -13516,6 +13524,7 @@ typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t rows
 #define MOQI_DOT_ROWS(slots, digits) \
     MOQI_VNNI static void moqi_dot_##slots##_##digits(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *acc) \
     { moqi_dot_rows_512(pass, row, rows, slots, digits, acc); }
+MOQI_DOT_ROWS(1, 1)
 MOQI_DOT_ROWS(2, 1)
 MOQI_DOT_ROWS(3, 1)
 MOQI_DOT_ROWS(4, 1)
@@ -13523,11 +13532,10 @@ MOQI_DOT_ROWS(5, 1)
 MOQI_DOT_ROWS(6, 1)
 MOQI_DOT_ROWS(7, 1)
 MOQI_DOT_ROWS(8, 1)
+MOQI_DOT_ROWS(2, 2)
 MOQI_DOT_ROWS(4, 2)
 MOQI_DOT_ROWS(6, 2)
 MOQI_DOT_ROWS(8, 2)
-MOQI_DOT_ROWS(1, 1)
-MOQI_DOT_ROWS(2, 2)
 #undef MOQI_DOT_ROWS
 
 /* One row of x times rows `row`, row + step, ... (4): one row of x waits for memory, and more of it is on its way when four places are read in turn.
@@ -13537,8 +13545,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t 
     const moqi_tiled *p = pass->p;
     const int64_t bytes = nibbles ? 128 : 256;
     const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
-    const __m512i low = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const __m512i flip = _mm512_set1_epi8((char)-128);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
     const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * digits;
     int64_t left = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first, next = step * p->row_bytes;
     uint8_t edge[4][256];
@@ -13556,36 +13563,18 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t 
         const __m512i start = _mm512_loadu_si512(x + 80);
         const __m512 by = _mm512_loadu_ps(x + 64);
         MOQI_UNROLL for (int k = 0; k < 4; k++) {
-            const uint8_t *from = src + k * next;
-            __m512i w0, w1, w2, w3, q = start, v0 = _mm512_loadu_si512(from), v1 = _mm512_loadu_si512(from + 64);
-            MOQI_ASK(from + MOQI_STREAM_AHEAD / 2);
-            MOQI_ASK(from + MOQI_STREAM_AHEAD / 2 + 64);
-            if (nibbles) {
-                __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
-                v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
-                v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
-                w0 = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
-                w1 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
-                w2 = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
-                w3 = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
-            } else {
-                MOQI_ASK(from + MOQI_STREAM_AHEAD / 2 + 128);
-                MOQI_ASK(from + MOQI_STREAM_AHEAD / 2 + 192);
-                w0 = _mm512_xor_si512(v0, flip);
-                w1 = _mm512_xor_si512(v1, flip);
-                w2 = _mm512_xor_si512(_mm512_loadu_si512(from + 128), flip);
-                w3 = _mm512_xor_si512(_mm512_loadu_si512(from + 192), flip);
-            }
-            MOQI_DOT(q, w0, x0);
-            MOQI_DOT(q, w1, x1);
-            MOQI_DOT(q, w2, x2);
-            MOQI_DOT(q, w3, x3);
+            __m512i w[4], q = start;
+            moqi_dot_words_512(src + k * next, MOQI_STREAM_AHEAD / 2, nibbles, table, w);
+            MOQI_DOT(q, w[0], x0);
+            MOQI_DOT(q, w[1], x1);
+            MOQI_DOT(q, w[2], x2);
+            MOQI_DOT(q, w[3], x3);
             if (digits == 2) {
                 __m512i h = _mm512_loadu_si512(x + 176);
-                MOQI_DOT(h, w0, _mm512_loadu_si512(x + 96));
-                MOQI_DOT(h, w1, _mm512_loadu_si512(x + 112));
-                MOQI_DOT(h, w2, _mm512_loadu_si512(x + 128));
-                MOQI_DOT(h, w3, _mm512_loadu_si512(x + 144));
+                MOQI_DOT(h, w[0], _mm512_loadu_si512(x + 96));
+                MOQI_DOT(h, w[1], _mm512_loadu_si512(x + 112));
+                MOQI_DOT(h, w[2], _mm512_loadu_si512(x + 128));
+                MOQI_DOT(h, w[3], _mm512_loadu_si512(x + 144));
                 q = _mm512_add_epi32(q, _mm512_slli_epi32(h, 8));
             }
             a[k] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), by), _mm512_loadu_ps(scale + k * pass->lds), a[k]);
@@ -13714,12 +13703,14 @@ static int moqi_dots_take_256(const moqi_tiled *p)
 }
 #endif
 
+#ifdef MOQI_DOTPROD
 /* The rows from which panels are better. */
 static int moqi_dots_after(const moqi_tiled *p)
 {
     int from = moqi_i8_takes(p);
     return !from || !moqi_dots_take(p) ? from : p->form == MOQI_CODES_NIBBLES ? 13 : 9;
 }
+#endif
 
 /* ---- the instruction sets ---- */
 
@@ -13743,7 +13734,7 @@ MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, in
         return;
     }
     const uint8_t *from = p->scales + moqi_stream_scale_at(p, row) + c / 16;
-    MOQI_ASK(from + MOQI_STREAM_AHEAD / 8);
+    __builtin_prefetch(from + MOQI_STREAM_AHEAD / 8);
     for (int i = 0; i < 2; i++, out += 16) {
         __m256i h = moqi_e4m3_half_256(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * i)), order));
         _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(h)));
@@ -13752,7 +13743,11 @@ MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, in
 }
 
 #define MOQI_DOTS_BASE MOQI_AVX2
+#ifdef MOQI_DOTPROD
 #define MOQI_DPBUSD(sum, w, v) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "xm"(v))
+#else
+#define MOQI_DPBUSD(sum, w, v) (void)(w) /* never asked for */
+#endif
 
 /* acc[t] += some blocks of a row times x[t] from word `at`; tokens and vnni are constants where this is called. left: bytes of the row; acc: [tokens][8].
    Without VPDPBUSD nibbles are summed by twos and twos in 16 bits, which hold 4 products of 64 and 127; bytes are widened to 16 bits on both sides, and it
@@ -13791,7 +13786,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
         __m256i w0, w1, w2, w3;
         __m256 s = _mm256_loadu_ps(scale);
         if (left < bytes) { memset(edge, 0, sizeof edge); memcpy(edge, src, (size_t)left); from = edge; }
-        MOQI_ASK(src + MOQI_STREAM_AHEAD);
+        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
         if (nibbles) {
             __m256 f0 = _mm256_castsi256_ps(MOQI_AT(0)), f1 = _mm256_castsi256_ps(MOQI_AT(1));
             __m256i v0 = _mm256_castps_si256(_mm256_shuffle_ps(f0, f1, 0x88)), v1 = _mm256_castps_si256(_mm256_shuffle_ps(f0, f1, 0xdd));
@@ -13802,7 +13797,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
             if (vnni) { MOQI_TOKENS4(MOQI_DOT) }
             else { MOQI_TOKENS4(MOQI_PAIRS) }
         } else {
-            MOQI_ASK(src + MOQI_STREAM_AHEAD + 64);
+            __builtin_prefetch(src + MOQI_STREAM_AHEAD + 64);
             if (vnni) {
                 w0 = _mm256_xor_si256(MOQI_AT(0), flip);
                 w1 = _mm256_xor_si256(MOQI_AT(1), flip);
@@ -13832,6 +13827,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
 #undef MOQI_SCALE
 }
 
+#ifdef MOQI_DOTPROD
 /* 16 rows of 16 words turned: dst[c][r] = src[r][c]. */
 MOQI_AVX2 static void moqi_dots_turn(const uint8_t *src, int64_t row_bytes, uint32_t *dst)
 {
@@ -13903,6 +13899,7 @@ MOQI_DOTPROD static void moqi_dots_block(const moqi_panel *w, const float *x, in
     for (int64_t at = 0; at < w->rows; at += 16)
         for (int64_t j = 0; j < m; j += 3) moqi_dots_tokens(w, at, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(3, m - j));
 }
+#endif
 #endif
 
 #ifdef MOQI_ARM
@@ -14174,11 +14171,13 @@ MOQI_INLINE MOQI_DOTS_BASE void moqi_dots_all(const moqi_dots_pass *s, int64_t r
 
 typedef void (*moqi_dots_fn)(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x, int tokens, float *acc);
 
+#ifdef MOQI_DOTPROD
 MOQI_DOTPROD static void moqi_dots_columns(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x,
                                            int tokens, float *acc)
 {
     moqi_dots_all(s, row, rows, first, end, x, tokens, 1, acc);
 }
+#endif
 
 #ifdef MOQI_X86
 MOQI_AVX2 static void moqi_dots_columns_256(const moqi_dots_pass *s, int64_t row, int64_t rows, int64_t first, int64_t end, const float *const *x,
@@ -14224,12 +14223,14 @@ static void moqi_dots_in(moqi_dots_fn columns, const moqi_tiled *p, int64_t row,
     }
 }
 
+#ifdef MOQI_DOTPROD
 static void moqi_dots(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
                       int64_t ldy, float *scratch)
 {
     (void)way;
     moqi_dots_in(moqi_dots_columns, p, row, rows, x, ldx, m, y, ldy, scratch);
 }
+#endif
 
 #ifdef MOQI_X86
 static void moqi_dots_256(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
@@ -14240,6 +14241,7 @@ static void moqi_dots_256(const moqi_way *way, const moqi_tiled *p, int64_t row,
 }
 #endif
 
+#ifdef MOQI_DOTPROD
 /* Codes and scales of a panel: 64 bytes of 16 rows at a time. */
 static void moqi_dots_decode(moqi_panel *w, int pairs)
 {
@@ -14274,11 +14276,12 @@ static void moqi_dots_decode(moqi_panel *w, int pairs)
 
 static void moqi_dots_panel(moqi_panel *w) { moqi_dots_decode(w, 0); }
 
+static const moqi_way moqi_dots_panels = {"INT8 panels", 4, moqi_dots_after, moqi_i8_arrange, moqi_panels, moqi_dots_panel, moqi_dots_block};
 static const moqi_way moqi_dots_way = {"codes in place, integers", 4, moqi_dots_take, moqi_dots_arrange, moqi_dots, NULL, NULL};
+#endif
 #ifdef MOQI_X86
 static const moqi_way moqi_dots_way_256 = {"codes in place, integers", 4, moqi_dots_take_256, moqi_dots_arrange, moqi_dots_256, NULL, NULL};
 #endif
-static const moqi_way moqi_dots_panels = {"INT8 panels", 4, moqi_dots_after, moqi_i8_arrange, moqi_panels, moqi_dots_panel, moqi_dots_block};
 #endif
 
 /* ---- NEON: tiles of INT8 and BF16 ---- */
@@ -15428,13 +15431,11 @@ static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
-#ifdef MOQI_DOTS
 static const moqi_way *const moqi_avx2_ways[] = {&moqi_dots_way_256, &moqi_run_way, &moqi_f32_way_256, NULL};
+#ifdef MOQI_DOTPROD
 static const moqi_way *const moqi_avxvnni_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avxvnni_kernels = {"avxvnni", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                   moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways};
-#else
-static const moqi_way *const moqi_avx2_ways[] = {&moqi_run_way, &moqi_f32_way_256, NULL};
 #endif
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
                                                moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways};
@@ -15461,7 +15462,7 @@ static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[
 #endif
     {&moqi_vnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI},
     {&moqi_avx512_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512},
-#ifdef MOQI_DOTS
+#ifdef MOQI_DOTPROD
     {&moqi_avxvnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVXVNNI},
 #endif
     {&moqi_avx2_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C},
@@ -17160,9 +17161,9 @@ MOQ_API void moq_backend_destroy(moq_backend *be)
     if (be && be->destroy) be->destroy(be);
 }
 
-/* Quantizing, calibrating and exporting are compiled on request: programs that only run models need none of it. */
 MOQI_COLD_END
 
+/* Quantizing, calibrating and exporting are compiled on request: programs that only run models need none of it. */
 #ifdef MOQ_QUANTIZE
 
 /* ------------------------------------------------------------------------------------------------

@@ -164,6 +164,23 @@ static void integer_formats(moq_backend *be, const char *name)
         }
 }
 
+/* Inputs of more steps than 2^31, the most that a conversion to whole numbers takes: on both sides they are the largest code. */
+static void large_inputs(moq_backend *be, const char *name)
+{
+    static const int rows[] = {1, 3, 16, 37};
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++)
+        for (size_t m = 0; m < MOQI_COUNT(rows); m++) {
+            layer l;
+            layer_make(&l, &layer_formats[i], 45, 576);
+            l.w.scheme.input = input_formats[3].c;
+            l.w.input_scale = 2e-10f;
+            long wrong = moqi_is_int(l.w.scheme.weight.elem) ? check_linear(be, &l, 1, rows[m]) : 0;
+            if (wrong) fprintf(stderr, "%s, %s, large inputs, %d rows: %ld wrong\n", name, layer_formats[i].name, rows[m], wrong);
+            CHECK_INT(wrong, 0);
+            layer_free(&l);
+        }
+}
+
 /* Scales near the end of what their type holds. */
 static void large_scales(moq_backend *be, const char *name)
 {
@@ -193,6 +210,7 @@ static void test_backend_automatic(void)
         uint64_t seed = test_state.seed; /* what follows sees the numbers that it always saw */
         integer_formats(be, name);
         large_scales(be, name);
+        large_inputs(be, name);
         test_state.seed = seed;
         int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL || strncmp(name, "neon", 4) == 0;
 #ifdef MOQI_DOTS

@@ -400,7 +400,7 @@ __attribute__((target("avx2,fma"))) static double peak_256(int passes)
 /* AVX-VNNI: the same instruction in 256 bits. */
 static double peak_bytes_256(int passes)
 {
-#ifdef MOQI_DOTS
+#ifdef MOQI_DOTPROD
 #define PEAK_B(i) __asm__ volatile("%{vex%} vpdpbusd %%ymm15, %%ymm15, %%ymm" #i : : : "xmm" #i);
     for (int p = 0; p < passes; p++) { PEAK_TEN(PEAK_B) }
     __asm__ volatile("vzeroupper");
@@ -527,8 +527,10 @@ static void bench_report(bench *b, const layer *w, int32_t m, double seconds, do
 {
     double flops = 2.0 * (double)m * (double)w->l.rows * (double)w->l.cols;
     if (!b->o->json) {
-        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6.3f  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
-               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, peak > 0 ? flops / seconds / peak : 0, kernel);
+        char share[32] = "-";
+        if (peak > 0) snprintf(share, sizeof share, "%.3f", flops / seconds / peak);
+        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6s  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
+               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, share, kernel);
         fflush(stdout);
         return;
     }
