@@ -175,6 +175,11 @@ typedef struct llm_token {
     float top_logprob[LLM_TOP];
 } llm_token;
 
+/* The sum of x [count], activations in the memory of `be`, over all ranks of a model, in place: the same bits on every rank, for example always
+   added from rank 0 on. Work that was queued on `be` comes before, later work after it. Every rank calls it equally often, with equal counts.
+   A failure comes out at the end of the pass; later calls are made all the same, so that no rank waits for another. */
+typedef moq_result (*llm_all_reduce_fn)(void *user, moq_backend *be, void *x, size_t count, moq_error *err);
+
 typedef struct llm_desc {
     const char *path;            /* checkpoint folder, or NULL with: */
     const moq_checkpoint *checkpoint; /* one that is already open; stays the caller's and must outlive the llm */
@@ -199,6 +204,15 @@ typedef struct llm_desc {
     int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
+    int32_t ranks;               /* tensor parallelism: so many models, each on a backend and a thread of its own, are one. Each holds its share of the
+                                    heads and of the columns of every MLP and expert, and all_reduce sums what their blocks compute. All are opened
+                                    from the same folder and are given the same calls; each gives the whole answer. A step then makes one pass, whatever
+                                    its time; who cancels one rank lets all_reduce fail on the others. Inputs rounded with a scale per token are rounded
+                                    in each share for itself. Latent attention, state-space layers and experts between projections cannot be divided:
+                                    MOQ_E_UNSUPPORTED. 0 or 1: off */
+    int32_t rank;                /* which of them this is: 0 .. ranks - 1 */
+    llm_all_reduce_fn all_reduce;
+    void *all_reduce_user;
     moq_allocator allocator;
     moq_log_fn log;
     void *log_user;
@@ -6204,6 +6218,9 @@ typedef struct llmi_model {
     int stateful;
     /* layers are opened and closed by whoever runs them */
     int one_by_one;
+    /* this is part `rank` of `ranks`: sizes in `c` are those of the part; the first sum that failed */
+    int32_t rank, ranks;
+    moq_error unsummed;
     /* of the last layer, for llm_info */
     moq_kv_format kv;
     /* bytes on the backend beyond the checkpoint's; of these weights, and caches and states */
@@ -6436,11 +6453,15 @@ static moq_result llmi_code(moq_error *err, moq_result otherwise)
 
 /* ---- tensors ---- */
 
-/* What a layer must look like: rows and cols, and the keys of config.json that say so. */
+/* What a layer must look like: rows and cols, and the keys of config.json that say so. cut: the folder's layer has as many times the rows or
+   the columns as there are ranks. */
 typedef struct llmi_shape {
     int64_t rows, cols;
     const char *rows_key, *cols_key;
+    int cut;
 } llmi_shape;
+
+enum { LLMI_CUT_NONE = 0, LLMI_CUT_ROWS, LLMI_CUT_COLS };
 
 static llmi_shape llmi_shape_of(int64_t rows, const char *rows_key, int64_t cols, const char *cols_key)
 {
@@ -6449,6 +6470,15 @@ static llmi_shape llmi_shape_of(int64_t rows, const char *rows_key, int64_t cols
     s.cols = cols;
     s.rows_key = rows_key;
     s.cols_key = cols_key;
+    s.cut = LLMI_CUT_NONE;
+    return s;
+}
+
+/* The same for a layer that is divided among the ranks. */
+static llmi_shape llmi_cut_shape(int cut, int64_t rows, const char *rows_key, int64_t cols, const char *cols_key)
+{
+    llmi_shape s = llmi_shape_of(rows, rows_key, cols, cols_key);
+    s.cut = cut;
     return s;
 }
 
@@ -6468,17 +6498,31 @@ static moq_result llmi_missing(const llmi_model *m, const char *module, moq_erro
     return llmi_absent(m, name, err);
 }
 
-/* The layer of a module, which must be there and have this shape. */
+/* This rank's columns of a layer, `count` of them. What is summed over the ranks gets its bias once. */
+static moq_result llmi_cut_cols(const llmi_model *m, moq_linear *w, int64_t count, moq_error *err)
+{
+    if (m->ranks == 1) return MOQ_OK;
+    if (m->rank > 0) memset(&w->bias, 0, sizeof w->bias);
+    return moq_slice_cols(w, m->rank * count, count, w, err);
+}
+
+/* The layer of a module, which must be there and have this shape; of a layer that is divided this rank's part. */
 static moq_result llmi_find(const llmi_model *m, const char *name, llmi_shape s, moq_linear *out, moq_error *err)
 {
     moq_error local;
     moq_result code = moq_find_linear(m->ck, name, out, &local);
+    int64_t part = s.cut == LLMI_CUT_ROWS ? s.rows : s.cols;
+    if (s.cut == LLMI_CUT_ROWS) s.rows *= m->ranks;
+    if (s.cut == LLMI_CUT_COLS) s.cols *= m->ranks;
     if (code == MOQ_E_NOTFOUND) return llmi_missing(m, name, err);
     if (code < 0) {
         if (err) *err = local;
         return code;
     }
-    if (out->rows == s.rows && out->cols == s.cols) return MOQ_OK;
+    if (out->rows == s.rows && out->cols == s.cols) {
+        if (s.cut == LLMI_CUT_ROWS && m->ranks > 1) return moq_slice_rows(out, m->rank * part, part, 1, out, err);
+        return s.cut == LLMI_CUT_COLS ? llmi_cut_cols(m, out, part, err) : MOQ_OK;
+    }
     return moq_fail(err, MOQ_E_MISMATCH, out->tensor ? out->tensor : name,
                     "the layer has shape [%lld, %lld], but %s and %s of config.json ask for [%lld, %lld]; take both files from one model", (long long)out->rows,
                     (long long)out->cols, s.rows_key, s.cols_key, (long long)s.rows, (long long)s.cols);
@@ -6495,6 +6539,18 @@ static moq_result llmi_prepare(llmi_model *m, int32_t layer, const char *block, 
     return code < 0 ? code : llmi_prepare_weight(m, &w, 1, out, err);
 }
 
+/* The parts of a layer that holds them all, one below the other, each divided among the ranks. */
+static moq_result llmi_cut_fused(const llmi_model *m, const moq_linear *all, const llmi_shape *shapes, int32_t parts, moq_linear *out, moq_error *err)
+{
+    moq_result code = MOQ_OK;
+    int64_t first = 0;
+    for (int32_t i = 0; i < parts && code >= 0; i++) {
+        code = moq_slice_rows(all, first + m->rank * shapes[i].rows, shapes[i].rows, 1, &out[i], err);
+        first += m->ranks * shapes[i].rows;
+    }
+    return code;
+}
+
 /* `parts` layers of one input as one; where the folder holds them fused already (`fused` is there), that one. */
 static moq_result llmi_prepare_parts(llmi_model *m, int32_t layer, const char *block, const char *fused, const char *const *tails,
                                      const llmi_shape *shapes, int32_t parts, moq_weight **out, moq_error *err)
@@ -6504,8 +6560,13 @@ static moq_result llmi_prepare_parts(llmi_model *m, int32_t layer, const char *b
     moq_result code;
     if (fused && moq_has_linear(m->ck, llmi_name(m, name, layer, llmi_join(module, block, fused)))) {
         llmi_shape all = shapes[0];
+        moq_linear whole;
         for (int32_t i = 1; i < parts; i++) all.rows += shapes[i].rows;
-        return llmi_prepare(m, layer, block, fused, all, out, err);
+        if (m->ranks == 1) return llmi_prepare(m, layer, block, fused, all, out, err);
+        all.rows *= m->ranks;
+        all.cut = LLMI_CUT_NONE;
+        if ((code = llmi_find(m, name, all, &whole, err)) < 0 || (code = llmi_cut_fused(m, &whole, shapes, parts, w, err)) < 0) return code;
+        return llmi_prepare_weight(m, w, parts, out, err);
     }
     for (int32_t i = 0; i < parts; i++)
         if ((code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, block, tails[i])), shapes[i], &w[i], err)) < 0) return code;
@@ -6528,18 +6589,18 @@ static moq_result llmi_find_values(const llmi_model *m, int32_t layer, const cha
     return moq_fail(err, MOQ_E_DTYPE, t->name, "dtype %s is no number here; expected BF16, F16 or F32", moq_dtype_name(t->dtype));
 }
 
-/* A vector [count] as F32 on the backend, `plus` added to each value. */
-static moq_result llmi_load_vector(llmi_model *m, int32_t layer, const char *tail, int32_t count, float plus, const float **out, moq_error *err)
+/* A vector [count] as F32 on the backend, `plus` added to each value; ranks > 1: it is divided, and this is a part. */
+static moq_result llmi_load_vector(llmi_model *m, int32_t layer, const char *tail, int32_t count, int32_t ranks, float plus, const float **out, moq_error *err)
 {
     const moq_tensor *t;
     float *host, *device;
-    moq_result code = llmi_find_values(m, layer, tail, (uint64_t)count, &t, err);
+    moq_result code = llmi_find_values(m, layer, tail, (uint64_t)count * (uint64_t)ranks, &t, err);
     if (code < 0) return code;
     device = (float *)llmi_alloc(m, (uint64_t)count, sizeof *device, err);
     if (!device) return llmi_code(err, MOQ_E_NOMEM);
     host = (float *)moq_allocate(&m->arena.a, (size_t)count * sizeof *host);
     if (!host) return llmi_nomem(err, t->name);
-    moq_to_f32(t->dtype, t->data, (size_t)count, host);
+    moq_to_f32(t->dtype, (const uint8_t *)t->data + (ranks > 1 ? (size_t)m->rank * (size_t)count * (size_t)moq_dtype_bits(t->dtype) / 8 : 0), (size_t)count, host);
     for (int32_t i = 0; i < count; i++) host[i] += plus;
     m->be->upload(m->be, device, host, (size_t)count * sizeof *host);
     moq_release(&m->arena.a, host, (size_t)count * sizeof *host);
@@ -6551,7 +6612,7 @@ static moq_result llmi_load_vector(llmi_model *m, int32_t layer, const char *tai
 static moq_result llmi_load_norm(llmi_model *m, int32_t layer, const char *module, int32_t count, const float **out, moq_error *err)
 {
     char tail[LLMI_NAME_BYTES];
-    return llmi_load_vector(m, layer, llmi_join(tail, module, "weight"), count, m->c.family->flags & LLMI_UNIT_NORM ? 1.0f : 0.0f, out, err);
+    return llmi_load_vector(m, layer, llmi_join(tail, module, "weight"), count, 1, m->c.family->flags & LLMI_UNIT_NORM ? 1.0f : 0.0f, out, err);
 }
 
 /* ---- embedding and head ---- */
@@ -6766,12 +6827,12 @@ static moq_result llmi_prepare_attention(llmi_model *m, int32_t layer, llmi_laye
     llmi_shape s[3];
     int64_t q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
     moq_result code = MOQ_OK;
-    s[0] = llmi_shape_of(q, "num_attention_heads * head_dim", c->hidden, "hidden_size");
-    s[1] = s[2] = llmi_shape_of(kv, "num_key_value_heads * head_dim", c->hidden, "hidden_size");
+    s[0] = llmi_cut_shape(LLMI_CUT_ROWS, q, "num_attention_heads * head_dim", c->hidden, "hidden_size");
+    s[1] = s[2] = llmi_cut_shape(LLMI_CUT_ROWS, kv, "num_key_value_heads * head_dim", c->hidden, "hidden_size");
     if ((code = llmi_prepare_parts(m, layer, mix, "qkv_proj", tails, s, 3, &l->in, err)) < 0) return code;
-    s[0] = llmi_shape_of(c->hidden, "hidden_size", q, "num_attention_heads * head_dim");
+    s[0] = llmi_cut_shape(LLMI_CUT_COLS, c->hidden, "hidden_size", q, "num_attention_heads * head_dim");
     if ((code = llmi_prepare(m, layer, mix, "o_proj", s[0], &l->out, err)) < 0) return code;
-    if (c->family->flags & LLMI_SINKS) code = llmi_load_vector(m, layer, llmi_join(tail, mix, "sinks"), c->heads, 0, &l->sinks, err);
+    if (c->family->flags & LLMI_SINKS) code = llmi_load_vector(m, layer, llmi_join(tail, mix, "sinks"), c->heads, m->ranks, 0, &l->sinks, err);
     if (code < 0 || !(c->family->flags & LLMI_QK_NORM)) return code;
     if ((code = llmi_load_norm(m, layer, llmi_join(tail, mix, "q_norm"), c->head_dim, &l->q_norm, err)) < 0) return code;
     return llmi_load_norm(m, layer, llmi_join(tail, mix, "k_norm"), c->head_dim, &l->k_norm, err);
@@ -6934,11 +6995,11 @@ static moq_result llmi_prepare_mlp(llmi_model *m, int32_t layer, const char *blo
     int gated = c->activation.kind != MOQ_RELU2;
     llmi_shape s[2];
     moq_result code;
-    s[0] = s[1] = llmi_shape_of(inter, key, c->hidden, "hidden_size");
+    s[0] = s[1] = llmi_cut_shape(LLMI_CUT_ROWS, inter, key, c->hidden, "hidden_size");
     code = gated ? llmi_prepare_parts(m, layer, block, "gate_up_proj", tails, s, 2, &l->gate_up, err)
                  : llmi_prepare(m, layer, block, "up_proj", s[0], &l->gate_up, err);
     if (code < 0) return code;
-    return llmi_prepare(m, layer, block, "down_proj", llmi_shape_of(c->hidden, "hidden_size", inter, key), &l->down, err);
+    return llmi_prepare(m, layer, block, "down_proj", llmi_cut_shape(LLMI_CUT_COLS, c->hidden, "hidden_size", inter, key), &l->down, err);
 }
 
 /* The three layers of expert `e`, into place e of three lists of `experts` layers. */
@@ -6949,8 +7010,8 @@ static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e
     const char *const parts[] = {n->gate, n->up, n->down};
     char name[LLMI_NAME_BYTES];
     for (int32_t i = 0; i < 3; i++) {
-        llmi_shape s = i < 2 ? llmi_shape_of(c->moe_inter, "the experts' intermediate size", c->moe_hidden, "the experts' hidden size")
-                             : llmi_shape_of(c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
+        llmi_shape s = i < 2 ? llmi_cut_shape(LLMI_CUT_ROWS, c->moe_inter, "the experts' intermediate size", c->moe_hidden, "the experts' hidden size")
+                             : llmi_cut_shape(LLMI_CUT_COLS, c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
         moq_result code;
         if (!parts[i]) continue;
         llmi_name(m, name, layer, n->experts);
@@ -6969,9 +7030,10 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     const llmi_config *c = &m->c;
     const llmi_moe_names *n = c->family->moe;
     char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
-    llmi_shape up = llmi_shape_of(2 * (int64_t)c->moe_inter, "twice the experts' intermediate size", c->moe_hidden, "the experts' hidden size");
-    llmi_shape down = llmi_shape_of(c->moe_hidden, "the experts' hidden size", c->moe_inter, "the experts' intermediate size");
-    int64_t step = n->halves ? 1 : 2;
+    int64_t all = (int64_t)c->moe_inter * m->ranks; /* of the stored experts */
+    llmi_shape up = llmi_shape_of(2 * all, "twice the experts' intermediate size", c->moe_hidden, "the experts' hidden size");
+    llmi_shape down = llmi_shape_of(c->moe_hidden, "the experts' hidden size", all, "the experts' intermediate size");
+    int64_t step = n->halves ? 1 : 2, first = m->rank * c->moe_inter * step;
     moq_linear stack[2], w;
     moq_result code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->stack)), up, &stack[0], err);
     if (code >= 0) code = llmi_find(m, llmi_name(m, name, layer, llmi_join(module, n->experts, n->down)), down, &stack[1], err);
@@ -6983,9 +7045,10 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
     /* slices are views: nothing is copied, whatever the storage (BF16 [in, out], MXFP4 blocks, NVFP4 [in / 2, out]) */
     for (int32_t e = 0; e < c->experts; e++) {
         if ((code = moq_slice_expert(&stack[0], e, &w, err)) < 0) return code;
-        if ((code = moq_slice_rows(&w, 0, c->moe_inter, step, &list[e], err)) < 0) return code;
-        if ((code = moq_slice_rows(&w, n->halves ? c->moe_inter : 1, c->moe_inter, step, &list[c->experts + e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, first, c->moe_inter, step, &list[e], err)) < 0) return code;
+        if ((code = moq_slice_rows(&w, first + (n->halves ? all : 1), c->moe_inter, step, &list[c->experts + e], err)) < 0) return code;
         if ((code = moq_slice_expert(&stack[1], e, &list[2 * (size_t)c->experts + (size_t)e], err)) < 0) return code;
+        if ((code = llmi_cut_cols(m, &list[2 * (size_t)c->experts + (size_t)e], c->moe_inter, err)) < 0) return code;
     }
     return MOQ_OK;
 }
@@ -7170,6 +7233,14 @@ static void llmi_tell_unused(const llmi_model *m)
 
 /* ---- KV cache ---- */
 
+/* This rank's part of a view of `count` elements a rank; one element for all stays. */
+static void llmi_cut_view(const llmi_model *m, moq_view *v, int64_t count)
+{
+    if (!v->data || v->count != (uint64_t)(count * m->ranks)) return;
+    v->data = (const uint8_t *)v->data + m->rank * count * moq_dtype_bits(v->dtype) / 8;
+    v->count = (uint64_t)count;
+}
+
 /* The cache of a layer that attends. */
 static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
@@ -7180,6 +7251,12 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_
     if (l->mix != LLMI_MIX_ATTENTION && l->mix != LLMI_MIX_LATENT) return MOQ_OK;
     memset(&d, 0, sizeof d);
     if ((code = llmi_find_cache(m, layer, &d.kv, err)) < 0) return code;
+    if (m->ranks > 1) {
+        llmi_cut_view(m, &d.kv.k_scale, c->kv_heads);
+        llmi_cut_view(m, &d.kv.v_scale, c->kv_heads);
+        llmi_cut_view(m, &d.kv.k_bias, (int64_t)c->kv_heads * c->head_dim);
+        llmi_cut_view(m, &d.kv.v_bias, (int64_t)c->kv_heads * c->value_dim);
+    }
     llmi_name(m, name, layer, c->family->names->mix);
     d.name = llmi_take_text(&m->arena, name, strlen(name)); /* a backend may keep it for its messages */
     if (!d.name) return llmi_nomem(err, name);
@@ -7346,6 +7423,30 @@ static moq_result llmi_prepare_all(llmi_model *m, moq_error *err)
     return llmi_progress(m, MOQ_STAGE_PREPARE, m->c.layers, m->c.layers, err);
 }
 
+/* Sizes of config.json become those of this rank's part. */
+static moq_result llmi_divide(llmi_model *m, moq_error *err)
+{
+    llmi_config *c = &m->c;
+    const struct { const char *key; int32_t *size; } sizes[] = {
+        {"num_attention_heads", &c->heads}, {"num_key_value_heads", &c->kv_heads}, {"intermediate_size", &c->inter},
+        {"the experts' intermediate size", &c->moe_inter}, {"the shared experts' size", &c->shared_inter}};
+    m->ranks = m->desc->ranks > 1 ? m->desc->ranks : 1;
+    m->rank = m->ranks > 1 ? m->desc->rank : 0;
+    if (m->ranks == 1) return MOQ_OK;
+    m->no_step = 1; /* the caller's sums cannot be recorded */
+    if (m->rank < 0 || m->rank >= m->ranks) return moq_fail(err, MOQ_E_ARG, "llm_desc.rank", "%d is outside 0..%d", m->rank, m->ranks - 1);
+    if (!m->desc->all_reduce) return moq_fail(err, MOQ_E_ARG, "llm_desc.all_reduce", "%d ranks need a function that sums over them", m->ranks);
+    if (c->kv_rank || c->ssm_heads || c->moe_narrow)
+        return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_desc.ranks", "a '%s' with %s cannot be divided among ranks; open it whole", c->family->model_type,
+                        c->kv_rank ? "latent attention" : c->ssm_heads ? "state-space layers" : "experts between projections");
+    for (size_t i = 0; i < LLMI_COUNT(sizes); i++) {
+        if (*sizes[i].size % m->ranks != 0)
+            return moq_fail(err, MOQ_E_SHAPE, "llm_desc.ranks", "%s is %d, no multiple of %d ranks; take fewer", sizes[i].key, *sizes[i].size, m->ranks);
+        *sizes[i].size /= m->ranks;
+    }
+    return MOQ_OK;
+}
+
 /* Reads, checks and prepares; what was made stays in *m also after a failure, for llmi_model_close. */
 static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_backend *be, const llm_desc *desc, moq_error *err)
 {
@@ -7355,7 +7456,7 @@ static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_b
     m->desc = desc;
     m->arena = llmi_arena_make(&desc->allocator);
     m->elem = (size_t)moq_dtype_bits(be->act) / 8;
-    if ((code = llmi_config_read(ck, desc->context, &m->c, err)) < 0) return code;
+    if ((code = llmi_config_read(ck, desc->context, &m->c, err)) < 0 || (code = llmi_divide(m, err)) < 0) return code;
     m->slots = desc->slots > 0 ? desc->slots : 1;
     m->chunk = desc->chunk > 0 ? desc->chunk : 256;
     if (m->chunk > m->c.context) m->chunk = m->c.context;
@@ -7667,6 +7768,17 @@ static void llmi_pass_embed(llmi_model *m)
         if (dims[i]) be->rope_table(be, m->pos, rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
 }
 
+/* d summed over the ranks. */
+static void llmi_sum_ranks(llmi_model *m, int32_t rows)
+{
+    moq_error err;
+    if (m->ranks == 1) return;
+    memset(&err, 0, sizeof err);
+    if (m->desc->all_reduce(m->desc->all_reduce_user, m->be, m->d, (size_t)rows * (size_t)m->c.hidden, &err) >= 0 || m->unsummed.code < 0) return;
+    m->unsummed = err;
+    if (err.code >= 0) moq_fail(&m->unsummed, MOQ_E_BACKEND, "llm_desc.all_reduce", "the call failed without a reason");
+}
+
 /* One layer. The stream ends as x + d: the last addition belongs to the next norm. */
 static void llmi_pass_layer(llmi_model *m, const llmi_layer *l)
 {
@@ -7681,12 +7793,14 @@ static void llmi_pass_layer(llmi_model *m, const llmi_layer *l)
         llmi_norm(m, m->x, p->add, l->mix_norm, b.rows, m->h);
         llmi_mixings[l->mix](m, l, &b);
         be->linear(be, l->out, m->att, b.rows, m->d);
+        llmi_sum_ranks(m, b.rows);
         if (l->mix_post) llmi_norm(m, m->d, NULL, l->mix_post, b.rows, m->d);
         p->add = m->d;
     }
     if (l->feed) {
         llmi_norm(m, m->x, p->add, l->feed_norm, b.rows, m->h);
         llmi_feed(m, l, b.rows);
+        llmi_sum_ranks(m, b.rows);
         if (l->feed_post) llmi_norm(m, m->d, NULL, l->feed_post, b.rows, m->d);
         p->add = m->d;
     }
@@ -7789,6 +7903,11 @@ static moq_result llmi_pass_end(llmi_model *m, moq_error *err)
 {
     const int32_t *pos = m->host + m->chunk, *slot = m->host + 2 * (size_t)m->chunk;
     moq_result code = m->be->sync(m->be, err);
+    if (code >= 0 && m->unsummed.code < 0) {
+        if (err) *err = m->unsummed;
+        code = m->unsummed.code;
+    }
+    memset(&m->unsummed, 0, sizeof m->unsummed);
     for (int32_t i = 0; i < m->pass.rows && code >= 0; i++) m->length[slot[i]] = pos[i] + 1;
     llmi_pass_clear(m);
     return code;
@@ -12775,12 +12894,12 @@ LLM_API const char *llm_next(llm *m, moq_error *err)
     return NULL;
 }
 
-/* Rounds until `until`; m NULL: of everybody. Without a clock: one round. */
+/* Rounds until `until`; m NULL: of everybody. Without a clock, or where other ranks keep step: one round. */
 static void llmi_rounds(llmi_house *h, llm *m, double start, int64_t max_microseconds)
 {
     double until = start + (double)(max_microseconds > 0 ? max_microseconds : 1) * 1e-6;
     h->units = 0;
-    if (start <= 0) {
+    if (start <= 0 || h->model.ranks > 1) {
         llmi_round(h, m, 0);
         return;
     }

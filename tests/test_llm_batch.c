@@ -1,7 +1,9 @@
 /* test_llm_batch.c - several conversations of one model: batches, forks, saved states, context shift. */
+#define _POSIX_C_SOURCE 200809L /* barriers of threads */
 #include "test.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -640,6 +642,150 @@ static void test_batch_out_of_memory(void)
     }
 }
 
+/* ---- one model on two ranks ---- */
+
+enum { RANKS = 2 };
+
+/* Ranks meet here; `fail_at` > 0: this call fails on every rank. */
+typedef struct meeting {
+    pthread_barrier_t barrier;
+    const float *x[RANKS];
+    int calls, fail_at;
+} meeting;
+
+typedef struct rank_of {
+    meeting *at;
+    const char *dir;
+    const int32_t *tokens;
+    int32_t rank, count;
+    float *logits;    /* [count, VOCAB] */
+    char text[1024];  /* of the demo model's answer, where there are no tokens */
+    moq_error err;
+} rank_of;
+
+static moq_result sum_ranks(void *user, moq_backend *be, void *x, size_t count, moq_error *err)
+{
+    const rank_of *r = (const rank_of *)user;
+    float *sum = (float *)malloc(count * sizeof *sum);
+    moq_result code = be->sync(be, err);
+    r->at->x[r->rank] = (const float *)x;
+    if (r->rank == 0) r->at->calls++;
+    pthread_barrier_wait(&r->at->barrier);
+    for (size_t i = 0; i < count; i++) sum[i] = r->at->x[0][i] + r->at->x[1][i];
+    if (r->at->calls == r->at->fail_at) code = moq_fail(err, MOQ_E_BACKEND, "link", "the other rank is gone");
+    pthread_barrier_wait(&r->at->barrier);
+    memcpy(x, sum, count * sizeof *sum);
+    free(sum);
+    return code;
+}
+
+static void *run_rank(void *user)
+{
+    rank_of *r = (rank_of *)user;
+    llm_desc d;
+    memset(&d, 0, sizeof d);
+    d.path = r->dir;
+    d.threads = 1;
+    d.act = MOQ_ACT_WIDE;
+    d.context = 512;
+    d.no_tokenizer = r->tokens != NULL;
+    if (r->at) {
+        d.ranks = RANKS;
+        d.rank = r->rank;
+        d.all_reduce = sum_ranks;
+        d.all_reduce_user = r;
+    }
+    llm *m = llm_open(&d, &r->err);
+    if (m && r->tokens) llm_forward(m, 0, r->tokens, r->count, 0, r->logits, NULL, &r->err);
+    if (m && !r->tokens) {
+        ask(m, 0);
+        r->err.code = hear(m, r->text, sizeof r->text);
+    }
+    llm_close(m);
+    return NULL;
+}
+
+static void run_ranks(meeting *at, rank_of *r, const char *dir, const int32_t *tokens, int32_t count)
+{
+    pthread_t thread[RANKS];
+    memset(r, 0, RANKS * sizeof *r);
+    at->calls = 0;
+    pthread_barrier_init(&at->barrier, NULL, RANKS);
+    for (int32_t i = 0; i < RANKS; i++) {
+        r[i].at = at;
+        r[i].dir = dir;
+        r[i].tokens = tokens;
+        r[i].rank = i;
+        r[i].count = count;
+        r[i].logits = (float *)calloc((size_t)count * VOCAB, sizeof(float));
+        pthread_create(&thread[i], NULL, run_rank, &r[i]);
+    }
+    for (int i = 0; i < RANKS; i++) pthread_join(thread[i], NULL);
+    pthread_barrier_destroy(&at->barrier);
+}
+
+/* Families and schemes whose layers are divided in different ways; `refused`: what cannot be. */
+static void test_ranks_logits(void)
+{
+    static const struct { const char *dir, *refused; } cases[] = {
+        {"sources/llama", NULL}, {"sources/qwen2", NULL}, {"sources/qwen3", NULL}, {"sources/phi3", NULL}, {"sources/mixtral", NULL},
+        {"sources/qwen3_moe", NULL}, {"sources/gpt_oss", NULL}, {"modelopt/llama-nvfp4", NULL}, {"modelopt/llama-fp8", NULL},
+        {"modelopt/llama-mxfp4", NULL}, {"modelopt/llama-nvfp4-kv_fp8_affine", NULL}, {"modelopt/llama-nvfp4_svdquant", NULL},
+        {"modelopt/mixtral-nvfp4", NULL}, {"modelopt/gpt_oss-mxfp4", NULL}, {"modelopt/gpt_oss-nvfp4", NULL}, {"foreign/llama-gptq-int4-g32-descact", NULL},
+        {"modelopt/llama-int4_awq", "columns"}, {"sources/deepseek_v3", "latent attention"}};
+    int32_t tokens[TOKENS];
+    for (int i = 0; i < TOKENS; i++) tokens[i] = (int32_t)(test_random() % VOCAB);
+    for (size_t i = 0; i < MOQI_COUNT(cases); i++) {
+        const char *dir = golden("%s", cases[i].dir);
+        meeting at;
+        rank_of r[RANKS], one;
+        if (!is_there(dir)) { printf("note: %s is not there\n", cases[i].dir); continue; }
+        memset(&at, 0, sizeof at);
+        memset(&one, 0, sizeof one);
+        run_ranks(&at, r, dir, tokens, TOKENS);
+        one.dir = dir;
+        one.tokens = tokens;
+        one.count = TOKENS;
+        one.logits = (float *)calloc((size_t)TOKENS * VOCAB, sizeof(float));
+        run_rank(&one);
+        for (int k = 0; k < RANKS; k++) {
+            if (cases[i].refused) {
+                if (!strstr(r[k].err.text, cases[i].refused)) fprintf(stderr, "%s: '%s'\n", cases[i].dir, r[k].err.text);
+                CHECK(r[k].err.code < 0 && strstr(r[k].err.text, cases[i].refused));
+                continue;
+            }
+            double far = relative_rms(r[k].logits, one.logits, (size_t)TOKENS * VOCAB);
+            if (r[k].err.code < 0 || !(far < 5e-6)) fprintf(stderr, "%s, rank %d: %.2g, %s\n", cases[i].dir, k, far, r[k].err.text);
+            CHECK_INT(r[k].err.code, MOQ_OK);
+            CHECK(far < 5e-6);
+            CHECK(at.calls > 0);
+        }
+        CHECK(memcmp(r[0].logits, r[1].logits, (size_t)TOKENS * VOCAB * sizeof(float)) == 0);
+        free(one.logits);
+        for (int k = 0; k < RANKS; k++) free(r[k].logits);
+    }
+}
+
+/* A conversation, and a sum that fails in the middle of a pass: both ranks end it with the same error. */
+static void test_ranks_answer(void)
+{
+    meeting at;
+    rank_of r[RANKS], one;
+    memset(&at, 0, sizeof at);
+    memset(&one, 0, sizeof one);
+    one.dir = DEMO_DIR;
+    run_rank(&one);
+    for (int turn = 0; turn < 2; turn++) {
+        at.fail_at = turn ? 7 : 0;
+        run_ranks(&at, r, DEMO_DIR, NULL, 0);
+        for (int k = 0; k < RANKS; k++) {
+            CHECK_INT(r[k].err.code, turn ? MOQ_E_BACKEND : MOQ_OK);
+            if (!turn) CHECK_STR(r[k].text, one.text);
+            free(r[k].logits);
+        }
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -655,6 +801,8 @@ int main(int argc, char **argv)
     RUN(test_shift_raw);
     RUN(test_state_dynamic_rope);
     RUN(test_batch_out_of_memory);
+    RUN(test_ranks_logits);
+    RUN(test_ranks_answer);
     remove(state_file);
     return test_end();
 }
