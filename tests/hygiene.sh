@@ -93,7 +93,7 @@ check "plain text" sh -c "LC_ALL=C grep -nP '[^\\x00-\\x7F]|\\t|[ ]+\$' $H ../mo
 # 7. figures, printed, not judged here: they depend on the machine
 printf '#include "../../%s"\n#define LLM_IMPLEMENTATION\n#include "../../../examples/llm.h"\n' "$H" >$B/engine.c
 # user seconds of a command
-seconds() { sh -c '"$@" >/dev/null 2>&1; times' sh "$@" | awk 'END { split($1, t, /[ms]/); printf "%.2f", 60 * t[1] + t[2] }'; }
+seconds() { sh -c '"$@" >/dev/null 2>&1 || echo failed; times' sh "$@" | awk '/failed/ { bad = 1 } END { split($1, t, /[ms]/); if (bad) printf "failed"; else printf "%.2f", 60 * t[1] + t[2] }'; }
 echo "note: user seconds of $CC -O2: $(seconds $CC -std=c99 -O2 -c $B/impl.c -o $B/impl.o) modelopt_q.h, \
 $(seconds $CC -std=c99 -O2 -c $B/engine.c -o $B/impl.o) llm.h; $(wc -l <$H) and $(wc -l <../examples/llm.h) lines"
 

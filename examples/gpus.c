@@ -1,0 +1,122 @@
+/* gpus.c - one model on several GPUs: each holds its share of the heads and of the MLPs, and what the blocks compute is summed over peer memory.
+
+       nvcc -O2 -arch=native gpus.c ../modelopt_q_cuda.cu -o gpus -lpthread
+       ./gpus [FOLDER [RANKS [PROMPT]]]
+
+   Without RANKS there are as many as GPUs. More ranks than GPUs share them, so that it can be tried on one. Every rank computes the whole
+   answer; the first one prints it. With NCCL the body of all_reduce would be one ncclAllReduce on a stream that waits for the backend. */
+#define _POSIX_C_SOURCE 200809L
+#define MODELOPT_Q_IMPLEMENTATION
+#include "../modelopt_q.h"
+#define LLM_IMPLEMENTATION
+#include "llm.h"
+#include <cuda_runtime_api.h>
+#include <pthread.h>
+#include <stdio.h>
+
+enum { MOST = 8, CHUNK = 64 };
+
+/* Where the ranks meet. */
+typedef struct team {
+    pthread_barrier_t barrier;
+    int ranks, devices, failed;
+    const char *folder, *prompt;
+    void *x[MOST];            /* what each wants summed, in its device's memory */
+} team;
+
+typedef struct member {
+    team *t;
+    int rank;
+    void *room;               /* [ranks, count] of this rank's device: everybody's x */
+    size_t room_bytes;
+    moq_error err;
+} member;
+
+/* Everybody copies from everybody, then adds in the order of the ranks: the same bits everywhere. */
+static moq_result all_reduce(void *user, moq_backend *be, void *x, size_t count, moq_error *err)
+{
+    member *m = (member *)user;
+    team *t = m->t;
+    size_t bytes = count * (be->act == MOQ_BF16 ? 2 : 4);
+    moq_result code = be->sync(be, err);                       /* x is complete */
+    cudaError_t e = cudaSuccess;
+    if (bytes * (size_t)t->ranks > m->room_bytes) {
+        if (m->room) be->release(be, m->room);
+        m->room_bytes = bytes * (size_t)t->ranks;
+        m->room = be->alloc(be, m->room_bytes, err);
+        if (!m->room) code = MOQ_E_NOMEM;
+    }
+    t->x[m->rank] = x;
+    pthread_barrier_wait(&t->barrier);                         /* everybody's x is complete */
+    for (int r = 0; r < t->ranks && m->room && e == cudaSuccess; r++)
+        e = cudaMemcpyPeer((char *)m->room + (size_t)r * bytes, m->rank % t->devices, t->x[r], r % t->devices, bytes);
+    if (e == cudaSuccess) e = cudaDeviceSynchronize();
+    pthread_barrier_wait(&t->barrier);                         /* everybody has copied it */
+    if (e != cudaSuccess) return moq_fail(err, MOQ_E_BACKEND, "all_reduce", "%s", cudaGetErrorString(e));
+    if (code < 0) return code;
+    for (int r = 1; r < t->ranks; r++) be->add(be, m->room, (char *)m->room + (size_t)r * bytes, count);
+    be->copy(be, x, m->room, bytes);
+    return MOQ_OK;
+}
+
+static void *run(void *user)
+{
+    member *m = (member *)user;
+    team *t = m->t;
+    llm_desc desc = {0};
+    const char *piece;
+    llm *bot = NULL;
+    cudaSetDevice(m->rank % t->devices);
+    desc.path = t->folder;
+    desc.chunk = CHUNK;
+    desc.ranks = t->ranks;
+    desc.rank = m->rank;
+    desc.all_reduce = all_reduce;
+    desc.all_reduce_user = m;
+    desc.backend = moq_cuda_backend(m->rank % t->devices, &m->err);
+    if (desc.backend) bot = llm_open(&desc, &m->err);
+    if (!bot) t->failed = 1;
+    pthread_barrier_wait(&t->barrier);                         /* nobody begins unless all can */
+    if (!t->failed) {
+        const llm_stats *s = llm_get_stats(bot);
+        llm_say(bot, "user", t->prompt);
+        while ((piece = llm_next(bot, &m->err)) != NULL)
+            if (m->rank == 0) { fputs(piece, stdout); fflush(stdout); }
+        if (m->rank == 0 && m->err.code == MOQ_OK)
+            printf("\n%d ranks on %d GPUs: %d tokens read, %d written, %.0f tokens per second\n", t->ranks, t->devices, (int)s->prompt_tokens,
+                   (int)s->generated_tokens, s->generate_seconds > 0 ? (double)s->generated_tokens / s->generate_seconds : 0.0);
+    }
+    llm_close(bot);
+    if (m->room) desc.backend->release(desc.backend, m->room);
+    if (desc.backend) moq_backend_destroy(desc.backend);
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    static team t;
+    static member members[MOST];
+    pthread_t threads[MOST];
+    int code = 0;
+    if (cudaGetDeviceCount(&t.devices) != cudaSuccess || t.devices < 1) { puts("no GPU was found"); return 1; }
+    if (t.devices > MOST) t.devices = MOST;
+    t.folder = argc > 1 ? argv[1] : "demo-model";
+    t.ranks = argc > 2 ? atoi(argv[2]) : t.devices;
+    t.prompt = argc > 3 ? argv[3] : "please put the red pillow on the bedroom bed";
+    if (t.ranks < 1 || t.ranks > MOST) { printf("RANKS: 1 to %d\n", MOST); return 2; }
+    for (int a = 0; a < t.devices; a++)
+        for (int b = 0; b < t.devices; b++)
+            if (a != b && cudaSetDevice(a) == cudaSuccess) cudaDeviceEnablePeerAccess(b, 0); /* where there is none, copies go through the host */
+    cudaGetLastError();
+    pthread_barrier_init(&t.barrier, NULL, (unsigned)t.ranks);
+    for (int r = 0; r < t.ranks; r++) {
+        members[r].t = &t;
+        members[r].rank = r;
+        pthread_create(&threads[r], NULL, run, &members[r]);
+    }
+    for (int r = 0; r < t.ranks; r++) pthread_join(threads[r], NULL);
+    for (int r = 0; r < t.ranks && !code; r++)
+        if (members[r].err.code < 0) { printf("rank %d: %s\n", r, members[r].err.text); code = 1; }
+    pthread_barrier_destroy(&t.barrier);
+    return code;
+}
