@@ -459,7 +459,7 @@ check "diff: nothing there" refused "nowhere"
 # ---- bench, selftest ----
 run bench --scheme nvfp4 --scheme int8 --shape 256x512 --m 1,4 --json
 check "bench --json is JSON" json
-for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], "m": 4, "us": [0-9.]*, "gbps": [0-9.]*, "gflops": [0-9.]*, "read_ratio": [0-9.]*, "peak_ratio": [0-9.nul]*, "kernel": "[a-z0-9]*"}'; do
+for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], "m": 4, "us": [0-9.]*, "gbps": [0-9.]*, "gflops": [0-9.]*, "read_ratio": [0-9.]*, "peak_ratio": [0-9.nul]*, "kernel": "[a-z0-9]*", "copies": [0-9]*}'; do
     check "bench --json: $k" out "$k"
 done
 run bench "$demo"

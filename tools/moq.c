@@ -337,7 +337,7 @@ typedef struct options {
     const char *args[4];
     int arg_count;
     int json, explain, deep, hash, raw, stats, decode, help, active_experts;
-    int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch;
+    int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch, copies;
     double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
         *save_calibration, *max_memory, *quantize;
@@ -392,6 +392,7 @@ static const option_row option_table[] = {
     {"scheme", KIND_LIST, FIELD(scheme), "S", "only this kind of layer (may be repeated)"},
     {"shape", KIND_LIST, FIELD(shape), "NxK", "outputs x inputs (may be repeated)"},
     {"m", KIND_TEXT, FIELD(m), "1,8", "rows of x"},
+    {"copies", KIND_INT, FIELD(copies), "N", "layers used in turn (default: more than the last-level cache holds; 1: weights stay in it if they fit)"},
     {"recipe", KIND_TEXT, FIELD(recipe), "R", "what to quantize to; moq recipes lists them"},
     {"calibration", KIND_TEXT, FIELD(calibration), "FILE", "recorded amax and pre_quant_scale values (a .safetensors file)"},
     {"calib", KIND_TEXT, FIELD(calib), "D", "text to calibrate with: .jsonl, .txt, or tokens"},
@@ -2585,7 +2586,7 @@ static const verb_row verb_table[] = {
      "A line for each: equal, or how many bytes differ and the relative error of the values.\n"
      "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
-    {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m encode",
+    {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m copies encode",
      "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes.\n"
      "With DIR: prompt and generation tokens per second. With --encode: how fast one core quantizes BF16 weights to each format.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},

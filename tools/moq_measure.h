@@ -335,13 +335,13 @@ static void *read_worker(void *user)
     return NULL;
 }
 
-/* Seconds that the fastest plain read of `bytes` takes with `threads` threads. */
-static double read_seconds(uint64_t bytes, int threads)
+/* Seconds that the fastest plain read of `bytes` takes with `threads` threads, while it goes through `copies` times as many. */
+static double read_seconds(uint64_t bytes, int copies, int threads)
 {
     enum { LOOPS = 5, MOST = 256 };
     pthread_t id[MOST];
     reader r[MOST];
-    size_t words = (size_t)bytes / 8 / 64 * 64 + 64, part;
+    size_t words = (size_t)bytes * (size_t)copies / 8 / 64 * 64 + 64, part;
     uint64_t *data = (uint64_t *)take(words, 8), state = 1;
     double best = 0;
     int passes = 1 + (int)(2e8 / (double)words / 8);
@@ -369,7 +369,7 @@ static double read_seconds(uint64_t bytes, int threads)
     }
     if (state == 0) best += 1e-12;
     free(data);
-    return best;
+    return best / copies;
 }
 
 /* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
@@ -489,18 +489,18 @@ static int compare_doubles(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Median seconds of one call over at least 0.25 s. Negative after an error line. */
-static double time_linear(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, void *y)
+/* Median seconds of one call over at least 0.25 s, with each of some weights in turn. Negative after an error line. */
+static double time_linear(moq_backend *be, moq_weight *const *w, int count, const void *x, int32_t rows, void *y)
 {
     double sample[400], start = moq_seconds(), last = start;
     int n = 0;
     moq_error err;
-    be->linear(be, w, x, rows, y);
+    be->linear(be, w[count - 1], x, rows, y);
     if (be->sync(be, &err) != MOQ_OK) { refuse_error(NULL, &err); return -1; }
     last = moq_seconds();
     while (n < COUNT(sample) && (n < 5 || last - start < 0.25) && !stop_requested) {
         double now;
-        be->linear(be, w, x, rows, y);
+        be->linear(be, w[n % count], x, rows, y);
         be->sync(be, NULL);
         now = moq_seconds();
         sample[n++] = now - last;
@@ -522,15 +522,36 @@ typedef struct bench {
     double prompt_peak, read_ratio;      /* share of the peak of the instruction; of what a plain read of a token's weights would give */
 } bench;
 
+/* Bytes of the last-level cache; 64 MB where the system does not say. */
+static uint64_t cache_bytes(void)
+{
+    long bytes = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (bytes <= 0) bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return bytes > 0 ? (uint64_t)bytes : (uint64_t)64 << 20;
+}
+
+/* How many copies of a layer of so many bytes are used in turn, so that each comes from memory: twice the last-level cache, within an eighth of the memory. */
+static int copies_of(const options *o, uint64_t bytes)
+{
+    enum { MOST = 256 };
+    uint64_t wanted = 2 * cache_bytes(), most = machine_memory() / 8, copies;
+    if (o->copies > 0) return o->copies < MOST ? (int)o->copies : MOST;
+    copies = ((most && wanted > most ? most : wanted) + bytes - 1) / bytes;
+    return copies < MOST ? (int)copies : MOST;
+}
+
 /* plain: seconds of a plain read; peak: operations per second, 0 when unknown */
-static void bench_report(bench *b, const layer *w, int32_t m, double seconds, double plain, double peak, const char *kernel)
+static void bench_report(bench *b, const layer *w, int copies, int32_t m, double seconds, double plain, double peak, const char *kernel)
 {
     double flops = 2.0 * (double)m * (double)w->l.rows * (double)w->l.cols;
     if (!b->o->json) {
         char share[32] = "-";
         if (peak > 0) snprintf(share, sizeof share, "%.3f", flops / seconds / peak);
-        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6s  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
-               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, share, kernel);
+        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6s %6d  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
+               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, share, copies, kernel);
         fflush(stdout);
         return;
     }
@@ -548,43 +569,55 @@ static void bench_report(bench *b, const layer *w, int32_t m, double seconds, do
         fputs("null", b->j.to);
     }
     json_string(&b->j, "kernel", kernel);
+    json_int(&b->j, "copies", copies);
     json_close(&b->j, '}');
 }
 
 /* One kind and shape: a line for every m. */
 static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t cols)
 {
-    layer w;
+    layer w, *copy;
     moq_error err;
     moq_backend *be = b->be;
-    moq_weight *prepared;
+    moq_weight **prepared;
     char kernel[200] = "";
     int32_t most = b->m[0];
     double plain;
     float *host;
-    void *x, *y;
-    int bad = 0;
+    void *x = NULL, *y = NULL;
+    int bad = 0, copies;
     make_layer(&w, kind, rows, cols, 0, 1);
-    prepared = be->prepare_linear(be, &w.l, 1, &err);
-    if (!prepared) { free_layer(&w); return refuse_error(NULL, &err); }
+    copies = copies_of(b->o, w.bytes);
+    copy = (layer *)take((size_t)copies, sizeof *copy);
+    prepared = (moq_weight **)take((size_t)copies, sizeof *prepared);
+    for (int i = 0; i < copies && !bad; i++) {
+        make_layer(&copy[i], kind, rows, cols, 0, (uint64_t)i + 2);
+        prepared[i] = be->prepare_linear(be, &copy[i].l, 1, &err);
+        if (!prepared[i]) bad = refuse_error(NULL, &err);
+    }
     if (be->explain) be->explain(be, &w.l, kernel, sizeof kernel);
     kernel[strcspn(kernel, ":")] = 0;
     for (int i = 1; i < b->m_count; i++) most = b->m[i] > most ? b->m[i] : most;
     host = (float *)take((size_t)most * (size_t)cols, sizeof *host);
     for (int64_t i = 0; i < most * cols; i++) { uint64_t state = (uint64_t)i * 2654435761u + 1; next_random(&state); host[i] = (float)random_value(&state); }
-    x = be->alloc(be, (size_t)most * (size_t)cols * (size_t)moq_dtype_bits(be->act) / 8, &err);
+    if (!bad) x = be->alloc(be, (size_t)most * (size_t)cols * (size_t)moq_dtype_bits(be->act) / 8, &err);
     y = x ? be->alloc(be, (size_t)most * (size_t)rows * (size_t)moq_dtype_bits(be->act) / 8, &err) : NULL;
-    if (!y || be->reserve(be, most, &err) != MOQ_OK) bad = refuse_error(NULL, &err);
+    if (!bad && (!y || be->reserve(be, most, &err) != MOQ_OK)) bad = refuse_error(NULL, &err);
     if (!bad) be->upload_act(be, x, host, (size_t)most * (size_t)cols);
-    plain = bad ? 0 : read_seconds(w.bytes, b->threads);
+    plain = bad ? 0 : read_seconds(w.bytes, copies, b->threads);
     for (int i = 0; i < b->m_count && !bad && !stop_requested; i++) {
-        double seconds = time_linear(be, prepared, x, b->m[i], y);
+        double seconds = time_linear(be, prepared, copies, x, b->m[i], y);
         if (seconds < 0) bad = 2;
-        else bench_report(b, &w, b->m[i], seconds, plain, peak_rate(peak_kind(be, prepared, b->m[i], kernel), kernel, b->threads), kernel);
+        else bench_report(b, &w, copies, b->m[i], seconds, plain, peak_rate(peak_kind(be, prepared[0], b->m[i], kernel), kernel, b->threads), kernel);
     }
     if (y) be->release(be, y);
     if (x) be->release(be, x);
-    be->release_weight(be, prepared);
+    for (int i = 0; i < copies; i++) {
+        if (prepared[i]) be->release_weight(be, prepared[i]);
+        free_layer(&copy[i]);
+    }
+    free(prepared);
+    free(copy);
     free(host);
     free_layer(&w);
     return bad;
@@ -652,7 +685,7 @@ static int bench_folder(bench *b, engine *e)
     /* the output layer runs for the last token of the prompt only */
     products = (double)info->token_products - (double)info->vocab * info->hidden * (n - 1) / n;
     if (peak > 0) b->prompt_peak = b->prompt_rate * 2 * products / peak;
-    if (cpu) plain = read_seconds(info->token_bytes, b->threads);
+    if (cpu) plain = read_seconds(info->token_bytes, 1, b->threads);
     b->read_ratio = plain * b->generation_rate;
     if (b->o->json) return 0;
     printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s (%d tokens)\n", e->path, b->prompt_rate, n, b->generation_rate, steps);
@@ -710,7 +743,7 @@ static int bench_layers(bench *b)
     const options *o = b->o;
     int bad = 0;
     int64_t rows = 0, cols = 0;
-    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "peak", "kernel");
+    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "peak", "copies", "kernel");
     for (int i = 0; i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)) && !bad; i++)
         for (int k = 0; k < (o->shape.count ? o->shape.count : 1) && !bad && !stop_requested; k++) {
             bad = bench_shape(o, k, &rows, &cols);
@@ -729,6 +762,7 @@ static int run_bench(bench *b, engine *e)
         json_string(&b->j, "device", b->be->name);
         json_int(&b->j, "threads", b->threads);
         json_string(&b->j, "cpu", moq_cpu_features());
+        json_int(&b->j, "cache_bytes", (int64_t)cache_bytes());
         if (e) json_number(&b->j, "prompt_tokens_per_second", b->prompt_rate);
         if (e) json_number(&b->j, "generated_tokens_per_second", b->generation_rate);
         if (e) json_string(&b->j, "head", e->info->head);
@@ -737,7 +771,8 @@ static int run_bench(bench *b, engine *e)
         if (e) json_number(&b->j, "generation_read_ratio", b->read_ratio);
         json_open(&b->j, "rows", '[');
     } else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
-                    "moq: same instruction (FMA, VNNI or AMX) alone in registers\n", b->be->name, b->threads);
+                    "moq: same instruction (FMA, VNNI or AMX) alone in registers; copies: layers used in turn, and read in turn\n"
+                    "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads, (double)cache_bytes() / 1048576);
     if (layers) bad = bench_layers(b);
     if (o->json) json_close(&b->j, ']');
     if (o->json) json_close(&b->j, '}');
