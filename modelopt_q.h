@@ -2706,7 +2706,8 @@ static void moqi_remove_folder(const char *path)
     moqi_sys_remove_dir(path);
 }
 
-static moq_result moqi_free_target(const char *target, moq_error *err)
+/* A target must not exist yet: nothing of the user's is ever overwritten. */
+static moq_result moqi_check_new_target(const char *target, moq_error *err)
 {
     if (moqi_path_kind(target) == MOQI_NOTHING) return MOQ_OK;
     return moqi_fail(err, MOQ_E_ARG, moqi_at(moqi_base_name(target), NULL, NULL, -1), "exists already; choose another target or remove it first");
@@ -2716,15 +2717,21 @@ static moq_result moqi_free_target(const char *target, moq_error *err)
 static moq_result moqi_folder_begin(const char *target, char *temp, size_t capacity, moq_error *err)
 {
     const char *base = moqi_base_name(target);
-    moq_result free_name = moqi_free_target(target, err);
-    if (free_name < 0) return free_name;
+    moq_result taken = moqi_check_new_target(target, err);
+    if (taken < 0) return taken;
     for (unsigned i = 0; i < 100; i++) {
         if (moqi_format(temp, capacity, "%s.tmp-%u-%u", target, moqi_sys_process(), i) >= capacity)
             return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "path longer than %zu bytes", capacity - 1);
         if (moqi_sys_make_dir(temp)) return MOQ_OK;
         if (moqi_path_kind(temp) == MOQI_NOTHING) break;
     }
-    return moqi_fail_os(err, base, "a temporary folder beside it cannot be created", moqi_os_code());
+    int os = moqi_os_code();
+    size_t n = (size_t)(base - target);
+    while (n > 1 && (target[n - 1] == '/' || target[n - 1] == '\\')) n--;
+    moqi_format(temp, capacity, "%.*s", (int)n, target);
+    if (n > 0 && moqi_path_kind(temp) == MOQI_NOTHING)
+        return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "the folder '%s' that it is to lie in does not exist; create it first", temp);
+    return moqi_fail_os(err, base, "a temporary folder beside it cannot be created", os);
 }
 
 /* The finished folder takes its name; both it and its parent are flushed. */
@@ -18162,9 +18169,19 @@ typedef struct moqi_target {
 /* A norm whose weight takes up the pre_quant_scale of the layers behind it. */
 typedef struct moqi_fold { const char *tensor; const float *p; int plus_one; } moqi_fold;
 
+/* Patterns of one list. Whole names sit in a map: AutoQuantize writes a rule for each of thousands of layers. */
+typedef struct moqi_patterns {
+    const char **text;
+    size_t count;
+    moqi_map whole;           /* those without * and ? -> index of the last that says the same */
+    size_t *wild, wild_count; /* indices of the others */
+    uint8_t *used;            /* 1: it named a module */
+} moqi_patterns;
+
 typedef struct moqi_plan {
     const moq_checkpoint *ck;
     const moq_quantize_desc *desc;
+    moqi_patterns rules, exclude; /* those of desc */
     const moq_recipe *recipe;     /* NULL: "none" */
     moqi_arena *r;
     const moq_tensor **records;   /* recorded calibration, sorted by name */
@@ -18256,42 +18273,74 @@ static int moqi_is_extra_layer(const moqi_plan *p, const char *name)
     return n >= layers;
 }
 
-/* Does a pattern name the module, its quantizer, or the container of experts that it is in? */
-static int moqi_names(const char *pattern, const char *name, const char *quantizer)
+/* `count` patterns of rules, or of names when `rules` is NULL. */
+static moq_result moqi_patterns_make(moqi_patterns *s, moqi_arena *r, const char *const *names, const moq_rule *rules, size_t count, moq_error *err)
 {
-    char container[MOQ_MAX_NAME_BYTES + 8];
-    size_t n;
+    memset(s, 0, sizeof *s);
+    s->text = (const char **)moqi_take_array(r, (uint64_t)count + 1, sizeof *s->text);
+    s->wild = (size_t *)moqi_take_array(r, (uint64_t)count + 1, sizeof *s->wild);
+    s->used = (uint8_t *)moqi_take_array(r, (uint64_t)count + 1, 1);
+    if (!s->text || !s->wild || !s->used || !moqi_map_make(&s->whole, r, count)) return moqi_nomem(err, (uint64_t)count * sizeof *s->text);
+    s->count = count;
+    for (size_t i = count; i-- > 0;) { /* the map keeps what it has, so the last goes first */
+        s->text[i] = rules ? rules[i].pattern : names[i];
+        if (!s->text[i]) s->text[i] = "";
+        s->used[i] = 0;
+        if (strpbrk(s->text[i], "*?")) s->wild[s->wild_count++] = i;
+        else moqi_map_add(&s->whole, s->text[i], strlen(s->text[i]), (uint32_t)i);
+    }
+    return MOQ_OK;
+}
+
+/* The last pattern that names the module, its quantizer, or the container of experts that it is in; SIZE_MAX: none. All that do are marked. */
+static size_t moqi_patterns_match(moqi_patterns *s, const char *name)
+{
+    char text[MOQ_MAX_NAME_BYTES + 32]; /* begins with all three */
+    size_t bytes[3], forms = 2, found = SIZE_MAX;
     uint32_t number;
     const char *leaf;
-    if (moq_glob_match(pattern, name) || moq_glob_match(pattern, quantizer)) return 1;
-    if (!moqi_expert_name(name, &n, &number, &leaf)) return 0;
-    moqi_format(container, sizeof container, "%.*s", (int)n, name);
-    return moq_glob_match(pattern, container);
+    if (s->count == 0) return SIZE_MAX;
+    bytes[0] = strlen(name);
+    bytes[1] = moqi_format(text, sizeof text, "%s.weight_quantizer", name);
+    forms += moqi_expert_name(name, &bytes[2], &number, &leaf) != 0;
+    for (size_t k = 0; k < forms; k++) {
+        const moqi_entry *e = moqi_map_find(&s->whole, text, bytes[k]);
+        if (!e) continue;
+        s->used[e->value] = 1;
+        if (found == SIZE_MAX || e->value > found) found = e->value;
+    }
+    for (size_t i = 0; i < s->wild_count; i++) {
+        size_t at = s->wild[i];
+        int fits = 0;
+        for (size_t k = 0; k < forms && !fits; k++) fits = moqi_glob(s->text[at], strlen(s->text[at]), text, bytes[k]);
+        if (!fits) continue;
+        s->used[at] = 1;
+        if (found == SIZE_MAX || at > found) found = at;
+    }
+    return found;
+}
+
+/* Did pattern `at` name a module? Of several that are equal one is marked. */
+static int moqi_patterns_used(const moqi_patterns *s, size_t at)
+{
+    const moqi_entry *e = s->used[at] ? NULL : moqi_map_find(&s->whole, s->text[at], strlen(s->text[at]));
+    return s->used[at] || (e && s->used[e->value]);
 }
 
 /* The recipe of one module, after rules and exclusions. A rule may name what recipes leave alone (lm_head), but never an embedding, a
    router or a layer that the model does not run. */
-static moq_result moqi_choose_recipe(const moqi_plan *p, moqi_target *t, moq_error *err)
+static void moqi_choose_recipe(moqi_plan *p, moqi_target *t)
 {
     static const char *const tables[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "position_embeddings"};
-    const moq_quantize_desc *d = p->desc;
     char quantizer[MOQ_MAX_NAME_BYTES + 32];
-    int named = 0;
-    t->recipe = p->recipe;
+    size_t rule = moqi_patterns_match(&p->rules, t->name), named = rule != SIZE_MAX;
+    t->recipe = named ? moq_find_recipe(p->desc->rules[rule].recipe) : p->recipe;
     t->embedding = (uint8_t)moqi_is_one_of(moqi_last_part(t->name), tables, MOQI_COUNT(tables));
-    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", t->name);
-    for (size_t i = 0; i < d->rule_count; i++) {
-        if (!moqi_names(d->rules[i].pattern, t->name, quantizer)) continue;
-        named = 1;
-        t->recipe = moq_find_recipe(d->rules[i].recipe);
-        if (!t->recipe && !moqi_same(d->rules[i].recipe, "none"))
-            return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, d->rules[i].recipe, -1), "no recipe has this name; `moq recipes` lists them");
-    }
-    for (size_t i = 0; i < d->exclude_count; i++)
-        if (moqi_names(d->exclude[i], t->name, quantizer)) t->recipe = NULL;
+    if (moqi_patterns_match(&p->exclude, t->name) != SIZE_MAX) t->recipe = NULL;
     if (t->recipe && (t->embedding || moqi_is_router(p, t->name) || moqi_is_extra_layer(p, t->name))) t->recipe = NULL;
-    if (t->recipe && !named && !moqi_recipe_covers(t->recipe, quantizer)) t->recipe = NULL;
-    return MOQ_OK;
+    if (!t->recipe || named) return;
+    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", t->name);
+    if (!moqi_recipe_covers(t->recipe, quantizer)) t->recipe = NULL;
 }
 
 /* ---- recorded calibration ---- */
@@ -18549,32 +18598,24 @@ static moqi_target *moqi_sibling(const moqi_plan *p, const char *name, const cha
     return e ? &p->targets[e->value] : NULL;
 }
 
-/* NVFP4_AWQ only: o_proj's vector moves into the rows of v_proj, down_proj's into those of up_proj, for the classes that ModelOpt
-   names, and only where the lengths agree (no grouped-query attention). */
-static void moqi_fold_into_rows(const moqi_plan *p)
+/* The layer whose rows take up the pre_quant_scale of t, or NULL. NVFP4_AWQ only: o_proj's vector moves into the rows of v_proj, down_proj's
+   into those of up_proj, for the classes that ModelOpt names, and only where the lengths agree (no grouped-query attention). */
+static moqi_target *moqi_layer_before(const moqi_plan *p, const moqi_target *t)
 {
     static const char *const attention[] = {"llama", "qwen3", "qwen3_moe"};
-    const char *type = moq_get_info(p->ck)->model_type;
-    if (!moqi_is_one_of(type, attention, MOQI_COUNT(attention))) return;
-    for (size_t i = 0; i < p->count; i++) {
-        moqi_target *t = &p->targets[i];
-        const char *last = moqi_last_part(t->name);
-        const char *before = strcmp(last, "o_proj") == 0 ? "v_proj" : strcmp(last, "down_proj") == 0 ? "up_proj" : NULL;
-        if (!t->own_p || !before || strcmp(t->recipe->algo, "NVFP4_AWQ") != 0) continue;
-        moqi_target *v = moqi_sibling(p, t->name, before);
-        if (!v || v->recipe != t->recipe || v->w.rows != t->w.cols) continue;
-        v->row_p = t->own_p;
-        t->out_p = NULL;
-    }
+    const char *last = moqi_last_part(t->name), *before = strcmp(last, "o_proj") == 0 ? "v_proj" : strcmp(last, "down_proj") == 0 ? "up_proj" : NULL;
+    if (!before || strcmp(t->recipe->algo, "NVFP4_AWQ") != 0 || !moqi_is_one_of(moq_get_info(p->ck)->model_type, attention, MOQI_COUNT(attention))) return NULL;
+    moqi_target *v = moqi_sibling(p, t->name, before);
+    return v && v->recipe == t->recipe && v->w.rows == t->w.cols ? v : NULL;
 }
 
-/* The norm that produces the shared input of a group, or NULL. A norm that also feeds a router or experts must keep its weight. */
+/* For AWQ formats the norm that produces the shared input of a group, or NULL. A norm that also feeds a router or experts must keep its weight. */
 static const char *moqi_norm_before(const moqi_plan *p, const moqi_target *t)
 {
     static const char *const attention[] = {"input_layernorm", NULL}, *const mlp[] = {"pre_feedforward_layernorm", "post_attention_layernorm", NULL};
     char text[MOQ_MAX_NAME_BYTES + 64];
     const char *last = moqi_last_part(t->name), *dot = last - 1, *parent;
-    if (last == t->name) return NULL;
+    if (last == t->name || !strstr(t->recipe->algo, "AWQ")) return NULL;
     do dot--; while (dot > t->name && *dot != '.');
     parent = dot + 1;
     int is_mlp = moqi_starts(parent, "mlp."), is_attention = moqi_starts(parent, "self_attn.");
@@ -18585,6 +18626,13 @@ static const char *moqi_norm_before(const moqi_plan *p, const moqi_target *t)
         if (norm && norm->rank == 1 && norm->shape[0] == (uint64_t)t->w.cols) return norm->name;
     }
     return NULL;
+}
+
+/* Will a pre_quant_scale stand beside the weight? Known before its numbers are: some move into the layer or the norm before. */
+static int moqi_keeps_smoothing(const moqi_plan *p, const moqi_target *t)
+{
+    if (!moqi_is_smoothed(t) || moqi_layer_before(p, t)) return 0;
+    return t->expert || p->targets[t->leader].members < 2 || !moqi_norm_before(p, &p->targets[t->leader]);
 }
 
 /* One group: the mean of the members' vectors in the model's type; then, for AWQ formats, into the norm. */
@@ -18600,7 +18648,7 @@ static moq_result moqi_average_group(moqi_plan *p, size_t leader, moq_error *err
             if (p->targets[i].leader == leader) sum += p->targets[i].own_p[c];
         mean[c] = moqi_in_model(t->model, sum / (float)t->members);
     }
-    const char *norm = strstr(t->recipe->algo, "AWQ") ? moqi_norm_before(p, t) : NULL;
+    const char *norm = moqi_norm_before(p, t);
     for (size_t i = leader; i < p->count; i++) {
         if (p->targets[i].leader != leader) continue;
         p->targets[i].mean_p = mean;
@@ -18671,7 +18719,12 @@ static moq_result moqi_smooth_targets(moqi_plan *p, moq_error *err)
 {
     moq_result r = MOQ_OK;
     for (size_t i = 0; i < p->count; i++) p->targets[i].out_p = p->targets[i].own_p;
-    moqi_fold_into_rows(p);
+    for (size_t i = 0; i < p->count; i++) {
+        moqi_target *before = p->targets[i].own_p ? moqi_layer_before(p, &p->targets[i]) : NULL;
+        if (!before) continue;
+        before->row_p = p->targets[i].own_p;
+        p->targets[i].out_p = NULL;
+    }
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
         if (p->targets[i].own_p && p->targets[i].expert && !p->targets[i].mean_p) r = moqi_average_experts(p, i, err);
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
@@ -18943,25 +18996,14 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
     return moq_encode_bytes(&d, &codes, &scales, err);
 }
 
-/* Does the pattern name any module? */
-static int moqi_names_any(const moq_checkpoint *ck, const char *pattern)
-{
-    char quantizer[MOQ_MAX_NAME_BYTES + 32];
-    for (size_t i = 0; i < ck->module_count; i++) {
-        moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", ck->modules[i].name);
-        if (moqi_names(pattern, ck->modules[i].name, quantizer)) return 1;
-    }
-    return 0;
-}
-
 #define MOQI_NAMES_NONE "patterns are whole names, with * for any run of characters; `moq inspect` lists the modules"
 
 /* An exclusion of nothing may be meant for many models (lm_head, where this one has none), so it is only told. */
-static void moqi_tell_exclusions(const moq_checkpoint *ck, const char *const *exclude, size_t count, const moq_open_desc *log)
+static void moqi_tell_exclusions(const moq_checkpoint *ck, const moqi_patterns *exclude, const moq_open_desc *log)
 {
-    for (size_t i = 0; i < count; i++)
-        if (!moqi_names_any(ck, exclude[i]))
-            moqi_log(log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(ck), "exclude", exclude[i], -1), "names no module, so it changes nothing; " MOQI_NAMES_NONE);
+    for (size_t i = 0; i < exclude->count; i++)
+        if (!moqi_patterns_used(exclude, i))
+            moqi_log(log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(ck), "exclude", exclude->text[i], -1), "names no module, so it changes nothing; " MOQI_NAMES_NONE);
 }
 
 /* A rule for nothing is a slip: the folder would not be what was asked for. Layers that lose twice are told. */
@@ -18973,10 +19015,10 @@ static moq_result moqi_check_request(const moqi_plan *p, moq_error *err)
     memset(&log, 0, sizeof log);
     log.log = d->log;
     log.log_user = d->log_user;
-    for (size_t i = 0; i < d->rule_count; i++)
-        if (!moqi_names_any(p->ck, d->rules[i].pattern))
+    for (size_t i = 0; i < p->rules.count; i++)
+        if (!moqi_patterns_used(&p->rules, i))
             return moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), "rule", d->rules[i].pattern, -1), "names no module; " MOQI_NAMES_NONE);
-    moqi_tell_exclusions(p->ck, d->exclude, d->exclude_count, &log);
+    moqi_tell_exclusions(p->ck, &p->exclude, &log);
     for (size_t i = 0; i < p->count; i++) again += p->targets[i].recipe && !p->targets[i].cast && moq_scheme_is_quantized(&p->targets[i].w.scheme);
     if (again)
         moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "%llu of its layers are quantized already (%s); they are decoded and "
@@ -18984,10 +19026,22 @@ static moq_result moqi_check_request(const moqi_plan *p, moq_error *err)
     return MOQ_OK;
 }
 
+/* Recipes that rules name, and the patterns of rules and exclusions. */
+static moq_result moqi_read_request(moqi_plan *p, moq_error *err)
+{
+    const moq_quantize_desc *d = p->desc;
+    for (size_t i = 0; i < d->rule_count; i++)
+        if (!d->rules[i].recipe || (!moq_find_recipe(d->rules[i].recipe) && !moqi_same(d->rules[i].recipe, "none")))
+            return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, d->rules[i].recipe, -1), "no recipe has this name; `moq recipes` lists them");
+    moq_result r = moqi_patterns_make(&p->rules, p->r, NULL, d->rules, d->rule_count, err);
+    return r == MOQ_OK ? moqi_patterns_make(&p->exclude, p->r, d->exclude, NULL, d->exclude_count, err) : r;
+}
+
 static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
 {
     size_t n = moq_module_count(p->ck);
-    moq_result r = MOQ_OK;
+    moq_result r = moqi_read_request(p, err);
+    if (r != MOQ_OK) return r;
     p->nemotron = moqi_starts(moq_get_info(p->ck)->model_type, "nemotron");
     p->targets = (moqi_target *)moqi_take_array(p->r, n + 1, sizeof *p->targets);
     p->folds = (moqi_fold *)moqi_take_array(p->r, n + 1, sizeof *p->folds);
@@ -19004,8 +19058,8 @@ static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
         t->model = moqi_is_float(t->w.scheme.weight.elem) ? t->w.scheme.weight.elem : MOQ_BF16;
         t->expert = (uint8_t)moqi_expert_name(t->name, &container, &number, &leaf);
         moqi_map_add(&p->map, t->name, strlen(t->name), (uint32_t)p->count++);
-        r = moqi_choose_recipe(p, t, err);
-        if (r == MOQ_OK && t->recipe) {
+        moqi_choose_recipe(p, t);
+        if (t->recipe) {
             const moq_coding *from = &t->w.scheme.weight, *to = &t->recipe->scheme.weight;
             t->cast = from->elem == MOQ_F4 && from->scale == MOQ_F8_E8M0 && from->group_cols == 32 && to->elem == MOQ_F4 && to->scale == MOQ_F8_E4M3 &&
                       to->group_cols == 16 && strcmp(t->recipe->calibration, "max") == 0;
@@ -19015,15 +19069,13 @@ static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
     return r == MOQ_OK ? moqi_check_request(p, err) : r;
 }
 
-/* With the records at hand: values, groups, smoothing, shared scales. */
+/* With the records at hand: values, smoothing, shared scales. */
 static moq_result moqi_load_targets(moqi_plan *p, moq_error *err)
 {
     moq_result r = MOQ_OK;
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++)
         if (p->targets[i].recipe) r = moqi_load_target(p, &p->targets[i], err);
-    if (r != MOQ_OK) return r;
-    moqi_group_targets(p);
-    r = moqi_fill_experts(p, err);
+    if (r == MOQ_OK) r = moqi_fill_experts(p, err);
     if (r == MOQ_OK) r = moqi_smooth_targets(p, err);
     if (r == MOQ_OK) r = moqi_decompose_targets(p, err);
     return r == MOQ_OK ? moqi_find_globals(p, err) : r;
@@ -22733,19 +22785,15 @@ static moq_result moqi_set_algorithm(const moqi_calibration *c, moqi_record *r, 
 }
 
 /* Which recipe a module gets, by the caller's choice or by what the recipe covers. */
-static moq_result moqi_record_recipe(moqi_calibration *c, const moq_linear *w, const moq_recipe **out, moq_error *err)
+static const moq_recipe *moqi_record_recipe(moqi_calibration *c, const moq_linear *w)
 {
     moqi_target t;
-    if (c->desc->choose) {
-        *out = c->desc->choose(c->desc->choose_user, w->name);
-        return MOQ_OK;
-    }
+    if (c->desc->choose) return c->desc->choose(c->desc->choose_user, w->name);
     memset(&t, 0, sizeof t);
     t.name = w->name;
     t.w = *w;
-    moq_result r = moqi_choose_recipe(&c->plan, &t, err);
-    *out = t.recipe;
-    return r;
+    moqi_choose_recipe(&c->plan, &t);
+    return t.recipe;
 }
 
 /* A record for every layer of the source that is quantized; one for all experts of a stack, which have one input quantizer. */
@@ -22760,8 +22808,8 @@ static moq_result moqi_make_records(moqi_calibration *c, moq_error *err)
         uint32_t number;
         const char *part;
         moq_result code = moq_get_module(c->desc->source, i, &r->layer, err);
-        if (code >= 0) code = moqi_record_recipe(c, &r->layer, &r->recipe, err);
         if (code < 0) return code;
+        r->recipe = moqi_record_recipe(c, &r->layer);
         if (!r->recipe) continue;
         r->name = r->layer.name;
         r->expert = r->layer.experts > 0 || moqi_expert_name(r->name, &container, &number, &part);
@@ -23391,19 +23439,29 @@ static int moqi_stat_add(moq_stats *s, const char *module, const char *tail, con
     return moqi_stat_put(s, module, tail, MOQ_F32, copy, count, rank, shape);
 }
 
+/* Records are in the order of names, so those that begin with the same `bytes` bytes as r stand together: from *first, before *end. */
+static void moqi_siblings(const moqi_calibration *c, const moqi_record *r, size_t bytes, size_t *first, size_t *end)
+{
+    size_t a = (size_t)(r - c->records), b = a + 1;
+    while (a > 0 && strncmp(c->records[a - 1].name, r->name, bytes) == 0) a--;
+    while (b < c->count && strncmp(c->records[b].name, r->name, bytes) == 0) b++;
+    *first = a;
+    *end = b;
+}
+
 /* The largest input of all experts of a container that share a projection: ModelOpt's fused experts have one input quantizer for each. */
 static int moqi_stat_container(const moqi_calibration *c, moq_stats *s, const moqi_record *first)
 {
     char memory[MOQ_MAX_NAME_BYTES + 64], tail[64];
-    size_t container, other;
+    size_t container, other, i, end;
     uint32_t number;
     const char *part, *leaf;
     float top = 0;
     moqi_expert_name(first->name, &container, &number, &part);
     int down = strcmp(part, "down_proj") == 0 || strcmp(part, "w2") == 0, gated = 0;
-    for (size_t i = 0; i < c->count; i++) {
+    for (moqi_siblings(c, first, container + 1, &i, &end); i < end; i++) {
         const moqi_record *r = &c->records[i];
-        if (!r->expert || strncmp(r->name, first->name, container) != 0 || !moqi_expert_name(r->name, &other, &number, &leaf) || other != container) continue;
+        if (!r->expert || !moqi_expert_name(r->name, &other, &number, &leaf) || other != container) continue;
         gated = gated || strcmp(leaf, "gate_proj") == 0 || strcmp(leaf, "w1") == 0;
         if ((strcmp(leaf, "down_proj") == 0 || strcmp(leaf, "w2") == 0) != down) continue;
         if (r < first) return 1; /* done with the first of them */
@@ -23514,9 +23572,11 @@ static moq_result moqi_stat_weight(moqi_calibration *c, moq_stats *s, const moqi
     halves[0] = r;
     float *amax = (float *)moqi_take_array(&s->arena, 2 * n, sizeof *amax);
     if (!amax) return moqi_nomem(err, 2 * n * sizeof *amax);
-    for (size_t i = 0; searched && i < c->count; i++) {
-        if (!moqi_same_input(r, &c->records[i])) continue;
-        moq_result code = moqi_record_amax(c, &c->records[i], 0, NULL, &one, err);
+    size_t at, end;
+    moqi_siblings(c, r, (size_t)(moqi_last_part(r->name) - r->name), &at, &end);
+    for (; searched && at < end; at++) {
+        if (!moqi_same_input(r, &c->records[at])) continue;
+        moq_result code = moqi_record_amax(c, &c->records[at], 0, NULL, &one, err);
         if (code < 0) return code;
         if (one > top) top = one;
     }
@@ -24241,6 +24301,8 @@ typedef struct moqi_unit {
     int64_t place;            /* in the model */
 } moqi_unit;
 
+typedef struct moqi_kv_recipe moqi_kv_recipe;
+
 typedef struct moqi_export {
     moqi_plan plan;
     uint32_t open_flags;       /* MOQ_OPEN_* for the source */
@@ -24258,6 +24320,7 @@ typedef struct moqi_export {
     size_t encoded;            /* index of that target; SIZE_MAX: none */
     int with_codes;            /* its codes are there too, not only its scales */
     uint64_t done, total;      /* bytes written, of all */
+    const moqi_kv_recipe *kv;  /* NULL: none */
     const char *kv_algo;       /* "FP8" ...; NULL: none */
     int container;             /* MOQI_MODELOPT, MOQI_COMPRESSED, MOQI_GPT_OSS */
     int convert;               /* quantized layers of the source keep their numbers */
@@ -24473,11 +24536,37 @@ static moq_result moqi_add_rest(moqi_export *x, moq_error *err)
 
 /* ---- KV cache ---- */
 
-/* Names of the command line, what the JSON says, what must be recorded. Cast recipes have the constant amax 448, hence no tensor. */
-static const struct { const char *name, *algo; int recorded, bias; } moqi_kv_recipes[] = {
+/* Names of the command line, what the JSON says (NULL: nothing could), what must be recorded. Cast recipes have the constant amax 448, hence
+   no tensor. */
+struct moqi_kv_recipe { const char *name, *algo; int recorded, bias; };
+
+static const moqi_kv_recipe moqi_kv_recipes[] = {
     {"fp8", "FP8", 1, 0}, {"fp8_affine", "FP8", 1, 1}, {"fp8_cast", "FP8", 0, 0}, {"nvfp4", "NVFP4", 1, 0}, {"nvfp4_affine", "NVFP4_AFFINE", 1, 1},
-    {"nvfp4_cast", "NVFP4", 0, 0}, {"nvfp4_rotate", "NVFP4", 1, 0}
+    {"nvfp4_cast", "NVFP4", 0, 0}, {"nvfp4_rotate", "NVFP4", 1, 0}, {"int8", NULL, 0, 0}, {"mxfp4", NULL, 0, 0}
 };
+
+/* Finds the row of the KV recipe asked for, if the container can say it. ModelOpt 0.47 has the name INT8, but its exporter takes no scales
+   with it, and its MXFP4 cache would be called NVFP4. */
+static moq_result moqi_check_kv(moqi_export *x, moq_error *err)
+{
+    const char *kv = x->plan.desc->kv;
+    const moqi_kv_recipe *row = NULL;
+    moqi_where at = moqi_at(NULL, NULL, kv, -1);
+    if (!kv || moqi_same(kv, "none") || moqi_same(kv, "wide")) return MOQ_OK;
+    for (size_t i = 0; i < MOQI_COUNT(moqi_kv_recipes); i++)
+        if (moqi_same(kv, moqi_kv_recipes[i].name)) row = &moqi_kv_recipes[i];
+    if (!row)
+        return moqi_fail(err, MOQ_E_ARG, at, "is no KV recipe of a ModelOpt folder: fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast, nvfp4_rotate, none");
+    if (!row->algo)
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "no folder says this KV cache: ModelOpt's exporter writes scales of FP8 and NVFP4 only; every model can "
+                         "run with it all the same (`moq run DIR --kv %s`)", row->name);
+    if (x->container == MOQI_COMPRESSED && (strcmp(row->algo, "FP8") != 0 || row->bias))
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "this KV cache cannot be described in a compressed-tensors folder; fp8 and fp8_cast can");
+    if (x->container == MOQI_GPT_OSS) return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "no KV cache can be described in a gpt-oss folder; use none");
+    x->kv = row;
+    x->kv_algo = row->algo;
+    return MOQ_OK;
+}
 
 /* The type of keys and values in ModelOpt's memory: that of the weight that makes them. */
 static moq_dtype moqi_kv_type(const moqi_export *x, const char *module, char which)
@@ -24554,27 +24643,16 @@ static moq_result moqi_convert_kv(moqi_export *x, moq_error *err)
 static moq_result moqi_add_kv(moqi_export *x, moq_error *err)
 {
     const char *kv = x->plan.desc->kv;
-    size_t found = 0, row = MOQI_COUNT(moqi_kv_recipes);
+    size_t found = 0;
     char module[MOQ_MAX_NAME_BYTES + 16];
-    if (!kv || moqi_same(kv, "none") || moqi_same(kv, "wide")) return MOQ_OK;
-    for (size_t i = 0; i < MOQI_COUNT(moqi_kv_recipes); i++)
-        if (moqi_same(kv, moqi_kv_recipes[i].name)) row = i;
-    if (row == MOQI_COUNT(moqi_kv_recipes))
-        return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, kv, -1), "is no KV recipe of a ModelOpt folder: fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, "
-                         "nvfp4_cast, nvfp4_rotate, none");
-    x->kv_algo = moqi_kv_recipes[row].algo;
-    if (x->container == MOQI_COMPRESSED && (strcmp(x->kv_algo, "FP8") != 0 || moqi_kv_recipes[row].bias))
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, NULL, kv, -1), "this KV cache cannot be described in a compressed-tensors folder; fp8 and fp8_cast can");
-    if (x->container == MOQI_GPT_OSS)
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, NULL, kv, -1), "no KV cache can be described in a gpt-oss folder; use none");
-    if (!moqi_kv_recipes[row].recorded) return MOQ_OK;
+    if (!x->kv || !x->kv->recorded) return MOQ_OK;
     for (size_t i = 0; i < x->plan.record_count; i++) {
         const moq_tensor *t = x->plan.records[i];
         int bias = moqi_ends(t->name, "_bmm_quantizer.bias_value");
         const char *at = moqi_last_part(t->name);
         if (!bias && !moqi_ends(t->name, "_bmm_quantizer.amax")) continue;
         at -= 16; /* "k_bmm_quantizer." */
-        if ((*at != 'k' && *at != 'v') || (bias && !moqi_kv_recipes[row].bias)) continue;
+        if ((*at != 'k' && *at != 'v') || (bias && !x->kv->bias)) continue;
         int renamed = x->plan.nemotron && moqi_starts(t->name, "model.");
         const char *start = renamed ? t->name + 6 : t->name;
         moqi_format(module, sizeof module, "%s%.*s", renamed ? "backbone." : "", (int)(at - start), start);
@@ -25835,18 +25913,47 @@ static moq_result moqi_refuse_data(const moqi_plan *p, moq_error *err)
                      other ? ", or load with " : "", other ? other->name : "");
 }
 
-/* Everything that can be refused is refused here, before a byte is written. */
+/* Every layer that a recipe covers as the container would have it: formats and shapes are known before any calibration. */
+static moq_result moqi_check_forms(moqi_export *x, moq_error *err)
+{
+    moqi_plan *p = &x->plan;
+    size_t covered = 0;
+    moq_result r = MOQ_OK;
+    if (x->container == MOQI_GPT_OSS && !moqi_same(moq_get_info(p->ck)->model_type, "gpt_oss"))
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is of type %q; only gpt_oss models have a gpt-oss folder",
+                         moq_get_info(p->ck)->model_type);
+    for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
+        const moqi_target *t = &p->targets[i];
+        moq_linear w;
+        moqi_form form;
+        if (x->container == MOQI_GPT_OSS && t->w.experts > 0 && !t->recipe && !(x->convert && moq_scheme_is_quantized(&t->w.scheme)))
+            return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", t->name, -1), "every stack of experts is MXFP4 in a gpt-oss folder; do not exclude it");
+        if (!t->recipe) continue;
+        covered++;
+        if (x->container == MOQI_MODELOPT) continue; /* every recipe has a form there, checked with the shapes */
+        moqi_made_linear(x, t, &w);
+        w.codes.data = w.scales.data = NULL;
+        w.scheme.pre_quant_scale = (uint8_t)moqi_keeps_smoothing(p, t);
+        r = moqi_find_form(x->container, &w, t->model, &form, err);
+    }
+    if (r == MOQ_OK && p->recipe && !covered)
+        r = moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s covers no layer of this model", p->recipe->name);
+    return r;
+}
+
+/* Everything that can be refused is refused here, before a weight is written; what needs no numbers before any are measured. */
 static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
 {
     moqi_plan *p = &x->plan;
     p->unseen = x->made != NULL;
     moq_result r = moqi_choose_targets(p, err);
-    if (r == MOQ_OK && x->container == MOQI_GPT_OSS && !moqi_same(moq_get_info(p->ck)->model_type, "gpt_oss"))
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "is of type %q; only gpt_oss models have a gpt-oss folder",
-                         moq_get_info(p->ck)->model_type);
     if (r == MOQ_OK && x->convert) r = moqi_choose_kept(x, err);
+    if (r == MOQ_OK) moqi_group_targets(p);
+    if (r == MOQ_OK) r = moqi_check_forms(x, err);
+    if (r == MOQ_OK && !x->convert) r = moqi_check_kv(x, err);
     if (r == MOQ_OK) r = moqi_check_memory(p, err);
     if (r == MOQ_OK && x->made && moqi_needs_data(p)) r = moqi_refuse_data(p, err);
+    if (r == MOQ_OK) r = moqi_copy_files(x, err);
     if (r == MOQ_OK) r = moqi_get_records(x, err);
     if (r == MOQ_OK) r = moqi_load_targets(p, err);
     if (r != MOQ_OK) return r;
@@ -25858,8 +25965,6 @@ static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
     for (size_t i = 0; i < p->count && r == MOQ_OK; i++) {
         const moqi_target *t = &p->targets[i];
         int kept = x->convert && !t->recipe && moq_scheme_is_quantized(&t->w.scheme);
-        if (x->container == MOQI_GPT_OSS && t->w.experts > 0 && !kept && !t->recipe)
-            return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(NULL, "layer", t->name, -1), "every stack of experts is MXFP4 in a gpt-oss folder; do not exclude it");
         if (kept || (t->recipe && x->container != MOQI_MODELOPT)) r = moqi_add_pieces(x, i, err);
         else if (t->recipe) r = moqi_add_target(x, i, err);
         else if (moq_scheme_is_quantized(&t->w.scheme)) {
@@ -25874,24 +25979,19 @@ static moq_result moqi_prepare_export(moqi_export *x, moq_error *err)
     if (r == MOQ_OK) r = moqi_add_rest(x, err);
     if (r == MOQ_OK) r = x->convert ? moqi_convert_kv(x, err) : moqi_add_kv(x, err);
     if (r == MOQ_OK) r = moqi_sort_outs(x, err);
-    if (r == MOQ_OK) r = moqi_make_units(x, err);
-    int mixed;
-    if (r == MOQ_OK && p->recipe && !moqi_first_unit(x, &mixed))
-        r = moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s covers no layer of this model", p->recipe->name);
-    return r;
+    return r == MOQ_OK ? moqi_make_units(x, err) : r;
 }
 
 #ifdef MOQ_NO_OS
 static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
 {
-    (void)moqi_write_shards; (void)moqi_write_hf_quant; (void)moqi_write_config; (void)moqi_copy_files; (void)moqi_reopen;
+    (void)moqi_write_shards; (void)moqi_write_hf_quant; (void)moqi_write_config; (void)moqi_reopen;
     return moqi_no_os(x->plan.desc->target, err);
 }
 #else
 static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
 {
-    moq_result r = moqi_copy_files(x, err); /* first: it may fail, and takes no time */
-    if (r == MOQ_OK) r = moqi_write_shards(x, err);
+    moq_result r = moqi_write_shards(x, err);
     if (r == MOQ_OK) r = moqi_write_config(x, err);
     if (r == MOQ_OK) r = moqi_write_hf_quant(x, err);
     if (x->made) return r;
@@ -26209,15 +26309,6 @@ static int moqi_auto_covers(const moqi_auto *x, const char *name)
            !moqi_any_glob(moqi_auto_off, MOQI_COUNT(moqi_auto_off), quantizer);
 }
 
-static int moqi_auto_excluded(const moqi_auto *x, const char *name)
-{
-    char quantizer[MOQ_MAX_NAME_BYTES + 32];
-    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", name);
-    for (size_t i = 0; i < x->desc->exclude_count; i++)
-        if (moqi_names(x->desc->exclude[i], name, quantizer)) return 1;
-    return 0;
-}
-
 /* Part of their elements that experts cost: top_k / experts of config.json. */
 static double moqi_active_part(const moqi_auto *x, const char *name)
 {
@@ -26309,17 +26400,19 @@ static moq_result moqi_auto_collect(moqi_auto *x, moq_error *err)
     memset(&log, 0, sizeof log);
     log.log = x->desc->log;
     log.log_user = x->desc->log_user;
-    moqi_tell_exclusions(x->ck, x->desc->exclude, x->desc->exclude_count, &log);
+    moq_result r = moqi_patterns_make(&x->plan.exclude, &s->arena, x->desc->exclude, NULL, x->desc->exclude_count, err);
+    if (r < 0) return r;
     x->layers = (moqi_auto_layer *)moqi_take_array(&s->arena, n + 1, sizeof *x->layers);
     s->units = (moqi_auto_unit *)moqi_take_array(&s->arena, n + 1, sizeof *s->units);
     s->order = (moqi_auto_unit **)moqi_take_array(&s->arena, n + 1, 2 * sizeof *s->order);
     if (!x->layers || !s->units || !s->order || !moqi_map_make(&x->map, &s->arena, n)) return moqi_nomem(err, n * sizeof *x->layers);
     for (size_t i = 0; i < n; i++) {
         moqi_auto_layer *l = &x->layers[x->count];
-        moq_result r = moq_get_module(x->ck, i, &l->w, err);
+        r = moq_get_module(x->ck, i, &l->w, err);
         if (r < 0) return r;
+        int excluded = moqi_patterns_match(&x->plan.exclude, l->w.name) != SIZE_MAX;
         if (!moqi_auto_covers(x, l->w.name)) continue;
-        if (moqi_auto_excluded(x, l->w.name)) {
+        if (excluded) {
             double cost = (double)(l->w.rows * l->w.cols) * (double)moqi_max(l->w.experts, 1) * moqi_active_part(x, l->w.name);
             s->fixed += cost;
             s->info.uncompressed += cost;
@@ -26333,6 +26426,7 @@ static moq_result moqi_auto_collect(moqi_auto *x, moq_error *err)
         moqi_auto_formats(x, l);
         moqi_map_add(&x->map, l->name, strlen(l->name), (uint32_t)x->count++);
     }
+    moqi_tell_exclusions(x->ck, &x->plan.exclude, &log);
     return s->count ? MOQ_OK : moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(x->ck), NULL, NULL, -1), "there is no layer to choose a format for");
 }
 
@@ -27018,7 +27112,7 @@ static moq_result moqi_auto_run(moqi_auto *x, moq_error *err)
     if (!d->source) return moq_fail(err, MOQ_E_ARG, "moq_autoquant", "a source folder is needed");
     moq_result r = MOQ_OK;
 #ifndef MOQ_NO_OS
-    if (d->target) r = moqi_free_target(d->target, err); /* before hours of scoring */
+    if (d->target) r = moqi_check_new_target(d->target, err); /* before hours of scoring */
 #endif
     if (r >= 0 && !(d->search && d->recipe_count == 0)) r = moqi_auto_recipes(x, err);
     if (r < 0) return r;

@@ -1366,6 +1366,97 @@ static void test_export_refusals(void)
     rmdir(scratch("refused"));
 }
 
+static moq_result count_runs(void *data, const struct moq_checkpoint *source, struct moq_backend *watch, moq_error *err)
+{
+    (void)source; (void)watch;
+    ++*(int *)data;
+    return moq_fail(err, MOQ_E_STATE, "calibration", "was not to be run");
+}
+
+/* What needs no numbers is refused before the model runs: formats, shapes, KV recipes, names. */
+static void test_export_refused_early(void)
+{
+    static const struct { const char *source, *recipe, *kv, *format, *says; } no[] = {
+        {"sources/llama", "nvfp4_awq_lite", NULL, "compressed-tensors", "no pre_quant_scale can stand beside a weight"},
+        {"sources/llama", "int8_smoothquant", NULL, "compressed-tensors", "no pre_quant_scale can stand beside a weight"},
+        {"sources/llama", "nvfp4_svdquant", NULL, "compressed-tensors", "cannot be stored in a compressed-tensors folder"},
+        {"sources/llama", "w4a8_awq_beta", NULL, "compressed-tensors", "cannot be stored in a compressed-tensors folder"},
+        {"sources/llama", "w4a8_nvfp4_fp8", NULL, "compressed-tensors", "groups of 16"}, {"sources/gpt_oss", "fp8", NULL, "compressed-tensors", "stacked"},
+        {"sources/llama", "fp8", NULL, "gpt-oss", "only gpt_oss models"}, {"sources/gpt_oss", "nvfp4", NULL, "gpt-oss", "experts are MXFP4"},
+        {"sources/llama", "fp8", "nvfp4", "compressed-tensors", "fp8 and fp8_cast can"}, {"sources/llama", "fp8", "int8", NULL, "no folder says this KV cache"},
+        {"sources/llama", "fp8", "mxfp4", NULL, "no folder says this KV cache"}, {"sources/llama", "fp8", "fp3", NULL, "is no KV recipe"},
+        {"sources/llama", "nvfp4_experts_only", NULL, NULL, "covers no layer"}, {"sources/gpt_oss", "int4_awq", NULL, NULL, "stack of experts"}};
+    static const moq_rule bad[] = {{"*", "fp9"}}, slip[] = {{"*.nothing_of_this_name", "none"}};
+    char target[1200];
+    moq_error err;
+    int runs = 0;
+    snprintf(target, sizeof target, "%s", scratch("early/out"));
+    mkdir(scratch("early"), 0777);
+    for (size_t i = 0; i < sizeof no / sizeof *no + 4; i++) {
+        size_t n = sizeof no / sizeof *no, k = i < n ? i : 0;
+        moq_quantize_desc d = simple_desc(source_dir(no[k].source), target, i < n ? no[k].recipe : "fp8");
+        const char *says = no[k].says;
+        d.kv = i < n ? no[k].kv : NULL;
+        d.format = i < n ? no[k].format : NULL;
+        if (i == n) { d.rules = bad; d.rule_count = 1; says = "no recipe has this name"; }
+        if (i == n + 1) { d.rules = slip; d.rule_count = 1; says = "names no module"; }
+        if (i == n + 2) { d.max_memory = 1000000; says = "to quantize, more than"; }
+        if (i == n + 3) { d.target = scratch("early/none/out"); says = "does not exist"; }
+        if (!is_there(d.source)) { printf("%s is not in this set\n", d.source); continue; }
+        d.calibrate = count_runs;
+        d.data = &runs;
+        CHECK(moq_quantize(&d, &err) < 0);
+        CHECK(strstr(err.text, says) != NULL && runs == 0);
+        if (!strstr(err.text, says)) fprintf(stderr, "%d: %s\n", (int)i, err.text);
+        CHECK_INT(count_entries(scratch("early")), 0);
+        runs = 0;
+    }
+    moq_quantize_desc d = simple_desc(source_dir("sources/llama"), target, "fp8"); /* the count is one that can rise */
+    d.calibrate = count_runs;
+    d.data = &runs;
+    CHECK_INT(moq_quantize(&d, &err), MOQ_E_STATE);
+    CHECK_INT(runs, 1);
+    rmdir(scratch("early"));
+}
+
+/* Which pre_quant_scales stay beside a weight is said before they are known; once they are, it must be so. */
+static void test_export_smoothing_foreseen(void)
+{
+    static const char *const folders[][3] = {{"sources/llama", "modelopt/llama-nvfp4_awq_lite", "nvfp4_awq_lite"},
+        {"sources/llama", "modelopt/llama-nvfp4_awq_full", "nvfp4_awq_full"}, {"sources/qwen3", "modelopt/qwen3-nvfp4_awq_lite", "nvfp4_awq_lite"},
+        {"sources/llama", "modelopt/llama-int8_sq", "int8_smoothquant"}, {"sources/qwen3_moe", "modelopt/qwen3_moe-int8_sq", "int8_smoothquant"},
+        {"sources/qwen2", "modelopt/qwen2-int4_awq", "int4_awq"}, {"sources/llama", "modelopt/llama-w4a8_awq", "w4a8_awq_beta"},
+        {"sources/llama", "modelopt/llama-nvfp4_svdquant", "nvfp4_svdquant"}};
+    char target[1200], calibration[1300];
+    int kept = 0, gone = 0, cases = 0;
+    snprintf(target, sizeof target, "%s", scratch("foreseen"));
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
+        moq_error err;
+        moq_checkpoint *ck = NULL;
+        snprintf(calibration, sizeof calibration, "%s/calibration.safetensors", source_dir(folders[i][1]));
+        if (!is_there(calibration)) { printf("%s is not in this set\n", calibration); continue; }
+        moq_quantize_desc d = simple_desc(source_dir(folders[i][0]), target, folders[i][2]);
+        d.calibration = calibration;
+        moqi_export *x = moqi_begin_export(&d, &err);
+        moq_result r = moqi_open_sources(x, &d, &ck, &err);
+        if (r == MOQ_OK) r = moqi_begin_folder(x, &err);
+        if (r == MOQ_OK) r = moqi_prepare_export(x, &err);
+        CHECK_INT(r, MOQ_OK);
+        if (r != MOQ_OK) fprintf(stderr, "%s: %s\n", folders[i][1], err.text);
+        for (size_t k = 0; r == MOQ_OK && k < x->plan.count; k++) {
+            const moqi_target *t = &x->plan.targets[k];
+            if (!t->recipe) continue;
+            CHECK_INT(moqi_keeps_smoothing(&x->plan, t), t->out_p != NULL);
+            if (moqi_is_smoothed(t)) ++*(t->out_p ? &kept : &gone);
+        }
+        moqi_abort_folder(x);
+        CHECK_INT(moqi_run_export(x, ck, MOQ_E_CANCELLED, &err), MOQ_E_CANCELLED); /* releases everything */
+        cases++;
+    }
+    CHECK(cases == 0 || (kept > 5 && (gone > 5 || cases < 3)));
+    CHECK(!is_there(target));
+}
+
 /* Whichever allocation fails: MOQ_E_NOMEM, nothing leaks, nothing is left. */
 static void test_export_no_memory(void)
 {
@@ -1413,6 +1504,8 @@ int main(int argc, char **argv)
     RUN(test_export_searched_stacks);
     RUN(test_export_constant_inputs);
     RUN(test_export_refusals);
+    RUN(test_export_refused_early);
+    RUN(test_export_smoothing_foreseen);
     RUN(test_export_no_memory);
     return test_end();
 }

@@ -1723,7 +1723,7 @@ static int dequant_out(const options *o, const moq_checkpoint *ck)
     f.temp = join(target, number, "");
     if (o->dtype && strcmp(o->dtype, "bf16") == 0) f.dtype = MOQ_BF16;
     if (o->dtype && strcmp(o->dtype, "bf16") != 0 && strcmp(o->dtype, "f32") != 0) bad = refuse("--dtype is f32 or bf16, not '%s'", o->dtype);
-    else if (stat(target, &info) == 0) bad = refuse("%s is there already; choose a new folder", target);
+    else if (stat(target, &info) == 0) bad = refuse("%s: exists already; choose another target or remove it first", target);
     else bad = write_folder(&f, target);
     for (size_t i = 0; i < f.count; i++)
         if (f.tensors[i].module) free((void *)(uintptr_t)f.tensors[i].t.name);
