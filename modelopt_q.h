@@ -2730,7 +2730,7 @@ static moq_result moqi_folder_begin(const char *target, char *temp, size_t capac
     while (n > 1 && (target[n - 1] == '/' || target[n - 1] == '\\')) n--;
     moqi_format(temp, capacity, "%.*s", (int)n, target);
     if (n > 0 && moqi_path_kind(temp) == MOQI_NOTHING)
-        return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "the folder '%s' that it is to lie in does not exist; create it first", temp);
+        return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "its parent folder '%s' does not exist; create that first", temp);
     return moqi_fail_os(err, base, "a temporary folder beside it cannot be created", os);
 }
 
@@ -26823,6 +26823,7 @@ static moq_result moqi_auto_scores(moqi_auto *x, moq_error *err)
     if (r >= 0 && x->batches == 0) r = moq_fail(err, MOQ_E_ARG, "samples", "the forward pass ran no batch (moq_end_batch was never called)");
     int32_t scored = x->desc->score_batches > 0 && x->desc->score_batches < x->batches ? x->desc->score_batches : x->batches;
     x->total = (uint64_t)x->formats + (uint64_t)scored * (x->desc->method == MOQ_SOLVE_SUM ? 1 : (uint64_t)x->formats * x->s->count);
+    if (r >= 0) r = moqi_auto_tell(x, err);
     for (int f = 0; f < x->formats && r >= 0; f++) {
         r = moqi_auto_calibrate(x, f, err);
         if (r >= 0) r = moqi_auto_fakes(x, f, err);

@@ -19,12 +19,14 @@ static int32_t ids[ROWS][TOKENS];   /* what the model reads while its layers are
 static const int32_t *rows[ROWS];
 static int32_t lengths[ROWS];
 
-/* A line of progress; returning 1 would stop the work, and nothing would be left. */
+/* A line for every tenth of the work; returning 1 would stop it, and nothing would be left. `user` tells the samples from their passes. */
 static int show(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
-    int percent = total ? (int)(100 * done / total) : 100;
-    (void)user;
-    fprintf(stderr, "\r%s %3d %%%s", stage == MOQ_STAGE_CALIBRATE ? "watching the model" : "writing           ", percent, done < total ? "" : "\n");
+    static int shown = -1;
+    int tenths = total ? (int)(10 * done / total) : 10, watching = stage == MOQ_STAGE_CALIBRATE;
+    if ((watching && !user) || tenths == shown) return 0;
+    shown = tenths;
+    fprintf(stderr, "%s %3d %%\n", watching ? "watching the model" : "writing", 10 * tenths);
     return 0;
 }
 
@@ -53,14 +55,13 @@ int main(int argc, char **argv)
     moq_error err;
     moq_quantize_desc q;
     llm_samples samples;
-    if (argc < 3) {
-        puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]");
-        return 2;
-    }
+    if (argc < 3) { puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]"); return 2; }
     memset(&samples, 0, sizeof samples);
     samples.rows = rows;
     samples.lengths = lengths;
     samples.batch = 8;
+    samples.progress = show;
+    samples.progress_user = &samples;
     memset(&q, 0, sizeof q);
     q.source = argv[1];
     q.target = argv[2];

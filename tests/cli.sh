@@ -131,6 +131,17 @@ run quantize "$src" "$dir/q4" --recipe fp8 --calibration "$dir/empty.safetensors
 check "an empty calibration file" refused "empty.safetensors"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/nowhere.txt"
 check "a calibration text that is not there" refused "nowhere"
+printf 'bring the red m\303\050g' >"$dir/latin.txt"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/latin.txt"
+check "a calibration text that is not UTF-8" refused "latin.txt: byte 15 is no UTF-8"
+head -c 3000 "$dir/float/model.safetensors" >"$dir/binary.txt"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/binary.txt"
+check "a calibration text that is no text" refused "binary.txt: byte [0-9]* is no UTF-8"
+printf '\377\376b\000r\000' >"$dir/wide.txt"
+run eval "$demo" --data "$dir/wide.txt"
+check "a text in UTF-16" refused "UTF-16"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib 1,2,3 --samples 0
+check "no samples at all" refused "--samples is at least 1"
 run quantize "$src" "$dir/q4" --recipe fp8 --calib 1,2,3 --calibration "$dir/kept.safetensors"
 check "--calib and --calibration" refused "one of them"
 run quantize "$src" "$dir/q4" --recipe fp8 --save-calibration "$dir/k"
@@ -147,15 +158,23 @@ check "no space after a calibration" refused "q4"
 check "no space: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
 # stopped in the middle of a calibration, which would take minutes
 awk 'BEGIN { for (i = 0; i < 20000; i++) print "bring the red mug to the kitchen table, number", i }' >"$dir/long.txt"
-"$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" --max-memory 64M >"$dir/out" 2>"$dir/err" </dev/null &
-stopped=$!
-for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ls -d "$dir"/q4.tmp* >/dev/null 2>&1 && break; sleep 0.5; done
-sleep 0.5
-kill -INT $stopped
-wait $stopped
-code=$?
-check "Ctrl-C while calibrating" refused "stopped"
-check "Ctrl-C: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
+for signal in INT TERM HUP; do
+    "$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" --max-memory 64M >"$dir/out" 2>"$dir/err" </dev/null &
+    stopped=$!
+    for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ls -d "$dir"/q4.tmp* >/dev/null 2>&1 && break; sleep 0.5; done
+    sleep 0.3
+    kill -$signal $stopped
+    wait $stopped
+    code=$?
+    check "$signal while calibrating" refused "stopped"
+    check "$signal: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
+done
+# what needs no numbers is refused before the calibration, which would take minutes
+run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.txt" --format compressed-tensors
+check "a recipe that the container cannot hold" refused "no pre_quant_scale can stand beside a weight"
+run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.txt" --kv int8
+check "a KV cache that no folder can say" refused "no folder says this KV cache"
+check "early refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* 2>/dev/null"
 # at load
 run quantize "$src" "$dir/q4" --recipe w4a16_nvfp4
 "$moq" logits "$dir/q4" --tokens 1,2,3 --out "$dir/a.safetensors"
@@ -283,7 +302,7 @@ check "dequant copies the tokenizer" cmp "$demo/tokenizer.json" "$dir/plain/toke
 run inspect "$dir/plain"
 check "dequant --dtype bf16: modules" out "up_proj  *bf16 "
 run dequant "$demo" --out "$dir/plain"
-check "dequant: the target is there" refused "there already"
+check "dequant: the target is there" refused "exists already"
 run dequant "$demo" --out "$dir/no/such/parent"
 check "dequant: no parent" refused "parent"
 run dequant "$demo" --out "$dir/x" --dtype f8

@@ -46,6 +46,7 @@
    ------------------------------------------------------------------------------------------------ */
 
 static volatile sig_atomic_t stop_requested;
+static volatile sig_atomic_t end_requested; /* not by Ctrl-C, which stops only an answer of a chat */
 static llm *volatile running;   /* what Ctrl-C cancels */
 static char *unfinished_folder; /* removed when the tool gives up */
 
@@ -186,18 +187,22 @@ static int ends_with(const char *s, const char *end)
 /* Only async-signal-safe work: the loops look at the flag. Should one hang, the fourth Ctrl-C ends the program at once. */
 static void on_interrupt(int number)
 {
+    if (number != SIGINT) end_requested = 1;
     if (stop_requested < 3) stop_requested = stop_requested + 1;
     else signal(number, SIG_DFL);
     if (running) llm_cancel(running);
 }
 
+/* Ctrl-C, the end of the terminal and a plain `kill` all stop cleanly; what nohup or a shell lets the program ignore stays ignored. */
 static void catch_interrupt(void)
 {
-    struct sigaction action;
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action, old;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_interrupt;
-    stop_requested = 0;
-    sigaction(SIGINT, &action, NULL);
+    stop_requested = end_requested;
+    for (int i = 0; i < COUNT(signals); i++)
+        if (signals[i] == SIGINT || sigaction(signals[i], NULL, &old) != 0 || old.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
 }
 
 /* A bar on a terminal, for work over a second. Returns 1 when the work should stop. */
@@ -346,7 +351,7 @@ typedef struct options {
     text_list scheme, shape, exclude, rule;
 } options;
 
-enum { KIND_FLAG, KIND_INT, KIND_REAL, KIND_TEXT, KIND_LIST };
+enum { KIND_FLAG, KIND_INT, KIND_COUNT, KIND_REAL, KIND_TEXT, KIND_LIST };
 
 typedef struct option_row {
     const char *name;
@@ -374,8 +379,8 @@ static const option_row option_table[] = {
     {"dtype", KIND_TEXT, FIELD(dtype), "T", "f32 (default) or bf16"},
     {"tokens", KIND_TEXT, FIELD(tokens), "T", "1,2,3 or FILE.json or FILE.json#KEY"},
     {"data", KIND_TEXT, FIELD(data), "D", ".jsonl, .txt, or tokens"},
-    {"limit", KIND_INT, FIELD(limit), "N", "only the first N rows or windows"},
-    {"seq", KIND_INT, FIELD(seq), "N", "tokens of a window of text, or of a row to calibrate with (default 512, or what the model was made for)"},
+    {"limit", KIND_COUNT, FIELD(limit), "N", "only the first N rows or windows"},
+    {"seq", KIND_COUNT, FIELD(seq), "N", "tokens of a window of text, or of a row to calibrate with (default 512, or what the model was made for)"},
     {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
     {"system", KIND_TEXT, FIELD(system), "S", "system message"},
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
@@ -396,8 +401,8 @@ static const option_row option_table[] = {
     {"recipe", KIND_TEXT, FIELD(recipe), "R", "what to quantize to; moq recipes lists them"},
     {"calibration", KIND_TEXT, FIELD(calibration), "FILE", "recorded amax and pre_quant_scale values (a .safetensors file)"},
     {"calib", KIND_TEXT, FIELD(calib), "D", "text to calibrate with: .jsonl, .txt, or tokens"},
-    {"samples", KIND_INT, FIELD(samples), "N", "at most N rows of it (default 512)"},
-    {"batch", KIND_INT, FIELD(batch), "N", "rows of a batch: averages and losses are means over batches (default 8)"},
+    {"samples", KIND_COUNT, FIELD(samples), "N", "at most N rows of it (default 512)"},
+    {"batch", KIND_COUNT, FIELD(batch), "N", "rows of a batch: averages and losses are means over batches (default 8)"},
     {"save-calibration", KIND_TEXT, FIELD(save_calibration), "FILE", "keep what was measured, for --calibration"},
     {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: refused with the numbers; quantize: activations go to a file"},
     {"bits", KIND_REAL, FIELD(bits), "X", "bits of a weight on average"},
@@ -453,10 +458,11 @@ static int set_option(options *o, const option_row *row, const char *value)
     errno = 0;
     if (row->kind == KIND_FLAG) *(int *)(void *)at = 1;
     if (row->kind == KIND_TEXT) *(const char **)(void *)at = value;
-    if (row->kind == KIND_INT) {
+    if (row->kind == KIND_INT || row->kind == KIND_COUNT) {
         long long n = strtoll(value, &end, 10);
         if (*end || end == value || errno || n < 0 || (n > INT32_MAX && row->at != FIELD(seed)))
             return refuse("--%s needs a whole number, not '%s'", row->name, value);
+        if (row->kind == KIND_COUNT && n == 0) return refuse("--%s is at least 1", row->name);
         *(int64_t *)(void *)at = n;
     }
     if (row->kind == KIND_REAL) {
@@ -660,6 +666,33 @@ static char *read_input(const char *path, size_t *bytes)
 }
 
 static void free_file(char *text, size_t bytes) { moq_release(NULL, text, text ? bytes + 1 : 0); }
+
+/* Where s stops being UTF-8 (RFC 3629) without NUL; n: nowhere. */
+static size_t first_no_text(const char *s, size_t n)
+{
+    size_t i = 0, length;
+    for (; i < n; i += length) {
+        unsigned a = (unsigned char)s[i], b = i + 1 < n ? (unsigned char)s[i + 1] : 0;
+        length = a < 0x80 ? 1 : a < 0xc2 ? 0 : a < 0xe0 ? 2 : a < 0xf0 ? 3 : a < 0xf5 ? 4 : 0;
+        if (a == 0 || length == 0 || length > n - i) return i;
+        if ((a == 0xe0 && b < 0xa0) || (a == 0xed && b > 0x9f) || (a == 0xf0 && b < 0x90) || (a == 0xf4 && b > 0x8f)) return i;
+        for (size_t k = 1; k < length; k++)
+            if (((unsigned char)s[i + k] & 0xc0) != 0x80) return i;
+    }
+    return n;
+}
+
+/* The same of a text: anything else would be read as words that nobody wrote. Lines of JSON are judged one by one. */
+static char *read_text(const char *path, size_t *bytes)
+{
+    char *text = read_input(path, bytes);
+    size_t at = text ? first_no_text(text, *bytes) : 0;
+    if (!text || at == *bytes || ends_with(path, ".jsonl")) return text;
+    if (*bytes >= 2 && (memcmp(text, "\xff\xfe", 2) == 0 || memcmp(text, "\xfe\xff", 2) == 0)) refuse("%s: is UTF-16 text; save it as UTF-8", path);
+    else refuse("%s: byte %zu is no UTF-8 text (found 0x%02x); save it as UTF-8, or give a .txt or .jsonl file of text", path, at, (unsigned)(unsigned char)text[at]);
+    free_file(text, *bytes);
+    return NULL;
+}
 
 /* ------------------------------------------------------------------------------------------------
    >>tokens          token ids from the command line and from files
@@ -1693,7 +1726,8 @@ static int copy_others(const out_folder *f)
 static int write_folder(out_folder *f, const char *target)
 {
     int bad = plan_folder(f);
-    if (!bad && mkdir(f->temp, 0777) != 0) return refuse("%s: %s; create its parent folder first", target, strerror(errno));
+    if (!bad && mkdir(f->temp, 0777) != 0)
+        return refuse("%s: %s", target, errno == ENOENT ? "its parent folder does not exist; create that first" : strerror(errno));
     unfinished_folder = f->temp;
     for (int i = 0; !bad && i < f->shards; i++) bad = write_shard(f, i);
     if (!bad) bad = write_config(f);
@@ -1995,7 +2029,7 @@ static int eval_tokens(evaluation *v)
 static int eval_file(evaluation *v)
 {
     size_t bytes;
-    char *text = read_input(v->o->data, &bytes);
+    char *text = read_text(v->o->data, &bytes);
     int bad = text ? 0 : 2;
     if (!bad) bad = ends_with(v->o->data, ".jsonl") ? eval_lines(v, text, bytes) : eval_text(v, text, bytes);
     free_file(text, bytes);
@@ -2155,7 +2189,7 @@ static int chat(const engine *e, const options *o)
         catch_interrupt();
         bad = say(e, o, "user", line);
         if (!bad) bad = answer(e, o);
-        if (bad && !stop_requested) break;
+        if ((bad && !stop_requested) || end_requested) break;
         bad = 0;
         signal(SIGINT, SIG_DFL);
     }

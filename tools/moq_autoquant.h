@@ -82,6 +82,17 @@ static int check_autoquant(const options *o)
     return 0;
 }
 
+/* Steps of the search: first each candidate is calibrated, whose rows on_samples counts, then come the scores. */
+static int on_search(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    sample_set *s = (sample_set *)user;
+    if (stage != MOQ_STAGE_CALIBRATE) return on_progress(NULL, stage, done, total);
+    s->counted = 1;
+    s->pass = done;
+    if (done < s->candidates) return stop_requested != 0;
+    return total > s->candidates ? progress_bar("scoring", done - s->candidates, total - s->candidates, 0) : stop_requested != 0;
+}
+
 static int verb_autoquant(const options *o)
 {
     moq_autoquant_desc d;
@@ -107,7 +118,7 @@ static int verb_autoquant(const options *o)
     d.save_search = o->save_search;
     d.calibration = o->calibration;
     d.threads = (int)o->threads;
-    d.progress = on_quantize;
+    d.progress = on_search;
     d.progress_user = &set;
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
@@ -115,6 +126,8 @@ static int verb_autoquant(const options *o)
     if (!bad && o->calib) {
         bad = load_samples(&set, o);
         set.samples.logits = 1;
+        for (size_t i = 0; i < d.recipe_count; i++) set.candidates += strcmp(names[i], "none") != 0;
+        set.passes = set.candidates ? set.candidates : 1;
         d.forward = llm_calibrate;
         d.data = &set.samples;
     }
@@ -122,6 +135,7 @@ static int verb_autoquant(const options *o)
         const char *others[] = {d.target, o->search, o->save_search, o->calibration};
         bad = refuse_error(blamed_path(&err, d.source, others, COUNT(others)), &err);
     }
+    progress_bar("", 1, 1, 0); /* gone before the result */
     if (s && o->json) print_search_json(s, d.target);
     else if (s) print_search(s);
     moq_search_destroy(s);

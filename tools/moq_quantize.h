@@ -18,6 +18,8 @@ typedef struct sample_set {
     llm_tokenizer *tok;
     size_t most, seq;
     uint64_t pass, passes; /* of the model over all rows */
+    uint64_t candidates;   /* of AutoQuantize, calibrated one by one before anything is scored; 0: no such search */
+    int counted;           /* AutoQuantize has seen how many batches there are */
     int full;              /* no more rows are wanted */
 } sample_set;
 
@@ -91,7 +93,7 @@ static int read_samples(sample_set *s)
         free_tokens(&t);
         return 0;
     }
-    text = read_input(s->path, &bytes);
+    text = read_text(s->path, &bytes);
     if (!text) return 2;
     bad = lines ? each_row(s->path, text, bytes, add_row, s) : add_text(s, text, bytes, 1);
     free_file(text, bytes);
@@ -112,6 +114,8 @@ static int on_samples(void *user, moq_stage stage, uint64_t done, uint64_t total
 {
     const sample_set *s = (const sample_set *)user;
     (void)stage;
+    if (s->candidates && !s->counted) return progress_bar("counting batches", done, total, 0);
+    if (s->candidates && s->pass >= s->candidates) return stop_requested != 0; /* scores are counted one by one */
     if (done >= total && s->pass + 1 < s->passes) return stop_requested != 0; /* the bar stays until the last pass is over */
     return progress_bar("calibrating", s->pass * total + done, s->passes * total, 0);
 }
