@@ -7656,7 +7656,7 @@ static moq_result moqi_bind_nvfp4_turned(moqi_binder *b, const moq_tensor *scale
 /* NVFP4: E2M1 nibbles, the even column low, with an E4M3 scale for a group of columns and one F32 scale over all.
        codes [rows, cols/2], scale [rows, cols/group]: W = e2m1 * scale * weight_scale_2, or / weight_global_scale
    A stack of experts [E, cols/2, rows] with scales [E, cols/group, rows] has the same pairs of columns, along its middle
-   dimension (modelopt-checkpoints 8). The group is 16, or 32 in weight-only and W4A8 layers: cols / scale columns says. */
+   dimension. The group is 16, or 32 in weight-only and W4A8 layers: cols / scale columns says. */
 static moq_result moqi_bind_nvfp4(moqi_binder *b, const moq_tensor *scale, const char *global, int divisor)
 {
     int64_t rows = b->transposed ? b->b : b->a, half = b->transposed ? b->a : b->b, x = 0, y = 0;
@@ -7681,7 +7681,7 @@ static moq_result moqi_bind_nvfp4(moqi_binder *b, const moq_tensor *scale, const
 /* MXFP4: E2M1 nibbles with a power-of-two scale for 32 columns.
        codes [rows, cols/2], scale [rows, cols/32]: W = e2m1 * 2^(scale - 127)
    ModelOpt's stacks of experts [E, cols, rows/2] with scales [E, cols, rows/32] are packed and grouped along their last
-   dimension, which is the rows (modelopt-checkpoints 5.5). There is no second scale and no other group. */
+   dimension, which is the rows. There is no second scale and no other group. */
 static moq_result moqi_bind_mxfp4(moqi_binder *b, const moq_tensor *scale)
 {
     int64_t a = b->a, n = b->b * 2;
@@ -7804,7 +7804,7 @@ static moq_result moqi_bind_fp8(moqi_binder *b, const moq_tensor *scale)
        codes [rows/2, cols], scale [rows, cols/group]: W = q * scale
    The halved dimension is the rows: codes halved along the columns, as most other formats have them, give a scale with the wrong
    number of rows and are refused. W4A8_AWQ adds a second-stage scale that is no part of the weight: as stored, the product
-   is rounded to E4M3 with it once more (modelopt-checkpoints 5.10). */
+   is rounded to E4M3 with it once more. */
 static moq_result moqi_bind_int4(moqi_binder *b, const moq_tensor *scale)
 {
     int64_t rows = b->a * 2, cols = b->b, x = 0, y = 0;
@@ -8234,7 +8234,7 @@ static moq_result moqi_bind_vector(const moqi_binder *b, const char *part, moqi_
 }
 
 /* SVDQuant: y += B (A x), x after pre_quant_scale. A [rank, cols], B [rows, rank], under either of two prefixes: transformers and
-   diffusers exports differ (modelopt-checkpoints 5.9). */
+   diffusers exports differ. */
 static moq_result moqi_bind_lora(moqi_binder *b)
 {
     static const char *const names[2][2] = {{"weight_quantizer._svdquant_lora_a", "weight_quantizer._svdquant_lora_b"}, {"svdquant_lora_a", "svdquant_lora_b"}};
@@ -8315,7 +8315,7 @@ static moq_result moqi_check_algo(const moqi_binder *b, const moq_tensor *scale)
     return b->t->dtype == algo->weight ? moqi_bad_dtype(b, scale, moq_dtype_name(algo->scale)) : MOQ_OK;
 }
 
-/* M.weight and its stacked relatives: the dtypes of weight and scale say what it is (modelopt-checkpoints 5.0). */
+/* M.weight and its stacked relatives: the dtypes of weight and scale say what it is. */
 static moq_result moqi_bind_weight(moqi_binder *b)
 {
     const moq_tensor *scale = moqi_part(b, "weight_scale");
@@ -8722,7 +8722,7 @@ static moq_result moqi_kv_view(const moqi_tensor_set *set, const moq_tensor *t, 
 }
 
 /* The description chooses the format; scales of a cache that it does not quantize are ignored, as engines do. Missing scales are
-   1 and no error: the *_cast recipes store none (modelopt-checkpoints 7). Affine FP8 shows in its biases alone. */
+   1 and no error: the *_cast recipes store none. Affine FP8 shows in its biases alone. */
 MOQI_UNUSED static moq_result moqi_bind_kv(const moqi_tensor_set *set, const moqi_quant *q, const char *attention, moq_kv *out, moq_error *err)
 {
     const moq_tensor *part[4] = {moqi_kv_part(set, attention, 'k', "scale"), moqi_kv_part(set, attention, 'v', "scale"),
@@ -17768,7 +17768,7 @@ static float moqi_multiple(int i)
     return i < (MOQI_MULTIPLES - 1) / 2 + 1 ? 0.25f + step * (float)i : 4 - step * (float)(MOQI_MULTIPLES - 1 - i);
 }
 
-/* The best multiple of the amax of one group; the first of equals wins (calibration.md 5). */
+/* The best multiple of the amax of one group; the first of equals wins. */
 static float moqi_multiple_group(const moqi_encoder *e, const float *x, int64_t n, float amax)
 {
     float best = -1, choice = amax;
@@ -18746,7 +18746,7 @@ static int moqi_is_direct(const moqi_target *t, const moq_linear *w)
 }
 
 /* x [cols] := the row without its low-rank branch. Members of a group are put together again, smoothed by the mean vector, and lose the
-   branch of the group, whose factors are F32 here and rounded only when they are stored (modelopt-checkpoints 5.9). */
+   branch of the group, whose factors are F32 here and rounded only when they are stored. */
 static void moqi_take_branch(const moqi_target *t, int64_t row, float *x)
 {
     int64_t cols = t->w.cols, rank = t->rank;
@@ -19003,7 +19003,8 @@ static void moqi_tell_exclusions(const moq_checkpoint *ck, const moqi_patterns *
 {
     for (size_t i = 0; i < exclude->count; i++)
         if (!moqi_patterns_used(exclude, i))
-            moqi_log(log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(ck), "exclude", exclude->text[i], -1), "names no module, so it changes nothing; " MOQI_NAMES_NONE);
+            moqi_log(log, MOQ_LOG_WARNING, MOQ_E_ARG, moqi_at(moq_get_name(ck), "exclude", exclude->text[i], -1),
+                     "names no module, so it changes nothing; " MOQI_NAMES_NONE);
 }
 
 /* A rule for nothing is a slip: the folder would not be what was asked for. Layers that lose twice are told. */
@@ -19260,7 +19261,7 @@ static int moqi_gram_add(const moq_parallel *par, const moq_allocator *a, const 
     return ok;
 }
 
-/* ---- fake quantization: quantize and dequantize (calibration.md 3) ---- */
+/* ---- fake quantization: quantize and dequantize ---- */
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
@@ -19408,7 +19409,7 @@ static void moqi_fake_input(const moq_coding *c, float amax, const float *x, int
    Pure functions: statistics in, scales and choices out. Nothing here knows of files, models or backends.
    ------------------------------------------------------------------------------------------------ */
 
-/* ---- awq_lite (calibration.md 8.1): move the difficulty of large input channels into the weight, by a power that is searched ---- */
+/* ---- awq_lite: move the difficulty of large input channels into the weight, by a power that is searched ---- */
 
 enum { MOQI_ALPHAS = 11, MOQI_RATIOS = 11 };
 
@@ -21388,7 +21389,7 @@ static moq_result moqi_tape_prepare(moqi_tape *t, moq_error *err)
 
 /* ---- layers as candidates hold them ---- */
 
-/* n values of blocks of 16 with static scales (calibration.md 3): S = A (448 / M) / 6, s = e4m3(a / 6 * 448 / S) * S / 448. */
+/* n values of blocks of 16 with static scales: S = A (448 / M) / 6, s = e4m3(a / 6 * 448 / S) * S / 448. */
 static void moqi_fake_static(const moqi_fake *f, const float *amax, float *x, int64_t n)
 {
     float m = f->norm256 ? 256.0f : 448.0f, whole = f->blocks_top * (448 / m) * moqi_bits_f32(MOQI_INV_6), k = 448 / whole;
@@ -22327,7 +22328,7 @@ static moq_result moqi_gradient(moqi_tape *t, moq_error *err)
    Exact: the answer is the best there is, not the best that was found in time. Recorded scores and costs decide alone.
    ------------------------------------------------------------------------------------------------ */
 
-/* ---- grouping (calibration.md 15.2) ---- */
+/* ---- grouping ---- */
 
 /* Length of `s` when `name` ends in ".s", else 0. */
 static size_t moqi_ends_in(const char *name, size_t n, const char *s)

@@ -253,7 +253,7 @@ static void run_table(int f32)
         if (r.missing) printf(" missing %d", r.missing);
         printf("\n");
         CHECK_INT(r.missing, 0);
-        /* calibration.md 21; a layer with another alpha has another scale, so amax and p count where nothing was chosen. The F32 limits are
+        /* A layer with another alpha has another scale, so amax and p count where nothing was chosen. The F32 limits are
            wider than there: the recorded model is a BF16 one. */
         if (!r.layers && !strstr(run_cases[i].recipe, "svdquant")) CHECK(r.amax_worst <= (f32 ? 0.05 : 0.02));
         if (strstr(run_cases[i].recipe, "smooth") && !f32) CHECK(r.p_worst <= 0.06 && r.p_equal >= 0.94 * r.p_layers);
@@ -573,7 +573,7 @@ static void test_jacobi_accuracy(void)
     CHECK(worst < 1e-14);
 }
 
-/* One weight rounded as the exporter will: NVFP4's static step (calibration.md 3) or an integer group. Written from the formulas. */
+/* One weight rounded as the exporter will: NVFP4's static step or an integer group. Written from the formulas. */
 static double slow_round(const moq_coding *c, float amax, float top, double x)
 {
     if (c->scale == MOQ_F8_E4M3) {

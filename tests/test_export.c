@@ -245,7 +245,7 @@ static double worst_value(const char *ours, const char *theirs, const char *tail
 }
 
 /* The bytes that may differ of 100 when the statistics are our own. What no search and no smoothing touches must be equal but for input
-   scales, which may be off by 2 % (calibration.md 21; 3 % where routing can flip). The searches: a layer with another alpha differs whole. */
+   scales, which may be off by 2 % (3 % where routing can flip). The searches: a layer with another alpha differs whole. */
 static const struct { const char *part; double percent; } loose[] = {
     {"_awq", 12}, {"int8_sq", 1}, {"local_hessian", 4}, {"affine", 0.1}
 };

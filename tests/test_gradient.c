@@ -409,7 +409,7 @@ static double folder_difference(const char *ours, const char *theirs)
     return same && bytes > 0 ? 100 * wrong / bytes : 100;
 }
 
-/* limit: of a score's error, with BF16 and with F32 activations (calibration.md 21); percent: bytes of the folder that may differ. */
+/* limit: of a score's error, with BF16 and with F32 activations; percent: bytes of the folder that may differ. */
 typedef struct auto_case { const char *name; double limit[2], percent; } auto_case;
 
 static const auto_case auto_cases[] = {
