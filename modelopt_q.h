@@ -11344,6 +11344,13 @@ static void moqi_multiply(const moqi_kernels *k, const moqi_tiled *p, int64_t ro
 }
 
 #ifdef MOQI_DOTS
+/* Behind the last code. Blocks of codes may reach into the next row, whose codes meet zeros of x, but not over this end. */
+static const uint8_t *moqi_codes_end(const moqi_tiled *p)
+{
+    int64_t bits = p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p->dtype);
+    return p->codes + (p->layer.rows - 1) * p->row_bytes + (p->layer.cols * bits + 7) / 8;
+}
+
 /* How many rows of codes stand for one row of x in place: its own 8 bits, or two digits of 8. */
 static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
 
@@ -13476,7 +13483,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     const int nibbles = p->form == MOQI_CODES_NIBBLES;
     const int64_t bytes = nibbles ? 128 : 256;
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const int64_t behind = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first;
+    const uint8_t *const end = moqi_codes_end(p);
     uint8_t edge[256];
     __m512 a[8];
     __m512i q[8], w[4];
@@ -13496,12 +13503,11 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     for (int64_t r = 0; r < rows; r++, acc += 16 * slots / digits) {
         const uint8_t *src = p->codes + (row + r) * p->row_bytes + pass->first / 256 * bytes;
         const float *scale = pass->scale + r * pass->lds, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * slots;
-        int64_t left = behind;
         MOQI_SLOTS(MOQI_LOAD)
-        for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, left -= bytes, scale += 16, x += MOQI_DOT_WORDS * slots) {
-            if (left < bytes) {
+        for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, scale += 16, x += MOQI_DOT_WORDS * slots) {
+            if (end - src < bytes) {
                 memset(edge, 0, sizeof edge);
-                memcpy(edge, src, (size_t)left);
+                memcpy(edge, src, (size_t)(end - src));
                 src = edge;
             }
             __m512 s = _mm512_loadu_ps(scale);
@@ -13554,15 +13560,16 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t 
     const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
     const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * digits;
-    int64_t left = nibbles ? (p->layer.cols - pass->first + 1) / 2 : p->layer.cols - pass->first, next = step * p->row_bytes;
+    const uint8_t *const end = moqi_codes_end(p);
+    int64_t next = step * p->row_bytes;
     uint8_t edge[4][256];
     __m512 a[4];
 #define MOQI_DOT(q, w, v) __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : "v"(v), "v"(w))
     MOQI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm512_loadu_ps(acc + 16 * step * k);
-    for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, left -= bytes, scale += 16, x += MOQI_DOT_WORDS * digits) {
-        if (left < bytes) {
+    for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, scale += 16, x += MOQI_DOT_WORDS * digits) {
+        if (end - src < bytes + 3 * next) {
             memset(edge, 0, sizeof edge);
-            for (int k = 0; k < 4; k++) memcpy(edge[k], src + k * next, (size_t)left);
+            for (int k = 0; k < 4; k++) memcpy(edge[k], src + k * next, (size_t)moqi_min(bytes, end - src - k * next));
             src = edge[0];
             next = 256;
         }
@@ -13756,7 +13763,7 @@ MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, in
 #define MOQI_DPBUSD(sum, w, v) (void)(w) /* never asked for */
 #endif
 
-/* acc[t] += some blocks of a row times x[t] from word `at`; tokens and vnni are constants where this is called. left: bytes of the row; acc: [tokens][8].
+/* acc[t] += some blocks of a row times x[t] from word `at`; tokens and vnni are constants where this is called. left: bytes to the end of all codes; acc: [tokens][8].
    Without VPDPBUSD nibbles are summed by twos and twos in 16 bits, which hold 4 products of 64 and 127; bytes are widened to 16 bits on both sides, and it
    does not matter in which lane, for they share their scales. */
 MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
@@ -13933,7 +13940,7 @@ static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, i
 #define MOQI_SMMLA(sum, w, v) __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(v))
 #define MOQI_BFMMLA(sum, w, v) __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(sum) : "w"(w), "w"(v))
 
-/* acc[t] += some blocks of a row times x[t] from word `at`; tokens is a constant where this is called. left: bytes of the row; acc: [tokens][4] */
+/* acc[t] += some blocks of a row times x[t] from word `at`; tokens is a constant where this is called. left: bytes to the end of all codes; acc: [tokens][4] */
 MOQI_INLINE MOQI_DOTPROD void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
                                             int64_t at, int tokens, int vnni, float *acc)
 {
@@ -14163,8 +14170,8 @@ MOQI_INLINE MOQI_DOTS_BASE void moqi_dots_all(const moqi_dots_pass *s, int64_t r
     const int64_t bits = p->form == MOQI_CODES_NIBBLES ? 4 : 8;
     for (int64_t r = 0; r < rows; r++, acc += 8 * MOQI_LANES)
         for (int64_t c = first, at = c / MOQI_DOTS_COLS * MOQI_DOTS_WORDS; c < end; c += 4 * MOQI_RUN, at += 4 * MOQI_RUN / MOQI_DOTS_COLS * MOQI_DOTS_WORDS) {
-            const int64_t left = ((p->layer.cols - c) * bits + 7) / 8;
             const uint8_t *src = p->codes + (row + r) * p->row_bytes + c * bits / 8;
+            const int64_t left = moqi_codes_end(p) - src;
             int blocks = 0, t = 0;
             for (int64_t k = c, some; k < end && k < c + 4 * MOQI_RUN; k += MOQI_RUN, blocks += (int)some) {
                 some = moqi_ceil_div(moqi_min(MOQI_RUN, end - k), MOQI_DOTS_COLS);
