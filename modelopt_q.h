@@ -11768,19 +11768,17 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_convert_512(moq_dtype dtype, const uint
     }
 }
 
-/* One row times one token over the pass, or (x NULL) n <= 512 elements from `first` decoded into `to`; the dtype is a constant. Scales, one
-   for 32 columns, apply where groups are part of a row. */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_wide_512(const moqi_stream_pass *pass, moq_dtype dtype, int64_t row, int64_t first, int64_t n, const float *x,
-                                                  float *to)
+/* n <= 512 elements of a row from `first` decoded into `to`; the dtype is a constant. Scales, one for 32 columns, apply where groups are part
+   of a row. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_wide_512(const moqi_stream_pass *pass, moq_dtype dtype, int64_t row, int64_t first, int64_t n, float *to)
 {
     const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
     const uint8_t *src = pass->p->codes + row * pass->p->row_bytes + first * bytes;
     const int scaled = pass->p->scales && pass->p->groups > 1;
     const float *scale = pass->scale;
     __m512i most = _mm512_setzero_si512();
-    __m512 v[4], a[4];
+    __m512 v[4];
     uint8_t edge[128] = {0};
-    MOQI_UNROLL for (int i = 0; i < 4; i++) a[i] = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += 64, scale += 2) {
         const uint8_t *from = src + i * bytes;
         __builtin_prefetch(from + pass->ahead);
@@ -11790,30 +11788,83 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_wide_512(const moqi_stream_pass *pass, 
         if (scaled) {
             MOQI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_mul_ps(v[k], _mm512_set1_ps(scale[k / 2]));
         }
-        if (x) {
-            MOQI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm512_fmadd_ps(v[k], _mm512_loadu_ps(x + i + 16 * k), a[k]);
-        } else {
-            MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(to + i + 16 * k, v[k]);
-        }
+        MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(to + i + 16 * k, v[k]);
     }
     int nan = dtype == MOQ_F8_E4M3 && _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(0x7f)) != 0;
-    for (int64_t i = 0; nan && !x && i < n; i++)
+    for (int64_t i = 0; nan && i < n; i++)
         if ((src[i] & 0x7f) == 0x7f) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = moqi_bits_f32(0x7fc00000);
-    if (!x) return;
-    a[0] = _mm512_add_ps(_mm512_add_ps(a[0], a[1]), _mm512_add_ps(a[2], a[3]));
-    if (nan) a[0] = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
-    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), a[0]));
 }
 
-/* The same for any of the four dtypes. */
-MOQI_AVX512 static void moqi_stream_any_512(const moqi_stream_pass *pass, int64_t row, int64_t first, int64_t n, const float *x, float *to)
+/* acc[k] += row[k] . x over the pass, for four rows; the dtype is a constant. One row of x waits for memory, and more of it is on its way when four
+   places are read in turn. Scales as above, of a row 256. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_four_512(const moqi_stream_pass *pass, moq_dtype dtype, const int64_t *row, float *const *acc)
+{
+    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2, n = pass->end - pass->first;
+    const uint8_t *src[4];
+    const int scaled = pass->p->scales && pass->p->groups > 1;
+    const float *scale = pass->scale, *x = pass->x + pass->first;
+    __m512i most[4];
+    __m512 a[4][4];
+    uint8_t edge[4][128];
+    MOQI_UNROLL for (int r = 0; r < 4; r++) {
+        src[r] = pass->p->codes + row[r] * pass->p->row_bytes + pass->first * bytes;
+        most[r] = _mm512_setzero_si512();
+        MOQI_UNROLL for (int k = 0; k < 4; k++) a[r][k] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < n; i += 64, scale += 2, x += 64) {
+        if (n - i < 64) {
+            memset(edge, 0, sizeof edge);
+            for (int r = 0; r < 4; r++) { memcpy(edge[r], src[r], (size_t)((n - i) * bytes)); src[r] = edge[r]; }
+        }
+        MOQI_UNROLL for (int r = 0; r < 4; r++) {
+            __m512 v[4];
+            __builtin_prefetch(src[r] + MOQI_STREAM_AHEAD / 2);
+            if (bytes == 2) __builtin_prefetch(src[r] + MOQI_STREAM_AHEAD / 2 + 64);
+            moqi_stream_convert_512(dtype, src[r], v, &most[r]);
+            if (scaled) {
+                MOQI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_mul_ps(v[k], _mm512_set1_ps(scale[256 * r + k / 2]));
+            }
+            MOQI_UNROLL for (int k = 0; k < 4; k++) a[r][k] = _mm512_fmadd_ps(v[k], _mm512_loadu_ps(x + 16 * k), a[r][k]);
+            src[r] += 64 * bytes;
+        }
+    }
+    MOQI_UNROLL for (int r = 0; r < 4; r++) {
+        int nan = dtype == MOQ_F8_E4M3 && _mm512_cmpeq_epi8_mask(most[r], _mm512_set1_epi8(0x7f)) != 0;
+        __m512 sum = _mm512_add_ps(_mm512_add_ps(a[r][0], a[r][1]), _mm512_add_ps(a[r][2], a[r][3]));
+        _mm512_storeu_ps(acc[r], _mm512_add_ps(_mm512_loadu_ps(acc[r]), nan ? _mm512_set1_ps(moqi_bits_f32(0x7fc00000)) : sum));
+    }
+}
+
+/* Either for any of the four dtypes. */
+MOQI_AVX512 static void moqi_stream_any_512(const moqi_stream_pass *pass, int64_t row, int64_t first, int64_t n, float *to)
 {
     const moqi_tiled *p = pass->p;
     if (p->scales && p->groups > 1) moqi_lane_scales_512(p, row, first, first + n, pass->lane, 1, pass->scale);
-    if (p->dtype == MOQ_F8_E4M3) moqi_stream_wide_512(pass, MOQ_F8_E4M3, row, first, n, x, to);
-    else if (p->dtype == MOQ_I8) moqi_stream_wide_512(pass, MOQ_I8, row, first, n, x, to);
-    else if (p->dtype == MOQ_BF16) moqi_stream_wide_512(pass, MOQ_BF16, row, first, n, x, to);
-    else moqi_stream_wide_512(pass, MOQ_F16, row, first, n, x, to);
+    if (p->dtype == MOQ_F8_E4M3) moqi_stream_wide_512(pass, MOQ_F8_E4M3, row, first, n, to);
+    else if (p->dtype == MOQ_I8) moqi_stream_wide_512(pass, MOQ_I8, row, first, n, to);
+    else if (p->dtype == MOQ_BF16) moqi_stream_wide_512(pass, MOQ_BF16, row, first, n, to);
+    else moqi_stream_wide_512(pass, MOQ_F16, row, first, n, to);
+}
+
+/* Rows `row`, row + step, ... of which the last may be missing. acc: [rows, lda], with room for one more row */
+MOQI_AVX512 static void moqi_stream_fours_512(const moqi_stream_pass *pass, int64_t row, int64_t rows, float *acc)
+{
+    const moqi_tiled *p = pass->p;
+    const int64_t step = moqi_ceil_div(rows, 4);
+    for (int64_t r = 0; r < step; r++) {
+        int64_t at[4];
+        float *to[4];
+        for (int k = 0; k < 4; k++) {
+            int there = r + k * step < rows;
+            at[k] = row + (there ? r + k * step : r);
+            to[k] = acc + (there ? r + k * step : rows) * pass->lda;
+            if (p->scales && p->groups > 1) moqi_lane_scales_512(p, at[k], pass->first, pass->end, pass->lane, 1, pass->scale + 256 * k);
+        }
+        if (p->dtype == MOQ_F8_E4M3) moqi_stream_four_512(pass, MOQ_F8_E4M3, at, to);
+        else if (p->dtype == MOQ_I8) moqi_stream_four_512(pass, MOQ_I8, at, to);
+        else if (p->dtype == MOQ_BF16) moqi_stream_four_512(pass, MOQ_BF16, at, to);
+        else moqi_stream_four_512(pass, MOQ_F16, at, to);
+    }
 }
 
 /* acc[r][t] += two rows w . x[t] for 1, 2, 4 or 8 tokens, a constant where this is called; n is a multiple of 64. acc: [2][8][16] */
@@ -11850,15 +11901,15 @@ MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t 
         else moqi_stream_row_512(s, row + r, 8, acc + s->lda * r);
         if (r == rows - 1) return;
     }
-    for (int64_t r = 0; r < rows && tokens == 1; r++) moqi_stream_any_512(s, row + r, s->first, s->end - s->first, s->x + s->first, acc + s->lda * r);
+    if (tokens == 1) moqi_stream_fours_512(s, row, rows, acc);
     for (int64_t r = 0; r < rows && tokens > 1; r += 2)
         for (int64_t c = s->first; c < s->end; c += 512) {
             int64_t n = moqi_min(512, s->end - c), all = (n + 63) / 64 * 64;
             const float *x = s->x + c;
             float *to = acc + s->lda * r;
             int t = tokens & ~3;
-            moqi_stream_any_512(s, row + r, c, n, NULL, s->w);
-            moqi_stream_any_512(s, row + moqi_min(r + 1, rows - 1), c, n, NULL, s->w + 512);
+            moqi_stream_any_512(s, row + r, c, n, s->w);
+            moqi_stream_any_512(s, row + moqi_min(r + 1, rows - 1), c, n, s->w + 512);
             if (tokens == 8) moqi_stream_dot_512(s->w, all, x, s->ldx, 8, to);
             else if (t == 4) moqi_stream_dot_512(s->w, all, x, s->ldx, 4, to);
             if (tokens & 2) moqi_stream_dot_512(s->w, all, x + t * s->ldx, s->ldx, 2, to + 16 * t);
