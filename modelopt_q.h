@@ -11665,11 +11665,15 @@ MOQI_AVX512 static void moqi_lane_scales_512(const moqi_tiled *p, int64_t row, i
 {
     const __m512i i0 = _mm512_loadu_si512(lane), i1 = _mm512_loadu_si512(lane + 16);
     const __m512i i2 = _mm512_loadu_si512(lane + vectors / 4 * 32), i3 = _mm512_loadu_si512(lane + vectors / 4 * 48);
-    int64_t at = moqi_stream_scale_at(p, row);
+    int64_t at = moqi_stream_scale_at(p, row), bytes = moq_dtype_bits(p->scale_dtype) / 8;
     __m512 s[2];
     s[0] = s[1] = _mm512_set1_ps(1);
     for (int64_t c = first; c < end; c += 512, out += 16 * vectors) {
-        if (p->scales) moqi_stream_groups_512(p, at, moqi_stream_group(p, c), s);
+        if (p->scales) {
+            int64_t g = moqi_stream_group(p, c);
+            __builtin_prefetch(p->scales + (at + g) * bytes + MOQI_STREAM_AHEAD / 8);
+            moqi_stream_groups_512(p, at, g, s);
+        }
         _mm512_storeu_ps(out, _mm512_permutexvar_ps(i0, s[0]));
         if (vectors == 1) continue;
         _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(i1, vectors == 2 ? s[1] : s[0]));
@@ -11683,14 +11687,17 @@ MOQI_AVX512 static void moqi_lane_scales_512(const moqi_tiled *p, int64_t row, i
 MOQI_AVX512 static void moqi_lane_zeros_512(const moqi_tiled *p, int64_t row, const float *sums, int64_t lds, int64_t wrap, int tokens, float *acc)
 {
     int64_t at = moqi_stream_scale_at(p, row);
+    __m512 one = _mm512_loadu_ps(acc);
     for (int64_t g = 0; g < p->groups; g += 16) {
         const float *from = sums + g / 96 * wrap + g % 96;
         __mmask16 some = (__mmask16)(p->groups - g >= 16 ? 0xffff : (1 << (p->groups - g)) - 1);
         __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + row * p->groups + g)));
         if (p->scales) z = _mm512_mul_ps(z, moqi_stream_scales_512(p, at + g, p->groups - g));
-        for (int t = 0; t < tokens; t++)
+        one = _mm512_fmadd_ps(z, _mm512_loadu_ps(from), one);
+        for (int t = 1; t < tokens; t++)
             _mm512_storeu_ps(acc + 16 * t, _mm512_fmadd_ps(z, _mm512_loadu_ps(from + t * lds), _mm512_loadu_ps(acc + 16 * t)));
     }
+    _mm512_storeu_ps(acc, one);
 }
 
 /* acc[t] += row . x[t] over the pass for 1, 2, 4 or 8 tokens, a constant where this is called. x: [16 columns][token][16] */
