@@ -7,7 +7,7 @@
 COUNT models a scheme (1), others for each SEED (1); names after SEED restrict both draws. Beside unseen.py, whose models it takes. Checked are
 `moq verify`, the hashes of weights decoded here, and the logits of these weights, wide and with inputs rounded by compressed-tensors itself.
 What moq refuses on purpose is told as a note. Ends with "N passed, N failed"."""
-import contextlib, io, json, os, random, shutil, sys, tempfile
+import contextlib, io, json, os, random, sys
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ def draw(seed, families, scheme):
     def pick(*sizes):
         return r.choice([n for n in sizes if n % m == 0])
 
-    c = dict(seed=r.randrange(1 << 30), family=family, hidden=pick(72, 96, 160, 192, 100, 128, 320, 256, 208),
+    c = dict(seed=r.randrange(1 << 30), scheme=scheme, family=family, hidden=pick(72, 96, 160, 192, 100, 128, 320, 256, 208),
              inter=pick(84, 160, 320, 352, 200, 144, 256, 128, 416), head=pick(32, 160, 80, 96, 20, 128, 64, 256, 16), heads=r.choice([1, 2, 3, 4]),
              layers=r.choice([1, 1, 2]), experts=4, top=2, vocab=r.choice([257, 130]), tie=r.random() < .3, bias=r.random() < .4, mlp_bias=False)
     if family in ("qwen2", "phi3"):  # the heads fill the hidden size
@@ -160,7 +160,7 @@ def calibrate(module, scheme, seen):
     return {k: v.detach().clone() for k, v in own if k.startswith("input_")}
 
 
-def build(c, scheme, d):
+def build(c, d):
     """d/src, d/inputs.json and d/packed; returns name -> (weight args, input args, what belongs to the inputs)."""
     torch.manual_seed(c["seed"])
     r = random.Random(c["seed"])
@@ -188,7 +188,7 @@ def build(c, scheme, d):
         model(torch.tensor(tokens["calib"]))
     for h in hooks:
         h.remove()
-    weights, inputs, _ = SCHEMES[scheme]
+    weights, inputs, _ = SCHEMES[c["scheme"]]
     group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": group}, ignore=c["ignore"],
                                                         kv_cache_scheme=args(8, "tensor", "float") if c["cache"] else None))
@@ -293,7 +293,8 @@ def reference(d, weights, modules, tokens):
     return out
 
 
-def examine(c, d, tokens, modules, run, fnv, report, name):
+def examine(c, d, made, run, fnv, report, name):
+    tokens, modules = made
     packed = d + "/packed"
     try:
         run("inspect", packed, "--json")
@@ -316,37 +317,22 @@ def examine(c, d, tokens, modules, run, fnv, report, name):
         report.check(f"{name}: cache", True, "its scales are read")
 
 
+def build_quietly(c, d):
+    with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+        return build(c, d)
+
+
+def cases(count, seed, families, schemes):
+    for scheme in schemes:
+        for i in range(count):
+            c = draw(f"{scheme} {seed} {i}", families, scheme)
+            yield c, f"{scheme} {i} ({c['family']}, {c['dtype']}, hidden {c['hidden']}, without {' '.join(c['ignore']) or 'nothing'})"
+
+
 def main():
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 1
-    seed, names = sys.argv[3] if len(sys.argv) > 3 else "1", sys.argv[4:]
-    for name in names:
-        if name not in FAMILIES and name not in SCHEMES:
-            sys.exit(f"{name}: neither a family nor a scheme; there are {' '.join(FAMILIES)}, {' '.join(SCHEMES)}")
+    chosen = unseen.arguments(1, "scheme", FAMILIES, SCHEMES)
     print("torch", torch.__version__, "transformers", unseen.transformers.__version__, "compressed-tensors", compressed_tensors.__version__)
-    families, report, run = [n for n in names if n in FAMILIES] or FAMILIES, unseen.Report(), unseen.runner(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        fnv = unseen.Hash(folder)
-        for scheme in [n for n in names if n in SCHEMES] or SCHEMES:
-            for i in range(count):
-                c, d, name = draw(f"{scheme} {seed} {i}", families, scheme), f"{folder}/case", f"{scheme} {i}"
-                name += f" ({c['family']}, {c['dtype']}, hidden {c['hidden']}, without {' '.join(c['ignore']) or 'nothing'})"
-                os.makedirs(d)
-                try:
-                    with contextlib.redirect_stderr(io.StringIO()):
-                        tokens, modules = build(c, scheme, d)
-                except Exception as e:
-                    if not unseen.declined(e):
-                        raise
-                    report.note(name, f"compressed-tensors makes no such folder: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
-                else:
-                    try:
-                        examine(c, d, tokens, modules, run, fnv, report, name)
-                    except Exception as e:
-                        report.check(name, False, f"{type(e).__name__}: {str(e)[:300]}")
-                shutil.rmtree(d)
-    print(f"{report.notes} notes")
-    print(f"{report.passed} passed, {report.failed} failed")
-    return report.failed != 0 or not report.passed
+    return unseen.examine_all(cases(*chosen), build_quietly, examine, "compressed-tensors")
 
 
 if __name__ == "__main__":

@@ -868,45 +868,56 @@ def quantize(c, d, run, report, name):
         report.check(f"{name}: quantize", not bad and not wrong, figure)
 
 
-def main():
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 4
-    seed, names = sys.argv[3] if len(sys.argv) > 3 else "1", sys.argv[4:]
+def arguments(count, kind, families, others):
+    """COUNT, SEED, and the families and others that were named, or all of each."""
+    count, seed, names = int(sys.argv[2]) if len(sys.argv) > 2 else count, sys.argv[3] if len(sys.argv) > 3 else "1", sys.argv[4:]
     for name in names:
-        if name not in FAMILIES and name not in RECIPES:
-            sys.exit(f"{name}: neither a family nor a recipe; there are {' '.join(FAMILIES)}, {' '.join(RECIPES)}")
+        if name not in families and name not in others:
+            sys.exit(f"{name}: neither a family nor a {kind}; there are {' '.join(families)}, {' '.join(others)}")
+    return count, seed, [n for n in names if n in families] or list(families), [n for n in names if n in others] or list(others)
+
+
+def examine_all(cases, build, examine, tool):
+    """Each case, a draw and its name, in a folder of its own that is gone afterwards. What `tool` declines to make is a note. The exit code."""
+    report, run = Report(), runner(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        fnv, d = Hash(folder), f"{folder}/case"
+        for c, name in cases:
+            os.makedirs(d)
+            try:
+                made = build(c, d)
+            except Exception as e:
+                if not declined(e):
+                    raise
+                report.note(name, f"{tool} makes no such folder: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
+            else:
+                try:
+                    examine(c, d, made, run, fnv, report, name)
+                except Exception as e:
+                    report.check(name, False, f"{type(e).__name__}: {str(e)[:300]}")
+            shutil.rmtree(d)
+    print(f"{report.notes} notes")
+    print(f"{report.passed} passed, {report.failed} failed")
+    return report.failed != 0 or not report.passed
+
+
+def cases(count, seed, families, recipes):
+    for family in families:
+        if family != "nemotron_h" and all(n.startswith("mamba") for n in recipes):
+            continue
+        for i in range(count):
+            c = draw(f"{family} {seed} {i}", family, recipes)
+            yield c, f"{family} {i} ({title(c)})"
+
+
+def main():
+    chosen = arguments(4, "recipe", FAMILIES, RECIPES)
     try:
         version = import_modelopt()
     except ImportError as e:
         sys.exit(f"no ModelOpt here: {e}")
     print("torch", torch.__version__, "transformers", transformers.__version__, "modelopt", version)
-    recipes = [n for n in names if n in RECIPES] or list(RECIPES)
-    report = Report()
-
-    run = runner(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        fnv = Hash(folder)
-        for family in [n for n in names if n in FAMILIES] or FAMILIES:
-            if family != "nemotron_h" and all(n.startswith("mamba") for n in recipes):
-                continue
-            for i in range(count):
-                c, d = draw(f"{family} {seed} {i}", family, recipes), f"{folder}/case"
-                name = f"{family} {i} ({title(c)})"
-                os.makedirs(d)
-                try:
-                    tokens = build(c, d)
-                except Exception as e:
-                    if not declined(e):
-                        raise
-                    report.note(name, f"ModelOpt makes no such folder: {type(e).__name__}: {' '.join(str(e).split())[:120]}")
-                else:
-                    try:
-                        examine(c, d, tokens, run, fnv, report, name)
-                    except Exception as e:
-                        report.check(name, False, f"{type(e).__name__}: {str(e)[:300]}")
-                shutil.rmtree(d)
-    print(f"{report.notes} notes")
-    print(f"{report.passed} passed, {report.failed} failed")
-    return report.failed != 0 or not report.passed
+    return examine_all(cases(*chosen), build, examine, "ModelOpt")
 
 
 if __name__ == "__main__":
