@@ -7783,6 +7783,7 @@ static moq_result moqi_bind_wide_scale(moqi_binder *b, const moq_tensor *t, moq_
 
 /* FP8: E4M3 with float scales, or with E8M0 scales of 32 columns (MXFP8).
        codes [rows, cols] (a stack: [E, cols, rows]): W = e4m3 * scale, or e4m3 * 2^(scale - 127)
+   ModelOpt's MXFP8 stacks have their groups along the last dimension, which is the rows, as its MXFP4 stacks have: scales [E, cols, rows/32].
    Blocks of 128 x 128 may have E8M0 scales too; their shape tells them from those of 32 columns. */
 static moq_result moqi_bind_fp8(moqi_binder *b, const moq_tensor *scale)
 {
@@ -7791,6 +7792,11 @@ static moq_result moqi_bind_fp8(moqi_binder *b, const moq_tensor *scale)
     if (!moqi_is_e8m0(scale->dtype)) return moqi_bind_wide_scale(b, scale, scale->dtype);
     if (scale->dtype == MOQ_F8_E8M0 && !b->stacked && cols > 32 && moqi_is_block_scale(scale, moqi_ceil_div(rows, 128), moqi_ceil_div(cols, 128)))
         return moqi_bind_wide_scale(b, scale, MOQ_F8_E8M0);
+    if (b->transposed && rows % 32 == 0 && moqi_has_dims(scale, moqi_dims2(b, cols, rows / 32))) {
+        moqi_note_e8m0(b, scale);
+        moqi_put_scales(b, scale, MOQ_F8_E8M0, 32, 1, 1, rows / 32);
+        return MOQ_OK;
+    }
     if (cols % 32 != 0)
         return moqi_fail(b->err, MOQ_E_SHAPE, moqi_at_tensor(b, b->t), "%lld columns, expected a multiple of the group of 32", (long long)cols);
     moqi_note_e8m0(b, scale);
@@ -18961,7 +18967,7 @@ static int moqi_is_one_block(const moqi_target *t)
 static int moqi_is_turned(const moqi_target *t)
 {
     const moq_scheme *s = &t->recipe->scheme;
-    return t->w.experts > 0 && s->weight.elem == MOQ_F4 && (s->weight.scale == MOQ_F8_E8M0 || s->input.elem == MOQ_F8_E4M3);
+    return t->w.experts > 0 && (s->weight.scale == MOQ_F8_E8M0 || (s->weight.elem == MOQ_F4 && s->input.elem == MOQ_F8_E4M3));
 }
 
 /* MXFP4 to NVFP4 without loss: with k the exponents of the blocks, the global scale is 2^m, m = max k - 8, and a block scale is
@@ -19046,9 +19052,9 @@ static moq_result moqi_check_target(const moqi_target *t, moq_error *err)
     moqi_where at = moqi_at(NULL, "layer", t->name, -1);
     if (t->recipe->algo[0] == 0)
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored in a ModelOpt folder", t->recipe->name);
-    int fits = c->elem == MOQ_F4 || (c->elem == MOQ_F8_E4M3 && c->scale == MOQ_F32 && c->group_cols == MOQ_ALL);
+    int fits = c->elem == MOQ_F4 || (c->elem == MOQ_F8_E4M3 && (c->scale == MOQ_F8_E8M0 || c->group_cols == MOQ_ALL));
     if (t->w.experts > 0 && !fits)
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored for a stack of experts; exclude it, or use fp8, nvfp4 or mxfp4", t->recipe->name);
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "recipe %s cannot be stored for a stack of experts; exclude it, or use fp8, nvfp4, mxfp4 or mxfp8", t->recipe->name);
     moq_encode_desc d;
     uint64_t codes, scales;
     memset(&d, 0, sizeof d);
@@ -24531,7 +24537,7 @@ static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_ra
         scales[1] = turned ? cols : cols / group;
         scales[2] = turned ? rows / group : rows;
         *code_rank = 3;
-        *scale_rank = c->elem == MOQ_F4 ? 3 : c->group_rows == MOQ_ALL ? 0 : 1;
+        *scale_rank = c->elem == MOQ_F4 || turned ? 3 : c->group_rows == MOQ_ALL ? 0 : 1;
         return;
     }
     *code_rank = 2;
@@ -24545,6 +24551,13 @@ static void moqi_shapes(const moqi_target *t, uint64_t *codes, uint32_t *code_ra
     scales[2] = (uint64_t)moqi_ceil_div(t->w.cols, 128);
     scales[1] = scales[3] = 1;
     *scale_rank = moqi_is_one_block(t) ? 0 : 4;
+}
+
+/* W4A8_MXFP4_FP8 runs no calibration; to the inputs of stacks of experts, and of them alone, ModelOpt's exporter then gives 0.5 as the largest. */
+static int moqi_has_made_up_input(const moqi_target *t)
+{
+    const moq_scheme *s = &t->recipe->scheme;
+    return t->w.experts > 0 && s->weight.scale == MOQ_F8_E8M0 && s->weight.elem == MOQ_F4 && s->input.elem == MOQ_F8_E4M3;
 }
 
 /* The stored scale of static inputs. */
@@ -24595,6 +24608,7 @@ static moq_result moqi_add_target(moqi_export *x, size_t index, moq_error *err)
     if (r == MOQ_OK && moqi_has_input_scale(t->recipe)) {
         r = moqi_add_scalar(x, t->name, stack ? "_input_scale" : ".input_scale", moqi_target_input(t), err);
     }
+    if (r == MOQ_OK && !x->made && moqi_has_made_up_input(t)) r = moqi_add_scalar(x, t->name, "_input_scale", moqi_scale_of(0.5f, 448, MOQI_INV_448), err);
     if (r == MOQ_OK && t->out_p) r = moqi_add_values(x, t->name, ".pre_quant_scale", t->model, 1, &cols, t->out_p, err);
     if (r == MOQ_OK && t->lora_b) r = moqi_add_branch(x, t, err);
     return r;
@@ -26191,11 +26205,12 @@ static moq_result moqi_open_sources(moqi_export *x, const moq_quantize_desc *d, 
     return MOQ_OK;
 }
 
-/* What the other container says differently about inputs; weights are the same. */
+/* What the other container says differently about inputs, weights being the same, and what ModelOpt makes up about them. */
 static void moqi_note_inputs(const moqi_export *x)
 {
-    size_t wide = 0, rounded = 0;
+    size_t wide = 0, rounded = 0, made_up = 0;
     moq_open_desc log;
+    for (size_t i = 0; !x->made && i < x->plan.count; i++) made_up += x->plan.targets[i].recipe && moqi_has_made_up_input(&x->plan.targets[i]);
     for (size_t i = 0; x->convert && i < x->plan.count; i++) {
         const moqi_form *f = &x->forms[i];
         const moq_scheme *s = &x->plan.targets[i].w.scheme;
@@ -26210,6 +26225,9 @@ static void moqi_note_inputs(const moqi_export *x)
     if (wide)
         moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, at, "%zu layers keep their weights, but ModelOpt's FP8 blocks say nothing of rounded inputs: readers leave them wide",
                  wide);
+    if (made_up)
+        moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, at, "ModelOpt stores input scales for 0.5 with %zu stacks of experts, as no recipe with MXFP4 weights measures any, "
+                 "and so does this folder: readers that keep to them cut larger inputs off; mxfp4_mlp_weight_only has no such scales", made_up);
     if (rounded)
         moqi_log(&log, MOQ_LOG_WARNING, MOQ_OK, at, "%zu layers keep their weights, but ModelOpt's mxfp4 cannot say weight-only: readers round inputs to MXFP4",
                  rounded);

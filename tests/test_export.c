@@ -1117,11 +1117,12 @@ static void test_export_stack_forms(void)
 {
     static const struct { const char *recipe; uint64_t codes[2], scales[2]; uint32_t rank; double error; } rows[] = {
         {"w4a8_nvfp4_fp8", {128, 128}, {128, 8}, 3, 0.15}, {"nvfp4_mlp_weight_only", {64, 256}, {4, 256}, 3, 0.15},
-        {"fp8_per_channel_per_token", {128, 256}, {0, 0}, 1, 0.04}};
+        {"fp8_per_channel_per_token", {128, 256}, {0, 0}, 1, 0.04}, {"mxfp8", {128, 256}, {128, 8}, 3, 0.04}, {"w4a8_mxfp4_fp8", {128, 128}, {128, 8}, 3, 0.15}};
     const char *name = "model.layers.0.mlp.experts.gate_up_proj";
-    char target[1200], records[1300], source[1200], scales[200];
+    char target[1200], records[1300], source[1200], scales[200], inputs[200];
     moq_error err;
     snprintf(source, sizeof source, "%s", source_dir("sources/gpt_oss"));
+    snprintf(inputs, sizeof inputs, "%s_input_scale", name);
     snprintf(records, sizeof records, "%s/calibration.safetensors", source_dir("modelopt/gpt_oss-nvfp4"));
     if (!is_there(source) || !is_there(records)) { printf("skipped: test_export_stack_forms, gpt_oss is not in this set\n"); test_state.skipped++; return; }
     snprintf(target, sizeof target, "%s", scratch("stack_forms"));
@@ -1135,6 +1136,10 @@ static void test_export_stack_forms(void)
         const moq_tensor *t = moq_find_tensor(ck, name), *s = moq_find_tensor(ck, scales);
         CHECK(t && t->rank == 3 && t->shape[1] == rows[k].codes[0] && t->shape[2] == rows[k].codes[1]);
         CHECK(s && s->rank == rows[k].rank && (s->rank == 1 || (s->shape[1] == rows[k].scales[0] && s->shape[2] == rows[k].scales[1])));
+        const moq_tensor *in = moq_find_tensor(ck, inputs);
+        float made_up = 0;
+        CHECK((in != NULL) == (strstr(rows[k].recipe, "w4a8") != NULL)); /* ModelOpt's 0.5, where nothing was calibrated */
+        if (in && strcmp(rows[k].recipe, "w4a8_mxfp4_fp8") == 0) CHECK(moq_to_f32(in->dtype, in->data, 1, &made_up) && fabsf(made_up - 0.5f / 448) < 1e-9f);
         moq_linear w, v;
         CHECK(moq_find_linear(ck, name, &w, &err) == MOQ_OK && moq_find_linear(src, name, &v, &err) == MOQ_OK);
         for (int64_t e = 0; ck && src && e < w.experts; e++) {

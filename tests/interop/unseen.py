@@ -78,7 +78,6 @@ KNOWN = {
     "nvfp4_w4a4_weight_mse_fp8_sweep": (1e-3, "candidates of equal error"),
     "nvfp4_w4a4_weight_local_hessian": (1e-3, "candidates of equal error"),
 }
-INVENTED = .5 / 448  # ModelOpt's scale for inputs of stacks of experts where a recipe calibrates nothing; moq scales such inputs per token
 REFUSED = "cannot be stored for a stack of experts"  # layouts that ModelOpt writes and that no runtime reads
 SENTINEL = ".\\u0000backbone.pt_name_sentinel"  # what ModelOpt leaves in the names of Nemotron-H's modules
 
@@ -722,11 +721,9 @@ def differences(a, b, path=""):
 
 
 def compare_folders(ours, theirs):
-    """What is wrong in names, types, shapes and JSON; scales that ModelOpt invented; the tensors whose bytes differ, the bytes that
-    differ and all bytes."""
+    """What is wrong in names, types, shapes and JSON; the tensors whose bytes differ, the bytes that differ and all bytes."""
     a, b, wrong = load_folder(ours), load_folder(theirs), []
-    invented = [n for n in set(b) - set(a) if n.endswith("_input_scale") and bool((b[n].float() - INVENTED).abs().max() < 1e-9)]
-    for who, names in (("ours", set(a) - set(b)), ("theirs", set(b) - set(a) - set(invented))):
+    for who, names in (("ours", set(a) - set(b)), ("theirs", set(b) - set(a))):
         if names:
             wrong.append(f"{len(names)} tensors only {who}, as {min(names)}")
     bad, count, total = [], 0, 0
@@ -749,7 +746,7 @@ def compare_folders(ours, theirs):
             else:
                 found.append(None)
         wrong += [name + x for x in differences(*found)]
-    return wrong, invented, bad, count, total
+    return wrong, bad, count, total
 
 
 class Report:
@@ -857,9 +854,7 @@ def quantize(c, d, run, report, name):
         else:
             report.check(f"{name}: quantize", False, e)
         return
-    wrong, invented, bad, count, total = compare_folders(d + "/quantized", d + "/exported")
-    if invented:
-        report.note(f"{name}: quantize", f"{len(invented)} input scales that ModelOpt invented are not written, as {min(invented)}")
+    wrong, bad, count, total = compare_folders(d + "/quantized", d + "/exported")
     share, why = KNOWN.get(c["recipe"], (0, ""))
     figure = f"{count} of {total} bytes differ" + (f", as in {bad[0]}" if bad else "") + "".join("; " + x for x in wrong[:4])
     if bad and not wrong and count <= share * total:
