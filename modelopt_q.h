@@ -12320,6 +12320,31 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_pass *run, const u
 #undef MOQI_SECOND
 }
 
+/* Halves of 32 E4M3 codes times one row of x, as moqi_stream_convert_512: halves of F16 go through memory, and NaN is looked for once. */
+MOQI_AVX2 static void moqi_run_e4m3_256(const moqi_run_pass *run, const uint8_t *src, int halves, const float *x, float *acc)
+{
+    const __m256i size = _mm256_set1_epi8(0x7f), keep = _mm256_set1_epi16((short)0xbfff);
+    __m256 a[2], b[2];
+    __m256i most = _mm256_setzero_si256();
+    a[0] = _mm256_loadu_ps(acc);
+    a[1] = _mm256_setzero_ps();
+    for (int h = 0; h < halves; h++, src += 32, x += 32) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)src), f16[2];
+        most = _mm256_max_epu8(most, _mm256_and_si256(v, size));
+        f16[0] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)src)), 7), keep);
+        f16[1] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(src + 16))), 7), keep);
+        __asm__("" : "+m"(f16)); /* or the compiler takes the halves out of the registers again */
+        MOQI_UNROLL for (int i = 0; i < 4; i++) {
+            __m256 w = _mm256_cvtph_ps(_mm_load_si128((const __m128i *)(const void *)f16 + i)), xi = _mm256_loadu_ps(x + 8 * i);
+            b[i / 2] = i % 2 ? _mm256_fmadd_ps(w, xi, b[i / 2]) : _mm256_mul_ps(w, xi);
+        }
+        MOQI_UNROLL for (int i = 0; i < 2; i++) a[i] = _mm256_fmadd_ps(b[i], _mm256_loadu_ps(run->s + 8 * h), a[i]);
+    }
+    a[0] = _mm256_add_ps(a[0], a[1]);
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi8(most, size))) a[0] = _mm256_set1_ps(moqi_bits_f32(0x7fc00000));
+    _mm256_storeu_ps(acc, a[0]);
+}
+
 /* `rows` rows times up to 8 tokens over columns [first, end). acc: [rows][8 tokens][8] */
 MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64_t rows, int64_t first, int64_t end, const float *x,
                                         int64_t ldx, int tokens, float *acc)
@@ -12330,12 +12355,18 @@ MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64
         for (int64_t c = first; c < end; c += MOQI_RUN) {
             int64_t n = moqi_min(MOQI_RUN, end - c);
             int halves = (int)((n + 63) / 64 * 2), t = 0;
-            moqi_run_groups_256(run, row + r, c, halves, run->s);
+            if (p->groups > 1 || c == first) moqi_run_groups_256(run, row + r, c, p->groups > 1 ? halves : (int)MOQI_RUN_HALVES, run->s);
             if (direct && n % 64 == 0) {
                 const uint8_t *src = p->codes + (row + r) * p->row_bytes + c / 2;
                 for (int64_t b = 0; b < n / 2; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
                 if (tokens == 1) moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 1, acc);
                 else moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 2, acc);
+                continue;
+            }
+            if (tokens == 1 && n % 64 == 0 && p->form == MOQI_CODES_WIDE && p->dtype == MOQ_F8_E4M3) {
+                const uint8_t *src = p->codes + (row + r) * p->row_bytes + c;
+                for (int64_t b = 0; b < n; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
+                moqi_run_e4m3_256(run, src, halves, x + c, acc);
                 continue;
             }
             moqi_run_codes_256(run, row + r, c, n);
@@ -13802,11 +13833,21 @@ MOQI_AVX2 static void moqi_dots_whole(const float *x, float s, int16_t *q)
     _mm256_storeu_si256((__m256i *)(void *)q, _mm256_permute4x64_epi64(v, 0xd8));
 }
 
-/* Scales of the blocks of a run: [blocks][8]. E4M3 in groups of 16: bytes are put in the order of the lanes first. */
+/* Scales of the blocks of a run: [blocks][8]. E4M3 in groups of 16: bytes are put in the order of the lanes first. F32 in groups of whole blocks: one
+   for all lanes. */
 MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks, float *out)
 {
     const moqi_tiled *p = run->p;
     const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    if (p->scales && p->scale_dtype == MOQ_F32 && p->shift >= 7) {
+        const uint8_t *s = p->scales + 4 * (moqi_stream_scale_at(p, row) + moqi_stream_group(p, c));
+        for (int i = 0; i < blocks; i++) {
+            float one;
+            memcpy(&one, s + 4 * (p->shift < 9 ? MOQI_DOTS_COLS * i >> p->shift : 0), sizeof one);
+            _mm256_storeu_ps(out + 8 * i, _mm256_set1_ps(one));
+        }
+        return;
+    }
     if (!p->scales || p->scale_dtype != MOQ_F8_E4M3 || p->shift != 4 || blocks < 4 || p->groups - c / 16 < 32) {
         moqi_run_groups_256(run, row, c, blocks, out);
         return;
