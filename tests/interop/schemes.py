@@ -283,8 +283,9 @@ def reference(d, weights, modules, tokens):
         own = SimpleNamespace(quantization_status=QuantizationStatus.INITIALIZED, **own)
 
         def hook(module, x, own=own, a=a):
-            y = as_runtimes_do(x[0], a)
-            return ((forward_quantize(own, x[0], "input", a).double() if y is None else y),) + x[1:]
+            flat = x[0].reshape(1, -1, x[0].shape[-1])  # latent attention has a dimension more, and would get one scale for all tokens
+            y = as_runtimes_do(flat, a)
+            return ((forward_quantize(own, flat, "input", a).double() if y is None else y).reshape(x[0].shape),) + x[1:]
 
         named[name].register_forward_pre_hook(hook)
     if rounded:
