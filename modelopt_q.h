@@ -26083,7 +26083,7 @@ static moq_result moqi_check_memory(const moqi_plan *p, moq_error *err)
         if (t->recipe && t->recipe->scheme.pre_quant_scale && !p->desc->calibration) n = 3 * n + 3 * cols * cols * 4;
         if (n > most) { most = n; name = t->name; }
     }
-    most += 48u << 20;
+    most += 56u << 20;
     if (!p->desc->max_memory || most <= p->desc->max_memory) return MOQ_OK;
     return moqi_fail(err, MOQ_E_LIMIT, moqi_at(NULL, "layer", name, -1), "takes about %llu MB to quantize, more than the %llu MB allowed; allow at least that",
                      (unsigned long long)(most / 1000000 + 1), (unsigned long long)(p->desc->max_memory / 1000000));

@@ -7755,17 +7755,23 @@ static void llmi_pass_upload(llmi_model *m)
     be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
 }
 
+/* Angles of the positions. */
+static void llmi_pass_angles(llmi_model *m)
+{
+    const llmi_config *c = &m->c;
+    int32_t dims[2];
+    dims[0] = c->rope.dims / 2;
+    dims[1] = c->local.dims / 2;
+    for (int i = 0; i < 2; i++)
+        if (dims[i]) m->be->rope_table(m->be, m->pos, m->pass.rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
+}
+
 /* Embedding and angles. */
 static void llmi_pass_embed(llmi_model *m)
 {
-    const llmi_config *c = &m->c;
-    moq_backend *be = m->be;
-    int32_t rows = m->pass.rows, dims[2];
-    dims[0] = c->rope.dims / 2;
-    dims[1] = c->local.dims / 2;
-    be->embed(be, m->embed, m->ids, rows, c->family->flags & LLMI_SCALED_EMBED ? (float)sqrt((double)c->hidden) : 1.0f, m->x);
-    for (int i = 0; i < 2; i++)
-        if (dims[i]) be->rope_table(be, m->pos, rows, m->inv_freq[i], dims[i], m->rope_scale[i], m->table[i]);
+    float scale = m->c.family->flags & LLMI_SCALED_EMBED ? (float)sqrt((double)m->c.hidden) : 1.0f;
+    m->be->embed(m->be, m->embed, m->ids, m->pass.rows, scale, m->x);
+    llmi_pass_angles(m);
 }
 
 /* d summed over the ranks. */
@@ -13573,7 +13579,8 @@ static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t
         for (int32_t i = 0; i < n; i++)
             llmi_pass_add(m, 0, c->s->rows[row][first + i], first + i, last && c->logits ? c->logits + (size_t)i * vocab : NULL);
         llmi_pass_upload(m);
-        llmi_pass_embed(m);
+        if (layer == 0) llmi_pass_embed(m);
+        else llmi_pass_angles(m);
         if (layer > 0) {
             if ((code = moq_spill_get(c->kept, place, c->host, bytes, err)) < 0) return code;
             be->upload_act(be, m->x, c->host, half);
@@ -13601,6 +13608,7 @@ static moq_result llmi_calibrate_rows(llmi_calibration *c, int32_t layer, int ke
     moq_result code = MOQ_OK;
     for (int32_t i = 0; i < s->count && code >= 0; i++) {
         code = llmi_calibrate_row(c, layer, i, at, keep, err);
+        if (layer == 0 && s->max_memory) moq_forget_pages(c->m.ck); /* a row of the embedding brings its neighbours along */
         at += (uint64_t)s->lengths[i];
         if (!again) c->done += (uint64_t)s->lengths[i];
         if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(c->watch);
