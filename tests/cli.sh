@@ -159,7 +159,7 @@ check "no space: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$
 # stopped in the middle of a calibration, which would take minutes
 awk 'BEGIN { for (i = 0; i < 20000; i++) print "bring the red mug to the kitchen table, number", i }' >"$dir/long.txt"
 for signal in INT TERM HUP; do
-    "$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" --max-memory 64M >"$dir/out" 2>"$dir/err" </dev/null &
+    "$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" --max-memory 80M >"$dir/out" 2>"$dir/err" </dev/null &
     stopped=$!
     for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ls -d "$dir"/q4.tmp* >/dev/null 2>&1 && break; sleep 0.5; done
     sleep 0.3
