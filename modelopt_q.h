@@ -11327,6 +11327,7 @@ static void moqi_prefetch(const moqi_tiled *p, int64_t row, int64_t first, int64
     int64_t next = first + n < p->layer.cols ? first + n : 0, below = next ? row : row + MOQI_TILE_ROWS;
     if (p->form == MOQI_CODES_SLOW || below >= p->layer.rows) return;
     const uint8_t *at = p->codes + below * p->row_bytes + next * bits / 8;
+    __asm__ volatile(""); /* GCC takes a function that only prefetches for one without effect, and drops its calls */
     for (int64_t bytes = moqi_min(n, p->layer.cols - next) * bits / 8, i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 #else
     (void)p; (void)row; (void)first; (void)n;
@@ -12626,7 +12627,8 @@ static void moqi_panel_ask(const moqi_panel *w, int64_t r, int64_t bits)
 #ifdef __GNUC__
     const moqi_tiled *p = w->p;
     const uint8_t *at = p->codes + (w->next_row + r) * p->row_bytes + w->next_col * bits / 8;
-    for (int64_t i = 0; i < w->step * bits / 8; i += 64) __builtin_prefetch(at + i, 0, 2);
+    __asm__ volatile(""); /* see moqi_prefetch */
+    for (int64_t i = 0; i < w->step * bits / 8 + 63; i += 64) __builtin_prefetch(at + i, 0, 2); /* nothing is aligned to lines */
     int64_t scale = (p->scale_first + (w->next_row + r) * p->scale_step) / p->group_rows * p->scale_stride + w->next_col / p->group_cols;
     if (p->scales) __builtin_prefetch(p->scales + scale * moq_dtype_bits(p->scale_dtype) / 8, 0, 2);
 #else
@@ -15346,6 +15348,7 @@ static const float *moqi_attend_keys(const moqi_attending *t, int64_t slot, int6
 static void moqi_attend_ahead(const moqi_cache *c, int64_t slot, int64_t head, int64_t first)
 {
 #if defined(__GNUC__)
+    __asm__ volatile(""); /* see moqi_prefetch */
     for (int i = 0; i < 2; i++) {
         const uint8_t *p = moqi_kv_row(c, i, slot, head, first);
         for (int64_t at = 0; at < MOQI_ATTEND_KEYS * (int64_t)c->row_bytes[i]; at += 64) __builtin_prefetch(p + at);
