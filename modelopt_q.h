@@ -2706,6 +2706,17 @@ static void moqi_remove_folder(const char *path)
     moqi_sys_remove_dir(path);
 }
 
+/* The folder that a file or folder is to lie in must exist. */
+static moq_result moqi_check_parent(const char *path, moq_error *err)
+{
+    char parent[4096];
+    const char *base = moqi_base_name(path);
+    size_t n = (size_t)(base - path);
+    while (n > 1 && (path[n - 1] == '/' || path[n - 1] == '\\')) n--;
+    if (n == 0 || moqi_format(parent, sizeof parent, "%.*s", (int)n, path) >= sizeof parent || moqi_path_kind(parent) != MOQI_NOTHING) return MOQ_OK;
+    return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "its parent folder '%s' does not exist; create that first", parent);
+}
+
 /* A target must not exist yet: nothing of the user's is ever overwritten. */
 static moq_result moqi_check_new_target(const char *target, moq_error *err)
 {
@@ -2726,12 +2737,8 @@ static moq_result moqi_folder_begin(const char *target, char *temp, size_t capac
         if (moqi_path_kind(temp) == MOQI_NOTHING) break;
     }
     int os = moqi_os_code();
-    size_t n = (size_t)(base - target);
-    while (n > 1 && (target[n - 1] == '/' || target[n - 1] == '\\')) n--;
-    moqi_format(temp, capacity, "%.*s", (int)n, target);
-    if (n > 0 && moqi_path_kind(temp) == MOQI_NOTHING)
-        return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "its parent folder '%s' does not exist; create that first", temp);
-    return moqi_fail_os(err, base, "a temporary folder beside it cannot be created", os);
+    moq_result parent = moqi_check_parent(target, err);
+    return parent < 0 ? parent : moqi_fail_os(err, base, "a temporary folder beside it cannot be created", os);
 }
 
 /* The finished folder takes its name; both it and its parent are flushed. */
@@ -26201,7 +26208,9 @@ static moq_result moqi_begin_folder(moqi_export *x, moq_error *err)
     (void)x; (void)err; /* said when the folder is to be written */
     return MOQ_OK;
 #else
-    moq_result r = x->made ? MOQ_OK : moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
+    const char *kept = x->plan.desc->save_calibration;
+    moq_result r = kept ? moqi_check_parent(kept, err) : MOQ_OK;
+    if (r == MOQ_OK && !x->made) r = moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
     if (r != MOQ_OK || x->made) x->temp[0] = 0;
     return r;
 #endif
@@ -27311,6 +27320,8 @@ static moq_result moqi_auto_run(moqi_auto *x, moq_error *err)
     moq_result r = MOQ_OK;
 #ifndef MOQ_NO_OS
     if (d->target) r = moqi_check_new_target(d->target, err); /* before hours of scoring */
+    if (r >= 0 && d->target) r = moqi_check_parent(d->target, err);
+    if (r >= 0 && d->save_search) r = moqi_check_parent(d->save_search, err);
 #endif
     if (r >= 0 && !(d->search && d->recipe_count == 0)) r = moqi_auto_recipes(x, err);
     if (r < 0) return r;

@@ -174,6 +174,10 @@ run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.t
 check "a recipe that the container cannot hold" refused "no pre_quant_scale can stand beside a weight"
 run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.txt" --kv int8
 check "a KV cache that no folder can say" refused "no folder says this KV cache"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/long.txt" --save-calibration "$dir/no/such/kept.safetensors"
+check "a place where no calibration can be kept" refused "kept.safetensors: its parent folder"
+run autoquant "$dir/float" "$dir/q4" --bits 6 --recipes nvfp4,fp8 --calib "$dir/long.txt" --save-search "$dir/no/such/scores.json"
+check "a place where no scores can be kept" refused "scores.json: its parent folder"
 check "early refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* 2>/dev/null"
 # at load
 run quantize "$src" "$dir/q4" --recipe w4a16_nvfp4

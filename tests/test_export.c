@@ -1397,7 +1397,7 @@ static void test_export_refused_early(void)
     int runs = 0;
     snprintf(target, sizeof target, "%s", scratch("early/out"));
     mkdir(scratch("early"), 0777);
-    for (size_t i = 0; i < sizeof no / sizeof *no + 4; i++) {
+    for (size_t i = 0; i < sizeof no / sizeof *no + 5; i++) {
         size_t n = sizeof no / sizeof *no, k = i < n ? i : 0;
         moq_quantize_desc d = simple_desc(source_dir(no[k].source), target, i < n ? no[k].recipe : "fp8");
         const char *says = no[k].says;
@@ -1407,6 +1407,7 @@ static void test_export_refused_early(void)
         if (i == n + 1) { d.rules = slip; d.rule_count = 1; says = "names no module"; }
         if (i == n + 2) { d.max_memory = 1000000; says = "to quantize, more than"; }
         if (i == n + 3) { d.target = scratch("early/none/out"); says = "does not exist"; }
+        if (i == n + 4) { d.save_calibration = scratch("early/none/kept.safetensors"); says = "does not exist"; }
         if (!is_there(d.source)) { printf("%s is not in this set\n", d.source); continue; }
         d.calibrate = count_runs;
         d.data = &runs;
