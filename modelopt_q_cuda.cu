@@ -4473,14 +4473,14 @@ static int moqc_gemm_tokens(const moqc_bank *b)
    One launch each; every element is read and written once. T is the activation type.
    ------------------------------------------------------------------------------------------------ */
 
-/* y[i] = row ids[i] of the table, exactly, times scale; zeros for an id outside of it. Grid: ids. */
+/* y[i] = row ids[i] of the table, exactly, times scale; zeros for an id outside of it. Grid: ids, pieces of a row. */
 template <typename T> __global__ void moqk_embed(const moqk_part *table, const int32_t *ids, float scale, T *y)
 {
     moqk_follow();
     const moqk_part &p = *table;
     int64_t id = ids[blockIdx.x], cols = p.feed_cols;
     T *out = y + blockIdx.x * cols;
-    for (int64_t i = threadIdx.x; i < cols; i += blockDim.x) {
+    for (int64_t i = blockIdx.y * blockDim.x + threadIdx.x; i < cols; i += gridDim.y * blockDim.x) {
         float v = 0;
         if (id >= 0 && id < p.rows) v = (float)moqk_weight_at(p, id, p.place ? p.place[i] : i) * scale;
         moqk_put(out, i, v);
@@ -4492,8 +4492,9 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c);
     const moqk_part *table = ((const moqc_bank *)(const void *)w)->device;
+    dim3 grid((unsigned)count, (unsigned)moqc_max(1, moqc_min(moqk_ceil(((const moqc_bank *)(const void *)w)->cols, 256), 32)));
     if (count < 1) return;
-    MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, count, 256, 0, table, ids, scale, (float *)y)), (moqc_chain(c, "embed", moqk_embed<__nv_bfloat16>, count, 256, 0, table, ids, scale, (__nv_bfloat16 *)y)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, grid, 256, 0, table, ids, scale, (float *)y)), (moqc_chain(c, "embed", moqk_embed<__nv_bfloat16>, grid, 256, 0, table, ids, scale, (__nv_bfloat16 *)y)));
     moqc_launched(c, "embed");
 }
 
