@@ -33,6 +33,7 @@
        >>cuda-decode     1 to 16 rows of x: weights stream through the tensor cores once
        >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
        >>cuda-gemm-wgmma   the same on compute capability 9.0: wgmma with decoded weights in registers
+       >>cuda-gemm-bytes   the same where inputs are rounded to 8 bits as stored: products of bytes
        >>cuda-gemm-mma   the same on every device: mma.sync
        >>cuda-dispatch   which kernel a layer gets: the table
        >>cuda-gemm-host  how products of 17 and more rows are cut and launched
@@ -773,6 +774,7 @@ typedef struct moqc_bank {
     int32_t count;             /* of part */
     uint8_t *shares;           /* [parts] 1: the same feed as the part before, in every expert */
     uint8_t *direct;           /* [parts] 1: reads x as it is, in every expert */
+    uint8_t *raw;              /* [parts] bit per regime: the kernel rounds x itself, in every expert */
 } moqc_bank;
 
 static int moqc_is_int(moq_dtype t) { return t == MOQ_I8 || (t >= MOQ_I2 && t <= MOQ_I7); }
@@ -1333,6 +1335,7 @@ typedef struct moqk_call {
     int32_t most_tiles;        /* grouped: an upper bound known to the host */
     uint8_t x_bf16, y_bf16;
     uint8_t accumulate;        /* y += instead of y = */
+    uint8_t raw;               /* x has not been through the feed: see moqk_pack_bytes */
     int32_t slices;            /* warps of a block that share a row group of moqk_gemv */
 } moqk_call;
 
@@ -1793,7 +1796,7 @@ __host__ __device__ static inline int moqk_form_step(const moqk_part &p, int for
 }
 
 /* Where the pieces lie: chunks [tiles][chunks], scales [tiles][groups][8] of float2 (rows g, g + 8), zeros of integers
-   [tiles][groups][8] of two bytes. */
+   [tiles][groups][8] of two bytes; MXFP4: there the largest scale byte of each row [tiles][8] of two bytes. */
 typedef struct moqk_fast {
     int64_t tiles, chunks, groups, scales_at, zeros_at, bytes;
 } moqk_fast;
@@ -1806,7 +1809,7 @@ __host__ __device__ static inline moqk_fast moqk_fast_of(const moqk_part &p, int
     f.groups = form <= MOQK_MXFP4 ? 0 : p.group >= p.cols ? 1 : moqk_ceil(f.chunks * moqk_chunk_cols(form), p.group);
     f.scales_at = f.tiles * f.chunks * moqk_chunk_bytes(form);
     f.zeros_at = f.scales_at + f.tiles * f.groups * 64;
-    f.bytes = f.zeros_at + (form == MOQK_FAST_U4 || form == MOQK_FAST_U8 ? f.tiles * f.groups * 16 : 0);
+    f.bytes = f.zeros_at + (form == MOQK_FAST_U4 || form == MOQK_FAST_U8 ? f.tiles * f.groups * 16 : form == MOQK_MXFP4 ? f.tiles * 16 : 0);
     return f;
 }
 
@@ -1890,6 +1893,17 @@ __global__ void moqk_fast_groups(moqk_part p, moqk_fast f, uint8_t *out)
         out[f.zeros_at + i] = inside ? (uint8_t)min(max((int)p.zero + (p.zeros ? p.zeros[at] : 0), 0), p.kind == MOQK_U4 ? 127 : 255) : 0;
 }
 
+/* The largest E8M0 byte of each row of MXFP4. A warp per row. */
+__global__ void moqk_fast_tops(moqk_part p, moqk_fast f, uint8_t *out)
+{
+    int64_t i = blockIdx.x * 8 + (threadIdx.x >> 5), row = (i >> 4) * 16 + (i >> 1 & 7) + 8 * (i & 1);
+    if (i >= f.tiles * 16) return;
+    int top = 0;
+    for (int32_t g = threadIdx.x & 31; row < p.rows && g < p.scale_stride; g += 32) top = max(top, (int)p.scales[row * p.scale_stride + g]);
+    for (int o = 16; o > 0; o >>= 1) top = max(top, __shfl_xor_sync(0xffffffffu, top, o));
+    if ((threadIdx.x & 31) == 0) out[f.zeros_at + i] = (uint8_t)top;
+}
+
 static size_t moqc_fast_bytes(const moqk_part *p)
 {
     int form = moqk_form_of(*p);
@@ -1904,6 +1918,7 @@ static void moqc_fast_prepare(moqc_ctx *c, const moqk_part *p, uint8_t *to)
     moqk_fast_codes<<<(unsigned)moqk_ceil(f.tiles * f.chunks * 512, 256), 256, 0, c->stream>>>(*p, form, f, to);
     if (f.groups == 0) moqk_fast_bytes<<<(unsigned)moqk_ceil(f.tiles * f.chunks * 256, 256), 256, 0, c->stream>>>(*p, form, f, to);
     else moqk_fast_groups<<<(unsigned)moqk_ceil(f.tiles * f.groups * 16, 256), 256, 0, c->stream>>>(*p, f, to);
+    if (form == MOQK_MXFP4) moqk_fast_tops<<<(unsigned)moqk_ceil(f.tiles * 16, 8), 256, 0, c->stream>>>(*p, f, to);
 }
 
 /* ---- small pieces of the kernel ---- */
@@ -2694,6 +2709,8 @@ typedef struct moqk_pack_args {
     uint8_t *x16;
     float up;                  /* a power of two that the form of the weights wants on x */
     int32_t expert_stride, m, cols, slabs, parts, form, unit, x_bf16;
+    float *unit_out, *scale;   /* moqk_pack_bytes */
+    int32_t raw;
 } moqk_pack_args;
 
 /* One unit of the work of a GEMM kernel's launch. */
@@ -2703,6 +2720,7 @@ typedef struct moqk_gemm_args {
     float *partial;            /* [2 * blocks][warpgroups][BM / 8][128] of float4 */
     int32_t *turn;             /* [blocks][warpgroups], 0 between launches */
     const float *token_unit;
+    const float *x_scale;      /* >>cuda-gemm-bytes: of 128 columns of a token, [slabs][tokens]; NULL: none */
     int32_t units, w_units;    /* of a tile: of all parts of x, of one */
     int32_t row_tiles;         /* of 128 rows, of all parts of an expert */
     int32_t token_tiles;       /* dense */
@@ -2813,7 +2831,7 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
     q->y_first = 0;
     for (int32_t i = 0; i < a.part_count; i++, q->p++) {
         int32_t n = (q->p->rows + 127) / 128;
-        if (row_tile < n) { q->row_tile = row_tile; return moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (GROUPED > 0); }
+        if (row_tile < n) { q->row_tile = row_tile; return moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0); }
         row_tile -= n;
         q->y_first += q->p->rows;
     }
@@ -2918,6 +2936,7 @@ template <int FORM, int GROUPED> __device__ __forceinline__ moqk_rows moqk_rows_
         o.scale[i] = each;
         const int64_t at = ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1);
         if (FORM > MOQK_MXFP4 && !GROUPED) o.scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[at];
+        if (FORM == MOQK_MXFP4 && GROUPED) o.scale[i] *= moqk_e8m0((p.packed[0] + moqk_scales_at<FORM>(p))[at]) * 0.5f; /* see >>cuda-gemm-bytes */
         o.bias[i] = p.bias ? p.bias[row] : 0;
     }
     o.whole = !a.accumulate && o.first + 3 < p.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + o.first) * elem) & (4 * elem - 1)) == 0;
@@ -2939,18 +2958,18 @@ __device__ __forceinline__ void moqk_put_rows(const moqk_call &a, const moqk_gem
 
 /* Sums of tokens from * 32 on into [tokens][68] of shared memory. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2,
    as both kinds of products leave them. */
-template <int TOKENS, int N> __device__ __forceinline__ void moqk_lay_sums(float *room, int thread, const float (&d)[N], int from)
+template <int TOKENS, int N, typename T> __device__ __forceinline__ void moqk_lay_sums(float *room, int thread, const T (&d)[N], int from)
 {
     const int lane = thread & 31, warp = thread >> 5;
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = d[from * 16 + j * 4 + i];
+        for (int i = 0; i < 4; i++) room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = (float)d[from * 16 + j * 4 + i];
 }
 
 /* y = sums * scales + bias. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
-template <int FORM, int GROUPED, int BM>
-__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const float (&d)[BM / 2])
+template <int FORM, int GROUPED, int BM, typename T>
+__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const T (&d)[BM / 2])
 {
     const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
 #pragma unroll
@@ -2991,15 +3010,68 @@ __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped
     return ahead * 128 * moqk_fast_bits(form) + (form <= MOQK_MXFP4 ? 3 * 256 : grouped ? ahead * 192 : 0);
 }
 
-/* The weights of a warp's 16 rows, block of 64 columns by block. They go through shared memory, each lane's by itself: loads into registers would be
-   moved to where they are used. GROUPED: 0 no scales of groups (those of 4-bit floats are always on the weights), 1 they multiply the weights,
-   2 the caller's sums. AHEAD - 1 blocks are on their way. */
-template <int FORM, int GROUPED, int AHEAD> struct moqk_stream {
-    static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS, SCALES = AHEAD * 128 * moqk_fast_bits(FORM);
+/* A warp's 16 rows as left operands. GROUPED: 0 no scales of groups (those of 4-bit floats are always on the weights), 1 they multiply the weights, 2 the
+   caller's sums. */
+template <int FORM, int GROUPED> struct moqk_operands {
+    static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS;
     float2 scale[2];           /* of the block that was fetched last, 32 columns each */
     uint32_t zero[2];
     uint2 bytes;               /* scales of 4-bit floats of the chunk */
     uint32_t z[2];             /* zero points of whole rows */
+
+    /* both: zero points of the lane's two rows. */
+    __device__ __forceinline__ void whole_zeros(uint32_t both)
+    {
+        if (FORM == MOQK_FAST_U8) {
+            z[0] = moqk_pack((float)(both & 255) - 128.0f, (float)(both & 255) - 128.0f);
+            z[1] = moqk_pack((float)(both >> 8) - 128.0f, (float)(both >> 8) - 128.0f);
+        } else {
+            z[0] = (both & 255) * 0x00010001u | 0x43004300u;
+            z[1] = (both >> 8) * 0x00010001u | 0x43004300u;
+        }
+    }
+
+    /* Block b (0..3) of a unit as left operands of four products. */
+    __device__ __forceinline__ void decode_words(const uint4 (&w)[UNITS], int b, uint32_t (&a)[16]) const
+    {
+        uint32_t zz[2] = {z[0], z[1]}, s[2] = {0, 0};
+        if (FORM <= MOQK_MXFP4) {
+            const uint32_t v = b < 2 ? bytes.x : bytes.y;
+            s[0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
+            s[1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            uint32_t r4[4];
+            if (GROUPED == 1 && i % 2 == 0) {
+                const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
+                s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
+                s[1] = moqk_pack(scale[i / 2].y * up, scale[i / 2].y * up);
+            }
+            if (GROUPED && FORM == MOQK_FAST_U4 && i % 2 == 0) {
+                zz[0] = (zero[i / 2] & 255) * 0x00010001u | 0x43004300u;
+                zz[1] = (zero[i / 2] >> 8 & 255) * 0x00010001u | 0x43004300u;
+            }
+            moqk_fast_decode<FORM>(w, i, zz, r4);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                if (FORM <= MOQK_MXFP4 || GROUPED == 1) a[4 * i + r] = moqk_mul_pair(r4[r], s[r & 1]);
+                else asm volatile("mov.b32 %0, %1;" : "=r"(a[4 * i + r]) : "r"(r4[r])); /* loads must not arrive where a product reads */
+            }
+        }
+    }
+};
+
+/* The weights of a warp's 16 rows, block of 64 columns by block. They go through shared memory, each lane's by itself: loads into registers would be
+   moved to where they are used. AHEAD - 1 blocks are on their way. */
+template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<FORM, GROUPED> {
+    using moqk_operands<FORM, GROUPED>::BLOCKS;
+    using moqk_operands<FORM, GROUPED>::UNITS;
+    using moqk_operands<FORM, GROUPED>::scale;
+    using moqk_operands<FORM, GROUPED>::zero;
+    using moqk_operands<FORM, GROUPED>::bytes;
+    using moqk_operands<FORM, GROUPED>::z;
+    static constexpr int SCALES = AHEAD * 128 * moqk_fast_bits(FORM);
     const uint8_t *src;        /* the lane's first codes */
     const float2 *scales;
     const uint16_t *zeros;
@@ -3021,16 +3093,7 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream {
         scales = (const float2 *)(p.packed[0] + moqk_scales_at<FORM>(p)) + tile * groups * 8 + (lane >> 2);
         zeros = (const uint16_t *)(p.packed[0] + moqk_scales_at<FORM>(p) + (int64_t)tiles * groups * 64) + tile * groups * 8 + (lane >> 2);
         z[0] = z[1] = 0;
-        if (FORM == MOQK_FAST_U8) {
-            uint32_t both = zeros[0];
-            z[0] = moqk_pack((float)(both & 255) - 128.0f, (float)(both & 255) - 128.0f);
-            z[1] = moqk_pack((float)(both >> 8) - 128.0f, (float)(both >> 8) - 128.0f);
-        }
-        if (FORM == MOQK_FAST_U4 && !GROUPED) {
-            uint32_t both = zeros[0];
-            z[0] = (both & 255) * 0x00010001u | 0x43004300u;
-            z[1] = (both >> 8) * 0x00010001u | 0x43004300u;
-        }
+        if (FORM == MOQK_FAST_U8 || (FORM == MOQK_FAST_U4 && !GROUPED)) this->whole_zeros(zeros[0]);
     }
 
     /* Asks for block `at` into slot `to`; past `last` only counts. A chunk's scales come with its first block, into chunk slot `to_chunk`. */
@@ -3091,53 +3154,21 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream {
     __device__ __forceinline__ void decode(int32_t unit, int b, int32_t last, uint32_t (&a)[16])
     {
         uint4 w[UNITS];
-        uint32_t zz[2] = {z[0], z[1]}, s[2] = {0, 0};
         fetch(unit, b, last, w);
-        if (FORM <= MOQK_MXFP4) {
-            const uint32_t v = b < 2 ? bytes.x : bytes.y;
-            s[0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
-            s[1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            uint32_t r4[4];
-            if (GROUPED == 1 && i % 2 == 0) {
-                const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
-                s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
-                s[1] = moqk_pack(scale[i / 2].y * up, scale[i / 2].y * up);
-            }
-            if (GROUPED && FORM == MOQK_FAST_U4 && i % 2 == 0) {
-                zz[0] = (zero[i / 2] & 255) * 0x00010001u | 0x43004300u;
-                zz[1] = (zero[i / 2] >> 8 & 255) * 0x00010001u | 0x43004300u;
-            }
-            moqk_fast_decode<FORM>(w, i, zz, r4);
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                if (FORM <= MOQK_MXFP4 || GROUPED == 1) a[4 * i + r] = moqk_mul_pair(r4[r], s[r & 1]);
-                else asm volatile("mov.b32 %0, %1;" : "=r"(a[4 * i + r]) : "r"(r4[r])); /* loads must not arrive where a product reads */
-            }
-        }
+        this->decode_words(w, b, a);
     }
 };
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-gemm-wgmma   17 and more rows of x on compute capability 9.0: wgmma with decoded weights in registers
-   One warp copies tiles of x into a ring in shared memory; two warpgroups of 64 rows decode a slab of 64 columns while the tensor cores
-   work on the one before. Weights go from memory to registers without a stop, 64 to 256 columns ahead.
+   Warps copy weights and tiles of x into two rings in shared memory; two warpgroups of 64 rows decode a slab of 64 columns while the tensor cores work
+   on the one before. The next tile is on its way while the last one is stored, and the first weights before x is there.
    ------------------------------------------------------------------------------------------------ */
-
-/* Tiles of x and blocks of 64 columns of weights in flight; shared memory. */
-__host__ __device__ static constexpr int moqk_x_ring(int form, int tokens) { return tokens == 256 ? (moqk_fast_bits(form) == 16 ? 4 : 5) : 6; }
-__host__ __device__ static constexpr int moqk_ahead(int form, int tokens) { return moqk_fast_bits(form) == 4 || (moqk_fast_bits(form) == 8 && tokens == 128) ? 8 : 4; }
-/* A warpgroup's room for sums, then its four streams, which lie idle while it is finishing. */
-__host__ __device__ static constexpr int moqk_group_bytes(int form, int grouped, int ahead) { return 32 * 68 * 4 + 4 * moqk_stream_bytes(form, grouped, ahead); }
-__host__ __device__ static constexpr int moqk_wgmma_shared(int form, int grouped, int tokens)
-{
-    return 1024 + moqk_x_ring(form, tokens) * (tokens * 128 + 16) + 2 * moqk_group_bytes(form, grouped, moqk_ahead(form, tokens)) + 48 + 8 * 64;
-}
 
 #if MOQK_WGMMA
 __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+/* A slab of x as right operand: address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle. */
+__device__ __forceinline__ uint64_t moqk_x_desc(uint32_t at) { return (uint64_t)(at >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62; }
 
 /* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers: */
 #define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
@@ -3145,6 +3176,7 @@ __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint
     MOQK_L8(16, 17, 18, 19, 20, 21, 22, 23) "," MOQK_L8(24, 25, 26, 27, 28, 29, 30, 31)
 #define MOQK_L64 MOQK_L32 "," MOQK_L8(32, 33, 34, 35, 36, 37, 38, 39) "," MOQK_L8(40, 41, 42, 43, 44, 45, 46, 47) "," MOQK_L8(48, 49, 50, 51, 52, 53, 54, 55) "," \
     MOQK_L8(56, 57, 58, 59, 60, 61, 62, 63)
+#define MOQK_L80 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79)
 #define MOQK_L128 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79) "," MOQK_L8(80, 81, 82, 83, 84, 85, 86, 87) "," \
     MOQK_L8(88, 89, 90, 91, 92, 93, 94, 95) "," MOQK_L8(96, 97, 98, 99, 100, 101, 102, 103) "," MOQK_L8(104, 105, 106, 107, 108, 109, 110, 111) "," \
     MOQK_L8(112, 113, 114, 115, 116, 117, 118, 119) "," MOQK_L8(120, 121, 122, 123, 124, 125, 126, 127)
@@ -3160,6 +3192,11 @@ __device__ __forceinline__ void moqk_wgmma(float (&d)[32], const uint32_t *a, ui
 __device__ __forceinline__ void moqk_wgmma(float (&d)[64], const uint32_t *a, uint64_t desc, int add)
 {
     asm volatile(MOQK_WGMMA_BODY(69, 128, MOQK_L64, 64, 65, 66, 67, 68) : MOQK_D32(0), MOQK_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+__device__ __forceinline__ void moqk_wgmma(float (&d)[80], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_WGMMA_BODY(85, 160, MOQK_L80, 80, 81, 82, 83, 84)
+                 : MOQK_D32(0), MOQK_D32(32), MOQK_D4(64), MOQK_D4(68), MOQK_D4(72), MOQK_D4(76) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
 }
 __device__ __forceinline__ void moqk_wgmma(float (&d)[128], const uint32_t *a, uint64_t desc, int add)
 {
@@ -3200,18 +3237,20 @@ struct moqk_share {
     }
 };
 
-/* As moqk_finish for a tile whose columns the blocks of a cluster share: each adds up some of the tokens, in the order of the columns. `room`: 64 tokens. */
-template <int FORM, int GROUPED, int BM>
+/* As moqk_finish for a tile whose columns the blocks of a cluster share: each adds up some of the tokens, in the order of the columns. `room`: ROOM
+   tokens. */
+template <int FORM, int GROUPED, int BM, int ROOM, typename T>
 __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, moqk_share &share,
-                                   const float (&d)[BM / 2])
+                                   const T (&d)[BM / 2])
 {
     const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
-    const int mine = 64 / b.split, first = blockIdx.x % b.split * mine;
+    const int mine = min(ROOM, BM) / b.split, first = blockIdx.x % b.split * mine;
     const uint32_t here = moqk_shared_at(room) + (thread & 15) * 16;
 #pragma unroll
-    for (int r = 0; r < BM / 64; r++) {
+    for (int r = 0; r < (BM + ROOM - 1) / ROOM; r++) {
         moqk_sync_group(group);
-        moqk_lay_sums<64>(room, thread, d, 2 * r);
+        moqk_lay_sums<32>(room, thread, d, r * (ROOM / 32));
+        if (ROOM > 32 && r * 64 + 32 < BM) moqk_lay_sums<32>(room + 32 * 68, thread, d, ROOM > 32 && r * 64 + 32 < BM ? r * 2 + 1 : 0);
         share.tell(share.ready, group, thread, b.split);
         share.wait(share.ready);
         for (int token = first + (thread >> 4); token < first + mine; token += 8) {
@@ -3224,7 +3263,7 @@ __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, 
                 sum.z += v.z;
                 sum.w += v.w;
             }
-            moqk_put_rows(a, b, q, o, q.x_first + r * 64 + token, sum);
+            if (r * ROOM + token < BM) moqk_put_rows(a, b, q, o, q.x_first + r * ROOM + token, sum);
         }
         share.tell(share.read, group, thread, b.split);
         share.wait(share.read);
@@ -3238,117 +3277,657 @@ struct moqk_stage {
     __device__ __forceinline__ void step(int ring) { if (++at == ring) { at = 0; parity ^= 1; } }
 };
 
-template <int BM, int RING> struct moqk_consumer {
-    uint32_t x, full, empty;   /* shared memory */
-    moqk_stage run;            /* the next tile to multiply */
+#endif
+
+/* ---- two rings of shared memory: weights and x ---- */
+
+/* A unit of 256 columns is UNIT slabs of x (128 bytes of a token each: 64 columns as BF16, 128 as bytes). A stage of the first ring is the weights of a unit
+   (BF16 and bytes as they are: of a slab): codes of eight tiles of 16 rows, for 4-bit floats with their scales; then scales and zero points of groups.
+   A stage of the second is X_SLABS slabs of x and, for bytes with scales of their own, those. Few and large copies: the copy engine takes about 90 cycles for each.
+   Warps of the third warpgroup fill them: 0 codes, 1 x, 2 scales. Weights do not wait for the kernel before. */
+template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
+    static constexpr int UNIT = BYTES ? 2 : 4, BITS = moqk_fast_bits(FORM), W_SLABS = BITS == 16 || (BITS == 8 && BYTES) ? 1 : UNIT, STAGES = UNIT / W_SLABS;
+    static constexpr int W_COLS = 256 / STAGES, TILE = BITS == 4 ? moqk_chunk_bytes(FORM) : BITS == 8 && !BYTES ? 4096 : 2048;
+    static constexpr int HAS_GROUPS = FORM > MOQK_MXFP4 && GROUPED, GROUPS = HAS_GROUPS ? (BYTES ? W_COLS / 128 : 8) : 0, ZEROS = FORM == MOQK_FAST_U4 ? 16 : 0;
+    static constexpr int SCALES_AT = 8 * TILE, ZEROS_AT = SCALES_AT + 8 * GROUPS * 64, W_STAGE = (ZEROS_AT + 8 * GROUPS * ZEROS + 1023) / 1024 * 1024;
+    static constexpr int W_RING = BITS == 4 ? 3 : W_COLS < 256 ? 4 : 2;
+    static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
+    static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
+    /* Behind the rings: room of two warpgroups for the sums of so many tokens, barriers, pieces of warps. */
+    static constexpr int ROOM = BITS == 4 || BM <= 128 ? 64 : 32, REST = 2 * ROOM * 68 * 4 + 32 * 8 + 8 * 64;
+    static constexpr int LEFT = (232448 - 1024 - REST - W_RING * W_STAGE) / X_STAGE, X_RING = LEFT > 8 ? 8 : LEFT;
+    static constexpr int ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM * 68 * 4, KEPT_AT = BARS_AT + 32 * 8;
+    static constexpr int SHARED = 1024 + ROOM_AT + REST;
+
+    uint32_t x, w, x_full, x_empty, w_full, w_empty, share; /* in shared memory; w: stages of weights */
+
+    __device__ __forceinline__ void open(uint32_t base)
+    {
+        x = base; /* aligned to 1024 */
+        w = base + X_RING * X_STAGE;
+        x_full = base + BARS_AT;
+        x_empty = x_full + 8 * 8;
+        w_full = x_empty + 8 * 8;
+        w_empty = w_full + 4 * 8;
+        share = w_empty + 4 * 8;
+    }
+
+#if MOQK_WGMMA
+    __device__ __forceinline__ void start(int split) const
+    {
+        for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, 8); }
+        for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, 8); }
+        for (int i = 0; i < 4; i++) moqk_barrier_init(share + i * 8, split);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+
+    __device__ __forceinline__ void fill_codes(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
+    {
+        moqk_stage s = {0, 0};
+        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+            const moqk_part &p = *q.p;
+            const int32_t chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM), wrap = b.w_units * STAGES, end = q.to * STAGES;
+            const uint8_t *codes = p.packed[0] + (int64_t)min(q.row_tile * 8 + (lane & 7), (p.rows + 15) / 16 - 1) * chunks * moqk_chunk_bytes(FORM);
+            for (int32_t i = q.from * STAGES; i < end; i++) {
+                const int32_t at = (i >= wrap ? i - wrap : i) * (TILE == 4096 ? 2 : 1), from = min(at, chunks - 1);
+                const int32_t bytes = TILE == 4096 ? min(2, chunks - from) * 2048 : TILE;
+                moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
+                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, 8 * bytes);
+                __syncwarp();
+                if (lane < 8) moqk_bulk_copy(w + s.at * W_STAGE + lane * TILE, codes + (int64_t)from * moqk_chunk_bytes(FORM), bytes, w_full + s.at * 8);
+                s.step(W_RING);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void fill_scales(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
+    {
+        moqk_stage s = {0, 0};
+        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+            const moqk_part &p = *q.p;
+            const int32_t tiles = (p.rows + 15) / 16, tile = min(q.row_tile * 8 + (lane & 7), tiles - 1), shift = __ffs(p.group) - 1;
+            const int32_t cols = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM) * moqk_chunk_cols(FORM), groups = (cols + p.group - 1) >> shift;
+            const uint8_t *rest = p.packed[0] + moqk_scales_at<FORM>(p);
+            for (int32_t i = q.from * STAGES; i < q.to * STAGES; i++) {
+                const int32_t col = (i >= b.w_units * STAGES ? i - b.w_units * STAGES : i) * W_COLS, first = min(col >> shift, groups - 1), n = min(max(W_COLS >> shift, 1), groups - first);
+                moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
+                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, 8 * n * (64 + ZEROS));
+                __syncwarp();
+                const uint32_t to = w + s.at * W_STAGE, bar = w_full + s.at * 8;
+                const int64_t from = (int64_t)tile * groups + first;
+                if (lane < 8) moqk_bulk_copy(to + SCALES_AT + lane * (GROUPS * 64), rest + from * 64, n * 64, bar);
+                else if (lane < 16 && ZEROS) moqk_bulk_copy(to + ZEROS_AT + (lane & 7) * (GROUPS * 16), rest + (int64_t)tiles * groups * 64 + from * 16, n * 16, bar);
+                s.step(W_RING);
+            }
+        }
+    }
+
+    /* One copy where the tokens of all slabs are one tile and lie together. */
+    __device__ __forceinline__ void fill_x(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
+    {
+        const int copies = b.tokens == BM ? 1 : X_SLABS;
+        moqk_stage s = {0, 0};
+        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q))
+            for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
+                const int64_t from = (int64_t)(i + (lane & 15)) * b.tokens + q.x_first;
+                const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
+                moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
+                if (lane == 0) moqk_barrier_expect(bar, X_SLABS * BM * (X_SCALED ? 132 : 128));
+                __syncwarp();
+                if (lane < copies) moqk_bulk_copy(to + lane * (BM * 128), b.x16 + from * 128, X_SLABS / copies * (BM * 128), bar);
+                if (X_SCALED && lane >= 16 && lane < 16 + copies)
+                    moqk_bulk_copy(to + X_SCALES_AT + (lane & 15) * (BM * 4), (const uint8_t *)(b.x_scale + from), X_SLABS / copies * (BM * 4), bar);
+                s.step(X_RING);
+            }
+    }
+
+    /* The third warpgroup. */
+    __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, int warp, int lane) const
+    {
+        moqk_piece q;
+        q.at = -1;
+        if (warp == 0) fill_codes(a, b, q, lane);
+        if (warp == 2 && HAS_GROUPS) fill_scales(a, b, q, lane);
+        if (warp != 1) return;
+        moqk_wait_for_before();
+        moqk_dependents_may_start();
+        fill_x(a, b, q, lane);
+    }
+#endif
+};
+
+#if MOQK_WGMMA
+/* The weights of a warp's 16 rows out of their ring, block of 64 columns by block, as left operands of BF16. */
+template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM, GROUPED> {
+    typedef moqk_rings<FORM, GROUPED, BM, 0> R;
+    using moqk_operands<FORM, GROUPED>::UNITS;
+    moqk_stage next;
+    int32_t warp, chunks, shift, wrap;
+
+    __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units)
+    {
+        const int32_t lane = threadIdx.x & 31, tiles = (p.rows + 15) / 16;
+        chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
+        wrap = w_units;
+        shift = GROUPED ? __ffs(p.group) - 1 : 31;
+        this->z[0] = this->z[1] = 0;
+        if (!GROUPED && (FORM == MOQK_FAST_U8 || FORM == MOQK_FAST_U4)) {
+            const uint8_t *zeros = p.packed[0] + moqk_scales_at<FORM>(p) + (int64_t)tiles * 64;
+            this->whole_zeros(((const uint16_t *)(const void *)zeros)[min(row_tile, tiles - 1) * 8 + (lane >> 2)]);
+        }
+    }
+
+    __device__ __forceinline__ void decode(const R &r, int32_t unit, int b, uint32_t (&a)[16])
+    {
+        const int lane = threadIdx.x & 31;
+        const uint32_t stage = r.w + next.at * R::W_STAGE;
+        uint4 w[UNITS];
+        if (b % R::W_SLABS == 0) moqk_barrier_wait(r.w_full + next.at * 8, (uint32_t)next.parity);
+        if (unit >= wrap) unit -= wrap;
+        uint32_t codes = stage + warp * R::TILE;
+        if (R::BITS == 4) codes += b * 512;
+        if (R::BITS == 8) codes += (b & 1) * 1024 + (b > 1 && unit * 2 + 1 < chunks ? 2048 : 0); /* past the end: the last chunk again */
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) w[i] = moqk_read16(codes + i * 512 + lane * 16);
+        if (FORM <= MOQK_MXFP4 && b == 0) this->bytes = moqk_read8(codes + 2048 + (FORM == MOQK_NVFP4 ? lane * 8 : (lane >> 1) * 8));
+        if (GROUPED) {
+            const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256) >> shift, groups - 1);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int32_t g = min((unit * 256 + b * 64 + h * 32) >> shift, groups - 1) - first;
+                const uint2 v = moqk_read8(stage + R::SCALES_AT + (warp * R::GROUPS + g) * 64 + (lane >> 2) * 8);
+                this->scale[h] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+                if (FORM == MOQK_FAST_U4)
+                    this->zero[h] = moqk_read4(stage + R::ZEROS_AT + (warp * R::GROUPS + g) * 16 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
+            }
+        }
+        if (b % R::W_SLABS == R::W_SLABS - 1) {
+            __syncwarp();
+            if (lane == 0) moqk_barrier_arrive(r.w_empty + next.at * 8);
+            next.step(R::W_RING);
+        }
+        this->decode_words(w, b, a);
+    }
+};
+
+/* What a warpgroup multiplies, and stages of x it is done with. */
+template <int FORM, int GROUPED, int BM> struct moqk_consumer {
+    typedef moqk_rings<FORM, GROUPED, BM, 0> R;
+    moqk_stage run;            /* the next product's */
     int done;                  /* the next stage to free */
 
-    __device__ __forceinline__ void multiply(float (&d)[BM / 2], const uint32_t (&a)[16], int add)
+    /* Block b of a unit: d += its products. */
+    __device__ __forceinline__ void multiply(const R &r, float (&d)[BM / 2], const uint32_t (&a)[16], int b, int add)
     {
-        moqk_barrier_wait(full + run.at * 8, (uint32_t)run.parity);
-        /* address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle */
-        const uint64_t desc = (uint64_t)((x + run.at * (BM * 128)) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+        if (b % R::X_SLABS == 0) moqk_barrier_wait(r.x_full + run.at * 8, (uint32_t)run.parity);
+        const uint64_t desc = moqk_x_desc(r.x + run.at * R::X_STAGE + b % R::X_SLABS * (BM * 128));
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < 4; i++) moqk_wgmma(d, a + 4 * i, desc + 2 * i, i ? 1 : add);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        run.step(RING);
+        if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_RING);
     }
-    /* All products but the last block's are done: its stage is free. One arrival a warp. */
-    __device__ __forceinline__ void release(int lane)
+    /* The products of block b are done: with its stage's last one the stage is free. One arrival a warp. */
+    __device__ __forceinline__ void release(const R &r, int b, int lane)
     {
-        if (lane == 0) moqk_barrier_arrive(empty + done * 8);
-        if (++done == RING) done = 0;
+        if (b % R::X_SLABS != R::X_SLABS - 1) return;
+        if (lane == 0) moqk_barrier_arrive(r.x_empty + done * 8);
+        if (++done == R::X_RING) done = 0;
     }
 
     /* d = all units of a piece. While a block is multiplied the next one is decoded. */
-    template <typename S> __device__ __forceinline__ void run_units(S &w, float (&d)[BM / 2], int32_t from, int32_t to, int lane)
+    __device__ __forceinline__ void run_units(const R &r, moqk_staged<FORM, GROUPED, BM> &w, float (&d)[BM / 2], int32_t from, int32_t to, int lane)
     {
-        const int32_t last = to * 4 - 1;
         uint32_t a0[16], a1[16];
-        w.decode(from, 0, last, a0);
+        w.decode(r, from, 0, a0);
         for (int32_t unit = from; unit < to; unit++) {
-            multiply(d, a0, unit > from);
+            multiply(r, d, a0, 0, unit > from);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (unit > from) release(lane);
-            w.decode(unit, 1, last, a1);
-            multiply(d, a1, 1);
+            if (unit > from) release(r, 3, lane);
+            w.decode(r, unit, 1, a1);
+            multiply(r, d, a1, 1, 1);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            release(lane);
-            w.decode(unit, 2, last, a0);
-            multiply(d, a0, 1);
+            release(r, 0, lane);
+            w.decode(r, unit, 2, a0);
+            multiply(r, d, a0, 2, 1);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            release(lane);
-            w.decode(unit, 3, last, a1);
-            multiply(d, a1, 1);
+            release(r, 1, lane);
+            w.decode(r, unit, 3, a1);
+            multiply(r, d, a1, 3, 1);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            release(lane);
-            if (unit + 1 < to) w.decode(unit + 1, 0, last, a0);
+            release(r, 2, lane);
+            if (unit + 1 < to) w.decode(r, unit + 1, 0, a0);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        release(lane);
+        release(r, 3, lane);
     }
 };
 #endif
 
-/* Grid: any number of blocks. 384 threads: warpgroups 0 and 1 multiply, a thread of the third copies; it gives its registers to the others. */
+/* Grid: any number of blocks. 384 threads: warpgroups 0 and 1 multiply, warps of the third copy; it gives its registers to the others. */
 template <int FORM, int GROUPED, int BM>
 __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
 {
 #if MOQK_WGMMA
+    typedef moqk_rings<FORM, GROUPED, BM, 0> R;
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr int RING = moqk_x_ring(FORM, BM), AHEAD = moqk_ahead(FORM, BM);
     uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
-    uint8_t *room = base + RING * BM * 128 + (threadIdx.x >> 7) * moqk_group_bytes(FORM, GROUPED, AHEAD);
-    uint64_t *bars = (uint64_t *)(void *)(base + RING * BM * 128 + 2 * moqk_group_bytes(FORM, GROUPED, AHEAD));
-    const uint32_t full = moqk_shared_at(bars), empty = full + RING * 8;
-    moqk_piece *kept = (moqk_piece *)(void *)(bars + 2 * RING + 4) + (threadIdx.x >> 5); /* a warp's own: registers are short */
+    float *room = (float *)(void *)(base + R::ROOM_AT) + (threadIdx.x >> 7) * (R::ROOM * 68);
+    moqk_piece *kept = (moqk_piece *)(void *)(base + R::KEPT_AT) + (threadIdx.x >> 5); /* a warp's own: registers are short */
     const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
-    moqk_piece q;
-    q.at = -1;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < RING; i++) { moqk_barrier_init(full + i * 8, 1); moqk_barrier_init(empty + i * 8, 8); }
-        for (int i = 0; i < 4; i++) moqk_barrier_init(full + (2 * RING + i) * 8, b.split);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
+    R r;
+    r.open(moqk_shared_at(base));
+    if (threadIdx.x == 0) r.start(b.split);
     __syncthreads();
     if (b.split > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
-    moqk_share share = {full + (2 * RING + group % 2) * 8, full + (2 * RING + 2 + group % 2) * 8, 0};
     if (a.tiles) moqk_wait_for_before(); /* they say what is to be done */
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        moqk_wait_for_before();
-        moqk_dependents_may_start();
-        if (thread != 0) return;
-        moqk_stage s = {0, 0};
-        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
-            const uint8_t *src = b.x16 + ((int64_t)q.from * 4 * b.tokens + q.x_first) * 128;
-            for (int32_t i = (q.to - q.from) * 4; i > 0; i--, src += b.tokens * 128) {
-                moqk_barrier_wait(empty + s.at * 8, s.parity ^ 1);
-                moqk_barrier_expect(full + s.at * 8, BM * 128);
-                moqk_bulk_copy(moqk_shared_at(base) + s.at * (BM * 128), src, BM * 128, full + s.at * 8);
-                s.step(RING);
-            }
-        }
+        r.fill(a, b, warp, lane);
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    moqk_consumer<BM, RING> k = {moqk_shared_at(base), full, empty, {0, 0}, 0};
-    moqk_stream<FORM, GROUPED, AHEAD> w;
+    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8, 0};
+    moqk_consumer<FORM, GROUPED, BM> k = {{0, 0}, 0};
+    moqk_staged<FORM, GROUPED, BM> w;
+    w.next.at = w.next.parity = 0;
+    w.warp = group * 4 + warp;
     float d[BM / 2];
-    int fresh = 1;
+    moqk_piece q;
+    q.at = -1;
+    moqk_wait_for_before(); /* for y and the scales of tokens */
     while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
         const int32_t from = q.from, to = q.to;
-        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units, moqk_shared_at(room) + 32 * 68 * 4 + warp * moqk_stream_bytes(FORM, GROUPED, AHEAD));
-        w.start(from, to * 4 - 1);
+        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units);
         if (lane == 0) *kept = q;
-        if (fresh) moqk_wait_for_before();
-        fresh = 0;
-        k.run_units(w, d, from, to, lane);
+        k.run_units(r, w, d, from, to, lane);
         __syncwarp();
         q = *kept;
-        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)room, share, d);
-        else moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)room, d);
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, R::ROOM>(a, b, q, group, thread, room, share, d);
+        else moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, d);
+    }
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-gemm-bytes   17 and more rows of x that are rounded to 8 bits as stored: products of bytes, twice as many a second as of BF16
+   E4M3 x E4M3 and I8 x I8 of compute capability 9.0, with the weights of >>cuda-decode as they are: four codes of a row are a register of the
+   product after one exchange of bytes. Weights of 4 bits become E4M3 in registers: integers less their zero point exactly (at most 4 bits), MXFP4
+   with the scale of its group as a power of two beside the largest of its row: exact for scales within 2^9 of that one, then as E4M3 rounds
+   small numbers, by 2^-11 of the row's largest scale at most.
+
+   x8 [slab of 128 columns][tokens, padded][128], 16-byte pieces exchanged by xor with token & 7 as in x16: the inputs' codes. The scale of a token goes
+   to its sums at the end, scales of 128 columns (of inputs, of weights) to the sums of 128 columns.
+
+   Tensor cores keep about 14 bits of a sum of E4M3 products. So sums of 128 columns are added up in F32 apart, and the error is 2^-13 of those.
+   Sums of I8 are exact in I32: fewer than 2^17 columns.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_RELATIVE = 3 }; /* GROUPED of MXFP4: scales beside the largest of the row */
+
+__device__ __forceinline__ uint32_t moqk_four_bytes(int elem, const float *v)
+{
+    uint32_t w = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) w |= (elem == MOQ_F8_E4M3 ? moqk_to_e4m3(v[i]) : (uint32_t)(int)moqk_round_code(elem, v[i], 0) & 255) << (8 * i);
+    return w;
+}
+
+/* x -> x8 and the scales of its tokens: what the feed would round it to, as codes. x is what the feed left (whose rounded values have the same codes
+   once more), or raw. A block per token, 16 codes a thread. Reads x once, or twice where the scale is the token's. */
+__global__ void __launch_bounds__(256) moqk_pack_bytes(moqk_pack_args a)
+{
+    __shared__ float room[33];
+    moqk_dependents_may_start();
+    moqk_wait_for_before();
+    const int32_t m = blockIdx.x, lane = threadIdx.x & 31;
+    const int64_t from = (a.row_of ? a.row_of[m] : m) * a.ldx;
+    const moqk_part &p = a.part[a.expert_of ? (int64_t)a.expert_of[m] * a.expert_stride : 0];
+    const float *smooth = a.raw ? p.smooth : NULL;
+    const int elem = p.in_elem, by_group = p.in_dynamic && p.in_group > 0;
+    const float largest = moqk_largest(elem);
+    float unit = p.input_scale;
+    int odd = 0;
+    for (int pass = p.in_dynamic && !by_group ? 0 : 1; pass < 2; pass++) {
+        float top = 0;
+        for (int32_t i = threadIdx.x; i < a.slabs * 8; i += blockDim.x) {
+            const int32_t slab = i >> 3, piece = i & 7;
+            float v[16];
+            uint32_t w[4];
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const int32_t col = slab * 128 + (a.form == MOQK_MXFP4 ? (piece >> 2) * 64 + t * 16 + (piece & 3) * 4 : piece * 16 + t * 4);
+                float4 x = make_float4(0, 0, 0, 0);
+                if (col < a.cols && a.x_bf16) {
+                    const uint2 two = *(const uint2 *)((const __nv_bfloat16 *)a.x + from + col);
+                    x = make_float4(__uint_as_float(two.x << 16), __uint_as_float(two.x & 0xffff0000u), __uint_as_float(two.y << 16),
+                                    __uint_as_float(two.y & 0xffff0000u));
+                } else if (col < a.cols) x = *(const float4 *)((const float *)a.x + from + col);
+                if (smooth && col < a.cols) { x.x *= smooth[col]; x.y *= smooth[col + 1]; x.z *= smooth[col + 2]; x.w *= smooth[col + 3]; }
+                v[4 * t] = x.x;
+                v[4 * t + 1] = x.y;
+                v[4 * t + 2] = x.z;
+                v[4 * t + 3] = x.w;
+            }
+            if (pass == 0 || by_group) {
+                if (by_group) top = 0;
+#pragma unroll
+                for (int k = 0; k < 16; k++) top = fmaxf(top, fabsf(v[k]));
+            }
+            if (pass == 0) continue;
+            if (by_group) {
+                for (int o = 4; o > 0; o >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffu << (lane & 24), top, o));
+                unit = top > 0 ? top / largest : 1;
+            }
+            if (piece == 0 && a.scale) a.scale[slab * a.tokens + m] = unit;
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                v[k] = v[k] / unit;
+                odd |= !(v[k] == v[k]);
+            }
+#pragma unroll
+            for (int t = 0; t < 4; t++) w[t] = moqk_four_bytes(elem, v + 4 * t);
+            *(uint4 *)(a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((piece ^ (m & 7)) << 4)) = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+        if (pass == 0) {
+            top = moqk_block_max(top, room);
+            unit = top > 0 ? top / largest : 1;
+        }
+    }
+    odd = __syncthreads_or(odd);
+    if (threadIdx.x == 0) a.unit_out[m] = odd ? __uint_as_float(0x7fc00000u) : a.scale ? 1.0f : unit; /* integers know no NaN */
+}
+
+#if MOQK_WGMMA
+/* D[64 x N] += A[64 x 32] (registers) B[32 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. */
+#define MOQK_BYTES_BODY(add, n, types, list, a0, a1, a2, a3, desc, signs) \
+    "{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32." types " {" list "}, " \
+    "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc ", p" signs "; }"
+#define MOQK_E4M3_BODY(add, n, list, a0, a1, a2, a3, desc) MOQK_BYTES_BODY(add, n, "f32.e4m3.e4m3", list, a0, a1, a2, a3, desc, ", 1, 1")
+#define MOQK_S8_BODY(add, n, list, a0, a1, a2, a3, desc) MOQK_BYTES_BODY(add, n, "s32.s8.s8", list, a0, a1, a2, a3, desc, "")
+#define MOQK_I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define MOQK_I32(i) MOQK_I4(i), MOQK_I4(i + 4), MOQK_I4(i + 8), MOQK_I4(i + 12), MOQK_I4(i + 16), MOQK_I4(i + 20), MOQK_I4(i + 24), MOQK_I4(i + 28)
+__device__ __forceinline__ void moqk_wgmma_bytes(float (&d)[32], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_E4M3_BODY(37, 64, MOQK_L32, 32, 33, 34, 35, 36) : MOQK_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+__device__ __forceinline__ void moqk_wgmma_bytes(int (&d)[64], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_S8_BODY(69, 128, MOQK_L64, 64, 65, 66, 67, 68) : MOQK_I32(0), MOQK_I32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+__device__ __forceinline__ void moqk_wgmma_bytes(int (&d)[128], const uint32_t *a, uint64_t desc, int add)
+{
+    asm volatile(MOQK_S8_BODY(133, 256, MOQK_L128, 128, 129, 130, 131, 132)
+                 : MOQK_I32(0), MOQK_I32(32), MOQK_I32(64), MOQK_I32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
+}
+/* Sums are read from here on. */
+template <int N> __device__ __forceinline__ void moqk_settle(float (&d)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+}
+template <int N> __device__ __forceinline__ void moqk_settle(int (&d)[N])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(d[i]) :: "memory");
+}
+
+template <int FORM> struct moqk_bytes_sum { typedef float type; };
+template <> struct moqk_bytes_sum<MOQK_FAST_U8> { typedef int type; };
+
+/* d = or d += the products of 128 columns, begun. */
+template <int N, typename T> __device__ __forceinline__ void moqk_begin_bytes(T (&d)[N], const uint32_t (&a)[16], uint64_t desc, int add)
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < 4; k++) moqk_wgmma_bytes(d, a + 4 * k, desc + 2 * k, add || k > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* Two pairs of F16 as four E4M3. */
+__device__ __forceinline__ uint32_t moqk_halves_to_e4m3(uint32_t low, uint32_t high)
+{
+    uint32_t r;
+    asm("{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f16x2 a, %1; cvt.rn.satfinite.e4m3x2.f16x2 b, %2; mov.b32 %0, {a, b}; }" : "=r"(r) : "r"(low), "r"(high));
+    return r;
+}
+__device__ __forceinline__ uint32_t moqk_mul_halves(uint32_t a, uint32_t b) { uint32_t r; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+__device__ __forceinline__ uint32_t moqk_sub_halves(uint32_t a, uint32_t b) { uint32_t r; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b)); return r; }
+
+/* A word of a block of >>cuda-decode (16 columns) as two registers: rows g and g + 8. s: scales as F16 pairs; the bits of E2M1 in F16 are its value * 2^-14. */
+__device__ __forceinline__ void moqk_e2m1_bytes(uint32_t v, const uint32_t *s, uint32_t *a)
+{
+    const uint32_t sign = 0x80008000u, size = 0x0e000e00u, up = v << 3;
+    a[0] = moqk_halves_to_e4m3(moqk_mul_halves((v & sign) | (up & size), s[0]), moqk_mul_halves((v << 1 & sign) | (v << 9 & size), s[0]));
+    a[1] = moqk_halves_to_e4m3(moqk_mul_halves((up & sign) | (v << 6 & size), s[1]), moqk_mul_halves((v << 2 & sign) | (v & size), s[1]));
+}
+/* z: 1024 + zero point of row g, 64 + that of row g + 8, as pairs of F16: a code ored into the bits of 1024 or 64 is their sum. */
+__device__ __forceinline__ void moqk_u4_bytes(uint32_t v, const uint32_t *z, uint32_t *a)
+{
+    const uint32_t u = v >> 8;
+    a[0] = moqk_halves_to_e4m3(moqk_sub_halves((v & 0x000f000fu) | 0x64006400u, z[0]), moqk_sub_halves((u & 0x000f000fu) | 0x64006400u, z[0]));
+    a[1] = moqk_halves_to_e4m3(moqk_sub_halves((v & 0x00f000f0u) | 0x54005400u, z[1]), moqk_sub_halves((u & 0x00f000f0u) | 0x54005400u, z[1]));
+}
+
+/* What a warp needs of 128 columns: left operands of four products (32 columns each), scales of rows g and g + 8. */
+template <int FORM, int GROUPED, int BM> struct moqk_bytes_staged {
+    typedef moqk_rings<FORM, GROUPED, BM, 1> R;
+    moqk_stage next;
+    int32_t warp, chunks, shift;
+    int top[2];                /* MXFP4: the scale byte that becomes 2^-15; constant for a tile */
+    uint32_t z[2];             /* U4: zero points of whole rows */
+    float scale[2];
+
+    __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile)
+    {
+        const int32_t lane = threadIdx.x & 31, tiles = (p.rows + 15) / 16, tile = min(row_tile, tiles - 1);
+        const uint8_t *rest = p.packed[0] + moqk_scales_at<FORM>(p);
+        chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
+        shift = R::HAS_GROUPS ? __ffs(p.group) - 1 : 31;
+        if (FORM == MOQK_MXFP4) {
+            const uint32_t both = ((const uint16_t *)(const void *)rest)[tile * 8 + (lane >> 2)];
+            top[0] = (int)(both & 255) - 30;
+            top[1] = (int)(both >> 8) - 30;
+        }
+        if (FORM == MOQK_FAST_U4 && !GROUPED) zeros(((const uint16_t *)(const void *)(rest + (int64_t)tiles * 64))[tile * 8 + (lane >> 2)]);
+    }
+    __device__ __forceinline__ void zeros(uint32_t both)
+    {
+        z[0] = (both & 255) * 0x00010001u | 0x64006400u;
+        z[1] = (both >> 8 & 255) * 0x00100010u + 0x54005400u;
+    }
+
+    /* Half h of the unit. */
+    __device__ __forceinline__ void take(const R &r, int32_t unit, int h, uint32_t (&a)[16])
+    {
+        const int lane = threadIdx.x & 31;
+        const uint32_t stage = r.w + next.at * R::W_STAGE, codes = stage + warp * R::TILE;
+        if (R::W_SLABS == 1 || h == 0) moqk_barrier_wait(r.w_full + next.at * 8, (uint32_t)next.parity);
+        if (R::BITS == 8) {
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                const uint4 v = moqk_read16(codes + u * 512 + lane * 16);
+                a[4 * u] = __byte_perm(v.x, v.y, 0x6420);
+                a[4 * u + 1] = __byte_perm(v.x, v.y, 0x7531);
+                a[4 * u + 2] = __byte_perm(v.z, v.w, 0x6420);
+                a[4 * u + 3] = __byte_perm(v.z, v.w, 0x7531);
+            }
+        }
+        if (R::HAS_GROUPS) {
+            const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256 + (R::W_SLABS == 1 ? h * 128 : 0)) >> shift, groups - 1);
+            const int32_t g = min((unit * 256 + h * 128) >> shift, groups - 1) - first;
+            const uint2 v = moqk_read8(stage + R::SCALES_AT + (warp * R::GROUPS + g) * 64 + (lane >> 2) * 8);
+            scale[0] = __uint_as_float(v.x);
+            scale[1] = __uint_as_float(v.y);
+            if (FORM == MOQK_FAST_U4) zeros(moqk_read4(stage + R::ZEROS_AT + (warp * R::GROUPS + g) * 16 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16);
+        }
+        if (R::BITS == 4) {
+            const uint32_t groups = FORM == MOQK_MXFP4 ? moqk_read4(codes + 2048 + (lane >> 1) * 8 + h * 4) : 0;
+#pragma unroll
+            for (int u = 0; u < 2; u++) { /* 64 columns */
+                const uint4 v = moqk_read16(codes + (h * 2 + u) * 512 + lane * 16);
+                const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+                uint32_t s[2] = {z[0], z[1]};
+                if (FORM == MOQK_MXFP4)
+#pragma unroll
+                    for (int k = 0; k < 2; k++) s[k] = (uint32_t)max((int)(groups >> (16 * u + 8 * k) & 255) - top[k], 0) * 0x04000400u;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (FORM == MOQK_MXFP4) moqk_e2m1_bytes(w[i], s, a + 8 * u + 2 * i);
+                    else moqk_u4_bytes(w[i], s, a + 8 * u + 2 * i);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i])); /* loads must not arrive where a product reads */
+        if (R::W_SLABS > 1 && h == 0) return;
+        __syncwarp();
+        if (lane == 0) moqk_barrier_arrive(r.w_empty + next.at * 8);
+        next.step(R::W_RING);
+    }
+};
+
+/* sum += d, times the scales of rows and, at x_scales, of tokens. */
+template <int FORM, int GROUPED, int N, int M>
+__device__ __forceinline__ void moqk_add_bytes(float (&sum)[M], const float (&d)[N], int from, const float (&scale)[2], uint32_t x_scales)
+{
+#pragma unroll
+    for (int j = 0; j < N / 4; j++) {
+        float each[4] = {1, 1, 1, 1};
+        if (FORM == MOQK_FAST_E4M3 && GROUPED) {
+            const uint2 v = moqk_read8(x_scales + (8 * j + 2 * (threadIdx.x & 3)) * 4);
+            each[0] = scale[0] * __uint_as_float(v.x);
+            each[1] = scale[0] * __uint_as_float(v.y);
+            each[2] = scale[1] * __uint_as_float(v.x);
+            each[3] = scale[1] * __uint_as_float(v.y);
+        } else if (FORM > MOQK_MXFP4 && GROUPED) { each[0] = each[1] = scale[0]; each[2] = each[3] = scale[1]; }
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum[from + 4 * j + k] += d[4 * j + k] * each[k];
+    }
+}
+
+/* A warpgroup's products of whole units. */
+template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
+    typedef moqk_rings<FORM, GROUPED, BM, 1> R;
+    static constexpr int PARTS = BM / 64; /* tokens of a product of E4M3: 64, sums apart need registers */
+    moqk_stage run;            /* of x */
+
+    /* x of half h of the unit, the first of which has been waited for; the second stage: X_SLABS 1. */
+    __device__ __forceinline__ int stage_of(int h) const { return R::X_SLABS == 2 || h == 0 ? run.at : run.at + 1 == R::X_RING ? 0 : run.at + 1; }
+    __device__ __forceinline__ uint64_t desc_of(const R &r, int h, int token) const
+    {
+        return moqk_x_desc(r.x + stage_of(h) * R::X_STAGE + (R::X_SLABS == 2 ? h * (BM * 128) : 0)) + token * 8;
+    }
+    __device__ __forceinline__ void wait(const R &r, int h) const
+    {
+        if (R::X_SLABS == 2 && h) return;
+        moqk_barrier_wait(r.x_full + stage_of(h) * 8, (uint32_t)(run.parity ^ (h && run.at + 1 == R::X_RING)));
+    }
+    /* The stages of a unit are free. */
+    __device__ __forceinline__ void release(const R &r, int lane)
+    {
+#pragma unroll
+        for (int h = 0; h < 2 / R::X_SLABS; h++) {
+            if (lane == 0) moqk_barrier_arrive(r.x_empty + run.at * 8);
+            run.step(R::X_RING);
+        }
+    }
+
+    /* Integers: sums stay where they are. */
+    __device__ __forceinline__ void run_units(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, int (&sum)[BM / 2], int32_t from, int32_t to, int lane)
+    {
+        uint32_t a0[16], a1[16];
+        w.take(r, from, 0, a0);
+        for (int32_t i = from; i < to; i++) {
+            wait(r, 0);
+            moqk_begin_bytes(sum, a0, desc_of(r, 0, 0), i > from);
+            w.take(r, i, 1, a1);
+            wait(r, 1);
+            moqk_begin_bytes(sum, a1, desc_of(r, 1, 0), 1);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (i + 1 < to) w.take(r, i + 1, 0, a0);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            release(r, lane);
+        }
+        moqk_settle(sum);
+    }
+
+    /* E4M3: sums of 128 columns apart, 64 tokens at a time: while those of one are added up the next are made. */
+    __device__ __forceinline__ void run_units(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, float (&sum)[BM / 2], int32_t from, int32_t to, int lane)
+    {
+        uint32_t a[16];
+#pragma unroll
+        for (int i = 0; i < BM / 2; i++) sum[i] = 0;
+        w.take(r, from, 0, a);
+        for (int32_t i = from; i < to; i++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint32_t x_scales = r.x + stage_of(h) * R::X_STAGE + R::X_SCALES_AT + (R::X_SLABS == 2 ? h * BM * 4 : 0);
+                const float scale[2] = {w.scale[0], w.scale[1]};
+                float d[2][32];
+                wait(r, h);
+                moqk_begin_bytes(d[0], a, desc_of(r, h, 0), 0);
+#pragma unroll
+                for (int t = 0; t < PARTS; t++) {
+                    if (t + 1 < PARTS) {
+                        moqk_begin_bytes(d[(t + 1) & 1], a, desc_of(r, h, (t + 1) * 64), 0);
+                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    } else {
+                        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                        if (h == 0) w.take(r, i, 1, a);
+                        else if (i + 1 < to) w.take(r, i + 1, 0, a);
+                    }
+                    moqk_settle(d[t & 1]);
+                    moqk_add_bytes<FORM, GROUPED>(sum, d[t & 1], t * 32, scale, x_scales + t * 256);
+                }
+            }
+            release(r, lane);
+        }
+    }
+};
+#endif
+
+/* Threads as in moqk_gemm_wgmma. GROUPED: scales of 128 columns or more on sums, MOQK_RELATIVE. */
+template <int FORM, int GROUPED, int BM>
+__global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+{
+#if MOQK_WGMMA
+    typedef moqk_rings<FORM, GROUPED, BM, 1> R;
+    extern __shared__ __align__(128) uint8_t shared[];
+    uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
+    float *room = (float *)(void *)(base + R::ROOM_AT) + (threadIdx.x >> 7) * (R::ROOM * 68);
+    moqk_piece *kept = (moqk_piece *)(void *)(base + R::KEPT_AT) + (threadIdx.x >> 5);
+    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
+    R r;
+    r.open(moqk_shared_at(base));
+    if (threadIdx.x == 0) r.start(b.split);
+    __syncthreads();
+    if (b.split > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    if (a.tiles) moqk_wait_for_before();
+    if (group == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        r.fill(a, b, warp, lane);
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8, 0};
+    moqk_bytes_consumer<FORM, GROUPED, BM> k = {{0, 0}};
+    moqk_bytes_staged<FORM, GROUPED, BM> w;
+    w.next.at = w.next.parity = 0;
+    w.warp = group * 4 + warp;
+    typename moqk_bytes_sum<FORM>::type sum[BM / 2];
+    moqk_piece q;
+    q.at = -1;
+    moqk_wait_for_before();
+    while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+        const int32_t from = q.from, to = q.to;
+        w.open(*q.p, q.row_tile * 8 + group * 4 + warp);
+        if (lane == 0) *kept = q;
+        k.run_units(r, w, sum, from, to, lane);
+        __syncwarp();
+        q = *kept;
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, R::ROOM>(a, b, q, group, thread, room, share, sum);
+        else moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, sum);
     }
 #endif
 }
@@ -3436,12 +4015,15 @@ template <int FORM, int GROUPED> __global__ void __launch_bounds__(256, 2) moqk_
 
 /* ---- rows of the dispatch table; defined behind it ---- */
 
+static int moqc_fits_bytes(const struct moqc_shape *s);
 static int moqc_fits_wgmma(const struct moqc_shape *s);
 static int moqc_fits_mma(const struct moqc_shape *s);
+static void moqc_launch_bytes(const struct moqc_job *j);
 static void moqc_launch_wgmma(const struct moqc_job *j);
 static void moqc_launch_mma(const struct moqc_job *j);
 
 #define MOQC_GEMM_KERNELS \
+    {"gemm-bytes", 17, INT32_MAX, moqc_fits_bytes, 1, moqc_launch_bytes, "inputs and weights as 8 bits for wgmma, sums of 128 columns in F32"}, \
     {"gemm-wgmma", 17, INT32_MAX, moqc_fits_wgmma, 1, moqc_launch_wgmma, "weights decoded in registers for wgmma, F32 sums"}, \
     {"gemm-mma", 17, INT32_MAX, moqc_fits_mma, 1, moqc_launch_mma, "weights decoded in registers for mma.sync, F32 sums"},
 
@@ -3688,6 +4270,13 @@ static int moqc_same_feed(const moqc_part *a, const moqc_part *b)
 /* Can the rows of x be read where they are? */
 static int moqc_direct(const moqk_part *p) { return !p->rounds && !p->place && !p->smooth && p->hadamard_size == 0 && p->cols % 8 == 0; }
 
+/* Does the kernel of a regime read x as it is and round it? A low-rank branch wants the feed's t. */
+static int moqc_rounds_itself(const moqc_part *p, int regime);
+static int moqc_takes_raw(const moqc_part *p, int regime)
+{
+    return moqc_rounds_itself(p, regime) && !p->d.place && !p->order && p->d.hadamard_size == 0 && p->d.cols % 16 == 0 && p->d.cols == p->d.feed_cols && !p->has_lora;
+}
+
 static moqc_bank *moqc_bank_new(moqc_ctx *c, int32_t experts, int32_t parts, int grouped)
 {
     moqc_bank *b = (moqc_bank *)moq_allocate(&c->host, sizeof *b);
@@ -3697,8 +4286,9 @@ static moqc_bank *moqc_bank_new(moqc_ctx *c, int32_t experts, int32_t parts, int
     b->parts = parts;
     b->count = 3 * experts * parts;
     b->part = (moqc_part *)moq_allocate(&c->host, (size_t)b->count * sizeof *b->part);
-    b->shares = (uint8_t *)moq_allocate(&c->host, 2 * (size_t)parts);
+    b->shares = (uint8_t *)moq_allocate(&c->host, 3 * (size_t)parts);
     b->direct = b->shares ? b->shares + parts : NULL;
+    b->raw = b->shares ? b->shares + 2 * parts : NULL;
     return b;
 }
 
@@ -3708,7 +4298,7 @@ static void moqc_bank_free(moqc_ctx *c, moqc_bank *b)
     for (int32_t i = 0; b->part && i < b->count; i++) moqc_free_plan(c, &b->part[i]);
     moqc_give(c, b->memory);
     moq_release(&c->host, b->part, (size_t)b->count * sizeof *b->part);
-    moq_release(&c->host, b->shares, 2 * (size_t)b->parts);
+    moq_release(&c->host, b->shares, 3 * (size_t)b->parts);
     moq_release(&c->host, b, sizeof *b);
 }
 
@@ -3802,10 +4392,12 @@ static moqc_bank *moqc_bank_create(moqc_ctx *c, const moq_linear *const *roles, 
             b->rows += b->part[j].d.rows;
             b->shares[j] = j > 0;
             b->direct[j] = 1;
+            b->raw[j] = (1 << MOQC_REGIMES) - 1;
             for (int32_t e = 0; e < experts; e++) {
                 const moqc_part *p = &b->part[e * parts + j];
                 if (j > 0) b->shares[j] = b->shares[j] && moqc_same_feed(p - 1, p);
                 b->direct[j] = b->direct[j] && moqc_direct(&p->d);
+                for (int r = 0; r < MOQC_REGIMES && p->d.rows > 0; r++) if (!moqc_takes_raw(p, r)) b->raw[j] &= (uint8_t)~(1 << r);
                 need->cols = moqc_max(need->cols, moqk_pad(moqc_max(p->d.cols, p->d.feed_cols), 16));
                 rank = (int32_t)moqc_max(rank, p->has_lora ? moqk_pad(p->layer.scheme.lora_rank, 16) : 0);
             }
@@ -3922,7 +4514,10 @@ static void moqc_run_bank(moqc_ctx *c, const moqc_bank *b, const moqc_run *u)
         int x_elem = c->bf16 && !u->x_f32 ? 2 : 4, has_lora = 0;
         for (next = i; next < b->parts && (next == i || b->shares[next]); next++) { out += b->part[next].d.rows; has_lora |= b->part[next].has_lora; }
         for (int32_t k = i; k < next; k++) for (int32_t e = 0; e < b->experts; e++) ld = moqc_max(ld, moqk_pad(b->part[e * b->parts + k].d.cols, 16));
-        int direct = b->direct[i] && !u->fused && ((uintptr_t)u->x & 15) == 0 && (u->ldx * x_elem) % 16 == 0;
+        const int plain = !u->fused && ((uintptr_t)u->x & 15) == 0 && (u->ldx * x_elem) % 16 == 0;
+        int raw = plain;
+        for (int32_t k = i; k < next; k++) raw = raw && (b->raw[k] >> moqc_regime(rows) & 1);
+        const int direct = raw || (plain && b->direct[i]);
         if (!direct) moqc_launch_feed(c, b, i, u, has_lora, ld);
         moqk_call a;
         memset(&a, 0, sizeof a);
@@ -3938,6 +4533,7 @@ static void moqc_run_bank(moqc_ctx *c, const moqc_bank *b, const moqc_run *u)
         a.expert_of = u->expert_of;
         a.tiles = u->tiles;
         a.most_tiles = u->most_tiles;
+        a.raw = (uint8_t)raw;
         moqc_launch_parts(c, b, 0, i, next - i, &a, rows);
         for (int32_t k = i; k < next && has_lora; k++) { /* one low-rank branch at a time: y += B (A t) */
             const moqc_part *part = &b->part[k];
@@ -4274,6 +4870,20 @@ static int moqc_fits_wgmma(const struct moqc_shape *s)
     return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (!precise ? 64 : s->grouped ? 512 : 1024) && !(precise && moqk_form_grouped(*p, form));
 }
 
+/* Inputs that are rounded to E4M3 or I8 with a scale of the tensor, the token or 128 columns, and weights that become the same in registers. */
+static int moqc_fits_bytes(const struct moqc_shape *s)
+{
+    const moqk_part *p = s->part;
+    int form = moqk_form_of(*p), grouped = form >= 0 && moqk_form_grouped(*p, form);
+    if (!s->wgmma || form < 0 || !p->rounds || p->rows < 16 || p->cols < (!moqc_precise(s->bf16, s->act) ? 128 : s->grouped ? 512 : 1024)) return 0;
+    if (p->in_zero_point || p->input_zero != 0 || p->in_scale == MOQ_F8_E8M0 || p->in_scale == MOQ_F8_E4M3) return 0;
+    if (p->in_elem == MOQ_I8) return form == MOQK_FAST_U8 && p->zero == 128 && !p->has_zeros && p->in_group == 0 && p->cols < 1 << 17;
+    if (p->in_elem != MOQ_F8_E4M3 || (grouped && p->group % 128 != 0)) return 0;
+    if (moqk_fast_bits(form) == 4 && s->rows_of_x <= 64) return 0; /* BF16 is faster there */
+    if (p->in_group != 0) return form == MOQK_FAST_E4M3 && grouped && p->in_group == 128 && p->in_dynamic;
+    return form == MOQK_MXFP4 || form == MOQK_FAST_U4 || form == MOQK_FAST_E4M3;
+}
+
 /* What the inputs of a call are divided by before they are rounded to BF16, so that stored codes stay exact; parts they need. */
 static void moqc_unit_of(const moqc_job *j, const moqk_part *p, int *unit, int *parts)
 {
@@ -4295,20 +4905,51 @@ static int moqc_fits_mma(const struct moqc_shape *s)
 
 typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args);
 
-template <int FORM, int GROUPED> static moqc_gemm_kernel moqc_wgmma_for(int tokens)
+/* A kernel and the shared memory that it needs. */
+typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int shared; } moqc_gemm_choice;
+
+template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_wgmma_of()
 {
-    return tokens == 64 ? moqk_gemm_wgmma<FORM, GROUPED, 64> : tokens == 128 ? moqk_gemm_wgmma<FORM, GROUPED, 128> : moqk_gemm_wgmma<FORM, GROUPED, 256>;
+    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, moqk_rings<FORM, GROUPED, BM, 0>::SHARED};
 }
 
-static moqc_gemm_kernel moqc_wgmma_find(int form, int grouped, int tokens)
+template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_bytes_of()
+{
+    return {moqk_gemm_bytes<FORM, GROUPED, BM>, moqk_rings<FORM, GROUPED, BM, 1>::SHARED};
+}
+
+template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int tokens)
+{
+    if constexpr (moqk_fast_bits(FORM) == 4) if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
+    return tokens == 64 ? moqc_wgmma_of<FORM, GROUPED, 64>() : tokens == 128 ? moqc_wgmma_of<FORM, GROUPED, 128>() : moqc_wgmma_of<FORM, GROUPED, 256>();
+}
+
+static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
 {
     switch (form) {
     case MOQK_NVFP4: return moqc_wgmma_for<MOQK_NVFP4, 0>(tokens);
     case MOQK_MXFP4: return moqc_wgmma_for<MOQK_MXFP4, 0>(tokens);
     case MOQK_FAST_U4: return grouped ? moqc_wgmma_for<MOQK_FAST_U4, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_U4, 0>(tokens);
     case MOQK_FAST_U8: return moqc_wgmma_for<MOQK_FAST_U8, 0>(tokens);
-    case MOQK_FAST_BF16: return tokens == 256 ? moqk_gemm_wgmma<MOQK_FAST_BF16, 0, 256> : moqk_gemm_wgmma<MOQK_FAST_BF16, 0, 128>; /* bound by memory below */
+    case MOQK_FAST_BF16: return tokens == 256 ? moqc_wgmma_of<MOQK_FAST_BF16, 0, 256>() : moqc_wgmma_of<MOQK_FAST_BF16, 0, 128>(); /* bound by memory below */
     default: return grouped ? moqc_wgmma_for<MOQK_FAST_E4M3, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_E4M3, 0>(tokens);
+    }
+}
+
+template <int FORM, int GROUPED> static moqc_gemm_choice moqc_bytes_for(int tokens)
+{
+    return tokens == 128 ? moqc_bytes_of<FORM, GROUPED, 128>() : moqc_bytes_of<FORM, GROUPED, 256>();
+}
+
+static moqc_gemm_choice moqc_bytes_find(int form, int grouped, int tokens)
+{
+    switch (form) {
+    case MOQK_MXFP4: return moqc_bytes_for<MOQK_MXFP4, MOQK_RELATIVE>(tokens);
+    case MOQK_FAST_U4: return grouped ? moqc_bytes_for<MOQK_FAST_U4, 1>(tokens) : moqc_bytes_for<MOQK_FAST_U4, 0>(tokens);
+    case MOQK_FAST_U8: return moqc_bytes_for<MOQK_FAST_U8, 0>(tokens);
+    default:
+        if (tokens == 64) return grouped ? moqc_bytes_of<MOQK_FAST_E4M3, 1, 64>() : moqc_bytes_of<MOQK_FAST_E4M3, 0, 64>();
+        return grouped ? moqc_bytes_of<MOQK_FAST_E4M3, 1, 128>() : moqc_bytes_for<MOQK_FAST_E4M3, 0>(tokens);
     }
 }
 
@@ -4324,23 +4965,26 @@ static moqc_gemm_kernel moqc_mma_find(int form, int grouped)
     }
 }
 
-enum { MOQC_MMA, MOQC_WGMMA }; /* the kernels of this section */
+enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
 
 /* How a launch is cut: tokens of a tile, blocks, whether they take equal runs of units; blocks of a cluster. */
 typedef struct moqc_gemm_cut { int32_t tokens, blocks, even, split; } moqc_gemm_cut;
 
 /* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that a cluster shares, measured on one H200.
-   BF16 weights are bound by memory with few tokens: their tiles begin at 128. */
-static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tiles, int64_t units, int which)
+   BF16 weights are bound by memory with few tokens: their tiles begin at 128. Bytes: half as many slabs. */
+static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t row_tiles, int64_t units, int which)
 {
-    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[4] = {
-        {64, MOQC_WGMMA, 0.30, 1, 3}, {128, MOQC_WGMMA, 0.38, 5, 9}, {256, MOQC_WGMMA, 0.65, 8, 13}, {64, MOQC_MMA, 0.5, 3, 9}};
+    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[8] = {
+        {64, MOQC_WGMMA, 0.25, 2, 5}, {128, MOQC_WGMMA, 0.37, 2, 9}, {160, MOQC_WGMMA, 0.42, 2, 12}, {256, MOQC_WGMMA, 0.66, 3, 15}, {64, MOQC_MMA, 0.5, 3, 9},
+        {64, MOQC_BYTES, 0.26, 2, 5}, {128, MOQC_BYTES, 0.30, 2, 9}, {256, MOQC_BYTES, 0.52, 3, 15}};
     moqc_gemm_cut best = {64, 1, 0, 1};
     double least = 1e30;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 8; i++) {
         const int32_t tokens = tiles[i].tokens;
-        if (tiles[i].which != which || (j->c->gemm_tokens && which == MOQC_WGMMA && j->c->gemm_tokens != tokens)) continue;
-        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && tokens == 64) continue;
+        if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
+        if (tokens == 160 && moqk_fast_bits(form) != 4) continue;
+        if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
+        if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1), count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         for (int k = 0; k < (which == MOQC_MMA ? 2 : 3); k++) { /* without clusters: whole tiles, equal runs; with them: 1, 2, 4 blocks a tile */
@@ -4349,7 +4993,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int64_t row_tile
             const int64_t fit = split == 4 ? room * 9 / 40 : room / split; /* clusters of 4 do not fit everywhere */
             const int64_t runs = moqc_max(1, moqc_min(fit, even ? count * moqc_min(units, 4) : count)), rounds = even ? 1 : moqk_ceil(count, runs);
             const int64_t longest = even ? moqk_ceil(count * units, runs) : rounds * moqk_ceil(units, split);
-            const double time = (double)longest * 4 * tiles[i].slab + (double)rounds * (even || split > 1 ? tiles[i].shared_end : tiles[i].end);
+            const double time = (double)longest * (which == MOQC_BYTES ? 2 : 4) * tiles[i].slab + (double)rounds * (even || split > 1 ? tiles[i].shared_end : tiles[i].end);
             if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs * split; best.even = even; best.split = split; }
         }
     }
@@ -4406,6 +5050,31 @@ static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up,
     moqc_launch_early(c, moqk_pack_x, grid, 256, 0, 1, "laying out inputs", a);
 }
 
+/* x of the call as x8, and the scales of its tokens. */
+static void moqc_pack_bytes(const moqc_job *j, const moqk_part *p, int form, const moqk_gemm_args *b)
+{
+    moqc_ctx *c = j->c;
+    moqk_pack_args a;
+    memset(&a, 0, sizeof a);
+    a.x = j->call.x;
+    a.ldx = j->call.ldx;
+    a.tokens = b->tokens;
+    a.row_of = j->call.row_of;
+    a.expert_of = j->call.tiles ? j->call.expert_of : NULL;
+    a.part = j->call.parts;
+    a.expert_stride = j->call.expert_stride;
+    a.x16 = c->x16;
+    a.m = j->call.all;
+    a.cols = p->cols;
+    a.slabs = b->units * 2;
+    a.form = form;
+    a.x_bf16 = j->call.x_bf16;
+    a.raw = j->call.raw;
+    a.unit_out = c->token_unit;
+    a.scale = (float *)b->x_scale;
+    moqc_launch_early(c, moqk_pack_bytes, dim3((unsigned)a.m), 256, 0, 1, "laying out inputs", a);
+}
+
 /* moqk_form_fix for the host. */
 static float moqc_form_fix(int form)
 {
@@ -4417,14 +5086,16 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
 {
     moqc_ctx *c = j->c;
     moqk_gemm_args b;
-    int parts;
+    int parts = 1, bytes_of_x = which == MOQC_BYTES;
     memset(&b, 0, sizeof b);
-    moqc_unit_of(j, p, &b.unit, &parts);
+    b.unit = MOQK_TOKEN_UNIT;
+    if (!bytes_of_x) moqc_unit_of(j, p, &b.unit, &parts);
     b.w_units = (int32_t)moqk_ceil(p->cols, 256);
     b.units = b.w_units * parts;
-    moqc_gemm_cut u = moqc_cut_gemm(j, form, j->row_blocks128, b.units, which);
+    moqc_gemm_cut u = moqc_cut_gemm(j, form, grouped, j->row_blocks128, b.units, which);
     b.x16 = c->x16;
     b.tokens = moqk_pad(j->call.all, 8) + 256; /* a tile may reach past the last token */
+    if (!j->call.tiles && which != MOQC_MMA && j->call.m <= u.tokens) b.tokens = u.tokens; /* one tile: its slabs lie together */
     b.partial = c->partial_sums;
     b.turn = c->turn;
     b.token_unit = c->token_unit;
@@ -4433,11 +5104,15 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.even = u.even;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
-    int bytes = which == MOQC_MMA ? moqk_mma_shared(form, grouped) : moqk_wgmma_shared(form, scaled, u.tokens);
+    moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : which == MOQC_WGMMA ? moqc_wgmma_find(form, grouped, u.tokens)
+                            : moqc_gemm_choice{moqc_mma_find(form, grouped), moqk_mma_shared(form, grouped)};
     b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
-    moqc_pack(j, p, form, form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1, &b); /* 2^60: moqk_form_x */
-    moqc_gemm_kernel kernel = which == MOQC_WGMMA ? moqc_wgmma_find(form, grouped, u.tokens) : moqc_mma_find(form, grouped);
-    moqc_launch_early(c, kernel, dim3((unsigned)u.blocks), which == MOQC_MMA ? 256 : 384, bytes, u.split, "a matrix product", j->call, b);
+    if (bytes_of_x) {
+        b.fix = 1;
+        if (form == MOQK_FAST_E4M3 && grouped) b.x_scale = (const float *)(const void *)(c->x16 + (int64_t)b.units * 2 * b.tokens * 128);
+        moqc_pack_bytes(j, p, form, &b);
+    } else moqc_pack(j, p, form, form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1, &b); /* 2^60: moqk_form_x */
+    moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), which == MOQC_MMA ? 256 : 384, choice.shared, u.split, "a matrix product", j->call, b);
 }
 
 static void moqc_launch_gemm_forms(const moqc_job *j, int which)
@@ -4455,6 +5130,9 @@ static void moqc_launch_gemm_forms(const moqc_job *j, int which)
 
 static void moqc_launch_wgmma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_WGMMA); }
 static void moqc_launch_mma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_MMA); }
+static void moqc_launch_bytes(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_BYTES); }
+
+static int moqc_rounds_itself(const moqc_part *p, int regime) { return p->kernel[regime]->launch == moqc_launch_bytes; }
 
 /* Tokens of the largest tile with which the kernels of this section take every layer of a bank; 0: they do not. */
 static int moqc_gemm_tokens(const moqc_bank *b)
@@ -4463,7 +5141,9 @@ static int moqc_gemm_tokens(const moqc_bank *b)
     for (int32_t i = 0; i < b->count; i++)
         for (int r = 2; r < MOQC_REGIMES && b->part[i].d.rows > 0; r++) {
             if (b->part[i].kernel[r]->launch == moqc_launch_mma) tokens = (int)moqc_min(tokens, 64);
-            else if (b->part[i].kernel[r]->launch != moqc_launch_wgmma) tokens = 0;
+            else if (b->part[i].kernel[r]->launch == moqc_launch_bytes && moqk_form_grouped(b->part[i].d, MOQK_FAST_E4M3) && b->part[i].d.kind == MOQK_E4M3)
+                tokens = (int)moqc_min(tokens, 128); /* as in moqc_cut_gemm */
+            else if (b->part[i].kernel[r]->launch != moqc_launch_wgmma && b->part[i].kernel[r]->launch != moqc_launch_bytes) tokens = 0;
         }
     return tokens;
 }

@@ -1,5 +1,6 @@
 /* Products with 17 and more rows of x: against float64, the same bits in every run, and their times beside cuBLAS on BF16 weights in the same run.
        gemm test [form]              random codes, outliers, odd shapes; ends with "N passed, N failed"
+       gemm stored [form [RxC]]      bench with inputs that are rounded to the 8 bits of the form
        gemm bench [form [RxC]]       graphs over copies of the weights that are larger than the cache together; the median of 7 turns
    Needs an object with the implementation of modelopt_q.h, modelopt_q_cuda.o and -lcublas. */
 #ifdef GEMM_INTERNAL
@@ -38,6 +39,7 @@ static const form forms[] = {
     {"nvfp4", 4, MOQ_F4, MOQ_F8_E4M3, 16, 1, 0, MOQ_F4, MOQ_F8_E4M3, 16, 1},
     {"mxfp4", 4, MOQ_F4, MOQ_F8_E8M0, 32, 1, 0, MOQ_F8_E4M3, MOQ_F32, -1, 0},
     {"int4-g128", 4, MOQ_I4, MOQ_BF16, 128, 1, 0, MOQ_NONE, MOQ_NONE, 0, 0},
+    {"int4-g128-fp8", 4, MOQ_I4, MOQ_BF16, 128, 1, 1, MOQ_F8_E4M3, MOQ_F32, -1, 0},
     {"int4-g32-zeros", 4, MOQ_I4, MOQ_BF16, 32, 1, 1, MOQ_NONE, MOQ_NONE, 0, 0},
     {"int4-channel", 4, MOQ_I4, MOQ_F32, 0, 1, 0, MOQ_NONE, MOQ_NONE, 0, 0},
     {"fp8-tensor", 8, MOQ_F8_E4M3, MOQ_F32, -1, -1, 0, MOQ_F8_E4M3, MOQ_F32, -1, 0},
@@ -135,16 +137,16 @@ __global__ void compare(const float *w, const float *x, const void *y, int bf16,
     if (!(e <= near * fabs(want) + round * size + (2 * steps + size) / 4194304)) atomicAdd(out + 2, 1.0);
 }
 
-enum { WIDE, STORED, AUTO, BF16_WIDE, MODES };
-static const char *const mode_names[MODES] = {"F32 wide", "F32 as stored", "F32 automatic", "BF16 wide"};
+enum { WIDE, STORED, AUTO, BF16_WIDE, BF16_AUTO, MODES };
+static const char *const mode_names[MODES] = {"F32 wide", "F32 as stored", "F32 automatic", "BF16 wide", "BF16 automatic"};
 
 static moq_backend *backend_of(int mode, const char *kernel)
 {
     moq_cuda_desc d;
     memset(&d, 0, sizeof d);
     d.kernel = kernel;
-    d.act = mode == STORED ? MOQ_ACT_STORED : mode == AUTO ? MOQ_ACT_AUTO : MOQ_ACT_WIDE;
-    moq_backend *be = moq_cuda_backend_full(&d, mode == BF16_WIDE ? MOQ_BF16 : MOQ_F32, NULL, &err);
+    d.act = mode == STORED ? MOQ_ACT_STORED : mode == AUTO || mode == BF16_AUTO ? MOQ_ACT_AUTO : MOQ_ACT_WIDE;
+    moq_backend *be = moq_cuda_backend_full(&d, mode >= BF16_WIDE ? MOQ_BF16 : MOQ_F32, NULL, &err);
     check(be != NULL, "moq_cuda_backend_full");
     return be;
 }
@@ -152,7 +154,7 @@ static moq_backend *backend_of(int mode, const char *kernel)
 /* Are inputs rounded to the form's type? AUTO: where the device multiplies in it. */
 static int rounded(int mode, const form *f)
 {
-    return f->input != MOQ_NONE && (mode == STORED || (mode == AUTO && (f->input == MOQ_I8 || f->input == MOQ_F8_E4M3)));
+    return f->input != MOQ_NONE && (mode == STORED || ((mode == AUTO || mode == BF16_AUTO) && (f->input == MOQ_I8 || f->input == MOQ_F8_E4M3)));
 }
 
 static void round_inputs(moq_linear *w, const form *f)
@@ -171,17 +173,26 @@ typedef struct bounds { double near, round, most; int parts; } bounds;
 /* BF16 has 8 significant bits: it keeps a number up to 2^-8 of it, two parts of F32 up to 2^-17 (the rest is half a unit at most, and of that 8 bits).
    Codes of inputs that have a scale for the tensor, for the token or a power of two are exact. Where weights with scales of groups are not precise,
    the scale is BF16 (exact for BF16 and powers of two) and the product with it is rounded once more: exact for powers of two. The mean of squares
-   is 2^-8 / sqrt(3) at most for each rounding; the sums of tensor cores drift by half of what a step may lose. */
-static bounds bounds_of(int mode, const form *f, int64_t cols)
+   is 2^-8 / sqrt(3) at most for each rounding; the sums of tensor cores drift by half of what a step may lose.
+   Products of bytes (`bytes`): both factors are exact, and so are sums of integers; sums of E4M3 keep 14 bits within 128 columns. MXFP4 whose scales
+   lie further apart than 2^9 in a row (here 2^15) is rounded at 2^-11 of the largest scale. */
+static bounds bounds_of(int mode, const form *f, int64_t cols, int bytes)
 {
     bounds b;
+    if (bytes) {
+        b.parts = 1;
+        b.near = mode >= BF16_WIDE ? ldexp(1.001, -8) : 1e-6;
+        b.round = f->input == MOQ_I8 ? ldexp(1, -22) : f->elem == MOQ_F4 ? ldexp(1, -6) : ldexp(1, -9);
+        b.most = (mode >= BF16_WIDE ? ldexp(1, -8) / sqrt(3.0) : 0) + (f->input == MOQ_I8 ? 1e-6 : f->elem == MOQ_F4 ? 2e-3 : ldexp(1, -10));
+        return b;
+    }
     int precise = mode == WIDE || mode == STORED, grouped = !precise && f->bits <= 8 && f->elem != MOQ_F4 && f->group > 0;
-    int exact = mode == BF16_WIDE || (rounded(mode, f) && (f->in_scale == MOQ_F8_E8M0 || f->in_group == -1));
+    int exact = (mode >= BF16_WIDE && !rounded(mode, f)) || (rounded(mode, f) && (f->in_scale == MOQ_F8_E8M0 || f->in_group == -1));
     double x = exact ? ldexp(1, -20) : precise ? ldexp(1, -17) : ldexp(1, -8), w = grouped && f->scale != MOQ_F8_E8M0 ? ldexp(f->scale == MOQ_BF16 ? 1 : 2, -8) : ldexp(1, -22);
     b.parts = precise && !exact ? 2 : 1;
-    b.near = mode == BF16_WIDE ? ldexp(1.001, -8) : 1e-6;
+    b.near = mode >= BF16_WIDE ? ldexp(1.001, -8) : 1e-6;
     b.round = x + w + x * w;
-    b.most = (sqrt(x * x + w * w) + (mode == BF16_WIDE ? ldexp(1, -8) : 0)) / sqrt(3.0) + (double)(cols / 16 * b.parts + 16) * ldexp(1, -25) + 1e-6;
+    b.most = (sqrt(x * x + w * w) + (mode >= BF16_WIDE ? ldexp(1, -8) : 0)) / sqrt(3.0) + (double)(cols / 16 * b.parts + 16) * ldexp(1, -25) + 1e-6;
     return b;
 }
 
@@ -195,7 +206,7 @@ static void test_one(moq_backend *be, int mode, const form *f, const moq_linear 
     char why[400];
     for (int64_t i = 0; i < m * k; i++) {
         x[i] = random_normal() * (i % k % 97 == 5 ? 30.0f : 1.0f);
-        if (mode == BF16_WIDE) x[i] = moq_bf16_decode(moq_bf16_encode(x[i]));
+        if (mode >= BF16_WIDE) x[i] = moq_bf16_decode(moq_bf16_encode(x[i]));
     }
     for (int i = 0; i < m; i++) {
         if (rounds) moq_round_input(w, x + i * k, xr + i * k);
@@ -219,14 +230,17 @@ static void test_one(moq_backend *be, int mode, const form *f, const moq_linear 
         check(be->sync(be, &err) == MOQ_OK, "sync");
     }
     int same = memcmp(y[0], y[1], (size_t)(m * n) * 4) == 0 && memcmp(y[0], y[2], (size_t)(m * n) * 4) == 0;
-    bounds b = bounds_of(mode, f, k);
-    compare<<<dim3((unsigned)(n + 15) / 16, (unsigned)(m + 15) / 16), dim3(16, 16)>>>(device_w, dx, py, mode == BF16_WIDE, (int)n, (int)k, m, b.near, b.round, b.parts, sums);
+    be->explain(be, w, why, sizeof why);
+    bounds b = bounds_of(mode, f, k, strstr(why, "gemm-bytes") != NULL);
+    compare<<<dim3((unsigned)(n + 15) / 16, (unsigned)(m + 15) / 16), dim3(16, 16)>>>(device_w, dx, py, mode >= BF16_WIDE, (int)n, (int)k, m, b.near, b.round, b.parts, sums);
     cuda(cudaMemcpy(r, sums, sizeof r, cudaMemcpyDeviceToHost));
     int good = same && r[2] == 0 && sqrt(r[0] / r[1]) <= b.most;
     passed += good;
     failed += !good;
-    be->explain(be, w, why, sizeof why);
-    if (!good || verbose) printf("%-15s %-14s %5dx%-5d %4d rows: nrmse %.2e, %.0f of %.0f outside%s; %.70s\n", f->name, mode_names[mode], (int)n, (int)k, m, sqrt(r[0] / r[1]), r[2], (double)m * (double)n, same ? "" : ", BITS DIFFER", why);
+    const char *many = strstr(why, "gemm-");
+    if (!good || verbose)
+        printf("%-15s %-14s %5dx%-5d %4d rows: nrmse %.2e, %.0f of %.0f outside%s; %.10s\n", f->name, mode_names[mode], (int)n, (int)k, m, sqrt(r[0] / r[1]), r[2], (double)m * (double)n,
+               same ? "" : ", BITS DIFFER", many ? many : why);
     be->release_weight(be, p);
     be->release(be, px);
     be->release(be, py);
@@ -411,7 +425,7 @@ __global__ void fill_bf16(__nv_bfloat16 *p, size_t n, unsigned seed)
     }
 }
 
-static void bench_all(const char *only, const char *shape_only, int f32, int sweep, const char *kernel)
+static void bench_all(const char *only, const char *shape_only, int f32, int sweep, const char *kernel, int stored)
 {
     static const int shapes[5][2] = {{4096, 4096}, {14336, 4096}, {4096, 14336}, {8192, 8192}, {28672, 8192}}, rows[] = {17, 32, 64, 128, 256, 300, 512, 1024, 2048, 4096};
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
@@ -430,7 +444,9 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
             d.kernel = kernel;
             b.be = moq_cuda_backend_full(&d, f32 ? MOQ_F32 : MOQ_BF16, NULL, &err);
             check(b.be != NULL, "backend");
+            if (stored && forms[i].input != MOQ_F8_E4M3 && forms[i].input != MOQ_I8) continue;
             make_layer(&w, &forms[i], b.n, b.k, &m);
+            if (stored) round_inputs(&w, &forms[i]);
             double bytes = (double)(b.n * b.k) * forms[i].bits / 8;
             b.copies = (int)(150e6 / bytes) + 1;
             b.blas_copies = (int)(150e6 / ((double)(b.n * b.k) * 2)) + 1;
@@ -461,12 +477,15 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
                 printf("%-15s %11s M=%-4d %8.1f us %5.0f TFLOP/s, cuBLAS BF16 %8.1f us %5.0f, ratio %.2f", forms[i].name, shape, rows[r], ours, 2e-6 * (double)b.n * (double)b.k * rows[r] / ours, blas,
                        2e-6 * (double)b.n * (double)b.k * rows[r] / blas, blas / ours);
 #ifdef GEMM_INTERNAL
-                for (int t = 64; sweep && t <= 256; t *= 2)
-                    for (int even = 1; even <= 2; even++) {
-                        if ((t == 64 && rows[r] > 512) || (t == 256 && rows[r] < 128)) continue;
-                        moqc_of(b.be)->gemm_tokens = t;
-                        moqc_of(b.be)->gemm_even = even;
-                        printf("  %d%s %.1f", t, even == 2 ? "e" : "t", time_ours(&b, rows[r]));
+                static const int tokens[] = {64, 128, 160, 256};
+                for (int t = 0; sweep && t < 4; t++)
+                    for (int split = 1; split <= 3; split++) { /* blocks of a cluster: 1, 2, 4 */
+                        if (tokens[t] == 160 && (stored || forms[i].bits != 4)) continue;
+                        if (stored && tokens[t] == 64 && forms[i].elem != MOQ_F8_E4M3) continue;
+                        if ((tokens[t] == 64 && rows[r] > 300) || (tokens[t] > 128 && rows[r] < 128) || (split > 1 && rows[r] > 1024)) continue;
+                        moqc_of(b.be)->gemm_tokens = tokens[t];
+                        moqc_of(b.be)->gemm_even = split;
+                        printf("  %d/%d %.1f", tokens[t], 1 << (split - 1), time_ours(&b, rows[r]));
                         moqc_of(b.be)->gemm_tokens = moqc_of(b.be)->gemm_even = 0;
                     }
 #else
@@ -490,6 +509,6 @@ int main(int argc, char **argv)
 {
     const char *form_only = argc > 2 ? argv[2] : NULL, *shape = argc > 3 ? argv[3] : NULL;
     if (argc > 1 && strcmp(argv[1], "test") == 0) { test_all(form_only && *form_only ? form_only : NULL, shape); return failed > 0; }
-    bench_all(form_only, shape, argc > 4 && strcmp(argv[4], "f32") == 0, argc > 5, argc > 6 ? argv[6] : NULL);
+    bench_all(form_only, shape, argc > 4 && strcmp(argv[4], "f32") == 0, argc > 5 && strcmp(argv[5], "sweep") == 0, argc > 6 ? argv[6] : NULL, strcmp(argv[1], "stored") == 0);
     return 0;
 }

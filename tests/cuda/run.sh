@@ -156,7 +156,10 @@ step_racecheck() { each_sanitized racecheck; }
 step_initcheck() { each_sanitized initcheck; }
 step_synccheck() { each_sanitized synccheck; }
 step_bench_few() { for f in $forms; do measured "$build/bench" "$f"; done; }
-step_bench_many() { for f in $forms; do measured "$build/gemm" bench "$f"; done; }
+step_bench_many() {
+    for f in $forms; do measured "$build/gemm" bench "$f"; done
+    for f in fp8-tensor int8; do measured "$build/gemm" stored "$f"; done # inputs as stored: products of bytes
+}
 step_bench_moe() { measured "$build/bench_backend" moe; }
 step_bench_attention() { measured "$build/bench_backend" attention; }
 step_bench_model() {
