@@ -11201,7 +11201,7 @@ typedef struct moqi_way {
 } moqi_way;
 
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_TOKENS = 512 /* in one go */,
-       MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS /* and more of it for units of 2 */ };
+       MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
 typedef struct moqi_tiled {
@@ -11383,12 +11383,12 @@ static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 
-/* Where the i-th of m rows of x begins. BF16: tiles of 16 rows, 16 words a row. Integers in place, AVX-512: rows that run together lie block by
-   block, each with its 1 or 2 digits of 96 words. */
+/* Where the i-th of m rows of x begins. BF16, and bytes of ways without blocks: tiles of 16 rows, 16 words a row. Integers in place, AVX-512: rows
+   that run together lie block by block, each with its 1 or 2 digits of 96 words. */
 static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t m, int64_t i, float *rows, int64_t *step)
 {
     int64_t ld = moqi_feed_step(p, way), some = 1, words = 0;
-    if (way && way->unit == 2) { some = 16; words = 16; }
+    if (way && (way->unit == 2 || (way->decode && !way->block))) { some = 16; words = 16; }
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
@@ -11609,7 +11609,8 @@ enum { MOQI_STREAM_AHEAD = 4096 }; /* bytes that are asked for before they are n
 /* Where the scales of a row are, as element number of its first group. */
 static int64_t moqi_stream_scale_at(const moqi_tiled *p, int64_t row)
 {
-    return (p->scale_first + row * p->scale_step) / p->group_rows * p->scale_stride;
+    int64_t r = p->scale_first + row * p->scale_step;
+    return (p->group_rows == 1 ? r : r / p->group_rows) * p->scale_stride; /* a division takes as long as the look-up of 64 codes */
 }
 
 /* Number of the group that column c begins in; lengths that divide a tile are powers of two. */
@@ -12552,7 +12553,8 @@ static const moqi_way moqi_run_way = {"codes in place", 0, moqi_run_takes, moqi_
        arrange    one row of x as 32-bit words in the order of the columns (what else a row needs, such as scales, behind them)
        decode     codes -> panel. moqi_panel_bare and moqi_decode_run give rows of F32 for every format there is; a decoder of its own
                   for 4-bit codes is worth it only where few rows of x share the panel
-       block      y[j][r] += mul[r] * sum over the panel's columns of w[r] x[j]; rows past w->rows are not stored
+       block      y[j][r] += mul[r] * sum over the panel's columns of w[r] x[j]; rows past w->rows are not stored. NULL: tiles of AMX, whose
+                  `multiply` does that for many panels at once
    and moqi_panels drives them. The way's address goes into the list of its moqi_kernels, fastest first; nothing else changes. */
 
 enum { MOQI_PANEL_ROWS = 32, MOQI_PANEL_BYTES = 768 /* columns of a panel of bytes: 24 KB beside the rows of x in the first-level cache */ };
@@ -12572,10 +12574,8 @@ typedef struct moqi_panel {
     int64_t next_row, next_col; /* of the panel that follows: to be asked for early */
     const uint8_t *ask;       /* codes that the block asks for while it computes: ask_step bytes for each of 128 words */
     int64_t ask_step;
-    int64_t block;            /* which 32 rows of the task these are */
     float *tile;              /* scratch: [16, 512] */
-    float *sums;              /* scratch of a way that keeps its sums: [rows of the task, up to 512 rows of x] */
-} moqi_panel;
+    } moqi_panel;
 
 /* y[m][rows] = bias, then every panel is added. With many rows of x a block of columns is walked through all rows of the task before
    the next, so that block of x stays in the second-level cache; with few, the weights are read in their order. m <= MOQI_WAY_TOKENS */
@@ -12592,7 +12592,6 @@ static void moqi_panels_of(const moqi_way *way, moqi_panel *w, int64_t row, int6
     for (int64_t i = 1; i <= blocks * cols; i++) {
         w->col = w->next_col;
         w->row = w->next_row;
-        w->block = (w->row - row) / MOQI_PANEL_ROWS;
         w->n = moqi_min(w->step, p->layer.cols - w->col);
         w->rows = moqi_min(MOQI_PANEL_ROWS, row + rows - w->row);
         w->next_col = w->step * (w->many ? i / blocks : i % cols);
@@ -12615,7 +12614,6 @@ static void moqi_panels_in(const moqi_way *way, const moqi_tiled *p, int64_t ste
     w.tile = scratch;
     w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
     w.scale = (float *)(void *)(w.data + MOQI_PANEL_ROWS * MOQI_TILE_COLS);
-    w.sums = w.scale + MOQI_PANEL_ROWS * MOQI_PANEL_BYTES / 16;
     w.chunk = 0;
     for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
         moqi_panels_of(way, &w, row, rows, x + j * ldx, ldx, moqi_min(MOQI_WAY_TOKENS, m - j), y + j * ldy, ldy);
@@ -13043,13 +13041,14 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 #endif
 
 #ifdef MOQI_X86
+#define MOQI_ALIGNED __attribute__((aligned(64))) /* a vector that crosses a cache line takes twice as long */
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 enum { MOQI_I8_START = 0x4b400000 }; /* bits of 1.5 * 2^23, on which the sums of panels start; see moqi_panel_i8_tokens */
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
 MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
 {
-    uint8_t edge[1024];
+    uint8_t edge[1024] MOQI_ALIGNED;
     if (rows < 16 || bytes < 64 || row_bytes % 4 != 0) {
         memset(edge, 0, sizeof edge);
         for (int64_t r = 0; r < rows; r++) memcpy(edge + 64 * r, src + r * row_bytes, (size_t)moqi_min(bytes, 64));
@@ -13063,7 +13062,7 @@ MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_byt
 MOQI_AVX512 static void moqi_panel_scales_512(const moqi_panel *w, int64_t h)
 {
     const moqi_tiled *p = w->p;
-    float rows[16][32], turned[32][16];
+    float rows[16][32] MOQI_ALIGNED, turned[32][16] MOQI_ALIGNED;
     int64_t chunks = moqi_ceil_div(w->n, w->chunk), each = MOQI_TILE_COLS / w->chunk;
     __m512 s[2];
     s[0] = s[1] = _mm512_set1_ps(1);
@@ -13076,7 +13075,7 @@ MOQI_AVX512 static void moqi_panel_scales_512(const moqi_panel *w, int64_t h)
             _mm512_storeu_ps(rows[r] + 16, s[1]);
         }
         moqi_turn_512(rows, 32, turned, 16);
-        if (p->shift == 4) moqi_turn_512(rows[0] + 16, 32, turned[16], 16);
+        if (p->shift == 4 && chunks - first > 16) moqi_turn_512(rows[0] + 16, 32, turned[16], 16);
         for (int64_t c = 0; c < moqi_min(each, chunks - first); c++)
             _mm512_storeu_ps(w->scale + (first + c) * MOQI_PANEL_ROWS + h, _mm512_loadu_ps(turned[p->shift < 9 ? c * w->chunk >> p->shift : 0]));
     }
@@ -14515,10 +14514,19 @@ static const moqi_way moqi_bf16_panels = {"BF16 tiles", 2, moqi_bf16_take, moqi_
 
 #if defined(MOQI_X86) && defined(__x86_64__) && defined(__linux__)
 #define MOQI_AMX 1
+/* Measured on a Xeon with 2 MB of second-level cache a core. */
+enum {
+    MOQI_AMX_WEIGHTS = 131072, /* of a block of turned weights, as BF16: 256 KB */
+    MOQI_AMX_X = 262144,       /* of x beside a block, where that leaves 512 columns: 512 KB */
+    MOQI_AMX_MANY = 256,       /* more rows of x than these leave the tiles after so many words: */
+    MOQI_AMX_FEW = 128         /* a panel of 16 KB, which stays in the first-level cache */
+};
 
+/* Integers in place take 8 rows of x at once, or 4 whose inputs keep 16 bits; a turned block takes any number in about the same time. */
 static int moqi_amx_takes(const moqi_tiled *p)
 {
-    return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? 4 : 0;
+    int from = !moqi_dot_takes_512(p) ? 4 : p->input_bits <= 8 ? 17 : 9;
+    return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? from : 0;
 }
 
 /* Can the panel be made without rows of F32? Then columns lie in the order 0 4 1 5 2 6 3 7 of every 8. */
@@ -14545,16 +14553,51 @@ MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, in
         }
 }
 
-/* Nibbles through a table of BF16, two columns of 16 rows at a time, times the scales of their rows; what F32 products have beyond
-   BF16 is rounded, a half up. */
+/* The low nibbles of 16-bit halves through a table of BF16: two columns of 16 rows, times the scales of the rows. What F32 products have beyond
+   BF16 is rounded, a half up; `exact`: they have nothing. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_amx_scaled(__m512i v, __m512i values, __m512 s, int exact)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+    __m512i c = _mm512_permutexvar_epi16(v, values);
+    __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(c, 16)), s));
+    __m512i d = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(c, high)), s));
+    if (!exact) {
+        a = _mm512_add_epi32(a, half);
+        d = _mm512_and_si512(_mm512_add_epi32(d, half), high);
+    }
+    return _mm512_or_si512(_mm512_srli_epi32(a, 16), d);
+}
+
+/* 16 words of 16 rows, 8 codes each, to panel words; scale: [chunk][32] from their first column on, in chunks of 2^shift, NULL: none; zeros from
+   column n on. */
+MOQI_INLINE MOQI_AVX512 void moqi_amx_words(const uint32_t *words, __m512i values, const float *scale, int shift, int64_t n, uint32_t *to, int exact)
+{
+    for (int i = 0; i < 16; i++, to += 4 * MOQI_PANEL_ROWS) {
+        __m512i v = _mm512_loadu_si512(words + 16 * i);
+        __m512 s = scale && 8 * i < n ? _mm512_loadu_ps(scale + (8 * i >> shift) * MOQI_PANEL_ROWS) : _mm512_setzero_ps();
+        MOQI_UNROLL
+        for (int j = 0; j < 4; j++, v = _mm512_srli_epi16(v, 4))
+            _mm512_storeu_si512(to + j * MOQI_PANEL_ROWS, scale ? moqi_amx_scaled(v, values, s, exact) : _mm512_permutexvar_epi16(v, values));
+    }
+}
+
+/* Are all codes times all scales BF16 numbers? Values of at most 4 significant bits times E4M3's 4, or powers of two. */
+static int moqi_amx_exact(const moqi_tiled *p)
+{
+    int fit = p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F8_E8M0;
+    for (int i = 0; i < 16; i++) fit &= (moqi_f32_bits(p->table[i] - p->zero) & 0xfffff) == 0;
+    return fit;
+}
+
+/* Panels from nibbles as they lie. */
 MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
 {
     const moqi_tiled *p = w->p;
-    uint32_t words[256];
+    uint32_t words[256] MOQI_ALIGNED;
     uint16_t table[32];
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
     for (int i = 0; i < 32; i++) table[i] = moq_bf16_encode(p->table[i & 15] - p->zero);
     const __m512i values = _mm512_loadu_si512(table);
+    const int exact = moqi_amx_exact(p), shift = p->shift < 9 ? p->shift : 30;
     moqi_tiled bare;
     moqi_panel_bare(w, &bare);
     w->chunk = p->shift < 9 ? 1 << p->shift : MOQI_TILE_COLS;
@@ -14562,25 +14605,15 @@ MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
     for (int64_t h = 0; h < w->rows; h += 16) {
         const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col / 2;
         int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n + 1) / 2;
-        uint32_t *to = w->data + h;
-        if (bare.scale_dtype != MOQ_NONE) moqi_panel_scales_512(w, h);
-        for (int64_t r = h; r < h + rows; r++) moqi_panel_ask(w, r, 4);
+        const float *scale = bare.scale_dtype != MOQ_NONE ? w->scale + h : NULL;
+        if (scale) moqi_panel_scales_512(w, h);
+        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 4);
         for (int64_t b = 0; b < bytes; b += 64) {
+            const float *from = scale ? scale + (2 * b >> shift) * MOQI_PANEL_ROWS : NULL;
+            uint32_t *to = w->data + b * MOQI_PANEL_ROWS + h;
             moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
-            for (int i = 0; i < 16; i++) {
-                __m512i v = _mm512_loadu_si512(words + 16 * i);
-                __m512 s = _mm512_set1_ps(1);
-                int64_t chunk = (2 * b + 8 * i) / w->chunk;
-                if (bare.scale_dtype != MOQ_NONE) s = 2 * b + 8 * i < w->n ? _mm512_loadu_ps(w->scale + chunk * MOQI_PANEL_ROWS + h) : _mm512_setzero_ps();
-                for (int j = 0; j < 4; j++, to += MOQI_PANEL_ROWS, v = _mm512_srli_epi16(v, 4)) {
-                    __m512i c = _mm512_permutexvar_epi16(v, values);
-                    __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(c, 16)), s));
-                    __m512i d = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(c, high)), s));
-                    a = _mm512_srli_epi32(_mm512_add_epi32(a, half), 16);
-                    d = _mm512_and_si512(_mm512_add_epi32(d, half), high);
-                    _mm512_storeu_si512(to, _mm512_or_si512(a, d));
-                }
-            }
+            if (exact) moqi_amx_words(words, values, from, shift, w->n - 2 * b, to, 1);
+            else moqi_amx_words(words, values, from, shift, w->n - 2 * b, to, 0);
         }
     }
 }
@@ -14621,62 +14654,253 @@ static void moqi_amx_configure(int a, int b)
     __asm__ volatile("ldtilecfg %0" : : "m"(c) : "memory");
 }
 
-/* y[t][0 .. 32) += mul * two tiles of sums. */
-MOQI_AVX512 static void moqi_amx_add(const moqi_panel *w, const float *sums, int64_t tokens, float *y, int64_t ldy)
-{
-    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
-                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
-    const __m512 m0 = _mm512_loadu_ps(w->mul), m1 = _mm512_loadu_ps(w->mul + 16);
-    const __m512 b0 = moqi_panel_bias_512(w, some[0], 0), b1 = moqi_panel_bias_512(w, some[1], 16);
-    const int adds = !w->starts || w->col > 0;
-    for (int64_t t = 0; t < tokens; t++, y += ldy) {
-        __m512 v0 = _mm512_mask_loadu_ps(b0, (__mmask16)(adds ? some[0] : 0), y), v1 = _mm512_mask_loadu_ps(b1, (__mmask16)(adds ? some[1] : 0), y + 16);
-        _mm512_mask_storeu_ps(y, some[0], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * t), m0, v0));
-        _mm512_mask_storeu_ps(y + 16, some[1], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 256 + 16 * t), m1, v1));
-    }
-}
-
 #define MOQI_TILES(op) op " %%tmm0, (%0,%1,1)\n\t" op " %%tmm1, 1024(%0,%1,1)\n\t" op " %%tmm2, 2048(%0,%1,1)\n\t" op " %%tmm3, 3072(%0,%1,1)"
 #define MOQI_UNTILES(op) op " (%0,%1,1), %%tmm0\n\t" op " 1024(%0,%1,1), %%tmm1\n\t" op " 2048(%0,%1,1), %%tmm2\n\t" op " 3072(%0,%1,1), %%tmm3"
+#define MOQI_TILES_ZERO "tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3"
 
-/* 32 rows of weights times 32 rows of x: 4 loads for 4 tile products. Sums stay in tiles of their own from panel to panel of the same
-   rows, and reach y with the last: rows of y lie too far apart to be added to 16 times. */
-static void moqi_block_amx(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+/* Lines of codes and scales that are wanted next, asked for a few at a time while tiles multiply, into the second-level cache. */
+typedef struct moqi_amx_ask {
+    const moqi_tiled *p;
+    int64_t row, rows, col, n, bits;
+    int64_t line, lines;      /* of a row's codes; those of its scales are asked for with its first */
+    int64_t each;             /* lines in a step of tiles */
+} moqi_amx_ask;
+
+static void moqi_amx_ask_more(moqi_amx_ask *q)
 {
-    int64_t was = 0, ldw = MOQI_PANEL_ROWS * 4, ldc = 64;
-    for (int64_t j = 0; j < m; j += 32) {
-        int64_t a = moqi_min(16, m - j), b = moqi_min(16, m - j - 16);
-        float *sums = w->sums + (w->block * ((m + 31) / 32) + j / 32) * 1024;
-        if (b < 1) b = a; /* the rows of a twice, of which the second are not stored */
-        if (a * 32 + b != was) moqi_amx_configure((int)a, (int)b);
-        was = a * 32 + b;
-        if (w->col == 0) __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
-        else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"(ldc) : "memory");
-        const float *xa = x + j * ldx + w->col / 2 * a, *xb = m - j > 16 ? x + (j + 16) * ldx + w->col / 2 * b : xa;
-        const uint32_t *d = w->data;
-        for (int64_t k = 0; k < w->n; k += 32, d += 16 * MOQI_PANEL_ROWS, xa += 16 * a, xb += 16 * b)
-            __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\t"
-                             "tileloadd (%2,%5,1), %%tmm6\n\t"
-                             "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-                             "tileloadd (%3,%5,1), %%tmm7\n\t"
-                             "tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
-                             "tileloadd (%1,%4,1), %%tmm5\n\t"
-                             "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-                             "tdpbf16ps %%tmm7, %%tmm5, %%tmm3"
-                             : : "r"(xa), "r"(xb), "r"(d), "r"(d + 16), "r"(ldc), "r"(ldw) : "memory");
-        __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"(ldc) : "memory");
-        if (w->col + MOQI_TILE_COLS < w->p->layer.cols) continue;
-        moqi_amx_add(w, sums, a, y + j * ldy, ldy);
-        if (m - j > 16) moqi_amx_add(w, sums + 512, b, y + (j + 16) * ldy, ldy);
+    const moqi_tiled *p = q->p;
+    for (int64_t k = 0; k < q->each && q->rows > 0; k++) {
+        __builtin_prefetch(p->codes + q->row * p->row_bytes + q->col * q->bits / 8 + 64 * q->line, 0, 2);
+        if (q->line == 0 && p->scales) {
+            int64_t size = moq_dtype_bits(p->scale_dtype) / 8, at = (moqi_stream_scale_at(p, q->row) + moqi_stream_group(p, q->col)) * size;
+            for (int64_t i = 0; i < moqi_ceil_div(q->n * size, p->group_cols); i += 64) __builtin_prefetch(p->scales + at + i, 0, 2);
+        }
+        if (++q->line < q->lines) continue;
+        q->line = 0;
+        q->row++;
+        q->rows--;
     }
-    __asm__ volatile("tilerelease" : : : "memory");
 }
 
-static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_arrange, moqi_panels, moqi_panel_bf16_512, moqi_block_amx};
+/* Columns [col, col + n) of rows of weights, turned, times all rows of x. */
+typedef struct moqi_amx_block {
+    const moqi_tiled *p;
+    int64_t row, rows, col, n, unit;
+    const uint32_t *data;     /* panels of 32 rows and up to 512 columns, those of the same rows one after the other */
+    const float *x, *mul;     /* mul: [rows] */
+    int64_t ldx, m;
+    float *y, *sums;          /* sums: [rows / 32][m / 32][2 tiles of x][2 of weights][16][16] */
+    int64_t ldy;
+    moqi_amx_ask ask;
+} moqi_amx_block;
+
+/* `steps` times 16 words of panels times two tiles of x, of `a` and `b` rows: 4 loads for 4 tile products. op: spelled "tdpbf16ps", ... */
+#define MOQI_AMX_PRODUCTS2(op) \
+    for (int64_t s = 0; s < steps; s++, d += 16 * MOQI_PANEL_ROWS, xa += 16 * a, xb += 16 * b) { \
+        moqi_amx_ask_more(&k->ask); \
+        for (int i = 0; i < lines; i++, na += 16, nb += 16) { __builtin_prefetch(na, 0, 2); __builtin_prefetch(nb, 0, 2); } \
+        __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\ttileloadd (%2,%5,1), %%tmm6\n\t" op " %%tmm6, %%tmm4, %%tmm0\n\t" \
+                         "tileloadd (%3,%5,1), %%tmm7\n\t" op " %%tmm7, %%tmm4, %%tmm1\n\ttileloadd (%1,%4,1), %%tmm5\n\t" \
+                         op " %%tmm6, %%tmm5, %%tmm2\n\t" op " %%tmm7, %%tmm5, %%tmm3" \
+                         : : "r"(xa), "r"(xb), "r"(d), "r"(d + 16), "r"(ldx), "r"(ldw) : "memory"); }
+/* Times one. */
+#define MOQI_AMX_PRODUCTS1(op) \
+    for (int64_t s = 0; s < steps; s++, d += 16 * MOQI_PANEL_ROWS, xa += 16 * a) { \
+        moqi_amx_ask_more(&k->ask); \
+        __asm__ volatile("tileloadd (%0,%3,1), %%tmm4\n\ttileloadd (%1,%4,1), %%tmm6\n\t" op " %%tmm6, %%tmm4, %%tmm0\n\t" \
+                         "tileloadd (%2,%4,1), %%tmm7\n\t" op " %%tmm7, %%tmm4, %%tmm1" \
+                         : : "r"(xa), "r"(d), "r"(d + 16), "r"(ldx), "r"(ldw) : "memory"); }
+
+/* Rows [r, r + 32) and words [at, at + n) of a block times rows [j, j + 32) of x. Sums stay in tiles, and from words to words in memory of their own:
+   rows of y lie too far apart to be added to. With many rows of x, the same rows of weights ask for a share of the next words of x. */
+static void moqi_amx_product(moqi_amx_block *k, int64_t r, int64_t j, int64_t at, int64_t n)
+{
+    const int64_t ldx = 64, ldw = MOQI_PANEL_ROWS * 4, ldc = 64, first = k->col / k->unit + at, steps = moqi_ceil_div(n, 16);
+    const int64_t a = moqi_min(16, k->m - j), b = moqi_max(0, moqi_min(16, k->m - j - 16));
+    const float *xa = k->x + j * k->ldx + first * a, *xb = k->x + (b ? j + 16 : j) * k->ldx + first * b;
+    const int lines = k->m > MOQI_AMX_MANY ? (int)moqi_ceil_div(16 * MOQI_PANEL_ROWS, k->rows) : 0; /* of 16 in each tile of x */
+    const float *na = xa + (n + 16 * lines * (r / MOQI_PANEL_ROWS) * steps / 16) * a, *nb = na + (xb - xa);
+    const uint32_t *d = k->data + (r * (moqi_ceil_div(k->n, MOQI_TILE_COLS) * MOQI_TILE_COLS / k->unit) + at * MOQI_PANEL_ROWS);
+    float *sums = k->sums + (r / MOQI_PANEL_ROWS * ((k->m + 31) / 32) + j / 32) * 1024;
+    if (first == 0) __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
+    else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"(ldc) : "memory");
+    if (k->unit == 2 && b) { MOQI_AMX_PRODUCTS2("tdpbf16ps") }
+    else if (k->unit == 2) { MOQI_AMX_PRODUCTS1("tdpbf16ps") }
+    else if (b) { MOQI_AMX_PRODUCTS2("tdpbssd") }
+    else { MOQI_AMX_PRODUCTS1("tdpbssd") }
+    __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"(ldc) : "memory");
+}
+
+/* y = bias + mul * sums, row by row of y: pieces of few columns would take a page translation each. Integers are multiplied with the scale of their
+   row of x, too. */
+MOQI_AVX512 static void moqi_amx_finish(const moqi_amx_block *k)
+{
+    const int64_t count = (k->m + 31) / 32, words = (k->p->layer.cols + 127) / 128 * 32; /* of x, before its scale */
+    const float *bias = k->p->bias ? k->p->bias + k->row : NULL;
+    for (int64_t t = 0; t < k->m; t++) {
+        const int64_t first = t / 16 * 16, tile = moqi_min(16, k->m - first);
+        const float *sums = k->sums + t / 32 * 1024 + t % 32 / 16 * 512 + t % 16 * 16;
+        const __m512 by = _mm512_set1_ps(k->unit == 4 ? k->x[first * k->ldx + words * tile + 16 * (t - first)] : 1);
+        for (int64_t r = 0; r < k->rows; r += 16) {
+            const __mmask16 some = (__mmask16)(k->rows - r >= 16 ? 0xffff : (1 << (k->rows - r)) - 1);
+            __m512 v = _mm512_loadu_ps(sums + r / 32 * count * 1024 + r % 32 / 16 * 256);
+            if (k->unit == 4) v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by);
+            v = _mm512_fmadd_ps(v, _mm512_loadu_ps(k->mul + r), bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps());
+            _mm512_mask_storeu_ps(k->y + t * k->ldy + r, some, v);
+        }
+    }
+}
+
+/* All of a block: with many rows of x, so few words of a panel that it stays in the first-level cache. */
+static void moqi_amx_products(moqi_amx_block *k)
+{
+    const int64_t words = moqi_ceil_div(k->n, k->unit), most = k->m > MOQI_AMX_MANY ? MOQI_AMX_FEW : words;
+    int64_t was = 0;
+    for (int64_t at = 0; at < words; at += most)
+        for (int64_t r = 0; r < k->rows; r += MOQI_PANEL_ROWS)
+            for (int64_t j = 0; j < k->m; j += 32) {
+                int64_t a = moqi_min(16, k->m - j), b = moqi_min(16, k->m - j - 16);
+                if (b < 1) b = a;
+                if (a * 32 + b != was) moqi_amx_configure((int)a, (int)b);
+                was = a * 32 + b;
+                moqi_amx_product(k, r, j, at, moqi_min(most, words - at));
+            }
+    __asm__ volatile("tilerelease" : : : "memory");
+    if (k->col + k->n >= k->p->layer.cols) moqi_amx_finish(k);
+}
+
+/* Decodes a block of weights, panel by panel, into `data`; mul gets the factors of its rows. */
+static void moqi_amx_turn(const moqi_way *way, const moqi_amx_block *k, uint32_t *data, float *mul, float *scratch)
+{
+    moqi_panel w;
+    w.p = k->p;
+    w.step = MOQI_TILE_COLS;
+    w.tile = scratch;
+    w.scale = scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS;
+    w.many = k->m > 32;
+    w.data = data;
+    for (int64_t r = 0; r < k->rows; r += MOQI_PANEL_ROWS) {
+        w.row = k->row + r;
+        w.rows = moqi_min(MOQI_PANEL_ROWS, k->rows - r);
+        for (int64_t c = 0; c < k->n; c += MOQI_TILE_COLS, w.data += MOQI_PANEL_ROWS * MOQI_TILE_COLS / k->unit) {
+            w.col = k->col + c;
+            w.n = moqi_min(MOQI_TILE_COLS, k->n - c);
+            w.next_col = c + MOQI_TILE_COLS < k->n ? w.col + MOQI_TILE_COLS : k->col;
+            w.next_row = c + MOQI_TILE_COLS < k->n ? w.row : w.row + MOQI_PANEL_ROWS;
+            way->decode(&w);
+        }
+        memcpy(mul + r, w.mul, sizeof w.mul);
+    }
+}
+
+/* What is wanted after a block is asked for while it is multiplied, if that takes long enough: else the panels ask for the next of them. */
+static void moqi_amx_want(moqi_amx_block *k, int64_t row, int64_t col, int64_t step)
+{
+    moqi_amx_ask *q = &k->ask;
+    int64_t steps = moqi_ceil_div(k->rows, MOQI_PANEL_ROWS) * ((k->m + 31) / 32) * moqi_ceil_div(k->n, 16 * k->unit);
+    q->p = k->p;
+    q->row = row;
+    q->rows = k->m > 32 ? k->rows : 0;
+    q->col = col;
+    q->n = moqi_min(step, k->p->layer.cols - col);
+    q->bits = k->p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(k->p->dtype);
+    q->line = 0;
+    q->lines = moqi_ceil_div(q->n * q->bits, 512);
+    q->each = moqi_ceil_div(k->rows * q->lines, steps);
+}
+
+/* Weights are turned in blocks of 256 KB: few rows and all columns for few rows of x, whose sums then never leave the tiles; many rows and few
+   columns for many, so that this part of x stays in the second-level cache and weights are decoded once. */
+static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                              int64_t ldy, float *scratch)
+{
+    float mul[MOQI_WAY_ROWS];
+    moqi_amx_block k;
+    uint32_t *data = (uint32_t *)(void *)(scratch + MOQI_WAY_FLOATS);
+    int64_t words = MOQI_TILE_COLS / 2, most = moqi_min(m, MOQI_WAY_TOKENS);
+    while (words < 2048 && words * way->unit < p->layer.cols && 4 * words * most <= MOQI_AMX_X) words *= 2;
+    const int64_t step = words * way->unit, down = MOQI_AMX_WEIGHTS / 2 / words;
+    k.p = p;
+    k.unit = way->unit;
+    k.data = data;
+    k.mul = mul;
+    k.ldx = ldx;
+    k.ldy = ldy;
+    for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
+        for (k.col = 0; k.col < p->layer.cols; k.col += step)
+            for (int64_t first = 0; first < rows; first += down) {
+                k.row = row + first;
+                k.rows = moqi_min(down, rows - first);
+                k.n = moqi_min(step, p->layer.cols - k.col);
+                k.x = x + j * ldx;
+                k.m = moqi_min(MOQI_WAY_TOKENS, m - j);
+                k.y = y + j * ldy + first;
+                k.sums = (float *)(void *)(data + MOQI_AMX_WEIGHTS / 2) + first * ((k.m + 31) / 32 * 32);
+                if (first + down < rows) moqi_amx_want(&k, k.row + down, k.col, step);
+                else if (k.col + step < p->layer.cols) moqi_amx_want(&k, row, k.col + step, step);
+                else moqi_amx_want(&k, row + rows, 0, step); /* of the next task */
+                moqi_amx_turn(way, &k, data, mul, scratch);
+                moqi_amx_products(&k);
+            }
+}
+
+static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_arrange, moqi_amx_multiply, moqi_panel_bf16_512, NULL};
 
 /* ---- bytes ----
-   A tile instruction adds 16 x 64 by 64 x 16 products of a byte with sign and one without. Sums of one scale go through the vector unit, which
-   takes as long as four tile products do: so there must be at least 64 columns under it. */
+   A tile instruction adds 16 x 64 by 64 x 16 products of bytes. Where a row of weights and a row of x have one scale each, the sums of all
+   columns are whole numbers that a tile holds. */
+
+static int moqi_amx_takes_rows(const moqi_tiled *p)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    int one = c->group_cols <= 0 || c->group_cols >= p->layer.cols || (!c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3);
+    if (!moqi_i8_takes(p) || p->form != MOQI_CODES_WIDE || !p->rounds || c->elem != MOQ_I8 || !one) return 0;
+    return p->groups == 1 && p->layer.cols <= 65536 ? moqi_i8_after_512(p) : 0; /* 2^16 products of 2^14 */
+}
+
+/* x [n] -> 16 words of codes every `step` words, and behind them its scale, with the rounding of moqi_i8_arrange_512. */
+MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    float s = moqi_dot_amax_512(x, n);
+    if (!moqi_is_nan(s)) {
+        if (c->dynamic || c->scale == MOQ_F8_E8M0 || c->scale == MOQ_F8_E4M3) s = moqi_input_scale(c, p->layer.input_scale, &s, 1);
+        else s = p->layer.input_scale;
+    }
+    const __m512 by = _mm512_set1_ps(s > 0 ? s : 1);
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 64, out += step)
+        for (int64_t k = i; k < i + 64; k += 16) {
+            __mmask16 some = (__mmask16)(s > 0 ? n - k >= 16 ? 0xffff : n > k ? (1 << (n - k)) - 1 : 0 : 0);
+            __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(some, x + k), by);
+            __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(32767))); /* what does not fit becomes -2^31, on either side */
+            _mm_storeu_si128((__m128i *)(void *)(out + (k - i) / 4), _mm512_cvtsepi32_epi8(q));
+        }
+    *out = s;
+}
+
+/* Bytes as they are, turned. */
+MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    uint32_t words[256] MOQI_ALIGNED;
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col;
+        uint32_t *to = w->data + h;
+        int64_t rows = moqi_min(16, w->rows - h);
+        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 8);
+        for (int64_t b = 0; b < w->n; b += 64) {
+            moqi_panel_words_512(src + b, p->row_bytes, rows, w->n - b, words);
+            for (int i = 0; i < 16; i++, to += MOQI_PANEL_ROWS) _mm512_storeu_si512(to, _mm512_loadu_si512(words + 16 * i));
+        }
+    }
+}
+
+static const moqi_way moqi_amx_way_rows = {"INT8 tiles", 4, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_multiply, moqi_panel_turned_512, NULL};
+
+/* Else sums of one scale go through the vector unit, which takes as long as four tile products do: so there must be at least 64 columns under
+   it, and 128 are better. */
 
 static int moqi_amx_takes_i8(const moqi_tiled *p)
 {
@@ -14695,7 +14919,22 @@ MOQI_VNNI static void moqi_amx_scale(const int32_t *sums, const float *scale, co
     }
 }
 
-/* 32 rows of weights times 32 rows of x, as in moqi_block_amx. */
+/* y[t][0 .. 32) += mul * two tiles of sums. */
+MOQI_AVX512 static void moqi_amx_add(const moqi_panel *w, const float *sums, int64_t tokens, float *y, int64_t ldy)
+{
+    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
+                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
+    const __m512 m0 = _mm512_loadu_ps(w->mul), m1 = _mm512_loadu_ps(w->mul + 16);
+    const __m512 b0 = moqi_panel_bias_512(w, some[0], 0), b1 = moqi_panel_bias_512(w, some[1], 16);
+    const int adds = !w->starts || w->col > 0;
+    for (int64_t t = 0; t < tokens; t++, y += ldy) {
+        __m512 v0 = _mm512_mask_loadu_ps(b0, (__mmask16)(adds ? some[0] : 0), y), v1 = _mm512_mask_loadu_ps(b1, (__mmask16)(adds ? some[1] : 0), y + 16);
+        _mm512_mask_storeu_ps(y, some[0], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 16 * t), m0, v0));
+        _mm512_mask_storeu_ps(y + 16, some[1], _mm512_fmadd_ps(_mm512_loadu_ps(sums + 256 + 16 * t), m1, v1));
+    }
+}
+
+/* 32 rows of weights times 32 rows of x. */
 static void moqi_block_amx_i8(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
 {
     int64_t was = 0, all = (w->p->layer.cols + 127) / 128 * 128, ldw = MOQI_PANEL_ROWS * 4, ldc = 64, lda = ldx * 4;
@@ -15556,7 +15795,8 @@ static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_amx_way, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8,
+                                                &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
@@ -15986,7 +16226,7 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     int64_t tile = MOQI_TILE_ROWS * (int64_t)MOQI_TILE_COLS;
     if (p->form == MOQI_CODES_SLOW || (p->lora_a && p->lora_a->form == MOQI_CODES_SLOW)) tile = moqi_max(tile, MOQI_SLOW_ROWS * cols);
     if (p->way[0]) tile = moqi_max(tile, MOQI_WAY_FLOATS);
-    for (int i = 0; i < MOQI_WAYS && p->way[i]; i++) if (p->way[i]->unit == 2) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
+    for (int i = 0; i < MOQI_WAYS && p->way[i]; i++) if (p->way[i]->decode && !p->way[i]->block) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);

@@ -2,7 +2,7 @@
 
    Such a processor stops at a tile instruction with SIGILL. The handler here reads the instruction, does what the Intel SDM (volume 2) says it
    does to tiles of its own, one set for each thread, and goes on behind it: ldtilecfg, tilerelease, tilezero, tileloadd, tilestored,
-   tdpbf16ps, tdpbsud. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
+   tdpbf16ps, tdpbsud, tdpbssd. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -78,15 +78,18 @@ static void amx_product(amx_state *t, int d, int a, int b)
         }
 }
 
-/* d[m][n] += sum over i < 4 of a[m][k][i] b[k][n][i], a with sign and b without */
-static void amx_bytes(amx_state *t, int d, int a, int b)
+/* d[m][n] += sum over i < 4 of a[m][k][i] b[k][n][i], a with sign and b with or without */
+static void amx_bytes(amx_state *t, int d, int a, int b, int sign)
 {
     for (int m = 0; m < t->rows[d]; m++)
         for (int n = 0; n < t->bytes[d] / 4; n++) {
             uint32_t sum;
             memcpy(&sum, t->tile[d][m] + 4 * n, 4);
             for (int k = 0; k < t->bytes[a] / 4 && k < t->rows[b]; k++)
-                for (int i = 0; i < 4; i++) sum += (uint32_t)((int8_t)t->tile[a][m][4 * k + i] * t->tile[b][k][4 * n + i]);
+                for (int i = 0; i < 4; i++) {
+                    int w = t->tile[b][k][4 * n + i];
+                    sum += (uint32_t)((int8_t)t->tile[a][m][4 * k + i] * (sign ? (int8_t)w : w));
+                }
             memcpy(t->tile[d][m] + 4 * n, &sum, 4);
         }
 }
@@ -121,8 +124,8 @@ static int amx_step(ucontext_t *c)
     } else if (op == 0x5c && prefix == 2 && mod == 3) {
         amx_product(t, reg, rm, third);
         p++;
-    } else if (op == 0x5e && prefix == 2 && mod == 3) {
-        amx_bytes(t, reg, rm, third);
+    } else if (op == 0x5e && (prefix == 2 || prefix == 3) && mod == 3) {
+        amx_bytes(t, reg, rm, third, prefix == 3);
         __atomic_fetch_add(&amx_bytes_count, 1, __ATOMIC_RELAXED);
         p++;
     } else {

@@ -200,6 +200,23 @@ static void large_scales(moq_backend *be, const char *name)
     layer_free(&l);
 }
 
+/* So many rows of x that they are taken in pieces, and so many of weights that a task has several panels. */
+static void many_rows(moq_backend *be, const char *name)
+{
+    moq_error err;
+    int rounded = 0;
+    CHECK(be->reserve(be, 530, &err) == MOQ_OK);
+    for (int i = 0; i < 4; i++) {
+        layer l;
+        layer_make(&l, &layer_formats[i % 2 ? 16 : 4], i < 2 ? 520 : 45, i < 2 ? 600 : 1100);
+        if (i % 2) { l.w.scheme.input = input_formats[5].c; l.w.input_scale = input_formats[5].scale; }
+        long wrong = i % 2 ? check_linear(be, &l, 1, i < 2 ? 290 : 530) : check_automatic(be, &l, i < 2 ? 290 : 530, &rounded);
+        if (wrong) fprintf(stderr, "%s, %s, many rows: %ld wrong\n", name, l.w.name, wrong);
+        CHECK_INT(wrong, 0);
+        layer_free(&l);
+    }
+}
+
 static void test_backend_automatic(void)
 {
     for (int k = 0; moqi_get_kernels(k); k++) {
@@ -211,6 +228,7 @@ static void test_backend_automatic(void)
         integer_formats(be, name);
         large_scales(be, name);
         large_inputs(be, name);
+        if (strcmp(name, "amx") == 0) many_rows(be, name);
         test_state.seed = seed;
         int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL || strncmp(name, "neon", 4) == 0;
 #ifdef MOQI_DOTS
@@ -238,6 +256,7 @@ static void test_backend_tiles(void)
     CHECK(amx_count > 1000 && amx_bytes_count == 0);
     integer_formats(be, "amx, emulated");
     CHECK(amx_bytes_count > 1000);
+    many_rows(be, "amx, emulated");
     moq_backend_destroy(be);
     sigaction(SIGILL, &before, NULL);
 #else

@@ -451,7 +451,7 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
     if (strcmp(be->name, "cpu") != 0 || (strncmp(kernel, "avx", 3) != 0 && strcmp(kernel, "amx") != 0)) return PEAK_NONE;
     way = moqi_way_for(((const moqi_weight *)(const void *)w)->part, m);
 #ifdef MOQI_AMX
-    if (way == &moqi_amx_way_i8) return PEAK_AMX_BYTES;
+    if (way == &moqi_amx_way_rows || way == &moqi_amx_way_i8) return PEAK_AMX_BYTES;
 #endif
     return way && way->unit == 2 ? PEAK_AMX : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
 }
