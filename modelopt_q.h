@@ -14522,10 +14522,11 @@ enum {
     MOQI_AMX_FEW = 128         /* a panel of 16 KB, which stays in the first-level cache */
 };
 
-/* Integers in place take 8 rows of x at once, or 4 whose inputs keep 16 bits; a turned block takes any number in about the same time. */
+/* Measured: a turned block takes any number of rows of x in about the time that integers in place take for two passes, each of 8 rows or of 4
+   whose inputs keep 16 bits; other codes, which come by rows of F32, pay from 17 rows on. */
 static int moqi_amx_takes(const moqi_tiled *p)
 {
-    int from = !moqi_dot_takes_512(p) ? 4 : p->input_bits <= 8 ? 17 : 9;
+    int from = moqi_dot_takes_512(p) ? p->input_bits <= 8 ? 17 : 9 : moqi_stream_takes_512(p) ? 17 : 4;
     return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? from : 0;
 }
 
