@@ -14755,7 +14755,7 @@ MOQI_AVX512 static void moqi_amx_finish(const moqi_amx_block *k)
 /* All of a block: with many rows of x, so few words of a panel that it stays in the first-level cache. */
 static void moqi_amx_products(moqi_amx_block *k)
 {
-    const int64_t words = moqi_ceil_div(k->n, k->unit), most = k->m > MOQI_AMX_MANY ? MOQI_AMX_FEW : words;
+    const int64_t words = moqi_ceil_div(k->n, k->unit), most = k->m > MOQI_AMX_MANY ? (int64_t)MOQI_AMX_FEW : words;
     int64_t was = 0;
     for (int64_t at = 0; at < words; at += most)
         for (int64_t r = 0; r < k->rows; r += MOQI_PANEL_ROWS)
