@@ -18378,25 +18378,64 @@ MOQ_API moq_result moq_find_amax(const moq_encode_desc *d, float *amax, float *g
    Pure functions in double. Singular values are exact to a few units of 2^-52 of the largest.
    ------------------------------------------------------------------------------------------------ */
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("O3")
+#endif
+/* a . a, b . b and a . b, in 64 sums each, so that every instruction set adds in the same order. */
+#define MOQI_PAIR_DOTS_LOOP(name, attribute, unused) \
+    attribute static void name(const double *a, const double *b, int64_t n, double out[3]) \
+    { \
+        double aa[64] = {0}, bb[64] = {0}, ab[64] = {0}; \
+        int64_t i = 0; \
+        for (; i + 64 <= n; i += 64) { \
+            MOQI_APART for (int k = 0; k < 64; k++) aa[k] += a[i + k] * a[i + k]; \
+            MOQI_APART for (int k = 0; k < 64; k++) bb[k] += b[i + k] * b[i + k]; \
+            MOQI_APART for (int k = 0; k < 64; k++) ab[k] += a[i + k] * b[i + k]; \
+        } \
+        for (; i < n; i++) { aa[0] += a[i] * a[i]; bb[0] += b[i] * b[i]; ab[0] += a[i] * b[i]; } \
+        for (int k = 1; k < 64; k++) { aa[0] += aa[k]; bb[0] += bb[k]; ab[0] += ab[k]; } \
+        out[0] = aa[0]; \
+        out[1] = bb[0]; \
+        out[2] = ab[0]; \
+    }
+MOQI_THRICE(MOQI_PAIR_DOTS_LOOP, moqi_pair_dots, )
+
+/* a, b = c a - s b, s a + c b. */
+#define MOQI_PAIR_TURN_LOOP(name, attribute, unused) \
+    attribute static void name(double *a, double *b, int64_t n, double c, double s) \
+    { \
+        MOQI_APART for (int64_t i = 0; i < n; i++) { \
+            double x = a[i], y = b[i]; \
+            a[i] = c * x - s * y; \
+            b[i] = s * x + c * y; \
+        } \
+    }
+MOQI_THRICE(MOQI_PAIR_TURN_LOOP, moqi_pair_turn, )
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
 /* One-sided Jacobi (Hestenes) in double: rotate pairs of vectors until all are orthogonal, |a . b| <= 1e-15 |a| |b|. Singular values are
    exact to a few units of 2^-52 of the largest. vectors: [n, length]; turns: [n, n], what was done, from the identity.
    Afterwards vectors = turns * (what they were), and the singular values are their lengths. */
 static void moqi_jacobi(double *vectors, double *turns, int64_t n, int64_t length)
 {
+    int level = moqi_vector_level();
     memset(turns, 0, (size_t)(n * n) * sizeof *turns);
     for (int64_t i = 0; i < n; i++) turns[i * n + i] = 1;
     for (int sweep = 0, moved = 1; moved && sweep < 60; sweep++) {
         moved = 0;
         for (int64_t p = 0; p < n - 1; p++)
             for (int64_t q = p + 1; q < n; q++) {
-                double *a = vectors + p * length, *b = vectors + q * length, aa = 0, bb = 0, ab = 0;
-                for (int64_t i = 0; i < length; i++) { aa += a[i] * a[i]; bb += b[i] * b[i]; ab += a[i] * b[i]; }
-                if (!(fabs(ab) > 1e-15 * sqrt(aa * bb))) continue;
-                double zeta = (bb - aa) / (2 * ab), t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
-                double c = 1 / sqrt(1 + t * t), s = c * t, *u = turns + p * n, *v = turns + q * n;
+                double *a = vectors + p * length, *b = vectors + q * length, dots[3];
+                MOQI_CALL(level, moqi_pair_dots, (a, b, length, dots));
+                if (!(fabs(dots[2]) > 1e-15 * sqrt(dots[0] * dots[1]))) continue;
+                double zeta = (dots[1] - dots[0]) / (2 * dots[2]), t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
+                double c = 1 / sqrt(1 + t * t), s = c * t;
                 moved = 1;
-                for (int64_t i = 0; i < length; i++) { double x = a[i]; a[i] = c * x - s * b[i]; b[i] = s * x + c * b[i]; }
-                for (int64_t i = 0; i < n; i++) { double x = u[i]; u[i] = c * x - s * v[i]; v[i] = s * x + c * v[i]; }
+                MOQI_CALL(level, moqi_pair_turn, (a, b, length, c, s));
+                MOQI_CALL(level, moqi_pair_turn, (turns + p * n, turns + q * n, n, c, s));
             }
     }
 }
