@@ -1,8 +1,10 @@
 /* Linear layers with few rows of x, beside a plain read of the same bytes. Weights rotate through copies larger than the cache, calls are recorded
    as a graph; the median of 9. nrmse: the root of the mean squared error of 64 rows of W against float64, over the root of the mean square.
-       bench [form [rows x cols]]     e.g. bench nvfp4 4096x4096 */
+       bench [form [rows x cols [bf16]]]     e.g. bench nvfp4 4096x4096, bench nvfp4 all bf16; activations: F32, or BF16 */
 #include "../../modelopt_q.h"
 #include "measure.h"
+
+extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
 
 enum { TURNS = 9, MOST_COPIES = 64, SAMPLES = 64 };
 
@@ -151,19 +153,17 @@ static double time_linear(moq_weight **p, int copies, const void *x, int rows, v
     return median(t, TURNS);
 }
 
-int main(int argc, char **argv)
+static void bench(moq_dtype act, int argc, char **argv)
 {
     static const int shapes[5][2] = {{4096, 4096}, {14336, 4096}, {4096, 14336}, {8192, 8192}, {28672, 8192}}, rows_of_x[] = {1, 2, 8, 16};
     const size_t most = (size_t)28672 * 8192;
     uint8_t *codes = (uint8_t *)malloc(most * 2), *scales = (uint8_t *)malloc(most / 4);
     moq_cuda_desc d;
-    cudaDeviceProp prop;
     memset(&d, 0, sizeof d);
     d.act = MOQ_ACT_WIDE;
-    be = moq_cuda_backend_with(&d, &err);
-    check(be != NULL, "moq_cuda_backend_with");
-    cuda(cudaGetDeviceProperties(&prop, 0));
-    printf("%s\n%-10s %11s %6s", prop.name, "form", "rows x cols", "read");
+    be = moq_cuda_backend_full(&d, act, NULL, &err);
+    check(be != NULL, "moq_cuda_backend_full");
+    printf("%s activations\n%-10s %11s %6s", moq_dtype_name(act), "form", "rows x cols", "read");
     for (int k = 0; k < 4; k++) printf("   M=%-2d us ratio   nrmse", rows_of_x[k]);
     printf("\n");
     for (size_t f = 0; f < sizeof forms / sizeof *forms; f++)
@@ -173,12 +173,15 @@ int main(int argc, char **argv)
             moq_linear w;
             moq_weight *p[MOST_COPIES];
             snprintf(shape, sizeof shape, "%dx%d", (int)n, (int)c);
-            if ((argc > 1 && strcmp(argv[1], forms[f].name)) || (argc > 2 && strcmp(argv[2], shape))) continue;
+            if ((argc > 1 && strcmp(argv[1], forms[f].name)) || (argc > 2 && strcmp(argv[2], "all") && strcmp(argv[2], shape))) continue;
             make_layer(&w, &forms[f], n, c, codes, scales);
             double bytes = (double)(n * c) * forms[f].bits / 8 + (forms[f].group ? (double)(n * c / forms[f].group) * (forms[f].scale == MOQ_BF16 ? 2 : 1) : 0);
             int copies = (int)(250e6 / bytes) + 1;
             float *x = (float *)malloc((size_t)(16 * c) * 4), *y = (float *)malloc((size_t)(16 * n) * 4);
-            for (int64_t i = 0; i < 16 * c; i++) x[i] = ((float)(next_random() >> 40) / 8388608.0f - 1) * (next_random() % 512 ? 1.0f : 300.0f);
+            for (int64_t i = 0; i < 16 * c; i++) {
+                x[i] = ((float)(next_random() >> 40) / 8388608.0f - 1) * (next_random() % 512 ? 1.0f : 300.0f);
+                if (act == MOQ_BF16) x[i] = moq_bf16_decode(moq_bf16_encode(x[i]));
+            }
             for (int i = 0; i < copies; i++) { p[i] = be->prepare_linear(be, &w, 1, &err); check(p[i] != NULL, "prepare_linear"); }
             check(be->reserve(be, 16, &err) == MOQ_OK, "reserve");
             void *dx = be->alloc(be, (size_t)(16 * c) * 4, &err), *dy = be->alloc(be, (size_t)(16 * n) * 4, &err);
@@ -204,5 +207,13 @@ int main(int argc, char **argv)
     moq_backend_destroy(be);
     free(codes);
     free(scales);
+}
+
+int main(int argc, char **argv)
+{
+    cudaDeviceProp prop;
+    cuda(cudaGetDeviceProperties(&prop, 0));
+    printf("%s\n", prop.name);
+    bench(argc > 3 && strcmp(argv[3], "bf16") == 0 ? MOQ_BF16 : MOQ_F32, argc, argv);
     return 0;
 }
