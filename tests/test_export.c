@@ -1408,7 +1408,9 @@ static void test_export_refused_early(void)
         if (i == n + 2) { d.max_memory = 1000000; says = "to quantize, more than"; }
         if (i == n + 3) { d.target = scratch("early/none/out"); says = "does not exist"; }
         if (i == n + 4) { d.save_calibration = scratch("early/none/kept.safetensors"); says = "does not exist"; }
-        if (!is_there(d.source)) { printf("%s is not in this set\n", d.source); continue; }
+        char config[1300];
+        snprintf(config, sizeof config, "%s/config.json", d.source);
+        if (!is_there(config)) { printf("%s is not in this set\n", d.source); continue; }
         d.calibrate = count_runs;
         d.data = &runs;
         CHECK(moq_quantize(&d, &err) < 0);
