@@ -2729,14 +2729,15 @@ static moq_result moqi_folder_begin(const char *target, char *temp, size_t capac
 {
     const char *base = moqi_base_name(target);
     moq_result taken = moqi_check_new_target(target, err);
+    int os = 0;
     if (taken < 0) return taken;
     for (unsigned i = 0; i < 100; i++) {
         if (moqi_format(temp, capacity, "%s.tmp-%u-%u", target, moqi_sys_process(), i) >= capacity)
             return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "path longer than %zu bytes", capacity - 1);
         if (moqi_sys_make_dir(temp)) return MOQ_OK;
+        os = moqi_os_code(); /* looking at the path overwrites it */
         if (moqi_path_kind(temp) == MOQI_NOTHING) break;
     }
-    int os = moqi_os_code();
     moq_result parent = moqi_check_parent(target, err);
     return parent < 0 ? parent : moqi_fail_os(err, base, "a temporary folder beside it cannot be created", os);
 }
@@ -12575,7 +12576,7 @@ typedef struct moqi_panel {
     const uint8_t *ask;       /* codes that the block asks for while it computes: ask_step bytes for each of 128 words */
     int64_t ask_step;
     float *tile;              /* scratch: [16, 512] */
-    } moqi_panel;
+} moqi_panel;
 
 /* y[m][rows] = bias, then every panel is added. With many rows of x a block of columns is walked through all rows of the task before
    the next, so that block of x stays in the second-level cache; with few, the weights are read in their order. m <= MOQI_WAY_TOKENS */

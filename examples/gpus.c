@@ -13,13 +13,15 @@
 #include <cuda_runtime_api.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 enum { MOST = 8, CHUNK = 64 };
 
 /* Where the ranks meet. */
 typedef struct team {
     pthread_barrier_t barrier;
-    int ranks, devices, failed;
+    int ranks, devices;
+    int failed[MOST];         /* of each rank, read by all behind a barrier */
     const char *folder, *prompt;
     void *x[MOST];            /* what each wants summed, in its device's memory */
 } team;
@@ -38,21 +40,25 @@ static moq_result all_reduce(void *user, moq_backend *be, void *x, size_t count,
     member *m = (member *)user;
     team *t = m->t;
     size_t bytes = count * (be->act == MOQ_BF16 ? 2 : 4);
-    moq_result code = be->sync(be, err);                       /* x is complete */
+    moq_result code = MOQ_OK;
     cudaError_t e = cudaSuccess;
     if (bytes * (size_t)t->ranks > m->room_bytes) {
         if (m->room) be->release(be, m->room);
-        m->room_bytes = bytes * (size_t)t->ranks;
-        m->room = be->alloc(be, m->room_bytes, err);
+        m->room = be->alloc(be, bytes * (size_t)t->ranks, err);
+        m->room_bytes = m->room ? bytes * (size_t)t->ranks : 0;
         if (!m->room) code = MOQ_E_NOMEM;
     }
+    if (code >= 0) code = be->sync(be, err);                   /* x is complete, and the room is zero */
     t->x[m->rank] = x;
     pthread_barrier_wait(&t->barrier);                         /* everybody's x is complete */
     for (int r = 0; r < t->ranks && m->room && e == cudaSuccess; r++)
         e = cudaMemcpyPeer((char *)m->room + (size_t)r * bytes, m->rank % t->devices, t->x[r], r % t->devices, bytes);
     if (e == cudaSuccess) e = cudaDeviceSynchronize();
+    if (e != cudaSuccess) code = moq_fail(err, MOQ_E_BACKEND, "all_reduce", "%s", cudaGetErrorString(e));
+    t->failed[m->rank] = code < 0;
     pthread_barrier_wait(&t->barrier);                         /* everybody has copied it */
-    if (e != cudaSuccess) return moq_fail(err, MOQ_E_BACKEND, "all_reduce", "%s", cudaGetErrorString(e));
+    for (int r = 0; r < t->ranks && code >= 0; r++)            /* what fails on one rank fails on all: none waits for another */
+        if (t->failed[r]) code = moq_fail(err, MOQ_E_BACKEND, "all_reduce", "rank %d failed", r);
     if (code < 0) return code;
     for (int r = 1; r < t->ranks; r++) be->add(be, m->room, (char *)m->room + (size_t)r * bytes, count);
     be->copy(be, x, m->room, bytes);
@@ -66,6 +72,7 @@ static void *run(void *user)
     llm_desc desc = {0};
     const char *piece;
     llm *bot = NULL;
+    int failed = 0;
     cudaSetDevice(m->rank % t->devices);
     desc.path = t->folder;
     desc.chunk = CHUNK;
@@ -75,9 +82,10 @@ static void *run(void *user)
     desc.all_reduce_user = m;
     desc.backend = moq_cuda_backend(m->rank % t->devices, &m->err);
     if (desc.backend) bot = llm_open(&desc, &m->err);
-    if (!bot) t->failed = 1;
+    t->failed[m->rank] = !bot;
     pthread_barrier_wait(&t->barrier);                         /* nobody begins unless all can */
-    if (!t->failed) {
+    for (int r = 0; r < t->ranks; r++) failed |= t->failed[r];
+    if (!failed) {
         const llm_stats *s = llm_get_stats(bot);
         llm_say(bot, "user", t->prompt);
         while ((piece = llm_next(bot, &m->err)) != NULL)
@@ -112,7 +120,7 @@ int main(int argc, char **argv)
     for (int r = 0; r < t.ranks; r++) {
         members[r].t = &t;
         members[r].rank = r;
-        pthread_create(&threads[r], NULL, run, &members[r]);
+        if (pthread_create(&threads[r], NULL, run, &members[r]) != 0) { puts("a thread cannot be made"); exit(1); }
     }
     for (int r = 0; r < t.ranks; r++) pthread_join(threads[r], NULL);
     for (int r = 0; r < t.ranks && !code; r++)

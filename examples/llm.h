@@ -176,8 +176,9 @@ typedef struct llm_token {
 } llm_token;
 
 /* The sum of x [count], activations in the memory of `be`, over all ranks of a model, in place: the same bits on every rank, for example always
-   added from rank 0 on. Work that was queued on `be` comes before, later work after it. Every rank calls it equally often, with equal counts.
-   A failure comes out at the end of the pass; later calls are made all the same, so that no rank waits for another. */
+   added from rank 0 on (without a device: be->download_act, add, be->upload_act). Work that was queued on `be` comes before, later work after
+   it. Every rank calls it equally often, with equal counts; `user` may differ and say which one calls. What fails must fail on every rank: the
+   failure comes out at the end of the pass, until which later calls are made all the same. */
 typedef moq_result (*llm_all_reduce_fn)(void *user, moq_backend *be, void *x, size_t count, moq_error *err);
 
 typedef struct llm_desc {
@@ -208,8 +209,9 @@ typedef struct llm_desc {
                                     heads and of the columns of every MLP and expert, and all_reduce sums what their blocks compute. All are opened
                                     from the same folder and are given the same calls; each gives the whole answer. A step then makes one pass, whatever
                                     its time; who cancels one rank lets all_reduce fail on the others. Inputs rounded with a scale per token are rounded
-                                    in each share for itself. Latent attention, state-space layers and experts between projections cannot be divided:
-                                    MOQ_E_UNSUPPORTED. 0 or 1: off */
+                                    in each share for itself. Latent attention, state-space layers and experts between projections cannot be divided
+                                    (MOQ_E_UNSUPPORTED), nor what cuts through heads or groups of a weight (MOQ_E_SHAPE). After an error or a cancel
+                                    every rank needs llm_reset; each saves a state of its own. 0 or 1: off */
     int32_t rank;                /* which of them this is: 0 .. ranks - 1 */
     llm_all_reduce_fn all_reduce;
     void *all_reduce_user;
@@ -223,7 +225,7 @@ typedef struct llm_desc {
 typedef struct llm_info {
     const char *model_type;
     int32_t layers, hidden, vocab, context, slots;
-    uint64_t weight_bytes;       /* of the checkpoint's tensors */
+    uint64_t weight_bytes;       /* of the checkpoint's tensors, also with ranks; what follows is of this rank's part */
     uint64_t memory_bytes;       /* allocated beyond them: prepared weights, KV cache, activations */
     uint64_t token_bytes;        /* codes and scales that the products of one generated token read; of experts, as many as are chosen */
     uint64_t token_products;     /* their multiplications: elements of those weights */
@@ -6501,9 +6503,11 @@ static moq_result llmi_missing(const llmi_model *m, const char *module, moq_erro
 /* This rank's columns of a layer, `count` of them. What is summed over the ranks gets its bias once. */
 static moq_result llmi_cut_cols(const llmi_model *m, moq_linear *w, int64_t count, moq_error *err)
 {
+    moq_error cut;
     if (m->ranks == 1) return MOQ_OK;
     if (m->rank > 0) memset(&w->bias, 0, sizeof w->bias);
-    return moq_slice_cols(w, m->rank * count, count, w, err);
+    if (moq_slice_cols(w, m->rank * count, count, w, &cut) >= 0) return MOQ_OK;
+    return moq_fail(err, cut.code, "llm_desc.ranks", "take fewer than %d, or open the model whole: %s", m->ranks, cut.text);
 }
 
 /* The layer of a module, which must be there and have this shape; of a layer that is divided this rank's part. */
@@ -7719,6 +7723,7 @@ enum { LLMI_PASS_EMBED = -1 };
 static void llmi_pass_clear(llmi_model *m)
 {
     memset(&m->pass, 0, sizeof m->pass);
+    memset(&m->unsummed, 0, sizeof m->unsummed);
     m->pass.next = LLMI_PASS_EMBED;
 }
 
@@ -7913,7 +7918,6 @@ static moq_result llmi_pass_end(llmi_model *m, moq_error *err)
         if (err) *err = m->unsummed;
         code = m->unsummed.code;
     }
-    memset(&m->unsummed, 0, sizeof m->unsummed);
     for (int32_t i = 0; i < m->pass.rows && code >= 0; i++) m->length[slot[i]] = pos[i] + 1;
     llmi_pass_clear(m);
     return code;
@@ -11883,6 +11887,7 @@ static moq_result llmi_check_desc(const llm_desc *d, moq_error *err)
     if ((r = llmi_check_range("llm_desc.keep", d->keep, 1 << 24, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.draft", d->draft, LLM_DRAFT, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.logprobs", d->logprobs, LLM_TOP, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.ranks", d->ranks, 1 << 10, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.threads", d->threads, 1 << 16, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.sampling.top_k", d->sampling.top_k, INT32_MAX, err)) < 0) return r;
     if ((r = llmi_check_float("llm_desc.sampling.temperature", d->sampling.temperature, 1e6f, err)) < 0) return r;
@@ -13035,7 +13040,7 @@ static uint64_t llmi_fingerprint(const llm *m)
     const llmi_model *o = m->model;
     const llmi_config *c = &o->c;
     const int64_t shapes[] = {c->layers, c->hidden, c->heads, c->kv_heads, c->head_dim, c->value_dim, c->vocab, c->ssm_heads, c->ssm_state,
-                              (int64_t)o->kv + 256 * (int64_t)o->latent_ways, (int64_t)o->elem, 0x0102};
+                              (int64_t)o->kv + 256 * (int64_t)o->latent_ways, (int64_t)o->elem, o->rank, o->ranks, 0x0102};
     uint64_t h = llmi_hash(o->be->name, strcspn(o->be->name, ":"));
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);

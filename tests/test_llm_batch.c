@@ -766,6 +766,35 @@ static void test_ranks_logits(void)
     }
 }
 
+/* The state of one rank is none of the other's. */
+static void test_ranks_state(void)
+{
+    llm_desc d = demo_desc();
+    moq_error e;
+    void *state = NULL;
+    size_t bytes = 0;
+    d.ranks = RANKS;
+    d.all_reduce = sum_ranks; /* nothing runs here: it is not called */
+    for (d.rank = 0; d.rank < RANKS; d.rank++) {
+        llm *m = open_or_say(&d);
+        if (!m) break;
+        if (!state) {
+            bytes = llm_copy_state(m, NULL, 0, &e);
+            state = malloc(bytes);
+            CHECK(llm_copy_state(m, state, bytes, &e) == bytes);
+            CHECK_INT(llm_set_state(m, state, bytes, &e), MOQ_OK);
+        } else {
+            CHECK(llm_set_state(m, state, bytes, &e) < 0);
+        }
+        llm_close(m);
+    }
+    d.rank = RANKS;
+    CHECK(!llm_open(&d, &e) && e.code == MOQ_E_ARG);
+    d.ranks = -1;
+    CHECK(!llm_open(&d, &e) && e.code == MOQ_E_ARG);
+    free(state);
+}
+
 /* A conversation, and a sum that fails in the middle of a pass: both ranks end it with the same error. */
 static void test_ranks_answer(void)
 {
@@ -802,6 +831,7 @@ int main(int argc, char **argv)
     RUN(test_state_dynamic_rope);
     RUN(test_batch_out_of_memory);
     RUN(test_ranks_logits);
+    RUN(test_ranks_state);
     RUN(test_ranks_answer);
     remove(state_file);
     return test_end();

@@ -184,7 +184,7 @@ static int ends_with(const char *s, const char *end)
     return a >= b && strcmp(s + a - b, end) == 0;
 }
 
-/* Only async-signal-safe work: the loops look at the flag. Should one hang, the fourth Ctrl-C ends the program at once. */
+/* Only async-signal-safe work: the loops look at the flag. Should one hang, the fifth Ctrl-C ends the program at once. */
 static void on_interrupt(int number)
 {
     if (number != SIGINT) end_requested = 1;
@@ -193,7 +193,7 @@ static void on_interrupt(int number)
     if (running) llm_cancel(running);
 }
 
-/* Ctrl-C, the end of the terminal and a plain `kill` all stop cleanly; what nohup or a shell lets the program ignore stays ignored. */
+/* Ctrl-C, the end of the terminal and a plain `kill` all stop cleanly; SIGTERM and SIGHUP stay ignored where nohup or a shell lets the program ignore them. */
 static void catch_interrupt(void)
 {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP};

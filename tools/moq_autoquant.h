@@ -133,6 +133,7 @@ static int verb_autoquant(const options *o)
     }
     if (!bad && !(s = moq_autoquant(&d, &err))) {
         const char *others[] = {d.target, o->search, o->save_search, o->calibration};
+        progress_bar("", 1, 1, 0); /* gone before the error */
         bad = refuse_error(blamed_path(&err, d.source, others, COUNT(others)), &err);
     }
     progress_bar("", 1, 1, 0); /* gone before the result */
