@@ -5,6 +5,7 @@
 #include <dirent.h>
 #include <math.h>
 #include <stdarg.h>
+#include <time.h>
 #include <unistd.h>
 
 #define LLM_IMPLEMENTATION
@@ -27,6 +28,14 @@ MOQI_UNUSED static const char *golden(const char *format, ...)
     vsnprintf(text[turn] + n, sizeof text[turn] - (size_t)n, format, args);
     va_end(args);
     return text[turn];
+}
+
+/* Processor time of this thread: other programs do not count. */
+MOQI_UNUSED static double own_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 MOQI_UNUSED static int is_there(const char *path) { return access(path, R_OK) == 0; }

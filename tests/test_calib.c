@@ -32,9 +32,9 @@ static moq_checkpoint *open_source(const char *source)
 
 /* ---- calibration runs against what ModelOpt recorded ---- */
 
-typedef struct run_case { const char *folder, *source, *recipe, *kv; } run_case;
+typedef struct recorded_run { const char *folder, *source, *recipe, *kv; } recorded_run;
 
-static const run_case run_cases[] = {
+static const recorded_run run_cases[] = {
     {"llama-fp8", "llama", "fp8", NULL},
     {"llama-nvfp4", "llama", "nvfp4", NULL},
     {"llama-w4a8_nvfp4_fp8", "llama", "w4a8_nvfp4_fp8", NULL},
@@ -193,7 +193,7 @@ static void score_choices(run_score *r, const moq_json_doc *doc, const moq_stats
 
 static moq_judge run_judge; /* of the table that runs */
 
-static int score_case(const run_case *c, int f32, run_score *r)
+static int score_case(const recorded_run *c, int f32, run_score *r)
 {
     golden_rows g;
     moq_calibrate_desc d;

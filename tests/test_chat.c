@@ -348,7 +348,7 @@ static void test_chat_ends(void)
     close_chat(t);
 }
 
-static void fail_allocations(const char *text, const llm_message *m, size_t count)
+static void fail_chat_allocations(const char *text, const llm_message *m, size_t count)
 {
     moq_error err;
     llm_tokenizer *t = open_chat(text, &err);
@@ -372,9 +372,9 @@ static void fail_allocations(const char *text, const llm_message *m, size_t coun
 static void test_chat_failing_allocations(void)
 {
     static const llm_message m[] = {{"system", "x /think"}, {"user", "/no_think"}, {"tool", "\"\n\""}, {"user", "y"}};
-    fail_allocations(CHATML, three, 4);
-    fail_allocations(NANO2, m, 4);
-    fail_allocations(LLAMA32, m, 4);
+    fail_chat_allocations(CHATML, three, 4);
+    fail_chat_allocations(NANO2, m, 4);
+    fail_chat_allocations(LLAMA32, m, 4);
 }
 
 /* ---- for tests/interop/chat.py ---- */

@@ -512,7 +512,7 @@ static void test_auto_f32(void)
 
 /* ---- what cannot be done ---- */
 
-static int stop_at_once(void *user, moq_stage stage, uint64_t done, uint64_t total)
+static int count_and_stop(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
     (void)stage;
     (void)done;
@@ -581,7 +581,7 @@ static void test_auto_misuse(void)
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "moq_end_batch"));
     d.forward = llm_calibrate;
     d.recipe_count = 2;
-    d.progress = stop_at_once;
+    d.progress = count_and_stop;
     d.progress_user = &calls;
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_CANCELLED && calls == 1);
     CHECK_INT(test_state.live_allocs, 0);

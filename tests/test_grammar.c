@@ -5,8 +5,8 @@
    test_grammar --schemas N              N random schemas, one a line
    test_grammar --bench FOLDER FILE N    what masks cost in N answers under the schema in FILE; FOLDER may be a number of pieces */
 #include "test.h"
-#define LLM_IMPLEMENTATION
-#include "../examples/llm.h"
+#include "golden.h"
+#include "text.h"
 #include <locale.h>
 #include <regex.h>
 #include <time.h>
@@ -16,30 +16,6 @@
 #else
 #define SCHEMAS 120
 #endif
-
-/* ---- text ---- */
-
-typedef struct text { char *data; size_t count, capacity; } text;
-
-static void add_bytes(text *t, const char *s, size_t n)
-{
-    if (t->count + n + 1 > t->capacity) {
-        t->capacity = (t->count + n + 1) * 2;
-        t->data = (char *)realloc(t->data, t->capacity);
-    }
-    memcpy(t->data + t->count, s, n);
-    t->count += n;
-    t->data[t->count] = 0;
-}
-
-static void add(text *t, const char *s) { add_bytes(t, s, strlen(s)); }
-
-static void add_number(text *t, const char *before, long v)
-{
-    char s[100];
-    snprintf(s, sizeof s, "%s%ld", before, v);
-    add(t, s);
-}
 
 static int below(int n) { return (int)(test_random() % (uint32_t)n); }
 
@@ -104,7 +80,7 @@ static llm_tokenizer *open_pieces(int words)
     return k;
 }
 
-static llm_tokenizer *open_demo(void)
+static llm_tokenizer *open_demo_tokenizer(void)
 {
     moq_error err;
     folder = moq_open(test_path("../examples/demo-model"), NULL, &err);
@@ -476,7 +452,7 @@ static void check_random(llm_tokenizer *t, int count)
 
 static void test_random_bytes(void)
 {
-    llm_tokenizer *t = open_demo();
+    llm_tokenizer *t = open_demo_tokenizer();
     check_random(t, SCHEMAS / 2);
     shut(t);
 }
@@ -792,7 +768,7 @@ static void test_masks(void)
         "{}", "{\"type\": \"object\", \"additionalProperties\": {\"enum\": [\"a\", 1]}, \"minProperties\": 2}",
     };
     for (int k = 0; k < 2; k++) {
-        llm_tokenizer *t = k ? open_pieces(400) : open_demo();
+        llm_tokenizer *t = k ? open_pieces(400) : open_demo_tokenizer();
         for (size_t i = 0; i < sizeof schemas / sizeof schemas[0]; i++) check_masks(t, schemas[i], 60);
         shut(t);
     }
@@ -975,7 +951,7 @@ static void test_no_memory(void)
 {
     static const char schema[] = "{\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"string\", \"pattern\": \"^[a-z]{2,4}$\", \"maxLength\": 3}, \"b\": {\"enum\": [1, \"x\", [2]]},"
                                  "\"c\": {\"type\": \"number\", \"minimum\": 0.5}}, \"required\": [\"a\"], \"additionalProperties\": {\"type\": \"array\"}}";
-    llm_tokenizer *t = open_demo();
+    llm_tokenizer *t = open_demo_tokenizer();
     moq_allocator a = test_allocator();
     text d = {NULL, 0, 0};
     int done = 0, tries = 0;
@@ -1113,13 +1089,6 @@ static int make_documents(const char *path, const char *file, int count)
     }
     printf("\n");
     return 0;
-}
-
-static double own_seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* What a grammar costs beside a token's pass through the model, on answers that the schema leads: greedy, where masks are made only when the

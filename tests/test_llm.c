@@ -1223,7 +1223,7 @@ static void test_llm_stream_utf8(void)
 
 /* ---- conversations, on the demo model ---- */
 
-static const char scene[] = "green charger at hallway coat rack; red pillow at hallway coat rack; yellow book at bedroom drawer; red towel at kitchen sink; "
+static const char house[] = "green charger at hallway coat rack; red pillow at hallway coat rack; yellow book at bedroom drawer; red towel at kitchen sink; "
                             "blue umbrella at kitchen sink; Juno at kitchen counter; robot at bathroom washer";
 static const char request[] = "would you move the green charger to the kitchen counter, then the red pillow to the bedroom bed?";
 static const char plan[] =
@@ -1247,7 +1247,7 @@ static llm *open_demo(int32_t context, moq_allocator *a)
 }
 
 /* The rest of the answer; returns how it ended. */
-static moq_result hear(llm *m, char *text, size_t capacity)
+static moq_result hear_text(llm *m, char *text, size_t capacity)
 {
     moq_error e;
     size_t n = 0, bad;
@@ -1265,13 +1265,13 @@ static void test_llm_demo_answer(void)
     llm *m = open_demo(0, NULL);
     if (!m) return;
     for (int round = 0; round < 2; round++) { /* the same again after a reset */
-        CHECK_INT(llm_say(m, "system", scene), MOQ_OK);
+        CHECK_INT(llm_say(m, "system", house), MOQ_OK);
         CHECK_INT(llm_say(m, "user", request), MOQ_OK);
-        CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+        CHECK_INT(hear_text(m, text, sizeof text), MOQ_OK);
         CHECK_STR(text, plan);
         const llm_stats *s = llm_get_stats(m);
         CHECK(s->prompt_tokens > 20 && s->generated_tokens > 20 && s->prompt_seconds > 0 && s->generate_seconds > 0);
-        CHECK_INT(hear(m, text, sizeof text), MOQ_OK); /* nothing was said */
+        CHECK_INT(hear_text(m, text, sizeof text), MOQ_OK); /* nothing was said */
         CHECK_STR(text, "");
         llm_reset(m);
         CHECK_INT(llm_get_stats(m)->prompt_tokens, 0);
@@ -1287,7 +1287,7 @@ static void test_llm_step_equals_next(void)
     moq_error e;
     llm *m = open_demo(0, NULL);
     if (!m) return;
-    llm_say(m, "system", scene);
+    llm_say(m, "system", house);
     llm_say(m, "user", request);
     while ((r = llm_step(m, 300)) >= 0) {
         if (r == 0) { waits++; continue; }
@@ -1306,13 +1306,13 @@ static void test_llm_turns_equal_frame(void)
     char first[4096], second[4096], fresh[4096];
     moq_error e;
     int32_t ids[2048];
-    llm_message list[4] = {{"system", scene}, {"user", request}, {"assistant", first}, {"user", "bring me the red towel"}};
+    llm_message list[4] = {{"system", house}, {"user", request}, {"assistant", first}, {"user", "bring me the red towel"}};
     llm *m = open_demo(0, NULL), *other = open_demo(0, NULL);
     memset(ids, 0, sizeof ids);
     if (m && other) {
-        llm_say(m, "system", scene);
+        llm_say(m, "system", house);
         llm_say(m, "user", request);
-        CHECK_INT(hear(m, first, sizeof first), MOQ_OK);
+        CHECK_INT(hear_text(m, first, sizeof first), MOQ_OK);
         uint64_t before = llm_get_stats(m)->prompt_tokens;
         llm_say(m, "user", "bring me the red towel");
         CHECK(llm_next(m, &e) != NULL);
@@ -1321,9 +1321,9 @@ static void test_llm_turns_equal_frame(void)
         for (size_t i = 0; i < n && i < m->ids.count; i++) CHECK_INT(m->ids.data[i], ids[i]);
         CHECK(llm_get_stats(m)->prompt_tokens - before < n / 3); /* what the cache held was not run again */
         snprintf(second, sizeof second, "%s", llm_piece(m));
-        hear(m, second + strlen(second), sizeof second - strlen(second));
+        hear_text(m, second + strlen(second), sizeof second - strlen(second));
         for (int i = 0; i < 4; i++) llm_say(other, list[i].role, list[i].text);
-        CHECK_INT(hear(other, fresh, sizeof fresh), MOQ_OK);
+        CHECK_INT(hear_text(other, fresh, sizeof fresh), MOQ_OK);
         CHECK_STR(second, fresh);
     }
     llm_close(m);
@@ -1336,16 +1336,16 @@ static void test_llm_cancel_and_go_on(void)
     moq_error e;
     llm *m = open_demo(0, NULL);
     if (!m) return;
-    llm_say(m, "system", scene);
+    llm_say(m, "system", house);
     llm_say(m, "user", request);
     for (int i = 0; i < 3; i++) CHECK(llm_next(m, &e) != NULL);
     llm_cancel(m);
     CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_CANCELLED);
     CHECK(llm_next(m, &e) == NULL && e.code == MOQ_OK);
     llm_reset(m);
-    llm_say(m, "system", scene);
+    llm_say(m, "system", house);
     llm_say(m, "user", request);
-    CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+    CHECK_INT(hear_text(m, text, sizeof text), MOQ_OK);
     CHECK_STR(text, plan);
     llm_close(m);
 }
@@ -1363,11 +1363,11 @@ static void test_llm_cancel_from_a_thread(void)
     pthread_t thread;
     llm *m = open_demo(0, NULL);
     if (!m) return;
-    llm_say(m, "system", scene);
+    llm_say(m, "system", house);
     llm_say(m, "user", request);
     CHECK(llm_next(m, &e) != NULL);
     CHECK_INT(pthread_create(&thread, NULL, cancel_it, m), 0);
-    moq_result r = hear(m, text, sizeof text); /* the answer may have been faster */
+    moq_result r = hear_text(m, text, sizeof text); /* the answer may have been faster */
     CHECK(r == MOQ_E_CANCELLED || r == MOQ_OK);
     pthread_join(thread, NULL);
     llm_close(m);
@@ -1379,9 +1379,9 @@ static void test_llm_context_full(void)
     moq_error e;
     llm *m = open_demo(150, NULL);
     if (!m) return;
-    llm_say(m, "system", scene);
+    llm_say(m, "system", house);
     llm_say(m, "user", request);
-    CHECK_INT(hear(m, text, sizeof text), MOQ_E_STATE);
+    CHECK_INT(hear_text(m, text, sizeof text), MOQ_E_STATE);
     CHECK(strncmp(text, plan, strlen(text)) == 0);
     CHECK_INT(m->ids.count >= 150, 1);
     llm_say(m, "user", request);
@@ -1430,8 +1430,8 @@ static void test_llm_talk_out_of_memory(void)
         llm_reset(m);
         test_state.fail_at = k;
         moq_result r = llm_say(m, "user", "bring me the red book");
-        if (r == MOQ_OK) r = hear(m, text, sizeof text);
-        else CHECK_INT(hear(m, text, sizeof text), r);
+        if (r == MOQ_OK) r = hear_text(m, text, sizeof text);
+        else CHECK_INT(hear_text(m, text, sizeof text), r);
         done = test_state.fail_at > 0;
         CHECK_INT(r, done ? MOQ_E_STATE : MOQ_E_NOMEM);
         test_state.fail_at = 0;

@@ -276,14 +276,6 @@ static void test_draft(void)
 
 /* ---- time ---- */
 
-/* Processor time of this thread: what other programs take away from it does not count. */
-static double own_seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* The distribution of n durations; returns the share within 2.5 ms. */
 static double print_times(const char *what, double *t, size_t n)
 {

@@ -14,11 +14,11 @@ static const char *const scenes[] = {
     "purple lamp at kitchen table; purple key at garage rack; black key at kitchen counter; Ana at bathroom cupboard; robot at garage rack",
     "yellow apple at living room tv stand; blue mug at hallway cabinet; Juno at bathroom washer; robot at bedroom shelf",
     "red pillow at hallway coat rack; yellow book at bedroom drawer; red towel at kitchen sink; Juno at kitchen counter; robot at bathroom washer"};
-static const char *const requests[] = {"can you give the green plate to Chen?", "i need you to move both the purple key and the black key to the hallway coat rack.",
+static const char *const errands[] = {"can you give the green plate to Chen?", "i need you to move both the purple key and the black key to the hallway coat rack.",
                                        "i need you to bring the black pillow to the bedroom desk for me", "please put the red pillow on the bedroom bed"};
 enum { TALKS = 4 };
 
-static llm_desc demo_desc(void)
+static llm_desc talk_desc(void)
 {
     llm_desc d;
     memset(&d, 0, sizeof d);
@@ -29,14 +29,14 @@ static llm_desc demo_desc(void)
     return d;
 }
 
-static void ask(llm *m, int i)
+static void begin_talk(llm *m, int i)
 {
     CHECK_INT(llm_say(m, "system", scenes[i]), MOQ_OK);
-    CHECK_INT(llm_say(m, "user", requests[i]), MOQ_OK);
+    CHECK_INT(llm_say(m, "user", errands[i]), MOQ_OK);
 }
 
 /* The rest of the answer behind what is in `text`; returns how it ended. */
-static moq_result hear(llm *m, char *text, size_t capacity)
+static moq_result hear_more(llm *m, char *text, size_t capacity)
 {
     moq_error e;
     size_t n = strlen(text);
@@ -54,8 +54,8 @@ static void answer_alone(const llm_desc *d)
     for (int i = 0; i < TALKS; i++) {
         llm *m = open_or_say(d);
         alone[i][0] = 0;
-        if (m) ask(m, i);
-        if (m) CHECK_INT(hear(m, alone[i], sizeof alone[i]), MOQ_OK);
+        if (m) begin_talk(m, i);
+        if (m) CHECK_INT(hear_more(m, alone[i], sizeof alone[i]), MOQ_OK);
         llm_close(m);
         CHECK(strlen(alone[i]) > 20);
     }
@@ -159,7 +159,7 @@ static void test_batch_logits(void)
 static void check_continuous(int64_t microseconds, int32_t draft)
 {
     char text[TALKS][1024];
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     llm *talk[TALKS] = {NULL, NULL, NULL, NULL};
     moq_error e;
     int state, turns = 0;
@@ -168,7 +168,7 @@ static void check_continuous(int64_t microseconds, int32_t draft)
     talk[0] = open_or_say(&d);
     if (!talk[0]) return;
     for (int i = 0; i < TALKS; i++) text[i][0] = 0;
-    ask(talk[0], 0);
+    begin_talk(talk[0], 0);
     for (int next = 1; next < TALKS || turns >= 0; turns++) {
         if (next < TALKS && turns % 5 == 4) { /* one joins as soon as a slot is free */
             llm *any = talk[0] ? talk[0] : talk[1] ? talk[1] : talk[2];
@@ -176,7 +176,7 @@ static void check_continuous(int64_t microseconds, int32_t draft)
             if (n) {
                 CHECK(llm_get_slot(n) != llm_get_slot(any));
                 talk[next] = n;
-                ask(talk[next], next);
+                begin_talk(talk[next], next);
                 next++;
             } else {
                 CHECK_INT(e.code, MOQ_E_STATE);
@@ -206,7 +206,7 @@ static void check_continuous(int64_t microseconds, int32_t draft)
 
 static void test_batch_continuous(void)
 {
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     answer_alone(&d);
     check_continuous(1000000, 0);
     check_continuous(300, 0); /* passes stop between layers */
@@ -218,7 +218,7 @@ static void test_batch_continuous(void)
 static void test_batch_disturbed(void)
 {
     char text[2][1024] = {"", ""};
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     moq_error e;
     int32_t token = 5;
     d.slots = 3;
@@ -226,8 +226,8 @@ static void test_batch_disturbed(void)
     llm *a = open_or_say(&d), *b = a ? llm_join(a, &e) : NULL;
     CHECK(b != NULL);
     if (!b) return;
-    ask(a, 0);
-    ask(b, 1);
+    begin_talk(a, 0);
+    begin_talk(b, 1);
     for (int i = 0; llm_step_all(a, 1) >= 0 && i < 100000; i++) {
         if (llm_ready(a) > 0) strcat(text[0], llm_piece(a));
         if (llm_ready(b) > 0) strcat(text[1], llm_piece(b));
@@ -236,7 +236,7 @@ static void test_batch_disturbed(void)
         if (i % 31 == 11 && strlen(text[0]) > 40) { /* another one comes and goes */
             llm *c = llm_join(a, &e);
             CHECK(c != NULL);
-            if (c) ask(c, 2);
+            if (c) begin_talk(c, 2);
             for (int k = 0; k < 3 && c; k++) {
                 llm_step_all(a, 1);
                 if (llm_ready(a) > 0) strcat(text[0], llm_piece(a));
@@ -258,7 +258,7 @@ static void test_fork_demo(void)
 {
     char head[1024] = "", tail[1024], other[1024];
     moq_error e;
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     const char *piece;
     d.slots = 3;
     d.sampling.temperature = 0.8f;
@@ -266,7 +266,7 @@ static void test_fork_demo(void)
     answer_alone(&d);
     llm *m = open_or_say(&d);
     if (!m) return;
-    ask(m, 1);
+    begin_talk(m, 1);
     for (int i = 0; i < 12 && (piece = llm_next(m, &e)) != NULL; i++) strcat(head, piece);
     llm *n = llm_fork(m, &e);
     CHECK(n != NULL);
@@ -274,8 +274,8 @@ static void test_fork_demo(void)
     CHECK_INT(n->model->length[n->slot], (int64_t)m->done);
     snprintf(tail, sizeof tail, "%s", head);
     snprintf(other, sizeof other, "%s", head);
-    CHECK_INT(hear(n, other, sizeof other), MOQ_OK);
-    CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+    CHECK_INT(hear_more(n, other, sizeof other), MOQ_OK);
+    CHECK_INT(hear_more(m, tail, sizeof tail), MOQ_OK);
     CHECK_STR(tail, alone[1]);
     CHECK_STR(other, alone[1]);
     /* a shared beginning is run once: the second fork only runs what is new */
@@ -283,9 +283,9 @@ static void test_fork_demo(void)
     CHECK(k != NULL);
     if (k) {
         uint64_t before = llm_get_stats(k)->prompt_tokens;
-        CHECK_INT(llm_say(k, "user", requests[0]), MOQ_OK);
+        CHECK_INT(llm_say(k, "user", errands[0]), MOQ_OK);
         tail[0] = 0;
-        CHECK_INT(hear(k, tail, sizeof tail), MOQ_OK);
+        CHECK_INT(hear_more(k, tail, sizeof tail), MOQ_OK);
         CHECK(llm_get_stats(k)->prompt_tokens - before < m->ids.count / 2);
     }
     CHECK(llm_fork(m, &e) == NULL && e.code == MOQ_E_STATE);
@@ -370,35 +370,35 @@ static void test_state_goes_on(void)
     char head[1024] = "", tail[1024];
     moq_error e;
     const char *piece;
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     d.sampling.temperature = 0.7f;
     d.sampling.seed = 3;
     answer_alone(&d);
     for (int cut = 0; cut < 30; cut += 7) { /* 0: before the first token */
         llm *m = open_or_say(&d);
         if (!m) return;
-        ask(m, 3);
+        begin_talk(m, 3);
         head[0] = 0;
         for (int i = 0; i < cut && (piece = llm_next(m, &e)) != NULL; i++) strcat(head, piece);
         if (cut == 7) llm_step(m, 1); /* in the middle of a pass */
         CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
         snprintf(tail, sizeof tail, "%s", head);
-        CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+        CHECK_INT(hear_more(m, tail, sizeof tail), MOQ_OK);
         CHECK_STR(tail, alone[3]);
         llm_close(m);
         d.sampling.seed = 99; /* the state brings its own random numbers */
         m = open_or_say(&d);
         d.sampling.seed = 3;
         if (!m) return;
-        ask(m, 0);
+        begin_talk(m, 0);
         CHECK(llm_next(m, &e) != NULL);
         CHECK_INT(llm_load(m, state_file, &e), MOQ_OK);
         snprintf(tail, sizeof tail, "%s", head);
-        CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+        CHECK_INT(hear_more(m, tail, sizeof tail), MOQ_OK);
         CHECK_STR(tail, alone[3]);
-        CHECK_INT(llm_say(m, "user", requests[1]), MOQ_OK); /* and the conversation goes on */
+        CHECK_INT(llm_say(m, "user", errands[1]), MOQ_OK); /* and the conversation goes on */
         tail[0] = 0;
-        CHECK_INT(hear(m, tail, sizeof tail), MOQ_OK);
+        CHECK_INT(hear_more(m, tail, sizeof tail), MOQ_OK);
         CHECK(tail[0] != 0);
         llm_close(m);
     }
@@ -409,17 +409,17 @@ static void test_state_refused(void)
 {
     char text[1024] = "", path[1024];
     moq_error e;
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     answer_alone(&d);
     llm *m = open_or_say(&d);
     if (!m) return;
-    ask(m, 0);
+    begin_talk(m, 0);
     CHECK(llm_next(m, &e) != NULL);
     size_t bytes = llm_copy_state(m, NULL, 0, &e);
     uint8_t *state = (uint8_t *)malloc(bytes), *bad = (uint8_t *)malloc(bytes);
     CHECK(state && bad && llm_copy_state(m, state, bytes, &e) == bytes);
     llm_reset(m);
-    ask(m, 2);
+    begin_talk(m, 2);
     strcpy(text, llm_next(m, &e));
     for (int i = 0; i < 400; i++) { /* one bit somewhere, half of the time among the numbers */
         size_t at = (size_t)test_random() % (i % 2 ? bytes : 400);
@@ -439,11 +439,11 @@ static void test_state_refused(void)
             for (int k = 0; k < 2; k++) llm_step(m, 1);
             CHECK(llm_copy_state(m, NULL, 0, &e) != SIZE_MAX);
             llm_reset(m);
-            ask(m, 2);
+            begin_talk(m, 2);
             CHECK_STR(llm_next(m, &e), text);
         }
     }
-    CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+    CHECK_INT(hear_more(m, text, sizeof text), MOQ_OK);
     CHECK_STR(text, alone[2]);
     llm_close(m);
     d.kv = "fp8"; /* the same model, but its cache is stored in another way */
@@ -474,7 +474,7 @@ static void test_state_refused(void)
 static void test_shift_chat(void)
 {
     char text[1024], fresh[1024];
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     int shifts = 0;
     d.context = 300;
     llm *m = open_or_say(&d);
@@ -482,9 +482,9 @@ static void test_shift_chat(void)
     CHECK_INT(llm_say(m, "system", scenes[0]), MOQ_OK);
     moq_result r = MOQ_OK;
     for (int i = 0; i < 12 && r == MOQ_OK; i++) {
-        CHECK_INT(llm_say(m, "user", requests[i % 4]), MOQ_OK);
+        CHECK_INT(llm_say(m, "user", errands[i % 4]), MOQ_OK);
         text[0] = 0;
-        r = hear(m, text, sizeof text);
+        r = hear_more(m, text, sizeof text);
     }
     CHECK_INT(r, MOQ_E_STATE); /* without `endless` the context fills */
     llm_close(m);
@@ -494,10 +494,10 @@ static void test_shift_chat(void)
     CHECK_INT(llm_say(m, "system", scenes[0]), MOQ_OK);
     for (int i = 0; i < 12; i++) {
         size_t turns = m->turns.count / sizeof(llmi_turn);
-        CHECK_INT(llm_say(m, "user", requests[i % 4]), MOQ_OK);
+        CHECK_INT(llm_say(m, "user", errands[i % 4]), MOQ_OK);
         size_t said = m->turns.count / sizeof(llmi_turn);
         text[0] = 0;
-        CHECK_INT(hear(m, text, sizeof text), MOQ_OK);
+        CHECK_INT(hear_more(m, text, sizeof text), MOQ_OK);
         CHECK(m->ids.count <= 301);
         CHECK_STR(llmi_role(m, 0), "system");
         size_t left = m->turns.count / sizeof(llmi_turn);
@@ -512,7 +512,7 @@ static void test_shift_chat(void)
             CHECK_INT(llm_say(f, m->words.data + turn.role, m->words.data + turn.text), MOQ_OK);
         }
         fresh[0] = 0;
-        CHECK_INT(hear(f, fresh, sizeof fresh), MOQ_OK);
+        CHECK_INT(hear_more(f, fresh, sizeof fresh), MOQ_OK);
         if (m->done == m->ids.count - 1 || left == said) CHECK(strcmp(fresh, text) == 0 || left < said);
         llm_close(f);
     }
@@ -524,7 +524,7 @@ static void test_shift_chat(void)
 static void test_shift_raw(void)
 {
     moq_error e;
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     llm_bias never[8];
     int32_t first[16], count = 0;
     d.context = 64;
@@ -590,14 +590,14 @@ static void test_state_dynamic_rope(void)
         CHECK_INT(link(from, text), 0);
     }
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        llm_desc d = demo_desc();
+        llm_desc d = talk_desc();
         d.path = dir;
         d.context = cases[i].saved;
         llm *m = open_or_say(&d);
         d.context = cases[i].loaded;
         llm *n = open_or_say(&d);
         if (m && n) {
-            ask(m, 0);
+            begin_talk(m, 0);
             CHECK(llm_next(m, &e) != NULL);
             CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
             CHECK_INT(llm_load(n, state_file, &e), cases[i].fits ? MOQ_OK : MOQ_E_STATE);
@@ -614,13 +614,13 @@ static void test_batch_out_of_memory(void)
 {
     moq_error e;
     for (long k = 1; k < 400; k++) {
-        llm_desc d = demo_desc();
+        llm_desc d = talk_desc();
         test_state.live_allocs = 0;
         d.allocator = test_allocator();
         d.slots = 2;
         llm *m = open_or_say(&d), *n = NULL;
         if (!m) return;
-        ask(m, 0);
+        begin_talk(m, 0);
         CHECK(llm_next(m, &e) != NULL);
         test_state.fail_at = k;
         n = llm_fork(m, &e);
@@ -698,8 +698,8 @@ static void *run_rank(void *user)
     llm *m = llm_open(&d, &r->err);
     if (m && r->tokens) llm_forward(m, 0, r->tokens, r->count, 0, r->logits, NULL, &r->err);
     if (m && !r->tokens) {
-        ask(m, 0);
-        r->err.code = hear(m, r->text, sizeof r->text);
+        begin_talk(m, 0);
+        r->err.code = hear_more(m, r->text, sizeof r->text);
     }
     llm_close(m);
     return NULL;
@@ -769,7 +769,7 @@ static void test_ranks_logits(void)
 /* The state of one rank is none of the other's. */
 static void test_ranks_state(void)
 {
-    llm_desc d = demo_desc();
+    llm_desc d = talk_desc();
     moq_error e;
     void *state = NULL;
     size_t bytes = 0;

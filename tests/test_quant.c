@@ -7,7 +7,7 @@
 enum { TIE_EVEN, TIE_ZERO };
 
 /* Index of the magnitude nearest to v >= 0 in an ascending table; a tie goes to the even index or to the smaller value. */
-static int nearest(const double *table, int n, double v, int tie)
+static int nearest_code(const double *table, int n, double v, int tie)
 {
     int best = 0;
     for (int i = 1; i < n; i++) {
@@ -26,7 +26,7 @@ static void make_tables(void)
     for (int i = 0; i < 32; i++) e3m2_table[i] = i < 4 ? ldexp(i, -4) : ldexp(1 + (i & 3) / 4.0, (i >> 2) - 3);
 }
 
-static int oracle_e4m3(double v) { return nearest(e4m3_table, 127, fabs(v), TIE_EVEN) | (signbit(v) ? 0x80 : 0); }
+static int oracle_e4m3(double v) { return nearest_code(e4m3_table, 127, fabs(v), TIE_EVEN) | (signbit(v) ? 0x80 : 0); }
 
 /* BF16 has 8 significant bits. */
 static double oracle_bf16(double v)
@@ -134,9 +134,9 @@ static void test_quant_small_codes(void)
         wrong += moqi_e4m3_code(v) != oracle_e4m3((double)v);
         wrong += moqi_e4m3_code(v) != moq_e4m3_encode(v);
         wrong += moqi_int_code(v, 127) != oracle_int((double)v, -128, 127);
-        wrong += (moqi_e2m1_code(v) & 7u) != (unsigned)nearest(e2m1_table, 8, fabs((double)v), TIE_EVEN);
-        wrong += (moqi_mx_e2m1_code(v) & 7u) != (unsigned)nearest(e2m1_table, 8, fabs((double)v), TIE_ZERO);
-        wrong += (moqi_e3m2_code(v) & 31u) != (unsigned)nearest(e3m2_table, 32, fabs((double)v), TIE_EVEN);
+        wrong += (moqi_e2m1_code(v) & 7u) != (unsigned)nearest_code(e2m1_table, 8, fabs((double)v), TIE_EVEN);
+        wrong += (moqi_mx_e2m1_code(v) & 7u) != (unsigned)nearest_code(e2m1_table, 8, fabs((double)v), TIE_ZERO);
+        wrong += (moqi_e3m2_code(v) & 31u) != (unsigned)nearest_code(e3m2_table, 32, fabs((double)v), TIE_EVEN);
         wrong += moqi_e3m2_code(v) != moq_e3m2_encode(v) || moqi_e2m3_code(v) != moq_e2m3_encode(v);
     }
     CHECK_INT(wrong, 0);
@@ -251,7 +251,7 @@ static void test_quant_nvfp4(void)
                 if (k == 3) s = s * 448 / (top * (float)(1.0 / 6));
                 int code = oracle_e4m3((double)(s < ldexpf(1, -9) ? ldexpf(1, -9) : s > 448 ? 448 : s));
                 float t = m.x[r * m.cols + c] / ((float)e4m3_table[code] * global);
-                int q = nearest(e2m1_table, 8, fabs((double)t), TIE_EVEN) | (t < 0 ? 8 : 0);
+                int q = nearest_code(e2m1_table, 8, fabs((double)t), TIE_EVEN) | (t < 0 ? 8 : 0);
                 wrong += e.scales[r * n + c / g] != code || (e.codes[(r * m.cols + c) / 2] >> (c % 2 * 4) & 15) != q;
             }
         }
@@ -280,9 +280,9 @@ static void test_quant_mx(void)
             int scale = -127, q;
             while (scale < 127 && top > rows[k].bound * ldexp(1, scale)) scale++;
             v = ldexp((double)m.x[i], -scale);
-            if (k == 0) q = nearest(e2m1_table, 8, fabs(v), TIE_ZERO) | (v > 0 ? 0 : 8);
-            else if (k == 4) q = nearest(e2m3_table, 32, fabs(v), TIE_EVEN) | (signbit(v) ? 32 : 0);
-            else if (k == 1) q = nearest(e3m2_table, 32, fabs(v), TIE_EVEN) | (signbit(v) ? 32 : 0);
+            if (k == 0) q = nearest_code(e2m1_table, 8, fabs(v), TIE_ZERO) | (v > 0 ? 0 : 8);
+            else if (k == 4) q = nearest_code(e2m3_table, 32, fabs(v), TIE_EVEN) | (signbit(v) ? 32 : 0);
+            else if (k == 1) q = nearest_code(e3m2_table, 32, fabs(v), TIE_EVEN) | (signbit(v) ? 32 : 0);
             else q = k == 2 ? oracle_e4m3(v) : (int)(oracle_int(v, -127, 127) & 255);
             int64_t bit = c * rows[k].bits;
             const uint8_t *row = e.codes + r * m.cols * rows[k].bits / 8;
@@ -312,9 +312,9 @@ static void test_quant_searches(void)
             for (int code = 0; code <= 126; code++) { /* code 0: the chosen one */
                 double largest = group_amax(&m, i / 8, i / 8 + 1, i % 8 * 16, i % 8 * 16 + 16);
                 double a = code == 0 ? (double)amax[i] : four ? largest * (code == 1 ? 1 : 1.5) : e4m3_table[code] / 448 * (double)top, step = a / 6, loss = 0;
-                if (four) step = e4m3_table[nearest(e4m3_table, 127, a * 256 / (double)top, TIE_EVEN)] * (double)top / 1536;
+                if (four) step = e4m3_table[nearest_code(e4m3_table, 127, a * 256 / (double)top, TIE_EVEN)] * (double)top / 1536;
                 for (int c = 0; c < 16; c++) {
-                    double v = fabs((double)m.x[i * 16 + c]), q = step > 0 ? e2m1_table[nearest(e2m1_table, 8, v / step, TIE_EVEN)] * step : 0;
+                    double v = fabs((double)m.x[i * 16 + c]), q = step > 0 ? e2m1_table[nearest_code(e2m1_table, 8, v / step, TIE_EVEN)] * step : 0;
                     loss += (v - q) * (v - q);
                 }
                 if (code == 0) mine = loss;
@@ -351,11 +351,11 @@ static void test_quant_multiples(void)
             if (!(largest > 0)) continue;
             for (int t = 0; t < 39; t++) {
                 double a = largest * (0.25 + 3.75 / 38 * t), loss = 0, bound = i == 2 ? 127 : 7;
-                double step = i == 1 ? e4m3_table[nearest(e4m3_table, 127, a * 448 / (double)top, TIE_EVEN)] * (double)top / 2688 : a / bound;
+                double step = i == 1 ? e4m3_table[nearest_code(e4m3_table, 127, a * 448 / (double)top, TIE_EVEN)] * (double)top / 2688 : a / bound;
                 for (int64_t c = 0; c < g; c++) {
                     double v = (double)m.x[k * g + c], q = rint(v / step), w = fabs(v);
                     q = q < -bound - 1 ? -bound - 1 : q > bound ? bound : q;
-                    q = i == 1 ? (step > 0 ? e2m1_table[nearest(e2m1_table, 8, w / step, TIE_EVEN)] * step : 0) : fabs(q * step);
+                    q = i == 1 ? (step > 0 ? e2m1_table[nearest_code(e2m1_table, 8, w / step, TIE_EVEN)] * step : 0) : fabs(q * step);
                     loss += (w - q) * (w - q);
                 }
                 if (fabs(a / (double)amax[k] - 1) < 1e-5) mine = loss;

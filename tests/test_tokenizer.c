@@ -6,6 +6,7 @@
 #include "test.h"
 #define LLM_IMPLEMENTATION
 #include "../examples/llm.h"
+#include "text.h"
 
 /* ---- a tokenizer from JSON text ---- */
 
@@ -34,32 +35,11 @@ static llm_tokenizer *open_json(const char *json, size_t bytes, const char *conf
     return folder ? llm_tokenizer_open(folder, err) : NULL;
 }
 
-static void shut(llm_tokenizer *t)
+static void close_json(llm_tokenizer *t)
 {
     llm_tokenizer_close(t);
     moq_close(folder);
     folder = NULL;
-}
-
-/* Growable text for building JSON. */
-typedef struct text { char *data; size_t count, capacity; } text;
-
-static void add(text *t, const char *s)
-{
-    size_t n = strlen(s);
-    if (t->count + n + 1 > t->capacity) {
-        t->capacity = (t->count + n + 1) * 2;
-        t->data = (char *)realloc(t->data, t->capacity);
-    }
-    memcpy(t->data + t->count, s, n + 1);
-    t->count += n;
-}
-
-static void add_number(text *t, const char *before, long v)
-{
-    char s[100];
-    snprintf(s, sizeof s, "%s%ld", before, v);
-    add(t, s);
 }
 
 /* {"vocab": {a, b, ab, <unk>, ..}} with the given other keys of the file and of the model. */
@@ -94,7 +74,7 @@ static size_t unhex(const char *s, size_t n, uint8_t *out)
     return n / 2;
 }
 
-static int run_case(const llm_tokenizer *t, const char *line, const char *end)
+static int recorded_case(const llm_tokenizer *t, const char *line, const char *end)
 {
     static uint8_t source[20000], shown[20000], back[20000];
     const char *hex = line + 2, *list = strchr(hex, ' ') + 1, *last = strchr(list, ' ') + 1;
@@ -130,12 +110,12 @@ static void run_cases(const char *name)
     CHECK(t != NULL);
     for (char *p = cases, *end; t && p && *p; p = end + 1, lines++) {
         end = strchr(p, '\n');
-        if (run_case(t, p, end)) continue;
+        if (recorded_case(t, p, end)) continue;
         if (bad++ < 3) fprintf(stderr, "%s: case %d differs\n", name, (int)lines + 1);
     }
     CHECK(lines >= 60);
     CHECK_INT((long long)bad, 0);
-    shut(t);
+    close_json(t);
     moq_release(NULL, json, json_bytes + 1);
     moq_release(NULL, cases, bytes + 1);
     CHECK_INT(test_state.live_allocs, 0);
@@ -519,7 +499,7 @@ static void refuse(const char *file_keys, const char *model_keys, moq_result cod
     CHECK_INT(err.code, code);
     CHECK(strstr(err.text, names) != NULL);
     if (!strstr(err.text, names)) fprintf(stderr, "%s\n", err.text);
-    shut(t);
+    close_json(t);
     CHECK_INT(test_state.live_allocs, 0);
 }
 
@@ -531,7 +511,7 @@ static void refuse_json(const char *json, moq_result code, const char *names)
     CHECK_INT(err.code, code);
     CHECK(strstr(err.text, names) != NULL);
     if (t || !strstr(err.text, names)) fprintf(stderr, "%s: %s\n", json, err.text);
-    shut(t);
+    close_json(t);
     CHECK_INT(test_state.live_allocs, 0);
 }
 
@@ -652,7 +632,7 @@ static void test_tokenizer_small(void)
     ids[1] = INT32_MAX;
     CHECK_INT((long long)llm_decode(t, ids, 2, 0, out, 8), 0);
     CHECK_STR(out, "");
-    shut(t);
+    close_json(t);
     CHECK(llm_tokenizer_open(NULL, &err) == NULL && err.code == MOQ_E_ARG);
     llm_tokenizer_close(NULL);
     CHECK_INT(llm_vocab(NULL), 0);
@@ -669,10 +649,10 @@ static void test_tokenizer_around(void)
     CHECK_STR(ids_of(t, "ab", 2, LLM_BOS), "9,2,6,6");
     CHECK_STR(ids_of(t, "", 0, LLM_BOS), "9,6,6");
     CHECK_STR(ids_of(t, "ab", 2, 0), "2");
-    shut(t);
+    close_json(t);
     t = open_small("\"post_processor\": {\"type\": \"RobertaProcessing\", \"cls\": [\"<x>\", 9], \"sep\": [\"c\", 6]}, ", "", &err);
     CHECK_STR(ids_of(t, "ab", 2, LLM_BOS), "9,2,6");
-    shut(t);
+    close_json(t);
 }
 
 static void test_tokenizer_unknown(void)
@@ -680,16 +660,16 @@ static void test_tokenizer_unknown(void)
     moq_error err;
     llm_tokenizer *t = open_small("", "\"unk_token\": \"c\", ", &err);
     CHECK_STR(ids_of(t, "a??b\xff", 5, 0), "0,6,6,1,6");
-    shut(t);
+    close_json(t);
     t = open_small("", "\"unk_token\": \"c\", \"fuse_unk\": true, ", &err);
     CHECK_STR(ids_of(t, "a??b\xff", 5, 0), "0,6,1,6");
-    shut(t);
+    close_json(t);
     t = open_small("", "", &err);
     CHECK_STR(ids_of(t, "a??b", 4, 0), "2"); /* the reference, too, merges across what vanished */
-    shut(t);
+    close_json(t);
     t = open_small(byte_level, "\"ignore_merges\": true, ", &err);
     CHECK_STR(ids_of(t, "c ab", 4, 0), "6,4,2");
-    shut(t);
+    close_json(t);
 }
 
 static void test_tokenizer_long_texts(void)
@@ -708,7 +688,7 @@ static void test_tokenizer_long_texts(void)
         CHECK(count != SIZE_MAX && count > n / 200);
         CHECK(moq_seconds() - start < 20);
     }
-    shut(t);
+    close_json(t);
     moq_release(NULL, json, bytes + 1);
     free(s);
 }
@@ -729,7 +709,7 @@ static void test_tokenizer_many_added(void)
     llm_tokenizer *tok = open_json(t.data, t.count, "{}", 0, &err);
     CHECK(tok != NULL && moq_seconds() - start < 10);
     if (tok) CHECK_STR(ids_of(tok, "<common_prefix_99999><<common_prefix_7><common_prefix_100000>", 61, 0), "100000,0,8,0");
-    shut(tok);
+    close_json(tok);
     size_t n = 1 << 20;
     char *s = (char *)malloc(n);
     for (size_t i = 0; i < n; i++) s[i] = "<common_prefix_"[i % 15];
@@ -737,7 +717,7 @@ static void test_tokenizer_many_added(void)
     start = moq_seconds();
     CHECK(tok && llm_encode(tok, s, n, 0, NULL, 0) == n / 15 + 1);
     CHECK(moq_seconds() - start < 10);
-    shut(tok);
+    close_json(tok);
     free(s);
     free(t.data);
 }
@@ -766,11 +746,11 @@ static void test_tokenizer_large(void)
     CHECK(tok != NULL && moq_seconds() - start < 5);
     CHECK_STR(ids_of(tok, "\xe4\xb8\x85\xe4\xb8\x81", 6, 0), "1005"); /* letters 5 and 1 */
     CHECK_STR(ids_of(tok, "\xe4\xb8\x85\xe4\xb8\x80", 6, 0), "5,0");
-    shut(tok);
+    close_json(tok);
     free(t.data);
 }
 
-static void fail_allocations(const char *path)
+static void fail_tokenizer_allocations(const char *path)
 {
     moq_error err;
     size_t bytes = 0;
@@ -796,7 +776,7 @@ static void fail_allocations(const char *path)
             }
             CHECK(whole);
         }
-        shut(t);
+        close_json(t);
         CHECK_INT(test_state.live_allocs, 0);
     }
     CHECK(done);
@@ -805,13 +785,13 @@ static void fail_allocations(const char *path)
 
 static void test_tokenizer_failing_allocations(void)
 {
-    fail_allocations("data/tokenizers/qwen2.json");
-    fail_allocations("data/tokenizers/unigram.json");
+    fail_tokenizer_allocations("data/tokenizers/qwen2.json");
+    fail_tokenizer_allocations("data/tokenizers/unigram.json");
 }
 
 /* Every byte of a definition damaged in turn: refused or opened, never a crash or a leak. */
 /* Every byte changed in three ways, and every length: an error with a text, or a tokenizer that works. */
-static void damage(const char *good, size_t n, int least)
+static void damage_json(const char *good, size_t n, int least)
 {
     moq_error err;
     int opened = 0;
@@ -825,7 +805,7 @@ static void damage(const char *good, size_t n, int least)
             opened += t != NULL;
             if (t) CHECK(llm_encode(t, "ab 1<x>\xcc\x81 c\xef\xbc\xa1", 14, LLM_SPECIAL | LLM_BOS, NULL, 0) != SIZE_MAX);
             else CHECK(err.code < 0 && err.text[0]);
-            shut(t);
+            close_json(t);
             free(exact);
             CHECK_INT(test_state.live_allocs, 0);
         }
@@ -845,8 +825,8 @@ static void test_tokenizer_damaged(void)
         "\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"\\\\p{N}{1,3}|[^a-c]+(?!\\\\S)|(?:a|b)?+c\"},\"behavior\":\"Isolated\"},{\"type\":\"ByteLevel\",\"use_regex\":false}]},"
         "\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"<x>\"}},{\"Sequence\":{\"id\":\"A\"}}],\"special_tokens\":{\"<x>\":{\"ids\":[4]}}},"
         "\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"ab\":2,\"1\":3},\"merges\":[\"a b\"]}}";
-    damage(bpe, sizeof bpe - 1, 10);
-    damage(unigram, sizeof unigram - 1, 10);
+    damage_json(bpe, sizeof bpe - 1, 10);
+    damage_json(unigram, sizeof unigram - 1, 10);
 }
 
 /* ---- Unigram ---- */
@@ -925,7 +905,7 @@ static void test_tokenizer_unigram_best(void)
             CHECK(fabs(sum - best) <= 1e-9 * fabs(best));
             unknowns += runs;
         }
-        shut(tok);
+        close_json(tok);
     }
     CHECK(unknowns > 100);
     CHECK_INT(test_state.live_allocs, 0);
@@ -946,7 +926,7 @@ static void test_tokenizer_unigram_odd(void)
     double start = moq_seconds();
     CHECK_INT((long long)llm_encode(t, s, sizeof s, 0, NULL, 0), (long long)sizeof s / 32);
     CHECK(moq_seconds() - start < 10);
-    shut(t);
+    close_json(t);
     CHECK_INT(test_state.live_allocs, 0);
 }
 
@@ -978,7 +958,7 @@ static int print_ids(const char *path, uint32_t flags)
         free(ids);
         free(s);
     }
-    shut(t);
+    close_json(t);
     moq_release(NULL, json, bytes + 1);
     return 0;
 }
