@@ -642,6 +642,9 @@ MOQ_API char *moq_read_text(const moq_checkpoint *ck, const char *name, size_t *
    through a folder larger than memory. */
 MOQ_API void moq_forget_pages(const moq_checkpoint *ck);
 
+/* The same of one tensor, and of what shares its first and last 64 KB. NULL is allowed. */
+MOQ_API void moq_forget_tensor(const moq_checkpoint *ck, const moq_tensor *t);
+
 /* All tensors, sorted by name. */
 MOQ_API size_t moq_tensor_count(const moq_checkpoint *ck);
 MOQ_API const moq_tensor *moq_get_tensor(const moq_checkpoint *ck, size_t index);
@@ -9455,6 +9458,20 @@ MOQ_API void moq_forget_pages(const moq_checkpoint *ck)
 #else
     for (uint32_t i = 0; ck && i < ck->shard_count; i++)
         if (ck->shards[i].st->blob.mapped) moqi_sys_forget(ck->shards[i].st->blob.map, ck->shards[i].st->blob.held);
+#endif
+}
+
+MOQ_API void moq_forget_tensor(const moq_checkpoint *ck, const moq_tensor *t)
+{
+#ifdef MOQ_NO_OS
+    (void)ck; (void)t;
+#else
+    const moqi_blob *b = ck && t && t->shard < ck->shard_count ? &ck->shards[t->shard].st->blob : NULL;
+    const size_t page = 65536; /* the largest there is, and a multiple of all smaller ones */
+    if (!b || !b->mapped || b->map != (const void *)b->data || t->offset >= b->held || t->bytes > b->held - t->offset) return;
+    size_t first = (size_t)t->offset / page * page, end = (size_t)(t->offset + t->bytes);
+    end = b->held - end < page ? b->held : (end + page - 1) / page * page;
+    moqi_sys_forget((uint8_t *)b->map + first, end - first);
 #endif
 }
 

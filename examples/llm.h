@@ -12689,7 +12689,7 @@ static moq_result llmi_at_the_edge(llm *m)
     if (m->house->desc.endless && llmi_shift(m, m->ids.count - m->answer) < 0) return m->kept.code;
     if (m->done >= context || m->ids.count > context)
         return moq_fail(&m->kept, MOQ_E_STATE, "context", "all %zu places of the context are used: the prompt has %zu tokens, the answer %zu, "
-                        "of which the last was not run; open with a larger llm_desc.context", context, prompt, m->ids.count - prompt);
+                        "of which the last was not run; stop after fewer tokens, or open with a larger llm_desc.context", context, prompt, m->ids.count - prompt);
     if (m->model->stateful) m->done = 0;
     m->phase = LLMI_PROMPT;
     return MOQ_OK;
@@ -13609,11 +13609,13 @@ static moq_result llmi_calibrate_rows(llmi_calibration *c, int32_t layer, int ke
 {
     const llm_samples *s = c->s;
     int32_t batch = s->batch > 0 ? s->batch : 1;
+    char name[LLMI_NAME_BYTES], tail[LLMI_NAME_BYTES];
+    const moq_tensor *embed = moq_find_tensor(c->m.ck, llmi_name(&c->m, name, -1, llmi_join(tail, c->m.embed_name, "weight")));
     uint64_t at = 0;
     moq_result code = MOQ_OK;
     for (int32_t i = 0; i < s->count && code >= 0; i++) {
         code = llmi_calibrate_row(c, layer, i, at, keep, err);
-        if (layer == 0 && s->max_memory) moq_forget_pages(c->m.ck); /* a row of the embedding brings its neighbours along */
+        if (layer == 0 && s->max_memory) moq_forget_tensor(c->m.ck, embed); /* a row of the embedding brings its neighbours along */
         at += (uint64_t)s->lengths[i];
         if (!again) c->done += (uint64_t)s->lengths[i];
         if (code >= 0 && ((i + 1) % batch == 0 || i + 1 == s->count)) moq_end_batch(c->watch);

@@ -6,7 +6,7 @@
 static moq_error e;
 
 /* The call must say MOQ_E_ARG, and its text must name the function. */
-#define REFUSED(call, name) \
+#define REFUSES(call, name) \
     do { \
         moqi_clear(&e); \
         CHECK_INT((call), MOQ_E_ARG); \
@@ -28,8 +28,8 @@ static void test_null_files(void)
     size_t bytes = 1;
     NOTHING(moq_read_file(NULL, 10, NULL, &bytes, &e), "moq_read_file");
     CHECK_INT(bytes, 0);
-    REFUSED(moq_write_file(NULL, "x", 1, &e), "moq_write_file");
-    REFUSED(moq_write_file("x", NULL, 1, &e), "moq_write_file");
+    REFUSES(moq_write_file(NULL, "x", 1, &e), "moq_write_file");
+    REFUSES(moq_write_file("x", NULL, 1, &e), "moq_write_file");
     CHECK(moq_read_file(NULL, 10, NULL, NULL, NULL) == NULL && moq_write_file(NULL, NULL, 0, NULL) < 0);
     CHECK(moq_fail(NULL, MOQ_E_ARG, NULL, "x") == MOQ_E_ARG && moq_result_name((moq_result)-99) && moq_result_text((moq_result)-99));
     void *p = moq_allocate(NULL, 3);
@@ -79,9 +79,9 @@ static void test_null_safetensors(void)
     CHECK(moq_st_metadata(NULL, "x") == NULL && moq_st_metadata(st, NULL) == NULL);
     moq_st_close(st);
     moq_st_close(NULL);
-    REFUSED(moq_st_write(NULL, NULL, 0, NULL, 0, NULL, &e), "moq_st_write");
-    REFUSED(moq_st_write("x", NULL, 1, NULL, 0, NULL, &e), "moq_st_write");
-    REFUSED(moq_st_write("x", NULL, 0, NULL, 1, NULL, &e), "moq_st_write");
+    REFUSES(moq_st_write(NULL, NULL, 0, NULL, 0, NULL, &e), "moq_st_write");
+    REFUSES(moq_st_write("x", NULL, 1, NULL, 0, NULL, &e), "moq_st_write");
+    REFUSES(moq_st_write("x", NULL, 0, NULL, 1, NULL, &e), "moq_st_write");
 }
 
 static void test_null_checkpoint(void)
@@ -99,15 +99,15 @@ static void test_null_checkpoint(void)
     CHECK(moq_read_json(ck, NULL, MOQ_JSON_CONFIG, &e) == NULL && e.code == MOQ_E_PATH && moq_read_text(ck, NULL, NULL, &e) == NULL);
     CHECK(moq_tensor_count(NULL) == 0 && moq_get_tensor(NULL, 0) == NULL && moq_find_tensor(NULL, "x") == NULL && moq_find_tensor(ck, NULL) == NULL);
     CHECK(moq_get_shard_name(NULL, 0) == NULL && moq_module_count(NULL) == 0 && !moq_has_linear(NULL, "x") && !moq_has_linear(ck, NULL));
-    REFUSED(moq_get_module(NULL, 0, &l, &e), "moq_get_module");
-    REFUSED(moq_get_module(ck, 0, NULL, &e), "moq_get_module");
-    REFUSED(moq_find_linear(NULL, "x", &l, &e), "moq_find_linear");
-    REFUSED(moq_find_linear(ck, NULL, &l, &e), "moq_find_linear");
-    REFUSED(moq_find_linear(ck, "x", NULL, &e), "moq_find_linear");
-    REFUSED(moq_find_kv(NULL, "x", &kv, &e), "moq_find_kv");
-    REFUSED(moq_find_kv(ck, NULL, &kv, &e), "moq_find_kv");
-    REFUSED(moq_find_kv(ck, "x", NULL, &e), "moq_find_kv");
-    REFUSED(moq_verify(NULL, 0, NULL, NULL, &e), "moq_verify");
+    REFUSES(moq_get_module(NULL, 0, &l, &e), "moq_get_module");
+    REFUSES(moq_get_module(ck, 0, NULL, &e), "moq_get_module");
+    REFUSES(moq_find_linear(NULL, "x", &l, &e), "moq_find_linear");
+    REFUSES(moq_find_linear(ck, NULL, &l, &e), "moq_find_linear");
+    REFUSES(moq_find_linear(ck, "x", NULL, &e), "moq_find_linear");
+    REFUSES(moq_find_kv(NULL, "x", &kv, &e), "moq_find_kv");
+    REFUSES(moq_find_kv(ck, NULL, &kv, &e), "moq_find_kv");
+    REFUSES(moq_find_kv(ck, "x", NULL, &e), "moq_find_kv");
+    REFUSES(moq_verify(NULL, 0, NULL, NULL, &e), "moq_verify");
     CHECK_INT(moq_verify(ck, 0, NULL, NULL, NULL), MOQ_OK);
     moq_close(ck);
     moq_close(NULL);
@@ -119,12 +119,12 @@ static void test_null_layers(void)
     int16_t codes[4];
     moq_linear l, part;
     moq_make_linear(&l, "x", MOQ_F32, data, 2, 2);
-    REFUSED(moq_slice_rows(NULL, 0, 1, 1, &part, &e), "moq_slice_rows");
-    REFUSED(moq_slice_rows(&l, 0, 1, 1, NULL, &e), "moq_slice_rows");
-    REFUSED(moq_slice_cols(NULL, 0, 1, &part, &e), "moq_slice_cols");
-    REFUSED(moq_slice_cols(&l, 0, 1, NULL, &e), "moq_slice_cols");
-    REFUSED(moq_slice_expert(NULL, 0, &part, &e), "moq_slice_expert");
-    REFUSED(moq_slice_expert(&l, 0, NULL, &e), "moq_slice_expert");
+    REFUSES(moq_slice_rows(NULL, 0, 1, 1, &part, &e), "moq_slice_rows");
+    REFUSES(moq_slice_rows(&l, 0, 1, 1, NULL, &e), "moq_slice_rows");
+    REFUSES(moq_slice_cols(NULL, 0, 1, &part, &e), "moq_slice_cols");
+    REFUSES(moq_slice_cols(&l, 0, 1, NULL, &e), "moq_slice_cols");
+    REFUSES(moq_slice_expert(NULL, 0, &part, &e), "moq_slice_expert");
+    REFUSES(moq_slice_expert(&l, 0, NULL, &e), "moq_slice_expert");
     moq_get_codes(NULL, 0, 0, 2, codes);
     moq_get_codes(&l, 0, 0, 2, NULL);
     moq_dequantize(NULL, 0, 1, out);
@@ -155,37 +155,38 @@ static void test_null_quantizing(void)
     d.scheme = moq_find_recipe("fp8")->scheme;
     d.dtype = MOQ_F32;
     d.rows = d.cols = 2;
-    REFUSED(moq_encode_bytes(NULL, &a, &b, &e), "moq_encode_bytes");
-    REFUSED(moq_encode_bytes(&d, NULL, &b, &e), "moq_encode_bytes");
-    REFUSED(moq_encode_bytes(&d, &a, NULL, &e), "moq_encode_bytes");
-    REFUSED(moq_encode(NULL, codes, scales, &one, &e), "moq_encode");
-    REFUSED(moq_encode(&d, codes, scales, &one, &e), "moq_encode");
-    REFUSED(moq_find_amax(NULL, &one, &one, &e), "moq_find_amax");
-    REFUSED(moq_find_amax(&d, &one, &one, &e), "moq_find_amax");
+    REFUSES(moq_encode_bytes(NULL, &a, &b, &e), "moq_encode_bytes");
+    REFUSES(moq_encode_bytes(&d, NULL, &b, &e), "moq_encode_bytes");
+    REFUSES(moq_encode_bytes(&d, &a, NULL, &e), "moq_encode_bytes");
+    REFUSES(moq_encode(NULL, codes, scales, &one, &e), "moq_encode");
+    REFUSES(moq_encode(&d, codes, scales, &one, &e), "moq_encode");
+    REFUSES(moq_find_amax(NULL, &one, &one, &e), "moq_find_amax");
+    REFUSES(moq_find_amax(&d, &one, &one, &e), "moq_find_amax");
     d.data = data;
     CHECK_INT(moq_find_amax(&d, NULL, NULL, &e), MOQ_OK);
-    REFUSED(moq_encode(&d, codes, NULL, &one, &e), "moq_encode");
+    REFUSES(moq_encode(&d, codes, NULL, &one, &e), "moq_encode");
     CHECK_INT(moq_encode(&d, NULL, scales, NULL, &e), MOQ_OK);
     CHECK(moq_observing_backend(NULL, NULL, NULL, &e) == NULL && e.code == MOQ_E_ARG);
     moq_end_batch(NULL);
     NOTHING(moq_calibrate(NULL, &e), "moq_calibrate");
     moq_stats_destroy(NULL);
     CHECK(moq_stats_count(NULL) == 0 && moq_get_stat(NULL, 0) == NULL && moq_find_stat(NULL, "x") == NULL);
-    REFUSED(moq_stats_save(NULL, "x", &e), "moq_stats_save");
-    REFUSED(moq_solve(NULL, &choice, NULL, NULL, &e), "moq_solve");
-    REFUSED(moq_solve(&s, NULL, NULL, NULL, &e), "moq_solve");
+    REFUSES(moq_stats_save(NULL, "x", &e), "moq_stats_save");
+    REFUSES(moq_solve(NULL, &choice, NULL, NULL, &e), "moq_solve");
+    REFUSES(moq_solve(&s, NULL, NULL, NULL, &e), "moq_solve");
     CHECK(moq_unit_name(NULL, text, sizeof text) == 0 && moq_recipe_bits(NULL) == 16);
-    REFUSED(moq_quantize(NULL, &e), "moq_quantize");
+    REFUSES(moq_quantize(NULL, &e), "moq_quantize");
 }
 
 static void test_null_searches(void)
 {
     char data[4];
     moq_forget_pages(NULL);
+    moq_forget_tensor(NULL, NULL);
     NOTHING(moq_autoquant(NULL, &e), "moq_autoquant");
     CHECK(moq_search_get_info(NULL) == NULL && moq_search_get_unit(NULL, 0) == NULL);
-    REFUSED(moq_spill_put(NULL, 0, data, sizeof data, &e), "moq_spill");
-    REFUSED(moq_spill_get(NULL, 0, data, sizeof data, &e), "moq_spill");
+    REFUSES(moq_spill_put(NULL, 0, data, sizeof data, &e), "moq_spill");
+    REFUSES(moq_spill_get(NULL, 0, data, sizeof data, &e), "moq_spill");
 }
 
 int main(int argc, char **argv)

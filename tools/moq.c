@@ -103,7 +103,7 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"llm_desc.max_memory", "--max-memory"}, {"llm_desc.context", "--context"}, {"llm_desc.chunk", "--chunk"}, {"llm_desc.kv", "--kv"}, {"llm_desc.head", "--head"},
     {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"}, {"llm_desc.sampling.top_p", "--top-p"},
     {"llm_desc.sampling.min_p", "--min-p"}, {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
-    {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
+    {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
     {"; use raw prompts", "; use --raw"}
 };
 
@@ -184,12 +184,15 @@ static int ends_with(const char *s, const char *end)
     return a >= b && strcmp(s + a - b, end) == 0;
 }
 
-/* Only async-signal-safe work: the loops look at the flag. Should one hang, the fifth Ctrl-C ends the program at once. */
+/* Only async-signal-safe work: the loops look at the flag. Should one hang, the fourth Ctrl-C ends the program at once. */
 static void on_interrupt(int number)
 {
     if (number != SIGINT) end_requested = 1;
     if (stop_requested < 3) stop_requested = stop_requested + 1;
-    else signal(number, SIG_DFL);
+    else {
+        signal(number, SIG_DFL);
+        raise(number); /* comes when this returns */
+    }
     if (running) llm_cancel(running);
 }
 
@@ -2154,6 +2157,7 @@ static int answer(const engine *e, const options *o)
     }
     if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length);
     if (!o->json && (shown || err.code == MOQ_OK)) fputc('\n', stdout); /* an error without an answer leaves nothing on stdout */
+    fflush(stdout); /* before what stderr says, should both go to one place */
     free(all);
     if (o->stats) print_stats(e);
     return piece || err.code == MOQ_OK ? 0 : refuse_error(e->path, &err);
@@ -2169,6 +2173,8 @@ static int say(const engine *e, const options *o, const char *role, const char *
     if (err.code == MOQ_OK) moq_fail(&err, r, role, "%s", moq_result_text(r));
     return refuse_error(e->path, &err);
 }
+
+static int is_blank(const char *text) { return text[strspn(text, " \t\r\n")] == 0; }
 
 /* Lines from the terminal and answers, until the end of input. Ctrl-C ends an answer; at the prompt it ends the chat. */
 static int chat(const engine *e, const options *o)
@@ -2226,6 +2232,7 @@ static int verb_run(const options *o)
     llm_grammar *grammar;
     moq_error err;
     int bad = open_grammar(o, &grammar);
+    if (!bad && o->prompt && is_blank(o->prompt) && !o->raw) bad = refuse("--prompt is empty; give it a text");
     if (!bad) bad = open_engine(&e, o, o->args[0], 0, 0);
     if (bad) {
         llm_grammar_destroy(grammar);
@@ -2240,7 +2247,8 @@ static int verb_run(const options *o)
             text = read_stream(stdin, &bytes);
             while (!o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
         }
-        bad = say(&e, o, "user", o->prompt ? o->prompt : text);
+        if (text && is_blank(text) && !o->raw) bad = refuse("there is no prompt on standard input; write one there, or give --prompt");
+        if (!bad) bad = say(&e, o, "user", o->prompt ? o->prompt : text);
         if (!bad) bad = answer(&e, o);
     }
     free(text);

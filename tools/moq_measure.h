@@ -533,14 +533,15 @@ static uint64_t cache_bytes(void)
     return bytes > 0 ? (uint64_t)bytes : (uint64_t)64 << 20;
 }
 
+enum { MOST_COPIES = 256 };
+
 /* How many copies of a layer of so many bytes are used in turn, so that each comes from memory: twice the last-level cache, within an eighth of the memory. */
 static int copies_of(const options *o, uint64_t bytes)
 {
-    enum { MOST = 256 };
     uint64_t wanted = 2 * cache_bytes(), most = machine_memory() / 8, copies;
-    if (o->copies > 0) return o->copies < MOST ? (int)o->copies : MOST;
+    if (o->copies > 0) return (int)o->copies;
     copies = ((most && wanted > most ? most : wanted) + bytes - 1) / bytes;
-    return copies < MOST ? (int)copies : MOST;
+    return copies < MOST_COPIES ? (int)copies : MOST_COPIES;
 }
 
 /* plain: seconds of a plain read; peak: operations per second, 0 when unknown */
@@ -588,6 +589,12 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     int bad = 0, copies;
     make_layer(&w, kind, rows, cols, 0, 1);
     copies = copies_of(b->o, w.bytes);
+    if (machine_memory() && w.bytes * (uint64_t)copies > machine_memory() / 3) { /* layers, as they are prepared, and what the plain read goes through */
+        bad = refuse("--copies: %d of %" PRIu64 " bytes, and as much again to read, do not fit into memory; take at most %" PRIu64, copies, w.bytes,
+                     machine_memory() / 3 / w.bytes);
+        free_layer(&w);
+        return bad;
+    }
     copy = (layer *)take((size_t)copies, sizeof *copy);
     prepared = (moq_weight **)take((size_t)copies, sizeof *prepared);
     for (int i = 0; i < copies && !bad; i++) {
@@ -725,7 +732,9 @@ static int bench_arguments(bench *b)
     const options *o = b->o;
     token_rows m;
     int64_t rows, cols;
-    int bad = read_tokens(&m, o->m ? o->m : "1,8,64,512");
+    int bad = o->copies > MOST_COPIES ? refuse("--copies is at most %d", MOST_COPIES) : 0;
+    if (bad) return bad;
+    bad = read_tokens(&m, o->m ? o->m : "1,8,64,512");
     if (!bad && (m.start[1] < 1 || m.start[1] > 16)) bad = refuse("--m takes 1 to 16 numbers");
     for (size_t i = 0; !bad && i < m.start[1]; i++) {
         b->m[b->m_count++] = m.ids[i];
