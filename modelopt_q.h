@@ -13300,33 +13300,32 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_panel_bias_512(const moqi_panel *w, __mmask1
 }
 
 /* A panel times 1, 4 or 6 rows of x, of which `valid` are stored. all: columns of x padded to 128. A sum that starts at the bits of 1.5 * 2^23
-   ends as the bits of 1.5 * 2^23 + sum, so that one multiply-add turns it into a float times its scale: the two products differ by an exact one. */
+   ends as the bits of 1.5 * 2^23 + sum, so that one multiply-add turns it into a float times its scale: the two products differ by an exact one.
+   Rows of x are walked by bytes in steps of 16 columns: one register for each row, and one for its codes, scales and starts each. */
 MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid,
                                                 int tokens, int asks)
 {
     const uint32_t *d = w->data;
-    const uint8_t *ask = w->ask;
-    const float *scale = w->scale, *from[6];
-    const int32_t *at[6];
-    const int64_t chunks = moqi_ceil_div(w->n, w->chunk), words = w->chunk / 4, most = (w->n + 15) / 16 * 4; /* neither side has more words */
+    const uint8_t *ask = w->ask, *from[6];
+    const float *scale = w->scale, *const end = scale + moqi_ceil_div(w->n, w->chunk) * MOQI_PANEL_ROWS;
+    const int64_t most = w->col + (w->n + 15) / 16 * 16; /* neither side has more columns */
     const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
                                (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
     __m512 lo[6], hi[6], s0, s1, n0, n1;
     __m512i a[6], b[6];
 #define MOQI_TOKENS6(f) f(0) if (tokens > 1) { f(1) f(2) f(3) } if (tokens > 4) { f(4) f(5) }
 #define MOQI_BEGIN(t) \
-    at[t] = (const int32_t *)(const void *)(x + ((t) < valid ? (t) : valid - 1) * ldx) + w->col / 4; \
-    from[t] = x + ((t) < valid ? (t) : valid - 1) * ldx + all / 4 + w->col / w->chunk; \
+    from[t] = (const uint8_t *)(const void *)(x + ((t) < valid ? (t) : valid - 1) * ldx); \
     __builtin_prefetch(y + (t) * ldy, 1); /* the rows of y lie far apart */ \
     __builtin_prefetch(y + (t) * ldy + 16, 1); \
     lo[t] = hi[t] = _mm512_setzero_ps();
-#define MOQI_START(t) a[t] = b[t] = _mm512_set1_epi32(((const int32_t *)(const void *)from[t])[c + all / 16]);
+#define MOQI_START(t) a[t] = b[t] = _mm512_set1_epi32(*(const int32_t *)(const void *)(from[t] + start));
 #define MOQI_DOT(t) { \
-        __m512i v = _mm512_set1_epi32(at[t][k]); \
+        __m512i v = _mm512_set1_epi32(*(const int32_t *)(const void *)(from[t] + k + 4 * i)); \
         __asm__("vpdpbusd %2, %1, %0" : "+v"(a[t]) : "v"(w0), "v"(v)); /* GCC 12 copies the sums of the intrinsic to and fro */ \
         __asm__("vpdpbusd %2, %1, %0" : "+v"(b[t]) : "v"(w1), "v"(v)); }
 #define MOQI_SCALE(t) { \
-        __m512 v = _mm512_set1_ps(from[t][c]); \
+        __m512 v = _mm512_set1_ps(*(const float *)(const void *)(from[t] + at)); \
         lo[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(a[t]), s0, n0), v, lo[t]); \
         hi[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(b[t]), s1, n1), v, hi[t]); }
 #define MOQI_STORE(t) if ((t) < valid) { \
@@ -13335,13 +13334,18 @@ MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all
         _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], s0, n0)); \
         _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], s1, n1)); }
     MOQI_TOKENS6(MOQI_BEGIN)
-    for (int64_t c = 0, k = 0; c < chunks; c++, scale += MOQI_PANEL_ROWS) {
+    for (int64_t k = w->col, at = all + w->col / w->chunk * 4, start = at + all / 4; scale != end; scale += MOQI_PANEL_ROWS, at += 4, start += 4) {
+        const int64_t stop = moqi_min(k + w->chunk, most);
         MOQI_TOKENS6(MOQI_START)
-        for (int64_t end = moqi_min(k + words, most); k < end; k++, d += MOQI_PANEL_ROWS) {
-            if (asks) __builtin_prefetch(ask + k * w->ask_step, 0, 2);
-            if (asks) __builtin_prefetch(ask + k * w->ask_step + w->ask_step / 2, 0, 2);
-            __m512i w0 = _mm512_loadu_si512(d), w1 = _mm512_loadu_si512(d + 16);
-            MOQI_TOKENS6(MOQI_DOT)
+        for (; k < stop; k += 16, d += 4 * MOQI_PANEL_ROWS) {
+            MOQI_UNROLL
+            for (int i = 0; i < 4; i++) {
+                if (asks) __builtin_prefetch(ask + i * w->ask_step, 0, 2);
+                if (asks) __builtin_prefetch(ask + i * w->ask_step + w->ask_step / 2, 0, 2);
+                __m512i w0 = _mm512_loadu_si512(d + i * MOQI_PANEL_ROWS), w1 = _mm512_loadu_si512(d + i * MOQI_PANEL_ROWS + 16);
+                MOQI_TOKENS6(MOQI_DOT)
+            }
+            ask += 4 * w->ask_step;
         }
         s0 = _mm512_loadu_ps(scale);
         s1 = _mm512_loadu_ps(scale + 16);
