@@ -838,6 +838,20 @@ typedef struct moq_norm_desc {
     float eps;
 } moq_norm_desc;
 
+/* Heads on their way into attention: keys and queries are normed each by itself, then turned, then keys and values appended. */
+typedef struct moq_heads_desc {
+    moq_kv_cache *cache;
+    void *q;                /* [rows, heads, head_dim], row stride q_stride elements, in place */
+    const void *k, *v;      /* as in kv_append, before norm and rope */
+    int64_t q_stride, k_stride, v_stride;
+    int32_t heads;
+    const float *q_norm, *k_norm; /* [head_dim] or NULL: not normed */
+    float eps;
+    int32_t dims;           /* rope of so many values from the first on; 0: none */
+    int32_t interleaved;
+    const float *table;     /* [rows, dims/2, 2] */
+} moq_heads_desc;
+
 typedef struct moq_rope_desc {
     void *x;                /* [rows, heads, head_dim], row stride `stride` elements, in place */
     int64_t stride;
@@ -987,6 +1001,9 @@ struct moq_backend {
        query: y[r][h][0 .. rank) = K^T x[r][h][0 .. nope); value: y[r][h][0 .. value) = V x[r][h][0 .. rank). */
     void (*latent_query)(moq_backend *be, const moq_latent *l, const moq_copy_desc *d);
     void (*latent_value)(moq_backend *be, const moq_latent *l, const moq_copy_desc *d);
+
+    /* What norm (per head), rope and kv_append do in up to five calls, in one; k stays as it is. NULL: make those calls. */
+    void (*kv_enter)(moq_backend *be, const moq_batch *b, const moq_heads_desc *h);
 };
 
 typedef struct moq_cpu_desc {
@@ -17495,7 +17512,7 @@ static const moq_backend moqi_cpu_table = {
     NULL, NULL, NULL, NULL,
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
     moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
-    moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value
+    moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL
 };
 
 /* By name, or the fastest. */
@@ -21247,7 +21264,8 @@ static const moq_backend moqi_watch_table = {
     NULL, NULL, NULL, NULL,
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
     moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
-    NULL, NULL, NULL, NULL, NULL /* what goes through kv_b is to be seen */
+    NULL, NULL, NULL, NULL, NULL, /* what goes through kv_b is to be seen */
+    NULL
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

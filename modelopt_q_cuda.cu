@@ -554,6 +554,7 @@ template <> __device__ __forceinline__ float moqk_get<__nv_bfloat16>(const __nv_
 template <typename T> __device__ __forceinline__ void moqk_put(T *p, int64_t i, float v);
 template <> __device__ __forceinline__ void moqk_put<float>(float *p, int64_t i, float v) { p[i] = v; }
 template <> __device__ __forceinline__ void moqk_put<__nv_bfloat16>(__nv_bfloat16 *p, int64_t i, float v) { p[i] = __float2bfloat16_rn(v); }
+template <typename T> __device__ __forceinline__ float moqk_rounded(float v) { return sizeof(T) == 2 ? __bfloat162float(__float2bfloat16_rn(v)) : v; } /* to T */
 
 /* Where the type is known at run time only. */
 __device__ __forceinline__ float moqk_get_any(const void *p, int64_t i, int bf16)
@@ -5480,6 +5481,45 @@ template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_ca
     moqk_kv_pack(to, head, (s * c.kv_heads + head) * c.capacity + at, x);
 }
 
+/* A head of q, k or v, one after the other in the grid's second dimension: norm, turn, append; each value is rounded to T where calls of their
+   own would store it. Grid: rows, heads of all three. */
+template <typename T> __global__ void __launch_bounds__(128) moqk_enter(moqk_cache c, const int32_t *slot, const int32_t *pos, moq_heads_desc d)
+{
+    __shared__ float x[MOQK_KV_MOST_DIM], room[33];
+    const int32_t kind = (int32_t)blockIdx.y < d.heads ? 0 : (int32_t)blockIdx.y < d.heads + c.kv_heads ? 1 : 2;
+    const int32_t head = (int32_t)blockIdx.y - (kind > 0 ? d.heads : 0) - (kind > 1 ? c.kv_heads : 0), dim = kind == 2 ? c.v.dim : c.k.dim, half = d.dims / 2;
+    const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
+    const int64_t row = blockIdx.x;
+    const T *from = (const T *)(kind == 0 ? d.q : kind == 1 ? d.k : d.v) + row * (kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride) + (int64_t)head * dim;
+    float sum = 0;
+    moqk_follow();
+    for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
+        x[i] = moqk_get(from, i);
+        sum += x[i] * x[i];
+    }
+    if (weight) {
+        float factor = 1 / sqrtf(moqk_block_sum(sum, room) / (float)dim + d.eps);
+        for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) x[i] = moqk_rounded<T>(x[i] * factor * weight[i]);
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < (kind < 2 ? half : 0); i += blockDim.x) {
+        int32_t ia = d.interleaved ? 2 * i : i, ib = d.interleaved ? ia + 1 : ia + half;
+        float co = d.table[(row * half + i) * 2], si = d.table[(row * half + i) * 2 + 1], a = x[ia], b = x[ib];
+        x[ia] = moqk_rounded<T>(a * co - b * si);
+        x[ib] = moqk_rounded<T>(b * co + a * si);
+    }
+    __syncthreads();
+    if (kind == 0) {
+        for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) moqk_put((T *)d.q + row * d.q_stride + (int64_t)head * dim, i, x[i]);
+        return;
+    }
+    const moqk_kv &to = kind == 2 ? c.v : c.k;
+    int64_t s = slot[row], at = pos[row];
+    if (s < 0 || s >= c.slots || at < 0 || at >= c.capacity) return; /* a caller's mistake */
+    if (to.rotate) moqk_rotate_rows(x, 1, to.dim, to.dim, 1 / sqrtf((float)to.dim));
+    moqk_kv_pack(to, head, (s * c.kv_heads + head) * c.capacity + at, x);
+}
+
 /* Values [d, d + N) of a row, N = 4 or 16; d is a multiple of N. */
 template <int KIND, int N> __device__ __forceinline__ void moqk_kv_read(const moqk_kv &c, int64_t at, int32_t d, float scale, const float *bias, float v[N])
 {
@@ -5657,6 +5697,18 @@ static void moqc_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch
     MOQC_BY_ACT(c, (moqc_chain(c, "kv_append", moqk_append<float>, grid, 128, 0, *d, b->slot, b->pos, (const float *)k, k_stride, (const float *)v, v_stride)),
                 (moqc_chain(c, "kv_append", moqk_append<__nv_bfloat16>, grid, 128, 0, *d, b->slot, b->pos, (const __nv_bfloat16 *)k, k_stride, (const __nv_bfloat16 *)v, v_stride)));
     moqc_launched(c, "kv_append");
+}
+
+static void moqc_kv_enter(moq_backend *be, const moq_batch *b, const moq_heads_desc *h)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
+    if (b->rows < 1) return;
+    dim3 grid((unsigned)b->rows, (unsigned)(h->heads + 2 * d->kv_heads));
+    MOQC_BY_ACT(c, (moqc_chain(c, "kv_enter", moqk_enter<float>, grid, 128, 0, *d, b->slot, b->pos, *h)),
+                (moqc_chain(c, "kv_enter", moqk_enter<__nv_bfloat16>, grid, 128, 0, *d, b->slot, b->pos, *h)));
+    moqc_launched(c, "kv_enter");
 }
 
 /* `bytes` of every head, a head after `stride` bytes; ranges may overlap. Grid: heads. */
@@ -7548,7 +7600,8 @@ static const moq_backend moqc_table = {
     moqc_capture_begin, moqc_capture_end, moqc_replay, moqc_release_graph,
     moqc_ssm_create, moqc_ssm_release, moqc_ssm_bytes, moqc_ssm_run, moqc_ssm_copy, moqc_copy_heads,
     moqc_moe_bytes, moqc_kv_read, moqc_kv_write, moqc_ssm_read, moqc_ssm_write,
-    NULL, NULL, NULL, NULL, NULL /* latent attention keeps its wide keys and values here */
+    NULL, NULL, NULL, NULL, NULL, /* latent attention keeps its wide keys and values here */
+    moqc_kv_enter
 };
 
 /* The device itself: is it there, new enough, does this program hold code for it. */

@@ -7559,13 +7559,11 @@ static void llmi_rotate(const llmi_model *m, const llmi_layer *l, void *x, int32
     m->be->rope(m->be, &r);
 }
 
-/* Keys and values [n, kv_heads, dim] into the cache, then att = attention of q. */
-static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batch *b, const void *q, int64_t q_stride, const void *k,
-                        int64_t k_stride, const void *v, int64_t v_stride)
+/* att = attention of q over what the cache holds. */
+static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batch *b, const void *q, int64_t q_stride)
 {
     const llmi_config *c = &m->c;
     moq_attention_desc a;
-    m->be->kv_append(m->be, l->kv, b, k, k_stride, v, v_stride);
     memset(&a, 0, sizeof a);
     a.cache = l->kv;
     a.q = q;
@@ -7582,6 +7580,30 @@ static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batc
     m->be->attention(m->be, b, &a);
 }
 
+/* Heads of a row [heads | kv_heads | kv_heads] * head_dim normed and turned, keys and values into the cache, where the backend does it in one
+   call. 0: it does not, or these heads want something else. */
+static int llmi_enter_heads(const llmi_model *m, const llmi_layer *l, const moq_batch *b, void *q, void *k, const void *v, int64_t stride)
+{
+    const llmi_config *c = &m->c;
+    moq_heads_desc h;
+    if (!m->be->kv_enter || (l->turn == LLMI_TURN_NONE ? m->table[LLMI_TURN_NONE] != NULL : c->unit_heads)) return 0;
+    memset(&h, 0, sizeof h);
+    h.cache = l->kv;
+    h.q = q;
+    h.k = k;
+    h.v = v;
+    h.q_stride = h.k_stride = h.v_stride = stride;
+    h.heads = c->heads;
+    h.q_norm = l->q_norm;
+    h.k_norm = l->k_norm;
+    h.eps = (float)c->part_eps;
+    h.table = m->table[l->turn];
+    h.dims = !h.table ? 0 : l->turn == LLMI_TURN_LOCAL ? c->local.dims : c->rope.dims;
+    h.interleaved = c->interleaved;
+    m->be->kv_enter(m->be, b, &h);
+    return 1;
+}
+
 /* att = attention of h; q, k and v lie side by side in a row of in: [heads | kv_heads | kv_heads] * head_dim. */
 static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_batch *b)
 {
@@ -7589,6 +7611,10 @@ static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_b
     int64_t q_width = (int64_t)c->heads * c->head_dim, kv_width = (int64_t)c->kv_heads * c->head_dim, stride = q_width + 2 * kv_width;
     void *q = m->in, *k = llmi_act(m, m->in, q_width), *v = llmi_act(m, m->in, q_width + kv_width);
     m->be->linear(m->be, l->in, m->h, b->rows, m->in);
+    if (llmi_enter_heads(m, l, b, q, k, v, stride)) {
+        llmi_attend(m, l, b, q, stride);
+        return;
+    }
     if (l->q_norm) llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, l->q_norm, b->rows);
     if (l->k_norm) llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, l->k_norm, b->rows);
     llmi_rotate(m, l, q, c->heads, c->head_dim, 0, stride, b->rows);
@@ -7598,7 +7624,8 @@ static void llmi_attention(const llmi_model *m, const llmi_layer *l, const moq_b
         llmi_part_norm(m, q, stride, q, stride, c->heads, c->head_dim, NULL, b->rows);
         llmi_part_norm(m, k, stride, k, stride, c->kv_heads, c->head_dim, NULL, b->rows);
     }
-    llmi_attend(m, l, b, q, stride, k, stride, v, stride);
+    m->be->kv_append(m->be, l->kv, b, k, stride, v, stride);
+    llmi_attend(m, l, b, q, stride);
 }
 
 /* y[r][h] = x[r][h] for every head: width values, `step` apart; x_step 0 repeats one. */
@@ -7631,7 +7658,8 @@ static void llmi_attend_latent(const llmi_model *m, const llmi_layer *l, const m
     d.y = llmi_act(m, m->k, c->kv_rank);
     be->copy_heads(be, &d);
     be->copy_heads(be, &one);
-    llmi_attend(m, l, b, m->k, key * c->heads, m->v, key, m->v, key);
+    be->kv_append(be, l->kv, b, m->v, key, m->v, key);
+    llmi_attend(m, l, b, m->k, key * c->heads);
     d.x = m->kv_b;
     d.y = m->att;
     d.x_stride = (int64_t)c->kv_rank * c->heads;
@@ -7666,7 +7694,8 @@ static void llmi_latent(const llmi_model *m, const llmi_layer *l, const moq_batc
     llmi_copy_heads(m, m->kv_b, head * c->heads, head, m->k, c->head_dim, c->nope_dim, b->rows);
     llmi_copy_heads(m, turned, stride, 0, llmi_act(m, m->k, c->nope_dim), c->head_dim, c->rope_dim, b->rows);
     llmi_copy_heads(m, llmi_act(m, m->kv_b, c->nope_dim), head * c->heads, head, m->v, c->value_dim, c->value_dim, b->rows);
-    llmi_attend(m, l, b, q, q_stride, m->k, q_width, m->v, (int64_t)c->heads * c->value_dim);
+    be->kv_append(be, l->kv, b, m->k, q_width, m->v, (int64_t)c->heads * c->value_dim);
+    llmi_attend(m, l, b, q, q_stride);
 }
 
 /* att = state-space mixer of h. */

@@ -1,4 +1,5 @@
 /* test_llm_answer.c - stop strings, penalties, log-probabilities, typical sampling, speculation, time budgets, memory plans. */
+#define _POSIX_C_SOURCE 200809L
 #include "test.h"
 
 #include <math.h>
@@ -418,6 +419,124 @@ static void test_cancel_in_a_pass(void)
     llm_close(m);
 }
 
+/* ---- two ranks in steps ---- */
+
+enum { STEP_RANKS = 2, STEP_TALKS = 2, STEP_CANCEL = 5 };
+
+/* Ranks meet here. Each rank makes the same calls in the same order, from a thread of its own. */
+typedef struct step_meeting {
+    pthread_barrier_t barrier;
+    const float *x[STEP_RANKS];
+    int sums[STEP_RANKS];
+} step_meeting;
+
+typedef struct step_rank {
+    step_meeting *at;
+    int32_t rank;
+    char text[2][STEP_TALKS][4096]; /* first answers, and those after the cancel */
+    moq_result code[STEP_TALKS];
+    int failed;
+} step_rank;
+
+static moq_result step_sum(void *user, moq_backend *be, void *x, size_t count, moq_error *err)
+{
+    step_rank *r = (step_rank *)user;
+    step_meeting *at = r->at;
+    float *sum = (float *)malloc(count * sizeof *sum);
+    moq_result code = be->sync(be, err);
+    at->x[r->rank] = (const float *)x;
+    at->sums[r->rank]++;
+    pthread_barrier_wait(&at->barrier);
+    for (size_t i = 0; i < count; i++) sum[i] = at->x[0][i] + at->x[1][i];
+    pthread_barrier_wait(&at->barrier);
+    memcpy(x, sum, count * sizeof *sum);
+    free(sum);
+    return code;
+}
+
+/* Every talk of the model to its end, all in a step or a step of each in turn; number `cancel` is stopped after STEP_CANCEL pieces. */
+static void step_talks(step_rank *r, llm *const m[STEP_TALKS], char text[STEP_TALKS][4096], int all, int cancel)
+{
+    int pieces[STEP_TALKS] = {0}, busy = 1;
+    for (int turn = 0; busy && turn < 2000; turn++) {
+        if (all) llm_step_all(m[0], 1);
+        for (int k = 0; k < STEP_TALKS; k++) {
+            if (!all && llm_ready(m[k]) >= 0) llm_step(m[k], 1); /* too little time for anything: a pass is made all the same */
+            if (llm_ready(m[k]) <= 0) continue;
+            if (strlen(text[k]) + strlen(llm_piece(m[k])) < sizeof text[k]) strcat(text[k], llm_piece(m[k]));
+            if (++pieces[k] == STEP_CANCEL && k == cancel) llm_cancel(m[k]);
+        }
+        busy = 0;
+        for (int k = 0; k < STEP_TALKS; k++) busy |= llm_ready(m[k]) >= 0;
+    }
+    for (int k = 0; k < STEP_TALKS; k++) {
+        moq_error e;
+        r->failed |= llm_ready(m[k]) >= 0 || llm_next(m[k], &e) != NULL;
+        r->code[k] = e.code;
+    }
+}
+
+static void *run_steps(void *user)
+{
+    step_rank *r = (step_rank *)user;
+    llm_desc d = demo_desc();
+    moq_error e;
+    llm *m[STEP_TALKS];
+    d.slots = STEP_TALKS;
+    d.chunk = 48; /* prompts take several passes */
+    d.act = MOQ_ACT_WIDE;
+    if (r->at) {
+        d.ranks = STEP_RANKS;
+        d.rank = r->rank;
+        d.all_reduce = step_sum;
+        d.all_reduce_user = r;
+    }
+    m[0] = llm_open(&d, &e);
+    m[1] = m[0] ? llm_join(m[0], &e) : NULL;
+    r->failed = !m[1];
+    if (m[1]) {
+        for (int k = 0; k < STEP_TALKS; k++) ask(m[k], k ? 1 : 3);
+        step_talks(r, m, r->text[0], 1, 1);
+        for (int k = 0; k < STEP_TALKS; k++) { /* whoever was stopped begins anew, the other goes on */
+            if (k == 1) { r->failed |= r->code[k] != MOQ_E_CANCELLED; llm_reset(m[k]); ask(m[k], 3); }
+            else { r->failed |= r->code[k] != MOQ_OK; llm_say(m[k], "user", requests[3]); }
+        }
+        step_talks(r, m, r->text[1], 0, -1);
+        for (int k = 0; k < STEP_TALKS; k++) r->failed |= r->code[k] != MOQ_OK;
+    }
+    llm_close(m[1]);
+    llm_close(m[0]);
+    return NULL;
+}
+
+/* Two conversations on one model in two parts say what they say on the whole one, step by step, also after one of them was stopped. */
+static void test_ranks_steps(void)
+{
+    step_meeting at;
+    pthread_t thread[STEP_RANKS];
+    static step_rank r[STEP_RANKS], one;
+    memset(&at, 0, sizeof at);
+    run_steps(&one);
+    CHECK_INT(one.failed, 0);
+    pthread_barrier_init(&at.barrier, NULL, STEP_RANKS);
+    for (int k = 0; k < STEP_RANKS; k++) {
+        r[k].at = &at;
+        r[k].rank = k;
+        CHECK(pthread_create(&thread[k], NULL, run_steps, &r[k]) == 0);
+    }
+    for (int k = 0; k < STEP_RANKS; k++) pthread_join(thread[k], NULL);
+    pthread_barrier_destroy(&at.barrier);
+    CHECK(at.sums[0] > 0 && at.sums[0] == at.sums[1]);
+    for (int k = 0; k < STEP_RANKS; k++) {
+        CHECK_INT(r[k].failed, 0);
+        for (int talk = 0; talk < STEP_TALKS; talk++) {
+            CHECK(one.text[1][talk][0] != 0);
+            CHECK_STR(r[k].text[0][talk], one.text[0][talk]);
+            CHECK_STR(r[k].text[1][talk], one.text[1][talk]);
+        }
+    }
+}
+
 /* ---- memory ---- */
 
 /* The plan is what opening allocates, and answering allocates nothing. */
@@ -532,6 +651,7 @@ int main(int argc, char **argv)
     RUN(test_threads_agree);
     RUN(test_budget_of_nothing);
     RUN(test_cancel_in_a_pass);
+    RUN(test_ranks_steps);
     RUN(test_plan);
     RUN(test_nothing_grows);
     return test_end();

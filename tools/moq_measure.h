@@ -483,10 +483,51 @@ static double peak_rate(int kind, const char *kernel, int threads)
     return best;
 }
 
+/* ---- what a GPU can do, see moq_cuda.cu; seconds, 0: unknown ---- */
+
+#ifdef MOQ_CUDA
+double moq_gpu_read_seconds(int device, uint64_t bytes, int copies);
+double moq_gpu_blas_seconds(int device, int64_t rows, int64_t cols, int32_t m);
+uint64_t moq_gpu_cache(int device);
+#else
+static double moq_gpu_read_seconds(int device, uint64_t bytes, int copies) { (void)device; (void)bytes; (void)copies; return 0; }
+static double moq_gpu_blas_seconds(int device, int64_t rows, int64_t cols, int32_t m) { (void)device; (void)rows; (void)cols; (void)m; return 0; }
+static uint64_t moq_gpu_cache(int device) { (void)device; return 0; }
+#endif
+
+/* Number of the device of a CUDA backend; -1: it is the CPU. */
+static int gpu_of(const moq_backend *be) { return strncmp(be->name, "cuda", 4) == 0 ? atoi(be->name + (be->name[4] == ':' ? 5 : 4)) : -1; }
+
 static int compare_doubles(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
+}
+
+/* The same as time_linear where a device records calls: a launch costs what it costs in a decoder, and nobody waits for the host. */
+static double time_recorded(moq_backend *be, moq_weight *const *w, int count, const void *x, int32_t rows, void *y)
+{
+    double sample[25], start;
+    int n = 0, turns = 1;
+    moq_error err;
+    moq_graph *g;
+    be->linear(be, w[0], x, rows, y); /* code is loaded on first use */
+    if (be->sync(be, &err) != MOQ_OK || be->capture_begin(be, &err) != MOQ_OK) { refuse_error(NULL, &err); return -1; }
+    for (int i = 0; i < count; i++) be->linear(be, w[i], x, rows, y);
+    g = be->capture_end(be, &err);
+    if (!g) { refuse_error(NULL, &err); return -1; }
+    for (int i = -2; i < COUNT(sample) && !stop_requested; i++) {
+        start = moq_seconds();
+        for (int k = 0; k < turns; k++) be->replay(be, g);
+        if (be->sync(be, &err) != MOQ_OK) { refuse_error(NULL, &err); n = 0; break; }
+        start = moq_seconds() - start;
+        if (i == -2 && start < 0.003) turns = (int)(0.003 / (start + 1e-6)) + 1;
+        if (i >= 0) sample[n++] = start / turns / count;
+    }
+    be->release_graph(be, g);
+    if (n == 0) return -1;
+    qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
+    return sample[n / 2];
 }
 
 /* Median seconds of one call over at least 0.25 s, with each of some weights in turn. Negative after an error line. */
@@ -495,6 +536,7 @@ static double time_linear(moq_backend *be, moq_weight *const *w, int count, cons
     double sample[400], start = moq_seconds(), last = start;
     int n = 0;
     moq_error err;
+    if (be->capture_begin && be->capture_end && be->replay && be->release_graph) return time_recorded(be, w, count, x, rows, y);
     be->linear(be, w[count - 1], x, rows, y);
     if (be->sync(be, &err) != MOQ_OK) { refuse_error(NULL, &err); return -1; }
     last = moq_seconds();
@@ -515,7 +557,7 @@ typedef struct bench {
     const options *o;
     moq_backend *be;
     json_out j;
-    int threads;
+    int threads, gpu;                    /* gpu: the device, -1: the CPU */
     int32_t m[16];
     int m_count;
     double prompt_rate, generation_rate; /* tokens per second of a folder */
@@ -523,9 +565,10 @@ typedef struct bench {
 } bench;
 
 /* Bytes of the last-level cache; 64 MB where the system does not say. */
-static uint64_t cache_bytes(void)
+static uint64_t cache_bytes(int gpu)
 {
     long bytes = 0;
+    if (gpu >= 0 && moq_gpu_cache(gpu) > 0) return moq_gpu_cache(gpu);
 #ifdef _SC_LEVEL3_CACHE_SIZE
     bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
     if (bytes <= 0) bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -536,21 +579,30 @@ static uint64_t cache_bytes(void)
 enum { MOST_COPIES = 256 };
 
 /* How many copies of a layer of so many bytes are used in turn, so that each comes from memory: twice the last-level cache, within an eighth of the memory. */
-static int copies_of(const options *o, uint64_t bytes)
+static int copies_of(const options *o, int gpu, uint64_t bytes)
 {
-    uint64_t wanted = 2 * cache_bytes(), most = machine_memory() / 8, copies;
+    uint64_t wanted = 2 * cache_bytes(gpu), most = machine_memory() / 8, copies;
     if (o->copies > 0) return (int)o->copies;
     copies = ((most && wanted > most ? most : wanted) + bytes - 1) / bytes;
     return copies < MOST_COPIES ? (int)copies : MOST_COPIES;
 }
 
-/* plain: seconds of a plain read; peak: operations per second, 0 when unknown */
-static void bench_report(bench *b, const layer *w, int copies, int32_t m, double seconds, double plain, double peak, const char *kernel)
+/* A number that may be unknown. */
+static void json_ratio(json_out *j, const char *name, double value)
+{
+    if (value > 0) { json_number(j, name, value); return; }
+    json_item(j, name);
+    fputs("null", j->to);
+}
+
+/* plain: seconds of a plain read; peak: operations per second; blas: seconds of cuBLAS with BF16 weights. 0 when unknown. */
+static void bench_report(bench *b, const layer *w, int copies, int32_t m, double seconds, double plain, double peak, double blas, const char *kernel)
 {
     double flops = 2.0 * (double)m * (double)w->l.rows * (double)w->l.cols;
     if (!b->o->json) {
         char share[32] = "-";
         if (peak > 0) snprintf(share, sizeof share, "%.3f", flops / seconds / peak);
+        if (b->gpu >= 0 && blas > 0) snprintf(share, sizeof share, "%.3f", blas / seconds);
         printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6s %6d  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
                (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, share, copies, kernel);
         fflush(stdout);
@@ -563,12 +615,9 @@ static void bench_report(bench *b, const layer *w, int copies, int32_t m, double
     json_number(&b->j, "us", seconds * 1e6);
     json_number(&b->j, "gbps", (double)w->bytes / seconds / 1e9);
     json_number(&b->j, "gflops", flops / seconds / 1e9);
-    json_number(&b->j, "read_ratio", plain / seconds);
-    if (peak > 0) json_number(&b->j, "peak_ratio", flops / seconds / peak);
-    else {
-        json_item(&b->j, "peak_ratio");
-        fputs("null", b->j.to);
-    }
+    json_ratio(&b->j, "read_ratio", plain / seconds);
+    json_ratio(&b->j, "peak_ratio", peak > 0 ? flops / seconds / peak : 0);
+    if (b->gpu >= 0) json_ratio(&b->j, "cublas_ratio", blas / seconds);
     json_string(&b->j, "kernel", kernel);
     json_int(&b->j, "copies", copies);
     json_close(&b->j, '}');
@@ -588,7 +637,7 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     void *x = NULL, *y = NULL;
     int bad = 0, copies;
     make_layer(&w, kind, rows, cols, 0, 1);
-    copies = copies_of(b->o, w.bytes);
+    copies = copies_of(b->o, b->gpu, w.bytes);
     if (machine_memory() && w.bytes * (uint64_t)copies > machine_memory() / 3) { /* layers, as they are prepared, and what the plain read goes through */
         bad = refuse("--copies: %d of %" PRIu64 " bytes, and as much again to read, do not fit into memory; take at most %" PRIu64, copies, w.bytes,
                      machine_memory() / 3 / w.bytes);
@@ -611,11 +660,11 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     y = x ? be->alloc(be, (size_t)most * (size_t)rows * (size_t)moq_dtype_bits(be->act) / 8, &err) : NULL;
     if (!bad && (!y || be->reserve(be, most, &err) != MOQ_OK)) bad = refuse_error(NULL, &err);
     if (!bad) be->upload_act(be, x, host, (size_t)most * (size_t)cols);
-    plain = bad ? 0 : read_seconds(w.bytes, copies, b->threads);
+    plain = bad ? 0 : b->gpu >= 0 ? moq_gpu_read_seconds(b->gpu, w.bytes, copies) : read_seconds(w.bytes, copies, b->threads);
     for (int i = 0; i < b->m_count && !bad && !stop_requested; i++) {
-        double seconds = time_linear(be, prepared, copies, x, b->m[i], y);
+        double seconds = time_linear(be, prepared, copies, x, b->m[i], y), blas = b->gpu >= 0 ? moq_gpu_blas_seconds(b->gpu, rows, cols, b->m[i]) : 0;
         if (seconds < 0) bad = 2;
-        else bench_report(b, &w, copies, b->m[i], seconds, plain, peak_rate(peak_kind(be, prepared[0], b->m[i], kernel), kernel, b->threads), kernel);
+        else bench_report(b, &w, copies, b->m[i], seconds, plain, peak_rate(peak_kind(be, prepared[0], b->m[i], kernel), kernel, b->threads), blas, kernel);
     }
     if (y) be->release(be, y);
     if (x) be->release(be, x);
@@ -680,7 +729,6 @@ static int bench_folder(bench *b, engine *e)
     int32_t ids[PROMPT], n = info->context < PROMPT ? info->context : PROMPT, steps = n < STEPS ? n : STEPS;
     double best[2] = {0, 0}, peak, plain = 0, products;
     float *logits = (float *)take((size_t)info->vocab, sizeof *logits);
-    int cpu = strcmp(b->be->name, "cpu") == 0;
     moq_result r;
     for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % info->vocab);
     r = time_folder(e, ids, n, steps, logits, best, &err);
@@ -692,7 +740,8 @@ static int bench_folder(bench *b, engine *e)
     /* the output layer runs for the last token of the prompt only */
     products = (double)info->token_products - (double)info->vocab * info->hidden * (n - 1) / n;
     if (peak > 0) b->prompt_peak = b->prompt_rate * 2 * products / peak;
-    if (cpu) plain = read_seconds(info->token_bytes, 1, b->threads);
+    if (strcmp(b->be->name, "cpu") == 0) plain = read_seconds(info->token_bytes, 1, b->threads);
+    if (b->gpu >= 0) plain = moq_gpu_read_seconds(b->gpu, info->token_bytes, copies_of(b->o, b->gpu, info->token_bytes));
     b->read_ratio = plain * b->generation_rate;
     if (b->o->json) return 0;
     printf("%s: prompt %.1f tokens/s (%d tokens), generation %.1f tokens/s (%d tokens)\n", e->path, b->prompt_rate, n, b->generation_rate, steps);
@@ -700,7 +749,7 @@ static int bench_folder(bench *b, engine *e)
     if (peak > 0) printf(", %.3f of the %.1f that its instruction alone gives", b->prompt_peak, peak / 1e9);
     printf("\ngeneration: %.2f MB of weights a token (output layer %s), %.2f GB/s", (double)info->token_bytes / 1e6, info->head,
            (double)info->token_bytes * b->generation_rate / 1e9);
-    if (cpu) printf(", %.3f of a plain read of as many bytes", b->read_ratio);
+    if (plain > 0) printf(", %.3f of a plain read of as many bytes", b->read_ratio);
     printf("\n");
     return 0;
 }
@@ -752,7 +801,7 @@ static int bench_layers(bench *b)
     const options *o = b->o;
     int bad = 0;
     int64_t rows = 0, cols = 0;
-    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", "peak", "copies", "kernel");
+    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", b->gpu >= 0 ? "cuBLAS" : "peak", "copies", "kernel");
     for (int i = 0; i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)) && !bad; i++)
         for (int k = 0; k < (o->shape.count ? o->shape.count : 1) && !bad && !stop_requested; k++) {
             bad = bench_shape(o, k, &rows, &cols);
@@ -764,14 +813,16 @@ static int bench_layers(bench *b)
 static int run_bench(bench *b, engine *e)
 {
     const options *o = b->o;
-    int layers = !e || o->scheme.count || o->shape.count, bad = e ? bench_folder(b, e) : 0;
+    int layers = !e || o->scheme.count || o->shape.count, bad;
+    b->gpu = gpu_of(b->be);
+    bad = e ? bench_folder(b, e) : 0;
     if (bad) return bad;
     if (o->json) {
         json_open(&b->j, NULL, '{');
         json_string(&b->j, "device", b->be->name);
         json_int(&b->j, "threads", b->threads);
         json_string(&b->j, "cpu", moq_cpu_features());
-        json_int(&b->j, "cache_bytes", (int64_t)cache_bytes());
+        json_int(&b->j, "cache_bytes", (int64_t)cache_bytes(b->gpu));
         if (e) json_number(&b->j, "prompt_tokens_per_second", b->prompt_rate);
         if (e) json_number(&b->j, "generated_tokens_per_second", b->generation_rate);
         if (e) json_string(&b->j, "head", e->info->head);
@@ -779,9 +830,11 @@ static int run_bench(bench *b, engine *e)
         if (e) json_number(&b->j, "prompt_peak_ratio", b->prompt_peak);
         if (e) json_number(&b->j, "generation_read_ratio", b->read_ratio);
         json_open(&b->j, "rows", '[');
-    } else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
+    } else if (layers && b->gpu >= 0) fprintf(stderr, "moq: %s; read: speed over that of a plain read of the same bytes on it; cuBLAS: over that of cuBLAS with\n"
+                    "moq: BF16 weights (-: it is not there); copies: layers used in turn, and read in turn (L2 cache %.0f MB)\n", b->be->name, (double)cache_bytes(b->gpu) / 1048576);
+    else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
                     "moq: same instruction (FMA, VNNI or AMX) alone in registers; copies: layers used in turn, and read in turn\n"
-                    "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads, (double)cache_bytes() / 1048576);
+                    "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads, (double)cache_bytes(-1) / 1048576);
     if (layers) bad = bench_layers(b);
     if (o->json) json_close(&b->j, ']');
     if (o->json) json_close(&b->j, '}');

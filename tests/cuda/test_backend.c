@@ -931,6 +931,93 @@ static void check_argmax(moq_backend *be)
     free(x);
 }
 
+/* kv_enter beside the calls that it stands for: q to rounding of the sums of squares, what the cache stores byte for byte, but for codes whose
+   value lay at the middle between two. */
+static void check_enter(moq_dtype activations, moq_kv_format format, int dim, int vdim, int dims, int interleaved, int norms)
+{
+    enum { ROWS = 5, HEADS = 6, KV = 3, CAPACITY = 9 };
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    const int stride = HEADS * dim + KV * (dim + vdim) + 5, elem = activations == MOQ_BF16 ? 2 : 4;
+    const int32_t slot[ROWS] = {0, 1, 1, 0, 1}, pos[ROWS] = {0, 3, 4, 8, 5};
+    float *x = random_floats((size_t)(ROWS * stride)), *norm = random_floats((size_t)(2 * dim)), *turn = random_floats((size_t)(ROWS * (dims + 1))), *got[2];
+    device_batch b = batch_of(be, ROWS, slot, pos);
+    moq_kv_desc kd;
+    moq_heads_desc h;
+    uint8_t *kept[2];
+    size_t bytes = 0;
+    long apart = 0;
+    moq_error err;
+    memset(&kd, 0, sizeof kd);
+    kd.name = "kv";
+    kd.slots = 2;
+    kd.capacity = CAPACITY;
+    kd.kv_heads = KV;
+    kd.head_dim = dim;
+    kd.value_dim = vdim;
+    kd.kv.format = format;
+    memset(&h, 0, sizeof h);
+    float *dn = (float *)device_bytes(be, norm, sizeof *norm * (size_t)(2 * dim)), *dt = (float *)device_bytes(be, turn, sizeof *turn * (size_t)(ROWS * dims));
+    for (int one = 0; one < 2; one++) {
+        moq_kv_cache *cache = be->kv_create(be, &kd, &err);
+        CHECK(cache != NULL);
+        uint8_t *d = (uint8_t *)device_floats(be, x, (size_t)(ROWS * stride)), *k = d + (size_t)(HEADS * dim * elem), *v = k + (size_t)(KV * dim * elem);
+        if (one) {
+            moq_heads_desc e = {cache, d, k, v, stride, stride, stride, HEADS, norms ? dn : NULL, norms ? dn + dim : NULL, 1e-5f, dims, interleaved, dt};
+            h = e;
+            be->kv_enter(be, &b.device, &h);
+        } else {
+            for (int i = 0; i < 2; i++) {
+                moq_norm_desc n;
+                moq_rope_desc r = {i ? k : d, stride, ROWS, i ? KV : HEADS, dim, 0, dims, interleaved, dt};
+                memset(&n, 0, sizeof n);
+                n.x = n.y = i ? k : d;
+                n.weight = dn + i * dim;
+                n.x_stride = n.y_stride = stride;
+                n.rows = ROWS;
+                n.cols = dim;
+                n.groups = i ? KV : HEADS;
+                n.eps = 1e-5f;
+                if (norms) be->norm(be, &n);
+                if (dims) be->rope(be, &r);
+            }
+            be->kv_append(be, cache, &b.device, k, stride, v, stride);
+        }
+        got[one] = (float *)malloc(sizeof(float) * (size_t)(ROWS * stride));
+        be->download_act(be, got[one], d, (size_t)(ROWS * stride));
+        bytes = be->kv_read(be, cache, 0, CAPACITY, NULL);
+        kept[one] = (uint8_t *)malloc(2 * bytes);
+        for (int s = 0; s < 2; s++) be->kv_read(be, cache, s, CAPACITY, kept[one] + (size_t)s * bytes);
+        be->kv_release(be, cache);
+        be->release(be, d);
+    }
+    for (int r = 0; r < ROWS; r++) compare("kv_enter", got[1] + r * stride, got[0] + r * stride, (size_t)(HEADS * dim), activations == MOQ_BF16 ? 1e-2 : 2e-6);
+    for (size_t i = 0; i < 2 * bytes; i++) apart += kept[0][i] != kept[1][i];
+    if (format == MOQ_KV_WIDE && activations == MOQ_F32) /* every last bit may differ there: by value */
+        compare("keys and values", (const float *)(const void *)kept[1], (const float *)(const void *)kept[0], 2 * bytes / 4, 2e-6);
+    else if (apart * 50 > (long)(2 * bytes)) { printf("%s, %d, %d: %ld of %ld bytes apart\n", moq_kv_format_name(format), dim, dims, apart, (long)(2 * bytes)); CHECK(0); }
+    if (!norms && dims == 0) CHECK_INT(apart, 0);
+    for (int i = 0; i < 2; i++) { free(got[i]); free(kept[i]); }
+    be->release(be, dn);
+    be->release(be, dt);
+    batch_free(be, &b);
+    free(x); free(norm); free(turn);
+    done(be);
+}
+
+static void test_cuda_enter(void)
+{
+    for (int a = 0; a < 2; a++) {
+        moq_dtype t = a ? MOQ_BF16 : MOQ_F32;
+        check_enter(t, MOQ_KV_WIDE, 128, 128, 128, 0, 0);
+        check_enter(t, MOQ_KV_FP8, 128, 128, 128, 0, 1);
+        check_enter(t, MOQ_KV_WIDE, 64, 64, 64, 1, 1);
+        check_enter(t, MOQ_KV_INT8, 80, 48, 32, 0, 1);
+        check_enter(t, MOQ_KV_NVFP4, 192, 128, 64, 1, 0);
+        check_enter(t, MOQ_KV_NVFP4_ROTATE, 256, 256, 0, 0, 1);
+        check_enter(t, MOQ_KV_MXFP4, 96, 96, 0, 0, 0);
+    }
+}
+
 static void test_cuda_ops(void)
 {
     enum { N = 9000 };
@@ -1401,6 +1488,7 @@ int main(int argc, char **argv)
 {
     test_begin(argc, argv);
     RUN(test_cuda_copies);
+    RUN(test_cuda_enter);
     RUN(test_cuda_ops);
     RUN(test_cuda_ssm);
     RUN(test_cuda_embed);
