@@ -2318,7 +2318,7 @@ static const char *moqi_os_text(int code)
         {EMFILE, "too many open files"}, {ENFILE, "too many open files in the system"}, {ENOMEM, "out of memory"},
         {ENOSPC, "no space left on the device"}, {EROFS, "read-only file system"}, {EXDEV, "target is on another device"},
         {ENAMETOOLONG, "name too long"}, {ELOOP, "too many symbolic links"}, {EFBIG, "file too large"}, {EBUSY, "busy"}, {EEXIST, "exists already"},
-        {ENOENT, "no such file or folder"}, {ENOTDIR, "a part of the path is no folder"},
+        {ENOENT, "no such file or folder"}, {ENOTEMPTY, "exists already"}, {ENOTDIR, "a part of the path is no folder"},
     };
     for (size_t i = 0; i < MOQI_COUNT(table); i++)
         if (table[i].code == code) return table[i].text;
@@ -2744,6 +2744,18 @@ static moq_result moqi_check_new_target(const char *target, moq_error *err)
     return moqi_fail(err, MOQ_E_ARG, moqi_at(moqi_base_name(target), NULL, NULL, -1), "exists already; choose another target or remove it first");
 }
 
+/* Bytes of a path without the slashes at its end, which completion in a shell puts there. */
+static int moqi_path_bytes(const char *path)
+{
+    size_t n = strlen(path);
+#ifdef _WIN32
+    while (n > 1 && (path[n - 1] == '/' || path[n - 1] == '\\')) n--;
+#else
+    while (n > 1 && path[n - 1] == '/') n--;
+#endif
+    return n < 4096 ? (int)n : 4096;
+}
+
 /* A new folder beside the target, "TARGET.tmp-PROCESS-N". The target itself must not exist. */
 static moq_result moqi_folder_begin(const char *target, char *temp, size_t capacity, moq_error *err)
 {
@@ -2752,7 +2764,7 @@ static moq_result moqi_folder_begin(const char *target, char *temp, size_t capac
     int os = 0;
     if (taken < 0) return taken;
     for (unsigned i = 0; i < 100; i++) {
-        if (moqi_format(temp, capacity, "%s.tmp-%u-%u", target, moqi_sys_process(), i) >= capacity)
+        if (moqi_format(temp, capacity, "%.*s.tmp-%u-%u", moqi_path_bytes(target), target, moqi_sys_process(), i) >= capacity || strlen(target) > 4096)
             return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "path longer than %zu bytes", capacity - 1);
         if (moqi_sys_make_dir(temp)) return MOQ_OK;
         os = moqi_os_code(); /* looking at the path overwrites it */
@@ -2765,11 +2777,17 @@ static moq_result moqi_folder_begin(const char *target, char *temp, size_t capac
 /* The finished folder takes its name; both it and its parent are flushed. */
 static moq_result moqi_folder_commit(const char *temp, const char *target, moq_error *err)
 {
-    char inside[4096 + 60];
+    char inside[4096 + 60], path[4096 + 1];
+    const char *base = moqi_base_name(target);
     moqi_format(inside, sizeof inside, "%s/x", temp);
+    moqi_format(path, sizeof path, "%.*s", moqi_path_bytes(target), target);
     moqi_sys_flush_dir(inside);
-    if (!moqi_sys_rename(temp, target)) return moqi_fail_os(err, moqi_base_name(target), "the finished folder cannot be renamed to it", moqi_os_code());
-    moqi_sys_flush_dir(target);
+    if (!moqi_sys_rename(temp, path)) {
+        int os = moqi_os_code();
+        if (moqi_path_kind(path) == MOQI_NOTHING) return moqi_fail_os(err, base, "the finished folder cannot be renamed to it", os);
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "was made by someone else in the meantime; choose another target");
+    }
+    moqi_sys_flush_dir(path);
     return MOQ_OK;
 }
 #endif

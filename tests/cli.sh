@@ -148,6 +148,9 @@ run quantize "$src" "$dir/q4" --recipe fp8 --save-calibration "$dir/k"
 check "--save-calibration without --calib" refused "calib"
 run quantize "$src" "$dir/q4" --recipe fp8 --calib 1,2,3 --seq 99999999
 check "--seq beyond the model" refused "was made for"
+run quantize "$src" "$dir/slash//" --recipe mxfp4
+check "quantize: slashes behind the target" is 0
+check "quantize: the folder has its name" test -e "$dir/slash/config.json"
 run quantize "$src" "$dir/no/such/parent" --recipe mxfp4
 check "quantize: no parent" refused "parent"
 check "refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* '$dir'/k 2>/dev/null"

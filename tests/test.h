@@ -67,6 +67,10 @@ static int test_end(void)
     printf("%d passed, %d failed", test_state.passed, test_state.failed);
     if (test_state.skipped) printf(", %d skipped", test_state.skipped);
     printf("\n");
+    if (test_state.only && test_state.passed + test_state.failed + test_state.skipped == 0) {
+        fprintf(stderr, "no test has '%s' in its name\n", test_state.only);
+        return 1;
+    }
     return test_state.failed ? 1 : 0;
 }
 

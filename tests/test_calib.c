@@ -1296,7 +1296,6 @@ static void test_spill(void)
 static void test_run_bf16(void) { run_table(0); }
 static void test_run_f32(void) { run_table(1); }
 
-/* The cheap judge of long runs, on the same short ones. */
 /* d^T H d in doubles of a block of 16 weights whose amax is a, in a tensor whose amax is `whole`. */
 static double block_loss(const float *h, const float *w, float a, float whole)
 {
@@ -1350,6 +1349,7 @@ static void test_hessian_search(void)
     }
 }
 
+/* The cheap judge of long runs, on the same short ones. */
 static void test_run_gram(void)
 {
     run_judge = MOQ_JUDGE_GRAM;

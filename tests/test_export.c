@@ -1311,6 +1311,17 @@ static void count_notes(void *user, moq_log_level level, moq_result code, const 
 }
 
 /* One clear line, and nothing left beside the target. */
+/* Somebody else makes the target while the folder is written. */
+static int make_target(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    char inside[1300];
+    (void)stage; (void)done; (void)total;
+    snprintf(inside, sizeof inside, "%s/theirs", (const char *)user);
+    mkdir((const char *)user, 0777);
+    mkdir(inside, 0777);
+    return 0;
+}
+
 static void test_export_refusals(void)
 {
     char target[1200];
@@ -1353,6 +1364,14 @@ static void test_export_refusals(void)
     CHECK_INT(moq_quantize(&d, &err), MOQ_E_ARG);
     CHECK(strstr(err.text, "exists already") != NULL && count_entries(target) == 0);
     rmdir(target);
+    d.source = tiny_source(16, 96, 0);
+    d.progress = make_target;
+    d.progress_user = target;
+    CHECK_INT(moq_quantize(&d, &err), MOQ_E_ARG);
+    CHECK(strstr(err.text, "in the meantime") != NULL && count_entries(target) == 1 && count_entries(scratch("refused")) == 1);
+    rmdir(scratch("refused/out/theirs"));
+    rmdir(target);
+    d = good;
     d.source = tiny_source(16, 96, 0);
     d.exclude = spare;
     d.exclude_count = 1;

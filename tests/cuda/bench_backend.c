@@ -134,7 +134,7 @@ static void bench_moe(const uint8_t *noise)
         m.up = l + E;
         m.down = l + 2 * E;
         for (int i = 0; i < COPIES; i++) if (!(p[i] = be->prepare_moe(be, &m, &err))) { fprintf(stderr, "%s\n", err.text); exit(2); }
-        be->reserve(be, 256, &err); /* else passes of a few rows */
+        if (be->reserve(be, 256, &err) < 0) { fprintf(stderr, "%s\n", err.text); exit(2); } /* without: passes of a few rows */
         float *logits = (float *)malloc(sizeof(float) * 256 * 128);
         void *x = taken((size_t)(256 * h) * 4), *y = taken((size_t)(256 * h) * 4), *dl[16];
         for (int i = 0; i < 16; i++) { /* other experts every time */

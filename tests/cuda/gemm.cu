@@ -439,12 +439,12 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
             memset(&d, 0, sizeof d);
             snprintf(shape, sizeof shape, "%dx%d", shapes[s][0], shapes[s][1]);
             if ((only && *only && strcmp(only, forms[i].name)) || (shape_only && *shape_only && strcmp(shape_only, shape))) continue;
+            if (stored && forms[i].input != MOQ_F8_E4M3 && forms[i].input != MOQ_I8) continue;
             b.n = shapes[s][0];
             b.k = shapes[s][1];
             d.kernel = kernel;
             b.be = moq_cuda_backend_full(&d, f32 ? MOQ_F32 : MOQ_BF16, NULL, &err);
             check(b.be != NULL, "backend");
-            if (stored && forms[i].input != MOQ_F8_E4M3 && forms[i].input != MOQ_I8) continue;
             make_layer(&w, &forms[i], b.n, b.k, &m);
             if (stored) round_inputs(&w, &forms[i]);
             double bytes = (double)(b.n * b.k) * forms[i].bits / 8;
@@ -509,6 +509,6 @@ int main(int argc, char **argv)
 {
     const char *form_only = argc > 2 ? argv[2] : NULL, *shape = argc > 3 ? argv[3] : NULL;
     if (argc > 1 && strcmp(argv[1], "test") == 0) { test_all(form_only && *form_only ? form_only : NULL, shape); return failed > 0; }
-    bench_all(form_only, shape, argc > 4 && strcmp(argv[4], "f32") == 0, argc > 5 && strcmp(argv[5], "sweep") == 0, argc > 6 ? argv[6] : NULL, strcmp(argv[1], "stored") == 0);
+    bench_all(form_only, shape, argc > 4 && strcmp(argv[4], "f32") == 0, argc > 5 && strcmp(argv[5], "sweep") == 0, argc > 6 ? argv[6] : NULL, argc > 1 && strcmp(argv[1], "stored") == 0);
     return 0;
 }
