@@ -2203,7 +2203,11 @@ static int moqi_os_code(void) { return errno; }
 static int moqi_path_kind(const char *path)
 {
     struct stat st;
+#ifdef EOVERFLOW
+    if (stat(path, &st) != 0) return errno == EOVERFLOW ? MOQI_IS_FILE : MOQI_NOTHING; /* 2 GB and more, in a 32-bit program */
+#else
     if (stat(path, &st) != 0) return MOQI_NOTHING;
+#endif
     return S_ISREG(st.st_mode) ? MOQI_IS_FILE : S_ISDIR(st.st_mode) ? MOQI_IS_DIR : MOQI_IS_OTHER;
 }
 
@@ -2318,7 +2322,11 @@ static const char *moqi_os_text(int code)
         {EMFILE, "too many open files"}, {ENFILE, "too many open files in the system"}, {ENOMEM, "out of memory"},
         {ENOSPC, "no space left on the device"}, {EROFS, "read-only file system"}, {EXDEV, "target is on another device"},
         {ENAMETOOLONG, "name too long"}, {ELOOP, "too many symbolic links"}, {EFBIG, "file too large"}, {EBUSY, "busy"}, {EEXIST, "exists already"},
-        {ENOENT, "no such file or folder"}, {ENOTEMPTY, "exists already"}, {ENOTDIR, "a part of the path is no folder"},
+        {ENOENT, "no such file or folder"},
+#ifdef EOVERFLOW
+        {EOVERFLOW, "2 GB or more, too large for a 32-bit program"},
+#endif
+        {ENOTEMPTY, "exists already"}, {ENOTDIR, "a part of the path is no folder"},
     };
     for (size_t i = 0; i < MOQI_COUNT(table); i++)
         if (table[i].code == code) return table[i].text;
@@ -13052,8 +13060,9 @@ static void moqi_i8_codes(const moqi_tiled *p, const float *x, int64_t n, float 
     int fp4 = p->rounds && p->layer.scheme.input.elem == MOQ_F4;
     for (int64_t i = 0; i < n; i++) {
         float v = s > 0 ? x[i] / s : 0;
-        v = fp4 ? 2 * moqi_round_code(MOQ_F4, v, 0) : v + 12582912.0f - 12582912.0f; /* 1.5 * 2^23: what is left is whole, ties to even */
-        codes[i] = (int8_t)(v < -128 ? -128 : v > 127 ? 127 : v);
+        if (fp4) v = 2 * moqi_round_code(MOQ_F4, v, 0);
+        v = v < -128 ? -128 : v > 127 ? 127 : v;
+        codes[i] = (int8_t)(int32_t)(moqi_f32_bits(v + 12582912.0f) - 0x4b400000u); /* 1.5 * 2^23: the unit of the sum is 1, ties go to even */
     }
 }
 
