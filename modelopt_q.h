@@ -12695,8 +12695,8 @@ static void moqi_panel_ask(const moqi_panel *w, int64_t r, int64_t bits)
     const uint8_t *at = p->codes + (w->next_row + r) * p->row_bytes + w->next_col * bits / 8;
     __asm__ volatile(""); /* see moqi_prefetch */
     for (int64_t i = 0; i < w->step * bits / 8 + 63; i += 64) __builtin_prefetch(at + i, 0, 2); /* nothing is aligned to lines */
-    int64_t scale = (p->scale_first + (w->next_row + r) * p->scale_step) / p->group_rows * p->scale_stride + w->next_col / p->group_cols;
-    if (p->scales) __builtin_prefetch(p->scales + scale * moq_dtype_bits(p->scale_dtype) / 8, 0, 2);
+    if (p->scales)
+        __builtin_prefetch(p->scales + (moqi_stream_scale_at(p, w->next_row + r) + moqi_stream_group(p, w->next_col)) * moq_dtype_bits(p->scale_dtype) / 8, 0, 2);
 #else
     (void)w; (void)r; (void)bits;
 #endif
@@ -13582,6 +13582,8 @@ typedef struct moqi_dot_pass {
     int32_t lane[64];     /* [2 blocks of 512 columns][lane] -> its scale among 16 */
     float *scale;         /* scratch: [4 rows][lds], of a row [block][16] */
     int64_t lds;
+    int each;             /* so many rows share the block that their last columns do not fill, 2 or 4; else 1 */
+    const float *last;    /* x for that block: its last columns `each` times */
 } moqi_dot_pass;
 
 /* Scales of up to 4 rows, `step` apart, for the lanes, E4M3 in groups of 16: bytes are put in order, and a conversion that loads its operand is half as many
@@ -13619,23 +13621,27 @@ MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t r
     for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r * step, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
 }
 
+/* 256 nibbles -> their codes in the order of x. */
+MOQI_INLINE MOQI_AVX512 void moqi_dot_nibbles_512(__m512i v0, __m512i v1, __m512i table, __m512i *w)
+{
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
+    v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
+    v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
+    w[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
+    w[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
+    w[2] = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
+    w[3] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
+}
+
 /* A block of 256 columns -> its codes in the order of x. */
 MOQI_INLINE MOQI_AVX512 void moqi_dot_words_512(const uint8_t *src, int ahead, int nibbles, __m512i table, __m512i *w)
 {
-    const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)-128);
+    const __m512i flip = _mm512_set1_epi8((char)-128);
     __m512i v0 = _mm512_loadu_si512(src), v1 = _mm512_loadu_si512(src + 64);
     __builtin_prefetch(src + ahead);
     __builtin_prefetch(src + ahead + 64);
-    if (nibbles) {
-        __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
-        v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
-        v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
-        w[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
-        w[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
-        w[2] = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
-        w[3] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
-        return;
-    }
+    if (nibbles) { moqi_dot_nibbles_512(v0, v1, table, w); return; }
     __builtin_prefetch(src + ahead + 128);
     __builtin_prefetch(src + ahead + 192);
     w[0] = _mm512_xor_si512(v0, flip);
@@ -13720,63 +13726,138 @@ MOQI_DOT_ROWS(6, 2)
 MOQI_DOT_ROWS(8, 2)
 #undef MOQI_DOT_ROWS
 
+/* Are all of some scales numbers, bytes of E4M3? They are near afterwards. */
+MOQI_AVX512 static int moqi_dot_numbers_512(const uint8_t *s, int64_t n)
+{
+    const __m512i size = _mm512_set1_epi8(0x7f);
+    __m512i most = _mm512_setzero_si512();
+    for (; n > 0; n -= 64, s += 64) {
+        __mmask64 some = n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1;
+        __builtin_prefetch(s + MOQI_STREAM_AHEAD / 2);
+        most = _mm512_max_epu8(most, _mm512_and_si512(_mm512_maskz_loadu_epi8(some, s), size));
+    }
+    return _mm512_cmpeq_epi8_mask(most, size) == 0;
+}
+
+/* 16 such scales for the lanes of a block, as value / 256. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_lanes_512(__m128i s, __m128i order)
+{
+    __m256i w = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, order)); /* see moqi_dot_e4m3_512 */
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff)));
+}
+
+/* The last columns of x, up to 64 or 128 of a block, repeated for 4 or 2 rows of weights. */
+MOQI_AVX512 static void moqi_dot_repeat_512(const float *x, int digits, int each, float *out)
+{
+    for (int i = 0; i < MOQI_DOT_WORDS * digits; i += 16) {
+        __m512i v = _mm512_shuffle_epi32(_mm512_loadu_si512(x + i), (_MM_PERM_ENUM)0x44);
+        _mm512_storeu_si512(out + i, each == 4 ? _mm512_shuffle_i32x4(v, v, 0x44) : v);
+    }
+}
+
+/* 256 codes times one row of x (digits) [96]. */
+MOQI_INLINE MOQI_VNNI __m512 moqi_dot_once_512(const __m512i *w, const float *x, int digits)
+{
+    __m512i q = _mm512_loadu_si512(x + 80), h;
+#define MOQI_DOT(q, i, at) __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : "v"(_mm512_loadu_si512(x + (at))), "v"(w[i]))
+    MOQI_DOT(q, 0, 0);
+    MOQI_DOT(q, 1, 16);
+    MOQI_DOT(q, 2, 32);
+    MOQI_DOT(q, 3, 48);
+    if (digits == 2) {
+        h = _mm512_loadu_si512(x + 176);
+        MOQI_DOT(h, 0, 96);
+        MOQI_DOT(h, 1, 112);
+        MOQI_DOT(h, 2, 128);
+        MOQI_DOT(h, 3, 144);
+        q = _mm512_add_epi32(q, _mm512_slli_epi32(h, 8));
+    }
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_loadu_ps(x + 64));
+#undef MOQI_DOT
+}
+
+/* The columns of 4 rows that fill no block, less than 64 (128) of them: 4 (2) rows are one block. of: their scales, of which `left` are there;
+   a: [4] sums */
+MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const uint8_t *src, int64_t next, const uint8_t *const *of, int64_t left, int digits,
+                                             __m512i table, __m128i order, __m512 *a)
+{
+    const int64_t bytes = (pass->p->layer.cols % 256 + 1) / 2;
+    const __mmask64 codes = bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
+    const __mmask16 groups = (__mmask16)((1 << left) - 1);
+    __m512i w[4];
+    if (pass->each == 4) {
+        __m256i c0 = _mm256_maskz_loadu_epi8((__mmask32)codes, src), c1 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + next);
+        __m256i c2 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + 2 * next), c3 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + 3 * next);
+        __m128i s0 = _mm_maskz_loadu_epi8(groups, of[0]), s1 = _mm_maskz_loadu_epi8(groups, of[1]);
+        __m128i s2 = _mm_maskz_loadu_epi8(groups, of[2]), s3 = _mm_maskz_loadu_epi8(groups, of[3]);
+        moqi_dot_nibbles_512(_mm512_inserti64x4(_mm512_castsi256_si512(c0), c1, 1), _mm512_inserti64x4(_mm512_castsi256_si512(c2), c3, 1), table, w);
+        __m512 s = moqi_dot_lanes_512(_mm_unpacklo_epi64(_mm_unpacklo_epi32(s0, s1), _mm_unpacklo_epi32(s2, s3)), order);
+        __m512 t = _mm512_mul_ps(moqi_dot_once_512(w, pass->last, digits), s);
+        a[0] = _mm512_mask_add_ps(a[0], 0x0033, a[0], t);
+        a[1] = _mm512_mask_add_ps(a[1], 0x3300, a[1], t);
+        a[2] = _mm512_mask_add_ps(a[2], 0x00cc, a[2], t);
+        a[3] = _mm512_mask_add_ps(a[3], 0xcc00, a[3], t);
+        return;
+    }
+    MOQI_UNROLL for (int k = 0; k < 4; k += 2) {
+        __m128i s0 = _mm_maskz_loadu_epi8(groups, of[k]), s1 = _mm_maskz_loadu_epi8(groups, of[k + 1]);
+        moqi_dot_nibbles_512(_mm512_maskz_loadu_epi8(codes, src + k * next), _mm512_maskz_loadu_epi8(codes, src + (k + 1) * next), table, w);
+        __m512 t = _mm512_mul_ps(moqi_dot_once_512(w, pass->last, digits), moqi_dot_lanes_512(_mm_unpacklo_epi64(s0, s1), order));
+        a[k] = _mm512_mask_add_ps(a[k], 0x3333, a[k], t);
+        a[k + 1] = _mm512_mask_add_ps(a[k + 1], 0xcccc, a[k + 1], t);
+    }
+}
+
 /* One row of x times rows `row`, row + step, ... (4): one row of x waits for memory, and more of it is on its way when four places are read in turn.
-   The same numbers come out. digits and nibbles are constants where this is called. */
-MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int digits, int nibbles, float *acc)
+   digits, nibbles and small (scales are E4M3 of 16 columns, read here) are constants where this is called. */
+MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int digits, int nibbles, int small, float *acc)
 {
     const moqi_tiled *p = pass->p;
-    const int64_t bytes = nibbles ? 128 : 256;
+    const __m128i order = _mm512_cvtepi32_epi8(_mm512_loadu_si512(pass->lane));
+    const int64_t bytes = nibbles ? 128 : 256, stop = small && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
     const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
     const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * digits;
-    const uint8_t *const end = moqi_codes_end(p);
-    int64_t next = step * p->row_bytes;
+    const uint8_t *const end = moqi_codes_end(p), *of[4];
+    int64_t next = step * p->row_bytes, left = p->groups - pass->first / 16;
     uint8_t edge[4][256];
     __m512 a[4];
-#define MOQI_DOT(q, w, v) __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : "v"(v), "v"(w))
-    MOQI_UNROLL for (int k = 0; k < 4; k++) a[k] = _mm512_loadu_ps(acc + 16 * step * k);
-    for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, scale += 16, x += MOQI_DOT_WORDS * digits) {
+    MOQI_UNROLL for (int k = 0; k < 4; k++) {
+        a[k] = _mm512_loadu_ps(acc + 16 * step * k);
+        of[k] = small ? p->scales + moqi_stream_scale_at(p, row + step * k) + pass->first / 16 : NULL;
+    }
+    for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += MOQI_DOT_WORDS * digits, left -= 16) {
         if (end - src < bytes + 3 * next) {
             memset(edge, 0, sizeof edge);
             for (int k = 0; k < 4; k++) memcpy(edge[k], src + k * next, (size_t)moqi_min(bytes, end - src - k * next));
             src = edge[0];
             next = 256;
         }
-        const __m512i x0 = _mm512_loadu_si512(x), x1 = _mm512_loadu_si512(x + 16), x2 = _mm512_loadu_si512(x + 32), x3 = _mm512_loadu_si512(x + 48);
-        const __m512i start = _mm512_loadu_si512(x + 80);
-        const __m512 by = _mm512_loadu_ps(x + 64);
+        const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
         MOQI_UNROLL for (int k = 0; k < 4; k++) {
-            __m512i w[4], q = start;
+            __m512i w[4];
             moqi_dot_words_512(src + k * next, MOQI_STREAM_AHEAD / 2, nibbles, table, w);
-            MOQI_DOT(q, w[0], x0);
-            MOQI_DOT(q, w[1], x1);
-            MOQI_DOT(q, w[2], x2);
-            MOQI_DOT(q, w[3], x3);
-            if (digits == 2) {
-                __m512i h = _mm512_loadu_si512(x + 176);
-                MOQI_DOT(h, w[0], _mm512_loadu_si512(x + 96));
-                MOQI_DOT(h, w[1], _mm512_loadu_si512(x + 112));
-                MOQI_DOT(h, w[2], _mm512_loadu_si512(x + 128));
-                MOQI_DOT(h, w[3], _mm512_loadu_si512(x + 144));
-                q = _mm512_add_epi32(q, _mm512_slli_epi32(h, 8));
-            }
-            a[k] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), by), _mm512_loadu_ps(scale + k * pass->lds), a[k]);
+            __m512 s = small ? moqi_dot_lanes_512(_mm_maskz_loadu_epi8(some, of[k]), order) : _mm512_loadu_ps(scale + k * pass->lds);
+            a[k] = _mm512_fmadd_ps(moqi_dot_once_512(w, x, digits), s, a[k]);
+            if (small) of[k] += 16;
         }
     }
+    if (stop < pass->end) moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
     MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(acc + 16 * step * k, a[k]);
-#undef MOQI_DOT
 }
 
 /* All of some rows, a multiple of 4. */
-MOQI_VNNI static void moqi_dot_fours_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int digits, float *acc)
+MOQI_VNNI static void moqi_dot_fours_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int digits, int small, float *acc)
 {
     const int nibbles = pass->p->form == MOQI_CODES_NIBBLES;
     for (int64_t r = 0; r < rows / 4; r++) {
-        moqi_dot_scales_512(pass, row + r, 4, rows / 4);
-        if (digits == 1 && nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 1, 1, acc + 16 * r);
-        else if (digits == 1) moqi_dot_four_512(pass, row + r, rows / 4, 1, 0, acc + 16 * r);
-        else if (nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 2, 1, acc + 16 * r);
-        else moqi_dot_four_512(pass, row + r, rows / 4, 2, 0, acc + 16 * r);
+        if (!small) moqi_dot_scales_512(pass, row + r, 4, rows / 4);
+        if (small && digits == 1) moqi_dot_four_512(pass, row + r, rows / 4, 1, 1, 1, acc + 16 * r);
+        else if (small) moqi_dot_four_512(pass, row + r, rows / 4, 2, 1, 1, acc + 16 * r);
+        else if (digits == 1 && nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 1, 1, 0, acc + 16 * r);
+        else if (digits == 1) moqi_dot_four_512(pass, row + r, rows / 4, 1, 0, 0, acc + 16 * r);
+        else if (nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 2, 1, 0, acc + 16 * r);
+        else moqi_dot_four_512(pass, row + r, rows / 4, 2, 0, 0, acc + 16 * r);
     }
 }
 
@@ -13791,11 +13872,15 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
 {
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
     float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), *one = acc + rows * 128;
+    const int64_t tail = p->layer.cols % 256;
+    const int bytes = nibbles && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && p->group_rows == 1 && p->scale_step == 1 && p->scale_stride == p->groups;
+    float last[2 * MOQI_DOT_WORDS] MOQI_ALIGNED;
     moqi_tiled plain = *p;
     moqi_dot_pass s;
     (void)way;
     if (whole) plain.scales = NULL;
     s.p = &plain;
+    s.last = last;
     s.scale = one + moqi_pad16(rows);
     for (int64_t r = 0; whole && r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, one + r);
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
@@ -13808,12 +13893,15 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         const int64_t step = some * digits * MOQI_DOT_WORDS, piece = some * digits <= 2 ? 8192 : some * digits <= 4 ? 4096 : 2048;
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
         const moqi_dot_fn dot = moqi_dot_fns[digits - 1][some - 1];
+        const int small = bytes && some == 1 && rows % 4 == 0 && moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row), rows * p->groups);
         s.x = x + j * ldx;
+        s.each = small && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128 ? tail <= 64 ? 4 : 2 : 1; /* by the layer, not by the task: sums differ */
+        if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         memset(acc, 0, (size_t)(rows * some * 16) * sizeof *acc);
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
             s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
-            if (some == 1 && rows % 4 == 0) moqi_dot_fours_512(&s, row, rows, digits, acc);
+            if (some == 1 && rows % 4 == 0) moqi_dot_fours_512(&s, row, rows, digits, small, acc);
             else for (int64_t r = 0, few; r < rows; r += few) {
                 few = moqi_min(4, rows - r);
                 moqi_dot_scales_512(&s, row + r, few, 1);
@@ -13823,8 +13911,15 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         for (int64_t r = 0; p->zeros && r < rows; r++)
             moqi_lane_zeros_512(p, row + r, sums, digits * MOQI_DOT_WORDS, step, (int)some, acc + 16 * some * r);
         moqi_stream_sums_512(acc, rows * some);
-        for (int64_t i = 0; i < some; i++)
-            for (int64_t r = 0; r < rows; r++) y[(j + i) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * acc[some * r + i];
+        for (int64_t i = 0; i < some; i++) {
+            float *to = y + (j + i) * ldy;
+            int64_t r = 0;
+            for (; some == 1 && !whole && r + 16 <= rows; r += 16) {
+                __m512 v = _mm512_mul_ps(_mm512_set1_ps(mul), _mm512_loadu_ps(acc + r));
+                _mm512_storeu_ps(to + r, p->bias ? _mm512_add_ps(_mm512_loadu_ps(p->bias + row + r), v) : v);
+            }
+            for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * acc[some * r + i];
+        }
     }
 }
 
