@@ -245,6 +245,10 @@ for empty in "" "  "; do
 done
 run run "$demo"
 check "nothing on standard input" refused "no prompt on standard input"
+run run "$demo" --prompt "$(printf 'm\303\050g')"
+check "a prompt that is not UTF-8" refused "no UTF-8 text: byte 1 is 0xc3"
+printf 'a\000b' | "$moq" run "$demo" >"$dir/out" 2>"$dir/err"; code=$?
+check "standard input that is no text" refused "byte 1 is 0x00"
 "$moq" run "$demo" --prompt hello --max-tokens 5 --stats >"$dir/out" 2>&1 </dev/null
 check "statistics come behind the answer, on a line of their own" sh -c "grep -q '^moq: prompt' '$dir/out'"
 run run "$demo" --context 40 --stats --prompt "hello"
@@ -419,6 +423,10 @@ run eval "$demo" --data "$dir/text.txt" --seq 8
 check "eval: text" last '^nll [0-9]+\.[0-9]+ ppl [0-9]+\.[0-9]+ tokens [0-9]+$'
 run eval "$demo" --data 5,6,7,8,9,10,11,12,13 --seq 4
 check "eval: tokens; a window of one is dropped" last ' tokens 8$'
+run eval "$demo" --data 5,6,7 --seq 1
+check "eval: windows of one token" refused "at least 2 tokens"
+run eval "$demo" --data 5,,6
+check "eval: a token that is missing" refused "no list of token ids"
 echo '{"nothing": 1}' >"$dir/bad.jsonl"
 run eval "$demo" --data "$dir/bad.jsonl"
 check "eval: a row of another kind" refused "line 1"

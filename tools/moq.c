@@ -777,7 +777,8 @@ static int read_tokens(token_rows *t, const char *text)
             unsigned long long id = strtoull(at, &end, 10);
             if (end == at || id > INT32_MAX) { free(ids); return refuse("'%s' is no list of token ids", text); }
             ids[count++] = (int32_t)id;
-            at = end + strspn(end, ", ");
+            at = end + strspn(end, " ");
+            if (*at == ',') at += 1 + strspn(at + 1, " ");
         }
         tokens_row(t, ids, count);
         free(ids);
@@ -1969,7 +1970,8 @@ static int eval_windows(evaluation *v, const int32_t *ids, size_t count)
 {
     size_t most = (size_t)v->a.info->context, seq = v->o->seq ? (size_t)v->o->seq : most < 512 ? most : 512, limit = (size_t)v->o->limit;
     moq_error err;
-    if (seq < 2 || seq > most) return refuse("--seq %zu: windows have 2 to %d tokens here", seq, v->a.info->context);
+    if (seq < 2) return refuse("--seq %zu: windows have at least 2 tokens, of which the first is not scored", seq);
+    if (seq > most) return refuse("--seq %zu: windows have 2 to %d tokens here", seq, v->a.info->context);
     for (size_t at = 0; at < count; at += seq) {
         size_t n = count - at < seq ? count - at : seq;
         if (n < 2 || (limit && v->rows == limit)) break;
@@ -2166,6 +2168,8 @@ static int answer(const engine *e, const options *o)
 static int say(const engine *e, const options *o, const char *role, const char *text)
 {
     moq_error err;
+    size_t bytes = strlen(text), at = first_no_text(text, bytes);
+    if (at < bytes) return refuse("the %s message is no UTF-8 text: byte %zu is 0x%02x", role, at, (unsigned)(unsigned char)text[at]);
     moq_result r = o->raw ? llm_say_raw(e->m, text) : llm_say(e->m, role, text);
     if (r == MOQ_OK) return 0;
     memset(&err, 0, sizeof err);
@@ -2247,7 +2251,8 @@ static int verb_run(const options *o)
             text = read_stream(stdin, &bytes);
             while (!o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
         }
-        if (text && is_blank(text) && !o->raw) bad = refuse("there is no prompt on standard input; write one there, or give --prompt");
+        if (text && strlen(text) < bytes) bad = refuse("standard input is no UTF-8 text: byte %zu is 0x00", strlen(text));
+        else if (text && is_blank(text) && !o->raw) bad = refuse("there is no prompt on standard input; write one there, or give --prompt");
         if (!bad) bad = say(&e, o, "user", o->prompt ? o->prompt : text);
         if (!bad) bad = answer(&e, o);
     }
