@@ -2748,6 +2748,7 @@ static moq_result moqi_check_parent(const char *path, moq_error *err)
 /* A target must not exist yet: nothing of the user's is ever overwritten. */
 static moq_result moqi_check_new_target(const char *target, moq_error *err)
 {
+    if (!target[0]) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "the target has no name");
     if (moqi_path_kind(target) == MOQI_NOTHING) return MOQ_OK;
     return moqi_fail(err, MOQ_E_ARG, moqi_at(moqi_base_name(target), NULL, NULL, -1), "exists already; choose another target or remove it first");
 }

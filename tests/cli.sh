@@ -151,6 +151,8 @@ check "--seq beyond the model" refused "was made for"
 run quantize "$src" "$dir/slash//" --recipe mxfp4
 check "quantize: slashes behind the target" is 0
 check "quantize: the folder has its name" test -e "$dir/slash/config.json"
+run quantize "$src" "" --recipe mxfp4
+check "quantize: a target without a name" refused "no name"
 run quantize "$src" "$dir/no/such/parent" --recipe mxfp4
 check "quantize: no parent" refused "parent"
 check "refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* '$dir'/k 2>/dev/null"
@@ -239,6 +241,13 @@ run run "$demo" --context 777 --chunk 64 --max-memory 1M --prompt hello
 check "inspect and run plan the same memory" refused "--max-memory: 1000000 bytes are allowed, $plan are needed.*lower --context or --chunk"
 run run "$demo" --context 24 --prompt "$(yes hello | head -n 100 | tr '\n' ' ')"
 check "an error names the option and the whole path" refused "$demo: context: the conversation has .* open with a larger --context, or begin anew\$"
+if [ -w /dev/full ]; then
+    for full in "run $demo --prompt hello --max-tokens 3" "bench --scheme nvfp4 --shape 256x512 --m 1" "inspect $demo"; do
+        # shellcheck disable=SC2086
+        "$moq" $full >/dev/full 2>"$dir/err" </dev/null; code=$?
+        check "no space for what ${full%% *} prints" is 2
+    done
+fi
 for empty in "" "  "; do
     run run "$demo" --prompt "$empty"
     check "an empty prompt" refused "prompt is empty"

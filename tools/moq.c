@@ -104,7 +104,7 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"}, {"llm_desc.sampling.top_p", "--top-p"},
     {"llm_desc.sampling.min_p", "--min-p"}, {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
     {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
-    {"; use raw prompts", "; use --raw"}
+    {"; use raw prompts", "; use --raw"}, {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"}
 };
 
 static void print_text(FILE *to, const char *text)
@@ -2153,7 +2153,7 @@ static int answer(const engine *e, const options *o)
             length += n;
         } else {
             fputs(piece, stdout);
-            fflush(stdout);
+            if (fflush(stdout) != 0) break;
         }
         if (o->max_tokens && !o->json_schema && !o->grammar && llm_get_stats(e->m)->generated_tokens - before >= (uint64_t)o->max_tokens) break;
     }
@@ -2681,7 +2681,9 @@ static int help_verb(const verb_row *v)
 /* What goes to a full disk or a closed pipe is no result: 0 becomes a refusal. */
 static int flushed(int bad)
 {
-    return fflush(stdout) != 0 && bad == 0 ? refuse("stdout: %s", strerror(errno)) : bad;
+    int failed = fflush(stdout) != 0, before = !failed && ferror(stdout); /* of an earlier flush the reason is not known any more */
+    if (bad || (!failed && !before)) return bad;
+    return refuse("stdout: %s", before ? "cannot be written; is the disk full?" : strerror(errno));
 }
 
 static int print_version(void)
