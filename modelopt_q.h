@@ -1957,6 +1957,22 @@ static void moqi_log(const moq_open_desc *d, moq_log_level level, moq_result cod
 #define MOQI_COLD_END
 #endif
 
+/* Loops over numbers: in vectors whatever the caller compiles with, and products never fused with sums, so that neither instruction sets nor
+   flags change a bit of what they find. Their arrays lie apart. */
+#if defined(__clang__)
+#define MOQI_LOOPS_BEGIN _Pragma("STDC FP_CONTRACT OFF")
+#define MOQI_LOOPS_END _Pragma("STDC FP_CONTRACT DEFAULT")
+#define MOQI_APART
+#elif defined(__GNUC__)
+#define MOQI_LOOPS_BEGIN _Pragma("GCC push_options") _Pragma("GCC optimize(\"O3,fp-contract=off\")")
+#define MOQI_LOOPS_END _Pragma("GCC pop_options")
+#define MOQI_APART _Pragma("GCC ivdep")
+#else
+#define MOQI_LOOPS_BEGIN
+#define MOQI_LOOPS_END
+#define MOQI_APART
+#endif
+
 MOQI_COLD_BEGIN
 
 /* ------------------------------------------------------------------------------------------------
@@ -17819,14 +17835,9 @@ static int32_t moqi_int_code(float v, int32_t bound)
     return q > bound ? bound : q < -bound - 1 ? -bound - 1 : q;
 }
 
-/* One loop for each format, written so that compilers vectorise it, and compiled three times on x86. Arrays never overlap. */
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC optimize("O3")
-#define MOQI_APART _Pragma("GCC ivdep")
-#else
-#define MOQI_APART
-#endif
+/* One loop for each format, written so that compilers vectorise it, and compiled three times on x86. */
+MOQI_LOOPS_BEGIN
+
 #ifdef MOQI_X86
 #define MOQI_THRICE(loop, name, arguments) loop(name##_any, , arguments) loop(name##_avx2, MOQI_AVX2, arguments) loop(name##_avx512, MOQI_AVX512, arguments)
 #define MOQI_CALL(level, name, arguments) \
@@ -17957,9 +17968,7 @@ static uint16_t moqi_top_u16(int level, const uint8_t *in, int64_t n)
     MOQI_CALL(level, moqi_top16, (in, n, &most));
     return (uint16_t)most;
 }
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC pop_options
-#endif
+MOQI_LOOPS_END
 
 /* Loops that may run here: 0 plain, 1 AVX2, 2 AVX-512. */
 static int moqi_vector_level(void)
@@ -18345,6 +18354,13 @@ static void moqi_encode_task(void *arg, int index, int worker)
     e->top[index] = e->rows(e, first, moqi_min(e->d->rows, first + e->step), e->scratch + (size_t)worker * 3 * (size_t)e->d->cols);
 }
 
+/* Runs tasks 0..n-1 on the caller's workers, or here. */
+static void moqi_spread(const moq_parallel *par, int64_t n, void (*task)(void *arg, int index, int worker), void *arg)
+{
+    if (par && par->run && par->workers > 1 && n > 1) par->run(par->user, (int)n, task, arg);
+    else for (int64_t i = 0; i < n; i++) task(arg, (int)i, 0);
+}
+
 /* All rows through `rows`; *top: the largest magnitude. Tasks are whole bands of group_rows, and at least two rows. */
 static moq_result moqi_encode_run(moqi_encoder *e, moqi_encode_rows rows, float *top, moq_error *err)
 {
@@ -18358,8 +18374,7 @@ static moq_result moqi_encode_run(moqi_encoder *e, moqi_encode_rows rows, float 
     e->rows = rows;
     e->scratch = bytes <= SIZE_MAX / 2 ? (float *)moq_allocate(d->allocator, (size_t)bytes) : NULL;
     if (!e->scratch) return moqi_nomem(err, bytes);
-    if (d->parallel.run) d->parallel.run(d->parallel.user, tasks, moqi_encode_task, e);
-    else for (int i = 0; i < tasks; i++) moqi_encode_task(e, i, 0);
+    moqi_spread(&d->parallel, tasks, moqi_encode_task, e);
     moq_release(d->allocator, e->scratch, (size_t)bytes);
     for (int i = 0; i < tasks; i++) all = moqi_max_u32(all, e->top[i]);
     if (all >= 0x7f800000u)
@@ -18537,118 +18552,291 @@ MOQ_API moq_result moq_find_amax(const moq_encode_desc *d, float *amax, float *g
 
 /* ------------------------------------------------------------------------------------------------
    >>lowrank         singular vectors of a matrix, for SVDQuant: the largest directions of a weight stay wide
-   Pure functions in double. Singular values are exact to a few units of 2^-52 of the largest.
+   In double, by way of the Gram matrix of the shorter side: O(n^2 length + n^3) once, whatever the matrix holds. F32 factors b a: singular
+   values within 1e-7 of the largest, and no matrix of their rank is nearer to W by more than 3e-7 of it, which is their rounding.
    ------------------------------------------------------------------------------------------------ */
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC optimize("O3")
-#endif
-/* a . a, b . b and a . b, in 64 sums each, so that every instruction set adds in the same order. */
-#define MOQI_PAIR_DOTS_LOOP(name, attribute, unused) \
-    attribute static void name(const double *a, const double *b, int64_t n, double out[3]) \
+MOQI_LOOPS_BEGIN
+/* y[j] += sum over i < count of c[i] x[i, j], in the order of i, for j < n; x: [count, ld] */
+#define MOQI_ADD_ROWS_LOOP(name, attribute, unused) \
+    attribute static void name(double *y, const double *c, const double *x, int64_t count, int64_t ld, int64_t n) \
     { \
-        double aa[64] = {0}, bb[64] = {0}, ab[64] = {0}; \
-        int64_t i = 0; \
-        for (; i + 64 <= n; i += 64) { \
-            MOQI_APART for (int k = 0; k < 64; k++) aa[k] += a[i + k] * a[i + k]; \
-            MOQI_APART for (int k = 0; k < 64; k++) bb[k] += b[i + k] * b[i + k]; \
-            MOQI_APART for (int k = 0; k < 64; k++) ab[k] += a[i + k] * b[i + k]; \
+        for (; count >= 8; count -= 8, c += 8, x += 8 * ld) { \
+            const double *b = x + 4 * ld; \
+            double c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3], c4 = c[4], c5 = c[5], c6 = c[6], c7 = c[7]; \
+            MOQI_APART for (int64_t j = 0; j < n; j++) { \
+                double s = y[j] + c0 * x[j] + c1 * x[ld + j] + c2 * x[2 * ld + j] + c3 * x[3 * ld + j]; \
+                y[j] = s + c4 * b[j] + c5 * b[ld + j] + c6 * b[2 * ld + j] + c7 * b[3 * ld + j]; \
+            } \
         } \
-        for (; i < n; i++) { aa[0] += a[i] * a[i]; bb[0] += b[i] * b[i]; ab[0] += a[i] * b[i]; } \
-        for (int k = 1; k < 64; k++) { aa[0] += aa[k]; bb[0] += bb[k]; ab[0] += ab[k]; } \
-        out[0] = aa[0]; \
-        out[1] = bb[0]; \
-        out[2] = ab[0]; \
-    }
-MOQI_THRICE(MOQI_PAIR_DOTS_LOOP, moqi_pair_dots, )
-
-/* a, b = c a - s b, s a + c b. */
-#define MOQI_PAIR_TURN_LOOP(name, attribute, unused) \
-    attribute static void name(double *a, double *b, int64_t n, double c, double s) \
-    { \
-        MOQI_APART for (int64_t i = 0; i < n; i++) { \
-            double x = a[i], y = b[i]; \
-            a[i] = c * x - s * y; \
-            b[i] = s * x + c * y; \
+        for (; count >= 2; count -= 2, c += 2, x += 2 * ld) { \
+            double c0 = c[0], c1 = c[1]; \
+            MOQI_APART for (int64_t j = 0; j < n; j++) y[j] = y[j] + c0 * x[j] + c1 * x[ld + j]; \
         } \
+        double last = count > 0 ? c[0] : 0; \
+        MOQI_APART for (int64_t j = 0; j < n && count > 0; j++) y[j] += last * x[j]; \
     }
-MOQI_THRICE(MOQI_PAIR_TURN_LOOP, moqi_pair_turn, )
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC pop_options
-#endif
+MOQI_THRICE(MOQI_ADD_ROWS_LOOP, moqi_add_rows, )
 
-/* One-sided Jacobi (Hestenes) in double: rotate pairs of vectors until all are orthogonal, |a . b| <= 1e-15 |a| |b|. Singular values are
-   exact to a few units of 2^-52 of the largest. vectors: [n, length]; turns: [n, n], what was done, from the identity.
-   Afterwards vectors = turns * (what they were), and the singular values are their lengths. */
-static void moqi_jacobi(double *vectors, double *turns, int64_t n, int64_t length)
+enum { MOQI_SVD_BAND = 64 }; /* rows of a task, which never depend on the number of workers; also long vectors at a time */
+
+/* W as `length` vectors of n <= length numbers: its rows when it is tall, else its columns. */
+typedef struct moqi_svd {
+    const float *w;           /* [length, n], or [n, length] when wide */
+    int wide, level;
+    int64_t n, length, rank;  /* rank <= n */
+    const moq_parallel *par;
+    double *x;                /* [band, n] of the vectors */
+    double *g;                /* [n, n] their Gram matrix; in the end row i holds the reflector that made column i tridiagonal, [i] */
+    double *d, *e, *tau;      /* [n] the tridiagonal matrix, e[i] beside d[i - 1] and d[i]; factors of the reflectors */
+    double *pair;             /* [2, n] w and v of the last step, g -= v w^T + w v^T */
+    double *part;             /* [bands, n] shares of g v */
+    double *z;                /* [rank, n] vectors of the tridiagonal matrix */
+    double *right;            /* [n, rank] those of g */
+    double *left;             /* [rank, length] the other side's */
+    double *sum;              /* [rank] */
+    double *solve;            /* [3, n] */
+    int64_t first, count;     /* of what is worked at */
+    double bound;             /* no eigenvalue is larger */
+} moqi_svd;
+
+/* x := vectors first .. first + count */
+static void moqi_take_vectors(moqi_svd *p, int64_t first)
 {
-    int level = moqi_vector_level();
-    memset(turns, 0, (size_t)(n * n) * sizeof *turns);
-    for (int64_t i = 0; i < n; i++) turns[i * n + i] = 1;
-    for (int sweep = 0, moved = 1; moved && sweep < 60; sweep++) {
-        moved = 0;
-        for (int64_t p = 0; p < n - 1; p++)
-            for (int64_t q = p + 1; q < n; q++) {
-                double *a = vectors + p * length, *b = vectors + q * length, dots[3];
-                MOQI_CALL(level, moqi_pair_dots, (a, b, length, dots));
-                if (!(fabs(dots[2]) > 1e-15 * sqrt(dots[0] * dots[1]))) continue;
-                double zeta = (dots[1] - dots[0]) / (2 * dots[2]), t = (zeta >= 0 ? 1 : -1) / (fabs(zeta) + sqrt(1 + zeta * zeta));
-                double c = 1 / sqrt(1 + t * t), s = c * t;
-                moved = 1;
-                MOQI_CALL(level, moqi_pair_turn, (a, b, length, c, s));
-                MOQI_CALL(level, moqi_pair_turn, (turns + p * n, turns + q * n, n, c, s));
-            }
+    p->count = moqi_min(MOQI_SVD_BAND, p->length - first);
+    for (int64_t k = 0; k < p->count; k++)
+        for (int64_t i = 0; i < p->n; i++) p->x[k * p->n + i] = (double)p->w[p->wide ? i * p->length + first + k : (first + k) * p->n + i];
+}
+
+/* A band of the Gram matrix up to the diagonal; pieces of 256 columns of x stay in the cache. */
+static void moqi_svd_gram(void *arg, int band, int worker)
+{
+    const moqi_svd *p = (const moqi_svd *)arg;
+    int64_t n = p->n, first = (int64_t)band * MOQI_SVD_BAND, last = moqi_min(first + MOQI_SVD_BAND, n);
+    (void)worker;
+    for (int64_t j = 0; j < last; j += 256)
+        for (int64_t i = first > j ? first : j; i < last; i++) {
+            double c[MOQI_SVD_BAND];
+            for (int64_t k = 0; k < p->count; k++) c[k] = p->x[k * n + i];
+            MOQI_CALL(p->level, moqi_add_rows, (p->g + i * n + j, c, p->x + j, p->count, n, moqi_min(256, i + 1 - j)));
+        }
+}
+
+/* A band of the rows above row `first`: what the last step left to do, and their share of g v with the new v. */
+static void moqi_svd_reduce(void *arg, int band, int worker)
+{
+    const moqi_svd *p = (const moqi_svd *)arg;
+    int64_t n = p->n, m = p->first, row = (int64_t)band * MOQI_SVD_BAND, last = moqi_min(row + MOQI_SVD_BAND, m);
+    double *part = p->part + band * n;
+    (void)worker;
+    memset(part, 0, (size_t)m * sizeof *part);
+    for (; row < last; row += 8) {
+        int64_t rows = moqi_min(8, last - row);
+        for (int64_t r = row; r < row + rows; r++) {
+            double c[2];
+            c[0] = -p->pair[n + r];
+            c[1] = -p->pair[r];
+            MOQI_CALL(p->level, moqi_add_rows, (p->g + r * n, c, p->pair, 2, n, m));
+        }
+        MOQI_CALL(p->level, moqi_add_rows, (part, p->g + m * n + row, p->g + row * n, rows, n, m));
     }
 }
 
-/* Indices of the `rank` longest of n vectors, longest first; `size` [n] is left holding the squared lengths. */
-static void moqi_longest(const double *vectors, int64_t n, int64_t length, int64_t rank, double *size, int64_t *index)
+/* x [m] := v, so that (1 - tau v v^T) x has one value left, the last, which is returned. */
+static double moqi_reflector(double *x, int64_t m, double *tau)
 {
-    for (int64_t i = 0; i < n; i++) {
-        size[i] = 0;
-        for (int64_t j = 0; j < length; j++) size[i] += vectors[i * length + j] * vectors[i * length + j];
+    double last = x[m - 1], sum = 0;
+    for (int64_t j = 0; j < m - 1; j++) sum += x[j] * x[j];
+    x[m - 1] = 1;
+    *tau = 0;
+    if (!(sum > 0)) return last;
+    double beta = last > 0 ? -sqrt(last * last + sum) : sqrt(last * last + sum);
+    for (int64_t j = 0; j < m - 1; j++) x[j] /= last - beta;
+    *tau = (beta - last) / beta;
+    return beta;
+}
+
+/* Householder's reduction from the last row upward. Every row is touched once a step: the update of the step before comes with the product. */
+static void moqi_svd_tridiagonal(moqi_svd *p)
+{
+    int64_t n = p->n;
+    for (int64_t i = n - 1; i >= 0; i--) {
+        double *v = p->g + i * n, *w = p->pair, c[2], dot = 0;
+        c[0] = -w[n + i];
+        c[1] = -w[i];
+        MOQI_CALL(p->level, moqi_add_rows, (v, c, w, 2, n, i + 1));
+        p->d[i] = v[i];
+        if (i == 0) break;
+        p->e[i] = moqi_reflector(v, i, &p->tau[i]);
+        p->first = i;
+        moqi_spread(p->par, moqi_ceil_div(i, MOQI_SVD_BAND), moqi_svd_reduce, p);
+        memcpy(w, p->part, (size_t)i * sizeof *w);
+        for (int64_t b = 1; b < moqi_ceil_div(i, MOQI_SVD_BAND); b++)
+            for (int64_t j = 0; j < i; j++) w[j] += p->part[b * n + j];
+        for (int64_t j = 0; j < i; j++) dot += w[j] * v[j];
+        for (int64_t j = 0; j < i; j++) w[j] = p->tau[i] * (w[j] - p->tau[i] / 2 * dot * v[j]);
+        memcpy(w + n, v, (size_t)i * sizeof *w);
     }
+}
+
+/* The eigenvalue that `rank` others are not below, by halving: as many are above x as pivots of T - x are positive (Sylvester). */
+static double moqi_svd_value(const moqi_svd *p, int64_t rank)
+{
+    double low = -p->bound, high = p->bound, tiny = p->bound * 1e-200;
+    for (int step = 0; step < 54; step++) {
+        double x = low + (high - low) / 2, q = 1;
+        int64_t above = 0;
+        for (int64_t i = 0; i < p->n; i++) {
+            q = p->d[i] - x - p->e[i] * p->e[i] / q;
+            if (fabs(q) < tiny) q = -tiny;
+            above += q > 0;
+        }
+        if (above > rank) low = x;
+        else high = x;
+    }
+    return low;
+}
+
+/* z [n] := (T - x)^-1 z by elimination with exchanged rows; pivots that vanish stand for the rounding of T. */
+static void moqi_svd_solve(const moqi_svd *p, double x, double *z)
+{
+    int64_t n = p->n;
+    double *u = p->solve, a = p->d[0] - x, b = n > 1 ? p->e[1] : 0, tiny = p->bound * 2.2e-16;
+    for (int64_t i = 0; i < n; i++, u += 3) {
+        double below = i + 1 < n ? p->e[i + 1] : 0, next = i + 1 < n ? p->d[i + 1] - x : 0, after = i + 2 < n ? p->e[i + 2] : 0;
+        int swap = fabs(below) > fabs(a);
+        if (!swap && fabs(a) < tiny) a = tiny;
+        u[0] = swap ? below : a;
+        u[1] = swap ? next : b;
+        u[2] = swap ? after : 0;
+        double m = swap ? a / below : below / a;
+        if (swap) {
+            double was = z[i];
+            z[i] = z[i + 1];
+            z[i + 1] = was;
+        }
+        if (i + 1 < n) z[i + 1] -= m * z[i];
+        a = swap ? b - m * next : next - m * b;
+        b = swap ? -m * after : after;
+    }
+    for (int64_t i = n - 1; i >= 0; i--) {
+        u -= 3;
+        z[i] = (z[i] - (i + 1 < n ? u[1] * z[i + 1] : 0) - (i + 2 < n ? u[2] * z[i + 2] : 0)) / u[0];
+    }
+}
+
+/* Vector k of v [k + 1, n] made orthogonal to those before it, twice, and of length 1. Returns what its length was. */
+static double moqi_orthogonalise(double *v, int64_t k, int64_t n)
+{
+    double *z = v + k * n, length = 0;
+    for (int64_t i = 0; i < 2 * k; i++) {
+        const double *u = v + i % k * n;
+        double dot = 0;
+        for (int64_t j = 0; j < n; j++) dot += u[j] * z[j];
+        for (int64_t j = 0; j < n; j++) z[j] -= dot * u[j];
+    }
+    for (int64_t j = 0; j < n; j++) length += z[j] * z[j];
+    length = sqrt(length);
+    for (int64_t j = 0; j < n && length > 0; j++) z[j] /= length;
+    return length;
+}
+
+/* The first `rank` vectors: of T by inverse iteration, each kept orthogonal to those before it, which is what separates equal values; then
+   through the reflectors. */
+static void moqi_svd_vectors(moqi_svd *p)
+{
+    int64_t n = p->n, rank = p->rank;
+    uint64_t state = 1;
     for (int64_t k = 0; k < rank; k++) {
-        index[k] = -1;
+        double *z = p->z + k * n, value = moqi_svd_value(p, k);
         for (int64_t i = 0; i < n; i++) {
-            int used = 0;
-            for (int64_t j = 0; j < k; j++) used = used || index[j] == i;
-            if (!used && (index[k] < 0 || size[i] > size[index[k]])) index[k] = i;
+            state = state * 6364136223846793005u + 1442695040888963407u;
+            z[i] = (double)(state >> 33) - 1073741824.0; /* a start without pattern */
+        }
+        moqi_orthogonalise(p->z, k, n);
+        for (int step = 0; step < 4; step++) {
+            moqi_svd_solve(p, value, z);
+            moqi_orthogonalise(p->z, k, n);
+        }
+        for (int64_t i = 0; i < n; i++) p->right[i * rank + k] = z[i];
+    }
+    for (int64_t i = 1; i < n; i++) {
+        const double *v = p->g + i * n;
+        memset(p->sum, 0, (size_t)rank * sizeof *p->sum);
+        MOQI_CALL(p->level, moqi_add_rows, (p->sum, v, p->right, i, rank, rank));
+        for (int64_t k = 0; k < rank; k++) p->sum[k] *= -p->tau[i];
+        for (int64_t r = 0; r < i; r++) MOQI_CALL(p->level, moqi_add_rows, (p->right + r * rank, v + r, p->sum, 1, rank, rank));
+    }
+}
+
+/* Everything but memory: right and left are filled, left not yet made orthogonal. */
+static void moqi_svd_run(moqi_svd *p)
+{
+    int64_t n = p->n;
+    p->bound = 0;
+    for (int64_t first = 0; first < p->length; first += MOQI_SVD_BAND) {
+        moqi_take_vectors(p, first);
+        moqi_spread(p->par, moqi_ceil_div(n, MOQI_SVD_BAND), moqi_svd_gram, p);
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++) p->g[j * n + i] = p->g[i * n + j];
+    moqi_svd_tridiagonal(p);
+    for (int64_t i = 0; i < n; i++) {
+        double reach = fabs(p->d[i]) + fabs(p->e[i]) + (i + 1 < n ? fabs(p->e[i + 1]) : 0);
+        if (reach > p->bound) p->bound = reach;
+    }
+    if (!(p->bound > 0)) p->bound = 1; /* a zero matrix */
+    moqi_svd_vectors(p);
+    for (int64_t first = 0; first < p->length; first += MOQI_SVD_BAND) {
+        moqi_take_vectors(p, first);
+        for (int64_t r = 0; r < p->count; r++) {
+            memset(p->sum, 0, (size_t)p->rank * sizeof *p->sum);
+            MOQI_CALL(p->level, moqi_add_rows, (p->sum, p->x + r * n, p->right, n, p->rank, p->rank));
+            for (int64_t k = 0; k < p->rank; k++) p->left[k * p->length + first + r] = p->sum[k];
         }
     }
 }
+MOQI_LOOPS_END
 
 /* W [rows, cols] ~ b [rows, rank] a [rank, cols], b = (U S)[:, :rank], a = V^T[:rank]; missing ranks are zero. 0 when out of memory.
-   The shorter side is rotated: columns of W when it is tall (then b are the rotated columns), else its rows (then a are, made unit). */
-static int moqi_low_rank(const moq_allocator *m, const float *w, int64_t rows, int64_t cols, int64_t ld, int64_t rank, float *b, float *a)
+   The same bits on any number of workers and any instruction set. */
+static int moqi_low_rank(const moq_allocator *m, const moq_parallel *par, const float *w, int64_t rows, int64_t cols, int64_t rank, float *b, float *a)
 {
-    int tall = rows >= cols;
-    int64_t n = tall ? cols : rows, length = tall ? rows : cols, have = moqi_min(rank, n);
-    size_t bytes = (size_t)(n * length + n * n + n + rank) * sizeof(double);
-    double *vectors = (double *)moq_allocate(m, bytes);
-    if (!vectors) return 0;
-    double *turns = vectors + n * length, *size = turns + n * n;
-    int64_t *index = (int64_t *)(void *)(size + n);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < length; j++) vectors[i * length + j] = (double)(tall ? w[j * ld + i] : w[i * ld + j]);
-    moqi_jacobi(vectors, turns, n, length);
-    moqi_longest(vectors, n, length, have, size, index);
+    moqi_svd p;
+    memset(&p, 0, sizeof p);
+    p.w = w;
+    p.par = par;
+    p.wide = rows < cols;
+    p.level = moqi_vector_level();
+    p.n = moqi_min(rows, cols);
+    p.length = p.wide ? cols : rows;
+    p.rank = moqi_min(rank, p.n);
+    int64_t n = p.n, bands = moqi_ceil_div(n, MOQI_SVD_BAND);
+    size_t bytes = (size_t)(n * (n + MOQI_SVD_BAND + bands + 8) + p.rank * (2 * n + p.length + 1)) * sizeof(double);
+    p.g = (double *)moq_allocate(m, bytes);
+    if (!p.g) return 0;
+    memset(p.g, 0, bytes);
+    p.x = p.g + n * n;
+    p.part = p.x + n * MOQI_SVD_BAND;
+    p.d = p.part + n * bands;
+    p.e = p.d + n;
+    p.tau = p.e + n;
+    p.pair = p.tau + n;
+    p.solve = p.pair + 2 * n;
+    p.z = p.solve + 3 * n;
+    p.right = p.z + p.rank * n;
+    p.left = p.right + p.rank * n;
+    p.sum = p.left + p.rank * p.length;
+    moqi_svd_run(&p);
     memset(b, 0, (size_t)(rows * rank) * sizeof *b);
     memset(a, 0, (size_t)(rank * cols) * sizeof *a);
-    for (int64_t k = 0; k < have; k++) {
-        const double *v = vectors + index[k] * length, *u = turns + index[k] * n;
-        double s = sqrt(size[index[k]]);
-        for (int64_t j = 0; j < length; j++) {
-            if (tall) b[j * rank + k] = (float)v[j];
-            else a[k * cols + j] = (float)(s > 0 ? v[j] / s : 0);
-        }
-        for (int64_t j = 0; j < n; j++) {
-            if (tall) a[k * cols + j] = (float)u[j];
-            else b[j * rank + k] = (float)(u[j] * s);
-        }
+    for (int64_t k = 0; k < p.rank; k++) {
+        double s = moqi_orthogonalise(p.left, k, p.length);
+        const double *u = p.left + k * p.length;
+        for (int64_t i = 0; i < rows; i++) b[i * rank + k] = (float)(s * (p.wide ? p.right[i * p.rank + k] : u[i]));
+        for (int64_t j = 0; j < cols; j++) a[k * cols + j] = (float)(p.wide ? u[j] : p.right[j * p.rank + k]);
     }
-    moq_release(m, vectors, bytes);
+    moq_release(m, p.g, bytes);
     return 1;
 }
 
@@ -19391,7 +19579,7 @@ static moq_result moqi_decompose(moqi_plan *p, moqi_target *t, moq_error *err)
     t->mean_p = NULL; /* its own smoothing only */
     if (w) moqi_load_weight(t, &t->w, w);
     t->mean_p = mean;
-    int ok = w && b && v && moqi_low_rank(a, w, t->w.rows, t->w.cols, t->w.cols, rank, b, v);
+    int ok = w && b && v && moqi_low_rank(a, &p->parallel, w, t->w.rows, t->w.cols, rank, b, v);
     moq_release(a, w, bytes);
     if (!ok) return moqi_nomem(err, bytes);
     for (int64_t i = 0; i < t->w.rows * rank; i++) b[i] = moqi_in_model(t->model, b[i]);
@@ -19418,7 +19606,7 @@ static moq_result moqi_decompose_group(moqi_plan *p, size_t leader, moq_error *e
         moqi_load_weight(&p->targets[i], &p->targets[i].w, w + at * cols);
         at += p->targets[i].w.rows;
     }
-    int ok = w && b && v && moqi_low_rank(a, w, rows, cols, cols, rank, b, v);
+    int ok = w && b && v && moqi_low_rank(a, &p->parallel, w, rows, cols, rank, b, v);
     moq_release(a, w, bytes);
     if (!ok) return moqi_nomem(err, bytes);
     at = 0;
@@ -19695,13 +19883,6 @@ static void moqi_matrix_drop(const moq_allocator *a, moqi_matrix *m)
     m->data = NULL;
 }
 
-/* Runs tasks 0..n-1 on the caller's workers, or here. */
-static void moqi_spread(const moq_parallel *par, int64_t n, void (*task)(void *arg, int index, int worker), void *arg)
-{
-    if (par && par->run && par->workers > 1 && n > 1) par->run(par->user, (int)n, task, arg);
-    else for (int64_t i = 0; i < n; i++) task(arg, (int)i, 0);
-}
-
 /* Arguments of moqi_multiply_task. */
 typedef struct moqi_multiply_work {
     const moqi_kernels *k;
@@ -19827,10 +20008,7 @@ static int moqi_gram_add(const moq_parallel *par, const moq_allocator *a, const 
 
 /* ---- fake quantization: quantize and dequantize ---- */
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC optimize("O3")
-#endif
+MOQI_LOOPS_BEGIN
 /* Nearest E2M1 value of x[i] / step[i / 16], times the step: steps of 1/2 below 2, of 1 below 4, of 2 above. Adding 1.5 * 2^23 rounds to an
    integer with ties to even, which are the even codes. out may be x. At most 512 values. */
 #define MOQI_FAKE_LOOP(name, attribute, unused) \
@@ -19859,9 +20037,7 @@ static void moqi_fake_integers(const float *x, int64_t n, float s, float bound, 
         out[i] = v == v ? (float)(int32_t)(moqi_f32_bits(v + 12582912.0f) - 0x4b400000u) / s : v;
     }
 }
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC pop_options
-#endif
+MOQI_LOOPS_END
 
 /* Step of an NVFP4 block with dynamic scales: g = A / 2688, s = e4m3(amax / 6g) g. */
 static float moqi_fake_step(float amax, float top)
@@ -20322,10 +20498,7 @@ static void moqi_hessian_add(float *h, const float *x, int64_t cols)
 
 enum { MOQI_HESSIAN_SCALES = 126, MOQI_HESSIAN_RUN = 32 };
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC optimize("O3")
-#endif
+MOQI_LOOPS_BEGIN
 /* loss[k] = d^T H d of 16 weights rounded with step[k], for 32 steps side by side; sums in the order of the columns. Nearest E2M1 value as in
    MOQI_FAKE_LOOP. */
 #define MOQI_HESSIAN_LOOP(name, attribute, unused) \
@@ -20352,9 +20525,7 @@ enum { MOQI_HESSIAN_SCALES = 126, MOQI_HESSIAN_RUN = 32 };
         } \
     }
 MOQI_THRICE(MOQI_HESSIAN_LOOP, moqi_hessian_losses, )
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC pop_options
-#endif
+MOQI_LOOPS_END
 
 /* The search of one layer: every row of blocks for itself. */
 typedef struct moqi_hessian_work {
