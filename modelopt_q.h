@@ -11620,16 +11620,19 @@ static int moqi_choose_groups(moqi_tiled *p)
     return g % 16 == 0 && (g % MOQI_TILE_COLS == 0 || MOQI_TILE_COLS % g == 0) && w->col_first % g == 0;
 }
 
-/* Zero points become one int16 for each row and group: with GPTQ's + 1 an 8-bit zero point reaches 256. Scales stay in the
+/* Zero points become one int16 for each row and group: with GPTQ's + 1 an 8-bit zero point reaches 256. Unsigned codes with a table are
+   counted from the middle of their range, so that sum q x and z sum x, whose difference is wanted, are both small. Scales stay in the
    checkpoint where neighbours in a row are neighbours in memory. */
 static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
 {
     const moq_linear *w = &p->layer;
     if (w->zeros.data) {
         int16_t *z = (int16_t *)moqi_take_array(r, (uint64_t)w->rows * (uint64_t)p->groups, sizeof *z);
+        int middle = p->form == MOQI_CODES_NIBBLES && w->packing.is_unsigned ? 1 << (w->packing.bits - 1) : 0;
         if (!z) return MOQ_E_NOMEM;
-        for (int64_t i = 0; i < w->rows * p->groups; i++) z[i] = (int16_t)moqi_zero_at(w, i / p->groups, moqi_group_of(w,
-                0) * !p->order + i % p->groups);
+        for (int64_t i = 0; i < w->rows * p->groups; i++)
+            z[i] = (int16_t)(moqi_zero_at(w, i / p->groups, moqi_group_of(w, 0) * !p->order + i % p->groups) - middle);
+        for (int i = 0; i < 16; i++) p->table[i] -= (float)middle;
         p->zeros = z;
     }
     if (!w->scales.data) return MOQ_OK;
