@@ -11729,7 +11729,7 @@ typedef struct moqi_stream_pass {
     int64_t ldx, first, end;
     float table[16];      /* values of the codes, less a zero point that is the same everywhere */
     int32_t lane[64];     /* [4 blocks of a run of 512 columns][lane] -> its scale among 16; wider codes: [lane], for 32 columns each */
-    float *scale;         /* scratch: scales of a row of this pass, [block][16] */
+    float *scale;         /* scratch: scales of a row of this pass, [block][16]; of up to four rows, 256 apart */
     float *w;             /* scratch: [2 rows][512] */
     int64_t lda;          /* sums: [rows, lda], of tokens [16] */
     int64_t ahead;        /* bytes from codes to those that are wanted 4 KB later: an even number of rows */
@@ -11938,7 +11938,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_four_512(const moqi_stream_pass *pass, 
     }
 }
 
-/* Either for any of the four dtypes. */
+/* The same for any of the four dtypes, with the scales of these columns. */
 MOQI_AVX512 static void moqi_stream_any_512(const moqi_stream_pass *pass, int64_t row, int64_t first, int64_t n, float *to)
 {
     const moqi_tiled *p = pass->p;
@@ -11949,7 +11949,8 @@ MOQI_AVX512 static void moqi_stream_any_512(const moqi_stream_pass *pass, int64_
     else moqi_stream_wide_512(pass, MOQ_F16, row, first, n, to);
 }
 
-/* Rows `row`, row + step, ... of which the last may be missing. acc: [rows, lda], with room for one more row */
+/* The pass over some rows for one token, four that are a quarter of them apart at a time. Where the fourth is missing the first is read again, and its
+   sum goes behind the last. acc: [rows, lda], with room for one more row */
 MOQI_AVX512 static void moqi_stream_fours_512(const moqi_stream_pass *pass, int64_t row, int64_t rows, float *acc)
 {
     const moqi_tiled *p = pass->p;
@@ -19793,9 +19794,21 @@ static moq_result moqi_read_request(moqi_plan *p, moq_error *err)
     return r == MOQ_OK ? moqi_patterns_make(&p->exclude, p->r, d->exclude, NULL, d->exclude_count, err) : r;
 }
 
+/* The first layer whose shape a recipe cannot take, and how many there are: one can be excluded, of many the recipe is the wrong one. */
+static moq_result moqi_tell_shapes(const moq_error *first, size_t refused, size_t covered, moq_error *err)
+{
+    if (!err) return first->code;
+    *err = *first;
+    size_t used = strlen(err->text);
+    moqi_format(err->text + used, sizeof err->text - used, " (%llu of the %llu layers have such a shape)", (unsigned long long)refused,
+                (unsigned long long)covered);
+    return first->code;
+}
+
 static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
 {
-    size_t n = moq_module_count(p->ck);
+    size_t n = moq_module_count(p->ck), covered = 0, refused = 0;
+    moq_error first, later;
     moq_result r = moqi_read_request(p, err);
     if (r != MOQ_OK) return r;
     p->nemotron = moqi_starts(moq_get_info(p->ck)->model_type, "nemotron");
@@ -19819,9 +19832,14 @@ static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
             const moq_coding *from = &t->w.scheme.weight, *to = &t->recipe->scheme.weight;
             t->cast = from->elem == MOQ_F4 && from->scale == MOQ_F8_E8M0 && from->group_cols == 32 && to->elem == MOQ_F4 && to->scale == MOQ_F8_E4M3 &&
                       to->group_cols == 16 && strcmp(t->recipe->calibration, "max") == 0;
-            r = moqi_check_target(t, err);
+            covered++;
+            r = moqi_check_target(t, refused ? &later : &first);
+            refused += r == MOQ_E_SHAPE;
+            if (r == MOQ_E_SHAPE) r = MOQ_OK;
+            else if (r != MOQ_OK && err) *err = refused ? later : first;
         }
     }
+    if (r == MOQ_OK && refused) return moqi_tell_shapes(&first, refused, covered, err);
     return r == MOQ_OK ? moqi_check_request(p, err) : r;
 }
 

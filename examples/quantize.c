@@ -55,7 +55,7 @@ int main(int argc, char **argv)
     moq_error err;
     moq_quantize_desc q;
     llm_samples samples;
-    if (argc < 3) { puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]"); return 2; }
+    if (argc < 3) { puts("usage: quantize SOURCE TARGET [RECIPE [TEXT]]     e.g. quantize my-model my-model-fp8 fp8 lines.txt"); return 2; }
     memset(&samples, 0, sizeof samples);
     samples.rows = rows;
     samples.lengths = lengths;

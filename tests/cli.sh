@@ -131,6 +131,8 @@ run quantize "$src" "$dir/q4" --recipe fp8 --calibration "$dir/empty.safetensors
 check "an empty calibration file" refused "empty.safetensors"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/nowhere.txt"
 check "a calibration text that is not there" refused "nowhere"
+run eval "$dir/float" --data nowhere
+check "data without an ending that is not there" refused "nowhere.*no such file"
 printf 'bring the red m\303\050g' >"$dir/latin.txt"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/latin.txt"
 check "a calibration text that is not UTF-8" refused "latin.txt: byte 15 is no UTF-8"
@@ -484,6 +486,8 @@ run convert "$dir/x" "$dir/conv" --to modelopt
 check "convert: nothing to do" refused "$dir/x: is a ModelOpt folder already"
 run convert "$src" "$dir/conv" --to modelopt
 check "convert: nothing quantized" refused "moq quantize"
+run convert "$dir/x" "$dir/conv" --format gguf
+check "--format where --to is the word" refused "gguf"
 run convert "$dir/x" "$dir/conv" --to gguf
 check "convert: unknown container" refused "gguf"
 check "convert leaves nothing" test ! -e "$dir/conv"

@@ -367,7 +367,7 @@ typedef struct option_row {
 
 static const option_row option_table[] = {
     {"json", KIND_FLAG, FIELD(json), "", "one JSON object on stdout"},
-    {"threads", KIND_INT, FIELD(threads), "N", "CPU threads (default: physical cores)"},
+    {"threads", KIND_INT, FIELD(threads), "N", "CPU threads (default, and 0: physical cores)"},
     {"backend", KIND_TEXT, FIELD(backend), "B", "cpu, cuda or cuda:N (default: cuda when built in and a device is there)"},
     {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints (default: what MOQ_KERNEL says, else auto)"},
     {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide"},
@@ -481,6 +481,13 @@ static int set_option(options *o, const option_row *row, const char *value)
     return 0;
 }
 
+/* The container is --format of quantize and --to of convert; either takes both words. */
+static const option_row *of_verb(const option_row *row, const verb_row *verb)
+{
+    const char *other = row->at == FIELD(to) ? "format" : row->at == FIELD(format) ? "to" : "";
+    return other[0] && !in_list(verb->options, row->name) && in_list(verb->options, other) ? find_option(other, strlen(other)) : row;
+}
+
 enum { MAX_THREADS = 1024 };
 
 static int parse_options(options *o, const verb_row *verb, int argc, char **argv)
@@ -498,6 +505,7 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         equals = strchr(a, '=');
         row = a[1] == '-' ? find_option(a + 2, equals ? (size_t)(equals - a - 2) : strlen(a + 2)) : NULL;
         if (!row) return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
+        row = of_verb(row, verb);
         if (row->kind != KIND_FLAG && !equals && ++i >= argc) return refuse("--%s needs a value: --%s %s", row->name, row->name, row->value);
         if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
             return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
@@ -784,7 +792,9 @@ static int read_tokens(token_rows *t, const char *text)
         free(ids);
         return 0;
     }
-    if (!hash && !strstr(text, ".json")) return refuse("'%s' is neither token ids (1,2,3) nor a file of them (FILE.json, FILE.json#KEY); text is read from .jsonl and .txt files where the verb takes it", text);
+    if (!hash && !strstr(text, ".json"))
+        return refuse("'%s' %s; ids are 1,2,3 or in FILE.json or FILE.json#KEY, text is read from .jsonl and .txt files where the verb takes it", text,
+                      access(text, F_OK) == 0 ? "does not say by its name what it holds" : "is no list of token ids, and there is no such file");
     if (hash) {
         char *path = join(text, "", "");
         int bad;
