@@ -12,56 +12,75 @@
 #include "llm.h"
 #include <cuda_runtime_api.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 enum { MOST = 8, CHUNK = 64 };
 
-/* Where the ranks meet. */
+/* Where the ranks meet. Two sets of everything, taken in turn: nobody is still reading a set when it is written again. */
 typedef struct team {
     pthread_barrier_t barrier;
+    unsigned here;            /* ranks that came to a meeting, counted on and on */
     int ranks, devices;
-    int failed[MOST];         /* of each rank, read by all behind a barrier */
+    int reaches[MOST][MOST];  /* device a reads the memory of device b */
+    int failed[2][MOST];      /* of each rank, read by all behind a meeting */
+    void *x[2][MOST];         /* what each wants summed, in its device's memory */
     const char *folder, *prompt;
-    void *x[MOST];            /* what each wants summed, in its device's memory */
 } team;
 
 typedef struct member {
     team *t;
-    int rank;
-    void *room;               /* [ranks, count] of this rank's device: everybody's x */
+    int rank, turn;
+    void *room;               /* [3, count] of this rank's device: the two sets, and what a device that is out of reach sent */
     size_t room_bytes;
+    unsigned meetings;
     moq_error err;
 } member;
 
-/* Everybody copies from everybody, then adds in the order of the ranks: the same bits everywhere. */
+/* A barrier that takes a microsecond, where one of pthreads puts threads to sleep. */
+static void meet(member *m)
+{
+    unsigned all = ++m->meetings * (unsigned)m->t->ranks;
+    int turns = 0;
+    __atomic_fetch_add(&m->t->here, 1, __ATOMIC_ACQ_REL);
+    while ((int)(__atomic_load_n(&m->t->here, __ATOMIC_ACQUIRE) - all) < 0)
+        if (++turns > 10000) sched_yield();
+}
+
+/* Rank 0's values, then those of the others added in their order: the same bits everywhere. Only the host waits, once, for its own device. */
 static moq_result all_reduce(void *user, moq_backend *be, void *x, size_t count, moq_error *err)
 {
     member *m = (member *)user;
     team *t = m->t;
     size_t bytes = count * (be->act == MOQ_BF16 ? 2 : 4);
     moq_result code = MOQ_OK;
-    cudaError_t e = cudaSuccess;
-    if (bytes * (size_t)t->ranks > m->room_bytes) {
+    int set = m->turn ^= 1, here = m->rank % t->devices;
+    if (bytes > m->room_bytes) {                               /* the same for all: their sums are of one size */
+        code = be->sync(be, err);
+        meet(m);                                               /* nobody reads the old room */
         if (m->room) be->release(be, m->room);
-        m->room = be->alloc(be, bytes * (size_t)t->ranks, err);
-        m->room_bytes = m->room ? bytes * (size_t)t->ranks : 0;
+        m->room = be->alloc(be, 3 * bytes, err);
+        m->room_bytes = m->room ? bytes : 0;
         if (!m->room) code = MOQ_E_NOMEM;
     }
-    if (code >= 0) code = be->sync(be, err);                   /* x is complete, and the room is zero */
-    t->x[m->rank] = x;
-    pthread_barrier_wait(&t->barrier);                         /* everybody's x is complete */
-    for (int r = 0; r < t->ranks && m->room && e == cudaSuccess; r++)
-        e = cudaMemcpyPeer((char *)m->room + (size_t)r * bytes, m->rank % t->devices, t->x[r], r % t->devices, bytes);
-    if (e == cudaSuccess) e = cudaDeviceSynchronize();
-    if (e != cudaSuccess) code = moq_fail(err, MOQ_E_BACKEND, "all_reduce", "%s", cudaGetErrorString(e));
-    t->failed[m->rank] = code < 0;
-    pthread_barrier_wait(&t->barrier);                         /* everybody has copied it */
+    t->x[set][m->rank] = m->room ? (char *)m->room + (size_t)set * m->room_bytes : NULL;
+    if (code >= 0) be->copy(be, t->x[set][m->rank], x, bytes);
+    if (code >= 0) code = be->sync(be, err);
+    t->failed[set][m->rank] = code < 0;
+    meet(m);                                                   /* everybody's x is there */
     for (int r = 0; r < t->ranks && code >= 0; r++)            /* what fails on one rank fails on all: none waits for another */
-        if (t->failed[r]) code = moq_fail(err, MOQ_E_BACKEND, "all_reduce", "rank %d failed", r);
+        if (t->failed[set][r]) code = moq_fail(err, MOQ_E_BACKEND, "all_reduce", "rank %d failed", r);
     if (code < 0) return code;
-    for (int r = 1; r < t->ranks; r++) be->add(be, m->room, (char *)m->room + (size_t)r * bytes, count);
-    be->copy(be, x, m->room, bytes);
+    be->copy(be, x, t->x[set][0], bytes);
+    for (int r = 1; r < t->ranks; r++) {
+        void *from = t->x[set][r];
+        if (!t->reaches[here][r % t->devices]) {
+            from = (char *)m->room + 2 * m->room_bytes;
+            be->copy(be, from, t->x[set][r], bytes);           /* through the host */
+        }
+        be->add(be, x, from, count);
+    }
     return MOQ_OK;
 }
 
@@ -82,9 +101,9 @@ static void *run(void *user)
     desc.all_reduce_user = m;
     desc.backend = moq_cuda_backend(m->rank % t->devices, &m->err);
     if (desc.backend) bot = llm_open(&desc, &m->err);
-    t->failed[m->rank] = !bot;
+    t->failed[0][m->rank] = !bot;
     pthread_barrier_wait(&t->barrier);                         /* nobody begins unless all can */
-    for (int r = 0; r < t->ranks; r++) failed |= t->failed[r];
+    for (int r = 0; r < t->ranks; r++) failed |= t->failed[0][r];
     if (!failed) {
         const llm_stats *s = llm_get_stats(bot);
         llm_say(bot, "user", t->prompt);
@@ -95,6 +114,7 @@ static void *run(void *user)
                    (int)s->generated_tokens, s->generate_seconds > 0 ? (double)s->generated_tokens / s->generate_seconds : 0.0);
     }
     llm_close(bot);
+    pthread_barrier_wait(&t->barrier);                         /* others may still read this rank's room */
     if (m->room) desc.backend->release(desc.backend, m->room);
     if (desc.backend) moq_backend_destroy(desc.backend);
     return NULL;
@@ -114,7 +134,7 @@ int main(int argc, char **argv)
     if (t.ranks < 1 || t.ranks > MOST) { printf("RANKS: 1 to %d\n", MOST); return 2; }
     for (int a = 0; a < t.devices; a++)
         for (int b = 0; b < t.devices; b++)
-            if (a != b && cudaSetDevice(a) == cudaSuccess) cudaDeviceEnablePeerAccess(b, 0); /* where there is none, copies go through the host */
+            t.reaches[a][b] = a == b || (cudaSetDevice(a) == cudaSuccess && cudaDeviceEnablePeerAccess(b, 0) == cudaSuccess);
     cudaGetLastError();
     pthread_barrier_init(&t.barrier, NULL, (unsigned)t.ranks);
     for (int r = 0; r < t.ranks; r++) {
