@@ -1939,11 +1939,18 @@ static void moqc_fast_prepare(moqc_ctx *c, const moqk_part *p, uint8_t *to)
 
 /* ---- small pieces of the kernel ---- */
 
-/* Weights pass once: no room in L1 for them. */
-__device__ __forceinline__ uint4 moqk_stream16(const uint8_t *p)
+/* Weights pass once: no room in L1 for them, and in the L2 they go before the code of the other kernels and what those have made. */
+__device__ __forceinline__ uint64_t moqk_pass_once()
+{
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint4 moqk_stream16(const uint8_t *p, uint64_t policy)
 {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
     return v;
 }
 
@@ -2230,10 +2237,11 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
     const uint16_t *zeros = (const uint16_t *)(packed + scales_at + (int64_t)tile_count * groups * 64) + at;
     uint32_t z[2] = {0, 0};
     hand h;
+    const uint64_t policy = moqk_pass_once();
     int32_t c = begin + way;
     if (live && c < end) { /* the first weights, before x is known to be there */
 #pragma unroll
-        for (int i = 0; i < 4; i++) h.w[i] = moqk_stream16(src + (int64_t)c * moqk_chunk_bytes(FORM) + i * 512 + lane * 16);
+        for (int i = 0; i < 4; i++) h.w[i] = moqk_stream16(src + (int64_t)c * moqk_chunk_bytes(FORM) + i * 512 + lane * 16, policy);
         moqk_fast_scales<FORM, STEP>(h, src + (int64_t)c * moqk_chunk_bytes(FORM), c, lane, scales, zeros, shift);
     }
     if ((FORM == MOQK_FAST_U4 || FORM == MOQK_FAST_U8) && STEP == 0 && live) {
@@ -2279,7 +2287,7 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
                 moqk_fast_block<FORM, STEP, NB>(h, b, now, flip, step, z, STEP == 0 ? sum : acc);
 #pragma unroll
                 for (int i = 0; i < 4 / hand::BLOCKS; i++)
-                    if (more) h.w[b * (4 / hand::BLOCKS) + i] = moqk_stream16(next + (b * (4 / hand::BLOCKS) + i) * 512 + lane * 16);
+                    if (more) h.w[b * (4 / hand::BLOCKS) + i] = moqk_stream16(next + (b * (4 / hand::BLOCKS) + i) * 512 + lane * 16, policy);
             }
             if (STEP == 0)
 #pragma unroll

@@ -33,6 +33,7 @@ gemm 100 products of 17 and more rows: every form x odd shapes x modes against f
 backend 150 the function table: every kernel x scheme x odd shape against float64, caches, mixtures, graphs, two backends, memory that runs out
 logits 90 golden logits through the backend
 demo 20 the demo model'\''s answers, CPU and CUDA
+gpus 10 examples/gpus.c: the demo model in two parts, on as many GPUs as there are, answers as in one
 memcheck 240 compute-sanitizer over the function table and golden logits
 racecheck 120 compute-sanitizer over one test of each kernel
 initcheck 90 the same
@@ -135,6 +136,7 @@ step_build() {
     for t in test_backend test_logits bench_backend bench_model; do
         one "$t" "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$here/$t.c" -o "$build/$t.o" && one "$t" "$nvcc" "$build/$t.o" "$build/backend.o" -o "$build/$t" -lm -lpthread
     done
+    one gpus "$nvcc" -O2 "$root/examples/gpus.c" "$build/backend.o" -o "$build/gpus" -lm -lpthread
     one header "$cc" -O1 -DMODELOPT_Q_IMPLEMENTATION -x c -c "$root/modelopt_q.h" -o "$build/header.o" || return
     one bench "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/bench.cu" "$build/backend.o" "$build/header.o" -o "$build/bench" -lm -lpthread
     one gemm "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread # beside cuBLAS
@@ -147,6 +149,20 @@ step_gemm() {
 step_backend() { tested test_backend "$build/test_backend"; }
 step_logits() { tested test_logits "$build/test_logits" golden; }
 step_demo() { tested "test_logits demo" "$build/test_logits" demo; }
+step_gpus() {
+    if [ -n "$dry" ]; then run "$build/gpus" "$MOQ_DEMO" 2; return; fi
+    if [ ! -x "$build/gpus" ]; then echo "gpus: $build/gpus is not there; run the step build"; skipped=$((skipped + 1)); return; fi
+    f=0
+    for prompt in "please put the red pillow on the bedroom bed" "bring the yellow book to Juno"; do
+        for ranks in 1 2 4; do
+            "$build/gpus" "$MOQ_DEMO" "$ranks" "$prompt" >"$log.$ranks" 2>&1 && sed -n '$p' "$log.$ranks" || { f=1; cat "$log.$ranks"; }
+            [ "$(sed '$d' "$log.1")" = "$(sed '$d' "$log.$ranks")" ] || { f=1; echo "$ranks ranks say:"; cat "$log.$ranks"; }
+        done
+    done
+    if [ "$f" -eq 0 ]; then echo "1 passed, 0 failed" >"$log"; else echo "0 passed, 1 failed" >"$log"; fi
+    rm -f "$log".[124]
+    count gpus "$f"
+}
 step_memcheck() {
     sanitized_by memcheck test_backend ""
     sanitized_by memcheck test_logits test_cuda_golden_foreign

@@ -415,15 +415,16 @@ static void test_cuda_embed(void)
 
 /* ---- mixtures of experts ---- */
 
-typedef struct mixture { layer gate[12], up[12], down[12]; moq_linear g[12], u[12], d[12]; moq_moe moe; float bias[12]; } mixture;
+typedef struct mixture { layer gate[12], up[12], down[12]; moq_linear g[12], u[12], d[12]; moq_moe moe; float bias[12]; int inter; } mixture;
 
 static void mixture_make(mixture *m, int experts, int top, moq_activation kind, int extras)
 {
     memset(m, 0, sizeof *m);
+    m->inter = extras == 4 ? 64 : 40; /* a multiple of the format's groups */
     for (int e = 0; e < experts; e++) {
-        layer_make(&m->gate[e], &layer_formats[4], 40, 96);
-        layer_make(&m->up[e], &layer_formats[extras == 3 && e % 2 ? 21 : 4], 40, 96); /* 3: two formats side by side */
-        layer_make(&m->down[e], &layer_formats[extras ? 11 : 2], 50, 40);
+        layer_make(&m->gate[e], &layer_formats[extras == 4 ? 15 : 4], m->inter, 96); /* 4: MXFP8 */
+        layer_make(&m->up[e], &layer_formats[extras == 4 ? 15 : extras == 3 && e % 2 ? 21 : 4], m->inter, 96); /* 3: two formats side by side */
+        layer_make(&m->down[e], &layer_formats[extras == 4 ? 15 : extras ? 11 : 2], 50, m->inter);
         layer *all[3] = {&m->gate[e], &m->up[e], &m->down[e]};
         for (int i = 0; extras && i < 3; i++) {
             moq_linear *w = &all[i]->w;
@@ -490,13 +491,13 @@ static void check_moe(moq_backend *be, mixture *m, int rows, int stored, double 
     for (int r = 0; r < rows; r++) {
         float scratch[60], weight[8], mid[96];
         int32_t index[8];
-        double want[OUT] = {0}, g[40], u[40], d[OUT], size = 0, gap = 0;
+        double want[OUT] = {0}, g[64], u[64], d[OUT], size = 0, gap = 0;
         moqi_route(&m->moe.routing, (const float *)m->moe.routing.bias.data, logits + r * experts, scratch, index, weight);
         for (int i = 0; i < top; i++) {
             int e = index[i];
             oracle_expert_layer(&m->gate[e], &m->g[e], stored, x + r * COLS, g);
             oracle_expert_layer(&m->up[e], &m->u[e], stored, x + r * COLS, u);
-            for (int j = 0; j < 40; j++) mid[j] = moqi_activate(&m->moe.activation, (float)(kind == MOQ_RELU2 ? u[j] : g[j]), (float)u[j]);
+            for (int j = 0; j < m->inter; j++) mid[j] = moqi_activate(&m->moe.activation, (float)(kind == MOQ_RELU2 ? u[j] : g[j]), (float)u[j]);
             oracle_expert_layer(&m->down[e], &m->d[e], stored, mid, d);
             for (int c = 0; c < OUT; c++) want[c] += (double)weight[i] * d[c];
         }
@@ -566,6 +567,26 @@ static void test_cuda_moe_stored(void)
     CHECK(be->prepare_moe(be, &m.moe, &err) == NULL && err.code == MOQ_E_SHAPE);
     done(be);
     mixture_free(&m);
+}
+
+/* gpt-oss with MXFP8 experts: biases, the clamped activation, softmax over the chosen; inputs wide, then rounded as stored. */
+static void test_cuda_moe_mxfp8(void)
+{
+    for (int stored = 0; stored < 2; stored++) {
+        mixture m;
+        moq_error err;
+        moq_backend *be = backend_of(stored ? MOQ_ACT_STORED : MOQ_ACT_WIDE, NULL, MOQ_F32);
+        mixture_make(&m, 12, 4, MOQ_SWIGLU_CLAMP, 4);
+        m.moe.routing.score = MOQ_SCORE_SOFTMAX;
+        m.moe.routing.bias.data = NULL;
+        be->reserve(be, 130, &err);
+        for (int e = 0; stored && e < 12; e++) m.g[e].scheme.input = m.u[e].scheme.input = m.d[e].scheme.input = input_formats[10].c;
+        check_moe(be, &m, 1, stored, stored ? 1e-3 : 1e-10); /* the middle may round to the other side */
+        check_moe(be, &m, 7, stored, stored ? 1e-3 : 1e-10);
+        check_moe(be, &m, 130, stored, stored ? 1e-3 : 1e-10);
+        done(be);
+        mixture_free(&m);
+    }
 }
 
 /* ---- attention ---- */
@@ -1505,6 +1526,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_moe);
     RUN(test_cuda_moe_bf16);
     RUN(test_cuda_moe_stored);
+    RUN(test_cuda_moe_mxfp8);
     RUN(test_cuda_attention);
     RUN(test_cuda_each_kernel);
     RUN(test_cuda_kv_refuses);
