@@ -13133,12 +13133,36 @@ MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_byt
 {
     uint8_t edge[1024] MOQI_ALIGNED;
     if (rows < 16 || bytes < 64 || row_bytes % 4 != 0) {
-        memset(edge, 0, sizeof edge);
-        for (int64_t r = 0; r < rows; r++) memcpy(edge + 64 * r, src + r * row_bytes, (size_t)moqi_min(bytes, 64));
+        const __mmask64 some = bytes >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
+        for (int64_t r = 0; r < 16; r++) _mm512_store_si512(edge + 64 * r, r < rows ? _mm512_maskz_loadu_epi8(some, src + r * row_bytes) : _mm512_setzero_si512());
         src = edge;
         row_bytes = 64;
     }
     moqi_turn_512(src, row_bytes / 4, out, 16);
+}
+
+/* Scales [16 columns][rows h .. h + 16) of the panel from bytes of E4M3, as value / 256: words of four are turned, and become F16 by a shift.
+   Returns 0 where a code is no number, or where scales do not lie so: then nothing that was stored is right. */
+MOQI_AVX512 static int moqi_panel_e4m3_512(const moqi_panel *w, int64_t h)
+{
+    const moqi_tiled *p = w->p;
+    const __m512i size = _mm512_set1_epi8(0x7f), keep = _mm512_set1_epi16((short)0xbf80);
+    const int64_t first = w->col >> 4, count = (w->n + 15) >> 4;
+    uint32_t words[256] MOQI_ALIGNED;
+    __mmask64 broken = 0;
+    if (!p->scales || p->scale_dtype != MOQ_F8_E4M3 || p->shift != 4 || w->chunk != 16 || p->group_rows != 1 || p->scale_step != 1) return 0;
+    moqi_panel_words_512(p->scales + moqi_stream_scale_at(p, w->row + h) + first, p->scale_stride, moqi_min(16, w->rows - h), p->groups - first, words);
+    for (int64_t c = 0; c < count; c += 4) {
+        float *to = w->scale + c * MOQI_PANEL_ROWS + h;
+        __m512i v = _mm512_loadu_si512(words + 4 * c), odd = _mm512_and_si512(_mm512_srai_epi16(v, 1), keep);
+        __m512i even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 1), keep);
+        broken |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(v, size), size);
+        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(even)));
+        _mm512_storeu_ps(to + MOQI_PANEL_ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd)));
+        _mm512_storeu_ps(to + 2 * MOQI_PANEL_ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(even, 16))));
+        _mm512_storeu_ps(to + 3 * MOQI_PANEL_ROWS, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(odd, 16))));
+    }
+    return broken == 0;
 }
 
 /* Scales [chunk][rows h .. h + 16) of the panel, E4M3 as value / 256: rows of scales, turned, and repeated where a group has several chunks. */
@@ -13148,6 +13172,7 @@ MOQI_AVX512 static void moqi_panel_scales_512(const moqi_panel *w, int64_t h)
     float rows[16][32] MOQI_ALIGNED, turned[32][16] MOQI_ALIGNED;
     int64_t chunks = moqi_ceil_div(w->n, w->chunk), each = MOQI_TILE_COLS / w->chunk;
     __m512 s[2];
+    if (moqi_panel_e4m3_512(w, h)) return;
     s[0] = s[1] = _mm512_set1_ps(1);
     for (int64_t first = 0; first < chunks; first += each) {
         int64_t g = moqi_stream_group(p, w->col + first * w->chunk);
@@ -13465,6 +13490,13 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
 
 static int moqi_dot_takes_512(const moqi_tiled *p) { return moqi_dot_takes(p, 256); }
 
+/* Do several rows of x start their sums at the bits of 1.5 * 2^23, as in moqi_panel_i8_tokens? That wants scales of few bits that are not large. */
+static int moqi_dot_bits_512(const moqi_tiled *p)
+{
+    int none = !p->scales || (p->form == MOQI_CODES_WIDE && p->groups == 1);
+    return moqi_dot_digits(p) == 1 && (none || p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F16);
+}
+
 /* 16 values over s as whole numbers, or twice E2M1, or two digits of 8 bits: codes[digits][16]. 1 / s would move values that lie on an edge. */
 MOQI_AVX512 static void moqi_dot_round_512(__m512 x, float s, int fp4, int digits, __m128i *codes)
 {
@@ -13555,6 +13587,7 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
     const int fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
     const int64_t own = nibbles ? 16 : 256, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
     const int64_t blocks = (n + 255) / 256;
+    const int32_t bits = step > MOQI_DOT_WORDS && moqi_dot_bits_512(p) ? MOQI_I8_START : 0;
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const __m512i ones = _mm512_set1_epi8(1);
     float s = 0, *sums = out + blocks * step;
@@ -13583,7 +13616,7 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
         float *block = out + i / digits * step + i % digits * MOQI_DOT_WORDS;
         __m512i sum = _mm512_setzero_si512();
         for (int k = 0; k < 64; k += 16) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(ones), "v"(_mm512_loadu_si512(block + k)));
-        _mm512_storeu_si512(block + 80, _mm512_mullo_epi32(sum, _mm512_set1_epi32(nibbles ? -32 : -128)));
+        _mm512_storeu_si512(block + 80, _mm512_add_epi32(_mm512_mullo_epi32(sum, _mm512_set1_epi32(nibbles ? -32 : -128)), _mm512_set1_epi32(bits)));
         if (!p->zeros) continue;
         float lane[16];
         _mm512_storeu_ps(lane, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(block + 64)));
@@ -13603,6 +13636,7 @@ typedef struct moqi_dot_pass {
     int32_t lane[64];     /* [2 blocks of 512 columns][lane] -> its scale among 16 */
     float *scale;         /* scratch: [4 rows][lds], of a row [block][16] */
     int64_t lds;
+    int bits;             /* moqi_dot_bits_512 */
     int each;             /* so many rows share the block that their last columns do not fill, 2 or 4; else 1 */
     const float *last;    /* x for that block: its last columns `each` times */
 } moqi_dot_pass;
@@ -13693,6 +13727,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
 #define MOQI_DOT1(t) MOQI_DOT(1, t)
 #define MOQI_DOT2(t) MOQI_DOT(2, t)
 #define MOQI_DOT3(t) MOQI_DOT(3, t)
+#define MOQI_BITS(t) a[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(q[t]), s, n), _mm512_loadu_ps(x + 96 * (t) + 64), a[t]);
 #define MOQI_SCALE(t) if ((t) % digits == 0) { \
         if (digits == 2) q[t] = _mm512_add_epi32(q[t], _mm512_slli_epi32(q[(t) + digits - 1], 8)); \
         a[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[t]), _mm512_loadu_ps(x + 96 * (t) + 64)), s, a[t]); }
@@ -13706,13 +13741,14 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                 memcpy(edge, src, (size_t)(end - src));
                 src = edge;
             }
-            __m512 s = _mm512_loadu_ps(scale);
+            __m512 s = _mm512_loadu_ps(scale), n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
             moqi_dot_words_512(src, MOQI_STREAM_AHEAD, nibbles, table, w);
             MOQI_SLOTS(MOQI_START)
             MOQI_SLOTS(MOQI_DOT0)
             MOQI_SLOTS(MOQI_DOT1)
             MOQI_SLOTS(MOQI_DOT2)
             MOQI_SLOTS(MOQI_DOT3)
+            if (digits == 1 && slots > 1 && pass->bits) { MOQI_SLOTS(MOQI_BITS) continue; }
             MOQI_SLOTS(MOQI_SCALE)
         }
         MOQI_SLOTS(MOQI_STORE)
@@ -13726,6 +13762,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
 #undef MOQI_DOT1
 #undef MOQI_DOT2
 #undef MOQI_DOT3
+#undef MOQI_BITS
 #undef MOQI_SCALE
 }
 
@@ -13902,6 +13939,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     if (whole) plain.scales = NULL;
     s.p = &plain;
     s.last = last;
+    s.bits = moqi_dot_bits_512(p);
     s.scale = one + moqi_pad16(rows);
     for (int64_t r = 0; whole && r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, one + r);
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
@@ -13914,6 +13952,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         const int64_t step = some * digits * MOQI_DOT_WORDS, piece = some * digits <= 2 ? 8192 : some * digits <= 4 ? 4096 : 2048;
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
         const moqi_dot_fn dot = moqi_dot_fns[digits - 1][some - 1];
+        const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)some));
         const int small = bytes && some == 1 && rows % 4 == 0 && moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row), rows * p->groups);
         s.x = x + j * ldx;
         s.each = small && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128 ? tail <= 64 ? 4 : 2 : 1; /* by the layer, not by the task: sums differ */
@@ -13935,8 +13974,10 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         for (int64_t i = 0; i < some; i++) {
             float *to = y + (j + i) * ldy;
             int64_t r = 0;
-            for (; some == 1 && !whole && r + 16 <= rows; r += 16) {
-                __m512 v = _mm512_mul_ps(_mm512_set1_ps(mul), _mm512_loadu_ps(acc + r));
+            for (; r + 16 <= rows; r += 16) {
+                __m512 v = _mm512_set1_ps(mul), sum = some == 1 ? _mm512_loadu_ps(acc + r) : _mm512_i32gather_ps(places, acc + some * r + i, 4);
+                if (whole) v = _mm512_mul_ps(v, _mm512_loadu_ps(one + r));
+                v = _mm512_mul_ps(v, sum);
                 _mm512_storeu_ps(to + r, p->bias ? _mm512_add_ps(_mm512_loadu_ps(p->bias + row + r), v) : v);
             }
             for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * acc[some * r + i];
