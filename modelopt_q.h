@@ -12697,6 +12697,8 @@ static void moqi_panels_in(const moqi_way *way, const moqi_tiled *p, int64_t ste
     w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
     w.scale = (float *)(void *)(w.data + MOQI_PANEL_ROWS * MOQI_TILE_COLS);
     w.chunk = 0;
+    w.ask = p->codes; /* until a decoder says what to ask for */
+    w.ask_step = 0;
     for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
         moqi_panels_of(way, &w, row, rows, x + j * ldx, ldx, moqi_min(MOQI_WAY_TOKENS, m - j), y + j * ldy, ldy);
 }
