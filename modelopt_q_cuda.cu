@@ -518,6 +518,14 @@ __device__ __forceinline__ void moqk_wait_for_before()
 #endif
 }
 
+/* *p will be read after the wait and never changes: into the cache of this multiprocessor with it. */
+__device__ __forceinline__ void moqk_warm(const float *p)
+{
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    (void)v;
+}
+
 /* First words of a kernel that moqc_chain launches: what comes next may start (and fetch its weights), and what came before has ended. */
 __device__ __forceinline__ void moqk_follow()
 {
@@ -5445,7 +5453,7 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_argmax(const 
     __shared__ int32_t place[32];
     const T *row = x + (int64_t)blockIdx.x * n;
     float best = __uint_as_float(0x7fc00000u);
-    int32_t at = INT32_MAX, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int32_t at = (int32_t)threadIdx.x < n ? (int32_t)threadIdx.x : INT32_MAX, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     moqk_follow();
     for (int64_t first = threadIdx.x; first < n; first += (int64_t)AHEAD * blockDim.x) {
         float v[AHEAD];
@@ -5454,7 +5462,7 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_argmax(const 
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
             int64_t i = first + k * (int64_t)blockDim.x;
-            if (i < n && moqk_better(v[k], (int32_t)i, best, at)) { best = v[k]; at = (int32_t)i; }
+            if (v[k] == v[k] && !(v[k] <= best)) { best = v[k]; at = (int32_t)i; } /* indices rise; best may be NaN yet */
         }
     }
     moqk_warp_best(&best, &at);
@@ -5590,8 +5598,16 @@ template <typename T> __global__ void __launch_bounds__(64) moqk_enter(moqk_cach
     const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
     const int64_t row = blockIdx.x;
     const T *from = (const T *)(kind == 0 ? d.q : kind == 1 ? d.k : d.v) + row * (kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride) + (int64_t)head * dim;
+    const moqk_kv &to = kind == 2 ? c.v : c.k;
+    const float2 *turns = (const float2 *)(const void *)d.table + row * half;
     float sum = 0;
-    moqk_follow();
+    moqk_dependents_may_start();
+    if (kind > 0) moqk_warm(to.scale + head);
+    if (weight && threadIdx.x < dim) moqk_warm(weight + threadIdx.x);
+    moqk_wait_for_before();
+    /* everything that is read is under way at once */
+    const int32_t s = slot[row], at = pos[row];
+    const float2 turn = kind < 2 && threadIdx.x < half ? turns[threadIdx.x] : make_float2(1, 0);
     for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
         x[i] = moqk_get(from, i);
         sum += x[i] * x[i];
@@ -5603,20 +5619,19 @@ template <typename T> __global__ void __launch_bounds__(64) moqk_enter(moqk_cach
     __syncthreads();
     for (int32_t i = threadIdx.x; i < (kind < 2 ? half : 0); i += blockDim.x) {
         int32_t ia = d.interleaved ? 2 * i : i, ib = d.interleaved ? ia + 1 : ia + half;
-        float co = d.table[(row * half + i) * 2], si = d.table[(row * half + i) * 2 + 1], a = x[ia], b = x[ib];
-        x[ia] = moqk_rounded<T>(a * co - b * si);
-        x[ib] = moqk_rounded<T>(b * co + a * si);
+        float2 by = i == (int32_t)threadIdx.x ? turn : turns[i];
+        float a = x[ia], b = x[ib];
+        x[ia] = moqk_rounded<T>(a * by.x - b * by.y);
+        x[ib] = moqk_rounded<T>(b * by.x + a * by.y);
     }
     __syncthreads();
     if (kind == 0) {
         for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) moqk_put((T *)d.q + row * d.q_stride + (int64_t)head * dim, i, x[i]);
         return;
     }
-    const moqk_kv &to = kind == 2 ? c.v : c.k;
-    int64_t s = slot[row], at = pos[row];
     if (s < 0 || s >= c.slots || at < 0 || at >= c.capacity) return; /* a caller's mistake */
     if (to.rotate) moqk_rotate_rows(x, 1, to.dim, to.dim, 1 / sqrtf((float)to.dim));
-    moqk_kv_pack(to, head, (s * c.kv_heads + head) * c.capacity + at, x);
+    moqk_kv_pack(to, head, ((int64_t)s * c.kv_heads + head) * c.capacity + at, x);
 }
 
 /* Values [d, d + N) of a row, N = 4 or 16; d is a multiple of N. */
