@@ -289,7 +289,8 @@ static int moqc_pinned(moqc_ctx *c)
 static int moqc_no_capture(moqc_ctx *c, const char *what)
 {
     if (!c->capturing) return 1;
-    if (c->error.code == MOQ_OK) moq_fail(&c->error, MOQ_E_STATE, c->name, "%s between capture_begin and capture_end; move it out of the recorded calls", what);
+    if (c->error.code == MOQ_OK) moq_fail(&c->error, MOQ_E_STATE, c->name,
+                                          "%s between capture_begin and capture_end; move it out of the recorded calls", what);
     return 0;
 }
 
@@ -534,7 +535,8 @@ __device__ __forceinline__ void moqk_follow()
 }
 
 /* A launch that may begin while the kernel before it ends; from SM90 on. */
-template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, const char *what, void (*kernel)(A...), dim3 grid, unsigned threads, size_t shared, B... args)
+template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, const char *what, void (*kernel)(A...), dim3 grid, unsigned threads,
+                                                               size_t shared, B... args)
 {
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[1];
@@ -569,7 +571,8 @@ template <typename T> __device__ __forceinline__ float4 moqk_get4(const T *p)
 {
     if (sizeof(T) == 4) return *(const float4 *)(const void *)p;
     uint2 h = *(const uint2 *)(const void *)p;
-    return make_float4(__uint_as_float(h.x << 16), __uint_as_float(h.x & 0xffff0000u), __uint_as_float(h.y << 16), __uint_as_float(h.y & 0xffff0000u));
+    return make_float4(__uint_as_float(h.x << 16), __uint_as_float(h.x & 0xffff0000u), __uint_as_float(h.y << 16),
+                       __uint_as_float(h.y & 0xffff0000u));
 }
 
 template <typename T> __device__ __forceinline__ void moqk_put4(T *p, float4 v)
@@ -917,7 +920,8 @@ static int moqc_plan_part(moqc_ctx *c, const moq_linear *w, moqc_part *p)
     d->group8 = d->group % 8 == 0 || p->groups == 1;
     d->has_zeros = w->zeros.data != NULL;
     d->scale_kind = MOQK_NO_SCALE;
-    if (w->scales.data) d->scale_kind = w->scales.dtype == MOQ_F8_E4M3 ? MOQK_SCALE_E4M3 : w->scales.dtype == MOQ_F8_E8M0 ? MOQK_SCALE_E8M0 : MOQK_SCALE_F32;
+    if (w->scales.data) d->scale_kind = w->scales.dtype == MOQ_F8_E4M3 ? MOQK_SCALE_E4M3 : w->scales.dtype == MOQ_F8_E8M0 ? MOQK_SCALE_E8M0
+        : MOQK_SCALE_F32;
     d->scale_stride = each_row || p->groups > 1 || w->zeros.data ? p->groups : 0;
     d->row_bytes = moqk_pad(moqk_ceil(d->cols, 8) * moqk_kind_bytes(d->kind), 16);
     d->global_mul = w->global_mul;
@@ -930,7 +934,8 @@ static int moqc_plan_part(moqc_ctx *c, const moq_linear *w, moqc_part *p)
     d->in_rule = in->rule;
     d->in_dynamic = in->dynamic;
     d->in_zero_point = in->zero_point;
-    d->in_group = in->group_cols > 0 && (in->dynamic || in->scale == MOQ_F8_E8M0 || in->scale == MOQ_F8_E4M3) && in->group_cols < w->cols ? in->group_cols : 0;
+    d->in_group = in->group_cols > 0 && (in->dynamic || in->scale == MOQ_F8_E8M0 || in->scale == MOQ_F8_E4M3) && in->group_cols < w->cols
+        ? in->group_cols : 0;
     d->input_scale = w->input_scale;
     d->input_zero = (float)w->input_zero;
     d->hadamard_size = w->hadamard_size;
@@ -996,7 +1001,9 @@ static int moqc_send_floats(moqc_ctx *c, void *dst, const moq_view *v, int64_t f
         n = moqc_min(count - at, MOQC_SLOT_BYTES / 4);
         float *p = (float *)(void *)moqc_slot(c, (size_t)n * 4);
         if (!p) return 0;
-        if (step == 1 && moq_dtype_bits(v->dtype) >= 16) moq_to_f32(v->dtype, (const uint8_t *)v->data + (first + at) * (moq_dtype_bits(v->dtype) / 8), (size_t)n, p);
+        if (step == 1 && moq_dtype_bits(v->dtype) >= 16) moq_to_f32(v->dtype,
+                                                                    (const uint8_t *)v->data + (first + at) * (moq_dtype_bits(v->dtype) / 8),
+                                                                        (size_t)n, p);
         else for (int64_t i = 0; i < n; i++) p[i] = moqc_f32_at(v, first + (at + i) * step);
         if (!moqc_ok(c, cudaMemcpyAsync((float *)dst + at, p, (size_t)n * 4, cudaMemcpyHostToDevice, c->stream), "an upload")) return 0;
     }
@@ -1113,7 +1120,8 @@ __global__ void moqk_take_scales(moqk_scales s, void *out, int64_t rows, int64_t
 {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= rows * groups) return;
-    int64_t r = s.row_first + i / groups * s.row_step, at = (s.group_rows > 0 ? r / s.group_rows : 0) * s.row_stride + moqk_stored_group(s, i % groups) * s.col_stride - s.begin;
+    int64_t r = s.row_first + i / groups * s.row_step, at = (s.group_rows > 0 ? r / s.group_rows : 0) * s.row_stride +
+        moqk_stored_group(s, i % groups) * s.col_stride - s.begin;
     if (s.out_f32) ((float *)out)[i] = moqk_stored_float(s.raw, at, s.dtype);
     else ((uint8_t *)out)[i] = s.raw[at];
 }
@@ -1249,7 +1257,8 @@ static moq_result moqc_fill_scales(moqc_ctx *c, moqc_part *p, uint8_t *scales, i
     unsigned blocks = (unsigned)moqk_ceil(rows * p->groups, 256);
     if (scales) {
         int64_t r0 = w->row_first, r1 = r0 + (rows - 1) * w->row_step, size = moq_dtype_bits(w->scales.dtype) / 8;
-        int64_t begin = (gr > 0 ? r0 / gr : 0) * s.row_stride + low * s.col_stride, end = (gr > 0 ? r1 / gr : 0) * s.row_stride + last * s.col_stride + 1;
+        int64_t begin = (gr > 0 ? r0 / gr : 0) * s.row_stride + low * s.col_stride,
+            end = (gr > 0 ? r1 / gr : 0) * s.row_stride + last * s.col_stride + 1;
         s.begin = begin;
         s.raw = moqc_send_raw(c, (const uint8_t *)w->scales.data + begin * size, (size_t)((end - begin) * size), err);
         if (!s.raw) return MOQ_E_NOMEM;
@@ -1485,7 +1494,8 @@ __global__ void __launch_bounds__(256) moqk_feed(moqk_feed_args a)
     __shared__ float room[33];
     int64_t row = blockIdx.x, from = a.row_of ? a.row_of[row] : row;
     const moqk_part &p = a.parts[a.expert_of ? (int64_t)a.expert_of[row] * a.expert_stride : 0];
-    int32_t cols = p.feed_cols, lo = (int32_t)min((int64_t)blockIdx.y * a.segment, (int64_t)cols), hi = (int32_t)min((int64_t)lo + a.segment, (int64_t)cols);
+    int32_t cols = p.feed_cols, lo = (int32_t)min((int64_t)blockIdx.y * a.segment, (int64_t)cols),
+        hi = (int32_t)min((int64_t)lo + a.segment, (int64_t)cols);
     float *t = a.t + row * a.ld, *r = a.r + row * a.ld;
     int64_t up = a.activation.kind == MOQ_RELU2 ? 0 : cols;
     for (int32_t i = lo + threadIdx.x; i < hi; i += blockDim.x) {
@@ -1673,7 +1683,8 @@ template <int KIND, int MT> __global__ void __launch_bounds__(256) moqk_gemv(moq
         for (int32_t c = slice * 256 + lane * 8; c < end; c += a.slices * 256) {
             moqk_bits<KIND> bits[4];
 #pragma unroll
-            for (int r = 0; r < 4; r++) bits[r] = moqk_load8<KIND>(q.codes + (int64_t)min(group * 4 + r, q.rows - 1) * q.row_bytes + c / 8 * moqk_kind_bytes(KIND));
+            for (int r = 0; r < 4; r++) bits[r] = moqk_load8<KIND>(q.codes + (int64_t)min(group * 4 + r, q.rows - 1) * q.row_bytes +
+                                                                   c / 8 * moqk_kind_bytes(KIND));
             float w[4][8], s[4], x[8];
 #pragma unroll
             for (int r = 0; r < 4; r++) s[r] = moqk_weights8<KIND>(q, bits[r], min(group * 4 + r, q.rows - 1), c, w[r]);
@@ -1740,7 +1751,8 @@ template <int KIND, int BM> __global__ void __launch_bounds__(256) moqk_gemm(moq
             int32_t c = k + half * 16 + j * 8;
             float s = 0;
             for (int i = 0; i < 8; i++) v[i] = 0;
-            if (c < end) s = moqk_weights8<KIND>(q, moqk_load8<KIND>(q.codes + (int64_t)w_row * q.row_bytes + c / 8 * moqk_kind_bytes(KIND)), w_row, c, v);
+            if (c < end) s = moqk_weights8<KIND>(q, moqk_load8<KIND>(q.codes + (int64_t)w_row * q.row_bytes + c / 8 * moqk_kind_bytes(KIND)), w_row,
+                                                 c, v);
 #pragma unroll
             for (int i = 0; i < 8; i++) ws[half * 16 + j * 8 + i][wr] = v[i] * s;
         }
@@ -1772,7 +1784,8 @@ template <int KIND, int BM> __global__ void __launch_bounds__(256) moqk_gemm(moq
 #pragma unroll
         for (int r = 0; r < 8; r++) {
             int32_t row = tile * 128 + (r < 4 ? tx * 4 + r : 64 + tx * 4 + r - 4), token = ty * TM + t;
-            if (row < q.rows && token < count) moqk_store(a, (first + token) * a.ldy + y_first + row, acc[r][t] * q.factor + (q.bias ? q.bias[row] : 0));
+            if (row < q.rows && token < count) moqk_store(a, (first + token) * a.ldy + y_first + row,
+                                                          acc[r][t] * q.factor + (q.bias ? q.bias[row] : 0));
         }
 }
 
@@ -4196,7 +4209,8 @@ static const moqc_kernel *moqc_choose(const moqc_ctx *c, const moqk_part *p, int
     s.wgmma = c->wgmma;
     for (int i = 0; i < MOQC_KERNELS; i++) {
         const moqc_kernel *k = &moqc_kernels[i];
-        int reference = strncmp(k->name, "reference", 9) == 0, wanted = strcmp(c->kernel, "auto") == 0 || reference || strcmp(c->kernel, k->name) == 0;
+        int reference = strncmp(k->name, "reference", 9) == 0,
+            wanted = strcmp(c->kernel, "auto") == 0 || reference || strcmp(c->kernel, k->name) == 0;
         if (wanted && k->min_rows <= least && k->max_rows >= most && k->fits(&s)) return k;
     }
     return &moqc_kernels[MOQC_KERNELS - 1];
@@ -4238,19 +4252,24 @@ static moq_result moqc_supports(moq_backend *be, const moq_linear *w, moq_error 
     if (w->rows < 1 || w->cols < 1 || w->cols > INT32_MAX / 2 || w->rows > INT32_MAX / 2 || !w->codes.data)
         return moq_fail(err, MOQ_E_ARG, name, "no weights: shape [%lld, %lld]", (long long)w->rows, (long long)w->cols);
     if (!moqc_is_int(e) && e != MOQ_F4 && e != MOQ_F6_E2M3 && e != MOQ_F6_E3M2 && e != MOQ_F8_E4M3 && e != MOQ_BF16 && e != MOQ_F16 && e != MOQ_F32)
-        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "weights of type %s; known are integers to 8 bits, F4, F6, F8, BF16, F16, F32", moq_dtype_name(e));
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "weights of type %s; known are integers to 8 bits, F4, F6, F8, BF16, F16, F32",
+                        moq_dtype_name(e));
     if (s->weight.scale != MOQ_NONE && !w->scales.data)
         return moq_fail(err, MOQ_E_MISSING, name, "%s scales are named by the scheme, but absent", moq_dtype_name(s->weight.scale));
     if (moqc_wants_rounding(c, w) && moqk_largest(s->input.elem) <= 0)
-        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "inputs of type %s cannot be rounded here; use wide activations", moq_dtype_name(s->input.elem));
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "inputs of type %s cannot be rounded here; use wide activations",
+                        moq_dtype_name(s->input.elem));
     if (moqc_wants_rounding(c, w) && !moqc_rounds_input(w))
-        return moq_fail(err, MOQ_E_MISSING, name, "%s inputs need an input_scale greater than 0, found %g; use wide activations", moq_dtype_name(s->input.elem), (double)w->input_scale);
+        return moq_fail(err, MOQ_E_MISSING, name, "%s inputs need an input_scale greater than 0, found %g; use wide activations",
+                        moq_dtype_name(s->input.elem), (double)w->input_scale);
     if (size < 0 || (size > 0 && (w->cols % size != 0 || w->col_first % size != 0)))
-        return moq_fail(err, MOQ_E_SHAPE, name, "%lld columns from %lld, expected multiples of the input rotation's %lld", (long long)w->cols, (long long)w->col_first, (long long)size);
+        return moq_fail(err, MOQ_E_SHAPE, name, "%lld columns from %lld, expected multiples of the input rotation's %lld", (long long)w->cols,
+                        (long long)w->col_first, (long long)size);
     if (size > 0 && (w->hadamard.data ? w->hadamard.count != (uint64_t)size * (uint64_t)size : (size & (size - 1)) != 0))
         return moq_fail(err, MOQ_E_SHAPE, name, "the input rotation is no [%lld, %lld] matrix and no power of two", (long long)size, (long long)size);
     if (w->lora_a.data && (rank < 1 || !w->lora_b.data || w->lora_a.count % (uint64_t)rank != 0 || w->lora_b.count % (uint64_t)rank != 0))
-        return moq_fail(err, MOQ_E_SHAPE, name, "low-rank tensors of %llu and %llu elements, expected a multiple of the rank %lld", (unsigned long long)w->lora_a.count,
+        return moq_fail(err, MOQ_E_SHAPE, name, "low-rank tensors of %llu and %llu elements, expected a multiple of the rank %lld",
+                        (unsigned long long)w->lora_a.count,
                         (unsigned long long)w->lora_b.count, (long long)rank);
     return MOQ_OK;
 }
@@ -4271,11 +4290,13 @@ static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, siz
         const char *in = moq_dtype_name(w->scheme.input.elem);
         if (p.d.rounds) snprintf(inputs, sizeof inputs, ", inputs rounded to %s as stored", in);
         else if (w->scheme.input.elem == MOQ_NONE) inputs[0] = 0;
-        else snprintf(inputs, sizeof inputs, ", wide inputs (%s)", c->act == MOQ_ACT_WIDE ? "asked for" : "automatic: no arithmetic of that format on this device");
+        else snprintf(inputs, sizeof inputs, ", wide inputs (%s)",
+                      c->act == MOQ_ACT_WIDE ? "asked for" : "automatic: no arithmetic of that format on this device");
         const moqc_kernel *few = moqc_choose(c, &p.d, 0, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, 0);
         const char *kept = moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
         if (strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || p.d.rounds) kept = "";
-        n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s%s", few->name, scheme, c->sm, few->why, many->name, many->why, kept, inputs);
+        n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s%s", few->name, scheme, c->sm, few->why, many->name, many->why,
+                     kept, inputs);
     }
     return n > 0 ? (size_t)n : 0;
 }
@@ -4287,16 +4308,19 @@ static int moqc_same_feed(const moqc_part *a, const moqc_part *b)
 {
     const moq_linear *u = &a->layer, *v = &b->layer;
     const moqk_part *p = &a->d, *q = &b->d;
-    if (p->rounds != q->rounds || p->place || q->place || a->order || b->order || p->hadamard_size != q->hadamard_size || p->cols != q->cols) return 0;
+    if (p->rounds != q->rounds || p->place || q->place || a->order || b->order || p->hadamard_size != q->hadamard_size ||
+        p->cols != q->cols) return 0;
     if (p->hadamard_size > 0 && (p->hadamard_scale != q->hadamard_scale || u->hadamard.data != v->hadamard.data)) return 0;
     if ((u->pre_quant_scale.data != NULL) != (v->pre_quant_scale.data != NULL)) return 0;
     if (u->pre_quant_scale.data && u->pre_quant_scale.data != v->pre_quant_scale.data) {
         size_t size = (size_t)moq_dtype_bits(u->pre_quant_scale.dtype) / 8;
         if (u->pre_quant_scale.dtype != v->pre_quant_scale.dtype) return 0;
-        if (memcmp((const uint8_t *)u->pre_quant_scale.data + (size_t)u->col_first * size, (const uint8_t *)v->pre_quant_scale.data + (size_t)v->col_first * size, (size_t)u->cols * size)) return 0;
+        if (memcmp((const uint8_t *)u->pre_quant_scale.data + (size_t)u->col_first * size,
+                   (const uint8_t *)v->pre_quant_scale.data + (size_t)v->col_first * size, (size_t)u->cols * size)) return 0;
     }
     return !p->rounds || (p->in_elem == q->in_elem && p->in_group == q->in_group && p->in_scale == q->in_scale && p->in_dynamic == q->in_dynamic &&
-                          p->in_zero_point == q->in_zero_point && p->in_rule == q->in_rule && p->input_zero == q->input_zero && p->input_scale == q->input_scale);
+                          p->in_zero_point == q->in_zero_point && p->in_rule == q->in_rule && p->input_zero == q->input_zero &&
+                              p->input_scale == q->input_scale);
 }
 
 /* Can the rows of x be read where they are? */
@@ -4306,7 +4330,8 @@ static int moqc_direct(const moqk_part *p) { return !p->rounds && !p->place && !
 static int moqc_rounds_itself(const moqc_part *p, int regime);
 static int moqc_takes_raw(const moqc_part *p, int regime)
 {
-    return moqc_rounds_itself(p, regime) && !p->d.place && !p->order && p->d.hadamard_size == 0 && p->d.cols % 16 == 0 && p->d.cols == p->d.feed_cols && !p->has_lora;
+    return moqc_rounds_itself(p, regime) && !p->d.place && !p->order && p->d.hadamard_size == 0 && p->d.cols % 16 == 0 &&
+        p->d.cols == p->d.feed_cols && !p->has_lora;
 }
 
 static moqc_bank *moqc_bank_new(moqc_ctx *c, int32_t experts, int32_t parts, int grouped)
@@ -4376,7 +4401,8 @@ static moq_result moqc_bank_plan(moqc_ctx *c, moqc_bank *b, const moq_linear *co
         if (!moqc_plan_one(c, b, w, p, &total)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
         p->has_lora = w->lora_a.data != NULL;
         if (p->has_lora != b->part[i % b->parts].has_lora || w->scheme.lora_rank != roles[i % b->parts]->scheme.lora_rank)
-            return moq_fail(err, MOQ_E_UNSUPPORTED, w->name, "a low-rank branch of rank %d beside %d of the first expert; all experts need the same", (int)w->scheme.lora_rank,
+            return moq_fail(err, MOQ_E_UNSUPPORTED, w->name,
+                            "a low-rank branch of rank %d beside %d of the first expert; all experts need the same", (int)w->scheme.lora_rank,
                             (int)roles[i % b->parts]->scheme.lora_rank);
         if (!p->has_lora) continue;
         moqc_lora_layers(w, &ab[0], &ab[1]);
@@ -4413,7 +4439,8 @@ static moq_result moqc_bank_fill(moqc_ctx *c, moqc_bank *b, moq_error *err)
 }
 
 /* roles[part][expert]. Layers of an expert share their input; ranks and shapes agree between experts. */
-static moqc_bank *moqc_bank_create(moqc_ctx *c, const moq_linear *const *roles, int32_t experts, int32_t parts, int grouped, moqc_need *need, moq_error *err)
+static moqc_bank *moqc_bank_create(moqc_ctx *c, const moq_linear *const *roles, int32_t experts, int32_t parts, int grouped, moqc_need *need,
+                                   moq_error *err)
 {
     moqc_bank *b = moqc_bank_new(c, experts, parts, grouped);
     if (!b || !b->part || !b->shares) moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for %d layers", (int)(experts * parts));
@@ -4607,7 +4634,8 @@ static moq_weight *moqc_prepare_linear(moq_backend *be, const moq_linear *layers
     if (parts < 1) { moq_fail(err, MOQ_E_ARG, c->name, "no layers to prepare"); return NULL; }
     for (int32_t i = 1; i < parts; i++)
         if (layers[i].cols != layers[0].cols) {
-            moq_fail(err, MOQ_E_SHAPE, layers[i].name, "%lld columns beside %lld of '%s': fused layers share their input", (long long)layers[i].cols, (long long)layers[0].cols,
+            moq_fail(err, MOQ_E_SHAPE, layers[i].name, "%lld columns beside %lld of '%s': fused layers share their input",
+                     (long long)layers[i].cols, (long long)layers[0].cols,
                      layers[0].name ? layers[0].name : "");
             return NULL;
         }
@@ -5206,7 +5234,8 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
     const moqk_part *table = ((const moqc_bank *)(const void *)w)->device;
     dim3 grid((unsigned)count, (unsigned)moqc_max(1, moqc_min(moqk_ceil(((const moqc_bank *)(const void *)w)->cols, 256), 32)));
     if (count < 1) return;
-    MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, grid, 256, 0, table, ids, scale, (float *)y)), (moqc_chain(c, "embed", moqk_embed<__nv_bfloat16>, grid, 256, 0, table, ids, scale, (__nv_bfloat16 *)y)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, grid, 256, 0, table, ids, scale, (float *)y)),
+                (moqc_chain(c, "embed", moqk_embed<__nv_bfloat16>, grid, 256, 0, table, ids, scale, (__nv_bfloat16 *)y)));
     moqc_launched(c, "embed");
 }
 
@@ -5288,7 +5317,8 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq
         }
 #pragma unroll
     for (int k = 0; k < MOQK_NORM_QUADS; k++) {
-        if (add) v[k] = make_float4(moqk_rounded<T>(v[k].x + u[k].x), moqk_rounded<T>(v[k].y + u[k].y), moqk_rounded<T>(v[k].z + u[k].z), moqk_rounded<T>(v[k].w + u[k].w));
+        if (add) v[k] = make_float4(moqk_rounded<T>(v[k].x + u[k].x), moqk_rounded<T>(v[k].y + u[k].y), moqk_rounded<T>(v[k].z + u[k].z),
+                                    moqk_rounded<T>(v[k].w + u[k].w));
         sum += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
     }
     sum = moqk_warp_sum(sum);
@@ -5300,7 +5330,8 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq
     for (int k = 0; k < MOQK_NORM_QUADS; k++)
         if (at + k * step < d.cols) {
             if (add) moqk_put4(x + at + k * step, v[k]);
-            moqk_put4(y + at + k * step, make_float4(v[k].x * s * w[k].x, v[k].y * s * w[k].y, v[k].z * s * w[k].z, v[k].w * s * w[k].w)); /* y may be x */
+            moqk_put4(y + at + k * step, make_float4(v[k].x * s * w[k].x, v[k].y * s * w[k].y, v[k].z * s * w[k].z,
+                                                     v[k].w * s * w[k].w)); /* y may be x */
         }
 }
 
@@ -5318,12 +5349,14 @@ static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
     if (d->groups <= 1 && d->cols % 4 == 0 && d->cols <= 4096 * MOQK_NORM_QUADS && ((uintptr_t)d->weight & 15) == 0 &&
         moqc_fours(d->x, d->x_stride, d->y, d->y_stride, d->add, c->bf16 ? 2 : 4)) {
         unsigned some = (unsigned)moqk_pad(moqk_ceil(d->cols, 4 * MOQK_NORM_QUADS), 32);
-        MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm_rows<float>, (unsigned)d->rows, some, 0, *d)), (moqc_chain(c, "norm", moqk_norm_rows<__nv_bfloat16>, (unsigned)d->rows, some, 0, *d)));
+        MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm_rows<float>, (unsigned)d->rows, some, 0, *d)),
+                    (moqc_chain(c, "norm", moqk_norm_rows<__nv_bfloat16>, (unsigned)d->rows, some, 0, *d)));
         return;
     }
     dim3 grid((unsigned)d->rows, (unsigned)(d->groups > 0 ? d->groups : 1));
     int threads = d->cols <= 128 ? 64 : d->cols <= 1024 ? 256 : 1024;
-    MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm<float>, grid, threads, 0, *d)), (moqc_chain(c, "norm", moqk_norm<__nv_bfloat16>, grid, threads, 0, *d)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm<float>, grid, threads, 0, *d)),
+                (moqc_chain(c, "norm", moqk_norm<__nv_bfloat16>, grid, threads, 0, *d)));
     moqc_launched(c, "norm");
 }
 
@@ -5372,13 +5405,15 @@ static void moqc_rope(moq_backend *be, const moq_rope_desc *d)
     int64_t count = (int64_t)d->rows * d->heads * (dims / 2);
     if (count < 1) return;
     unsigned blocks = (unsigned)moqk_ceil(count, 128);
-    MOQC_BY_ACT(c, (moqc_chain(c, "rope", moqk_rope<float>, blocks, 128, 0, *d, dims)), (moqc_chain(c, "rope", moqk_rope<__nv_bfloat16>, blocks, 128, 0, *d, dims)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "rope", moqk_rope<float>, blocks, 128, 0, *d, dims)),
+                (moqc_chain(c, "rope", moqk_rope<__nv_bfloat16>, blocks, 128, 0, *d, dims)));
     moqc_launched(c, "rope");
 }
 
 /* x: [rows, gate n | up n] -> y [rows, n]; not gated: [rows, n]. A thread makes EACH values, 4 or 1: few blocks find room on the device before the
    product that they wait for has ended. Grid: pieces of a row, rows. */
-template <typename T, int EACH> __global__ void __launch_bounds__(256) moqk_activation(moq_activation_desc a, const T *x, int32_t rows, int32_t n, T *y)
+template <typename T, int EACH> __global__ void __launch_bounds__(256) moqk_activation(moq_activation_desc a, const T *x, int32_t rows, int32_t n,
+                                                                                       T *y)
 {
     const int32_t gated = a.kind != MOQ_RELU2, i = ((int32_t)blockIdx.x * 256 + (int32_t)threadIdx.x) * EACH;
     moqk_follow();
@@ -5387,7 +5422,8 @@ template <typename T, int EACH> __global__ void __launch_bounds__(256) moqk_acti
         const T *from = x + row * n * (1 + gated) + i;
         if constexpr (EACH == 4) {
             float4 g = moqk_get4(from), u = gated ? moqk_get4(from + n) : make_float4(0, 0, 0, 0);
-            moqk_put4(y + row * n + i, make_float4(moqk_activate(a, g.x, u.x), moqk_activate(a, g.y, u.y), moqk_activate(a, g.z, u.z), moqk_activate(a, g.w, u.w)));
+            moqk_put4(y + row * n + i, make_float4(moqk_activate(a, g.x, u.x), moqk_activate(a, g.y, u.y), moqk_activate(a, g.z, u.z),
+                                                   moqk_activate(a, g.w, u.w)));
         } else {
             moqk_put(y + row * n, i, moqk_activate(a, moqk_get(from, 0), gated ? moqk_get(from, n) : 0));
         }
@@ -5458,7 +5494,8 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_argmax(const 
     for (int64_t first = threadIdx.x; first < n; first += (int64_t)AHEAD * blockDim.x) {
         float v[AHEAD];
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) v[k] = first + k * (int64_t)blockDim.x < n ? moqk_get(row, first + k * (int64_t)blockDim.x) : __uint_as_float(0x7fc00000u);
+        for (int k = 0; k < AHEAD; k++) v[k] = first + k * (int64_t)blockDim.x < n ? moqk_get(row, first + k * (int64_t)blockDim.x)
+            : __uint_as_float(0x7fc00000u);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++) {
             int64_t i = first + k * (int64_t)blockDim.x;
@@ -5573,7 +5610,8 @@ __device__ void moqk_kv_pack(const moqk_kv &c, int32_t head, int64_t at, const f
 }
 
 /* Grid: rows, kv heads, keys and values. */
-template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_cache c, const int32_t *slot, const int32_t *pos, const T *k, int64_t k_stride, const T *v, int64_t v_stride)
+template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_cache c, const int32_t *slot, const int32_t *pos, const T *k,
+                                                                         int64_t k_stride, const T *v, int64_t v_stride)
 {
     moqk_follow();
     __shared__ float x[MOQK_KV_MOST_DIM];
@@ -5594,10 +5632,12 @@ template <typename T> __global__ void __launch_bounds__(64) moqk_enter(moqk_cach
 {
     __shared__ float x[MOQK_KV_MOST_DIM], room[33];
     const int32_t kind = (int32_t)blockIdx.y < d.heads ? 0 : (int32_t)blockIdx.y < d.heads + c.kv_heads ? 1 : 2;
-    const int32_t head = (int32_t)blockIdx.y - (kind > 0 ? d.heads : 0) - (kind > 1 ? c.kv_heads : 0), dim = kind == 2 ? c.v.dim : c.k.dim, half = d.dims / 2;
+    const int32_t head = (int32_t)blockIdx.y - (kind > 0 ? d.heads : 0) - (kind > 1 ? c.kv_heads : 0), dim = kind == 2 ? c.v.dim : c.k.dim,
+        half = d.dims / 2;
     const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
     const int64_t row = blockIdx.x;
-    const T *from = (const T *)(kind == 0 ? d.q : kind == 1 ? d.k : d.v) + row * (kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride) + (int64_t)head * dim;
+    const T *from = (const T *)(kind == 0 ? d.q : kind == 1 ? d.k : d.v) + row * (kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride) +
+        (int64_t)head * dim;
     const moqk_kv &to = kind == 2 ? c.v : c.k;
     const float2 *turns = (const float2 *)(const void *)d.table + row * half;
     float sum = 0;
@@ -5635,7 +5675,8 @@ template <typename T> __global__ void __launch_bounds__(64) moqk_enter(moqk_cach
 }
 
 /* Values [d, d + N) of a row, N = 4 or 16; d is a multiple of N. */
-template <int KIND, int N> __device__ __forceinline__ void moqk_kv_read(const moqk_kv &c, int64_t at, int32_t d, float scale, const float *bias, float v[N])
+template <int KIND, int N> __device__ __forceinline__ void moqk_kv_read(const moqk_kv &c, int64_t at, int32_t d, float scale, const float *bias,
+                                                                        float v[N])
 {
     const uint8_t *row = c.codes + at * c.row_bytes;
     if constexpr (KIND == MOQK_KV_F32) {
@@ -5695,32 +5736,38 @@ static moq_result moqc_kv_plan(const moqc_ctx *c, const moq_kv_desc *d, moqk_cac
     k->capacity = d->capacity;
     k->kv_heads = d->kv_heads;
     if (d->slots < 1 || d->capacity < 1 || d->kv_heads < 1 || d->head_dim < 1 || (unsigned)d->kv.format >= (unsigned)MOQ_KV_FORMAT_COUNT)
-        return moq_fail(err, MOQ_E_ARG, name, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity, (int)d->kv_heads,
+        return moq_fail(err, MOQ_E_ARG, name, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity,
+                        (int)d->kv_heads,
                         (int)d->head_dim, (int)d->kv.format);
     if (d->shared) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "caches whose values are part of the keys are not supported on CUDA; keep both");
     if (d->kv.format == MOQ_KV_NVFP4_ROTATE && (d->head_dim & (d->head_dim - 1)) != 0)
         return moq_fail(err, MOQ_E_UNSUPPORTED, name, "rotated keys need a head_dim that is a power of two, found %d; use nvfp4", (int)d->head_dim);
     if (d->head_dim > MOQK_KV_MOST_DIM || d->value_dim > MOQK_KV_MOST_DIM)
-        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "heads of %d and %d values; at most %d are supported on CUDA", (int)d->head_dim, (int)d->value_dim, (int)MOQK_KV_MOST_DIM);
+        return moq_fail(err, MOQ_E_UNSUPPORTED, name, "heads of %d and %d values; at most %d are supported on CUDA", (int)d->head_dim,
+                        (int)d->value_dim, (int)MOQK_KV_MOST_DIM);
     for (int i = 0; i < 2; i++) {
         moqk_kv *v = i ? &k->v : &k->k;
         const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
         moq_kv_format f = d->kv.format;
         v->dim = i && d->value_dim > 0 ? d->value_dim : d->head_dim;
         v->rotate = i == 0 && f == MOQ_KV_NVFP4_ROTATE;
-        v->kind = f == MOQ_KV_WIDE ? (c->bf16 ? MOQK_KV_BF16 : MOQK_KV_F32) : f == MOQ_KV_FP8 || f == MOQ_KV_FP8_AFFINE ? MOQK_KV_E4M3 : f == MOQ_KV_INT8 ? MOQK_KV_I8 : f == MOQ_KV_MXFP4 ? MOQK_KV_MX4 : MOQK_KV_NV4;
+        v->kind = f == MOQ_KV_WIDE ? (c->bf16 ? MOQK_KV_BF16 : MOQK_KV_F32) : f == MOQ_KV_FP8 || f == MOQ_KV_FP8_AFFINE ? MOQK_KV_E4M3
+            : f == MOQ_KV_INT8 ? MOQK_KV_I8 : f == MOQ_KV_MXFP4 ? MOQK_KV_MX4 : MOQK_KV_NV4;
         v->padded = (int32_t)moqk_pad(v->dim, v->kind == MOQK_KV_MX4 ? 32 : 16);
         v->blocks = v->kind == MOQK_KV_MX4 ? v->padded / 32 : v->kind == MOQK_KV_NV4 ? v->padded / 16 : 0;
         v->row_bytes = v->kind == MOQK_KV_F32 ? v->padded * 4 : v->kind == MOQK_KV_BF16 ? v->padded * 2 : v->blocks ? v->padded / 2 : v->padded;
         if ((s->data && s->count != 1 && s->count != (uint64_t)d->kv_heads) || (b->data && b->count != (uint64_t)d->kv_heads * (uint64_t)v->dim))
-            return moq_fail(err, MOQ_E_SHAPE, name, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld", (unsigned long long)s->count,
+            return moq_fail(err, MOQ_E_SHAPE, name, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld",
+                            (unsigned long long)s->count,
                             (unsigned long long)b->count, i ? "value" : "key", (int)d->kv_heads, (long long)d->kv_heads * (long long)v->dim);
         for (uint64_t h = 0; s->data && h < s->count; h++) {
             float x = moqc_f32_at(s, (int64_t)h);
-            if (!(x > 0) || !(x < 3.4e38f)) return moq_fail(err, MOQ_E_SCALE, name, "%s scale %g, expected a number greater than 0", i ? "value" : "key", (double)x);
+            if (!(x > 0) || !(x < 3.4e38f)) return moq_fail(err, MOQ_E_SCALE, name, "%s scale %g, expected a number greater than 0",
+                                                            i ? "value" : "key", (double)x);
         }
         double rows = (double)d->slots * d->kv_heads * d->capacity;
-        if (rows * v->row_bytes > 9e15) return moq_fail(err, MOQ_E_OVERFLOW, name, "%d slots of %d tokens do not fit the address space", (int)d->slots, (int)d->capacity);
+        if (rows * v->row_bytes > 9e15) return moq_fail(err, MOQ_E_OVERFLOW, name, "%d slots of %d tokens do not fit the address space",
+                                                        (int)d->slots, (int)d->capacity);
         bytes[2 * i] = (size_t)moqk_pad((int64_t)d->slots * d->kv_heads * d->capacity * v->row_bytes, 256);
         bytes[2 * i + 1] = (size_t)moqk_pad((int64_t)d->slots * d->kv_heads * d->capacity * v->blocks, 256);
     }
@@ -5808,8 +5855,10 @@ static void moqc_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch
     const moqk_cache *d = &((const moqc_cache *)(const void *)cache)->d;
     if (b->rows < 1) return;
     dim3 grid((unsigned)b->rows, (unsigned)d->kv_heads, 2);
-    MOQC_BY_ACT(c, (moqc_chain(c, "kv_append", moqk_append<float>, grid, 128, 0, *d, b->slot, b->pos, (const float *)k, k_stride, (const float *)v, v_stride)),
-                (moqc_chain(c, "kv_append", moqk_append<__nv_bfloat16>, grid, 128, 0, *d, b->slot, b->pos, (const __nv_bfloat16 *)k, k_stride, (const __nv_bfloat16 *)v, v_stride)));
+    MOQC_BY_ACT(c, (moqc_chain(c, "kv_append", moqk_append<float>, grid, 128, 0, *d, b->slot, b->pos, (const float *)k, k_stride, (const float *)v,
+                               v_stride)),
+                (moqc_chain(c, "kv_append", moqk_append<__nv_bfloat16>, grid, 128, 0, *d, b->slot, b->pos, (const __nv_bfloat16 *)k, k_stride,
+                            (const __nv_bfloat16 *)v, v_stride)));
     moqc_launched(c, "kv_append");
 }
 
@@ -5854,7 +5903,8 @@ static void moqc_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot,
         uint8_t *dst = base + ((int64_t)dst_slot * k->kv_heads * k->capacity + dst_pos) * row;
         const uint8_t *src = base + ((int64_t)src_slot * k->kv_heads * k->capacity + src_pos) * row;
         if (row == 0) continue;
-        if (apart) moqc_ok(c, cudaMemcpy2DAsync(dst, (size_t)stride, src, (size_t)stride, (size_t)(count * row), (size_t)k->kv_heads, cudaMemcpyDeviceToDevice, c->stream), "kv_copy");
+        if (apart) moqc_ok(c, cudaMemcpy2DAsync(dst, (size_t)stride, src, (size_t)stride, (size_t)(count * row), (size_t)k->kv_heads,
+                                                cudaMemcpyDeviceToDevice, c->stream), "kv_copy");
         else moqk_move_heads<<<(unsigned)k->kv_heads, 1024, 0, c->stream>>>(dst, src, stride, count * row);
     }
     moqc_launched(c, "kv_copy");
@@ -7343,7 +7393,8 @@ __global__ void moqk_ssm_chains(const int32_t *slot, int32_t rows, int32_t slots
 }
 
 /* Input of the convolution `back` tokens before row `row` in channel i: from this call's rows, the slot's past, or before its start. */
-template <typename T> __device__ __forceinline__ float moqk_ssm_input(const moqk_ssm &s, const T *x, const int32_t *previous, int32_t slot, int32_t pos, int32_t row, int64_t i, int32_t back)
+template <typename T> __device__ __forceinline__ float moqk_ssm_input(const moqk_ssm &s, const T *x, const int32_t *previous, int32_t slot,
+                                                                      int32_t pos, int32_t row, int64_t i, int32_t back)
 {
     if (back > pos) return 0;
     for (; back > 0 && previous[row] >= 0; back--) row = previous[row];
@@ -7352,7 +7403,8 @@ template <typename T> __device__ __forceinline__ float moqk_ssm_input(const moqk
 }
 
 /* out[row][i] = silu(bias + sum of taps). Grid: rows, channels. */
-template <typename T> __global__ void moqk_ssm_convolve(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const T *x, float *out)
+template <typename T> __global__ void moqk_ssm_convolve(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const T *x,
+                                                        float *out)
 {
     int32_t row = blockIdx.x;
     int64_t i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
@@ -7363,7 +7415,8 @@ template <typename T> __global__ void moqk_ssm_convolve(moqk_ssm s, const int32_
 }
 
 /* The last conv - 1 inputs of every slot that had rows. Grid: rows, channels. */
-template <typename T> __global__ void moqk_ssm_remember(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const int32_t *next, const T *x)
+template <typename T> __global__ void moqk_ssm_remember(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous,
+                                                        const int32_t *next, const T *x)
 {
     int32_t row = blockIdx.x;
     int64_t i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
@@ -7375,7 +7428,8 @@ template <typename T> __global__ void moqk_ssm_remember(moqk_ssm s, const int32_
 
 /* S = exp(t A) S + t x B^T; u = S C + D x, for one head and the rows of one slot. A warp owns rows of S; lanes run along `state`.
    Grid: heads, rows (a block works where a slot's rows begin). Dynamic shared memory: S, or none (then S stays in memory). */
-template <typename T> __global__ void __launch_bounds__(256) moqk_ssm_scan(moqk_ssm s, const int32_t *slot, const int32_t *pos, const int32_t *previous, const int32_t *next, const T *x,
+template <typename T> __global__ void __launch_bounds__(256) moqk_ssm_scan(moqk_ssm s, const int32_t *slot, const int32_t *pos,
+                                                                           const int32_t *previous, const int32_t *next, const T *x,
                                                                           const float *conv, float *u, int32_t shared)
 {
     extern __shared__ float4 room4[];
@@ -7422,7 +7476,8 @@ template <typename T> __global__ void moqk_ssm_gate(moqk_ssm s, const int32_t *p
     }
     sum = moqk_block_sum(sum, room);
     float f = 1 / sqrtf(sum / (float)n + s.eps);
-    for (int64_t i = first + threadIdx.x; i < first + n; i += blockDim.x) moqk_put(y, row * s.inner + i, held ? u[row * s.inner + i] * f * s.norm[i] : 0);
+    for (int64_t i = first + threadIdx.x; i < first + n; i += blockDim.x) moqk_put(y, row * s.inner + i,
+                                                                                   held ? u[row * s.inner + i] * f * s.norm[i] : 0);
 }
 
 /* ---- the object ---- */
@@ -7431,7 +7486,8 @@ static moq_result moqc_check_ssm_view(const moq_ssm_desc *d, const char *what, c
 {
     float probe;
     if (v->data && v->count == (uint64_t)count && moq_to_f32(v->dtype, v->data, 1, &probe)) return MOQ_OK;
-    return moq_fail(err, MOQ_E_SHAPE, d->name ? d->name : "", "%s has %llu values of type %s, expected %llu of BF16, F16 or F32", what, (unsigned long long)(v->data ? v->count : 0),
+    return moq_fail(err, MOQ_E_SHAPE, d->name ? d->name : "", "%s has %llu values of type %s, expected %llu of BF16, F16 or F32", what,
+                    (unsigned long long)(v->data ? v->count : 0),
                     moq_dtype_name(v->dtype), (unsigned long long)count);
 }
 
@@ -7441,9 +7497,11 @@ static moq_result moqc_ssm_plan(const moq_ssm_desc *d, moqk_ssm *s, int64_t *flo
     const char *name = d->name ? d->name : "";
     memset(s, 0, sizeof *s);
     if (d->slots < 1 || d->heads < 1 || d->head_dim < 1 || d->state < 1 || d->groups < 1 || d->conv < 1 || d->heads % d->groups)
-        return moq_fail(err, MOQ_E_ARG, name, "a mixer of %d slots, %d heads of %d, %d states, %d groups, %d taps cannot be made", (int)d->slots, (int)d->heads, (int)d->head_dim,
+        return moq_fail(err, MOQ_E_ARG, name, "a mixer of %d slots, %d heads of %d, %d states, %d groups, %d taps cannot be made", (int)d->slots,
+                        (int)d->heads, (int)d->head_dim,
                         (int)d->state, (int)d->groups, (int)d->conv);
-    if (d->conv > MOQK_SSM_TAPS) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "a convolution of %d taps; at most %d are supported on CUDA", (int)d->conv, (int)MOQK_SSM_TAPS);
+    if (d->conv > MOQK_SSM_TAPS) return moq_fail(err, MOQ_E_UNSUPPORTED, name, "a convolution of %d taps; at most %d are supported on CUDA",
+                                                 (int)d->conv, (int)MOQK_SSM_TAPS);
     s->slots = d->slots;
     s->heads = d->heads;
     s->head_dim = d->head_dim;
@@ -7455,8 +7513,10 @@ static moq_result moqc_ssm_plan(const moq_ssm_desc *d, moqk_ssm *s, int64_t *flo
     s->eps = d->eps;
     s->inner = (int64_t)d->heads * d->head_dim;
     s->width = s->inner + 2 * (int64_t)d->groups * d->state;
-    double all = (double)s->width * (d->conv + 1.0) + (double)s->inner + 3.0 * d->heads + (double)d->slots * ((double)s->width * (d->conv - 1.0) + (double)s->inner * d->state);
-    if (s->width >= INT32_MAX || all > 1e15) return moq_fail(err, MOQ_E_OVERFLOW, name, "the states of %d slots do not fit the address space", (int)d->slots);
+    double all = (double)s->width * (d->conv + 1.0) + (double)s->inner + 3.0 * d->heads +
+        (double)d->slots * ((double)s->width * (d->conv - 1.0) + (double)s->inner * d->state);
+    if (s->width >= INT32_MAX || all > 1e15) return moq_fail(err, MOQ_E_OVERFLOW, name, "the states of %d slots do not fit the address space",
+                                                             (int)d->slots);
     *floats = s->width * (d->conv + 1) + s->inner + 3 * (int64_t)d->heads + d->slots * (s->width * (d->conv - 1) + s->inner * d->state);
     return MOQ_OK;
 }
@@ -7541,7 +7601,8 @@ static size_t moqc_ssm_bytes(const moq_backend *be, const moq_ssm_desc *desc)
 
 /* ---- running ---- */
 
-template <typename T> static void moqc_ssm_rows(moqc_ctx *c, const moqk_ssm *s, const int32_t *slot, const int32_t *pos, int32_t rows, const T *x, T *y)
+template <typename T> static void moqc_ssm_rows(moqc_ctx *c, const moqk_ssm *s, const int32_t *slot, const int32_t *pos, int32_t rows, const T *x,
+                                                T *y)
 {
     int32_t *previous = c->chains, *next = c->chains + rows;
     dim3 channels((unsigned)rows, (unsigned)moqk_ceil(s->width, 256));
@@ -7564,7 +7625,8 @@ static void moqc_ssm_run(moq_backend *be, moq_ssm *ssm, const moq_batch *b, cons
     for (int64_t first = 0; first < b->rows; first += c->be.max_rows) {
         int32_t rows = (int32_t)moqc_min(b->rows - first, c->be.max_rows);
         MOQC_BY_ACT(c, (moqc_ssm_rows(c, s, b->slot + first, b->pos + first, rows, (const float *)x + first * in, (float *)y + first * s->inner)),
-                    (moqc_ssm_rows(c, s, b->slot + first, b->pos + first, rows, (const __nv_bfloat16 *)x + first * in, (__nv_bfloat16 *)y + first * s->inner)));
+                    (moqc_ssm_rows(c, s, b->slot + first, b->pos + first, rows, (const __nv_bfloat16 *)x + first * in,
+                                   (__nv_bfloat16 *)y + first * s->inner)));
     }
 }
 
@@ -7576,8 +7638,10 @@ static void moqc_ssm_copy(moq_backend *be, moq_ssm *ssm, int32_t dst_slot, int32
     const moqk_ssm *s = &((const moqc_ssm *)(const void *)ssm)->d;
     int64_t past = s->width * (s->conv - 1), state = s->inner * s->state;
     if (dst_slot < 0 || src_slot < 0 || dst_slot >= s->slots || src_slot >= s->slots || dst_slot == src_slot) return;
-    if (past > 0) moqc_ok(c, cudaMemcpyAsync(s->past + dst_slot * past, s->past + src_slot * past, (size_t)past * 4, cudaMemcpyDeviceToDevice, c->stream), "ssm_copy");
-    moqc_ok(c, cudaMemcpyAsync(s->states + dst_slot * state, s->states + src_slot * state, (size_t)state * 4, cudaMemcpyDeviceToDevice, c->stream), "ssm_copy");
+    if (past > 0) moqc_ok(c, cudaMemcpyAsync(s->past + dst_slot * past, s->past + src_slot * past, (size_t)past * 4, cudaMemcpyDeviceToDevice,
+                                             c->stream), "ssm_copy");
+    moqc_ok(c, cudaMemcpyAsync(s->states + dst_slot * state, s->states + src_slot * state, (size_t)state * 4, cudaMemcpyDeviceToDevice, c->stream),
+            "ssm_copy");
 }
 
 /* Out: the past of the convolution, then the states. */
@@ -7733,7 +7797,8 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     cudaDeviceGetAttribute(&c->sm_count, cudaDevAttrMultiProcessorCount, c->device);
     e = cudaDeviceGetAttribute(&c->most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->device);
     c->sm = 10 * major + minor;
-    if (e == cudaSuccess && c->sm < 80) return moq_fail(err, MOQ_E_UNSUPPORTED, c->name, "compute capability %d.%d, 8.0 (Ampere) or later is needed", major, minor);
+    if (e == cudaSuccess && c->sm < 80) return moq_fail(err, MOQ_E_UNSUPPORTED, c->name,
+                                                        "compute capability %d.%d, 8.0 (Ampere) or later is needed", major, minor);
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_move);
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_has_wgmma);
     c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.sharedSizeBytes >= 16;
