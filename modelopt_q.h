@@ -18843,6 +18843,14 @@ static void moqi_svd_run(moqi_svd *p)
         }
     }
 }
+
+/* out [n] := a run of a row of b a; row [rank] of b, a from the first column of the run. */
+static void moqi_low_rank_values(const float *b, const float *a, int64_t rank, int64_t cols, int64_t n, float *out)
+{
+    memset(out, 0, (size_t)n * sizeof *out);
+    for (int64_t k = 0; k < rank; k++)
+        MOQI_APART for (int64_t i = 0; i < n; i++) out[i] += b[k] * a[k * cols + i];
+}
 MOQI_LOOPS_END
 
 /* W [rows, cols] ~ b [rows, rank] a [rank, cols], b = (U S)[:, :rank], a = V^T[:rank]; missing ranks are zero. 0 when out of memory.
@@ -18885,14 +18893,6 @@ static int moqi_low_rank(const moq_allocator *m, const moq_parallel *par, const 
     }
     moq_release(m, p.g, bytes);
     return 1;
-}
-
-/* One value of b a: row [rank] of b, column of a [rank, cols]. */
-static float moqi_low_rank_value(const float *b, const float *a, int64_t rank, int64_t cols, int64_t c)
-{
-    float sum = 0;
-    for (int64_t k = 0; k < rank; k++) sum += b[k] * a[k * cols + c];
-    return sum;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -19549,11 +19549,14 @@ static int moqi_is_direct(const moqi_target *t, const moq_linear *w)
 static void moqi_take_branch(const moqi_target *t, int64_t row, float *x)
 {
     int64_t cols = t->w.cols, rank = t->rank;
+    float own[64], group[64];
     for (int64_t c = 0; c < cols; c++) {
-        float branch = moqi_in_model(t->model, moqi_low_rank_value(t->lora_b + row * rank, t->lora_a, rank, cols, c)), v = moqi_in_model(t->model, x[c] - branch);
+        int64_t i = c % 64, n = moqi_min(64, cols - c);
+        if (i == 0) moqi_low_rank_values(t->lora_b + row * rank, t->lora_a + c, rank, cols, n, own);
+        if (i == 0 && t->group_b) moqi_low_rank_values(t->group_b + row * rank, t->group_a + c, rank, cols, n, group);
+        float branch = moqi_in_model(t->model, own[i]), v = moqi_in_model(t->model, x[c] - branch);
         if (t->mean_p) v = (v + branch) * t->own_p[c] / t->mean_p[c];
-        if (t->group_b) v = moqi_in_model(t->model, v - moqi_low_rank_value(t->group_b + row * rank, t->group_a, rank, cols, c));
-        x[c] = v;
+        x[c] = t->group_b ? moqi_in_model(t->model, v - group[i]) : v;
     }
 }
 
