@@ -2644,7 +2644,7 @@ static const verb_row verb_table[] = {
      "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
     {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m copies encode",
-     "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes.\n"
+     "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes and, on a\nGPU, over that of cuBLAS with BF16 weights where it is installed.\n"
      "With DIR: prompt and generation tokens per second. With --encode: how fast one core quantizes BF16 weights to each format.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
     {"selftest", verb_selftest, 0, 0, "", "json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
