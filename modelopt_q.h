@@ -11761,21 +11761,25 @@ MOQI_AVX512 static void moqi_lane_scales_512(const moqi_tiled *p, int64_t row, i
 {
     const __m512i i0 = _mm512_loadu_si512(lane), i1 = _mm512_loadu_si512(lane + 16);
     const __m512i i2 = _mm512_loadu_si512(lane + vectors / 4 * 32), i3 = _mm512_loadu_si512(lane + vectors / 4 * 48);
+    const int32_t last = p->shift > 4 && p->shift < 9 ? 16 - (512 >> p->shift) : 0; /* 16 scales at a time last for several runs of 512 columns */
     int64_t at = moqi_stream_scale_at(p, row), bytes = moq_dtype_bits(p->scale_dtype) / 8;
+    int32_t used = last;
     __m512 s[2];
     s[0] = s[1] = _mm512_set1_ps(1);
     for (int64_t c = first; c < end; c += 512, out += 16 * vectors) {
-        if (p->scales) {
+        used = used == last ? 0 : used + (512 >> p->shift);
+        if (p->scales && used == 0) {
             int64_t g = moqi_stream_group(p, c);
             __builtin_prefetch(p->scales + (at + g) * bytes + MOQI_STREAM_AHEAD / 8);
             moqi_stream_groups_512(p, at, g, s);
         }
-        _mm512_storeu_ps(out, _mm512_permutexvar_ps(i0, s[0]));
+        const __m512i by = _mm512_set1_epi32(used);
+        _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_add_epi32(i0, by), s[0]));
         if (vectors == 1) continue;
-        _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(i1, vectors == 2 ? s[1] : s[0]));
+        _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(_mm512_add_epi32(i1, by), vectors == 2 ? s[1] : s[0]));
         if (vectors == 2) continue;
-        _mm512_storeu_ps(out + 32, _mm512_permutexvar_ps(i2, s[1]));
-        _mm512_storeu_ps(out + 48, _mm512_permutexvar_ps(i3, s[1]));
+        _mm512_storeu_ps(out + 32, _mm512_permutexvar_ps(_mm512_add_epi32(i2, by), s[1]));
+        _mm512_storeu_ps(out + 48, _mm512_permutexvar_ps(_mm512_add_epi32(i3, by), s[1]));
     }
 }
 
@@ -13853,10 +13857,11 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
         moqi_dot_nibbles_512(_mm512_inserti64x4(_mm512_castsi256_si512(c0), c1, 1), _mm512_inserti64x4(_mm512_castsi256_si512(c2), c3, 1), table, w);
         __m512 s = moqi_dot_lanes_512(_mm_unpacklo_epi64(_mm_unpacklo_epi32(s0, s1), _mm_unpacklo_epi32(s2, s3)), order);
         __m512 t = _mm512_mul_ps(moqi_dot_once_512(w, pass->last, digits), s);
+        __m512 u = _mm512_shuffle_ps(t, t, 0x4e); /* each row's to the same lanes, or its sum would depend on its place among the four */
         a[0] = _mm512_mask_add_ps(a[0], 0x0033, a[0], t);
-        a[1] = _mm512_mask_add_ps(a[1], 0x3300, a[1], t);
-        a[2] = _mm512_mask_add_ps(a[2], 0x00cc, a[2], t);
-        a[3] = _mm512_mask_add_ps(a[3], 0xcc00, a[3], t);
+        a[1] = _mm512_mask_add_ps(a[1], 0x0033, a[1], _mm512_shuffle_f32x4(t, t, 0x4e));
+        a[2] = _mm512_mask_add_ps(a[2], 0x0033, a[2], u);
+        a[3] = _mm512_mask_add_ps(a[3], 0x0033, a[3], _mm512_shuffle_f32x4(u, u, 0x4e));
         return;
     }
     MOQI_UNROLL for (int k = 0; k < 4; k += 2) {
@@ -13864,7 +13869,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
         moqi_dot_nibbles_512(_mm512_maskz_loadu_epi8(codes, src + k * next), _mm512_maskz_loadu_epi8(codes, src + (k + 1) * next), table, w);
         __m512 t = _mm512_mul_ps(moqi_dot_once_512(w, pass->last, digits), moqi_dot_lanes_512(_mm_unpacklo_epi64(s0, s1), order));
         a[k] = _mm512_mask_add_ps(a[k], 0x3333, a[k], t);
-        a[k + 1] = _mm512_mask_add_ps(a[k + 1], 0xcccc, a[k + 1], t);
+        a[k + 1] = _mm512_mask_add_ps(a[k + 1], 0x3333, a[k + 1], _mm512_shuffle_ps(t, t, 0x4e));
     }
 }
 

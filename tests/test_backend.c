@@ -587,6 +587,54 @@ static void test_backend_fused_and_threads(void)
     free(x); free(y); free(z);
 }
 
+/* A few rows of x, where tasks of one, two and five workers differ: the same bits, and near the product in double. Last columns fill a quarter of a block
+   of 256, half of one, or none. */
+static void test_backend_few_rows_and_threads(void)
+{
+    enum { FORMATS = (int)(sizeof layer_formats / sizeof *layer_formats), HEIGHT = 264, MOST = 896, ROWS = 9 };
+    static const int widths[] = {576, 592, 896, 48}, counts[] = {1, 2, ROWS}, workers[] = {1, 2, 5};
+    static float x[ROWS * MOST], y[3][ROWS * HEIGHT];
+    moq_error err;
+    for (int i = 0; i < ROWS * MOST; i++) x[i] = test_normal() * (i % 97 == 0 ? 20 : 1);
+    for (int i = 0; i < FORMATS * 4; i++) {
+        const layer_format *f = &layer_formats[i / 4];
+        int cols = widths[i % 4], wrong = 0, far = 0;
+        layer l;
+        if ((f->elem != MOQ_F4 && !moqi_is_int(f->elem)) || cols % f->col_unit || HEIGHT % f->row_unit) continue; /* no whole number of groups */
+        layer_make(&l, f, HEIGHT, cols);
+        for (int narrow = 0; narrow < 2; narrow++) {
+            if (narrow) l.w.scheme.input = input_formats[7].c; /* of 4 bits: then few rows get 8, else 16 or what they have */
+            l.w.input_scale = 0.001f;
+            for (int k = 0; k < 3; k++) {
+                for (int t = 0; t < 3; t++) {
+                    moq_backend *be = backend_of(NULL, MOQ_ACT_AUTO, workers[t]);
+                    moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+                    CHECK(w != NULL);
+                    be->linear(be, w, x, counts[k], y[t]);
+                    be->release_weight(be, w);
+                    moq_backend_destroy(be);
+                    wrong += memcmp(y[0], y[t], sizeof(float) * (size_t)(counts[k] * HEIGHT)) != 0;
+                }
+                for (int j = (counts[k] - 1) * HEIGHT; j < counts[k] * HEIGHT; j++) {
+                    double want = 0, size = 0, most = 0; /* 8 bits for 32 columns of x: half a step is the largest of them / 254 */
+                    for (int c = 0; c < cols; c++) {
+                        const float *from = x + j / HEIGHT * cols + c;
+                        if (c % 32 == 0) most = 0;
+                        for (int e = 0; c % 32 == 0 && e < 32 && c + e < cols; e++) most = fmax(most, (double)fabsf(from[e]));
+                        want += l.exact[j % HEIGHT * cols + c] * (double)*from;
+                        size += fabs(l.exact[j % HEIGHT * cols + c]) * most;
+                    }
+                    far += !(fabs((double)y[0][j] - want) <= size / 250 + 1e-9);
+                }
+            }
+        }
+        if (wrong || far) printf("    %s, %d columns: %d, %d\n", f->name, cols, wrong, far);
+        CHECK_INT(wrong, 0);
+        CHECK_INT(far, 0);
+        layer_free(&l);
+    }
+}
+
 /* A job system such as a caller has: the same pool, started and owned by the caller. */
 static void callers_run(void *user, int tasks, void (*task)(void *arg, int index, int worker), void *arg) { moqi_pool_run(user, tasks, task, arg); }
 
@@ -1339,6 +1387,7 @@ int main(int argc, char **argv)
     RUN(test_backend_slices);
     RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
+    RUN(test_backend_few_rows_and_threads);
     RUN(test_backend_callers_jobs);
     RUN(test_backend_refuses);
     RUN(test_backend_embed);
