@@ -519,14 +519,6 @@ __device__ __forceinline__ void moqk_wait_for_before()
 #endif
 }
 
-/* *p will be read after the wait and never changes: into the cache of this multiprocessor with it. */
-__device__ __forceinline__ void moqk_warm(const float *p)
-{
-    float v;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
-    (void)v;
-}
-
 /* First words of a kernel that moqc_chain launches: what comes next may start (and fetch its weights), and what came before has ended. */
 __device__ __forceinline__ void moqk_follow()
 {
@@ -5641,11 +5633,8 @@ template <typename T> __global__ void __launch_bounds__(64) moqk_enter(moqk_cach
     const moqk_kv &to = kind == 2 ? c.v : c.k;
     const float2 *turns = (const float2 *)(const void *)d.table + row * half;
     float sum = 0;
-    moqk_dependents_may_start();
-    if (kind > 0) moqk_warm(to.scale + head);
-    if (weight && threadIdx.x < dim) moqk_warm(weight + threadIdx.x);
-    moqk_wait_for_before();
-    /* everything that is read is under way at once */
+    moqk_follow();
+    /* what is read is under way at once */
     const int32_t s = slot[row], at = pos[row];
     const float2 turn = kind < 2 && threadIdx.x < half ? turns[threadIdx.x] : make_float2(1, 0);
     for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
