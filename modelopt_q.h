@@ -13960,7 +13960,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
         const moqi_dot_fn dot = moqi_dot_fns[digits - 1][some - 1];
         const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)some));
-        const int small = bytes && some == 1 && rows % 4 == 0 && moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row), rows * p->groups);
+        const int small = bytes && some == 1 && rows % 4 == 0, numbers = !small || moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row), rows * p->groups);
         s.x = x + j * ldx;
         s.each = small && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128 ? tail <= 64 ? 4 : 2 : 1; /* by the layer, not by the task: sums differ */
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
@@ -13988,6 +13988,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
                 _mm512_storeu_ps(to + r, p->bias ? _mm512_add_ps(_mm512_loadu_ps(p->bias + row + r), v) : v);
             }
             for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * acc[some * r + i];
+            for (r = 0; !numbers && r < rows; r++) /* a scale that is no number makes its row none */
+                if (!moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row + r), p->groups)) to[r] = moqi_bits_f32(0x7fc00000u);
         }
     }
 }
