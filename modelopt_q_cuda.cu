@@ -31,6 +31,8 @@
        >>cuda-prepare    moq_linear -> part: codes, scales and zero points in one row-major form
        >>cuda-linear     the feed; products of any scheme and any number of rows
        >>cuda-decode     1 to 16 rows of x: weights stream through the tensor cores once
+       >>cuda-ring       the same on SM90: weights of 8 and 16 bits, or much of x
+       >>cuda-runs       the same on SM90: 4-bit weights
        >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
        >>cuda-gemm-wgmma   the same on compute capability 9.0: wgmma with decoded weights in registers
        >>cuda-gemm-bytes   the same where inputs are rounded to 8 bits as stored: products of bytes
@@ -2688,6 +2690,311 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
     }
 }
 
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-runs       1 to 16 rows of x on SM90, 4-bit weights: every warp streams a run of chunks of its own
+   A block keeps its share of x whole in shared memory and room for a chunk or two of each warp, filled by the copy engine: while a warp multiplies
+   a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and the kernel after may start
+   when the last ones are. Nothing in the loop waits for another warp. The warps of a block and the blocks of a cluster share the columns; the
+   sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per launch: codes and scales
+   once, x once per block.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A part of a launch, as its parameters have it. */
+typedef struct moqk_run_part {
+    const uint8_t *packed;
+    const float *bias;         /* [rows] or NULL */
+    int32_t rows, y_first;     /* y_first: of the part in a row of y */
+    int32_t end;               /* groups of row tiles of the parts up to this one */
+    int32_t groups, shift;     /* groups of columns that have a scale; log2 of their columns. See moqk_fast_of */
+    float factor;
+} moqk_run_part;
+
+enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4 };
+
+__host__ __device__ static constexpr int moqk_run_warps(int products) { return products == 1 ? 32 : 28; } /* of a block at most */
+
+/* How a launch is cut. Threads: 32, tiles, ways. A block takes `tiles` row tiles of a part, one a warp; its ways x the blocks of a cluster share
+   the columns in runs of chunks. */
+typedef struct moqk_run {
+    int32_t tiles, ways, blocks, stages;
+    int32_t tiles_own, own;    /* row tiles and rows that a block of the cluster adds up */
+    uint32_t own_magic;        /* 2^32 / own, rounded up */
+    int32_t chunks, each, more; /* of a row tile; a run has `each`, the first `more` runs one more */
+    int32_t rows, columns;     /* of x; of the products: rows, or twice as many where x is F32 */
+    int32_t cols;              /* of a row of x */
+    int32_t bulk;              /* x comes by the copy engine, as it is */
+    int32_t phase;             /* chunks of a run whose x arrives together */
+    uint32_t bars_at, sums_at, x_at, x_pitch; /* of shared memory; bytes of a row of x */
+    int32_t pitch;             /* floats of a row of x in the sums */
+    int32_t parts;
+    moqk_run_part part[MOQK_RUN_PARTS];
+} moqk_run;
+
+/* First chunk of a run. */
+__device__ __forceinline__ int32_t moqk_run_first(const moqk_run &u, int32_t slot) { return slot * u.each + min(slot, u.more); }
+
+__device__ __forceinline__ uint4 moqk_shared16(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ uint2 moqk_shared8(uint32_t at)
+{
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ void moqk_put_shared8(uint32_t at, uint32_t a, uint32_t b)
+{
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" :: "r"(at), "r"(a), "r"(b) : "memory");
+}
+
+/* Four values of x (F32, or BF16 widened) into shared memory as one or two columns of the products. */
+template <int SPLIT> __device__ __forceinline__ void moqk_run_put(float4 v, uint32_t at, uint32_t pitch)
+{
+    const uint32_t a = moqk_pack(v.x, v.y), b = moqk_pack(v.z, v.w);
+    moqk_put_shared8(at, a, b);
+    if (!SPLIT) return;
+    v.x -= __uint_as_float(a << 16);
+    v.y -= __uint_as_float(a & 0xffff0000u);
+    v.z -= __uint_as_float(b << 16);
+    v.w -= __uint_as_float(b & 0xffff0000u);
+    moqk_put_shared8(at + pitch, moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
+}
+
+/* x of a run by ordinary loads: columns [k0, k0 + 4 * quads) of all rows, zeros behind the last column; a thread has U loads of MU rows in flight. */
+template <int SPLIT, int MU, int U>
+__device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_run &u, int32_t k0, int32_t quads, int32_t thread, int32_t threads,
+                                               uint32_t to)
+{
+    for (int32_t m0 = 0; m0 < u.rows; m0 += MU)
+        for (int32_t i0 = thread; i0 < quads; i0 += threads * (U / MU)) {
+            float4 v[U];
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                const int32_t m = m0 + k % MU, i = i0 + k / MU * threads, col = k0 + 4 * i;
+                v[k] = make_float4(0, 0, 0, 0);
+                if (m < u.rows && i < quads && col < u.cols) v[k] = moqk_fast_x4<SPLIT>(a, m * a.ldx + col);
+            }
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                const int32_t m = m0 + k % MU, i = i0 + k / MU * threads;
+                if (m < u.rows && i < quads) moqk_run_put<SPLIT>(v[k], to + (uint32_t)(SPLIT ? 2 * m : m) * u.x_pitch + (uint32_t)i * 8, u.x_pitch);
+            }
+        }
+}
+
+/* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's columns in its row of each product's x. */
+template <int FORM, int STEP, int NB>
+__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
+                                               const uint32_t z[2], float (&acc)[NB][4])
+{
+    constexpr int each = STEP == 32 ? 2 : 4; /* steps of a scale */
+    uint32_t zero[2] = {z[0], z[1]};
+    float sum[NB][4];          /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+#pragma unroll
+    for (int b = 0; b < 4; b++) {
+        uint4 xb[NB][2];
+        uint32_t s[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < NB; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) { /* see moqk_fast_col */
+                if constexpr (FORM <= MOQK_MXFP4) xb[n][i] = moqk_shared16(x[n] + b * 128 + i * 16);
+                else {
+                    const uint2 p = moqk_shared8(x[n] + b * 128 + i * 64), q = moqk_shared8(x[n] + b * 128 + i * 64 + 32);
+                    xb[n][i] = make_uint4(p.x, p.y, q.x, q.y);
+                }
+            }
+        if constexpr (FORM <= MOQK_MXFP4) {
+            const uint32_t v = b < 2 ? bytes.x : bytes.y;
+            s[0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
+            s[1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int group = STEP == 32 ? b * 2 + i / 2 : STEP == 64 ? b : 0;
+            uint32_t m[4];
+            if (FORM == MOQK_FAST_U4 && STEP > 0 && i % each == 0) {
+                zero[0] = (h.zero[group] & 255) * 0x00010001u | 0x43004300u;
+                zero[1] = (h.zero[group] >> 8) * 0x00010001u | 0x43004300u;
+            }
+            moqk_fast_decode<FORM>(&w[b], i, zero, m);
+            if constexpr (FORM <= MOQK_MXFP4) {
+#pragma unroll
+                for (int q = 0; q < 4; q++) m[q] = moqk_mul_pair(m[q], s[q & 1]);
+            }
+#pragma unroll
+            for (int n = 0; n < NB; n++) {
+                const uint4 v = xb[n][i >> 1];
+                if (STEP > 0 ? i % each == 0 : b == 0 && i == 0) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+                moqk_product(sum[n], m, i & 1 ? v.z : v.x, i & 1 ? v.w : v.y);
+                if (STEP == 0 || i % each != each - 1) continue;
+                acc[n][0] += sum[n][0] * h.scale[group].x;
+                acc[n][1] += sum[n][1] * h.scale[group].x;
+                acc[n][2] += sum[n][2] * h.scale[group].y;
+                acc[n][3] += sum[n][3] * h.scale[group].y;
+            }
+        }
+    }
+    if (STEP == 0)
+#pragma unroll
+        for (int n = 0; n < NB; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[n][i] += sum[n][i];
+}
+
+/* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
+   phase are shared among these warps, because a warp issues its copies one after another. */
+__device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar)
+{
+    const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+    if (!cut.bulk) {
+        const int32_t k0 = c0 * 256, quads = n * 64, thread = warp * 32 + lane, threads = warps * 32;
+        moqk_wait_for_before();
+        if (a.x_bf16) moqk_run_stage<0, 4, 8>(a, cut, k0, quads, thread, threads, mine);
+        else if (cut.rows < 4) moqk_run_stage<1, 1, 4>(a, cut, k0, quads, thread, threads, mine);
+        else moqk_run_stage<1, 4, 8>(a, cut, k0, quads, thread, threads, mine);
+        return;
+    }
+#if __CUDA_ARCH__ >= 900
+    const int32_t phases = (n + cut.phase - 1) / cut.phase;
+    int32_t pair = warp + lane * warps, at = pair / cut.rows, row = pair - at * cut.rows;
+    if (warp == 0 && lane < phases)
+        moqk_barrier_expect(x_bar + 8 * (uint32_t)lane, (uint32_t)cut.rows * (uint32_t)min(n - lane * cut.phase, cut.phase) * 512);
+    __syncthreads();
+    moqk_wait_for_before();
+    asm volatile("fence.proxy.async;" ::: "memory"); /* x was written by ordinary stores */
+    for (; at < phases; pair += 32 * warps, at = pair / cut.rows, row = pair - at * cut.rows) {
+        const int32_t from = at * cut.phase;
+        const uint8_t *x = (const uint8_t *)a.x + (row * a.ldx + (int64_t)(c0 + from) * 256) * 2;
+        moqk_bulk_copy(mine + (uint32_t)row * cut.x_pitch + (uint32_t)from * 512, x, (uint32_t)min(n - from, cut.phase) * 512, x_bar + 8 * (uint32_t)at);
+    }
+#endif
+}
+
+/* A warp's run: acc += its chunks times x. src: the first chunk; h: the factors of the first chunk. */
+template <int FORM, int STEP, int NB>
+__device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
+                                                uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift, const uint32_t z[2],
+                                                moqk_factors<FORM, STEP> &h, float (&acc)[NB][4])
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int lane = threadIdx.x, g = lane >> 2, t = lane & 3;
+    uint32_t x[NB];
+#pragma unroll
+    for (int b = 0; b < NB; b++) { /* columns that nobody stores repeat another */
+        x[b] = mine + (uint32_t)(8 * b + g < cut.columns ? 8 * b + g : 0) * cut.x_pitch + (uint32_t)(t * (FORM <= MOQK_MXFP4 ? 32 : 8));
+        acc[b][0] = acc[b][1] = acc[b][2] = acc[b][3] = 0;
+    }
+    for (int32_t c = 0, s = 0, parity = 0, phase = 0, next_phase = 0; c < n; c++) {
+        const uint32_t at = ring + (uint32_t)s * BYTES, full = bar + 8 * (uint32_t)s;
+        uint4 w[4];
+        uint2 bytes = make_uint2(0, 0);
+        if (cut.bulk && next_phase == c) {
+            moqk_barrier_wait(x_bar + 8 * (uint32_t)phase++, 0);
+            next_phase += cut.phase;
+        }
+        moqk_barrier_wait(full, (uint32_t)parity);
+        if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
+        if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
+        __syncwarp();
+        if (c + cut.stages >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
+        else if (lane == 0) {
+            moqk_barrier_expect(full, BYTES);
+            moqk_bulk_copy(at, src + (int64_t)(c + cut.stages) * BYTES, BYTES, full);
+        }
+        moqk_run_chunk<FORM, STEP, NB>(w, bytes, h, x, z, acc);
+        if (STEP > 0 && c + 1 < n) h.load(scales, zeros, c0 + c + 1, shift);
+#pragma unroll
+        for (int b = 0; b < NB; b++) x[b] += 512;
+        if (++s == cut.stages) { s = 0; parity ^= 1; }
+    }
+}
+
+/* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
+   and after x is there: a launch takes a few microseconds. */
+template <int FORM, int STEP, int NB>
+__global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16;
+    const int32_t local = threadIdx.y, way = threadIdx.z, warp = way * cut.tiles + local, rank = blockIdx.x, slot = rank * cut.ways + way;
+    const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0, begin = moqk_run_first(cut, rank * cut.ways);
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * cut.stages) * BYTES;
+    const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
+    const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * cut.stages) * 8;
+    int32_t part = 0, group = blockIdx.y;
+    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
+    if (part > 0) group -= cut.part[part - 1].end;
+    const moqk_run_part &p = cut.part[part];
+    const int32_t tile_count = (p.rows + 15) >> 4, tile = min(group * cut.tiles + local, tile_count - 1); /* one that is not there repeats the last */
+    const int64_t tile_bytes = (int64_t)cut.chunks * BYTES, scales_at = tile_count * tile_bytes, scale = (int64_t)tile * p.groups * 8 + g;
+    const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
+    if (lane < cut.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
+    if (local == 0 && lane < MOQK_RUN_PHASES) moqk_barrier_init(x_bar + 8 * (uint32_t)lane, 1);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    __syncwarp();
+    if (lane < min(cut.stages, n)) { /* the first weights, before x is known to be there */
+        moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
+        moqk_bulk_copy(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
+    }
+    const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
+    const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
+    uint32_t z[2] = {0, 0};
+    moqk_factors<FORM, STEP> h;
+    h.load(scales, zeros, c0, p.shift);
+    if (FORM == MOQK_FAST_U4 && STEP == 0) {
+        const uint32_t both = __ldg(zeros);
+#pragma unroll
+        for (int i = 0; i < 2; i++) z[i] = moqk_pack((float)(both >> (8 * i) & 255) + 128.0f, (float)(both >> (8 * i) & 255) + 128.0f);
+    }
+    const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
+    float acc[NB][4];
+    moqk_run_x(a, cut, c0, n, mine, x_bar);
+    if (cut.blocks > 1) moqk_cluster_arrive(1);
+    __syncthreads();
+    moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
+
+    if (cut.blocks > 1) moqk_cluster_wait();
+    int32_t owner = 0, here = local;
+    for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
+    float *sums = (float *)(void *)(shared + cut.sums_at), *to = sums + here * 16 + g + slot * cut.rows * cut.pitch;
+#pragma unroll
+    for (int b = 0; b < NB; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t m = split ? 4 * b + t : 8 * b + 2 * t + (i & 1);
+            const float v = split ? acc[b][i & 2] + acc[b][i | 1] : acc[b][i];
+            if (m < cut.rows && !(split && (i & 1))) moqk_store_at(to + m * cut.pitch + 8 * (i >> 1), v, cut.blocks, (uint32_t)owner);
+        }
+    if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    else __syncthreads();
+    const float factor = p.factor * moqk_form_fix(FORM);
+    const int32_t first = (group * cut.tiles + rank * cut.tiles_own) * 16;
+    const int32_t last = min(min(cut.own, (cut.tiles - rank * cut.tiles_own) * 16), p.rows - first);
+    for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
+        const int32_t m = (int32_t)__umulhi((uint32_t)o, cut.own_magic), r = o - m * cut.own;
+        const float *from = sums + m * cut.pitch + r;
+        if (r >= last) continue;
+        float v = 0;
+#pragma unroll 4
+        for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += from[s * cut.rows * cut.pitch];
+        v *= factor;
+        if (STEP == 0 && FORM > MOQK_MXFP4)
+            v *= __ldg((const float *)(p.packed + scales_at) + ((int64_t)((first + r) >> 4) * 8 + (r & 7)) * 2 + (r >> 3 & 1));
+        moqk_store(a, (int64_t)m * a.ldy + p.y_first + first + r, v + (p.bias ? __ldg(p.bias + first + r) : 0));
+    }
+}
+
 /* ---- rows of the dispatch table; defined behind it ---- */
 
 struct moqc_shape;
@@ -4744,7 +5051,9 @@ typedef void (*moqc_ring_kernel)(moqk_call, moqk_ring);
 
 template <int FORM, int STEP> static moqc_ring_kernel moqc_ring_for(int columns)
 {
-    return columns <= 8 ? moqk_decode_ring<FORM, STEP, 1, 1> : columns <= 16 ? moqk_decode_ring<FORM, STEP, 2, 1> : moqk_decode_ring<FORM, STEP, 4, STEP == 0 ? 2 : 1>;
+    if constexpr (moqk_fast_bits(FORM) > 4)
+        if (columns <= 8) return moqk_decode_ring<FORM, STEP, 1, 1>;
+    return columns <= 16 ? moqk_decode_ring<FORM, STEP, 2, 1> : moqk_decode_ring<FORM, STEP, 4, STEP == 0 ? 2 : 1>; /* else see >>cuda-runs */
 }
 
 static moqc_ring_kernel moqc_ring_find(int form, int step, int columns)
@@ -4850,6 +5159,133 @@ static void moqc_launch_ring(const moqc_job *j, int form, int step, const moqk_r
     moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-ring");
 }
 
+/* ---- the launches of >>cuda-runs ---- */
+
+typedef void (*moqc_run_kernel)(const moqk_call, const moqk_run);
+
+template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(int columns)
+{
+    return columns <= 8 ? moqk_decode_run<FORM, STEP, 1> : moqk_decode_run<FORM, STEP, 2>;
+}
+
+static moqc_run_kernel moqc_run_find(int form, int step, int columns)
+{
+    if (form == MOQK_NVFP4) return moqc_run_for<MOQK_NVFP4, 0>(columns);
+    if (form == MOQK_MXFP4) return moqc_run_for<MOQK_MXFP4, 0>(columns);
+    if (step == 0) return moqc_run_for<MOQK_FAST_U4, 0>(columns);
+    return step == 32 ? moqc_run_for<MOQK_FAST_U4, 32>(columns) : moqc_run_for<MOQK_FAST_U4, 64>(columns);
+}
+
+/* Names the parts of this form; 0: they are more than a launch takes, or differ in columns. */
+static int moqc_run_parts(const moqc_job *j, int form, int step, moqk_run *u)
+{
+    int32_t y_first = 0;
+    for (int32_t i = 0; i < j->call.part_count; y_first += j->part[i].d.rows, i++) {
+        const moqk_part *p = &j->part[i].d;
+        if (p->rows == 0 || moqk_form_of(*p) != form || moqk_form_step(*p, form) != step) continue;
+        if (u->parts == MOQK_RUN_PARTS || (u->parts > 0 && p->cols != u->cols)) return 0;
+        moqk_run_part *q = &u->part[u->parts++];
+        q->packed = p->packed[0];
+        q->bias = p->bias;
+        q->rows = p->rows;
+        q->y_first = y_first;
+        q->groups = (int32_t)moqk_fast_of(*p, form).groups;
+        while (step > 0 && 1 << q->shift < p->group) q->shift++;
+        q->factor = p->factor;
+        u->cols = p->cols;
+    }
+    return u->parts > 0;
+}
+
+/* The rest of a cut whose tiles, ways, blocks and stages are chosen. Bytes of shared memory; 0: it cannot be. */
+static int64_t moqc_run_fill_in(moqk_run *u, int form)
+{
+    const int32_t slots = u->blocks * u->ways, warps = u->tiles * u->ways;
+    if (slots > u->chunks) return 0;
+    u->each = u->chunks / slots;
+    u->more = u->chunks % slots;
+    const int32_t longest = u->each + (u->more > 0), share = u->ways * u->each + (int32_t)moqc_min(u->ways, u->more);
+    if (u->stages > longest) return 0;
+    u->phase = (int32_t)moqk_ceil(longest, u->columns < 4 ? 1 : MOQK_RUN_PHASES);
+    u->tiles_own = (int32_t)moqk_ceil(u->tiles, u->blocks);
+    u->own = u->tiles_own * 16;
+    u->own_magic = (uint32_t)(((uint64_t)1 << 32) / (uint32_t)u->own + 1);
+    u->pitch = u->own + 4;
+    u->x_pitch = (uint32_t)(share * 512 + (form <= MOQK_MXFP4 ? 16 : 32));
+    int64_t at = (int64_t)warps * u->stages * moqk_chunk_bytes(form);
+    u->bars_at = (uint32_t)at;
+    at += moqk_pad(8 * (MOQK_RUN_PHASES * u->ways + warps * u->stages), 128);
+    u->sums_at = (uint32_t)at;
+    at += moqk_pad((int64_t)slots * u->rows * u->pitch * 4, 128);
+    u->x_at = (uint32_t)at;
+    return at + (int64_t)u->columns * u->x_pitch;
+}
+
+/* What a cut costs, in chunks that one multiprocessor works on: its share of them and of x, more when few warps are at work, when the launches
+   before and after find no room beside it, when the blocks of a cluster add up. Fitted to timings on an H200: six shapes, 1 to 16 rows. */
+static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups, int64_t bytes)
+{
+    const double sms = u->blocks > 2 ? c->sm_count * 10 / 11 : c->sm_count; /* clusters of 4 leave some out */
+    const double share = (double)moqk_ceil(u->chunks, u->blocks);
+    const int warps = u->tiles * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
+    const double grid = (double)(groups * u->blocks), rounds = ceil(grid / sms), run = u->each + (u->more > 0);
+    const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + 0.05 * u->columns * share;
+    const int twice = two && grid > sms;
+    double cost = (twice ? 1.1 * grid / sms : rounds) * work * (1 + 1.5 / (twice ? 2 * warps : warps));
+    return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 6) + 0.02 * warps;
+}
+
+/* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
+static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, moqk_run *best)
+{
+    int64_t bytes_of_best = 0;
+    double least = 1e30;
+    moqk_run u;
+    memset(&u, 0, sizeof u);
+    if (!moqc_run_parts(j, form, step, &u)) return 0;
+    u.rows = j->call.m;
+    u.columns = columns;
+    u.chunks = (int32_t)moqk_ceil(u.cols, 256);
+    u.bulk = j->call.x_bf16 && u.cols % 256 == 0 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
+    u.stages = 1;
+    for (u.blocks = 1; u.blocks <= 2 || (u.blocks == 4 && least == 1e30); u.blocks *= 2)
+        for (u.tiles = 1; u.tiles <= 28; u.tiles++)
+            for (u.ways = 1; u.tiles * u.ways <= moqk_run_warps(columns <= 8 ? 1 : 2); u.ways++) {
+                int64_t groups = 0, bytes = moqc_run_fill_in(&u, form);
+                if (bytes == 0 || bytes > j->c->most_shared) continue;
+                for (int32_t i = 0; i < u.parts; i++) u.part[i].end = (int32_t)(groups += moqk_ceil(u.part[i].rows, 16 * u.tiles));
+                const double cost = moqc_run_cost(j->c, &u, groups, bytes);
+                if (cost < least) { least = cost; bytes_of_best = bytes; *best = u; }
+            }
+    if (bytes_of_best > 0 && columns <= 2 && best->blocks == 1 && best->each == 2 && best->ways % 4 == 0) { /* little work: fewer warps, more under way */
+        best->ways = best->ways / 4 * 3;
+        best->stages = 2;
+        bytes_of_best = moqc_run_fill_in(best, form);
+    }
+    return bytes_of_best;
+}
+
+static void moqc_launch_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes)
+{
+    const moqc_run_kernel kernel = moqc_run_find(form, step, u->columns);
+    cudaLaunchConfig_t how = {};
+    cudaLaunchAttribute with[2];
+    memset(with, 0, sizeof with);
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    with[1].id = cudaLaunchAttributeClusterDimension;
+    with[1].val.clusterDim.x = (unsigned)u->blocks;
+    with[1].val.clusterDim.y = with[1].val.clusterDim.z = 1;
+    how.gridDim = dim3((unsigned)u->blocks, (unsigned)u->part[u->parts - 1].end);
+    how.blockDim = dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
+    how.dynamicSmemBytes = (size_t)bytes;
+    how.stream = j->c->stream;
+    how.attrs = with;
+    how.numAttrs = u->blocks > 1 ? 2 : 1;
+    cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
+    if (moqc_ok(j->c, e, "cudaFuncSetAttribute")) moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
+}
+
 /* One launch for parts of one form; others of the same call find nothing to do in it. */
 static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
 {
@@ -4860,7 +5296,13 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
     moqk_ring ring;
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
-    if (j->c->sm == 90 && !j->call.tiles && (j->call.m > 4 || (moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000))) { /* the copy engine */
+    if (j->c->sm == 90 && !j->call.tiles && moqk_fast_bits(form) == 4 && columns <= 16) {
+        moqk_run run;
+        int64_t bytes = moqc_run_cut(j, form, step, columns, &run);
+        if (bytes > 0) { moqc_launch_run(j, form, step, &run, bytes); return; }
+    }
+    const int large = moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000, known = columns > 8 || moqk_fast_bits(form) > 4;
+    if (j->c->sm == 90 && !j->call.tiles && known && (j->call.m > 4 || large)) { /* the copy engine */
         int64_t bytes = moqc_ring_cut(j, form, step, columns, &ring);
         if (bytes > 0) { moqc_launch_ring(j, form, step, &ring, bytes); return; }
     }

@@ -176,6 +176,67 @@ static void test_cuda_larger(void)
     }
 }
 
+/* 4-bit weights and few rows of x: columns shared between warps, blocks and clusters, columns that end inside a chunk, rows that end inside a tile. */
+static void test_cuda_few(void)
+{
+    static const int formats[] = {4, 8, 19, 22, 30}, shapes[3][2] = {{264, 4096}, {72, 14336}, {40, 1296}}, tokens[] = {1, 4, 8, 16};
+    for (int a = 0; a < 2; a++) {
+        moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32);
+        moq_error err;
+        CHECK(be->reserve(be, 16, &err) == MOQ_OK);
+        for (size_t i = 0; i < MOQI_COUNT(formats); i++)
+            for (int s = 0; s < 3; s++) {
+                layer l;
+                layer_make(&l, &layer_formats[formats[i]], shapes[s][0], shapes[s][1]);
+                for (size_t m = 0; m < MOQI_COUNT(tokens); m++) {
+                    long wrong = check_linear(be, &l, 0, tokens[m]);
+                    if (wrong) fprintf(stderr, "%s, [%d, %d], %d rows: %ld wrong\n", layer_formats[formats[i]].name, shapes[s][0], shapes[s][1], tokens[m], wrong);
+                    CHECK_INT(wrong, 0);
+                }
+                layer_free(&l);
+            }
+        done(be);
+    }
+}
+
+/* The same for several layers of one launch, of which one has another form: as each of them alone, and the same bits every time. */
+static void test_cuda_few_fused(void)
+{
+    enum { ROWS = 13, COLS = 2048, OUT = 264 + 50 + 72 + 40 };
+    static const int heights[4] = {264, 50, 72, 40}, tokens[] = {1, 6, ROWS};
+    layer l[4];
+    moq_linear parts[4];
+    moq_error err;
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, MOQ_F32);
+    float *x = random_floats(ROWS * COLS), *y = random_floats(ROWS * OUT), *z = random_floats(ROWS * OUT);
+    for (int i = 0; i < 4; i++) {
+        layer_make(&l[i], &layer_formats[i == 1 ? 8 : 4], heights[i], COLS);
+        float *bias = layer_floats(&l[i], heights[i], 0.3f);
+        l[i].w.bias = layer_view(bias, MOQ_F32, heights[i]);
+        parts[i] = l[i].w;
+    }
+    CHECK(be->reserve(be, 16, &err) == MOQ_OK);
+    moq_weight *w = be->prepare_linear(be, parts, 4, &err);
+    CHECK(w != NULL);
+    for (size_t m = 0; m < MOQI_COUNT(tokens); m++) {
+        int at = 0;
+        run_linear(be, w, x, tokens[m], COLS, OUT, y);
+        run_linear(be, w, x, tokens[m], COLS, OUT, z);
+        CHECK(memcmp(y, z, (size_t)(tokens[m] * OUT) * sizeof *y) == 0);
+        for (int i = 0; i < 4; at += heights[i], i++) {
+            moq_weight *one = be->prepare_linear(be, &parts[i], 1, &err);
+            run_linear(be, one, x, tokens[m], COLS, heights[i], z);
+            for (int r = 0; r < tokens[m]; r++)
+                for (int c = 0; c < heights[i]; c++) CHECK(fabsf(z[r * heights[i] + c] - y[r * OUT + at + c]) <= 1e-4f * (1 + fabsf(y[r * OUT + at + c])));
+            be->release_weight(be, one);
+        }
+    }
+    be->release_weight(be, w);
+    for (int i = 0; i < 4; i++) layer_free(&l[i]);
+    free(x); free(y); free(z);
+    done(be);
+}
+
 static void add_smooth_and_bias(layer *l)
 {
     float *p = layer_floats(l, l->w.cols + l->w.rows, 0.3f); /* one block: a layer has room for eight */
@@ -1517,6 +1578,8 @@ int main(int argc, char **argv)
     RUN(test_cuda_formats_reference);
     RUN(test_cuda_formats_bf16);
     RUN(test_cuda_larger);
+    RUN(test_cuda_few);
+    RUN(test_cuda_few_fused);
     RUN(test_cuda_inputs);
     RUN(test_cuda_requantized);
     RUN(test_cuda_rotation);
