@@ -2730,6 +2730,15 @@ typedef struct moqk_run {
     moqk_run_part part[MOQK_RUN_PARTS];
 } moqk_run;
 
+/* A copy of weights: see moqk_pass_once. */
+__device__ __forceinline__ void moqk_bulk_stream(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(moqk_pass_once()) : "memory");
+#endif
+}
+
 /* First chunk of a run. */
 __device__ __forceinline__ int32_t moqk_run_first(const moqk_run &u, int32_t slot) { return slot * u.each + min(slot, u.more); }
 
@@ -2907,7 +2916,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
         if (c + cut.stages >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
         else if (lane == 0) {
             moqk_barrier_expect(full, BYTES);
-            moqk_bulk_copy(at, src + (int64_t)(c + cut.stages) * BYTES, BYTES, full);
+            moqk_bulk_stream(at, src + (int64_t)(c + cut.stages) * BYTES, BYTES, full);
         }
         moqk_run_chunk<FORM, STEP, NB>(w, bytes, h, x, z, acc);
         if (STEP > 0 && c + 1 < n) h.load(scales, zeros, c0 + c + 1, shift);
@@ -2945,7 +2954,7 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     __syncwarp();
     if (lane < min(cut.stages, n)) { /* the first weights, before x is known to be there */
         moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
-        moqk_bulk_copy(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
+        moqk_bulk_stream(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
     }
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
