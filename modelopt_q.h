@@ -3066,7 +3066,7 @@ MOQ_API int moq_cpu_count(void) { return moqi_count_cores(); }
    tiles with both number types. A flag also says that the system saves the registers it needs. */
 enum {
     MOQI_CPU_AVX2 = 1, MOQI_CPU_FMA = 2, MOQI_CPU_F16C = 4, MOQI_CPU_AVX512 = 8 /* F + BW + DQ + VL */, MOQI_CPU_VNNI = 16,
-    MOQI_CPU_AVXVNNI = 32, MOQI_CPU_BF16 = 64, MOQI_CPU_VBMI = 128, MOQI_CPU_AMX = 256 /* tiles + INT8 + BF16 */,
+    MOQI_CPU_AVXVNNI = 32, MOQI_CPU_BF16 = 64, MOQI_CPU_VBMI = 128, MOQI_CPU_AMX = 256 /* tiles + INT8 + BF16, AVX512-FP16 */,
     MOQI_CPU_NEON = 512, MOQI_CPU_DOTPROD = 1024, MOQI_CPU_I8MM = 2048
 };
 
@@ -3132,7 +3132,7 @@ static uint32_t moqi_cpu_flags(void)
     if (seven[2] >> 11 & 1) flags |= MOQI_CPU_VNNI;
     if (seven[2] >> 1 & 1) flags |= MOQI_CPU_VBMI;
     if (more[0] >> 5 & 1) flags |= MOQI_CPU_BF16;
-    if ((seven[3] >> 22 & 1) && (seven[3] >> 24 & 3) == 3 && moqi_amx_allowed(xcr0)) flags |= MOQI_CPU_AMX;
+    if ((seven[3] >> 22 & 15) == 15 && moqi_amx_allowed(xcr0)) flags |= MOQI_CPU_AMX;
     return flags;
 }
 
@@ -11278,7 +11278,7 @@ typedef struct moqi_way {
     void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
 } moqi_way;
 
-enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_TOKENS = 512 /* in one go */,
+enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
@@ -11455,6 +11455,16 @@ static int moqi_is_plain(const moqi_tiled *p)
     return !p->rounds && !p->order && !p->smooth && !p->lora_a && p->layer.hadamard_size == 0;
 }
 
+/* x for tiles of AMX, up to 512 rows: where row t of m begins, and how many words lie from 16 of its words to the next 16. Many rows: 16 words of all
+   of them side by side, and a little more, because slabs of a power of two would share few sets of the first-level cache. Else such tiles of 16
+   rows each, one after the other. */
+static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
+{
+    const int64_t first = t / 16 * 16;
+    *step = 16 * (m > MOQI_WAY_MANY ? m + 32 : moqi_min(16, m - first));
+    return m > MOQI_WAY_MANY ? 16 * t : first * ld + 16 * (t - first);
+}
+
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 {
@@ -11466,7 +11476,11 @@ static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t m, int64_t i, float *rows, int64_t *step)
 {
     int64_t ld = moqi_feed_step(p, way), some = 1, words = 0;
-    if (way && (way->unit == 2 || (way->decode && !way->block))) { some = 16; words = 16; }
+    if (way && way->decode && !way->block) {
+        const int64_t first = i / MOQI_WAY_TOKENS * MOQI_WAY_TOKENS;
+        return rows + first * ld + moqi_tile_place(i - first, moqi_min(MOQI_WAY_TOKENS, m - first), ld, step);
+    }
+    if (way && way->unit == 2) { some = 16; words = 16; }
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
@@ -11735,14 +11749,21 @@ typedef struct moqi_stream_pass {
     int64_t ahead;        /* bytes from codes to those that are wanted 4 KB later: an even number of rows */
 } moqi_stream_pass;
 
-/* The 32 E4M3 scales of a run of 512 columns as value / 256; past the count they are 0 and not read. */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_e4m3_512(const uint8_t *scales, int64_t count, __m512 *s0, __m512 *s1)
+/* The 32 E4M3 scales of a run of 512 columns as value / 256, in F16; past the count they are 0 and not read. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_stream_halves_512(const uint8_t *scales, int64_t count, __mmask32 *nan)
 {
     __m256i b = count >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)scales) : _mm256_maskz_loadu_epi8(((__mmask32)1 << count) - 1, scales);
     __m512i w = _mm512_cvtepi8_epi16(b); /* sign-extended, so a shift puts the sign where F16 has it, and once more below */
     __m512i h = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff));
-    __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
-    h = _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
+    *nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
+    return _mm512_mask_mov_epi16(h, *nan, _mm512_set1_epi16(0x7e00));
+}
+
+/* The same in F32. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_e4m3_512(const uint8_t *scales, int64_t count, __m512 *s0, __m512 *s1)
+{
+    __mmask32 nan;
+    __m512i h = moqi_stream_halves_512(scales, count, &nan);
     *s0 = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
     *s1 = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
 }
@@ -14742,7 +14763,7 @@ static const moqi_way moqi_bf16_panels = {"BF16 tiles", 2, moqi_bf16_take, moqi_
 
 /* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. Codes of E2M1 times scales in E4M3 or E8M0 are
    BF16 numbers already; integers and E4M3 are when a row has one scale, which stays outside. x lies in tiles too, [columns / 32][rows of
-   x, up to 16][32], so that a tile is 1 KB in one piece: rows far apart would cost a page translation each. */
+   x][32], so that a tile is 1 KB in one piece: rows far apart would cost a page translation each. */
 
 #if defined(MOQI_X86) && defined(__x86_64__) && defined(__linux__)
 #define MOQI_AMX 1
@@ -14750,8 +14771,8 @@ static const moqi_way moqi_bf16_panels = {"BF16 tiles", 2, moqi_bf16_take, moqi_
 enum {
     MOQI_AMX_WEIGHTS = 131072, /* of a block of turned weights, as BF16: 256 KB */
     MOQI_AMX_X = 262144,       /* of x beside a block, where that leaves 512 columns: 512 KB */
-    MOQI_AMX_MANY = 256,       /* more rows of x than these leave the tiles after so many words: */
-    MOQI_AMX_FEW = 128         /* a panel of 16 KB, which stays in the first-level cache */
+    MOQI_AMX_FEW = 192         /* of more than MOQI_WAY_MANY rows of x, after which these leave the tiles: a panel of 24 KB stays in the
+                                  first-level cache, as x goes around that */
 };
 
 /* Measured: a turned block takes any number of rows of x in about the time that integers in place take for two passes, each of 8 rows or of 4
@@ -14773,17 +14794,59 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_bf16_512(__m512 v)
     return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 
-/* x [n] -> 16 words of BF16 pairs every `step` words. */
+/* E2M1 codes with E4M3 scales of 16 columns: their products have 6 significant bits, so F16 holds them, 32 at a time. Shifted by three places the
+   bits of an F16 number are those of a BF16 number 2^112 times smaller. The table is 2^12 times too large, so that no product is subnormal (tiles
+   take such numbers for 0), scales are 2^8 too small. All that goes to x, where every row has a power of two of its own. */
+enum { MOQI_AMX_HALF = 108 };
+
+#if defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12
+#define MOQI_AMX_F16 1
+#endif
+#ifdef __clang__
+#define MOQI_HALVES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512fp16")))
+#else
+#define MOQI_HALVES MOQI_AVX512
+#endif
+
+/* Every processor with tiles has AVX512-FP16. */
+static int moqi_amx_halves(const moqi_tiled *p)
+{
+#ifdef MOQI_AMX_F16
+    return moqi_amx_direct(p) && p->layer.scheme.weight.elem == MOQ_F4 && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4;
+#else
+    return p == NULL;
+#endif
+}
+
+/* The exponent of F32 of the largest of x, 255 with infinity or NaN. */
+MOQI_AVX512 static int moqi_amx_exponent(const float *x, int64_t n)
+{
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < n; i += 16) {
+        __mmask16 some = (__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(some, x + i), size));
+    }
+    return (int)(_mm512_reduce_max_epu32(most) >> 23);
+}
+
+/* x [n] times a power of two -> 16 words of BF16 pairs every `step` words, and behind them the exponent that the sums still lack, as F32. */
 MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    const __m256i plain = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m256i order = moqi_amx_direct(p) ? _mm256_setr_epi16(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15) : plain;
-    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step)
-        for (int64_t k = i; k < i + 32; k += 16) {
-            __mmask16 some = (__mmask16)(n - k >= 16 ? 0xffff : n > k ? (1 << (n - k)) - 1 : 0);
-            __m256i v = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_maskz_loadu_ps(some, x + k)));
-            _mm256_storeu_si256((__m256i *)(void *)(out + (k - i) / 2), _mm256_permutexvar_epi16(order, v));
-        }
+    uint16_t place[32];
+    for (int i = 0; i < 32; i++) place[i] = (uint16_t)(moqi_amx_direct(p) ? (i & ~7) + (i % 2 * 4) + i % 8 / 2 : i);
+    const __m512i order = _mm512_loadu_si512(place);
+    int up = 0; /* brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does */
+    if (moqi_amx_halves(p)) up = (int)moqi_min(120, 207 - moqi_amx_exponent(x, n));
+    const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step) {
+        const __mmask32 some = n - i >= 32 ? 0xffffffffu : n > i ? ((__mmask32)1 << (n - i)) - 1 : 0;
+        __m512i a = moqi_bf16_512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + i), by));
+        __m512i b = moqi_bf16_512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + i + 16), by));
+        a = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, a));
+    }
+    *out = (float)((moqi_amx_halves(p) ? MOQI_AMX_HALF : 0) - up);
 }
 
 /* The low nibbles of 16-bit halves through a table of BF16: two columns of 16 rows, times the scales of the rows. What F32 products have beyond
@@ -14822,6 +14885,60 @@ static int moqi_amx_exact(const moqi_tiled *p)
     return fit;
 }
 
+#ifdef MOQI_AMX_F16
+/* The product of numbers in F16. clang 14 has no intrinsics for them without flags, GCC none without a header of its own. */
+MOQI_INLINE MOQI_HALVES __m512i moqi_half_mul_512(__m512i a, __m512i b)
+{
+    __m512i r;
+    __asm__("vmulph %2, %1, %0" : "=v"(r) : "v"(a), "v"(b));
+    return r;
+}
+
+/* Rows [h, h + 16) of a panel of up to 512 columns, zeros from column n on. scales: [16][16 rows] pairs of groups, in F16. Lines that are wanted next
+   are asked for a few at a time: the processor stands still when too many are on their way. */
+MOQI_HALVES static void moqi_amx_halves_512(const moqi_panel *w, int64_t h, const uint32_t *scales)
+{
+    const uint8_t *src = w->p->codes + (w->row + h) * w->p->row_bytes + w->col / 2;
+    const int64_t rows = moqi_min(16, w->rows - h);
+    int64_t asked = w->many ? rows : 0;
+    uint32_t words[256] MOQI_ALIGNED, *to = w->data + h;
+    uint16_t table[32];
+    for (int i = 0; i < 32; i++) table[i] = moq_f16_encode(w->p->table[i & 15] * 4096);
+    const __m512i values = _mm512_loadu_si512(table), keep = _mm512_set1_epi16((short)0x8fff);
+    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+    const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2));
+    for (int64_t c = 0; c < w->n; c += 128, src += 64) {
+        moqi_panel_words_512(src, w->p->row_bytes, rows, (w->n - c + 1) / 2, words);
+        for (int i = 0; i < 16; i += 2) {
+            __m512i s = _mm512_shuffle_epi8(_mm512_loadu_si512(scales + (c / 32 + i / 4) * 16), i & 2 ? high : low);
+            if (c + 8 * i >= w->n) s = _mm512_setzero_si512();
+            for (; asked < rows && asked * w->n < (c + 8 * i + 16) * rows; asked++) moqi_panel_ask(w, h + asked, 4);
+            MOQI_UNROLL
+            for (int j = 0; j < 8; j++, to += MOQI_PANEL_ROWS) {
+                __m512i v = _mm512_srli_epi16(_mm512_loadu_si512(words + 16 * (i + j / 4)), (unsigned)(4 * (j % 4)));
+                v = moqi_half_mul_512(_mm512_permutexvar_epi16(v, values), s);
+                _mm512_storeu_si512(to, _mm512_and_si512(_mm512_srai_epi16(v, 3), keep));
+            }
+        }
+    }
+}
+#endif
+
+/* The scales of 16 rows of a panel for moqi_amx_halves_512. 0: some are NaN, which its shift does not keep */
+MOQI_AVX512 static int moqi_amx_half_scales(const moqi_panel *w, int64_t h, uint32_t *to)
+{
+    uint32_t rows[256] MOQI_ALIGNED;
+    const int64_t g = moqi_stream_group(w->p, w->col);
+    __mmask32 nan, any = 0;
+    for (int r = 0; r < 16; r++) {
+        const uint8_t *from = w->p->scales + moqi_stream_scale_at(w->p, w->row + moqi_min(h + r, w->rows - 1)) + g;
+        _mm512_storeu_si512(rows + 16 * r, moqi_stream_halves_512(from, w->p->groups - g, &nan));
+        any |= nan;
+    }
+    moqi_turn_512(rows, 16, to, 16);
+    return any == 0;
+}
+
 /* Panels from nibbles as they lie. */
 MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
 {
@@ -14830,17 +14947,25 @@ MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
     uint16_t table[32];
     for (int i = 0; i < 32; i++) table[i] = moq_bf16_encode(p->table[i & 15] - p->zero);
     const __m512i values = _mm512_loadu_si512(table);
-    const int exact = moqi_amx_exact(p), shift = p->shift < 9 ? p->shift : 30;
+    const int exact = moqi_amx_exact(p), shift = p->shift < 9 ? p->shift : 30, halves = moqi_amx_halves(p);
     moqi_tiled bare;
     moqi_panel_bare(w, &bare);
     w->chunk = p->shift < 9 ? 1 << p->shift : MOQI_TILE_COLS;
-    for (int r = 0; r < MOQI_PANEL_ROWS && bare.scale_dtype == MOQ_F8_E4M3; r++) w->mul[r] *= 256;
+    for (int r = 0; r < MOQI_PANEL_ROWS && bare.scale_dtype == MOQ_F8_E4M3 && !halves; r++) w->mul[r] *= 256;
     for (int64_t h = 0; h < w->rows; h += 16) {
         const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col / 2;
         int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n + 1) / 2;
-        const float *scale = bare.scale_dtype != MOQ_NONE ? w->scale + h : NULL;
-        if (scale) moqi_panel_scales_512(w, h);
+        float *scale = bare.scale_dtype != MOQ_NONE ? w->scale + h : NULL;
+#ifdef MOQI_AMX_F16
+        if (halves && moqi_amx_half_scales(w, h, words)) {
+            moqi_amx_halves_512(w, h, words);
+            continue;
+        }
+#endif
         for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 4);
+        if (scale) moqi_panel_scales_512(w, h);
+        for (int64_t c = 0; c * w->chunk < w->n && halves; c++) /* as small as the others */
+            for (int r = 0; r < 16; r++) scale[c * MOQI_PANEL_ROWS + r] *= moqi_bits_f32((uint32_t)(127 + 8 - MOQI_AMX_HALF) << 23);
         for (int64_t b = 0; b < bytes; b += 64) {
             const float *from = scale ? scale + (2 * b >> shift) * MOQI_PANEL_ROWS : NULL;
             uint32_t *to = w->data + b * MOQI_PANEL_ROWS + h;
@@ -14897,6 +15022,7 @@ typedef struct moqi_amx_ask {
     int64_t row, rows, col, n, bits;
     int64_t line, lines;      /* of a row's codes; those of its scales are asked for with its first */
     int64_t each;             /* lines in a step of tiles */
+    int64_t past;             /* bytes: a part of a row begins within a line and ends within another */
 } moqi_amx_ask;
 
 static void moqi_amx_ask_more(moqi_amx_ask *q)
@@ -14906,7 +15032,7 @@ static void moqi_amx_ask_more(moqi_amx_ask *q)
         __builtin_prefetch(p->codes + q->row * p->row_bytes + q->col * q->bits / 8 + 64 * q->line, 0, 2);
         if (q->line == 0 && p->scales) {
             int64_t size = moq_dtype_bits(p->scale_dtype) / 8, at = (moqi_stream_scale_at(p, q->row) + moqi_stream_group(p, q->col)) * size;
-            for (int64_t i = 0; i < moqi_ceil_div(q->n * size, p->group_cols); i += 64) __builtin_prefetch(p->scales + at + i, 0, 2);
+            for (int64_t i = 0; i < moqi_ceil_div(q->n * size, p->group_cols) + q->past; i += 64) __builtin_prefetch(p->scales + at + i, 0, 2);
         }
         if (++q->line < q->lines) continue;
         q->line = 0;
@@ -14919,7 +15045,8 @@ static void moqi_amx_ask_more(moqi_amx_ask *q)
 typedef struct moqi_amx_block {
     const moqi_tiled *p;
     int64_t row, rows, col, n, unit;
-    const uint32_t *data;     /* panels of 32 rows and up to 512 columns, those of the same rows one after the other */
+    int64_t wide;             /* columns of a panel, up to 512 */
+    const uint32_t *data;     /* panels of 32 rows, those of the same rows one after the other */
     const float *x, *mul;     /* mul: [rows] */
     int64_t ldx, m;
     float *y, *sums;          /* sums: [rows / 32][m / 32][2 tiles of x][2 of weights][16][16] */
@@ -14927,57 +15054,65 @@ typedef struct moqi_amx_block {
     moqi_amx_ask ask;
 } moqi_amx_block;
 
-/* `steps` times 16 words of panels times two tiles of x, of `a` and `b` rows: 4 loads for 4 tile products. op: spelled "tdpbf16ps", ... */
+/* `steps` times 16 words of panels times two tiles of x: 4 loads for 4 tile products. x is loaded past the panel, which stays in the first-level
+   cache. op: spelled "tdpbf16ps", ... */
 #define MOQI_AMX_PRODUCTS2(op) \
-    for (int64_t s = 0; s < steps; s++, d += 16 * MOQI_PANEL_ROWS, xa += 16 * a, xb += 16 * b) { \
+    for (int64_t s = 0; s < steps; s++, d += 16 * MOQI_PANEL_ROWS, xa += sa, xb += sb) { \
         moqi_amx_ask_more(&k->ask); \
-        for (int i = 0; i < lines; i++, na += 16, nb += 16) { __builtin_prefetch(na, 0, 2); __builtin_prefetch(nb, 0, 2); } \
-        __asm__ volatile("tileloadd (%0,%4,1), %%tmm4\n\ttileloadd (%2,%5,1), %%tmm6\n\t" op " %%tmm6, %%tmm4, %%tmm0\n\t" \
-                         "tileloadd (%3,%5,1), %%tmm7\n\t" op " %%tmm7, %%tmm4, %%tmm1\n\ttileloadd (%1,%4,1), %%tmm5\n\t" \
+        for (int i = 0; i < lines; i++, nx += 16) __builtin_prefetch(nx, 0, 2); \
+        for (int i = 0; i < backs; i++, ns += 16) __builtin_prefetch(ns, 0, 3); \
+        __asm__ volatile("tileloaddt1 (%0,%4,1), %%tmm4\n\ttileloadd (%2,%5,1), %%tmm6\n\t" op " %%tmm6, %%tmm4, %%tmm0\n\t" \
+                         "tileloadd (%3,%5,1), %%tmm7\n\t" op " %%tmm7, %%tmm4, %%tmm1\n\ttileloaddt1 (%1,%4,1), %%tmm5\n\t" \
                          op " %%tmm6, %%tmm5, %%tmm2\n\t" op " %%tmm7, %%tmm5, %%tmm3" \
                          : : "r"(xa), "r"(xb), "r"(d), "r"(d + 16), "r"(ldx), "r"(ldw) : "memory"); }
 /* Times one. */
 #define MOQI_AMX_PRODUCTS1(op) \
-    for (int64_t s = 0; s < steps; s++, d += 16 * MOQI_PANEL_ROWS, xa += 16 * a) { \
+    for (int64_t s = 0; s < steps; s++, d += 16 * MOQI_PANEL_ROWS, xa += sa) { \
         moqi_amx_ask_more(&k->ask); \
         __asm__ volatile("tileloadd (%0,%3,1), %%tmm4\n\ttileloadd (%1,%4,1), %%tmm6\n\t" op " %%tmm6, %%tmm4, %%tmm0\n\t" \
                          "tileloadd (%2,%4,1), %%tmm7\n\t" op " %%tmm7, %%tmm4, %%tmm1" \
                          : : "r"(xa), "r"(d), "r"(d + 16), "r"(ldx), "r"(ldw) : "memory"); }
 
 /* Rows [r, r + 32) and words [at, at + n) of a block times rows [j, j + 32) of x. Sums stay in tiles, and from words to words in memory of their own:
-   rows of y lie too far apart to be added to. With many rows of x, the same rows of weights ask for a share of the next words of x. */
+   rows of y lie too far apart to be added to. With many rows of x, each of these products asks for a share of the next words of x, and for the sums
+   of the next product. */
 static void moqi_amx_product(moqi_amx_block *k, int64_t r, int64_t j, int64_t at, int64_t n)
 {
     const int64_t ldx = 64, ldw = MOQI_PANEL_ROWS * 4, ldc = 64, first = k->col / k->unit + at, steps = moqi_ceil_div(n, 16);
-    const int64_t a = moqi_min(16, k->m - j), b = moqi_max(0, moqi_min(16, k->m - j - 16));
-    const float *xa = k->x + j * k->ldx + first * a, *xb = k->x + (b ? j + 16 : j) * k->ldx + first * b;
-    const int lines = k->m > MOQI_AMX_MANY ? (int)moqi_ceil_div(16 * MOQI_PANEL_ROWS, k->rows) : 0; /* of 16 in each tile of x */
-    const float *na = xa + (n + 16 * lines * (r / MOQI_PANEL_ROWS) * steps / 16) * a, *nb = na + (xb - xa);
-    const uint32_t *d = k->data + (r * (moqi_ceil_div(k->n, MOQI_TILE_COLS) * MOQI_TILE_COLS / k->unit) + at * MOQI_PANEL_ROWS);
-    float *sums = k->sums + (r / MOQI_PANEL_ROWS * ((k->m + 31) / 32) + j / 32) * 1024;
+    const int64_t down = moqi_ceil_div(k->m, 32), product = r / MOQI_PANEL_ROWS * down + j / 32;
+    const int two = k->m - j > 16, many = k->m > MOQI_WAY_MANY;
+    int64_t sa, sb, at16 = first / 16, next = (first + n) * k->unit < k->p->layer.cols ? at16 + steps : 0;
+    const int lines = many ? (int)moqi_ceil_div(k->m, moqi_ceil_div(k->rows, MOQI_PANEL_ROWS) * down) : 0, backs = many ? (int)moqi_ceil_div(64, steps) : 0;
+    const float *xa = k->x + moqi_tile_place(j, k->m, k->ldx, &sa), *xb = k->x + moqi_tile_place(two ? j + 16 : j, k->m, k->ldx, &sb);
+    const float *nx = k->x + next * sa + product * steps * lines * 16;
+    const uint32_t *d = k->data + r * (moqi_ceil_div(k->n, k->wide) * k->wide / k->unit) + at * MOQI_PANEL_ROWS;
+    float *sums = k->sums + product * 1024, *ns = sums + 1024;
+    xa += at16 * sa;
+    xb += at16 * sb;
     if (first == 0) __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
     else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"(ldc) : "memory");
-    if (k->unit == 2 && b) { MOQI_AMX_PRODUCTS2("tdpbf16ps") }
+    if (k->unit == 2 && two) { MOQI_AMX_PRODUCTS2("tdpbf16ps") }
     else if (k->unit == 2) { MOQI_AMX_PRODUCTS1("tdpbf16ps") }
-    else if (b) { MOQI_AMX_PRODUCTS2("tdpbssd") }
+    else if (two) { MOQI_AMX_PRODUCTS2("tdpbssd") }
     else { MOQI_AMX_PRODUCTS1("tdpbssd") }
     __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"(ldc) : "memory");
 }
 
 /* y = bias + mul * sums, row by row of y: pieces of few columns would take a page translation each. Integers are multiplied with the scale of their
-   row of x, too. */
+   row of x, too, and other sums with its power of two. */
 MOQI_AVX512 static void moqi_amx_finish(const moqi_amx_block *k)
 {
-    const int64_t count = (k->m + 31) / 32, words = (k->p->layer.cols + 127) / 128 * 32; /* of x, before its scale */
+    const int64_t count = (k->m + 31) / 32;
+    int64_t step;
     const float *bias = k->p->bias ? k->p->bias + k->row : NULL;
     for (int64_t t = 0; t < k->m; t++) {
-        const int64_t first = t / 16 * 16, tile = moqi_min(16, k->m - first);
         const float *sums = k->sums + t / 32 * 1024 + t % 32 / 16 * 512 + t % 16 * 16;
-        const __m512 by = _mm512_set1_ps(k->unit == 4 ? k->x[first * k->ldx + words * tile + 16 * (t - first)] : 1);
+        const int64_t place = moqi_tile_place(t, k->m, k->ldx, &step);
+        const __m512 by = _mm512_set1_ps(k->x[place + (k->p->layer.cols + 127) / 128 * (8 / k->unit) * step]); /* behind the codes */
         for (int64_t r = 0; r < k->rows; r += 16) {
             const __mmask16 some = (__mmask16)(k->rows - r >= 16 ? 0xffff : (1 << (k->rows - r)) - 1);
             __m512 v = _mm512_loadu_ps(sums + r / 32 * count * 1024 + r % 32 / 16 * 256);
-            if (k->unit == 4) v = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by);
+            v = k->unit == 4 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by) : _mm512_scalef_ps(v, by);
             v = _mm512_fmadd_ps(v, _mm512_loadu_ps(k->mul + r), bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps());
             _mm512_mask_storeu_ps(k->y + t * k->ldy + r, some, v);
         }
@@ -14987,7 +15122,7 @@ MOQI_AVX512 static void moqi_amx_finish(const moqi_amx_block *k)
 /* All of a block: with many rows of x, so few words of a panel that it stays in the first-level cache. */
 static void moqi_amx_products(moqi_amx_block *k)
 {
-    const int64_t words = moqi_ceil_div(k->n, k->unit), most = k->m > MOQI_AMX_MANY ? (int64_t)MOQI_AMX_FEW : words;
+    const int64_t words = moqi_ceil_div(k->n, k->unit), few = k->wide < MOQI_TILE_COLS ? k->wide / k->unit : 128, most = k->m > MOQI_WAY_MANY ? few : words;
     int64_t was = 0;
     for (int64_t at = 0; at < words; at += most)
         for (int64_t r = 0; r < k->rows; r += MOQI_PANEL_ROWS)
@@ -15007,7 +15142,7 @@ static void moqi_amx_turn(const moqi_way *way, const moqi_amx_block *k, uint32_t
 {
     moqi_panel w;
     w.p = k->p;
-    w.step = MOQI_TILE_COLS;
+    w.step = k->wide;
     w.tile = scratch;
     w.scale = scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS;
     w.many = k->m > 32;
@@ -15015,11 +15150,11 @@ static void moqi_amx_turn(const moqi_way *way, const moqi_amx_block *k, uint32_t
     for (int64_t r = 0; r < k->rows; r += MOQI_PANEL_ROWS) {
         w.row = k->row + r;
         w.rows = moqi_min(MOQI_PANEL_ROWS, k->rows - r);
-        for (int64_t c = 0; c < k->n; c += MOQI_TILE_COLS, w.data += MOQI_PANEL_ROWS * MOQI_TILE_COLS / k->unit) {
+        for (int64_t c = 0; c < k->n; c += k->wide, w.data += MOQI_PANEL_ROWS * k->wide / k->unit) {
             w.col = k->col + c;
-            w.n = moqi_min(MOQI_TILE_COLS, k->n - c);
-            w.next_col = c + MOQI_TILE_COLS < k->n ? w.col + MOQI_TILE_COLS : k->col;
-            w.next_row = c + MOQI_TILE_COLS < k->n ? w.row : w.row + MOQI_PANEL_ROWS;
+            w.n = moqi_min(k->wide, k->n - c);
+            w.next_col = c + k->wide < k->n ? w.col + k->wide : k->col;
+            w.next_row = c + k->wide < k->n ? w.row : w.row + MOQI_PANEL_ROWS;
             way->decode(&w);
         }
         memcpy(mul + r, w.mul, sizeof w.mul);
@@ -15038,7 +15173,8 @@ static void moqi_amx_want(moqi_amx_block *k, int64_t row, int64_t col, int64_t s
     q->n = moqi_min(step, k->p->layer.cols - col);
     q->bits = k->p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(k->p->dtype);
     q->line = 0;
-    q->lines = moqi_ceil_div(q->n * q->bits, 512);
+    q->past = q->n < k->p->layer.cols ? 63 : 0;
+    q->lines = moqi_ceil_div(q->n * q->bits + q->past * 8, 512);
     q->each = moqi_ceil_div(k->rows * q->lines, steps);
 }
 
@@ -15052,11 +15188,13 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     uint32_t *data = (uint32_t *)(void *)(scratch + MOQI_WAY_FLOATS);
     int64_t words = MOQI_TILE_COLS / 2, most = moqi_min(m, MOQI_WAY_TOKENS);
     while (words < 2048 && words * way->unit < p->layer.cols && 4 * words * most <= MOQI_AMX_X) words *= 2;
-    const int64_t step = words * way->unit, down = MOQI_AMX_WEIGHTS / 2 / words;
+    if (most > MOQI_WAY_MANY && moqi_amx_direct(p) && p->shift <= 7) words = MOQI_AMX_FEW; /* of 384 columns, whole groups */
+    const int64_t step = words * way->unit, down = MOQI_AMX_WEIGHTS / 2 / words / MOQI_PANEL_ROWS * MOQI_PANEL_ROWS;
     k.p = p;
     k.unit = way->unit;
     k.data = data;
     k.mul = mul;
+    k.wide = moqi_min(MOQI_TILE_COLS, step);
     k.ldx = ldx;
     k.ldy = ldy;
     for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)

@@ -2,7 +2,7 @@
 
    Such a processor stops at a tile instruction with SIGILL. The handler here reads the instruction, does what the Intel SDM (volume 2) says it
    does to tiles of its own, one set for each thread, and goes on behind it: ldtilecfg, tilerelease, tilezero, tileloadd, tilestored,
-   tdpbf16ps, tdpbsud, tdpbssd. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
+   tileloaddt1, tdpbf16ps, tdpbsud, tdpbssd. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -114,11 +114,11 @@ static int amx_step(ucontext_t *c)
     } else if (op == 0x49 && prefix == 3 && mod == 3) {
         memset(t->tile[reg], 0, sizeof t->tile[reg]);
         p++;
-    } else if (op == 0x4b && (prefix == 2 || prefix == 3) && mod != 3) {
+    } else if (op == 0x4b && prefix != 0 && mod != 3) { /* 1, 3: loads */
         uint8_t *at = amx_address(c, &p, x, b, &stride);
-        if (prefix == 3) memset(t->tile[reg], 0, sizeof t->tile[reg]);
+        if (prefix & 1) memset(t->tile[reg], 0, sizeof t->tile[reg]);
         for (int r = 0; r < t->rows[reg]; r++, at += stride) {
-            if (prefix == 3) memcpy(t->tile[reg][r], at, t->bytes[reg]);
+            if (prefix & 1) memcpy(t->tile[reg][r], at, t->bytes[reg]);
             else memcpy(at, t->tile[reg][r], t->bytes[reg]);
         }
     } else if (op == 0x5c && prefix == 2 && mod == 3) {

@@ -200,6 +200,38 @@ static void large_scales(moq_backend *be, const char *name)
     layer_free(&l);
 }
 
+/* E4M3 scales that are subnormal or NaN, and rows of x that are tiny, huge or zero: tiles work with powers of two beside them. */
+static void extreme_rows(moq_backend *be, const char *name)
+{
+    layer l;
+    moq_error err;
+    enum { ROWS = 40, COLS = 192, TOKENS = 20 };
+    static float x[TOKENS * COLS], y[TOKENS * ROWS];
+    long wrong = 0;
+    layer_make(&l, &layer_formats[4], ROWS, COLS);
+    CHECK(l.w.scales.dtype == MOQ_F8_E4M3 && l.w.scheme.weight.group_cols == 16);
+    for (int r = 0; r < ROWS; r += 3)
+        for (int c = 0; c < COLS; c += 16) {
+            uint8_t *s = (uint8_t *)(uintptr_t)l.w.scales.data + r * l.w.scale_row_stride + c / 16 * l.w.scale_col_stride;
+            double was = (double)moq_e4m3_decode(*s);
+            *s = (uint8_t)(r == 3 && c == 32 ? 0x7f : 1 + (c / 16 + r) % 9);
+            for (int k = c; k < c + 16; k++) l.exact[r * COLS + k] *= (double)moq_e4m3_decode(*s) / was;
+        }
+    for (int i = 0; i < TOKENS * COLS; i++) x[i] = test_normal() * (i / COLS == 0 ? 1e-30f : i / COLS == 1 ? 1e30f : i / COLS == 2 ? 0.0f : 1.0f);
+    moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+    CHECK(w != NULL);
+    if (w) be->linear(be, w, x, TOKENS, y);
+    for (int t = 0; t < TOKENS && w; t++)
+        for (int r = 0; r < ROWS; r++) {
+            double bound, want = oracle_output(&l, r, x + t * COLS, x + t * COLS, &bound), got = (double)y[t * ROWS + r];
+            wrong += r == 3 ? !moqi_is_nan((float)got) : !(fabs(want - got) <= bound / 200);
+        }
+    if (wrong) fprintf(stderr, "%s, extreme scales and inputs: %ld wrong\n", name, wrong);
+    CHECK_INT(wrong, 0);
+    be->release_weight(be, w);
+    layer_free(&l);
+}
+
 /* So many rows of x that they are taken in pieces, and so many of weights that a task has several panels. */
 static void many_rows(moq_backend *be, const char *name)
 {
@@ -229,6 +261,7 @@ static void test_backend_automatic(void)
         large_scales(be, name);
         large_inputs(be, name);
         if (strcmp(name, "amx") == 0) many_rows(be, name);
+        if (strcmp(name, "amx") == 0) extreme_rows(be, name);
         test_state.seed = seed;
         int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL || strncmp(name, "neon", 4) == 0;
 #ifdef MOQI_DOTS
@@ -246,7 +279,9 @@ static void test_backend_tiles(void)
 #if defined(MOQI_AMX) && defined(AMX_H)
     uint32_t flags = moqi_cpu_flags();
     if (flags & MOQI_CPU_AMX) return; /* test_backend_automatic has run them as they are */
-    if (!(flags & MOQI_CPU_VNNI)) { printf("skipped: tiles, for want of AVX-512 with VNNI\n"); test_state.skipped++; return; }
+    unsigned seven[4];
+    moqi_cpuid(7, 0, seven);
+    if (!(flags & MOQI_CPU_VNNI) || !(seven[3] >> 23 & 1)) { printf("skipped: tiles, for want of AVX-512 with VNNI and FP16\n"); test_state.skipped++; return; }
     struct sigaction before;
     sigaction(SIGILL, NULL, &before);
     amx_emulate();
@@ -257,6 +292,7 @@ static void test_backend_tiles(void)
     integer_formats(be, "amx, emulated");
     CHECK(amx_bytes_count > 1000);
     many_rows(be, "amx, emulated");
+    extreme_rows(be, "amx, emulated");
     moq_backend_destroy(be);
     sigaction(SIGILL, &before, NULL);
 #else
