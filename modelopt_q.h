@@ -14913,16 +14913,16 @@ MOQI_HALVES static void moqi_amx_halves_512(const moqi_panel *w, int64_t h, cons
             __m512i s = _mm512_shuffle_epi8(_mm512_loadu_si512(scales + (c / 32 + i / 4) * 16), i & 2 ? high : low);
             if (c + 8 * i >= w->n) s = _mm512_setzero_si512();
             for (; asked < rows && asked * w->n < (c + 8 * i + 16) * rows; asked++) moqi_panel_ask(w, h + asked, 4);
+            __m512i v = _mm512_loadu_si512(words + 16 * i);
             MOQI_UNROLL
             for (int j = 0; j < 8; j++, to += MOQI_PANEL_ROWS) {
-                __m512i v = _mm512_srli_epi16(_mm512_loadu_si512(words + 16 * (i + j / 4)), (unsigned)(4 * (j % 4)));
-                v = moqi_half_mul_512(_mm512_permutexvar_epi16(v, values), s);
-                _mm512_storeu_si512(to, _mm512_and_si512(_mm512_srai_epi16(v, 3), keep));
+                __m512i q = moqi_half_mul_512(_mm512_permutexvar_epi16(v, values), s);
+                _mm512_storeu_si512(to, _mm512_and_si512(_mm512_srai_epi16(q, 3), keep));
+                v = j == 3 ? _mm512_loadu_si512(words + 16 * (i + 1)) : _mm512_srli_epi16(v, 4);
             }
         }
     }
 }
-#endif
 
 /* The scales of 16 rows of a panel for moqi_amx_halves_512. 0: some are NaN, which its shift does not keep */
 MOQI_AVX512 static int moqi_amx_half_scales(const moqi_panel *w, int64_t h, uint32_t *to)
@@ -14938,6 +14938,7 @@ MOQI_AVX512 static int moqi_amx_half_scales(const moqi_panel *w, int64_t h, uint
     moqi_turn_512(rows, 16, to, 16);
     return any == 0;
 }
+#endif
 
 /* Panels from nibbles as they lie. */
 MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
