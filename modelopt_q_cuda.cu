@@ -51,6 +51,7 @@
 */
 #include "modelopt_q.h"
 
+#include <cuda.h> /* types: no function of the driver is linked */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -96,13 +97,19 @@ typedef struct moqc_need {
     int64_t chains;                          /* per row: neighbours in their slots */
 } moqc_need;
 
+/* cuTensorMapEncodeTiled. */
+typedef CUresult (*moqc_encode_map)(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *at, const cuuint64_t *size, const cuuint64_t *pitch,
+                                    const cuuint32_t *box, const cuuint32_t *step, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                    CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill);
+
 typedef struct moqc_ctx {
     moq_backend be;
     moq_allocator host, memory;
     int device, sm, sm_count, most_shared;   /* sm: 10 * major + minor of the compute capability; shared memory of a block */
     int bf16;                                /* activations are BF16, else F32 */
+    moqc_encode_map encode_map;              /* NULL: the driver has none */
     int wgmma;                               /* compute capability 9.0, and compiled for its own instructions (sm_90a) */
-    int gemm_tokens, gemm_even;              /* for measurements: tokens of a tile, 1 whole tiles or 2 equal runs; 0: automatic */
+    int gemm_tokens, gemm_even;              /* for measurements: tokens of a tile, blocks of a cluster that share one (mma: 2 equal runs); 0: automatic */
     char name[24], kernel[40];
     moq_act act;
     cudaStream_t stream;
@@ -453,7 +460,7 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     c->arrived = (int32_t *)moqc_carve(v, 1, n->partial > 0 ? MOQC_PARTIALS : 0, 4);
     int64_t tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + 264 : 0, chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + 264 : 0;
     c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), 4);
-    c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen), 4);
+    c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen) + 1, 4); /* read in pairs */
     c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 128, 4);
     c->turn = (int32_t *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 4, 4);
     if (tokens + chosen == 0) c->turn = NULL;
@@ -1802,8 +1809,12 @@ __host__ __device__ static constexpr int moqk_chunk_cols(int form) { return 1024
 __host__ __device__ static constexpr int moqk_chunk_bytes(int form) { return form == MOQK_NVFP4 ? 2304 : form == MOQK_MXFP4 ? 2176 : 2048; }
 
 /* Column in a block of 64 of element e (0..3) of lane t of a quad in step s (0..3): 4-bit floats give a lane 16 neighbours, one group's
-   scale; the others give a step 16 neighbours, so that a step never crosses groups of 32. */
-__host__ __device__ static constexpr int moqk_fast_col(int form, int t, int s, int e) { return form <= MOQK_MXFP4 ? t * 16 + s * 4 + e : s * 16 + t * 4 + e; }
+   scale; the others give a step 16 neighbours, so that a step never crosses groups of 32. Elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of 16 are where a
+   product has them, so that the others' order is that of x itself, and word s ^ t of lane t is word t of lane s there: see moqk_turn_quad. */
+__host__ __device__ static constexpr int moqk_fast_col(int form, int t, int s, int e)
+{
+    return (form <= MOQK_MXFP4 ? t * 16 + (s ^ t) * 2 : s * 16 + t * 2) + (e & 1) + (e & 2) * 4;
+}
 
 /* The form of a part, or -1. */
 __host__ __device__ static inline int moqk_form_of(const moqk_part &p)
@@ -2063,20 +2074,22 @@ template <int SPLIT> __device__ __forceinline__ float4 moqk_fast_x4(const moqk_c
     return v;
 }
 
-/* Columns 4 i .. 4 i + 3 of the staged ones, row m of x, as one or two columns of the product. */
+/* Columns 4 i .. 4 i + 3 of the staged ones, row m of x, as one or two columns of the product: two pairs, of neighbouring steps or lanes (see
+   moqk_fast_col). */
 template <int FORM, int SPLIT> __device__ __forceinline__ void moqk_fast_put(float4 v, int32_t i, int32_t m, int32_t columns, uint8_t *xs)
 {
-    const float up = moqk_form_x(FORM);
-    int32_t q = i & 15, place = FORM <= MOQK_MXFP4 ? q : (q & 3) * 4 + (q >> 2), t = place >> 2, s = place & 3;
-    if (up != 1) { v.x *= up; v.y *= up; v.z *= up; v.w *= up; }
-    uint2 hi = make_uint2(moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
-    *(uint2 *)(xs + moqk_fast_x(i >> 4, columns, SPLIT ? 2 * m : m, t, s >> 1) + (s & 1) * 8) = hi;
-    if (!SPLIT) return;
-    v.x -= __uint_as_float(hi.x << 16);
-    v.y -= __uint_as_float(hi.x & 0xffff0000u);
-    v.z -= __uint_as_float(hi.y << 16);
-    v.w -= __uint_as_float(hi.y & 0xffff0000u);
-    *(uint2 *)(xs + moqk_fast_x(i >> 4, columns, 2 * m + 1, t, s >> 1) + (s & 1) * 8) = make_uint2(moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
+    const float up = moqk_form_x(FORM), each[4] = {v.x * up, v.y * up, v.z * up, v.w * up};
+    const int32_t q = i >> 2 & 3, first = (i & 1) * 2, half = i >> 1 & 1;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int32_t t = FORM <= MOQK_MXFP4 ? q : first + k, s = FORM <= MOQK_MXFP4 ? (first + k) ^ q : q;
+        const float x = each[2 * k], y = each[2 * k + 1];
+        const uint32_t hi = moqk_pack(x, y);
+        *(uint32_t *)(xs + moqk_fast_x(i >> 4, columns, SPLIT ? 2 * m : m, t, s >> 1) + (s & 1) * 8 + half * 4) = hi;
+        if (SPLIT)
+            *(uint32_t *)(xs + moqk_fast_x(i >> 4, columns, 2 * m + 1, t, s >> 1) + (s & 1) * 8 + half * 4)
+                = moqk_pack(x - __uint_as_float(hi << 16), y - __uint_as_float(hi & 0xffff0000u));
+    }
 }
 
 /* Columns [k0, k0 + 64 * blocks) of `count` rows of x into shared memory: a thread has U loads of MU rows in flight. */
@@ -3024,11 +3037,11 @@ static void moqc_launch_decode(const struct moqc_job *j);
 /* ------------------------------------------------------------------------------------------------
    >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
    y^T = W x^T in tiles of 128 rows of W and BM rows of x ("tokens"). Weights are the layout of >>cuda-decode: the registers of its products
-   are those of wgmma, too, so one copy of the weights serves any number of rows. A pass before the product rounds x to BF16 and lays its
-   columns out as the weights have them:
-       x16 [part][slab of 64 columns][tokens, padded][64], 16-byte pieces of a token's 128 bytes exchanged by xor with token & 7,
-   which is the 128-byte swizzle of wgmma, so a tile of x is one contiguous copy. part 0: bf16(x); part 1, where two are needed:
-   bf16(x - part 0), which the product takes as as many columns more, with the same weights once again. Codes that stored inputs were
+   are those of wgmma, too, so one copy of the weights serves any number of rows. Tiles of x are
+       [slab of 64 columns][tokens][64] of BF16, 16-byte pieces of a token's 128 bytes exchanged by xor with token & 7,
+   which is the 128-byte swizzle of wgmma. x in BF16 that is wanted as it is comes so by the copy engine (tensor maps). Otherwise a pass before the
+   product rounds it and writes x16 [part][slab][tokens, padded][64], where a tile is one contiguous copy. part 0: bf16(x); part 1, where two are
+   needed: bf16(x - part 0), which the product takes as as many columns more, with the same weights once again. Codes that stored inputs were
    rounded to are exact in one part: x is divided by its scale, the sums multiplied by it.
 
    Work is cut in units of 256 columns of one tile. Blocks take whole tiles in turn; where tiles are few, the blocks of a cluster share the
@@ -3063,7 +3076,8 @@ typedef struct moqk_pack_args {
     float up;                  /* a power of two that the form of the weights wants on x */
     int32_t expert_stride, m, cols, slabs, parts, form, unit, x_bf16;
     float *unit_out, *scale;   /* moqk_pack_bytes */
-    int32_t raw;
+    int32_t raw, as_weights;   /* as_weights: columns as the words of the weights have them, else as they come */
+    int32_t whole;             /* x may be read 16 bytes at a time */
 } moqk_pack_args;
 
 /* One unit of the work of a GEMM kernel's launch. */
@@ -3078,9 +3092,13 @@ typedef struct moqk_gemm_args {
     int32_t row_tiles;         /* of 128 rows, of all parts of an expert */
     int32_t token_tiles;       /* dense */
     int32_t even, unit;        /* even: equal runs of units, else whole tiles */
-    int32_t split;             /* blocks of a cluster that share the columns of a tile: 1, 2, 4 */
+    int32_t split;             /* blocks of a cluster that share the columns of a tile: 1 to 4 */
     float fix;                 /* the power of two that sums lack; see moqk_form_fix */
+    int32_t direct;            /* x is read where it is, by the maps */
 } moqk_gemm_args;
+
+/* x as the copy engine sees it: boxes of 64 columns of BM tokens, and of 32. */
+typedef struct moqk_x_maps { CUtensorMap whole, part; } moqk_x_maps;
 
 __host__ __device__ static inline int moqk_form_grouped(const moqk_part &p, int form) { return (form == MOQK_FAST_U4 || form == MOQK_FAST_E4M3) && p.group < p.cols; }
 
@@ -3096,13 +3114,43 @@ __global__ void __launch_bounds__(256) moqk_token_units(moqk_pack_args a, float 
     if (threadIdx.x == 0) unit[row] = top > 0 ? top / moqk_largest(p.in_elem) : 1;
 }
 
+/* Two neighbouring values of x; eight (sixteen) whose columns all exist or, if not `inside`, are 0. */
+__device__ __forceinline__ float2 moqk_get2(const moqk_pack_args &a, int64_t at)
+{
+    if (!a.x_bf16) return *(const float2 *)((const float *)a.x + at);
+    const uint32_t w = *(const uint32_t *)((const __nv_bfloat16 *)a.x + at);
+    return make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
+}
+__device__ __forceinline__ void moqk_get8(const moqk_pack_args &a, int64_t at, int inside, float2 *v)
+{
+    uint4 w[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+    if (inside) {
+        w[0] = *(const uint4 *)((const uint8_t *)a.x + at * (a.x_bf16 ? 2 : 4));
+        if (!a.x_bf16) w[1] = *(const uint4 *)((const float *)a.x + at + 4);
+    }
+    const uint32_t each[4] = {w[0].x, w[0].y, w[0].z, w[0].w}, more[4] = {w[1].x, w[1].y, w[1].z, w[1].w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (a.x_bf16) v[i] = make_float2(__uint_as_float(each[i] << 16), __uint_as_float(each[i] & 0xffff0000u));
+        else v[i] = make_float2(__uint_as_float(i < 2 ? each[2 * i] : more[2 * i - 4]), __uint_as_float(i < 2 ? each[2 * i + 1] : more[2 * i - 3]));
+    }
+}
+__device__ __forceinline__ void moqk_get16(const moqk_pack_args &a, int64_t at, int inside, float *v)
+{
+    float2 w[8];
+    moqk_get8(a, at, inside, w);
+    moqk_get8(a, at + 8, inside, w + 4);
+#pragma unroll
+    for (int i = 0; i < 8; i++) { v[2 * i] = w[i].x; v[2 * i + 1] = w[i].y; }
+}
+
 /* x -> x16. A thread makes 16 bytes of four tokens; 8 lanes share a token's 64 columns. Reads x once. Grid: 4 slabs, 32 tokens. */
 __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
 {
     moqk_dependents_may_start();
     moqk_wait_for_before();
     const int32_t lane = threadIdx.x & 31, slab = blockIdx.x * 4 + (lane >> 3), c = lane & 7, s = c >> 1, h = c & 1;
-    const int fp4 = a.form <= MOQK_MXFP4;
+    const int turned = a.form <= MOQK_MXFP4 && a.as_weights;
     float2 v[4][4];
     float by[4];
 #pragma unroll
@@ -3113,15 +3161,15 @@ __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
         int64_t from = a.row_of ? a.row_of[m] : m;
         if (a.unit == MOQK_STATIC_UNIT) by[u] /= a.part[a.expert_of ? (int64_t)a.expert_of[m] * a.expert_stride : 0].input_scale;
         if (a.unit == MOQK_TOKEN_UNIT) by[u] /= a.token_unit[m];
+        if (a.whole && !turned) {
+            moqk_get8(a, from * a.ldx + slab * 64 + 8 * c, slab * 64 + 8 * c < a.cols, v[u]);
+            continue;
+        }
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            int32_t col = slab * 64 + (fp4 ? t * 16 + s * 4 : s * 16 + t * 4) + 2 * h;
+            int32_t col = slab * 64 + 8 * h + (turned ? t * 16 + (s ^ t) * 2 : s * 16 + t * 2);
             v[u][t] = make_float2(0, 0);
-            if (col >= a.cols) continue;
-            if (a.x_bf16) {
-                uint32_t w = *(const uint32_t *)((const __nv_bfloat16 *)a.x + from * a.ldx + col);
-                v[u][t] = make_float2(__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000u));
-            } else v[u][t] = *(const float2 *)((const float *)a.x + from * a.ldx + col);
+            if (col < a.cols) v[u][t] = moqk_get2(a, from * a.ldx + col);
             if (col + 1 >= a.cols) v[u][t].y = 0;
         }
     }
@@ -3214,6 +3262,13 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_nex
         }
         if (moqk_locate_tile<FORM, GROUPED, BM>(a, b, q)) return 1;
     }
+}
+
+__device__ __forceinline__ uint4 moqk_read16(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
 }
 
 __device__ __forceinline__ void moqk_sync_group(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
@@ -3336,6 +3391,58 @@ __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const m
     }
 }
 
+#if MOQK_WGMMA
+/* The same for whole rows of BF16: 64 tokens at a time are turned by stmatrix, and 8 lanes write a token's 128 bytes. 0: it is
+   not such a tile. `room`: the warpgroup's [64 tokens][128 bytes], 16-byte pieces exchanged by xor with token & 7. */
+template <int FORM, int GROUPED, int BM, typename T>
+__device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const T (&d)[BM / 2])
+{
+    constexpr int TOKENS = BM % 64 ? 32 : 64;
+    const moqk_part &p = *q.p;
+    const int32_t first = q.row_tile * 128 + group * 64, lane = thread & 31, warp = thread >> 5;
+    __nv_bfloat16 *y = (__nv_bfloat16 *)a.y + q.y_first + first + (thread & 7) * 8;
+    if (!a.y_bf16 || a.accumulate || first + 63 >= p.rows || a.ldy % 8 != 0 || ((uintptr_t)y & 15) != 0) return 0;
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(room);
+    float scale[2], bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int32_t row = first + warp * 16 + (lane >> 2) + 8 * i;
+        scale[i] = p.factor * b.fix * (b.unit == MOQK_STATIC_UNIT ? p.input_scale : 1);
+        const int64_t at_row = ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + i;
+        if (FORM > MOQK_MXFP4 && !GROUPED) scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[at_row];
+        if (FORM == MOQK_MXFP4 && GROUPED) scale[i] *= moqk_e8m0((p.packed[0] + moqk_scales_at<FORM>(p))[at_row]) * 0.5f; /* see >>cuda-gemm-bytes */
+        bias[i] = p.bias ? p.bias[row] : 0;
+    }
+#pragma unroll
+    for (int r = 0; r < BM / TOKENS; r++) {
+        moqk_sync_group(group);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j += 2) {
+            uint32_t v[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const T *f = d + r * (TOKENS / 2) + j * 4 + i * 2;
+                const int32_t m = q.x_first + r * TOKENS + (j + i / 2) * 8 + 2 * (lane & 3);
+                const float2 unit = b.unit == MOQK_TOKEN_UNIT && m < q.end ? *(const float2 *)(b.token_unit + m) : make_float2(1, 1);
+                v[i] = moqk_pack((float)f[0] * scale[i & 1] * unit.x + bias[i & 1], (float)f[1] * scale[i & 1] * unit.y + bias[i & 1]);
+            }
+            const int token = (j + (lane >> 4)) * 8 + (lane & 7), piece = warp * 2 + (lane >> 3 & 1);
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                         :: "r"(at + token * 128 + ((piece ^ (token & 7)) << 4)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+        }
+        moqk_sync_group(group);
+#pragma unroll
+        for (int k = 0; k < TOKENS / 16; k++) {
+            const int token = k * 16 + (thread >> 3);
+            const int32_t m = q.x_first + r * TOKENS + token;
+            const uint4 v = moqk_read16(at + token * 128 + (((thread & 7) ^ (token & 7)) << 4));
+            if (m >= q.first && m < q.end) *(uint4 *)(y + (int64_t)m * a.ldy) = v;
+        }
+    }
+    return 1;
+}
+#endif
+
 __device__ __forceinline__ void moqk_copy_async(uint32_t dst, const void *src)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(dst), "l"(src) : "memory");
@@ -3350,11 +3457,17 @@ __device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src)
 }
 __device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
-__device__ __forceinline__ uint4 moqk_read16(uint32_t at)
+
+__device__ __forceinline__ uint32_t moqk_read2(uint32_t at) { uint16_t v; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory"); return v; }
+
+/* 4-bit floats: lane t of four has columns 16 t .. 16 t + 15 of a block in words s ^ t = 0..3; makes word s the lane's columns of 16 s .. 16 s + 15: those
+   that a product of 16 columns in their natural order wants. */
+__device__ __forceinline__ void moqk_turn_quad(uint4 &w)
 {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-    return v;
+    const int t = threadIdx.x;
+    uint32_t v1 = __shfl_xor_sync(0xffffffffu, w.y, 1), v2 = __shfl_xor_sync(0xffffffffu, w.z, 2), v3 = __shfl_xor_sync(0xffffffffu, w.w, 3);
+    const uint32_t a0 = t & 1 ? v1 : w.x, a1 = t & 1 ? w.x : v1, a2 = t & 1 ? v3 : v2, a3 = t & 1 ? v2 : v3;
+    w = make_uint4(t & 2 ? a2 : a0, t & 2 ? a3 : a1, t & 2 ? a0 : a2, t & 2 ? a1 : a3);
 }
 
 /* Room of a warp for `ahead` blocks of 64 columns of its weights: codes, then scales. */
@@ -3369,7 +3482,6 @@ template <int FORM, int GROUPED> struct moqk_operands {
     static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS;
     float2 scale[2];           /* of the block that was fetched last, 32 columns each */
     uint32_t zero[2];
-    uint2 bytes;               /* scales of 4-bit floats of the chunk */
     uint32_t z[2];             /* zero points of whole rows */
 
     /* both: zero points of the lane's two rows. */
@@ -3384,18 +3496,17 @@ template <int FORM, int GROUPED> struct moqk_operands {
         }
     }
 
-    /* Block b (0..3) of a unit as left operands of four products. */
-    __device__ __forceinline__ void decode_words(const uint4 (&w)[UNITS], int b, uint32_t (&a)[16]) const
+    /* A block as left operands of four products. bytes: 4-bit floats' scales of rows g and g + 8, for each product. */
+    __device__ __forceinline__ void decode_words(const uint4 (&w)[UNITS], const uint32_t (&bytes)[4], uint32_t (&a)[16]) const
     {
         uint32_t zz[2] = {z[0], z[1]}, s[2] = {0, 0};
-        if (FORM <= MOQK_MXFP4) {
-            const uint32_t v = b < 2 ? bytes.x : bytes.y;
-            s[0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
-            s[1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
-        }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             uint32_t r4[4];
+            if (FORM <= MOQK_MXFP4) {
+                s[0] = moqk_scale_pair<FORM>(bytes[i], 0);
+                s[1] = moqk_scale_pair<FORM>(bytes[i], 1);
+            }
             if (GROUPED == 1 && i % 2 == 0) {
                 const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
                 s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
@@ -3422,13 +3533,13 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
     using moqk_operands<FORM, GROUPED>::UNITS;
     using moqk_operands<FORM, GROUPED>::scale;
     using moqk_operands<FORM, GROUPED>::zero;
-    using moqk_operands<FORM, GROUPED>::bytes;
     using moqk_operands<FORM, GROUPED>::z;
     static constexpr int SCALES = AHEAD * 128 * moqk_fast_bits(FORM);
     const uint8_t *src;        /* the lane's first codes */
     const float2 *scales;
     const uint16_t *zeros;
     uint32_t room;             /* shared memory of the warp */
+    uint2 bytes;               /* scales of 4-bit floats of the chunk */
     int32_t chunks, shift, groups, wrap, slot, chunk_slot;
 
     /* Sixteen rows from row_tile * 16 on; past the end the last ones again, for rows that nobody stores. */
@@ -3508,7 +3619,8 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
     {
         uint4 w[UNITS];
         fetch(unit, b, last, w);
-        this->decode_words(w, b, a);
+        const uint32_t v = (b < 2 ? bytes.x : bytes.y) >> (b & 1) * 16, each[4] = {v, v, v, v};
+        this->decode_words(w, each, a);
     }
 };
 
@@ -3523,7 +3635,8 @@ __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint
 /* A slab of x as right operand: address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle. */
 __device__ __forceinline__ uint64_t moqk_x_desc(uint32_t at) { return (uint64_t)(at >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62; }
 
-/* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers: */
+/* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers; then the letter of D's, the
+   numbers of the operands behind them, and what stands behind all of them: signs and order. */
 #define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define MOQK_L32 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15) "," \
     MOQK_L8(16, 17, 18, 19, 20, 21, 22, 23) "," MOQK_L8(24, 25, 26, 27, 28, 29, 30, 31)
@@ -3533,29 +3646,28 @@ __device__ __forceinline__ uint64_t moqk_x_desc(uint32_t at) { return (uint64_t)
 #define MOQK_L128 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79) "," MOQK_L8(80, 81, 82, 83, 84, 85, 86, 87) "," \
     MOQK_L8(88, 89, 90, 91, 92, 93, 94, 95) "," MOQK_L8(96, 97, 98, 99, 100, 101, 102, 103) "," MOQK_L8(104, 105, 106, 107, 108, 109, 110, 111) "," \
     MOQK_L8(112, 113, 114, 115, 116, 117, 118, 119) "," MOQK_L8(120, 121, 122, 123, 124, 125, 126, 127)
-#define MOQK_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MOQK_D32(i) MOQK_D4(i), MOQK_D4(i + 4), MOQK_D4(i + 8), MOQK_D4(i + 12), MOQK_D4(i + 16), MOQK_D4(i + 20), MOQK_D4(i + 24), MOQK_D4(i + 28)
-#define MOQK_WGMMA_BODY(add, n, list, a0, a1, a2, a3, desc) \
-    "{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, " \
-    "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc ", p, 1, 1, 0; }"
-__device__ __forceinline__ void moqk_wgmma(float (&d)[32], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_WGMMA_BODY(37, 64, MOQK_L32, 32, 33, 34, 35, 36) : MOQK_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-__device__ __forceinline__ void moqk_wgmma(float (&d)[64], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_WGMMA_BODY(69, 128, MOQK_L64, 64, 65, 66, 67, 68) : MOQK_D32(0), MOQK_D32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-__device__ __forceinline__ void moqk_wgmma(float (&d)[80], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_WGMMA_BODY(85, 160, MOQK_L80, 80, 81, 82, 83, 84)
-                 : MOQK_D32(0), MOQK_D32(32), MOQK_D4(64), MOQK_D4(68), MOQK_D4(72), MOQK_D4(76) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-__device__ __forceinline__ void moqk_wgmma(float (&d)[128], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_WGMMA_BODY(133, 256, MOQK_L128, 128, 129, 130, 131, 132)
-                 : MOQK_D32(0), MOQK_D32(32), MOQK_D32(64), MOQK_D32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
+#define MOQK_D4(kind, i) kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3])
+#define MOQK_D32(kind, i) MOQK_D4(kind, i), MOQK_D4(kind, i + 4), MOQK_D4(kind, i + 8), MOQK_D4(kind, i + 12), \
+    MOQK_D4(kind, i + 16), MOQK_D4(kind, i + 20), MOQK_D4(kind, i + 24), MOQK_D4(kind, i + 28)
+#define MOQK_WGMMA_OF(name, type, count, shape, signs, list, a0, a1, a2, a3, at, more, ...) \
+    __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint64_t desc, int add) \
+    { \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #more ", 0; wgmma.mma_async.sync.aligned." shape " {" list "}, " \
+                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #at ", p" signs "; }" \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add)); \
+    }
+MOQK_WGMMA_OF(moqk_wgmma, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma, float, 80, "m64n160k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D4("+f", 64),
+              MOQK_D4("+f", 68), MOQK_D4("+f", 72), MOQK_D4("+f", 76))
+MOQK_WGMMA_OF(moqk_wgmma, float, 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
+              MOQK_D32("+f", 64), MOQK_D32("+f", 96))
+/* The same of bytes: A[64 x 32] B[32 x N]. */
+MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 32, "m64n64k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 64, "m64n128k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 64, "m64n128k32.s32.s8.s8", "", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+r", 0), MOQK_D32("+r", 32))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 128, "m64n256k32.s32.s8.s8", "", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D32("+r", 64),
+              MOQK_D32("+r", 96))
 
 __device__ __forceinline__ uint32_t moqk_of_block(uint32_t at, uint32_t rank)
 {
@@ -3574,54 +3686,66 @@ __device__ __forceinline__ float4 moqk_read_block(uint32_t at)
 /* Barriers of a warpgroup and those of the same number in the other blocks of its cluster: sums are there, sums have been read. */
 struct moqk_share {
     uint32_t ready, read;
-    int round;
 
+    /* All that the warpgroup did before is seen by those who wait. */
     __device__ __forceinline__ void tell(uint32_t bar, int group, int thread, int blocks) const
     {
-        asm volatile("fence.acq_rel.cluster;" ::: "memory");
         moqk_sync_group(group);
         if (thread < blocks) asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(moqk_of_block(bar, thread)) : "memory");
     }
     __device__ __forceinline__ void wait(uint32_t bar) const
     {
         asm volatile("{ .reg .pred p;\n"
-                     "W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-                     "@p bra D; bra W; D: }" :: "r"(bar), "r"(round & 1) : "memory");
+                     "W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
+                     "@p bra D; bra W; D: }" :: "r"(bar) : "memory");
     }
 };
 
-/* As moqk_finish for a tile whose columns the blocks of a cluster share: each adds up some of the tokens, in the order of the columns. `room`: ROOM
-   tokens. */
-template <int FORM, int GROUPED, int BM, int ROOM, typename T>
-__device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, moqk_share &share,
-                                   const T (&d)[BM / 2])
+/* As moqk_finish for a tile whose columns the blocks of a cluster share, the only one that they have: each adds up some of the tokens, in the order of the
+   columns. `ring`: shared memory of both rings, which nobody needs any more: the block's sums [warpgroup][BM tokens][68]. */
+template <int FORM, int GROUPED, int BM, typename T>
+__device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *ring,
+                                   const moqk_share &share, const T (&d)[BM / 2])
 {
     const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
-    const int mine = min(ROOM, BM) / b.split, first = blockIdx.x % b.split * mine;
+    const int rank = blockIdx.x % b.split, first = BM * rank / b.split, end = BM * (rank + 1) / b.split;
+    float *room = ring + group * (BM * 68);
     const uint32_t here = moqk_shared_at(room) + (thread & 15) * 16;
+    asm volatile("bar.sync 3, 256;" ::: "memory"); /* the other warpgroup has read its last x */
 #pragma unroll
-    for (int r = 0; r < (BM + ROOM - 1) / ROOM; r++) {
-        moqk_sync_group(group);
-        moqk_lay_sums<32>(room, thread, d, r * (ROOM / 32));
-        if (ROOM > 32 && r * 64 + 32 < BM) moqk_lay_sums<32>(room + 32 * 68, thread, d, ROOM > 32 && r * 64 + 32 < BM ? r * 2 + 1 : 0);
-        share.tell(share.ready, group, thread, b.split);
-        share.wait(share.ready);
-        for (int token = first + (thread >> 4); token < first + mine; token += 8) {
-            float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-            for (int c = 0; c < b.split; c++) {
-                const float4 v = moqk_read_block(moqk_of_block(here + token * 272, c));
-                sum.x += v.x;
-                sum.y += v.y;
-                sum.z += v.z;
-                sum.w += v.w;
+    for (int r = 0; r < BM / 32; r++) moqk_lay_sums<32>(room + r * (32 * 68), thread, d, r);
+    share.tell(share.ready, group, thread, b.split);
+    share.wait(share.ready);
+    for (int token = first + (thread >> 4); token < end; token += 32) { /* four at a time: what another block holds is far away */
+        float4 sum[4];
+#pragma unroll
+        for (int u = 0; u < 4; u++) sum[u] = make_float4(0, 0, 0, 0);
+        for (int c = 0; c < b.split; c++) {
+            const uint32_t from = moqk_of_block(here, c);
+            float4 v[4];
+#pragma unroll
+            for (int u = 0; u < 4; u++) v[u] = moqk_read_block(from + min(token + 8 * u, BM - 1) * 272);
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                sum[u].x += v[u].x;
+                sum[u].y += v[u].y;
+                sum[u].z += v[u].z;
+                sum[u].w += v[u].w;
             }
-            if (r * ROOM + token < BM) moqk_put_rows(a, b, q, o, q.x_first + r * ROOM + token, sum);
         }
-        share.tell(share.read, group, thread, b.split);
-        share.wait(share.read);
-        share.round++;
+#pragma unroll
+        for (int u = 0; u < 4; u++)
+            if (token + 8 * u < end) moqk_put_rows(a, b, q, o, q.x_first + token + 8 * u, sum[u]);
     }
+    share.tell(share.read, group, thread, b.split);
+    share.wait(share.read); /* no block ends while another reads its sums */
+}
+
+/* A box of a tensor from column x, row y on into shared memory. */
+__device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
 
 /* The ring: stage of the next tile of x, its round. */
@@ -3647,7 +3771,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of so many tokens, barriers, pieces of warps. */
-    static constexpr int ROOM = BITS == 4 || BM <= 128 ? 64 : 32, REST = 2 * ROOM * 68 * 4 + 32 * 8 + 8 * 64;
+    static constexpr int ROOM = 32, REST = 2 * ROOM * 68 * 4 + 32 * 8 + 8 * 64;
     static constexpr int LEFT = (232448 - 1024 - REST - W_RING * W_STAGE) / X_STAGE, X_RING = LEFT > 8 ? 8 : LEFT;
     static constexpr int ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM * 68 * 4, KEPT_AT = BARS_AT + 32 * 8;
     static constexpr int SHARED = 1024 + ROOM_AT + REST;
@@ -3715,6 +3839,27 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         }
     }
 
+    /* x as the caller has it: one copy a slab where the tile is full, else 32 tokens at a time where there are any: what lies past the end would cost more
+       than what is there, and nobody reads the sums of what is left over. */
+    __device__ __forceinline__ void fill_direct(const moqk_call &a, const moqk_gemm_args &b, const moqk_x_maps &maps, moqk_piece &q, int lane) const
+    {
+        moqk_stage s = {0, 0};
+        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+            const int tokens = q.end - q.first, boxes = tokens + 32 >= BM && BM > 32 ? 0 : (tokens + 31) / 32, copies = boxes ? boxes : 1;
+            for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
+                const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
+                moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
+                if (lane == 0) moqk_barrier_expect(bar, X_SLABS * 128 * (boxes ? boxes * 32 : BM));
+                __syncwarp();
+                if (lane < X_SLABS * copies) {
+                    const int slab = lane / copies, box = lane % copies;
+                    moqk_copy_box(to + slab * (BM * 128) + box * 4096, boxes ? &maps.part : &maps.whole, (i + slab) * 64, q.first + box * 32, bar);
+                }
+                s.step(X_RING);
+            }
+        }
+    }
+
     /* One copy where the tokens of all slabs are one tile and lie together. */
     __device__ __forceinline__ void fill_x(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
     {
@@ -3735,16 +3880,18 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     }
 
     /* The third warpgroup. */
-    __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, int warp, int lane) const
+    __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, const moqk_x_maps &maps, int warp, int lane) const
     {
         moqk_piece q;
         q.at = -1;
         if (warp == 0) fill_codes(a, b, q, lane);
         if (warp == 2 && HAS_GROUPS) fill_scales(a, b, q, lane);
         if (warp != 1) return;
+        if (!BYTES && b.direct && lane < 2) asm volatile("prefetch.tensormap [%0];" :: "l"(lane ? &maps.part : &maps.whole) : "memory");
         moqk_wait_for_before();
         moqk_dependents_may_start();
-        fill_x(a, b, q, lane);
+        if (!BYTES && b.direct) fill_direct(a, b, maps, q, lane);
+        else fill_x(a, b, q, lane);
     }
 #endif
 };
@@ -3756,6 +3903,8 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
     using moqk_operands<FORM, GROUPED>::UNITS;
     moqk_stage next;
     int32_t warp, chunks, shift, wrap;
+    uint4 w[UNITS];
+    uint32_t each[4];          /* scales of 4-bit floats */
 
     __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units)
     {
@@ -3770,19 +3919,23 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
         }
     }
 
-    __device__ __forceinline__ void decode(const R &r, int32_t unit, int b, uint32_t (&a)[16])
+    /* Block b (0..3) of a unit comes into registers: codes, scales, zero points. */
+    __device__ __forceinline__ void fetch(const R &r, int32_t unit, int b)
     {
         const int lane = threadIdx.x & 31;
         const uint32_t stage = r.w + next.at * R::W_STAGE;
-        uint4 w[UNITS];
         if (b % R::W_SLABS == 0) moqk_barrier_wait(r.w_full + next.at * 8, (uint32_t)next.parity);
         if (unit >= wrap) unit -= wrap;
         uint32_t codes = stage + warp * R::TILE;
+        const uint32_t scales = codes + 2048 + b * 2 + (lane >> 2) * (FORM == MOQK_NVFP4 ? 32 : 16); /* of 4-bit floats: see moqk_fast_bytes */
         if (R::BITS == 4) codes += b * 512;
         if (R::BITS == 8) codes += (b & 1) * 1024 + (b > 1 && unit * 2 + 1 < chunks ? 2048 : 0); /* past the end: the last chunk again */
 #pragma unroll
         for (int i = 0; i < UNITS; i++) w[i] = moqk_read16(codes + i * 512 + lane * 16);
-        if (FORM <= MOQK_MXFP4 && b == 0) this->bytes = moqk_read8(codes + 2048 + (FORM == MOQK_NVFP4 ? lane * 8 : (lane >> 1) * 8));
+        if (FORM <= MOQK_MXFP4)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                each[i] = FORM == MOQK_MXFP4 && (i & 1) ? each[i - 1] : moqk_read2(scales + (FORM == MOQK_NVFP4 ? i : i >> 1) * 8);
         if (GROUPED) {
             const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256) >> shift, groups - 1);
 #pragma unroll
@@ -3794,18 +3947,22 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
                     this->zero[h] = moqk_read4(stage + R::ZEROS_AT + (warp * R::GROUPS + g) * 16 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
             }
         }
+        if (FORM <= MOQK_MXFP4) moqk_turn_quad(w[0]);
         if (b % R::W_SLABS == R::W_SLABS - 1) {
             __syncwarp();
             if (lane == 0) moqk_barrier_arrive(r.w_empty + next.at * 8);
             next.step(R::W_RING);
         }
-        this->decode_words(w, b, a);
     }
+
+    /* What was fetched last, as left operands of four products. */
+    __device__ __forceinline__ void decode(uint32_t (&a)[16]) const { this->decode_words(w, each, a); }
 };
 
 /* What a warpgroup multiplies, and stages of x it is done with. */
 template <int FORM, int GROUPED, int BM> struct moqk_consumer {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
+    static constexpr int AHEAD = BM <= 128; /* else registers are short, and there is time */
     moqk_stage run;            /* the next product's */
     int done;                  /* the next stage to free */
 
@@ -3828,28 +3985,31 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
         if (++done == R::X_RING) done = 0;
     }
 
-    /* d = all units of a piece. While a block is multiplied the next one is decoded. */
+    /* Block b of a unit is multiplied; then, while it is, the next one is decoded and the one behind that fetched. last: no unit follows. */
+    __device__ __forceinline__ void step(const R &r, moqk_staged<FORM, GROUPED, BM> &w, float (&d)[BM / 2], const uint32_t (&now)[16], uint32_t (&next)[16],
+                                         int32_t unit, int b, int first, int last, int lane)
+    {
+        multiply(r, d, now, b, !first || b > 0);
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (!first || b > 0) release(r, (b + 3) & 3, lane);
+        if (!AHEAD && (b < 3 || !last)) w.fetch(r, unit + (b == 3), (b + 1) & 3);
+        if (b < 3 || !last) w.decode(next);
+        if (AHEAD && (b < 2 || !last)) w.fetch(r, unit + (b >= 2), (b + 2) & 3);
+    }
+
+    /* d = all units of a piece. */
     __device__ __forceinline__ void run_units(const R &r, moqk_staged<FORM, GROUPED, BM> &w, float (&d)[BM / 2], int32_t from, int32_t to, int lane)
     {
         uint32_t a0[16], a1[16];
-        w.decode(r, from, 0, a0);
+        w.fetch(r, from, 0);
+        w.decode(a0);
+        if (AHEAD) w.fetch(r, from, 1);
         for (int32_t unit = from; unit < to; unit++) {
-            multiply(r, d, a0, 0, unit > from);
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (unit > from) release(r, 3, lane);
-            w.decode(r, unit, 1, a1);
-            multiply(r, d, a1, 1, 1);
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            release(r, 0, lane);
-            w.decode(r, unit, 2, a0);
-            multiply(r, d, a0, 2, 1);
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            release(r, 1, lane);
-            w.decode(r, unit, 3, a1);
-            multiply(r, d, a1, 3, 1);
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            release(r, 2, lane);
-            if (unit + 1 < to) w.decode(r, unit + 1, 0, a0);
+            const int first = unit == from, last = unit + 1 == to;
+            step(r, w, d, a0, a1, unit, 0, first, last, lane);
+            step(r, w, d, a1, a0, unit, 1, first, last, lane);
+            step(r, w, d, a0, a1, unit, 2, first, last, lane);
+            step(r, w, d, a1, a0, unit, 3, first, last, lane);
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         release(r, 3, lane);
@@ -3859,7 +4019,8 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
 
 /* Grid: any number of blocks. 384 threads: warpgroups 0 and 1 multiply, warps of the third copy; it gives its registers to the others. */
 template <int FORM, int GROUPED, int BM>
-__global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+__global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b,
+    const __grid_constant__ moqk_x_maps maps)
 {
 #if MOQK_WGMMA
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
@@ -3876,11 +4037,11 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
     if (a.tiles) moqk_wait_for_before(); /* they say what is to be done */
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        r.fill(a, b, warp, lane);
+        r.fill(a, b, maps, warp, lane);
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8, 0};
+    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8};
     moqk_consumer<FORM, GROUPED, BM> k = {{0, 0}, 0};
     moqk_staged<FORM, GROUPED, BM> w;
     w.next.at = w.next.parity = 0;
@@ -3896,8 +4057,8 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
         k.run_units(r, w, d, from, to, lane);
         __syncwarp();
         q = *kept;
-        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, R::ROOM>(a, b, q, group, thread, room, share, d);
-        else moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, d);
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)base, share, d);
+        else if (!moqk_finish_pairs<FORM, GROUPED, BM>(a, b, q, group, thread, room, d)) moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, d);
     }
 #endif
 }
@@ -3912,18 +4073,46 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
    x8 [slab of 128 columns][tokens, padded][128], 16-byte pieces exchanged by xor with token & 7 as in x16: the inputs' codes. The scale of a token goes
    to its sums at the end, scales of 128 columns (of inputs, of weights) to the sums of 128 columns.
 
-   Tensor cores keep about 14 bits of a sum of E4M3 products. So sums of 128 columns are added up in F32 apart, and the error is 2^-13 of those.
+   Tensor cores keep about 14 bits of a sum of E4M3 products. So sums of 256 columns (with scales: of 128) are added up in F32 apart, and the error is
+   2^-13 of those.
    Sums of I8 are exact in I32: fewer than 2^17 columns.
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQK_RELATIVE = 3 }; /* GROUPED of MXFP4: scales beside the largest of the row */
 
-__device__ __forceinline__ uint32_t moqk_four_bytes(int elem, const float *v)
+/* Four values as codes of E4M3 or I8: nearest, ties to even, saturating. */
+__device__ __forceinline__ uint32_t moqk_four_bytes(int elem, float a, float b, float c, float d)
 {
     uint32_t w = 0;
+#if MOQK_WGMMA
+    if (elem == MOQ_F8_E4M3) {
+        asm("{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h}; }"
+            : "=r"(w) : "f"(a), "f"(b), "f"(c), "f"(d));
+    } else {
+        const float v[4] = {a, b, c, d};
 #pragma unroll
-    for (int i = 0; i < 4; i++) w |= (elem == MOQ_F8_E4M3 ? moqk_to_e4m3(v[i]) : (uint32_t)(int)moqk_round_code(elem, v[i], 0) & 255) << (8 * i);
+        for (int i = 0; i < 4; i++) {
+            int code;
+            asm("cvt.rni.sat.s8.f32 %0, %1;" : "=r"(code) : "f"(v[i]));
+            w |= (uint32_t)(code & 255) << (8 * i);
+        }
+    }
+#endif
     return w;
+}
+
+/* v / unit, rounded correctly where it matters; `by`: 1 / unit. Quotients beyond every code only stay beyond them. */
+__device__ __forceinline__ float moqk_divide(float v, float unit, float by)
+{
+    const float q = v * by;
+    return fabsf(q) < 1073741824.0f ? fmaf(fmaf(-q, unit, v), by, q) : q;
+}
+
+/* Columns 2 k, 2 k + 1 of the 16 that a piece of x8 holds: as the weights have them. */
+__device__ __forceinline__ int32_t moqk_byte_col(int form, int piece, int k)
+{
+    const int t = k & 3;
+    return form == MOQK_MXFP4 ? (piece >> 2) * 64 + t * 16 + ((piece & 3) ^ t) * 2 + (k >> 2) * 8 : piece * 16 + k * 2;
 }
 
 /* x -> x8 and the scales of its tokens: what the feed would round it to, as codes. x is what the feed left (whose rounded values have the same codes
@@ -3945,23 +4134,26 @@ __global__ void __launch_bounds__(256) moqk_pack_bytes(moqk_pack_args a)
         float top = 0;
         for (int32_t i = threadIdx.x; i < a.slabs * 8; i += blockDim.x) {
             const int32_t slab = i >> 3, piece = i & 7;
-            float v[16];
+            float v[16]; /* 2 t, 2 t + 1, 2 t + 8, 2 t + 9 become a register of lane t: see moqk_fast_col */
             uint32_t w[4];
+            if (a.whole && a.form != MOQK_MXFP4) {
+                moqk_get16(a, from + slab * 128 + piece * 16, slab * 128 + piece * 16 < a.cols, v);
+            } else {
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const int32_t col = slab * 128 + (a.form == MOQK_MXFP4 ? (piece >> 2) * 64 + t * 16 + (piece & 3) * 4 : piece * 16 + t * 4);
-                float4 x = make_float4(0, 0, 0, 0);
-                if (col < a.cols && a.x_bf16) {
-                    const uint2 two = *(const uint2 *)((const __nv_bfloat16 *)a.x + from + col);
-                    x = make_float4(__uint_as_float(two.x << 16), __uint_as_float(two.x & 0xffff0000u), __uint_as_float(two.y << 16),
-                                    __uint_as_float(two.y & 0xffff0000u));
-                } else if (col < a.cols) x = *(const float4 *)((const float *)a.x + from + col);
-                if (smooth && col < a.cols) { x.x *= smooth[col]; x.y *= smooth[col + 1]; x.z *= smooth[col + 2]; x.w *= smooth[col + 3]; }
-                v[4 * t] = x.x;
-                v[4 * t + 1] = x.y;
-                v[4 * t + 2] = x.z;
-                v[4 * t + 3] = x.w;
+                for (int k = 0; k < 8; k++) {
+                    const int32_t col = slab * 128 + moqk_byte_col(a.form, piece, k);
+                    float2 x = make_float2(0, 0);
+                    if (col < a.cols) x = moqk_get2(a, from + col);
+                    v[2 * k] = x.x;
+                    v[2 * k + 1] = x.y;
+                }
             }
+            if (smooth)
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    const int32_t col = slab * 128 + moqk_byte_col(a.form, piece, k);
+                    if (col < a.cols) { v[2 * k] *= smooth[col]; v[2 * k + 1] *= smooth[col + 1]; }
+                }
             if (pass == 0 || by_group) {
                 if (by_group) top = 0;
 #pragma unroll
@@ -3973,13 +4165,19 @@ __global__ void __launch_bounds__(256) moqk_pack_bytes(moqk_pack_args a)
                 unit = top > 0 ? top / largest : 1;
             }
             if (piece == 0 && a.scale) a.scale[slab * a.tokens + m] = unit;
+            if (unit > 8.7e-19f && unit < 1.1e18f) { /* no quotient that matters is subnormal */
+                const float by = 1 / unit;
 #pragma unroll
-            for (int k = 0; k < 16; k++) {
-                v[k] = v[k] / unit;
-                odd |= !(v[k] == v[k]);
+                for (int k = 0; k < 16; k++) v[k] = moqk_divide(v[k], unit, by);
+            } else {
+#pragma unroll
+                for (int k = 0; k < 16; k++) v[k] = v[k] / unit;
             }
+            if (elem != MOQ_F8_E4M3)
 #pragma unroll
-            for (int t = 0; t < 4; t++) w[t] = moqk_four_bytes(elem, v + 4 * t);
+                for (int k = 0; k < 16; k++) odd |= !(v[k] == v[k]);
+#pragma unroll
+            for (int t = 0; t < 4; t++) w[t] = moqk_four_bytes(elem, v[2 * t], v[2 * t + 1], v[2 * t + 8], v[2 * t + 9]);
             *(uint4 *)(a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((piece ^ (m & 7)) << 4)) = make_uint4(w[0], w[1], w[2], w[3]);
         }
         if (pass == 0) {
@@ -3992,27 +4190,6 @@ __global__ void __launch_bounds__(256) moqk_pack_bytes(moqk_pack_args a)
 }
 
 #if MOQK_WGMMA
-/* D[64 x N] += A[64 x 32] (registers) B[32 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. */
-#define MOQK_BYTES_BODY(add, n, types, list, a0, a1, a2, a3, desc, signs) \
-    "{ .reg .pred p; setp.ne.b32 p, %" #add ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k32." types " {" list "}, " \
-    "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #desc ", p" signs "; }"
-#define MOQK_E4M3_BODY(add, n, list, a0, a1, a2, a3, desc) MOQK_BYTES_BODY(add, n, "f32.e4m3.e4m3", list, a0, a1, a2, a3, desc, ", 1, 1")
-#define MOQK_S8_BODY(add, n, list, a0, a1, a2, a3, desc) MOQK_BYTES_BODY(add, n, "s32.s8.s8", list, a0, a1, a2, a3, desc, "")
-#define MOQK_I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define MOQK_I32(i) MOQK_I4(i), MOQK_I4(i + 4), MOQK_I4(i + 8), MOQK_I4(i + 12), MOQK_I4(i + 16), MOQK_I4(i + 20), MOQK_I4(i + 24), MOQK_I4(i + 28)
-__device__ __forceinline__ void moqk_wgmma_bytes(float (&d)[32], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_E4M3_BODY(37, 64, MOQK_L32, 32, 33, 34, 35, 36) : MOQK_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-__device__ __forceinline__ void moqk_wgmma_bytes(int (&d)[64], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_S8_BODY(69, 128, MOQK_L64, 64, 65, 66, 67, 68) : MOQK_I32(0), MOQK_I32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
-__device__ __forceinline__ void moqk_wgmma_bytes(int (&d)[128], const uint32_t *a, uint64_t desc, int add)
-{
-    asm volatile(MOQK_S8_BODY(133, 256, MOQK_L128, 128, 129, 130, 131, 132)
-                 : MOQK_I32(0), MOQK_I32(32), MOQK_I32(64), MOQK_I32(96) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add));
-}
 /* Sums are read from here on. */
 template <int N> __device__ __forceinline__ void moqk_settle(float (&d)[N])
 {
@@ -4162,7 +4339,8 @@ __device__ __forceinline__ void moqk_add_bytes(float (&sum)[M], const float (&d)
 /* A warpgroup's products of whole units. */
 template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
     typedef moqk_rings<FORM, GROUPED, BM, 1> R;
-    static constexpr int PARTS = BM / 64; /* tokens of a product of E4M3: 64, sums apart need registers */
+    static constexpr int N = BM < 128 ? BM : 128, PARTS = BM / N; /* tokens of a product of E4M3: sums apart need registers */
+    static constexpr int SCALED = FORM > MOQK_MXFP4 && GROUPED;
     moqk_stage run;            /* of x */
 
     /* x of half h of the unit, the first of which has been waited for; the second stage: X_SLABS 1. */
@@ -4205,44 +4383,75 @@ template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
         moqk_settle(sum);
     }
 
-    /* E4M3: sums of 128 columns apart, 64 tokens at a time: while those of one are added up the next are made. */
-    __device__ __forceinline__ void run_units(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, float (&sum)[BM / 2], int32_t from, int32_t to, int lane)
+    /* E4M3 without scales of groups: sums of a unit's 256 columns apart. While one half's products run the other half is decoded. */
+    __device__ __forceinline__ void run_plain(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, float (&sum)[BM / 2], int32_t from, int32_t to, int lane)
     {
-        uint32_t a[16];
-#pragma unroll
-        for (int i = 0; i < BM / 2; i++) sum[i] = 0;
-        w.take(r, from, 0, a);
+        uint32_t a0[16], a1[16];
+        w.take(r, from, 0, a0);
         for (int32_t i = from; i < to; i++) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint32_t x_scales = r.x + stage_of(h) * R::X_STAGE + R::X_SCALES_AT + (R::X_SLABS == 2 ? h * BM * 4 : 0);
-                const float scale[2] = {w.scale[0], w.scale[1]};
-                float d[2][32];
-                wait(r, h);
-                moqk_begin_bytes(d[0], a, desc_of(r, h, 0), 0);
-#pragma unroll
-                for (int t = 0; t < PARTS; t++) {
-                    if (t + 1 < PARTS) {
-                        moqk_begin_bytes(d[(t + 1) & 1], a, desc_of(r, h, (t + 1) * 64), 0);
-                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                    } else {
-                        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                        if (h == 0) w.take(r, i, 1, a);
-                        else if (i + 1 < to) w.take(r, i + 1, 0, a);
-                    }
-                    moqk_settle(d[t & 1]);
-                    moqk_add_bytes<FORM, GROUPED>(sum, d[t & 1], t * 32, scale, x_scales + t * 256);
+            for (int t = 0; t < PARTS; t++) {
+                float d[N / 2];
+                if (t == 0) wait(r, 0);
+                moqk_begin_bytes(d, a0, desc_of(r, 0, t * N), 0);
+                if (t == 0) { w.take(r, i, 1, a1); wait(r, 1); }
+                moqk_begin_bytes(d, a1, desc_of(r, 1, t * N), 1);
+                if (t == PARTS - 1) {
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    if (i + 1 < to) w.take(r, i + 1, 0, a0);
                 }
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                if (t == PARTS - 1) release(r, lane);
+                moqk_settle(d);
+                moqk_add_bytes<FORM, GROUPED>(sum, d, t * (N / 2), w.scale, 0);
             }
+        }
+    }
+
+    /* With scales: sums of 128 columns apart. Half h of unit i is multiplied (`now`), meanwhile the next one decoded. */
+    __device__ __forceinline__ void add_scaled(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, float (&sum)[BM / 2], uint32_t (&now)[16], uint32_t (&next)[16],
+                                               int32_t i, int h, int more)
+    {
+        const uint32_t x_scales = r.x + stage_of(h) * R::X_STAGE + R::X_SCALES_AT + (R::X_SLABS == 2 ? h * BM * 4 : 0);
+        const float scale[2] = {w.scale[0], w.scale[1]};
+        wait(r, h);
+#pragma unroll
+        for (int t = 0; t < PARTS; t++) {
+            float d[N / 2];
+            moqk_begin_bytes(d, now, desc_of(r, h, t * N), 0);
+            if (PARTS == 1 && more) w.take(r, i + h, 1 - h, next);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            moqk_settle(d);
+            if (PARTS > 1 && t == PARTS - 1 && more) w.take(r, i + h, 1 - h, now); /* registers are short: the other warpgroup's products run meanwhile */
+            moqk_add_bytes<FORM, GROUPED>(sum, d, t * (N / 2), scale, x_scales + t * N * 4);
+        }
+    }
+    __device__ __forceinline__ void run_scaled(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, float (&sum)[BM / 2], int32_t from, int32_t to, int lane)
+    {
+        uint32_t a0[16], a1[16];
+        w.take(r, from, 0, a0);
+        for (int32_t i = from; i < to; i++) {
+            add_scaled(r, w, sum, a0, a1, i, 0, 1);
+            if (PARTS == 1) add_scaled(r, w, sum, a1, a0, i, 1, i + 1 < to);
+            else add_scaled(r, w, sum, a0, a1, i, 1, i + 1 < to);
             release(r, lane);
         }
+    }
+
+    __device__ __forceinline__ void run_units(const R &r, moqk_bytes_staged<FORM, GROUPED, BM> &w, float (&sum)[BM / 2], int32_t from, int32_t to, int lane)
+    {
+#pragma unroll
+        for (int i = 0; i < BM / 2; i++) sum[i] = 0;
+        if (SCALED) run_scaled(r, w, sum, from, to, lane);
+        else run_plain(r, w, sum, from, to, lane);
     }
 };
 #endif
 
 /* Threads as in moqk_gemm_wgmma. GROUPED: scales of 128 columns or more on sums, MOQK_RELATIVE. */
 template <int FORM, int GROUPED, int BM>
-__global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+__global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b,
+    const __grid_constant__ moqk_x_maps maps)
 {
 #if MOQK_WGMMA
     typedef moqk_rings<FORM, GROUPED, BM, 1> R;
@@ -4258,12 +4467,12 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
     if (b.split > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     if (a.tiles) moqk_wait_for_before();
     if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        r.fill(a, b, warp, lane);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FORM == MOQK_FAST_U8 || BM < 256 ? 40 : 24));
+        r.fill(a, b, maps, warp, lane);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8, 0};
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FORM == MOQK_FAST_U8 || BM < 256 ? 232 : 240)); /* sums of two kinds */
+    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8};
     moqk_bytes_consumer<FORM, GROUPED, BM> k = {{0, 0}};
     moqk_bytes_staged<FORM, GROUPED, BM> w;
     w.next.at = w.next.parity = 0;
@@ -4279,8 +4488,8 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
         k.run_units(r, w, sum, from, to, lane);
         __syncwarp();
         q = *kept;
-        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, R::ROOM>(a, b, q, group, thread, room, share, sum);
-        else moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, sum);
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)base, share, sum);
+        else if (!moqk_finish_pairs<FORM, GROUPED, BM>(a, b, q, group, thread, room, sum)) moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, sum);
     }
 #endif
 }
@@ -4376,7 +4585,7 @@ static void moqc_launch_wgmma(const struct moqc_job *j);
 static void moqc_launch_mma(const struct moqc_job *j);
 
 #define MOQC_GEMM_KERNELS \
-    {"gemm-bytes", 17, INT32_MAX, moqc_fits_bytes, 1, moqc_launch_bytes, "inputs and weights as 8 bits for wgmma, sums of 128 columns in F32"}, \
+    {"gemm-bytes", 17, INT32_MAX, moqc_fits_bytes, 1, moqc_launch_bytes, "inputs and weights as 8 bits for wgmma, sums of 128 or 256 columns in F32"}, \
     {"gemm-wgmma", 17, INT32_MAX, moqc_fits_wgmma, 1, moqc_launch_wgmma, "weights decoded in registers for wgmma, F32 sums"}, \
     {"gemm-mma", 17, INT32_MAX, moqc_fits_mma, 1, moqc_launch_mma, "weights decoded in registers for mma.sync, F32 sums"},
 
@@ -5406,7 +5615,8 @@ static int moqc_fits_mma(const struct moqc_shape *s)
     return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (!moqc_precise(s->bf16, s->act) ? 64 : s->grouped ? 512 : 1024);
 }
 
-typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args);
+typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args, moqk_x_maps);
+typedef void (*moqc_mma_kernel)(moqk_call, moqk_gemm_args);
 
 /* A kernel and the shared memory that it needs. */
 typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int shared; } moqc_gemm_choice;
@@ -5456,7 +5666,7 @@ static moqc_gemm_choice moqc_bytes_find(int form, int grouped, int tokens)
     }
 }
 
-static moqc_gemm_kernel moqc_mma_find(int form, int grouped)
+static moqc_mma_kernel moqc_mma_find(int form, int grouped)
 {
     switch (form) {
     case MOQK_NVFP4: return moqk_gemm_mma<MOQK_NVFP4, 0>;
@@ -5478,8 +5688,8 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, even, split; } moqc_gemm_
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t row_tiles, int64_t units, int which)
 {
     static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[8] = {
-        {64, MOQC_WGMMA, 0.25, 2, 5}, {128, MOQC_WGMMA, 0.37, 2, 9}, {160, MOQC_WGMMA, 0.42, 2, 12}, {256, MOQC_WGMMA, 0.66, 3, 15}, {64, MOQC_MMA, 0.5, 3, 9},
-        {64, MOQC_BYTES, 0.26, 2, 5}, {128, MOQC_BYTES, 0.30, 2, 9}, {256, MOQC_BYTES, 0.52, 3, 15}};
+        {64, MOQC_WGMMA, 0.31, 1, 3}, {128, MOQC_WGMMA, 0.43, 1.5, 4}, {160, MOQC_WGMMA, 0.47, 2, 6}, {256, MOQC_WGMMA, 0.635, 2.5, 9}, {64, MOQC_MMA, 0.5, 3, 9},
+        {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {64, 1, 0, 1};
     double least = 1e30;
     for (int i = 0; i < 8; i++) {
@@ -5490,11 +5700,12 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1), count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
-        for (int k = 0; k < (which == MOQC_MMA ? 2 : 3); k++) { /* without clusters: whole tiles, equal runs; with them: 1, 2, 4 blocks a tile */
-            const int even = which == MOQC_MMA && k, split = which == MOQC_MMA ? 1 : 1 << k;
+        for (int k = 0; k < (which == MOQC_MMA ? 2 : 4); k++) { /* without clusters: whole tiles, equal runs; with them: 1 to 4 blocks a tile */
+            const int even = which == MOQC_MMA && k, split = which == MOQC_MMA ? 1 : k + 1;
             if ((j->c->gemm_even && j->c->gemm_even != k + 1) || units < split) continue;
-            const int64_t fit = split == 4 ? room * 9 / 40 : room / split; /* clusters of 4 do not fit everywhere */
+            const int64_t fit = split == 4 ? room * 9 / 40 : split == 3 ? room * 3 / 10 : room / split; /* clusters of 3 and 4 do not fit everywhere */
             const int64_t runs = moqc_max(1, moqc_min(fit, even ? count * moqc_min(units, 4) : count)), rounds = even ? 1 : moqk_ceil(count, runs);
+            if (split > 1 && rounds > 1) continue; /* see moqk_finish_shared */
             const int64_t longest = even ? moqk_ceil(count * units, runs) : rounds * moqk_ceil(units, split);
             const double time = (double)longest * (which == MOQC_BYTES ? 2 : 4) * tiles[i].slab + (double)rounds * (even || split > 1 ? tiles[i].shared_end : tiles[i].end);
             if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs * split; best.even = even; best.split = split; }
@@ -5525,8 +5736,26 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
 
+/* x of the call as the copy engine reads it, or 0: it cannot. BF16, rows of whole 16 bytes; `tokens` of a tile. */
+static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_x_maps *maps)
+{
+    static const cuuint32_t one[2] = {1, 1};
+    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)call->all}, pitch[1] = {(cuuint64_t)call->ldx * 2};
+    if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0) return 0;
+    for (int i = 0; i < 2; i++) {
+        const cuuint32_t box[2] = {64, (cuuint32_t)(i ? 32 : tokens)};
+        if (c->encode_map(i ? &maps->part : &maps->whole, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)call->x, size, pitch, box, one,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
+    }
+    return 1;
+}
+
+/* Whether 16 columns of x may be read 16 bytes at a time. */
+static int moqc_whole_x(const moqk_call *call, int32_t cols) { return cols % 16 == 0 && ((uintptr_t)call->x & 15) == 0 && call->ldx % 8 == 0; }
+
 /* x of the call as x16 for weights of a form; `up`: what the form wants on x. */
-static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up, const moqk_gemm_args *b)
+static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up, int as_weights, const moqk_gemm_args *b)
 {
     moqc_ctx *c = j->c;
     moqk_pack_args a;
@@ -5546,8 +5775,10 @@ static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up,
     a.slabs = b->w_units * 4;
     a.parts = b->units / b->w_units;
     a.form = form;
+    a.as_weights = as_weights;
     a.unit = b->unit;
     a.x_bf16 = j->call.x_bf16;
+    a.whole = moqc_whole_x(&j->call, p->cols);
     if (a.unit == MOQK_TOKEN_UNIT) moqk_token_units<<<(unsigned)a.m, 256, 0, c->stream>>>(a, c->token_unit);
     dim3 grid((unsigned)a.slabs / 4, (unsigned)moqk_ceil(a.m, 32));
     moqc_launch_early(c, moqk_pack_x, grid, 256, 0, 1, "laying out inputs", a);
@@ -5572,6 +5803,7 @@ static void moqc_pack_bytes(const moqc_job *j, const moqk_part *p, int form, con
     a.slabs = b->units * 2;
     a.form = form;
     a.x_bf16 = j->call.x_bf16;
+    a.whole = moqc_whole_x(&j->call, p->cols);
     a.raw = j->call.raw;
     a.unit_out = c->token_unit;
     a.scale = (float *)b->x_scale;
@@ -5607,15 +5839,25 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.even = u.even;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
-    moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : which == MOQC_WGMMA ? moqc_wgmma_find(form, grouped, u.tokens)
-                            : moqc_gemm_choice{moqc_mma_find(form, grouped), moqk_mma_shared(form, grouped)};
     b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
+    moqk_x_maps maps;
+    memset(&maps, 0, sizeof maps);
+    const float up = form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
+    if (which == MOQC_MMA) {
+        moqc_pack(j, p, form, up, 1, &b);
+        moqc_launch_early(c, moqc_mma_find(form, grouped), dim3((unsigned)u.blocks), 256, moqk_mma_shared(form, grouped), 1, "a matrix product", j->call, b);
+        return;
+    }
     if (bytes_of_x) {
         b.fix = 1;
         if (form == MOQK_FAST_E4M3 && grouped) b.x_scale = (const float *)(const void *)(c->x16 + (int64_t)b.units * 2 * b.tokens * 128);
         moqc_pack_bytes(j, p, form, &b);
-    } else moqc_pack(j, p, form, form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1, &b); /* 2^60: moqk_form_x */
-    moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), which == MOQC_MMA ? 256 : 384, choice.shared, u.split, "a matrix product", j->call, b);
+    } else {
+        b.direct = up == 1 && parts == 1 && b.unit == MOQK_NO_UNIT && moqc_map_x(c, &j->call, p->cols, u.tokens, &maps);
+        if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
+    }
+    const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
+    moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), 384, choice.shared, u.split, "a matrix product", j->call, b, maps);
 }
 
 static void moqc_launch_gemm_forms(const moqc_job *j, int which)
@@ -8242,6 +8484,15 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_move);
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_has_wgmma);
     c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.sharedSizeBytes >= 16;
+    if (c->wgmma) {
+        cudaDriverEntryPointQueryResult found;
+        void *at = NULL;
+#if CUDART_VERSION >= 12050
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &at, 12000, cudaEnableDefault, &found) == cudaSuccess) c->encode_map = (moqc_encode_map)at;
+#else
+        if (cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &at, cudaEnableDefault, &found) == cudaSuccess) c->encode_map = (moqc_encode_map)at;
+#endif
+    }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     for (int i = 0; i < MOQC_SLOTS && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->slot_free[i], cudaEventDisableTiming);
     if (e == cudaSuccess) e = moqc_allow_shared(c->most_shared);
