@@ -43,6 +43,7 @@
        >>cuda-kv         KV caches
        >>cuda-attention  attention with F32 arithmetic: every format and head size
        >>cuda-attention-mma  attention of few queries on tensor cores
+       >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
        >>cuda-attention-tiles  attention of many queries on tensor cores
        >>cuda-attention-host   which of them runs
        >>cuda-moe        mixtures of experts
@@ -6214,6 +6215,7 @@ static void moqc_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n,
    ------------------------------------------------------------------------------------------------ */
 
 enum moqk_kv_kind { MOQK_KV_F32, MOQK_KV_BF16, MOQK_KV_E4M3, MOQK_KV_I8, MOQK_KV_NV4, MOQK_KV_MX4 };
+enum { MOQC_STREAM_AHEAD = 32 }; /* see moqk_attend_args */
 enum { MOQK_KV_MOST_DIM = 512, MOQK_KEYS = 64, MOQK_QUERIES = 32 }; /* keys of a step of the first kernel; queries and keys of a tile of the second */
 
 /* Keys or values of one layer. */
@@ -6639,6 +6641,7 @@ typedef struct moqk_attend_args {
     int32_t *arrived;          /* [rows, head groups] splits that are done; zero between launches */
     int64_t q_stride, y_stride;
     int32_t rows, heads, share, window, chunk, splits, bf16;
+    int32_t ahead;             /* >>cuda-attention-stream: pieces of 2 KiB of keys and of values that a block fetches ahead */
     float scale, softcap;
 } moqk_attend_args;
 
@@ -6979,7 +6982,7 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
 
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-mma  attention of few queries on tensor cores: 64 or 128 values a head, 16-bit, 8-bit and 4-bit caches
+   >>cuda-attention-mma  attention of few queries on tensor cores: 64 or 128 values a head, 4-bit caches
    The 16 rows of mma.m16n8k16 are 8 query heads twice: a number goes in as hi = f16(x) and lo = f16(x - hi), 22 bits of it, so only the
    products with the cache's own codes count, and those are exact in 16 bits. Codes become operands in registers, without shared memory.
    ------------------------------------------------------------------------------------------------ */
@@ -7120,22 +7123,19 @@ template <int KIND, int DIM> struct moqk_kv_piece {
     /* c[n] += q k for keys 8 n ... of this piece. rest: what BF16's two parts leave of q, MXFP4 only. */
     __device__ __forceinline__ void scores(const uint32_t (*q)[4], const uint32_t (*rest)[2], float s[2][4]) const
     {
-        constexpr int words = kb / 4, BF = moqk_kv_wants_bf16(KIND);
+        constexpr int BF = moqk_kv_wants_bf16(KIND);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
 #pragma unroll
-            for (int w = 0; w < words; w += bits == 16 ? 2 : 1) {
+            for (int w = 0; w < kb / 4; w++) {
                 uint32_t b[4];
                 uint32_t code = KIND == MOQK_KV_NV4 && DIM == 128 ? k_scale[n] >> (w / 2 * 8) & 255 : k_scale[n];
                 moqk_kv_operands<KIND>(k[n][w], moqk_kv_pair<KIND>(code), b);
-                if constexpr (bits == 16) moqk_kv_operands<KIND>(k[n][w + 1], 0, b + 1);
-                constexpr int per = bits == 4 ? 2 : 1; /* steps of one word, or of two with 16 bits */
 #pragma unroll
-                for (int i = 0; i < per; i++) {
-                    int step = (bits == 16 ? w / 2 : w * per) + i;
-                    moqk_attend_mma<BF>(s[n], q[step], b[2 * i], b[2 * i + 1]);
+                for (int i = 0; i < 2; i++) {
+                    moqk_attend_mma<BF>(s[n], q[w * 2 + i], b[2 * i], b[2 * i + 1]);
                     if constexpr (KIND == MOQK_KV_MX4) {
-                        const uint32_t third[4] = {rest[step][0], 0, rest[step][1], 0};
+                        const uint32_t third[4] = {rest[w * 2 + i][0], 0, rest[w * 2 + i][1], 0};
                         moqk_attend_mma<BF>(s[n], third, b[2 * i], b[2 * i + 1]);
                     }
                 }
@@ -7146,31 +7146,16 @@ template <int KIND, int DIM> struct moqk_kv_piece {
     /* out[i] += p v: column g of product i is dimension g * DIM / 8 + i. */
     __device__ __forceinline__ void values(const uint32_t p[4], float (*out)[4]) const
     {
-        constexpr int words = vb / 4, BF = moqk_kv_wants_bf16(KIND);
+        constexpr int BF = moqk_kv_wants_bf16(KIND);
 #pragma unroll
-        for (int w = 0; w < words; w++) {
-            if constexpr (bits == 4) {
-                uint32_t h[4][4];
+        for (int w = 0; w < vb / 4; w++) {
+            uint32_t h[4][4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(v[i][w], moqk_kv_pair<KIND>(v_scale[i]), h[i]);
+            for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(v[i][w], moqk_kv_pair<KIND>(v_scale[i]), h[i]);
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    moqk_attend_mma<BF>(out[8 * w + j], p, __byte_perm(h[0][j], h[1][j], 0x5410), __byte_perm(h[2][j], h[3][j], 0x5410));
-                    moqk_attend_mma<BF>(out[8 * w + j + 4], p, __byte_perm(h[0][j], h[1][j], 0x7632), __byte_perm(h[2][j], h[3][j], 0x7632));
-                }
-            } else if constexpr (bits == 8) {
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    uint32_t a[2], b[2];
-                    moqk_kv_operands<KIND>(__byte_perm(v[0][w], v[1][w], j ? 0x7362 : 0x5140), 0, a);
-                    moqk_kv_operands<KIND>(__byte_perm(v[2][w], v[3][w], j ? 0x7362 : 0x5140), 0, b);
-                    moqk_attend_mma<BF>(out[4 * w + 2 * j], p, a[0], b[0]);
-                    moqk_attend_mma<BF>(out[4 * w + 2 * j + 1], p, a[1], b[1]);
-                }
-            } else {
-#pragma unroll
-                for (int j = 0; j < 2; j++)
-                    moqk_attend_mma<BF>(out[2 * w + j], p, __byte_perm(v[0][w], v[1][w], j ? 0x7632 : 0x5410), __byte_perm(v[2][w], v[3][w], j ? 0x7632 : 0x5410));
+            for (int j = 0; j < 4; j++) {
+                moqk_attend_mma<BF>(out[8 * w + j], p, __byte_perm(h[0][j], h[1][j], 0x5410), __byte_perm(h[2][j], h[3][j], 0x5410));
+                moqk_attend_mma<BF>(out[8 * w + j + 4], p, __byte_perm(h[0][j], h[1][j], 0x7632), __byte_perm(h[2][j], h[3][j], 0x7632));
             }
         }
     }
@@ -7188,10 +7173,11 @@ template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_atte
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = a.c.k.rotate || k_bias;
     int64_t from = row * a.q_stride + (int64_t)(head + g) * DIM;
     if (through) {
-        for (int i = threadIdx.x; i < 8 * DIM; i += 128) room[i / DIM * R + i % DIM] = i / DIM < count ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + i / DIM) * DIM + i % DIM, a.bf16) * a.scale : 0;
+        for (int i = threadIdx.x; i < 8 * DIM; i += blockDim.x)
+            room[i / DIM * R + i % DIM] = i / DIM < count ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + i / DIM) * DIM + i % DIM, a.bf16) * a.scale : 0;
         if (a.c.k.rotate) moqk_rotate_rows(room, 8, R, DIM, 1 / sqrtf((float)DIM));
         __syncthreads();
-        for (int h = warp; h < 8; h += 4) {
+        for (int h = warp; h < 8; h += blockDim.x >> 5) {
             float sum = 0;
             for (int d = lane; k_bias && d < DIM; d += 32) sum += room[h * R + d] * k_bias[d];
             sum = moqk_warp_sum(sum);
@@ -7218,7 +7204,7 @@ template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_atte
 
 /* Up to 8 query heads of one row over one split of the positions; a warp takes every fourth run of 16 positions, loads of the next run are
    under way while this one is multiplied. Lane (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
-template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK_KV_BF16 || KIND == MOQK_KV_MX4 ? 2 : 3) moqk_attend_tensor(moqk_attend_args a)
+template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK_KV_MX4 ? 2 : 3) moqk_attend_tensor(moqk_attend_args a)
 {
     moqk_follow();
     extern __shared__ float4 room4[];
@@ -7233,7 +7219,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
     int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
     float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head], top = -3e38f, sum = 0;
     if (KIND == MOQK_KV_NV4) { k_scale *= 512.0f / 6; v_scale *= 512.0f / 6; }
-    if (KIND == MOQK_KV_BF16 || KIND == MOQK_KV_MX4) k_scale = v_scale = 1;
+    if (KIND == MOQK_KV_MX4) k_scale = v_scale = 1;
     uint32_t q[DIM / 16][4], rest[DIM / 16][2];
     float acc[N][4];
     moqk_kv_piece<KIND, DIM> now, next;
@@ -7309,6 +7295,308 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
         if (p == 0) a.stats[at] = make_float2(m, l);
     }
     if (a.partial) moqk_join_splits(a, row, head, count, N, room);
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
+   Every warp has its next 16 positions on their way and waits for no other warp until its sums meet theirs. With more on their way blocks were
+   late: what is asked for beyond the memory's latency only queues.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16 }; /* warps of a block at most; positions of a step of a warp */
+
+/* Bytes of a position; of a step. */
+__host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { return dim * moqk_kv_bits(kind) / 8; }
+__host__ __device__ static constexpr int moqk_stream_step(int kind, int dim) { return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim); }
+
+/* 16 bytes of a row stand where no two of the lanes that read at once want the same banks: piece ^ twist(row). Bit by bit linear in the row. */
+__host__ __device__ static constexpr uint32_t moqk_stream_twist(int row_bytes, int row)
+{
+    return (uint32_t)(row_bytes == 64 ? row >> 1 & 3 : (row & 1) << 2 | (row >> 1 & 3));
+}
+
+template <int ROW> __device__ __forceinline__ uint32_t moqk_stream_at(int row, int piece)
+{
+    return (uint32_t)(row * ROW) + (((uint32_t)piece ^ moqk_stream_twist(ROW, row)) << 4);
+}
+
+__device__ __forceinline__ uint4 moqk_shared16(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ float moqk_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The lane's share of a step on its way; rows past the last one become zeros. put: its first piece in shared memory; k, v: in the caches. */
+template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put, const uint8_t *k, const uint8_t *v, int32_t rows, int lane)
+{
+    constexpr int EACH = 512 / ROW; /* rows that the warp copies at once */
+    const int32_t left = rows - lane / (ROW / 16);
+#pragma unroll
+    for (int j = 0; j < ROW / 32; j++) {
+        const uint32_t to = (put ^ moqk_stream_twist(ROW, j * EACH) << 4) + j * 512, to_v = to + MOQK_STREAM_KEYS * ROW;
+        const int32_t bytes = left > j * EACH ? 16 : 0;
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to), "l"(k + j * 512), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to_v), "l"(v + j * 512), "r"(bytes) : "memory");
+    }
+}
+
+/* s[n] += q k of keys 8 n + g. */
+template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_scores(uint32_t keys, const uint32_t (*q)[4], int lane, float s[2][2])
+{
+    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND);
+    const uint32_t first = moqk_stream_at<ROW>(lane >> 2, lane & 3);
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < ROW / 64; j++) {
+            const uint4 w = moqk_shared16(keys + n * 8 * ROW + (first ^ j << 6));
+            if constexpr (KIND == MOQK_KV_BF16) {
+                moqk_attend_mma<BF>(even, q[j * 2], w.x, w.y);
+                moqk_attend_mma<BF>(odd, q[j * 2 + 1], w.z, w.w);
+            } else {
+                uint32_t b[8];
+                moqk_kv_operands<KIND>(w.x, 0, b);
+                moqk_kv_operands<KIND>(w.y, 0, b + 2);
+                moqk_kv_operands<KIND>(w.z, 0, b + 4);
+                moqk_kv_operands<KIND>(w.w, 0, b + 6);
+#pragma unroll
+                for (int i = 0; i < 4; i++) moqk_attend_mma<BF>(i & 1 ? odd : even, q[j * 4 + i], b[2 * i], b[2 * i + 1]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) s[n][i] = even[i] + odd[i] + (even[i + 2] + odd[i + 2]);
+    }
+}
+
+/* out[i] += p v: column g of product i is dimension g * DIM / 8 + i. Half of the lanes read their positions in the other order, for the banks' sake,
+   which the selectors of their bytes undo. */
+template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32_t p[4], int lane, float (*out)[4])
+{
+    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), LOADS = ROW == 256 ? 2 : 1, WORDS = ROW == 64 ? 2 : 4;
+    const int g = lane >> 2, t = lane & 3, other = ROW == 64 ? g >> 1 & 1 : g & 1, piece = ROW == 64 ? g >> 1 : g * LOADS;
+    const uint32_t first = moqk_stream_at<ROW>(2 * t + other, piece), second = moqk_stream_at<ROW>(2 * t + 1 - other, piece);
+    const uint32_t low = KIND == MOQK_KV_BF16 ? (other ? 0x1054u : 0x5410u) : (other ? 0x1504u : 0x5140u);
+    const uint32_t high = KIND == MOQK_KV_BF16 ? (other ? 0x3276u : 0x7632u) : (other ? 0x3726u : 0x7362u);
+#pragma unroll
+    for (int c = 0; c < LOADS; c++) {
+        uint32_t v[4][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t row = (uint32_t)((i & 2) * 4 * ROW) + (i & 1 ? second : first);
+            if constexpr (ROW == 64) {
+                const uint32_t at = values + row + (uint32_t)(g & 1) * 8;
+                asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[i][0]), "=r"(v[i][1]) : "r"(at));
+            } else {
+                const uint4 w = moqk_shared16(values + (row ^ c << 4));
+                v[i][0] = w.x; v[i][1] = w.y; v[i][2] = w.z; v[i][3] = w.w;
+            }
+        }
+#pragma unroll
+        for (int w = 0; w < WORDS; w++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const uint32_t a = __byte_perm(v[0][w], v[1][w], j ? high : low), b = __byte_perm(v[2][w], v[3][w], j ? high : low);
+                if constexpr (KIND == MOQK_KV_BF16) moqk_attend_mma<BF>(out[c * 8 + 2 * w + j], p, a, b);
+                else {
+                    uint32_t x[2], y[2];
+                    moqk_kv_operands<KIND>(a, 0, x);
+                    moqk_kv_operands<KIND>(b, 0, y);
+                    moqk_attend_mma<BF>(out[4 * w + 2 * j], p, x[0], y[0]);
+                    moqk_attend_mma<BF>(out[4 * w + 2 * j + 1], p, x[1], y[1]);
+                }
+            }
+    }
+}
+
+/* Adds 1 to a counter of this device; what the block wrote before is there for whoever sees that, and what they wrote is there for the block. */
+__device__ __forceinline__ int32_t moqk_arrive(int32_t *p)
+{
+    int32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+    return before;
+}
+
+/* What moqk_join_splits does, with sixteen parts and their sums under way in every thread, for which it takes the registers: one wait for the
+   memory instead of three. */
+__device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t turned)
+{
+    enum { AT_ONCE = 16 };
+    __shared__ int last;
+    int32_t n = (a.c.v.dim + 3) / 4, *arrived = a.arrived + row * gridDim.y + blockIdx.y;
+    __syncthreads();
+    if (threadIdx.x == 0) last = moqk_arrive(arrived) == a.splits - 1;
+    __syncthreads();
+    if (!last) return;
+    for (int32_t i = threadIdx.x; i < count * n; i += blockDim.x) {
+        int32_t h = i / n, d = i % n;
+        const int64_t first = (row * a.heads + head + h) * a.splits;
+        float v[4] = {0, 0, 0, 0}, top = -3e38f, sum = 0;
+        for (int32_t s = 0; s < a.splits; s += AT_ONCE) {
+            float4 part[AT_ONCE];
+            float2 stats[AT_ONCE];
+            float best = top;
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                const int there = s + u < a.splits;
+                part[u] = there ? __ldcg((const float4 *)a.partial + (first + s + u) * n + d) : make_float4(0, 0, 0, 0);
+                stats[u] = there ? __ldcg(a.stats + first + s + u) : make_float2(-3e38f, 0);
+            }
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) if (stats[u].y > 0) best = fmaxf(best, stats[u].x);
+            const float shrink = expf(top - best);
+            for (int j = 0; j < 4; j++) v[j] *= shrink;
+            sum *= shrink;
+            top = best;
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                const float w = stats[u].y > 0 ? expf(stats[u].x - top) : 0;
+                sum += w * stats[u].y;
+                v[0] += w * part[u].x;
+                v[1] += w * part[u].y;
+                v[2] += w * part[u].z;
+                v[3] += w * part[u].w;
+            }
+        }
+        for (int j = 0; j < 4; j++) {
+            int32_t p = 4 * d + j, at = turned ? p % 8 * turned + p / 8 : p;
+            if (p < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, sum > 0 ? v[j] / sum : 0, a.bf16);
+        }
+    }
+    if (threadIdx.x == 0) *arrived = 0;
+}
+
+/* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next one on its way. Lane
+   (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once; fetches the first ones into L2 while the kernel before ends. */
+template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS * 32, 1) moqk_attend_stream(moqk_attend_args a)
+{
+    extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
+    __shared__ float bias[8], max_of[MOQK_STREAM_WARPS][8], sum_of[MOQK_STREAM_WARPS][8];
+    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), N = DIM / 8, STEP = moqk_stream_step(KIND, DIM);
+    constexpr float LOG2E = 1.44269504f;
+    const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
+    const int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
+    const int32_t run = warps * MOQK_STREAM_KEYS;
+    float *room = (float *)(void *)shared, *queries = room + warps * 2 * (STEP / 4);
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + (uint32_t)(warp * 2 * STEP);
+    const uint32_t put = moqk_stream_at<ROW>(lane / (ROW / 16), lane % (ROW / 16));
+    const int64_t row = blockIdx.z;
+    int64_t base = 0;
+    int32_t from = 0, to = 0;
+    moqk_dependents_may_start();
+#pragma unroll 1
+    for (int turn = a.ahead > 0 ? 0 : 1; turn < 2; turn++) { /* first to fetch ahead, with what slot and pos may not yet be; then in earnest */
+        if (turn == 1) moqk_wait_for_before();
+        const int64_t slot = __ldcg(a.slot + row), pos = __ldcg(a.pos + row);
+        const int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
+        const int64_t low = held ? moqk_first_seen(a, pos) : 0;
+        const int32_t seen = held ? (int32_t)(pos + 1 - low) : 0, per = (seen + a.splits - 1) / a.splits;
+        from = blockIdx.x * per;
+        to = min(from + per, seen);
+        base = ((slot * a.c.kv_heads + kv_head) * a.c.capacity + low) * ROW;
+        const int64_t at = (int64_t)from * ROW + (int64_t)threadIdx.x * 2048, left = (int64_t)to * ROW - at;
+#if __CUDA_ARCH__ >= 900
+        if (turn == 0 && held && threadIdx.x < a.ahead && left > 0) {
+            moqk_bulk_prefetch(a.c.k.codes + base + at, (uint32_t)min((int64_t)2048, left));
+            moqk_bulk_prefetch(a.c.v.codes + base + at, (uint32_t)min((int64_t)2048, left));
+        }
+#endif
+    }
+    int32_t first = from + warp * MOQK_STREAM_KEYS, ask = first;
+    const uint8_t *k = a.c.k.codes + base + (int64_t)ask * ROW + lane * 16, *v = a.c.v.codes + base + (int64_t)ask * ROW + lane * 16;
+    if (ask < to) moqk_stream_ask<ROW>(ring + put, k, v, to - ask, lane);
+    float k_scale = LOG2E, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
+    if (KIND != MOQK_KV_BF16) { k_scale *= a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; }
+    uint32_t q[DIM / 16][4];
+    float acc[N][4];
+    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias, q, NULL);
+#pragma unroll
+    for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+    const float mine = bias[g] * LOG2E;
+    const int sink = a.sinks && to > 0 && blockIdx.x == 0;
+    if (sink && warp == 0 && g < count) {
+        top = a.sinks[head + g] * LOG2E;
+        sum = t == 0 ? 1.0f : 0.0f;
+    }
+    uint32_t at = 0;
+#pragma unroll 1
+    for (; first < to; first += run) {
+        float s[2][2], best;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        ask += run;
+        k += (int64_t)run * ROW;
+        v += (int64_t)run * ROW;
+        if (ask < to) moqk_stream_ask<ROW>(ring + (STEP - at) + put, k, v, to - ask, lane);
+        moqk_stream_scores<KIND, DIM>(ring + at, q, lane, s);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                s[n][j] = s[n][j] * k_scale + mine;
+                if (a.softcap > 0) s[n][j] = a.softcap * LOG2E * tanhf(s[n][j] / LOG2E / a.softcap);
+                if (first + MOQK_STREAM_KEYS > to && first + 8 * n + 2 * t + j >= to) s[n][j] = -3e38f;
+            }
+        best = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[1][0], s[1][1]));
+        if (__any_sync(0xffffffffu, best > top + 8)) { /* weights up to 2^8 do no harm: sums are seldom scaled again */
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+            best = fmaxf(best, top);
+            const float shrink = moqk_exp2(top - best);
+            sum *= shrink;
+#pragma unroll
+            for (int n = 0; n < N; n++) { acc[n][0] *= shrink; acc[n][1] *= shrink; acc[n][2] *= shrink; acc[n][3] *= shrink; }
+            top = best;
+        }
+        uint32_t p[4];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const float x = moqk_exp2(s[n][0] - top), y = moqk_exp2(s[n][1] - top);
+            sum += x + y;
+            moqk_split16<BF>(x, y, &p[2 * n], &p[2 * n + 1]);
+        }
+        moqk_stream_values<KIND, DIM>(ring + at + MOQK_STREAM_KEYS * ROW, p, lane, acc);
+        at = STEP - at;
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (t == 0) { max_of[warp][g] = top; sum_of[warp][g] = sum; }
+    __syncthreads(); /* the rings are free */
+    constexpr int R = moqk_tensor_row(DIM); /* room: [warps][8][R]; place p of a head holds dimension p % 8 * N + p / 8 */
+    if (g < count)
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * v_scale, (acc[i][1] + acc[i][3]) * v_scale);
+    __syncthreads();
+    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
+    for (int32_t i = threadIdx.x; i < count * DIM; i += blockDim.x) {
+        const int32_t h = i / DIM, p = i % DIM, d = p % 8 * N + p / 8;
+        float m = -3e38f, l = 0, x = 0;
+        for (int w = 0; w < warps; w++) m = fmaxf(m, max_of[w][h]);
+#pragma unroll 4
+        for (int w = 0; w < warps; w++) {
+            const float f = moqk_exp2(max_of[w][h] - m);
+            l += f * sum_of[w][h];
+            x += f * room[(w * 8 + h) * R + p];
+        }
+        if (v_bias) x += (l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0)) * v_bias[d]; /* a sink has no value, so no bias either */
+        if (!a.partial) {
+            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l > 0 ? x / l : 0, a.bf16);
+            continue;
+        }
+        const int64_t to_part = (row * a.heads + head + h) * a.splits + blockIdx.x;
+        a.partial[to_part * DIM + p] = x;
+        if (p == 0) a.stats[to_part] = make_float2(m / LOG2E, l);
+    }
+    if (a.partial) moqk_join_at_once(a, row, head, count, N);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -7660,29 +7948,66 @@ static int moqc_attend_on_tensors(const moqk_cache *k)
     return k->k.kind != MOQK_KV_F32 && k->k.dim == k->v.dim && (k->k.dim == 64 || k->k.dim == 128);
 }
 
-/* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
-static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
+/* Splits of `groups` blocks per row, so that `room` blocks are there; `least` positions each. */
+static void moqc_attend_cut(moqc_ctx *c, moqk_attend_args *a, int64_t length, int64_t groups, int64_t room, int64_t least)
 {
-    int tensors = moqc_attend_on_tensors(&a->c), heads = tensors ? 8 : a->share <= 1 ? 1 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
-    int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, heads), room = c->sm_count * (tensors ? (a->c.k.kind == MOQK_KV_BF16 || a->c.k.kind == MOQK_KV_MX4 ? 2 : 3) : 4);
-    int64_t splits = moqc_min(moqc_max(1, room / (groups * a->rows)), moqk_ceil(length, MOQK_KEYS));
+    int64_t splits = moqc_min(moqc_max(1, room / (groups * a->rows)), moqk_ceil(length, least));
     splits = moqc_max(1, moqc_min(splits, MOQC_PARTIALS / moqc_max(1, (int64_t)a->rows * a->heads)));
     a->splits = (int32_t)splits;
     a->partial = splits > 1 ? c->partial : NULL;
     a->stats = (float2 *)(void *)(c->partial + (int64_t)a->rows * a->heads * splits * moqk_pad(a->c.v.dim, 4));
     a->arrived = c->arrived;
-    dim3 grid((unsigned)splits, (unsigned)groups, (unsigned)a->rows);
+}
+
+typedef void (*moqc_stream_kernel)(moqk_attend_args);
+
+static moqc_stream_kernel moqc_stream_find(int kind, int dim)
+{
+    if (kind == MOQK_KV_BF16) return dim == 64 ? moqk_attend_stream<MOQK_KV_BF16, 64> : moqk_attend_stream<MOQK_KV_BF16, 128>;
+    if (kind == MOQK_KV_E4M3) return dim == 64 ? moqk_attend_stream<MOQK_KV_E4M3, 64> : moqk_attend_stream<MOQK_KV_E4M3, 128>;
+    return dim == 64 ? moqk_attend_stream<MOQK_KV_I8, 64> : moqk_attend_stream<MOQK_KV_I8, 128>;
+}
+
+/* One block per multiprocessor. More bytes on their way than the memory needs to be busy make some blocks late. */
+static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
+{
+    int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim), warps = MOQK_STREAM_WARPS, queries = 8 * moqk_tensor_row(dim) * 4;
+    int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, 8);
+    moqc_stream_kernel kernel = moqc_stream_find(kind, dim);
+    moqc_attend_cut(c, a, length, groups, c->sm_count, 2 * MOQK_KEYS);
+    while (warps > 1 && warps * 2 * step + queries > c->most_shared - 2048) warps /= 2;
+    a->ahead = c->sm >= 90 && a->rows * groups * a->splits <= c->sm_count ? MOQC_STREAM_AHEAD : 0;
+    size_t shared = (size_t)(warps * 2 * step + queries);
+    cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (!moqc_ok(c, e, "cudaFuncSetAttribute")) return;
+    moqc_chain(c, "attention", kernel, dim3((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows), (unsigned)(32 * warps), shared, *a);
+}
+
+/* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
+static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
+{
+    int kind = a->c.k.kind, tensors = moqc_attend_on_tensors(&a->c);
+    int heads = tensors ? 8 : a->share <= 1 ? 1 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
+    int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, heads), room = c->sm_count * (tensors ? (kind == MOQK_KV_MX4 ? 2 : 3) : 4);
+    if (tensors && kind != MOQK_KV_NV4 && kind != MOQK_KV_MX4) { moqc_attend_stream(c, a, length); return; }
+    moqc_attend_cut(c, a, length, groups, room, MOQK_KEYS);
+    dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
     size_t first = (size_t)heads * (size_t)(a->c.k.padded + MOQK_KEYS) * 4, last = (size_t)(tensors ? 4 : 128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)(tensors ? moqk_tensor_row(a->c.v.dim) : a->c.v.padded) * 4;
-    size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)splits * 4;
+    size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)a->splits * 4;
     if (join > shared) shared = join;
+    if (tensors) {
+        if (kind == MOQK_KV_NV4 && a->c.k.dim == 64) moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_NV4, 64>, grid, 128, shared, *a);
+        else if (kind == MOQK_KV_NV4) moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_NV4, 128>, grid, 128, shared, *a);
+        else if (a->c.k.dim == 64) moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_MX4, 64>, grid, 128, shared, *a);
+        else moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_MX4, 128>, grid, 128, shared, *a);
+        return;
+    }
 #define MOQC_CALL(K) \
-    if (tensors && K != MOQK_KV_F32 && a->c.k.dim == 64) moqc_chain(c, "attention", moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 64>, grid, 128, shared, *a); \
-    else if (tensors && K != MOQK_KV_F32) moqc_chain(c, "attention", moqk_attend_tensor<K == MOQK_KV_F32 ? MOQK_KV_BF16 : K, 128>, grid, 128, shared, *a); \
-    else if (heads == 1) moqc_chain(c, "attention", moqk_attend<K, 1>, grid, 128, shared, *a); \
+    if (heads == 1) moqc_chain(c, "attention", moqk_attend<K, 1>, grid, 128, shared, *a); \
     else if (heads == 2) moqc_chain(c, "attention", moqk_attend<K, 2>, grid, 128, shared, *a); \
     else if (heads == 4) moqc_chain(c, "attention", moqk_attend<K, 4>, grid, 128, shared, *a); \
     else moqc_chain(c, "attention", moqk_attend<K, 8>, grid, 128, shared, *a)
-    MOQC_EACH_KV(a->c.k.kind, MOQC_CALL)
+    MOQC_EACH_KV(kind, MOQC_CALL)
 #undef MOQC_CALL
 }
 
