@@ -16695,7 +16695,8 @@ static void moqi_product_task(void *arg, int index, int worker)
     for (int64_t i = 0; i < j->m && !way; i++)
         for (int64_t r = 0; r < rows; r++) y[i * j->ldy + r] = p->bias ? p->bias[row + r] : 0;
     if (!way) moqi_multiply(l->c->k, p, row, rows, j->x, j->ldx, j->m, y, j->ldy, scratch);
-    if (p->lora_b) moqi_multiply(l->c->k, p->lora_b, row, rows, j->mid, moqi_pad16(p->lora_b->layer.cols), j->m, y, j->ldy, scratch);
+    for (int64_t r = 0; p->lora_b && r < rows; r += MOQI_TILE_ROWS) /* scratch is no larger */
+        moqi_multiply(l->c->k, p->lora_b, row + r, moqi_min(MOQI_TILE_ROWS, rows - r), j->mid, moqi_pad16(p->lora_b->layer.cols), j->m, y + r, j->ldy, scratch);
 }
 
 /* Tiles of all jobs are numbered through. A tile is 16 rows of weights for all rows of x: decoded once, used m times. */

@@ -680,6 +680,35 @@ static void test_backend_few_rows_and_threads(void)
     }
 }
 
+/* So many rows that a task takes 128 of them: the low-rank branch gets by with the scratch memory of a task. */
+static void test_backend_tall_low_rank(void)
+{
+    enum { ROWS = 40, COLS = 64, HEIGHT = 1100 };
+    layer l;
+    moq_error err;
+    layer_make(&l, &layer_formats[4], HEIGHT, COLS);
+    l.w.scheme.lora_rank = 3;
+    l.w.lora_a = layer_view(layer_floats(&l, 3 * COLS, 0.1f), MOQ_F32, 3 * COLS);
+    l.w.lora_b = layer_view(layer_floats(&l, HEIGHT * 3, 0.1f), MOQ_F32, HEIGHT * 3);
+    float *x = (float *)malloc(sizeof(float) * ROWS * COLS), *y = (float *)malloc(sizeof(float) * ROWS * HEIGHT), *z = (float *)malloc(sizeof(float) * HEIGHT);
+    for (int i = 0; i < ROWS * COLS; i++) x[i] = test_normal();
+    for (int k = 0; moqi_get_kernels(k); k++)
+        for (int threads = 1; threads < 3; threads++) {
+            moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, threads);
+            moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+            CHECK(w != NULL);
+            if (w) be->linear(be, w, x, ROWS, y);
+            for (int r = 0; w && r < ROWS; r++) {
+                be->linear(be, w, x + r * COLS, 1, z);
+                CHECK(close_floats(z, y + r * HEIGHT, HEIGHT));
+            }
+            be->release_weight(be, w);
+            moq_backend_destroy(be);
+        }
+    layer_free(&l);
+    free(x); free(y); free(z);
+}
+
 /* A job system such as a caller has: the same pool, started and owned by the caller. */
 static void callers_run(void *user, int tasks, void (*task)(void *arg, int index, int worker), void *arg) { moqi_pool_run(user, tasks, task, arg); }
 
@@ -1432,6 +1461,7 @@ int main(int argc, char **argv)
     RUN(test_backend_slices);
     RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
+    RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
     RUN(test_backend_callers_jobs);
     RUN(test_backend_refuses);
