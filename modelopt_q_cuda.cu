@@ -7320,13 +7320,6 @@ template <int ROW> __device__ __forceinline__ uint32_t moqk_stream_at(int row, i
     return (uint32_t)(row * ROW) + (((uint32_t)piece ^ moqk_stream_twist(ROW, row)) << 4);
 }
 
-__device__ __forceinline__ uint4 moqk_shared16(uint32_t at)
-{
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
 __device__ __forceinline__ float moqk_exp2(float x)
 {
     float y;
