@@ -1941,6 +1941,19 @@ static void moqi_log(const moq_open_desc *d, moq_log_level level, moq_result cod
     d->log(d->log_user, level, code, e.text);
 }
 
+/* The intrinsics stand before every section with options of its own: GCC leaves __OPTIMIZE__ defined behind one, and without optimization
+   their header then gives functions where only macros serve. Those macros change signs (MOQI_MACROS, see below). */
+#if !defined(MOQ_NO_SIMD) && defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#define MOQI_X86 1
+#include <immintrin.h>
+#if !defined(__clang__) && !defined(__OPTIMIZE__)
+#define MOQI_MACROS 1
+#endif
+#elif !defined(MOQ_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON)
+#define MOQI_ARM 1
+#include <arm_neon.h>
+#endif
+
 /* What runs once per folder or layer is compiled quickly: on clang for size, on GCC with -O1 where it has loops over text or values (LEAN),
    else (COLD) with the passes of -Og. Without that the whole takes half as long again to compile. Either ends with MOQI_COLD_END. */
 #if defined(__clang__)
@@ -10813,20 +10826,15 @@ static void moqi_rope_head(float *x, const float *table, int64_t dims, int inter
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#ifdef MOQI_MACROS
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
 #endif
 
 /* ------------------------------------------------------------------------------------------------
    >>simd            vector versions of the inner loops, chosen at run time
    With >>stream the only place with intrinsics. Each loop equals its plain version but for the order of a sum; tails run the plain one.
    ------------------------------------------------------------------------------------------------ */
-
-#if !defined(MOQ_NO_SIMD) && defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-#define MOQI_X86 1
-#include <immintrin.h>
-#elif !defined(MOQ_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON)
-#define MOQI_ARM 1
-#include <arm_neon.h>
-#endif
 
 /* What each version has to give: expand, nibbles and scale the same bits as the plain loops (they are exact, or round once), tile,
    dot and axpy the same sum in an order of their own. Which instructions exist is asked at run time and every function carries its

@@ -75,8 +75,12 @@ for cross in x86_64-w64-mingw32-gcc aarch64-linux-gnu-gcc i686-linux-gnu-gcc; do
 done
 
 # 3. several translation units link and run
-check "two translation units" $CC -std=c99 -O1 $B/impl.c $B/decl.c $B/main.c -o $B/two -lm -pthread
-check "they run" $B/two
+# and as a debug build makes them: without optimization the headers of intrinsics are macros, not functions
+for cc in gcc clang; do
+    if ! have $cc; then skipped "$cc is not installed"; continue; fi
+    check "$cc -O0, two translation units" $cc -g $B/impl.c $B/decl.c $B/main.c -o $B/two -lm -pthread
+    check "they run" $B/two
+done
 
 # 4. symbols: nothing exported but moq_, no writable data
 $CC -std=c99 -O2 -c $B/impl.c -o $B/impl.o
