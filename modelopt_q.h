@@ -8960,6 +8960,14 @@ static const moq_file *moqi_ck_file(const moq_checkpoint *ck, const char *name)
     return NULL;
 }
 
+/* Where a file was looked for, as the beginning of a sentence. */
+static const char *moqi_ck_place(const moq_checkpoint *ck, char text[64])
+{
+    if (ck->dir) return "in the folder";
+    moqi_format(text, 64, "among the %zu files given", ck->file_count);
+    return text;
+}
+
 /* *found: a file of that name is there. */
 static moq_result moqi_ck_exists(const moq_checkpoint *ck, const char *name, int *found, moq_error *err)
 {
@@ -9123,6 +9131,7 @@ static moq_result moqi_ck_numbered(moq_checkpoint *ck, moq_error *err)
     size_t count = 0, found = 0, prefix = 0, bytes = 0;
     uint32_t total = 0, n = 0, i = 0;
     moqi_where at = moqi_at(ck->name, NULL, NULL, -1);
+    char place[64];
     moq_result r = moqi_ck_list(ck, &names, &count, err);
     if (r != MOQ_OK) return r;
     for (size_t k = 0; k < count; k++) {
@@ -9138,7 +9147,7 @@ static moq_result moqi_ck_numbered(moq_checkpoint *ck, moq_error *err)
     }
     if (!first)
         return moqi_fail(err, MOQ_E_NOTFOUND, at,
-                         "the folder has neither " MOQI_SINGLE " nor " MOQI_INDEX " nor shards named model-00001-of-000NN.safetensors");
+                         "%s there is neither " MOQI_SINGLE " nor " MOQI_INDEX " nor shards named model-00001-of-000NN.safetensors", moqi_ck_place(ck, place));
     if (found != total) {
         char shown[200];
         return moqi_fail(err, MOQ_E_MISSING, at,
@@ -9371,10 +9380,11 @@ static void moqi_ck_info(moq_checkpoint *ck)
 /* Everything after the place is known, cheap refusals first: JSON, then headers, then shapes. */
 static moq_result moqi_ck_load(moq_checkpoint *ck, moq_error *err)
 {
+    char place[64];
     moq_result r = moqi_ck_optional(ck, "config.json", &ck->config, err);
     if (r == MOQ_OK && !ck->config)
         r = moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(ck->name, NULL, NULL, -1),
-                      "the folder has no config.json; is it a checkpoint? (a lone .safetensors file opens with moq_st_open)");
+                      "%s there is no config.json; is it a checkpoint? (a lone .safetensors file opens with moq_st_open)", moqi_ck_place(ck, place));
     if (r == MOQ_OK) r = moqi_ck_optional(ck, "hf_quant_config.json", &ck->hf_quant, err);
     if (r == MOQ_OK) r = moqi_ck_optional(ck, "quantize_config.json", &ck->gptq, err);
     if (r == MOQ_OK) r = moqi_ck_find_shards(ck, err);
@@ -19481,7 +19491,7 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
         r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
         if (r == MOQ_OK && !v && !t->expert)
             return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, "
-                            "and %s; calibrate with text (--calib), or give a calibration file that has it",
+                            "and %s; calibrate with samples (moq_quantize_desc.calibrate), or give a calibration file that has it",
                              t->recipe->name, p->records_name ? "the calibration has none" : "nothing was calibrated");
         if (v) t->input_amax = v[0];
     }

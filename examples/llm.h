@@ -121,7 +121,8 @@ LLM_API size_t llm_decode(const llm_tokenizer *t, const int32_t *ids, size_t cou
 
 /* ---- chat frames ---- */
 
-/* Roles are "system", "user", "assistant", "tool", and what else the template has a place for. The first messages may be settings
+/* Roles are "system", "user", "assistant", "tool", and what else the template has a place for. Templates that write whatever role they are
+   given (ChatML, Llama 3 and others) take any name, a misspelled one too; the rest refuse what they do not know. The first messages may be settings
    instead: "date", for templates that write the current one, in their own format ("2025-06-30" for gpt-oss, "30 Jun 2025" for Llama 3);
    "thinking" with "on", "off", "low", "medium" or "high", for templates that know such a switch (Qwen3, SmolLM3, Nemotron 3,
    DeepSeek-V3.1, gpt-oss).
@@ -283,11 +284,13 @@ LLM_API moq_result llm_set_draft(llm *m, llm *draft, int32_t tokens, moq_error *
 
 /* ---- conversation ---- */
 
-/* Add a turn. An error is kept and comes out of the next llm_next. */
+/* Add a turn. An error is kept and comes out of the next llm_next, which also refuses roles that the model's frame has no place for
+   (MOQ_E_TEMPLATE; see llm_message for frames that take any role). */
 LLM_API moq_result llm_say(llm *m, const char *role, const char *text);
 /* Add raw text without a frame (text completion). */
 LLM_API moq_result llm_say_raw(llm *m, const char *text);
-/* The next piece of the answer: whole UTF-8 characters, valid until the next call; NULL at the end of the turn (err->code MOQ_OK) or on an error. */
+/* The next piece of the answer: whole UTF-8 characters, valid until the next call; NULL at the end of the turn (err->code MOQ_OK) or on an error
+   (MOQ_E_STATE: nothing was said since llm_open or llm_reset). */
 LLM_API const char *llm_next(llm *m, moq_error *err);
 /* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which).
    The unit of work is one layer of one token, or more where the time allows as measured: no call takes longer than its time and one unit. */
@@ -3901,6 +3904,18 @@ static void llmi_advise(moq_error *err)
     if (n && m + n < sizeof err->text) memcpy(err->text + m, advice, n + 1);
 }
 
+/* Without the file: is there the other one, of SentencePiece alone? */
+static void llmi_no_tokenizer(const moq_checkpoint *ck, moq_error *err)
+{
+    moq_error e;
+    size_t bytes = 0;
+    char *other = moq_read_text(ck, "tokenizer.model", &bytes, &e);
+    int there = other || e.code == MOQ_E_LIMIT;
+    if (other) moq_release(moq_get_allocator(ck), other, bytes + 1);
+    moq_fail(err, MOQ_E_NOTFOUND, LLMI_TOKENIZER, "is not in '%q'%s; copy it from a folder of the same model, or run ids with llm_desc.no_tokenizer",
+             moq_get_name(ck), there ? ", only tokenizer.model, which is not read" : "");
+}
+
 LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *err)
 {
     if (!ck) {
@@ -3919,6 +3934,7 @@ LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *e
     t->unk = -1;
     t->bos = t->eos = "";
     moq_json_doc *doc = moq_read_json(ck, LLMI_TOKENIZER, MOQ_JSON_STRICT, err);
+    if (!doc && err && err->code == MOQ_E_NOTFOUND) llmi_no_tokenizer(ck, err);
     if (doc) llmi_read_tokenizer(&rd, moq_json_root(doc));
     if (doc && rd.code >= 0) llmi_read_neighbours(&rd, ck);
     if (doc) llmi_check_rows(&rd, ck);
@@ -12929,6 +12945,7 @@ LLM_API const char *llm_next(llm *m, moq_error *err)
         m->ready = 0;
         return m->piece.data;
     }
+    if (m->mode == LLMI_MODE_NONE && m->kept.code == MOQ_OK) moq_fail(&m->kept, MOQ_E_STATE, "llm_next", "nothing was said; call llm_say first");
     llmi_give(err, &m->kept);
     llmi_no_error(&m->kept);
     return NULL;

@@ -3,6 +3,8 @@
        cc -O2 quantize.c -o quantize -lm -pthread
        ./quantize SOURCE TARGET [RECIPE [TEXT]]        nvfp4, calibrated with the lines of ../tests/data/demo-eval.jsonl, unless said otherwise
 
+   TEXT has a sample a line: plain text, or an object {"text": ...} or {"system": ..., "user": ..., "assistant": ...} as in .jsonl files.
+
    The folder is the one that NVIDIA ModelOpt would have written. Ctrl-C is heard by programs that return 1 from show(). */
 #define MOQ_QUANTIZE
 #define MODELOPT_Q_IMPLEMENTATION
@@ -30,16 +32,41 @@ static int show(void *user, moq_stage stage, uint64_t done, uint64_t total)
     return 0;
 }
 
+/* The ids of one line. A conversation is framed as the model knows it: calibrated with the bare JSON, it would watch what it never reads. */
+static size_t read_line(const llm_tokenizer *words, const char *line, size_t bytes, int32_t *out, moq_error *err)
+{
+    static const char *const roles[] = {"system", "user", "assistant"};
+    llm_message turns[3];
+    size_t count = 0, n = SIZE_MAX;
+    moq_json_doc *doc = line[0] == '{' ? moq_json_parse(line, bytes, MOQ_JSON_STRICT, 0, "sample", NULL, err) : NULL;
+    const moq_json *root = moq_json_root(doc);
+    const char *text = doc ? moq_json_string(moq_json_find(root, "text")) : line;
+    for (int i = 0; doc && i < 3; i++) {
+        turns[count].role = roles[i];
+        turns[count].text = moq_json_string(moq_json_find(root, roles[i]));
+        count += turns[count].text != NULL;
+    }
+    if (line[0] == '{' && !doc) return SIZE_MAX;
+    if (text) n = llm_encode(words, text, doc ? strlen(text) : bytes, 0, out, TOKENS);
+    else if (count) n = llm_frame(words, turns, count, 0, out, TOKENS, err);
+    else moq_fail(err, MOQ_E_ARG, "sample", "has neither \"text\" nor \"user\"");
+    moq_json_destroy(doc);
+    return n;
+}
+
 /* Every line of a text file becomes a row of tokens. */
 static int read_rows(const char *source, const char *path, llm_samples *samples, moq_error *err)
 {
-    char line[4096];
+    char line[8192];
+    int bad = 0;
     moq_checkpoint *ck = moq_open(source, NULL, err);
     llm_tokenizer *words = ck ? llm_tokenizer_open(ck, err) : NULL;
     FILE *file = words ? fopen(path, "r") : NULL;
     if (words && !file) moq_fail(err, MOQ_E_NOTFOUND, path, "cannot be read; give a file with a line of text for each sample");
     while (file && samples->count < ROWS && fgets(line, sizeof line, file)) {
-        size_t n = llm_encode(words, line, strcspn(line, "\r\n"), 0, ids[samples->count], TOKENS);
+        size_t n = read_line(words, line, strcspn(line, "\r\n"), ids[samples->count], err);
+        if (n == SIZE_MAX) bad = 1;
+        if (n == SIZE_MAX) break;
         if (n == 0) continue;
         rows[samples->count] = ids[samples->count];
         lengths[samples->count++] = n < TOKENS ? (int32_t)n : TOKENS;
@@ -47,7 +74,7 @@ static int read_rows(const char *source, const char *path, llm_samples *samples,
     if (file) fclose(file);
     llm_tokenizer_close(words);
     moq_close(ck);
-    return file != NULL;
+    return file && !bad;
 }
 
 int main(int argc, char **argv)

@@ -213,6 +213,18 @@ run inspect "$demo" --hash
 check "option of another verb" refused "not for 'inspect'"
 run inspect "$demo" --threads x
 check "bad number" refused "whole number"
+run inspect "$demo" --threads -3
+check "number below 0" refused "0 or more"
+run inspect "$demo/model.safetensors"
+check "a lone file" refused "moq verify"
+mkdir "$dir/foreign"
+cp "$demo"/*.safetensors "$demo/tokenizer_config.json" "$dir/foreign"
+cp "$demo/config.json" "$dir/foreign"
+run run "$dir/foreign" --prompt x
+check "no tokenizer.json" refused "copy it from a folder of the same model"
+sed 's/"model_type": *"[a-z0-9_]*"/"model_type": "foo"/' "$demo/config.json" >"$dir/foreign/config.json"
+run inspect "$dir/foreign"
+check "inspect of a model that run does not know" out "^.moq run. cannot: .*foo"
 run inspect "$demo" --act x
 check "bad --act" refused "auto, stored or wide"
 run inspect "$demo" --kernel x

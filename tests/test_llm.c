@@ -1022,8 +1022,8 @@ static void test_llm_forward_refusals(void)
     ids[2] = 1;
     CHECK_INT(llm_forward(m, 0, ids, 32, 0, NULL, last, &e), MOQ_OK);
     CHECK_INT(llm_say(m, "user", "hello"), MOQ_E_STATE); /* no tokenizer */
-    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE);
-    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_OK);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE && strstr(e.text, "no_tokenizer"));
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE && strstr(e.text, "nothing was said"));
     llm_close(m);
     llm_close(NULL);
 }

@@ -104,7 +104,9 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"}, {"llm_desc.sampling.top_p", "--top-p"},
     {"llm_desc.sampling.min_p", "--min-p"}, {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
     {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
-    {"; use raw prompts", "; use --raw"}, {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"}
+    {"; use raw prompts", "; use --raw"}, {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
+    {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
+    {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"}
 };
 
 static void print_text(FILE *to, const char *text)
@@ -464,7 +466,7 @@ static int set_option(options *o, const option_row *row, const char *value)
     if (row->kind == KIND_INT || row->kind == KIND_COUNT) {
         long long n = strtoll(value, &end, 10);
         if (*end || end == value || errno || n < 0 || (n > INT32_MAX && row->at != FIELD(seed)))
-            return refuse("--%s needs a whole number, not '%s'", row->name, value);
+            return refuse("--%s needs a whole number, 0 or more, not '%s'", row->name, value);
         if (row->kind == KIND_COUNT && n == 0) return refuse("--%s is at least 1", row->name);
         *(int64_t *)(void *)at = n;
     }
@@ -1057,6 +1059,7 @@ static double bits_per(uint64_t bytes, uint64_t elements) { return elements ? 8.
 /* memory: what examples/llm.h will take; planned 0: it does not know this architecture, then kv_bytes is all that is known. */
 typedef struct totals {
     uint64_t elements, bytes, quantized, quantized_bytes, kv_bytes;
+    moq_error refusal; /* why the engine cannot run it, where nothing is planned */
     int64_t context;
     int planned;
     llm_memory memory;
@@ -1134,6 +1137,10 @@ static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_
     if (t->planned) print_bytes(", tokenizer ", t->memory.tokenizer_bytes);
     print_bytes(", together ", t->planned ? t->memory.total_bytes : info->total_bytes + t->kv_bytes);
     printf("\n");
+    if (!t->planned) {
+        printf("`moq run` cannot: ");
+        print_text(stdout, t->refusal.text);
+    }
 }
 
 static int bench_encode(const options *o); /* moq_quantize.h */
@@ -1143,7 +1150,6 @@ static int draw_picture(const options *o, const moq_checkpoint *ck, const module
 static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *be, totals *t)
 {
     llm_desc d;
-    moq_error err;
     memset(&d, 0, sizeof d);
     d.checkpoint = ck;
     d.context = (int32_t)t->context;
@@ -1151,9 +1157,9 @@ static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *
     d.head = o->head;
     d.chunk = (int32_t)o->chunk;
     d.backend = be; /* as verb_run does it, so that both say the same */
-    t->planned = llm_plan(&d, &t->memory, &err) == MOQ_OK;
+    t->planned = llm_plan(&d, &t->memory, &t->refusal) == MOQ_OK;
     d.no_tokenizer = 1;
-    if (!t->planned) t->planned = llm_plan(&d, &t->memory, &err) == MOQ_OK;
+    if (!t->planned) t->planned = llm_plan(&d, &t->memory, &t->refusal) == MOQ_OK;
     if (t->planned) t->kv_bytes = t->memory.cache_bytes;
     return t->planned;
 }
