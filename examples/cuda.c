@@ -37,6 +37,7 @@ int main(int argc, char **argv)
         while ((piece = llm_next(bot, &err)) != NULL) { /* whole characters, never half of one */
             fputs(piece, stdout);
             fflush(stdout);
+            if (s->generated_tokens >= 512) break;      /* some models never end by themselves */
         }
         if (err.code != MOQ_OK) { puts(err.text); break; }
         printf("\n       %d tokens read, %d written, %.0f tokens per second\n\n", (int)s->prompt_tokens, (int)s->generated_tokens,
