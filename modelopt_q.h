@@ -642,7 +642,8 @@ MOQ_API char *moq_read_text(const moq_checkpoint *ck, const char *name, size_t *
    through a folder larger than memory. */
 MOQ_API void moq_forget_pages(const moq_checkpoint *ck);
 
-/* The same of one tensor, and of what shares its first and last 64 KB. NULL is allowed. */
+/* The same of one tensor of `ck`, and of what shares its first and last 64 KB. Its data stays valid and reads as before. Nothing happens where the
+   file was copied instead of mapped, and with MOQ_NO_OS. Both may be NULL. */
 MOQ_API void moq_forget_tensor(const moq_checkpoint *ck, const moq_tensor *t);
 
 /* All tensors, sorted by name. */
@@ -838,18 +839,20 @@ typedef struct moq_norm_desc {
     float eps;
 } moq_norm_desc;
 
-/* Heads on their way into attention: keys and queries are normed each by itself, then turned, then keys and values appended. */
+/* Heads on their way into attention: keys and queries are normed each by itself, then turned, then keys and values appended. q, k, v, the norms'
+   weights and the table lie in the backend's memory; head_dim, value_dim and kv_heads are those of the cache. Between the steps values round to
+   `act`. Rows whose slot or position is outside the cache are not appended, but their q changes. */
 typedef struct moq_heads_desc {
     moq_kv_cache *cache;
     void *q;                /* [rows, heads, head_dim], row stride q_stride elements, in place */
-    const void *k, *v;      /* as in kv_append, before norm and rope */
+    const void *k, *v;      /* [rows, kv_heads, head_dim] and [rows, kv_heads, value_dim], as in kv_append, but k before norm and rope */
     int64_t q_stride, k_stride, v_stride;
     int32_t heads;
     const float *q_norm, *k_norm; /* [head_dim] or NULL: not normed */
     float eps;
-    int32_t dims;           /* rope of so many values from the first on; 0: none */
-    int32_t interleaved;
-    const float *table;     /* [rows, dims/2, 2] */
+    int32_t dims;           /* rope of so many values from the first on, even, at most head_dim; 0: none (in moq_rope_desc: all) */
+    int32_t interleaved;    /* as in moq_rope_desc */
+    const float *table;     /* [rows, dims/2, 2] cos, sin from rope_table; may be NULL with dims 0 */
 } moq_heads_desc;
 
 typedef struct moq_rope_desc {
@@ -1002,7 +1005,8 @@ struct moq_backend {
     void (*latent_query)(moq_backend *be, const moq_latent *l, const moq_copy_desc *d);
     void (*latent_value)(moq_backend *be, const moq_latent *l, const moq_copy_desc *d);
 
-    /* What norm (per head), rope and kv_append do in up to five calls, in one; k stays as it is. NULL: make those calls. */
+    /* What norm (per head), rope and kv_append do in up to five calls, in one; k and v stay as they are, q is changed in place. NULL: make
+       those calls. */
     void (*kv_enter)(moq_backend *be, const moq_batch *b, const moq_heads_desc *h);
 };
 
@@ -14832,7 +14836,8 @@ static int moqi_amx_halves(const moqi_tiled *p)
 #ifdef MOQI_AMX_F16
     return moqi_amx_direct(p) && p->layer.scheme.weight.elem == MOQ_F4 && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4;
 #else
-    return p == NULL;
+    (void)p;
+    return 0;
 #endif
 }
 

@@ -1310,7 +1310,6 @@ static void count_notes(void *user, moq_log_level level, moq_result code, const 
     if (level == MOQ_LOG_WARNING && strstr(text, "names no module") && strstr(text, "*.nothing_of_this_name")) ++*(int *)user;
 }
 
-/* One clear line, and nothing left beside the target. */
 /* Somebody else makes the target while the folder is written. */
 static int make_target(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
@@ -1322,6 +1321,7 @@ static int make_target(void *user, moq_stage stage, uint64_t done, uint64_t tota
     return 0;
 }
 
+/* One clear line, and nothing left beside the target. */
 static void test_export_refusals(void)
 {
     char target[1200];

@@ -1,7 +1,7 @@
 /* moq_cuda.cu - what `moq bench` sets beside the CUDA backend: a plain read of as many bytes, and cuBLAS with BF16 weights.
 
    Both rotate through copies as the backend's layers do, recorded as a graph. cuBLAS is looked for when the program runs, so that it need not
-   be there; nothing of it is used by the backend in few rows of x. A GPU function returns seconds, 0: it cannot be measured here. */
+   be there; the backend never uses it. The bench of tests/cuda takes the plain read from here, too. A GPU function returns seconds, 0: it cannot be measured here. */
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>

@@ -524,13 +524,17 @@ static double time_recorded(moq_backend *be, moq_weight *const *w, int count, co
     for (int i = -2; i < COUNT(sample) && !stop_requested; i++) {
         start = moq_seconds();
         for (int k = 0; k < turns; k++) be->replay(be, g);
-        if (be->sync(be, &err) != MOQ_OK) { refuse_error(NULL, &err); n = 0; break; }
+        if (be->sync(be, &err) != MOQ_OK) {
+            refuse_error(NULL, &err);
+            be->release_graph(be, g);
+            return -1;
+        }
         start = moq_seconds() - start;
         if (i == -2 && start < 0.003) turns = (int)(0.003 / (start + 1e-6)) + 1;
         if (i >= 0) sample[n++] = start / turns / count;
     }
     be->release_graph(be, g);
-    if (n == 0) return -1;
+    if (n == 0) { refuse("stopped"); return -1; }
     qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
     return sample[n / 2];
 }
@@ -553,7 +557,7 @@ static double time_linear(moq_backend *be, moq_weight *const *w, int count, cons
         sample[n++] = now - last;
         last = now;
     }
-    if (n == 0) return -1;
+    if (n == 0) { refuse("stopped"); return -1; }
     qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
     return sample[n / 2];
 }
@@ -605,11 +609,12 @@ static void bench_report(bench *b, const layer *w, int copies, int32_t m, double
 {
     double flops = 2.0 * (double)m * (double)w->l.rows * (double)w->l.cols;
     if (!b->o->json) {
-        char share[32] = "-";
+        char share[32] = "-", read[32] = "-";
+        if (plain > 0) snprintf(read, sizeof read, "%.3f", plain / seconds);
         if (peak > 0) snprintf(share, sizeof share, "%.3f", flops / seconds / peak);
         if (b->gpu >= 0 && blas > 0) snprintf(share, sizeof share, "%.3f", blas / seconds);
-        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6.3f %6s %6d  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
-               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, plain / seconds, share, copies, kernel);
+        printf("%-24s %6" PRId64 "x%-6" PRId64 " %5d %10.1f %8.2f %9.1f %6s %6s %6d  %s\n", w->kind->name, w->l.rows, w->l.cols, m, seconds * 1e6,
+               (double)w->bytes / seconds / 1e9, flops / seconds / 1e9, read, share, copies, kernel);
         fflush(stdout);
         return;
     }
@@ -643,8 +648,11 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     int bad = 0, copies;
     make_layer(&w, kind, rows, cols, 0, 1);
     copies = copies_of(b->o, b->gpu, w.bytes);
-    if (machine_memory() && w.bytes * (uint64_t)copies > machine_memory() / 3) { /* layers, as they are prepared, and what the plain read goes through */
-        bad = refuse("--copies: %d of %" PRIu64 " bytes, and as much again to read, do not fit into memory; take at most %" PRIu64, copies, w.bytes,
+    /* Layers, as they are prepared, and what the plain read goes through. On a GPU the last two lie in its own memory, of which nothing is known
+       here: prepare_linear says when it is used up. */
+    if (machine_memory() && w.bytes * (uint64_t)copies > machine_memory() / 3) {
+        bad = refuse("--copies: %d of %" PRIu64 " bytes%s; take at most %" PRIu64, copies, w.bytes,
+                     b->gpu >= 0 ? " take more than a third of the host's memory" : ", and as much again to read, do not fit into memory",
                      machine_memory() / 3 / w.bytes);
         free_layer(&w);
         return bad;

@@ -5,73 +5,11 @@
 #include "measure.h"
 
 extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
+extern "C" double moq_gpu_read_seconds(int device, uint64_t bytes, int copies); /* of tools/moq_cuda.cu */
 
 enum { TURNS = 9, MOST_COPIES = 64, SAMPLES = 64 };
 
 static moq_backend *be;
-
-/* ---- the plain read ---- */
-
-__global__ void plain_read(const uint4 *p, size_t n, unsigned *out)
-{
-    unsigned sum = 0;
-    size_t step = (size_t)gridDim.x * blockDim.x, i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    for (; i + 3 * step < n; i += 4 * step) {
-        uint4 v[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) v[k] = __ldcs(p + i + k * step);
-#pragma unroll
-        for (int k = 0; k < 4; k++) sum ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
-    }
-    for (; i < n; i += step) { uint4 v = __ldcs(p + i); sum ^= v.x ^ v.y ^ v.z ^ v.w; }
-    if (sum == 0x12345678u) *out = sum;
-}
-
-/* Microseconds of the best of a few launch shapes. */
-static double time_read(size_t bytes, int copies)
-{
-    static const int blocks[] = {132, 264, 528, 1056};
-    uint8_t *p;
-    unsigned *out;
-    double best = 1e30;
-    cudaStream_t stream;
-    cudaEvent_t a, b;
-    cuda(cudaMalloc(&p, bytes * (size_t)copies));
-    cuda(cudaMalloc(&out, 4));
-    cuda(cudaMemset(p, 1, bytes * (size_t)copies));
-    cuda(cudaStreamCreate(&stream));
-    cuda(cudaEventCreate(&a));
-    cuda(cudaEventCreate(&b));
-    for (int threads = 256; threads <= 1024; threads *= 2)
-        for (int k = 0; k < 4; k++) {
-            cudaGraph_t graph;
-            cudaGraphExec_t run;
-            double t[TURNS];
-            cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            for (int i = 0; i < copies; i++) plain_read<<<blocks[k], threads, 0, stream>>>((const uint4 *)(p + bytes * (size_t)i), bytes / 16, out);
-            cuda(cudaStreamEndCapture(stream, &graph));
-            cuda(cudaGraphInstantiate(&run, graph, 0));
-            for (int i = -2; i < TURNS; i++) {
-                float ms;
-                cuda(cudaEventRecord(a, stream));
-                cuda(cudaGraphLaunch(run, stream));
-                cuda(cudaEventRecord(b, stream));
-                cuda(cudaEventSynchronize(b));
-                cuda(cudaEventElapsedTime(&ms, a, b));
-                if (i >= 0) t[i] = (double)ms * 1e3 / copies;
-            }
-            double us = median(t, TURNS);
-            if (us < best) best = us;
-            cudaGraphExecDestroy(run);
-            cudaGraphDestroy(graph);
-        }
-    cudaEventDestroy(a);
-    cudaEventDestroy(b);
-    cudaStreamDestroy(stream);
-    cudaFree(p);
-    cudaFree(out);
-    return best;
-}
 
 /* ---- layers ---- */
 
@@ -187,7 +125,8 @@ static void bench(moq_dtype act, int argc, char **argv)
             void *dx = be->alloc(be, (size_t)(16 * c) * 4, &err), *dy = be->alloc(be, (size_t)(16 * n) * 4, &err);
             check(dx && dy, "alloc");
             be->upload_act(be, dx, x, (size_t)(16 * c));
-            double read = time_read((size_t)bytes / 16 * 16, copies);
+            double read = moq_gpu_read_seconds(0, (uint64_t)bytes / 16 * 16, copies) * 1e6;
+            if (read == 0) { fprintf(stderr, "the plain read cannot be measured\n"); exit(2); }
             printf("%-10s %11s %6.2f", forms[f].name, shape, read);
             for (int k = 0; k < 4; k++) {
                 be->linear(be, p[0], dx, rows_of_x[k], dy);

@@ -640,7 +640,7 @@ static void test_cuda_moe_mxfp8(void)
         mixture_make(&m, 12, 4, MOQ_SWIGLU_CLAMP, 4);
         m.moe.routing.score = MOQ_SCORE_SOFTMAX;
         m.moe.routing.bias.data = NULL;
-        be->reserve(be, 130, &err);
+        CHECK(be->reserve(be, 130, &err) == MOQ_OK);
         for (int e = 0; stored && e < 12; e++) m.g[e].scheme.input = m.u[e].scheme.input = m.d[e].scheme.input = input_formats[10].c;
         check_moe(be, &m, 1, stored, stored ? 1e-3 : 1e-10); /* the middle may round to the other side */
         check_moe(be, &m, 7, stored, stored ? 1e-3 : 1e-10);
