@@ -801,6 +801,46 @@ static void test_checkpoint_progress(void)
     end_folder(&f);
 }
 
+/* Forgotten tensors read as before, and so do their neighbours; memory that no file stands behind must be left alone. */
+static void test_checkpoint_forget(void)
+{
+    enum { BYTES = 300000 }; /* several times what is forgotten at once, so that whole pages lie inside */
+    static const char *const names[] = {"a", "b", "c"};
+    uint8_t *stored = (uint8_t *)malloc(3 * BYTES);
+    piece p[3];
+    folder f = new_folder("forget");
+    for (int i = 0; i < 3 * BYTES; i++) stored[i] = (uint8_t)(test_random() >> 24);
+    for (int i = 0; i < 3; i++) {
+        p[i].name = names[i];
+        p[i].dtype = "BF16";
+        p[i].shape = "[150000]";
+        p[i].data = stored + i * BYTES;
+        p[i].n = BYTES;
+    }
+    add_text(&f, "config.json", "{\"model_type\":\"llama\"}");
+    add_tensors(&f, "model.safetensors", p, 3);
+    for (int how = 0; how < 3; how++) {
+        moq_open_desc d = counted(how == 1 ? MOQ_OPEN_READ : 0, NULL);
+        moq_error e;
+        moq_checkpoint *ck = open_how(&f, how, &d, &e);
+        const moq_tensor *t[3] = {NULL, NULL, NULL};
+        CHECK(ck != NULL);
+        for (int i = 0; i < 3; i++) t[i] = moq_find_tensor(ck, names[i]);
+        CHECK(t[0] && t[1] && t[2]);
+        for (int forgotten = 0; forgotten < 3 && ck && t[0] && t[1] && t[2]; forgotten++) {
+            for (int i = 0; i < 3; i++) CHECK(t[i]->bytes == BYTES && memcmp(t[i]->data, stored + i * BYTES, BYTES) == 0); /* looked at */
+            moq_forget_tensor(ck, t[forgotten]);
+            for (int i = 0; i < 3; i++) CHECK(memcmp(t[i]->data, stored + i * BYTES, BYTES) == 0);
+        }
+        moq_forget_tensor(ck, NULL);
+        moq_forget_tensor(NULL, t[0]);
+        moq_close(ck);
+        CHECK_INT(test_state.live_allocs, 0);
+    }
+    end_folder(&f);
+    free(stored);
+}
+
 /* Opening touches no tensor data: a folder of 10 GB that is all hole. */
 static void test_checkpoint_sparse(void)
 {
@@ -1001,6 +1041,7 @@ int main(int argc, char **argv)
     RUN(test_checkpoint_other_scales);
     RUN(test_checkpoint_failing_allocations);
     RUN(test_checkpoint_progress);
+    RUN(test_checkpoint_forget);
     RUN(test_checkpoint_sparse);
     RUN(test_checkpoint_golden);
     RUN(test_checkpoint_golden_damaged);
