@@ -1811,10 +1811,11 @@ __host__ __device__ static constexpr int moqk_chunk_bytes(int form) { return for
 
 /* Column in a block of 64 of element e (0..3) of lane t of a quad in step s (0..3): 4-bit floats give a lane 16 neighbours, one group's
    scale; the others give a step 16 neighbours, so that a step never crosses groups of 32. Elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of 16 are where a
-   product has them, so that the others' order is that of x itself, and word s ^ t of lane t is word t of lane s there: see moqk_turn_quad. */
+   product has them, so that the others' order is that of x itself, and word s of lane t of 4-bit floats is word t of lane s there: see
+   moqk_turn_quad. */
 __host__ __device__ static constexpr int moqk_fast_col(int form, int t, int s, int e)
 {
-    return (form <= MOQK_MXFP4 ? t * 16 + (s ^ t) * 2 : s * 16 + t * 2) + (e & 1) + (e & 2) * 4;
+    return (form <= MOQK_MXFP4 ? t * 16 + s * 2 : s * 16 + t * 2) + (e & 1) + (e & 2) * 4;
 }
 
 /* The form of a part, or -1. */
@@ -1999,6 +2000,12 @@ __device__ __forceinline__ uint32_t moqk_sub_pair(uint32_t a, uint32_t b)
     return *(const uint32_t *)&v;
 }
 
+/* Four matrices of 8 x 8 values of 16 bits: lane 8 i + n says where row n of matrix i lies, lane 4 g + t gets columns 2 t, 2 t + 1 of row g of each. */
+__device__ __forceinline__ void moqk_load_matrices(uint32_t at, uint32_t (&r)[4])
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
 __device__ __forceinline__ uint32_t moqk_word_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 /* What raw codes lack: 4-bit floats come out as value * 2^-126 with a scale of 2^119 (NVFP4) or 2^55 (MXFP4: good from 2^-55 to 2^72) on
@@ -2083,7 +2090,7 @@ template <int FORM, int SPLIT> __device__ __forceinline__ void moqk_fast_put(flo
     const int32_t q = i >> 2 & 3, first = (i & 1) * 2, half = i >> 1 & 1;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-        const int32_t t = FORM <= MOQK_MXFP4 ? q : first + k, s = FORM <= MOQK_MXFP4 ? (first + k) ^ q : q;
+        const int32_t t = FORM <= MOQK_MXFP4 ? q : first + k, s = FORM <= MOQK_MXFP4 ? first + k : q;
         const float x = each[2 * k], y = each[2 * k + 1];
         const uint32_t hi = moqk_pack(x, y);
         *(uint32_t *)(xs + moqk_fast_x(i >> 4, columns, SPLIT ? 2 * m : m, t, s >> 1) + (s & 1) * 8 + half * 4) = hi;
@@ -2810,7 +2817,8 @@ __device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_ru
         }
 }
 
-/* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's columns in its row of each product's x. */
+/* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each product's x (4-bit
+   floats), or the row that it names for moqk_load_matrices. */
 template <int FORM, int STEP, int NB>
 __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
                                                const uint32_t z[2], float (&acc)[NB][4])
@@ -2828,8 +2836,9 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
             for (int i = 0; i < 2; i++) { /* see moqk_fast_col */
                 if constexpr (FORM <= MOQK_MXFP4) xb[n][i] = moqk_shared16(x[n] + b * 128 + i * 16);
                 else {
-                    const uint2 p = moqk_shared8(x[n] + b * 128 + i * 64), q = moqk_shared8(x[n] + b * 128 + i * 64 + 32);
-                    xb[n][i] = make_uint4(p.x, p.y, q.x, q.y);
+                    uint32_t r[4];
+                    moqk_load_matrices(x[n] + b * 128 + i * 64, r);
+                    xb[n][i] = make_uint4(r[0], r[1], r[2], r[3]);
                 }
             }
         if constexpr (FORM <= MOQK_MXFP4) {
@@ -2854,7 +2863,8 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
             for (int n = 0; n < NB; n++) {
                 const uint4 v = xb[n][i >> 1];
                 if (STEP > 0 ? i % each == 0 : b == 0 && i == 0) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
-                moqk_product(sum[n], m, i & 1 ? v.z : v.x, i & 1 ? v.w : v.y);
+                if (FORM <= MOQK_MXFP4) moqk_product(sum[n], m, moqk_word_of(xb[n][0], i), moqk_word_of(xb[n][1], i));
+                else moqk_product(sum[n], m, i & 1 ? v.z : v.x, i & 1 ? v.w : v.y);
                 if (STEP == 0 || i % each != each - 1) continue;
                 acc[n][0] += sum[n][0] * h.scale[group].x;
                 acc[n][1] += sum[n][1] * h.scale[group].x;
@@ -2910,7 +2920,8 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
     uint32_t x[NB];
 #pragma unroll
     for (int b = 0; b < NB; b++) { /* columns that nobody stores repeat another */
-        x[b] = mine + (uint32_t)(8 * b + g < cut.columns ? 8 * b + g : 0) * cut.x_pitch + (uint32_t)(t * (FORM <= MOQK_MXFP4 ? 32 : 8));
+        const int32_t row = 8 * b + (FORM <= MOQK_MXFP4 ? g : lane & 7);
+        x[b] = mine + (uint32_t)(row < cut.columns ? row : 0) * cut.x_pitch + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
         acc[b][0] = acc[b][1] = acc[b][2] = acc[b][3] = 0;
     }
     for (int32_t c = 0, s = 0, parity = 0, phase = 0, next_phase = 0; c < n; c++) {
@@ -3168,7 +3179,7 @@ __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
         }
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            int32_t col = slab * 64 + 8 * h + (turned ? t * 16 + (s ^ t) * 2 : s * 16 + t * 2);
+            int32_t col = slab * 64 + 8 * h + (turned ? t * 16 + s * 2 : s * 16 + t * 2);
             v[u][t] = make_float2(0, 0);
             if (col < a.cols) v[u][t] = moqk_get2(a, from * a.ldx + col);
             if (col + 1 >= a.cols) v[u][t].y = 0;
@@ -3461,11 +3472,13 @@ __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile
 
 __device__ __forceinline__ uint32_t moqk_read2(uint32_t at) { uint16_t v; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory"); return v; }
 
-/* 4-bit floats: lane t of four has columns 16 t .. 16 t + 15 of a block in words s ^ t = 0..3; makes word s the lane's columns of 16 s .. 16 s + 15: those
+/* 4-bit floats: lane t of four has columns 16 t .. 16 t + 15 of a block in words s = 0..3; makes word s the lane's columns of 16 s .. 16 s + 15: those
    that a product of 16 columns in their natural order wants. */
 __device__ __forceinline__ void moqk_turn_quad(uint4 &w)
 {
     const int t = threadIdx.x;
+    if (t & 1) w = make_uint4(w.y, w.x, w.w, w.z);
+    if (t & 2) w = make_uint4(w.z, w.w, w.x, w.y);
     uint32_t v1 = __shfl_xor_sync(0xffffffffu, w.y, 1), v2 = __shfl_xor_sync(0xffffffffu, w.z, 2), v3 = __shfl_xor_sync(0xffffffffu, w.w, 3);
     const uint32_t a0 = t & 1 ? v1 : w.x, a1 = t & 1 ? w.x : v1, a2 = t & 1 ? v3 : v2, a3 = t & 1 ? v2 : v3;
     w = make_uint4(t & 2 ? a2 : a0, t & 2 ? a3 : a1, t & 2 ? a0 : a2, t & 2 ? a1 : a3);
@@ -4113,7 +4126,7 @@ __device__ __forceinline__ float moqk_divide(float v, float unit, float by)
 __device__ __forceinline__ int32_t moqk_byte_col(int form, int piece, int k)
 {
     const int t = k & 3;
-    return form == MOQK_MXFP4 ? (piece >> 2) * 64 + t * 16 + ((piece & 3) ^ t) * 2 + (k >> 2) * 8 : piece * 16 + k * 2;
+    return form == MOQK_MXFP4 ? (piece >> 2) * 64 + t * 16 + (piece & 3) * 2 + (k >> 2) * 8 : piece * 16 + k * 2;
 }
 
 /* x -> x8 and the scales of its tokens: what the feed would round it to, as codes. x is what the feed left (whose rounded values have the same codes
@@ -4505,11 +4518,6 @@ enum { MOQK_MMA_RING = 4 };
 
 __host__ __device__ static constexpr int moqk_mma_ahead(int form) { return moqk_fast_bits(form) == 16 ? 2 : 4; }
 __host__ __device__ static constexpr int moqk_mma_shared(int form, int grouped) { return MOQK_MMA_RING * 8192 + 8 * moqk_stream_bytes(form, grouped, moqk_mma_ahead(form)) + 16; }
-
-__device__ __forceinline__ void moqk_load_matrices(uint32_t at, uint32_t (&r)[4])
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
-}
 
 /* A slab of 64 columns: d += W x, or, with scales on sums, d += scale * (W x) for 32 columns at a time. x: the slab's [64 tokens][128 bytes]. */
 template <int GROUPED> __device__ __forceinline__ void moqk_multiply_slab(float (&d)[32], const uint32_t (&a)[16], uint32_t x, int lane, const float2 (&scale)[2])
@@ -5430,7 +5438,7 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
     u->own = u->tiles_own * 16;
     u->own_magic = (uint32_t)(((uint64_t)1 << 32) / (uint32_t)u->own + 1);
     u->pitch = u->own + 4;
-    u->x_pitch = (uint32_t)(share * 512 + (form <= MOQK_MXFP4 ? 16 : 32));
+    u->x_pitch = (uint32_t)(share * 512 + 16);
     int64_t at = (int64_t)warps * u->stages * moqk_chunk_bytes(form);
     u->bars_at = (uint32_t)at;
     at += moqk_pad(8 * (MOQK_RUN_PHASES * u->ways + warps * u->stages), 128);
@@ -8800,16 +8808,19 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     if (e == cudaSuccess && c->sm < 80) return moq_fail(err, MOQ_E_UNSUPPORTED, c->name,
                                                         "compute capability %d.%d, 8.0 (Ampere) or later is needed", major, minor);
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_move);
+    if (e == cudaSuccess && c->sm > attributes.ptxVersion) c->sm = attributes.ptxVersion; /* code for older devices lacks what newer ones could do */
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_has_wgmma);
     c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.sharedSizeBytes >= 16;
     if (c->wgmma) {
-        cudaDriverEntryPointQueryResult found;
+        cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
         void *at = NULL;
 #if CUDART_VERSION >= 12050
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &at, 12000, cudaEnableDefault, &found) == cudaSuccess) c->encode_map = (moqc_encode_map)at;
+        const int called = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &at, 12000, cudaEnableDefault, &found) == cudaSuccess;
 #else
-        if (cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &at, cudaEnableDefault, &found) == cudaSuccess) c->encode_map = (moqc_encode_map)at;
+        const int called = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &at, cudaEnableDefault, &found) == cudaSuccess;
 #endif
+        if (called && found == cudaDriverEntryPointSuccess) c->encode_map = (moqc_encode_map)at;
+        else cudaGetLastError(); /* x then comes by a pass of its own */
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     for (int i = 0; i < MOQC_SLOTS && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->slot_free[i], cudaEventDisableTiming);
