@@ -5588,6 +5588,7 @@ static int moqc_fits_wgmma(const struct moqc_shape *s)
 {
     const moqk_part *p = s->part;
     int form = moqk_form_of(*p), precise = moqc_precise(s->bf16, s->act);
+    if (form == MOQK_FAST_BF16) return 0; /* not decoded: some runs gave other bits on an H200 where blocks share a tile, for a reason that is not known yet */
     return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (!precise ? 64 : s->grouped ? 512 : 1024) && !(precise && moqk_form_grouped(*p, form));
 }
 
@@ -5653,7 +5654,6 @@ static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
     case MOQK_MXFP4: return moqc_wgmma_for<MOQK_MXFP4, 0>(tokens);
     case MOQK_FAST_U4: return grouped ? moqc_wgmma_for<MOQK_FAST_U4, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_U4, 0>(tokens);
     case MOQK_FAST_U8: return moqc_wgmma_for<MOQK_FAST_U8, 0>(tokens);
-    case MOQK_FAST_BF16: return tokens == 256 ? moqc_wgmma_of<MOQK_FAST_BF16, 0, 256>() : moqc_wgmma_of<MOQK_FAST_BF16, 0, 128>(); /* bound by memory below */
     default: return grouped ? moqc_wgmma_for<MOQK_FAST_E4M3, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_E4M3, 0>(tokens);
     }
 }
@@ -5706,7 +5706,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
         if (tokens == 160 && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
-        if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
+        if (tokens == 64 && which == MOQC_BYTES && form != MOQK_FAST_E4M3) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1), count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         for (int k = 0; k < (which == MOQC_MMA ? 2 : 4); k++) { /* without clusters: whole tiles, equal runs; with them: 1 to 4 blocks a tile */
