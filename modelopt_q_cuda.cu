@@ -2715,7 +2715,7 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
    >>cuda-runs       1 to 16 rows of x on SM90, 4-bit weights: every warp streams a run of chunks of its own
    A block keeps its share of x whole in shared memory and room for a chunk or two of each warp, filled by the copy engine: while a warp multiplies
    a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and the kernel after may start
-   when the last ones are. Nothing in the loop waits for another warp. The warps of a block and the blocks of a cluster share the columns; the
+   when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a block and the blocks of a cluster share the columns; the
    sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per launch: codes and scales
    once, x once per block.
    ------------------------------------------------------------------------------------------------ */
