@@ -13941,7 +13941,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t 
             src = edge[0];
             next = 256;
         }
-        const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
+        const __mmask16 some = (__mmask16)(!small || left >= 16 ? 0xffff : (1 << left) - 1);
         MOQI_UNROLL for (int k = 0; k < 4; k++) {
             __m512i w[4];
             moqi_dot_words_512(src + k * next, MOQI_STREAM_AHEAD / 2, nibbles, table, w);

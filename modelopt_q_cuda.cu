@@ -7503,8 +7503,8 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         from = blockIdx.x * per;
         to = min(from + per, seen);
         base = ((slot * a.c.kv_heads + kv_head) * a.c.capacity + low) * ROW;
-        const int64_t at = (int64_t)from * ROW + (int64_t)threadIdx.x * 2048, left = (int64_t)to * ROW - at;
 #if __CUDA_ARCH__ >= 900
+        const int64_t at = (int64_t)from * ROW + (int64_t)threadIdx.x * 2048, left = (int64_t)to * ROW - at;
         if (turn == 0 && held && threadIdx.x < a.ahead && left > 0) {
             moqk_bulk_prefetch(a.c.k.codes + base + at, (uint32_t)min((int64_t)2048, left));
             moqk_bulk_prefetch(a.c.v.codes + base + at, (uint32_t)min((int64_t)2048, left));
