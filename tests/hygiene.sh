@@ -63,7 +63,7 @@ printf '#include <stddef.h>\nvoid *my_alloc(size_t);\nvoid my_free(void *);\n' >
 check "own allocator" $CC -std=c99 $WARN "-DMOQ_MALLOC(n)=my_alloc(n)" "-DMOQ_FREE(p)=my_free(p)" -include $B/my_alloc.h -c $B/impl.c -o $B/option.o
 # sums in whole numbers must survive it: the compiler may not take v + c - c for v
 check "-ffast-math" $CC -std=c99 $WARN -Wno-unused-function -O1 -ffast-math -DMOQ_STATIC -DTEST_DIR='""' -DGOLDEN_DIR='""' test_backend.c -o $B/fast -lm -pthread
-check "products under -ffast-math" sh -c "$B/fast automatic 2>&1 | grep -v '^1 passed, 0 failed'; true"
+check "products under -ffast-math" sh -c "$B/fast automatic >$B/fast.log 2>&1 || cat $B/fast.log"
 if have clang && have aarch64-linux-gnu-gcc; then # its libc's headers
     check "clang for AArch64" clang --target=aarch64-linux-gnu --sysroot=/usr/aarch64-linux-gnu -isystem /usr/aarch64-linux-gnu/include -std=c99 $WARN -O1 -c $B/impl.c -o $B/cross.o
 fi
