@@ -38,6 +38,7 @@
        >>cuda-gemm-bytes   the same where inputs are rounded to 8 bits as stored: products of bytes
        >>cuda-gemm-mma   the same on every device: mma.sync
        >>cuda-dispatch   which kernel a layer gets: the table
+       >>cuda-few-host   how products of 1 to 16 rows are cut and launched
        >>cuda-gemm-host  how products of 17 and more rows are cut and launched
        >>cuda-ops        embed, norm, rope, activation, add, argmax
        >>cuda-kv         KV caches
@@ -2861,10 +2862,9 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
             }
 #pragma unroll
             for (int n = 0; n < NB; n++) {
-                const uint4 v = xb[n][i >> 1];
                 if (STEP > 0 ? i % each == 0 : b == 0 && i == 0) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
                 if (FORM <= MOQK_MXFP4) moqk_product(sum[n], m, moqk_word_of(xb[n][0], i), moqk_word_of(xb[n][1], i));
-                else moqk_product(sum[n], m, i & 1 ? v.z : v.x, i & 1 ? v.w : v.y);
+                else moqk_product(sum[n], m, i & 1 ? xb[n][i >> 1].z : xb[n][i >> 1].x, i & 1 ? xb[n][i >> 1].w : xb[n][i >> 1].y);
                 if (STEP == 0 || i % each != each - 1) continue;
                 acc[n][0] += sum[n][0] * h.scale[group].x;
                 acc[n][1] += sum[n][1] * h.scale[group].x;
@@ -5205,7 +5205,10 @@ static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int
     }
 }
 
-/* ---- the rows of >>cuda-decode: what they take, how a launch is cut ---- */
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-few-host   how products of 1 to 16 rows are cut and launched
+   What the rows of the table take, and their launches: >>cuda-decode first, then >>cuda-ring and >>cuda-runs.
+   ------------------------------------------------------------------------------------------------ */
 
 /* x as two BF16 parts is good to 2^-17 of each value in the worst case, 2e-6 on average: rows with few columns, where one term may be the
    whole sum, are left to the F32 kernels. Sums of several experts are long enough sooner. */
@@ -6223,7 +6226,6 @@ static void moqc_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n,
    ------------------------------------------------------------------------------------------------ */
 
 enum moqk_kv_kind { MOQK_KV_F32, MOQK_KV_BF16, MOQK_KV_E4M3, MOQK_KV_I8, MOQK_KV_NV4, MOQK_KV_MX4 };
-enum { MOQC_STREAM_AHEAD = 32 }; /* see moqk_attend_args */
 enum { MOQK_KV_MOST_DIM = 512, MOQK_KEYS = 64, MOQK_QUERIES = 32 }; /* keys of a step of the first kernel; queries and keys of a tile of the second */
 
 /* Keys or values of one layer. */
@@ -7968,6 +7970,8 @@ static moqc_stream_kernel moqc_stream_find(int kind, int dim)
     if (kind == MOQK_KV_E4M3) return dim == 64 ? moqk_attend_stream<MOQK_KV_E4M3, 64> : moqk_attend_stream<MOQK_KV_E4M3, 128>;
     return dim == 64 ? moqk_attend_stream<MOQK_KV_I8, 64> : moqk_attend_stream<MOQK_KV_I8, 128>;
 }
+
+enum { MOQC_STREAM_AHEAD = 32 }; /* see moqk_attend_args */
 
 /* One block per multiprocessor. More bytes on their way than the memory needs to be busy make some blocks late. */
 static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
