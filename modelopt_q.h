@@ -2022,12 +2022,12 @@ typedef struct moqi_writer {
 enum { MOQI_NOTHING = 0, MOQI_IS_FILE, MOQI_IS_DIR, MOQI_IS_OTHER }; /* what a path leads to */
 
 /* What stands after the last separator; messages show only that, so that they are the same on every machine and
-   do not tell where a user keeps files. A trailing separator belongs to the name before it. */
+   do not tell where a user keeps files. Trailing separators belong to the name before them. */
 static const char *moqi_base_name(const char *path)
 {
     const char *base = path;
     for (; *path; path++)
-        if ((*path == '/' || *path == '\\') && path[1]) base = path + 1;
+        if ((*path == '/' || *path == '\\') && path[1] && path[1] != '/' && path[1] != '\\') base = path + 1;
     return base;
 }
 
@@ -2223,6 +2223,7 @@ static void moqi_dir_close(moqi_dir *d) { FindClose(d->find); }
 extern int fsync(int fd);
 extern int madvise(void *p, size_t bytes, int advice);
 extern int clock_gettime(clockid_t id, struct timespec *t);
+extern ssize_t readlink(const char *path, char *to, size_t bytes);
 #endif
 #ifdef CLOCK_MONOTONIC
 #define MOQI_CLOCK CLOCK_MONOTONIC
@@ -2744,9 +2745,17 @@ static void moqi_sys_remove_dir(const char *path)
     wchar_t w[MOQI_WIDE_PATH];
     if (moqi_wide(path, w)) RemoveDirectoryW(w);
 }
+
+static int moqi_sys_is_link(const char *path) { (void)path; return 0; } /* attributes are the link's own: moqi_path_kind finds it */
 #else
 static int moqi_sys_make_dir(const char *path) { return mkdir(path, 0777) == 0; }
 static void moqi_sys_remove_dir(const char *path) { rmdir(path); }
+
+static int moqi_sys_is_link(const char *path)
+{
+    char first;
+    return readlink(path, &first, 1) >= 0;
+}
 #endif
 
 /* Deletes the files of a folder, folders in it, and then the folder. Only for folders that this library has made. */
@@ -2778,14 +2787,6 @@ static moq_result moqi_check_parent(const char *path, moq_error *err)
     return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "its parent folder '%s' does not exist; create that first", parent);
 }
 
-/* A target must not exist yet: nothing of the user's is ever overwritten. */
-static moq_result moqi_check_new_target(const char *target, moq_error *err)
-{
-    if (!target[0]) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "the target has no name");
-    if (moqi_path_kind(target) == MOQI_NOTHING) return MOQ_OK;
-    return moqi_fail(err, MOQ_E_ARG, moqi_at(moqi_base_name(target), NULL, NULL, -1), "exists already; choose another target or remove it first");
-}
-
 /* Bytes of a path without the slashes at its end, which completion in a shell puts there. */
 static int moqi_path_bytes(const char *path)
 {
@@ -2796,6 +2797,18 @@ static int moqi_path_bytes(const char *path)
     while (n > 1 && path[n - 1] == '/') n--;
 #endif
     return n < 4096 ? (int)n : 4096;
+}
+
+/* A target must not exist yet, not even as a link to nothing, which a folder cannot replace: nothing of the user's is ever overwritten. */
+static moq_result moqi_check_new_target(const char *target, moq_error *err)
+{
+    char path[4096 + 1];
+    moqi_where at = moqi_at(moqi_base_name(target), NULL, NULL, -1);
+    if (!target[0]) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "the target has no name");
+    moqi_format(path, sizeof path, "%.*s", moqi_path_bytes(target), target); /* with a slash behind it no file would be found */
+    if (moqi_path_kind(path) != MOQI_NOTHING) return moqi_fail(err, MOQ_E_ARG, at, "exists already; choose another target or remove it first");
+    if (moqi_sys_is_link(path)) return moqi_fail(err, MOQ_E_ARG, at, "is a link to nothing; choose another target or remove it first");
+    return MOQ_OK;
 }
 
 /* A new folder beside the target, "TARGET.tmp-PROCESS-N". The target itself must not exist. */
@@ -18571,11 +18584,20 @@ static void moqi_encode_task(void *arg, int index, int worker)
     e->top[index] = e->rows(e, first, moqi_min(e->d->rows, first + e->step), e->scratch + (size_t)worker * 3 * (size_t)e->d->cols);
 }
 
+/* Workers of moqi_spread, each with scratch memory of its own. */
+static int moqi_workers(const moq_parallel *par) { return par && par->run && par->workers > 1 ? par->workers : 1; }
+
 /* Runs tasks 0..n-1 on the caller's workers, or here. */
 static void moqi_spread(const moq_parallel *par, int64_t n, void (*task)(void *arg, int index, int worker), void *arg)
 {
-    if (par && par->run && par->workers > 1 && n > 1) par->run(par->user, (int)n, task, arg);
+    if (moqi_workers(par) > 1 && n > 1) par->run(par->user, (int)n, task, arg);
     else for (int64_t i = 0; i < n; i++) task(arg, (int)i, 0);
+}
+
+/* Memory for so many numbers; NULL too where their bytes do not fit into a size_t. Released with count * size bytes. */
+static void *moqi_allocate_array(const moq_allocator *a, uint64_t count, size_t size)
+{
+    return count <= SIZE_MAX / 2 / size ? moq_allocate(a, (size_t)count * size) : NULL;
 }
 
 /* All rows through `rows`; *top: the largest magnitude. Tasks are whole bands of group_rows, and at least two rows. */
@@ -18585,8 +18607,8 @@ static moq_result moqi_encode_run(moqi_encoder *e, moqi_encode_rows rows, float 
     int banded = rows == moqi_rows_fp8_block || (rows == moqi_rows_amax && e->amax); /* a band of rows shares scales */
     int64_t unit = banded && e->group_rows > 1 ? e->group_rows : 2;
     e->step = moqi_ceil_div(moqi_ceil_div(d->rows, MOQI_MAX_TASKS), unit) * unit;
-    int tasks = (int)moqi_ceil_div(d->rows, e->step), workers = d->parallel.run ? d->parallel.workers : 1;
-    uint64_t bytes = (uint64_t)workers * 3 * (uint64_t)d->cols * sizeof(float);
+    int tasks = (int)moqi_ceil_div(d->rows, e->step);
+    uint64_t bytes = (uint64_t)moqi_workers(&d->parallel) * 3 * (uint64_t)d->cols * sizeof(float);
     uint32_t all = 0;
     e->rows = rows;
     e->scratch = bytes <= SIZE_MAX / 2 ? (float *)moq_allocate(d->allocator, (size_t)bytes) : NULL;
@@ -19037,10 +19059,9 @@ static int moqi_low_rank(const moq_allocator *m, const moq_parallel *par, const 
     p.length = p.wide ? cols : rows;
     p.rank = moqi_min(rank, p.n);
     int64_t n = p.n, bands = moqi_ceil_div(n, MOQI_SVD_BAND);
-    size_t bytes = (size_t)(n * (n + MOQI_SVD_BAND + bands + 8) + p.rank * (2 * n + p.length + 1)) * sizeof(double);
-    p.g = (double *)moq_allocate(m, bytes);
+    uint64_t room = (uint64_t)(n * (n + MOQI_SVD_BAND + bands + 8) + p.rank * (2 * n + p.length + 1));
+    p.g = (double *)moqi_allocate_array(m, room, sizeof *p.g);
     if (!p.g) return 0;
-    memset(p.g, 0, bytes);
     p.x = p.g + n * n;
     p.part = p.x + n * MOQI_SVD_BAND;
     p.d = p.part + n * bands;
@@ -19061,7 +19082,7 @@ static int moqi_low_rank(const moq_allocator *m, const moq_parallel *par, const 
         for (int64_t i = 0; i < rows; i++) b[i * rank + k] = (float)(s * (p.wide ? p.right[i * p.rank + k] : u[i]));
         for (int64_t j = 0; j < cols; j++) a[k * cols + j] = (float)(p.wide ? u[j] : p.right[j * p.rank + k]);
     }
-    moq_release(m, p.g, bytes);
+    moq_release(m, p.g, (size_t)room * sizeof *p.g);
     return 1;
 }
 
@@ -19775,10 +19796,10 @@ static moq_result moqi_encode_source(moqi_plan *p, const moqi_target *t, int32_t
         d->data = w.codes.data;
         return MOQ_OK;
     }
-    uint64_t bytes = (uint64_t)w.rows * (uint64_t)w.cols * sizeof(float);
+    uint64_t values = (uint64_t)w.rows * (uint64_t)w.cols, bytes = values * sizeof(float);
     if (bytes > p->work_bytes) {
         moq_release(&p->desc->allocator, p->work, (size_t)p->work_bytes);
-        p->work = (float *)moq_allocate(&p->desc->allocator, (size_t)bytes);
+        p->work = (float *)moqi_allocate_array(&p->desc->allocator, values, sizeof(float));
         p->work_bytes = p->work ? bytes : 0;
         if (!p->work) return moqi_nomem(err, bytes);
     }
@@ -19791,17 +19812,17 @@ static moq_result moqi_encode_source(moqi_plan *p, const moqi_target *t, int32_t
 static moq_result moqi_decompose(moqi_plan *p, moqi_target *t, moq_error *err)
 {
     const moq_allocator *a = &p->desc->allocator;
-    int64_t rank = t->recipe->scheme.lora_rank, n = t->w.rows * t->w.cols;
-    size_t bytes = (size_t)n * sizeof(float);
-    float *w = (float *)moq_allocate(a, bytes), *b = (float *)moqi_take_array(p->r, (uint64_t)(t->w.rows * rank), sizeof *b);
+    int64_t rank = t->recipe->scheme.lora_rank;
+    uint64_t values = (uint64_t)t->w.rows * (uint64_t)t->w.cols;
+    float *w = (float *)moqi_allocate_array(a, values, sizeof *w), *b = (float *)moqi_take_array(p->r, (uint64_t)(t->w.rows * rank), sizeof *b);
     float *v = (float *)moqi_take_array(p->r, (uint64_t)(t->w.cols * rank), sizeof *v);
     const float *mean = t->mean_p;
     t->mean_p = NULL; /* its own smoothing only */
     if (w) moqi_load_weight(t, &t->w, w);
     t->mean_p = mean;
     int ok = w && b && v && moqi_low_rank(a, &p->parallel, w, t->w.rows, t->w.cols, rank, b, v);
-    moq_release(a, w, bytes);
-    if (!ok) return moqi_nomem(err, bytes);
+    moq_release(a, w, (size_t)values * sizeof *w);
+    if (!ok) return moqi_nomem(err, values * sizeof *w);
     for (int64_t i = 0; i < t->w.rows * rank; i++) b[i] = moqi_in_model(t->model, b[i]);
     for (int64_t i = 0; i < t->w.cols * rank; i++) v[i] = moqi_in_model(t->model, v[i]);
     t->rank = rank;
@@ -19818,8 +19839,8 @@ static moq_result moqi_decompose_group(moqi_plan *p, size_t leader, moq_error *e
     int64_t rows = 0, cols = t->w.cols, rank = t->rank, at = 0;
     for (size_t i = leader; i < p->count; i++)
         if (p->targets[i].leader == leader) rows += p->targets[i].w.rows;
-    size_t bytes = (size_t)(rows * cols) * sizeof(float);
-    float *w = (float *)moq_allocate(a, bytes), *b = (float *)moqi_take_array(p->r, (uint64_t)(rows * rank), sizeof *b);
+    uint64_t values = (uint64_t)rows * (uint64_t)cols;
+    float *w = (float *)moqi_allocate_array(a, values, sizeof *w), *b = (float *)moqi_take_array(p->r, (uint64_t)(rows * rank), sizeof *b);
     float *v = (float *)moqi_take_array(p->r, (uint64_t)(cols * rank), sizeof *v);
     for (size_t i = leader; w && i < p->count; i++) {
         if (p->targets[i].leader != leader) continue;
@@ -19827,8 +19848,8 @@ static moq_result moqi_decompose_group(moqi_plan *p, size_t leader, moq_error *e
         at += p->targets[i].w.rows;
     }
     int ok = w && b && v && moqi_low_rank(a, &p->parallel, w, rows, cols, rank, b, v);
-    moq_release(a, w, bytes);
-    if (!ok) return moqi_nomem(err, bytes);
+    moq_release(a, w, (size_t)values * sizeof *w);
+    if (!ok) return moqi_nomem(err, values * sizeof *w);
     at = 0;
     for (size_t i = leader; i < p->count; i++) {
         if (p->targets[i].leader != leader) continue;
@@ -20016,8 +20037,8 @@ static moq_result moqi_tell_shapes(const moq_error *first, size_t refused, size_
     if (!err) return first->code;
     *err = *first;
     size_t used = strlen(err->text);
-    moqi_format(err->text + used, sizeof err->text - used, " (%llu of the %llu layers have such a shape)", (unsigned long long)refused,
-                (unsigned long long)covered);
+    moqi_format(err->text + used, sizeof err->text - used, " (%llu of the %llu layers have such a shape%s)", (unsigned long long)refused,
+                (unsigned long long)covered, refused > covered / 2 ? "; recipe fp8 takes any" : "");
     return first->code;
 }
 
@@ -20160,14 +20181,13 @@ static void moqi_multiply_task(void *arg, int index, int worker)
 static void moqi_multiply_panels(moqi_multiply_work *p, const moq_parallel *par, const moq_allocator *a)
 {
     const moqi_way *const *way = p->k->ways;
-    int64_t workers = par && par->workers > 1 ? par->workers : 1;
     while (way && *way && ((*way)->unit != 1 || !(*way)->decode)) way++;
     if (!way || !*way || p->x->rows < 12 || (double)p->x->rows * (double)p->w->rows * (double)p->w->cols < 1e6) return;
     moq_make_linear(&p->layer.layer, "", MOQ_F32, p->w->data, p->w->rows, p->w->ld);
     p->layer.layer.cols = p->w->cols;
     p->layer.k = p->k;
     if (!moqi_choose_form(&p->layer) || !moqi_choose_groups(&p->layer) || !moqi_use_codes(&p->layer)) return;
-    p->scratch = (float *)moq_allocate(a, (size_t)(workers * MOQI_WAY_FLOATS) * sizeof(float));
+    p->scratch = (float *)moqi_allocate_array(a, (uint64_t)moqi_workers(par) * MOQI_WAY_FLOATS, sizeof(float));
     if (p->scratch) p->way = *way;
 }
 
@@ -20183,7 +20203,7 @@ static void moqi_multiply_all(const moq_parallel *par, const moq_allocator *a, c
     p.half = half;
     moqi_multiply_panels(&p, par, a);
     moqi_spread(par, moqi_ceil_div(w->rows, MOQI_PRODUCT_ROWS), moqi_multiply_task, &p);
-    moq_release(a, p.scratch, (size_t)((par && par->workers > 1 ? par->workers : 1) * MOQI_WAY_FLOATS) * sizeof(float));
+    moq_release(a, p.scratch, (size_t)moqi_workers(par) * MOQI_WAY_FLOATS * sizeof(float));
 }
 
 /* y [x.rows, ldy] = x W^T, each product summed in F32. */
@@ -20487,8 +20507,8 @@ static int moqi_bench_make(const moq_allocator *a, moqi_bench *b, int64_t rows, 
     b->scaled = moqi_matrix_make(a, rows, cols);
     b->q = moqi_matrix_make(a, rows, cols);
     b->x = moqi_matrix_make(a, tokens, cols);
-    b->y = (float *)moq_allocate(a, (size_t)(tokens * moqi_max(rows, cols)) * sizeof(float));
-    b->ref = (float *)moq_allocate(a, (size_t)(tokens * moqi_max(rows, cols)) * sizeof(float));
+    b->y = (float *)moqi_allocate_array(a, (uint64_t)tokens * (uint64_t)moqi_max(rows, cols), sizeof(float));
+    b->ref = (float *)moqi_allocate_array(a, (uint64_t)tokens * (uint64_t)moqi_max(rows, cols), sizeof(float));
     b->s = (float *)moq_allocate(a, (size_t)cols * sizeof(float));
     b->part = (double *)moq_allocate(a, (size_t)tokens * sizeof(double));
     if (b->w.data && b->scaled.data && b->q.data && b->x.data && b->y && b->ref && b->s && b->part) return 1;
@@ -21028,7 +21048,7 @@ static void moqi_gptq_task(void *arg, int index, int worker)
 static int moqi_gptq_rows(const moq_parallel *par, const moq_allocator *a, const moq_coding *c, float top, const float *amax, moqi_matrix *w, const double *u)
 {
     moqi_gptq_work p;
-    size_t bytes = (size_t)(par && par->run ? par->workers : 1) * MOQI_GPTQ_ROWS * MOQI_GPTQ_BLOCK * sizeof(float);
+    size_t bytes = (size_t)moqi_workers(par) * MOQI_GPTQ_ROWS * MOQI_GPTQ_BLOCK * sizeof(float);
     p.c = c;
     p.amax = amax;
     p.top = top;
@@ -21123,7 +21143,7 @@ static float *moqi_host_room(moqi_watch *w, int which, int64_t n)
 {
     if (n <= (int64_t)w->host_count[which]) return w->host[which];
     moq_release(&w->a, w->host[which], w->host_count[which] * sizeof(float));
-    w->host[which] = (float *)moq_allocate(&w->a, (size_t)n * sizeof(float));
+    w->host[which] = (float *)moqi_allocate_array(&w->a, (uint64_t)n, sizeof(float));
     w->host_count[which] = w->host[which] ? (size_t)n : 0;
     if (!w->host[which] && w->failed.code == MOQ_OK) moqi_nomem(&w->failed, (uint64_t)n * sizeof(float));
     return w->host[which];
@@ -21447,11 +21467,12 @@ static moq_kv_cache *moqi_watch_kv_create(moq_backend *be, const moq_kv_desc *de
     dim[0] = desc->head_dim;
     dim[1] = desc->value_dim > 0 ? desc->value_dim : desc->head_dim;
     for (int i = 0; w->round && i < 2; i++) n[i] = tokens * (uint64_t)dim[i];
-    size_t bytes = head + (size_t)(n[0] + n[1]) * sizeof(float) + name;
-    moqi_seen_kv *s = (moqi_seen_kv *)moq_allocate(&w->a, bytes);
+    uint64_t room = (n[0] + n[1]) * sizeof(float) + head + name;
+    size_t bytes = (size_t)room;
+    moqi_seen_kv *s = (moqi_seen_kv *)moqi_allocate_array(&w->a, room, 1);
     if (!s) {
         w->inner->kv_release(w->inner, inner);
-        moqi_nomem(err, bytes);
+        moqi_nomem(err, room);
         return NULL;
     }
     float *rows = (float *)(void *)((uint8_t *)s + head);

@@ -336,9 +336,9 @@ LLM_API llm_grammar *llm_grammar_create(const llm_grammar_desc *desc, moq_error 
 LLM_API void llm_grammar_destroy(llm_grammar *g);
 LLM_API int64_t llm_grammar_shortest(const llm_grammar *g);    /* bytes of its shortest text */
 
-/* From the next answer on, answers are texts of `g` (NULL: free again), at most max_tokens long (0: what the context leaves). As the
-   limit comes near, the answer is led to its end: it is always complete. Refused when even the shortest text does not fit. `g` must
-   outlive its use. */
+/* From the next answer on, answers are texts of `g`, at most max_tokens long (0: what the context leaves). As the limit comes near, the
+   answer is led to its end: it is always complete. Refused when even the shortest text does not fit. `g` must outlive its use.
+   NULL: answers are free again, and max_tokens does not limit those. */
 LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tokens, moq_error *err);
 
 /* ---- tokens: for tools, scoring and calibration ---- */
@@ -5011,7 +5011,7 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
     }
     if (!t->frame_text) {
         moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
-                 "the folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); use raw prompts");
+                 "there is none (chat_template.jinja, or chat_template in tokenizer_config.json); use raw prompts");
         return SIZE_MAX;
     }
     spelled.out = llmi_bytes_make(&t->a);
@@ -6127,7 +6127,7 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     k.defaults = NULL;
     k.err = err;
     if (k.root->count == 0)
-        return moq_fail(err, MOQ_E_NOTFOUND, moq_get_name(ck), "the folder has no config.json; the engine needs it to know the architecture");
+        return moq_fail(err, MOQ_E_NOTFOUND, "config.json", "says nothing; the engine needs it to know the architecture of '%q'", moq_get_name(ck));
     c->keys = k.text;
     c->root = k.root;
     if ((code = llmi_read_family(&k, c)) < 0) return code;

@@ -155,6 +155,16 @@ check "quantize: slashes behind the target" is 0
 check "quantize: the folder has its name" test -e "$dir/slash/config.json"
 run quantize "$src" "" --recipe mxfp4
 check "quantize: a target without a name" refused "no name"
+ln -s nowhere "$dir/q4"
+for to in q4 q4/; do
+    run quantize "$src" "$dir/$to" --recipe mxfp4
+    check "quantize: the target $to is a link to nothing" refused "q4.*is a link to nothing"
+done
+rm "$dir/q4"
+: >"$dir/q4"
+run quantize "$src" "$dir/q4/" --recipe mxfp4
+check "quantize: the target is a file, with a slash behind it" refused "q4.*exists already"
+rm "$dir/q4"
 run quantize "$src" "$dir/no/such/parent" --recipe mxfp4
 check "quantize: no parent" refused "parent"
 check "refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* '$dir'/k 2>/dev/null"

@@ -1357,9 +1357,11 @@ static void test_export_refusals(void)
     d.rules = slip; d.rule_count = 2; REFUSED(MOQ_E_ARG, "names no module");
     d.progress = cancel_later; d.progress_user = &calls; REFUSED(MOQ_E_CANCELLED, "nothing was written");
     d.source = tiny_source(16, 24, 0); REFUSED(MOQ_E_SHAPE, "24 input features");
+    d.source = tiny_source(16, 24, 0); REFUSED(MOQ_E_SHAPE, "(1 of the 1 layers have such a shape; recipe fp8 takes any)");
     d.source = tiny_source(16, 96, 1); REFUSED(MOQ_E_SCALE, "NaN");
     d.source = tiny_source(16, 96, 1); d.recipe = "w4a16_nvfp4"; REFUSED(MOQ_E_SCALE, "NaN");
     d.source = tiny_source(15, 128, 0); d.recipe = "int4_blockwise_weight_only"; REFUSED(MOQ_E_SHAPE, "15 output features");
+    d.source = tiny_source(15, 7, 0); d.recipe = "fp8"; REFUSED(MOQ_E_MISSING, "calibration"); /* which is not about the shape */
     mkdir(target, 0777);
     CHECK_INT(moq_quantize(&d, &err), MOQ_E_ARG);
     CHECK(strstr(err.text, "exists already") != NULL && count_entries(target) == 0);

@@ -269,6 +269,7 @@ static void test_llm_config_absent_and_huge(void)
     moq_error e;
     char text[2048], nested[2300];
     CHECK_INT(open_with(LLAMA, "{}", 0, NULL, &e), MOQ_E_NOTFOUND);              /* C1 */
+    CHECK(strstr(e.text, "config.json: says nothing") != NULL); /* the file is there: moq_open wants it */
     CHECK_INT(open_with(LLAMA, llama_config, 1 << 24, NULL, &e), MOQ_E_NOMEM);  /* C19: a cache that nobody has */
     edit(llama_config, "\"max_position_embeddings\": 256", "\"max_position_embeddings\": 1099511627776", text, sizeof text);
     CHECK_INT(open_with(LLAMA, text, 0, &info, &e), MOQ_OK);

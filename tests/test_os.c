@@ -328,6 +328,7 @@ static void test_os_base_name(void)
     CHECK_STR(moqi_base_name("a/b/c.txt"), "c.txt");
     CHECK_STR(moqi_base_name("c.txt"), "c.txt");
     CHECK_STR(moqi_base_name("/a/b/"), "b/");
+    CHECK_STR(moqi_base_name("/a/b//"), "b//");
     CHECK_STR(moqi_base_name("C:\\a\\b"), "b");
     CHECK_STR(moqi_base_name(""), "");
 }

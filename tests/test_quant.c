@@ -389,8 +389,11 @@ static void test_quant_threads(void)
         moq_encode_desc d = desc_of(&m, recipes[k]);
         encoded one = encode(&d), many;
         d.parallel.run = moqi_pool_run;
-        d.parallel.workers = 5;
         d.parallel.user = pool;
+        many = encode(&d); /* workers 0: the caller's thread and its scratch memory (ASan) */
+        CHECK(memcmp(one.codes, many.codes, (size_t)one.code_bytes) == 0);
+        free_encoded(&many);
+        d.parallel.workers = 5;
         d.dtype = MOQ_F32;
         d.model = MOQ_BF16;
         d.data = m.x;
