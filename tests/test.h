@@ -20,6 +20,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <time.h>
 
 static struct {
     const char *only;
@@ -73,6 +74,9 @@ static int test_end(void)
     }
     return test_state.failed ? 1 : 0;
 }
+
+/* Seconds of the processor so far: a limit on it holds while other programs run too. */
+MOQI_UNUSED static double test_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 /* ---- random numbers: reproducible, with outliers, never all zero ---- */
 

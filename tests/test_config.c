@@ -829,13 +829,13 @@ static void test_claims_are_cheap(void)
             snprintf(text + at, sizeof text - (size_t)at, "]}}");
         }
         CHECK_INT(ct ? parse(text, NULL, NULL) : parse(NULL, text, NULL), MOQ_OK);
-        clock_t start = clock();
+        double start = test_seconds();
         int known = 0;
         for (int i = 0; i < MODULES; i++) known += covers(names[i]);
-        double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+        double seconds = test_seconds() - start;
         CHECK_INT(known, MODULES);
         if (getenv("TEST_VERBOSE")) fprintf(stderr, "60000 claims: %.1f ms\n", seconds * 1e3);
-        CHECK(seconds < 1.0); /* generous: sanitizers and shared machines; plain -O2 takes a tenth of it */
+        CHECK(seconds < 3.0); /* generous: sanitizers and shared machines; plain -O2 takes a tenth of it */
     }
 }
 

@@ -806,10 +806,10 @@ static void bounded(text *t, int gbnf, int refused, const char *says)
     d.allocator.alloc = count_alloc;
     d.allocator.release = count_release;
     live_bytes = peak_bytes = 0;
-    double start = moq_seconds();
+    double start = test_seconds();
     llm_grammar *g = llm_grammar_create(&d, &err);
-    double spent = moq_seconds() - start;
-    CHECK(spent < 5);
+    double spent = test_seconds() - start;
+    CHECK(spent < 20); /* with a sanitizer; what is bounded wrongly takes hours */
     CHECK(peak_bytes < (size_t)96 << 20);
     CHECK(refused ? !g && err.code < 0 && strstr(err.text, says) : g != NULL);
     if ((g == NULL) != refused || (refused && !strstr(err.text, says))) fprintf(stderr, "%.60s..: %s\n", t->data, err.text);

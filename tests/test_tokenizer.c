@@ -240,9 +240,9 @@ static void test_llm_normalization(void)
     x.count = 0;
     CHECK(llmi_bytes_add(&x, "a", 1)); /* many marks in the worst order: linear, and each class in its order */
     for (int i = 0; i < 200000; i++) CHECK(llmi_bytes_add(&x, i & 1 ? "\xcc\xa7" : "\xcc\x88", 2));
-    double start = moq_seconds();
+    double start = test_seconds();
     normalize(&u, x.data, x.count, 1, &c);
-    CHECK(moq_seconds() - start < 10);
+    CHECK(test_seconds() - start < 10);
     CHECK(c.count == 2 + 400000 - 2 && memcmp(c.data, "\xc3\xa4\xcc\xa7\xcc\xa7", 6) == 0 && memcmp(c.data + c.count - 4, "\xcc\x88\xcc\x88", 4) == 0);
     llmi_bytes_drop(&c);
     llmi_bytes_drop(&d);
@@ -476,13 +476,13 @@ static void test_llm_pattern_linear(void)
         const llmi_regex *x = llmi_regex_make(patterns[k], strlen(patterns[k]), 0, &u, &r, &err);
         CHECK(x != NULL);
         if (!x) continue;
-        double start = moq_seconds();
+        double start = test_seconds();
         llmi_matcher_set(&m, x, s, n);
         for (size_t i = 0; i < n;) {
             size_t end = llmi_match(&m, i);
             i = end == LLMI_NO_MATCH || end == i ? i + 1 : end;
         }
-        CHECK(!m.failed && moq_seconds() - start < 20);
+        CHECK(!m.failed && test_seconds() - start < 20);
         llmi_matcher_drop(&m);
     }
     llmi_arena_drop(&r);
@@ -683,10 +683,10 @@ static void test_tokenizer_long_texts(void)
     for (size_t k = 0; t && k < sizeof fills / sizeof fills[0]; k++) {
         size_t m = strlen(fills[k]);
         for (size_t i = 0; i < n; i++) s[i] = fills[k][i % m];
-        double start = moq_seconds();
+        double start = test_seconds();
         size_t count = llm_encode(t, s, n / m * m, 0, NULL, 0);
         CHECK(count != SIZE_MAX && count > n / 200);
-        CHECK(moq_seconds() - start < 20);
+        CHECK(test_seconds() - start < 20);
     }
     close_json(t);
     moq_release(NULL, json, bytes + 1);
@@ -705,18 +705,18 @@ static void test_tokenizer_many_added(void)
         add(&t, ">\"}");
     }
     add(&t, "], \"model\": {\"type\": \"BPE\", \"vocab\": {\"<\": 0}, \"merges\": []}}");
-    double start = moq_seconds();
+    double start = test_seconds();
     llm_tokenizer *tok = open_json(t.data, t.count, "{}", 0, &err);
-    CHECK(tok != NULL && moq_seconds() - start < 10);
+    CHECK(tok != NULL && test_seconds() - start < 10);
     if (tok) CHECK_STR(ids_of(tok, "<common_prefix_99999><<common_prefix_7><common_prefix_100000>", 61, 0), "100000,0,8,0");
     close_json(tok);
     size_t n = 1 << 20;
     char *s = (char *)malloc(n);
     for (size_t i = 0; i < n; i++) s[i] = "<common_prefix_"[i % 15];
     tok = open_json(t.data, t.count, "{}", 0, &err);
-    start = moq_seconds();
+    start = test_seconds();
     CHECK(tok && llm_encode(tok, s, n, 0, NULL, 0) == n / 15 + 1);
-    CHECK(moq_seconds() - start < 10);
+    CHECK(test_seconds() - start < 10);
     close_json(tok);
     free(s);
     free(t.data);
@@ -741,9 +741,9 @@ static void test_tokenizer_large(void)
         add(&t, name);
     }
     add(&t, "]}}");
-    double start = moq_seconds();
+    double start = test_seconds();
     llm_tokenizer *tok = open_json(t.data, t.count, "{}", 0, &err);
-    CHECK(tok != NULL && moq_seconds() - start < 5);
+    CHECK(tok != NULL && test_seconds() - start < 5);
     CHECK_STR(ids_of(tok, "\xe4\xb8\x85\xe4\xb8\x81", 6, 0), "1005"); /* letters 5 and 1 */
     CHECK_STR(ids_of(tok, "\xe4\xb8\x85\xe4\xb8\x80", 6, 0), "5,0");
     close_json(tok);
@@ -923,9 +923,9 @@ static void test_tokenizer_unigram_odd(void)
     CHECK_STR(ids_of(t, "aaaxa", 5, 0), "0,1,0");
     CHECK_STR(ids_of(t, "", 0, 0), "");
     memset(s, 'a', sizeof s);
-    double start = moq_seconds();
+    double start = test_seconds();
     CHECK_INT((long long)llm_encode(t, s, sizeof s, 0, NULL, 0), (long long)sizeof s / 32);
-    CHECK(moq_seconds() - start < 10);
+    CHECK(test_seconds() - start < 10);
     close_json(t);
     CHECK_INT(test_state.live_allocs, 0);
 }
