@@ -531,6 +531,10 @@ check "diff: equal tensors as counted elsewhere" last '^equal 11/49 tensors$'
 run diff "$golden/modelopt/llama-fp8" "$golden/modelopt/llama-fp8_pb_wo" --against "$golden/sources/llama" --json
 check "diff --json with a source" out '"differing_bytes": 242, "bytes": 16384, "relative_error": 0.00923071'
 check "diff --json is JSON there too" json
+run convert "$golden/modelopt/llama-nvfp4" "$dir/conv" --to compressed-tensors
+run diff "$golden/modelopt/llama-nvfp4" "$dir/conv"
+check "diff across containers names what compares them" err "note: 14 layers are stored under other names in .*conv; .moq dequant DIR --hash"
+rm -r "$dir/conv"
 run diff "$demo" "$dir/nowhere"
 check "diff: nothing there" refused "nowhere"
 

@@ -2508,7 +2508,7 @@ typedef struct comparison {
     side a, b, source;
     json_out j;
     int json;
-    size_t total, equal;
+    size_t total, equal, renamed; /* renamed: layers of both whose codes have another name in B */
 } comparison;
 
 static void report_number(comparison *c, const char *key, double value)
@@ -2534,6 +2534,8 @@ static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor 
     distance d;
     c->total++;
     c->equal += (size_t)equal;
+    if (t && !u && c->a.ck && c->b.ck && module_of_tensor(c->a.ck, name, &la) && moq_find_linear(c->b.ck, la.name, &lb, NULL) == MOQ_OK)
+        c->renamed += strcmp(la.tensor, lb.tensor) != 0;
     if (c->json) json_open(&c->j, NULL, '{');
     if (c->json) json_string(&c->j, "name", name);
     if (c->json) json_string(&c->j, "state", equal ? "equal" : !t ? "only in B" : !u ? "only in A" : same_type ? "bytes differ" : "type or shape differs");
@@ -2580,6 +2582,10 @@ static int verb_diff(const options *o)
         json_int(&c.j, "total", (int64_t)c.total);
         json_close(&c.j, '}');
     } else if (!bad) printf("equal %zu/%zu tensors\n", c.equal, c.total);
+    if (!bad && c.renamed) {
+        fflush(stdout);
+        fprintf(stderr, "moq: note: %zu layers are stored under other names in %s; `moq dequant DIR --hash` of both folders compares their values\n", c.renamed, c.b.path);
+    }
     close_side(&c.a);
     close_side(&c.b);
     close_side(&c.source);
