@@ -2818,66 +2818,116 @@ __device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_ru
         }
 }
 
-/* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each product's x (4-bit
-   floats), or the row that it names for moqk_load_matrices. */
-template <int FORM, int STEP, int NB>
-__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
-                                               const uint32_t z[2], float (&acc)[NB][4])
+/* One thread of a warp whose threads are all here. */
+__device__ __forceinline__ int moqk_elected()
 {
-    constexpr int each = STEP == 32 ? 2 : 4; /* steps of a scale */
-    uint32_t zero[2] = {z[0], z[1]};
-    float sum[NB][4];          /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+    uint32_t one = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(one));
+#endif
+    return (int)one;
+}
+
+__device__ __forceinline__ uint32_t moqk_fma_pair(uint32_t a, uint32_t b, uint32_t c)
+{
+    __nv_bfloat162 v = __hfma2(*(const __nv_bfloat162 *)&a, *(const __nv_bfloat162 *)&b, *(const __nv_bfloat162 *)&c);
+    return *(const uint32_t *)&v;
+}
+
+/* Integers of 4 bits come out of the words as BF16 below the smallest normal ones, where the lowest 8 bits count in steps of 2^-133: codes at bit 0
+   or 4, times 2^127 or 2^123, are n * 2^-6. zero: -zero point * 2^-6, of each row. */
+enum { MOQK_RUN_LOW = 0x7f007f00, MOQK_RUN_HIGH = 0x7d007d00 };
+
+__device__ __forceinline__ uint32_t moqk_run_zero(uint32_t zero) { return moqk_mul_pair(zero * 0x00010001u, 0xff00ff00u); }
+
+/* Columns 2 * half and 2 * half + 1 of a word, of rows g and g + 8. */
+template <int FORM> __device__ __forceinline__ void moqk_run_pair(uint32_t v, int half, const uint32_t s[2], uint32_t *a)
+{
+    if (FORM == MOQK_FAST_U4) {
+        if (half) v >>= 8;
+        a[0] = moqk_fma_pair(v & 0x000f000fu, MOQK_RUN_LOW, s[0]);
+        a[1] = moqk_fma_pair(v & 0x00f000f0u, MOQK_RUN_HIGH, s[1]);
+        return;
+    }
+    a[0] = moqk_mul_pair(half ? (v << 6 & 0x01c001c0u) | (v << 1 & 0x80008000u) : v & 0x81c081c0u, s[0]);
+    a[1] = moqk_mul_pair(half ? (v >> 3 & 0x01c001c0u) | (v << 2 & 0x80008000u) : v << 3 & 0x81c081c0u, s[1]);
+}
+
+/* Scales and zero points of integers: lane t of four holds those of groups t and t + 4 of a chunk, for its two rows. */
+template <int FORM, int STEP> struct moqk_run_factors {
+    static constexpr int EACH = STEP == 32 ? 2 : 1;
+    float2 scale[EACH];
+    uint32_t zero[EACH];
+
+    __device__ __forceinline__ void load(const float2 *scales, const uint16_t *zeros, int32_t c, int shift)
+    {
+        if constexpr (STEP > 0) {
 #pragma unroll
-    for (int b = 0; b < 4; b++) {
-        uint4 xb[NB][2];
-        uint32_t s[2] = {0, 0};
-#pragma unroll
-        for (int n = 0; n < NB; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) { /* see moqk_fast_col */
-                if constexpr (FORM <= MOQK_MXFP4) xb[n][i] = moqk_shared16(x[n] + b * 128 + i * 16);
-                else {
-                    uint32_t r[4];
-                    moqk_load_matrices(x[n] + b * 128 + i * 64, r);
-                    xb[n][i] = make_uint4(r[0], r[1], r[2], r[3]);
-                }
-            }
-        if constexpr (FORM <= MOQK_MXFP4) {
-            const uint32_t v = b < 2 ? bytes.x : bytes.y;
-            s[0] = moqk_scale_pair<FORM>(v, (b & 1) * 2);
-            s[1] = moqk_scale_pair<FORM>(v, (b & 1) * 2 + 1);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int group = STEP == 32 ? b * 2 + i / 2 : STEP == 64 ? b : 0;
-            uint32_t m[4];
-            if (FORM == MOQK_FAST_U4 && STEP > 0 && i % each == 0) {
-                zero[0] = (h.zero[group] & 255) * 0x00010001u | 0x43004300u;
-                zero[1] = (h.zero[group] >> 8) * 0x00010001u | 0x43004300u;
-            }
-            moqk_fast_decode<FORM>(&w[b], i, zero, m);
-            if constexpr (FORM <= MOQK_MXFP4) {
-#pragma unroll
-                for (int q = 0; q < 4; q++) m[q] = moqk_mul_pair(m[q], s[q & 1]);
-            }
-#pragma unroll
-            for (int n = 0; n < NB; n++) {
-                if (STEP > 0 ? i % each == 0 : b == 0 && i == 0) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
-                if (FORM <= MOQK_MXFP4) moqk_product(sum[n], m, moqk_word_of(xb[n][0], i), moqk_word_of(xb[n][1], i));
-                else moqk_product(sum[n], m, i & 1 ? xb[n][i >> 1].z : xb[n][i >> 1].x, i & 1 ? xb[n][i >> 1].w : xb[n][i >> 1].y);
-                if (STEP == 0 || i % each != each - 1) continue;
-                acc[n][0] += sum[n][0] * h.scale[group].x;
-                acc[n][1] += sum[n][1] * h.scale[group].x;
-                acc[n][2] += sum[n][2] * h.scale[group].y;
-                acc[n][3] += sum[n][3] * h.scale[group].y;
+            for (int i = 0; i < EACH; i++) {
+                const int32_t group = (c * 256 + (i * 4 + ((int32_t)threadIdx.x & 3)) * STEP) >> shift;
+                scale[i] = __ldg(scales + group * 8);
+                zero[i] = __ldg(zeros + group * 8);
             }
         }
     }
-    if (STEP == 0)
+    __device__ __forceinline__ float2 group(int i, uint32_t z[2]) const
+    {
+        const uint32_t both = __shfl_sync(0xffffffffu, zero[i >> 2], i & 3, 4);
+        z[0] = moqk_run_zero(both & 255);
+        z[1] = moqk_run_zero(both >> 8);
+        return make_float2(__shfl_sync(0xffffffffu, scale[i >> 2].x, i & 3, 4), __shfl_sync(0xffffffffu, scale[i >> 2].y, i & 3, 4));
+    }
+};
+
+/* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each product's x (4-bit
+   floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit floats half a
+   word and half of the next one: with all of a word, x would have to be moved. */
+template <int FORM, int STEP, int NB>
+__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_run_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
+                                               const uint32_t z[2], float (&acc)[NB][4])
+{
+    float sum[NB][4];          /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+    float2 f = make_float2(1, 1);
+    uint32_t s[2] = {z[0], z[1]}; /* what moqk_run_pair takes */
 #pragma unroll
-        for (int n = 0; n < NB; n++)
+    for (int b = 0; b < 4; b++) {
+        if constexpr (FORM <= MOQK_MXFP4) {
+            s[0] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2);
+            s[1] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2 + 1);
+        }
 #pragma unroll
-            for (int i = 0; i < 4; i++) acc[n][i] += sum[n][i];
+        for (int half = 0; half < 2; half++) {
+            const int first = STEP == 0 ? b == 0 && half == 0 : STEP == 32 || half == 0;
+            uint32_t v[NB][4];
+#pragma unroll
+            for (int n = 0; n < NB; n++) {
+                if constexpr (FORM == MOQK_FAST_U4) moqk_load_matrices(x[n] + b * 128 + half * 64, v[n]);
+                else {
+                    const uint4 q = moqk_shared16(x[n] + b * 128 + half * 16);
+                    for (int i = 0; i < 4; i++) v[n][i] = moqk_word_of(q, i);
+                }
+            }
+            if (STEP > 0 && first) f = h.group(STEP == 32 ? b * 2 + half : b, s);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t word = moqk_word_of(w[b], FORM == MOQK_FAST_U4 ? half * 2 + i : i * 2);
+                uint32_t m[4];
+                moqk_run_pair<FORM>(word, FORM == MOQK_FAST_U4 ? 0 : half, s, m);
+                moqk_run_pair<FORM>(FORM == MOQK_FAST_U4 ? word : moqk_word_of(w[b], i * 2 + 1), FORM == MOQK_FAST_U4 ? 1 : half, s, m + 2);
+#pragma unroll
+                for (int n = 0; n < NB; n++) {
+                    if (first && i == 0) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+                    moqk_product(sum[n], m, v[n][i * 2], v[n][i * 2 + 1]);
+                }
+            }
+            const int last = STEP == 0 ? b == 3 && half == 1 : STEP == 32 || half == 1;
+#pragma unroll
+            for (int n = 0; n < NB; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (last) acc[n][i] += STEP == 0 ? sum[n][i] : sum[n][i] * (i < 2 ? f.x : f.y);
+        }
+    }
 }
 
 /* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
@@ -2909,45 +2959,58 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
 #endif
 }
 
-/* A warp's run: acc += its chunks times x. src: the first chunk; h: the factors of the first chunk. */
+/* A warp's run: acc += its chunks times x. src: the first chunk that is not under way; h: the factors of the first chunk. */
 template <int FORM, int STEP, int NB>
 __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
                                                 uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift, const uint32_t z[2],
-                                                moqk_factors<FORM, STEP> &h, float (&acc)[NB][4])
+                                                moqk_run_factors<FORM, STEP> &h, float (&acc)[NB][4])
 {
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3;
-    uint32_t x[NB];
+    uint32_t x[NB], at = ring, full = bar, parity = 0;
+    int32_t s = cut.stages;
 #pragma unroll
     for (int b = 0; b < NB; b++) { /* columns that nobody stores repeat another */
         const int32_t row = 8 * b + (FORM <= MOQK_MXFP4 ? g : lane & 7);
         x[b] = mine + (uint32_t)(row < cut.columns ? row : 0) * cut.x_pitch + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
         acc[b][0] = acc[b][1] = acc[b][2] = acc[b][3] = 0;
     }
-    for (int32_t c = 0, s = 0, parity = 0, phase = 0, next_phase = 0; c < n; c++) {
-        const uint32_t at = ring + (uint32_t)s * BYTES, full = bar + 8 * (uint32_t)s;
-        uint4 w[4];
-        uint2 bytes = make_uint2(0, 0);
-        if (cut.bulk && next_phase == c) {
-            moqk_barrier_wait(x_bar + 8 * (uint32_t)phase++, 0);
-            next_phase += cut.phase;
-        }
-        moqk_barrier_wait(full, (uint32_t)parity);
-        if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
-        if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
+    for (int32_t c = 0; c < n;) {
+        const int32_t until = min(n, c + cut.phase);
+        if (cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
+        x_bar += 8;
+#pragma unroll 1
+        for (; c < until; c++) {
+            uint4 w[4];
+            uint2 bytes = make_uint2(0, 0);
+            moqk_barrier_wait(full, parity);
+            if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
+            if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
-        __syncwarp();
-        if (c + cut.stages >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
-        else if (lane == 0) {
-            moqk_barrier_expect(full, BYTES);
-            moqk_bulk_stream(at, src + (int64_t)(c + cut.stages) * BYTES, BYTES, full);
-        }
-        moqk_run_chunk<FORM, STEP, NB>(w, bytes, h, x, z, acc);
-        if (STEP > 0 && c + 1 < n) h.load(scales, zeros, c0 + c + 1, shift);
+            for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
+            moqk_run_factors<FORM, STEP> next;
+            next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
+            __syncwarp();
+            if (c + cut.stages >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
+            else if (moqk_elected()) {
+                moqk_barrier_expect(full, BYTES);
+                moqk_bulk_stream(at, src, BYTES, full);
+            }
+            src += BYTES;
+            moqk_run_chunk<FORM, STEP, NB>(w, bytes, h, x, z, acc);
+            h = next;
 #pragma unroll
-        for (int b = 0; b < NB; b++) x[b] += 512;
-        if (++s == cut.stages) { s = 0; parity ^= 1; }
+            for (int b = 0; b < NB; b++) x[b] += 512;
+            if (--s == 0) {
+                s = cut.stages;
+                at = ring;
+                full = bar;
+                parity ^= 1;
+            } else {
+                at += BYTES;
+                full += 8;
+            }
+        }
     }
 }
 
@@ -2984,19 +3047,19 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
     uint32_t z[2] = {0, 0};
-    moqk_factors<FORM, STEP> h;
+    moqk_run_factors<FORM, STEP> h;
     h.load(scales, zeros, c0, p.shift);
     if (FORM == MOQK_FAST_U4 && STEP == 0) {
         const uint32_t both = __ldg(zeros);
 #pragma unroll
-        for (int i = 0; i < 2; i++) z[i] = moqk_pack((float)(both >> (8 * i) & 255) + 128.0f, (float)(both >> (8 * i) & 255) + 128.0f);
+        for (int i = 0; i < 2; i++) z[i] = moqk_run_zero(both >> (8 * i) & 255);
     }
     const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
     float acc[NB][4];
     moqk_run_x(a, cut, c0, n, mine, x_bar);
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
-    moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
+    moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
     int32_t owner = 0, here = local;
@@ -3012,7 +3075,7 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
         }
     if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     else __syncthreads();
-    const float factor = p.factor * moqk_form_fix(FORM);
+    const float factor = p.factor * (FORM == MOQK_FAST_U4 ? 64.0f : moqk_form_fix(FORM)); /* see moqk_run_pair */
     const int32_t first = (group * cut.tiles + rank * cut.tiles_own) * 16;
     const int32_t last = min(min(cut.own, (cut.tiles - rank * cut.tiles_own) * 16), p.rows - first);
     for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
