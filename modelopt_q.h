@@ -758,8 +758,8 @@ typedef struct moq_latent moq_latent;     /* the products of latent attention, p
 /* How inputs of quantized layers are rounded. */
 typedef enum moq_act {
     MOQ_ACT_AUTO = 0, /* as stored where this device computes in that format. Elsewhere no shorter than the checkpoint wants them, where the
-                         device multiplies short numbers faster: 16 bits for weight-only schemes, 8 with a scale for every 16 or 32 for
-                         schemes with inputs of 8 bits or fewer. Layers that are not quantized: wide. explain() says which */
+                         device multiplies short numbers faster: 16 bits for weight-only schemes, 8 with a scale for every 16 or 32 (of
+                         4-bit inputs: 64) for schemes with inputs of 8 bits or fewer. Layers that are not quantized: wide. explain() says which */
     MOQ_ACT_STORED,   /* exactly as the checkpoint says */
     MOQ_ACT_WIDE      /* never rounded below the backend's own activation type */
 } moq_act;
@@ -12710,7 +12710,8 @@ typedef struct moqi_panel {
     float mul[MOQI_PANEL_ROWS]; /* what the numbers of a row are still to be multiplied with */
     uint32_t *data;           /* see above; up to 64 KB, zeros past n up to a multiple of 16 words */
     float *scale;             /* integers only: [columns / chunk][32] */
-    int chunk;
+    float *start;             /* AVX-512: [spans][32], see moqi_panel_i8_tokens */
+    int chunk, span;          /* columns under one scale of w and of x; x's scale may serve several chunks, a span */
     int many;                 /* rows of x: more than 32, and panels go down the rows first */
     int starts;               /* the block writes y = bias + ... at column 0, and adds to it later: else y is there before */
     int64_t next_row, next_col; /* of the panel that follows: to be asked for early */
@@ -12756,7 +12757,8 @@ static void moqi_panels_in(const moqi_way *way, const moqi_tiled *p, int64_t ste
     w.tile = scratch;
     w.data = (uint32_t *)(void *)(scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS);
     w.scale = (float *)(void *)(w.data + MOQI_PANEL_ROWS * MOQI_TILE_COLS);
-    w.chunk = 0;
+    w.start = w.scale + MOQI_PANEL_BYTES / 16 * MOQI_PANEL_ROWS;
+    w.chunk = w.span = 0;
     w.ask = p->codes; /* until a decoder says what to ask for */
     w.ask_step = 0;
     for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
@@ -13093,7 +13095,7 @@ static const moqi_way moqi_f32_way_neon = {"F32 panels", 1, moqi_panel_takes_f32
        y += mul[r] * sum over chunks of  scale[chunk][r] * xs[chunk] * ( sum of (w + off) x8 - off * sum of x8 )
 
    The integer sums are exact. x8 are the checkpoint's own codes where inputs are rounded as stored (E2M1 doubled again, INT8), else
-   8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer. */
+   8 bits with a scale for every 16 or 32 columns, for layers whose inputs the checkpoint wants at 8 bits or fewer; for 4 bits it may be 64. */
 
 #ifdef MOQI_DOTS
 /* Columns under one scale on both sides; at most 256, of which the sum of products is at most 2^22. 0: the layer's inputs are no integers. */
@@ -13118,6 +13120,27 @@ static int moqi_i8_nibbles(const moqi_tiled *p)
     }
     return fit;
 }
+
+/* Columns that share a scale of x, of those with scales of their own. AVX-512 does less for 64 of them, and even then 8 bits lose less than the 4
+   that the checkpoint wants: of one large value M among 64, steps of M / 127 for all instead of M / 6 and more for its own 16. */
+static int64_t moqi_i8_own(const moqi_tiled *p)
+{
+#ifdef MOQI_X86
+    if (p->k->dot == moqi_dot_512 && p->layer.scheme.input.elem == MOQ_F4) return 64;
+#endif
+    return moqi_i8_chunk(p);
+}
+
+/* Such inputs meet 4-bit codes of [-8, 7.5], times 16 and not times 2. */
+static int moqi_i8_fine(const moqi_tiled *p)
+{
+    int fit = !p->rounds && p->form == MOQI_CODES_NIBBLES && moqi_i8_own(p) == 64;
+    for (int i = 0; i < 16 && fit; i++) fit = p->table[i] - p->zero >= -8 && p->table[i] - p->zero < 8;
+    return fit;
+}
+
+/* What is added to a code in the panel. */
+static int moqi_i8_off(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && !moqi_i8_fine(p) ? 32 : 128; }
 
 static int moqi_i8_takes(const moqi_tiled *p)
 {
@@ -13156,7 +13179,7 @@ static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, floa
     static const uint8_t even_first[8] = {0, 2, 4, 6, 1, 3, 5, 7}; /* low nibbles of four bytes, then their high ones */
     const moq_coding *c = &p->layer.scheme.input;
     int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), nibbles = p->form == MOQI_CODES_NIBBLES;
-    int64_t group = !p->rounds ? chunk : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    int64_t group = !p->rounds ? moqi_i8_own(p) : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n, off = moqi_i8_off(p);
     float *scale = out + all / 4, half = p->rounds && c->elem == MOQ_F4 ? 0.5f : 1.0f, s = 0;
     int32_t *start = (int32_t *)(void *)(scale + all / 16);
     int8_t *to = (int8_t *)(void *)out, codes[MOQI_TILE_COLS];
@@ -13169,7 +13192,7 @@ static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, floa
             for (int64_t e = 0; e < 8; e++) to[at + i + e] = codes[nibbles ? i + even_first[e] : i + e];
         for (int64_t i = 0; i < run; i++) sum += codes[i];
         scale[at / chunk] = m > 0 ? s * half : 0;
-        start[at / chunk] = (int32_t)-sum * (nibbles ? 32 : 128);
+        start[at / chunk] = (int32_t)(-sum * off);
     }
 }
 
@@ -13188,7 +13211,10 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 #ifdef MOQI_X86
 #define MOQI_ALIGNED __attribute__((aligned(64))) /* a vector that crosses a cache line takes twice as long */
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-enum { MOQI_I8_START = 0x4b400000 }; /* bits of 1.5 * 2^23, on which the sums of panels start; see moqi_panel_i8_tokens */
+enum { MOQI_I8_START = 0x4b400000, MOQI_I8_FINE = 0x49c00000 }; /* bits of 1.5 * 2^23 and of an eighth of it; see moqi_panel_i8_tokens */
+
+/* On which the sums of panels start. */
+static int32_t moqi_i8_start(const moqi_tiled *p) { return moqi_i8_fine(p) ? MOQI_I8_FINE : MOQI_I8_START; }
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
 MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
@@ -13271,6 +13297,18 @@ MOQI_AVX512 static void moqi_panel_short_512(moqi_panel *w, int64_t h)
     }
 }
 
+/* Where the sums of a span start: at -1.5 * 2^23 (or an eighth) times its scales. */
+MOQI_AVX512 static void moqi_panel_start_512(const moqi_panel *w, int32_t start, int64_t h)
+{
+    const __m512 by = _mm512_set1_ps(-moqi_bits_f32((uint32_t)start));
+    const float *s = w->scale + h, *const end = s + moqi_ceil_div(w->n, w->chunk) * MOQI_PANEL_ROWS;
+    for (float *to = w->start + h; s < end; to += MOQI_PANEL_ROWS) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = 0; i < w->span && s < end; i++, s += MOQI_PANEL_ROWS) sum = _mm512_add_ps(sum, _mm512_loadu_ps(s));
+        _mm512_storeu_ps(to, _mm512_mul_ps(sum, by));
+    }
+}
+
 /* What the block is to ask for: of the 32 rows that follow these, which lie one after the other, the part that this panel is of its own. */
 static void moqi_panel_ahead(moqi_panel *w, int64_t bits)
 {
@@ -13288,11 +13326,12 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
     const moqi_tiled *p = w->p;
     uint32_t words[256];
     uint8_t table[16];
-    int nibbles = p->form == MOQI_CODES_NIBBLES, bits = nibbles ? 4 : 8;
+    int nibbles = p->form == MOQI_CODES_NIBBLES, bits = nibbles ? 4 : 8, fine = moqi_i8_fine(p);
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)-128);
-    for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
+    for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)((fine ? 16 : 2) * (p->table[i] - p->zero) + (fine ? 128 : 32));
     const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table));
     w->chunk = (int)moqi_i8_chunk(p);
+    w->span = p->rounds ? 1 : (int)moqi_i8_own(p) / w->chunk;
     if (!w->many) moqi_panel_ahead(w, bits); /* else the block does, row by row */
     for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = p->factor * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
     for (int64_t h = 0; h < w->rows; h += 16) {
@@ -13301,6 +13340,7 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
         uint32_t *to = w->data + h;
         moqi_panel_scales_512(w, h);
         moqi_panel_short_512(w, h);
+        moqi_panel_start_512(w, fine ? MOQI_I8_FINE : MOQI_I8_START, h);
         for (int64_t b = 0; b < bytes; b += 64) {
             moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
             for (int i = 0; i < 16; i++) {
@@ -13330,18 +13370,14 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_words_512(int sums, const __m512i *v)
 }
 
 /* The largest magnitudes of 16 runs of 16 values, as bits: these are ordered as whole numbers, those of a NaN or an infinity come last. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x, int64_t n)
+MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x)
 {
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
     __m512i a[4], r[4];
     MOQI_UNROLL
     for (int i = 0; i < 4; i++) {
         MOQI_UNROLL
-        for (int k = 0; k < 4; k++) {
-            int64_t left = n - 64 * i - 16 * k;
-            __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
-            a[k] = _mm512_and_si512(_mm512_castps_si512(_mm512_maskz_loadu_ps(some, x + 64 * i + 16 * k)), size);
-        }
+        for (int k = 0; k < 4; k++) a[k] = _mm512_and_si512(_mm512_loadu_si512(x + 64 * i + 16 * k), size);
         r[i] = moqi_words_512(0, a);
     }
     a[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(r[0], r[1], 0x44), _mm512_shuffle_i32x4(r[0], r[1], 0xee));
@@ -13349,20 +13385,30 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x, int64_t n)
     return _mm512_max_epu32(_mm512_shuffle_i32x4(a[0], a[1], 0x88), _mm512_shuffle_i32x4(a[0], a[1], 0xdd));
 }
 
-/* moqi_i8_arrange for inputs with a scale of their own for every 16 or 32 columns, 256 of them at a time. What 127 / amax cannot reach, below
+/* moqi_i8_arrange for inputs with a scale of their own for every 16, 32 or 64 columns, 256 of them at a time. What 127 / amax cannot reach, below
    1e-36, is rounded in steps of 2^-126. */
 MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
 {
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
     const __m512i pairs = _mm512_set_epi32(14, 15, 12, 13, 10, 11, 8, 9, 6, 7, 4, 5, 2, 3, 0, 1);
     const __m512i even_first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
-    int64_t all = (n + 127) / 128 * 128, nibbles = p->form == MOQI_CODES_NIBBLES, wide = moqi_i8_chunk(p) == 32;
-    float *scale = out + all / 4, by[16];
+    int64_t all = (n + 127) / 128 * 128, nibbles = p->form == MOQI_CODES_NIBBLES, wide = moqi_i8_chunk(p) == 32, own = moqi_i8_own(p);
+    const __mmask16 two = (__mmask16)(own > 16 ? 0xffff : 0), four = (__mmask16)(own > 32 ? 0xffff : 0);
+    const int fine = moqi_i8_fine(p), shift = nibbles && !fine ? 5 : 7;
+    const __m512i begin = _mm512_set1_epi32(fine ? MOQI_I8_FINE : MOQI_I8_START);
+    float *scale = out + all / 4, by[16], edge[256] MOQI_ALIGNED;
     int32_t *start = (int32_t *)(void *)(scale + all / 16);
     uint8_t *to = (uint8_t *)(void *)out;
     for (int64_t at = 0; at < all; at += 256) {
-        __m512i most = moqi_i8_most_512(x + at, n - at), sums[4], sum;
-        if (wide) most = _mm512_max_epu32(most, _mm512_permutexvar_epi32(pairs, most));
+        const float *from = x + at;
+        if (n - at < 256) {
+            memset(edge, 0, sizeof edge);
+            memcpy(edge, from, (size_t)moqi_max(0, n - at) * sizeof *x);
+            from = edge;
+        }
+        __m512i most = moqi_i8_most_512(from), sums[4], sum;
+        most = _mm512_mask_max_epu32(most, two, most, _mm512_shuffle_epi32(most, (_MM_PERM_ENUM)0xb1));
+        most = _mm512_mask_max_epu32(most, four, most, _mm512_shuffle_epi32(most, (_MM_PERM_ENUM)0x4e));
         __mmask16 broken = _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(0x7f800000));
         __m512 inverse = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(127), _mm512_castsi512_ps(most)), _mm512_set1_ps(8.5070592e37f));
         __m512 s = _mm512_mask_mov_ps(_mm512_div_ps(_mm512_set1_ps(1), inverse), broken, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
@@ -13371,11 +13417,7 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
         for (int64_t i = 0; i < 4; i++) {
             __m512i q[4];
             MOQI_UNROLL
-            for (int64_t k = 0; k < 4; k++) {
-                int64_t first = at + 64 * i + 16 * k, left = n - first;
-                __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
-                q[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + first), _mm512_set1_ps(by[4 * i + k])));
-            }
+            for (int64_t k = 0; k < 4; k++) q[k] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + 64 * i + 16 * k), _mm512_set1_ps(by[4 * i + k])));
             __m512i code = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
             code = _mm512_permutexvar_epi32(lanes, code);
             sums[i] = none;
@@ -13384,7 +13426,7 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
             if (at + 64 * i < all) _mm512_storeu_si512(to + at + 64 * i, code);
         }
         sum = _mm512_permutexvar_epi32(lanes, moqi_words_512(1, sums));
-        sum = _mm512_sub_epi32(none, _mm512_slli_epi32(sum, nibbles ? 5 : 7));
+        sum = _mm512_sub_epi32(none, _mm512_slli_epi32(sum, (unsigned)shift));
         __mmask16 some = (__mmask16)(all - at >= 256 ? 0xffff : 0xff);
         if (wide) {
             sum = _mm512_maskz_compress_epi32(0x5555, _mm512_add_epi32(sum, _mm512_permutexvar_epi32(pairs, sum)));
@@ -13392,7 +13434,7 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
             some = (__mmask16)(some >> (some == 0xffff ? 8 : 4));
         }
         _mm512_mask_storeu_ps(scale + (wide ? at / 32 : at / 16), some, s);
-        _mm512_mask_storeu_epi32(start + (wide ? at / 32 : at / 16), some, _mm512_add_epi32(sum, _mm512_set1_epi32(MOQI_I8_START)));
+        _mm512_mask_storeu_epi32(start + (wide ? at / 32 : at / 16), some, _mm512_add_epi32(sum, begin));
     }
 }
 
@@ -13451,86 +13493,141 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_panel_bias_512(const moqi_panel *w, __mmask1
     return bias && w->col == 0 ? _mm512_maskz_loadu_ps(some, bias + w->row + h) : _mm512_setzero_ps();
 }
 
-/* A panel times 1, 4 or 6 rows of x, of which `valid` are stored. all: columns of x padded to 128. A sum that starts at the bits of 1.5 * 2^23
-   ends as the bits of 1.5 * 2^23 + sum, so that one multiply-add turns it into a float times its scale: the two products differ by an exact one.
-   Rows of x are walked by bytes in steps of 16 columns: one register for each row, and one for its codes, scales and starts each. */
-MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, int64_t all, const float *x, int64_t ldx, float *y, int64_t ldy, int valid,
-                                                int tokens, int asks)
+/* What is the same for all rows of x that meet a panel. Places in a row of x: bytes from its first code. */
+typedef struct moqi_i8_walk {
+    const uint32_t *d;
+    const float *scale, *end, *start;
+    int64_t span, chunk, col, most; /* span: in words of `scale`; most: neither side has columns from there on */
+    int64_t at, begin;              /* scale and start of x's first chunk */
+    __mmask16 some[2];
+} moqi_i8_walk;
+
+MOQI_AVX512 static void moqi_i8_walks(const moqi_panel *w, moqi_i8_walk *o)
 {
-    const uint32_t *d = w->data;
+    const int64_t all = (w->p->layer.cols + 127) / 128 * 128;
+    o->d = w->data;
+    o->scale = w->scale;
+    o->end = w->scale + moqi_ceil_div(w->n, w->chunk) * MOQI_PANEL_ROWS;
+    o->start = w->start;
+    o->span = w->span * MOQI_PANEL_ROWS;
+    o->chunk = w->chunk;
+    o->col = w->col;
+    o->most = w->col + (w->n + 15) / 16 * 16;
+    o->at = all + w->col / w->chunk * 4;
+    o->begin = o->at + all / 4;
+    o->some[0] = (__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1);
+    o->some[1] = (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0);
+}
+
+/* A panel times 1, 4 or 6 rows of x, of which `valid` are stored. The sum of a chunk starts at the bits of 1.5 * 2^23 and ends as the bits of
+   1.5 * 2^23 + sum: one multiply-add brings it to those of the other chunks under x's scale, which start at -1.5 * 2^23 times their scales. With one
+   chunk to a span that is exact. With several it is not, but what is lost is less than the largest of their scales, while half a step of x meets 16
+   times 2 of it and more in the same sums; and codes times 16 start at an eighth of all that.
+   Rows of x are walked by bytes in steps of 16 columns: one register for each row, and one for its codes, scales and starts each. */
+MOQI_INLINE MOQI_VNNI void moqi_panel_i8_tokens(const moqi_panel *w, const moqi_i8_walk *o, const float *x, int64_t ldx, float *y, int64_t ldy, int valid,
+                                                int tokens, int spans, int asks)
+{
+    const uint32_t *d = o->d;
     const uint8_t *ask = w->ask, *from[6];
-    const float *scale = w->scale, *const end = scale + moqi_ceil_div(w->n, w->chunk) * MOQI_PANEL_ROWS;
-    const int64_t most = w->col + (w->n + 15) / 16 * 16; /* neither side has more columns */
-    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
-                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
-    __m512 lo[6], hi[6], s0, s1, n0, n1;
+    const float *scale = o->scale, *none = o->start;
+    __m512 lo[6], hi[6], s0, s1, n0, n1; /* spans: of one */
+    float total[12][16] MOQI_ALIGNED;    /* spans: of all */
     __m512i a[6], b[6];
 #define MOQI_TOKENS6(f) f(0) if (tokens > 1) { f(1) f(2) f(3) } if (tokens > 4) { f(4) f(5) }
 #define MOQI_BEGIN(t) \
     from[t] = (const uint8_t *)(const void *)(x + ((t) < valid ? (t) : valid - 1) * ldx); \
+    __asm__("" : "+r"(from[t])); /* or GCC adds ldx up again and again */ \
     __builtin_prefetch(y + (t) * ldy, 1); /* the rows of y lie far apart */ \
     __builtin_prefetch(y + (t) * ldy + 16, 1); \
-    lo[t] = hi[t] = _mm512_setzero_ps();
+    lo[t] = hi[t] = _mm512_setzero_ps(); \
+    if (spans) { _mm512_store_ps(total[2 * (t)], lo[t]); _mm512_store_ps(total[2 * (t) + 1], lo[t]); }
+#define MOQI_NONE(t) lo[t] = n0; hi[t] = n1;
 #define MOQI_START(t) a[t] = b[t] = _mm512_set1_epi32(*(const int32_t *)(const void *)(from[t] + start));
 #define MOQI_DOT(t) { \
         __m512i v = _mm512_set1_epi32(*(const int32_t *)(const void *)(from[t] + k + 4 * i)); \
         __asm__("vpdpbusd %2, %1, %0" : "+v"(a[t]) : "v"(w0), "v"(v)); /* GCC 12 copies the sums of the intrinsic to and fro */ \
         __asm__("vpdpbusd %2, %1, %0" : "+v"(b[t]) : "v"(w1), "v"(v)); }
-#define MOQI_SCALE(t) { \
+#define MOQI_SCALE(t) lo[t] = _mm512_fmadd_ps(_mm512_castsi512_ps(a[t]), s0, lo[t]); hi[t] = _mm512_fmadd_ps(_mm512_castsi512_ps(b[t]), s1, hi[t]);
+#define MOQI_ONE(t) { \
         __m512 v = _mm512_set1_ps(*(const float *)(const void *)(from[t] + at)); \
-        lo[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(a[t]), s0, n0), v, lo[t]); \
-        hi[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(b[t]), s1, n1), v, hi[t]); }
+        lo[t] = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_castsi512_ps(a[t]), s0, n0), v, lo[t]); \
+        hi[t] = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_castsi512_ps(b[t]), s1, n1), v, hi[t]); }
+#define MOQI_TOTAL(t) { \
+        __m512 v = _mm512_set1_ps(*(const float *)(const void *)(from[t] + at)); \
+        _mm512_store_ps(total[2 * (t)], _mm512_fmadd_ps(lo[t], v, _mm512_load_ps(total[2 * (t)]))); \
+        _mm512_store_ps(total[2 * (t) + 1], _mm512_fmadd_ps(hi[t], v, _mm512_load_ps(total[2 * (t) + 1]))); }
 #define MOQI_STORE(t) if ((t) < valid) { \
         float *to = y + (t) * ldy; \
-        if (w->col > 0) { n0 = _mm512_maskz_loadu_ps(some[0], to); n1 = _mm512_maskz_loadu_ps(some[1], to + 16); } \
-        _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], s0, n0)); \
-        _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], s1, n1)); }
+        if (spans) { lo[t] = _mm512_load_ps(total[2 * (t)]); hi[t] = _mm512_load_ps(total[2 * (t) + 1]); } \
+        if (o->col > 0) { n0 = _mm512_maskz_loadu_ps(o->some[0], to); n1 = _mm512_maskz_loadu_ps(o->some[1], to + 16); } \
+        _mm512_mask_storeu_ps(to, o->some[0], _mm512_fmadd_ps(lo[t], s0, n0)); \
+        _mm512_mask_storeu_ps(to + 16, o->some[1], _mm512_fmadd_ps(hi[t], s1, n1)); }
     MOQI_TOKENS6(MOQI_BEGIN)
-    for (int64_t k = w->col, at = all + w->col / w->chunk * 4, start = at + all / 4; scale != end; scale += MOQI_PANEL_ROWS, at += 4, start += 4) {
-        const int64_t stop = moqi_min(k + w->chunk, most);
-        MOQI_TOKENS6(MOQI_START)
-        for (; k < stop; k += 16, d += 4 * MOQI_PANEL_ROWS) {
-            MOQI_UNROLL
-            for (int i = 0; i < 4; i++) {
-                if (asks) __builtin_prefetch(ask + i * w->ask_step, 0, 2);
-                if (asks) __builtin_prefetch(ask + i * w->ask_step + w->ask_step / 2, 0, 2);
-                __m512i w0 = _mm512_loadu_si512(d + i * MOQI_PANEL_ROWS), w1 = _mm512_loadu_si512(d + i * MOQI_PANEL_ROWS + 16);
-                MOQI_TOKENS6(MOQI_DOT)
-            }
-            ask += 4 * w->ask_step;
-        }
-        s0 = _mm512_loadu_ps(scale);
-        s1 = _mm512_loadu_ps(scale + 16);
-        n0 = _mm512_mul_ps(s0, _mm512_set1_ps(12582912.0f));
-        n1 = _mm512_mul_ps(s1, _mm512_set1_ps(12582912.0f));
-        MOQI_TOKENS6(MOQI_SCALE)
+    for (int64_t k = o->col, at = o->at, start = o->begin; scale != o->end; none += MOQI_PANEL_ROWS) {
+        const float *const next = moqi_min(o->end - scale, o->span) + scale;
+        n0 = _mm512_loadu_ps(none);
+        n1 = _mm512_loadu_ps(none + 16);
+        if (spans) { MOQI_TOKENS6(MOQI_NONE) }
+        do {
+            const int64_t stop = moqi_min(k + o->chunk, o->most);
+            MOQI_TOKENS6(MOQI_START)
+            do {
+                MOQI_UNROLL
+                for (int i = 0; i < 4; i++) {
+                    if (asks) __builtin_prefetch(ask + i * w->ask_step, 0, 2);
+                    if (asks) __builtin_prefetch(ask + i * w->ask_step + w->ask_step / 2, 0, 2);
+                    __m512i w0 = _mm512_loadu_si512(d + i * MOQI_PANEL_ROWS), w1 = _mm512_loadu_si512(d + i * MOQI_PANEL_ROWS + 16);
+                    MOQI_TOKENS6(MOQI_DOT)
+                }
+                if (asks) ask += 4 * w->ask_step;
+                k += 16;
+                d += 4 * MOQI_PANEL_ROWS;
+                __asm__("" : "+r"(k), "+r"(d)); /* or GCC works out what they are after the loop, with more instructions than it has */
+            } while (k < stop);
+            s0 = _mm512_loadu_ps(scale);
+            s1 = _mm512_loadu_ps(scale + 16);
+            scale += MOQI_PANEL_ROWS;
+            start += 4;
+            if (!spans) break;
+            MOQI_TOKENS6(MOQI_SCALE)
+        } while (scale != next);
+        if (!spans) { MOQI_TOKENS6(MOQI_ONE) at += 4; continue; }
+        __asm__("" : "+m"(total)); /* it is to stay there: registers are for what is summed oftener */
+        at = start - (o->begin - o->at) - 4;
+        MOQI_TOKENS6(MOQI_TOTAL)
     }
     s0 = _mm512_loadu_ps(w->mul);
     s1 = _mm512_loadu_ps(w->mul + 16);
-    n0 = moqi_panel_bias_512(w, some[0], 0);
-    n1 = moqi_panel_bias_512(w, some[1], 16);
+    n0 = moqi_panel_bias_512(w, o->some[0], 0);
+    n1 = moqi_panel_bias_512(w, o->some[1], 16);
     MOQI_TOKENS6(MOQI_STORE)
 #undef MOQI_BEGIN
+#undef MOQI_NONE
 #undef MOQI_START
 #undef MOQI_DOT
 #undef MOQI_SCALE
+#undef MOQI_ONE
+#undef MOQI_TOTAL
 #undef MOQI_STORE
 }
 
 MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
 {
-    int64_t j = 0, all = (w->p->layer.cols + 127) / 128 * 128;
+    int64_t j = 0;
+    moqi_i8_walk o;
+    moqi_i8_walks(w, &o);
     if (m <= 4 || m == 7 || m == 8) {
-        if (m == 1) moqi_panel_i8_tokens(w, all, x, ldx, y, ldy, 1, 1, 1);
-        else moqi_panel_i8_tokens(w, all, x, ldx, y, ldy, (int)moqi_min(4, m), 4, 1);
+        if (m == 1) moqi_panel_i8_tokens(w, &o, x, ldx, y, ldy, 1, 1, 1, 1);
+        else moqi_panel_i8_tokens(w, &o, x, ldx, y, ldy, (int)moqi_min(4, m), 4, 1, 1);
         j = 4;
     }
     int64_t bits = w->p->form == MOQI_CODES_NIBBLES ? 4 : 8, each = 1 + 6 * MOQI_PANEL_ROWS / m;
     for (; m - j > 4; j += 6) {
         for (int64_t r = j / 6 * each; w->many && r < moqi_min(MOQI_PANEL_ROWS, j / 6 * each + each); r++) moqi_panel_ask(w, r, bits);
-        moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 0);
+        if (w->span > 1) moqi_panel_i8_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 1, 0);
+        else moqi_panel_i8_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 0, 0);
     }
-    if (j < m) moqi_panel_i8_tokens(w, all, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 0);
+    if (j < m) moqi_panel_i8_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 1, 0);
 }
 
 #endif
@@ -16577,7 +16674,7 @@ static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text,
                                                       moq_dtype_name(w->scheme.input.elem));
     if (unit == 2) return moqi_format(text, capacity, "%s: %s %s with BF16 inputs (automatic)", c->k->name, scheme, how);
     if (unit == 16) return moqi_format(text, capacity, "%s: %s %s with 16-bit inputs, a scale for each block of them (automatic)", c->k->name, scheme, how);
-    if (unit == 4) return moqi_format(text, capacity, "%s: %s %s with 8-bit inputs, a scale for 16 or 32 of them (automatic)", c->k->name, scheme, how);
+    if (unit == 4) return moqi_format(text, capacity, "%s: %s %s with 8-bit inputs, a scale for 16 to 64 of them (automatic)", c->k->name, scheme, how);
     if (w->scheme.input.elem == MOQ_NONE) return moqi_format(text, capacity, "%s: %s %s", c->k->name, scheme, how);
     return moqi_format(text, capacity, "%s: %s %s, wide inputs (%s: no %s arithmetic here)", c->k->name, scheme, how,
                        c->act == MOQ_ACT_WIDE ? "asked for" : "automatic", moq_dtype_name(w->scheme.input.elem));

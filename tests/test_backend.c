@@ -96,13 +96,15 @@ static void test_backend_formats(void)
 }
 
 /* Automatic activations: inputs may lose bits where the processor multiplies shorter numbers faster. Of layers whose inputs the checkpoint
-   wants quantized 8 bits are left, with a scale for 32 columns at most; of other quantized layers 16; of unquantized ones all. */
+   wants quantized 8 bits are left, with a scale for 32 columns at most, or 64 where it wants 4; of other quantized layers 16; of unquantized
+   ones all. */
 static long check_automatic(moq_backend *be, const layer *l, int rows, int *rounded)
 {
     const moq_linear *w = &l->w;
     moq_error err;
     long wrong = 0;
     int bits = w->scheme.weight.scale == MOQ_NONE ? 32 : w->scheme.input.elem == MOQ_NONE ? 16 : 8;
+    int64_t own = w->scheme.input.elem == MOQ_F4 ? 64 : 32;
     float *x = (float *)malloc((size_t)(rows * w->cols) * 4), *y = (float *)malloc((size_t)(rows * w->rows) * 4);
     for (int64_t i = 0; i < rows * w->cols; i++) x[i] = test_normal() * (i % 61 == 0 ? 20.0f : 1.0f);
     moq_weight *p = be->prepare_linear(be, w, 1, &err);
@@ -115,7 +117,7 @@ static long check_automatic(moq_backend *be, const layer *l, int rows, int *roun
             *rounded += fabs(want - (double)y[i * w->rows + r]) > allowed;
             for (int64_t c = 0; bits < 32 && c < w->cols; c++) { /* BF16: half a step of 8 bits of x, and of the weight; 8 bits: half a step of the largest */
                 double v = fabs(l->exact[r * w->cols + c]), most = 0;
-                for (int64_t k = c / 32 * 32; bits == 8 && k < c / 32 * 32 + 32 && k < w->cols; k++) most = fabs((double)row[k]) > most ? fabs((double)row[k]) : most;
+                for (int64_t k = c / own * own; bits == 8 && k < c / own * own + own && k < w->cols; k++) most = fabs((double)row[k]) > most ? fabs((double)row[k]) : most;
                 double eight = most / 254, sixteen = fabs((double)row[c]) / 128;
                 allowed += v * 1.01 * (eight > sixteen ? eight : sixteen);
             }
@@ -337,7 +339,7 @@ static void test_backend_codes(void)
                     differ += sa > 1e-30f && a[i] != b[i];
                     wrong += sa == 0 && b[i] != 0;
                 }
-                wrong += start != MOQI_I8_START - sum * (p->form == MOQI_CODES_NIBBLES ? 32 : 128);
+                wrong += start != moqi_i8_start(p) - sum * moqi_i8_off(p);
                 wrong += moqi_is_nan(sa) ? !moqi_is_nan(sb) : sa > 1e-30f ? fabsf(sa - sb) > 3e-7f * sa : !(sb >= 0 && sb < 2e-30f);
             }
             if (wrong) fprintf(stderr, "%s, %d columns: %d wrong\n", l.w.name, cols[s], (int)wrong);
