@@ -11341,6 +11341,7 @@ typedef struct moqi_tiled {
     int input_bits;           /* inputs may be rounded to so many: 32 (not at all), 16 or 8 */
     const moqi_way *way[MOQI_WAYS]; /* instead of tiles; NULL at the end */
     int from[MOQI_WAYS];      /* rows of x from which each serves, ascending */
+    int fine;                 /* moqi_i8_fits: panels of bytes hold 16 times its codes, not 2 */
     int shares;               /* its inputs are those of the part before it */
     const float *rotation;    /* F32 [size, size] or NULL */
     const float *smooth;      /* pre_quant_scale as F32 [cols] or NULL */
@@ -13132,7 +13133,7 @@ static int64_t moqi_i8_own(const moqi_tiled *p)
 }
 
 /* Such inputs meet 4-bit codes of [-8, 7.5], times 16 and not times 2. */
-static int moqi_i8_fine(const moqi_tiled *p)
+static int moqi_i8_fits(const moqi_tiled *p)
 {
     int fit = !p->rounds && p->form == MOQI_CODES_NIBBLES && moqi_i8_own(p) == 64;
     for (int i = 0; i < 16 && fit; i++) fit = p->table[i] - p->zero >= -8 && p->table[i] - p->zero < 8;
@@ -13140,7 +13141,7 @@ static int moqi_i8_fine(const moqi_tiled *p)
 }
 
 /* What is added to a code in the panel. */
-static int moqi_i8_off(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && !moqi_i8_fine(p) ? 32 : 128; }
+static int moqi_i8_off(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && !p->fine ? 32 : 128; }
 
 static int moqi_i8_takes(const moqi_tiled *p)
 {
@@ -13214,7 +13215,7 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 enum { MOQI_I8_START = 0x4b400000, MOQI_I8_FINE = 0x49c00000 }; /* bits of 1.5 * 2^23 and of an eighth of it; see moqi_panel_i8_tokens */
 
 /* On which the sums of panels start. */
-static int32_t moqi_i8_start(const moqi_tiled *p) { return moqi_i8_fine(p) ? MOQI_I8_FINE : MOQI_I8_START; }
+static int32_t moqi_i8_start(const moqi_tiled *p) { return p->fine ? MOQI_I8_FINE : MOQI_I8_START; }
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
 MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
@@ -13326,7 +13327,7 @@ MOQI_AVX512 static void moqi_panel_i8_512(moqi_panel *w)
     const moqi_tiled *p = w->p;
     uint32_t words[256];
     uint8_t table[16];
-    int nibbles = p->form == MOQI_CODES_NIBBLES, bits = nibbles ? 4 : 8, fine = moqi_i8_fine(p);
+    int nibbles = p->form == MOQI_CODES_NIBBLES, bits = nibbles ? 4 : 8, fine = p->fine;
     const __m512i low = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)-128);
     for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)((fine ? 16 : 2) * (p->table[i] - p->zero) + (fine ? 128 : 32));
     const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table));
@@ -13394,8 +13395,8 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
     const __m512i even_first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     int64_t all = (n + 127) / 128 * 128, nibbles = p->form == MOQI_CODES_NIBBLES, wide = moqi_i8_chunk(p) == 32, own = moqi_i8_own(p);
     const __mmask16 two = (__mmask16)(own > 16 ? 0xffff : 0), four = (__mmask16)(own > 32 ? 0xffff : 0);
-    const int fine = moqi_i8_fine(p), shift = nibbles && !fine ? 5 : 7;
-    const __m512i begin = _mm512_set1_epi32(fine ? MOQI_I8_FINE : MOQI_I8_START);
+    const int shift = moqi_i8_off(p) == 32 ? 5 : 7;
+    const __m512i begin = _mm512_set1_epi32(moqi_i8_start(p));
     float *scale = out + all / 4, by[16], edge[256] MOQI_ALIGNED;
     int32_t *start = (int32_t *)(void *)(scale + all / 16);
     uint8_t *to = (uint8_t *)(void *)out;
@@ -16378,6 +16379,9 @@ static const moqi_kernels *moqi_get_kernels(int i)
 static void moqi_choose_ways(moqi_tiled *p)
 {
     int count = 0, panels = 0;
+#ifdef MOQI_DOTS
+    p->fine = moqi_i8_fits(p);
+#endif
     for (const moqi_way *const *w = p->k->ways; w && *w; w++) {
         int from = (*w)->takes(p), at = 0;
         if (from < 1 || ((*w)->decode && panels)) continue;
