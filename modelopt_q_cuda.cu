@@ -47,7 +47,9 @@
        >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
        >>cuda-attention-tiles  attention of many queries on tensor cores
        >>cuda-attention-host   which of them runs
-       >>cuda-moe        mixtures of experts
+       >>cuda-moe        mixtures of experts: routing, grouping, the weighted sum
+       >>cuda-moe-few    the same of few rows on SM90, 4-bit weights: one launch
+       >>cuda-moe-host   which of them runs, and their launches
        >>cuda-ssm        state-space mixers; copies of heads
        >>cuda-backend    graphs, the function table, creation
 */
@@ -8117,17 +8119,9 @@ static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attent
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-moe        mixtures of experts
+   >>cuda-moe        mixtures of experts: routing, grouping, the weighted sum
    Routing, grouping, both products and the weighted sum stay on the device; launches depend on numbers of rows only.
    ------------------------------------------------------------------------------------------------ */
-
-typedef struct moqc_experts {
-    moq_routing routing;
-    moq_activation_desc activation;
-    const float *bias;          /* [experts] on the device, or NULL */
-    moqc_bank *in, *down;       /* in: [gate, up] or [up] of every expert */
-    int64_t cols, n, out;
-} moqc_experts;
 
 /* Choices of a pass: sorted by expert, then by row. */
 typedef struct moqk_choices {
@@ -8176,27 +8170,23 @@ __device__ void moqk_close_groups(const moq_routing &r, const float *p, const fl
     __syncwarp();
 }
 
-/* A warp chooses for one row. With a single row it also writes what moqk_group would: its choices are all different. Shared memory:
-   p, rank, score [experts], open, group_open [experts]. */
-template <typename T> __global__ void moqk_route(moq_routing r, const float *bias, const T *logits, moqk_choices k, int32_t alone)
+/* A warp chooses for one row: experts, best first, and their weights. Shared memory: p, rank, score [experts], open, group_open [experts]. */
+__device__ __noinline__ void moqk_choose(const moq_routing &r, const float *bias, const void *logits, int32_t bf16, int64_t row, float *p, int32_t *index, float *weight)
 {
-    moqk_follow();
-    extern __shared__ float p[];
     float *rank = p + r.experts, *score = rank + r.experts, sum = 0, top = -3.4e38f;
     uint8_t *open = (uint8_t *)(score + r.experts), *group_open = open + r.experts;
-    int64_t row = blockIdx.x, at = row * r.top_k;
     int32_t lane = threadIdx.x, plain = r.score == MOQ_SCORE_SIGMOID && r.groups <= 1;
-    for (int32_t e = lane; e < r.experts; e += 32) top = fmaxf(top, moqk_get(logits, row * r.experts + e));
+    for (int32_t e = lane; e < r.experts; e += 32) top = fmaxf(top, moqk_get_any(logits, row * r.experts + e, bf16));
     top = moqk_warp_max(top);
     for (int32_t e = lane; e < r.experts; e += 32) {
-        float v = moqk_get(logits, row * r.experts + e);
+        float v = moqk_get_any(logits, row * r.experts + e, bf16);
         p[e] = r.score == MOQ_SCORE_SIGMOID ? 1 / (1 + expf(-v)) : expf(v - top);
         sum += p[e];
     }
     sum = moqk_warp_sum(sum);
     for (int32_t e = lane; e < r.experts; e += 32) {
         if (r.score == MOQ_SCORE_SOFTMAX) p[e] /= sum;
-        rank[e] = bias ? p[e] + bias[e] : plain ? moqk_get(logits, row * r.experts + e) : p[e];
+        rank[e] = bias ? p[e] + bias[e] : plain ? moqk_get_any(logits, row * r.experts + e, bf16) : p[e];
         open[e] = 1;
     }
     __syncwarp();
@@ -8205,22 +8195,30 @@ template <typename T> __global__ void moqk_route(moq_routing r, const float *bia
     for (int32_t i = 0; i < r.top_k; i++) {
         int32_t e = max(moqk_take_best(rank, open, r.experts), 0); /* 0: logits are NaN */
         sum += p[e];
-        if (lane == 0) { k.index[at + i] = e; k.weight[at + i] = p[e]; }
-        if (lane == 0 && alone) {
-            k.place[i] = i;
-            k.row_of[i] = 0;
-            k.expert_of[i] = e;
-            int32_t *tile = k.tiles + 4 * (i + 1);
-            tile[0] = e;
-            tile[1] = i;
-            tile[2] = 1;
-        }
+        if (lane == 0) { index[i] = e; weight[i] = p[e]; }
     }
     if (lane != 0) return;
-    if (alone) k.tiles[0] = r.top_k;
     float factor = r.scale != 0 ? r.scale : 1;
     if (r.renormalize && sum > 0) factor /= sum;
-    for (int32_t i = 0; i < r.top_k; i++) k.weight[at + i] *= factor;
+    for (int32_t i = 0; i < r.top_k; i++) weight[i] *= factor;
+}
+
+/* A block of one warp a row. With a single row it also writes what moqk_group would: its choices are all different. */
+__global__ void moqk_route(moq_routing r, const float *bias, const void *logits, int32_t bf16, moqk_choices k, int32_t alone)
+{
+    extern __shared__ float p[];
+    moqk_follow();
+    moqk_choose(r, bias, logits, bf16, blockIdx.x, p, k.index + (int64_t)blockIdx.x * r.top_k, k.weight + (int64_t)blockIdx.x * r.top_k);
+    if (!alone || threadIdx.x != 0) return;
+    k.tiles[0] = r.top_k;
+    for (int32_t i = 0; i < r.top_k; i++) {
+        int32_t *tile = k.tiles + 4 * (i + 1);
+        k.place[i] = i;
+        k.row_of[i] = 0;
+        k.expert_of[i] = tile[0] = k.index[i];
+        tile[1] = i;
+        tile[2] = 1;
+    }
 }
 
 /* Counting sort of the choices by expert, and tiles of at most `most` choices of one expert. One block; a warp takes experts e, e + 32, ...
@@ -8278,6 +8276,768 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
     moqk_put(y, row * n + i, sum);
 }
 
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
+   Every block chooses the experts itself and then works on a list of runs of chunks: of its row tiles before the activation, then of its row tiles
+   of y. A warp takes every n-th run of the list and has its next chunks on their way, those of the second products while the first ones are not
+   done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody
+   waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes about ten
+   microseconds, in which most of this code runs once: short code is fast code here.
+   ------------------------------------------------------------------------------------------------ */
+
+enum {
+    MOQK_FEW_ROWS = 4,         /* of x in one pass: with two columns each they are the 8 columns of a product */
+    MOQK_FEW_TOP = 16,
+    MOQK_FEW_EXPERTS = 512,
+    MOQK_FEW_WARPS = 24,
+    MOQK_FEW_UNITS = 4,        /* row tiles of a block whose sums are under way */
+    MOQK_FEW_PITCH = 528,      /* bytes of a row of a chunk's x */
+    MOQK_FEW_QUEUE = 8         /* runs of a warp that are on their way */
+};
+
+#define MOQK_FEW_ABSENT 0xffffffffu /* of a value of `hidden`, two BF16: no rounding makes a NaN of these bits */
+
+/* The products before or after the activation. Parts are alike: experts x [gate, up], [up] or [down]. */
+typedef struct moqk_few_side {
+    const uint8_t *packed;     /* of the first part */
+    const float *bias;         /* of the first part, or NULL */
+    int64_t part_bytes;        /* from one part's to the next one's, of both */
+    int32_t parts, rows, tiles, chunks; /* parts of an expert; of a part: rows, row tiles, chunks of a row tile */
+    int32_t run, runs;         /* chunks of a run; runs of a row tile */
+    uint32_t magic;            /* see moqk_few_over: of runs; first side: of the runs of all parts */
+    int32_t groups, shift;     /* see moqk_run_part */
+} moqk_few_side;
+
+typedef struct moqk_few {
+    moq_routing routing;
+    const float *bias;         /* [experts] of the routing, or NULL */
+    const void *logits;        /* [rows, experts] of the activation type */
+    const void *x;             /* [rows, cols] of the activation type */
+    const float *factor;       /* [experts][2 or 1 of the first side, 1 of the second] */
+    uint32_t *hidden;          /* [2][MOQK_FEW_ROWS][top][hidden_cols] hi | lo << 16, times the choice's weight; see state */
+    int32_t *state;            /* which half a launch uses; rows that the one before it wrote to the other half, which it clears */
+    void *y;                   /* [rows, rows of the second side] of the activation type */
+    moqk_few_side side[2];
+    moq_activation_desc activation;
+    int32_t rows, cols, hidden_cols;
+    int32_t stages;            /* chunks of a warp in shared memory */
+    uint32_t tiles_magic;      /* of the row tiles of the first side */
+    uint32_t x_pitch;          /* bytes */
+    uint32_t bars_at, x_at, stage_at, sums_at, more_at, factor_at, keys_at; /* in shared memory */
+    uint8_t bf16;
+} moqk_few;
+
+/* What every block finds out for itself; in shared memory. */
+typedef struct moqk_few_choices {
+    int32_t count;             /* different experts, of all rows together */
+    int32_t expert[MOQK_FEW_ROWS * MOQK_FEW_TOP];
+    uint8_t rank[MOQK_FEW_ROWS * MOQK_FEW_TOP][MOQK_FEW_ROWS]; /* 1 + number of the row's choice that is this expert; 0: it is none */
+    int32_t chosen[MOQK_FEW_ROWS][MOQK_FEW_TOP];
+    float weight[MOQK_FEW_ROWS][MOQK_FEW_TOP];
+    uint32_t seen[MOQK_FEW_EXPERTS / 32];
+    int4 queue[MOQK_FEW_WARPS][MOQK_FEW_QUEUE]; /* second | part << 1 | first chunk << 2, unit, d, row tile */
+    int32_t arrived[2][MOQK_FEW_UNITS]; /* runs of a row tile whose sums are there */
+    int32_t done[2][MOQK_FEW_UNITS];    /* row tiles that have left the place */
+    uint64_t ready;            /* the weights are there */
+    int2 state;
+} moqk_few_choices;
+
+/* Numbers in the order of logits, 0 less than all of them, and back. */
+__device__ __forceinline__ uint32_t moqk_few_key(float v)
+{
+    const uint32_t bits = __float_as_uint(v + 0.0f);
+    return v != v ? 1 : (int32_t)bits < 0 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
+
+/* Choices where scores rank them as logits do: an expert's place is the number of those before it. keys: [rows][experts, padded to 4]. */
+__device__ __forceinline__ void moqk_few_choose(const moqk_few &a, const uint32_t *keys, moqk_few_choices *c)
+{
+    const int32_t thread = threadIdx.y * 32 + threadIdx.x, experts = a.routing.experts, pitch = (experts + 3) & ~3, pairs = a.rows * pitch;
+    const int32_t share = 4 * pairs <= (int32_t)blockDim.y * 32 ? 4 : 1, sub = thread & (share - 1); /* threads that count for an expert */
+#pragma unroll 1
+    for (int32_t p = share == 4 ? thread >> 2 : thread; p - (p & 31) < pairs; p += (int32_t)blockDim.y * 32) {
+        int32_t e = p, row = 0, before = 0;
+        for (; e >= pitch && row < a.rows - 1; e -= pitch) row++;
+        const uint32_t *all = keys + row * pitch;
+        const uint4 own = *(const uint4 *)(const void *)(all + min(e & ~3, pitch - 4));
+        const int32_t place = e & 3;
+        const uint32_t mine = place == 0 ? own.x : place == 1 ? own.y : place == 2 ? own.z : own.w;
+        before = sub == 0 ? (own.x == mine && place > 0) + (own.y == mine && place > 1) + (own.z == mine && place > 2) : 0;
+#pragma unroll 2
+        for (int32_t k = 4 * sub; k < pitch; k += 4 * share) {
+            const uint4 v = *(const uint4 *)(const void *)(all + k);
+            const uint32_t least = mine - (k + 4 <= e); /* equals that come first rank first */
+            before += (v.x > least) + (v.y > least) + (v.z > least) + (v.w > least);
+        }
+        if (share == 4) {
+            before += __shfl_xor_sync(0xffffffffu, before, 1);
+            before += __shfl_xor_sync(0xffffffffu, before, 2);
+        }
+        if (e < experts && sub == 0 && before < a.routing.top_k) {
+            c->chosen[row][before] = e;
+            c->weight[row][before] = moqk_few_logit(mine);
+        }
+        if (share == 4) break;
+    }
+}
+
+/* A warp: logits of a row's choices become weights. */
+__device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, const uint32_t *keys, moqk_few_choices *c)
+{
+    const int32_t lane = threadIdx.x, experts = a.routing.experts;
+    const int sigmoid = a.routing.score == MOQ_SCORE_SIGMOID;
+    const float top = c->weight[row][0], own = c->weight[row][lane & (MOQK_FEW_TOP - 1)];
+    float p = lane >= a.routing.top_k ? 0 : sigmoid ? 1 / (1 + expf(-own)) : expf(own - top), all = p;
+    if (!sigmoid && !a.routing.renormalize) {
+        all = 0;
+#pragma unroll 1
+        for (int32_t e = lane; e < experts; e += 32) all += expf(moqk_few_logit(keys[row * ((experts + 3) & ~3) + e]) - top);
+    }
+    all = moqk_warp_sum(all);
+    if ((!sigmoid || a.routing.renormalize) && all > 0) p /= all;
+    __syncwarp();
+    if (lane < a.routing.top_k) c->weight[row][lane] = a.routing.scale != 0 ? p * a.routing.scale : p;
+    __syncwarp();
+    if (lane == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c->ready));
+}
+
+/* The different experts of several rows, in their order. */
+__device__ __forceinline__ void moqk_few_merge(const moqk_few &a, moqk_few_choices *c)
+{
+    const int32_t thread = threadIdx.y * 32 + threadIdx.x, words = (a.routing.experts + 31) / 32;
+    for (int32_t i = thread; i < a.rows * a.routing.top_k; i += (int32_t)blockDim.y * 32) {
+        const int32_t e = c->chosen[i / a.routing.top_k][i % a.routing.top_k];
+        atomicOr(&c->seen[e >> 5], 1u << (e & 31));
+    }
+    __syncthreads();
+    for (int32_t i = thread; i < a.rows * a.routing.top_k; i += (int32_t)blockDim.y * 32) {
+        const int32_t e = c->chosen[i / a.routing.top_k][i % a.routing.top_k];
+        int32_t d = __popc(c->seen[e >> 5] & ((1u << (e & 31)) - 1));
+        for (int32_t k = 0; k < e >> 5; k++) d += __popc(c->seen[k]);
+        c->expert[d] = e;
+        c->rank[d][i / a.routing.top_k] = (uint8_t)(i % a.routing.top_k + 1);
+    }
+    if (thread == 0) {
+        int32_t n = 0;
+        for (int32_t k = 0; k < words; k++) n += __popc(c->seen[k]);
+        c->count = max(n, a.routing.top_k); /* rows of NaN choose one only; blocks count on work, and nobody takes the rest */
+    }
+    __syncthreads();
+}
+
+/* n / d for small numbers; magic: 2^32 / d, rounded up, 0 where d is 1. */
+__device__ __forceinline__ int32_t moqk_few_over(int32_t n, uint32_t magic) { return magic ? (int32_t)__umulhi((uint32_t)n, magic) : n; }
+
+/* Where a warp is in the list of its block. */
+typedef struct moqk_few_at {
+    int32_t second, i;         /* which products; run of the block's row tiles, second: of the row tile */
+    int32_t unit, tile;        /* second: row tiles of the block before this one; row tile */
+} moqk_few_at;
+
+/* The warp's next run, as the queue has it. 0: it has no more. */
+__device__ __forceinline__ int moqk_few_next(const moqk_few &a, int32_t count, moqk_few_at &at, int4 &item)
+{
+    const int32_t grid = (int32_t)gridDim.x, warp = (int32_t)threadIdx.y, warps = (int32_t)blockDim.y;
+    if (!at.second) {
+        const int32_t unit = moqk_few_over(at.i, a.side[0].magic), q = at.i - unit * a.side[0].parts * a.side[0].runs;
+        const int32_t all = (int32_t)blockIdx.x + unit * grid, d = moqk_few_over(all, a.tiles_magic), part = q >= a.side[0].runs;
+        if (d < count) {
+            item = make_int4(part << 1 | (q - part * a.side[0].runs) * a.side[0].run << 2, unit, d, all - d * a.side[0].tiles);
+            at.i += warps;
+            return 1;
+        }
+        at.second = 1;
+        at.i = warp;
+        at.unit = 0;
+        at.tile = grid - 1 - (int32_t)blockIdx.x; /* blocks with fewer row tiles before have more here */
+    }
+    if (at.i >= count * a.side[1].runs) {
+        at.i = warp;
+        at.unit++;
+        at.tile += grid;
+    }
+    if (at.tile >= a.side[1].tiles || at.i >= count * a.side[1].runs) return 0;
+    const int32_t d = moqk_few_over(at.i, a.side[1].magic);
+    item = make_int4(1 | (at.i - d * a.side[1].runs) * a.side[1].run << 2, at.unit, d, at.tile);
+    at.i += warps;
+    return 1;
+}
+
+/* What a warp asks for next. */
+typedef struct moqk_few_ahead {
+    moqk_few_at next;
+    const uint8_t *from;
+    int32_t asked, left;       /* chunks in all; of the run */
+    int32_t put, head;         /* place of the next chunk; runs that were begun */
+} moqk_few_ahead;
+
+/* The next copies of a warp, until so many have been asked for in all. */
+template <uint32_t BYTES>
+__device__ __forceinline__ void moqk_few_ask(const moqk_few &a, moqk_few_choices *c, const int32_t *expert, int32_t until, uint32_t ring,
+                                             uint32_t bar, moqk_few_ahead &q)
+{
+    const int32_t warp = (int32_t)threadIdx.y;
+#pragma unroll 1
+    while (q.asked < until) {
+        if (q.left == 0) {
+            int4 item;
+            if (!moqk_few_next(a, c->count, q.next, item)) break;
+            const moqk_few_side &s = a.side[item.x & 1];
+            const int32_t first = item.x >> 2;
+            q.left = min(s.run, s.chunks - first);
+            q.from = s.packed + ((int64_t)expert[item.z] * s.parts + (item.x >> 1 & 1)) * s.part_bytes + ((int64_t)item.w * s.chunks + first) * BYTES;
+            if (threadIdx.x == 0) c->queue[warp][q.head & (MOQK_FEW_QUEUE - 1)] = item;
+            q.head++;
+        }
+        if (moqk_elected()) {
+            moqk_barrier_expect(bar + 8 * (uint32_t)q.put, BYTES);
+            moqk_bulk_stream(ring + (uint32_t)q.put * BYTES, q.from, BYTES, bar + 8 * (uint32_t)q.put);
+        }
+        if (++q.put == a.stages) q.put = 0;
+        q.from += BYTES;
+        q.left--;
+        q.asked++;
+    }
+}
+
+/* Four values of x, quad i of all rows; zeros behind the last column. */
+__device__ __forceinline__ float4 moqk_few_x4(const moqk_few &a, int32_t i)
+{
+    const int32_t quads = a.side[0].chunks * 64, m = a.rows == 1 ? 0 : i / quads, k = i - m * quads;
+    moqk_call x;
+    x.x = a.x;
+    if (4 * k >= a.cols || m >= a.rows) return make_float4(0, 0, 0, 0);
+    return a.bf16 ? moqk_fast_x4<0>(x, (int64_t)m * a.cols + 4 * k) : moqk_fast_x4<1>(x, (int64_t)m * a.cols + 4 * k);
+}
+
+/* The same into shared memory, as BF16 or as two parts. */
+__device__ __forceinline__ void moqk_few_put(const moqk_few &a, int32_t i, float4 v, uint32_t to)
+{
+    const int32_t quads = a.side[0].chunks * 64, m = a.rows == 1 ? 0 : i / quads, k = i - m * quads;
+    if (m >= a.rows || k >= quads) return;
+    if (a.bf16) moqk_run_put<0>(v, to + (uint32_t)m * a.x_pitch + (uint32_t)k * 8, a.x_pitch);
+    else moqk_run_put<1>(v, to + (uint32_t)(2 * m) * a.x_pitch + (uint32_t)k * 8, a.x_pitch);
+}
+
+__device__ __forceinline__ uint4 moqk_few_look(const uint32_t *at)
+{
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
+}
+
+/* A chunk of a row of `hidden`, when it is there, as two columns in shared memory. from: [256], of which `cols` are made; NULL: zeros. */
+__device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols, uint32_t to)
+{
+    const int32_t lane = threadIdx.x;
+    uint4 v[2];
+    int32_t missing = 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        v[i] = make_uint4(0, 0, 0, 0);
+        if (from && i * 128 + lane * 4 < cols) missing |= 1 << i;
+    }
+    while (missing) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) if (missing >> i & 1) v[i] = moqk_few_look(from + i * 128 + lane * 4);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int32_t left = cols - i * 128 - lane * 4; /* words behind the last column stay absent */
+            if (v[i].x != MOQK_FEW_ABSENT && (v[i].y != MOQK_FEW_ABSENT || left < 2) && (v[i].z != MOQK_FEW_ABSENT || left < 3) &&
+                (v[i].w != MOQK_FEW_ABSENT || left < 4)) missing &= ~(1 << i);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int32_t left = cols - i * 128 - lane * 4;
+        if (left < 2) v[i].y = 0;
+        if (left < 3) v[i].z = 0;
+        if (left < 4) v[i].w = 0;
+        moqk_put_shared8(to + (uint32_t)(i * 256 + lane * 8), __byte_perm(v[i].x, v[i].y, 0x5410), __byte_perm(v[i].z, v[i].w, 0x5410));
+        moqk_put_shared8(to + MOQK_FEW_PITCH + (uint32_t)(i * 256 + lane * 8), __byte_perm(v[i].x, v[i].y, 0x7632),
+                         __byte_perm(v[i].z, v[i].w, 0x7632));
+    }
+}
+
+/* The sums of a row tile of expert d are there: what comes out of them. sums: [runs of all parts][rows][16]. */
+__device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choices *c, int32_t d, int32_t tile, const float *sums, uint32_t *hidden)
+{
+    const moqk_few_side &s = a.side[0];
+    const int32_t lane = threadIdx.x, r = lane & 15, part = lane >> 4, h = tile * 16 + r;
+    moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c->ready), 0);
+#pragma unroll 1
+    for (int32_t m = 0; m < a.rows; m++) {
+        const int32_t rank = a.rows == 1 ? d + 1 : c->rank[d][m];
+        if (rank == 0) continue;
+        float v = 0;
+        if (part < s.parts)
+#pragma unroll 4
+            for (int32_t k = part * s.runs; k < (part + 1) * s.runs; k++) v += sums[(k * a.rows + m) * 16 + r];
+        const float up = __shfl_xor_sync(0xffffffffu, v, 16);
+        if (part || h >= s.rows) continue;
+        v = moqk_activate(a.activation, v, up) * c->weight[m][rank - 1];
+        const uint32_t hi = moqk_pack(v, 0);
+        const uint32_t both = hi | moqk_pack(0, v - __uint_as_float(hi << 16));
+        uint32_t *to = hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + h;
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(both) : "memory");
+    }
+}
+
+/* A row tile of y: sums: [warps][rows][16]. */
+__device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t warps)
+{
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < a.rows * 16; i += 32) {
+        const int32_t m = i >> 4, r = tile * 16 + (i & 15);
+        float v = 0;
+#pragma unroll 8
+        for (int32_t w = 0; w < warps; w++) v += sums[w * a.rows * 16 + i];
+        if (r < a.side[1].rows) moqk_put_any(a.y, (int64_t)m * a.side[1].rows + r, v, a.bf16);
+    }
+}
+
+/* Adds 1 to a counter in shared memory, where the warp's sums are. 1: they were the last of `all`, and this warp sees all of them. */
+__device__ __forceinline__ int moqk_few_arrive(int32_t *counter, int32_t all)
+{
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
+    int32_t before = 0;
+    __syncwarp();
+    if (threadIdx.x == 0) asm volatile("atom.acq_rel.cta.shared::cta.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(at) : "memory");
+    before = __shfl_sync(0xffffffffu, before, 0);
+    return before == all - 1;
+}
+
+/* Row tile `unit` of the block is done: its place is free for another one. */
+__device__ __forceinline__ void moqk_few_leave(int32_t *arrived, int32_t *done, int32_t unit)
+{
+    __syncwarp();
+    if (threadIdx.x != 0) return;
+    *arrived = 0;
+    asm volatile("st.release.cta.shared::cta.s32 [%0], %1;" :: "r"((uint32_t)__cvta_generic_to_shared(done)), "r"(unit + 1) : "memory");
+}
+
+/* Until `units` row tiles have left a place. */
+__device__ __forceinline__ void moqk_few_wait(const int32_t *done, int32_t units)
+{
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(done);
+    int32_t now = 0;
+    while (now < units) asm volatile("ld.acquire.cta.shared::cta.s32 %0, [%1];" : "=r"(now) : "r"(at) : "memory");
+}
+
+/* Barriers and counters, before anything is waited for. */
+__device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choices *c, uint32_t bar)
+{
+    const int32_t lane = threadIdx.x, thread = threadIdx.y * 32 + lane, threads = blockDim.y * 32;
+    if (lane < a.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
+    if (thread == 0) moqk_barrier_init((uint32_t)__cvta_generic_to_shared(&c->ready), (uint32_t)a.rows);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    if (thread < 2 * MOQK_FEW_UNITS) ((int32_t *)c->arrived)[thread] = ((int32_t *)c->done)[thread] = 0;
+    if (thread == 0) c->count = a.routing.top_k;
+    if (a.rows == 1) return;
+    if (thread < MOQK_FEW_EXPERTS / 32) c->seen[thread] = 0;
+    for (int32_t i = thread; i < MOQK_FEW_ROWS * MOQK_FEW_TOP; i += threads) {
+        c->expert[i] = 0;
+        ((uint32_t *)c->rank)[i] = 0;
+    }
+}
+
+/* What every block needs: scores of the experts, factors, x. A thread's first piece of each, all on their way at once. */
+typedef struct moqk_few_first {
+    float logit, factor;
+    float4 x;
+    int2 state;
+} moqk_few_first;
+
+__device__ __forceinline__ void moqk_few_load(const moqk_few &a, moqk_few_first &f)
+{
+    const int32_t thread = threadIdx.y * 32 + threadIdx.x;
+    f.logit = f.factor = 0;
+    f.state = make_int2(0, 0);
+    if (thread < a.routing.experts) f.logit = moqk_get_any(a.logits, thread, a.bf16);
+    f.x = moqk_few_x4(a, thread);
+    if (thread < a.routing.experts * (a.side[0].parts + 1)) f.factor = __ldg(a.factor + thread);
+    if (thread == (int32_t)blockDim.y * 32 - 1) f.state = *(const int2 *)(const void *)a.state;
+}
+
+/* That and the rest into shared memory. */
+__device__ __forceinline__ void moqk_few_keep(const moqk_few &a, const moqk_few_first &f, moqk_few_choices *c, uint32_t *keys, float *factor,
+                                              uint32_t x)
+{
+    const int32_t thread = threadIdx.y * 32 + threadIdx.x, threads = blockDim.y * 32, experts = a.routing.experts, pitch = (experts + 3) & ~3;
+    const int32_t factors = experts * (a.side[0].parts + 1), all = a.rows * a.side[0].chunks * 64;
+    if (thread < pitch) keys[thread] = thread < experts ? moqk_few_key(f.logit) : 0;
+    if (thread < factors) factor[thread] = f.factor;
+    moqk_few_put(a, thread, f.x, x);
+    if (thread == threads - 1) c->state = f.state;
+#pragma unroll 1
+    for (int32_t i = thread + threads; i < factors; i += threads) factor[i] = __ldg(a.factor + i);
+#pragma unroll 1
+    for (int32_t row = 0; row < a.rows; row++)
+#pragma unroll 1
+        for (int32_t e = row ? thread : thread + threads; e < pitch; e += threads)
+            keys[row * pitch + e] = e < experts ? moqk_few_key(moqk_get_any(a.logits, (int64_t)row * experts + e, a.bf16)) : 0;
+#pragma unroll 1
+    for (int32_t i = thread + threads; i < all; i += threads) moqk_few_put(a, i, moqk_few_x4(a, i), x);
+}
+
+template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ moqk_few_choices c;
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, g = lane >> 2, t = lane & 3, each = a.side[0].parts + 1;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * a.stages) * BYTES;
+    const uint32_t bar = base + a.bars_at + (uint32_t)(warp * a.stages) * 8;
+    const uint32_t stage = base + a.stage_at + (uint32_t)(warp * 2 * a.rows) * MOQK_FEW_PITCH;
+    uint32_t *keys = (uint32_t *)(void *)(shared + a.keys_at);
+    float *factor = (float *)(void *)(shared + a.factor_at);
+    const int plain = a.routing.groups <= 1 && !a.bias;
+    moqk_few_first mine;
+    moqk_few_begin(a, &c, bar);
+    moqk_wait_for_before();
+    moqk_dependents_may_start();
+    moqk_few_load(a, mine);
+    moqk_few_keep(a, mine, &c, keys, factor, base + a.x_at);
+    if (!plain && warp < a.rows) { /* the ring is not in use yet */
+        float *room = (float *)(void *)(shared + warp * a.routing.experts * 16);
+        moqk_choose(a.routing, a.bias, a.logits, a.bf16, warp, room, c.chosen[warp], c.weight[warp]);
+        __syncwarp();
+        if (lane == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c.ready));
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    }
+    __syncthreads();
+    if (plain) {
+        moqk_few_choose(a, keys, &c);
+        __syncthreads();
+    }
+    if (a.rows > 1) moqk_few_merge(a, &c);
+
+    const int32_t *expert = a.rows == 1 ? c.chosen[0] : c.expert, count = c.count;
+    const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
+    uint32_t *hidden = a.hidden + (int64_t)c.state.x * half, x[1] = {0};
+    int32_t took = 0, slot = 0, turn = 0, tail = 0, n = 0, chunk = 0, fresh = 1;
+    moqk_few_ahead ahead;
+    ahead.next.second = ahead.next.unit = ahead.next.tile = ahead.asked = ahead.left = ahead.put = ahead.head = 0;
+    ahead.next.i = warp;
+    ahead.from = NULL;
+    int4 now = make_int4(0, 0, 0, 0); /* see the queue */
+    moqk_run_factors<FORM, STEP> h;
+    const float2 *scales = NULL;
+    const uint16_t *zeros = NULL;
+    float beside[2] = {0, 0}, total[2] = {0, 0}, acc[1][4] = {{0, 0, 0, 0}};
+    for (;;) {
+        moqk_few_ask<BYTES>(a, &c, expert, took + a.stages, ring, bar, ahead);
+        if (fresh) { /* while the first ones come */
+            fresh = 0;
+            if (plain && warp < a.rows) moqk_few_weigh(a, warp, keys, &c);
+            const int32_t all = c.state.y * a.routing.top_k * (a.hidden_cols / 4);
+#pragma unroll 1
+            for (int32_t i = ((int32_t)blockIdx.x * warps + warp) * 32 + lane; i < all; i += (int32_t)gridDim.x * warps * 32)
+                ((uint4 *)(void *)(a.hidden + (int64_t)other * half))[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        }
+        if (n == 0) {
+            if (tail == ahead.head) break;
+            __syncwarp();
+            now = c.queue[warp][tail++ & (MOQK_FEW_QUEUE - 1)];
+            const moqk_few_side &u = a.side[now.x & 1];
+            const int64_t part = ((int64_t)expert[now.z] * u.parts + (now.x >> 1 & 1)) * u.part_bytes;
+            chunk = now.x >> 2;
+            n = min(u.run, u.chunks - chunk);
+            if (STEP > 0) {
+                const int64_t place = (int64_t)now.w * u.groups * 8 + g;
+                scales = (const float2 *)(const void *)(u.packed + part + (int64_t)u.tiles * u.chunks * BYTES) + place;
+                zeros = (const uint16_t *)(const void *)(u.packed + part + (int64_t)u.tiles * (u.chunks * (int64_t)BYTES + u.groups * 64)) + place;
+                h.load(scales, zeros, chunk, u.shift);
+            }
+            beside[0] = beside[1] = 0;
+            if (u.bias && chunk == 0) {
+                const float *bias = (const float *)(const void *)((const uint8_t *)u.bias + part) + now.w * 16 + g;
+                if (now.w * 16 + g < u.rows) beside[0] = __ldg(bias);
+                if (now.w * 16 + g + 8 < u.rows) beside[1] = __ldg(bias + 8);
+            }
+            const int32_t columns = now.x & 1 || !a.bf16 ? 2 * a.rows : a.rows, row = FORM <= MOQK_MXFP4 ? g : lane & 7;
+            x[0] = (now.x & 1 ? stage : base + a.x_at + (uint32_t)chunk * 512) +
+                   (uint32_t)(row < columns ? row : 0) * (now.x & 1 ? MOQK_FEW_PITCH : a.x_pitch) + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
+            acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0;
+        }
+        const moqk_few_side &s = a.side[now.x & 1];
+        if (now.x & 1) {
+#pragma unroll 1
+            for (int32_t m = 0; m < a.rows; m++) {
+                const int32_t rank = a.rows == 1 ? now.z + 1 : c.rank[now.z][m];
+                const uint32_t *made = rank ? hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + chunk * 256 : NULL;
+                moqk_few_take(made, a.side[0].rows - chunk * 256, stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH);
+            }
+            __syncwarp();
+        }
+        const uint32_t at = ring + (uint32_t)slot * BYTES;
+        uint4 w[4];
+        uint2 bytes = make_uint2(0, 0);
+        const uint32_t z[2] = {0, 0};
+        moqk_barrier_wait(bar + 8 * (uint32_t)slot, (uint32_t)turn);
+        if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
+        if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
+        moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
+        __syncwarp();
+        took++, chunk++, n--;
+        if (++slot == a.stages) { slot = 0; turn ^= 1; }
+        if (STEP > 0 && n > 0) h.load(scales, zeros, chunk, s.shift);
+        if (!(now.x & 1)) x[0] += 512;
+        if (n > 0) continue;
+
+        const int32_t second = now.x & 1, split = second || !a.bf16;
+        const float f = factor[expert[now.z] * each + (second ? each - 1 : now.x >> 1 & 1)];
+        if (!second) {
+            const int32_t place = now.y & (MOQK_FEW_UNITS - 1), per = s.parts * s.runs, q = (now.x >> 1 & 1) * s.runs + (now.x >> 2) / s.run;
+            float *sums = (float *)(void *)(shared + a.sums_at) + place * per * a.rows * 16, *to = sums + q * a.rows * 16 + g;
+            if (now.y >= MOQK_FEW_UNITS) moqk_few_wait(&c.done[0][place], now.y - MOQK_FEW_UNITS + 1);
+            if (split && t < a.rows) to[t * 16] = (acc[0][0] + acc[0][1]) * f + beside[0], to[t * 16 + 8] = (acc[0][2] + acc[0][3]) * f + beside[1];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (!split && 2 * t + i < a.rows) {
+                    to[(2 * t + i) * 16] = acc[0][i] * f + beside[0];
+                    to[(2 * t + i) * 16 + 8] = acc[0][2 + i] * f + beside[1];
+                }
+            if (moqk_few_arrive(&c.arrived[0][place], per)) {
+                moqk_few_finish(a, &c, now.z, now.w, sums, hidden);
+                moqk_few_leave(&c.arrived[0][place], &c.done[0][place], now.y);
+            }
+            continue;
+        }
+        float weight = 0;      /* x has the weight of its choice in it already, the bias has not */
+        if (s.bias) {
+            const int32_t rank = t >= a.rows ? 0 : a.rows == 1 ? now.z + 1 : c.rank[now.z][t];
+            moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c.ready), 0);
+            if (rank) weight = c.weight[t][rank - 1];
+        }
+        total[0] += (acc[0][0] + acc[0][1]) * f + weight * beside[0];
+        total[1] += (acc[0][2] + acc[0][3]) * f + weight * beside[1];
+        if (now.z * s.runs + (now.x >> 2) / s.run + warps < count * s.runs) continue; /* another run of this row tile follows */
+        const int32_t place = now.y & 1, busy = min(warps, count * s.runs);
+        float *sums = (float *)(void *)(shared + a.more_at) + place * warps * a.rows * 16, *to = sums + warp * a.rows * 16 + g;
+        if (now.y >= 2) moqk_few_wait(&c.done[1][place], now.y - 1);
+        if (t < a.rows) to[t * 16] = total[0], to[t * 16 + 8] = total[1];
+        total[0] = total[1] = 0;
+        if (moqk_few_arrive(&c.arrived[1][place], busy)) {
+            moqk_few_sum_up(a, now.w, sums, busy);
+            if (now.w == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
+            moqk_few_leave(&c.arrived[1][place], &c.done[1][place], now.y);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-moe-host   which of them runs, and their launches
+   Few rows of experts that >>cuda-moe-few takes: a launch per MOQK_FEW_ROWS rows. All others: a launch for each step.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
+   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 13.7, 42, 85 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 4 rows 28, 62, 116 and 43, 70, 97. */
+enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 2 };
+
+/* What >>cuda-moe-few needs of these experts. */
+typedef struct moqc_few {
+    moqk_few call;              /* without what differs between calls */
+    int form, step;
+    void *memory;               /* NULL: it does not take them */
+    size_t bytes;
+} moqc_few;
+
+typedef struct moqc_experts {
+    moq_routing routing;
+    moq_activation_desc activation;
+    const float *bias;          /* [experts] on the device, or NULL */
+    moqc_bank *in, *down;       /* in: [gate, up] or [up] of every expert */
+    int64_t cols, n, out;
+    moqc_few few;
+} moqc_experts;
+
+/* ---- few rows ---- */
+
+typedef void (*moqc_few_kernel)(const moqk_few);
+
+/* NULL: none. */
+static moqc_few_kernel moqc_few_find(int form, int step)
+{
+    if (form == MOQK_NVFP4) return moqk_moe_few<MOQK_NVFP4, 0>;
+    if (form == MOQK_MXFP4) return moqk_moe_few<MOQK_MXFP4, 0>;
+    return form == MOQK_FAST_U4 && step == 64 ? moqk_moe_few<MOQK_FAST_U4, 64> : NULL;
+}
+
+/* The distance in bytes between parts that are all of one form, read x as it is and lie at equal distances; 0: they are not so. */
+static int64_t moqc_few_distance(const moqc_bank *b, int form, int step)
+{
+    const moqk_part *p = &b->part[0].d;
+    const int32_t count = b->experts * b->parts;
+    const int64_t apart = count > 1 ? b->part[1].d.packed[0] - p->packed[0] : 16;
+    for (int32_t i = 0; i < count; i++) {
+        const moqc_part *q = &b->part[i];
+        if (q->kernel[0]->layout != 1 || moqk_form_of(q->d) != form || moqk_form_step(q->d, form) != step || q->d.group != p->group) return 0;
+        if (q->has_lora) return 0;
+        if (!moqc_direct(&q->d) || q->d.rows != p->rows || q->d.cols != p->cols || q->d.packed[0] != p->packed[0] + i * apart) return 0;
+        if ((q->d.bias != NULL) != (p->bias != NULL) || (p->bias && (const uint8_t *)q->d.bias != (const uint8_t *)p->bias + i * apart)) return 0;
+    }
+    return apart;
+}
+
+static void moqc_few_side(const moqc_bank *b, int form, int step, moqk_few_side *s)
+{
+    const moqk_part *p = &b->part[0].d;
+    const moqk_fast f = moqk_fast_of(*p, form);
+    s->packed = p->packed[0];
+    s->bias = p->bias;
+    s->part_bytes = moqc_few_distance(b, form, step);
+    s->parts = b->parts;
+    s->rows = p->rows;
+    s->tiles = (int32_t)f.tiles;
+    s->chunks = (int32_t)f.chunks;
+    s->groups = (int32_t)f.groups;
+    while (step > 0 && 1 << s->shift < p->group) s->shift++;
+}
+
+/* Places in shared memory of a cut whose rows and stages are chosen. Returns their bytes. */
+static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
+{
+    const int64_t rows = f->rows, columns = rows * (f->bf16 ? 1 : 2);
+    int64_t at = moqk_pad(moqc_max((int64_t)warps * f->stages * moqk_chunk_bytes(form), 16 * f->routing.experts * rows), 128); /* or moqk_choose's */
+    f->bars_at = (uint32_t)at;
+    at += moqk_pad((int64_t)warps * f->stages * 8, 128);
+    f->x_pitch = (uint32_t)f->side[0].chunks * 512 + 16;
+    f->x_at = (uint32_t)at;
+    at += columns * f->x_pitch;
+    f->stage_at = (uint32_t)at;
+    at += warps * 2 * rows * MOQK_FEW_PITCH;
+    f->sums_at = (uint32_t)at;
+    at += MOQK_FEW_UNITS * f->side[0].parts * f->side[0].runs * rows * 64;
+    f->more_at = (uint32_t)at;
+    at += 2 * warps * rows * 64;
+    f->factor_at = (uint32_t)at;
+    at += moqk_pad((int64_t)f->routing.experts * (f->side[0].parts + 1) * 4, 16);
+    f->keys_at = (uint32_t)at;
+    return at + rows * moqk_pad(f->routing.experts, 4) * 4;
+}
+
+/* See moqk_few_over. */
+static uint32_t moqc_few_magic(int32_t d) { return d == 1 ? 0 : (uint32_t)(((uint64_t)1 << 32) / (uint32_t)d + 1); }
+
+/* Chunks of a run: as many as leave the warp with most of them no more to do. tiles: row tiles that the warps of a block share. */
+static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
+{
+    int64_t least = INT64_MAX;
+    for (int32_t run = 1; run <= s->chunks; run++) {
+        const int64_t work = moqk_ceil(tiles * moqk_ceil(s->chunks, run), warps) * run;
+        if (work > least) continue;
+        least = work;
+        s->run = run;
+    }
+    s->runs = (int32_t)moqk_ceil(s->chunks, s->run);
+    s->magic = moqc_few_magic(s->runs * s->parts);
+}
+
+/* The cut of a launch, and its blocks; bytes of shared memory, 0: there is not enough. */
+static int64_t moqc_few_cut(const moqc_ctx *c, moqk_few *f, int form, int32_t *warps, int32_t *blocks)
+{
+    const int64_t chosen = f->routing.top_k, all = moqc_min(chosen * f->rows, f->routing.experts);
+    *blocks = (int32_t)moqc_min(c->sm_count, chosen * f->side[0].tiles); /* every one has work before the activation */
+    f->tiles_magic = moqc_few_magic(f->side[0].tiles);
+    for (*warps = MOQK_FEW_WARPS; *warps >= 8; *warps -= 4) {
+        moqc_few_runs(&f->side[0], moqk_ceil(all * f->side[0].tiles, *blocks) * f->side[0].parts, *warps);
+        moqc_few_runs(&f->side[1], all, *warps);
+        for (f->stages = 3; f->stages > 1; f->stages--) {
+            const int64_t bytes = moqc_few_fill_in(f, form, *warps);
+            if (bytes <= c->most_shared - (int64_t)sizeof(moqk_few_choices) - 64) return bytes;
+        }
+    }
+    return 0;
+}
+
+/* Is there a kernel for them, and room for as many rows as it takes? */
+static int moqc_few_takes(const moqc_ctx *c, const moqc_experts *x)
+{
+    const moq_routing *r = &x->routing;
+    const moqk_part *in = &x->in->part[0].d, *down = &x->down->part[0].d;
+    const int form = moqk_form_of(*in), step = form < 0 ? 0 : moqk_form_step(*in, form);
+    int32_t warps, blocks;
+    moqk_few f;
+    if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || form < 0 || !moqc_few_find(form, step)) return 0;
+    if (r->top_k > MOQK_FEW_TOP || r->experts > MOQK_FEW_EXPERTS || x->n % 4 != 0 || x->cols % 4 != 0 || down->cols != in->rows) return 0;
+    if (moqc_few_distance(x->in, form, step) == 0 || moqc_few_distance(x->down, form, step) == 0) return 0;
+    memset(&f, 0, sizeof f);
+    f.routing = *r;
+    f.rows = MOQK_FEW_ROWS;
+    moqc_few_side(x->in, form, step, &f.side[0]);
+    moqc_few_side(x->down, form, step, &f.side[1]);
+    return moqc_few_cut(c, &f, form, &warps, &blocks) > 0;
+}
+
+static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
+{
+    moqc_few *few = &x->few;
+    moqk_few *f = &few->call;
+    const int32_t experts = x->routing.experts, parts = x->in->parts, each = parts + 1;
+    const size_t factors = (size_t)experts * (size_t)each * 4, first = (size_t)moqk_pad((int64_t)factors, 256);
+    few->form = moqk_form_of(x->in->part[0].d);
+    few->step = moqk_form_step(x->in->part[0].d, few->form);
+    moqc_few_side(x->in, few->form, few->step, &f->side[0]);
+    moqc_few_side(x->down, few->form, few->step, &f->side[1]);
+    f->routing = x->routing;
+    f->bias = x->bias;
+    f->activation = x->activation;
+    f->cols = (int32_t)x->cols;
+    f->hidden_cols = (int32_t)moqk_pad(x->n, 256);
+    f->bf16 = (uint8_t)c->bf16;
+    const size_t hidden = 2 * (size_t)(MOQK_FEW_ROWS * x->routing.top_k) * (size_t)f->hidden_cols * 4;
+    few->bytes = first + hidden + 256;
+    if (!(few->memory = moqc_take(c, few->bytes, "a mixture of experts", err))) return MOQ_E_NOMEM;
+    f->factor = (const float *)few->memory;
+    f->hidden = (uint32_t *)(void *)((uint8_t *)few->memory + first);
+    f->state = (int32_t *)(void *)((uint8_t *)few->memory + first + hidden);
+    const float fix = few->form == MOQK_FAST_U4 ? 64.0f : moqc_form_fix(few->form); /* see moqk_run_pair */
+    float *list = (float *)moq_allocate(&c->host, factors);
+    if (!list) return moq_fail(err, MOQ_E_NOMEM, c->name, "no host memory for %d experts", (int)experts);
+    for (int32_t e = 0; e < experts; e++)
+        for (int32_t k = 0; k < each; k++)
+            list[e * each + k] = (k < parts ? x->in->part[e * parts + k].d.factor : x->down->part[e].d.factor) * fix;
+    const int fine = moqc_send(c, few->memory, list, factors) && moqc_ok(c, cudaMemsetAsync(f->hidden, 0xff, hidden, c->stream), "cudaMemset") &&
+        moqc_ok(c, cudaMemsetAsync(f->state, 0, 256, c->stream), "cudaMemset");
+    moq_release(&c->host, list, factors);
+    return fine ? MOQ_OK : moqc_why(c, c->name, err);
+}
+
+static void moqc_moe_few(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y)
+{
+    moqk_few f = m->few.call;
+    const moqc_few_kernel kernel = moqc_few_find(m->few.form, m->few.step);
+    int32_t warps, blocks;
+    cudaLaunchConfig_t how = {};
+    cudaLaunchAttribute with[2];
+    memset(with, 0, sizeof with);
+    f.x = x;
+    f.logits = logits;
+    f.y = y;
+    f.rows = rows;
+    const int64_t bytes = moqc_few_cut(c, &f, m->few.form, &warps, &blocks);
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    with[1].id = cudaLaunchAttributeCooperative;
+    with[1].val.cooperative = 1;
+    how.gridDim = dim3((unsigned)blocks);
+    how.blockDim = dim3(32, (unsigned)warps);
+    how.dynamicSmemBytes = (size_t)bytes;
+    how.stream = c->stream;
+    how.attrs = with;
+    how.numAttrs = 2;
+    cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (moqc_ok(c, e, "cudaFuncSetAttribute")) moqc_ok(c, cudaLaunchKernelEx(&how, kernel, (const moqk_few)f), "moe-few");
+}
+
 /* ---- preparing ---- */
 
 static moq_result moqc_check_moe(const moq_moe *m, moq_error *err)
@@ -8310,6 +9070,7 @@ static void moqc_free_experts(moqc_ctx *c, moqc_experts *x)
     moqc_bank_free(c, x->in);
     moqc_bank_free(c, x->down);
     moqc_give(c, (void *)x->bias);
+    moqc_give(c, x->few.memory);
     moq_release(&c->host, x, sizeof *x);
 }
 
@@ -8331,6 +9092,10 @@ static moq_result moqc_fill_experts(moqc_ctx *c, moqc_experts *x, const moq_moe 
     if (m->routing.bias.data) {
         if (!(x->bias = (const float *)moqc_take(c, (size_t)experts * 4, "a routing bias", err))) return MOQ_E_NOMEM;
         if (!moqc_send_floats(c, (void *)x->bias, &m->routing.bias, 0, 1, experts)) return moqc_why(c, m->name, err);
+    }
+    if (moqc_few_takes(c, x)) {
+        moq_result rc = moqc_few_prepare(c, x, err);
+        if (rc < 0) return rc;
     }
     need.moe_top = m->routing.top_k;
     need.moe_cols = moqc_max(first.cols, second.cols);
@@ -8357,7 +9122,7 @@ static size_t moqc_moe_bytes(const moq_backend *be, const moq_experts *m)
 {
     const moqc_experts *x = (const moqc_experts *)(const void *)m;
     (void)be;
-    return x ? x->in->bytes + x->down->bytes : 0;
+    return x ? x->in->bytes + x->down->bytes + x->few.bytes : 0;
 }
 
 static void moqc_release_moe(moq_backend *be, moq_experts *m)
@@ -8389,8 +9154,7 @@ static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, con
     size_t shared = (size_t)r->experts * 14;
     unsigned n = (unsigned)rows;
     int alone = rows == 1;
-    MOQC_BY_ACT(c, (moqc_chain(c, "moe", moqk_route<float>, n, 32, shared, *r, m->bias, (const float *)logits, k, alone)),
-                (moqc_chain(c, "moe", moqk_route<__nv_bfloat16>, n, 32, shared, *r, m->bias, (const __nv_bfloat16 *)logits, k, alone)));
+    moqc_chain(c, "moe", moqk_route, n, 32, shared, *r, m->bias, logits, c->bf16, k, alone);
     if (!alone) moqc_chain(c, "moe", moqk_group, 1, 1024, (size_t)(r->experts + 1) * 8, k, (int32_t)choices, r->top_k, r->experts, tile);
     moqc_launched(c, "routing");
     moqc_run u;
@@ -8427,9 +9191,14 @@ static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x,
     moqc_on on(c);
     const moqc_experts *m = (const moqc_experts *)(const void *)experts;
     int64_t elem = c->bf16 ? 2 : 4;
-    for (int64_t first = 0; first < rows; first += c->moe_rows)
-        moqc_moe_pass(c, m, (const uint8_t *)x + first * m->cols * elem, (const uint8_t *)logits + first * m->routing.experts * elem, moqc_min(rows - first, c->moe_rows),
-                      (uint8_t *)y + first * m->out * elem);
+    const int few = m->few.memory && rows <= (m->cols * m->n <= MOQC_MOE_SMALL ? MOQC_MOE_FEW : MOQC_MOE_FEW_LARGE) && ((uintptr_t)x & 15) == 0;
+    for (int64_t first = 0, n; first < rows; first += n) {
+        const uint8_t *in = (const uint8_t *)x + first * m->cols * elem, *l = (const uint8_t *)logits + first * m->routing.experts * elem;
+        uint8_t *out = (uint8_t *)y + first * m->out * elem;
+        n = moqc_min(rows - first, few ? moqk_ceil(rows, moqk_ceil(rows, MOQK_FEW_ROWS)) : c->moe_rows);
+        if (few) moqc_moe_few(c, m, in, l, (int32_t)n, out);
+        else moqc_moe_pass(c, m, in, l, n, out);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ static void bench_linear(const uint8_t *noise)
 static void bench_moe(const uint8_t *noise)
 {
     static const struct { const char *name; int experts, top, hidden, inter; } cases[] = {{"8 of 128, 2048x768", 128, 8, 2048, 768}, {"4 of 32, 2880x2880", 32, 4, 2880, 2880}};
-    static const int rows[] = {1, 4, 32, 256};
+    static const int rows[] = {1, 2, 4, 8, 16, 32, 256};
     for (int k = 0; k < 2; k++) {
         enum { COPIES = 3 };
         moq_linear *l = (moq_linear *)calloc(3 * 128, sizeof *l);

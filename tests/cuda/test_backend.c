@@ -590,6 +590,150 @@ static void test_cuda_moe(void)
         }
 }
 
+/* One kind with everything on top, few rows and a tile: for tools that make each access dear. */
+static void test_cuda_moe_small(void)
+{
+    mixture m;
+    moq_error err;
+    moq_backend *be = wide_backend();
+    mixture_make(&m, 12, 3, MOQ_SILU_MUL, 1);
+    m.moe.routing.groups = 4;
+    m.moe.routing.top_groups = 2;
+    CHECK(be->reserve(be, 19, &err) == MOQ_OK);
+    check_moe(be, &m, 1, 0, 1e-10);
+    check_moe(be, &m, 19, 0, 1e-10);
+    done(be);
+    mixture_free(&m);
+}
+
+/* Experts that are all alike and large enough have a kernel of their own for few rows: against double, the same bits in eager calls and graphs. */
+typedef struct few_case { int format, experts, top, kind_of_routing; moq_activation kind; int cols, n, out, biases; moq_dtype activations; } few_case;
+
+enum { FEW_ROWS = 6, FEW_EXPERTS = 40 };
+
+static void few_oracle(const few_case *f, const layer *l, const moq_moe *m, const float *x, const float *logits, double *want)
+{
+    float scratch[5 * FEW_EXPERTS], weight[8];
+    int32_t index[8];
+    double *mid = (double *)calloc((size_t)f->n, sizeof *mid);
+    moqi_route(&m->routing, (const float *)m->routing.bias.data, logits, scratch, index, weight);
+    for (int o = 0; o < f->out; o++) want[o] = 0;
+    for (int i = 0; i < f->top; i++) {
+        const layer *part[3] = {&l[index[i]], &l[f->experts + index[i]], &l[2 * f->experts + index[i]]};
+        for (int j = 0; j < f->n; j++) {
+            double v[2];
+            for (int k = 0; k < 2; k++) {
+                v[k] = part[k]->w.bias.data ? (double)((const float *)part[k]->w.bias.data)[j] : 0;
+                for (int c = 0; c < f->cols; c++) v[k] += part[k]->exact[(int64_t)j * f->cols + c] * (double)x[c];
+            }
+            mid[j] = (double)moqi_activate(&m->activation, (float)(f->kind == MOQ_RELU2 ? v[1] : v[0]), (float)v[1]);
+        }
+        for (int o = 0; o < f->out; o++) {
+            double v = part[2]->w.bias.data ? (double)((const float *)part[2]->w.bias.data)[o] : 0;
+            for (int j = 0; j < f->n; j++) v += part[2]->exact[(int64_t)o * f->n + j] * mid[j];
+            want[o] += (double)weight[i] * v;
+        }
+    }
+    free(mid);
+}
+
+/* 0: softmax, 1: sigmoid with a bias, 2: sigmoid as it is, 3: sigmoid with a bias and groups, 4: softmax over all. */
+static void few_routing(const few_case *f, float *bias, moq_routing *r)
+{
+    const int k = f->kind_of_routing;
+    r->experts = f->experts;
+    r->top_k = f->top;
+    r->score = k >= 1 && k <= 3 ? MOQ_SCORE_SIGMOID : MOQ_SCORE_SOFTMAX;
+    r->renormalize = k != 2 && k != 4;
+    r->scale = k == 1 || k == 3 ? 2.5f : 0;
+    if (k == 1 || k == 3) r->bias = layer_view(bias, MOQ_F32, f->experts);
+    if (k == 3) { r->groups = 4; r->top_groups = 2; }
+}
+
+static void few_row(const few_case *f, const layer *l, const moq_moe *m, const float *x, const float *logits, const float *y, int rows)
+{
+    double *want = (double *)calloc((size_t)f->out, sizeof *want), size = 0, gap = 0, limit = f->activations == MOQ_BF16 ? 4e-5 : 1e-10;
+    few_oracle(f, l, m, x, logits, want);
+    for (int o = 0; o < f->out; o++) { size += want[o] * want[o]; gap += (want[o] - (double)y[o]) * (want[o] - (double)y[o]); }
+    if (!(gap <= limit * size && size > 0)) fprintf(stderr, "%s, routing %d, %d rows: %g\n", layer_formats[f->format].name, f->kind_of_routing, rows, sqrt(gap / size));
+    CHECK(gap <= limit * size && size > 0);
+    free(want);
+}
+
+static void check_few(const few_case *f)
+{
+    layer *l = (layer *)calloc(3 * FEW_EXPERTS, sizeof *l);
+    moq_linear *all = (moq_linear *)calloc(3 * FEW_EXPERTS, sizeof *all);
+    moq_moe m;
+    moq_error err;
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, f->activations);
+    const size_t nx = (size_t)(FEW_ROWS * f->cols), nl = (size_t)(FEW_ROWS * f->experts), ny = (size_t)(FEW_ROWS * f->out);
+    float *x = random_floats(nx), *logits = random_floats(nl), *bias = random_floats((size_t)f->experts), *y = random_floats(ny), *again = random_floats(ny);
+    memset(&m, 0, sizeof m);
+    for (int i = 0; i < 3 * f->experts; i++) {
+        layer_make(&l[i], &layer_formats[f->format], i < 2 * f->experts ? f->n : f->out, i < 2 * f->experts ? f->cols : f->n);
+        if (f->biases) l[i].w.bias = layer_view(layer_floats(&l[i], l[i].w.rows, 1), MOQ_F32, l[i].w.rows);
+        all[i] = l[i].w;
+    }
+    for (size_t i = 0; i < nx; i++) if (be->act == MOQ_BF16) x[i] = bf16_of(x[i]);
+    logits[1] = logits[2] = 1.5f; /* equals: the first one is better */
+    for (size_t i = 0; i < nl; i++) if (be->act == MOQ_BF16) logits[i] = bf16_of(logits[i]);
+    memcpy(logits + f->experts, logits, (size_t)f->experts * sizeof *logits); /* two rows that want the same */
+    m.name = "few";
+    few_routing(f, bias, &m.routing);
+    m.activation.kind = f->kind;
+    m.activation.limit = 7;
+    m.activation.alpha = 1.702f;
+    m.activation.beta = 1;
+    m.gate = f->kind == MOQ_RELU2 ? NULL : all;
+    m.up = all + f->experts;
+    m.down = all + 2 * f->experts;
+    moq_experts *p = be->prepare_moe(be, &m, &err);
+    if (!p) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+    CHECK(be->reserve(be, FEW_ROWS, &err) == MOQ_OK);
+    void *dx = device_floats(be, x, nx), *dl = device_floats(be, logits, nl), *dy = device_floats(be, NULL, ny);
+    for (int rows = 1; rows <= FEW_ROWS; rows++) {
+        moq_graph *g = NULL;
+        if (rows % 3 == 1) {
+            CHECK(be->capture_begin(be, &err) == MOQ_OK);
+            be->moe(be, p, dx, dl, rows, dy);
+            CHECK((g = be->capture_end(be, &err)) != NULL);
+        }
+        for (int turn = 0; turn < 4; turn++) {
+            if (g && turn > 1) be->replay(be, g);
+            else be->moe(be, p, dx, dl, rows, dy);
+            be->download_act(be, turn ? again : y, dy, (size_t)(rows * f->out));
+            CHECK(turn == 0 || memcmp(y, again, (size_t)(rows * f->out) * sizeof *y) == 0);
+        }
+        if (g) be->release_graph(be, g);
+        for (int r = 0; r < rows; r++)
+            if (rows == 1 || r == rows - 1 || (rows == FEW_ROWS && r == 1)) few_row(f, l, &m, x + r * f->cols, logits + r * f->experts, y + r * f->out, rows); /* double takes its time */
+    }
+    be->release(be, dx);
+    be->release(be, dl);
+    be->release(be, dy);
+    be->release_moe(be, p);
+    for (int i = 0; i < 3 * f->experts; i++) layer_free(&l[i]);
+    free(l); free(all); free(x); free(logits); free(bias); free(y); free(again);
+    done(be);
+}
+
+static void test_cuda_moe_few(void)
+{
+    static const few_case cases[] = {
+        {4, 9, 3, 0, MOQ_SILU_MUL, 1024, 528, 600, 0, MOQ_F32}, {8, 7, 2, 1, MOQ_SWIGLU_CLAMP, 1056, 544, 528, 1, MOQ_F32},
+        {30, 5, 1, 2, MOQ_SILU_MUL, 1024, 512, 640, 1, MOQ_F32}, {31, 6, 4, 4, MOQ_GELU_TANH_MUL, 768, 640, 512, 0, MOQ_F32},
+        {4, 40, 2, 3, MOQ_RELU2, 512, 1152, 520, 1, MOQ_BF16}, {8, 6, 5, 0, MOQ_GELU_MUL, 544, 512, 512, 0, MOQ_BF16},
+        {19, 4, 3, 1, MOQ_RELU2, 512, 640, 544, 0, MOQ_BF16}, {4, 36, 6, 3, MOQ_SILU_MUL, 2048, 512, 2064, 0, MOQ_F32}};
+    for (size_t i = 0; i < MOQI_COUNT(cases); i++) check_few(&cases[i]);
+}
+
+static void test_cuda_moe_few_small(void)
+{
+    static const few_case one = {8, 6, 2, 0, MOQ_SWIGLU_CLAMP, 512, 512, 512, 1, MOQ_F32};
+    check_few(&one);
+}
+
 static void test_cuda_moe_bf16(void)
 {
     mixture m;
@@ -1587,6 +1731,9 @@ int main(int argc, char **argv)
     RUN(test_cuda_fused);
     RUN(test_cuda_refuses);
     RUN(test_cuda_moe);
+    RUN(test_cuda_moe_small);
+    RUN(test_cuda_moe_few);
+    RUN(test_cuda_moe_few_small);
     RUN(test_cuda_moe_bf16);
     RUN(test_cuda_moe_stored);
     RUN(test_cuda_moe_mxfp8);
