@@ -11649,7 +11649,7 @@ static void moqi_repack_rows(void *arg, int index, int worker)
 
 MOQI_COLD_BEGIN
 
-/* Scales as they lie when a row's groups are neighbours, else gathered as F32. 0: groups that tiles cannot follow. */
+/* Scales as they lie when a row's groups are neighbours, else gathered. 0: groups that tiles cannot follow. */
 static int moqi_choose_groups(moqi_tiled *p)
 {
     const moq_linear *w = &p->layer;
@@ -11694,11 +11694,14 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
         p->scale_step = w->row_step;
         return MOQ_OK;
     }
-    float *s = (float *)moqi_take_array(r, (uint64_t)w->rows * (uint64_t)p->groups, sizeof *s);
+    const int64_t size = moq_dtype_bits(p->scale_dtype) / 8, shared = w->scheme.weight.group_rows > 0 ? w->scheme.weight.group_rows : INT64_MAX;
+    uint8_t *s = (uint8_t *)moqi_take_array(r, (uint64_t)w->rows * (uint64_t)p->groups, (size_t)size);
     if (!s) return MOQ_E_NOMEM;
-    for (int64_t i = 0; i < w->rows * p->groups; i++) s[i] = (float)moqi_scale_at(w, i / p->groups, first + i % p->groups);
-    p->scales = (const uint8_t *)s;
-    p->scale_dtype = MOQ_F32;
+    for (int64_t i = 0; i < w->rows * p->groups; i++) {
+        int64_t at = (w->row_first + i / p->groups * w->row_step) / shared * w->scale_row_stride + (first + i % p->groups) * w->scale_col_stride;
+        memcpy(s + i * size, (const uint8_t *)w->scales.data + at * size, (size_t)size);
+    }
+    p->scales = s;
     p->scale_stride = p->groups;
     p->scale_step = p->group_rows = 1;
     return MOQ_OK;
@@ -16186,7 +16189,7 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
             for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
         else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
         else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
-        if (first + 2 * MOQI_ATTEND_KEYS <= high + 1) moqi_attend_ahead(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS);
+        if (!lanes && first + 2 * MOQI_ATTEND_KEYS <= high + 1) moqi_attend_ahead(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS);
         if (lanes) {
             moqi_attend_seen(t, g, first, count, &l);
             t->o->lanes(&l, k, count, values);
