@@ -6761,7 +6761,7 @@ __device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t
         top = moqk_warp_max(top);
         for (int32_t s = lane; s < a.splits; s += 32) {
             float2 v = __ldcg(mine + s);
-            float w = v.y > 0 ? expf(v.x - top) : 0;
+            float w = v.y != 0 ? expf(v.x - top) : 0; /* NaN goes through */
             weight[h * a.splits + s] = w;
             sum += w * v.y;
         }
@@ -6772,7 +6772,7 @@ __device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t
     for (int32_t i = threadIdx.x; i < count * n; i += blockDim.x) {
         int32_t h = i / n, d = i % n;
         const float4 *mine = (const float4 *)a.partial + (first + (int64_t)h * a.splits) * n + d;
-        float v[4] = {0, 0, 0, 0}, one = total[h] > 0 ? 1 / total[h] : 0;
+        float v[4] = {0, 0, 0, 0}, one = total[h] != 0 ? 1 / total[h] : 0;
 #pragma unroll 16
         for (int32_t s = 0; s < a.splits; s++) {
             float4 f = __ldcg(mine + (int64_t)s * n);
@@ -6902,7 +6902,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
         float v = 0;
         for (int32_t t = 0; t < teams; t++) v += sums[(t * H + h) * a.c.v.padded + d];
         if (!a.partial) {
-            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + d, sum_of[h] > 0 ? v / sum_of[h] : 0, a.bf16);
+            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + d, sum_of[h] != 0 ? v / sum_of[h] : 0, a.bf16);
             continue;
         }
         int64_t at = (row * a.heads + head + h) * a.splits + blockIdx.x;
@@ -7004,13 +7004,13 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
 #pragma unroll
             for (int j = 0; j < 8; j++) {
-                p[j] = p[j] > -3.3e38f ? expf(p[j] - top) : 0;
+                p[j] = p[j] <= -3.3e38f ? 0 : expf(p[j] - top);
                 score[mine * SS + tid % 4 * 8 + j] = p[j];
                 more += p[j];
             }
             more += __shfl_xor_sync(0xffffffffu, more, 1);
             more += __shfl_xor_sync(0xffffffffu, more, 2);
-            float factor = sum > 0 ? expf(max_of - top) : 0;
+            float factor = sum != 0 ? expf(max_of - top) : 0;
             sum = sum * factor + more;
             max_of = top;
             if (tid % 4 == 0) shrink[mine] = factor;
@@ -7050,7 +7050,7 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
 #pragma unroll
         for (int j = 0; j < 4 * C; j++) {
             int32_t d = ki * 4 + 64 * (j / 4) + j % 4;
-            if (d < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + head * a.c.v.dim + d, sum_of[qi + i] > 0 ? acc[i][j] / sum_of[qi + i] : 0, a.bf16);
+            if (d < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + head * a.c.v.dim + d, sum_of[qi + i] != 0 ? acc[i][j] / sum_of[qi + i] : 0, a.bf16);
         }
     }
 }
@@ -7353,7 +7353,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
         float m = fmaxf(fmaxf(max_of[0][h], max_of[1][h]), fmaxf(max_of[2][h], max_of[3][h])), l = 0, v = 0, keys = 0;
 #pragma unroll
         for (int w = 0; w < 4; w++) {
-            float f = sum_of[w][h] > 0 ? expf(max_of[w][h] - m) : 0;
+            float f = sum_of[w][h] != 0 ? expf(max_of[w][h] - m) : 0;
             l += f * sum_of[w][h];
             v += f * room[(w * 8 + h) * R + p];
         }
@@ -7362,7 +7362,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
             v += keys * v_bias[d];
         }
         if (!a.partial) {
-            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l > 0 ? v / l : 0, a.bf16);
+            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l != 0 ? v / l : 0, a.bf16);
             continue;
         }
         int64_t at = (row * a.heads + head + h) * a.splits + blockIdx.x;
@@ -7519,14 +7519,14 @@ __device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int
                 stats[u] = there ? __ldcg(a.stats + first + s + u) : make_float2(-3e38f, 0);
             }
 #pragma unroll
-            for (int u = 0; u < AT_ONCE; u++) if (stats[u].y > 0) best = fmaxf(best, stats[u].x);
+            for (int u = 0; u < AT_ONCE; u++) if (stats[u].y != 0) best = fmaxf(best, stats[u].x);
             const float shrink = expf(top - best);
             for (int j = 0; j < 4; j++) v[j] *= shrink;
             sum *= shrink;
             top = best;
 #pragma unroll
             for (int u = 0; u < AT_ONCE; u++) {
-                const float w = stats[u].y > 0 ? expf(stats[u].x - top) : 0;
+                const float w = stats[u].y != 0 ? expf(stats[u].x - top) : 0;
                 sum += w * stats[u].y;
                 v[0] += w * part[u].x;
                 v[1] += w * part[u].y;
@@ -7536,7 +7536,7 @@ __device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int
         }
         for (int j = 0; j < 4; j++) {
             int32_t p = 4 * d + j, at = turned ? p % 8 * turned + p / 8 : p;
-            if (p < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, sum > 0 ? v[j] / sum : 0, a.bf16);
+            if (p < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, sum != 0 ? v[j] / sum : 0, a.bf16);
         }
     }
     if (threadIdx.x == 0) *arrived = 0;
@@ -7657,7 +7657,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         }
         if (v_bias) x += (l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0)) * v_bias[d]; /* a sink has no value, so no bias either */
         if (!a.partial) {
-            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l > 0 ? x / l : 0, a.bf16);
+            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l != 0 ? x / l : 0, a.bf16);
             continue;
         }
         const int64_t to_part = (row * a.heads + head + h) * a.splits + blockIdx.x;
@@ -7908,7 +7908,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         float *v = &s[n][2 * i + j];
-                        *v = *v > -3.3e38f ? expf(*v - best) : 0;
+                        *v = *v <= -3.3e38f ? 0 : expf(*v - best);
                         more += *v;
                     }
                 sum[i] = sum[i] * shrink + more;
@@ -7926,7 +7926,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM
         sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
         if (pair >= pairs) continue;
         int held = q_slot[mine + 8 * i] >= 0;
-        float keys = sum[i] - (a.sinks && held ? expf(sink[i] - top[i]) : 0), one = sum[i] > 0 ? 1 / sum[i] : 0;
+        float keys = sum[i] - (a.sinks && held ? expf(sink[i] - top[i]) : 0), one = sum[i] != 0 ? 1 / sum[i] : 0;
 #pragma unroll
         for (int n = 0; n < DIM / 8; n++)
 #pragma unroll
@@ -8036,15 +8036,16 @@ static moqc_stream_kernel moqc_stream_find(int kind, int dim)
     return dim == 64 ? moqk_attend_stream<MOQK_KV_I8, 64> : moqk_attend_stream<MOQK_KV_I8, 128>;
 }
 
-enum { MOQC_STREAM_AHEAD = 32 }; /* see moqk_attend_args */
+enum { MOQC_STREAM_AHEAD = 32, MOQC_STREAM_ALONE = 256 }; /* the first: see moqk_attend_args */
 
-/* One block per multiprocessor. More bytes on their way than the memory needs to be busy make some blocks late. */
+/* One block per multiprocessor. More bytes on their way than the memory needs to be busy make some blocks late. Up to MOQC_STREAM_ALONE
+   positions one block takes them all: adding up what two came to costs more than the second saves (2.3 us of a layer of an 8B model). */
 static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
     int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim), warps = MOQK_STREAM_WARPS, queries = 8 * moqk_tensor_row(dim) * 4;
     int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, 8);
     moqc_stream_kernel kernel = moqc_stream_find(kind, dim);
-    moqc_attend_cut(c, a, length, groups, c->sm_count, 2 * MOQK_KEYS);
+    moqc_attend_cut(c, a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
     while (warps > 1 && warps * 2 * step + queries > c->most_shared - 2048) warps /= 2;
     a->ahead = c->sm >= 90 && a->rows * groups * a->splits <= c->sm_count ? MOQC_STREAM_AHEAD : 0;
     size_t shared = (size_t)(warps * 2 * step + queries);

@@ -921,6 +921,32 @@ static void check_attention(moq_backend *be, moq_kv_cache *cache, const moq_kv_d
     free(q); free(y); free(p);
 }
 
+/* One number of one query head that is NaN: so is all that this head comes to, and nothing else. */
+static void check_nan(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const device_batch *b, int heads)
+{
+    int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim, rows = b->host.rows, bad = heads - 1;
+    float *q = random_floats((size_t)(rows * heads * dim)), *y = random_floats((size_t)(rows * heads * vdim));
+    moq_attention_desc a;
+    long wrong = 0;
+    for (int r = 0; r < rows; r++) q[(r * heads + bad) * dim + dim / 2] = moqi_bits_f32(0x7fc00000u);
+    void *dq = device_floats(be, q, (size_t)(rows * heads * dim)), *dy = device_floats(be, NULL, (size_t)(rows * heads * vdim));
+    memset(&a, 0, sizeof a);
+    a.cache = cache;
+    a.q = dq;
+    a.y = dy;
+    a.q_stride = heads * dim;
+    a.y_stride = heads * vdim;
+    a.heads = heads;
+    be->attention(be, &b->device, &a);
+    be->download_act(be, y, dy, (size_t)(rows * heads * vdim));
+    for (int i = 0; i < rows * heads * vdim; i++) wrong += (y[i] != y[i]) != (i / vdim % heads == bad);
+    if (wrong) fprintf(stderr, "%s, dims %d %d, heads %d, rows %d, NaN: %ld wrong\n", moq_kv_format_name(d->kv.format), dim, vdim, heads, rows, wrong);
+    CHECK_INT(wrong, 0);
+    be->release(be, dq);
+    be->release(be, dy);
+    free(q); free(y);
+}
+
 static history told; /* large */
 
 static void attention_case(moq_dtype activations, moq_kv_format format, int dim, int vdim, int kv_heads, int heads)
@@ -960,12 +986,14 @@ static void attention_case(moq_dtype activations, moq_kv_format format, int dim,
     check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
     check_attention(be, c, &d, &b, &told, heads, 7, 0, sinks);
     check_attention(be, c, &d, &b, &told, heads, 40, 3, sinks);
+    check_nan(be, c, &d, &b, heads);
     batch_free(be, &b);
     slot[0] = 0; pos[0] = 20; slot[1] = 1; pos[1] = 285; slot[2] = 2; pos[2] = 0; /* mixed slots in one batch */
     b = batch_of(be, 3, slot, pos);
     append_rows(be, c, &d, &b, &told);
     check_attention(be, c, &d, &b, &told, heads, 0, 5, NULL);
     check_attention(be, c, &d, &b, &told, heads, 0, 0, sinks);
+    check_nan(be, c, &d, &b, heads);
     batch_free(be, &b);
     be->kv_copy(be, c, 2, 10, 1, 30, 40); /* fork */
     memcpy(told.k[2][10], told.k[1][30], sizeof told.k[0][0] * 40);
