@@ -3827,6 +3827,15 @@ __device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *ma
                  :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
 
+/* A warp has read its share of a stage that the copy engine fills. Its arrival alone is not ordered behind loads that are under way: beside queued
+   products they took longer than the next copy, and got that one's weights. The fence waits for them. */
+__device__ __forceinline__ void moqk_free_stage(uint32_t bar, int lane)
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane == 0) moqk_barrier_arrive(bar);
+}
+
 /* The ring: stage of the next tile of x, its round. */
 struct moqk_stage {
     int at, parity;
@@ -4028,8 +4037,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
         }
         if (FORM <= MOQK_MXFP4) moqk_turn_quad(w[0]);
         if (b % R::W_SLABS == R::W_SLABS - 1) {
-            __syncwarp();
-            if (lane == 0) moqk_barrier_arrive(r.w_empty + next.at * 8);
+            moqk_free_stage(r.w_empty + next.at * 8, lane);
             next.step(R::W_RING);
         }
     }
@@ -4041,7 +4049,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
 /* What a warpgroup multiplies, and stages of x it is done with. */
 template <int FORM, int GROUPED, int BM> struct moqk_consumer {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
-    static constexpr int AHEAD = BM <= 128; /* else registers are short, and there is time */
+    static constexpr int AHEAD = BM <= 128 && R::BITS < 16; /* else registers are short, and there is time; BF16 is not decoded */
     moqk_stage run;            /* the next product's */
     int done;                  /* the next stage to free */
 
@@ -4390,8 +4398,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_bytes_staged {
 #pragma unroll
         for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i])); /* loads must not arrive where a product reads */
         if (R::W_SLABS > 1 && h == 0) return;
-        __syncwarp();
-        if (lane == 0) moqk_barrier_arrive(r.w_empty + next.at * 8);
+        moqk_free_stage(r.w_empty + next.at * 8, lane);
         next.step(R::W_RING);
     }
 };
@@ -4438,7 +4445,8 @@ template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
     {
 #pragma unroll
         for (int h = 0; h < 2 / R::X_SLABS; h++) {
-            if (lane == 0) moqk_barrier_arrive(r.x_empty + run.at * 8);
+            if (R::X_SCALED) moqk_free_stage(r.x_empty + run.at * 8, lane); /* scales came by loads */
+            else if (lane == 0) moqk_barrier_arrive(r.x_empty + run.at * 8);
             run.step(R::X_RING);
         }
     }
@@ -5656,7 +5664,6 @@ static int moqc_fits_wgmma(const struct moqc_shape *s)
 {
     const moqk_part *p = s->part;
     int form = moqk_form_of(*p), precise = moqc_precise(s->bf16, s->act);
-    if (form == MOQK_FAST_BF16) return 0; /* not decoded: some runs gave other bits on an H200 where blocks share a tile, for a reason that is not known yet */
     return s->wgmma && form >= 0 && p->rows >= 16 && p->cols >= (!precise ? 64 : s->grouped ? 512 : 1024) && !(precise && moqk_form_grouped(*p, form));
 }
 
@@ -5722,6 +5729,7 @@ static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
     case MOQK_MXFP4: return moqc_wgmma_for<MOQK_MXFP4, 0>(tokens);
     case MOQK_FAST_U4: return grouped ? moqc_wgmma_for<MOQK_FAST_U4, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_U4, 0>(tokens);
     case MOQK_FAST_U8: return moqc_wgmma_for<MOQK_FAST_U8, 0>(tokens);
+    case MOQK_FAST_BF16: return tokens == 256 ? moqc_wgmma_of<MOQK_FAST_BF16, 0, 256>() : moqc_wgmma_of<MOQK_FAST_BF16, 0, 128>(); /* bound by memory below */
     default: return grouped ? moqc_wgmma_for<MOQK_FAST_E4M3, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_E4M3, 0>(tokens);
     }
 }
@@ -5774,7 +5782,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
         if (tokens == 160 && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
-        if (tokens == 64 && which == MOQC_BYTES && form != MOQK_FAST_E4M3) continue;
+        if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1), count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         for (int k = 0; k < (which == MOQC_MMA ? 2 : 4); k++) { /* without clusters: whole tiles, equal runs; with them: 1 to 4 blocks a tile */
