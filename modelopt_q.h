@@ -11516,6 +11516,7 @@ static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 {
+    if (way && way->unit == 2 && !way->decode) return (p->layer.cols + 127) / 128 * 64 + 64; /* >>matrix wants tiles of 16 rows on whole pages */
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 
@@ -15175,19 +15176,21 @@ typedef struct moqi_amx_ask {
     int64_t past;             /* bytes: a part of a row begins within a line and ends within another */
 } moqi_amx_ask;
 
-static void moqi_amx_ask_more(moqi_amx_ask *q)
+MOQI_AVX512 static void moqi_amx_ask_more(moqi_amx_ask *q)
 {
     const moqi_tiled *p = q->p;
+    const uint8_t *at = p->codes + q->row * p->row_bytes + q->col * q->bits / 8;
     for (int64_t k = 0; k < q->each && q->rows > 0; k++) {
-        __builtin_prefetch(p->codes + q->row * p->row_bytes + q->col * q->bits / 8 + 64 * q->line, 0, 2);
+        __builtin_prefetch(at + 64 * q->line, 0, 2);
         if (q->line == 0 && p->scales) {
-            int64_t size = moq_dtype_bits(p->scale_dtype) / 8, at = (moqi_stream_scale_at(p, q->row) + moqi_stream_group(p, q->col)) * size;
-            for (int64_t i = 0; i < moqi_ceil_div(q->n * size, p->group_cols) + q->past; i += 64) __builtin_prefetch(p->scales + at + i, 0, 2);
+            int64_t size = moq_dtype_bits(p->scale_dtype) / 8, from = (moqi_stream_scale_at(p, q->row) + moqi_stream_group(p, q->col)) * size;
+            for (int64_t i = 0; i < moqi_ceil_div(q->n * size, p->group_cols) + q->past; i += 64) __builtin_prefetch(p->scales + from + i, 0, 2);
         }
         if (++q->line < q->lines) continue;
         q->line = 0;
         q->row++;
         q->rows--;
+        at += p->row_bytes;
     }
 }
 
@@ -15365,7 +15368,202 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
             }
 }
 
-static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_takes, moqi_amx_arrange, moqi_amx_multiply, moqi_panel_bf16_512, NULL};
+/* Measured: to 128 rows of x the strips below take less time. */
+static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) && p->groups > 1 ? moqi_amx_takes(p) : 0; }
+static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 129 : moqi_amx_takes(p); }
+
+static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_panel_bf16_512, NULL};
+
+/* ---- strips: E2M1 with E4M3 scales of 16 columns ----
+   For few rows of x. 16 rows of weights meet 64 rows of x in four tiles of sums, which stay there along all columns; beside the products of 128 columns the
+   next 128 are decoded, into a place so small that the first-level cache keeps it. Only x comes from the second. Loads that lie in a page where a store
+   under way does would wait for it; so tiles of weights and of x lie in their pages alike: each step stores where the loads of four steps later read. */
+#ifdef MOQI_AMX_F16
+enum {
+    MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
+    MOQI_STRIP_TOKENS = 128,  /* rows of x in one go */
+    MOQI_STRIP_SUMS = MOQI_WAY_ROWS * MOQI_STRIP_TOKENS
+};
+
+/* 16 rows of weights, columns [w.col, w.col + w.n), times rows of x. */
+typedef struct moqi_amx_strip {
+    moqi_panel w;
+    const float *x;           /* as moqi_amx_arrange leaves it, from the first of the rows in one go */
+    int64_t ldx, m;           /* m: rows in one go */
+    uint32_t *tiles;          /* [up to 32][4 tiles][16][16 rows], or of two times 128 columns in turns */
+    int64_t turns;            /* chunks of 128 columns that `tiles` has room for, less 1 */
+    float *sums;              /* [m / 64][4 tiles][16 rows of x][16] */
+    moqi_amx_ask ask;         /* for the strip that follows */
+    int nan;                  /* was one of the scales no number? Then all this is for nothing */
+    uint32_t *scales, *words; /* of the chunk being decoded: [16 pairs of groups][16 rows] in F16, and 16 x 16 words of codes */
+} moqi_amx_strip;
+
+/* What decoding chunk c, columns [128 c, 128 c + 128) of the strip, begins with: its codes by columns, and scales for 512 columns. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_begin(moqi_amx_strip *s, int64_t c)
+{
+    const uint8_t *src = s->w.p->codes + s->w.row * s->w.p->row_bytes + s->w.col / 2 + 64 * c;
+    if (c % 4 == 0) {
+        moqi_panel part = s->w;
+        part.col += 128 * c;
+        s->nan |= !moqi_amx_half_scales(&part, 0, s->scales);
+    }
+    moqi_panel_words_512(src, s->w.p->row_bytes, s->w.rows, (s->w.n - 128 * c + 1) / 2, s->words);
+}
+
+/* Quarter q of chunk c: one tile, in 16 words. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_quarter(const moqi_amx_strip *s, int64_t c, int q, __m512i values)
+{
+    const __m512i keep = _mm512_set1_epi16((short)0x8fff);
+    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+    const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2)), pair = _mm512_load_si512(s->scales + (c % 4 * 4 + q) * 16);
+    uint32_t *to = s->tiles + (c & s->turns) * 1024 + q * 256;
+    MOQI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low);
+        if (128 * c + 32 * q + 8 * i >= s->w.n) f = _mm512_setzero_si512();
+        MOQI_UNROLL
+        for (int j = 0; j < 4; j++, to += 16, v = _mm512_srli_epi16(v, 4)) {
+            __m512i h = moqi_half_mul_512(_mm512_permutexvar_epi16(v, values), f);
+            _mm512_store_si512(to, _mm512_and_si512(_mm512_srai_epi16(h, 3), keep));
+        }
+    }
+}
+
+/* 32 columns: a tile of weights in `w` times tiles of x that pass through others. Names change from step to step, so that no load waits long for a
+   product to have read what it replaces. */
+#define MOQI_STRIP_X1(w, x, acc, from) "tileloadd (%" from ",%5,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc "\n\t"
+#define MOQI_STRIP_W(w) "tileloadd (%0,%5,1), %%tmm" w "\n\t"
+#define MOQI_STRIP_STEP(text) __asm__ volatile(text : : "r"(d), "r"(xa), "r"(xb), "r"(xc), "r"(xd), "r"((int64_t)64) : "memory")
+#define MOQI_STRIP_NEXT d += 256; xa += sa; xb += sb; xc += sc; xd += sd;
+/* 128 columns times 1 to 4 tiles of x */
+#define MOQI_STRIP_ALL(one, two, three, four) \
+    MOQI_STRIP_STEP(one); if (next) moqi_strip_quarter(s, c + 1, 0, values); \
+    MOQI_STRIP_NEXT \
+    MOQI_STRIP_STEP(two); if (next) moqi_strip_quarter(s, c + 1, 1, values); \
+    MOQI_STRIP_NEXT \
+    MOQI_STRIP_STEP(three); if (next) moqi_strip_quarter(s, c + 1, 2, values); \
+    MOQI_STRIP_NEXT \
+    MOQI_STRIP_STEP(four); if (next) moqi_strip_quarter(s, c + 1, 3, values); \
+    MOQI_STRIP_NEXT
+#define MOQI_STRIP_1(w, a) MOQI_STRIP_W(w) MOQI_STRIP_X1(w, a, "0", "1")
+#define MOQI_STRIP_2(w, a, b) MOQI_STRIP_1(w, a) MOQI_STRIP_X1(w, b, "1", "2")
+#define MOQI_STRIP_3(w, a, b, c) MOQI_STRIP_2(w, a, b) MOQI_STRIP_X1(w, c, "2", "3")
+#define MOQI_STRIP_4(w, a, b, c, d) MOQI_STRIP_3(w, a, b, c) MOQI_STRIP_X1(w, d, "3", "4")
+
+/* Rows [j, j + 64) of those in one go times all chunks. The first of such products decodes; the others find the tiles. */
+MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i values)
+{
+    const int64_t count = moqi_min(64, s->m - j), tiles = (count + 15) / 16, chunks = moqi_ceil_div(s->w.n, 128), at = s->w.col / 32;
+    const int64_t last = 16 * (count - 16 * (tiles - 1)); /* words from 32 columns of the last tile to the next 32; the others: 256 */
+    const int64_t sa = tiles > 1 ? 256 : last, sb = tiles > 2 ? 256 : last, sc = tiles > 3 ? 256 : last, sd = last;
+    const float *xa = s->x + j * s->ldx, *xb = xa + 16 * s->ldx, *xc = xb + 16 * s->ldx, *xd = xc + 16 * s->ldx;
+    float *sums = s->sums + j / 64 * 1024;
+    xa += at * sa; xb += at * sb; xc += at * sc; xd += at * sd;
+    if (s->w.col == 0) __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
+    else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"((int64_t)64) : "memory");
+    if (j == 0) {
+        moqi_strip_begin(s, 0);
+        for (int q = 0; q < 4; q++) moqi_strip_quarter(s, 0, q, values);
+    }
+    for (int64_t c = 0; c < chunks; c++) {
+        const uint32_t *d = s->tiles + (c & s->turns) * 1024;
+        const int next = j == 0 && c + 1 < chunks;
+        moqi_amx_ask_more(&s->ask);
+        if (next) moqi_strip_begin(s, c + 1);
+        if (tiles == 4) {
+            MOQI_STRIP_ALL(MOQI_STRIP_4("4", "5", "6", "7", "5"), MOQI_STRIP_4("6", "7", "5", "4", "7"), MOQI_STRIP_4("5", "4", "7", "6", "4"),
+                           MOQI_STRIP_4("7", "6", "4", "5", "6"))
+        } else if (tiles == 3) {
+            MOQI_STRIP_ALL(MOQI_STRIP_3("3", "5", "6", "7"), MOQI_STRIP_3("4", "5", "6", "7"), MOQI_STRIP_3("3", "5", "6", "7"), MOQI_STRIP_3("4", "5", "6", "7"))
+        } else if (tiles == 2) {
+            MOQI_STRIP_ALL(MOQI_STRIP_2("3", "5", "6"), MOQI_STRIP_2("4", "7", "2"), MOQI_STRIP_2("3", "5", "6"), MOQI_STRIP_2("4", "7", "2"))
+        } else {
+            MOQI_STRIP_ALL(MOQI_STRIP_1("3", "5"), MOQI_STRIP_1("4", "6"), MOQI_STRIP_1("3", "5"), MOQI_STRIP_1("4", "6"))
+        }
+    }
+    __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"((int64_t)64) : "memory");
+}
+
+/* y of `rows` rows of weights from `row`, once all columns are in; each of its rows in one run, because they lie far apart. */
+MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strip *s, int64_t row, int64_t rows, const float *sums, int64_t lds, float *y, int64_t ldy)
+{
+    const moqi_tiled *p = s->w.p;
+    const __m512 mul = _mm512_set1_ps(p->factor);
+    for (int64_t t = 0; t < s->m; t++) {
+        const int64_t first = t / 16 * 16, tile = moqi_min(16, s->m - first);
+        const __m512 up = _mm512_set1_ps(s->x[first * s->ldx + 16 * (t - first) + (p->layer.cols + 127) / 128 * 64 * tile]); /* behind the columns */
+        for (int64_t r = 0; r < rows; r += 16) {
+            const __mmask16 some = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
+            const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + row + r) : _mm512_setzero_ps();
+            const __m512 v = _mm512_scalef_ps(_mm512_loadu_ps(sums + r * lds + t * 16), up);
+            _mm512_mask_storeu_ps(y + t * ldy + r, some, _mm512_fmadd_ps(v, mul, bias));
+        }
+    }
+}
+
+/* What the strip after this one needs: of the next rows, then of the next columns of the first. */
+static void moqi_strip_want(moqi_amx_strip *s, int64_t row, int64_t end)
+{
+    const moqi_tiled *p = s->w.p;
+    const int64_t calls = moqi_ceil_div(s->m, 64) * moqi_ceil_div(s->w.n, 128);
+    moqi_amx_ask *q = &s->ask;
+    const int below = s->w.row + 16 < end, right = s->w.col + s->w.n < p->layer.cols;
+    q->p = p;
+    q->row = below ? s->w.row + 16 : right ? row : end;
+    q->rows = 16;
+    q->col = below ? s->w.col : right ? s->w.col + s->w.n : 0;
+    q->n = moqi_min(s->w.n, p->layer.cols - q->col);
+    q->bits = 4;
+    q->line = 0;
+    q->past = q->n < p->layer.cols ? 63 : 0;
+    q->lines = moqi_ceil_div(q->n * 4 + q->past * 8, 512);
+    q->each = moqi_ceil_div(q->rows * q->lines, calls);
+}
+
+/* As many rows and columns of x in one go as stay in the second-level cache, times as many rows of weights as there is room for sums. A strip whose
+   scales are not all numbers is none of this: the rows are done again in blocks. */
+MOQI_HALVES static void moqi_amx_strips(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                                        int64_t ldy, float *scratch)
+{
+    moqi_amx_strip s;
+    const int64_t most = moqi_min(MOQI_STRIP_TOKENS, (m + 63) / 64 * 64), wide = moqi_min(MOQI_STRIP_X / most / 512 * 512, p->layer.cols);
+    const int64_t down = MOQI_STRIP_SUMS / most / 16 * 16;
+    float *sums = scratch + MOQI_STRIP_X / 8 + 2048;
+    uint16_t table[32];
+    for (int i = 0; i < 32; i++) table[i] = moq_f16_encode(p->table[i & 15] * 4096);
+    const __m512i values = _mm512_loadu_si512(table);
+    (void)way;
+    s.w.p = p;
+    s.ldx = ldx;
+    s.nan = 0;
+    s.tiles = (uint32_t *)(void *)(scratch + ((uintptr_t)x - (uintptr_t)scratch) % 4096 / 64 * 16);
+    s.scales = s.tiles + MOQI_STRIP_X / 8 + 512;
+    s.words = s.scales + 256;
+    moqi_amx_configure(16, 16); /* a tile of fewer rows of x reads into what follows, to no effect */
+    for (int64_t first = 0; first < m; first += most)
+        for (int64_t top = 0; top < rows; top += down) {
+            const int64_t some = moqi_min(down, rows - top);
+            s.x = x + first * ldx;
+            s.m = moqi_min(most, m - first);
+            s.turns = s.m > 64 ? ~(int64_t)0 : 1;
+            for (s.w.col = 0; s.w.col < p->layer.cols; s.w.col += wide)
+                for (int64_t r = top; r < top + some; r += 16) {
+                    s.w.n = moqi_min(wide, p->layer.cols - s.w.col);
+                    s.w.row = row + r;
+                    s.w.rows = moqi_min(16, rows - r);
+                    s.sums = sums + (r - top) * most;
+                    moqi_strip_want(&s, row + top, row + top + some);
+                    for (int64_t j = 0; j < s.m; j += 64) moqi_strip_product(&s, j, values);
+                }
+            moqi_strip_finish(&s, row + top, some, sums, most, y + first * ldy + top, ldy);
+        }
+    __asm__ volatile("tilerelease" : : : "memory");
+    for (int64_t first = 0; first < m && s.nan; first += MOQI_WAY_MANY)
+        moqi_amx_multiply(&moqi_amx_way, p, row, rows, x + first * ldx, ldx, moqi_min(MOQI_WAY_MANY, m - first), y + first * ldy, ldy, scratch);
+}
+
+static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips, NULL, NULL};
+#endif
 
 /* ---- bytes ----
    A tile instruction adds 16 x 64 by 64 x 16 products of bytes. Where a row of weights and a row of x have one scale each, the sums of all
@@ -16316,8 +16514,11 @@ static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways};
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8,
-                                                &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512,
+#ifdef MOQI_AMX_F16
+                                                &moqi_amx_way_strips,
+#endif
+                                                &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways};
 #endif
@@ -16750,7 +16951,8 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     int64_t tile = MOQI_TILE_ROWS * (int64_t)MOQI_TILE_COLS;
     if (p->form == MOQI_CODES_SLOW || (p->lora_a && p->lora_a->form == MOQI_CODES_SLOW)) tile = moqi_max(tile, MOQI_SLOW_ROWS * cols);
     if (p->way[0]) tile = moqi_max(tile, MOQI_WAY_FLOATS);
-    for (int i = 0; i < MOQI_WAYS && p->way[i]; i++) if (p->way[i]->decode && !p->way[i]->block) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
+    for (int i = 0; i < MOQI_WAYS && p->way[i]; i++)
+        if (!p->way[i]->block && (p->way[i]->decode || p->way[i]->unit == 2)) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);
