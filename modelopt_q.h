@@ -18589,8 +18589,8 @@ static uint32_t moqi_rows_fp8_tensor(const moqi_encoder *e, int64_t first, int64
     return top;
 }
 
-/* A scale for every row, F32 division. */
-static uint32_t moqi_rows_fp8_row(const moqi_encoder *e, int64_t first, int64_t last, float *x)
+/* A scale for every row, F32 division; codes of one byte. */
+static uint32_t moqi_rows_alone(const moqi_encoder *e, int kind, int64_t first, int64_t last, float *x)
 {
     int64_t cols = e->d->cols;
     uint32_t all = 0;
@@ -18601,11 +18601,13 @@ static uint32_t moqi_rows_fp8_row(const moqi_encoder *e, int64_t first, int64_t 
         uint32_t top = (uint32_t)most;
         float s = moqi_scale_of(e->d->amax ? e->d->amax[r] : moqi_bits_f32(top), e->bound, e->inverse);
         ((float *)e->scales)[r] = s;
-        if (e->codes) moqi_codes(e->level, MOQI_CODES_E4M3, x, &s, cols, cols, e->codes + r * cols);
+        if (e->codes) moqi_codes(e->level, kind, x, &s, cols, cols, e->codes + r * cols);
         all = moqi_max_u32(all, top);
     }
     return all;
 }
+
+static uint32_t moqi_rows_fp8_row(const moqi_encoder *e, int64_t first, int64_t last, float *x) { return moqi_rows_alone(e, MOQI_CODES_E4M3, first, last, x); }
 
 /* Blocks of rows and columns; a task holds whole block rows. The scales [grid_cols] of a block row hold its amax values first. */
 static uint32_t moqi_rows_fp8_block(const moqi_encoder *e, int64_t first, int64_t last, float *x)
@@ -18638,22 +18640,7 @@ static uint32_t moqi_rows_fp8_block(const moqi_encoder *e, int64_t first, int64_
 
 /* ---- integers ---- */
 
-static uint32_t moqi_rows_int8(const moqi_encoder *e, int64_t first, int64_t last, float *x)
-{
-    int64_t cols = e->d->cols;
-    uint32_t all = 0;
-    for (int64_t r = first; r < last; r++) {
-        moqi_source_row(e, r, x);
-        int32_t most;
-        moqi_tops(e->level, x, 1, cols, &most);
-        uint32_t top = (uint32_t)most;
-        float s = moqi_scale_of(e->d->amax ? e->d->amax[r] : moqi_bits_f32(top), e->bound, e->inverse);
-        ((float *)e->scales)[r] = s;
-        if (e->codes) moqi_codes(e->level, MOQI_CODES_INT8, x, &s, cols, cols, e->codes + r * cols);
-        all = moqi_max_u32(all, top);
-    }
-    return all;
-}
+static uint32_t moqi_rows_int8(const moqi_encoder *e, int64_t first, int64_t last, float *x) { return moqi_rows_alone(e, MOQI_CODES_INT8, first, last, x); }
 
 /* Scales of one row of groups, and its codes q [cols], 4 bits in a byte each. x: [cols], steps and amax values [grid_cols] behind it. */
 static uint32_t moqi_int4_row(const moqi_encoder *e, int64_t r, float *x, int32_t *tops, uint8_t *q)
