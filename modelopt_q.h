@@ -13503,6 +13503,8 @@ MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x,
     for (int64_t at = moqi_ceil_div(n, chunk); at < all / chunk; at++) { scale[at] = 0; start[at] = MOQI_I8_START; }
 }
 
+MOQI_LINES_END /* in the loops of panels those passes gain a tenth */
+
 /* What y has of 16 rows from `h` on before this panel of integers, if that is the same for every row of x: its bias. */
 MOQI_INLINE MOQI_AVX512 __m512 moqi_panel_bias_512(const moqi_panel *w, __mmask16 some, int64_t h)
 {
@@ -13646,6 +13648,8 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
     }
     if (j < m) moqi_panel_i8_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 1, 0);
 }
+
+MOQI_LINES_BEGIN
 
 #endif
 
