@@ -2720,7 +2720,7 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
    a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and the kernel after may start
    when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a block and the blocks of a cluster share the columns; the
    sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per launch: codes and scales
-   once, x once per block.
+   once, x once per block, or per two that share it.
    ------------------------------------------------------------------------------------------------ */
 
 /* A part of a launch, as its parameters have it. */
@@ -2747,6 +2747,7 @@ typedef struct moqk_run {
     int32_t rows, columns;     /* of x; of the products: rows, or twice as many where x is F32 */
     int32_t cols;              /* of a row of x */
     int32_t bulk;              /* x comes by the copy engine, as it is */
+    int32_t share;             /* 1: two neighbouring blocks form a cluster, each fetches every second row of x for both; blocks is 1, x comes in bulk */
     int32_t phase;             /* chunks of a run whose x arrives together */
     uint32_t bars_at, sums_at, x_at, x_pitch; /* of shared memory; bytes of a row of x */
     int32_t pitch;             /* floats of a row of x in the sums */
@@ -2760,6 +2761,15 @@ __device__ __forceinline__ void moqk_bulk_stream(uint32_t to, const uint8_t *fro
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(moqk_pass_once()) : "memory");
+#endif
+}
+
+/* The same for x, into both blocks of a cluster: each finds it at the same place, and its own barrier counts it. */
+__device__ __forceinline__ void moqk_bulk_both(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)3) : "memory");
 #endif
 }
 
@@ -2946,17 +2956,22 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
         return;
     }
 #if __CUDA_ARCH__ >= 900
-    const int32_t phases = (n + cut.phase - 1) / cut.phase;
-    int32_t pair = warp + lane * warps, at = pair / cut.rows, row = pair - at * cut.rows;
+    const int32_t phases = (n + cut.phase - 1) / cut.phase, odd = (int32_t)blockIdx.y & cut.share, rows = (cut.rows - odd + cut.share) >> cut.share;
+    int32_t pair = warp + lane * warps, at = pair / rows, i = pair - at * rows;
     if (warp == 0 && lane < phases)
         moqk_barrier_expect(x_bar + 8 * (uint32_t)lane, (uint32_t)cut.rows * (uint32_t)min(n - lane * cut.phase, cut.phase) * 512);
-    __syncthreads();
+    if (cut.share) { /* the other block's barriers are there */
+        moqk_cluster_arrive(0);
+        moqk_cluster_wait();
+    } else __syncthreads();
     moqk_wait_for_before();
     asm volatile("fence.proxy.async;" ::: "memory"); /* x was written by ordinary stores */
-    for (; at < phases; pair += 32 * warps, at = pair / cut.rows, row = pair - at * cut.rows) {
-        const int32_t from = at * cut.phase;
+    for (; at < phases; pair += 32 * warps, at = pair / rows, i = pair - at * rows) {
+        const int32_t from = at * cut.phase, row = (i << cut.share) + odd;
         const uint8_t *x = (const uint8_t *)a.x + (row * a.ldx + (int64_t)(c0 + from) * 256) * 2;
-        moqk_bulk_copy(mine + (uint32_t)row * cut.x_pitch + (uint32_t)from * 512, x, (uint32_t)min(n - from, cut.phase) * 512, x_bar + 8 * (uint32_t)at);
+        const uint32_t to = mine + (uint32_t)row * cut.x_pitch + (uint32_t)from * 512, bytes = (uint32_t)min(n - from, cut.phase) * 512;
+        if (cut.share) moqk_bulk_both(to, x, bytes, x_bar + 8 * (uint32_t)at);
+        else moqk_bulk_copy(to, x, bytes, x_bar + 8 * (uint32_t)at);
     }
 #endif
 }
@@ -5529,13 +5544,13 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
 static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups, int64_t bytes)
 {
     const double sms = u->blocks > 2 ? c->sm_count * 10 / 11 : c->sm_count; /* clusters of 4 leave some out */
-    const double share = (double)moqk_ceil(u->chunks, u->blocks);
+    const double share = (double)moqk_ceil(u->chunks, u->blocks), x = (u->share ? 0.025 : 0.05) * u->columns * share;
     const int warps = u->tiles * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
     const double grid = (double)(groups * u->blocks), rounds = ceil(grid / sms), run = u->each + (u->more > 0);
-    const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + 0.05 * u->columns * share;
+    const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + x;
     const int twice = two && grid > sms;
     double cost = (twice ? 1.1 * grid / sms : rounds) * work * (1 + 1.5 / (twice ? 2 * warps : warps));
-    return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 6) + 0.02 * warps;
+    return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 3) + (warps > 16 ? 3 : 0) + 0.02 * warps;
 }
 
 /* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
@@ -5557,12 +5572,14 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
                 int64_t groups = 0, bytes = moqc_run_fill_in(&u, form);
                 if (bytes == 0 || bytes > j->c->most_shared) continue;
                 for (int32_t i = 0; i < u.parts; i++) u.part[i].end = (int32_t)(groups += moqk_ceil(u.part[i].rows, 16 * u.tiles));
-                const double cost = moqc_run_cost(j->c, &u, groups, bytes);
+                u.share = u.bulk && u.blocks == 1 && u.rows >= 4;
+                const double cost = moqc_run_cost(j->c, &u, moqk_pad(groups, 1 + u.share), bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = u; }
             }
-    if (bytes_of_best > 0 && columns <= 2 && best->blocks == 1 && best->each == 2 && best->ways % 4 == 0) { /* little work: fewer warps, more under way */
-        best->ways = best->ways / 4 * 3;
-        best->stages = 2;
+    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) { /* little work: fewer warps; few warps: more under way */
+        const int little = best->each == 2 && best->ways % 4 == 0;
+        if (little) best->ways = best->ways / 4 * 3;
+        if (columns <= 2 && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
         bytes_of_best = moqc_run_fill_in(best, form);
     }
     return bytes_of_best;
@@ -5578,13 +5595,14 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, const moqk_ru
     with[0].val.programmaticStreamSerializationAllowed = 1;
     with[1].id = cudaLaunchAttributeClusterDimension;
     with[1].val.clusterDim.x = (unsigned)u->blocks;
-    with[1].val.clusterDim.y = with[1].val.clusterDim.z = 1;
-    how.gridDim = dim3((unsigned)u->blocks, (unsigned)u->part[u->parts - 1].end);
+    with[1].val.clusterDim.y = 1 + (unsigned)u->share;
+    with[1].val.clusterDim.z = 1;
+    how.gridDim = dim3((unsigned)u->blocks, (unsigned)moqk_pad(u->part[u->parts - 1].end, 1 + u->share)); /* one that is too many repeats rows */
     how.blockDim = dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
     how.dynamicSmemBytes = (size_t)bytes;
     how.stream = j->c->stream;
     how.attrs = with;
-    how.numAttrs = u->blocks > 1 ? 2 : 1;
+    how.numAttrs = u->blocks > 1 || u->share ? 2 : 1;
     cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
     if (moqc_ok(j->c, e, "cudaFuncSetAttribute")) moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
