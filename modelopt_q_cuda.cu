@@ -2407,6 +2407,17 @@ __device__ __forceinline__ void moqk_barrier_arrive(uint32_t at)
 #endif
 }
 
+/* A warp has read its share of a stage that the copy engine fills. Its arrival alone is not ordered behind loads that are under way: beside queued
+   products they took longer than the next copy, and got that one's weights. The fence waits for them. */
+__device__ __forceinline__ void moqk_free_stage(uint32_t bar, int lane)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    __syncwarp();
+    if (lane == 0) moqk_barrier_arrive(bar);
+}
+
 __device__ __forceinline__ void moqk_barrier_expect(uint32_t at, uint32_t bytes)
 {
 #if __CUDA_ARCH__ >= 900
@@ -2688,8 +2699,7 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
                 moqk_ring_chunk<FORM, STEP, NB, R>(w + (uint32_t)slot * cut.stage_bytes, tile_step, lane, h, now, place, other, x_step, z, acc);
                 if (STEP > 0 && c + cut.ways < f.chunks) h[0].load(scales, zeros, begin + c + cut.ways, shift);
             }
-            __syncwarp();
-            if (lane == 0) moqk_barrier_arrive(f.empty + 8 * (uint32_t)slot);
+            moqk_free_stage(f.empty + 8 * (uint32_t)slot, lane);
             if (++slot == cut.stages) { slot = 0; turn++; }
         }
     }
@@ -3840,15 +3850,6 @@ __device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *ma
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
-}
-
-/* A warp has read its share of a stage that the copy engine fills. Its arrival alone is not ordered behind loads that are under way: beside queued
-   products they took longer than the next copy, and got that one's weights. The fence waits for them. */
-__device__ __forceinline__ void moqk_free_stage(uint32_t bar, int lane)
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncwarp();
-    if (lane == 0) moqk_barrier_arrive(bar);
 }
 
 /* The ring: stage of the next tile of x, its round. */
@@ -5550,7 +5551,7 @@ static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups
     const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + x;
     const int twice = two && grid > sms;
     double cost = (twice ? 1.1 * grid / sms : rounds) * work * (1 + 1.5 / (twice ? 2 * warps : warps));
-    return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 3) + (warps > 16 ? 3 : 0) + 0.02 * warps;
+    return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 3) + (warps > 16 ? 8 : 0) + 0.02 * warps;
 }
 
 /* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
