@@ -2407,13 +2407,19 @@ __device__ __forceinline__ void moqk_barrier_arrive(uint32_t at)
 #endif
 }
 
-/* A warp has read its share of a stage that the copy engine fills. Its arrival alone is not ordered behind loads that are under way: beside queued
-   products they took longer than the next copy, and got that one's weights. The fence waits for them. */
-__device__ __forceinline__ void moqk_free_stage(uint32_t bar, int lane)
+/* The lane's loads from shared memory are done, and a copy into the same place may be asked for when the warp has met behind this. Neither an arrival
+   nor a copy waits for loads that are under way: beside queued products they took longer than the next copy, and got that one's weights. */
+__device__ __forceinline__ void moqk_end_reads(void)
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
+
+/* A warp has read its share of a stage that the copy engine fills. */
+__device__ __forceinline__ void moqk_free_stage(uint32_t bar, int lane)
+{
+    moqk_end_reads();
     __syncwarp();
     if (lane == 0) moqk_barrier_arrive(bar);
 }
@@ -3017,6 +3023,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
             for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
             moqk_run_factors<FORM, STEP> next;
             next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
+            moqk_end_reads();
             __syncwarp();
             if (c + cut.stages >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
             else if (moqk_elected()) {
@@ -8370,11 +8377,11 @@ typedef struct moqk_few_choices {
     int2 state;
 } moqk_few_choices;
 
-/* Numbers in the order of logits, 0 less than all of them, and back. */
+/* Numbers in the order of logits, 0 less than all of them, and back. NaN comes first: it is chosen, and seen in the result. */
 __device__ __forceinline__ uint32_t moqk_few_key(float v)
 {
     const uint32_t bits = __float_as_uint(v + 0.0f);
-    return v != v ? 1 : (int32_t)bits < 0 ? ~bits : bits | 0x80000000u;
+    return v != v ? 0xffffffffu : (int32_t)bits < 0 ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
@@ -8449,7 +8456,7 @@ __device__ __forceinline__ void moqk_few_merge(const moqk_few &a, moqk_few_choic
     if (thread == 0) {
         int32_t n = 0;
         for (int32_t k = 0; k < words; k++) n += __popc(c->seen[k]);
-        c->count = max(n, a.routing.top_k); /* rows of NaN choose one only; blocks count on work, and nobody takes the rest */
+        c->count = n;
     }
     __syncthreads();
 }
@@ -8570,18 +8577,11 @@ __device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols
 #pragma unroll
         for (int i = 0; i < 2; i++) if (missing >> i & 1) v[i] = moqk_few_look(from + i * 128 + lane * 4);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int32_t left = cols - i * 128 - lane * 4; /* words behind the last column stay absent */
-            if (v[i].x != MOQK_FEW_ABSENT && (v[i].y != MOQK_FEW_ABSENT || left < 2) && (v[i].z != MOQK_FEW_ABSENT || left < 3) &&
-                (v[i].w != MOQK_FEW_ABSENT || left < 4)) missing &= ~(1 << i);
-        }
+        for (int i = 0; i < 2; i++) /* columns come in fours: the last word of a row is whole */
+            if (v[i].x != MOQK_FEW_ABSENT && v[i].y != MOQK_FEW_ABSENT && v[i].z != MOQK_FEW_ABSENT && v[i].w != MOQK_FEW_ABSENT) missing &= ~(1 << i);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int32_t left = cols - i * 128 - lane * 4;
-        if (left < 2) v[i].y = 0;
-        if (left < 3) v[i].z = 0;
-        if (left < 4) v[i].w = 0;
         moqk_put_shared8(to + (uint32_t)(i * 256 + lane * 8), __byte_perm(v[i].x, v[i].y, 0x5410), __byte_perm(v[i].z, v[i].w, 0x5410));
         moqk_put_shared8(to + MOQK_FEW_PITCH + (uint32_t)(i * 256 + lane * 8), __byte_perm(v[i].x, v[i].y, 0x7632),
                          __byte_perm(v[i].z, v[i].w, 0x7632));
@@ -8633,6 +8633,7 @@ __device__ __forceinline__ int moqk_few_arrive(int32_t *counter, int32_t all)
     __syncwarp();
     if (threadIdx.x == 0) asm volatile("atom.acq_rel.cta.shared::cta.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(at) : "memory");
     before = __shfl_sync(0xffffffffu, before, 0);
+    __syncwarp(); /* what lane 0 acquired, the others see */
     return before == all - 1;
 }
 
@@ -8813,6 +8814,7 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
 #pragma unroll
         for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
         moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
+        moqk_end_reads();
         __syncwarp();
         took++, chunk++, n--;
         if (++slot == a.stages) { slot = 0; turn ^= 1; }
@@ -8997,12 +8999,16 @@ static int moqc_few_takes(const moqc_ctx *c, const moqc_experts *x)
     if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || form < 0 || !moqc_few_find(form, step)) return 0;
     if (r->top_k > MOQK_FEW_TOP || r->experts > MOQK_FEW_EXPERTS || x->n % 4 != 0 || x->cols % 4 != 0 || down->cols != in->rows) return 0;
     if (moqc_few_distance(x->in, form, step) == 0 || moqc_few_distance(x->down, form, step) == 0) return 0;
-    memset(&f, 0, sizeof f);
-    f.routing = *r;
-    f.rows = MOQK_FEW_ROWS;
-    moqc_few_side(x->in, form, step, &f.side[0]);
-    moqc_few_side(x->down, form, step, &f.side[1]);
-    return moqc_few_cut(c, &f, form, &warps, &blocks) > 0;
+    for (int32_t rows = 1; rows <= MOQK_FEW_ROWS; rows++) { /* runs differ, and with them the room for sums: fewer rows may need more */
+        memset(&f, 0, sizeof f);
+        f.routing = *r;
+        f.rows = rows;
+        f.bf16 = (uint8_t)c->bf16;
+        moqc_few_side(x->in, form, step, &f.side[0]);
+        moqc_few_side(x->down, form, step, &f.side[1]);
+        if (moqc_few_cut(c, &f, form, &warps, &blocks) == 0) return 0;
+    }
+    return 1;
 }
 
 static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)

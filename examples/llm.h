@@ -293,7 +293,8 @@ LLM_API moq_result llm_say_raw(llm *m, const char *text);
    (MOQ_E_STATE: nothing was said since llm_open or llm_reset). */
 LLM_API const char *llm_next(llm *m, moq_error *err);
 /* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which).
-   The unit of work is one layer of one token, or more where the time allows as measured: no call takes longer than its time and one unit. */
+   The unit of work is one layer of one token, or more where the time allows as measured: no call takes longer than its time and one unit.
+   The output layer is a layer: 49,152 x 576 in BF16 take 4 ms on one thread; llm_desc.head in INT8 and more threads make it shorter. */
 LLM_API int llm_step(llm *m, int64_t max_microseconds);
 /* The same for all conversations of the model at once, whose tokens go through the layers together. Returns how many have a piece ready
    (llm_ready), 0 = more time needed, -1 = every turn has ended. A conversation waits until its piece is taken. */
@@ -5028,7 +5029,7 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
         if (ok) need = c.out.count;
     }
     if (!ok) llmi_nomem(err, "chat_template");
-    if (need != SIZE_MAX && ids && capacity) memcpy(ids, c.out.data, (need < capacity ? need : capacity) * sizeof *ids);
+    if (need != SIZE_MAX && need > 0 && ids && capacity) memcpy(ids, c.out.data, (need < capacity ? need : capacity) * sizeof *ids);
     llmi_coder_drop(&c);
     llmi_bytes_drop(&pen.parts);
     llmi_arena_drop(&pen.r);

@@ -11,7 +11,6 @@
 #include "llm.h"
 #include <stdio.h>
 #include <string.h>
-
 enum { ROWS = 64, TOKENS = 128 };
 static int32_t ids[ROWS][TOKENS], lengths[ROWS];   /* what the model reads while its layers are watched */
 static const int32_t *rows[ROWS];
@@ -43,15 +42,16 @@ static size_t read_row(const llm_tokenizer *words, const char *line, int32_t *ou
 
 static int read_rows(const char *source, const char *path, llm_samples *samples, moq_error *err)
 {
-    char line[8192];
+    static char line[1 << 16];
     size_t n = 0;
     moq_checkpoint *ck = moq_open(source, NULL, err);
     llm_tokenizer *words = ck ? llm_tokenizer_open(ck, err) : NULL;
     FILE *file = words ? fopen(path, "r") : NULL;
     if (words && !file) moq_fail(err, MOQ_E_NOTFOUND, path, "cannot be read; give a file with a conversation on each line");
-    while (file && samples->count < ROWS && fgets(line, sizeof line, file) && (n = read_row(words, line, ids[samples->count], err)) != SIZE_MAX) {
-        rows[samples->count] = ids[samples->count];
-        lengths[samples->count++] = n < TOKENS ? (int32_t)n : TOKENS;
+    while (file && n != SIZE_MAX && samples->count < ROWS && fgets(line, sizeof line, file)) {
+        n = line[strspn(line, " \t\r\n")] ? read_row(words, line, ids[samples->count], err) : 0;
+        rows[samples->count] = ids[samples->count], lengths[samples->count] = n < TOKENS ? (int32_t)n : TOKENS;
+        samples->count += n > 0 && n != SIZE_MAX;
     }
     if (file) fclose(file);
     llm_tokenizer_close(words);

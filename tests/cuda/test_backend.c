@@ -660,6 +660,57 @@ static void few_row(const few_case *f, const layer *l, const moq_moe *m, const f
     free(want);
 }
 
+/* A score that is NaN, of an expert that nobody would choose: softmax makes the row NaN, and no other. */
+static void few_nan(const few_case *f, moq_backend *be, moq_experts *p, const float *x, float *logits, float *y)
+{
+    const int worst = f->kind_of_routing == 0 || f->kind_of_routing == 4 ? f->experts - 1 : -1;
+    if (worst < 0) return;
+    float kept = logits[f->experts + worst];
+    logits[f->experts + worst] = -(float)NAN;
+    void *dx = device_floats(be, x, (size_t)(2 * f->cols)), *dl = device_floats(be, logits, (size_t)(2 * f->experts)), *dy = device_floats(be, NULL, (size_t)(2 * f->out));
+    be->moe(be, p, dx, dl, 2, dy);
+    be->download_act(be, y, dy, (size_t)(2 * f->out));
+    int nan = 0, numbers = 0;
+    for (int i = 0; i < f->out; i++) { numbers += y[i] == y[i]; nan += y[f->out + i] != y[f->out + i]; }
+    CHECK(numbers == f->out && nan == f->out);
+    logits[f->experts + worst] = kept;
+    be->release(be, dx);
+    be->release(be, dl);
+    be->release(be, dy);
+}
+
+/* Two backends at work at once, whose blocks wait for each other within each launch: both come to an end, with equal bits. */
+static void few_two(const few_case *f, const moq_moe *m, const float *x, const float *logits, float *y)
+{
+    enum { TURNS = 100 };
+    moq_error err;
+    moq_backend *be[2];
+    moq_experts *p[2];
+    void *dx[2], *dl[2], *dy[2];
+    float *other = random_floats((size_t)f->out);
+    for (int i = 0; i < 2; i++) {
+        be[i] = backend_of(MOQ_ACT_WIDE, NULL, f->activations);
+        p[i] = be[i]->prepare_moe(be[i], m, &err);
+        CHECK(p[i] && be[i]->reserve(be[i], 4, &err) == MOQ_OK);
+        dx[i] = device_floats(be[i], x, (size_t)f->cols);
+        dl[i] = device_floats(be[i], logits, (size_t)f->experts);
+        dy[i] = device_floats(be[i], NULL, (size_t)f->out);
+    }
+    for (int turn = 0; turn < 2 * TURNS; turn++) be[turn & 1]->moe(be[turn & 1], p[turn & 1], dx[turn & 1], dl[turn & 1], 1, dy[turn & 1]);
+    be[0]->download_act(be[0], y, dy[0], (size_t)f->out);
+    be[1]->download_act(be[1], other, dy[1], (size_t)f->out);
+    CHECK(memcmp(y, other, (size_t)f->out * sizeof *y) == 0);
+    for (int i = 0; i < 2; i++) {
+        be[i]->release(be[i], dx[i]);
+        be[i]->release(be[i], dl[i]);
+        be[i]->release(be[i], dy[i]);
+        be[i]->release_moe(be[i], p[i]);
+        CHECK(be[i]->sync(be[i], &err) == MOQ_OK);
+        moq_backend_destroy(be[i]);
+    }
+    free(other);
+}
+
 static void check_few(const few_case *f)
 {
     layer *l = (layer *)calloc(3 * FEW_EXPERTS, sizeof *l);
@@ -709,6 +760,8 @@ static void check_few(const few_case *f)
         for (int r = 0; r < rows; r++)
             if (rows == 1 || r == rows - 1 || (rows == FEW_ROWS && r == 1)) few_row(f, l, &m, x + r * f->cols, logits + r * f->experts, y + r * f->out, rows); /* double takes its time */
     }
+    few_nan(f, be, p, x, logits, again);
+    few_two(f, &m, x, logits, y);
     be->release(be, dx);
     be->release(be, dl);
     be->release(be, dy);
