@@ -13256,8 +13256,8 @@ static moq_result llmi_check_numbers(const llm *m, const llmi_saved *s, moq_erro
     size_t context = (size_t)m->model->c.context;
     int good = v[0] <= LLMI_MODE_RAW && v[1] <= LLMI_ANSWER && v[2] <= 1 && v[8] <= 1 && v[9] <= 1 && v[3] <= v[10] && v[4] <= v[10] && v[5] <= v[10] &&
                (v[17] == 0 || m->house->desc.logprobs) && v[17] % sizeof(llm_token) == 0 && v[6] <= SIZE_MAX / 4;
-    if (v[3] > context || v[10] > context + 1)
-        return moq_fail(err, MOQ_E_STATE, "state", "it holds %llu tokens, the context %zu; open with a larger llm_desc.context", (unsigned long long)v[10], context);
+    if (v[3] > context) /* tokens that were not read yet may be more: a conversation whose context is full can be saved, and stays full */
+        return moq_fail(err, MOQ_E_STATE, "state", "it holds %llu tokens, the context %zu; open with a larger llm_desc.context", (unsigned long long)v[3], context);
     for (size_t i = 0; good && i < v[10]; i++) {
         int32_t id;
         memcpy(&id, s->ids + i * sizeof id, sizeof id);

@@ -487,6 +487,13 @@ static void test_shift_chat(void)
         r = hear_more(m, text, sizeof text);
     }
     CHECK_INT(r, MOQ_E_STATE); /* without `endless` the context fills */
+    moq_error e;
+    CHECK_INT(llm_say(m, "user", errands[0]), MOQ_OK);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE);
+    CHECK_INT(llm_save(m, state_file, &e), MOQ_OK); /* what is full can be saved, and is full again */
+    CHECK_INT(llm_load(m, state_file, &e), MOQ_OK);
+    CHECK_INT(llm_say(m, "user", errands[1]), MOQ_OK);
+    CHECK(llm_next(m, &e) == NULL && e.code == MOQ_E_STATE);
     llm_close(m);
     d.endless = 1;
     m = open_or_say(&d);
