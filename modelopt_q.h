@@ -18918,13 +18918,13 @@ static moq_result moqi_encode_run(moqi_encoder *e, moqi_encode_rows rows, float 
     int64_t unit = banded && e->group_rows > 1 ? e->group_rows : 2;
     e->step = moqi_ceil_div(moqi_ceil_div(d->rows, MOQI_MAX_TASKS), unit) * unit;
     int tasks = (int)moqi_ceil_div(d->rows, e->step);
-    uint64_t bytes = (uint64_t)moqi_workers(&d->parallel) * 3 * (uint64_t)d->cols * sizeof(float);
+    uint64_t room = (uint64_t)moqi_workers(&d->parallel) * 3 * (uint64_t)d->cols;
     uint32_t all = 0;
     e->rows = rows;
-    e->scratch = bytes <= SIZE_MAX / 2 ? (float *)moq_allocate(d->allocator, (size_t)bytes) : NULL;
-    if (!e->scratch) return moqi_nomem(err, bytes);
+    e->scratch = (float *)moqi_allocate_array(d->allocator, room, sizeof *e->scratch);
+    if (!e->scratch) return moqi_nomem(err, room * sizeof *e->scratch);
     moqi_spread(&d->parallel, tasks, moqi_encode_task, e);
-    moq_release(d->allocator, e->scratch, (size_t)bytes);
+    moq_release(d->allocator, e->scratch, (size_t)room * sizeof *e->scratch);
     for (int i = 0; i < tasks; i++) all = moqi_max_u32(all, e->top[i]);
     if (all >= 0x7f800000u)
         return moqi_fail(err, MOQ_E_SCALE, moqi_at(NULL, "layer", d->name ? d->name : "", -1),

@@ -76,6 +76,13 @@ extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dty
    The only place that takes device memory and that waits for the device.
    ------------------------------------------------------------------------------------------------ */
 
+/* Instructions of compute capability 9.0 alone: nvcc -gencode=arch=compute_90a,code=sm_90a. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MOQK_WGMMA 1
+#else
+#define MOQK_WGMMA 0
+#endif
+
 enum {
     MOQC_SLOTS = 4,               /* pinned staging: so many pieces of */
     MOQC_SLOT_BYTES = 4 << 20,
@@ -2780,10 +2787,17 @@ __device__ __forceinline__ void moqk_bulk_stream(uint32_t to, const uint8_t *fro
 #endif
 }
 
-/* The same for x, into both blocks of a cluster: each finds it at the same place, and its own barrier counts it. */
+/* The same for x, into both blocks of a cluster: each finds it at the same place, and its own barrier counts it. Without the instructions of 9.0
+   alone (sm_90, PTX) it is two copies: ptxas warns of `multicast` there. */
 __device__ __forceinline__ void moqk_bulk_both(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
 {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900 && !MOQK_WGMMA
+    for (uint32_t rank = 0; rank < 2; rank++) {
+        uint32_t there, count;
+        asm volatile("mapa.shared::cluster.u32 %0, %2, %3; mapa.shared::cluster.u32 %1, %4, %3;" : "=r"(there), "=r"(count) : "r"(to), "r"(rank), "r"(barrier));
+        moqk_bulk_stream(there, from, bytes, count);
+    }
+#elif __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)3) : "memory");
 #endif
@@ -3157,13 +3171,6 @@ static void moqc_launch_decode(const struct moqc_job *j);
    columns of each and add up through distributed shared memory. Without clusters each block takes an equal run of all units; the partial sums
    of a tile go through memory and the block that comes last adds them. Always in the order of the columns: deterministic.
    ------------------------------------------------------------------------------------------------ */
-
-/* The kernels of this file that need the instructions of compute capability 9.0 alone: nvcc -arch=sm_90a. */
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define MOQK_WGMMA 1
-#else
-#define MOQK_WGMMA 0
-#endif
 
 /* Tells the host which code was chosen: its shared memory is 16 bytes with wgmma, else 4. */
 __global__ void moqk_has_wgmma(int *out)
@@ -5589,6 +5596,10 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
         if (little) best->ways = best->ways / 4 * 3;
         if (columns <= 2 && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
         bytes_of_best = moqc_run_fill_in(best, form);
+        if (bytes_of_best > j->c->most_shared) {
+            best->stages = 1;
+            bytes_of_best = moqc_run_fill_in(best, form);
+        }
     }
     return bytes_of_best;
 }
@@ -8228,7 +8239,7 @@ __device__ __noinline__ void moqk_choose(const moq_routing &r, const float *bias
     if (r.groups > 1) moqk_close_groups(r, p, rank, open, score, group_open);
     sum = 0;
     for (int32_t i = 0; i < r.top_k; i++) {
-        int32_t e = max(moqk_take_best(rank, open, r.experts), 0); /* 0: logits are NaN */
+        int32_t e = moqk_take_best(rank, open, r.experts); /* with NaN lanes may differ: what lane 0 takes is open, and counts */
         sum += p[e];
         if (lane == 0) { index[i] = e; weight[i] = p[e]; }
     }
@@ -8316,8 +8327,8 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
    Every block chooses the experts itself and then works on a list of runs of chunks: of its row tiles before the activation, then of its row tiles
    of y. A warp takes every n-th run of the list and has its next chunks on their way, those of the second products while the first ones are not
    done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody
-   waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes about ten
-   microseconds, in which most of this code runs once: short code is fast code here.
+   waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes ten
+   to thirty microseconds, in which most of this code runs once: short code is fast code here.
    ------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -8735,9 +8746,7 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         moqk_choose(a.routing, a.bias, a.logits, a.bf16, warp, room, c.chosen[warp], c.weight[warp]);
         __syncwarp();
         if (lane == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c.ready));
-#if __CUDA_ARCH__ >= 900
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+        moqk_end_reads();
     }
     __syncthreads();
     if (plain) {

@@ -20,6 +20,8 @@ nvcc=${NVCC:-nvcc}
 cc=${CC:-cc}
 arch=${ARCH:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n '1s/^9\.0$/sm_90a/p')}
 arch=${arch:-native}
+target=-arch=$arch
+[ "$arch" = sm_90a ] && target=-gencode=arch=compute_90a,code=sm_90a # -arch=sm_90a alone compiles everything for compute_90 too
 build=${MOQ_BUILD:-$here/../build/cuda}
 models=${MOQ_MODELS:-/tmp}
 forms=${FORMS:-nvfp4 mxfp4 int4-g128 fp8-tensor fp8-block128}
@@ -134,15 +136,15 @@ step_build() {
     command -v "$nvcc" >/dev/null || { echo "nvcc is not installed"; skipped=$((skipped + 1)); return; }
     run mkdir -p "$build"
     start=$(date +%s)
-    one modelopt_q_cuda.cu "$nvcc" -std=c++17 -O2 -arch="$arch" -c "$root/modelopt_q_cuda.cu" -o "$build/backend.o" || return
+    one modelopt_q_cuda.cu "$nvcc" -std=c++17 -O2 "$target" -c "$root/modelopt_q_cuda.cu" -o "$build/backend.o" || return
     echo "modelopt_q_cuda.cu compiled for $arch in $(($(date +%s) - start)) s"
     for t in test_backend test_logits bench_backend bench_model; do
         one "$t" "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$here/$t.c" -o "$build/$t.o" && one "$t" "$nvcc" "$build/$t.o" "$build/backend.o" -o "$build/$t" -lm -lpthread
     done
     one gpus "$nvcc" -O2 "$root/examples/gpus.c" "$build/backend.o" -o "$build/gpus" -lm -lpthread
     one header "$cc" -O1 -DMODELOPT_Q_IMPLEMENTATION -x c -c "$root/modelopt_q.h" -o "$build/header.o" || return
-    one bench "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/bench.cu" "$root/tools/moq_cuda.cu" "$build/backend.o" "$build/header.o" -o "$build/bench" -lm -lpthread
-    one gemm "$nvcc" -std=c++17 -O2 -arch="$arch" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread # beside cuBLAS
+    one bench "$nvcc" -std=c++17 -O2 "$target" "$here/bench.cu" "$root/tools/moq_cuda.cu" "$build/backend.o" "$build/header.o" -o "$build/bench" -lm -lpthread
+    one gemm "$nvcc" -std=c++17 -O2 "$target" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread # beside cuBLAS
 }
 
 step_gemm() {
