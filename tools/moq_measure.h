@@ -1283,12 +1283,12 @@ static int test_kernel(selftest *s, const char *kernel)
 
 static int verb_selftest(const options *o)
 {
-    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "avxvnni", "amx", "neon", "neondot", "neonmm", "auto"};
+    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "avx512bf16", "avxvnni", "amx", "neon", "neondot", "neonmm", "auto"};
     selftest s;
     int cpu = !o->backend || strcmp(o->backend, "cpu") == 0, known = !o->kernel;
     memset(&s, 0, sizeof s);
     for (int i = 0; i < COUNT(kernels); i++) known |= o->kernel && strcmp(o->kernel, kernels[i]) == 0;
-    if (!known) return refuse("--kernel %s: known are reference, plain, avx2, avxvnni, avx512, avx512vnni, amx, neon, neondot, neonmm and auto", o->kernel);
+    if (!known) return refuse("--kernel %s: known are reference, plain, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, neon, neondot, neonmm and auto", o->kernel);
     s.o = o;
     s.j = json_to(stdout, 2);
     if (o->json) json_open(&s.j, NULL, '{');
