@@ -10565,7 +10565,7 @@ typedef struct moqi_kernels {
     float (*dot)(const float *a, const float *b, int64_t n);
     void (*axpy)(float a, const float *x, float *y, int64_t n); /* y += a x */
     const struct moqi_way *const *ways; /* products without tiles, the preferred first, NULL at the end; or NULL */
-    int ahead;        /* AVX-512: bytes from codes that are read to those asked for, where four places are read in turn */
+    int ahead, piece; /* AVX-512: bytes from codes that are read to those asked for, where four places are read in turn; numbers of x beside them */
 } moqi_kernels;
 
 /* The plain loops are the definition: products in F32, added in the order of the columns. */
@@ -10616,9 +10616,9 @@ static void moqi_plain_axpy(float a, const float *x, float *y, int64_t n)
 
 /* "reference" always decodes through moq_dequantize, whole rows at a time; "plain" decodes by tiles like the vector versions. */
 static const moqi_kernels moqi_reference_kernels = {"reference", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0};
+                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0};
 static const moqi_kernels moqi_plain_kernels = {"plain", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0};
+                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0};
 
 /* ---- keys and values: one row of n numbers in its cache format ---- */
 
@@ -11727,7 +11727,7 @@ MOQI_COLD_END
 
 /* ------------------------------------------------------------------------------------------------
    >>stream          rows of 4, 8 or 16 bits times a few inputs, for AVX-512
-   4-bit codes are looked up in registers; of wider ones a run of two rows is decoded into the first-level cache for several tokens.
+   4-bit codes are looked up in registers; of wider ones a few rows are decoded there and meet up to 8 rows of x.
    ------------------------------------------------------------------------------------------------ */
 
 /* A vector load of a row holds L words of 8 consecutive codes (L = 16 in AVX-512). Shifted right by 4 j, lane l holds code 8 l + j of the
@@ -11794,14 +11794,14 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64
 /* What one pass over columns [first, end) of some rows needs. */
 typedef struct moqi_stream_pass {
     const moqi_tiled *p;
-    const float *x;       /* [tokens, ldx] in the order of the lanes; 4-bit codes: [16 columns of this pass][token][16] */
+    const float *x;       /* [tokens, ldx] in the order of the lanes, F32 or pairs of BF16; 4-bit codes: [16 columns of this pass][token][16] */
     int64_t ldx, first, end;
     float table[16];      /* values of the codes, less a zero point that is the same everywhere */
     int32_t lane[64];     /* [4 blocks of a run of 512 columns][lane] -> its scale among 16; wider codes: [lane], for 32 columns each */
     float *scale;         /* scratch: scales of a row of this pass, [block][16]; of up to four rows, 256 apart */
-    float *w;             /* scratch: [2 rows][512] */
     int64_t lda;          /* sums: [rows, lda], of tokens [16] */
-    int64_t ahead;        /* bytes from codes to those that are wanted 4 KB later: an even number of rows */
+    int64_t ahead;        /* bytes from codes to those that are asked for */
+    int pairs;            /* E4M3 and x meet as BF16 */
 } moqi_stream_pass;
 
 /* The 32 E4M3 scales of a run of 512 columns as value / 256, in F16; past the count they are 0 and not read. */
@@ -11926,186 +11926,188 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, i
 #undef MOQI_STEP
 }
 
+/* E4M3 without sign as BF16: the bytes of its exponent and of the rest. Exponents are 120 higher, so that 1 to 15 become 121 to 135. */
+#define MOQI_EIGHT(v) v, v, v, v, v, v, v, v
+#define MOQI_STEPS(v) v, v + 16, v + 32, v + 48, v + 64, v + 80, v + 96, v + 112
+static const uint8_t moqi_e4m3_high[128] = {
+    0, 59, 59, 59, 60, 60, 60, 60, MOQI_EIGHT(60), MOQI_EIGHT(61), MOQI_EIGHT(61), MOQI_EIGHT(62), MOQI_EIGHT(62), MOQI_EIGHT(63), MOQI_EIGHT(63),
+    MOQI_EIGHT(64), MOQI_EIGHT(64), MOQI_EIGHT(65), MOQI_EIGHT(65), MOQI_EIGHT(66), MOQI_EIGHT(66), MOQI_EIGHT(67), 67, 67, 67, 67, 67, 67, 67, 127};
+static const uint8_t moqi_e4m3_low[128] = {
+    0, 0, 128, 192, 0, 32, 64, 96, MOQI_STEPS(128), MOQI_STEPS(0), MOQI_STEPS(128), MOQI_STEPS(0), MOQI_STEPS(128), MOQI_STEPS(0), MOQI_STEPS(128),
+    MOQI_STEPS(0), MOQI_STEPS(128), MOQI_STEPS(0), MOQI_STEPS(128), MOQI_STEPS(0), MOQI_STEPS(128), MOQI_STEPS(0), 128, 144, 160, 176, 192, 208, 224, 192};
+#undef MOQI_EIGHT
+#undef MOQI_STEPS
+
 /* Are 32 columns of x stored as the 16 even ones, then the 16 odd ones? */
-static int moqi_stream_pairs_512(const moqi_tiled *p) { return p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_BF16; }
+static int moqi_stream_evens_512(const moqi_tiled *p) { return p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_BF16; }
 
-/* 64 elements -> v; the dtype is a constant after inlining. E4M3 comes out as value / 256 and its NaN as a number: `most` keeps the
-   largest size that was seen. Its halves go through memory: a conversion that loads its operand is half as many operations. */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_convert_512(moq_dtype dtype, const uint8_t *from, __m512 *v, __m512i *most)
+/* 64 E4M3 codes as value / 256 in F16, the even ones of each 32 and the odd ones; their NaN comes out as a number: `most` keeps the largest size
+   that was seen. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_halve_512(const uint8_t *from, __m512i *halves, __m512i *most)
 {
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000), keep = _mm512_set1_epi16((short)0xbf80);
-    __m512i halves[2]; /* lines of the cache */
-    if (dtype == MOQ_F8_E4M3) {
-        __m512i b = _mm512_loadu_si512(from);
-        *most = _mm512_max_epu8(*most, _mm512_and_si512(b, _mm512_set1_epi8(0x7f)));
-        halves[0] = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 1), keep);
-        halves[1] = _mm512_and_si512(_mm512_srai_epi16(b, 1), keep);
-        __asm__("" : "+m"(halves)); /* or the compiler takes the halves out of the registers again */
-    }
-    MOQI_UNROLL for (int i = 0; i < 4; i++) {
-        if (dtype == MOQ_F8_E4M3) v[i] = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)&halves[i % 2] + i / 2));
-        else if (dtype == MOQ_I8) v[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * i))));
-        else if (dtype == MOQ_F16) v[i] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * i)));
-        else if (i % 2 == 0) v[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from + 32 * i), 16));
-        else v[i] = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from + 32 * i - 32), high));
-    }
+    const __m512i b = _mm512_loadu_si512(from), keep = _mm512_set1_epi16((short)0xbf80);
+    *most = _mm512_max_epu8(*most, _mm512_and_si512(b, _mm512_set1_epi8(0x7f)));
+    halves[0] = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 1), keep);
+    halves[1] = _mm512_and_si512(_mm512_srai_epi16(b, 1), keep);
 }
 
-/* n <= 512 elements of a row from `first` decoded into `to`; the dtype is a constant. Scales, one for 32 columns, apply where groups are part
-   of a row. */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_wide_512(const moqi_stream_pass *pass, moq_dtype dtype, int64_t row, int64_t first, int64_t n, float *to)
+/* 64 E4M3 codes as BF16, exactly: 8 of every 16 in w[0], the other 8 in w[1]. A table of 128 gives each byte of the number but for the sign. */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_pairs_512(const uint8_t *from, __m512i *w)
 {
-    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2;
-    const uint8_t *src = pass->p->codes + row * pass->p->row_bytes + first * bytes;
-    const int scaled = pass->p->scales && pass->p->groups > 1;
-    const float *scale = pass->scale;
-    __m512i most = _mm512_setzero_si512();
-    __m512 v[4];
-    uint8_t edge[128] = {0};
-    for (int64_t i = 0; i < n; i += 64, scale += 2) {
-        const uint8_t *from = src + i * bytes;
-        __builtin_prefetch(from + pass->ahead);
-        if (bytes == 2) __builtin_prefetch(from + pass->ahead + 64);
-        if (n - i < 64) { memcpy(edge, from, (size_t)((n - i) * bytes)); from = edge; }
-        moqi_stream_convert_512(dtype, from, v, &most);
-        if (scaled) {
-            MOQI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_mul_ps(v[k], _mm512_set1_ps(scale[k / 2]));
-        }
-        MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(to + i + 16 * k, v[k]);
-    }
-    int nan = dtype == MOQ_F8_E4M3 && _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(0x7f)) != 0;
-    for (int64_t i = 0; nan && i < n; i++)
-        if ((src[i] & 0x7f) == 0x7f) to[i / 32 * 32 + i % 2 * 16 + i % 32 / 2] = moqi_bits_f32(0x7fc00000);
+    const __m512i b = _mm512_loadu_si512(from);
+    __m512i high = b, low = b;
+    __asm__("vpermi2b %2, %1, %0" : "+v"(high) : "v"(_mm512_loadu_si512(moqi_e4m3_high)), "v"(_mm512_loadu_si512(moqi_e4m3_high + 64)));
+    __asm__("vpermi2b %2, %1, %0" : "+v"(low) : "v"(_mm512_loadu_si512(moqi_e4m3_low)), "v"(_mm512_loadu_si512(moqi_e4m3_low + 64)));
+    high = _mm512_ternarylogic_epi32(high, b, _mm512_set1_epi8((char)-128), 0xf8); /* high | (b & sign) */
+    w[0] = _mm512_unpacklo_epi8(low, high);
+    w[1] = _mm512_unpackhi_epi8(low, high);
 }
 
-/* acc[k] += row[k] . x over the pass, for four rows; the dtype is a constant. One row of x waits for memory, and more of it is on its way when four
-   places are read in turn. Scales as above, of a row 256. */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_four_512(const moqi_stream_pass *pass, moq_dtype dtype, const int64_t *row, float *const *acc)
+/* The k-th 16 of 64 elements in the order of x; the dtype is a constant after inlining. E4M3 is read from its halves in memory: a conversion that
+   loads its operand is half as many operations. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_lanes_512(moq_dtype dtype, const uint8_t *from, const __m512i *halves, int k)
 {
-    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2, n = pass->end - pass->first;
+    if (dtype == MOQ_F8_E4M3) return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)&halves[k % 2] + k / 2));
+    if (dtype == MOQ_I8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * k))));
+    if (dtype == MOQ_F16) return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(from + 32 * k)));
+    __m512i v = _mm512_loadu_si512(from + k / 2 * 64);
+    return _mm512_castsi512_ps(k % 2 == 0 ? _mm512_slli_epi32(v, 16) : _mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+/* acc[r][t] += row[r] . x[t] over the pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs, rows and tokens are
+   constants. Rows that lie far apart are read in turn: so more of memory is on its way. One sum for each row and token, in order of the columns,
+   whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][8][16] */
+MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, moq_dtype dtype, int pairs, int scaled, int rows, int tokens, const int64_t *row,
+                                                  float *const *acc)
+{
+    const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2, n = pass->end - pass->first, ahead = pass->ahead;
+    const int halved = dtype == MOQ_F8_E4M3 && !pairs;
     const uint8_t *src[4];
-    const int scaled = pass->p->scales && pass->p->groups > 1;
-    const float *scale = pass->scale, *x = pass->x + pass->first;
-    __m512i most[4];
-    __m512 a[4][4];
+    const float *scale = pass->scale, *x = pass->x + (pairs ? pass->first / 2 : pass->first);
+    int64_t ldx = pass->ldx, ldx3 = 3 * ldx;
+    __m512i most[4], halves[4][2]; /* lines of the cache */
+    __m512 a[4][8];
     uint8_t edge[4][128];
-    MOQI_UNROLL for (int r = 0; r < 4; r++) {
+    MOQI_UNROLL for (int r = 0; r < rows; r++) {
         src[r] = pass->p->codes + row[r] * pass->p->row_bytes + pass->first * bytes;
         most[r] = _mm512_setzero_si512();
-        MOQI_UNROLL for (int k = 0; k < 4; k++) a[r][k] = _mm512_setzero_ps();
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) a[r][t] = _mm512_loadu_ps(acc[r] + 16 * t);
     }
-    for (int64_t i = 0; i < n; i += 64, scale += 2, x += 64) {
+#define MOQI_X(t) ((t) == 0 ? x : x + (t) / 4 * 4 * ldx + ((t) % 4 == 3 ? ldx3 : (t) % 4 * ldx))
+    for (int64_t i = 0; i < n; i += 64, scale += 2, x += pairs ? 32 : 64) {
+        __asm__("" : "+r"(ldx), "+r"(ldx3)); /* or the compiler keeps every row of x in a register of its own, and has too few */
         if (n - i < 64) {
             memset(edge, 0, sizeof edge);
-            for (int r = 0; r < 4; r++) { memcpy(edge[r], src[r], (size_t)((n - i) * bytes)); src[r] = edge[r]; }
+            for (int r = 0; r < rows; r++) { memcpy(edge[r], src[r], (size_t)((n - i) * bytes)); src[r] = edge[r]; }
         }
-        MOQI_UNROLL for (int r = 0; r < 4; r++) {
-            __m512 v[4];
-            __builtin_prefetch(src[r] + MOQI_STREAM_AHEAD / 2);
-            if (bytes == 2) __builtin_prefetch(src[r] + MOQI_STREAM_AHEAD / 2 + 64);
-            moqi_stream_convert_512(dtype, src[r], v, &most[r]);
-            if (scaled) {
-                MOQI_UNROLL for (int k = 0; k < 4; k++) v[k] = _mm512_mul_ps(v[k], _mm512_set1_ps(scale[256 * r + k / 2]));
+        MOQI_UNROLL for (int r = 0; r < rows; r++) {
+            __builtin_prefetch(src[r] + ahead);
+            if (bytes == 2) __builtin_prefetch(src[r] + ahead + 64);
+            if (halved) moqi_stream_halve_512(src[r], halves[r], &most[r]);
+            if (pairs) moqi_stream_pairs_512(src[r], halves[r]);
+        }
+        if (halved) __asm__("" : "+m"(halves)); /* or the compiler takes the halves out of the registers again */
+        MOQI_UNROLL for (int t = 0; t < tokens && pairs; t++) {
+            const __m512 x0 = _mm512_loadu_ps(MOQI_X(t)), x1 = _mm512_loadu_ps(MOQI_X(t) + 16);
+            MOQI_UNROLL for (int r = 0; r < rows; r++) {
+                __m512 sum = scaled ? _mm512_setzero_ps() : a[r][t];
+                __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(halves[r][0]), "v"(x0));
+                __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(halves[r][1]), "v"(x1));
+                if (scaled) {
+                    const float *s = scale + 256 * r;
+                    sum = _mm512_fmadd_ps(sum, _mm512_mask_mov_ps(_mm512_set1_ps(s[0]), 0xff00, _mm512_set1_ps(s[1])), a[r][t]);
+                }
+                a[r][t] = sum;
             }
-            MOQI_UNROLL for (int k = 0; k < 4; k++) a[r][k] = _mm512_fmadd_ps(v[k], _mm512_loadu_ps(x + 16 * k), a[r][k]);
-            src[r] += 64 * bytes;
         }
+        MOQI_UNROLL for (int k = 0; k < 4 && !pairs; k++) {
+            __m512 w[4];
+            MOQI_UNROLL for (int r = 0; r < rows; r++) {
+                w[r] = moqi_stream_lanes_512(dtype, src[r], halves[r], k);
+                if (scaled) w[r] = _mm512_mul_ps(w[r], _mm512_set1_ps(scale[256 * r + k / 2]));
+            }
+            MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+                __m512 v = _mm512_loadu_ps(MOQI_X(t) + 16 * k);
+                __asm__("" : "+v"(v)); /* one load for all rows */
+                MOQI_UNROLL for (int r = 0; r < rows; r++) a[r][t] = _mm512_fmadd_ps(w[r], v, a[r][t]);
+            }
+        }
+        MOQI_UNROLL for (int r = 0; r < rows; r++) src[r] += 64 * bytes;
     }
-    MOQI_UNROLL for (int r = 0; r < 4; r++) {
-        int nan = dtype == MOQ_F8_E4M3 && _mm512_cmpeq_epi8_mask(most[r], _mm512_set1_epi8(0x7f)) != 0;
-        __m512 sum = _mm512_add_ps(_mm512_add_ps(a[r][0], a[r][1]), _mm512_add_ps(a[r][2], a[r][3]));
-        _mm512_storeu_ps(acc[r], _mm512_add_ps(_mm512_loadu_ps(acc[r]), nan ? _mm512_set1_ps(moqi_bits_f32(0x7fc00000)) : sum));
+    MOQI_UNROLL for (int r = 0; r < rows; r++) {
+        int nan = halved && _mm512_cmpeq_epi8_mask(most[r], _mm512_set1_epi8(0x7f)) != 0;
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) _mm512_storeu_ps(acc[r] + 16 * t, nan ? _mm512_set1_ps(moqi_bits_f32(0x7fc00000)) : a[r][t]);
     }
+#undef MOQI_X
 }
 
-/* The same for any of the four dtypes, with the scales of these columns. */
-MOQI_AVX512 static void moqi_stream_any_512(const moqi_stream_pass *pass, int64_t row, int64_t first, int64_t n, float *to)
-{
-    const moqi_tiled *p = pass->p;
-    if (p->scales && p->groups > 1) moqi_lane_scales_512(p, row, first, first + n, pass->lane, 1, pass->scale);
-    if (p->dtype == MOQ_F8_E4M3) moqi_stream_wide_512(pass, MOQ_F8_E4M3, row, first, n, to);
-    else if (p->dtype == MOQ_I8) moqi_stream_wide_512(pass, MOQ_I8, row, first, n, to);
-    else if (p->dtype == MOQ_BF16) moqi_stream_wide_512(pass, MOQ_BF16, row, first, n, to);
-    else moqi_stream_wide_512(pass, MOQ_F16, row, first, n, to);
-}
+/* So many rows for any number of tokens: their sums, the weights and one vector of x fit into 32 registers. */
+static int moqi_stream_together_512(int tokens, int pairs) { return tokens <= 4 ? 4 : pairs ? 2 : tokens <= 6 ? 4 : 3; }
 
-/* The pass over some rows for one token, four that are a quarter of them apart at a time. Where the fourth is missing the first is read again, and its
-   sum goes behind the last. acc: [rows, lda], with room for one more row */
-MOQI_AVX512 static void moqi_stream_fours_512(const moqi_stream_pass *pass, int64_t row, int64_t rows, float *acc)
+#define MOQI_STREAM_SOME(name, dtype, pairs, scaled) \
+    MOQI_AVX512 static void name(const moqi_stream_pass *pass, int tokens, const int64_t *row, float *const *acc) \
+    { \
+        switch (tokens) { \
+        case 1: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 1, row, acc); break; \
+        case 2: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 2, row, acc); break; \
+        case 3: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 3, row, acc); break; \
+        case 4: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 4, row, acc); break; \
+        case 5: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 4, 5, row, acc); break; \
+        case 6: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 4, 6, row, acc); break; \
+        case 7: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 3, 7, row, acc); break; \
+        default: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 3, 8, row, acc); break; \
+        } \
+    }
+MOQI_STREAM_SOME(moqi_stream_some_pairs, MOQ_F8_E4M3, 1, 0)
+MOQI_STREAM_SOME(moqi_stream_some_pairs_scaled, MOQ_F8_E4M3, 1, 1)
+MOQI_STREAM_SOME(moqi_stream_some_e4m3, MOQ_F8_E4M3, 0, pass->p->scales && pass->p->groups > 1)
+MOQI_STREAM_SOME(moqi_stream_some_i8, MOQ_I8, 0, pass->p->scales && pass->p->groups > 1)
+MOQI_STREAM_SOME(moqi_stream_some_bf16, MOQ_BF16, 0, 0)
+MOQI_STREAM_SOME(moqi_stream_some_f16, MOQ_F16, 0, 0)
+#undef MOQI_STREAM_SOME
+
+/* The pass over some rows of wider codes for up to 8 tokens, a few that are a part of them apart at a time. Where the last is missing the first is
+   read again, and its sums go behind the last. acc: [rows, lda], with room for one more row */
+MOQI_AVX512 static void moqi_stream_wide_512(const moqi_stream_pass *pass, int64_t row, int64_t rows, int tokens, float *acc)
 {
     const moqi_tiled *p = pass->p;
-    const int64_t step = moqi_ceil_div(rows, 4);
+    const int some = moqi_stream_together_512(tokens, pass->pairs), scaled = p->scales && p->groups > 1;
+    const int64_t step = moqi_ceil_div(rows, some);
     for (int64_t r = 0; r < step; r++) {
         int64_t at[4];
         float *to[4];
-        for (int k = 0; k < 4; k++) {
+        for (int k = 0; k < some; k++) {
             int there = r + k * step < rows;
             at[k] = row + (there ? r + k * step : r);
             to[k] = acc + (there ? r + k * step : rows) * pass->lda;
-            if (p->scales && p->groups > 1) moqi_lane_scales_512(p, at[k], pass->first, pass->end, pass->lane, 1, pass->scale + 256 * k);
+            if (scaled) moqi_lane_scales_512(p, at[k], pass->first, pass->end, pass->lane, 1, pass->scale + 256 * k);
         }
-        if (p->dtype == MOQ_F8_E4M3) moqi_stream_four_512(pass, MOQ_F8_E4M3, at, to);
-        else if (p->dtype == MOQ_I8) moqi_stream_four_512(pass, MOQ_I8, at, to);
-        else if (p->dtype == MOQ_BF16) moqi_stream_four_512(pass, MOQ_BF16, at, to);
-        else moqi_stream_four_512(pass, MOQ_F16, at, to);
+        if (pass->pairs && scaled) moqi_stream_some_pairs_scaled(pass, tokens, at, to);
+        else if (pass->pairs) moqi_stream_some_pairs(pass, tokens, at, to);
+        else if (p->dtype == MOQ_F8_E4M3) moqi_stream_some_e4m3(pass, tokens, at, to);
+        else if (p->dtype == MOQ_I8) moqi_stream_some_i8(pass, tokens, at, to);
+        else if (p->dtype == MOQ_BF16) moqi_stream_some_bf16(pass, tokens, at, to);
+        else moqi_stream_some_f16(pass, tokens, at, to);
     }
 }
 
-/* acc[r][t] += two rows w . x[t] for 1, 2, 4 or 8 tokens, a constant where this is called; n is a multiple of 64. acc: [2][8][16] */
-MOQI_INLINE MOQI_AVX512 void moqi_stream_dot_512(const float *w, int64_t n, const float *x, int64_t ldx, int tokens, float *acc)
-{
-    __m512 a[8], b[8];
-    const float *x4 = x + 4 * ldx;
-#define MOQI_EACH8(f) f(0) if (tokens > 1) { f(1) } if (tokens > 2) { f(2) f(3) } if (tokens > 4) { f(4) f(5) f(6) f(7) }
-#define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t)); b[t] = _mm512_loadu_ps(acc + 128 + 16 * (t));
-#define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]); _mm512_storeu_ps(acc + 128 + 16 * (t), b[t]);
-#define MOQI_FMA(t) { \
-        __m512 v = _mm512_loadu_ps(((t) < 4 ? x : x4) + ((t) & 3) * ldx + k); \
-        a[t] = _mm512_fmadd_ps(w0, v, a[t]); b[t] = _mm512_fmadd_ps(w1, v, b[t]); }
-    MOQI_EACH8(MOQI_LOAD)
-    for (int64_t k = 0; k < n; k += 16) {
-        __m512 w0 = _mm512_loadu_ps(w + k), w1 = _mm512_loadu_ps(w + 512 + k);
-        MOQI_EACH8(MOQI_FMA)
-    }
-    MOQI_EACH8(MOQI_STORE)
-#undef MOQI_LOAD
-#undef MOQI_STORE
-#undef MOQI_FMA
-}
-
-/* The pass over some rows for up to 8 tokens (4-bit codes: 1, 2, 4 or 8). acc: [rows, lda], with room for one more row */
+/* The same for 4-bit codes, 1, 2, 4 or 8 tokens. */
 MOQI_AVX512 static void moqi_stream_rows_512(const moqi_stream_pass *s, int64_t row, int64_t rows, int tokens, float *acc)
 {
     for (int64_t r = 0; r < rows; r++) {
-        if (s->p->form != MOQI_CODES_NIBBLES) break;
         moqi_lane_scales_512(s->p, row + r, s->first, s->end, s->lane, 4, s->scale);
         if (tokens == 1) moqi_stream_row_512(s, row + r, 1, acc + s->lda * r);
         else if (tokens == 2) moqi_stream_row_512(s, row + r, 2, acc + s->lda * r);
         else if (tokens == 4) moqi_stream_row_512(s, row + r, 4, acc + s->lda * r);
         else moqi_stream_row_512(s, row + r, 8, acc + s->lda * r);
-        if (r == rows - 1) return;
     }
-    if (tokens == 1) moqi_stream_fours_512(s, row, rows, acc);
-    for (int64_t r = 0; r < rows && tokens > 1; r += 2)
-        for (int64_t c = s->first; c < s->end; c += 512) {
-            int64_t n = moqi_min(512, s->end - c), all = (n + 63) / 64 * 64;
-            const float *x = s->x + c;
-            float *to = acc + s->lda * r;
-            int t = tokens & ~3;
-            moqi_stream_any_512(s, row + r, c, n, s->w);
-            moqi_stream_any_512(s, row + moqi_min(r + 1, rows - 1), c, n, s->w + 512);
-            if (tokens == 8) moqi_stream_dot_512(s->w, all, x, s->ldx, 8, to);
-            else if (t == 4) moqi_stream_dot_512(s->w, all, x, s->ldx, 4, to);
-            if (tokens & 2) moqi_stream_dot_512(s->w, all, x + t * s->ldx, s->ldx, 2, to + 16 * t);
-            if (tokens & 1) moqi_stream_dot_512(s->w, all, x + (tokens - 1) * s->ldx, s->ldx, 1, to + 16 * (tokens - 1));
-        }
 }
 
 /* x [n] -> out [n padded to 128], in the order of the lanes, then X of every group where there are zero points. x may be out. */
 static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     float block[128], *sums = out + (n + 127) / 128 * 128;
-    int nibbles = p->form == MOQI_CODES_NIBBLES, pairs = !nibbles && moqi_stream_pairs_512(p);
+    int nibbles = p->form == MOQI_CODES_NIBBLES, evens = !nibbles && moqi_stream_evens_512(p);
     (void)step;
     for (int64_t g = 0; p->zeros && g < moqi_pad16(p->groups); g++) sums[g] = 0;
     for (int64_t c = 0; c < n; c += 128, out += 128) {
@@ -12114,7 +12116,7 @@ static void moqi_stream_arrange_512(const moqi_tiled *p, const float *x, int64_t
         for (int64_t i = m; i < 128; i++) block[i] = 0;
         for (int64_t i = 0; p->zeros && i < m; i++) sums[moqi_stream_group(p, c + i)] -= block[i];
         for (int j = 0; j < 8; j++)
-            for (int l = 0; l < 16; l++) out[16 * j + l] = block[nibbles ? 8 * l + j : pairs ? 32 * (j / 2) + 2 * l + j % 2 : 16 * j + l];
+            for (int l = 0; l < 16; l++) out[16 * j + l] = block[nibbles ? 8 * l + j : evens ? 32 * (j / 2) + 2 * l + j % 2 : 16 * j + l];
     }
 }
 
@@ -12160,38 +12162,58 @@ MOQI_AVX512 static void moqi_stream_pack_512(const float *x, int64_t ldx, int to
         for (int64_t i = 0; i < n; i += 16) _mm512_storeu_ps(out + i * tokens + 16 * t, _mm512_loadu_ps(x + t * ldx + first + i));
 }
 
-/* Tokens run in groups of 8; x of a group is taken in pieces that stay in the first-level cache while the rows pass by. */
+/* x [n] -> out [n padded to 64] of BF16, rounded to nearest, in the order of moqi_stream_pairs_512. x may be out. */
+MOQI_AVX512 static void moqi_stream_arrange_pairs(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    (void)p; (void)step;
+    for (int64_t c = 0; c < n; c += 64, out += 32) {
+        __m512i low, high;
+        __m512 v[4];
+        for (int k = 0; k < 4; k++) {
+            int64_t left = n - c - 16 * k;
+            v[k] = _mm512_maskz_loadu_ps((__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0), x + c + 16 * k);
+        }
+        __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(low) : "v"(v[0]), "v"(v[1]));
+        __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(high) : "v"(v[2]), "v"(v[3]));
+        _mm512_storeu_si512(out, _mm512_shuffle_i32x4(low, high, 0x88));
+        _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(low, high, 0xdd));
+    }
+}
+
+/* Tokens run in groups of 8; x of a group is taken in pieces that stay in a near cache while the rows pass by. */
 MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
                                         float *y, int64_t ldy, float *acc)
 {
     moqi_stream_pass s;
     const int nibbles = p->form == MOQI_CODES_NIBBLES, whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
     float mul = p->factor, one, *pack;
-    (void)way;
+    s.pairs = way->arrange == moqi_stream_arrange_pairs;
     if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole) mul *= 256;
-    if (!nibbles && p->dtype == MOQ_F8_E4M3) mul *= 256;
+    if (!nibbles && p->dtype == MOQ_F8_E4M3 && !s.pairs) mul *= 256;
     if (whole) mul /= p->factor;
     s.p = p;
     s.ldx = ldx;
     s.scale = acc + (rows + 1) * 128;
-    s.w = s.scale + 1024;
-    pack = s.scale + 1024; /* wider codes are decoded, narrow ones packed */
+    pack = s.scale + 1024;
     for (int i = 0; i < 16; i++) s.table[i] = p->table[i] - p->zero;
     for (int i = 0; i < 64; i++) s.lane[i] = p->shift < 9 ? (int32_t)((nibbles ? 8 * i : 32 * i) >> p->shift & 15) : 0;
     for (int64_t j = 0, step; j < m; j += step) {
         int tokens = (int)moqi_min(8, m - j);
         if (nibbles) tokens = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
-        int64_t piece = tokens <= 1 ? 8192 : tokens <= 2 ? 4096 : tokens <= 4 ? 2048 : 1024;
+        int64_t piece = nibbles ? 8192 / tokens : moqi_min(8192, p->k->piece / tokens / 512 * 512); /* scales are for no more */
         int64_t visit = moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8;
         step = tokens;
         s.lda = tokens == 1 ? 16 : 128;
-        s.ahead = tokens == 1 ? (int64_t)MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
+        if (nibbles) s.ahead = tokens == 1 ? (int64_t)MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
+        else if (tokens == 1 || piece >= p->layer.cols) s.ahead = tokens == 1 ? p->k->ahead : 2 * p->k->ahead;
+        else s.ahead = moqi_ceil_div(p->k->ahead, visit) * p->row_bytes;
         memset(acc, 0, (size_t)((rows + 1) * s.lda) * sizeof *acc);
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
             s.x = nibbles ? (tokens > 1 ? pack : x + j * ldx + s.first) : x + j * ldx;
             if (nibbles && tokens > 1) moqi_stream_pack_512(x + j * ldx, ldx, tokens, s.first, s.end, pack);
-            moqi_stream_rows_512(&s, row, rows, tokens, acc);
+            if (nibbles) moqi_stream_rows_512(&s, row, rows, tokens, acc);
+            else moqi_stream_wide_512(&s, row, rows, tokens, acc);
         }
         for (int64_t r = 0; p->zeros && r < rows; r++)
             moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, 96, tokens, acc + s.lda * r);
@@ -12211,6 +12233,14 @@ static int moqi_stream_takes_512(const moqi_tiled *p)
     if (p->form == MOQI_CODES_SLOW || p->requant > 0) return 0;
     return p->form == MOQI_CODES_NIBBLES || (known && !p->zeros && p->zero == 0 && (p->groups == 1 || p->group_cols % 32 == 0));
 }
+
+/* E4M3 times BF16, where inputs may be rounded to that. */
+static int moqi_stream_takes_pairs(const moqi_tiled *p)
+{
+    return p->form == MOQI_CODES_WIDE && p->dtype == MOQ_F8_E4M3 && p->input_bits <= 16 && moqi_stream_takes_512(p);
+}
+
+static const moqi_way moqi_stream_way_pairs = {"codes in place, BF16", 0, moqi_stream_takes_pairs, moqi_stream_arrange_pairs, moqi_stream_512, NULL, NULL};
 
 static const moqi_way moqi_stream_way_512 = {"codes in place", 0, moqi_stream_takes_512, moqi_stream_arrange_512, moqi_stream_512, NULL, NULL};
 #endif
@@ -16516,14 +16546,16 @@ static void moqi_norm_row(const moqi_kernels *k, const moqi_loops *o, const floa
 #ifdef MOQI_X86
 static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways, MOQI_STREAM_AHEAD / 2};
+                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways, MOQI_STREAM_AHEAD / 2, 8192};
 static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, MOQI_STREAM_AHEAD / 2};
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, MOQI_STREAM_AHEAD / 2, 8192};
 /* Zen 4 and later: BF16 dot products run as fast as multiply-adds (Intel's at half the rate). The prefetcher of the second-level cache follows
-   streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers. */
+   streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers.
+   It is too small for x too, and the second one gives half a vector in the time of a multiply-add of three or four. */
+static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, 256};
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768};
 #ifdef MOQI_AMX
 static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512,
 #ifdef MOQI_AMX_F16
@@ -16531,28 +16563,28 @@ static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_
 #endif
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2};
+                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192};
 #endif
 static const moqi_way *const moqi_avx2_ways[] = {&moqi_dots_way_256, &moqi_run_way, &moqi_f32_way_256, NULL};
 #ifdef MOQI_DOTPROD
 static const moqi_way *const moqi_avxvnni_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avxvnni_kernels = {"avxvnni", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways, 0};
+                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways, 0, 0};
 #endif
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways, 0};
+                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways, 0, 0};
 #endif
 #ifdef MOQI_ARM
 static const moqi_way *const moqi_neon_ways[] = {&moqi_run_way, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways, 0};
+                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways, 0, 0};
 #ifdef MOQI_DOTS
 static const moqi_way *const moqi_neondot_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neondot_kernels = {"neondot", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways, 0};
+                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways, 0, 0};
 static const moqi_way *const moqi_neonmm_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_tiles_panels, &moqi_bf16_panels, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neonmm_kernels = {"neonmm", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways, 0};
+                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways, 0, 0};
 #endif
 #endif
 
@@ -16888,6 +16920,9 @@ static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text,
     for (int i = 0; i < MOQI_WAYS && p.way[i] && n < capacity; i++) {
         n += moqi_format(text + n, capacity - n, "%s%s", n ? ", " : "", p.way[i]->name);
         if (p.from[i] > 1 && n < capacity) n += moqi_format(text + n, capacity - n, " from %d rows", p.from[i]);
+#ifdef MOQI_X86
+        if (p.way[i] == &moqi_stream_way_pairs) unit = 2;
+#endif
         if (p.way[i]->unit > 1) unit = p.way[i]->unit == 4 && p.input_bits == 16 ? 16 : p.way[i]->unit;
     }
     return unit;

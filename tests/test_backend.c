@@ -265,7 +265,7 @@ static void test_backend_automatic(void)
         if (strcmp(name, "amx") == 0) many_rows(be, name);
         if (strcmp(name, "amx") == 0) extreme_rows(be, name);
         test_state.seed = seed;
-        int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL || strncmp(name, "neon", 4) == 0;
+        int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL || strstr(name, "bf16") != NULL || strncmp(name, "neon", 4) == 0;
 #ifdef MOQI_DOTS
         shortens |= strcmp(name, "avx2") == 0;
 #endif
@@ -702,6 +702,56 @@ static void test_backend_few_rows_and_threads(void)
             moq_backend_destroy(be);
             ((uint8_t *)(uintptr_t)l.w.scales.data)[2] = 0x7f;
             wrong += t > 0 && (y[1][0] == y[1][0] || memcmp(y[0] + 1, y[1] + 1, sizeof(float) * (HEIGHT - 1)) != 0);
+        }
+        if (wrong || far) printf("    %s, %d columns: %d, %d\n", f->name, cols, wrong, far);
+        CHECK_INT(wrong, 0);
+        CHECK_INT(far, 0);
+        layer_free(&l);
+    }
+}
+
+/* Weights of 8 and 16 bits that AVX-512 reads where they lie: each row of x as if it were alone, whatever the number of threads; near the product in
+   double; and a code that is no number makes its own row none, no other. */
+static void test_backend_few_rows_alone(void)
+{
+    enum { HEIGHT = 45, MOST = 1090, ROWS = 9 };
+    static const int widths[] = {33, 290, 576, MOST};
+    static float x[ROWS * MOST], one[HEIGHT], y[2][ROWS * HEIGHT];
+    moq_error err;
+    for (int i = 0; i < ROWS * MOST; i++) x[i] = test_normal() * (i % 97 == 0 ? 20 : 1);
+    for (int i = 0; i < (int)MOQI_COUNT(layer_formats) * 4; i++) {
+        const layer_format *f = &layer_formats[i / 4];
+        int cols = widths[i % 4], wrong = 0, far = 0;
+        if ((f->elem != MOQ_F16 && f->elem != MOQ_BF16 && f->elem != MOQ_F8_E4M3) || strstr(f->name, "out]") || cols % f->col_unit) continue;
+        layer l;
+        layer_make(&l, f, HEIGHT, cols);
+        for (int nan = 0; nan < 2 && (!nan || f->elem == MOQ_F8_E4M3); nan++) {
+            if (nan) ((uint8_t *)(uintptr_t)l.w.codes.data)[20 * cols + 3] = 0xff;
+            for (int k = 0; moqi_get_kernels(k); k++) {
+                if (strncmp(moqi_get_kernels(k)->name, "avx512", 6) != 0) continue;
+                for (int wide = 0; wide < 2; wide++) {
+                    moq_backend *be[2];
+                    moq_weight *w[2];
+                    for (int t = 0; t < 2; t++) {
+                        be[t] = backend_of(moqi_get_kernels(k)->name, wide ? MOQ_ACT_WIDE : MOQ_ACT_AUTO, t ? 5 : 1);
+                        w[t] = be[t]->prepare_linear(be[t], &l.w, 1, &err);
+                        CHECK(w[t] != NULL && be[t]->reserve(be[t], ROWS, &err) == MOQ_OK);
+                    }
+                    for (int m = 1; m <= ROWS; m++) {
+                        be[0]->linear(be[0], w[0], x, m, y[0]);
+                        be[1]->linear(be[1], w[1], x, m, y[1]);
+                        be[0]->linear(be[0], w[0], x + (m - 1) * cols, 1, one);
+                        wrong += memcmp(y[0], y[1], sizeof(float) * (size_t)(m * HEIGHT)) != 0;
+                        wrong += memcmp(y[0] + (m - 1) * HEIGHT, one, sizeof one) != 0;
+                        for (int j = 0; j < HEIGHT; j++) {
+                            double bound, want = oracle_output(&l, j, x + (m - 1) * cols, x + (m - 1) * cols, &bound);
+                            if (nan && j == 20) far += one[j] == one[j];
+                            else far += !(fabs(want - (double)one[j]) <= bound * (wide || f->elem != MOQ_F8_E4M3 ? 2e-5 : 0.004)); /* half a step of BF16 */
+                        }
+                    }
+                    for (int t = 0; t < 2; t++) { be[t]->release_weight(be[t], w[t]); moq_backend_destroy(be[t]); }
+                }
+            }
         }
         if (wrong || far) printf("    %s, %d columns: %d, %d\n", f->name, cols, wrong, far);
         CHECK_INT(wrong, 0);
@@ -1493,6 +1543,7 @@ int main(int argc, char **argv)
     RUN(test_backend_fused_and_threads);
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
+    RUN(test_backend_few_rows_alone);
     RUN(test_backend_callers_jobs);
     RUN(test_backend_refuses);
     RUN(test_backend_embed);
