@@ -1008,6 +1008,10 @@ struct moq_backend {
     /* What norm (per head), rope and kv_append do in up to five calls, in one; k and v stay as they are, q is changed in place. NULL: make
        those calls. */
     void (*kv_enter)(moq_backend *be, const moq_batch *b, const moq_heads_desc *h);
+
+    /* linear, but only columns [first, first + count) of y [rows, out] are computed and written, to the bits that linear writes there; `first` is
+       a multiple of 64. For products that would take too long in one call. NULL: linear computes all. */
+    void (*linear_rows)(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, int64_t first, int64_t count, void *y);
 };
 
 typedef struct moq_cpu_desc {
@@ -11377,14 +11381,14 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
     return way;
 }
 
-/* Rows of one task. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough for `workers`.
+/* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough for `workers`.
    No result depends on where runs begin. */
-static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t workers)
+static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int64_t workers)
 {
     int64_t tile = MOQI_TILE_ROWS, most = m > 1 && m < 16 ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
     if (!moqi_way_for(p, m)) return tile;
-    for (tile *= 2; tile < most && p->layer.rows / (2 * tile) >= 4 * workers;) tile *= 2;
+    for (tile *= 2; tile < most && rows / (2 * tile) >= 4 * workers;) tile *= 2;
     return tile;
 }
 
@@ -16683,14 +16687,15 @@ typedef struct moqi_need {
     int64_t parts;              /* of attention over spans side by side */
 } moqi_need;
 
-/* One matrix product of a launch: y[m][part rows] = x W^T + mid B^T + bias. */
+/* One matrix product of a launch: y[m][rows] = x W^T + mid B^T + bias, of rows [row, row + rows) of the part. */
 typedef struct moqi_job {
     const moqi_tiled *part;
     const float *x;             /* [m, ldx] as the part's codes want it */
     const float *t;             /* [m, ldx] before rounding, for the low-rank branch */
     float *mid;                 /* [m, rank padded to 16] */
-    float *y;                   /* [m, ldy] */
-    int64_t ldx, ldy, m, first; /* first: index of its first task */
+    float *y;                   /* [m, ldy], where row 0 of the part goes */
+    int64_t ldx, ldy, m, row, rows;
+    int64_t first, tile;        /* index of its first task; rows of a task */
 } moqi_job;
 
 /* The context behind the table. */
@@ -17090,7 +17095,7 @@ static void moqi_product_task(void *arg, int index, int worker)
     const moqi_job *j = &l->jobs[lo];
     const moqi_tiled *p = j->part;
     const moqi_way *way = moqi_way_for(p, j->m);
-    int64_t tile = moqi_tile_rows(p, j->m, l->c->par.workers), row = (index - j->first) * tile, rows = moqi_min(tile, p->layer.rows - row);
+    int64_t done = (index - j->first) * j->tile, row = j->row + done, rows = moqi_min(j->tile, j->rows - done);
     float *scratch = l->c->worker + worker * l->c->need.worker, *y = j->y + row;
     if (way) way->multiply(way, p, row, rows, j->x, moqi_feed_step(p, way), j->m, y, j->ldy, scratch);
     for (int64_t i = 0; i < j->m && !way; i++)
@@ -17107,10 +17112,11 @@ static void moqi_launch_jobs(const moqi_cpu *c, moqi_job *jobs, int64_t count)
     int64_t tasks = 0;
     double work = 0;
     for (int64_t i = 0; i < count; i++) {
-        const moq_linear *w = &jobs[i].part->layer;
-        jobs[i].first = tasks;
-        tasks += moqi_ceil_div(w->rows, moqi_tile_rows(jobs[i].part, jobs[i].m, c->par.workers));
-        work += (double)w->rows * (double)w->cols * (double)jobs[i].m;
+        moqi_job *j = &jobs[i];
+        j->first = tasks;
+        j->tile = moqi_tile_rows(j->part, j->m, j->rows, c->par.workers);
+        tasks += moqi_ceil_div(j->rows, j->tile);
+        work += (double)j->rows * (double)j->part->layer.cols * (double)j->m;
     }
     l.c = c;
     l.jobs = jobs;
@@ -17130,6 +17136,8 @@ static void moqi_products(const moqi_cpu *c, int64_t count)
         memset(mid, 0, (size_t)(jobs[i].m * ld) * sizeof *mid);
         low[branches] = jobs[i];
         low[branches].part = jobs[i].part->lora_a;
+        low[branches].row = 0;
+        low[branches].rows = jobs[i].part->lora_a->layer.rows;
         low[branches].x = jobs[i].t;
         low[branches].y = jobs[i].mid = mid;
         low[branches++].ldy = ld;
@@ -17157,13 +17165,14 @@ static int moqi_direct(const moqi_tiled *p, int64_t m)
     return !moqi_way_for(p, m) && !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
 }
 
-/* Parts that read the same inputs run as one launch; a part with inputs of its own begins the next. */
-static void moqi_cpu_linear(moq_backend *be, const moq_weight *weight, const void *x, int32_t rows, void *y)
+/* Parts that read the same inputs run as one launch; a part with inputs of its own begins the next. Of every part the rows that lie in
+   [begin, begin + count) of the whole. */
+static void moqi_cpu_linear_rows(moq_backend *be, const moq_weight *weight, const void *x, int32_t rows, int64_t begin, int64_t count, void *y)
 {
     const moqi_cpu *c = moqi_cpu_of(be);
     const moqi_weight *w = (const moqi_weight *)(const void *)weight;
     for (int64_t first = 0; first < rows; first += c->be.max_rows) {
-        int64_t m = moqi_min(rows - first, c->be.max_rows), out = 0;
+        int64_t m = moqi_min(rows - first, c->be.max_rows), out = 0, jobs;
         moqi_feeding f;
         f.c = c;
         f.m = m;
@@ -17172,20 +17181,28 @@ static void moqi_cpu_linear(moq_backend *be, const moq_weight *weight, const voi
             int direct = moqi_direct(&w->part[i], m);
             f.part = &w->part[i];
             if (!direct) moqi_run(c, m, (double)m * (double)w->cols * 8, moqi_feed_task, &f);
-            for (next = i; next < w->parts && (next == i || w->part[next].shares); next++) {
-                moqi_job *j = &c->jobs[next - i];
+            for (next = i, jobs = 0; next < w->parts && (next == i || w->part[next].shares); out += w->part[next++].layer.rows) {
+                moqi_job *j = &c->jobs[jobs];
                 j->part = &w->part[next];
+                j->row = moqi_max(begin - out, 0);
+                j->rows = moqi_min(begin + count - out, j->part->layer.rows) - j->row;
+                if (j->rows <= 0) continue;
                 j->x = direct ? f.x : c->r;
                 j->t = direct ? f.x : c->t;
                 j->ldx = direct ? w->cols : moqi_pad_x(w->cols);
                 j->y = (float *)y + first * w->rows + out;
                 j->ldy = w->rows;
                 j->m = m;
-                out += w->part[next].layer.rows;
+                jobs++;
             }
-            moqi_products(c, next - i);
+            moqi_products(c, jobs);
         }
     }
+}
+
+static void moqi_cpu_linear(moq_backend *be, const moq_weight *weight, const void *x, int32_t rows, void *y)
+{
+    moqi_cpu_linear_rows(be, weight, x, rows, 0, ((const moqi_weight *)(const void *)weight)->rows, y);
 }
 
 /* Arguments of moqi_embed_task. y: [count, cols] */
@@ -17803,6 +17820,8 @@ static int64_t moqi_expert_jobs(const moqi_cpu *c, const moqi_experts *m, const 
         j->y = y + first * ldy;
         j->ldy = ldy;
         j->m = c->begin[e + 1] - first;
+        j->row = 0;
+        j->rows = j->part->layer.rows;
         count++;
     }
     return count;
@@ -18246,7 +18265,8 @@ static const moq_backend moqi_cpu_table = {
     NULL, NULL, NULL, NULL,
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
     moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
-    moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL
+    moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL,
+    moqi_cpu_linear_rows
 };
 
 /* By name, or the fastest. */
@@ -22170,7 +22190,7 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
     moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, /* what goes through kv_b is to be seen */
-    NULL
+    NULL, NULL
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

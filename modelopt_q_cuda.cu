@@ -9666,7 +9666,8 @@ static const moq_backend moqc_table = {
     moqc_ssm_create, moqc_ssm_release, moqc_ssm_bytes, moqc_ssm_run, moqc_ssm_copy, moqc_copy_heads,
     moqc_moe_bytes, moqc_kv_read, moqc_kv_write, moqc_ssm_read, moqc_ssm_write,
     NULL, NULL, NULL, NULL, NULL, /* latent attention keeps its wide keys and values here */
-    moqc_kv_enter
+    moqc_kv_enter,
+    NULL /* a product is queued in microseconds, whatever it takes */
 };
 
 /* The device itself: is it there, new enough, does this program hold code for it. */

@@ -294,7 +294,7 @@ LLM_API moq_result llm_say_raw(llm *m, const char *text);
 LLM_API const char *llm_next(llm *m, moq_error *err);
 /* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which).
    The unit of work is one layer of one token, or more where the time allows as measured: no call takes longer than its time and one unit.
-   The output layer is a layer: 49,152 x 576 in BF16 take 4 ms on one thread; llm_desc.head in INT8 and more threads make it shorter. */
+   The output layer is computed in slices, of a million products and more. Choosing a token, and on a GPU the whole output layer, is one unit. */
 LLM_API int llm_step(llm *m, int64_t max_microseconds);
 /* The same for all conversations of the model at once, whose tokens go through the layers together. Returns how many have a piece ready
    (llm_ready), 0 = more time needed, -1 = every turn has ended. A conversation waits until its piece is taken. */
@@ -6202,6 +6202,7 @@ typedef struct llmi_pass {
     int32_t max_pos;
     int32_t next;           /* the layer that runs next; before the first: LLMI_PASS_EMBED; after the last: the output layer */
     int32_t head;           /* wanted rows whose logits are there */
+    int32_t cut;            /* of the next block of wanted rows: logits [0, cut) are there */
     int32_t computed;       /* logits of the one wanted row are on the backend already */
     const void *add;        /* [rows, hidden] what the last block computed and the stream has not yet got, or NULL */
 } llmi_pass;
@@ -6252,8 +6253,8 @@ typedef struct llmi_model {
     uint64_t planned;
     llmi_kind *kinds;
 
-    /* sequences in the cache; tokens of a pass; rows of logits computed at once */
-    int32_t slots, chunk, head_rows;
+    /* sequences in the cache; tokens of a pass; rows of logits computed at once; logits of a row that are worth a call of their own */
+    int32_t slots, chunk, head_rows, head_cut;
     /* [slots] tokens that each sequence holds */
     int32_t *length;
     /* [3, chunk] ids, positions, slots before they are uploaded */
@@ -7384,6 +7385,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     /* the logits of a whole chunk would be far larger than everything else: about a million of them at a time */
     m->head_rows = (1 << 20) / c->vocab;
     m->head_rows = m->head_rows < 1 ? 1 : m->head_rows > m->chunk ? m->chunk : m->head_rows;
+    m->head_cut = ((1 << 20) / c->hidden + 64) / 64 * 64; /* about a million products */
     if (m->dry) m->planned += (uint64_t)m->head_rows * (uint64_t)c->vocab * m->elem;
     else if (!(m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
     m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
@@ -7760,8 +7762,9 @@ static void llmi_feed(const llmi_model *m, const llmi_layer *l, int32_t rows)
 /* ---- passes ---- */
 
 /* Rows of any number of sequences go through the decoder together, each at its own position. What is wanted stands last, so that the
-   output layer reads neighbours. A pass runs unit by unit (the embedding, each layer, blocks of the output layer), so that a caller
-   with little time can stop between two of them and go on later; nothing else may use the model's activations until then. */
+   output layer reads neighbours. A pass runs unit by unit (the embedding, each layer, blocks of the output layer or, where the
+   backend offers it, slices of these), so that a caller with little time can stop between two of them and go on later; nothing else may use the
+   model's activations until then. */
 
 enum { LLMI_PASS_EMBED = -1 };
 
@@ -7869,31 +7872,48 @@ static void llmi_cap(float *x, size_t n, double cap)
     for (size_t i = 0; i < n; i++) x[i] = (float)(cap * tanh((double)x[i] / cap));
 }
 
-/* Logits of wanted rows [p->head, p->head + n) on the backend. */
-static void llmi_pass_logits(llmi_model *m, int32_t n)
+/* Logits [p->cut, p->cut + count) of wanted rows [p->head, p->head + n) on the backend. */
+static void llmi_pass_logits(llmi_model *m, int32_t n, int32_t count)
 {
     llmi_pass *p = &m->pass;
     int64_t hidden = m->c.hidden;
     int32_t first = p->rows - p->wanted;
-    if (p->head == 0) llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, p->wanted, llmi_act(m, m->h, first * hidden));
-    m->be->linear(m->be, m->head, llmi_act(m, m->h, (first + p->head) * hidden), n, m->logits);
+    const void *h;
+    if (p->head == 0 && p->cut == 0)
+        llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, p->wanted, llmi_act(m, m->h, first * hidden));
+    h = llmi_act(m, m->h, (first + p->head) * hidden);
+    if (count < m->c.vocab) m->be->linear_rows(m->be, m->head, h, n, p->cut, count, m->logits);
+    else m->be->linear(m->be, m->head, h, n, m->logits);
 }
 
-/* Logits of the next block of wanted rows to the host; rows whose places are neighbours travel together. */
-static void llmi_pass_head(llmi_model *m)
+/* They go to the host. Whole rows whose places are neighbours travel together. */
+static void llmi_pass_give(llmi_model *m, int32_t n, int32_t count)
+{
+    const llmi_pass *p = &m->pass;
+    size_t vocab = (size_t)m->c.vocab;
+    float **out = m->out + p->rows - p->wanted + p->head;
+    for (int32_t at = 0, run; at < n; at += run) {
+        size_t values = (size_t)count;
+        for (run = 1; count == m->c.vocab && at + run < n && out[at + run] == out[at] + (size_t)run * vocab; run++) values += vocab;
+        m->be->download_act(m->be, out[at] + p->cut, llmi_act(m, m->logits, at * (int64_t)vocab + p->cut), values);
+        if (m->c.logit_cap > 0) llmi_cap(out[at] + p->cut, values, m->c.logit_cap);
+    }
+}
+
+/* Can the next block of the output layer be computed in slices? */
+static int llmi_pass_slices(const llmi_model *m) { return m->be->linear_rows != NULL && !m->pass.computed; }
+
+/* The next block of wanted rows, or `most` more logits of each: a multiple of 64. */
+static void llmi_pass_head(llmi_model *m, int32_t most)
 {
     llmi_pass *p = &m->pass;
-    moq_backend *be = m->be;
-    int64_t vocab = m->c.vocab;
-    int32_t left = p->wanted - p->head, n = left < m->head_rows ? left : m->head_rows;
-    float **out = m->out + p->rows - p->wanted + p->head;
-    if (!p->computed) llmi_pass_logits(m, n);
-    for (int32_t at = 0, run; at < n; at += run) {
-        run = 1;
-        while (at + run < n && out[at + run] == out[at] + (size_t)run * (size_t)vocab) run++;
-        be->download_act(be, out[at], llmi_act(m, m->logits, at * vocab), (size_t)run * (size_t)vocab);
-        if (m->c.logit_cap > 0) llmi_cap(out[at], (size_t)run * (size_t)vocab, m->c.logit_cap);
-    }
+    int32_t left = p->wanted - p->head, n = left < m->head_rows ? left : m->head_rows, count = m->c.vocab - p->cut;
+    if (most < count && llmi_pass_slices(m)) count = most;
+    if (!p->computed) llmi_pass_logits(m, n, count);
+    llmi_pass_give(m, n, count);
+    p->cut += count;
+    if (p->cut < m->c.vocab) return;
+    p->cut = 0;
     p->head += n;
 }
 
@@ -7918,7 +7938,7 @@ static int llmi_pass_record(llmi_model *m)
     if (!m->no_step) {
         llmi_pass_embed(m);
         for (int32_t i = 0; i < m->c.layers; i++) llmi_pass_layer(m, &m->layers[i]);
-        llmi_pass_logits(m, 1);
+        llmi_pass_logits(m, 1, m->c.vocab);
         m->step = be->capture_end(be, NULL);
         m->no_step = !m->step;
     }
@@ -7943,15 +7963,15 @@ static int llmi_pass_replay(llmi_model *m)
     return 1;
 }
 
-/* One unit. */
-static void llmi_pass_unit(llmi_model *m)
+/* One unit; of the output layer at most so many logits. */
+static void llmi_pass_unit(llmi_model *m, int32_t most)
 {
     llmi_pass *p = &m->pass;
     if (p->next == LLMI_PASS_EMBED && llmi_pass_replay(m)) return;
     if (p->next == LLMI_PASS_EMBED) llmi_pass_upload(m);
     if (p->next == LLMI_PASS_EMBED) llmi_pass_embed(m);
     else if (p->next < m->c.layers) llmi_pass_layer(m, &m->layers[p->next]);
-    else llmi_pass_head(m);
+    else llmi_pass_head(m, most);
     if (p->next < m->c.layers) p->next++;
 }
 
@@ -8002,7 +8022,7 @@ static moq_result llmi_run(llmi_model *m, int32_t slot, const int32_t *tokens, i
         llmi_pass_clear(m);
         for (int32_t i = at; i < at + n; i++)
             llmi_pass_add(m, slot, tokens[i], pos + i, logits ? logits + (size_t)i * vocab : i + 1 == count ? last : NULL);
-        while (!llmi_pass_done(m)) llmi_pass_unit(m);
+        while (!llmi_pass_done(m)) llmi_pass_unit(m, m->c.vocab);
         code = llmi_pass_end(m, err);
         if (code >= 0 && count > m->chunk) code = llmi_progress(m, MOQ_STAGE_PREFILL, at + n, count, err);
     }
@@ -12873,7 +12893,7 @@ static void llmi_settle(llmi_house *h, const llm *m)
 static void llmi_finish_all(llmi_house *h)
 {
     if (h->part_count == 0) return;
-    while (!llmi_pass_done(&h->model)) llmi_pass_unit(&h->model);
+    while (!llmi_pass_done(&h->model)) llmi_pass_unit(&h->model, h->model.c.vocab);
     llmi_finish_pass(h);
 }
 
@@ -12888,6 +12908,17 @@ static void llmi_cancel_parts(llmi_house *h)
     }
 }
 
+/* How many logits of a block that takes `whole` seconds are computed next with `left` seconds to go: all that are missing, or half of what fits,
+   because the estimate is one. What was never timed begins with little. */
+static int32_t llmi_next_slice(const llmi_model *m, double whole, double left)
+{
+    int32_t vocab = m->c.vocab, missing = vocab - m->pass.cut;
+    double fits = whole > 0 ? left / whole * vocab : 0;
+    if (!llmi_pass_slices(m) || missing <= m->head_cut || fits >= missing) return missing;
+    fits /= 2;
+    return fits > m->head_cut ? (int32_t)fits / 64 * 64 : m->head_cut;
+}
+
 /* Units of the pass in progress until it is done or the next one would end after `until` (0: no limit). On a device that works behind our
    back the clock says nothing without waiting for it: where the time may not do, every unit waits. Returns 1: done. */
 static int llmi_run_pass(llmi_house *h, double until)
@@ -12900,11 +12931,16 @@ static int llmi_run_pass(llmi_house *h, double until)
     while (!llmi_pass_done(m)) {
         double start = now;
         int what = p->next < m->c.layers ? LLMI_LAYER : LLMI_HEAD;
-        double unit = llmi_expect(h, what, what == LLMI_LAYER ? p->rows : p->wanted);
+        int32_t left = p->wanted - p->head, most = m->c.vocab;
+        double unit = llmi_expect(h, what, what == LLMI_LAYER ? p->rows : left < m->head_rows ? left : m->head_rows);
+        if (what == LLMI_HEAD && until > 0) {
+            most = llmi_next_slice(m, unit, until - start);
+            unit *= (double)most / m->c.vocab;
+        }
         if (until > 0 && h->units > 0 && start + unit > until) return 0;
         llmi_cancel_parts(h);
         if (h->part_count == 0) return 1;
-        llmi_pass_unit(m);
+        llmi_pass_unit(m, most);
         h->units++;
         if (careful) m->be->sync(m->be, &e); /* an error stays until the pass ends */
         now = moq_seconds();
@@ -13640,7 +13676,7 @@ static moq_result llmi_calibrate_row(llmi_calibration *c, int32_t layer, int32_t
             m->pass.add = m->d;
         }
         llmi_pass_layer(m, &m->layers[layer]);
-        while (m->pass.head < m->pass.wanted) llmi_pass_head(m);
+        while (m->pass.head < m->pass.wanted) llmi_pass_head(m, m->c.vocab);
         if (keep) {
             be->download_act(be, c->host, m->x, half);
             be->download_act(be, c->host + half, m->d, half);

@@ -760,6 +760,68 @@ static void test_backend_few_rows_alone(void)
     }
 }
 
+/* A product in slices is the product, and nothing else is written: a layer of two parts, cut before, in and behind their border. */
+static long wrong_slices(moq_backend *be, const moq_linear *parts, const float *x, int rows)
+{
+    static const int cuts[] = {0, 64, 256, 320, 384, 414};
+    static float whole[20 * 414], y[20 * 414], was[20 * 414];
+    moq_error err;
+    moq_weight *w = be->prepare_linear(be, parts, 2, &err);
+    long wrong = w == NULL;
+    if (!w) return wrong;
+    be->linear(be, w, x, rows, whole);
+    for (int i = 0; i < rows * 414; i++) y[i] = was[i] = (float)(i + 1);
+    for (int c = 4; c >= 0; c--) { /* any order */
+        for (int i = 0; i < rows * 414; i++)
+            if (i % 414 >= cuts[c] && i % 414 < cuts[c + 1]) was[i] = whole[i];
+        be->linear_rows(be, w, x, rows, cuts[c], cuts[c + 1] - cuts[c], y);
+        wrong += memcmp(y, was, sizeof *y * (size_t)(rows * 414)) != 0;
+    }
+    be->release_weight(be, w);
+    return wrong;
+}
+
+static void test_backend_linear_rows(void)
+{
+    static const int counts[] = {1, 3, 20};
+    static float x[20 * 256];
+    static uint16_t low[3 * 256 + 350 * 3];
+    moq_error err;
+    for (int i = 0; i < 20 * 256; i++) x[i] = test_normal();
+    for (size_t i = 0; i < MOQI_COUNT(low); i++) low[i] = moq_bf16_encode(test_normal());
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        const layer_format *f = &layer_formats[i];
+        layer a, b;
+        if (350 % f->row_unit || 256 % f->col_unit) continue;
+        layer_make(&a, f, 350, 256);
+        layer_make(&b, &layer_formats[4], 64, 256);
+        for (int way = 0; way < 3; way++) { /* inputs wide, short, with a low-rank branch */
+            moq_linear parts[2] = {a.w, b.w};
+            if (way == 1) parts[0].scheme.input = input_formats[7].c;
+            parts[0].input_scale = 0.001f;
+            if (way == 2) {
+                parts[0].scheme.lora_rank = 3;
+                parts[0].lora_a.data = low;
+                parts[0].lora_b.data = low + 3 * 256;
+                parts[0].lora_a.dtype = parts[0].lora_b.dtype = MOQ_BF16;
+                parts[0].lora_a.count = 3 * 256;
+                parts[0].lora_b.count = 350 * 3;
+            }
+            for (int k = 0; moqi_get_kernels(k); k++)
+                for (int n = 0; n < 3; n++) {
+                    moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 1 + n % 2);
+                    CHECK(be->reserve(be, 16, &err) == MOQ_OK); /* 20 rows go in two */
+                    long wrong = wrong_slices(be, parts, x, counts[n]);
+                    if (wrong) fprintf(stderr, "%s, %s, inputs %d, %d rows: %ld slices wrong\n", moqi_get_kernels(k)->name, f->name, way, counts[n], wrong);
+                    CHECK_INT(wrong, 0);
+                    moq_backend_destroy(be);
+                }
+        }
+        layer_free(&a);
+        layer_free(&b);
+    }
+}
+
 /* So many rows that a task takes 128 of them: the low-rank branch gets by with the scratch memory of a task. */
 static void test_backend_tall_low_rank(void)
 {
@@ -1541,6 +1603,7 @@ int main(int argc, char **argv)
     RUN(test_backend_slices);
     RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
+    RUN(test_backend_linear_rows);
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
     RUN(test_backend_few_rows_alone);

@@ -381,6 +381,51 @@ static void test_budget_of_nothing(void)
     llm_close(m);
 }
 
+/* The output layer whole and in slices, of two answers at once: the same texts and log-probabilities, and no unit is more than a slice. */
+static void test_head_in_slices(void)
+{
+    char text[2][2][1024] = {{"", ""}, {"", ""}};
+    double sum[2][2] = {{0, 0}, {0, 0}};
+    moq_error e;
+    llm_desc d = demo_desc();
+    llm *m[2];
+    d.slots = 2;
+    d.logprobs = 1;
+    m[0] = open_or_say(&d);
+    m[1] = m[0] ? llm_join(m[0], &e) : NULL;
+    if (!m[1]) return;
+    llmi_house *h = m[0]->house;
+    CHECK_INT(h->model.head_cut, 4160); /* more than this model has tokens */
+    for (int slices = 0; slices < 2; slices++) {
+        int begun = 0;
+        if (slices) h->model.head_cut = 64;
+        for (int i = 0; i < 2; i++) {
+            llm_reset(m[i]);
+            ask(m[i], i);
+        }
+        for (int calls = 0; llm_step_all(m[0], 1) >= 0 && calls < 200000; calls++) {
+            const llmi_pass *p = &h->model.pass;
+            CHECK(p->cut % 64 == 0 && h->units <= 1 + 2); /* one of the pass; before it both may choose */
+            begun += h->part_count > 0 && p->cut > 0;
+            for (int i = 0; i < 2; i++)
+                if (llm_ready(m[i]) > 0) strcat(text[slices][i], llm_piece(m[i]));
+        }
+        CHECK(slices ? begun > 15 * 20 : begun == 0);
+        for (int i = 0; i < 2; i++) {
+            size_t n;
+            const llm_token *t = llm_get_tokens(m[i], &n);
+            CHECK(n > 20);
+            while (n-- > 0) sum[slices][i] += (double)t[n].logprob;
+        }
+    }
+    for (int i = 0; i < 2; i++) {
+        CHECK_STR(text[0][i], text[1][i]);
+        CHECK(sum[0][i] == sum[1][i] && sum[0][i] < 0);
+    }
+    llm_close(m[1]);
+    llm_close(m[0]);
+}
+
 static void *cancel_soon(void *arg)
 {
     double until = moq_seconds() + 0.002;
@@ -650,6 +695,7 @@ int main(int argc, char **argv)
     RUN(test_budget);
     RUN(test_threads_agree);
     RUN(test_budget_of_nothing);
+    RUN(test_head_in_slices);
     RUN(test_cancel_in_a_pass);
     RUN(test_ranks_steps);
     RUN(test_plan);

@@ -107,7 +107,7 @@ static void check_batch(const char *folder)
             for (int i = 0; i < N; i++) /* rows of different sequences alternate */
                 if (t < take[i]) llmi_pass_add(m->model, i, ids[i][done[i] + t], done[i] + t, all + (size_t)i * row + (size_t)(done[i] + t) * vocab);
         if (rows == 0) continue;
-        while (!llmi_pass_done(m->model)) llmi_pass_unit(m->model);
+        while (!llmi_pass_done(m->model)) llmi_pass_unit(m->model, INT32_MAX);
         CHECK_INT(llmi_pass_end(m->model, &e), MOQ_OK);
         for (int i = 0; i < N; i++) done[i] += take[i];
     }
