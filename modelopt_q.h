@@ -16350,24 +16350,43 @@ static const float *moqi_attend_keys(const moqi_attending *t, int64_t slot, int6
     return room;
 }
 
-/* Tells the memory that 32 rows of one head from position `first` on come next. */
-static void moqi_attend_ahead(const moqi_cache *c, int64_t slot, int64_t head, int64_t first)
+/* Positions [first, last] of a head that are looked at after those in work; last < first: none. */
+typedef struct moqi_next { int64_t slot, head, first, last; } moqi_next;
+
+/* The next block of a span that goes from `low` to `high`, or the first one of the next head. */
+static moqi_next moqi_attend_next(const moqi_cache *c, int64_t slot, int64_t head, int64_t first, int64_t low, int64_t high)
+{
+    moqi_next next;
+    next.slot = slot;
+    next.head = first <= high ? head : moqi_min(head + 1, c->desc.kv_heads - 1);
+    next.first = first <= high ? first : low;
+    next.last = first > high && head == next.head ? -1 : moqi_min(next.first + MOQI_ATTEND_KEYS - 1, high);
+    return next;
+}
+
+/* Tells the memory that half 0 or 1 of their keys, or 2 or 3, of their values, comes next. Halves stand between pieces of work, because a core that
+   asks for more lines at once than it keeps track of does nothing else until they come; they go into the second level, where many more may be under
+   way than into the first. */
+static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int half)
 {
 #if defined(__GNUC__)
+    const int64_t row = (int64_t)c->row_bytes[half / 2], some = MOQI_ATTEND_KEYS / 2 * row;
+    const int64_t end = moqi_min((next->last - next->first + 1) * row, (half % 2 + 1) * some);
+    const uint8_t *p = moqi_kv_row(c, half / 2, next->slot, next->head, next->first);
     __asm__ volatile(""); /* see moqi_prefetch */
-    for (int i = 0; i < 2; i++) {
-        const uint8_t *p = moqi_kv_row(c, i, slot, head, first);
-        for (int64_t at = 0; at < MOQI_ATTEND_KEYS * (int64_t)c->row_bytes[i]; at += 64) __builtin_prefetch(p + at);
-    }
+    for (int64_t at = half % 2 * some; at < end; at += 64) __builtin_prefetch(p + at, 0, 2);
 #else
-    (void)c; (void)slot; (void)head; (void)first;
+    (void)c; (void)next; (void)half;
 #endif
 }
 
 /* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]; values: [count, value_dim]. */
-static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, float *s, const float *values, float *part)
+static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, const moqi_next *next, float *s,
+                              const float *values, float *part)
 {
-    int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], queries = g->rows * g->heads;
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t n = c->dim[1], queries = g->rows * g->heads;
+    moqi_attend_ahead(c, next, 2);
     for (int64_t i = 0; i < queries; i++) {
         float *score = s + i * MOQI_ATTEND_KEYS, *y = part + i * (n + 2), max = y[n];
         int64_t r = g->row + i / g->heads, from = moqi_max(first, moqi_attend_from(t, r)) - first, to = moqi_min(first + count - 1, t->b->pos[r]) - first;
@@ -16382,6 +16401,7 @@ static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, in
         }
         y[n + 1] += sum;
     }
+    moqi_attend_ahead(c, next, 3);
     t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, values, n, part, n + 2, n);
 }
 
@@ -16440,16 +16460,18 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
             for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
         else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
         else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
-        if (!lanes && first + 2 * MOQI_ATTEND_KEYS <= high + 1) moqi_attend_ahead(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS);
         if (lanes) {
             moqi_attend_seen(t, g, first, count, &l);
             t->o->lanes(&l, k, count, values);
             continue;
         }
+        moqi_next next = moqi_attend_next(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS, low, high);
+        moqi_attend_ahead(c, &next, 0);
         t->o->turn(k, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
+        moqi_attend_ahead(c, &next, 1);
         memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
         t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
-        moqi_attend_block(t, g, first, count, s, values, part);
+        moqi_attend_block(t, g, first, count, &next, s, values, part);
     }
     /* rows past the last query lie where keys were */
     if (lanes && n % 16 == 0) t->o->turn(l.y, l.wide, n, l.wide, part, n + 2);
