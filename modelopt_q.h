@@ -11381,13 +11381,15 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
     return way;
 }
 
-/* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough for `workers`.
-   No result depends on where runs begin. */
+/* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough
+   for `workers`; shorter ones where x of a few rows is taken in pieces. No result depends on where runs begin. */
 static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int64_t workers)
 {
-    int64_t tile = MOQI_TILE_ROWS, most = m > 1 && m < 16 ? 64 : MOQI_WAY_ROWS;
+    const moqi_way *way = moqi_way_for(p, m);
+    const int whole = m == 1 || (way && way->unit == 0 && p->form == MOQI_CODES_WIDE && m * p->layer.cols <= p->k->piece);
+    int64_t tile = MOQI_TILE_ROWS, most = m < 16 && !whole ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
-    if (!moqi_way_for(p, m)) return tile;
+    if (!way) return tile;
     for (tile *= 2; tile < most && rows / (2 * tile) >= 4 * workers;) tile *= 2;
     return tile;
 }
@@ -11402,6 +11404,21 @@ static void moqi_run_scales(const moqi_kernels *k, const moqi_tiled *p, int64_t 
         if (p->factor != 1) k->scale(s, count, 62, &p->factor, NULL);
     } else {
         for (int64_t i = 0; i < count; i++) s[i] = p->factor;
+    }
+}
+
+/* The same for whole rows, one scale each: most are one for all, or lie side by side. */
+static void moqi_row_scales(const moqi_tiled *p, int64_t row, int64_t rows, float *s)
+{
+    const int64_t first = p->scale_first + row * p->scale_step, last = first + (rows - 1) * p->scale_step;
+    if (!p->scales || first / p->group_rows == last / p->group_rows) {
+        moqi_run_scales(p->k, p, row, 0, 1, s);
+        for (int64_t r = 1; r < rows; r++) s[r] = s[0];
+    } else if (p->group_rows == 1 && p->scale_step == 1 && p->scale_stride == 1) {
+        p->k->expand(p->scale_dtype, p->scales + first * (moq_dtype_bits(p->scale_dtype) / 8), rows, s);
+        if (p->factor != 1) p->k->scale(s, rows, 62, &p->factor, NULL);
+    } else {
+        for (int64_t r = 0; r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, s + r);
     }
 }
 
@@ -11980,7 +11997,7 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_lanes_512(moq_dtype dtype, const uint
 
 /* acc[r][t] += row[r] . x[t] over the pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs, rows and tokens are
    constants. Rows that lie far apart are read in turn: so more of memory is on its way. One sum for each row and token, in order of the columns,
-   whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][8][16] */
+   whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][tokens][16] */
 MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, moq_dtype dtype, int pairs, int scaled, int rows, int tokens, const int64_t *row,
                                                   float *const *acc)
 {
@@ -12190,7 +12207,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
 {
     moqi_stream_pass s;
     const int nibbles = p->form == MOQI_CODES_NIBBLES, whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
-    float mul = p->factor, one, *pack;
+    float mul = p->factor, *pack;
     s.pairs = way->arrange == moqi_stream_arrange_pairs;
     if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole) mul *= 256;
     if (!nibbles && p->dtype == MOQ_F8_E4M3 && !s.pairs) mul *= 256;
@@ -12207,7 +12224,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
         int64_t piece = nibbles ? 8192 / tokens : moqi_min(8192, p->k->piece / tokens / 512 * 512); /* scales are for no more */
         int64_t visit = moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8;
         step = tokens;
-        s.lda = tokens == 1 ? 16 : 128;
+        s.lda = 16 * tokens;
         if (nibbles) s.ahead = tokens == 1 ? (int64_t)MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
         else if (tokens == 1 || piece >= p->layer.cols) s.ahead = tokens == 1 ? p->k->ahead : 2 * p->k->ahead;
         else s.ahead = moqi_ceil_div(p->k->ahead, visit) * p->row_bytes;
@@ -12222,11 +12239,10 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
         for (int64_t r = 0; p->zeros && r < rows; r++)
             moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, 96, tokens, acc + s.lda * r);
         moqi_stream_sums_512(acc, rows * s.lda / 16);
-        for (int64_t r = 0; r < rows; r++) {
-            if (whole) moqi_run_scales(p->k, p, row + r, 0, 1, &one);
-            for (int t = 0; t < tokens; t++)
-                y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + (whole ? one * mul : mul) * acc[r * s.lda / 16 + t];
-        }
+        if (whole) moqi_row_scales(p, row, rows, s.scale);
+        for (int64_t r = 0; r < rows; r++) s.scale[r] = whole ? s.scale[r] * mul : mul;
+        for (int t = 0; t < tokens; t++)
+            for (int64_t r = 0; r < rows; r++) y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + s.scale[r] * acc[r * tokens + t];
     }
 }
 
