@@ -11407,21 +11407,6 @@ static void moqi_run_scales(const moqi_kernels *k, const moqi_tiled *p, int64_t 
     }
 }
 
-/* The same for whole rows, one scale each: most are one for all, or lie side by side. */
-static void moqi_row_scales(const moqi_tiled *p, int64_t row, int64_t rows, float *s)
-{
-    const int64_t first = p->scale_first + row * p->scale_step, last = first + (rows - 1) * p->scale_step;
-    if (!p->scales || first / p->group_rows == last / p->group_rows) {
-        moqi_run_scales(p->k, p, row, 0, 1, s);
-        for (int64_t r = 1; r < rows; r++) s[r] = s[0];
-    } else if (p->group_rows == 1 && p->scale_step == 1 && p->scale_stride == 1) {
-        p->k->expand(p->scale_dtype, p->scales + first * (moq_dtype_bits(p->scale_dtype) / 8), rows, s);
-        if (p->factor != 1) p->k->scale(s, rows, 62, &p->factor, NULL);
-    } else {
-        for (int64_t r = 0; r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, s + r);
-    }
-}
-
 /* E4M3 of a double, rounded once: F32 keeps whether anything was cut off in its last bit (rounding to odd), far below E4M3's. */
 static float moqi_round_e4m3_exact(double v)
 {
@@ -11975,8 +11960,9 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_halve_512(const uint8_t *from, __m512i 
 /* 64 E4M3 codes as BF16, exactly: 8 of every 16 in w[0], the other 8 in w[1]. A table of 128 gives each byte of the number but for the sign. */
 MOQI_INLINE MOQI_AVX512 void moqi_stream_pairs_512(const uint8_t *from, __m512i *w)
 {
-    const __m512i b = _mm512_loadu_si512(from);
-    __m512i high = b, low = b;
+    __m512i b = _mm512_loadu_si512(from), high, low;
+    __asm__("" : "+v"(b)); /* or it is loaded three times */
+    high = low = b;
     __asm__("vpermi2b %2, %1, %0" : "+v"(high) : "v"(_mm512_loadu_si512(moqi_e4m3_high)), "v"(_mm512_loadu_si512(moqi_e4m3_high + 64)));
     __asm__("vpermi2b %2, %1, %0" : "+v"(low) : "v"(_mm512_loadu_si512(moqi_e4m3_low)), "v"(_mm512_loadu_si512(moqi_e4m3_low + 64)));
     high = _mm512_ternarylogic_epi32(high, b, _mm512_set1_epi8((char)-128), 0xf8); /* high | (b & sign) */
@@ -11995,6 +11981,16 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_lanes_512(moq_dtype dtype, const uint
     return _mm512_castsi512_ps(k % 2 == 0 ? _mm512_slli_epi32(v, 16) : _mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)));
 }
 
+/* Some row holds a code that is no number: all sums of its row are none. */
+static void moqi_stream_broken_512(const moqi_stream_pass *pass, int rows, int tokens, const int64_t *row, float *const *acc)
+{
+    for (int r = 0; r < rows; r++) {
+        int nan = 0;
+        for (int64_t i = pass->first; i < pass->end && !nan; i++) nan = (pass->p->codes[row[r] * pass->p->row_bytes + i] & 0x7f) == 0x7f;
+        for (int i = 0; i < 16 * tokens && nan; i++) acc[r][i] = moqi_bits_f32(0x7fc00000);
+    }
+}
+
 /* acc[r][t] += row[r] . x[t] over the pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs, rows and tokens are
    constants. Rows that lie far apart are read in turn: so more of memory is on its way. One sum for each row and token, in order of the columns,
    whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][tokens][16] */
@@ -12002,16 +11998,15 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
                                                   float *const *acc)
 {
     const int64_t bytes = dtype == MOQ_F8_E4M3 || dtype == MOQ_I8 ? 1 : 2, n = pass->end - pass->first, ahead = pass->ahead;
-    const int halved = dtype == MOQ_F8_E4M3 && !pairs;
+    const int halved = dtype == MOQ_F8_E4M3 && !pairs, paired = pairs ? tokens : 0, steps = pairs ? 0 : 4;
     const uint8_t *src[4];
     const float *scale = pass->scale, *x = pass->x + (pairs ? pass->first / 2 : pass->first);
-    int64_t ldx = pass->ldx, ldx3 = 3 * ldx;
-    __m512i most[4], halves[4][2]; /* lines of the cache */
+    ptrdiff_t ldx = (ptrdiff_t)pass->ldx, ldx3 = 3 * ldx;
+    __m512i most = _mm512_setzero_si512(), halves[4][2]; /* lines of the cache */
     __m512 a[4][8];
     uint8_t edge[4][128];
     MOQI_UNROLL for (int r = 0; r < rows; r++) {
         src[r] = pass->p->codes + row[r] * pass->p->row_bytes + pass->first * bytes;
-        most[r] = _mm512_setzero_si512();
         MOQI_UNROLL for (int t = 0; t < tokens; t++) a[r][t] = _mm512_loadu_ps(acc[r] + 16 * t);
     }
 #define MOQI_X(t) ((t) == 0 ? x : x + (t) / 4 * 4 * ldx + ((t) % 4 == 3 ? ldx3 : (t) % 4 * ldx))
@@ -12024,11 +12019,11 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
         MOQI_UNROLL for (int r = 0; r < rows; r++) {
             __builtin_prefetch(src[r] + ahead);
             if (bytes == 2) __builtin_prefetch(src[r] + ahead + 64);
-            if (halved) moqi_stream_halve_512(src[r], halves[r], &most[r]);
+            if (halved) moqi_stream_halve_512(src[r], halves[r], &most);
             if (pairs) moqi_stream_pairs_512(src[r], halves[r]);
         }
         if (halved) __asm__("" : "+m"(halves)); /* or the compiler takes the halves out of the registers again */
-        MOQI_UNROLL for (int t = 0; t < tokens && pairs; t++) {
+        MOQI_UNROLL for (int t = 0; t < paired; t++) {
             const __m512 x0 = _mm512_loadu_ps(MOQI_X(t)), x1 = _mm512_loadu_ps(MOQI_X(t) + 16);
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
                 __m512 sum = scaled ? _mm512_setzero_ps() : a[r][t];
@@ -12041,7 +12036,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
                 a[r][t] = sum;
             }
         }
-        MOQI_UNROLL for (int k = 0; k < 4 && !pairs; k++) {
+        MOQI_UNROLL for (int k = 0; k < steps; k++) {
             __m512 w[4];
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
                 w[r] = moqi_stream_lanes_512(dtype, src[r], halves[r], k);
@@ -12056,9 +12051,9 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
         MOQI_UNROLL for (int r = 0; r < rows; r++) src[r] += 64 * bytes;
     }
     MOQI_UNROLL for (int r = 0; r < rows; r++) {
-        int nan = halved && _mm512_cmpeq_epi8_mask(most[r], _mm512_set1_epi8(0x7f)) != 0;
-        MOQI_UNROLL for (int t = 0; t < tokens; t++) _mm512_storeu_ps(acc[r] + 16 * t, nan ? _mm512_set1_ps(moqi_bits_f32(0x7fc00000)) : a[r][t]);
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) _mm512_storeu_ps(acc[r] + 16 * t, a[r][t]);
     }
+    if (halved && _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(0x7f)) != 0) moqi_stream_broken_512(pass, rows, tokens, row, acc);
 #undef MOQI_X
 }
 
@@ -12198,6 +12193,21 @@ MOQI_AVX512 static void moqi_stream_arrange_pairs(const moqi_tiled *p, const flo
         __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(high) : "v"(v[2]), "v"(v[3]));
         _mm512_storeu_si512(out, _mm512_shuffle_i32x4(low, high, 0x88));
         _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(low, high, 0xdd));
+    }
+}
+
+/* What moqi_run_scales gives for whole rows, one scale each: most are one for all, or lie side by side. */
+static void moqi_row_scales(const moqi_tiled *p, int64_t row, int64_t rows, float *s)
+{
+    const int64_t first = p->scale_first + row * p->scale_step, last = first + (rows - 1) * p->scale_step;
+    if (!p->scales || first / p->group_rows == last / p->group_rows) {
+        moqi_run_scales(p->k, p, row, 0, 1, s);
+        for (int64_t r = 1; r < rows; r++) s[r] = s[0];
+    } else if (p->group_rows == 1 && p->scale_step == 1 && p->scale_stride == 1) {
+        p->k->expand(p->scale_dtype, p->scales + first * (moq_dtype_bits(p->scale_dtype) / 8), rows, s);
+        if (p->factor != 1) p->k->scale(s, rows, 62, &p->factor, NULL);
+    } else {
+        for (int64_t r = 0; r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, s + r);
     }
 }
 
