@@ -1683,6 +1683,9 @@ static void moqi_clear(moq_error *err)
 
 #define MOQI_ALIGN 64
 
+/* forward: >>os says which memory is read a lot */
+static void moqi_sys_large(void *p, size_t bytes);
+
 /* MOQ_MALLOC promises no alignment: the block's real start is kept in front of the aligned address. */
 static void *moqi_default_alloc(size_t bytes)
 {
@@ -1692,6 +1695,7 @@ static void *moqi_default_alloc(size_t bytes)
     uintptr_t at = ((uintptr_t)base + sizeof(void *) + MOQI_ALIGN - 1) & ~(uintptr_t)(MOQI_ALIGN - 1);
     uint8_t *p = base + (at - (uintptr_t)base);
     memcpy(p - sizeof(void *), &base, sizeof(void *));
+    moqi_sys_large(p, bytes);
     return p;
 }
 
@@ -2157,6 +2161,8 @@ static void *moqi_sys_map(intptr_t file, size_t bytes)
 
 static void moqi_sys_unmap(void *map, size_t bytes) { (void)bytes; UnmapViewOfFile(map); }
 
+static void moqi_sys_large(void *p, size_t bytes) { (void)p; (void)bytes; } /* asking for them takes a privilege */
+
 /* Pages that are not locked leave the working set: what VirtualUnlock is documented to do with them, and to call an error. */
 MOQI_UNUSED static void moqi_sys_forget(void *map, size_t bytes) { (void)VirtualUnlock(map, bytes); }
 
@@ -2349,6 +2355,18 @@ static void *moqi_sys_map(intptr_t file, size_t bytes)
 }
 
 static void moqi_sys_unmap(void *map, size_t bytes) { munmap(map, bytes); }
+
+/* Pages of 2 MB for what is as large. In order through 4 KB pages a core gets to two thirds of the memory's speed only: nothing is fetched ahead
+   over the end of a page, and a virtual machine looks up the address of each in two tables. By default Linux gives large ones to those who ask. */
+#ifdef __linux__
+static void moqi_sys_large(void *p, size_t bytes)
+{
+    const size_t page = (size_t)1 << 21, skip = (page - (uintptr_t)p % page) % page;
+    if (bytes >= skip + page) (void)madvise((uint8_t *)p + skip, (bytes - skip) / page * page, 14); /* MADV_HUGEPAGE */
+}
+#else
+static void moqi_sys_large(void *p, size_t bytes) { (void)p; (void)bytes; }
+#endif
 
 /* The pages leave this process; the next look at one reads the file again. Only for mappings that nobody can write to. */
 #ifdef __linux__
