@@ -8058,14 +8058,30 @@ static uint32_t llmi_rank(float v)
     return u >> 31 ? ~u : u | 0x80000000u;
 }
 
-/* The largest logit, the lowest index among equals; -1 when none is above -infinity. */
+/* Signed integers in the order of the floats, but for NaN and for -0, which is below 0: what has a higher rank is above here too. */
+static int32_t llmi_ordered(float v)
+{
+    int32_t i;
+    memcpy(&i, &v, sizeof i);
+    return i ^ (i < 0 ? 0x7fffffff : 0);
+}
+
+/* The largest logit, the lowest index among equals; -1 when none is above -infinity. Blocks of 64 without a larger one are passed over. */
 static int32_t llmi_greedy(const float *logits, int32_t n)
 {
-    uint32_t best = 0x007fffffu; /* the rank of -infinity */
-    int32_t at = -1;
-    for (int32_t i = 0; i < n; i++) {
-        uint32_t r = llmi_rank(logits[i]);
-        if (r > best) { best = r; at = i; }
+    uint32_t best = 0x007fffffu;   /* the rank of -infinity */
+    int32_t at = -1, order = -0x7f800001; /* its order */
+    for (int32_t i = 0, end; i < n; i = end) {
+        int32_t most = order;
+        end = n - i < 64 ? n : i + 64;
+        if (end == i + 64) {
+            for (int32_t k = 0; k < 64; k++) most = llmi_ordered(logits[i + k]) > most ? llmi_ordered(logits[i + k]) : most;
+            if (most == order) continue;
+        }
+        for (; i < end; i++) {
+            uint32_t r = llmi_rank(logits[i]);
+            if (r > best) { best = r; at = i; order = llmi_ordered(logits[i]); }
+        }
     }
     return at;
 }
