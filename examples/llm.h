@@ -8137,23 +8137,50 @@ static int32_t llmi_pop(const float *logits, int32_t *heap, int32_t *left)
     return top;
 }
 
+/* A weight that no candidate falls below: those that do not come before the first `most`, or before the heaviest whose sum is `enough`, are no
+   candidates. weight [n] in [0, 1], 1 among them; by powers of two, with room for sums in another order. */
+static float llmi_lightest(const float *weight, int32_t n, int32_t most, double enough)
+{
+    double sum[2][128], all = 0;
+    int32_t count[2][128], seen = 0;
+    memset(sum, 0, sizeof sum);
+    memset(count, 0, sizeof count);
+    for (int32_t i = 0; i < n; i++) {
+        uint32_t u;
+        memcpy(&u, &weight[i], sizeof u);
+        u = u >> 23 & 127; /* of exponents up to that of 1 */
+        sum[i & 1][u] += weight[i]; /* two of each, for neighbours fall into the same */
+        count[i & 1][u]++;
+    }
+    for (int e = 127; e > 0; e--) {
+        all += sum[0][e] + sum[1][e];
+        seen += count[0][e] + count[1][e];
+        if (seen >= most || all > enough * 1.000001) return (float)ldexp(1, e - 127);
+    }
+    return 0;
+}
+
 /* Candidates come off a heap in falling order until a filter is satisfied: top_k counts, then top_p wants that share of what
    top_k left, then min_p compares with the largest. weight [n]: exp((logit - max) / T), `total` their sum. Returns how many
-   are kept: heap[n - 1], heap[n - 2] ... in falling order; *mass is their weight. */
-static int32_t llmi_filter(const llm_sampling *s, const float *logits, const float *weight, double total, int32_t n, int32_t *heap, double *mass)
+   are kept: last[n - 1], last[n - 2] ... in falling order; *mass is their weight. */
+static int32_t llmi_filter(const llm_sampling *s, const float *logits, const float *weight, double total, int32_t n, int32_t *last, double *mass)
 {
-    int32_t left = n, kept = 0, most = s->top_k > 0 && s->top_k < n ? s->top_k : n;
+    int32_t count = 0, kept = 0, counts = s->top_k > 0 && s->top_k < n, most = counts ? s->top_k : n;
     float least = llmi_is_on(s->min_p, 2.0f) ? s->min_p : 0;
-    for (int32_t i = 0; i < n; i++) heap[i] = i;
-    for (int32_t i = n / 2; i-- > 0;) llmi_sift(logits, heap, n, i);
-    if (most < n) {
-        total = 0;
-        while (n - left < most) total += weight[llmi_pop(logits, heap, &left)];
-    }
-    double enough = llmi_is_on(s->top_p, 1.0f) ? (double)s->top_p * total : total * 2;
+    double share = llmi_is_on(s->top_p, 1.0f) ? (double)s->top_p : 2.0;
+    float lightest = llmi_lightest(weight, n, most, counts ? 1e300 : share * total);
+    if (!counts && least > lightest) lightest = least < 1 ? least : 1;
+    for (int32_t i = n; i-- > 0;)
+        if (weight[i] >= lightest) last[n - ++count] = i;
+    int32_t left = count, *heap = last + n - count;
+    for (int32_t i = count / 2; i-- > 0;) llmi_sift(logits, heap, count, i);
+    if (counts) total = 0;
+    while (counts && count - left < most) total += weight[llmi_pop(logits, heap, &left)];
+    if (most > count) most = count;
+    double enough = share * total;
     for (*mass = 0; kept < most && *mass < enough; kept++) {
-        if (n - left == kept) llmi_pop(logits, heap, &left);
-        float w = weight[heap[n - 1 - kept]];
+        if (count - left == kept) llmi_pop(logits, heap, &left);
+        float w = weight[heap[count - 1 - kept]];
         if (kept > 0 && w < least) break;
         *mass += w;
     }
