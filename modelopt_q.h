@@ -13747,15 +13747,26 @@ MOQI_LINES_BEGIN
        [4][16 lanes] words of codes in the order of the weights, [16] scales, [16] -off * (sum of the lane's codes)
 
    and X behind them as in >>stream, 96 sums to a block. Where 16 bits of x may be kept, x = 256 hi + lo is two such rows. Up to 8 rows
-   run together, block by block side by side: weights are looked up once for all of them, and one register points to all of x. */
+   lie block by block side by side, and up to 4 meet two rows of weights in registers: then every vector of x serves two of weights. */
+
+/* Is this the set of kernels for AMD's processors? They have VBMI, and what is asked for must not go to the first-level cache, which is small: its miss
+   buffers are better left to the reads (one row of x: 0.87 to 0.95 of the speed of a plain read, else 0.6). */
+static int moqi_dot_zen(const moqi_tiled *p) { return p->k->piece > 8192; }
 
 static int moqi_dot_takes_512(const moqi_tiled *p) { return moqi_dot_takes(p, 256); }
+
+/* Does one scale serve all of a row on either side? Then sums of codes need none before the end, and they fit 32 bits. */
+static int moqi_dot_solid_512(const moqi_tiled *p)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    return p->form == MOQI_CODES_WIDE && p->groups == 1 && p->rounds && (c->group_cols <= 0 || c->group_cols >= p->layer.cols) && p->layer.cols <= 1 << 20;
+}
 
 /* Do several rows of x start their sums at the bits of 1.5 * 2^23, as in moqi_panel_i8_tokens? That wants scales of few bits that are not large. */
 static int moqi_dot_bits_512(const moqi_tiled *p)
 {
     int none = !p->scales || (p->form == MOQI_CODES_WIDE && p->groups == 1);
-    return moqi_dot_digits(p) == 1 && (none || p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F16);
+    return moqi_dot_digits(p) == 1 && !moqi_dot_solid_512(p) && (none || p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F16);
 }
 
 /* 16 values over s as whole numbers, or twice E2M1, or two digits of 8 bits: codes[digits][16]. 1 / s would move values that lie on an edge. */
@@ -13897,7 +13908,13 @@ typedef struct moqi_dot_pass {
     int32_t lane[64];     /* [2 blocks of 512 columns][lane] -> its scale among 16 */
     float *scale;         /* scratch: [4 rows][lds], of a row [block][16] */
     int64_t lds;
-    int bits;             /* moqi_dot_bits_512 */
+    int slots, slot;      /* digits of all those rows; the first one wanted */
+    int64_t rows;         /* of the task */
+    float begin[8][16];   /* sums before the first column, of each row of x */
+    int bits;             /* moqi_dot_bits_512, and there are several rows */
+    int solid;            /* moqi_dot_solid_512 */
+    int64_t ahead;        /* bytes from codes to those that are asked for; 0: none are */
+    int zen;              /* they are wanted in the second-level cache, and there is VBMI */
     int each;             /* so many rows share the block that their last columns do not fill, 2 or 4; else 1 */
     const float *last;    /* x for that block: its last columns `each` times */
 } moqi_dot_pass;
@@ -13937,124 +13954,66 @@ MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t r
     for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r * step, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
 }
 
-/* 256 nibbles -> their codes in the order of x. */
-MOQI_INLINE MOQI_AVX512 void moqi_dot_nibbles_512(__m512i v0, __m512i v1, __m512i table, __m512i *w)
+/* Asks for the block that begins here, for the first-level cache or for the second one. */
+MOQI_INLINE void moqi_dot_ask(const uint8_t *at, int nibbles, int second)
 {
-    const __m512i low = _mm512_set1_epi8(15);
+    if (second) {
+        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(at + 64, 0, 2);
+        if (!nibbles) __builtin_prefetch(at + 128, 0, 2);
+        if (!nibbles) __builtin_prefetch(at + 192, 0, 2);
+    } else {
+        __builtin_prefetch(at);
+        __builtin_prefetch(at + 64);
+        if (!nibbles) __builtin_prefetch(at + 128);
+        if (!nibbles) __builtin_prefetch(at + 192);
+    }
+}
+
+/* 256 nibbles of which the words of even number are put together, and those of odd number. */
+MOQI_INLINE MOQI_AVX512 void moqi_dot_pairs_512(__m512i v0, __m512i v1, __m512i *v)
+{
     __m512 f0 = _mm512_castsi512_ps(v0), f1 = _mm512_castsi512_ps(v1);
-    v0 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
-    v1 = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
-    w[0] = _mm512_shuffle_epi8(table, _mm512_and_si512(v0, low));
-    w[1] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v0, 4), low));
-    w[2] = _mm512_shuffle_epi8(table, _mm512_and_si512(v1, low));
-    w[3] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v1, 4), low));
+    v[0] = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0x88));
+    v[1] = _mm512_castps_si512(_mm512_shuffle_ps(f0, f1, 0xdd));
 }
 
-/* A block of 256 columns -> its codes in the order of x. */
-MOQI_INLINE MOQI_AVX512 void moqi_dot_words_512(const uint8_t *src, int ahead, int nibbles, __m512i table, __m512i *w)
+/* The j-th 64 codes of a block in the order of x: of such nibbles, or of bytes. perm: VBMI's permutation looks at 6 bits of a byte, and `table` says the
+   same for all that the upper two may be. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_dot_codes_512(const __m512i *v, const uint8_t *src, int j, int nibbles, int perm, __m512i table)
 {
-    const __m512i flip = _mm512_set1_epi8((char)-128);
-    __m512i v0 = _mm512_loadu_si512(src), v1 = _mm512_loadu_si512(src + 64);
-    __builtin_prefetch(src + ahead);
-    __builtin_prefetch(src + ahead + 64);
-    if (nibbles) { moqi_dot_nibbles_512(v0, v1, table, w); return; }
-    __builtin_prefetch(src + ahead + 128);
-    __builtin_prefetch(src + ahead + 192);
-    w[0] = _mm512_xor_si512(v0, flip);
-    w[1] = _mm512_xor_si512(v1, flip);
-    w[2] = _mm512_xor_si512(_mm512_loadu_si512(src + 128), flip);
-    w[3] = _mm512_xor_si512(_mm512_loadu_si512(src + 192), flip);
-}
-
-/* acc[t] += row . x[t] over the pass for a few rows; `slots` are the digits of all rows of x, 1 to 8. Both numbers are constants where this is
-   called. The loops over slots are side by side and not one after the other: a sum waits 5 cycles for the one before it. acc: [rows][slots / digits][16] */
-MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int slots, int digits, float *acc)
-{
-    const moqi_tiled *p = pass->p;
-    const int nibbles = p->form == MOQI_CODES_NIBBLES;
-    const int64_t bytes = nibbles ? 128 : 256;
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const uint8_t *const end = moqi_codes_end(p);
-    uint8_t edge[256];
-    __m512 a[8];
-    __m512i q[8], w[4];
-#define MOQI_SLOTS(f) f(0) if (slots > 1) { f(1) } if (slots > 2) { f(2) } if (slots > 3) { f(3) } if (slots > 4) { f(4) } \
-    if (slots > 5) { f(5) } if (slots > 6) { f(6) } if (slots > 7) { f(7) }
-#define MOQI_LOAD(t) if ((t) % digits == 0) a[t] = _mm512_loadu_ps(acc + 16 * ((t) / digits));
-#define MOQI_STORE(t) if ((t) % digits == 0) _mm512_storeu_ps(acc + 16 * ((t) / digits), a[t]);
-#define MOQI_START(t) q[t] = _mm512_loadu_si512(x + 96 * (t) + 80);
-#define MOQI_DOT(k, t) __asm__("vpdpbusd %1, %2, %0" : "+v"(q[t]) : "m"(*(const __m512i_u *)(const void *)(x + 96 * (t) + 16 * (k))), "v"(w[k]));
-#define MOQI_DOT0(t) MOQI_DOT(0, t)
-#define MOQI_DOT1(t) MOQI_DOT(1, t)
-#define MOQI_DOT2(t) MOQI_DOT(2, t)
-#define MOQI_DOT3(t) MOQI_DOT(3, t)
-#define MOQI_BITS(t) a[t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(q[t]), s, n), _mm512_loadu_ps(x + 96 * (t) + 64), a[t]);
-#define MOQI_SCALE(t) if ((t) % digits == 0) { \
-        if (digits == 2) q[t] = _mm512_add_epi32(q[t], _mm512_slli_epi32(q[(t) + digits - 1], 8)); \
-        a[t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[t]), _mm512_loadu_ps(x + 96 * (t) + 64)), s, a[t]); }
-    for (int64_t r = 0; r < rows; r++, acc += 16 * slots / digits) {
-        const uint8_t *src = p->codes + (row + r) * p->row_bytes + pass->first / 256 * bytes;
-        const float *scale = pass->scale + r * pass->lds, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * slots;
-        MOQI_SLOTS(MOQI_LOAD)
-        for (int64_t c = pass->first; c < pass->end; c += 256, src += bytes, scale += 16, x += MOQI_DOT_WORDS * slots) {
-            if (end - src < bytes) {
-                memset(edge, 0, sizeof edge);
-                memcpy(edge, src, (size_t)(end - src));
-                src = edge;
-            }
-            __m512 s = _mm512_loadu_ps(scale), n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
-            moqi_dot_words_512(src, MOQI_STREAM_AHEAD, nibbles, table, w);
-            MOQI_SLOTS(MOQI_START)
-            MOQI_SLOTS(MOQI_DOT0)
-            MOQI_SLOTS(MOQI_DOT1)
-            MOQI_SLOTS(MOQI_DOT2)
-            MOQI_SLOTS(MOQI_DOT3)
-            if (digits == 1 && slots > 1 && pass->bits) { MOQI_SLOTS(MOQI_BITS) continue; }
-            MOQI_SLOTS(MOQI_SCALE)
-        }
-        MOQI_SLOTS(MOQI_STORE)
+    if (perm) {
+        __m512i w;
+        __asm__("vpermb %2, %1, %0" : "=v"(w) : "v"(j % 2 ? _mm512_srli_epi16(v[j / 2], 4) : v[j / 2]), "v"(table));
+        return w;
     }
-#undef MOQI_SLOTS
-#undef MOQI_LOAD
-#undef MOQI_STORE
-#undef MOQI_START
-#undef MOQI_DOT
-#undef MOQI_DOT0
-#undef MOQI_DOT1
-#undef MOQI_DOT2
-#undef MOQI_DOT3
-#undef MOQI_BITS
-#undef MOQI_SCALE
+    if (!nibbles) return _mm512_xor_si512(_mm512_loadu_si512(src + 64 * j), _mm512_set1_epi8((char)-128));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(j % 2 ? _mm512_srli_epi16(v[j / 2], 4) : v[j / 2], _mm512_set1_epi8(15)));
 }
 
-typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *acc);
-#define MOQI_DOT_ROWS(slots, digits) \
-    MOQI_VNNI static void moqi_dot_##slots##_##digits(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *acc) \
-    { moqi_dot_rows_512(pass, row, rows, slots, digits, acc); }
-MOQI_DOT_ROWS(1, 1)
-MOQI_DOT_ROWS(2, 1)
-MOQI_DOT_ROWS(3, 1)
-MOQI_DOT_ROWS(4, 1)
-MOQI_DOT_ROWS(5, 1)
-MOQI_DOT_ROWS(6, 1)
-MOQI_DOT_ROWS(7, 1)
-MOQI_DOT_ROWS(8, 1)
-MOQI_DOT_ROWS(2, 2)
-MOQI_DOT_ROWS(4, 2)
-MOQI_DOT_ROWS(6, 2)
-MOQI_DOT_ROWS(8, 2)
-#undef MOQI_DOT_ROWS
+/* How a kernel finds the scales of a row: all of a pass converted before (AFAR), or as they lie, of 16, 32 or 128 columns each. */
+enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32 };
 
-/* Are all of some scales numbers, bytes of E4M3? They are near afterwards. */
-MOQI_AVX512 static int moqi_dot_numbers_512(const uint8_t *s, int64_t n)
+/* Zen 4 takes long for what goes through memory and back. */
+static int moqi_dot_lie_512(const moqi_tiled *p)
 {
-    const __m512i size = _mm512_set1_epi8(0x7f);
+    if (p->form != MOQI_CODES_NIBBLES || !p->scales || p->group_rows != 1 || p->scale_step != 1 || p->scale_stride != p->groups) return MOQI_DOT_AFAR;
+    if (p->scale_dtype == MOQ_F8_E4M3) return p->shift == 4 ? MOQI_DOT_E4M3 : MOQI_DOT_AFAR;
+    if (!moqi_dot_zen(p)) return MOQI_DOT_AFAR;
+    if (p->scale_dtype == MOQ_F8_E8M0) return p->shift == 5 ? MOQI_DOT_E8M0 : MOQI_DOT_AFAR;
+    return p->scale_dtype == MOQ_F32 && p->shift == 7 ? MOQI_DOT_F32 : MOQI_DOT_AFAR;
+}
+
+/* Are all scales of some rows numbers, where bytes are read as they lie? */
+MOQI_AVX512 static int moqi_dot_numbers_512(const moqi_tiled *p, int near, int64_t row, int64_t rows)
+{
+    if (near != MOQI_DOT_E4M3 && near != MOQI_DOT_E8M0) return 1;
+    const uint8_t *s = p->scales + moqi_stream_scale_at(p, row);
+    const __m512i size = _mm512_set1_epi8(near == MOQI_DOT_E4M3 ? 0x7f : -1);
     __m512i most = _mm512_setzero_si512();
-    for (; n > 0; n -= 64, s += 64) {
-        __mmask64 some = n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1;
-        __builtin_prefetch(s + MOQI_STREAM_AHEAD / 2);
-        most = _mm512_max_epu8(most, _mm512_and_si512(_mm512_maskz_loadu_epi8(some, s), size));
-    }
+    int64_t n = rows * p->groups;
+    for (; n >= 64; n -= 64, s += 64) most = _mm512_max_epu8(most, _mm512_and_si512(_mm512_loadu_si512(s), size));
+    if (n > 0) most = _mm512_max_epu8(most, _mm512_and_si512(_mm512_maskz_loadu_epi8(((__mmask64)1 << n) - 1, s), size));
     return _mm512_cmpeq_epi8_mask(most, size) == 0;
 }
 
@@ -14063,6 +14022,16 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_lanes_512(__m128i s, __m128i order)
 {
     __m256i w = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(s, order)); /* see moqi_dot_e4m3_512 */
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff)));
+}
+
+/* The scales of a block for its lanes, as they lie, of which `left` are there; E4M3 as value / 256. 255 in E8M0 comes out as infinity. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left, int near, __m512i lane, __m128i order)
+{
+    if (near == MOQI_DOT_E4M3) return moqi_dot_lanes_512(_mm_maskz_loadu_epi8((__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1), s), order);
+    if (near == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_maskz_loadu_ps((__mmask8)(left >= 2 ? 3 : 1), s)));
+    __m128i b = _mm_maskz_loadu_epi8((__mmask16)(left >= 8 ? 0xff : (1 << left) - 1), s);
+    __m512i w = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(b, order)), 23);
+    return _mm512_castsi512_ps(_mm512_max_epi32(w, _mm512_set1_epi32(0x00400000))); /* 0 is 2^-127 */
 }
 
 /* The last columns of x, up to 64 or 128 of a block, repeated for 4 or 2 rows of weights. */
@@ -14074,117 +14043,209 @@ MOQI_AVX512 static void moqi_dot_repeat_512(const float *x, int digits, int each
     }
 }
 
-/* 256 codes times one row of x (digits) [96]. */
-MOQI_INLINE MOQI_VNNI __m512 moqi_dot_once_512(const __m512i *w, const float *x, int digits)
+/* 256 nibbles in pairs times one row of x (digits) [96]. */
+MOQI_INLINE MOQI_VNNI __m512 moqi_dot_once_512(const __m512i *v, __m512i table, const float *x, int digits)
 {
-    __m512i q = _mm512_loadu_si512(x + 80), h;
-#define MOQI_DOT(q, i, at) __asm__("vpdpbusd %1, %2, %0" : "+v"(q) : "v"(_mm512_loadu_si512(x + (at))), "v"(w[i]))
-    MOQI_DOT(q, 0, 0);
-    MOQI_DOT(q, 1, 16);
-    MOQI_DOT(q, 2, 32);
-    MOQI_DOT(q, 3, 48);
-    if (digits == 2) {
-        h = _mm512_loadu_si512(x + 176);
-        MOQI_DOT(h, 0, 96);
-        MOQI_DOT(h, 1, 112);
-        MOQI_DOT(h, 2, 128);
-        MOQI_DOT(h, 3, 144);
-        q = _mm512_add_epi32(q, _mm512_slli_epi32(h, 8));
+    __m512i q[2] = {_mm512_loadu_si512(x + 80), _mm512_loadu_si512(x + (digits - 1) * MOQI_DOT_WORDS + 80)};
+    MOQI_UNROLL for (int j = 0; j < 4; j++) {
+        const __m512i w = moqi_dot_codes_512(v, NULL, j, 1, 0, table);
+        MOQI_UNROLL for (int t = 0; t < digits; t++)
+            __asm__("vpdpbusd %1, %2, %0" : "+v"(q[t]) : "v"(_mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 16 * j)), "v"(w));
     }
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_loadu_ps(x + 64));
-#undef MOQI_DOT
+    if (digits == 2) q[0] = _mm512_add_epi32(q[0], _mm512_slli_epi32(q[1], 8));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(q[0]), _mm512_loadu_ps(x + 64));
 }
 
 /* The columns of 4 rows that fill no block, less than 64 (128) of them: 4 (2) rows are one block. of: their scales, of which `left` are there;
    a: [4] sums */
 MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const uint8_t *src, int64_t next, const uint8_t *const *of, int64_t left, int digits,
-                                             __m512i table, __m128i order, __m512 *a)
+                                             __m512i table, __m128i order, __m512 (*a)[4])
 {
     const int64_t bytes = (pass->p->layer.cols % 256 + 1) / 2;
     const __mmask64 codes = bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
     const __mmask16 groups = (__mmask16)((1 << left) - 1);
-    __m512i w[4];
+    __m512i v[2];
     if (pass->each == 4) {
         __m256i c0 = _mm256_maskz_loadu_epi8((__mmask32)codes, src), c1 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + next);
         __m256i c2 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + 2 * next), c3 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + 3 * next);
         __m128i s0 = _mm_maskz_loadu_epi8(groups, of[0]), s1 = _mm_maskz_loadu_epi8(groups, of[1]);
         __m128i s2 = _mm_maskz_loadu_epi8(groups, of[2]), s3 = _mm_maskz_loadu_epi8(groups, of[3]);
-        moqi_dot_nibbles_512(_mm512_inserti64x4(_mm512_castsi256_si512(c0), c1, 1), _mm512_inserti64x4(_mm512_castsi256_si512(c2), c3, 1), table, w);
+        moqi_dot_pairs_512(_mm512_inserti64x4(_mm512_castsi256_si512(c0), c1, 1), _mm512_inserti64x4(_mm512_castsi256_si512(c2), c3, 1), v);
         __m512 s = moqi_dot_lanes_512(_mm_unpacklo_epi64(_mm_unpacklo_epi32(s0, s1), _mm_unpacklo_epi32(s2, s3)), order);
-        __m512 t = _mm512_mul_ps(moqi_dot_once_512(w, pass->last, digits), s);
+        __m512 t = _mm512_mul_ps(moqi_dot_once_512(v, table, pass->last, digits), s);
         __m512 u = _mm512_shuffle_ps(t, t, 0x4e); /* each row's to the same lanes, or its sum would depend on its place among the four */
-        a[0] = _mm512_mask_add_ps(a[0], 0x0033, a[0], t);
-        a[1] = _mm512_mask_add_ps(a[1], 0x0033, a[1], _mm512_shuffle_f32x4(t, t, 0x4e));
-        a[2] = _mm512_mask_add_ps(a[2], 0x0033, a[2], u);
-        a[3] = _mm512_mask_add_ps(a[3], 0x0033, a[3], _mm512_shuffle_f32x4(u, u, 0x4e));
+        a[0][0] = _mm512_mask_add_ps(a[0][0], 0x0033, a[0][0], t);
+        a[1][0] = _mm512_mask_add_ps(a[1][0], 0x0033, a[1][0], _mm512_shuffle_f32x4(t, t, 0x4e));
+        a[2][0] = _mm512_mask_add_ps(a[2][0], 0x0033, a[2][0], u);
+        a[3][0] = _mm512_mask_add_ps(a[3][0], 0x0033, a[3][0], _mm512_shuffle_f32x4(u, u, 0x4e));
         return;
     }
     MOQI_UNROLL for (int k = 0; k < 4; k += 2) {
         __m128i s0 = _mm_maskz_loadu_epi8(groups, of[k]), s1 = _mm_maskz_loadu_epi8(groups, of[k + 1]);
-        moqi_dot_nibbles_512(_mm512_maskz_loadu_epi8(codes, src + k * next), _mm512_maskz_loadu_epi8(codes, src + (k + 1) * next), table, w);
-        __m512 t = _mm512_mul_ps(moqi_dot_once_512(w, pass->last, digits), moqi_dot_lanes_512(_mm_unpacklo_epi64(s0, s1), order));
-        a[k] = _mm512_mask_add_ps(a[k], 0x3333, a[k], t);
-        a[k + 1] = _mm512_mask_add_ps(a[k + 1], 0x3333, a[k + 1], _mm512_shuffle_ps(t, t, 0x4e));
+        moqi_dot_pairs_512(_mm512_maskz_loadu_epi8(codes, src + k * next), _mm512_maskz_loadu_epi8(codes, src + (k + 1) * next), v);
+        __m512 t = _mm512_mul_ps(moqi_dot_once_512(v, table, pass->last, digits), moqi_dot_lanes_512(_mm_unpacklo_epi64(s0, s1), order));
+        a[k][0] = _mm512_mask_add_ps(a[k][0], 0x3333, a[k][0], t);
+        a[k + 1][0] = _mm512_mask_add_ps(a[k + 1][0], 0x3333, a[k + 1][0], _mm512_shuffle_ps(t, t, 0x4e));
     }
 }
 
-/* One row of x times rows `row`, row + step, ... (4): one row of x waits for memory, and more of it is on its way when four places are read in turn.
-   digits, nibbles and small (scales are E4M3 of 16 columns, read here) are constants where this is called. */
-MOQI_INLINE MOQI_VNNI void moqi_dot_four_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int digits, int nibbles, int small, float *acc)
+/* acc = begin or acc + weights . x over the pass, `count` times for `rows` (1, 2 or 4) rows of weights that lie `step` apart, from `row`, row + 1, ...
+   on, and for `slots` (1 to 4) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because a sum waits 5
+   cycles for the one before it. Rows that are read together lie far apart: streams near each other are not foreseen by the hardware. What comes after
+   `acc` is constant. near: MOQI_DOT_... solid: acc are whole numbers before the last columns. acc: [rows of x][pass->rows][16] */
+MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc, int rows, int slots, int digits,
+                                             int nibbles, int near, int solid, int perm)
 {
     const moqi_tiled *p = pass->p;
-    const __m128i order = _mm512_cvtepi32_epi8(_mm512_loadu_si512(pass->lane));
-    const int64_t bytes = nibbles ? 128 : 256, stop = small && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
-    const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
+    const int shift = near == MOQI_DOT_F32 ? 7 : near == MOQI_DOT_E8M0 ? 5 : 4, size = near == MOQI_DOT_F32 ? 4 : 1; /* of the groups; of a scale */
+    const __m512i lane = _mm512_loadu_si512(pass->lane);
+    const __m128i order = _mm512_cvtepi32_epi8(lane);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const float *scale = pass->scale, *x = pass->x + pass->first / 256 * MOQI_DOT_WORDS * digits;
+    const int64_t bytes = nibbles ? 128 : 256, stop = near == MOQI_DOT_E4M3 && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
+    const int64_t block = MOQI_DOT_WORDS * pass->slots, ahead = pass->ahead, lda = 16 * pass->rows;
+    const int bits = rows < 4 && digits == 1 && !solid && pass->bits, convert = solid && pass->end == p->layer.cols;
+    const float *const first = pass->x + pass->first / 256 * block + MOQI_DOT_WORDS * pass->slot;
     const uint8_t *const end = moqi_codes_end(p), *of[4];
-    int64_t next = step * p->row_bytes, left = p->groups - pass->first / 16;
     uint8_t edge[4][256];
-    __m512 a[4];
-    MOQI_UNROLL for (int k = 0; k < 4; k++) {
-        a[k] = _mm512_loadu_ps(acc + 16 * step * k);
-        of[k] = small ? p->scales + moqi_stream_scale_at(p, row + step * k) + pass->first / 16 : NULL;
-    }
-    for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += MOQI_DOT_WORDS * digits, left -= 16) {
-        if (end - src < bytes + 3 * next) {
-            memset(edge, 0, sizeof edge);
-            for (int k = 0; k < 4; k++) memcpy(edge[k], src + k * next, (size_t)moqi_min(bytes, end - src - k * next));
-            src = edge[0];
-            next = 256;
+    __m512 a[4][4];
+    __m512i q[4][4], v[4][2], w[4];
+    for (acc += pass->slot / digits * lda; count > 0; count--, row++, acc += 16) {
+        const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
+        const float *x = first, *scale = pass->scale, *from = pass->first ? acc : pass->begin[pass->slot / digits];
+        const int64_t ldf = pass->first ? lda : 16, far = pass->first ? 16 * step : 0;
+        int64_t next = step * p->row_bytes, left = p->groups - (pass->first >> shift);
+        if (!near && !solid) moqi_dot_scales_512(pass, row, rows, step);
+        MOQI_UNROLL for (int r = 0; r < rows; r++) {
+            MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + far * r);
+            MOQI_UNROLL for (int t = 0; t < slots && solid; t++) q[r][t] = _mm512_castps_si512(a[r][t]);
+            of[r] = near ? p->scales + ((p->scale_first + row + step * r) * p->scale_stride + (pass->first >> shift)) * size : NULL;
         }
-        const __mmask16 some = (__mmask16)(!small || left >= 16 ? 0xffff : (1 << left) - 1);
-        MOQI_UNROLL for (int k = 0; k < 4; k++) {
-            __m512i w[4];
-            moqi_dot_words_512(src + k * next, MOQI_STREAM_AHEAD / 2, nibbles, table, w);
-            __m512 s = small ? moqi_dot_lanes_512(_mm_maskz_loadu_epi8(some, of[k]), order) : _mm512_loadu_ps(scale + k * pass->lds);
-            a[k] = _mm512_fmadd_ps(moqi_dot_once_512(w, x, digits), s, a[k]);
-            if (small) of[k] += 16;
+        for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += block, left -= 256 >> shift) {
+            if (end - src < bytes + (rows - 1) * next) {
+                memset(edge, 0, sizeof edge);
+                for (int r = 0; r < rows; r++) memcpy(edge[r], src + r * next, (size_t)moqi_min(bytes, end - src - r * next));
+                src = edge[0];
+                next = 256;
+            }
+            MOQI_UNROLL for (int r = 0; r < rows; r++) {
+                const uint8_t *at = src + r * next;
+                if (ahead) moqi_dot_ask(at + ahead, nibbles, pass->zen);
+                if (nibbles) moqi_dot_pairs_512(_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), v[r]);
+                MOQI_UNROLL for (int t = 0; t < slots && !solid; t++) q[r][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
+            }
+            MOQI_UNROLL for (int j = 0; j < 4; j++) {
+                MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = moqi_dot_codes_512(v[r], src + r * next, j, nibbles, perm, table);
+                MOQI_UNROLL for (int t = 0; t < slots; t++) {
+                    const __m512i u = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 16 * j);
+                    MOQI_UNROLL for (int r = 0; r < rows; r++) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(q[r][t]) : "v"(u), "v"(w[r]));
+                }
+            }
+            if (solid) continue;
+            MOQI_UNROLL for (int r = 0; r < rows; r++) {
+                const __m512 s = near ? moqi_dot_near_512(of[r], left, near, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                const __m512 n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
+                if (near) of[r] += (256 >> shift) * size;
+                if (bits) {
+                    MOQI_UNROLL for (int t = 0; t < slots; t++)
+                        a[r][t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(q[r][t]), s, n), _mm512_loadu_ps(x + MOQI_DOT_WORDS * t + 64), a[r][t]);
+                    continue;
+                }
+                MOQI_UNROLL for (int t = 0; t < slots; t += digits) {
+                    if (digits == 2) q[r][t] = _mm512_add_epi32(q[r][t], _mm512_slli_epi32(q[r][t + 1], 8));
+                    a[r][t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[r][t]), _mm512_loadu_ps(x + MOQI_DOT_WORDS * t + 64)), s, a[r][t]);
+                }
+            }
         }
+        if (rows == 4 && near == MOQI_DOT_E4M3 && stop < pass->end) moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
+        MOQI_UNROLL for (int r = 0; r < rows; r++)
+            MOQI_UNROLL for (int t = 0; t < slots; t += digits) {
+                if (convert) a[r][t] = _mm512_mul_ps(_mm512_cvtepi32_ps(q[r][t]), _mm512_loadu_ps(first + MOQI_DOT_WORDS * t + 64));
+                else if (solid) a[r][t] = _mm512_castsi512_ps(q[r][t]);
+                _mm512_storeu_ps(acc + t / digits * lda + 16 * step * r, a[r][t]);
+            }
     }
-    if (stop < pass->end) moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
-    MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(acc + 16 * step * k, a[k]);
 }
 
-/* All of some rows, a multiple of 4. */
-MOQI_VNNI static void moqi_dot_fours_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, int digits, int small, float *acc)
-{
-    const int nibbles = pass->p->form == MOQI_CODES_NIBBLES;
-    for (int64_t r = 0; r < rows / 4; r++) {
-        if (!small) moqi_dot_scales_512(pass, row + r, 4, rows / 4);
-        if (small && digits == 1) moqi_dot_four_512(pass, row + r, rows / 4, 1, 1, 1, acc + 16 * r);
-        else if (small) moqi_dot_four_512(pass, row + r, rows / 4, 2, 1, 1, acc + 16 * r);
-        else if (digits == 1 && nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 1, 1, 0, acc + 16 * r);
-        else if (digits == 1) moqi_dot_four_512(pass, row + r, rows / 4, 1, 0, 0, acc + 16 * r);
-        else if (nibbles) moqi_dot_four_512(pass, row + r, rows / 4, 2, 1, 0, acc + 16 * r);
-        else moqi_dot_four_512(pass, row + r, rows / 4, 2, 0, 0, acc + 16 * r);
-    }
-}
+typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc);
+#define MOQI_DOT_ROWS(name, rows, slots, digits, nibbles, near, solid, perm) \
+    MOQI_VNNI static void moqi_dot_##name(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc) \
+    { moqi_dot_rows_512(pass, row, step, count, acc, rows, slots, digits, nibbles, near, solid, perm); }
+#define MOQI_DOT_FOUR(name, nibbles, near, perm) \
+    MOQI_DOT_ROWS(name##1, 4, 1, 1, nibbles, near, 0, perm) \
+    MOQI_DOT_ROWS(name##2, 4, 2, 2, nibbles, near, 0, perm)
+#define MOQI_DOT_TWO(k, nibbles, near) \
+    MOQI_DOT_ROWS(two_##k##1_2, 2, 2, 1, nibbles, near, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##1_3, 2, 3, 1, nibbles, near, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##1_4, 2, 4, 1, nibbles, near, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##2_2, 2, 2, 2, nibbles, near, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##2_4, 2, 4, 2, nibbles, near, 0, 0)
+MOQI_DOT_FOUR(four_bytes, 0, MOQI_DOT_AFAR, 0)
+MOQI_DOT_FOUR(four_afar, 1, MOQI_DOT_AFAR, 0)
+MOQI_DOT_FOUR(four_e4m3, 1, MOQI_DOT_E4M3, 0)
+MOQI_DOT_FOUR(perm_afar, 1, MOQI_DOT_AFAR, 1)
+MOQI_DOT_FOUR(perm_e4m3, 1, MOQI_DOT_E4M3, 1)
+MOQI_DOT_FOUR(perm_e8m0, 1, MOQI_DOT_E8M0, 1)
+MOQI_DOT_FOUR(perm_f32, 1, MOQI_DOT_F32, 1)
+MOQI_DOT_TWO(bytes, 0, MOQI_DOT_AFAR)
+MOQI_DOT_TWO(afar, 1, MOQI_DOT_AFAR)
+MOQI_DOT_TWO(e4m3, 1, MOQI_DOT_E4M3)
+MOQI_DOT_TWO(e8m0, 1, MOQI_DOT_E8M0)
+MOQI_DOT_TWO(f32, 1, MOQI_DOT_F32)
+MOQI_DOT_ROWS(one_bytes1, 1, 1, 1, 0, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(one_bytes2, 1, 2, 2, 0, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(one_afar1, 1, 1, 1, 1, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(one_afar2, 1, 2, 2, 1, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(solid, 1, 1, 1, 0, MOQI_DOT_AFAR, 1, 0)
+MOQI_DOT_ROWS(solid_1, 4, 1, 1, 0, MOQI_DOT_AFAR, 1, 0)
+MOQI_DOT_ROWS(solid_2, 4, 2, 1, 0, MOQI_DOT_AFAR, 1, 0)
+MOQI_DOT_ROWS(solid_3, 4, 3, 1, 0, MOQI_DOT_AFAR, 1, 0)
+MOQI_DOT_ROWS(solid_4, 4, 4, 1, 0, MOQI_DOT_AFAR, 1, 0)
+#undef MOQI_DOT_ROWS
+#undef MOQI_DOT_FOUR
+#undef MOQI_DOT_TWO
 
-static const moqi_dot_fn moqi_dot_fns[2][8] = {
-    {moqi_dot_1_1, moqi_dot_2_1, moqi_dot_3_1, moqi_dot_4_1, moqi_dot_5_1, moqi_dot_6_1, moqi_dot_7_1, moqi_dot_8_1},
-    {moqi_dot_2_2, moqi_dot_4_2, moqi_dot_6_2, moqi_dot_8_2, NULL, NULL, NULL, NULL}
+/* [bytes, or nibbles by MOQI_DOT_...][digits - 1]: one row of weights, four of them times one row of x, the same by VBMI, two times 2 to 4 digits of x.
+   NULL: what moqi_dot_lie_512 leaves to VBMI, and 3 digits of two each */
+#define MOQI_DOT_SET(one, four1, four2, perm, k) \
+    {{moqi_dot_one_##one##1, four1, moqi_dot_##perm##1, {moqi_dot_two_##k##1_2, moqi_dot_two_##k##1_3, moqi_dot_two_##k##1_4}}, \
+     {moqi_dot_one_##one##2, four2, moqi_dot_##perm##2, {moqi_dot_two_##k##2_2, NULL, moqi_dot_two_##k##2_4}}}
+static const struct { moqi_dot_fn one, four, perm, two[3]; } moqi_dot_fns[5][2] = {
+    MOQI_DOT_SET(bytes, moqi_dot_four_bytes1, moqi_dot_four_bytes2, four_bytes, bytes),
+    MOQI_DOT_SET(afar, moqi_dot_four_afar1, moqi_dot_four_afar2, perm_afar, afar),
+    MOQI_DOT_SET(afar, moqi_dot_four_e4m31, moqi_dot_four_e4m32, perm_e4m3, e4m3), MOQI_DOT_SET(afar, NULL, NULL, perm_e8m0, e8m0),
+    MOQI_DOT_SET(afar, NULL, NULL, perm_f32, f32)
 };
+#undef MOQI_DOT_SET
+static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_2, moqi_dot_solid_3, moqi_dot_solid_4};
+
+/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, and four where sums
+   are whole numbers to the end. near: how scales lie, if kernels may read them there */
+static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int near, float *acc)
+{
+    const int alone = pass->slots == digits, slot = pass->slot;
+    const int kind = pass->p->form == MOQI_CODES_NIBBLES ? near + 1 : 0;
+    const int64_t rows = pass->solid || alone ? 4 : 2, step = pass->rows / rows, rest = pass->rows % rows;
+    const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
+    const moqi_dot_fn four = pass->zen ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
+    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four : moqi_dot_fns[kind][digits - 1].two[some - 2];
+    if (step > 0) f(pass, row, step, step, acc);
+    row += pass->rows - rest;
+    acc += 16 * (pass->rows - rest);
+    for (; rest > 0 && pass->slot < slot + some; pass->slot += digits) one(pass, row, 1, rest, acc);
+    pass->slot = slot;
+}
+
+/* What sums of integers begin with, where they are summed to the end: the starts of all blocks. */
+MOQI_AVX512 static void moqi_dot_begin_512(moqi_dot_pass *pass)
+{
+    memset(pass->begin, 0, sizeof pass->begin);
+    for (int64_t t = 0; pass->solid && t < pass->slots; t++) {
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t c = 0; c < pass->p->layer.cols; c += 256)
+            sum = _mm512_add_epi32(sum, _mm512_loadu_si512(pass->x + MOQI_DOT_WORDS * (c / 256 * pass->slots + t) + 80));
+        _mm512_storeu_si512(pass->begin[t], sum);
+    }
+}
 
 /* Rows of x in groups of up to 8 digits; `x` of a group is taken in pieces that stay in the first-level cache. */
 MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
@@ -14193,7 +14254,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
     float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), *one = acc + rows * 128;
     const int64_t tail = p->layer.cols % 256;
-    const int bytes = nibbles && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && p->group_rows == 1 && p->scale_step == 1 && p->scale_stride == p->groups;
+    const int near = moqi_dot_lie_512(p);
     float last[2 * MOQI_DOT_WORDS] MOQI_ALIGNED;
     moqi_tiled plain = *p;
     moqi_dot_pass s;
@@ -14201,7 +14262,9 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     if (whole) plain.scales = NULL;
     s.p = &plain;
     s.last = last;
-    s.bits = moqi_dot_bits_512(p);
+    s.rows = rows;
+    s.zen = moqi_dot_zen(p);
+    s.solid = moqi_dot_solid_512(p);
     s.scale = one + moqi_pad16(rows);
     for (int64_t r = 0; whole && r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, one + r);
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
@@ -14211,40 +14274,43 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     }
     for (int64_t j = 0, some; j < m; j += some) {
         some = moqi_min(8 / digits, m - j);
-        const int64_t step = some * digits * MOQI_DOT_WORDS, piece = some * digits <= 2 ? 8192 : some * digits <= 4 ? 4096 : 2048;
+        const int64_t step = some * digits * MOQI_DOT_WORDS, piece = some * digits > 1 ? 4096 : 8192, visit = nibbles ? piece / 2 : piece;
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
-        const moqi_dot_fn dot = moqi_dot_fns[digits - 1][some - 1];
-        const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)some));
-        const int small = bytes && some == 1 && rows % 4 == 0, numbers = !small || moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row), rows * p->groups);
         s.x = x + j * ldx;
-        s.each = small && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128 ? tail <= 64 ? 4 : 2 : 1; /* by the layer, not by the task: sums differ */
+        s.slots = (int)some * digits;
+        s.bits = some > 1 && moqi_dot_bits_512(p);
+        s.each = 1;
+        if (near == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
-        memset(acc, 0, (size_t)(rows * some * 16) * sizeof *acc);
-        for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
-            s.end = moqi_min(p->layer.cols, s.first + piece);
-            s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
-            if (some == 1 && rows % 4 == 0) moqi_dot_fours_512(&s, row, rows, digits, small, acc);
-            else for (int64_t r = 0, few; r < rows; r += few) {
-                few = moqi_min(4, rows - r);
-                moqi_dot_scales_512(&s, row + r, few, 1);
-                dot(&s, row + r, few, acc + 16 * some * r);
+        moqi_dot_begin_512(&s);
+        const int most = s.slots <= 4 ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
+        for (s.slot = 0; s.slot < s.slots; s.slot += most) {
+            const int few = (int)moqi_min(most, s.slots - s.slot);
+            s.ahead = piece >= p->layer.cols ? MOQI_STREAM_AHEAD / 2 : moqi_ceil_div(MOQI_STREAM_AHEAD / 2, visit) * p->row_bytes;
+            if (s.slot > 0) s.ahead = 0; /* all of the task is near by now */
+            for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
+                s.end = moqi_min(p->layer.cols, s.first + piece);
+                s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
+                moqi_dot_task_512(&s, row, few, digits, near, acc);
             }
         }
-        for (int64_t r = 0; p->zeros && r < rows; r++)
-            moqi_lane_zeros_512(p, row + r, sums, digits * MOQI_DOT_WORDS, step, (int)some, acc + 16 * some * r);
+        const int numbers = moqi_dot_numbers_512(p, near, row, rows); /* scales are in a cache now */
+        for (int64_t r = 0; p->zeros && r < rows * some; r++)
+            moqi_lane_zeros_512(p, row + r % rows, sums + r / rows * digits * MOQI_DOT_WORDS, 0, step, 1, acc + 16 * r);
         moqi_stream_sums_512(acc, rows * some);
         for (int64_t i = 0; i < some; i++) {
+            const float *sum = acc + rows * i;
             float *to = y + (j + i) * ldy;
             int64_t r = 0;
             for (; r + 16 <= rows; r += 16) {
-                __m512 v = _mm512_set1_ps(mul), sum = some == 1 ? _mm512_loadu_ps(acc + r) : _mm512_i32gather_ps(places, acc + some * r + i, 4);
+                __m512 v = _mm512_set1_ps(mul);
                 if (whole) v = _mm512_mul_ps(v, _mm512_loadu_ps(one + r));
-                v = _mm512_mul_ps(v, sum);
+                v = _mm512_mul_ps(v, _mm512_loadu_ps(sum + r));
                 _mm512_storeu_ps(to + r, p->bias ? _mm512_add_ps(_mm512_loadu_ps(p->bias + row + r), v) : v);
             }
-            for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * acc[some * r + i];
+            for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * sum[r];
             for (r = 0; !numbers && r < rows; r++) /* a scale that is no number makes its row none */
-                if (!moqi_dot_numbers_512(p->scales + moqi_stream_scale_at(p, row + r), p->groups)) to[r] = moqi_bits_f32(0x7fc00000u);
+                if (!moqi_dot_numbers_512(p, near, row + r, 1)) to[r] = moqi_bits_f32(0x7fc00000u);
         }
     }
 }
