@@ -40,6 +40,7 @@
        >>cuda-dispatch   which kernel a layer gets: the table
        >>cuda-few-host   how products of 1 to 16 rows are cut and launched
        >>cuda-gemm-host  how products of 17 and more rows are cut and launched
+       >>cuda-together   calls of a recording that become one launch
        >>cuda-ops        embed, norm, rope, activation, add, argmax
        >>cuda-kv         KV caches
        >>cuda-attention  attention with F32 arithmetic: every format and head size
@@ -126,6 +127,8 @@ typedef struct moqc_ctx {
     cudaStream_t stream;
     moq_error error;                         /* the first one since the last sync; code MOQ_OK: none */
     int capturing, graphs;
+    int holds, waiting;                      /* the product that is being launched may wait; something does: see >>cuda-together */
+    struct moqc_held *held;
     moqc_block *blocks;
 
     uint8_t *pinned;                         /* [MOQC_SLOTS][MOQC_SLOT_BYTES], then one more for downloads; NULL until the first copy */
@@ -159,14 +162,18 @@ __host__ __device__ static constexpr int64_t moqk_pad(int64_t a, int64_t b) { re
 
 /* ---- errors ---- */
 
-/* This backend's device is current while one of these lives; the caller's comes back afterwards. */
+static void moqc_let_go(moqc_ctx *c); /* see >>cuda-together */
+
+/* This backend's device is current while one of these lives; the caller's comes back afterwards. Launches that wait come first, unless the caller
+   looks at them itself. */
 struct moqc_on {
     int before;
-    explicit moqc_on(const moqc_ctx *c) : before(c->device)
+    explicit moqc_on(moqc_ctx *c, int keeps = 0) : before(c->device)
     {
         cudaGetDevice(&before);
         if (before != c->device) cudaSetDevice(c->device);
         now = c->device;
+        if (c->waiting && !keeps) moqc_let_go(c);
     }
     ~moqc_on() { if (before != now) cudaSetDevice(before); }
 private:
@@ -546,6 +553,13 @@ __device__ __forceinline__ void moqk_follow()
     moqk_wait_for_before();
 }
 
+/* A multiprocessor divides its memory into cache and shared memory anew only when it is idle. Products want all of it, so that the kernels between them
+   take it as it is. */
+static void moqc_all_shared(moqc_ctx *c, const void *kernel)
+{
+    moqc_ok(c, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), "cudaFuncSetAttribute");
+}
+
 /* A launch that may begin while the kernel before it ends; from SM90 on. */
 template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, const char *what, void (*kernel)(A...), dim3 grid, unsigned threads,
                                                                size_t shared, B... args)
@@ -561,6 +575,7 @@ template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, cons
     how.stream = c->stream;
     how.attrs = with;
     how.numAttrs = c->sm >= 90 ? 1 : 0;
+    if (c->capturing) moqc_all_shared(c, (const void *)kernel);
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, static_cast<A>(args)...), what);
 }
 
@@ -594,6 +609,22 @@ template <typename T> __device__ __forceinline__ void moqk_put4(T *p, float4 v)
     *(uint2 *)(void *)p = make_uint2(*(const uint32_t *)&a, *(const uint32_t *)&b);
 }
 
+enum { MOQK_NORM_QUADS = 2 }; /* four values at a time that a thread of a norm takes */
+
+/* The same sum wherever it is made: norms of their own and those that a product makes give the same bits. */
+__device__ __forceinline__ float moqk_add_squares(float sum, float4 v)
+{
+    return __fmaf_rn(v.w, v.w, __fmaf_rn(v.z, v.z, __fmaf_rn(v.y, v.y, __fmaf_rn(v.x, v.x, sum))));
+}
+
+/* v / sqrt(mean + eps) * w */
+__device__ __forceinline__ float moqk_norm_factor(float sum, int32_t cols, float eps) { return 1 / sqrtf(__fadd_rn(__fdiv_rn(sum, (float)cols), eps)); }
+
+__device__ __forceinline__ float4 moqk_normed(float4 v, float s, float4 w)
+{
+    return make_float4(v.x * s * w.x, v.y * s * w.y, v.z * s * w.z, v.w * s * w.w);
+}
+
 /* Where the type is known at run time only. */
 __device__ __forceinline__ float moqk_get_any(const void *p, int64_t i, int bf16)
 {
@@ -605,6 +636,8 @@ __device__ __forceinline__ void moqk_put_any(void *p, int64_t i, float v, int bf
     if (bf16) ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(v);
     else ((float *)p)[i] = v;
 }
+
+__device__ __forceinline__ float moqk_rounded_any(float v, int bf16) { return bf16 ? moqk_rounded<__nv_bfloat16>(v) : v; }
 
 __device__ __forceinline__ float moqk_e4m3(uint32_t b)
 {
@@ -2756,7 +2789,7 @@ typedef struct moqk_run_part {
     float factor;
 } moqk_run_part;
 
-enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4 };
+enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4, MOQK_RUN_PLAYED = 2 }; /* the last: warps of a norm that a warp plays */
 
 __host__ __device__ static constexpr int moqk_run_warps(int products) { return products == 1 ? 32 : 28; } /* of a block at most */
 
@@ -2766,6 +2799,7 @@ typedef struct moqk_run {
     int32_t tiles, ways, blocks, stages;
     int32_t tiles_own, own;    /* row tiles and rows that a block of the cluster adds up */
     uint32_t own_magic;        /* 2^32 / own, rounded up */
+    int32_t pairs;             /* 1: row tiles of parts 0 and 1, which have equal rows, in turn */
     int32_t chunks, each, more; /* of a row tile; a run has `each`, the first `more` runs one more */
     int32_t rows, columns;     /* of x; of the products: rows, or twice as many where x is F32 */
     int32_t cols;              /* of a row of x */
@@ -2774,6 +2808,14 @@ typedef struct moqk_run {
     int32_t phase;             /* chunks of a run whose x arrives together */
     uint32_t bars_at, sums_at, x_at, x_pitch; /* of shared memory; bytes of a row of x */
     int32_t pitch;             /* floats of a row of x in the sums */
+    /* What the calls before and after a product do in the same launch: see >>cuda-together */
+    int32_t norm;              /* > 0: x is the norm of the call's x; the threads of its own launch */
+    float eps;
+    const float *norm_weight;  /* [cols] or NULL */
+    void *normed;              /* [cols]: what the norm gives */
+    void *into;                /* [rows of x, ldy]: y is added to it; or NULL */
+    moq_activation_desc activation;
+    void *mid;                 /* [rows of x, rows of a part]: the activation of parts 0 and 1, which are in pairs; or NULL */
     int32_t parts;
     moqk_run_part part[MOQK_RUN_PARTS];
 } moqk_run;
@@ -2972,6 +3014,56 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
     }
 }
 
+/* x of the block, columns [256 * begin, 256 * (begin + chunks)), as the norm of a row, with the bits of moqk_norm_rows: its warps are played by those of
+   the block. Every block makes the whole sum: a row is in L2, and no launch stands between. room: 32 floats. */
+template <int SPLIT>
+__device__ __forceinline__ void moqk_run_norm(const moqk_call &a, const moqk_run &u, int32_t begin, int32_t chunks, uint32_t to, float *room)
+{
+    const int32_t lane = threadIdx.x, warps = blockDim.y * blockDim.z, warp = threadIdx.z * blockDim.y + threadIdx.y, played = u.norm >> 5;
+    const int32_t quads = u.cols >> 2, from = begin * 64, end = from + chunks * 64;
+    float4 v[MOQK_RUN_PLAYED][MOQK_NORM_QUADS], w[MOQK_RUN_PLAYED][MOQK_NORM_QUADS];
+#pragma unroll
+    for (int i = 0; i < MOQK_RUN_PLAYED; i++)
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) { /* weights never change: before the kernel before has ended */
+            const int32_t j = warp + i * warps, q = j * 32 + lane + k * u.norm;
+            w[i][k] = j < played && q < quads && u.norm_weight ? __ldg((const float4 *)(const void *)u.norm_weight + q) : make_float4(1, 1, 1, 1);
+        }
+    moqk_wait_for_before();
+#pragma unroll
+    for (int i = 0; i < MOQK_RUN_PLAYED; i++)
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) {
+            const int32_t j = warp + i * warps, q = j * 32 + lane + k * u.norm;
+            v[i][k] = make_float4(0, 0, 0, 0);
+            if (j < played && q < quads) v[i][k] = moqk_fast_x4<SPLIT>(a, 4 * q);
+        }
+#pragma unroll
+    for (int i = 0; i < MOQK_RUN_PLAYED; i++) {
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) sum = moqk_add_squares(sum, v[i][k]);
+        sum = moqk_warp_sum(sum);
+        if (lane == 0 && warp + i * warps < played) room[warp + i * warps] = sum;
+    }
+    __syncthreads();
+    const float s = moqk_norm_factor(moqk_warp_sum(lane < played ? room[lane] : 0), u.cols, u.eps);
+#pragma unroll
+    for (int i = 0; i < MOQK_RUN_PLAYED; i++)
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) {
+            const int32_t j = warp + i * warps, q = j * 32 + lane + k * u.norm;
+            if (j >= played || q >= quads || q < from || q >= end) continue;
+            v[i][k] = moqk_normed(v[i][k], s, w[i][k]);
+            moqk_run_put<SPLIT>(v[i][k], to + (uint32_t)(q - from) * 8, u.x_pitch);
+            if (blockIdx.y != 0) continue;
+            if (SPLIT) moqk_put4((float *)u.normed + 4 * q, v[i][k]);
+            else moqk_put4((__nv_bfloat16 *)u.normed + 4 * q, v[i][k]);
+        }
+    for (int32_t q = max(quads, from) + warp * 32 + lane; q < end; q += warps * 32)
+        moqk_run_put<SPLIT>(make_float4(0, 0, 0, 0), to + (uint32_t)(q - from) * 8, u.x_pitch);
+}
+
 /* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
    phase are shared among these warps, because a warp issues its copies one after another. */
 __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar)
@@ -3062,6 +3154,36 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
     }
 }
 
+/* Row `row` of a part out of the sums of all runs, in the order of the columns. */
+template <int FORM, int STEP> __device__ __forceinline__ float moqk_run_sum(const moqk_run &cut, const moqk_run_part &p, const float *from, int32_t row)
+{
+    const int64_t scales_at = (int64_t)((p.rows + 15) >> 4) * cut.chunks * moqk_chunk_bytes(FORM);
+    float v = 0;
+#pragma unroll 4
+    for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += from[s * cut.rows * cut.pitch];
+    v *= p.factor * (FORM == MOQK_FAST_U4 ? 64.0f : moqk_form_fix(FORM)); /* see moqk_run_pair */
+    if (STEP == 0 && FORM > MOQK_MXFP4) v *= __ldg((const float *)(p.packed + scales_at) + ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1));
+    return v + (p.bias ? __ldg(p.bias + row) : 0);
+}
+
+/* Sum o of a block: row m of x, and row r of those that the block adds up. 0: it is none. */
+__device__ __forceinline__ int moqk_run_row(const moqk_run &cut, int32_t last, int32_t o, int32_t *m, int32_t *r)
+{
+    *m = (int32_t)__umulhi((uint32_t)o, cut.own_magic);
+    *r = o - *m * cut.own;
+    return *r < last;
+}
+
+/* y = [gate | up], and what an activation makes of the two. */
+__device__ __forceinline__ void moqk_run_pair_up(const moqk_call &a, const moqk_run &cut, int32_t m, int32_t row, int64_t at, float gate, float up)
+{
+    moqk_store(a, at, gate);
+    moqk_store(a, at + cut.part[1].y_first - cut.part[0].y_first, up);
+    if (cut.mid)
+        moqk_put_any(cut.mid, (int64_t)m * cut.part[0].rows + row,
+                     moqk_activate(cut.activation, moqk_rounded_any(gate, a.y_bf16), moqk_rounded_any(up, a.y_bf16)), a.y_bf16);
+}
+
 /* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
    and after x is there: a launch takes a few microseconds. */
 template <int FORM, int STEP, int NB>
@@ -3075,11 +3197,12 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * cut.stages) * BYTES;
     const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
     const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * cut.stages) * 8;
-    int32_t part = 0, group = blockIdx.y;
+    int32_t part = cut.pairs ? local & 1 : 0, group = blockIdx.y;
     while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
-    if (part > 0) group -= cut.part[part - 1].end;
+    if (part > 0 && !cut.pairs) group -= cut.part[part - 1].end;
     const moqk_run_part &p = cut.part[part];
-    const int32_t tile_count = (p.rows + 15) >> 4, tile = min(group * cut.tiles + local, tile_count - 1); /* one that is not there repeats the last */
+    const int32_t tile_count = (p.rows + 15) >> 4, first_tile = group * (cut.tiles >> cut.pairs);
+    const int32_t tile = min(first_tile + (local >> cut.pairs), tile_count - 1); /* one that is not there repeats the last */
     const int64_t tile_bytes = (int64_t)cut.chunks * BYTES, scales_at = tile_count * tile_bytes, scale = (int64_t)tile * p.groups * 8 + g;
     const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
     if (lane < cut.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
@@ -3104,15 +3227,29 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     }
     const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
     float acc[NB][4];
-    moqk_run_x(a, cut, c0, n, mine, x_bar);
+    float *sums = (float *)(void *)(shared + cut.sums_at);
+    if (cut.norm) {
+        const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
+        const int32_t chunks = moqk_run_first(cut, (rank + 1) * cut.ways) - begin;
+        if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums);
+        else moqk_run_norm<0>(a, cut, begin, chunks, to, sums);
+    } else moqk_run_x(a, cut, c0, n, mine, x_bar);
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
+    const moqk_run_part &q = cut.part[cut.pairs ? 0 : part]; /* the part whose rows the block adds up */
+    const int32_t thread = warp * 32 + lane, first = (first_tile + rank * (cut.tiles_own >> cut.pairs)) * 16;
+    const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> cut.pairs) * 16), q.rows - first);
+    float before = 0;
+    if (cut.into && thread < cut.rows * cut.own) { /* under way beside the products */
+        int32_t m, r;
+        if (moqk_run_row(cut, last, thread, &m, &r)) before = moqk_get_any(cut.into, (int64_t)m * a.ldy + q.y_first + first + r, a.y_bf16);
+    }
     moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
     int32_t owner = 0, here = local;
     for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
-    float *sums = (float *)(void *)(shared + cut.sums_at), *to = sums + here * 16 + g + slot * cut.rows * cut.pitch;
+    float *to = sums + here * 16 + g + slot * cut.rows * cut.pitch;
 #pragma unroll
     for (int b = 0; b < NB; b++)
 #pragma unroll
@@ -3123,20 +3260,20 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
         }
     if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     else __syncthreads();
-    const float factor = p.factor * (FORM == MOQK_FAST_U4 ? 64.0f : moqk_form_fix(FORM)); /* see moqk_run_pair */
-    const int32_t first = (group * cut.tiles + rank * cut.tiles_own) * 16;
-    const int32_t last = min(min(cut.own, (cut.tiles - rank * cut.tiles_own) * 16), p.rows - first);
-    for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
-        const int32_t m = (int32_t)__umulhi((uint32_t)o, cut.own_magic), r = o - m * cut.own;
+    for (int32_t o = thread; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
+        int32_t m, r;
+        if (!moqk_run_row(cut, last, o, &m, &r)) continue;
         const float *from = sums + m * cut.pitch + r;
-        if (r >= last) continue;
-        float v = 0;
-#pragma unroll 4
-        for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += from[s * cut.rows * cut.pitch];
-        v *= factor;
-        if (STEP == 0 && FORM > MOQK_MXFP4)
-            v *= __ldg((const float *)(p.packed + scales_at) + ((int64_t)((first + r) >> 4) * 8 + (r & 7)) * 2 + (r >> 3 & 1));
-        moqk_store(a, (int64_t)m * a.ldy + p.y_first + first + r, v + (p.bias ? __ldg(p.bias + first + r) : 0));
+        const int64_t at = (int64_t)m * a.ldy + q.y_first + first + r;
+        if (!cut.pairs) {
+            const float v = moqk_run_sum<FORM, STEP>(cut, q, from, first + r);
+            moqk_store(a, at, v);
+            if (cut.into) moqk_put_any(cut.into, at, (o == thread ? before : moqk_get_any(cut.into, at, a.y_bf16)) + moqk_rounded_any(v, a.y_bf16), a.y_bf16);
+            continue;
+        }
+        from += r & ~15; /* tiles of gate and up in turn */
+        moqk_run_pair_up(a, cut, m, first + r, at, moqk_run_sum<FORM, STEP>(cut, q, from, first + r),
+                         moqk_run_sum<FORM, STEP>(cut, cut.part[1], from + 16, first + r));
     }
 }
 
@@ -5290,12 +5427,16 @@ static size_t moqc_weight_bytes(const moq_backend *be, const moq_weight *w)
     return w ? ((const moqc_bank *)(const void *)w)->bytes : 0;
 }
 
+static int moqc_may_hold(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows); /* see >>cuda-together */
+
 static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, void *y)
 {
     moqc_ctx *c = moqc_of(be);
-    moqc_on on(c);
+    moqc_on on(c, 1);
     const moqc_bank *b = (const moqc_bank *)(const void *)w;
     int elem = c->bf16 ? 2 : 4;
+    c->holds = moqc_may_hold(c, b, x, rows);
+    if (!c->holds) moqc_let_go(c);
     for (int64_t first = 0; first < rows; first += c->be.max_rows) {
         moqc_run u;
         memset(&u, 0, sizeof u);
@@ -5306,6 +5447,7 @@ static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int
         u.ldy = b->rows;
         moqc_run_bank(c, b, &u);
     }
+    c->holds = 0;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -5541,9 +5683,10 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
     if (u->stages > longest) return 0;
     u->phase = (int32_t)moqk_ceil(longest, u->columns < 4 ? 1 : MOQK_RUN_PHASES);
     u->tiles_own = (int32_t)moqk_ceil(u->tiles, u->blocks);
-    u->own = u->tiles_own * 16;
+    if (u->pairs && (u->tiles % 2 || u->tiles_own % 2)) return 0;
+    u->own = u->tiles_own * 16 >> u->pairs;
     u->own_magic = (uint32_t)(((uint64_t)1 << 32) / (uint32_t)u->own + 1);
-    u->pitch = u->own + 4;
+    u->pitch = u->tiles_own * 16 + 4;
     u->x_pitch = (uint32_t)(share * 512 + 16);
     int64_t at = (int64_t)warps * u->stages * moqk_chunk_bytes(form);
     u->bars_at = (uint32_t)at;
@@ -5568,6 +5711,15 @@ static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups
     return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 3) + (warps > 16 ? 8 : 0) + 0.02 * warps;
 }
 
+/* Groups of row tiles, whose ends the parts learn. */
+static int64_t moqc_run_groups(moqk_run *u)
+{
+    int64_t groups = 0;
+    if (u->pairs) groups = u->part[0].end = u->part[1].end = (int32_t)moqk_ceil(u->part[0].rows, 8 * u->tiles);
+    else for (int32_t i = 0; i < u->parts; i++) u->part[i].end = (int32_t)(groups += moqk_ceil(u->part[i].rows, 16 * u->tiles));
+    return groups;
+}
+
 /* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
 static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, moqk_run *best)
 {
@@ -5578,31 +5730,31 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
     if (!moqc_run_parts(j, form, step, &u)) return 0;
     u.rows = j->call.m;
     u.columns = columns;
+    u.pairs = u.parts == 2 && u.part[0].rows == u.part[1].rows; /* perhaps gate and up; the same cut whether an activation follows or not */
     u.chunks = (int32_t)moqk_ceil(u.cols, 256);
     u.bulk = j->call.x_bf16 && u.cols % 256 == 0 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
     u.stages = 1;
     for (u.blocks = 1; u.blocks <= 2 || (u.blocks == 4 && least == 1e30); u.blocks *= 2)
         for (u.tiles = 1; u.tiles <= 28; u.tiles++)
             for (u.ways = 1; u.tiles * u.ways <= moqk_run_warps(columns <= 8 ? 1 : 2); u.ways++) {
-                int64_t groups = 0, bytes = moqc_run_fill_in(&u, form);
+                const int64_t bytes = moqc_run_fill_in(&u, form);
                 if (bytes == 0 || bytes > j->c->most_shared) continue;
-                for (int32_t i = 0; i < u.parts; i++) u.part[i].end = (int32_t)(groups += moqk_ceil(u.part[i].rows, 16 * u.tiles));
+                const int64_t groups = moqc_run_groups(&u);
                 u.share = u.bulk && u.blocks == 1 && u.rows >= 4;
                 const double cost = moqc_run_cost(j->c, &u, moqk_pad(groups, 1 + u.share), bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = u; }
             }
-    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) { /* little work: fewer warps; few warps: more under way */
-        const int little = best->each == 2 && best->ways % 4 == 0;
-        if (little) best->ways = best->ways / 4 * 3;
-        if (columns <= 2 && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
+    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) { /* little work: fewer warps */
+        if (best->each == 2 && best->ways % 4 == 0) best->ways = best->ways / 4 * 3;
         bytes_of_best = moqc_run_fill_in(best, form);
-        if (bytes_of_best > j->c->most_shared) {
-            best->stages = 1;
-            bytes_of_best = moqc_run_fill_in(best, form);
-        }
     }
+    /* A row alone: as much room as keeps a multiprocessor to itself. Of blocks that begin where the launch before ends, two came to lie on one
+       multiprocessor, which took twice the time. More chunks on their way before x is there would be in its way. */
+    if (bytes_of_best > 0 && columns <= 2) bytes_of_best = moqc_max(bytes_of_best, j->c->most_shared / 2);
     return bytes_of_best;
 }
+
+static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes); /* see >>cuda-together */
 
 static void moqc_launch_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes)
 {
@@ -5623,6 +5775,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, const moqk_ru
     how.attrs = with;
     how.numAttrs = u->blocks > 1 || u->share ? 2 : 1;
     cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
+    if (j->c->capturing) moqc_all_shared(j->c, (const void *)kernel);
     if (moqc_ok(j->c, e, "cudaFuncSetAttribute")) moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
 
@@ -5639,8 +5792,11 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
     if (j->c->sm == 90 && !j->call.tiles && moqk_fast_bits(form) == 4 && columns <= 16) {
         moqk_run run;
         int64_t bytes = moqc_run_cut(j, form, step, columns, &run);
-        if (bytes > 0) { moqc_launch_run(j, form, step, &run, bytes); return; }
+        if (bytes > 0 && j->c->holds) moqc_hold_run(j, form, step, &run, bytes);
+        else if (bytes > 0) moqc_launch_run(j, form, step, &run, bytes);
+        if (bytes > 0) return;
     }
+    moqc_let_go(j->c);
     const int large = moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000, known = columns > 8 || moqk_fast_bits(form) > 4;
     if (j->c->sm == 90 && !j->call.tiles && known && (j->call.m > 4 || large)) { /* the copy engine */
         int64_t bytes = moqc_ring_cut(j, form, step, columns, &ring);
@@ -6016,6 +6172,146 @@ static int moqc_gemm_tokens(const moqc_bank *b)
 }
 
 /* ------------------------------------------------------------------------------------------------
+   >>cuda-together   calls of a recording that become one launch
+   A launch takes a few microseconds from the end of the one before to its own first result, and a step of one token has hundreds of them. So while a
+   graph is recorded, a product of >>cuda-runs waits for the call behind it, and so do a norm of one row and heads that enter a cache: the product
+   itself adds what a norm would add, or makes the activation of its gate and up; it makes the norm of its x; attention enters its heads. Every buffer
+   gets what single calls give it, bit by bit. Any other call launches what waits before it does anything.
+   ------------------------------------------------------------------------------------------------ */
+
+/* What waits: a product, a norm, or the heads of an attention. */
+typedef struct moqc_held {
+    int enters;                /* heads wait for their attention: */
+    moq_batch batch;
+    moq_heads_desc heads;
+    int run, has_norm;         /* a product waits, and makes `norm` of its x */
+    moqc_job job;
+    int form, step;
+    moqk_run cut;
+    int64_t bytes;
+    int norms;                 /* `norm` waits */
+    moq_norm_desc norm;
+} moqc_held;
+
+static void moqc_launch_norm(moqc_ctx *c, const moq_norm_desc *d); /* see >>cuda-ops */
+static void moqc_launch_enter(moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h); /* see >>cuda-kv */
+
+static void moqc_let_go(moqc_ctx *c)
+{
+    moqc_held *h = c->held;
+    if (h->run) moqc_launch_run(&h->job, h->form, h->step, &h->cut, h->bytes);
+    if (h->norms) moqc_launch_norm(c, &h->norm);
+    if (h->enters) moqc_launch_enter(c, &h->batch, &h->heads);
+    h->run = h->norms = h->enters = c->waiting = 0;
+}
+
+/* Do these bytes not touch those? */
+static int moqc_apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
+{
+    return (uintptr_t)a + (uintptr_t)a_bytes <= (uintptr_t)b || (uintptr_t)b + (uintptr_t)b_bytes <= (uintptr_t)a;
+}
+
+/* Is a product over this bank one launch of >>cuda-runs, with x as it is? */
+static int moqc_may_hold(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
+{
+    const int elem = c->bf16 ? 2 : 4, form = moqk_form_of(b->part[0].d);
+    if (!c->capturing || c->sm != 90 || rows < 1 || rows > c->be.max_rows || rows * elem > 32 || b->experts != 1) return 0;
+    if (form < 0 || moqk_fast_bits(form) != 4 || ((uintptr_t)x & 15) != 0 || b->cols * elem % 16 != 0) return 0;
+    for (int32_t i = 0; i < b->parts; i++) {
+        const moqc_part *p = &b->part[i];
+        if (p->has_lora || !b->direct[i] || (i > 0 && !b->shares[i]) || p->d.rows < 1 || p->kernel[moqc_regime(rows)]->launch != moqc_launch_decode) return 0;
+        if (moqk_form_of(p->d) != form || moqk_form_step(p->d, form) != moqk_form_step(b->part[0].d, form)) return 0;
+    }
+    return 1;
+}
+
+/* Is each of these aligned to four values of `elem` bytes? Strides count values. */
+static int moqc_fours(const void *x, int64_t x_stride, const void *y, int64_t y_stride, const void *add, int elem)
+{
+    return (((uintptr_t)x | (uintptr_t)y | (uintptr_t)add) & (uintptr_t)(4 * elem - 1)) == 0 && ((x_stride | y_stride) & 3) == 0;
+}
+
+/* Threads of a norm's own launch, when it is one of whole rows four values at a time; else 0. */
+static int32_t moqc_norm_threads(const moqc_ctx *c, const moq_norm_desc *d)
+{
+    const int fits = d->groups <= 1 && d->cols % 4 == 0 && d->cols <= 4096 * MOQK_NORM_QUADS && ((uintptr_t)d->weight & 15) == 0 &&
+        moqc_fours(d->x, d->x_stride, d->y, d->y_stride, d->add, c->bf16 ? 2 : 4);
+    return fits ? (int32_t)moqk_pad(moqk_ceil(d->cols, 4 * MOQK_NORM_QUADS), 32) : 0;
+}
+
+/* May the product that waits, cut like this, make the norm of its x? Blocks would read what others write already where buffers touch. */
+static int moqc_norm_fits(const moqc_ctx *c, const moq_norm_desc *n, const moqc_job *j, const moqk_run *u)
+{
+    const int64_t elem = c->bf16 ? 2 : 4, row = n->cols * elem, y = j->call.ldy * elem;
+    return n->y == j->call.x && j->call.m == 1 && n->cols == u->cols && moqc_norm_threads(c, n) <= 32 * MOQK_RUN_PLAYED * u->tiles * u->ways &&
+        moqc_apart(n->x, row, j->call.y, y) && moqc_apart(n->y, row, j->call.y, y);
+}
+
+static void moqc_take_norm(const moqc_ctx *c, moqc_held *h)
+{
+    h->has_norm = 1;
+    h->job.call.x = h->norm.x;
+    h->cut.bulk = 0;
+    h->cut.norm = moqc_norm_threads(c, &h->norm);
+    h->cut.eps = h->norm.eps;
+    h->cut.norm_weight = h->norm.weight;
+    h->cut.normed = h->norm.y;
+}
+
+static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes)
+{
+    moqc_ctx *c = j->c;
+    moqc_held *h = c->held;
+    const int takes = h->norms && moqc_norm_fits(c, &h->norm, j, u);
+    if (takes) h->norms = 0;
+    moqc_let_go(c);
+    h->job = *j;
+    h->form = form;
+    h->step = step;
+    h->cut = *u;
+    h->bytes = bytes;
+    h->run = c->waiting = 1;
+    h->has_norm = 0;
+    if (takes) moqc_take_norm(c, h);
+}
+
+/* x += add of a norm by the product that made `add`. 0: it does not. */
+static int moqc_add_in_run(moqc_ctx *c, const moq_norm_desc *n)
+{
+    moqc_held *h = c->held;
+    const moqk_call *a = &h->job.call;
+    const int64_t elem = c->bf16 ? 2 : 4, x = a->m * (int64_t)n->cols * elem;
+    if (!h->run || !n->add || n->add != a->y || h->cut.pairs || n->groups > 1 || n->rows != a->m || a->ldy != n->cols) return 0;
+    if ((n->x_stride != 0 && n->x_stride != n->cols) || h->job.bank->rows != n->cols || !moqc_apart(n->x, x, a->y, x) || !moqc_apart(n->x, x, a->x, a->m * a->ldx * elem) ||
+        !moqc_apart(n->x, x, h->cut.normed, h->has_norm ? h->cut.cols * elem : 0)) return 0;
+    h->cut.into = (void *)(uintptr_t)n->x;
+    moqc_let_go(c);
+    return 1;
+}
+
+/* The activation by the product that made gate and up. 0: it does not. */
+static int moqc_activate_in_run(moqc_ctx *c, const moq_activation_desc *d, const void *x, int32_t rows, int32_t n, void *y)
+{
+    moqc_held *h = c->held;
+    const moqk_call *a = &h->job.call;
+    const int64_t elem = c->bf16 ? 2 : 4, mid = (int64_t)rows * n * elem;
+    if (!h->run || x != a->y || rows != a->m || d->kind == MOQ_RELU2 || !h->cut.pairs || h->cut.part[0].rows != n) return 0;
+    if (!moqc_apart(y, mid, a->y, 2 * mid) || !moqc_apart(y, mid, a->x, a->m * a->ldx * elem) ||
+        !moqc_apart(y, mid, h->cut.normed, h->has_norm ? h->cut.cols * elem : 0)) return 0;
+    h->cut.activation = *d;
+    h->cut.mid = y;
+    moqc_let_go(c);
+    return 1;
+}
+
+/* May this norm wait for the product that reads it? */
+static int moqc_norm_waits(const moqc_ctx *c, const moq_norm_desc *n)
+{
+    const int64_t row = n->cols * (c->bf16 ? 2 : 4);
+    return c->capturing && c->sm == 90 && n->rows == 1 && !n->add && moqc_norm_threads(c, n) > 0 && moqc_apart(n->x, row, n->y, row);
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>cuda-ops        embed, norm, rope, activation, add, argmax
    One launch each; every element is read and written once. T is the activation type.
    ------------------------------------------------------------------------------------------------ */
@@ -6097,8 +6393,6 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_norm(moq_norm
     for (int32_t i = rest; i < d.cols; i += step) moqk_put(y, i, d.weight ? moqk_get(x, i) * s * d.weight[i] : moqk_get(x, i) * s);
 }
 
-enum { MOQK_NORM_QUADS = 2 };
-
 /* The same for whole rows whose values come four at a time, MOQK_NORM_QUADS times four a thread: a third less time. Grid: rows. */
 template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq_norm_desc d)
 {
@@ -6126,38 +6420,27 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq
     for (int k = 0; k < MOQK_NORM_QUADS; k++) {
         if (add) v[k] = make_float4(moqk_rounded<T>(v[k].x + u[k].x), moqk_rounded<T>(v[k].y + u[k].y), moqk_rounded<T>(v[k].z + u[k].z),
                                     moqk_rounded<T>(v[k].w + u[k].w));
-        sum += v[k].x * v[k].x + v[k].y * v[k].y + v[k].z * v[k].z + v[k].w * v[k].w;
+        sum = moqk_add_squares(sum, v[k]);
     }
     sum = moqk_warp_sum(sum);
     if ((threadIdx.x & 31) == 0) room[threadIdx.x >> 5] = sum;
     __syncthreads();
     sum = moqk_warp_sum((threadIdx.x & 31) < blockDim.x / 32 ? room[threadIdx.x & 31] : 0);
-    const float s = 1 / sqrtf(sum / (float)d.cols + d.eps);
+    const float s = moqk_norm_factor(sum, d.cols, d.eps);
 #pragma unroll
     for (int k = 0; k < MOQK_NORM_QUADS; k++)
         if (at + k * step < d.cols) {
             if (add) moqk_put4(x + at + k * step, v[k]);
-            moqk_put4(y + at + k * step, make_float4(v[k].x * s * w[k].x, v[k].y * s * w[k].y, v[k].z * s * w[k].z,
-                                                     v[k].w * s * w[k].w)); /* y may be x */
+            moqk_put4(y + at + k * step, moqk_normed(v[k], s, w[k])); /* y may be x */
         }
 }
 
-/* Is each of these aligned to four values of `elem` bytes? Strides count values. */
-static int moqc_fours(const void *x, int64_t x_stride, const void *y, int64_t y_stride, const void *add, int elem)
+static void moqc_launch_norm(moqc_ctx *c, const moq_norm_desc *d)
 {
-    return (((uintptr_t)x | (uintptr_t)y | (uintptr_t)add) & (uintptr_t)(4 * elem - 1)) == 0 && ((x_stride | y_stride) & 3) == 0;
-}
-
-static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
-{
-    moqc_ctx *c = moqc_of(be);
-    moqc_on on(c);
-    if (d->rows < 1 || d->cols < 1) return;
-    if (d->groups <= 1 && d->cols % 4 == 0 && d->cols <= 4096 * MOQK_NORM_QUADS && ((uintptr_t)d->weight & 15) == 0 &&
-        moqc_fours(d->x, d->x_stride, d->y, d->y_stride, d->add, c->bf16 ? 2 : 4)) {
-        unsigned some = (unsigned)moqk_pad(moqk_ceil(d->cols, 4 * MOQK_NORM_QUADS), 32);
-        MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm_rows<float>, (unsigned)d->rows, some, 0, *d)),
-                    (moqc_chain(c, "norm", moqk_norm_rows<__nv_bfloat16>, (unsigned)d->rows, some, 0, *d)));
+    const int32_t some = moqc_norm_threads(c, d);
+    if (some > 0) {
+        MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm_rows<float>, (unsigned)d->rows, (unsigned)some, 0, *d)),
+                    (moqc_chain(c, "norm", moqk_norm_rows<__nv_bfloat16>, (unsigned)d->rows, (unsigned)some, 0, *d)));
         return;
     }
     dim3 grid((unsigned)d->rows, (unsigned)(d->groups > 0 ? d->groups : 1));
@@ -6165,6 +6448,20 @@ static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
     MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm<float>, grid, threads, 0, *d)),
                 (moqc_chain(c, "norm", moqk_norm<__nv_bfloat16>, grid, threads, 0, *d)));
     moqc_launched(c, "norm");
+}
+
+static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c, 1);
+    moq_norm_desc n = *d;
+    if (d->rows < 1 || d->cols < 1) return;
+    if (moqc_add_in_run(c, &n)) n.add = NULL;
+    moqc_let_go(c);
+    if (moqc_norm_waits(c, &n)) {
+        c->held->norm = n;
+        c->held->norms = c->waiting = 1;
+    } else moqc_launch_norm(c, &n);
 }
 
 /* In double: an angle of 10^5 radians still has 10 digits. */
@@ -6240,8 +6537,9 @@ template <typename T, int EACH> __global__ void __launch_bounds__(256) moqk_acti
 static void moqc_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
 {
     moqc_ctx *c = moqc_of(be);
-    moqc_on on(c);
-    if (rows < 1 || n < 1) return;
+    moqc_on on(c, 1);
+    if (rows < 1 || n < 1 || moqc_activate_in_run(c, a, x, rows, n, y)) return;
+    moqc_let_go(c);
     int each = moqc_fours(x, n, y, n, NULL, c->bf16 ? 2 : 4) ? 4 : 1;
     dim3 grid((unsigned)moqk_ceil(n, 256 * each), (unsigned)moqc_min(rows, 65535));
 #define MOQC_CALL(T) \
@@ -6378,7 +6676,21 @@ __device__ void moqk_rotate_rows(float *x, int32_t count, int32_t stride, int32_
     __syncthreads();
 }
 
-/* x in shared memory -> row `at` of the cache. A thread packs a block of FP4, or strides over single values. */
+/* x in shared memory -> row `at` of a cache of 8 bits and more; `threads` stride over values. */
+__device__ __forceinline__ void moqk_kv_pack_wide(const moqk_kv &c, int32_t head, int64_t at, const float *x, int32_t thread, int32_t threads)
+{
+    uint8_t *row = c.codes + at * c.row_bytes;
+    const float scale = c.scale[head], *bias = c.bias ? c.bias + (int64_t)head * c.dim : NULL;
+    for (int32_t i = thread; i < c.padded; i += threads) {
+        float v = i < c.dim ? x[i] : 0;
+        if (c.kind == MOQK_KV_F32) ((float *)row)[i] = v;
+        else if (c.kind == MOQK_KV_BF16) ((__nv_bfloat16 *)row)[i] = __float2bfloat16_rn(v);
+        else if (c.kind == MOQK_KV_E4M3) row[i] = i < c.dim ? (uint8_t)moqk_to_e4m3((bias ? v - bias[i] : v) / scale) : 0;
+        else row[i] = v == v ? (uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
+    }
+}
+
+/* The same of any cache, by all threads of the block: one packs a block of FP4. */
 __device__ void moqk_kv_pack(const moqk_kv &c, int32_t head, int64_t at, const float *x)
 {
     uint8_t *row = c.codes + at * c.row_bytes;
@@ -6406,14 +6718,7 @@ __device__ void moqk_kv_pack(const moqk_kv &c, int32_t head, int64_t at, const f
         }
         return;
     }
-    const float *bias = c.bias ? c.bias + (int64_t)head * c.dim : NULL;
-    for (int32_t i = threadIdx.x; i < c.padded; i += blockDim.x) {
-        float v = i < c.dim ? x[i] : 0;
-        if (c.kind == MOQK_KV_F32) ((float *)row)[i] = v;
-        else if (c.kind == MOQK_KV_BF16) ((__nv_bfloat16 *)row)[i] = __float2bfloat16_rn(v);
-        else if (c.kind == MOQK_KV_E4M3) row[i] = i < c.dim ? (uint8_t)moqk_to_e4m3((bias ? v - bias[i] : v) / scale) : 0;
-        else row[i] = v == v ? (uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
-    }
+    moqk_kv_pack_wide(c, head, at, x, (int32_t)threadIdx.x, (int32_t)blockDim.x);
 }
 
 /* Grid: rows, kv heads, keys and values. */
@@ -6433,44 +6738,52 @@ template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_ca
     moqk_kv_pack(to, head, (s * c.kv_heads + head) * c.capacity + at, x);
 }
 
-/* A head of q, k or v, one after the other in the grid's second dimension: norm, turn, append; each value is rounded to T where calls of their
-   own would store it. Blocks are small: they find room on the device before the product that they wait for has ended. Grid: rows, heads of all three. */
-template <typename T> __global__ void __launch_bounds__(64) moqk_enter(moqk_cache c, const int32_t *slot, const int32_t *pos, moq_heads_desc d)
+/* A head of `dim` values through norm (weight, or NULL) and turn (`half` pairs) into x in shared memory, by one warp. Values are rounded to the
+   activation type where calls of their own would store them. */
+__device__ __forceinline__ void moqk_enter_head(const void *from, int64_t first, int bf16, int32_t dim, const float *weight, float eps,
+                                                const float2 *turns, int32_t half, int interleaved, float *x)
 {
-    __shared__ float x[MOQK_KV_MOST_DIM], room[33];
-    const int32_t kind = (int32_t)blockIdx.y < d.heads ? 0 : (int32_t)blockIdx.y < d.heads + c.kv_heads ? 1 : 2;
-    const int32_t head = (int32_t)blockIdx.y - (kind > 0 ? d.heads : 0) - (kind > 1 ? c.kv_heads : 0), dim = kind == 2 ? c.v.dim : c.k.dim,
-        half = d.dims / 2;
-    const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
-    const int64_t row = blockIdx.x;
-    const T *from = (const T *)(kind == 0 ? d.q : kind == 1 ? d.k : d.v) + row * (kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride) +
-        (int64_t)head * dim;
-    const moqk_kv &to = kind == 2 ? c.v : c.k;
-    const float2 *turns = (const float2 *)(const void *)d.table + row * half;
+    const int32_t lane = threadIdx.x & 31;
+    const float2 turn = lane < half ? turns[lane] : make_float2(1, 0), next = lane + 32 < half ? turns[lane + 32] : make_float2(1, 0);
     float sum = 0;
-    moqk_follow();
-    /* what is read is under way at once */
-    const int32_t s = slot[row], at = pos[row];
-    const float2 turn = kind < 2 && threadIdx.x < half ? turns[threadIdx.x] : make_float2(1, 0);
-    for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) {
-        x[i] = moqk_get(from, i);
-        sum += x[i] * x[i];
+#pragma unroll 4
+    for (int32_t i = lane; i < dim; i += 32) {
+        x[i] = moqk_get_any(from, first + i, bf16);
+        sum = __fmaf_rn(x[i], x[i], sum);
     }
     if (weight) {
-        float factor = 1 / sqrtf(moqk_block_sum(sum, room) / (float)dim + d.eps);
-        for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) x[i] = moqk_rounded<T>(x[i] * factor * weight[i]);
+        const float factor = moqk_norm_factor(moqk_warp_sum(sum), dim, eps);
+        for (int32_t i = lane; i < dim; i += 32) x[i] = moqk_rounded_any(x[i] * factor * weight[i], bf16);
     }
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < (kind < 2 ? half : 0); i += blockDim.x) {
-        int32_t ia = d.interleaved ? 2 * i : i, ib = d.interleaved ? ia + 1 : ia + half;
-        float2 by = i == (int32_t)threadIdx.x ? turn : turns[i];
-        float a = x[ia], b = x[ib];
-        x[ia] = moqk_rounded<T>(a * by.x - b * by.y);
-        x[ib] = moqk_rounded<T>(b * by.x + a * by.y);
+    __syncwarp();
+#pragma unroll 2
+    for (int32_t i = lane; i < half; i += 32) {
+        const int32_t ia = interleaved ? 2 * i : i, ib = interleaved ? ia + 1 : ia + half;
+        const float2 by = i < 32 ? turn : i < 64 ? next : turns[i];
+        const float a = x[ia], b = x[ib];
+        x[ia] = moqk_rounded_any(__fmaf_rn(a, by.x, -__fmul_rn(b, by.y)), bf16);
+        x[ib] = moqk_rounded_any(__fmaf_rn(b, by.x, __fmul_rn(a, by.y)), bf16);
     }
-    __syncthreads();
+    __syncwarp();
+}
+
+/* A head of q, k or v, one after the other in the grid's second dimension: norm, turn, append. Blocks are small: they find room on the device before
+   the product that they wait for has ended. Grid: rows, heads of all three. */
+__global__ void __launch_bounds__(32) moqk_enter(moqk_cache c, const int32_t *slot, const int32_t *pos, moq_heads_desc d, int bf16)
+{
+    __shared__ float x[MOQK_KV_MOST_DIM];
+    const int32_t kind = (int32_t)blockIdx.y < d.heads ? 0 : (int32_t)blockIdx.y < d.heads + c.kv_heads ? 1 : 2;
+    const int32_t head = (int32_t)blockIdx.y - (kind > 0 ? d.heads : 0) - (kind > 1 ? c.kv_heads : 0), dim = kind == 2 ? c.v.dim : c.k.dim;
+    const int64_t row = blockIdx.x;
+    const moqk_kv &to = kind == 2 ? c.v : c.k;
+    moqk_follow();
+    const int32_t s = slot[row], at = pos[row], half = kind < 2 ? d.dims / 2 : 0;
+    const float2 *turns = (const float2 *)(const void *)d.table + row * (d.dims / 2);
+    const int64_t stride = kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride;
+    moqk_enter_head(kind == 0 ? d.q : kind == 1 ? d.k : d.v, row * stride + (int64_t)head * dim, bf16, dim,
+                    kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, d.eps, turns, half, d.interleaved, x);
     if (kind == 0) {
-        for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) moqk_put((T *)d.q + row * d.q_stride + (int64_t)head * dim, i, x[i]);
+        for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) moqk_put_any(d.q, row * d.q_stride + (int64_t)head * dim + i, x[i], bf16);
         return;
     }
     if (s < 0 || s >= c.slots || at < 0 || at >= c.capacity) return; /* a caller's mistake */
@@ -6666,16 +6979,24 @@ static void moqc_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_batch
     moqc_launched(c, "kv_append");
 }
 
+static int moqc_enter_waits(const moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h); /* see >>cuda-attention-host */
+
+static void moqc_launch_enter(moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h)
+{
+    const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
+    moqc_chain(c, "kv_enter", moqk_enter, dim3((unsigned)b->rows, (unsigned)(h->heads + 2 * d->kv_heads)), 32, 0, *d, b->slot, b->pos, *h, c->bf16);
+}
+
 static void moqc_kv_enter(moq_backend *be, const moq_batch *b, const moq_heads_desc *h)
 {
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c);
-    const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
     if (b->rows < 1) return;
-    dim3 grid((unsigned)b->rows, (unsigned)(h->heads + 2 * d->kv_heads));
-    MOQC_BY_ACT(c, (moqc_chain(c, "kv_enter", moqk_enter<float>, grid, 64, 0, *d, b->slot, b->pos, *h)),
-                (moqc_chain(c, "kv_enter", moqk_enter<__nv_bfloat16>, grid, 64, 0, *d, b->slot, b->pos, *h)));
-    moqc_launched(c, "kv_enter");
+    if (moqc_enter_waits(c, b, h)) {
+        c->held->batch = *b;
+        c->held->heads = *h;
+        c->held->enters = c->waiting = 1;
+    } else moqc_launch_enter(c, b, h);
 }
 
 /* `bytes` of every head, a head after `stride` bytes; ranges may overlap. Grid: heads. */
@@ -6762,7 +7083,9 @@ typedef struct moqk_attend_args {
     int64_t q_stride, y_stride;
     int32_t rows, heads, share, window, chunk, splits, bf16;
     int32_t ahead;             /* >>cuda-attention-stream: pieces of 2 KiB of keys and of values that a block fetches ahead */
+    int32_t enters;            /* the same: 1: the launch does what moqk_enter would do for its one row */
     float scale, softcap;
+    moq_heads_desc enter;
 } moqk_attend_args;
 
 /* The first position that a row at `pos` sees. */
@@ -7285,21 +7608,22 @@ template <int KIND, int DIM> struct moqk_kv_piece {
 __host__ __device__ static constexpr int moqk_tensor_row(int dim) { return dim + 8; }
 
 /* The query heads of this block as operand rows, hi above lo. Straight from memory, or through room [8][DIM + 8] where keys are rotated or
-   have a bias (bias[h] = q . k_bias). rest: see moqk_kv_piece::scores. */
+   have a bias (bias[h] = q . k_bias), or where they are there already, not scaled. rest: see moqk_kv_piece::scores. */
 template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, const float *k_bias, float *room, float *bias, uint32_t (*q)[4],
-                                                                 uint32_t (*rest)[2])
+                                                                 uint32_t (*rest)[2], int there)
 {
     constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = a.c.k.rotate || k_bias;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = there || a.c.k.rotate || k_bias;
+    const float unit = there ? a.scale : 1;
     int64_t from = row * a.q_stride + (int64_t)(head + g) * DIM;
     if (through) {
-        for (int i = threadIdx.x; i < 8 * DIM; i += blockDim.x)
+        for (int i = threadIdx.x; i < 8 * DIM && !there; i += blockDim.x)
             room[i / DIM * R + i % DIM] = i / DIM < count ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + i / DIM) * DIM + i % DIM, a.bf16) * a.scale : 0;
         if (a.c.k.rotate) moqk_rotate_rows(room, 8, R, DIM, 1 / sqrtf((float)DIM));
         __syncthreads();
         for (int h = warp; h < 8; h += blockDim.x >> 5) {
             float sum = 0;
-            for (int d = lane; k_bias && d < DIM; d += 32) sum += room[h * R + d] * k_bias[d];
+            for (int d = lane; k_bias && d < DIM; d += 32) sum += __fmul_rn(room[h * R + d], unit) * k_bias[d];
             sum = moqk_warp_sum(sum);
             if (lane == 0) bias[h] = sum;
         }
@@ -7310,8 +7634,8 @@ template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_atte
         for (int i = 0; i < 2; i++) {
             int x = moqk_key_dim<KIND, DIM>(t, s, 2 * i), y = moqk_key_dim<KIND, DIM>(t, s, 2 * i + 1);
             float u = 0, v = 0;
-            if (through) { u = room[g * R + x]; v = room[g * R + y]; }
-            else if (g < count) { u = moqk_get_any(a.q, from + x, a.bf16) * a.scale; v = moqk_get_any(a.q, from + y, a.bf16) * a.scale; }
+            if (through) { u = __fmul_rn(room[g * R + x], unit); v = __fmul_rn(room[g * R + y], unit); }
+            else if (g < count) { u = __fmul_rn(moqk_get_any(a.q, from + x, a.bf16), a.scale); v = __fmul_rn(moqk_get_any(a.q, from + y, a.bf16), a.scale); }
             moqk_split16<BF>(u, v, &q[s][2 * i], &q[s][2 * i + 1]);
             if constexpr (KIND == MOQK_KV_MX4) {
                 float2 f = moqk_unpack16<BF>(q[s][2 * i]), h = moqk_unpack16<BF>(q[s][2 * i + 1]);
@@ -7345,7 +7669,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
     moqk_kv_piece<KIND, DIM> now, next;
     int64_t first = from + 16 * warp;
     if (first < to) next.load(a.c, base, first, to - 1, lane);
-    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, room, bias, q, rest);
+    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, room, bias, q, rest, 0);
 #pragma unroll
     for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
     if (a.sinks && held && blockIdx.x == 0 && warp == 0 && g < count) {
@@ -7540,7 +7864,7 @@ __device__ __forceinline__ int32_t moqk_arrive(int32_t *p)
 
 /* What moqk_join_splits does, with sixteen parts and their sums under way in every thread, for which it takes the registers: one wait for the
    memory instead of three. */
-__device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t turned)
+__device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t turned)
 {
     enum { AT_ONCE = 16 };
     __shared__ int last;
@@ -7548,7 +7872,7 @@ __device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int
     __syncthreads();
     if (threadIdx.x == 0) last = moqk_arrive(arrived) == a.splits - 1;
     __syncthreads();
-    if (!last) return;
+    if (!last) return 0;
     for (int32_t i = threadIdx.x; i < count * n; i += blockDim.x) {
         int32_t h = i / n, d = i % n;
         const int64_t first = (row * a.heads + head + h) * a.splits;
@@ -7585,6 +7909,35 @@ __device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int
         }
     }
     if (threadIdx.x == 0) *arrived = 0;
+    return 1;
+}
+
+/* What moqk_enter does for the heads of a block, one to a warp: queries [head, head + count) into `queries` [8][R], not scaled, and where `owner`
+   the key and the value of the row, at position `at` of the cache, through the warp's own shared memory. */
+template <int DIM>
+__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int owner, int64_t at, float *queries,
+                                                 float *mine)
+{
+    constexpr int R = moqk_tensor_row(DIM);
+    const moq_heads_desc &d = a.enter;
+    const float2 *turns = (const float2 *)(const void *)d.table;
+    const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    for (int32_t i = count * R + threadIdx.x; i < 8 * R; i += blockDim.x) queries[i] = 0;
+    for (int32_t task = warp; task < count + 2 * owner; task += warps) { /* queries, key, value */
+        const int32_t kind = task < count ? 0 : task - count + 1;
+        float *x = kind == 0 ? queries + task * R : mine;
+        moqk_enter_head(kind == 0 ? d.q : kind == 1 ? d.k : d.v, (int64_t)(kind == 0 ? head + task : kv_head) * DIM, a.bf16, DIM,
+                        kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, d.eps, turns, kind < 2 ? d.dims / 2 : 0, d.interleaved, x);
+        if (kind > 0) moqk_kv_pack_wide(kind == 1 ? a.c.k : a.c.v, kv_head, at, x, lane, 32);
+        __syncwarp();
+    }
+}
+
+/* The queries of a block back to where they came from: q changes in place, when nobody reads it any more. */
+template <int DIM> __device__ __forceinline__ void moqk_enter_back(const moqk_attend_args &a, int32_t head, int32_t count, const float *queries)
+{
+    for (int32_t i = threadIdx.x; i < count * DIM; i += blockDim.x)
+        moqk_put_any(a.enter.q, (int64_t)head * DIM + i, queries[i / DIM * moqk_tensor_row(DIM) + i % DIM], a.bf16);
 }
 
 /* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next one on its way. Lane
@@ -7592,7 +7945,7 @@ __device__ __forceinline__ void moqk_join_at_once(const moqk_attend_args &a, int
 template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS * 32, 1) moqk_attend_stream(moqk_attend_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
-    __shared__ float bias[8], max_of[MOQK_STREAM_WARPS][8], sum_of[MOQK_STREAM_WARPS][8];
+    __shared__ float bias[8], max_of[MOQK_STREAM_WARPS][8], sum_of[MOQK_STREAM_WARPS][8], best_of[8], total_of[8];
     constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), N = DIM / 8, STEP = moqk_stream_step(KIND, DIM);
     constexpr float LOG2E = 1.44269504f;
     const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
@@ -7603,7 +7956,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
     const uint32_t put = moqk_stream_at<ROW>(lane / (ROW / 16), lane % (ROW / 16));
     const int64_t row = blockIdx.z;
     int64_t base = 0;
-    int32_t from = 0, to = 0;
+    int32_t from = 0, to = 0, owner = 0;
     moqk_dependents_may_start();
 #pragma unroll 1
     for (int turn = a.ahead > 0 ? 0 : 1; turn < 2; turn++) { /* first to fetch ahead, with what slot and pos may not yet be; then in earnest */
@@ -7614,6 +7967,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         const int32_t seen = held ? (int32_t)(pos + 1 - low) : 0, per = (seen + a.splits - 1) / a.splits;
         from = blockIdx.x * per;
         to = min(from + per, seen);
+        owner = a.enters && from < to && to == seen; /* this split ends with the row's own position */
         base = ((slot * a.c.kv_heads + kv_head) * a.c.capacity + low) * ROW;
 #if __CUDA_ARCH__ >= 900
         const int64_t at = (int64_t)from * ROW + (int64_t)threadIdx.x * 2048, left = (int64_t)to * ROW - at;
@@ -7625,12 +7979,16 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
     }
     int32_t first = from + warp * MOQK_STREAM_KEYS, ask = first;
     const uint8_t *k = a.c.k.codes + base + (int64_t)ask * ROW + lane * 16, *v = a.c.v.codes + base + (int64_t)ask * ROW + lane * 16;
-    if (ask < to) moqk_stream_ask<ROW>(ring + put, k, v, to - ask, lane);
+    const int later = owner && ask < to && ask + MOQK_STREAM_KEYS >= to; /* this warp begins with the row's own position */
+    if (ask < to && !later) moqk_stream_ask<ROW>(ring + put, k, v, to - ask, lane);
+    if (a.enters) moqk_enter_block<DIM>(a, kv_head, head, count, owner, base / ROW + to - 1, queries, room + (warp * 2 + 1) * (STEP / 4));
     float k_scale = LOG2E, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
     if (KIND != MOQK_KV_BF16) { k_scale *= a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; }
     uint32_t q[DIM / 16][4];
     float acc[N][4];
-    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias, q, NULL);
+    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias, q, NULL, a.enters);
+    if (later) moqk_stream_ask<ROW>(ring + put, k, v, to - ask, lane);
+    if (a.enters && !a.partial) moqk_enter_back<DIM>(a, head, count, queries);
 #pragma unroll
     for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
     const float mine = bias[g] * LOG2E;
@@ -7684,22 +8042,25 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
     if (t == 0) { max_of[warp][g] = top; sum_of[warp][g] = sum; }
     __syncthreads(); /* the rings are free */
     constexpr int R = moqk_tensor_row(DIM); /* room: [warps][8][R]; place p of a head holds dimension p % 8 * N + p / 8 */
+    float best = max_of[0][g], total = 0;
+#pragma unroll
+    for (int w = 1; w < MOQK_STREAM_WARPS; w++) if (w < warps) best = fmaxf(best, max_of[w][g]);
+#pragma unroll
+    for (int w = 0; w < MOQK_STREAM_WARPS; w++) if (w < warps) total += moqk_exp2(max_of[w][g] - best) * sum_of[w][g];
+    if (warp == 0 && t == 0) { best_of[g] = best; total_of[g] = total; }
+    const float weight = moqk_exp2(top - best) * v_scale;
     if (g < count)
 #pragma unroll
         for (int i = 0; i < N; i++)
-            *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * v_scale, (acc[i][1] + acc[i][3]) * v_scale);
+            *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * weight, (acc[i][1] + acc[i][3]) * weight);
     __syncthreads();
     const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
     for (int32_t i = threadIdx.x; i < count * DIM; i += blockDim.x) {
         const int32_t h = i / DIM, p = i % DIM, d = p % 8 * N + p / 8;
-        float m = -3e38f, l = 0, x = 0;
-        for (int w = 0; w < warps; w++) m = fmaxf(m, max_of[w][h]);
-#pragma unroll 4
-        for (int w = 0; w < warps; w++) {
-            const float f = moqk_exp2(max_of[w][h] - m);
-            l += f * sum_of[w][h];
-            x += f * room[(w * 8 + h) * R + p];
-        }
+        const float m = best_of[h], l = total_of[h];
+        float x = 0;
+#pragma unroll
+        for (int w = 0; w < MOQK_STREAM_WARPS; w++) if (w < warps) x += room[(w * 8 + h) * R + p];
         if (v_bias) x += (l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0)) * v_bias[d]; /* a sink has no value, so no bias either */
         if (!a.partial) {
             moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l != 0 ? x / l : 0, a.bf16);
@@ -7709,7 +8070,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         a.partial[to_part * DIM + p] = x;
         if (p == 0) a.stats[to_part] = make_float2(m / LOG2E, l);
     }
-    if (a.partial) moqk_join_at_once(a, row, head, count, N);
+    if (a.partial && moqk_join_at_once(a, row, head, count, N) && a.enters) moqk_enter_back<DIM>(a, head, count, queries);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -8127,11 +8488,35 @@ static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 #undef MOQC_CALL
 }
 
+/* May heads wait for their attention? Those of one row, whose cache >>cuda-attention-stream reads. */
+static int moqc_enter_waits(const moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h)
+{
+    const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
+    const int kind = d->k.kind;
+    return c->capturing && b->rows == 1 && moqc_attend_on_tensors(d) && (kind == MOQK_KV_BF16 || kind == MOQK_KV_E4M3 || kind == MOQK_KV_I8);
+}
+
+/* The heads that wait, by the attention that reads them; 0: they do not fit it. Blocks would write what others read where buffers touch. */
+static int moqc_enter_in_attention(moqc_ctx *c, const moq_batch *b, const moq_attention_desc *d, moqk_attend_args *a)
+{
+    moqc_held *h = c->held;
+    const int elem = c->bf16 ? 2 : 4;
+    const int64_t q = (int64_t)d->heads * a->c.k.dim * elem, kv = (int64_t)a->c.kv_heads * a->c.k.dim * elem;
+    if (!h->enters || h->heads.cache != d->cache || h->heads.q != d->q || h->heads.heads != d->heads) return 0;
+    if (b->rows != 1 || b->slot != h->batch.slot || b->pos != h->batch.pos) return 0;
+    if (!moqc_apart(d->y, q, d->q, q) || !moqc_apart(d->y, q, h->heads.k, kv) || !moqc_apart(d->y, q, h->heads.v, kv) || !moqc_apart(d->q, q, h->heads.k, kv) ||
+        !moqc_apart(d->q, q, h->heads.v, kv)) return 0;
+    a->enters = 1;
+    a->enter = h->heads;
+    h->enters = c->waiting = 0;
+    return 1;
+}
+
 /* Tiles pay where rows share a sequence, which the host knows only when there are more rows than slots. */
 static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *d)
 {
     moqc_ctx *c = moqc_of(be);
-    moqc_on on(c);
+    moqc_on on(c, 1);
     moqk_attend_args a;
     memset(&a, 0, sizeof a);
     a.c = ((const moqc_cache *)(const void *)d->cache)->d;
@@ -8149,6 +8534,7 @@ static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attent
     a.bf16 = c->bf16;
     a.scale = d->scale != 0 ? d->scale : 1 / sqrtf((float)a.c.k.dim);
     a.softcap = d->softcap;
+    if (!moqc_enter_in_attention(c, b, d, &a)) moqc_let_go(c);
     int64_t most_seen = d->chunk > 0 ? d->chunk : d->window, length = moqc_min(most_seen > 0 ? most_seen : INT32_MAX, (int64_t)b->max_pos + 1);
     int tiles = b->rows >= 8 && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
     int64_t most = tiles ? b->rows : moqc_min(b->rows, 32768);
@@ -9597,6 +9983,7 @@ static moq_graph *moqc_capture_end(moq_backend *be, moq_error *err)
     cudaGraphExec_t exec = NULL;
     moqc_clear(err);
     if (!c->capturing) { moq_fail(err, MOQ_E_STATE, c->name, "capture_end without capture_begin"); return NULL; }
+    moqc_let_go(c);
     c->capturing = 0;
     cudaError_t e = cudaStreamEndCapture(c->stream, &graph);
     if (e == cudaSuccess && c->error.code == MOQ_OK) e = cudaGraphInstantiate(&exec, graph, 0);
@@ -9636,6 +10023,12 @@ static void moqc_release_graph(moq_backend *be, moq_graph *graph)
     moq_release(&c->host, g, sizeof *g);
 }
 
+/* What a backend is made of. */
+typedef struct moqc_whole {
+    moqc_ctx c;
+    moqc_held held;
+} moqc_whole;
+
 /* Frees what the caller left, too: weights and caches are no use without the backend. Their host structs are the caller's loss. */
 static void moqc_destroy(moq_backend *be)
 {
@@ -9650,7 +10043,7 @@ static void moqc_destroy(moq_backend *be)
         if (c->stream) cudaStreamDestroy(c->stream);
         cudaGetLastError();
     }
-    moq_release(&host, c, sizeof *c);
+    moq_release(&host, c, sizeof(moqc_whole));
 }
 
 /* In the order of struct moq_backend. */
@@ -9733,8 +10126,10 @@ extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dty
         moq_fail(err, MOQ_E_UNSUPPORTED, "cuda", "activations of type %s; F32 and BF16 are known", moq_dtype_name(activations));
         return NULL;
     }
-    moqc_ctx *c = (moqc_ctx *)moq_allocate(&desc->allocator, sizeof *c);
-    if (!c) { moq_fail(err, MOQ_E_NOMEM, "cuda", "no host memory for the backend"); return NULL; }
+    moqc_whole *whole = (moqc_whole *)moq_allocate(&desc->allocator, sizeof *whole);
+    if (!whole) { moq_fail(err, MOQ_E_NOMEM, "cuda", "no host memory for the backend"); return NULL; }
+    moqc_ctx *c = &whole->c;
+    c->held = &whole->held;
     c->be = moqc_table;
     c->be.ctx = c;
     c->host = desc->allocator;

@@ -1632,6 +1632,258 @@ static void test_cuda_graphs(void)
     }
 }
 
+/* ---- calls of a recording that become one launch ---- */
+
+enum { CHAIN_LAYERS = 4, CHAIN_BUFFERS = 8 };
+
+/* Two halves of a decoder layer: norm, gate and up, activation, down, norm with addition, q k v, a product of its own, norm with addition. */
+typedef struct chain {
+    moq_backend *be;
+    layer l[2 + 1 + 3 + 1];
+    moq_weight *w[CHAIN_LAYERS];
+    void *at[CHAIN_BUFFERS]; /* x, h, gate | up, mid, d, q | k | v, y, norm weights */
+    int count[CHAIN_BUFFERS];
+    float *x;
+    int rows, hidden, inter, odd;
+} chain;
+
+/* odd: what is odd about it; see chain_run. */
+static void chain_make(chain *c, moq_backend *be, int format, int rows, int hidden, int inter, int odd)
+{
+    moq_error err;
+    moq_linear parts[7];
+    const int heights[7] = {inter, inter, hidden, 240, 96, 48, hidden}, widths[7] = {hidden, hidden, inter, hidden, hidden, hidden, 384};
+    const int first[CHAIN_LAYERS] = {0, 2, 3, 6}, count[CHAIN_LAYERS] = {2, 1, 3, 1};
+    const int sizes[CHAIN_BUFFERS] = {hidden, hidden, hidden > 2 * inter ? hidden : 2 * inter, inter, hidden, 384, hidden, hidden};
+    memset(c, 0, sizeof *c);
+    c->be = be;
+    c->rows = rows;
+    c->hidden = hidden;
+    c->inter = inter;
+    c->odd = odd;
+    for (int i = 0; i < 7; i++) {
+        layer_make(&c->l[i], &layer_formats[format], heights[i], widths[i]);
+        if (odd & 1) c->l[i].w.bias = layer_view(layer_floats(&c->l[i], heights[i], 0.3f), MOQ_F32, heights[i]);
+        if ((odd & 2) && i >= 2 && i < 6) { /* the same of layers that share their input */
+            float *p = layer_floats(&c->l[i], widths[i], 0);
+            for (int k = 0; k < widths[i]; k++) p[k] = 0.5f + (float)(k % 7) / 8;
+            c->l[i].w.pre_quant_scale = layer_view(p, MOQ_F32, widths[i]);
+            c->l[i].w.scheme.pre_quant_scale = 1;
+        }
+        parts[i] = c->l[i].w;
+    }
+    CHECK(be->reserve(be, 16, &err) == MOQ_OK);
+    for (int i = 0; i < CHAIN_LAYERS; i++) {
+        c->w[i] = be->prepare_linear(be, parts + first[i], count[i], &err);
+        if (!c->w[i]) { fprintf(stderr, "%s\n", err.text); exit(2); }
+    }
+    for (int i = 0; i < CHAIN_BUFFERS; i++) {
+        c->count[i] = (i == 7 ? 1 : rows) * sizes[i];
+        c->at[i] = i == 7 ? NULL : device_floats(be, NULL, (size_t)c->count[i]);
+    }
+    float *weight = random_floats((size_t)hidden);
+    c->at[7] = device_bytes(be, weight, (size_t)hidden * 4);
+    c->x = random_floats((size_t)c->count[0]);
+    free(weight);
+}
+
+static void chain_norm(const chain *c, void *x, const void *add, void *y, int weighted)
+{
+    moq_norm_desc n;
+    memset(&n, 0, sizeof n);
+    n.x = x;
+    n.add = add;
+    n.y = y;
+    n.weight = weighted ? (const float *)c->at[7] : NULL;
+    n.rows = c->rows;
+    n.cols = c->hidden;
+    n.eps = 1e-5f;
+    c->be->norm(c->be, &n);
+}
+
+/* odd: 1 biases, 2 pre_quant_scale, 4 norms in place after a product, 8 norms that two products read, 16 another call between, 32 an activation that
+   is no gated one, 64 a sum into what the product reads. */
+static void chain_run(chain *c)
+{
+    moq_backend *be = c->be;
+    moq_activation_desc a;
+    void **at = c->at;
+    memset(&a, 0, sizeof a);
+    a.kind = c->odd & 32 ? MOQ_RELU2 : c->odd & 1 ? MOQ_GELU_TANH_MUL : MOQ_SILU_MUL;
+    chain_norm(c, at[0], NULL, at[1], 1);
+    be->linear(be, c->w[0], at[1], c->rows, at[2]);
+    if (c->odd & 16) be->copy(be, at[6], at[1], 64);
+    if (c->odd & 32) be->activation(be, &a, at[2], c->rows, 2 * c->inter, at[2]);
+    a.kind = MOQ_SILU_MUL;
+    be->activation(be, &a, at[2], c->rows, c->inter, at[3]);
+    be->linear(be, c->w[1], at[3], c->rows, at[4]);
+    if (c->odd & 4) chain_norm(c, at[4], NULL, at[4], 0);
+    chain_norm(c, at[0], at[4], at[1], c->odd & 1);
+    if (c->odd & 16) be->copy(be, at[6], at[1], 64);
+    be->linear(be, c->w[2], at[1], c->rows, at[5]);
+    if (c->odd & 8) be->linear(be, c->w[0], at[1], c->rows, at[2]);
+    be->linear(be, c->w[3], at[5], c->rows, at[6]);
+    if (c->odd & 64) { /* y = x + W y would be another sum if blocks added up while others read */
+        be->linear(be, c->w[0], at[0], c->rows, at[2]);
+        be->linear(be, c->w[1], at[2], c->rows, at[4]);
+        chain_norm(c, at[2], at[4], at[1], 0);
+    } else chain_norm(c, at[0], at[6], at[1], 1);
+}
+
+/* Everything that the calls write, into out: [sum of counts]. */
+static void chain_result(chain *c, float *out, moq_graph *g)
+{
+    moq_backend *be = c->be;
+    float *nan = (float *)malloc((size_t)c->count[2] * sizeof *nan);
+    for (int i = 0; i < c->count[2]; i++) nan[i] = moqi_bits_f32(0x7fc00000u);
+    for (int i = 1; i < 7; i++) be->upload_act(be, c->at[i], nan, (size_t)c->count[i]);
+    be->upload_act(be, c->at[0], c->x, (size_t)c->count[0]);
+    if (g) be->replay(be, g);
+    else chain_run(c);
+    for (int i = 0; i < 7; out += c->count[i], i++) be->download_act(be, out, c->at[i], (size_t)c->count[i]);
+    free(nan);
+}
+
+static void chain_free(chain *c)
+{
+    for (int i = 0; i < CHAIN_BUFFERS; i++) c->be->release(c->be, c->at[i]);
+    for (int i = 0; i < CHAIN_LAYERS; i++) c->be->release_weight(c->be, c->w[i]);
+    for (int i = 0; i < 7; i++) layer_free(&c->l[i]);
+    free(c->x);
+}
+
+/* A recording gives every buffer the bits of the single calls. */
+static void check_chain(moq_dtype activations, int format, int rows, int hidden, int inter, int odd)
+{
+    chain c;
+    moq_error err;
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    chain_make(&c, be, format, rows, hidden, inter, odd);
+    size_t all = 0;
+    for (int i = 0; i < 7; i++) all += (size_t)c.count[i];
+    float *y = random_floats(all), *z = random_floats(all);
+    chain_result(&c, y, NULL);
+    CHECK(be->capture_begin(be, &err) == MOQ_OK);
+    chain_run(&c);
+    moq_graph *g = be->capture_end(be, &err);
+    if (!g) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+    for (int turn = 0; turn < 3; turn++) {
+        chain_result(&c, z, g);
+        size_t wrong = 0, first = 0;
+        for (size_t i = 0; i < all; i++) if (memcmp(y + i, z + i, 4) != 0 && wrong++ == 0) first = i;
+        if (wrong) fprintf(stderr, "%s, %s, %d rows of %d and %d, odd %d: %zu of %zu differ, the first at %zu: %g and %g\n", moq_dtype_name(activations),
+                           layer_formats[format].name, rows, hidden, inter, odd, wrong, all, first, (double)y[first], (double)z[first]);
+        CHECK(wrong == 0);
+    }
+    CHECK(y[all - 1] == y[all - 1]);
+    be->release_graph(be, g);
+    chain_free(&c);
+    free(y); free(z);
+    done(be);
+}
+
+static void test_cuda_together(void)
+{
+    static const int formats[4] = {4, 8, 19, 11}, shapes[4][2] = {{1024, 1536}, {1312, 1056}, {2080, 1120}, {8192, 1216}};
+    static const int odds[7] = {0, 1, 2, 4, 8 + 16, 32 + 1, 64};
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        const moq_dtype t = bf16 ? MOQ_BF16 : MOQ_F32;
+        for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_chain(t, 4, 1, 1312, 1056, odds[o]);
+        for (int m = 2; m <= 8; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], 1);
+        for (int s = bf16; s < 4; s += 2) check_chain(t, 4, 1, shapes[s][0], shapes[s][1], 0);
+        for (int f = 1; f < 4; f++) check_chain(t, formats[f], 1, 1024, 1280, 0);
+    }
+}
+
+/* Heads that enter a cache and their attention, recorded: the bits of the two calls. */
+static void check_entering(moq_dtype activations, moq_kv_format format, int dim, int heads, int kv_heads, int pos, int most, int window, int norms)
+{
+    enum { LONG = 700 };
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    const int width = (heads + 2 * kv_heads) * dim, elem = activations == MOQ_BF16 ? 2 : 4, kv_width = 2 * kv_heads * dim, at = pos < 0 ? 3 : pos;
+    const int32_t slot = pos < 0 ? 5 : 1;
+    float *x = random_floats((size_t)width), *before = random_floats((size_t)(LONG * kv_width)), *numbers = random_floats((size_t)(3 * dim + heads)), *got[2];
+    int32_t slots[LONG], place[LONG];
+    uint8_t *kept[3];
+    moq_kv_desc kd;
+    moq_attention_desc a;
+    moq_graph *g = NULL;
+    moq_error err;
+    memset(&kd, 0, sizeof kd);
+    memset(&a, 0, sizeof a);
+    kd.name = "kv";
+    kd.slots = 2;
+    kd.capacity = LONG;
+    kd.kv_heads = kv_heads;
+    kd.head_dim = dim;
+    kd.kv.format = format;
+    moq_kv_cache *cache = be->kv_create(be, &kd, &err);
+    CHECK(cache != NULL && be->reserve(be, LONG, &err) == MOQ_OK);
+    for (int i = 0; i < LONG; i++) { slots[i] = 1; place[i] = i; }
+    device_batch b = batch_of(be, 1, &slot, &at), all = batch_of(be, LONG, slots, place);
+    void *fill = device_floats(be, before, (size_t)(LONG * kv_width)), *y = device_floats(be, NULL, (size_t)(heads * dim));
+    float *dn = (float *)device_bytes(be, numbers, sizeof *numbers * (size_t)(3 * dim + heads));
+    uint8_t *d = (uint8_t *)device_floats(be, x, (size_t)width), *k = d + (size_t)(heads * dim * elem), *v = k + (size_t)(kv_heads * dim * elem);
+    moq_heads_desc h = {cache, d, k, v, width, width, width, heads, norms ? dn : NULL, norms ? dn + dim : NULL, 1e-5f, dim, 0, dn + 2 * dim};
+    be->kv_append(be, cache, &all.device, fill, kv_width, (uint8_t *)fill + (size_t)(kv_heads * dim * elem), kv_width);
+    const size_t bytes = be->kv_read(be, cache, 1, LONG, NULL);
+    for (int i = 0; i < 3; i++) kept[i] = (uint8_t *)malloc(bytes);
+    be->kv_read(be, cache, 1, LONG, kept[2]);
+    a.cache = cache;
+    a.q = d;
+    a.y = y;
+    a.q_stride = width;
+    a.y_stride = heads * dim;
+    a.heads = heads;
+    a.window = window;
+    a.sinks = norms ? dn + 3 * dim : NULL;
+    b.device.max_pos = most;
+    for (int one = 0; one < 2; one++) {
+        if (one) CHECK(be->capture_begin(be, &err) == MOQ_OK);
+        be->kv_enter(be, &b.device, &h);
+        be->attention(be, &b.device, &a);
+        if (one) {
+            g = be->capture_end(be, &err);
+            if (!g) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+            be->kv_write(be, cache, 1, LONG, kept[2]);
+            be->upload_act(be, d, x, (size_t)width);
+            be->upload_act(be, y, before, (size_t)(heads * dim));
+            be->replay(be, g);
+        }
+        got[one] = (float *)malloc(sizeof(float) * (size_t)(width + heads * dim));
+        be->download_act(be, got[one], d, (size_t)width);
+        be->download_act(be, got[one] + width, y, (size_t)(heads * dim));
+        be->kv_read(be, cache, 1, LONG, kept[one]);
+    }
+    const int same[2] = {memcmp(got[0], got[1], sizeof(float) * (size_t)(width + heads * dim)) == 0, memcmp(kept[0], kept[1], bytes) == 0};
+    if (!same[0] || !same[1])
+        fprintf(stderr, "%s, %s, heads %d of %d, %d at %d of %d, window %d, norms %d: numbers %d, cache %d\n", moq_dtype_name(activations),
+                moq_kv_format_name(format), heads, dim, kv_heads, pos, most, window, norms, same[0], same[1]);
+    CHECK(same[0] && same[1]);
+    CHECK((memcmp(kept[0], kept[2], bytes) != 0) == (pos >= 0));
+    be->release_graph(be, g);
+    be->kv_release(be, cache);
+    batch_free(be, &b);
+    batch_free(be, &all);
+    be->release(be, fill); be->release(be, y); be->release(be, dn); be->release(be, d);
+    for (int i = 0; i < 3; i++) { if (i < 2) free(got[i]); free(kept[i]); }
+    free(x); free(before); free(numbers);
+    done(be);
+}
+
+static void test_cuda_entering(void)
+{
+    static const int heads[4][3] = {{128, 8, 2}, {64, 6, 6}, {128, 20, 2}, {64, 16, 1}}, at[8] = {0, 15, 16, 63, 200, 255, 699, -1};
+    for (int bf16 = 0; bf16 < 2; bf16++)
+        for (int f = 0; f < 3; f++)
+            for (int h = 0; h < 4; h++)
+                for (int p = 0; p < 8; p++) {
+                    const moq_kv_format format = f == 0 ? MOQ_KV_FP8 : f == 1 ? MOQ_KV_INT8 : MOQ_KV_WIDE;
+                    check_entering(bf16 ? MOQ_BF16 : MOQ_F32, format, heads[h][0], heads[h][1], heads[h][2], at[p], p % 2 || at[p] > 255 ? 699 : 255,
+                                   p == 4 ? 50 : 0, (h + p) % 2);
+                }
+}
+
 static void test_cuda_same_bits(void)
 {
     static const int rows[3] = {1, 7, 40};
@@ -1822,6 +2074,8 @@ int main(int argc, char **argv)
     RUN(test_cuda_each_kernel);
     RUN(test_cuda_kv_refuses);
     RUN(test_cuda_graphs);
+    RUN(test_cuda_together);
+    RUN(test_cuda_entering);
     RUN(test_cuda_same_bits);
     RUN(test_cuda_two_backends);
     RUN(test_cuda_out_of_memory);
