@@ -6762,7 +6762,7 @@ __device__ __forceinline__ void moqk_enter_head(const void *from, int64_t first,
         const float2 by = i < 32 ? turn : i < 64 ? next : turns[i];
         const float a = x[ia], b = x[ib];
         x[ia] = moqk_rounded_any(__fmaf_rn(a, by.x, -__fmul_rn(b, by.y)), bf16);
-        x[ib] = moqk_rounded_any(__fmaf_rn(b, by.x, __fmul_rn(a, by.y)), bf16);
+        x[ib] = moqk_rounded_any(__fmaf_rn(a, by.y, __fmul_rn(b, by.x)), bf16); /* the bits of moqk_rope */
     }
     __syncwarp();
 }
