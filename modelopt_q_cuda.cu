@@ -1854,12 +1854,15 @@ __host__ __device__ static constexpr int moqk_chunk_bytes(int form) { return for
 
 /* Column in a block of 64 of element e (0..3) of lane t of a quad in step s (0..3): 4-bit floats give a lane 16 neighbours, one group's
    scale; the others give a step 16 neighbours, so that a step never crosses groups of 32. Elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9 of 16 are where a
-   product has them, so that the others' order is that of x itself, and word s of lane t of 4-bit floats is word t of lane s there: see
-   moqk_turn_quad. */
+   product has them, so that the others' order is that of x itself, and word s of lane t of 4-bit floats is word t of lane s there. */
 __host__ __device__ static constexpr int moqk_fast_col(int form, int t, int s, int e)
 {
     return (form <= MOQK_MXFP4 ? t * 16 + s * 2 : s * 16 + t * 2) + (e & 1) + (e & 2) * 4;
 }
+
+/* Where among the 32 x 16 bytes of a unit those of a lane lie. Of 4-bit floats so that not only neighbours of a lane but also lanes t, t + 4, ... t + 28 find
+   theirs in different banks: products that want 16 neighbouring columns read them so, see moqk_staged. */
+__host__ __device__ static constexpr int moqk_fast_slot(int form, int lane) { return form <= MOQK_MXFP4 ? lane ^ lane >> 3 : lane; }
 
 /* The form of a part, or -1. */
 __host__ __device__ static inline int moqk_form_of(const moqk_part &p)
@@ -1952,7 +1955,7 @@ __global__ void moqk_fast_codes(moqk_part p, int form, moqk_fast f, uint8_t *out
         }
         v |= moqk_fast_bits_of(form, r, low, high);
     }
-    *(uint32_t *)(out + chunk * moqk_chunk_bytes(form) + unit * 512 + lane * 16 + word * 4) = v;
+    *(uint32_t *)(out + chunk * moqk_chunk_bytes(form) + unit * 512 + moqk_fast_slot(form, lane) * 16 + word * 4) = v;
 }
 
 /* Scales of 4-bit floats: 8 bytes a lane (MXFP4: shared by lanes t and t ^ 1), [block of 64 columns][row g, g + 8]. */
@@ -2037,6 +2040,20 @@ __device__ __forceinline__ uint32_t moqk_mul_pair(uint32_t a, uint32_t b)
     return *(const uint32_t *)&v;
 }
 
+/* One half of v twice, in a form that the compiler makes part of the multiplication. */
+__device__ __forceinline__ uint32_t moqk_low_twice(uint32_t v)
+{
+    uint32_t r;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l}; }" : "=r"(r) : "r"(v));
+    return r;
+}
+__device__ __forceinline__ uint32_t moqk_high_twice(uint32_t v)
+{
+    uint32_t r;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h}; }" : "=r"(r) : "r"(v));
+    return r;
+}
+
 __device__ __forceinline__ uint32_t moqk_sub_pair(uint32_t a, uint32_t b)
 {
     __nv_bfloat162 v = __hsub2(*(const __nv_bfloat162 *)&a, *(const __nv_bfloat162 *)&b);
@@ -2065,6 +2082,14 @@ template <int FORM> __device__ __forceinline__ uint32_t moqk_scale_pair(uint32_t
     uint32_t s = __byte_perm(v, 0, 0x4440 | i);
     if (FORM == MOQK_NVFP4) return s * 0x00100010u + 0x76007600u;
     return min(s + 55, 254u) * 0x00800080u;
+}
+
+/* Bytes 2 * half (low) and 2 * half + 1 (high) of v, scales of rows g and g + 8, as two BF16; see moqk_scale_pair. */
+template <int FORM> __device__ __forceinline__ uint32_t moqk_scale_both(uint32_t v, int half)
+{
+    const uint32_t s = __byte_perm(v, 0, half ? 0x4342 : 0x4140);
+    if (FORM == MOQK_NVFP4) return s * 16 + 0x76007600u;
+    return __vminu2(s + 0x00370037u, 0x00fe00feu) * 128;
 }
 
 /* Registers of step `s` of a block of 64 columns, from the lane's 16-byte units of the block; z: 128 + zero (8 bits: zero - 128) of rows
@@ -2320,7 +2345,7 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
     int32_t c = begin + way;
     if (live && c < end) { /* the first weights, before x is known to be there */
 #pragma unroll
-        for (int i = 0; i < 4; i++) h.w[i] = moqk_stream16(src + (int64_t)c * moqk_chunk_bytes(FORM) + i * 512 + lane * 16, policy);
+        for (int i = 0; i < 4; i++) h.w[i] = moqk_stream16(src + (int64_t)c * moqk_chunk_bytes(FORM) + i * 512 + moqk_fast_slot(FORM, lane) * 16, policy);
         moqk_fast_scales<FORM, STEP>(h, src + (int64_t)c * moqk_chunk_bytes(FORM), c, lane, scales, zeros, shift);
     }
     if ((FORM == MOQK_FAST_U4 || FORM == MOQK_FAST_U8) && STEP == 0 && live) {
@@ -2366,7 +2391,8 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
                 moqk_fast_block<FORM, STEP, NB>(h, b, now, flip, step, z, STEP == 0 ? sum : acc);
 #pragma unroll
                 for (int i = 0; i < 4 / hand::BLOCKS; i++)
-                    if (more) h.w[b * (4 / hand::BLOCKS) + i] = moqk_stream16(next + (b * (4 / hand::BLOCKS) + i) * 512 + lane * 16, policy);
+                    if (more)
+                        h.w[b * (4 / hand::BLOCKS) + i] = moqk_stream16(next + (b * (4 / hand::BLOCKS) + i) * 512 + moqk_fast_slot(FORM, lane) * 16, policy);
             }
             if (STEP == 0)
 #pragma unroll
@@ -2572,8 +2598,8 @@ __device__ __forceinline__ void moqk_ring_chunk(const uint8_t *w, uint32_t tile_
     float sum[R][NB][4]; /* products cut sums off instead of rounding them: short runs keep that below the error of x */
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        if constexpr (FORM == MOQK_NVFP4) bytes[r] = *(const uint2 *)(w + r * tile_step + 2048 - lane * 8);
-        if constexpr (FORM == MOQK_MXFP4) bytes[r] = *(const uint2 *)(w + r * tile_step + 2048 - lane * 16 + (lane >> 1) * 8);
+        if constexpr (FORM <= MOQK_MXFP4)
+            bytes[r] = *(const uint2 *)(w + r * tile_step + 2048 - moqk_fast_slot(FORM, lane) * 16 + (FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
     }
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
@@ -2735,7 +2761,8 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
             else moqk_fast_stage<FORM, 0, 1, 4>(a, 0, count, cols, begin * moqk_chunk_cols(FORM), f.chunks * BLOCKS, (int32_t)threadIdx.x, cut.warps * 32, shared + cut.x_at);
             asm volatile("bar.sync 1, %0;" :: "r"(cut.warps * 32) : "memory");
         }
-        const uint8_t *x = shared + cut.x_at + (cut.whole_x ? 0u : 128u), *w = shared + 128 + (local * cut.ways + way) * moqk_chunk_bytes(FORM) + lane * 16;
+        const uint8_t *x = shared + cut.x_at + (cut.whole_x ? 0u : 128u);
+        const uint8_t *w = shared + 128 + (local * cut.ways + way) * moqk_chunk_bytes(FORM) + moqk_fast_slot(FORM, lane) * 16;
         const uint32_t x_step = (uint32_t)columns * 128, tile_step = (uint32_t)cut.ways * moqk_chunk_bytes(FORM);
         for (int32_t s = 0, slot = 0, turn = 0; s < f.steps; s++) {
             const int32_t c = s * cut.ways + way;
@@ -3126,7 +3153,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
             if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
             if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
-            for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
+            for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
             moqk_run_factors<FORM, STEP> next;
             next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
             moqk_end_reads();
@@ -3583,22 +3610,27 @@ typedef struct moqk_rows {
     int32_t first, whole;      /* row of the part */
 } moqk_rows;
 
+/* What the sums of a row are multiplied by. */
+template <int FORM, int GROUPED> __device__ __forceinline__ float moqk_row_scale(const moqk_gemm_args &b, const moqk_part &p, int32_t row)
+{
+    const int32_t r = min(row, p.rows - 1);
+    const int64_t at = ((int64_t)(r >> 4) * 8 + (r & 7)) * 2 + (r >> 3 & 1);
+    float v = p.factor * b.fix * (b.unit == MOQK_STATIC_UNIT ? p.input_scale : 1);
+    if (FORM > MOQK_MXFP4 && !GROUPED) v *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[at];
+    if (FORM == MOQK_MXFP4 && GROUPED) v *= moqk_e8m0((p.packed[0] + moqk_scales_at<FORM>(p))[at]) * 0.5f; /* see >>cuda-gemm-bytes */
+    return v;
+}
+
 template <int FORM, int GROUPED> __device__ __forceinline__ moqk_rows moqk_rows_of(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int r4)
 {
     const moqk_part &p = *q.p;
     moqk_rows o;
-    float each = p.factor * b.fix;
     const int elem = a.y_bf16 ? 2 : 4;
     o.first = q.row_tile * 128 + group * 64 + r4 * 4;
-    if (b.unit == MOQK_STATIC_UNIT) each *= p.input_scale;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int row = min(o.first + i, p.rows - 1);
-        o.scale[i] = each;
-        const int64_t at = ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1);
-        if (FORM > MOQK_MXFP4 && !GROUPED) o.scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[at];
-        if (FORM == MOQK_MXFP4 && GROUPED) o.scale[i] *= moqk_e8m0((p.packed[0] + moqk_scales_at<FORM>(p))[at]) * 0.5f; /* see >>cuda-gemm-bytes */
-        o.bias[i] = p.bias ? p.bias[row] : 0;
+        o.scale[i] = moqk_row_scale<FORM, GROUPED>(b, p, o.first + i);
+        o.bias[i] = p.bias ? p.bias[min(o.first + i, p.rows - 1)] : 0;
     }
     o.whole = !a.accumulate && o.first + 3 < p.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + o.first) * elem) & (4 * elem - 1)) == 0;
     return o;
@@ -3660,10 +3692,7 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int32_t row = first + warp * 16 + (lane >> 2) + 8 * i;
-        scale[i] = p.factor * b.fix * (b.unit == MOQK_STATIC_UNIT ? p.input_scale : 1);
-        const int64_t at_row = ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + i;
-        if (FORM > MOQK_MXFP4 && !GROUPED) scale[i] *= ((const float *)(p.packed[0] + moqk_scales_at<FORM>(p)))[at_row];
-        if (FORM == MOQK_MXFP4 && GROUPED) scale[i] *= moqk_e8m0((p.packed[0] + moqk_scales_at<FORM>(p))[at_row]) * 0.5f; /* see >>cuda-gemm-bytes */
+        scale[i] = moqk_row_scale<FORM, GROUPED>(b, p, row);
         bias[i] = p.bias ? p.bias[row] : 0;
     }
 #pragma unroll
@@ -3711,19 +3740,6 @@ __device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src)
 __device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
 
-__device__ __forceinline__ uint32_t moqk_read2(uint32_t at) { uint16_t v; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory"); return v; }
-
-/* 4-bit floats: lane t of four has columns 16 t .. 16 t + 15 of a block in words s = 0..3; makes word s the lane's columns of 16 s .. 16 s + 15: those
-   that a product of 16 columns in their natural order wants. */
-__device__ __forceinline__ void moqk_turn_quad(uint4 &w)
-{
-    const int t = threadIdx.x;
-    if (t & 1) w = make_uint4(w.y, w.x, w.w, w.z);
-    if (t & 2) w = make_uint4(w.z, w.w, w.x, w.y);
-    uint32_t v1 = __shfl_xor_sync(0xffffffffu, w.y, 1), v2 = __shfl_xor_sync(0xffffffffu, w.z, 2), v3 = __shfl_xor_sync(0xffffffffu, w.w, 3);
-    const uint32_t a0 = t & 1 ? v1 : w.x, a1 = t & 1 ? w.x : v1, a2 = t & 1 ? v3 : v2, a3 = t & 1 ? v2 : v3;
-    w = make_uint4(t & 2 ? a2 : a0, t & 2 ? a3 : a1, t & 2 ? a0 : a2, t & 2 ? a1 : a3);
-}
 
 /* Room of a warp for `ahead` blocks of 64 columns of its weights: codes, then scales. */
 __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped, int ahead)
@@ -3751,16 +3767,17 @@ template <int FORM, int GROUPED> struct moqk_operands {
         }
     }
 
-    /* A block as left operands of four products. bytes: 4-bit floats' scales of rows g and g + 8, for each product. */
-    __device__ __forceinline__ void decode_words(const uint4 (&w)[UNITS], const uint32_t (&bytes)[4], uint32_t (&a)[16]) const
+    /* A block as left operands of four products. bytes: 4-bit floats' scales of rows g and g + 8 for each product, in half `half` of a word. */
+    __device__ __forceinline__ void decode_words(const uint4 (&w)[UNITS], const uint32_t (&bytes)[4], int half, uint32_t (&a)[16]) const
     {
         uint32_t zz[2] = {z[0], z[1]}, s[2] = {0, 0};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             uint32_t r4[4];
             if (FORM <= MOQK_MXFP4) {
-                s[0] = moqk_scale_pair<FORM>(bytes[i], 0);
-                s[1] = moqk_scale_pair<FORM>(bytes[i], 1);
+                const uint32_t both = moqk_scale_both<FORM>(bytes[i], half);
+                s[0] = moqk_low_twice(both);
+                s[1] = moqk_high_twice(both);
             }
             if (GROUPED == 1 && i % 2 == 0) {
                 const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
@@ -3805,7 +3822,7 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
         room = shared_room;
         wrap = w_units * 4;
         chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
-        src = p.packed[0] + tile * chunks * moqk_chunk_bytes(FORM) + lane * 16;
+        src = p.packed[0] + tile * chunks * moqk_chunk_bytes(FORM) + moqk_fast_slot(FORM, lane) * 16;
         if (FORM <= MOQK_MXFP4) return;
         shift = GROUPED ? __ffs(p.group) - 1 : 31;
         groups = GROUPED ? (chunks * moqk_chunk_cols(FORM) + p.group - 1) >> shift : 1;
@@ -3825,7 +3842,8 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
 #pragma unroll
             for (int i = 0; i < UNITS; i++) moqk_copy_async(room + (to * UNITS + i) * 512 + lane * 16, src + from + i * 512);
             if (FORM <= MOQK_MXFP4 && at % 4 == 0)
-                moqk_copy_async8(room + SCALES + to_chunk * 256 + lane * 8, src + (from + 2048 - (FORM == MOQK_NVFP4 ? lane * 8 : lane * 16 - (lane >> 1) * 8)));
+                moqk_copy_async8(room + SCALES + to_chunk * 256 + lane * 8,
+                                 src + (from + 2048 - moqk_fast_slot(FORM, lane) * 16 + (FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8));
             if (GROUPED && (lane & 3) < 2) { /* lanes 0 and 1 of a quad: 32 columns each */
                 const int32_t group = min((at * 64 + (lane & 1) * 32) >> shift, groups - 1);
                 const uint32_t here = room + SCALES + to * 192 + (lane & 1) * 96 + (lane >> 2) * 8;
@@ -3874,26 +3892,28 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
     {
         uint4 w[UNITS];
         fetch(unit, b, last, w);
-        const uint32_t v = (b < 2 ? bytes.x : bytes.y) >> (b & 1) * 16, each[4] = {v, v, v, v};
-        this->decode_words(w, each, a);
+        const uint32_t v = b < 2 ? bytes.x : bytes.y, each[4] = {v, v, v, v};
+        this->decode_words(w, each, b & 1, a);
     }
 };
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-gemm-wgmma   17 and more rows of x on compute capability 9.0: wgmma with decoded weights in registers
-   Warps copy weights and tiles of x into two rings in shared memory; two warpgroups of 64 rows decode a slab of 64 columns while the tensor cores work
-   on the one before. The next tile is on its way while the last one is stored, and the first weights before x is there.
+   Warps copy weights and tiles of x into two rings in shared memory; two warpgroups of 64 rows (few tokens: two pairs of them) decode a slab of 64 columns
+   while the tensor cores work on the one before. The next tile is on its way while the last one is stored, and the first weights before x is there.
    ------------------------------------------------------------------------------------------------ */
 
 #if MOQK_WGMMA
 __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-/* A slab of x as right operand: address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle. */
-__device__ __forceinline__ uint64_t moqk_x_desc(uint32_t at) { return (uint64_t)(at >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62; }
+/* A slab of x as right operand: address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle. The upper half of it is a constant: see
+   MOQK_WGMMA_OF. */
+__device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 1u << 16; }
 
 /* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers; then the letter of D's, the
    numbers of the operands behind them, and what stands behind all of them: signs and order. */
 #define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
-#define MOQK_L32 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15) "," \
+#define MOQK_L16 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15)
+#define MOQK_L32 MOQK_L16 "," \
     MOQK_L8(16, 17, 18, 19, 20, 21, 22, 23) "," MOQK_L8(24, 25, 26, 27, 28, 29, 30, 31)
 #define MOQK_L64 MOQK_L32 "," MOQK_L8(32, 33, 34, 35, 36, 37, 38, 39) "," MOQK_L8(40, 41, 42, 43, 44, 45, 46, 47) "," MOQK_L8(48, 49, 50, 51, 52, 53, 54, 55) "," \
     MOQK_L8(56, 57, 58, 59, 60, 61, 62, 63)
@@ -3902,15 +3922,17 @@ __device__ __forceinline__ uint64_t moqk_x_desc(uint32_t at) { return (uint64_t)
     MOQK_L8(88, 89, 90, 91, 92, 93, 94, 95) "," MOQK_L8(96, 97, 98, 99, 100, 101, 102, 103) "," MOQK_L8(104, 105, 106, 107, 108, 109, 110, 111) "," \
     MOQK_L8(112, 113, 114, 115, 116, 117, 118, 119) "," MOQK_L8(120, 121, 122, 123, 124, 125, 126, 127)
 #define MOQK_D4(kind, i) kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3])
-#define MOQK_D32(kind, i) MOQK_D4(kind, i), MOQK_D4(kind, i + 4), MOQK_D4(kind, i + 8), MOQK_D4(kind, i + 12), \
-    MOQK_D4(kind, i + 16), MOQK_D4(kind, i + 20), MOQK_D4(kind, i + 24), MOQK_D4(kind, i + 28)
+#define MOQK_D16(kind, i) MOQK_D4(kind, i), MOQK_D4(kind, i + 4), MOQK_D4(kind, i + 8), MOQK_D4(kind, i + 12)
+#define MOQK_D32(kind, i) MOQK_D16(kind, i), MOQK_D16(kind, i + 16)
 #define MOQK_WGMMA_OF(name, type, count, shape, signs, list, a0, a1, a2, a3, at, more, ...) \
-    __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint64_t desc, int add) \
+    __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint32_t desc, int add) \
     { \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #more ", 0; wgmma.mma_async.sync.aligned." shape " {" list "}, " \
-                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #at ", p" signs "; }" \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(desc), "r"(add)); \
+        asm volatile("{ .reg .pred p; .reg .b64 q; mov.b64 q, {%" #at ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " /* 64 | 1 << 30: see moqk_x_desc */ \
+                     "wgmma.mma_async.sync.aligned." shape " {" list "}, " \
+                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, p" signs "; }" \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(desc), "r"(add)); \
     }
+MOQK_WGMMA_OF(moqk_wgmma, float, 16, "m64n32k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L16, 16, 17, 18, 19, 20, 21, MOQK_D16("+f", 0))
 MOQK_WGMMA_OF(moqk_wgmma, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
 MOQK_WGMMA_OF(moqk_wgmma, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
 MOQK_WGMMA_OF(moqk_wgmma, float, 80, "m64n160k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D4("+f", 64),
@@ -4006,7 +4028,7 @@ __device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *ma
 /* The ring: stage of the next tile of x, its round. */
 struct moqk_stage {
     int at, parity;
-    __device__ __forceinline__ void step(int ring) { if (++at == ring) { at = 0; parity ^= 1; } }
+    __device__ __forceinline__ void step(int ring, int by = 1) { if ((at += by) >= ring) { at -= ring; parity ^= 1; } }
 };
 
 #endif
@@ -4017,18 +4039,25 @@ struct moqk_stage {
    (BF16 and bytes as they are: of a slab): codes of eight tiles of 16 rows, for 4-bit floats with their scales; then scales and zero points of groups.
    A stage of the second is X_SLABS slabs of x and, for bytes with scales of their own, those. Few and large copies: the copy engine takes about 90 cycles for each.
    Warps of the third warpgroup fill them: 0 codes, 1 x, 2 scales. Weights do not wait for the kernel before. */
+/* Warpgroups that multiply: two, of 64 rows each. Decoding for few tokens takes longer than their products: then two pairs of them take units in turn,
+   each with sums of its own, which are added up in the end. */
+__host__ __device__ static constexpr int moqk_teams(int form, int tokens, int bytes) { return !bytes && tokens <= 64 && moqk_fast_bits(form) == 4 ? 4 : 2; }
+
 template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int UNIT = BYTES ? 2 : 4, BITS = moqk_fast_bits(FORM), W_SLABS = BITS == 16 || (BITS == 8 && BYTES) ? 1 : UNIT, STAGES = UNIT / W_SLABS;
+    static constexpr int TEAMS = moqk_teams(FORM, BM, BYTES), HALVES = TEAMS / 2, TILES = 8; /* warpgroups that multiply; see moqk_teams; tiles of 16 rows */
     static constexpr int W_COLS = 256 / STAGES, TILE = BITS == 4 ? moqk_chunk_bytes(FORM) : BITS == 8 && !BYTES ? 4096 : 2048;
     static constexpr int HAS_GROUPS = FORM > MOQK_MXFP4 && GROUPED, GROUPS = HAS_GROUPS ? (BYTES ? W_COLS / 128 : 8) : 0, ZEROS = FORM == MOQK_FAST_U4 ? 16 : 0;
-    static constexpr int SCALES_AT = 8 * TILE, ZEROS_AT = SCALES_AT + 8 * GROUPS * 64, W_STAGE = (ZEROS_AT + 8 * GROUPS * ZEROS + 1023) / 1024 * 1024;
-    static constexpr int W_RING = BITS == 4 ? 3 : W_COLS < 256 ? 4 : 2;
+    static constexpr int SCALES_AT = TILES * TILE, ZEROS_AT = SCALES_AT + TILES * GROUPS * 64;
+    static constexpr int W_STAGE = (ZEROS_AT + TILES * GROUPS * ZEROS + 1023) / 1024 * 1024;
+    static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : 3) : W_COLS < 256 ? 4 : 2;
     static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of so many tokens, barriers, pieces of warps. */
-    static constexpr int ROOM = 32, REST = 2 * ROOM * 68 * 4 + 32 * 8 + 8 * 64;
+    static constexpr int ROOM = 32, REST = 2 * ROOM * 68 * 4 + 36 * 8 + TEAMS * 4 * 64 + 16;
     static constexpr int LEFT = (232448 - 1024 - REST - W_RING * W_STAGE) / X_STAGE, X_RING = LEFT > 8 ? 8 : LEFT;
-    static constexpr int ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM * 68 * 4, KEPT_AT = BARS_AT + 32 * 8;
+    static constexpr int ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM * 68 * 4;
+    static constexpr int KEPT_AT = BARS_AT + 36 * 8, FLAGS_AT = KEPT_AT + TEAMS * 4 * 64;
     static constexpr int SHARED = 1024 + ROOM_AT + REST;
 
     uint32_t x, w, x_full, x_empty, w_full, w_empty, share; /* in shared memory; w: stages of weights */
@@ -4040,15 +4069,15 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         x_full = base + BARS_AT;
         x_empty = x_full + 8 * 8;
         w_full = x_empty + 8 * 8;
-        w_empty = w_full + 4 * 8;
-        share = w_empty + 4 * 8;
+        w_empty = w_full + 6 * 8;
+        share = w_empty + 6 * 8;
     }
 
 #if MOQK_WGMMA
     __device__ __forceinline__ void start(int split) const
     {
-        for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, 8); }
-        for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, 8); }
+        for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
+        for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
         for (int i = 0; i < 4; i++) moqk_barrier_init(share + i * 8, split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -4059,14 +4088,14 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
             const moqk_part &p = *q.p;
             const int32_t chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM), wrap = b.w_units * STAGES, end = q.to * STAGES;
-            const uint8_t *codes = p.packed[0] + (int64_t)min(q.row_tile * 8 + (lane & 7), (p.rows + 15) / 16 - 1) * chunks * moqk_chunk_bytes(FORM);
+            const uint8_t *codes = p.packed[0] + (int64_t)min(q.row_tile * 8 + lane % TILES, (p.rows + 15) / 16 - 1) * chunks * moqk_chunk_bytes(FORM);
             for (int32_t i = q.from * STAGES; i < end; i++) {
                 const int32_t at = (i >= wrap ? i - wrap : i) * (TILE == 4096 ? 2 : 1), from = min(at, chunks - 1);
                 const int32_t bytes = TILE == 4096 ? min(2, chunks - from) * 2048 : TILE;
                 moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
-                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, 8 * bytes);
+                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, TILES * bytes);
                 __syncwarp();
-                if (lane < 8) moqk_bulk_copy(w + s.at * W_STAGE + lane * TILE, codes + (int64_t)from * moqk_chunk_bytes(FORM), bytes, w_full + s.at * 8);
+                if (lane < TILES) moqk_bulk_copy(w + s.at * W_STAGE + lane * TILE, codes + (int64_t)from * moqk_chunk_bytes(FORM), bytes, w_full + s.at * 8);
                 s.step(W_RING);
             }
         }
@@ -4077,18 +4106,19 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         moqk_stage s = {0, 0};
         while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
             const moqk_part &p = *q.p;
-            const int32_t tiles = (p.rows + 15) / 16, tile = min(q.row_tile * 8 + (lane & 7), tiles - 1), shift = __ffs(p.group) - 1;
+            const int32_t tiles = (p.rows + 15) / 16, tile = min(q.row_tile * 8 + lane % TILES, tiles - 1), shift = __ffs(p.group) - 1;
             const int32_t cols = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM) * moqk_chunk_cols(FORM), groups = (cols + p.group - 1) >> shift;
             const uint8_t *rest = p.packed[0] + moqk_scales_at<FORM>(p);
             for (int32_t i = q.from * STAGES; i < q.to * STAGES; i++) {
                 const int32_t col = (i >= b.w_units * STAGES ? i - b.w_units * STAGES : i) * W_COLS, first = min(col >> shift, groups - 1), n = min(max(W_COLS >> shift, 1), groups - first);
                 moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
-                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, 8 * n * (64 + ZEROS));
+                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, TILES * n * (64 + ZEROS));
                 __syncwarp();
                 const uint32_t to = w + s.at * W_STAGE, bar = w_full + s.at * 8;
                 const int64_t from = (int64_t)tile * groups + first;
-                if (lane < 8) moqk_bulk_copy(to + SCALES_AT + lane * (GROUPS * 64), rest + from * 64, n * 64, bar);
-                else if (lane < 16 && ZEROS) moqk_bulk_copy(to + ZEROS_AT + (lane & 7) * (GROUPS * 16), rest + (int64_t)tiles * groups * 64 + from * 16, n * 16, bar);
+                if (lane < TILES) moqk_bulk_copy(to + SCALES_AT + lane * (GROUPS * 64), rest + from * 64, n * 64, bar);
+                else if (lane < 2 * TILES && ZEROS)
+                    moqk_bulk_copy(to + ZEROS_AT + lane % TILES * (GROUPS * 16), rest + (int64_t)tiles * groups * 64 + from * 16, n * 16, bar);
                 s.step(W_RING);
             }
         }
@@ -4134,7 +4164,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
             }
     }
 
-    /* The third warpgroup. */
+    /* The last warpgroup. */
     __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, const moqk_x_maps &maps, int warp, int lane) const
     {
         moqk_piece q;
@@ -4158,14 +4188,16 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
     using moqk_operands<FORM, GROUPED>::UNITS;
     moqk_stage next;
     int32_t warp, chunks, shift, wrap;
+    uint32_t turned;           /* of 4-bit floats: where the lane's row of its matrix lies in a block's codes */
     uint4 w[UNITS];
-    uint32_t each[4];          /* scales of 4-bit floats */
+    uint32_t each[4];          /* scales of 4-bit floats: a word is those of two blocks */
 
     __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units)
     {
         const int32_t lane = threadIdx.x & 31, tiles = (p.rows + 15) / 16;
         chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
         wrap = w_units;
+        turned = (uint32_t)moqk_fast_slot(FORM, (lane & 7) * 4 + (lane >> 3)) * 16;
         shift = GROUPED ? __ffs(p.group) - 1 : 31;
         this->z[0] = this->z[1] = 0;
         if (!GROUPED && (FORM == MOQK_FAST_U8 || FORM == MOQK_FAST_U4)) {
@@ -4182,15 +4214,20 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
         if (b % R::W_SLABS == 0) moqk_barrier_wait(r.w_full + next.at * 8, (uint32_t)next.parity);
         if (unit >= wrap) unit -= wrap;
         uint32_t codes = stage + warp * R::TILE;
-        const uint32_t scales = codes + 2048 + b * 2 + (lane >> 2) * (FORM == MOQK_NVFP4 ? 32 : 16); /* of 4-bit floats: see moqk_fast_bytes */
+        const uint32_t scales = codes + 2048 + b / 2 * 4 + (lane >> 2) * (FORM == MOQK_NVFP4 ? 32 : 16); /* of 4-bit floats: see moqk_fast_bytes */
         if (R::BITS == 4) codes += b * 512;
         if (R::BITS == 8) codes += (b & 1) * 1024 + (b > 1 && unit * 2 + 1 < chunks ? 2048 : 0); /* past the end: the last chunk again */
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) w[i] = moqk_read16(codes + i * 512 + lane * 16);
-        if (FORM <= MOQK_MXFP4)
+        for (int i = 0; i < UNITS && FORM > MOQK_MXFP4; i++) w[i] = moqk_read16(codes + i * 512 + lane * 16);
+        if (FORM <= MOQK_MXFP4) { /* word s of lane t is word t of lane s: the columns in their order */
+            uint32_t v[4];
+            moqk_load_matrices(codes + turned, v);
+            w[0] = make_uint4(v[0], v[1], v[2], v[3]);
+        }
+        if (FORM <= MOQK_MXFP4 && b % 2 == 0)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                each[i] = FORM == MOQK_MXFP4 && (i & 1) ? each[i - 1] : moqk_read2(scales + (FORM == MOQK_NVFP4 ? i : i >> 1) * 8);
+                each[i] = FORM == MOQK_MXFP4 && (i & 1) ? each[i - 1] : moqk_read4(scales + (FORM == MOQK_NVFP4 ? i : i >> 1) * 8);
         if (GROUPED) {
             const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256) >> shift, groups - 1);
 #pragma unroll
@@ -4202,15 +4239,14 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
                     this->zero[h] = moqk_read4(stage + R::ZEROS_AT + (warp * R::GROUPS + g) * 16 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
             }
         }
-        if (FORM <= MOQK_MXFP4) moqk_turn_quad(w[0]);
         if (b % R::W_SLABS == R::W_SLABS - 1) {
             moqk_free_stage(r.w_empty + next.at * 8, lane);
-            next.step(R::W_RING);
+            next.step(R::W_RING, R::HALVES);
         }
     }
 
     /* What was fetched last, as left operands of four products. */
-    __device__ __forceinline__ void decode(uint32_t (&a)[16]) const { this->decode_words(w, each, a); }
+    __device__ __forceinline__ void decode(int b, uint32_t (&a)[16]) const { this->decode_words(w, each, b & 1, a); }
 };
 
 /* What a warpgroup multiplies, and stages of x it is done with. */
@@ -4224,19 +4260,19 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
     __device__ __forceinline__ void multiply(const R &r, float (&d)[BM / 2], const uint32_t (&a)[16], int b, int add)
     {
         if (b % R::X_SLABS == 0) moqk_barrier_wait(r.x_full + run.at * 8, (uint32_t)run.parity);
-        const uint64_t desc = moqk_x_desc(r.x + run.at * R::X_STAGE + b % R::X_SLABS * (BM * 128));
+        const uint32_t desc = moqk_x_desc(r.x + run.at * R::X_STAGE + b % R::X_SLABS * (BM * 128));
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < 4; i++) moqk_wgmma(d, a + 4 * i, desc + 2 * i, i ? 1 : add);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_RING);
+        if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_RING, R::HALVES);
     }
     /* The products of block b are done: with its stage's last one the stage is free. One arrival a warp. */
     __device__ __forceinline__ void release(const R &r, int b, int lane)
     {
         if (b % R::X_SLABS != R::X_SLABS - 1) return;
         if (lane == 0) moqk_barrier_arrive(r.x_empty + done * 8);
-        if (++done == R::X_RING) done = 0;
+        if ((done += R::HALVES) >= R::X_RING) done -= R::X_RING;
     }
 
     /* Block b of a unit is multiplied; then, while it is, the next one is decoded and the one behind that fetched. last: no unit follows. */
@@ -4247,8 +4283,29 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (!first || b > 0) release(r, (b + 3) & 3, lane);
         if (!AHEAD && (b < 3 || !last)) w.fetch(r, unit + (b == 3), (b + 1) & 3);
-        if (b < 3 || !last) w.decode(next);
+        if (b < 3 || !last) w.decode(b + 1, next);
         if (AHEAD && (b < 2 || !last)) w.fetch(r, unit + (b >= 2), (b + 2) & 3);
+    }
+
+    /* d = every second unit of a piece, one block after the other: the other warpgroups' products hide the decoding. */
+    __device__ __forceinline__ void run_half(const R &r, moqk_staged<FORM, GROUPED, BM> &w, float (&d)[BM / 2], int32_t from, int32_t to, int lane)
+    {
+        uint32_t a[16];
+        if (from >= to) {
+#pragma unroll
+            for (int i = 0; i < BM / 2; i++) d[i] = 0;
+            return;
+        }
+        w.fetch(r, from, 0);
+        for (int32_t unit = from; unit < to; unit += 2)
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                w.decode(b, a);
+                multiply(r, d, a, b, unit > from || b > 0);
+                if (b < 3 || unit + 2 < to) w.fetch(r, unit + (b == 3) * 2, (b + 1) & 3);
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                release(r, b, lane);
+            }
     }
 
     /* d = all units of a piece. */
@@ -4256,7 +4313,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
     {
         uint32_t a0[16], a1[16];
         w.fetch(r, from, 0);
-        w.decode(a0);
+        w.decode(0, a0);
         if (AHEAD) w.fetch(r, from, 1);
         for (int32_t unit = from; unit < to; unit++) {
             const int first = unit == from, last = unit + 1 == to;
@@ -4271,34 +4328,65 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
 };
 #endif
 
-/* Grid: any number of blocks. 384 threads: warpgroups 0 and 1 multiply, warps of the third copy; it gives its registers to the others. */
+#if MOQK_WGMMA
+/* d of the first half of the units += d of the second, for the warpgroup's rows, 32 tokens at a time through its room. */
+template <int BM> __device__ __forceinline__ void moqk_add_halves(float *room, int group, int half, int thread, float (&d)[BM / 2])
+{
+    float4 *at = (float4 *)(void *)room + thread;
+#pragma unroll
+    for (int r = 0; r < BM / 32; r++) {
+        asm volatile("bar.sync %0, 256;" :: "r"(group + 4) : "memory"); /* the room is free */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int k = 16 * r + 4 * i;
+            if (half) at[i * 128] = make_float4(d[k], d[k + 1], d[k + 2], d[k + 3]);
+        }
+        asm volatile("bar.sync %0, 256;" :: "r"(group + 4) : "memory");
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int k = 16 * r + 4 * i;
+            if (half) continue;
+            const float4 v = at[i * 128];
+            d[k] += v.x;
+            d[k + 1] += v.y;
+            d[k + 2] += v.z;
+            d[k + 3] += v.w;
+        }
+    }
+}
+#endif
+
+/* Grid: any number of blocks. Warpgroups but the last multiply, warps of the last copy; it gives its registers to the others. */
 template <int FORM, int GROUPED, int BM>
-__global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b,
-    const __grid_constant__ moqk_x_maps maps)
+__global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a,
+    const __grid_constant__ moqk_gemm_args b, const __grid_constant__ moqk_x_maps maps)
 {
 #if MOQK_WGMMA
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
     extern __shared__ __align__(128) uint8_t shared[];
     uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
-    float *room = (float *)(void *)(base + R::ROOM_AT) + (threadIdx.x >> 7) * (R::ROOM * 68);
+    float *room = (float *)(void *)(base + R::ROOM_AT) + (threadIdx.x >> 7 & 1) * (R::ROOM * 68);
     moqk_piece *kept = (moqk_piece *)(void *)(base + R::KEPT_AT) + (threadIdx.x >> 5); /* a warp's own: registers are short */
-    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
+    const int thread = threadIdx.x & 127, team = threadIdx.x >> 7, group = team % 2, lane = threadIdx.x & 31, warp = thread >> 5;
+    const int half = R::HALVES > 1 ? team / 2 : 0;
     R r;
     r.open(moqk_shared_at(base));
     if (threadIdx.x == 0) r.start(b.split);
     __syncthreads();
     if (b.split > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     if (a.tiles) moqk_wait_for_before(); /* they say what is to be done */
-    if (group == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (team == R::TEAMS) { /* all together may have what the block began with: 5 x 96 or 3 x 168 */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(R::TEAMS == 4 ? 32 : 40));
         r.fill(a, b, maps, warp, lane);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(R::TEAMS == 4 ? 112 : 232));
     moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8};
-    moqk_consumer<FORM, GROUPED, BM> k = {{0, 0}, 0};
+    moqk_consumer<FORM, GROUPED, BM> k = {{half, 0}, half};
+    volatile int *flags = (volatile int *)(void *)(base + R::FLAGS_AT);
+    int32_t taken = 0;         /* units of the pieces before: they go to the halves in turn */
     moqk_staged<FORM, GROUPED, BM> w;
-    w.next.at = w.next.parity = 0;
+    w.next = k.run;
     w.warp = group * 4 + warp;
     float d[BM / 2];
     moqk_piece q;
@@ -4308,10 +4396,17 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_wgmma(const __grid_constant_
         const int32_t from = q.from, to = q.to;
         w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units);
         if (lane == 0) *kept = q;
-        k.run_units(r, w, d, from, to, lane);
+        if (R::HALVES == 1) k.run_units(r, w, d, from, to, lane);
+        else k.run_half(r, w, d, from + ((taken ^ half) & 1), to, lane);
         __syncwarp();
         q = *kept;
+        taken += to - from;
+        if (R::HALVES > 1) {
+            moqk_add_halves<BM>(room, group, half, thread, d);
+            if (half) continue;
+        }
         if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)base, share, d);
+        else if (b.even && (from > 0 || to < b.units) && !moqk_join<BM>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
         else if (!moqk_finish_pairs<FORM, GROUPED, BM>(a, b, q, group, thread, room, d)) moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, d);
     }
 #endif
@@ -4460,7 +4555,7 @@ template <int FORM> struct moqk_bytes_sum { typedef float type; };
 template <> struct moqk_bytes_sum<MOQK_FAST_U8> { typedef int type; };
 
 /* d = or d += the products of 128 columns, begun. */
-template <int N, typename T> __device__ __forceinline__ void moqk_begin_bytes(T (&d)[N], const uint32_t (&a)[16], uint64_t desc, int add)
+template <int N, typename T> __device__ __forceinline__ void moqk_begin_bytes(T (&d)[N], const uint32_t (&a)[16], uint32_t desc, int add)
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -4549,7 +4644,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_bytes_staged {
             const uint32_t groups = FORM == MOQK_MXFP4 ? moqk_read4(codes + 2048 + (lane >> 1) * 8 + h * 4) : 0;
 #pragma unroll
             for (int u = 0; u < 2; u++) { /* 64 columns */
-                const uint4 v = moqk_read16(codes + (h * 2 + u) * 512 + lane * 16);
+                const uint4 v = moqk_read16(codes + (h * 2 + u) * 512 + moqk_fast_slot(FORM, lane) * 16);
                 const uint32_t w[4] = {v.x, v.y, v.z, v.w};
                 uint32_t s[2] = {z[0], z[1]};
                 if (FORM == MOQK_MXFP4)
@@ -4598,7 +4693,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
 
     /* x of half h of the unit, the first of which has been waited for; the second stage: X_SLABS 1. */
     __device__ __forceinline__ int stage_of(int h) const { return R::X_SLABS == 2 || h == 0 ? run.at : run.at + 1 == R::X_RING ? 0 : run.at + 1; }
-    __device__ __forceinline__ uint64_t desc_of(const R &r, int h, int token) const
+    __device__ __forceinline__ uint32_t desc_of(const R &r, int h, int token) const
     {
         return moqk_x_desc(r.x + stage_of(h) * R::X_STAGE + (R::X_SLABS == 2 ? h * (BM * 128) : 0)) + token * 8;
     }
@@ -5896,21 +5991,23 @@ static int moqc_fits_mma(const struct moqc_shape *s)
 typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args, moqk_x_maps);
 typedef void (*moqc_mma_kernel)(moqk_call, moqk_gemm_args);
 
-/* A kernel and the shared memory that it needs. */
-typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int shared; } moqc_gemm_choice;
+/* A kernel, its threads and the shared memory that it needs. */
+typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int threads, shared; } moqc_gemm_choice;
 
 template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_wgmma_of()
 {
-    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, moqk_rings<FORM, GROUPED, BM, 0>::SHARED};
+    typedef moqk_rings<FORM, GROUPED, BM, 0> R;
+    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, R::TEAMS * 128 + 128, R::SHARED};
 }
 
 template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_bytes_of()
 {
-    return {moqk_gemm_bytes<FORM, GROUPED, BM>, moqk_rings<FORM, GROUPED, BM, 1>::SHARED};
+    return {moqk_gemm_bytes<FORM, GROUPED, BM>, 384, moqk_rings<FORM, GROUPED, BM, 1>::SHARED};
 }
 
 template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int tokens)
 {
+    if constexpr (moqk_fast_bits(FORM) == 4) if (tokens == 32) return moqc_wgmma_of<FORM, GROUPED, 32>();
     if constexpr (moqk_fast_bits(FORM) == 4) if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
     return tokens == 64 ? moqc_wgmma_of<FORM, GROUPED, 64>() : tokens == 128 ? moqc_wgmma_of<FORM, GROUPED, 128>() : moqc_wgmma_of<FORM, GROUPED, 256>();
 }
@@ -5961,31 +6058,38 @@ enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
 /* How a launch is cut: tokens of a tile, blocks, whether they take equal runs of units; blocks of a cluster. */
 typedef struct moqc_gemm_cut { int32_t tokens, blocks, even, split; } moqc_gemm_cut;
 
-/* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that a cluster shares, measured on one H200.
+/* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two blocks of a cluster share (more of
+   them, and blocks that meet in memory, take longer), measured on one H200.
    BF16 weights are bound by memory with few tokens: their tiles begin at 128. Bytes: half as many slabs. */
-static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t row_tiles, int64_t units, int which)
+static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
-    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[8] = {
-        {64, MOQC_WGMMA, 0.31, 1, 3}, {128, MOQC_WGMMA, 0.43, 1.5, 4}, {160, MOQC_WGMMA, 0.47, 2, 6}, {256, MOQC_WGMMA, 0.635, 2.5, 9}, {64, MOQC_MMA, 0.5, 3, 9},
-        {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
+    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[9] = {
+        {32, MOQC_WGMMA, 0.195, 1.4, 3.2}, {64, MOQC_WGMMA, 0.24, 1.7, 4}, {128, MOQC_WGMMA, 0.37, 1.8, 4.5},
+        {160, MOQC_WGMMA, 0.45, 2, 6}, {256, MOQC_WGMMA, 0.6, 2.5, 8},
+        {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {64, 1, 0, 1};
     double least = 1e30;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 9; i++) {
         const int32_t tokens = tiles[i].tokens;
         if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
-        if (tokens == 160 && moqk_fast_bits(form) != 4) continue;
+        if ((tokens == 160 || tokens == 32) && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
         if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
-        const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1), count = row_tiles * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
-        for (int k = 0; k < (which == MOQC_MMA ? 2 : 4); k++) { /* without clusters: whole tiles, equal runs; with them: 1 to 4 blocks a tile */
-            const int even = which == MOQC_MMA && k, split = which == MOQC_MMA ? 1 : k + 1;
+        const int halves = which == MOQC_WGMMA && moqk_teams(form, tokens, 0) == 4;
+        const double slab = which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab;
+        const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
+        const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
+        for (int k = 0; k < (which == MOQC_MMA ? 2 : halves ? 5 : 4); k++) { /* 1 to 4 blocks of a cluster a tile, then equal runs; mma: whole tiles, equal runs */
+            const int even = k == (which == MOQC_MMA ? 1 : 4), split = which == MOQC_MMA || even ? 1 : k + 1;
             if ((j->c->gemm_even && j->c->gemm_even != k + 1) || units < split) continue;
             const int64_t fit = split == 4 ? room * 9 / 40 : split == 3 ? room * 3 / 10 : room / split; /* clusters of 3 and 4 do not fit everywhere */
-            const int64_t runs = moqc_max(1, moqc_min(fit, even ? count * moqc_min(units, 4) : count)), rounds = even ? 1 : moqk_ceil(count, runs);
+            const int64_t runs = moqc_max(1, moqc_min(fit, even ? count * moqc_min(units, halves ? 16 : 4) : count));
+            const int64_t rounds = even ? 1 : moqk_ceil(count, runs);
             if (split > 1 && rounds > 1) continue; /* see moqk_finish_shared */
             const int64_t longest = even ? moqk_ceil(count * units, runs) : rounds * moqk_ceil(units, split);
-            const double time = (double)longest * (which == MOQC_BYTES ? 2 : 4) * tiles[i].slab + (double)rounds * (even || split > 1 ? tiles[i].shared_end : tiles[i].end);
+            const double end = even ? 1.8 * tiles[i].shared_end : split > 1 ? tiles[i].shared_end * (0.4 + 0.3 * split) : tiles[i].end;
+            const double time = (double)longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end;
             if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs * split; best.even = even; best.split = split; }
         }
     }
@@ -6105,7 +6209,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     if (!bytes_of_x) moqc_unit_of(j, p, &b.unit, &parts);
     b.w_units = (int32_t)moqk_ceil(p->cols, 256);
     b.units = b.w_units * parts;
-    moqc_gemm_cut u = moqc_cut_gemm(j, form, grouped, j->row_blocks128, b.units, which);
+    moqc_gemm_cut u = moqc_cut_gemm(j, form, grouped, b.units, which);
     b.x16 = c->x16;
     b.tokens = moqk_pad(j->call.all, 8) + 256; /* a tile may reach past the last token */
     if (!j->call.tiles && which != MOQC_MMA && j->call.m <= u.tokens) b.tokens = u.tokens; /* one tile: its slabs lie together */
@@ -6135,7 +6239,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
         if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
     }
     const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
-    moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), 384, choice.shared, u.split, "a matrix product", j->call, b, maps);
+    moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), choice.threads, choice.shared, u.split, "a matrix product", j->call, b, maps);
 }
 
 static void moqc_launch_gemm_forms(const moqc_job *j, int which)
@@ -9207,7 +9311,7 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
         if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)lane * 16);
+        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
         moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
         moqk_end_reads();
         __syncwarp();

@@ -261,32 +261,32 @@ __global__ void count_other_bits(const uint32_t *a, const uint32_t *b, size_t wo
 
 /* Many runs of one product: a stage of a ring that is written anew before all of it was read shows in some of them only. Shapes: the largest tiles; tiles
    that blocks share; few columns, where a block's first stages are all that it has. */
-static void test_repeat(const form *f, int mode)
+static void test_repeat(const form *f, int mode, int rows)
 {
-    enum { RUNS = 60, ROWS = 1000 };
+    enum { RUNS = 60 };
     static const int shapes[3][2] = {{4096, 1024}, {1024, 4096}, {1088, 512}};
     moq_backend *be = backend_of(mode, NULL);
-    check(be->reserve(be, ROWS, &err) == MOQ_OK, "reserve");
+    check(be->reserve(be, rows, &err) == MOQ_OK, "reserve");
     for (int s = 0; s < 3; s++) {
         const int64_t n = shapes[s][0], k = shapes[s][1];
-        const size_t each = mode >= BF16_WIDE ? 2 : 4, bytes = (size_t)(ROWS * n) * each;
+        const size_t each = mode >= BF16_WIDE ? 2 : 4, bytes = (size_t)(rows * n) * each;
         moq_linear w;
         room m;
         unsigned *count, other = 0;
         void *first;
         make_layer(&w, f, n, k, &m);
         if (rounded(mode, f)) round_inputs(&w, f);
-        float *x = (float *)malloc((size_t)(ROWS * k) * 4);
-        for (int64_t i = 0; i < ROWS * k; i++) x[i] = random_normal();
+        float *x = (float *)malloc((size_t)(rows * k) * 4);
+        for (int64_t i = 0; i < rows * k; i++) x[i] = random_normal();
         moq_weight *p = be->prepare_linear(be, &w, 1, &err);
-        void *dx = be->alloc(be, (size_t)(ROWS * k) * 4, &err), *dy = be->alloc(be, (size_t)(ROWS * n) * 4, &err);
+        void *dx = be->alloc(be, (size_t)(rows * k) * 4, &err), *dy = be->alloc(be, (size_t)(rows * n) * 4, &err);
         check(p && dx && dy, "prepare_linear, alloc");
-        be->upload_act(be, dx, x, (size_t)(ROWS * k));
+        be->upload_act(be, dx, x, (size_t)(rows * k));
         cuda(cudaMalloc(&first, bytes));
         cuda(cudaMalloc(&count, sizeof *count));
         cuda(cudaMemset(count, 0, sizeof *count));
         for (int run = 0; run < RUNS; run++) {
-            be->linear(be, p, dx, ROWS, dy);
+            be->linear(be, p, dx, rows, dy);
             check(be->sync(be, &err) == MOQ_OK, "sync");
             if (run == 0) cuda(cudaMemcpy(first, dy, bytes, cudaMemcpyDeviceToDevice));
             else count_other_bits<<<512, 256>>>((const uint32_t *)first, (const uint32_t *)dy, bytes / 4, count);
@@ -295,7 +295,7 @@ static void test_repeat(const form *f, int mode)
         cuda(cudaMemcpy(&other, count, sizeof other, cudaMemcpyDeviceToHost));
         passed += other == 0;
         failed += other != 0;
-        if (other) printf("%-15s %-14s %5dx%-5d %4d rows: BITS DIFFER in %d runs, %u times\n", f->name, mode_names[mode], (int)n, (int)k, (int)ROWS, (int)RUNS, other);
+        if (other) printf("%-15s %-14s %5dx%-5d %4d rows: BITS DIFFER in %d runs, %u times\n", f->name, mode_names[mode], (int)n, (int)k, rows, (int)RUNS, other);
         be->release_weight(be, p);
         be->release(be, dx);
         be->release(be, dy);
@@ -362,7 +362,8 @@ static void test_moe(const form *f, int rows)
 
 static void test_all(const char *only, const char *kernel)
 {
-    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513};
+    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513},
+        repeated[] = {30, 60, 1000};
     for (int mode = 0; mode < MODES; mode++) {
         moq_backend *be = backend_of(mode, kernel);
         check(be->reserve(be, 520, &err) == MOQ_OK, "reserve");
@@ -391,7 +392,8 @@ static void test_all(const char *only, const char *kernel)
         moq_backend_destroy(be);
     }
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
-        for (int mode = 0; mode < MODES && !kernel; mode++) if (!only || strcmp(only, forms[i].name) == 0) test_repeat(&forms[i], mode);
+        for (int mode = 0; mode < MODES && !kernel; mode++)
+            for (int r = 0; r < 3 && (!only || strcmp(only, forms[i].name) == 0); r++) test_repeat(&forms[i], mode, repeated[r]);
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
         for (int rows = 40; rows <= 640 && !kernel && forms[i].group != 128; rows *= 4) if (!only || strcmp(only, forms[i].name) == 0) test_moe(&forms[i], rows);
     printf("%d passed, %d failed\n", passed, failed);
