@@ -85,6 +85,7 @@
                          >>integers     integer codes times 8-bit inputs
                          >>inplace      the same for a few inputs, where the codes lie
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
+                         >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
@@ -3176,7 +3177,7 @@ static int moqi_amx_allowed(uint64_t xcr0)
 #endif
 }
 
-/* Bit positions: Intel SDM volume 2, CPUID leaves 1, 7.0 and 7.1. */
+/* Bit positions: Intel SDM volume 2, CPUID leaves 1, 7.0 and 7.1; leaf 0 spells the maker. */
 static uint32_t moqi_cpu_flags(void)
 {
     unsigned zero[4], one[4], seven[4], more[4] = {0, 0, 0, 0};
@@ -10933,6 +10934,9 @@ MOQI_LINES_BEGIN
 #ifdef MOQI_X86
 #define MOQI_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define MOQI_AVX2 __attribute__((target("avx2,fma,f16c")))
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
+#define MOQI_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
+#endif
 
 /* ---- AVX-512 ---- */
 
@@ -13309,13 +13313,14 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 #ifdef MOQI_X86
 #define MOQI_ALIGNED __attribute__((aligned(64))) /* a vector that crosses a cache line takes twice as long */
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define MOQI_VBMI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")))
 enum { MOQI_I8_START = 0x4b400000, MOQI_I8_FINE = 0x49c00000 }; /* bits of 1.5 * 2^23 and of an eighth of it; see moqi_panel_i8_tokens */
 
 /* On which the sums of panels start. */
 static int32_t moqi_i8_start(const moqi_tiled *p) { return p->fine ? MOQI_I8_FINE : MOQI_I8_START; }
 
 /* 64 bytes of up to 16 rows as words: out[i][r] = word i of row r; bytes past the row's end and rows past the last are zero. */
-MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
+MOQI_AVX512 static void moqi_panel_turn_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out, int64_t ldo)
 {
     uint8_t edge[1024] MOQI_ALIGNED;
     if (rows < 16 || bytes < 64 || row_bytes % 4 != 0) {
@@ -13324,7 +13329,12 @@ MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_byt
         src = edge;
         row_bytes = 64;
     }
-    moqi_turn_512(src, row_bytes / 4, out, 16);
+    moqi_turn_512(src, row_bytes / 4, out, ldo);
+}
+
+MOQI_AVX512 static void moqi_panel_words_512(const uint8_t *src, int64_t row_bytes, int64_t rows, int64_t bytes, uint32_t *out)
+{
+    moqi_panel_turn_512(src, row_bytes, rows, bytes, out, 16);
 }
 
 /* Scales [16 columns][rows h .. h + 16) of the panel from bytes of E4M3, as value / 256: words of four are turned, and become F16 by a shift.
@@ -15056,14 +15066,297 @@ static const moqi_way moqi_bf16_panels = {"BF16 tiles", 2, moqi_bf16_take, moqi_
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>matrix          AMX: tiles of BF16, and of bytes
-   For layers whose inputs may have 16 bits: x is rounded to BF16, and so are weights, unless 8 significant bits hold them anyway. For layers
-   whose inputs the checkpoint wants as bytes: the panels and the exact sums of >>integers.
+   >>pairs           panels of BF16 pairs, for AVX512-BF16 and AMX
+   For layers whose inputs may have 16 bits: x is rounded to BF16, and so are weights, unless 8 significant bits hold them anyway.
    ------------------------------------------------------------------------------------------------ */
 
-/* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. Codes of E2M1 times scales in E4M3 or E8M0 are
-   BF16 numbers already; integers and E4M3 are when a row has one scale, which stays outside. x lies in tiles too, [columns / 32][rows of
-   x][32], so that a tile is 1 KB in one piece: rows far apart would cost a page translation each. */
+/* One instruction adds two products of BF16 to each of 16 sums in F32. Codes of E2M1 times scales in E4M3 or E8M0 are BF16 numbers already;
+   integers and E4M3 are when a row has one scale, which stays outside. Products are exact in F32 and summed there, each sum rounded to the
+   nearest; subnormal numbers count as 0 on all sides. */
+
+#ifdef MOQI_X86
+/* Of how many bits are codes that become panels as they lie? 0: they go through rows of F32. */
+static int moqi_pairs_bits(const moqi_tiled *p)
+{
+    if (p->form == MOQI_CODES_SLOW || p->requant > 0) return 0;
+    if (p->form == MOQI_CODES_NIBBLES) return 4;
+    if (p->dtype == MOQ_BF16) return (p->scale_dtype == MOQ_NONE || p->groups == 1) && !p->zeros && p->zero == 0 ? 16 : 0;
+    return moq_dtype_bits(p->dtype) == 8 ? 8 : 0;
+}
+
+/* Then pairs are of neighbours only for 16 bits: of 8 columns 0 4, 1 5, 2 6, 3 7 for 4 bits, of 4 columns 0 2, 1 3 for 8. */
+static int moqi_pairs_column(const moqi_tiled *p, int i)
+{
+    const int each = moqi_pairs_bits(p) == 4 ? 8 : moqi_pairs_bits(p) == 8 ? 4 : 2;
+    return i / each * each + i % 2 * (each / 2) + i % each / 2;
+}
+
+/* 16 values to the nearest BF16, ties to even, in the low halves of words. A NaN stays one. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_bf16_512(__m512 v)
+{
+    __m512i b = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+    return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+
+/* x [n] times 2^up -> 16 words of BF16 pairs every `step` words; -> behind them. */
+MOQI_AVX512 static float *moqi_pairs_row(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step, int up)
+{
+    uint16_t place[32];
+    for (int i = 0; i < 32; i++) place[i] = (uint16_t)moqi_pairs_column(p, i);
+    const __m512i order = _mm512_loadu_si512(place);
+    const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step) {
+        const __mmask32 some = n - i >= 32 ? 0xffffffffu : n > i ? ((__mmask32)1 << (n - i)) - 1 : 0;
+        __m512i a = moqi_bf16_512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + i), by));
+        __m512i b = moqi_bf16_512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + i + 16), by));
+        a = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, a));
+    }
+    return out;
+}
+
+static void moqi_pairs_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step) { moqi_pairs_row(p, x, n, out, step, 0); }
+
+/* What the values of codes still meet: nothing, scales whose products with them are BF16 numbers, any scales, zero points and scales. */
+enum { MOQI_PAIRS_PLAIN, MOQI_PAIRS_EXACT, MOQI_PAIRS_ROUNDED, MOQI_PAIRS_ZEROS };
+
+/* The values of all codes in BF16: 16 of them twice, or 256 by bytes. */
+typedef struct moqi_pairs_codes {
+    int bits, kind;
+    uint16_t values[32];
+    uint8_t low[256], high[256];
+} moqi_pairs_codes;
+
+/* Are all codes times all scales BF16 numbers? Values of at most 4 significant bits times E4M3's 4, or of 8 times powers of two. */
+static int moqi_pairs_exact(const moqi_tiled *p)
+{
+    int fit = p->scale_dtype == MOQ_F8_E8M0 || (p->scale_dtype == MOQ_F8_E4M3 && p->form == MOQI_CODES_NIBBLES);
+    for (int i = 0; i < 16 && p->form == MOQI_CODES_NIBBLES; i++) fit &= (moqi_f32_bits(p->table[i] - p->zero) & 0xfffff) == 0;
+    return fit;
+}
+
+/* What panels from codes of 4 or 8 bits begin with: those values, and the factors of the rows; E4M3's scales are stored as value / 256. */
+MOQI_AVX512 static void moqi_pairs_begin(moqi_panel *w, moqi_pairs_codes *q)
+{
+    const moqi_tiled *p = w->p;
+    const __m512 zero = _mm512_set1_ps(p->zero);
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    w->chunk = p->shift < 9 ? 1 << p->shift : MOQI_TILE_COLS;
+    for (int r = 0; r < MOQI_PANEL_ROWS && bare.scale_dtype == MOQ_F8_E4M3; r++) w->mul[r] *= 256;
+    q->bits = moqi_pairs_bits(p);
+    q->kind = p->zeros ? MOQI_PAIRS_ZEROS : bare.scale_dtype == MOQ_NONE ? MOQI_PAIRS_PLAIN : moqi_pairs_exact(p) ? MOQI_PAIRS_EXACT : MOQI_PAIRS_ROUNDED;
+    if (q->bits == 4) {
+        __m256i v = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_sub_ps(_mm512_loadu_ps(p->table), zero)));
+        _mm512_storeu_si512(q->values, _mm512_inserti64x4(_mm512_castsi256_si512(v), v, 1));
+        return;
+    }
+    for (int i = 0; i < 256; i += 16) {
+        uint8_t codes[16];
+        float v[16];
+        for (int k = 0; k < 16; k++) codes[k] = (uint8_t)(i + k);
+        p->k->expand(p->dtype, codes, 16, v);
+        __m512i b = moqi_bf16_512(_mm512_sub_ps(_mm512_loadu_ps(v), zero));
+        _mm_storeu_si128((__m128i *)(void *)(q->low + i), _mm512_cvtepi32_epi8(b));
+        _mm_storeu_si128((__m128i *)(void *)(q->high + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(b, 8)));
+    }
+}
+
+/* Two columns of 16 rows, less the zero points of the rows and times their scales. What F32 products have beyond BF16 is rounded, a half up. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_pairs_scaled(__m512i c, __m512 s, __m512 z, int kind)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
+    __m512 a = _mm512_castsi512_ps(_mm512_slli_epi32(c, 16)), b = _mm512_castsi512_ps(_mm512_and_si512(c, high));
+    if (kind == MOQI_PAIRS_PLAIN) return c;
+    if (kind == MOQI_PAIRS_ZEROS) { a = _mm512_sub_ps(a, z); b = _mm512_sub_ps(b, z); }
+    __m512i lo = _mm512_castps_si512(_mm512_mul_ps(a, s)), hi = _mm512_castps_si512(_mm512_mul_ps(b, s));
+    if (kind != MOQI_PAIRS_EXACT) {
+        lo = _mm512_add_epi32(lo, half);
+        hi = _mm512_and_si512(_mm512_add_epi32(hi, half), high);
+    }
+    return _mm512_or_si512(_mm512_srli_epi32(lo, 16), hi);
+}
+
+/* 16 words of 16 rows, 8 or 4 codes each, to panel words. scale, zero: [chunk][32] from their first column on, in chunks of 2^shift; scales are 0
+   from column n on. Of bytes the table's halves are chosen by the highest bit. */
+MOQI_INLINE MOQI_VBMI void moqi_pairs_words(const uint32_t *words, const moqi_pairs_codes *q, int bits, int kind, const float *scale, const float *zero,
+                                            int shift, int64_t n, uint32_t *to)
+{
+    const __m512i even = _mm512_set1_epi16(0xff), odd = _mm512_set1_epi16((short)0xff00), values = _mm512_loadu_si512(q->values);
+    const __m512i l0 = _mm512_loadu_si512(q->low), l1 = _mm512_loadu_si512(q->low + 64), l2 = _mm512_loadu_si512(q->low + 128), l3 = _mm512_loadu_si512(q->low + 192);
+    const __m512i h0 = _mm512_loadu_si512(q->high), h1 = _mm512_loadu_si512(q->high + 64), h2 = _mm512_loadu_si512(q->high + 128), h3 = _mm512_loadu_si512(q->high + 192);
+    __m512 s = _mm512_setzero_ps(), z = s;
+    for (int i = 0; i < 16; i++, to += 16 / bits * MOQI_PANEL_ROWS) {
+        __m512i v = _mm512_loadu_si512(words + 16 * i);
+        const int64_t at = (i * (32 / bits) >> shift) * MOQI_PANEL_ROWS;
+        if (kind != MOQI_PAIRS_PLAIN) s = i * (32 / bits) < n ? _mm512_loadu_ps(scale + at) : _mm512_setzero_ps();
+        if (kind == MOQI_PAIRS_ZEROS) z = i * (32 / bits) < n ? _mm512_loadu_ps(zero + at) : _mm512_setzero_ps();
+        if (bits == 4) {
+            MOQI_UNROLL
+            for (int j = 0; j < 4; j++, v = _mm512_srli_epi16(v, 4))
+                _mm512_storeu_si512(to + j * MOQI_PANEL_ROWS, moqi_pairs_scaled(_mm512_permutexvar_epi16(v, values), s, z, kind));
+        } else {
+            const __mmask64 top = _mm512_movepi8_mask(v);
+            const __m512i lo = _mm512_mask_blend_epi8(top, _mm512_permutex2var_epi8(l0, v, l1), _mm512_permutex2var_epi8(l2, v, l3));
+            const __m512i hi = _mm512_mask_blend_epi8(top, _mm512_permutex2var_epi8(h0, v, h1), _mm512_permutex2var_epi8(h2, v, h3));
+            const __m512i a = _mm512_or_si512(_mm512_and_si512(lo, even), _mm512_slli_epi16(hi, 8));
+            const __m512i b = _mm512_or_si512(_mm512_and_si512(hi, odd), _mm512_srli_epi16(lo, 8));
+            _mm512_storeu_si512(to, moqi_pairs_scaled(a, s, z, kind));
+            _mm512_storeu_si512(to + MOQI_PANEL_ROWS, moqi_pairs_scaled(b, s, z, kind));
+        }
+    }
+}
+
+/* Zero points [chunk][rows h .. h + 16) of the panel. */
+static void moqi_pairs_zeros(const moqi_panel *w, int64_t h)
+{
+    for (int64_t r = h; r < h + 16; r++) {
+        const int16_t *from = w->p->zeros + (w->row + moqi_min(r, w->rows - 1)) * w->p->groups + moqi_stream_group(w->p, w->col);
+        for (int64_t c = 0; c * w->chunk < w->n; c++) w->start[c * MOQI_PANEL_ROWS + r] = from[c];
+    }
+}
+
+/* Rows [h, h + 16) of such a panel; their scales times 2^up. */
+MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_codes *q, int64_t h, int up)
+{
+    const moqi_tiled *p = w->p;
+    uint32_t words[256] MOQI_ALIGNED, *to = w->data + h;
+    const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * q->bits / 8;
+    const int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n * q->bits + 7) / 8, each = 512 / q->bits;
+    const int shift = p->shift < 9 ? p->shift : 30;
+    for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, q->bits);
+    if (q->kind != MOQI_PAIRS_PLAIN) moqi_panel_scales_512(w, h);
+    if (q->kind == MOQI_PAIRS_ZEROS) moqi_pairs_zeros(w, h);
+    for (int64_t c = 0; c * w->chunk < w->n && up; c++)
+        for (int r = 0; r < 16; r++) w->scale[c * MOQI_PANEL_ROWS + h + r] *= moqi_bits_f32((uint32_t)(127 + up) << 23);
+    for (int64_t b = 0; b * 64 < bytes; b++, to += each / 2 * MOQI_PANEL_ROWS) {
+        const int64_t at = (b * each >> shift) * MOQI_PANEL_ROWS + h, n = w->n - b * each;
+        moqi_panel_words_512(src + 64 * b, p->row_bytes, rows, bytes - 64 * b, words);
+#define MOQI_WORDS(bits, kind) moqi_pairs_words(words, q, bits, kind, w->scale + at, w->start + at, shift, n, to)
+#define MOQI_KINDS(bits) \
+        if (q->kind == MOQI_PAIRS_PLAIN) MOQI_WORDS(bits, MOQI_PAIRS_PLAIN); \
+        else if (q->kind == MOQI_PAIRS_EXACT) MOQI_WORDS(bits, MOQI_PAIRS_EXACT); \
+        else if (q->kind == MOQI_PAIRS_ROUNDED) MOQI_WORDS(bits, MOQI_PAIRS_ROUNDED); \
+        else MOQI_WORDS(bits, MOQI_PAIRS_ZEROS);
+        if (q->bits == 4) { MOQI_KINDS(4) }
+        else { MOQI_KINDS(8) }
+#undef MOQI_KINDS
+#undef MOQI_WORDS
+    }
+}
+
+/* Codes of 8 or 16 bits as they are, turned. */
+MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    const int64_t bits = moq_dtype_bits(p->dtype), all = w->n * bits / 8;
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
+        int64_t rows = moqi_min(16, w->rows - h);
+        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, bits);
+        for (int64_t b = 0; b < all; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, all - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
+    }
+}
+
+/* Rows of F32 as pairs of BF16, then turned. */
+MOQI_AVX512 static void moqi_pairs_rows_512(moqi_panel *w)
+{
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
+        moqi_panel_rows(w, &bare, h);
+        for (int64_t c = 0; c < w->n; c += 32) {
+            uint32_t pairs[256];
+            for (int r = 0; r < 16; r++) {
+                const float *from = w->tile + r * MOQI_TILE_COLS + c;
+                __m256i a = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_loadu_ps(from))), b = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_loadu_ps(from + 16)));
+                _mm512_storeu_si512(pairs + 16 * r, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+            }
+            moqi_turn_512(pairs, 16, w->data + c / 2 * MOQI_PANEL_ROWS + h, MOQI_PANEL_ROWS);
+        }
+    }
+}
+
+/* Panels of any layer. */
+static void moqi_pairs_decode(moqi_panel *w)
+{
+    moqi_pairs_codes q;
+    const int bits = moqi_pairs_bits(w->p);
+    if (bits == 16) moqi_panel_turned_512(w);
+    else if (bits == 0) moqi_pairs_rows_512(w);
+    else {
+        moqi_pairs_begin(w, &q);
+        for (int64_t h = 0; h < w->rows; h += 16) moqi_pairs_turn_512(w, &q, h, 0);
+    }
+}
+
+#ifdef MOQI_BF16
+enum { MOQI_PAIRS_WORDS = 128 };
+
+/* Words [from, from + n) of a panel times 8, 4 or 2 rows of x, of which `valid` are stored. x: 16 words for each of `tile` rows, then the next 16 */
+MOQI_INLINE MOQI_BF16 void moqi_pairs_tokens(const moqi_panel *w, int64_t from, int64_t n, const float *x, int64_t tile, float *y, int64_t ldy, int valid,
+                                             int tokens)
+{
+    const uint32_t *d = w->data + from * MOQI_PANEL_ROWS;
+    const __mmask16 some[2] = {(__mmask16)(w->rows >= 16 ? 0xffff : (1 << w->rows) - 1),
+                               (__mmask16)(w->rows >= 32 ? 0xffff : w->rows > 16 ? (1 << (w->rows - 16)) - 1 : 0)};
+    __m512 lo[8], hi[8];
+    MOQI_UNROLL for (int t = 0; t < tokens; t++) lo[t] = hi[t] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < n; k += 16, x += 16 * tile)
+        for (int64_t i = 0; i < 16; i++, d += MOQI_PANEL_ROWS) {
+            const __m512bh w0 = (__m512bh)_mm512_loadu_si512(d), w1 = (__m512bh)_mm512_loadu_si512(d + 16);
+            MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+                const __m512bh v = (__m512bh)_mm512_set1_ps(x[16 * t + i]);
+                lo[t] = _mm512_dpbf16_ps(lo[t], w0, v);
+                hi[t] = _mm512_dpbf16_ps(hi[t], w1, v);
+            }
+        }
+    const __m512 m0 = _mm512_loadu_ps(w->mul), m1 = _mm512_loadu_ps(w->mul + 16);
+    MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+        float *to = y + t * ldy;
+        if (t >= valid) break;
+        _mm512_mask_storeu_ps(to, some[0], _mm512_fmadd_ps(lo[t], m0, _mm512_maskz_loadu_ps(some[0], to)));
+        _mm512_mask_storeu_ps(to + 16, some[1], _mm512_fmadd_ps(hi[t], m1, _mm512_maskz_loadu_ps(some[1], to + 16)));
+    }
+}
+
+/* 256 columns at a time: 16 KB of the panel stay in the first-level cache while the rows of x pass by, in tiles of 16 rows. Of a tile with
+   fewer, rows past the last are read from what follows, to no effect. */
+MOQI_BF16 static void moqi_block_pairs_512(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    const int64_t words = (w->n + 31) / 32 * 16;
+    for (int64_t k = 0; k < words; k += MOQI_PAIRS_WORDS)
+        for (int64_t j = 0; j < m; j += 8) {
+            const int64_t n = moqi_min(MOQI_PAIRS_WORDS, words - k), first = j / 16 * 16, tile = moqi_min(16, m - first), valid = moqi_min(8, m - j);
+            const float *at = x + first * ldx + (w->col / 2 + k) * tile + (j - first) * 16;
+            if (valid > 4) moqi_pairs_tokens(w, k, n, at, tile, y + j * ldy, ldy, (int)valid, 8);
+            else if (valid > 2) moqi_pairs_tokens(w, k, n, at, tile, y + j * ldy, ldy, (int)valid, 4);
+            else moqi_pairs_tokens(w, k, n, at, tile, y + j * ldy, ldy, (int)valid, 2);
+        }
+}
+
+/* Measured on a Zen 4: 4-bit codes in place take longer from 9 rows of x on; rows of 8 and 16 bits, which fill the bus, from about 17. */
+static int moqi_pairs_take(const moqi_tiled *p)
+{
+    const int from = moqi_dot_takes_512(p) ? 9 : moqi_stream_takes_512(p) ? 17 : 2;
+    return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? from : 0;
+}
+
+static const moqi_way moqi_pairs_way = {"BF16 panels", 2, moqi_pairs_take, moqi_pairs_arrange, moqi_panels, moqi_pairs_decode, moqi_block_pairs_512};
+#endif
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>matrix          AMX: tiles of BF16, and of bytes
+   The panels of >>pairs for layers whose inputs may have 16 bits. For layers whose inputs the checkpoint wants as bytes: the panels and the exact
+   sums of >>integers.
+   ------------------------------------------------------------------------------------------------ */
+
+/* A tile instruction adds 16 x 32 by 32 x 16 products of BF16 to 16 x 16 sums in F32. x lies in tiles too, [columns / 32][rows of x][32], so
+   that a tile is 1 KB in one piece: rows far apart would cost a page translation each. */
 
 #if defined(MOQI_X86) && defined(__x86_64__) && defined(__linux__)
 #define MOQI_AMX 1
@@ -15076,22 +15369,11 @@ enum {
 };
 
 /* Measured: a turned block takes any number of rows of x in about the time that integers in place take for two passes, each of 8 rows or of 4
-   whose inputs keep 16 bits; other codes, which come by rows of F32, pay from 17 rows on. */
+   whose inputs keep 16 bits; other codes pay from 17 rows on. */
 static int moqi_amx_takes(const moqi_tiled *p)
 {
     int from = moqi_dot_takes_512(p) ? p->input_bits <= 8 ? 17 : 9 : moqi_stream_takes_512(p) ? 17 : 4;
     return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? from : 0;
-}
-
-/* Can the panel be made without rows of F32? Then columns lie in the order 0 4 1 5 2 6 3 7 of every 8. */
-static int moqi_amx_direct(const moqi_tiled *p) { return p->form == MOQI_CODES_NIBBLES && !p->zeros && p->requant <= 0; }
-
-/* 16 values to the nearest BF16, ties to even, in the low halves of words. A NaN stays one. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_bf16_512(__m512 v)
-{
-    __m512i b = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
-    return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 
 /* E2M1 codes with E4M3 scales of 16 columns: their products have 6 significant bits, so F16 holds them, 32 at a time. Shifted by three places the
@@ -15108,11 +15390,11 @@ enum { MOQI_AMX_HALF = 108 };
 #define MOQI_HALVES MOQI_AVX512
 #endif
 
-/* Every processor with tiles has AVX512-FP16. */
+/* Every processor with tiles has AVX512-FP16, and VBMI. */
 static int moqi_amx_halves(const moqi_tiled *p)
 {
 #ifdef MOQI_AMX_F16
-    return moqi_amx_direct(p) && p->layer.scheme.weight.elem == MOQ_F4 && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4;
+    return moqi_pairs_bits(p) == 4 && !p->zeros && p->layer.scheme.weight.elem == MOQ_F4 && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && p->groups > 1;
 #else
     (void)p;
     return 0;
@@ -15131,59 +15413,12 @@ MOQI_AVX512 static int moqi_amx_exponent(const float *x, int64_t n)
     return (int)(_mm512_reduce_max_epu32(most) >> 23);
 }
 
-/* x [n] times a power of two -> 16 words of BF16 pairs every `step` words, and behind them the exponent that the sums still lack, as F32. */
+/* x [n] times a power of two, and behind it the exponent that the sums still lack, as F32. */
 MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    uint16_t place[32];
-    for (int i = 0; i < 32; i++) place[i] = (uint16_t)(moqi_amx_direct(p) ? (i & ~7) + (i % 2 * 4) + i % 8 / 2 : i);
-    const __m512i order = _mm512_loadu_si512(place);
     int up = 0; /* brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does */
     if (moqi_amx_halves(p)) up = (int)moqi_min(120, 207 - moqi_amx_exponent(x, n));
-    const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
-    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step) {
-        const __mmask32 some = n - i >= 32 ? 0xffffffffu : n > i ? ((__mmask32)1 << (n - i)) - 1 : 0;
-        __m512i a = moqi_bf16_512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + i), by));
-        __m512i b = moqi_bf16_512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + i + 16), by));
-        a = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1);
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, a));
-    }
-    *out = (float)((moqi_amx_halves(p) ? MOQI_AMX_HALF : 0) - up);
-}
-
-/* The low nibbles of 16-bit halves through a table of BF16: two columns of 16 rows, times the scales of the rows. What F32 products have beyond
-   BF16 is rounded, a half up; `exact`: they have nothing. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_amx_scaled(__m512i v, __m512i values, __m512 s, int exact)
-{
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000), half = _mm512_set1_epi32(0x8000);
-    __m512i c = _mm512_permutexvar_epi16(v, values);
-    __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(c, 16)), s));
-    __m512i d = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(c, high)), s));
-    if (!exact) {
-        a = _mm512_add_epi32(a, half);
-        d = _mm512_and_si512(_mm512_add_epi32(d, half), high);
-    }
-    return _mm512_or_si512(_mm512_srli_epi32(a, 16), d);
-}
-
-/* 16 words of 16 rows, 8 codes each, to panel words; scale: [chunk][32] from their first column on, in chunks of 2^shift, NULL: none; zeros from
-   column n on. */
-MOQI_INLINE MOQI_AVX512 void moqi_amx_words(const uint32_t *words, __m512i values, const float *scale, int shift, int64_t n, uint32_t *to, int exact)
-{
-    for (int i = 0; i < 16; i++, to += 4 * MOQI_PANEL_ROWS) {
-        __m512i v = _mm512_loadu_si512(words + 16 * i);
-        __m512 s = scale && 8 * i < n ? _mm512_loadu_ps(scale + (8 * i >> shift) * MOQI_PANEL_ROWS) : _mm512_setzero_ps();
-        MOQI_UNROLL
-        for (int j = 0; j < 4; j++, v = _mm512_srli_epi16(v, 4))
-            _mm512_storeu_si512(to + j * MOQI_PANEL_ROWS, scale ? moqi_amx_scaled(v, values, s, exact) : _mm512_permutexvar_epi16(v, values));
-    }
-}
-
-/* Are all codes times all scales BF16 numbers? Values of at most 4 significant bits times E4M3's 4, or powers of two. */
-static int moqi_amx_exact(const moqi_tiled *p)
-{
-    int fit = p->scale_dtype == MOQ_F8_E4M3 || p->scale_dtype == MOQ_F8_E8M0;
-    for (int i = 0; i < 16; i++) fit &= (moqi_f32_bits(p->table[i] - p->zero) & 0xfffff) == 0;
-    return fit;
+    *moqi_pairs_row(p, x, n, out, step, up) = (float)((moqi_amx_halves(p) ? MOQI_AMX_HALF : 0) - up);
 }
 
 #ifdef MOQI_AMX_F16
@@ -15241,61 +15476,23 @@ MOQI_AVX512 static int moqi_amx_half_scales(const moqi_panel *w, int64_t h, uint
 }
 #endif
 
-/* Panels from nibbles as they lie. */
-MOQI_AVX512 static void moqi_panel_direct_512(moqi_panel *w)
+/* Panels of any layer. Scales that are no numbers go the way of F32, as small as the others. */
+MOQI_AVX512 static void moqi_amx_decode(moqi_panel *w)
 {
-    const moqi_tiled *p = w->p;
-    uint32_t words[256] MOQI_ALIGNED;
-    uint16_t table[32];
-    for (int i = 0; i < 32; i++) table[i] = moq_bf16_encode(p->table[i & 15] - p->zero);
-    const __m512i values = _mm512_loadu_si512(table);
-    const int exact = moqi_amx_exact(p), shift = p->shift < 9 ? p->shift : 30, halves = moqi_amx_halves(p);
-    moqi_tiled bare;
-    moqi_panel_bare(w, &bare);
-    w->chunk = p->shift < 9 ? 1 << p->shift : MOQI_TILE_COLS;
-    for (int r = 0; r < MOQI_PANEL_ROWS && bare.scale_dtype == MOQ_F8_E4M3 && !halves; r++) w->mul[r] *= 256;
-    for (int64_t h = 0; h < w->rows; h += 16) {
-        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col / 2;
-        int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n + 1) / 2;
-        float *scale = bare.scale_dtype != MOQ_NONE ? w->scale + h : NULL;
 #ifdef MOQI_AMX_F16
-        if (halves && moqi_amx_half_scales(w, h, words)) {
-            moqi_amx_halves_512(w, h, words);
-            continue;
+    if (moqi_amx_halves(w->p)) {
+        uint32_t scales[256] MOQI_ALIGNED;
+        moqi_pairs_codes q;
+        moqi_pairs_begin(w, &q);
+        for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = w->p->factor;
+        for (int64_t h = 0; h < w->rows; h += 16) {
+            if (moqi_amx_half_scales(w, h, scales)) moqi_amx_halves_512(w, h, scales);
+            else moqi_pairs_turn_512(w, &q, h, 8 - MOQI_AMX_HALF);
         }
+        return;
+    }
 #endif
-        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 4);
-        if (scale) moqi_panel_scales_512(w, h);
-        for (int64_t c = 0; c * w->chunk < w->n && halves; c++) /* as small as the others */
-            for (int r = 0; r < 16; r++) scale[c * MOQI_PANEL_ROWS + r] *= moqi_bits_f32((uint32_t)(127 + 8 - MOQI_AMX_HALF) << 23);
-        for (int64_t b = 0; b < bytes; b += 64) {
-            const float *from = scale ? scale + (2 * b >> shift) * MOQI_PANEL_ROWS : NULL;
-            uint32_t *to = w->data + b * MOQI_PANEL_ROWS + h;
-            moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
-            if (exact) moqi_amx_words(words, values, from, shift, w->n - 2 * b, to, 1);
-            else moqi_amx_words(words, values, from, shift, w->n - 2 * b, to, 0);
-        }
-    }
-}
-
-/* Rows of F32 as pairs of BF16, then turned. */
-MOQI_AVX512 static void moqi_panel_bf16_512(moqi_panel *w)
-{
-    moqi_tiled bare;
-    if (moqi_amx_direct(w->p)) { moqi_panel_direct_512(w); return; }
-    moqi_panel_bare(w, &bare);
-    for (int64_t h = 0; h < MOQI_PANEL_ROWS; h += 16) {
-        moqi_panel_rows(w, &bare, h);
-        for (int64_t c = 0; c < w->n; c += 32) {
-            uint32_t pairs[256];
-            for (int r = 0; r < 16; r++) {
-                const float *from = w->tile + r * MOQI_TILE_COLS + c;
-                __m256i a = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_loadu_ps(from))), b = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_loadu_ps(from + 16)));
-                _mm512_storeu_si512(pairs + 16 * r, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
-            }
-            moqi_turn_512(pairs, 16, w->data + c / 2 * MOQI_PANEL_ROWS + h, MOQI_PANEL_ROWS);
-        }
-    }
+    moqi_pairs_decode(w);
 }
 
 /* What LDTILECFG reads: 64 bytes. GCC 12's own intrinsic names only 8 of them to the compiler, which then drops the stores of the rest. */
@@ -15449,6 +15646,7 @@ static void moqi_amx_turn(const moqi_way *way, const moqi_amx_block *k, uint32_t
     w.step = k->wide;
     w.tile = scratch;
     w.scale = scratch + MOQI_TILE_ROWS * MOQI_TILE_COLS;
+    w.start = w.scale + MOQI_PANEL_BYTES / 16 * MOQI_PANEL_ROWS;
     w.many = k->m > 32;
     w.data = data;
     for (int64_t r = 0; r < k->rows; r += MOQI_PANEL_ROWS) {
@@ -15492,7 +15690,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     uint32_t *data = (uint32_t *)(void *)(scratch + MOQI_WAY_FLOATS);
     int64_t words = MOQI_TILE_COLS / 2, most = moqi_min(m, MOQI_WAY_TOKENS);
     while (words < 2048 && words * way->unit < p->layer.cols && 4 * words * most <= MOQI_AMX_X) words *= 2;
-    if (most > MOQI_WAY_MANY && moqi_amx_direct(p) && p->shift <= 7) words = MOQI_AMX_FEW; /* of 384 columns, whole groups */
+    if (most > MOQI_WAY_MANY && moqi_pairs_bits(p) > 0 && p->shift <= 7) words = MOQI_AMX_FEW; /* of 384 columns, whole groups */
     const int64_t step = words * way->unit, down = MOQI_AMX_WEIGHTS / 2 / words / MOQI_PANEL_ROWS * MOQI_PANEL_ROWS;
     k.p = p;
     k.unit = way->unit;
@@ -15520,10 +15718,10 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
 }
 
 /* Measured: to 128 rows of x the strips below take less time. */
-static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) && p->groups > 1 ? moqi_amx_takes(p) : 0; }
+static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) ? moqi_amx_takes(p) : 0; }
 static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 129 : moqi_amx_takes(p); }
 
-static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_panel_bf16_512, NULL};
+static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_amx_decode, NULL};
 
 /* ---- strips: E2M1 with E4M3 scales of 16 columns ----
    For few rows of x. 16 rows of weights meet 64 rows of x in four tiles of sums, which stay there along all columns; beside the products of 128 columns the
@@ -15746,25 +15944,6 @@ MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *
             _mm_storeu_si128((__m128i *)(void *)(out + (k - i) / 4), _mm512_cvtsepi32_epi8(q));
         }
     *out = s;
-}
-
-/* Bytes as they are, turned. */
-MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
-{
-    const moqi_tiled *p = w->p;
-    uint32_t words[256] MOQI_ALIGNED;
-    moqi_tiled bare;
-    moqi_panel_bare(w, &bare);
-    for (int64_t h = 0; h < w->rows; h += 16) {
-        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col;
-        uint32_t *to = w->data + h;
-        int64_t rows = moqi_min(16, w->rows - h);
-        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 8);
-        for (int64_t b = 0; b < w->n; b += 64) {
-            moqi_panel_words_512(src + b, p->row_bytes, rows, w->n - b, words);
-            for (int i = 0; i < 16; i++, to += MOQI_PANEL_ROWS) _mm512_storeu_si512(to, _mm512_loadu_si512(words + 16 * i));
-        }
-    }
 }
 
 static const moqi_way moqi_amx_way_rows = {"INT8 tiles", 4, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_multiply, moqi_panel_turned_512, NULL};
@@ -16689,7 +16868,11 @@ static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, mo
 /* Zen 4 and later: BF16 dot products run as fast as multiply-adds (Intel's at half the rate). The prefetcher of the second-level cache follows
    streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers.
    It is too small for x too, and the second one gives half a vector in the time of a multiply-add of three or four. */
-static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
+static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_512,
+#ifdef MOQI_BF16
+                                                 &moqi_pairs_way,
+#endif
+                                                 &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768};
 #ifdef MOQI_AMX

@@ -374,19 +374,23 @@ static double read_seconds(uint64_t bytes, int copies, int threads)
 
 /* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
 
-enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_AMX, PEAK_AMX_BYTES };
+enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_PAIRS, PEAK_AMX, PEAK_AMX_BYTES };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MOQ_NO_SIMD)
 #define PEAK_TEN(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9)
 /* 10 independent sums hide the latency; -> operations of one pass over them */
-__attribute__((target("avx512f,avx512vnni"))) static double peak_512(int vnni, int passes)
+__attribute__((target("avx512f,avx512vnni"))) static double peak_512(int kind, int passes)
 {
     __m512 f = _mm512_set1_ps(0.5f);
 #define PEAK_F(i) __asm__ volatile("vfmadd231ps %0, %0, %%zmm" #i : : "v"(f) : "xmm" #i);
 #define PEAK_V(i) __asm__ volatile("vpdpbusd %0, %0, %%zmm" #i : : "v"(f) : "xmm" #i);
-    for (int p = 0; p < passes && !vnni; p++) { PEAK_TEN(PEAK_F) }
-    for (int p = 0; p < passes && vnni; p++) { PEAK_TEN(PEAK_V) }
-    return (vnni ? 128.0 : 32.0) * 10 * passes;
+#define PEAK_P(i) __asm__ volatile("vdpbf16ps %0, %0, %%zmm" #i : : "v"(f) : "xmm" #i);
+    for (int p = 0; p < passes && kind == PEAK_FMA; p++) { PEAK_TEN(PEAK_F) }
+    for (int p = 0; p < passes && kind == PEAK_VNNI; p++) { PEAK_TEN(PEAK_V) }
+#ifdef MOQI_BF16
+    for (int p = 0; p < passes && kind == PEAK_PAIRS; p++) { PEAK_TEN(PEAK_P) }
+#endif
+    return (kind == PEAK_VNNI ? 128.0 : kind == PEAK_PAIRS ? 64.0 : 32.0) * 10 * passes;
 }
 
 __attribute__((target("avx2,fma"))) static double peak_256(int passes)
@@ -435,7 +439,7 @@ static void *peak_worker(void *user)
 {
     peak_work *w = (peak_work *)user;
     double start = moq_seconds();
-    w->operations = w->kind >= PEAK_AMX ? peak_amx(w->kind == PEAK_AMX_BYTES, 15000) : w->wide ? peak_512(w->kind == PEAK_VNNI, 150000)
+    w->operations = w->kind >= PEAK_AMX ? peak_amx(w->kind == PEAK_AMX_BYTES, 15000) : w->wide ? peak_512(w->kind, 150000)
                     : w->kind == PEAK_VNNI ? peak_bytes_256(150000) : peak_256(150000);
     w->seconds = moq_seconds() - start;
     return NULL;
@@ -458,7 +462,7 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
 #ifdef MOQI_AMX
     if (way == &moqi_amx_way_rows || way == &moqi_amx_way_i8) return PEAK_AMX_BYTES;
 #endif
-    return way && way->unit == 2 ? PEAK_AMX : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
+    return way && way->unit == 2 ? strcmp(kernel, "amx") == 0 ? PEAK_AMX : PEAK_PAIRS : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
 }
 
 /* Operations per second of all threads together, the best of three; 0 when there is no loop for this kind. */
@@ -1010,9 +1014,40 @@ static void random_floats(float *x, int64_t n, uint64_t seed)
     for (int64_t i = 0; i < n; i++) x[i] = (float)random_value(&state);
 }
 
-/* One layer, its dequantized values and its products with 1, 3 and 17 tokens. The bound is that of a float sum of `cols` products. */
-static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_t cols, int stored, uint64_t seed)
+/* What automatic rounding may take from input c: with BF16 on both sides (1 + 2^-8)^2 - 1 of the product; by 16 bits a step of the largest of 256
+   columns, which share a scale; by 8 bits half a step of the largest of 32, of 64 where the checkpoint wants 4 bits. */
+static double automatic_loss(const moq_linear *l, const float *x, int64_t c)
 {
+    int eight = l->scheme.input.elem != MOQ_NONE;
+    int64_t own = !eight ? 256 : l->scheme.input.elem == MOQ_F4 ? 64 : 32, first = c / own * own;
+    double most = 0, pair = fabs((double)x[c]) * (1.0 / 128 + 1.0 / 65536);
+    if (l->scheme.weight.scale == MOQ_NONE && l->scheme.weight.elem != MOQ_BF16) return 0;
+    for (int64_t k = first; k < first + own && k < l->cols; k++) most = fabs((double)x[k]) > most ? fabs((double)x[k]) : most;
+    most /= eight ? 253 : 32000;
+    return most > pair ? most : pair;
+}
+
+/* size[m, rows] grows by what automatic rounding of x may take from a product, over `bound`. */
+static void loosen(const layer *w, const double *weights, const float *x, int64_t m, double bound, double *size)
+{
+    const moq_linear *l = &w->l;
+    float *smooth = (float *)take((size_t)l->cols * 2, sizeof *smooth);
+    for (int64_t t = 0; t < m; t++) {
+        feed_token(l, x + t * l->cols, 0, smooth, smooth + l->cols);
+        for (int64_t c = 0; c < l->cols; c++) {
+            double loss = automatic_loss(l, smooth, c) / bound;
+            for (int64_t r = 0; r < l->rows; r++) size[t * l->rows + r] += loss * fabs(weights[r * l->cols + c]);
+        }
+    }
+    free(smooth);
+}
+
+enum { ACT_WIDE, ACT_STORED, ACT_AUTO };
+
+/* One layer, its dequantized values and its products with 1, 3 and 17 tokens. The bound is that of a float sum of `cols` products. */
+static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_t cols, int act, uint64_t seed)
+{
+    static const char *const acts[] = {"wide", "stored", "auto"};
     static const int32_t tokens[] = {1, 3, 17};
     enum { MOST = 17 };
     layer w;
@@ -1027,8 +1062,10 @@ static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c++) weights[r * cols + c] = weight_at(&w, r, c);
     random_floats(x, MOST * cols, seed);
+    int stored = act == ACT_STORED || (act == ACT_AUTO && moqi_is_int(w.l.scheme.input.elem)); /* what every CPU can compute with, it does */
     expect_linear(&w, weights, x, MOST, stored, want, size);
-    snprintf(what, sizeof what, "%s %" PRId64 "x%" PRId64 " act %s", kind->name, rows, cols, stored ? "stored" : "wide");
+    if (act == ACT_AUTO && !stored) loosen(&w, weights, x, MOST, bound, size);
+    snprintf(what, sizeof what, "%s %" PRId64 "x%" PRId64 " act %s", kind->name, rows, cols, acts[act]);
     prepared = s->be->prepare_linear(s->be, &w.l, 1, &err);
     if (!prepared || s->be->reserve(s->be, MOST, &err) != MOQ_OK) {
         check(s, 0, err.text, 0, 0);
@@ -1071,7 +1108,7 @@ static void test_dequantize(selftest *s, const layer_kind *kind, int64_t rows, i
     free(row);
 }
 
-static void test_layers(selftest *s, int stored)
+static void test_layers(selftest *s, int act)
 {
     static const int64_t row_counts[] = {1, 7, 19}, col_counts[] = {1, 3, 5};
     for (int i = 0; i < COUNT(layer_kinds); i++) {
@@ -1081,8 +1118,8 @@ static void test_layers(selftest *s, int stored)
         for (int a = 0; a < COUNT(row_counts) && !stop_requested; a++)
             for (int b = 0; b < COUNT(col_counts); b++) {
                 uint64_t seed = (uint64_t)(i * 100 + a * 10 + b + 1);
-                if (!stored) test_dequantize(s, k, row_unit * row_counts[a], col_unit * col_counts[b], seed);
-                test_layer(s, k, row_unit * row_counts[a], col_unit * col_counts[b], stored, seed);
+                if (act == ACT_WIDE) test_dequantize(s, k, row_unit * row_counts[a], col_unit * col_counts[b], seed);
+                test_layer(s, k, row_unit * row_counts[a], col_unit * col_counts[b], act, seed);
             }
     }
 }
@@ -1248,10 +1285,10 @@ static void test_attention(selftest *s, moq_kv_format format)
     be->release(be, pos);
 }
 
-/* One kernel name under both ways of rounding inputs. 0 when this machine does not have it. */
+/* One kernel name under all ways of rounding inputs. 0 when this machine does not have it. */
 static int test_kernel(selftest *s, const char *kernel)
 {
-    static const char *const acts[] = {"wide", "stored"};
+    static const char *const acts[] = {"wide", "stored", "auto"};
     options o = *s->o;
     moq_cpu_desc probe;
     moq_backend *be;
