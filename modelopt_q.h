@@ -2064,7 +2064,8 @@ static const char *moqi_base_name(const char *path)
    read and write move at most 1 GB a call, since larger counts fail on some systems. */
 #if defined(MOQ_NO_OS)
 
-/* nothing: the functions below say MOQ_E_UNSUPPORTED */
+/* nothing else: the functions below say MOQ_E_UNSUPPORTED */
+static void moqi_sys_large(void *p, size_t bytes) { (void)p; (void)bytes; }
 
 #elif defined(_WIN32)
 
@@ -10589,6 +10590,7 @@ typedef struct moqi_kernels {
     void (*axpy)(float a, const float *x, float *y, int64_t n); /* y += a x */
     const struct moqi_way *const *ways; /* products without tiles, the preferred first, NULL at the end; or NULL */
     int ahead, piece; /* AVX-512: bytes from codes that are read to those asked for, where four places are read in turn; numbers of x beside them */
+    int zen;          /* AVX-512 with VBMI on AMD's processors */
 } moqi_kernels;
 
 /* The plain loops are the definition: products in F32, added in the order of the columns. */
@@ -10639,9 +10641,9 @@ static void moqi_plain_axpy(float a, const float *x, float *y, int64_t n)
 
 /* "reference" always decodes through moq_dequantize, whole rows at a time; "plain" decodes by tiles like the vector versions. */
 static const moqi_kernels moqi_reference_kernels = {"reference", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0};
+                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0, 0};
 static const moqi_kernels moqi_plain_kernels = {"plain", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0};
+                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0, 0};
 
 /* ---- keys and values: one row of n numbers in its cache format ---- */
 
@@ -10898,7 +10900,7 @@ MOQI_LINES_BEGIN
 
 /* ------------------------------------------------------------------------------------------------
    >>simd            vector versions of the inner loops, chosen at run time
-   With >>stream the only place with intrinsics. Each loop equals its plain version but for the order of a sum; tails run the plain one.
+   Each loop equals its plain version but for the order of a sum; tails run the plain one.
    ------------------------------------------------------------------------------------------------ */
 
 /* What each version has to give: expand, nibbles and scale the same bits as the plain loops (they are exact, or round once), tile,
@@ -11954,6 +11956,15 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, i
 #undef MOQI_STEP
 }
 
+/* sum += pairs of w . pairs of x; two vectors to one of BF16. Without MOQI_BF16 no set of kernels gets here. */
+#ifdef MOQI_BF16
+#define MOQI_DPBF16(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
+#define MOQI_TO_BF16(to, low, high) __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(to) : "v"(low), "v"(high))
+#else
+#define MOQI_DPBF16(sum, w, x) ((void)(w), (void)(x))
+#define MOQI_TO_BF16(to, low, high) ((void)(low), (void)(high), (to) = _mm512_setzero_si512())
+#endif
+
 /* E4M3 without sign as BF16: the bytes of its exponent and of the rest. Exponents are 120 higher, so that 1 to 15 become 121 to 135. */
 #define MOQI_EIGHT(v) v, v, v, v, v, v, v, v
 #define MOQI_STEPS(v) v, v + 16, v + 32, v + 48, v + 64, v + 80, v + 96, v + 112
@@ -12049,8 +12060,8 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
             const __m512 x0 = _mm512_loadu_ps(MOQI_X(t)), x1 = _mm512_loadu_ps(MOQI_X(t) + 16);
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
                 __m512 sum = scaled ? _mm512_setzero_ps() : a[r][t];
-                __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(halves[r][0]), "v"(x0));
-                __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(halves[r][1]), "v"(x1));
+                MOQI_DPBF16(sum, halves[r][0], x0);
+                MOQI_DPBF16(sum, halves[r][1], x1);
                 if (scaled) {
                     const float *s = scale + 256 * r;
                     sum = _mm512_fmadd_ps(sum, _mm512_mask_mov_ps(_mm512_set1_ps(s[0]), 0xff00, _mm512_set1_ps(s[1])), a[r][t]);
@@ -12211,8 +12222,8 @@ MOQI_AVX512 static void moqi_stream_arrange_pairs(const moqi_tiled *p, const flo
             int64_t left = n - c - 16 * k;
             v[k] = _mm512_maskz_loadu_ps((__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0), x + c + 16 * k);
         }
-        __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(low) : "v"(v[0]), "v"(v[1]));
-        __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(high) : "v"(v[2]), "v"(v[3]));
+        MOQI_TO_BF16(low, v[0], v[1]);
+        MOQI_TO_BF16(high, v[2], v[3]);
         _mm512_storeu_si512(out, _mm512_shuffle_i32x4(low, high, 0x88));
         _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(low, high, 0xdd));
     }
@@ -12239,11 +12250,10 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
 {
     moqi_stream_pass s;
     const int nibbles = p->form == MOQI_CODES_NIBBLES, whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
-    float mul = p->factor, *pack;
+    float mul = whole ? 1 : p->factor, *pack;
     s.pairs = way->arrange == moqi_stream_arrange_pairs;
     if (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole) mul *= 256;
     if (!nibbles && p->dtype == MOQ_F8_E4M3 && !s.pairs) mul *= 256;
-    if (whole) mul /= p->factor;
     s.p = p;
     s.ldx = ldx;
     s.scale = acc + (rows + 1) * 128;
@@ -13761,7 +13771,7 @@ MOQI_LINES_BEGIN
 
 /* Is this the set of kernels for AMD's processors? They have VBMI, and what is asked for must not go to the first-level cache, which is small: its miss
    buffers are better left to the reads (one row of x: 0.87 to 0.95 of the speed of a plain read, else 0.6). */
-static int moqi_dot_zen(const moqi_tiled *p) { return p->k->piece > 8192; }
+static int moqi_dot_zen(const moqi_tiled *p) { return p->k->zen; }
 
 static int moqi_dot_takes_512(const moqi_tiled *p) { return moqi_dot_takes(p, 256); }
 
@@ -14069,7 +14079,7 @@ MOQI_INLINE MOQI_VNNI __m512 moqi_dot_once_512(const __m512i *v, __m512i table, 
 /* The columns of 4 rows that fill no block, less than 64 (128) of them: 4 (2) rows are one block. of: their scales, of which `left` are there;
    a: [4] sums */
 MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const uint8_t *src, int64_t next, const uint8_t *const *of, int64_t left, int digits,
-                                             __m512i table, __m128i order, __m512 (*a)[4])
+                                             __m512i table, __m128i order, __m512 (*a)[8])
 {
     const int64_t bytes = (pass->p->layer.cols % 256 + 1) / 2;
     const __mmask64 codes = bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
@@ -14100,8 +14110,8 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
 }
 
 /* acc = begin or acc + weights . x over the pass, `count` times for `rows` (1, 2 or 4) rows of weights that lie `step` apart, from `row`, row + 1, ...
-   on, and for `slots` (1 to 4) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because a sum waits 5
-   cycles for the one before it. Rows that are read together lie far apart: streams near each other are not foreseen by the hardware. What comes after
+   on, and for `slots` (1 to 4, with one row 8) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because
+   a sum waits 5 cycles for the one before it. Rows that are read together lie far apart: streams near each other are not foreseen by the hardware. What comes after
    `acc` is constant. near: MOQI_DOT_... solid: acc are whole numbers before the last columns. acc: [rows of x][pass->rows][16] */
 MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc, int rows, int slots, int digits,
                                              int nibbles, int near, int solid, int perm)
@@ -14114,11 +14124,12 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     const int64_t bytes = nibbles ? 128 : 256, stop = near == MOQI_DOT_E4M3 && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
     const int64_t block = MOQI_DOT_WORDS * pass->slots, ahead = pass->ahead, lda = 16 * pass->rows;
     const int bits = rows < 4 && digits == 1 && !solid && pass->bits, convert = solid && pass->end == p->layer.cols;
+    const int sums = solid ? slots : 0, starts = solid ? 0 : slots;
     const float *const first = pass->x + pass->first / 256 * block + MOQI_DOT_WORDS * pass->slot;
     const uint8_t *const end = moqi_codes_end(p), *of[4];
     uint8_t edge[4][256];
-    __m512 a[4][4];
-    __m512i q[4][4], v[4][2], w[4];
+    __m512 a[4][8];
+    __m512i q[4][8], v[4][2], w[4];
     for (acc += pass->slot / digits * lda; count > 0; count--, row++, acc += 16) {
         const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
         const float *x = first, *scale = pass->scale, *from = pass->first ? acc : pass->begin[pass->slot / digits];
@@ -14127,7 +14138,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
         if (!near && !solid) moqi_dot_scales_512(pass, row, rows, step);
         MOQI_UNROLL for (int r = 0; r < rows; r++) {
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + far * r);
-            MOQI_UNROLL for (int t = 0; t < slots && solid; t++) q[r][t] = _mm512_castps_si512(a[r][t]);
+            MOQI_UNROLL for (int t = 0; t < sums; t++) q[r][t] = _mm512_castps_si512(a[r][t]);
             of[r] = near ? p->scales + ((p->scale_first + row + step * r) * p->scale_stride + (pass->first >> shift)) * size : NULL;
         }
         for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += block, left -= 256 >> shift) {
@@ -14141,7 +14152,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                 const uint8_t *at = src + r * next;
                 if (ahead) moqi_dot_ask(at + ahead, nibbles, pass->zen);
                 if (nibbles) moqi_dot_pairs_512(_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), v[r]);
-                MOQI_UNROLL for (int t = 0; t < slots && !solid; t++) q[r][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
+                MOQI_UNROLL for (int t = 0; t < starts; t++) q[r][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
             }
             MOQI_UNROLL for (int j = 0; j < 4; j++) {
                 MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = moqi_dot_codes_512(v[r], src + r * next, j, nibbles, perm, table);
@@ -14205,6 +14216,10 @@ MOQI_DOT_ROWS(one_bytes1, 1, 1, 1, 0, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(one_bytes2, 1, 2, 2, 0, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(one_afar1, 1, 1, 1, 1, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(one_afar2, 1, 2, 2, 1, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(eight_afar1, 1, 8, 1, 1, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(eight_afar2, 1, 8, 2, 1, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(eight_e4m31, 1, 8, 1, 1, MOQI_DOT_E4M3, 0, 0)
+MOQI_DOT_ROWS(eight_e4m32, 1, 8, 2, 1, MOQI_DOT_E4M3, 0, 0)
 MOQI_DOT_ROWS(solid, 1, 1, 1, 0, MOQI_DOT_AFAR, 1, 0)
 MOQI_DOT_ROWS(solid_1, 4, 1, 1, 0, MOQI_DOT_AFAR, 1, 0)
 MOQI_DOT_ROWS(solid_2, 4, 2, 1, 0, MOQI_DOT_AFAR, 1, 0)
@@ -14227,20 +14242,24 @@ static const struct { moqi_dot_fn one, four, perm, two[3]; } moqi_dot_fns[5][2] 
 };
 #undef MOQI_DOT_SET
 static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_2, moqi_dot_solid_3, moqi_dot_solid_4};
+/* [AFAR, E4M3][digits - 1] */
+static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_dot_eight_afar2}, {moqi_dot_eight_e4m31, moqi_dot_eight_e4m32}};
 
-/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, and four where sums
-   are whole numbers to the end. near: how scales lie, if kernels may read them there */
+/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8, and four
+   where sums are whole numbers to the end. near: how scales lie, if kernels may read them there */
 static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int near, float *acc)
 {
     const int alone = pass->slots == digits, slot = pass->slot;
     const int kind = pass->p->form == MOQI_CODES_NIBBLES ? near + 1 : 0;
-    const int64_t rows = pass->solid || alone ? 4 : 2, step = pass->rows / rows, rest = pass->rows % rows;
+    const int64_t rows = pass->solid || alone ? 4 : some == 8 ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
     const moqi_dot_fn four = pass->zen ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
-    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four : moqi_dot_fns[kind][digits - 1].two[some - 2];
+    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four : some == 8 ? moqi_dot_eights[near][digits - 1] :
+                          moqi_dot_fns[kind][digits - 1].two[some - 2];
     if (step > 0) f(pass, row, step, step, acc);
     row += pass->rows - rest;
     acc += 16 * (pass->rows - rest);
+    if (rest > 0 && pass->each > 1) { four(pass, row, 0, rest, acc); return; } /* one row four times: its last columns are summed as elsewhere */
     for (; rest > 0 && pass->slot < slot + some; pass->slot += digits) one(pass, row, 1, rest, acc);
     pass->slot = slot;
 }
@@ -14257,7 +14276,7 @@ MOQI_AVX512 static void moqi_dot_begin_512(moqi_dot_pass *pass)
     }
 }
 
-/* Rows of x in groups of up to 8 digits; `x` of a group is taken in pieces that stay in the first-level cache. */
+/* Rows of x in groups of up to 8 digits; `x` of a group is taken in pieces that stay in a near cache. */
 MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
                                     float *y, int64_t ldy, float *acc)
 {
@@ -14293,7 +14312,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         if (near == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
-        const int most = s.slots <= 4 ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
+        /* Intel reads two vectors of x a clock and would rather look weights up once than read x half as often */
+        const int most = s.slots <= 4 || (s.slots == 8 && nibbles && !s.zen) ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
         for (s.slot = 0; s.slot < s.slots; s.slot += most) {
             const int few = (int)moqi_min(most, s.slots - s.slot);
             s.ahead = piece >= p->layer.cols ? MOQI_STREAM_AHEAD / 2 : moqi_ceil_div(MOQI_STREAM_AHEAD / 2, visit) * p->row_bytes;
@@ -15208,6 +15228,16 @@ MOQI_INLINE MOQI_VBMI void moqi_pairs_words(const uint32_t *words, const moqi_pa
     }
 }
 
+/* Rounding adds to the bits of a number: a NaN whose bits are all ones would become one. Scales of rows h .. h + 16 of the panel. */
+MOQI_AVX512 static void moqi_pairs_nan(const moqi_panel *w, int64_t h)
+{
+    for (int64_t c = 0; c * w->chunk < w->n; c++) {
+        float *s = w->scale + c * MOQI_PANEL_ROWS + h;
+        const __m512 v = _mm512_loadu_ps(s);
+        _mm512_storeu_ps(s, _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_ps(moqi_bits_f32(0x7fc00000))));
+    }
+}
+
 /* Zero points [chunk][rows h .. h + 16) of the panel. */
 static void moqi_pairs_zeros(const moqi_panel *w, int64_t h)
 {
@@ -15227,6 +15257,7 @@ MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_
     const int shift = p->shift < 9 ? p->shift : 30;
     for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, q->bits);
     if (q->kind != MOQI_PAIRS_PLAIN) moqi_panel_scales_512(w, h);
+    if (q->kind == MOQI_PAIRS_ROUNDED || q->kind == MOQI_PAIRS_ZEROS) moqi_pairs_nan(w, h);
     if (q->kind == MOQI_PAIRS_ZEROS) moqi_pairs_zeros(w, h);
     for (int64_t c = 0; c * w->chunk < w->n && up; c++)
         for (int r = 0; r < 16; r++) w->scale[c * MOQI_PANEL_ROWS + h + r] *= moqi_bits_f32((uint32_t)(127 + up) << 23);
@@ -16861,20 +16892,19 @@ static void moqi_norm_row(const moqi_kernels *k, const moqi_loops *o, const floa
 #ifdef MOQI_X86
 static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways, MOQI_STREAM_AHEAD / 2, 8192};
+                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
 static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, MOQI_STREAM_AHEAD / 2, 8192};
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
+#ifdef MOQI_BF16
 /* Zen 4 and later: BF16 dot products run as fast as multiply-adds (Intel's at half the rate). The prefetcher of the second-level cache follows
    streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers.
    It is too small for x too, and the second one gives half a vector in the time of a multiply-add of three or four. */
 static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_512,
-#ifdef MOQI_BF16
-                                                 &moqi_pairs_way,
-#endif
-                                                 &moqi_f32_way_512, NULL};
+                                                 &moqi_pairs_way, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768};
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768, 1};
+#endif
 #ifdef MOQI_AMX
 static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512,
 #ifdef MOQI_AMX_F16
@@ -16882,28 +16912,28 @@ static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_
 #endif
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192};
+                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
 #endif
 static const moqi_way *const moqi_avx2_ways[] = {&moqi_dots_way_256, &moqi_run_way, &moqi_f32_way_256, NULL};
 #ifdef MOQI_DOTPROD
 static const moqi_way *const moqi_avxvnni_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avxvnni_kernels = {"avxvnni", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways, 0, 0};
+                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways, 0, 0, 0};
 #endif
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways, 0, 0};
+                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways, 0, 0, 0};
 #endif
 #ifdef MOQI_ARM
 static const moqi_way *const moqi_neon_ways[] = {&moqi_run_way, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways, 0, 0};
+                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways, 0, 0, 0};
 #ifdef MOQI_DOTS
 static const moqi_way *const moqi_neondot_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neondot_kernels = {"neondot", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways, 0, 0};
+                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways, 0, 0, 0};
 static const moqi_way *const moqi_neonmm_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_tiles_panels, &moqi_bf16_panels, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neonmm_kernels = {"neonmm", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways, 0, 0};
+                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways, 0, 0, 0};
 #endif
 #endif
 
@@ -16913,7 +16943,9 @@ static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[
 #ifdef MOQI_AMX
     {&moqi_amx_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI | MOQI_CPU_AMX},
 #endif
+#ifdef MOQI_BF16
     {&moqi_bf16_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI | MOQI_CPU_BF16 | MOQI_CPU_VBMI | MOQI_CPU_AMD},
+#endif
     {&moqi_vnni_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI},
     {&moqi_avx512_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512},
 #ifdef MOQI_DOTPROD
@@ -18587,7 +18619,7 @@ static const moq_backend moqi_cpu_table = {
 /* By name, or the fastest. */
 static const moqi_kernels *moqi_find_kernels(const char *name, moq_error *err)
 {
-    char known[64];
+    char known[160];
     size_t n = 0;
     const moqi_kernels *found[MOQI_KERNEL_SETS];
     if (!name || !name[0] || strcmp(name, "auto") == 0) return moqi_get_kernels(0);
@@ -18596,7 +18628,7 @@ static const moqi_kernels *moqi_find_kernels(const char *name, moq_error *err)
     for (int i = 0; i < count; i++) {
         const moqi_kernels *k = found[i];
         if (strcmp(k->name, name) == 0) return k;
-        n += moqi_format(known + n, sizeof known - n, "%s%s", i ? ", " : "", k->name);
+        if (n < sizeof known) n += moqi_format(known + n, sizeof known - n, "%s%s", i ? ", " : "", k->name);
     }
     moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "no kernels '%q' on this machine; known are auto, %s", name, known);
     return NULL;

@@ -3263,14 +3263,6 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     } else moqk_run_x(a, cut, c0, n, mine, x_bar);
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
-    const moqk_run_part &q = cut.part[cut.pairs ? 0 : part]; /* the part whose rows the block adds up */
-    const int32_t thread = warp * 32 + lane, first = (first_tile + rank * (cut.tiles_own >> cut.pairs)) * 16;
-    const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> cut.pairs) * 16), q.rows - first);
-    float before = 0;
-    if (cut.into && thread < cut.rows * cut.own) { /* under way beside the products */
-        int32_t m, r;
-        if (moqk_run_row(cut, last, thread, &m, &r)) before = moqk_get_any(cut.into, (int64_t)m * a.ldy + q.y_first + first + r, a.y_bf16);
-    }
     moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
@@ -3287,7 +3279,11 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
         }
     if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     else __syncthreads();
-    for (int32_t o = thread; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
+    /* Nothing of this is made earlier: there is no register for it beside the products. */
+    const moqk_run_part &q = cut.part[cut.pairs ? 0 : part]; /* the part whose rows the block adds up */
+    const int32_t first = (first_tile + rank * (cut.tiles_own >> cut.pairs)) * 16;
+    const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> cut.pairs) * 16), q.rows - first);
+    for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
         int32_t m, r;
         if (!moqk_run_row(cut, last, o, &m, &r)) continue;
         const float *from = sums + m * cut.pitch + r;
@@ -3295,7 +3291,7 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
         if (!cut.pairs) {
             const float v = moqk_run_sum<FORM, STEP>(cut, q, from, first + r);
             moqk_store(a, at, v);
-            if (cut.into) moqk_put_any(cut.into, at, (o == thread ? before : moqk_get_any(cut.into, at, a.y_bf16)) + moqk_rounded_any(v, a.y_bf16), a.y_bf16);
+            if (cut.into) moqk_put_any(cut.into, at, moqk_get_any(cut.into, at, a.y_bf16) + moqk_rounded_any(v, a.y_bf16), a.y_bf16);
             continue;
         }
         from += r & ~15; /* tiles of gate and up in turn */
@@ -5839,20 +5835,33 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
                 const double cost = moqc_run_cost(j->c, &u, moqk_pad(groups, 1 + u.share), bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = u; }
             }
-    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) { /* little work: fewer warps */
-        if (best->each == 2 && best->ways % 4 == 0) best->ways = best->ways / 4 * 3;
+    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) { /* little work: fewer warps; few warps: more under way */
+        const int little = best->each == 2 && best->ways % 4 == 0;
+        if (little) best->ways = best->ways / 4 * 3;
+        if (columns <= 2 && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
         bytes_of_best = moqc_run_fill_in(best, form);
+        if (bytes_of_best > j->c->most_shared) {
+            best->stages = 1;
+            bytes_of_best = moqc_run_fill_in(best, form);
+        }
     }
-    /* A row alone: as much room as keeps a multiprocessor to itself. Of blocks that begin where the launch before ends, two came to lie on one
-       multiprocessor, which took twice the time. More chunks on their way before x is there would be in its way. */
-    if (bytes_of_best > 0 && columns <= 2) bytes_of_best = moqc_max(bytes_of_best, j->c->most_shared / 2);
     return bytes_of_best;
+}
+
+/* One row of a product that is joined with its neighbours, so that each launch waits for the one before: as much room as keeps a multiprocessor to
+   itself, or of blocks that begin where the launch before ends two come to lie on one multiprocessor, which takes twice the time; and one chunk of a
+   warp on its way, because more would delay x. Products that follow each other without waiting gain by overlapping. */
+static int64_t moqc_run_joined(const moqc_ctx *c, int form, moqk_run *u)
+{
+    u->stages = 1;
+    return moqc_max(moqc_run_fill_in(u, form), c->most_shared / 2);
 }
 
 static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes); /* see >>cuda-together */
 
-static void moqc_launch_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes)
+static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, int64_t bytes)
 {
+    if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
     const moqc_run_kernel kernel = moqc_run_find(form, step, u->columns);
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];

@@ -783,19 +783,20 @@ static long wrong_slices(moq_backend *be, const moq_linear *parts, const float *
 
 static void test_backend_linear_rows(void)
 {
-    static const int counts[] = {1, 3, 20};
-    static float x[20 * 256];
-    static uint16_t low[3 * 256 + 350 * 3];
+    static const int counts[] = {1, 3, 20}, widths[] = {256, 320, 576}; /* of the last two a few rows share the last block */
+    static float x[20 * 576];
+    static uint16_t low[3 * 576 + 350 * 3];
     moq_error err;
-    for (int i = 0; i < 20 * 256; i++) x[i] = test_normal();
+    for (int i = 0; i < 20 * 576; i++) x[i] = test_normal();
     for (size_t i = 0; i < MOQI_COUNT(low); i++) low[i] = moq_bf16_encode(test_normal());
-    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
-        const layer_format *f = &layer_formats[i];
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats) * 3; i++) {
+        const layer_format *f = &layer_formats[i / 3];
+        const int cols = widths[i % 3];
         layer a, b;
-        if (350 % f->row_unit || 256 % f->col_unit) continue;
-        layer_make(&a, f, 350, 256);
-        layer_make(&b, &layer_formats[4], 64, 256);
-        for (int way = 0; way < 3; way++) { /* inputs wide, short, with a low-rank branch */
+        if (350 % f->row_unit || cols % f->col_unit) continue;
+        layer_make(&a, f, 350, cols);
+        layer_make(&b, &layer_formats[4], 64, cols);
+        for (int way = 0; way < (cols == 256 ? 3 : 1); way++) { /* inputs wide, short, with a low-rank branch */
             moq_linear parts[2] = {a.w, b.w};
             if (way == 1) parts[0].scheme.input = input_formats[7].c;
             parts[0].input_scale = 0.001f;
@@ -812,13 +813,45 @@ static void test_backend_linear_rows(void)
                     moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 1 + n % 2);
                     CHECK(be->reserve(be, 16, &err) == MOQ_OK); /* 20 rows go in two */
                     long wrong = wrong_slices(be, parts, x, counts[n]);
-                    if (wrong) fprintf(stderr, "%s, %s, inputs %d, %d rows: %ld slices wrong\n", moqi_get_kernels(k)->name, f->name, way, counts[n], wrong);
+                    if (wrong) fprintf(stderr, "%s, %s, %d columns, inputs %d, %d rows: %ld slices wrong\n", moqi_get_kernels(k)->name, f->name, cols, way, counts[n], wrong);
                     CHECK_INT(wrong, 0);
                     moq_backend_destroy(be);
                 }
         }
         layer_free(&a);
         layer_free(&b);
+    }
+}
+
+/* A scale that is NaN with all bits set makes its rows NaN, whatever the kernel does with its bits. */
+static void test_backend_scale_of_ones(void)
+{
+    enum { HEIGHT = 40, COLS = 512, ROWS = 40 };
+    static const int counts[] = {1, 3, ROWS};
+    static float x[ROWS * COLS], y[ROWS * HEIGHT];
+    moq_error err;
+    for (int i = 0; i < ROWS * COLS; i++) x[i] = test_normal();
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        const layer_format *f = &layer_formats[i];
+        layer l;
+        if (f->scale != MOQ_F32 || HEIGHT % f->row_unit || COLS % f->col_unit) continue;
+        layer_make(&l, f, HEIGHT, COLS);
+        memset((void *)(uintptr_t)l.w.scales.data, 0xff, (size_t)l.w.scales.count * 4);
+        for (int k = 0; moqi_get_kernels(k); k++) {
+            moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 1);
+            moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+            CHECK(w != NULL && be->reserve(be, ROWS, &err) == MOQ_OK);
+            for (int n = 0; n < 3 && w; n++) {
+                int numbers = 0;
+                be->linear(be, w, x, counts[n], y);
+                for (int j = 0; j < counts[n] * HEIGHT; j++) numbers += y[j] == y[j];
+                if (numbers) fprintf(stderr, "%s, %s, %d rows: %d numbers\n", moqi_get_kernels(k)->name, f->name, counts[n], numbers);
+                CHECK_INT(numbers, 0);
+            }
+            be->release_weight(be, w);
+            moq_backend_destroy(be);
+        }
+        layer_free(&l);
     }
 }
 
@@ -1604,6 +1637,7 @@ int main(int argc, char **argv)
     RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
     RUN(test_backend_linear_rows);
+    RUN(test_backend_scale_of_ones);
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
     RUN(test_backend_few_rows_alone);
