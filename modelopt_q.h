@@ -14025,11 +14025,11 @@ static int moqi_dot_lie_512(const moqi_tiled *p)
 }
 
 /* Are all scales of some rows numbers, where bytes are read as they lie? */
-MOQI_AVX512 static int moqi_dot_numbers_512(const moqi_tiled *p, int near, int64_t row, int64_t rows)
+MOQI_AVX512 static int moqi_dot_numbers_512(const moqi_tiled *p, int lie, int64_t row, int64_t rows)
 {
-    if (near != MOQI_DOT_E4M3 && near != MOQI_DOT_E8M0) return 1;
+    if (lie != MOQI_DOT_E4M3 && lie != MOQI_DOT_E8M0) return 1;
     const uint8_t *s = p->scales + moqi_stream_scale_at(p, row);
-    const __m512i size = _mm512_set1_epi8(near == MOQI_DOT_E4M3 ? 0x7f : -1);
+    const __m512i size = _mm512_set1_epi8(lie == MOQI_DOT_E4M3 ? 0x7f : -1);
     __m512i most = _mm512_setzero_si512();
     int64_t n = rows * p->groups;
     for (; n >= 64; n -= 64, s += 64) most = _mm512_max_epu8(most, _mm512_and_si512(_mm512_loadu_si512(s), size));
@@ -14045,10 +14045,10 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_lanes_512(__m128i s, __m128i order)
 }
 
 /* The scales of a block for its lanes, as they lie, of which `left` are there; E4M3 as value / 256. 255 in E8M0 comes out as infinity. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left, int near, __m512i lane, __m128i order)
+MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left, int lie, __m512i lane, __m128i order)
 {
-    if (near == MOQI_DOT_E4M3) return moqi_dot_lanes_512(_mm_maskz_loadu_epi8((__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1), s), order);
-    if (near == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_maskz_loadu_ps((__mmask8)(left >= 2 ? 3 : 1), s)));
+    if (lie == MOQI_DOT_E4M3) return moqi_dot_lanes_512(_mm_maskz_loadu_epi8((__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1), s), order);
+    if (lie == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_maskz_loadu_ps((__mmask8)(left >= 2 ? 3 : 1), s)));
     __m128i b = _mm_maskz_loadu_epi8((__mmask16)(left >= 8 ? 0xff : (1 << left) - 1), s);
     __m512i w = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(b, order)), 23);
     return _mm512_castsi512_ps(_mm512_max_epi32(w, _mm512_set1_epi32(0x00400000))); /* 0 is 2^-127 */
@@ -14112,16 +14112,16 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
 /* acc = begin or acc + weights . x over the pass, `count` times for `rows` (1, 2 or 4) rows of weights that lie `step` apart, from `row`, row + 1, ...
    on, and for `slots` (1 to 4, with one row 8) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because
    a sum waits 5 cycles for the one before it. Rows that are read together lie far apart: streams near each other are not foreseen by the hardware. What comes after
-   `acc` is constant. near: MOQI_DOT_... solid: acc are whole numbers before the last columns. acc: [rows of x][pass->rows][16] */
+   `acc` is constant. lie: MOQI_DOT_... solid: acc are whole numbers before the last columns. acc: [rows of x][pass->rows][16] */
 MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc, int rows, int slots, int digits,
-                                             int nibbles, int near, int solid, int perm)
+                                             int nibbles, int lie, int solid, int perm)
 {
     const moqi_tiled *p = pass->p;
-    const int shift = near == MOQI_DOT_F32 ? 7 : near == MOQI_DOT_E8M0 ? 5 : 4, size = near == MOQI_DOT_F32 ? 4 : 1; /* of the groups; of a scale */
+    const int shift = lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4, size = lie == MOQI_DOT_F32 ? 4 : 1; /* of the groups; of a scale */
     const __m512i lane = _mm512_loadu_si512(pass->lane);
     const __m128i order = _mm512_cvtepi32_epi8(lane);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const int64_t bytes = nibbles ? 128 : 256, stop = near == MOQI_DOT_E4M3 && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
+    const int64_t bytes = nibbles ? 128 : 256, stop = lie == MOQI_DOT_E4M3 && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
     const int64_t block = MOQI_DOT_WORDS * pass->slots, ahead = pass->ahead, lda = 16 * pass->rows;
     const int bits = rows < 4 && digits == 1 && !solid && pass->bits, convert = solid && pass->end == p->layer.cols;
     const int sums = solid ? slots : 0, starts = solid ? 0 : slots;
@@ -14130,16 +14130,18 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     uint8_t edge[4][256];
     __m512 a[4][8];
     __m512i q[4][8], v[4][2], w[4];
+    int64_t done = 0;
     for (acc += pass->slot / digits * lda; count > 0; count--, row++, acc += 16) {
         const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
-        const float *x = first, *scale = pass->scale, *from = pass->first ? acc : pass->begin[pass->slot / digits];
-        const int64_t ldf = pass->first ? lda : 16, far = pass->first ? 16 * step : 0;
+        const int64_t turn = rows == 1 ? done++ % 4 : 0; /* scales of 4 rows at a time */
+        const float *x = first, *scale = pass->scale + turn * pass->lds, *from = pass->first ? acc : pass->begin[pass->slot / digits];
+        const int64_t ldf = pass->first ? lda : 16, apart = pass->first ? 16 * step : 0;
         int64_t next = step * p->row_bytes, left = p->groups - (pass->first >> shift);
-        if (!near && !solid) moqi_dot_scales_512(pass, row, rows, step);
+        if (!lie && !solid && turn == 0) moqi_dot_scales_512(pass, row, rows == 1 ? moqi_min(4, count) : rows, rows == 1 ? 1 : step);
         MOQI_UNROLL for (int r = 0; r < rows; r++) {
-            MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + far * r);
+            MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + apart * r);
             MOQI_UNROLL for (int t = 0; t < sums; t++) q[r][t] = _mm512_castps_si512(a[r][t]);
-            of[r] = near ? p->scales + ((p->scale_first + row + step * r) * p->scale_stride + (pass->first >> shift)) * size : NULL;
+            of[r] = lie ? p->scales + ((p->scale_first + row + step * r) * p->scale_stride + (pass->first >> shift)) * size : NULL;
         }
         for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += block, left -= 256 >> shift) {
             if (end - src < bytes + (rows - 1) * next) {
@@ -14163,9 +14165,9 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
             }
             if (solid) continue;
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
-                const __m512 s = near ? moqi_dot_near_512(of[r], left, near, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                const __m512 s = lie ? moqi_dot_near_512(of[r], left, lie, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
                 const __m512 n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
-                if (near) of[r] += (256 >> shift) * size;
+                if (lie) of[r] += (256 >> shift) * size;
                 if (bits) {
                     MOQI_UNROLL for (int t = 0; t < slots; t++)
                         a[r][t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(q[r][t]), s, n), _mm512_loadu_ps(x + MOQI_DOT_WORDS * t + 64), a[r][t]);
@@ -14177,7 +14179,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                 }
             }
         }
-        if (rows == 4 && near == MOQI_DOT_E4M3 && stop < pass->end) moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
+        if (rows == 4 && lie == MOQI_DOT_E4M3 && stop < pass->end) moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
         MOQI_UNROLL for (int r = 0; r < rows; r++)
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) {
                 if (convert) a[r][t] = _mm512_mul_ps(_mm512_cvtepi32_ps(q[r][t]), _mm512_loadu_ps(first + MOQI_DOT_WORDS * t + 64));
@@ -14188,18 +14190,18 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
 }
 
 typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc);
-#define MOQI_DOT_ROWS(name, rows, slots, digits, nibbles, near, solid, perm) \
+#define MOQI_DOT_ROWS(name, rows, slots, digits, nibbles, lie, solid, perm) \
     MOQI_VNNI static void moqi_dot_##name(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc) \
-    { moqi_dot_rows_512(pass, row, step, count, acc, rows, slots, digits, nibbles, near, solid, perm); }
-#define MOQI_DOT_FOUR(name, nibbles, near, perm) \
-    MOQI_DOT_ROWS(name##1, 4, 1, 1, nibbles, near, 0, perm) \
-    MOQI_DOT_ROWS(name##2, 4, 2, 2, nibbles, near, 0, perm)
-#define MOQI_DOT_TWO(k, nibbles, near) \
-    MOQI_DOT_ROWS(two_##k##1_2, 2, 2, 1, nibbles, near, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##1_3, 2, 3, 1, nibbles, near, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##1_4, 2, 4, 1, nibbles, near, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##2_2, 2, 2, 2, nibbles, near, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##2_4, 2, 4, 2, nibbles, near, 0, 0)
+    { moqi_dot_rows_512(pass, row, step, count, acc, rows, slots, digits, nibbles, lie, solid, perm); }
+#define MOQI_DOT_FOUR(name, nibbles, lie, perm) \
+    MOQI_DOT_ROWS(name##1, 4, 1, 1, nibbles, lie, 0, perm) \
+    MOQI_DOT_ROWS(name##2, 4, 2, 2, nibbles, lie, 0, perm)
+#define MOQI_DOT_TWO(k, nibbles, lie) \
+    MOQI_DOT_ROWS(two_##k##1_2, 2, 2, 1, nibbles, lie, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##1_3, 2, 3, 1, nibbles, lie, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##1_4, 2, 4, 1, nibbles, lie, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##2_2, 2, 2, 2, nibbles, lie, 0, 0) \
+    MOQI_DOT_ROWS(two_##k##2_4, 2, 4, 2, nibbles, lie, 0, 0)
 MOQI_DOT_FOUR(four_bytes, 0, MOQI_DOT_AFAR, 0)
 MOQI_DOT_FOUR(four_afar, 1, MOQI_DOT_AFAR, 0)
 MOQI_DOT_FOUR(four_e4m3, 1, MOQI_DOT_E4M3, 0)
@@ -14246,15 +14248,15 @@ static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_
 static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_dot_eight_afar2}, {moqi_dot_eight_e4m31, moqi_dot_eight_e4m32}};
 
 /* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8, and four
-   where sums are whole numbers to the end. near: how scales lie, if kernels may read them there */
-static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int near, float *acc)
+   where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
+static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int lie, float *acc)
 {
     const int alone = pass->slots == digits, slot = pass->slot;
-    const int kind = pass->p->form == MOQI_CODES_NIBBLES ? near + 1 : 0;
+    const int kind = pass->p->form == MOQI_CODES_NIBBLES ? lie + 1 : 0;
     const int64_t rows = pass->solid || alone ? 4 : some == 8 ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
     const moqi_dot_fn four = pass->zen ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
-    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four : some == 8 ? moqi_dot_eights[near][digits - 1] :
+    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four : some == 8 ? moqi_dot_eights[lie][digits - 1] :
                           moqi_dot_fns[kind][digits - 1].two[some - 2];
     if (step > 0) f(pass, row, step, step, acc);
     row += pass->rows - rest;
@@ -14283,7 +14285,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
     float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), *one = acc + rows * 128;
     const int64_t tail = p->layer.cols % 256;
-    const int near = moqi_dot_lie_512(p);
+    const int lie = moqi_dot_lie_512(p);
     float last[2 * MOQI_DOT_WORDS] MOQI_ALIGNED;
     moqi_tiled plain = *p;
     moqi_dot_pass s;
@@ -14303,17 +14305,17 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     }
     for (int64_t j = 0, some; j < m; j += some) {
         some = moqi_min(8 / digits, m - j);
-        const int64_t step = some * digits * MOQI_DOT_WORDS, piece = some * digits > 1 ? 4096 : 8192, visit = nibbles ? piece / 2 : piece;
+        s.slots = (int)some * digits;
+        /* Intel reads two vectors of x a clock and would rather look weights up once than read x half as often */
+        const int all = s.slots <= 4 || (s.slots == 8 && nibbles && !s.zen), most = all ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
+        const int64_t step = s.slots * MOQI_DOT_WORDS, piece = s.slots == 1 ? 8192 : most <= 4 ? 4096 : 2048, visit = nibbles ? piece / 2 : piece;
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
         s.x = x + j * ldx;
-        s.slots = (int)some * digits;
         s.bits = some > 1 && moqi_dot_bits_512(p);
         s.each = 1;
-        if (near == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
+        if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
-        /* Intel reads two vectors of x a clock and would rather look weights up once than read x half as often */
-        const int most = s.slots <= 4 || (s.slots == 8 && nibbles && !s.zen) ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
         for (s.slot = 0; s.slot < s.slots; s.slot += most) {
             const int few = (int)moqi_min(most, s.slots - s.slot);
             s.ahead = piece >= p->layer.cols ? MOQI_STREAM_AHEAD / 2 : moqi_ceil_div(MOQI_STREAM_AHEAD / 2, visit) * p->row_bytes;
@@ -14321,10 +14323,10 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
             for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
                 s.end = moqi_min(p->layer.cols, s.first + piece);
                 s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
-                moqi_dot_task_512(&s, row, few, digits, near, acc);
+                moqi_dot_task_512(&s, row, few, digits, lie, acc);
             }
         }
-        const int numbers = moqi_dot_numbers_512(p, near, row, rows); /* scales are in a cache now */
+        const int numbers = moqi_dot_numbers_512(p, lie, row, rows); /* scales are in a cache now */
         for (int64_t r = 0; p->zeros && r < rows * some; r++)
             moqi_lane_zeros_512(p, row + r % rows, sums + r / rows * digits * MOQI_DOT_WORDS, 0, step, 1, acc + 16 * r);
         moqi_stream_sums_512(acc, rows * some);
@@ -14340,7 +14342,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
             }
             for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * sum[r];
             for (r = 0; !numbers && r < rows; r++) /* a scale that is no number makes its row none */
-                if (!moqi_dot_numbers_512(p, near, row + r, 1)) to[r] = moqi_bits_f32(0x7fc00000u);
+                if (!moqi_dot_numbers_512(p, lie, row + r, 1)) to[r] = moqi_bits_f32(0x7fc00000u);
         }
     }
 }

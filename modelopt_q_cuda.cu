@@ -2981,6 +2981,14 @@ template <int FORM, int STEP> struct moqk_run_factors {
             }
         }
     }
+    __device__ __forceinline__ void ask(const float2 *scales, const uint16_t *zeros, int32_t c, int shift) const /* for what load will want, in L2 */
+    {
+        if constexpr (STEP > 0) {
+            const int32_t group = (c * 256 + ((int32_t)threadIdx.x & 3) * STEP) >> shift;
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(scales + group * 8));
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(zeros + group * 8));
+        }
+    }
     __device__ __forceinline__ float2 group(int i, uint32_t z[2]) const
     {
         const uint32_t both = __shfl_sync(0xffffffffu, zero[i >> 2], i & 3, 4);
@@ -3246,7 +3254,6 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
     uint32_t z[2] = {0, 0};
     moqk_run_factors<FORM, STEP> h;
-    h.load(scales, zeros, c0, p.shift);
     if (FORM == MOQK_FAST_U4 && STEP == 0) {
         const uint32_t both = __ldg(zeros);
 #pragma unroll
@@ -3255,12 +3262,17 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
     float acc[NB][4];
     float *sums = (float *)(void *)(shared + cut.sums_at);
-    if (cut.norm) {
+    if (cut.norm) { /* needs all registers: what a warp loaded before would be waited for, to be put away */
+        h.ask(scales, zeros, c0, p.shift);
         const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
         const int32_t chunks = moqk_run_first(cut, (rank + 1) * cut.ways) - begin;
         if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums);
         else moqk_run_norm<0>(a, cut, begin, chunks, to, sums);
-    } else moqk_run_x(a, cut, c0, n, mine, x_bar);
+        h.load(scales, zeros, c0, p.shift);
+    } else {
+        h.load(scales, zeros, c0, p.shift);
+        moqk_run_x(a, cut, c0, n, mine, x_bar);
+    }
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
     moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
