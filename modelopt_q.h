@@ -1011,7 +1011,7 @@ struct moq_backend {
     void (*kv_enter)(moq_backend *be, const moq_batch *b, const moq_heads_desc *h);
 
     /* linear, but only columns [first, first + count) of y [rows, out] are computed and written, to the bits that linear writes there; `first` is
-       a multiple of 64. For products that would take too long in one call. NULL: linear computes all. */
+       a multiple of 64, `count` any. For products that would take too long in one call. NULL: linear computes all. */
     void (*linear_rows)(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, int64_t first, int64_t count, void *y);
 };
 
@@ -15102,11 +15102,10 @@ static int moqi_pairs_bits(const moqi_tiled *p)
 {
     if (p->form == MOQI_CODES_SLOW || p->requant > 0) return 0;
     if (p->form == MOQI_CODES_NIBBLES) return 4;
-    if (p->dtype == MOQ_BF16) return (p->scale_dtype == MOQ_NONE || p->groups == 1) && !p->zeros && p->zero == 0 ? 16 : 0;
     return moq_dtype_bits(p->dtype) == 8 ? 8 : 0;
 }
 
-/* Then pairs are of neighbours only for 16 bits: of 8 columns 0 4, 1 5, 2 6, 3 7 for 4 bits, of 4 columns 0 2, 1 3 for 8. */
+/* Pairs are of neighbours only where rows are F32: of 8 columns 0 4, 1 5, 2 6, 3 7 for 4 bits, of 4 columns 0 2, 1 3 for 8. */
 static int moqi_pairs_column(const moqi_tiled *p, int i)
 {
     const int each = moqi_pairs_bits(p) == 4 ? 8 : moqi_pairs_bits(p) == 8 ? 4 : 2;
@@ -15279,18 +15278,17 @@ MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_
     }
 }
 
-/* Codes of 8 or 16 bits as they are, turned. */
+/* Bytes as they are, turned. */
 MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
 {
     const moqi_tiled *p = w->p;
-    const int64_t bits = moq_dtype_bits(p->dtype), all = w->n * bits / 8;
     moqi_tiled bare;
     moqi_panel_bare(w, &bare);
     for (int64_t h = 0; h < w->rows; h += 16) {
-        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col;
         int64_t rows = moqi_min(16, w->rows - h);
-        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, bits);
-        for (int64_t b = 0; b < all; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, all - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
+        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 8);
+        for (int64_t b = 0; b < w->n; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, w->n - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
     }
 }
 
@@ -15317,9 +15315,7 @@ MOQI_AVX512 static void moqi_pairs_rows_512(moqi_panel *w)
 static void moqi_pairs_decode(moqi_panel *w)
 {
     moqi_pairs_codes q;
-    const int bits = moqi_pairs_bits(w->p);
-    if (bits == 16) moqi_panel_turned_512(w);
-    else if (bits == 0) moqi_pairs_rows_512(w);
+    if (moqi_pairs_bits(w->p) == 0) moqi_pairs_rows_512(w);
     else {
         moqi_pairs_begin(w, &q);
         for (int64_t h = 0; h < w->rows; h += 16) moqi_pairs_turn_512(w, &q, h, 0);

@@ -1021,7 +1021,7 @@ static double automatic_loss(const moq_linear *l, const float *x, int64_t c)
     int eight = l->scheme.input.elem != MOQ_NONE;
     int64_t own = !eight ? 256 : l->scheme.input.elem == MOQ_F4 ? 64 : 32, first = c / own * own;
     double most = 0, pair = fabs((double)x[c]) * (1.0 / 128 + 1.0 / 65536);
-    if (l->scheme.weight.scale == MOQ_NONE && l->scheme.weight.elem != MOQ_BF16) return 0;
+    if (l->scheme.weight.scale == MOQ_NONE) return 0; /* not quantized: wide */
     for (int64_t k = first; k < first + own && k < l->cols; k++) most = fabs((double)x[k]) > most ? fabs((double)x[k]) : most;
     most /= eight ? 253 : 32000;
     return most > pair ? most : pair;
@@ -1042,12 +1042,13 @@ static void loosen(const layer *w, const double *weights, const float *x, int64_
     free(smooth);
 }
 
+/* How inputs are rounded, and what --act calls it. */
 enum { ACT_WIDE, ACT_STORED, ACT_AUTO };
+static const char *const act_names[] = {"wide", "stored", "auto"};
 
 /* One layer, its dequantized values and its products with 1, 3 and 17 tokens. The bound is that of a float sum of `cols` products. */
 static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_t cols, int act, uint64_t seed)
 {
-    static const char *const acts[] = {"wide", "stored", "auto"};
     static const int32_t tokens[] = {1, 3, 17};
     enum { MOST = 17 };
     layer w;
@@ -1065,7 +1066,7 @@ static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_
     int stored = act == ACT_STORED || (act == ACT_AUTO && moqi_is_int(w.l.scheme.input.elem)); /* what every CPU can compute with, it does */
     expect_linear(&w, weights, x, MOST, stored, want, size);
     if (act == ACT_AUTO && !stored) loosen(&w, weights, x, MOST, bound, size);
-    snprintf(what, sizeof what, "%s %" PRId64 "x%" PRId64 " act %s", kind->name, rows, cols, acts[act]);
+    snprintf(what, sizeof what, "%s %" PRId64 "x%" PRId64 " act %s", kind->name, rows, cols, act_names[act]);
     prepared = s->be->prepare_linear(s->be, &w.l, 1, &err);
     if (!prepared || s->be->reserve(s->be, MOST, &err) != MOQ_OK) {
         check(s, 0, err.text, 0, 0);
@@ -1288,7 +1289,6 @@ static void test_attention(selftest *s, moq_kv_format format)
 /* One kernel name under all ways of rounding inputs. 0 when this machine does not have it. */
 static int test_kernel(selftest *s, const char *kernel)
 {
-    static const char *const acts[] = {"wide", "stored", "auto"};
     options o = *s->o;
     moq_cpu_desc probe;
     moq_backend *be;
@@ -1300,9 +1300,9 @@ static int test_kernel(selftest *s, const char *kernel)
         if (!be) return 0;
         moq_backend_destroy(be);
     }
-    for (int i = 0; i < COUNT(acts) && !stop_requested; i++) {
+    for (int i = 0; i < COUNT(act_names) && !stop_requested; i++) {
         int cpu = !o.backend || strcmp(o.backend, "cpu") == 0;
-        o.act = cpu ? acts[i] : NULL;
+        o.act = cpu ? act_names[i] : NULL;
         if (open_backend(&o, cpu ? kernel : NULL, &s->be)) { s->failed++; return 1; }
         test_layers(s, i);
         if (i == 0) {
