@@ -3748,7 +3748,6 @@ __device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src)
 __device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
 
-
 /* Room of a warp for `ahead` blocks of 64 columns of its weights: codes, then scales. */
 __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped, int ahead)
 {
