@@ -15278,20 +15278,6 @@ MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_
     }
 }
 
-/* Bytes as they are, turned. */
-MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
-{
-    const moqi_tiled *p = w->p;
-    moqi_tiled bare;
-    moqi_panel_bare(w, &bare);
-    for (int64_t h = 0; h < w->rows; h += 16) {
-        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col;
-        int64_t rows = moqi_min(16, w->rows - h);
-        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 8);
-        for (int64_t b = 0; b < w->n; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, w->n - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
-    }
-}
-
 /* Rows of F32 as pairs of BF16, then turned. */
 MOQI_AVX512 static void moqi_pairs_rows_512(moqi_panel *w)
 {
@@ -15973,6 +15959,20 @@ MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *
             _mm_storeu_si128((__m128i *)(void *)(out + (k - i) / 4), _mm512_cvtsepi32_epi8(q));
         }
     *out = s;
+}
+
+/* Bytes as they are, turned. */
+MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col;
+        int64_t rows = moqi_min(16, w->rows - h);
+        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 8);
+        for (int64_t b = 0; b < w->n; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, w->n - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
+    }
 }
 
 static const moqi_way moqi_amx_way_rows = {"INT8 tiles", 4, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_multiply, moqi_panel_turned_512, NULL};
