@@ -756,13 +756,16 @@ typedef struct moq_graph moq_graph;
 typedef struct moq_ssm moq_ssm;           /* a prepared state-space mixer with the states of its sequences */
 typedef struct moq_latent moq_latent;     /* the products of latent attention, prepared */
 
-/* How inputs of quantized layers are rounded. */
+/* How inputs of layers are rounded, of quantized ones if nothing else is said. */
 typedef enum moq_act {
     MOQ_ACT_AUTO = 0, /* as stored where this device computes in that format. Elsewhere no shorter than the checkpoint wants them, where the
                          device multiplies short numbers faster: 16 bits for weight-only schemes, 8 with a scale for every 16 or 32 (of
                          4-bit inputs: 64) for schemes with inputs of 8 bits or fewer. Layers that are not quantized: wide. explain() says which */
     MOQ_ACT_STORED,   /* exactly as the checkpoint says */
-    MOQ_ACT_WIDE      /* never rounded below the backend's own activation type */
+    MOQ_ACT_WIDE,     /* never rounded below the backend's own activation type */
+    MOQ_ACT_BF16      /* to BF16, whatever the checkpoint says, and before layers that are not quantized too: as PyTorch keeps them in a BF16
+                         model. Where the device multiplies BF16 faster, many rows at once meet BF16 weights as they are, and those of quantized
+                         layers rounded to BF16. On the CPU every row is rounded; CUDA leaves F32 inputs of fewer than 17 rows wide */
 } moq_act;
 
 typedef enum moq_activation {
@@ -1029,7 +1032,7 @@ MOQ_API moq_backend *moq_cpu_backend(const moq_cpu_desc *desc, moq_error *err);
 typedef struct moq_cuda_desc {
     int32_t device;          /* counts from 0 */
     moq_act act;             /* AUTO: as stored where the GPU computes in that format, else wide, but F32 inputs are rounded to BF16 where 17 or
-                                more rows are multiplied at once; WIDE and STORED keep 16 bits of them there */
+                                more rows are multiplied at once, as under BF16; WIDE and STORED keep 16 bits of them there */
     const char *kernel;      /* NULL or "auto"; "reference"; else a name that explain() prints */
     moq_allocator allocator; /* host memory */
 } moq_cuda_desc;
@@ -11379,7 +11382,8 @@ typedef struct moqi_tiled {
     float zero;
     float requant;            /* W4A8 as stored: round again with this scale; 0: not */
     const int32_t *order;     /* column i of the codes is column order[i] of the layer; NULL: the same */
-    int rounds;               /* inputs are rounded */
+    int rounds;               /* inputs are rounded as the checkpoint says */
+    int bf16;                 /* they are rounded to BF16 before anything reads them */
     const moqi_kernels *k;
     int input_bits;           /* inputs may be rounded to so many: 32 (not at all), 16 or 8 */
     const moqi_way *way[MOQI_WAYS]; /* instead of tiles; NULL at the end */
@@ -11571,16 +11575,18 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
 }
 
 /* One of m tokens going into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
-   the codes or as the way of m rows wants it. Both are padded with zeros to a multiple of 16. x may be r. A plain layer has no use for t. */
+   the codes or as the way of m rows wants it. Both are padded with zeros to a multiple of 16. x may be r. A plain layer has no use for t
+   but to round x to BF16. */
 static void moqi_feed(const moqi_tiled *p, int64_t m, int64_t i, const float *x, float *t, float *rows)
 {
     int64_t cols = p->layer.cols, ld = moqi_pad_x(cols), step;
     const moqi_way *way = moqi_way_for(p, m);
     float *r = rows + i * ld, *out = moqi_feed_place(p, way, m, i, rows, &step);
-    if (way && moqi_is_plain(p)) { way->arrange(p, x, cols, out, step); return; }
+    if (way && moqi_is_plain(p) && (!p->bf16 || way->unit == 2)) { way->arrange(p, x, cols, out, step); return; }
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
     else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
     for (int64_t c = 0; p->smooth && c < cols; c++) t[c] *= p->smooth[c];
+    for (int64_t c = 0; p->bf16 && c < cols; c++) t[c] = moq_bf16_decode(moq_bf16_encode(t[c]));
     for (int64_t c = cols; c < moqi_pad16(cols); c++) t[c] = 0;
     if (way && way->unit > 1) { way->arrange(p, t, cols, out, step); return; } /* such ways round by themselves */
     if (p->rounds) moq_round_input(&p->layer, t, r);
@@ -13312,7 +13318,7 @@ static void moqi_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, floa
 static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 {
     const moq_coding *c = &p->layer.scheme.input;
-    if (p->requant > 0 || p->order || (p->rounds ? moqi_i8_chunk(p) == 0 : p->input_bits > 16)) return 0;
+    if (p->requant > 0 || p->order || p->bf16 || (p->rounds ? moqi_i8_chunk(p) == 0 : p->input_bits > 16)) return 0;
     if (p->form == MOQI_CODES_NIBBLES) return moqi_i8_nibbles(p);
     if (p->form != MOQI_CODES_WIDE || p->dtype != MOQ_I8 || p->zeros || p->zero != 0 || (p->groups > 1 && p->group_cols % block != 0)) return 0;
     return !p->rounds || c->group_cols <= 0 || c->group_cols >= p->layer.cols || c->group_cols % block == 0;
@@ -15102,10 +15108,11 @@ static int moqi_pairs_bits(const moqi_tiled *p)
 {
     if (p->form == MOQI_CODES_SLOW || p->requant > 0) return 0;
     if (p->form == MOQI_CODES_NIBBLES) return 4;
+    if (p->dtype == MOQ_BF16) return (p->scale_dtype == MOQ_NONE || p->groups == 1) && !p->zeros && p->zero == 0 ? 16 : 0;
     return moq_dtype_bits(p->dtype) == 8 ? 8 : 0;
 }
 
-/* Pairs are of neighbours only where rows are F32: of 8 columns 0 4, 1 5, 2 6, 3 7 for 4 bits, of 4 columns 0 2, 1 3 for 8. */
+/* Pairs are of neighbours only for 16 bits and where rows are F32: of 8 columns 0 4, 1 5, 2 6, 3 7 for 4 bits, of 4 columns 0 2, 1 3 for 8. */
 static int moqi_pairs_column(const moqi_tiled *p, int i)
 {
     const int each = moqi_pairs_bits(p) == 4 ? 8 : moqi_pairs_bits(p) == 8 ? 4 : 2;
@@ -15278,6 +15285,21 @@ MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_
     }
 }
 
+/* Codes of 8 or 16 bits as they are, turned. */
+MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    const int64_t bits = moq_dtype_bits(p->dtype), all = w->n * bits / 8;
+    moqi_tiled bare;
+    moqi_panel_bare(w, &bare);
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col * bits / 8;
+        int64_t rows = moqi_min(16, w->rows - h);
+        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, bits);
+        for (int64_t b = 0; b < all; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, all - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
+    }
+}
+
 /* Rows of F32 as pairs of BF16, then turned. */
 MOQI_AVX512 static void moqi_pairs_rows_512(moqi_panel *w)
 {
@@ -15301,7 +15323,9 @@ MOQI_AVX512 static void moqi_pairs_rows_512(moqi_panel *w)
 static void moqi_pairs_decode(moqi_panel *w)
 {
     moqi_pairs_codes q;
-    if (moqi_pairs_bits(w->p) == 0) moqi_pairs_rows_512(w);
+    const int bits = moqi_pairs_bits(w->p);
+    if (bits == 16) moqi_panel_turned_512(w);
+    else if (bits == 0) moqi_pairs_rows_512(w);
     else {
         moqi_pairs_begin(w, &q);
         for (int64_t h = 0; h < w->rows; h += 16) moqi_pairs_turn_512(w, &q, h, 0);
@@ -15959,20 +15983,6 @@ MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *
             _mm_storeu_si128((__m128i *)(void *)(out + (k - i) / 4), _mm512_cvtsepi32_epi8(q));
         }
     *out = s;
-}
-
-/* Bytes as they are, turned. */
-MOQI_AVX512 static void moqi_panel_turned_512(moqi_panel *w)
-{
-    const moqi_tiled *p = w->p;
-    moqi_tiled bare;
-    moqi_panel_bare(w, &bare);
-    for (int64_t h = 0; h < w->rows; h += 16) {
-        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col;
-        int64_t rows = moqi_min(16, w->rows - h);
-        for (int64_t r = h; r < h + rows && !w->many; r++) moqi_panel_ask(w, r, 8);
-        for (int64_t b = 0; b < w->n; b += 64) moqi_panel_turn_512(src + b, p->row_bytes, rows, w->n - b, w->data + h + b / 4 * MOQI_PANEL_ROWS, MOQI_PANEL_ROWS);
-    }
 }
 
 static const moqi_way moqi_amx_way_rows = {"INT8 tiles", 4, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_multiply, moqi_panel_turned_512, NULL};
@@ -17164,7 +17174,7 @@ typedef struct moqi_weight {
 /* Does this backend round the layer's inputs? */
 static int moqi_wants_rounding(const moqi_cpu *c, const moq_linear *w)
 {
-    if (c->act == MOQ_ACT_WIDE || w->scheme.input.elem == MOQ_NONE) return 0;
+    if (c->act == MOQ_ACT_WIDE || c->act == MOQ_ACT_BF16 || w->scheme.input.elem == MOQ_NONE) return 0;
     return c->act == MOQ_ACT_STORED || (moqi_is_int(w->scheme.input.elem) && moqi_rounds_input(w));
 }
 
@@ -17240,10 +17250,12 @@ static moqi_tiled *moqi_prepare_lora(const moqi_cpu *c, const moq_view *v, int64
     return p->layer.cols > 0 && moqi_prepare_codes(c, p, r) == MOQ_OK ? p : NULL;
 }
 
-/* To how many bits may this part's inputs be rounded, if that is what the fast instructions take? */
+/* To how many bits may this part's inputs be rounded, if that is what the fast instructions take? These round weights to BF16 too, which F16 and
+   F32 ones that are not quantized are spared. */
 static int moqi_input_bits(const moqi_cpu *c, const moqi_tiled *p)
 {
     const moq_scheme *s = &p->layer.scheme;
+    if (c->act == MOQ_ACT_BF16) return s->weight.scale != MOQ_NONE || s->weight.elem == MOQ_BF16 ? 16 : 32;
     if (c->act != MOQ_ACT_AUTO || p->rounds || s->weight.scale == MOQ_NONE) return 32;
     return s->input.elem == MOQ_NONE ? 16 : 8;
 }
@@ -17261,6 +17273,7 @@ static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text,
     p.k = c->k;
     p.rounds = moqi_wants_rounding(c, w);
     p.requant = p.rounds && c->act == MOQ_ACT_STORED ? w->requant_scale : 0;
+    p.bf16 = c->act == MOQ_ACT_BF16;
     p.input_bits = moqi_input_bits(c, &p);
     if (!moqi_choose_form(&p) || !moqi_choose_groups(&p)) p.form = MOQI_CODES_SLOW;
     p.zeros = w->zeros.data ? &some : NULL;
@@ -17289,6 +17302,7 @@ static size_t moqi_cpu_explain(moq_backend *be, const moq_linear *w, char *text,
     int unit = moqi_explain_ways(c, w, how, sizeof how);
     if (moqi_wants_rounding(c, w)) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to %s as stored", c->k->name, scheme, how,
                                                       moq_dtype_name(w->scheme.input.elem));
+    if (c->act == MOQ_ACT_BF16) return moqi_format(text, capacity, "%s: %s %s, inputs rounded to BF16", c->k->name, scheme, how);
     if (unit == 2) return moqi_format(text, capacity, "%s: %s %s with BF16 inputs (automatic)", c->k->name, scheme, how);
     if (unit == 16) return moqi_format(text, capacity, "%s: %s %s with 16-bit inputs, a scale for each block of them (automatic)", c->k->name, scheme, how);
     if (unit == 4) return moqi_format(text, capacity, "%s: %s %s with 8-bit inputs, a scale for 16 to 64 of them (automatic)", c->k->name, scheme, how);
@@ -17305,6 +17319,7 @@ static moq_result moqi_prepare_part(const moqi_cpu *c, const moq_linear *w, moqi
     p->rounds = moqi_wants_rounding(c, w);
     p->requant = p->rounds && c->act == MOQ_ACT_STORED ? w->requant_scale : 0;
     p->k = c->k;
+    p->bf16 = c->act == MOQ_ACT_BF16;
     p->input_bits = moqi_input_bits(c, p);
     moq_result rc = moqi_prepare_codes(c, p, r);
     if (rc < 0) return rc;
@@ -17507,7 +17522,7 @@ static void moqi_feed_task(void *arg, int index, int worker)
 /* Can the rows of x be read where they are? */
 static int moqi_direct(const moqi_tiled *p, int64_t m)
 {
-    return !moqi_way_for(p, m) && !p->rounds && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
+    return !moqi_way_for(p, m) && !p->rounds && !p->bf16 && !p->order && !p->smooth && p->layer.hadamard_size == 0 && p->layer.cols % 16 == 0;
 }
 
 /* Parts that read the same inputs run as one launch; a part with inputs of its own begins the next. Of every part the rows that lie in

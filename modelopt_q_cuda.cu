@@ -876,7 +876,7 @@ static int moqc_rounds_input(const moq_linear *w)
 static int moqc_wants_rounding(const moqc_ctx *c, const moq_linear *w)
 {
     moq_dtype e = w->scheme.input.elem;
-    if (c->act == MOQ_ACT_WIDE || e == MOQ_NONE || moqk_largest(e) <= 0) return c->act == MOQ_ACT_STORED && e != MOQ_NONE;
+    if (c->act == MOQ_ACT_WIDE || c->act == MOQ_ACT_BF16 || e == MOQ_NONE || moqk_largest(e) <= 0) return c->act == MOQ_ACT_STORED && e != MOQ_NONE;
     if (c->act == MOQ_ACT_STORED) return 1;
     return moqc_rounds_input(w) && (moqc_is_int(e) || (e == MOQ_F8_E4M3 && c->sm >= 89));
 }
@@ -5159,7 +5159,7 @@ static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, siz
         if (p.d.rounds) snprintf(inputs, sizeof inputs, ", inputs rounded to %s as stored", in);
         else if (w->scheme.input.elem == MOQ_NONE) inputs[0] = 0;
         else snprintf(inputs, sizeof inputs, ", wide inputs (%s)",
-                      c->act == MOQ_ACT_WIDE ? "asked for" : "automatic: no arithmetic of that format on this device");
+                      c->act == MOQ_ACT_WIDE || c->act == MOQ_ACT_BF16 ? "asked for" : "automatic: no arithmetic of that format on this device");
         const moqc_kernel *few = moqc_choose(c, &p.d, 0, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, 0);
         const char *kept = moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
         if (strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || p.d.rounds) kept = "";
@@ -5966,7 +5966,7 @@ static void moqc_launch_decode(const struct moqc_job *j)
 
 /* F32 activations, and the caller asked for what is stored or for all of it: products keep 16 bits of each value (two BF16 parts), and group scales stay
    out of the weights. */
-static int moqc_precise(int bf16, moq_act act) { return !bf16 && act != MOQ_ACT_AUTO; }
+static int moqc_precise(int bf16, moq_act act) { return !bf16 && act != MOQ_ACT_AUTO && act != MOQ_ACT_BF16; }
 
 static int moqc_fits_wgmma(const struct moqc_shape *s)
 {

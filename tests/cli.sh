@@ -236,7 +236,7 @@ sed 's/"model_type": *"[a-z0-9_]*"/"model_type": "foo"/' "$demo/config.json" >"$
 run inspect "$dir/foreign"
 check "inspect of a model that run does not know" out "^.moq run. cannot: .*foo"
 run inspect "$demo" --act x
-check "bad --act" refused "auto, stored or wide"
+check "bad --act" refused "auto, stored, wide or bf16"
 run inspect "$demo" --kernel x
 check "bad --kernel" refused "'x'"
 run inspect "$demo" --backend tpu

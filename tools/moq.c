@@ -372,7 +372,7 @@ static const option_row option_table[] = {
     {"threads", KIND_INT, FIELD(threads), "N", "CPU threads (default, and 0: physical cores)"},
     {"backend", KIND_TEXT, FIELD(backend), "B", "cpu, cuda or cuda:N (default: cuda when built in and a device is there)"},
     {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints (default: what MOQ_KERNEL says, else auto)"},
-    {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide"},
+    {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide; of all layers: bf16"},
     {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate, mxfp4"},
     {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
     {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
@@ -527,11 +527,11 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
 
 static int parse_act(const char *text, moq_act *out)
 {
-    static const char *const names[] = {"auto", "stored", "wide"};
+    static const char *const names[] = {"auto", "stored", "wide", "bf16"};
     *out = MOQ_ACT_AUTO;
     for (int i = 0; i < COUNT(names); i++)
         if (!text || strcmp(text, names[i]) == 0) { *out = text ? (moq_act)i : MOQ_ACT_AUTO; return 0; }
-    return refuse("--act is auto, stored or wide, not '%s'", text);
+    return refuse("--act is auto, stored, wide or bf16, not '%s'", text);
 }
 
 /* The CUDA backend of --backend cuda or cuda:N, or of no --backend when a device is there: *out NULL and 0 means "use the CPU". */

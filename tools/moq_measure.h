@@ -954,8 +954,20 @@ static void round_token(const moq_linear *l, const float *x, float *out)
     }
 }
 
-/* What one token becomes before it meets the codes: rotated and smoothed in float as the library promises, rounded when stored. */
-static void feed_token(const moq_linear *l, const float *x, int stored, float *smooth, float *rounded)
+/* How inputs are rounded, and what --act calls it. */
+enum { ACT_WIDE, ACT_STORED, ACT_AUTO, ACT_BF16 };
+static const char *const act_names[] = {"wide", "stored", "auto", "bf16"};
+
+/* To 8 significant bits, ties to even. */
+static float nearest_bf16(float v)
+{
+    int e;
+    double m = frexp((double)v, &e);
+    return (float)ldexp(nearbyint(ldexp(m, 8)), e - 8);
+}
+
+/* What one token becomes before it meets the codes: rotated and smoothed in float as the library promises, rounded when stored, or to BF16. */
+static void feed_token(const moq_linear *l, const float *x, int act, float *smooth, float *rounded)
 {
     for (int64_t c = 0; c < l->cols; c++) {
         double t = (double)x[c];
@@ -966,8 +978,9 @@ static void feed_token(const moq_linear *l, const float *x, int stored, float *s
         }
         smooth[c] = (float)t;
         if (l->pre_quant_scale.data) smooth[c] *= view_float(&l->pre_quant_scale, c);
+        if (act == ACT_BF16) smooth[c] = nearest_bf16(smooth[c]);
     }
-    if (stored) round_token(l, smooth, rounded);
+    if (act == ACT_STORED) round_token(l, smooth, rounded);
     else memcpy(rounded, smooth, (size_t)l->cols * sizeof *rounded);
 }
 
@@ -979,18 +992,18 @@ static double requantized(const moq_linear *l, double v)
 }
 
 /* y and the sum of the magnitudes that went into it, for `m` tokens. x: [m, cols], w: [rows, cols], want, size: [m, rows]. */
-static void expect_linear(const layer *w, const double *weights, const float *x, int64_t m, int stored, double *want, double *size)
+static void expect_linear(const layer *w, const double *weights, const float *x, int64_t m, int act, double *want, double *size)
 {
     const moq_linear *l = &w->l;
     float *smooth = (float *)take((size_t)l->cols * 2, sizeof *smooth), *rounded = smooth + l->cols;
     int64_t rank = l->scheme.lora_rank;
     for (int64_t t = 0; t < m; t++) {
-        feed_token(l, x + t * l->cols, stored, smooth, rounded);
+        feed_token(l, x + t * l->cols, act, smooth, rounded);
         for (int64_t r = 0; r < l->rows; r++) {
             double sum = 0, magnitude = 0;
             for (int64_t c = 0; c < l->cols; c++) {
                 double v = weights[r * l->cols + c];
-                if (stored && l->requant_scale > 0) v = requantized(l, v);
+                if (act == ACT_STORED && l->requant_scale > 0) v = requantized(l, v);
                 sum += v * (double)rounded[c];
                 magnitude += fabs(v * (double)rounded[c]);
             }
@@ -1027,24 +1040,27 @@ static double automatic_loss(const moq_linear *l, const float *x, int64_t c)
     return most > pair ? most : pair;
 }
 
-/* size[m, rows] grows by what automatic rounding of x may take from a product, over `bound`. */
-static void loosen(const layer *w, const double *weights, const float *x, int64_t m, double bound, double *size)
+/* What rounding to BF16 may take beyond that of x itself: half a step of 8 bits of a quantized weight, and a whole one of an input that was rotated,
+   because float sums fall on either side of where it is rounded. */
+static double bf16_loss(const moq_linear *l, double x)
+{
+    return fabs(x) * ((l->scheme.weight.scale != MOQ_NONE ? 1.0 / 255 : 0) + (l->hadamard_size > 0 ? 1.0 / 127 : 0));
+}
+
+/* size[m, rows] grows by what rounding of x that `act` allows may take from a product, over `bound`. */
+static void loosen(const layer *w, const double *weights, const float *x, int64_t m, int act, double bound, double *size)
 {
     const moq_linear *l = &w->l;
     float *smooth = (float *)take((size_t)l->cols * 2, sizeof *smooth);
     for (int64_t t = 0; t < m; t++) {
-        feed_token(l, x + t * l->cols, 0, smooth, smooth + l->cols);
+        feed_token(l, x + t * l->cols, act, smooth, smooth + l->cols);
         for (int64_t c = 0; c < l->cols; c++) {
-            double loss = automatic_loss(l, smooth, c) / bound;
+            double loss = (act == ACT_BF16 ? bf16_loss(l, (double)smooth[c]) : automatic_loss(l, smooth, c)) / bound;
             for (int64_t r = 0; r < l->rows; r++) size[t * l->rows + r] += loss * fabs(weights[r * l->cols + c]);
         }
     }
     free(smooth);
 }
-
-/* How inputs are rounded, and what --act calls it. */
-enum { ACT_WIDE, ACT_STORED, ACT_AUTO };
-static const char *const act_names[] = {"wide", "stored", "auto"};
 
 /* One layer, its dequantized values and its products with 1, 3 and 17 tokens. The bound is that of a float sum of `cols` products. */
 static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_t cols, int act, uint64_t seed)
@@ -1063,9 +1079,9 @@ static void test_layer(selftest *s, const layer_kind *kind, int64_t rows, int64_
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c++) weights[r * cols + c] = weight_at(&w, r, c);
     random_floats(x, MOST * cols, seed);
-    int stored = act == ACT_STORED || (act == ACT_AUTO && moqi_is_int(w.l.scheme.input.elem)); /* what every CPU can compute with, it does */
-    expect_linear(&w, weights, x, MOST, stored, want, size);
-    if (act == ACT_AUTO && !stored) loosen(&w, weights, x, MOST, bound, size);
+    int does = act == ACT_AUTO && moqi_is_int(w.l.scheme.input.elem) ? ACT_STORED : act; /* what every CPU can compute with, it does */
+    expect_linear(&w, weights, x, MOST, does, want, size);
+    if (does == ACT_AUTO || does == ACT_BF16) loosen(&w, weights, x, MOST, does, bound, size);
     snprintf(what, sizeof what, "%s %" PRId64 "x%" PRId64 " act %s", kind->name, rows, cols, act_names[act]);
     prepared = s->be->prepare_linear(s->be, &w.l, 1, &err);
     if (!prepared || s->be->reserve(s->be, MOST, &err) != MOQ_OK) {
