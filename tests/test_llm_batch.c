@@ -746,7 +746,7 @@ static void test_ranks_logits(void)
         const char *dir = golden("%s", cases[i].dir);
         meeting at;
         rank_of r[RANKS], one;
-        if (!is_there(dir)) { printf("note: %s is not there\n", cases[i].dir); continue; }
+        if (!is_there(golden("%s/config.json", cases[i].dir))) { printf("%s is not in this set\n", cases[i].dir); continue; }
         memset(&at, 0, sizeof at);
         memset(&one, 0, sizeof one);
         run_ranks(&at, r, dir, tokens, TOKENS);
