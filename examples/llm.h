@@ -8137,66 +8137,107 @@ static int32_t llmi_pop(const float *logits, int32_t *heap, int32_t *left)
     return top;
 }
 
-/* A weight that no candidate falls below: those that do not come before the first `most`, or before the heaviest whose sum is `enough`, are no
-   candidates. weight [n] in [0, 1], 1 among them; by powers of two, with room for sums in another order. */
-static float llmi_lightest(const float *weight, int32_t n, int32_t most, double enough)
+/* exp((logit - max) / T) */
+static float llmi_weight(float logit, float max, float temperature)
 {
-    double sum[2][128], all = 0;
-    int32_t count[2][128], seen = 0;
-    memset(sum, 0, sizeof sum);
-    memset(count, 0, sizeof count);
-    for (int32_t i = 0; i < n; i++) {
-        uint32_t u;
-        memcpy(&u, &weight[i], sizeof u);
-        u = u >> 23 & 127; /* of exponents up to that of 1 */
-        sum[i & 1][u] += weight[i]; /* two of each, for neighbours fall into the same */
-        count[i & 1][u]++;
-    }
-    for (int e = 127; e > 0; e--) {
-        all += sum[0][e] + sum[1][e];
-        seen += count[0][e] + count[1][e];
-        if (seen >= most || all > enough * 1.000001) return (float)ldexp(1, e - 127);
-    }
-    return 0;
+    return llmi_rank(logit) > 0x007fffffu ? (float)exp(((double)logit - (double)max) / (double)temperature) : 0.0f;
 }
 
-/* Candidates come off a heap in falling order until a filter is satisfied: top_k counts, then top_p wants that share of what
-   top_k left, then min_p compares with the largest. weight [n]: exp((logit - max) / T), `total` their sum. Returns how many
-   are kept: last[n - 1], last[n - 2] ... in falling order; *mass is their weight. */
-static int32_t llmi_filter(const llm_sampling *s, const float *logits, const float *weight, double total, int32_t n, int32_t *last, double *mass)
-{
-    int32_t count = 0, kept = 0, counts = s->top_k > 0 && s->top_k < n, most = counts ? s->top_k : n;
-    float least = llmi_is_on(s->min_p, 2.0f) ? s->min_p : 0;
-    double share = llmi_is_on(s->top_p, 1.0f) ? (double)s->top_p : 2.0;
-    float lightest = llmi_lightest(weight, n, most, counts ? 1e300 : share * total);
-    if (!counts && least > lightest) lightest = least < 1 ? least : 1;
-    for (int32_t i = n; i-- > 0;)
-        if (weight[i] >= lightest) last[n - ++count] = i;
-    int32_t left = count, *heap = last + n - count;
-    for (int32_t i = count / 2; i-- > 0;) llmi_sift(logits, heap, count, i);
-    if (counts) total = 0;
-    while (counts && count - left < most) total += weight[llmi_pop(logits, heap, &left)];
-    if (most > count) most = count;
-    double enough = share * total;
-    for (*mass = 0; kept < most && *mass < enough; kept++) {
-        if (count - left == kept) llmi_pop(logits, heap, &left);
-        float w = weight[heap[count - 1 - kept]];
-        if (kept > 0 && w < least) break;
-        *mass += w;
-    }
-    return kept;
-}
-
-/* exp((logit - max) / T) of everything; returns the sum. */
+/* Those of everything; returns the sum. */
 static double llmi_weights(const float *logits, int32_t n, float max, float temperature, float *weight)
 {
     double total = 0;
-    for (int32_t i = 0; i < n; i++) {
-        uint32_t r = llmi_rank(logits[i]);
-        weight[i] = r > 0x007fffffu ? (float)exp(((double)logits[i] - (double)max) / (double)temperature) : 0.0f;
-        total += weight[i];
-    }
+    for (int32_t i = 0; i < n; i++) total += weight[i] = llmi_weight(logits[i], max, temperature);
     return total;
+}
+
+/* Logits in falling order, sorted no further than they are asked for: they lie in buckets by (max - logit) / T, and a bucket becomes a heap when
+   its turn comes. What lies beyond the last bucket has no weight: as a float, exp(-104) is 0. */
+#define LLMI_PER_UNIT 64
+#define LLMI_BUCKETS (104 * LLMI_PER_UNIT)
+
+typedef struct llmi_falling {
+    const float *logits;
+    double max, scale;    /* scale: LLMI_PER_UNIT / T */
+    int32_t *index;       /* [n]; the k-th largest, counted from 0, comes to index[n - 1 - k] */
+    int32_t n, now, left; /* `left` of bucket `now` have not come yet */
+    int32_t end[LLMI_BUCKETS + 1]; /* of each bucket in index, where the one before it begins */
+} llmi_falling;
+
+/* The llmi_ordered of a float below all that are in the first `buckets`: of what the lowest may have been rounded up from, or of -infinity. */
+static int32_t llmi_below(const llmi_falling *f, int32_t buckets)
+{
+    double least = f->max - buckets / f->scale;
+    return least > -3e38 ? llmi_ordered((float)least) - 1 : -0x7f800001;
+}
+
+/* The bucket of logit i, or `buckets` when it is in none of so many. */
+static int32_t llmi_bucket(const llmi_falling *f, int32_t i, int32_t buckets, int32_t below)
+{
+    int32_t order = llmi_ordered(f->logits[i]);
+    if (order <= below || order >= 0x7f800000) return buckets; /* NaN lies beyond the infinity of its sign */
+    double d = (f->max - (double)f->logits[i]) * f->scale;
+    return d < buckets ? (int32_t)d : buckets;
+}
+
+/* Fills as many of the first `buckets` as it takes to have `most` logits, or weights of more than `enough` together. Returns how many logits that are. */
+static int32_t llmi_fall(llmi_falling *f, int32_t buckets, int32_t most, double enough)
+{
+    int32_t below = llmi_below(f, buckets), used = 0, seen = 0;
+    double all = 0;
+    memset(f->end, 0, sizeof f->end);
+    for (int32_t i = 0, b; i < f->n; i++)
+        if ((b = llmi_bucket(f, i, buckets, below)) < buckets) f->end[b]++;
+    for (; used < buckets && seen < most && all <= enough * 1.000001; used++) {
+        int32_t count = f->end[used];
+        seen += count;
+        if (count) all += count * exp(-(used + 1.0) / LLMI_PER_UNIT); /* each is heavier */
+        f->end[used] = f->n - seen;
+    }
+    below = llmi_below(f, used);
+    for (int32_t i = 0, b; i < f->n; i++)
+        if ((b = llmi_bucket(f, i, used, below)) < used) f->index[f->end[b]++] = i;
+    f->end[used] = f->n - seen;
+    f->now = -1;
+    f->left = 0;
+    return seen;
+}
+
+/* The next of those that there are. */
+static int32_t llmi_next(llmi_falling *f)
+{
+    while (f->left == 0) {
+        f->now++;
+        f->left = f->end[f->now] - f->end[f->now + 1];
+        for (int32_t i = f->left / 2; i-- > 0;) llmi_sift(f->logits, f->index + f->end[f->now + 1], f->left, i);
+    }
+    return llmi_pop(f->logits, f->index + f->end[f->now + 1], &f->left);
+}
+
+/* Candidates come in falling order until a filter is satisfied: top_k counts, then top_p wants that share of what top_k left, then min_p compares
+   with the largest. total: of the weights of everything, or negative: weight [n] is filled in for candidates alone. Returns how many are kept;
+   *mass is their weight. */
+static int32_t llmi_filter(const llm_sampling *s, llmi_falling *f, double total, float *weight, double *mass)
+{
+    int counts = s->top_k > 0 && s->top_k < f->n, shares = llmi_is_on(s->top_p, 1.0f);
+    int32_t most = counts ? s->top_k : f->n, buckets = LLMI_BUCKETS, come = 0, kept = 0;
+    float least = llmi_is_on(s->min_p, 2.0f) ? s->min_p : 0;
+    double enough = shares && !counts ? (double)s->top_p * total : 1e300, sum = 0;
+    if (!counts && least > 0) buckets = least < 1 ? (int32_t)(-log((double)least) * LLMI_PER_UNIT) + 2 : 1;
+    int32_t there = llmi_fall(f, buckets < LLMI_BUCKETS ? buckets : LLMI_BUCKETS, most, enough);
+    if (most > there) most = there;
+    for (; counts && come < most; come++) {
+        int32_t id = llmi_next(f);
+        sum += weight[id] = llmi_weight(f->logits[id], (float)f->max, s->temperature);
+    }
+    if (counts && shares) enough = (double)s->top_p * sum;
+    for (*mass = 0; kept < most && *mass < enough; kept++) {
+        int32_t id = kept < come ? f->index[f->n - 1 - kept] : llmi_next(f);
+        if (kept >= come && total < 0) weight[id] = llmi_weight(f->logits[id], (float)f->max, s->temperature);
+        if (kept > 0 && weight[id] < least) break;
+        *mass += weight[id];
+    }
+    return kept;
 }
 
 /* Locally typical sampling (Meister et al. 2022): of the `kept` candidates, those whose surprise -log p is nearest to the entropy H, until
@@ -8233,13 +8274,20 @@ static int llmi_filters(const llm_sampling *s)
 LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index)
 {
     int32_t best = vocab > 0 && logits ? llmi_greedy(logits, vocab) : -1, kept, first = 0;
-    double total, mass, at;
+    double total = -1, mass, at;
     if (best < 0 || llmi_is_greedy(s) || !state || !scratch || !index) return best;
     if (llmi_rank(logits[best]) >= 0xff800000u) return best; /* +infinity */
-    total = llmi_weights(logits, vocab, logits[best], s->temperature, scratch);
+    int counts = s->top_k > 0 && s->top_k < vocab, filters = llmi_filters(s);
+    if (!filters || (!counts && llmi_is_on(s->top_p, 1.0f))) total = llmi_weights(logits, vocab, logits[best], s->temperature, scratch);
     at = llmi_random(state);
-    if (llmi_filters(s)) {
-        kept = llmi_filter(s, logits, scratch, total, vocab, index, &mass);
+    if (filters) {
+        llmi_falling f;
+        f.logits = logits;
+        f.max = (double)logits[best];
+        f.scale = LLMI_PER_UNIT / (double)s->temperature;
+        f.index = index;
+        f.n = vocab;
+        kept = llmi_filter(s, &f, total, scratch, &mass);
         if (llmi_is_on(s->typical_p, 1.0f)) mass = llmi_typical(scratch, index + vocab - 1, kept, mass, (double)s->typical_p, &first, &kept);
         at *= mass;
         for (int32_t i = first; i < kept; i++)

@@ -1185,6 +1185,101 @@ static void test_llm_sample_distributions(void)
     }
 }
 
+/* What llm_sample chooses, by weighing and sorting everything. order: [n]. */
+static const float *sorted_logits;
+
+static int compare_logits(const void *a, const void *b)
+{
+    int32_t i = *(const int32_t *)a, k = *(const int32_t *)b;
+    uint32_t x = llmi_rank(sorted_logits[i]), y = llmi_rank(sorted_logits[k]);
+    return x != y ? (x < y ? 1 : -1) : (i > k) - (i < k);
+}
+
+static int32_t plain_sample(const llm_sampling *s, const float *logits, int32_t n, uint64_t *state, float *weight, int32_t *order, int32_t *last)
+{
+    int counts = s->top_k > 0 && s->top_k < n;
+    int32_t most = counts ? s->top_k : n, kept = 0, first = 0;
+    double total = 0, mass = 0;
+    for (int32_t i = 0; i < n; i++) order[i] = i;
+    sorted_logits = logits;
+    qsort(order, (size_t)n, sizeof *order, compare_logits);
+    float max = logits[order[0]];
+    if (llmi_rank(max) <= 0x007fffffu) return -1;
+    if (s->top_k == 1 || max - max != 0) return order[0];
+    for (int32_t i = 0; i < n; i++) weight[i] = llmi_rank(logits[i]) > 0x007fffffu ? (float)exp(((double)logits[i] - (double)max) / (double)s->temperature) : 0;
+    double at = llmi_random(state);
+    if (!(s->top_k > 0 || (s->top_p > 0 && s->top_p < 1) || s->min_p > 0 || (s->typical_p > 0 && s->typical_p < 1))) {
+        for (int32_t i = 0; i < n; i++) total += weight[i];
+        at *= total;
+        for (int32_t i = 0; i < n; i++)
+            if ((at -= weight[i]) < 0) return i;
+        return order[0];
+    }
+    for (int32_t i = 0; i < most; i++) total += weight[counts ? order[i] : i];
+    while (kept < most && !(s->top_p > 0 && s->top_p < 1 && mass >= (double)s->top_p * total)) {
+        if (kept > 0 && weight[order[kept]] < s->min_p) break;
+        mass += weight[order[kept++]];
+    }
+    for (int32_t i = 0; i < n; i++) last[n - 1 - i] = order[i];
+    if (s->typical_p > 0 && s->typical_p < 1) mass = llmi_typical(weight, last + n - 1, kept, mass, (double)s->typical_p, &first, &kept);
+    at *= mass;
+    for (int32_t i = first; i < kept; i++)
+        if ((at -= weight[order[i]]) < 0) return order[i];
+    return order[first];
+}
+
+/* Rows of `kind`: ties, one value, wide ranges, infinities, NaN of both signs, zeros of both signs. */
+static float some_logit(int kind)
+{
+    static const float odd[] = {0.0f, -0.0f, 1e-45f, -1e-45f, 3e38f, -3e38f, 2.5f, 2.5f};
+    uint32_t r = test_random();
+    float v = test_uniform() * 8, nan;
+    if (kind == 1) return floorf(v);
+    if (kind == 2) return 4;
+    if (kind == 3) return v * 20;
+    if (kind == 4) return odd[r % 6 == 4 && r % 5 ? 0 : r % 8];
+    if (kind == 5 && r % 4 == 0) return -(float)INFINITY;
+    if (kind == 5 && r % 4 == 1) {
+        r = r & 0x80000000u ? 0xffc00000u : 0x7fc00000u;
+        memcpy(&nan, &r, 4);
+        return nan;
+    }
+    if (kind == 6) return odd[r % 4];
+    if (kind == 7) return r % 64 ? -(float)INFINITY : v;
+    return kind == 8 ? -0.6931471f * (float)(r % 3) : v * v * (v < 0 ? -1.0f : 1.0f); /* weights just above a half, a quarter */
+}
+
+static void test_llm_sample_plain(void)
+{
+    static const float temperatures[] = {1, 0.7f, 0.2f, 1e-3f, 1e-30f, 5, 1e4f, 1e29f}, shares[] = {0, 1, 0.9f, 0.5f, 0.05f, 0.999999f},
+                       parts[] = {0, 0.05f, 1e-30f, 0.5f, 1, 1.5f};
+    enum { MOST = 3000 };
+    static float logits[MOST], a[MOST], b[MOST];
+    static int32_t index[MOST], order[MOST], last[MOST];
+    for (int n = 0; n < 6000; n++) {
+        static const int32_t lengths[] = {1, 2, 7, 64, 65, 300, MOST};
+        int32_t count = lengths[test_random() % 7], counts[] = {0, 0, 2, 5, 40, count - 1, count, count + 1, -3};
+        llm_sampling s;
+        uint64_t state = test_random(), again = state;
+        int kind = (int)(test_random() % 10);
+        memset(&s, 0, sizeof s);
+        s.temperature = temperatures[test_random() % 8];
+        s.top_k = counts[test_random() % 9];
+        s.top_p = test_random() % 2 ? shares[test_random() % 6] : 0;
+        s.min_p = test_random() % 2 ? parts[test_random() % 6] : 0;
+        s.typical_p = test_random() % 4 ? 0 : shares[test_random() % 6];
+        for (int32_t i = 0; i < count; i++) logits[i] = some_logit(kind);
+        for (int k = 0; k < 5; k++) {
+            int32_t id = llm_sample(&s, logits, count, &state, a, index), plain = plain_sample(&s, logits, count, &again, b, order, last);
+            if (id != plain)
+                fprintf(stderr, "kind %d, %d logits, temperature %g, top_k %d, top_p %g, min_p %g, typical_p %g\n", kind, count, (double)s.temperature, s.top_k,
+                        (double)s.top_p, (double)s.min_p, (double)s.typical_p);
+            CHECK_INT(id, plain);
+            CHECK(state == again);
+        }
+    }
+}
+
 /* ---- streaming ---- */
 
 /* Bytes arrive one by one; pieces are whole characters, and together the text with U+FFFD for what is no UTF-8. */
@@ -1477,6 +1572,7 @@ int main(int argc, char **argv)
     RUN(test_llm_open_out_of_memory);
     RUN(test_llm_sample_greedy);
     RUN(test_llm_sample_distributions);
+    RUN(test_llm_sample_plain);
     RUN(test_llm_stream_utf8);
     RUN(test_llm_demo_answer);
     RUN(test_llm_step_equals_next);
