@@ -5107,6 +5107,7 @@ static int moqc_regime(int64_t rows)
 /* ---- can it run, and how ---- */
 
 static int moqc_precise(int bf16, moq_act act); /* see >>cuda-gemm-host */
+static int moqc_few_likely(const moqc_ctx *c, const moqc_part *p, int kernel_layout); /* see >>cuda-moe-host */
 
 static moq_result moqc_supports(moq_backend *be, const moq_linear *w, moq_error *err)
 {
@@ -5160,10 +5161,12 @@ static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, siz
         else if (w->scheme.input.elem == MOQ_NONE) inputs[0] = 0;
         else snprintf(inputs, sizeof inputs, ", wide inputs (%s)",
                       c->act == MOQ_ACT_WIDE || c->act == MOQ_ACT_BF16 ? "asked for" : "automatic: no arithmetic of that format on this device");
-        const moqc_kernel *few = moqc_choose(c, &p.d, 0, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, 0);
+        const int expert = w->name && strstr(w->name, ".experts") != NULL; /* nothing else tells: a slice of a stack has its name */
+        const moqc_kernel *few = moqc_choose(c, &p.d, 0, expert), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, expert);
+        const char *mixture = expert && moqc_few_likely(c, &p, few->layout) ? "; all steps of its mixture in one launch for few rows (moe-few)" : "";
         const char *kept = moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
         if (strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || p.d.rounds) kept = "";
-        n = snprintf(text, capacity, "%s: %s on SM%d: %s; %s from 65 rows on: %s%s%s", few->name, scheme, c->sm, few->why, many->name, many->why,
+        n = snprintf(text, capacity, "%s: %s on SM%d: %s%s; %s from 65 rows on: %s%s%s", few->name, scheme, c->sm, few->why, mixture, many->name, many->why,
                      kept, inputs);
     }
     return n > 0 ? (size_t)n : 0;
@@ -9418,6 +9421,16 @@ static moqc_few_kernel moqc_few_find(int form, int step)
     if (form == MOQK_NVFP4) return moqk_moe_few<MOQK_NVFP4, 0>;
     if (form == MOQK_MXFP4) return moqk_moe_few<MOQK_MXFP4, 0>;
     return form == MOQK_FAST_U4 && step == 64 ? moqk_moe_few<MOQK_FAST_U4, 64> : NULL;
+}
+
+/* Would a mixture of parts like this one, planned but not filled, be taken? Unless its experts differ or are too many, see moqc_few_takes. */
+static int moqc_few_likely(const moqc_ctx *c, const moqc_part *p, int kernel_layout)
+{
+    const moq_linear *w = &p->layer;
+    const int form = moqk_form_of(p->d);
+    if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || kernel_layout != 1 || form < 0 || !moqc_few_find(form, moqk_form_step(p->d, form))) return 0;
+    return !p->d.rounds && p->d.rows % 4 == 0 && p->d.cols % 8 == 0 && w->hadamard_size == 0 && !w->pre_quant_scale.data && !w->group_index.data &&
+        !w->lora_a.data;
 }
 
 /* The distance in bytes between parts that are all of one form, read x as it is and lie at equal distances; 0: they are not so. */

@@ -895,7 +895,7 @@ static int each_row(const char *path, const char *text, size_t bytes, int (*take
 typedef struct module_row {
     moq_linear l;
     char scheme[64];
-    char kernel[200];
+    char kernel[400];
     uint64_t elements, bytes, weight_bytes; /* bytes: every tensor of the module; weight_bytes: without the bias */
 } module_row;
 

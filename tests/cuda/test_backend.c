@@ -438,6 +438,21 @@ static void test_cuda_refuses(void)
     size_t n = be->explain(be, &bad, text, sizeof text);
     CHECK(n == strlen(text) && strstr(text, "nvfp4") && strstr(text, "as stored"));
     CHECK(be->explain(be, &bad, text, 5) == n && strlen(text) == 4);
+    bad = l.w;
+    be->explain(be, &bad, text, sizeof text);
+    CHECK(!strstr(text, "moe-few"));
+    bad.name = "model.layers.0.mlp.experts.3.up_proj"; /* 64 columns are too few */
+    be->explain(be, &bad, text, sizeof text);
+    CHECK(!strstr(text, "moe-few"));
+    layer_free(&l);
+    layer_make(&l, &layer_formats[4], 768, 512);
+    l.w.name = bad.name;
+    be->explain(be, &l.w, text, sizeof text);
+    CHECK((strstr(text, "moe-few") != NULL) == (strstr(text, "SM90") != NULL)); /* the only one that it is written for */
+    CHECK(strstr(text, "decode-mma: ") == text); /* from 512 columns on; a layer that stands alone: from 1024 on */
+    l.w.name = "model.layers.0.mlp.shared_experts.up_proj";
+    be->explain(be, &l.w, text, sizeof text);
+    CHECK(!strstr(text, "moe-few") && strstr(text, "reference-gemv: ") == text);
     CHECK(be->reserve(be, 0, &err) == MOQ_E_ARG);
     layer_free(&l);
     done(be);
