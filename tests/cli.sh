@@ -122,7 +122,10 @@ for data in "$dir/calib.txt" "$dir/calib.jsonl" 5,6,7,8,9; do
 done
 rm -rf "$dir/q4"
 run quantize "$src" "$dir/q4" --recipe fp8 --calib 5,999999
-check "tokens outside the vocabulary" refused "vocabulary"
+check "tokens outside the vocabulary" refused "5,999999: row 0: token 999999 is outside the vocabulary of 256"
+echo '[[1, 2], [3, 9999]]' >"$dir/beyond.json"
+run quantize "$src" "$dir/q4" --recipe fp8 --calib "$dir/beyond.json"
+check "tokens of a file outside the vocabulary" refused "beyond.json: row 1: token 9999 is outside"
 : >"$dir/empty.txt"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/empty.txt"
 check "an empty calibration text" refused "empty.txt"
@@ -143,7 +146,9 @@ printf '\377\376b\000r\000' >"$dir/wide.txt"
 run eval "$demo" --data "$dir/wide.txt"
 check "a text in UTF-16" refused "UTF-16"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib 1,2,3 --samples 0
-check "no samples at all" refused "--samples is at least 1"
+check "no samples at all" refused "--samples is a whole number from 1 to 2147483647, not '0'"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib 1,2,3 --samples -1
+check "a negative number of samples" refused "--samples is a whole number from 1 to 2147483647, not '-1'"
 run quantize "$src" "$dir/q4" --recipe fp8 --calib 1,2,3 --calibration "$dir/kept.safetensors"
 check "--calib and --calibration" refused "one of them"
 run quantize "$src" "$dir/q4" --recipe fp8 --save-calibration "$dir/k"
@@ -154,7 +159,15 @@ run quantize "$src" "$dir/slash//" --recipe mxfp4
 check "quantize: slashes behind the target" is 0
 check "quantize: the folder has its name" test -e "$dir/slash/config.json"
 run quantize "$src" "" --recipe mxfp4
-check "quantize: a target without a name" refused "no name"
+check "quantize: a target without a name" refused "without a name"
+for option in recipe calibration save-calibration exclude; do
+    run quantize "$src" "$dir/q4" --$option ""
+    check "quantize: --$option is empty" refused "--$option is empty"
+done
+run quantize "$src" "$dir/q4" --recipe mxfp4 --act x
+check "--act is judged where nothing runs, too" refused "auto, stored or wide"
+run quantize "$src" "$dir/q4" --recipe mxfp4 --format x
+check "an unknown container names its options" refused "x: is no container that --format"
 ln -s nowhere "$dir/q4"
 for to in q4 q4/; do
     run quantize "$src" "$dir/$to" --recipe mxfp4
@@ -187,6 +200,18 @@ for signal in INT TERM HUP; do
     check "$signal while calibrating" refused "stopped"
     check "$signal: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
 done
+# killed, it cannot clean up: the next run says so
+"$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" >"$dir/out" 2>"$dir/err" </dev/null &
+stopped=$!
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ls -d "$dir"/q4.tmp* >/dev/null 2>&1 && break; sleep 0.5; done
+mkdir "$dir/q4.tmp-$$-0" "$dir/q4.tmp-x" # of a program that runs, and no name of ours
+kill -KILL $stopped
+wait $stopped 2>/dev/null
+run quantize "$src" "$dir/q4/" --recipe mxfp4
+check "after a run that was killed" is 0
+check "what it left is named" err "^moq: note: .*/q4.tmp-$stopped-0 is what a run that was killed left behind; remove it"
+check "nothing else is" lines err 1
+rm -r "$dir"/q4*
 # what needs no numbers is refused before the calibration, which would take minutes
 run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.txt" --format compressed-tensors
 check "a recipe that the container cannot hold" refused "no pre_quant_scale can stand beside a weight"
@@ -224,7 +249,25 @@ check "option of another verb" refused "not for 'inspect'"
 run inspect "$demo" --threads x
 check "bad number" refused "whole number"
 run inspect "$demo" --threads -3
-check "number below 0" refused "0 or more"
+check "number below 0" refused "--threads is a whole number from 0 to 1024, not '-3'"
+run inspect "$demo" --context 99999999999
+check "number beyond all" refused "--context is a whole number from 0 to 16777216"
+run run "$demo" --prompt hello --top-p 1.5
+check "share beyond 1" refused "--top-p is a number from 0 to 1, not '1.5'"
+run run "$demo" --prompt hello --temperature 1
+check "another name of an option" refused "is --temp meant"
+run run "$demo" --prompt hello --max_tokens 1
+check "another spelling of an option" refused "is --max-tokens meant"
+run inspcet "$demo"
+check "a slip in a verb" refused "is inspect meant"
+printf 'GGUF\003' >"$dir/model.gguf"
+run run "$dir/model.gguf" --prompt x
+check "a GGUF file" refused "model.gguf: is a file; .*GGUF files are not read"
+mkdir "$dir/pickled"
+cp "$demo/config.json" "$dir/pickled"
+: >"$dir/pickled/pytorch_model.bin"
+run quantize "$dir/pickled" "$dir/q4" --recipe mxfp4
+check "a folder of pickles" refused "save the model as .safetensors"
 run inspect "$demo/model.safetensors"
 check "a lone file" refused "moq verify"
 mkdir "$dir/foreign"
@@ -298,6 +341,8 @@ for k in '"model_type": "llama"' '"quant_algo": "NVFP4"' '"kv_cache": "wide"' '"
     '{"name": "model.layers.5.mlp.down_proj", "scheme": "nvfp4", "shape": \[256, 768\], "bits": 4.50[0-9]*, "bytes": 110600, "kernel": "[a-z0-9]*"'; do
     check "inspect --json: $k" out "$k"
 done
+run inspect "$demo" --png "$dir/no/such/picture.png"
+check "inspect: a picture that cannot be written leaves stdout empty" refused "picture.png"
 run recipes
 check "recipes" out "^nvfp4_awq_lite .*NVFP4_AWQ_LITE_CFG"
 check "recipes: all of them" test "$(wc -l <"$dir/out")" -ge 36
@@ -356,6 +401,10 @@ run inspect "$dir/plain"
 check "dequant --dtype bf16: modules" out "up_proj  *bf16 "
 run dequant "$demo" --out "$dir/plain"
 check "dequant: the target is there" refused "exists already"
+ln -s nowhere "$dir/x"
+run dequant "$demo" --out "$dir/x/"
+check "dequant: the target is a link to nothing" refused "x: is a link to nothing"
+rm "$dir/x"
 run dequant "$demo" --out "$dir/no/such/parent"
 check "dequant: no parent" refused "parent"
 run dequant "$demo" --out "$dir/x" --dtype f8
@@ -436,6 +485,8 @@ check "tokenize --decode: the reverse" cmp "$dir/out" "$dir/text"
 echo "1,x" >"$dir/ids"
 run tokenize "$demo" --decode --file "$dir/ids"
 check "tokenize --decode: not ids" is 2
+run tokenize "$demo" --file "$dir"
+check "tokenize: a folder" refused "$dir: "
 
 # ---- eval ----
 escaped=$(printf '%s' "$answer" | sed 's/"/\\"/g')
@@ -462,7 +513,29 @@ run eval "$demo" --data 5,,6
 check "eval: a token that is missing" refused "no list of token ids"
 echo '{"nothing": 1}' >"$dir/bad.jsonl"
 run eval "$demo" --data "$dir/bad.jsonl"
-check "eval: a row of another kind" refused "line 1"
+check "eval: a row of another kind" refused 'bad.jsonl: line 1 has neither "text" nor messages; a row is {"text"}'
+# row MESSAGE LINE: that line after a good one is refused by who scores and by who calibrates
+row() {
+    { head -n 1 "$dir/rows.jsonl"; printf '%s\n' "$2"; } >"$dir/bad.jsonl"
+    run eval "$demo" --data "$dir/bad.jsonl"
+    check "eval: $2" refused "bad.jsonl: line 2$1"
+    run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/bad.jsonl"
+    check "quantize: $2" refused "bad.jsonl: line 2$1"
+}
+row ', column 10: found the end of the text.*a row is a line, whole' '{"user": '
+row ': .*the second time with the value at column 23' '{"text": "a", "text": "b"}'
+row ': the key "usr" would be ignored; write "user"' '{"system": "a", "usr": "b", "assistant": "c"}'
+row ': the key "txet" would be ignored; write "text"' '{"txet": "a"}'
+row ': "assistant" is no string' '{"user": "a", "assistant": 5}'
+row ': "messages" is no list' '{"messages": "a"}'
+row ': message 2 has no "content"' '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "contents": "b"}]}'
+row ': message 1 has the role "usr"; write "user"' '{"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+{ head -n 1 "$dir/rows.jsonl"; echo '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "test": 1, "users": null, "text": null}'; } >"$dir/own.jsonl"
+run eval "$demo" --data "$dir/own.jsonl"
+check "eval: keys of one's own, and null for none" is 0
+{ head -n 1 "$dir/rows.jsonl"; echo '{"text": "bring the red mug"}'; } >"$dir/bad.jsonl"
+run eval "$demo" --data "$dir/bad.jsonl"
+check "eval: texts among conversations" refused "line 2: texts and conversations are not scored together"
 run eval "$demo" --data "$dir/nowhere.txt"
 check "eval: no data" refused "nowhere"
 
@@ -545,7 +618,7 @@ for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], 
     check "bench --json: $k" out "$k"
 done
 run bench --scheme nvfp4 --shape 256x512 --m 1 --copies 257
-check "bench: too many copies" refused "at most 256"
+check "bench: too many copies" refused "--copies is a whole number from 0 to 256"
 run bench "$demo"
 check "bench DIR" out 'prompt [0-9.]* tokens/s .*, generation [0-9.]* tokens/s'
 run bench "$demo" --json
@@ -555,8 +628,10 @@ run bench --scheme nonsense --json
 check "bench: unknown kind" refused "nonsense"
 run bench --scheme nvfp4 --shape 10x10 --json
 check "bench: bad shape" refused "10x10"
-run bench --m 0
-check "bench: bad --m" refused "outside 1 to 65536"
+for m in 0 x -1 1.5 1,,2 65537 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17; do
+    run bench --m $m
+    check "bench: bad --m $m" refused "--m is 1 to 16 numbers of rows from 1 to 65536.* not '$m'"
+done
 run bench "$dir/nowhere" --json
 check "bench: no folder" refused "nowhere"
 run selftest

@@ -106,7 +106,9 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
     {"; use raw prompts", "; use --raw"}, {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
     {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
-    {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"}
+    {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
+    {"or give a calibration file that has it", "or give a file that has it (--calibration)"},
+    {"folders of this format cannot be written", "is no container that --format or --to can name"}, {"is no KV recipe of a ModelOpt folder", "is no --kv of a ModelOpt folder"}
 };
 
 static void print_text(FILE *to, const char *text)
@@ -139,10 +141,41 @@ static void print_placed(FILE *to, const char *prefix, const char *path, const c
     print_text(to, text);
 }
 
+static int ends_with(const char *s, const char *end)
+{
+    size_t a = strlen(s), b = strlen(end);
+    return a >= b && strcmp(s + a - b, end) == 0;
+}
+
+/* What a file is by its name, and what to take in its place. NULL: not known. */
+static const char *foreign_file(const char *name)
+{
+    static const char *const pickles[] = {".bin", ".pt", ".pth", ".ckpt"};
+    if (ends_with(name, ".gguf")) return "GGUF files are not read; take the folder with .safetensors files that they were made of";
+    for (int i = 0; i < COUNT(pickles); i++)
+        if (ends_with(name, pickles[i])) return "PyTorch's own files are not read; save the model as .safetensors";
+    return NULL;
+}
+
+/* The same of a file or of what lies in a folder. */
+static const char *foreign_model(const char *path)
+{
+    const char *found = foreign_file(path);
+    DIR *d = found ? NULL : opendir(path);
+    struct dirent *entry;
+    while (d && !found && (entry = readdir(d)) != NULL) found = foreign_file(entry->d_name);
+    if (d) closedir(d);
+    return found;
+}
+
 static int refuse_error(const char *path, const moq_error *err)
 {
+    const char *foreign = err->code == MOQ_E_NOTFOUND && path ? foreign_model(path) : NULL;
+    moq_error more = *err;
+    size_t n = strlen(more.text);
     if (err->code == MOQ_E_CANCELLED && stop_requested) return refuse("stopped");
-    print_placed(stderr, "moq: ", path, err->text);
+    if (foreign) snprintf(more.text + n, sizeof more.text - n, ". %s", foreign);
+    print_placed(stderr, "moq: ", path, more.text);
     return 2;
 }
 
@@ -178,12 +211,6 @@ static const char *base_name(const char *path)
 {
     const char *slash = strrchr(path, '/');
     return slash ? slash + 1 : path;
-}
-
-static int ends_with(const char *s, const char *end)
-{
-    size_t a = strlen(s), b = strlen(end);
-    return a >= b && strcmp(s + a - b, end) == 0;
 }
 
 /* Only async-signal-safe work: the loops look at the flag. Should one hang, the fourth Ctrl-C ends the program at once. */
@@ -246,6 +273,26 @@ static void on_log(void *user, moq_log_level level, moq_result code, const char 
 {
     (void)code;
     if (level == MOQ_LOG_WARNING) print_placed(stderr, "moq: note: ", (const char *)user, text);
+}
+
+/* A run that is killed cannot clean up: TARGET.tmp-PROCESS... stays. It is named, not removed: another machine may be writing it. */
+static void note_leftovers(const char *target)
+{
+    char folder[4096];
+    struct dirent *entry;
+    size_t length = target ? strlen(target) : 0, base, n;
+    while (length > 1 && target[length - 1] == '/') length--;
+    for (base = length; base > 0 && target[base - 1] != '/'; base--) {}
+    n = length - base;
+    snprintf(folder, sizeof folder, "%.*s", (int)(base ? base : 1), base ? target : ".");
+    DIR *d = n > 0 && base < sizeof folder ? opendir(folder) : NULL;
+    while (d && (entry = readdir(d)) != NULL) {
+        const char *tail = entry->d_name + (strncmp(entry->d_name, target + base, n) == 0 ? n : strlen(entry->d_name));
+        long process = strncmp(tail, ".tmp-", 5) == 0 ? strtol(tail + 5, NULL, 10) : 0;
+        if (process < 1 || kill((pid_t)process, 0) == 0 || errno != ESRCH) continue;
+        fprintf(stderr, "moq: note: %.*s%s is what a run that was killed left behind; remove it\n", (int)base, target, entry->d_name);
+    }
+    if (d) closedir(d);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -340,6 +387,7 @@ static void json_bool(json_out *j, const char *key, int value)
    ------------------------------------------------------------------------------------------------ */
 
 #define MAX_LIST 32
+enum { MOST_COPIES = 256 }; /* of a layer, for bench */
 
 typedef struct text_list { const char *item[MAX_LIST]; int count; } text_list;
 
@@ -457,22 +505,64 @@ static const option_row *find_option(const char *name, size_t length)
     return NULL;
 }
 
+/* Is one word the other but for one letter too many, too few, wrong, or changed places with the next? */
+static int is_slip(const char *a, const char *b)
+{
+    size_t n = strlen(a), m = strlen(b), least = n < m ? n : m, front = 0, back = 0;
+    while (front < least && a[front] == b[front]) front++;
+    while (back < least - front && a[n - 1 - back] == b[m - 1 - back]) back++;
+    n -= front + back;
+    m -= front + back;
+    if (n <= 1 && m <= 1) return least > 2;
+    return n == 2 && m == 2 && a[front] == b[front + 1] && a[front + 1] == b[front];
+}
+
+/* Names the option that may be meant: one with a slip in it, with _ for -, or one that begins alike (--temperature). */
+static int refuse_option(const verb_row *verb, const char *a)
+{
+    char copy[32], *name = copy;
+    snprintf(copy, sizeof copy, "%s", a);
+    copy[strcspn(copy, "=")] = 0;
+    for (char *at = copy; *at; at++)
+        if (*at == '_') *at = '-';
+    name += strspn(name, "-");
+    for (int i = 0; i < COUNT(option_table); i++) {
+        const char *other = option_table[i].name;
+        size_t n = strlen(name), m = strlen(other), least = n < m ? n : m;
+        if (!in_list(verb->options, other) && !in_list(COMMON_OPTIONS, other)) continue;
+        if (is_slip(name, other) || (least > 2 && strncmp(name, other, least) == 0))
+            return refuse("there is no option '%s'; is --%s meant? Try: moq help %s", a, other, verb->name);
+    }
+    return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
+}
+
+/* A number is no larger than this. */
+static long long most_of(const option_row *row)
+{
+    static const struct { size_t at; long long most; } limits[] = {
+        {FIELD(seed), INT64_MAX}, {FIELD(threads), 1024}, {FIELD(context), 1 << 24}, {FIELD(chunk), 65536}, {FIELD(copies), MOST_COPIES}, {FIELD(temp), 1000000}, {FIELD(top_p), 1}, {FIELD(min_p), 1}, {FIELD(bits), 32}};
+    for (int i = 0; i < COUNT(limits); i++)
+        if (limits[i].at == row->at) return limits[i].most;
+    return INT32_MAX;
+}
+
 static int set_option(options *o, const option_row *row, const char *value)
 {
     char *at = (char *)o + row->at, *end = NULL;
+    long long least = row->kind == KIND_COUNT, most = most_of(row);
     errno = 0;
+    if (value && value[0] == 0 && row->at != FIELD(prompt) && row->at != FIELD(system))
+        return refuse("--%s is empty; it needs a value: --%s %s", row->name, row->name, row->value);
     if (row->kind == KIND_FLAG) *(int *)(void *)at = 1;
     if (row->kind == KIND_TEXT) *(const char **)(void *)at = value;
     if (row->kind == KIND_INT || row->kind == KIND_COUNT) {
         long long n = strtoll(value, &end, 10);
-        if (*end || end == value || errno || n < 0 || (n > INT32_MAX && row->at != FIELD(seed)))
-            return refuse("--%s needs a whole number, 0 or more, not '%s'", row->name, value);
-        if (row->kind == KIND_COUNT && n == 0) return refuse("--%s is at least 1", row->name);
+        if (*end || end == value || errno || n < least || n > most) return refuse("--%s is a whole number from %lld to %lld, not '%s'", row->name, least, most, value);
         *(int64_t *)(void *)at = n;
     }
     if (row->kind == KIND_REAL) {
         double x = strtod(value, &end);
-        if (*end || end == value || !(x >= 0 && x < 1e9)) return refuse("--%s needs a number of at least 0, not '%s'", row->name, value);
+        if (*end || end == value || !(x >= 0 && x <= (double)most)) return refuse("--%s is a number from 0 to %lld, not '%s'", row->name, most, value);
         *(double *)(void *)at = x;
     }
     if (row->kind == KIND_LIST) {
@@ -490,14 +580,13 @@ static const option_row *of_verb(const option_row *row, const verb_row *verb)
     return other[0] && !in_list(verb->options, row->name) && in_list(verb->options, other) ? find_option(other, strlen(other)) : row;
 }
 
-enum { MAX_THREADS = 1024 };
-
 static int parse_options(options *o, const verb_row *verb, int argc, char **argv)
 {
     int i = 0, plain = 0, bad;
     for (; i < argc; i++) {
         const char *a = argv[i], *equals;
         const option_row *row;
+        if (a[0] == 0) return refuse("an argument is empty, a path without a name; usage: moq %s %s", verb->name, verb->arguments);
         if (plain || a[0] != '-' || a[1] == 0) {
             if (o->arg_count >= verb->max_args) return refuse("'%s' is one argument too many; try: moq help %s", a, verb->name);
             o->args[o->arg_count++] = a;
@@ -506,17 +595,16 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         if (strcmp(a, "--") == 0) { plain = 1; continue; }
         equals = strchr(a, '=');
         row = a[1] == '-' ? find_option(a + 2, equals ? (size_t)(equals - a - 2) : strlen(a + 2)) : NULL;
-        if (!row) return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
+        if (!row) return refuse_option(verb, a);
         row = of_verb(row, verb);
         if (row->kind != KIND_FLAG && !equals && ++i >= argc) return refuse("--%s needs a value: --%s %s", row->name, row->name, row->value);
         if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
             return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
         if (row->kind == KIND_FLAG && equals) return refuse("--%s takes no value", row->name);
-        bad = set_option(o, row, equals ? equals + 1 : argv[i]);
+        bad = set_option(o, row, row->kind == KIND_FLAG ? NULL : equals ? equals + 1 : argv[i]);
         if (bad) return bad;
     }
     if (o->help) return 0;
-    if (o->threads > MAX_THREADS) return refuse("--threads is at most %d", MAX_THREADS);
     if (o->arg_count < verb->min_args) return refuse("usage: moq %s %s; try: moq help %s", verb->name, verb->arguments, verb->name);
     return 0;
 }
@@ -808,14 +896,15 @@ static int read_tokens(token_rows *t, const char *text)
     return tokens_json(t, text, NULL);
 }
 
-static int check_tokens(const token_rows *t, int32_t vocab, int32_t context)
+/* source: what --tokens, --data or --calib was, for messages. vocab, context: 0 when not known. */
+static int check_tokens(const token_rows *t, const char *source, int32_t vocab, int32_t context)
 {
     for (size_t r = 0; r < t->rows; r++) {
         size_t count = t->start[r + 1] - t->start[r];
-        if (count == 0) return refuse("row %zu of the tokens is empty", r);
-        if (context > 0 && count > (size_t)context) return refuse("row %zu has %zu tokens, the model takes %d; use shorter rows", r, count, context);
+        if (count == 0) return refuse("%.200s: row %zu is empty", source, r);
+        if (context > 0 && count > (size_t)context) return refuse("%.200s: row %zu has %zu tokens, the model takes %d; use shorter rows", source, r, count, context);
         for (size_t i = t->start[r]; i < t->start[r + 1]; i++)
-            if (t->ids[i] >= vocab) return refuse("token %d of row %zu is outside the vocabulary of %d", t->ids[i], r, vocab);
+            if (vocab > 0 && t->ids[i] >= vocab) return refuse("%.200s: row %zu: token %d is outside the vocabulary of %d", source, r, t->ids[i], vocab);
     }
     return 0;
 }
@@ -841,28 +930,75 @@ typedef struct text_row {
     llm_message messages[MAX_MESSAGES];
 } text_row;
 
+static const char *const row_keys[] = {"system", "user", "assistant", "text", "messages"};
+enum { ROW_ROLES = 3 }; /* the first of them */
+
+/* Keys of other names are the caller's own, unless one is a slip of a role that is not there, or of any in a row that has none. */
+static int check_keys(const text_row *row, const char *path, const moq_json *root)
+{
+    int slips = COUNT(row_keys);
+    for (int i = COUNT(row_keys); i-- > 0;) {
+        const moq_json *v = moq_json_find(root, row_keys[i]);
+        int list = strcmp(row_keys[i], "messages") == 0;
+        if (!v || v->type == MOQ_JSON_NULL) continue;
+        if (v->type != (list ? MOQ_JSON_ARRAY : MOQ_JSON_STRING)) return refuse("%s: line %zu: \"%s\" is no %s", path, row->line, row_keys[i], list ? "list" : "string");
+        slips = i >= ROW_ROLES ? 0 : slips > ROW_ROLES ? ROW_ROLES : slips;
+    }
+    for (const moq_json *e = moq_json_first(root); e; e = moq_json_next(root, e))
+        for (int i = 0; e->key && i < slips; i++)
+            if (!moq_json_find(root, row_keys[i]) && is_slip(e->key, row_keys[i]))
+                return refuse("%s: line %zu: the key \"%.40s\" would be ignored; write \"%s\"", path, row->line, e->key, row_keys[i]);
+    return 0;
+}
+
+static int parse_message(text_row *row, const char *path, const moq_json *message)
+{
+    llm_message *m = &row->messages[row->count++];
+    m->role = moq_json_string(moq_json_find(message, "role"));
+    m->text = moq_json_string(moq_json_find(message, "content"));
+    if (!m->role || !m->text) return refuse("%s: line %zu: message %zu has no \"%s\" that is a string", path, row->line, row->count, m->role ? "content" : "role");
+    for (int i = 0; i < ROW_ROLES; i++)
+        if (strcmp(m->role, row_keys[i]) != 0 && is_slip(m->role, row_keys[i]))
+            return refuse("%s: line %zu: message %zu has the role \"%.40s\"; write \"%s\"", path, row->line, row->count, m->role, row_keys[i]);
+    return 0;
+}
+
 /* {"text"}, {"system","user","assistant"} or {"messages":[{"role","content"}]} */
 static int parse_row(text_row *row, const char *path, const moq_json *root)
 {
-    static const char *const roles[] = {"system", "user", "assistant"};
     const moq_json *text = moq_json_find(root, "text"), *list = moq_json_find(root, "messages");
+    int bad = check_keys(row, path, root);
     row->text = moq_json_string(text);
     row->bytes = row->text ? text->text_bytes : 0;
     row->count = 0;
-    if (row->text) return 0;
+    if (bad || row->text) return bad;
     if (list && list->count > MAX_MESSAGES) return refuse("%s: line %zu has more than %d messages", path, row->line, MAX_MESSAGES);
-    for (const moq_json *e = moq_json_first(list); e; e = moq_json_next(list, e)) {
-        llm_message *m = &row->messages[row->count++];
-        m->role = moq_json_string(moq_json_find(e, "role"));
-        m->text = moq_json_string(moq_json_find(e, "content"));
-        if (!m->role || !m->text) return refuse("%s: line %zu: a message without role or content", path, row->line);
-    }
-    for (int i = 0; !list && i < COUNT(roles); i++) {
-        row->messages[row->count].role = roles[i];
-        row->messages[row->count].text = moq_json_string(moq_json_find(root, roles[i]));
+    for (const moq_json *e = moq_json_first(list); e && !bad; e = moq_json_next(list, e)) bad = parse_message(row, path, e);
+    for (int i = 0, listed = row->count > 0; !listed && i < ROW_ROLES; i++) {
+        row->messages[row->count].role = row_keys[i];
+        row->messages[row->count].text = moq_json_string(moq_json_find(root, row_keys[i]));
         if (row->messages[row->count].text) row->count++;
     }
-    return row->count ? 0 : refuse("%s: line %zu has neither \"text\" nor messages", path, row->line);
+    if (bad || row->count) return bad;
+    return refuse("%s: line %zu has neither \"text\" nor messages; a row is {\"text\"}, {\"system\",\"user\",\"assistant\"} or {\"messages\":[{\"role\",\"content\"}]}",
+                  path, row->line);
+}
+
+/* The parser sees one line: what it calls line 1 of the file is line `line`. */
+static int refuse_line(const char *path, size_t line, const moq_error *err)
+{
+    static const char one[] = "line 1, ", cut[] = "the file is probably incomplete";
+    const char *from = err->text, *hint = "";
+    char text[sizeof err->text];
+    size_t n = strlen(err->file), used = 0;
+    if (n > 0 && strncmp(from, err->file, n) == 0 && strncmp(from + n, ": ", 2) == 0) from += n + 2;
+    while (*from) {
+        if (strncmp(from, one, sizeof one - 1) == 0) from += sizeof one - 1;
+        else if (strcmp(from, cut) == 0) { hint = "a row is a line, whole"; break; }
+        else text[used++] = *from++;
+    }
+    text[used] = 0;
+    return refuse("%s: line %zu%s %s%s", path, line, strncmp(text, "column ", 7) == 0 ? "," : ":", text, hint);
 }
 
 /* Calls `take_row` for every line that is not blank until it returns other than 0; NO_MORE_ROWS ends without a complaint. */
@@ -879,7 +1015,7 @@ static int each_row(const char *path, const char *text, size_t bytes, int (*take
         row->line++;
         if (strspn(text + at, " \t\r") >= stop - at) continue;
         doc = moq_json_parse(text + at, stop - at, MOQ_JSON_STRICT, 0, base_name(path), NULL, &err);
-        if (!doc) bad = refuse("%s: line %zu: %s", path, row->line, err.text);
+        if (!doc) bad = refuse_line(path, row->line, &err);
         if (!bad) bad = parse_row(row, path, moq_json_root(doc));
         if (!bad) bad = take_row(user, row);
         moq_json_destroy(doc);
@@ -1188,9 +1324,9 @@ static int verb_inspect(const options *o)
         t.context = o->context ? o->context : config_int(ck, "max_position_embeddings", 4096);
         if (!o->context && t.context > 4096) t.context = 4096;
         if (!plan_memory(o, ck, be, &t)) t.kv_bytes = plan_kv(ck, be, rows, count, t.context, o->kv);
-        if (o->json) inspect_json(ck, rows, count, &t);
-        else inspect_text(ck, rows, count, &t, o->explain);
         if (o->png) bad = draw_picture(o, ck, rows, count);
+        if (!bad && o->json) inspect_json(ck, rows, count, &t);
+        else if (!bad) inspect_text(ck, rows, count, &t, o->explain);
     }
     free(rows);
     moq_backend_destroy(be);
@@ -1489,7 +1625,7 @@ typedef struct out_folder {
     int shards, folded;
     moq_dtype dtype;
     char *temp;
-    const char *source;
+    const char *source, *target;
 } out_folder;
 
 #define SHARD_BYTES ((uint64_t)2 << 30) /* bytes of new weights that are held at a time */
@@ -1627,7 +1763,7 @@ static int write_shard(out_folder *f, int shard)
     static const char *const metadata[] = {"format", "pt"};
     moq_tensor *list = (moq_tensor *)take(f->count, sizeof *list);
     size_t count = 0;
-    char name[64], *path;
+    char name[64], *path, *shown;
     moq_error err;
     int bad = 0;
     for (size_t i = 0; i < f->count; i++) {
@@ -1639,8 +1775,9 @@ static int write_shard(out_folder *f, int shard)
     }
     shard_name(f, shard, name, sizeof name);
     path = join(f->temp, "/", name);
+    shown = join(f->target, "/", name);
     if (bad || stop_requested) bad = refuse("stopped; nothing was written");
-    else if (moq_st_write(path, list, count, metadata, 1, NULL, &err) != MOQ_OK) bad = refuse_error(path, &err);
+    else if (moq_st_write(path, list, count, metadata, 1, NULL, &err) != MOQ_OK) bad = refuse_error(shown, &err);
     for (size_t i = 0, k = 0; i < f->count; i++) {
         if (f->tensors[i].shard != shard) continue;
         if (f->tensors[i].module) free((void *)(uintptr_t)list[k].data);
@@ -1648,6 +1785,7 @@ static int write_shard(out_folder *f, int shard)
     }
     free(list);
     free(path);
+    free(shown);
     return bad;
 }
 
@@ -1775,9 +1913,11 @@ static int dequant_out(const options *o, const moq_checkpoint *ck)
     for (size_t n = strlen(target); n > 1 && target[n - 1] == '/'; n--) target[n - 1] = 0;
     snprintf(number, sizeof number, ".tmp-%ld", (long)getpid());
     f.temp = join(target, number, "");
+    f.target = target;
     if (o->dtype && strcmp(o->dtype, "bf16") == 0) f.dtype = MOQ_BF16;
     if (o->dtype && strcmp(o->dtype, "bf16") != 0 && strcmp(o->dtype, "f32") != 0) bad = refuse("--dtype is f32 or bf16, not '%s'", o->dtype);
-    else if (stat(target, &info) == 0) bad = refuse("%s: exists already; choose another target or remove it first", target);
+    else if (lstat(target, &info) == 0)
+        bad = refuse("%s: %s; choose another target or remove it first", target, stat(target, &info) == 0 ? "exists already" : "is a link to nothing");
     else bad = write_folder(&f, target);
     for (size_t i = 0; i < f.count; i++)
         if (f.tensors[i].module) free((void *)(uintptr_t)f.tensors[i].t.name);
@@ -1846,7 +1986,7 @@ static int verb_logits(const options *o)
         if (t.start[i + 1] - t.start[i] != t.start[1] - t.start[0]) bad = refuse("the rows of tokens differ in length; run them one by one");
     if (!bad) bad = open_engine(&e, o, o->args[0], (int64_t)longest_row(&t), 1);
     if (!bad) {
-        bad = check_tokens(&t, e.info->vocab, e.info->context);
+        bad = check_tokens(&t, o->tokens, e.info->vocab, e.info->context);
         if (!bad) bad = run_logits(o, &e, &t);
         close_engine(&e);
     }
@@ -2020,6 +2160,8 @@ static int eval_object(void *user, const text_row *row)
     size_t count = row->count;
     if (v->o->limit && v->rows >= (uint64_t)v->o->limit) return NO_MORE_ROWS;
     if (progress_bar("scoring", v->rows, v->lines, 0)) return refuse("stopped");
+    if (v->rows > 0 && (row->text != NULL) != (v->used > 0))
+        return refuse("%s: line %zu: texts and conversations are not scored together; give each its own file", path, row->line);
     if (row->text) return eval_text(v, row->text, row->bytes);
     while (count > 0 && strcmp(row->messages[count - 1].role, "assistant") != 0) count--;
     if (count < 2) return refuse("%s: line %zu has neither \"text\" nor messages that end with an answer", path, row->line);
@@ -2041,7 +2183,7 @@ static int eval_tokens(evaluation *v)
 {
     token_rows t;
     int bad = read_tokens(&t, v->o->data);
-    if (!bad) bad = check_tokens(&t, v->a.info->vocab, 0);
+    if (!bad) bad = check_tokens(&t, v->o->data, v->a.info->vocab, 0);
     for (size_t r = 0; !bad && r < t.rows; r++) bad = eval_windows(v, t.ids + t.start[r], t.start[r + 1] - t.start[r]);
     free_tokens(&t);
     return bad;
@@ -2115,7 +2257,8 @@ static int verb_eval(const options *o)
    >>run             answers and chats
    ------------------------------------------------------------------------------------------------ */
 
-static char *read_stream(FILE *from, size_t *bytes)
+/* NULL after an error line. */
+static char *read_stream(FILE *from, const char *name, size_t *bytes)
 {
     size_t capacity = 65536, n;
     char *text = (char *)take(capacity, 1);
@@ -2123,6 +2266,11 @@ static char *read_stream(FILE *from, size_t *bytes)
     while ((n = fread(text + *bytes, 1, capacity - *bytes - 1, from)) > 0) {
         *bytes += n;
         if (capacity - *bytes < 2) text = (char *)grow(text, capacity *= 2, 1);
+    }
+    if (ferror(from)) {
+        refuse("%s: %s", name, strerror(errno));
+        free(text);
+        return NULL;
     }
     text[*bytes] = 0;
     return text;
@@ -2264,10 +2412,12 @@ static int verb_run(const options *o)
     if (!bad && !o->prompt && isatty(0) && !o->json) bad = chat(&e, o);
     else if (!bad) {
         if (!o->prompt) {
-            text = read_stream(stdin, &bytes);
-            while (!o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
+            text = read_stream(stdin, "standard input", &bytes);
+            bad = text ? 0 : 2;
+            while (text && !o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
         }
-        if (text && strlen(text) < bytes) bad = refuse("standard input is no UTF-8 text: byte %zu is 0x00", strlen(text));
+        if (bad) bytes = 0;
+        else if (text && strlen(text) < bytes) bad = refuse("standard input is no UTF-8 text: byte %zu is 0x00", strlen(text));
         else if (text && is_blank(text) && !o->raw) bad = refuse("there is no prompt on standard input; write one there, or give --prompt");
         if (!bad) bad = say(&e, o, "user", o->prompt ? o->prompt : text);
         if (!bad) bad = answer(&e, o);
@@ -2337,8 +2487,9 @@ static int verb_tokenize(const options *o)
         moq_close(ck);
         return refuse_error(o->args[0], &err);
     }
-    text = read_stream(from, &bytes);
+    text = read_stream(from, o->file ? o->file : "standard input", &bytes);
     if (from != stdin) fclose(from);
+    if (!text) bad = 2;
     for (size_t at = 0; at < bytes && !bad && !stop_requested;) {
         char *end = (char *)memchr(text + at, '\n', bytes - at);
         size_t stop = end ? (size_t)(end - text) : bytes;
@@ -2732,6 +2883,8 @@ int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "";
     const verb_row *verb;
+    const char *targets[4];
+    moq_act act;
     options o;
     int bad;
     if (!name[0]) return refuse("say what to do: moq help lists the verbs");
@@ -2742,11 +2895,19 @@ int main(int argc, char **argv)
         return verb ? flushed(help_verb(verb)) : refuse("there is no verb '%s'; moq help lists them", argv[2]);
     }
     verb = find_verb(name);
+    for (int i = 0; !verb && i < COUNT(verb_table); i++)
+        if (is_slip(name, verb_table[i].name)) return refuse("there is no verb '%s'; is %s meant? Try: moq help", name, verb_table[i].name);
     if (!verb) return refuse("there is no verb '%s'; moq help lists them", name);
     memset(&o, 0, sizeof o);
     bad = parse_options(&o, verb, argc - 2, argv + 2);
     if (bad) return bad;
     if (o.help) return flushed(help_verb(verb));
+    if (parse_act(o.act, &act)) return 2;
+    targets[0] = o.arg_count > 1 && verb->run != verb_diff ? o.args[1] : NULL;
+    targets[1] = o.out;
+    targets[2] = o.save_calibration;
+    targets[3] = o.save_search;
+    for (int i = 0; i < COUNT(targets); i++) note_leftovers(targets[i]);
     catch_interrupt();
     bad = verb->run(&o);
     drop_unfinished();

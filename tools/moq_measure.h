@@ -589,8 +589,6 @@ static uint64_t cache_bytes(int gpu)
     return bytes > 0 ? (uint64_t)bytes : (uint64_t)64 << 20;
 }
 
-enum { MOST_COPIES = 256 };
-
 /* How many copies of a layer of so many bytes are used in turn, so that each comes from memory: twice the last-level cache, within an eighth of the memory. */
 static int copies_of(const options *o, int gpu, uint64_t bytes)
 {
@@ -785,10 +783,23 @@ static int bench_shape(const options *o, int k, int64_t *rows, int64_t *cols)
     long long n, m;
     char rest;
     if (sscanf(text, "%lldx%lld%c", &n, &m, &rest) != 2 || n < 1 || m < 1 || n > 1 << 20 || m > 1 << 20)
-        return refuse("--shape is outputs x inputs, such as 4096x14336, not '%s'", text);
+        return refuse("--shape is outputs x inputs, each up to %d, such as 4096x14336, not '%s'", 1 << 20, text);
     if (m % 128 != 0 || n % 8 != 0) return refuse("--shape %s: inputs must be a multiple of 128, outputs of 8", text);
     *rows = n;
     *cols = m;
+    return 0;
+}
+
+/* --m: "1,8,64". */
+static int bench_rows(bench *b, const char *text)
+{
+    char *end;
+    for (const char *at = text; *at; at = end + (*end == ',')) {
+        long n = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || n < 1 || n > 65536 || b->m_count == COUNT(b->m))
+            return refuse("--m is 1 to %d numbers of rows from 1 to 65536, such as 1,8,64, not '%s'", COUNT(b->m), text);
+        b->m[b->m_count++] = (int32_t)n;
+    }
     return 0;
 }
 
@@ -796,17 +807,8 @@ static int bench_shape(const options *o, int k, int64_t *rows, int64_t *cols)
 static int bench_arguments(bench *b)
 {
     const options *o = b->o;
-    token_rows m;
     int64_t rows, cols;
-    int bad = o->copies > MOST_COPIES ? refuse("--copies is at most %d", MOST_COPIES) : 0;
-    if (bad) return bad;
-    bad = read_tokens(&m, o->m ? o->m : "1,8,64,512");
-    if (!bad && (m.start[1] < 1 || m.start[1] > 16)) bad = refuse("--m takes 1 to 16 numbers");
-    for (size_t i = 0; !bad && i < m.start[1]; i++) {
-        b->m[b->m_count++] = m.ids[i];
-        if (m.ids[i] < 1 || m.ids[i] > 65536) bad = refuse("--m: %d rows is outside 1 to 65536", m.ids[i]);
-    }
-    free_tokens(&m);
+    int bad = bench_rows(b, o->m ? o->m : "1,8,64,512");
     for (int i = 0; !bad && i < o->scheme.count; i++)
         if (!bench_kind(o, i)) bad = refuse("--scheme %s: not known; `moq help bench` lists the kinds of layers", o->scheme.item[i]);
     for (int k = 0; !bad && k < o->shape.count; k++) bad = bench_shape(o, k, &rows, &cols);

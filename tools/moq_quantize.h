@@ -17,6 +17,7 @@ typedef struct sample_set {
     const char *path, *source;
     llm_tokenizer *tok;
     size_t most, seq;
+    int32_t vocab;         /* 0: not said */
     uint64_t pass, passes; /* of the model over all rows */
     uint64_t candidates;   /* of AutoQuantize, calibrated one by one before anything is scored; 0: no such search */
     int counted;           /* AutoQuantize has seen how many batches there are */
@@ -85,13 +86,13 @@ static int read_samples(sample_set *s)
     char *text;
     if (!s->tok) {
         bad = read_tokens(&t, s->path);
-        if (bad) return bad;
-        for (size_t r = 0; r < t.rows; r++) {
+        if (!bad) bad = check_tokens(&t, s->path, s->vocab, 0);
+        for (size_t r = 0; !bad && r < t.rows; r++) {
             if (t.rows == 1) add_windows(s, t.ids, t.start[1]);
             else add_sample(s, t.ids + t.start[r], t.start[r + 1] - t.start[r]);
         }
         free_tokens(&t);
-        return 0;
+        return bad;
     }
     text = read_text(s->path, &bytes);
     if (!text) return 2;
@@ -143,6 +144,7 @@ static int load_samples(sample_set *s, const options *o)
     s->passes = 1;
     if (!ck) return refuse_error(o->args[0], &err);
     limit = most_positions(ck);
+    s->vocab = (int32_t)config_int(ck, "vocab_size", 0);
     s->seq = o->seq ? (size_t)o->seq : limit && limit < 512 ? limit : 512;
     if (limit && s->seq > limit) bad = refuse("--seq %zu: %s was made for %zu tokens", s->seq, o->args[0], limit);
     if (!bad && (ends_with(s->path, ".jsonl") || ends_with(s->path, ".txt"))) {
