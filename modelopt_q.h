@@ -11092,13 +11092,12 @@ MOQI_AVX2 static __m256 moqi_e4m3_256(__m128i v)
     return _mm256_blendv_ps(f, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), _mm256_castsi256_ps(nan));
 }
 
-/* 255 << 23 is infinity; with the top mantissa bit it becomes NaN. */
+/* 2^-127 is less than all others, as bits too. 255 << 23 is infinity; with the top mantissa bit it becomes NaN. */
 MOQI_AVX2 static __m256 moqi_e8m0_256(__m128i v)
 {
-    __m256i w = _mm256_cvtepu8_epi32(v), bits = _mm256_slli_epi32(w, 23);
-    __m256i zero = _mm256_and_si256(_mm256_cmpeq_epi32(w, _mm256_setzero_si256()), _mm256_set1_epi32(0x00400000));
-    __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(w, _mm256_set1_epi32(255)), _mm256_set1_epi32(0x00400000));
-    return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_or_si256(zero, nan)));
+    const __m256i top = _mm256_set1_epi32(0x00400000);
+    __m256i w = _mm256_cvtepu8_epi32(v), bits = _mm256_max_epi32(_mm256_slli_epi32(w, 23), top);
+    return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(_mm256_cmpeq_epi32(w, _mm256_set1_epi32(255)), top)));
 }
 
 /* 8 elements a step. */
@@ -12335,16 +12334,16 @@ enum { MOQI_LANES = 8 };
 #else
 enum { MOQI_LANES = 4 };
 #endif
-enum { MOQI_RUN = 512, MOQI_HALF = 4 * MOQI_LANES, MOQI_RUN_HALVES = MOQI_RUN / MOQI_HALF };
+enum { MOQI_RUN = 512, MOQI_HALF = 4 * MOQI_LANES, MOQI_RUN_HALVES = MOQI_RUN / MOQI_HALF, MOQI_RUN_SCALES = 4 * MOQI_RUN / 16 + 8 };
 
 /* What one pass over some rows needs. */
 typedef struct moqi_run_pass {
     const moqi_tiled *p;
-    float *w;                                  /* [512] decoded weights */
-    float *s;                                  /* [halves][lanes] */
-    uint8_t low[16], high[16];                 /* the two bytes of a code's value in BF16 */
-    int32_t lane[MOQI_RUN_HALVES][MOQI_LANES]; /* which of 8 scales a lane takes */
-    int32_t vector[MOQI_RUN_HALVES];           /* which 8 of the run's scales those are */
+    float *w;                   /* [512] decoded weights */
+    float *s;                   /* AVX2: of every group, see moqi_run_groups_256; NEON: [halves][lanes] */
+    uint8_t low[16], high[16];  /* the two bytes of a code's value in BF16 */
+    int32_t shift;              /* column i of a row of scales has number i >> shift: of its group, or of its run where groups are longer */
+    int32_t lane[2][8];         /* AVX2: which of the scales from a block's first one its lanes take; for 64 codes two vectors */
 } moqi_run_pass;
 
 /* Column of the run that lane l of vector i of a half holds. */
@@ -12353,6 +12352,9 @@ static int moqi_run_column(const moqi_tiled *p, int half, int i, int l)
     int byte = 8 * (half & 1) + (MOQI_LANES == 8 ? 16 * (l / 4) + 2 * (l % 4) + (i & 1) : 4 * (i & 1) + l);
     return p->form == MOQI_CODES_NIBBLES ? 2 * MOQI_HALF * (half / 2) + 2 * byte + i / 2 : MOQI_HALF * half + MOQI_LANES * i + l;
 }
+
+/* Codes of more than 4 bits have a scale for a half at least. */
+static int moqi_run_shift(const moqi_tiled *p) { return p->groups == 1 ? 31 : (int)moqi_min(p->shift, 9); }
 
 /* Behind x': X of every group, minus the sum of its x, where zero points are stored. */
 static int64_t moqi_run_sums(const moqi_tiled *p) { return (p->layer.cols + 127) / 128 * 128; }
@@ -12381,21 +12383,33 @@ static void moqi_run_zero(const moqi_run_pass *run, int64_t n)
     for (int64_t i = 0; i < (n + 2 * MOQI_HALF - 1) / (2 * MOQI_HALF) * (2 * MOQI_HALF); i++) run->w[i] -= run->p->zero;
 }
 
+#ifdef MOQI_X86
+MOQI_AVX2 static void moqi_run_by_zeros(const int16_t *z, int64_t n, float *s)
+{
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256i v = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(z + i)));
+        _mm256_storeu_ps(s + i, _mm256_mul_ps(_mm256_loadu_ps(s + i), _mm256_cvtepi32_ps(v)));
+    }
+    for (; i < n; i++) s[i] *= (float)z[i];
+}
+#else
+static void moqi_run_by_zeros(const int16_t *z, int64_t n, float *s)
+{
+    for (int64_t i = 0; i < n; i++) s[i] *= (float)z[i];
+}
+#endif
+
 /* Stored zero points: y[t] += sum over groups of scale * zero point * X[t], as in >>stream. x: [tokens, ldx] arranged */
 static void moqi_run_zeros(const moqi_tiled *p, int64_t row, const float *x, int64_t ldx, int tokens, float *y, int64_t ldy)
 {
-    float s[MOQI_TILE_COLS / 16];
+    enum { MOST = 128 };
+    float s[MOST];
     for (int64_t g = 0, n; g < p->groups; g += n) {
-        const int16_t *z = p->zeros + row * p->groups + g;
-        n = moqi_min(p->groups - g, MOQI_TILE_COLS / 16);
+        n = moqi_min(p->groups - g, MOST);
         moqi_run_scales(p->k, p, row, g * p->group_cols, n * p->group_cols, s);
-        for (int64_t i = 0; i < n; i++) s[i] *= (float)z[i];
-        for (int t = 0; t < tokens; t++) {
-            const float *at = x + t * ldx + moqi_run_sums(p) + g;
-            float sum[4] = {0, 0, 0, 0};
-            for (int64_t i = 0; i < n; i++) sum[i & 3] += s[i] * at[i];
-            y[t * ldy] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        }
+        moqi_run_by_zeros(p->zeros + row * p->groups + g, n, s);
+        for (int t = 0; t < tokens; t++) y[t * ldy] += p->k->dot(s, x + t * ldx + moqi_run_sums(p) + g, n);
     }
 }
 #endif
@@ -12403,29 +12417,6 @@ static void moqi_run_zeros(const moqi_tiled *p, int64_t row, const float *x, int
 /* ---- AVX2 ---- */
 
 #ifdef MOQI_X86
-/* Up to 8 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
-MOQI_AVX2 static __m256 moqi_run_scales_256(const moqi_tiled *p, int64_t at, int64_t count)
-{
-    float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    int64_t size = moq_dtype_bits(p->scale_dtype) / 8;
-    const uint8_t *s = p->scales + at * size;
-    if (count < 8) {
-        memcpy(part, s, (size_t)(moqi_max(count, 0) * size));
-        s = (const uint8_t *)(const void *)part;
-    }
-    __m128i b = size == 1 ? _mm_loadl_epi64((const __m128i *)(const void *)s) : size == 2 ? _mm_loadu_si128((const __m128i *)(const void *)s) : _mm_setzero_si128();
-    __m256 lanes = _mm256_castsi256_ps(_mm256_setzero_si256());
-    switch ((int)p->scale_dtype) {
-    case MOQ_F8_E4M3: return _mm256_mul_ps(moqi_e4m3_256(b), _mm256_set1_ps(1.0f / 256));
-    case MOQ_F8_E8M0:
-        if (count < 8) lanes = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)moqi_max(count, 0)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
-        return count < 8 ? _mm256_and_ps(lanes, moqi_e8m0_256(b)) : moqi_e8m0_256(b); /* byte 0 is 2^-127 */
-    case MOQ_BF16: return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
-    case MOQ_F16: return _mm256_cvtph_ps(b);
-    default: return _mm256_loadu_ps((const float *)(const void *)s);
-    }
-}
-
 /* 16 bytes of E4M3 as value / 256: sign and the other fields where F16 has them; 0x7f is NaN and not 1.875 * 2^8. */
 MOQI_INLINE MOQI_AVX2 __m256i moqi_e4m3_half_256(__m128i v)
 {
@@ -12434,30 +12425,35 @@ MOQI_INLINE MOQI_AVX2 __m256i moqi_e4m3_half_256(__m128i v)
     return _mm256_or_si256(h, _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(w, size), size), _mm256_set1_epi16(0x7e00)));
 }
 
-/* Scales of the halves of a run from column c: [halves][8]. E4M3 in groups of 16 is what a decode step meets most. */
-MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_pass *run, int64_t row, int64_t c, int halves, float *out)
+/* `count` scales from element `at` on. E4M3 comes out as value / 256. */
+MOQI_AVX2 static void moqi_run_expand_256(const moqi_tiled *p, int64_t at, int64_t count, float *out)
+{
+    const uint8_t *src = p->scales + at * (moq_dtype_bits(p->scale_dtype) / 8);
+    int64_t i = 0;
+    for (; p->scale_dtype == MOQ_F8_E4M3 && i + 16 <= count; i += 16) {
+        __m256i h = moqi_e4m3_half_256(_mm_loadu_si128((const __m128i *)(const void *)(src + i)));
+        _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm256_castsi256_si128(h)));
+        _mm256_storeu_ps(out + i + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)));
+    }
+    if (i == count) return;
+    moqi_expand_256(p->scale_dtype, src + i, count - i, out + i);
+    for (; p->scale_dtype == MOQ_F8_E4M3 && i < count; i++) out[i] *= 1.0f / 256;
+}
+
+/* Scales of columns [c, c + n) of a row as run->shift numbers them, and zeros for lanes behind the last. */
+MOQI_AVX2 static void moqi_run_groups_256(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n, float *out)
 {
     const moqi_tiled *p = run->p;
-    int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, count = p->groups - g;
-    __m256 v[4];
-    if (!p->scales) {
-        for (int h = 0; h < halves; h++) _mm256_storeu_ps(out + 8 * h, _mm256_set1_ps(1));
-        return;
+    const int64_t at = moqi_stream_scale_at(p, row), count = ((n - 1) >> run->shift) + 1;
+    for (int i = 0; i < 8; i++) out[count + i] = 0;
+    for (int64_t i = 0, some = run->shift < 9 ? count : 1; i < count; i += some) {
+        if (p->scales) moqi_run_expand_256(p, at + moqi_stream_group(p, c + i * MOQI_RUN), some, out + i);
+        for (int64_t k = i; !p->scales && k < i + some; k++) out[k] = 1;
     }
-    if (p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && count >= 32) {
-        for (int i = 0; i < 2; i++) {
-            __m256i h = moqi_e4m3_half_256(_mm_loadu_si128((const __m128i *)(const void *)(p->scales + at + 16 * i)));
-            v[2 * i] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
-            v[2 * i + 1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
-        }
-    } else {
-        int vectors = run->vector[halves - 1] + 1;
-        for (int i = 0; i < vectors; i++) v[i] = moqi_run_scales_256(p, at + 8 * i, count - 8 * i);
-    }
-    for (int h = 0; h < halves; h++)
-        _mm256_storeu_ps(out + 8 * h, _mm256_permutevar8x32_ps(v[run->vector[h]],
-                                                                  _mm256_loadu_si256((const __m256i *)(const void *)run->lane[h])));
 }
+
+/* Of 8 scales those that the lanes of a vector take. */
+MOQI_INLINE MOQI_AVX2 __m256 moqi_run_lanes_256(const float *s, __m256i lane) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(s), lane); }
 
 /* 32 bytes, 64 codes -> u[4]: two vectors of 16 BF16 numbers for each half. A code's value is a BF16 number: its two bytes are looked up
    and interleaved. A BF16 number is the upper half of an F32, so a shift and a mask give the four vectors of a half. */
@@ -12519,7 +12515,9 @@ MOQI_AVX2 static void moqi_run_codes_256(const moqi_run_pass *run, int64_t row, 
 /* acc[t] += the run times x[t]: [tokens][8]; tokens is a constant where this is called, halves is even. */
 MOQI_INLINE MOQI_AVX2 void moqi_run_dot_256(const moqi_run_pass *run, int halves, const float *x, int64_t ldx, int tokens, float *acc)
 {
-    const float *w = run->w, *s = run->s;
+    const float *w = run->w;
+    const __m256i first = _mm256_loadu_si256((const __m256i *)(const void *)run->lane[0]);
+    const __m256i second = _mm256_loadu_si256((const __m256i *)(const void *)run->lane[1]);
     __m256 a[4], b[4], d[4];
 #define MOQI_TOKENS4(f) f(0) if (tokens > 1) { f(1) } if (tokens > 2) { f(2) f(3) }
 #define MOQI_LOAD(t) a[t] = _mm256_loadu_ps(acc + 8 * (t));
@@ -12531,11 +12529,12 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_dot_256(const moqi_run_pass *run, int halves
 #define MOQI_FIRST(t) d[t] = _mm256_mul_ps(b[t], scale);
 #define MOQI_SECOND(t) a[t] = _mm256_add_ps(a[t], _mm256_fmadd_ps(b[t], scale, d[t]));
     MOQI_TOKENS4(MOQI_LOAD)
-    for (int h = 0; h < halves; h += 2, s += 16) {
-        __m256 v, scale = _mm256_loadu_ps(s);
+    for (int h = 0; h < halves; h += 2) {
+        const float *s = run->s + (32 * h >> run->shift);
+        __m256 v, scale = moqi_run_lanes_256(s, first);
         MOQI_HALF
         MOQI_TOKENS4(MOQI_FIRST)
-        scale = _mm256_loadu_ps(s + 8);
+        scale = moqi_run_lanes_256(s, second);
         MOQI_HALF
         MOQI_TOKENS4(MOQI_SECOND)
     }
@@ -12555,7 +12554,8 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_pass *run, const u
 {
     const __m256i low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->low));
     const __m256i high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)run->high));
-    const float *s = run->s;
+    const __m256i first = _mm256_loadu_si256((const __m256i *)(const void *)run->lane[0]);
+    const __m256i second = _mm256_loadu_si256((const __m256i *)(const void *)run->lane[1]);
     __m256 a[2], b[2], d[2], v;
 #define MOQI_TOKENS2(f) f(0) if (tokens > 1) { f(1) }
 #define MOQI_LOAD(t) a[t] = _mm256_loadu_ps(acc + 8 * (t));
@@ -12568,14 +12568,16 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_pass *run, const u
 #define MOQI_FIRST(t) d[t] = _mm256_mul_ps(b[t], v);
 #define MOQI_SECOND(t) a[t] = _mm256_add_ps(a[t], _mm256_fmadd_ps(b[t], v, d[t]));
     MOQI_TOKENS2(MOQI_LOAD)
-    for (int i = 0; i < blocks; i++, src += 32, s += 16) {
+    for (int i = 0; i < blocks; i++, src += 32) {
+        const float *s = run->s + (64 * i >> run->shift);
         __m256i u[4];
+        __builtin_prefetch(src + MOQI_STREAM_AHEAD);
         moqi_run_lookup_256(_mm256_loadu_si256((const __m256i *)(const void *)src), low, high, u);
         MOQI_HALF(0)
-        v = _mm256_loadu_ps(s);
+        v = moqi_run_lanes_256(s, first);
         MOQI_TOKENS2(MOQI_FIRST)
         MOQI_HALF(2)
-        v = _mm256_loadu_ps(s + 8);
+        v = moqi_run_lanes_256(s, second);
         MOQI_TOKENS2(MOQI_SECOND)
     }
     MOQI_TOKENS2(MOQI_STORE)
@@ -12589,29 +12591,33 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_direct_256(const moqi_run_pass *run, const u
 #undef MOQI_SECOND
 }
 
-/* Halves of 32 E4M3 codes times one row of x, as moqi_stream_convert_512: halves of F16 go through memory, and NaN is looked for once. */
-MOQI_AVX2 static void moqi_run_e4m3_256(const moqi_run_pass *run, const uint8_t *src, int halves, const float *x, float *acc)
+/* Pairs of halves of E4M3 or BF16 (a constant) times one row of x, with the sums of moqi_run_dot_256. NaN of E4M3 is looked for once. */
+MOQI_INLINE MOQI_AVX2 void moqi_run_wide_256(const moqi_run_pass *run, const uint8_t *src, int pairs, const float *x, int e4m3, float *acc)
 {
     const __m256i size = _mm256_set1_epi8(0x7f), keep = _mm256_set1_epi16((short)0xbfff);
-    __m256 a[2], b[2];
     __m256i most = _mm256_setzero_si256();
-    a[0] = _mm256_loadu_ps(acc);
-    a[1] = _mm256_setzero_ps();
-    for (int h = 0; h < halves; h++, src += 32, x += 32) {
-        __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)src), f16[2];
-        most = _mm256_max_epu8(most, _mm256_and_si256(v, size));
-        f16[0] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)src)), 7), keep);
-        f16[1] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(src + 16))), 7), keep);
-        __asm__("" : "+m"(f16)); /* or the compiler takes the halves out of the registers again */
-        MOQI_UNROLL for (int i = 0; i < 4; i++) {
-            __m256 w = _mm256_cvtph_ps(_mm_load_si128((const __m128i *)(const void *)f16 + i)), xi = _mm256_loadu_ps(x + 8 * i);
-            b[i / 2] = i % 2 ? _mm256_fmadd_ps(w, xi, b[i / 2]) : _mm256_mul_ps(w, xi);
+    __m256 a = _mm256_loadu_ps(acc);
+    for (int i = 0; i < 2 * pairs; i += 2) {
+        __m256 b[2];
+        MOQI_UNROLL for (int h = 0; h < 2; h++, x += 32, src += e4m3 ? 32 : 64) {
+            __m256i v[2];
+            __builtin_prefetch(src + MOQI_STREAM_AHEAD);
+            if (e4m3) most = _mm256_max_epu8(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)src), size));
+            MOQI_UNROLL for (int k = 0; k < 2 && e4m3; k++)
+                v[k] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(src + 16 * k))), 7), keep);
+            MOQI_UNROLL for (int k = 0; k < 4; k++) {
+                const __m256 xk = _mm256_loadu_ps(x + 8 * k);
+                __m256 w;
+                if (e4m3) w = _mm256_cvtph_ps(k & 1 ? _mm256_extracti128_si256(v[k / 2], 1) : _mm256_castsi256_si128(v[k / 2]));
+                else w = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(src + 16 * k))), 16));
+                b[h] = k ? _mm256_fmadd_ps(w, xk, b[h]) : _mm256_mul_ps(w, xk);
+            }
         }
-        MOQI_UNROLL for (int i = 0; i < 2; i++) a[i] = _mm256_fmadd_ps(b[i], _mm256_loadu_ps(run->s + 8 * h), a[i]);
+        const __m256 s = _mm256_broadcast_ss(run->s + (MOQI_HALF * (i + 1) >> run->shift));
+        a = _mm256_add_ps(a, _mm256_fmadd_ps(b[1], s, _mm256_mul_ps(b[0], _mm256_broadcast_ss(run->s + (MOQI_HALF * i >> run->shift)))));
     }
-    a[0] = _mm256_add_ps(a[0], a[1]);
-    if (_mm256_movemask_epi8(_mm256_cmpeq_epi8(most, size))) a[0] = _mm256_set1_ps(moqi_bits_f32(0x7fc00000));
-    _mm256_storeu_ps(acc, a[0]);
+    if (_mm256_movemask_epi8(_mm256_cmpeq_epi8(most, size))) a = _mm256_set1_ps(moqi_bits_f32(0x7fc00000));
+    _mm256_storeu_ps(acc, a);
 }
 
 /* `rows` rows times up to 8 tokens over columns [first, end). acc: [rows][8 tokens][8] */
@@ -12619,23 +12625,20 @@ MOQI_AVX2 static void moqi_run_rows(const moqi_run_pass *run, int64_t row, int64
                                         int64_t ldx, int tokens, float *acc)
 {
     const moqi_tiled *p = run->p;
-    const int direct = p->form == MOQI_CODES_NIBBLES && tokens <= 2;
+    const int bits = p->form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p->dtype);
+    const int direct = bits == 4 ? tokens <= 2 : tokens == 1 && (p->dtype == MOQ_F8_E4M3 || p->dtype == MOQ_BF16);
     for (int64_t r = 0; r < rows; r++, acc += 64)
-        for (int64_t c = first; c < end; c += MOQI_RUN) {
-            int64_t n = moqi_min(MOQI_RUN, end - c);
+        for (int64_t c = first, n; c < end; c += n) {
+            const int64_t whole = direct ? moqi_min(4 * MOQI_RUN, (end - c) / 64 * 64) : 0;
+            n = whole > 0 ? whole : moqi_min(MOQI_RUN, end - c);
             int halves = (int)((n + 63) / 64 * 2), t = 0;
-            if (p->groups > 1 || c == first) moqi_run_groups_256(run, row + r, c, p->groups > 1 ? halves : (int)MOQI_RUN_HALVES, run->s);
-            if (direct && n % 64 == 0) {
-                const uint8_t *src = p->codes + (row + r) * p->row_bytes + c / 2;
-                for (int64_t b = 0; b < n / 2; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
-                if (tokens == 1) moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 1, acc);
+            if (p->groups > 1 || c == first) moqi_run_groups_256(run, row + r, c, n, run->s);
+            if (whole > 0) {
+                const uint8_t *src = p->codes + (row + r) * p->row_bytes + c * bits / 8;
+                if (bits == 8) moqi_run_wide_256(run, src, halves / 2, x + c, 1, acc);
+                else if (bits == 16) moqi_run_wide_256(run, src, halves / 2, x + c, 0, acc);
+                else if (tokens == 1) moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 1, acc);
                 else moqi_run_direct_256(run, src, halves / 2, x + c, ldx, 2, acc);
-                continue;
-            }
-            if (tokens == 1 && n % 64 == 0 && p->form == MOQI_CODES_WIDE && p->dtype == MOQ_F8_E4M3) {
-                const uint8_t *src = p->codes + (row + r) * p->row_bytes + c;
-                for (int64_t b = 0; b < n; b += 64) __builtin_prefetch(src + b + MOQI_STREAM_AHEAD);
-                moqi_run_e4m3_256(run, src, halves, x + c, acc);
                 continue;
             }
             moqi_run_codes_256(run, row + r, c, n);
@@ -12657,12 +12660,12 @@ static void moqi_run_groups_neon(const moqi_run_pass *run, int64_t row, int64_t 
 {
     const moqi_tiled *p = run->p;
     int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, size = moq_dtype_bits(p->scale_dtype) / 8;
-    int64_t count = moqi_min(p->groups - g, 8 * run->vector[halves - 1] + 8);
-    float s[MOQI_RUN_HALVES + 8];
-    for (int i = 0; i < MOQI_RUN_HALVES + 8; i++) s[i] = 0;
+    int64_t count = moqi_min(p->groups - g, (MOQI_HALF * (halves - 1) >> run->shift) + 1);
+    float s[MOQI_RUN_HALVES];
+    for (int i = 0; i < MOQI_RUN_HALVES; i++) s[i] = 0;
     if (p->scales) moqi_expand_neon(p->scale_dtype, p->scales + at * size, count, s);
     for (int h = 0; h < halves; h++) { /* a half is 16 columns: one group */
-        float32x4_t v = vdupq_n_f32(p->scales ? s[8 * run->vector[h] + run->lane[h][0]] : 1);
+        float32x4_t v = vdupq_n_f32(p->scales ? s[MOQI_HALF * h >> run->shift] : 1);
         vst1q_f32(run->s + MOQI_LANES * h, v);
     }
 }
@@ -12757,7 +12760,7 @@ static void moqi_run_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     moqi_run_pass run;
     int small = MOQI_LANES == 8 && p->form != MOQI_CODES_NIBBLES && p->dtype == MOQ_F8_E4M3; /* AVX2 decodes E4M3 to value / 256 */
     int tiny = MOQI_LANES == 8 && p->scales && p->scale_dtype == MOQ_F8_E4M3;
-    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + (int)MOQI_LANES * (int)MOQI_RUN_HALVES;
+    float mul = p->factor * (small ? 256 : 1) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN + MOQI_RUN_SCALES;
     (void)way;
     run.p = p;
     run.w = scratch;
@@ -12767,12 +12770,8 @@ static void moqi_run_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
         run.low[i] = (uint8_t)(v & 255);
         run.high[i] = (uint8_t)(v >> 8);
     }
-    for (int h = 0; h < MOQI_RUN_HALVES; h++)
-        for (int l = 0; l < MOQI_LANES; l++) {
-            int g = p->shift < 9 ? moqi_run_column(p, h, 0, l) >> p->shift : 0;
-            run.vector[h] = g / 8;
-            run.lane[h][l] = g % 8;
-        }
+    run.shift = moqi_run_shift(p);
+    for (int i = 0; i < 2 * MOQI_LANES; i++) run.lane[i / MOQI_LANES][i % MOQI_LANES] = moqi_run_column(p, i / MOQI_LANES, 0, i % MOQI_LANES) >> run.shift;
     for (int64_t j = 0; j < m; j += TOKENS) {
         int tokens = (int)moqi_min(TOKENS, m - j);
         int64_t piece = 8192 / tokens / MOQI_RUN * MOQI_RUN, cols = p->layer.cols;
@@ -13082,7 +13081,7 @@ MOQI_AVX2 static void moqi_panel_f32_256(moqi_panel *w)
     }
 }
 
-/* 16 rows of a panel from `at`, words [from, from + n), times 6 or 2 rows of x: 12 accumulators of the 16 registers. */
+/* 16 rows of a panel from `at`, words [from, from + n), times 6 or 2 rows of x: 12 accumulators of the 16 registers. The rows of y lie far apart. */
 MOQI_INLINE MOQI_AVX2 void moqi_panel_f32_tokens_256(const moqi_panel *w, int64_t at, int64_t from, int64_t n, const float *x, int64_t ldx,
                                                      float *y, int64_t ldy, int valid, int tokens)
 {
@@ -13095,11 +13094,21 @@ MOQI_INLINE MOQI_AVX2 void moqi_panel_f32_tokens_256(const moqi_panel *w, int64_
 #define MOQI_FMA(t) { \
         __m256 v = _mm256_broadcast_ss(((t) < 3 ? x : x3) + (t) % 3 * ldx + k); \
         lo[t] = _mm256_fmadd_ps(w0, v, lo[t]); hi[t] = _mm256_fmadd_ps(w1, v, hi[t]); }
+#define MOQI_NEED(t) __builtin_prefetch(y + (t) * ldy, 1);
 #define MOQI_STORE(t) if ((t) < valid) { \
-        float *to = y + at + (t) * ldy; \
-        _mm256_storeu_ps(sum, _mm256_mul_ps(lo[t], m0)); \
-        _mm256_storeu_ps(sum + 8, _mm256_mul_ps(hi[t], m1)); \
-        for (int64_t r = 0; r < rows; r++) to[r] += sum[r]; }
+        float *to = y + (t) * ldy; \
+        lo[t] = _mm256_mul_ps(lo[t], m0); \
+        hi[t] = _mm256_mul_ps(hi[t], m1); \
+        if (rows == 16) { \
+            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), lo[t])); \
+            _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), hi[t])); \
+        } else { \
+            _mm256_storeu_ps(sum, lo[t]); \
+            _mm256_storeu_ps(sum + 8, hi[t]); \
+            for (int64_t r = 0; r < rows; r++) to[r] += sum[r]; \
+        } }
+    y += at;
+    MOQI_TOKENS246(MOQI_NEED)
     MOQI_TOKENS246(MOQI_ZERO)
     for (int64_t k = 0; k < n; k++, d += MOQI_PANEL_ROWS) {
         __m256 w0 = _mm256_loadu_ps(d), w1 = _mm256_loadu_ps(d + 8);
@@ -13110,20 +13119,26 @@ MOQI_INLINE MOQI_AVX2 void moqi_panel_f32_tokens_256(const moqi_panel *w, int64_
     MOQI_TOKENS246(MOQI_STORE)
 #undef MOQI_ZERO
 #undef MOQI_FMA
+#undef MOQI_NEED
 #undef MOQI_STORE
 }
 
-/* 256 columns of 16 rows at a time: 16 KB of the panel stay in the first-level cache while the rows of x pass by. */
+/* A third of a panel's columns at a time: 22 KB of weights stay in the first-level cache while the rows of x pass by, with the 4 KB of x that both
+   halves of its rows meet. */
 MOQI_AVX2 static void moqi_block_f32_256(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
 {
-    for (int64_t k = 0; k < w->n; k += 256)
-        for (int64_t at = 0; at < w->rows; at += 16) {
-            int64_t n = moqi_min(256, w->n - k), j = 0;
-            const float *from = x + w->col + k;
-            for (; j + 6 <= m; j += 6) moqi_panel_f32_tokens_256(w, at, k, n, from + j * ldx, ldx, y + j * ldy, ldy, 6, 6);
-            for (; j < m; j += 2)
+    enum { PART = 176 };
+    for (int64_t k = 0; k < w->n; k += PART) {
+        const int64_t n = moqi_min(PART, w->n - k);
+        const float *from = x + w->col + k;
+        int64_t j = 0;
+        for (; j + 6 <= m; j += 6)
+            for (int64_t at = 0; at < w->rows; at += 16)
+                moqi_panel_f32_tokens_256(w, at, k, n, from + j * ldx, ldx, y + j * ldy, ldy, 6, 6);
+        for (; j < m; j += 2)
+            for (int64_t at = 0; at < w->rows; at += 16)
                 moqi_panel_f32_tokens_256(w, at, k, n, from + j * ldx, j + 1 < m ? ldx : 0, y + j * ldy, ldy, (int)moqi_min(2, m - j), 2);
-        }
+    }
 }
 
 static int moqi_panel_takes_f32_256(const moqi_tiled *p) { return !moqi_panel_takes_any(p) ? 0 : moqi_run_takes(p) ? 13 : 2; }
@@ -14432,32 +14447,12 @@ MOQI_AVX2 static void moqi_dots_whole(const float *x, float s, int16_t *q)
     _mm256_storeu_si256((__m256i *)(void *)q, _mm256_permute4x64_epi64(v, 0xd8));
 }
 
-/* Scales of the blocks of a run: [blocks][8]. E4M3 in groups of 16: bytes are put in the order of the lanes first. F32 in groups of whole blocks: one
-   for all lanes. */
-MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks, float *out)
+/* Scales of columns [c, c + n). */
+MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n, float *out)
 {
     const moqi_tiled *p = run->p;
-    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-    if (p->scales && p->scale_dtype == MOQ_F32 && p->shift >= 7) {
-        const uint8_t *s = p->scales + 4 * (moqi_stream_scale_at(p, row) + moqi_stream_group(p, c));
-        for (int i = 0; i < blocks; i++) {
-            float one;
-            memcpy(&one, s + 4 * (p->shift < 9 ? MOQI_DOTS_COLS * i >> p->shift : 0), sizeof one);
-            _mm256_storeu_ps(out + 8 * i, _mm256_set1_ps(one));
-        }
-        return;
-    }
-    if (!p->scales || p->scale_dtype != MOQ_F8_E4M3 || p->shift != 4 || blocks < 4 || p->groups - c / 16 < 32) {
-        moqi_run_groups_256(run, row, c, blocks, out);
-        return;
-    }
-    const uint8_t *from = p->scales + moqi_stream_scale_at(p, row) + c / 16;
-    __builtin_prefetch(from + MOQI_STREAM_AHEAD / 8);
-    for (int i = 0; i < 2; i++, out += 16) {
-        __m256i h = moqi_e4m3_half_256(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)(from + 16 * i)), order));
-        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(h)));
-        _mm256_storeu_ps(out + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)));
-    }
+    if (p->scale_dtype == MOQ_F8_E4M3) __builtin_prefetch(p->scales + moqi_stream_scale_at(p, row) + moqi_stream_group(p, c) + MOQI_STREAM_AHEAD / 8);
+    moqi_run_groups_256(run, row, c, n, out);
 }
 
 #define MOQI_DOTS_BASE MOQI_AVX2
@@ -14476,7 +14471,7 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
     const int nibbles = pass->run.p->form == MOQI_CODES_NIBBLES, bytes = nibbles ? 64 : 128;
     const __m256i low = _mm256_set1_epi8(15), flip = _mm256_set1_epi8((char)-128), ones = _mm256_set1_epi16(1);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const float *scale = pass->run.s;
+    const __m256i lane = _mm256_loadu_si256((const __m256i *)(const void *)pass->run.lane[0]);
     uint8_t edge[128];
     __m256 a[4];
     __m256i q[4];
@@ -14496,13 +14491,13 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
         q[t] = _mm256_add_epi32(_mm256_add_epi32(q[t], MOQI_X(t, 5)), _mm256_madd_epi16(ones, _mm256_add_epi16( \
                                 _mm256_maddubs_epi16(w2, MOQI_X(t, 2)), _mm256_maddubs_epi16(w3, MOQI_X(t, 3)))));
 #define MOQI_BEGIN(t) q[t] = _mm256_setzero_si256();
-#define MOQI_WIDEN(t) q[t] = _mm256_add_epi32(q[t], _mm256_madd_epi16(w0, MOQI_WORDS(x[t] + at + i)));
+#define MOQI_WIDEN(t) q[t] = _mm256_add_epi32(q[t], _mm256_madd_epi16(w0, MOQI_WORDS(x[t] + at + k)));
 #define MOQI_SCALE(t) a[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q[t]), _mm256_loadu_ps(x[t] + at + 32)), s, a[t]);
     MOQI_TOKENS4(MOQI_LOAD)
-    for (; blocks > 0; blocks--, src += bytes, left -= bytes, at += MOQI_DOTS_WORDS, scale += 8) {
+    for (int i = 0; i < blocks; i++, src += bytes, left -= bytes, at += MOQI_DOTS_WORDS) {
         const uint8_t *from = src;
         __m256i w0, w1, w2, w3;
-        __m256 s = _mm256_loadu_ps(scale);
+        __m256 s = moqi_run_lanes_256(pass->run.s + (MOQI_DOTS_COLS * i >> pass->run.shift), lane);
         if (left < bytes) { memset(edge, 0, sizeof edge); memcpy(edge, src, (size_t)left); from = edge; }
         __builtin_prefetch(src + MOQI_STREAM_AHEAD);
         if (nibbles) {
@@ -14524,8 +14519,8 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
                 MOQI_TOKENS4(MOQI_DOT)
             } else {
                 MOQI_TOKENS4(MOQI_BEGIN)
-                MOQI_UNROLL for (int i = 0; i < 32; i += 4) {
-                    w0 = MOQI_WORDS(from + 4 * i);
+                MOQI_UNROLL for (int k = 0; k < 32; k += 4) {
+                    w0 = MOQI_WORDS(from + 4 * k);
                     MOQI_TOKENS4(MOQI_WIDEN)
                 }
             }
@@ -14627,15 +14622,18 @@ static void moqi_dots_whole(const float *x, float s, int16_t *q)
     for (int i = 0; i < 16; i += 4) vst1_s16(q + i, vqmovn_s32(vcvtnq_s32_f32(vdivq_f32(vld1q_f32(x + i), by))));
 }
 
-/* Lanes hold groups of columns in their order, so scales of 16 columns need no permutation. */
-static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int blocks, float *out)
+/* [blocks][4]. Lanes hold groups of columns in their order, so scales of 16 columns need no permutation. */
+static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, int64_t c, int64_t n, float *out)
 {
     const moqi_tiled *p = run->p;
-    int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, size = moq_dtype_bits(p->scale_dtype) / 8;
-    float s[MOQI_RUN / 16];
-    for (int i = 0; i < MOQI_RUN / 16; i++) s[i] = p->scales ? 0.0f : 1.0f;
-    if (p->scales) moqi_expand_neon(p->scale_dtype, p->scales + at * size, moqi_min(p->groups - g, p->shift < 9 ? MOQI_RUN >> p->shift : 1), s);
-    for (int i = 0; i < MOQI_LANES * blocks; i++) out[i] = s[p->scales && p->shift < 9 ? 16 * i >> p->shift : 0];
+    const int64_t size = moq_dtype_bits(p->scale_dtype) / 8;
+    for (const int64_t end = c + n; c < end; c += MOQI_RUN) {
+        int64_t g = moqi_stream_group(p, c), at = moqi_stream_scale_at(p, row) + g, most = moqi_min(MOQI_RUN, end - c);
+        float s[MOQI_RUN / 16];
+        for (int i = 0; i < MOQI_RUN / 16; i++) s[i] = p->scales ? 0.0f : 1.0f;
+        if (p->scales) moqi_expand_neon(p->scale_dtype, p->scales + at * size, moqi_min(p->groups - g, run->shift < 9 ? MOQI_RUN >> run->shift : 1), s);
+        for (int64_t i = 0; i < (most + 63) / 64 * MOQI_LANES; i++) *out++ = s[run->shift < 9 ? 16 * i >> run->shift : 0];
+    }
 }
 
 #define MOQI_DOTS_BASE MOQI_DOTPROD
@@ -14876,11 +14874,9 @@ MOQI_INLINE MOQI_DOTS_BASE void moqi_dots_all(const moqi_dots_pass *s, int64_t r
         for (int64_t c = first, at = c / MOQI_DOTS_COLS * MOQI_DOTS_WORDS; c < end; c += 4 * MOQI_RUN, at += 4 * MOQI_RUN / MOQI_DOTS_COLS * MOQI_DOTS_WORDS) {
             const uint8_t *src = p->codes + (row + r) * p->row_bytes + c * bits / 8;
             const int64_t left = moqi_codes_end(p) - src;
-            int blocks = 0, t = 0;
-            for (int64_t k = c, some; k < end && k < c + 4 * MOQI_RUN; k += MOQI_RUN, blocks += (int)some) {
-                some = moqi_ceil_div(moqi_min(MOQI_RUN, end - k), MOQI_DOTS_COLS);
-                moqi_dots_scales(&s->run, row + r, k, (int)some, s->run.s + (int)MOQI_LANES * blocks);
-            }
+            const int blocks = (int)moqi_ceil_div(moqi_min(4 * MOQI_RUN, end - c), MOQI_DOTS_COLS);
+            int t = 0;
+            moqi_dots_scales(&s->run, row + r, c, moqi_min(4 * MOQI_RUN, end - c), s->run.s);
             for (; t + 4 <= tokens; t += 4) moqi_dots_row(s, src, left, blocks, x + t, at, 4, vnni, acc + MOQI_LANES * t);
             for (; t + 2 <= tokens; t += 2) moqi_dots_row(s, src, left, blocks, x + t, at, 2, vnni, acc + MOQI_LANES * t);
             if (t < tokens) moqi_dots_row(s, src, left, blocks, x + t, at, 1, vnni, acc + MOQI_LANES * t);
@@ -14912,18 +14908,14 @@ static void moqi_dots_in(moqi_dots_fn columns, const moqi_tiled *p, int64_t row,
     enum { MOST = 8, STEP = MOST * MOQI_LANES };
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), tiny = MOQI_LANES == 8 && p->scales && p->scale_dtype == MOQ_F8_E4M3;
     const int64_t cols = p->layer.cols, words = moqi_ceil_div(cols, MOQI_DOTS_COLS) * MOQI_DOTS_WORDS;
-    float mul = p->factor * (nibbles ? 0.5f : 1.0f) * (tiny ? 256 : 1), *acc = scratch + (int)MOQI_LANES * (int)MOQI_RUN_HALVES;
+    float mul = p->factor * (nibbles ? 0.5f : 1.0f) * (tiny ? 256 : 1), *acc = scratch + MOQI_RUN_SCALES;
     const float *from[MOST];
     moqi_dots_pass s;
     s.run.p = p;
     s.run.s = scratch;
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + (MOQI_LANES == 8 ? 32 : 0));
-    for (int h = 0; h < (int)MOQI_RUN / (int)MOQI_DOTS_COLS; h++)
-        for (int l = 0; l < MOQI_LANES; l++) {
-            int g = p->shift < 9 ? (MOQI_DOTS_COLS * h + 16 * moqi_dots_group(l)) >> p->shift : 0;
-            s.run.vector[h] = g / 8;
-            s.run.lane[h][l] = g % 8;
-        }
+    s.run.shift = moqi_run_shift(p);
+    for (int l = 0; l < MOQI_LANES; l++) s.run.lane[0][l] = 16 * moqi_dots_group(l) >> s.run.shift;
     for (int64_t j = 0; j < m; j += MOST / digits) {
         int tokens = (int)moqi_min(MOST, digits * (m - j));
         int64_t piece = 16384 / tokens / MOQI_RUN * MOQI_RUN;
