@@ -11358,7 +11358,8 @@ typedef struct moqi_way {
     void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
 } moqi_way;
 
-enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256,
+enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
+       MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
@@ -11409,7 +11410,8 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
 }
 
 /* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough
-   for `workers`; shorter ones where x of a few rows is taken in pieces. No result depends on where runs begin. */
+   for `workers`; shorter ones where x of a few rows is taken in pieces. What AVX-512 reads in place comes in streams of a quarter of a task each, whose
+   first kilobytes nobody asked for: one worker has no use for short tasks. No result depends on where runs begin. */
 static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int64_t workers)
 {
     const moqi_way *way = moqi_way_for(p, m);
@@ -11417,6 +11419,7 @@ static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int6
     int64_t tile = MOQI_TILE_ROWS, most = m < 16 && !whole ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
     if (!way) return tile;
+    if (m == 1 && workers == 1 && p->k->piece > 0 && !way->decode) return moqi_min(rows, MOQI_WAY_ALONE);
     for (tile *= 2; tile < most && rows / (2 * tile) >= 4 * workers;) tile *= 2;
     return tile;
 }
@@ -12261,7 +12264,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
     if (!nibbles && p->dtype == MOQ_F8_E4M3 && !s.pairs) mul *= 256;
     s.p = p;
     s.ldx = ldx;
-    s.scale = acc + (rows + 1) * 128;
+    s.scale = acc + (rows + 1) * 16 * moqi_min(m, 8);
     pack = s.scale + 1024;
     for (int i = 0; i < 16; i++) s.table[i] = p->table[i] - p->zero;
     for (int i = 0; i < 64; i++) s.lane[i] = p->shift < 9 ? (int32_t)((nibbles ? 8 * i : 32 * i) >> p->shift & 15) : 0;
@@ -14304,7 +14307,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
                                     float *y, int64_t ldy, float *acc)
 {
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
-    float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f), *one = acc + rows * 128;
+    float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f);
+    float *one = acc + rows * 16 * moqi_min(m, 8);
     const int64_t tail = p->layer.cols % 256;
     const int lie = moqi_dot_lie_512(p);
     float last[2 * MOQI_DOT_WORDS] MOQI_ALIGNED;
