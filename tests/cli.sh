@@ -165,7 +165,7 @@ for option in recipe calibration save-calibration exclude; do
     check "quantize: --$option is empty" refused "--$option is empty"
 done
 run quantize "$src" "$dir/q4" --recipe mxfp4 --act x
-check "--act is judged where nothing runs, too" refused "auto, stored or wide"
+check "--act is judged where nothing runs, too" refused "auto, stored, wide or bf16"
 run quantize "$src" "$dir/q4" --recipe mxfp4 --format x
 check "an unknown container names its options" refused "x: is no container that --format"
 ln -s nowhere "$dir/q4"
