@@ -62,7 +62,7 @@ static const layer_format layer_formats[] = {
 typedef struct layer {
     moq_linear w;
     double *exact; /* [rows, cols] */
-    void *memory[8];
+    void *memory[12];
     int blocks;
 } layer;
 
