@@ -13348,6 +13348,7 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 #define MOQI_ALIGNED __attribute__((aligned(64))) /* a vector that crosses a cache line takes twice as long */
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define MOQI_VBMI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")))
+#define MOQI_I8_DOWN (1.0f / 16777216) /* moqi_panel_pairs_tokens: x's scales, because its sums are large */
 enum { MOQI_I8_START = 0x4b400000, MOQI_I8_FINE = 0x49c00000 }; /* bits of 1.5 * 2^23 and of an eighth of it; see moqi_panel_i8_tokens */
 
 /* On which the sums of panels start. */
@@ -13528,16 +13529,17 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x)
 }
 
 /* moqi_i8_arrange for inputs with a scale of their own for every 16, 32 or 64 columns, 256 of them at a time. What 127 / amax cannot reach, below
-   1e-36, is rounded in steps of 2^-126. */
-MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64_t n, float *out)
+   1e-36, is rounded in steps of 2^-126. pairs: as moqi_panel_pairs_tokens wants x */
+MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int pairs)
 {
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
-    const __m512i pairs = _mm512_set_epi32(14, 15, 12, 13, 10, 11, 8, 9, 6, 7, 4, 5, 2, 3, 0, 1);
+    const __m512i beside = _mm512_set_epi32(14, 15, 12, 13, 10, 11, 8, 9, 6, 7, 4, 5, 2, 3, 0, 1);
     const __m512i even_first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     int64_t all = (n + 127) / 128 * 128, nibbles = p->form == MOQI_CODES_NIBBLES, wide = moqi_i8_chunk(p) == 32, own = moqi_i8_own(p);
     const __mmask16 two = (__mmask16)(own > 16 ? 0xffff : 0), four = (__mmask16)(own > 32 ? 0xffff : 0);
-    const int shift = moqi_i8_off(p) == 32 ? 5 : 7;
-    const __m512i begin = _mm512_set1_epi32(moqi_i8_start(p));
+    const int shift = pairs || moqi_i8_off(p) == 32 ? 5 : 7;
+    const __m512i begin = pairs ? none : _mm512_set1_epi32(moqi_i8_start(p));
+    const __m512i two_chunks = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
     float *scale = out + all / 4, by[16], edge[256] MOQI_ALIGNED;
     int32_t *start = (int32_t *)(void *)(scale + all / 16);
     uint8_t *to = (uint8_t *)(void *)out;
@@ -13553,7 +13555,7 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
         most = _mm512_mask_max_epu32(most, four, most, _mm512_shuffle_epi32(most, (_MM_PERM_ENUM)0x4e));
         __mmask16 broken = _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(0x7f800000));
         __m512 inverse = _mm512_min_ps(_mm512_div_ps(_mm512_set1_ps(127), _mm512_castsi512_ps(most)), _mm512_set1_ps(8.5070592e37f));
-        __m512 s = _mm512_mask_mov_ps(_mm512_div_ps(_mm512_set1_ps(1), inverse), broken, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+        __m512 s = _mm512_mask_mov_ps(_mm512_div_ps(_mm512_set1_ps(pairs ? MOQI_I8_DOWN : 1), inverse), broken, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
         _mm512_storeu_ps(by, inverse);
         MOQI_UNROLL
         for (int64_t i = 0; i < 4; i++) {
@@ -13565,13 +13567,14 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
             sums[i] = none;
             __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i]) : "v"(ones), "v"(code));
             if (nibbles) code = _mm512_shuffle_epi8(code, even_first);
+            if (pairs) code = _mm512_permutexvar_epi32(two_chunks, code);
             if (at + 64 * i < all) _mm512_storeu_si512(to + at + 64 * i, code);
         }
         sum = _mm512_permutexvar_epi32(lanes, moqi_words_512(1, sums));
         sum = _mm512_sub_epi32(none, _mm512_slli_epi32(sum, (unsigned)shift));
         __mmask16 some = (__mmask16)(all - at >= 256 ? 0xffff : 0xff);
         if (wide) {
-            sum = _mm512_maskz_compress_epi32(0x5555, _mm512_add_epi32(sum, _mm512_permutexvar_epi32(pairs, sum)));
+            sum = _mm512_maskz_compress_epi32(0x5555, _mm512_add_epi32(sum, _mm512_permutexvar_epi32(beside, sum)));
             s = _mm512_maskz_compress_ps(0x5555, s);
             some = (__mmask16)(some >> (some == 0xffff ? 8 : 4));
         }
@@ -13584,7 +13587,7 @@ MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64
 MOQI_AVX512 static void moqi_i8_arrange_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     const moq_coding *c = &p->layer.scheme.input;
-    if (!p->rounds) { moqi_i8_own_512(p, x, n, out); return; }
+    if (!p->rounds) { moqi_i8_own_512(p, x, n, out, 0); return; }
     int64_t all = (n + 127) / 128 * 128, chunk = moqi_i8_chunk(p), group = c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
     int nibbles = p->form == MOQI_CODES_NIBBLES, fixed = !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
     const __m128i plain = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -13772,6 +13775,141 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
         else moqi_panel_i8_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(6, m - j), 6, 0, 0);
     }
     if (j < m) moqi_panel_i8_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)(m - j), 4, 1, 0);
+}
+
+/* ---- sums of 16 columns in 16 bits ----
+   4-bit codes with E4M3 scales of 16 columns, x with scales of 64. Where vpdpbusd and multiply-adds share their pipes (Zen 4: both only in the first
+   two of four), a multiply-add for every four vpdpbusd is a fifth of the time. But 16 codes of w doubled times x8 give 16 bits, and scales divided by a
+   power of two, so that the largest of 64 columns lies in [2^13, 2^14), are whole numbers; what others, 2^10 times smaller, lose is less than the
+   largest times a step of such a sum. So lanes hold two runs of 16 columns of a row side by side, vpackssdw makes words of two vectors, in the
+   order of rows, and one vpdpwssd multiplies two sums with their scales. 64 columns then are whole numbers below 2^31, whose power of two is added
+   to the exponents of their F32; it is never less than 1, because a sum may be 0. */
+
+/* Scales [16 columns][32] -> words of two in 16 bits [32 columns][32], and exponents [64 columns][32] in place of starts. 16 rows from h on */
+MOQI_AVX512 static void moqi_panel_shorts_512(moqi_panel *w, int64_t h)
+{
+    const __m512 least = _mm512_set1_ps(1.0f / 131072); /* of E4M3, as value / 256 */
+    const __m512i low = _mm512_set1_epi32(0xffff);
+    const int64_t chunks = moqi_ceil_div(w->n, 16);
+    float *from = w->scale + h, *end = w->scale + MOQI_PANEL_ROWS * chunks, *to = from;
+    __mmask16 broken = 0;
+    for (float *start = w->start + h; from < end; from += 4 * MOQI_PANEL_ROWS, to += 2 * MOQI_PANEL_ROWS, start += MOQI_PANEL_ROWS) {
+        __m512 s[4], most = least;
+        __m512i q[4];
+        MOQI_UNROLL for (int i = 0; i < 4; i++) {
+            s[i] = from + i * MOQI_PANEL_ROWS < end ? _mm512_loadu_ps(from + i * MOQI_PANEL_ROWS) : _mm512_setzero_ps();
+            broken |= _mm512_cmp_ps_mask(s[i], s[i], _CMP_UNORD_Q);
+            most = _mm512_max_ps(_mm512_abs_ps(s[i]), most);
+        }
+        const __m512 e = _mm512_getexp_ps(most), up = _mm512_sub_ps(_mm512_set1_ps(13), e);
+        MOQI_UNROLL for (int i = 0; i < 4; i++) q[i] = _mm512_cvtps_epi32(_mm512_scalef_ps(s[i], up));
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_and_si512(q[0], low), _mm512_slli_epi32(q[1], 16)));
+        _mm512_storeu_si512(to + MOQI_PANEL_ROWS, _mm512_or_si512(_mm512_and_si512(q[2], low), _mm512_slli_epi32(q[3], 16)));
+        _mm512_storeu_si512(start, _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(e), _mm512_set1_epi32(17)), 23));
+    }
+    _mm512_storeu_ps(w->mul + h, _mm512_mask_mov_ps(_mm512_loadu_ps(w->mul + h), broken, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000))));
+}
+
+/* data: [32 columns][4 words][rows 0 1 4 5 8 9 12 13, the other 8, the same of the last 16][2 runs of 16 columns] */
+MOQI_AVX512 static void moqi_panel_pairs_512(moqi_panel *w)
+{
+    const moqi_tiled *p = w->p;
+    const __m512i low = _mm512_set1_epi8(15);
+    uint32_t words[256] MOQI_ALIGNED;
+    uint8_t table[16];
+    for (int i = 0; i < 16; i++) table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
+    const __m512i values = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table));
+    w->chunk = 16;
+    w->span = 4;
+    for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = p->factor * (128.0f / 1073741824.0f / MOQI_I8_DOWN); /* codes, E4M3's scales, 2^-17 and 2^-13 */
+    for (int64_t h = 0; h < w->rows; h += 16) {
+        const uint8_t *src = p->codes + (w->row + h) * p->row_bytes + w->col / 2;
+        const int64_t rows = moqi_min(16, w->rows - h), bytes = (w->n + 1) / 2;
+        uint32_t *to = w->data + 2 * h;
+        moqi_panel_scales_512(w, h);
+        moqi_panel_shorts_512(w, h);
+        for (int64_t b = 0; b < bytes; b += 64) {
+            moqi_panel_words_512(src + b, p->row_bytes, rows, bytes - b, words);
+            for (int i = 0; i < 16; i += 1 + i % 2 * 2)
+                for (int k = 0; k < 2; k++, to += 16) {
+                    const __m512i a = _mm512_load_si512(words + 16 * i), c = _mm512_load_si512(words + 16 * (i + 2));
+                    const __m512i v = k ? _mm512_unpackhi_epi32(a, c) : _mm512_unpacklo_epi32(a, c);
+                    _mm512_storeu_si512(to, _mm512_shuffle_epi8(values, _mm512_and_si512(v, low)));
+                    _mm512_storeu_si512(to + 2 * MOQI_PANEL_ROWS, _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(v, 4), low)));
+                    if (k) to += 6 * 16;
+                }
+        }
+    }
+}
+
+/* A panel times 1 or 3 rows of x, of which `valid` are stored: 24 sums of three kinds in registers, and 12 loads of x beside 16 of weights for 48 dot
+   products. */
+MOQI_INLINE MOQI_VNNI void moqi_panel_pairs_tokens(const moqi_panel *w, const moqi_i8_walk *o, const float *x, int64_t ldx, float *y, int64_t ldy, int valid,
+                                                   int tokens)
+{
+    const uint32_t *d = w->data;
+    const float *scale = w->scale, *power = w->start;
+    const uint8_t *from[3];
+    int64_t code = o->col, at = o->at, start = o->begin;
+    __m512i a[12], sum[6], v[3];
+    __m512 total[6];
+    MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+        from[t] = (const uint8_t *)(const void *)(x + (t < valid ? t : valid - 1) * ldx);
+        __builtin_prefetch(y + (t < valid ? t : 0) * ldy, 1);
+        __builtin_prefetch(y + (t < valid ? t : 0) * ldy + 16, 1);
+        total[2 * t] = total[2 * t + 1] = _mm512_setzero_ps();
+    }
+    for (int64_t n = w->n; n > 0; n -= 64, at += 16, power += MOQI_PANEL_ROWS) {
+        MOQI_UNROLL for (int t = 0; t < 2 * tokens; t++) sum[t] = _mm512_setzero_si512();
+        MOQI_UNROLL for (int k = 0; k < 2; k++, start += 8, scale += MOQI_PANEL_ROWS) {
+            MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+                a[4 * t] = _mm512_set1_epi64(*(const int64_t *)(const void *)(from[t] + start));
+                a[4 * t + 1] = a[4 * t + 2] = a[4 * t + 3] = a[4 * t];
+            }
+            MOQI_UNROLL for (int i = 0; i < 4; i++, code += 8) {
+                MOQI_UNROLL for (int t = 0; t < tokens; t++) v[t] = _mm512_set1_epi64(*(const int64_t *)(const void *)(from[t] + code));
+                MOQI_UNROLL for (int j = 0; j < 4; j++, d += 16) {
+                    const __m512i b = _mm512_loadu_si512(d);
+                    MOQI_UNROLL for (int t = 0; t < tokens; t++) __asm__("vpdpbusd %2, %1, %0" : "+v"(a[4 * t + j]) : "v"(b), "v"(v[t]));
+                }
+            }
+            MOQI_UNROLL for (int h = 0; h < 2; h++) {
+                const __m512i s = _mm512_loadu_si512(scale + 16 * h);
+                MOQI_UNROLL for (int t = 0; t < tokens; t++)
+                    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum[2 * t + h]) : "v"(_mm512_packs_epi32(a[4 * t + 2 * h], a[4 * t + 2 * h + 1])), "v"(s));
+            }
+        }
+        MOQI_UNROLL for (int t = 0; t < 2 * tokens; t++) {
+            const __m512i f = _mm512_add_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(sum[t])), _mm512_loadu_si512(power + t % 2 * 16));
+            total[t] = _mm512_fmadd_ps(_mm512_castsi512_ps(f), _mm512_set1_ps(*(const float *)(const void *)(from[t / 2] + at)), total[t]);
+        }
+    }
+    MOQI_UNROLL for (int t = 0; t < 2 * tokens; t++) {
+        const int h = t % 2;
+        float *to = y + t / 2 * ldy + 16 * h;
+        if (t / 2 >= valid) break;
+        const __m512 was = o->col > 0 ? _mm512_maskz_loadu_ps(o->some[h], to) : moqi_panel_bias_512(w, o->some[h], 16 * h);
+        _mm512_mask_storeu_ps(to, o->some[h], _mm512_fmadd_ps(total[t], _mm512_loadu_ps(w->mul + 16 * h), was));
+    }
+}
+
+MOQI_VNNI static void moqi_block_pairs_i8_512(const moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy)
+{
+    const int64_t each = 1 + 3 * MOQI_PANEL_ROWS / m;
+    int64_t j = 0, r = 0;
+    moqi_i8_walk o;
+    moqi_i8_walks(w, &o);
+    for (; m - j > 1; j += 3) {
+        for (const int64_t end = moqi_min(MOQI_PANEL_ROWS, r + each); r < end; r++) moqi_panel_ask(w, r, 4);
+        moqi_panel_pairs_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, (int)moqi_min(3, m - j), 3);
+    }
+    if (j < m) moqi_panel_pairs_tokens(w, &o, x + j * ldx, ldx, y + j * ldy, ldy, 1, 1);
+}
+
+static void moqi_pairs_i8_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    (void)step;
+    moqi_i8_own_512(p, x, n, out, 1);
 }
 
 MOQI_LINES_BEGIN
@@ -14389,6 +14527,13 @@ static int moqi_i8_after_512(const moqi_tiled *p)
 
 static const moqi_way moqi_dot_way_512 = {"codes in place, integers", 4, moqi_dot_takes_512, moqi_dot_arrange_512, moqi_dots_512, NULL, NULL};
 
+static int moqi_pairs_i8_takes(const moqi_tiled *p)
+{
+    return p->fine && p->shift == 4 && p->groups > 1 && p->scale_dtype == MOQ_F8_E4M3 ? moqi_i8_after_512(p) : 0;
+}
+
+static const moqi_way moqi_i8_way_pairs = {"INT8 panels of two groups", 4, moqi_pairs_i8_takes, moqi_pairs_i8_arrange, moqi_panels_i8,
+                                           moqi_panel_pairs_512, moqi_block_pairs_i8_512};
 static const moqi_way moqi_i8_way_512 = {"INT8 panels", 4, moqi_i8_after_512, moqi_i8_arrange_512, moqi_panels_i8, moqi_panel_i8_512, moqi_block_i8_512};
 #endif
 
@@ -16904,7 +17049,7 @@ static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, mo
 /* Zen 4 and later: BF16 dot products run as fast as multiply-adds (Intel's at half the rate). The prefetcher of the second-level cache follows
    streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers.
    It is too small for x too, and the second one gives half a vector in the time of a multiply-add of three or four. */
-static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_512,
+static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_pairs, &moqi_i8_way_512,
                                                  &moqi_pairs_way, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768, 1};
