@@ -14136,20 +14136,11 @@ MOQI_AVX512 static void moqi_dot_scales_512(const moqi_dot_pass *pass, int64_t r
     for (int64_t r = 0; r < rows; r++) moqi_lane_scales_512(p, row + r * step, pass->first, pass->end, pass->lane, 2, pass->scale + r * pass->lds);
 }
 
-/* Asks for the block that begins here, for the first-level cache or for the second one. */
-MOQI_INLINE void moqi_dot_ask(const uint8_t *at, int nibbles, int second)
+/* Asks for up to 4 lines of the cache from here on, for the first-level one or for the second. `lines` is a constant. */
+MOQI_INLINE void moqi_dot_ask(const uint8_t *at, int lines, int second)
 {
-    if (second) {
-        __builtin_prefetch(at, 0, 2);
-        __builtin_prefetch(at + 64, 0, 2);
-        if (!nibbles) __builtin_prefetch(at + 128, 0, 2);
-        if (!nibbles) __builtin_prefetch(at + 192, 0, 2);
-    } else {
-        __builtin_prefetch(at);
-        __builtin_prefetch(at + 64);
-        if (!nibbles) __builtin_prefetch(at + 128);
-        if (!nibbles) __builtin_prefetch(at + 192);
-    }
+    if (second) { MOQI_UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i, 0, 2); }
+    else { MOQI_UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(at + 64 * i); }
 }
 
 /* 256 nibbles of which the words of even number are put together, and those of odd number. */
@@ -14314,7 +14305,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
             }
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
                 const uint8_t *at = src + r * next;
-                if (ahead) moqi_dot_ask(at + ahead, nibbles, pass->zen);
+                if (ahead) moqi_dot_ask(at + ahead, nibbles ? 2 : 4, pass->zen);
                 if (nibbles) moqi_dot_pairs_512(_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), v[r]);
                 MOQI_UNROLL for (int t = 0; t < starts; t++) q[r][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
             }
@@ -14341,7 +14332,10 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                 }
             }
         }
-        if (rows == 4 && lie == MOQI_DOT_E4M3 && stop < pass->end) moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
+        if (rows == 4 && lie == MOQI_DOT_E4M3 && stop < pass->end) {
+            MOQI_UNROLL for (int r = 0; r < rows; r++) moqi_dot_ask(src + r * next + ahead, 1, pass->zen);
+            moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
+        }
         MOQI_UNROLL for (int r = 0; r < rows; r++)
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) {
                 if (convert) a[r][t] = _mm512_mul_ps(_mm512_cvtepi32_ps(q[r][t]), _mm512_loadu_ps(first + MOQI_DOT_WORDS * t + 64));
