@@ -858,6 +858,7 @@ static int tokens_json(token_rows *t, const char *path, const char *key)
             for (const moq_json *e = first; good && e; e = moq_json_next(list, e)) good = e->type == MOQ_JSON_ARRAY && tokens_json_row(t, e);
     }
     moq_json_destroy(doc);
+    if (!good && t->rows > 0) return refuse("%s: row %zu is no list of token ids, whole numbers from 0 on", path, t->rows);
     return good ? 0 : refuse("%s: %s%s is no list of token ids and no list of such lists", path, key ? "key " : "the file", key ? key : "");
 }
 
