@@ -2816,6 +2816,9 @@ typedef struct moqk_run_part {
     float factor;
 } moqk_run_part;
 
+/* What a kernel of this section can do beside its product; each costs registers, which the loop of INT4 has none of. JOINED: pairs, `into` and `mid` of
+   moqk_run. NORM: these, and x is the norm of the call's x, a row. */
+enum { MOQK_RUN_PLAIN, MOQK_RUN_JOINED, MOQK_RUN_NORM };
 enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4, MOQK_RUN_PLAYED = 2 }; /* the last: warps of a norm that a warp plays */
 
 __host__ __device__ static constexpr int moqk_run_warps(int products) { return products == 1 ? 32 : 28; } /* of a block at most */
@@ -2836,7 +2839,7 @@ typedef struct moqk_run {
     uint32_t bars_at, sums_at, x_at, x_pitch; /* of shared memory; bytes of a row of x */
     int32_t pitch;             /* floats of a row of x in the sums */
     /* What the calls before and after a product do in the same launch: see >>cuda-together */
-    int32_t norm;              /* > 0: x is the norm of the call's x; the threads of its own launch */
+    int32_t norm;              /* MOQK_RUN_NORM: the threads of the norm's own launch; else 0 */
     float eps;
     const float *norm_weight;  /* [cols] or NULL */
     void *normed;              /* [cols]: what the norm gives */
@@ -3221,23 +3224,23 @@ __device__ __forceinline__ void moqk_run_pair_up(const moqk_call &a, const moqk_
 
 /* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
    and after x is there: a launch takes a few microseconds. */
-template <int FORM, int STEP, int NB>
+template <int FORM, int STEP, int NB, int KIND>
 __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16;
+    const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
     const int32_t local = threadIdx.y, way = threadIdx.z, warp = way * cut.tiles + local, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0, begin = moqk_run_first(cut, rank * cut.ways);
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * cut.stages) * BYTES;
     const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
     const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * cut.stages) * 8;
-    int32_t part = cut.pairs ? local & 1 : 0, group = blockIdx.y;
+    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
     while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
-    if (part > 0 && !cut.pairs) group -= cut.part[part - 1].end;
+    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
     const moqk_run_part &p = cut.part[part];
-    const int32_t tile_count = (p.rows + 15) >> 4, first_tile = group * (cut.tiles >> cut.pairs);
-    const int32_t tile = min(first_tile + (local >> cut.pairs), tile_count - 1); /* one that is not there repeats the last */
+    const int32_t tile_count = (p.rows + 15) >> 4, first_tile = group * (cut.tiles >> pairs);
+    const int32_t tile = min(first_tile + (local >> pairs), tile_count - 1); /* one that is not there repeats the last */
     const int64_t tile_bytes = (int64_t)cut.chunks * BYTES, scales_at = tile_count * tile_bytes, scale = (int64_t)tile * p.groups * 8 + g;
     const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
     if (lane < cut.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
@@ -3262,7 +3265,7 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
     float acc[NB][4];
     float *sums = (float *)(void *)(shared + cut.sums_at);
-    if (cut.norm) { /* needs all registers: what a warp loaded before would be waited for, to be put away */
+    if constexpr (KIND == MOQK_RUN_NORM) { /* needs all registers: what a warp loaded before would be waited for, to be put away */
         h.ask(scales, zeros, c0, p.shift);
         const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
         const int32_t chunks = moqk_run_first(cut, (rank + 1) * cut.ways) - begin;
@@ -3292,18 +3295,18 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     else __syncthreads();
     /* Nothing of this is made earlier: there is no register for it beside the products. */
-    const moqk_run_part &q = cut.part[cut.pairs ? 0 : part]; /* the part whose rows the block adds up */
-    const int32_t first = (first_tile + rank * (cut.tiles_own >> cut.pairs)) * 16;
-    const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> cut.pairs) * 16), q.rows - first);
+    const moqk_run_part &q = cut.part[pairs ? 0 : part]; /* the part whose rows the block adds up */
+    const int32_t first = (first_tile + rank * (cut.tiles_own >> pairs)) * 16;
+    const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
     for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
         int32_t m, r;
         if (!moqk_run_row(cut, last, o, &m, &r)) continue;
         const float *from = sums + m * cut.pitch + r;
         const int64_t at = (int64_t)m * a.ldy + q.y_first + first + r;
-        if (!cut.pairs) {
+        if (!pairs) {
             const float v = moqk_run_sum<FORM, STEP>(cut, q, from, first + r);
             moqk_store(a, at, v);
-            if (cut.into) moqk_put_any(cut.into, at, moqk_get_any(cut.into, at, a.y_bf16) + moqk_rounded_any(v, a.y_bf16), a.y_bf16);
+            if (KIND != MOQK_RUN_PLAIN && cut.into) moqk_put_any(cut.into, at, moqk_get_any(cut.into, at, a.y_bf16) + moqk_rounded_any(v, a.y_bf16), a.y_bf16);
             continue;
         }
         from += r & ~15; /* tiles of gate and up in turn */
@@ -5743,17 +5746,19 @@ static void moqc_launch_ring(const moqc_job *j, int form, int step, const moqk_r
 
 typedef void (*moqc_run_kernel)(const moqk_call, const moqk_run);
 
-template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(int columns)
+template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(int columns, int kind)
 {
-    return columns <= 8 ? moqk_decode_run<FORM, STEP, 1> : moqk_decode_run<FORM, STEP, 2>;
+    if (kind == MOQK_RUN_NORM) return moqk_decode_run<FORM, STEP, 1, MOQK_RUN_NORM>;
+    if (columns <= 8) return kind ? moqk_decode_run<FORM, STEP, 1, MOQK_RUN_JOINED> : moqk_decode_run<FORM, STEP, 1, MOQK_RUN_PLAIN>;
+    return kind ? moqk_decode_run<FORM, STEP, 2, MOQK_RUN_JOINED> : moqk_decode_run<FORM, STEP, 2, MOQK_RUN_PLAIN>;
 }
 
-static moqc_run_kernel moqc_run_find(int form, int step, int columns)
+static moqc_run_kernel moqc_run_find(int form, int step, int columns, int kind)
 {
-    if (form == MOQK_NVFP4) return moqc_run_for<MOQK_NVFP4, 0>(columns);
-    if (form == MOQK_MXFP4) return moqc_run_for<MOQK_MXFP4, 0>(columns);
-    if (step == 0) return moqc_run_for<MOQK_FAST_U4, 0>(columns);
-    return step == 32 ? moqc_run_for<MOQK_FAST_U4, 32>(columns) : moqc_run_for<MOQK_FAST_U4, 64>(columns);
+    if (form == MOQK_NVFP4) return moqc_run_for<MOQK_NVFP4, 0>(columns, kind);
+    if (form == MOQK_MXFP4) return moqc_run_for<MOQK_MXFP4, 0>(columns, kind);
+    if (step == 0) return moqc_run_for<MOQK_FAST_U4, 0>(columns, kind);
+    return step == 32 ? moqc_run_for<MOQK_FAST_U4, 32>(columns, kind) : moqc_run_for<MOQK_FAST_U4, 64>(columns, kind);
 }
 
 /* Names the parts of this form; 0: they are more than a launch takes, or differ in columns. */
@@ -5876,7 +5881,8 @@ static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run 
 static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, int64_t bytes)
 {
     if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
-    const moqc_run_kernel kernel = moqc_run_find(form, step, u->columns);
+    const int kind = u->norm ? MOQK_RUN_NORM : u->pairs || u->into || u->mid ? MOQK_RUN_JOINED : MOQK_RUN_PLAIN;
+    const moqc_run_kernel kernel = moqc_run_find(form, step, u->columns, kind);
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
     memset(with, 0, sizeof with);
