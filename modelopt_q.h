@@ -12252,6 +12252,18 @@ static void moqi_row_scales(const moqi_tiled *p, int64_t row, int64_t rows, floa
     }
 }
 
+/* y[r] = bias[r] + (scale[r] mul) sum[r]; bias and scale may be NULL. `rows` of all three */
+MOQI_AVX512 static void moqi_stream_give_512(const float *bias, const float *scale, float mul, const float *sum, int64_t rows, float *y)
+{
+    for (int64_t r = 0; r < rows; r += 16) {
+        const __mmask16 some = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
+        __m512 v = _mm512_set1_ps(mul);
+        if (scale) v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(some, scale + r));
+        v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(some, sum + r));
+        _mm512_mask_storeu_ps(y + r, some, _mm512_add_ps(bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps(), v));
+    }
+}
+
 /* Tokens run in groups of 8; x of a group is taken in pieces that stay in a near cache while the rows pass by. */
 MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
                                         float *y, int64_t ldy, float *acc)
@@ -12290,6 +12302,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
             moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, 96, tokens, acc + s.lda * r);
         moqi_stream_sums_512(acc, rows * s.lda / 16);
         if (whole) moqi_row_scales(p, row, rows, s.scale);
+        if (tokens == 1) { moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? s.scale : NULL, mul, acc, rows, y + j * ldy); continue; }
         for (int64_t r = 0; r < rows; r++) s.scale[r] = whole ? s.scale[r] * mul : mul;
         for (int t = 0; t < tokens; t++)
             for (int64_t r = 0; r < rows; r++) y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + s.scale[r] * acc[r * tokens + t];
@@ -14434,6 +14447,18 @@ MOQI_AVX512 static void moqi_dot_begin_512(moqi_dot_pass *pass)
     }
 }
 
+/* Which of 16 scales the lanes of two blocks take, twice. lane: [4][16] */
+MOQI_AVX512 static void moqi_dot_order_512(const moqi_tiled *p, int32_t *lane)
+{
+    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* of 16 columns; see moqi_dot_lane */
+    for (int i = 0; i < 4; i++) {
+        __m512i c = _mm512_set1_epi32(i % 2 * 256);
+        if (p->form == MOQI_CODES_NIBBLES) c = _mm512_add_epi32(c, _mm512_slli_epi32(order, 4));
+        c = p->shift < 9 ? _mm512_and_si512(_mm512_srl_epi32(c, _mm_cvtsi32_si128(p->shift)), _mm512_set1_epi32(15)) : _mm512_setzero_si512();
+        _mm512_storeu_si512(lane + 16 * i, c);
+    }
+}
+
 /* Rows of x in groups of up to 8 digits; `x` of a group is taken in pieces that stay in a near cache. */
 MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,
                                     float *y, int64_t ldy, float *acc)
@@ -14456,10 +14481,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     s.scale = one + moqi_pad16(rows);
     for (int64_t r = 0; whole && r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, one + r);
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
-    for (int i = 0; i < 64; i++) {
-        int g = i / 16 % 2 * 16 + i % 4 / 2 * 8 + i % 16 / 4 * 2 + i % 2; /* of 16 columns */
-        s.lane[i] = p->shift < 9 ? (nibbles ? 16 * g : i / 16 % 2 * 256) >> p->shift & 15 : 0;
-    }
+    moqi_dot_order_512(p, s.lane);
     for (int64_t j = 0, some; j < m; j += some) {
         some = moqi_min(8 / digits, m - j);
         s.slots = (int)some * digits;
@@ -14490,15 +14512,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         for (int64_t i = 0; i < some; i++) {
             const float *sum = acc + rows * i;
             float *to = y + (j + i) * ldy;
-            int64_t r = 0;
-            for (; r + 16 <= rows; r += 16) {
-                __m512 v = _mm512_set1_ps(mul);
-                if (whole) v = _mm512_mul_ps(v, _mm512_loadu_ps(one + r));
-                v = _mm512_mul_ps(v, _mm512_loadu_ps(sum + r));
-                _mm512_storeu_ps(to + r, p->bias ? _mm512_add_ps(_mm512_loadu_ps(p->bias + row + r), v) : v);
-            }
-            for (; r < rows; r++) to[r] = (p->bias ? p->bias[row + r] : 0) + mul * (whole ? one[r] : 1) * sum[r];
-            for (r = 0; !numbers && r < rows; r++) /* a scale that is no number makes its row none */
+            moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? one : NULL, mul, sum, rows, to);
+            for (int64_t r = 0; !numbers && r < rows; r++) /* a scale that is no number makes its row none */
                 if (!moqi_dot_numbers_512(p, lie, row + r, 1)) to[r] = moqi_bits_f32(0x7fc00000u);
         }
     }
