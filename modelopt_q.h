@@ -12079,10 +12079,8 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
         }
         MOQI_UNROLL for (int k = 0; k < steps; k++) {
             __m512 w[4];
-            MOQI_UNROLL for (int r = 0; r < rows; r++) {
-                w[r] = moqi_stream_lanes_512(dtype, src[r], halves[r], k);
-                if (scaled) w[r] = _mm512_mul_ps(w[r], _mm512_set1_ps(scale[256 * r + k / 2]));
-            }
+            MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = moqi_stream_lanes_512(dtype, src[r], halves[r], k);
+            if (scaled) MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = _mm512_mul_ps(w[r], _mm512_set1_ps(scale[256 * r + k / 2]));
             MOQI_UNROLL for (int t = 0; t < tokens; t++) {
                 __m512 v = _mm512_loadu_ps(MOQI_X(t) + 16 * k);
                 __asm__("" : "+v"(v)); /* one load for all rows */
@@ -12101,26 +12099,27 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
 /* So many rows for any number of tokens: their sums, the weights and one vector of x fit into 32 registers. */
 static int moqi_stream_together_512(int tokens, int pairs) { return tokens <= 4 ? 4 : pairs ? 2 : tokens <= 6 ? 4 : 3; }
 
-#define MOQI_STREAM_SOME(name, dtype, pairs, scaled) \
+/* Few layers of INT8 get here: of the numbers of tokens only those that are powers of two. */
+#define MOQI_STREAM_SOME(name, all, dtype, pairs, scaled) \
     MOQI_AVX512 static void name(const moqi_stream_pass *pass, int tokens, const int64_t *row, float *const *acc) \
     { \
         switch (tokens) { \
         case 1: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 1, row, acc); break; \
         case 2: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 2, row, acc); break; \
-        case 3: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 3, row, acc); break; \
+        case 3: if (all) moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 3, row, acc); break; \
         case 4: moqi_stream_some_512(pass, dtype, pairs, scaled, 4, 4, row, acc); break; \
-        case 5: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 4, 5, row, acc); break; \
-        case 6: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 4, 6, row, acc); break; \
-        case 7: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 3, 7, row, acc); break; \
+        case 5: if (all) moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 4, 5, row, acc); break; \
+        case 6: if (all) moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 4, 6, row, acc); break; \
+        case 7: if (all) moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 3, 7, row, acc); break; \
         default: moqi_stream_some_512(pass, dtype, pairs, scaled, pairs ? 2 : 3, 8, row, acc); break; \
         } \
     }
-MOQI_STREAM_SOME(moqi_stream_some_pairs, MOQ_F8_E4M3, 1, 0)
-MOQI_STREAM_SOME(moqi_stream_some_pairs_scaled, MOQ_F8_E4M3, 1, 1)
-MOQI_STREAM_SOME(moqi_stream_some_e4m3, MOQ_F8_E4M3, 0, pass->p->scales && pass->p->groups > 1)
-MOQI_STREAM_SOME(moqi_stream_some_i8, MOQ_I8, 0, pass->p->scales && pass->p->groups > 1)
-MOQI_STREAM_SOME(moqi_stream_some_bf16, MOQ_BF16, 0, 0)
-MOQI_STREAM_SOME(moqi_stream_some_f16, MOQ_F16, 0, 0)
+MOQI_STREAM_SOME(moqi_stream_some_pairs, 1, MOQ_F8_E4M3, 1, 0)
+MOQI_STREAM_SOME(moqi_stream_some_pairs_scaled, 1, MOQ_F8_E4M3, 1, 1)
+MOQI_STREAM_SOME(moqi_stream_some_e4m3, 1, MOQ_F8_E4M3, 0, pass->p->scales && pass->p->groups > 1)
+MOQI_STREAM_SOME(moqi_stream_some_i8, 0, MOQ_I8, 0, pass->p->scales && pass->p->groups > 1)
+MOQI_STREAM_SOME(moqi_stream_some_bf16, 1, MOQ_BF16, 0, 0)
+MOQI_STREAM_SOME(moqi_stream_some_f16, 1, MOQ_F16, 0, 0)
 #undef MOQI_STREAM_SOME
 
 /* The pass over some rows of wider codes for up to 8 tokens, a few that are a part of them apart at a time. Where the last is missing the first is
@@ -12282,7 +12281,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
     for (int i = 0; i < 64; i++) s.lane[i] = p->shift < 9 ? (int32_t)((nibbles ? 8 * i : 32 * i) >> p->shift & 15) : 0;
     for (int64_t j = 0, step; j < m; j += step) {
         int tokens = (int)moqi_min(8, m - j);
-        if (nibbles) tokens = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
+        if (nibbles || p->dtype == MOQ_I8) tokens = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
         int64_t piece = nibbles ? 8192 / tokens : moqi_min(8192, p->k->piece / tokens / 512 * 512); /* scales are for no more */
         int64_t visit = moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8;
         step = tokens;
