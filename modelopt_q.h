@@ -12080,7 +12080,9 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
         MOQI_UNROLL for (int k = 0; k < steps; k++) {
             __m512 w[4];
             MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = moqi_stream_lanes_512(dtype, src[r], halves[r], k);
-            if (scaled) MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = _mm512_mul_ps(w[r], _mm512_set1_ps(scale[256 * r + k / 2]));
+            if (scaled) {
+                MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = _mm512_mul_ps(w[r], _mm512_set1_ps(scale[256 * r + k / 2]));
+            }
             MOQI_UNROLL for (int t = 0; t < tokens; t++) {
                 __m512 v = _mm512_loadu_ps(MOQI_X(t) + 16 * k);
                 __asm__("" : "+v"(v)); /* one load for all rows */
@@ -12617,9 +12619,11 @@ MOQI_INLINE MOQI_AVX2 void moqi_run_wide_256(const moqi_run_pass *run, const uin
         MOQI_UNROLL for (int h = 0; h < 2; h++, x += 32, src += e4m3 ? 32 : 64) {
             __m256i v[2];
             __builtin_prefetch(src + MOQI_STREAM_AHEAD);
-            if (e4m3) most = _mm256_max_epu8(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)src), size));
-            MOQI_UNROLL for (int k = 0; k < 2 && e4m3; k++)
-                v[k] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(src + 16 * k))), 7), keep);
+            if (e4m3) {
+                most = _mm256_max_epu8(most, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(const void *)src), size));
+                MOQI_UNROLL for (int k = 0; k < 2; k++)
+                    v[k] = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(src + 16 * k))), 7), keep);
+            }
             MOQI_UNROLL for (int k = 0; k < 4; k++) {
                 const __m256 xk = _mm256_loadu_ps(x + 8 * k);
                 __m256 w;
