@@ -11809,6 +11809,19 @@ static int64_t moqi_stream_group(const moqi_tiled *p, int64_t c) { return p->shi
 #ifdef MOQI_X86
 /* ---- AVX-512 ---- */
 
+/* What is asked for waits until the address of its page is known, and the core with it: four streams that come to new pages one after the other stop it
+   four times. So the next pages of all of them are looked up at once, every 16 KB. at: the first stream, the others `apart`; left: bytes up to the next
+   time, 0 at the beginning and INT64_MAX for never */
+enum { MOQI_PAGE = 4096, MOQI_PAGES = 4 };
+
+MOQI_INLINE void moqi_stream_pages(const uint8_t *at, int64_t apart, int64_t bytes, int64_t *left)
+{
+    if ((*left -= bytes) >= 0) return;
+    *left += MOQI_PAGES * MOQI_PAGE;
+    for (int i = 1; i <= MOQI_PAGES; i++)
+        MOQI_UNROLL for (int k = 0; k < 4; k++) __builtin_prefetch(at + k * apart + MOQI_PAGE * i, 0, 2);
+}
+
 /* Up to 16 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
 MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
 {
@@ -12131,7 +12144,9 @@ MOQI_AVX512 static void moqi_stream_wide_512(const moqi_stream_pass *pass, int64
     const moqi_tiled *p = pass->p;
     const int some = moqi_stream_together_512(tokens, pass->pairs), scaled = p->scales && p->groups > 1;
     const int64_t step = moqi_ceil_div(rows, some);
+    int64_t pages = some == 4 && p->k->zen && pass->end - pass->first == p->layer.cols ? 0 : INT64_MAX;
     for (int64_t r = 0; r < step; r++) {
+        moqi_stream_pages(p->codes + (row + r) * p->row_bytes, step * p->row_bytes, p->row_bytes, &pages);
         int64_t at[4];
         float *to[4];
         for (int k = 0; k < some; k++) {
@@ -14299,13 +14314,14 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     uint8_t edge[4][256];
     __m512 a[4][8];
     __m512i q[4][8], v[4][2], w[4];
-    int64_t done = 0;
+    int64_t done = 0, pages = rows == 4 && pass->zen && pass->end - pass->first == p->layer.cols ? 0 : INT64_MAX;
     for (acc += pass->slot / digits * lda; count > 0; count--, row++, acc += 16) {
         const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
         const int64_t turn = rows == 1 ? done++ % 4 : 0; /* scales of 4 rows at a time */
         const float *x = first, *scale = pass->scale + turn * pass->lds, *from = pass->first ? acc : pass->begin[pass->slot / digits];
         const int64_t ldf = pass->first ? lda : 16, apart = pass->first ? 16 * step : 0;
         int64_t next = step * p->row_bytes, left = p->groups - (pass->first >> shift);
+        if (rows == 4) moqi_stream_pages(src, next, p->row_bytes, &pages);
         if (!lie && !solid && turn == 0) moqi_dot_scales_512(pass, row, rows == 1 ? moqi_min(4, count) : rows, rows == 1 ? 1 : step);
         MOQI_UNROLL for (int r = 0; r < rows; r++) {
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + apart * r);
