@@ -8164,10 +8164,11 @@ typedef struct llmi_falling {
     int32_t end[LLMI_BUCKETS + 1]; /* of each bucket in index, where the one before it begins */
 } llmi_falling;
 
-/* The llmi_ordered of a float below all that are in the first `buckets`: of what the lowest may have been rounded up from, or of -infinity. */
+/* The llmi_ordered of a float below all that are in the first `buckets`, or of -infinity: one bucket lower, because a logit at the edge of the last
+   one may be rounded into it here and out of it there, and near 0 many floats lie between. */
 static int32_t llmi_below(const llmi_falling *f, int32_t buckets)
 {
-    double least = f->max - buckets / f->scale;
+    double least = f->max - (buckets + 1) / f->scale;
     return least > -3e38 ? llmi_ordered((float)least) - 1 : -0x7f800001;
 }
 

@@ -1280,6 +1280,27 @@ static void test_llm_sample_plain(void)
     }
 }
 
+/* Logits around 0 at the edge of a bucket, which (max - logit) / T and max - bucket * T put on either side of it. */
+static void test_llm_sample_edges(void)
+{
+    static const float small[] = {-0.0f, 0.0f, -1e-45f, 1e-45f, -1e-20f};
+    int32_t order[4], last[4];
+    float a[4], b[4];
+    for (int n = 1; n < 200; n += 2)
+        for (int k = 1; k < 700; k++) {
+            float logits[4] = {-1e30f, small[k % 5], -1e30f, 0};
+            llm_sampling s;
+            uint64_t state = (uint64_t)(700 * n + k), again = state;
+            memset(&s, 0, sizeof s);
+            s.temperature = (float)n / 128;
+            s.top_k = 2;
+            logits[3] = (float)k / 64 * s.temperature;
+            int32_t index[4] = {0, 0, 0, 0};
+            CHECK_INT(llm_sample(&s, logits, 4, &state, a, index), plain_sample(&s, logits, 4, &again, b, order, last));
+            CHECK(state == again && index[3] == 3 && index[2] == 1);
+        }
+}
+
 /* ---- streaming ---- */
 
 /* Bytes arrive one by one; pieces are whole characters, and together the text with U+FFFD for what is no UTF-8. */
@@ -1573,6 +1594,7 @@ int main(int argc, char **argv)
     RUN(test_llm_sample_greedy);
     RUN(test_llm_sample_distributions);
     RUN(test_llm_sample_plain);
+    RUN(test_llm_sample_edges);
     RUN(test_llm_stream_utf8);
     RUN(test_llm_demo_answer);
     RUN(test_llm_step_equals_next);
