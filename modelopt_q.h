@@ -12144,7 +12144,7 @@ MOQI_AVX512 static void moqi_stream_wide_512(const moqi_stream_pass *pass, int64
     const moqi_tiled *p = pass->p;
     const int some = moqi_stream_together_512(tokens, pass->pairs), scaled = p->scales && p->groups > 1;
     const int64_t step = moqi_ceil_div(rows, some);
-    int64_t pages = some == 4 && p->k->zen && pass->end - pass->first == p->layer.cols ? 0 : INT64_MAX;
+    int64_t pages = tokens == 1 && p->k->zen && pass->end - pass->first == p->layer.cols ? 0 : INT64_MAX;
     for (int64_t r = 0; r < step; r++) {
         moqi_stream_pages(p->codes + (row + r) * p->row_bytes, step * p->row_bytes, p->row_bytes, &pages);
         int64_t at[4];
