@@ -12318,10 +12318,10 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
             moqi_lane_zeros_512(p, row + r, x + j * ldx + (p->layer.cols + 127) / 128 * 128, ldx, 96, tokens, acc + s.lda * r);
         moqi_stream_sums_512(acc, rows * s.lda / 16);
         if (whole) moqi_row_scales(p, row, rows, s.scale);
-        if (tokens == 1) { moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? s.scale : NULL, mul, acc, rows, y + j * ldy); continue; }
-        for (int64_t r = 0; r < rows; r++) s.scale[r] = whole ? s.scale[r] * mul : mul;
-        for (int t = 0; t < tokens; t++)
-            for (int64_t r = 0; r < rows; r++) y[(j + t) * ldy + r] = (p->bias ? p->bias[row + r] : 0) + s.scale[r] * acc[r * tokens + t];
+        for (int t = 0; t < tokens; t++) { /* the same code for one token: compilers fuse sums with products as they like, and not everywhere alike */
+            for (int64_t r = 0; tokens > 1 && r < rows; r++) pack[r] = acc[r * tokens + t];
+            moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? s.scale : NULL, mul, tokens > 1 ? pack : acc, rows, y + (j + t) * ldy);
+        }
     }
 }
 

@@ -780,6 +780,7 @@ static void test_backend_few_rows_alone(void)
         if ((f->elem != MOQ_F16 && f->elem != MOQ_BF16 && f->elem != MOQ_F8_E4M3) || strstr(f->name, "out]") || cols % f->col_unit) continue;
         layer l;
         layer_make(&l, f, HEIGHT, cols);
+        l.w.bias = layer_view(layer_floats(&l, HEIGHT, 0.3f), MOQ_F32, HEIGHT); /* a compiler may fuse it with a product */
         for (int nan = 0; nan < 2 && (!nan || f->elem == MOQ_F8_E4M3); nan++) {
             if (nan) ((uint8_t *)(uintptr_t)l.w.codes.data)[20 * cols + 3] = 0xff;
             for (int k = 0; moqi_get_kernels(k); k++) {
@@ -812,6 +813,33 @@ static void test_backend_few_rows_alone(void)
         if (wrong || far) printf("    %s, %d columns: %d, %d\n", f->name, cols, wrong, far);
         CHECK_INT(wrong, 0);
         CHECK_INT(far, 0);
+        layer_free(&l);
+    }
+}
+
+/* One row of x: tasks of a worker alone are longer than those of several, and nobody can tell from what they write. */
+static void test_backend_long_tasks(void)
+{
+    enum { HEIGHT = 2080, WIDTH = 128 };
+    static float x[WIDTH], y[2][HEIGHT];
+    moq_error err;
+    for (int i = 0; i < WIDTH; i++) x[i] = test_normal();
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        layer l;
+        layer_make(&l, &layer_formats[i], HEIGHT, WIDTH);
+        l.w.bias = layer_view(layer_floats(&l, HEIGHT, 0.3f), MOQ_F32, HEIGHT);
+        for (int k = 0; moqi_get_kernels(k); k++)
+            for (int act = 0; act <= (int)MOQ_ACT_BF16; act++) {
+                for (int t = 0; t < 2; t++) {
+                    moq_backend *be = backend_of(moqi_get_kernels(k)->name, (moq_act)act, t ? 5 : 1);
+                    moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+                    CHECK(w != NULL && be->reserve(be, 1, &err) == MOQ_OK);
+                    be->linear(be, w, x, 1, y[t]);
+                    be->release_weight(be, w);
+                    moq_backend_destroy(be);
+                }
+                CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
+            }
         layer_free(&l);
     }
 }
@@ -1700,6 +1728,7 @@ int main(int argc, char **argv)
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
     RUN(test_backend_few_rows_alone);
+    RUN(test_backend_long_tasks);
     RUN(test_backend_callers_jobs);
     RUN(test_backend_refuses);
     RUN(test_backend_embed);
