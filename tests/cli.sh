@@ -271,6 +271,10 @@ cp "$demo/config.json" "$dir/pickled"
 : >"$dir/pickled/pytorch_model.bin"
 run quantize "$dir/pickled" "$dir/q4" --recipe mxfp4
 check "a folder of pickles" refused "save the model as .safetensors"
+cp "$demo/model.safetensors" "$dir/pickled"
+run run "$dir/pickled" --prompt x
+check "a pickle beside a model is not what is wrong" refused "tokenizer.json"
+check "a pickle beside a model is not named" sh -c "! grep -q PyTorch '$dir/err'"
 run inspect "$demo/model.safetensors"
 check "a lone file" refused "moq verify"
 mkdir "$dir/foreign"

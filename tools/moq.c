@@ -157,15 +157,19 @@ static const char *foreign_file(const char *name)
     return NULL;
 }
 
-/* The same of a file or of what lies in a folder. */
+/* The same of a file or of what lies in a folder; NULL of one that has .safetensors, where a .bin is a trainer's. */
 static const char *foreign_model(const char *path)
 {
     const char *found = foreign_file(path);
     DIR *d = found ? NULL : opendir(path);
     struct dirent *entry;
-    while (d && !found && (entry = readdir(d)) != NULL) found = foreign_file(entry->d_name);
+    int known = 0;
+    while (d && (entry = readdir(d)) != NULL) {
+        known |= ends_with(entry->d_name, ".safetensors");
+        if (!found) found = foreign_file(entry->d_name);
+    }
     if (d) closedir(d);
-    return found;
+    return known ? NULL : found;
 }
 
 static int refuse_error(const char *path, const moq_error *err)
