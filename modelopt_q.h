@@ -13560,7 +13560,7 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_i8_most_512(const float *x)
 }
 
 /* moqi_i8_arrange for inputs with a scale of their own for every 16, 32 or 64 columns, 256 of them at a time. What 127 / amax cannot reach, below
-   1e-36, is rounded in steps of 2^-126. pairs: as moqi_panel_pairs_tokens wants x */
+   1e-36 (with pairs 3e-29), is rounded in steps of 2^-126. pairs: as moqi_panel_pairs_tokens wants x */
 MOQI_VNNI static void moqi_i8_own_512(const moqi_tiled *p, const float *x, int64_t n, float *out, int pairs)
 {
     const __m512i lanes = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
@@ -13814,7 +13814,7 @@ MOQI_VNNI static void moqi_block_i8_512(const moqi_panel *w, const float *x, int
    power of two, so that the largest of 64 columns lies in [2^13, 2^14), are whole numbers; what others, 2^10 times smaller, lose is less than the
    largest times a step of such a sum. So lanes hold two runs of 16 columns of a row side by side, vpackssdw makes words of two vectors, in the
    order of rows, and one vpdpwssd multiplies two sums with their scales. 64 columns then are whole numbers below 2^31, whose power of two is added
-   to the exponents of their F32; it is never less than 1, because a sum may be 0. */
+   to the exponents of their F32; it is never less than 1, because a sum may be 0, and then becomes 2^-110 times x's scale at most. */
 
 /* Scales [16 columns][32] -> words of two in 16 bits [32 columns][32], and exponents [64 columns][32] in place of starts. 16 rows from h on */
 MOQI_AVX512 static void moqi_panel_shorts_512(moqi_panel *w, int64_t h)

@@ -347,7 +347,8 @@ LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tok
 /* Run `count` tokens at positions pos, pos + 1, ... of a slot (positions before pos must have been run). logits: [count, vocab] F32 of
    every token, or NULL; last: [vocab] of the last token, or NULL. */
 LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int32_t count, int32_t pos, float *logits, float *last, moq_error *err);
-/* Choose a token from logits [vocab]; `state` is the generator's state, start it from llm_sampling.seed. `scratch` [vocab] floats and ints may be NULL when greedy. */
+/* Choose a token from logits [vocab]; `state` is the generator's state, start it from llm_sampling.seed. `scratch` [vocab] floats and ints may be NULL when greedy.
+   Filters (top_k, top_p, min_p, typical_p) want 27 KB of stack. */
 LLM_API int32_t llm_sample(const llm_sampling *s, const float *logits, int32_t vocab, uint64_t *state, float *scratch, int32_t *index);
 /* What s says of penalties and bias, on logits [vocab] in place; tokens [count] are what was read and written, from index `answer` on the
    answer. counts: [vocab] scratch. */
@@ -9874,7 +9875,7 @@ static void llmi_schema_add(llmi_schema *c, llmi_view *v, const moq_json *node)
     if ((ref = moq_json_find(node, "$ref")) != NULL && c->code >= 0) {
         const moq_json *to = moq_json_string(ref) ? llmi_schema_resolve(c, ref->text) : NULL;
         if (!to)
-            LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, ref, "'%q' names nothing in this schema; only references of the form #/$defs/name are followed",
+            LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, ref, "'%q' names nothing in this schema; references are followed within it alone, as #/$defs/name",
                                ref->text ? ref->text : "");
         else llmi_schema_add(c, v, to);
         if (node->count == 1 && c->code >= 0) { /* says nothing of its own: what leads to one schema in two ways is one */

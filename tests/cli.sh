@@ -259,6 +259,8 @@ run run "$demo" --prompt hello --top-p 1.5
 check "share beyond 1" refused "--top-p is a number from 0 to 1, not '1.5'"
 run run "$demo" --prompt hello --temperature 1
 check "another name of an option" refused "is --temp meant"
+run run "$demo" --prompt hello --json-shema x
+check "a slip in an option that begins like another" refused "is --json-schema meant"
 run run "$demo" --prompt hello --max_tokens 1
 check "another spelling of an option" refused "is --max-tokens meant"
 run inspcet "$demo"

@@ -443,10 +443,10 @@ static const option_row option_table[] = {
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
     {"max-tokens", KIND_INT, FIELD(max_tokens), "N", "stop after N generated tokens (0: when the turn or the context ends)"},
     {"temp", KIND_REAL, FIELD(temp), "X", "temperature (default 0: greedy)"},
-    {"top-k", KIND_INT, FIELD(top_k), "K", "sample from the K best tokens"},
-    {"top-p", KIND_REAL, FIELD(top_p), "P", "sample from the best tokens of total probability P"},
+    {"top-k", KIND_INT, FIELD(top_k), "K", "sample from the K best tokens (default 0: all); with --temp"},
+    {"top-p", KIND_REAL, FIELD(top_p), "P", "sample from the best tokens of total probability P (default 0: all); with --temp"},
     {"min-p", KIND_REAL, FIELD(min_p), "P", "drop tokens below P times the best one's probability"},
-    {"seed", KIND_INT, FIELD(seed), "S", "seed of the sampler"},
+    {"seed", KIND_INT, FIELD(seed), "S", "seed of the sampler (default 0: the same answer every time)"},
     {"raw", KIND_FLAG, FIELD(raw), "", "no chat frame: continue the prompt"},
     {"stats", KIND_FLAG, FIELD(stats), "", "tokens per second on stderr"},
     {"decode", KIND_FLAG, FIELD(decode), "", "ids to text"},
@@ -530,11 +530,11 @@ static int refuse_option(const verb_row *verb, const char *a)
     for (char *at = copy; *at; at++)
         if (*at == '_') *at = '-';
     name += strspn(name, "-");
-    for (int i = 0; i < COUNT(option_table); i++) {
-        const char *other = option_table[i].name;
+    for (int i = 0; i < 2 * COUNT(option_table); i++) { /* slips come first: --json-shema begins like --json */
+        const char *other = option_table[i % COUNT(option_table)].name;
         size_t n = strlen(name), m = strlen(other), least = n < m ? n : m;
         if (!in_list(verb->options, other) && !in_list(COMMON_OPTIONS, other)) continue;
-        if (is_slip(name, other) || (least > 2 && strncmp(name, other, least) == 0))
+        if (i < COUNT(option_table) ? is_slip(name, other) : least > 2 && strncmp(name, other, least) == 0)
             return refuse("there is no option '%s'; is --%s meant? Try: moq help %s", a, other, verb->name);
     }
     return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
@@ -2812,7 +2812,7 @@ static const verb_row verb_table[] = {
      "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
     {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m copies encode",
-     "Layers with random weights: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes and, on a\nGPU, over that of cuBLAS with BF16 weights where it is installed.\n"
+     "How fast layers with random weights are, or a model.\nOf layers: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes and, on a\nGPU, over that of cuBLAS with BF16 weights where it is installed.\n"
      "With DIR: prompt and generation tokens per second. With --encode: how fast one core quantizes BF16 weights to each format.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
     {"selftest", verb_selftest, 0, 0, "", "json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
@@ -2840,7 +2840,7 @@ static int help_all(void)
 static int help_verb(const verb_row *v)
 {
     int computes = !in_list("verify dequant tokenize recipes diff", v->name);
-    printf("usage: moq %s %s%s\n\n%s\n\n", v->name, v->arguments, v->options[0] ? " [options]" : "", v->help);
+    printf("usage: moq %s%s%s%s\n\n%s\n\n", v->name, v->arguments[0] ? " " : "", v->arguments, v->options[0] ? " [options]" : "", v->help);
     for (int i = 0; i < COUNT(option_table); i++) {
         const option_row *row = &option_table[i];
         char name[64];
