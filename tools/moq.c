@@ -292,7 +292,8 @@ static void note_leftovers(const char *target)
     DIR *d = n > 0 && base < sizeof folder ? opendir(folder) : NULL;
     while (d && (entry = readdir(d)) != NULL) {
         const char *tail = entry->d_name + (strncmp(entry->d_name, target + base, n) == 0 ? n : strlen(entry->d_name));
-        long process = strncmp(tail, ".tmp-", 5) == 0 ? strtol(tail + 5, NULL, 10) : 0;
+        const int ours = strncmp(tail, ".tmp-", 5) == 0 && tail[5 + strspn(tail + 5, "0123456789-")] == 0;
+        long process = ours ? strtol(tail + 5, NULL, 10) : 0;
         if (process < 1 || kill((pid_t)process, 0) == 0 || errno != ESRCH) continue;
         fprintf(stderr, "moq: note: %.*s%s is what a run that was killed left behind; remove it\n", (int)base, target, entry->d_name);
     }
@@ -544,7 +545,9 @@ static int refuse_option(const verb_row *verb, const char *a)
 static long long most_of(const option_row *row)
 {
     static const struct { size_t at; long long most; } limits[] = {
-        {FIELD(seed), INT64_MAX}, {FIELD(threads), 1024}, {FIELD(context), 1 << 24}, {FIELD(chunk), 65536}, {FIELD(copies), MOST_COPIES}, {FIELD(temp), 1000000}, {FIELD(top_p), 1}, {FIELD(min_p), 1}, {FIELD(bits), 32}};
+        {FIELD(seed), INT64_MAX}, {FIELD(threads), 1024}, {FIELD(context), 1 << 24}, {FIELD(chunk), 65536},
+        {FIELD(copies), MOST_COPIES}, {FIELD(temp), 1000000}, {FIELD(top_p), 1}, {FIELD(min_p), 1}, {FIELD(bits), 32}
+    };
     for (int i = 0; i < COUNT(limits); i++)
         if (limits[i].at == row->at) return limits[i].most;
     return INT32_MAX;
@@ -2421,8 +2424,7 @@ static int verb_run(const options *o)
             bad = text ? 0 : 2;
             while (text && !o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
         }
-        if (bad) bytes = 0;
-        else if (text && strlen(text) < bytes) bad = refuse("standard input is no UTF-8 text: byte %zu is 0x00", strlen(text));
+        if (text && strlen(text) < bytes) bad = refuse("standard input is no UTF-8 text: byte %zu is 0x00", strlen(text));
         else if (text && is_blank(text) && !o->raw) bad = refuse("there is no prompt on standard input; write one there, or give --prompt");
         if (!bad) bad = say(&e, o, "user", o->prompt ? o->prompt : text);
         if (!bad) bad = answer(&e, o);
