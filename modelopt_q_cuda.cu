@@ -3520,14 +3520,18 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
         q->x_first = q->first = q->tile % b.token_tiles * BM;
         q->end = min(q->first + BM, a.m);
     }
-    q->y_first = 0;
-    for (int32_t i = 0; i < a.part_count; i++, q->p++) {
-        int32_t n = (q->p->rows + 127) / 128;
-        if (row_tile < n) { q->row_tile = row_tile; return moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0); }
+    const moqk_part *const list = q->p;
+    int32_t y_first = 0, at = 0;
+    for (; at < a.part_count; at++) { /* by index: nvcc 13.0 reads the rows of the first part for all where the pointer itself moves */
+        const int32_t rows = list[at].rows, n = (rows + 127) / 128;
+        if (row_tile < n) break;
         row_tile -= n;
-        q->y_first += q->p->rows;
+        y_first += rows;
     }
-    return 0;
+    q->p = list + at;
+    q->y_first = y_first;
+    q->row_tile = row_tile;
+    return at < a.part_count && moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0);
 }
 
 /* The next piece with work, or 0. Start with at = -1. */

@@ -131,20 +131,46 @@ static void answer(llm *bot, const char *system, const char *user, char *text, s
     llm_reset(bot);
 }
 
+/* Logits of a text in pieces of several lengths, with the backend's own choice of arithmetic, beside the CPU's. */
+static void check_pieces(llm *cpu, llm *gpu)
+{
+    enum { LONGEST = 64 };
+    static const int before[] = {0, 1, 16, 17, 40}, counts[] = {1, 8, 16, 17, 33, LONGEST};
+    moq_error e;
+    if (!cpu || !gpu) return;
+    const size_t vocab = (size_t)llm_get_info(gpu)->vocab;
+    float *a = (float *)malloc(LONGEST * vocab * sizeof *a), *b = (float *)malloc(LONGEST * vocab * sizeof *b);
+    int32_t ids[128];
+    for (int i = 0; i < 128; i++) ids[i] = (int32_t)((size_t)(i * 37 + 11) % vocab);
+    for (size_t p = 0; p < LLMI_COUNT(before); p++)
+        for (size_t c = 0; c < LLMI_COUNT(counts); c++) {
+            const int n = counts[c];
+            for (int k = 0; k < 2; k++) {
+                if (before[p]) CHECK(llm_forward(k ? gpu : cpu, 0, ids, before[p], 0, NULL, NULL, &e) == MOQ_OK);
+                CHECK(llm_forward(k ? gpu : cpu, 0, ids + before[p], n, before[p], k ? b : a, NULL, &e) == MOQ_OK);
+            }
+            double off = relative_rms(b, a, (size_t)n * vocab);
+            if (!(off <= 0.05)) fprintf(stderr, "%d tokens after %d: logits off by %.3g\n", n, before[p], off);
+            CHECK(off <= 0.05);
+        }
+    free(a);
+    free(b);
+}
+
 static void test_cuda_demo(void)
 {
     enum { LINES = 60 };
     char *text, *at, dir[1100], a[2048], b[2048];
     size_t bytes = 0;
     moq_error e;
-    int lines = 0, same = 0, right[2] = {0, 0};
+    int lines = 0, same = 0, right[3] = {0, 0, 0};
     double seconds[2] = {0, 0};
     uint64_t tokens[2] = {0, 0};
     const char *demo = getenv("MOQ_DEMO");
     snprintf(dir, sizeof dir, "%s", demo ? demo : data_path("../../examples/demo-model"));
     text = moq_read_file(data_path("demo-eval.jsonl"), 1 << 24, NULL, &bytes, &e);
     CHECK(text != NULL);
-    moq_backend *be = cuda_backend(MOQ_ACT_WIDE);
+    moq_backend *be = cuda_backend(MOQ_ACT_WIDE), *usual = cuda_backend(MOQ_ACT_AUTO);
     llm_desc d;
     memset(&d, 0, sizeof d);
     d.path = dir;
@@ -154,7 +180,12 @@ static void test_cuda_demo(void)
     d.backend = be;
     llm *gpu = llm_open(&d, &e);
     if (!gpu) fprintf(stderr, "%s\n", e.text);
-    CHECK(cpu && gpu);
+    d.backend = usual;
+    d.act = MOQ_ACT_AUTO;
+    llm *third = llm_open(&d, &e);
+    if (!third) fprintf(stderr, "%s\n", e.text);
+    CHECK(cpu && gpu && third);
+    check_pieces(cpu, third);
     for (at = text; at && cpu && gpu && lines < LINES && *at; lines++) {
         size_t n = strcspn(at, "\n");
         moq_json_doc *doc = moq_json_parse(at, n, MOQ_JSON_STRICT, 0, "demo-eval.jsonl", NULL, &e);
@@ -165,6 +196,8 @@ static void test_cuda_demo(void)
             answer(cpu, system, user, a, sizeof a);
             const llm_stats *s = llm_get_stats(cpu);
             (void)s;
+            if (third) answer(third, system, user, b, sizeof b);
+            right[2] += strcmp(b, want) == 0;
             answer(gpu, system, user, b, sizeof b);
             same += strcmp(a, b) == 0;
             right[0] += strcmp(a, want) == 0;
@@ -184,11 +217,14 @@ static void test_cuda_demo(void)
     }
     CHECK(lines >= 20);
     CHECK_INT(same, lines);
-    printf("note: demo model, %d prompts: CPU %d right, CUDA %d right, %d equal; tokens per second CPU %.0f, CUDA %.0f\n", lines, right[0], right[1], same,
+    CHECK(right[2] >= right[0] - 3); /* inputs of long prompts are rounded to BF16 there */
+    printf("note: demo model, %d prompts: CPU %d right, CUDA %d right, %d equal, %d right by default; tokens per second CPU %.0f, CUDA %.0f\n", lines, right[0], right[1], same, right[2],
            seconds[0] > 0 ? (double)tokens[0] / seconds[0] : 0, seconds[1] > 0 ? (double)tokens[1] / seconds[1] : 0);
     llm_close(cpu);
     llm_close(gpu);
+    llm_close(third);
     moq_backend_destroy(be);
+    moq_backend_destroy(usual);
     moq_release(NULL, text, bytes + 1);
 }
 
