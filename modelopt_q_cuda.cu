@@ -3506,12 +3506,12 @@ __device__ __forceinline__ int32_t moqk_tiles_of(const moqk_call &a, const moqk_
 /* Where a tile lies; tiles that stand side by side share weights (dense) or tokens (experts). 0: it has no rows of this launch. */
 template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_locate_tile(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
 {
-    int32_t row_tile;
-    q->p = a.parts;
+    int64_t part = 0; /* counted, not pointed at: nvcc 13.0 reads the first part where a pointer to parts moves in a branch or a loop */
+    int32_t row_tile, y_first = 0, left = a.part_count;
     if (a.tiles) {
         const int32_t *t = a.tiles + 4 * (int64_t)(q->tile / b.row_tiles);
         row_tile = q->tile % b.row_tiles;
-        q->p += (int64_t)t[0] * a.expert_stride;
+        part = (int64_t)t[0] * a.expert_stride;
         q->first = t[1];
         q->end = t[1] + t[2];
         q->x_first = t[1] & ~7;
@@ -3520,18 +3520,16 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
         q->x_first = q->first = q->tile % b.token_tiles * BM;
         q->end = min(q->first + BM, a.m);
     }
-    const moqk_part *const list = q->p;
-    int32_t y_first = 0, at = 0;
-    for (; at < a.part_count; at++) { /* by index: nvcc 13.0 reads the rows of the first part for all where the pointer itself moves */
-        const int32_t rows = list[at].rows, n = (rows + 127) / 128;
+    for (; left > 0; left--, part++) {
+        const int32_t rows = a.parts[part].rows, n = (rows + 127) / 128;
         if (row_tile < n) break;
         row_tile -= n;
         y_first += rows;
     }
-    q->p = list + at;
+    q->p = a.parts + part;
     q->y_first = y_first;
     q->row_tile = row_tile;
-    return at < a.part_count && moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0);
+    return left > 0 && moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0);
 }
 
 /* The next piece with work, or 0. Start with at = -1. */
@@ -3862,7 +3860,7 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
                 const int32_t group = min((at * 64 + (lane & 1) * 32) >> shift, groups - 1);
                 const uint32_t here = room + SCALES + to * 192 + (lane & 1) * 96 + (lane >> 2) * 8;
                 moqk_copy_async8(here, scales + group * 8);
-                if (FORM == MOQK_FAST_U4) moqk_copy_async4(room + SCALES + to * 192 + (lane & 1) * 96 + 64 + (lane >> 3) * 4, zeros + group * 8 - (lane >> 2 & 1));
+                if (FORM == MOQK_FAST_U4 && !(lane & 4)) moqk_copy_async4(room + SCALES + to * 192 + (lane & 1) * 96 + 64 + (lane >> 3) * 4, zeros + group * 8); /* of two rows */
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");

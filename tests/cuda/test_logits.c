@@ -54,7 +54,7 @@ static void check_logits(const char *dir, const moq_tensor *want, moq_act act, c
         for (size_t t = 0; t < rows * TOKENS; t++) error[t] = relative_rms(got + t * VOCAB, expected + t * VOCAB, VOCAB);
         qsort(error, rows * TOKENS, sizeof *error, compare_double);
         total = relative_rms(got, expected, rows * row);
-        int good = act == MOQ_ACT_WIDE ? total <= 1e-5 : error[rows * TOKENS / 2] <= 1e-4 && total <= 0.05;
+        int good = act == MOQ_ACT_WIDE ? total <= 1e-5 : act == MOQ_ACT_AUTO ? error[rows * TOKENS / 2] <= 0.2 : error[rows * TOKENS / 2] <= 1e-4 && total <= 0.05;
         if (!good) fprintf(stderr, "%s %s%s: total %.3g, median token %.3g\n", dir, want->name, single ? ", one token a call" : "", total, error[rows * TOKENS / 2]);
         CHECK(good);
     }
@@ -87,6 +87,7 @@ static void check_case(const char *group, const char *name)
         int kv_in_stored = strcmp(name, "llama-fp8-kv") == 0; /* this case rounds K and V in as_stored */
         CHECK(wide != NULL);
         if (wide) check_logits(dir, wide, MOQ_ACT_WIDE, "wide", ids);
+        if (wide) check_logits(dir, wide, MOQ_ACT_AUTO, "wide", ids); /* what is rounded to 16 or 8 bits without being asked */
         if (stored) check_logits(dir, stored, MOQ_ACT_STORED, kv_in_stored ? NULL : "wide", ids);
         if (kv) check_logits(dir, kv, MOQ_ACT_STORED, "auto", ids);
         golden_cases++;
