@@ -15593,9 +15593,9 @@ enum { MOQI_AMX_HALF = 108 };
 #define MOQI_AMX_F16 1
 #endif
 #ifdef __clang__
-#define MOQI_HALVES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,avx512fp16")))
+#define MOQI_HALVES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c,avx512fp16")))
 #else
-#define MOQI_HALVES MOQI_AVX512
+#define MOQI_HALVES MOQI_VBMI
 #endif
 
 /* Every processor with tiles has AVX512-FP16, and VBMI. */
@@ -15967,22 +15967,26 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_begin(moqi_amx_strip *s, int64_t c)
     moqi_panel_words_512(src, s->w.p->row_bytes, s->w.rows, (s->w.n - 128 * c + 1) / 2, s->words);
 }
 
-/* Quarter q of chunk c: one tile, in 16 words. */
+/* Quarter q of chunk c: one tile, in 16 words. values: the high bytes of the codes' values in F16, four times, so that bits beside a code do not
+   matter; the low bytes are 0. */
 MOQI_INLINE MOQI_HALVES void moqi_strip_quarter(const moqi_amx_strip *s, int64_t c, int q, __m512i values)
 {
-    const __m512i keep = _mm512_set1_epi16((short)0x8fff);
+    const __m512i keep = _mm512_set1_epi16((short)0x8fff), top = _mm512_set1_epi16((short)0xff00);
     const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
     const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2)), pair = _mm512_load_si512(s->scales + (c % 4 * 4 + q) * 16);
     uint32_t *to = s->tiles + (c & s->turns) * 1024 + q * 256;
     MOQI_UNROLL
-    for (int i = 0; i < 4; i++) {
-        __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low);
+    for (int i = 0; i < 4; i++, to += 64) {
+        __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low), h[4];
         if (128 * c + 32 * q + 8 * i >= s->w.n) f = _mm512_setzero_si512();
+        h[2] = _mm512_permutexvar_epi8(v, values);
+        h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
+        h[0] = _mm512_slli_epi16(h[2], 8);
+        h[1] = _mm512_slli_epi16(h[3], 8);
+        h[2] = _mm512_and_si512(h[2], top);
+        h[3] = _mm512_and_si512(h[3], top);
         MOQI_UNROLL
-        for (int j = 0; j < 4; j++, to += 16, v = _mm512_srli_epi16(v, 4)) {
-            __m512i h = moqi_half_mul_512(_mm512_permutexvar_epi16(v, values), f);
-            _mm512_store_si512(to, _mm512_and_si512(_mm512_srai_epi16(h, 3), keep));
-        }
+        for (int j = 0; j < 4; j++) _mm512_store_si512(to + 16 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
     }
 }
 
@@ -16086,8 +16090,8 @@ MOQI_HALVES static void moqi_amx_strips(const moqi_way *way, const moqi_tiled *p
     const int64_t most = moqi_min(MOQI_STRIP_TOKENS, (m + 63) / 64 * 64), wide = moqi_min(MOQI_STRIP_X / most / 512 * 512, p->layer.cols);
     const int64_t down = MOQI_STRIP_SUMS / most / 16 * 16;
     float *sums = scratch + MOQI_STRIP_X / 8 + 2048;
-    uint16_t table[32];
-    for (int i = 0; i < 32; i++) table[i] = moq_f16_encode(p->table[i & 15] * 4096);
+    uint8_t table[64];
+    for (int i = 0; i < 64; i++) table[i] = (uint8_t)(moq_f16_encode(p->table[i & 15] * 4096) >> 8);
     const __m512i values = _mm512_loadu_si512(table);
     (void)way;
     s.w.p = p;
