@@ -15934,7 +15934,8 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moq
 /* ---- strips: E2M1 with E4M3 scales of 16 columns ----
    For few rows of x. 16 rows of weights meet 64 rows of x in four tiles of sums, which stay there along all columns; beside the products of 128 columns the
    next 128 are decoded, into a place so small that the first-level cache keeps it. Only x comes from the second. Loads that lie in a page where a store
-   under way does would wait for it; so tiles of weights and of x lie in their pages alike: each step stores where the loads of four steps later read. */
+   under way does would wait for it; so a tile of weights lies in its page a quarter before the tiles of x that it meets: each step stores where the loads
+   of three steps later read. */
 #ifdef MOQI_AMX_F16
 enum {
     MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
@@ -15967,49 +15968,45 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_begin(moqi_amx_strip *s, int64_t c)
     moqi_panel_words_512(src, s->w.p->row_bytes, s->w.rows, (s->w.n - 128 * c + 1) / 2, s->words);
 }
 
-/* Quarter q of chunk c: one tile, in 16 words. values: the high bytes of the codes' values in F16, four times, so that bits beside a code do not
-   matter; the low bytes are 0. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_quarter(const moqi_amx_strip *s, int64_t c, int q, __m512i values)
+/* Columns [8 i, 8 i + 8) of quarter q of chunk c: 4 rows of a tile. values: the high bytes of the codes' values in F16, four times, so that bits beside
+   a code do not matter; the low bytes are 0. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t c, int q, int i, __m512i values)
 {
     const __m512i keep = _mm512_set1_epi16((short)0x8fff), top = _mm512_set1_epi16((short)0xff00);
     const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
     const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2)), pair = _mm512_load_si512(s->scales + (c % 4 * 4 + q) * 16);
-    uint32_t *to = s->tiles + (c & s->turns) * 1024 + q * 256;
+    uint32_t *to = s->tiles + (c & s->turns) * 1024 + q * 256 + i * 64;
+    __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low), h[4];
+    if (128 * c + 32 * q + 8 * i >= s->w.n) f = _mm512_setzero_si512();
+    h[2] = _mm512_permutexvar_epi8(v, values);
+    h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
+    h[0] = _mm512_slli_epi16(h[2], 8);
+    h[1] = _mm512_slli_epi16(h[3], 8);
+    h[2] = _mm512_and_si512(h[2], top);
+    h[3] = _mm512_and_si512(h[3], top);
     MOQI_UNROLL
-    for (int i = 0; i < 4; i++, to += 64) {
-        __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low), h[4];
-        if (128 * c + 32 * q + 8 * i >= s->w.n) f = _mm512_setzero_si512();
-        h[2] = _mm512_permutexvar_epi8(v, values);
-        h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
-        h[0] = _mm512_slli_epi16(h[2], 8);
-        h[1] = _mm512_slli_epi16(h[3], 8);
-        h[2] = _mm512_and_si512(h[2], top);
-        h[3] = _mm512_and_si512(h[3], top);
-        MOQI_UNROLL
-        for (int j = 0; j < 4; j++) _mm512_store_si512(to + 16 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
-    }
+    for (int j = 0; j < 4; j++) _mm512_store_si512(to + 16 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
 }
 
-/* 32 columns: a tile of weights in `w` times tiles of x that pass through others. Names change from step to step, so that no load waits long for a
-   product to have read what it replaces. */
-#define MOQI_STRIP_X1(w, x, acc, from) "tileloadd (%" from ",%5,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc "\n\t"
-#define MOQI_STRIP_W(w) "tileloadd (%0,%5,1), %%tmm" w "\n\t"
-#define MOQI_STRIP_STEP(text) __asm__ volatile(text : : "r"(d), "r"(xa), "r"(xb), "r"(xc), "r"(xd), "r"((int64_t)64) : "memory")
+/* 32 columns: a tile of weights in `w` times 1 to 4 tiles of x that pass through others, and a quarter of the next chunk between the products: where
+   another thread shares the core, tile instructions in a row take half as long again. Names change from step to step, so that no load waits long
+   for a product to have read what it replaces. */
+#define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, c + 1, q, i, values);
+#define MOQI_STRIP_W(w) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" w : : "r"(d), "r"((int64_t)64) : "memory");
+#define MOQI_STRIP_X(w, x, acc, from) \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc : : "r"(from), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_NEXT d += 256; xa += sa; xb += sb; xc += sc; xd += sd;
-/* 128 columns times 1 to 4 tiles of x */
-#define MOQI_STRIP_ALL(one, two, three, four) \
-    MOQI_STRIP_STEP(one); if (next) moqi_strip_quarter(s, c + 1, 0, values); \
-    MOQI_STRIP_NEXT \
-    MOQI_STRIP_STEP(two); if (next) moqi_strip_quarter(s, c + 1, 1, values); \
-    MOQI_STRIP_NEXT \
-    MOQI_STRIP_STEP(three); if (next) moqi_strip_quarter(s, c + 1, 2, values); \
-    MOQI_STRIP_NEXT \
-    MOQI_STRIP_STEP(four); if (next) moqi_strip_quarter(s, c + 1, 3, values); \
-    MOQI_STRIP_NEXT
-#define MOQI_STRIP_1(w, a) MOQI_STRIP_W(w) MOQI_STRIP_X1(w, a, "0", "1")
-#define MOQI_STRIP_2(w, a, b) MOQI_STRIP_1(w, a) MOQI_STRIP_X1(w, b, "1", "2")
-#define MOQI_STRIP_3(w, a, b, c) MOQI_STRIP_2(w, a, b) MOQI_STRIP_X1(w, c, "2", "3")
-#define MOQI_STRIP_4(w, a, b, c, d) MOQI_STRIP_3(w, a, b, c) MOQI_STRIP_X1(w, d, "3", "4")
+#define MOQI_STRIP_1(q, w, x0) \
+    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+#define MOQI_STRIP_2(q, w, x0, x1) \
+    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) \
+    MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+#define MOQI_STRIP_3(q, w, x0, x1, x2) \
+    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
+    MOQI_STRIP_X(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+#define MOQI_STRIP_4(q, w, x0, x1, x2, x3) \
+    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
+    MOQI_STRIP_X(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_X(w, x3, "3", xd) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
 
 /* Rows [j, j + 64) of those in one go times all chunks. The first of such products decodes; the others find the tiles. */
 MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i values)
@@ -16024,7 +16021,7 @@ MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i
     else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"((int64_t)64) : "memory");
     if (j == 0) {
         moqi_strip_begin(s, 0);
-        for (int q = 0; q < 4; q++) moqi_strip_quarter(s, 0, q, values);
+        for (int q = 0; q < 16; q++) moqi_strip_part(s, 0, q / 4, q % 4, values);
     }
     for (int64_t c = 0; c < chunks; c++) {
         const uint32_t *d = s->tiles + (c & s->turns) * 1024;
@@ -16032,14 +16029,14 @@ MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i
         moqi_amx_ask_more(&s->ask);
         if (next) moqi_strip_begin(s, c + 1);
         if (tiles == 4) {
-            MOQI_STRIP_ALL(MOQI_STRIP_4("4", "5", "6", "7", "5"), MOQI_STRIP_4("6", "7", "5", "4", "7"), MOQI_STRIP_4("5", "4", "7", "6", "4"),
-                           MOQI_STRIP_4("7", "6", "4", "5", "6"))
+            MOQI_STRIP_4(0, "4", "5", "6", "7", "5") MOQI_STRIP_4(1, "6", "7", "5", "4", "7")
+            MOQI_STRIP_4(2, "5", "4", "7", "6", "4") MOQI_STRIP_4(3, "7", "6", "4", "5", "6")
         } else if (tiles == 3) {
-            MOQI_STRIP_ALL(MOQI_STRIP_3("3", "5", "6", "7"), MOQI_STRIP_3("4", "5", "6", "7"), MOQI_STRIP_3("3", "5", "6", "7"), MOQI_STRIP_3("4", "5", "6", "7"))
+            MOQI_STRIP_3(0, "3", "5", "6", "7") MOQI_STRIP_3(1, "4", "5", "6", "7") MOQI_STRIP_3(2, "3", "5", "6", "7") MOQI_STRIP_3(3, "4", "5", "6", "7")
         } else if (tiles == 2) {
-            MOQI_STRIP_ALL(MOQI_STRIP_2("3", "5", "6"), MOQI_STRIP_2("4", "7", "2"), MOQI_STRIP_2("3", "5", "6"), MOQI_STRIP_2("4", "7", "2"))
+            MOQI_STRIP_2(0, "3", "5", "6") MOQI_STRIP_2(1, "4", "7", "2") MOQI_STRIP_2(2, "3", "5", "6") MOQI_STRIP_2(3, "4", "7", "2")
         } else {
-            MOQI_STRIP_ALL(MOQI_STRIP_1("3", "5"), MOQI_STRIP_1("4", "6"), MOQI_STRIP_1("3", "5"), MOQI_STRIP_1("4", "6"))
+            MOQI_STRIP_1(0, "3", "5") MOQI_STRIP_1(1, "4", "6") MOQI_STRIP_1(2, "3", "5") MOQI_STRIP_1(3, "4", "6")
         }
     }
     __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"((int64_t)64) : "memory");
@@ -16089,7 +16086,7 @@ MOQI_HALVES static void moqi_amx_strips(const moqi_way *way, const moqi_tiled *p
     moqi_amx_strip s;
     const int64_t most = moqi_min(MOQI_STRIP_TOKENS, (m + 63) / 64 * 64), wide = moqi_min(MOQI_STRIP_X / most / 512 * 512, p->layer.cols);
     const int64_t down = MOQI_STRIP_SUMS / most / 16 * 16;
-    float *sums = scratch + MOQI_STRIP_X / 8 + 2048;
+    float *sums = scratch + MOQI_STRIP_X / 8 + 3072;
     uint8_t table[64];
     for (int i = 0; i < 64; i++) table[i] = (uint8_t)(moq_f16_encode(p->table[i & 15] * 4096) >> 8);
     const __m512i values = _mm512_loadu_si512(table);
@@ -16097,8 +16094,8 @@ MOQI_HALVES static void moqi_amx_strips(const moqi_way *way, const moqi_tiled *p
     s.w.p = p;
     s.ldx = ldx;
     s.nan = 0;
-    s.tiles = (uint32_t *)(void *)(scratch + ((uintptr_t)x - (uintptr_t)scratch) % 4096 / 64 * 16);
-    s.scales = s.tiles + MOQI_STRIP_X / 8 + 512;
+    s.tiles = (uint32_t *)(void *)(scratch + ((uintptr_t)x - (uintptr_t)scratch) % 4096 / 64 * 16 + 768);
+    s.scales = s.tiles + MOQI_STRIP_X / 8 + 768;
     s.words = s.scales + 256;
     moqi_amx_configure(16, 16); /* a tile of fewer rows of x reads into what follows, to no effect */
     for (int64_t first = 0; first < m; first += most)
