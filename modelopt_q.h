@@ -15945,39 +15945,40 @@ enum {
 
 /* 16 rows of weights, columns [w.col, w.col + w.n), times rows of x. */
 typedef struct moqi_amx_strip {
-    moqi_panel w;
+    moqi_panel w, then;       /* then: the next strip, without rows if there is none */
     const float *x;           /* as moqi_amx_arrange leaves it, from the first of the rows in one go */
     int64_t ldx, m;           /* m: rows in one go */
     uint32_t *tiles;          /* [up to 32][4 tiles][16][16 rows], or of two times 128 columns in turns */
     int64_t turns;            /* chunks of 128 columns that `tiles` has room for, less 1 */
     float *sums;              /* [m / 64][4 tiles][16 rows of x][16] */
     moqi_amx_ask ask;         /* for the strip that follows */
+    int ready;                /* is the strip's first chunk decoded? */
     int nan;                  /* was one of the scales no number? Then all this is for nothing */
     uint32_t *scales, *words; /* of the chunk being decoded: [16 pairs of groups][16 rows] in F16, and 16 x 16 words of codes */
 } moqi_amx_strip;
 
-/* What decoding chunk c, columns [128 c, 128 c + 128) of the strip, begins with: its codes by columns, and scales for 512 columns. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_begin(moqi_amx_strip *s, int64_t c)
+/* What decoding chunk c, columns [128 c, 128 c + 128) of strip w, begins with: its codes by columns, and scales for 512 columns. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_begin(moqi_amx_strip *s, const moqi_panel *w, int64_t c)
 {
-    const uint8_t *src = s->w.p->codes + s->w.row * s->w.p->row_bytes + s->w.col / 2 + 64 * c;
+    const uint8_t *src = w->p->codes + w->row * w->p->row_bytes + w->col / 2 + 64 * c;
     if (c % 4 == 0) {
-        moqi_panel part = s->w;
+        moqi_panel part = *w;
         part.col += 128 * c;
         s->nan |= !moqi_amx_half_scales(&part, 0, s->scales);
     }
-    moqi_panel_words_512(src, s->w.p->row_bytes, s->w.rows, (s->w.n - 128 * c + 1) / 2, s->words);
+    moqi_panel_words_512(src, w->p->row_bytes, w->rows, (w->n - 128 * c + 1) / 2, s->words);
 }
 
-/* Columns [8 i, 8 i + 8) of quarter q of chunk c: 4 rows of a tile. values: the high bytes of the codes' values in F16, four times, so that bits beside
+/* Columns [8 i, 8 i + 8) of quarter q of chunk c of n columns: 4 rows of a tile. values: the high bytes of the codes' values in F16, four times, so that bits beside
    a code do not matter; the low bytes are 0. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t c, int q, int i, __m512i values)
+MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t n, int64_t c, int q, int i, __m512i values)
 {
     const __m512i keep = _mm512_set1_epi16((short)0x8fff), top = _mm512_set1_epi16((short)0xff00);
     const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
     const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2)), pair = _mm512_load_si512(s->scales + (c % 4 * 4 + q) * 16);
     uint32_t *to = s->tiles + (c & s->turns) * 1024 + q * 256 + i * 64;
     __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low), h[4];
-    if (128 * c + 32 * q + 8 * i >= s->w.n) f = _mm512_setzero_si512();
+    if (128 * c + 32 * q + 8 * i >= n) f = _mm512_setzero_si512();
     h[2] = _mm512_permutexvar_epi8(v, values);
     h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
     h[0] = _mm512_slli_epi16(h[2], 8);
@@ -15991,7 +15992,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t c,
 /* 32 columns: a tile of weights in `w` times 1 to 4 tiles of x that pass through others, and a quarter of the next chunk between the products: where
    another thread shares the core, tile instructions in a row take half as long again. Names change from step to step, so that no load waits long
    for a product to have read what it replaces. */
-#define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, c + 1, q, i, values);
+#define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, next->n, to, q, i, values);
 #define MOQI_STRIP_W(w) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" w : : "r"(d), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_X(w, x, acc, from) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc : : "r"(from), "r"((int64_t)64) : "memory");
@@ -16008,7 +16009,8 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t c,
     MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
     MOQI_STRIP_X(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_X(w, x3, "3", xd) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
 
-/* Rows [j, j + 64) of those in one go times all chunks. The first of such products decodes; the others find the tiles. */
+/* Rows [j, j + 64) of those in one go times all chunks. The first of such products decodes; the others find the tiles. The last has room for the next
+   strip's first chunk, unless its own last chunk lies there. */
 MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i values)
 {
     const int64_t count = moqi_min(64, s->m - j), tiles = (count + 15) / 16, chunks = moqi_ceil_div(s->w.n, 128), at = s->w.col / 32;
@@ -16019,15 +16021,17 @@ MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i
     xa += at * sa; xb += at * sb; xc += at * sc; xd += at * sd;
     if (s->w.col == 0) __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
     else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"((int64_t)64) : "memory");
-    if (j == 0) {
-        moqi_strip_begin(s, 0);
-        for (int q = 0; q < 16; q++) moqi_strip_part(s, 0, q / 4, q % 4, values);
+    if (j == 0 && !s->ready) {
+        moqi_strip_begin(s, &s->w, 0);
+        for (int q = 0; q < 16; q++) moqi_strip_part(s, s->w.n, 0, q / 4, q % 4, values);
     }
+    s->ready = j + 64 >= s->m && s->then.rows > 0 && ((chunks - 1) & s->turns) != 0;
     for (int64_t c = 0; c < chunks; c++) {
         const uint32_t *d = s->tiles + (c & s->turns) * 1024;
-        const int next = j == 0 && c + 1 < chunks;
+        const moqi_panel *next = c + 1 < chunks ? j == 0 ? &s->w : NULL : s->ready ? &s->then : NULL;
+        const int64_t to = c + 1 < chunks ? c + 1 : 0;
         moqi_amx_ask_more(&s->ask);
-        if (next) moqi_strip_begin(s, c + 1);
+        if (next) moqi_strip_begin(s, next, to);
         if (tiles == 4) {
             MOQI_STRIP_4(0, "4", "5", "6", "7", "5") MOQI_STRIP_4(1, "6", "7", "5", "4", "7")
             MOQI_STRIP_4(2, "5", "4", "7", "6", "4") MOQI_STRIP_4(3, "7", "6", "4", "5", "6")
@@ -16059,18 +16063,23 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strip *s, int64_t row, 
     }
 }
 
-/* What the strip after this one needs: of the next rows, then of the next columns of the first. */
+/* The strip after this one of rows [row, end), and what it needs: of the next rows, then of the next columns of the first; at last of the next task. */
 static void moqi_strip_want(moqi_amx_strip *s, int64_t row, int64_t end)
 {
     const moqi_tiled *p = s->w.p;
     const int64_t calls = moqi_ceil_div(s->m, 64) * moqi_ceil_div(s->w.n, 128);
     moqi_amx_ask *q = &s->ask;
     const int below = s->w.row + 16 < end, right = s->w.col + s->w.n < p->layer.cols;
+    s->then = s->w;
+    s->then.row = below ? s->w.row + 16 : right ? row : end;
+    s->then.rows = moqi_min(16, end - s->then.row);
+    s->then.col = below ? s->w.col : right ? s->w.col + s->w.n : 0;
+    s->then.n = moqi_min(s->w.n, p->layer.cols - s->then.col);
     q->p = p;
-    q->row = below ? s->w.row + 16 : right ? row : end;
+    q->row = s->then.row;
     q->rows = 16;
-    q->col = below ? s->w.col : right ? s->w.col + s->w.n : 0;
-    q->n = moqi_min(s->w.n, p->layer.cols - q->col);
+    q->col = s->then.col;
+    q->n = s->then.n;
     q->bits = 4;
     q->line = 0;
     q->past = q->n < p->layer.cols ? 63 : 0;
@@ -16104,11 +16113,12 @@ MOQI_HALVES static void moqi_amx_strips(const moqi_way *way, const moqi_tiled *p
             s.x = x + first * ldx;
             s.m = moqi_min(most, m - first);
             s.turns = s.m > 64 ? ~(int64_t)0 : 1;
+            s.ready = 0;
             for (s.w.col = 0; s.w.col < p->layer.cols; s.w.col += wide)
                 for (int64_t r = top; r < top + some; r += 16) {
                     s.w.n = moqi_min(wide, p->layer.cols - s.w.col);
                     s.w.row = row + r;
-                    s.w.rows = moqi_min(16, rows - r);
+                    s.w.rows = moqi_min(16, top + some - r);
                     s.sums = sums + (r - top) * most;
                     moqi_strip_want(&s, row + top, row + top + some);
                     for (int64_t j = 0; j < s.m; j += 64) moqi_strip_product(&s, j, values);

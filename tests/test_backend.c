@@ -278,14 +278,15 @@ static void test_backend_automatic(void)
     }
 }
 
-/* Rows of x for which AMX takes strips, in two parts; more columns than go at once; then a scale that is no number, which no other row may see. */
+/* Rows of x for which AMX takes strips, in one part and in two; more columns than go at once, even and odd chunks of them, less than one; then a scale that
+   is no number, which no other row may see. */
 static void strip_rows(moq_backend *be, const char *name)
 {
-    static const int cols[] = {4240, 144}, rows[] = {70, 128};
+    static const int cols[] = {4240, 144, 4240, 288, 96}, rows[] = {70, 128, 20, 50, 20};
     moq_error err;
     int rounded = 0;
     CHECK(be->reserve(be, 128, &err) == MOQ_OK);
-    for (int i = 0; i < 2; i++) {
+    for (size_t i = 0; i < MOQI_COUNT(cols); i++) {
         layer l;
         layer_make(&l, &layer_formats[4], 45, cols[i]);
         long wrong = check_automatic(be, &l, rows[i], &rounded), others = 0;
