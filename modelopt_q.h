@@ -14195,8 +14195,9 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_dot_codes_512(const __m512i *v, const uint8
     return _mm512_shuffle_epi8(table, _mm512_and_si512(j % 2 ? _mm512_srli_epi16(v[j / 2], 4) : v[j / 2], _mm512_set1_epi8(15)));
 }
 
-/* How a kernel finds the scales of a row: all of a pass converted before (AFAR), or as they lie, of 16, 32 or 128 columns each. */
-enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32 };
+/* How a kernel finds the scales of a row: all of a pass converted before (AFAR), or as they lie, of 16, 32 or 128 columns each, or of 32, 64 or 128 in
+   16 bits (HALF). */
+enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32, MOQI_DOT_HALF };
 
 /* Zen 4 takes long for what goes through memory and back. */
 static int moqi_dot_lie_512(const moqi_tiled *p)
@@ -14205,6 +14206,7 @@ static int moqi_dot_lie_512(const moqi_tiled *p)
     if (p->scale_dtype == MOQ_F8_E4M3) return p->shift == 4 ? MOQI_DOT_E4M3 : MOQI_DOT_AFAR;
     if (!moqi_dot_zen(p)) return MOQI_DOT_AFAR;
     if (p->scale_dtype == MOQ_F8_E8M0) return p->shift == 5 ? MOQI_DOT_E8M0 : MOQI_DOT_AFAR;
+    if (p->scale_dtype == MOQ_F16 || p->scale_dtype == MOQ_BF16) return p->shift >= 5 && p->shift <= 7 ? MOQI_DOT_HALF : MOQI_DOT_AFAR;
     return p->scale_dtype == MOQ_F32 && p->shift == 7 ? MOQI_DOT_F32 : MOQI_DOT_AFAR;
 }
 
@@ -14228,12 +14230,23 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_lanes_512(__m128i s, __m128i order)
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff)));
 }
 
-/* The scales of a block for its lanes, as they lie, of which `left` are there; E4M3 as value / 256. 255 in E8M0 comes out as infinity. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left, int lie, __m512i lane, __m128i order)
+/* The scales of a block for its lanes, as they lie, of which `left` are there; E4M3 as value / 256. 255 in E8M0 comes out as infinity. Loads without a mask
+   where all are there: to make one takes longer. bf16: of 16 bits, which kind */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left, int lie, int bf16, __m512i lane, __m128i order)
 {
-    if (lie == MOQI_DOT_E4M3) return moqi_dot_lanes_512(_mm_maskz_loadu_epi8((__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1), s), order);
-    if (lie == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_maskz_loadu_ps((__mmask8)(left >= 2 ? 3 : 1), s)));
-    __m128i b = _mm_maskz_loadu_epi8((__mmask16)(left >= 8 ? 0xff : (1 << left) - 1), s);
+    const int64_t some = lie == MOQI_DOT_E4M3 ? 16 : lie == MOQI_DOT_F32 ? 2 : 8;
+    __m128i b;
+    if (lie == MOQI_DOT_E4M3 || lie == MOQI_DOT_HALF) {
+        if (left >= some) b = _mm_loadu_si128((const __m128i *)(const void *)s);
+        else b = lie == MOQI_DOT_E4M3 ? _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), s) : _mm_maskz_loadu_epi16((__mmask8)((1 << left) - 1), s);
+    } else if (left >= some) b = _mm_loadl_epi64((const __m128i *)(const void *)s);
+    else b = lie == MOQI_DOT_F32 ? _mm_maskz_loadu_epi32(1, s) : _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), s);
+    if (lie == MOQI_DOT_E4M3) return moqi_dot_lanes_512(b, order);
+    if (lie == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_castsi128_ps(b)));
+    if (lie == MOQI_DOT_HALF) {
+        __m256 f = bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16)) : _mm256_cvtph_ps(b);
+        return _mm512_permutexvar_ps(lane, _mm512_castps256_ps512(f));
+    }
     __m512i w = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(b, order)), 23);
     return _mm512_castsi512_ps(_mm512_max_epi32(w, _mm512_set1_epi32(0x00400000))); /* 0 is 2^-127 */
 }
@@ -14301,7 +14314,8 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                                              int nibbles, int lie, int solid, int perm)
 {
     const moqi_tiled *p = pass->p;
-    const int shift = lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4, size = lie == MOQI_DOT_F32 ? 4 : 1; /* of the groups; of a scale */
+    const int shift = lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4; /* of the groups */
+    const int size = lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1, bf16 = lie == MOQI_DOT_HALF && p->scale_dtype == MOQ_BF16;
     const __m512i lane = _mm512_loadu_si512(pass->lane);
     const __m128i order = _mm512_cvtepi32_epi8(lane);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
@@ -14350,7 +14364,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
             }
             if (solid) continue;
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
-                const __m512 s = lie ? moqi_dot_near_512(of[r], left, lie, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                const __m512 s = lie ? moqi_dot_near_512(of[r], left, lie, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
                 const __m512 n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
                 if (lie) of[r] += (256 >> shift) * size;
                 if (bits) {
@@ -14384,12 +14398,12 @@ typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t step
 #define MOQI_DOT_FOUR(name, nibbles, lie, perm) \
     MOQI_DOT_ROWS(name##1, 4, 1, 1, nibbles, lie, 0, perm) \
     MOQI_DOT_ROWS(name##2, 4, 2, 2, nibbles, lie, 0, perm)
-#define MOQI_DOT_TWO(k, nibbles, lie) \
-    MOQI_DOT_ROWS(two_##k##1_2, 2, 2, 1, nibbles, lie, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##1_3, 2, 3, 1, nibbles, lie, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##1_4, 2, 4, 1, nibbles, lie, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##2_2, 2, 2, 2, nibbles, lie, 0, 0) \
-    MOQI_DOT_ROWS(two_##k##2_4, 2, 4, 2, nibbles, lie, 0, 0)
+#define MOQI_DOT_TWO(k, nibbles, lie, perm) \
+    MOQI_DOT_ROWS(two_##k##1_2, 2, 2, 1, nibbles, lie, 0, perm) \
+    MOQI_DOT_ROWS(two_##k##1_3, 2, 3, 1, nibbles, lie, 0, perm) \
+    MOQI_DOT_ROWS(two_##k##1_4, 2, 4, 1, nibbles, lie, 0, perm) \
+    MOQI_DOT_ROWS(two_##k##2_2, 2, 2, 2, nibbles, lie, 0, perm) \
+    MOQI_DOT_ROWS(two_##k##2_4, 2, 4, 2, nibbles, lie, 0, perm)
 MOQI_DOT_FOUR(four_bytes, 0, MOQI_DOT_AFAR, 0)
 MOQI_DOT_FOUR(four_afar, 1, MOQI_DOT_AFAR, 0)
 MOQI_DOT_FOUR(four_e4m3, 1, MOQI_DOT_E4M3, 0)
@@ -14397,11 +14411,13 @@ MOQI_DOT_FOUR(perm_afar, 1, MOQI_DOT_AFAR, 1)
 MOQI_DOT_FOUR(perm_e4m3, 1, MOQI_DOT_E4M3, 1)
 MOQI_DOT_FOUR(perm_e8m0, 1, MOQI_DOT_E8M0, 1)
 MOQI_DOT_FOUR(perm_f32, 1, MOQI_DOT_F32, 1)
-MOQI_DOT_TWO(bytes, 0, MOQI_DOT_AFAR)
-MOQI_DOT_TWO(afar, 1, MOQI_DOT_AFAR)
-MOQI_DOT_TWO(e4m3, 1, MOQI_DOT_E4M3)
-MOQI_DOT_TWO(e8m0, 1, MOQI_DOT_E8M0)
-MOQI_DOT_TWO(f32, 1, MOQI_DOT_F32)
+MOQI_DOT_FOUR(perm_half, 1, MOQI_DOT_HALF, 1)
+MOQI_DOT_TWO(bytes, 0, MOQI_DOT_AFAR, 0)
+MOQI_DOT_TWO(afar, 1, MOQI_DOT_AFAR, 0)
+MOQI_DOT_TWO(e4m3, 1, MOQI_DOT_E4M3, 0)
+MOQI_DOT_TWO(e8m0, 1, MOQI_DOT_E8M0, 1)
+MOQI_DOT_TWO(f32, 1, MOQI_DOT_F32, 1)
+MOQI_DOT_TWO(half, 1, MOQI_DOT_HALF, 1)
 MOQI_DOT_ROWS(one_bytes1, 1, 1, 1, 0, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(one_bytes2, 1, 2, 2, 0, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(one_afar1, 1, 1, 1, 1, MOQI_DOT_AFAR, 0, 0)
@@ -14424,11 +14440,11 @@ MOQI_DOT_ROWS(solid_4, 4, 4, 1, 0, MOQI_DOT_AFAR, 1, 0)
 #define MOQI_DOT_SET(one, four1, four2, perm, k) \
     {{moqi_dot_one_##one##1, four1, moqi_dot_##perm##1, {moqi_dot_two_##k##1_2, moqi_dot_two_##k##1_3, moqi_dot_two_##k##1_4}}, \
      {moqi_dot_one_##one##2, four2, moqi_dot_##perm##2, {moqi_dot_two_##k##2_2, NULL, moqi_dot_two_##k##2_4}}}
-static const struct { moqi_dot_fn one, four, perm, two[3]; } moqi_dot_fns[5][2] = {
+static const struct { moqi_dot_fn one, four, perm, two[3]; } moqi_dot_fns[6][2] = {
     MOQI_DOT_SET(bytes, moqi_dot_four_bytes1, moqi_dot_four_bytes2, four_bytes, bytes),
     MOQI_DOT_SET(afar, moqi_dot_four_afar1, moqi_dot_four_afar2, perm_afar, afar),
     MOQI_DOT_SET(afar, moqi_dot_four_e4m31, moqi_dot_four_e4m32, perm_e4m3, e4m3), MOQI_DOT_SET(afar, NULL, NULL, perm_e8m0, e8m0),
-    MOQI_DOT_SET(afar, NULL, NULL, perm_f32, f32)
+    MOQI_DOT_SET(afar, NULL, NULL, perm_f32, f32), MOQI_DOT_SET(afar, NULL, NULL, perm_half, half)
 };
 #undef MOQI_DOT_SET
 static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_2, moqi_dot_solid_3, moqi_dot_solid_4};
@@ -14498,7 +14514,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     s.zen = moqi_dot_zen(p);
     s.solid = moqi_dot_solid_512(p);
     s.scale = one + moqi_pad16(rows);
-    for (int64_t r = 0; whole && r < rows; r++) moqi_run_scales(p->k, p, row + r, 0, 1, one + r);
+    if (whole) moqi_row_scales(p, row, rows, one);
     for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)(int)(2 * (p->table[i] - p->zero) + 32);
     moqi_dot_order_512(p, s.lane);
     for (int64_t j = 0, some; j < m; j += some) {
