@@ -11918,6 +11918,7 @@ MOQI_AVX512 static void moqi_lane_zeros_512(const moqi_tiled *p, int64_t row, co
     for (int64_t g = 0; g < p->groups; g += 16) {
         const float *from = sums + g / 96 * wrap + g % 96;
         __mmask16 some = (__mmask16)(p->groups - g >= 16 ? 0xffff : (1 << (p->groups - g)) - 1);
+        __builtin_prefetch(p->zeros + row * p->groups + g + MOQI_STREAM_AHEAD / 4); /* nobody else reads them */
         __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + row * p->groups + g)));
         if (p->scales) z = _mm512_mul_ps(z, moqi_stream_scales_512(p, at + g, p->groups - g));
         one = _mm512_fmadd_ps(z, _mm512_loadu_ps(from), one);
