@@ -2351,16 +2351,6 @@ static void moqi_sys_flush_dir(const char *path)
     close(fd);
 }
 
-/* MAP_PRIVATE and PROT_READ: nothing in this library can write into a checkpoint through its mapping. A file that is
-   truncated later raises SIGBUS when its lost pages are read; callers who must survive that ask for MOQ_OPEN_READ. */
-static void *moqi_sys_map(intptr_t file, size_t bytes)
-{
-    void *p = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, (int)file, 0);
-    return p == MAP_FAILED ? NULL : p;
-}
-
-static void moqi_sys_unmap(void *map, size_t bytes) { munmap(map, bytes); }
-
 /* Pages of 2 MB for what is as large. In order through 4 KB pages a core gets to two thirds of the memory's speed only: nothing is fetched ahead
    over the end of a page, and a virtual machine looks up the address of each in two tables. By default Linux gives large ones to those who ask. */
 #ifdef __linux__
@@ -2372,6 +2362,19 @@ static void moqi_sys_large(void *p, size_t bytes)
 #else
 static void moqi_sys_large(void *p, size_t bytes) { (void)p; (void)bytes; }
 #endif
+
+/* MAP_PRIVATE and PROT_READ: nothing in this library can write into a checkpoint through its mapping. A file that is
+   truncated later raises SIGBUS when its lost pages are read; callers who must survive that ask for MOQ_OPEN_READ. Linux keeps what it reads for such
+   a mapping in large pages where the file system can; what lies in its cache already stays as it is. */
+static void *moqi_sys_map(intptr_t file, size_t bytes)
+{
+    void *p = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, (int)file, 0);
+    if (p == MAP_FAILED) return NULL;
+    moqi_sys_large(p, bytes);
+    return p;
+}
+
+static void moqi_sys_unmap(void *map, size_t bytes) { munmap(map, bytes); }
 
 /* The pages leave this process; the next look at one reads the file again. Only for mappings that nobody can write to. */
 #ifdef __linux__
