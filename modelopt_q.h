@@ -11931,7 +11931,7 @@ MOQI_AVX512 static void moqi_lane_zeros_512(const moqi_tiled *p, int64_t row, co
     _mm512_storeu_ps(acc, one);
 }
 
-/* acc[t] += row . x[t] over the pass for 1, 2, 4 or 8 tokens, a constant where this is called. x: [16 columns][token][16] */
+/* acc[t] = or += row . x[t] over the first or another pass for 1, 2, 4 or 8 tokens, a constant where this is called. x: [16 columns][token][16] */
 MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, int64_t row, int tokens, float *acc)
 {
     const moqi_tiled *p = pass->p;
@@ -11939,7 +11939,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, i
     const float *x = pass->x, *scale = pass->scale;
     const __m512 table = _mm512_loadu_ps(pass->table);
     __m512 a[8], b[8];
-#define MOQI_LOAD(t) a[t] = _mm512_loadu_ps(acc + 16 * (t));
+#define MOQI_LOAD(t) a[t] = pass->first > 0 ? _mm512_loadu_ps(acc + 16 * (t)) : _mm512_setzero_ps();
 #define MOQI_STORE(t) _mm512_storeu_ps(acc + 16 * (t), a[t]);
 #define MOQI_FIRST(t) b[t] = _mm512_mul_ps(w, _mm512_loadu_ps(x + (t) * 16));
 #define MOQI_NEXT(t) b[t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(xj + (t) * 16), b[t]);
@@ -12049,7 +12049,7 @@ static void moqi_stream_broken_512(const moqi_stream_pass *pass, int rows, int t
     }
 }
 
-/* acc[r][t] += row[r] . x[t] over the pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs, rows and tokens are
+/* acc[r][t] = or += row[r] . x[t] over the first or another pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs, rows and tokens are
    constants. Rows that lie far apart are read in turn: so more of memory is on its way. One sum for each row and token, in order of the columns,
    whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][tokens][16] */
 MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, moq_dtype dtype, int pairs, int scaled, int rows, int tokens, const int64_t *row,
@@ -12065,7 +12065,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, 
     uint8_t edge[4][128];
     MOQI_UNROLL for (int r = 0; r < rows; r++) {
         src[r] = pass->p->codes + row[r] * pass->p->row_bytes + pass->first * bytes;
-        MOQI_UNROLL for (int t = 0; t < tokens; t++) a[r][t] = _mm512_loadu_ps(acc[r] + 16 * t);
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) a[r][t] = pass->first > 0 ? _mm512_loadu_ps(acc[r] + 16 * t) : _mm512_setzero_ps();
     }
 #define MOQI_X(t) ((t) == 0 ? x : x + (t) / 4 * 4 * ldx + ((t) % 4 == 3 ? ldx3 : (t) % 4 * ldx))
     for (int64_t i = 0; i < n; i += 64, scale += 2, x += pairs ? 32 : 64) {
@@ -12310,7 +12310,6 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
         if (nibbles) s.ahead = tokens == 1 ? (int64_t)MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
         else if (tokens == 1 || piece >= p->layer.cols) s.ahead = tokens == 1 ? p->k->ahead : 2 * p->k->ahead;
         else s.ahead = moqi_ceil_div(p->k->ahead, visit) * p->row_bytes;
-        memset(acc, 0, (size_t)((rows + 1) * s.lda) * sizeof *acc);
         for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
             s.end = moqi_min(p->layer.cols, s.first + piece);
             s.x = nibbles ? (tokens > 1 ? pack : x + j * ldx + s.first) : x + j * ldx;
