@@ -11414,7 +11414,7 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
 
 /* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough
    for `workers`; shorter ones where x of a few rows is taken in pieces. What AVX-512 reads in place comes in streams of a quarter of a task each, whose
-   first kilobytes nobody asked for: one worker has no use for short tasks. No result depends on where runs begin. */
+   first kilobytes nobody asked for: one worker has no use for short tasks, and several share few. No result depends on where runs begin. */
 static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int64_t workers)
 {
     const moqi_way *way = moqi_way_for(p, m);
@@ -11422,8 +11422,9 @@ static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int6
     int64_t tile = MOQI_TILE_ROWS, most = m < 16 && !whole ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
     if (!way) return tile;
-    if (m == 1 && workers == 1 && p->k->piece > 0 && !way->decode) return moqi_min(rows, MOQI_WAY_ALONE);
-    for (tile *= 2; tile < most && rows / (2 * tile) >= 4 * workers;) tile *= 2;
+    const int streams = m == 1 && p->k->piece > 0 && !way->decode;
+    if (streams && workers == 1) return moqi_min(rows, MOQI_WAY_ALONE);
+    for (tile *= 2; tile < most && rows / (2 * tile) >= (streams ? 2 : 4) * workers;) tile *= 2;
     return tile;
 }
 
