@@ -12050,9 +12050,9 @@ static void moqi_stream_broken_512(const moqi_stream_pass *pass, int rows, int t
     }
 }
 
-/* acc[r][t] = or += row[r] . x[t] over the first or another pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs, rows and tokens are
-   constants. Rows that lie far apart are read in turn: so more of memory is on its way. One sum for each row and token, in order of the columns,
-   whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][tokens][16] */
+/* acc[r][t] = or += row[r] . x[t] over the first or another pass for some rows, 3 or 4 and with pairs of BF16 2 or 4, and 1 to 8 tokens; dtype, pairs,
+   rows and tokens are constants. Rows that lie far apart are read in turn: so more of memory is on its way. One sum for each row and token, in order of
+   the columns, whatever the numbers of both. Scales, one for 32 columns, apply where groups are part of a row; of a row 256. acc: [rows][tokens][16] */
 MOQI_INLINE MOQI_AVX512 void moqi_stream_some_512(const moqi_stream_pass *pass, moq_dtype dtype, int pairs, int scaled, int rows, int tokens, const int64_t *row,
                                                   float *const *acc)
 {
