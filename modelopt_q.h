@@ -4935,12 +4935,28 @@ static moq_result moqi_tensor_bytes(moq_dtype dtype, const uint64_t *shape, uint
 
 /* ---- the frame: length, text, closing brace ---- */
 
+#define MOQI_SAVE_ANEW   "save the model as .safetensors"
+#define MOQI_TAKE_SOURCE "take the folder with .safetensors files that it was made of"
+
+/* Other formats of models, by the end of a file's name. NULL: none. */
+MOQI_UNUSED static const char *moqi_foreign_name(const char *name)
+{
+    static const struct { const char *end, *remedy; } kinds[] = {
+        {".gguf", "GGUF is not read; " MOQI_TAKE_SOURCE}, {".bin", "PyTorch's own files are not read; " MOQI_SAVE_ANEW},
+        {".pt", "PyTorch's own files are not read; " MOQI_SAVE_ANEW}, {".pth", "PyTorch's own files are not read; " MOQI_SAVE_ANEW},
+        {".ckpt", "PyTorch's own files are not read; " MOQI_SAVE_ANEW}};
+    for (size_t i = 0; i < MOQI_COUNT(kinds); i++)
+        if (moqi_ends(name, kinds[i].end)) return kinds[i].remedy;
+    return NULL;
+}
+
 /* Other kinds of file that often carry the name: what they begin with. */
 static const struct { const char *magic; uint32_t bytes; const char *kind; } moqi_st_kinds[] = {
     {"version https://git-lfs", 23, "a Git-LFS pointer: run `git lfs pull`"},
-    {"PK\003\004", 4, "a zip archive (a PyTorch .bin or .pt file?)"},
-    {"\200\002", 2, "a Python pickle"}, {"\200\003", 2, "a Python pickle"}, {"\200\004", 2, "a Python pickle"},
-    {"\200\005", 2, "a Python pickle"}, {"GGUF", 4, "a GGUF file"}, {"<!", 2, "an HTML page"}, {"<html", 5, "an HTML page"},
+    {"PK\003\004", 4, "a zip archive (a PyTorch .bin or .pt file?): " MOQI_SAVE_ANEW},
+    {"\200\002", 2, "a Python pickle: " MOQI_SAVE_ANEW}, {"\200\003", 2, "a Python pickle: " MOQI_SAVE_ANEW},
+    {"\200\004", 2, "a Python pickle: " MOQI_SAVE_ANEW}, {"\200\005", 2, "a Python pickle: " MOQI_SAVE_ANEW},
+    {"GGUF", 4, "a GGUF file: " MOQI_TAKE_SOURCE}, {"<!", 2, "an HTML page"}, {"<html", 5, "an HTML page"},
     {"<HTML", 5, "an HTML page"}, {"<?xml", 5, "an XML page"}, {"\211HDF", 4, "an HDF5 file"}, {"\037\213", 2, "a gzip archive"},
     {"{", 1, "a JSON text"}, {"[", 1, "a JSON text"}
 };
@@ -5790,6 +5806,8 @@ MOQ_API int moq_scheme_equal(const moq_scheme *a, const moq_scheme *b)
 
 static const char *const moqi_kv_names[MOQ_KV_FORMAT_COUNT] = {
     "wide", "fp8", "fp8_affine", "int8", "nvfp4", "nvfp4_affine", "nvfp4_rotate", "mxfp4"};
+
+#define MOQI_KV_NAMES "fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate, mxfp4" /* for messages: all but the first */
 
 MOQ_API const char *moq_kv_format_name(moq_kv_format f)
 {
@@ -9437,6 +9455,20 @@ static void moqi_ck_info(moq_checkpoint *ck)
     ck->info.shards = ck->shard_count;
 }
 
+/* A folder without .safetensors files often holds the model in another format: that is what its reader must know. With them, a .bin is a trainer's. */
+static moq_result moqi_ck_foreign(moq_checkpoint *ck, moq_result r, moq_error *err)
+{
+    const char **names = NULL, *found = NULL;
+    size_t count = 0, n = err ? strlen(err->text) : 0;
+    if (r != MOQ_E_NOTFOUND || !err || moqi_ck_list(ck, &names, &count, NULL) != MOQ_OK) return r;
+    for (size_t i = 0; i < count; i++) {
+        if (moqi_ends(names[i], ".safetensors")) return r;
+        if (!found) found = moqi_foreign_name(names[i]);
+    }
+    if (found) moqi_format(err->text + n, sizeof err->text - n, ". %s", found);
+    return r;
+}
+
 /* Everything after the place is known, cheap refusals first: JSON, then headers, then shapes. */
 static moq_result moqi_ck_load(moq_checkpoint *ck, moq_error *err)
 {
@@ -9448,6 +9480,7 @@ static moq_result moqi_ck_load(moq_checkpoint *ck, moq_error *err)
     if (r == MOQ_OK) r = moqi_ck_optional(ck, "hf_quant_config.json", &ck->hf_quant, err);
     if (r == MOQ_OK) r = moqi_ck_optional(ck, "quantize_config.json", &ck->gptq, err);
     if (r == MOQ_OK) r = moqi_ck_find_shards(ck, err);
+    r = moqi_ck_foreign(ck, r, err);
     if (r == MOQ_OK) r = moqi_ck_open_shards(ck, err);
     if (r == MOQ_OK) r = moqi_ck_merge(ck, err);
     if (r == MOQ_OK && ck->index) r = moqi_ck_check_index(ck, err);
@@ -9507,8 +9540,9 @@ MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq
     while (start > 0 && dir[start - 1] != '/' && dir[start - 1] != '\\') start--;
     const char *base = dir + start;
     if (!moqi_is_dir(dir)) {
-        moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1),
-                  moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint" : "no such folder");
+        const char *foreign = moqi_foreign_name(base);
+        moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "%s%s%s",
+                  moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint" : "no such folder", foreign ? ". " : "", foreign ? foreign : "");
         return NULL;
     }
     if (desc && desc->quantize) {
@@ -25704,7 +25738,7 @@ static moq_result moqi_check_calibrate(moqi_calibration *c, moq_error *err)
     c->plan.recipe = d->recipe ? moq_find_recipe(d->recipe) : NULL;
     if (d->recipe && !c->plan.recipe && !moqi_same(d->recipe, "none")) return moqi_fail(err, MOQ_E_ARG, at, "no recipe '%q'; `moq recipes` lists them", d->recipe);
     int cast = d->kv && moqi_ends(d->kv, "_cast");
-    if (d->kv && !moq_kv_format_find(d->kv, &c->kv_format)) return moqi_fail(err, MOQ_E_ARG, at, "'%q' is no KV cache format; try fp8", d->kv);
+    if (d->kv && !moq_kv_format_find(d->kv, &c->kv_format)) return moqi_fail(err, MOQ_E_ARG, at, "'%q' is no KV cache format; give " MOQI_KV_NAMES " or none", d->kv);
     c->wants_kv = c->kv_format != MOQ_KV_WIDE && c->kv_format != MOQ_KV_MXFP4 && !cast;
     return MOQ_OK;
 }

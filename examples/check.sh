@@ -70,5 +70,13 @@ if ./quantize demo-model "$work/fp8" fp8 ../tests/data/demo-eval.jsonl >"$out" 2
     failed=$((failed + 1)); echo "FAILED quantize onto a folder"
 else passed=$((passed + 1)); fi
 
+# a row that is none: its place is said, and nothing is written
+for row in '{"user": ' '{"text": "go"}'; do
+    { head -n 1 ../tests/data/demo-eval.jsonl; printf '%s\n' "$row"; } >"$work/rows.jsonl"
+    if ./quantize demo-model "$work/none" fp8 "$work/rows.jsonl" >"$out" 2>/dev/null || ! grep -q 'rows.jsonl, row 2: ' "$out" || [ -e "$work/none" ]; then
+        failed=$((failed + 1)); echo "FAILED quantize with the row $row"; cat "$out"
+    else passed=$((passed + 1)); fi
+done
+
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -24,32 +24,35 @@ static int show(void *user, moq_stage stage, uint64_t done, uint64_t total)
 }
 
 /* The tokens of one line, framed as the model knows conversations: calibrated with the bare JSON, it would watch what it never reads. */
-static size_t read_row(const llm_tokenizer *words, const char *line, int32_t *out, moq_error *err)
+static size_t read_row(const llm_tokenizer *words, const char *name, const char *line, int32_t *out, moq_error *err)
 {
     static const char *const roles[] = {"system", "user", "assistant"};
     llm_message turns[3];
     size_t count = 0, n = SIZE_MAX;
-    moq_json_doc *doc = moq_json_parse(line, strlen(line), MOQ_JSON_STRICT, 0, "row", NULL, err);
+    moq_json_doc *doc = moq_json_parse(line, strcspn(line, "\r\n"), MOQ_JSON_STRICT, 0, name, NULL, err);
     for (int i = 0; doc && i < 3; i++) {
         turns[count].role = roles[i];
         turns[count].text = moq_json_string(moq_json_find(moq_json_root(doc), roles[i]));
         count += turns[count].text != NULL;
     }
-    if (doc) n = llm_frame(words, turns, count, 0, out, TOKENS, err);
+    if (doc && !count) moq_fail(err, MOQ_E_CONFIG, name, "has none of \"system\", \"user\" and \"assistant\"");
+    if (doc && count) n = llm_frame(words, turns, count, 0, out, TOKENS, err);
     moq_json_destroy(doc);
     return n;
 }
 
 static int read_rows(const char *source, const char *path, llm_samples *samples, moq_error *err)
 {
-    static char line[1 << 16];
+    static char line[1 << 16], name[300];
     size_t n = 0;
+    int number = 0;
     moq_checkpoint *ck = moq_open(source, NULL, err);
     llm_tokenizer *words = ck ? llm_tokenizer_open(ck, err) : NULL;
     FILE *file = words ? fopen(path, "r") : NULL;
     if (words && !file) moq_fail(err, MOQ_E_NOTFOUND, path, "cannot be read; give a file with a conversation on each line");
     while (file && n != SIZE_MAX && samples->count < ROWS && fgets(line, sizeof line, file)) {
-        n = line[strspn(line, " \t\r\n")] ? read_row(words, line, ids[samples->count], err) : 0;
+        snprintf(name, sizeof name, "%s, row %d", path, ++number);
+        n = line[strspn(line, " \t\r\n")] ? read_row(words, name, line, ids[samples->count], err) : 0;
         rows[samples->count] = ids[samples->count], lengths[samples->count] = n < TOKENS ? (int32_t)n : TOKENS;
         samples->count += n > 0 && n != SIZE_MAX;
     }

@@ -80,6 +80,8 @@ check "--version" out "^moq [0-9]"
 check "--version names CPU features" out "^cpu: "
 run
 check "no verb" refused "help"
+run help inspec
+check "a slip in what help is asked for" refused "is inspect meant"
 run nonsense
 check "unknown verb" refused "nonsense"
 src=$golden/sources/llama
@@ -94,10 +96,35 @@ check "a recipe that needs data says so" refused "calibration"
 check "and leaves nothing" test ! -e "$dir/q2"
 run quantize "$src" "$dir/q2" --recipe nonsense
 check "unknown recipe" refused "nonsense"
+# like RECIPE MEANT: a name that is like a recipe's
+like() {
+    run quantize "$src" "$dir/q2" --recipe "$1"
+    check "a recipe like $2: $1" refused "is $2 meant"
+}
+like nvfp nvfp4
+like nvpf4_awq_lite nvfp4_awq_lite
+like NVFP4-SVDQuant nvfp4_svdquant
+like fp8_pb_wo fp8_2d_blockwise_weight_only
+like awq int4_awq
+run run "$src" --quantize mxpf4 --prompt x
+check "--quantize: a slip in a recipe" refused "is mxfp4 meant"
+run quantize "$src" "$dir/q2" --recipe mxfp4 --rule '*=mxfp9'
+check "--rule: a slip in a recipe" refused "is mxfp4 meant"
+for names in nvfp4, ,nvfp4 nvfp4,,fp8; do
+    run autoquant "$src" --bits 6 --recipes "$names" --calib 1,2,3
+    check "--recipes $names" refused "a name between commas is missing"
+done
+run autoquant "$src" --bits 6 --recipes nvfp4,fp9 --calib 1,2,3
+check "--recipes: a slip in a recipe" refused "is fp8 meant"
+run autoquant "$src" --bits 6 --recipes "$(yes nvfp4 | head -n 17 | tr '\n' , | sed 's/,$//')" --calib 1,2,3
+check "--recipes: too many" refused "more than 16"
+run autoquant "$src" --bits 1 --recipes nvfp4,fp8 --calib 1,2,3,4
+check "autoquant: too few bits" refused ": --bits: 1 bits a weight are too few"
 # calibration: every kind of data, what is saved is read back, refusals write nothing
 calib=$src/inputs.json#calib
 run quantize "$src" "$dir/q3" --recipe nvfp4_awq_lite --calib "$calib" --batch 4 --save-calibration "$dir/kept.safetensors"
 check "quantize --calib" is 0
+check "quantize says what it calibrated with" last ', calibrated with 16 rows of 384 tokens$'
 run quantize "$src" "$dir/q4" --recipe nvfp4_awq_lite --calibration "$dir/kept.safetensors"
 check "--calibration of what was saved" is 0
 check "gives the same bytes" cmp "$dir/q3/model.safetensors" "$dir/q4/model.safetensors"
@@ -113,13 +140,24 @@ printf 'bring the red mug to the kitchen table, please, and then go to the hallw
 {
     echo '{"text": "bring the red mug"}'
     echo '{"system": "robot at garage", "user": "go to the kitchen", "assistant": "ok"}'
-    echo '{"messages": [{"role": "user", "content": "go to the kitchen"}, {"role": "assistant", "content": "ok"}]}'
+    echo '{"messages": [{"role": "user", "content": "go to the kitchen"}, {"role": "assistant", "content": "ok"}], "text": null}'
 } >"$dir/calib.jsonl"
 for data in "$dir/calib.txt" "$dir/calib.jsonl" 5,6,7,8,9; do
     rm -rf "$dir/q4"
     run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$data" --samples 3 --seq 16
     check "quantize --calib $(basename "$data")" is 0
 done
+rm -rf "$dir/q4"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/calib.jsonl" --samples 2 --json
+check "--samples is what it calibrates with" out '"calibration_rows": 2,'
+check "and quantize --json is JSON" json
+check "nothing to note" empty err
+rm -rf "$dir/q4"
+{ cat "$dir/calib.jsonl"; for i in 1 2; do echo '{"text": "bring the red mug", "user": "go", "messages": [{"role": "user", "content": "go"}]}'; done; } >"$dir/both.jsonl"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/both.jsonl"
+check "a row that is a text and a conversation" last 'calibrated with 5 rows'
+check "is noted, once" lines err 1
+check "with its line" err 'both.jsonl: line 4 has "text" and "messages"; of such rows only "text" is read'
 rm -rf "$dir/q4"
 run quantize "$src" "$dir/q4" --recipe fp8 --calib 5,999999
 check "tokens outside the vocabulary" refused "5,999999: row 0: token 999999 is outside the vocabulary of 256"
@@ -183,6 +221,23 @@ check "quantize: the target is a file, with a slash behind it" refused "q4.*exis
 rm "$dir/q4"
 run quantize "$src" "$dir/no/such/parent" --recipe mxfp4
 check "quantize: no parent" refused "parent"
+mkdir "$dir/own" "$dir/own/more"
+cp "$src"/* "$dir/own"
+for to in own/q own/q// own/more/q own/more/../q; do
+    run quantize "$dir/own" "$dir/$to" --recipe mxfp4
+    check "quantize: $to is inside the source" refused "lies inside the source"
+done
+run dequant "$dir/own" --out "$dir/own/q"
+check "dequant: a target inside the source" refused "lies inside the source"
+run logits "$dir/own" --tokens 1,2 --out "$dir/own/model.safetensors"
+check "logits: onto the source" refused "is a file of the source"
+check "the source is as it was" cmp "$src/model.safetensors" "$dir/own/model.safetensors"
+ln -s "$dir/own" "$dir/alias"
+run quantize "$dir/alias" "$dir/own/more/q" --recipe mxfp4
+check "quantize: inside the source by another name" refused "lies inside the source"
+run logits "$dir/own" --tokens 1,2 --out "$dir/own/mine.safetensors"
+check "logits: beside the source's files" is 0
+rm -r "$dir/own" "$dir/alias"
 check "refusals leave nothing" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* '$dir'/k 2>/dev/null"
 (ulimit -f 20; trap '' XFSZ; "$moq" quantize "$src" "$dir/q4" --recipe mxfp4 >"$dir/out" 2>"$dir/err"); code=$?
 check "no space for the folder" refused "q4"
@@ -192,15 +247,17 @@ check "no space: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$
 # stopped in the middle of a calibration, which would take minutes
 awk 'BEGIN { for (i = 0; i < 20000; i++) print "bring the red mug to the kitchen table, number", i }' >"$dir/long.txt"
 for signal in INT TERM HUP; do
+    case $signal in INT) status=130 ;; TERM) status=143 ;; HUP) status=129 ;; esac
     if [ $signal != INT ] && sh -c "kill -$signal \$\$; true"; then echo "note: $signal is ignored here (nohup), and so it stays: not tried"; continue; fi
     "$moq" quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_full --calib "$dir/long.txt" --max-memory 80M >"$dir/out" 2>"$dir/err" </dev/null &
     stopped=$!
     for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do ls -d "$dir"/q4.tmp* >/dev/null 2>&1 && break; sleep 0.5; done
     sleep 0.3
     kill -$signal $stopped
-    wait $stopped
+    wait $stopped 2>/dev/null
     code=$?
-    check "$signal while calibrating" refused "stopped"
+    check "$signal while calibrating ends as by the signal" is $status
+    check "$signal: what is said" sh -c "[ ! -s '$dir/out' ] && [ \"\$(cat '$dir/err')\" = 'moq: stopped' ]"
     check "$signal: nothing half-written" sh -c "! ls -d '$dir'/q4* '$dir'/*tmp* '$dir'/*spill* 2>/dev/null"
 done
 # killed, it cannot clean up: the next run says so
@@ -212,7 +269,7 @@ kill -KILL $stopped
 wait $stopped 2>/dev/null
 run quantize "$src" "$dir/q4/" --recipe mxfp4
 check "after a run that was killed" is 0
-check "what it left is named" err "^moq: note: .*/q4.tmp-$stopped-0 is what a run that was killed left behind; remove it"
+check "what it left is named" err "^moq: note: .*/q4.tmp-$stopped-0 is what a run that was killed left behind; remove it, unless another machine or container is writing it"
 check "nothing else is" lines err 1
 rm -r "$dir"/q4*
 # what needs no numbers is refused before the calibration, which would take minutes
@@ -267,7 +324,9 @@ run inspcet "$demo"
 check "a slip in a verb" refused "is inspect meant"
 printf 'GGUF\003' >"$dir/model.gguf"
 run run "$dir/model.gguf" --prompt x
-check "a GGUF file" refused "model.gguf: is a file; .*GGUF files are not read"
+check "a GGUF file" refused "model.gguf: is a file; .*GGUF is not read; take the folder"
+run verify "$dir/model.gguf"
+check "verify: a GGUF file" out "this looks like a GGUF file: take the folder with .safetensors files"
 mkdir "$dir/pickled"
 cp "$demo/config.json" "$dir/pickled"
 : >"$dir/pickled/pytorch_model.bin"
@@ -291,6 +350,10 @@ run inspect "$demo" --act x
 check "bad --act" refused "auto, stored, wide or bf16"
 run inspect "$demo" --kernel x
 check "bad --kernel" refused "'x'"
+run inspect "$demo" --kv x
+check "bad --kv: all that there are" refused "--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
+run quantize "$src" "$dir/q9" --recipe mxfp4 --kv x
+check "bad --kv of a folder" refused "x: is no --kv of a ModelOpt folder: fp8, .*none"
 run inspect "$demo" --backend tpu
 check "bad --backend" refused "cpu, cuda or cuda:N"
 if ! "$moq" --version | grep -q "^cuda: not built in"; then echo "note: built with CUDA: --backend cuda is not refused"; else
@@ -342,6 +405,21 @@ check "--stats and the error count the same tokens" err "the answer $written, of
 run inspect "$demo" --context 512 --explain
 check "inspect --context" out "context of 512 tokens"
 check "inspect --explain" out "up_proj.*: nvfp4"
+check "inspect --explain: equal layers share a line" out "^model.layers.0-5.mlp.up_proj  *nvfp4  *768x256  *4.50[0-9]  *663600  *6  [a-z0-9]*: "
+check "inspect --explain: all modules in few lines" test "$(wc -l <"$dir/out")" -le 14
+run inspect "$golden/modelopt/mixtral-nvfp4" --explain
+check "inspect --explain: layers and experts" out "^model.layers.0-1.block_sparse_moe.experts.0-3.w1  *nvfp4 .*  8  [a-z0-9]*: "
+run inspect "$golden/modelopt/qwen3_moe-auto_kl_awq_8.0" --explain
+check "inspect --explain: layers of other schemes keep their lines" out "^model.layers.1.mlp.experts.0-3.up_proj  *nvfp4 .*  4  [a-z0-9]*: "
+check "inspect --explain: and those that differ in no more stand together" out "^model.layers.0-1.mlp.gate  *bf16 .*  2  [a-z0-9]*: "
+if [ ! -f "$golden/sources/qwen3/config.json" ]; then echo "skipped inspect --head of a shared table: not in this set"; else # its output layer is the embedding
+    run inspect "$golden/sources/qwen3"
+    grep -E '^(effective bits|[0-9]* modules)' "$dir/out" >"$dir/as_stored"
+    run inspect "$golden/sources/qwen3" --head int8
+    check "inspect --head: a shared table as it would run" out '^lm_head  *w8a16 '
+    grep -E '^(effective bits|[0-9]* modules)' "$dir/out" >"$dir/a"
+    check "inspect --head: its weights are counted once" cmp "$dir/a" "$dir/as_stored"
+fi
 run inspect "$demo" --kv fp8
 check "inspect --kv" out "KV cache 1.6 MB"
 run inspect "$demo" --json
@@ -442,6 +520,14 @@ run logits "$demo" --tokens "$dir/tokens.json#none" --out "$dir/never.safetensor
 check "logits: empty list" refused "no list of token ids"
 run logits "$demo" --tokens "$dir/tokens.json#nokey" --out "$dir/never.safetensors"
 check "logits: no such key" refused "nokey"
+run logits "$demo" --tokens 1,2, --out "$dir/never.safetensors"
+check "logits: a token is missing at the end" refused "a token is missing"
+ln -s nowhere "$dir/link"
+run logits "$demo" --tokens 1,2 --out "$dir/link"
+check "logits: the target is a link to nothing" refused "link: is a link to nothing"
+run inspect "$demo" --png "$dir/link"
+check "inspect: the picture is a link to nothing" refused "link: is a link to nothing"
+rm "$dir/link"
 run logits "$demo" --tokens 1,2
 check "logits needs --out" refused "--out"
 check "a refusal writes nothing" test ! -e "$dir/never.safetensors"
@@ -535,6 +621,7 @@ row ', column 10: found the end of the text.*a row is a line, whole' '{"user": '
 row ': .*the second time with the value at column 23' '{"text": "a", "text": "b"}'
 row ': the key "usr" would be ignored; write "user"' '{"system": "a", "usr": "b", "assistant": "c"}'
 row ': the key "txet" would be ignored; write "text"' '{"txet": "a"}'
+row ': the key "users" would be ignored; write "user"' '{"users": "a", "assistant": "c"}'
 row ': "assistant" is no string' '{"user": "a", "assistant": 5}'
 row ': "messages" is no list' '{"messages": "a"}'
 row ': message 2 has no "content"' '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "contents": "b"}]}'
@@ -637,7 +724,7 @@ run bench --scheme nonsense --json
 check "bench: unknown kind" refused "nonsense"
 run bench --scheme nvfp4 --shape 10x10 --json
 check "bench: bad shape" refused "10x10"
-for m in 0 x -1 1.5 1,,2 65537 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17; do
+for m in 0 x -1 1.5 1,,2 1, ,1 65537 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17; do
     run bench --m $m
     check "bench: bad --m $m" refused "--m is 1 to 16 numbers of rows from 1 to 65536.* not '$m'"
 done

@@ -1188,6 +1188,7 @@ static void test_calibrate_misuse(void)
     d.recipe = "nvfp4";
     d.kv = "fp9";
     CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "fp9"));
+    for (int i = 1; i < (int)MOQ_KV_FORMAT_COUNT; i++) CHECK(strstr(err.text, moq_kv_format_name((moq_kv_format)i)));
     d.kv = NULL;
     g.samples.count = 0;
     CHECK(!moq_calibrate(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "row"));

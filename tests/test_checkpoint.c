@@ -372,7 +372,18 @@ static void test_checkpoint_without_index(void)
     expect("nothing", &f, MOQ_E_NOTFOUND, "model.safetensors", NULL);
     add_vectors(&f, "other.safetensors", one, 1);
     expect("D7 other name", &f, MOQ_E_NOTFOUND, NULL, NULL);
+    add_text(&f, "optimizer.bin", "x"); /* a trainer's: there are safetensors files */
+    moq_error e;
+    CHECK(moq_open(f.path, NULL, &e) == NULL && !strstr(e.text, "PyTorch"));
     drop_file(&f, "other.safetensors");
+    expect("a folder of pickles", &f, MOQ_E_NOTFOUND, "PyTorch", "save the model as .safetensors");
+    drop_file(&f, "optimizer.bin");
+    add_text(&f, "small.gguf", "GGUF");
+    expect("a folder of GGUF", &f, MOQ_E_NOTFOUND, "GGUF is not read", "take the folder");
+    char path[1000];
+    snprintf(path, sizeof path, "%s/small.gguf", f.path);
+    CHECK(moq_open(path, NULL, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "is a file") && strstr(e.text, "GGUF is not read; take the folder"));
+    drop_file(&f, "small.gguf");
     add_vectors(&f, "model-00001-of-00003.safetensors", one, 1);
     add_vectors(&f, "model-00003-of-00003.safetensors", three, 1);
     expect("I15", &f, MOQ_E_MISSING, "number 2", "00002-of-00003");
@@ -389,7 +400,6 @@ static void test_checkpoint_without_index(void)
     drop_file(&f, "consolidated-00001-of-00001.safetensors");
     add_vectors(&f, "model.safetensors", two, 1);
     expect("D7 both", &f, MOQ_E_NOTFOUND, "model-00001-of-00003", "side by side");
-    moq_error e;
     moq_checkpoint *ck;
     drop_file(&f, "model.safetensors");
     ck = moq_open_memory(f.file, f.count, NULL, &e);

@@ -998,7 +998,11 @@ static void test_llm_forward_refusals(void)
     d.path = golden("sources/llama");
     d.kv = "paper";
     CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "paper"));
+    for (int i = 0; i < (int)MOQ_KV_FORMAT_COUNT; i++) CHECK(strstr(e.text, moq_kv_format_name((moq_kv_format)i))); /* all that there are */
     d.kv = NULL;
+    d.path = "model.gguf";
+    CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "take the folder with .safetensors files"));
+    d.path = golden("sources/llama");
     d.context = -1;
     CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "context"));
     d.context = 32;

@@ -517,7 +517,8 @@ static void test_st_kinds(void)
 {
     static const struct { const char *magic; size_t n; const char *kind; } rows[] = {
         {"version https://git-lfs.github.com/spec/v1\noid sha256:", 54, "looks like a Git-LFS pointer"}, {"PK\003\004\024\000\000\000\010\000", 10, "zip"},
-        {"\200\002\212\nl\374\234F\371 j", 11, "pickle"}, {"GGUF\003\000\000\000\042\000\000\000", 12, "GGUF"}, {"<!DOCTYPE html>", 15, "HTML"}, {"{\"error\": 1}", 12, "JSON"}};
+        {"\200\002\212\nl\374\234F\371 j", 11, "save the model as .safetensors"},
+        {"GGUF\003\000\000\000\042\000\000\000", 12, "GGUF file: take the folder"}, {"<!DOCTYPE html>", 15, "HTML"}, {"{\"error\": 1}", 12, "JSON"}};
     for (size_t i = 0; i < MOQI_COUNT(rows); i++) {
         uint8_t raw[64] = {0};
         moq_error e;

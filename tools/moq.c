@@ -47,6 +47,7 @@
 
 static volatile sig_atomic_t stop_requested;
 static volatile sig_atomic_t end_requested; /* not by Ctrl-C, which stops only an answer of a chat */
+static volatile sig_atomic_t stop_signal;   /* the last of them */
 static llm *volatile running;   /* what Ctrl-C cancels */
 static char *unfinished_folder; /* removed when the tool gives up */
 
@@ -100,15 +101,18 @@ static int names_file(const char *text, size_t length)
 
 /* The headers tell programmers which field to change; here the same thing is an option. */
 static const struct { const char *field, *option; } said_otherwise[] = {
-    {"llm_desc.max_memory", "--max-memory"}, {"llm_desc.context", "--context"}, {"llm_desc.chunk", "--chunk"}, {"llm_desc.kv", "--kv"}, {"llm_desc.head", "--head"},
-    {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"}, {"llm_desc.sampling.top_p", "--top-p"},
-    {"llm_desc.sampling.min_p", "--min-p"}, {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
-    {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"}, {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"},
-    {"; use raw prompts", "; use --raw"}, {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
+    {"llm_desc.max_memory", "--max-memory"}, {"llm_desc.context", "--context"}, {"llm_desc.chunk", "--chunk"}, {"llm_desc.kv", "--kv"},
+    {"llm_desc.head", "--head"}, {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"},
+    {"llm_desc.sampling.top_p", "--top-p"}, {"llm_desc.sampling.min_p", "--min-p"},
+    {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
+    {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"},
+    {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"}, {"; use raw prompts", "; use --raw"},
+    {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
     {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
     {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
-    {"or give a calibration file that has it", "or give a file that has it (--calibration)"},
-    {"folders of this format cannot be written", "is no container that --format or --to can name"}, {"is no KV recipe of a ModelOpt folder", "is no --kv of a ModelOpt folder"}
+    {"or give a calibration file that has it", "or give a file that has it (--calibration)"}, {"effective_bits: ", "--bits: "},
+    {"folders of this format cannot be written", "is no container that --format or --to can name"},
+    {"is no KV recipe of a ModelOpt folder", "is no --kv of a ModelOpt folder"}
 };
 
 static void print_text(FILE *to, const char *text)
@@ -147,39 +151,10 @@ static int ends_with(const char *s, const char *end)
     return a >= b && strcmp(s + a - b, end) == 0;
 }
 
-/* What a file is by its name, and what to take in its place. NULL: not known. */
-static const char *foreign_file(const char *name)
-{
-    static const char *const pickles[] = {".bin", ".pt", ".pth", ".ckpt"};
-    if (ends_with(name, ".gguf")) return "GGUF files are not read; take the folder with .safetensors files that they were made of";
-    for (int i = 0; i < COUNT(pickles); i++)
-        if (ends_with(name, pickles[i])) return "PyTorch's own files are not read; save the model as .safetensors";
-    return NULL;
-}
-
-/* The same of a file or of what lies in a folder; NULL of one that has .safetensors, where a .bin is a trainer's. */
-static const char *foreign_model(const char *path)
-{
-    const char *found = foreign_file(path);
-    DIR *d = found ? NULL : opendir(path);
-    struct dirent *entry;
-    int known = 0;
-    while (d && (entry = readdir(d)) != NULL) {
-        known |= ends_with(entry->d_name, ".safetensors");
-        if (!found) found = foreign_file(entry->d_name);
-    }
-    if (d) closedir(d);
-    return known ? NULL : found;
-}
-
 static int refuse_error(const char *path, const moq_error *err)
 {
-    const char *foreign = err->code == MOQ_E_NOTFOUND && path ? foreign_model(path) : NULL;
-    moq_error more = *err;
-    size_t n = strlen(more.text);
     if (err->code == MOQ_E_CANCELLED && stop_requested) return refuse("stopped");
-    if (foreign) snprintf(more.text + n, sizeof more.text - n, ". %s", foreign);
-    print_placed(stderr, "moq: ", path, more.text);
+    print_placed(stderr, "moq: ", path, err->text);
     return 2;
 }
 
@@ -220,6 +195,7 @@ static const char *base_name(const char *path)
 /* Only async-signal-safe work: the loops look at the flag. Should one hang, the fourth Ctrl-C ends the program at once. */
 static void on_interrupt(int number)
 {
+    stop_signal = number;
     if (number != SIGINT) end_requested = 1;
     if (stop_requested < 3) stop_requested = stop_requested + 1;
     else {
@@ -279,7 +255,8 @@ static void on_log(void *user, moq_log_level level, moq_result code, const char 
     if (level == MOQ_LOG_WARNING) print_placed(stderr, "moq: note: ", (const char *)user, text);
 }
 
-/* A run that is killed cannot clean up: TARGET.tmp-PROCESS... stays. It is named, not removed: another machine may be writing it. */
+/* A run that is killed cannot clean up: TARGET.tmp-PROCESS... stays. It is named, not removed: that no process here has the number does not
+   say that none has it on another machine or in another container that shares the disk. */
 static void note_leftovers(const char *target)
 {
     char folder[4096];
@@ -295,7 +272,8 @@ static void note_leftovers(const char *target)
         const int ours = strncmp(tail, ".tmp-", 5) == 0 && tail[5 + strspn(tail + 5, "0123456789-")] == 0;
         long process = ours ? strtol(tail + 5, NULL, 10) : 0;
         if (process < 1 || kill((pid_t)process, 0) == 0 || errno != ESRCH) continue;
-        fprintf(stderr, "moq: note: %.*s%s is what a run that was killed left behind; remove it\n", (int)base, target, entry->d_name);
+        fprintf(stderr, "moq: note: %.*s%s is what a run that was killed left behind; remove it, unless another machine or container is writing it\n",
+                (int)base, target, entry->d_name);
     }
     if (d) closedir(d);
 }
@@ -402,8 +380,8 @@ typedef struct options {
     int json, explain, deep, hash, raw, stats, decode, help, active_experts;
     int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch, copies;
     double temp, top_p, min_p, bits;
-    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *none, *recipe, *format, *calibration, *shard, *calib,
-        *save_calibration, *max_memory, *quantize;
+    const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *recipe, *format, *calibration, *shard;
+    const char *calib, *save_calibration, *max_memory, *quantize;
     const char *head, *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
     int encode;
     text_list scheme, shape, exclude, rule;
@@ -463,7 +441,7 @@ static const option_row option_table[] = {
     {"batch", KIND_COUNT, FIELD(batch), "N", "rows of a batch: averages and losses are means over batches (default 8)"},
     {"save-calibration", KIND_TEXT, FIELD(save_calibration), "FILE", "keep what was measured, for --calibration"},
     {"max-memory", KIND_TEXT, FIELD(max_memory), "BYTES", "stay below it, e.g. 2G: refused with the numbers; quantize: activations go to a file"},
-    {"bits", KIND_REAL, FIELD(bits), "X", "bits of a weight on average"},
+    {"bits", KIND_REAL, FIELD(bits), "X", "bits of a weight of linear layers on average (embeddings are not counted)"},
     {"recipes", KIND_TEXT, FIELD(recipes), "A,B", "what to choose from, beside leaving a layer as it is"},
     {"method", KIND_TEXT, FIELD(method), "M", "scores: gradient (default) or kl"},
     {"search", KIND_TEXT, FIELD(search), "FILE", "recorded scores, instead of making them"},
@@ -564,7 +542,8 @@ static int set_option(options *o, const option_row *row, const char *value)
     if (row->kind == KIND_TEXT) *(const char **)(void *)at = value;
     if (row->kind == KIND_INT || row->kind == KIND_COUNT) {
         long long n = strtoll(value, &end, 10);
-        if (*end || end == value || errno || n < least || n > most) return refuse("--%s is a whole number from %lld to %lld, not '%s'", row->name, least, most, value);
+        if (*end || end == value || errno || n < least || n > most)
+            return refuse("--%s is a whole number from %lld to %lld, not '%s'", row->name, least, most, value);
         *(int64_t *)(void *)at = n;
     }
     if (row->kind == KIND_REAL) {
@@ -724,8 +703,8 @@ static int check_memory(const llm_desc *desc, const char *path)
     own = p.total_bytes - p.mapped_bytes;
     if (own <= all) return 0;
     return refuse("%s: this machine has %.1f GB, but beyond its mapped weights the model takes %.1f GB: %.1f repacked weights, %.1f KV cache of %d tokens, "
-                  "%.1f run state; lower --context or --chunk, or choose a smaller --kv", path, (double)all / 1e9, (double)own / 1e9, (double)p.weight_bytes / 1e9,
-                  (double)p.cache_bytes / 1e9, p.context, (double)p.run_bytes / 1e9);
+                  "%.1f run state; lower --context or --chunk, or choose a smaller --kv", path, (double)all / 1e9, (double)own / 1e9,
+                  (double)p.weight_bytes / 1e9, (double)p.cache_bytes / 1e9, p.context, (double)p.run_bytes / 1e9);
 }
 
 static int open_engine(engine *e, const options *o, const char *path, int64_t context, int no_tokenizer)
@@ -797,7 +776,8 @@ static char *read_text(const char *path, size_t *bytes)
     size_t at = text ? first_no_text(text, *bytes) : 0;
     if (!text || at == *bytes || ends_with(path, ".jsonl")) return text;
     if (*bytes >= 2 && (memcmp(text, "\xff\xfe", 2) == 0 || memcmp(text, "\xfe\xff", 2) == 0)) refuse("%s: is UTF-16 text; save it as UTF-8", path);
-    else refuse("%s: byte %zu is no UTF-8 text (found 0x%02x); save it as UTF-8, or give a .txt or .jsonl file of text", path, at, (unsigned)(unsigned char)text[at]);
+    else refuse("%s: byte %zu is no UTF-8 text (found 0x%02x); save it as UTF-8, or give a .txt or .jsonl file of text", path, at,
+                (unsigned)(unsigned char)text[at]);
     free_file(text, *bytes);
     return NULL;
 }
@@ -884,7 +864,9 @@ static int read_tokens(token_rows *t, const char *text)
             if (end == at || id > INT32_MAX) { free(ids); return refuse("'%s' is no list of token ids", text); }
             ids[count++] = (int32_t)id;
             at = end + strspn(end, " ");
-            if (*at == ',') at += 1 + strspn(at + 1, " ");
+            if (*at != ',') continue;
+            at += 1 + strspn(at + 1, " ");
+            if (!*at) { free(ids); return refuse("'%s' ends with a comma: a token is missing", text); }
         }
         tokens_row(t, ids, count);
         free(ids);
@@ -910,9 +892,11 @@ static int check_tokens(const token_rows *t, const char *source, int32_t vocab, 
     for (size_t r = 0; r < t->rows; r++) {
         size_t count = t->start[r + 1] - t->start[r];
         if (count == 0) return refuse("%.200s: row %zu is empty", source, r);
-        if (context > 0 && count > (size_t)context) return refuse("%.200s: row %zu has %zu tokens, the model takes %d; use shorter rows", source, r, count, context);
+        if (context > 0 && count > (size_t)context)
+            return refuse("%.200s: row %zu has %zu tokens, the model takes %d; use shorter rows", source, r, count, context);
         for (size_t i = t->start[r]; i < t->start[r + 1]; i++)
-            if (vocab > 0 && t->ids[i] >= vocab) return refuse("%.200s: row %zu: token %d is outside the vocabulary of %d", source, r, t->ids[i], vocab);
+            if (vocab > 0 && t->ids[i] >= vocab)
+                return refuse("%.200s: row %zu: token %d is outside the vocabulary of %d", source, r, t->ids[i], vocab);
     }
     return 0;
 }
@@ -936,6 +920,7 @@ typedef struct text_row {
     const char *text; /* NULL: messages */
     size_t bytes, line, count;
     llm_message messages[MAX_MESSAGES];
+    int noted; /* it was said that a row has more than is used */
 } text_row;
 
 static const char *const row_keys[] = {"system", "user", "assistant", "text", "messages"};
@@ -949,7 +934,8 @@ static int check_keys(const text_row *row, const char *path, const moq_json *roo
         const moq_json *v = moq_json_find(root, row_keys[i]);
         int list = strcmp(row_keys[i], "messages") == 0;
         if (!v || v->type == MOQ_JSON_NULL) continue;
-        if (v->type != (list ? MOQ_JSON_ARRAY : MOQ_JSON_STRING)) return refuse("%s: line %zu: \"%s\" is no %s", path, row->line, row_keys[i], list ? "list" : "string");
+        if (v->type != (list ? MOQ_JSON_ARRAY : MOQ_JSON_STRING))
+            return refuse("%s: line %zu: \"%s\" is no %s", path, row->line, row_keys[i], list ? "list" : "string");
         slips = i >= ROW_ROLES ? 0 : slips > ROW_ROLES ? ROW_ROLES : slips;
     }
     for (const moq_json *e = moq_json_first(root); e; e = moq_json_next(root, e))
@@ -964,11 +950,25 @@ static int parse_message(text_row *row, const char *path, const moq_json *messag
     llm_message *m = &row->messages[row->count++];
     m->role = moq_json_string(moq_json_find(message, "role"));
     m->text = moq_json_string(moq_json_find(message, "content"));
-    if (!m->role || !m->text) return refuse("%s: line %zu: message %zu has no \"%s\" that is a string", path, row->line, row->count, m->role ? "content" : "role");
+    if (!m->role || !m->text)
+        return refuse("%s: line %zu: message %zu has no \"%s\" that is a string", path, row->line, row->count, m->role ? "content" : "role");
     for (int i = 0; i < ROW_ROLES; i++)
         if (strcmp(m->role, row_keys[i]) != 0 && is_slip(m->role, row_keys[i]))
             return refuse("%s: line %zu: message %zu has the role \"%.40s\"; write \"%s\"", path, row->line, row->count, m->role, row_keys[i]);
     return 0;
+}
+
+/* Data sets come with rows that say the same thing twice, as a text and as messages: one of them counts, which is said once a file. */
+static void note_ignored(text_row *row, const char *path, const moq_json *root, const char *used)
+{
+    const moq_json *list = moq_json_find(root, "messages");
+    const char *left = NULL;
+    for (int i = 0; i < ROW_ROLES; i++)
+        if (moq_json_string(moq_json_find(root, row_keys[i]))) left = row_keys[i];
+    if (row->text && list && list->count > 0) left = "messages";
+    if (!left || row->noted) return;
+    row->noted = 1;
+    fprintf(stderr, "moq: note: %s: line %zu has \"%s\" and \"%s\"; of such rows only \"%s\" is read\n", path, row->line, used, left, used);
 }
 
 /* {"text"}, {"system","user","assistant"} or {"messages":[{"role","content"}]} */
@@ -979,17 +979,19 @@ static int parse_row(text_row *row, const char *path, const moq_json *root)
     row->text = moq_json_string(text);
     row->bytes = row->text ? text->text_bytes : 0;
     row->count = 0;
+    if (!bad && row->text) note_ignored(row, path, root, "text");
     if (bad || row->text) return bad;
     if (list && list->count > MAX_MESSAGES) return refuse("%s: line %zu has more than %d messages", path, row->line, MAX_MESSAGES);
     for (const moq_json *e = moq_json_first(list); e && !bad; e = moq_json_next(list, e)) bad = parse_message(row, path, e);
+    if (!bad && row->count > 0) note_ignored(row, path, root, "messages");
     for (int i = 0, listed = row->count > 0; !listed && i < ROW_ROLES; i++) {
         row->messages[row->count].role = row_keys[i];
         row->messages[row->count].text = moq_json_string(moq_json_find(root, row_keys[i]));
         if (row->messages[row->count].text) row->count++;
     }
     if (bad || row->count) return bad;
-    return refuse("%s: line %zu has neither \"text\" nor messages; a row is {\"text\"}, {\"system\",\"user\",\"assistant\"} or {\"messages\":[{\"role\",\"content\"}]}",
-                  path, row->line);
+    return refuse("%s: line %zu has neither \"text\" nor messages; a row is {\"text\"}, {\"system\",\"user\",\"assistant\"} or "
+                  "{\"messages\":[{\"role\",\"content\"}]}", path, row->line);
 }
 
 /* The parser sees one line: what it calls line 1 of the file is line `line`. */
@@ -1041,6 +1043,7 @@ typedef struct module_row {
     char scheme[64];
     char kernel[400];
     uint64_t elements, bytes, weight_bytes; /* bytes: every tensor of the module; weight_bytes: without the bias */
+    int again;                              /* a matrix of another row, as a second layer will use it: no more weights */
 } module_row;
 
 /* Does tensor `name` belong to module `l`, and is it its bias? Linear layers own "M.x", stacks "M" and "M_x". */
@@ -1109,6 +1112,7 @@ static int list_head(const options *o, moq_backend *be, module_row *rows, size_t
     stored = row->l;
     if (llm_make_head(&stored, o->head, NULL, NULL, &row->l, &err) != MOQ_OK) return refuse_error(o->args[0], &err);
     if (!head) row->l.name = "lm_head";
+    row->again = !head;
     *count += !head;
     moq_scheme_name(&row->l.scheme, row->scheme, sizeof row->scheme);
     row->bytes = row->weight_bytes = (uint64_t)row->l.rows * ((uint64_t)row->l.cols + sizeof(float));
@@ -1251,25 +1255,132 @@ static void inspect_json(const moq_checkpoint *ck, const module_row *rows, size_
     json_close(&j, '}');
 }
 
+/* Rows that say the same but for a number in the module's name, such as that of the layer. */
+typedef struct row_group {
+    char name[512];        /* with ranges in the place of numbers: layers.0-29.mlp.up_proj */
+    const module_row *row; /* the first of them */
+    size_t count;
+    size_t cut, tail; /* while they are made: the number is name[cut .. tail); equal: there is none */
+    long number;
+} row_group;
+
+static int compare_rows(const module_row *a, const module_row *b)
+{
+    int c = strcmp(a->scheme, b->scheme);
+    if (!c) c = strcmp(a->kernel, b->kernel);
+    if (!c) c = (a->bytes > b->bytes) - (a->bytes < b->bytes);
+    if (!c) c = (a->l.experts > b->l.experts) - (a->l.experts < b->l.experts);
+    if (!c) c = (a->l.rows > b->l.rows) - (a->l.rows < b->l.rows);
+    return c ? c : (a->l.cols > b->l.cols) - (a->l.cols < b->l.cols);
+}
+
+/* By all but the number. 0: they become one. */
+static int compare_groups(const row_group *a, const row_group *b)
+{
+    int c = (a->cut > b->cut) - (a->cut < b->cut);
+    if (!c) c = memcmp(a->name, b->name, a->cut);
+    if (!c) c = strcmp(a->name + a->tail, b->name + b->tail);
+    return c ? c : compare_rows(a->row, b->row);
+}
+
+static int order_groups(const void *a, const void *b)
+{
+    const row_group *x = (const row_group *)a, *y = (const row_group *)b;
+    int c = compare_groups(x, y);
+    return c ? c : (x->number > y->number) - (x->number < y->number);
+}
+
+static int order_found(const void *a, const void *b)
+{
+    const row_group *x = (const row_group *)a, *y = (const row_group *)b;
+    return (x->row > y->row) - (x->row < y->row);
+}
+
+/* Finds the part `k` of a name, between dots, if it is a number. */
+static void find_number(row_group *g, int k)
+{
+    const char *at = g->name;
+    for (; k > 0 && at; k--) at = strchr(at, '.') ? strchr(at, '.') + 1 : NULL;
+    size_t digits = at ? strspn(at, "0123456789") : 0;
+    int whole = digits > 0 && digits < 10 && (at[digits] == '.' || at[digits] == 0);
+    g->cut = whole ? (size_t)(at - g->name) : strlen(g->name);
+    g->tail = g->cut + (whole ? digits : 0);
+    g->number = whole ? strtol(at, NULL, 10) : 0;
+}
+
+/* "0-2,5" in place of the number of the first of n groups, which differ in nothing else. */
+static void join_groups(row_group *to, const row_group *g, size_t n)
+{
+    row_group all = g[0];
+    size_t used = g->cut;
+    for (size_t i = 1; i < n; i++) {
+        all.count += g[i].count;
+        if (g[i].row < all.row) all.row = g[i].row;
+    }
+    for (size_t i = 0, end; i < n; i = end) {
+        for (end = i + 1; end < n && g[end].number == g[end - 1].number + 1; end++) {}
+        used += (size_t)snprintf(all.name + used, sizeof all.name - used, end - i > 1 ? "%s%ld-%ld" : "%s%ld", i ? "," : "", g[i].number, g[end - 1].number);
+        if (used >= sizeof all.name) used = sizeof all.name - 1;
+    }
+    snprintf(all.name + used, sizeof all.name - used, "%s", g->name + g->tail);
+    *to = all;
+}
+
+/* The rows as they are, or grouped: first over the last numbers of the names (experts), then over those before (layers). */
+static row_group *group_rows(const module_row *rows, size_t count, int grouped, size_t *listed)
+{
+    row_group *g = (row_group *)take(count, sizeof *g);
+    for (size_t i = 0; i < count; i++) {
+        snprintf(g[i].name, sizeof g[i].name, "%s", rows[i].l.name);
+        g[i].row = &rows[i];
+        g[i].count = 1;
+    }
+    for (int k = 15; grouped && k >= 0; k--) {
+        size_t n = 0;
+        for (size_t i = 0; i < count; i++) find_number(&g[i], k);
+        qsort(g, count, sizeof *g, order_groups);
+        for (size_t i = 0, end; i < count; i = end, n++) {
+            for (end = i + 1; end < count && g[i].tail > g[i].cut && compare_groups(&g[i], &g[end]) == 0; end++) {}
+            if (end - i > 1) join_groups(&g[n], &g[i], end - i);
+            else if (n != i) g[n] = g[i];
+        }
+        count = n;
+    }
+    qsort(g, count, sizeof *g, order_found);
+    *listed = count;
+    return g;
+}
+
+static void print_row(const row_group *g, int wide, int scheme, int explain)
+{
+    const module_row *row = g->row;
+    char shape[64];
+    shape_text(&row->l, shape, sizeof shape);
+    printf("%-*s  %-*s  %14s  %6.3f  %12" PRIu64, wide, g->name, scheme, row->scheme, shape, bits_per(row->weight_bytes, row->elements), row->bytes * g->count);
+    if (explain) printf("  %7zu  %s", g->count, row->kernel);
+    printf("\n");
+}
+
 static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_t count, const totals *t, int explain)
 {
     const moq_info *info = moq_get_info(ck);
     int wide = 6, scheme = 6;
-    char shape[64];
+    row_group *list;
+    size_t listed;
+    size_t modules = 0;
     printf("%s: %s, %s%s%s%s%s, KV cache %s\n", moq_get_name(ck), info->model_type[0] ? info->model_type : "no config.json",
            info->family == MOQ_FAMILY_NONE ? "not quantized" : info->family_name, info->quant_algo[0] ? " " : "", info->quant_algo,
            info->producer[0] ? " by " : "", info->producer, moq_kv_format_name(info->kv));
-    for (size_t i = 0; i < count; i++) {
-        if ((int)strlen(rows[i].l.name) > wide) wide = (int)strlen(rows[i].l.name);
-        if ((int)strlen(rows[i].scheme) > scheme) scheme = (int)strlen(rows[i].scheme);
+    list = group_rows(rows, count, explain, &listed);
+    for (size_t i = 0; i < count; i++) modules += !rows[i].again;
+    for (size_t i = 0; i < listed; i++) {
+        if ((int)strlen(list[i].name) > wide) wide = (int)strlen(list[i].name);
+        if ((int)strlen(list[i].row->scheme) > scheme) scheme = (int)strlen(list[i].row->scheme);
     }
-    printf("%-*s  %-*s  %14s  %6s  %12s\n", wide, "module", scheme, "scheme", "shape", "bits", "bytes");
-    for (size_t i = 0; i < count; i++) {
-        shape_text(&rows[i].l, shape, sizeof shape);
-        printf("%-*s  %-*s  %14s  %6.3f  %12" PRIu64 "%s%s\n", wide, rows[i].l.name, scheme, rows[i].scheme, shape,
-               bits_per(rows[i].weight_bytes, rows[i].elements), rows[i].bytes, explain ? "  " : "", explain ? rows[i].kernel : "");
-    }
-    printf("%zu modules, %zu tensors in %u file%s", count, moq_tensor_count(ck), info->shards, info->shards == 1 ? "" : "s");
+    printf("%-*s  %-*s  %14s  %6s  %12s%s\n", wide, "module", scheme, "scheme", "shape", "bits", "bytes", explain ? "  modules  kernel" : "");
+    for (size_t i = 0; i < listed; i++) print_row(&list[i], wide, scheme, explain);
+    free(list);
+    printf("%zu modules, %zu tensors in %u file%s", modules, moq_tensor_count(ck), info->shards, info->shards == 1 ? "" : "s");
     print_bytes(", ", info->total_bytes);
     printf("\neffective bits: %.3f over all %.3g M weights", bits_per(t->bytes, t->elements), (double)t->elements / 1e6);
     if (t->quantized) printf(", %.3f over the %.3g M quantized ones", bits_per(t->quantized_bytes, t->quantized), (double)t->quantized / 1e6);
@@ -1324,6 +1435,7 @@ static int verb_inspect(const options *o)
         memset(&t, 0, sizeof t);
         for (size_t i = 0; i < count; i++) {
             int quantized = moq_scheme_is_quantized(&rows[i].l.scheme);
+            if (rows[i].again) continue;
             t.elements += rows[i].elements;
             t.bytes += rows[i].weight_bytes;
             if (quantized) t.quantized += rows[i].elements;
@@ -1872,7 +1984,8 @@ static int copy_file(const char *from, const char *to)
 /* Everything that is no weight and says nothing of the quantization: tokenizer, templates, licence. */
 static int copy_others(const out_folder *f)
 {
-    static const char *const left[] = {"config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml", "model.safetensors.index.json"};
+    static const char *const left[] = {"config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "recipe.yaml",
+                                       "model.safetensors.index.json"};
     DIR *d = opendir(f->source);
     struct dirent *entry;
     struct stat info;
@@ -2505,6 +2618,7 @@ static int verb_tokenize(const options *o)
         else encode_line(t, text + at, stop - at);
         at = stop + 1;
     }
+    if (!bad && stop_requested) bad = refuse("stopped");
     free(text);
     llm_tokenizer_close(t);
     moq_close(ck);
@@ -2525,6 +2639,29 @@ static void coding_text(const moq_coding *c, char *text, size_t capacity)
     else if (c->group_rows == 1) snprintf(group, sizeof group, " /row %s", moq_dtype_name(c->scale));
     else if (c->scale != MOQ_NONE) snprintf(group, sizeof group, " /tensor %s", moq_dtype_name(c->scale));
     snprintf(text, capacity, "%s%s%s%s", moq_dtype_name(c->elem), group, c->has_global ? " + global" : "", c->dynamic ? ", dynamic" : "");
+}
+
+/* How much `name`, in lower case, is like a recipe: 3 a slip, 2 what its folders say, 1 a part of its name. */
+static int likeness(const moq_recipe *r, const char *name)
+{
+    char algo[64];
+    snprintf(algo, sizeof algo, "%s", r->algo);
+    for (char *at = algo; *at; at++) *at = (char)(*at >= 'A' && *at <= 'Z' ? *at + 32 : *at);
+    return is_slip(name, r->name) ? 3 : strcmp(name, algo) == 0 ? 2 : strlen(name) > 2 && strstr(r->name, name) != NULL;
+}
+
+/* An unknown recipe is refused with the one that may be meant. */
+static int check_recipe(const char *name)
+{
+    char copy[64];
+    const moq_recipe *like = NULL;
+    if (moq_find_recipe(name) || strcmp(name, "none") == 0) return 0;
+    snprintf(copy, sizeof copy, "%s", name);
+    for (char *at = copy; *at; at++) *at = (char)(*at >= 'A' && *at <= 'Z' ? *at + 32 : *at == '-' ? '_' : *at);
+    for (size_t i = 0; i < moq_recipe_count(); i++)
+        if (likeness(moq_get_recipe(i), copy) > (like ? likeness(like, copy) : 0)) like = moq_get_recipe(i);
+    if (!like) return refuse("there is no recipe '%s'; moq recipes lists them", name);
+    return refuse("there is no recipe '%s'; is %s meant? Try: moq recipes", name, like->name);
 }
 
 static int verb_recipes(const options *o)
@@ -2742,7 +2879,8 @@ static int verb_diff(const options *o)
     } else if (!bad) printf("equal %zu/%zu tensors\n", c.equal, c.total);
     if (!bad && c.renamed) {
         fflush(stdout);
-        fprintf(stderr, "moq: note: %zu layers are stored under other names in %s; `moq dequant DIR --hash` of both folders compares their values\n", c.renamed, c.b.path);
+        fprintf(stderr, "moq: note: %zu layers are stored under other names in %s; `moq dequant DIR --hash` of both folders compares their values\n",
+                c.renamed, c.b.path);
     }
     close_side(&c.a);
     close_side(&c.b);
@@ -2790,7 +2928,8 @@ static const verb_row verb_table[] = {
      "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",
      "echo 'Hello there' | moq tokenize my-model"},
     {"recipes", verb_recipes, 0, 0, "", "json", "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name.", "moq recipes"},
-    {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R", "json recipe calib samples seq batch save-calibration calibration max-memory exclude rule format shard",
+    {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R",
+     "json recipe calib samples seq batch save-calibration calibration max-memory exclude rule format shard",
      "Quantizes a float checkpoint folder as ModelOpt would write it; DST must not exist.\n"
      "Recipes that search or scale inputs run the model on --calib D first, or take --calibration FILE with recorded values;\n"
      "weight-only and MX recipes need neither. Rows of .jsonl files (texts, or conversations in the folder's chat frame) and of\n"
@@ -2814,7 +2953,9 @@ static const verb_row verb_table[] = {
      "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
     {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m copies encode",
-     "How fast layers with random weights are, or a model.\nOf layers: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes and, on a\nGPU, over that of cuBLAS with BF16 weights where it is installed.\n"
+     "How fast layers with random weights are, or a model.\n"
+     "Of layers: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes and, on a\n"
+     "GPU, over that of cuBLAS with BF16 weights where it is installed.\n"
      "With DIR: prompt and generation tokens per second. With --encode: how fast one core quantizes BF16 weights to each format.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
     {"selftest", verb_selftest, 0, 0, "", "json", "Every kernel against float64 on random data with outliers and odd shapes.", "moq selftest"}
@@ -2825,6 +2966,13 @@ static const verb_row *find_verb(const char *name)
     for (int i = 0; i < COUNT(verb_table); i++)
         if (strcmp(verb_table[i].name, name) == 0) return &verb_table[i];
     return NULL;
+}
+
+static int refuse_verb(const char *name)
+{
+    for (int i = 0; i < COUNT(verb_table); i++)
+        if (is_slip(name, verb_table[i].name)) return refuse("there is no verb '%s'; is %s meant? Try: moq help", name, verb_table[i].name);
+    return refuse("there is no verb '%s'; moq help lists them", name);
 }
 
 static int help_all(void)
@@ -2886,11 +3034,64 @@ static int print_version(void)
     return 0;
 }
 
+/* Names of recipes and KV caches, before anything is opened. */
+static int check_names(const options *o, const verb_row *verb)
+{
+    moq_kv_format kv;
+    int writes = in_list("quantize autoquant", verb->name), bad = o->recipe ? check_recipe(o->recipe) : 0;
+    if (!bad && o->quantize) bad = check_recipe(o->quantize);
+    for (int i = 0; !bad && i < o->rule.count; i++)
+        if (strchr(o->rule.item[i], '=')) bad = check_recipe(strrchr(o->rule.item[i], '=') + 1);
+    if (bad || writes || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
+    return refuse("--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not '%s'", o->kv);
+}
+
+/* Is `folder` the folder that `path` lies in, or one further out (deep)? */
+static int lies_in(const char *path, const char *folder, int deep)
+{
+    size_t length = strlen(path);
+    struct stat here, top, last;
+    char *at = join(path, "", "");
+    int found = 0;
+    while (length > 1 && at[length - 1] == '/') length--;
+    while (length > 0 && at[length - 1] != '/') length--;
+    at[length] = 0;
+    memset(&last, 0, sizeof last);
+    for (int i = 0; stat(folder, &top) == 0 && i < (deep ? 64 : 1) && !found; i++) {
+        char *up = join(at, at[0] ? "../" : "./../", "");
+        if (stat(at[0] ? at : ".", &here) != 0 || (here.st_dev == last.st_dev && here.st_ino == last.st_ino)) i = 64; /* the root is its own parent */
+        else found = here.st_dev == top.st_dev && here.st_ino == top.st_ino;
+        last = here;
+        free(at);
+        at = up;
+    }
+    free(at);
+    return found;
+}
+
+/* Nothing of the source is overwritten, no folder is built inside it, and no link that leads nowhere is replaced. */
+static int check_targets(const options *o, const verb_row *verb)
+{
+    const char *targets[] = {o->arg_count > 1 && verb->run != verb_diff ? o->args[1] : NULL, o->out, o->save_calibration, o->save_search, o->png};
+    struct stat info;
+    for (int i = 0; i < COUNT(targets); i++) {
+        const char *target = targets[i];
+        int folder = i == 0 || verb->run == verb_dequant;
+        if (!target) continue;
+        if (folder && lies_in(target, o->args[0], 1)) return refuse("%s: lies inside the source %s; choose a target outside it", target, o->args[0]);
+        if (!folder && lstat(target, &info) == 0 && stat(target, &info) != 0 && errno == ENOENT)
+            return refuse("%s: is a link to nothing; choose another target or remove it first", target);
+        if (!folder && stat(target, &info) == 0 && S_ISREG(info.st_mode) && lies_in(target, o->args[0], 0))
+            return refuse("%s: is a file of the source; choose another target", target);
+        note_leftovers(target);
+    }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *name = argc > 1 ? argv[1] : "";
     const verb_row *verb;
-    const char *targets[4];
     moq_act act;
     options o;
     int bad;
@@ -2899,24 +3100,22 @@ int main(int argc, char **argv)
     if (strcmp(name, "help") == 0 || strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0) {
         if (argc < 3) return flushed(help_all());
         verb = find_verb(argv[2]);
-        return verb ? flushed(help_verb(verb)) : refuse("there is no verb '%s'; moq help lists them", argv[2]);
+        return verb ? flushed(help_verb(verb)) : refuse_verb(argv[2]);
     }
     verb = find_verb(name);
-    for (int i = 0; !verb && i < COUNT(verb_table); i++)
-        if (is_slip(name, verb_table[i].name)) return refuse("there is no verb '%s'; is %s meant? Try: moq help", name, verb_table[i].name);
-    if (!verb) return refuse("there is no verb '%s'; moq help lists them", name);
+    if (!verb) return refuse_verb(name);
     memset(&o, 0, sizeof o);
     bad = parse_options(&o, verb, argc - 2, argv + 2);
     if (bad) return bad;
     if (o.help) return flushed(help_verb(verb));
-    if (parse_act(o.act, &act)) return 2;
-    targets[0] = o.arg_count > 1 && verb->run != verb_diff ? o.args[1] : NULL;
-    targets[1] = o.out;
-    targets[2] = o.save_calibration;
-    targets[3] = o.save_search;
-    for (int i = 0; i < COUNT(targets); i++) note_leftovers(targets[i]);
+    if (parse_act(o.act, &act) || check_names(&o, verb) || check_targets(&o, verb)) return 2;
     catch_interrupt();
     bad = verb->run(&o);
     drop_unfinished();
-    return flushed(bad);
+    bad = flushed(bad);
+    if (bad == 2 && stop_requested) { /* the caller sees what ended the work: a shell 128 + its number */
+        signal(stop_signal, SIG_DFL);
+        raise(stop_signal);
+    }
+    return bad;
 }

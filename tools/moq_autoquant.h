@@ -8,23 +8,45 @@
    >>autoquant       a format for every layer within a budget of bits
    ------------------------------------------------------------------------------------------------ */
 
-/* "A,B,C" as texts in `copy`, which is cut up; returns how many. */
-static size_t split_names(char *copy, const char **names, size_t most)
+enum { MOST_RECIPES = 16 };
+
+/* "A,B,C" as texts in `copy`, which is cut up. */
+static int split_names(char *copy, const char **names, size_t *count)
 {
-    size_t n = 0;
-    for (char *p = copy; *p && n < most; ) {
+    int last = 0;
+    for (char *p = copy; !last; ) {
         size_t len = strcspn(p, ",");
-        int last = p[len] == 0;
+        last = p[len] == 0;
         p[len] = 0;
-        if (len) names[n++] = p;
-        p += len + !last;
+        if (!len) return refuse("--recipes is A,B; a name between commas is missing");
+        if (*count == MOST_RECIPES) return refuse("--recipes has more than %d names", MOST_RECIPES);
+        if (check_recipe(p)) return 2;
+        names[(*count)++] = p;
+        p += len + 1;
     }
-    return n;
+    return 0;
 }
 
 static const char *recipe_name(const moq_recipe *r) { return r ? r->name : "none"; }
 
-static void print_search(const moq_search *s)
+/* Bits of a weight of the whole folder, as `moq inspect` counts them. 0: not known. */
+static double folder_bits(const char *path)
+{
+    uint64_t bytes = 0, elements = 0;
+    size_t count = 0;
+    module_row *rows = NULL;
+    moq_checkpoint *ck = path ? moq_open(path, NULL, NULL) : NULL;
+    if (ck && list_modules(ck, path, NULL, &rows, &count) == 0)
+        for (size_t i = 0; i < count; i++) {
+            bytes += rows[i].weight_bytes;
+            elements += rows[i].elements;
+        }
+    free(rows);
+    moq_close(ck);
+    return bits_per(bytes, elements);
+}
+
+static void print_search(const moq_search *s, const char *target)
 {
     const moq_search_info *info = moq_search_get_info(s);
     for (size_t i = 0; i < info->units; i++) {
@@ -33,8 +55,9 @@ static void print_search(const moq_search *s)
         for (int32_t k = 0; k < u->formats; k++) printf("  %s %.4g", recipe_name(u->recipes[k]), u->scores[k]);
         printf("\n");
     }
-    printf("%zu units, %.4f bits a weight, score %.6g (%s)\n", info->units, info->effective_bits, info->score,
-           info->method == MOQ_SOLVE_SUM ? "gradient" : "KL divergence");
+    printf("%zu units, %.4f bits a weight of linear layers", info->units, info->effective_bits);
+    if (target) printf(" (%.3f with embeddings)", folder_bits(target));
+    printf(", score %.6g (%s)\n", info->score, info->method == MOQ_SOLVE_SUM ? "gradient" : "KL divergence");
 }
 
 static void print_search_json(const moq_search *s, const char *target)
@@ -45,6 +68,7 @@ static void print_search_json(const moq_search *s, const char *target)
     if (target) json_string(&j, "path", target);
     json_string(&j, "method", info->method == MOQ_SOLVE_SUM ? "gradient" : "kl");
     json_number(&j, "effective_bits", info->effective_bits);
+    if (target) json_number(&j, "folder_bits", folder_bits(target));
     json_number(&j, "score", info->score);
     json_open(&j, "units", '[');
     for (size_t i = 0; i < info->units; i++) {
@@ -96,7 +120,7 @@ static int on_search(void *user, moq_stage stage, uint64_t done, uint64_t total)
 static int verb_autoquant(const options *o)
 {
     moq_autoquant_desc d;
-    const char *names[16];
+    const char *names[MOST_RECIPES];
     moq_error err;
     sample_set set;
     char *copy = o->recipes ? join(o->recipes, "", "") : NULL;
@@ -108,7 +132,7 @@ static int verb_autoquant(const options *o)
     d.target = o->arg_count > 1 ? o->args[1] : NULL;
     d.effective_bits = o->bits;
     d.recipes = names;
-    d.recipe_count = copy ? split_names(copy, names, 16) : 0;
+    if (!bad && copy) bad = split_names(copy, names, &d.recipe_count);
     d.method = o->method && strcmp(o->method, "kl") == 0 ? MOQ_SOLVE_THRESHOLD : MOQ_SOLVE_SUM;
     d.active_experts = o->active_experts;
     d.exclude = o->exclude.item;
@@ -138,7 +162,7 @@ static int verb_autoquant(const options *o)
     }
     progress_bar("", 1, 1, 0); /* gone before the result */
     if (s && o->json) print_search_json(s, d.target);
-    else if (s) print_search(s);
+    else if (s) print_search(s, d.target);
     moq_search_destroy(s);
     drop_samples(&set);
     free(copy);

@@ -794,7 +794,7 @@ static int bench_shape(const options *o, int k, int64_t *rows, int64_t *cols)
 static int bench_rows(bench *b, const char *text)
 {
     char *end;
-    for (const char *at = text; *at; at = end + (*end == ',')) {
+    for (const char *at = text; at; at = *end ? end + 1 : NULL) { /* a comma at the end leaves a number to be read */
         long n = strtol(at, &end, 10);
         if (end == at || (*end && *end != ',') || n < 1 || n > 65536 || b->m_count == COUNT(b->m))
             return refuse("--m is 1 to %d numbers of rows from 1 to 65536, such as 1,8,64, not '%s'", COUNT(b->m), text);
@@ -820,7 +820,9 @@ static int bench_layers(bench *b)
     const options *o = b->o;
     int bad = 0;
     int64_t rows = 0, cols = 0;
-    if (!o->json) printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", b->gpu >= 0 ? "cuBLAS" : "peak", "copies", "kernel");
+    if (!o->json)
+        printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", b->gpu >= 0 ? "cuBLAS" : "peak", "copies",
+               "kernel");
     for (int i = 0; i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)) && !bad; i++)
         for (int k = 0; k < (o->shape.count ? o->shape.count : 1) && !bad && !stop_requested; k++) {
             bad = bench_shape(o, k, &rows, &cols);

@@ -206,9 +206,10 @@ static int split_rule(const char *text, moq_rule *rule)
     return 0;
 }
 
-/* What was written, for people or for scripts. */
-static int report_folder(const options *o, const char *path)
+/* What was written, for people or for scripts. set: what it was calibrated with; NULL: nothing. */
+static int report_folder(const options *o, const char *path, const sample_set *set)
 {
+    const size_t rows = set ? set->tokens.rows : 0, tokens = rows ? set->tokens.start[rows] : 0;
     moq_error err;
     moq_checkpoint *ck = moq_open(path, NULL, &err);
     const moq_info *info;
@@ -222,10 +223,15 @@ static int report_folder(const options *o, const char *path)
         json_string(&j, "kv_cache", moq_kv_format_name(info->kv));
         json_int(&j, "total_bytes", (int64_t)info->total_bytes);
         json_int(&j, "shards", info->shards);
+        if (rows) json_int(&j, "calibration_rows", (int64_t)rows);
+        if (rows) json_int(&j, "calibration_tokens", (int64_t)tokens);
         json_close(&j, '}');
     } else {
-        printf("%s: %s, KV cache %s, %.3f GB in %u file%s\n", path, info->quant_algo[0] ? info->quant_algo : "not quantized", moq_kv_format_name(info->kv),
-               (double)info->total_bytes / 1e9, info->shards, info->shards == 1 ? "" : "s");
+        printf("%s: %s, KV cache %s", path, info->quant_algo[0] ? info->quant_algo : "not quantized", moq_kv_format_name(info->kv));
+        print_bytes(", ", info->total_bytes);
+        printf(" in %u file%s", info->shards, info->shards == 1 ? "" : "s");
+        if (rows) printf(", calibrated with %zu row%s of %zu tokens", rows, rows == 1 ? "" : "s", tokens);
+        printf("\n");
     }
     moq_close(ck);
     return 0;
@@ -304,9 +310,10 @@ static int verb_quantize(const options *o)
         bad = refuse_error(blamed_path(&err, o->args[0], others, COUNT(others)), &err);
     }
     moq_backend_destroy(d.backend);
-    drop_samples(&set);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
-    return bad ? bad : report_folder(o, o->args[1]);
+    if (!bad) bad = report_folder(o, o->args[1], &set);
+    drop_samples(&set);
+    return bad;
 }
 
 static int verb_convert(const options *o)
@@ -325,7 +332,7 @@ static int verb_convert(const options *o)
     d.log_user = (void *)(uintptr_t)o->args[0];
     if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
     if (moq_convert(&d, &err) != MOQ_OK) return refuse_error(blamed_path(&err, o->args[0], (const char *const *)&o->args[1], 1), &err);
-    return report_folder(o, o->args[1]);
+    return report_folder(o, o->args[1], NULL);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -335,7 +342,8 @@ static int verb_convert(const options *o)
 
 static int bench_encode(const options *o)
 {
-    static const char *const recipes[] = {"fp8", "fp8_per_channel_per_token", "fp8_2d_blockwise_weight_only", "int8", "int4_awq", "nvfp4", "mxfp4", "mxfp8", "mxint8", "mxfp6"};
+    static const char *const recipes[] = {"fp8", "fp8_per_channel_per_token", "fp8_2d_blockwise_weight_only", "int8", "int4_awq", "nvfp4", "mxfp4",
+                                          "mxfp8", "mxint8", "mxfp6"};
     enum { ROWS = 256, COLS = 4096 };
     size_t bytes = (size_t)ROWS * COLS * 2;
     uint16_t *weights = (uint16_t *)take(bytes, 1), *copy = (uint16_t *)take(bytes, 1);
