@@ -9455,7 +9455,8 @@ static void moqi_ck_info(moq_checkpoint *ck)
     ck->info.shards = ck->shard_count;
 }
 
-/* A folder without .safetensors files often holds the model in another format: that is what its reader must know. With them, a .bin is a trainer's. */
+/* A folder without .safetensors files often holds the model in another format, or deeper: that is what its reader must know. With them, a .bin
+   is a trainer's. */
 static moq_result moqi_ck_foreign(moq_checkpoint *ck, moq_result r, moq_error *err)
 {
     const char **names = NULL, *found = NULL;
@@ -9463,6 +9464,7 @@ static moq_result moqi_ck_foreign(moq_checkpoint *ck, moq_result r, moq_error *e
     if (r != MOQ_E_NOTFOUND || !err || moqi_ck_list(ck, &names, &count, NULL) != MOQ_OK) return r;
     for (size_t i = 0; i < count; i++) {
         if (moqi_ends(names[i], ".safetensors")) return r;
+        if (!found && strcmp(names[i], "snapshots") == 0) found = "A folder of a hub's cache holds checkpoints in snapshots/NAME; name one of those";
         if (!found) found = moqi_foreign_name(names[i]);
     }
     if (found) moqi_format(err->text + n, sizeof err->text - n, ". %s", found);

@@ -8931,7 +8931,8 @@ static int32_t llmi_gbnf_fail(llmi_gbnf *b, const char *what)
         size_t n = 0;
         for (; at + n < b->end && n < sizeof rest - 1 && at[n] != '\n'; n++) rest[n] = at[n];
         rest[n] = 0;
-        b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d, before '%q': %s", llmi_gbnf_line(b, at), rest, what);
+        if (n) b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d, before '%q': %s", llmi_gbnf_line(b, at), rest, what);
+        else b->code = moq_fail(b->err, MOQ_E_GRAMMAR, "grammar", "line %d, at its end: %s", llmi_gbnf_line(b, at), what);
     }
     b->s = b->end;
     return 0;

@@ -116,8 +116,10 @@ for names in nvfp4, ,nvfp4 nvfp4,,fp8; do
 done
 run autoquant "$src" --bits 6 --recipes nvfp4,fp9 --calib 1,2,3
 check "--recipes: a slip in a recipe" refused "is fp8 meant"
-run autoquant "$src" --bits 6 --recipes "$(yes nvfp4 | head -n 17 | tr '\n' , | sed 's/,$//')" --calib 1,2,3
+run autoquant "$src" --bits 6 --recipes "$("$moq" recipes | sed -n '2,18s/ .*//p' | paste -sd , -)" --calib 1,2,3
 check "--recipes: too many" refused "more than 16"
+run autoquant "$src" --bits 6 --recipes nvfp4,NVFP4_DEFAULT_CFG --calib 1,2,3
+check "--recipes: one twice" refused "names NVFP4_DEFAULT_CFG twice"
 run autoquant "$src" --bits 1 --recipes nvfp4,fp8 --calib 1,2,3,4
 check "autoquant: too few bits" refused ": --bits: 1 bits a weight are too few"
 # calibration: every kind of data, what is saved is read back, refusals write nothing
@@ -327,6 +329,9 @@ run run "$dir/model.gguf" --prompt x
 check "a GGUF file" refused "model.gguf: is a file; .*GGUF is not read; take the folder"
 run verify "$dir/model.gguf"
 check "verify: a GGUF file" out "this looks like a GGUF file: take the folder with .safetensors files"
+mkdir -p "$dir/hub0/snapshots/0123" "$dir/hub0/refs"
+run inspect "$dir/hub0"
+check "a folder of a hub's cache" refused "hub0: in the folder there is no config.json.*in snapshots/NAME"
 mkdir "$dir/pickled"
 cp "$demo/config.json" "$dir/pickled"
 : >"$dir/pickled/pytorch_model.bin"
@@ -353,7 +358,7 @@ check "bad --kernel" refused "'x'"
 run inspect "$demo" --kv x
 check "bad --kv: all that there are" refused "--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
 run quantize "$src" "$dir/q9" --recipe mxfp4 --kv x
-check "bad --kv of a folder" refused "x: is no --kv of a ModelOpt folder: fp8, .*none"
+check "bad --kv of a folder" refused "--kv is none, fp8, .* or nvfp4_rotate, not 'x'"
 run inspect "$demo" --backend tpu
 check "bad --backend" refused "cpu, cuda or cuda:N"
 if ! "$moq" --version | grep -q "^cuda: not built in"; then echo "note: built with CUDA: --backend cuda is not refused"; else
@@ -519,7 +524,7 @@ check "logits: token outside the vocabulary" refused "outside the vocabulary of 
 run logits "$demo" --tokens "$dir/tokens.json#none" --out "$dir/never.safetensors"
 check "logits: empty list" refused "no list of token ids"
 run logits "$demo" --tokens "$dir/tokens.json#nokey" --out "$dir/never.safetensors"
-check "logits: no such key" refused "nokey"
+check "logits: no such key" refused "key nokey is no list .*; FILE.json#KEY takes one of its lists: eval, one, none$"
 run logits "$demo" --tokens 1,2, --out "$dir/never.safetensors"
 check "logits: a token is missing at the end" refused "a token is missing"
 ln -s nowhere "$dir/link"
@@ -528,6 +533,12 @@ check "logits: the target is a link to nothing" refused "link: is a link to noth
 run inspect "$demo" --png "$dir/link"
 check "inspect: the picture is a link to nothing" refused "link: is a link to nothing"
 rm "$dir/link"
+run logits "$demo" --tokens 1,2 --out /dev/null
+check "logits: the target is a device" refused "is a device or a pipe"
+run logits "$demo" --tokens 1,2 --out "$dir"
+check "logits: the target is a folder" refused "is a folder"
+run logits "$demo" --tokens 1,2 --out "$dir/no/such.safetensors"
+check "logits: no parent" refused "its parent folder"
 run logits "$demo" --tokens 1,2
 check "logits needs --out" refused "--out"
 check "a refusal writes nothing" test ! -e "$dir/never.safetensors"
@@ -549,6 +560,11 @@ run run "$demo" --prompt "hello" --temp 1 --seed 7
 cp "$dir/out" "$dir/first"
 run run "$demo" --prompt "hello" --temp 1 --seed 7 --threads 1
 check "run: same seed, same text" cmp "$dir/out" "$dir/first"
+run run "$demo" --prompt hello --top-k 5 --max-tokens 2
+check "run: sampling without --temp is noted" err "^moq: note: --top-k, --top-p and --min-p change nothing without --temp"
+check "run: and answers" is 0
+run run "$demo" hello
+check "run: a prompt without its option" refused "'hello' is one argument too many: what to say comes after --prompt"
 run run "$demo" --raw --prompt "<|system|>" --max-tokens 4
 check "run --raw" is 0
 cat >"$dir/schema.json" <<'END'
@@ -566,6 +582,9 @@ check "run --json-schema: too few tokens" refused "shortest"
 echo '{"type": "object", "required": ["a"], "additionalProperties": false}' >"$dir/schema.json"
 run run "$demo" --prompt "hello" --json-schema "$dir/schema.json"
 check "run --json-schema: impossible" refused "#/required"
+echo 'root' >"$dir/yes.gbnf"
+run run "$demo" --prompt "hello" --grammar "$dir/yes.gbnf"
+check "run --grammar: one that stops in the middle" refused "yes.gbnf: grammar: line [12], at its end: ::= was expected"
 echo 'root ::= "yes" | "no"' >"$dir/yes.gbnf"
 run run "$demo" --prompt "hello" --grammar "$dir/yes.gbnf"
 check "run --grammar" grep -qE "^(yes|no)$" "$dir/out"
@@ -580,6 +599,9 @@ check "tokenize --decode: the reverse" cmp "$dir/out" "$dir/text"
 echo "1,x" >"$dir/ids"
 run tokenize "$demo" --decode --file "$dir/ids"
 check "tokenize --decode: not ids" is 2
+echo "1,99999" >"$dir/ids"
+run tokenize "$demo" --decode --file "$dir/ids"
+check "tokenize --decode: no id of this tokenizer" refused "token 99999 is none of the tokenizer's 685"
 run tokenize "$demo" --file "$dir"
 check "tokenize: a folder" refused "$dir: "
 

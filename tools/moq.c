@@ -111,8 +111,7 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
     {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
     {"or give a calibration file that has it", "or give a file that has it (--calibration)"}, {"effective_bits: ", "--bits: "},
-    {"folders of this format cannot be written", "is no container that --format or --to can name"},
-    {"is no KV recipe of a ModelOpt folder", "is no --kv of a ModelOpt folder"}
+    {"folders of this format cannot be written", "is no container that --format or --to can name"}
 };
 
 static void print_text(FILE *to, const char *text)
@@ -574,7 +573,9 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         const option_row *row;
         if (a[0] == 0) return refuse("an argument is empty, a path without a name; usage: moq %s %s", verb->name, verb->arguments);
         if (plain || a[0] != '-' || a[1] == 0) {
-            if (o->arg_count >= verb->max_args) return refuse("'%s' is one argument too many; try: moq help %s", a, verb->name);
+            if (o->arg_count >= verb->max_args)
+                return refuse("'%s' is one argument too many%s; try: moq help %s", a,
+                              in_list(verb->options, "prompt") ? ": what to say comes after --prompt, in quotes" : "", verb->name);
             o->args[o->arg_count++] = a;
             continue;
         }
@@ -824,6 +825,15 @@ static int tokens_json_row(token_rows *t, const moq_json *list)
     return 1;
 }
 
+/* "; its keys are a, b": of an object that holds lists, for FILE.json#KEY. */
+static void key_names(const moq_json *root, char *text, size_t capacity)
+{
+    size_t used = 0;
+    for (const moq_json *e = moq_json_first(root); e && used < capacity; e = moq_json_next(root, e))
+        if (e->key && e->type == MOQ_JSON_ARRAY)
+            used += (size_t)snprintf(text + used, capacity - used, "%s%.60s", used ? ", " : "; FILE.json#KEY takes one of its lists: ", e->key);
+}
+
 static int tokens_json(token_rows *t, const char *path, const char *key)
 {
     size_t bytes;
@@ -831,6 +841,7 @@ static int tokens_json(token_rows *t, const char *path, const char *key)
     char *text = read_input(path, &bytes);
     moq_json_doc *doc;
     const moq_json *list;
+    char keys[300] = "";
     int good = 0;
     if (!text) return 2;
     doc = moq_json_parse(text, bytes, MOQ_JSON_STRICT, 0, base_name(path), NULL, &err);
@@ -844,9 +855,13 @@ static int tokens_json(token_rows *t, const char *path, const char *key)
         else
             for (const moq_json *e = first; good && e; e = moq_json_next(list, e)) good = e->type == MOQ_JSON_ARRAY && tokens_json_row(t, e);
     }
+    if (!good && t->rows > 0) refuse("%s: row %zu is no list of token ids, whole numbers from 0 on", path, t->rows);
+    else if (!good) {
+        key_names(moq_json_root(doc), keys, sizeof keys);
+        refuse("%s: %s%s is no list of token ids and no list of such lists%s", path, key ? "key " : "the file", key ? key : "", keys);
+    }
     moq_json_destroy(doc);
-    if (!good && t->rows > 0) return refuse("%s: row %zu is no list of token ids, whole numbers from 0 on", path, t->rows);
-    return good ? 0 : refuse("%s: %s%s is no list of token ids and no list of such lists", path, key ? "key " : "the file", key ? key : "");
+    return good ? 0 : 2;
 }
 
 /* "1,2,3", "FILE.json" or "FILE.json#KEY". */
@@ -2522,6 +2537,8 @@ static int verb_run(const options *o)
     moq_error err;
     int bad = open_grammar(o, &grammar);
     if (!bad && o->prompt && is_blank(o->prompt) && !o->raw) bad = refuse("--prompt is empty; give it a text");
+    if (!bad && !(o->temp > 0) && (o->top_k || o->top_p > 0 || o->min_p > 0))
+        fputs("moq: note: --top-k, --top-p and --min-p change nothing without --temp: the likeliest token is always taken\n", stderr);
     if (!bad) bad = open_engine(&e, o, o->args[0], 0, 0);
     if (bad) {
         llm_grammar_destroy(grammar);
@@ -2579,6 +2596,12 @@ static int decode_line(const llm_tokenizer *t, const char *line)
     bad = read_tokens(&rows, line);
     if (bad) return bad;
     n = rows.start[1];
+    for (size_t i = 0; i < n; i++)
+        if (rows.ids[i] >= llm_vocab(t)) {
+            bad = refuse("token %d is none of the tokenizer's %d", rows.ids[i], llm_vocab(t));
+            free_tokens(&rows);
+            return bad;
+        }
     if (skip > (size_t)COUNT(front) || skip > n || memcmp(front, rows.ids, skip * sizeof *front) != 0) skip = 0;
     bytes = llm_decode(t, rows.ids + skip, n - skip, LLM_SPECIAL, NULL, 0);
     text = (char *)take(bytes + 1, 1);
@@ -3038,11 +3061,13 @@ static int print_version(void)
 static int check_names(const options *o, const verb_row *verb)
 {
     moq_kv_format kv;
-    int writes = in_list("quantize autoquant", verb->name), bad = o->recipe ? check_recipe(o->recipe) : 0;
+    int bad = o->recipe ? check_recipe(o->recipe) : 0;
     if (!bad && o->quantize) bad = check_recipe(o->quantize);
     for (int i = 0; !bad && i < o->rule.count; i++)
         if (strchr(o->rule.item[i], '=')) bad = check_recipe(strrchr(o->rule.item[i], '=') + 1);
-    if (bad || writes || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
+    if (bad || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
+    if (in_list("quantize autoquant", verb->name))
+        return refuse("--kv is none, fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast or nvfp4_rotate, not '%s'", o->kv);
     return refuse("--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not '%s'", o->kv);
 }
 
@@ -3069,20 +3094,37 @@ static int lies_in(const char *path, const char *folder, int deep)
     return found;
 }
 
+/* A file to be written when the work is done, which may take long. */
+static int check_file(const char *target, const char *source)
+{
+    struct stat info;
+    const char *base = base_name(target);
+    char *parent = join(target, "", "");
+    int there = stat(target, &info) == 0, bad = 0;
+    parent[base - target] = 0;
+    if (!there && lstat(target, &info) == 0) bad = refuse("%s: is a link to nothing; choose another target or remove it first", target);
+    else if (there && S_ISDIR(info.st_mode)) bad = refuse("%s: is a folder; a file of that name cannot be written", target);
+    else if (there && !S_ISREG(info.st_mode)) bad = refuse("%s: is a device or a pipe; name a file", target);
+    else if (there && lies_in(target, source, 0))
+        bad = refuse("%s: is a file of the source; choose another target", target);
+    else if (parent[0] && stat(parent, &info) != 0 && errno == ENOENT)
+        bad = refuse("%s: its parent folder '%s' does not exist; create that first", target, parent);
+    else if (access(parent[0] ? parent : ".", W_OK) != 0)
+        bad = refuse("%s: its folder cannot be written: %s; choose another one", target, strerror(errno));
+    free(parent);
+    return bad;
+}
+
 /* Nothing of the source is overwritten, no folder is built inside it, and no link that leads nowhere is replaced. */
 static int check_targets(const options *o, const verb_row *verb)
 {
     const char *targets[] = {o->arg_count > 1 && verb->run != verb_diff ? o->args[1] : NULL, o->out, o->save_calibration, o->save_search, o->png};
-    struct stat info;
     for (int i = 0; i < COUNT(targets); i++) {
         const char *target = targets[i];
-        int folder = i == 0 || verb->run == verb_dequant;
+        const int folder = i == 0 || verb->run == verb_dequant;
         if (!target) continue;
         if (folder && lies_in(target, o->args[0], 1)) return refuse("%s: lies inside the source %s; choose a target outside it", target, o->args[0]);
-        if (!folder && lstat(target, &info) == 0 && stat(target, &info) != 0 && errno == ENOENT)
-            return refuse("%s: is a link to nothing; choose another target or remove it first", target);
-        if (!folder && stat(target, &info) == 0 && S_ISREG(info.st_mode) && lies_in(target, o->args[0], 0))
-            return refuse("%s: is a file of the source; choose another target", target);
+        if (!folder && check_file(target, o->args[0])) return 2;
         note_leftovers(target);
     }
     return 0;

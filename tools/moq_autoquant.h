@@ -21,6 +21,8 @@ static int split_names(char *copy, const char **names, size_t *count)
         if (!len) return refuse("--recipes is A,B; a name between commas is missing");
         if (*count == MOST_RECIPES) return refuse("--recipes has more than %d names", MOST_RECIPES);
         if (check_recipe(p)) return 2;
+        for (size_t i = 0; i < *count; i++)
+            if (moq_find_recipe(p) == moq_find_recipe(names[i])) return refuse("--recipes names %s twice", p);
         names[(*count)++] = p;
         p += len + 1;
     }

@@ -821,8 +821,8 @@ static int bench_layers(bench *b)
     int bad = 0;
     int64_t rows = 0, cols = 0;
     if (!o->json)
-        printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", b->gpu >= 0 ? "cuBLAS" : "peak", "copies",
-               "kernel");
+        printf("%-24s %13s %5s %10s %8s %9s %6s %6s %6s  %s\n", "scheme", "shape", "m", "us", "GB/s", "GFLOP/s", "read", b->gpu >= 0 ? "cuBLAS" : "peak",
+               "copies", "kernel");
     for (int i = 0; i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)) && !bad; i++)
         for (int k = 0; k < (o->shape.count ? o->shape.count : 1) && !bad && !stop_requested; k++) {
             bad = bench_shape(o, k, &rows, &cols);
@@ -851,11 +851,14 @@ static int run_bench(bench *b, engine *e)
         if (e) json_number(&b->j, "prompt_peak_ratio", b->prompt_peak);
         if (e) json_number(&b->j, "generation_read_ratio", b->read_ratio);
         json_open(&b->j, "rows", '[');
-    } else if (layers && b->gpu >= 0) fprintf(stderr, "moq: %s; read: speed over that of a plain read of the same bytes on it; cuBLAS: over that of cuBLAS with\n"
-                    "moq: BF16 weights (-: it is not there); copies: layers used in turn, and read in turn (L2 cache %.0f MB)\n", b->be->name, (double)cache_bytes(b->gpu) / 1048576);
+    } else if (layers && b->gpu >= 0)
+        fprintf(stderr, "moq: %s; read: speed over that of a plain read of the same bytes on it; cuBLAS: over that of cuBLAS with\n"
+                    "moq: BF16 weights (-: it is not there); copies: layers used in turn, and read in turn (L2 cache %.0f MB)\n", b->be->name,
+                    (double)cache_bytes(b->gpu) / 1048576);
     else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
                     "moq: same instruction (FMA, VNNI or AMX) alone in registers; copies: layers used in turn, and read in turn\n"
-                    "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads, (double)cache_bytes(-1) / 1048576);
+                    "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads,
+                    (double)cache_bytes(-1) / 1048576);
     if (layers) bad = bench_layers(b);
     if (o->json) json_close(&b->j, ']');
     if (o->json) json_close(&b->j, '}');
@@ -1340,12 +1343,14 @@ static int test_kernel(selftest *s, const char *kernel)
 
 static int verb_selftest(const options *o)
 {
-    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "avx512bf16", "avxvnni", "amx", "neon", "neondot", "neonmm", "auto"};
+    static const char *const kernels[] = {"reference", "plain", "avx2", "avx512", "avx512vnni", "avx512bf16", "avxvnni", "amx", "neon", "neondot", "neonmm",
+                                          "auto"};
     selftest s;
     int cpu = !o->backend || strcmp(o->backend, "cpu") == 0, known = !o->kernel;
     memset(&s, 0, sizeof s);
     for (int i = 0; i < COUNT(kernels); i++) known |= o->kernel && strcmp(o->kernel, kernels[i]) == 0;
-    if (!known) return refuse("--kernel %s: known are reference, plain, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, neon, neondot, neonmm and auto", o->kernel);
+    if (!known)
+        return refuse("--kernel %s: known are reference, plain, avx2, avxvnni, avx512, avx512vnni, avx512bf16, amx, neon, neondot, neonmm and auto", o->kernel);
     s.o = o;
     s.j = json_to(stdout, 2);
     if (o->json) json_open(&s.j, NULL, '{');
