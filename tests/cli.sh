@@ -122,6 +122,12 @@ run autoquant "$src" --bits 6 --recipes nvfp4,NVFP4_DEFAULT_CFG --calib 1,2,3
 check "--recipes: one twice" refused "names NVFP4_DEFAULT_CFG twice"
 run autoquant "$src" --bits 1 --recipes nvfp4,fp8 --calib 1,2,3,4
 check "autoquant: too few bits" refused ": --bits: 1 bits a weight are too few"
+run autoquant "$src" "$dir/q2" --bits 6 --recipes nvfp4,fp8 --calib 1,2,3,4
+cp "$dir/out" "$dir/chosen"
+run inspect "$dir/q2"
+check "autoquant says what its bits are of" grep -qE '^[0-9]+ units, [0-9.]+ bits a weight of linear layers \([0-9.]+ with embeddings\), score ' "$dir/chosen"
+check "and the folder has those bits" out "^effective bits: $(sed -n 's/.*layers (\([0-9.]*\) with embeddings.*/\1/p' "$dir/chosen") over all"
+rm -r "$dir/q2"
 # calibration: every kind of data, what is saved is read back, refusals write nothing
 calib=$src/inputs.json#calib
 run quantize "$src" "$dir/q3" --recipe nvfp4_awq_lite --calib "$calib" --batch 4 --save-calibration "$dir/kept.safetensors"

@@ -3,7 +3,8 @@
        cc -O2 tools/moq.c -o moq -lm -pthread          or: make -C tools
 
    Everything here goes through the public API of modelopt_q.h and examples/llm.h. stdout carries the result and nothing
-   else; notes, progress and errors go to stderr. Exit status: 0 done or right, 1 checked and found wanting, 2 refused.
+   else; notes, progress and errors go to stderr. Exit status: 0 done or right, 1 checked and found wanting, 2 refused; what a signal
+   stops ends as by that signal, after cleaning up.
 
    Contents: search for the tag.
        >>common     errors, memory, Ctrl-C, progress
@@ -2486,9 +2487,13 @@ static int chat(const engine *e, const options *o)
     char line[16384];
     int bad = 0;
     fputs("An empty line ends the chat, /reset forgets it, Ctrl-C stops an answer.\n", stderr);
+    signal(SIGINT, SIG_DFL);
     for (;;) {
         fputs("> ", stderr);
-        if (!fgets(line, sizeof line, stdin)) break;
+        if (!fgets(line, sizeof line, stdin)) {
+            fputc('\n', stderr);
+            break;
+        }
         line[strcspn(line, "\r\n")] = 0;
         if (line[0] == 0) break;
         if (strcmp(line, "/reset") == 0) {
@@ -2503,7 +2508,7 @@ static int chat(const engine *e, const options *o)
         bad = 0;
         signal(SIGINT, SIG_DFL);
     }
-    return bad;
+    return !bad && end_requested ? refuse("stopped") : bad;
 }
 
 /* --json-schema and --grammar: compiled before the model is opened, so that a wrong one is told at once. */
@@ -3006,7 +3011,7 @@ static int help_all(void)
         int first = (int)strcspn(v->help, ".;\n");
         printf("  %-9s %-40s %.*s\n", v->name, v->arguments, first, v->help);
     }
-    printf("\n  help [VERB], --version\n\nExit status: 0 done or right, 1 checked and found wanting, 2 refused.\n");
+    printf("\n  help [VERB], --version\n\nExit status: 0 done or right, 1 checked and found wanting, 2 refused; stopped by a signal, as by that signal.\n");
     return 0;
 }
 
