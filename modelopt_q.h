@@ -4986,9 +4986,12 @@ static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *
     uint64_t n = moqi_load_u64(b->data), swapped = 0;
     for (int i = 0; i < 8; i++) swapped = swapped << 8 | b->data[i];
     if (n < 2 || n > MOQ_MAX_HEADER_BYTES) {
-        if (!looks[0] && swapped >= 2 && swapped <= b->bytes - 8) kind = "; the byte order is wrong: the length must be little-endian";
-        return moqi_fail(err, MOQ_E_LIMIT, at, "header length N = %llu, expected 2 to %llu (MOQ_MAX_HEADER_BYTES)%s%s",
-                         (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES, looks, kind);
+        if (looks[0])
+            return moqi_fail(err, MOQ_E_LIMIT, at, "is no safetensors file; this looks like %s (as a header length its first bytes are %llu, above %llu)", kind,
+                             (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES);
+        if (swapped >= 2 && swapped <= b->bytes - 8) kind = "; the byte order is wrong: the length must be little-endian";
+        return moqi_fail(err, MOQ_E_LIMIT, at, "header length N = %llu, expected 2 to %llu (MOQ_MAX_HEADER_BYTES)%s",
+                         (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES, kind);
     }
     if (n > b->bytes - 8)
         return moqi_fail(err, MOQ_E_TRUNCATED, at, "the header says %llu bytes but the file has %llu%s%s. The download is probably incomplete",
@@ -9225,7 +9228,8 @@ static moq_result moqi_ck_numbered(moq_checkpoint *ck, moq_error *err)
     }
     if (!first)
         return moqi_fail(err, MOQ_E_NOTFOUND, at,
-                         "%s there is neither " MOQI_SINGLE " nor " MOQI_INDEX " nor shards named model-00001-of-000NN.safetensors", moqi_ck_place(ck, place));
+                         "%s there is neither " MOQI_SINGLE " nor " MOQI_INDEX " nor shards named model-00001-of-000NN.safetensors; download the weights, too",
+                         moqi_ck_place(ck, place));
     if (found != total) {
         char shown[200];
         return moqi_fail(err, MOQ_E_MISSING, at,

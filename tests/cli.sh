@@ -340,6 +340,8 @@ run inspect "$dir/hub0"
 check "a folder of a hub's cache" refused "hub0: in the folder there is no config.json.*in snapshots/NAME"
 mkdir "$dir/pickled"
 cp "$demo/config.json" "$dir/pickled"
+run inspect "$dir/pickled"
+check "a folder without weights" refused "neither model.safetensors nor .*; download the weights, too"
 : >"$dir/pickled/pytorch_model.bin"
 run quantize "$dir/pickled" "$dir/q4" --recipe mxfp4
 check "a folder of pickles" refused "save the model as .safetensors"
@@ -357,6 +359,9 @@ check "no tokenizer.json" refused "copy it from a folder of the same model"
 sed 's/"model_type": *"[a-z0-9_]*"/"model_type": "foo"/' "$demo/config.json" >"$dir/foreign/config.json"
 run inspect "$dir/foreign"
 check "inspect of a model that run does not know" out "^.moq run. cannot: .*foo"
+echo '{}' >"$dir/foreign/config.json"
+run inspect "$dir/foreign"
+check "inspect of a config.json that says nothing" out "^foreign: no model_type, "
 run inspect "$demo" --act x
 check "bad --act" refused "auto, stored, wide or bf16"
 run inspect "$demo" --kernel x
