@@ -6870,7 +6870,8 @@ static moq_result llmi_find_cache(const llmi_model *m, int32_t layer, moq_kv *kv
     int as_stored = !said || strcmp(said, "auto") == 0;
     moq_result code;
     if (!as_stored && !moq_kv_format_find(said, &forced))
-        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; give auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4", said);
+        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; give auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, "
+                        "nvfp4_rotate or mxfp4", said);
     code = moq_find_kv(m->ck, llmi_name(m, name, layer, m->c.family->names->mix), kv, err);
     if (code < 0) return code;
     /* a forced format keeps the scales that the checkpoint has; wide has none */
