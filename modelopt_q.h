@@ -25744,7 +25744,8 @@ static moq_result moqi_check_calibrate(moqi_calibration *c, moq_error *err)
     c->plan.recipe = d->recipe ? moq_find_recipe(d->recipe) : NULL;
     if (d->recipe && !c->plan.recipe && !moqi_same(d->recipe, "none")) return moqi_fail(err, MOQ_E_ARG, at, "no recipe '%q'; `moq recipes` lists them", d->recipe);
     int cast = d->kv && moqi_ends(d->kv, "_cast");
-    if (d->kv && !moq_kv_format_find(d->kv, &c->kv_format)) return moqi_fail(err, MOQ_E_ARG, at, "'%q' is no KV cache format; give " MOQI_KV_NAMES " or none", d->kv);
+    if (d->kv && !moq_kv_format_find(d->kv, &c->kv_format))
+        return moqi_fail(err, MOQ_E_ARG, at, "'%q' is no KV cache format; give " MOQI_KV_NAMES " or none", d->kv);
     c->wants_kv = c->kv_format != MOQ_KV_WIDE && c->kv_format != MOQ_KV_MXFP4 && !cast;
     return MOQ_OK;
 }
