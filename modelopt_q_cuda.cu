@@ -8845,9 +8845,9 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
-   Every block chooses the experts itself and then works on a list of runs of chunks: of its row tiles before the activation, then of its row tiles
-   of y. A warp takes every n-th run of the list and has its next chunks on their way, those of the second products while the first ones are not
-   done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody
+   Every block chooses the experts itself, a warp a row, while the other warps fetch x and list the block's runs of chunks: of its row tiles before
+   the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next chunks on their way, those of the second
+   products while the first ones are not done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody
    waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes ten
    to thirty microseconds, in which most of this code runs once: short code is fast code here.
    ------------------------------------------------------------------------------------------------ */
@@ -8857,9 +8857,9 @@ enum {
     MOQK_FEW_TOP = 16,
     MOQK_FEW_EXPERTS = 512,
     MOQK_FEW_WARPS = 24,
-    MOQK_FEW_UNITS = 4,        /* row tiles of a block whose sums are under way */
-    MOQK_FEW_PITCH = 528,      /* bytes of a row of a chunk's x */
-    MOQK_FEW_QUEUE = 8         /* runs of a warp that are on their way */
+    MOQK_FEW_UNITS = 4,        /* row tiles of a block before the activation whose sums are under way */
+    MOQK_FEW_TILES = 16,       /* row tiles of y of a block */
+    MOQK_FEW_PITCH = 528       /* bytes of a row of a chunk's x */
 };
 
 #define MOQK_FEW_ABSENT 0xffffffffu /* of a value of `hidden`, two BF16: no rounding makes a NaN of these bits */
@@ -8871,7 +8871,8 @@ typedef struct moqk_few_side {
     int64_t part_bytes;        /* from one part's to the next one's, of both */
     int32_t parts, rows, tiles, chunks; /* parts of an expert; of a part: rows, row tiles, chunks of a row tile */
     int32_t run, runs;         /* chunks of a run; runs of a row tile */
-    uint32_t magic;            /* see moqk_few_over: of runs; first side: of the runs of all parts */
+    int32_t units, each;       /* row tiles of a block at most; runs of one, of all parts */
+    uint32_t magic, runs_magic, run_magic; /* see moqk_few_over: of `each`, `runs` and `run` */
     int32_t groups, shift;     /* see moqk_run_part */
 } moqk_few_side;
 
@@ -8888,9 +8889,9 @@ typedef struct moqk_few {
     moq_activation_desc activation;
     int32_t rows, cols, hidden_cols;
     int32_t stages;            /* chunks of a warp in shared memory */
-    uint32_t tiles_magic;      /* of the row tiles of the first side */
+    uint32_t tiles_magic, grid_magic; /* of the row tiles of the first side; of the blocks */
     uint32_t x_pitch;          /* bytes */
-    uint32_t bars_at, x_at, stage_at, sums_at, more_at, factor_at, keys_at; /* in shared memory */
+    uint32_t bars_at, x_at, stage_at, sums_at, more_at, factor_at, keys_at, list_at, items_at; /* in shared memory */
     uint8_t bf16;
 } moqk_few;
 
@@ -8902,9 +8903,9 @@ typedef struct moqk_few_choices {
     int32_t chosen[MOQK_FEW_ROWS][MOQK_FEW_TOP];
     float weight[MOQK_FEW_ROWS][MOQK_FEW_TOP];
     uint32_t seen[MOQK_FEW_EXPERTS / 32];
-    int4 queue[MOQK_FEW_WARPS][MOQK_FEW_QUEUE]; /* second | part << 1 | first chunk << 2, unit, d, row tile */
-    int32_t arrived[2][MOQK_FEW_UNITS]; /* runs of a row tile whose sums are there */
-    int32_t done[2][MOQK_FEW_UNITS];    /* row tiles that have left the place */
+    int32_t arrived[MOQK_FEW_UNITS]; /* runs of a row tile whose sums are there */
+    int32_t done[MOQK_FEW_UNITS];    /* row tiles that have left the place */
+    int32_t added[MOQK_FEW_TILES];   /* runs of a row tile of y that are in its sums */
     uint64_t ready;            /* the weights are there */
     int2 state;
 } moqk_few_choices;
@@ -8917,40 +8918,49 @@ __device__ __forceinline__ uint32_t moqk_few_key(float v)
 }
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
-/* Choices where scores rank them as logits do: an expert's place is the number of those before it. keys: [rows][experts, padded to 4]. */
-__device__ __forceinline__ void moqk_few_choose(const moqk_few &a, const uint32_t *keys, moqk_few_choices *c)
+/* A warp: choices of a row where scores rank them as logits do. A lane has `each` neighbouring experts: the first lane of equals has the first one.
+   keys: [rows][32][each]. */
+__device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, uint32_t *keys, moqk_few_choices *c)
 {
-    const int32_t thread = threadIdx.y * 32 + threadIdx.x, experts = a.routing.experts, pitch = (experts + 3) & ~3, pairs = a.rows * pitch;
-    const int32_t share = 4 * pairs <= (int32_t)blockDim.y * 32 ? 4 : 1, sub = thread & (share - 1); /* threads that count for an expert */
+    const int32_t lane = threadIdx.x, experts = a.routing.experts, each = ((experts + 127) >> 7) * 4, first = lane * each;
+    const uint32_t before = (1u << lane) - 1;
+    uint32_t *own = keys + (row * 32 + lane) * each, best = 0;
+    int32_t at = 0;
 #pragma unroll 1
-    for (int32_t p = share == 4 ? thread >> 2 : thread; p - (p & 31) < pairs; p += (int32_t)blockDim.y * 32) {
-        int32_t e = p, row = 0, before = 0;
-        for (; e >= pitch && row < a.rows - 1; e -= pitch) row++;
-        const uint32_t *all = keys + row * pitch;
-        const uint4 own = *(const uint4 *)(const void *)(all + min(e & ~3, pitch - 4));
-        const int32_t place = e & 3;
-        const uint32_t mine = place == 0 ? own.x : place == 1 ? own.y : place == 2 ? own.z : own.w;
-        before = sub == 0 ? (own.x == mine && place > 0) + (own.y == mine && place > 1) + (own.z == mine && place > 2) : 0;
-#pragma unroll 2
-        for (int32_t k = 4 * sub; k < pitch; k += 4 * share) {
-            const uint4 v = *(const uint4 *)(const void *)(all + k);
-            const uint32_t least = mine - (k + 4 <= e); /* equals that come first rank first */
-            before += (v.x > least) + (v.y > least) + (v.z > least) + (v.w > least);
+    for (int32_t k = 0; k < each; k += 4) {
+        uint32_t bits[4];      /* all on their way before the first one is looked at */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t e = row * experts + min(first + k + i, experts - 1);
+            bits[i] = a.bf16 ? ((const uint16_t *)a.logits)[e] : ((const uint32_t *)a.logits)[e];
         }
-        if (share == 4) {
-            before += __shfl_xor_sync(0xffffffffu, before, 1);
-            before += __shfl_xor_sync(0xffffffffu, before, 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t key = first + k + i < experts ? moqk_few_key(__uint_as_float(a.bf16 ? bits[i] << 16 : bits[i])) : 0;
+            own[k + i] = key;
+            if (key > best) best = key, at = k + i;
         }
-        if (e < experts && sub == 0 && before < a.routing.top_k) {
-            c->chosen[row][before] = e;
-            c->weight[row][before] = moqk_few_logit(mine);
+    }
+#pragma unroll 1
+    for (int32_t i = 0; i < a.routing.top_k; i++) {
+        const uint32_t most = __reduce_max_sync(0xffffffffu, best), equal = __ballot_sync(0xffffffffu, best == most);
+        if (best != most || (equal & before) != 0) continue;
+        c->chosen[row][i] = first + at;
+        c->weight[row][i] = moqk_few_logit(most);
+        own[at] = best = 0;
+#pragma unroll 1
+        for (int32_t k = 0; k < each; k += 4) {
+            const uint4 v = *(const uint4 *)(const void *)(own + k);
+            if (v.x > best) best = v.x, at = k;
+            if (v.y > best) best = v.y, at = k + 1;
+            if (v.z > best) best = v.z, at = k + 2;
+            if (v.w > best) best = v.w, at = k + 3;
         }
-        if (share == 4) break;
     }
 }
 
 /* A warp: logits of a row's choices become weights. */
-__device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, const uint32_t *keys, moqk_few_choices *c)
+__device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, moqk_few_choices *c)
 {
     const int32_t lane = threadIdx.x, experts = a.routing.experts;
     const int sigmoid = a.routing.score == MOQ_SCORE_SIGMOID;
@@ -8959,7 +8969,7 @@ __device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, c
     if (!sigmoid && !a.routing.renormalize) {
         all = 0;
 #pragma unroll 1
-        for (int32_t e = lane; e < experts; e += 32) all += expf(moqk_few_logit(keys[row * ((experts + 3) & ~3) + e]) - top);
+        for (int32_t e = lane; e < experts; e += 32) all += expf(moqk_get_any(a.logits, (int64_t)row * experts + e, a.bf16) - top);
     }
     all = moqk_warp_sum(all);
     if ((!sigmoid || a.routing.renormalize) && all > 0) p /= all;
@@ -8996,76 +9006,87 @@ __device__ __forceinline__ void moqk_few_merge(const moqk_few &a, moqk_few_choic
 /* n / d for small numbers; magic: 2^32 / d, rounded up, 0 where d is 1. */
 __device__ __forceinline__ int32_t moqk_few_over(int32_t n, uint32_t magic) { return magic ? (int32_t)__umulhi((uint32_t)n, magic) : n; }
 
-/* Where a warp is in the list of its block. */
-typedef struct moqk_few_at {
-    int32_t second, i;         /* which products; run of the block's row tiles, second: of the row tile */
-    int32_t unit, tile;        /* second: row tiles of the block before this one; row tile */
-} moqk_few_at;
-
-/* The warp's next run, as the queue has it. 0: it has no more. */
-__device__ __forceinline__ int moqk_few_next(const moqk_few &a, int32_t count, moqk_few_at &at, int4 &item)
+/* A run in the list of a block: second products | part << 1 | first chunk << 2 | expert << 14 | row tile of the block << 20. */
+__device__ __forceinline__ uint32_t moqk_few_pack(int32_t second, int32_t part, int32_t chunk, int32_t d, int32_t unit)
 {
-    const int32_t grid = (int32_t)gridDim.x, warp = (int32_t)threadIdx.y, warps = (int32_t)blockDim.y;
-    if (!at.second) {
-        const int32_t unit = moqk_few_over(at.i, a.side[0].magic), q = at.i - unit * a.side[0].parts * a.side[0].runs;
-        const int32_t all = (int32_t)blockIdx.x + unit * grid, d = moqk_few_over(all, a.tiles_magic), part = q >= a.side[0].runs;
-        if (d < count) {
-            item = make_int4(part << 1 | (q - part * a.side[0].runs) * a.side[0].run << 2, unit, d, all - d * a.side[0].tiles);
-            at.i += warps;
-            return 1;
-        }
-        at.second = 1;
-        at.i = warp;
-        at.unit = 0;
-        at.tile = grid - 1 - (int32_t)blockIdx.x; /* blocks with fewer row tiles before have more here */
-    }
-    if (at.i >= count * a.side[1].runs) {
-        at.i = warp;
-        at.unit++;
-        at.tile += grid;
-    }
-    if (at.tile >= a.side[1].tiles || at.i >= count * a.side[1].runs) return 0;
-    const int32_t d = moqk_few_over(at.i, a.side[1].magic);
-    item = make_int4(1 | (at.i - d * a.side[1].runs) * a.side[1].run << 2, at.unit, d, at.tile);
-    at.i += warps;
-    return 1;
+    return (uint32_t)(second | part << 1 | chunk << 2 | d << 14 | unit << 20);
+}
+__device__ __forceinline__ int32_t moqk_few_chunk(uint32_t item) { return (int32_t)(item >> 2 & 4095); }
+__device__ __forceinline__ int32_t moqk_few_d(uint32_t item) { return (int32_t)(item >> 14 & 63); }
+__device__ __forceinline__ int32_t moqk_few_unit(uint32_t item) { return (int32_t)(item >> 20); }
+
+/* Which row tile of its part that is. Of y: blocks with fewer row tiles before have more. */
+__device__ __forceinline__ int32_t moqk_few_tile(const moqk_few &a, uint32_t item)
+{
+    const int32_t at = moqk_few_unit(item) * (int32_t)gridDim.x;
+    return item & 1 ? at + (int32_t)(gridDim.x - 1 - blockIdx.x) : at + (int32_t)blockIdx.x - moqk_few_d(item) * a.side[0].tiles;
 }
 
-/* What a warp asks for next. */
+/* Runs of a block before and after the activation, with so many experts. */
+__device__ __forceinline__ int2 moqk_few_count(const moqk_few &a, int32_t experts)
+{
+    const int32_t block = (int32_t)blockIdx.x, units = moqk_few_over(experts * a.side[0].tiles - block + (int32_t)gridDim.x - 1, a.grid_magic);
+    return make_int2(units * a.side[0].each, moqk_few_over(a.side[1].tiles + block, a.grid_magic) * experts * a.side[1].runs);
+}
+
+/* The runs of a block, as its warps take them in turn: those of its row tiles before the activation, then those of its row tiles of y. */
+__device__ __noinline__ void moqk_few_list(const moqk_few &a, int32_t experts, int32_t thread, int32_t threads, uint32_t *list)
+{
+    const int2 count = moqk_few_count(a, experts);
+#pragma unroll 1
+    for (int32_t i = thread; i < count.x + count.y; i += threads) {
+        if (i < count.x) {
+            const int32_t unit = moqk_few_over(i, a.side[0].magic), q = i - unit * a.side[0].each, part = q >= a.side[0].runs;
+            const int32_t d = moqk_few_over((int32_t)blockIdx.x + unit * (int32_t)gridDim.x, a.tiles_magic);
+            list[i] = moqk_few_pack(0, part, (q - part * a.side[0].runs) * a.side[0].run, d, unit);
+        } else {
+            const int32_t j = i - count.x, all = moqk_few_over(j, a.side[1].runs_magic); /* row tile, then expert, then run */
+            int32_t unit = 0, d = all;
+            for (; d >= experts; d -= experts) unit++;
+            list[i] = moqk_few_pack(1, 0, (j - all * a.side[1].runs) * a.side[1].run, d, unit);
+        }
+    }
+}
+
+/* First byte of the part that a run belongs to, behind the first part's. */
+__device__ __forceinline__ int64_t moqk_few_part(const moqk_few &a, uint32_t item, const int32_t *expert)
+{
+    const moqk_few_side &s = a.side[item & 1];
+    return ((int64_t)expert[moqk_few_d(item)] * s.parts + (item >> 1 & 1)) * s.part_bytes;
+}
+
+/* A run, when the experts are known: where it lies, what it is, its chunks. */
+template <uint32_t BYTES> __device__ __forceinline__ uint4 moqk_few_entry(const moqk_few &a, uint32_t item, const int32_t *expert)
+{
+    const moqk_few_side &s = a.side[item & 1];
+    const int32_t chunk = moqk_few_chunk(item);
+    const uint8_t *from = s.packed + moqk_few_part(a, item, expert) + ((int64_t)moqk_few_tile(a, item) * s.chunks + chunk) * BYTES;
+    return make_uint4((uint32_t)(uintptr_t)from, (uint32_t)((uintptr_t)from >> 32), item, (uint32_t)min(s.run, s.chunks - chunk));
+}
+
+/* What a warp asks for next: in the run that begins at entry `next` of the list, behind what has been asked for. */
 typedef struct moqk_few_ahead {
-    moqk_few_at next;
     const uint8_t *from;
-    int32_t asked, left;       /* chunks in all; of the run */
-    int32_t put, head;         /* place of the next chunk; runs that were begun */
+    int32_t next, left;
 } moqk_few_ahead;
 
-/* The next copies of a warp, until so many have been asked for in all. */
+/* Asks for the next chunk, if there is one. */
 template <uint32_t BYTES>
-__device__ __forceinline__ void moqk_few_ask(const moqk_few &a, moqk_few_choices *c, const int32_t *expert, int32_t until, uint32_t ring,
-                                             uint32_t bar, moqk_few_ahead &q)
+__device__ __forceinline__ void moqk_few_ask(const uint4 *list, int32_t end, uint32_t to, uint32_t full, moqk_few_ahead &q)
 {
-    const int32_t warp = (int32_t)threadIdx.y;
-#pragma unroll 1
-    while (q.asked < until) {
-        if (q.left == 0) {
-            int4 item;
-            if (!moqk_few_next(a, c->count, q.next, item)) break;
-            const moqk_few_side &s = a.side[item.x & 1];
-            const int32_t first = item.x >> 2;
-            q.left = min(s.run, s.chunks - first);
-            q.from = s.packed + ((int64_t)expert[item.z] * s.parts + (item.x >> 1 & 1)) * s.part_bytes + ((int64_t)item.w * s.chunks + first) * BYTES;
-            if (threadIdx.x == 0) c->queue[warp][q.head & (MOQK_FEW_QUEUE - 1)] = item;
-            q.head++;
-        }
-        if (moqk_elected()) {
-            moqk_barrier_expect(bar + 8 * (uint32_t)q.put, BYTES);
-            moqk_bulk_stream(ring + (uint32_t)q.put * BYTES, q.from, BYTES, bar + 8 * (uint32_t)q.put);
-        }
-        if (++q.put == a.stages) q.put = 0;
-        q.from += BYTES;
-        q.left--;
-        q.asked++;
+    if (q.left == 0) {
+        if (q.next >= end) return;
+        const uint4 entry = list[q.next];
+        q.from = (const uint8_t *)((uint64_t)entry.y << 32 | entry.x);
+        q.left = (int32_t)entry.w;
+        q.next += (int32_t)blockDim.y;
     }
+    if (moqk_elected()) {
+        moqk_barrier_expect(full, BYTES);
+        moqk_bulk_stream(to, q.from, BYTES, full);
+    }
+    q.from += BYTES;
+    q.left--;
 }
 
 /* Four values of x, quad i of all rows; zeros behind the last column. */
@@ -9111,6 +9132,7 @@ __device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols
 #pragma unroll
         for (int i = 0; i < 2; i++) /* columns come in fours: the last word of a row is whole */
             if (v[i].x != MOQK_FEW_ABSENT && v[i].y != MOQK_FEW_ABSENT && v[i].z != MOQK_FEW_ABSENT && v[i].w != MOQK_FEW_ABSENT) missing &= ~(1 << i);
+        if (missing) __nanosleep(40);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -9144,7 +9166,7 @@ __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choi
     }
 }
 
-/* A row tile of y: sums: [warps][rows][16]. */
+/* A row tile of y: sums: [warps][rows][16], of which a warp has those of its runs. */
 __device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t warps)
 {
 #pragma unroll 1
@@ -9195,7 +9217,8 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
-    if (thread < 2 * MOQK_FEW_UNITS) ((int32_t *)c->arrived)[thread] = ((int32_t *)c->done)[thread] = 0;
+    if (thread < MOQK_FEW_UNITS) c->arrived[thread] = c->done[thread] = 0;
+    if (thread < MOQK_FEW_TILES) c->added[thread] = 0;
     if (thread == 0) c->count = a.routing.top_k;
     if (a.rows == 1) return;
     if (thread < MOQK_FEW_EXPERTS / 32) c->seen[thread] = 0;
@@ -9205,43 +9228,23 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
     }
 }
 
-/* What every block needs: scores of the experts, factors, x. A thread's first piece of each, all on their way at once. */
-typedef struct moqk_few_first {
-    float logit, factor;
-    float4 x;
-    int2 state;
-} moqk_few_first;
-
-__device__ __forceinline__ void moqk_few_load(const moqk_few &a, moqk_few_first &f)
+/* What the warps that do not choose do meanwhile: x, factors, the list of a single row, sums of 0. Behind the weights a load would wait for
+   microseconds. */
+__device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, uint32_t x, float *factor, float *more, uint32_t *items)
 {
-    const int32_t thread = threadIdx.y * 32 + threadIdx.x;
-    f.logit = f.factor = 0;
-    f.state = make_int2(0, 0);
-    if (thread < a.routing.experts) f.logit = moqk_get_any(a.logits, thread, a.bf16);
-    f.x = moqk_few_x4(a, thread);
-    if (thread < a.routing.experts * (a.side[0].parts + 1)) f.factor = __ldg(a.factor + thread);
-    if (thread == (int32_t)blockDim.y * 32 - 1) f.state = *(const int2 *)(const void *)a.state;
-}
-
-/* That and the rest into shared memory. */
-__device__ __forceinline__ void moqk_few_keep(const moqk_few &a, const moqk_few_first &f, moqk_few_choices *c, uint32_t *keys, float *factor,
-                                              uint32_t x)
-{
-    const int32_t thread = threadIdx.y * 32 + threadIdx.x, threads = blockDim.y * 32, experts = a.routing.experts, pitch = (experts + 3) & ~3;
-    const int32_t factors = experts * (a.side[0].parts + 1), all = a.rows * a.side[0].chunks * 64;
-    if (thread < pitch) keys[thread] = thread < experts ? moqk_few_key(f.logit) : 0;
-    if (thread < factors) factor[thread] = f.factor;
-    moqk_few_put(a, thread, f.x, x);
-    if (thread == threads - 1) c->state = f.state;
+    const int32_t thread = ((int32_t)threadIdx.y - a.rows) * 32 + (int32_t)threadIdx.x, threads = ((int32_t)blockDim.y - a.rows) * 32;
+    const int32_t all = a.rows * a.side[0].chunks * 64, factors = a.routing.experts * (a.side[0].parts + 1);
 #pragma unroll 1
-    for (int32_t i = thread + threads; i < factors; i += threads) factor[i] = __ldg(a.factor + i);
-#pragma unroll 1
-    for (int32_t row = 0; row < a.rows; row++)
-#pragma unroll 1
-        for (int32_t e = row ? thread : thread + threads; e < pitch; e += threads)
-            keys[row * pitch + e] = e < experts ? moqk_few_key(moqk_get_any(a.logits, (int64_t)row * experts + e, a.bf16)) : 0;
-#pragma unroll 1
-    for (int32_t i = thread + threads; i < all; i += threads) moqk_few_put(a, i, moqk_few_x4(a, i), x);
+    for (int32_t i = thread; i < all || i < factors; i += 2 * threads) {
+        const float f = i < factors ? __ldg(a.factor + i) : 0, g = i + threads < factors ? __ldg(a.factor + i + threads) : 0;
+        const float4 v = moqk_few_x4(a, i), w = moqk_few_x4(a, i + threads);
+        moqk_few_put(a, i, v, x);
+        moqk_few_put(a, i + threads, w, x);
+        if (i < factors) factor[i] = f;
+        if (i + threads < factors) factor[i + threads] = g;
+    }
+    for (int32_t i = thread; i < a.side[1].units * (int32_t)blockDim.y * a.rows * 16; i += threads) more[i] = 0;
+    if (a.rows == 1) moqk_few_list(a, a.routing.top_k, thread, threads, items);
 }
 
 template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
@@ -9249,20 +9252,21 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ moqk_few_choices c;
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, g = lane >> 2, t = lane & 3, each = a.side[0].parts + 1;
+    const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, g = lane >> 2, t = lane & 3;
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * a.stages) * BYTES;
     const uint32_t bar = base + a.bars_at + (uint32_t)(warp * a.stages) * 8;
     const uint32_t stage = base + a.stage_at + (uint32_t)(warp * 2 * a.rows) * MOQK_FEW_PITCH;
-    uint32_t *keys = (uint32_t *)(void *)(shared + a.keys_at);
-    float *factor = (float *)(void *)(shared + a.factor_at);
     const int plain = a.routing.groups <= 1 && !a.bias;
-    moqk_few_first mine;
+    uint4 *list = (uint4 *)(void *)(shared + a.list_at);
+    uint32_t *items = (uint32_t *)(void *)(shared + a.items_at);
+    float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
     moqk_few_begin(a, &c, bar);
     moqk_wait_for_before();
     moqk_dependents_may_start();
-    moqk_few_load(a, mine);
-    moqk_few_keep(a, mine, &c, keys, factor, base + a.x_at);
-    if (!plain && warp < a.rows) { /* the ring is not in use yet */
+    if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
+    if (warp >= a.rows) moqk_few_fetch(a, base + a.x_at, factor, more, items);
+    else if (plain) moqk_few_choose(a, warp, (uint32_t *)(void *)(shared + a.keys_at), &c);
+    else { /* the ring is not in use yet */
         float *room = (float *)(void *)(shared + warp * a.routing.experts * 16);
         moqk_choose(a.routing, a.bias, a.logits, a.bf16, warp, room, c.chosen[warp], c.weight[warp]);
         __syncwarp();
@@ -9270,125 +9274,123 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         moqk_end_reads();
     }
     __syncthreads();
-    if (plain) {
-        moqk_few_choose(a, keys, &c);
+    if (a.rows > 1) {
+        moqk_few_merge(a, &c);
+        moqk_few_list(a, c.count, warp * 32 + lane, warps * 32, items);
         __syncthreads();
     }
-    if (a.rows > 1) moqk_few_merge(a, &c);
 
-    const int32_t *expert = a.rows == 1 ? c.chosen[0] : c.expert, count = c.count;
+    const int32_t *expert = a.rows == 1 ? c.chosen[0] : c.expert;
+    const int2 counts = moqk_few_count(a, c.count);
+    const int32_t end = counts.x + counts.y;
+    moqk_few_ahead ahead = {NULL, warp, 0};
+#pragma unroll 1
+    for (int32_t i = warp + lane * warps; i < end; i += 32 * warps) list[i] = moqk_few_entry<BYTES>(a, items[i], expert);
+    __syncwarp();
+#pragma unroll 1
+    for (int32_t i = 0; i < a.stages; i++) moqk_few_ask<BYTES>(list, end, ring + (uint32_t)i * BYTES, bar + 8 * (uint32_t)i, ahead);
+    if (plain && warp < a.rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
     const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
-    uint32_t *hidden = a.hidden + (int64_t)c.state.x * half, x[1] = {0};
-    int32_t took = 0, slot = 0, turn = 0, tail = 0, n = 0, chunk = 0, fresh = 1;
-    moqk_few_ahead ahead;
-    ahead.next.second = ahead.next.unit = ahead.next.tile = ahead.asked = ahead.left = ahead.put = ahead.head = 0;
-    ahead.next.i = warp;
-    ahead.from = NULL;
-    int4 now = make_int4(0, 0, 0, 0); /* see the queue */
-    moqk_run_factors<FORM, STEP> h;
-    const float2 *scales = NULL;
-    const uint16_t *zeros = NULL;
-    float beside[2] = {0, 0}, total[2] = {0, 0}, acc[1][4] = {{0, 0, 0, 0}};
-    for (;;) {
-        moqk_few_ask<BYTES>(a, &c, expert, took + a.stages, ring, bar, ahead);
-        if (fresh) { /* while the first ones come */
-            fresh = 0;
-            if (plain && warp < a.rows) moqk_few_weigh(a, warp, keys, &c);
-            const int32_t all = c.state.y * a.routing.top_k * (a.hidden_cols / 4);
+    const int32_t stale = c.state.y * a.routing.top_k * (a.hidden_cols / 4);
+    uint32_t *hidden = a.hidden + (int64_t)c.state.x * half;
 #pragma unroll 1
-            for (int32_t i = ((int32_t)blockIdx.x * warps + warp) * 32 + lane; i < all; i += (int32_t)gridDim.x * warps * 32)
-                ((uint4 *)(void *)(a.hidden + (int64_t)other * half))[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-        }
-        if (n == 0) {
-            if (tail == ahead.head) break;
-            __syncwarp();
-            now = c.queue[warp][tail++ & (MOQK_FEW_QUEUE - 1)];
-            const moqk_few_side &u = a.side[now.x & 1];
-            const int64_t part = ((int64_t)expert[now.z] * u.parts + (now.x >> 1 & 1)) * u.part_bytes;
-            chunk = now.x >> 2;
-            n = min(u.run, u.chunks - chunk);
-            if (STEP > 0) {
-                const int64_t place = (int64_t)now.w * u.groups * 8 + g;
-                scales = (const float2 *)(const void *)(u.packed + part + (int64_t)u.tiles * u.chunks * BYTES) + place;
-                zeros = (const uint16_t *)(const void *)(u.packed + part + (int64_t)u.tiles * (u.chunks * (int64_t)BYTES + u.groups * 64)) + place;
-                h.load(scales, zeros, chunk, u.shift);
-            }
-            beside[0] = beside[1] = 0;
-            if (u.bias && chunk == 0) {
-                const float *bias = (const float *)(const void *)((const uint8_t *)u.bias + part) + now.w * 16 + g;
-                if (now.w * 16 + g < u.rows) beside[0] = __ldg(bias);
-                if (now.w * 16 + g + 8 < u.rows) beside[1] = __ldg(bias + 8);
-            }
-            const int32_t columns = now.x & 1 || !a.bf16 ? 2 * a.rows : a.rows, row = FORM <= MOQK_MXFP4 ? g : lane & 7;
-            x[0] = (now.x & 1 ? stage : base + a.x_at + (uint32_t)chunk * 512) +
-                   (uint32_t)(row < columns ? row : 0) * (now.x & 1 ? MOQK_FEW_PITCH : a.x_pitch) + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
-            acc[0][0] = acc[0][1] = acc[0][2] = acc[0][3] = 0;
-        }
-        const moqk_few_side &s = a.side[now.x & 1];
-        if (now.x & 1) {
+    for (int32_t i = ((int32_t)blockIdx.x * warps + warp) * 32 + lane; i < stale; i += (int32_t)gridDim.x * warps * 32)
+        ((uint4 *)(void *)(a.hidden + (int64_t)other * half))[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    /* Where the lane's columns of x lie, before and after the activation: those that nobody stores repeat the first one. */
+    const int32_t row = FORM <= MOQK_MXFP4 ? g : lane & 7;
+    const uint32_t column = FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16;
+    const uint32_t x_first = base + a.x_at + (row < (a.bf16 ? a.rows : 2 * a.rows) ? row * a.x_pitch : 0) + column;
+    const uint32_t x_second = stage + (row < 2 * a.rows ? row * MOQK_FEW_PITCH : 0) + column;
+    uint32_t place = ring, full = bar, turn = 0;
 #pragma unroll 1
-            for (int32_t m = 0; m < a.rows; m++) {
-                const int32_t rank = a.rows == 1 ? now.z + 1 : c.rank[now.z][m];
-                const uint32_t *made = rank ? hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + chunk * 256 : NULL;
-                moqk_few_take(made, a.side[0].rows - chunk * 256, stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH);
-            }
-            __syncwarp();
+    for (int32_t i = warp; i < end; i += warps) {
+        const uint32_t item = list[i].z;
+        const int32_t second = (int32_t)(item & 1), part = (int32_t)(item >> 1 & 1), d = moqk_few_d(item), unit = moqk_few_unit(item);
+        const moqk_few_side &s = a.side[second];
+        const int32_t split = second || !a.bf16, first = moqk_few_chunk(item), stop = min(first + s.run, s.chunks);
+        const float f = factor[expert[d] * (a.side[0].parts + 1) + (second ? a.side[0].parts : part)];
+        float beside[2] = {0, 0}, acc[1][4] = {{0, 0, 0, 0}};
+        moqk_run_factors<FORM, STEP> h;
+        const float2 *scales = NULL;
+        const uint16_t *zeros = NULL;
+        if (STEP > 0) {
+            const uint8_t *at = s.packed + moqk_few_part(a, item, expert);
+            const int64_t from = (int64_t)moqk_few_tile(a, item) * s.groups * 8 + g;
+            scales = (const float2 *)(const void *)(at + (int64_t)s.tiles * s.chunks * BYTES) + from;
+            zeros = (const uint16_t *)(const void *)(at + (int64_t)s.tiles * (s.chunks * (int64_t)BYTES + s.groups * 64)) + from;
+            h.load(scales, zeros, first, s.shift);
         }
-        const uint32_t at = ring + (uint32_t)slot * BYTES;
-        uint4 w[4];
-        uint2 bytes = make_uint2(0, 0);
-        const uint32_t z[2] = {0, 0};
-        moqk_barrier_wait(bar + 8 * (uint32_t)slot, (uint32_t)turn);
-        if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
-        if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
+        if (s.bias && first == 0) {
+            const int32_t r = moqk_few_tile(a, item) * 16 + g;
+            const float *bias = (const float *)(const void *)((const uint8_t *)s.bias + moqk_few_part(a, item, expert)) + r;
+            if (r < s.rows) beside[0] = __ldg(bias);
+            if (r + 8 < s.rows) beside[1] = __ldg(bias + 8);
+        }
+        uint32_t x[1] = {second ? x_second : x_first + (uint32_t)first * 512};
+#pragma unroll 1
+        for (int32_t chunk = first; chunk < stop; chunk++) {
+            if (second) {
+                __syncwarp(); /* the chunk before has been read */
+#pragma unroll 1
+                for (int32_t m = 0; m < a.rows; m++) {
+                    const int32_t rank = a.rows == 1 ? d + 1 : c.rank[d][m];
+                    const uint32_t *made = rank ? hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + chunk * 256 : NULL;
+                    moqk_few_take(made, a.side[0].rows - chunk * 256, stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH);
+                }
+                __syncwarp();
+            }
+            uint4 w[4];
+            uint2 bytes = make_uint2(0, 0);
+            const uint32_t z[2] = {0, 0};
+            moqk_barrier_wait(full, turn);
+            if (FORM == MOQK_NVFP4) bytes = moqk_shared8(place + 2048 + (uint32_t)lane * 8);
+            if (FORM == MOQK_MXFP4) bytes = moqk_shared8(place + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
-        moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
-        moqk_end_reads();
-        __syncwarp();
-        took++, chunk++, n--;
-        if (++slot == a.stages) { slot = 0; turn ^= 1; }
-        if (STEP > 0 && n > 0) h.load(scales, zeros, chunk, s.shift);
-        if (!(now.x & 1)) x[0] += 512;
-        if (n > 0) continue;
+            for (int k = 0; k < 4; k++) w[k] = moqk_shared16(place + k * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
+            moqk_end_reads();
+            __syncwarp();
+            moqk_few_ask<BYTES>(list, end, place, full, ahead);
+            place += BYTES;
+            full += 8;
+            if (place == ring + (uint32_t)a.stages * BYTES) { place = ring; full = bar; turn ^= 1; }
+            moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
+            if (STEP > 0) h.load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
+            if (!second) x[0] += 512;
+        }
 
-        const int32_t second = now.x & 1, split = second || !a.bf16;
-        const float f = factor[expert[now.z] * each + (second ? each - 1 : now.x >> 1 & 1)];
         if (!second) {
-            const int32_t place = now.y & (MOQK_FEW_UNITS - 1), per = s.parts * s.runs, q = (now.x >> 1 & 1) * s.runs + (now.x >> 2) / s.run;
-            float *sums = (float *)(void *)(shared + a.sums_at) + place * per * a.rows * 16, *to = sums + q * a.rows * 16 + g;
-            if (now.y >= MOQK_FEW_UNITS) moqk_few_wait(&c.done[0][place], now.y - MOQK_FEW_UNITS + 1);
+            const int32_t at = unit & (MOQK_FEW_UNITS - 1);
+            float *sums = (float *)(void *)(shared + a.sums_at) + at * s.each * a.rows * 16;
+            float *to = sums + (part * s.runs + moqk_few_over(first, s.run_magic)) * a.rows * 16 + g;
+            if (unit >= MOQK_FEW_UNITS) moqk_few_wait(&c.done[at], unit - MOQK_FEW_UNITS + 1);
             if (split && t < a.rows) to[t * 16] = (acc[0][0] + acc[0][1]) * f + beside[0], to[t * 16 + 8] = (acc[0][2] + acc[0][3]) * f + beside[1];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (!split && 2 * t + i < a.rows) {
-                    to[(2 * t + i) * 16] = acc[0][i] * f + beside[0];
-                    to[(2 * t + i) * 16 + 8] = acc[0][2 + i] * f + beside[1];
+            for (int k = 0; k < 2; k++)
+                if (!split && 2 * t + k < a.rows) {
+                    to[(2 * t + k) * 16] = acc[0][k] * f + beside[0];
+                    to[(2 * t + k) * 16 + 8] = acc[0][2 + k] * f + beside[1];
                 }
-            if (moqk_few_arrive(&c.arrived[0][place], per)) {
-                moqk_few_finish(a, &c, now.z, now.w, sums, hidden);
-                moqk_few_leave(&c.arrived[0][place], &c.done[0][place], now.y);
+            if (moqk_few_arrive(&c.arrived[at], s.each)) {
+                moqk_few_finish(a, &c, d, moqk_few_tile(a, item), sums, hidden);
+                moqk_few_leave(&c.arrived[at], &c.done[at], unit);
             }
             continue;
         }
         float weight = 0;      /* x has the weight of its choice in it already, the bias has not */
         if (s.bias) {
-            const int32_t rank = t >= a.rows ? 0 : a.rows == 1 ? now.z + 1 : c.rank[now.z][t];
+            const int32_t rank = t >= a.rows ? 0 : a.rows == 1 ? d + 1 : c.rank[d][t];
             moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c.ready), 0);
             if (rank) weight = c.weight[t][rank - 1];
         }
-        total[0] += (acc[0][0] + acc[0][1]) * f + weight * beside[0];
-        total[1] += (acc[0][2] + acc[0][3]) * f + weight * beside[1];
-        if (now.z * s.runs + (now.x >> 2) / s.run + warps < count * s.runs) continue; /* another run of this row tile follows */
-        const int32_t place = now.y & 1, busy = min(warps, count * s.runs);
-        float *sums = (float *)(void *)(shared + a.more_at) + place * warps * a.rows * 16, *to = sums + warp * a.rows * 16 + g;
-        if (now.y >= 2) moqk_few_wait(&c.done[1][place], now.y - 1);
-        if (t < a.rows) to[t * 16] = total[0], to[t * 16 + 8] = total[1];
-        total[0] = total[1] = 0;
-        if (moqk_few_arrive(&c.arrived[1][place], busy)) {
-            moqk_few_sum_up(a, now.w, sums, busy);
-            if (now.w == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
-            moqk_few_leave(&c.arrived[1][place], &c.done[1][place], now.y);
+        float *sums = more + unit * warps * a.rows * 16, *to = sums + (warp * a.rows + t) * 16 + g;
+        if (t < a.rows) {
+            to[0] += (acc[0][0] + acc[0][1]) * f + weight * beside[0];
+            to[8] += (acc[0][2] + acc[0][3]) * f + weight * beside[1];
+        }
+        if (moqk_few_arrive(&c.added[unit], c.count * s.runs)) {
+            const int32_t tile = moqk_few_tile(a, item);
+            moqk_few_sum_up(a, tile, sums, warps);
+            if (tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
         }
     }
 }
@@ -9485,13 +9487,18 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
     f->stage_at = (uint32_t)at;
     at += warps * 2 * rows * MOQK_FEW_PITCH;
     f->sums_at = (uint32_t)at;
-    at += MOQK_FEW_UNITS * f->side[0].parts * f->side[0].runs * rows * 64;
+    at += MOQK_FEW_UNITS * f->side[0].each * rows * 64;
     f->more_at = (uint32_t)at;
-    at += 2 * warps * rows * 64;
+    at += f->side[1].units * warps * rows * 64;
     f->factor_at = (uint32_t)at;
     at += moqk_pad((int64_t)f->routing.experts * (f->side[0].parts + 1) * 4, 16);
+    const int64_t list = f->side[0].units * f->side[0].each + moqc_min(f->routing.top_k * rows, f->routing.experts) * f->side[1].units * f->side[1].runs;
+    f->list_at = (uint32_t)at;
+    at += list * 16;
+    f->items_at = (uint32_t)at;
+    at += moqk_pad(list * 4, 16);
     f->keys_at = (uint32_t)at;
-    return at + rows * moqk_pad(f->routing.experts, 4) * 4;
+    return at + rows * moqk_pad(f->routing.experts, 128) * 4;
 }
 
 /* See moqk_few_over. */
@@ -9508,7 +9515,10 @@ static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
         s->run = run;
     }
     s->runs = (int32_t)moqk_ceil(s->chunks, s->run);
-    s->magic = moqc_few_magic(s->runs * s->parts);
+    s->each = s->runs * s->parts;
+    s->magic = moqc_few_magic(s->each);
+    s->runs_magic = moqc_few_magic(s->runs);
+    s->run_magic = moqc_few_magic(s->run);
 }
 
 /* The cut of a launch, and its blocks; bytes of shared memory, 0: there is not enough. */
@@ -9517,8 +9527,13 @@ static int64_t moqc_few_cut(const moqc_ctx *c, moqk_few *f, int form, int32_t *w
     const int64_t chosen = f->routing.top_k, all = moqc_min(chosen * f->rows, f->routing.experts);
     *blocks = (int32_t)moqc_min(c->sm_count, chosen * f->side[0].tiles); /* every one has work before the activation */
     f->tiles_magic = moqc_few_magic(f->side[0].tiles);
+    f->grid_magic = moqc_few_magic(*blocks);
+    f->side[0].units = (int32_t)moqk_ceil(all * f->side[0].tiles, *blocks);
+    f->side[1].units = (int32_t)moqk_ceil(f->side[1].tiles, *blocks);
+    if (f->side[1].units > MOQK_FEW_TILES) return 0;
+    if (moqc_max(f->side[0].units, moqc_max(f->side[0].chunks, f->side[1].chunks)) > 4095) return 0; /* see moqk_few_pack */
     for (*warps = MOQK_FEW_WARPS; *warps >= 8; *warps -= 4) {
-        moqc_few_runs(&f->side[0], moqk_ceil(all * f->side[0].tiles, *blocks) * f->side[0].parts, *warps);
+        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps);
         moqc_few_runs(&f->side[1], all, *warps);
         for (f->stages = 3; f->stages > 1; f->stages--) {
             const int64_t bytes = moqc_few_fill_in(f, form, *warps);
