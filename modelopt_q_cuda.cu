@@ -8847,9 +8847,9 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
    Every block chooses the experts itself, a warp a row, while the other warps fetch x and list the block's runs of chunks: of its row tiles before
    the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next chunks on their way, those of the second
-   products while the first ones are not done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody
-   waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes ten
-   to thirty microseconds, in which most of this code runs once: short code is fast code here.
+   products while the first ones are not done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is
+   not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a
+   fixed order. A launch takes ten to thirty microseconds, in which most of this code runs once: short code is fast code here.
    ------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -9401,8 +9401,9 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
    ------------------------------------------------------------------------------------------------ */
 
 /* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
-   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 13.7, 42, 85 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 4 rows 28, 62, 116 and 43, 70, 97. */
-enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 2 };
+   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 13.2, 38, 77 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 27, 54, 68, 98 and 43, 70, 99,
+   99. */
+enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 3 };
 
 /* What >>cuda-moe-few needs of these experts. */
 typedef struct moqc_few {
