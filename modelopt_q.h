@@ -7368,8 +7368,13 @@ MOQ_API int moq_glob_match(const char *pattern, const char *name)
 /* config.json alone: there is no other block to borrow from. */
 static moq_result moqi_read_flat_modelopt(const moqi_quant_read *c, const moq_json *block) { return moqi_read_modelopt(c, block, NULL); }
 
-/* quant_method -> reader. Names are compared without case and with '_' as '-'. */
-static const struct { const char *name; moq_result (*read)(const moqi_quant_read *c, const moq_json *block); } moqi_methods[] = {
+typedef struct moqi_method {
+    const char *name;
+    moq_result (*read)(const moqi_quant_read *c, const moq_json *block);
+} moqi_method;
+
+/* quant_method -> reader. Names are compared without case and with '_' as '-'. (A named type: nvcc cannot repeat an unnamed one in a size.) */
+static const moqi_method moqi_methods[] = {
     {"modelopt", moqi_read_flat_modelopt}, {"compressed-tensors", moqi_read_ct}, {"mxfp4", moqi_read_gpt_oss},
     {"fp8", moqi_read_fp8}, {"awq", moqi_read_awq}, {"gptq", moqi_read_gptq}
 };

@@ -1171,8 +1171,8 @@ static void test_cuda_attention(void)
 }
 
 /* Every kernel once on little data: what the slower tools of compute-sanitizer run. */
-/* Products of 17 and more rows that are small enough for a sanitizer: tiles and columns that end early, cut columns, one and several tiles of rows. */
-static void test_cuda_many_small(void)
+/* Products of 17 and more rows that are small enough for a sanitizer: tiles and columns that end early, one and several tiles of rows. */
+static void check_many(int cols)
 {
     static const int formats[] = {2, 4, 8, 14, 19}, tokens[] = {17, 40, 64, 100, 150};
     for (int bf16 = 0; bf16 < 2; bf16++) {
@@ -1181,13 +1181,16 @@ static void test_cuda_many_small(void)
         CHECK(be->reserve(be, 160, &err) == MOQ_OK);
         for (size_t i = 0; i < MOQI_COUNT(formats); i++) {
             layer l;
-            layer_make(&l, &layer_formats[formats[i]], 168, 1184);
+            layer_make(&l, &layer_formats[formats[i]], 168, cols);
             for (size_t m = 0; m < MOQI_COUNT(tokens); m++) CHECK_INT(check_linear(be, &l, 0, tokens[m]), 0);
             layer_free(&l);
         }
         done(be);
     }
 }
+
+static void test_cuda_many_small(void) { check_many(256); }
+static void test_cuda_many_cut(void) { check_many(1184); } /* columns shared by the blocks of a cluster */
 
 static void test_cuda_each_kernel(void)
 {
@@ -2165,6 +2168,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_moe_mxfp8);
     RUN(test_cuda_attention);
     RUN(test_cuda_many_small);
+    RUN(test_cuda_many_cut);
     RUN(test_cuda_each_kernel);
     RUN(test_cuda_kv_refuses);
     RUN(test_cuda_graphs);
