@@ -1354,6 +1354,11 @@ MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t i
 #if defined(MODELOPT_Q_IMPLEMENTATION) && !defined(MODELOPT_Q_IMPLEMENTED)
 #define MODELOPT_Q_IMPLEMENTED
 
+#if defined(__CUDACC__) /* in a .cu file: pragmas of the host's compiler are not nvcc's to know */
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1675
+#endif
+
 /* ------------------------------------------------------------------------------------------------
    >>base            results, errors, allocator; checked arithmetic, formatting, arena, hash map, sort
    No OS, no stdio: only this section's includes and pure functions.
@@ -29242,5 +29247,9 @@ MOQ_API const moq_search_info *moq_search_get_info(const moq_search *s) { return
 MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t index) { return s && index < s->info.units ? &s->order[index]->pub : NULL; }
 
 #endif /* MOQ_QUANTIZE */
+
+#if defined(__CUDACC__)
+#pragma nv_diagnostic pop
+#endif
 
 #endif /* MODELOPT_Q_IMPLEMENTATION */

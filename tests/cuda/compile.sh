@@ -1,6 +1,6 @@
 #!/bin/sh
 # compile.sh TARGET...    compiles modelopt_q_cuda.cu for each target (80, 86, 87, 89, 90a; ptx: PTX 9.0 for later devices), two at a time. A warning is
-# a failure. Ends with "N passed, N failed"; without nvcc nothing is tried and it says so.
+# a failure, of the header's implementation in a .cu file, too. Ends with "N passed, N failed"; without nvcc nothing is tried and it says so.
 cd "$(dirname "$0")/../.." || exit 2
 nvcc=${NVCC:-nvcc}
 command -v "$nvcc" >/dev/null || { echo "nvcc is not installed: modelopt_q_cuda.cu was not compiled"; echo "0 passed, 0 failed, 1 skipped"; exit 0; }
@@ -17,6 +17,17 @@ one() { # target
     echo "modelopt_q_cuda.cu, $1: $([ "$code" -eq 0 ] && echo fine || echo FAILED), $(($(date +%s) - start)) s" >"$dir/$1.line"
     [ "$code" -eq 0 ] && : >"$dir/$1.good"
 }
+
+# The implementation of the header in a .cu file, as a program may have it.
+printf '#define MODELOPT_Q_IMPLEMENTATION\n#include "%s/modelopt_q.h"\n' "$PWD" >"$dir/header.cu"
+if "$nvcc" -O0 -c "$dir/header.cu" -o "$dir/header.o" >"$dir/header.log" 2>&1 && ! grep -q -i warning "$dir/header.log"; then
+    echo "modelopt_q.h in a .cu file: fine" >"$dir/header.line"
+    : >"$dir/header.good"
+else
+    echo "modelopt_q.h in a .cu file: FAILED" >"$dir/header.line"
+fi
+cat "$dir/header.line"
+[ -e "$dir/header.good" ] || cat "$dir/header.log"
 
 while [ $# -gt 0 ]; do
     one "$1" & first=$!
