@@ -6873,34 +6873,49 @@ template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_ca
     moqk_kv_pack(to, head, (s * c.kv_heads + head) * c.capacity + at, x);
 }
 
-/* A head of `dim` values through norm (weight, or NULL) and turn (`half` pairs) into x in shared memory, by one warp. Values are rounded to the
-   activation type where calls of their own would store them. */
-__device__ __forceinline__ void moqk_enter_head(const void *from, int64_t first, int bf16, int32_t dim, const float *weight, float eps,
-                                                const float2 *turns, int32_t half, int interleaved, float *x)
-{
-    const int32_t lane = threadIdx.x & 31;
-    const float2 turn = lane < half ? turns[lane] : make_float2(1, 0), next = lane + 32 < half ? turns[lane + 32] : make_float2(1, 0);
-    float sum = 0;
-#pragma unroll 4
-    for (int32_t i = lane; i < dim; i += 32) {
-        x[i] = moqk_get_any(from, first + i, bf16);
-        sum = __fmaf_rn(x[i], x[i], sum);
+/* A head of `dim` <= MOST values on its way through norm and turn, by one warp, whose lanes hold every 32nd value: all that it takes from memory is
+   asked for at once. weight: of the norm, or NULL; turns: of `half` pairs. */
+template <int MOST> struct moqk_entering {
+    float v[MOST / 32], w[MOST / 32];
+    float2 by[MOST / 64];
+
+    __device__ __forceinline__ void load(const void *from, int64_t first, int bf16, int32_t dim, const float *weight, const float2 *turns, int32_t half)
+    {
+        const int32_t lane = threadIdx.x & 31;
+#pragma unroll
+        for (int k = 0; k < MOST / 32; k++) {
+            const int32_t i = lane + 32 * k;
+            v[k] = i < dim ? moqk_get_any(from, first + i, bf16) : 0;
+            w[k] = weight && i < dim ? weight[i] : 1;
+        }
+#pragma unroll
+        for (int k = 0; k < MOST / 64; k++) by[k] = lane + 32 * k < half ? turns[lane + 32 * k] : make_float2(1, 0);
     }
-    if (weight) {
-        const float factor = moqk_norm_factor(moqk_warp_sum(sum), dim, eps);
-        for (int32_t i = lane; i < dim; i += 32) x[i] = moqk_rounded_any(x[i] * factor * weight[i], bf16);
+    /* Into x in shared memory. Values are rounded to the activation type where calls of their own would store them. */
+    __device__ __forceinline__ void put(int normed, float eps, int bf16, int32_t dim, int32_t half, int interleaved, float *x)
+    {
+        const int32_t lane = threadIdx.x & 31;
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < MOST / 32; k++) if (lane + 32 * k < dim) sum = __fmaf_rn(v[k], v[k], sum);
+        const float factor = normed ? moqk_norm_factor(moqk_warp_sum(sum), dim, eps) : 1;
+#pragma unroll
+        for (int k = 0; k < MOST / 32; k++) {
+            if (normed) v[k] = moqk_rounded_any(v[k] * factor * w[k], bf16);
+            if (lane + 32 * k < dim) x[lane + 32 * k] = v[k];
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < MOST / 64; k++) {
+            const int32_t i = lane + 32 * k, ia = interleaved ? 2 * i : i, ib = interleaved ? ia + 1 : ia + half;
+            if (i >= half) continue;
+            const float a = x[ia], b = x[ib];
+            x[ia] = moqk_rounded_any(__fmaf_rn(a, by[k].x, -__fmul_rn(b, by[k].y)), bf16);
+            x[ib] = moqk_rounded_any(__fmaf_rn(a, by[k].y, __fmul_rn(b, by[k].x)), bf16); /* the bits of moqk_rope */
+        }
+        __syncwarp();
     }
-    __syncwarp();
-#pragma unroll 2
-    for (int32_t i = lane; i < half; i += 32) {
-        const int32_t ia = interleaved ? 2 * i : i, ib = interleaved ? ia + 1 : ia + half;
-        const float2 by = i < 32 ? turn : i < 64 ? next : turns[i];
-        const float a = x[ia], b = x[ib];
-        x[ia] = moqk_rounded_any(__fmaf_rn(a, by.x, -__fmul_rn(b, by.y)), bf16);
-        x[ib] = moqk_rounded_any(__fmaf_rn(a, by.y, __fmul_rn(b, by.x)), bf16); /* the bits of moqk_rope */
-    }
-    __syncwarp();
-}
+};
 
 /* A head of q, k or v, one after the other in the grid's second dimension: norm, turn, append. Blocks are small: they find room on the device before
    the product that they wait for has ended. Grid: rows, heads of all three. */
@@ -6915,8 +6930,10 @@ __global__ void __launch_bounds__(32) moqk_enter(moqk_cache c, const int32_t *sl
     const int32_t s = slot[row], at = pos[row], half = kind < 2 ? d.dims / 2 : 0;
     const float2 *turns = (const float2 *)(const void *)d.table + row * (d.dims / 2);
     const int64_t stride = kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride;
-    moqk_enter_head(kind == 0 ? d.q : kind == 1 ? d.k : d.v, row * stride + (int64_t)head * dim, bf16, dim,
-                    kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, d.eps, turns, half, d.interleaved, x);
+    const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
+    moqk_entering<MOQK_KV_MOST_DIM> e;
+    e.load(kind == 0 ? d.q : kind == 1 ? d.k : d.v, row * stride + (int64_t)head * dim, bf16, dim, weight, turns, half);
+    e.put(weight != NULL, d.eps, bf16, dim, half, d.interleaved, x);
     if (kind == 0) {
         for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) moqk_put_any(d.q, row * d.q_stride + (int64_t)head * dim + i, x[i], bf16);
         return;
@@ -7219,6 +7236,7 @@ typedef struct moqk_attend_args {
     int32_t rows, heads, share, window, chunk, splits, bf16;
     int32_t ahead;             /* >>cuda-attention-stream: pieces of 2 KiB of keys and of values that a block fetches ahead */
     int32_t enters;            /* the same: 1: the launch does what moqk_enter would do for its one row */
+    int32_t clustered;         /* the same: 1: the splits of a row are the blocks of a cluster, and add up in its shared memory; partial is NULL */
     float scale, softcap;
     moq_heads_desc enter;
 } moqk_attend_args;
@@ -7743,22 +7761,21 @@ template <int KIND, int DIM> struct moqk_kv_piece {
 __host__ __device__ static constexpr int moqk_tensor_row(int dim) { return dim + 8; }
 
 /* The query heads of this block as operand rows, hi above lo. Straight from memory, or through room [8][DIM + 8] where keys are rotated or
-   have a bias (bias[h] = q . k_bias), or where they are there already, not scaled. rest: see moqk_kv_piece::scores. */
+   have a bias (bias[h] = q . k_bias). rest: see moqk_kv_piece::scores. */
 template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, const float *k_bias, float *room, float *bias, uint32_t (*q)[4],
-                                                                 uint32_t (*rest)[2], int there)
+                                                                 uint32_t (*rest)[2])
 {
     constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = there || a.c.k.rotate || k_bias;
-    const float unit = there ? a.scale : 1;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = a.c.k.rotate || k_bias;
     int64_t from = row * a.q_stride + (int64_t)(head + g) * DIM;
     if (through) {
-        for (int i = threadIdx.x; i < 8 * DIM && !there; i += blockDim.x)
+        for (int i = threadIdx.x; i < 8 * DIM; i += blockDim.x)
             room[i / DIM * R + i % DIM] = i / DIM < count ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + i / DIM) * DIM + i % DIM, a.bf16) * a.scale : 0;
         if (a.c.k.rotate) moqk_rotate_rows(room, 8, R, DIM, 1 / sqrtf((float)DIM));
         __syncthreads();
         for (int h = warp; h < 8; h += blockDim.x >> 5) {
             float sum = 0;
-            for (int d = lane; k_bias && d < DIM; d += 32) sum += __fmul_rn(room[h * R + d], unit) * k_bias[d];
+            for (int d = lane; k_bias && d < DIM; d += 32) sum += room[h * R + d] * k_bias[d];
             sum = moqk_warp_sum(sum);
             if (lane == 0) bias[h] = sum;
         }
@@ -7769,7 +7786,7 @@ template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_atte
         for (int i = 0; i < 2; i++) {
             int x = moqk_key_dim<KIND, DIM>(t, s, 2 * i), y = moqk_key_dim<KIND, DIM>(t, s, 2 * i + 1);
             float u = 0, v = 0;
-            if (through) { u = __fmul_rn(room[g * R + x], unit); v = __fmul_rn(room[g * R + y], unit); }
+            if (through) { u = room[g * R + x]; v = room[g * R + y]; }
             else if (g < count) { u = __fmul_rn(moqk_get_any(a.q, from + x, a.bf16), a.scale); v = __fmul_rn(moqk_get_any(a.q, from + y, a.bf16), a.scale); }
             moqk_split16<BF>(u, v, &q[s][2 * i], &q[s][2 * i + 1]);
             if constexpr (KIND == MOQK_KV_MX4) {
@@ -7804,7 +7821,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
     moqk_kv_piece<KIND, DIM> now, next;
     int64_t first = from + 16 * warp;
     if (first < to) next.load(a.c, base, first, to - 1, lane);
-    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, room, bias, q, rest, 0);
+    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, room, bias, q, rest);
 #pragma unroll
     for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
     if (a.sinks && held && blockIdx.x == 0 && warp == 0 && g < count) {
@@ -7882,7 +7899,8 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
    late: what is asked for beyond the memory's latency only queues.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16 }; /* warps of a block at most; positions of a step of a warp */
+/* Warps of a block at most; positions of a step of a warp; blocks of a cluster at most. */
+enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8 };
 
 /* Bytes of a position; of a step. */
 __host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { return dim * moqk_kv_bits(kind) / 8; }
@@ -7918,6 +7936,42 @@ template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put,
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to), "l"(k + j * 512), "r"(bytes) : "memory");
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to_v), "l"(v + j * 512), "r"(bytes) : "memory");
     }
+}
+
+/* What moqk_query_operands makes, where there are warps enough that each makes a share of it, into ops [DIM / 16][32], for all. queries [8][R]: heads
+   that have entered, not scaled; or room for those of a.q. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_stream_queries(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, const float *k_bias, float *queries,
+                                                    float *bias, uint4 *ops, uint32_t (*q)[4])
+{
+    constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const float unit = a.enters ? a.scale : 1;
+    for (int i = threadIdx.x; i < 8 * DIM && !a.enters; i += blockDim.x)
+        queries[i / DIM * R + i % DIM] = i / DIM < count ? __fmul_rn(moqk_get_any(a.q, row * a.q_stride + (int64_t)head * DIM + i, a.bf16), a.scale) : 0;
+    if (a.c.k.rotate) moqk_rotate_rows(queries, 8, R, DIM, 1 / sqrtf((float)DIM));
+    __syncthreads();
+    if (!k_bias && threadIdx.x < 8) bias[threadIdx.x] = 0;
+    for (int h = warp; k_bias && h < 8; h += blockDim.x >> 5) {
+        float sum = 0;
+        for (int d = lane; d < DIM; d += 32) sum += __fmul_rn(queries[h * R + d], unit) * k_bias[d];
+        sum = moqk_warp_sum(sum);
+        if (lane == 0) bias[h] = sum;
+    }
+    for (int s = warp; s < DIM / 16; s += blockDim.x >> 5) {
+        const float *x = queries + (lane >> 2) * R;
+        uint4 v;
+        moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 0)], unit), __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 1)], unit), &v.x, &v.y);
+        moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2)], unit), __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 3)], unit), &v.z, &v.w);
+        ops[s * 32 + lane] = v;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < DIM / 16; s++) {
+        const uint4 v = ops[s * 32 + lane];
+        q[s][0] = v.x; q[s][1] = v.y; q[s][2] = v.z; q[s][3] = v.w;
+    }
+    __syncthreads();
 }
 
 /* s[n] += q k of keys 8 n + g. */
@@ -8047,24 +8101,90 @@ __device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int6
     return 1;
 }
 
-/* What moqk_enter does for the heads of a block, one to a warp: queries [head, head + count) into `queries` [8][R], not scaled, and where `owner`
-   the key and the value of the row, at position `at` of the cache, through the warp's own shared memory. */
+/* The head of a task of a block: `count` queries from `head` on, a key, a value. */
 template <int DIM>
-__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int owner, int64_t at, float *queries,
-                                                 float *mine)
+__device__ __forceinline__ void moqk_enter_load(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int32_t task, moqk_entering<DIM> &e)
 {
-    constexpr int R = moqk_tensor_row(DIM);
     const moq_heads_desc &d = a.enter;
-    const float2 *turns = (const float2 *)(const void *)d.table;
+    const int32_t kind = task < count ? 0 : task - count + 1;
+    e.load(kind == 0 ? d.q : kind == 1 ? d.k : d.v, (int64_t)(kind == 0 ? head + task : kv_head) * DIM, a.bf16, DIM,
+           kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, (const float2 *)(const void *)d.table, kind < 2 ? d.dims / 2 : 0);
+}
+
+/* What moqk_enter does for the heads of a block, one to a warp; e: the first one of each. Queries go into `queries` [8][R], not scaled, and where
+   `owner` the key and the value of the row into `own` [2][ROW] and to position `at` of the cache, through the warp's own shared memory. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int owner, int64_t at, float *queries,
+                                                 float *mine, uint8_t *own, moqk_entering<DIM> &e)
+{
+    constexpr int R = moqk_tensor_row(DIM), ROW = moqk_stream_row(KIND, DIM);
+    const moq_heads_desc &d = a.enter;
     const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     for (int32_t i = count * R + threadIdx.x; i < 8 * R; i += blockDim.x) queries[i] = 0;
     for (int32_t task = warp; task < count + 2 * owner; task += warps) { /* queries, key, value */
         const int32_t kind = task < count ? 0 : task - count + 1;
         float *x = kind == 0 ? queries + task * R : mine;
-        moqk_enter_head(kind == 0 ? d.q : kind == 1 ? d.k : d.v, (int64_t)(kind == 0 ? head + task : kv_head) * DIM, a.bf16, DIM,
-                        kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, d.eps, turns, kind < 2 ? d.dims / 2 : 0, d.interleaved, x);
-        if (kind > 0) moqk_kv_pack_wide(kind == 1 ? a.c.k : a.c.v, kv_head, at, x, lane, 32);
+        if (task != warp) moqk_enter_load<DIM>(a, kv_head, head, count, task, e);
+        e.put((kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL) != NULL, d.eps, a.bf16, DIM, kind < 2 ? d.dims / 2 : 0, d.interleaved, x);
+        if (kind == 0) continue;
+        moqk_kv to = kind == 1 ? a.c.k : a.c.v;
+        uint4 *row = (uint4 *)(void *)(to.codes + at * ROW), *codes = (uint4 *)(void *)(own + (kind - 1) * ROW);
+        to.codes = (uint8_t *)codes;
+        to.kind = KIND;
+        to.dim = to.padded = DIM;
+        moqk_kv_pack_wide(to, kv_head, 0, x, lane, 32);
         __syncwarp();
+        if (lane < ROW / 16) row[lane] = codes[lane];
+    }
+}
+
+/* The row's own key and value into a step, whose row r is its position, in place of what was there. */
+template <int ROW> __device__ __forceinline__ void moqk_stream_own(uint32_t step, const uint8_t *own, int32_t r, int lane)
+{
+    if (lane >= ROW / 8) return;
+    const int v = lane >= ROW / 16, piece = lane - v * (ROW / 16);
+    const uint4 w = ((const uint4 *)(const void *)own)[lane];
+    const uint32_t at = step + (uint32_t)(v * MOQK_STREAM_KEYS * ROW) + moqk_stream_at<ROW>(r, piece);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+}
+
+/* What the splits of a cluster add up: block r owns values [r * each, r * each + each) of the heads, and gets them of every block into
+   `parts` [splits][each], maxima to base 2 and sums of all heads into `stats` [splits][8]. */
+typedef struct moqk_splits {
+    float *parts;
+    float2 *stats;
+    int32_t each;
+} moqk_splits;
+
+/* Value i of this block, for whoever owns it. */
+__device__ __forceinline__ void moqk_split_give(const moqk_splits &c, int32_t i, float x)
+{
+    const int32_t to = i / c.each;
+    moqk_store_at(c.parts + (int32_t)blockIdx.x * c.each + i - to * c.each, x, 2, (uint32_t)to);
+}
+
+/* Behind the last of them: max [8], sum [8] of this block. y = sum 2^(m_s - m) y_s / sum 2^(m_s - m) l_s, in the order of the splits. */
+template <int DIM>
+__device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, const moqk_splits &c, int64_t row, int32_t head, int32_t count, const float *max,
+                                                const float *sum)
+{
+    for (int32_t i = threadIdx.x; i < 8 * a.splits; i += blockDim.x) {
+        float2 *to = c.stats + blockIdx.x * 8 + (i & 7);
+        moqk_store_at(&to->x, max[i & 7], 2, (uint32_t)i >> 3);
+        moqk_store_at(&to->y, sum[i & 7], 2, (uint32_t)i >> 3);
+    }
+    moqk_cluster_arrive(0);
+    moqk_cluster_wait();
+    for (int32_t at = threadIdx.x, i = blockIdx.x * c.each + at; at < c.each && i < count * DIM; at += blockDim.x, i += blockDim.x) {
+        const int32_t h = i / DIM, p = i % DIM;
+        float top = -1e30f, v = 0, l = 0;
+        for (int32_t s = 0; s < a.splits; s++) top = fmaxf(top, c.stats[s * 8 + h].x);
+        for (int32_t s = 0; s < a.splits; s++) {
+            const float w = moqk_exp2(c.stats[s * 8 + h].x - top);
+            l += w * c.stats[s * 8 + h].y;
+            v += w * c.parts[s * c.each + at];
+        }
+        moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + p % 8 * (DIM / 8) + p / 8, l != 0 ? v / l : 0, a.bf16);
     }
 }
 
@@ -8081,6 +8201,8 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
 {
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
     __shared__ float bias[8], max_of[MOQK_STREAM_WARPS][8], sum_of[MOQK_STREAM_WARPS][8], best_of[8], total_of[8];
+    __shared__ __align__(16) uint8_t own[2 * moqk_stream_row(KIND, DIM)]; /* key and value that enter */
+    __shared__ float2 stats[8 * MOQK_STREAM_SPLITS];
     constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), N = DIM / 8, STEP = moqk_stream_step(KIND, DIM);
     constexpr float LOG2E = 1.44269504f;
     const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
@@ -8092,10 +8214,17 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
     const int64_t row = blockIdx.z;
     int64_t base = 0;
     int32_t from = 0, to = 0, owner = 0;
+    if (a.clustered) moqk_cluster_arrive(1); /* its memory may be written to when all are here */
+    moqk_entering<DIM> e;
+    float k_scale = LOG2E, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
+    if (KIND != MOQK_KV_BF16) { k_scale *= a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; } /* never change */
     moqk_dependents_may_start();
 #pragma unroll 1
     for (int turn = a.ahead > 0 ? 0 : 1; turn < 2; turn++) { /* first to fetch ahead, with what slot and pos may not yet be; then in earnest */
-        if (turn == 1) moqk_wait_for_before();
+        if (turn == 1) {
+            moqk_wait_for_before();
+            if (a.enters && warp < count + 2) moqk_enter_load<DIM>(a, kv_head, head, count, warp, e); /* beside slot and position */
+        }
         const int64_t slot = __ldcg(a.slot + row), pos = __ldcg(a.pos + row);
         const int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
         const int64_t low = held ? moqk_first_seen(a, pos) : 0;
@@ -8114,16 +8243,14 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
     }
     int32_t first = from + warp * MOQK_STREAM_KEYS, ask = first;
     const uint8_t *k = a.c.k.codes + base + (int64_t)ask * ROW + lane * 16, *v = a.c.v.codes + base + (int64_t)ask * ROW + lane * 16;
-    const int later = owner && ask < to && ask + MOQK_STREAM_KEYS >= to; /* this warp begins with the row's own position */
-    if (ask < to && !later) moqk_stream_ask<ROW>(ring + put, k, v, to - ask, lane);
-    if (a.enters) moqk_enter_block<DIM>(a, kv_head, head, count, owner, base / ROW + to - 1, queries, room + (warp * 2 + 1) * (STEP / 4));
-    float k_scale = LOG2E, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
-    if (KIND != MOQK_KV_BF16) { k_scale *= a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; }
+    const int32_t end = to - owner; /* of what the cache has already */
+    if (ask < to) moqk_stream_ask<ROW>(ring + put, k, v, end - ask, lane);
+    if (a.enters) moqk_enter_block<KIND, DIM>(a, kv_head, head, count, owner, base / ROW + to - 1, queries, room + (warp * 2 + 1) * (STEP / 4), own, e);
     uint32_t q[DIM / 16][4];
     float acc[N][4];
-    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias, q, NULL, a.enters);
-    if (later) moqk_stream_ask<ROW>(ring + put, k, v, to - ask, lane);
-    if (a.enters && !a.partial) moqk_enter_back<DIM>(a, head, count, queries);
+    moqk_stream_queries<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias,
+                                   (uint4 *)(void *)(room + STEP / 4), q); /* where the first warp's second step will be */
+    if (a.enters && !a.partial && !a.clustered) moqk_enter_back<DIM>(a, head, count, queries);
 #pragma unroll
     for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
     const float mine = bias[g] * LOG2E;
@@ -8141,7 +8268,11 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         ask += run;
         k += (int64_t)run * ROW;
         v += (int64_t)run * ROW;
-        if (ask < to) moqk_stream_ask<ROW>(ring + (STEP - at) + put, k, v, to - ask, lane);
+        if (ask < to) moqk_stream_ask<ROW>(ring + (STEP - at) + put, k, v, end - ask, lane);
+        if (owner && first + MOQK_STREAM_KEYS >= to) {
+            moqk_stream_own<ROW>(ring + at, own, to - 1 - first, lane);
+            __syncwarp();
+        }
         moqk_stream_scores<KIND, DIM>(ring + at, q, lane, s);
 #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -8190,6 +8321,8 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
             *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * weight, (acc[i][1] + acc[i][3]) * weight);
     __syncthreads();
     const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
+    const moqk_splits cluster = {queries + 8 * moqk_tensor_row(DIM), stats, (count * DIM + a.splits - 1) / a.splits};
+    if (a.clustered) moqk_cluster_wait();
     for (int32_t i = threadIdx.x; i < count * DIM; i += blockDim.x) {
         const int32_t h = i / DIM, p = i % DIM, d = p % 8 * N + p / 8;
         const float m = best_of[h], l = total_of[h];
@@ -8197,6 +8330,10 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
 #pragma unroll
         for (int w = 0; w < MOQK_STREAM_WARPS; w++) if (w < warps) x += room[(w * 8 + h) * R + p];
         if (v_bias) x += (l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0)) * v_bias[d]; /* a sink has no value, so no bias either */
+        if (a.clustered) {
+            moqk_split_give(cluster, i, x);
+            continue;
+        }
         if (!a.partial) {
             moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l != 0 ? x / l : 0, a.bf16);
             continue;
@@ -8204,6 +8341,11 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         const int64_t to_part = (row * a.heads + head + h) * a.splits + blockIdx.x;
         a.partial[to_part * DIM + p] = x;
         if (p == 0) a.stats[to_part] = make_float2(m / LOG2E, l);
+    }
+    if (a.clustered) {
+        moqk_split_join<DIM>(a, cluster, row, head, count, best_of, total_of);
+        if (a.enters && blockIdx.x == 0) moqk_enter_back<DIM>(a, head, count, queries);
+        return;
     }
     if (a.partial && moqk_join_at_once(a, row, head, count, N) && a.enters) moqk_enter_back<DIM>(a, head, count, queries);
 }
@@ -8577,22 +8719,28 @@ static moqc_stream_kernel moqc_stream_find(int kind, int dim)
     return dim == 64 ? moqk_attend_stream<MOQK_KV_I8, 64> : moqk_attend_stream<MOQK_KV_I8, 128>;
 }
 
-enum { MOQC_STREAM_AHEAD = 32, MOQC_STREAM_ALONE = 256 }; /* the first: see moqk_attend_args */
+enum { MOQC_STREAM_AHEAD = 32, MOQC_STREAM_ALONE = 256, MOQC_STREAM_CLUSTERED = 2048 }; /* the first: see moqk_attend_args */
 
 /* One block per multiprocessor. More bytes on their way than the memory needs to be busy make some blocks late. Up to MOQC_STREAM_ALONE
-   positions one block takes them all: adding up what two came to costs more than the second saves (2.3 us of a layer of an 8B model). */
+   positions one block takes them all: adding up what two came to costs more than the second saves. Up to MOQC_STREAM_CLUSTERED those that a
+   cluster holds: it adds up without the memory. */
 static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
     int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim), warps = MOQK_STREAM_WARPS, queries = 8 * moqk_tensor_row(dim) * 4;
     int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, 8);
     moqc_stream_kernel kernel = moqc_stream_find(kind, dim);
     moqc_attend_cut(c, a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
-    while (warps > 1 && warps * 2 * step + queries > c->most_shared - 2048) warps /= 2;
+    a->clustered = c->sm >= 90 && a->splits > 1 && length <= MOQC_STREAM_CLUSTERED;
+    if (a->clustered) {
+        a->splits = (int32_t)moqc_min(a->splits, MOQK_STREAM_SPLITS);
+        a->partial = NULL;
+        queries += (8 * dim + MOQK_STREAM_SPLITS) * 4;
+    }
+    while (warps > 1 && warps * 2 * step + queries > c->most_shared - 3072) warps /= 2;
     a->ahead = c->sm >= 90 && a->rows * groups * a->splits <= c->sm_count ? MOQC_STREAM_AHEAD : 0;
-    size_t shared = (size_t)(warps * 2 * step + queries);
-    cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    if (!moqc_ok(c, e, "cudaFuncSetAttribute")) return;
-    moqc_chain(c, "attention", kernel, dim3((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows), (unsigned)(32 * warps), shared, *a);
+    const dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
+    if (c->capturing) moqc_all_shared(c, (const void *)kernel);
+    moqc_launch_early(c, kernel, grid, 32 * warps, warps * 2 * step + queries, a->clustered ? a->splits : 1, "attention", *a);
 }
 
 /* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
