@@ -121,7 +121,7 @@ typedef struct moqc_ctx {
     int bf16;                                /* activations are BF16, else F32 */
     moqc_encode_map encode_map;              /* NULL: the driver has none */
     int wgmma;                               /* compute capability 9.0, and compiled for its own instructions (sm_90a) */
-    int gemm_tokens, gemm_even;              /* for measurements: tokens of a tile, blocks of a cluster that share one (mma: 2 equal runs); 0: automatic */
+    int gemm_tokens, gemm_even; /* for measurements: tokens of a tile; 1 to 4 blocks of a cluster that share one, 5, 6 runs (mma: 2); 0: automatic */
     char name[24], kernel[40];
     moq_act act;
     cudaStream_t stream;
@@ -479,7 +479,7 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     int64_t tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + 264 : 0, chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + 264 : 0;
     c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), 4);
     c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen) + 1, 4); /* read in pairs */
-    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 128, 4);
+    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 256, 4);
     c->turn = (int32_t *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 4, 4);
     if (tokens + chosen == 0) c->turn = NULL;
 }
@@ -3343,8 +3343,9 @@ static void moqc_launch_decode(const struct moqc_job *j);
    rounded to are exact in one part: x is divided by its scale, the sums multiplied by it.
 
    Work is cut in units of 256 columns of one tile. Blocks take whole tiles in turn; where tiles are few, the blocks of a cluster share the
-   columns of each and add up through distributed shared memory. Without clusters each block takes an equal run of all units; the partial sums
-   of a tile go through memory and the block that comes last adds them. Always in the order of the columns: deterministic.
+   columns of each and add up through distributed shared memory. Tiles that would leave blocks idle in the last round come first: each block takes an
+   equal run of all their units; the partial sums of a tile go through memory and the block that comes last adds them. Always in the order of the
+   columns: deterministic.
    ------------------------------------------------------------------------------------------------ */
 
 /* Tells the host which code was chosen: its shared memory is 16 bytes with wgmma, else 4. */
@@ -3382,14 +3383,17 @@ typedef struct moqk_gemm_args {
     int32_t units, w_units;    /* of a tile: of all parts of x, of one */
     int32_t row_tiles;         /* of 128 rows, of all parts of an expert */
     int32_t token_tiles;       /* dense */
-    int32_t even, unit;        /* even: equal runs of units, else whole tiles */
+    int32_t whole, unit;       /* so many tiles, the last ones, are not cut */
     int32_t split;             /* blocks of a cluster that share the columns of a tile: 1 to 4 */
     float fix;                 /* the power of two that sums lack; see moqk_form_fix */
-    int32_t direct;            /* x is read where it is, by the maps */
+    int32_t direct, y_direct;  /* x is read where it is, y is written, by the maps */
 } moqk_gemm_args;
 
-/* x as the copy engine sees it: boxes of 64 columns of BM tokens, and of 32. */
-typedef struct moqk_x_maps { CUtensorMap whole, part; } moqk_x_maps;
+/* x as the copy engine sees it: boxes of 64 columns of BM tokens, and of 32. y: boxes of 64 rows of moqk_turn_tokens(BM). */
+typedef struct moqk_maps { CUtensorMap whole, part, y; } moqk_maps;
+
+/* Tokens of a tile that are turned at once; see moqk_finish_pairs. */
+__host__ __device__ static constexpr int moqk_turn_tokens(int tokens) { return tokens % 64 ? 32 : 64; }
 
 __host__ __device__ static inline int moqk_form_grouped(const moqk_part &p, int form) { return (form == MOQK_FAST_U4 || form == MOQK_FAST_E4M3) && p.group < p.cols; }
 
@@ -3489,6 +3493,7 @@ typedef struct moqk_piece {
     int32_t at;                /* the block's next unit or tile */
     int32_t tile, from, to;    /* units */
     int32_t row_tile, y_first; /* of 128 rows in the part; first row of the part in y */
+    int32_t rows;              /* of the part */
     int32_t x_first, first, end; /* the tile's first token in x16, a multiple of 8; those that are its own */
 } moqk_piece;
 
@@ -3507,7 +3512,7 @@ __device__ __forceinline__ int32_t moqk_tiles_of(const moqk_call &a, const moqk_
 template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_locate_tile(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
 {
     int64_t part = 0; /* counted, not pointed at: nvcc 13.0 reads the first part where a pointer to parts moves in a branch or a loop */
-    int32_t row_tile, y_first = 0, left = a.part_count;
+    int32_t row_tile, y_first = 0, rows = 0, left = a.part_count;
     if (a.tiles) {
         const int32_t *t = a.tiles + 4 * (int64_t)(q->tile / b.row_tiles);
         row_tile = q->tile % b.row_tiles;
@@ -3521,37 +3526,42 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
         q->end = min(q->first + BM, a.m);
     }
     for (; left > 0; left--, part++) {
-        const int32_t rows = a.parts[part].rows, n = (rows + 127) / 128;
+        rows = a.parts[part].rows;
+        const int32_t n = (rows + 127) / 128;
         if (row_tile < n) break;
         row_tile -= n;
         y_first += rows;
     }
     q->p = a.parts + part;
+    q->rows = rows;
     q->y_first = y_first;
     q->row_tile = row_tile;
     return left > 0 && moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0);
 }
 
-/* The next piece with work, or 0. Start with at = -1. */
+/* Tiles that are cut: the first ones. */
+__device__ __forceinline__ int32_t moqk_cut_tiles(const moqk_call &a, const moqk_gemm_args &b) { return max(moqk_tiles_of(a, b) - b.whole, 0); }
+
+/* The next piece with work, or 0. Start with at = -1. at: a unit of the tiles that are cut, then the others, from the number of those units + 1 on. */
 template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_next_piece(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
 {
-    const int32_t tiles = moqk_tiles_of(a, b), total = tiles * b.units;
-    if (q->at < 0) q->at = b.even ? (int32_t)moqk_run_start(total, blockIdx.x) : blockIdx.x / b.split;
+    const int32_t tiles = moqk_tiles_of(a, b), cut = moqk_cut_tiles(a, b), total = cut * b.units;
+    if (q->at < 0) q->at = cut > 0 ? (int32_t)moqk_run_start(total, blockIdx.x) : 0;
     while (1) {
-        if (b.even) {
-            const int32_t end = (int32_t)moqk_run_start(total, blockIdx.x + 1);
-            if (q->at >= end) return 0;
+        const int32_t end = q->at < total ? (int32_t)moqk_run_start(total, blockIdx.x + 1) : 0;
+        if (q->at < end) {
             q->tile = q->at / b.units;
             q->from = q->at - q->tile * b.units;
             q->to = min(b.units, q->from + (end - q->at));
             q->at += q->to - q->from;
         } else {
-            if (q->at >= tiles) return 0;
-            const int32_t rank = blockIdx.x % b.split;
-            q->tile = q->at;
-            q->from = b.units * rank / b.split;
-            q->to = b.units * (rank + 1) / b.split;
-            q->at += gridDim.x / b.split;
+            const int32_t set = b.split > 1 ? blockIdx.x / b.split : blockIdx.x, rank = blockIdx.x - set * b.split;
+            if (q->at <= total) q->at = total + 1 + set;
+            q->tile = cut + (q->at - total - 1);
+            if (q->tile >= tiles) return 0;
+            q->from = b.split > 1 ? b.units * rank / b.split : 0;
+            q->to = b.split > 1 ? b.units * (rank + 1) / b.split : b.units;
+            q->at += b.split > 1 ? gridDim.x / b.split : gridDim.x;
         }
         if (moqk_locate_tile<FORM, GROUPED, BM>(a, b, q)) return 1;
     }
@@ -3634,32 +3644,42 @@ template <int FORM, int GROUPED> __device__ __forceinline__ float moqk_row_scale
     return v;
 }
 
-template <int FORM, int GROUPED> __device__ __forceinline__ moqk_rows moqk_rows_of(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int r4)
+/* Scales and biases of the tile's 128 rows. */
+template <int FORM, int GROUPED> __device__ __forceinline__ float2 moqk_row_of(const moqk_gemm_args &b, const moqk_piece &q, int row)
 {
-    const moqk_part &p = *q.p;
+    const int32_t r = q.row_tile * 128 + row;
+    return make_float2(moqk_row_scale<FORM, GROUPED>(b, *q.p, r), q.p->bias ? q.p->bias[min(r, q.rows - 1)] : 0);
+}
+
+/* told: them, or NULL. */
+template <int FORM, int GROUPED>
+__device__ __forceinline__ moqk_rows moqk_rows_of(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int r4)
+{
     moqk_rows o;
     const int elem = a.y_bf16 ? 2 : 4;
     o.first = q.row_tile * 128 + group * 64 + r4 * 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        o.scale[i] = moqk_row_scale<FORM, GROUPED>(b, p, o.first + i);
-        o.bias[i] = p.bias ? p.bias[min(o.first + i, p.rows - 1)] : 0;
+        const int row = group * 64 + r4 * 4 + i;
+        const float2 v = told ? told[row] : moqk_row_of<FORM, GROUPED>(b, q, row);
+        o.scale[i] = v.x;
+        o.bias[i] = v.y;
     }
-    o.whole = !a.accumulate && o.first + 3 < p.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + o.first) * elem) & (4 * elem - 1)) == 0;
+    o.whole = !a.accumulate && o.first + 3 < q.rows && a.ldy % 4 == 0 && (((uintptr_t)a.y + (uintptr_t)(q.y_first + o.first) * elem) & (4 * elem - 1)) == 0;
     return o;
 }
 
 /* Sums of four rows of token m of x16 into y, if the token is the tile's own. */
 __device__ __forceinline__ void moqk_put_rows(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const moqk_rows &o, int32_t m, float4 v)
 {
-    if (m < q.first || m >= q.end || o.first >= q.p->rows) return;
+    if (m < q.first || m >= q.end || o.first >= q.rows) return;
     const float unit = b.unit == MOQK_TOKEN_UNIT ? b.token_unit[m] : 1;
     const int64_t at = (int64_t)m * a.ldy + q.y_first + o.first;
     const float each[4] = {v.x * o.scale[0] * unit + o.bias[0], v.y * o.scale[1] * unit + o.bias[1], v.z * o.scale[2] * unit + o.bias[2],
                            v.w * o.scale[3] * unit + o.bias[3]};
     if (o.whole && a.y_bf16) *(uint2 *)((__nv_bfloat16 *)a.y + at) = make_uint2(moqk_pack(each[0], each[1]), moqk_pack(each[2], each[3]));
     else if (o.whole) *(float4 *)((float *)a.y + at) = make_float4(each[0], each[1], each[2], each[3]);
-    else for (int i = 0; i < 4; i++) if (o.first + i < q.p->rows) moqk_store(a, at + i, each[i]);
+    else for (int i = 0; i < 4; i++) if (o.first + i < q.rows) moqk_store(a, at + i, each[i]);
 }
 
 /* Sums of tokens from * 32 on into [tokens][68] of shared memory. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2,
@@ -3675,9 +3695,10 @@ template <int TOKENS, int N, typename T> __device__ __forceinline__ void moqk_la
 
 /* y = sums * scales + bias. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
 template <int FORM, int GROUPED, int BM, typename T>
-__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const T (&d)[BM / 2])
+__device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread, float *room,
+                            const T (&d)[BM / 2])
 {
-    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
+    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
 #pragma unroll
     for (int r = 0; r < BM / 32; r++) {
         moqk_sync_group(group);
@@ -3690,27 +3711,45 @@ __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const m
 }
 
 #if MOQK_WGMMA
-/* The same for whole rows of BF16: 64 tokens at a time are turned by stmatrix, and 8 lanes write a token's 128 bytes. 0: it is
-   not such a tile. `room`: the warpgroup's [64 tokens][128 bytes], 16-byte pieces exchanged by xor with token & 7. */
-template <int FORM, int GROUPED, int BM, typename T>
-__device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *room, const T (&d)[BM / 2])
+/* What the thread gave to the copy engine was read: its room is free. It is in y: nobody may end before. */
+__device__ __forceinline__ void moqk_sums_read(const moqk_gemm_args &b, int thread)
 {
-    constexpr int TOKENS = BM % 64 ? 32 : 64;
-    const moqk_part &p = *q.p;
+    if (thread == 0 && b.y_direct) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void moqk_sums_stored(const moqk_gemm_args &b, int thread)
+{
+    if (thread == 0 && b.y_direct) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/* The same for whole rows of BF16: moqk_turn_tokens(BM) at a time are turned by stmatrix. The copy engine writes them while the next ones are turned or,
+   where y cannot be mapped, 8 lanes write a token's 128 bytes. 0: it is not such a tile. `room`: the warpgroup's [BUFFERS][tokens][128 bytes],
+   16-byte pieces exchanged by xor with token & 7. */
+template <int BM, int BUFFERS, typename T>
+__device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const CUtensorMap *map, const moqk_piece &q, const float2 *told, int group,
+                                 int thread, float *room, const T (&d)[BM / 2])
+{
+    constexpr int TOKENS = moqk_turn_tokens(BM);
     const int32_t first = q.row_tile * 128 + group * 64, lane = thread & 31, warp = thread >> 5;
     __nv_bfloat16 *y = (__nv_bfloat16 *)a.y + q.y_first + first + (thread & 7) * 8;
-    if (!a.y_bf16 || a.accumulate || first + 63 >= p.rows || a.ldy % 8 != 0 || ((uintptr_t)y & 15) != 0) return 0;
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(room);
+    if (!a.y_bf16 || a.accumulate || first + 63 >= q.rows || a.ldy % 8 != 0 || ((uintptr_t)y & 15) != 0) {
+        moqk_sums_read(b, thread); /* see moqk_finish */
+        return 0;
+    }
     float scale[2], bias[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int32_t row = first + warp * 16 + (lane >> 2) + 8 * i;
-        scale[i] = moqk_row_scale<FORM, GROUPED>(b, p, row);
-        bias[i] = p.bias ? p.bias[row] : 0;
+        const float2 v = told[group * 64 + warp * 16 + (lane >> 2) + 8 * i];
+        scale[i] = v.x;
+        bias[i] = v.y;
     }
 #pragma unroll
     for (int r = 0; r < BM / TOKENS; r++) {
-        moqk_sync_group(group);
+        const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 128);
+        if (q.x_first + r * TOKENS >= q.end) break;
+        if (r == 0 || r >= BUFFERS || !b.y_direct) {
+            if (thread == 0 && b.y_direct) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
+            moqk_sync_group(group);
+        }
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j += 2) {
             uint32_t v[4];
@@ -3725,7 +3764,14 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
             asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                          :: "r"(at + token * 128 + ((piece ^ (token & 7)) << 4)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
         }
+        if (b.y_direct) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         moqk_sync_group(group);
+        if (b.y_direct) {
+            if (thread == 0)
+                asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3]; cp.async.bulk.commit_group;"
+                             :: "l"(map), "r"(q.y_first + first), "r"(q.x_first + r * TOKENS), "r"(at) : "memory");
+            continue;
+        }
 #pragma unroll
         for (int k = 0; k < TOKENS / 16; k++) {
             const int token = k * 16 + (thread >> 3);
@@ -3965,16 +4011,9 @@ __device__ __forceinline__ uint32_t moqk_of_block(uint32_t at, uint32_t rank)
     return r;
 }
 
-__device__ __forceinline__ float4 moqk_read_block(uint32_t at)
-{
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
-    return v;
-}
-
-/* Barriers of a warpgroup and those of the same number in the other blocks of its cluster: sums are there, sums have been read. */
+/* Barriers that the blocks of a cluster have alike: rings are free, sums of the warpgroup are there. */
 struct moqk_share {
-    uint32_t ready, read;
+    uint32_t free, ready;
 
     /* All that the warpgroup did before is seen by those who wait. */
     __device__ __forceinline__ void tell(uint32_t bar, int group, int thread, int blocks) const
@@ -3990,44 +4029,60 @@ struct moqk_share {
     }
 };
 
-/* As moqk_finish for a tile whose columns the blocks of a cluster share, the only one that they have: each adds up some of the tokens, in the order of the
-   columns. `ring`: shared memory of both rings, which nobody needs any more: the block's sums [warpgroup][BM tokens][68]. */
-template <int FORM, int GROUPED, int BM, typename T>
-__device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, int group, int thread, float *ring,
-                                   const moqk_share &share, const T (&d)[BM / 2])
+/* The same place of shared memory of another block of the cluster. */
+__device__ __forceinline__ uint8_t *moqk_place_of_block(uint8_t *at, uint32_t rank)
 {
-    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, group, thread & 15);
-    const int rank = blockIdx.x % b.split, first = BM * rank / b.split, end = BM * (rank + 1) / b.split;
-    float *room = ring + group * (BM * 68);
-    const uint32_t here = moqk_shared_at(room) + (thread & 15) * 16;
-    asm volatile("bar.sync 3, 256;" ::: "memory"); /* the other warpgroup has read its last x */
+    uint8_t *p;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(p) : "l"(at), "r"(rank));
+    return p;
+}
+__device__ __forceinline__ void moqk_put4(void *to, const float *v) { *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ void moqk_put4(void *to, const int *v) { *(int4 *)to = make_int4(v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ void moqk_add_bits(float *sum, uint32_t v) { *sum += __uint_as_float(v); }
+__device__ __forceinline__ void moqk_add_bits(int *sum, uint32_t v) { *sum += (int)v; }
+
+/* As moqk_finish for a tile whose columns the blocks of a cluster share, the only one that they have: each is sent the sums of some of the tokens and adds
+   them up in the order of the columns. `ring`: both rings, which nobody needs any more: [block][warpgroup][8 tokens][thread] of four sums. */
+template <int FORM, int GROUPED, int BM, typename T>
+__device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread,
+                                   uint8_t *ring, float *room, const moqk_share &share, const T (&d)[BM / 2])
+{
+    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
+    const int rank = blockIdx.x % b.split, each = (BM / 8 + b.split - 1) / b.split; /* groups of 8 tokens of a block */
+    const uint32_t slot = 2 * each * 2048, here = moqk_shared_at(ring) + group * each * 2048 + thread * 16;
+    share.tell(share.free, group, thread, b.split);
+    share.wait(share.free);
+    uint8_t *mine = ring + group * each * 2048 + thread * 16 + rank * slot;
+    int owner = 0, at = 0;
 #pragma unroll
-    for (int r = 0; r < BM / 32; r++) moqk_lay_sums<32>(room + r * (32 * 68), thread, d, r);
+    for (int i = 0; i < BM / 8; i++) {
+        uint8_t *to = mine + at * 2048;
+        moqk_put4(owner == rank ? to : moqk_place_of_block(to, owner), d + 4 * i); /* by its own address: what goes round the cluster is slow */
+        if (++at == each) { at = 0; owner++; }
+    }
     share.tell(share.ready, group, thread, b.split);
     share.wait(share.ready);
-    for (int token = first + (thread >> 4); token < end; token += 32) { /* four at a time: what another block holds is far away */
-        float4 sum[4];
+    for (int i = 0; i < each; i += 4) {
+        T sum[16];
 #pragma unroll
-        for (int u = 0; u < 4; u++) sum[u] = make_float4(0, 0, 0, 0);
-        for (int c = 0; c < b.split; c++) {
-            const uint32_t from = moqk_of_block(here, c);
-            float4 v[4];
-#pragma unroll
-            for (int u = 0; u < 4; u++) v[u] = moqk_read_block(from + min(token + 8 * u, BM - 1) * 272);
+        for (int k = 0; k < 16; k++) sum[k] = 0;
+        for (int c = 0; c < b.split; c++)
 #pragma unroll
             for (int u = 0; u < 4; u++) {
-                sum[u].x += v[u].x;
-                sum[u].y += v[u].y;
-                sum[u].z += v[u].z;
-                sum[u].w += v[u].w;
+                const uint4 v = moqk_read16(here + c * slot + min(i + u, each - 1) * 2048);
+                moqk_add_bits(sum + 4 * u, v.x);
+                moqk_add_bits(sum + 4 * u + 1, v.y);
+                moqk_add_bits(sum + 4 * u + 2, v.z);
+                moqk_add_bits(sum + 4 * u + 3, v.w);
             }
-        }
+        moqk_sync_group(group);
+        moqk_lay_sums<32>(room, thread, sum, 0);
+        moqk_sync_group(group);
+        const int32_t first = q.x_first + (rank * each + i) * 8;
 #pragma unroll
-        for (int u = 0; u < 4; u++)
-            if (token + 8 * u < end) moqk_put_rows(a, b, q, o, q.x_first + token + 8 * u, sum[u]);
+        for (int token = thread >> 4; token < 32; token += 8)
+            if (token < (each - i) * 8) moqk_put_rows(a, b, q, o, first + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
     }
-    share.tell(share.read, group, thread, b.split);
-    share.wait(share.read); /* no block ends while another reads its sums */
 }
 
 /* A box of a tensor from column x, row y on into shared memory. */
@@ -4050,10 +4105,14 @@ struct moqk_stage {
 /* A unit of 256 columns is UNIT slabs of x (128 bytes of a token each: 64 columns as BF16, 128 as bytes). A stage of the first ring is the weights of a unit
    (BF16 and bytes as they are: of a slab): codes of eight tiles of 16 rows, for 4-bit floats with their scales; then scales and zero points of groups.
    A stage of the second is X_SLABS slabs of x and, for bytes with scales of their own, those. Few and large copies: the copy engine takes about 90 cycles for each.
-   Warps of the third warpgroup fill them: 0 codes, 1 x, 2 scales. Weights do not wait for the kernel before. */
+   Warps of the last warpgroup fill them: 0 codes, 1 x, 2 scales; 3 finds the pieces and what their
+   rows are multiplied by, while the ones before are multiplied. Weights do not wait for the kernel before. */
 /* Warpgroups that multiply: two, of 64 rows each. Decoding for few tokens takes longer than their products: then two pairs of them take units in turn,
    each with sums of its own, which are added up in the end. */
 __host__ __device__ static constexpr int moqk_teams(int form, int tokens, int bytes) { return !bytes && tokens <= 64 && moqk_fast_bits(form) == 4 ? 4 : 2; }
+
+/* What warp 3 says of a piece; no `more`: there is none. rows: see moqk_row_of. */
+typedef struct moqk_told { moqk_piece q; float2 rows[128]; int32_t more; } moqk_told;
 
 template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int UNIT = BYTES ? 2 : 4, BITS = moqk_fast_bits(FORM), W_SLABS = BITS == 16 || (BITS == 8 && BYTES) ? 1 : UNIT, STAGES = UNIT / W_SLABS;
@@ -4065,14 +4124,19 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : 3) : W_COLS < 256 ? 4 : 2;
     static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
-    /* Behind the rings: room of two warpgroups for the sums of so many tokens, barriers, pieces of warps. */
-    static constexpr int ROOM = 32, REST = 2 * ROOM * 68 * 4 + 36 * 8 + TEAMS * 4 * 64 + 16;
-    static constexpr int LEFT = (232448 - 1024 - REST - W_RING * W_STAGE) / X_STAGE, X_RING = LEFT > 8 ? 8 : LEFT;
-    static constexpr int ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM * 68 * 4;
-    static constexpr int KEPT_AT = BARS_AT + 36 * 8, FLAGS_AT = KEPT_AT + TEAMS * 4 * 64;
+    /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
+       pieces of warps. */
+    static constexpr int SMALL = 9216, LARGE = 16384, PARTS = 36 * 8 + 2 * (int)sizeof(moqk_told) + 16;
+    static constexpr int x_ring(int room)
+    {
+        return (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE > 8 ? 8 : (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE;
+    }
+    static constexpr int ROOM = BM > 64 && x_ring(LARGE) == x_ring(SMALL) ? LARGE : SMALL, REST = 2 * ROOM + PARTS, X_RING = x_ring(ROOM);
+    static constexpr int BUFFERS = ROOM / (moqk_turn_tokens(BM) * 128), ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM;
+    static constexpr int TOLD_AT = BARS_AT + 36 * 8, FLAGS_AT = TOLD_AT + 2 * (int)sizeof(moqk_told);
     static constexpr int SHARED = 1024 + ROOM_AT + REST;
 
-    uint32_t x, w, x_full, x_empty, w_full, w_empty, share; /* in shared memory; w: stages of weights */
+    uint32_t x, w, x_full, x_empty, w_full, w_empty, share, told_full, told_empty; /* in shared memory; w: stages of weights */
 
     __device__ __forceinline__ void open(uint32_t base)
     {
@@ -4083,6 +4147,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         w_full = x_empty + 8 * 8;
         w_empty = w_full + 6 * 8;
         share = w_empty + 6 * 8;
+        told_full = share + 4 * 8;
+        told_empty = told_full + 2 * 8;
     }
 
 #if MOQK_WGMMA
@@ -4090,7 +4156,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     {
         for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
         for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
-        for (int i = 0; i < 4; i++) moqk_barrier_init(share + i * 8, split);
+        for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 1); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
+        for (int i = 0; i < 3; i++) moqk_barrier_init(share + i * 8, i ? split : 2 * split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
@@ -4138,7 +4205,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
 
     /* x as the caller has it: one copy a slab where the tile is full, else 32 tokens at a time where there are any: what lies past the end would cost more
        than what is there, and nobody reads the sums of what is left over. */
-    __device__ __forceinline__ void fill_direct(const moqk_call &a, const moqk_gemm_args &b, const moqk_x_maps &maps, moqk_piece &q, int lane) const
+    __device__ __forceinline__ void fill_direct(const moqk_call &a, const moqk_gemm_args &b, const moqk_maps &maps, moqk_piece &q, int lane) const
     {
         moqk_stage s = {0, 0};
         while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
@@ -4176,15 +4243,32 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
             }
     }
 
+    __device__ __forceinline__ void tell(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, moqk_told *told, int lane) const
+    {
+        moqk_stage s = {0, 0};
+        while (1) {
+            const int more = moqk_next_piece<FORM, GROUPED, BM>(a, b, &q);
+            moqk_barrier_wait(told_empty + s.at * 8, s.parity ^ 1);
+            if (lane == 0) { told[s.at].q = q; told[s.at].more = more; }
+            for (int i = lane; i < 128 && more; i += 32) told[s.at].rows[i] = moqk_row_of<FORM, GROUPED>(b, q, i);
+            __syncwarp();
+            if (lane == 0) moqk_barrier_arrive(told_full + s.at * 8);
+            if (!more) return;
+            s.step(2);
+        }
+    }
+
     /* The last warpgroup. */
-    __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, const moqk_x_maps &maps, int warp, int lane) const
+    __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, const moqk_maps &maps, moqk_told *told, int warp, int lane) const
     {
         moqk_piece q;
         q.at = -1;
+        if (warp == 3) tell(a, b, q, told, lane);
         if (warp == 0) fill_codes(a, b, q, lane);
         if (warp == 2 && HAS_GROUPS) fill_scales(a, b, q, lane);
         if (warp != 1) return;
         if (!BYTES && b.direct && lane < 2) asm volatile("prefetch.tensormap [%0];" :: "l"(lane ? &maps.part : &maps.whole) : "memory");
+        if (b.y_direct && lane == 2) asm volatile("prefetch.tensormap [%0];" :: "l"(&maps.y) : "memory");
         moqk_wait_for_before();
         moqk_dependents_may_start();
         if (!BYTES && b.direct) fill_direct(a, b, maps, q, lane);
@@ -4371,14 +4455,14 @@ template <int BM> __device__ __forceinline__ void moqk_add_halves(float *room, i
 /* Grid: any number of blocks. Warpgroups but the last multiply, warps of the last copy; it gives its registers to the others. */
 template <int FORM, int GROUPED, int BM>
 __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_gemm_wgmma(const __grid_constant__ moqk_call a,
-    const __grid_constant__ moqk_gemm_args b, const __grid_constant__ moqk_x_maps maps)
+    const __grid_constant__ moqk_gemm_args b, const __grid_constant__ moqk_maps maps)
 {
 #if MOQK_WGMMA
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
     extern __shared__ __align__(128) uint8_t shared[];
     uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
-    float *room = (float *)(void *)(base + R::ROOM_AT) + (threadIdx.x >> 7 & 1) * (R::ROOM * 68);
-    moqk_piece *kept = (moqk_piece *)(void *)(base + R::KEPT_AT) + (threadIdx.x >> 5); /* a warp's own: registers are short */
+    float *room = (float *)(void *)(base + R::ROOM_AT + (threadIdx.x >> 7 & 1) * R::ROOM);
+    moqk_told *told = (moqk_told *)(void *)(base + R::TOLD_AT);
     const int thread = threadIdx.x & 127, team = threadIdx.x >> 7, group = team % 2, lane = threadIdx.x & 31, warp = thread >> 5;
     const int half = R::HALVES > 1 ? team / 2 : 0;
     R r;
@@ -4389,11 +4473,11 @@ __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_g
     if (a.tiles) moqk_wait_for_before(); /* they say what is to be done */
     if (team == R::TEAMS) { /* all together may have what the block began with: 5 x 96 or 3 x 168 */
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(R::TEAMS == 4 ? 32 : 40));
-        r.fill(a, b, maps, warp, lane);
+        r.fill(a, b, maps, told, warp, lane);
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(R::TEAMS == 4 ? 112 : 232));
-    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8};
+    const moqk_share share = {r.share, r.share + (1 + group % 2) * 8};
     moqk_consumer<FORM, GROUPED, BM> k = {{half, 0}, half};
     volatile int *flags = (volatile int *)(void *)(base + R::FLAGS_AT);
     int32_t taken = 0;         /* units of the pieces before: they go to the halves in turn */
@@ -4401,26 +4485,31 @@ __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_g
     w.next = k.run;
     w.warp = group * 4 + warp;
     float d[BM / 2];
-    moqk_piece q;
-    q.at = -1;
+    moqk_stage next = {0, 0};
     moqk_wait_for_before(); /* for y and the scales of tokens */
-    while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
-        const int32_t from = q.from, to = q.to;
-        w.open(*q.p, q.row_tile * 8 + group * 4 + warp, b.w_units);
-        if (lane == 0) *kept = q;
+    while (1) {
+        moqk_barrier_wait(r.told_full + next.at * 8, (uint32_t)next.parity);
+        const moqk_told &t = told[next.at]; /* read when it is needed: registers are short */
+        if (!t.more) break;
+        const int32_t from = t.q.from, to = t.q.to;
+        w.open(*t.q.p, t.q.row_tile * 8 + group * 4 + warp, b.w_units);
         if (R::HALVES == 1) k.run_units(r, w, d, from, to, lane);
         else k.run_half(r, w, d, from + ((taken ^ half) & 1), to, lane);
-        __syncwarp();
-        q = *kept;
         taken += to - from;
         if (R::HALVES > 1) {
+            if (!half) moqk_sums_read(b, thread);
             moqk_add_halves<BM>(room, group, half, thread, d);
-            if (half) continue;
         }
-        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)base, share, d);
-        else if (b.even && (from > 0 || to < b.units) && !moqk_join<BM>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
-        else if (!moqk_finish_pairs<FORM, GROUPED, BM>(a, b, q, group, thread, room, d)) moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, d);
+        const moqk_piece q = t.q;
+        if (R::HALVES > 1 && half) {}
+        else if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, base, room, share, d);
+        else if ((from == 0 && to == b.units) || moqk_join<BM>(b, q, moqk_cut_tiles(a, b) * b.units, group, thread, flags, d))
+            if (!moqk_finish_pairs<BM, R::BUFFERS>(a, b, &maps.y, q, t.rows, group, thread, room, d))
+                moqk_finish<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, room, d);
+        moqk_free_stage(r.told_empty + next.at * 8, lane);
+        next.step(2);
     }
+    moqk_sums_stored(b, thread);
 #endif
 }
 
@@ -4812,14 +4901,14 @@ template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
 /* Threads as in moqk_gemm_wgmma. GROUPED: scales of 128 columns or more on sums, MOQK_RELATIVE. */
 template <int FORM, int GROUPED, int BM>
 __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b,
-    const __grid_constant__ moqk_x_maps maps)
+    const __grid_constant__ moqk_maps maps)
 {
 #if MOQK_WGMMA
     typedef moqk_rings<FORM, GROUPED, BM, 1> R;
     extern __shared__ __align__(128) uint8_t shared[];
     uint8_t *base = shared + (-moqk_shared_at(shared) & 1023);
-    float *room = (float *)(void *)(base + R::ROOM_AT) + (threadIdx.x >> 7) * (R::ROOM * 68);
-    moqk_piece *kept = (moqk_piece *)(void *)(base + R::KEPT_AT) + (threadIdx.x >> 5);
+    float *room = (float *)(void *)(base + R::ROOM_AT + (threadIdx.x >> 7 & 1) * R::ROOM);
+    moqk_told *told = (moqk_told *)(void *)(base + R::TOLD_AT);
     const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = thread >> 5;
     R r;
     r.open(moqk_shared_at(base));
@@ -4829,29 +4918,32 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
     if (a.tiles) moqk_wait_for_before();
     if (group == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FORM == MOQK_FAST_U8 || BM < 256 ? 40 : 24));
-        r.fill(a, b, maps, warp, lane);
+        r.fill(a, b, maps, told, warp, lane);
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FORM == MOQK_FAST_U8 || BM < 256 ? 232 : 240)); /* sums of two kinds */
-    moqk_share share = {r.share + group % 2 * 8, r.share + (2 + group % 2) * 8};
+    const moqk_share share = {r.share, r.share + (1 + group % 2) * 8};
     moqk_bytes_consumer<FORM, GROUPED, BM> k = {{0, 0}};
     moqk_bytes_staged<FORM, GROUPED, BM> w;
     w.next.at = w.next.parity = 0;
     w.warp = group * 4 + warp;
     typename moqk_bytes_sum<FORM>::type sum[BM / 2];
-    moqk_piece q;
-    q.at = -1;
+    moqk_stage next = {0, 0};
     moqk_wait_for_before();
-    while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
-        const int32_t from = q.from, to = q.to;
-        w.open(*q.p, q.row_tile * 8 + group * 4 + warp);
-        if (lane == 0) *kept = q;
-        k.run_units(r, w, sum, from, to, lane);
-        __syncwarp();
-        q = *kept;
-        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, group, thread, (float *)(void *)base, share, sum);
-        else if (!moqk_finish_pairs<FORM, GROUPED, BM>(a, b, q, group, thread, room, sum)) moqk_finish<FORM, GROUPED, BM>(a, b, q, group, thread, room, sum);
+    while (1) {
+        moqk_barrier_wait(r.told_full + next.at * 8, (uint32_t)next.parity);
+        const moqk_told &t = told[next.at];
+        if (!t.more) break;
+        w.open(*t.q.p, t.q.row_tile * 8 + group * 4 + warp);
+        k.run_units(r, w, sum, t.q.from, t.q.to, lane);
+        const moqk_piece q = t.q;
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, base, room, share, sum);
+        else if (!moqk_finish_pairs<BM, R::BUFFERS>(a, b, &maps.y, q, t.rows, group, thread, room, sum))
+            moqk_finish<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, room, sum);
+        moqk_free_stage(r.told_empty + next.at * 8, lane);
+        next.step(2);
     }
+    moqk_sums_stored(b, thread);
 #endif
 }
 
@@ -4926,8 +5018,8 @@ template <int FORM, int GROUPED> __global__ void __launch_bounds__(256, 2) moqk_
             }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();
-        if ((q.from > 0 || q.to < b.units) && !moqk_join<64>(b, q, moqk_tiles_of(a, b) * b.units, group, thread, flags, d)) continue;
-        moqk_finish<FORM, GROUPED, 64>(a, b, q, group, thread, (float *)(void *)shared + group * 32 * 68, d);
+        if ((q.from > 0 || q.to < b.units) && !moqk_join<64>(b, q, moqk_cut_tiles(a, b) * b.units, group, thread, flags, d)) continue;
+        moqk_finish<FORM, GROUPED, 64>(a, b, q, NULL, group, thread, (float *)(void *)shared + group * 32 * 68, d);
     }
 }
 
@@ -6019,7 +6111,7 @@ static int moqc_fits_mma(const struct moqc_shape *s)
     return moqk_form_of(*p) >= 0 && p->rows >= 16 && p->cols >= (!moqc_precise(s->bf16, s->act) ? 64 : s->grouped ? 512 : 1024);
 }
 
-typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args, moqk_x_maps);
+typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args, moqk_maps);
 typedef void (*moqc_mma_kernel)(moqk_call, moqk_gemm_args);
 
 /* A kernel, its threads and the shared memory that it needs. */
@@ -6086,19 +6178,20 @@ static moqc_mma_kernel moqc_mma_find(int form, int grouped)
 
 enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
 
-/* How a launch is cut: tokens of a tile, blocks, whether they take equal runs of units; blocks of a cluster. */
-typedef struct moqc_gemm_cut { int32_t tokens, blocks, even, split; } moqc_gemm_cut;
+/* How a launch is cut: tokens of a tile, blocks, tiles that are not cut; blocks of a cluster. */
+typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm_cut;
 
-/* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two blocks of a cluster share (more of
-   them, and blocks that meet in memory, take longer), measured on one H200.
+/* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two to four blocks of a cluster share
+   or that runs of units meet in, measured on one H200. Blocks that run through tiles of their own do not share x in the cache: 8 % slower, and no gain
+   where the last round is three quarters full.
    BF16 weights are bound by memory with few tokens: their tiles begin at 128. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
     static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[9] = {
-        {32, MOQC_WGMMA, 0.195, 1.4, 3.2}, {64, MOQC_WGMMA, 0.24, 1.7, 4}, {128, MOQC_WGMMA, 0.37, 1.8, 4.5},
-        {160, MOQC_WGMMA, 0.45, 2, 6}, {256, MOQC_WGMMA, 0.6, 2.5, 8},
+        {32, MOQC_WGMMA, 0.195, 1.4, 3.2}, {64, MOQC_WGMMA, 0.24, 1.7, 4}, {128, MOQC_WGMMA, 0.37, 1.3, 4.4},
+        {160, MOQC_WGMMA, 0.455, 1.9, 5.4}, {256, MOQC_WGMMA, 0.624, 2.1, 7.6},
         {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
-    moqc_gemm_cut best = {64, 1, 0, 1};
+    moqc_gemm_cut best = {64, 1, INT32_MAX, 1};
     double least = 1e30;
     for (int i = 0; i < 9; i++) {
         const int32_t tokens = tiles[i].tokens;
@@ -6111,17 +6204,27 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         const double slab = which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
-        for (int k = 0; k < (which == MOQC_MMA ? 2 : halves ? 5 : 4); k++) { /* 1 to 4 blocks of a cluster a tile, then equal runs; mma: whole tiles, equal runs */
-            const int even = k == (which == MOQC_MMA ? 1 : 4), split = which == MOQC_MMA || even ? 1 : k + 1;
+        const int runs_of_units = which == MOQC_MMA ? 1 : 4, last = which == MOQC_MMA || j->call.tiles ? runs_of_units : runs_of_units + 1;
+        for (int k = 0; k <= (which == MOQC_BYTES || (j->call.tiles && !halves) ? 3 : last); k++) { /* 1 to 4 blocks of a cluster a tile (mma: 1), then runs */
+            const int cut = k >= runs_of_units, split = which == MOQC_MMA || cut ? 1 : k + 1;
             if ((j->c->gemm_even && j->c->gemm_even != k + 1) || units < split) continue;
             const int64_t fit = split == 4 ? room * 9 / 40 : split == 3 ? room * 3 / 10 : room / split; /* clusters of 3 and 4 do not fit everywhere */
-            const int64_t runs = moqc_max(1, moqc_min(fit, even ? count * moqc_min(units, halves ? 16 : 4) : count));
-            const int64_t rounds = even ? 1 : moqk_ceil(count, runs);
+            const int64_t runs = moqc_max(1, moqc_min(fit, cut ? count * moqc_min(units, halves ? 16 : 4) : count));
+            int64_t rounds = moqk_ceil(count, runs);
             if (split > 1 && rounds > 1) continue; /* see moqk_finish_shared */
-            const int64_t longest = even ? moqk_ceil(count * units, runs) : rounds * moqk_ceil(units, split);
-            const double end = even ? 1.8 * tiles[i].shared_end : split > 1 ? tiles[i].shared_end * (0.4 + 0.3 * split) : tiles[i].end;
-            const double time = (double)longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end;
-            if (time < least) { least = time; best.tokens = tokens; best.blocks = (int32_t)runs * split; best.even = even; best.split = split; }
+            if (cut) rounds = which == MOQC_MMA || j->call.tiles ? 0 : count / runs - (k - runs_of_units); /* of whole tiles */
+            if (rounds < 0 || (cut && count == rounds * runs)) continue;
+            if (cut && which != MOQC_MMA && !j->c->gemm_even && 4 * (count % runs) >= 3 * runs) continue;
+            const double run = cut ? (which == MOQC_MMA ? 1 : 1.08) * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
+            const double longest = (double)(rounds * moqk_ceil(units, split)) + run;
+            const double end = split > 1 ? tiles[i].shared_end * (halves ? 0.4 + 0.3 * split : 1) : tiles[i].end;
+            const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + (cut ? (rounds > 0 ? 1 : 1.8) * tiles[i].shared_end : 0);
+            if (time >= least) continue;
+            least = time;
+            best.tokens = tokens;
+            best.blocks = (int32_t)runs * split;
+            best.whole = cut ? (int32_t)(rounds * runs) : INT32_MAX;
+            best.split = split;
         }
     }
     return best;
@@ -6150,7 +6253,7 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
 }
 
 /* x of the call as the copy engine reads it, or 0: it cannot. BF16, rows of whole 16 bytes; `tokens` of a tile. */
-static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_x_maps *maps)
+static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
 {
     static const cuuint32_t one[2] = {1, 1};
     const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)call->all}, pitch[1] = {(cuuint64_t)call->ldx * 2};
@@ -6162,6 +6265,17 @@ static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, in
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
     }
     return 1;
+}
+
+/* y of the call likewise, for tiles of `tokens`. */
+static int moqc_map_y(const moqc_ctx *c, const moqk_call *call, int32_t tokens, moqk_maps *maps)
+{
+    static const cuuint32_t one[2] = {1, 1};
+    const cuuint64_t size[2] = {(cuuint64_t)call->ldy, (cuuint64_t)call->m}, pitch[1] = {(cuuint64_t)call->ldy * 2};
+    const cuuint32_t box[2] = {64, (cuuint32_t)moqk_turn_tokens(tokens)};
+    if (!c->encode_map || !call->y_bf16 || call->tiles || ((uintptr_t)call->y & 15) || call->ldy % 8 != 0 || call->ldy < 64) return 0;
+    return c->encode_map(&maps->y, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)call->y, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 /* Whether 16 columns of x may be read 16 bytes at a time. */
@@ -6249,11 +6363,11 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.token_unit = c->token_unit;
     b.row_tiles = (int32_t)j->row_blocks128;
     b.token_tiles = (int32_t)moqk_ceil(j->call.m, u.tokens);
-    b.even = u.even;
+    b.whole = u.whole;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
     b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
-    moqk_x_maps maps;
+    moqk_maps maps;
     memset(&maps, 0, sizeof maps);
     const float up = form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
     if (which == MOQC_MMA) {
@@ -6269,6 +6383,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
         b.direct = up == 1 && parts == 1 && b.unit == MOQK_NO_UNIT && moqc_map_x(c, &j->call, p->cols, u.tokens, &maps);
         if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
     }
+    b.y_direct = moqc_map_y(c, &j->call, u.tokens, &maps);
     const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
     moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), choice.threads, choice.shared, u.split, "a matrix product", j->call, b, maps);
 }

@@ -362,14 +362,14 @@ static void test_moe(const form *f, int rows)
 
 static void test_all(const char *only, const char *kernel)
 {
-    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513},
+    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}, {9000, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513},
         repeated[] = {30, 60, 1000};
     for (int mode = 0; mode < MODES; mode++) {
         moq_backend *be = backend_of(mode, kernel);
         check(be->reserve(be, 520, &err) == MOQ_OK, "reserve");
         for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
             if (only && strcmp(only, forms[i].name)) continue;
-            for (int s = 0; s < 6; s++) {
+            for (int s = 0; s < 7; s++) { /* the last: more tiles than multiprocessors, and a round that is not full */
                 moq_linear w;
                 room m;
                 int64_t n = shapes[s][0], k = shapes[s][1];
@@ -539,10 +539,10 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
 #ifdef GEMM_INTERNAL
                 static const int tokens[] = {64, 128, 160, 256};
                 for (int t = 0; sweep && t < 4; t++)
-                    for (int split = 1; split <= 4; split++) { /* blocks of a cluster */
+                    for (int split = 1; split <= 6; split++) { /* blocks of a cluster; runs of units in a last round, in two */
                         if (tokens[t] == 160 && (stored || forms[i].bits != 4)) continue;
                         if (stored && tokens[t] == 64 && forms[i].elem != MOQ_F8_E4M3) continue;
-                        if ((tokens[t] == 64 && rows[r] > 300) || (tokens[t] > 128 && rows[r] < 128) || (split > 1 && (b.n + 127) / 128 * ((rows[r] + tokens[t] - 1) / tokens[t]) * split > 116)) /* more do not fit */
+                        if ((tokens[t] == 64 && rows[r] > 300) || (tokens[t] > 128 && rows[r] < 128) || (split > 1 && split < 5 && (b.n + 127) / 128 * ((rows[r] + tokens[t] - 1) / tokens[t]) * split > 116)) /* more do not fit */
                             continue;
                         moqc_of(b.be)->gemm_tokens = tokens[t];
                         moqc_of(b.be)->gemm_even = split;
