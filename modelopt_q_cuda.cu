@@ -3747,7 +3747,8 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
         const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 128);
         if (q.x_first + r * TOKENS >= q.end) break;
         if (r == 0 || r >= BUFFERS || !b.y_direct) {
-            if (thread == 0 && b.y_direct) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
+            if (thread == 0 && b.y_direct && r == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* of the tile before: all buffers */
+            if (thread == 0 && b.y_direct && r > 0) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
             moqk_sync_group(group);
         }
 #pragma unroll
