@@ -4157,7 +4157,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     {
         for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
         for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
-        for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 1); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
+        for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 32); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
         for (int i = 0; i < 3; i++) moqk_barrier_init(share + i * 8, i ? split : 2 * split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -4252,8 +4252,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
             moqk_barrier_wait(told_empty + s.at * 8, s.parity ^ 1);
             if (lane == 0) { told[s.at].q = q; told[s.at].more = more; }
             for (int i = lane; i < 128 && more; i += 32) told[s.at].rows[i] = moqk_row_of<FORM, GROUPED>(b, q, i);
-            __syncwarp();
-            if (lane == 0) moqk_barrier_arrive(told_full + s.at * 8);
+            moqk_barrier_arrive(told_full + s.at * 8);
             if (!more) return;
             s.step(2);
         }
