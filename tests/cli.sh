@@ -546,6 +546,10 @@ check "inspect: the picture is a link to nothing" refused "link: is a link to no
 rm "$dir/link"
 run logits "$demo" --tokens 1,2 --out /dev/null
 check "logits: the target is a device" refused "is a device or a pipe"
+echo '[1, 2]' >"$dir/read.json"
+run logits "$demo" --tokens "$dir/read.json" --out "$dir/read.json"
+check "logits: onto its tokens" refused "read.json: is read by this command"
+check "the tokens are as they were" test "$(cat "$dir/read.json")" = '[1, 2]'
 run logits "$demo" --tokens 1,2 --out "$dir"
 check "logits: the target is a folder" refused "is a folder"
 run logits "$demo" --tokens 1,2 --out "$dir/no/such.safetensors"

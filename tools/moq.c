@@ -2405,7 +2405,8 @@ static char *read_stream(FILE *from, const char *name, size_t *bytes)
         if (capacity - *bytes < 2) text = (char *)grow(text, capacity *= 2, 1);
     }
     if (ferror(from)) {
-        refuse("%s: %s", name, strerror(errno));
+        if (stop_requested) refuse("stopped");
+        else refuse("%s: %s", name, strerror(errno));
         free(text);
         return NULL;
     }
@@ -3120,16 +3121,34 @@ static int check_file(const char *target, const char *source)
     return bad;
 }
 
-/* Nothing of the source is overwritten, no folder is built inside it, and no link that leads nowhere is replaced. */
+/* Is `target` what `input` reads, a file or a FILE.json#KEY? */
+static int is_input(const char *target, const char *input)
+{
+    struct stat here, there;
+    char *path = input ? join(input, "", "") : NULL;
+    int same = 0;
+    if (path) {
+        path[strcspn(path, "#")] = 0;
+        same = stat(target, &here) == 0 && stat(path, &there) == 0 && here.st_dev == there.st_dev && here.st_ino == there.st_ino;
+    }
+    free(path);
+    return same;
+}
+
+/* Nothing that is read is overwritten, no folder is built inside the source, and no link that leads nowhere is replaced. */
 static int check_targets(const options *o, const verb_row *verb)
 {
     const char *targets[] = {o->arg_count > 1 && verb->run != verb_diff ? o->args[1] : NULL, o->out, o->save_calibration, o->save_search, o->png};
+    const char *inputs[] = {o->tokens, o->data, o->calib, o->calibration};
     for (int i = 0; i < COUNT(targets); i++) {
         const char *target = targets[i];
         const int folder = i == 0 || verb->run == verb_dequant;
         if (!target) continue;
         if (folder && lies_in(target, o->args[0], 1)) return refuse("%s: lies inside the source %s; choose a target outside it", target, o->args[0]);
         if (!folder && check_file(target, o->args[0])) return 2;
+        if (!folder && o->against && lies_in(target, o->against, 0)) return refuse("%s: is a file of the source; choose another target", target);
+        for (int k = 0; k < COUNT(inputs); k++)
+            if (is_input(target, inputs[k])) return refuse("%s: is read by this command; choose another target", target);
         note_leftovers(target);
     }
     return 0;
