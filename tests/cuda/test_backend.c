@@ -1170,7 +1170,6 @@ static void test_cuda_attention(void)
     attention_case(MOQ_BF16, MOQ_KV_NVFP4, 64, 0, 2, 2);
 }
 
-/* Every kernel once on little data: what the slower tools of compute-sanitizer run. */
 /* Products of 17 and more rows that are small enough for a sanitizer: tiles and columns that end early, one and several tiles of rows. */
 static void check_many(int cols)
 {
@@ -1192,6 +1191,7 @@ static void check_many(int cols)
 static void test_cuda_many_small(void) { check_many(256); }
 static void test_cuda_many_cut(void) { check_many(1184); } /* columns shared by the blocks of a cluster */
 
+/* Every kernel once on little data: what the slower tools of compute-sanitizer run. */
 static void test_cuda_each_kernel(void)
 {
     static const int formats[] = {0, 1, 2, 4, 9, 11, 14, 16, 18, 19, 22, 23, 27, 30, 32};
