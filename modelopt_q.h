@@ -1354,7 +1354,7 @@ MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t i
 #if defined(MODELOPT_Q_IMPLEMENTATION) && !defined(MODELOPT_Q_IMPLEMENTED)
 #define MODELOPT_Q_IMPLEMENTED
 
-#if defined(__CUDACC__) /* in a .cu file: pragmas of the host's compiler are not nvcc's to know */
+#if defined(__NVCC__) /* in a .cu file: pragmas of the host's compiler are not nvcc's to know */
 #pragma nv_diagnostic push
 #pragma nv_diag_suppress 1675
 #endif
@@ -16064,20 +16064,20 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t n,
    for a product to have read what it replaces. */
 #define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, next->n, to, q, i, values);
 #define MOQI_STRIP_W(w) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" w : : "r"(d), "r"((int64_t)64) : "memory");
-#define MOQI_STRIP_X(w, x, acc, from) \
+#define MOQI_STRIP_TIMES(w, x, acc, from) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc : : "r"(from), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_NEXT d += 256; xa += sa; xb += sb; xc += sc; xd += sd;
 #define MOQI_STRIP_1(q, w, x0) \
-    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
 #define MOQI_STRIP_2(q, w, x0, x1) \
-    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) \
-    MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) \
+    MOQI_STRIP_TIMES(w, x1, "1", xb) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
 #define MOQI_STRIP_3(q, w, x0, x1, x2) \
-    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
-    MOQI_STRIP_X(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_TIMES(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
+    MOQI_STRIP_TIMES(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
 #define MOQI_STRIP_4(q, w, x0, x1, x2, x3) \
-    MOQI_STRIP_W(w) MOQI_STRIP_X(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_X(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
-    MOQI_STRIP_X(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_X(w, x3, "3", xd) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
+    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_TIMES(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
+    MOQI_STRIP_TIMES(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_TIMES(w, x3, "3", xd) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
 
 /* Rows [j, j + 64) of those in one go times all chunks. The first of such products decodes; the others find the tiles. The last has room for the next
    strip's first chunk, unless its own last chunk lies there. */
@@ -16115,6 +16115,14 @@ MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i
     }
     __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"((int64_t)64) : "memory");
 }
+#undef MOQI_STRIP_PART
+#undef MOQI_STRIP_W
+#undef MOQI_STRIP_TIMES
+#undef MOQI_STRIP_NEXT
+#undef MOQI_STRIP_1
+#undef MOQI_STRIP_2
+#undef MOQI_STRIP_3
+#undef MOQI_STRIP_4
 
 /* y of `rows` rows of weights from `row`, once all columns are in; each of its rows in one run, because they lie far apart. */
 MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strip *s, int64_t row, int64_t rows, const float *sums, int64_t lds, float *y, int64_t ldy)
@@ -17199,7 +17207,7 @@ static const moqi_kernels moqi_neonmm_kernels = {"neonmm", moqi_expand_neon, moq
 static const struct { const moqi_kernels *k; uint32_t needs; } moqi_kernel_sets[] = {
 #ifdef MOQI_X86
 #ifdef MOQI_AMX
-    {&moqi_amx_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI | MOQI_CPU_AMX},
+    {&moqi_amx_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI | MOQI_CPU_VBMI | MOQI_CPU_AMX},
 #endif
 #ifdef MOQI_BF16
     {&moqi_bf16_kernels, MOQI_CPU_AVX2 | MOQI_CPU_FMA | MOQI_CPU_F16C | MOQI_CPU_AVX512 | MOQI_CPU_VNNI | MOQI_CPU_BF16 | MOQI_CPU_VBMI | MOQI_CPU_AMD},
@@ -29248,7 +29256,7 @@ MOQ_API const moq_search_unit *moq_search_get_unit(const moq_search *s, size_t i
 
 #endif /* MOQ_QUANTIZE */
 
-#if defined(__CUDACC__)
+#if defined(__NVCC__)
 #pragma nv_diagnostic pop
 #endif
 

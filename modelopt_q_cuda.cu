@@ -4126,7 +4126,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
-       pieces of warps. */
+       what is said of two pieces. */
     static constexpr int SMALL = 9216, LARGE = 16384, PARTS = 36 * 8 + 2 * (int)sizeof(moqk_told) + 16;
     static constexpr int x_ring(int room)
     {
