@@ -486,7 +486,7 @@ typedef enum moq_kv_format {
     MOQ_KV_WIDE = 0,      /* activations' own type */
     MOQ_KV_FP8,           /* E4M3 of x / scale */
     MOQ_KV_FP8_AFFINE,    /* E4M3 of (x - bias) / scale */
-    MOQ_KV_INT8,          /* round(x / scale) */
+    MOQ_KV_INT8,          /* round(x / scale), at most 127 */
     MOQ_KV_NVFP4,         /* blocks of 16 along head_dim, E4M3 block scales, global scale k_scale / 6 */
     MOQ_KV_NVFP4_AFFINE,  /* stored like NVFP4: ModelOpt's forward ignores the bias it calibrated with */
     MOQ_KV_NVFP4_ROTATE,  /* NVFP4 of Hadamard-rotated keys; nothing in a checkpoint marks it, the caller chooses it */
@@ -26622,8 +26622,8 @@ static moq_result moqi_check_kv(moqi_export *x, moq_error *err)
     if (!row)
         return moqi_fail(err, MOQ_E_ARG, at, "is no KV recipe of a ModelOpt folder: fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast, nvfp4_rotate, none");
     if (!row->algo)
-        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "no folder says this KV cache: ModelOpt's exporter writes scales of FP8 and NVFP4 only; every model can "
-                         "run with it all the same (`moq run DIR --kv %s`)", row->name);
+        return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "no folder says this KV cache: ModelOpt's exporter writes scales of FP8 and NVFP4 only; a model can be "
+                         "run with it, without scales that fit it (`moq run DIR --kv %s`); what that costs, moq eval measures", row->name);
     if (x->container == MOQI_COMPRESSED && (strcmp(row->algo, "FP8") != 0 || row->bias))
         return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "this KV cache cannot be described in a compressed-tensors folder; fp8 and fp8_cast can");
     if (x->container == MOQI_GPT_OSS) return moqi_fail(err, MOQ_E_UNSUPPORTED, at, "no KV cache can be described in a gpt-oss folder; use none");

@@ -190,7 +190,8 @@ typedef struct llm_desc {
     moq_act act;
     const char *kernel;
     moq_parallel parallel;
-    const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says, "wide", or a name of moq_kv_format */
+    const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says, "wide", or a name of moq_kv_format. The scales are the checkpoint's;
+                                    where it has none they are 1, those of "int8" 1/8: keys and values up to 15.9, which few models' exceed by much */
     const char *head;            /* an output layer that is stored unquantized: NULL or "stored" as it is, "int8" or "fp8" quantized while opening,
                                     see llm_make_head. Halves what it reads for each token; logits change by what moq eval --against says */
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
@@ -7265,6 +7266,35 @@ static void llmi_cut_view(const llmi_model *m, moq_view *v, int64_t count)
     v->count = (uint64_t)count;
 }
 
+/* INT8 codes end at 127. Scales of the other formats are amax / 448, which becomes amax / 127; without one, 1 would leave whole numbers only:
+   1/8 costs trained models next to nothing. */
+static moq_result llmi_fit_int8(llmi_model *m, moq_view *scale, moq_error *err)
+{
+    uint64_t n = scale->data ? scale->count : 1;
+    float *s = (float *)llmi_take(&m->arena, (size_t)n, sizeof *s);
+    if (!s) return llmi_nomem(err, "scales of the KV cache");
+    s[0] = 0.125f;
+    if (scale->data && !moq_to_f32(scale->dtype, scale->data, n, s)) return moq_fail(err, MOQ_E_DTYPE, "llm_desc.kv", "scales of a KV cache are numbers");
+    for (uint64_t i = 0; scale->data && i < n; i++) s[i] *= 448.0f / 127;
+    scale->data = s;
+    scale->dtype = MOQ_F32;
+    scale->count = n;
+    return MOQ_OK;
+}
+
+/* A cache that was made INT8 by llm_desc.kv, in a checkpoint that says another. */
+static moq_result llmi_fit_cache(llmi_model *m, moq_kv *kv, moq_error *err)
+{
+    moq_error finding;
+    moq_result code;
+    if (!kv->k_scale.data && !kv->v_scale.data && m->kv != MOQ_KV_INT8 && !m->dry) { /* told once */
+        moq_fail(&finding, MOQ_E_MISSING, "llm_desc.kv", "the checkpoint has no scales of keys and values; int8 takes 1/8, and cuts off beyond 15.9");
+        llmi_tell(m, &finding);
+    }
+    code = llmi_fit_int8(m, &kv->k_scale, err);
+    return code < 0 ? code : llmi_fit_int8(m, &kv->v_scale, err);
+}
+
 /* The cache of a layer that attends. */
 static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
@@ -7275,6 +7305,7 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_
     if (l->mix != LLMI_MIX_ATTENTION && l->mix != LLMI_MIX_LATENT) return MOQ_OK;
     memset(&d, 0, sizeof d);
     if ((code = llmi_find_cache(m, layer, &d.kv, err)) < 0) return code;
+    if (d.kv.format == MOQ_KV_INT8 && moq_get_info(m->ck)->kv != MOQ_KV_INT8 && (code = llmi_fit_cache(m, &d.kv, err)) < 0) return code;
     if (m->ranks > 1) {
         llmi_cut_view(m, &d.kv.k_scale, c->kv_heads);
         llmi_cut_view(m, &d.kv.v_scale, c->kv_heads);
