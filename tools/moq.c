@@ -1496,6 +1496,19 @@ static void report_finding(void *user, int fatal, const moq_error *f)
     json_close(v->json, '}');
 }
 
+/* Tensors may keep every rule and still be another model's than config.json describes. A kind of model that llm.h does not run is sound all the same. */
+static void verify_model(const moq_checkpoint *ck, verdict *v)
+{
+    llm_desc d;
+    llm_memory p;
+    moq_error err;
+    memset(&d, 0, sizeof d);
+    d.checkpoint = ck;
+    d.no_tokenizer = 1;
+    if (!moq_get_config(ck) || llm_plan(&d, &p, &err) == MOQ_OK || err.code == MOQ_E_UNSUPPORTED || err.code == MOQ_E_NOMEM) return;
+    report_finding(v, 1, &err);
+}
+
 /* A refusal to open is a finding, unless the machine and not the file is to blame. */
 static int verify_path(const options *o, verdict *v)
 {
@@ -1509,6 +1522,7 @@ static int verify_path(const options *o, verdict *v)
         moq_checkpoint *ck = open_folder(path, 1, NULL, 0, &err);
         if (ck) moq_verify(ck, o->deep ? (uint32_t)MOQ_VERIFY_DEEP : 0, report_finding, v, &err);
         else bad = 1;
+        if (ck && !v->fatal) verify_model(ck, v);
         if (ck && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) bad = 1;
         moq_close(ck);
     } else {
