@@ -18,8 +18,16 @@ static const int32_t *rows[ROWS];
 /* Returning 1 would stop the work, and nothing would be left of it. */
 static int show(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
-    (void)user;
-    fprintf(stderr, "\r%s %3d %% ", stage == MOQ_STAGE_CALIBRATE ? "watching the model" : "writing", total ? (int)(100 * done / total) : 100);
+    static uint64_t pass, passes = 1;
+    static int shown = -1, writing;
+    if (stage == MOQ_STAGE_CALIBRATE && !user) {   /* moq_quantize counts passes of the model over all rows, llm_calibrate the rows of a pass */
+        pass = done, passes = total;
+        return 0;
+    }
+    if (stage == MOQ_STAGE_CALIBRATE) done += pass * total, total *= passes;
+    else if (!writing) writing = 1, shown = -1;
+    if (total && (int)(100 * done / total) > shown)
+        fprintf(stderr, "\r%s %3d %% ", writing ? "writing" : "watching the model", shown = (int)(100 * done / total));
     return 0;
 }
 
@@ -71,6 +79,7 @@ int main(int argc, char **argv)
     samples.rows = rows, samples.lengths = lengths;
     samples.batch = 8;                             /* averages are taken over 8 rows at a time */
     samples.progress = q.progress = show;
+    samples.progress_user = &samples;              /* who counts */
     q.source = argv[1], q.target = argv[2];
     q.recipe = argc > 3 ? argv[3] : "nvfp4";
     q.calibrate = llm_calibrate;                   /* runs the model; only for recipes that need to see inputs */
