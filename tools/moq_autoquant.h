@@ -51,6 +51,7 @@ static double folder_bits(const char *path)
 static void print_search(const moq_search *s, const char *target)
 {
     const moq_search_info *info = moq_search_get_info(s);
+    printf("%-52s %-20s  %s\n", "layers of one recipe", "chosen", "scores of all, the less the better");
     for (size_t i = 0; i < info->units; i++) {
         const moq_search_unit *u = moq_search_get_unit(s, i);
         printf("%-52s %-20s", u->name, recipe_name(u->recipes[u->choice]));

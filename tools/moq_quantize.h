@@ -259,6 +259,8 @@ static const char *blamed_path(const moq_error *err, const char *source, const c
 static int check_quantize(const options *o)
 {
     if (!o->recipe) return refuse("quantize needs --recipe NAME; moq recipes lists them");
+    if (o->calibration && (ends_with(o->calibration, ".txt") || ends_with(o->calibration, ".jsonl")))
+        return refuse("%s: --calibration takes recorded values, a .safetensors file; text to calibrate with goes to --calib", o->calibration);
     if (o->calib && o->calibration) return refuse("--calib measures what --calibration reads from a file; give one of them");
     if (o->save_calibration && !o->calib) return refuse("--save-calibration keeps what --calib D measures; give that too");
     if (!o->calib && (o->samples || o->seq || o->batch)) return refuse("--samples, --seq and --batch are about --calib D; give that too");
@@ -320,6 +322,7 @@ static int verb_convert(const options *o)
 {
     moq_convert_desc d;
     moq_error err;
+    if (o->kv) return refuse("--kv is not for 'convert', which keeps the KV cache that the folder asks for; quantize writes another, run takes any");
     if (!o->to) return refuse("convert needs --to modelopt or --to compressed-tensors");
     memset(&d, 0, sizeof d);
     d.source = o->args[0];
