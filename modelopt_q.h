@@ -4956,13 +4956,14 @@ MOQI_UNUSED static const char *moqi_foreign_name(const char *name)
 }
 
 /* Other kinds of file that often carry the name: what they begin with. */
+#define MOQI_HTML "an HTML page: download the file again, logged in where the site asks for it"
 static const struct { const char *magic; uint32_t bytes; const char *kind; } moqi_st_kinds[] = {
     {"version https://git-lfs", 23, "a Git-LFS pointer: run `git lfs pull`"},
     {"PK\003\004", 4, "a zip archive (a PyTorch .bin or .pt file?): " MOQI_SAVE_ANEW},
     {"\200\002", 2, "a Python pickle: " MOQI_SAVE_ANEW}, {"\200\003", 2, "a Python pickle: " MOQI_SAVE_ANEW},
     {"\200\004", 2, "a Python pickle: " MOQI_SAVE_ANEW}, {"\200\005", 2, "a Python pickle: " MOQI_SAVE_ANEW},
-    {"GGUF", 4, "a GGUF file: " MOQI_TAKE_SOURCE}, {"<!", 2, "an HTML page"}, {"<html", 5, "an HTML page"},
-    {"<HTML", 5, "an HTML page"}, {"<?xml", 5, "an XML page"}, {"\211HDF", 4, "an HDF5 file"}, {"\037\213", 2, "a gzip archive"},
+    {"GGUF", 4, "a GGUF file: " MOQI_TAKE_SOURCE}, {"<!", 2, MOQI_HTML}, {"<html", 5, MOQI_HTML},
+    {"<HTML", 5, MOQI_HTML}, {"<?xml", 5, "an XML page: download the file again"}, {"\211HDF", 4, "an HDF5 file"}, {"\037\213", 2, "a gzip archive"},
     {"{", 1, "a JSON text"}, {"[", 1, "a JSON text"}
 };
 
@@ -4972,7 +4973,9 @@ static const char *moqi_st_kind(const moqi_blob *b)
 {
     for (size_t i = 0; i < MOQI_COUNT(moqi_st_kinds); i++)
         if (b->bytes >= moqi_st_kinds[i].bytes && memcmp(b->data, moqi_st_kinds[i].magic, moqi_st_kinds[i].bytes) == 0) return moqi_st_kinds[i].kind;
-    return NULL;
+    size_t n = 0;
+    while (n < 16 && n < b->bytes && b->data[n] >= ' ' && b->data[n] < 127) n++;
+    return n == 16 ? "a text: give the .safetensors file" : NULL;
 }
 
 /* The header length N, first 8 bytes, little-endian. 8 + N is never formed before N is known to be small: comparisons go by
@@ -6692,7 +6695,8 @@ static moq_result moqi_read_algo(const moqi_quant_read *c, const moq_json *objec
     for (size_t i = 0; i < MOQI_COUNT(moqi_algo_names); i++)
         if (moqi_same(name, moqi_algo_names[i])) { *out = moqi_algo_names[i]; return MOQ_OK; }
     moqi_join(known, sizeof known, moqi_algo_names, MOQI_COUNT(moqi_algo_names));
-    return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", where, -1), "quant_algo '%q' is not known; known are %s", name, known);
+    return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", where, -1),
+                     "quant_algo '%q' is not known; correct it, or export again as one of %s", name, known);
 }
 
 /* One entry {quant_algo, group_size, has_zero_point, ...} as a claim. */
@@ -7599,8 +7603,9 @@ static moq_result moqi_missing(const moqi_binder *b, const char *part)
 /* Bytes of the wrong type would be read as numbers that they are not. */
 static moq_result moqi_bad_dtype(const moqi_binder *b, const moq_tensor *t, const char *expected)
 {
-    return moqi_fail(b->err, MOQ_E_DTYPE, moqi_at_tensor(b, t), "dtype %s, expected %s (the description says '%q')", moq_dtype_name(t->dtype), expected,
-                     b->claim.algo[0] ? b->claim.algo : b->q->algo);
+    return moqi_fail(b->err, MOQ_E_DTYPE, moqi_at_tensor(b, t),
+                     "dtype %s, expected %s (the description says '%q'); take weights and description from one export",
+                     moq_dtype_name(t->dtype), expected, b->claim.algo[0] ? b->claim.algo : b->q->algo);
 }
 
 /* A shape that is expected. */
@@ -26725,7 +26730,8 @@ static moq_result moqi_add_kv(moqi_export *x, moq_error *err)
         found += !bias;
     }
     return found ? MOQ_OK : moqi_fail(err, MOQ_E_MISSING, moqi_at(NULL, NULL, kv, -1), "this KV recipe needs the largest keys and values of every layer, and "
-                                      "they were not calibrated; give a calibration file, or use %s_cast", moqi_starts(kv, "fp8") ? "fp8" : "nvfp4");
+                                      "they were not calibrated; calibrate with samples (moq_quantize_desc.calibrate), give a calibration file that "
+                                      "has them, or use %s_cast", moqi_starts(kv, "fp8") ? "fp8" : "nvfp4");
 }
 
 /* ---- encoding one target ---- */

@@ -12684,7 +12684,7 @@ static moq_result llmi_choose(llm *m)
     if (id < 0 && m->guided) return m->kept.code;
     if (id < 0)
         return moq_fail(&m->kept, MOQ_E_STATE, "logits",
-                        "none of %d logits after %zu tokens is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP (moq verify --deep)",
+                        "none of %d logits after %zu tokens is a number; look for NaN weights with moq_verify and MOQ_VERIFY_DEEP",
                         m->model->c.vocab, m->ids.count);
     if (m->house->desc.logprobs) {
         llm_logprobs(logits, m->model->c.vocab, id, m->house->desc.logprobs, &token);
@@ -13749,11 +13749,13 @@ static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
     moq_result r = llm_plan(desc, &p, err);
     if (r < 0 || p.total_bytes <= desc->max_memory) return r;
     return moq_fail(err, MOQ_E_LIMIT, "llm_desc.max_memory",
-                    "%llu bytes are allowed, %llu are needed: %llu mapped weights, %llu repacked, %llu cache (%d slots of %d tokens), %llu run state, "
-                    "%llu tokenizer; lower context, slots or chunk, or choose a smaller kv",
+                    "%llu bytes are allowed, %llu are needed: %llu mapped weights, %llu repacked, %llu cache (%d slot%s of %d tokens), %llu run state, "
+                    "%llu tokenizer; %s",
                     (unsigned long long)desc->max_memory, (unsigned long long)p.total_bytes, (unsigned long long)p.mapped_bytes,
-                    (unsigned long long)p.weight_bytes, (unsigned long long)p.cache_bytes, p.slots, p.context, (unsigned long long)p.run_bytes,
-                    (unsigned long long)p.tokenizer_bytes);
+                    (unsigned long long)p.weight_bytes, (unsigned long long)p.cache_bytes, p.slots, p.slots == 1 ? "" : "s", p.context,
+                    (unsigned long long)p.run_bytes, (unsigned long long)p.tokenizer_bytes,
+                    p.mapped_bytes + p.weight_bytes > desc->max_memory ? "raise it, or open a folder of fewer bits a weight"
+                                                                       : "lower context, slots or chunk, or choose a smaller kv");
 }
 
 #ifdef MOQ_QUANTIZE

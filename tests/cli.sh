@@ -285,6 +285,10 @@ run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.t
 check "a recipe that the container cannot hold" refused "no pre_quant_scale can stand beside a weight"
 run quantize "$dir/float" "$dir/q4" --recipe nvfp4_awq_lite --calib "$dir/long.txt" --kv int8
 check "a KV cache that no folder can say" refused "no folder says this KV cache"
+run quantize "$dir/float" "$dir/q4" --recipe mxfp4 --kv fp8
+check "a KV cache that needs text" refused "not calibrated; calibrate with text (--calib), give a file that has them (--calibration), or use fp8_cast"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calibration "$dir/long.txt"
+check "text where recorded values are wanted" refused "long.txt: --calibration takes recorded values, a .safetensors file; text .* --calib"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/long.txt" --save-calibration "$dir/no/such/kept.safetensors"
 check "a place where no calibration can be kept" refused "kept.safetensors: its parent folder"
 run autoquant "$dir/float" "$dir/q4" --bits 6 --recipes nvfp4,fp8 --calib "$dir/long.txt" --save-search "$dir/no/such/scores.json"
@@ -330,6 +334,19 @@ run run "$demo" --prompt hello --max_tokens 1
 check "another spelling of an option" refused "is --max-tokens meant"
 run inspcet "$demo"
 check "a slip in a verb" refused "is inspect meant"
+# a model that is not that of config.json
+cp -r "$demo" "$dir/other"
+sed 's/"num_hidden_layers": *6/"num_hidden_layers": 8/' "$demo/config.json" >"$dir/other/config.json"
+run verify "$dir/other"
+check "verify: a layer too few is found" is 1
+check "with what is missing" out "model.layers.6.input_layernorm.weight: the tensor is absent, but config.json describes a 'llama' of 8 layers"
+sed 's/"quant_algo": *"NVFP4"/"quant_algo": "FP8"/' "$demo/hf_quant_config.json" >"$dir/other/hf_quant_config.json"
+run verify "$dir/other"
+check "verify: a description of other weights" out "dtype U8, expected F8_E4M3 (the description says 'FP8'); take weights and description from one export"
+printf '<!DOCTYPE html>\n<html></html>\n' >"$dir/other/model.safetensors"
+run verify "$dir/other"
+check "verify: a page of the web" out "this looks like an HTML page: download the file again"
+rm -r "$dir/other"
 printf 'GGUF\003' >"$dir/model.gguf"
 run run "$dir/model.gguf" --prompt x
 check "a GGUF file" refused "model.gguf: is a file; .*GGUF is not read; take the folder"
@@ -370,6 +387,15 @@ run inspect "$demo" --kv x
 check "bad --kv: all that there are" refused "--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
 run quantize "$src" "$dir/q9" --recipe mxfp4 --kv x
 check "bad --kv of a folder" refused "--kv is none, fp8, .* or nvfp4_rotate, not 'x'"
+run help autoquant
+check "help: --kv of a folder" out "^  --kv F .*none, fp8, fp8_affine, fp8_cast, .* or nvfp4_rotate\$"
+run convert "$src" "$dir/q9" --to modelopt --kv fp8
+check "convert keeps the KV cache" refused "--kv is not for 'convert'"
+run logits "$demo" --tokens 5,6,7,8 --kv wide --out "$dir/wide.safetensors"
+run logits "$demo" --tokens 5,6,7,8 --kv int8 --out "$dir/int8.safetensors"
+check "a folder without scales of keys and values: said" err "note: .*--kv: the checkpoint has no scales of keys and values; int8 takes 1/8"
+check "said once" lines err 1
+check "and int8 is of use all the same" near "$dir/wide.safetensors" "$dir/int8.safetensors" 0.3
 run inspect "$demo" --backend tpu
 check "bad --backend" refused "cpu, cuda or cuda:N"
 if ! "$moq" --version | grep -q "^cuda: not built in"; then echo "note: built with CUDA: --backend cuda is not refused"; else
@@ -393,7 +419,9 @@ check "no number of bytes" refused "needs a number of bytes"
 run inspect "$demo" --json --context 777 --chunk 64
 plan=$(sed -n '/"tokenizer_bytes"/,$s/.*"total_bytes": \([0-9]*\).*/\1/p' "$dir/out" | head -n 1)
 run run "$demo" --context 777 --chunk 64 --max-memory 1M --prompt hello
-check "inspect and run plan the same memory" refused "--max-memory: 1000000 bytes are allowed, $plan are needed.*lower --context or --chunk"
+check "inspect and run plan the same memory" refused "--max-memory: 1000000 bytes are allowed, $plan are needed.*(1 slot of 777 tokens).*; raise it, or take a folder"
+run run "$demo" --context 777 --chunk 64 --max-memory $((plan - 1)) --prompt hello
+check "weights that fit, but not the rest" refused "lower --context or --chunk, or choose a smaller --kv\$"
 run run "$demo" --context 24 --prompt "$(yes hello | head -n 100 | tr '\n' ' ')"
 check "an error names the option and the whole path" refused "$demo: context: the conversation has .* open with a larger --context, or begin anew\$"
 if [ -w /dev/full ]; then
@@ -417,7 +445,8 @@ check "standard input that is no text" refused "byte 1 is 0x00"
 check "statistics come behind the answer, on a line of their own" sh -c "grep -q '^moq: prompt' '$dir/out'"
 run run "$demo" --context 40 --stats --prompt "hello"
 written=$(sed -n 's/.*generated \([0-9]*\) tokens.*/\1/p' "$dir/err")
-check "--stats and the error count the same tokens" err "the answer $written, of which the last was not run; set --max-tokens, or open with a larger --context\$"
+check "an answer that fills the context is one" is 0
+check "--stats and the note count the same tokens" err "the answer $written, of which the last was not run; set --max-tokens, or open with a larger --context\$"
 run inspect "$demo" --context 512 --explain
 check "inspect --context" out "context of 512 tokens"
 check "inspect --explain" out "up_proj.*: nvfp4"
@@ -448,6 +477,7 @@ run inspect "$demo" --png "$dir/no/such/picture.png"
 check "inspect: a picture that cannot be written leaves stdout empty" refused "picture.png"
 run recipes
 check "recipes" out "^nvfp4_awq_lite .*NVFP4_AWQ_LITE_CFG"
+check "recipes of KV caches" out "^nvfp4_affine .*NVFP4_AFFINE_KV_CFG"
 check "recipes: all of them" test "$(wc -l <"$dir/out")" -ge 36
 run recipes --json
 check "recipes --json is JSON" json
@@ -643,6 +673,9 @@ run eval "$demo" --data 5,6,7 --seq 1
 check "eval: windows of one token" refused "at least 2 tokens"
 run eval "$demo" --data 5,,6
 check "eval: a token that is missing" refused "no list of token ids"
+echo 'no JSON' >"$dir/bad.jsonl"
+run eval "$demo" --data "$dir/bad.jsonl"
+check "eval: a row that is no JSON" refused 'bad.jsonl: line 1, column 1: .*; a row is {"text"}, '
 echo '{"nothing": 1}' >"$dir/bad.jsonl"
 run eval "$demo" --data "$dir/bad.jsonl"
 check "eval: a row of another kind" refused 'bad.jsonl: line 1 has neither "text" nor messages; a row is {"text"}'

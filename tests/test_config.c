@@ -429,7 +429,7 @@ static void test_config_k_rows(void)
     CHECK_INT(parse("{\"quantization_config\": {\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]}}", "{\"quantization\": {\"quant_algo\": \"NVFP4\"}}", NULL), MOQ_OK);
     CHECK_INT(p.findings, 1);
     CHECK(strstr(p.finding, "'fp8' in config.json") != NULL);
-    FAILS(MOQ_E_UNSUPPORTED, "'NVFP3' is not known; known are FP8", parse_nested("{\"quant_algo\": \"NVFP3\"}")); /* K4 */
+    FAILS(MOQ_E_UNSUPPORTED, "'NVFP3' is not known; correct it, or export again as one of FP8", parse_nested("{\"quant_algo\": \"NVFP3\"}")); /* K4 */
     FAILS(MOQ_E_UNSUPPORTED, "'NVFP3'", parse_nested("{\"quant_algo\": \"MIXED_PRECISION\", \"quantized_layers\": {\"a\": {\"quant_algo\": \"NVFP3\"}}}"));
     FAILS(MOQ_E_CONFIG, "quant_algo", parse_nested("{\"quant_algo\": 8}")); /* K6 */
     CHECK_INT(parse_nested("{\"quant_algo\": null, \"group_size\": 16, \"quantized_layers\": {}}"), MOQ_OK);

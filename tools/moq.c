@@ -111,7 +111,10 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
     {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
     {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
-    {"or give a calibration file that has it", "or give a file that has it (--calibration)"}, {"effective_bits: ", "--bits: "},
+    {"or give a calibration file that has it", "or give a file that has it (--calibration)"},
+    {"give a calibration file that has them", "give a file that has them (--calibration)"},
+    {"raise it, or open a folder of fewer bits a weight",
+     "raise it, or take a folder of fewer bits a weight (a float one: --quantize RECIPE)"}, {"effective_bits: ", "--bits: "},
     {"folders of this format cannot be written", "is no container that --format or --to can name"}
 };
 
@@ -420,7 +423,7 @@ static const option_row option_table[] = {
     {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
     {"system", KIND_TEXT, FIELD(system), "S", "system message"},
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
-    {"max-tokens", KIND_INT, FIELD(max_tokens), "N", "stop after N generated tokens (0: when the turn or the context ends)"},
+    {"max-tokens", KIND_INT, FIELD(max_tokens), "N", "stop after N generated tokens (0, the default: when the turn or the context ends)"},
     {"temp", KIND_REAL, FIELD(temp), "X", "temperature (default 0: greedy)"},
     {"top-k", KIND_INT, FIELD(top_k), "K", "sample from the K best tokens (default 0: all); with --temp"},
     {"top-p", KIND_REAL, FIELD(top_p), "P", "sample from the best tokens of total probability P (default 0: all); with --temp"},
@@ -469,8 +472,11 @@ typedef struct verb_row {
     const char *help, *example;
 } verb_row;
 
-/* How things are computed: every verb takes these, so that scripts may pass them along. */
+/* How things are computed: every verb takes these, so that scripts may pass them along. What --kv would change is refused where it is kept. */
 #define COMMON_OPTIONS "threads backend kernel act kv"
+
+/* --kv of verbs that write a folder */
+#define FOLDER_KV "none, fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast or nvfp4_rotate"
 
 /* Is `name` one of the space-separated words of `list`? */
 static int in_list(const char *list, const char *name)
@@ -939,6 +945,8 @@ typedef struct text_row {
     int noted; /* it was said that a row has more than is used */
 } text_row;
 
+#define ROW_SHAPES "{\"text\"}, {\"system\",\"user\",\"assistant\"} or {\"messages\":[{\"role\",\"content\"}]}"
+
 static const char *const row_keys[] = {"system", "user", "assistant", "text", "messages"};
 enum { ROW_ROLES = 3 }; /* the first of them */
 
@@ -1006,15 +1014,14 @@ static int parse_row(text_row *row, const char *path, const moq_json *root)
         if (row->messages[row->count].text) row->count++;
     }
     if (bad || row->count) return bad;
-    return refuse("%s: line %zu has neither \"text\" nor messages; a row is {\"text\"}, {\"system\",\"user\",\"assistant\"} or "
-                  "{\"messages\":[{\"role\",\"content\"}]}", path, row->line);
+    return refuse("%s: line %zu has neither \"text\" nor messages; a row is " ROW_SHAPES, path, row->line);
 }
 
 /* The parser sees one line: what it calls line 1 of the file is line `line`. */
 static int refuse_line(const char *path, size_t line, const moq_error *err)
 {
     static const char one[] = "line 1, ", cut[] = "the file is probably incomplete";
-    const char *from = err->text, *hint = "";
+    const char *from = err->text, *hint = "; a row is " ROW_SHAPES;
     char text[sizeof err->text];
     size_t n = strlen(err->file), used = 0;
     if (n > 0 && strncmp(from, err->file, n) == 0 && strncmp(from + n, ": ", 2) == 0) from += n + 2;
@@ -2457,7 +2464,7 @@ static int answer(const engine *e, const options *o)
     const char *piece;
     char *all = NULL;
     size_t length = 0;
-    int shown = 0;
+    int shown = 0, full;
     moq_error err;
     memset(&err, 0, sizeof err);
     while ((piece = llm_next(e->m, &err)) != NULL) {
@@ -2473,10 +2480,15 @@ static int answer(const engine *e, const options *o)
         }
         if (o->max_tokens && !o->json_schema && !o->grammar && llm_get_stats(e->m)->generated_tokens - before >= (uint64_t)o->max_tokens) break;
     }
+    /* an answer that fills the context is one; a document that a grammar asks for would be incomplete */
+    full = !piece && err.code == MOQ_E_STATE && strcmp(err.object, "context") == 0 && llm_get_stats(e->m)->generated_tokens > before &&
+           !o->json_schema && !o->grammar;
+    if (full) err.code = MOQ_OK;
     if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length);
     if (!o->json && (shown || err.code == MOQ_OK)) fputc('\n', stdout); /* an error without an answer leaves nothing on stdout */
     fflush(stdout); /* before what stderr says, should both go to one place */
     free(all);
+    if (full) print_placed(stderr, "moq: note: ", e->path, err.text);
     if (o->stats) print_stats(e);
     return piece || err.code == MOQ_OK ? 0 : refuse_error(e->path, &err);
 }
@@ -2496,12 +2508,16 @@ static int say(const engine *e, const options *o, const char *role, const char *
 
 static int is_blank(const char *text) { return text[strspn(text, " \t\r\n")] == 0; }
 
+/* A slash and a word alone: paths and fractions are none. */
+static int is_command(const char *line) { return line[0] == '/' && line[1] && line[1 + strspn(line + 1, "abcdefghijklmnopqrstuvwxyz")] == 0; }
+
 /* Lines from the terminal and answers, until the end of input. Ctrl-C ends an answer; at the prompt it ends the chat. */
 static int chat(const engine *e, const options *o)
 {
+    static const char commands[] = "An empty line or /exit ends the chat, /reset forgets it, /help says this, Ctrl-C stops an answer.\n";
     char line[16384];
     int bad = 0;
-    fputs("An empty line ends the chat, /reset forgets it, Ctrl-C stops an answer.\n", stderr);
+    fputs(commands, stderr);
     signal(SIGINT, SIG_DFL);
     for (;;) {
         fputs("> ", stderr);
@@ -2510,7 +2526,12 @@ static int chat(const engine *e, const options *o)
             break;
         }
         line[strcspn(line, "\r\n")] = 0;
-        if (line[0] == 0) break;
+        if (line[0] == 0 || strcmp(line, "/exit") == 0 || strcmp(line, "/quit") == 0) break;
+        if (is_command(line) && strcmp(line, "/reset") != 0) { /* /help too */
+            if (strcmp(line, "/help") != 0) fprintf(stderr, "moq: note: there is no %s; a line that begins with a blank goes to the model\n", line);
+            fputs(commands, stderr);
+            continue;
+        }
         if (strcmp(line, "/reset") == 0) {
             llm_reset(e->m);
             bad = o->system ? say(e, o, "system", o->system) : 0;
@@ -2707,6 +2728,31 @@ static int check_recipe(const char *name)
     return refuse("there is no recipe '%s'; is %s meant? Try: moq recipes", name, like->name);
 }
 
+/* --kv of quantize; j: NULL for text. */
+static void list_kv_recipes(json_out *j)
+{
+    static const char *const rows[][4] = {
+        {"fp8", "FP8, a scale a layer", "largest keys and values", "FP8_KV_CFG"},
+        {"fp8_affine", "FP8 after a bias a channel", "largest keys and values, means", "FP8_AFFINE_KV_CFG"},
+        {"fp8_cast", "FP8, scale 1", "none", "kv/fp8_cast"},
+        {"nvfp4", "FP4, FP8 scales of 16", "largest keys and values", "NVFP4_KV_CFG"},
+        {"nvfp4_affine", "FP4, FP8 scales of 16", "largest after a bias a channel", "NVFP4_AFFINE_KV_CFG"},
+        {"nvfp4_cast", "FP4, FP8 scales of 16, scale 1", "none", "kv/nvfp4_cast"},
+        {"nvfp4_rotate", "FP4, FP8 scales of 16", "largest of rotated keys and values", "NVFP4_KV_ROTATE_CFG"}};
+    if (j) json_open(j, "kv_recipes", '[');
+    else printf("\n%-32s %-36s %-34s %s\n", "--kv, beside a recipe", "keys and values", "calibration", "ModelOpt");
+    for (int i = 0; i < COUNT(rows); i++) {
+        if (!j) { printf("%-32s %-36s %-34s %s\n", rows[i][0], rows[i][1], rows[i][2], rows[i][3]); continue; }
+        json_open(j, NULL, '{');
+        json_string(j, "name", rows[i][0]);
+        json_string(j, "stores", rows[i][1]);
+        json_string(j, "calibration", rows[i][2]);
+        json_string(j, "modelopt", rows[i][3]);
+        json_close(j, '}');
+    }
+    if (j) json_close(j, ']');
+}
+
 static int verb_recipes(const options *o)
 {
     json_out j = json_to(stdout, 2);
@@ -2735,6 +2781,7 @@ static int verb_recipes(const options *o)
         json_close(&j, '}');
     }
     if (o->json) json_close(&j, ']');
+    list_kv_recipes(o->json ? &j : NULL);
     if (o->json) json_close(&j, '}');
     return 0;
 }
@@ -2922,7 +2969,8 @@ static int verb_diff(const options *o)
     } else if (!bad) printf("equal %zu/%zu tensors\n", c.equal, c.total);
     if (!bad && c.renamed) {
         fflush(stdout);
-        fprintf(stderr, "moq: note: %zu layers are stored under other names in %s; `moq dequant DIR --hash` of both folders compares their values\n",
+        fprintf(stderr, "moq: note: %zu layers are stored under other names in %s; `moq dequant DIR --hash` of both folders compares their values "
+                "(NVFP4 in compressed-tensors: its inverted global scale rounds the last bit of most)\n",
                 c.renamed, c.b.path);
     }
     close_side(&c.a);
@@ -2970,7 +3018,8 @@ static const verb_row verb_table[] = {
     {"tokenize", verb_tokenize, 1, 1, "DIR", "decode file",
      "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",
      "echo 'Hello there' | moq tokenize my-model"},
-    {"recipes", verb_recipes, 0, 0, "", "json", "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name.", "moq recipes"},
+    {"recipes", verb_recipes, 0, 0, "", "json",
+     "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name; and those of KV caches.", "moq recipes"},
     {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R",
      "json recipe calib samples seq batch save-calibration calibration max-memory exclude rule format shard",
      "Quantizes a float checkpoint folder as ModelOpt would write it; DST must not exist.\n"
@@ -2985,7 +3034,9 @@ static const verb_row verb_table[] = {
      "by the gradient of the next-token loss; kl: how far the model's next-token distributions move. --search FILE reuses recorded scores.",
      "moq autoquant my-model my-model-5.5 --bits 5.5 --recipes nvfp4,fp8 --calib calib.jsonl --samples 128 --save-search scores.json"},
     {"convert", verb_convert, 2, 2, "SRC DST --to F", "json to recipe shard",
-     "The same numbers in the other container: weights dequantize to the same values.\n"
+     "The same codes and scales in the other container.\n"
+     "Weights dequantize to the same values, but for NVFP4 in or from compressed-tensors: that stores the inverse of the global scale,\n"
+     "whose rounding moves most F32 values by their last bit.\n"
      "SRC may be of any family that opens (ModelOpt, compressed-tensors, FP8 blocks, AWQ, GPTQ, gpt-oss); DST must not exist.\n"
      "A layer that the container cannot hold is named and nothing is written. --recipe nvfp4 casts MXFP4 layers to weight-only\n"
      "NVFP4 of the same values, and says where exponents lie too far apart for that.",
@@ -3032,13 +3083,15 @@ static int help_all(void)
 
 static int help_verb(const verb_row *v)
 {
-    int computes = !in_list("verify dequant tokenize recipes diff", v->name);
+    int computes = !in_list("verify dequant tokenize recipes diff", v->name), writes = in_list("quantize autoquant", v->name);
     printf("usage: moq %s%s%s%s\n\n%s\n\n", v->name, v->arguments[0] ? " " : "", v->arguments, v->options[0] ? " [options]" : "", v->help);
     for (int i = 0; i < COUNT(option_table); i++) {
         const option_row *row = &option_table[i];
         char name[64];
         snprintf(name, sizeof name, "--%s %s", row->name, row->value);
-        if (in_list(v->options, row->name) || (computes && in_list(COMMON_OPTIONS, row->name))) printf("  %-18s %s\n", name, row->help);
+        if (row->at == FIELD(kv) && v->run == verb_convert) continue;
+        if (in_list(v->options, row->name) || (computes && in_list(COMMON_OPTIONS, row->name)))
+            printf("  %-18s %s\n", name, row->at == FIELD(kv) && writes ? "KV cache that the folder asks for: " FOLDER_KV : row->help);
     }
     if (strcmp(v->name, "bench") == 0) {
         printf("\nkinds of layers:");
@@ -3087,7 +3140,7 @@ static int check_names(const options *o, const verb_row *verb)
         if (strchr(o->rule.item[i], '=')) bad = check_recipe(strrchr(o->rule.item[i], '=') + 1);
     if (bad || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
     if (in_list("quantize autoquant", verb->name))
-        return refuse("--kv is none, fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast or nvfp4_rotate, not '%s'", o->kv);
+        return refuse("--kv is " FOLDER_KV ", not '%s'", o->kv);
     return refuse("--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not '%s'", o->kv);
 }
 
