@@ -16064,8 +16064,8 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t n,
     for (int j = 0; j < 4; j++) _mm512_store_si512(to + 16 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
 }
 
-/* 32 columns: a tile of weights in `w` times 1 to 4 tiles of x that pass through others, and a quarter of the next chunk between the products: where
-   another thread shares the core, tile instructions in a row take half as long again. Names change from step to step, so that no load waits long
+/* 32 columns: a tile of weights in `w` times 1 to 4 tiles of x that pass through others, and a quarter of the next chunk between the products: on a
+   shared machine tile instructions in a row were seen to take half as long again. Names change from step to step, so that no load waits long
    for a product to have read what it replaces. */
 #define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, next->n, to, q, i, values);
 #define MOQI_STRIP_W(w) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" w : : "r"(d), "r"((int64_t)64) : "memory");

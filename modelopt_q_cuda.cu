@@ -121,7 +121,7 @@ typedef struct moqc_ctx {
     int bf16;                                /* activations are BF16, else F32 */
     moqc_encode_map encode_map;              /* NULL: the driver has none */
     int wgmma;                               /* compute capability 9.0, and compiled for its own instructions (sm_90a) */
-    int gemm_tokens, gemm_even; /* for measurements: tokens of a tile; 1 to 4 blocks of a cluster that share one, 5, 6 runs (mma: 2); 0: automatic */
+    int gemm_tokens, gemm_cut; /* for measurements: tokens of a tile; 1 to 4 blocks of a cluster that share one, 5, 6 runs (mma: 2); 0: automatic */
     char name[24], kernel[40];
     moq_act act;
     cudaStream_t stream;
@@ -3907,7 +3907,8 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
                 const int32_t group = min((at * 64 + (lane & 1) * 32) >> shift, groups - 1);
                 const uint32_t here = room + SCALES + to * 192 + (lane & 1) * 96 + (lane >> 2) * 8;
                 moqk_copy_async8(here, scales + group * 8);
-                if (FORM == MOQK_FAST_U4 && !(lane & 4)) moqk_copy_async4(room + SCALES + to * 192 + (lane & 1) * 96 + 64 + (lane >> 3) * 4, zeros + group * 8); /* of two rows */
+                if (FORM == MOQK_FAST_U4 && !(lane & 4)) /* of two rows */
+                    moqk_copy_async4(room + SCALES + to * 192 + (lane & 1) * 96 + 64 + (lane >> 3) * 4, zeros + group * 8);
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -6204,17 +6205,18 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         const double slab = which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
-        const int runs_of_units = which == MOQC_MMA ? 1 : 4, last = which == MOQC_MMA || j->call.tiles ? runs_of_units : runs_of_units + 1;
-        for (int k = 0; k <= (which == MOQC_BYTES || (j->call.tiles && !halves) ? 3 : last); k++) { /* 1 to 4 blocks of a cluster a tile (mma: 1), then runs */
+        const int runs_of_units = which == MOQC_MMA ? 1 : 4; /* before them 1 to 4 blocks of a cluster a tile (mma: 1) */
+        const int last = which == MOQC_MMA ? 1 : which == MOQC_BYTES || (j->call.tiles && !halves) ? 3 : j->call.tiles ? 4 : 5;
+        for (int k = 0; k <= last; k++) {
             const int cut = k >= runs_of_units, split = which == MOQC_MMA || cut ? 1 : k + 1;
-            if ((j->c->gemm_even && j->c->gemm_even != k + 1) || units < split) continue;
+            if ((j->c->gemm_cut && j->c->gemm_cut != k + 1) || units < split) continue;
             const int64_t fit = split == 4 ? room * 9 / 40 : split == 3 ? room * 3 / 10 : room / split; /* clusters of 3 and 4 do not fit everywhere */
             const int64_t runs = moqc_max(1, moqc_min(fit, cut ? count * moqc_min(units, halves ? 16 : 4) : count));
             int64_t rounds = moqk_ceil(count, runs);
             if (split > 1 && rounds > 1) continue; /* see moqk_finish_shared */
             if (cut) rounds = which == MOQC_MMA || j->call.tiles ? 0 : count / runs - (k - runs_of_units); /* of whole tiles */
             if (rounds < 0 || (cut && count == rounds * runs)) continue;
-            if (cut && which != MOQC_MMA && !j->c->gemm_even && 4 * (count % runs) >= 3 * runs) continue;
+            if (cut && which != MOQC_MMA && !j->c->gemm_cut && 4 * (count % runs) >= 3 * runs) continue;
             const double run = cut ? (which == MOQC_MMA ? 1 : 1.08) * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
             const double longest = (double)(rounds * moqk_ceil(units, split)) + run;
             const double end = split > 1 ? tiles[i].shared_end * (halves ? 0.4 + 0.3 * split : 1) : tiles[i].end;

@@ -15,19 +15,30 @@ enum { ROWS = 64, TOKENS = 128 };
 static int32_t ids[ROWS][TOKENS], lengths[ROWS];   /* what the model reads while its layers are watched */
 static const int32_t *rows[ROWS];
 
-/* Returning 1 would stop the work, and nothing would be left of it. */
-static int show(void *user, moq_stage stage, uint64_t done, uint64_t total)
+static uint64_t pass, passes = 1; /* of the model over all rows */
+
+static void show(const char *what, uint64_t done, uint64_t total)
 {
-    static uint64_t pass, passes = 1;
-    static int shown = -1, writing;
-    if (stage == MOQ_STAGE_CALIBRATE && !user) {   /* moq_quantize counts passes of the model over all rows, llm_calibrate the rows of a pass */
-        pass = done, passes = total;
-        return 0;
-    }
-    if (stage == MOQ_STAGE_CALIBRATE) done += pass * total, total *= passes;
-    else if (!writing) writing = 1, shown = -1;
-    if (total && (int)(100 * done / total) > shown)
-        fprintf(stderr, "\r%s %3d %% ", writing ? "writing" : "watching the model", shown = (int)(100 * done / total));
+    static const char *last;
+    static int shown;
+    if (what != last) last = what, shown = -1;
+    if (total && (int)(100 * done / total) > shown) fprintf(stderr, "\r%s %3d %% ", what, shown = (int)(100 * done / total));
+}
+
+/* Returning 1 from these would stop the work, and nothing would be left of it. llm_calibrate counts the rows of a pass: */
+static int on_rows(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    (void)user, (void)stage;
+    show("watching the model", pass * total + done, passes * total);
+    return 0;
+}
+
+/* and moq_quantize the passes, then what it writes. */
+static int on_work(void *user, moq_stage stage, uint64_t done, uint64_t total)
+{
+    (void)user;
+    if (stage == MOQ_STAGE_CALIBRATE) pass = done, passes = total;
+    else show("writing", done, total);
     return 0;
 }
 
@@ -78,8 +89,7 @@ int main(int argc, char **argv)
     if (argc < 3) return puts("usage: quantize SOURCE TARGET [RECIPE [ROWS]]     e.g. quantize my-model my-model-fp8 fp8 rows.jsonl"), 2;
     samples.rows = rows, samples.lengths = lengths;
     samples.batch = 8;                             /* averages are taken over 8 rows at a time */
-    samples.progress = q.progress = show;
-    samples.progress_user = &samples;              /* who counts */
+    samples.progress = on_rows, q.progress = on_work;
     q.source = argv[1], q.target = argv[2];
     q.recipe = argc > 3 ? argv[3] : "nvfp4";
     q.calibrate = llm_calibrate;                   /* runs the model; only for recipes that need to see inputs */

@@ -401,13 +401,17 @@ typedef struct option_row {
 
 #define FIELD(name) offsetof(options, name)
 
+/* --kv of verbs that run a model, and of those that write a folder */
+#define CACHE_KV "wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4"
+#define FOLDER_KV "none, fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast or nvfp4_rotate"
+
 static const option_row option_table[] = {
     {"json", KIND_FLAG, FIELD(json), "", "one JSON object on stdout"},
     {"threads", KIND_INT, FIELD(threads), "N", "CPU threads (default, and 0: physical cores)"},
     {"backend", KIND_TEXT, FIELD(backend), "B", "cpu, cuda or cuda:N (default: cuda when built in and a device is there)"},
     {"kernel", KIND_TEXT, FIELD(kernel), "K", "auto, reference, or a name that inspect --explain prints (default: what MOQ_KERNEL says, else auto)"},
     {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide; of all layers: bf16"},
-    {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate, mxfp4"},
+    {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), " CACHE_KV},
     {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
     {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
     {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256)"},
@@ -474,9 +478,6 @@ typedef struct verb_row {
 
 /* How things are computed: every verb takes these, so that scripts may pass them along. What --kv would change is refused where it is kept. */
 #define COMMON_OPTIONS "threads backend kernel act kv"
-
-/* --kv of verbs that write a folder */
-#define FOLDER_KV "none, fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast or nvfp4_rotate"
 
 /* Is `name` one of the space-separated words of `list`? */
 static int in_list(const char *list, const char *name)
@@ -832,7 +833,7 @@ static int tokens_json_row(token_rows *t, const moq_json *list)
     return 1;
 }
 
-/* "; its keys are a, b": of an object that holds lists, for FILE.json#KEY. */
+/* The keys of an object's lists, for a message: FILE.json#KEY takes one of them. Nothing where it has none. */
 static void key_names(const moq_json *root, char *text, size_t capacity)
 {
     size_t used = 0;
@@ -3141,7 +3142,7 @@ static int check_names(const options *o, const verb_row *verb)
     if (bad || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
     if (in_list("quantize autoquant", verb->name))
         return refuse("--kv is " FOLDER_KV ", not '%s'", o->kv);
-    return refuse("--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not '%s'", o->kv);
+    return refuse("--kv is auto, " CACHE_KV ", not '%s'", o->kv);
 }
 
 /* Is `folder` the folder that `path` lies in, or one further out (deep)? */

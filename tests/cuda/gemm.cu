@@ -546,9 +546,9 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
                         if ((tokens[t] == 64 && rows[r] > 300) || (tokens[t] > 128 && rows[r] < 128) || (split > 1 && split < 5 && (b.n + 127) / 128 * ((rows[r] + tokens[t] - 1) / tokens[t]) * split > 116)) /* more do not fit */
                             continue;
                         moqc_of(b.be)->gemm_tokens = tokens[t];
-                        moqc_of(b.be)->gemm_even = split;
+                        moqc_of(b.be)->gemm_cut = split;
                         printf("  %d/%d %.1f", tokens[t], split, time_ours(&b, rows[r]));
-                        moqc_of(b.be)->gemm_tokens = moqc_of(b.be)->gemm_even = 0;
+                        moqc_of(b.be)->gemm_tokens = moqc_of(b.be)->gemm_cut = 0;
                     }
 #else
                 (void)sweep;
