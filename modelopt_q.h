@@ -14593,6 +14593,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
             const int few = (int)moqi_min(most, s.slots - s.slot);
             s.ahead = piece >= p->layer.cols ? MOQI_STREAM_AHEAD / 2 : moqi_ceil_div(MOQI_STREAM_AHEAD / 2, visit) * p->row_bytes;
             if (s.slot > 0) s.ahead = 0; /* all of the task is near by now */
+            if (s.zen && !nibbles && s.slots == 1) s.ahead = 0; /* four streams of bytes that the hardware foresees */
             for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
                 s.end = moqi_min(p->layer.cols, s.first + piece);
                 s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
