@@ -14365,8 +14365,31 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
     }
 }
 
+/* A block of two rows of weights times two digits of 4 rows of x, so that codes are looked up once: the high digit first, and its sum is moved on by 8 bits in
+   place, which needs half as many sums. x: the block, c: codes, s: scales */
+MOQI_INLINE MOQI_VNNI void moqi_dot_whole_512(const float *x, __m512i (*c)[4], const __m512 *s, __m512 (*a)[8])
+{
+    __m512i q[2][4];
+    MOQI_UNROLL for (int d = 1; d >= 0; d--) {
+        MOQI_UNROLL for (int t = 0; t < 4; t++) {
+            const __m512i start = _mm512_loadu_si512(x + MOQI_DOT_WORDS * (2 * t + d) + 80);
+            MOQI_UNROLL for (int r = 0; r < 2; r++) q[r][t] = d ? start : _mm512_add_epi32(_mm512_slli_epi32(q[r][t], 8), start);
+        }
+        MOQI_UNROLL for (int j = 0; j < 4; j++) {
+            MOQI_UNROLL for (int t = 0; t < 4; t++) {
+                const __m512i u = _mm512_loadu_si512(x + MOQI_DOT_WORDS * (2 * t + d) + 16 * j);
+                MOQI_UNROLL for (int r = 0; r < 2; r++) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(q[r][t]) : "v"(u), "v"(c[r][j]));
+            }
+        }
+    }
+    MOQI_UNROLL for (int t = 0; t < 4; t++) {
+        const __m512 by = _mm512_loadu_ps(x + MOQI_DOT_WORDS * 2 * t + 64);
+        MOQI_UNROLL for (int r = 0; r < 2; r++) a[r][2 * t] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[r][t]), by), s[r], a[r][2 * t]);
+    }
+}
+
 /* acc = begin or acc + weights . x over the pass, `count` times for `rows` (1, 2 or 4) rows of weights that lie `step` apart, from `row`, row + 1, ...
-   on, and for `slots` (1 to 4, with one row 8) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because
+   on, and for `slots` (1 to 4, with one or two rows 8) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because
    a sum waits 5 cycles for the one before it. Rows that are read together lie far apart: streams near each other are not foreseen by the hardware. What comes after
    `acc` is constant. lie: MOQI_DOT_... solid: acc are whole numbers before the last columns. acc: [rows of x][pass->rows][16] */
 MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc, int rows, int slots, int digits,
@@ -14381,12 +14404,12 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     const int64_t bytes = nibbles ? 128 : 256, stop = lie == MOQI_DOT_E4M3 && pass->each > 1 ? pass->end - pass->end % 256 : pass->end;
     const int64_t block = MOQI_DOT_WORDS * pass->slots, ahead = pass->ahead, lda = 16 * pass->rows;
     const int bits = rows < 4 && digits == 1 && !solid && pass->bits, convert = solid && pass->end == p->layer.cols;
-    const int sums = solid ? slots : 0, starts = solid ? 0 : slots;
+    const int whole = rows == 2 && slots == 8, sums = solid ? slots : 0, starts = solid || whole ? 0 : slots;
     const float *const first = pass->x + pass->first / 256 * block + MOQI_DOT_WORDS * pass->slot;
     const uint8_t *const end = moqi_codes_end(p), *of[4];
     uint8_t edge[4][256];
-    __m512 a[4][8];
-    __m512i q[4][8], v[4][2], w[4];
+    __m512 a[4][8], by[2];
+    __m512i q[4][8], v[4][2], w[4], code[2][4];
     int64_t done = 0, pages = rows == 4 && pass->zen && pass->end - pass->first == p->layer.cols ? 0 : INT64_MAX;
     for (acc += pass->slot / digits * lda; count > 0; count--, row++, acc += 16) {
         const uint8_t *src = p->codes + row * p->row_bytes + pass->first / 256 * bytes;
@@ -14416,12 +14439,25 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
             }
             MOQI_UNROLL for (int j = 0; j < 4; j++) {
                 MOQI_UNROLL for (int r = 0; r < rows; r++) w[r] = moqi_dot_codes_512(v[r], src + r * next, j, nibbles, perm, table);
+                if (whole) {
+                    code[0][j] = w[0];
+                    code[1][j] = w[1];
+                    continue;
+                }
                 MOQI_UNROLL for (int t = 0; t < slots; t++) {
                     const __m512i u = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 16 * j);
                     MOQI_UNROLL for (int r = 0; r < rows; r++) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(q[r][t]) : "v"(u), "v"(w[r]));
                 }
             }
             if (solid) continue;
+            if (whole) {
+                MOQI_UNROLL for (int r = 0; r < 2; r++) {
+                    by[r] = lie ? moqi_dot_near_512(of[r], left, lie, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                    if (lie) of[r] += (256 >> shift) * size;
+                }
+                moqi_dot_whole_512(x, code, by, a);
+                continue;
+            }
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
                 const __m512 s = lie ? moqi_dot_near_512(of[r], left, lie, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
                 const __m512 n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
@@ -14485,6 +14521,8 @@ MOQI_DOT_ROWS(eight_afar1, 1, 8, 1, 1, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(eight_afar2, 1, 8, 2, 1, MOQI_DOT_AFAR, 0, 0)
 MOQI_DOT_ROWS(eight_e4m31, 1, 8, 1, 1, MOQI_DOT_E4M3, 0, 0)
 MOQI_DOT_ROWS(eight_e4m32, 1, 8, 2, 1, MOQI_DOT_E4M3, 0, 0)
+MOQI_DOT_ROWS(whole_bytes, 2, 8, 2, 0, MOQI_DOT_AFAR, 0, 0)
+MOQI_DOT_ROWS(whole_e4m3, 2, 8, 2, 1, MOQI_DOT_E4M3, 0, 1)
 MOQI_DOT_ROWS(solid, 1, 1, 1, 0, MOQI_DOT_AFAR, 1, 0)
 MOQI_DOT_ROWS(solid_1, 4, 1, 1, 0, MOQI_DOT_AFAR, 1, 0)
 MOQI_DOT_ROWS(solid_2, 4, 2, 1, 0, MOQI_DOT_AFAR, 1, 0)
@@ -14510,17 +14548,21 @@ static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_
 /* [AFAR, E4M3][digits - 1] */
 static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_dot_eight_afar2}, {moqi_dot_eight_e4m31, moqi_dot_eight_e4m32}};
 
+/* [bytes, or nibbles by MOQI_DOT_...], two digits, by VBMI. NULL: in halves, as one digit of 8 rows, whose sums would not fit into registers; looking nibbles
+   with few scales up twice takes as long as this */
+static const moqi_dot_fn moqi_dot_wholes[6] = {moqi_dot_whole_bytes, NULL, moqi_dot_whole_e4m3, NULL, NULL, NULL};
+
 /* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8, and four
    where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
 static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int lie, float *acc)
 {
     const int alone = pass->slots == digits, slot = pass->slot;
     const int kind = pass->p->form == MOQI_CODES_NIBBLES ? lie + 1 : 0;
-    const int64_t rows = pass->solid || alone ? 4 : some == 8 ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
+    const int64_t rows = pass->solid || alone ? 4 : some == 8 && !pass->zen ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
     const moqi_dot_fn four = pass->zen ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
-    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four : some == 8 ? moqi_dot_eights[lie][digits - 1] :
-                          moqi_dot_fns[kind][digits - 1].two[some - 2];
+    const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four :
+                          some < 8 ? moqi_dot_fns[kind][digits - 1].two[some - 2] : pass->zen ? moqi_dot_wholes[kind] : moqi_dot_eights[lie][digits - 1];
     if (step > 0) f(pass, row, step, step, acc);
     row += pass->rows - rest;
     acc += 16 * (pass->rows - rest);
@@ -14579,8 +14621,9 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     for (int64_t j = 0, some; j < m; j += some) {
         some = moqi_min(8 / digits, m - j);
         s.slots = (int)some * digits;
-        /* Intel reads two vectors of x a clock and would rather look weights up once than read x half as often */
-        const int all = s.slots <= 4 || (s.slots == 8 && nibbles && !s.zen), most = all ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
+        /* 8 digits at once: Intel reads two vectors of x a clock, and one row of weights meets them; Zen 4 one, and two rows share it */
+        const int eight = s.slots == 8 && !s.solid && (s.zen ? digits == 2 && moqi_dot_wholes[nibbles ? lie + 1 : 0] : nibbles);
+        const int all = s.slots <= 4 || eight, most = all ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
         const int64_t step = s.slots * MOQI_DOT_WORDS, piece = s.slots == 1 ? 8192 : most <= 4 ? 4096 : 2048, visit = nibbles ? piece / 2 : piece;
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
         s.x = x + j * ldx;
