@@ -5142,6 +5142,10 @@ static const llmi_names llmi_names_nemotron = {
 static const llmi_moe_names llmi_moe_mixtral = {
     "block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, NULL, 0,
     MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
+/* transformers 5 holds Mixtral's experts under these names, and ModelOpt writes them where it cannot go back to the published ones */
+static const llmi_moe_names llmi_moe_mixtral_held = {
+    "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_local_experts", "num_experts", LLMI_NORM_ALWAYS, NULL, 0,
+    MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
 static const llmi_moe_names llmi_moe_qwen3 = {
     "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj", "num_experts", "num_local_experts", LLMI_NORM_IF, NULL, 0,
     MOQ_SCORE_SOFTMAX, NULL, NULL, NULL, 0, NULL, 0};
@@ -5260,6 +5264,8 @@ struct llmi_rope {
    two of them fit 64 bits with room to spare. */
 typedef struct llmi_config {
     const llmi_family *family;
+    /* the family's, or the same under the names that the folder has */
+    const llmi_moe_names *moe;
     /* the text model's object, and the file's */
     const moq_json *keys, *root;
     int32_t layers, hidden, heads, kv_heads, head_dim, value_dim, inter, vocab, context;
@@ -5648,7 +5654,8 @@ static moq_result llmi_read_family(const llmi_keys *k, llmi_config *c)
         memcpy(known + n, name, strlen(name) + 1);
         n += strlen(name);
     }
-    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "model_type", "architecture '%q' is unknown; known: %s", moq_json_string(type), known);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "model_type", "architecture '%q' is unknown; known: %s. Weights of any other can be read and quantized, but are "
+                           "run elsewhere", moq_json_string(type), known);
 }
 
 /* Latent attention: every head has its own keys and values, made from a narrow middle; a head is nope | rope. */
@@ -5763,7 +5770,7 @@ static moq_result llmi_check_blocks(const llmi_keys *k, const llmi_config *c, in
 /* Layers are limited first of all: a thousand million of them must fail before anything is allocated. */
 static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
 {
-    const char *inter = c->family->moe && c->family->moe->dense_key ? c->family->moe->dense_key : "intermediate_size";
+    const char *inter = c->moe && c->moe->dense_key ? c->moe->dense_key : "intermediate_size";
     int64_t layers, listed;
     moq_result code;
     if (!llmi_key(k, inter)) inter = "intermediate_size";
@@ -5780,12 +5787,25 @@ static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
     return llmi_read_heads(k, c);
 }
 
+/* Only families without a gate take relu2: between gate and up it would be a function of its own. */
+static moq_result llmi_find_activation(const llmi_keys *k, const llmi_config *c, const moq_json *v, moq_activation own, moq_activation *out)
+{
+    char text[64];
+    for (size_t i = 0; i < LLMI_COUNT(llmi_activations); i++)
+        if (moq_json_is(v, llmi_activations[i].name) && (llmi_activations[i].kind == MOQ_RELU2) == (own == MOQ_RELU2)) {
+            *out = llmi_activations[i].kind;
+            return MOQ_OK;
+        }
+    llmi_show(v, text);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented for a '%s'; known: %s", text, c->family->model_type,
+                           own == MOQ_RELU2 ? "relu2" : "silu, gelu, gelu_pytorch_tanh");
+}
+
 /* Absent means SiLU, but for what the family says. Gemma has two keys, of which the first counts. gpt-oss writes silu and means its own clamped function. */
 static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
 {
     static const char *const keys[] = {"hidden_activation", "hidden_act", "mlp_hidden_act"};
     const moq_json *v = NULL;
-    char text[64];
     double limit, alpha, kind = MOQ_SILU_MUL;
     moq_result code;
     for (size_t i = 0; i < LLMI_COUNT(keys) && !v; i++) v = llmi_key(k, keys[i]);
@@ -5799,13 +5819,9 @@ static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
         c->activation.beta = 1;
         return MOQ_OK;
     }
-    for (size_t i = 0; i < LLMI_COUNT(keys) && !v; i++) llmi_default_of(k, keys[i], &kind);
+    for (size_t i = 0; i < LLMI_COUNT(keys); i++) llmi_default_of(k, keys[i], &kind);
     c->activation.kind = (moq_activation)(int)kind;
-    if (!v) return MOQ_OK;
-    for (size_t i = 0; i < LLMI_COUNT(llmi_activations); i++)
-        if (moq_json_is(v, llmi_activations[i].name)) { c->activation.kind = llmi_activations[i].kind; return MOQ_OK; }
-    llmi_show(v, text);
-    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented; known: silu, gelu, gelu_pytorch_tanh, relu2", text);
+    return v ? llmi_find_activation(k, c, v, (moq_activation)(int)kind, &c->activation.kind) : MOQ_OK;
 }
 
 /* true, false, or the numbers 1 and 0 that some files write instead. */
@@ -5907,6 +5923,7 @@ static moq_result llmi_read_window(const llmi_keys *k, llmi_config *c)
 static int llmi_layer_slides(const llmi_config *c, int32_t layer)
 {
     if (c->layer_types) return moq_json_is(moq_json_at(c->layer_types, (size_t)layer), "sliding_attention");
+    if (c->family->flags & LLMI_SOME_ROPE) return !llmi_layer_turns(c, layer); /* SmolLM3: positions or a window */
     return c->pattern > 0 ? (layer + 1) % c->pattern != 0 : layer >= c->window_from;
 }
 
@@ -5916,7 +5933,7 @@ static int32_t llmi_layer_window(const llmi_config *c, int32_t layer) { return l
 /* DeepSeek's routing: scores by scoring_func, groups of experts unless topk_method is greedy, weights times a factor. */
 static moq_result llmi_read_routing(const llmi_keys *k, llmi_config *c)
 {
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     const moq_json *score = llmi_key(k, "scoring_func");
     int64_t layers_apart;
     double scale = 1;
@@ -5942,7 +5959,7 @@ static moq_result llmi_read_routing(const llmi_keys *k, llmi_config *c)
 /* Experts that see every token are one dense MLP beside the others. */
 static moq_result llmi_read_shared(const llmi_keys *k, llmi_config *c)
 {
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     int64_t shared = 1;
     int32_t width;
     moq_result code;
@@ -5962,7 +5979,7 @@ static moq_result llmi_read_shared(const llmi_keys *k, llmi_config *c)
    spellings, which transformers 5 exchanged; norm_topk_prob divides the chosen weights by their sum, as Mixtral always does. */
 static moq_result llmi_read_moe(const llmi_keys *k, llmi_config *c)
 {
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     const char *key, *step = llmi_key(k, "interleave_moe_layer_step") ? "interleave_moe_layer_step" : "decoder_sparse_step";
     int64_t experts, dense;
     int32_t width = c->inter;
@@ -6022,13 +6039,14 @@ static void llmi_layer_blocks(const llmi_config *c, int32_t layer, int32_t *mix,
 static moq_result llmi_read_state(const llmi_keys *k, llmi_config *c)
 {
     const moq_json *limit = llmi_key(k, "time_step_limit"), *least = moq_json_at(limit, 0), *most = moq_json_at(limit, 1);
+    const moq_json *act = llmi_key(k, "mamba_hidden_act");
     int32_t mix = 0, feed = 0, any = 0;
     double shortest;
     moq_result code;
     for (int32_t i = 0; i < c->layers; i++) {
         llmi_layer_blocks(c, i, &mix, &feed);
         any |= mix == LLMI_MIX_STATE;
-        if (feed == LLMI_FEED_EXPERTS && !c->experts) return llmi_bad_key(k, MOQ_E_CONFIG, c->family->moe->count_key, NULL, "the number of experts");
+        if (feed == LLMI_FEED_EXPERTS && !c->experts) return llmi_bad_key(k, MOQ_E_CONFIG, c->moe->count_key, NULL, "the number of experts");
     }
     if (!any) return MOQ_OK;
     if ((code = llmi_key_size(k, "mamba_num_heads", 65536, LLMI_REQUIRED, &c->ssm_heads)) < 0) return code;
@@ -6040,6 +6058,7 @@ static moq_result llmi_read_state(const llmi_keys *k, llmi_config *c)
         return LLMI_REFUSE_KEY(k, MOQ_E_CONFIG, "n_groups", "%d does not divide mamba_num_heads %d; one of the two is wrong", c->ssm_groups, c->ssm_heads);
     if ((int64_t)c->ssm_heads * c->ssm_head_dim * 2 + 2 * (int64_t)c->ssm_groups * c->ssm_state > LLMI_MAX_WIDTH)
         return llmi_bad_key(k, MOQ_E_CONFIG, "mamba_num_heads", llmi_key(k, "mamba_num_heads"), "mamba_num_heads * mamba_head_dim of a possible size");
+    if (act && !moq_json_is(act, "silu") && !moq_json_is(act, "swish")) return llmi_bad_key(k, MOQ_E_UNSUPPORTED, "mamba_hidden_act", act, "silu");
     if (least && (!moq_json_float(least, &c->dt_min) || !llmi_finite(c->dt_min))) return llmi_bad_key(k, MOQ_E_CONFIG, "time_step_limit", least, "a finite number");
     if (most && !moq_json_float(most, &c->dt_max)) return llmi_bad_key(k, MOQ_E_CONFIG, "time_step_limit", most, "a number");
     if (!llmi_finite(c->dt_max)) c->dt_max = 0;
@@ -6069,6 +6088,20 @@ static moq_result llmi_read_ends(const llmi_keys *k, llmi_config *c, const moq_j
     return code;
 }
 
+/* Models that make vectors of texts have the architecture of one that speaks, and say here that a token also sees the later ones. */
+static moq_result llmi_check_causal(const llmi_keys *k)
+{
+    static const char *const keys[] = {"use_bidirectional_attention", "is_causal"};
+    for (int i = 0; i < 2; i++) {
+        const moq_json *v = llmi_key(k, keys[i]);
+        int on;
+        if (moq_json_bool(v, &on) && on != i)
+            return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, keys[i], "%s: every token sees the whole text, as in models that make embeddings; this engine runs "
+                                   "models that write text, in which a token sees those before it", on ? "true" : "false");
+    }
+    return MOQ_OK;
+}
+
 /* The tokenizer puts BOS in front; here it is only checked. */
 static moq_result llmi_read_bos(const llmi_keys *k, const llmi_config *c)
 {
@@ -6086,7 +6119,7 @@ static moq_result llmi_read_rest(const llmi_keys *k, llmi_config *c)
     c->part_eps = c->family->flags & LLMI_LATENT ? 1e-6 : c->eps; /* the reference implementations of DeepSeek say nothing to these norms */
     c->tie_said = llmi_key(k, "tie_word_embeddings") != NULL;
     if ((code = llmi_key_bool(k, "tie_word_embeddings", (c->family->flags & LLMI_TIED) != 0, &c->tied)) < 0) return code;
-    if ((code = llmi_read_bos(k, c)) < 0) return code;
+    if ((code = llmi_read_bos(k, c)) < 0 || (code = llmi_check_causal(k)) < 0) return code;
     return llmi_read_ends(k, c, llmi_key(k, "eos_token_id"), 1);
 }
 
@@ -6134,6 +6167,7 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     c->keys = k.text;
     c->root = k.root;
     if ((code = llmi_read_family(&k, c)) < 0) return code;
+    c->moe = c->family->moe;
     k.defaults = c->family->defaults;
     if ((code = llmi_read_sizes(&k, c)) < 0) return code;
     if ((code = llmi_key_int(&k, "max_position_embeddings", 1, INT64_MAX, 4096, &c->max_positions)) < 0) return code;
@@ -6356,6 +6390,13 @@ static void llmi_find_prefix(llmi_model *m)
     m->prefix = places[0][0];
     m->head_name = places[0][1];
     m->embed_name = n->embed;
+}
+
+/* Mixtral's experts may stand under another name. */
+static void llmi_find_mixture(llmi_model *m)
+{
+    char name[LLMI_NAME_BYTES];
+    if (m->c.moe == &llmi_moe_mixtral && moq_has_linear(m->ck, llmi_name(m, name, 0, llmi_moe_mixtral_held.router))) m->c.moe = &llmi_moe_mixtral_held;
 }
 
 /* A finding: worth knowing, no error. */
@@ -7031,7 +7072,7 @@ static moq_result llmi_prepare_mlp(llmi_model *m, int32_t layer, const char *blo
 static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e, moq_linear *list, moq_error *err)
 {
     const llmi_config *c = &m->c;
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     const char *const parts[] = {n->gate, n->up, n->down};
     char name[LLMI_NAME_BYTES];
     for (int32_t i = 0; i < 3; i++) {
@@ -7053,7 +7094,7 @@ static moq_result llmi_find_expert(const llmi_model *m, int32_t layer, int32_t e
 static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linear *list, moq_error *err)
 {
     const llmi_config *c = &m->c;
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
     int64_t all = (int64_t)c->moe_inter * m->ranks; /* of the stored experts */
     llmi_shape up = llmi_shape_of(2 * all, "twice the experts' intermediate size", c->moe_hidden, "the experts' hidden size");
@@ -7082,7 +7123,7 @@ static moq_result llmi_find_stacks(const llmi_model *m, int32_t layer, moq_linea
 static moq_result llmi_describe_routing(const llmi_model *m, int32_t layer, moq_routing *r, moq_error *err)
 {
     const llmi_config *c = &m->c;
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     char name[LLMI_NAME_BYTES];
     const moq_tensor *t;
     moq_result code;
@@ -7122,7 +7163,7 @@ static moq_result llmi_prepare_mixture(llmi_model *m, const moq_moe *moe, int32_
 /* Are the experts of a layer stacked? Families that know both ways are asked for what is there. */
 static int llmi_is_stacked(const llmi_model *m, int32_t layer)
 {
-    const llmi_moe_names *n = m->c.family->moe;
+    const llmi_moe_names *n = m->c.moe;
     char name[LLMI_NAME_BYTES], module[LLMI_NAME_BYTES];
     return n->stack && (!n->gate || moq_has_linear(m->ck, llmi_name(m, name, layer, llmi_join(module, n->experts, n->stack))));
 }
@@ -7131,7 +7172,7 @@ static int llmi_is_stacked(const llmi_model *m, int32_t layer)
 static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
     const llmi_config *c = &m->c;
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     char name[LLMI_NAME_BYTES];
     size_t bytes = (size_t)c->experts * 3 * sizeof(moq_linear);
     llmi_shape s = llmi_shape_of(c->experts, n->count_key, c->hidden, "hidden_size");
@@ -7163,7 +7204,7 @@ static moq_result llmi_prepare_experts(llmi_model *m, int32_t layer, llmi_layer 
 static moq_result llmi_prepare_moe(llmi_model *m, int32_t layer, llmi_layer *l, moq_error *err)
 {
     const llmi_config *c = &m->c;
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     llmi_shape in = llmi_shape_of(c->moe_hidden, "moe_latent_size", c->hidden, "hidden_size");
     llmi_shape out = llmi_shape_of(c->hidden, "hidden_size", c->moe_hidden, "moe_latent_size");
     moq_result code = llmi_prepare_experts(m, layer, l, err);
@@ -7202,7 +7243,7 @@ static moq_result llmi_prepare_feed(llmi_model *m, int32_t layer, llmi_layer *l,
 {
     char name[LLMI_NAME_BYTES];
     const llmi_config *c = &m->c;
-    const llmi_moe_names *n = c->family->moe;
+    const llmi_moe_names *n = c->moe;
     const llmi_names *names = c->family->names;
     moq_result code = llmi_prepare_norms(m, layer, names->feed_norm, names->feed_post, &l->feed_norm, &l->feed_post, err);
     if (code < 0) return code;
@@ -7254,6 +7295,44 @@ static void llmi_tell_unused(const llmi_model *m)
         llmi_tell(m, &finding);
         return;
     }
+}
+
+/* Is `tail`, a module under layers.N that ends with "norm", one that this family computes? */
+static int llmi_knows_norm(const llmi_config *c, const char *tail)
+{
+    static const char *const parts[] = {"q_norm", "k_norm", "q_a_layernorm", "kv_a_layernorm", "norm"};
+    static const uint32_t flags[] = {LLMI_QK_NORM, LLMI_QK_NORM, LLMI_LATENT, LLMI_LATENT, LLMI_NO_ROPE};
+    const llmi_names *n = c->family->names;
+    const char *const own[] = {n->mix_norm, n->feed_norm, n->mix_post, n->feed_post};
+    char name[LLMI_NAME_BYTES];
+    for (size_t i = 0; i < LLMI_COUNT(own); i++)
+        if (own[i] && strcmp(tail, own[i]) == 0) return 1;
+    for (size_t i = 0; i < LLMI_COUNT(parts); i++)
+        if ((c->family->flags & flags[i]) && strcmp(tail, llmi_join(name, n->mix, parts[i])) == 0) return 1;
+    return 0;
+}
+
+/* A norm that stands in a layer and is not computed means that model_type names another architecture than the weights have: everything else
+   may fit, and what came out would be wrong. */
+static moq_result llmi_check_norms(const llmi_model *m, moq_error *err)
+{
+    static const char end[] = "norm.weight";
+    char start[LLMI_NAME_BYTES], tail[LLMI_NAME_BYTES];
+    size_t n = strlen(llmi_name(m, start, 0, "")) - 2; /* "model.layers.0." without "0." */
+    for (size_t i = 0; i < moq_tensor_count(m->ck); i++) {
+        const char *name = moq_get_tensor(m->ck, i)->name, *at = name + n;
+        size_t bytes = strlen(name);
+        if (strncmp(name, start, n) != 0 || bytes < n + sizeof end || strcmp(name + bytes + 1 - sizeof end, end) != 0 || atol(at) >= m->c.layers) continue;
+        at += strspn(at, "0123456789");
+        bytes -= (size_t)(at - name) + 1 + strlen(".weight");
+        if (*at != '.' || bytes >= sizeof tail) continue;
+        memcpy(tail, at + 1, bytes);
+        tail[bytes] = 0;
+        if (!llmi_knows_norm(&m->c, tail))
+            return moq_fail(err, MOQ_E_UNSUPPORTED, name, "a '%s', which config.json says this is, has no such norm; the weights are of another "
+                            "architecture, or config.json is", m->c.family->model_type);
+    }
+    return MOQ_OK;
 }
 
 /* ---- KV cache ---- */
@@ -7523,7 +7602,8 @@ static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_b
         llmi_tell(m, &finding);
     }
     llmi_find_prefix(m);
-    if ((code = llmi_check_backend(m, err)) < 0) return code;
+    llmi_find_mixture(m);
+    if ((code = llmi_check_backend(m, err)) < 0 || (code = llmi_check_norms(m, err)) < 0) return code;
     return llmi_prepare_all(m, err);
 }
 

@@ -389,7 +389,8 @@ def build(folder, family, r, seed):
 
 def relative(moq, folder, length):
     """Relative rms, and the first position of each row that is clearly wrong."""
-    out = folder + "/out.safetensors"
+    out = folder + "/made/out.safetensors"  # moq writes over no file of a folder that it reads
+    os.makedirs(folder + "/made", exist_ok=True)
     r = subprocess.run([moq, "logits", folder, "--tokens", f"{folder}/ids{length}.json", "--out", out, "--backend", "cpu", "--act", "wide",
                         "--kv", "wide", "--threads", "1"], capture_output=True, text=True)
     if r.returncode:
