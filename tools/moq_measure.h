@@ -83,16 +83,21 @@ typedef struct layer {
     int count;
 } layer;
 
+/* In pages as the library asks for them. */
 static void *layer_memory(layer *w, size_t bytes)
 {
-    void *p = take(bytes + 8, 1);
+    void *p = moq_allocate(NULL, bytes + 8);
+    if (!p) {
+        drop_unfinished();
+        exit(refuse("out of memory (%zu bytes)", bytes));
+    }
     w->memory[w->count++] = p;
     return p;
 }
 
 static void free_layer(layer *w)
 {
-    for (int i = 0; i < w->count; i++) free(w->memory[i]);
+    for (int i = 0; i < w->count; i++) moq_release(NULL, w->memory[i], 0);
     memset(w, 0, sizeof *w);
 }
 
@@ -303,73 +308,78 @@ static double weight_at(const layer *w, int64_t r, int64_t c)
    >>bench           how fast layers and folders run
    ------------------------------------------------------------------------------------------------ */
 
+/* Memory that products read. */
+typedef struct span { const void *data; uint64_t bytes; } span;
+
 typedef struct reader {
-    const uint64_t *data;
-    size_t words; /* a multiple of 64 */
-    int passes, loop;
+    const span *at;                              /* [count] */
+    int count, first, turns, loop, part, threads; /* spans first, first + 1, ... in turn, of each the part-th of so many */
     uint64_t sum;
 } reader;
 
+enum { READ_LOOPS = 5, READ_THREADS = 256 };
+
+static uint64_t read_word(const char *p)
+{
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
 /* One of several plain read loops: `streams` cursors side by side, prefetching `ahead` bytes. */
-static uint64_t read_loop(const uint64_t *p, size_t words, size_t streams, size_t ahead)
+static uint64_t read_loop(const char *p, size_t bytes, size_t streams, size_t ahead)
 {
     uint64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-    size_t part = words / streams / 8 * 8;
-    for (size_t i = 0; i + 8 <= part; i += 8)
+    size_t part = bytes / streams / 64 * 64;
+    for (size_t i = 0; i < part; i += 64)
         for (size_t k = 0; k < streams; k++) {
-            const uint64_t *q = p + k * part + i;
+            const char *q = p + k * part + i;
 #if defined(__GNUC__)
-            if (ahead) __builtin_prefetch((const char *)q + ahead);
+            if (ahead) __builtin_prefetch(q + ahead);
 #endif
-            s0 += q[0]; s1 += q[1]; s2 += q[2]; s3 += q[3];
-            s4 += q[4]; s5 += q[5]; s6 += q[6]; s7 += q[7];
+            s0 += read_word(q); s1 += read_word(q + 8); s2 += read_word(q + 16); s3 += read_word(q + 24);
+            s4 += read_word(q + 32); s5 += read_word(q + 40); s6 += read_word(q + 48); s7 += read_word(q + 56);
         }
     return s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7;
 }
 
 static void *read_worker(void *user)
 {
-    static const size_t streams[] = {1, 1, 4, 4, 8}, ahead[] = {0, 1024, 0, 512, 0};
+    static const size_t streams[READ_LOOPS] = {1, 1, 4, 4, 8}, ahead[READ_LOOPS] = {0, 1024, 0, 512, 0};
     reader *r = (reader *)user;
-    for (int i = 0; i < r->passes; i++) r->sum += read_loop(r->data, r->words, streams[r->loop], ahead[r->loop]);
+    for (int i = 0; i < r->turns; i++) {
+        const span *s = &r->at[(r->first + i) % r->count];
+        if (s->bytes == 0) continue;
+        size_t part = (size_t)(s->bytes / (uint64_t)r->threads / 64 * 64), from = part * (size_t)r->part;
+        r->sum += read_loop((const char *)s->data + from, r->part == r->threads - 1 ? (size_t)s->bytes - from : part, streams[r->loop], ahead[r->loop]);
+    }
     return NULL;
 }
 
-/* Seconds that the fastest plain read of `bytes` takes with `threads` threads, while it goes through `copies` times as many. */
-static double read_seconds(uint64_t bytes, int copies, int threads)
+/* Seconds of one plain read of `turns` spans from `first` on, with all threads. */
+static double read_spans(const span *at, int count, int first, int turns, int loop, int threads)
 {
-    enum { LOOPS = 5, MOST = 256 };
-    pthread_t id[MOST];
-    reader r[MOST];
-    size_t words = (size_t)bytes * (size_t)copies / 8 / 64 * 64 + 64, part;
-    uint64_t *data = (uint64_t *)take(words, 8), state = 1;
-    double best = 0;
-    int passes = 1 + (int)(2e8 / (double)words / 8);
-    if (threads > MOST) threads = MOST;
-    fill_random(data, words * 8, &state);
-    part = words / (size_t)threads / 64 * 64;
-    for (int run = 0; run < 3 * LOOPS; run++) {
-        double start, seconds;
-        for (int i = 0; i < threads; i++) {
-            r[i].data = data + (size_t)i * part;
-            r[i].words = i == threads - 1 ? words - (size_t)i * part : part;
-            r[i].passes = passes;
-            r[i].loop = run % LOOPS;
-            r[i].sum = 0;
-        }
-        start = moq_seconds();
-        for (int i = 1; i < threads; i++)
-            if (pthread_create(&id[i], NULL, read_worker, &r[i]) != 0) { read_worker(&r[i]); id[i] = pthread_self(); }
-        read_worker(&r[0]);
-        for (int i = 1; i < threads; i++)
-            if (!pthread_equal(id[i], pthread_self())) pthread_join(id[i], NULL);
-        seconds = (moq_seconds() - start) / passes;
-        for (int i = 0; i < threads; i++) state += r[i].sum; /* the sums are used, so the loops stay */
-        if (run == 0 || seconds < best) best = seconds;
+    pthread_t id[READ_THREADS];
+    reader r[READ_THREADS];
+    double start = moq_seconds();
+    uint64_t sum = 0;
+    if (threads > READ_THREADS) threads = READ_THREADS;
+    for (int i = threads - 1; i >= 0; i--) {
+        r[i].at = at;
+        r[i].count = count;
+        r[i].first = first;
+        r[i].turns = turns;
+        r[i].loop = loop;
+        r[i].part = i;
+        r[i].threads = threads;
+        r[i].sum = 0;
+        if (i == 0 || pthread_create(&id[i], NULL, read_worker, &r[i]) != 0) { read_worker(&r[i]); id[i] = pthread_self(); }
     }
-    if (state == 0) best += 1e-12;
-    free(data);
-    return best / copies;
+    for (int i = 1; i < threads; i++)
+        if (!pthread_equal(id[i], pthread_self())) pthread_join(id[i], NULL);
+    start = moq_seconds() - start;
+    for (int i = 0; i < threads; i++) sum += r[i].sum; /* the sums are used, so the loops stay */
+    return sum == 1 ? start + 1e-12 : start;
 }
 
 /* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
@@ -513,6 +523,12 @@ static int compare_doubles(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+static double median(double *sample, int n)
+{
+    qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
+    return sample[n / 2];
+}
+
 /* The same as time_linear where a device records calls: a launch costs what it costs in a decoder, and nobody waits for the host. */
 static double time_recorded(moq_backend *be, moq_weight *const *w, int count, const void *x, int32_t rows, void *y)
 {
@@ -539,31 +555,48 @@ static double time_recorded(moq_backend *be, moq_weight *const *w, int count, co
     }
     be->release_graph(be, g);
     if (n == 0) { refuse("stopped"); return -1; }
-    qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
-    return sample[n / 2];
+    return median(sample, n);
 }
 
-/* Median seconds of one call over at least 0.25 s, with each of some weights in turn. Negative after an error line. */
-static double time_linear(moq_backend *be, moq_weight *const *w, int count, const void *x, int32_t rows, void *y)
+/* What a bench compares. Rounds of products with some weights in turn, and of plain reads of as many of the same bytes by every loop: both are medians of
+   the rounds' means, the read's of the loop that is fastest by that. */
+typedef struct rounds {
+    const span *read; /* [each * count]; NULL: nothing to read */
+    int each, threads;
+    double plain;     /* seconds of a read of what one product reads; 0: unknown */
+} rounds;
+
+/* Seconds of one call over at least 0.4 s with what is read between. Negative after an error line. */
+static double time_linear(moq_backend *be, moq_weight *const *w, int count, const void *x, int32_t rows, void *y, rounds *r)
 {
-    double sample[400], start = moq_seconds(), last = start;
-    int n = 0;
+    enum { ROUNDS = 64 };
+    double sample[ROUNDS], plain[READ_LOOPS][ROUNDS], start, begun;
+    int n = 0, turns, at = 0;
     moq_error err;
     if (be->capture_begin && be->capture_end && be->replay && be->release_graph) return time_recorded(be, w, count, x, rows, y);
     be->linear(be, w[count - 1], x, rows, y);
     if (be->sync(be, &err) != MOQ_OK) { refuse_error(NULL, &err); return -1; }
-    last = moq_seconds();
-    while (n < COUNT(sample) && (n < 5 || last - start < 0.25) && !stop_requested) {
-        double now;
-        be->linear(be, w[n % count], x, rows, y);
+    begun = start = moq_seconds();
+    be->linear(be, w[at++ % count], x, rows, y);
+    be->sync(be, NULL);
+    turns = 1 + (int)(0.004 / (moq_seconds() - start + 1e-7)); /* long beside the start of threads */
+    while (n < ROUNDS && (n < 5 || moq_seconds() - begun < 0.4) && !stop_requested) {
+        be->linear(be, w[at++ % count], x, rows, y); /* wakes threads */
         be->sync(be, NULL);
-        now = moq_seconds();
-        sample[n++] = now - last;
-        last = now;
+        start = moq_seconds();
+        for (int i = 0; i < turns; i++) be->linear(be, w[at++ % count], x, rows, y);
+        be->sync(be, NULL);
+        sample[n] = (moq_seconds() - start) / turns;
+        for (int i = 0; i < READ_LOOPS && r->read; i++, at += turns)
+            plain[i][n] = read_spans(r->read, r->each * count, r->each * (at % count), r->each * turns, i, r->threads) / turns;
+        n++;
     }
     if (n == 0) { refuse("stopped"); return -1; }
-    qsort(sample, (size_t)n, sizeof *sample, compare_doubles);
-    return sample[n / 2];
+    for (int i = 0; i < READ_LOOPS && r->read; i++) {
+        double seconds = median(plain[i], n);
+        if (i == 0 || seconds < r->plain) r->plain = seconds;
+    }
+    return median(sample, n);
 }
 
 typedef struct bench {
@@ -635,6 +668,14 @@ static void bench_report(bench *b, const layer *w, int copies, int32_t m, double
     json_close(&b->j, '}');
 }
 
+static span span_of(const moq_view *v)
+{
+    span s;
+    s.data = v->data;
+    s.bytes = v->count * (uint64_t)moq_dtype_bits(v->dtype) / 8;
+    return s;
+}
+
 /* One kind and shape: a line for every m. */
 static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t cols)
 {
@@ -644,25 +685,30 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     moq_weight **prepared;
     char kernel[200] = "";
     int32_t most = b->m[0];
-    double plain;
+    rounds r = {NULL, 3, b->threads, 0};
+    span *read;
     float *host;
     void *x = NULL, *y = NULL;
     int bad = 0, copies;
     make_layer(&w, kind, rows, cols, 0, 1);
     copies = copies_of(b->o, b->gpu, w.bytes);
-    /* Layers, as they are prepared, and what the plain read goes through. On a GPU the last two lie in its own memory, of which nothing is known
-       here: prepare_linear says when it is used up. */
+    /* Layers, and as they are prepared. On a GPU these lie in its own memory, of which nothing is known here: prepare_linear says when it is used up. */
     if (machine_memory() && w.bytes * (uint64_t)copies > machine_memory() / 3) {
         bad = refuse("--copies: %d of %" PRIu64 " bytes%s; take at most %" PRIu64, copies, w.bytes,
-                     b->gpu >= 0 ? " take more than a third of the host's memory" : ", and as much again to read, do not fit into memory",
+                     b->gpu >= 0 ? " take more than a third of the host's memory" : ", and as much again prepared, do not fit into memory",
                      machine_memory() / 3 / w.bytes);
         free_layer(&w);
         return bad;
     }
     copy = (layer *)take((size_t)copies, sizeof *copy);
     prepared = (moq_weight **)take((size_t)copies, sizeof *prepared);
+    read = (span *)take((size_t)copies * 3, sizeof *read);
+    if (b->gpu < 0) r.read = read;
     for (int i = 0; i < copies && !bad; i++) {
         make_layer(&copy[i], kind, rows, cols, 0, (uint64_t)i + 2);
+        read[3 * i] = span_of(&copy[i].l.codes);
+        read[3 * i + 1] = span_of(&copy[i].l.scales);
+        read[3 * i + 2] = span_of(&copy[i].l.zeros);
         prepared[i] = be->prepare_linear(be, &copy[i].l, 1, &err);
         if (!prepared[i]) bad = refuse_error(NULL, &err);
     }
@@ -675,14 +721,15 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     y = x ? be->alloc(be, (size_t)most * (size_t)rows * (size_t)moq_dtype_bits(be->act) / 8, &err) : NULL;
     if (!bad && (!y || be->reserve(be, most, &err) != MOQ_OK)) bad = refuse_error(NULL, &err);
     if (!bad) be->upload_act(be, x, host, (size_t)most * (size_t)cols);
-    plain = bad ? 0 : b->gpu >= 0 ? moq_gpu_read_seconds(b->gpu, w.bytes, copies) : read_seconds(w.bytes, copies, b->threads);
+    if (!bad && b->gpu >= 0) r.plain = moq_gpu_read_seconds(b->gpu, w.bytes, copies);
     for (int i = 0; i < b->m_count && !bad && !stop_requested; i++) {
-        double seconds = time_linear(be, prepared, copies, x, b->m[i], y), blas = b->gpu >= 0 ? moq_gpu_blas_seconds(b->gpu, rows, cols, b->m[i]) : 0;
+        double seconds = time_linear(be, prepared, copies, x, b->m[i], y, &r), blas = b->gpu >= 0 ? moq_gpu_blas_seconds(b->gpu, rows, cols, b->m[i]) : 0;
         if (seconds < 0) bad = 2;
-        else bench_report(b, &w, copies, b->m[i], seconds, plain, peak_rate(peak_kind(be, prepared[0], b->m[i], kernel), kernel, b->threads), blas, kernel);
+        else bench_report(b, &w, copies, b->m[i], seconds, r.plain, peak_rate(peak_kind(be, prepared[0], b->m[i], kernel), kernel, b->threads), blas, kernel);
     }
     if (y) be->release(be, y);
     if (x) be->release(be, x);
+    free(read);
     for (int i = 0; i < copies; i++) {
         if (prepared[i]) be->release_weight(be, prepared[i]);
         free_layer(&copy[i]);
@@ -719,19 +766,51 @@ static double folder_peak(const bench *b, const engine *e, int32_t rows)
     return rate;
 }
 
-/* Seconds of `prompt` tokens at once and of `steps` tokens one by one, each with its logits: the best of three. */
-static moq_result time_folder(const engine *e, const int32_t *ids, int32_t prompt, int32_t steps, float *logits, double best[2], moq_error *err)
+/* Tensors of a folder up to a GB, for plain reads of the memory that its products read -> their number and bytes. */
+static int folder_spans(const engine *e, span **read, uint64_t *bytes)
+{
+    int n = 0;
+    *read = (span *)take(moq_tensor_count(e->ck), sizeof **read);
+    *bytes = 0;
+    for (size_t i = 0; i < moq_tensor_count(e->ck) && n < 100000 && *bytes < (uint64_t)1 << 30; i++) {
+        const moq_tensor *t = moq_get_tensor(e->ck, i);
+        if (t->bytes < 4096) continue;
+        (*read)[n].data = t->data;
+        (*read)[n++].bytes = t->bytes;
+        *bytes += t->bytes;
+    }
+    return n;
+}
+
+enum { FOLDER_RUNS = 3 };
+
+/* Seconds of each run; plain: of a read of as many bytes as a token takes, by every loop after each of them. */
+typedef struct folder_times {
+    double prompt[FOLDER_RUNS], step[FOLDER_RUNS], plain[READ_LOOPS][FOLDER_RUNS];
+    int runs, read;
+} folder_times;
+
+/* `prompt` tokens at once and `steps` tokens one by one, each with its logits, and plain reads between. */
+static moq_result time_folder(const bench *b, const engine *e, const int32_t *ids, int32_t prompt, int32_t steps, float *logits, folder_times *f,
+                              moq_error *err)
 {
     moq_result r = MOQ_OK;
-    for (int run = 0; run < 3 && r == MOQ_OK && !stop_requested; run++) {
-        double start = moq_seconds(), middle, end;
+    span *read;
+    uint64_t bytes;
+    int count = folder_spans(e, &read, &bytes), passes = bytes ? (int)(100000000 / bytes) + 1 : 0;
+    f->read = strcmp(b->be->name, "cpu") == 0 && count > 0;
+    for (f->runs = 0; f->runs < FOLDER_RUNS && !stop_requested; f->runs++) {
+        double start = moq_seconds(), middle;
         r = llm_forward(e->m, 0, ids, prompt, 0, NULL, logits, err);
         middle = moq_seconds();
         for (int32_t i = 0; i < steps && r == MOQ_OK; i++) r = llm_forward(e->m, 0, ids + i, 1, i, NULL, logits, err);
-        end = moq_seconds();
-        if (run == 0 || middle - start < best[0]) best[0] = middle - start;
-        if (run == 0 || end - middle < best[1]) best[1] = end - middle;
+        if (r != MOQ_OK) break;
+        f->prompt[f->runs] = middle - start;
+        f->step[f->runs] = (moq_seconds() - middle) / steps;
+        for (int i = 0; i < READ_LOOPS && f->read; i++)
+            f->plain[i][f->runs] = read_spans(read, count, 0, count * passes, i, b->threads) / passes / (double)bytes * (double)e->info->token_bytes;
     }
+    free(read);
     return r;
 }
 
@@ -742,20 +821,25 @@ static int bench_folder(bench *b, engine *e)
     moq_error err;
     const llm_info *info = e->info;
     int32_t ids[PROMPT], n = info->context < PROMPT ? info->context : PROMPT, steps = n < STEPS ? n : STEPS;
-    double best[2] = {0, 0}, peak, plain = 0, products;
+    double peak, plain = 0, products;
+    folder_times f;
     float *logits = (float *)take((size_t)info->vocab, sizeof *logits);
     moq_result r;
     for (int32_t i = 0; i < n; i++) ids[i] = (int32_t)((i * 7919 + 13) % info->vocab);
-    r = time_folder(e, ids, n, steps, logits, best, &err);
+    r = time_folder(b, e, ids, n, steps, logits, &f, &err);
     free(logits);
     if (r != MOQ_OK) return refuse_error(e->path, &err);
-    b->prompt_rate = n / best[0];
-    b->generation_rate = steps / best[1];
+    if (f.runs == 0) return refuse("stopped");
+    b->prompt_rate = n / median(f.prompt, f.runs);
+    b->generation_rate = 1 / median(f.step, f.runs);
     peak = folder_peak(b, e, n);
     /* the output layer runs for the last token of the prompt only */
     products = (double)info->token_products - (double)info->vocab * info->hidden * (n - 1) / n;
     if (peak > 0) b->prompt_peak = b->prompt_rate * 2 * products / peak;
-    if (strcmp(b->be->name, "cpu") == 0) plain = read_seconds(info->token_bytes, 1, b->threads);
+    for (int i = 0; i < READ_LOOPS && f.read; i++) {
+        double seconds = median(f.plain[i], f.runs);
+        if (i == 0 || seconds < plain) plain = seconds;
+    }
     if (b->gpu >= 0) plain = moq_gpu_read_seconds(b->gpu, info->token_bytes, copies_of(b->o, b->gpu, info->token_bytes));
     b->read_ratio = plain * b->generation_rate;
     if (b->o->json) return 0;
@@ -857,6 +941,7 @@ static int run_bench(bench *b, engine *e)
                     (double)cache_bytes(b->gpu) / 1048576);
     else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
                     "moq: same instruction (FMA, VNNI or AMX) alone in registers; copies: layers used in turn, and read in turn\n"
+                    "moq: between products, in the same memory; both are medians of rounds, the read of its fastest loop\n"
                     "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads,
                     (double)cache_bytes(-1) / 1048576);
     if (layers) bad = bench_layers(b);
