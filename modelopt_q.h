@@ -6368,7 +6368,8 @@ static int moqi_rules_prefix(const moqi_rules *s, const char *name, size_t bytes
 /* Last part of a module name that is a table, not a linear layer: class targets tell them apart. */
 static int moqi_is_embedding(const char *name, size_t bytes)
 {
-    static const char *const parts[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "tok_embeddings", "embed_in", "wte", "wpe"};
+    static const char *const parts[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "tok_embeddings", "embed_in", "wte", "wpe",
+                                        "embed_positions", "position_embeddings"};
     size_t from = bytes;
     while (from > 0 && name[from - 1] != '.') from--;
     for (size_t i = 0; i < MOQI_COUNT(parts); i++)
@@ -20361,15 +20362,15 @@ static int moqi_patterns_used(const moqi_patterns *s, size_t at)
    router or a layer that the model does not run. */
 static void moqi_choose_recipe(moqi_plan *p, moqi_target *t)
 {
-    static const char *const tables[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "position_embeddings"};
     char quantizer[MOQ_MAX_NAME_BYTES + 32];
     size_t rule = moqi_patterns_match(&p->rules, t->name), named = rule != SIZE_MAX;
     t->recipe = named ? moq_find_recipe(p->desc->rules[rule].recipe) : p->recipe;
-    t->embedding = (uint8_t)moqi_is_one_of(moqi_last_part(t->name), tables, MOQI_COUNT(tables));
+    t->embedding = (uint8_t)moqi_is_embedding(t->name, strlen(t->name));
     if (moqi_patterns_match(&p->exclude, t->name) != SIZE_MAX) t->recipe = NULL;
     if (t->recipe && (t->embedding || moqi_is_router(p, t->name) || moqi_is_extra_layer(p, t->name))) t->recipe = NULL;
     if (!t->recipe || named) return;
-    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", t->name);
+    /* GPT-NeoX writes another name for what ModelOpt knows as lm_head */
+    moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", strcmp(t->name, "embed_out") == 0 ? "lm_head" : t->name);
     if (!moqi_recipe_covers(t->recipe, quantizer)) t->recipe = NULL;
 }
 
@@ -28422,10 +28423,9 @@ static const char *const moqi_auto_off[] = {
 
 static int moqi_auto_covers(const moqi_auto *x, const char *name)
 {
-    static const char *const tables[] = {"embed_tokens", "embeddings", "embedding", "word_embeddings", "wte", "wpe", "position_embeddings"};
     char quantizer[MOQ_MAX_NAME_BYTES + 32];
     moqi_format(quantizer, sizeof quantizer, "%s.weight_quantizer", name);
-    return !moqi_is_one_of(moqi_last_part(name), tables, MOQI_COUNT(tables)) && !moqi_is_router(&x->plan, name) && !moqi_is_extra_layer(&x->plan, name) &&
+    return !moqi_is_embedding(name, strlen(name)) && !moqi_is_router(&x->plan, name) && !moqi_is_extra_layer(&x->plan, name) &&
            !moqi_any_glob(moqi_auto_off, MOQI_COUNT(moqi_auto_off), quantizer);
 }
 
