@@ -5619,6 +5619,9 @@ static moq_result llmi_read_rope(const llmi_keys *k, llmi_config *c)
     moq_result code;
     if (c->family->flags & LLMI_NO_ROPE) return MOQ_OK;
     if (!spec) spec = llmi_key(k, "rope_scaling");
+    /* its published folders all stretch their context, and transformers does so where a folder is silent; null is said */
+    if (!spec && (c->family->flags & LLMI_CLAMPED) && !moq_json_find(k->text, "rope_scaling") && !moq_json_find(k->text, "rope_parameters"))
+        return llmi_bad_key(k, MOQ_E_CONFIG, "rope_scaling", NULL, "an object, or null for none");
     if (spec && spec->type != MOQ_JSON_OBJECT) return llmi_bad_key(k, MOQ_E_CONFIG, "rope_parameters", spec, "an object or null");
     for (const moq_json *e = moq_json_first(spec); e; e = moq_json_next(spec, e)) {
         if (e->type != MOQ_JSON_OBJECT) continue;

@@ -394,7 +394,7 @@ static void test_llm_windows(void)
         {"gemma3_text", "\"sliding_window\": 8, \"sliding_window_pattern\": 3", {8, 8, 0, 8}},
         {"gemma3_text", "\"sliding_window\": 8, \"_sliding_window_pattern\": 4, \"layer_types\": [\"full_attention\", \"sliding_attention\","
                         " \"full_attention\", \"sliding_attention\"]", {0, 8, 0, 8}},
-        {"gpt_oss", "\"sliding_window\": 8, \"num_local_experts\": 0", {8, 0, 8, 0}}};
+        {"gpt_oss", "\"sliding_window\": 8, \"num_local_experts\": 0, \"rope_scaling\": null", {8, 0, 8, 0}}};
     for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
         char text[1024];
         llmi_config c;
@@ -725,8 +725,9 @@ static void test_llm_family_refusals(void)
         {"gemma3_text", "\"rope_parameters\": {\"full_attention\": {\"rope_type\": \"default\"}}", "rope_parameters"},
         {"gemma3_text", "\"rope_local_base_freq\": -1", "rope_theta"},
         {"llama", "\"rope_parameters\": {\"full_attention\": {\"rope_type\": \"default\"}}", "rope_parameters"},
-        {"gpt_oss", "\"num_local_experts\": 4, \"num_experts_per_tok\": 2, \"swiglu_limit\": 0", "swiglu_limit"},
-        {"gpt_oss", "\"num_experts_per_tok\": 2", "num_local_experts"},
+        {"gpt_oss", "\"num_local_experts\": 4, \"num_experts_per_tok\": 2, \"rope_scaling\": null, \"swiglu_limit\": 0", "swiglu_limit"},
+        {"gpt_oss", "\"num_experts_per_tok\": 2, \"rope_scaling\": null", "num_local_experts"},
+        {"gpt_oss", "\"num_local_experts\": 4, \"num_experts_per_tok\": 2", "rope_scaling"}, /* its own is a stretched one */
         {"deepseek_v3", ROUTED, "kv_lora_rank"},
         {"deepseek_v3", LATENT, "n_routed_experts"},
         {"deepseek_v3", LATENT ", " ROUTED ", \"n_group\": 3", "n_group"},
