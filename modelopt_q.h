@@ -15876,9 +15876,10 @@ typedef struct moqi_amx_block {
     int64_t row, rows, col, n, unit;
     int64_t wide;             /* columns of a panel, up to 512 */
     const uint32_t *data;     /* panels of 32 rows, those of the same rows one after the other */
-    const float *x, *mul;     /* mul: [rows] */
+    int64_t first, all;       /* rows of the task above these, and all of them */
+    const float *x, *mul;     /* mul: [all] */
     int64_t ldx, m;
-    float *y, *sums;          /* sums: [rows / 32][m / 32][2 tiles of x][2 of weights][16][16] */
+    float *y, *sums;          /* [m][all]; sums: [all / 32][m / 32][2 tiles of x][2 of weights][16][16] */
     int64_t ldy;
     moqi_amx_ask ask;
 } moqi_amx_block;
@@ -15890,6 +15891,7 @@ typedef struct moqi_amx_block {
         moqi_amx_ask_more(&k->ask); \
         for (int i = 0; i < lines; i++, nx += 16) __builtin_prefetch(nx, 0, 2); \
         for (int i = 0; i < backs; i++, ns += 16) __builtin_prefetch(ns, 0, 3); \
+        for (int i = 0; i < outs; i++, ny += k->ldy) { __builtin_prefetch(ny, 0, 2); __builtin_prefetch(ny + 16, 0, 2); } \
         __asm__ volatile("tileloaddt1 (%0,%4,1), %%tmm4\n\ttileloadd (%2,%5,1), %%tmm6\n\t" op " %%tmm6, %%tmm4, %%tmm0\n\t" \
                          "tileloadd (%3,%5,1), %%tmm7\n\t" op " %%tmm7, %%tmm4, %%tmm1\n\ttileloaddt1 (%1,%4,1), %%tmm5\n\t" \
                          op " %%tmm6, %%tmm5, %%tmm2\n\t" op " %%tmm7, %%tmm5, %%tmm3" \
@@ -15903,19 +15905,21 @@ typedef struct moqi_amx_block {
                          : : "r"(xa), "r"(d), "r"(d + 16), "r"(ldx), "r"(ldw) : "memory"); }
 
 /* Rows [r, r + 32) and words [at, at + n) of a block times rows [j, j + 32) of x. Sums stay in tiles, and from words to words in memory of their own:
-   rows of y lie too far apart to be added to. With many rows of x, each of these products asks for a share of the next words of x, and for the sums
-   of the next product. */
+   rows of y lie too far apart to be added to. With many rows of x, each of these products asks for a share of the next words of x, for the sums
+   of the next product, and the last for its part of y. */
 static void moqi_amx_product(moqi_amx_block *k, int64_t r, int64_t j, int64_t at, int64_t n)
 {
     const int64_t ldx = 64, ldw = MOQI_PANEL_ROWS * 4, ldc = 64, first = k->col / k->unit + at, steps = moqi_ceil_div(n, 16);
-    const int64_t down = moqi_ceil_div(k->m, 32), product = r / MOQI_PANEL_ROWS * down + j / 32;
-    const int two = k->m - j > 16, many = k->m > MOQI_WAY_MANY;
-    int64_t sa, sb, at16 = first / 16, next = (first + n) * k->unit < k->p->layer.cols ? at16 + steps : 0;
-    const int lines = many ? (int)moqi_ceil_div(k->m, moqi_ceil_div(k->rows, MOQI_PANEL_ROWS) * down) : 0, backs = many ? (int)moqi_ceil_div(64, steps) : 0;
+    const int64_t down = moqi_ceil_div(k->m, 32), product = (k->first + r) / MOQI_PANEL_ROWS * down + j / 32;
+    const int two = k->m - j > 16, many = k->m > MOQI_WAY_MANY, last = (first + n) * k->unit >= k->p->layer.cols;
+    int64_t sa, sb, at16 = first / 16, next = last ? 0 : at16 + steps;
+    const int lines = many ? (int)moqi_ceil_div(k->m, moqi_ceil_div(k->all, MOQI_PANEL_ROWS) * down) : 0, backs = many ? (int)moqi_ceil_div(64, steps) : 0;
+    const int outs = many && last && k->m - j >= 32 ? (int)moqi_ceil_div(32, steps) : 0;
     const float *xa = k->x + moqi_tile_place(j, k->m, k->ldx, &sa), *xb = k->x + moqi_tile_place(two ? j + 16 : j, k->m, k->ldx, &sb);
     const float *nx = k->x + next * sa + product * steps * lines * 16;
     const uint32_t *d = k->data + r * (moqi_ceil_div(k->n, k->wide) * k->wide / k->unit) + at * MOQI_PANEL_ROWS;
     float *sums = k->sums + product * 1024, *ns = sums + 1024;
+    const float *ny = k->y + j * k->ldy + k->first + r;
     xa += at16 * sa;
     xb += at16 * sb;
     if (first == 0) __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
@@ -15938,8 +15942,8 @@ MOQI_AVX512 static void moqi_amx_finish(const moqi_amx_block *k)
         const float *sums = k->sums + t / 32 * 1024 + t % 32 / 16 * 512 + t % 16 * 16;
         const int64_t place = moqi_tile_place(t, k->m, k->ldx, &step);
         const __m512 by = _mm512_set1_ps(k->x[place + (k->p->layer.cols + 127) / 128 * (8 / k->unit) * step]); /* behind the codes */
-        for (int64_t r = 0; r < k->rows; r += 16) {
-            const __mmask16 some = (__mmask16)(k->rows - r >= 16 ? 0xffff : (1 << (k->rows - r)) - 1);
+        for (int64_t r = 0; r < k->all; r += 16) {
+            const __mmask16 some = (__mmask16)(k->all - r >= 16 ? 0xffff : (1 << (k->all - r)) - 1);
             __m512 v = _mm512_loadu_ps(sums + r / 32 * count * 1024 + r % 32 / 16 * 256);
             v = k->unit == 4 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by) : _mm512_scalef_ps(v, by);
             v = _mm512_fmadd_ps(v, _mm512_loadu_ps(k->mul + r), bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps());
@@ -15963,7 +15967,6 @@ static void moqi_amx_products(moqi_amx_block *k)
                 moqi_amx_product(k, r, j, at, moqi_min(most, words - at));
             }
     __asm__ volatile("tilerelease" : : : "memory");
-    if (k->col + k->n >= k->p->layer.cols) moqi_amx_finish(k);
 }
 
 /* Decodes a block of weights, panel by panel, into `data`; mul gets the factors of its rows. */
@@ -16008,8 +16011,8 @@ static void moqi_amx_want(moqi_amx_block *k, int64_t row, int64_t col, int64_t s
     q->each = moqi_ceil_div(k->rows * q->lines, steps);
 }
 
-/* Weights are turned in blocks of 256 KB: few rows and all columns for few rows of x, whose sums then never leave the tiles; many rows and few
-   columns for many, so that this part of x stays in the second-level cache and weights are decoded once. */
+/* Weights are turned in blocks of 256 KB: few rows and all columns for few rows of x, whose sums then never leave the tiles; for many a panel at a time
+   of few columns, so that it meets all rows of x out of the first-level cache, and this part of x stays in the second. */
 static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
                               int64_t ldy, float *scratch)
 {
@@ -16019,7 +16022,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     int64_t words = MOQI_TILE_COLS / 2, most = moqi_min(m, MOQI_WAY_TOKENS);
     while (words < 2048 && words * way->unit < p->layer.cols && 4 * words * most <= MOQI_AMX_X) words *= 2;
     if (most > MOQI_WAY_MANY && moqi_pairs_bits(p) > 0 && p->shift <= 7) words = MOQI_AMX_FEW; /* of 384 columns, whole groups */
-    const int64_t step = words * way->unit, down = MOQI_AMX_WEIGHTS / 2 / words / MOQI_PANEL_ROWS * MOQI_PANEL_ROWS;
+    const int64_t step = words * way->unit, down = most > MOQI_WAY_MANY ? MOQI_PANEL_ROWS : MOQI_AMX_WEIGHTS / 2 / words / MOQI_PANEL_ROWS * MOQI_PANEL_ROWS;
     k.p = p;
     k.unit = way->unit;
     k.data = data;
@@ -16027,22 +16030,26 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     k.wide = moqi_min(MOQI_TILE_COLS, step);
     k.ldx = ldx;
     k.ldy = ldy;
-    for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS)
+    k.all = rows;
+    k.sums = (float *)(void *)(data + MOQI_AMX_WEIGHTS / 2);
+    for (int64_t j = 0; j < m; j += MOQI_WAY_TOKENS) {
+        k.x = x + j * ldx;
+        k.m = moqi_min(MOQI_WAY_TOKENS, m - j);
+        k.y = y + j * ldy;
         for (k.col = 0; k.col < p->layer.cols; k.col += step)
-            for (int64_t first = 0; first < rows; first += down) {
-                k.row = row + first;
-                k.rows = moqi_min(down, rows - first);
+            for (k.first = 0; k.first < rows; k.first += down) {
+                k.row = row + k.first;
+                k.rows = moqi_min(down, rows - k.first);
                 k.n = moqi_min(step, p->layer.cols - k.col);
-                k.x = x + j * ldx;
-                k.m = moqi_min(MOQI_WAY_TOKENS, m - j);
-                k.y = y + j * ldy + first;
-                k.sums = (float *)(void *)(data + MOQI_AMX_WEIGHTS / 2) + first * ((k.m + 31) / 32 * 32);
-                if (first + down < rows) moqi_amx_want(&k, k.row + down, k.col, step);
+                if (k.first + down < rows) moqi_amx_want(&k, k.row + down, k.col, step);
                 else if (k.col + step < p->layer.cols) moqi_amx_want(&k, row, k.col + step, step);
                 else moqi_amx_want(&k, row + rows, 0, step); /* of the next task */
-                moqi_amx_turn(way, &k, data, mul, scratch);
+                moqi_amx_turn(way, &k, data, mul + k.first, scratch);
                 moqi_amx_products(&k);
             }
+        k.row = row;
+        moqi_amx_finish(&k);
+    }
 }
 
 /* Measured: to 128 rows of x the strips below take less time. */
