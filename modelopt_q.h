@@ -16060,9 +16060,9 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moq
 
 /* ---- strips: E2M1 with E4M3 scales of 16 columns ----
    For few rows of x. 16 rows of weights meet 64 rows of x in four tiles of sums, which stay there along all columns; beside the products of 128 columns the
-   next 128 are decoded, into a place so small that the first-level cache keeps it. Only x comes from the second. Loads that lie in a page where a store
-   under way does would wait for it; so a tile of weights lies in its page a quarter before the tiles of x that it meets: each step stores where the loads
-   of three steps later read. */
+   next 128 are decoded, into a place so small that the first-level cache keeps it. Only x comes from the second, and is loaded past the first. Loads that
+   lie in a page where a store under way does would wait for it; so a tile of weights lies in its page a quarter before the tiles of x that it meets: each
+   step stores where the loads of three steps later read. */
 #ifdef MOQI_AMX_F16
 enum {
     MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
@@ -16122,7 +16122,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t n,
 #define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, next->n, to, q, i, values);
 #define MOQI_STRIP_W(w) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" w : : "r"(d), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_TIMES(w, x, acc, from) \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc : : "r"(from), "r"((int64_t)64) : "memory");
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc : : "r"(from), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_NEXT d += 256; xa += sa; xb += sb; xc += sc; xd += sd;
 #define MOQI_STRIP_1(q, w, x0) \
     MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
