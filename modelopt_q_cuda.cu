@@ -936,9 +936,6 @@ static void moqc_lay(moqc_part *p, int piece, int64_t count, int64_t size)
     *bytes += (size_t)moqk_pad(count * size, 256);
 }
 
-/* Kernels and layouts of a part; defined with the table. */
-static void moqc_choose_kernels(const moqc_ctx *c, moqc_part *p, int grouped);
-
 /* Everything about a part that is known from its description. 0: out of host memory. */
 static int moqc_plan_part(moqc_ctx *c, const moq_linear *w, moqc_part *p)
 {
@@ -5160,8 +5157,8 @@ static const moqc_kernel moqc_kernels[] = {
 };
 enum { MOQC_KERNELS = sizeof moqc_kernels / sizeof moqc_kernels[0] };
 
-/* A kernel that was asked for by name stands for its rows of x; what it does not take gets the reference ones. */
-static const moqc_kernel *moqc_choose(const moqc_ctx *c, const moqk_part *p, int regime, int grouped)
+/* A kernel that was asked for by name stands for its rows of x; what it does not take gets the reference ones, as does `any`thing that asks for them. */
+static const moqc_kernel *moqc_choose(const moqc_ctx *c, const moqk_part *p, int regime, int grouped, int any)
 {
     moqc_shape s;
     int32_t least = regime ? moqc_regime_rows[regime - 1] + 1 : 1, most = moqc_regime_rows[regime];
@@ -5176,19 +5173,19 @@ static const moqc_kernel *moqc_choose(const moqc_ctx *c, const moqk_part *p, int
     for (int i = 0; i < MOQC_KERNELS; i++) {
         const moqc_kernel *k = &moqc_kernels[i];
         int reference = strncmp(k->name, "reference", 9) == 0,
-            wanted = strcmp(c->kernel, "auto") == 0 || reference || strcmp(c->kernel, k->name) == 0;
+            wanted = reference || (!any && (strcmp(c->kernel, "auto") == 0 || strcmp(c->kernel, k->name) == 0));
         if (wanted && k->min_rows <= least && k->max_rows >= most && k->fits(&s)) return k;
     }
     return &moqc_kernels[MOQC_KERNELS - 1];
 }
 
 /* Kernels of all regimes, and room for the layouts that they read. Tables of words are also read row by row, so they keep the row-major form. */
-static void moqc_choose_kernels(const moqc_ctx *c, moqc_part *p, int grouped)
+static void moqc_choose_kernels(const moqc_ctx *c, moqc_part *p, int grouped, int any)
 {
     int used[MOQC_LAYOUTS] = {0};
     p->keep = p->layer.name && strstr(p->layer.name, "embed") != NULL;
     for (int i = 0; i < MOQC_REGIMES; i++) {
-        p->kernel[i] = moqc_choose(c, &p->d, i, grouped);
+        p->kernel[i] = moqc_choose(c, &p->d, i, grouped, any);
         used[p->kernel[i]->layout] = 1;
     }
     p->keep |= used[0];
@@ -5260,7 +5257,7 @@ static size_t moqc_explain(moq_backend *be, const moq_linear *w, char *text, siz
         else snprintf(inputs, sizeof inputs, ", wide inputs (%s)",
                       c->act == MOQ_ACT_WIDE || c->act == MOQ_ACT_BF16 ? "asked for" : "automatic: no arithmetic of that format on this device");
         const int expert = w->name && strstr(w->name, ".experts") != NULL; /* nothing else tells: a slice of a stack has its name */
-        const moqc_kernel *few = moqc_choose(c, &p.d, 0, expert), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, expert);
+        const moqc_kernel *few = moqc_choose(c, &p.d, 0, expert, 0), *many = moqc_choose(c, &p.d, MOQC_REGIMES - 1, expert, 0);
         const char *mixture = expert && moqc_few_likely(c, &p, few->layout) ? "; all steps of its mixture in one launch for few rows (moe-few)" : "";
         const char *kept = moqc_precise(c->bf16, c->act) ? ", inputs as two BF16 parts there" : ", inputs rounded to BF16 there";
         if (strncmp(many->name, "gemm-", 5) != 0 || c->bf16 || p.d.rounds) kept = "";
@@ -5341,20 +5338,46 @@ static void moqc_lora_layers(const moq_linear *w, moq_linear *a, moq_linear *b)
     b->row_step = w->row_step;
 }
 
-/* The plan of one part; its device bytes are added to *total. 0: out of host memory. */
-static int moqc_plan_one(moqc_ctx *c, const moqc_bank *b, const moq_linear *w, moqc_part *p, size_t *total)
+/* A part as its kernels will read it; any: kernels that take everything. */
+static void moqc_final_part(const moqc_ctx *c, const moqc_bank *b, const moqc_part *p, int any, moqc_part *final)
 {
-    moqc_part final;
-    if (!moqc_plan_part(c, w, p)) return 0;
-    final = *p;
-    if (p->requant > 0) moqc_plan_requant(p, &final);
-    moqc_choose_kernels(c, &final, b->grouped); /* of the form that they will read */
-    memcpy(p->kernel, final.kernel, sizeof p->kernel);
-    memcpy(p->at + MOQC_PACKED, final.at + MOQC_PACKED, sizeof p->at[0] * (MOQC_LAYOUTS - 1));
-    p->bytes[1] = final.bytes[1];
-    p->keep = final.keep;
-    *total += final.bytes[1] + (final.keep ? final.bytes[0] : 0);
-    return 1;
+    *final = *p;
+    if (p->requant > 0) moqc_plan_requant(p, final);
+    moqc_choose_kernels(c, final, b->grouped, any);
+}
+
+/* Do two experts want different kernels, or inputs rounded in different ways? */
+static int moqc_differ(const moqc_part *a, const moqc_part *b)
+{
+    const moqk_part *p = &a->d, *q = &b->d;
+    if (memcmp(a->kernel, b->kernel, sizeof a->kernel) != 0 || p->rounds != q->rounds) return 1;
+    return p->rounds && (p->in_elem != q->in_elem || p->in_group != q->in_group || p->in_scale != q->in_scale || p->in_dynamic != q->in_dynamic ||
+                         p->in_zero_point != q->in_zero_point || p->in_rule != q->in_rule);
+}
+
+/* Kernels of part `first` of every expert, and their device bytes, added to *total. One launch runs all experts, so those that differ get the
+   kernels that take everything. */
+static void moqc_plan_kernels(const moqc_ctx *c, const moqc_bank *b, int32_t first, size_t *total)
+{
+    moqc_part one, final;
+    int differ = 0, seen = 0;
+    for (int32_t e = 0; e < b->experts && !differ; e++) {
+        const moqc_part *p = &b->part[first + e * b->parts];
+        if (p->d.rows == 0) continue; /* no low-rank branch */
+        moqc_final_part(c, b, p, 0, seen ? &final : &one);
+        differ = seen && moqc_differ(&one, &final);
+        seen = 1;
+    }
+    for (int32_t e = 0; e < b->experts; e++) {
+        moqc_part *p = &b->part[first + e * b->parts];
+        if (p->d.rows == 0) continue;
+        moqc_final_part(c, b, p, differ, &final);
+        memcpy(p->kernel, final.kernel, sizeof p->kernel);
+        memcpy(p->at + MOQC_PACKED, final.at + MOQC_PACKED, sizeof p->at[0] * (MOQC_LAYOUTS - 1));
+        p->bytes[1] = final.bytes[1];
+        p->keep = final.keep;
+        *total += final.bytes[1] + (final.keep ? final.bytes[0] : 0);
+    }
 }
 
 /* Plans of all parts and their low-rank branches, then one block of device memory for them. */
@@ -5367,7 +5390,7 @@ static moq_result moqc_bank_plan(moqc_ctx *c, moqc_bank *b, const moq_linear *co
         moqc_part *p = &b->part[i], *low[2] = {&b->part[n + i], &b->part[2 * n + i]};
         moq_linear ab[2];
         if (moqc_supports(&c->be, w, err) < 0) return MOQ_E_UNSUPPORTED;
-        if (!moqc_plan_one(c, b, w, p, &total)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
+        if (!moqc_plan_part(c, w, p)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
         p->has_lora = w->lora_a.data != NULL;
         if (p->has_lora != b->part[i % b->parts].has_lora || w->scheme.lora_rank != roles[i % b->parts]->scheme.lora_rank)
             return moq_fail(err, MOQ_E_UNSUPPORTED, w->name,
@@ -5376,8 +5399,9 @@ static moq_result moqc_bank_plan(moqc_ctx *c, moqc_bank *b, const moq_linear *co
         if (!p->has_lora) continue;
         moqc_lora_layers(w, &ab[0], &ab[1]);
         for (int k = 0; k < 2; k++)
-            if (!moqc_plan_one(c, b, &ab[k], low[k], &total)) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
+            if (!moqc_plan_part(c, &ab[k], low[k])) return moq_fail(err, MOQ_E_NOMEM, w->name, "no host memory to prepare it");
     }
+    for (int32_t i = 0; i < 3 * b->parts; i++) moqc_plan_kernels(c, b, i / b->parts * n + i % b->parts, &total);
     b->bytes = total + (size_t)moqk_pad((int64_t)b->count * (int64_t)sizeof(moqk_part), 256);
     b->memory = (uint8_t *)moqc_take(c, b->bytes, "weights", err);
     if (!b->memory) return MOQ_E_NOMEM;
@@ -5464,8 +5488,9 @@ static void moqc_launch_feed(moqc_ctx *c, const moqc_bank *b, int32_t part, cons
         whole |= q->place != NULL || (q->rounds && q->in_dynamic && q->in_group == 0);
         aside |= q->place != NULL || q->rotation != NULL;
     }
-    for (int i = 0; i < 2; i++) { /* the least common multiple of groups and rotated blocks: both are alike in all experts */
-        int64_t n = i ? p->hadamard_size : p->rounds ? p->in_group : 0, a = unit, d = n;
+    for (int32_t i = 0; i < 2 * b->experts; i++) { /* the least common multiple of groups and rotated blocks */
+        const moqk_part *q = &b->part[i / 2 * b->parts + part].d;
+        int64_t n = i % 2 ? q->hadamard_size : q->rounds ? q->in_group : 0, a = unit, d = n;
         if (n < 1) continue;
         while (d) { int64_t rest = a % d; a = d; d = rest; }
         unit = unit / a * n;

@@ -680,7 +680,7 @@ static void test_cuda_moe_small(void)
 }
 
 /* Experts that are all alike and large enough have a kernel of their own for few rows: against double, the same bits in eager calls and graphs. */
-typedef struct few_case { int format, experts, top, kind_of_routing; moq_activation kind; int cols, n, out, biases; moq_dtype activations; } few_case;
+typedef struct few_case { int format, experts, top, kind_of_routing; moq_activation kind; int cols, n, out, biases; moq_dtype activations; int unlike; } few_case;
 
 enum { FEW_ROWS = 6, FEW_EXPERTS = 40 };
 
@@ -795,7 +795,7 @@ static void check_few(const few_case *f)
     float *x = random_floats(nx), *logits = random_floats(nl), *bias = random_floats((size_t)f->experts), *y = random_floats(ny), *again = random_floats(ny);
     memset(&m, 0, sizeof m);
     for (int i = 0; i < 3 * f->experts; i++) {
-        layer_make(&l[i], &layer_formats[f->format], i < 2 * f->experts ? f->n : f->out, i < 2 * f->experts ? f->cols : f->n);
+        layer_make(&l[i], &layer_formats[f->unlike && i % 4 == 1 ? 0 : f->format], i < 2 * f->experts ? f->n : f->out, i < 2 * f->experts ? f->cols : f->n);
         if (f->biases) l[i].w.bias = layer_view(layer_floats(&l[i], l[i].w.rows, 1), MOQ_F32, l[i].w.rows);
         all[i] = l[i].w;
     }
@@ -847,17 +847,25 @@ static void check_few(const few_case *f)
 static void test_cuda_moe_few(void)
 {
     static const few_case cases[] = {
-        {4, 9, 3, 0, MOQ_SILU_MUL, 1024, 528, 600, 0, MOQ_F32}, {8, 7, 2, 1, MOQ_SWIGLU_CLAMP, 1056, 544, 528, 1, MOQ_F32},
-        {30, 5, 1, 2, MOQ_SILU_MUL, 1024, 512, 640, 1, MOQ_F32}, {31, 6, 4, 4, MOQ_GELU_TANH_MUL, 768, 640, 512, 0, MOQ_F32},
-        {4, 40, 2, 3, MOQ_RELU2, 512, 1152, 520, 1, MOQ_BF16}, {8, 6, 5, 0, MOQ_GELU_MUL, 544, 512, 512, 0, MOQ_BF16},
-        {19, 4, 3, 1, MOQ_RELU2, 512, 640, 544, 0, MOQ_BF16}, {4, 36, 6, 3, MOQ_SILU_MUL, 2048, 512, 2064, 0, MOQ_F32}};
+        {4, 9, 3, 0, MOQ_SILU_MUL, 1024, 528, 600, 0, MOQ_F32, 0}, {8, 7, 2, 1, MOQ_SWIGLU_CLAMP, 1056, 544, 528, 1, MOQ_F32, 0},
+        {30, 5, 1, 2, MOQ_SILU_MUL, 1024, 512, 640, 1, MOQ_F32, 0}, {31, 6, 4, 4, MOQ_GELU_TANH_MUL, 768, 640, 512, 0, MOQ_F32, 0},
+        {4, 40, 2, 3, MOQ_RELU2, 512, 1152, 520, 1, MOQ_BF16, 0}, {8, 6, 5, 0, MOQ_GELU_MUL, 544, 512, 512, 0, MOQ_BF16, 0},
+        {19, 4, 3, 1, MOQ_RELU2, 512, 640, 544, 0, MOQ_BF16, 0}, {4, 36, 6, 3, MOQ_SILU_MUL, 2048, 512, 2064, 0, MOQ_F32, 0}};
     for (size_t i = 0; i < MOQI_COUNT(cases); i++) check_few(&cases[i]);
 }
 
 static void test_cuda_moe_few_small(void)
 {
-    static const few_case one = {8, 6, 2, 0, MOQ_SWIGLU_CLAMP, 512, 512, 512, 1, MOQ_F32};
+    static const few_case one = {8, 6, 2, 0, MOQ_SWIGLU_CLAMP, 512, 512, 512, 1, MOQ_F32, 0};
     check_few(&one);
+}
+
+/* Some experts have F32 weights, which the kernels of the others do not take. */
+static void test_cuda_moe_unlike(void)
+{
+    static const few_case cases[] = {
+        {4, 5, 3, 0, MOQ_SILU_MUL, 512, 512, 512, 0, MOQ_F32, 1}, {19, 6, 4, 1, MOQ_RELU2, 512, 640, 512, 1, MOQ_BF16, 1}};
+    for (size_t i = 0; i < MOQI_COUNT(cases); i++) check_few(&cases[i]);
 }
 
 static void test_cuda_moe_bf16(void)
@@ -2164,6 +2172,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_moe_few);
     RUN(test_cuda_moe_few_small);
     RUN(test_cuda_moe_bf16);
+    RUN(test_cuda_moe_unlike);
     RUN(test_cuda_moe_stored);
     RUN(test_cuda_moe_mxfp8);
     RUN(test_cuda_attention);
