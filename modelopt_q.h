@@ -939,7 +939,8 @@ struct moq_backend {
     size_t (*weight_bytes)(const moq_backend *be, const moq_weight *w); /* memory it holds beyond the checkpoint's */
     /* y[rows, out] = x[rows, in] W^T (+ bias). */
     void (*linear)(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, void *y);
-    /* y[i] = row ids[i] of the table, times `scale`. ids in backend memory, each < rows of the table. */
+    /* y[i] = row ids[i] of the table, times `scale`. ids in backend memory, each < rows of the table. CUDA keeps the rows of layers that have
+       "embed" in their name; sync refuses others whose kernels all read another layout (MOQ_E_STATE). */
     void (*embed)(moq_backend *be, const moq_weight *w, const int32_t *ids, int32_t count, float scale, void *y);
 
     moq_experts *(*prepare_moe)(moq_backend *be, const moq_moe *moe, moq_error *err);

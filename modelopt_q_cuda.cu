@@ -6611,9 +6611,14 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
 {
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c);
-    const moqk_part *table = ((const moqc_bank *)(const void *)w)->device;
-    dim3 grid((unsigned)count, (unsigned)moqc_max(1, moqc_min(moqk_ceil(((const moqc_bank *)(const void *)w)->cols, 256), 32)));
+    const moqc_bank *b = (const moqc_bank *)(const void *)w;
+    const moqk_part *table = b->device;
+    dim3 grid((unsigned)count, (unsigned)moqc_max(1, moqc_min(moqk_ceil(b->cols, 256), 32)));
     if (count < 1) return;
+    if (!b->part->keep) { /* only the layout of its kernels is there */
+        if (c->error.code == MOQ_OK) moq_fail(&c->error, MOQ_E_STATE, c->name, "embed: rows of this layer were not kept; a table of words has 'embed' in its name");
+        return;
+    }
     MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, grid, 256, 0, table, ids, scale, (float *)y)),
                 (moqc_chain(c, "embed", moqk_embed<__nv_bfloat16>, grid, 256, 0, table, ids, scale, (__nv_bfloat16 *)y)));
     moqc_launched(c, "embed");

@@ -516,6 +516,30 @@ static void test_cuda_refuses(void)
     done(be);
 }
 
+/* A table without "embed" in its name: its rows, or a refusal where kernels read another layout alone. */
+static void check_other_table(moq_backend *be, int format, int64_t cols)
+{
+    moq_error err;
+    layer l;
+    const int32_t id = 7;
+    layer_make(&l, &layer_formats[format], 64, cols);
+    l.w.name = "words";
+    float *y = random_floats((size_t)l.w.cols);
+    moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+    int32_t *did = (int32_t *)device_bytes(be, &id, sizeof id);
+    void *dy = device_floats(be, NULL, (size_t)l.w.cols);
+    be->embed(be, w, did, 1, 1, dy);
+    const moq_result code = be->sync(be, &err);
+    CHECK(code == MOQ_OK || (code == MOQ_E_STATE && strstr(err.text, "embed")));
+    be->download_act(be, y, dy, (size_t)l.w.cols);
+    for (int64_t c = 0; code == MOQ_OK && c < l.w.cols; c++) CHECK(y[c] == (float)l.exact[id * l.w.cols + c]);
+    be->release_weight(be, w);
+    be->release(be, did);
+    be->release(be, dy);
+    free(y);
+    layer_free(&l);
+}
+
 static void test_cuda_embed(void)
 {
     moq_error err;
@@ -543,6 +567,7 @@ static void test_cuda_embed(void)
         be->release(be, dy);
         free(y);
         layer_free(&l);
+        check_other_table(be, (int)f, 1024);
     }
     done(be);
 }
