@@ -34,6 +34,7 @@ build 240 modelopt_q_cuda.cu and every program here
 gemm 100 products of 17 and more rows: every form x odd shapes x modes against float64, same bits in every run; mixtures of experts
 backend 150 the function table: every kernel x scheme x odd shape against float64, caches, mixtures, graphs, two backends, memory that runs out
 logits 90 golden logits through the backend
+models 30 whole random models: families, sizes, formats, caches, orders of work, CPU against CUDA
 demo 20 the demo model'\''s answers, CPU and CUDA
 gpus 10 examples/gpus.c: the demo model in two parts, on as many GPUs as there are, answers as in one
 memcheck 240 compute-sanitizer over the function table and golden logits
@@ -139,7 +140,7 @@ step_build() {
     start=$(date +%s)
     one modelopt_q_cuda.cu "$nvcc" -std=c++17 -O2 "$target" -c "$root/modelopt_q_cuda.cu" -o "$build/backend.o" || return
     echo "modelopt_q_cuda.cu compiled for $arch in $(($(date +%s) - start)) s"
-    for t in test_backend test_logits bench_backend bench_model; do
+    for t in test_backend test_logits test_models bench_backend bench_model; do
         one "$t" "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$here/$t.c" -o "$build/$t.o" && one "$t" "$nvcc" "$build/$t.o" "$build/backend.o" -o "$build/$t" -lm -lpthread
     done
     one gpus "$nvcc" -O2 "$root/examples/gpus.c" "$build/backend.o" -o "$build/gpus" -lm -lpthread
@@ -154,6 +155,7 @@ step_gemm() {
 }
 step_backend() { tested test_backend "$build/test_backend"; }
 step_logits() { tested test_logits "$build/test_logits" golden; }
+step_models() { tested test_models "$build/test_models" 1 60 25; }
 step_demo() { tested "test_logits demo" "$build/test_logits" demo; }
 step_gpus() {
     if [ -n "$dry" ]; then run "$build/gpus" "$MOQ_DEMO" 2; return; fi
