@@ -9152,18 +9152,19 @@ enum {
     MOQK_FEW_TOP = 16,
     MOQK_FEW_EXPERTS = 512,
     MOQK_FEW_WARPS = 24,
+    MOQK_FEW_LISTERS = 4,      /* warps that list a single row's runs while one chooses and the others fetch x */
     MOQK_FEW_UNITS = 4,        /* row tiles of a block before the activation whose sums are under way */
     MOQK_FEW_TILES = 16,       /* row tiles of y of a block */
     MOQK_FEW_PITCH = 528       /* bytes of a row of a chunk's x */
 };
 
-#define MOQK_FEW_ABSENT 0xffffffffu /* of a value of `hidden`, two BF16: no rounding makes a NaN of these bits */
+#define MOQK_FEW_ABSENT 0xffffffffu /* of a value of `hidden`, two BF16, and of a sum of one row: no rounding makes a NaN of these bits */
 
 /* The products before or after the activation. Parts are alike: experts x [gate, up], [up] or [down]. */
 typedef struct moqk_few_side {
     const uint8_t *packed;     /* of the first part */
     const float *bias;         /* of the first part, or NULL */
-    int64_t part_bytes;        /* from one part's to the next one's, of both */
+    int64_t part_bytes, expert_bytes; /* from one part's to the next one's, of both; the same of experts */
     int32_t parts, rows, tiles, chunks; /* parts of an expert; of a part: rows, row tiles, chunks of a row tile */
     int32_t run, runs;         /* chunks of a run; runs of a row tile */
     int32_t units, each;       /* row tiles of a block at most; runs of one, of all parts */
@@ -9184,9 +9185,11 @@ typedef struct moqk_few {
     moq_activation_desc activation;
     int32_t rows, cols, hidden_cols;
     int32_t stages;            /* chunks of a warp in shared memory */
-    uint32_t tiles_magic, grid_magic; /* of the row tiles of the first side; of the blocks */
+    int32_t pairs;             /* may blocks be pairs? */
+    int32_t team;              /* 0: a block alone; 1: two blocks of a cluster share a list, of one row */
+    uint32_t tiles_magic, grid_magic; /* of the row tiles of the first side; of the lists of a launch */
     uint32_t x_pitch;          /* bytes */
-    uint32_t bars_at, x_at, stage_at, sums_at, more_at, factor_at, keys_at, list_at, items_at; /* in shared memory */
+    uint32_t bars_at, x_at, stage_at, sums_at, more_at, factor_at, keys_at, list_at; /* in shared memory */
     uint8_t bf16;
 } moqk_few;
 
@@ -9214,12 +9217,12 @@ __device__ __forceinline__ uint32_t moqk_few_key(float v)
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
 /* A warp: choices of a row where scores rank them as logits do. A lane has `each` neighbouring experts: the first lane of equals has the first one.
-   keys: [rows][32][each]. */
+   keys: [rows][32][each], of more than four: those stay in registers. */
 __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, uint32_t *keys, moqk_few_choices *c)
 {
     const int32_t lane = threadIdx.x, experts = a.routing.experts, each = ((experts + 127) >> 7) * 4, first = lane * each;
     const uint32_t before = (1u << lane) - 1;
-    uint32_t *own = keys + (row * 32 + lane) * each, best = 0;
+    uint32_t *own = keys + (row * 32 + lane) * each, best = 0, v[4];
     int32_t at = 0;
 #pragma unroll 1
     for (int32_t k = 0; k < each; k += 4) {
@@ -9231,9 +9234,9 @@ __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, 
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint32_t key = first + k + i < experts ? moqk_few_key(__uint_as_float(a.bf16 ? bits[i] << 16 : bits[i])) : 0;
-            own[k + i] = key;
-            if (key > best) best = key, at = k + i;
+            v[i] = first + k + i < experts ? moqk_few_key(__uint_as_float(a.bf16 ? bits[i] << 16 : bits[i])) : 0;
+            if (each > 4) own[k + i] = v[i];
+            if (v[i] > best) best = v[i], at = k + i;
         }
     }
 #pragma unroll 1
@@ -9242,14 +9245,17 @@ __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, 
         if (best != most || (equal & before) != 0) continue;
         c->chosen[row][i] = first + at;
         c->weight[row][i] = moqk_few_logit(most);
-        own[at] = best = 0;
+        if (each > 4) own[at] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) if (at == j) v[j] = 0;
+        best = 0;
 #pragma unroll 1
         for (int32_t k = 0; k < each; k += 4) {
-            const uint4 v = *(const uint4 *)(const void *)(own + k);
-            if (v.x > best) best = v.x, at = k;
-            if (v.y > best) best = v.y, at = k + 1;
-            if (v.z > best) best = v.z, at = k + 2;
-            if (v.w > best) best = v.w, at = k + 3;
+            if (each > 4)
+#pragma unroll
+                for (int j = 0; j < 4; j++) v[j] = own[k + j];
+#pragma unroll
+            for (int j = 0; j < 4; j++) if (v[j] > best) best = v[j], at = k + j;
         }
     }
 }
@@ -9313,50 +9319,51 @@ __device__ __forceinline__ int32_t moqk_few_unit(uint32_t item) { return (int32_
 /* Which row tile of its part that is. Of y: blocks with fewer row tiles before have more. */
 __device__ __forceinline__ int32_t moqk_few_tile(const moqk_few &a, uint32_t item)
 {
-    const int32_t at = moqk_few_unit(item) * (int32_t)gridDim.x;
-    return item & 1 ? at + (int32_t)(gridDim.x - 1 - blockIdx.x) : at + (int32_t)blockIdx.x - moqk_few_d(item) * a.side[0].tiles;
+    const int32_t lists = (int32_t)(gridDim.x >> a.team), own = (int32_t)(blockIdx.x >> a.team), at = moqk_few_unit(item) * lists;
+    return item & 1 ? at + lists - 1 - own : at + own - moqk_few_d(item) * a.side[0].tiles;
 }
 
 /* Runs of a block before and after the activation, with so many experts. */
 __device__ __forceinline__ int2 moqk_few_count(const moqk_few &a, int32_t experts)
 {
-    const int32_t block = (int32_t)blockIdx.x, units = moqk_few_over(experts * a.side[0].tiles - block + (int32_t)gridDim.x - 1, a.grid_magic);
-    return make_int2(units * a.side[0].each, moqk_few_over(a.side[1].tiles + block, a.grid_magic) * experts * a.side[1].runs);
+    const int32_t lists = (int32_t)(gridDim.x >> a.team), own = (int32_t)(blockIdx.x >> a.team);
+    const int32_t units = moqk_few_over(experts * a.side[0].tiles - own + lists - 1, a.grid_magic);
+    return make_int2(units * a.side[0].each, moqk_few_over(a.side[1].tiles + own, a.grid_magic) * experts * a.side[1].runs);
 }
 
-/* The runs of a block, as its warps take them in turn: those of its row tiles before the activation, then those of its row tiles of y. */
-__device__ __noinline__ void moqk_few_list(const moqk_few &a, int32_t experts, int32_t thread, int32_t threads, uint32_t *list)
+/* First byte of the part that a run belongs to, behind that of the first part of its expert. */
+__device__ __forceinline__ int64_t moqk_few_part(const moqk_few &a, uint32_t item) { return item >> 1 & 1 ? a.side[item & 1].part_bytes : 0; }
+
+/* First byte of the expert that a run belongs to, behind that of the first one. */
+__device__ __forceinline__ int64_t moqk_few_expert(const moqk_few &a, uint32_t item, const int32_t *expert)
+{
+    return expert[moqk_few_d(item)] * a.side[item & 1].expert_bytes;
+}
+
+/* The runs of a block, as its warps take them in turn: those of its row tiles before the activation, then those of its row tiles of y. An entry: where
+   the run would lie in the first expert, what it is, its chunks. bytes: of a chunk. */
+__device__ __noinline__ void moqk_few_list(const moqk_few &a, int32_t experts, uint32_t bytes, int32_t thread, int32_t threads, uint4 *list)
 {
     const int2 count = moqk_few_count(a, experts);
 #pragma unroll 1
     for (int32_t i = thread; i < count.x + count.y; i += threads) {
+        uint32_t item;
         if (i < count.x) {
             const int32_t unit = moqk_few_over(i, a.side[0].magic), q = i - unit * a.side[0].each, part = q >= a.side[0].runs;
-            const int32_t d = moqk_few_over((int32_t)blockIdx.x + unit * (int32_t)gridDim.x, a.tiles_magic);
-            list[i] = moqk_few_pack(0, part, (q - part * a.side[0].runs) * a.side[0].run, d, unit);
+            const int32_t d = moqk_few_over((int32_t)(blockIdx.x >> a.team) + unit * (int32_t)(gridDim.x >> a.team), a.tiles_magic);
+            item = moqk_few_pack(0, part, (q - part * a.side[0].runs) * a.side[0].run, d, unit);
         } else {
-            const int32_t j = i - count.x, all = moqk_few_over(j, a.side[1].runs_magic); /* row tile, then expert, then run */
-            int32_t unit = 0, d = all;
-            for (; d >= experts; d -= experts) unit++;
-            list[i] = moqk_few_pack(1, 0, (j - all * a.side[1].runs) * a.side[1].run, d, unit);
+            const int32_t j = i - count.x, all = moqk_few_over(j, a.side[1].runs_magic); /* row tile, then expert, then run; of one row: expert first */
+            const int32_t inner = a.rows > 1 ? experts : moqk_few_over(a.side[1].tiles + (int32_t)(blockIdx.x >> a.team), a.grid_magic);
+            int32_t outer = 0, rest = all;
+            for (; rest >= inner; rest -= inner) outer++;
+            item = moqk_few_pack(1, 0, (j - all * a.side[1].runs) * a.side[1].run, a.rows > 1 ? rest : outer, a.rows > 1 ? outer : rest);
         }
+        const moqk_few_side &s = a.side[item & 1];
+        const int32_t chunk = moqk_few_chunk(item);
+        const uint64_t from = (uint64_t)(uintptr_t)s.packed + (uint64_t)moqk_few_part(a, item) + (uint64_t)(moqk_few_tile(a, item) * s.chunks + chunk) * bytes;
+        list[i] = make_uint4((uint32_t)from, (uint32_t)(from >> 32), item, (uint32_t)min(s.run, s.chunks - chunk));
     }
-}
-
-/* First byte of the part that a run belongs to, behind the first part's. */
-__device__ __forceinline__ int64_t moqk_few_part(const moqk_few &a, uint32_t item, const int32_t *expert)
-{
-    const moqk_few_side &s = a.side[item & 1];
-    return ((int64_t)expert[moqk_few_d(item)] * s.parts + (item >> 1 & 1)) * s.part_bytes;
-}
-
-/* A run, when the experts are known: where it lies, what it is, its chunks. */
-template <uint32_t BYTES> __device__ __forceinline__ uint4 moqk_few_entry(const moqk_few &a, uint32_t item, const int32_t *expert)
-{
-    const moqk_few_side &s = a.side[item & 1];
-    const int32_t chunk = moqk_few_chunk(item);
-    const uint8_t *from = s.packed + moqk_few_part(a, item, expert) + ((int64_t)moqk_few_tile(a, item) * s.chunks + chunk) * BYTES;
-    return make_uint4((uint32_t)(uintptr_t)from, (uint32_t)((uintptr_t)from >> 32), item, (uint32_t)min(s.run, s.chunks - chunk));
 }
 
 /* What a warp asks for next: in the run that begins at entry `next` of the list, behind what has been asked for. */
@@ -9367,14 +9374,15 @@ typedef struct moqk_few_ahead {
 
 /* Asks for the next chunk, if there is one. */
 template <uint32_t BYTES>
-__device__ __forceinline__ void moqk_few_ask(const uint4 *list, int32_t end, uint32_t to, uint32_t full, moqk_few_ahead &q)
+__device__ __forceinline__ void moqk_few_ask(const moqk_few &a, const uint4 *list, int32_t end, const int32_t *expert, uint32_t to, uint32_t full,
+                                             moqk_few_ahead &q)
 {
     if (q.left == 0) {
         if (q.next >= end) return;
         const uint4 entry = list[q.next];
-        q.from = (const uint8_t *)((uint64_t)entry.y << 32 | entry.x);
+        q.from = (const uint8_t *)((uint64_t)entry.y << 32 | entry.x) + moqk_few_expert(a, entry.z, expert);
         q.left = (int32_t)entry.w;
-        q.next += (int32_t)blockDim.y;
+        q.next += (int32_t)blockDim.y << a.team;
     }
     if (moqk_elected()) {
         moqk_barrier_expect(full, BYTES);
@@ -9410,10 +9418,16 @@ __device__ __forceinline__ uint4 moqk_few_look(const uint32_t *at)
     return v;
 }
 
-/* A chunk of a row of `hidden`, when it is there, as two columns in shared memory. from: [256], of which `cols` are made; NULL: zeros. */
-__device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols, uint32_t to)
+/* Keeps a value in its register: the compiler would make it anew, from slow special registers, wherever it is used. */
+template <typename T> __device__ __forceinline__ T moqk_kept(T v)
 {
-    const int32_t lane = threadIdx.x;
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+/* A chunk of a row of `hidden`, when it is there, as two columns in shared memory. from: [256], of which `cols` are made; NULL: zeros. */
+__device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols, int32_t lane, uint32_t to)
+{
     uint4 v[2];
     int32_t missing = 0;
 #pragma unroll
@@ -9437,20 +9451,45 @@ __device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols
     }
 }
 
-/* The sums of a row tile of expert d are there: what comes out of them. sums: [runs of all parts][rows][16]. */
-__device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choices *c, int32_t d, int32_t tile, const float *sums, uint32_t *hidden)
+/* A sum in shared memory, or MOQK_FEW_ABSENT. */
+__device__ __forceinline__ uint32_t moqk_few_peek(const float *at)
+{
+    uint32_t v;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"((uint32_t)__cvta_generic_to_shared(at)) : "memory");
+    return v;
+}
+__device__ __forceinline__ float moqk_few_see(const float *at)
+{
+    uint32_t v;
+    do v = moqk_few_peek(at);
+    while (v == MOQK_FEW_ABSENT);
+    return __uint_as_float(v);
+}
+
+/* A sum for block `rank` of a pair: it is its own signal. */
+__device__ __forceinline__ void moqk_few_send(const float *at, float v, uint32_t rank)
+{
+#if __CUDA_ARCH__ >= 900
+    uint32_t to;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"(rank));
+    asm volatile("st.relaxed.cluster.shared::cluster.f32 [%0], %1;" :: "r"(to), "f"(v) : "memory");
+#endif
+}
+
+/* The sums of a row tile of expert d are there, or on their way: what comes out of them. sums: [runs of all parts][rows][16]. */
+template <int ONE> __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choices *c, int32_t d, int32_t tile, const float *sums, uint32_t *hidden)
 {
     const moqk_few_side &s = a.side[0];
     const int32_t lane = threadIdx.x, r = lane & 15, part = lane >> 4, h = tile * 16 + r;
     moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c->ready), 0);
 #pragma unroll 1
-    for (int32_t m = 0; m < a.rows; m++) {
-        const int32_t rank = a.rows == 1 ? d + 1 : c->rank[d][m];
+    for (int32_t m = 0; m < (ONE ? 1 : a.rows); m++) {
+        const int32_t rank = ONE ? d + 1 : c->rank[d][m];
         if (rank == 0) continue;
         float v = 0;
         if (part < s.parts)
 #pragma unroll 4
-            for (int32_t k = part * s.runs; k < (part + 1) * s.runs; k++) v += sums[(k * a.rows + m) * 16 + r];
+            for (int32_t k = part * s.runs; k < (part + 1) * s.runs; k++) v += ONE ? moqk_few_see(sums + k * 16 + r) : sums[(k * a.rows + m) * 16 + r];
         const float up = __shfl_xor_sync(0xffffffffu, v, 16);
         if (part || h >= s.rows) continue;
         v = moqk_activate(a.activation, v, up) * c->weight[m][rank - 1];
@@ -9461,15 +9500,27 @@ __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choi
     }
 }
 
-/* A row tile of y: sums: [warps][rows][16], of which a warp has those of its runs. */
-__device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t warps)
+/* A row tile of y: sums: [n][rows][16], of warps; of one row: of runs, when they are there. */
+template <int ONE> __device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t n)
 {
 #pragma unroll 1
-    for (int32_t i = threadIdx.x; i < a.rows * 16; i += 32) {
+    for (int32_t i = threadIdx.x; i < (ONE ? 16 : a.rows * 16); i += 32) {
         const int32_t m = i >> 4, r = tile * 16 + (i & 15);
         float v = 0;
-#pragma unroll 8
-        for (int32_t w = 0; w < warps; w++) v += sums[w * a.rows * 16 + i];
+#pragma unroll 1
+        for (int32_t k = 0; k < n; k += 8) {
+            float some[8];
+            int absent;
+            do {
+#pragma unroll
+                for (int j = 0; j < 8; j++) some[j] = k + j >= n ? 0 : ONE ? __uint_as_float(moqk_few_peek(sums + (k + j) * 16 + i)) : sums[(k + j) * a.rows * 16 + i];
+                absent = 0;
+#pragma unroll
+                for (int j = 0; j < 8; j++) absent |= ONE && __float_as_uint(some[j]) == MOQK_FEW_ABSENT;
+            } while (absent);
+#pragma unroll
+            for (int j = 0; j < 8; j++) v += some[j];
+        }
         if (r < a.side[1].rows) moqk_put_any(a.y, (int64_t)m * a.side[1].rows + r, v, a.bf16);
     }
 }
@@ -9523,11 +9574,11 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
     }
 }
 
-/* What the warps that do not choose do meanwhile: x, factors, the list of a single row, sums of 0. Behind the weights a load would wait for
-   microseconds. */
-__device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, uint32_t x, float *factor, float *more, uint32_t *items)
+/* What the warps that do not choose do meanwhile: x, factors, sums of 0 or absent. Behind the weights a load would wait for microseconds. */
+__device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, uint32_t x, float *factor, uint32_t *sums)
 {
-    const int32_t thread = ((int32_t)threadIdx.y - a.rows) * 32 + (int32_t)threadIdx.x, threads = ((int32_t)blockDim.y - a.rows) * 32;
+    const int32_t thread = ((int32_t)threadIdx.y - a.rows) * 32 + (int32_t)threadIdx.x;
+    const int32_t threads = ((int32_t)blockDim.y - (a.rows == 1 ? 1 + MOQK_FEW_LISTERS : a.rows)) * 32;
     const int32_t all = a.rows * a.side[0].chunks * 64, factors = a.routing.experts * (a.side[0].parts + 1);
 #pragma unroll 1
     for (int32_t i = thread; i < all || i < factors; i += 2 * threads) {
@@ -9538,28 +9589,30 @@ __device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, uint32_t x, fl
         if (i < factors) factor[i] = f;
         if (i + threads < factors) factor[i + threads] = g;
     }
-    for (int32_t i = thread; i < a.side[1].units * (int32_t)blockDim.y * a.rows * 16; i += threads) more[i] = 0;
-    if (a.rows == 1) moqk_few_list(a, a.routing.top_k, thread, threads, items);
+    for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = a.rows == 1 ? MOQK_FEW_ABSENT : 0;
 }
 
-template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
+/* ONE: a single row. Its runs have places of their own in the sums, which are their own signals, and its blocks may come in pairs. */
+template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ moqk_few_choices c;
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, g = lane >> 2, t = lane & 3;
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * a.stages) * BYTES;
-    const uint32_t bar = base + a.bars_at + (uint32_t)(warp * a.stages) * 8;
+    const int32_t lane = moqk_kept((int32_t)threadIdx.x), warp = threadIdx.y, warps = moqk_kept((int32_t)blockDim.y), g = lane >> 2, t = lane & 3;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = moqk_kept(base + (uint32_t)(warp * a.stages) * BYTES);
+    const uint32_t bar = moqk_kept(base + a.bars_at + (uint32_t)(warp * a.stages) * 8), ring_end = moqk_kept(ring + (uint32_t)a.stages * BYTES);
     const uint32_t stage = base + a.stage_at + (uint32_t)(warp * 2 * a.rows) * MOQK_FEW_PITCH;
+    const int32_t rows = ONE ? 1 : a.rows;
     const int plain = a.routing.groups <= 1 && !a.bias;
     uint4 *list = (uint4 *)(void *)(shared + a.list_at);
-    uint32_t *items = (uint32_t *)(void *)(shared + a.items_at);
     float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
     moqk_few_begin(a, &c, bar);
     moqk_wait_for_before();
     moqk_dependents_may_start();
     if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
-    if (warp >= a.rows) moqk_few_fetch(a, base + a.x_at, factor, more, items);
+    if (ONE && warp >= warps - MOQK_FEW_LISTERS)
+        moqk_few_list(a, a.routing.top_k, BYTES, (warps - 1 - warp) * 32 + lane, MOQK_FEW_LISTERS * 32, list);
+    else if (warp >= rows) moqk_few_fetch(a, base + a.x_at, factor, (uint32_t *)(void *)(shared + a.sums_at));
     else if (plain) moqk_few_choose(a, warp, (uint32_t *)(void *)(shared + a.keys_at), &c);
     else { /* the ring is not in use yet */
         float *room = (float *)(void *)(shared + warp * a.routing.experts * 16);
@@ -9569,22 +9622,22 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         moqk_end_reads();
     }
     __syncthreads();
-    if (a.rows > 1) {
+    if (!ONE) {
         moqk_few_merge(a, &c);
-        moqk_few_list(a, c.count, warp * 32 + lane, warps * 32, items);
+        moqk_few_list(a, c.count, BYTES, warp * 32 + lane, warps * 32, list);
         __syncthreads();
     }
 
-    const int32_t *expert = a.rows == 1 ? c.chosen[0] : c.expert;
+    if (ONE && a.team) moqk_cluster_arrive(0);
+    const int32_t *expert = ONE ? c.chosen[0] : c.expert;
+    const int32_t team = ONE ? a.team : 0, step = warps << team, begin = (warp << team) + ((int32_t)blockIdx.x & team); /* in the list */
     const int2 counts = moqk_few_count(a, c.count);
     const int32_t end = counts.x + counts.y;
-    moqk_few_ahead ahead = {NULL, warp, 0};
+    moqk_few_ahead ahead = {NULL, begin, 0};
 #pragma unroll 1
-    for (int32_t i = warp + lane * warps; i < end; i += 32 * warps) list[i] = moqk_few_entry<BYTES>(a, items[i], expert);
-    __syncwarp();
-#pragma unroll 1
-    for (int32_t i = 0; i < a.stages; i++) moqk_few_ask<BYTES>(list, end, ring + (uint32_t)i * BYTES, bar + 8 * (uint32_t)i, ahead);
-    if (plain && warp < a.rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
+    for (int32_t i = 0; i < a.stages; i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + (uint32_t)i * BYTES, bar + 8 * (uint32_t)i, ahead);
+    if (ONE && a.team) moqk_cluster_wait(); /* the other block's sums are absent */
+    if (plain && warp < rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
     const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
     const int32_t stale = c.state.y * a.routing.top_k * (a.hidden_cols / 4);
     uint32_t *hidden = a.hidden + (int64_t)c.state.x * half;
@@ -9597,8 +9650,9 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
     const uint32_t x_first = base + a.x_at + (row < (a.bf16 ? a.rows : 2 * a.rows) ? row * a.x_pitch : 0) + column;
     const uint32_t x_second = stage + (row < 2 * a.rows ? row * MOQK_FEW_PITCH : 0) + column;
     uint32_t place = ring, full = bar, turn = 0;
+    const uint32_t codes = moqk_kept((uint32_t)moqk_fast_slot(FORM, lane) * 16), scales_at = moqk_kept(2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
 #pragma unroll 1
-    for (int32_t i = warp; i < end; i += warps) {
+    for (int32_t i = begin; i < end; i += step) {
         const uint32_t item = list[i].z;
         const int32_t second = (int32_t)(item & 1), part = (int32_t)(item >> 1 & 1), d = moqk_few_d(item), unit = moqk_few_unit(item);
         const moqk_few_side &s = a.side[second];
@@ -9609,7 +9663,7 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         const float2 *scales = NULL;
         const uint16_t *zeros = NULL;
         if (STEP > 0) {
-            const uint8_t *at = s.packed + moqk_few_part(a, item, expert);
+            const uint8_t *at = s.packed + moqk_few_part(a, item) + moqk_few_expert(a, item, expert);
             const int64_t from = (int64_t)moqk_few_tile(a, item) * s.groups * 8 + g;
             scales = (const float2 *)(const void *)(at + (int64_t)s.tiles * s.chunks * BYTES) + from;
             zeros = (const uint16_t *)(const void *)(at + (int64_t)s.tiles * (s.chunks * (int64_t)BYTES + s.groups * 64)) + from;
@@ -9617,7 +9671,7 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         }
         if (s.bias && first == 0) {
             const int32_t r = moqk_few_tile(a, item) * 16 + g;
-            const float *bias = (const float *)(const void *)((const uint8_t *)s.bias + moqk_few_part(a, item, expert)) + r;
+            const float *bias = (const float *)(const void *)((const uint8_t *)s.bias + moqk_few_part(a, item) + moqk_few_expert(a, item, expert)) + r;
             if (r < s.rows) beside[0] = __ldg(bias);
             if (r + 8 < s.rows) beside[1] = __ldg(bias + 8);
         }
@@ -9627,10 +9681,10 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
             if (second) {
                 __syncwarp(); /* the chunk before has been read */
 #pragma unroll 1
-                for (int32_t m = 0; m < a.rows; m++) {
-                    const int32_t rank = a.rows == 1 ? d + 1 : c.rank[d][m];
+                for (int32_t m = 0; m < rows; m++) {
+                    const int32_t rank = ONE ? d + 1 : c.rank[d][m];
                     const uint32_t *made = rank ? hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + chunk * 256 : NULL;
-                    moqk_few_take(made, a.side[0].rows - chunk * 256, stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH);
+                    moqk_few_take(made, a.side[0].rows - chunk * 256, lane, stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH);
                 }
                 __syncwarp();
             }
@@ -9638,21 +9692,38 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
             uint2 bytes = make_uint2(0, 0);
             const uint32_t z[2] = {0, 0};
             moqk_barrier_wait(full, turn);
-            if (FORM == MOQK_NVFP4) bytes = moqk_shared8(place + 2048 + (uint32_t)lane * 8);
-            if (FORM == MOQK_MXFP4) bytes = moqk_shared8(place + 2048 + (uint32_t)(lane >> 1) * 8);
+            if (FORM <= MOQK_MXFP4) bytes = moqk_shared8(place + scales_at);
 #pragma unroll
-            for (int k = 0; k < 4; k++) w[k] = moqk_shared16(place + k * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
+            for (int k = 0; k < 4; k++) w[k] = moqk_shared16(place + k * 512 + codes);
             moqk_end_reads();
             __syncwarp();
-            moqk_few_ask<BYTES>(list, end, place, full, ahead);
+            moqk_few_ask<BYTES>(a, list, end, expert, place, full, ahead);
             place += BYTES;
             full += 8;
-            if (place == ring + (uint32_t)a.stages * BYTES) { place = ring; full = bar; turn ^= 1; }
+            if (place == ring_end) { place = ring; full = bar; turn ^= 1; }
             moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
             if (STEP > 0) h.load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
             if (!second) x[0] += 512;
         }
 
+        if (ONE) {             /* in the block whose warp has the tile's last run but `unit & 1` */
+            const float *sums = second ? more + ((unit * c.count + d) * s.runs + moqk_few_over(first, s.run_magic)) * 16
+                                       : (const float *)(const void *)(shared + a.sums_at) + i * 16;
+            const int32_t last = second ? unit : (unit + 1) * s.each - 1 - (unit & team);
+            const float v = (split ? acc[0][0] + acc[0][1] : acc[0][0]) * f, w = (split ? acc[0][2] + acc[0][3] : acc[0][2]) * f;
+            float weight = 1;
+            if (second && s.bias) {
+                moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c.ready), 0);
+                weight = c.weight[0][d];
+            }
+            if (t == 0) {
+                moqk_few_send(sums + g, v + weight * beside[0], (uint32_t)(last & team));
+                moqk_few_send(sums + g + 8, w + weight * beside[1], (uint32_t)(last & team));
+            }
+            __syncwarp();
+            if (!second && i == last) moqk_few_finish<1>(a, &c, d, moqk_few_tile(a, item), (float *)(void *)(shared + a.sums_at) + unit * s.each * 16, hidden);
+            continue;
+        }
         if (!second) {
             const int32_t at = unit & (MOQK_FEW_UNITS - 1);
             float *sums = (float *)(void *)(shared + a.sums_at) + at * s.each * a.rows * 16;
@@ -9666,7 +9737,7 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
                     to[(2 * t + k) * 16 + 8] = acc[0][2 + k] * f + beside[1];
                 }
             if (moqk_few_arrive(&c.arrived[at], s.each)) {
-                moqk_few_finish(a, &c, d, moqk_few_tile(a, item), sums, hidden);
+                moqk_few_finish<0>(a, &c, d, moqk_few_tile(a, item), sums, hidden);
                 moqk_few_leave(&c.arrived[at], &c.done[at], unit);
             }
             continue;
@@ -9684,9 +9755,17 @@ template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_FEW_WARPS *
         }
         if (moqk_few_arrive(&c.added[unit], c.count * s.runs)) {
             const int32_t tile = moqk_few_tile(a, item);
-            moqk_few_sum_up(a, tile, sums, warps);
+            moqk_few_sum_up<0>(a, tile, sums, warps);
             if (tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
         }
+    }
+    if (!ONE) return;
+    const int32_t own = c.count * a.side[1].runs;
+#pragma unroll 1
+    for (int32_t unit = begin; unit * own < counts.y; unit += step) { /* a row tile of y is its block's that has begun with it */
+        const int32_t tile = moqk_few_tile(a, moqk_few_pack(1, 0, 0, 0, unit));
+        moqk_few_sum_up<1>(a, tile, more + unit * own * 16, own);
+        if (tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows);
     }
 }
 
@@ -9722,11 +9801,12 @@ typedef struct moqc_experts {
 typedef void (*moqc_few_kernel)(const moqk_few);
 
 /* NULL: none. */
-static moqc_few_kernel moqc_few_find(int form, int step)
+static moqc_few_kernel moqc_few_find(int form, int step, int one)
 {
-    if (form == MOQK_NVFP4) return moqk_moe_few<MOQK_NVFP4, 0>;
-    if (form == MOQK_MXFP4) return moqk_moe_few<MOQK_MXFP4, 0>;
-    return form == MOQK_FAST_U4 && step == 64 ? moqk_moe_few<MOQK_FAST_U4, 64> : NULL;
+    if (form == MOQK_NVFP4) return one ? moqk_moe_few<MOQK_NVFP4, 0, 1> : moqk_moe_few<MOQK_NVFP4, 0, 0>;
+    if (form == MOQK_MXFP4) return one ? moqk_moe_few<MOQK_MXFP4, 0, 1> : moqk_moe_few<MOQK_MXFP4, 0, 0>;
+    if (form == MOQK_FAST_U4 && step == 64) return one ? moqk_moe_few<MOQK_FAST_U4, 64, 1> : moqk_moe_few<MOQK_FAST_U4, 64, 0>;
+    return NULL;
 }
 
 /* Would a mixture of parts like this one, planned but not filled, be taken? Unless its experts differ or are too many, see moqc_few_takes. */
@@ -9734,7 +9814,7 @@ static int moqc_few_likely(const moqc_ctx *c, const moqc_part *p, int kernel_lay
 {
     const moq_linear *w = &p->layer;
     const int form = moqk_form_of(p->d);
-    if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || kernel_layout != 1 || form < 0 || !moqc_few_find(form, moqk_form_step(p->d, form))) return 0;
+    if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || kernel_layout != 1 || form < 0 || !moqc_few_find(form, moqk_form_step(p->d, form), 1)) return 0;
     return !p->d.rounds && p->d.rows % 4 == 0 && p->d.cols % 8 == 0 && w->hadamard_size == 0 && !w->pre_quant_scale.data && !w->group_index.data &&
         !w->lora_a.data;
 }
@@ -9763,6 +9843,7 @@ static void moqc_few_side(const moqc_bank *b, int form, int step, moqk_few_side 
     s->bias = p->bias;
     s->part_bytes = moqc_few_distance(b, form, step);
     s->parts = b->parts;
+    s->expert_bytes = s->part_bytes * s->parts;
     s->rows = p->rows;
     s->tiles = (int32_t)f.tiles;
     s->chunks = (int32_t)f.chunks;
@@ -9783,16 +9864,14 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
     f->stage_at = (uint32_t)at;
     at += warps * 2 * rows * MOQK_FEW_PITCH;
     f->sums_at = (uint32_t)at;
-    at += MOQK_FEW_UNITS * f->side[0].each * rows * 64;
+    at += (rows == 1 ? f->side[0].units : MOQK_FEW_UNITS) * f->side[0].each * rows * 64;
     f->more_at = (uint32_t)at;
-    at += f->side[1].units * warps * rows * 64;
+    at += f->side[1].units * (rows == 1 ? f->routing.top_k * f->side[1].runs : warps) * rows * 64;
     f->factor_at = (uint32_t)at;
     at += moqk_pad((int64_t)f->routing.experts * (f->side[0].parts + 1) * 4, 16);
     const int64_t list = f->side[0].units * f->side[0].each + moqc_min(f->routing.top_k * rows, f->routing.experts) * f->side[1].units * f->side[1].runs;
     f->list_at = (uint32_t)at;
     at += list * 16;
-    f->items_at = (uint32_t)at;
-    at += moqk_pad(list * 4, 16);
     f->keys_at = (uint32_t)at;
     return at + rows * moqk_pad(f->routing.experts, 128) * 4;
 }
@@ -9817,26 +9896,46 @@ static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
     s->run_magic = moqc_few_magic(s->run);
 }
 
-/* The cut of a launch, and its blocks; bytes of shared memory, 0: there is not enough. */
-static int64_t moqc_few_cut(const moqc_ctx *c, moqk_few *f, int form, int32_t *warps, int32_t *blocks)
+/* The cut of a launch by blocks alone or by pairs; bytes of shared memory, 0: there is not enough. */
+static int64_t moqc_few_try(const moqc_ctx *c, moqk_few *f, int form, int32_t team, int32_t lists, int32_t *warps)
 {
-    const int64_t chosen = f->routing.top_k, all = moqc_min(chosen * f->rows, f->routing.experts);
-    *blocks = (int32_t)moqc_min(c->sm_count, chosen * f->side[0].tiles); /* every one has work before the activation */
+    const int64_t all = moqc_min((int64_t)f->routing.top_k * f->rows, f->routing.experts);
+    f->team = team;
     f->tiles_magic = moqc_few_magic(f->side[0].tiles);
-    f->grid_magic = moqc_few_magic(*blocks);
-    f->side[0].units = (int32_t)moqk_ceil(all * f->side[0].tiles, *blocks);
-    f->side[1].units = (int32_t)moqk_ceil(f->side[1].tiles, *blocks);
-    if (f->side[1].units > MOQK_FEW_TILES) return 0;
+    f->grid_magic = moqc_few_magic(lists);
+    f->side[0].units = (int32_t)moqk_ceil(all * f->side[0].tiles, lists);
+    f->side[1].units = (int32_t)moqk_ceil(f->side[1].tiles, lists);
+    if (f->rows > 1 && f->side[1].units > MOQK_FEW_TILES) return 0;
     if (moqc_max(f->side[0].units, moqc_max(f->side[0].chunks, f->side[1].chunks)) > 4095) return 0; /* see moqk_few_pack */
     for (*warps = MOQK_FEW_WARPS; *warps >= 8; *warps -= 4) {
-        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps);
-        moqc_few_runs(&f->side[1], all, *warps);
+        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps << team);
+        moqc_few_runs(&f->side[1], all * (f->rows == 1 ? f->side[1].units : 1), *warps << team);
+        if (team && f->side[0].each < 2) return 0; /* both blocks have a part of every row tile */
         for (f->stages = 3; f->stages > 1; f->stages--) {
             const int64_t bytes = moqc_few_fill_in(f, form, *warps);
             if (bytes <= c->most_shared - (int64_t)sizeof(moqk_few_choices) - 64) return bytes;
         }
     }
     return 0;
+}
+
+/* Chunks of the block that has most of them. */
+static int64_t moqc_few_most(const moqk_few *f, int32_t team, int32_t lists)
+{
+    const int64_t first = moqk_ceil((int64_t)f->routing.top_k * f->side[0].tiles, lists) * f->side[0].parts * f->side[0].chunks;
+    return (first + moqk_ceil(f->side[1].tiles, lists) * f->routing.top_k * f->side[1].chunks) >> team;
+}
+
+/* The cut of a launch, and its blocks; bytes of shared memory, 0: there is not enough. Pairs where they share row tiles more evenly. */
+static int64_t moqc_few_cut(const moqc_ctx *c, moqk_few *f, int form, int32_t *warps, int32_t *blocks)
+{
+    *blocks = (int32_t)moqc_min(c->sm_count, (int64_t)f->routing.top_k * f->side[0].tiles); /* every one has work before the activation */
+    if (f->pairs && f->rows == 1 && *blocks >= 2 && moqc_few_most(f, 1, *blocks / 2) * 20 < moqc_few_most(f, 0, *blocks) * 19) {
+        const int64_t bytes = moqc_few_try(c, f, form, 1, *blocks / 2, warps);
+        *blocks -= bytes ? *blocks % 2 : 0;
+        if (bytes) return bytes;
+    }
+    return moqc_few_try(c, f, form, 0, *blocks, warps);
 }
 
 /* Is there a kernel for them, and room for as many rows as it takes? */
@@ -9847,7 +9946,7 @@ static int moqc_few_takes(const moqc_ctx *c, const moqc_experts *x)
     const int form = moqk_form_of(*in), step = form < 0 ? 0 : moqk_form_step(*in, form);
     int32_t warps, blocks;
     moqk_few f;
-    if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || form < 0 || !moqc_few_find(form, step)) return 0;
+    if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || form < 0 || !moqc_few_find(form, step, 1)) return 0;
     if (r->top_k > MOQK_FEW_TOP || r->experts > MOQK_FEW_EXPERTS || x->n % 4 != 0 || x->cols % 4 != 0 || down->cols != in->rows) return 0;
     if (moqc_few_distance(x->in, form, step) == 0 || moqc_few_distance(x->down, form, step) == 0) return 0;
     for (int32_t rows = 1; rows <= MOQK_FEW_ROWS; rows++) { /* runs differ, and with them the room for sums: fewer rows may need more */
@@ -9860,6 +9959,41 @@ static int moqc_few_takes(const moqc_ctx *c, const moqc_experts *x)
         if (moqc_few_cut(c, &f, form, &warps, &blocks) == 0) return 0;
     }
     return 1;
+}
+
+/* A launch of `blocks`, in pairs or alone. with: [3], kept by the caller. */
+static cudaLaunchConfig_t moqc_few_launch(const moqc_ctx *c, const moqk_few *f, int32_t warps, int32_t blocks, int64_t bytes, cudaLaunchAttribute *with)
+{
+    cudaLaunchConfig_t how = {};
+    memset(with, 0, 3 * sizeof *with);
+    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    with[0].val.programmaticStreamSerializationAllowed = 1;
+    with[1].id = cudaLaunchAttributeCooperative;
+    with[1].val.cooperative = 1;
+    with[2].id = cudaLaunchAttributeClusterDimension;
+    with[2].val.clusterDim.x = 2;
+    with[2].val.clusterDim.y = with[2].val.clusterDim.z = 1;
+    how.gridDim = dim3((unsigned)blocks);
+    how.blockDim = dim3(32, (unsigned)warps);
+    how.dynamicSmemBytes = (size_t)bytes;
+    how.stream = c->stream;
+    how.attrs = with;
+    how.numAttrs = f->team ? 3 : 2;
+    return how;
+}
+
+/* Do pairs have room on the device, all at once? */
+static int moqc_few_pairs(const moqc_ctx *c, moqk_few f, int form, int step)
+{
+    const moqc_few_kernel kernel = moqc_few_find(form, step, 1);
+    cudaLaunchAttribute with[3];
+    int32_t warps, blocks;
+    int clusters = 0;
+    f.rows = f.pairs = 1;
+    const int64_t bytes = moqc_few_cut(c, &f, form, &warps, &blocks);
+    if (!f.team || cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess) return 0;
+    const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
+    return cudaOccupancyMaxActiveClusters(&clusters, (const void *)kernel, &how) == cudaSuccess && 2 * clusters >= blocks;
 }
 
 static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
@@ -9878,6 +10012,7 @@ static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
     f->cols = (int32_t)x->cols;
     f->hidden_cols = (int32_t)moqk_pad(x->n, 256);
     f->bf16 = (uint8_t)c->bf16;
+    f->pairs = moqc_few_pairs(c, *f, few->form, few->step);
     const size_t hidden = 2 * (size_t)(MOQK_FEW_ROWS * x->routing.top_k) * (size_t)f->hidden_cols * 4;
     few->bytes = first + hidden + 256;
     if (!(few->memory = moqc_take(c, few->bytes, "a mixture of experts", err))) return MOQ_E_NOMEM;
@@ -9899,26 +10034,15 @@ static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
 static void moqc_moe_few(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y)
 {
     moqk_few f = m->few.call;
-    const moqc_few_kernel kernel = moqc_few_find(m->few.form, m->few.step);
+    const moqc_few_kernel kernel = moqc_few_find(m->few.form, m->few.step, rows == 1);
     int32_t warps, blocks;
-    cudaLaunchConfig_t how = {};
-    cudaLaunchAttribute with[2];
-    memset(with, 0, sizeof with);
+    cudaLaunchAttribute with[3];
     f.x = x;
     f.logits = logits;
     f.y = y;
     f.rows = rows;
     const int64_t bytes = moqc_few_cut(c, &f, m->few.form, &warps, &blocks);
-    with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    with[0].val.programmaticStreamSerializationAllowed = 1;
-    with[1].id = cudaLaunchAttributeCooperative;
-    with[1].val.cooperative = 1;
-    how.gridDim = dim3((unsigned)blocks);
-    how.blockDim = dim3(32, (unsigned)warps);
-    how.dynamicSmemBytes = (size_t)bytes;
-    how.stream = c->stream;
-    how.attrs = with;
-    how.numAttrs = 2;
+    const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
     cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (moqc_ok(c, e, "cudaFuncSetAttribute")) moqc_ok(c, cudaLaunchKernelEx(&how, kernel, (const moqk_few)f), "moe-few");
 }
