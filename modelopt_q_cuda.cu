@@ -9140,11 +9140,12 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
-   Every block chooses the experts itself, a warp a row, while the other warps fetch x and list the block's runs of chunks: of its row tiles before
-   the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next chunks on their way, those of the second
-   products while the first ones are not done. What goes from the first products to the second ones is its own signal: a word of `hidden` that is
-   not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads. Blocks must run at the same time: the launch is cooperative. Sums have a
-   fixed order. A launch takes ten to thirty microseconds, in which most of this code runs once: short code is fast code here.
+   Every block chooses the experts itself, a warp a row, while the other warps fetch x; the runs of chunks of a block, or of two that are a cluster, are
+   listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next chunks on their
+   way, those of the second products while the first ones are not done. What goes from the first products to the second ones is its own signal: a word
+   of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads; sums of a single row are, too. Blocks must run at the same
+   time: the launch is cooperative. Sums have a fixed order. A launch takes ten to thirty microseconds, in which most of this code runs once: short
+   code is fast code here.
    ------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -9278,6 +9279,15 @@ __device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, m
     if (lane < a.routing.top_k) c->weight[row][lane] = a.routing.scale != 0 ? p * a.routing.scale : p;
     __syncwarp();
     if (lane == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c->ready));
+}
+
+/* A warp: choices of a row by groups or with a bias. room: where the ring will be. */
+__device__ __forceinline__ void moqk_few_route(const moqk_few &a, int32_t row, uint8_t *room, moqk_few_choices *c)
+{
+    moqk_choose(a.routing, a.bias, a.logits, a.bf16, row, (float *)(void *)(room + row * a.routing.experts * 16), c->chosen[row], c->weight[row]);
+    __syncwarp();
+    if (threadIdx.x == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c->ready));
+    moqk_end_reads();
 }
 
 /* The different experts of several rows, in their order. */
@@ -9477,7 +9487,8 @@ __device__ __forceinline__ void moqk_few_send(const float *at, float v, uint32_t
 }
 
 /* The sums of a row tile of expert d are there, or on their way: what comes out of them. sums: [runs of all parts][rows][16]. */
-template <int ONE> __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choices *c, int32_t d, int32_t tile, const float *sums, uint32_t *hidden)
+template <int ONE>
+__device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choices *c, int32_t d, int32_t tile, const float *sums, uint32_t *hidden)
 {
     const moqk_few_side &s = a.side[0];
     const int32_t lane = threadIdx.x, r = lane & 15, part = lane >> 4, h = tile * 16 + r;
@@ -9513,7 +9524,8 @@ template <int ONE> __device__ __forceinline__ void moqk_few_sum_up(const moqk_fe
             int absent;
             do {
 #pragma unroll
-                for (int j = 0; j < 8; j++) some[j] = k + j >= n ? 0 : ONE ? __uint_as_float(moqk_few_peek(sums + (k + j) * 16 + i)) : sums[(k + j) * a.rows * 16 + i];
+                for (int j = 0; j < 8; j++)
+                    some[j] = k + j >= n ? 0 : ONE ? __uint_as_float(moqk_few_peek(sums + (k + j) * 16 + i)) : sums[(k + j) * a.rows * 16 + i];
                 absent = 0;
 #pragma unroll
                 for (int j = 0; j < 8; j++) absent |= ONE && __float_as_uint(some[j]) == MOQK_FEW_ABSENT;
@@ -9592,6 +9604,39 @@ __device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, uint32_t x, fl
     for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = a.rows == 1 ? MOQK_FEW_ABSENT : 0;
 }
 
+/* A run's sums of a single row, of rows g and g + 8: into its place, in the block that has the last run but `unit & 1` of the row tile, whose warp makes
+   the tile's values; a row tile of y is the block's whose turn it is. Lanes with column 0 have them. */
+__device__ __forceinline__ void moqk_few_place(const moqk_few &a, moqk_few_choices *c, int32_t i, uint32_t item, float v, float w,
+                                               const float beside[2], const float *first, const float *second, uint32_t *hidden)
+{
+    const int32_t lane = threadIdx.x, d = moqk_few_d(item), unit = moqk_few_unit(item);
+    const moqk_few_side &s = a.side[item & 1];
+    const int32_t last = item & 1 ? unit : (unit + 1) * s.each - 1 - (unit & a.team), run = moqk_few_over(moqk_few_chunk(item), s.run_magic);
+    const float *sums = (item & 1 ? second + ((unit * c->count + d) * s.runs + run) * 16 : first + i * 16) + (lane >> 2);
+    float weight = 1;          /* x of the second products has it in it already, the bias has not */
+    if ((item & 1) && s.bias) {
+        moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c->ready), 0);
+        weight = c->weight[0][d];
+    }
+    if ((lane & 3) == 0) {
+        moqk_few_send(sums, v + weight * beside[0], (uint32_t)(last & a.team));
+        moqk_few_send(sums + 8, w + weight * beside[1], (uint32_t)(last & a.team));
+    }
+    __syncwarp();
+    if (!(item & 1) && i == last) moqk_few_finish<1>(a, c, d, moqk_few_tile(a, item), first + unit * s.each * 16, hidden);
+}
+
+/* The row tiles of y of a single row that are this warp's: their sums come from all warps. all: runs of this list; own: of a row tile. */
+__device__ __forceinline__ void moqk_few_rest(const moqk_few &a, int32_t begin, int32_t step, int32_t all, int32_t own, const float *sums, int32_t other)
+{
+#pragma unroll 1
+    for (int32_t unit = begin; unit * own < all; unit += step) {
+        const int32_t tile = moqk_few_tile(a, moqk_few_pack(1, 0, 0, 0, unit));
+        moqk_few_sum_up<1>(a, tile, sums + unit * own * 16, own);
+        if (tile == 0 && threadIdx.x == 0) *(int2 *)(void *)a.state = make_int2(other, 1);
+    }
+}
+
 /* ONE: a single row. Its runs have places of their own in the sums, which are their own signals, and its blocks may come in pairs. */
 template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
 {
@@ -9614,13 +9659,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
         moqk_few_list(a, a.routing.top_k, BYTES, (warps - 1 - warp) * 32 + lane, MOQK_FEW_LISTERS * 32, list);
     else if (warp >= rows) moqk_few_fetch(a, base + a.x_at, factor, (uint32_t *)(void *)(shared + a.sums_at));
     else if (plain) moqk_few_choose(a, warp, (uint32_t *)(void *)(shared + a.keys_at), &c);
-    else { /* the ring is not in use yet */
-        float *room = (float *)(void *)(shared + warp * a.routing.experts * 16);
-        moqk_choose(a.routing, a.bias, a.logits, a.bf16, warp, room, c.chosen[warp], c.weight[warp]);
-        __syncwarp();
-        if (lane == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c.ready));
-        moqk_end_reads();
-    }
+    else moqk_few_route(a, warp, shared, &c);
     __syncthreads();
     if (!ONE) {
         moqk_few_merge(a, &c);
@@ -9650,7 +9689,8 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     const uint32_t x_first = base + a.x_at + (row < (a.bf16 ? a.rows : 2 * a.rows) ? row * a.x_pitch : 0) + column;
     const uint32_t x_second = stage + (row < 2 * a.rows ? row * MOQK_FEW_PITCH : 0) + column;
     uint32_t place = ring, full = bar, turn = 0;
-    const uint32_t codes = moqk_kept((uint32_t)moqk_fast_slot(FORM, lane) * 16), scales_at = moqk_kept(2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
+    const uint32_t codes = moqk_kept((uint32_t)moqk_fast_slot(FORM, lane) * 16);
+    const uint32_t scales_at = moqk_kept(2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
 #pragma unroll 1
     for (int32_t i = begin; i < end; i += step) {
         const uint32_t item = list[i].z;
@@ -9706,22 +9746,9 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             if (!second) x[0] += 512;
         }
 
-        if (ONE) {             /* in the block whose warp has the tile's last run but `unit & 1` */
-            const float *sums = second ? more + ((unit * c.count + d) * s.runs + moqk_few_over(first, s.run_magic)) * 16
-                                       : (const float *)(const void *)(shared + a.sums_at) + i * 16;
-            const int32_t last = second ? unit : (unit + 1) * s.each - 1 - (unit & team);
+        if (ONE) {
             const float v = (split ? acc[0][0] + acc[0][1] : acc[0][0]) * f, w = (split ? acc[0][2] + acc[0][3] : acc[0][2]) * f;
-            float weight = 1;
-            if (second && s.bias) {
-                moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c.ready), 0);
-                weight = c.weight[0][d];
-            }
-            if (t == 0) {
-                moqk_few_send(sums + g, v + weight * beside[0], (uint32_t)(last & team));
-                moqk_few_send(sums + g + 8, w + weight * beside[1], (uint32_t)(last & team));
-            }
-            __syncwarp();
-            if (!second && i == last) moqk_few_finish<1>(a, &c, d, moqk_few_tile(a, item), (float *)(void *)(shared + a.sums_at) + unit * s.each * 16, hidden);
+            moqk_few_place(a, &c, i, item, v, w, beside, (const float *)(const void *)(shared + a.sums_at), more, hidden);
             continue;
         }
         if (!second) {
@@ -9759,14 +9786,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             if (tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
         }
     }
-    if (!ONE) return;
-    const int32_t own = c.count * a.side[1].runs;
-#pragma unroll 1
-    for (int32_t unit = begin; unit * own < counts.y; unit += step) { /* a row tile of y is its block's that has begun with it */
-        const int32_t tile = moqk_few_tile(a, moqk_few_pack(1, 0, 0, 0, unit));
-        moqk_few_sum_up<1>(a, tile, more + unit * own * 16, own);
-        if (tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows);
-    }
+    if (ONE) moqk_few_rest(a, begin, step, counts.y, c.count * a.side[1].runs, more, other);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -9775,7 +9795,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
    ------------------------------------------------------------------------------------------------ */
 
 /* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
-   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 13.2, 38, 77 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 27, 54, 68, 98 and 43, 70, 99,
+   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 13.1, 38, 77 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 24, 54, 68, 98 and 43, 70, 99,
    99. */
 enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 3 };
 
