@@ -9140,12 +9140,12 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
-   Every block chooses the experts itself, a warp a row, while the other warps fetch x; the runs of chunks of a block, or of two that are a cluster, are
-   listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next chunks on their
-   way, those of the second products while the first ones are not done. What goes from the first products to the second ones is its own signal: a word
-   of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads; sums of a single row are, too. Blocks must run at the same
-   time: the launch is cooperative. Sums have a fixed order. A launch takes ten to thirty microseconds, in which most of this code runs once: short
-   code is fast code here.
+   Every block chooses the experts itself, a warp or, for a single row, eight, while others fetch x; the runs of chunks of a block, or of two that are a
+   cluster, are listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next
+   chunks on their way, those of the second products while the first ones are not done. What goes from the first products to the second ones is its own
+   signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads; sums of a single row are, too. Blocks must
+   run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes ten to thirty microseconds, in which most of this code runs
+   once: short code is fast code here.
    ------------------------------------------------------------------------------------------------ */
 
 enum {
@@ -9153,7 +9153,9 @@ enum {
     MOQK_FEW_TOP = 16,
     MOQK_FEW_EXPERTS = 512,
     MOQK_FEW_WARPS = 24,
-    MOQK_FEW_LISTERS = 4,      /* warps that list a single row's runs while one chooses and the others fetch x */
+    MOQK_FEW_LISTERS = 4,      /* warps that list a single row's runs while others choose and fetch x */
+    MOQK_FEW_VOTERS = 8,       /* warps that choose for a single row among at most MOQK_FEW_RANKED experts: a thread looks at half of them for one */
+    MOQK_FEW_RANKED = MOQK_FEW_VOTERS * 16,
     MOQK_FEW_UNITS = 4,        /* row tiles of a block before the activation whose sums are under way */
     MOQK_FEW_TILES = 16,       /* row tiles of y of a block */
     MOQK_FEW_PITCH = 528       /* bytes of a row of a chunk's x */
@@ -9218,7 +9220,7 @@ __device__ __forceinline__ uint32_t moqk_few_key(float v)
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
 /* A warp: choices of a row where scores rank them as logits do. A lane has `each` neighbouring experts: the first lane of equals has the first one.
-   keys: [rows][32][each], of more than four: those stay in registers. */
+   keys: [rows][32][each], where a lane has more than four: these stay in its registers. */
 __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, uint32_t *keys, moqk_few_choices *c)
 {
     const int32_t lane = threadIdx.x, experts = a.routing.experts, each = ((experts + 127) >> 7) * 4, first = lane * each;
@@ -9259,6 +9261,36 @@ __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, 
             for (int j = 0; j < 4; j++) if (v[j] > best) best = v[j], at = k + j;
         }
     }
+}
+
+/* The same of one row and at most MOQK_FEW_RANKED experts by MOQK_FEW_VOTERS warps: an expert's place is the number of those before it. The pair of
+   lanes of an expert share the others. keys: [MOQK_FEW_RANKED], of which no expert's is 0. */
+__device__ __forceinline__ void moqk_few_rank(const moqk_few &a, uint32_t *keys, moqk_few_choices *c)
+{
+    const int32_t thread = threadIdx.y * 32 + threadIdx.x, e = thread >> 1, half = thread & 1;
+    if (thread < MOQK_FEW_RANKED) {
+        uint32_t bits = 0;
+        if (thread < a.routing.experts) bits = a.bf16 ? (uint32_t)((const uint16_t *)a.logits)[thread] << 16 : ((const uint32_t *)a.logits)[thread];
+        keys[thread] = thread < a.routing.experts ? moqk_few_key(__uint_as_float(bits)) : 0;
+    }
+    asm volatile("bar.sync 1, %0;" :: "n"(MOQK_FEW_VOTERS * 32) : "memory");
+    const uint32_t own = keys[e];
+    const uint4 *all = (const uint4 *)(const void *)keys;
+    int32_t before = 0;
+#pragma unroll 8
+    for (int32_t i = half; i < MOQK_FEW_RANKED / 4; i += 2) {
+        const uint4 v = all[i];
+        const uint32_t limit = i < e >> 2 ? own - 1 : own; /* equals: the first one is better */
+        before += (v.x > limit) + (v.y > limit) + (v.z > limit) + (v.w > limit);
+    }
+    if (half == 0) {
+        const uint4 v = all[e >> 2];
+        before += ((e & 3) > 0 && v.x == own) + ((e & 3) > 1 && v.y == own) + ((e & 3) > 2 && v.z == own);
+    }
+    before += __shfl_xor_sync(0xffffffffu, before, 1);
+    if (half || e >= a.routing.experts || before >= a.routing.top_k) return;
+    c->chosen[0][before] = e;
+    c->weight[0][before] = moqk_few_logit(own);
 }
 
 /* A warp: logits of a row's choices become weights. */
@@ -9403,20 +9435,20 @@ __device__ __forceinline__ void moqk_few_ask(const moqk_few &a, const uint4 *lis
 }
 
 /* Four values of x, quad i of all rows; zeros behind the last column. */
-__device__ __forceinline__ float4 moqk_few_x4(const moqk_few &a, int32_t i)
+template <int ONE> __device__ __forceinline__ float4 moqk_few_x4(const moqk_few &a, int32_t i)
 {
-    const int32_t quads = a.side[0].chunks * 64, m = a.rows == 1 ? 0 : i / quads, k = i - m * quads;
+    const int32_t quads = a.side[0].chunks * 64, m = ONE ? 0 : i / quads, k = i - m * quads;
     moqk_call x;
     x.x = a.x;
-    if (4 * k >= a.cols || m >= a.rows) return make_float4(0, 0, 0, 0);
+    if (4 * k >= a.cols || (!ONE && m >= a.rows)) return make_float4(0, 0, 0, 0);
     return a.bf16 ? moqk_fast_x4<0>(x, (int64_t)m * a.cols + 4 * k) : moqk_fast_x4<1>(x, (int64_t)m * a.cols + 4 * k);
 }
 
 /* The same into shared memory, as BF16 or as two parts. */
-__device__ __forceinline__ void moqk_few_put(const moqk_few &a, int32_t i, float4 v, uint32_t to)
+template <int ONE> __device__ __forceinline__ void moqk_few_put(const moqk_few &a, int32_t i, float4 v, uint32_t to)
 {
-    const int32_t quads = a.side[0].chunks * 64, m = a.rows == 1 ? 0 : i / quads, k = i - m * quads;
-    if (m >= a.rows || k >= quads) return;
+    const int32_t quads = a.side[0].chunks * 64, m = ONE ? 0 : i / quads, k = i - m * quads;
+    if ((!ONE && m >= a.rows) || k >= quads) return;
     if (a.bf16) moqk_run_put<0>(v, to + (uint32_t)m * a.x_pitch + (uint32_t)k * 8, a.x_pitch);
     else moqk_run_put<1>(v, to + (uint32_t)(2 * m) * a.x_pitch + (uint32_t)k * 8, a.x_pitch);
 }
@@ -9587,21 +9619,20 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
 }
 
 /* What the warps that do not choose do meanwhile: x, factors, sums of 0 or absent. Behind the weights a load would wait for microseconds. */
-__device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, uint32_t x, float *factor, uint32_t *sums)
+template <int ONE>
+__device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, int32_t thread, int32_t threads, uint32_t x, float *factor, uint32_t *sums)
 {
-    const int32_t thread = ((int32_t)threadIdx.y - a.rows) * 32 + (int32_t)threadIdx.x;
-    const int32_t threads = ((int32_t)blockDim.y - (a.rows == 1 ? 1 + MOQK_FEW_LISTERS : a.rows)) * 32;
-    const int32_t all = a.rows * a.side[0].chunks * 64, factors = a.routing.experts * (a.side[0].parts + 1);
+    const int32_t all = (ONE ? 1 : a.rows) * a.side[0].chunks * 64, factors = a.routing.experts * (a.side[0].parts + 1);
 #pragma unroll 1
     for (int32_t i = thread; i < all || i < factors; i += 2 * threads) {
         const float f = i < factors ? __ldg(a.factor + i) : 0, g = i + threads < factors ? __ldg(a.factor + i + threads) : 0;
-        const float4 v = moqk_few_x4(a, i), w = moqk_few_x4(a, i + threads);
-        moqk_few_put(a, i, v, x);
-        moqk_few_put(a, i + threads, w, x);
+        const float4 v = moqk_few_x4<ONE>(a, i), w = moqk_few_x4<ONE>(a, i + threads);
+        moqk_few_put<ONE>(a, i, v, x);
+        moqk_few_put<ONE>(a, i + threads, w, x);
         if (i < factors) factor[i] = f;
         if (i + threads < factors) factor[i + threads] = g;
     }
-    for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = a.rows == 1 ? MOQK_FEW_ABSENT : 0;
+    for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = ONE ? MOQK_FEW_ABSENT : 0;
 }
 
 /* A run's sums of a single row, of rows g and g + 8: into its place, in the block that has the last run but `unit & 1` of the row tile, whose warp makes
@@ -9647,8 +9678,8 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = moqk_kept(base + (uint32_t)(warp * a.stages) * BYTES);
     const uint32_t bar = moqk_kept(base + a.bars_at + (uint32_t)(warp * a.stages) * 8), ring_end = moqk_kept(ring + (uint32_t)a.stages * BYTES);
     const uint32_t stage = base + a.stage_at + (uint32_t)(warp * 2 * a.rows) * MOQK_FEW_PITCH;
-    const int32_t rows = ONE ? 1 : a.rows;
     const int plain = a.routing.groups <= 1 && !a.bias;
+    const int32_t rows = ONE ? 1 : a.rows, choosers = ONE && plain && a.routing.experts <= MOQK_FEW_RANKED && warps > 12 ? MOQK_FEW_VOTERS : rows;
     uint4 *list = (uint4 *)(void *)(shared + a.list_at);
     float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
     moqk_few_begin(a, &c, bar);
@@ -9657,7 +9688,10 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
     if (ONE && warp >= warps - MOQK_FEW_LISTERS)
         moqk_few_list(a, a.routing.top_k, BYTES, (warps - 1 - warp) * 32 + lane, MOQK_FEW_LISTERS * 32, list);
-    else if (warp >= rows) moqk_few_fetch(a, base + a.x_at, factor, (uint32_t *)(void *)(shared + a.sums_at));
+    else if (warp >= choosers)
+        moqk_few_fetch<ONE>(a, (warp - choosers) * 32 + lane, (warps - choosers - (ONE ? MOQK_FEW_LISTERS : 0)) * 32, base + a.x_at, factor,
+                            (uint32_t *)(void *)(shared + a.sums_at));
+    else if (ONE && choosers > 1) moqk_few_rank(a, (uint32_t *)(void *)(shared + a.keys_at), &c);
     else if (plain) moqk_few_choose(a, warp, (uint32_t *)(void *)(shared + a.keys_at), &c);
     else moqk_few_route(a, warp, shared, &c);
     __syncthreads();
@@ -9795,7 +9829,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
    ------------------------------------------------------------------------------------------------ */
 
 /* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
-   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 13.1, 38, 77 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 24, 54, 68, 98 and 43, 70, 99,
+   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 12.9, 38, 77 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 24, 54, 68, 98 and 43, 70, 99,
    99. */
 enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 3 };
 
