@@ -2089,6 +2089,9 @@ template <int FORM> __device__ __forceinline__ uint32_t moqk_scale_both(uint32_t
     return __vminu2(s + 0x00370037u, 0x00fe00feu) * 128;
 }
 
+/* Of each half of a word of E2M1 codes, bits 2..0 and the sign in bit 14 as those of a BF16: up by 6 and by 1 in one product, whose two parts do not meet. */
+__device__ __forceinline__ uint32_t moqk_third_pair(uint32_t v) { return (v & 0x40074007u) * 66 & 0x81c081c0u; }
+
 /* Registers of step `s` of a block of 64 columns, from the lane's 16-byte units of the block; z: 128 + zero (8 bits: zero - 128) of rows
    g and g + 8. */
 template <int FORM> __device__ __forceinline__ void moqk_fast_decode(const uint4 *w, int s, const uint32_t z[2], uint32_t a[4])
@@ -2097,7 +2100,7 @@ template <int FORM> __device__ __forceinline__ void moqk_fast_decode(const uint4
         uint32_t v = moqk_word_of(w[0], s);
         a[0] = v & 0x81c081c0u;
         a[1] = v << 3 & 0x81c081c0u;
-        a[2] = (v << 6 & 0x01c001c0u) | (v << 1 & 0x80008000u);
+        a[2] = moqk_third_pair(v);
         a[3] = (v >> 3 & 0x01c001c0u) | (v << 2 & 0x80008000u);
     } else if constexpr (FORM == MOQK_FAST_U4) { /* 0x4300 | n is 128 + n: the difference is exact */
         uint32_t v = moqk_word_of(w[0], s);
@@ -2818,7 +2821,8 @@ typedef struct moqk_run_part {
 enum { MOQK_RUN_PLAIN, MOQK_RUN_JOINED, MOQK_RUN_NORM };
 enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4, MOQK_RUN_PLAYED = 2 }; /* the last: warps of a norm that a warp plays */
 
-__host__ __device__ static constexpr int moqk_run_warps(int products) { return products == 1 ? 32 : 28; } /* of a block at most */
+/* Warps of a block at most. Kernels of MOQK_RUN_FEW have registers to spare; those of MOQK_RUN_ALL read x all at once. */
+enum { MOQK_RUN_ALL = 32, MOQK_RUN_MOST = 28, MOQK_RUN_FEW = 16 };
 
 /* How a launch is cut. Threads: 32, tiles, ways. A block takes `tiles` row tiles of a part, one a warp; its ways x the blocks of a cluster share
    the columns in runs of chunks. */
@@ -2845,6 +2849,7 @@ typedef struct moqk_run {
     void *mid;                 /* [rows of x, rows of a part]: the activation of parts 0 and 1, which are in pairs; or NULL */
     int32_t parts;
     moqk_run_part part[MOQK_RUN_PARTS];
+    int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
 } moqk_run;
 
 /* A copy of weights: see moqk_pass_once. */
@@ -2869,6 +2874,17 @@ __device__ __forceinline__ void moqk_bulk_both(uint32_t to, const uint8_t *from,
 #elif __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)3) : "memory");
+#endif
+}
+
+/* Four values into the shared memory of block `rank` of the cluster, where the barrier counts the bytes: a fence of the cluster would wait for all
+   that is under way. */
+__device__ __forceinline__ void moqk_run_give(uint32_t to, const float *v, uint32_t barrier, uint32_t rank)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .u32 p, q; mapa.shared::cluster.u32 p, %0, %6; mapa.shared::cluster.u32 q, %5, %6;"
+                 " st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [p], {%1, %2, %3, %4}, [q]; }"
+                 :: "r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier), "r"(rank) : "memory");
 #endif
 }
 
@@ -2960,7 +2976,7 @@ template <int FORM> __device__ __forceinline__ void moqk_run_pair(uint32_t v, in
         a[1] = moqk_fma_pair(v & 0x00f000f0u, MOQK_RUN_HIGH, s[1]);
         return;
     }
-    a[0] = moqk_mul_pair(half ? (v << 6 & 0x01c001c0u) | (v << 1 & 0x80008000u) : v & 0x81c081c0u, s[0]);
+    a[0] = moqk_mul_pair(half ? moqk_third_pair(v) : v & 0x81c081c0u, s[0]);
     a[1] = moqk_mul_pair(half ? (v >> 3 & 0x01c001c0u) | (v << 2 & 0x80008000u) : v << 3 & 0x81c081c0u, s[1]);
 }
 
@@ -3001,7 +3017,7 @@ template <int FORM, int STEP> struct moqk_run_factors {
 /* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each product's x (4-bit
    floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit floats half a
    word and half of the next one: with all of a word, x would have to be moved. */
-template <int FORM, int STEP, int NB>
+template <int FORM, int STEP, int NB, int LATE>
 __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_run_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
                                                const uint32_t z[2], float (&acc)[NB][4])
 {
@@ -3010,7 +3026,11 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
     uint32_t s[2] = {z[0], z[1]}; /* what moqk_run_pair takes */
 #pragma unroll
     for (int b = 0; b < 4; b++) {
-        if constexpr (FORM <= MOQK_MXFP4) {
+        if constexpr (FORM <= MOQK_MXFP4 && LATE) {
+            const uint32_t both = moqk_scale_both<FORM>(b < 2 ? bytes.x : bytes.y, b & 1);
+            s[0] = moqk_low_twice(both);
+            s[1] = moqk_high_twice(both);
+        } else if constexpr (FORM <= MOQK_MXFP4) {
             s[0] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2);
             s[1] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2 + 1);
         }
@@ -3099,8 +3119,21 @@ __device__ __forceinline__ void moqk_run_norm(const moqk_call &a, const moqk_run
         moqk_run_put<SPLIT>(make_float4(0, 0, 0, 0), to + (uint32_t)(q - from) * 8, u.x_pitch);
 }
 
+/* Asks for the warp's rows of phase `at` of its way's x. */
+__device__ __forceinline__ void moqk_run_phase(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar, int32_t at)
+{
+    const int32_t from = at * cut.phase, row = ((int32_t)(threadIdx.y + threadIdx.x * blockDim.y) << cut.share) + ((int32_t)blockIdx.y & cut.share);
+    if (from >= n || row >= cut.rows) return;
+    const uint8_t *x = (const uint8_t *)a.x + (row * a.ldx + (int64_t)(c0 + from) * 256) * 2;
+    const uint32_t to = mine + (uint32_t)row * cut.x_pitch + (uint32_t)from * 512, bytes = (uint32_t)min(n - from, cut.phase) * 512;
+    if (cut.share) moqk_bulk_both(to, x, bytes, x_bar + 8 * (uint32_t)at);
+    else moqk_bulk_copy(to, x, bytes, x_bar + 8 * (uint32_t)at);
+}
+
 /* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
-   phase are shared among these warps, because a warp issues its copies one after another. */
+   phase are shared among these warps, because a warp issues its copies one after another. LATE: all of it at once would stand between the first
+   weights and the next, so only the first phases are asked for. */
+template <int LATE>
 __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar)
 {
     const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
@@ -3118,12 +3151,14 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
     if (warp == 0 && lane < phases)
         moqk_barrier_expect(x_bar + 8 * (uint32_t)lane, (uint32_t)cut.rows * (uint32_t)min(n - lane * cut.phase, cut.phase) * 512);
     if (cut.share) { /* the other block's barriers are there */
-        moqk_cluster_arrive(0);
+        moqk_cluster_arrive(LATE);
         moqk_cluster_wait();
     } else __syncthreads();
     moqk_wait_for_before();
     asm volatile("fence.proxy.async;" ::: "memory"); /* x was written by ordinary stores */
-    for (; at < phases; pair += 32 * warps, at = pair / rows, i = pair - at * rows) {
+    if constexpr (LATE) {
+        for (int32_t first = 0; first < cut.ahead; first++) moqk_run_phase(a, cut, c0, n, mine, x_bar, first);
+    } else for (; at < phases; pair += 32 * warps, at = pair / rows, i = pair - at * rows) {
         const int32_t from = at * cut.phase, row = (i << cut.share) + odd;
         const uint8_t *x = (const uint8_t *)a.x + (row * a.ldx + (int64_t)(c0 + from) * 256) * 2;
         const uint32_t to = mine + (uint32_t)row * cut.x_pitch + (uint32_t)from * 512, bytes = (uint32_t)min(n - from, cut.phase) * 512;
@@ -3134,13 +3169,14 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
 }
 
 /* A warp's run: acc += its chunks times x. src: the first chunk that is not under way; h: the factors of the first chunk. */
-template <int FORM, int STEP, int NB>
-__device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
+template <int FORM, int STEP, int NB, int LATE>
+__device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
                                                 uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift, const uint32_t z[2],
                                                 moqk_run_factors<FORM, STEP> &h, float (&acc)[NB][4])
 {
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3;
+    const uint32_t first_x_bar = x_bar;
     uint32_t x[NB], at = ring, full = bar, parity = 0;
     int32_t s = cut.stages;
 #pragma unroll
@@ -3149,8 +3185,9 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
         x[b] = mine + (uint32_t)(row < cut.columns ? row : 0) * cut.x_pitch + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
         acc[b][0] = acc[b][1] = acc[b][2] = acc[b][3] = 0;
     }
-    for (int32_t c = 0; c < n;) {
+    for (int32_t c = 0, ahead = cut.ahead; c < n;) {
         const int32_t until = min(n, c + cut.phase);
+        if (LATE && cut.bulk) moqk_run_phase(a, cut, c0, n, mine, first_x_bar, ahead++);
         if (cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
         x_bar += 8;
 #pragma unroll 1
@@ -3172,7 +3209,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_run &cut, int32_t c0,
                 moqk_bulk_stream(at, src, BYTES, full);
             }
             src += BYTES;
-            moqk_run_chunk<FORM, STEP, NB>(w, bytes, h, x, z, acc);
+            moqk_run_chunk<FORM, STEP, NB, LATE>(w, bytes, h, x, z, acc);
             h = next;
 #pragma unroll
             for (int b = 0; b < NB; b++) x[b] += 512;
@@ -3219,19 +3256,84 @@ __device__ __forceinline__ void moqk_run_pair_up(const moqk_call &a, const moqk_
                      moqk_activate(cut.activation, moqk_rounded_any(gate, a.y_bf16), moqk_rounded_any(up, a.y_bf16)), a.y_bf16);
 }
 
+/* What a row of a part makes of its sum; one rounding in all kernels. */
+template <int FORM, int STEP> __device__ __forceinline__ float moqk_run_scaled(const moqk_run &cut, const moqk_run_part &p, float v, int32_t row)
+{
+    const int64_t scales_at = (int64_t)((p.rows + 15) >> 4) * cut.chunks * moqk_chunk_bytes(FORM);
+    float by = p.factor * (FORM == MOQK_FAST_U4 ? 64.0f : moqk_form_fix(FORM)); /* see moqk_run_pair */
+    if (STEP == 0 && FORM > MOQK_MXFP4) {
+        v *= by;
+        by = __ldg((const float *)(p.packed + scales_at) + ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1));
+    }
+    return fmaf(v, by, p.bias ? __ldg(p.bias + row) : 0.0f);
+}
+
+/* Of a product's sums as a lane holds them, those of all runs in the order of the columns. each: of a run. */
+__device__ __forceinline__ float4 moqk_run_sum4(const moqk_run &cut, const float4 *from, int32_t each)
+{
+    float4 v = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int32_t s = 0; s < cut.blocks * cut.ways; s++, from += each) {
+        const float4 u = *from;
+        v.x += u.x;
+        v.y += u.y;
+        v.z += u.z;
+        v.w += u.w;
+    }
+    return v;
+}
+
+/* Sum i of a lane's four: row g (+ 8) and column 2 t (+ 1) of the products; split: of hi and lo, which are neighbours. */
+__device__ __forceinline__ float moqk_run_value(const float4 &v, int i, int split)
+{
+    if (split) return i < 2 ? v.x + v.y : v.z + v.w;
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+/* The end of a block that does not take x all at once: its share of the rows, a warp per row tile and product. The sums lie as the lanes hold them,
+   [run][row tile][product][lane] of float4. first, last: rows of part q that are the block's. */
+template <int FORM, int STEP, int NB, int KIND>
+__device__ __forceinline__ void moqk_run_end(const moqk_call &a, const moqk_run &cut, const moqk_run_part &q, const float4 *sums, int32_t warp, int32_t first,
+                                             int32_t last)
+{
+    const int32_t lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
+    const int32_t each = cut.tiles_own * NB * 32;
+    for (int32_t o = warp; o < (cut.tiles_own >> pairs) * NB; o += cut.tiles * cut.ways) {
+        const int32_t tile = o / NB, b = o - tile * NB;
+        const float4 *from = sums + ((tile << pairs) * NB + b) * 32 + lane;
+        const float4 v = moqk_run_sum4(cut, from, each), up = pairs ? moqk_run_sum4(cut, from + NB * 32, each) : v; /* tiles of gate and up in turn */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t r = tile * 16 + g + 8 * (i >> 1), m = split ? 4 * b + t : 8 * b + 2 * t + (i & 1);
+            if (r >= last || m >= cut.rows || (split && (i & 1))) continue;
+            const int64_t at = (int64_t)m * a.ldy + q.y_first + first + r;
+            const float y = moqk_run_scaled<FORM, STEP>(cut, q, moqk_run_value(v, i, split), first + r);
+            if (pairs) {
+                moqk_run_pair_up(a, cut, m, first + r, at, y, moqk_run_scaled<FORM, STEP>(cut, cut.part[1], moqk_run_value(up, i, split), first + r));
+                continue;
+            }
+            moqk_store(a, at, y);
+            if (KIND != MOQK_RUN_PLAIN && cut.into) moqk_put_any(cut.into, at, moqk_get_any(cut.into, at, a.y_bf16) + moqk_rounded_any(y, a.y_bf16), a.y_bf16);
+        }
+    }
+}
+
 /* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
    and after x is there: a launch takes a few microseconds. */
-template <int FORM, int STEP, int NB, int KIND>
-__global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut)
+template <int FORM, int STEP, int NB, int KIND, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut)
 {
+    static_assert(NB == 1 || WARPS != MOQK_RUN_ALL, "sums of one product");
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    constexpr int LATE = WARPS != MOQK_RUN_ALL;
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
     const int32_t local = threadIdx.y, way = threadIdx.z, warp = way * cut.tiles + local, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0, begin = moqk_run_first(cut, rank * cut.ways);
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * cut.stages) * BYTES;
     const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
     const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * cut.stages) * 8;
+    const uint32_t sum_bar = base + cut.sums_at - 8; /* the last of the barriers */
     int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
     while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
     if (part > 0 && !pairs) group -= cut.part[part - 1].end;
@@ -3242,6 +3344,7 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
     const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
     if (lane < cut.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
     if (local == 0 && lane < MOQK_RUN_PHASES) moqk_barrier_init(x_bar + 8 * (uint32_t)lane, 1);
+    if (LATE && warp == 0 && lane == 0) moqk_barrier_init(sum_bar, 1);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -3269,33 +3372,49 @@ __global__ void __launch_bounds__(moqk_run_warps(NB) * 32, 1) moqk_decode_run(co
         if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums);
         else moqk_run_norm<0>(a, cut, begin, chunks, to, sums);
         h.load(scales, zeros, c0, p.shift);
+    } else if constexpr (LATE && STEP > 0) { /* likewise */
+        h.ask(scales, zeros, c0, p.shift);
+        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar);
+        h.load(scales, zeros, c0, p.shift);
     } else {
         h.load(scales, zeros, c0, p.shift);
-        moqk_run_x(a, cut, c0, n, mine, x_bar);
+        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar);
     }
+    if (LATE && warp == 0 && lane == 0)
+        moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * NB) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
-    moqk_run_chunks<FORM, STEP, NB>(cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
+    moqk_run_chunks<FORM, STEP, NB, LATE>(a, cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
     int32_t owner = 0, here = local;
     for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
-    float *to = sums + here * 16 + g + slot * cut.rows * cut.pitch;
+    if constexpr (LATE) {
+        const uint32_t to = base + cut.sums_at + (uint32_t)((slot * cut.tiles_own + here) * NB * 32 + lane) * 16;
 #pragma unroll
-    for (int b = 0; b < NB; b++)
+        for (int b = 0; b < NB; b++) {
+            if (cut.blocks > 1) moqk_run_give(to + b * 512, acc[b], sum_bar, (uint32_t)owner);
+            else ((float4 *)(void *)(shared + (to - base)))[b * 32] = make_float4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
+        }
+    } else {
+        float *to = sums + here * 16 + g + slot * cut.rows * cut.pitch;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int32_t m = split ? 4 * b + t : 8 * b + 2 * t + (i & 1);
-            const float v = split ? acc[b][i & 2] + acc[b][i | 1] : acc[b][i];
+            const int32_t m = split ? t : 2 * t + (i & 1);
+            const float v = split ? acc[0][i & 2] + acc[0][i | 1] : acc[0][i];
             if (m < cut.rows && !(split && (i & 1))) moqk_store_at(to + m * cut.pitch + 8 * (i >> 1), v, cut.blocks, (uint32_t)owner);
         }
-    if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
+    }
+    if (LATE && cut.blocks > 1) moqk_barrier_wait(sum_bar, 0);
+    else if (cut.blocks > 1) { moqk_cluster_arrive(0); moqk_cluster_wait(); }
     else __syncthreads();
     /* Nothing of this is made earlier: there is no register for it beside the products. */
     const moqk_run_part &q = cut.part[pairs ? 0 : part]; /* the part whose rows the block adds up */
     const int32_t first = (first_tile + rank * (cut.tiles_own >> pairs)) * 16;
     const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
-    for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
+    if constexpr (LATE) {
+        moqk_run_end<FORM, STEP, NB, KIND>(a, cut, q, (const float4 *)(const void *)sums, warp, first, last);
+    } else for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
         int32_t m, r;
         if (!moqk_run_row(cut, last, o, &m, &r)) continue;
         const float *from = sums + m * cut.pitch + r;
@@ -5866,19 +5985,26 @@ static void moqc_launch_ring(const moqc_job *j, int form, int step, const moqk_r
 
 typedef void (*moqc_run_kernel)(const moqk_call, const moqk_run);
 
-template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(int columns, int kind)
+template <int FORM, int STEP, int NB, int WARPS> static moqc_run_kernel moqc_run_joined_or_not(int kind)
 {
-    if (kind == MOQK_RUN_NORM) return moqk_decode_run<FORM, STEP, 1, MOQK_RUN_NORM>;
-    if (columns <= 8) return kind ? moqk_decode_run<FORM, STEP, 1, MOQK_RUN_JOINED> : moqk_decode_run<FORM, STEP, 1, MOQK_RUN_PLAIN>;
-    return kind ? moqk_decode_run<FORM, STEP, 2, MOQK_RUN_JOINED> : moqk_decode_run<FORM, STEP, 2, MOQK_RUN_PLAIN>;
+    return kind ? moqk_decode_run<FORM, STEP, NB, MOQK_RUN_JOINED, WARPS> : moqk_decode_run<FORM, STEP, NB, MOQK_RUN_PLAIN, WARPS>;
 }
 
-static moqc_run_kernel moqc_run_find(int form, int step, int columns, int kind)
+template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(const moqk_run *u, int kind)
 {
-    if (form == MOQK_NVFP4) return moqc_run_for<MOQK_NVFP4, 0>(columns, kind);
-    if (form == MOQK_MXFP4) return moqc_run_for<MOQK_MXFP4, 0>(columns, kind);
-    if (step == 0) return moqc_run_for<MOQK_FAST_U4, 0>(columns, kind);
-    return step == 32 ? moqc_run_for<MOQK_FAST_U4, 32>(columns, kind) : moqc_run_for<MOQK_FAST_U4, 64>(columns, kind);
+    if (kind == MOQK_RUN_NORM) return moqk_decode_run<FORM, STEP, 1, MOQK_RUN_NORM, MOQK_RUN_ALL>;
+    if (u->ahead == 0) return moqc_run_joined_or_not<FORM, STEP, 1, MOQK_RUN_ALL>(kind);
+    if (u->columns <= 8) return moqc_run_joined_or_not<FORM, STEP, 1, MOQK_RUN_MOST>(kind);
+    if (u->tiles * u->ways > MOQK_RUN_FEW) return moqc_run_joined_or_not<FORM, STEP, 2, MOQK_RUN_MOST>(kind);
+    return moqc_run_joined_or_not<FORM, STEP, 2, MOQK_RUN_FEW>(kind);
+}
+
+static moqc_run_kernel moqc_run_find(int form, int step, const moqk_run *u, int kind)
+{
+    if (form == MOQK_NVFP4) return moqc_run_for<MOQK_NVFP4, 0>(u, kind);
+    if (form == MOQK_MXFP4) return moqc_run_for<MOQK_MXFP4, 0>(u, kind);
+    if (step == 0) return moqc_run_for<MOQK_FAST_U4, 0>(u, kind);
+    return step == 32 ? moqc_run_for<MOQK_FAST_U4, 32>(u, kind) : moqc_run_for<MOQK_FAST_U4, 64>(u, kind);
 }
 
 /* Names the parts of this form; 0: they are more than a launch takes, or differ in columns. */
@@ -5912,6 +6038,9 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
     const int32_t longest = u->each + (u->more > 0), share = u->ways * u->each + (int32_t)moqc_min(u->ways, u->more);
     if (u->stages > longest) return 0;
     u->phase = (int32_t)moqk_ceil(longest, u->columns < 4 ? 1 : MOQK_RUN_PHASES);
+    /* Short runs have nothing to hide x behind; few rows have little of it. */
+    u->ahead = longest < MOQK_RUN_PHASES ? (u->columns > 8 ? MOQK_RUN_PHASES : 0) : u->columns > (u->bulk ? 4 : 8);
+    if (u->ahead > 0 && warps > MOQK_RUN_MOST) return 0;
     u->tiles_own = (int32_t)moqk_ceil(u->tiles, u->blocks);
     if (u->pairs && (u->tiles % 2 || u->tiles_own % 2)) return 0;
     u->own = u->tiles_own * 16 >> u->pairs;
@@ -5920,9 +6049,9 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
     u->x_pitch = (uint32_t)(share * 512 + 16);
     int64_t at = (int64_t)warps * u->stages * moqk_chunk_bytes(form);
     u->bars_at = (uint32_t)at;
-    at += moqk_pad(8 * (MOQK_RUN_PHASES * u->ways + warps * u->stages), 128);
+    at += moqk_pad(8 * (MOQK_RUN_PHASES * u->ways + warps * u->stages + 1), 128);
     u->sums_at = (uint32_t)at;
-    at += moqk_pad((int64_t)slots * u->rows * u->pitch * 4, 128);
+    at += u->ahead > 0 ? (int64_t)slots * u->tiles_own * (u->columns > 8 ? 2 : 1) * 512 : moqk_pad((int64_t)slots * u->rows * u->pitch * 4, 128);
     u->x_at = (uint32_t)at;
     return at + (int64_t)u->columns * u->x_pitch;
 }
@@ -5966,7 +6095,7 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
     u.stages = 1;
     for (u.blocks = 1; u.blocks <= 2 || (u.blocks == 4 && least == 1e30); u.blocks *= 2)
         for (u.tiles = 1; u.tiles <= 28; u.tiles++)
-            for (u.ways = 1; u.tiles * u.ways <= moqk_run_warps(columns <= 8 ? 1 : 2); u.ways++) {
+            for (u.ways = 1; u.tiles * u.ways <= MOQK_RUN_ALL; u.ways++) {
                 const int64_t bytes = moqc_run_fill_in(&u, form);
                 if (bytes == 0 || bytes > j->c->most_shared) continue;
                 const int64_t groups = moqc_run_groups(&u);
@@ -6002,7 +6131,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
 {
     if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
     const int kind = u->norm ? MOQK_RUN_NORM : u->pairs || u->into || u->mid ? MOQK_RUN_JOINED : MOQK_RUN_PLAIN;
-    const moqc_run_kernel kernel = moqc_run_find(form, step, u->columns, kind);
+    const moqc_run_kernel kernel = moqc_run_find(form, step, u, kind);
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
     memset(with, 0, sizeof with);
