@@ -3820,7 +3820,7 @@ __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const m
         moqk_sync_group(group);
         moqk_lay_sums<32>(room, thread, d, r);
         moqk_sync_group(group);
-#pragma unroll 4
+#pragma unroll 1 /* few instructions: most launches run them once */
         for (int token = thread >> 4; token < 32; token += 8)
             moqk_put_rows(a, b, q, o, q.x_first + r * 32 + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
     }
@@ -3837,43 +3837,37 @@ __device__ __forceinline__ void moqk_sums_stored(const moqk_gemm_args &b, int th
     if (thread == 0 && b.y_direct) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-/* The same for whole rows of BF16: moqk_turn_tokens(BM) at a time are turned by stmatrix. The copy engine writes them while the next ones are turned or,
-   where y cannot be mapped, 8 lanes write a token's 128 bytes. 0: it is not such a tile. `room`: the warpgroup's [BUFFERS][tokens][128 bytes],
-   16-byte pieces exchanged by xor with token & 7. */
-template <int BM, int BUFFERS, typename T>
-__device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const CUtensorMap *map, const moqk_piece &q, const float2 *told, int group,
-                                 int thread, float *room, const T (&d)[BM / 2])
-{
-    constexpr int TOKENS = moqk_turn_tokens(BM);
-    const int32_t first = q.row_tile * 128 + group * 64, lane = thread & 31, warp = thread >> 5;
-    __nv_bfloat16 *y = (__nv_bfloat16 *)a.y + q.y_first + first + (thread & 7) * 8;
-    if (!a.y_bf16 || a.accumulate || first + 63 >= q.rows || a.ldy % 8 != 0 || ((uintptr_t)y & 15) != 0) {
-        moqk_sums_read(b, thread); /* see moqk_finish */
-        return 0;
-    }
-    float scale[2], bias[2];
+/* Sums whose rows of y are BF16 and whole: pairs of them are turned by stmatrix, so that 64 rows of a token lie side by side. */
+template <typename T> struct moqk_turned {
+    float scale[2], bias[2];   /* of the thread's rows */
+    __nv_bfloat16 *y;          /* the warpgroup's rows of token 0, from the lane's 8 on */
+
+    __device__ __forceinline__ moqk_turned(const moqk_call &a, const moqk_piece &q, const float2 *told, int group, int thread)
+    {
+        const int32_t lane = thread & 31, warp = thread >> 5;
+        y = (__nv_bfloat16 *)a.y + q.y_first + q.row_tile * 128 + group * 64 + (thread & 7) * 8;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float2 v = told[group * 64 + warp * 16 + (lane >> 2) + 8 * i];
-        scale[i] = v.x;
-        bias[i] = v.y;
-    }
-#pragma unroll
-    for (int r = 0; r < BM / TOKENS; r++) {
-        const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 128);
-        if (q.x_first + r * TOKENS >= q.end) break;
-        if (r == 0 || r >= BUFFERS || !b.y_direct) {
-            if (thread == 0 && b.y_direct && r == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* of the tile before: all buffers */
-            if (thread == 0 && b.y_direct && r > 0) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
-            moqk_sync_group(group);
+        for (int i = 0; i < 2; i++) {
+            const float2 v = told[group * 64 + warp * 16 + (lane >> 2) + 8 * i];
+            scale[i] = v.x;
+            bias[i] = v.y;
         }
+    }
+    __device__ __forceinline__ int fits(const moqk_call &a, const moqk_piece &q, int group) const
+    {
+        return a.y_bf16 && !a.accumulate && q.row_tile * 128 + group * 64 + 63 < q.rows && a.ldy % 8 == 0 && ((uintptr_t)y & 15) == 0;
+    }
+    /* TOKENS of them from `first` on into shared memory: [tokens][128 bytes], 16-byte pieces exchanged by xor with token & 7. */
+    template <int TOKENS>
+    __device__ __forceinline__ void turn(const moqk_gemm_args &b, const moqk_piece &q, int thread, uint32_t at, int32_t first, const T *f) const
+    {
+        const int32_t lane = thread & 31, warp = thread >> 5;
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j += 2) {
             uint32_t v[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const T *f = d + r * (TOKENS / 2) + j * 4 + i * 2;
-                const int32_t m = q.x_first + r * TOKENS + (j + i / 2) * 8 + 2 * (lane & 3);
+            for (int i = 0; i < 4; i++, f += 2) {
+                const int32_t m = first + (j + i / 2) * 8 + 2 * (lane & 3);
                 const float2 unit = b.unit == MOQK_TOKEN_UNIT && m < q.end ? *(const float2 *)(b.token_unit + m) : make_float2(1, 1);
                 v[i] = moqk_pack((float)f[0] * scale[i & 1] * unit.x + bias[i & 1], (float)f[1] * scale[i & 1] * unit.y + bias[i & 1]);
             }
@@ -3881,21 +3875,47 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
             asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                          :: "r"(at + token * 128 + ((piece ^ (token & 7)) << 4)), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
         }
+    }
+    /* From there into y, the tile's own: 8 lanes write a token's 128 bytes. */
+    __device__ __forceinline__ void put(const moqk_call &a, const moqk_piece &q, int thread, uint32_t at, int32_t first, int tokens) const
+    {
+#pragma unroll 2
+        for (int token = thread >> 3; token < tokens; token += 16) {
+            const uint4 v = moqk_read16(at + token * 128 + (((thread & 7) ^ (token & 7)) << 4));
+            if (first + token >= q.first && first + token < q.end) *(uint4 *)(y + (int64_t)(first + token) * a.ldy) = v;
+        }
+    }
+};
+
+/* As moqk_finish for whole rows of BF16, moqk_turn_tokens(BM) at a time. The copy engine writes them while the next ones are turned or, where y cannot be
+   mapped, the threads. 0: it is not such a tile. `room`: the warpgroup's [BUFFERS][tokens][128 bytes]. */
+template <int BM, int BUFFERS, typename T>
+__device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const CUtensorMap *map, const moqk_piece &q, const float2 *told, int group,
+                                 int thread, float *room, const T (&d)[BM / 2])
+{
+    constexpr int TOKENS = moqk_turn_tokens(BM);
+    const moqk_turned<T> rows(a, q, told, group, thread);
+    if (!rows.fits(a, q, group)) {
+        moqk_sums_read(b, thread); /* see moqk_finish */
+        return 0;
+    }
+#pragma unroll
+    for (int r = 0; r < BM / TOKENS; r++) {
+        const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 128);
+        const int32_t first = q.x_first + r * TOKENS;
+        if (first >= q.end) break;
+        if (r == 0 || r >= BUFFERS || !b.y_direct) {
+            if (thread == 0 && b.y_direct && r == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); /* of the tile before: all buffers */
+            if (thread == 0 && b.y_direct && r > 0) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
+            moqk_sync_group(group);
+        }
+        rows.template turn<TOKENS>(b, q, thread, at, first, d + r * (TOKENS / 2));
         if (b.y_direct) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         moqk_sync_group(group);
-        if (b.y_direct) {
-            if (thread == 0)
-                asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3]; cp.async.bulk.commit_group;"
-                             :: "l"(map), "r"(q.y_first + first), "r"(q.x_first + r * TOKENS), "r"(at) : "memory");
-            continue;
-        }
-#pragma unroll
-        for (int k = 0; k < TOKENS / 16; k++) {
-            const int token = k * 16 + (thread >> 3);
-            const int32_t m = q.x_first + r * TOKENS + token;
-            const uint4 v = moqk_read16(at + token * 128 + (((thread & 7) ^ (token & 7)) << 4));
-            if (m >= q.first && m < q.end) *(uint4 *)(y + (int64_t)m * a.ldy) = v;
-        }
+        if (!b.y_direct) rows.put(a, q, thread, at, first, TOKENS);
+        else if (thread == 0)
+            asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3]; cp.async.bulk.commit_group;"
+                         :: "l"(map), "r"(q.y_first + q.row_tile * 128 + group * 64), "r"(first), "r"(at) : "memory");
     }
     return 1;
 }
@@ -3929,6 +3949,7 @@ template <int FORM, int GROUPED> struct moqk_operands {
     float2 scale[2];           /* of the block that was fetched last, 32 columns each */
     uint32_t zero[2];
     uint32_t z[2];             /* zero points of whole rows */
+    int32_t shift;             /* 2^shift columns are a group */
 
     /* both: zero points of the lane's two rows. */
     __device__ __forceinline__ void whole_zeros(uint32_t both)
@@ -3954,12 +3975,12 @@ template <int FORM, int GROUPED> struct moqk_operands {
                 s[0] = moqk_low_twice(both);
                 s[1] = moqk_high_twice(both);
             }
-            if (GROUPED == 1 && i % 2 == 0) {
+            if (GROUPED == 1 && (i == 0 || (i == 2 && shift < 6))) {
                 const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
                 s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
                 s[1] = moqk_pack(scale[i / 2].y * up, scale[i / 2].y * up);
             }
-            if (GROUPED && FORM == MOQK_FAST_U4 && i % 2 == 0) {
+            if (GROUPED && FORM == MOQK_FAST_U4 && (i == 0 || (i == 2 && shift < 6))) {
                 zz[0] = (zero[i / 2] & 255) * 0x00010001u | 0x43004300u;
                 zz[1] = (zero[i / 2] >> 8 & 255) * 0x00010001u | 0x43004300u;
             }
@@ -3981,13 +4002,14 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
     using moqk_operands<FORM, GROUPED>::scale;
     using moqk_operands<FORM, GROUPED>::zero;
     using moqk_operands<FORM, GROUPED>::z;
+    using moqk_operands<FORM, GROUPED>::shift;
     static constexpr int SCALES = AHEAD * 128 * moqk_fast_bits(FORM);
     const uint8_t *src;        /* the lane's first codes */
     const float2 *scales;
     const uint16_t *zeros;
     uint32_t room;             /* shared memory of the warp */
     uint2 bytes;               /* scales of 4-bit floats of the chunk */
-    int32_t chunks, shift, groups, wrap, slot, chunk_slot;
+    int32_t chunks, groups, wrap, slot, chunk_slot;
 
     /* Sixteen rows from row_tile * 16 on; past the end the last ones again, for rows that nobody stores. */
     __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units, uint32_t shared_room)
@@ -4165,22 +4187,29 @@ template <int FORM, int GROUPED, int BM, typename T>
 __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread,
                                    uint8_t *ring, float *room, const moqk_share &share, const T (&d)[BM / 2])
 {
-    const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
     const int rank = blockIdx.x % b.split, each = (BM / 8 + b.split - 1) / b.split; /* groups of 8 tokens of a block */
     const uint32_t slot = 2 * each * 2048, here = moqk_shared_at(ring) + group * each * 2048 + thread * 16;
     share.tell(share.free, group, thread, b.split);
     share.wait(share.free);
     uint8_t *mine = ring + group * each * 2048 + thread * 16 + rank * slot;
-    int owner = 0, at = 0;
+    uint8_t *to = mine;
+    int owner = -1, at = each;
 #pragma unroll
-    for (int i = 0; i < BM / 8; i++) {
-        uint8_t *to = mine + at * 2048;
-        moqk_put4(owner == rank ? to : moqk_place_of_block(to, owner), d + 4 * i); /* by its own address: what goes round the cluster is slow */
-        if (++at == each) { at = 0; owner++; }
+    for (int i = 0; i < BM / 8; i++, at++, to += 2048) {
+        if (at == each) {
+            at = 0;
+            to = ++owner == rank ? mine : moqk_place_of_block(mine, owner); /* by its own address: what goes round the cluster is slow */
+        }
+        moqk_put4(to, d + 4 * i);
     }
+    const moqk_turned<T> rows(a, q, told, group, thread);
+    const int whole = rows.fits(a, q, group);
     share.tell(share.ready, group, thread, b.split);
     share.wait(share.ready);
+#pragma unroll 1
     for (int i = 0; i < each; i += 4) {
+        const int32_t first = q.x_first + (rank * each + i) * 8;
+        const int tokens = min((each - i) * 8, 32);
         T sum[16];
 #pragma unroll
         for (int k = 0; k < 16; k++) sum[k] = 0;
@@ -4194,12 +4223,17 @@ __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, 
                 moqk_add_bits(sum + 4 * u + 3, v.w);
             }
         moqk_sync_group(group);
-        moqk_lay_sums<32>(room, thread, sum, 0);
+        if (whole) rows.template turn<32>(b, q, thread, moqk_shared_at(room), first, sum);
+        else moqk_lay_sums<32>(room, thread, sum, 0);
         moqk_sync_group(group);
-        const int32_t first = q.x_first + (rank * each + i) * 8;
-#pragma unroll
-        for (int token = thread >> 4; token < 32; token += 8)
-            if (token < (each - i) * 8) moqk_put_rows(a, b, q, o, first + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
+        if (whole) {
+            rows.put(a, q, thread, moqk_shared_at(room), first, tokens);
+            continue;
+        }
+        const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
+#pragma unroll 1
+        for (int token = thread >> 4; token < tokens; token += 8)
+            moqk_put_rows(a, b, q, o, first + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
     }
 }
 
@@ -4399,8 +4433,9 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
 template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM, GROUPED> {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
     using moqk_operands<FORM, GROUPED>::UNITS;
+    using moqk_operands<FORM, GROUPED>::shift;
     moqk_stage next;
-    int32_t warp, chunks, shift, wrap;
+    int32_t warp, chunks, wrap;
     uint32_t turned;           /* of 4-bit floats: where the lane's row of its matrix lies in a block's codes */
     uint4 w[UNITS];
     uint32_t each[4];          /* scales of 4-bit floats: a word is those of two blocks */
@@ -4445,6 +4480,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
             const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256) >> shift, groups - 1);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
+                if (h == 1 && shift >= 6) break; /* the same once more */
                 const int32_t g = min((unit * 256 + b * 64 + h * 32) >> shift, groups - 1) - first;
                 const uint2 v = moqk_read8(stage + R::SCALES_AT + (warp * R::GROUPS + g) * 64 + (lane >> 2) * 8);
                 this->scale[h] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
@@ -6285,9 +6321,11 @@ template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_bytes_of()
 
 template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int tokens)
 {
-    if constexpr (moqk_fast_bits(FORM) == 4) if (tokens == 32) return moqc_wgmma_of<FORM, GROUPED, 32>();
-    if constexpr (moqk_fast_bits(FORM) == 4) if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
-    return tokens == 64 ? moqc_wgmma_of<FORM, GROUPED, 64>() : tokens == 128 ? moqc_wgmma_of<FORM, GROUPED, 128>() : moqc_wgmma_of<FORM, GROUPED, 256>();
+    constexpr int BITS = moqk_fast_bits(FORM);
+    if constexpr (BITS == 4) if (tokens == 32) return moqc_wgmma_of<FORM, GROUPED, 32>();
+    if constexpr (BITS < 16) if (tokens == 64) return moqc_wgmma_of<FORM, GROUPED, 64>(); /* BF16: bound by memory there */
+    if constexpr (BITS != 8) if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
+    return tokens == 128 ? moqc_wgmma_of<FORM, GROUPED, 128>() : moqc_wgmma_of<FORM, GROUPED, 256>();
 }
 
 static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
@@ -6297,7 +6335,7 @@ static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
     case MOQK_MXFP4: return moqc_wgmma_for<MOQK_MXFP4, 0>(tokens);
     case MOQK_FAST_U4: return grouped ? moqc_wgmma_for<MOQK_FAST_U4, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_U4, 0>(tokens);
     case MOQK_FAST_U8: return moqc_wgmma_for<MOQK_FAST_U8, 0>(tokens);
-    case MOQK_FAST_BF16: return tokens == 256 ? moqc_wgmma_of<MOQK_FAST_BF16, 0, 256>() : moqc_wgmma_of<MOQK_FAST_BF16, 0, 128>(); /* bound by memory below */
+    case MOQK_FAST_BF16: return moqc_wgmma_for<MOQK_FAST_BF16, 0>(tokens);
     default: return grouped ? moqc_wgmma_for<MOQK_FAST_E4M3, 1>(tokens) : moqc_wgmma_for<MOQK_FAST_E4M3, 0>(tokens);
     }
 }
@@ -6339,24 +6377,26 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
 /* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two to four blocks of a cluster share
    or that runs of units meet in, measured on one H200. Blocks that run through tiles of their own do not share x in the cache: 8 % slower, and no gain
    where the last round is three quarters full.
-   BF16 weights are bound by memory with few tokens: their tiles begin at 128. Bytes: half as many slabs. */
+   BF16 weights are bound by memory with few tokens: their tiles begin at 128. Up to 160 tokens, decoding 4-bit integers and fetching BF16 take longer than the
+   products: 20 and 14 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
     static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[9] = {
         {32, MOQC_WGMMA, 0.195, 1.4, 3.2}, {64, MOQC_WGMMA, 0.24, 1.7, 4}, {128, MOQC_WGMMA, 0.37, 1.3, 4.4},
-        {160, MOQC_WGMMA, 0.455, 1.9, 5.4}, {256, MOQC_WGMMA, 0.624, 2.1, 7.6},
+        {160, MOQC_WGMMA, 0.455, 1.9, 5.4}, {256, MOQC_WGMMA, 0.65, 2.1, 7.4},
         {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {64, 1, INT32_MAX, 1};
     double least = 1e30;
     for (int i = 0; i < 9; i++) {
         const int32_t tokens = tiles[i].tokens;
         if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
-        if ((tokens == 160 || tokens == 32) && moqk_fast_bits(form) != 4) continue;
+        if ((tokens == 160 && moqk_fast_bits(form) == 8) || (tokens == 32 && moqk_fast_bits(form) != 4)) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
         if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int halves = which == MOQC_WGMMA && moqk_teams(form, tokens, 0) == 4;
-        const double slab = which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab;
+        const double more = which == MOQC_WGMMA && tokens < 256 ? (form == MOQK_FAST_U4 ? 1.2 : form == MOQK_FAST_BF16 ? 1.14 : 1) : 1;
+        const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab) * more;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         const int runs_of_units = which == MOQC_MMA ? 1 : 4; /* before them 1 to 4 blocks of a cluster a tile (mma: 1) */
