@@ -9944,7 +9944,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             place += BYTES;
             full += 8;
             if (place == ring_end) { place = ring; full = bar; turn ^= 1; }
-            moqk_run_chunk<FORM, STEP, 1>(w, bytes, h, x, z, acc);
+            moqk_run_chunk<FORM, STEP, 1, 0>(w, bytes, h, x, z, acc);
             if (STEP > 0) h.load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
             if (!second) x[0] += 512;
         }
