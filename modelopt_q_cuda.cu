@@ -6325,7 +6325,7 @@ template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int toke
     if constexpr (BITS == 4) if (tokens == 32) return moqc_wgmma_of<FORM, GROUPED, 32>();
     if constexpr (BITS < 16) if (tokens == 64) return moqc_wgmma_of<FORM, GROUPED, 64>(); /* BF16: bound by memory there */
     if constexpr (BITS != 8) if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
-    return tokens == 128 ? moqc_wgmma_of<FORM, GROUPED, 128>() : moqc_wgmma_of<FORM, GROUPED, 256>();
+    return tokens == 256 ? moqc_wgmma_of<FORM, GROUPED, 256>() : moqc_wgmma_of<FORM, GROUPED, 128>();
 }
 
 static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
@@ -6342,7 +6342,7 @@ static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
 
 template <int FORM, int GROUPED> static moqc_gemm_choice moqc_bytes_for(int tokens)
 {
-    return tokens == 128 ? moqc_bytes_of<FORM, GROUPED, 128>() : moqc_bytes_of<FORM, GROUPED, 256>();
+    return tokens == 256 ? moqc_bytes_of<FORM, GROUPED, 256>() : moqc_bytes_of<FORM, GROUPED, 128>();
 }
 
 static moqc_gemm_choice moqc_bytes_find(int form, int grouped, int tokens)
@@ -6385,7 +6385,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         {32, MOQC_WGMMA, 0.195, 1.4, 3.2}, {64, MOQC_WGMMA, 0.24, 1.7, 4}, {128, MOQC_WGMMA, 0.37, 1.3, 4.4},
         {160, MOQC_WGMMA, 0.455, 1.9, 5.4}, {256, MOQC_WGMMA, 0.65, 2.1, 7.4},
         {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
-    moqc_gemm_cut best = {64, 1, INT32_MAX, 1};
+    moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
     double least = 1e30;
     for (int i = 0; i < 9; i++) {
         const int32_t tokens = tiles[i].tokens;
@@ -6785,7 +6785,8 @@ static void moqc_embed(moq_backend *be, const moq_weight *w, const int32_t *ids,
     dim3 grid((unsigned)count, (unsigned)moqc_max(1, moqc_min(moqk_ceil(b->cols, 256), 32)));
     if (count < 1) return;
     if (!b->part->keep) { /* only the layout of its kernels is there */
-        if (c->error.code == MOQ_OK) moq_fail(&c->error, MOQ_E_STATE, c->name, "embed: rows of this layer were not kept; a table of words has 'embed' in its name");
+        if (c->error.code == MOQ_OK)
+            moq_fail(&c->error, MOQ_E_STATE, c->name, "embed: rows of this layer were not kept; a table of words has 'embed' in its name");
         return;
     }
     MOQC_BY_ACT(c, (moqc_chain(c, "embed", moqk_embed<float>, grid, 256, 0, table, ids, scale, (float *)y)),
@@ -9309,8 +9310,8 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
-   Every block chooses the experts itself, a warp or, for a single row, eight, while others fetch x; the runs of chunks of a block, or of two that are a
-   cluster, are listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next
+   Every block chooses the experts itself, a warp or, for a single row among few experts, eight, while others fetch x; the runs of chunks of a block, or of two
+   that are a cluster, are listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next
    chunks on their way, those of the second products while the first ones are not done. What goes from the first products to the second ones is its own
    signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads; sums of a single row are, too. Blocks must
    run at the same time: the launch is cooperative. Sums have a fixed order. A launch takes ten to thirty microseconds, in which most of this code runs
@@ -9326,7 +9327,7 @@ enum {
     MOQK_FEW_VOTERS = 8,       /* warps that choose for a single row among at most MOQK_FEW_RANKED experts: a thread looks at half of them for one */
     MOQK_FEW_RANKED = MOQK_FEW_VOTERS * 16,
     MOQK_FEW_UNITS = 4,        /* row tiles of a block before the activation whose sums are under way */
-    MOQK_FEW_TILES = 16,       /* row tiles of y of a block */
+    MOQK_FEW_TILES = 16,       /* row tiles of y of a block, for several rows */
     MOQK_FEW_PITCH = 528       /* bytes of a row of a chunk's x */
 };
 
@@ -9974,7 +9975,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
         }
         float weight = 0;      /* x has the weight of its choice in it already, the bias has not */
         if (s.bias) {
-            const int32_t rank = t >= a.rows ? 0 : a.rows == 1 ? d + 1 : c.rank[d][t];
+            const int32_t rank = t < a.rows ? c.rank[d][t] : 0;
             moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c.ready), 0);
             if (rank) weight = c.weight[t][rank - 1];
         }
@@ -10205,6 +10206,13 @@ static cudaLaunchConfig_t moqc_few_launch(const moqc_ctx *c, const moqk_few *f, 
     return how;
 }
 
+/* All the room that moqc_few_try may ask for: backends share a kernel's limit, so a launch must not lower it. */
+static cudaError_t moqc_few_room(const moqc_ctx *c, moqc_few_kernel kernel)
+{
+    const int bytes = c->most_shared - (int)sizeof(moqk_few_choices) - 64;
+    return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 /* Do pairs have room on the device, all at once? */
 static int moqc_few_pairs(const moqc_ctx *c, moqk_few f, int form, int step)
 {
@@ -10214,9 +10222,12 @@ static int moqc_few_pairs(const moqc_ctx *c, moqk_few f, int form, int step)
     int clusters = 0;
     f.rows = f.pairs = 1;
     const int64_t bytes = moqc_few_cut(c, &f, form, &warps, &blocks);
-    if (!f.team || cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes) != cudaSuccess) return 0;
+    if (!f.team) return 0;
     const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
-    return cudaOccupancyMaxActiveClusters(&clusters, (const void *)kernel, &how) == cudaSuccess && 2 * clusters >= blocks;
+    cudaError_t e = moqc_few_room(c, kernel);
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&clusters, (const void *)kernel, &how);
+    if (e != cudaSuccess) cudaGetLastError(); /* no pairs then */
+    return e == cudaSuccess && 2 * clusters >= blocks;
 }
 
 static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
@@ -10266,8 +10277,7 @@ static void moqc_moe_few(moqc_ctx *c, const moqc_experts *m, const void *x, cons
     f.rows = rows;
     const int64_t bytes = moqc_few_cut(c, &f, m->few.form, &warps, &blocks);
     const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
-    cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (moqc_ok(c, e, "cudaFuncSetAttribute")) moqc_ok(c, cudaLaunchKernelEx(&how, kernel, (const moqk_few)f), "moe-few");
+    if (moqc_ok(c, moqc_few_room(c, kernel), "cudaFuncSetAttribute")) moqc_ok(c, cudaLaunchKernelEx(&how, kernel, (const moqk_few)f), "moe-few");
 }
 
 /* ---- preparing ---- */

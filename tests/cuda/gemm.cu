@@ -540,7 +540,7 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
                 static const int tokens[] = {64, 128, 160, 256};
                 for (int t = 0; sweep && t < 4; t++)
                     for (int split = 1; split <= 6; split++) { /* blocks of a cluster; runs of units in a last round, in two */
-                        if (tokens[t] == 160 && (stored || forms[i].bits != 4)) continue;
+                        if (tokens[t] == 160 && (stored || forms[i].bits == 8)) continue;
                         if (stored && tokens[t] == 64 && forms[i].elem != MOQ_F8_E4M3) continue;
                         if ((stored && split > 4) || (forms[i].bits == 16 && tokens[t] < 128)) continue; /* there is no such cut */
                         if ((tokens[t] == 64 && rows[r] > 300) || (tokens[t] > 128 && rows[r] < 128) || (split > 1 && split < 5 && (b.n + 127) / 128 * ((rows[r] + tokens[t] - 1) / tokens[t]) * split > 116)) /* more do not fit */

@@ -705,7 +705,13 @@ static void test_cuda_moe_small(void)
 }
 
 /* Experts that are all alike and large enough have a kernel of their own for few rows: against double, the same bits in eager calls and graphs. */
-typedef struct few_case { int format, experts, top, kind_of_routing; moq_activation kind; int cols, n, out, biases; moq_dtype activations; int unlike; } few_case;
+typedef struct few_case {
+    int format, experts, top, kind_of_routing;
+    moq_activation kind;
+    int cols, n, out, biases;
+    moq_dtype activations;
+    int unlike;
+} few_case;
 
 enum { FEW_ROWS = 6, FEW_EXPERTS = 40 };
 
@@ -775,6 +781,26 @@ static void few_nan(const few_case *f, moq_backend *be, moq_experts *p, const fl
     be->release(be, dx);
     be->release(be, dl);
     be->release(be, dy);
+}
+
+/* A single row whose every sum is NaN: blocks that wait for sums take it for one. bits: of the NaN. */
+static void few_nan_x(const few_case *f, moq_backend *be, moq_experts *p, const float *logits, float *y, uint32_t bits)
+{
+    float *x = random_floats((size_t)f->cols), *again = random_floats((size_t)f->out);
+    int nan = 0;
+    memcpy(x + 1, &bits, sizeof bits);
+    void *dx = device_floats(be, x, (size_t)f->cols), *dl = device_floats(be, logits, (size_t)f->experts), *dy = device_floats(be, NULL, (size_t)f->out);
+    be->moe(be, p, dx, dl, 1, dy);
+    be->download_act(be, y, dy, (size_t)f->out);
+    be->moe(be, p, dx, dl, 1, dy);
+    be->download_act(be, again, dy, (size_t)f->out);
+    for (int i = 0; i < f->out; i++) nan += y[i] != y[i] && again[i] != again[i];
+    CHECK(nan == f->out);
+    be->release(be, dx);
+    be->release(be, dl);
+    be->release(be, dy);
+    free(x);
+    free(again);
 }
 
 /* Two backends at work at once, whose blocks wait for each other within each launch: both come to an end, with equal bits. */
@@ -859,6 +885,8 @@ static void check_few(const few_case *f)
             if (rows == 1 || r == rows - 1 || (rows == FEW_ROWS && r == 1)) few_row(f, l, &m, x + r * f->cols, logits + r * f->experts, y + r * f->out, rows); /* double takes its time */
     }
     few_nan(f, be, p, x, logits, again);
+    few_nan_x(f, be, p, logits, again, 0x7fc00000u);
+    few_nan_x(f, be, p, logits, again, 0xffffffffu);
     few_two(f, &m, x, logits, y);
     be->release(be, dx);
     be->release(be, dl);
@@ -875,7 +903,8 @@ static void test_cuda_moe_few(void)
         {4, 9, 3, 0, MOQ_SILU_MUL, 1024, 528, 600, 0, MOQ_F32, 0}, {8, 7, 2, 1, MOQ_SWIGLU_CLAMP, 1056, 544, 528, 1, MOQ_F32, 0},
         {30, 5, 1, 2, MOQ_SILU_MUL, 1024, 512, 640, 1, MOQ_F32, 0}, {31, 6, 4, 4, MOQ_GELU_TANH_MUL, 768, 640, 512, 0, MOQ_F32, 0},
         {4, 40, 2, 3, MOQ_RELU2, 512, 1152, 520, 1, MOQ_BF16, 0}, {8, 6, 5, 0, MOQ_GELU_MUL, 544, 512, 512, 0, MOQ_BF16, 0},
-        {19, 4, 3, 1, MOQ_RELU2, 512, 640, 544, 0, MOQ_BF16, 0}, {4, 36, 6, 3, MOQ_SILU_MUL, 2048, 512, 2064, 0, MOQ_F32, 0}};
+        {19, 4, 3, 1, MOQ_RELU2, 512, 640, 544, 0, MOQ_BF16, 0}, {4, 36, 6, 3, MOQ_SILU_MUL, 2048, 512, 2064, 0, MOQ_F32, 0},
+        {4, 40, 8, 0, MOQ_SILU_MUL, 512, 512, 512, 0, MOQ_F32, 0}};
     for (size_t i = 0; i < MOQI_COUNT(cases); i++) check_few(&cases[i]);
 }
 

@@ -1,6 +1,7 @@
 /* Whole random models, CPU against CUDA: families, sizes, storage formats, caches and orders of work that nobody wrote down.
 
        test_models [FIRST [COUNT [SECONDS]]]     models FIRST, FIRST + 1, ...: what is random follows from that number alone
+       MOQ_TELL=1: every distance; MOQ_WIDE_KEYS=1: caches that round nothing, to tell a wrong result from a rounding
 
    A folder in memory describes a model of llm.h; a table between engine and backend replaces each of its layers by a random one of some format,
    the same one for every backend. A random list of passes (prompts in pieces, batches, single steps, forks, rewinds) then runs on the CPU's plain
@@ -262,9 +263,11 @@ static mixture_size choose_mixture(model *m)
     return s;
 }
 
-static void say_rope(model *m, int window_local)
+/* says: a folder that is silent about its scaling is refused (gpt-oss). */
+static void say_rope(model *m, int window_local, int says)
 {
-    switch (pick(8)) {
+    const uint32_t kind = pick(8);
+    switch (kind) {
     case 0:
         say(m, ", \"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, "
                "\"original_max_position_embeddings\": 256}");
@@ -277,6 +280,7 @@ static void say_rope(model *m, int window_local)
         break;
     default: break;
     }
+    if (says && kind > 2) say(m, ", \"rope_scaling\": null");
 }
 
 static void say_types(model *m)
@@ -311,7 +315,7 @@ static void make_plain(model *m, const char *family)
     if (f->window == LLMI_WINDOW_ALL || f->window == LLMI_WINDOW_TYPES || pick(2))
         say(m, ", \"sliding_window\": %d, \"use_sliding_window\": true, \"max_window_layers\": 1", 3 + (int)pick(150));
     if (f->window == LLMI_WINDOW_TYPES) say_types(m);
-    say_rope(m, f->window == LLMI_WINDOW_TYPES);
+    say_rope(m, f->window == LLMI_WINDOW_TYPES, oss);
     for (int i = 0; i < m->layers; i++) {
         add_vector(m, NORM, p, i, "input_layernorm.weight", m->hidden);
         add_vector(m, NORM, p, i, "post_attention_layernorm.weight", m->hidden);
@@ -1120,6 +1124,7 @@ static int check_model(uint64_t number)
     int fine = 1;
     if (!m) die("no memory");
     make_model(m, number);
+    if (getenv("MOQ_WIDE_KEYS")) m->kv = MOQ_KV_WIDE;
     double weights = (double)m->layers * m->hidden * (3.0 * m->inter + 2.5 * m->heads * m->dim + 2.0 * m->kv_heads * m->dim) + (double)m->hidden * m->vocab;
     plan(m, (int)(weights > 0 ? 2.5e8 / weights < 1200 ? 2.5e8 / weights : 1200 : 40));
     memset(files, 0, sizeof files);
