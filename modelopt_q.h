@@ -16023,7 +16023,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     int64_t words = MOQI_TILE_COLS / 2, most = moqi_min(m, MOQI_WAY_TOKENS);
     while (words < 2048 && words * way->unit < p->layer.cols && 4 * words * most <= MOQI_AMX_X) words *= 2;
     if (most > MOQI_WAY_MANY && moqi_pairs_bits(p) > 0 && p->shift <= 7) words = MOQI_AMX_FEW; /* of 384 columns, whole groups */
-    const int64_t step = words * way->unit, down = most > MOQI_WAY_MANY ? MOQI_PANEL_ROWS : MOQI_AMX_WEIGHTS / 2 / words / MOQI_PANEL_ROWS * MOQI_PANEL_ROWS;
+    const int64_t step = words * way->unit, down = most > MOQI_WAY_MANY ? (int64_t)MOQI_PANEL_ROWS : MOQI_AMX_WEIGHTS / 2 / words / MOQI_PANEL_ROWS * MOQI_PANEL_ROWS;
     k.p = p;
     k.unit = way->unit;
     k.data = data;

@@ -10206,11 +10206,13 @@ static cudaLaunchConfig_t moqc_few_launch(const moqc_ctx *c, const moqk_few *f, 
     return how;
 }
 
-/* All the room that moqc_few_try may ask for: backends share a kernel's limit, so a launch must not lower it. */
+/* All the room that the kernel can have: backends share its limit, so a launch must not lower it. */
 static cudaError_t moqc_few_room(const moqc_ctx *c, moqc_few_kernel kernel)
 {
-    const int bytes = c->most_shared - (int)sizeof(moqk_few_choices) - 64;
-    return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaFuncAttributes own;
+    const cudaError_t e = cudaFuncGetAttributes(&own, (const void *)kernel);
+    if (e != cudaSuccess) return e;
+    return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c->most_shared - (int)own.sharedSizeBytes);
 }
 
 /* Do pairs have room on the device, all at once? */
