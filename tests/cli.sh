@@ -783,6 +783,15 @@ check "bench --json is JSON" json
 for k in '"device": "' '"threads": ' '{"scheme": "int8", "shape": \[256, 512\], "m": 4, "us": [0-9.]*, "gbps": [0-9.]*, "gflops": [0-9.]*, "read_ratio": [0-9.]*, "peak_ratio": [0-9.nul]*, "kernel": "[a-z0-9]*", "copies": [0-9]*}'; do
     check "bench --json: $k" out "$k"
 done
+run bench --scheme bf16 --shape 8x128 --m 1,512 --copies 3 --threads 8 --json
+# every read_ratio, two of them, is sane; a plain read takes as long at both m: within a factor of 10, for other work shares the machine
+sane_reads() {
+    tr ',' '\n' <"$dir/out" | awk '/"us":/ { us = $NF } /"read_ratio":/ { n++; bad = bad || !($NF > 0 && $NF < 3); plain[n] = us * $NF }
+        END { exit bad || n != 2 || plain[1] > 10 * plain[2] || plain[2] > 10 * plain[1] }'
+}
+check "bench: reads with 8 threads" sane_reads
+run bench --scheme bf16 --shape 1048576x1048576 --m 1
+check "bench: a layer beyond the memory" refused "--shape 1048576x1048576: 2199023255552 bytes of bf16 are more than a quarter of the memory"
 run bench --scheme nvfp4 --shape 256x512 --m 1 --copies 257
 check "bench: too many copies" refused "--copies is a whole number from 0 to 256"
 run bench "$demo"

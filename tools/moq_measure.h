@@ -308,16 +308,67 @@ static double weight_at(const layer *w, int64_t r, int64_t c)
    >>bench           how fast layers and folders run
    ------------------------------------------------------------------------------------------------ */
 
-/* Memory that products read. */
+/* Memory of a plain read. */
 typedef struct span { const void *data; uint64_t bytes; } span;
 
 typedef struct reader {
     const span *at;                              /* [count] */
-    int count, first, turns, loop, part, threads; /* spans first, first + 1, ... in turn, of each the part-th of so many */
+    int count, first, turns, loop, threads;      /* spans first, first + 1, ... in turn */
     uint64_t sum;
 } reader;
 
-enum { READ_LOOPS = 5, READ_THREADS = 256 };
+enum { READ_LOOPS = 5, TEAM_THREADS = 256, SMALL_SPAN = 65536 };
+
+/* Parts of a work, one a thread. Threads begin together once all of them run: starting and joining them is not timed. */
+typedef struct team {
+    void (*work)(void *user, int part);
+    void *user;
+    uint64_t ready, go;
+} team;
+
+typedef struct member { team *of; int part, started; double end; } member;
+
+static void *member_worker(void *user)
+{
+    member *m = (member *)user;
+    moqi_atomic_add(&m->of->ready, 1);
+    while (!moqi_atomic_get(&m->of->go)) sched_yield();
+    m->of->work(m->of->user, m->part);
+    m->end = moq_seconds();
+    return NULL;
+}
+
+/* Seconds from the common start to the end of the last part. Parts whose thread cannot be had follow the caller's own. */
+static double time_team(void (*work)(void *user, int part), void *user, int threads)
+{
+    pthread_t id[TEAM_THREADS];
+    member m[TEAM_THREADS];
+    team all = {NULL, NULL, 0, 0};
+    uint64_t started = 0;
+    double start, end;
+    all.work = work;
+    all.user = user;
+    for (int i = 1; i < threads; i++) {
+        m[i].of = &all;
+        m[i].part = i;
+        m[i].end = 0;
+        m[i].started = pthread_create(&id[i], NULL, member_worker, &m[i]) == 0;
+        started += (uint64_t)m[i].started;
+    }
+    while (moqi_atomic_get(&all.ready) < started) sched_yield();
+    start = moq_seconds();
+    moqi_atomic_set(&all.go, 1);
+    work(user, 0);
+    for (int i = 1; i < threads; i++)
+        if (!m[i].started) work(user, i);
+    end = moq_seconds();
+    for (int i = 1; i < threads; i++) {
+        if (!m[i].started) continue;
+        pthread_join(id[i], NULL);
+        end = m[i].end > end ? m[i].end : end;
+    }
+    return end - start;
+}
 
 static uint64_t read_word(const char *p)
 {
@@ -340,46 +391,51 @@ static uint64_t read_loop(const char *p, size_t bytes, size_t streams, size_t ah
             s0 += read_word(q); s1 += read_word(q + 8); s2 += read_word(q + 16); s3 += read_word(q + 24);
             s4 += read_word(q + 32); s5 += read_word(q + 40); s6 += read_word(q + 48); s7 += read_word(q + 56);
         }
+    for (size_t i = part * streams; i + 8 <= bytes; i += 8) s0 += read_word(p + i); /* what the streams leave */
+    for (size_t i = bytes / 8 * 8; i < bytes; i++) s0 += (uint8_t)p[i];
     return s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7;
 }
 
-static void *read_worker(void *user)
+/* Each span is divided among the threads; small ones are dealt out whole, SMALL_SPAN bytes of them to each thread in turn. */
+static void read_part(void *user, int part)
 {
     static const size_t streams[READ_LOOPS] = {1, 1, 4, 4, 8}, ahead[READ_LOOPS] = {0, 1024, 0, 512, 0};
-    reader *r = (reader *)user;
+    reader *r = (reader *)user + part;
+    uint64_t dealt = 0;
     for (int i = 0; i < r->turns; i++) {
         const span *s = &r->at[(r->first + i) % r->count];
-        if (s->bytes == 0) continue;
-        size_t part = (size_t)(s->bytes / (uint64_t)r->threads / 64 * 64), from = part * (size_t)r->part;
-        r->sum += read_loop((const char *)s->data + from, r->part == r->threads - 1 ? (size_t)s->bytes - from : part, streams[r->loop], ahead[r->loop]);
+        size_t bytes = (size_t)s->bytes, share = bytes / (size_t)r->threads / 64 * 64, from = share * (size_t)part;
+        if (bytes == 0) continue;
+        if (bytes < SMALL_SPAN) {
+            int mine = (int)(dealt / SMALL_SPAN % (uint64_t)r->threads) == part;
+            dealt += bytes;
+            if (!mine) continue;
+            from = 0;
+        } else
+            bytes = part == r->threads - 1 ? bytes - from : share;
+        r->sum += read_loop((const char *)s->data + from, bytes, streams[r->loop], ahead[r->loop]);
     }
-    return NULL;
 }
 
 /* Seconds of one plain read of `turns` spans from `first` on, with all threads. */
 static double read_spans(const span *at, int count, int first, int turns, int loop, int threads)
 {
-    pthread_t id[READ_THREADS];
-    reader r[READ_THREADS];
-    double start = moq_seconds();
+    reader r[TEAM_THREADS];
+    double seconds;
     uint64_t sum = 0;
-    if (threads > READ_THREADS) threads = READ_THREADS;
-    for (int i = threads - 1; i >= 0; i--) {
+    if (threads > TEAM_THREADS) threads = TEAM_THREADS;
+    for (int i = 0; i < threads; i++) {
         r[i].at = at;
         r[i].count = count;
         r[i].first = first;
         r[i].turns = turns;
         r[i].loop = loop;
-        r[i].part = i;
         r[i].threads = threads;
         r[i].sum = 0;
-        if (i == 0 || pthread_create(&id[i], NULL, read_worker, &r[i]) != 0) { read_worker(&r[i]); id[i] = pthread_self(); }
     }
-    for (int i = 1; i < threads; i++)
-        if (!pthread_equal(id[i], pthread_self())) pthread_join(id[i], NULL);
-    start = moq_seconds() - start;
+    seconds = time_team(read_part, r, threads);
     for (int i = 0; i < threads; i++) sum += r[i].sum; /* the sums are used, so the loops stay */
-    return sum == 1 ? start + 1e-12 : start;
+    return sum == 1 ? seconds + 1e-12 : seconds;
 }
 
 /* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
@@ -443,24 +499,17 @@ static double peak_amx(int bytes, int passes)
     return 4.0 * 16384 * (bytes ? 2 : 1) * passes;
 }
 
-typedef struct peak_work { int kind, wide; double operations, seconds; } peak_work;
+typedef struct peak_work { int kind, wide; double operations; } peak_work;
 
-static void *peak_worker(void *user)
+static void peak_part(void *user, int part)
 {
-    peak_work *w = (peak_work *)user;
-    double start = moq_seconds();
+    peak_work *w = (peak_work *)user + part;
     w->operations = w->kind >= PEAK_AMX ? peak_amx(w->kind == PEAK_AMX_BYTES, 15000) : w->wide ? peak_512(w->kind, 150000)
                     : w->kind == PEAK_VNNI ? peak_bytes_256(150000) : peak_256(150000);
-    w->seconds = moq_seconds() - start;
-    return NULL;
 }
 #else
-typedef struct peak_work { int kind, wide; double operations, seconds; } peak_work;
-static void *peak_worker(void *user)
-{
-    ((peak_work *)user)->seconds = 0;
-    return NULL;
-}
+typedef struct peak_work { int kind, wide; double operations; } peak_work;
+static void peak_part(void *user, int part) { ((peak_work *)user)[part].operations = 0; }
 #endif
 
 /* Which instruction does the backend's arithmetic for m rows? */
@@ -478,26 +527,20 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
 /* Operations per second of all threads together, the best of three; 0 when there is no loop for this kind. */
 static double peak_rate(int kind, const char *kernel, int threads)
 {
-    enum { MOST = 256 };
-    pthread_t id[MOST];
-    peak_work w[MOST];
+    peak_work w[TEAM_THREADS];
     double best = 0;
     if (kind == PEAK_NONE || (kind == PEAK_VNNI && strncmp(kernel, "avx2", 4) == 0)) return 0;
-    if (threads > MOST) threads = MOST;
+    if (threads > TEAM_THREADS) threads = TEAM_THREADS;
     for (int run = 0; run < 3; run++) {
-        double rate = 0;
+        double operations = 0, seconds;
         for (int i = 0; i < threads; i++) {
             w[i].kind = kind;
             w[i].wide = strncmp(kernel, "avx2", 4) != 0 && strcmp(kernel, "avxvnni") != 0;
-            w[i].operations = w[i].seconds = 0;
+            w[i].operations = 0;
         }
-        for (int i = 1; i < threads; i++)
-            if (pthread_create(&id[i], NULL, peak_worker, &w[i]) != 0) { peak_worker(&w[i]); id[i] = pthread_self(); }
-        peak_worker(&w[0]);
-        for (int i = 1; i < threads; i++)
-            if (!pthread_equal(id[i], pthread_self())) pthread_join(id[i], NULL);
-        for (int i = 0; i < threads; i++) rate += w[i].seconds > 0 ? w[i].operations / w[i].seconds : 0;
-        best = rate > best ? rate : best;
+        seconds = time_team(peak_part, w, threads);
+        for (int i = 0; i < threads; i++) operations += w[i].operations;
+        if (seconds > 0 && operations / seconds > best) best = operations / seconds;
     }
     return best;
 }
@@ -558,12 +601,13 @@ static double time_recorded(moq_backend *be, moq_weight *const *w, int count, co
     return median(sample, n);
 }
 
-/* What a bench compares. Rounds of products with some weights in turn, and of plain reads of as many of the same bytes by every loop: both are medians of
-   the rounds' means, the read's of the loop that is fastest by that. */
+/* What a bench compares. Rounds of products with some weights in turn, and of plain reads of layers in turn by every loop: both are medians of the
+   rounds' means, the read's of the loop that is fastest by that. */
 typedef struct rounds {
     const span *read; /* [each * count]; NULL: nothing to read */
     int each, threads;
-    double plain;     /* seconds of a read of what one product reads; 0: unknown */
+    uint64_t bytes;   /* of one layer */
+    double plain;     /* seconds of a read of one layer; 0: unknown */
 } rounds;
 
 /* Seconds of one call over at least 0.4 s with what is read between. Negative after an error line. */
@@ -571,7 +615,7 @@ static double time_linear(moq_backend *be, moq_weight *const *w, int count, cons
 {
     enum { ROUNDS = 64 };
     double sample[ROUNDS], plain[READ_LOOPS][ROUNDS], start, begun;
-    int n = 0, turns, at = 0;
+    int n = 0, turns, reads, at = 0;
     moq_error err;
     if (be->capture_begin && be->capture_end && be->replay && be->release_graph) return time_recorded(be, w, count, x, rows, y);
     be->linear(be, w[count - 1], x, rows, y);
@@ -579,7 +623,9 @@ static double time_linear(moq_backend *be, moq_weight *const *w, int count, cons
     begun = start = moq_seconds();
     be->linear(be, w[at++ % count], x, rows, y);
     be->sync(be, NULL);
-    turns = 1 + (int)(0.004 / (moq_seconds() - start + 1e-7)); /* long beside the start of threads */
+    turns = 1 + (int)(0.004 / (moq_seconds() - start + 1e-7)); /* long beside the clock */
+    reads = 1 + (int)(((uint64_t)64 << 20) / (r->bytes + 1));  /* and so, however few the turns */
+    if (reads < turns) reads = turns;
     while (n < ROUNDS && (n < 5 || moq_seconds() - begun < 0.4) && !stop_requested) {
         be->linear(be, w[at++ % count], x, rows, y); /* wakes threads */
         be->sync(be, NULL);
@@ -587,8 +633,8 @@ static double time_linear(moq_backend *be, moq_weight *const *w, int count, cons
         for (int i = 0; i < turns; i++) be->linear(be, w[at++ % count], x, rows, y);
         be->sync(be, NULL);
         sample[n] = (moq_seconds() - start) / turns;
-        for (int i = 0; i < READ_LOOPS && r->read; i++, at += turns)
-            plain[i][n] = read_spans(r->read, r->each * count, r->each * (at % count), r->each * turns, i, r->threads) / turns;
+        for (int i = 0; i < READ_LOOPS && r->read; i++, at += reads)
+            plain[i][n] = read_spans(r->read, r->each * count, r->each * (at % count), r->each * reads, i, r->threads) / reads;
         n++;
     }
     if (n == 0) { refuse("stopped"); return -1; }
@@ -676,6 +722,22 @@ static span span_of(const moq_view *v)
     return s;
 }
 
+/* Bytes of the activations of `most` rows: float32 here, and what the backend gets and gives. At most 2^40. */
+static uint64_t activation_bytes(int64_t rows, int64_t cols, int32_t most) { return (uint64_t)most * (uint64_t)(2 * cols + rows) * 4; }
+
+/* Do the layer, its copies, these as they are prepared and the activations fit into three quarters of the memory? On a GPU the prepared lie in its own
+   memory, of which nothing is known here: prepare_linear says when it is used up. Arguments are so bounded that no sum exceeds 2^54. */
+static int bench_fits(const bench *b, const layer *w, int copies, int32_t most)
+{
+    uint64_t times = b->gpu >= 0 ? 1 : 2, rest = activation_bytes(w->l.rows, w->l.cols, most) + w->bytes, limit = machine_memory() / 4 * 3;
+    if (!limit || rest + times * (uint64_t)copies * w->bytes <= limit) return 0;
+    if (rest + times * w->bytes > limit)
+        return refuse("--shape %" PRId64 "x%" PRId64 " --m %d: layers of %" PRIu64 " bytes and their activations do not fit into memory; take fewer outputs, "
+                      "inputs or rows", w->l.rows, w->l.cols, (int)most, w->bytes);
+    return refuse("--copies: %d of %" PRIu64 " bytes%s do not fit into memory; take at most %" PRIu64, copies, w->bytes,
+                  times == 2 ? ", and as much again prepared," : "", (limit - rest) / times / w->bytes);
+}
+
 /* One kind and shape: a line for every m. */
 static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t cols)
 {
@@ -685,18 +747,17 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     moq_weight **prepared;
     char kernel[200] = "";
     int32_t most = b->m[0];
-    rounds r = {NULL, 3, b->threads, 0};
+    rounds r = {NULL, 3, b->threads, 0, 0};
     span *read;
     float *host;
     void *x = NULL, *y = NULL;
     int bad = 0, copies;
+    for (int i = 1; i < b->m_count; i++) most = b->m[i] > most ? b->m[i] : most;
     make_layer(&w, kind, rows, cols, 0, 1);
     copies = copies_of(b->o, b->gpu, w.bytes);
-    /* Layers, and as they are prepared. On a GPU these lie in its own memory, of which nothing is known here: prepare_linear says when it is used up. */
-    if (machine_memory() && w.bytes * (uint64_t)copies > machine_memory() / 3) {
-        bad = refuse("--copies: %d of %" PRIu64 " bytes%s; take at most %" PRIu64, copies, w.bytes,
-                     b->gpu >= 0 ? " take more than a third of the host's memory" : ", and as much again prepared, do not fit into memory",
-                     machine_memory() / 3 / w.bytes);
+    r.bytes = w.bytes;
+    bad = bench_fits(b, &w, copies, most);
+    if (bad) {
         free_layer(&w);
         return bad;
     }
@@ -714,7 +775,6 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     }
     if (be->explain) be->explain(be, &w.l, kernel, sizeof kernel);
     kernel[strcspn(kernel, ":")] = 0;
-    for (int i = 1; i < b->m_count; i++) most = b->m[i] > most ? b->m[i] : most;
     host = (float *)take((size_t)most * (size_t)cols, sizeof *host);
     for (int64_t i = 0; i < most * cols; i++) { uint64_t state = (uint64_t)i * 2654435761u + 1; next_random(&state); host[i] = (float)random_value(&state); }
     if (!bad) x = be->alloc(be, (size_t)most * (size_t)cols * (size_t)moq_dtype_bits(be->act) / 8, &err);
@@ -766,7 +826,7 @@ static double folder_peak(const bench *b, const engine *e, int32_t rows)
     return rate;
 }
 
-/* Tensors of a folder up to a GB, for plain reads of the memory that its products read -> their number and bytes. */
+/* Tensors of a folder up to a GB, for plain reads of the bytes of its tensors -> their number and bytes. */
 static int folder_spans(const engine *e, span **read, uint64_t *bytes)
 {
     int n = 0;
@@ -887,15 +947,36 @@ static int bench_rows(bench *b, const char *text)
     return 0;
 }
 
+/* Neither a layer's weights nor its activations may take more than a quarter of the memory. */
+static int bench_size(const bench *b, const layer_kind *kind, int64_t rows, int64_t cols)
+{
+    uint64_t bytes = (uint64_t)rows * (uint64_t)cols * (uint64_t)kind->bits / 8, limit = machine_memory() / 4;
+    int32_t most = 1;
+    for (int i = 0; i < b->m_count; i++) most = b->m[i] > most ? b->m[i] : most;
+    if (!limit) return 0;
+    if (bytes > limit)
+        return refuse("--shape %" PRId64 "x%" PRId64 ": %" PRIu64 " bytes of %s are more than a quarter of the memory; take fewer outputs or inputs",
+                      rows, cols, bytes, kind->name);
+    if (activation_bytes(rows, cols, most) > limit)
+        return refuse("--m %d: the activations of --shape %" PRId64 "x%" PRId64 " are more than a quarter of the memory; take at most %" PRIu64 " rows",
+                      (int)most, rows, cols, limit / activation_bytes(rows, cols, 1));
+    return 0;
+}
+
 /* All arguments are checked before anything is printed. */
 static int bench_arguments(bench *b)
 {
     const options *o = b->o;
     int64_t rows, cols;
-    int bad = bench_rows(b, o->m ? o->m : "1,8,64,512");
+    int bad = bench_rows(b, o->m ? o->m : "1,8,64,512"), layers = !o->arg_count || o->scheme.count || o->shape.count;
     for (int i = 0; !bad && i < o->scheme.count; i++)
         if (!bench_kind(o, i)) bad = refuse("--scheme %s: not known; `moq help bench` lists the kinds of layers", o->scheme.item[i]);
     for (int k = 0; !bad && k < o->shape.count; k++) bad = bench_shape(o, k, &rows, &cols);
+    for (int i = 0; !bad && layers && i < (o->scheme.count ? o->scheme.count : COUNT(usual_kinds)); i++)
+        for (int k = 0; !bad && k < (o->shape.count ? o->shape.count : 1); k++) {
+            bad = bench_shape(o, k, &rows, &cols);
+            if (!bad) bad = bench_size(b, bench_kind(o, i), rows, cols);
+        }
     return bad;
 }
 
@@ -941,7 +1022,7 @@ static int run_bench(bench *b, engine *e)
                     (double)cache_bytes(b->gpu) / 1048576);
     else if (layers) fprintf(stderr, "moq: %s, %d threads; read: speed over that of a plain read of the same bytes; peak: over the\n"
                     "moq: same instruction (FMA, VNNI or AMX) alone in registers; copies: layers used in turn, and read in turn\n"
-                    "moq: between products, in the same memory; both are medians of rounds, the read of its fastest loop\n"
+                    "moq: between products, in the layers' own memory; both are medians of rounds, the read of its fastest loop\n"
                     "moq: (last-level cache %.0f MB; --copies 1: weights stay in it if they fit)\n", b->be->name, b->threads,
                     (double)cache_bytes(-1) / 1048576);
     if (layers) bad = bench_layers(b);
