@@ -14550,12 +14550,12 @@ static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_
 /* [AFAR, E4M3][digits - 1] */
 static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_dot_eight_afar2}, {moqi_dot_eight_e4m31, moqi_dot_eight_e4m32}};
 
-/* [bytes, or nibbles by MOQI_DOT_...], two digits, by VBMI. NULL: in halves, as one digit of 8 rows, whose sums would not fit into registers; looking nibbles
-   with few scales up twice takes as long as this */
+/* [bytes, or nibbles by MOQI_DOT_...], two digits, by VBMI. NULL: taken as two halves. One digit of 8 rows has too many sums for the registers; nibbles with
+   few scales gain nothing. */
 static const moqi_dot_fn moqi_dot_wholes[6] = {moqi_dot_whole_bytes, NULL, moqi_dot_whole_e4m3, NULL, NULL, NULL};
 
-/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8, and four
-   where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
+/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8
+   (Zen 4: two), and four where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
 static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int lie, float *acc)
 {
     const int alone = pass->slots == digits, slot = pass->slot;

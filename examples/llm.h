@@ -5048,7 +5048,8 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
      1. A row in llmi_families. If its tensors or experts are named in a new way, a row of names beside it.
      2. Where it departs from the plain decoder, a switch in the row: read in >>llm-config, obeyed in >>llm-model (which tensors)
         and >>llm-forward (which calls). What a row leaves open is found out from the tensors (fused projections, biases).
-     3. A golden folder with logits of its reference implementation in tests.
+     3. Norms under other names than those of its row, in llmi_knows_norm: one that is not known there is refused.
+     4. A golden folder with logits of its reference implementation in tests.
 
    Every layer is two blocks, and a family may leave one of them out in some layers (Nemotron-H has one block a layer):
 
@@ -5791,7 +5792,7 @@ static moq_result llmi_read_sizes(const llmi_keys *k, llmi_config *c)
 }
 
 /* Only families without a gate take relu2: between gate and up it would be a function of its own. */
-static moq_result llmi_find_activation(const llmi_keys *k, const llmi_config *c, const moq_json *v, moq_activation own, moq_activation *out)
+static moq_result llmi_find_activation(const llmi_keys *k, const llmi_config *c, const char *key, const moq_json *v, moq_activation own, moq_activation *out)
 {
     char text[64];
     for (size_t i = 0; i < LLMI_COUNT(llmi_activations); i++)
@@ -5800,18 +5801,20 @@ static moq_result llmi_find_activation(const llmi_keys *k, const llmi_config *c,
             return MOQ_OK;
         }
     llmi_show(v, text);
-    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "hidden_act", "'%q' is not implemented for a '%s'; known: %s", text, c->family->model_type,
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, key, "'%q' is not implemented for a '%s'; known: %s", text, c->family->model_type,
                            own == MOQ_RELU2 ? "relu2" : "silu, gelu, gelu_pytorch_tanh");
 }
 
-/* Absent means SiLU, but for what the family says. Gemma has two keys, of which the first counts. gpt-oss writes silu and means its own clamped function. */
+/* Absent means SiLU, but for what the family says. Gemma has two keys, of which the first counts; Nemotron-H, which has a default of
+   mlp_hidden_act, means that one. gpt-oss writes silu and means its own clamped function. */
 static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
 {
-    static const char *const keys[] = {"hidden_activation", "hidden_act", "mlp_hidden_act"};
-    const moq_json *v = NULL;
+    static const char *const keys[] = {"mlp_hidden_act", "hidden_activation", "hidden_act", "mlp_hidden_act"};
+    const char *key = NULL;
     double limit, alpha, kind = MOQ_SILU_MUL;
     moq_result code;
-    for (size_t i = 0; i < LLMI_COUNT(keys) && !v; i++) v = llmi_key(k, keys[i]);
+    for (size_t i = llmi_default_of(k, keys[0], &kind) ? 0 : 1; i < LLMI_COUNT(keys) && !key; i++)
+        if (llmi_key(k, keys[i])) key = keys[i];
     /* g = min(g, limit), u = clamp(u, +-limit): g * sigmoid(alpha g) * (u + 1), whatever the name of the function */
     if (c->family->flags & LLMI_CLAMPED) {
         if ((code = llmi_positive(k, "swiglu_limit", llmi_key(k, "swiglu_limit"), 7, &limit)) < 0) return code;
@@ -5822,9 +5825,9 @@ static moq_result llmi_read_activation(const llmi_keys *k, llmi_config *c)
         c->activation.beta = 1;
         return MOQ_OK;
     }
-    for (size_t i = 0; i < LLMI_COUNT(keys); i++) llmi_default_of(k, keys[i], &kind);
+    for (size_t i = 1; i < LLMI_COUNT(keys); i++) llmi_default_of(k, keys[i], &kind);
     c->activation.kind = (moq_activation)(int)kind;
-    return v ? llmi_find_activation(k, c, v, (moq_activation)(int)kind, &c->activation.kind) : MOQ_OK;
+    return key ? llmi_find_activation(k, c, key, llmi_key(k, key), (moq_activation)(int)kind, &c->activation.kind) : MOQ_OK;
 }
 
 /* true, false, or the numbers 1 and 0 that some files write instead. */
@@ -6091,14 +6094,17 @@ static moq_result llmi_read_ends(const llmi_keys *k, llmi_config *c, const moq_j
     return code;
 }
 
-/* Models that make vectors of texts have the architecture of one that speaks, and say here that a token also sees the later ones. */
+/* Models that make vectors of texts have the architecture of one that speaks, and say here that a token also sees the later ones: true, false, 1 or 0.
+   Other values, as "vision", are not about text. */
 static moq_result llmi_check_causal(const llmi_keys *k)
 {
     static const char *const keys[] = {"use_bidirectional_attention", "is_causal"};
     for (int i = 0; i < 2; i++) {
-        const moq_json *v = llmi_key(k, keys[i]);
-        int on;
-        if (moq_json_bool(v, &on) && on != i)
+        const moq_json *v = moq_json_find(k->text, keys[i]);
+        int64_t n;
+        int on = moq_json_int(v, &n) && (n == 0 || n == 1) ? (int)n : i;
+        moq_json_bool(v, &on);
+        if (on != i)
             return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, keys[i], "%s: every token sees the whole text, as in models that make embeddings; this engine runs "
                                    "models that write text, in which a token sees those before it", on ? "true" : "false");
     }
@@ -7325,8 +7331,10 @@ static moq_result llmi_check_norms(const llmi_model *m, moq_error *err)
     for (size_t i = 0; i < moq_tensor_count(m->ck); i++) {
         const char *name = moq_get_tensor(m->ck, i)->name, *at = name + n;
         size_t bytes = strlen(name);
-        if (strncmp(name, start, n) != 0 || bytes < n + sizeof end || strcmp(name + bytes + 1 - sizeof end, end) != 0 || atol(at) >= m->c.layers) continue;
-        at += strspn(at, "0123456789");
+        int32_t layer = 0;
+        if (strncmp(name, start, n) != 0 || bytes < n + sizeof end || strcmp(name + bytes + 1 - sizeof end, end) != 0) continue;
+        for (; *at >= '0' && *at <= '9' && layer < m->c.layers; at++) layer = layer * 10 + (*at - '0');
+        if (layer >= m->c.layers) continue;
         bytes -= (size_t)(at - name) + 1 + strlen(".weight");
         if (*at != '.' || bytes >= sizeof tail) continue;
         memcpy(tail, at + 1, bytes);

@@ -241,13 +241,14 @@ static void extreme_rows(moq_backend *be, const char *name)
 static void many_rows(moq_backend *be, const char *name)
 {
     moq_error err;
+    static const int counts[] = {290, 530, 257, 513};
     int rounded = 0;
     CHECK(be->reserve(be, 530, &err) == MOQ_OK);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 8; i++) {
         layer l;
-        layer_make(&l, &layer_formats[i % 2 ? 16 : 4], i < 2 ? 520 : 45, i < 2 ? 600 : 1100);
+        layer_make(&l, &layer_formats[i % 2 ? 16 : 4], i & 2 ? 45 : 520, i & 2 ? 1100 : 600);
         if (i % 2) { l.w.scheme.input = input_formats[5].c; l.w.input_scale = input_formats[5].scale; }
-        long wrong = i % 2 ? check_linear(be, &l, 1, i < 2 ? 290 : 530) : check_automatic(be, &l, i < 2 ? 290 : 530, &rounded);
+        long wrong = i % 2 ? check_linear(be, &l, 1, counts[i / 2]) : check_automatic(be, &l, counts[i / 2], &rounded);
         if (wrong) fprintf(stderr, "%s, %s, many rows: %ld wrong\n", name, l.w.name, wrong);
         CHECK_INT(wrong, 0);
         layer_free(&l);
@@ -705,20 +706,21 @@ static void test_backend_fused_and_threads(void)
 }
 
 /* A few rows of x, where tasks of one, two and five workers differ: the same bits, and near the product in double. Last columns fill a quarter of a block
-   of 256, half of one, or none. */
+   of 256, half of one, or none; 2080 of them are more than one piece of 2048 for 9 rows. */
 static void test_backend_few_rows_and_threads(void)
 {
-    enum { FORMATS = (int)(sizeof layer_formats / sizeof *layer_formats), HEIGHT = 264, MOST = 896, ROWS = 9 };
-    static const int widths[] = {576, 592, 896, 48}, counts[] = {1, 2, ROWS}, workers[] = {1, 2, 5};
+    enum { FORMATS = (int)(sizeof layer_formats / sizeof *layer_formats), HEIGHT = 264, MOST = 2080, ROWS = 9, SIZES = 6 };
+    static const int widths[SIZES] = {576, 592, 896, 48, 592, MOST}, heights[SIZES] = {HEIGHT, HEIGHT, HEIGHT, HEIGHT, 263, 263};
+    static const int counts[] = {1, 2, ROWS}, workers[] = {1, 2, 5};
     static float x[ROWS * MOST], y[3][ROWS * HEIGHT];
     moq_error err;
     for (int i = 0; i < ROWS * MOST; i++) x[i] = test_normal() * (i % 97 == 0 ? 20 : 1);
-    for (int i = 0; i < FORMATS * 4; i++) {
-        const layer_format *f = &layer_formats[i / 4];
-        int cols = widths[i % 4], wrong = 0, far = 0;
+    for (int i = 0; i < FORMATS * SIZES; i++) {
+        const layer_format *f = &layer_formats[i / SIZES];
+        int cols = widths[i % SIZES], height = heights[i % SIZES], wrong = 0, far = 0;
         layer l;
-        if ((f->elem != MOQ_F4 && !moqi_is_int(f->elem)) || cols % f->col_unit || HEIGHT % f->row_unit) continue; /* no whole number of groups */
-        layer_make(&l, f, HEIGHT, cols);
+        if ((f->elem != MOQ_F4 && !moqi_is_int(f->elem)) || cols % f->col_unit || height % f->row_unit) continue; /* no whole number of groups */
+        layer_make(&l, f, height, cols);
         for (int narrow = 0; narrow < 2; narrow++) {
             if (narrow) l.w.scheme.input = input_formats[7].c; /* of 4 bits: then few rows get 8, else 16 or what they have */
             l.w.input_scale = 0.001f;
@@ -730,16 +732,16 @@ static void test_backend_few_rows_and_threads(void)
                     be->linear(be, w, x, counts[k], y[t]);
                     be->release_weight(be, w);
                     moq_backend_destroy(be);
-                    wrong += memcmp(y[0], y[t], sizeof(float) * (size_t)(counts[k] * HEIGHT)) != 0;
+                    wrong += memcmp(y[0], y[t], sizeof(float) * (size_t)(counts[k] * height)) != 0;
                 }
-                for (int j = (counts[k] - 1) * HEIGHT; j < counts[k] * HEIGHT; j++) {
+                for (int j = (counts[k] - 1) * height; j < counts[k] * height; j++) {
                     double want = 0, size = 0, most = 0; /* 8 bits for 32 columns of x: half a step is the largest of them / 254 */
                     for (int c = 0; c < cols; c++) {
-                        const float *from = x + j / HEIGHT * cols + c;
+                        const float *from = x + j / height * cols + c;
                         if (c % 32 == 0) most = 0;
                         for (int e = 0; c % 32 == 0 && e < 32 && c + e < cols; e++) most = fmax(most, (double)fabsf(from[e]));
-                        want += l.exact[j % HEIGHT * cols + c] * (double)*from;
-                        size += fabs(l.exact[j % HEIGHT * cols + c]) * most;
+                        want += l.exact[j % height * cols + c] * (double)*from;
+                        size += fabs(l.exact[j % height * cols + c]) * most;
                     }
                     far += !(fabs((double)y[0][j] - want) <= size / 250 + 1e-9);
                 }
@@ -752,9 +754,9 @@ static void test_backend_few_rows_and_threads(void)
             be->release_weight(be, w);
             moq_backend_destroy(be);
             ((uint8_t *)(uintptr_t)l.w.scales.data)[2] = 0x7f;
-            wrong += t > 0 && (y[1][0] == y[1][0] || memcmp(y[0] + 1, y[1] + 1, sizeof(float) * (HEIGHT - 1)) != 0);
+            wrong += t > 0 && (y[1][0] == y[1][0] || memcmp(y[0] + 1, y[1] + 1, sizeof(float) * (size_t)(height - 1)) != 0);
         }
-        if (wrong || far) printf("    %s, %d columns: %d, %d\n", f->name, cols, wrong, far);
+        if (wrong || far) printf("    %s, %d rows, %d columns: %d, %d\n", f->name, height, cols, wrong, far);
         CHECK_INT(wrong, 0);
         CHECK_INT(far, 0);
         layer_free(&l);

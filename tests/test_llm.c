@@ -242,6 +242,9 @@ static const config_case config_cases[] = {
     {"all", LLAMA, "\"silu\"", "\"silu\", \"is_causal\": false", MOQ_E_UNSUPPORTED, "is_causal", "embeddings"},
     {"all", LLAMA, "\"silu\"", "\"silu\", \"is_causal\": true, \"use_bidirectional_attention\": null", MOQ_OK, "", ""},
     {"all", LLAMA, "\"silu\"", "\"silu\", \"use_bidirectional_attention\": true", MOQ_E_UNSUPPORTED, "use_bidirectional_attention", "embeddings"},
+    {"all", LLAMA, "\"silu\"", "\"silu\", \"is_causal\": 0", MOQ_E_UNSUPPORTED, "is_causal", "embeddings"},
+    {"all", LLAMA, "\"silu\"", "\"silu\", \"use_bidirectional_attention\": 1", MOQ_E_UNSUPPORTED, "use_bidirectional_attention", "embeddings"},
+    {"all", LLAMA, "\"silu\"", "\"silu\", \"is_causal\": 1, \"use_bidirectional_attention\": \"vision\"", MOQ_OK, "", ""},
     {"ok", MIXTRAL, "\"sliding_window\": null", "\"sliding_window\": 16", MOQ_OK, "", ""}};
 
 static void test_llm_config_rows(void)
@@ -337,7 +340,9 @@ static void test_llm_silent_keys(void)
         {"mixtral", "\"num_local_experts\": 8, \"num_experts_per_tok\": 2", 0, 0, 1, 1e-5, MOQ_SILU_MUL, 0, 1, 1, 0, 8},
         {"deepseek_v2", "\"rms_norm_eps\": 0.001, \"n_group\": 4, \"topk_group\": 2, \"moe_intermediate_size\": 32, \"n_routed_experts\": 16, \"num_experts_per_tok\": 2," MIDDLES, 0, 0, 1, 1e-6, MOQ_SILU_MUL, 64, 1, 1, 0, 16},
         {"deepseek_v3", "\"rms_norm_eps\": 0.001, \"moe_intermediate_size\": 32, \"n_routed_experts\": 16, \"num_experts_per_tok\": 2," MIDDLES, 0, 0, 2.5, 1e-6, MOQ_SILU_MUL, 32, 8, 4, 3, 16},
-        {"nemotron_h", "\"hybrid_override_pattern\": \"*-*-\"", 0, 0, 0, 1e-5, MOQ_RELU2, 0, 0, 0, 0, 0}};
+        {"nemotron_h", "\"hybrid_override_pattern\": \"*-*-\"", 0, 0, 0, 1e-5, MOQ_RELU2, 0, 0, 0, 0, 0},
+        {"nemotron_h", "\"hybrid_override_pattern\": \"*-*-\", \"hidden_act\": \"silu\", \"mlp_hidden_act\": \"relu2\"",
+         0, 0, 0, 1e-5, MOQ_RELU2, 0, 0, 0, 0, 0}};
     for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
         char text[1024];
         llmi_config c;
@@ -353,6 +358,27 @@ static void test_llm_silent_keys(void)
         CHECK_INT(c.top_groups, cases[i].top_groups);
         CHECK_INT(c.dense_first, cases[i].dense_first);
         CHECK_INT(c.experts, cases[i].experts);
+        moq_close(ck);
+    }
+}
+
+/* An error names the key that was found; what the whole of a model with a text_config says of attention is not about text. */
+static void test_llm_keys_found(void)
+{
+    static const struct { const char *start, *more, *end, *key; } cases[] = {
+        {"{\"model_type\": \"nemotron_h\"", "\"hybrid_override_pattern\": \"*-*-\", \"hidden_act\": \"relu2\", \"mlp_hidden_act\": \"silu\"", "}",
+         "mlp_hidden_act"},
+        {"{\"model_type\": \"gemma3_text\"", "\"hidden_activation\": \"snake\"", "}", "hidden_activation"},
+        {"{\"model_type\": \"gemma3\", \"text_config\": {\"model_type\": \"gemma3_text\"", "\"is_causal\": 0", "}}", "is_causal"},
+        {"{\"model_type\": \"gemma3\", \"is_causal\": 0, \"text_config\": {\"model_type\": \"gemma3_text\"", "\"is_causal\": true", "}}", NULL}};
+    for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
+        char text[1024];
+        llmi_config c;
+        moq_checkpoint *ck;
+        moq_error e;
+        snprintf(text, sizeof text, "%s, %s, %s%s", cases[i].start, sizes, cases[i].more, cases[i].end);
+        CHECK_INT(read_config(text, 0, &c, &ck, &e), cases[i].key ? MOQ_E_UNSUPPORTED : MOQ_OK);
+        if (cases[i].key) CHECK(strncmp(e.text, "config.json: ", 13) == 0 && strncmp(e.text + 13, cases[i].key, strlen(cases[i].key)) == 0);
         moq_close(ck);
     }
 }
@@ -1038,50 +1064,48 @@ static int write_held(const char *dir)
     return good;
 }
 
-static void test_llm_held_names(void)
+static char *made_dir(const char *name)
 {
-    static const char dir[] = TEST_DIR "/build/tmp/held";
+    static char dir[600];
+    mkdir(TEST_DIR "/build", 0777);
+    mkdir(TEST_DIR "/build/tmp", 0777);
+    snprintf(dir, sizeof dir, TEST_DIR "/build/tmp/%s", name);
+    mkdir(dir, 0777);
+    return dir;
+}
+
+/* How far the logits of `dir` are from those of a golden folder; narrow: only the experts of `dir` are held so. */
+static double made_distance(const char *dir, const char *from, const char *source, int narrow)
+{
     static float logits[2][TOKENS * VOCAB];
     int32_t ids[2][TOKENS];
     moq_error e;
-    mkdir(TEST_DIR "/build", 0777);
-    mkdir(TEST_DIR "/build/tmp", 0777);
-    mkdir(dir, 0777);
-    CHECK(write_held(dir) && read_eval(golden("sources/mixtral/inputs.json"), ids));
+    CHECK(read_eval(golden("sources/%s/inputs.json", source), ids));
     for (int i = 0; i < 2; i++) {
         llm_desc d = plain_desc();
-        d.path = i ? dir : golden(MIXTRAL);
-        llm *m = llm_open(&d, &e);
-        CHECK(m != NULL);
-        if (!m) { fprintf(stderr, "%s\n", e.text); return; }
+        d.path = i ? dir : golden("%s", from);
+        llm *m = open_or_say(&d);
+        if (!m) return 1e30;
+        if (narrow) CHECK((m->model->layers[1].narrow != NULL) == i);
         CHECK_INT(llm_forward(m, 0, ids[0], TOKENS, 0, logits[i], NULL, &e), MOQ_OK);
         llm_close(m);
     }
-    CHECK(memcmp(logits[0], logits[1], sizeof logits[0]) == 0);
+    return relative_rms(logits[1], logits[0], (size_t)TOKENS * VOCAB);
+}
+
+static void test_llm_held_names(void)
+{
+    const char *dir = made_dir("held");
+    CHECK(write_held(dir));
+    CHECK(made_distance(dir, MIXTRAL, "mixtral", 0) == 0);
 }
 
 static void test_llm_narrow_experts(void)
 {
-    static const char dir[] = TEST_DIR "/build/tmp/narrow";
-    static float logits[2][TOKENS * VOCAB];
-    int32_t ids[2][TOKENS];
-    moq_error e;
+    const char *dir = made_dir("narrow");
     if (!moqi_is_dir(golden("sources/nemotron_h"))) return; /* only with all golden folders */
-    mkdir(TEST_DIR "/build", 0777);
-    mkdir(TEST_DIR "/build/tmp", 0777);
-    mkdir(dir, 0777);
-    CHECK(write_narrow(dir) && read_eval(golden("sources/nemotron_h/inputs.json"), ids));
-    for (int i = 0; i < 2; i++) {
-        llm_desc d = plain_desc();
-        d.path = i ? dir : golden("sources/nemotron_h");
-        llm *m = llm_open(&d, &e);
-        CHECK(m != NULL);
-        if (!m) { fprintf(stderr, "%s\n", e.text); return; }
-        CHECK((m->model->layers[1].narrow != NULL) == i);
-        CHECK_INT(llm_forward(m, 0, ids[0], TOKENS, 0, logits[i], NULL, &e), MOQ_OK);
-        llm_close(m);
-    }
-    CHECK(relative_rms(logits[1], logits[0], (size_t)TOKENS * VOCAB) < 1e-6);
+    CHECK(write_narrow(dir));
+    CHECK(made_distance(dir, "sources/nemotron_h", "nemotron_h", 1) < 1e-6);
 }
 
 static void test_llm_forward_refusals(void)
@@ -1676,6 +1700,7 @@ int main(int argc, char **argv)
     RUN(test_llm_config_absent_and_huge);
     RUN(test_llm_windows);
     RUN(test_llm_silent_keys);
+    RUN(test_llm_keys_found);
     RUN(test_llm_dynamic_rope);
     RUN(test_llm_moe_layers);
     RUN(test_llm_published_configs);

@@ -9,11 +9,7 @@
    noise and scales the limits. */
 #include "../test.h"
 #include "../layers.h"
-
-#include <math.h>
-
-#define LLM_IMPLEMENTATION
-#include "../../examples/llm.h"
+#include "../golden.h"
 
 #ifdef MOQ_NO_GPU /* to try the program itself: another CPU kernel stands for the GPU */
 static moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err)
@@ -975,23 +971,6 @@ static float *run_cpu(model *m, const char *kernel, moq_act act, moq_error *err)
     return out;
 }
 
-static double distance(const float *a, const float *b, int32_t n)
-{
-    double d = 0, s = 0;
-    for (int32_t i = 0; i < n; i++) {
-        double e = (double)a[i] - (double)b[i];
-        d += e * e;
-        s += (double)b[i] * (double)b[i];
-    }
-    return s > 0 && d == d ? sqrt(d / s) : d == 0 ? 0 : 1e30;
-}
-
-static int by_size(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
 typedef struct errors {
     double median, most;
     int32_t worst;
@@ -1004,15 +983,15 @@ static errors compare(const model *m, const float *a, const float *b, const floa
     errors out = {0, 0, 0};
     if (!e) die("no memory");
     for (int32_t i = 0; i < m->wanted; i++) {
-        e[i] = distance(a + (size_t)i * (size_t)m->vocab, b + (size_t)i * (size_t)m->vocab, m->vocab);
-        double other = c ? distance(a + (size_t)i * (size_t)m->vocab, c + (size_t)i * (size_t)m->vocab, m->vocab) : e[i];
+        e[i] = relative_rms(a + (size_t)i * (size_t)m->vocab, b + (size_t)i * (size_t)m->vocab, (size_t)m->vocab);
+        double other = c ? relative_rms(a + (size_t)i * (size_t)m->vocab, c + (size_t)i * (size_t)m->vocab, (size_t)m->vocab) : e[i];
         if (other < e[i]) e[i] = other;
         if (e[i] > out.most) {
             out.most = e[i];
             out.worst = i;
         }
     }
-    qsort(e, (size_t)m->wanted, sizeof *e, by_size);
+    qsort(e, (size_t)m->wanted, sizeof *e, compare_double);
     out.median = m->wanted ? e[m->wanted / 2] : 0;
     free(e);
     return out;

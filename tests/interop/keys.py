@@ -7,7 +7,7 @@
 One random model a family (families.py). Each key gets other values of its type, or is left out; keys of other families are added. A value that
 moves the logits of transformers must move those of moq to the same place, or be refused: anything else is a model that is run wrong in silence.
 Keys that one of the two passes over on purpose stand in PASSED_OVER. Ends with "N passed, N failed"."""
-import copy, json, os, random, shutil, subprocess, sys, tempfile
+import copy, json, os, random, shutil, subprocess, sys, tempfile, traceback
 import torch
 import transformers
 import families
@@ -69,19 +69,26 @@ def logits_of(model, ids):
 
 
 def loaded(model_class, folder, ids):
-    """Logits of the folder, or None: transformers does not load all of it, or does not run it."""
+    """Logits of the folder, and None; or None, and why transformers does not load all of it, or does not run it."""
     try:
         model, info = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
                                                   output_loading_info=True)
-        return None if info["missing_keys"] or info["mismatched_keys"] else logits_of(model.eval().double(), ids)
-    except Exception:
-        return None
+        if info["missing_keys"] or info["mismatched_keys"]:
+            return None, "tensors are missing or of other shapes"
+        return logits_of(model.eval().double(), ids), None
+    except Exception as e:
+        if traceback.extract_tb(e.__traceback__)[-1].filename == __file__:  # raised here, not by the library
+            raise
+        return None, f"{type(e).__name__}: {' '.join(str(e).split())[:100]}"
 
 
 def moq_logits(moq, folder):
+    """None: refused, which is exit code 2 and nothing else."""
     out = folder + "/made/out.safetensors"
     r = subprocess.run([moq, "logits", folder, "--tokens", folder + "/ids.json", "--out", out, "--backend", "cpu", "--act", "wide", "--kv", "wide",
                         "--threads", "1"], capture_output=True, text=True)
+    if r.returncode not in (0, 2):
+        raise RuntimeError(f"moq ends with {r.returncode}: {r.stderr[-200:]}")
     return None if r.returncode else load_file(out)["logits"].double()
 
 
@@ -110,10 +117,20 @@ def one_family(moq, seed, family):
         for what, m in [("nothing", c)] + list(changes(c)):
             with open(folder + "/config.json", "w") as f:
                 json.dump(m, f)
-            got = moq_logits(moq, folder)
+            try:
+                got = moq_logits(moq, folder)
+            except RuntimeError as e:
+                wrong.append(f"{what}: {e}")
+                continue
             refused += got is None
-            want = loaded(getattr(transformers, model_class), folder, ids) if got is not None else None
-            if want is None or not torch.isfinite(want).all():
+            want, why = loaded(getattr(transformers, model_class), folder, ids) if got is not None else (None, "refused by moq")
+            if want is not None and not torch.isfinite(want).all():
+                want, why = None, "no finite logits"
+            if want is None:
+                if what == "nothing":  # what is unchanged must agree, so that each family has something that does
+                    wrong.append(f"nothing changed: {why}")
+                elif got is not None:
+                    print(f"    {family}, {what}: not run by transformers: {why}")
                 continue
             apart, moved = ((a - b).norm() / b.norm() for a, b in ((got, want), (want, plain)))
             if apart < families.WORST:

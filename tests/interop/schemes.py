@@ -313,11 +313,11 @@ def examine(c, d, made, run, fnv, report, name):
     want, moves = reference(d, weights, modules, tokens)
     for key, logits in want.items():
         try:
-            ok, figure = unseen.judge(run, packed, d, logits, key, "--act", key, "--kv", "wide")
+            ok, figure, median = unseen.judge(run, packed, d, logits, key, "--act", key, "--kv", "wide")
         except RuntimeError as e:
             report.check(f"{name}: {key}", False, e)
             continue
-        if not ok and key == "stored" and moves > 1e-4:
+        if not ok and key == "stored" and moves > 1e-4 and median <= 10 * moves:
             report.note(f"{name}: {key}", f"{figure}; errors as those of F32 move the reference itself by {moves:.2g}")
         else:
             report.check(f"{name}: {key}", ok, figure)
