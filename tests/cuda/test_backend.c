@@ -756,7 +756,8 @@ static void few_routing(const few_case *f, float *bias, moq_routing *r)
 
 static void few_row(const few_case *f, const layer *l, const moq_moe *m, const float *x, const float *logits, const float *y, int rows)
 {
-    double *want = (double *)calloc((size_t)f->out, sizeof *want), size = 0, gap = 0, limit = f->activations == MOQ_BF16 ? 4e-5 : 1e-10;
+    double *want = (double *)calloc((size_t)f->out, sizeof *want), size = 0, gap = 0;
+    const double limit = f->activations == MOQ_BF16 ? 4e-5 : 2.4e-10; /* F32: 16 bits of x and of what is between the products, (2 * 2^-17)^2 */
     few_oracle(f, l, m, x, logits, want);
     for (int o = 0; o < f->out; o++) { size += want[o] * want[o]; gap += (want[o] - (double)y[o]) * (want[o] - (double)y[o]); }
     if (!(gap <= limit * size && size > 0)) fprintf(stderr, "%s, routing %d, %d rows: %g\n", layer_formats[f->format].name, f->kind_of_routing, rows, sqrt(gap / size));

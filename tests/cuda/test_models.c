@@ -1035,7 +1035,7 @@ static int good(const model *m, const way *w, const errors *e, const errors *noi
         most = 0.3;
     }
     if (w->act == MOQ_ACT_STORED) {
-        median += 6 * rounded->median + (short_keys ? 0.1 : m->wanted < 50 ? 0.05 : 5e-3);
+        median += 6 * rounded->median + (short_keys ? 0.1 : m->wanted < 50 ? 0.05 : 2e-2);
         most = m->experts ? 1.5 : 0.5;
     }
     if (short_numbers) {
