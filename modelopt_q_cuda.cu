@@ -2849,6 +2849,7 @@ typedef struct moqk_run {
     void *mid;                 /* [rows of x, rows of a part]: the activation of parts 0 and 1, which are in pairs; or NULL */
     int32_t parts;
     moqk_run_part part[MOQK_RUN_PARTS];
+    int32_t eager;             /* warps that ask for weights before x is there; those of the others would stand in its way */
     int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
 } moqk_run;
 
@@ -2888,6 +2889,16 @@ __device__ __forceinline__ void moqk_run_give(uint32_t to, const float *v, uint3
 #endif
 }
 
+/* Asks for the first `count` chunks of a run, a lane each. */
+template <int FORM> __device__ __forceinline__ void moqk_run_ask(const uint8_t *src, uint32_t ring, uint32_t bar, int32_t count)
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int32_t lane = threadIdx.x;
+    if (lane >= count) return;
+    moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
+    moqk_bulk_stream(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
+}
+
 /* First chunk of a run. */
 __device__ __forceinline__ int32_t moqk_run_first(const moqk_run &u, int32_t slot) { return slot * u.each + min(slot, u.more); }
 
@@ -2923,11 +2934,13 @@ template <int SPLIT> __device__ __forceinline__ void moqk_run_put(float4 v, uint
     moqk_put_shared8(at + pitch, moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
 }
 
-/* x of a run by ordinary loads: columns [k0, k0 + 4 * quads) of all rows, zeros behind the last column; a thread has U loads of MU rows in flight. */
-template <int SPLIT, int MU, int U>
+/* x of a run by ordinary loads: columns [k0, k0 + 4 * quads) of all rows, zeros behind the last column; a thread has U loads of MU rows in flight.
+   ask: called once, behind the thread's first loads. */
+template <int SPLIT, int MU, int U, class ASK>
 __device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_run &u, int32_t k0, int32_t quads, int32_t thread, int32_t threads,
-                                               uint32_t to)
+                                               uint32_t to, const ASK &ask)
 {
+    if (thread >= quads) ask();
     for (int32_t m0 = 0; m0 < u.rows; m0 += MU)
         for (int32_t i0 = thread; i0 < quads; i0 += threads * (U / MU)) {
             float4 v[U];
@@ -2937,6 +2950,7 @@ __device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_ru
                 v[k] = make_float4(0, 0, 0, 0);
                 if (m < u.rows && i < quads && col < u.cols) v[k] = moqk_fast_x4<SPLIT>(a, m * a.ldx + col);
             }
+            if (m0 == 0 && i0 == thread) ask();
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 const int32_t m = m0 + k % MU, i = i0 + k / MU * threads;
@@ -3070,9 +3084,10 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
 }
 
 /* x of the block, columns [256 * begin, 256 * (begin + chunks)), as the norm of a row, with the bits of moqk_norm_rows: its warps are played by those of
-   the block. Every block makes the whole sum: a row is in L2, and no launch stands between. room: 32 floats. */
-template <int SPLIT>
-__device__ __forceinline__ void moqk_run_norm(const moqk_call &a, const moqk_run &u, int32_t begin, int32_t chunks, uint32_t to, float *room)
+   the block. Every block makes the whole sum: a row is in L2, and no launch stands between. room: 32 floats; ask: called when x is under way. */
+template <int SPLIT, class ASK>
+__device__ __forceinline__ void moqk_run_norm(const moqk_call &a, const moqk_run &u, int32_t begin, int32_t chunks, uint32_t to, float *room,
+                                              const ASK &ask)
 {
     const int32_t lane = threadIdx.x, warps = blockDim.y * blockDim.z, warp = threadIdx.z * blockDim.y + threadIdx.y, played = u.norm >> 5;
     const int32_t quads = u.cols >> 2, from = begin * 64, end = from + chunks * 64;
@@ -3093,6 +3108,7 @@ __device__ __forceinline__ void moqk_run_norm(const moqk_call &a, const moqk_run
             v[i][k] = make_float4(0, 0, 0, 0);
             if (j < played && q < quads) v[i][k] = moqk_fast_x4<SPLIT>(a, 4 * q);
         }
+    ask();
 #pragma unroll
     for (int i = 0; i < MOQK_RUN_PLAYED; i++) {
         float sum = 0;
@@ -3132,17 +3148,17 @@ __device__ __forceinline__ void moqk_run_phase(const moqk_call &a, const moqk_ru
 
 /* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
    phase are shared among these warps, because a warp issues its copies one after another. LATE: all of it at once would stand between the first
-   weights and the next, so only the first phases are asked for. */
-template <int LATE>
-__device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar)
+   weights and the next, so only the first phases are asked for. ask: called when x is under way. */
+template <int LATE, class ASK>
+__device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar, const ASK &ask)
 {
     const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
     if (!cut.bulk) {
         const int32_t k0 = c0 * 256, quads = n * 64, thread = warp * 32 + lane, threads = warps * 32;
         moqk_wait_for_before();
-        if (a.x_bf16) moqk_run_stage<0, 4, 8>(a, cut, k0, quads, thread, threads, mine);
-        else if (cut.rows < 4) moqk_run_stage<1, 1, 4>(a, cut, k0, quads, thread, threads, mine);
-        else moqk_run_stage<1, 4, 8>(a, cut, k0, quads, thread, threads, mine);
+        if (a.x_bf16) moqk_run_stage<0, 4, 8>(a, cut, k0, quads, thread, threads, mine, ask);
+        else if (cut.rows < 4) moqk_run_stage<1, 1, 4>(a, cut, k0, quads, thread, threads, mine, ask);
+        else moqk_run_stage<1, 4, 8>(a, cut, k0, quads, thread, threads, mine, ask);
         return;
     }
 #if __CUDA_ARCH__ >= 900
@@ -3165,6 +3181,7 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
         if (cut.share) moqk_bulk_both(to, x, bytes, x_bar + 8 * (uint32_t)at);
         else moqk_bulk_copy(to, x, bytes, x_bar + 8 * (uint32_t)at);
     }
+    ask();
 #endif
 }
 
@@ -3349,10 +3366,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     __syncwarp();
-    if (lane < min(cut.stages, n)) { /* the first weights, before x is known to be there */
-        moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
-        moqk_bulk_stream(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
-    }
+    const int32_t early = KIND == MOQK_RUN_PLAIN || warp < cut.eager;
+    if (early) moqk_run_ask<FORM>(src, ring, bar, min(cut.stages, n)); /* the first weights, before x is known to be there */
+    const auto ask = [&] { if (!early) moqk_run_ask<FORM>(src, ring, bar, min(cut.stages, n)); };
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
     uint32_t z[2] = {0, 0};
@@ -3369,16 +3385,16 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
         h.ask(scales, zeros, c0, p.shift);
         const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
         const int32_t chunks = moqk_run_first(cut, (rank + 1) * cut.ways) - begin;
-        if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums);
-        else moqk_run_norm<0>(a, cut, begin, chunks, to, sums);
+        if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums, ask);
+        else moqk_run_norm<0>(a, cut, begin, chunks, to, sums, ask);
         h.load(scales, zeros, c0, p.shift);
     } else if constexpr (LATE && STEP > 0) { /* likewise */
         h.ask(scales, zeros, c0, p.shift);
-        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar);
+        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar, ask);
         h.load(scales, zeros, c0, p.shift);
     } else {
         h.load(scales, zeros, c0, p.shift);
-        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar);
+        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar, ask);
     }
     if (LATE && warp == 0 && lane == 0)
         moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * NB) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
@@ -6152,12 +6168,16 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
     return bytes_of_best;
 }
 
+enum { MOQC_RUN_EAGER = 5 }; /* 2 to 7 take the same time on an H200 */
+
 /* One row of a product that is joined with its neighbours, so that each launch waits for the one before: as much room as keeps a multiprocessor to
    itself, or of blocks that begin where the launch before ends two come to lie on one multiprocessor, which takes twice the time; and one chunk of a
-   warp on its way, because more would delay x. Products that follow each other without waiting gain by overlapping. */
+   warp on its way, because more would delay x. Where many warps ask, or where the launch before is not a product (short runs: o, behind attention) and
+   loads itself, even these would: all but a few wait. Products that follow each other without waiting gain by overlapping. */
 static int64_t moqc_run_joined(const moqc_ctx *c, int form, moqk_run *u)
 {
     u->stages = 1;
+    if (u->norm ? u->tiles * u->ways > 16 : u->each == 2) u->eager = MOQC_RUN_EAGER; /* a run of one chunk has nothing to do meanwhile */
     return moqc_max(moqc_run_fill_in(u, form), c->most_shared / 2);
 }
 
@@ -6165,6 +6185,7 @@ static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run 
 
 static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, int64_t bytes)
 {
+    u->eager = MOQK_RUN_ALL;
     if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
     const int kind = u->norm ? MOQK_RUN_NORM : u->pairs || u->into || u->mid ? MOQK_RUN_JOINED : MOQK_RUN_PLAIN;
     const moqc_run_kernel kernel = moqc_run_find(form, step, u, kind);
