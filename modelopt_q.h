@@ -286,6 +286,9 @@ MOQ_API void moq_spill_destroy(moq_spill *s);
 /* Physical cores of this machine that the process may use; 1 when unknown. */
 MOQ_API int moq_cpu_count(void);
 
+/* Bytes of this machine's main memory; 0 when unknown and with MOQ_NO_OS. */
+MOQ_API uint64_t moq_machine_memory(void);
+
 /* Vector instruction sets that the library found and may use, space-separated ("avx2 fma f16c avx512 vnni"). */
 MOQ_API const char *moq_cpu_features(void);
 
@@ -2069,12 +2072,14 @@ static const char *moqi_base_name(const char *path)
        moqi_sys_flush, _flush_dir          contents to the disk, then the folder that holds the name
        moqi_sys_map, _unmap                read-only view of a whole file
        moqi_sys_rename, _remove            replace a name, delete a name
+       moqi_sys_memory                     bytes of main memory, 0: unknown
        moqi_dir_open, _next, _close        names in a folder, any order
    read and write move at most 1 GB a call, since larger counts fail on some systems. */
 #if defined(MOQ_NO_OS)
 
 /* nothing else: the functions below say MOQ_E_UNSUPPORTED */
 static void moqi_sys_large(void *p, size_t bytes) { (void)p; (void)bytes; }
+static uint64_t moqi_sys_memory(void) { return 0; }
 
 #elif defined(_WIN32)
 
@@ -2191,6 +2196,13 @@ static void moqi_sys_remove(const char *path)
 }
 
 static unsigned moqi_sys_process(void) { return (unsigned)GetCurrentProcessId(); }
+
+static uint64_t moqi_sys_memory(void)
+{
+    MEMORYSTATUSEX m;
+    m.dwLength = sizeof m;
+    return GlobalMemoryStatusEx(&m) ? m.ullTotalPhys : 0;
+}
 
 static int moqi_os_missing(int code) { return code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND; }
 
@@ -2392,6 +2404,16 @@ MOQI_UNUSED static void moqi_sys_forget(void *map, size_t bytes) { (void)map; (v
 static int moqi_sys_rename(const char *from, const char *to) { return rename(from, to) == 0; }
 static void moqi_sys_remove(const char *path) { unlink(path); }
 static unsigned moqi_sys_process(void) { return (unsigned)getpid(); }
+
+static uint64_t moqi_sys_memory(void)
+{
+#ifdef _SC_PHYS_PAGES
+    long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
+    return pages > 0 && bytes > 0 ? (uint64_t)pages * (uint64_t)bytes : 0;
+#else
+    return 0;
+#endif
+}
 
 static int moqi_os_missing(int code) { return code == ENOENT || code == ENOTDIR; }
 
@@ -3138,6 +3160,8 @@ static int moqi_count_cores(void)
 /* Cores, not hardware threads: two threads of one core share its load ports and its cache, and a decoder that is bound
    by memory gets slower with both. */
 MOQ_API int moq_cpu_count(void) { return moqi_count_cores(); }
+
+MOQ_API uint64_t moq_machine_memory(void) { return moqi_sys_memory(); }
 
 /* Grouped as kernels need them: AVX512 means the four subsets that every server core with any of them has, AMX means
    tiles with both number types. A flag also says that the system saves the registers it needs. */
@@ -6490,6 +6514,7 @@ typedef struct moqi_transform {
      ignore       names and patterns that are left out */
 typedef struct moqi_quant {
     moq_family family;
+    const char *file;        /* that holds it */
     const char *algo;        /* as written, "" when nothing is said */
     const char *producer;    /* "modelopt 0.47.0" or "" */
     moq_kv_format kv;
@@ -7427,7 +7452,7 @@ MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *co
     c.r = r;
     c.desc = desc;
     c.err = err;
-    c.file = "hf_quant_config.json";
+    c.file = q->file = "hf_quant_config.json";
     for (size_t i = 0; i < MOQI_COUNT(places) && !block; i++) {
         block = moqi_get(config, places[i]);
         if (i == 1) block = moqi_get(block, "quantization_config");
@@ -7439,9 +7464,9 @@ MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *co
         if (res == MOQ_OK && block) moqi_compare_blocks(&c, block);
         return res;
     }
-    c.file = "config.json";
+    c.file = q->file = "config.json";
     if (block) return moqi_read_block(&c, block, moqi_get(config, "compression_config") == block ? "compressed-tensors" : "(none)");
-    c.file = "quantize_config.json";
+    if (gptq) c.file = q->file = "quantize_config.json";
     return gptq ? moqi_read_block(&c, gptq, "gptq") : MOQ_OK;
 }
 
@@ -7763,6 +7788,17 @@ static void moqi_put_scales(moqi_binder *b, const moq_tensor *t, moq_dtype dtype
     if (b->stacked && w->scales.count % (uint64_t)w->experts == 0 && w->scales.count > 1) w->expert_scales = (int64_t)(t->bytes / (uint64_t)w->experts);
 }
 
+/* The description's group is not the tensors': the error is the description's, which is the easier one to get wrong. */
+static moq_result moqi_other_group(const moqi_binder *b, const moq_tensor *scale, int64_t cols, int64_t group)
+{
+    char said[32] = "of whole rows";
+    const char *file = moqi_at_tensor(b, scale).file;
+    if (b->claim.group_size > 0) moqi_format(said, sizeof said, "of %d", (int)b->claim.group_size);
+    return moqi_fail(b->err, MOQ_E_MISMATCH, moqi_at(b->q->file, "layer", b->m->name, -1),
+                     "asks for groups %s (group_size), but '%q'%s%q has groups of %lld (%lld columns / %lld); correct the one, or take both "
+                     "from one export", said, scale->name, file ? " of " : "", file ? file : "", (long long)group, (long long)cols, (long long)(cols / group));
+}
+
 /* Columns that share a scale: cols / groups, a power of two of at least 16, as the description says and as the format wants
    (`standard`, 0: any). A tensor that contradicts both is malformed; one that contradicts only the description is a mismatch. */
 static moq_result moqi_group_size(const moqi_binder *b, const moq_tensor *scale, int64_t cols, int64_t groups, int32_t standard, int32_t *out)
@@ -7772,16 +7808,13 @@ static moq_result moqi_group_size(const moqi_binder *b, const moq_tensor *scale,
     *out = MOQ_ALL;
     if (groups == 1 && standard == 0 && (said == MOQ_ALL || said == 0)) return MOQ_OK;
     if (want > 0 && cols % want != 0)
-        return moqi_fail(b->err, MOQ_E_SHAPE, moqi_at_tensor(b, b->t), "%lld columns, expected a multiple of the group of %lld", (long long)cols,
-                         (long long)want);
+        return moqi_fail(b->err, MOQ_E_SHAPE, moqi_at_tensor(b, b->t), "%lld columns, expected a multiple of the group of %lld%s%s; take weights and "
+                         "description from one export", (long long)cols, (long long)want, said > 0 ? ", group_size of " : "", said > 0 ? b->q->file : "");
     if (groups <= 0 || cols % groups != 0 || (said == standard && said > 0 && g != said)) {
         int64_t wanted = want > 0 ? cols / want : 0;
         return moqi_bad_shape(b, scale, b->transposed ? moqi_dims2(b, wanted, b->w->rows) : moqi_dims2(b, b->w->rows, wanted), "one scale for each group of columns");
     }
-    if ((said > 0 && g != said) || (said == MOQ_ALL && groups > 1))
-        return moqi_fail(b->err, MOQ_E_MISMATCH, moqi_at(moqi_at_tensor(b, b->t).file, "layer", b->m->name, -1),
-                         "'%q' has groups of %lld (%lld columns / %lld), but the description says %d", scale->name, (long long)g, (long long)cols,
-                         (long long)groups, (int)said);
+    if ((said > 0 && g != said) || (said == MOQ_ALL && groups > 1)) return moqi_other_group(b, scale, cols, g);
     if (g < 16 || (g & (g - 1)) != 0 || g > (1 << 30))
         return moqi_fail(b->err, MOQ_E_MISMATCH, moqi_at_tensor(b, scale), "groups of %lld (%lld columns / %lld), expected a power of two of at least 16",
                          (long long)g, (long long)cols, (long long)groups);
@@ -7878,7 +7911,7 @@ static moq_result moqi_bind_mxfp4(moqi_binder *b, const moq_tensor *scale)
         moqi_put_scales(b, scale, MOQ_F8_E8M0, 1, 32, n / 32, 1);
     }
     if (b->claim.group_size > 0 && b->claim.group_size != 32)
-        return moqi_fail(b->err, MOQ_E_MISMATCH, moqi_at_tensor(b, scale), "MX formats have groups of 32, but the description says %d", (int)b->claim.group_size);
+        return moqi_other_group(b, scale, n, 32);
     return moqi_expect(b, scale, moqi_dims2(b, a, n / 32), "one scale for 32 elements");
 }
 
@@ -9565,7 +9598,9 @@ MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq
     if (!moqi_is_dir(dir)) {
         const char *foreign = moqi_foreign_name(base);
         moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "%s%s%s",
-                  moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint" : "no such folder", foreign ? ". " : "", foreign ? foreign : "");
+                  moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint"
+                                        : "no such folder; name one with config.json and .safetensors files, with its whole path or as seen from the current folder",
+                  foreign ? ". " : "", foreign ? foreign : "");
         return NULL;
     }
     if (desc && desc->quantize) {
@@ -20485,6 +20520,34 @@ static int moqi_is_smoothed(const moqi_target *t)
     return t->recipe->scheme.pre_quant_scale && t->w.experts == 0 && (!t->expert || t->recipe->scheme.weight.elem == MOQ_I4);
 }
 
+/* Does the export of this recipe store an input scale? */
+static int moqi_has_input_scale(const moq_recipe *recipe)
+{
+    const moq_coding *c = &recipe->scheme.input;
+    return c->elem != MOQ_NONE && (c->has_global || (!c->dynamic && c->scale == MOQ_F32));
+}
+
+/* The first recipe with weights of the same kind that needs no data: what to do without any. */
+static const moq_recipe *moqi_recipe_without_data(const moq_recipe *recipe)
+{
+    for (size_t i = 0; i < moq_recipe_count(); i++) {
+        const moq_recipe *c = moq_get_recipe(i);
+        if (c->scheme.weight.elem != recipe->scheme.weight.elem || c->scheme.weight.scale != recipe->scheme.weight.scale) continue;
+        if (!moqi_has_input_scale(c) && !c->scheme.pre_quant_scale) return c; /* one with constant input scales covers experts only */
+    }
+    return NULL;
+}
+
+/* A recorded value of this layer is missing: where it can come from, and what does without. */
+static moq_result moqi_not_recorded(const moqi_plan *p, const moqi_target *t, const char *what, moq_error *err)
+{
+    const moq_recipe *other = moqi_recipe_without_data(t->recipe);
+    return moqi_fail(err, MOQ_E_MISSING, moqi_at(p->records_name, "layer", t->name, -1),
+                     "recipe %s needs %s of this layer, and %s; calibrate with samples (moq_quantize_desc.calibrate), give a calibration file that "
+                     "has it%s%s%s", t->recipe->name, what, p->records_name ? "the calibration has none" : "nothing was calibrated", other ? ", or take recipe " : "",
+                     other ? other->name : "", other ? ", which needs no data" : "");
+}
+
 /* p = recorded pre_quant_scale, or 1 / best_scale of AWQ, in F32. The stored vector is p in the model's type; the weight is multiplied
    by fl32(1 / p). SmoothQuant (alpha 1) has p = 1 / amax with a BF16 amax. Where only the rounded p was recorded, as ModelOpt does, one
    amax that gives it is taken; in a quarter of the channels there are two or three, so its bytes cannot follow from its record. */
@@ -20496,9 +20559,7 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
     if (r == MOQ_OK) r = moqi_recorded(p, t, "input_quantizer.pre_quant_scale", n, &given, err);
     if (r != MOQ_OK) return r;
     if (!best && !given && t->expert) return MOQ_OK; /* calibrated without smoothing */
-    if (!best && !given)
-        return moqi_fail(err, MOQ_E_MISSING, moqi_at(p->records_name, "layer", t->name, -1),
-                         "recipe %s needs a pre_quant_scale for it, and there is none", t->recipe->name);
+    if (!best && !given) return moqi_not_recorded(p, t, "the pre_quant_scale", err);
     float *smooth = (float *)moqi_take_array(p->r, n, sizeof *smooth), *own = (float *)moqi_take_array(p->r, n, sizeof *own);
     if (!smooth || !own) return moqi_nomem(err, n * 8);
     for (uint64_t i = 0; i < n; i++) {
@@ -20515,13 +20576,6 @@ static moq_result moqi_load_smoothing(const moqi_plan *p, moqi_target *t, moq_er
     t->smooth = smooth;
     t->own_p = own;
     return MOQ_OK;
-}
-
-/* Does the export of this recipe store an input scale? */
-static int moqi_has_input_scale(const moq_recipe *recipe)
-{
-    const moq_coding *c = &recipe->scheme.input;
-    return c->elem != MOQ_NONE && (c->has_global || (!c->dynamic && c->scale == MOQ_F32));
 }
 
 /* The largest input that is taken for granted, so that input_scale is 1; 0: it is measured. Beside the recipe that says so, NVFP4 while
@@ -20547,9 +20601,7 @@ static moq_result moqi_load_gptq(const moqi_plan *p, moqi_target *t, moq_error *
     moq_result r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)(t->w.rows * groups), &t->amax, err);
     if (r == MOQ_OK) r = moqi_recorded(p, t, "weight_quantizer.global_amax", 1, &v, err);
     if (r != MOQ_OK) return r;
-    if (!t->amax || (c->has_global && !v))
-        return moqi_fail(err, MOQ_E_MISSING, moqi_at(p->records_name, "layer", t->name, -1),
-                         "recipe %s needs the weight that gptq makes of it in a calibration run", t->recipe->name);
+    if (!t->amax || (c->has_global && !v)) return moqi_not_recorded(p, t, "the weight that gptq makes", err);
     t->made = made;
     if (v) t->recorded_amax = v[0];
     return r;
@@ -20560,21 +20612,18 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
 {
     const float *v = NULL;
     moq_result r = MOQ_OK;
-    moqi_where at = moqi_at(p->records_name, "layer", t->name, -1);
     t->input_amax = moqi_constant_amax(p, t->recipe);
     if (moqi_has_input_scale(t->recipe) && !(t->input_amax > 0)) {
         r = moqi_recorded(p, t, "input_quantizer.amax", 1, &v, err);
         if (r == MOQ_OK && !v && !t->expert)
-            return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the largest input of this layer, "
-                            "and %s; calibrate with samples (moq_quantize_desc.calibrate), or give a calibration file that has it",
-                             t->recipe->name, p->records_name ? "the calibration has none" : "nothing was calibrated");
+            return moqi_not_recorded(p, t, "the largest input", err);
         if (v) t->input_amax = v[0];
     }
     if (r == MOQ_OK && moqi_is_smoothed(t)) r = moqi_load_smoothing(p, t, err);
     if (r == MOQ_OK && moqi_recipe_clips(t->recipe)) {
         r = moqi_recorded(p, t, "weight_quantizer.amax", 1, &v, err);
         if (r == MOQ_OK && v) t->recorded_amax = v[0];
-        else if (r == MOQ_OK && !t->expert) r = moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the clipped weight amax of this layer", t->recipe->name);
+        else if (r == MOQ_OK && !t->expert) r = moqi_not_recorded(p, t, "the clipped amax of the weight", err);
     }
     if (r == MOQ_OK && moqi_is_smoothed(t) && t->recipe->scheme.weight.elem == MOQ_I8) /* rows of the weight that F32 vectors smoothed */
         r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)t->w.rows, &t->amax, err);
@@ -20586,7 +20635,7 @@ static moq_result moqi_load_target(const moqi_plan *p, moqi_target *t, moq_error
     uint64_t groups = (uint64_t)(t->w.cols / t->recipe->scheme.weight.group_cols);
     r = moqi_recorded(p, t, "weight_quantizer.amax", (uint64_t)t->w.rows * groups, &t->amax, err);
     if (r == MOQ_OK && !t->amax && !fixed)
-        return moqi_fail(err, MOQ_E_MISSING, at, "recipe %s needs the block amax of this layer from a calibration run", t->recipe->name);
+        return moqi_not_recorded(p, t, "the amax of every block", err);
     return r;
 }
 
@@ -20743,8 +20792,7 @@ static moq_result moqi_fill_experts(moqi_plan *p, moq_error *err)
         moqi_target *t = &p->targets[i];
         if (!t->recipe || !t->expert || t->input_amax > 0 || !moqi_has_input_scale(t->recipe)) continue;
         if (!p->records_name)
-            return moqi_fail(err, MOQ_E_MISSING, moqi_at(NULL, "layer", t->name, -1), "recipe %s needs the largest input of this layer, and nothing was calibrated; "
-                             "give a calibration file that has it", t->recipe->name);
+            return moqi_not_recorded(p, t, "the largest input", err);
         size_t first = i;
         while (first > 0 && p->targets[first - 1].expert) first--;
         for (size_t k = first; k < p->count && p->targets[k].expert; k++)
@@ -28022,15 +28070,10 @@ static moq_result moqi_check_memory(const moqi_plan *p, moq_error *err)
                      (unsigned long long)(most / 1000000 + 1), (unsigned long long)(p->desc->max_memory / 1000000));
 }
 
-/* Loading has no data to calibrate with. The first recipe with weights of the same kind that needs none is named instead. */
+/* Loading has no data to calibrate with. */
 static moq_result moqi_refuse_data(const moqi_plan *p, moq_error *err)
 {
-    const moq_recipe *other = NULL;
-    for (size_t i = 0; i < moq_recipe_count() && !other; i++) {
-        const moq_recipe *c = moq_get_recipe(i);
-        if (c->scheme.weight.elem != p->recipe->scheme.weight.elem || c->scheme.weight.scale != p->recipe->scheme.weight.scale) continue;
-        if (!moqi_has_input_scale(c) && !c->scheme.pre_quant_scale) other = c; /* one with constant input scales covers experts only */
-    }
+    const moq_recipe *other = moqi_recipe_without_data(p->recipe);
     return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s needs calibration data, so it cannot be applied while "
                      "loading; write a folder with `moq quantize --recipe %s --calib DATA`%s%s", p->recipe->name, p->recipe->name,
                      other ? ", or load with " : "", other ? other->name : "");
@@ -28060,7 +28103,7 @@ static moq_result moqi_check_forms(moqi_export *x, moq_error *err)
         r = moqi_find_form(x->container, &w, t->model, &form, err);
     }
     if (r == MOQ_OK && p->recipe && !covered)
-        r = moqi_fail(err, MOQ_E_ARG, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s covers no layer of this model", p->recipe->name);
+        r = moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, "recipe", p->recipe->name, -1), "it covers no layer of this model; `moq recipes` says what each covers");
     return r;
 }
 

@@ -425,6 +425,8 @@ static void test_bind_malformed_nvfp4(void)
     expect(&f, MOQ_E_SHAPE, "m.weight", "24", "16"); /* X6 */
     fake_begin(&f, "{\"quant_algo\":\"W4A16_NVFP4\",\"kv_cache_quant_algo\":null,\"group_size\":32}", NULL); add_nvfp4(&f, NULL); /* K8 */
     expect(&f, MOQ_E_MISMATCH, "'m'", "32", "16");
+    fake_begin(&f, "{\"quant_algo\":\"W4A16_NVFP4\",\"kv_cache_quant_algo\":null,\"group_size\":32}", NULL); add_nvfp4(&f, NULL);
+    expect(&f, MOQ_E_MISMATCH, "hf_quant_config.json: layer", "asks for groups of 32 (group_size)", "has groups of 16"); /* the file to mend */
     fake_begin(&f, NVFP4, NULL); add_nvfp4(&f, "m.weight_scale"); /* X19 */
     expect(&f, MOQ_E_MISSING, "m.weight_scale", NULL, NULL);
     fake_begin(&f, NVFP4, NULL); add_nvfp4(&f, "m.weight_scale"); fake_add(&f, "m.weight_scale", MOQ_F8_E4M3, "48"); /* rank */
