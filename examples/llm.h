@@ -197,7 +197,8 @@ typedef struct llm_desc {
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
     int32_t slots;               /* conversations that the KV cache has room for; 0: 1 */
     int32_t chunk;               /* rows of one pass through the model: prompt tokens, or tokens of many answers; 0: 256 */
-    uint64_t max_memory;         /* llm_open refuses with the numbers of llm_plan when these would need more bytes; 0: no limit */
+    uint64_t max_memory;         /* llm_open refuses with the numbers of llm_plan when these would need more bytes. 0: more than the machine has beside
+                                    the mapped weights, on a CPU and without an allocator of the caller's; UINT64_MAX: no limit */
     int32_t endless;             /* 1: when the context is full, the oldest turns (raw text: half of the tokens) are forgotten and the rest
                                     is run again; system turns at the beginning (raw text: the first `keep` tokens) stay */
     int32_t keep;
@@ -4535,7 +4536,8 @@ static moq_result llmi_find_frame(const char *spelled, llmi_frame *f, moq_error 
     }
     return moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
                     "the chat template is none of the known ones "
-                    "(ChatML, Llama 2, Llama 3, Llama 4, SmolLM3, Mistral, Phi-3, Phi-4, Zephyr, Gemma, gpt-oss, DeepSeek, Nemotron, <|role|>); use raw prompts");
+                    "(ChatML, Llama 2, Llama 3, Llama 4, SmolLM3, Mistral, Phi-3, Phi-4, Zephyr, Gemma, gpt-oss, DeepSeek, Nemotron, <|role|>); "
+                    "say texts with llm_say_raw");
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -5014,7 +5016,7 @@ LLM_API size_t llm_frame(const llm_tokenizer *t, const llm_message *messages, si
     }
     if (!t->frame_text) {
         moq_fail(err, MOQ_E_TEMPLATE, "chat_template",
-                 "there is none (chat_template.jinja, or chat_template in tokenizer_config.json); use raw prompts");
+                 "there is none (chat_template.jinja, or chat_template in tokenizer_config.json); say texts with llm_say_raw");
         return SIZE_MAX;
     }
     spelled.out = llmi_bytes_make(&t->a);
@@ -5239,6 +5241,9 @@ static const llmi_block_name llmi_blocks[] = {
     {"full_attention", '*', LLMI_MIX_ATTENTION, LLMI_FEED_NONE}, {"attention", '*', LLMI_MIX_ATTENTION, LLMI_FEED_NONE},
     {"mlp", '-', LLMI_MIX_NONE, LLMI_FEED_DENSE}, {"moe", 'E', LLMI_MIX_NONE, LLMI_FEED_EXPERTS}};
 
+/* Keys that were looked up, each once, to tell a misspelled one from those of other programs. */
+typedef struct llmi_names_asked { const char *name[128]; int32_t count; } llmi_names_asked;
+
 typedef struct llmi_rope llmi_rope;
 
 /* Turns the plain frequencies in inv [dims / 2] into those of a rope type; *scale multiplies cos and sin. */
@@ -5307,6 +5312,7 @@ typedef struct llmi_config {
     /* ids that end a turn, each once */
     int32_t ends[LLMI_MAX_ENDS];
     int32_t end_count;
+    llmi_names_asked asked;
 } llmi_config;
 
 /* ---- reading keys ---- */
@@ -5315,6 +5321,7 @@ typedef struct llmi_config {
 typedef struct llmi_keys {
     const moq_json *text, *root;
     const llmi_default *defaults; /* of the family, once it is known */
+    llmi_names_asked *asked;      /* takes the names of what is looked up; NULL: nobody wants them */
     moq_error *err;
 } llmi_keys;
 
@@ -5333,10 +5340,23 @@ static moq_result llmi_in_file(const char *file, moq_result code, moq_error *err
     return code;
 }
 
+static int llmi_was_asked(const llmi_names_asked *asked, const char *name)
+{
+    for (int32_t i = 0; i < asked->count; i++)
+        if (strcmp(asked->name[i], name) == 0) return 1;
+    return 0;
+}
+
+static void llmi_note_asked(llmi_names_asked *asked, const char *name)
+{
+    if (asked && asked->count < (int32_t)LLMI_COUNT(asked->name) && !llmi_was_asked(asked, name)) asked->name[asked->count++] = name;
+}
+
 /* A key of the text model, else of the file; null is absent. */
 static const moq_json *llmi_key(const llmi_keys *k, const char *name)
 {
     const moq_json *v = moq_json_find(k->text, name);
+    llmi_note_asked(k->asked, name);
     if (!v || v->type == MOQ_JSON_NULL) v = moq_json_find(k->root, name);
     return v && v->type != MOQ_JSON_NULL ? v : NULL;
 }
@@ -5658,8 +5678,8 @@ static moq_result llmi_read_family(const llmi_keys *k, llmi_config *c)
         memcpy(known + n, name, strlen(name) + 1);
         n += strlen(name);
     }
-    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "model_type", "architecture '%q' is unknown; known: %s. Weights of any other can be read and quantized, but are "
-                           "run elsewhere", moq_json_string(type), known);
+    return LLMI_REFUSE_KEY(k, MOQ_E_UNSUPPORTED, "model_type", "architecture '%q' is unknown; known: %s. A folder of any other is run elsewhere; it can be "
+                           "quantized by recipes that need no data, as w4a16_nvfp4 or mxfp8, or with a calibration file", moq_json_string(type), known);
 }
 
 /* Latent attention: every head has its own keys and values, made from a narrow middle; a head is nope | rope. */
@@ -6145,6 +6165,7 @@ static moq_result llmi_read_generation(const moq_checkpoint *ck, llmi_config *c,
     }
     k.text = k.root = moq_json_root(doc);
     k.defaults = NULL;
+    k.asked = NULL;
     k.err = err;
     llmi_read_ends(&k, c, moq_json_find(k.root, "eos_token_id"), 0);
     moq_json_destroy(doc);
@@ -6170,6 +6191,7 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     k.text = moq_json_find(k.root, "text_config");
     if (!k.text || k.text->type != MOQ_JSON_OBJECT) k.text = k.root;
     k.defaults = NULL;
+    k.asked = &c->asked;
     k.err = err;
     if (k.root->count == 0)
         return moq_fail(err, MOQ_E_NOTFOUND, "config.json", "says nothing; the engine needs it to know the architecture of '%q'", moq_get_name(ck));
@@ -6191,6 +6213,46 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
     if ((code = llmi_read_rest(&k, c)) < 0) return code;
     return llmi_read_generation(ck, c, err);
 }
+
+/* ---- misspelled keys ---- */
+
+/* One letter too many, too few, wrong, or changed places with the next. */
+static int llmi_is_slip(const char *a, const char *b)
+{
+    size_t n = strlen(a), m = strlen(b), least = n < m ? n : m, front = 0, back = 0;
+    while (front < least && a[front] == b[front]) front++;
+    while (back < least - front && a[n - 1 - back] == b[m - 1 - back]) back++;
+    n -= front + back;
+    m -= front + back;
+    return (n <= 1 && m <= 1) || (n == 2 && m == 2 && a[front] == b[front + 1] && a[front + 1] == b[front]);
+}
+
+/* Keys that configurations do have and that look like others: of other families, or of this one where it does not ask for them. Token ids
+   of many kinds differ in one letter. */
+static int llmi_is_a_key(const char *key)
+{
+    static const char *const keys[] = {
+        "n_group", "n_groups", "o_groups", "k_groups", "q_groups", "v_groups", "qk_nope_head_dim", "qk_rope_head_dim", "hidden_sizes", "layer_type",
+        "mamba_headdim", "o_lora_rank", "partial_rotary_factors", "router_scaling_factor", "sliding_windows", "swiglu_limits", "sliding_window_pattern",
+        "_sliding_window_pattern"};
+    size_t n = strlen(key);
+    for (size_t i = 0; i < LLMI_COUNT(keys); i++)
+        if (strcmp(key, keys[i]) == 0) return 1;
+    return n > 9 && strcmp(key + n - 9, "_token_id") == 0;
+}
+
+/* The first key of `object` that is a slip of `name`, and of nothing else that is read; NULL: none. */
+static const char *llmi_find_slip(const llmi_names_asked *asked, const moq_json *object, const char *name)
+{
+    for (const moq_json *e = moq_json_first(object); e; e = moq_json_next(object, e))
+        if (e->key && llmi_is_slip(e->key, name) && !llmi_is_a_key(e->key) && !llmi_was_asked(asked, e->key)) return e->key;
+    return NULL;
+}
+
+/* Rope descriptions are read with their own names. */
+static const llmi_names_asked llmi_rope_names = {
+    {"rope_theta", "rope_type", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+     "original_max_position_embeddings", "mscale", "mscale_all_dim", "short_factor", "long_factor", "full_attention", "sliding_attention"}, 16};
 
 /* ------------------------------------------------------------------------------------------------
    >>llm-model       weights of a family, prepared on a backend
@@ -6414,6 +6476,32 @@ static void llmi_tell(const llmi_model *m, const moq_error *finding)
     if (m->desc->log) m->desc->log(m->desc->log_user, MOQ_LOG_WARNING, finding->code, finding->text);
 }
 
+/* Of a name that neither object has, what may be meant for it. */
+static void llmi_tell_slip(const llmi_model *m, const llmi_names_asked *asked, const char *name, const moq_json *object, const moq_json *other)
+{
+    moq_error finding;
+    const char *key = moq_json_find(object, name) || moq_json_find(other, name) ? NULL : llmi_find_slip(asked, object, name);
+    if (!key) return;
+    moq_fail(&finding, MOQ_E_CONFIG, key, "nothing reads this key; is %s meant? Without it a default counts", name);
+    llmi_in_file("config.json", MOQ_E_CONFIG, &finding);
+    llmi_tell(m, &finding);
+}
+
+/* Keys that are left out mean something too, so a misspelled one goes unnoticed; what else is not read is no business of ours. */
+static void llmi_tell_slips(const llmi_model *m)
+{
+    static const char *const ropes[] = {"rope_parameters", "rope_scaling"};
+    const moq_json *keys = m->c.keys, *root = m->c.root;
+    if (!m->desc->log || !keys) return;
+    for (int32_t i = 0; i < m->c.asked.count; i++) {
+        llmi_tell_slip(m, &m->c.asked, m->c.asked.name[i], keys, root);
+        if (root != keys) llmi_tell_slip(m, &m->c.asked, m->c.asked.name[i], root, keys);
+    }
+    for (int32_t i = 0; i < llmi_rope_names.count; i++)
+        for (size_t k = 0; k < LLMI_COUNT(ropes); k++)
+            llmi_tell_slip(m, &llmi_rope_names, llmi_rope_names.name[i], moq_json_find(keys, ropes[k]), NULL);
+}
+
 /* ---- backend memory ---- */
 
 /* Zeroed memory for count * size bytes, released by llmi_model_close; NULL and an error when there is none. */
@@ -6557,8 +6645,11 @@ static llmi_shape llmi_cut_shape(int cut, int64_t rows, const char *rows_key, in
 /* The first tensor that is not there ends the search, so a folder of 31 of 32 layers names layer 31. */
 static moq_result llmi_absent(const llmi_model *m, const char *tensor, moq_error *err)
 {
-    return moq_fail(err, MOQ_E_MISSING, tensor, "the tensor is absent, but config.json describes a '%s' of %d layers; the folder is incomplete",
-                    m->c.family->model_type, m->c.layers);
+    int untied = m->c.tie_said && !m->c.tied && strncmp(tensor, m->head_name, strlen(m->head_name)) == 0;
+    return moq_fail(err, MOQ_E_MISSING, tensor,
+                    "the tensor is absent, but config.json describes a '%s' of %d layers%s; the folder is incomplete, download it again%s",
+                    m->c.family->model_type, m->c.layers, untied ? " and says tie_word_embeddings false" : "",
+                    untied ? " (or write true, if the embedding is the output layer)" : "");
 }
 
 /* The same for the weight of a module. */
@@ -7602,7 +7693,9 @@ static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_b
     m->desc = desc;
     m->arena = llmi_arena_make(&desc->allocator);
     m->elem = (size_t)moq_dtype_bits(be->act) / 8;
-    if ((code = llmi_config_read(ck, desc->context, &m->c, err)) < 0 || (code = llmi_divide(m, err)) < 0) return code;
+    code = llmi_config_read(ck, desc->context, &m->c, err);
+    llmi_tell_slips(m);
+    if (code < 0 || (code = llmi_divide(m, err)) < 0) return code;
     m->slots = desc->slots > 0 ? desc->slots : 1;
     m->chunk = desc->chunk > 0 ? desc->chunk : 256;
     if (m->chunk > m->c.context) m->chunk = m->c.context;
@@ -12129,6 +12222,7 @@ struct llm {
 /* forward: whoever says, closes or forgets something leaves the pass in progress, which >>llm-step runs; opening asks >>llm-plan */
 static void llmi_settle(llmi_house *h, const llm *m);
 static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err);
+static moq_result llmi_check_machine(const llm_desc *desc, const moq_checkpoint *ck, moq_backend *be, moq_error *err);
 
 /* ---- open and close ---- */
 
@@ -12143,6 +12237,13 @@ static void llmi_no_error(moq_error *e)
 {
     memset(e, 0, sizeof *e);
     e->offset = -1;
+}
+
+/* What to do, behind a sentence that only says what happened. */
+static void llmi_add_hint(moq_error *e, const char *hint)
+{
+    size_t n = strlen(e->text), m = strlen(hint);
+    if (n + m < sizeof e->text) memcpy(e->text + n, hint, m + 1);
 }
 
 /* A number of the desc: 0 .. most. */
@@ -12240,6 +12341,16 @@ static size_t llmi_longest_token(const llm_tokenizer *t)
     return most;
 }
 
+/* Tables of words are padded by a few rows; one that is twice as long is another model's. */
+static void llmi_tell_words(const llmi_model *m, const llm_tokenizer *t)
+{
+    moq_error finding;
+    if (!t || llm_vocab(t) > m->c.vocab / 2) return;
+    llmi_in_file(LLMI_TOKENIZER, moq_fail(&finding, MOQ_E_MISMATCH, NULL, "has %d tokens where vocab_size of config.json is %d; is it of the same model?",
+                                          llm_vocab(t), m->c.vocab), &finding);
+    llmi_tell(m, &finding);
+}
+
 /* Everything that is there once; whatever fails, llmi_house_close frees what was made before. */
 static moq_result llmi_house_open(llmi_house *h, moq_error *err)
 {
@@ -12247,11 +12358,12 @@ static moq_result llmi_house_open(llmi_house *h, moq_error *err)
     moq_backend *be;
     size_t vocab, slots;
     moq_result r = llmi_open_parts(h, &ck, &be, err);
-    if (r < 0 || (r = llmi_model_open(&h->model, ck, be, &h->desc, err)) < 0) return r;
+    if (r < 0 || (r = llmi_check_machine(&h->desc, ck, be, err)) < 0 || (r = llmi_model_open(&h->model, ck, be, &h->desc, err)) < 0) return r;
     if (h->desc.draft && h->model.stateful)
         return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_desc.draft", "the running state of a '%s' cannot go back over a wrong guess; leave draft at 0",
                         h->model.c.family->model_type);
     if (!h->desc.no_tokenizer && !(h->tokenizer = llm_tokenizer_open(ck, err))) return llmi_code(err, MOQ_E_TOKENIZER);
+    llmi_tell_words(&h->model, h->tokenizer);
     h->token_bytes = llmi_longest_token(h->tokenizer);
     vocab = (size_t)h->model.c.vocab;
     slots = (size_t)h->model.slots;
@@ -12361,6 +12473,7 @@ LLM_API llm *llm_open(const llm_desc *desc, moq_error *err)
         if (m) llmi_no_error(&e);
         else llmi_house_close(h);
     }
+    if (e.code == MOQ_E_NOMEM) llmi_add_hint(&e, "; lower context, slots or chunk, choose a smaller kv, or give the program more memory");
     /* the caller's strings end here */
     if (m) h->desc.path = h->desc.kernel = h->desc.kv = NULL;
     llmi_give(err, &e);
@@ -13768,6 +13881,7 @@ static moq_result llmi_plan_talk(const llmi_house *h, llm_memory *out, moq_error
     uint64_t vocab = (uint64_t)h->model.c.vocab, context = (uint64_t)h->model.c.context, text = 0, one;
     llm_tokenizer *t = d->no_tokenizer ? NULL : llm_tokenizer_open(h->model.ck, err);
     if (!t && !d->no_tokenizer) return llmi_code(err, MOQ_E_TOKENIZER);
+    llmi_tell_words(&h->model, t);
     if (t) {
         text = (context + 1) * llmi_longest_token(t) + 64;
         out->tokenizer_bytes = llmi_arena_bytes(&t->r) + sizeof *t;
@@ -13847,6 +13961,36 @@ static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
                     (unsigned long long)p.run_bytes, (unsigned long long)p.tokenizer_bytes,
                     p.mapped_bytes + p.weight_bytes > desc->max_memory ? "raise it, or open a folder of fewer bits a weight"
                                                                        : "lower context, slots or chunk, or choose a smaller kv");
+}
+
+/* The same without a limit of the caller's: what the machine cannot hold fills it before anything fails, as systems promise more than they have.
+   Mapped weights do not count, whose pages the system may drop. Devices and allocators of the caller's refuse by themselves. */
+static moq_result llmi_check_machine(const llm_desc *desc, const moq_checkpoint *ck, moq_backend *be, moq_error *err)
+{
+    const uint64_t longest = 1024; /* bytes of one token's text; more than any has */
+    uint64_t own, all = moq_machine_memory();
+    llm_desc d = *desc;
+    llm_memory p;
+    moq_error e;
+    if (desc->max_memory || !all || desc->allocator.alloc || strcmp(be->name, "cpu") != 0) return MOQ_OK;
+    d.checkpoint = ck;
+    d.backend = be;
+    d.log = NULL;
+    d.no_tokenizer = 1;
+    if (llm_plan(&d, &p, &e) < 0) return MOQ_OK; /* opening says what is wrong, and what is worth knowing beside it */
+    own = p.total_bytes - p.mapped_bytes;
+    /* a tokenizer is opened twice only where its texts may decide */
+    if (!desc->no_tokenizer && own + 5 * longest * (uint64_t)p.context * (uint64_t)p.slots > all) {
+        d.no_tokenizer = 0;
+        if (llm_plan(&d, &p, &e) < 0) return MOQ_OK;
+        own = p.total_bytes - p.mapped_bytes;
+    }
+    if (own <= all) return MOQ_OK;
+    return moq_fail(err, MOQ_E_LIMIT, NULL,
+                    "this machine has %.1f GB, but beyond its mapped weights the model takes %.1f GB: %.1f repacked weights, %.1f cache (%d slot%s of %d tokens), "
+                    "%.1f run state; %s", (double)all / 1e9, (double)own / 1e9, (double)p.weight_bytes / 1e9, (double)p.cache_bytes / 1e9, p.slots,
+                    p.slots == 1 ? "" : "s", p.context, (double)p.run_bytes / 1e9,
+                    p.weight_bytes > all ? "open a folder of fewer bits a weight" : "lower context, slots or chunk, or choose a smaller kv");
 }
 
 #ifdef MOQ_QUANTIZE

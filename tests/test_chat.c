@@ -299,7 +299,7 @@ static void test_chat_refused(void)
         llm_tokenizer *t = open_chat(bad[i], &err);
         CHECK(t && llm_frame(t, three, 1, 1, NULL, 0, &err) == SIZE_MAX);
         CHECK_INT(err.code, MOQ_E_TEMPLATE);
-        CHECK(strstr(err.text, "raw prompts") != NULL);
+        CHECK(strstr(err.text, "llm_say_raw") != NULL);
         close_chat(t);
     }
     llm_tokenizer *t = open_chat(NULL, &err);

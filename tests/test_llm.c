@@ -309,6 +309,21 @@ static void test_llm_config_absent_and_huge(void)
     CHECK(info.memory_bytes > 2 * 2 * 64 * 4 * 256); /* more than the KV cache alone */
 }
 
+/* A tied model whose file says that it is not: the head is missing, and the key is named beside it. */
+static void test_llm_untied_without_head(void)
+{
+    char text[4096];
+    moq_error e;
+    size_t bytes = 0;
+    char *config = moq_read_file(golden("sources/qwen3/config.json"), 4000, NULL, &bytes, &e);
+    CHECK(config != NULL);
+    if (!config) return;
+    edit(config, "\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", text, sizeof text);
+    CHECK_INT(open_with("sources/qwen3", text, 0, NULL, &e), MOQ_E_MISSING);
+    CHECK(strstr(e.text, "lm_head.weight") != NULL && strstr(e.text, "says tie_word_embeddings false") != NULL && strstr(e.text, "download it again") != NULL);
+    moq_release(NULL, config, bytes + 1);
+}
+
 /* Reading without weights: windows and layers of experts by family. */
 static moq_result read_config(const char *text, int32_t context, llmi_config *c, moq_checkpoint **ck, moq_error *e)
 {
@@ -381,6 +396,102 @@ static void test_llm_keys_found(void)
         if (cases[i].key) CHECK(strncmp(e.text, "config.json: ", 13) == 0 && strncmp(e.text + 13, cases[i].key, strlen(cases[i].key)) == 0);
         moq_close(ck);
     }
+}
+
+static char slips[512];
+
+static void take_slip(void *user, moq_log_level level, moq_result code, const char *text)
+{
+    size_t n = strlen(slips);
+    (void)user; (void)level; (void)code;
+    snprintf(slips + n, sizeof slips - n, "%s\n", text);
+}
+
+/* What is said of the keys of a file, in slips. */
+static void find_slips(const char *text)
+{
+    llmi_model m;
+    llm_desc d;
+    moq_checkpoint *ck;
+    moq_error e;
+    memset(&m, 0, sizeof m);
+    memset(&d, 0, sizeof d);
+    d.log = take_slip;
+    m.desc = &d;
+    slips[0] = 0;
+    read_config(text, 0, &m.c, &ck, &e);
+    llmi_tell_slips(&m);
+    moq_close(ck);
+}
+
+/* A key that nothing reads and that is one letter off one that is looked for and is not there: told. Keys of other families and programs, and
+   those beside the right one: not. */
+static void test_llm_misspelled_keys(void)
+{
+    static const struct { const char *more, *found; } cases[] = {
+        {"\"rope_teta\": 10000", "config.json: rope_teta: nothing reads this key; is rope_theta meant?"},
+        {"\"num_key_value_head\": 2", "num_key_value_head: nothing reads this key; is num_key_value_heads meant?"},
+        {"\"rms_norm_epss\": 1e-5", "rms_norm_epss: nothing reads this key; is rms_norm_eps meant?"},
+        {"\"haed_dim\": 32", "haed_dim: nothing reads this key; is head_dim meant?"},
+        {"\"rope_parameters\": {\"rope_thetta\": 500000.0}", "rope_thetta: nothing reads this key; is rope_theta meant?"},
+        {"\"rms_norm_eps\": 1e-5, \"rms_norm_epss\": 1e-6", NULL}, {"\"rope_theta\": null, \"rope_thetas\": 1", NULL},
+        {"\"boi_token_id\": 1, \"eod_token_id\": 2, \"hidden_sizes\": [1], \"mrope_interleaved\": true, \"v_groups\": 1, \"rope\": 1", NULL},
+        {"\"torch_dtype\": \"bfloat16\", \"use_cache\": true, \"pretraining_tp\": 1, \"head\": 4, \"layer_type\": 1", NULL}};
+    char text[1024];
+    for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
+        for (int nested = 0; nested < 2; nested++) {
+            snprintf(text, sizeof text, "{\"model_type\": \"%s\", %s%s, %s}%s", nested ? "picture\", \"text_config\": {\"model_type\": \"llama" : "llama", sizes, "",
+                     cases[i].more, nested ? "}" : "");
+            find_slips(text);
+            if (cases[i].found ? !strstr(slips, cases[i].found) : slips[0] != 0) fprintf(stderr, "%s: %s\n", cases[i].more, slips);
+            CHECK(cases[i].found ? strstr(slips, cases[i].found) != NULL : slips[0] == 0);
+            CHECK(!strchr(slips, '\n') || strchr(slips, '\n')[1] == 0); /* once */
+        }
+    }
+    find_slips("{\"model_typ\": \"llama\"}"); /* also where reading fails */
+    CHECK(strstr(slips, "is model_type meant") != NULL);
+    /* DeepSeek looks for n_group and has no n_groups; Nemotron-H has both */
+    snprintf(text, sizeof text, "{\"model_type\": \"nemotron_h\", %s, \"hybrid_override_pattern\": \"*-*E\", \"n_groups\": 8, \"n_routed_experts\": 8, \"time_step_max\": 1}", sizes);
+    find_slips(text);
+    CHECK_STR(slips, "");
+}
+
+/* Nobody has the memory of 64 conversations of 16 M tokens. Refused before anything is allocated, whether by path or from an open folder; a limit
+   of the caller's and an allocator of the caller's overrule it. */
+static void test_llm_machine_memory(void)
+{
+    static const char dir[] = TEST_DIR "/../examples/demo-model";
+    moq_error e;
+    llm_memory p;
+    llm_desc d = plain_desc();
+    char told[64];
+    moq_checkpoint *ck = moq_open(dir, NULL, &e);
+    CHECK(moq_machine_memory() >= (uint64_t)64 << 20);
+    CHECK(ck != NULL);
+    d.path = dir;
+    d.context = 1 << 24;
+    d.slots = 64;
+    d.no_tokenizer = 0;
+    memset(&d.allocator, 0, sizeof d.allocator);
+    CHECK_INT(llm_plan(&d, &p, &e), MOQ_OK);
+    CHECK(p.total_bytes > moq_machine_memory());
+    snprintf(told, sizeof told, ", %.1f run state", (double)p.run_bytes / 1e9); /* with the texts, as the plan has them */
+    for (int open = 0; open < 2; open++) {
+        if (open) d.checkpoint = ck;
+        CHECK(llm_open(&d, &e) == NULL);
+        CHECK_INT(e.code, MOQ_E_LIMIT);
+        CHECK(strstr(e.text, "this machine has") != NULL && strstr(e.text, "lower context, slots or chunk") != NULL && strstr(e.text, told) != NULL);
+    }
+    d.max_memory = 1 << 20;
+    CHECK(llm_open(&d, &e) == NULL && strstr(e.text, "llm_desc.max_memory") != NULL);
+    d.max_memory = 0;
+    d.allocator = test_allocator();
+    d.allocator.alloc = limited_alloc;
+    CHECK(llm_open(&d, &e) == NULL);
+    CHECK_INT(e.code, MOQ_E_NOMEM);
+    CHECK(strstr(e.text, "lower context, slots or chunk") != NULL); /* refused memory has a remedy too */
+    CHECK_INT(test_state.live_allocs, 0);
+    moq_close(ck);
 }
 
 /* Dynamic scaling: plain up to the original context, theta that grows with what was asked for beyond. */
@@ -1701,6 +1812,9 @@ int main(int argc, char **argv)
     RUN(test_llm_windows);
     RUN(test_llm_silent_keys);
     RUN(test_llm_keys_found);
+    RUN(test_llm_untied_without_head);
+    RUN(test_llm_misspelled_keys);
+    RUN(test_llm_machine_memory);
     RUN(test_llm_dynamic_rope);
     RUN(test_llm_moe_layers);
     RUN(test_llm_published_configs);
