@@ -343,6 +343,76 @@ check "with what is missing" out "model.layers.6.input_layernorm.weight: the ten
 sed 's/"quant_algo": *"NVFP4"/"quant_algo": "FP8"/' "$demo/hf_quant_config.json" >"$dir/other/hf_quant_config.json"
 run verify "$dir/other"
 check "verify: a description of other weights" out "dtype U8, expected F8_E4M3 (the description says 'FP8'); take weights and description from one export"
+sed 's/"group_size": *16/"group_size": 32/' "$demo/hf_quant_config.json" >"$dir/other/hf_quant_config.json"
+run verify "$dir/other"
+check "verify: another group_size is the description's" out "^$dir/other/hf_quant_config.json: layer .*asks for groups of 32 (group_size), but .* has groups of 16"
+cp "$demo/hf_quant_config.json" "$dir/other/"
+# whole, but not for this engine: said on stderr, and no fault of the folder. changed WHAT FROM TO
+changed() {
+    sed "s/$2/$3/" "$demo/config.json" >"$dir/other/config.json"
+    run verify "$dir/other"
+    check "verify: $1 is no fault" is 0
+    check "verify: $1 leaves stdout empty" empty out
+}
+changed "an unknown family" '"llama"' '"falcon"'
+check "but it is said that run does not run it" err "^moq: note: $dir/other/config.json: model_type: .*'falcon' is unknown.*the checkpoint is whole, but .moq run. does not run it"
+run verify "$dir/other" --json
+check "verify --json: whole all the same" out '"sound": true'
+check "verify --json: with the finding" out '"fatal": false, "code": "MOQ_E_UNSUPPORTED", "file": "config.json", "object": "model_type"'
+run quantize "$dir/other" "$dir/q2" --recipe nvfp4
+check "an unknown family: calibrated recipes name one that needs no data" err "^moq: .*or take recipe w4a16_nvfp4, which needs no data"
+run quantize "$dir/other" "$dir/q2" --recipe nvfp4 --calib 1,2,3
+check "and so does who cannot calibrate" err "^moq: .*recipes that need no data, as w4a16_nvfp4"
+run quantize "$dir/other" "$dir/q2" --recipe w4a16_nvfp4
+check "which works" is 0
+rm -rf "$dir/q2"
+changed "another hidden_act" '"silu"' '"quickgelu"'
+check "hidden_act is told" err "hidden_act: 'quickgelu' is not implemented"
+changed "a layer too many" '"num_hidden_layers": *6' '"num_hidden_layers": 5'
+check "layers left over are told" err "model.layers.5.: tensors with this prefix are not used"
+changed "a misspelled key" '"rms_norm_eps"' '"rms_norm_epss"'
+check "a misspelled key is told" err "^moq: note: $dir/other/config.json: rms_norm_epss: nothing reads this key; is rms_norm_eps meant"
+check "once" lines err 1
+run run "$dir/other" --prompt x --max-tokens 1
+check "by run" err "is rms_norm_eps meant"
+check "run: once" lines err 1
+run inspect "$dir/other"
+check "by inspect" err "is rms_norm_eps meant"
+check "inspect: once" lines err 1
+cp "$demo/config.json" "$dir/other/"
+rm "$dir/other/tokenizer.json"
+run verify "$dir/other"
+check "verify: no tokenizer is no fault" is 0
+check "no tokenizer is told" err "tokenizer.json: is not in 'other'.*cannot read and write text with it"
+head -c 20000 "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
+run verify "$dir/other"
+check "verify: half a tokenizer is one" is 1
+check "with its place" out "^$dir/other/tokenizer.json: line [0-9]*, column [0-9]*: .*incomplete"
+sed 's/"id": *2,/"id": 5000,/' "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
+run verify "$dir/other"
+check "verify: a tokenizer of another model" is 1
+check "is told" out "vocab_size 1024; the two are not of one model"
+cp "$demo/tokenizer.json" "$dir/other/"
+echo '{{ weird(messages) }}' >"$dir/other/chat_template.jinja"
+run verify "$dir/other"
+check "verify: an unknown chat template" is 0
+check "is told with what does without" err "none of the known ones.*moq run --raw. and rows of {\"text\"}"
+run run "$dir/other" --prompt x
+check "run: an unknown chat template" refused "moq run --raw"
+# memory: run refuses with the figures of inspect
+if [ "$(awk '/^MemTotal/ { print int($2 / 1e6) }' /proc/meminfo 2>/dev/null || echo 99)" -lt 64 ]; then
+    run run "$demo" --context 16000000 --kv wide --prompt x
+    check "a context beyond the machine's memory" refused "this machine has .* lower --context or --chunk"
+    said=$(sed -n 's/.* \([0-9.]*\) run state.*/\1/p' "$dir/err")
+    run inspect "$demo" --context 16000000 --kv wide
+    check "and inspect counts the same run state" awk -v a="$said" -v b="$(sed -n 's/.*run state \([0-9.]*\) GB.*/\1/p' "$dir/out")" 'BEGIN { exit !(a > 0.5 && a - b < 0.06 && b - a < 0.06) }'
+fi
+# folders of one name: the error is about the right one
+mkdir -p "$dir/there/other"
+run quantize "$dir/other" "$dir/there/other" --recipe w4a16_nvfp4
+check "a target of the source's name" refused "$dir/there/other: exists already"
+run run "$dir/nowhere" --prompt x
+check "no folder: what to do" refused "no such folder; name one with config.json"
 printf '<!DOCTYPE html>\n<html></html>\n' >"$dir/other/model.safetensors"
 run verify "$dir/other"
 check "verify: a page of the web" out "this looks like an HTML page: download the file again"

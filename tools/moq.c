@@ -107,14 +107,14 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"llm_desc.sampling.top_p", "--top-p"}, {"llm_desc.sampling.min_p", "--min-p"},
     {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
     {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"},
-    {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"}, {"; use raw prompts", "; use --raw"},
+    {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"}, {"; say texts with llm_say_raw", "; `moq run --raw` and rows of {\"text\"} do without one"},
     {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
     {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
     {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
-    {"or give a calibration file that has it", "or give a file that has it (--calibration)"},
+    {"give a calibration file that has it", "give a file that has it (--calibration)"},
     {"give a calibration file that has them", "give a file that has them (--calibration)"},
-    {"raise it, or open a folder of fewer bits a weight",
-     "raise it, or take a folder of fewer bits a weight (a float one: --quantize RECIPE)"}, {"effective_bits: ", "--bits: "},
+    {"open a folder of fewer bits a weight", "take a folder of fewer bits a weight (a float one: --quantize RECIPE)"},
+    {"lower context, slots or chunk, choose a smaller kv, or", "lower --context or --chunk, choose a smaller --kv, or"}, {"effective_bits: ", "--bits: "},
     {"folders of this format cannot be written", "is no container that --format or --to can name"}
 };
 
@@ -690,32 +690,6 @@ static void close_engine(engine *e)
 
 static int parse_bytes(const char *option, const char *text, uint64_t *out); /* moq_quantize.h */
 
-/* Bytes of the machine's memory, 0: not known. */
-static uint64_t machine_memory(void)
-{
-    long pages = sysconf(_SC_PHYS_PAGES), bytes = sysconf(_SC_PAGESIZE);
-    return pages > 0 && bytes > 0 ? (uint64_t)pages * (uint64_t)bytes : 0;
-}
-
-/* What does not fit is refused before it is allocated: more than --max-memory by llm_open, more than the machine has here. Mapped weights
-   count for the former only: the system may drop their pages. */
-static int check_memory(const llm_desc *desc, const char *path)
-{
-    llm_desc d = *desc;
-    llm_memory p;
-    moq_error err;
-    uint64_t own, all = machine_memory();
-    d.no_tokenizer = 1;
-    d.progress = NULL;
-    d.log = NULL;
-    if (d.max_memory || !all || llm_plan(&d, &p, &err) != MOQ_OK) return 0; /* llm_open says what is wrong */
-    own = p.total_bytes - p.mapped_bytes;
-    if (own <= all) return 0;
-    return refuse("%s: this machine has %.1f GB, but beyond its mapped weights the model takes %.1f GB: %.1f repacked weights, %.1f KV cache of %d tokens, "
-                  "%.1f run state; lower --context or --chunk, or choose a smaller --kv", path, (double)all / 1e9, (double)own / 1e9,
-                  (double)p.weight_bytes / 1e9, (double)p.cache_bytes / 1e9, p.context, (double)p.run_bytes / 1e9);
-}
-
 static int open_engine(engine *e, const options *o, const char *path, int64_t context, int no_tokenizer)
 {
     llm_desc desc;
@@ -744,8 +718,7 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     desc.sampling.top_p = (float)o->top_p;
     desc.sampling.min_p = (float)o->min_p;
     desc.sampling.seed = (uint64_t)o->seed;
-    bad = check_memory(&desc, path);
-    if (!bad && !(e->m = llm_open(&desc, &err))) bad = refuse_error(path, &err);
+    if (!(e->m = llm_open(&desc, &err))) bad = refuse_error(path, &err);
     if (bad) { close_engine(e); return bad; }
     e->info = llm_get_info(e->m);
     running = e->m;
@@ -1436,8 +1409,11 @@ static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *
     d.head = o->head;
     d.chunk = (int32_t)o->chunk;
     d.backend = be; /* as verb_run does it, so that both say the same */
+    d.log = on_log;
+    d.log_user = (void *)(uintptr_t)o->args[0];
     t->planned = llm_plan(&d, &t->memory, &t->refusal) == MOQ_OK;
     d.no_tokenizer = 1;
+    d.log = NULL; /* it was told */
     if (!t->planned) t->planned = llm_plan(&d, &t->memory, &t->refusal) == MOQ_OK;
     if (t->planned) t->kv_bytes = t->memory.cache_bytes;
     return t->planned;
@@ -1504,17 +1480,62 @@ static void report_finding(void *user, int fatal, const moq_error *f)
     json_close(v->json, '}');
 }
 
+/* What the engine would log. */
+static void verify_log(void *user, moq_log_level level, moq_result code, const char *text)
+{
+    moq_error f;
+    memset(&f, 0, sizeof f);
+    f.offset = -1;
+    f.code = code;
+    snprintf(f.text, sizeof f.text, "%s", text);
+    if (level == MOQ_LOG_WARNING) report_finding(user, 0, &f);
+}
+
+/* A sound folder that `moq run` refuses all the same. */
+static void report_idle(verdict *v, const char *what, const moq_error *err)
+{
+    moq_error f = *err;
+    size_t n = strlen(f.text);
+    if (n < sizeof f.text) snprintf(f.text + n, sizeof f.text - n, " (the checkpoint is whole, but `moq run` %s)", what);
+    report_finding(v, 0, &f);
+}
+
+/* A damaged tokenizer, or one of another model, is a finding like any other; none, or a kind that is not known here, is not. */
+static void report_tokenizer(verdict *v, const moq_error *err)
+{
+    static const moq_result wrong[] = {MOQ_E_JSON, MOQ_E_UTF8, MOQ_E_TRUNCATED, MOQ_E_DUPLICATE, MOQ_E_MISMATCH};
+    for (int i = 0; i < COUNT(wrong); i++)
+        if (err->code == wrong[i]) { report_finding(v, 1, err); return; }
+    report_idle(v, "cannot read and write text with it", err);
+}
+
+/* A folder without a chat template may be meant for other uses than chats: that is said, too. */
+static void verify_frame(const moq_checkpoint *ck, verdict *v)
+{
+    static const llm_message hello = {"user", "hello"};
+    moq_error err;
+    llm_tokenizer *t = llm_tokenizer_open(ck, &err);
+    if (t && llm_frame(t, &hello, 1, 1, NULL, 0, &err) == SIZE_MAX && err.code != MOQ_E_NOMEM) report_idle(v, "cannot chat with it", &err);
+    llm_tokenizer_close(t);
+}
+
 /* Tensors may keep every rule and still be another model's than config.json describes. A kind of model that llm.h does not run is sound all the same. */
 static void verify_model(const moq_checkpoint *ck, verdict *v)
 {
     llm_desc d;
     llm_memory p;
-    moq_error err;
+    moq_error err, text;
     memset(&d, 0, sizeof d);
     d.checkpoint = ck;
+    d.log = verify_log;
+    d.log_user = v;
+    if (!moq_get_config(ck)) return;
+    if (llm_plan(&d, &p, &text) == MOQ_OK) { verify_frame(ck, v); return; }
     d.no_tokenizer = 1;
-    if (!moq_get_config(ck) || llm_plan(&d, &p, &err) == MOQ_OK || err.code == MOQ_E_UNSUPPORTED || err.code == MOQ_E_NOMEM) return;
-    report_finding(v, 1, &err);
+    d.log = NULL; /* it was told */
+    if (llm_plan(&d, &p, &err) == MOQ_OK) report_tokenizer(v, &text);
+    else if (err.code == MOQ_E_UNSUPPORTED) report_idle(v, "does not run it", &err);
+    else if (err.code != MOQ_E_NOMEM) report_finding(v, 1, &err);
 }
 
 /* A refusal to open is a finding, unless the machine and not the file is to blame. */
@@ -2634,7 +2655,7 @@ static int decode_line(const llm_tokenizer *t, const char *line)
     char *text;
     int bad;
     if (line[strspn(line, " \r")] == 0) { putchar('\n'); return 0; }
-    if (line[strspn(line, "0123456789, \r")] != 0) return refuse("'%.60s' is no line of token ids", line);
+    if (line[strspn(line, "0123456789, \r")] != 0) return refuse("'%.60s' is no line of token ids, as 1,2,3", line);
     bad = read_tokens(&rows, line);
     if (bad) return bad;
     n = rows.start[1];

@@ -671,7 +671,7 @@ static uint64_t cache_bytes(int gpu)
 /* How many copies of a layer of so many bytes are used in turn, so that each comes from memory: twice the last-level cache, within an eighth of the memory. */
 static int copies_of(const options *o, int gpu, uint64_t bytes)
 {
-    uint64_t wanted = 2 * cache_bytes(gpu), most = machine_memory() / 8, copies;
+    uint64_t wanted = 2 * cache_bytes(gpu), most = moq_machine_memory() / 8, copies;
     if (o->copies > 0) return (int)o->copies;
     copies = ((most && wanted > most ? most : wanted) + bytes - 1) / bytes;
     return copies < MOST_COPIES ? (int)copies : MOST_COPIES;
@@ -729,7 +729,7 @@ static uint64_t activation_bytes(int64_t rows, int64_t cols, int32_t most) { ret
    memory, of which nothing is known here: prepare_linear says when it is used up. Arguments are so bounded that no sum exceeds 2^54. */
 static int bench_fits(const bench *b, const layer *w, int copies, int32_t most)
 {
-    uint64_t times = b->gpu >= 0 ? 1 : 2, rest = activation_bytes(w->l.rows, w->l.cols, most) + w->bytes, limit = machine_memory() / 4 * 3;
+    uint64_t times = b->gpu >= 0 ? 1 : 2, rest = activation_bytes(w->l.rows, w->l.cols, most) + w->bytes, limit = moq_machine_memory() / 4 * 3;
     if (!limit || rest + times * (uint64_t)copies * w->bytes <= limit) return 0;
     if (rest + times * w->bytes > limit)
         return refuse("--shape %" PRId64 "x%" PRId64 " --m %d: layers of %" PRIu64 " bytes and their activations do not fit into memory; take fewer outputs, "
@@ -950,7 +950,7 @@ static int bench_rows(bench *b, const char *text)
 /* Neither a layer's weights nor its activations may take more than a quarter of the memory. */
 static int bench_size(const bench *b, const layer_kind *kind, int64_t rows, int64_t cols)
 {
-    uint64_t bytes = (uint64_t)rows * (uint64_t)cols * (uint64_t)kind->bits / 8, limit = machine_memory() / 4;
+    uint64_t bytes = (uint64_t)rows * (uint64_t)cols * (uint64_t)kind->bits / 8, limit = moq_machine_memory() / 4;
     int32_t most = 1;
     for (int i = 0; i < b->m_count; i++) most = b->m[i] > most ? b->m[i] : most;
     if (!limit) return 0;

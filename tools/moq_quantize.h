@@ -246,10 +246,18 @@ static int ends_in(const char *path, const char *name)
     return n > 0 && length - base == n && strncmp(path + base, name, n) == 0;
 }
 
-/* The path that an error is about: a file of the target comes as FOLDER/FILE, others by their last part; what else there is belongs to the source. */
+/* Source and target may end alike. What is wrong with such a folder as a whole is wrong with the target, where the source can be read. */
+static int means_target(const moq_error *err, const char *source, const char *target)
+{
+    int whole = err->code == MOQ_E_ARG || err->code == MOQ_E_NOTFOUND || err->code == MOQ_E_IO;
+    return whole && ends_in(target, err->file) && access(source, R_OK | X_OK) == 0;
+}
+
+/* The path that an error is about: a file of the target (the first of `others`) comes as FOLDER/FILE, others by their last part; what else there
+   is belongs to the source. */
 static const char *blamed_path(const moq_error *err, const char *source, const char *const *others, int count)
 {
-    if (!strchr(err->file, '/') && ends_in(source, err->file)) return source;
+    if (!strchr(err->file, '/') && ends_in(source, err->file) && !means_target(err, source, others[0])) return source;
     for (int i = 0; i < count; i++)
         if (ends_in(others[i], err->file)) return others[i];
     return source;
