@@ -28,7 +28,7 @@ int main(int argc, char **argv)
     desc.path = argc > 1 ? argv[1] : "demo-model";
     if (!(desc.backend = moq_cuda_backend(0, &err))) { puts(err.text); return 1; } /* the first GPU */
     bot = llm_open(&desc, &err);
-    if (!bot) { puts(err.text); return 1; }
+    if (!bot) { printf("%s\nusage: %s [FOLDER]\n", err.text, argv[0]); return 1; }
     for (int i = 0; i < 3; i++) {
         const llm_stats *s = llm_get_stats(bot);
         printf("scene  %s\nuser   %s\nrobot  ", tasks[i].scene, tasks[i].request);

@@ -32,7 +32,7 @@ static const struct { const char *name, *scene, *requests[2]; } cast[ROBOTS] = {
 
 typedef struct robot {
     llm *mind;
-    char speech[640];
+    char speech[640], said[640]; /* as it comes; the last whole answer */
     int asked, silent; /* requests so far; frames since the last answer ended */
     double x, speed;
 } robot;
@@ -77,6 +77,7 @@ static int listen(robot *r, int i, uint64_t *tokens)
     llm_next(r->mind, &err); /* how the turn ended */
     if (r->asked && err.code != MOQ_OK) { puts(err.text); return 1; }
     *tokens += llm_get_stats(r->mind)->generated_tokens;
+    memcpy(r->said, r->speech, sizeof r->said);
     llm_reset(r->mind);
     r->speech[0] = 0;
     r->silent = 0;
@@ -108,7 +109,7 @@ int main(int argc, char **argv)
         r[i].speed = 9 + 4 * i;
         bad |= !r[i].mind || listen(&r[i], i, &tokens);
     }
-    if (!r[0].mind || bad) { puts(err.text); return 1; }
+    if (!r[0].mind || bad) { printf("%s\nusage: %s [FOLDER [SECONDS]]\n", err.text, argv[0]); return 1; }
     if (screen) printf("\033[2J");
     for (begin = moq_seconds(); frames < most && !bad; frames++) {
         double start = moq_seconds();
@@ -122,7 +123,7 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < ROBOTS; i++) {
         tokens += llm_get_stats(r[i].mind)->generated_tokens;
-        printf("%s, asked %d times: %s\n", cast[i].name, r[i].asked, r[i].speech);
+        printf("%s, asked %d times: %s\n", cast[i].name, r[i].asked, r[i].said[0] ? r[i].said : r[i].speech); /* time may cut the last one */
     }
     qsort(work, (size_t)frames, sizeof *work, compare);
     printf("%d frames in %.1f s, %d late; work of a frame: mean %.2f ms, 99 %% under %.2f ms, longest %.2f ms; %d tokens a second\n", frames,

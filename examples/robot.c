@@ -298,7 +298,7 @@ int main(int argc, char **argv)
     int eval = argc > 2 && strcmp(argv[argc - 2], "--eval") == 0, folders = argc - 1 - 2 * eval, ok;
     desc.path = folders > 0 ? argv[1] : "demo-model";
     llm *bot = llm_open(&desc, &err);
-    if (!bot) { puts(err.text); return 1; }
+    if (!bot) { printf("%s\nusage: %s [FOLDER] [--eval FILE]\n", err.text, argv[0]); return 1; }
     if (eval) ok = measure(bot, argv[argc - 1], &err);
     else {
         ok = errand(bot, "green plate at bedroom drawer; green spoon at kitchen fridge; Chen at hallway coat rack; robot at garage toolbox",

@@ -44,6 +44,7 @@ score() {
 row() { printf '%-34s %10s %9s %9s %8s\n' "$@"; }
 megabytes() { cat "$1"/*.safetensors | wc -c | awk '{ printf "%.3f", $1 / 1e6 }'; }
 
+echo "$(basename "$model"), judged by ${2:-data/demo-eval.jsonl}, calibrated with $([ "$calib" = "$3" ] && echo "$3" || case $data in *.jsonl) echo "its other rows" ;; *) echo "the comments of modelopt_q.h" ;; esac)"
 case $data in *.jsonl) row recipe exact nll MB seconds ;; *) row recipe perplexity nll MB seconds ;; esac
 # shellcheck disable=SC2046
 row "float" $(score "$model") "$(megabytes "$model")" -
