@@ -8622,8 +8622,8 @@ struct llm_grammar {
     size_t state_count, state_capacity, range_count, range_capacity, rule_count, rule_capacity, name_count, name_capacity;
     llmi_bytes words, top;  /* top: ranges of a state that is being built */
     int32_t root, deepest;
-    int32_t *near;          /* [near_count] least bytes from each state to its END (in a loop's body: to its BUMP) */
-    size_t near_count;
+    int32_t *rest;          /* [rest_count] least bytes from each state to its END (in a loop's body: to its BUMP) */
+    size_t rest_count;
     /* while building */
     int32_t rule, loop;
     uint8_t in_key;
@@ -8958,26 +8958,26 @@ static int32_t llmi_g_times(int32_t n, int32_t a)
 }
 
 /* What one time around costs: of a REPEAT, a LOOP or KEYS. */
-static int32_t llmi_g_unit(const llm_grammar *g, const int32_t *near, const llmi_gstate *s)
+static int32_t llmi_g_unit(const llm_grammar *g, const int32_t *rest, const llmi_gstate *s)
 {
-    if (s->kind == LLMI_G_LOOP) return near[s->other];
-    if (s->kind == LLMI_G_REPEAT) return near[g->rules[s->other].start];
+    if (s->kind == LLMI_G_LOOP) return rest[s->other];
+    if (s->kind == LLMI_G_REPEAT) return rest[g->rules[s->other].start];
     const llmi_gstate *end = &g->states[s->extra], *later = &g->states[end->next]; /* later members: with a comma */
-    return llmi_g_sum(near[g->rules[later->other].start], near[g->rules[end->other].start]);
+    return llmi_g_sum(rest[g->rules[later->other].start], rest[g->rules[end->other].start]);
 }
 
-/* From a state to the end of its rule when its frame has counted to `count`; near [states] as below. */
-static int32_t llmi_g_rest(const llm_grammar *g, const int32_t *near, int32_t state, int32_t count)
+/* From a state to the end of its rule when its frame has counted to `count`; rest [states] as below. */
+static int32_t llmi_g_rest(const llm_grammar *g, const int32_t *rest, int32_t state, int32_t count)
 {
     const llmi_gstate *s = &g->states[state];
-    if (s->loop >= 0) return llmi_g_sum(near[state], llmi_g_rest(g, near, s->loop, count + 1));
-    if (s->kind == LLMI_G_KEY_END) return llmi_g_sum(near[g->rules[s->other].start], llmi_g_rest(g, near, s->next, count + 1));
-    if ((s->kind != LLMI_G_REPEAT && s->kind != LLMI_G_LOOP && s->kind != LLMI_G_KEYS) || near[state] >= LLMI_FAR) return near[state];
-    return near[state] - (count < s->least ? count : s->least) * (s->least ? llmi_g_unit(g, near, s) : 0);
+    if (s->loop >= 0) return llmi_g_sum(rest[state], llmi_g_rest(g, rest, s->loop, count + 1));
+    if (s->kind == LLMI_G_KEY_END) return llmi_g_sum(rest[g->rules[s->other].start], llmi_g_rest(g, rest, s->next, count + 1));
+    if ((s->kind != LLMI_G_REPEAT && s->kind != LLMI_G_LOOP && s->kind != LLMI_G_KEYS) || rest[state] >= LLMI_FAR) return rest[state];
+    return rest[state] - (count < s->least ? count : s->least) * (s->least ? llmi_g_unit(g, rest, s) : 0);
 }
 
 /* From a state to the end of its rule, or LLMI_FAR, as far as its successors are known. single [256]: what one byte costs. */
-static int32_t llmi_g_cost(const llm_grammar *g, const int32_t *near, int32_t state, const int32_t *single)
+static int32_t llmi_g_cost(const llm_grammar *g, const int32_t *rest, int32_t state, const int32_t *single)
 {
     const llmi_gstate *s = &g->states[state];
     int32_t best = LLMI_FAR;
@@ -8986,35 +8986,35 @@ static int32_t llmi_g_cost(const llm_grammar *g, const int32_t *near, int32_t st
     case LLMI_G_BYTES:
         for (int32_t i = s->least; i < s->most; i++) {
             const llmi_grange *r = &g->ranges[i];
-            int32_t after = near[r->next];
+            int32_t after = rest[r->next];
             for (int b = r->lo; b <= r->hi && after < best; b++)
                 if (llmi_g_sum(after, single[b]) < best) best = after + single[b];
         }
         return best;
-    case LLMI_G_SPLIT: return near[s->next] < near[s->other] ? near[s->next] : near[s->other];
-    case LLMI_G_CALL: return llmi_g_sum(near[g->rules[s->other].start], near[s->next]);
-    case LLMI_G_KEY_END: return llmi_g_rest(g, near, state, 0);
+    case LLMI_G_SPLIT: return rest[s->next] < rest[s->other] ? rest[s->next] : rest[s->other];
+    case LLMI_G_CALL: return llmi_g_sum(rest[g->rules[s->other].start], rest[s->next]);
+    case LLMI_G_KEY_END: return llmi_g_rest(g, rest, state, 0);
     case LLMI_G_KEYS: /* the first member by its own rule */
-        if (s->least == 0) return near[s->next];
-        best = llmi_g_sum(llmi_g_times(s->least - 1, llmi_g_unit(g, near, s)), near[s->next]);
-        return llmi_g_sum(best, llmi_g_sum(near[g->rules[s->other].start], near[g->rules[g->states[s->extra].other].start]));
-    default: return llmi_g_sum(llmi_g_times(s->least, llmi_g_unit(g, near, s)), near[s->next]);
+        if (s->least == 0) return rest[s->next];
+        best = llmi_g_sum(llmi_g_times(s->least - 1, llmi_g_unit(g, rest, s)), rest[s->next]);
+        return llmi_g_sum(best, llmi_g_sum(rest[g->rules[s->other].start], rest[g->rules[g->states[s->extra].other].start]));
+    default: return llmi_g_sum(llmi_g_times(s->least, llmi_g_unit(g, rest, s)), rest[s->next]);
     }
 }
 
-/* near [states] from single [256]: the least costs that agree with each other, found by lowering them until nothing changes. Passes
+/* rest [states] from single [256]: the least costs that agree with each other, found by lowering them until nothing changes. Passes
    go up and down in turn, so that chains of rules are short whichever way they were written. 0: it would take too long. */
-static int llmi_g_measure(const llm_grammar *g, const int32_t *single, int32_t *near)
+static int llmi_g_measure(const llm_grammar *g, const int32_t *single, int32_t *rest)
 {
     size_t n = g->state_count, changed = 1, work = 0;
-    for (size_t i = 0; i < n; i++) near[i] = LLMI_FAR;
+    for (size_t i = 0; i < n; i++) rest[i] = LLMI_FAR;
     for (int down = 1; changed; down = !down) {
         changed = 0;
         if ((work += n) > LLMI_G_MOST_WORK) return 0;
         for (size_t k = 0; k < n; k++) {
             size_t i = down ? n - 1 - k : k;
-            int32_t cost = llmi_g_cost(g, near, (int32_t)i, single);
-            if (cost < near[i]) { near[i] = cost; changed = 1; }
+            int32_t cost = llmi_g_cost(g, rest, (int32_t)i, single);
+            if (cost < rest[i]) { rest[i] = cost; changed = 1; }
         }
     }
     return 1;
@@ -9029,11 +9029,11 @@ static int llmi_g_begins_fine(const llm_grammar *g, int32_t rule, const uint8_t 
         int32_t at = stack[--n];
         const llmi_gstate *s = &g->states[at];
         int calls = s->kind == LLMI_G_CALL || s->kind == LLMI_G_REPEAT || s->kind == LLMI_G_KEYS, passes = 0;
-        if (seen[at] == rule + 1 || g->near[at] >= LLMI_FAR) continue;
+        if (seen[at] == rule + 1 || g->rest[at] >= LLMI_FAR) continue;
         seen[at] = rule + 1;
-        if (calls && !fine[s->other] && g->near[g->rules[s->other].start] < LLMI_FAR) return 0;
+        if (calls && !fine[s->other] && g->rest[g->rules[s->other].start] < LLMI_FAR) return 0;
         if (s->kind == LLMI_G_SPLIT || s->kind == LLMI_G_LOOP) stack[n++] = s->other;
-        if (calls) passes = g->near[g->rules[s->other].start] == 0; /* a byte costs at least 1, so this rule can be empty */
+        if (calls) passes = g->rest[g->rules[s->other].start] == 0; /* a byte costs at least 1, so this rule can be empty */
         if (s->kind == LLMI_G_SPLIT || passes || (s->kind >= LLMI_G_REPEAT && s->kind != LLMI_G_BUMP && s->least == 0)) stack[n++] = s->next;
     }
     return 1;
@@ -9072,7 +9072,7 @@ LLM_API void llm_grammar_destroy(llm_grammar *g)
     moq_release(&a, g->ranges, g->range_capacity * sizeof *g->ranges);
     moq_release(&a, g->rules, g->rule_capacity * sizeof *g->rules);
     moq_release(&a, g->names, g->name_capacity * sizeof *g->names);
-    moq_release(&a, g->near, g->near_count * sizeof *g->near);
+    moq_release(&a, g->rest, g->rest_count * sizeof *g->rest);
     llmi_bytes_drop(&g->words);
     llmi_bytes_drop(&g->top);
     moq_release(&a, g, sizeof *g);
@@ -9098,16 +9098,16 @@ static moq_result llmi_g_finish(llm_grammar *g, const char *where, int32_t *recu
     *recursive = -1;
     if (g->failed == 2)
         return moq_fail(err, MOQ_E_LIMIT, where, "needs more than %d states; give it smaller counts, lengths or fewer alternatives", LLMI_G_MOST_STATES);
-    g->near = g->failed ? NULL : (int32_t *)moq_allocate(&g->a, g->state_count * sizeof *g->near);
-    if (!g->near) return llmi_nomem(err, where);
-    g->near_count = g->state_count;
-    int measured = llmi_g_measure(g, single, g->near);
+    g->rest = g->failed ? NULL : (int32_t *)moq_allocate(&g->a, g->state_count * sizeof *g->rest);
+    if (!g->rest) return llmi_nomem(err, where);
+    g->rest_count = g->state_count;
+    int measured = llmi_g_measure(g, single, g->rest);
     *recursive = measured ? llmi_g_left_recursion(g) : -1;
     if (*recursive == -2) return llmi_nomem(err, where);
     if (!measured || *recursive == -3)
         return moq_fail(err, MOQ_E_LIMIT, where, "its rules lead to each other in too many and too long ways; give it fewer rules");
     if (*recursive >= 0) return MOQ_E_GRAMMAR; /* the caller knows its name */
-    if (g->near[g->rules[g->root].start] >= LLMI_FAR)
+    if (g->rest[g->rules[g->root].start] >= LLMI_FAR)
         return moq_fail(err, MOQ_E_GRAMMAR, where,
                             "no finite text satisfies it: what it requires contains itself again without end; let one of its parts be left out or empty");
     return MOQ_OK;
@@ -11023,7 +11023,7 @@ LLM_API llm_grammar *llm_grammar_create(const llm_grammar_desc *desc, moq_error 
     return g;
 }
 
-LLM_API int64_t llm_grammar_shortest(const llm_grammar *g) { return g ? g->near[g->rules[g->root].start] : 0; }
+LLM_API int64_t llm_grammar_shortest(const llm_grammar *g) { return g ? g->rest[g->rules[g->root].start] : 0; }
 
 /* ------------------------------------------------------------------------------------------------
    >>llm-lexicon     the vocabulary as a tree of bytes
@@ -11333,7 +11333,7 @@ typedef struct llmi_guide {
     moq_allocator a;
     const llm_grammar *g;
     const llmi_lexicon *x;
-    int32_t *near;          /* [states] least tokens from each state to the end of its rule */
+    int32_t *rest;          /* [states] least tokens from each state to the end of its rule */
     llmi_pool nodes, lists, configs, steps, locals, names, sets; /* names: (one shorter, byte); sets: names used in an object */
     llmi_ids flat;          /* nodes of all configs */
     llmi_ids todo, found;   /* of the search for threads */
@@ -11370,7 +11370,7 @@ static int32_t llmi_guide_node(llmi_guide *g, int32_t state, int32_t data, int32
     if (at >= 0) return at;
     const int32_t *below = llmi_pool_at(&g->nodes, parent);
     tuple[LLMI_N_DEPTH] = below[LLMI_N_DEPTH] + g->g->rules[g->g->states[state].rule].weight;
-    tuple[LLMI_N_REST] = llmi_g_sum(llmi_g_rest(g->g, g->near, state, llmi_guide_count(g, state, data)), below[LLMI_N_REST]);
+    tuple[LLMI_N_REST] = llmi_g_sum(llmi_g_rest(g->g, g->rest, state, llmi_guide_count(g, state, data)), below[LLMI_N_REST]);
     tuple[LLMI_N_MARK] = 0;
     at = llmi_pool_add(&g->nodes, tuple);
     if (at < 0) g->failed = 1;
@@ -11722,7 +11722,7 @@ static void llmi_guide_allow_plain(llmi_guide *g, const llmi_local *l, int32_t a
     const llmi_lexicon *x = g->x;
     const llmi_gstate *s = &g->g->states[l->loop];
     int32_t most = s->most < 0 || s->most - l->written > x->plain_most ? x->plain_most : s->most - l->written, from = 1;
-    while (from <= most && llmi_g_rest(g->g, g->near, l->loop, l->written + from) > above) from++; /* the longer, the nearer to the least length */
+    while (from <= most && llmi_g_rest(g->g, g->rest, l->loop, l->written + from) > above) from++; /* the longer, the nearer to the least length */
     if (from > most) return;
     if (from == 1 && most == x->plain_most) {
         for (size_t w = 0; w < (size_t)x->vocab / 32 + 1; w++) g->bits[w] |= x->plain_bits[w];
@@ -11953,26 +11953,26 @@ static int32_t llmi_guide_chain(const llmi_guide *g, int32_t state)
         if (range->lo != range->hi || (node = llmi_lex_child(g->x, node, range->lo)) == 0) break;
         at = range->next;
         if (r->states[at].loop != r->states[state].loop) break;
-        if (g->x->nodes[node].token >= 0 && llmi_g_sum(g->near[at], 1) < best) best = g->near[at] + 1;
+        if (g->x->nodes[node].token >= 0 && llmi_g_sum(g->rest[at], 1) < best) best = g->rest[at] + 1;
     }
     return best;
 }
 
-/* near [states]: like llmi_g_measure, in tokens of this vocabulary. */
+/* rest [states]: like llmi_g_measure, in tokens of this vocabulary. */
 static void llmi_guide_measure(llmi_guide *g)
 {
     int32_t single[256];
     size_t n = g->g->state_count;
     int changed = 1;
     for (int b = 0; b < 256; b++) single[b] = g->x->child[b] && g->x->nodes[g->x->child[b]].token >= 0 ? 1 : LLMI_FAR;
-    for (size_t i = 0; i < n; i++) g->near[i] = LLMI_FAR;
+    for (size_t i = 0; i < n; i++) g->rest[i] = LLMI_FAR;
     for (int down = 1; changed; down = !down) {
         changed = 0;
         for (size_t k = 0; k < n; k++) {
             size_t i = down ? n - 1 - k : k;
-            int32_t cost = llmi_g_cost(g->g, g->near, (int32_t)i, single), chain = llmi_guide_chain(g, (int32_t)i);
+            int32_t cost = llmi_g_cost(g->g, g->rest, (int32_t)i, single), chain = llmi_guide_chain(g, (int32_t)i);
             if (chain < cost) cost = chain;
-            if (cost < g->near[i]) { g->near[i] = cost; changed = 1; }
+            if (cost < g->rest[i]) { g->rest[i] = cost; changed = 1; }
         }
     }
 }
@@ -12018,7 +12018,7 @@ static void llmi_guide_drop(llmi_guide *g)
     llmi_ids_drop(&g->found);
     llmi_ids_drop(&g->accepted);
     llmi_ids_drop(&g->leaves);
-    moq_release(&a, g->near, g->g->state_count * sizeof *g->near);
+    moq_release(&a, g->rest, g->g->state_count * sizeof *g->rest);
     moq_release(&a, g->path, ((size_t)g->x->longest + 2) * sizeof *g->path);
     moq_release(&a, g->bits, g->words * sizeof *g->bits);
     moq_release(&a, g->allowed, g->words * 32 * sizeof *g->allowed);
@@ -12056,24 +12056,24 @@ static llmi_guide *llmi_guide_make(const llm_grammar *grammar, const llmi_lexico
     g->flat = g->todo = g->found = g->accepted = g->leaves = llmi_ids_make(&g->a);
     g->kept = llmi_arena_make(&g->a);
     g->words = ((size_t)x->vocab + 31) / 32 + 1;
-    g->near = (int32_t *)moq_allocate(&g->a, grammar->state_count * sizeof *g->near);
+    g->rest = (int32_t *)moq_allocate(&g->a, grammar->state_count * sizeof *g->rest);
     g->path = (int32_t *)moq_allocate(&g->a, ((size_t)x->longest + 2) * sizeof *g->path);
     g->bits = (uint32_t *)moq_allocate(&g->a, g->words * sizeof *g->bits);
     g->allowed = (int32_t *)moq_allocate(&g->a, g->words * 32 * sizeof *g->allowed);
     for (int32_t i = 0; i < x->t->end_count; i++) llmi_guide_add_end(g, x->t->ends[i]);
-    if (g->near && g->path && g->bits && g->allowed) {
+    if (g->rest && g->path && g->bits && g->allowed) {
         llmi_guide_measure(g);
-        if (g->near[grammar->rules[grammar->root].start] < LLMI_FAR) llmi_guide_clear(g);
+        if (g->rest[grammar->rules[grammar->root].start] < LLMI_FAR) llmi_guide_clear(g);
         else moq_fail(err, MOQ_E_GRAMMAR, "grammar", "the vocabulary has no tokens for bytes that every text of the grammar needs; use another model, or other words");
         if (g->start >= 0 && !g->failed && g->nodes.count) return g;
     }
-    if (!g->near || !g->path || !g->bits || !g->allowed || g->failed) llmi_nomem(err, "grammar");
+    if (!g->rest || !g->path || !g->bits || !g->allowed || g->failed) llmi_nomem(err, "grammar");
     llmi_guide_drop(g);
     return NULL;
 }
 
 /* Tokens of the shortest document. */
-static int32_t llmi_guide_shortest(const llmi_guide *g) { return g->near[g->g->rules[g->g->root].start]; }
+static int32_t llmi_guide_shortest(const llmi_guide *g) { return g->rest[g->g->rules[g->g->root].start]; }
 
 /* The beginning of a document. Tables that have grown large are emptied when nobody else can stand in the middle of a document. */
 static llmi_place llmi_guide_begin(llmi_guide *g)
