@@ -2817,7 +2817,7 @@ typedef struct moqk_run_part {
 } moqk_run_part;
 
 /* What a kernel of this section can do beside its product; each costs registers, which the loop of INT4 has none of. JOINED: pairs, `into` and `mid` of
-   moqk_run. NORM: these, and x is the norm of the call's x, a row. */
+   moqk_run, and a warp has one stage. NORM: these, and x is the norm of the call's x, a row. */
 enum { MOQK_RUN_PLAIN, MOQK_RUN_JOINED, MOQK_RUN_NORM };
 enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4, MOQK_RUN_PLAYED = 2 }; /* the last: warps of a norm that a warp plays */
 
@@ -2853,12 +2853,12 @@ typedef struct moqk_run {
     int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
 } moqk_run;
 
-/* A copy of weights: see moqk_pass_once. */
+/* A copy of weights. The number is what moqk_pass_once gives, which would be worked out anew at each copy. */
 __device__ __forceinline__ void moqk_bulk_stream(uint32_t to, const uint8_t *from, uint32_t bytes, uint32_t barrier)
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(moqk_pass_once()) : "memory");
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(0x12f0000000000000ull) : "memory");
 #endif
 }
 
@@ -3185,8 +3185,9 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
 #endif
 }
 
-/* A warp's run: acc += its chunks times x. src: the first chunk that is not under way; h: the factors of the first chunk. */
-template <int FORM, int STEP, int NB, int LATE>
+/* A warp's run: acc += its chunks times x. src: the first chunk that is not under way; h: the factors of the first chunk. ONE: a warp has one stage, so
+   that nothing but the parity of its barrier moves. */
+template <int FORM, int STEP, int NB, int LATE, int ONE>
 __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
                                                 uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift, const uint32_t z[2],
                                                 moqk_run_factors<FORM, STEP> &h, float (&acc)[NB][4])
@@ -3202,6 +3203,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
         x[b] = mine + (uint32_t)(row < cut.columns ? row : 0) * cut.x_pitch + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
         acc[b][0] = acc[b][1] = acc[b][2] = acc[b][3] = 0;
     }
+    if (ONE) asm volatile("" : "+r"(at), "+r"(full)); /* or they are worked out anew in the loop */
     for (int32_t c = 0, ahead = cut.ahead; c < n;) {
         const int32_t until = min(n, c + cut.phase);
         if (LATE && cut.bulk) moqk_run_phase(a, cut, c0, n, mine, first_x_bar, ahead++);
@@ -3211,7 +3213,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
         for (; c < until; c++) {
             uint4 w[4];
             uint2 bytes = make_uint2(0, 0);
-            moqk_barrier_wait(full, parity);
+            moqk_barrier_wait(full, ONE ? (uint32_t)c & 1 : parity);
             if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
             if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
@@ -3220,7 +3222,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
             next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
             moqk_end_reads();
             __syncwarp();
-            if (c + cut.stages >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
+            if (c + (ONE ? 1 : cut.stages) >= n) moqk_dependents_may_start(); /* all of this warp's weights are under way */
             else if (moqk_elected()) {
                 moqk_barrier_expect(full, BYTES);
                 moqk_bulk_stream(at, src, BYTES, full);
@@ -3230,6 +3232,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
             h = next;
 #pragma unroll
             for (int b = 0; b < NB; b++) x[b] += 512;
+            if (ONE) continue;
             if (--s == 0) {
                 s = cut.stages;
                 at = ring;
@@ -3343,13 +3346,14 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     static_assert(NB == 1 || WARPS != MOQK_RUN_ALL, "sums of one product");
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    constexpr int LATE = WARPS != MOQK_RUN_ALL;
+    constexpr int LATE = WARPS != MOQK_RUN_ALL, ONE = KIND != MOQK_RUN_PLAIN;
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
     const int32_t local = threadIdx.y, way = threadIdx.z, warp = way * cut.tiles + local, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0, begin = moqk_run_first(cut, rank * cut.ways);
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * cut.stages) * BYTES;
+    const int32_t stages = ONE ? 1 : cut.stages;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * stages) * BYTES;
     const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
-    const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * cut.stages) * 8;
+    const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * stages) * 8;
     const uint32_t sum_bar = base + cut.sums_at - 8; /* the last of the barriers */
     int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
     while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
@@ -3359,7 +3363,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     const int32_t tile = min(first_tile + (local >> pairs), tile_count - 1); /* one that is not there repeats the last */
     const int64_t tile_bytes = (int64_t)cut.chunks * BYTES, scales_at = tile_count * tile_bytes, scale = (int64_t)tile * p.groups * 8 + g;
     const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
-    if (lane < cut.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
+    if (lane < stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
     if (local == 0 && lane < MOQK_RUN_PHASES) moqk_barrier_init(x_bar + 8 * (uint32_t)lane, 1);
     if (LATE && warp == 0 && lane == 0) moqk_barrier_init(sum_bar, 1);
 #if __CUDA_ARCH__ >= 900
@@ -3367,8 +3371,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
 #endif
     __syncwarp();
     const int32_t early = KIND == MOQK_RUN_PLAIN || warp < cut.eager;
-    if (early) moqk_run_ask<FORM>(src, ring, bar, min(cut.stages, n)); /* the first weights, before x is known to be there */
-    const auto ask = [&] { if (!early) moqk_run_ask<FORM>(src, ring, bar, min(cut.stages, n)); };
+    if (early) moqk_run_ask<FORM>(src, ring, bar, min(stages, n)); /* the first weights, before x is known to be there */
+    const auto ask = [&] { if (!early) moqk_run_ask<FORM>(src, ring, bar, min(stages, n)); };
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
     uint32_t z[2] = {0, 0};
@@ -3400,7 +3404,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
         moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * NB) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
-    moqk_run_chunks<FORM, STEP, NB, LATE>(a, cut, c0, n, src + cut.stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
+    moqk_run_chunks<FORM, STEP, NB, LATE, ONE>(a, cut, c0, n, src + stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
     int32_t owner = 0, here = local;
@@ -6155,10 +6159,11 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
                 const double cost = moqc_run_cost(j->c, &u, moqk_pad(groups, 1 + u.share), bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = u; }
             }
-    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) { /* little work: fewer warps; few warps: more under way */
+    /* Little work: fewer warps; few warps: more under way, but where the kernel's code has one stage. */
+    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) {
         const int little = best->each == 2 && best->ways % 4 == 0;
         if (little) best->ways = best->ways / 4 * 3;
-        if (columns <= 2 && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
+        if (columns <= 2 && !best->pairs && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
         bytes_of_best = moqc_run_fill_in(best, form);
         if (bytes_of_best > j->c->most_shared) {
             best->stages = 1;
