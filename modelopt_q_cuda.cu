@@ -631,6 +631,10 @@ __device__ __forceinline__ float moqk_get_any(const void *p, int64_t i, int bf16
     return bf16 ? __bfloat162float(((const __nv_bfloat16 *)p)[i]) : ((const float *)p)[i];
 }
 
+__device__ __forceinline__ uint32_t moqk_bits_any(const void *p, int64_t i, int bf16) { return bf16 ? ((const uint16_t *)p)[i] : ((const uint32_t *)p)[i]; }
+
+__device__ __forceinline__ const void *moqk_place_any(const void *p, int64_t i, int bf16) { return (const uint8_t *)p + i * (bf16 ? 2 : 4); }
+
 __device__ __forceinline__ void moqk_put_any(void *p, int64_t i, float v, int bf16)
 {
     if (bf16) ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(v);
@@ -660,11 +664,17 @@ __device__ __forceinline__ float moqk_e2m1(uint32_t c)
 __device__ __forceinline__ uint32_t moqk_to_e4m3(float v)
 {
     uint32_t bits = __float_as_uint(v), sign = bits >> 24 & 128, size = bits & 0x7fffffffu;
-    float a = __uint_as_float(size);
     if (size > 0x7f800000u) return sign | 127;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %1;" : "=h"(pair) : "f"(v));
+    return pair & 255;
+#else
+    const float a = __uint_as_float(size);
     if (a > 448) return sign | 126;
     if (a < 0.015625f) return sign | (uint32_t)__float2int_rn(a * 512);
     return sign | ((size + 0x7ffffu + (size >> 20 & 1)) >> 20) - (120u << 3);
+#endif
 }
 
 __device__ __forceinline__ float moqk_round_e5m2(float v)
@@ -7217,30 +7227,37 @@ template <typename T> __global__ void __launch_bounds__(128) moqk_append(moqk_ca
 }
 
 /* A head of `dim` <= MOST values on its way through norm and turn, by one warp, whose lanes hold every 32nd value: all that it takes from memory is
-   asked for at once. weight: of the norm, or NULL; turns: of `half` pairs. */
+   asked for at once. weight: of the norm, or NULL; from: the head; turns: of `half` pairs. */
 template <int MOST> struct moqk_entering {
-    float v[MOST / 32], w[MOST / 32];
+    uint32_t raw[MOST / 32];   /* as they are stored: nothing waits for them before all loads are under way */
+    float w[MOST / 32];
     float2 by[MOST / 64];
 
-    __device__ __forceinline__ void load(const void *from, int64_t first, int bf16, int32_t dim, const float *weight, const float2 *turns, int32_t half)
+    /* Never change. */
+    __device__ __forceinline__ void weigh(const float *weight, int32_t dim)
     {
         const int32_t lane = threadIdx.x & 31;
 #pragma unroll
-        for (int k = 0; k < MOST / 32; k++) {
-            const int32_t i = lane + 32 * k;
-            v[k] = i < dim ? moqk_get_any(from, first + i, bf16) : 0;
-            w[k] = weight && i < dim ? weight[i] : 1;
-        }
+        for (int k = 0; k < MOST / 32; k++) w[k] = weight && lane + 32 * k < dim ? weight[lane + 32 * k] : 1;
+    }
+    __device__ __forceinline__ void load(const void *from, int bf16, int32_t dim, const float2 *turns, int32_t half)
+    {
+        const int32_t lane = threadIdx.x & 31;
 #pragma unroll
         for (int k = 0; k < MOST / 64; k++) by[k] = lane + 32 * k < half ? turns[lane + 32 * k] : make_float2(1, 0);
+#pragma unroll
+        for (int k = 0; k < MOST / 32; k++) raw[k] = lane + 32 * k < dim ? moqk_bits_any(from, lane + 32 * k, bf16) : 0;
     }
     /* Into x in shared memory. Values are rounded to the activation type where calls of their own would store them. */
     __device__ __forceinline__ void put(int normed, float eps, int bf16, int32_t dim, int32_t half, int interleaved, float *x)
     {
         const int32_t lane = threadIdx.x & 31;
-        float sum = 0;
+        float v[MOST / 32], sum = 0;
 #pragma unroll
-        for (int k = 0; k < MOST / 32; k++) if (lane + 32 * k < dim) sum = __fmaf_rn(v[k], v[k], sum);
+        for (int k = 0; k < MOST / 32; k++) {
+            v[k] = __uint_as_float(raw[k] << (bf16 ? 16 : 0));
+            if (lane + 32 * k < dim) sum = __fmaf_rn(v[k], v[k], sum);
+        }
         const float factor = normed ? moqk_norm_factor(moqk_warp_sum(sum), dim, eps) : 1;
 #pragma unroll
         for (int k = 0; k < MOST / 32; k++) {
@@ -7275,7 +7292,8 @@ __global__ void __launch_bounds__(32) moqk_enter(moqk_cache c, const int32_t *sl
     const int64_t stride = kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride;
     const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
     moqk_entering<MOQK_KV_MOST_DIM> e;
-    e.load(kind == 0 ? d.q : kind == 1 ? d.k : d.v, row * stride + (int64_t)head * dim, bf16, dim, weight, turns, half);
+    e.weigh(weight, dim);
+    e.load(moqk_place_any(kind == 0 ? d.q : kind == 1 ? d.k : d.v, row * stride + (int64_t)head * dim, bf16), bf16, dim, turns, half);
     e.put(weight != NULL, d.eps, bf16, dim, half, d.interleaved, x);
     if (kind == 0) {
         for (int32_t i = threadIdx.x; i < dim; i += blockDim.x) moqk_put_any(d.q, row * d.q_stride + (int64_t)head * dim + i, x[i], bf16);
@@ -7577,9 +7595,11 @@ typedef struct moqk_attend_args {
     int32_t *arrived;          /* [rows, head groups] splits that are done; zero between launches */
     int64_t q_stride, y_stride;
     int32_t rows, heads, share, window, chunk, splits, bf16;
-    int32_t ahead;             /* >>cuda-attention-stream: pieces of 2 KiB of keys and of values that a block fetches ahead */
+    int32_t ahead;             /* >>cuda-attention-stream: 1: blocks fetch their first keys and values ahead */
     int32_t enters;            /* the same: 1: the launch does what moqk_enter would do for its one row */
     int32_t clustered;         /* the same: 1: the splits of a row are the blocks of a cluster, and add up in its shared memory; partial is NULL */
+    int32_t shift;             /* the same: a block of the cluster adds up 2^shift quads of four values */
+    int32_t places;            /* the same: steps that the ring of a warp holds */
     float scale, softcap;
     moq_heads_desc enter;
 } moqk_attend_args;
@@ -8238,16 +8258,30 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
-   Every warp has its next 16 positions on their way and waits for no other warp until its sums meet theirs. With more on their way blocks were
-   late: what is asked for beyond the memory's latency only queues.
+   Every warp has its next positions on their way and waits for no other warp until its sums meet theirs. A step of one row is a chain of latencies in
+   which a warp needs about five cycles an instruction: what can be made before the kernel before has ended stands before the wait, loads stand before
+   what waits for them, and nothing branches between loads.
    ------------------------------------------------------------------------------------------------ */
 
 /* Warps of a block at most; positions of a step of a warp; blocks of a cluster at most. */
 enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8 };
 
-/* Bytes of a position; of a step. */
+/* Registers of a thread: a block of 12 warps of >>cuda-runs lies beside one of attention on a multiprocessor, so that neither waits for the other's end. */
+enum { MOQK_STREAM_REGISTERS = 160 };
+
+/* Bytes of a position; of a step; steps of a warp's ring at most. */
 __host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { return dim * moqk_kv_bits(kind) / 8; }
 __host__ __device__ static constexpr int moqk_stream_step(int kind, int dim) { return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim); }
+__host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim) { return moqk_stream_row(kind, dim) == 256 ? 2 : 3; }
+
+/* The sums of a head as warps leave them in shared memory: dimension d at d / (DIM / 8) * (DIM / 8 + 4) + d % (DIM / 8), so that stores of 16 bytes meet
+   different banks; floats of a head. */
+__host__ __device__ static constexpr int moqk_stream_sums(int dim) { return dim + 36; }
+template <int DIM> __device__ __forceinline__ int moqk_stream_sum_at(int d) { return d + d / (DIM / 8) * 4; }
+
+/* Shared memory behind the rings: queries that enter or are scaled [8][DIM + 8], key and value that enter [2][DIM], operands [DIM / 16][32] uint4. */
+__host__ __device__ static constexpr int moqk_stream_heads(int dim) { return 8 * moqk_tensor_row(dim) * 4; }
+__host__ __device__ static constexpr int moqk_stream_room(int dim) { return moqk_stream_heads(dim) + 2 * dim * 4 + dim * 32; }
 
 /* 16 bytes of a row stand where no two of the lanes that read at once want the same banks: piece ^ twist(row). Bit by bit linear in the row. */
 __host__ __device__ static constexpr uint32_t moqk_stream_twist(int row_bytes, int row)
@@ -8292,7 +8326,6 @@ __device__ __forceinline__ void moqk_stream_queries(const moqk_attend_args &a, i
     const float unit = a.enters ? a.scale : 1;
     for (int i = threadIdx.x; i < 8 * DIM && !a.enters; i += blockDim.x)
         queries[i / DIM * R + i % DIM] = i / DIM < count ? __fmul_rn(moqk_get_any(a.q, row * a.q_stride + (int64_t)head * DIM + i, a.bf16), a.scale) : 0;
-    if (a.c.k.rotate) moqk_rotate_rows(queries, 8, R, DIM, 1 / sqrtf((float)DIM));
     __syncthreads();
     if (!k_bias && threadIdx.x < 8) bias[threadIdx.x] = 0;
     for (int h = warp; k_bias && h < 8; h += blockDim.x >> 5) {
@@ -8314,7 +8347,6 @@ __device__ __forceinline__ void moqk_stream_queries(const moqk_attend_args &a, i
         const uint4 v = ops[s * 32 + lane];
         q[s][0] = v.x; q[s][1] = v.y; q[s][2] = v.z; q[s][3] = v.w;
     }
-    __syncthreads();
 }
 
 /* s[n] += q k of keys 8 n + g. */
@@ -8396,7 +8428,7 @@ __device__ __forceinline__ int32_t moqk_arrive(int32_t *p)
 
 /* What moqk_join_splits does, with sixteen parts and their sums under way in every thread, for which it takes the registers: one wait for the
    memory instead of three. */
-__device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t turned)
+__device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count)
 {
     enum { AT_ONCE = 16 };
     __shared__ int last;
@@ -8436,8 +8468,8 @@ __device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int6
             }
         }
         for (int j = 0; j < 4; j++) {
-            int32_t p = 4 * d + j, at = turned ? p % 8 * turned + p / 8 : p;
-            if (p < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, sum != 0 ? v[j] / sum : 0, a.bf16);
+            const int32_t at = 4 * d + j;
+            if (at < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, sum != 0 ? v[j] / sum : 0, a.bf16);
         }
     }
     if (threadIdx.x == 0) *arrived = 0;
@@ -8445,40 +8477,84 @@ __device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int6
 }
 
 /* The head of a task of a block: `count` queries from `head` on, a key, a value. */
+typedef struct moqk_enter_task {
+    const void *from;
+    const float *weight;
+    int32_t kind, half;        /* 0 query, 1 key, 2 value; pairs that turn */
+} moqk_enter_task;
+
 template <int DIM>
-__device__ __forceinline__ void moqk_enter_load(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int32_t task, moqk_entering<DIM> &e)
+__device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int32_t task)
 {
     const moq_heads_desc &d = a.enter;
     const int32_t kind = task < count ? 0 : task - count + 1;
-    e.load(kind == 0 ? d.q : kind == 1 ? d.k : d.v, (int64_t)(kind == 0 ? head + task : kv_head) * DIM, a.bf16, DIM,
-           kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, (const float2 *)(const void *)d.table, kind < 2 ? d.dims / 2 : 0);
+    const moqk_enter_task t = {moqk_place_any(kind == 0 ? d.q : kind == 1 ? d.k : d.v, (int64_t)(kind == 0 ? head + task : kv_head) * DIM, a.bf16),
+                               kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, kind, kind < 2 ? d.dims / 2 : 0};
+    return t;
 }
 
-/* What moqk_enter does for the heads of a block, one to a warp; e: the first one of each. Queries go into `queries` [8][R], not scaled, and where
-   `owner` the key and the value of the row into `own` [2][ROW] and to position `at` of the cache, through the warp's own shared memory. */
-template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int owner, int64_t at, float *queries,
-                                                 float *mine, uint8_t *own, moqk_entering<DIM> &e)
+/* Threads that meet over the row's own key and value: the warps that make them, and the reader. */
+__device__ __forceinline__ int32_t moqk_enter_meeting(int32_t count, int32_t warps, int32_t reader)
 {
-    constexpr int R = moqk_tensor_row(DIM), ROW = moqk_stream_row(KIND, DIM);
+    const int32_t k = count % warps, v = (count + 1) % warps;
+    return 32 * (1 + (k != reader) + (v != reader && v != k));
+}
+
+/* What moqk_kv_pack_wide does, by one warp, into shared memory and the cache: a lane has neighbouring values. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_stream_pack(const float *x, float scale, const float *bias, uint8_t *own, uint8_t *row, int lane)
+{
+    constexpr int EACH = DIM / 32, WORDS = EACH * moqk_kv_bits(KIND) / 8;
+    uint32_t code[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const float v = x[lane * EACH + i], b = KIND == MOQK_KV_E4M3 && bias ? bias[lane * EACH + i] : 0, u = bias ? v - b : v;
+        uint32_t c;
+        if (KIND == MOQK_KV_BF16) { const __nv_bfloat16 h = __float2bfloat16_rn(v); c = *(const uint16_t *)&h; }
+        else if (KIND == MOQK_KV_E4M3) c = moqk_to_e4m3(u / scale);
+        else c = v == v ? (uint32_t)(uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
+        code[i * moqk_kv_bits(KIND) / 32] |= c << i * moqk_kv_bits(KIND) % 32;
+    }
+    if constexpr (WORDS == 8) *(uint2 *)(own + lane * 8) = *(uint2 *)(row + lane * 8) = make_uint2(code[0], code[1]);
+    else if constexpr (WORDS == 4) *(uint32_t *)(own + lane * 4) = *(uint32_t *)(row + lane * 4) = code[0];
+    else *(uint16_t *)(own + lane * 2) = *(uint16_t *)(row + lane * 2) = (uint16_t)code[0];
+}
+
+/* What moqk_enter does for the heads of a block before they are packed, one to a warp; now, e: the first one of each. Queries go into `queries` [8][R],
+   not scaled, and where `owner` key and value into `mine` [2][DIM]. */
+template <int DIM>
+__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int owner, float *queries,
+                                                 float *mine, moqk_enter_task now, moqk_entering<DIM> &e)
+{
+    constexpr int R = moqk_tensor_row(DIM);
     const moq_heads_desc &d = a.enter;
-    const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    const int32_t warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     for (int32_t i = count * R + threadIdx.x; i < 8 * R; i += blockDim.x) queries[i] = 0;
     for (int32_t task = warp; task < count + 2 * owner; task += warps) { /* queries, key, value */
-        const int32_t kind = task < count ? 0 : task - count + 1;
-        float *x = kind == 0 ? queries + task * R : mine;
-        if (task != warp) moqk_enter_load<DIM>(a, kv_head, head, count, task, e);
-        e.put((kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL) != NULL, d.eps, a.bf16, DIM, kind < 2 ? d.dims / 2 : 0, d.interleaved, x);
-        if (kind == 0) continue;
-        moqk_kv to = kind == 1 ? a.c.k : a.c.v;
-        uint4 *row = (uint4 *)(void *)(to.codes + at * ROW), *codes = (uint4 *)(void *)(own + (kind - 1) * ROW);
-        to.codes = (uint8_t *)codes;
-        to.kind = KIND;
-        to.dim = to.padded = DIM;
-        moqk_kv_pack_wide(to, kv_head, 0, x, lane, 32);
-        __syncwarp();
-        if (lane < ROW / 16) row[lane] = codes[lane];
+        if (task != warp) {
+            now = moqk_enter_find<DIM>(a, kv_head, head, count, task);
+            e.weigh(now.weight, DIM);
+            e.load(now.from, a.bf16, DIM, (const float2 *)(const void *)d.table, now.half);
+        }
+        e.put(now.weight != NULL, d.eps, a.bf16, DIM, now.half, d.interleaved, now.kind == 0 ? queries + task * R : mine + (now.kind - 1) * DIM);
     }
+}
+
+/* Key and value of `mine` into `own` [2][ROW] and to position `at` of the cache, by the warps that made them. Only warp `reader`, which has the last step
+   of the row, needs them, later: nobody else waits. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_enter_own(const moqk_attend_args &a, int32_t kv_head, int32_t count, int64_t at, const float *mine, uint8_t *own,
+                                               int32_t reader)
+{
+    constexpr int ROW = moqk_stream_row(KIND, DIM);
+    const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, k = count % warps, v = (count + 1) % warps;
+    if (warp != k && warp != v) return;
+    for (int i = 0; i < 2; i++) {
+        const moqk_kv &to = i ? a.c.v : a.c.k;
+        const float *bias = to.bias ? to.bias + (int64_t)kv_head * DIM : NULL;
+        if (warp == (i ? v : k)) moqk_stream_pack<KIND, DIM>(mine + i * DIM, to.scale[kv_head], bias, own + i * ROW, to.codes + at * ROW, lane);
+    }
+    if (warp != reader) asm volatile("bar.arrive 1, %0;" :: "r"(moqk_enter_meeting(count, warps, reader)) : "memory");
 }
 
 /* The row's own key and value into a step, whose row r is its position, in place of what was there. */
@@ -8491,43 +8567,63 @@ template <int ROW> __device__ __forceinline__ void moqk_stream_own(uint32_t step
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
 }
 
-/* What the splits of a cluster add up: block r owns values [r * each, r * each + each) of the heads, and gets them of every block into
-   `parts` [splits][each], maxima to base 2 and sums of all heads into `stats` [splits][8]. */
+/* What the splits of a cluster add up: block r owns 2^shift quads of four values of the heads from quad r * 2^shift on, and gets each of every block, into
+   `parts` [splits][2^shift], with maximum to base 2 and sum of its head, into `stats`. `bar` knows how many bytes that is. */
 typedef struct moqk_splits {
-    float *parts;
+    float4 *parts;
     float2 *stats;
-    int32_t each;
+    uint32_t bar;
+    int32_t shift;
 } moqk_splits;
 
-/* Value i of this block, for whoever owns it. */
-__device__ __forceinline__ void moqk_split_give(const moqk_splits &c, int32_t i, float x)
+/* Before the blocks of the cluster meet. */
+__device__ __forceinline__ void moqk_split_begin(const moqk_splits &c, int32_t splits, int32_t quads)
 {
-    const int32_t to = i / c.each;
-    moqk_store_at(c.parts + (int32_t)blockIdx.x * c.each + i - to * c.each, x, 2, (uint32_t)to);
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x != 0) return;
+    const int32_t mine = max(min(quads - ((int32_t)blockIdx.x << c.shift), 1 << c.shift), 0);
+    moqk_barrier_init(c.bar, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    moqk_barrier_expect(c.bar, (uint32_t)(splits * mine) * 24);
+#endif
 }
 
-/* Behind the last of them: max [8], sum [8] of this block. y = sum 2^(m_s - m) y_s / sum 2^(m_s - m) l_s, in the order of the splits. */
-template <int DIM>
-__device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, const moqk_splits &c, int64_t row, int32_t head, int32_t count, const float *max,
-                                                const float *sum)
+/* Quad i of this block, for whoever owns it. */
+__device__ __forceinline__ void moqk_split_give(const moqk_splits &c, int32_t i, const float v[4], float max, float sum)
 {
-    for (int32_t i = threadIdx.x; i < 8 * a.splits; i += blockDim.x) {
-        float2 *to = c.stats + blockIdx.x * 8 + (i & 7);
-        moqk_store_at(&to->x, max[i & 7], 2, (uint32_t)i >> 3);
-        moqk_store_at(&to->y, sum[i & 7], 2, (uint32_t)i >> 3);
-    }
-    moqk_cluster_arrive(0);
-    moqk_cluster_wait();
-    for (int32_t at = threadIdx.x, i = blockIdx.x * c.each + at; at < c.each && i < count * DIM; at += blockDim.x, i += blockDim.x) {
-        const int32_t h = i / DIM, p = i % DIM;
-        float top = -1e30f, v = 0, l = 0;
-        for (int32_t s = 0; s < a.splits; s++) top = fmaxf(top, c.stats[s * 8 + h].x);
-        for (int32_t s = 0; s < a.splits; s++) {
-            const float w = moqk_exp2(c.stats[s * 8 + h].x - top);
-            l += w * c.stats[s * 8 + h].y;
-            v += w * c.parts[s * c.each + at];
+#if __CUDA_ARCH__ >= 900
+    const uint32_t to = (uint32_t)i >> c.shift, at = ((uint32_t)blockIdx.x << c.shift) + ((uint32_t)i & ((1u << c.shift) - 1));
+    moqk_run_give((uint32_t)__cvta_generic_to_shared(c.parts + at), v, c.bar, to);
+    asm volatile("{ .reg .u32 p, q; mapa.shared::cluster.u32 p, %0, %4; mapa.shared::cluster.u32 q, %3, %4;"
+                 " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [p], {%1, %2}, [q]; }"
+                 :: "r"((uint32_t)__cvta_generic_to_shared(c.stats + at)), "f"(max), "f"(sum), "r"(c.bar), "r"(to) : "memory");
+#endif
+}
+
+/* y = sum 2^(m_s - m) y_s / sum 2^(m_s - m) l_s, in the order of the splits, a value a thread. Behind it every block of the cluster has read its queries. */
+template <int DIM>
+__device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, const moqk_splits &c, int64_t row, int32_t head, int32_t quads)
+{
+    const int32_t first = 4 * (int32_t)blockIdx.x << c.shift, values = min(4 << c.shift, 4 * quads - first);
+    const float *parts = (const float *)(const void *)c.parts;
+    moqk_barrier_wait(c.bar, 0);
+    for (int32_t i = threadIdx.x; i < values; i += blockDim.x) {
+        float part[MOQK_STREAM_SPLITS], top = -1e30f, l = 0, v = 0;
+        float2 stats[MOQK_STREAM_SPLITS];
+#pragma unroll
+        for (int s = 0; s < MOQK_STREAM_SPLITS; s++) { /* without a branch, as in the kernel */
+            const int32_t from = min(s, a.splits - 1);
+            part[s] = parts[(from * 4 << c.shift) + i];
+            stats[s] = c.stats[(from << c.shift) + (i >> 2)];
+            top = fmaxf(top, stats[s].x);
         }
-        moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + p % 8 * (DIM / 8) + p / 8, l != 0 ? v / l : 0, a.bf16);
+#pragma unroll
+        for (int s = 0; s < MOQK_STREAM_SPLITS; s++) {
+            const float w = s < a.splits ? moqk_exp2(stats[s].x - top) : 0;
+            l += w * stats[s].y;
+            v += w * part[s];
+        }
+        moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + first + i, l != 0 ? v / l : 0, a.bf16);
     }
 }
 
@@ -8538,94 +8634,164 @@ template <int DIM> __device__ __forceinline__ void moqk_enter_back(const moqk_at
         moqk_put_any(a.enter.q, (int64_t)head * DIM + i, queries[i / DIM * moqk_tensor_row(DIM) + i % DIM], a.bf16);
 }
 
-/* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next one on its way. Lane
-   (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once; fetches the first ones into L2 while the kernel before ends. */
-template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS * 32, 1) moqk_attend_stream(moqk_attend_args a)
+/* The positions of a block: [from, to) of those that its row sees; base: bytes of the cache before the first that it sees; owner: the last one is the
+   row's own, which enters. */
+typedef struct moqk_span {
+    int64_t base;
+    int32_t from, to, owner;
+} moqk_span;
+
+template <int ROW> __device__ __forceinline__ moqk_span moqk_stream_span(const moqk_attend_args &a, int32_t kv_head, int32_t slot, int32_t pos)
+{
+    moqk_span s = {0, 0, 0, 0};
+    if (slot < 0 || slot >= a.c.slots || pos < 0 || pos >= a.c.capacity) return s;
+    const int32_t low = (int32_t)moqk_first_seen(a, pos), seen = pos + 1 - low, per = (int32_t)((uint32_t)(seen + a.splits - 1) / (uint32_t)a.splits);
+    s.from = (int32_t)blockIdx.x * per;
+    s.to = min(s.from + per, seen);
+    s.owner = a.enters && s.from < s.to && s.to == seen;
+    s.base = (((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity + low) * ROW;
+    return s;
+}
+
+/* 128 bytes of a thread from the block's first keys and values into L2. */
+template <int ROW> __device__ __forceinline__ void moqk_stream_ahead(const moqk_attend_args &a, const moqk_span &s)
+{
+    const int64_t at = (int64_t)s.from * ROW + (int64_t)threadIdx.x * 128;
+    if (at >= (int64_t)s.to * ROW) return;
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(a.c.k.codes + s.base + at));
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(a.c.v.codes + s.base + at));
+}
+
+/* What a warp asks for: its steps in turn, each into the next place of its ring. */
+template <int KIND, int DIM> struct moqk_stream_feed {
+    static constexpr int ROW = moqk_stream_row(KIND, DIM), STEP = moqk_stream_step(KIND, DIM), STAGES = moqk_stream_stages(KIND, DIM);
+    const uint8_t *k, *v;      /* the lane's first piece of the next step */
+    uint32_t put;              /* where it goes in the first place */
+    int32_t rows, owner, run;  /* rows from the next step on; the last of them enters; rows of a step of all warps */
+    int32_t place, places;     /* of the next step; of the ring */
+
+    __device__ __forceinline__ void begin(const moqk_attend_args &a, const moqk_span &s, uint32_t ring, int lane, int warp, int warps)
+    {
+        const int32_t first = s.from + warp * MOQK_STREAM_KEYS;
+        const int64_t at = s.base + (int64_t)first * ROW + lane * 16;
+        k = a.c.k.codes + at;
+        v = a.c.v.codes + at;
+        put = ring + moqk_stream_at<ROW>(lane / (ROW / 16), lane % (ROW / 16));
+        rows = s.to - first;
+        owner = s.owner;
+        run = warps * MOQK_STREAM_KEYS;
+        place = 0;
+        places = a.places;
+    }
+    __device__ __forceinline__ void start(int lane)
+    {
+#pragma unroll
+        for (int i = 0; i + 1 < STAGES; i++) ask(lane);
+    }
+    __device__ __forceinline__ void ask(int lane)
+    {
+        if (rows > 0) moqk_stream_ask<ROW>(put + (uint32_t)place * STEP, k, v, rows - owner, lane);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        k += (int64_t)run * ROW;
+        v += (int64_t)run * ROW;
+        rows -= run;
+        place = place + 1 == places ? 0 : place + 1;
+    }
+};
+
+/* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next ones on their way. Lane
+   (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
+template <int KIND, int DIM> __global__ void __maxnreg__(MOQK_STREAM_REGISTERS) moqk_attend_stream(moqk_attend_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
-    __shared__ float bias[8], max_of[MOQK_STREAM_WARPS][8], sum_of[MOQK_STREAM_WARPS][8], best_of[8], total_of[8];
+    __shared__ float bias[8];
+    __shared__ float2 found[MOQK_STREAM_WARPS][8]; /* maximum and sum */
     __shared__ __align__(16) uint8_t own[2 * moqk_stream_row(KIND, DIM)]; /* key and value that enter */
-    __shared__ float2 stats[8 * MOQK_STREAM_SPLITS];
+    __shared__ uint64_t joined;
     constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), N = DIM / 8, STEP = moqk_stream_step(KIND, DIM);
+    constexpr int STAGES = moqk_stream_stages(KIND, DIM);
+    const int32_t ring_bytes = a.places * STEP; /* fewer than STAGES where no warp takes more steps */
     constexpr float LOG2E = 1.44269504f;
     const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
     const int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
-    const int32_t run = warps * MOQK_STREAM_KEYS;
-    float *room = (float *)(void *)shared, *queries = room + warps * 2 * (STEP / 4);
-    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + (uint32_t)(warp * 2 * STEP);
-    const uint32_t put = moqk_stream_at<ROW>(lane / (ROW / 16), lane % (ROW / 16));
+    const int32_t run = warps * MOQK_STREAM_KEYS, quads = count * (DIM / 4);
+    uint8_t *behind = shared + warps * ring_bytes;
+    float *queries = (float *)(void *)behind, *mine = (float *)(void *)(behind + moqk_stream_heads(DIM));
+    uint4 *ops = (uint4 *)(void *)(mine + 2 * DIM);
+    const moqk_splits cluster = {(float4 *)(void *)(behind + moqk_stream_room(DIM)),
+                                 (float2 *)(void *)(behind + moqk_stream_room(DIM) + (a.splits << a.shift) * 16),
+                                 (uint32_t)__cvta_generic_to_shared(&joined), a.shift};
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared) + (uint32_t)(warp * ring_bytes);
     const int64_t row = blockIdx.z;
-    int64_t base = 0;
-    int32_t from = 0, to = 0, owner = 0;
-    if (a.clustered) moqk_cluster_arrive(1); /* its memory may be written to when all are here */
-    moqk_entering<DIM> e;
-    float k_scale = LOG2E, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
-    if (KIND != MOQK_KV_BF16) { k_scale *= a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; } /* never change */
-    moqk_dependents_may_start();
-#pragma unroll 1
-    for (int turn = a.ahead > 0 ? 0 : 1; turn < 2; turn++) { /* first to fetch ahead, with what slot and pos may not yet be; then in earnest */
-        if (turn == 1) {
-            moqk_wait_for_before();
-            if (a.enters && warp < count + 2) moqk_enter_load<DIM>(a, kv_head, head, count, warp, e); /* beside slot and position */
-        }
-        const int64_t slot = __ldcg(a.slot + row), pos = __ldcg(a.pos + row);
-        const int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-        const int64_t low = held ? moqk_first_seen(a, pos) : 0;
-        const int32_t seen = held ? (int32_t)(pos + 1 - low) : 0, per = (seen + a.splits - 1) / a.splits;
-        from = blockIdx.x * per;
-        to = min(from + per, seen);
-        owner = a.enters && from < to && to == seen; /* this split ends with the row's own position */
-        base = ((slot * a.c.kv_heads + kv_head) * a.c.capacity + low) * ROW;
-#if __CUDA_ARCH__ >= 900
-        const int64_t at = (int64_t)from * ROW + (int64_t)threadIdx.x * 2048, left = (int64_t)to * ROW - at;
-        if (turn == 0 && held && threadIdx.x < a.ahead && left > 0) {
-            moqk_bulk_prefetch(a.c.k.codes + base + at, (uint32_t)min((int64_t)2048, left));
-            moqk_bulk_prefetch(a.c.v.codes + base + at, (uint32_t)min((int64_t)2048, left));
-        }
-#endif
+    const int32_t early_slot = __ldcg(a.slot + row), early_pos = __ldcg(a.pos + row); /* what they may not yet be */
+    if (a.clustered) {
+        moqk_split_begin(cluster, a.splits, quads);
+        __syncwarp();
+        moqk_cluster_arrive(1); /* its memory may be written to when all are here */
     }
-    int32_t first = from + warp * MOQK_STREAM_KEYS, ask = first;
-    const uint8_t *k = a.c.k.codes + base + (int64_t)ask * ROW + lane * 16, *v = a.c.v.codes + base + (int64_t)ask * ROW + lane * 16;
-    const int32_t end = to - owner; /* of what the cache has already */
-    if (ask < to) moqk_stream_ask<ROW>(ring + put, k, v, end - ask, lane);
-    if (a.enters) moqk_enter_block<KIND, DIM>(a, kv_head, head, count, owner, base / ROW + to - 1, queries, room + (warp * 2 + 1) * (STEP / 4), own, e);
+    moqk_enter_task task = {NULL, NULL, 0, 0};
+    moqk_entering<DIM> e;
+    if (a.enters && warp < count + 2) {
+        task = moqk_enter_find<DIM>(a, kv_head, head, count, warp);
+        e.weigh(task.weight, DIM);
+        asm volatile("" : "+l"(task.from), "+r"(task.half)); /* made here, not behind the wait */
+    }
+    float k_scale = 1, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
+    if (KIND != MOQK_KV_BF16) { k_scale = a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; } /* never change */
+    moqk_dependents_may_start();
+    moqk_span s = moqk_stream_span<ROW>(a, kv_head, early_slot, early_pos);
+    moqk_stream_feed<KIND, DIM> feed;
+    feed.begin(a, s, ring, lane, warp, warps);
+    asm volatile("" : "+l"(feed.k), "+l"(feed.v), "+r"(feed.put), "+r"(feed.rows));
+    if (a.ahead) moqk_stream_ahead<ROW>(a, s);
+    moqk_wait_for_before();
+    if (task.from) e.load(task.from, a.bf16, DIM, (const float2 *)(const void *)a.enter.table, task.half);
+    __syncwarp(); /* the compiler would ask for the heads behind what depends on these */
+    const int32_t slot = __ldcg(a.slot + row), pos = __ldcg(a.pos + row);
+    if (slot != early_slot || pos != early_pos) {
+        s = moqk_stream_span<ROW>(a, kv_head, slot, pos);
+        feed.begin(a, s, ring, lane, warp, warps);
+    }
+    feed.start(lane); /* behind the heads and not before them: those would queue behind what all blocks ask for here */
+    if (a.clustered) moqk_cluster_wait();
+    if (a.enters) moqk_enter_block<DIM>(a, kv_head, head, count, s.owner, queries, mine, task, e);
     uint32_t q[DIM / 16][4];
     float acc[N][4];
-    moqk_stream_queries<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias,
-                                   (uint4 *)(void *)(room + STEP / 4), q); /* where the first warp's second step will be */
+    moqk_stream_queries<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias, ops, q);
+    const int32_t reader = (s.to - 1 - s.from) / MOQK_STREAM_KEYS % warps;
+    if (s.owner) moqk_enter_own<KIND, DIM>(a, kv_head, count, s.base / ROW + s.to - 1, mine, own, reader);
     if (a.enters && !a.partial && !a.clustered) moqk_enter_back<DIM>(a, head, count, queries);
 #pragma unroll
     for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-    const float mine = bias[g] * LOG2E;
-    const int sink = a.sinks && to > 0 && blockIdx.x == 0;
+    const float shift = bias[g] * LOG2E;
+    k_scale *= LOG2E;
+    const int sink = a.sinks && s.to > 0 && blockIdx.x == 0;
     if (sink && warp == 0 && g < count) {
         top = a.sinks[head + g] * LOG2E;
         sum = t == 0 ? 1.0f : 0.0f;
     }
     uint32_t at = 0;
 #pragma unroll 1
-    for (; first < to; first += run) {
-        float s[2][2], best;
-        asm volatile("cp.async.wait_all;" ::: "memory");
+    for (int32_t first = s.from + warp * MOQK_STREAM_KEYS; first < s.to; first += run) {
+        float c[2][2], best;
+        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncwarp();
-        ask += run;
-        k += (int64_t)run * ROW;
-        v += (int64_t)run * ROW;
-        if (ask < to) moqk_stream_ask<ROW>(ring + (STEP - at) + put, k, v, end - ask, lane);
-        if (owner && first + MOQK_STREAM_KEYS >= to) {
-            moqk_stream_own<ROW>(ring + at, own, to - 1 - first, lane);
+        feed.ask(lane);
+        if (s.owner && first + MOQK_STREAM_KEYS >= s.to) {
+            asm volatile("bar.sync 1, %0;" :: "r"(moqk_enter_meeting(count, warps, reader)) : "memory");
+            moqk_stream_own<ROW>(ring + at, own, s.to - 1 - first, lane);
             __syncwarp();
         }
-        moqk_stream_scores<KIND, DIM>(ring + at, q, lane, s);
+        moqk_stream_scores<KIND, DIM>(ring + at, q, lane, c);
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = c[n >> 1][n & 1] * k_scale + shift;
+        if (a.softcap > 0)
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                s[n][j] = s[n][j] * k_scale + mine;
-                if (a.softcap > 0) s[n][j] = a.softcap * LOG2E * tanhf(s[n][j] / LOG2E / a.softcap);
-                if (first + MOQK_STREAM_KEYS > to && first + 8 * n + 2 * t + j >= to) s[n][j] = -3e38f;
-            }
-        best = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[1][0], s[1][1]));
+            for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = a.softcap * LOG2E * tanhf(c[n >> 1][n & 1] / LOG2E / a.softcap);
+        if (first + MOQK_STREAM_KEYS > s.to)
+#pragma unroll
+            for (int n = 0; n < 4; n++) if (first + 8 * (n >> 1) + 2 * t + (n & 1) >= s.to) c[n >> 1][n & 1] = -3e38f;
+        best = fmaxf(fmaxf(c[0][0], c[0][1]), fmaxf(c[1][0], c[1][1]));
         if (__any_sync(0xffffffffu, best > top + 8)) { /* weights up to 2^8 do no harm: sums are seldom scaled again */
             best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
             best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
@@ -8639,58 +8805,73 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(MOQK_STREAM_WARPS
         uint32_t p[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const float x = moqk_exp2(s[n][0] - top), y = moqk_exp2(s[n][1] - top);
+            const float x = moqk_exp2(c[n][0] - top), y = moqk_exp2(c[n][1] - top);
             sum += x + y;
             moqk_split16<BF>(x, y, &p[2 * n], &p[2 * n + 1]);
         }
         moqk_stream_values<KIND, DIM>(ring + at + MOQK_STREAM_KEYS * ROW, p, lane, acc);
-        at = STEP - at;
+        at = (int32_t)at + STEP == ring_bytes ? 0 : at + STEP;
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t == 0) { max_of[warp][g] = top; sum_of[warp][g] = sum; }
-    __syncthreads(); /* the rings are free */
-    constexpr int R = moqk_tensor_row(DIM); /* room: [warps][8][R]; place p of a head holds dimension p % 8 * N + p / 8 */
-    float best = max_of[0][g], total = 0;
-#pragma unroll
-    for (int w = 1; w < MOQK_STREAM_WARPS; w++) if (w < warps) best = fmaxf(best, max_of[w][g]);
-#pragma unroll
-    for (int w = 0; w < MOQK_STREAM_WARPS; w++) if (w < warps) total += moqk_exp2(max_of[w][g] - best) * sum_of[w][g];
-    if (warp == 0 && t == 0) { best_of[g] = best; total_of[g] = total; }
-    const float weight = moqk_exp2(top - best) * v_scale;
+    if (t == 0) found[warp][g] = make_float2(top, sum);
+    constexpr int R = moqk_stream_sums(DIM);
+    float *sums = (float *)(void *)(shared + warp * ring_bytes) + g * R; /* [8][R], in the warp's own ring */
+    __syncwarp(); /* which nobody reads any more */
     if (g < count)
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * weight, (acc[i][1] + acc[i][3]) * weight);
+        for (int i = 0; i < N; i += 4)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float v[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++) v[k] = acc[i + k][j] + acc[i + k][j + 2];
+                *(float4 *)&sums[moqk_stream_sum_at<DIM>((2 * t + j) * N + i)] = make_float4(v[0], v[1], v[2], v[3]);
+            }
     __syncthreads();
     const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
-    const moqk_splits cluster = {queries + 8 * moqk_tensor_row(DIM), stats, (count * DIM + a.splits - 1) / a.splits};
-    if (a.clustered) moqk_cluster_wait();
-    for (int32_t i = threadIdx.x; i < count * DIM; i += blockDim.x) {
-        const int32_t h = i / DIM, p = i % DIM, d = p % 8 * N + p / 8;
-        const float m = best_of[h], l = total_of[h];
-        float x = 0;
+    for (int32_t i = threadIdx.x; i < quads; i += blockDim.x) {
+        const int32_t h = i / (DIM / 4), d = i % (DIM / 4) * 4;
+        const float *from = (const float *)(const void *)shared + h * R + moqk_stream_sum_at<DIM>(d);
+        float4 part[MOQK_STREAM_WARPS];
+        float2 stats[MOQK_STREAM_WARPS];
+        float m = -1e30f, l = 0, x[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int w = 0; w < MOQK_STREAM_WARPS; w++) if (w < warps) x += room[(w * 8 + h) * R + p];
-        if (v_bias) x += (l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0)) * v_bias[d]; /* a sink has no value, so no bias either */
+        for (int w = 0; w < MOQK_STREAM_WARPS; w++) { /* without a branch: all loads are under way at once */
+            const int there = min(w, warps - 1);
+            part[w] = *(const float4 *)(from + there * (ring_bytes >> 2));
+            stats[w] = found[there][h];
+            m = fmaxf(m, stats[w].x);
+        }
+#pragma unroll
+        for (int w = 0; w < MOQK_STREAM_WARPS; w++) {
+            const float weight = w < warps ? moqk_exp2(stats[w].x - m) : 0;
+            l += weight * stats[w].y;
+            x[0] += weight * part[w].x; x[1] += weight * part[w].y; x[2] += weight * part[w].z; x[3] += weight * part[w].w;
+        }
+        const float keys = l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0); /* a sink has no value, so no bias either */
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = x[j] * v_scale + (v_bias ? keys * v_bias[d + j] : 0);
         if (a.clustered) {
-            moqk_split_give(cluster, i, x);
+            moqk_split_give(cluster, i, x, m, l);
             continue;
         }
         if (!a.partial) {
-            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l != 0 ? x / l : 0, a.bf16);
+            const float one = l != 0 ? 1 / l : 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + 4 * i + j, x[j] * one, a.bf16);
             continue;
         }
         const int64_t to_part = (row * a.heads + head + h) * a.splits + blockIdx.x;
-        a.partial[to_part * DIM + p] = x;
-        if (p == 0) a.stats[to_part] = make_float2(m / LOG2E, l);
+        *(float4 *)&a.partial[to_part * DIM + d] = make_float4(x[0], x[1], x[2], x[3]);
+        if (d == 0) a.stats[to_part] = make_float2(m / LOG2E, l);
     }
     if (a.clustered) {
-        moqk_split_join<DIM>(a, cluster, row, head, count, best_of, total_of);
+        moqk_split_join<DIM>(a, cluster, row, head, quads);
         if (a.enters && blockIdx.x == 0) moqk_enter_back<DIM>(a, head, count, queries);
         return;
     }
-    if (a.partial && moqk_join_at_once(a, row, head, count, N) && a.enters) moqk_enter_back<DIM>(a, head, count, queries);
+    if (a.partial && moqk_join_at_once(a, row, head, count) && a.enters) moqk_enter_back<DIM>(a, head, count, queries);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -9062,28 +9243,36 @@ static moqc_stream_kernel moqc_stream_find(int kind, int dim)
     return dim == 64 ? moqk_attend_stream<MOQK_KV_I8, 64> : moqk_attend_stream<MOQK_KV_I8, 128>;
 }
 
-enum { MOQC_STREAM_AHEAD = 32, MOQC_STREAM_ALONE = 256, MOQC_STREAM_CLUSTERED = 2048 }; /* the first: see moqk_attend_args */
+enum { MOQC_STREAM_ALONE = 256, MOQC_STREAM_CLUSTERED = 2048 };
 
-/* One block per multiprocessor. More bytes on their way than the memory needs to be busy make some blocks late. Up to MOQC_STREAM_ALONE
-   positions one block takes them all: adding up what two came to costs more than the second saves. Up to MOQC_STREAM_CLUSTERED those that a
-   cluster holds: it adds up without the memory. */
+/* One block per multiprocessor. Up to MOQC_STREAM_ALONE positions one block takes them all: adding up what two came to costs more than the second
+   saves. Up to MOQC_STREAM_CLUSTERED those that a cluster holds: it adds up without the memory. */
 static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
-    int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim), warps = MOQK_STREAM_WARPS, queries = 8 * moqk_tensor_row(dim) * 4;
-    int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, 8);
+    const int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim);
+    const int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, 8), quads = moqc_min(a->share, 8) * (dim / 4);
+    int warps = MOQK_STREAM_WARPS, join = 0;
     moqc_stream_kernel kernel = moqc_stream_find(kind, dim);
     moqc_attend_cut(c, a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
     a->clustered = c->sm >= 90 && a->splits > 1 && length <= MOQC_STREAM_CLUSTERED;
+    a->shift = 0;
     if (a->clustered) {
         a->splits = (int32_t)moqc_min(a->splits, MOQK_STREAM_SPLITS);
         a->partial = NULL;
-        queries += (8 * dim + MOQK_STREAM_SPLITS) * 4;
+        while ((int64_t)a->splits << a->shift < quads) a->shift++;
+        join = (a->splits << a->shift) * 24;
     }
-    while (warps > 1 && warps * 2 * step + queries > c->most_shared - 3072) warps /= 2;
-    a->ahead = c->sm >= 90 && a->rows * groups * a->splits <= c->sm_count ? MOQC_STREAM_AHEAD : 0;
+    const int64_t steps = moqk_ceil(moqk_ceil(length, a->splits), warps * MOQK_STREAM_KEYS);
+    a->places = (int32_t)moqc_max(2, moqc_min(steps, moqk_stream_stages(kind, dim)));
+    while (warps > 1 && warps * a->places * step + moqk_stream_room(dim) + join > c->most_shared - 3072) {
+        warps /= 2;
+        a->places = moqk_stream_stages(kind, dim);
+    }
+    a->ahead = c->sm >= 90 && a->rows * groups * a->splits <= c->sm_count;
     const dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
+    const int shared = warps * a->places * step + moqk_stream_room(dim) + join;
     if (c->capturing) moqc_all_shared(c, (const void *)kernel);
-    moqc_launch_early(c, kernel, grid, 32 * warps, warps * 2 * step + queries, a->clustered ? a->splits : 1, "attention", *a);
+    moqc_launch_early(c, kernel, grid, 32 * warps, shared, a->clustered ? a->splits : 1, "attention", *a);
 }
 
 /* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
