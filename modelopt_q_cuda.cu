@@ -9525,7 +9525,7 @@ template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, 
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
-   Every block chooses the experts itself, a warp or, for a single row among few experts, eight, while others fetch x; the runs of chunks of a block, or of two
+   Every block chooses the experts itself, a warp or, for a single row with many choices, eight, while others fetch x; the runs of chunks of a block, or of two
    that are a cluster, are listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next
    chunks on their way, those of the second products while the first ones are not done. What goes from the first products to the second ones is its own
    signal: a word of `hidden` that is not MOQK_FEW_ABSENT is there, so nobody waits for more than it reads; sums of a single row are, too. Blocks must
@@ -9538,11 +9538,12 @@ enum {
     MOQK_FEW_TOP = 16,
     MOQK_FEW_EXPERTS = 512,
     MOQK_FEW_WARPS = 24,
-    MOQK_FEW_LISTERS = 4,      /* warps that list a single row's runs while others choose and fetch x */
-    MOQK_FEW_VOTERS = 8,       /* warps that choose for a single row among at most MOQK_FEW_RANKED experts: a thread looks at half of them for one */
+    MOQK_FEW_LISTERS = 4,      /* warps that list a single row's runs and mark its sums absent while others choose and fetch x */
+    MOQK_FEW_VOTERS = 8,       /* warps that choose more than four experts for a single row, of MOQK_FEW_RANKED at most: a thread looks at half of them */
     MOQK_FEW_RANKED = MOQK_FEW_VOTERS * 16,
     MOQK_FEW_UNITS = 4,        /* row tiles of a block before the activation whose sums are under way */
     MOQK_FEW_TILES = 16,       /* row tiles of y of a block, for several rows */
+    MOQK_FEW_STAGES = 2,       /* chunks of a warp in shared memory: with three, copies wait until others are accepted */
     MOQK_FEW_PITCH = 528       /* bytes of a row of a chunk's x */
 };
 
@@ -9566,13 +9567,12 @@ typedef struct moqk_few {
     const void *logits;        /* [rows, experts] of the activation type */
     const void *x;             /* [rows, cols] of the activation type */
     const float *factor;       /* [experts][2 or 1 of the first side, 1 of the second] */
-    uint32_t *hidden;          /* [2][MOQK_FEW_ROWS][top][hidden_cols] hi | lo << 16, times the choice's weight; see state */
+    uint32_t *hidden;          /* [2][MOQK_FEW_ROWS][top][chunks of the second side][hi, lo][128] times the choice's weight, two BF16 a word; see state */
     int32_t *state;            /* which half a launch uses; rows that the one before it wrote to the other half, which it clears */
     void *y;                   /* [rows, rows of the second side] of the activation type */
     moqk_few_side side[2];
     moq_activation_desc activation;
     int32_t rows, cols, hidden_cols;
-    int32_t stages;            /* chunks of a warp in shared memory */
     int32_t pairs;             /* may blocks be pairs? */
     int32_t team;              /* 0: a block alone; 1: two blocks of a cluster share a list, of one row */
     uint32_t tiles_magic, grid_magic; /* of the row tiles of the first side; of the lists of a launch */
@@ -9604,28 +9604,65 @@ __device__ __forceinline__ uint32_t moqk_few_key(float v)
 }
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
+/* Expert e of a row, as a key; 0: there is none. */
+__device__ __forceinline__ uint32_t moqk_few_read(const moqk_few &a, int32_t row, int32_t e)
+{
+    const int32_t at = row * a.routing.experts + min(e, a.routing.experts - 1);
+    const uint32_t bits = a.bf16 ? (uint32_t)((const uint16_t *)a.logits)[at] << 16 : ((const uint32_t *)a.logits)[at];
+    return e < a.routing.experts ? moqk_few_key(__uint_as_float(bits)) : 0;
+}
+
+/* Puts the better one of two experts of a lane, keys and places, first: of equals the one with the lower place. */
+__device__ __forceinline__ void moqk_few_sort(uint32_t &key, uint32_t &at, uint32_t &other, uint32_t &other_at)
+{
+    const int swap = other > key || (other == key && other_at < at);
+    const uint32_t k = key, p = at;
+    key = swap ? other : key;
+    at = swap ? other_at : at;
+    other = swap ? k : other;
+    other_at = swap ? p : other_at;
+}
+
 /* A warp: choices of a row where scores rank them as logits do. A lane has `each` neighbouring experts: the first lane of equals has the first one.
-   keys: [rows][32][each], where a lane has more than four: these stay in its registers. */
+   keys: [rows][32][each], where a lane has more than four: these stay in its registers, in order. */
 __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, uint32_t *keys, moqk_few_choices *c)
 {
-    const int32_t lane = threadIdx.x, experts = a.routing.experts, each = ((experts + 127) >> 7) * 4, first = lane * each;
+    const int32_t lane = threadIdx.x, each = ((a.routing.experts + 127) >> 7) * 4, first = lane * each;
     const uint32_t before = (1u << lane) - 1;
-    uint32_t *own = keys + (row * 32 + lane) * each, best = 0, v[4];
+    uint32_t *own = keys + (row * 32 + lane) * each, best = 0, v[4], place[4];
     int32_t at = 0;
 #pragma unroll 1
     for (int32_t k = 0; k < each; k += 4) {
-        uint32_t bits[4];      /* all on their way before the first one is looked at */
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = moqk_few_read(a, row, first + k + i); /* all on their way before the first one is looked at */
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int32_t e = row * experts + min(first + k + i, experts - 1);
-            bits[i] = a.bf16 ? ((const uint16_t *)a.logits)[e] : ((const uint32_t *)a.logits)[e];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[i] = first + k + i < experts ? moqk_few_key(__uint_as_float(a.bf16 ? bits[i] << 16 : bits[i])) : 0;
+            place[i] = (uint32_t)i;
             if (each > 4) own[k + i] = v[i];
             if (v[i] > best) best = v[i], at = k + i;
         }
+    }
+    if (each == 4) {
+        moqk_few_sort(v[0], place[0], v[1], place[1]);
+        moqk_few_sort(v[2], place[2], v[3], place[3]);
+        moqk_few_sort(v[0], place[0], v[2], place[2]);
+        moqk_few_sort(v[1], place[1], v[3], place[3]);
+        moqk_few_sort(v[1], place[1], v[2], place[2]);
+        uint32_t places = place[0] | place[1] << 8 | place[2] << 16 | place[3] << 24;
+#pragma unroll 1
+        for (int32_t i = 0; i < a.routing.top_k; i++) {
+            const uint32_t most = __reduce_max_sync(0xffffffffu, v[0]), equal = __ballot_sync(0xffffffffu, v[0] == most);
+            if (v[0] == most && (equal & before) == 0) {
+                c->chosen[row][i] = first + (int32_t)(places & 255);
+                c->weight[row][i] = moqk_few_logit(most);
+                v[0] = v[1];
+                v[1] = v[2];
+                v[2] = v[3];
+                v[3] = 0;
+                places >>= 8;
+            }
+        }
+        return;
     }
 #pragma unroll 1
     for (int32_t i = 0; i < a.routing.top_k; i++) {
@@ -9633,18 +9670,11 @@ __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, 
         if (best != most || (equal & before) != 0) continue;
         c->chosen[row][i] = first + at;
         c->weight[row][i] = moqk_few_logit(most);
-        if (each > 4) own[at] = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) if (at == j) v[j] = 0;
+        own[at] = 0;
         best = 0;
 #pragma unroll 1
-        for (int32_t k = 0; k < each; k += 4) {
-            if (each > 4)
-#pragma unroll
-                for (int j = 0; j < 4; j++) v[j] = own[k + j];
-#pragma unroll
-            for (int j = 0; j < 4; j++) if (v[j] > best) best = v[j], at = k + j;
-        }
+        for (int32_t k = 0; k < each; k++)
+            if (own[k] > best) best = own[k], at = k;
     }
 }
 
@@ -9769,7 +9799,8 @@ __device__ __forceinline__ int64_t moqk_few_expert(const moqk_few &a, uint32_t i
 
 /* The runs of a block, as its warps take them in turn: those of its row tiles before the activation, then those of its row tiles of y. An entry: where
    the run would lie in the first expert, what it is, its chunks. bytes: of a chunk. */
-__device__ __noinline__ void moqk_few_list(const moqk_few &a, int32_t experts, uint32_t bytes, int32_t thread, int32_t threads, uint4 *list)
+template <int ONE>
+__device__ __forceinline__ void moqk_few_list(const moqk_few &a, int32_t experts, uint32_t bytes, int32_t thread, int32_t threads, uint4 *list)
 {
     const int2 count = moqk_few_count(a, experts);
 #pragma unroll 1
@@ -9781,10 +9812,10 @@ __device__ __noinline__ void moqk_few_list(const moqk_few &a, int32_t experts, u
             item = moqk_few_pack(0, part, (q - part * a.side[0].runs) * a.side[0].run, d, unit);
         } else {
             const int32_t j = i - count.x, all = moqk_few_over(j, a.side[1].runs_magic); /* row tile, then expert, then run; of one row: expert first */
-            const int32_t inner = a.rows > 1 ? experts : moqk_few_over(a.side[1].tiles + (int32_t)(blockIdx.x >> a.team), a.grid_magic);
+            const int32_t inner = ONE ? moqk_few_over(a.side[1].tiles + (int32_t)(blockIdx.x >> a.team), a.grid_magic) : experts;
             int32_t outer = 0, rest = all;
             for (; rest >= inner; rest -= inner) outer++;
-            item = moqk_few_pack(1, 0, (j - all * a.side[1].runs) * a.side[1].run, a.rows > 1 ? rest : outer, a.rows > 1 ? outer : rest);
+            item = moqk_few_pack(1, 0, (j - all * a.side[1].runs) * a.side[1].run, ONE ? outer : rest, ONE ? rest : outer);
         }
         const moqk_few_side &s = a.side[item & 1];
         const int32_t chunk = moqk_few_chunk(item);
@@ -9845,6 +9876,11 @@ __device__ __forceinline__ uint4 moqk_few_look(const uint32_t *at)
     return v;
 }
 
+__device__ __forceinline__ void moqk_put_shared16(uint32_t at, uint4 v)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 /* Keeps a value in its register: the compiler would make it anew, from slow special registers, wherever it is used. */
 template <typename T> __device__ __forceinline__ T moqk_kept(T v)
 {
@@ -9852,51 +9888,54 @@ template <typename T> __device__ __forceinline__ T moqk_kept(T v)
     return v;
 }
 
-/* A chunk of a row of `hidden`, when it is there, as two columns in shared memory. from: [256], of which `cols` are made; NULL: zeros. */
-__device__ __forceinline__ void moqk_few_take(const uint32_t *from, int32_t cols, int32_t lane, uint32_t to)
+__device__ __forceinline__ int moqk_few_lacks(uint4 v) { return max(max(v.x, v.y), max(v.z, v.w)) == MOQK_FEW_ABSENT; }
+
+/* A chunk of a row of `hidden`, when it is there, as two columns in shared memory. from: the lane's 8 columns; there: it has some, which come in eights. */
+__device__ __forceinline__ void moqk_few_take(const uint32_t *from, int there, uint32_t to)
 {
-    uint4 v[2];
-    int32_t missing = 0;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        v[i] = make_uint4(0, 0, 0, 0);
-        if (from && i * 128 + lane * 4 < cols) missing |= 1 << i;
+    uint4 hi = make_uint4(0, 0, 0, 0), lo = hi;
+    while (there) {
+        hi = moqk_few_look(from);
+        lo = moqk_few_look(from + 128);
+        if (!moqk_few_lacks(hi) && !moqk_few_lacks(lo)) break;
+        __nanosleep(40);
     }
-    while (missing) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) if (missing >> i & 1) v[i] = moqk_few_look(from + i * 128 + lane * 4);
-#pragma unroll
-        for (int i = 0; i < 2; i++) /* columns come in fours: the last word of a row is whole */
-            if (v[i].x != MOQK_FEW_ABSENT && v[i].y != MOQK_FEW_ABSENT && v[i].z != MOQK_FEW_ABSENT && v[i].w != MOQK_FEW_ABSENT) missing &= ~(1 << i);
-        if (missing) __nanosleep(40);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        moqk_put_shared8(to + (uint32_t)(i * 256 + lane * 8), __byte_perm(v[i].x, v[i].y, 0x5410), __byte_perm(v[i].z, v[i].w, 0x5410));
-        moqk_put_shared8(to + MOQK_FEW_PITCH + (uint32_t)(i * 256 + lane * 8), __byte_perm(v[i].x, v[i].y, 0x7632),
-                         __byte_perm(v[i].z, v[i].w, 0x7632));
-    }
+    moqk_put_shared16(to, hi);
+    moqk_put_shared16(to + MOQK_FEW_PITCH, lo);
 }
 
-/* A sum in shared memory, or MOQK_FEW_ABSENT. */
-__device__ __forceinline__ uint32_t moqk_few_peek(const float *at)
+/* Sum of n values of shared memory, `each` floats apart; wait: when none of them is MOQK_FEW_ABSENT. */
+template <int WAIT> __device__ __forceinline__ float moqk_few_add(const float *from, int32_t n, int32_t each)
 {
-    uint32_t v;
-    asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(v) : "r"((uint32_t)__cvta_generic_to_shared(at)) : "memory");
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(from);
+    float v = 0;
+#pragma unroll 1
+    for (int32_t k = 0; k < n; k += 8) {
+        float some[8];
+        uint32_t most;
+        do {
+            most = 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                some[j] = 0;
+                if (k + j < n) asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(some[j]) : "r"(at + (uint32_t)((k + j) * each) * 4) : "memory");
+                most = max(most, __float_as_uint(some[j]));
+            }
+        } while (WAIT && most == MOQK_FEW_ABSENT);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v += some[j];
+    }
     return v;
 }
-__device__ __forceinline__ float moqk_few_see(const float *at)
-{
-    uint32_t v;
-    do v = moqk_few_peek(at);
-    while (v == MOQK_FEW_ABSENT);
-    return __uint_as_float(v);
-}
 
-/* A sum for block `rank` of a pair: it is its own signal. */
-__device__ __forceinline__ void moqk_few_send(const float *at, float v, uint32_t rank)
+/* A sum for block `rank` of a pair, or for this block: it is its own signal. */
+__device__ __forceinline__ void moqk_few_send(const moqk_few &a, const float *at, float v, uint32_t rank)
 {
 #if __CUDA_ARCH__ >= 900
+    if (rank == (blockIdx.x & (uint32_t)a.team)) {
+        asm volatile("st.volatile.shared.f32 [%0], %1;" :: "r"((uint32_t)__cvta_generic_to_shared(at)), "f"(v) : "memory");
+        return;
+    }
     uint32_t to;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"(rank));
     asm volatile("st.relaxed.cluster.shared::cluster.f32 [%0], %1;" :: "r"(to), "f"(v) : "memory");
@@ -9914,17 +9953,14 @@ __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choi
     for (int32_t m = 0; m < (ONE ? 1 : a.rows); m++) {
         const int32_t rank = ONE ? d + 1 : c->rank[d][m];
         if (rank == 0) continue;
-        float v = 0;
-        if (part < s.parts)
-#pragma unroll 4
-            for (int32_t k = part * s.runs; k < (part + 1) * s.runs; k++) v += ONE ? moqk_few_see(sums + k * 16 + r) : sums[(k * a.rows + m) * 16 + r];
-        const float up = __shfl_xor_sync(0xffffffffu, v, 16);
+        const int32_t n = ONE ? 1 : a.rows;
+        float v = part < s.parts ? moqk_few_add<ONE>(sums + (part * s.runs * n + m) * 16 + r, s.runs, n * 16) : 0;
+        v = moqk_activate(a.activation, v, __shfl_xor_sync(0xffffffffu, v, 16)) * c->weight[m][rank - 1];
+        const float other = __shfl_xor_sync(0xffffffffu, v, 1), even = r & 1 ? other : v, odd = r & 1 ? v : other;
+        const uint32_t hi = moqk_pack(even, odd), lo = moqk_pack(even - __uint_as_float(hi << 16), odd - __uint_as_float(hi & 0xffff0000u));
         if (part || h >= s.rows) continue;
-        v = moqk_activate(a.activation, v, up) * c->weight[m][rank - 1];
-        const uint32_t hi = moqk_pack(v, 0);
-        const uint32_t both = hi | moqk_pack(0, v - __uint_as_float(hi << 16));
-        uint32_t *to = hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + h;
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(both) : "memory");
+        uint32_t *to = hidden + (m * a.routing.top_k + rank - 1) * a.hidden_cols + (h & ~255) + (r & 1) * 128 + (h >> 1 & 127);
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(r & 1 ? lo : hi) : "memory");
     }
 }
 
@@ -9934,22 +9970,7 @@ template <int ONE> __device__ __forceinline__ void moqk_few_sum_up(const moqk_fe
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < (ONE ? 16 : a.rows * 16); i += 32) {
         const int32_t m = i >> 4, r = tile * 16 + (i & 15);
-        float v = 0;
-#pragma unroll 1
-        for (int32_t k = 0; k < n; k += 8) {
-            float some[8];
-            int absent;
-            do {
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    some[j] = k + j >= n ? 0 : ONE ? __uint_as_float(moqk_few_peek(sums + (k + j) * 16 + i)) : sums[(k + j) * a.rows * 16 + i];
-                absent = 0;
-#pragma unroll
-                for (int j = 0; j < 8; j++) absent |= ONE && __float_as_uint(some[j]) == MOQK_FEW_ABSENT;
-            } while (absent);
-#pragma unroll
-            for (int j = 0; j < 8; j++) v += some[j];
-        }
+        const float v = moqk_few_add<ONE>(sums + i, n, ONE ? 16 : a.rows * 16);
         if (r < a.side[1].rows) moqk_put_any(a.y, (int64_t)m * a.side[1].rows + r, v, a.bf16);
     }
 }
@@ -9987,7 +10008,7 @@ __device__ __forceinline__ void moqk_few_wait(const int32_t *done, int32_t units
 __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choices *c, uint32_t bar)
 {
     const int32_t lane = threadIdx.x, thread = threadIdx.y * 32 + lane, threads = blockDim.y * 32;
-    if (lane < a.stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
+    if (lane < MOQK_FEW_STAGES) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
     if (thread == 0) moqk_barrier_init((uint32_t)__cvta_generic_to_shared(&c->ready), (uint32_t)a.rows);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -10003,7 +10024,7 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
     }
 }
 
-/* What the warps that do not choose do meanwhile: x, factors, sums of 0 or absent. Behind the weights a load would wait for microseconds. */
+/* What the warps that do not choose do meanwhile: x, factors, sums of 0. Behind the weights a load would wait for microseconds. */
 template <int ONE>
 __device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, int32_t thread, int32_t threads, uint32_t x, float *factor, uint32_t *sums)
 {
@@ -10017,7 +10038,7 @@ __device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, int32_t thread
         if (i < factors) factor[i] = f;
         if (i + threads < factors) factor[i + threads] = g;
     }
-    for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = ONE ? MOQK_FEW_ABSENT : 0;
+    if (!ONE) for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = 0;
 }
 
 /* A run's sums of a single row, of rows g and g + 8: into its place, in the block that has the last run but `unit & 1` of the row tile, whose warp makes
@@ -10028,15 +10049,15 @@ __device__ __forceinline__ void moqk_few_place(const moqk_few &a, moqk_few_choic
     const int32_t lane = threadIdx.x, d = moqk_few_d(item), unit = moqk_few_unit(item);
     const moqk_few_side &s = a.side[item & 1];
     const int32_t last = item & 1 ? unit : (unit + 1) * s.each - 1 - (unit & a.team), run = moqk_few_over(moqk_few_chunk(item), s.run_magic);
-    const float *sums = (item & 1 ? second + ((unit * c->count + d) * s.runs + run) * 16 : first + i * 16) + (lane >> 2);
+    const float *sums = (item & 1 ? second + ((unit * a.routing.top_k + d) * s.runs + run) * 16 : first + i * 16) + (lane >> 2);
     float weight = 1;          /* x of the second products has it in it already, the bias has not */
     if ((item & 1) && s.bias) {
         moqk_barrier_wait((uint32_t)__cvta_generic_to_shared(&c->ready), 0);
         weight = c->weight[0][d];
     }
     if ((lane & 3) == 0) {
-        moqk_few_send(sums, v + weight * beside[0], (uint32_t)(last & a.team));
-        moqk_few_send(sums + 8, w + weight * beside[1], (uint32_t)(last & a.team));
+        moqk_few_send(a, sums, v + weight * beside[0], (uint32_t)(last & a.team));
+        moqk_few_send(a, sums + 8, w + weight * beside[1], (uint32_t)(last & a.team));
     }
     __syncwarp();
     if (!(item & 1) && i == last) moqk_few_finish<1>(a, c, d, moqk_few_tile(a, item), first + unit * s.each * 16, hidden);
@@ -10053,6 +10074,35 @@ __device__ __forceinline__ void moqk_few_rest(const moqk_few &a, int32_t begin, 
     }
 }
 
+/* Before anything that comes from other kernels is read: the runs of a single row, and sums that are not there. Both blocks of a pair know when they are
+   absent: release waits for all that a warp has under way, so the other warps have none. */
+template <uint32_t BYTES> __device__ __forceinline__ void moqk_few_lay_out(const moqk_few &a, int32_t lister, uint4 *sums, uint4 *list)
+{
+    const int32_t thread = lister * 32 + (int32_t)threadIdx.x;
+    if (lister >= 0) {
+        for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 16; i += MOQK_FEW_LISTERS * 32) sums[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        if (a.team) moqk_cluster_arrive(0);
+        moqk_few_list<1>(a, a.routing.top_k, BYTES, thread, MOQK_FEW_LISTERS * 32, list);
+    } else if (a.team) moqk_cluster_arrive(1);
+}
+
+/* What a block learns from the kernels before: its x and the choices. Warps choose, then others fetch; of a single row the listers have their work behind
+   them. */
+template <int ONE> __device__ __forceinline__ void moqk_few_learn(const moqk_few &a, uint8_t *shared, uint32_t x, int plain, moqk_few_choices *c)
+{
+    const int32_t warp = threadIdx.y, warps = blockDim.y, lane = threadIdx.x;
+    const int32_t ranked = ONE && plain && a.routing.top_k > 4 && a.routing.experts <= MOQK_FEW_RANKED && warps > 12;
+    const int32_t choosers = ranked ? MOQK_FEW_VOTERS : ONE ? 1 : a.rows, fetchers = warps - choosers - (ONE ? MOQK_FEW_LISTERS : 0);
+    uint32_t *keys = (uint32_t *)(void *)(shared + a.keys_at);
+    if (warp >= choosers + fetchers) return;
+    if (warp >= choosers)
+        moqk_few_fetch<ONE>(a, (warp - choosers) * 32 + lane, fetchers * 32, x, (float *)(void *)(shared + a.factor_at),
+                            (uint32_t *)(void *)(shared + a.sums_at));
+    else if (ranked) moqk_few_rank(a, keys, c);
+    else if (plain) moqk_few_choose(a, warp, keys, c);
+    else moqk_few_route(a, warp, shared, c);
+}
+
 /* ONE: a single row. Its runs have places of their own in the sums, which are their own signals, and its blocks may come in pairs. */
 template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
 {
@@ -10060,40 +10110,33 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     __shared__ moqk_few_choices c;
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int32_t lane = moqk_kept((int32_t)threadIdx.x), warp = threadIdx.y, warps = moqk_kept((int32_t)blockDim.y), g = lane >> 2, t = lane & 3;
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = moqk_kept(base + (uint32_t)(warp * a.stages) * BYTES);
-    const uint32_t bar = moqk_kept(base + a.bars_at + (uint32_t)(warp * a.stages) * 8), ring_end = moqk_kept(ring + (uint32_t)a.stages * BYTES);
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = moqk_kept(base + (uint32_t)(warp * MOQK_FEW_STAGES) * BYTES);
+    const uint32_t bar = moqk_kept(base + a.bars_at + (uint32_t)(warp * MOQK_FEW_STAGES) * 8);
     const uint32_t stage = base + a.stage_at + (uint32_t)(warp * 2 * a.rows) * MOQK_FEW_PITCH;
     const int plain = a.routing.groups <= 1 && !a.bias;
-    const int32_t rows = ONE ? 1 : a.rows, choosers = ONE && plain && a.routing.experts <= MOQK_FEW_RANKED && warps > 12 ? MOQK_FEW_VOTERS : rows;
+    const int32_t rows = ONE ? 1 : a.rows;
     uint4 *list = (uint4 *)(void *)(shared + a.list_at);
     float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
+    const int32_t team = ONE ? a.team : 0, step = warps << team, begin = (warp << team) + ((int32_t)blockIdx.x & team); /* in the list */
     moqk_few_begin(a, &c, bar);
+    if (ONE) moqk_few_lay_out<BYTES>(a, warp - warps + MOQK_FEW_LISTERS, (uint4 *)(void *)(shared + a.sums_at), list);
     moqk_wait_for_before();
     moqk_dependents_may_start();
     if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
-    if (ONE && warp >= warps - MOQK_FEW_LISTERS)
-        moqk_few_list(a, a.routing.top_k, BYTES, (warps - 1 - warp) * 32 + lane, MOQK_FEW_LISTERS * 32, list);
-    else if (warp >= choosers)
-        moqk_few_fetch<ONE>(a, (warp - choosers) * 32 + lane, (warps - choosers - (ONE ? MOQK_FEW_LISTERS : 0)) * 32, base + a.x_at, factor,
-                            (uint32_t *)(void *)(shared + a.sums_at));
-    else if (ONE && choosers > 1) moqk_few_rank(a, (uint32_t *)(void *)(shared + a.keys_at), &c);
-    else if (plain) moqk_few_choose(a, warp, (uint32_t *)(void *)(shared + a.keys_at), &c);
-    else moqk_few_route(a, warp, shared, &c);
+    moqk_few_learn<ONE>(a, shared, base + a.x_at, plain, &c);
     __syncthreads();
     if (!ONE) {
         moqk_few_merge(a, &c);
-        moqk_few_list(a, c.count, BYTES, warp * 32 + lane, warps * 32, list);
+        moqk_few_list<0>(a, c.count, BYTES, warp * 32 + lane, warps * 32, list);
         __syncthreads();
     }
 
-    if (ONE && a.team) moqk_cluster_arrive(0);
     const int32_t *expert = ONE ? c.chosen[0] : c.expert;
-    const int32_t team = ONE ? a.team : 0, step = warps << team, begin = (warp << team) + ((int32_t)blockIdx.x & team); /* in the list */
     const int2 counts = moqk_few_count(a, c.count);
     const int32_t end = counts.x + counts.y;
     moqk_few_ahead ahead = {NULL, begin, 0};
 #pragma unroll 1
-    for (int32_t i = 0; i < a.stages; i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + (uint32_t)i * BYTES, bar + 8 * (uint32_t)i, ahead);
+    for (uint32_t i = 0; i < MOQK_FEW_STAGES; i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + i * BYTES, bar + 8 * i, ahead);
     if (ONE && a.team) moqk_cluster_wait(); /* the other block's sums are absent */
     if (plain && warp < rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
     const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
@@ -10107,7 +10150,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     const uint32_t column = FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16;
     const uint32_t x_first = base + a.x_at + (row < (a.bf16 ? a.rows : 2 * a.rows) ? row * a.x_pitch : 0) + column;
     const uint32_t x_second = stage + (row < 2 * a.rows ? row * MOQK_FEW_PITCH : 0) + column;
-    uint32_t place = ring, full = bar, turn = 0;
+    uint32_t turn = 0, slot = 0;
     const uint32_t codes = moqk_kept((uint32_t)moqk_fast_slot(FORM, lane) * 16);
     const uint32_t scales_at = moqk_kept(2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
 #pragma unroll 1
@@ -10141,25 +10184,28 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
                 __syncwarp(); /* the chunk before has been read */
 #pragma unroll 1
                 for (int32_t m = 0; m < rows; m++) {
-                    const int32_t rank = ONE ? d + 1 : c.rank[d][m];
-                    const uint32_t *made = rank ? hidden + (int64_t)(m * a.routing.top_k + rank - 1) * a.hidden_cols + chunk * 256 : NULL;
-                    moqk_few_take(made, a.side[0].rows - chunk * 256, lane, stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH);
+                    const int32_t rank = ONE ? d + 1 : c.rank[d][m], at = chunk * 256 + lane * 4;
+                    moqk_few_take(hidden + (m * a.routing.top_k + rank - 1) * a.hidden_cols + at, rank > 0 && at + lane * 4 < a.side[0].rows,
+                                  stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH + (uint32_t)lane * 16);
                 }
                 __syncwarp();
             }
             uint4 w[4];
             uint2 bytes = make_uint2(0, 0);
             const uint32_t z[2] = {0, 0};
+            const uint32_t place = ring + slot * BYTES, full = bar + 8 * slot;
             moqk_barrier_wait(full, turn);
             if (FORM <= MOQK_MXFP4) bytes = moqk_shared8(place + scales_at);
 #pragma unroll
             for (int k = 0; k < 4; k++) w[k] = moqk_shared16(place + k * 512 + codes);
-            moqk_end_reads();
-            __syncwarp();
-            moqk_few_ask<BYTES>(a, list, end, expert, place, full, ahead);
-            place += BYTES;
-            full += 8;
-            if (place == ring_end) { place = ring; full = bar; turn ^= 1; }
+            if (ahead.left > 0 || ahead.next < end) { /* the stage will be used again */
+                moqk_end_reads();
+                __syncwarp();
+                moqk_few_ask<BYTES>(a, list, end, expert, place, full, ahead);
+            }
+            static_assert(MOQK_FEW_STAGES == 2, "stages in turn");
+            turn ^= slot;
+            slot ^= 1;
             moqk_run_chunk<FORM, STEP, 1, 0>(w, bytes, h, x, z, acc);
             if (STEP > 0) h.load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
             if (!second) x[0] += 512;
@@ -10214,9 +10260,9 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
    ------------------------------------------------------------------------------------------------ */
 
 /* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
-   step: 8 of 128 experts of 2048x768, 1, 4, 8 rows 12.9, 38, 77 us and 26.5, 65, 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 24, 54, 68, 98 and 43, 70, 99,
-   99. */
-enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 3 };
+   step: 8 of 128 experts of 2048x768, 1, 4 rows 11.6, 33 us and 26.5, 65, 8 rows two launches of 4 and 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 22, 43, 61,
+   80 and 43, 70, 99, 99. */
+enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 4 };
 
 /* What >>cuda-moe-few needs of these experts. */
 typedef struct moqc_few {
@@ -10254,7 +10300,7 @@ static int moqc_few_likely(const moqc_ctx *c, const moqc_part *p, int kernel_lay
     const moq_linear *w = &p->layer;
     const int form = moqk_form_of(p->d);
     if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || kernel_layout != 1 || form < 0 || !moqc_few_find(form, moqk_form_step(p->d, form), 1)) return 0;
-    return !p->d.rounds && p->d.rows % 4 == 0 && p->d.cols % 8 == 0 && w->hadamard_size == 0 && !w->pre_quant_scale.data && !w->group_index.data &&
+    return !p->d.rounds && p->d.rows % 8 == 0 && p->d.cols % 8 == 0 && w->hadamard_size == 0 && !w->pre_quant_scale.data && !w->group_index.data &&
         !w->lora_a.data;
 }
 
@@ -10290,13 +10336,13 @@ static void moqc_few_side(const moqc_bank *b, int form, int step, moqk_few_side 
     while (step > 0 && 1 << s->shift < p->group) s->shift++;
 }
 
-/* Places in shared memory of a cut whose rows and stages are chosen. Returns their bytes. */
+/* Places in shared memory of a cut whose rows and runs are chosen. Returns their bytes. */
 static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
 {
     const int64_t rows = f->rows, columns = rows * (f->bf16 ? 1 : 2);
-    int64_t at = moqk_pad(moqc_max((int64_t)warps * f->stages * moqk_chunk_bytes(form), 16 * f->routing.experts * rows), 128); /* or moqk_choose's */
+    int64_t at = moqk_pad(moqc_max((int64_t)warps * MOQK_FEW_STAGES * moqk_chunk_bytes(form), 16 * f->routing.experts * rows), 128); /* or moqk_choose's */
     f->bars_at = (uint32_t)at;
-    at += moqk_pad((int64_t)warps * f->stages * 8, 128);
+    at += moqk_pad((int64_t)warps * MOQK_FEW_STAGES * 8, 128);
     f->x_pitch = (uint32_t)f->side[0].chunks * 512 + 16;
     f->x_at = (uint32_t)at;
     at += columns * f->x_pitch;
@@ -10318,12 +10364,13 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
 /* See moqk_few_over. */
 static uint32_t moqc_few_magic(int32_t d) { return d == 1 ? 0 : (uint32_t)(((uint64_t)1 << 32) / (uint32_t)d + 1); }
 
-/* Chunks of a run: as many as leave the warp with most of them no more to do. tiles: row tiles that the warps of a block share. */
+/* Chunks of a run: as many as leave the warp with most of them least to do; to begin and end a run takes as long as a chunk. tiles: row tiles that the
+   warps of a block share. */
 static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
 {
     int64_t least = INT64_MAX;
     for (int32_t run = 1; run <= s->chunks; run++) {
-        const int64_t work = moqk_ceil(tiles * moqk_ceil(s->chunks, run), warps) * run;
+        const int64_t work = moqk_ceil(tiles * moqk_ceil(s->chunks, run), warps) * (run + 1);
         if (work > least) continue;
         least = work;
         s->run = run;
@@ -10350,10 +10397,8 @@ static int64_t moqc_few_try(const moqc_ctx *c, moqk_few *f, int form, int32_t te
         moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps << team);
         moqc_few_runs(&f->side[1], all * (f->rows == 1 ? f->side[1].units : 1), *warps << team);
         if (team && f->side[0].each < 2) return 0; /* both blocks have a part of every row tile */
-        for (f->stages = 3; f->stages > 1; f->stages--) {
-            const int64_t bytes = moqc_few_fill_in(f, form, *warps);
-            if (bytes <= c->most_shared - (int64_t)sizeof(moqk_few_choices) - 64) return bytes;
-        }
+        const int64_t bytes = moqc_few_fill_in(f, form, *warps);
+        if (bytes <= c->most_shared - (int64_t)sizeof(moqk_few_choices) - 64) return bytes;
     }
     return 0;
 }
@@ -10386,7 +10431,7 @@ static int moqc_few_takes(const moqc_ctx *c, const moqc_experts *x)
     int32_t warps, blocks;
     moqk_few f;
     if (c->sm != 90 || strcmp(c->kernel, "auto") != 0 || form < 0 || !moqc_few_find(form, step, 1)) return 0;
-    if (r->top_k > MOQK_FEW_TOP || r->experts > MOQK_FEW_EXPERTS || x->n % 4 != 0 || x->cols % 4 != 0 || down->cols != in->rows) return 0;
+    if (r->top_k > MOQK_FEW_TOP || r->experts > MOQK_FEW_EXPERTS || x->n % 8 != 0 || x->cols % 4 != 0 || down->cols != in->rows) return 0;
     if (moqc_few_distance(x->in, form, step) == 0 || moqc_few_distance(x->down, form, step) == 0) return 0;
     for (int32_t rows = 1; rows <= MOQK_FEW_ROWS; rows++) { /* runs differ, and with them the room for sums: fewer rows may need more */
         memset(&f, 0, sizeof f);
