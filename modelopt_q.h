@@ -11648,10 +11648,13 @@ static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
     return m > MOQI_WAY_MANY ? 16 * t : first * ld + 16 * (t - first);
 }
 
+/* Do words of 16 rows of x take turns? AMX's strips want them so. */
+static int moqi_feeds_words(const moqi_way *way) { return way && way->unit == 2 && !way->decode; }
+
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 {
-    if (way && way->unit == 2 && !way->decode) return (p->layer.cols + 127) / 128 * 64 + 64; /* >>matrix wants tiles of 16 rows on whole pages */
+    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * 64 + 64; /* >>matrix wants tiles of 16 rows on whole pages */
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 
@@ -11664,7 +11667,7 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
         const int64_t first = i / MOQI_WAY_TOKENS * MOQI_WAY_TOKENS;
         return rows + first * ld + moqi_tile_place(i - first, moqi_min(MOQI_WAY_TOKENS, m - first), ld, step);
     }
-    if (way && way->unit == 2) { some = 16; words = 16; }
+    if (way && way->unit == 2) { some = 16; words = moqi_feeds_words(way) ? 1 : 16; }
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
@@ -15786,7 +15789,8 @@ enum { MOQI_AMX_HALF = 108 };
 static int moqi_amx_halves(const moqi_tiled *p)
 {
 #ifdef MOQI_AMX_F16
-    return moqi_pairs_bits(p) == 4 && !p->zeros && p->layer.scheme.weight.elem == MOQ_F4 && p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && p->groups > 1;
+    const int scales = p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && p->groups > 1 && p->group_rows == 1;
+    return scales && moqi_pairs_bits(p) == 4 && !p->zeros && p->layer.scheme.weight.elem == MOQ_F4;
 #else
     (void)p;
     return 0;
@@ -16116,220 +16120,308 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     }
 }
 
-/* Measured: to 128 rows of x the strips below take less time. */
+/* Measured: to 256 rows of x the strips below take less time. */
 static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) ? moqi_amx_takes(p) : 0; }
-static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 129 : moqi_amx_takes(p); }
+static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? MOQI_WAY_MANY + 1 : moqi_amx_takes(p); }
 
 static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_amx_decode, NULL};
 
 /* ---- strips: E2M1 with E4M3 scales of 16 columns ----
-   For few rows of x. 16 rows of weights meet 64 rows of x in four tiles of sums, which stay there along all columns; beside the products of 128 columns the
-   next 128 are decoded, into a place so small that the first-level cache keeps it. Only x comes from the second, and is loaded past the first. Loads that
-   lie in a page where a store under way does would wait for it; so a tile of weights lies in its page a quarter before the tiles of x that it meets: each
-   step stores where the loads of three steps later read. */
+   A block is 32 rows of weights and 128 or 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
+   by rows of x. Two tiles of weights times two of x are four products for four loads. Weights come from the first-level cache, where the block after this one is
+   decoded, row by row between the products; x comes from the second-level cache and is loaded past the first. After a block the sums of 32 rows of x
+   make room for the next: one tile at a time, right before the product that needs its place, so that the others go on meanwhile. */
 #ifdef MOQI_AMX_F16
 enum {
     MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
-    MOQI_STRIP_TOKENS = 128,  /* rows of x in one go */
-    MOQI_STRIP_SUMS = MOQI_WAY_ROWS * MOQI_STRIP_TOKENS
+    MOQI_STRIP_FEW = 128,     /* rows of x up to which 32 rows of weights go along all these columns; of more rows, blocks below each other meet one part of x */
+    MOQI_STRIP_CHUNK = 256    /* columns of these blocks */
 };
 
-/* 16 rows of weights, columns [w.col, w.col + w.n), times rows of x. */
-typedef struct moqi_amx_strip {
-    moqi_panel w, then;       /* then: the next strip, without rows if there is none */
-    const float *x;           /* as moqi_amx_arrange leaves it, from the first of the rows in one go */
-    int64_t ldx, m;           /* m: rows in one go */
-    uint32_t *tiles;          /* [up to 32][4 tiles][16][16 rows], or of two times 128 columns in turns */
-    int64_t turns;            /* chunks of 128 columns that `tiles` has room for, less 1 */
-    float *sums;              /* [m / 64][4 tiles][16 rows of x][16] */
-    moqi_amx_ask ask;         /* for the strip that follows */
-    int ready;                /* is the strip's first chunk decoded? */
-    int nan;                  /* was one of the scales no number? Then all this is for nothing */
-    uint32_t *scales, *words; /* of the chunk being decoded: [16 pairs of groups][16 rows] in F16, and 16 x 16 words of codes */
-} moqi_amx_strip;
+/* Where a block begins: row of the task, column of the layer. */
+typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
 
-/* What decoding chunk c, columns [128 c, 128 c + 128) of strip w, begins with: its codes by columns, and scales for 512 columns. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_begin(moqi_amx_strip *s, const moqi_panel *w, int64_t c)
+/* Rows of weights times rows of x, up to MOQI_WAY_MANY. */
+typedef struct moqi_amx_strips {
+    const moqi_tiled *p;
+    int64_t row, rows;        /* of the task */
+    const float *x;           /* [m / 16][columns / 32][16 pairs of columns][16 rows of x], behind the columns of each 16 rows the exponents that their sums lack */
+    int64_t ldx, m, pairs;    /* pairs: of tiles of x */
+    int64_t wide;             /* columns in one go */
+    int shift;                /* a block has 128 << shift columns */
+    uint32_t *tiles;          /* two blocks: [2][16 rows of weights][columns / 32][16][16] */
+    uint16_t *scales;         /* [32 rows][32 groups], F16 */
+    float *last;              /* where the sums belong that are in tiles; NULL: there are none */
+    float *sums;              /* [rows / 32][pairs][2 of weights][2 of x][16 rows of weights][16 rows of x] */
+    uint32_t nan[MOQI_WAY_ROWS / 32]; /* a bit for each row with a scale that is no number: so are its outputs */
+} moqi_amx_strips;
+
+/* The block that is decoded, 128 columns after 128, and the codes and scales that are asked for meanwhile. */
+typedef struct moqi_strip_work {
+    const uint8_t *codes, *groups; /* of the next row */
+    uint16_t *scales;
+    uint32_t *to;
+    int64_t row_bytes, group_bytes, row, rows, parts; /* row: of `rows`; parts: how often 128 columns there are still to do */
+    int64_t left, count, down; /* columns and groups to the end of the layer; words from the first 16 rows to the next 16 */
+    int fresh;                /* are scales of 512 columns read beside the first 128? */
+    uint32_t *nan;
+    const uint8_t *ask, *ask_end, *ask_groups;
+    int64_t ask_rows, ask_bytes, ask_each;
+} moqi_strip_work;
+
+/* The block after `at`; 0: there is none. */
+static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
 {
-    const uint8_t *src = w->p->codes + w->row * w->p->row_bytes + w->col / 2 + 64 * c;
-    if (c % 4 == 0) {
-        moqi_panel part = *w;
-        part.col += 128 * c;
-        s->nan |= !moqi_amx_half_scales(&part, 0, s->scales);
-    }
-    moqi_panel_words_512(src, w->p->row_bytes, w->rows, (w->n - 128 * c + 1) / 2, s->words);
+    const int64_t from = at->col / s->wide * s->wide;
+    at->col += (int64_t)128 << s->shift;
+    if (at->col < moqi_min(from + s->wide, s->p->layer.cols)) return 1;
+    at->col = from;
+    at->row += MOQI_PANEL_ROWS;
+    if (at->row < s->rows) return 1;
+    at->row = 0;
+    at->col = from + s->wide;
+    return at->col < s->p->layer.cols;
 }
 
-/* Columns [8 i, 8 i + 8) of quarter q of chunk c of n columns: 4 rows of a tile. values: the high bytes of the codes' values in F16, four times, so that bits beside
-   a code do not matter; the low bytes are 0. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_part(const moqi_amx_strip *s, int64_t n, int64_t c, int q, int i, __m512i values)
+/* What is asked for beside decoding the columns in one go of these rows: those that follow, at last of the next task. */
+static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
+{
+    const moqi_tiled *p = s->p;
+    const int64_t n = moqi_min(s->wide, p->layer.cols - at.col), calls = MOQI_PANEL_ROWS / 4 * moqi_ceil_div(n, 128);
+    int more = 1;
+    for (int64_t c = 0; more && c < n; c += (int64_t)128 << s->shift) more = moqi_strip_step(s, &at);
+    const int64_t row = s->row + (more ? at.row : s->rows), col = more ? at.col : 0;
+    d->ask = p->codes + row * p->row_bytes + col / 2;
+    d->ask_bytes = moqi_min(s->wide, p->layer.cols - col) / 2 + (p->row_bytes % 64 == 0 ? 0 : 63);
+    d->ask_end = d->ask + d->ask_bytes;
+    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16;
+    d->ask_rows = MOQI_PANEL_ROWS;
+    d->ask_each = moqi_ceil_div(MOQI_PANEL_ROWS * moqi_ceil_div(d->ask_bytes, 64), calls);
+}
+
+/* The block at `at` is decoded next, to `to`. */
+static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
+{
+    const moqi_tiled *p = s->p;
+    if (at.col % s->wide == 0) moqi_strip_want(s, d, at);
+    d->row_bytes = p->row_bytes;
+    d->group_bytes = p->scale_step * p->scale_stride;
+    d->codes = p->codes + (s->row + at.row) * p->row_bytes + at.col / 2;
+    d->groups = p->scales + moqi_stream_scale_at(p, s->row + at.row) + at.col / 16;
+    d->fresh = s->shift || at.col % 512 == 0;
+    d->scales = s->scales + (s->shift ? 0 : at.col / 16 % 32);
+    d->to = to;
+    d->row = 0;
+    d->rows = moqi_min(MOQI_PANEL_ROWS, s->rows - at.row);
+    d->parts = (int64_t)1 << s->shift;
+    d->left = p->layer.cols - at.col;
+    d->count = p->groups - at.col / 16;
+    d->down = (1024 << s->shift) - 256;
+    d->nan = (uint32_t *)(uintptr_t)s->nan + at.row / MOQI_PANEL_ROWS;
+}
+
+/* The next lines of those. */
+MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d)
+{
+    for (int64_t k = 0; k < d->ask_each && d->ask_rows > 0; k++) {
+        __builtin_prefetch(d->ask, 0, 2);
+        d->ask += 64;
+        if (d->ask < d->ask_end) continue;
+        for (int64_t i = 0; i < d->ask_bytes; i += 512) __builtin_prefetch(d->ask_groups + i / 8, 0, 2);
+        d->ask_groups += d->group_bytes;
+        d->ask_end += d->row_bytes;
+        d->ask = d->ask_end - d->ask_bytes;
+        d->ask_rows--;
+    }
+}
+
+/* 128 columns of four rows, 64 bytes of each: column 4 i + j is number i in this row of the j-th of four tiles. values: the high bytes of the codes' values in
+   F16, four times, so that bits beside a code do not matter; the low bytes are 0. Past the last group scales are 0; past the last row it comes again. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
 {
     const __m512i keep = _mm512_set1_epi16((short)0x8fff), top = _mm512_set1_epi16((short)0xff00);
-    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
-    const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2)), pair = _mm512_load_si512(s->scales + (c % 4 * 4 + q) * 16);
-    uint32_t *to = s->tiles + (c & s->turns) * 1024 + q * 256 + i * 64;
-    __m512i v = _mm512_load_si512(s->words + 64 * q + 16 * i), f = _mm512_shuffle_epi8(pair, i & 2 ? high : low), h[4];
-    if (128 * c + 32 * q + 8 * i >= n) f = _mm512_setzero_si512();
-    h[2] = _mm512_permutexvar_epi8(v, values);
-    h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
-    h[0] = _mm512_slli_epi16(h[2], 8);
-    h[1] = _mm512_slli_epi16(h[3], 8);
-    h[2] = _mm512_and_si512(h[2], top);
-    h[3] = _mm512_and_si512(h[3], top);
+    const __m512i group = _mm512_set_epi32(0x0f0e0f0e, 0x0f0e0f0e, 0x0d0c0d0c, 0x0d0c0d0c, 0x0b0a0b0a, 0x0b0a0b0a, 0x09080908, 0x09080908,
+                                           0x07060706, 0x07060706, 0x05040504, 0x05040504, 0x03020302, 0x03020302, 0x01000100, 0x01000100);
+    const int64_t last = d->rows - 1 - d->row;
+    moqi_strip_ask(d);
+    if (d->fresh) {
+        for (int64_t r = 0; r < 4 && r <= last; r++, d->groups += d->group_bytes) {
+            __mmask32 nan;
+            _mm512_storeu_si512(d->scales + 32 * r, moqi_stream_halves_512(d->groups, d->count, &nan));
+            if (nan) *d->nan |= (uint32_t)1 << (d->row + r);
+        }
+    }
     MOQI_UNROLL
-    for (int j = 0; j < 4; j++) _mm512_store_si512(to + 16 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
+    for (int r = 0; r < 4; r++) {
+        const uint8_t *codes = d->codes + moqi_min(r, last) * d->row_bytes;
+        __m512i v = d->left >= 128 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((moqi_max(0, d->left) + 1) / 2)) - 1, codes), h[4];
+        const __m512i f = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(d->scales + 32 * r))), group);
+        h[2] = _mm512_permutexvar_epi8(v, values);
+        h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
+        h[0] = _mm512_slli_epi16(h[2], 8);
+        h[1] = _mm512_slli_epi16(h[3], 8);
+        h[2] = _mm512_and_si512(h[2], top);
+        h[3] = _mm512_and_si512(h[3], top);
+        MOQI_UNROLL
+        for (int j = 0; j < 4; j++)
+            _mm512_store_si512(d->to + 256 * j + 16 * r, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
+    }
+    d->row += 4;
+    d->codes += 4 * d->row_bytes;
+    d->scales += 128;
+    d->to += 64;
+    if (d->row == 16) d->to += d->down;
+    if (d->row < d->rows) return;
+    d->codes += 64 - d->row * d->row_bytes;
+    d->scales += 8 - 32 * d->row;
+    d->to += 1024 - 16 * d->row - (d->row >= 16 ? d->down : 0);
+    d->left -= 128;
+    d->row = 0;
+    d->fresh = 0;
+    d->parts--;
 }
 
-/* 32 columns: a tile of weights in `w` times 1 to 4 tiles of x that pass through others, and a quarter of the next chunk between the products: on a
-   shared machine tile instructions in a row were seen to take half as long again. Names change from step to step, so that no load waits long
-   for a product to have read what it replaces. */
-#define MOQI_STRIP_PART(q, i) if (next) moqi_strip_part(s, next->n, to, q, i, values);
-#define MOQI_STRIP_W(w) __asm__ volatile("tileloadd (%0,%1,1), %%tmm" w : : "r"(d), "r"((int64_t)64) : "memory");
-#define MOQI_STRIP_TIMES(w, x, acc, from) \
-    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" x "\n\ttdpbf16ps %%tmm" w ", %%tmm" x ", %%tmm" acc : : "r"(from), "r"((int64_t)64) : "memory");
-#define MOQI_STRIP_NEXT d += 256; xa += sa; xb += sb; xc += sc; xd += sd;
-#define MOQI_STRIP_1(q, w, x0) \
-    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
-#define MOQI_STRIP_2(q, w, x0, x1) \
-    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_PART(q, 1) \
-    MOQI_STRIP_TIMES(w, x1, "1", xb) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
-#define MOQI_STRIP_3(q, w, x0, x1, x2) \
-    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_TIMES(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
-    MOQI_STRIP_TIMES(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
-#define MOQI_STRIP_4(q, w, x0, x1, x2, x3) \
-    MOQI_STRIP_W(w) MOQI_STRIP_TIMES(w, x0, "0", xa) MOQI_STRIP_PART(q, 0) MOQI_STRIP_TIMES(w, x1, "1", xb) MOQI_STRIP_PART(q, 1) \
-    MOQI_STRIP_TIMES(w, x2, "2", xc) MOQI_STRIP_PART(q, 2) MOQI_STRIP_TIMES(w, x3, "3", xd) MOQI_STRIP_PART(q, 3) MOQI_STRIP_NEXT
-
-/* Rows [j, j + 64) of those in one go times all chunks. The first of such products decodes; the others find the tiles. The last has room for the next
-   strip's first chunk, unless its own last chunk lies there. */
-MOQI_HALVES static void moqi_strip_product(moqi_amx_strip *s, int64_t j, __m512i values)
-{
-    const int64_t count = moqi_min(64, s->m - j), tiles = (count + 15) / 16, chunks = moqi_ceil_div(s->w.n, 128), at = s->w.col / 32;
-    const int64_t last = 16 * (count - 16 * (tiles - 1)); /* words from 32 columns of the last tile to the next 32; the others: 256 */
-    const int64_t sa = tiles > 1 ? 256 : last, sb = tiles > 2 ? 256 : last, sc = tiles > 3 ? 256 : last, sd = last;
-    const float *xa = s->x + j * s->ldx, *xb = xa + 16 * s->ldx, *xc = xb + 16 * s->ldx, *xd = xc + 16 * s->ldx;
-    float *sums = s->sums + j / 64 * 1024;
-    xa += at * sa; xb += at * sb; xc += at * sc; xd += at * sd;
-    if (s->w.col == 0) __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
-    else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"((int64_t)64) : "memory");
-    if (j == 0 && !s->ready) {
-        moqi_strip_begin(s, &s->w, 0);
-        for (int q = 0; q < 16; q++) moqi_strip_part(s, s->w.n, 0, q / 4, q % 4, values);
+#define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
+#define MOQI_STRIP_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
+#define MOQI_STRIP_TIMES(w, x, acc) __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory");
+/* The sums in tile t go where they belong, those of `sums` come. */
+#define MOQI_STRIP_SWAP(t, i) \
+    if (j == 0) { \
+        if (last) MOQI_STRIP_STORE(t, last + 256 * i) \
+        if (zero) __asm__ volatile("tilezero %%tmm" t : : : "memory"); \
+        else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
     }
-    s->ready = j + 64 >= s->m && s->then.rows > 0 && ((chunks - 1) & s->turns) != 0;
-    for (int64_t c = 0; c < chunks; c++) {
-        const uint32_t *d = s->tiles + (c & s->turns) * 1024;
-        const moqi_panel *next = c + 1 < chunks ? j == 0 ? &s->w : NULL : s->ready ? &s->then : NULL;
-        const int64_t to = c + 1 < chunks ? c + 1 : 0;
-        moqi_amx_ask_more(&s->ask);
-        if (next) moqi_strip_begin(s, next, to);
-        if (tiles == 4) {
-            MOQI_STRIP_4(0, "4", "5", "6", "7", "5") MOQI_STRIP_4(1, "6", "7", "5", "4", "7")
-            MOQI_STRIP_4(2, "5", "4", "7", "6", "4") MOQI_STRIP_4(3, "7", "6", "4", "5", "6")
-        } else if (tiles == 3) {
-            MOQI_STRIP_3(0, "3", "5", "6", "7") MOQI_STRIP_3(1, "4", "5", "6", "7") MOQI_STRIP_3(2, "3", "5", "6", "7") MOQI_STRIP_3(3, "4", "5", "6", "7")
-        } else if (tiles == 2) {
-            MOQI_STRIP_2(0, "3", "5", "6") MOQI_STRIP_2(1, "4", "7", "2") MOQI_STRIP_2(2, "3", "5", "6") MOQI_STRIP_2(3, "4", "7", "2")
-        } else {
-            MOQI_STRIP_1(0, "3", "5") MOQI_STRIP_1(1, "4", "6") MOQI_STRIP_1(2, "3", "5") MOQI_STRIP_1(3, "4", "6")
+#define MOQI_STRIP_ROWS if ((slot++ & (pace - 1)) == 0) for (int e = 0; e < each && d.parts > 0; e++) moqi_strip_rows(&d, values);
+
+/* The block at `at` times all rows of x in one go, while another is decoded: evenly between the products. With blocks below each other the next
+   columns of x are asked for, a share of them with each block, and y with the last columns. */
+MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, float *y, int64_t ldy, __m512i values)
+{
+    moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
+    float *last = s->last;
+    const int64_t tile = 16 * s->ldx, blocks = moqi_ceil_div(s->rows, MOQI_PANEL_ROWS), cols = s->p->layer.cols;
+    const int64_t steps = 4 * moqi_min((int64_t)1 << s->shift, moqi_ceil_div(cols - at.col, 128));
+    const int64_t lines = s->shift ? moqi_ceil_div(32, blocks) : 0, share = at.row / MOQI_PANEL_ROWS * steps * lines;
+    const int zero = at.col == 0, each = s->pairs == 1 ? 2 : 1, end = at.col + 32 * steps >= cols;
+    float *sums = s->sums + at.row / MOQI_PANEL_ROWS * s->pairs * 1024;
+    unsigned pace = 1, slot = 0;
+    while (4 * pace <= s->pairs) pace *= 2;
+    for (int64_t i = 0; i < s->pairs; i++, sums += 1024) {
+        const int two = s->m - 32 * i > 16;
+        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa;
+        const float *next = (end ? s->x + 2 * i * tile : xa + 256 * steps) + (share < 16 * steps ? 0 : tile - 256 * steps) + 16 * share;
+        const float *out = y + 32 * i * ldy + at.row;
+        const int64_t outs = s->shift && end && s->m - 32 * i >= 32 ? 32 / steps : 0;
+        const uint32_t *wa = tiles, *wb = tiles + (1024 << s->shift);
+        for (int64_t j = 0; j < steps; j++, wa += 256, wb += 256, xa += 256, xb += 256) {
+            MOQI_STRIP_SWAP("0", 0)
+            MOQI_STRIP_LOAD("tileloadd", "4", wa)
+            MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
+            MOQI_STRIP_TIMES("4", "6", "0")
+            for (int64_t l = 0; l < lines; l++, next += 16) __builtin_prefetch(next, 0, 2);
+            MOQI_STRIP_SWAP("1", 1)
+            if (two) {
+                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
+                MOQI_STRIP_TIMES("4", "7", "1")
+            }
+            MOQI_STRIP_ROWS
+            for (int64_t l = 0; l < outs; l++, out += ldy) { __builtin_prefetch(out, 0, 2); __builtin_prefetch(out + 16, 0, 2); }
+            MOQI_STRIP_SWAP("2", 2)
+            MOQI_STRIP_LOAD("tileloadd", "5", wb)
+            MOQI_STRIP_TIMES("5", "6", "2")
+            MOQI_STRIP_SWAP("3", 3)
+            if (two) MOQI_STRIP_TIMES("5", "7", "3")
         }
+        last = sums;
     }
-    __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"((int64_t)64) : "memory");
+    while (d.parts > 0) moqi_strip_rows(&d, values);
+    s->last = last;
+    *work = d;
 }
-#undef MOQI_STRIP_PART
-#undef MOQI_STRIP_W
-#undef MOQI_STRIP_TIMES
-#undef MOQI_STRIP_NEXT
-#undef MOQI_STRIP_1
-#undef MOQI_STRIP_2
-#undef MOQI_STRIP_3
-#undef MOQI_STRIP_4
+#undef MOQI_STRIP_SWAP
+#undef MOQI_STRIP_ROWS
 
-/* y of `rows` rows of weights from `row`, once all columns are in; each of its rows in one run, because they lie far apart. */
-MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strip *s, int64_t row, int64_t rows, const float *sums, int64_t lds, float *y, int64_t ldy)
+/* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart. */
+MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s, float *y, int64_t ldy)
 {
-    const moqi_tiled *p = s->w.p;
-    const __m512 mul = _mm512_set1_ps(p->factor);
-    for (int64_t t = 0; t < s->m; t++) {
-        const int64_t first = t / 16 * 16, tile = moqi_min(16, s->m - first);
-        const __m512 up = _mm512_set1_ps(s->x[first * s->ldx + 16 * (t - first) + (p->layer.cols + 127) / 128 * 64 * tile]); /* behind the columns */
-        for (int64_t r = 0; r < rows; r += 16) {
-            const __mmask16 some = (__mmask16)(rows - r >= 16 ? 0xffff : (1 << (rows - r)) - 1);
-            const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + row + r) : _mm512_setzero_ps();
-            const __m512 v = _mm512_scalef_ps(_mm512_loadu_ps(sums + r * lds + t * 16), up);
-            _mm512_mask_storeu_ps(y + t * ldy + r, some, _mm512_fmadd_ps(v, mul, bias));
-        }
+    const moqi_tiled *p = s->p;
+    const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
+    float turned[16][MOQI_WAY_ROWS + 16] MOQI_ALIGNED;
+    for (int64_t first = 0; first < s->m; first += 16) {
+        const float *sums = s->sums + first / 32 * 1024 + first % 32 * 16;
+        const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
+        for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / 32 * s->pairs * 1024 + r % 32 * 32, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
+        for (int64_t t = 0; t < moqi_min(16, s->m - first); t++)
+            for (int64_t r = 0; r < s->rows; r += 16) {
+                const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
+                const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + r) : _mm512_setzero_ps();
+                __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t] + r), _mm512_set1_ps(ups[t]));
+                v = _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), (__mmask16)(s->nan[r / 32] >> r % 32), nan);
+                _mm512_mask_storeu_ps(y + (first + t) * ldy + r, some, v);
+            }
     }
 }
 
-/* The strip after this one of rows [row, end), and what it needs: of the next rows, then of the next columns of the first; at last of the next task. */
-static void moqi_strip_want(moqi_amx_strip *s, int64_t row, int64_t end)
+/* x [n] times a power of two that brings the largest near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does. `out` is the row's place
+   among 16: a word of every 16. */
+MOQI_AVX512 static void moqi_strip_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    const moqi_tiled *p = s->w.p;
-    const int64_t calls = moqi_ceil_div(s->m, 64) * moqi_ceil_div(s->w.n, 128);
-    moqi_amx_ask *q = &s->ask;
-    const int below = s->w.row + 16 < end, right = s->w.col + s->w.n < p->layer.cols;
-    s->then = s->w;
-    s->then.row = below ? s->w.row + 16 : right ? row : end;
-    s->then.rows = moqi_min(16, end - s->then.row);
-    s->then.col = below ? s->w.col : right ? s->w.col + s->w.n : 0;
-    s->then.n = moqi_min(s->w.n, p->layer.cols - s->then.col);
-    q->p = p;
-    q->row = s->then.row;
-    q->rows = 16;
-    q->col = s->then.col;
-    q->n = s->then.n;
-    q->bits = 4;
-    q->line = 0;
-    q->past = q->n < p->layer.cols ? 63 : 0;
-    q->lines = moqi_ceil_div(q->n * 4 + q->past * 8, 512);
-    q->each = moqi_ceil_div(q->rows * q->lines, calls);
+    const int up = (int)moqi_min(120, 207 - moqi_amx_exponent(x, n));
+    const __m512i four = _mm512_set_epi32(816, 560, 304, 48, 800, 544, 288, 32, 784, 528, 272, 16, 768, 512, 256, 0);
+    float words[1024] MOQI_ALIGNED;
+    (void)step;
+    for (int64_t i = 0; i < n; i += 2048) {
+        const float *end = moqi_pairs_row(p, x + i, moqi_min(2048, n - i), words, 16, up);
+        for (const float *from = words; from < end; from += 64, out += 1024)
+            for (int q = 0; q < 4; q++) _mm512_i32scatter_ps(out + 64 * q, four, _mm512_load_ps(from + 16 * q), 4);
+    }
+    *out = (float)(MOQI_AMX_HALF - up);
 }
 
-/* As many rows and columns of x in one go as stay in the second-level cache, times as many rows of weights as there is room for sums. A strip whose
-   scales are not all numbers is none of this: the rows are done again in blocks. */
-MOQI_HALVES static void moqi_amx_strips(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
-                                        int64_t ldy, float *scratch)
+/* As many columns of x in one go as stay in the second-level cache. */
+MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                                           int64_t ldy, float *scratch)
 {
-    moqi_amx_strip s;
-    const int64_t most = moqi_min(MOQI_STRIP_TOKENS, (m + 63) / 64 * 64), wide = moqi_min(MOQI_STRIP_X / most / 512 * 512, p->layer.cols);
-    const int64_t down = MOQI_STRIP_SUMS / most / 16 * 16;
-    float *sums = scratch + MOQI_STRIP_X / 8 + 3072;
+    moqi_amx_strips s;
+    moqi_strip_work d;
+    moqi_strip_at at = {0, 0}, then;
+    int turn = 0;
+    uint32_t *tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
     uint8_t table[64];
     for (int i = 0; i < 64; i++) table[i] = (uint8_t)(moq_f16_encode(p->table[i & 15] * 4096) >> 8);
     const __m512i values = _mm512_loadu_si512(table);
     (void)way;
-    s.w.p = p;
+    s.p = p;
+    s.row = row;
+    s.rows = rows;
     s.ldx = ldx;
-    s.nan = 0;
-    s.tiles = (uint32_t *)(void *)(scratch + ((uintptr_t)x - (uintptr_t)scratch) % 4096 / 64 * 16 + 768);
-    s.scales = s.tiles + MOQI_STRIP_X / 8 + 768;
-    s.words = s.scales + 256;
-    moqi_amx_configure(16, 16); /* a tile of fewer rows of x reads into what follows, to no effect */
-    for (int64_t first = 0; first < m; first += most)
-        for (int64_t top = 0; top < rows; top += down) {
-            const int64_t some = moqi_min(down, rows - top);
-            s.x = x + first * ldx;
-            s.m = moqi_min(most, m - first);
-            s.turns = s.m > 64 ? ~(int64_t)0 : 1;
-            s.ready = 0;
-            for (s.w.col = 0; s.w.col < p->layer.cols; s.w.col += wide)
-                for (int64_t r = top; r < top + some; r += 16) {
-                    s.w.n = moqi_min(wide, p->layer.cols - s.w.col);
-                    s.w.row = row + r;
-                    s.w.rows = moqi_min(16, top + some - r);
-                    s.sums = sums + (r - top) * most;
-                    moqi_strip_want(&s, row + top, row + top + some);
-                    for (int64_t j = 0; j < s.m; j += 64) moqi_strip_product(&s, j, values);
-                }
-            moqi_strip_finish(&s, row + top, some, sums, most, y + first * ldy + top, ldy);
-        }
+    s.sums = (float *)(void *)(tiles + 2 * 32 / 2 * MOQI_STRIP_CHUNK);
+    s.scales = (uint16_t *)(void *)(s.sums + MOQI_WAY_ROWS * MOQI_WAY_MANY);
+    moqi_amx_configure(16, 16);
+    s.x = x;
+    s.m = m;
+    s.pairs = (m + 31) / 32;
+    s.shift = m > MOQI_STRIP_FEW;
+    s.wide = s.shift ? (int64_t)MOQI_STRIP_CHUNK : MOQI_STRIP_X / (32 * s.pairs) / 512 * 512;
+    s.last = NULL;
+    memset(s.nan, 0, sizeof s.nan);
+    moqi_strip_begin(&s, &d, at, tiles);
+    while (d.parts > 0) moqi_strip_rows(&d, values);
+    for (int more = 1; more; turn = !turn, at = then) {
+        then = at;
+        more = moqi_strip_step(&s, &then);
+        if (more) moqi_strip_begin(&s, &d, then, tiles + (turn ? 0 : 32 / 2 * MOQI_STRIP_CHUNK));
+        moqi_strip_block(&s, &d, at, tiles + (turn ? 32 / 2 * MOQI_STRIP_CHUNK : 0), y, ldy, values);
+    }
+    MOQI_STRIP_STORE("0", s.last) MOQI_STRIP_STORE("1", s.last + 256) MOQI_STRIP_STORE("2", s.last + 512) MOQI_STRIP_STORE("3", s.last + 768)
+    moqi_strip_finish(&s, y, ldy);
     __asm__ volatile("tilerelease" : : : "memory");
-    for (int64_t first = 0; first < m && s.nan; first += MOQI_WAY_MANY)
-        moqi_amx_multiply(&moqi_amx_way, p, row, rows, x + first * ldx, ldx, moqi_min(MOQI_WAY_MANY, m - first), y + first * ldy, ldy, scratch);
 }
+#undef MOQI_STRIP_LOAD
+#undef MOQI_STRIP_STORE
+#undef MOQI_STRIP_TIMES
 
-static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips, NULL, NULL};
+static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_strip_arrange, moqi_amx_strips_multiply, NULL, NULL};
 #endif
 
 /* ---- bytes ----
@@ -17886,16 +17978,17 @@ static void moqi_products(const moqi_cpu *c, int64_t count)
     moqi_launch_jobs(c, jobs, count);
 }
 
-/* Arguments of moqi_feed_task. x: [rows, cols] */
-typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const float *x; int64_t m; } moqi_feeding;
+/* Arguments of moqi_feed_task. x: [rows, cols]; each: rows of one task */
+typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const float *x; int64_t m, each; } moqi_feeding;
 
-/* One row of x into t and r. */
+/* Some rows of x into t and r. */
 static void moqi_feed_task(void *arg, int index, int worker)
 {
     const moqi_feeding *f = (const moqi_feeding *)arg;
     int64_t cols = f->part->layer.cols, ld = moqi_pad_x(cols);
     (void)worker;
-    moqi_feed(f->part, f->m, index, f->x + index * cols, f->c->t + index * ld, f->c->r);
+    for (int64_t i = index * f->each; i < moqi_min(f->m, (index + 1) * f->each); i++)
+        moqi_feed(f->part, f->m, i, f->x + i * cols, f->c->t + i * ld, f->c->r);
 }
 
 /* Can the rows of x be read where they are? */
@@ -17919,7 +18012,8 @@ static void moqi_cpu_linear_rows(moq_backend *be, const moq_weight *weight, cons
         for (int32_t i = 0, next; i < w->parts; i = next) {
             int direct = moqi_direct(&w->part[i], m);
             f.part = &w->part[i];
-            if (!direct) moqi_run(c, m, (double)m * (double)w->cols * 8, moqi_feed_task, &f);
+            f.each = moqi_feeds_words(moqi_way_for(f.part, m)) ? 16 : 1; /* that share cache lines */
+            if (!direct) moqi_run(c, moqi_ceil_div(m, f.each), (double)m * (double)w->cols * 8, moqi_feed_task, &f);
             for (next = i, jobs = 0; next < w->parts && (next == i || w->part[next].shares); out += w->part[next++].layer.rows) {
                 moqi_job *j = &c->jobs[jobs];
                 j->part = &w->part[next];
