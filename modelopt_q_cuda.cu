@@ -89,6 +89,7 @@ enum {
     MOQC_SLOT_BYTES = 4 << 20,
     MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
     MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
+    MOQC_TILE_TOKENS = 304,       /* the most rows of x in a tile of >>cuda-gemm */
     MOQC_FEW_ROWS = 16            /* rows of x that need none of the room of >>cuda-gemm */
 };
 
@@ -476,10 +477,11 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     c->partial = (float *)moqc_carve(v, n->partial > 0 ? MOQC_PARTIALS : 0, n->partial, 4);
     c->chains = (int32_t *)moqc_carve(v, rows, n->chains, 4);
     c->arrived = (int32_t *)moqc_carve(v, 1, n->partial > 0 ? MOQC_PARTIALS : 0, 4);
-    int64_t tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + 264 : 0, chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + 264 : 0;
+    const int64_t past = MOQC_TILE_TOKENS + 8, tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + past : 0,
+                  chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + past : 0;
     c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), 4);
     c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen) + 1, 4); /* read in pairs */
-    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * 256, 4);
+    c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * MOQC_TILE_TOKENS, 4);
     c->turn = (int32_t *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 4, 4);
     if (tokens + chosen == 0) c->turn = NULL;
 }
@@ -3535,11 +3537,14 @@ typedef struct moqk_gemm_args {
     int32_t direct, y_direct;  /* x is read where it is, y is written, by the maps */
 } moqk_gemm_args;
 
-/* x as the copy engine sees it: boxes of 64 columns of BM tokens, and of 32. y: boxes of 64 rows of moqk_turn_tokens(BM). */
+/* x as the copy engine sees it: boxes of 64 columns of moqk_box_tokens(BM) tokens, and of those that are left over in the end. y: boxes of 64 rows of
+   moqk_turn_tokens(BM). */
 typedef struct moqk_maps { CUtensorMap whole, part, y; } moqk_maps;
 
 /* Tokens of a tile that are turned at once; see moqk_finish_pairs. */
-__host__ __device__ static constexpr int moqk_turn_tokens(int tokens) { return tokens % 64 ? 32 : 64; }
+__host__ __device__ static constexpr int moqk_turn_tokens(int tokens) { return tokens % 32 ? 16 : tokens % 64 ? 32 : 64; }
+/* Tokens of a copy of x and of a product: all of a tile, or half of it where those are more than 256. */
+__host__ __device__ static constexpr int moqk_box_tokens(int tokens) { return tokens > 256 ? tokens / 2 : tokens; }
 
 __host__ __device__ static inline int moqk_form_grouped(const moqk_part &p, int form) { return (form == MOQK_FAST_U4 || form == MOQK_FAST_E4M3) && p.group < p.cols; }
 
@@ -3828,7 +3833,7 @@ __device__ __forceinline__ void moqk_put_rows(const moqk_call &a, const moqk_gem
     else for (int i = 0; i < 4; i++) if (o.first + i < q.rows) moqk_store(a, at + i, each[i]);
 }
 
-/* Sums of tokens from * 32 on into [tokens][68] of shared memory. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2,
+/* Sums of tokens from * TOKENS on into [tokens][68] of shared memory. d: register 4 j + i is row g + 8 (i / 2) of the warp's 16, token 8 j + 2 t + i % 2,
    as both kinds of products leave them. */
 template <int TOKENS, int N, typename T> __device__ __forceinline__ void moqk_lay_sums(float *room, int thread, const T (&d)[N], int from)
 {
@@ -3836,7 +3841,8 @@ template <int TOKENS, int N, typename T> __device__ __forceinline__ void moqk_la
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = (float)d[from * 16 + j * 4 + i];
+        for (int i = 0; i < 4; i++)
+            room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = (float)d[from * (TOKENS / 2) + j * 4 + i];
 }
 
 /* y = sums * scales + bias. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
@@ -3844,15 +3850,16 @@ template <int FORM, int GROUPED, int BM, typename T>
 __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread, float *room,
                             const T (&d)[BM / 2])
 {
+    constexpr int TOKENS = BM % 32 ? 16 : 32;
     const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
 #pragma unroll
-    for (int r = 0; r < BM / 32; r++) {
+    for (int r = 0; r < BM / TOKENS; r++) {
         moqk_sync_group(group);
-        moqk_lay_sums<32>(room, thread, d, r);
+        moqk_lay_sums<TOKENS>(room, thread, d, r);
         moqk_sync_group(group);
 #pragma unroll 1 /* few instructions: most launches run them once */
-        for (int token = thread >> 4; token < 32; token += 8)
-            moqk_put_rows(a, b, q, o, q.x_first + r * 32 + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
+        for (int token = thread >> 4; token < TOKENS; token += 8)
+            moqk_put_rows(a, b, q, o, q.x_first + r * TOKENS + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
     }
 }
 
@@ -3976,6 +3983,9 @@ __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped
    caller's sums. */
 template <int FORM, int GROUPED> struct moqk_operands {
     static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS;
+    /* U4 whose scales bring it up: the low 8 bits of a BF16 are an integer times 2^-133, so codes of row g are so, those of row g + 8 (bits 7..4) times
+       2^-129; both leave as value * 2^-32. Scales are below 2^26. */
+    static constexpr int LINEAR = GROUPED == 1 && FORM == MOQK_FAST_U4;
     float2 scale[2];           /* of the block that was fetched last, 32 columns each */
     uint32_t zero[2];
     uint32_t z[2];             /* zero points of whole rows */
@@ -4006,15 +4016,23 @@ template <int FORM, int GROUPED> struct moqk_operands {
                 s[1] = moqk_high_twice(both);
             }
             if (GROUPED == 1 && (i == 0 || (i == 2 && shift < 6))) {
-                const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : 1.0f; /* 2^110: E4M3 decodes as value * 2^-120 */
+                const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : /* 2^110: E4M3 decodes as value * 2^-120 */
+                                 FORM == MOQK_FAST_U4 ? 2535301200456458802993406410752.0f : 1.0f, more = LINEAR ? up / 16 : up; /* 2^101 */
                 s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
-                s[1] = moqk_pack(scale[i / 2].y * up, scale[i / 2].y * up);
+                s[1] = moqk_pack(scale[i / 2].y * more, scale[i / 2].y * more);
             }
-            if (GROUPED && FORM == MOQK_FAST_U4 && (i == 0 || (i == 2 && shift < 6))) {
+            if (LINEAR && (i == 0 || (i == 2 && shift < 6))) {
+                zz[0] = (zero[i / 2] & 255) * 0x00010001u;
+                zz[1] = moqk_mul_pair((zero[i / 2] >> 8 & 255) * 0x00010001u, 0x41804180u);
+            } else if (GROUPED && FORM == MOQK_FAST_U4 && (i == 0 || (i == 2 && shift < 6))) {
                 zz[0] = (zero[i / 2] & 255) * 0x00010001u | 0x43004300u;
                 zz[1] = (zero[i / 2] >> 8 & 255) * 0x00010001u | 0x43004300u;
             }
-            moqk_fast_decode<FORM>(w, i, zz, r4);
+            if (LINEAR) {
+                const uint32_t v = moqk_word_of(w[0], i);
+#pragma unroll
+                for (int r = 0; r < 4; r++) r4[r] = moqk_sub_pair((r & 2 ? v >> 8 : v) & (r & 1 ? 0x00f000f0u : 0x000f000fu), zz[r & 1]);
+            } else moqk_fast_decode<FORM>(w, i, zz, r4);
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 if (FORM <= MOQK_MXFP4 || GROUPED == 1) a[4 * i + r] = moqk_mul_pair(r4[r], s[r & 1]);
@@ -4146,6 +4164,8 @@ __device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 
 #define MOQK_L64 MOQK_L32 "," MOQK_L8(32, 33, 34, 35, 36, 37, 38, 39) "," MOQK_L8(40, 41, 42, 43, 44, 45, 46, 47) "," MOQK_L8(48, 49, 50, 51, 52, 53, 54, 55) "," \
     MOQK_L8(56, 57, 58, 59, 60, 61, 62, 63)
 #define MOQK_L80 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79)
+#define MOQK_L76 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) ",%72,%73,%74,%75"
+#define MOQK_L96 MOQK_L80 "," MOQK_L8(80, 81, 82, 83, 84, 85, 86, 87) "," MOQK_L8(88, 89, 90, 91, 92, 93, 94, 95)
 #define MOQK_L128 MOQK_L64 "," MOQK_L8(64, 65, 66, 67, 68, 69, 70, 71) "," MOQK_L8(72, 73, 74, 75, 76, 77, 78, 79) "," MOQK_L8(80, 81, 82, 83, 84, 85, 86, 87) "," \
     MOQK_L8(88, 89, 90, 91, 92, 93, 94, 95) "," MOQK_L8(96, 97, 98, 99, 100, 101, 102, 103) "," MOQK_L8(104, 105, 106, 107, 108, 109, 110, 111) "," \
     MOQK_L8(112, 113, 114, 115, 116, 117, 118, 119) "," MOQK_L8(120, 121, 122, 123, 124, 125, 126, 127)
@@ -4163,8 +4183,12 @@ __device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 
 MOQK_WGMMA_OF(moqk_wgmma, float, 16, "m64n32k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L16, 16, 17, 18, 19, 20, 21, MOQK_D16("+f", 0))
 MOQK_WGMMA_OF(moqk_wgmma, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
 MOQK_WGMMA_OF(moqk_wgmma, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma, float, 76, "m64n152k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L76, 76, 77, 78, 79, 80, 81, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
+              MOQK_D4("+f", 64), MOQK_D4("+f", 68), MOQK_D4("+f", 72))
 MOQK_WGMMA_OF(moqk_wgmma, float, 80, "m64n160k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D4("+f", 64),
               MOQK_D4("+f", 68), MOQK_D4("+f", 72), MOQK_D4("+f", 76))
+MOQK_WGMMA_OF(moqk_wgmma, float, 96, "m64n192k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L96, 96, 97, 98, 99, 100, 101, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
+              MOQK_D32("+f", 64))
 MOQK_WGMMA_OF(moqk_wgmma, float, 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
               MOQK_D32("+f", 64), MOQK_D32("+f", 96))
 /* The same of bytes: A[64 x 32] B[32 x N]. */
@@ -4181,30 +4205,29 @@ __device__ __forceinline__ uint32_t moqk_of_block(uint32_t at, uint32_t rank)
     return r;
 }
 
-/* Barriers that the blocks of a cluster have alike: rings are free, sums of the warpgroup are there. */
+/* Barriers that the blocks of a cluster have alike: rings are free; the bytes that the warpgroup is sent are there. */
 struct moqk_share {
     uint32_t free, ready;
 
-    /* All that the warpgroup did before is seen by those who wait. */
-    __device__ __forceinline__ void tell(uint32_t bar, int group, int thread, int blocks) const
+    /* The warpgroup does not read the rings any more, and waits for so many bytes. Nothing that was written is handed over: no fence. */
+    __device__ __forceinline__ void tell(uint32_t bytes, int group, int thread, int blocks) const
     {
+        if (thread == 0) moqk_barrier_expect(ready, bytes);
         moqk_sync_group(group);
-        if (thread < blocks) asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(moqk_of_block(bar, thread)) : "memory");
-    }
-    __device__ __forceinline__ void wait(uint32_t bar) const
-    {
-        asm volatile("{ .reg .pred p;\n"
-                     "W: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0;\n"
-                     "@p bra D; bra W; D: }" :: "r"(bar) : "memory");
+        if (thread < blocks) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(moqk_of_block(free, thread)) : "memory");
     }
 };
 
-/* The same place of shared memory of another block of the cluster. */
-__device__ __forceinline__ uint8_t *moqk_place_of_block(uint8_t *at, uint32_t rank)
+/* Four sums into the shared memory of a block of the cluster, where `bar` counts the bytes. */
+__device__ __forceinline__ void moqk_send4(uint32_t to, uint32_t bar, const float *v)
 {
-    uint8_t *p;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(p) : "l"(at), "r"(rank));
-    return p;
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void moqk_send4(uint32_t to, uint32_t bar, const int *v)
+{
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(bar) : "memory");
 }
 __device__ __forceinline__ void moqk_put4(void *to, const float *v) { *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]); }
 __device__ __forceinline__ void moqk_put4(void *to, const int *v) { *(int4 *)to = make_int4(v[0], v[1], v[2], v[3]); }
@@ -4217,25 +4240,28 @@ template <int FORM, int GROUPED, int BM, typename T>
 __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread,
                                    uint8_t *ring, float *room, const moqk_share &share, const T (&d)[BM / 2])
 {
-    const int rank = blockIdx.x % b.split, each = (BM / 8 + b.split - 1) / b.split; /* groups of 8 tokens of a block */
+    const int rank = blockIdx.x % b.split, groups = min((q.end - q.x_first + 7) / 8, BM / 8); /* of 8 tokens */
+    const int each = (groups + b.split - 1) / b.split, own = max(min(each, groups - rank * each), 0); /* of a block, of this one */
     const uint32_t slot = 2 * each * 2048, here = moqk_shared_at(ring) + group * each * 2048 + thread * 16;
-    share.tell(share.free, group, thread, b.split);
-    share.wait(share.free);
+    share.tell((b.split - 1) * own * 2048, group, thread, b.split);
     uint8_t *mine = ring + group * each * 2048 + thread * 16 + rank * slot;
-    uint8_t *to = mine;
+    uint32_t to = 0, bar = 0;
     int owner = -1, at = each;
+    moqk_barrier_wait(share.free, 0);
 #pragma unroll
-    for (int i = 0; i < BM / 8; i++, at++, to += 2048) {
+    for (int i = 0; i < BM / 8; i++, at++) {
+        if (i >= groups) break;
         if (at == each) {
             at = 0;
-            to = ++owner == rank ? mine : moqk_place_of_block(mine, owner); /* by its own address: what goes round the cluster is slow */
+            to = moqk_of_block(moqk_shared_at(mine), ++owner);
+            bar = moqk_of_block(share.ready, owner);
         }
-        moqk_put4(to, d + 4 * i);
+        if (owner == rank) moqk_put4(mine + at * 2048, d + 4 * i);
+        else moqk_send4(to + at * 2048, bar, d + 4 * i);
     }
     const moqk_turned<T> rows(a, q, told, group, thread);
     const int whole = rows.fits(a, q, group);
-    share.tell(share.ready, group, thread, b.split);
-    share.wait(share.ready);
+    moqk_barrier_wait(share.ready, 0);
 #pragma unroll 1
     for (int i = 0; i < each; i += 4) {
         const int32_t first = q.x_first + (rank * each + i) * 8;
@@ -4303,7 +4329,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int HAS_GROUPS = FORM > MOQK_MXFP4 && GROUPED, GROUPS = HAS_GROUPS ? (BYTES ? W_COLS / 128 : 8) : 0, ZEROS = FORM == MOQK_FAST_U4 ? 16 : 0;
     static constexpr int SCALES_AT = TILES * TILE, ZEROS_AT = SCALES_AT + TILES * GROUPS * 64;
     static constexpr int W_STAGE = (ZEROS_AT + TILES * GROUPS * ZEROS + 1023) / 1024 * 1024;
-    static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : 3) : W_COLS < 256 ? 4 : 2;
+    static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : BM <= 256 ? 3 : 2)
+                                : BITS == 8 ? (W_COLS < 256 ? 4 : 2) : BM <= 128 ? 6 : BM <= 256 ? 4 : 3;
     static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
@@ -4339,7 +4366,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
         for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
         for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 32); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
-        for (int i = 0; i < 3; i++) moqk_barrier_init(share + i * 8, i ? split : 2 * split);
+        for (int i = 0; i < 3; i++) moqk_barrier_init(share + i * 8, i ? 1 : 2 * split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
@@ -4385,21 +4412,23 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         }
     }
 
-    /* x as the caller has it: one copy a slab where the tile is full, else 32 tokens at a time where there are any: what lies past the end would cost more
-       than what is there, and nobody reads the sums of what is left over. */
+    /* x as the caller has it: a copy or two a slab, in the last tile of the tokens that there are: what lies past the end would cost more, and nobody
+       reads the sums of what is left over. */
     __device__ __forceinline__ void fill_direct(const moqk_call &a, const moqk_gemm_args &b, const moqk_maps &maps, moqk_piece &q, int lane) const
     {
+        constexpr int BOX = moqk_box_tokens(BM);
         moqk_stage s = {0, 0};
         while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
-            const int tokens = q.end - q.first, boxes = tokens + 32 >= BM && BM > 32 ? 0 : (tokens + 31) / 32, copies = boxes ? boxes : 1;
+            const int tokens = q.end - q.first, copies = (tokens + BOX - 1) / BOX;
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
                 moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
-                if (lane == 0) moqk_barrier_expect(bar, X_SLABS * 128 * (boxes ? boxes * 32 : BM));
+                if (lane == 0) moqk_barrier_expect(bar, X_SLABS * 128 * tokens);
                 __syncwarp();
                 if (lane < X_SLABS * copies) {
                     const int slab = lane / copies, box = lane % copies;
-                    moqk_copy_box(to + slab * (BM * 128) + box * 4096, boxes ? &maps.part : &maps.whole, (i + slab) * 64, q.first + box * 32, bar);
+                    moqk_copy_box(to + slab * (BM * 128) + box * (BOX * 128), (box + 1) * BOX > tokens ? &maps.part : &maps.whole, (i + slab) * 64,
+                                  q.first + box * BOX, bar);
                 }
                 s.step(X_RING);
             }
@@ -4531,6 +4560,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
 /* What a warpgroup multiplies, and stages of x it is done with. */
 template <int FORM, int GROUPED, int BM> struct moqk_consumer {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
+    static constexpr int BOX = moqk_box_tokens(BM);
     static constexpr int AHEAD = BM <= 128 && R::BITS < 16; /* else registers are short, and there is time; BF16 is not decoded */
     moqk_stage run;            /* the next product's */
     int done;                  /* the next stage to free */
@@ -4542,7 +4572,9 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
         const uint32_t desc = moqk_x_desc(r.x + run.at * R::X_STAGE + b % R::X_SLABS * (BM * 128));
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int i = 0; i < 4; i++) moqk_wgmma(d, a + 4 * i, desc + 2 * i, i ? 1 : add);
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int t = 0; t < BM; t += BOX) moqk_wgmma((float (&)[BOX / 2])d[t / 2], a + 4 * i, desc + t * 8 + 2 * i, i ? 1 : add);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_RING, R::HALVES);
     }
@@ -6359,8 +6391,12 @@ template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int toke
 {
     constexpr int BITS = moqk_fast_bits(FORM);
     if constexpr (BITS == 4) if (tokens == 32) return moqc_wgmma_of<FORM, GROUPED, 32>();
-    if constexpr (BITS < 16) if (tokens == 64) return moqc_wgmma_of<FORM, GROUPED, 64>(); /* BF16: bound by memory there */
-    if constexpr (BITS != 8) if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
+    if (tokens == 64) return moqc_wgmma_of<FORM, GROUPED, 64>();
+    if constexpr (BITS != 8) {
+        if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
+        if (tokens == 192) return moqc_wgmma_of<FORM, GROUPED, 192>();
+        if (tokens == 304) return moqc_wgmma_of<FORM, GROUPED, 304>();
+    }
     return tokens == 256 ? moqc_wgmma_of<FORM, GROUPED, 256>() : moqc_wgmma_of<FORM, GROUPED, 128>();
 }
 
@@ -6413,25 +6449,26 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
 /* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two to four blocks of a cluster share
    or that runs of units meet in, measured on one H200. Blocks that run through tiles of their own do not share x in the cache: 8 % slower, and no gain
    where the last round is three quarters full.
-   BF16 weights are bound by memory with few tokens: their tiles begin at 128. Up to 160 tokens, decoding 4-bit integers and fetching BF16 take longer than the
-   products: 20 and 14 %. Bytes: half as many slabs. */
+   Up to 192 tokens decoding 4-bit integers takes 10 % longer, up to 128 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
-    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[9] = {
-        {32, MOQC_WGMMA, 0.195, 1.4, 3.2}, {64, MOQC_WGMMA, 0.24, 1.7, 4}, {128, MOQC_WGMMA, 0.37, 1.3, 4.4},
-        {160, MOQC_WGMMA, 0.455, 1.9, 5.4}, {256, MOQC_WGMMA, 0.65, 2.1, 7.4},
+    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[11] = {
+        {32, MOQC_WGMMA, 0.195, 1.4, 2.8}, {64, MOQC_WGMMA, 0.24, 1.7, 3.4}, {128, MOQC_WGMMA, 0.37, 1.3, 3.8}, {160, MOQC_WGMMA, 0.455, 1.9, 4.7},
+        {192, MOQC_WGMMA, 0.505, 2, 5.4}, {256, MOQC_WGMMA, 0.65, 2.1, 7.4}, {304, MOQC_WGMMA, 0.757, 2.6, 9.5},
         {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
     double least = 1e30;
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 11; i++) {
         const int32_t tokens = tiles[i].tokens;
         if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
-        if ((tokens == 160 && moqk_fast_bits(form) == 8) || (tokens == 32 && moqk_fast_bits(form) != 4)) continue;
+        if ((tokens & (tokens - 1) && moqk_fast_bits(form) == 8) || (tokens == 32 && moqk_fast_bits(form) != 4)) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
-        if (tokens == 64 && ((which == MOQC_WGMMA && form == MOQK_FAST_BF16) || (which == MOQC_BYTES && form != MOQK_FAST_E4M3))) continue;
+        if (tokens == 64 && which == MOQC_BYTES && form != MOQK_FAST_E4M3) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int halves = which == MOQC_WGMMA && moqk_teams(form, tokens, 0) == 4;
-        const double more = which == MOQC_WGMMA && tokens < 256 ? (form == MOQK_FAST_U4 ? 1.2 : form == MOQK_FAST_BF16 ? 1.14 : 1) : 1;
+        double more = 1;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = 1.1;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 128 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
         const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab) * more;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
@@ -6490,8 +6527,9 @@ static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, in
     static const cuuint32_t one[2] = {1, 1};
     const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)call->all}, pitch[1] = {(cuuint64_t)call->ldx * 2};
     if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0) return 0;
+    const int32_t most = moqk_box_tokens(tokens), rest = call->m % most;
     for (int i = 0; i < 2; i++) {
-        const cuuint32_t box[2] = {64, (cuuint32_t)(i ? 32 : tokens)};
+        const cuuint32_t box[2] = {64, (cuuint32_t)(i && rest ? rest : most)};
         if (c->encode_map(i ? &maps->part : &maps->whole, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)call->x, size, pitch, box, one,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
@@ -6588,7 +6626,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.units = b.w_units * parts;
     moqc_gemm_cut u = moqc_cut_gemm(j, form, grouped, b.units, which);
     b.x16 = c->x16;
-    b.tokens = moqk_pad(j->call.all, 8) + 256; /* a tile may reach past the last token */
+    b.tokens = moqk_pad(j->call.all, 8) + MOQC_TILE_TOKENS; /* a tile may reach past the last token */
     if (!j->call.tiles && which != MOQC_MMA && j->call.m <= u.tokens) b.tokens = u.tokens; /* one tile: its slabs lie together */
     b.partial = c->partial_sums;
     b.turn = c->turn;
@@ -6598,7 +6636,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.whole = u.whole;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
-    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : 1) : moqc_form_fix(form);
+    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 4294967296.0f : 1) : moqc_form_fix(form);
     moqk_maps maps;
     memset(&maps, 0, sizeof maps);
     const float up = form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */

@@ -362,8 +362,8 @@ static void test_moe(const form *f, int rows)
 
 static void test_all(const char *only, const char *kernel)
 {
-    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}, {9000, 1024}}, rows[] = {17, 33, 64, 100, 129, 300, 513},
-        repeated[] = {30, 60, 1000};
+    static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}, {14296, 768}};
+    static const int rows[] = {17, 33, 64, 100, 129, 192, 300, 513}, repeated[] = {30, 60, 1000};
     for (int mode = 0; mode < MODES; mode++) {
         moq_backend *be = backend_of(mode, kernel);
         check(be->reserve(be, 520, &err) == MOQ_OK, "reserve");
@@ -380,9 +380,9 @@ static void test_all(const char *only, const char *kernel)
                 moq_dequantize(&w, 0, n, line);
                 cuda(cudaMalloc(&dw, (size_t)(n * k) * 4));
                 cuda(cudaMemcpy(dw, line, (size_t)(n * k) * 4, cudaMemcpyHostToDevice));
-                for (int r = 0; r < 7; r++) {
+                for (int r = 0; r < 8; r++) {
                     if (s >= 3 && (r == 0 || r == 2 || r == 4)) continue;
-                    test_one(be, mode, &forms[i], &w, dw, rows[r], r == 6 && s == 3);
+                    test_one(be, mode, &forms[i], &w, dw, rows[r], r == 7 && s == 3);
                 }
                 free(line);
                 cudaFree(dw);
@@ -537,12 +537,12 @@ static void bench_all(const char *only, const char *shape_only, int f32, int swe
                 printf("%-15s %11s M=%-4d %8.1f us %5.0f TFLOP/s, cuBLAS BF16 %8.1f us %5.0f, ratio %.2f", forms[i].name, shape, rows[r], ours, 2e-6 * (double)b.n * (double)b.k * rows[r] / ours, blas,
                        2e-6 * (double)b.n * (double)b.k * rows[r] / blas, blas / ours);
 #ifdef GEMM_INTERNAL
-                static const int tokens[] = {64, 128, 160, 256};
-                for (int t = 0; sweep && t < 4; t++)
+                static const int tokens[] = {64, 128, 160, 192, 256, 304};
+                for (int t = 0; sweep && t < 6; t++)
                     for (int split = 1; split <= 6; split++) { /* blocks of a cluster; runs of units in a last round, in two */
-                        if (tokens[t] == 160 && (stored || forms[i].bits == 8)) continue;
+                        if (tokens[t] & (tokens[t] - 1) && (stored || forms[i].bits == 8)) continue;
                         if (stored && tokens[t] == 64 && forms[i].elem != MOQ_F8_E4M3) continue;
-                        if ((stored && split > 4) || (forms[i].bits == 16 && tokens[t] < 128)) continue; /* there is no such cut */
+                        if (stored && split > 4) continue; /* there is no such cut */
                         if ((tokens[t] == 64 && rows[r] > 300) || (tokens[t] > 128 && rows[r] < 128) || (split > 1 && split < 5 && (b.n + 127) / 128 * ((rows[r] + tokens[t] - 1) / tokens[t]) * split > 116)) /* more do not fit */
                             continue;
                         moqc_of(b.be)->gemm_tokens = tokens[t];
