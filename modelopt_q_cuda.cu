@@ -2862,6 +2862,8 @@ typedef struct moqk_run {
     int32_t parts;
     moqk_run_part part[MOQK_RUN_PARTS];
     int32_t eager;             /* warps that ask for weights before x is there; those of the others would stand in its way */
+    int32_t wide, places;      /* 1: moqk_decode_wide; chunks of x that a way of it has room for */
+    uint32_t tiles_magic;      /* 2^16 / tiles, rounded up */
     int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
 } moqk_run;
 
@@ -3040,6 +3042,8 @@ template <int FORM, int STEP> struct moqk_run_factors {
     }
 };
 
+enum { MOQK_RUN_SWIZZLED = 2 }; /* LATE, and x lies as moqk_wide_x puts it: blocks of 64 columns, 128 bytes a row, places of 16 bytes exchanged */
+
 /* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each product's x (4-bit
    floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit floats half a
    word and half of the next one: with all of a word, x would have to be moved. */
@@ -3066,9 +3070,10 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
             uint32_t v[NB][4];
 #pragma unroll
             for (int n = 0; n < NB; n++) {
-                if constexpr (FORM == MOQK_FAST_U4) moqk_load_matrices(x[n] + b * 128 + half * 64, v[n]);
+                if constexpr (FORM == MOQK_FAST_U4)
+                    moqk_load_matrices(LATE == MOQK_RUN_SWIZZLED ? (half ? x[n] ^ 64 : x[n]) + b * 2048 : x[n] + b * 128 + half * 64, v[n]);
                 else {
-                    const uint4 q = moqk_shared16(x[n] + b * 128 + half * 16);
+                    const uint4 q = moqk_shared16(LATE == MOQK_RUN_SWIZZLED ? (half ? x[n] ^ 16 : x[n]) + b * 2048 : x[n] + b * 128 + half * 16);
                     for (int i = 0; i < 4; i++) v[n][i] = moqk_word_of(q, i);
                 }
             }
@@ -3348,6 +3353,173 @@ __device__ __forceinline__ void moqk_run_end(const moqk_call &a, const moqk_run 
             if (KIND != MOQK_RUN_PLAIN && cut.into) moqk_put_any(cut.into, at, moqk_get_any(cut.into, at, a.y_bf16) + moqk_rounded_any(y, a.y_bf16), a.y_bf16);
         }
     }
+}
+
+/* ---- 9 to 16 rows of BF16 x that a block has no room for ----
+   Chunks of x come one after the other into a few places of each way, as boxes of 64 columns of 16 rows: a warp of its own asks for a chunk as soon as all
+   warps of the way are done with the one that lay there. */
+
+enum { MOQK_WIDE_WARPS = 16, MOQK_WIDE_X = 8192 }; /* warps of a block that multiply, at most; bytes of a chunk of x */
+
+/* A run of a warp: acc += its chunks times x. at: where they come to, bar: their barrier; x: the way's x, x_bar: its barriers, those of free places free_at
+   behind those of full ones. src: the second chunk. */
+template <int FORM, int STEP>
+__device__ __forceinline__ void moqk_wide_chunks(const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t at, uint32_t bar, uint32_t x,
+                                                 uint32_t x_bar, const float2 *scales, const uint16_t *zeros, int shift, float (&acc)[2][4])
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int lane = threadIdx.x, row = FORM <= MOQK_MXFP4 ? lane >> 2 : lane & 7; /* of eight of x */
+    const uint32_t free_at = 8 * (uint32_t)(cut.ways * cut.places), x_end = x_bar + 8 * (uint32_t)cut.places;
+    uint32_t x_full = x_bar, x_parity = 0, before = 0, z[2] = {0, 0};
+    uint32_t from[2] = {x + (uint32_t)(row * 128 + (((FORM <= MOQK_MXFP4 ? (lane & 3) * 2 : lane >> 3) ^ row) << 4))};
+    moqk_run_factors<FORM, STEP> h;
+    if (FORM == MOQK_FAST_U4 && STEP == 0) {
+        const uint32_t both = __ldg(zeros);
+#pragma unroll
+        for (int i = 0; i < 2; i++) z[i] = moqk_run_zero(both >> (8 * i) & 255);
+    }
+    h.load(scales, zeros, c0, shift);
+#pragma unroll
+    for (int i = 0; i < 8; i++) acc[i >> 2][i & 3] = 0;
+#pragma unroll 1
+    for (int32_t c = 0; c < n; c++) {
+        uint4 w[4];
+        uint2 bytes = make_uint2(0, 0);
+        moqk_barrier_wait(x_full, x_parity); /* first, so that weights that are needed later do not delay it */
+        moqk_barrier_wait(bar, (uint32_t)c & 1);
+        if (FORM <= MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
+        moqk_run_factors<FORM, STEP> next;
+        next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
+        moqk_end_reads(); /* those of x of the chunk before, too */
+        __syncwarp();
+        if (c + 1 >= n) moqk_dependents_may_start();
+        if (moqk_elected()) {
+            if (c > 0) moqk_barrier_arrive(before + free_at);
+            if (c + 1 < n) {
+                moqk_barrier_expect(bar, BYTES);
+                moqk_bulk_stream(at, src, BYTES, bar);
+            }
+        }
+        src += BYTES;
+        from[1] = from[0] + 1024;
+        moqk_run_chunk<FORM, STEP, 2, MOQK_RUN_SWIZZLED>(w, bytes, h, from, z, acc);
+        h = next;
+        before = x_full;
+        x_full += 8;
+        from[0] += MOQK_WIDE_X;
+        if (x_full == x_end) {
+            x_full = x_bar;
+            x_parity ^= 1;
+            from[0] -= (uint32_t)cut.places * MOQK_WIDE_X;
+        }
+    }
+}
+
+/* A box of a tensor from column x, row y on into shared memory. */
+__device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+#endif
+}
+
+/* x of all ways, chunk by chunk as places get free. One thread. */
+__device__ __forceinline__ void moqk_wide_x(const moqk_run &cut, const CUtensorMap *map, uint32_t x, uint32_t bars)
+{
+    const int32_t first = (int32_t)blockIdx.x * cut.ways, places = cut.places;
+    moqk_wait_for_before();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory"); /* x was written by ordinary stores */
+#endif
+    for (int32_t c = 0, place = 0, turn = 0; c < cut.each + (cut.more > 0); c++) {
+        for (int32_t way = 0; way < cut.ways; way++) {
+            const int32_t at = moqk_run_first(cut, first + way) + c, slot = way * places + place;
+            if (at >= moqk_run_first(cut, first + way + 1)) break; /* those behind are no longer */
+            const uint32_t full = bars + 8 * (uint32_t)slot, to = x + (uint32_t)slot * MOQK_WIDE_X;
+            if (turn > 0) moqk_barrier_wait(full + 8 * (uint32_t)(cut.ways * places), (uint32_t)(turn - 1) & 1);
+            moqk_barrier_expect(full, MOQK_WIDE_X);
+            for (int b = 0; b < 4; b++) moqk_copy_box(to + b * 2048, map, at * 256 + b * 64, 0, full);
+        }
+        if (++place == places) {
+            place = 0;
+            turn++;
+        }
+    }
+}
+
+/* The same as moqk_decode_run, with x in such places. Threads: 32; the row tiles of all ways, then the warp that asks. */
+template <int FORM, int STEP, int KIND>
+__global__ void __launch_bounds__(MOQK_WIDE_WARPS * 32 + 32, 1) moqk_decode_wide(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut,
+                                                                                 const __grid_constant__ CUtensorMap map)
+{
+    extern __shared__ __align__(1024) uint8_t wide_shared[];
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int lane = threadIdx.x, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
+    const int32_t warp = threadIdx.y, way = (int32_t)((uint32_t)warp * cut.tiles_magic >> 16), local = warp - way * cut.tiles;
+    const int32_t live = way < cut.ways, rank = blockIdx.x, slot = rank * cut.ways + way;
+    const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(wide_shared), places = cut.ways * cut.places;
+    const uint32_t codes = base + places * MOQK_WIDE_X + (uint32_t)warp * BYTES, x_bars = base + cut.bars_at;
+    const uint32_t bar = x_bars + (places * 2 + (uint32_t)warp) * 8, sum_bar = base + cut.sums_at - 8;
+    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
+    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
+    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
+    const moqk_run_part &p = cut.part[part];
+    const int32_t tile_count = (p.rows + 15) >> 4, first_tile = group * (cut.tiles >> pairs);
+    const int32_t tile = min(first_tile + (local >> pairs), tile_count - 1); /* one that is not there repeats the last */
+    const uint8_t *src = p.packed + ((int64_t)tile * cut.chunks + c0) * BYTES;
+    if (live && lane == 0) moqk_barrier_init(bar, 1);
+    if (!live) {
+        for (uint32_t i = lane; i < 2 * places; i += 32) moqk_barrier_init(x_bars + 8 * i, i < places ? 1 : (uint32_t)cut.tiles);
+        if (lane == 0) moqk_barrier_init(sum_bar, 1);
+    }
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    __syncwarp();
+    if (live && lane == 0) { /* the first weights, before x is known to be there */
+        moqk_barrier_expect(bar, BYTES);
+        moqk_bulk_stream(codes, src, BYTES, bar);
+    }
+    if (!live && lane == 0)
+        moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * 2) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
+    __syncthreads();
+    if (cut.blocks > 1) moqk_cluster_arrive(1);
+    float acc[2][4];
+    if (!live) {
+        moqk_dependents_may_start();
+        if (lane == 0) moqk_wide_x(cut, &map, base, x_bars);
+        __syncwarp();
+    } else {
+        const int64_t scales_at = (int64_t)tile_count * cut.chunks * BYTES, scale = (int64_t)tile * p.groups * 8 + (lane >> 2);
+        const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
+        const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
+        const uint32_t mine = (uint32_t)(way * cut.places);
+        moqk_wide_chunks<FORM, STEP>(cut, c0, n, src + BYTES, codes, bar, base + mine * MOQK_WIDE_X, x_bars + 8 * mine, scales, zeros, p.shift, acc);
+    }
+    if (cut.blocks > 1) moqk_cluster_wait();
+    float4 *sums = (float4 *)(void *)(wide_shared + cut.sums_at);
+    if (live) {
+        int32_t owner = 0, here = local;
+        for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
+        const int32_t to = (slot * cut.tiles_own + here) * 64 + lane;
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            if (cut.blocks > 1) moqk_run_give(base + cut.sums_at + (uint32_t)(to + b * 32) * 16, acc[b], sum_bar, (uint32_t)owner);
+            else sums[to + b * 32] = make_float4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
+        }
+    }
+    if (cut.blocks > 1) moqk_barrier_wait(sum_bar, 0);
+    else __syncthreads();
+    if (!live) return;
+    moqk_wait_for_before(); /* long since: what `into` holds */
+    const moqk_run_part &q = cut.part[pairs ? 0 : part]; /* the part whose rows the block adds up */
+    const int32_t first = (first_tile + rank * (cut.tiles_own >> pairs)) * 16;
+    const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
+    moqk_run_end<FORM, STEP, 2, KIND>(a, cut, q, sums, warp, first, last);
 }
 
 /* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
@@ -4291,13 +4463,6 @@ __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, 
         for (int token = thread >> 4; token < tokens; token += 8)
             moqk_put_rows(a, b, q, o, first + token, *(const float4 *)(room + token * 68 + (thread & 15) * 4));
     }
-}
-
-/* A box of a tensor from column x, row y on into shared memory. */
-__device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
-{
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
 
 /* The ring: stage of the next tile of x, its round. */
@@ -6081,6 +6246,17 @@ static void moqc_launch_ring(const moqc_job *j, int form, int step, const moqk_r
 
 /* ---- the launches of >>cuda-runs ---- */
 
+/* The first rows of x of a call, BF16 in rows of whole 16 bytes, in boxes of 64 columns and `tokens` rows with the swizzle that wgmma reads. 0: the driver
+   refuses. */
+static int moqc_map_rows(const moqc_ctx *c, const moqk_call *call, int32_t rows, int32_t cols, int32_t tokens, CUtensorMap *map)
+{
+    static const cuuint32_t one[2] = {1, 1};
+    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, pitch[1] = {(cuuint64_t)call->ldx * 2};
+    const cuuint32_t box[2] = {64, (cuuint32_t)tokens};
+    return c->encode_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)call->x, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 typedef void (*moqc_run_kernel)(const moqk_call, const moqk_run);
 
 template <int FORM, int STEP, int NB, int WARPS> static moqc_run_kernel moqc_run_joined_or_not(int kind)
@@ -6095,6 +6271,21 @@ template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(const moqk_run
     if (u->columns <= 8) return moqc_run_joined_or_not<FORM, STEP, 1, MOQK_RUN_MOST>(kind);
     if (u->tiles * u->ways > MOQK_RUN_FEW) return moqc_run_joined_or_not<FORM, STEP, 2, MOQK_RUN_MOST>(kind);
     return moqc_run_joined_or_not<FORM, STEP, 2, MOQK_RUN_FEW>(kind);
+}
+
+typedef void (*moqc_wide_kernel)(const moqk_call, const moqk_run, const CUtensorMap);
+
+template <int FORM, int STEP> static moqc_wide_kernel moqc_wide_for(int kind)
+{
+    return kind ? moqk_decode_wide<FORM, STEP, MOQK_RUN_JOINED> : moqk_decode_wide<FORM, STEP, MOQK_RUN_PLAIN>;
+}
+
+static moqc_wide_kernel moqc_wide_find(int form, int step, int kind)
+{
+    if (form == MOQK_NVFP4) return moqc_wide_for<MOQK_NVFP4, 0>(kind);
+    if (form == MOQK_MXFP4) return moqc_wide_for<MOQK_MXFP4, 0>(kind);
+    if (step == 0) return moqc_wide_for<MOQK_FAST_U4, 0>(kind);
+    return step == 32 ? moqc_wide_for<MOQK_FAST_U4, 32>(kind) : moqc_wide_for<MOQK_FAST_U4, 64>(kind);
 }
 
 static moqc_run_kernel moqc_run_find(int form, int step, const moqk_run *u, int kind)
@@ -6124,6 +6315,26 @@ static int moqc_run_parts(const moqc_job *j, int form, int step, moqk_run *u)
         u->cols = p->cols;
     }
     return u->parts > 0;
+}
+
+/* Likewise of moqk_decode_wide, with its places. */
+static int64_t moqc_wide_fill_in(moqk_run *u, int form)
+{
+    const int32_t slots = u->blocks * u->ways, warps = u->tiles * u->ways;
+    u->tiles_magic = 65536 / (uint32_t)u->tiles + 1;
+    if (slots > u->chunks || warps > MOQK_WIDE_WARPS) return 0;
+    u->each = u->chunks / slots;
+    u->more = u->chunks % slots;
+    u->places = (int32_t)moqc_min(2, u->each + (u->more > 0)); /* more would delay what is needed first */
+    u->tiles_own = (int32_t)moqk_ceil(u->tiles, u->blocks);
+    if (u->pairs && (u->tiles % 2 || u->tiles_own % 2)) return 0;
+    u->own = u->tiles_own * 16 >> u->pairs;
+    u->share = u->ahead = 0;
+    int64_t at = (int64_t)u->ways * u->places * MOQK_WIDE_X + (int64_t)warps * moqk_chunk_bytes(form);
+    u->bars_at = (uint32_t)at;
+    at += moqk_pad(8 * (2 * u->ways * u->places + warps + 1), 128);
+    u->sums_at = (uint32_t)at;
+    return at + (int64_t)slots * u->tiles_own * 1024;
 }
 
 /* The rest of a cut whose tiles, ways, blocks and stages are chosen. Bytes of shared memory; 0: it cannot be. */
@@ -6177,11 +6388,27 @@ static int64_t moqc_run_groups(moqk_run *u)
     return groups;
 }
 
-/* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
-static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, moqk_run *best)
+/* The cheapest cut of u's kernel. Bytes of shared memory; 0: x is too large. */
+static int64_t moqc_run_search(const moqc_job *j, int form, moqk_run *u, moqk_run *best)
 {
     int64_t bytes_of_best = 0;
     double least = 1e30;
+    for (u->blocks = 1; u->blocks <= 2 || (u->blocks == 4 && !u->wide && least == 1e30); u->blocks *= 2)
+        for (u->tiles = 1; u->tiles <= 28; u->tiles++)
+            for (u->ways = 1; u->tiles * u->ways <= MOQK_RUN_ALL; u->ways++) {
+                const int64_t bytes = u->wide ? moqc_wide_fill_in(u, form) : moqc_run_fill_in(u, form);
+                if (bytes == 0 || bytes > j->c->most_shared) continue;
+                const int64_t groups = moqc_run_groups(u);
+                u->share = !u->wide && u->bulk && u->blocks == 1 && u->rows >= 4;
+                const double cost = moqc_run_cost(j->c, u, moqk_pad(groups, 1 + u->share), u->wide ? j->c->most_shared : bytes);
+                if (cost < least) { least = cost; bytes_of_best = bytes; *best = *u; }
+            }
+    return bytes_of_best;
+}
+
+/* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
+static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, moqk_run *best)
+{
     moqk_run u;
     memset(&u, 0, sizeof u);
     if (!moqc_run_parts(j, form, step, &u)) return 0;
@@ -6191,16 +6418,12 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
     u.chunks = (int32_t)moqk_ceil(u.cols, 256);
     u.bulk = j->call.x_bf16 && u.cols % 256 == 0 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
     u.stages = 1;
-    for (u.blocks = 1; u.blocks <= 2 || (u.blocks == 4 && least == 1e30); u.blocks *= 2)
-        for (u.tiles = 1; u.tiles <= 28; u.tiles++)
-            for (u.ways = 1; u.tiles * u.ways <= MOQK_RUN_ALL; u.ways++) {
-                const int64_t bytes = moqc_run_fill_in(&u, form);
-                if (bytes == 0 || bytes > j->c->most_shared) continue;
-                const int64_t groups = moqc_run_groups(&u);
-                u.share = u.bulk && u.blocks == 1 && u.rows >= 4;
-                const double cost = moqc_run_cost(j->c, &u, moqk_pad(groups, 1 + u.share), bytes);
-                if (cost < least) { least = cost; bytes_of_best = bytes; *best = u; }
-            }
+    int64_t bytes_of_best = moqc_run_search(j, form, &u, best);
+    if (columns > 8 && u.bulk && j->c->encode_map) { /* little room beside x, or short runs */
+        u.wide = bytes_of_best == 0 || best->blocks == 4 || best->tiles * best->ways < 12 || best->each < MOQK_RUN_PHASES;
+        const int64_t bytes = u.wide ? moqc_run_search(j, form, &u, best) : 0;
+        if (bytes > 0) bytes_of_best = bytes;
+    }
     /* Little work: fewer warps; few warps: more under way, but where the kernel's code has one stage. */
     if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) {
         const int little = best->each == 2 && best->ways % 4 == 0;
@@ -6235,7 +6458,10 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     u->eager = MOQK_RUN_ALL;
     if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
     const int kind = u->norm ? MOQK_RUN_NORM : u->pairs || u->into || u->mid ? MOQK_RUN_JOINED : MOQK_RUN_PLAIN;
-    const moqc_run_kernel kernel = moqc_run_find(form, step, u, kind);
+    const moqc_run_kernel kernel = u->wide ? NULL : moqc_run_find(form, step, u, kind);
+    const moqc_wide_kernel wide = u->wide ? moqc_wide_find(form, step, kind) : NULL;
+    const void *code = u->wide ? (const void *)wide : (const void *)kernel;
+    CUtensorMap map;
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
     memset(with, 0, sizeof with);
@@ -6246,14 +6472,17 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     with[1].val.clusterDim.y = 1 + (unsigned)u->share;
     with[1].val.clusterDim.z = 1;
     how.gridDim = dim3((unsigned)u->blocks, (unsigned)moqk_pad(u->part[u->parts - 1].end, 1 + u->share)); /* one that is too many repeats rows */
-    how.blockDim = dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
+    how.blockDim = u->wide ? dim3(32, (unsigned)(u->tiles * u->ways + 1)) : dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
     how.dynamicSmemBytes = (size_t)bytes;
     how.stream = j->c->stream;
     how.attrs = with;
     how.numAttrs = u->blocks > 1 || u->share ? 2 : 1;
-    cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
-    if (j->c->capturing) moqc_all_shared(j->c, (const void *)kernel);
-    if (moqc_ok(j->c, e, "cudaFuncSetAttribute")) moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
+    cudaError_t e = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
+    if (j->c->capturing) moqc_all_shared(j->c, code);
+    if (e == cudaSuccess && u->wide && !moqc_map_rows(j->c, &j->call, u->rows, u->cols, 16, &map)) e = cudaErrorInvalidValue;
+    if (!moqc_ok(j->c, e, "cudaFuncSetAttribute")) return;
+    if (u->wide) moqc_ok(j->c, cudaLaunchKernelEx(&how, wide, j->call, *u, map), "decode-run");
+    else moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
 
 /* One launch for parts of one form; others of the same call find nothing to do in it. */
@@ -6521,20 +6750,12 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
 
-/* x of the call as the copy engine reads it, or 0: it cannot. BF16, rows of whole 16 bytes; `tokens` of a tile. */
+/* x of the call as the copy engine reads it, or 0: it cannot. `tokens` of a tile. */
 static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
 {
-    static const cuuint32_t one[2] = {1, 1};
-    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)call->all}, pitch[1] = {(cuuint64_t)call->ldx * 2};
     if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0) return 0;
     const int32_t most = moqk_box_tokens(tokens), rest = call->m % most;
-    for (int i = 0; i < 2; i++) {
-        const cuuint32_t box[2] = {64, (cuuint32_t)(i && rest ? rest : most)};
-        if (c->encode_map(i ? &maps->part : &maps->whole, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)call->x, size, pitch, box, one,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
-    }
-    return 1;
+    return moqc_map_rows(c, call, call->all, cols, most, &maps->whole) && moqc_map_rows(c, call, call->all, cols, rest ? rest : most, &maps->part);
 }
 
 /* y of the call likewise, for tiles of `tokens`. */
