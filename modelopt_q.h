@@ -811,7 +811,7 @@ typedef struct moq_moe {
 /* Which sequence and position each row of a step belongs to. The arrays live in the backend's memory. */
 typedef struct moq_batch {
     int32_t rows;
-    int32_t max_pos;     /* largest value in pos, known to the host */
+    int32_t max_pos;     /* no value in pos is larger, in no replay of a recording either; known to the host */
     const int32_t *slot; /* [rows] sequence of the KV cache */
     const int32_t *pos;  /* [rows] position in that sequence */
 } moq_batch;

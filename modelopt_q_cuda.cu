@@ -8,7 +8,7 @@
        ...
        moq_backend_destroy(desc.backend);
 
-   Needs the CUDA Toolkit 12 or later and a GPU of compute capability 8.0 or higher. The implementation part of modelopt_q.h
+   Needs the CUDA Toolkit 12.1 or later and a GPU of compute capability 8.0 or higher. The implementation part of modelopt_q.h
    lies in one of the program's other files, as always. Do not compile with -use_fast_math: rounding as stored needs exact divisions.
 
    What a caller sees is struct moq_backend of modelopt_q.h, and the CPU filling of that table is the definition of right and wrong.
@@ -4017,7 +4017,7 @@ template <int TOKENS, int N, typename T> __device__ __forceinline__ void moqk_la
             room[(8 * j + 2 * (lane & 3) + (i & 1)) * 68 + warp * 16 + (lane >> 2) + 8 * (i >> 1)] = (float)d[from * (TOKENS / 2) + j * 4 + i];
 }
 
-/* y = sums * scales + bias. `room`: the warpgroup's [32 tokens][68] floats of shared memory. */
+/* y = sums * scales + bias. `room`: the warpgroup's [32 tokens, or 16][68] floats of shared memory. */
 template <int FORM, int GROUPED, int BM, typename T>
 __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread, float *room,
                             const T (&d)[BM / 2])
@@ -6479,9 +6479,9 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     how.numAttrs = u->blocks > 1 || u->share ? 2 : 1;
     cudaError_t e = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
     if (j->c->capturing) moqc_all_shared(j->c, code);
-    if (e == cudaSuccess && u->wide && !moqc_map_rows(j->c, &j->call, u->rows, u->cols, 16, &map)) e = cudaErrorInvalidValue;
     if (!moqc_ok(j->c, e, "cudaFuncSetAttribute")) return;
-    if (u->wide) moqc_ok(j->c, cudaLaunchKernelEx(&how, wide, j->call, *u, map), "decode-run");
+    if (u->wide && !moqc_map_rows(j->c, &j->call, u->rows, u->cols, 16, &map)) moqc_ok(j->c, cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
+    else if (u->wide) moqc_ok(j->c, cudaLaunchKernelEx(&how, wide, j->call, *u, map), "decode-run");
     else moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
 
@@ -8527,6 +8527,11 @@ enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8 };
 
 /* Registers of a thread: a block of 12 warps of >>cuda-runs lies beside one of attention on a multiprocessor, so that neither waits for the other's end. */
 enum { MOQK_STREAM_REGISTERS = 160 };
+#if CUDART_VERSION >= 12040
+#define MOQK_STREAM_BOUNDS __maxnreg__(MOQK_STREAM_REGISTERS)
+#else
+#define MOQK_STREAM_BOUNDS __launch_bounds__(MOQK_STREAM_WARPS * 32, 1)
+#endif
 
 /* Bytes of a position; of a step; steps of a warp's ring at most. */
 __host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { return dim * moqk_kv_bits(kind) / 8; }
@@ -8813,6 +8818,7 @@ __device__ __forceinline__ void moqk_enter_own(const moqk_attend_args &a, int32_
         const float *bias = to.bias ? to.bias + (int64_t)kv_head * DIM : NULL;
         if (warp == (i ? v : k)) moqk_stream_pack<KIND, DIM>(mine + i * DIM, to.scale[kv_head], bias, own + i * ROW, to.codes + at * ROW, lane);
     }
+    __syncwarp();
     if (warp != reader) asm volatile("bar.arrive 1, %0;" :: "r"(moqk_enter_meeting(count, warps, reader)) : "memory");
 }
 
@@ -8960,7 +8966,7 @@ template <int KIND, int DIM> struct moqk_stream_feed {
 
 /* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next ones on their way. Lane
    (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
-template <int KIND, int DIM> __global__ void __maxnreg__(MOQK_STREAM_REGISTERS) moqk_attend_stream(moqk_attend_args a)
+template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stream(moqk_attend_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
     __shared__ float bias[8];
@@ -9521,7 +9527,7 @@ static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
         while ((int64_t)a->splits << a->shift < quads) a->shift++;
         join = (a->splits << a->shift) * 24;
     }
-    const int64_t steps = moqk_ceil(moqk_ceil(length, a->splits), warps * MOQK_STREAM_KEYS);
+    const int64_t steps = moqk_ceil(moqk_ceil(length, a->splits), warps * MOQK_STREAM_KEYS); /* a row beyond `length` would overrun shorter rings */
     a->places = (int32_t)moqc_max(2, moqc_min(steps, moqk_stream_stages(kind, dim)));
     while (warps > 1 && warps * a->places * step + moqk_stream_room(dim) + join > c->most_shared - 3072) {
         warps /= 2;
@@ -10340,6 +10346,7 @@ template <uint32_t BYTES> __device__ __forceinline__ void moqk_few_lay_out(const
     const int32_t thread = lister * 32 + (int32_t)threadIdx.x;
     if (lister >= 0) {
         for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 16; i += MOQK_FEW_LISTERS * 32) sums[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        __syncwarp();
         if (a.team) moqk_cluster_arrive(0);
         moqk_few_list<1>(a, a.routing.top_k, BYTES, thread, MOQK_FEW_LISTERS * 32, list);
     } else if (a.team) moqk_cluster_arrive(1);
