@@ -4156,7 +4156,7 @@ __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped
 template <int FORM, int GROUPED> struct moqk_operands {
     static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS;
     /* U4 whose scales bring it up: the low 8 bits of a BF16 are an integer times 2^-133, so codes of row g are so, those of row g + 8 (bits 7..4) times
-       2^-129; both leave as value * 2^-32. Scales are below 2^26. */
+       2^-129; both leave as value * 2^-45. Scales between 2^-81 and 2^39 lose nothing. */
     static constexpr int LINEAR = GROUPED == 1 && FORM == MOQK_FAST_U4;
     float2 scale[2];           /* of the block that was fetched last, 32 columns each */
     uint32_t zero[2];
@@ -4189,7 +4189,7 @@ template <int FORM, int GROUPED> struct moqk_operands {
             }
             if (GROUPED == 1 && (i == 0 || (i == 2 && shift < 6))) {
                 const float up = FORM == MOQK_FAST_E4M3 ? 1298074214633706907132624082305024.0f : /* 2^110: E4M3 decodes as value * 2^-120 */
-                                 FORM == MOQK_FAST_U4 ? 2535301200456458802993406410752.0f : 1.0f, more = LINEAR ? up / 16 : up; /* 2^101 */
+                                 FORM == MOQK_FAST_U4 ? 309485009821345068724781056.0f : 1.0f, more = LINEAR ? up / 16 : up; /* 2^88 */
                 s[0] = moqk_pack(scale[i / 2].x * up, scale[i / 2].x * up);
                 s[1] = moqk_pack(scale[i / 2].y * more, scale[i / 2].y * more);
             }
@@ -6857,7 +6857,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.whole = u.whole;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
-    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 4294967296.0f : 1) : moqc_form_fix(form);
+    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 35184372088832.0f : 1) : moqc_form_fix(form); /* U4: 2^45 */
     moqk_maps maps;
     memset(&maps, 0, sizeof maps);
     const float up = form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
