@@ -54,6 +54,10 @@
        >>cuda-ssm        state-space mixers; copies of heads
        >>cuda-backend    graphs, the function table, creation
 */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "modelopt_q_cuda.cu needs compute capability 8.0 or higher: compile with -arch=sm_80 or later (-arch=native finds no GPU on this machine, or an older one)"
+#endif
+
 #include "modelopt_q.h"
 
 #include <cuda.h> /* types: no function of the driver is linked */

@@ -6216,7 +6216,7 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
 
 /* ---- misspelled keys ---- */
 
-/* One letter too many, too few, wrong, or changed places with the next. */
+/* One letter too many, too few, wrong, or moved. */
 static int llmi_is_slip(const char *a, const char *b)
 {
     size_t n = strlen(a), m = strlen(b), least = n < m ? n : m, front = 0, back = 0;
@@ -6224,7 +6224,10 @@ static int llmi_is_slip(const char *a, const char *b)
     while (back < least - front && a[n - 1 - back] == b[m - 1 - back]) back++;
     n -= front + back;
     m -= front + back;
-    return (n <= 1 && m <= 1) || (n == 2 && m == 2 && a[front] == b[front + 1] && a[front + 1] == b[front]);
+    a += front;
+    b += front;
+    if (n <= 1 || n != m) return n <= 1 && m <= 1;
+    return (a[0] == b[n - 1] && memcmp(a + 1, b, n - 1) == 0) || (b[0] == a[n - 1] && memcmp(b + 1, a, n - 1) == 0);
 }
 
 /* Keys that configurations do have and that look like others: of other families, or of this one where it does not ask for them. Token ids

@@ -430,6 +430,8 @@ static void test_llm_misspelled_keys(void)
 {
     static const struct { const char *more, *found; } cases[] = {
         {"\"rope_teta\": 10000", "config.json: rope_teta: nothing reads this key; is rope_theta meant?"},
+        {"\"rope_tetha\": 10000", "config.json: rope_tetha: nothing reads this key; is rope_theta meant?"},
+        {"\"rope_htteta\": 10000", NULL},
         {"\"num_key_value_head\": 2", "num_key_value_head: nothing reads this key; is num_key_value_heads meant?"},
         {"\"rms_norm_epss\": 1e-5", "rms_norm_epss: nothing reads this key; is rms_norm_eps meant?"},
         {"\"haed_dim\": 32", "haed_dim: nothing reads this key; is head_dim meant?"},

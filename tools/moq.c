@@ -216,6 +216,7 @@ static void catch_interrupt(void)
     memset(&action, 0, sizeof action);
     action.sa_handler = on_interrupt;
     stop_requested = end_requested;
+    signal(SIGXFSZ, SIG_IGN); /* a file that `ulimit -f` does not allow is an error of the write, told and cleaned up */
     for (int i = 0; i < COUNT(signals); i++)
         if (signals[i] == SIGINT || sigaction(signals[i], NULL, &old) != 0 || old.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
 }
@@ -642,6 +643,8 @@ static int open_cuda(const options *o, moq_backend **out)
     return 0;
 }
 
+static const char *kernel_of(const char *kernel) { return kernel ? kernel : getenv("MOQ_KERNEL"); } /* so that a whole script can be run with others */
+
 static int open_backend(const options *o, const char *kernel, moq_backend **out)
 {
     moq_cpu_desc desc;
@@ -650,11 +653,21 @@ static int open_backend(const options *o, const char *kernel, moq_backend **out)
     if (bad || *out) return bad;
     memset(&desc, 0, sizeof desc);
     desc.threads = (int32_t)o->threads;
-    desc.kernel = kernel ? kernel : getenv("MOQ_KERNEL"); /* so that a whole script can be run with other kernels */
+    desc.kernel = kernel_of(kernel);
     bad = parse_act(o->act, &desc.act);
     if (bad) return bad;
     *out = moq_cpu_backend(&desc, &err);
     return *out ? 0 : refuse_error(NULL, &err);
+}
+
+/* What an engine computes on. The CPU's backend is its own, whose scratch it counts; be: another one. */
+static int choose_backend(const options *o, moq_backend *be, llm_desc *desc)
+{
+    desc->backend = be;
+    if (be) return 0;
+    desc->threads = (int32_t)o->threads;
+    desc->kernel = kernel_of(o->kernel);
+    return parse_act(o->act, &desc->act);
 }
 
 /* quiet: what opening would log comes as findings of moq_verify. most: of bytes that quantizing while loading may take, or 0. */
@@ -701,10 +714,10 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     if (o->max_memory && !parse_bytes("max-memory", o->max_memory, &desc.max_memory)) return 2;
     e->ck = open_folder(path, 0, path == o->args[0] ? o->quantize : NULL, desc.max_memory, &err);
     if (!e->ck) return refuse_error(path, &err);
-    bad = open_backend(o, o->kernel, &e->be);
+    bad = open_cuda(o, &e->be);
+    if (!bad) bad = choose_backend(o, e->be, &desc);
     if (bad) { close_engine(e); return bad; }
     desc.checkpoint = e->ck;
-    desc.backend = e->be;
     desc.kv = o->kv;
     desc.head = o->head;
     desc.context = (int32_t)(o->context ? o->context : context);
@@ -1408,7 +1421,7 @@ static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *
     d.kv = o->kv;
     d.head = o->head;
     d.chunk = (int32_t)o->chunk;
-    d.backend = be; /* as verb_run does it, so that both say the same */
+    if (choose_backend(o, strcmp(be->name, "cpu") == 0 ? NULL : be, &d)) return 0; /* as open_engine does it, so that both say the same */
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
     t->planned = llm_plan(&d, &t->memory, &t->refusal) == MOQ_OK;
