@@ -15990,7 +15990,7 @@ static void moqi_amx_product(moqi_amx_block *k, int64_t r, int64_t j, int64_t at
     const float *ny = k->y + j * k->ldy + k->first + r;
     xa += at16 * sa;
     xb += at16 * sb;
-    if (first == 0) __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
+    if (first == 0) __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
     else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"(ldc) : "memory");
     if (k->unit == 2 && two) { MOQI_AMX_PRODUCTS2("tdpbf16ps") }
     else if (k->unit == 2) { MOQI_AMX_PRODUCTS1("tdpbf16ps") }
@@ -16254,7 +16254,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
     MOQI_UNROLL
     for (int r = 0; r < 4; r++) {
         const uint8_t *codes = d->codes + moqi_min(r, last) * d->row_bytes;
-        __m512i v = d->left >= 128 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((moqi_max(0, d->left) + 1) / 2)) - 1, codes), h[4];
+        __m512i v = d->left >= 127 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((moqi_max(0, d->left) + 1) / 2)) - 1, codes), h[4];
         const __m512i f = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(d->scales + 32 * r))), group);
         h[2] = _mm512_permutexvar_epi8(v, values);
         h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);

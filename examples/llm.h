@@ -13953,8 +13953,11 @@ LLM_API moq_result llm_plan(const llm_desc *desc, llm_memory *out, moq_error *er
 /* llm_open's own question. */
 static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
 {
+    llm_desc d = *desc;
     llm_memory p;
-    moq_result r = llm_plan(desc, &p, err);
+    moq_result r;
+    d.log = NULL; /* opening tells it */
+    r = llm_plan(&d, &p, err);
     if (r < 0 || p.total_bytes <= desc->max_memory) return r;
     return moq_fail(err, MOQ_E_LIMIT, "llm_desc.max_memory",
                     "%llu bytes are allowed, %llu are needed: %llu mapped weights, %llu repacked, %llu cache (%d slot%s of %d tokens), %llu run state, "

@@ -376,6 +376,8 @@ check "once" lines err 1
 run run "$dir/other" --prompt x --max-tokens 1
 check "by run" err "is rms_norm_eps meant"
 check "run: once" lines err 1
+run run "$dir/other" --prompt x --max-tokens 1 --max-memory 8G
+check "run with a limit: once" lines err 1
 run inspect "$dir/other"
 check "by inspect" err "is rms_norm_eps meant"
 check "inspect: once" lines err 1

@@ -283,10 +283,10 @@ static void test_backend_automatic(void)
    is no number, which no other row may see. */
 static void strip_rows(moq_backend *be, const char *name)
 {
-    static const int cols[] = {4240, 144, 4240, 288, 96}, rows[] = {70, 128, 20, 50, 20};
+    static const int cols[] = {4240, 144, 4240, 288, 96, 624}, rows[] = {70, 128, 20, 50, 20, 200};
     moq_error err;
     int rounded = 0;
-    CHECK(be->reserve(be, 128, &err) == MOQ_OK);
+    CHECK(be->reserve(be, 200, &err) == MOQ_OK);
     for (size_t i = 0; i < MOQI_COUNT(cols); i++) {
         layer l;
         layer_make(&l, &layer_formats[4], 45, cols[i]);
