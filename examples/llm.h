@@ -3888,15 +3888,24 @@ static void llmi_read_neighbours(llmi_reader *rd, const moq_checkpoint *ck)
     llmi_read_known_ends(t);
 }
 
-/* Every id must have a row in the embedding. */
+/* Every id must have a row in the embedding, but those of added special tokens, which no plain text becomes: a tokenizer that is shared with a
+   model for pictures has one for these (Gemma 3 1B). A pass refuses them, and no answer ends with them. */
 static void llmi_check_rows(llmi_reader *rd, const moq_checkpoint *ck)
 {
-    const llm_tokenizer *t = rd->t;
+    llm_tokenizer *t = rd->t;
+    int32_t kept = 0;
     int64_t rows;
     if (rd->code < 0 || !moq_json_int(moq_json_find(moq_get_config(ck), "vocab_size"), &rows) || t->count <= rows) return;
-    rd->code = moq_fail(rd->err, MOQ_E_MISMATCH, LLMI_TOKENIZER,
-                        "token '%q' has the id %d, but config.json has vocab_size %lld; the two are not of one model",
-                        t->tokens[t->count - 1].text ? t->tokens[t->count - 1].text : "", (int)(t->count - 1), (long long)rows);
+    for (int32_t i = t->count - 1; i >= 0 && i >= rows; i--) {
+        const llmi_token *x = &t->tokens[i];
+        if (!x->present || (x->added && x->special)) continue;
+        rd->code = moq_fail(rd->err, MOQ_E_MISMATCH, LLMI_TOKENIZER, "token '%q' has the id %d, but config.json has vocab_size %lld; the two are not of one model",
+                            x->text ? x->text : "", (int)i, (long long)rows);
+        return;
+    }
+    for (int32_t i = 0; i < t->end_count; i++)
+        if (t->ends[i] < rows) t->ends[kept++] = t->ends[i];
+    t->end_count = kept;
 }
 
 /* What to do about a tokenizer that was refused, where the sentence does not say it yet. */

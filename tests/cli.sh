@@ -390,10 +390,21 @@ head -c 20000 "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
 run verify "$dir/other"
 check "verify: half a tokenizer is one" is 1
 check "with its place" out "^$dir/other/tokenizer.json: line [0-9]*, column [0-9]*: .*incomplete"
-sed 's/"id": *2,/"id": 5000,/' "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
+sed 's/: *684,*$/: 5000/' "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
 run verify "$dir/other"
 check "verify: a tokenizer of another model" is 1
 check "is told" out "vocab_size 1024; the two are not of one model"
+added='{"id": 1030, "content": "<picture>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": SPECIAL}'
+sed "s/\"added_tokens\": *\[/&$(echo "$added" | sed 's/SPECIAL/true/'),/" "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
+run verify "$dir/other"
+check "verify: a special token past the embedding is another model's" is 0
+run run "$dir/other" --prompt "hello" --max-tokens 4
+check "and no hindrance" is 0
+run logits "$dir/other" --tokens 3,1030 --out "$dir/never.safetensors"
+check "but cannot be run" refused "token 1030 is outside the vocabulary of 1024"
+sed "s/\"added_tokens\": *\[/&$(echo "$added" | sed 's/SPECIAL/false/'),/" "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
+run verify "$dir/other"
+check "verify: one that plain text becomes is wrong" out "'<picture>' has the id 1030, but config.json has vocab_size 1024"
 cp "$demo/tokenizer.json" "$dir/other/"
 echo '{{ weird(messages) }}' >"$dir/other/chat_template.jinja"
 run verify "$dir/other"

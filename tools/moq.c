@@ -687,8 +687,9 @@ static moq_checkpoint *open_folder(const char *path, int quiet, const char *reci
 typedef struct engine {
     const char *path;
     moq_checkpoint *ck;
-    moq_backend *be;
+    moq_backend *gpu; /* NULL: the CPU */
     llm *m;
+    moq_backend *be; /* what m computes on */
     const llm_info *info;
 } engine;
 
@@ -696,7 +697,7 @@ static void close_engine(engine *e)
 {
     running = NULL;
     llm_close(e->m);
-    moq_backend_destroy(e->be);
+    moq_backend_destroy(e->gpu);
     moq_close(e->ck);
     memset(e, 0, sizeof *e);
 }
@@ -714,8 +715,8 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     if (o->max_memory && !parse_bytes("max-memory", o->max_memory, &desc.max_memory)) return 2;
     e->ck = open_folder(path, 0, path == o->args[0] ? o->quantize : NULL, desc.max_memory, &err);
     if (!e->ck) return refuse_error(path, &err);
-    bad = open_cuda(o, &e->be);
-    if (!bad) bad = choose_backend(o, e->be, &desc);
+    bad = open_cuda(o, &e->gpu);
+    if (!bad) bad = choose_backend(o, e->gpu, &desc);
     if (bad) { close_engine(e); return bad; }
     desc.checkpoint = e->ck;
     desc.kv = o->kv;
@@ -734,6 +735,7 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     if (!(e->m = llm_open(&desc, &err))) bad = refuse_error(path, &err);
     if (bad) { close_engine(e); return bad; }
     e->info = llm_get_info(e->m);
+    e->be = llm_get_backend(e->m);
     running = e->m;
     return 0;
 }
