@@ -14695,9 +14695,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         s.bits = some > 1 && moqi_dot_bits_512(p);
         s.each = 1;
         if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
-        /* every two rows read all of x, which must stay in the first-level cache beside them: it takes 1.5 bytes a column and digit; rows of short
-           streams end too often */
-        s.pairs = s.zen && some == 1 && !s.solid && s.each == 1 && p->layer.cols >= 2048 && p->layer.cols <= 4096 && moqi_dot_pairs[nibbles ? lie + 1 : 0][digits - 1] != NULL;
+        /* every two rows read all of x, which must stay in the first-level cache beside them: it takes 1.5 bytes a column and digit */
+        s.pairs = s.zen && some == 1 && !s.solid && s.each == 1 && p->layer.cols <= 4096 && moqi_dot_pairs[nibbles ? lie + 1 : 0][digits - 1] != NULL;
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
         for (s.slot = 0; s.slot < s.slots; s.slot += most) {
