@@ -14608,7 +14608,7 @@ static void moqi_dot_halves_512(const moqi_dot_pass *pass, int64_t row, int64_t 
     const int64_t bytes = pass->p->row_bytes, some = moqi_max(1, 16 * MOQI_PAGE / bytes);
     for (int64_t r = 0; r < half; r += some) {
         const uint8_t *at = pass->p->codes + (row + r) * bytes;
-        for (int64_t i = r == 0 ? (int64_t)MOQI_PAGE : some * bytes; i < 2 * some * bytes; i += MOQI_PAGE) {
+        for (int64_t i = r == 0 ? MOQI_PAGE : some * bytes; i < 2 * some * bytes; i += MOQI_PAGE) {
             __builtin_prefetch(at + i, 0, 2);
             __builtin_prefetch(at + half * bytes + i, 0, 2);
         }
