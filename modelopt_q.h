@@ -14227,7 +14227,6 @@ typedef struct moqi_dot_pass {
     int solid;            /* moqi_dot_solid_512 */
     int64_t ahead;        /* bytes from codes to those that are asked for; 0: none are */
     int zen;              /* they are wanted in the second-level cache, and there is VBMI */
-    int pairs;            /* moqi_dot_halves_512 shares the rows out */
     int each;             /* so many rows share the block that their last columns do not fill, 2 or 4; else 1 */
     const float *last;    /* x for that block: its last columns `each` times */
 } moqi_dot_pass;
@@ -14330,15 +14329,17 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_lanes_512(__m128i s, __m128i order)
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16((short)0xbfff)));
 }
 
-/* The scales of a whole block for its lanes, as they lie, of groups of 2^shift columns; E4M3 as value / 256. 255 in E8M0 comes out as infinity. bf16: of
-   16 bits, which kind */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int lie, int shift, int bf16, __m512i lane, __m128i order)
+/* The scales of a block for its lanes, as they lie, of which `left` are there; E4M3 as value / 256. 255 in E8M0 comes out as infinity. Loads without a mask
+   where all are there: to make one takes longer. bf16: of 16 bits, which kind */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left, int lie, int bf16, __m512i lane, __m128i order)
 {
+    const int64_t some = lie == MOQI_DOT_E4M3 ? 16 : lie == MOQI_DOT_F32 ? 2 : 8;
     __m128i b;
-    int32_t two;
-    if (lie == MOQI_DOT_E4M3 || (lie == MOQI_DOT_HALF && shift == 5)) b = _mm_loadu_si128((const __m128i *)(const void *)s);
-    else if (lie == MOQI_DOT_HALF && shift == 7) { memcpy(&two, s, sizeof two); b = _mm_cvtsi32_si128(two); }
-    else b = _mm_loadl_epi64((const __m128i *)(const void *)s);
+    if (lie == MOQI_DOT_E4M3 || lie == MOQI_DOT_HALF) {
+        if (left >= some) b = _mm_loadu_si128((const __m128i *)(const void *)s);
+        else b = lie == MOQI_DOT_E4M3 ? _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), s) : _mm_maskz_loadu_epi16((__mmask8)((1 << left) - 1), s);
+    } else if (left >= some) b = _mm_loadl_epi64((const __m128i *)(const void *)s);
+    else b = lie == MOQI_DOT_F32 ? _mm_maskz_loadu_epi32(1, s) : _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), s);
     if (lie == MOQI_DOT_E4M3) return moqi_dot_lanes_512(b, order);
     if (lie == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_castsi128_ps(b)));
     if (lie == MOQI_DOT_HALF) {
@@ -14371,10 +14372,10 @@ MOQI_INLINE MOQI_VNNI __m512 moqi_dot_once_512(const __m512i *v, __m512i table, 
     return _mm512_mul_ps(_mm512_cvtepi32_ps(q[0]), _mm512_loadu_ps(x + 64));
 }
 
-/* The columns of 4 rows that fill no block, less than 64 (128) of them: 4 (2) rows are one block. of: their scales, skip bytes
-   apart, of which `left` are there; a: [4] sums */
-MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const uint8_t *src, int64_t next, const uint8_t *of, int64_t skip, int64_t left,
-                                             int digits, __m512i table, __m128i order, __m512 (*a)[8])
+/* The columns of 4 rows that fill no block, less than 64 (128) of them: 4 (2) rows are one block. of: their scales, of which `left` are there;
+   a: [4] sums */
+MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const uint8_t *src, int64_t next, const uint8_t *const *of, int64_t left, int digits,
+                                             __m512i table, __m128i order, __m512 (*a)[8])
 {
     const int64_t bytes = (pass->p->layer.cols % 256 + 1) / 2;
     const __mmask64 codes = bytes == 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
@@ -14383,8 +14384,8 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
     if (pass->each == 4) {
         __m256i c0 = _mm256_maskz_loadu_epi8((__mmask32)codes, src), c1 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + next);
         __m256i c2 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + 2 * next), c3 = _mm256_maskz_loadu_epi8((__mmask32)codes, src + 3 * next);
-        __m128i s0 = _mm_maskz_loadu_epi8(groups, of), s1 = _mm_maskz_loadu_epi8(groups, of + skip);
-        __m128i s2 = _mm_maskz_loadu_epi8(groups, of + 2 * skip), s3 = _mm_maskz_loadu_epi8(groups, of + 3 * skip);
+        __m128i s0 = _mm_maskz_loadu_epi8(groups, of[0]), s1 = _mm_maskz_loadu_epi8(groups, of[1]);
+        __m128i s2 = _mm_maskz_loadu_epi8(groups, of[2]), s3 = _mm_maskz_loadu_epi8(groups, of[3]);
         moqi_dot_pairs_512(_mm512_inserti64x4(_mm512_castsi256_si512(c0), c1, 1), _mm512_inserti64x4(_mm512_castsi256_si512(c2), c3, 1), v);
         __m512 s = moqi_dot_lanes_512(_mm_unpacklo_epi64(_mm_unpacklo_epi32(s0, s1), _mm_unpacklo_epi32(s2, s3)), order);
         __m512 t = _mm512_mul_ps(moqi_dot_once_512(v, table, pass->last, digits), s);
@@ -14396,7 +14397,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
         return;
     }
     MOQI_UNROLL for (int k = 0; k < 4; k += 2) {
-        __m128i s0 = _mm_maskz_loadu_epi8(groups, of + k * skip), s1 = _mm_maskz_loadu_epi8(groups, of + (k + 1) * skip);
+        __m128i s0 = _mm_maskz_loadu_epi8(groups, of[k]), s1 = _mm_maskz_loadu_epi8(groups, of[k + 1]);
         moqi_dot_pairs_512(_mm512_maskz_loadu_epi8(codes, src + k * next), _mm512_maskz_loadu_epi8(codes, src + (k + 1) * next), v);
         __m512 t = _mm512_mul_ps(moqi_dot_once_512(v, table, pass->last, digits), moqi_dot_lanes_512(_mm_unpacklo_epi64(s0, s1), order));
         a[k][0] = _mm512_mask_add_ps(a[k][0], 0x3333, a[k][0], t);
@@ -14445,10 +14446,8 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     const int bits = rows < 4 && digits == 1 && !solid && pass->bits, convert = solid && pass->end == p->layer.cols;
     const int whole = rows == 2 && slots == 8, sums = solid ? slots : 0, starts = solid || whole ? 0 : slots;
     const float *const first = pass->x + pass->first / 256 * block + MOQI_DOT_WORDS * pass->slot;
-    const uint8_t *const end = moqi_codes_end(p);
-    const int64_t some = 256 >> shift; /* scales of a block */
+    const uint8_t *const end = moqi_codes_end(p), *of[4];
     uint8_t edge[4][256];
-    __m128i rim[4];
     __m512 a[4][8], by[2];
     __m512i q[4][8], v[4][2], w[4], code[2][4];
     int64_t done = 0, pages = rows == 4 && pass->zen && pass->end - pass->first == p->layer.cols ? 0 : INT64_MAX;
@@ -14457,30 +14456,24 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
         const int64_t turn = rows == 1 ? done++ % 4 : 0; /* scales of 4 rows at a time */
         const float *x = first, *scale = pass->scale + turn * pass->lds, *from = pass->first ? acc : pass->begin[pass->slot / digits];
         const int64_t ldf = pass->first ? lda : 16, apart = pass->first ? 16 * step : 0;
-        const uint8_t *of = lie ? p->scales + ((p->scale_first + row) * p->scale_stride + (pass->first >> shift)) * size : NULL;
-        int64_t next = step * p->row_bytes, skip = step * p->scale_stride * size, left = p->groups - (pass->first >> shift);
+        int64_t next = step * p->row_bytes, left = p->groups - (pass->first >> shift);
         if (rows == 4) moqi_stream_pages(src, next, p->row_bytes, &pages);
         if (!lie && !solid && turn == 0) moqi_dot_scales_512(pass, row, rows == 1 ? moqi_min(4, count) : rows, rows == 1 ? 1 : step);
         MOQI_UNROLL for (int r = 0; r < rows; r++) {
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + apart * r);
             MOQI_UNROLL for (int t = 0; t < sums; t++) q[r][t] = _mm512_castps_si512(a[r][t]);
+            of[r] = lie ? p->scales + ((p->scale_first + row + step * r) * p->scale_stride + (pass->first >> shift)) * size : NULL;
         }
-        for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += block, of = lie ? of + some * size : of, left -= some) {
+        for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += block, left -= 256 >> shift) {
             if (end - src < bytes + (rows - 1) * next) {
                 memset(edge, 0, sizeof edge);
                 for (int r = 0; r < rows; r++) memcpy(edge[r], src + r * next, (size_t)moqi_min(bytes, end - src - r * next));
                 src = edge[0];
                 next = 256;
             }
-            if (lie && left < some) {
-                const __mmask16 there = (__mmask16)((1 << left * size) - 1);
-                MOQI_UNROLL for (int r = 0; r < rows; r++) _mm_store_si128(&rim[r], _mm_maskz_loadu_epi8(there, of + r * skip));
-                of = (const uint8_t *)rim;
-                skip = 16;
-            }
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
                 const uint8_t *at = src + r * next;
-                if (ahead) moqi_dot_ask(at + ahead, nibbles ? 2 : 4, perm || pass->zen);
+                if (ahead) moqi_dot_ask(at + ahead, nibbles ? 2 : 4, pass->zen);
                 if (nibbles) moqi_dot_pairs_512(_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), v[r]);
                 MOQI_UNROLL for (int t = 0; t < starts; t++) q[r][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
             }
@@ -14498,14 +14491,17 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
             }
             if (solid) continue;
             if (whole) {
-                MOQI_UNROLL for (int r = 0; r < 2; r++)
-                    by[r] = lie ? moqi_dot_near_512(of + r * skip, lie, shift, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                MOQI_UNROLL for (int r = 0; r < 2; r++) {
+                    by[r] = lie ? moqi_dot_near_512(of[r], left, lie, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                    if (lie) of[r] += (256 >> shift) * size;
+                }
                 moqi_dot_whole_512(x, code, by, a);
                 continue;
             }
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
-                const __m512 s = lie ? moqi_dot_near_512(of + r * skip, lie, shift, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
+                const __m512 s = lie ? moqi_dot_near_512(of[r], left, lie, bf16, lane, order) : _mm512_loadu_ps(scale + r * pass->lds);
                 const __m512 n = _mm512_mul_ps(s, _mm512_set1_ps(12582912.0f));
+                if (lie) of[r] += (256 >> shift) * size;
                 if (bits) {
                     MOQI_UNROLL for (int t = 0; t < slots; t++)
                         a[r][t] = _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(q[r][t]), s, n), _mm512_loadu_ps(x + MOQI_DOT_WORDS * t + 64), a[r][t]);
@@ -14519,7 +14515,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
         }
         if (rows == 4 && lie == MOQI_DOT_E4M3 && stop < pass->end) {
             MOQI_UNROLL for (int r = 0; r < rows; r++) moqi_dot_ask(src + r * next + ahead, 1, pass->zen);
-            moqi_dot_last_512(pass, src, next, of, skip, left, digits, table, order, a);
+            moqi_dot_last_512(pass, src, next, of, left, digits, table, order, a);
         }
         MOQI_UNROLL for (int r = 0; r < rows; r++)
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) {
@@ -14551,8 +14547,6 @@ MOQI_DOT_FOUR(perm_e4m3, 1, MOQI_DOT_E4M3, 1)
 MOQI_DOT_FOUR(perm_e8m0, 1, MOQI_DOT_E8M0, 1)
 MOQI_DOT_FOUR(perm_f32, 1, MOQI_DOT_F32, 1)
 MOQI_DOT_FOUR(perm_half, 1, MOQI_DOT_HALF, 1)
-MOQI_DOT_ROWS(pair_e4m31, 2, 1, 1, 1, MOQI_DOT_E4M3, 0, 1)
-MOQI_DOT_ROWS(pair_e8m01, 2, 1, 1, 1, MOQI_DOT_E8M0, 0, 1)
 MOQI_DOT_TWO(bytes, 0, MOQI_DOT_AFAR, 0)
 MOQI_DOT_TWO(afar, 1, MOQI_DOT_AFAR, 0)
 MOQI_DOT_TWO(e4m3, 1, MOQI_DOT_E4M3, 0)
@@ -14590,9 +14584,6 @@ static const struct { moqi_dot_fn one, four, perm, two[3]; } moqi_dot_fns[6][2] 
     MOQI_DOT_SET(afar, NULL, NULL, perm_f32, f32), MOQI_DOT_SET(afar, NULL, NULL, perm_half, half)
 };
 #undef MOQI_DOT_SET
-/* [bytes, or nibbles by MOQI_DOT_...][digits - 1]: two rows of weights times one row of x on Zen 4. NULL: four at a time are as fast. */
-static const moqi_dot_fn moqi_dot_pairs[6][2] = {{NULL, moqi_dot_two_bytes2_2}, {NULL, NULL}, {moqi_dot_pair_e4m31, NULL}, {moqi_dot_pair_e8m01, NULL},
-                                                 {NULL, NULL}, {NULL, moqi_dot_two_half2_2}};
 static const moqi_dot_fn moqi_dot_solids[4] = {moqi_dot_solid_1, moqi_dot_solid_2, moqi_dot_solid_3, moqi_dot_solid_4};
 /* [AFAR, E4M3][digits - 1] */
 static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_dot_eight_afar2}, {moqi_dot_eight_e4m31, moqi_dot_eight_e4m32}};
@@ -14601,34 +14592,18 @@ static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_do
    few scales gain nothing. */
 static const moqi_dot_fn moqi_dot_wholes[6] = {moqi_dot_whole_bytes, NULL, moqi_dot_whole_e4m3, NULL, NULL, NULL};
 
-/* Some rows of weights, an even number, times one row of x on Zen 4, one of each half of them at a time: its hardware foresees two streams, and reads them
-   better than it can be told of four. Their next pages are looked up every 64 KB, see moqi_stream_pages. */
-static void moqi_dot_halves_512(const moqi_dot_pass *pass, int64_t row, int64_t half, moqi_dot_fn f, float *acc)
-{
-    const int64_t bytes = pass->p->row_bytes, some = moqi_max(1, 16 * MOQI_PAGE / bytes);
-    for (int64_t r = 0; r < half; r += some) {
-        const uint8_t *at = pass->p->codes + (row + r) * bytes;
-        for (int64_t i = r == 0 ? MOQI_PAGE : some * bytes; i < 2 * some * bytes; i += MOQI_PAGE) {
-            __builtin_prefetch(at + i, 0, 2);
-            __builtin_prefetch(at + half * bytes + i, 0, 2);
-        }
-        f(pass, row + r, half, moqi_min(some, half - r), acc + 16 * r);
-    }
-}
-
-/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x (some on Zen 4: two); two with several, one
-   with 8 (Zen 4: two), and four where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
+/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8
+   (Zen 4: two), and four where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
 static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int lie, float *acc)
 {
     const int alone = pass->slots == digits, slot = pass->slot;
     const int kind = pass->p->form == MOQI_CODES_NIBBLES ? lie + 1 : 0;
-    const int64_t rows = pass->pairs ? 2 : pass->solid || alone ? 4 : some == 8 && !pass->zen ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
+    const int64_t rows = pass->solid || alone ? 4 : some == 8 && !pass->zen ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
     const moqi_dot_fn four = pass->zen ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
     const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four :
                           some < 8 ? moqi_dot_fns[kind][digits - 1].two[some - 2] : pass->zen ? moqi_dot_wholes[kind] : moqi_dot_eights[lie][digits - 1];
-    if (pass->pairs) moqi_dot_halves_512(pass, row, step, moqi_dot_pairs[kind][digits - 1], acc);
-    else if (step > 0) f(pass, row, step, step, acc);
+    if (step > 0) f(pass, row, step, step, acc);
     row += pass->rows - rest;
     acc += 16 * (pass->rows - rest);
     if (rest > 0 && pass->each > 1) { four(pass, row, 0, rest, acc); return; } /* one row four times: its last columns are summed as elsewhere */
@@ -14695,8 +14670,6 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         s.bits = some > 1 && moqi_dot_bits_512(p);
         s.each = 1;
         if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
-        /* every two rows read all of x, which must stay in the first-level cache beside them: it takes 1.5 bytes a column and digit */
-        s.pairs = s.zen && some == 1 && !s.solid && s.each == 1 && p->layer.cols <= 4096 && moqi_dot_pairs[nibbles ? lie + 1 : 0][digits - 1] != NULL;
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
         for (s.slot = 0; s.slot < s.slots; s.slot += most) {
@@ -14704,7 +14677,6 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
             s.ahead = piece >= p->layer.cols ? MOQI_STREAM_AHEAD / 2 : moqi_ceil_div(MOQI_STREAM_AHEAD / 2, visit) * p->row_bytes;
             if (s.slot > 0) s.ahead = 0; /* all of the task is near by now */
             if (s.zen && !nibbles && s.slots == 1) s.ahead = 0; /* four streams of bytes that the hardware foresees */
-            if (s.pairs) s.ahead = MOQI_STREAM_AHEAD / 4 / digits; /* and two it foresees for the most part */
             for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
                 s.end = moqi_min(p->layer.cols, s.first + piece);
                 s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
