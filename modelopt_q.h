@@ -11654,7 +11654,7 @@ static int moqi_feeds_words(const moqi_way *way) { return way && way->unit == 2 
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 {
-    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * 64 + 64; /* >>matrix wants tiles of 16 rows on whole pages */
+    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * 64 + 64; /* pairs of columns, and room for what >>matrix puts behind those of 16 rows */
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 

@@ -2815,7 +2815,8 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-runs       1 to 16 rows of x on SM90, 4-bit weights: every warp streams a run of chunks of its own
-   A block keeps its share of x whole in shared memory and room for a chunk or two of each warp, filled by the copy engine: while a warp multiplies
+   A block keeps its share of x whole in shared memory (moqk_decode_wide: two chunks at a time) and room for a chunk or two of each warp, filled by the copy
+   engine: while a warp multiplies
    a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and the kernel after may start
    when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a block and the blocks of a cluster share the columns; the
    sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per launch: codes and scales
@@ -2915,6 +2916,19 @@ template <int FORM> __device__ __forceinline__ void moqk_run_ask(const uint8_t *
     if (lane >= count) return;
     moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
     moqk_bulk_stream(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
+}
+
+/* A warp's row tile: its part, the tiles of that, the block's first one there, its own. */
+typedef struct moqk_run_tile { int32_t part, count, first, tile; } moqk_run_tile;
+
+/* pairs: as in moqk_run; local: which of the block's. */
+__device__ __forceinline__ moqk_run_tile moqk_run_locate(const moqk_run &cut, int pairs, int32_t local)
+{
+    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
+    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
+    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
+    const int32_t count = (cut.part[part].rows + 15) >> 4, first = group * (cut.tiles >> pairs);
+    return {part, count, first, min(first + (local >> pairs), count - 1)}; /* one that is not there repeats the last */
 }
 
 /* First chunk of a run. */
@@ -3468,12 +3482,9 @@ __global__ void __launch_bounds__(MOQK_WIDE_WARPS * 32 + 32, 1) moqk_decode_wide
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(wide_shared), places = cut.ways * cut.places;
     const uint32_t codes = base + places * MOQK_WIDE_X + (uint32_t)warp * BYTES, x_bars = base + cut.bars_at;
     const uint32_t bar = x_bars + (places * 2 + (uint32_t)warp) * 8, sum_bar = base + cut.sums_at - 8;
-    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
-    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
-    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
+    const moqk_run_tile found = moqk_run_locate(cut, pairs, local);
+    const int32_t part = found.part, tile_count = found.count, first_tile = found.first, tile = found.tile;
     const moqk_run_part &p = cut.part[part];
-    const int32_t tile_count = (p.rows + 15) >> 4, first_tile = group * (cut.tiles >> pairs);
-    const int32_t tile = min(first_tile + (local >> pairs), tile_count - 1); /* one that is not there repeats the last */
     const uint8_t *src = p.packed + ((int64_t)tile * cut.chunks + c0) * BYTES;
     if (live && lane == 0) moqk_barrier_init(bar, 1);
     if (!live) {
@@ -3543,12 +3554,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
     const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * stages) * 8;
     const uint32_t sum_bar = base + cut.sums_at - 8; /* the last of the barriers */
-    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
-    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
-    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
+    const moqk_run_tile found = moqk_run_locate(cut, pairs, local);
+    const int32_t part = found.part, tile_count = found.count, first_tile = found.first, tile = found.tile;
     const moqk_run_part &p = cut.part[part];
-    const int32_t tile_count = (p.rows + 15) >> 4, first_tile = group * (cut.tiles >> pairs);
-    const int32_t tile = min(first_tile + (local >> pairs), tile_count - 1); /* one that is not there repeats the last */
     const int64_t tile_bytes = (int64_t)cut.chunks * BYTES, scales_at = tile_count * tile_bytes, scale = (int64_t)tile * p.groups * 8 + g;
     const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
     if (lane < stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
@@ -6902,7 +6910,7 @@ static void moqc_launch_bytes(const struct moqc_job *j) { moqc_launch_gemm_forms
 
 static int moqc_rounds_itself(const moqc_part *p, int regime) { return p->kernel[regime]->launch == moqc_launch_bytes; }
 
-/* Tokens of the largest tile with which the kernels of this section take every layer of a bank; 0: they do not. */
+/* Tokens of the largest tile that takes whole experts, with which the kernels of this section take every layer of a bank; 0: they do not. */
 static int moqc_gemm_tokens(const moqc_bank *b)
 {
     int tokens = 256;
@@ -8529,7 +8537,7 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
 /* Warps of a block at most; positions of a step of a warp; blocks of a cluster at most. */
 enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8 };
 
-/* Registers of a thread: a block of 12 warps of >>cuda-runs lies beside one of attention on a multiprocessor, so that neither waits for the other's end. */
+/* Registers of a thread. With 164 and somewhat more shared memory blocks began 1.2 us later: those of >>cuda-runs must find room beside them. */
 enum { MOQK_STREAM_REGISTERS = 160 };
 #if CUDART_VERSION >= 12040
 #define MOQK_STREAM_BOUNDS __maxnreg__(MOQK_STREAM_REGISTERS)
@@ -8744,13 +8752,14 @@ __device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int6
     return 1;
 }
 
-/* The head of a task of a block: `count` queries from `head` on, a key, a value. */
+/* A head that enters: where it is, the weight of its norm or NULL. */
 typedef struct moqk_enter_task {
     const void *from;
     const float *weight;
     int32_t kind, half;        /* 0 query, 1 key, 2 value; pairs that turn */
 } moqk_enter_task;
 
+/* Of the tasks of a block: `count` queries from `head` on, a key, a value. */
 template <int DIM>
 __device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int32_t task)
 {

@@ -1548,6 +1548,7 @@ static void verify_model(const moq_checkpoint *ck, verdict *v)
     if (llm_plan(&d, &p, &text) == MOQ_OK) { verify_frame(ck, v); return; }
     d.no_tokenizer = 1;
     d.log = NULL; /* it was told */
+    if (text.code == MOQ_E_NOMEM) return;
     if (llm_plan(&d, &p, &err) == MOQ_OK) report_tokenizer(v, &text);
     else if (err.code == MOQ_E_UNSUPPORTED) report_idle(v, "does not run it", &err);
     else if (err.code != MOQ_E_NOMEM) report_finding(v, 1, &err);
