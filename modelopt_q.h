@@ -824,6 +824,8 @@ typedef struct moq_kv_desc {
     int32_t value_dim;      /* of values; 0: head_dim */
     moq_kv kv;              /* format, scales, biases */
     int32_t shared;         /* 1: a value is the first value_dim numbers of its key and not stored again; wide format only */
+    int32_t bf16;           /* 1: BF16 will do for the wide format where activations are F32, as in the caches of BF16 models in PyTorch: half the bytes are
+                               read for every token. The CPU backend does it but for its reference kernels */
 } moq_kv_desc;
 
 /* Latent attention (DeepSeek-V2, section 2.1.2) without its wide keys and values. kv_b [heads * (nope + value), rank] makes from the narrow
@@ -10838,10 +10840,15 @@ MOQ_API void moq_round_kv(moq_kv_format format, float scale, const float *bias, 
     }
 }
 
-/* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. */
+enum { MOQI_KV_BLOCK = 32 /* numbers side by side of a cache in BF16 */ };
+
+/* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. With `half` numbers are BF16, in blocks of 32 of which word i
+   holds those of place i and i + 16: of a value 32 neighbours, of keys a number of 32 positions, [dim][32 positions], since that is how both are summed. */
 typedef struct moqi_cache {
     moq_kv_desc desc;
+    int half;
     int64_t dim[2];           /* of keys, of values */
+    int64_t capacity;         /* positions of a head: whole blocks */
     size_t row_bytes[2];
     moq_kv_format format[2];  /* only keys are rotated */
     const float *scale[2];    /* [kv_heads] */
@@ -10851,13 +10858,47 @@ typedef struct moqi_cache {
     size_t bytes;
 } moqi_cache;
 
-/* Bytes of one position of one head; which: 0 keys, 1 values. Positions of a head are neighbours: attention reads them in order. */
+/* Bytes of one position of one head; which: 0 keys, 1 values. Positions of a head are neighbours: attention reads them in order. Of keys in BF16 only blocks
+   have an address. */
 static uint8_t *moqi_kv_row(const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t pos)
 {
-    return c->data[which] + (size_t)((slot * c->desc.kv_heads + head) * c->desc.capacity + pos) * c->row_bytes[which];
+    return c->data[which] + (size_t)((slot * c->desc.kv_heads + head) * c->capacity + pos) * c->row_bytes[which];
 }
 
-/* Unpack positions [first, last] of one head as F32 rows of dim values. */
+/* Where the i-th of 32 numbers lies in a block. */
+static int64_t moqi_kv_place(int64_t i) { return 2 * (i % 16) + i / 16; }
+
+/* The first number of a key in BF16; the next one lies MOQI_KV_BLOCK further on. */
+static uint16_t *moqi_kv_key(const moqi_cache *c, int64_t slot, int64_t head, int64_t pos)
+{
+    return (uint16_t *)(void *)moqi_kv_row(c, 0, slot, head, pos / MOQI_KV_BLOCK * MOQI_KV_BLOCK) + moqi_kv_place(pos % MOQI_KV_BLOCK);
+}
+
+/* Up to 32 numbers -> a block of BF16; zeros behind them. */
+static void moqi_kv_block(const float *x, int64_t n, uint32_t *words)
+{
+    uint32_t u[MOQI_KV_BLOCK];
+    memset(u, 0, sizeof u);
+    memcpy(u, x, (size_t)n * sizeof *x);
+    for (int i = 0; i < MOQI_KV_BLOCK; i++) u[i] = (u[i] & 0x7fffffffu) > 0x7f800000u ? u[i] | 0x400000u : u[i] + 0x7fffu + (u[i] >> 16 & 1);
+    for (int i = 0; i < 16; i++) words[i] = u[i] >> 16 | (u[i + 16] & 0xffff0000u);
+}
+
+/* A key or a value as BF16. */
+static void moqi_kv_round(const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t pos, const float *x)
+{
+    uint16_t *key = which ? NULL : moqi_kv_key(c, slot, head, pos);
+    uint8_t *row = which ? moqi_kv_row(c, 1, slot, head, pos) : NULL;
+    uint32_t words[16];
+    for (int64_t first = 0; first < c->dim[which]; first += MOQI_KV_BLOCK) {
+        const int64_t n = moqi_min(MOQI_KV_BLOCK, c->dim[which] - first);
+        moqi_kv_block(x + first, n, words);
+        if (row) memcpy(row + 2 * first, words, sizeof words);
+        for (int64_t i = 0; key && i < n; i++) key[(first + i) * MOQI_KV_BLOCK] = (uint16_t)(words[i % 16] >> i / 16 * 16 & 0xffff);
+    }
+}
+
+/* Unpack positions [first, last] of one head as F32 rows of dim values. Not for BF16. */
 static void moqi_kv_fetch(const moqi_kernels *k, const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t first, int64_t last, float *out)
 {
     int64_t dim = c->dim[which];
@@ -16513,11 +16554,11 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
    What happens to a row of finite values does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = 32, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
+enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = MOQI_KV_BLOCK, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
        MOQI_ATTEND_LANES = 12 };
 
 /* Attention's queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
-   from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. keys [count, dim], values [count, n] */
+   from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. Number d of key i is keys[i * step + d * next]; values [count, ldv] */
 typedef struct moqi_lanes {
     int64_t wide, dim, n;
     float *q, *s, *y, *max, *sum;
@@ -16542,7 +16583,11 @@ typedef struct moqi_loops {
     float (*exp)(float x);
     /* One block of keys for queries side by side, or NULL: what `blend`, `softmax` and `blend` do to each of them, to the last bit. From as many
        queries on as MOQI_ATTEND_LANES it is the faster way. */
-    void (*lanes)(const moqi_lanes *l, const float *keys, int64_t count, const float *values);
+    void (*lanes)(const moqi_lanes *l, const float *keys, int64_t step, int64_t next, int64_t count, const float *values, int64_t ldv);
+    /* n blocks of 32 BF16 of a cache -> F32 [n][32] */
+    void (*split)(const uint16_t *blocks, int64_t n, float *out);
+    /* `blend` with v: [count][blocks] of them, ldv numbers a row; or NULL: then by `split` and `blend` */
+    void (*blend_half)(const float *p, int64_t ldp, int64_t m, int64_t count, const uint16_t *v, int64_t ldv, float *y, int64_t ldy, int64_t n);
 } moqi_loops;
 
 /* ---- plain ---- */
@@ -16577,8 +16622,21 @@ static void moqi_plain_weigh(const float *x, const float *weight, float s, int64
     for (int64_t i = 0; i < n; i++) y[i] = weight ? x[i] * s * weight[i] : x[i] * s;
 }
 
+static void moqi_plain_split(const uint16_t *blocks, int64_t n, float *out)
+{
+    uint32_t w[16], half[2][16];
+    for (; n > 0; n--, blocks += 32, out += 32) {
+        memcpy(w, blocks, sizeof w);
+        for (int i = 0; i < 16; i++) {
+            half[0][i] = w[i] << 16;
+            half[1][i] = w[i] & 0xffff0000u;
+        }
+        memcpy(out, half, sizeof half);
+    }
+}
+
 static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head,
-                                            expf, NULL};
+                                            expf, NULL, moqi_plain_split, NULL};
 
 #if defined(MOQI_X86) || defined(MOQI_ARM)
 /* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
@@ -16633,10 +16691,11 @@ MOQI_AVX512 static float moqi_softmax_512(float *s, int from, int to, float *max
     return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
 }
 
-/* Up to 8 rows of y at once, 32 columns at a time: each load of v serves all of them. `rows` is a constant after inlining. */
-MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
-                                                 int64_t n, int rows)
+/* Up to 8 rows of y at once, 32 columns at a time: each load of v, F32 or (half) blocks of BF16, serves all of them. `rows` is a constant after inlining. */
+MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, int64_t count, const float *v, const uint16_t *half, int64_t ldv, float *y,
+                                                 int64_t ldy, int64_t n, int rows)
 {
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
     for (int64_t c = 0; c < n; c += 32) {
         uint64_t left = n - c < 32 ? ((uint64_t)1 << (n - c)) - 1 : 0xffffffffu;
         __mmask16 k0 = (__mmask16)left, k1 = (__mmask16)(left >> 16);
@@ -16648,7 +16707,15 @@ MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, in
         __m512 a[8], b[8];
         MOQI_EIGHT(MOQI_BEGIN)
         for (int64_t k = 0; k < count; k++) {
-            __m512 v0 = _mm512_maskz_loadu_ps(k0, v + k * ldv + c), v1 = _mm512_maskz_loadu_ps(k1, v + k * ldv + c + 16), w;
+            __m512 v0, v1, w;
+            if (half) {
+                __m512i words = _mm512_loadu_si512(half + k * ldv + c);
+                v0 = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+                v1 = _mm512_castsi512_ps(_mm512_and_si512(words, high));
+            } else {
+                v0 = _mm512_maskz_loadu_ps(k0, v + k * ldv + c);
+                v1 = _mm512_maskz_loadu_ps(k1, v + k * ldv + c + 16);
+            }
             MOQI_EIGHT(MOQI_STEP)
         }
         MOQI_EIGHT(MOQI_END)
@@ -16659,15 +16726,27 @@ MOQI_INLINE MOQI_AVX512 void moqi_blend_rows_512(const float *p, int64_t ldp, in
     }
 }
 
+MOQI_INLINE MOQI_AVX512 void moqi_blend_all_512(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, const uint16_t *half, int64_t ldv,
+                                                float *y, int64_t ldy, int64_t n)
+{
+    int64_t i = 0;
+    for (; i + 8 <= m; i += 8) moqi_blend_rows_512(p + i * ldp, ldp, count, v, half, ldv, y + i * ldy, ldy, n, 8);
+    for (; i + 4 <= m; i += 4) moqi_blend_rows_512(p + i * ldp, ldp, count, v, half, ldv, y + i * ldy, ldy, n, 4);
+    if (m - i == 3) moqi_blend_rows_512(p + i * ldp, ldp, count, v, half, ldv, y + i * ldy, ldy, n, 3);
+    if (m - i == 2) moqi_blend_rows_512(p + i * ldp, ldp, count, v, half, ldv, y + i * ldy, ldy, n, 2);
+    if (m - i == 1) moqi_blend_rows_512(p + i * ldp, ldp, count, v, half, ldv, y + i * ldy, ldy, n, 1);
+}
+
 MOQI_AVX512 static void moqi_blend_512(const float *p, int64_t ldp, int64_t m, int64_t count, const float *v, int64_t ldv, float *y, int64_t ldy,
                                        int64_t n)
 {
-    int64_t i = 0;
-    for (; i + 8 <= m; i += 8) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 8);
-    for (; i + 4 <= m; i += 4) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 4);
-    if (m - i == 3) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 3);
-    if (m - i == 2) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 2);
-    if (m - i == 1) moqi_blend_rows_512(p + i * ldp, ldp, count, v, ldv, y + i * ldy, ldy, n, 1);
+    moqi_blend_all_512(p, ldp, m, count, v, NULL, ldv, y, ldy, n);
+}
+
+MOQI_AVX512 static void moqi_blend_half_512(const float *p, int64_t ldp, int64_t m, int64_t count, const uint16_t *v, int64_t ldv, float *y, int64_t ldy,
+                                            int64_t n)
+{
+    moqi_blend_all_512(p, ldp, m, count, NULL, v, ldv, y, ldy, n);
 }
 
 MOQI_AVX512 static void moqi_turns_512(const float *src, int64_t lds, int64_t rows, int64_t cols, float *dst, int64_t ldd)
@@ -16791,11 +16870,12 @@ MOQI_AVX512 static __m512 moqi_lanes_softmax_512(float *s, int64_t ld, int64_t c
     return shrink;
 }
 
-MOQI_AVX512 static void moqi_lanes_512(const moqi_lanes *l, const float *keys, int64_t count, const float *values)
+MOQI_AVX512 static void moqi_lanes_512(const moqi_lanes *l, const float *keys, int64_t step, int64_t next, int64_t count, const float *values,
+                                       int64_t ldv)
 {
     const __m512 one = _mm512_set1_ps(1);
     memset(l->s, 0, (size_t)(MOQI_ATTEND_KEYS * l->wide) * sizeof *l->s);
-    moqi_lanes_blend_512(keys, l->dim, 1, count, l->dim, l->q, l->s, l->wide);
+    moqi_lanes_blend_512(keys, step, next, count, l->dim, l->q, l->s, l->wide);
     for (int64_t v = 0; v < l->wide; v += 16) {
         __m512 shrink = moqi_lanes_softmax_512(l->s + v, l->wide, count, l->from + v, l->to + v, l->max + v, l->sum + v);
         if (!_mm512_cmp_ps_mask(shrink, one, _CMP_NEQ_UQ)) continue;
@@ -16804,11 +16884,20 @@ MOQI_AVX512 static void moqi_lanes_512(const moqi_lanes *l, const float *keys, i
             _mm512_storeu_ps(y, _mm512_mul_ps(_mm512_loadu_ps(y), shrink));
         }
     }
-    moqi_lanes_blend_512(values, 1, l->n, l->n, count, l->s, l->y, l->wide);
+    moqi_lanes_blend_512(values, 1, ldv, l->n, count, l->s, l->y, l->wide);
+}
+
+MOQI_AVX512 static void moqi_split_512(const uint16_t *blocks, int64_t n, float *out)
+{
+    for (; n > 0; n--, blocks += 32, out += 32) {
+        __m512i w = _mm512_loadu_si512(blocks);
+        _mm512_storeu_si512(out, _mm512_slli_epi32(w, 16));
+        _mm512_storeu_si512(out + 16, _mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000u)));
+    }
 }
 
 static const moqi_loops moqi_loops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512,
-                                          moqi_exp_lane_512, moqi_lanes_512};
+                                          moqi_exp_lane_512, moqi_lanes_512, moqi_split_512, moqi_blend_half_512};
 
 /* ---- AVX2 ---- */
 
@@ -16914,7 +17003,7 @@ MOQI_AVX2 static void moqi_weigh_256(const float *x, const float *weight, float 
 }
 
 static const moqi_loops moqi_loops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head,
-                                          expf, NULL};
+                                          expf, NULL, moqi_plain_split, NULL};
 #endif
 
 #ifdef MOQI_ARM
@@ -17028,7 +17117,7 @@ static void moqi_rotate_neon(float *x, const float *table, int64_t dims, int int
 }
 
 static const moqi_loops moqi_loops_neon = {moqi_softmax_neon, moqi_blend_neon, moqi_turns_neon, moqi_activate_neon, moqi_weigh_neon, moqi_rotate_neon,
-                                           expf, NULL};
+                                           expf, NULL, moqi_plain_split, NULL};
 #endif
 
 /* The loops that go with a set of kernels, which share its instructions. */
@@ -17079,8 +17168,8 @@ typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head; } moqi_qu
    and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides. */
 static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim)
 {
-    int64_t dim = (head_dim + 15) / 16 * 16;
-    return MOQI_ATTEND_QUERIES * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + value_dim);
+    int64_t dim = (head_dim + 15) / 16 * 16, room = (value_dim + 31) / 32 * 32;
+    return MOQI_ATTEND_QUERIES * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + room);
 }
 
 /* The first position that row r sees. */
@@ -17142,7 +17231,8 @@ static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int ha
 {
 #if defined(__GNUC__)
     const int64_t row = (int64_t)c->row_bytes[half / 2], some = MOQI_ATTEND_KEYS / 2 * row;
-    const int64_t end = moqi_min((next->last - next->first + 1) * row, (half % 2 + 1) * some);
+    const int64_t count = c->half && half < 2 && next->last >= next->first ? MOQI_KV_BLOCK : next->last - next->first + 1;
+    const int64_t end = moqi_min(count * row, (half % 2 + 1) * some);
     const uint8_t *p = moqi_kv_row(c, half / 2, next->slot, next->head, next->first);
     __asm__ volatile(""); /* see moqi_prefetch */
     for (int64_t at = half % 2 * some; at < end; at += 64) __builtin_prefetch(p + at, 0, 2);
@@ -17151,9 +17241,9 @@ static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int ha
 #endif
 }
 
-/* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]; values: [count, value_dim]. */
+/* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]; values: [count, ldv], or as blocks of BF16 in `half`. */
 static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, const moqi_next *next, float *s,
-                              const float *values, float *part)
+                              const float *values, const uint16_t *half, int64_t ldv, float *part)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t n = c->dim[1], queries = g->rows * g->heads;
@@ -17173,7 +17263,8 @@ static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, in
         y[n + 1] += sum;
     }
     moqi_attend_ahead(c, next, 3);
-    t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, values, n, part, n + 2, n);
+    if (half) t->o->blend_half(s, MOQI_ATTEND_KEYS, queries, count, half, ldv, part, n + 2, n);
+    else t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, values, ldv, part, n + 2, n);
 }
 
 /* The queries of g to lanes: q [n, dim] -> [dim, lanes], nothing summed. memory: [lanes, dim + 32 + value_dim + 4] */
@@ -17212,7 +17303,8 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t dim = moqi_pad16(c->dim[0]), n = c->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads, low = INT64_MAX, high = 0;
-    float *keys = scratch, *turned = keys + MOQI_ATTEND_KEYS * dim, *room = turned + MOQI_ATTEND_KEYS * dim, *s = room + MOQI_ATTEND_KEYS * n;
+    float *keys = scratch, *turned = keys + MOQI_ATTEND_KEYS * dim, *room = turned + MOQI_ATTEND_KEYS * dim;
+    float *s = room + MOQI_ATTEND_KEYS * moqi_ceil_div(n, MOQI_KV_BLOCK) * MOQI_KV_BLOCK;
     int lanes = t->o->lanes && queries >= MOQI_ATTEND_LANES && !(t->a->softcap > 0);
     moqi_lanes l;
     for (int64_t r = g->row; r < g->row + g->rows; r++) {
@@ -17224,25 +17316,40 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
     for (int64_t i = 0; i < queries; i++) part[i * (n + 2) + n] = -3e38f;
     if (lanes) moqi_attend_lanes(t, g, q, dim, n, s, &l);
+    if (lanes && c->half) l.dim = c->dim[0];
     for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS) {
         int64_t count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
-        const float *values = room, *k = moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys);
-        if (c->desc.shared)
-            for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
-        else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
-        else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
+        const float *values = room, *k = turned;
+        const uint16_t *half = NULL;
+        int64_t ldv = n;
+        if (c->half) {
+            half = (const uint16_t *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
+            ldv = (int64_t)c->row_bytes[1] / 2;
+            if (lanes || !t->o->blend_half) {
+                t->o->split(moqi_kv_key(c, slot, g->kv_head, first), c->dim[0], turned);
+                t->o->split(half, count * ldv / MOQI_KV_BLOCK, room);
+                half = NULL;
+            }
+        } else {
+            k = moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys);
+            if (c->desc.shared)
+                for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
+            else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
+            else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
+        }
         if (lanes) {
             moqi_attend_seen(t, g, first, count, &l);
-            t->o->lanes(&l, k, count, values);
+            t->o->lanes(&l, k, c->half ? 1 : dim, c->half ? MOQI_KV_BLOCK : 1, count, values, ldv);
             continue;
         }
         moqi_next next = moqi_attend_next(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS, low, high);
         moqi_attend_ahead(c, &next, 0);
-        t->o->turn(k, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
+        if (!c->half) t->o->turn(k, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
         moqi_attend_ahead(c, &next, 1);
         memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
-        t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
-        moqi_attend_block(t, g, first, count, &next, s, values, part);
+        if (half) t->o->blend_half(q, dim, queries, c->dim[0], moqi_kv_key(c, slot, g->kv_head, first), MOQI_KV_BLOCK, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
+        else t->o->blend(q, dim, queries, c->half ? c->dim[0] : dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
+        moqi_attend_block(t, g, first, count, &next, s, values, half, ldv, part);
     }
     /* rows past the last query lie where keys were */
     if (lanes && n % 16 == 0) t->o->turn(l.y, l.wide, n, l.wide, part, n + 2);
@@ -18679,7 +18786,7 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
 MOQI_COLD_BEGIN
 
 /* Shapes and bytes of a cache; `err` names what is impossible. */
-static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t bytes[2], moq_error *err)
+static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_cache *c, uint64_t bytes[2], moq_error *err)
 {
     moqi_where at = moqi_at(NULL, "layer", d->name ? d->name : "", -1);
     uint64_t rows;
@@ -18689,6 +18796,8 @@ static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t byt
     c->dim[1] = d->value_dim > 0 ? d->value_dim : d->head_dim;
     c->format[0] = d->kv.format;
     c->format[1] = d->kv.format == MOQ_KV_NVFP4_ROTATE ? MOQ_KV_NVFP4 : d->kv.format;
+    c->half = d->bf16 && d->kv.format == MOQ_KV_WIDE && !d->shared && cpu->k != &moqi_reference_kernels;
+    c->capacity = c->half ? moqi_ceil_div(d->capacity, MOQI_KV_BLOCK) * MOQI_KV_BLOCK : d->capacity;
     if (d->slots < 1 || d->capacity < 1 || d->kv_heads < 1 || d->head_dim < 1 || (unsigned)d->kv.format >= (unsigned)MOQ_KV_FORMAT_COUNT)
         return moqi_fail(err, MOQ_E_ARG, at, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity,
                          (int)d->kv_heads,
@@ -18700,7 +18809,8 @@ static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t byt
                          (int)d->kv.format);
     for (int i = 0; i < 2; i++) {
         const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
-        c->row_bytes[i] = i && d->shared ? 0 : moqi_kv_row_bytes(c->format[i], c->dim[i]);
+        c->row_bytes[i] = i && d->shared ? 0 : c->half ? (size_t)(i ? moqi_ceil_div(c->dim[1], MOQI_KV_BLOCK) * MOQI_KV_BLOCK : c->dim[0]) * 2
+                                                       : moqi_kv_row_bytes(c->format[i], c->dim[i]);
         if ((s->data && s->count != 1 && s->count != (uint64_t)d->kv_heads) || (b->data && b->count != (uint64_t)d->kv_heads * (uint64_t)c->dim[i]))
             return moqi_fail(err, MOQ_E_SHAPE, at, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld",
                              (unsigned long long)s->count,
@@ -18710,7 +18820,7 @@ static moq_result moqi_kv_plan(const moq_kv_desc *d, moqi_cache *c, uint64_t byt
             if (!(v > 0) || !moqi_is_finite(v)) return moqi_fail(err, MOQ_E_SCALE, at, "%s scale %g, expected a number greater than 0",
                                                                  i ? "value" : "key", (double)v);
         }
-        if (!moqi_mul((uint64_t)d->slots * (uint64_t)d->kv_heads, (uint64_t)d->capacity, &rows) || !moqi_mul(rows, c->row_bytes[i], &bytes[i]) ||
+        if (!moqi_mul((uint64_t)d->slots * (uint64_t)d->kv_heads, (uint64_t)c->capacity, &rows) || !moqi_mul(rows, c->row_bytes[i], &bytes[i]) ||
             bytes[i] > SIZE_MAX / 4)
             return moqi_fail(err, MOQ_E_OVERFLOW, at, "%d slots of %d tokens do not fit the address space", (int)d->slots, (int)d->capacity);
         bytes[i] = (bytes[i] + 63) & ~(uint64_t)63;
@@ -18726,7 +18836,7 @@ static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc
     moqi_need need;
     uint64_t bytes[2];
     moqi_clear(err);
-    if (moqi_kv_plan(desc, &plan, bytes, err) < 0) return NULL;
+    if (moqi_kv_plan(cpu, desc, &plan, bytes, err) < 0) return NULL;
     memset(&need, 0, sizeof need);
     need.worker = moqi_pad16(moqi_attend_floats(plan.dim[0], plan.dim[1]));
     /* one row of 8 heads for each kv head, or fewer positions of more */
@@ -18761,8 +18871,7 @@ static size_t moqi_cpu_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
 {
     moqi_cache plan;
     uint64_t bytes[2];
-    (void)be;
-    if (moqi_kv_plan(desc, &plan, bytes, NULL) < 0) return 0;
+    if (moqi_kv_plan(moqi_cpu_of(be), desc, &plan, bytes, NULL) < 0) return 0;
     size_t values = (size_t)desc->kv_heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     return ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
 }
@@ -18788,6 +18897,8 @@ static void moqi_append_task(void *arg, int row, int worker)
     for (int i = 0; i < (c->desc.shared ? 1 : 2); i++) {
         for (int64_t h = 0; h < c->desc.kv_heads; h++) {
             const float *x = t->from[i] + row * t->stride[i] + h * c->dim[i];
+            const int64_t slot = t->b->slot[row], pos = t->b->pos[row];
+            if (c->half) { moqi_kv_round(c, i, slot, h, pos, x); continue; }
             if (c->format[i] == MOQ_KV_NVFP4_ROTATE) {
                 float norm = 1 / sqrtf((float)c->dim[i]);
                 memcpy(turned, x, (size_t)c->dim[i] * sizeof *x);
@@ -18795,8 +18906,7 @@ static void moqi_append_task(void *arg, int row, int worker)
                 for (int64_t d = 0; d < c->dim[i]; d++) turned[d] *= norm;
                 x = turned;
             }
-            moqi_kv_pack(c->format[i], c->scale[i][h], c->bias[i] ? c->bias[i] + h * c->dim[i] : NULL, x, c->dim[i], moqi_kv_row(c, i,
-                    t->b->slot[row], h, t->b->pos[row]));
+            moqi_kv_pack(c->format[i], c->scale[i][h], c->bias[i] ? c->bias[i] + h * c->dim[i] : NULL, x, c->dim[i], moqi_kv_row(c, i, slot, h, pos));
         }
     }
 }
@@ -18815,6 +18925,17 @@ static void moqi_cpu_kv_append(moq_backend *be, moq_kv_cache *cache, const moq_b
     moqi_run(t.cpu, b->rows, (double)b->rows * (double)t.c->desc.kv_heads * (double)(t.c->dim[0] + t.c->dim[1]) * 8, moqi_append_task, &t);
 }
 
+/* Keys in BF16 move one by one, in the order that leaves what is still to be moved. */
+static void moqi_kv_copy_keys(const moqi_cache *c, int64_t head, int64_t dst_slot, int64_t dst_pos, int64_t src_slot, int64_t src_pos, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t at = dst_pos > src_pos ? count - 1 - i : i;
+        const uint16_t *from = moqi_kv_key(c, src_slot, head, src_pos + at);
+        uint16_t *to = moqi_kv_key(c, dst_slot, head, dst_pos + at);
+        for (int64_t d = 0; d < c->dim[0]; d++) to[d * MOQI_KV_BLOCK] = from[d * MOQI_KV_BLOCK];
+    }
+}
+
 /* Rows move as they are stored: nothing is rounded again, and memmove takes care of overlap. */
 static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos,
                              int32_t count)
@@ -18822,8 +18943,21 @@ static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_s
     const moqi_cache *c = (const moqi_cache *)(const void *)cache;
     (void)be;
     for (int i = 0; i < 2 && count > 0; i++)
-        for (int64_t h = 0; h < c->desc.kv_heads; h++)
-            memmove(moqi_kv_row(c, i, dst_slot, h, dst_pos), moqi_kv_row(c, i, src_slot, h, src_pos), (size_t)count * c->row_bytes[i]);
+        for (int64_t h = 0; h < c->desc.kv_heads; h++) {
+            if (c->half && i == 0) moqi_kv_copy_keys(c, h, dst_slot, dst_pos, src_slot, src_pos, count);
+            else memmove(moqi_kv_row(c, i, dst_slot, h, dst_pos), moqi_kv_row(c, i, src_slot, h, src_pos), (size_t)count * c->row_bytes[i]);
+        }
+}
+
+/* The first `rows` positions of a head as rows, or back. */
+static void moqi_kv_rows(const moqi_cache *c, int which, int64_t slot, int64_t head, size_t rows, uint8_t *bytes, int back)
+{
+    uint8_t *lie = moqi_kv_row(c, which, slot, head, 0);
+    if (!c->half || which) { memcpy(back ? lie : bytes, back ? bytes : lie, rows * c->row_bytes[which]); return; }
+    for (int64_t i = 0; i < (int64_t)rows * c->dim[0]; i++, bytes += 2) {
+        uint16_t *number = moqi_kv_key(c, slot, head, i / c->dim[0]) + i % c->dim[0] * MOQI_KV_BLOCK;
+        memcpy(back ? (void *)number : bytes, back ? (const void *)bytes : number, 2);
+    }
 }
 
 /* Out: [head][position] rows of keys, then of values. */
@@ -18834,7 +18968,7 @@ static size_t moqi_cpu_kv_read(moq_backend *be, const moq_kv_cache *cache, int32
     uint8_t *to = (uint8_t *)out;
     (void)be;
     for (int i = 0; i < 2 && to; i++)
-        for (size_t h = 0; h < heads; h++, to += rows * c->row_bytes[i]) memcpy(to, moqi_kv_row(c, i, slot, (int64_t)h, 0), rows * c->row_bytes[i]);
+        for (size_t h = 0; h < heads; h++, to += rows * c->row_bytes[i]) moqi_kv_rows(c, i, slot, (int64_t)h, rows, to, 0);
     return heads * rows * (c->row_bytes[0] + c->row_bytes[1]);
 }
 
@@ -18842,10 +18976,10 @@ static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)cache;
     size_t heads = (size_t)c->desc.kv_heads, rows = count > 0 ? (size_t)count : 0;
-    const uint8_t *from = (const uint8_t *)bytes;
+    uint8_t *from = (uint8_t *)(uintptr_t)bytes; /* only read */
     (void)be;
     for (int i = 0; i < 2; i++)
-        for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) memcpy(moqi_kv_row(c, i, slot, (int64_t)h, 0), from, rows * c->row_bytes[i]);
+        for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) moqi_kv_rows(c, i, slot, (int64_t)h, rows, from, 1);
 }
 
 /* A block of rows for up to 16 heads of one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side,

@@ -190,7 +190,8 @@ typedef struct llm_desc {
     moq_act act;
     const char *kernel;
     moq_parallel parallel;
-    const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says, "wide", or a name of moq_kv_format. The scales are the checkpoint's;
+    const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says; "wide" as activations, F32 on a CPU; "bf16" wide in half the bytes,
+                                    as PyTorch keeps it for BF16 models (CUDA: "wide"); or a name of moq_kv_format. The scales are the checkpoint's;
                                     where it has none they are 1, those of "int8" 1/8: keys and values up to 15.9, which few models' exceed by much */
     const char *head;            /* an output layer that is stored unquantized: NULL or "stored" as it is, "int8" or "fp8" quantized while opening,
                                     see llm_make_head. Halves what it reads for each token; logits change by what moq eval --against says */
@@ -7023,8 +7024,8 @@ static moq_result llmi_find_cache(const llmi_model *m, int32_t layer, moq_kv *kv
     moq_kv_format forced = MOQ_KV_WIDE;
     int as_stored = !said || strcmp(said, "auto") == 0;
     moq_result code;
-    if (!as_stored && !moq_kv_format_find(said, &forced))
-        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; give auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, "
+    if (!as_stored && strcmp(said, "bf16") != 0 && !moq_kv_format_find(said, &forced))
+        return moq_fail(err, MOQ_E_ARG, "llm_desc.kv", "'%q' is no KV cache format; give auto, wide, bf16, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, "
                         "nvfp4_rotate or mxfp4", said);
     code = moq_find_kv(m->ck, llmi_name(m, name, layer, m->c.family->names->mix), kv, err);
     if (code < 0) return code;
@@ -7515,6 +7516,7 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_
     /* latent attention: rank + rope numbers a token, or heads * (head_dim + value_dim) */
     d.head_dim = l->absorbed ? c->kv_rank + c->rope_dim : c->head_dim;
     d.value_dim = l->absorbed ? c->kv_rank : c->value_dim;
+    d.bf16 = m->desc->kv && strcmp(m->desc->kv, "bf16") == 0;
     m->kv = d.kv.format;
     if (llmi_plan_cache(m, m->be->kv_bytes(m->be, &d))) return MOQ_OK;
     l->kv = m->be->kv_create(m->be, &d, err);

@@ -467,14 +467,19 @@ check "bad --act" refused "auto, stored, wide or bf16"
 run inspect "$demo" --kernel x
 check "bad --kernel" refused "'x'"
 run inspect "$demo" --kv x
-check "bad --kv: all that there are" refused "--kv is auto, wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
+check "bad --kv: all that there are" refused "--kv is auto, wide, bf16, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
 run quantize "$src" "$dir/q9" --recipe mxfp4 --kv x
 check "bad --kv of a folder" refused "--kv is none, fp8, .* or nvfp4_rotate, not 'x'"
 run help autoquant
 check "help: --kv of a folder" out "^  --kv F .*none, fp8, fp8_affine, fp8_cast, .* or nvfp4_rotate\$"
 run convert "$src" "$dir/q9" --to modelopt --kv fp8
 check "convert keeps the KV cache" refused "--kv is not for 'convert'"
+kv_bytes() { "$moq" inspect "$demo" --backend cpu --context 256 --kv "$1" --json | sed -n 's/.*"kv_bytes": *\([0-9]*\).*/\1/p'; }
+wide=$(kv_bytes wide) half=$(kv_bytes bf16)
+check "--kv bf16 takes half the bytes" test $((half * 2)) -lt $((wide + wide / 50)) -a $((half * 2)) -gt $((wide - wide / 50))
 run logits "$demo" --tokens 5,6,7,8 --kv wide --out "$dir/wide.safetensors"
+run logits "$demo" --tokens 5,6,7,8 --kv bf16 --backend cpu --out "$dir/half.safetensors"
+check "--kv bf16: nearly the same" near "$dir/wide.safetensors" "$dir/half.safetensors" 0.02
 run logits "$demo" --tokens 5,6,7,8 --kv int8 --out "$dir/int8.safetensors"
 check "a folder without scales of keys and values: said" err "note: .*--kv: the checkpoint has no scales of keys and values; int8 takes 1/8"
 check "said once" lines err 1

@@ -1241,10 +1241,16 @@ enum { SLOTS = 3, CAPACITY = 90, LONG = 1300, KV_HEADS = 2, MAX_DIM = 64 };
 
 typedef struct history { float k[SLOTS][LONG][KV_HEADS * MAX_DIM], v[SLOTS][LONG][KV_HEADS * MAX_DIM]; } history; /* as the cache should hold them */
 
+static void keep_bf16(float *x, int n)
+{
+    for (int i = 0; i < n; i++) x[i] = moq_bf16_decode(moq_bf16_encode(x[i]));
+}
+
 /* Append the rows of a batch and remember what a cache of this format keeps of them. */
 static void append_rows(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const moq_batch *b, history *h)
 {
     int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim;
+    int half = d->bf16 && be->kv_read(be, cache, 0, 1, NULL) < (size_t)(KV_HEADS * (dim + vdim)) * 4; /* the reference keeps F32 */
     static float k[64 * 200], v[64 * 200];
     for (int r = 0; r < b->rows; r++)
         for (int i = 0; i < 200; i++) { k[r * 200 + i] = test_normal(); v[r * 200 + i] = test_normal(); }
@@ -1255,6 +1261,8 @@ static void append_rows(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc 
             moq_kv_format vf = d->kv.format == MOQ_KV_NVFP4_ROTATE ? MOQ_KV_NVFP4 : d->kv.format;
             moq_round_kv(d->kv.format, kscale, kb ? kb + n * dim : NULL, k + r * 200 + n * dim, dim, h->k[b->slot[r]][b->pos[r]] + n * dim);
             moq_round_kv(vf, vscale, vb ? vb + n * vdim : NULL, v + r * 200 + n * vdim, vdim, h->v[b->slot[r]][b->pos[r]] + n * vdim);
+            if (half) keep_bf16(h->k[b->slot[r]][b->pos[r]] + n * dim, dim);
+            if (half) keep_bf16(h->v[b->slot[r]][b->pos[r]] + n * vdim, vdim);
         }
     be->kv_append(be, cache, b, k, 200, v, 200);
 }
@@ -1320,7 +1328,7 @@ static void test_backend_attention(void)
     for (int i = 0; i < KV_HEADS * MAX_DIM; i++) bias[i] = test_uniform();
     for (int i = 0; i < 34; i++) sinks[i] = test_normal();
     for (int k = 0; moqi_get_kernels(k); k++)
-        for (int f = 0; f < (int)MOQ_KV_FORMAT_COUNT; f++)
+        for (int f = 0; f <= (int)MOQ_KV_FORMAT_COUNT; f++) /* the last: wide as BF16 */
             for (int shape = 0; shape < 3; shape++) {
                 static const int dims[3][3] = {{64, 0, 2}, {32, 48, 6}, {16, 0, 34}}; /* head_dim, value_dim, heads */
                 moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
@@ -1333,7 +1341,8 @@ static void test_backend_attention(void)
                 d.kv_heads = KV_HEADS;
                 d.head_dim = dims[shape][0];
                 d.value_dim = dims[shape][1];
-                d.kv.format = (moq_kv_format)f;
+                d.kv.format = (moq_kv_format)(f % (int)MOQ_KV_FORMAT_COUNT);
+                d.bf16 = f > 0 && d.kv.format == MOQ_KV_WIDE;
                 d.kv.k_scale = layer_view(kscale, MOQ_F32, 2);
                 d.kv.v_scale = layer_view(vscale, MOQ_F32, 1);
                 d.kv.k_bias = layer_view(bias, MOQ_F32, KV_HEADS * dims[shape][0]);
@@ -1371,6 +1380,15 @@ static void test_backend_attention(void)
                 memmove(h.v[0][9], h.v[0][2], sizeof h.v[0][0] * 18);
                 slot[0] = 2; pos[0] = 49; slot[1] = 1; pos[1] = 79; slot[2] = 0; pos[2] = 26;
                 check_attention(be, c, &d, &b, &h, dims[shape][2], 25, 0, NULL);
+                size_t bytes = be->kv_read(be, c, 2, 50, NULL); /* out of one slot and into another */
+                uint8_t *kept = (uint8_t *)malloc(bytes);
+                be->kv_read(be, c, 2, 50, kept);
+                be->kv_write(be, c, 0, 50, kept);
+                free(kept);
+                memcpy(h.k[0], h.k[2], sizeof h.k[0][0] * 50);
+                memcpy(h.v[0], h.v[2], sizeof h.v[0][0] * 50);
+                pos[2] = 49;
+                check_attention(be, c, &d, &b, &h, dims[shape][2], 40, 0, NULL);
                 float junk[600] = {0}; /* rows outside of the cache change nothing and get zeros */
                 slot[0] = 7; pos[1] = CAPACITY; pos[2] = -1;
                 be->kv_append(be, c, &b, junk, 0, junk, 0);
@@ -1386,11 +1404,11 @@ static void test_backend_attention(void)
 static void test_backend_attention_spans(void)
 {
     static history h;
-    static const moq_kv_format formats[] = {MOQ_KV_WIDE, MOQ_KV_FP8, MOQ_KV_NVFP4_ROTATE};
+    static const moq_kv_format formats[] = {MOQ_KV_WIDE, MOQ_KV_FP8, MOQ_KV_NVFP4_ROTATE, MOQ_KV_WIDE};
     float scale[1] = {0.03f}, sinks[6];
     for (int i = 0; i < 6; i++) sinks[i] = test_normal();
     for (int k = 0; moqi_get_kernels(k); k++)
-        for (int f = 0; f < 3; f++) {
+        for (int f = 0; f < 4; f++) {
             moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 3);
             moq_error err;
             moq_kv_desc d;
@@ -1403,6 +1421,7 @@ static void test_backend_attention_spans(void)
             d.head_dim = formats[f] == MOQ_KV_NVFP4_ROTATE ? 32 : 40; /* 40: no multiple of 16 */
             d.value_dim = 24;
             d.kv.format = formats[f];
+            d.bf16 = f == 3;
             d.kv.k_scale = d.kv.v_scale = layer_view(scale, MOQ_F32, 1);
             moq_kv_cache *c = be->kv_create(be, &d, &err);
             CHECK(c != NULL);

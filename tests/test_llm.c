@@ -312,10 +312,11 @@ static void test_llm_config_absent_and_huge(void)
 /* A tied model whose file says that it is not: the head is missing, and the key is named beside it. */
 static void test_llm_untied_without_head(void)
 {
-    char text[4096];
+    char text[4096], *config;
     moq_error e;
     size_t bytes = 0;
-    char *config = moq_read_file(golden("sources/qwen3/config.json"), 4000, NULL, &bytes, &e);
+    if (access(golden("sources/qwen3/config.json"), R_OK) != 0) { printf("skipped: sources/qwen3 is not in this set\n"); test_state.skipped++; return; }
+    config = moq_read_file(golden("sources/qwen3/config.json"), 4000, NULL, &bytes, &e);
     CHECK(config != NULL);
     if (!config) return;
     edit(config, "\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", text, sizeof text);
@@ -1236,6 +1237,7 @@ static void test_llm_forward_refusals(void)
     d.kv = "paper";
     CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_ARG && strstr(e.text, "paper"));
     for (int i = 0; i < (int)MOQ_KV_FORMAT_COUNT; i++) CHECK(strstr(e.text, moq_kv_format_name((moq_kv_format)i))); /* all that there are */
+    CHECK(strstr(e.text, "bf16"));
     d.kv = NULL;
     d.path = "model.gguf";
     CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "take the folder with .safetensors files"));

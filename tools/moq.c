@@ -403,7 +403,7 @@ typedef struct option_row {
 #define FIELD(name) offsetof(options, name)
 
 /* --kv of verbs that run a model, and of those that write a folder */
-#define CACHE_KV "wide, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4"
+#define CACHE_KV "wide, bf16, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4"
 #define FOLDER_KV "none, fp8, fp8_affine, fp8_cast, nvfp4, nvfp4_affine, nvfp4_cast or nvfp4_rotate"
 
 static const option_row option_table[] = {
@@ -3177,9 +3177,9 @@ static int check_names(const options *o, const verb_row *verb)
     for (int i = 0; !bad && i < o->rule.count; i++)
         if (strchr(o->rule.item[i], '=')) bad = check_recipe(strrchr(o->rule.item[i], '=') + 1);
     if (bad || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
-    if (in_list("quantize autoquant", verb->name))
+    if (in_list("quantize autoquant convert", verb->name))
         return refuse("--kv is " FOLDER_KV ", not '%s'", o->kv);
-    return refuse("--kv is auto, " CACHE_KV ", not '%s'", o->kv);
+    return strcmp(o->kv, "bf16") == 0 ? 0 : refuse("--kv is auto, " CACHE_KV ", not '%s'", o->kv);
 }
 
 /* Is `folder` the folder that `path` lies in, or one further out (deep)? */
