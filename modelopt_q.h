@@ -11689,7 +11689,7 @@ static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
     return m > MOQI_WAY_MANY ? 16 * t : first * ld + 16 * (t - first);
 }
 
-/* Do words of 16 rows of x take turns? AMX's strips want them so. */
+/* Are words of 16 rows of x to take turns, once they are all arranged? AMX's strips want them so. */
 static int moqi_feeds_words(const moqi_way *way) { return way && way->unit == 2 && !way->decode; }
 
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
@@ -11708,11 +11708,11 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
         const int64_t first = i / MOQI_WAY_TOKENS * MOQI_WAY_TOKENS;
         return rows + first * ld + moqi_tile_place(i - first, moqi_min(MOQI_WAY_TOKENS, m - first), ld, step);
     }
-    if (way && way->unit == 2) { some = 16; words = moqi_feeds_words(way) ? 1 : 16; }
+    if (way && way->unit == 2) some = words = 16;
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
-    *step = words * moqi_min(some, m - i / some * some);
+    *step = words * (moqi_feeds_words(way) ? some : moqi_min(some, m - i / some * some));
     return rows + i / some * some * ld + i % some * (words ? words : ld);
 }
 
@@ -16135,7 +16135,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
 
 /* Measured: to 256 rows of x the strips below take less time. */
 static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) ? moqi_amx_takes(p) : 0; }
-static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? MOQI_WAY_MANY + 1 : moqi_amx_takes(p); }
+static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 0 : moqi_amx_takes(p); }
 
 static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_amx_decode, NULL};
 
@@ -16148,7 +16148,8 @@ static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moq
 enum {
     MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
     MOQI_STRIP_FEW = 128,     /* rows of x up to which 32 rows of weights go along all these columns; of more rows, blocks below each other meet one part of x */
-    MOQI_STRIP_CHUNK = 256    /* columns of these blocks */
+    MOQI_STRIP_CHUNK = 256,   /* columns of a block */
+    MOQI_STRIP_ROWS = 64      /* of a block, at most */
 };
 
 /* Where a block begins: row of the task, column of the layer. */
@@ -16162,6 +16163,8 @@ typedef struct moqi_amx_strips {
     int64_t ldx, m, pairs;    /* pairs: of tiles of x */
     int64_t wide;             /* columns in one go */
     int shift;                /* a block has 128 << shift columns */
+    int below;                /* more rows of x: blocks are 64 rows, and go down first */
+    int64_t high;             /* rows of a block */
     uint32_t *tiles;          /* two blocks: [2][16 rows of weights][columns / 32][16][16] */
     uint16_t *scales;         /* [32 rows][32 groups], F16 */
     float *last;              /* where the sums belong that are in tiles; NULL: there are none */
@@ -16189,7 +16192,7 @@ static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
     at->col += (int64_t)128 << s->shift;
     if (at->col < moqi_min(from + s->wide, s->p->layer.cols)) return 1;
     at->col = from;
-    at->row += MOQI_PANEL_ROWS;
+    at->row += s->high;
     if (at->row < s->rows) return 1;
     at->row = 0;
     at->col = from + s->wide;
@@ -16200,7 +16203,7 @@ static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
 static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
 {
     const moqi_tiled *p = s->p;
-    const int64_t n = moqi_min(s->wide, p->layer.cols - at.col), calls = MOQI_PANEL_ROWS / 4 * moqi_ceil_div(n, 128);
+    const int64_t n = moqi_min(s->wide, p->layer.cols - at.col), calls = s->high / 4 * moqi_ceil_div(n, 128);
     int more = 1;
     for (int64_t c = 0; more && c < n; c += (int64_t)128 << s->shift) more = moqi_strip_step(s, &at);
     const int64_t row = s->row + (more ? at.row : s->rows), col = more ? at.col : 0;
@@ -16208,8 +16211,8 @@ static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_s
     d->ask_bytes = moqi_min(s->wide, p->layer.cols - col) / 2 + (p->row_bytes % 64 == 0 ? 0 : 63);
     d->ask_end = d->ask + d->ask_bytes;
     d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16;
-    d->ask_rows = MOQI_PANEL_ROWS;
-    d->ask_each = moqi_ceil_div(MOQI_PANEL_ROWS * moqi_ceil_div(d->ask_bytes, 64), calls);
+    d->ask_rows = s->high;
+    d->ask_each = moqi_ceil_div(s->high * moqi_ceil_div(d->ask_bytes, 64), calls);
 }
 
 /* The block at `at` is decoded next, to `to`. */
@@ -16225,7 +16228,7 @@ static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_
     d->scales = s->scales + (s->shift ? 0 : at.col / 16 % 32);
     d->to = to;
     d->row = 0;
-    d->rows = moqi_min(MOQI_PANEL_ROWS, s->rows - at.row);
+    d->rows = moqi_min(s->high, s->rows - at.row);
     d->parts = (int64_t)1 << s->shift;
     d->left = p->layer.cols - at.col;
     d->count = p->groups - at.col / 16;
@@ -16261,7 +16264,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
         for (int64_t r = 0; r < 4 && r <= last; r++, d->groups += d->group_bytes) {
             __mmask32 nan;
             _mm512_storeu_si512(d->scales + 32 * r, moqi_stream_halves_512(d->groups, d->count, &nan));
-            if (nan) *d->nan |= (uint32_t)1 << (d->row + r);
+            if (nan) d->nan[(d->row + r) / 32] |= (uint32_t)1 << (d->row + r) % 32;
         }
     }
     MOQI_UNROLL
@@ -16283,11 +16286,11 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
     d->codes += 4 * d->row_bytes;
     d->scales += 128;
     d->to += 64;
-    if (d->row == 16) d->to += d->down;
+    if (d->row % 16 == 0) d->to += d->down;
     if (d->row < d->rows) return;
     d->codes += 64 - d->row * d->row_bytes;
     d->scales += 8 - 32 * d->row;
-    d->to += 1024 - 16 * d->row - (d->row >= 16 ? d->down : 0);
+    d->to += 1024 - 16 * d->row - d->row / 16 * d->down;
     d->left -= 128;
     d->row = 0;
     d->fresh = 0;
@@ -16299,7 +16302,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
 #define MOQI_STRIP_TIMES(w, x, acc) __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory");
 /* The sums in tile t go where they belong, those of `sums` come. */
 #define MOQI_STRIP_SWAP(t, i) \
-    if (j == 0) { \
+    if (j == 0 && swap) { \
         if (last) MOQI_STRIP_STORE(t, last + 256 * i) \
         if (zero) __asm__ volatile("tilezero %%tmm" t : : : "memory"); \
         else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
@@ -16308,42 +16311,72 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
 
 /* The block at `at` times all rows of x in one go, while another is decoded: evenly between the products. With blocks below each other the next
    columns of x are asked for, a share of them with each block, and y with the last columns. */
-MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, float *y, int64_t ldy, __m512i values)
+MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, __m512i values)
 {
     moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
     float *last = s->last;
-    const int64_t tile = 16 * s->ldx, blocks = moqi_ceil_div(s->rows, MOQI_PANEL_ROWS), cols = s->p->layer.cols;
-    const int64_t steps = 4 * moqi_min((int64_t)1 << s->shift, moqi_ceil_div(cols - at.col, 128));
-    const int64_t lines = s->shift ? moqi_ceil_div(32, blocks) : 0, share = at.row / MOQI_PANEL_ROWS * steps * lines;
-    const int zero = at.col == 0, each = s->pairs == 1 ? 2 : 1, end = at.col + 32 * steps >= cols;
+    const int64_t tile = 16 * s->ldx, steps = 4 * moqi_min((int64_t)1 << s->shift, moqi_ceil_div(s->p->layer.cols - at.col, 128));
+    const int zero = at.col == 0, swap = s->pairs > 1 || at.col % s->wide == 0, each = s->pairs == 1 ? 2 : 1;
     float *sums = s->sums + at.row / MOQI_PANEL_ROWS * s->pairs * 1024;
     unsigned pace = 1, slot = 0;
     while (4 * pace <= s->pairs) pace *= 2;
     for (int64_t i = 0; i < s->pairs; i++, sums += 1024) {
         const int two = s->m - 32 * i > 16;
         const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa;
-        const float *next = (end ? s->x + 2 * i * tile : xa + 256 * steps) + (share < 16 * steps ? 0 : tile - 256 * steps) + 16 * share;
-        const float *out = y + 32 * i * ldy + at.row;
-        const int64_t outs = s->shift && end && s->m - 32 * i >= 32 ? 32 / steps : 0;
         const uint32_t *wa = tiles, *wb = tiles + (1024 << s->shift);
         for (int64_t j = 0; j < steps; j++, wa += 256, wb += 256, xa += 256, xb += 256) {
             MOQI_STRIP_SWAP("0", 0)
             MOQI_STRIP_LOAD("tileloadd", "4", wa)
             MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
             MOQI_STRIP_TIMES("4", "6", "0")
-            for (int64_t l = 0; l < lines; l++, next += 16) __builtin_prefetch(next, 0, 2);
             MOQI_STRIP_SWAP("1", 1)
             if (two) {
                 MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
                 MOQI_STRIP_TIMES("4", "7", "1")
             }
             MOQI_STRIP_ROWS
-            for (int64_t l = 0; l < outs; l++, out += ldy) { __builtin_prefetch(out, 0, 2); __builtin_prefetch(out + 16, 0, 2); }
             MOQI_STRIP_SWAP("2", 2)
             MOQI_STRIP_LOAD("tileloadd", "5", wb)
             MOQI_STRIP_TIMES("5", "6", "2")
             MOQI_STRIP_SWAP("3", 3)
             if (two) MOQI_STRIP_TIMES("5", "7", "3")
+        }
+        last = sums;
+    }
+    while (d.parts > 0) moqi_strip_rows(&d, values);
+    s->last = last;
+    *work = d;
+}
+/* The same for blocks of 64 rows: four tiles of weights times one of x, so that a tile of x from the second-level cache serves four products. */
+MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, __m512i values)
+{
+    moqi_strip_work d = *work;
+    float *last = s->last;
+    const int64_t tile = 16 * s->ldx, count = (s->m + 15) / 16, blocks = moqi_ceil_div(s->rows, s->high), cols = s->p->layer.cols, each = 1024 << s->shift;
+    const int64_t steps = 4 * moqi_min((int64_t)1 << s->shift, moqi_ceil_div(cols - at.col, 128)), lines = moqi_ceil_div(16, blocks);
+    const int zero = at.col == 0, swap = 1, end = at.col + 32 * steps >= cols;
+    float *sums = s->sums + at.row / s->high * count * 1024;
+    const float *x = s->x + at.col / 32 * 256, *next = (end ? s->x : x + 256 * steps) + at.row / s->high * steps * lines * 16;
+    unsigned pace = 1, slot = 0;
+    while (8 * pace <= count) pace *= 2;
+    for (int64_t i = 0; i < count; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
+        for (int64_t j = 0; j < steps; j++) {
+            const uint32_t *w = tiles + 256 * j;
+            MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
+            MOQI_STRIP_LOAD("tileloadd", "5", w)
+            MOQI_STRIP_SWAP("0", 0)
+            MOQI_STRIP_TIMES("5", "4", "0")
+            for (int64_t l = 0; l < lines; l++, next += 16) __builtin_prefetch(next, 0, 2);
+            MOQI_STRIP_LOAD("tileloadd", "6", w + each)
+            MOQI_STRIP_SWAP("1", 1)
+            MOQI_STRIP_TIMES("6", "4", "1")
+            if ((slot++ & (pace - 1)) == 0 && d.parts > 0) moqi_strip_rows(&d, values);
+            MOQI_STRIP_LOAD("tileloadd", "7", w + 2 * each)
+            MOQI_STRIP_SWAP("2", 2)
+            MOQI_STRIP_TIMES("7", "4", "2")
+            MOQI_STRIP_LOAD("tileloadd", "5", w + 3 * each)
+            MOQI_STRIP_SWAP("3", 3)
+            MOQI_STRIP_TIMES("5", "4", "3")
         }
         last = sums;
     }
@@ -16361,34 +16394,29 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s, float *y, in
     const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
     float turned[16][MOQI_WAY_ROWS + 16] MOQI_ALIGNED;
     for (int64_t first = 0; first < s->m; first += 16) {
-        const float *sums = s->sums + first / 32 * 1024 + first % 32 * 16;
+        const int64_t each = s->below ? 256 : 512, down = 1024 * (s->below ? (s->m + 15) / 16 : s->pairs);
+        const float *sums = s->sums + (s->below ? first / 16 * 1024 : first / 32 * 1024 + first % 32 * 16);
         const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
-        for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / 32 * s->pairs * 1024 + r % 32 * 32, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
+        for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / s->high * down + r % s->high / 16 * each, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
         for (int64_t t = 0; t < moqi_min(16, s->m - first); t++)
             for (int64_t r = 0; r < s->rows; r += 16) {
                 const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
                 const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + r) : _mm512_setzero_ps();
-                __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t] + r), _mm512_set1_ps(ups[t]));
+                __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t] + r), _mm512_set1_ps(ups[16 * t]));
                 v = _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), (__mmask16)(s->nan[r / 32] >> r % 32), nan);
                 _mm512_mask_storeu_ps(y + (first + t) * ldy + r, some, v);
             }
     }
 }
 
-/* x [n] times a power of two that brings the largest near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does. `out` is the row's place
-   among 16: a word of every 16. */
-MOQI_AVX512 static void moqi_strip_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+/* 16 rows as they were arranged, 16 words of each in turn, to tiles of pairs of columns by rows: of 64 words the i-th is pair i / 4 of tile i % 4. */
+MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols)
 {
-    const int up = (int)moqi_min(120, 207 - moqi_amx_exponent(x, n));
-    const __m512i four = _mm512_set_epi32(816, 560, 304, 48, 800, 544, 288, 32, 784, 528, 272, 16, 768, 512, 256, 0);
-    float words[1024] MOQI_ALIGNED;
-    (void)step;
-    for (int64_t i = 0; i < n; i += 2048) {
-        const float *end = moqi_pairs_row(p, x + i, moqi_min(2048, n - i), words, 16, up);
-        for (const float *from = words; from < end; from += 64, out += 1024)
-            for (int q = 0; q < 4; q++) _mm512_i32scatter_ps(out + 64 * q, four, _mm512_load_ps(from + 16 * q), 4);
+    float words[64][16] MOQI_ALIGNED;
+    for (int64_t c = 0; c < cols; c += 128, x += 1024) {
+        for (int q = 0; q < 4; q++) moqi_turn_512(x + 256 * q, 16, words[16 * q], 16);
+        for (int i = 0; i < 64; i++) _mm512_storeu_ps(x + i % 4 * 256 + i / 4 * 16, _mm512_load_ps(words[i]));
     }
-    *out = (float)(MOQI_AMX_HALF - up);
 }
 
 /* As many columns of x in one go as stay in the second-level cache. */
@@ -16397,8 +16425,6 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
 {
     moqi_amx_strips s;
     moqi_strip_work d;
-    moqi_strip_at at = {0, 0}, then;
-    int turn = 0;
     uint32_t *tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
     uint8_t table[64];
     for (int i = 0; i < 64; i++) table[i] = (uint8_t)(moq_f16_encode(p->table[i & 15] * 4096) >> 8);
@@ -16408,33 +16434,41 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
     s.row = row;
     s.rows = rows;
     s.ldx = ldx;
-    s.sums = (float *)(void *)(tiles + 2 * 32 / 2 * MOQI_STRIP_CHUNK);
-    s.scales = (uint16_t *)(void *)(s.sums + MOQI_WAY_ROWS * MOQI_WAY_MANY);
+    s.sums = (float *)(void *)(tiles + 2 * MOQI_STRIP_ROWS / 2 * MOQI_STRIP_CHUNK);
+    s.scales = (uint16_t *)(void *)(s.sums + MOQI_WAY_ROWS * MOQI_WAY_TOKENS);
     moqi_amx_configure(16, 16);
-    s.x = x;
-    s.m = m;
-    s.pairs = (m + 31) / 32;
-    s.shift = m > MOQI_STRIP_FEW;
-    s.wide = s.shift ? (int64_t)MOQI_STRIP_CHUNK : MOQI_STRIP_X / (32 * s.pairs) / 512 * 512;
-    s.last = NULL;
-    memset(s.nan, 0, sizeof s.nan);
-    moqi_strip_begin(&s, &d, at, tiles);
-    while (d.parts > 0) moqi_strip_rows(&d, values);
-    for (int more = 1; more; turn = !turn, at = then) {
-        then = at;
-        more = moqi_strip_step(&s, &then);
-        if (more) moqi_strip_begin(&s, &d, then, tiles + (turn ? 0 : 32 / 2 * MOQI_STRIP_CHUNK));
-        moqi_strip_block(&s, &d, at, tiles + (turn ? 32 / 2 * MOQI_STRIP_CHUNK : 0), y, ldy, values);
+    for (int64_t first = 0; first < m; first += MOQI_WAY_TOKENS) {
+        moqi_strip_at at = {0, 0}, then;
+        int turn = 0;
+        s.x = x + first * ldx;
+        s.m = moqi_min(m - first, MOQI_WAY_TOKENS);
+        s.pairs = (s.m + 31) / 32;
+        s.below = s.m > MOQI_STRIP_FEW;
+        s.high = s.below ? (int64_t)MOQI_STRIP_ROWS : MOQI_PANEL_ROWS;
+        s.shift = 1;
+        s.wide = s.below ? (int64_t)MOQI_STRIP_CHUNK : MOQI_STRIP_X / (32 * s.pairs) / 512 * 512;
+        s.last = NULL;
+        memset(s.nan, 0, sizeof s.nan);
+        moqi_strip_begin(&s, &d, at, tiles);
+        while (d.parts > 0) moqi_strip_rows(&d, values);
+        for (int more = 1; more; turn = !turn, at = then) {
+            const uint32_t *now = tiles + (turn ? MOQI_STRIP_ROWS / 2 * MOQI_STRIP_CHUNK : 0);
+            then = at;
+            more = moqi_strip_step(&s, &then);
+            if (more) moqi_strip_begin(&s, &d, then, tiles + (turn ? 0 : MOQI_STRIP_ROWS / 2 * MOQI_STRIP_CHUNK));
+            if (s.below) moqi_strip_block_high(&s, &d, at, now, values);
+            else moqi_strip_block(&s, &d, at, now, values);
+        }
+        MOQI_STRIP_STORE("0", s.last) MOQI_STRIP_STORE("1", s.last + 256) MOQI_STRIP_STORE("2", s.last + 512) MOQI_STRIP_STORE("3", s.last + 768)
+        moqi_strip_finish(&s, y + first * ldy, ldy);
     }
-    MOQI_STRIP_STORE("0", s.last) MOQI_STRIP_STORE("1", s.last + 256) MOQI_STRIP_STORE("2", s.last + 512) MOQI_STRIP_STORE("3", s.last + 768)
-    moqi_strip_finish(&s, y, ldy);
     __asm__ volatile("tilerelease" : : : "memory");
 }
 #undef MOQI_STRIP_LOAD
 #undef MOQI_STRIP_STORE
 #undef MOQI_STRIP_TIMES
 
-static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_strip_arrange, moqi_amx_strips_multiply, NULL, NULL};
+static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
 #endif
 
 /* ---- bytes ----
@@ -18060,6 +18094,17 @@ static void moqi_products(const moqi_cpu *c, int64_t count)
 /* Arguments of moqi_feed_task. x: [rows, cols]; each: rows of one task */
 typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const float *x; int64_t m, each; } moqi_feeding;
 
+/* The 16 rows of m from `first` on, after all of them went in. */
+static void moqi_feed_turn(const moqi_tiled *p, int64_t m, int64_t first, float *rows)
+{
+#ifdef MOQI_AMX_F16
+    const moqi_way *way = moqi_way_for(p, m);
+    if (moqi_feeds_words(way)) moqi_strip_turn(rows + first * moqi_feed_step(p, way), p->layer.cols);
+#else
+    (void)p; (void)m; (void)first; (void)rows;
+#endif
+}
+
 /* Some rows of x into t and r. */
 static void moqi_feed_task(void *arg, int index, int worker)
 {
@@ -18068,6 +18113,7 @@ static void moqi_feed_task(void *arg, int index, int worker)
     (void)worker;
     for (int64_t i = index * f->each; i < moqi_min(f->m, (index + 1) * f->each); i++)
         moqi_feed(f->part, f->m, i, f->x + i * cols, f->c->t + i * ld, f->c->r);
+    moqi_feed_turn(f->part, f->m, index * f->each, f->c->r);
 }
 
 /* Can the rows of x be read where they are? */
@@ -18091,7 +18137,7 @@ static void moqi_cpu_linear_rows(moq_backend *be, const moq_weight *weight, cons
         for (int32_t i = 0, next; i < w->parts; i = next) {
             int direct = moqi_direct(&w->part[i], m);
             f.part = &w->part[i];
-            f.each = moqi_feeds_words(moqi_way_for(f.part, m)) ? 16 : 1; /* that share cache lines */
+            f.each = moqi_feeds_words(moqi_way_for(f.part, m)) ? 16 : 1;
             if (!direct) moqi_run(c, moqi_ceil_div(m, f.each), (double)m * (double)w->cols * 8, moqi_feed_task, &f);
             for (next = i, jobs = 0; next < w->parts && (next == i || w->part[next].shares); out += w->part[next++].layer.rows) {
                 moqi_job *j = &c->jobs[jobs];
@@ -18706,6 +18752,24 @@ static void moqi_middle_task(void *arg, int i, int worker)
     moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * ld);
 }
 
+/* The inputs of expert e, all of which are in. */
+static void moqi_turn_task(void *arg, int e, int worker)
+{
+    const moqi_pass *t = (const moqi_pass *)arg;
+    const int64_t begin = t->c->begin[e], m = t->c->begin[e + 1] - begin;
+    (void)worker;
+    for (int64_t i = 0; i < m; i += 16) moqi_feed_turn(&t->parts[e], m, i, t->c->r + begin * moqi_pad_x(t->parts[e].layer.cols));
+}
+
+/* The inputs of all chosen experts, where any wants them turned. */
+static void moqi_turn_inputs(const moqi_cpu *c, moqi_pass *t, const moqi_tiled *parts, double work)
+{
+    int any = 0;
+    for (int32_t e = 0; e < t->m->routing.experts; e++) any |= moqi_feeds_words(moqi_way_for(&parts[e], c->begin[e + 1] - c->begin[e]));
+    t->parts = parts;
+    if (any) moqi_run(c, t->m->routing.experts, work, moqi_turn_task, t);
+}
+
 /* y[row] = sum of weight * expert output, in the order of the choice; weights that multiplied the inputs are done with. */
 static void moqi_combine_task(void *arg, int row, int worker)
 {
@@ -18750,16 +18814,19 @@ static void moqi_moe_pass(const moqi_cpu *c, moqi_pass *t, int64_t rows)
     moqi_sort_choices(c, m, rows);
     t->parts = m->up;
     moqi_run(c, count, inputs, moqi_gather_task, t);
+    moqi_turn_inputs(c, t, m->up, inputs);
     jobs = moqi_expert_jobs(c, m, m->up, 0, c->hidden + (m->gate ? m->n : 0), width);
     if (m->gate && !m->shares) {
         moqi_products(c, jobs);
         t->parts = m->gate;
         moqi_run(c, count, inputs, moqi_gather_task, t);
+        moqi_turn_inputs(c, t, m->gate, inputs);
         jobs = 0;
     }
     if (m->gate) jobs = moqi_expert_jobs(c, m, m->gate, jobs, c->hidden, width);
     moqi_products(c, jobs);
     moqi_run(c, count, middles, moqi_middle_task, t);
+    moqi_turn_inputs(c, t, m->down, middles);
     moqi_products(c, moqi_expert_jobs(c, m, m->down, 0, c->out, m->out));
     moqi_run(c, rows, (double)count * (double)m->out, moqi_combine_task, t);
 }
