@@ -18753,7 +18753,7 @@ static void moqi_middle_task(void *arg, int i, int worker)
 }
 
 /* The inputs of expert e, all of which are in. */
-static void moqi_turn_task(void *arg, int e, int worker)
+static void moqi_turn_inputs_task(void *arg, int e, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
     const int64_t begin = t->c->begin[e], m = t->c->begin[e + 1] - begin;
@@ -18767,7 +18767,7 @@ static void moqi_turn_inputs(const moqi_cpu *c, moqi_pass *t, const moqi_tiled *
     int any = 0;
     for (int32_t e = 0; e < t->m->routing.experts; e++) any |= moqi_feeds_words(moqi_way_for(&parts[e], c->begin[e + 1] - c->begin[e]));
     t->parts = parts;
-    if (any) moqi_run(c, t->m->routing.experts, work, moqi_turn_task, t);
+    if (any) moqi_run(c, t->m->routing.experts, work, moqi_turn_inputs_task, t);
 }
 
 /* y[row] = sum of weight * expert output, in the order of the choice; weights that multiplied the inputs are done with. */
