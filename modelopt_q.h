@@ -87,6 +87,7 @@
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
+                        >>strips       AMX: NVFP4
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
                          >>kernels      which instruction set serves a layer
@@ -11995,14 +11996,20 @@ typedef struct moqi_stream_pass {
     int pairs;            /* E4M3 and x meet as BF16 */
 } moqi_stream_pass;
 
-/* The 32 E4M3 scales of a run of 512 columns as value / 256, in F16; past the count they are 0 and not read. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_stream_halves_512(const uint8_t *scales, int64_t count, __mmask32 *nan)
+/* 32 E4M3 scales as value / 256, in F16. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_stream_halves_of_512(__m256i b, __mmask32 *nan)
 {
-    __m256i b = count >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)scales) : _mm256_maskz_loadu_epi8(((__mmask32)1 << count) - 1, scales);
     __m512i w = _mm512_cvtepi8_epi16(b); /* sign-extended, so a shift puts the sign where F16 has it, and once more below */
     __m512i h = _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff));
     *nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
     return _mm512_mask_mov_epi16(h, *nan, _mm512_set1_epi16(0x7e00));
+}
+
+/* The 32 scales of a run of 512 columns; past the count they are 0 and not read. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_stream_halves_512(const uint8_t *scales, int64_t count, __mmask32 *nan)
+{
+    __m256i b = count >= 32 ? _mm256_loadu_si256((const __m256i *)(const void *)scales) : _mm256_maskz_loadu_epi8(((__mmask32)1 << count) - 1, scales);
+    return moqi_stream_halves_of_512(b, nan);
 }
 
 /* The same in F32. */
@@ -15624,8 +15631,8 @@ static void moqi_pairs_zeros(const moqi_panel *w, int64_t h)
     }
 }
 
-/* Rows [h, h + 16) of such a panel; their scales times 2^up. */
-MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_codes *q, int64_t h, int up)
+/* Rows [h, h + 16) of such a panel. */
+MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_codes *q, int64_t h)
 {
     const moqi_tiled *p = w->p;
     uint32_t words[256] MOQI_ALIGNED, *to = w->data + h;
@@ -15636,8 +15643,6 @@ MOQI_VBMI static void moqi_pairs_turn_512(const moqi_panel *w, const moqi_pairs_
     if (q->kind != MOQI_PAIRS_PLAIN) moqi_panel_scales_512(w, h);
     if (q->kind == MOQI_PAIRS_ROUNDED || q->kind == MOQI_PAIRS_ZEROS) moqi_pairs_nan(w, h);
     if (q->kind == MOQI_PAIRS_ZEROS) moqi_pairs_zeros(w, h);
-    for (int64_t c = 0; c * w->chunk < w->n && up; c++)
-        for (int r = 0; r < 16; r++) w->scale[c * MOQI_PANEL_ROWS + h + r] *= moqi_bits_f32((uint32_t)(127 + up) << 23);
     for (int64_t b = 0; b * 64 < bytes; b++, to += each / 2 * MOQI_PANEL_ROWS) {
         const int64_t at = (b * each >> shift) * MOQI_PANEL_ROWS + h, n = w->n - b * each;
         moqi_panel_words_512(src + 64 * b, p->row_bytes, rows, bytes - 64 * b, words);
@@ -15697,7 +15702,7 @@ static void moqi_pairs_decode(moqi_panel *w)
     else if (bits == 0) moqi_pairs_rows_512(w);
     else {
         moqi_pairs_begin(w, &q);
-        for (int64_t h = 0; h < w->rows; h += 16) moqi_pairs_turn_512(w, &q, h, 0);
+        for (int64_t h = 0; h < w->rows; h += 16) moqi_pairs_turn_512(w, &q, h);
     }
 }
 
@@ -15838,71 +15843,7 @@ MOQI_INLINE MOQI_HALVES __m512i moqi_half_mul_512(__m512i a, __m512i b)
     __asm__("vmulph %2, %1, %0" : "=v"(r) : "v"(a), "v"(b));
     return r;
 }
-
-/* Rows [h, h + 16) of a panel of up to 512 columns, zeros from column n on. scales: [16][16 rows] pairs of groups, in F16. Lines that are wanted next
-   are asked for a few at a time: the processor stands still when too many are on their way. */
-MOQI_HALVES static void moqi_amx_halves_512(const moqi_panel *w, int64_t h, const uint32_t *scales)
-{
-    const uint8_t *src = w->p->codes + (w->row + h) * w->p->row_bytes + w->col / 2;
-    const int64_t rows = moqi_min(16, w->rows - h);
-    int64_t asked = w->many ? rows : 0;
-    uint32_t words[256] MOQI_ALIGNED, *to = w->data + h;
-    uint16_t table[32];
-    for (int i = 0; i < 32; i++) table[i] = moq_f16_encode(w->p->table[i & 15] * 4096);
-    const __m512i values = _mm512_loadu_si512(table), keep = _mm512_set1_epi16((short)0x8fff);
-    const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
-    const __m512i high = _mm512_add_epi8(low, _mm512_set1_epi8(2));
-    for (int64_t c = 0; c < w->n; c += 128, src += 64) {
-        moqi_panel_words_512(src, w->p->row_bytes, rows, (w->n - c + 1) / 2, words);
-        for (int i = 0; i < 16; i += 2) {
-            __m512i s = _mm512_shuffle_epi8(_mm512_loadu_si512(scales + (c / 32 + i / 4) * 16), i & 2 ? high : low);
-            if (c + 8 * i >= w->n) s = _mm512_setzero_si512();
-            for (; asked < rows && asked * w->n < (c + 8 * i + 16) * rows; asked++) moqi_panel_ask(w, h + asked, 4);
-            __m512i v = _mm512_loadu_si512(words + 16 * i);
-            MOQI_UNROLL
-            for (int j = 0; j < 8; j++, to += MOQI_PANEL_ROWS) {
-                __m512i q = moqi_half_mul_512(_mm512_permutexvar_epi16(v, values), s);
-                _mm512_storeu_si512(to, _mm512_and_si512(_mm512_srai_epi16(q, 3), keep));
-                v = j == 3 ? _mm512_loadu_si512(words + 16 * (i + 1)) : _mm512_srli_epi16(v, 4);
-            }
-        }
-    }
-}
-
-/* The scales of 16 rows of a panel for moqi_amx_halves_512. 0: some are NaN, which its shift does not keep */
-MOQI_AVX512 static int moqi_amx_half_scales(const moqi_panel *w, int64_t h, uint32_t *to)
-{
-    uint32_t rows[256] MOQI_ALIGNED;
-    const int64_t g = moqi_stream_group(w->p, w->col);
-    __mmask32 nan, any = 0;
-    for (int r = 0; r < 16; r++) {
-        const uint8_t *from = w->p->scales + moqi_stream_scale_at(w->p, w->row + moqi_min(h + r, w->rows - 1)) + g;
-        _mm512_storeu_si512(rows + 16 * r, moqi_stream_halves_512(from, w->p->groups - g, &nan));
-        any |= nan;
-    }
-    moqi_turn_512(rows, 16, to, 16);
-    return any == 0;
-}
 #endif
-
-/* Panels of any layer. Scales that are no numbers go the way of F32, as small as the others. */
-MOQI_AVX512 static void moqi_amx_decode(moqi_panel *w)
-{
-#ifdef MOQI_AMX_F16
-    if (moqi_amx_halves(w->p)) {
-        uint32_t scales[256] MOQI_ALIGNED;
-        moqi_pairs_codes q;
-        moqi_pairs_begin(w, &q);
-        for (int r = 0; r < MOQI_PANEL_ROWS; r++) w->mul[r] = w->p->factor;
-        for (int64_t h = 0; h < w->rows; h += 16) {
-            if (moqi_amx_half_scales(w, h, scales)) moqi_amx_halves_512(w, h, scales);
-            else moqi_pairs_turn_512(w, &q, h, 8 - MOQI_AMX_HALF);
-        }
-        return;
-    }
-#endif
-    moqi_pairs_decode(w);
-}
 
 /* What LDTILECFG reads: 64 bytes. GCC 12's own intrinsic names only 8 of them to the compiler, which then drops the stores of the rest. */
 typedef struct moqi_tile_config { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } moqi_tile_config;
@@ -16137,339 +16078,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
 static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) ? moqi_amx_takes(p) : 0; }
 static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 0 : moqi_amx_takes(p); }
 
-static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_amx_decode, NULL};
-
-/* ---- strips: E2M1 with E4M3 scales of 16 columns ----
-   A block is 32 rows of weights and 128 or 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
-   by rows of x. Two tiles of weights times two of x are four products for four loads. Weights come from the first-level cache, where the block after this one is
-   decoded, row by row between the products; x comes from the second-level cache and is loaded past the first. After a block the sums of 32 rows of x
-   make room for the next: one tile at a time, right before the product that needs its place, so that the others go on meanwhile. */
-#ifdef MOQI_AMX_F16
-enum {
-    MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
-    MOQI_STRIP_FEW = 128,     /* rows of x up to which 32 rows of weights go along all these columns; of more rows, blocks below each other meet one part of x */
-    MOQI_STRIP_CHUNK = 256,   /* columns of a block */
-    MOQI_STRIP_ROWS = 64      /* of a block, at most */
-};
-
-/* Where a block begins: row of the task, column of the layer. */
-typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
-
-/* Rows of weights times rows of x, up to MOQI_WAY_MANY. */
-typedef struct moqi_amx_strips {
-    const moqi_tiled *p;
-    int64_t row, rows;        /* of the task */
-    const float *x;           /* [m / 16][columns / 32][16 pairs of columns][16 rows of x], behind the columns of each 16 rows the exponents that their sums lack */
-    int64_t ldx, m, pairs;    /* pairs: of tiles of x */
-    int64_t wide;             /* columns in one go */
-    int shift;                /* a block has 128 << shift columns */
-    int below;                /* more rows of x: blocks are 64 rows, and go down first */
-    int64_t high;             /* rows of a block */
-    uint32_t *tiles;          /* two blocks: [2][16 rows of weights][columns / 32][16][16] */
-    uint16_t *scales;         /* [32 rows][32 groups], F16 */
-    float *last;              /* where the sums belong that are in tiles; NULL: there are none */
-    float *sums;              /* [rows / 32][pairs][2 of weights][2 of x][16 rows of weights][16 rows of x] */
-    uint32_t nan[MOQI_WAY_ROWS / 32]; /* a bit for each row with a scale that is no number: so are its outputs */
-} moqi_amx_strips;
-
-/* The block that is decoded, 128 columns after 128, and the codes and scales that are asked for meanwhile. */
-typedef struct moqi_strip_work {
-    const uint8_t *codes, *groups; /* of the next row */
-    uint16_t *scales;
-    uint32_t *to;
-    int64_t row_bytes, group_bytes, row, rows, parts; /* row: of `rows`; parts: how often 128 columns there are still to do */
-    int64_t left, count, down; /* columns and groups to the end of the layer; words from the first 16 rows to the next 16 */
-    int fresh;                /* are scales of 512 columns read beside the first 128? */
-    uint32_t *nan;
-    const uint8_t *ask, *ask_end, *ask_groups;
-    int64_t ask_rows, ask_bytes, ask_each;
-} moqi_strip_work;
-
-/* The block after `at`; 0: there is none. */
-static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
-{
-    const int64_t from = at->col / s->wide * s->wide;
-    at->col += (int64_t)128 << s->shift;
-    if (at->col < moqi_min(from + s->wide, s->p->layer.cols)) return 1;
-    at->col = from;
-    at->row += s->high;
-    if (at->row < s->rows) return 1;
-    at->row = 0;
-    at->col = from + s->wide;
-    return at->col < s->p->layer.cols;
-}
-
-/* What is asked for beside decoding the columns in one go of these rows: those that follow, at last of the next task. */
-static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
-{
-    const moqi_tiled *p = s->p;
-    const int64_t n = moqi_min(s->wide, p->layer.cols - at.col), calls = s->high / 4 * moqi_ceil_div(n, 128);
-    int more = 1;
-    for (int64_t c = 0; more && c < n; c += (int64_t)128 << s->shift) more = moqi_strip_step(s, &at);
-    const int64_t row = s->row + (more ? at.row : s->rows), col = more ? at.col : 0;
-    d->ask = p->codes + row * p->row_bytes + col / 2;
-    d->ask_bytes = moqi_min(s->wide, p->layer.cols - col) / 2 + (p->row_bytes % 64 == 0 ? 0 : 63);
-    d->ask_end = d->ask + d->ask_bytes;
-    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16;
-    d->ask_rows = s->high;
-    d->ask_each = moqi_ceil_div(s->high * moqi_ceil_div(d->ask_bytes, 64), calls);
-}
-
-/* The block at `at` is decoded next, to `to`. */
-static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
-{
-    const moqi_tiled *p = s->p;
-    if (at.col % s->wide == 0) moqi_strip_want(s, d, at);
-    d->row_bytes = p->row_bytes;
-    d->group_bytes = p->scale_step * p->scale_stride;
-    d->codes = p->codes + (s->row + at.row) * p->row_bytes + at.col / 2;
-    d->groups = p->scales + moqi_stream_scale_at(p, s->row + at.row) + at.col / 16;
-    d->fresh = s->shift || at.col % 512 == 0;
-    d->scales = s->scales + (s->shift ? 0 : at.col / 16 % 32);
-    d->to = to;
-    d->row = 0;
-    d->rows = moqi_min(s->high, s->rows - at.row);
-    d->parts = (int64_t)1 << s->shift;
-    d->left = p->layer.cols - at.col;
-    d->count = p->groups - at.col / 16;
-    d->down = (1024 << s->shift) - 256;
-    d->nan = (uint32_t *)(uintptr_t)s->nan + at.row / MOQI_PANEL_ROWS;
-}
-
-/* The next lines of those. */
-MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d)
-{
-    for (int64_t k = 0; k < d->ask_each && d->ask_rows > 0; k++) {
-        __builtin_prefetch(d->ask, 0, 2);
-        d->ask += 64;
-        if (d->ask < d->ask_end) continue;
-        for (int64_t i = 0; i < d->ask_bytes; i += 512) __builtin_prefetch(d->ask_groups + i / 8, 0, 2);
-        d->ask_groups += d->group_bytes;
-        d->ask_end += d->row_bytes;
-        d->ask = d->ask_end - d->ask_bytes;
-        d->ask_rows--;
-    }
-}
-
-/* 128 columns of four rows, 64 bytes of each: column 4 i + j is number i in this row of the j-th of four tiles. values: the high bytes of the codes' values in
-   F16, four times, so that bits beside a code do not matter; the low bytes are 0. Past the last group scales are 0; past the last row it comes again. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, __m512i values)
-{
-    const __m512i keep = _mm512_set1_epi16((short)0x8fff), top = _mm512_set1_epi16((short)0xff00);
-    const __m512i group = _mm512_set_epi32(0x0f0e0f0e, 0x0f0e0f0e, 0x0d0c0d0c, 0x0d0c0d0c, 0x0b0a0b0a, 0x0b0a0b0a, 0x09080908, 0x09080908,
-                                           0x07060706, 0x07060706, 0x05040504, 0x05040504, 0x03020302, 0x03020302, 0x01000100, 0x01000100);
-    const int64_t last = d->rows - 1 - d->row;
-    moqi_strip_ask(d);
-    if (d->fresh) {
-        for (int64_t r = 0; r < 4 && r <= last; r++, d->groups += d->group_bytes) {
-            __mmask32 nan;
-            _mm512_storeu_si512(d->scales + 32 * r, moqi_stream_halves_512(d->groups, d->count, &nan));
-            if (nan) d->nan[(d->row + r) / 32] |= (uint32_t)1 << (d->row + r) % 32;
-        }
-    }
-    MOQI_UNROLL
-    for (int r = 0; r < 4; r++) {
-        const uint8_t *codes = d->codes + moqi_min(r, last) * d->row_bytes;
-        __m512i v = d->left >= 127 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(((__mmask64)1 << ((moqi_max(0, d->left) + 1) / 2)) - 1, codes), h[4];
-        const __m512i f = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)(d->scales + 32 * r))), group);
-        h[2] = _mm512_permutexvar_epi8(v, values);
-        h[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(v, 4), values);
-        h[0] = _mm512_slli_epi16(h[2], 8);
-        h[1] = _mm512_slli_epi16(h[3], 8);
-        h[2] = _mm512_and_si512(h[2], top);
-        h[3] = _mm512_and_si512(h[3], top);
-        MOQI_UNROLL
-        for (int j = 0; j < 4; j++)
-            _mm512_store_si512(d->to + 256 * j + 16 * r, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], f), 3), keep));
-    }
-    d->row += 4;
-    d->codes += 4 * d->row_bytes;
-    d->scales += 128;
-    d->to += 64;
-    if (d->row % 16 == 0) d->to += d->down;
-    if (d->row < d->rows) return;
-    d->codes += 64 - d->row * d->row_bytes;
-    d->scales += 8 - 32 * d->row;
-    d->to += 1024 - 16 * d->row - d->row / 16 * d->down;
-    d->left -= 128;
-    d->row = 0;
-    d->fresh = 0;
-    d->parts--;
-}
-
-#define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
-#define MOQI_STRIP_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
-#define MOQI_STRIP_TIMES(w, x, acc) __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory");
-/* The sums in tile t go where they belong, those of `sums` come. */
-#define MOQI_STRIP_SWAP(t, i) \
-    if (j == 0 && swap) { \
-        if (last) MOQI_STRIP_STORE(t, last + 256 * i) \
-        if (zero) __asm__ volatile("tilezero %%tmm" t : : : "memory"); \
-        else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
-    }
-#define MOQI_STRIP_ROWS if ((slot++ & (pace - 1)) == 0) for (int e = 0; e < each && d.parts > 0; e++) moqi_strip_rows(&d, values);
-
-/* The block at `at` times all rows of x in one go, while another is decoded: evenly between the products. With blocks below each other the next
-   columns of x are asked for, a share of them with each block, and y with the last columns. */
-MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, __m512i values)
-{
-    moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
-    float *last = s->last;
-    const int64_t tile = 16 * s->ldx, steps = 4 * moqi_min((int64_t)1 << s->shift, moqi_ceil_div(s->p->layer.cols - at.col, 128));
-    const int zero = at.col == 0, swap = s->pairs > 1 || at.col % s->wide == 0, each = s->pairs == 1 ? 2 : 1;
-    float *sums = s->sums + at.row / MOQI_PANEL_ROWS * s->pairs * 1024;
-    unsigned pace = 1, slot = 0;
-    while (4 * pace <= s->pairs) pace *= 2;
-    for (int64_t i = 0; i < s->pairs; i++, sums += 1024) {
-        const int two = s->m - 32 * i > 16;
-        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa;
-        const uint32_t *wa = tiles, *wb = tiles + (1024 << s->shift);
-        for (int64_t j = 0; j < steps; j++, wa += 256, wb += 256, xa += 256, xb += 256) {
-            MOQI_STRIP_SWAP("0", 0)
-            MOQI_STRIP_LOAD("tileloadd", "4", wa)
-            MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
-            MOQI_STRIP_TIMES("4", "6", "0")
-            MOQI_STRIP_SWAP("1", 1)
-            if (two) {
-                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
-                MOQI_STRIP_TIMES("4", "7", "1")
-            }
-            MOQI_STRIP_ROWS
-            MOQI_STRIP_SWAP("2", 2)
-            MOQI_STRIP_LOAD("tileloadd", "5", wb)
-            MOQI_STRIP_TIMES("5", "6", "2")
-            MOQI_STRIP_SWAP("3", 3)
-            if (two) MOQI_STRIP_TIMES("5", "7", "3")
-        }
-        last = sums;
-    }
-    while (d.parts > 0) moqi_strip_rows(&d, values);
-    s->last = last;
-    *work = d;
-}
-/* The same for blocks of 64 rows: four tiles of weights times one of x, so that a tile of x from the second-level cache serves four products. */
-MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, __m512i values)
-{
-    moqi_strip_work d = *work;
-    float *last = s->last;
-    const int64_t tile = 16 * s->ldx, count = (s->m + 15) / 16, blocks = moqi_ceil_div(s->rows, s->high), cols = s->p->layer.cols, each = 1024 << s->shift;
-    const int64_t steps = 4 * moqi_min((int64_t)1 << s->shift, moqi_ceil_div(cols - at.col, 128)), lines = moqi_ceil_div(16, blocks);
-    const int zero = at.col == 0, swap = 1, end = at.col + 32 * steps >= cols;
-    float *sums = s->sums + at.row / s->high * count * 1024;
-    const float *x = s->x + at.col / 32 * 256, *next = (end ? s->x : x + 256 * steps) + at.row / s->high * steps * lines * 16;
-    unsigned pace = 1, slot = 0;
-    while (8 * pace <= count) pace *= 2;
-    for (int64_t i = 0; i < count; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
-        for (int64_t j = 0; j < steps; j++) {
-            const uint32_t *w = tiles + 256 * j;
-            MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
-            MOQI_STRIP_LOAD("tileloadd", "5", w)
-            MOQI_STRIP_SWAP("0", 0)
-            MOQI_STRIP_TIMES("5", "4", "0")
-            for (int64_t l = 0; l < lines; l++, next += 16) __builtin_prefetch(next, 0, 2);
-            MOQI_STRIP_LOAD("tileloadd", "6", w + each)
-            MOQI_STRIP_SWAP("1", 1)
-            MOQI_STRIP_TIMES("6", "4", "1")
-            if ((slot++ & (pace - 1)) == 0 && d.parts > 0) moqi_strip_rows(&d, values);
-            MOQI_STRIP_LOAD("tileloadd", "7", w + 2 * each)
-            MOQI_STRIP_SWAP("2", 2)
-            MOQI_STRIP_TIMES("7", "4", "2")
-            MOQI_STRIP_LOAD("tileloadd", "5", w + 3 * each)
-            MOQI_STRIP_SWAP("3", 3)
-            MOQI_STRIP_TIMES("5", "4", "3")
-        }
-        last = sums;
-    }
-    while (d.parts > 0) moqi_strip_rows(&d, values);
-    s->last = last;
-    *work = d;
-}
-#undef MOQI_STRIP_SWAP
-#undef MOQI_STRIP_ROWS
-
-/* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart. */
-MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s, float *y, int64_t ldy)
-{
-    const moqi_tiled *p = s->p;
-    const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
-    float turned[16][MOQI_WAY_ROWS + 16] MOQI_ALIGNED;
-    for (int64_t first = 0; first < s->m; first += 16) {
-        const int64_t each = s->below ? 256 : 512, down = 1024 * (s->below ? (s->m + 15) / 16 : s->pairs);
-        const float *sums = s->sums + (s->below ? first / 16 * 1024 : first / 32 * 1024 + first % 32 * 16);
-        const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
-        for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / s->high * down + r % s->high / 16 * each, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
-        for (int64_t t = 0; t < moqi_min(16, s->m - first); t++)
-            for (int64_t r = 0; r < s->rows; r += 16) {
-                const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
-                const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + r) : _mm512_setzero_ps();
-                __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t] + r), _mm512_set1_ps(ups[16 * t]));
-                v = _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), (__mmask16)(s->nan[r / 32] >> r % 32), nan);
-                _mm512_mask_storeu_ps(y + (first + t) * ldy + r, some, v);
-            }
-    }
-}
-
-/* 16 rows as they were arranged, 16 words of each in turn, to tiles of pairs of columns by rows: of 64 words the i-th is pair i / 4 of tile i % 4. */
-MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols)
-{
-    float words[64][16] MOQI_ALIGNED;
-    for (int64_t c = 0; c < cols; c += 128, x += 1024) {
-        for (int q = 0; q < 4; q++) moqi_turn_512(x + 256 * q, 16, words[16 * q], 16);
-        for (int i = 0; i < 64; i++) _mm512_storeu_ps(x + i % 4 * 256 + i / 4 * 16, _mm512_load_ps(words[i]));
-    }
-}
-
-/* As many columns of x in one go as stay in the second-level cache. */
-MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
-                                           int64_t ldy, float *scratch)
-{
-    moqi_amx_strips s;
-    moqi_strip_work d;
-    uint32_t *tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
-    uint8_t table[64];
-    for (int i = 0; i < 64; i++) table[i] = (uint8_t)(moq_f16_encode(p->table[i & 15] * 4096) >> 8);
-    const __m512i values = _mm512_loadu_si512(table);
-    (void)way;
-    s.p = p;
-    s.row = row;
-    s.rows = rows;
-    s.ldx = ldx;
-    s.sums = (float *)(void *)(tiles + 2 * MOQI_STRIP_ROWS / 2 * MOQI_STRIP_CHUNK);
-    s.scales = (uint16_t *)(void *)(s.sums + MOQI_WAY_ROWS * MOQI_WAY_TOKENS);
-    moqi_amx_configure(16, 16);
-    for (int64_t first = 0; first < m; first += MOQI_WAY_TOKENS) {
-        moqi_strip_at at = {0, 0}, then;
-        int turn = 0;
-        s.x = x + first * ldx;
-        s.m = moqi_min(m - first, MOQI_WAY_TOKENS);
-        s.pairs = (s.m + 31) / 32;
-        s.below = s.m > MOQI_STRIP_FEW;
-        s.high = s.below ? (int64_t)MOQI_STRIP_ROWS : MOQI_PANEL_ROWS;
-        s.shift = 1;
-        s.wide = s.below ? (int64_t)MOQI_STRIP_CHUNK : MOQI_STRIP_X / (32 * s.pairs) / 512 * 512;
-        s.last = NULL;
-        memset(s.nan, 0, sizeof s.nan);
-        moqi_strip_begin(&s, &d, at, tiles);
-        while (d.parts > 0) moqi_strip_rows(&d, values);
-        for (int more = 1; more; turn = !turn, at = then) {
-            const uint32_t *now = tiles + (turn ? MOQI_STRIP_ROWS / 2 * MOQI_STRIP_CHUNK : 0);
-            then = at;
-            more = moqi_strip_step(&s, &then);
-            if (more) moqi_strip_begin(&s, &d, then, tiles + (turn ? 0 : MOQI_STRIP_ROWS / 2 * MOQI_STRIP_CHUNK));
-            if (s.below) moqi_strip_block_high(&s, &d, at, now, values);
-            else moqi_strip_block(&s, &d, at, now, values);
-        }
-        MOQI_STRIP_STORE("0", s.last) MOQI_STRIP_STORE("1", s.last + 256) MOQI_STRIP_STORE("2", s.last + 512) MOQI_STRIP_STORE("3", s.last + 768)
-        moqi_strip_finish(&s, y + first * ldy, ldy);
-    }
-    __asm__ volatile("tilerelease" : : : "memory");
-}
-#undef MOQI_STRIP_LOAD
-#undef MOQI_STRIP_STORE
-#undef MOQI_STRIP_TIMES
-
-static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
-#endif
+static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_pairs_decode, NULL};
 
 /* ---- bytes ----
    A tile instruction adds 16 x 64 by 64 x 16 products of bytes. Where a row of weights and a row of x have one scale each, the sums of all
@@ -16581,6 +16190,410 @@ static void moqi_block_amx_i8(const moqi_panel *w, const float *x, int64_t ldx, 
 }
 
 static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moqi_i8_arrange_512, moqi_panels_i8, moqi_panel_i8_512, moqi_block_amx_i8};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>strips          AMX: NVFP4
+   ------------------------------------------------------------------------------------------------ */
+
+/* A block is 32 or 64 rows of weights and 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
+   by rows of x. Weights come from the first-level cache, where the block after this one is decoded, two rows after two products; x comes from the
+   second-level cache and is loaded past the first. After a block the sums make room for the next: one tile at a time, right before the product that needs its
+   place, so that the others go on meanwhile. Sums of all columns go to y beside the products that follow. */
+#ifdef MOQI_AMX_F16
+enum {
+    MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
+    MOQI_STRIP_FEW = 128,     /* rows of x up to which blocks go along all these columns, two tiles of weights by two of x: of 32 rows of x the sums stay in
+                                 tiles, of 128 near them. With more, blocks go down all rows of a task first, four tiles by one: a tile of x from the
+                                 second-level cache serves four products, which leaves time for the sums that go there and back */
+    MOQI_STRIP_COLS = 256,    /* of a block */
+    MOQI_STRIP_ROWS = 64      /* of a block, at most */
+};
+
+/* Where a block begins: row of the task, column of the layer. */
+typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
+
+/* Four tiles of sums, and the first of their rows in the task and of x. */
+typedef struct moqi_strip_sums { float *at; int64_t row, x; } moqi_strip_sums;
+
+/* Rows of weights times rows of x, up to MOQI_WAY_TOKENS. */
+typedef struct moqi_amx_strips {
+    const moqi_tiled *p;
+    int64_t row, rows;        /* of the task */
+    const float *x;           /* [m / 16][columns / 32][16 pairs of columns][16 rows of x], behind the columns of each 16 rows the exponents that their sums lack */
+    int64_t ldx, m;
+    float *y;
+    int64_t ldy;
+    int64_t high, wide;       /* rows of a block; columns in one go */
+    int64_t each, groups;     /* rows of x that a block takes at a time, and how many times */
+    uint32_t *tiles;          /* two blocks: [2][rows / 16][columns / 32][16][16] */
+    float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights */
+    moqi_strip_sums last;     /* those in tiles; at NULL: there are none */
+    moqi_strip_sums ready;    /* of all columns, on their way to y from tile `left` on */
+    int left, whole;          /* whole: are those in tiles of all columns? */
+    uint32_t nan[MOQI_WAY_ROWS / 32]; /* a bit for each row with a scale that is no number: so are its outputs */
+    uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
+    uint16_t masks[2][32], group[4][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales are those of 128 columns each */
+} moqi_amx_strips;
+
+/* The block that is decoded, and the codes and scales that are asked for meanwhile. */
+typedef struct moqi_strip_work {
+    const uint8_t *codes, *groups; /* of the next row */
+    uint32_t *to;
+    int64_t row_bytes, group_bytes, row, rows;
+    int64_t left, count;      /* columns and groups to the end of the layer */
+    uint32_t *nan;
+    const uint8_t *ask, *ask_end, *ask_groups;
+    int64_t ask_rows, ask_bytes, ask_each;
+} moqi_strip_work;
+
+/* The block after `at`; 0: there is none. */
+static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
+{
+    const int64_t from = at->col / s->wide * s->wide;
+    at->col += MOQI_STRIP_COLS;
+    if (at->col < moqi_min(from + s->wide, s->p->layer.cols)) return 1;
+    at->col = from;
+    at->row += s->high;
+    if (at->row < s->rows) return 1;
+    at->row = 0;
+    at->col = from + s->wide;
+    return at->col < s->p->layer.cols;
+}
+
+/* What is asked for beside decoding the columns in one go of these rows: those that follow, at last of the next task. */
+static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
+{
+    const moqi_tiled *p = s->p;
+    const int64_t n = moqi_min(s->wide, p->layer.cols - at.col), calls = s->high / 2 * moqi_ceil_div(n, MOQI_STRIP_COLS);
+    int more = 1;
+    for (int64_t c = 0; more && c < n; c += MOQI_STRIP_COLS) more = moqi_strip_step(s, &at);
+    const int64_t row = s->row + (more ? at.row : s->rows), col = more ? at.col : 0;
+    d->ask = p->codes + row * p->row_bytes + col / 2;
+    d->ask_bytes = moqi_min(s->wide, p->layer.cols - col) / 2 + (p->row_bytes % 64 == 0 ? 0 : 63);
+    d->ask_end = d->ask + d->ask_bytes;
+    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16;
+    d->ask_rows = s->high;
+    d->ask_each = moqi_ceil_div(s->high * moqi_ceil_div(d->ask_bytes, 64), calls);
+}
+
+/* The block at `at` is decoded next, to `to`. */
+static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
+{
+    const moqi_tiled *p = s->p;
+    if (at.col % s->wide == 0) moqi_strip_want(s, d, at);
+    d->row_bytes = p->row_bytes;
+    d->group_bytes = p->scale_step * p->scale_stride;
+    d->codes = p->codes + (s->row + at.row) * p->row_bytes + at.col / 2;
+    d->groups = p->scales + moqi_stream_scale_at(p, s->row + at.row) + at.col / 16;
+    d->to = to;
+    d->row = 0;
+    d->rows = moqi_min(s->high, s->rows - at.row);
+    d->left = p->layer.cols - at.col;
+    d->count = p->groups - at.col / 16;
+    d->nan = (uint32_t *)(uintptr_t)s->nan + at.row / 32;
+}
+
+/* The next lines of those. */
+MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d)
+{
+    for (int64_t k = 0; k < d->ask_each && d->ask_rows > 0; k++) {
+        __builtin_prefetch(d->ask, 0, 2);
+        d->ask += 64;
+        if (d->ask < d->ask_end) continue;
+        for (int64_t i = 0; i < d->ask_bytes; i += 512) __builtin_prefetch(d->ask_groups + i / 8, 0, 2);
+        d->ask_groups += d->group_bytes;
+        d->ask_end += d->row_bytes;
+        d->ask = d->ask_end - d->ask_bytes;
+        d->ask_rows--;
+    }
+}
+
+/* What 256 columns of a row have before the layer ends, and zeros. */
+static void moqi_strip_tail(const uint8_t *codes, const uint8_t *groups, int64_t left, int64_t count, uint8_t *to)
+{
+    memset(to, 0, 144);
+    memcpy(to, codes, (size_t)((left + 1) / 2));
+    memcpy(to + 128, groups, (size_t)moqi_min(16, count));
+}
+
+/* Constants of decoding, in registers. */
+typedef struct moqi_strip_values { __m512i values, keep, top, group[4]; } moqi_strip_values;
+
+MOQI_INLINE MOQI_AVX512 moqi_strip_values moqi_strip_load(const moqi_amx_strips *s)
+{
+    moqi_strip_values v;
+    v.values = _mm512_loadu_si512(s->values);
+    v.keep = _mm512_loadu_si512(s->masks[0]);
+    v.top = _mm512_loadu_si512(s->masks[1]);
+    for (int i = 0; i < 4; i++) v.group[i] = _mm512_loadu_si512(s->group[i]);
+    return v;
+}
+
+/* 256 columns of two rows, 64 bytes of each in each of 8 tiles: of 128 columns 4 i + j is number i in this row of the j-th of four. Past the last group
+   scales are 0; past the last row it comes again. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_strip_values *v)
+{
+    const int two = d->row + 1 < d->rows;
+    const uint8_t *codes[2], *groups[2];
+    uint8_t copy[2][144];
+    codes[0] = d->codes;
+    groups[0] = d->groups;
+    codes[1] = two ? d->codes + d->row_bytes : d->codes;
+    groups[1] = two ? d->groups + d->group_bytes : d->groups;
+    moqi_strip_ask(d);
+    if (d->left < 255) {
+        for (int r = 0; r < 2; r++) {
+            moqi_strip_tail(codes[r], groups[r], d->left, d->count, copy[r]);
+            codes[r] = copy[r];
+            groups[r] = copy[r] + 128;
+        }
+    }
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)groups[0])),
+                                                 _mm_loadu_si128((const __m128i *)(const void *)groups[1]), 1);
+    __mmask32 nan;
+    const __m512i f = moqi_stream_halves_of_512(both, &nan);
+    if (nan) d->nan[d->row / 32] |= (nan & 0xffff ? (uint32_t)1 << d->row % 32 : 0) | (nan >> 16 && two ? (uint32_t)2 << d->row % 32 : 0);
+    MOQI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m512i c = _mm512_loadu_si512(codes[i / 2] + i % 2 * 64), by = _mm512_permutexvar_epi16(v->group[i], f);
+        const __m512i even = _mm512_permutexvar_epi8(c, v->values), odd = _mm512_permutexvar_epi8(_mm512_srli_epi16(c, 4), v->values);
+        const __m512i h[4] = {_mm512_slli_epi16(even, 8), _mm512_slli_epi16(odd, 8), _mm512_and_si512(even, v->top), _mm512_and_si512(odd, v->top)};
+        uint32_t *to = d->to + i % 2 * 1024 + i / 2 * 16;
+        MOQI_UNROLL
+        for (int j = 0; j < 4; j++)
+            _mm512_store_si512(to + 256 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], by), 3), v->keep));
+    }
+    d->row += 2;
+    d->codes += 2 * d->row_bytes;
+    d->groups += 2 * d->group_bytes;
+    d->to += d->row % 16 ? 32 : 32 + 2048 - 256;
+}
+
+/* All that is left of a block. */
+MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_work *d)
+{
+    const moqi_strip_values v = moqi_strip_load(s);
+    while (d->row < d->rows) moqi_strip_rows(d, &v);
+}
+
+/* One of the four tiles that are ready goes to y: [16 rows of weights][16 of x] -> y[x][rows] = bias + factor * sums * 2^exponent of the row of x. */
+MOQI_AVX512 static void moqi_strip_put(moqi_amx_strips *s)
+{
+    const moqi_tiled *p = s->p;
+    const int i = s->left++;
+    const int64_t row = s->ready.row + (s->each == 16 ? i : i / 2) * 16, first = s->ready.x + (s->each == 16 ? 0 : i % 2 * 16);
+    const int64_t n = s->rows - row, m = moqi_min(16, s->m - first);
+    if (n <= 0 || m <= 0) return;
+    const __mmask16 some = (__mmask16)(n >= 16 ? 0xffff : (1 << n) - 1), nans = (__mmask16)(s->nan[row / 32] >> row % 32);
+    const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
+    const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
+    const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + row) : _mm512_setzero_ps();
+    float turned[16][16] MOQI_ALIGNED, *y = s->y + first * s->ldy + row;
+    moqi_turn_512(s->ready.at + 256 * i, 16, turned, 16);
+    for (int64_t t = 0; t < m; t++, y += s->ldy) {
+        const __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t]), _mm512_set1_ps(ups[16 * t]));
+        _mm512_mask_storeu_ps(y, some, _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), nans, nan));
+    }
+}
+
+#define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
+#define MOQI_STRIP_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
+#define MOQI_STRIP_TIMES(w, x, acc) __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory");
+/* The sums in tile t go where they belong, those at `sums` come. */
+#define MOQI_STRIP_SWAP(t, i) \
+    if (swap && j == 0) { \
+        if (last) MOQI_STRIP_STORE(t, last + 256 * i) \
+        if (zero) __asm__ volatile("tilezero %%tmm" t : : : "memory"); \
+        else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
+    }
+#define MOQI_STRIP_DECODE if ((slot++ & pace) == 0 && d.row < d.rows) moqi_strip_rows(&d, &v);
+
+/* Every how many slots two rows are decoded, of so many slots in a block, less 1. */
+static unsigned moqi_strip_pace(const moqi_amx_strips *s, int64_t slots)
+{
+    unsigned pace = 1;
+    while (2 * pace * (s->high / 2) <= slots) pace *= 2;
+    return pace - 1;
+}
+
+/* Sums of these rows follow those that are in tiles -> where the old ones belong. They go to y next, if they are of all columns. */
+MOQI_HALVES static float *moqi_strip_turns(moqi_amx_strips *s, float *sums, int64_t row, int64_t x)
+{
+    float *last = s->last.at;
+    while (s->left < 4) moqi_strip_put(s);
+    s->ready = s->last;
+    s->left = last && s->whole ? 0 : 4;
+    s->last.at = sums;
+    s->last.row = row;
+    s->last.x = x;
+    return last;
+}
+
+/* The block at `at` times all rows of x in one go, two tiles of weights by two of x, while another is decoded. */
+MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
+{
+    const moqi_strip_values v = moqi_strip_load(s);
+    moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
+    const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
+    const int zero = at.col == 0, swap = s->groups > 1 || at.col % s->wide == 0, end = at.col + MOQI_STRIP_COLS >= cols;
+    const unsigned pace = moqi_strip_pace(s, 16 * s->groups);
+    unsigned slot = 0;
+    float *sums = s->sums + at.row / 32 * s->groups * 1024;
+    for (int64_t i = 0; i < s->groups; i++, sums += 1024) {
+        const int two = s->m - 32 * i > 16;
+        float *last = swap ? moqi_strip_turns(s, sums, at.row, 32 * i) : NULL;
+        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa, *out = s->y + 32 * i * s->ldy + at.row;
+        const int64_t outs = end && s->m - 32 * i >= 32 ? 32 / steps : 0;
+        const uint32_t *wa = tiles, *wb = tiles + 2048;
+        s->whole = end;
+        for (int64_t j = 0; j < steps; j++, wa += 256, wb += 256, xa += 256, xb += 256) {
+            MOQI_STRIP_SWAP("0", 0)
+            MOQI_STRIP_LOAD("tileloadd", "4", wa)
+            MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
+            MOQI_STRIP_TIMES("4", "6", "0")
+            MOQI_STRIP_SWAP("1", 1)
+            if (two) {
+                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
+                MOQI_STRIP_TIMES("4", "7", "1")
+            }
+            MOQI_STRIP_DECODE
+            for (int64_t l = 0; l < outs; l++, out += s->ldy) { __builtin_prefetch(out, 0, 2); __builtin_prefetch(out + 16, 0, 2); }
+            MOQI_STRIP_SWAP("2", 2)
+            MOQI_STRIP_LOAD("tileloadd", "5", wb)
+            MOQI_STRIP_TIMES("5", "6", "2")
+            MOQI_STRIP_SWAP("3", 3)
+            if (two) MOQI_STRIP_TIMES("5", "7", "3")
+            MOQI_STRIP_DECODE
+            if (__builtin_expect(j > 0 && s->left < 4, 0)) moqi_strip_put(s);
+        }
+    }
+    *work = d;
+    moqi_strip_rest(s, work);
+}
+
+/* The same for blocks of 64 rows, four tiles of weights by one of x. A share of the next columns of x is asked for with each block. */
+MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
+{
+    const moqi_strip_values v = moqi_strip_load(s);
+    moqi_strip_work d = *work;
+    const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
+    const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16, blocks);
+    const int zero = at.col == 0, swap = 1, end = at.col + MOQI_STRIP_COLS >= cols;
+    const unsigned pace = moqi_strip_pace(s, 8 * s->groups);
+    unsigned slot = 0;
+    float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024;
+    const float *x = s->x + at.col / 32 * 256, *next = (end ? s->x : x + 256 * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
+    for (int64_t i = 0; i < s->groups; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
+        float *last = moqi_strip_turns(s, sums, at.row, 16 * i);
+        const float *out = s->y + 16 * i * s->ldy + at.row;
+        const int64_t outs = end && s->m - 16 * i >= 16 ? 16 / steps : 0;
+        s->whole = end;
+        for (int64_t j = 0; j < steps; j++) {
+            const uint32_t *w = tiles + 256 * j;
+            MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
+            MOQI_STRIP_LOAD("tileloadd", "5", w)
+            MOQI_STRIP_SWAP("0", 0)
+            MOQI_STRIP_TIMES("5", "4", "0")
+            for (int64_t l = 0; l < lines; l++, next += 16) __builtin_prefetch(next, 0, 2);
+            MOQI_STRIP_LOAD("tileloadd", "6", w + 2048)
+            MOQI_STRIP_SWAP("1", 1)
+            MOQI_STRIP_TIMES("6", "4", "1")
+            MOQI_STRIP_DECODE
+            for (int64_t l = 0; l < outs; l++, out += s->ldy)
+                for (int k = 0; k < 64; k += 16) __builtin_prefetch(out + k, 0, 2);
+            MOQI_STRIP_LOAD("tileloadd", "7", w + 4096)
+            MOQI_STRIP_SWAP("2", 2)
+            MOQI_STRIP_TIMES("7", "4", "2")
+            MOQI_STRIP_LOAD("tileloadd", "5", w + 6144)
+            MOQI_STRIP_SWAP("3", 3)
+            MOQI_STRIP_TIMES("5", "4", "3")
+            if (__builtin_expect(j > 0 && s->left < 4, 0)) moqi_strip_put(s);
+        }
+    }
+    *work = d;
+    moqi_strip_rest(s, work);
+}
+#undef MOQI_STRIP_SWAP
+#undef MOQI_STRIP_DECODE
+
+/* 16 rows as they were arranged, 16 words of each in turn, to tiles of pairs of columns by rows: of 64 words the i-th is pair i / 4 of tile i % 4. */
+MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols)
+{
+    float words[64][16] MOQI_ALIGNED;
+    for (int64_t c = 0; c < cols; c += 128, x += 1024) {
+        for (int q = 0; q < 4; q++) moqi_turn_512(x + 256 * q, 16, words[16 * q], 16);
+        for (int i = 0; i < 64; i++) _mm512_storeu_ps(x + i % 4 * 256 + i / 4 * 16, _mm512_load_ps(words[i]));
+    }
+}
+
+/* The tables of decoding. */
+static void moqi_strip_tables(moqi_amx_strips *s)
+{
+    for (int i = 0; i < 64; i++) s->values[i] = (uint8_t)(moq_f16_encode(s->p->table[i & 15] * 4096) >> 8);
+    for (int i = 0; i < 32; i++) {
+        s->masks[0][i] = 0x8fff;
+        s->masks[1][i] = 0xff00;
+        for (int k = 0; k < 4; k++) s->group[k][i] = (uint16_t)(8 * k + i / 4);
+    }
+}
+
+/* All blocks, up to MOQI_WAY_TOKENS rows of x. */
+MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
+{
+    enum { BLOCK = MOQI_STRIP_ROWS / 2 * MOQI_STRIP_COLS };
+    moqi_strip_work d;
+    moqi_strip_at at = {0, 0}, then;
+    const int few = s->m <= MOQI_STRIP_FEW;
+    s->each = few ? 32 : 16;
+    s->groups = moqi_ceil_div(s->m, s->each);
+    s->high = few ? MOQI_PANEL_ROWS : MOQI_STRIP_ROWS;
+    s->wide = few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_COLS * MOQI_STRIP_COLS : MOQI_STRIP_COLS;
+    s->last.at = NULL;
+    s->left = 4;
+    memset(s->nan, 0, sizeof s->nan);
+    moqi_strip_begin(s, &d, at, s->tiles);
+    moqi_strip_rest(s, &d);
+    for (int more = 1, turn = 0; more; turn = !turn, at = then) {
+        then = at;
+        more = moqi_strip_step(s, &then);
+        if (more) moqi_strip_begin(s, &d, then, s->tiles + (turn ? 0 : BLOCK));
+        if (few) moqi_strip_block(s, &d, at, s->tiles + (turn ? BLOCK : 0));
+        else moqi_strip_block_high(s, &d, at, s->tiles + (turn ? BLOCK : 0));
+    }
+    float *last = moqi_strip_turns(s, NULL, 0, 0);
+    MOQI_STRIP_STORE("0", last) MOQI_STRIP_STORE("1", last + 256) MOQI_STRIP_STORE("2", last + 512) MOQI_STRIP_STORE("3", last + 768)
+    while (s->left < 4) moqi_strip_put(s);
+}
+
+/* As many columns of x in one go as stay in the second-level cache. */
+MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                                           int64_t ldy, float *scratch)
+{
+    moqi_amx_strips s;
+    (void)way;
+    s.p = p;
+    s.row = row;
+    s.rows = rows;
+    s.ldx = ldx;
+    s.ldy = ldy;
+    s.tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
+    s.sums = (float *)(void *)(s.tiles + MOQI_STRIP_ROWS * MOQI_STRIP_COLS);
+    moqi_strip_tables(&s);
+    moqi_amx_configure(16, 16);
+    for (int64_t first = 0; first < m; first += MOQI_WAY_TOKENS) {
+        s.x = x + first * ldx;
+        s.y = y + first * ldy;
+        s.m = moqi_min(m - first, MOQI_WAY_TOKENS);
+        moqi_strip_blocks(&s);
+    }
+    __asm__ volatile("tilerelease" : : : "memory");
+}
+#undef MOQI_STRIP_LOAD
+#undef MOQI_STRIP_STORE
+#undef MOQI_STRIP_TIMES
+
+static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
