@@ -15827,12 +15827,31 @@ MOQI_AVX512 static int moqi_amx_exponent(const float *x, int64_t n)
     return (int)(_mm512_reduce_max_epu32(most) >> 23);
 }
 
+/* moqi_pairs_row without NaN: bits of F32 are rounded, and the upper halves picked. */
+MOQI_AVX512 static float *moqi_amx_finite(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step, int up)
+{
+    uint16_t place[32];
+    for (int i = 0; i < 32; i++) place[i] = (uint16_t)(2 * moqi_pairs_column(p, i) + 1);
+    const __m512i order = _mm512_loadu_si512(place), one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+    const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step) {
+        const __mmask32 some = n - i >= 32 ? 0xffffffffu : n > i ? ((__mmask32)1 << (n - i)) - 1 : 0;
+        __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + i), by));
+        __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + i + 16), by));
+        a = _mm512_add_epi32(_mm512_add_epi32(a, half), _mm512_and_si512(_mm512_srli_epi32(a, 16), one));
+        b = _mm512_add_epi32(_mm512_add_epi32(b, half), _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
+    }
+    return out;
+}
+
 /* x [n] times a power of two, and behind it the exponent that the sums still lack, as F32. */
 MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    int up = 0; /* brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does */
-    if (moqi_amx_halves(p)) up = (int)moqi_min(120, 207 - moqi_amx_exponent(x, n));
-    *moqi_pairs_row(p, x, n, out, step, up) = (float)((moqi_amx_halves(p) ? MOQI_AMX_HALF : 0) - up);
+    const int halves = moqi_amx_halves(p), most = halves ? moqi_amx_exponent(x, n) : 255;
+    const int up = halves ? (int)moqi_min(120, 207 - most) : 0; /* brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does */
+    float *end = most < 255 ? moqi_amx_finite(p, x, n, out, step, up) : moqi_pairs_row(p, x, n, out, step, up);
+    *end = (float)((halves ? MOQI_AMX_HALF : 0) - up);
 }
 
 #ifdef MOQI_AMX_F16
@@ -16199,7 +16218,7 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 /* A block is 32 or 64 rows of weights and 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
    by rows of x. Weights come from the first-level cache, where the block after this one is decoded, two rows after two products; x comes from the
    second-level cache and is loaded past the first. After a block the sums make room for the next: one tile at a time, right before the product that needs its
-   place, so that the others go on meanwhile. Sums of all columns go to y beside the products that follow. */
+   place, so that the others go on meanwhile. */
 #ifdef MOQI_AMX_F16
 enum {
     MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
@@ -16213,9 +16232,6 @@ enum {
 /* Where a block begins: row of the task, column of the layer. */
 typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
 
-/* Four tiles of sums, and the first of their rows in the task and of x. */
-typedef struct moqi_strip_sums { float *at; int64_t row, x; } moqi_strip_sums;
-
 /* Rows of weights times rows of x, up to MOQI_WAY_TOKENS. */
 typedef struct moqi_amx_strips {
     const moqi_tiled *p;
@@ -16228,9 +16244,7 @@ typedef struct moqi_amx_strips {
     int64_t each, groups;     /* rows of x that a block takes at a time, and how many times */
     uint32_t *tiles;          /* two blocks: [2][rows / 16][columns / 32][16][16] */
     float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights */
-    moqi_strip_sums last;     /* those in tiles; at NULL: there are none */
-    moqi_strip_sums ready;    /* of all columns, on their way to y from tile `left` on */
-    int left, whole;          /* whole: are those in tiles of all columns? */
+    float *last;              /* where the sums belong that are in tiles; NULL: there are none */
     uint32_t nan[MOQI_WAY_ROWS / 32]; /* a bit for each row with a scale that is no number: so are its outputs */
     uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
     uint16_t masks[2][32], group[4][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales are those of 128 columns each */
@@ -16377,26 +16391,6 @@ MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_wor
     while (d->row < d->rows) moqi_strip_rows(d, &v);
 }
 
-/* One of the four tiles that are ready goes to y: [16 rows of weights][16 of x] -> y[x][rows] = bias + factor * sums * 2^exponent of the row of x. */
-MOQI_AVX512 static void moqi_strip_put(moqi_amx_strips *s)
-{
-    const moqi_tiled *p = s->p;
-    const int i = s->left++;
-    const int64_t row = s->ready.row + (s->each == 16 ? i : i / 2) * 16, first = s->ready.x + (s->each == 16 ? 0 : i % 2 * 16);
-    const int64_t n = s->rows - row, m = moqi_min(16, s->m - first);
-    if (n <= 0 || m <= 0) return;
-    const __mmask16 some = (__mmask16)(n >= 16 ? 0xffff : (1 << n) - 1), nans = (__mmask16)(s->nan[row / 32] >> row % 32);
-    const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
-    const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
-    const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + row) : _mm512_setzero_ps();
-    float turned[16][16] MOQI_ALIGNED, *y = s->y + first * s->ldy + row;
-    moqi_turn_512(s->ready.at + 256 * i, 16, turned, 16);
-    for (int64_t t = 0; t < m; t++, y += s->ldy) {
-        const __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t]), _mm512_set1_ps(ups[16 * t]));
-        _mm512_mask_storeu_ps(y, some, _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), nans, nan));
-    }
-}
-
 #define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_TIMES(w, x, acc) __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory");
@@ -16417,36 +16411,20 @@ static unsigned moqi_strip_pace(const moqi_amx_strips *s, int64_t slots)
     return pace - 1;
 }
 
-/* Sums of these rows follow those that are in tiles -> where the old ones belong. They go to y next, if they are of all columns. */
-MOQI_HALVES static float *moqi_strip_turns(moqi_amx_strips *s, float *sums, int64_t row, int64_t x)
-{
-    float *last = s->last.at;
-    while (s->left < 4) moqi_strip_put(s);
-    s->ready = s->last;
-    s->left = last && s->whole ? 0 : 4;
-    s->last.at = sums;
-    s->last.row = row;
-    s->last.x = x;
-    return last;
-}
-
 /* The block at `at` times all rows of x in one go, two tiles of weights by two of x, while another is decoded. */
 MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
 {
     const moqi_strip_values v = moqi_strip_load(s);
     moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
     const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
-    const int zero = at.col == 0, swap = s->groups > 1 || at.col % s->wide == 0, end = at.col + MOQI_STRIP_COLS >= cols;
+    const int zero = at.col == 0, swap = s->groups > 1 || at.col % s->wide == 0;
     const unsigned pace = moqi_strip_pace(s, 16 * s->groups);
     unsigned slot = 0;
-    float *sums = s->sums + at.row / 32 * s->groups * 1024;
+    float *sums = s->sums + at.row / 32 * s->groups * 1024, *last = s->last;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024) {
         const int two = s->m - 32 * i > 16;
-        float *last = swap ? moqi_strip_turns(s, sums, at.row, 32 * i) : NULL;
-        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa, *out = s->y + 32 * i * s->ldy + at.row;
-        const int64_t outs = end && s->m - 32 * i >= 32 ? 32 / steps : 0;
+        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa;
         const uint32_t *wa = tiles, *wb = tiles + 2048;
-        s->whole = end;
         for (int64_t j = 0; j < steps; j++, wa += 256, wb += 256, xa += 256, xb += 256) {
             MOQI_STRIP_SWAP("0", 0)
             MOQI_STRIP_LOAD("tileloadd", "4", wa)
@@ -16458,16 +16436,16 @@ MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *wo
                 MOQI_STRIP_TIMES("4", "7", "1")
             }
             MOQI_STRIP_DECODE
-            for (int64_t l = 0; l < outs; l++, out += s->ldy) { __builtin_prefetch(out, 0, 2); __builtin_prefetch(out + 16, 0, 2); }
             MOQI_STRIP_SWAP("2", 2)
             MOQI_STRIP_LOAD("tileloadd", "5", wb)
             MOQI_STRIP_TIMES("5", "6", "2")
             MOQI_STRIP_SWAP("3", 3)
             if (two) MOQI_STRIP_TIMES("5", "7", "3")
             MOQI_STRIP_DECODE
-            if (__builtin_expect(j > 0 && s->left < 4, 0)) moqi_strip_put(s);
         }
+        last = sums;
     }
+    s->last = last;
     *work = d;
     moqi_strip_rest(s, work);
 }
@@ -16482,13 +16460,9 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_wor
     const int zero = at.col == 0, swap = 1, end = at.col + MOQI_STRIP_COLS >= cols;
     const unsigned pace = moqi_strip_pace(s, 8 * s->groups);
     unsigned slot = 0;
-    float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024;
+    float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024, *last = s->last;
     const float *x = s->x + at.col / 32 * 256, *next = (end ? s->x : x + 256 * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
-        float *last = moqi_strip_turns(s, sums, at.row, 16 * i);
-        const float *out = s->y + 16 * i * s->ldy + at.row;
-        const int64_t outs = end && s->m - 16 * i >= 16 ? 16 / steps : 0;
-        s->whole = end;
         for (int64_t j = 0; j < steps; j++) {
             const uint32_t *w = tiles + 256 * j;
             MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
@@ -16500,22 +16474,44 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_wor
             MOQI_STRIP_SWAP("1", 1)
             MOQI_STRIP_TIMES("6", "4", "1")
             MOQI_STRIP_DECODE
-            for (int64_t l = 0; l < outs; l++, out += s->ldy)
-                for (int k = 0; k < 64; k += 16) __builtin_prefetch(out + k, 0, 2);
             MOQI_STRIP_LOAD("tileloadd", "7", w + 4096)
             MOQI_STRIP_SWAP("2", 2)
             MOQI_STRIP_TIMES("7", "4", "2")
             MOQI_STRIP_LOAD("tileloadd", "5", w + 6144)
             MOQI_STRIP_SWAP("3", 3)
             MOQI_STRIP_TIMES("5", "4", "3")
-            if (__builtin_expect(j > 0 && s->left < 4, 0)) moqi_strip_put(s);
         }
+        last = sums;
     }
+    s->last = last;
     *work = d;
     moqi_strip_rest(s, work);
 }
 #undef MOQI_STRIP_SWAP
 #undef MOQI_STRIP_DECODE
+
+/* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart. */
+MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
+{
+    const moqi_tiled *p = s->p;
+    const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
+    float turned[16][MOQI_WAY_ROWS + 16] MOQI_ALIGNED;
+    for (int64_t first = 0; first < s->m; first += 16) {
+        const int64_t each = s->each * 16, down = 1024 * s->groups;
+        const float *sums = s->sums + first / s->each * 1024 + first % s->each * 16;
+        const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
+        for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / s->high * down + r % s->high / 16 * each, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
+        for (int64_t t = 0; t < moqi_min(16, s->m - first); t++)
+            for (int64_t r = 0; r < s->rows; r += 16) {
+                __builtin_prefetch(s->y + moqi_min(first + 16 + t, s->m - 1) * s->ldy + r, 0, 2);
+                const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
+                const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + r) : _mm512_setzero_ps();
+                __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t] + r), _mm512_set1_ps(ups[16 * t]));
+                v = _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), (__mmask16)(s->nan[r / 32] >> r % 32), nan);
+                _mm512_mask_storeu_ps(s->y + (first + t) * s->ldy + r, some, v);
+            }
+    }
+}
 
 /* 16 rows as they were arranged, 16 words of each in turn, to tiles of pairs of columns by rows: of 64 words the i-th is pair i / 4 of tile i % 4. */
 MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols)
@@ -16549,8 +16545,7 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->groups = moqi_ceil_div(s->m, s->each);
     s->high = few ? MOQI_PANEL_ROWS : MOQI_STRIP_ROWS;
     s->wide = few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_COLS * MOQI_STRIP_COLS : MOQI_STRIP_COLS;
-    s->last.at = NULL;
-    s->left = 4;
+    s->last = NULL;
     memset(s->nan, 0, sizeof s->nan);
     moqi_strip_begin(s, &d, at, s->tiles);
     moqi_strip_rest(s, &d);
@@ -16561,9 +16556,8 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
         if (few) moqi_strip_block(s, &d, at, s->tiles + (turn ? BLOCK : 0));
         else moqi_strip_block_high(s, &d, at, s->tiles + (turn ? BLOCK : 0));
     }
-    float *last = moqi_strip_turns(s, NULL, 0, 0);
-    MOQI_STRIP_STORE("0", last) MOQI_STRIP_STORE("1", last + 256) MOQI_STRIP_STORE("2", last + 512) MOQI_STRIP_STORE("3", last + 768)
-    while (s->left < 4) moqi_strip_put(s);
+    MOQI_STRIP_STORE("0", s->last) MOQI_STRIP_STORE("1", s->last + 256) MOQI_STRIP_STORE("2", s->last + 512) MOQI_STRIP_STORE("3", s->last + 768)
+    moqi_strip_finish(s);
 }
 
 /* As many columns of x in one go as stay in the second-level cache. */

@@ -1139,6 +1139,64 @@ static void oracle_expert_layer(const layer *l, const float *x, int bf16, double
     }
 }
 
+/* y [rows, 50] against all of it in double, within `part` of what it holds. */
+static void check_mixture(const mixture *m, int rows, const float *x, const float *logits, int bf16, double part, const float *y)
+{
+    const int experts = m->moe.routing.experts, top = m->moe.routing.top_k;
+    for (int r = 0; r < rows; r++, y += 50) {
+        float scratch[60], weight[3], mid[40];
+        int32_t index[3];
+        double want[50] = {0}, g[40], u[40], d[50], size = 0, gap = 0;
+        moqi_route(&m->moe.routing, m->moe.routing.bias.data ? m->bias : NULL, logits + r * experts, scratch, index, weight);
+        for (int i = 0; i < top; i++) {
+            oracle_expert_layer(&m->gate[index[i]], x + r * 96, bf16, g);
+            oracle_expert_layer(&m->up[index[i]], x + r * 96, bf16, u);
+            for (int j = 0; j < 40; j++) mid[j] = moqi_activate(&m->moe.activation, (float)(m->moe.gate ? g[j] : u[j]), (float)u[j]);
+            oracle_expert_layer(&m->down[index[i]], mid, bf16, d);
+            for (int c = 0; c < 50; c++) want[c] += (double)weight[i] * d[c];
+        }
+        for (int c = 0; c < 50; c++) { size += want[c] * want[c]; gap += (want[c] - (double)y[c]) * (want[c] - (double)y[c]); }
+        CHECK(gap <= part * size && size > 0);
+    }
+}
+
+/* Experts that enough rows choose for tiles. */
+static void test_backend_moe_tiles(void)
+{
+#if defined(MOQI_AMX) && defined(AMX_H)
+    enum { ROWS = 75 };
+    uint32_t flags = moqi_cpu_flags();
+    struct sigaction before;
+    mixture m;
+    moq_error err;
+    float *x = (float *)malloc(sizeof *x * ROWS * 96), logits[ROWS * 3], *y = (float *)malloc(sizeof *y * ROWS * 50);
+    if (!(flags & MOQI_CPU_VNNI) || !(flags & MOQI_CPU_VBMI)) { printf("skipped: tiles, for want of AVX-512 with VNNI and VBMI\n"); test_state.skipped++; free(x); free(y); return; }
+    sigaction(SIGILL, NULL, &before);
+    amx_emulate();
+    for (int kind = 0; kind <= (int)MOQ_RELU2; kind += (int)MOQ_RELU2) {
+        moq_backend *be = backend_of("avx512vnni", MOQ_ACT_BF16, 2);
+        moqi_cpu_of(be)->k = &moqi_amx_kernels;
+        CHECK(be->reserve(be, ROWS, &err) == MOQ_OK);
+        mixture_make(&m, 3, 2, (moq_activation)kind, 0);
+        for (int i = 0; i < ROWS * 96; i++) x[i] = test_normal();
+        for (int i = 0; i < ROWS * 3; i++) logits[i] = test_normal();
+        moq_experts *p = be->prepare_moe(be, &m.moe, &err);
+        CHECK(p != NULL);
+        if (p) be->moe(be, p, x, logits, ROWS, y);
+        if (p) check_mixture(&m, ROWS, x, logits, 1, 1e-5, y);
+        be->release_moe(be, p);
+        moq_backend_destroy(be);
+        mixture_free(&m);
+    }
+    sigaction(SIGILL, &before, NULL);
+    free(x);
+    free(y);
+#else
+    printf("skipped: tiles, not for this system\n");
+    test_state.skipped++;
+#endif
+}
+
 static void test_backend_moe(void)
 {
     enum { ROWS = 19, OUT = 50, COLS = 96 };
@@ -1161,21 +1219,7 @@ static void test_backend_moe(void)
                 CHECK_INT(test_state.total_allocs, before);
                 for (int r = 0; r < ROWS; r++) be->moe(be, p, x + r * COLS, logits + r * 12, 1, z + r * OUT);
                 CHECK(close_floats(y, z, ROWS * OUT)); /* a row does not depend on its batch, but for the order of sums */
-                for (int r = 0; r < ROWS; r++) {
-                    float scratch[60], weight[3], mid[40];
-                    int32_t index[3];
-                    double want[OUT] = {0}, g[40], u[40], d[OUT], size = 0, gap = 0;
-                    moqi_route(&m.moe.routing, extras ? m.bias : NULL, logits + r * 12, scratch, index, weight);
-                    for (int i = 0; i < 3; i++) {
-                        oracle_expert_layer(&m.gate[index[i]], x + r * COLS, bf16, g);
-                        oracle_expert_layer(&m.up[index[i]], x + r * COLS, bf16, u);
-                        for (int j = 0; j < 40; j++) mid[j] = moqi_activate(&m.moe.activation, (float)(kind == MOQ_RELU2 ? u[j] : g[j]), (float)u[j]);
-                        oracle_expert_layer(&m.down[index[i]], mid, bf16, d);
-                        for (int c = 0; c < OUT; c++) want[c] += (double)weight[i] * d[c];
-                    }
-                    for (int c = 0; c < OUT; c++) { size += want[c] * want[c]; gap += (want[c] - (double)y[r * OUT + c]) * (want[c] - (double)y[r * OUT + c]); }
-                    CHECK(gap <= (bf16 ? 1e-5 : 1e-9) * size && size > 0); /* what meets down may be rounded either way */
-                }
+                check_mixture(&m, ROWS, x, logits, bf16, bf16 ? 1e-5 : 1e-9, y); /* what meets down may be rounded either way */
                 be->release_moe(be, p);
                 moq_backend_destroy(be);
                 mixture_free(&m);
@@ -1751,6 +1795,7 @@ int main(int argc, char **argv)
     RUN(test_backend_refuses);
     RUN(test_backend_embed);
     RUN(test_backend_moe);
+    RUN(test_backend_moe_tiles);
     RUN(test_backend_moe_stored);
     RUN(test_backend_attention);
     RUN(test_backend_attention_spans);
