@@ -16331,7 +16331,7 @@ static void moqi_strip_tail(const uint8_t *codes, const uint8_t *groups, int64_t
     memcpy(to + 128, groups, (size_t)moqi_min(16, count));
 }
 
-/* Constants of decoding, in registers. */
+/* The tables of decoding in registers, because the compiler would make constants anew for every row. */
 typedef struct moqi_strip_values { __m512i values, keep, top, group[4]; } moqi_strip_values;
 
 MOQI_INLINE MOQI_AVX512 moqi_strip_values moqi_strip_load(const moqi_amx_strips *s)
@@ -16490,7 +16490,7 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_wor
 #undef MOQI_STRIP_SWAP
 #undef MOQI_STRIP_DECODE
 
-/* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart. */
+/* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart; lines of the next 16 are asked for. */
 MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
 {
     const moqi_tiled *p = s->p;
