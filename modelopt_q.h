@@ -16544,7 +16544,7 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->each = few ? 32 : 16;
     s->groups = moqi_ceil_div(s->m, s->each);
     s->high = few ? 32 : (int64_t)MOQI_STRIP_ROWS;
-    s->wide = few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_COLS * MOQI_STRIP_COLS : MOQI_STRIP_COLS;
+    s->wide = few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_COLS * MOQI_STRIP_COLS : (int64_t)MOQI_STRIP_COLS;
     s->last = NULL;
     memset(s->nan, 0, sizeof s->nan);
     moqi_strip_begin(s, &d, at, s->tiles);
