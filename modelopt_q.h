@@ -540,6 +540,9 @@ typedef struct moq_info {
 /* Shell-style match: `*` (crosses dots), `?`, everything else literal. At most pattern x name steps. */
 MOQ_API int moq_glob_match(const char *pattern, const char *name);
 
+/* Is one word the other but for one letter too many, too few, wrong, or moved? For hints ("is group_size meant?"); words of two letters are no slips. */
+MOQ_API int moq_is_slip(const char *a, const char *b);
+
 /* ------------------------------------------------------------------------------------------------
    >>api-bind        layers as plain data
    ------------------------------------------------------------------------------------------------ */
@@ -2066,6 +2069,13 @@ static const char *moqi_base_name(const char *path)
     return base;
 }
 
+#ifndef MOQ_NO_OS
+/* A number of the system's in words, and what helps who wanted to write there; NULL: another place. */
+typedef struct moqi_os_row { int code; const char *text, *remedy; } moqi_os_row;
+#define MOQI_FREE_SPACE  "free some space, or choose another disk"
+#define MOQI_CLOSE_FILES "close some, or raise `ulimit -n`"
+#endif
+
 /* ---- the system calls, one small set per system ---- */
 
 /* Both systems fill the same set, so that everything below is written once:
@@ -2210,17 +2220,12 @@ static uint64_t moqi_sys_memory(void)
 static int moqi_os_missing(int code) { return code == ERROR_FILE_NOT_FOUND || code == ERROR_PATH_NOT_FOUND; }
 
 /* FormatMessage speaks the user's language, and messages here are ASCII. */
-static const char *moqi_os_text(int code)
-{
-    static const struct { int code; const char *text; } table[] = {
-        {ERROR_ACCESS_DENIED, "access denied"}, {ERROR_SHARING_VIOLATION, "another program or a mapped checkpoint holds it; close that first"},
-        {ERROR_USER_MAPPED_FILE, "it is mapped; close the checkpoint first"}, {ERROR_DISK_FULL, "no space left"},
-        {ERROR_INVALID_NAME, "not a valid path"}, {ERROR_BAD_FILE_TYPE, "not a regular file"}, {ERROR_TOO_MANY_OPEN_FILES, "too many open files"},
-    };
-    for (size_t i = 0; i < MOQI_COUNT(table); i++)
-        if (table[i].code == code) return table[i].text;
-    return "system error";
-}
+static const moqi_os_row moqi_os_rows[] = {
+    {ERROR_ACCESS_DENIED, "access denied", NULL}, {ERROR_SHARING_VIOLATION, "another program or a mapped checkpoint holds it; close that first", ""},
+    {ERROR_USER_MAPPED_FILE, "it is mapped; close the checkpoint first", ""}, {ERROR_DISK_FULL, "no space left", MOQI_FREE_SPACE},
+    {ERROR_INVALID_NAME, "not a valid path", "correct it"}, {ERROR_BAD_FILE_TYPE, "not a regular file", NULL},
+    {ERROR_TOO_MANY_OPEN_FILES, "too many open files", MOQI_CLOSE_FILES},
+};
 
 /* A folder being listed. The first name comes from opening it; names that are no valid UTF-16 are left out. */
 typedef struct moqi_dir { HANDLE find; int first; WIN32_FIND_DATAW data; char name[1024]; } moqi_dir;
@@ -2421,23 +2426,21 @@ static uint64_t moqi_sys_memory(void)
 static int moqi_os_missing(int code) { return code == ENOENT || code == ENOTDIR; }
 
 /* strerror follows the locale and is not thread-safe everywhere. */
-static const char *moqi_os_text(int code)
-{
-    static const struct { int code; const char *text; } table[] = {
-        {EACCES, "permission denied"}, {EPERM, "not permitted"}, {EISDIR, "not a regular file"}, {EIO, "input/output error"},
-        {EMFILE, "too many open files"}, {ENFILE, "too many open files in the system"}, {ENOMEM, "out of memory"},
-        {ENOSPC, "no space left on the device"}, {EROFS, "read-only file system"}, {EXDEV, "target is on another device"},
-        {ENAMETOOLONG, "name too long"}, {ELOOP, "too many symbolic links"}, {EFBIG, "file too large"}, {EBUSY, "busy"}, {EEXIST, "exists already"},
-        {ENOENT, "no such file or folder"},
-#ifdef EOVERFLOW
-        {EOVERFLOW, "2 GB or more, too large for a 32-bit program"},
+static const moqi_os_row moqi_os_rows[] = {
+    {EACCES, "permission denied", NULL}, {EPERM, "not permitted", NULL}, {EISDIR, "not a regular file", NULL}, {EIO, "input/output error", NULL},
+    {EMFILE, "too many open files", MOQI_CLOSE_FILES}, {ENFILE, "too many open files in the system", MOQI_CLOSE_FILES},
+    {ENOMEM, "out of memory", "close what is not needed"}, {ENOSPC, "no space left on the device", MOQI_FREE_SPACE}, {EROFS, "read-only file system", NULL},
+#ifdef EDQUOT
+    {EDQUOT, "no space left in the quota", MOQI_FREE_SPACE},
 #endif
-        {ENOTEMPTY, "exists already"}, {ENOTDIR, "a part of the path is no folder"},
-    };
-    for (size_t i = 0; i < MOQI_COUNT(table); i++)
-        if (table[i].code == code) return table[i].text;
-    return "system error";
-}
+    {EXDEV, "target is on another device", NULL}, {ENAMETOOLONG, "name too long", "choose a shorter one"}, {ELOOP, "too many symbolic links", NULL},
+    {EFBIG, "file too large", "raise `ulimit -f`, or choose another disk"}, {EBUSY, "busy", NULL}, {EEXIST, "exists already", NULL},
+    {ENOENT, "no such file or folder", "create its folder first, or choose another place"}, {ENOTEMPTY, "exists already", NULL},
+    {ENOTDIR, "a part of the path is no folder", "correct it, or choose another place"},
+#ifdef EOVERFLOW
+    {EOVERFLOW, "2 GB or more, too large for a 32-bit program", NULL},
+#endif
+};
 
 /* A folder being listed. Names come in any order and with . and .. among them. */
 typedef struct moqi_dir { DIR *dir; } moqi_dir;
@@ -2519,12 +2522,31 @@ MOQI_UNUSED static void moqi_writer_abort(moqi_writer *w) { (void)w; }
 
 #else
 
+static moqi_os_row moqi_os_find(int code)
+{
+    moqi_os_row none = {0, "system error", NULL};
+    for (size_t i = 0; i < MOQI_COUNT(moqi_os_rows); i++)
+        if (moqi_os_rows[i].code == code) return moqi_os_rows[i];
+    return none;
+}
+
 /* A failed system call as an error: absent is E_NOTFOUND, all else E_IO, always with the system's own number. */
 static moq_result moqi_fail_os(moq_error *err, const char *base_name, const char *what, int code)
 {
     moq_result r = moqi_os_missing(code) ? MOQ_E_NOTFOUND : MOQ_E_IO;
-    moqi_fail(err, r, moqi_at(base_name, NULL, NULL, -1), "%s: %s (system error %d)", what, moqi_os_text(code), code);
+    moqi_fail(err, r, moqi_at(base_name, NULL, NULL, -1), "%s: %s (system error %d)", what, moqi_os_find(code).text, code);
     if (err) err->os_code = code;
+    return r;
+}
+
+/* The same of something to be written, with what to do. */
+static moq_result moqi_fail_target(moq_error *err, const char *base_name, const char *what, int code)
+{
+    const char *remedy = moqi_os_find(code).remedy;
+    moq_result r = moqi_fail_os(err, base_name, what, code);
+    size_t n = err ? strlen(err->text) : 0;
+    if (!remedy) remedy = "choose a place that can be written";
+    if (err && remedy[0]) moqi_format(err->text + n, sizeof err->text - n, "; %s", remedy);
     return r;
 }
 
@@ -2677,7 +2699,7 @@ static moq_result moqi_writer_open(moqi_writer *w, const char *path, moq_error *
         code = w->file == -1 ? moqi_os_code() : 0;
         if (w->file == -1 && moqi_path_kind(w->temp) == MOQI_NOTHING) break;
     }
-    return w->file == -1 ? moqi_fail_os(err, base, "a temporary file beside it cannot be created", code) : MOQ_OK;
+    return w->file == -1 ? moqi_fail_target(err, base, "a temporary file beside it cannot be created", code) : MOQ_OK;
 }
 
 /* Gives up: the target stays as it was. Harmless after a commit or a failure. */
@@ -2694,7 +2716,7 @@ static moq_result moqi_writer_give_up(moqi_writer *w, const char *what, moq_erro
 {
     int code = moqi_os_code();
     moqi_writer_abort(w);
-    return moqi_fail_os(err, moqi_base_name(w->path), what, code);
+    return moqi_fail_target(err, moqi_base_name(w->path), what, code);
 }
 
 /* After a failure the writer is closed and the temporary file gone, so a full disk is given its space back. */
@@ -2720,7 +2742,7 @@ static moq_result moqi_writer_commit(moqi_writer *w, moq_error *err)
     if (!moqi_sys_rename(w->temp, w->path)) {
         int code = moqi_os_code();
         moqi_sys_remove(w->temp);
-        return moqi_fail_os(err, moqi_base_name(w->path), "the finished temporary file cannot be renamed to it", code);
+        return moqi_fail_target(err, moqi_base_name(w->path), "the finished temporary file cannot be renamed to it", code);
     }
     moqi_sys_flush_dir(w->path);
     return MOQ_OK;
@@ -2898,7 +2920,7 @@ static moq_result moqi_folder_begin(const char *target, char *temp, size_t capac
         if (moqi_path_kind(temp) == MOQI_NOTHING) break;
     }
     moq_result parent = moqi_check_parent(target, err);
-    return parent < 0 ? parent : moqi_fail_os(err, base, "a temporary folder beside it cannot be created", os);
+    return parent < 0 ? parent : moqi_fail_target(err, base, "a temporary folder beside it cannot be created", os);
 }
 
 /* The finished folder takes its name; both it and its parent are flushed. */
@@ -2911,7 +2933,7 @@ static moq_result moqi_folder_commit(const char *temp, const char *target, moq_e
     moqi_sys_flush_dir(inside);
     if (!moqi_sys_rename(temp, path)) {
         int os = moqi_os_code();
-        if (moqi_path_kind(path) == MOQI_NOTHING) return moqi_fail_os(err, base, "the finished folder cannot be renamed to it", os);
+        if (moqi_path_kind(path) == MOQI_NOTHING) return moqi_fail_target(err, base, "the finished folder cannot be renamed to it", os);
         return moqi_fail(err, MOQ_E_ARG, moqi_at(base, NULL, NULL, -1), "was made by someone else in the meantime; choose another target");
     }
     moqi_sys_flush_dir(path);
@@ -2982,7 +3004,7 @@ MOQ_API moq_spill *moq_spill_create(uint64_t bytes, uint64_t memory, const char 
             s->file = moqi_sys_spill(temp);
         }
         if (s->file != -1) return s;
-        moqi_fail_os(err, s->name, "a temporary file for activations cannot be created beside it", moqi_os_code());
+        moqi_fail_target(err, s->name, "a temporary file for activations cannot be created beside it", moqi_os_code());
     }
     moq_release(a, s, sizeof *s);
     return NULL;
@@ -3005,7 +3027,7 @@ MOQ_API moq_result moq_spill_put(moq_spill *s, uint64_t at, const void *data, si
     if (!moqi_sys_seek(s->file, at)) return moqi_fail_os(err, s->name, "the temporary file beside it cannot be positioned", moqi_os_code());
     while (bytes > 0) {
         int64_t n = moqi_sys_write(s->file, p, bytes);
-        if (n <= 0) return moqi_fail_os(err, s->name, "the temporary file beside it cannot be written", moqi_os_code());
+        if (n <= 0) return moqi_fail_target(err, s->name, "the temporary file beside it cannot be written", moqi_os_code());
         p += n;
         bytes -= (size_t)n;
     }
@@ -4995,15 +5017,22 @@ static const struct { const char *magic; uint32_t bytes; const char *kind; } moq
     {"{", 1, "a JSON text"}, {"[", 1, "a JSON text"}
 };
 
+/* Letters, blanks, ends of lines and UTF-8 as far as one looks; the last letter may be cut. A length below the limit has zeros among its bytes. */
+static int moqi_st_is_text(const moqi_blob *b)
+{
+    size_t most = b->bytes < 64 ? (size_t)b->bytes : 64, bad = most;
+    for (size_t i = 0; i < most; i++)
+        if ((b->data[i] < ' ' && !(b->data[i] >= '\t' && b->data[i] <= '\r')) || b->data[i] == 127) return 0;
+    return b->bytes >= 10 && (moqi_utf8_valid(b->data, most, &bad) || (most == 64 && bad > 60));
+}
+
 /* What the file is if its first bytes say so, else NULL. Such bytes read as a length are far above the limit, or the file is tiny:
    the hint costs nothing and ends most bug reports. */
 static const char *moqi_st_kind(const moqi_blob *b)
 {
     for (size_t i = 0; i < MOQI_COUNT(moqi_st_kinds); i++)
         if (b->bytes >= moqi_st_kinds[i].bytes && memcmp(b->data, moqi_st_kinds[i].magic, moqi_st_kinds[i].bytes) == 0) return moqi_st_kinds[i].kind;
-    size_t n = 0;
-    while (n < 16 && n < b->bytes && b->data[n] >= ' ' && b->data[n] < 127) n++;
-    return n == 16 ? "a text: give the .safetensors file" : NULL;
+    return moqi_st_is_text(b) ? "a text: give the .safetensors file" : NULL;
 }
 
 /* The header length N, first 8 bytes, little-endian. 8 + N is never formed before N is known to be small: comparisons go by
@@ -5026,7 +5055,8 @@ static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *
             return moqi_fail(err, MOQ_E_LIMIT, at, "is no safetensors file; this looks like %s (as a header length its first bytes are %llu, above %llu)", kind,
                              (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES);
         if (swapped >= 2 && swapped <= b->bytes - 8) kind = "; the byte order is wrong: the length must be little-endian";
-        return moqi_fail(err, MOQ_E_LIMIT, at, "header length N = %llu, expected 2 to %llu (MOQ_MAX_HEADER_BYTES)%s",
+        return moqi_fail(err, MOQ_E_LIMIT, at,
+                         "is no safetensors file, or a damaged one: header length N = %llu, expected 2 to %llu (MOQ_MAX_HEADER_BYTES)%s",
                          (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES, kind);
     }
     if (n > b->bytes - 8)
@@ -5959,6 +5989,22 @@ MOQ_API const moq_recipe *moq_find_recipe(const char *name)
    Matching allocates nothing; its time is bounded by pattern x name for every pattern.
    ------------------------------------------------------------------------------------------------ */
 
+/* ---- words that nearly agree ---- */
+
+/* What stands between the letters that both begin and end with is nothing and one letter, two letters, or the same letters with one moved. */
+static int moqi_is_slip(const char *a, const char *b)
+{
+    size_t n = strlen(a), m = strlen(b), least = n < m ? n : m, front = 0, back = 0;
+    while (front < least && a[front] == b[front]) front++;
+    while (back < least - front && a[n - 1 - back] == b[m - 1 - back]) back++;
+    n -= front + back;
+    m -= front + back;
+    a += front;
+    b += front;
+    if (n <= 1 || n != m) return n <= 1 && m <= 1 && least > 2;
+    return (a[0] == b[n - 1] && memcmp(a + 1, b, n - 1) == 0) || (b[0] == a[n - 1] && memcmp(b + 1, a, n - 1) == 0);
+}
+
 /* ---- globs ---- */
 
 /* Backtracks to the last star only: at most pattern x name steps, never exponential. */
@@ -6653,6 +6699,48 @@ static void moqi_set_group(moqi_claim *a)
         a->block_cols = a->weight.group_cols;
     } else if (a->weight.group_rows == 1) {
         a->group_size = a->weight.group_cols;
+    }
+}
+
+/* ---- misspelled keys ---- */
+
+/* What the readers of this section and of the next ask for, the names of large files first, and what writers put beside it. */
+static const char *const moqi_block_keys[] = {
+    "quant_algo", "group_size", "has_zero_point", "pre_quant_scale", "lora_rank", "quant_method", "quantization", "kv_cache_quant_algo", "kv_cache_scheme",
+    "exclude_modules", "ignore", "quantized_layers", "config_groups", "producer", "name", "version", "format", "weights", "input_activations",
+    "output_activations", "targets", "num_bits", "type", "symmetric", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype", "zp_dtype",
+    "sparsity_config", "transform_config", "apply", "location", "inverse", "head_dim", "block_size", "weight_block_size", "activation_scheme", "fmt",
+    "scale_fmt", "modules_to_not_convert", "ignored_layers", "moe_quant_algo", "bits", "zero_point", "backend", "desc_act", "sym", "checkpoint_format",
+    "is_marlin_format", "lm_head"};
+
+static int moqi_is_block_key(const char *key)
+{
+    for (size_t i = 0; i < MOQI_COUNT(moqi_block_keys); i++)
+        if (strcmp(key, moqi_block_keys[i]) == 0) return 1;
+    return 0;
+}
+
+#define MOQI_BLOCK_DEPTH 8 /* of objects and lists in the blocks that are read; transforms have six */
+
+static void moqi_tell_slip(const moqi_quant_read *c, const moq_json *object, const char *key, const char *name)
+{
+    if (!moqi_is_slip(key, name) || moq_json_find(object, name)) return;
+    moqi_log(c->desc, MOQ_LOG_WARNING, MOQ_E_CONFIG, moqi_at(c->file, "key", key, -1), "nothing reads this key; is %s meant? Without it a default counts, "
+             "or the tensors decide", name);
+}
+
+/* A key that is left out means something too, so a misspelled one goes unnoticed. Only what is nearly a key of blocks is told, where that key is
+   not: writers add keys of their own. named: the keys of this object are names of modules or groups. */
+static void moqi_tell_slips(const moqi_quant_read *c, const moq_json *object, int named, int depth)
+{
+    static const char *const maps[] = {"quantized_layers", "config_groups", "dynamic"};
+    for (const moq_json *e = moq_json_first(object); e; e = moq_json_next(object, e)) {
+        int map = 0;
+        if (e->key && !named && !moqi_is_block_key(e->key))
+            for (size_t i = 0; i < MOQI_COUNT(moqi_block_keys); i++) moqi_tell_slip(c, object, e->key, moqi_block_keys[i]);
+        if ((e->type != MOQ_JSON_OBJECT && e->type != MOQ_JSON_ARRAY) || depth == 0) continue;
+        for (size_t i = 0; i < MOQI_COUNT(maps) && e->key && !named; i++) map |= strcmp(e->key, maps[i]) == 0;
+        moqi_tell_slips(c, e, map, depth - 1);
     }
 }
 
@@ -7404,6 +7492,8 @@ MOQ_API int moq_glob_match(const char *pattern, const char *name)
     return pattern && name && moqi_glob(pattern, strlen(pattern), name, strlen(name));
 }
 
+MOQ_API int moq_is_slip(const char *a, const char *b) { return a && b && moqi_is_slip(a, b); }
+
 /* config.json alone: there is no other block to borrow from. */
 static moq_result moqi_read_flat_modelopt(const moqi_quant_read *c, const moq_json *block) { return moqi_read_modelopt(c, block, NULL); }
 
@@ -7441,6 +7531,18 @@ static moq_result moqi_read_block(const moqi_quant_read *c, const moq_json *bloc
     return moqi_fail(c->err, MOQ_E_UNSUPPORTED, moqi_at(c->file, "key", "quant_method", -1), "'%q' is not supported; known are %s", written, known);
 }
 
+/* The block itself under a misspelled name. */
+static void moqi_tell_block(const moqi_quant_read *c, const moq_json *config)
+{
+    for (const moq_json *e = moq_json_first(config); e; e = moq_json_next(config, e)) {
+        if (e->type != MOQ_JSON_OBJECT) continue;
+        moqi_tell_slip(c, config, e->key, "quantization_config");
+        moqi_tell_slip(c, config, e->key, "compression_config");
+        for (const moq_json *f = moq_json_first(e); f && strcmp(e->key, "text_config") == 0; f = moq_json_next(e, f))
+            if (f->type == MOQ_JSON_OBJECT) moqi_tell_slip(c, e, f->key, "quantization_config");
+    }
+}
+
 /* Read the description of a folder: hf_quant_config.json goes before config.json, where the block may lie in four places, and that before
    quantize_config.json. config may be an empty object; hf_quant and gptq may be NULL. Everything kept is copied into the arena. */
 MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *config, const moq_json *hf_quant, const moq_json *gptq, moqi_arena *r,
@@ -7455,14 +7557,18 @@ MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *co
     c.r = r;
     c.desc = desc;
     c.err = err;
-    c.file = q->file = "hf_quant_config.json";
+    c.file = "config.json";
     for (size_t i = 0; i < MOQI_COUNT(places) && !block; i++) {
         block = moqi_get(config, places[i]);
         if (i == 1) block = moqi_get(block, "quantization_config");
     }
+    moqi_tell_slips(&c, block, 0, MOQI_BLOCK_DEPTH);
+    if (!block && !hf_quant && !gptq) moqi_tell_block(&c, config);
+    c.file = q->file = "hf_quant_config.json";
     /* ModelOpt's own file keeps what the converted copy loses, so it goes first and the copy is only compared */
     if (hf_quant) {
         if (hf_quant->type != MOQ_JSON_OBJECT) return moqi_fail(err, MOQ_E_CONFIG, moqi_at(c.file, NULL, NULL, -1), "an object is expected");
+        moqi_tell_slips(&c, hf_quant, 0, MOQI_BLOCK_DEPTH);
         moq_result res = moqi_read_modelopt(&c, hf_quant, block);
         if (res == MOQ_OK && block) moqi_compare_blocks(&c, block);
         return res;
@@ -7470,6 +7576,7 @@ MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *co
     c.file = q->file = "config.json";
     if (block) return moqi_read_block(&c, block, moqi_get(config, "compression_config") == block ? "compressed-tensors" : "(none)");
     if (gptq) c.file = q->file = "quantize_config.json";
+    moqi_tell_slips(&c, gptq, 0, MOQI_BLOCK_DEPTH);
     return gptq ? moqi_read_block(&c, gptq, "gptq") : MOQ_OK;
 }
 
@@ -28245,7 +28352,7 @@ static moq_result moqi_copy_files(moqi_export *x, moq_error *err)
     moqi_format(path, sizeof path, "%s%s", x->plan.desc->source, templates);
     if (r != MOQ_OK || !moqi_is_dir(path)) return r;
     moqi_format(path, sizeof path, "%s%s", x->temp, templates);
-    if (!x->made && !moqi_sys_make_dir(path)) return moqi_fail_os(err, moqi_base_name(path), "cannot be created", moqi_os_code());
+    if (!x->made && !moqi_sys_make_dir(path)) return moqi_fail_target(err, moqi_base_name(path), "cannot be created", moqi_os_code());
     return moqi_copy_matching(x, templates, any, MOQI_COUNT(any), err);
 }
 

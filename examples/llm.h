@@ -6226,20 +6226,6 @@ static moq_result llmi_config_read(const moq_checkpoint *ck, int32_t context, ll
 
 /* ---- misspelled keys ---- */
 
-/* One letter too many, too few, wrong, or moved. */
-static int llmi_is_slip(const char *a, const char *b)
-{
-    size_t n = strlen(a), m = strlen(b), least = n < m ? n : m, front = 0, back = 0;
-    while (front < least && a[front] == b[front]) front++;
-    while (back < least - front && a[n - 1 - back] == b[m - 1 - back]) back++;
-    n -= front + back;
-    m -= front + back;
-    a += front;
-    b += front;
-    if (n <= 1 || n != m) return n <= 1 && m <= 1;
-    return (a[0] == b[n - 1] && memcmp(a + 1, b, n - 1) == 0) || (b[0] == a[n - 1] && memcmp(b + 1, a, n - 1) == 0);
-}
-
 /* Keys that configurations do have and that look like others: of other families, or of this one where it does not ask for them. Token ids
    of many kinds differ in one letter. */
 static int llmi_is_a_key(const char *key)
@@ -6258,7 +6244,7 @@ static int llmi_is_a_key(const char *key)
 static const char *llmi_find_slip(const llmi_names_asked *asked, const moq_json *object, const char *name)
 {
     for (const moq_json *e = moq_json_first(object); e; e = moq_json_next(object, e))
-        if (e->key && llmi_is_slip(e->key, name) && !llmi_is_a_key(e->key) && !llmi_was_asked(asked, e->key)) return e->key;
+        if (e->key && moq_is_slip(e->key, name) && !llmi_is_a_key(e->key) && !llmi_was_asked(asked, e->key)) return e->key;
     return NULL;
 }
 

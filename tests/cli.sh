@@ -433,6 +433,9 @@ rm -r "$dir/other"
 printf 'GGUF\003' >"$dir/model.gguf"
 run run "$dir/model.gguf" --prompt x
 check "a GGUF file" refused "model.gguf: is a file; .*GGUF is not read; take the folder"
+printf 'only a few\nwords\n' >"$dir/words.txt"
+run verify "$dir/words.txt"
+check "verify: a text" out "words.txt: is no safetensors file; this looks like a text"
 run verify "$dir/model.gguf"
 check "verify: a GGUF file" out "this looks like a GGUF file: take the folder with .safetensors files"
 mkdir -p "$dir/hub0/snapshots/0123" "$dir/hub0/refs"
@@ -465,7 +468,25 @@ check "inspect of a config.json that says nothing" out "^foreign: no model_type,
 run inspect "$demo" --act x
 check "bad --act" refused "auto, stored, wide or bf16"
 run inspect "$demo" --kernel x
-check "bad --kernel" refused "'x'"
+check "bad --kernel" refused "--kernel: no kernels 'x'"
+export MOQ_KERNEL=x
+run run "$demo" --prompt x
+check "bad MOQ_KERNEL" refused "MOQ_KERNEL in the environment: no kernels 'x'"
+run inspect "$demo" --kernel plain
+check "--kernel goes before it" is 0
+unset MOQ_KERNEL
+mkdir "$dir/slip"
+cp "$demo"/* "$dir/slip"
+sed 's/"quant_algo"/"quant_alog"/' "$demo/hf_quant_config.json" >"$dir/slip/hf_quant_config.json"
+for v in verify inspect; do
+    run $v "$dir/slip"
+    check "$v: a misspelled key of a quantization block" err "slip/hf_quant_config.json: key 'quant_alog': nothing reads this key; is quant_algo meant"
+done
+rm "$dir/slip/hf_quant_config.json"
+echo '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bit": 4}}' >"$dir/slip/config.json"
+run verify "$dir/slip"
+check "verify: a misspelled key that is missed" out "config.json: key 'bits': missing"
+check "and why it is missed" err "key 'bit': nothing reads this key; is bits meant"
 run inspect "$demo" --kv x
 check "bad --kv: all that there are" refused "--kv is auto, wide, bf16, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
 run quantize "$src" "$dir/q9" --recipe mxfp4 --kv x
@@ -676,6 +697,12 @@ run logits "$demo" --tokens 1,2 --out "$dir"
 check "logits: the target is a folder" refused "is a folder"
 run logits "$demo" --tokens 1,2 --out "$dir/no/such.safetensors"
 check "logits: no parent" refused "its parent folder"
+run dequant "$demo" --out "$dir/nowhere/plain"
+check "dequant: no parent" refused "nowhere/plain: its parent folder"
+run dequant "$demo" --out "$dir/words.txt/plain"
+check "dequant: a file in the place of the parent" refused "words.txt/plain: cannot be written: .*; choose a place that can be written"
+run quantize "$src" "$dir/words.txt/plain" --recipe mxfp8
+check "quantize: the same" refused "words.txt/plain: .*; correct it, or choose another place"
 run logits "$demo" --tokens 1,2
 check "logits needs --out" refused "--out"
 check "a refusal writes nothing" test ! -e "$dir/never.safetensors"

@@ -64,7 +64,7 @@ static void test_null_numbers_and_schemes(void)
     CHECK(!moq_scheme_is_quantized(NULL) && moq_scheme_name(NULL, text, sizeof text) == 0 && text[0] == 0 && moq_scheme_name(&s, NULL, 0) > 0);
     CHECK(!moq_scheme_equal(NULL, &s) && !moq_scheme_equal(&s, NULL));
     CHECK(!moq_kv_format_find(NULL, &format) && !moq_kv_format_find("fp8", NULL) && moq_find_recipe(NULL) == NULL);
-    CHECK(!moq_glob_match(NULL, "x") && !moq_glob_match("*", NULL));
+    CHECK(!moq_glob_match(NULL, "x") && !moq_glob_match("*", NULL) && !moq_is_slip(NULL, "x") && !moq_is_slip("x", NULL));
     moq_make_linear(NULL, "x", MOQ_F32, v, 2, 2);
 }
 

@@ -518,7 +518,11 @@ static void test_st_kinds(void)
     static const struct { const char *magic; size_t n; const char *kind; } rows[] = {
         {"version https://git-lfs.github.com/spec/v1\noid sha256:", 54, "looks like a Git-LFS pointer"}, {"PK\003\004\024\000\000\000\010\000", 10, "zip"},
         {"\200\002\212\nl\374\234F\371 j", 11, "save the model as .safetensors"},
-        {"GGUF\003\000\000\000\042\000\000\000", 12, "GGUF file: take the folder"}, {"<!DOCTYPE html>", 15, "HTML"}, {"{\"error\": 1}", 12, "JSON"}};
+        {"GGUF\003\000\000\000\042\000\000\000", 12, "GGUF file: take the folder"}, {"<!DOCTYPE html>", 15, "HTML"}, {"{\"error\": 1}", 12, "JSON"},
+        {"#!/bin/sh\necho\n", 15, "is no safetensors file; this looks like a text"}, {"\n\n\n\n\r\n\ta line", 13, "looks like a text"},
+        {"Gr\303\274\303\237e aus dem Wald, der lang ist und noch l\303\244nger als zu sehn\303", 64, "looks like a text"},
+        {"text \377 and", 10, "is no safetensors file, or a damaged one: header length N"}, {"\177ELF\002\001\001\000\000\000", 10, "or a damaged one: header length N"},
+        {"a text\n", 7, "the file has 7 bytes, a safetensors file at least 10. Download it again"}};
     for (size_t i = 0; i < MOQI_COUNT(rows); i++) {
         uint8_t raw[64] = {0};
         moq_error e;

@@ -496,18 +496,6 @@ static const option_row *find_option(const char *name, size_t length)
     return NULL;
 }
 
-/* Is one word the other but for one letter too many, too few, wrong, or changed places with the next? */
-static int is_slip(const char *a, const char *b)
-{
-    size_t n = strlen(a), m = strlen(b), least = n < m ? n : m, front = 0, back = 0;
-    while (front < least && a[front] == b[front]) front++;
-    while (back < least - front && a[n - 1 - back] == b[m - 1 - back]) back++;
-    n -= front + back;
-    m -= front + back;
-    if (n <= 1 && m <= 1) return least > 2;
-    return n == 2 && m == 2 && a[front] == b[front + 1] && a[front + 1] == b[front];
-}
-
 /* Names the option that may be meant: one with a slip in it, with _ for -, or one that begins alike (--temperature). */
 static int refuse_option(const verb_row *verb, const char *a)
 {
@@ -521,7 +509,7 @@ static int refuse_option(const verb_row *verb, const char *a)
         const char *other = option_table[i % COUNT(option_table)].name;
         size_t n = strlen(name), m = strlen(other), least = n < m ? n : m;
         if (!in_list(verb->options, other) && !in_list(COMMON_OPTIONS, other)) continue;
-        if (i < COUNT(option_table) ? is_slip(name, other) : least > 2 && strncmp(name, other, least) == 0)
+        if (i < COUNT(option_table) ? moq_is_slip(name, other) : least > 2 && strncmp(name, other, least) == 0)
             return refuse("there is no option '%s'; is --%s meant? Try: moq help %s", a, other, verb->name);
     }
     return refuse("there is no option '%s'; try: moq help %s", a, verb->name);
@@ -643,7 +631,20 @@ static int open_cuda(const options *o, moq_backend **out)
     return 0;
 }
 
-static const char *kernel_of(const char *kernel) { return kernel ? kernel : getenv("MOQ_KERNEL"); } /* so that a whole script can be run with others */
+/* What --kernel says, else MOQ_KERNEL, so that a whole script can be run with others. A name that is not known is told with where it stands. */
+static int choose_kernel(const char *asked, const char **out)
+{
+    moq_cpu_desc desc;
+    moq_error err;
+    *out = asked ? asked : getenv("MOQ_KERNEL");
+    if (!*out) return 0;
+    memset(&desc, 0, sizeof desc);
+    desc.threads = 1;
+    desc.kernel = *out;
+    moq_backend *be = moq_cpu_backend(&desc, &err);
+    moq_backend_destroy(be);
+    return be ? 0 : refuse("%s: %s", asked ? "--kernel" : "MOQ_KERNEL in the environment", err.text);
+}
 
 static int open_backend(const options *o, const char *kernel, moq_backend **out)
 {
@@ -653,8 +654,8 @@ static int open_backend(const options *o, const char *kernel, moq_backend **out)
     if (bad || *out) return bad;
     memset(&desc, 0, sizeof desc);
     desc.threads = (int32_t)o->threads;
-    desc.kernel = kernel_of(kernel);
-    bad = parse_act(o->act, &desc.act);
+    bad = choose_kernel(kernel, &desc.kernel);
+    if (!bad) bad = parse_act(o->act, &desc.act);
     if (bad) return bad;
     *out = moq_cpu_backend(&desc, &err);
     return *out ? 0 : refuse_error(NULL, &err);
@@ -666,8 +667,8 @@ static int choose_backend(const options *o, moq_backend *be, llm_desc *desc)
     desc->backend = be;
     if (be) return 0;
     desc->threads = (int32_t)o->threads;
-    desc->kernel = kernel_of(o->kernel);
-    return parse_act(o->act, &desc->act);
+    int bad = choose_kernel(o->kernel, &desc->kernel);
+    return bad ? bad : parse_act(o->act, &desc->act);
 }
 
 /* quiet: what opening would log comes as findings of moq_verify. most: of bytes that quantizing while loading may take, or 0. */
@@ -953,7 +954,7 @@ static int check_keys(const text_row *row, const char *path, const moq_json *roo
     }
     for (const moq_json *e = moq_json_first(root); e; e = moq_json_next(root, e))
         for (int i = 0; e->key && i < slips; i++)
-            if (!moq_json_find(root, row_keys[i]) && is_slip(e->key, row_keys[i]))
+            if (!moq_json_find(root, row_keys[i]) && moq_is_slip(e->key, row_keys[i]))
                 return refuse("%s: line %zu: the key \"%.40s\" would be ignored; write \"%s\"", path, row->line, e->key, row_keys[i]);
     return 0;
 }
@@ -966,7 +967,7 @@ static int parse_message(text_row *row, const char *path, const moq_json *messag
     if (!m->role || !m->text)
         return refuse("%s: line %zu: message %zu has no \"%s\" that is a string", path, row->line, row->count, m->role ? "content" : "role");
     for (int i = 0; i < ROW_ROLES; i++)
-        if (strcmp(m->role, row_keys[i]) != 0 && is_slip(m->role, row_keys[i]))
+        if (strcmp(m->role, row_keys[i]) != 0 && moq_is_slip(m->role, row_keys[i]))
             return refuse("%s: line %zu: message %zu has the role \"%.40s\"; write \"%s\"", path, row->line, row->count, m->role, row_keys[i]);
     return 0;
 }
@@ -1525,17 +1526,20 @@ static void report_tokenizer(verdict *v, const moq_error *err)
 }
 
 /* A folder without a chat template may be meant for other uses than chats: that is said, too. */
-static void verify_frame(const moq_checkpoint *ck, verdict *v)
+static void verify_frame(const moq_checkpoint *ck, verdict *v, moq_error *memory)
 {
     static const llm_message hello = {"user", "hello"};
     moq_error err;
     llm_tokenizer *t = llm_tokenizer_open(ck, &err);
-    if (t && llm_frame(t, &hello, 1, 1, NULL, 0, &err) == SIZE_MAX && err.code != MOQ_E_NOMEM) report_idle(v, "cannot chat with it", &err);
+    int bad = !t || llm_frame(t, &hello, 1, 1, NULL, 0, &err) == SIZE_MAX;
+    if (bad && err.code == MOQ_E_NOMEM) *memory = err;
+    else if (bad && t) report_idle(v, "cannot chat with it", &err);
     llm_tokenizer_close(t);
 }
 
-/* Tensors may keep every rule and still be another model's than config.json describes. A kind of model that llm.h does not run is sound all the same. */
-static void verify_model(const moq_checkpoint *ck, verdict *v)
+/* Tensors may keep every rule and still be another model's than config.json describes. A kind of model that llm.h does not run is sound all the same.
+   memory: set where there is too little of it to tell. */
+static void verify_model(const moq_checkpoint *ck, verdict *v, moq_error *memory)
 {
     llm_desc d;
     llm_memory p;
@@ -1545,13 +1549,24 @@ static void verify_model(const moq_checkpoint *ck, verdict *v)
     d.log = verify_log;
     d.log_user = v;
     if (!moq_get_config(ck)) return;
-    if (llm_plan(&d, &p, &text) == MOQ_OK) { verify_frame(ck, v); return; }
+    if (llm_plan(&d, &p, &text) == MOQ_OK) { verify_frame(ck, v, memory); return; }
     d.no_tokenizer = 1;
     d.log = NULL; /* it was told */
-    if (text.code == MOQ_E_NOMEM) return;
-    if (llm_plan(&d, &p, &err) == MOQ_OK) report_tokenizer(v, &text);
+    if (text.code == MOQ_E_NOMEM) *memory = text;
+    else if (llm_plan(&d, &p, &err) == MOQ_OK) report_tokenizer(v, &text);
+    else if (err.code == MOQ_E_NOMEM) *memory = err;
     else if (err.code == MOQ_E_UNSUPPORTED) report_idle(v, "does not run it", &err);
-    else if (err.code != MOQ_E_NOMEM) report_finding(v, 1, &err);
+    else report_finding(v, 1, &err);
+}
+
+/* What opening says before it refuses may name the reason: a key that is misspelled. */
+static void verify_again(const char *path, verdict *v)
+{
+    moq_open_desc d;
+    memset(&d, 0, sizeof d);
+    d.log = verify_log;
+    d.log_user = v;
+    moq_close(moq_open(path, &d, NULL));
 }
 
 /* A refusal to open is a finding, unless the machine and not the file is to blame. */
@@ -1560,22 +1575,23 @@ static int verify_path(const options *o, verdict *v)
     struct stat info;
     moq_error err;
     const char *path = o->args[0];
-    int bad = 0;
+    int bad = 0, folder;
     if (stat(path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", path, strerror(errno));
     memset(&err, 0, sizeof err);
-    if (S_ISDIR(info.st_mode)) {
+    folder = S_ISDIR(info.st_mode);
+    if (folder) {
         moq_checkpoint *ck = open_folder(path, 1, NULL, 0, &err);
         if (ck) moq_verify(ck, o->deep ? (uint32_t)MOQ_VERIFY_DEEP : 0, report_finding, v, &err);
         else bad = 1;
-        if (ck && !v->fatal) verify_model(ck, v);
-        if (ck && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) bad = 1;
+        if (ck && !v->fatal && err.code == MOQ_OK) verify_model(ck, v, &err);
         moq_close(ck);
     } else {
         moq_st *st = moq_st_open(path, NULL, &err);
         bad = st == NULL;
         moq_st_close(st);
     }
-    if (bad && (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED)) return refuse_error(path, &err);
+    if (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED) return refuse_error(path, &err);
+    if (bad && folder) verify_again(path, v);
     if (bad) report_finding(v, 1, &err);
     return v->fatal;
 }
@@ -2001,11 +2017,26 @@ static void copy_json(json_out *j, const moq_json *v, const char *key, const cha
     else fputs(v->type == MOQ_JSON_TRUE ? "true" : v->type == MOQ_JSON_FALSE ? "false" : "null", j->to);
 }
 
+/* A target that cannot be made or written: what the system says of it, and what to do. */
+static int refuse_target(const char *target, int number)
+{
+    struct stat info;
+    char *parent = join(target, "", "");
+    size_t base = (size_t)(base_name(target) - target);
+    parent[base] = 0;
+    int absent = number == ENOENT && base && stat(parent, &info) != 0;
+    const char *remedy = number == ENOSPC || number == EDQUOT ? "free some space, or choose another disk" : number == ENAMETOOLONG ? "choose a shorter name"
+                         : number == EFBIG ? "raise `ulimit -f`, or choose another disk" : "choose a place that can be written";
+    free(parent);
+    return absent ? refuse("%s: its parent folder does not exist; create that first", target)
+                  : refuse("%s: cannot be written: %s; %s", target, strerror(number), remedy);
+}
+
 static int finish_file(FILE *to, const char *path)
 {
     int bad = !to || ferror(to), number = errno;
     if (to && fclose(to) != 0) { bad = 1; number = errno; }
-    return bad ? refuse("%s: %s; free some space or choose another folder", path, strerror(number)) : 0;
+    return bad ? refuse_target(path, number) : 0;
 }
 
 static int write_config(const out_folder *f)
@@ -2064,7 +2095,7 @@ static int copy_others(const out_folder *f)
     DIR *d = opendir(f->source);
     struct dirent *entry;
     struct stat info;
-    int bad = d ? 0 : refuse("%s: %s", f->source, strerror(errno));
+    int bad = d ? 0 : refuse("%s: cannot be listed: %s", f->source, strerror(errno));
     while (!bad && (entry = readdir(d)) != NULL) {
         char *from = join(f->source, "/", entry->d_name), *to = join(f->temp, "/", entry->d_name);
         int skip = ends_with(entry->d_name, ".safetensors") || stat(from, &info) != 0 || !S_ISREG(info.st_mode);
@@ -2081,14 +2112,14 @@ static int write_folder(out_folder *f, const char *target)
 {
     int bad = plan_folder(f);
     if (!bad && mkdir(f->temp, 0777) != 0)
-        return refuse("%s: %s", target, errno == ENOENT ? "its parent folder does not exist; create that first" : strerror(errno));
+        return refuse_target(target, errno);
     unfinished_folder = f->temp;
     for (int i = 0; !bad && i < f->shards; i++) bad = write_shard(f, i);
     if (!bad) bad = write_config(f);
     if (!bad && f->shards > 1) bad = write_index(f);
     if (!bad) bad = copy_others(f);
     if (!bad && stop_requested) bad = refuse("stopped; nothing was written");
-    if (!bad && rename(f->temp, target) != 0) bad = refuse("%s: %s", target, strerror(errno));
+    if (!bad && rename(f->temp, target) != 0) bad = refuse_target(target, errno);
     if (!bad) unfinished_folder = NULL;
     drop_unfinished();
     if (!bad && f->folded)
@@ -2749,7 +2780,7 @@ static int likeness(const moq_recipe *r, const char *name)
     char algo[64];
     snprintf(algo, sizeof algo, "%s", r->algo);
     for (char *at = algo; *at; at++) *at = (char)(*at >= 'A' && *at <= 'Z' ? *at + 32 : *at);
-    return is_slip(name, r->name) ? 3 : strcmp(name, algo) == 0 ? 2 : strlen(name) > 2 && strstr(r->name, name) != NULL;
+    return moq_is_slip(name, r->name) ? 3 : strcmp(name, algo) == 0 ? 2 : strlen(name) > 2 && strstr(r->name, name) != NULL;
 }
 
 /* An unknown recipe is refused with the one that may be meant. */
@@ -3103,7 +3134,7 @@ static const verb_row *find_verb(const char *name)
 static int refuse_verb(const char *name)
 {
     for (int i = 0; i < COUNT(verb_table); i++)
-        if (is_slip(name, verb_table[i].name)) return refuse("there is no verb '%s'; is %s meant? Try: moq help", name, verb_table[i].name);
+        if (moq_is_slip(name, verb_table[i].name)) return refuse("there is no verb '%s'; is %s meant? Try: moq help", name, verb_table[i].name);
     return refuse("there is no verb '%s'; moq help lists them", name);
 }
 
@@ -3221,7 +3252,7 @@ static int check_file(const char *target, const char *source)
     else if (parent[0] && stat(parent, &info) != 0 && errno == ENOENT)
         bad = refuse("%s: its parent folder '%s' does not exist; create that first", target, parent);
     else if (access(parent[0] ? parent : ".", W_OK) != 0)
-        bad = refuse("%s: its folder cannot be written: %s; choose another one", target, strerror(errno));
+        bad = refuse_target(target, errno);
     free(parent);
     return bad;
 }
