@@ -2486,6 +2486,11 @@ MOQI_UNUSED static moq_result moqi_fail_os(moq_error *err, const char *name, con
     return moqi_no_os(name, err);
 }
 
+MOQI_UNUSED static moq_result moqi_fail_target(moq_error *err, const char *name, const char *what, int code)
+{
+    return moqi_fail_os(err, name, what, code);
+}
+
 MOQI_UNUSED static moq_result moqi_blob_open(moqi_blob *out, const char *path, const char *base_name, int read_all,
                                              const moq_allocator *a, moq_error *err)
 {
@@ -7685,6 +7690,8 @@ typedef struct moqi_binder {
     const moq_open_desc *desc; /* takes findings, or NULL */
     moq_error *err;
     const moq_tensor *t;       /* the codes */
+    const moq_tensor *first, *end; /* the tensors whose names begin with the module's; NULL: too many to look through */
+    size_t stem; char between; /* bytes of the module's name, what follows them */
     moq_linear *w;
     moqi_claim claim;
     int64_t a, b;              /* stored matrix [a, b] in elements of t, without the dimension of experts */
@@ -7714,6 +7721,9 @@ static void moqi_part_name(const moqi_module *m, const char *part, char *text)
 static const moq_tensor *moqi_part(const moqi_binder *b, const char *part)
 {
     char text[MOQI_NAME_ROOM];
+    for (const moq_tensor *t = b->first; t < b->end; t++)
+        if (t->name[b->stem] == b->between && strcmp(t->name + b->stem + 1, part) == 0) return t;
+    if (b->first) return NULL;
     moqi_part_name(b->m, part, text);
     return moqi_set_find(b->set, text);
 }
@@ -8730,6 +8740,20 @@ static moq_result moqi_bind_all(moqi_binder *b)
     return r < 0 ? r : moqi_bind_extras(b);
 }
 
+/* Companions stand beside the codes, since tensors are sorted by name: a handful to compare, where a probe of the map is a miss of the caches for each of
+   the many that are not there. */
+static void moqi_find_beside(moqi_binder *b)
+{
+    const moq_tensor *first = b->t, *end = b->t, *stop = b->set->list + b->set->count;
+    const size_t n = b->stem = strlen(b->m->name), most = 16;
+    b->between = b->m->kind == MOQI_STORE_STACK || b->m->kind == MOQI_STORE_BLOCKS ? '_' : '.';
+    while (first > b->set->list && b->t - first < (ptrdiff_t)most && strncmp(first[-1].name, b->m->name, n) == 0) first--;
+    while (end < stop && end - b->t < (ptrdiff_t)most && strncmp(end->name, b->m->name, n) == 0) end++;
+    if (b->t - first == (ptrdiff_t)most || end - b->t == (ptrdiff_t)most || end == b->t) return;
+    b->first = first;
+    b->end = end;
+}
+
 /* As moqi_bind_linear below; findings go to desc->log. On failure *out is all zero. */
 static moq_result moqi_bind_logged(const moqi_tensor_set *set, const moqi_quant *q, const moqi_module *m, const moq_open_desc *desc, moq_linear *out,
                                    moq_error *err)
@@ -8746,6 +8770,7 @@ static moq_result moqi_bind_logged(const moqi_tensor_set *set, const moqi_quant 
     b.claim.algo = "";
     b.t = moqi_set_find(set, m->tensor);
     if (!b.t) return moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(NULL, "tensor", m->tensor, -1), "not in this checkpoint");
+    moqi_find_beside(&b);
     out->name = m->name;
     out->tensor = b.t->name;
     out->row_step = 1;

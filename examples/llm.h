@@ -12351,28 +12351,40 @@ static void llmi_tell_words(const llmi_model *m, const llm_tokenizer *t)
     llmi_tell(m, &finding);
 }
 
-/* Everything that is there once; whatever fails, llmi_house_close frees what was made before. */
+/* What sampling and slots need, the small first: behind the tables of words a new block of the arena would begin. */
+static moq_result llmi_take_tables(llmi_house *h, moq_error *err)
+{
+    llmi_arena *r = &h->model.arena;
+    size_t vocab = (size_t)h->model.c.vocab, slots = (size_t)h->model.slots;
+    h->by_slot = (llm **)llmi_take(r, slots, sizeof *h->by_slot);
+    h->parts = (llmi_share *)llmi_take(r, slots, sizeof *h->parts);
+    h->mixed = (float *)llmi_take(r, vocab, sizeof *h->mixed);
+    h->scratch = (float *)llmi_take(r, vocab, sizeof *h->scratch);
+    h->index = (int32_t *)llmi_take(r, vocab, sizeof *h->index);
+    return h->mixed && h->scratch && h->index && h->by_slot && h->parts ? MOQ_OK : llmi_nomem(err, "sampling");
+}
+
+/* Everything that is there once; whatever fails, llmi_house_close frees what was made before. Reading a tokenizer takes several times its memory for
+   a while, so it comes before weights and cache; what is wrong with the model is told first. */
 static moq_result llmi_house_open(llmi_house *h, moq_error *err)
 {
     const moq_checkpoint *ck;
     moq_backend *be;
-    size_t vocab, slots;
+    moq_error text;
     moq_result r = llmi_open_parts(h, &ck, &be, err);
-    if (r < 0 || (r = llmi_check_machine(&h->desc, ck, be, err)) < 0 || (r = llmi_model_open(&h->model, ck, be, &h->desc, err)) < 0) return r;
+    if (r < 0 || (r = llmi_check_machine(&h->desc, ck, be, err)) < 0) return r;
+    if (!h->desc.no_tokenizer) h->tokenizer = llm_tokenizer_open(ck, &text);
+    if ((r = llmi_model_open(&h->model, ck, be, &h->desc, err)) < 0) return r;
     if (h->desc.draft && h->model.stateful)
         return moq_fail(err, MOQ_E_UNSUPPORTED, "llm_desc.draft", "the running state of a '%s' cannot go back over a wrong guess; leave draft at 0",
                         h->model.c.family->model_type);
-    if (!h->desc.no_tokenizer && !(h->tokenizer = llm_tokenizer_open(ck, err))) return llmi_code(err, MOQ_E_TOKENIZER);
+    if (!h->desc.no_tokenizer && !h->tokenizer) {
+        llmi_give(err, &text);
+        return llmi_code(err, MOQ_E_TOKENIZER);
+    }
     llmi_tell_words(&h->model, h->tokenizer);
     h->token_bytes = llmi_longest_token(h->tokenizer);
-    vocab = (size_t)h->model.c.vocab;
-    slots = (size_t)h->model.slots;
-    h->mixed = (float *)llmi_take(&h->model.arena, vocab, sizeof *h->mixed);
-    h->scratch = (float *)llmi_take(&h->model.arena, vocab, sizeof *h->scratch);
-    h->index = (int32_t *)llmi_take(&h->model.arena, vocab, sizeof *h->index);
-    h->by_slot = (llm **)llmi_take(&h->model.arena, slots, sizeof *h->by_slot);
-    h->parts = (llmi_share *)llmi_take(&h->model.arena, slots, sizeof *h->parts);
-    if (!h->mixed || !h->scratch || !h->index || !h->by_slot || !h->parts) return llmi_nomem(err, "sampling");
+    if ((r = llmi_take_tables(h, err)) < 0) return r;
     llmi_fill_info(h, ck);
     return MOQ_OK;
 }

@@ -584,6 +584,16 @@ static void test_ranks_steps(void)
 
 /* ---- memory ---- */
 
+static uint64_t most_live;
+
+static void *count_most(void *user, size_t bytes, size_t align)
+{
+    void *p = llmi_count_alloc(user, bytes, align);
+    uint64_t live = ((const llmi_count *)user)->live;
+    if (live > most_live) most_live = live;
+    return p;
+}
+
 /* The plan is what opening allocates, and answering allocates nothing. */
 static void check_plan(const char *path, int talks)
 {
@@ -600,12 +610,15 @@ static void check_plan(const char *path, int talks)
     d.logprobs = 2;
     d.no_tokenizer = !talks;
     CHECK_INT(llm_plan(&d, &p, &e), MOQ_OK);
-    d.allocator.alloc = llmi_count_alloc;
+    d.allocator.alloc = count_most;
     d.allocator.release = llmi_count_release;
     d.allocator.user = &count;
+    most_live = 0;
     llm *m = llm_open(&d, &e);
     CHECK(m != NULL);
     if (!m) return;
+    if (most_live > count.live + 400000) fprintf(stderr, "%s: opening takes %.0f more than it keeps\n", path, (double)(most_live - count.live));
+    CHECK(most_live <= count.live + 400000); /* reading a tokenizer takes more, but before all that is large */
     llm *a = llm_join(m, &e), *b = llm_join(m, &e);
     CHECK(a && b);
     double planned = (double)(p.total_bytes - p.mapped_bytes), live = (double)count.live;
@@ -625,6 +638,50 @@ static void check_plan(const char *path, int talks)
     CHECK(llm_open(&d, &e) == NULL && e.code == MOQ_E_LIMIT);
     CHECK(strstr(e.text, "cache") != NULL && strstr(e.text, "3 slots") != NULL);
     CHECK_INT(count.live, 0);
+}
+
+/* Reading a large tokenizer.json takes more memory than it leaves: that is given back before weights and cache are there. */
+static void test_plan_large_tokenizer(void)
+{
+    static const char *const names[] = {"config.json", "hf_quant_config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json"};
+    const size_t pad = 2 << 20;
+    moq_file files[LLMI_COUNT(names)];
+    char path[1024];
+    moq_error e;
+    llmi_count count;
+    llm_desc d;
+    memset(&d, 0, sizeof d);
+    memset(&count, 0, sizeof count);
+    for (size_t i = 0; i < LLMI_COUNT(names); i++) {
+        size_t more = i + 1 == LLMI_COUNT(names) ? pad : 0, bytes = 0;
+        snprintf(path, sizeof path, DEMO_DIR "/%s", names[i]);
+        char *text = moq_read_file(path, 1u << 30, NULL, &bytes, &e), *copy = (char *)malloc(bytes + more + 16);
+        if (!text || !copy) exit(2);
+        size_t at = more ? (size_t)snprintf(copy, 16, "{\"pad\": \"") : 0;
+        memset(copy + at, 'x', more);
+        if (more) memcpy(copy + at + more, "\",", 2);
+        memcpy(copy + at + (more ? more + 2 : 0), text + (more != 0), bytes - (more != 0));
+        files[i].name = names[i];
+        files[i].data = copy;
+        files[i].bytes = bytes + more + (more ? at + 1 : 0);
+        moq_release(NULL, text, bytes + 1);
+    }
+    moq_checkpoint *ck = moq_open_memory(files, LLMI_COUNT(names), NULL, &e);
+    CHECK(ck != NULL);
+    d.checkpoint = ck;
+    d.threads = 1;
+    d.context = 256;
+    d.allocator.alloc = count_most;
+    d.allocator.release = llmi_count_release;
+    d.allocator.user = &count;
+    most_live = 0;
+    llm *m = ck ? llm_open(&d, &e) : NULL;
+    if (!m) fprintf(stderr, "%s\n", e.text);
+    CHECK(m != NULL);
+    CHECK(count.live > 2 * pad + 1000000 && most_live <= count.live + 400000);
+    llm_close(m);
+    moq_close(ck);
+    for (size_t i = 0; i < LLMI_COUNT(names); i++) free((void *)(uintptr_t)files[i].data);
 }
 
 static void test_plan(void)
@@ -699,6 +756,7 @@ int main(int argc, char **argv)
     RUN(test_cancel_in_a_pass);
     RUN(test_ranks_steps);
     RUN(test_plan);
+    RUN(test_plan_large_tokenizer);
     RUN(test_nothing_grows);
     return test_end();
 }
