@@ -646,6 +646,7 @@ static void test_plan_large_tokenizer(void)
     static const char *const names[] = {"config.json", "hf_quant_config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json"};
     const size_t pad = 2 << 20;
     moq_file files[LLMI_COUNT(names)];
+    moq_open_desc open;
     char path[1024];
     moq_error e;
     llmi_count count;
@@ -666,14 +667,16 @@ static void test_plan_large_tokenizer(void)
         files[i].bytes = bytes + more + (more ? at + 1 : 0);
         moq_release(NULL, text, bytes + 1);
     }
-    moq_checkpoint *ck = moq_open_memory(files, LLMI_COUNT(names), NULL, &e);
-    CHECK(ck != NULL);
-    d.checkpoint = ck;
     d.threads = 1;
     d.context = 256;
     d.allocator.alloc = count_most;
     d.allocator.release = llmi_count_release;
     d.allocator.user = &count;
+    memset(&open, 0, sizeof open);
+    open.allocator = d.allocator;
+    moq_checkpoint *ck = moq_open_memory(files, LLMI_COUNT(names), &open, &e);
+    CHECK(ck != NULL);
+    d.checkpoint = ck;
     most_live = 0;
     llm *m = ck ? llm_open(&d, &e) : NULL;
     if (!m) fprintf(stderr, "%s\n", e.text);
