@@ -2827,6 +2827,33 @@ MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t byt
    What is left unfinished disappears: folders by the caller's next call, files by having no name.
    ------------------------------------------------------------------------------------------------ */
 
+/* ---- what stands in a folder and is no file ---- */
+
+#if defined(MOQ_NO_OS)
+static const char *moqi_path_wrong(const char *path) { (void)path; return NULL; }
+#else
+#if defined(_WIN32)
+static int moqi_sys_is_link(const char *path) { (void)path; return 0; } /* attributes are the link's own: moqi_path_kind finds it */
+#else
+static int moqi_sys_is_link(const char *path)
+{
+    char first;
+    return readlink(path, &first, 1) >= 0;
+}
+#endif
+
+/* Why something stands at a path and yet is no file; NULL: there is a file, or nothing. */
+static const char *moqi_path_wrong(const char *path)
+{
+    switch (moqi_path_kind(path)) {
+    case MOQI_IS_DIR: return "is a folder; expected a regular file";
+    case MOQI_IS_OTHER: return "is a device or a pipe; expected a regular file";
+    case MOQI_NOTHING: return moqi_sys_is_link(path) ? "is a link that leads to no file; download the folder again" : NULL;
+    default: return NULL;
+    }
+}
+#endif
+
 #ifdef MOQ_QUANTIZE
 
 /* ---- folders: made, emptied, renamed; used by the exporters, which build a folder beside its target ---- */
@@ -2844,17 +2871,9 @@ static void moqi_sys_remove_dir(const char *path)
     wchar_t w[MOQI_WIDE_PATH];
     if (moqi_wide(path, w)) RemoveDirectoryW(w);
 }
-
-static int moqi_sys_is_link(const char *path) { (void)path; return 0; } /* attributes are the link's own: moqi_path_kind finds it */
 #else
 static int moqi_sys_make_dir(const char *path) { return mkdir(path, 0777) == 0; }
 static void moqi_sys_remove_dir(const char *path) { rmdir(path); }
-
-static int moqi_sys_is_link(const char *path)
-{
-    char first;
-    return readlink(path, &first, 1) >= 0;
-}
 #endif
 
 /* Deletes the files of a folder, folders in it, and then the folder. Only for folders that this library has made. */
@@ -6617,8 +6636,8 @@ static moq_result moqi_get_int(const moqi_quant_read *c, const moq_json *object,
     *out = fallback;
     if (!v) return MOQ_OK;
     if (!moq_json_int(v, &n) || n < lo || n > hi)
-        return moqi_fail(c->err, MOQ_E_CONFIG, moqi_at(c->file, "key", key, -1), "%q where a whole number from %lld to %lld is expected",
-                         v->text ? v->text : "(no number)", (long long)lo, (long long)hi);
+        return moqi_fail(c->err, MOQ_E_CONFIG, moqi_at(c->file, "key", key, -1), "%s%q where a whole number from %lld to %lld is expected",
+                         v->type == MOQ_JSON_STRING ? "the text " : "", v->text ? v->text : "(no number)", (long long)lo, (long long)hi);
     *out = (int32_t)n;
     return MOQ_OK;
 }
@@ -6651,7 +6670,8 @@ static moq_result moqi_get_group(const moqi_quant_read *c, const moq_json *objec
     int is_int = moq_json_int(v, &n);
     if (is_int && ((n >= 16 && n <= 65536 && (n & (n - 1)) == 0) || (n == -1 && channel))) { *out = (int32_t)n; return MOQ_OK; }
     return moqi_fail(c->err, MOQ_E_CONFIG, moqi_at(c->file, "key", "group_size", -1),
-                     "%q is no group size; a power of two from 16 to 65536%s is expected", v->text ? v->text : "(no number)",
+                     "%s%q is no group size; a power of two from 16 to 65536%s is expected", v->type == MOQ_JSON_STRING ? "the text " : "",
+                     v->text ? v->text : "(no number)",
                      channel ? ", or -1 for a whole row," : "");
 }
 
@@ -6928,6 +6948,7 @@ static moq_result moqi_read_modelopt(const moqi_quant_read *c, const moq_json *b
     moqi_claim base;
     moq_result r;
     q->family = MOQ_FAMILY_MODELOPT;
+    if (s == block && moqi_get(block, "quantization")) return moqi_bad_key(c, MOQ_E_CONFIG, "quantization", "an object is expected");
     if ((r = moqi_read_producer(c, block)) != MOQ_OK || (r = moqi_get_string(c, s, "quant_algo", &written)) != MOQ_OK ||
         (r = moqi_read_entry(c, s, "quant_algo", &base)) != MOQ_OK || (r = moqi_keep_pair(c, written, "", &q->algo)) != MOQ_OK)
         return r;
@@ -9042,6 +9063,56 @@ MOQI_UNUSED static moq_result moqi_collect_modules(const moqi_tensor_set *set, c
     return MOQ_OK;
 }
 
+/* ---- description and tensors that do not meet ---- */
+
+/* Codes that nothing describes are read by what their tensors say; told once. */
+static void moqi_tell_undescribed(const moqi_tensor_set *set, const moqi_quant *q, const moqi_module *modules, size_t count, const moq_open_desc *desc)
+{
+    const moqi_module *first = NULL;
+    unsigned long long found = 0;
+    char scheme[96];
+    moq_linear w;
+    if (q->claim_count || q->algo[0]) return;
+    for (size_t i = 0; i < count; i++) {
+        const moq_tensor *t = moqi_set_find(set, modules[i].tensor);
+        if (!t || moqi_is_float(t->dtype) || t->dtype == MOQ_F64) continue;
+        if (found++ == 0) first = &modules[i];
+    }
+    if (!first || moqi_bind_linear(set, q, first, &w, NULL) != MOQ_OK) return;
+    moq_scheme_name(&w.scheme, scheme, sizeof scheme);
+    moqi_log(desc, MOQ_LOG_WARNING, MOQ_E_CONFIG, moqi_at(NULL, "layer", first->name, -1),
+             "neither hf_quant_config.json nor quantization_config of config.json says how it is quantized; its tensors say %s (%llu such layers)", scheme, found);
+}
+
+/* Is there a tensor of this module, or of one inside? */
+static int moqi_has_below(const moqi_tensor_set *set, const char *module)
+{
+    size_t n = strlen(module), low = 0, high = set->count;
+    while (low < high) { /* the first tensor whose name is not below "module." */
+        size_t middle = low + (high - low) / 2;
+        const char *name = set->list[middle].name;
+        int order = strncmp(name, module, n);
+        if (order < 0 || (order == 0 && (uint8_t)name[n] < '.')) low = middle + 1;
+        else high = middle;
+    }
+    return (low < set->count && strncmp(set->list[low].name, module, n) == 0 && set->list[low].name[n] == '.') || moqi_set_find(set, module) != NULL;
+}
+
+/* quantized_layers may be another folder's. A tied head has an entry and no tensor; outermost parts of names may differ. */
+static void moqi_tell_unmatched(const moqi_tensor_set *set, const moqi_quant *q, const moq_open_desc *desc)
+{
+    const char *first = NULL;
+    unsigned long long found = 0;
+    for (uint32_t i = 0; i < q->targets.count && q->family == MOQ_FAMILY_MODELOPT && !q->outer_names; i++) {
+        const moqi_rule *x = &q->targets.list[i];
+        if (x->kind != MOQI_RULE_EXACT || moqi_ends(x->text, "lm_head") || moqi_has_below(set, x->text)) continue;
+        if (found++ == 0) first = x->text;
+    }
+    if (!first) return;
+    moqi_log(desc, MOQ_LOG_WARNING, MOQ_E_MISMATCH, moqi_at(q->file, "layer", first, -1),
+             "quantized_layers names it, but no tensor does (%llu such name%s); is the file of this folder?", found, found == 1 ? "" : "s");
+}
+
 /* ---- KV cache ---- */
 
 /* Where writers put a scale of attention A: ModelOpt, compressed-tensors, engines' fused projections. */
@@ -9234,15 +9305,17 @@ static const char *moqi_ck_place(const moq_checkpoint *ck, char text[64])
     return text;
 }
 
-/* *found: a file of that name is there. */
+/* *found: a file of that name is there. What is no file, and a link to nothing (into a hub's cache, say), is not absent but wrong. */
 static moq_result moqi_ck_exists(const moq_checkpoint *ck, const char *name, int *found, moq_error *err)
 {
     *found = !ck->dir && moqi_ck_file(ck, name) != NULL;
     if (!ck->dir) return MOQ_OK;
     moqi_arena r = moqi_arena_make(&ck->desc.allocator);
     char *path = moqi_ck_path(ck, name, &r);
+    const char *wrong = path ? moqi_path_wrong(path) : NULL;
     if (path) *found = moqi_file_exists(path);
     moqi_arena_drop(&r);
+    if (wrong) return moqi_fail(err, MOQ_E_IO, moqi_at(name, NULL, NULL, -1), "%s", wrong);
     return path ? MOQ_OK : moqi_nomem(err, strlen(ck->dir) + strlen(name));
 }
 
@@ -9292,9 +9365,10 @@ static moq_result moqi_ck_json(const moq_checkpoint *ck, const char *name, moq_j
    cannot be read. Real config.json files hold Infinity and NaN, hence the CONFIG dialect. */
 static moq_result moqi_ck_optional(const moq_checkpoint *ck, const char *name, moq_json_doc **out, moq_error *err)
 {
+    int found = 1;
     moq_result r = moqi_ck_json(ck, name, MOQ_JSON_CONFIG, 64, MOQ_MAX_CONFIG_BYTES, out, err);
     if (r == MOQ_E_NOTFOUND) moqi_clear(err);
-    if (r != MOQ_OK) return r == MOQ_E_NOTFOUND ? MOQ_OK : r;
+    if (r != MOQ_OK) return r == MOQ_E_NOTFOUND ? moqi_ck_exists(ck, name, &found, err) : r;
     if (moq_json_root(*out)->type == MOQ_JSON_OBJECT) return MOQ_OK;
     return moqi_fail(err, MOQ_E_CONFIG, moqi_at(name, NULL, NULL, 0), "the file holds no object, expected { \"key\": value, ... }");
 }
@@ -9627,6 +9701,8 @@ static moq_result moqi_ck_modules(moq_checkpoint *ck, moq_error *err)
     if (r != MOQ_OK) return r;
     if (!moqi_map_make(&ck->module_map, &ck->arena, ck->module_count)) return moqi_nomem(err, ck->module_count * sizeof(moqi_entry));
     for (size_t i = 0; i < ck->module_count; i++) moqi_map_add(&ck->module_map, ck->modules[i].name, strlen(ck->modules[i].name), (uint32_t)i);
+    moqi_tell_undescribed(&ck->set, &ck->quant, ck->modules, ck->module_count, &ck->noting);
+    moqi_tell_unmatched(&ck->set, &ck->quant, &ck->noting);
     return moqi_ck_bind_kv(ck, err);
 }
 

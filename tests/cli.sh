@@ -487,6 +487,29 @@ echo '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "b
 run verify "$dir/slip"
 check "verify: a misspelled key that is missed" out "config.json: key 'bits': missing"
 check "and why it is missed" err "key 'bit': nothing reads this key; is bits meant"
+# what does not meet: no description, one of another folder; links that lead nowhere
+rm "$dir/slip/config.json"
+sed 's/"quantization_config"/"_quantization"/' "$golden/modelopt/llama-nvfp4/config.json" >"$dir/slip/config.json"
+cp "$golden/modelopt/llama-nvfp4/model.safetensors" "$dir/slip/model.safetensors"
+run verify "$dir/slip"
+check "verify: nothing describes the codes" err "slip: layer 'model.layers.0.mlp.down_proj': neither hf_quant_config.json nor .*; its tensors say nvfp4 (14 such layers)"
+run inspect "$dir/slip"
+check "inspect: nothing describes the codes" out "quantized without a description, KV cache wide"
+echo '{"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.layers": {"quant_algo": "NVFP4", "group_size": 16}, "model.layer": {"quant_algo": "FP8"}}}}' \
+    >"$dir/slip/hf_quant_config.json"
+run verify "$dir/slip"
+check "verify: a layer that is not there" err "hf_quant_config.json: layer 'model.layer': quantized_layers names it, but no tensor does (1 such name)"
+echo '{"quantization": "NVFP4"}' >"$dir/slip/hf_quant_config.json"
+run verify "$dir/slip"
+check "verify: a description that is no object" out "key 'quantization': an object is expected"
+for f in hf_quant_config.json model.safetensors; do
+    rm "$dir/slip/$f"
+    ln -s ../blobs/0123 "$dir/slip/$f"
+    run inspect "$dir/slip"
+    check "a link that leads nowhere: $f" refused "slip/$f: is a link that leads to no file; download the folder again"
+    rm "$dir/slip/$f"
+    cp "$golden/modelopt/llama-nvfp4/$f" "$dir/slip/$f"
+done
 run inspect "$demo" --kv x
 check "bad --kv: all that there are" refused "--kv is auto, wide, bf16, fp8, fp8_affine, int8, nvfp4, nvfp4_affine, nvfp4_rotate or mxfp4, not 'x'"
 run quantize "$src" "$dir/q9" --recipe mxfp4 --kv x

@@ -1382,8 +1382,8 @@ static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_
     size_t listed;
     size_t modules = 0;
     printf("%s: %s, %s%s%s%s%s, KV cache %s\n", moq_get_name(ck), info->model_type[0] ? info->model_type : "no model_type",
-           info->family == MOQ_FAMILY_NONE ? "not quantized" : info->family_name, info->quant_algo[0] ? " " : "", info->quant_algo,
-           info->producer[0] ? " by " : "", info->producer, moq_kv_format_name(info->kv));
+           info->family != MOQ_FAMILY_NONE ? info->family_name : t->quantized ? "quantized without a description" : "not quantized",
+           info->quant_algo[0] ? " " : "", info->quant_algo, info->producer[0] ? " by " : "", info->producer, moq_kv_format_name(info->kv));
     list = group_rows(rows, count, explain, &listed);
     for (size_t i = 0; i < count; i++) modules += !rows[i].again;
     for (size_t i = 0; i < listed; i++) {
