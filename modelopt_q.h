@@ -8080,7 +8080,7 @@ static moq_result moqi_bind_tensor_scale(moqi_binder *b, const moq_tensor *t)
     float v;
     if (block && !b->stacked && b->w->rows <= br && b->w->cols <= bc) moqi_put_scales(b, t, t->dtype, br, bc, 1, 1);
     else moqi_put_scales(b, t, t->dtype, MOQ_ALL, MOQ_ALL, 0, 0);
-    if (b->w->scheme.weight.elem == MOQ_I8 && !b->stacked && !b->claim.has_coding)
+    if (b->w->scheme.weight.elem == MOQ_I8 && b->w->rows > 1 && !b->stacked && !b->claim.has_coding)
         moqi_log(b->desc, MOQ_LOG_INFO, MOQ_E_SHAPE, moqi_at_tensor(b, t), "one scale for all rows where one a row is usual");
     return moqi_scalar(b, t, 1, &v, &each);
 }
