@@ -17480,7 +17480,7 @@ static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int ha
 {
 #if defined(__GNUC__)
     const int64_t row = (int64_t)c->row_bytes[half / 2], some = MOQI_ATTEND_KEYS / 2 * row;
-    const int64_t count = c->half && half < 2 && next->last >= next->first ? MOQI_KV_BLOCK : next->last - next->first + 1;
+    const int64_t block = MOQI_KV_BLOCK, count = c->half && half < 2 && next->last >= next->first ? block : next->last - next->first + 1;
     const int64_t end = moqi_min(count * row, (half % 2 + 1) * some);
     const uint8_t *p = moqi_kv_row(c, half / 2, next->slot, next->head, next->first);
     __asm__ volatile(""); /* see moqi_prefetch */
