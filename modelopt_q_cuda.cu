@@ -3719,6 +3719,8 @@ typedef struct moqk_gemm_args {
     int32_t split;             /* blocks of a cluster that share the columns of a tile: 1 to 4 */
     float fix;                 /* the power of two that sums lack; see moqk_form_fix */
     int32_t direct, y_direct;  /* x is read where it is, y is written, by the maps */
+    int32_t known;             /* parts of a dense call that stand here, too: nothing has to be read before x can be asked for; or 0 */
+    moqk_part part[3];
 } moqk_gemm_args;
 
 /* x as the copy engine sees it: boxes of 64 columns of moqk_box_tokens(BM) tokens, and of those that are left over in the end. y: boxes of 64 rows of
@@ -3861,13 +3863,13 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
         q->end = min(q->first + BM, a.m);
     }
     for (; left > 0; left--, part++) {
-        rows = a.parts[part].rows;
+        rows = b.known ? b.part[part].rows : a.parts[part].rows;
         const int32_t n = (rows + 127) / 128;
         if (row_tile < n) break;
         row_tile -= n;
         y_first += rows;
     }
-    q->p = a.parts + part;
+    q->p = b.known ? &b.part[left > 0 ? part : 0] : a.parts + part;
     q->rows = rows;
     q->y_first = y_first;
     q->row_tile = row_tile;
@@ -4078,8 +4080,8 @@ template <typename T> struct moqk_turned {
     {
         return a.y_bf16 && !a.accumulate && q.row_tile * 128 + group * 64 + 63 < q.rows && a.ldy % 8 == 0 && ((uintptr_t)y & 15) == 0;
     }
-    /* TOKENS of them from `first` on into shared memory: [tokens][128 bytes], 16-byte pieces exchanged by xor with token & 7. */
-    template <int TOKENS>
+    /* TOKENS of them from `first` on into shared memory: [tokens][128 bytes], 16-byte pieces exchanged by xor with token & 7. UNITS: tokens have units. */
+    template <int TOKENS, int UNITS>
     __device__ __forceinline__ void turn(const moqk_gemm_args &b, const moqk_piece &q, int thread, uint32_t at, int32_t first, const T *f) const
     {
         const int32_t lane = thread & 31, warp = thread >> 5;
@@ -4089,8 +4091,9 @@ template <typename T> struct moqk_turned {
 #pragma unroll
             for (int i = 0; i < 4; i++, f += 2) {
                 const int32_t m = first + (j + i / 2) * 8 + 2 * (lane & 3);
-                const float2 unit = b.unit == MOQK_TOKEN_UNIT && m < q.end ? *(const float2 *)(b.token_unit + m) : make_float2(1, 1);
-                v[i] = moqk_pack((float)f[0] * scale[i & 1] * unit.x + bias[i & 1], (float)f[1] * scale[i & 1] * unit.y + bias[i & 1]);
+                const float2 unit = UNITS && m < q.end ? *(const float2 *)(b.token_unit + m) : make_float2(1, 1);
+                if (UNITS) v[i] = moqk_pack((float)f[0] * scale[i & 1] * unit.x + bias[i & 1], (float)f[1] * scale[i & 1] * unit.y + bias[i & 1]);
+                else v[i] = moqk_pack((float)f[0] * scale[i & 1] + bias[i & 1], (float)f[1] * scale[i & 1] + bias[i & 1]);
             }
             const int token = (j + (lane >> 4)) * 8 + (lane & 7), piece = warp * 2 + (lane >> 3 & 1);
             asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -4108,11 +4111,27 @@ template <typename T> struct moqk_turned {
     }
 };
 
+/* Sums of 8 tokens after 8 from `first` on times what x of a token was divided by: apart from moqk_turned, for most calls have no such units. */
+template <int N> __device__ __forceinline__ void moqk_apply_units(const moqk_gemm_args &b, const moqk_piece &q, int thread, int32_t first, float (&d)[N])
+{
+    if (b.unit != MOQK_TOKEN_UNIT) return;
+#pragma unroll
+    for (int j = 0; j < N; j += 4) {
+        const int32_t m = first + j * 2 + 2 * (thread & 3);
+        const float2 unit = m < q.end ? *(const float2 *)(b.token_unit + m) : make_float2(1, 1);
+        d[j] *= unit.x;
+        d[j + 1] *= unit.y;
+        d[j + 2] *= unit.x;
+        d[j + 3] *= unit.y;
+    }
+}
+template <int N> __device__ __forceinline__ void moqk_apply_units(const moqk_gemm_args &, const moqk_piece &, int, int32_t, int (&)[N]) {}
+
 /* As moqk_finish for whole rows of BF16, moqk_turn_tokens(BM) at a time. The copy engine writes them while the next ones are turned or, where y cannot be
    mapped, the threads. 0: it is not such a tile. `room`: the warpgroup's [BUFFERS][tokens][128 bytes]. */
-template <int BM, int BUFFERS, typename T>
+template <int BM, int BUFFERS, int UNITS, typename T>
 __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const CUtensorMap *map, const moqk_piece &q, const float2 *told, int group,
-                                 int thread, float *room, const T (&d)[BM / 2])
+                                 int thread, float *room, T (&d)[BM / 2])
 {
     constexpr int TOKENS = moqk_turn_tokens(BM);
     const moqk_turned<T> rows(a, q, told, group, thread);
@@ -4120,6 +4139,7 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
         moqk_sums_read(b, thread); /* see moqk_finish */
         return 0;
     }
+    if (!UNITS) moqk_apply_units(b, q, thread, q.x_first, d);
 #pragma unroll
     for (int r = 0; r < BM / TOKENS; r++) {
         const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 128);
@@ -4130,7 +4150,7 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
             if (thread == 0 && b.y_direct && r > 0) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
             moqk_sync_group(group);
         }
-        rows.template turn<TOKENS>(b, q, thread, at, first, d + r * (TOKENS / 2));
+        rows.template turn<TOKENS, UNITS>(b, q, thread, at, first, d + r * (TOKENS / 2));
         if (b.y_direct) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         moqk_sync_group(group);
         if (!b.y_direct) rows.put(a, q, thread, at, first, TOKENS);
@@ -4389,14 +4409,16 @@ __device__ __forceinline__ uint32_t moqk_of_block(uint32_t at, uint32_t rank)
     return r;
 }
 
-/* Barriers that the blocks of a cluster have alike: rings are free; the bytes that the warpgroup is sent are there. */
+/* Barriers that the blocks of a cluster have alike: rings are free; the sums of 32 tokens that the warpgroup is sent are there. */
 struct moqk_share {
+    static constexpr int ROUNDS = 5; /* of 32 tokens: half of the largest tile */
     uint32_t free, ready;
 
-    /* The warpgroup does not read the rings any more, and waits for so many bytes. Nothing that was written is handed over: no fence. */
-    __device__ __forceinline__ void tell(uint32_t bytes, int group, int thread, int blocks) const
+    __device__ __forceinline__ moqk_share(uint32_t at, int group) : free(at), ready(at + (1 + group % 2 * ROUNDS) * 8) {}
+    /* The warpgroup does not read the rings any more, and waits for the sums of `own` times 8 tokens. Nothing that was written is handed over: no fence. */
+    __device__ __forceinline__ void tell(int own, int group, int thread, int blocks) const
     {
-        if (thread == 0) moqk_barrier_expect(ready, bytes);
+        if (thread < (own + 3) / 4) moqk_barrier_expect(ready + thread * 8, (uint32_t)((blocks - 1) * min(own - thread * 4, 4) * 2048));
         moqk_sync_group(group);
         if (thread < blocks) asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(moqk_of_block(free, thread)) : "memory");
     }
@@ -4419,15 +4441,16 @@ __device__ __forceinline__ void moqk_add_bits(float *sum, uint32_t v) { *sum += 
 __device__ __forceinline__ void moqk_add_bits(int *sum, uint32_t v) { *sum += (int)v; }
 
 /* As moqk_finish for a tile whose columns the blocks of a cluster share, the only one that they have: each is sent the sums of some of the tokens and adds
-   them up in the order of the columns. `ring`: both rings, which nobody needs any more: [block][warpgroup][8 tokens][thread] of four sums. */
-template <int FORM, int GROUPED, int BM, typename T>
+   them up in the order of the columns, 32 tokens as soon as they are there. `ring`: both rings, which nobody needs any more:
+   [block][warpgroup][8 tokens][thread] of four sums. */
+template <int FORM, int GROUPED, int BM, int UNITS, typename T>
 __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, const moqk_piece &q, const float2 *told, int group, int thread,
                                    uint8_t *ring, float *room, const moqk_share &share, const T (&d)[BM / 2])
 {
     const int rank = blockIdx.x % b.split, groups = min((q.end - q.x_first + 7) / 8, BM / 8); /* of 8 tokens */
     const int each = (groups + b.split - 1) / b.split, own = max(min(each, groups - rank * each), 0); /* of a block, of this one */
     const uint32_t slot = 2 * each * 2048, here = moqk_shared_at(ring) + group * each * 2048 + thread * 16;
-    share.tell((b.split - 1) * own * 2048, group, thread, b.split);
+    share.tell(own, group, thread, b.split);
     uint8_t *mine = ring + group * each * 2048 + thread * 16 + rank * slot;
     uint32_t to = 0, bar = 0;
     int owner = -1, at = each;
@@ -4440,36 +4463,42 @@ __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, 
             to = moqk_of_block(moqk_shared_at(mine), ++owner);
             bar = moqk_of_block(share.ready, owner);
         }
-        if (owner == rank) moqk_put4(mine + at * 2048, d + 4 * i);
-        else moqk_send4(to + at * 2048, bar, d + 4 * i);
+        if (owner != rank) moqk_send4(to + at * 2048, bar + at / 4 * 8, d + 4 * i);
     }
+#pragma unroll
+    for (int i = 0; i < BM / 8; i++) /* behind what others wait for */
+        if (i >= rank * each && i - rank * each < own) moqk_put4(mine + (i - rank * each) * 2048, d + 4 * i);
     const moqk_turned<T> rows(a, q, told, group, thread);
     const int whole = rows.fits(a, q, group);
-    moqk_barrier_wait(share.ready, 0);
 #pragma unroll 1
-    for (int i = 0; i < each; i += 4) {
+    for (int i = 0; i < own; i += 4) {
         const int32_t first = q.x_first + (rank * each + i) * 8;
-        const int tokens = min((each - i) * 8, 32);
+        const int tokens = min((own - i) * 8, 32);
+        const uint32_t turned = moqk_shared_at(room) + i / 4 % 2 * 4096; /* two rooms: what was written before the last meeting was read */
         T sum[16];
+        moqk_barrier_wait(share.ready + i / 4 * 8, 0);
 #pragma unroll
         for (int k = 0; k < 16; k++) sum[k] = 0;
-        for (int c = 0; c < b.split; c++)
+#pragma unroll 1
+        for (uint32_t c = 0, from = here + i * 2048; c < (uint32_t)b.split; c++, from += slot)
 #pragma unroll
-            for (int u = 0; u < 4; u++) {
-                const uint4 v = moqk_read16(here + c * slot + min(i + u, each - 1) * 2048);
+            for (int u = 0; u < 4; u++) { /* past the end whatever lies there, for tokens that nobody stores */
+                const uint4 v = moqk_read16(from + u * 2048);
                 moqk_add_bits(sum + 4 * u, v.x);
                 moqk_add_bits(sum + 4 * u + 1, v.y);
                 moqk_add_bits(sum + 4 * u + 2, v.z);
                 moqk_add_bits(sum + 4 * u + 3, v.w);
             }
-        moqk_sync_group(group);
-        if (whole) rows.template turn<32>(b, q, thread, moqk_shared_at(room), first, sum);
-        else moqk_lay_sums<32>(room, thread, sum, 0);
-        moqk_sync_group(group);
         if (whole) {
-            rows.put(a, q, thread, moqk_shared_at(room), first, tokens);
+            if (!UNITS) moqk_apply_units(b, q, thread, first, sum);
+            rows.template turn<32, UNITS>(b, q, thread, turned, first, sum);
+            moqk_sync_group(group);
+            rows.put(a, q, thread, turned, first, tokens);
             continue;
         }
+        moqk_sync_group(group);
+        moqk_lay_sums<32>(room, thread, sum, 0);
+        moqk_sync_group(group);
         const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
 #pragma unroll 1
         for (int token = thread >> 4; token < tokens; token += 8)
@@ -4512,14 +4541,14 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
        what is said of two pieces. */
-    static constexpr int SMALL = 9216, LARGE = 16384, PARTS = 36 * 8 + 2 * (int)sizeof(moqk_told) + 16;
+    static constexpr int BARS = 32 + 1 + 2 * 5 + 5, SMALL = 9216, LARGE = 16384, PARTS = BARS * 8 + 2 * (int)sizeof(moqk_told) + 16;
     static constexpr int x_ring(int room)
     {
         return (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE > 8 ? 8 : (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE;
     }
     static constexpr int ROOM = BM > 64 && x_ring(LARGE) == x_ring(SMALL) ? LARGE : SMALL, REST = 2 * ROOM + PARTS, X_RING = x_ring(ROOM);
     static constexpr int BUFFERS = ROOM / (moqk_turn_tokens(BM) * 128), ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM;
-    static constexpr int TOLD_AT = BARS_AT + 36 * 8, FLAGS_AT = TOLD_AT + 2 * (int)sizeof(moqk_told);
+    static constexpr int TOLD_AT = BARS_AT + BARS * 8, FLAGS_AT = TOLD_AT + 2 * (int)sizeof(moqk_told);
     static constexpr int SHARED = 1024 + ROOM_AT + REST;
 
     uint32_t x, w, x_full, x_empty, w_full, w_empty, share, told_full, told_empty; /* in shared memory; w: stages of weights */
@@ -4533,7 +4562,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         w_full = x_empty + 8 * 8;
         w_empty = w_full + 6 * 8;
         share = w_empty + 6 * 8;
-        told_full = share + 4 * 8;
+        told_full = share + 12 * 8;
         told_empty = told_full + 2 * 8;
     }
 
@@ -4543,7 +4572,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
         for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
         for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 32); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
-        for (int i = 0; i < 3; i++) moqk_barrier_init(share + i * 8, i ? 1 : 2 * split);
+        for (int i = 0; i <= 10; i++) moqk_barrier_init(share + i * 8, i ? 1 : 2 * split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
@@ -4638,7 +4667,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
             const int more = moqk_next_piece<FORM, GROUPED, BM>(a, b, &q);
             moqk_barrier_wait(told_empty + s.at * 8, s.parity ^ 1);
             if (lane == 0) { told[s.at].q = q; told[s.at].more = more; }
-            for (int i = lane; i < 128 && more; i += 32) told[s.at].rows[i] = moqk_row_of<FORM, GROUPED>(b, q, i);
+#pragma unroll
+            for (int i = lane; i < 128; i += 32) if (more) told[s.at].rows[i] = moqk_row_of<FORM, GROUPED>(b, q, i);
             moqk_barrier_arrive(told_full + s.at * 8);
             if (!more) return;
             s.step(2);
@@ -4869,7 +4899,7 @@ __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_g
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(R::TEAMS == 4 ? 112 : 232));
-    const moqk_share share = {r.share, r.share + (1 + group % 2) * 8};
+    const moqk_share share(r.share, group);
     moqk_consumer<FORM, GROUPED, BM> k = {{half, 0}, half};
     volatile int *flags = (volatile int *)(void *)(base + R::FLAGS_AT);
     int32_t taken = 0;         /* units of the pieces before: they go to the halves in turn */
@@ -4894,9 +4924,9 @@ __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_g
         }
         const moqk_piece q = t.q;
         if (R::HALVES > 1 && half) {}
-        else if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, base, room, share, d);
+        else if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, 0>(a, b, q, t.rows, group, thread, base, room, share, d);
         else if ((from == 0 && to == b.units) || moqk_join<BM>(b, q, moqk_cut_tiles(a, b) * b.units, group, thread, flags, d))
-            if (!moqk_finish_pairs<BM, R::BUFFERS>(a, b, &maps.y, q, t.rows, group, thread, room, d))
+            if (!moqk_finish_pairs<BM, R::BUFFERS, 0>(a, b, &maps.y, q, t.rows, group, thread, room, d))
                 moqk_finish<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, room, d);
         moqk_free_stage(r.told_empty + next.at * 8, lane);
         next.step(2);
@@ -5314,7 +5344,7 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FORM == MOQK_FAST_U8 || BM < 256 ? 232 : 240)); /* sums of two kinds */
-    const moqk_share share = {r.share, r.share + (1 + group % 2) * 8};
+    const moqk_share share(r.share, group);
     moqk_bytes_consumer<FORM, GROUPED, BM> k = {{0, 0}};
     moqk_bytes_staged<FORM, GROUPED, BM> w;
     w.next.at = w.next.parity = 0;
@@ -5329,8 +5359,8 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
         w.open(*t.q.p, t.q.row_tile * 8 + group * 4 + warp);
         k.run_units(r, w, sum, t.q.from, t.q.to, lane);
         const moqk_piece q = t.q;
-        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, base, room, share, sum);
-        else if (!moqk_finish_pairs<BM, R::BUFFERS>(a, b, &maps.y, q, t.rows, group, thread, room, sum))
+        if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, 1>(a, b, q, t.rows, group, thread, base, room, share, sum);
+        else if (!moqk_finish_pairs<BM, R::BUFFERS, 1>(a, b, &maps.y, q, t.rows, group, thread, room, sum))
             moqk_finish<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, room, sum);
         moqk_free_stage(r.told_empty + next.at * 8, lane);
         next.step(2);
@@ -6869,6 +6899,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.whole = u.whole;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
+    for (b.known = 0; !j->call.tiles && j->call.part_count <= 3 && b.known < j->call.part_count; b.known++) b.part[b.known] = j->part[b.known].d;
     b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 35184372088832.0f : 1) : moqc_form_fix(form); /* U4: 2^45 */
     moqk_maps maps;
     memset(&maps, 0, sizeof maps);
