@@ -4529,14 +4529,14 @@ __host__ __device__ static constexpr int moqk_teams(int form, int tokens, int by
 typedef struct moqk_told { moqk_piece q; float2 rows[128]; int32_t more; } moqk_told;
 
 template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
-    static constexpr int UNIT = BYTES ? 2 : 4, BITS = moqk_fast_bits(FORM), W_SLABS = BITS == 16 || (BITS == 8 && BYTES) ? 1 : UNIT, STAGES = UNIT / W_SLABS;
-    static constexpr int TEAMS = moqk_teams(FORM, BM, BYTES), HALVES = TEAMS / 2, TILES = 8; /* warpgroups that multiply; see moqk_teams; tiles of 16 rows */
-    static constexpr int W_COLS = 256 / STAGES, TILE = BITS == 4 ? moqk_chunk_bytes(FORM) : BITS == 8 && !BYTES ? 4096 : 2048;
+    static constexpr int UNIT = BYTES ? 2 : 4, BITS = moqk_fast_bits(FORM), W_SLABS = BITS == 16 ? (BM <= 128 ? 2 : 1) : BITS == 8 && BYTES ? 1 : UNIT;
+    static constexpr int STAGES = UNIT / W_SLABS, TEAMS = moqk_teams(FORM, BM, BYTES), HALVES = TEAMS / 2, TILES = 8; /* warpgroups that multiply; see moqk_teams; tiles of 16 rows */
+    static constexpr int W_COLS = 256 / STAGES, TILE = BITS == 4 ? moqk_chunk_bytes(FORM) : (BITS == 8 && !BYTES) || (BITS == 16 && W_SLABS == 2) ? 4096 : 2048;
     static constexpr int HAS_GROUPS = FORM > MOQK_MXFP4 && GROUPED, GROUPS = HAS_GROUPS ? (BYTES ? W_COLS / 128 : 8) : 0, ZEROS = FORM == MOQK_FAST_U4 ? 16 : 0;
     static constexpr int SCALES_AT = TILES * TILE, ZEROS_AT = SCALES_AT + TILES * GROUPS * 64;
     static constexpr int W_STAGE = (ZEROS_AT + TILES * GROUPS * ZEROS + 1023) / 1024 * 1024;
     static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : BM <= 256 ? 3 : 2)
-                                : BITS == 8 ? (W_COLS < 256 ? 4 : 2) : BM <= 128 ? 6 : BM <= 256 ? 4 : 3;
+                                : BITS == 8 ? (W_COLS < 256 ? 4 : 2) : BM <= 128 ? 3 : BM <= 256 ? 4 : 3;
     static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
@@ -4570,7 +4570,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     __device__ __forceinline__ void start(int split) const
     {
         for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
-        for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 2 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
+        for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 33 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
         for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 32); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
         for (int i = 0; i <= 10; i++) moqk_barrier_init(share + i * 8, i ? 1 : 2 * split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -4595,6 +4595,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         }
     }
 
+    /* By ordinary copies: those of groups are small, and the copy engine takes as long for each as for 2 KB. */
     __device__ __forceinline__ void fill_scales(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
     {
         moqk_stage s = {0, 0};
@@ -4605,14 +4606,13 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
             const uint8_t *rest = p.packed[0] + moqk_scales_at<FORM>(p);
             for (int32_t i = q.from * STAGES; i < q.to * STAGES; i++) {
                 const int32_t col = (i >= b.w_units * STAGES ? i - b.w_units * STAGES : i) * W_COLS, first = min(col >> shift, groups - 1), n = min(max(W_COLS >> shift, 1), groups - first);
-                moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
-                if (lane == 0) moqk_barrier_expect(w_full + s.at * 8, TILES * n * (64 + ZEROS));
-                __syncwarp();
-                const uint32_t to = w + s.at * W_STAGE, bar = w_full + s.at * 8;
+                const uint32_t to = w + s.at * W_STAGE;
                 const int64_t from = (int64_t)tile * groups + first;
-                if (lane < TILES) moqk_bulk_copy(to + SCALES_AT + lane * (GROUPS * 64), rest + from * 64, n * 64, bar);
-                else if (lane < 2 * TILES && ZEROS)
-                    moqk_bulk_copy(to + ZEROS_AT + lane % TILES * (GROUPS * 16), rest + (int64_t)tiles * groups * 64 + from * 16, n * 16, bar);
+                moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
+                for (int32_t k = lane / TILES; k < n * 4; k += 32 / TILES) moqk_copy_async(to + SCALES_AT + lane % TILES * (GROUPS * 64) + k * 16, rest + from * 64 + k * 16);
+                for (int32_t k = lane / TILES; k < n && ZEROS; k += 32 / TILES)
+                    moqk_copy_async(to + ZEROS_AT + lane % TILES * (GROUPS * 16) + k * 16, rest + (int64_t)tiles * groups * 64 + (from + k) * 16);
+                asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(w_full + s.at * 8) : "memory");
                 s.step(W_RING);
             }
         }
@@ -4730,6 +4730,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
         uint32_t codes = stage + warp * R::TILE;
         const uint32_t scales = codes + 2048 + b / 2 * 4 + (lane >> 2) * (FORM == MOQK_NVFP4 ? 32 : 16); /* of 4-bit floats: see moqk_fast_bytes */
         if (R::BITS == 4) codes += b * 512;
+        if (R::BITS == 16 && R::W_SLABS == 2) codes += (b & 1) && unit * 4 + b < chunks ? 2048 : 0;
         if (R::BITS == 8) codes += (b & 1) * 1024 + (b > 1 && unit * 2 + 1 < chunks ? 2048 : 0); /* past the end: the last chunk again */
 #pragma unroll
         for (int i = 0; i < UNITS && FORM > MOQK_MXFP4; i++) w[i] = moqk_read16(codes + i * 512 + lane * 16);
