@@ -3724,11 +3724,12 @@ typedef struct moqk_gemm_args {
 } moqk_gemm_args;
 
 /* x as the copy engine sees it: boxes of 64 columns of moqk_box_tokens(BM) tokens, and of those that are left over in the end. y: boxes of 64 rows of
-   moqk_turn_tokens(BM). */
+   moqk_put_tokens(BM). */
 typedef struct moqk_maps { CUtensorMap whole, part, y; } moqk_maps;
 
-/* Tokens of a tile that are turned at once; see moqk_finish_pairs. */
-__host__ __device__ static constexpr int moqk_turn_tokens(int tokens) { return tokens % 32 ? 16 : tokens % 64 ? 32 : 64; }
+/* Tokens of a tile that are turned at once, and of a copy of them into y; see moqk_finish_pairs. */
+__host__ __device__ static constexpr int moqk_turn_tokens(int tokens) { return tokens % 64 ? 32 : 64; }
+__host__ __device__ static constexpr int moqk_put_tokens(int tokens) { return tokens % 32 ? 16 : moqk_turn_tokens(tokens); }
 /* Tokens of a copy of x and of a product: all of a tile, or half of it where those are more than 256. */
 __host__ __device__ static constexpr int moqk_box_tokens(int tokens) { return tokens > 256 ? tokens / 2 : tokens; }
 
@@ -3858,8 +3859,8 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
         q->end = t[1] + t[2];
         q->x_first = t[1] & ~7;
     } else {
-        row_tile = q->tile / b.token_tiles;
-        q->x_first = q->first = q->tile % b.token_tiles * BM;
+        row_tile = b.token_tiles == 1 ? q->tile : q->tile / b.token_tiles;
+        q->x_first = q->first = (q->tile - row_tile * b.token_tiles) * BM;
         q->end = min(q->first + BM, a.m);
     }
     for (; left > 0; left--, part++) {
@@ -3873,11 +3874,18 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
     q->rows = rows;
     q->y_first = y_first;
     q->row_tile = row_tile;
+    if (b.known == 1) return left > 0; /* the launch is its own */
     return left > 0 && moqk_form_of(*q->p) == FORM && moqk_form_grouped(*q->p, FORM) == (FORM > MOQK_MXFP4 && GROUPED > 0);
 }
 
 /* Tiles that are cut: the first ones. */
 __device__ __forceinline__ int32_t moqk_cut_tiles(const moqk_call &a, const moqk_gemm_args &b) { return max(moqk_tiles_of(a, b) - b.whole, 0); }
+
+/* x / split for 1 to 4 blocks. */
+__device__ __forceinline__ int32_t moqk_over(int32_t x, int32_t split)
+{
+    return split == 3 ? (int32_t)(__umulhi((uint32_t)x, 0xaaaaaaabu) >> 1) : x >> (split >> 1);
+}
 
 /* The next piece with work, or 0. Start with at = -1. at: a unit of the tiles that are cut, then the others, from the number of those units + 1 on. */
 template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_next_piece(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
@@ -3892,13 +3900,13 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_nex
             q->to = min(b.units, q->from + (end - q->at));
             q->at += q->to - q->from;
         } else {
-            const int32_t set = b.split > 1 ? blockIdx.x / b.split : blockIdx.x, rank = blockIdx.x - set * b.split;
+            const int32_t set = moqk_over(blockIdx.x, b.split), rank = blockIdx.x - set * b.split;
             if (q->at <= total) q->at = total + 1 + set;
             q->tile = cut + (q->at - total - 1);
             if (q->tile >= tiles) return 0;
-            q->from = b.split > 1 ? b.units * rank / b.split : 0;
-            q->to = b.split > 1 ? b.units * (rank + 1) / b.split : b.units;
-            q->at += b.split > 1 ? gridDim.x / b.split : gridDim.x;
+            q->from = moqk_over(b.units * rank, b.split);
+            q->to = moqk_over(b.units * (rank + 1), b.split);
+            q->at += moqk_over(gridDim.x, b.split);
         }
         if (moqk_locate_tile<FORM, GROUPED, BM>(a, b, q)) return 1;
     }
@@ -4133,7 +4141,7 @@ template <int BM, int BUFFERS, int UNITS, typename T>
 __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, const CUtensorMap *map, const moqk_piece &q, const float2 *told, int group,
                                  int thread, float *room, T (&d)[BM / 2])
 {
-    constexpr int TOKENS = moqk_turn_tokens(BM);
+    constexpr int TOKENS = moqk_turn_tokens(BM), REST = BM % TOKENS, PUT = moqk_put_tokens(BM);
     const moqk_turned<T> rows(a, q, told, group, thread);
     if (!rows.fits(a, q, group)) {
         moqk_sums_read(b, thread); /* see moqk_finish */
@@ -4141,7 +4149,8 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
     }
     if (!UNITS) moqk_apply_units(b, q, thread, q.x_first, d);
 #pragma unroll
-    for (int r = 0; r < BM / TOKENS; r++) {
+    for (int r = 0; r < (BM + TOKENS - 1) / TOKENS; r++) {
+        const int tokens = r < BM / TOKENS ? TOKENS : REST;
         const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 128);
         const int32_t first = q.x_first + r * TOKENS;
         if (first >= q.end) break;
@@ -4150,13 +4159,18 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
             if (thread == 0 && b.y_direct && r > 0) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
             moqk_sync_group(group);
         }
-        rows.template turn<TOKENS, UNITS>(b, q, thread, at, first, d + r * (TOKENS / 2));
+        if (tokens == TOKENS) rows.template turn<TOKENS, UNITS>(b, q, thread, at, first, d + r * (TOKENS / 2));
+        else rows.template turn<REST, UNITS>(b, q, thread, at, first, d + r * (TOKENS / 2));
         if (b.y_direct) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         moqk_sync_group(group);
-        if (!b.y_direct) rows.put(a, q, thread, at, first, TOKENS);
-        else if (thread == 0)
-            asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3]; cp.async.bulk.commit_group;"
-                         :: "l"(map), "r"(q.y_first + q.row_tile * 128 + group * 64), "r"(first), "r"(at) : "memory");
+        if (!b.y_direct) rows.put(a, q, thread, at, first, tokens);
+        else if (thread == 0) {
+#pragma unroll
+            for (int k = 0; k < tokens; k += PUT)
+                asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                             :: "l"(map), "r"(q.y_first + q.row_tile * 128 + group * 64), "r"(first + k), "r"(at + k * 128) : "memory");
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
     }
     return 1;
 }
@@ -4517,20 +4531,21 @@ struct moqk_stage {
 /* ---- two rings of shared memory: weights and x ---- */
 
 /* A unit of 256 columns is UNIT slabs of x (128 bytes of a token each: 64 columns as BF16, 128 as bytes). A stage of the first ring is the weights of a unit
-   (BF16 and bytes as they are: of a slab): codes of eight tiles of 16 rows, for 4-bit floats with their scales; then scales and zero points of groups.
-   A stage of the second is X_SLABS slabs of x and, for bytes with scales of their own, those. Few and large copies: the copy engine takes about 90 cycles for each.
-   Warps of the last warpgroup fill them: 0 codes, 1 x, 2 scales; 3 finds the pieces and what their
-   rows are multiplied by, while the ones before are multiplied. Weights do not wait for the kernel before. */
+   (BF16: of two slabs or one, bytes as they are: of one): codes of eight tiles of 16 rows, for 4-bit floats with their scales; then scales and zero points of
+   groups. A stage of the second is X_SLABS slabs of x and, for bytes with scales of their own, those. Few and large copies: the copy engine takes about 90
+   cycles for each. Warps of the last warpgroup fill them: 0 codes, 1 x, 2 scales; 3 finds the pieces for all others and then what their rows are multiplied
+   by: loads that stand in line behind the first weights. Weights do not wait for the kernel before. */
 /* Warpgroups that multiply: two, of 64 rows each. Decoding for few tokens takes longer than their products: then two pairs of them take units in turn,
    each with sums of its own, which are added up in the end. */
 __host__ __device__ static constexpr int moqk_teams(int form, int tokens, int bytes) { return !bytes && tokens <= 64 && moqk_fast_bits(form) == 4 ? 4 : 2; }
 
-/* What warp 3 says of a piece; no `more`: there is none. rows: see moqk_row_of. */
+/* What warp 3 says of a piece; no `more`: there is none. rows: see moqk_row_of; they come later, with a barrier of their own. */
 typedef struct moqk_told { moqk_piece q; float2 rows[128]; int32_t more; } moqk_told;
 
 template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int UNIT = BYTES ? 2 : 4, BITS = moqk_fast_bits(FORM), W_SLABS = BITS == 16 ? (BM <= 128 ? 2 : 1) : BITS == 8 && BYTES ? 1 : UNIT;
-    static constexpr int STAGES = UNIT / W_SLABS, TEAMS = moqk_teams(FORM, BM, BYTES), HALVES = TEAMS / 2, TILES = 8; /* warpgroups that multiply; see moqk_teams; tiles of 16 rows */
+    static constexpr int STAGES = UNIT / W_SLABS, TEAMS = moqk_teams(FORM, BM, BYTES), HALVES = TEAMS / 2; /* warpgroups that multiply; see moqk_teams */
+    static constexpr int TILES = 8; /* of 16 rows */
     static constexpr int W_COLS = 256 / STAGES, TILE = BITS == 4 ? moqk_chunk_bytes(FORM) : (BITS == 8 && !BYTES) || (BITS == 16 && W_SLABS == 2) ? 4096 : 2048;
     static constexpr int HAS_GROUPS = FORM > MOQK_MXFP4 && GROUPED, GROUPS = HAS_GROUPS ? (BYTES ? W_COLS / 128 : 8) : 0, ZEROS = FORM == MOQK_FAST_U4 ? 16 : 0;
     static constexpr int SCALES_AT = TILES * TILE, ZEROS_AT = SCALES_AT + TILES * GROUPS * 64;
@@ -4541,7 +4556,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
        what is said of two pieces. */
-    static constexpr int BARS = 32 + 1 + 2 * 5 + 5, SMALL = 9216, LARGE = 16384, PARTS = BARS * 8 + 2 * (int)sizeof(moqk_told) + 16;
+    static constexpr int BARS = 50, SMALL = 9216, LARGE = 16384, PARTS = BARS * 8 + 2 * (int)sizeof(moqk_told) + 16;
     static constexpr int x_ring(int room)
     {
         return (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE > 8 ? 8 : (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE;
@@ -4551,7 +4566,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int TOLD_AT = BARS_AT + BARS * 8, FLAGS_AT = TOLD_AT + 2 * (int)sizeof(moqk_told);
     static constexpr int SHARED = 1024 + ROOM_AT + REST;
 
-    uint32_t x, w, x_full, x_empty, w_full, w_empty, share, told_full, told_empty; /* in shared memory; w: stages of weights */
+    uint32_t x, w, x_full, x_empty, w_full, w_empty, share, told_full, told_rows, told_empty; /* in shared memory; w: stages of weights */
 
     __device__ __forceinline__ void open(uint32_t base)
     {
@@ -4563,7 +4578,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         w_empty = w_full + 6 * 8;
         share = w_empty + 6 * 8;
         told_full = share + 12 * 8;
-        told_empty = told_full + 2 * 8;
+        told_rows = told_full + 2 * 8;
+        told_empty = told_rows + 2 * 8;
     }
 
 #if MOQK_WGMMA
@@ -4571,15 +4587,33 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     {
         for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
         for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 33 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
-        for (int i = 0; i < 2; i++) { moqk_barrier_init(told_full + i * 8, 32); moqk_barrier_init(told_empty + i * 8, TEAMS * 4); }
-        for (int i = 0; i <= 10; i++) moqk_barrier_init(share + i * 8, i ? 1 : 2 * split);
+        for (int i = 0; i < 2; i++) {
+            moqk_barrier_init(told_full + i * 8, 1);
+            moqk_barrier_init(told_rows + i * 8, 32);
+            moqk_barrier_init(told_empty + i * 8, TEAMS * 4 + 2 + HAS_GROUPS); /* warps that multiply, and that copy */
+        }
+        for (int i = 0; i <= 2 * moqk_share::ROUNDS; i++) moqk_barrier_init(share + i * 8, i ? 1 : 2 * split);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
-    __device__ __forceinline__ void fill_codes(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
+    /* The next piece for a warp that copies, or 0. */
+    __device__ __forceinline__ int hear(const moqk_told *told, moqk_stage &heard, moqk_piece &q, int lane) const
     {
+        moqk_barrier_wait(told_full + heard.at * 8, (uint32_t)heard.parity);
+        q = told[heard.at].q;
+        const int more = told[heard.at].more;
+        __syncwarp();
+        if (lane == 0) moqk_barrier_arrive(told_empty + heard.at * 8);
+        heard.step(2);
+        return more;
+    }
+
+    __device__ __forceinline__ void fill_codes(const moqk_gemm_args &b, const moqk_told *told, int lane) const
+    {
+        moqk_piece q;
+        moqk_stage heard = {0, 0};
         moqk_stage s = {0, 0};
-        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+        while (hear(told, heard, q, lane)) {
             const moqk_part &p = *q.p;
             const int32_t chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM), wrap = b.w_units * STAGES, end = q.to * STAGES;
             const uint8_t *codes = p.packed[0] + (int64_t)min(q.row_tile * 8 + lane % TILES, (p.rows + 15) / 16 - 1) * chunks * moqk_chunk_bytes(FORM);
@@ -4596,10 +4630,12 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     }
 
     /* By ordinary copies: those of groups are small, and the copy engine takes as long for each as for 2 KB. */
-    __device__ __forceinline__ void fill_scales(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
+    __device__ __forceinline__ void fill_scales(const moqk_gemm_args &b, const moqk_told *told, int lane) const
     {
+        moqk_piece q;
+        moqk_stage heard = {0, 0};
         moqk_stage s = {0, 0};
-        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+        while (hear(told, heard, q, lane)) {
             const moqk_part &p = *q.p;
             const int32_t tiles = (p.rows + 15) / 16, tile = min(q.row_tile * 8 + lane % TILES, tiles - 1), shift = __ffs(p.group) - 1;
             const int32_t cols = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM) * moqk_chunk_cols(FORM), groups = (cols + p.group - 1) >> shift;
@@ -4609,7 +4645,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
                 const uint32_t to = w + s.at * W_STAGE;
                 const int64_t from = (int64_t)tile * groups + first;
                 moqk_barrier_wait(w_empty + s.at * 8, s.parity ^ 1);
-                for (int32_t k = lane / TILES; k < n * 4; k += 32 / TILES) moqk_copy_async(to + SCALES_AT + lane % TILES * (GROUPS * 64) + k * 16, rest + from * 64 + k * 16);
+                for (int32_t k = lane / TILES; k < n * 4; k += 32 / TILES)
+                    moqk_copy_async(to + SCALES_AT + lane % TILES * (GROUPS * 64) + k * 16, rest + from * 64 + k * 16);
                 for (int32_t k = lane / TILES; k < n && ZEROS; k += 32 / TILES)
                     moqk_copy_async(to + ZEROS_AT + lane % TILES * (GROUPS * 16) + k * 16, rest + (int64_t)tiles * groups * 64 + (from + k) * 16);
                 asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(w_full + s.at * 8) : "memory");
@@ -4620,11 +4657,13 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
 
     /* x as the caller has it: a copy or two a slab, in the last tile of the tokens that there are: what lies past the end would cost more, and nobody
        reads the sums of what is left over. */
-    __device__ __forceinline__ void fill_direct(const moqk_call &a, const moqk_gemm_args &b, const moqk_maps &maps, moqk_piece &q, int lane) const
+    __device__ __forceinline__ void fill_direct(const moqk_maps &maps, const moqk_told *told, int lane) const
     {
+        moqk_piece q;
+        moqk_stage heard = {0, 0};
         constexpr int BOX = moqk_box_tokens(BM);
         moqk_stage s = {0, 0};
-        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q)) {
+        while (hear(told, heard, q, lane)) {
             const int tokens = q.end - q.first, copies = (tokens + BOX - 1) / BOX;
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
@@ -4642,11 +4681,13 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     }
 
     /* One copy where the tokens of all slabs are one tile and lie together. */
-    __device__ __forceinline__ void fill_x(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, int lane) const
+    __device__ __forceinline__ void fill_x(const moqk_gemm_args &b, const moqk_told *told, int lane) const
     {
+        moqk_piece q;
+        moqk_stage heard = {0, 0};
         const int copies = b.tokens == BM ? 1 : X_SLABS;
         moqk_stage s = {0, 0};
-        while (moqk_next_piece<FORM, GROUPED, BM>(a, b, &q))
+        while (hear(told, heard, q, lane))
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const int64_t from = (int64_t)(i + (lane & 15)) * b.tokens + q.x_first;
                 const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
@@ -4660,17 +4701,24 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
             }
     }
 
-    __device__ __forceinline__ void tell(const moqk_call &a, const moqk_gemm_args &b, moqk_piece &q, moqk_told *told, int lane) const
+    /* Finds the pieces for all others; what their rows are multiplied by is needed last. */
+    __device__ __forceinline__ void tell(const moqk_call &a, const moqk_gemm_args &b, moqk_told *told, int lane) const
     {
         moqk_stage s = {0, 0};
+        moqk_piece q;
+        q.at = -1;
         while (1) {
             const int more = moqk_next_piece<FORM, GROUPED, BM>(a, b, &q);
             moqk_barrier_wait(told_empty + s.at * 8, s.parity ^ 1);
-            if (lane == 0) { told[s.at].q = q; told[s.at].more = more; }
-#pragma unroll
-            for (int i = lane; i < 128; i += 32) if (more) told[s.at].rows[i] = moqk_row_of<FORM, GROUPED>(b, q, i);
-            moqk_barrier_arrive(told_full + s.at * 8);
+            if (lane == 0) {
+                told[s.at].q = q;
+                told[s.at].more = more;
+                moqk_barrier_arrive(told_full + s.at * 8);
+            }
             if (!more) return;
+#pragma unroll
+            for (int i = lane; i < 128; i += 32) told[s.at].rows[i] = moqk_row_of<FORM, GROUPED>(b, q, i);
+            moqk_barrier_arrive(told_rows + s.at * 8);
             s.step(2);
         }
     }
@@ -4678,18 +4726,16 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     /* The last warpgroup. */
     __device__ __forceinline__ void fill(const moqk_call &a, const moqk_gemm_args &b, const moqk_maps &maps, moqk_told *told, int warp, int lane) const
     {
-        moqk_piece q;
-        q.at = -1;
-        if (warp == 3) tell(a, b, q, told, lane);
-        if (warp == 0) fill_codes(a, b, q, lane);
-        if (warp == 2 && HAS_GROUPS) fill_scales(a, b, q, lane);
+        if (warp == 3) tell(a, b, told, lane);
+        if (warp == 0) fill_codes(b, told, lane);
+        if (warp == 2 && HAS_GROUPS) fill_scales(b, told, lane);
         if (warp != 1) return;
         if (!BYTES && b.direct && lane < 2) asm volatile("prefetch.tensormap [%0];" :: "l"(lane ? &maps.part : &maps.whole) : "memory");
         if (b.y_direct && lane == 2) asm volatile("prefetch.tensormap [%0];" :: "l"(&maps.y) : "memory");
         moqk_wait_for_before();
         moqk_dependents_may_start();
-        if (!BYTES && b.direct) fill_direct(a, b, maps, q, lane);
-        else fill_x(a, b, q, lane);
+        if (!BYTES && b.direct) fill_direct(maps, told, lane);
+        else fill_x(b, told, lane);
     }
 #endif
 };
@@ -4924,6 +4970,7 @@ __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_g
             moqk_add_halves<BM>(room, group, half, thread, d);
         }
         const moqk_piece q = t.q;
+        moqk_barrier_wait(r.told_rows + next.at * 8, (uint32_t)next.parity);
         if (R::HALVES > 1 && half) {}
         else if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, 0>(a, b, q, t.rows, group, thread, base, room, share, d);
         else if ((from == 0 && to == b.units) || moqk_join<BM>(b, q, moqk_cut_tiles(a, b) * b.units, group, thread, flags, d))
@@ -5360,6 +5407,7 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
         w.open(*t.q.p, t.q.row_tile * 8 + group * 4 + warp);
         k.run_units(r, w, sum, t.q.from, t.q.to, lane);
         const moqk_piece q = t.q;
+        moqk_barrier_wait(r.told_rows + next.at * 8, (uint32_t)next.parity);
         if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, 1>(a, b, q, t.rows, group, thread, base, room, share, sum);
         else if (!moqk_finish_pairs<BM, R::BUFFERS, 1>(a, b, &maps.y, q, t.rows, group, thread, room, sum))
             moqk_finish<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, room, sum);
@@ -6721,12 +6769,12 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
 /* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two to four blocks of a cluster share
    or that runs of units meet in, measured on one H200. Blocks that run through tiles of their own do not share x in the cache: 8 % slower, and no gain
    where the last round is three quarters full.
-   Up to 192 tokens decoding 4-bit integers takes 10 % longer, up to 128 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
+   Up to 192 tokens decoding 4-bit integers takes 3 to 15 % longer, up to 128 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
     static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[11] = {
-        {32, MOQC_WGMMA, 0.195, 1.4, 2.8}, {64, MOQC_WGMMA, 0.24, 1.7, 3.4}, {128, MOQC_WGMMA, 0.37, 1.3, 3.8}, {160, MOQC_WGMMA, 0.455, 1.9, 4.7},
-        {192, MOQC_WGMMA, 0.505, 2, 5.4}, {256, MOQC_WGMMA, 0.65, 2.1, 7.4}, {304, MOQC_WGMMA, 0.757, 2.6, 9.5},
+        {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
+        {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 6.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
         {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
     double least = 1e30;
@@ -6739,7 +6787,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int halves = which == MOQC_WGMMA && moqk_teams(form, tokens, 0) == 4;
         double more = 1;
-        if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = 1.1;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = tokens == 32 ? 1.15 : tokens == 64 ? 1.03 : 1.1;
         if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 128 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
         const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab) * more;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
@@ -6759,7 +6807,8 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
             const double run = cut ? (which == MOQC_MMA ? 1 : 1.08) * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
             const double longest = (double)(rounds * moqk_ceil(units, split)) + run;
             const double end = split > 1 ? tiles[i].shared_end * (halves ? 0.4 + 0.3 * split : 1) : tiles[i].end;
-            const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + (cut ? (rounds > 0 ? 1 : 1.8) * tiles[i].shared_end : 0);
+            const double joins = !cut ? 0 : which == MOQC_WGMMA ? (rounds > 0 ? 1.15 : 2.1) : rounds > 0 ? 1 : 1.8;
+            const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + joins * tiles[i].shared_end;
             if (time >= least) continue;
             least = time;
             best.tokens = tokens;
@@ -6806,7 +6855,7 @@ static int moqc_map_y(const moqc_ctx *c, const moqk_call *call, int32_t tokens, 
 {
     static const cuuint32_t one[2] = {1, 1};
     const cuuint64_t size[2] = {(cuuint64_t)call->ldy, (cuuint64_t)call->m}, pitch[1] = {(cuuint64_t)call->ldy * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)moqk_turn_tokens(tokens)};
+    const cuuint32_t box[2] = {64, (cuuint32_t)moqk_put_tokens(tokens)};
     if (!c->encode_map || !call->y_bf16 || call->tiles || ((uintptr_t)call->y & 15) || call->ldy % 8 != 0 || call->ldy < 64) return 0;
     return c->encode_map(&maps->y, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)call->y, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
