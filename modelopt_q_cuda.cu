@@ -2834,8 +2834,9 @@ typedef struct moqk_run_part {
 } moqk_run_part;
 
 /* What a kernel of this section can do beside its product; each costs registers, which the loop of INT4 has none of. JOINED: pairs, `into` and `mid` of
-   moqk_run, and a warp has one stage. NORM: these, and x is the norm of the call's x, a row. */
-enum { MOQK_RUN_PLAIN, MOQK_RUN_JOINED, MOQK_RUN_NORM };
+   moqk_run, and a warp has one stage. ROW: these, of one row, with the least code: in a step of one token most of a launch but its loop is code that runs
+   once. NORM: likewise, and x is the norm of the call's x. */
+enum { MOQK_RUN_PLAIN, MOQK_RUN_JOINED, MOQK_RUN_ROW, MOQK_RUN_NORM };
 enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4, MOQK_RUN_PLAYED = 2 }; /* the last: warps of a norm that a warp plays */
 
 /* Warps of a block at most. Kernels of MOQK_RUN_FEW have registers to spare; those of MOQK_RUN_ALL read x all at once. */
@@ -2967,26 +2968,26 @@ template <int SPLIT> __device__ __forceinline__ void moqk_run_put(float4 v, uint
 }
 
 /* x of a run by ordinary loads: columns [k0, k0 + 4 * quads) of all rows, zeros behind the last column; a thread has U loads of MU rows in flight.
-   ask: called once, behind the thread's first loads. */
-template <int SPLIT, int MU, int U, class ASK>
+   ROW: there is one row. ask: called once, behind the thread's first loads. */
+template <int SPLIT, int MU, int U, int ROW, class ASK>
 __device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_run &u, int32_t k0, int32_t quads, int32_t thread, int32_t threads,
                                                uint32_t to, const ASK &ask)
 {
     if (thread >= quads) ask();
-    for (int32_t m0 = 0; m0 < u.rows; m0 += MU)
+    for (int32_t m0 = 0; m0 < (ROW ? 1 : u.rows); m0 += MU)
         for (int32_t i0 = thread; i0 < quads; i0 += threads * (U / MU)) {
             float4 v[U];
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 const int32_t m = m0 + k % MU, i = i0 + k / MU * threads, col = k0 + 4 * i;
                 v[k] = make_float4(0, 0, 0, 0);
-                if (m < u.rows && i < quads && col < u.cols) v[k] = moqk_fast_x4<SPLIT>(a, m * a.ldx + col);
+                if (m < (ROW ? 1 : u.rows) && i < quads && col < u.cols) v[k] = moqk_fast_x4<SPLIT>(a, m * a.ldx + col);
             }
             if (m0 == 0 && i0 == thread) ask();
 #pragma unroll
             for (int k = 0; k < U; k++) {
                 const int32_t m = m0 + k % MU, i = i0 + k / MU * threads;
-                if (m < u.rows && i < quads) moqk_run_put<SPLIT>(v[k], to + (uint32_t)(SPLIT ? 2 * m : m) * u.x_pitch + (uint32_t)i * 8, u.x_pitch);
+                if (m < (ROW ? 1 : u.rows) && i < quads) moqk_run_put<SPLIT>(v[k], to + (uint32_t)(SPLIT ? 2 * m : m) * u.x_pitch + (uint32_t)i * 8, u.x_pitch);
             }
         }
 }
@@ -3184,16 +3185,16 @@ __device__ __forceinline__ void moqk_run_phase(const moqk_call &a, const moqk_ru
 /* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
    phase are shared among these warps, because a warp issues its copies one after another. LATE: all of it at once would stand between the first
    weights and the next, so only the first phases are asked for. ask: called when x is under way. */
-template <int LATE, class ASK>
+template <int LATE, int ROW, class ASK>
 __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar, const ASK &ask)
 {
     const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
-    if (!cut.bulk) {
+    if (ROW || !cut.bulk) {
         const int32_t k0 = c0 * 256, quads = n * 64, thread = warp * 32 + lane, threads = warps * 32;
         moqk_wait_for_before();
-        if (a.x_bf16) moqk_run_stage<0, 4, 8>(a, cut, k0, quads, thread, threads, mine, ask);
-        else if (cut.rows < 4) moqk_run_stage<1, 1, 4>(a, cut, k0, quads, thread, threads, mine, ask);
-        else moqk_run_stage<1, 4, 8>(a, cut, k0, quads, thread, threads, mine, ask);
+        if (a.x_bf16) moqk_run_stage<0, ROW ? 1 : 4, ROW ? 4 : 8, ROW>(a, cut, k0, quads, thread, threads, mine, ask);
+        else if (ROW || cut.rows < 4) moqk_run_stage<1, 1, 4, ROW>(a, cut, k0, quads, thread, threads, mine, ask);
+        else moqk_run_stage<1, 4, 8, 0>(a, cut, k0, quads, thread, threads, mine, ask);
         return;
     }
 #if __CUDA_ARCH__ >= 900
@@ -3221,8 +3222,8 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
 }
 
 /* A warp's run: acc += its chunks times x. src: the first chunk that is not under way; h: the factors of the first chunk. ONE: a warp has one stage, so
-   that nothing but the parity of its barrier moves. */
-template <int FORM, int STEP, int NB, int LATE, int ONE>
+   that nothing but the parity of its barrier moves. ROW: x is all there. */
+template <int FORM, int STEP, int NB, int LATE, int ONE, int ROW>
 __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
                                                 uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift, const uint32_t z[2],
                                                 moqk_run_factors<FORM, STEP> &h, float (&acc)[NB][4])
@@ -3240,9 +3241,9 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
     }
     if (ONE) asm volatile("" : "+r"(at), "+r"(full)); /* or they are worked out anew in the loop */
     for (int32_t c = 0, ahead = cut.ahead; c < n;) {
-        const int32_t until = min(n, c + cut.phase);
+        const int32_t until = ROW ? n : min(n, c + cut.phase);
         if (LATE && cut.bulk) moqk_run_phase(a, cut, c0, n, mine, first_x_bar, ahead++);
-        if (cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
+        if (!ROW && cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
         x_bar += 8;
 #pragma unroll 1
         for (; c < until; c++) {
@@ -3282,12 +3283,13 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
 }
 
 /* Row `row` of a part out of the sums of all runs, in the order of the columns. */
-template <int FORM, int STEP> __device__ __forceinline__ float moqk_run_sum(const moqk_run &cut, const moqk_run_part &p, const float *from, int32_t row)
+template <int FORM, int STEP, int ROW>
+__device__ __forceinline__ float moqk_run_sum(const moqk_run &cut, const moqk_run_part &p, const float *from, int32_t row)
 {
     const int64_t scales_at = (int64_t)((p.rows + 15) >> 4) * cut.chunks * moqk_chunk_bytes(FORM);
     float v = 0;
 #pragma unroll 4
-    for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += from[s * cut.rows * cut.pitch];
+    for (int32_t s = 0; s < cut.blocks * cut.ways; s++) v += from[s * (ROW ? 1 : cut.rows) * cut.pitch];
     v *= p.factor * (FORM == MOQK_FAST_U4 ? 64.0f : moqk_form_fix(FORM)); /* see moqk_run_pair */
     if (STEP == 0 && FORM > MOQK_MXFP4) v *= __ldg((const float *)(p.packed + scales_at) + ((int64_t)(row >> 4) * 8 + (row & 7)) * 2 + (row >> 3 & 1));
     return v + (p.bias ? __ldg(p.bias + row) : 0);
@@ -3542,10 +3544,10 @@ __global__ void __launch_bounds__(MOQK_WIDE_WARPS * 32 + 32, 1) moqk_decode_wide
 template <int FORM, int STEP, int NB, int KIND, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut)
 {
-    static_assert(NB == 1 || WARPS != MOQK_RUN_ALL, "sums of one product");
+    static_assert((NB == 1 || WARPS != MOQK_RUN_ALL) && (KIND < MOQK_RUN_ROW || WARPS == MOQK_RUN_ALL), "sums of one product");
     extern __shared__ __align__(128) uint8_t shared[];
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    constexpr int LATE = WARPS != MOQK_RUN_ALL, ONE = KIND != MOQK_RUN_PLAIN;
+    constexpr int LATE = WARPS != MOQK_RUN_ALL, ONE = KIND != MOQK_RUN_PLAIN, ROW = KIND >= MOQK_RUN_ROW;
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
     const int32_t local = threadIdx.y, way = threadIdx.z, warp = way * cut.tiles + local, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0, begin = moqk_run_first(cut, rank * cut.ways);
@@ -3560,7 +3562,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     const int64_t tile_bytes = (int64_t)cut.chunks * BYTES, scales_at = tile_count * tile_bytes, scale = (int64_t)tile * p.groups * 8 + g;
     const uint8_t *src = p.packed + tile * tile_bytes + (int64_t)c0 * BYTES;
     if (lane < stages) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
-    if (local == 0 && lane < MOQK_RUN_PHASES) moqk_barrier_init(x_bar + 8 * (uint32_t)lane, 1);
+    if (!ROW && local == 0 && lane < MOQK_RUN_PHASES) moqk_barrier_init(x_bar + 8 * (uint32_t)lane, 1);
     if (LATE && warp == 0 && lane == 0) moqk_barrier_init(sum_bar, 1);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -3590,17 +3592,17 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
         h.load(scales, zeros, c0, p.shift);
     } else if constexpr (LATE && STEP > 0) { /* likewise */
         h.ask(scales, zeros, c0, p.shift);
-        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar, ask);
+        moqk_run_x<LATE, ROW>(a, cut, c0, n, mine, x_bar, ask);
         h.load(scales, zeros, c0, p.shift);
     } else {
         h.load(scales, zeros, c0, p.shift);
-        moqk_run_x<LATE>(a, cut, c0, n, mine, x_bar, ask);
+        moqk_run_x<LATE, ROW>(a, cut, c0, n, mine, x_bar, ask);
     }
     if (LATE && warp == 0 && lane == 0)
         moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * NB) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
     if (cut.blocks > 1) moqk_cluster_arrive(1);
     __syncthreads();
-    moqk_run_chunks<FORM, STEP, NB, LATE, ONE>(a, cut, c0, n, src + stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
+    moqk_run_chunks<FORM, STEP, NB, LATE, ONE, ROW>(a, cut, c0, n, src + stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
     int32_t owner = 0, here = local;
@@ -3613,12 +3615,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
             else ((float4 *)(void *)(shared + (to - base)))[b * 32] = make_float4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
         }
     } else {
-        float *to = sums + here * 16 + g + slot * cut.rows * cut.pitch;
+        float *to = sums + here * 16 + g + slot * (ROW ? 1 : cut.rows) * cut.pitch;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int32_t m = split ? t : 2 * t + (i & 1);
             const float v = split ? acc[0][i & 2] + acc[0][i | 1] : acc[0][i];
-            if (m < cut.rows && !(split && (i & 1))) moqk_store_at(to + m * cut.pitch + 8 * (i >> 1), v, cut.blocks, (uint32_t)owner);
+            if (m < (ROW ? 1 : cut.rows) && !(split && (i & 1))) moqk_store_at(to + m * cut.pitch + 8 * (i >> 1), v, cut.blocks, (uint32_t)owner);
         }
     }
     if (LATE && cut.blocks > 1) moqk_barrier_wait(sum_bar, 0);
@@ -3630,20 +3632,20 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
     if constexpr (LATE) {
         moqk_run_end<FORM, STEP, NB, KIND>(a, cut, q, (const float4 *)(const void *)sums, warp, first, last);
-    } else for (int32_t o = warp * 32 + lane; o < cut.rows * cut.own; o += cut.tiles * cut.ways * 32) {
-        int32_t m, r;
-        if (!moqk_run_row(cut, last, o, &m, &r)) continue;
+    } else for (int32_t o = warp * 32 + lane; o < (ROW ? last : cut.rows * cut.own); o += cut.tiles * cut.ways * 32) {
+        int32_t m = 0, r = o;
+        if (!ROW && !moqk_run_row(cut, last, o, &m, &r)) continue;
         const float *from = sums + m * cut.pitch + r;
         const int64_t at = (int64_t)m * a.ldy + q.y_first + first + r;
         if (!pairs) {
-            const float v = moqk_run_sum<FORM, STEP>(cut, q, from, first + r);
+            const float v = moqk_run_sum<FORM, STEP, ROW>(cut, q, from, first + r);
             moqk_store(a, at, v);
             if (KIND != MOQK_RUN_PLAIN && cut.into) moqk_put_any(cut.into, at, moqk_get_any(cut.into, at, a.y_bf16) + moqk_rounded_any(v, a.y_bf16), a.y_bf16);
             continue;
         }
         from += r & ~15; /* tiles of gate and up in turn */
-        moqk_run_pair_up(a, cut, m, first + r, at, moqk_run_sum<FORM, STEP>(cut, q, from, first + r),
-                         moqk_run_sum<FORM, STEP>(cut, cut.part[1], from + 16, first + r));
+        moqk_run_pair_up(a, cut, m, first + r, at, moqk_run_sum<FORM, STEP, ROW>(cut, q, from, first + r),
+                         moqk_run_sum<FORM, STEP, ROW>(cut, cut.part[1], from + 16, first + r));
     }
 }
 
@@ -6358,6 +6360,7 @@ template <int FORM, int STEP, int NB, int WARPS> static moqc_run_kernel moqc_run
 template <int FORM, int STEP> static moqc_run_kernel moqc_run_for(const moqk_run *u, int kind)
 {
     if (kind == MOQK_RUN_NORM) return moqk_decode_run<FORM, STEP, 1, MOQK_RUN_NORM, MOQK_RUN_ALL>;
+    if (kind == MOQK_RUN_ROW) return moqk_decode_run<FORM, STEP, 1, MOQK_RUN_ROW, MOQK_RUN_ALL>;
     if (u->ahead == 0) return moqc_run_joined_or_not<FORM, STEP, 1, MOQK_RUN_ALL>(kind);
     if (u->columns <= 8) return moqc_run_joined_or_not<FORM, STEP, 1, MOQK_RUN_MOST>(kind);
     if (u->tiles * u->ways > MOQK_RUN_FEW) return moqc_run_joined_or_not<FORM, STEP, 2, MOQK_RUN_MOST>(kind);
@@ -6548,7 +6551,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
 {
     u->eager = MOQK_RUN_ALL;
     if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
-    const int kind = u->norm ? MOQK_RUN_NORM : u->pairs || u->into || u->mid ? MOQK_RUN_JOINED : MOQK_RUN_PLAIN;
+    const int kind = u->norm ? MOQK_RUN_NORM : !u->pairs && !u->into && !u->mid ? MOQK_RUN_PLAIN : u->rows == 1 ? MOQK_RUN_ROW : MOQK_RUN_JOINED;
     const moqc_run_kernel kernel = u->wide ? NULL : moqc_run_find(form, step, u, kind);
     const moqc_wide_kernel wide = u->wide ? moqc_wide_find(form, step, kind) : NULL;
     const void *code = u->wide ? (const void *)wide : (const void *)kernel;
