@@ -9937,9 +9937,10 @@ typedef struct moqk_few {
     int32_t rows, cols, hidden_cols;
     int32_t pairs;             /* may blocks be pairs? */
     int32_t team;              /* 0: a block alone; 1: two blocks of a cluster share a list, of one row */
-    uint32_t tiles_magic, grid_magic; /* of the row tiles of the first side; of the lists of a launch */
+    int32_t duo;               /* 1: two blocks of a cluster share row tiles of y: as `team`, or of several rows every second run of them */
+    uint32_t tiles_magic, grid_magic, duo_magic; /* of the row tiles of the first side; of the blocks or pairs that have row tiles of each side */
     uint32_t x_pitch;          /* bytes */
-    uint32_t bars_at, x_at, stage_at, sums_at, more_at, factor_at, keys_at, list_at; /* in shared memory */
+    uint32_t bars_at, x_at, stage_at, sums_at, more_at, half_at, factor_at, keys_at, list_at; /* in shared memory */
     uint8_t bf16;
 } moqk_few;
 
@@ -9953,7 +9954,7 @@ typedef struct moqk_few_choices {
     uint32_t seen[MOQK_FEW_EXPERTS / 32];
     int32_t arrived[MOQK_FEW_UNITS]; /* runs of a row tile whose sums are there */
     int32_t done[MOQK_FEW_UNITS];    /* row tiles that have left the place */
-    int32_t added[MOQK_FEW_TILES];   /* runs of a row tile of y that are in its sums */
+    int32_t added[MOQK_FEW_TILES];   /* runs of a row tile of y that are in its sums, less all of the block's */
     uint64_t ready;            /* the weights are there */
     int2 state;
 } moqk_few_choices;
@@ -10099,6 +10100,12 @@ __device__ __forceinline__ void moqk_few_route(const moqk_few &a, int32_t row, u
     moqk_end_reads();
 }
 
+/* Of n runs of y in the order of several rows' list, those of this block: with a pair, every second one. */
+template <int ONE> __device__ __forceinline__ int32_t moqk_few_share(const moqk_few &a, int32_t n)
+{
+    return ONE || !a.duo ? n : (n + 1 - (int32_t)(blockIdx.x & 1)) >> 1;
+}
+
 /* The different experts of several rows, in their order. */
 __device__ __forceinline__ void moqk_few_merge(const moqk_few &a, moqk_few_choices *c)
 {
@@ -10115,10 +10122,12 @@ __device__ __forceinline__ void moqk_few_merge(const moqk_few &a, moqk_few_choic
         c->expert[d] = e;
         c->rank[d][i / a.routing.top_k] = (uint8_t)(i % a.routing.top_k + 1);
     }
-    if (thread == 0) {
+    if (thread < MOQK_FEW_TILES) {
         int32_t n = 0;
         for (int32_t k = 0; k < words; k++) n += __popc(c->seen[k]);
-        c->count = n;
+        if (thread == 0) c->count = n;
+        n *= a.side[1].runs;
+        c->added[thread] = moqk_few_share<0>(a, thread * n) - moqk_few_share<0>(a, (thread + 1) * n);
     }
     __syncthreads();
 }
@@ -10138,16 +10147,22 @@ __device__ __forceinline__ int32_t moqk_few_unit(uint32_t item) { return (int32_
 /* Which row tile of its part that is. Of y: blocks with fewer row tiles before have more. */
 __device__ __forceinline__ int32_t moqk_few_tile(const moqk_few &a, uint32_t item)
 {
-    const int32_t lists = (int32_t)(gridDim.x >> a.team), own = (int32_t)(blockIdx.x >> a.team), at = moqk_few_unit(item) * lists;
+    const int32_t by = item & 1 ? a.duo : a.team, lists = (int32_t)(gridDim.x >> by), own = (int32_t)(blockIdx.x >> by), at = moqk_few_unit(item) * lists;
     return item & 1 ? at + lists - 1 - own : at + own - moqk_few_d(item) * a.side[0].tiles;
 }
 
-/* Runs of a block before and after the activation, with so many experts. */
-__device__ __forceinline__ int2 moqk_few_count(const moqk_few &a, int32_t experts)
+/* Row tiles of y of a block or of a pair. */
+__device__ __forceinline__ int32_t moqk_few_tiles(const moqk_few &a)
+{
+    return moqk_few_over(a.side[1].tiles + (int32_t)(blockIdx.x >> a.duo), a.duo_magic);
+}
+
+/* Runs of a list before and after the activation, with so many experts. */
+template <int ONE> __device__ __forceinline__ int2 moqk_few_count(const moqk_few &a, int32_t experts)
 {
     const int32_t lists = (int32_t)(gridDim.x >> a.team), own = (int32_t)(blockIdx.x >> a.team);
     const int32_t units = moqk_few_over(experts * a.side[0].tiles - own + lists - 1, a.grid_magic);
-    return make_int2(units * a.side[0].each, moqk_few_over(a.side[1].tiles + own, a.grid_magic) * experts * a.side[1].runs);
+    return make_int2(units * a.side[0].each, moqk_few_share<ONE>(a, moqk_few_tiles(a) * experts * a.side[1].runs));
 }
 
 /* First byte of the part that a run belongs to, behind that of the first part of its expert. */
@@ -10164,7 +10179,7 @@ __device__ __forceinline__ int64_t moqk_few_expert(const moqk_few &a, uint32_t i
 template <int ONE>
 __device__ __forceinline__ void moqk_few_list(const moqk_few &a, int32_t experts, uint32_t bytes, int32_t thread, int32_t threads, uint4 *list)
 {
-    const int2 count = moqk_few_count(a, experts);
+    const int2 count = moqk_few_count<ONE>(a, experts);
 #pragma unroll 1
     for (int32_t i = thread; i < count.x + count.y; i += threads) {
         uint32_t item;
@@ -10173,8 +10188,9 @@ __device__ __forceinline__ void moqk_few_list(const moqk_few &a, int32_t experts
             const int32_t d = moqk_few_over((int32_t)(blockIdx.x >> a.team) + unit * (int32_t)(gridDim.x >> a.team), a.tiles_magic);
             item = moqk_few_pack(0, part, (q - part * a.side[0].runs) * a.side[0].run, d, unit);
         } else {
-            const int32_t j = i - count.x, all = moqk_few_over(j, a.side[1].runs_magic); /* row tile, then expert, then run; of one row: expert first */
-            const int32_t inner = ONE ? moqk_few_over(a.side[1].tiles + (int32_t)(blockIdx.x >> a.team), a.grid_magic) : experts;
+            const int32_t j = ONE || !a.duo ? i - count.x : 2 * (i - count.x) + (int32_t)(blockIdx.x & 1);
+            const int32_t all = moqk_few_over(j, a.side[1].runs_magic); /* row tile, then expert, then run; of one row: expert first */
+            const int32_t inner = ONE ? moqk_few_tiles(a) : experts;
             int32_t outer = 0, rest = all;
             for (; rest >= inner; rest -= inner) outer++;
             item = moqk_few_pack(1, 0, (j - all * a.side[1].runs) * a.side[1].run, ONE ? outer : rest, ONE ? rest : outer);
@@ -10290,20 +10306,6 @@ template <int WAIT> __device__ __forceinline__ float moqk_few_add(const float *f
     return v;
 }
 
-/* A sum for block `rank` of a pair, or for this block: it is its own signal. */
-__device__ __forceinline__ void moqk_few_send(const moqk_few &a, const float *at, float v, uint32_t rank)
-{
-#if __CUDA_ARCH__ >= 900
-    if (rank == (blockIdx.x & (uint32_t)a.team)) {
-        asm volatile("st.volatile.shared.f32 [%0], %1;" :: "r"((uint32_t)__cvta_generic_to_shared(at)), "f"(v) : "memory");
-        return;
-    }
-    uint32_t to;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"(rank));
-    asm volatile("st.relaxed.cluster.shared::cluster.f32 [%0], %1;" :: "r"(to), "f"(v) : "memory");
-#endif
-}
-
 /* The sums of a row tile of expert d are there, or on their way: what comes out of them. sums: [runs of all parts][rows][16]. */
 template <int ONE>
 __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choices *c, int32_t d, int32_t tile, const float *sums, uint32_t *hidden)
@@ -10326,13 +10328,36 @@ __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choi
     }
 }
 
-/* A row tile of y: sums: [n][rows][16], of warps; of one row: of runs, when they are there. */
-template <int ONE> __device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t n)
+/* A value for block `rank` of a pair, or for this block: it is its own signal. */
+__device__ __forceinline__ void moqk_few_send(const moqk_few &a, const float *at, float v, uint32_t rank)
+{
+#if __CUDA_ARCH__ >= 900
+    if (rank == (blockIdx.x & (uint32_t)a.duo)) {
+        asm volatile("st.volatile.shared.f32 [%0], %1;" :: "r"((uint32_t)__cvta_generic_to_shared(at)), "f"(v) : "memory");
+        return;
+    }
+    uint32_t to;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"(rank));
+    asm volatile("st.relaxed.cluster.shared::cluster.f32 [%0], %1;" :: "r"(to), "f"(v) : "memory");
+#endif
+}
+
+/* A row tile of y: sums: [n][rows][16], of warps; of one row: of runs, when they are there. half: [rows][16] of a pair of several rows: what the other
+   block has of it, when it is there, or will have from this one, whose row tile it is not (keep 0). */
+template <int ONE>
+__device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t n, const float *half, int keep)
 {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < (ONE ? 16 : a.rows * 16); i += 32) {
         const int32_t m = i >> 4, r = tile * 16 + (i & 15);
-        const float v = moqk_few_add<ONE>(sums + i, n, ONE ? 16 : a.rows * 16);
+        float v = moqk_few_add<ONE>(sums + i, n, ONE ? 16 : a.rows * 16);
+        if (!ONE && a.duo) {
+            if (!keep) {
+                moqk_few_send(a, half + i, v, (blockIdx.x & 1) ^ 1);
+                continue;
+            }
+            v += moqk_few_add<1>(half + i, 1, 0);
+        }
         if (r < a.side[1].rows) moqk_put_any(a.y, (int64_t)m * a.side[1].rows + r, v, a.bf16);
     }
 }
@@ -10367,7 +10392,7 @@ __device__ __forceinline__ void moqk_few_wait(const int32_t *done, int32_t units
 }
 
 /* Barriers and counters, before anything is waited for. */
-__device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choices *c, uint32_t bar)
+__device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choices *c, uint32_t bar, uint32_t *half)
 {
     const int32_t lane = threadIdx.x, thread = threadIdx.y * 32 + lane, threads = blockDim.y * 32;
     if (lane < MOQK_FEW_STAGES) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
@@ -10376,10 +10401,10 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
     if (thread < MOQK_FEW_UNITS) c->arrived[thread] = c->done[thread] = 0;
-    if (thread < MOQK_FEW_TILES) c->added[thread] = 0;
     if (thread == 0) c->count = a.routing.top_k;
     if (a.rows == 1) return;
     if (thread < MOQK_FEW_EXPERTS / 32) c->seen[thread] = 0;
+    for (int32_t i = thread; i < (int32_t)(a.factor_at - a.half_at) / 4; i += threads) half[i] = MOQK_FEW_ABSENT;
     for (int32_t i = thread; i < MOQK_FEW_ROWS * MOQK_FEW_TOP; i += threads) {
         c->expert[i] = 0;
         ((uint32_t *)c->rank)[i] = 0;
@@ -10400,7 +10425,7 @@ __device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, int32_t thread
         if (i < factors) factor[i] = f;
         if (i + threads < factors) factor[i + threads] = g;
     }
-    if (!ONE) for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 4; i += threads) sums[i] = 0;
+    if (!ONE) for (int32_t i = thread; i < (int32_t)(a.half_at - a.sums_at) / 4; i += threads) sums[i] = 0;
 }
 
 /* A run's sums of a single row, of rows g and g + 8: into its place, in the block that has the last run but `unit & 1` of the row tile, whose warp makes
@@ -10431,7 +10456,7 @@ __device__ __forceinline__ void moqk_few_rest(const moqk_few &a, int32_t begin, 
 #pragma unroll 1
     for (int32_t unit = begin; unit * own < all; unit += step) {
         const int32_t tile = moqk_few_tile(a, moqk_few_pack(1, 0, 0, 0, unit));
-        moqk_few_sum_up<1>(a, tile, sums + unit * own * 16, own);
+        moqk_few_sum_up<1>(a, tile, sums + unit * own * 16, own, NULL, 1);
         if (tile == 0 && threadIdx.x == 0) *(int2 *)(void *)a.state = make_int2(other, 1);
     }
 }
@@ -10466,7 +10491,8 @@ template <int ONE> __device__ __forceinline__ void moqk_few_learn(const moqk_few
     else moqk_few_route(a, warp, shared, c);
 }
 
-/* ONE: a single row. Its runs have places of their own in the sums, which are their own signals, and its blocks may come in pairs. */
+/* ONE: a single row. Its runs have places of their own in the sums, which are their own signals. Pairs of blocks share all of its runs, of several rows
+   those of y alone: each has sums of every second run, and one of them what the other has. */
 template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FEW_WARPS * 32, 1) moqk_moe_few(const __grid_constant__ moqk_few a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
@@ -10481,8 +10507,9 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     uint4 *list = (uint4 *)(void *)(shared + a.list_at);
     float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
     const int32_t team = ONE ? a.team : 0, step = warps << team, begin = (warp << team) + ((int32_t)blockIdx.x & team); /* in the list */
-    moqk_few_begin(a, &c, bar);
+    moqk_few_begin(a, &c, bar, (uint32_t *)(void *)(shared + a.half_at));
     if (ONE) moqk_few_lay_out<BYTES>(a, warp - warps + MOQK_FEW_LISTERS, (uint4 *)(void *)(shared + a.sums_at), list);
+    else if (a.duo) moqk_cluster_arrive(0);
     moqk_wait_for_before();
     moqk_dependents_may_start();
     if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
@@ -10495,12 +10522,12 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     }
 
     const int32_t *expert = ONE ? c.chosen[0] : c.expert;
-    const int2 counts = moqk_few_count(a, c.count);
+    const int2 counts = moqk_few_count<ONE>(a, c.count);
     const int32_t end = counts.x + counts.y;
     moqk_few_ahead ahead = {NULL, begin, 0};
 #pragma unroll 1
     for (uint32_t i = 0; i < MOQK_FEW_STAGES; i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + i * BYTES, bar + 8 * i, ahead);
-    if (ONE && a.team) moqk_cluster_wait(); /* the other block's sums are absent */
+    if (a.duo) moqk_cluster_wait(); /* the other block's sums are absent */
     if (plain && warp < rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
     const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
     const int32_t stale = c.state.y * a.routing.top_k * (a.hidden_cols / 4);
@@ -10608,10 +10635,10 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             to[0] += (acc[0][0] + acc[0][1]) * f + weight * beside[0];
             to[8] += (acc[0][2] + acc[0][3]) * f + weight * beside[1];
         }
-        if (moqk_few_arrive(&c.added[unit], c.count * s.runs)) {
-            const int32_t tile = moqk_few_tile(a, item);
-            moqk_few_sum_up<0>(a, tile, sums, warps);
-            if (tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
+        if (moqk_few_arrive(&c.added[unit], 0)) {
+            const int32_t tile = moqk_few_tile(a, item), keep = !a.duo || (unit & 1) == (int32_t)(blockIdx.x & 1);
+            moqk_few_sum_up<0>(a, tile, sums, warps, (const float *)(const void *)(shared + a.half_at) + unit * a.rows * 16, keep);
+            if (keep && tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
         }
     }
     if (ONE) moqk_few_rest(a, begin, step, counts.y, c.count * a.side[1].runs, more, other);
@@ -10623,8 +10650,8 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
    ------------------------------------------------------------------------------------------------ */
 
 /* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
-   step: 8 of 128 experts of 2048x768, 1, 4 rows 11.6, 33 us and 26.5, 65, 8 rows two launches of 4 and 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 22, 43, 61,
-   80 and 43, 70, 99, 99. */
+   step: 8 of 128 experts of 2048x768, 1, 4 rows 11.6, 31 us and 26.5, 65, 8 rows two launches of 4 and 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 22, 40, 57,
+   70 and 43, 70, 99, 99. */
 enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 4 };
 
 /* What >>cuda-moe-few needs of these experts. */
@@ -10715,6 +10742,8 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
     at += (rows == 1 ? f->side[0].units : MOQK_FEW_UNITS) * f->side[0].each * rows * 64;
     f->more_at = (uint32_t)at;
     at += f->side[1].units * (rows == 1 ? f->routing.top_k * f->side[1].runs : warps) * rows * 64;
+    f->half_at = (uint32_t)at;
+    at += rows > 1 && f->duo ? f->side[1].units * rows * 64 : 0;
     f->factor_at = (uint32_t)at;
     at += moqk_pad((int64_t)f->routing.experts * (f->side[0].parts + 1) * 4, 16);
     const int64_t list = f->side[0].units * f->side[0].each + moqc_min(f->routing.top_k * rows, f->routing.experts) * f->side[1].units * f->side[1].runs;
@@ -10728,7 +10757,7 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
 static uint32_t moqc_few_magic(int32_t d) { return d == 1 ? 0 : (uint32_t)(((uint64_t)1 << 32) / (uint32_t)d + 1); }
 
 /* Chunks of a run: as many as leave the warp with most of them least to do; to begin and end a run takes as long as a chunk. tiles: row tiles that the
-   warps of a block share. */
+   warps share. */
 static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
 {
     int64_t least = INT64_MAX;
@@ -10745,21 +10774,28 @@ static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
     s->run_magic = moqc_few_magic(s->run);
 }
 
-/* The cut of a launch by blocks alone or by pairs; bytes of shared memory, 0: there is not enough. */
-static int64_t moqc_few_try(const moqc_ctx *c, moqk_few *f, int form, int32_t team, int32_t lists, int32_t *warps)
+/* Experts that the rows can choose together. */
+static int64_t moqc_few_experts(const moqk_few *f) { return moqc_min((int64_t)f->routing.top_k * f->rows, f->routing.experts); }
+
+/* The cut of a launch by blocks alone or by pairs, which of several rows share row tiles of y only; bytes of shared memory, 0: there is not enough. */
+static int64_t moqc_few_try(const moqc_ctx *c, moqk_few *f, int form, int32_t duo, int32_t blocks, int32_t *warps)
 {
-    const int64_t all = moqc_min((int64_t)f->routing.top_k * f->rows, f->routing.experts);
-    f->team = team;
+    const int64_t all = moqc_few_experts(f);
+    f->duo = duo;
+    f->team = f->rows == 1 ? duo : 0;
+    const int32_t lists = blocks >> f->team, pairs = blocks >> duo;
     f->tiles_magic = moqc_few_magic(f->side[0].tiles);
     f->grid_magic = moqc_few_magic(lists);
+    f->duo_magic = moqc_few_magic(pairs);
     f->side[0].units = (int32_t)moqk_ceil(all * f->side[0].tiles, lists);
-    f->side[1].units = (int32_t)moqk_ceil(f->side[1].tiles, lists);
+    f->side[1].units = (int32_t)moqk_ceil(f->side[1].tiles, pairs);
     if (f->rows > 1 && f->side[1].units > MOQK_FEW_TILES) return 0;
     if (moqc_max(f->side[0].units, moqc_max(f->side[0].chunks, f->side[1].chunks)) > 4095) return 0; /* see moqk_few_pack */
     for (*warps = MOQK_FEW_WARPS; *warps >= 8; *warps -= 4) {
-        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps << team);
-        moqc_few_runs(&f->side[1], all * (f->rows == 1 ? f->side[1].units : 1), *warps << team);
-        if (team && f->side[0].each < 2) return 0; /* both blocks have a part of every row tile */
+        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps << f->team);
+        moqc_few_runs(&f->side[1], all * (f->rows == 1 || duo ? f->side[1].units : 1), *warps << duo);
+        if (f->team && f->side[0].each < 2) return 0; /* both blocks have a part of every row tile */
+        if (duo && f->routing.top_k * f->side[1].runs < 2) return 0;
         const int64_t bytes = moqc_few_fill_in(f, form, *warps);
         if (bytes <= c->most_shared - (int64_t)sizeof(moqk_few_choices) - 64) return bytes;
     }
@@ -10767,19 +10803,21 @@ static int64_t moqc_few_try(const moqc_ctx *c, moqk_few *f, int form, int32_t te
 }
 
 /* Chunks of the block that has most of them. */
-static int64_t moqc_few_most(const moqk_few *f, int32_t team, int32_t lists)
+static int64_t moqc_few_most(const moqk_few *f, int32_t duo, int32_t blocks)
 {
-    const int64_t first = moqk_ceil((int64_t)f->routing.top_k * f->side[0].tiles, lists) * f->side[0].parts * f->side[0].chunks;
-    return (first + moqk_ceil(f->side[1].tiles, lists) * f->routing.top_k * f->side[1].chunks) >> team;
+    const int32_t team = f->rows == 1 ? duo : 0;
+    const int64_t all = moqc_few_experts(f), first = moqk_ceil(all * f->side[0].tiles, blocks >> team) * f->side[0].parts * f->side[0].chunks;
+    return (first >> team) + (moqk_ceil(f->side[1].tiles, blocks >> duo) * all * f->side[1].chunks >> duo);
 }
 
 /* The cut of a launch, and its blocks; bytes of shared memory, 0: there is not enough. Pairs where they share row tiles more evenly. */
 static int64_t moqc_few_cut(const moqc_ctx *c, moqk_few *f, int form, int32_t *warps, int32_t *blocks)
 {
     *blocks = (int32_t)moqc_min(c->sm_count, (int64_t)f->routing.top_k * f->side[0].tiles); /* every one has work before the activation */
-    if (f->pairs && f->rows == 1 && *blocks >= 2 && moqc_few_most(f, 1, *blocks / 2) * 20 < moqc_few_most(f, 0, *blocks) * 19) {
-        const int64_t bytes = moqc_few_try(c, f, form, 1, *blocks / 2, warps);
-        *blocks -= bytes ? *blocks % 2 : 0;
+    const int32_t even = *blocks & ~1;
+    if (f->pairs && even > 0 && moqc_few_most(f, 1, even) * 20 < moqc_few_most(f, 0, *blocks) * 19) {
+        const int64_t bytes = moqc_few_try(c, f, form, 1, even, warps);
+        *blocks = bytes ? even : *blocks;
         if (bytes) return bytes;
     }
     return moqc_few_try(c, f, form, 0, *blocks, warps);
@@ -10825,7 +10863,7 @@ static cudaLaunchConfig_t moqc_few_launch(const moqc_ctx *c, const moqk_few *f, 
     how.dynamicSmemBytes = (size_t)bytes;
     how.stream = c->stream;
     how.attrs = with;
-    how.numAttrs = f->team ? 3 : 2;
+    how.numAttrs = f->duo ? 3 : 2;
     return how;
 }
 
@@ -10838,21 +10876,24 @@ static cudaError_t moqc_few_room(const moqc_ctx *c, moqc_few_kernel kernel)
     return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c->most_shared - (int)own.sharedSizeBytes);
 }
 
-/* Do pairs have room on the device, all at once? */
+/* Do pairs have room on the device, all at once, for every number of rows that wants them? */
 static int moqc_few_pairs(const moqc_ctx *c, moqk_few f, int form, int step)
 {
-    const moqc_few_kernel kernel = moqc_few_find(form, step, 1);
-    cudaLaunchAttribute with[3];
-    int32_t warps, blocks;
-    int clusters = 0;
-    f.rows = f.pairs = 1;
-    const int64_t bytes = moqc_few_cut(c, &f, form, &warps, &blocks);
-    if (!f.team) return 0;
-    const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
-    cudaError_t e = moqc_few_room(c, kernel);
-    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&clusters, (const void *)kernel, &how);
-    if (e != cudaSuccess) cudaGetLastError(); /* no pairs then */
-    return e == cudaSuccess && 2 * clusters >= blocks;
+    f.pairs = 1;
+    for (f.rows = 1; f.rows <= MOQK_FEW_ROWS; f.rows++) {
+        const moqc_few_kernel kernel = moqc_few_find(form, step, f.rows == 1);
+        cudaLaunchAttribute with[3];
+        int32_t warps, blocks;
+        int clusters = 0;
+        const int64_t bytes = moqc_few_cut(c, &f, form, &warps, &blocks);
+        if (!f.duo) continue;
+        const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
+        cudaError_t e = moqc_few_room(c, kernel);
+        if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&clusters, (const void *)kernel, &how);
+        if (e != cudaSuccess) cudaGetLastError(); /* no pairs then */
+        if (e != cudaSuccess || 2 * clusters < blocks) return 0;
+    }
+    return 1;
 }
 
 static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
