@@ -2869,7 +2869,7 @@ typedef struct moqk_run {
     moqk_run_part part[MOQK_RUN_PARTS];
     int32_t eager;             /* warps that ask for weights before x is there; those of the others would stand in its way */
     int32_t wide, places;      /* 1: moqk_decode_wide; chunks of x that a way of it has room for */
-    uint32_t tiles_magic;      /* 2^16 / tiles, rounded up */
+    uint32_t tiles_magic;      /* 2^16 / warps of a way, rounded up */
     int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
 } moqk_run;
 
@@ -3063,25 +3063,34 @@ template <int FORM, int STEP> struct moqk_run_factors {
 
 enum { MOQK_RUN_SWIZZLED = 2 }; /* LATE, and x lies as moqk_wide_x puts it: blocks of 64 columns, 128 bytes a row, places of 16 bytes exchanged */
 
-/* One chunk: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each product's x (4-bit
-   floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit floats half a
-   word and half of the next one: with all of a word, x would have to be moved. */
-template <int FORM, int STEP, int NB, int LATE>
-__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_run_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
-                                               const uint32_t z[2], float (&acc)[NB][4])
+/* One chunk of each of MT row tiles: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each
+   product's x (4-bit floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit
+   floats half a word and half of the next one: with all of a word, x would have to be moved. */
+template <int FORM, int STEP, int MT, int NB, int LATE>
+__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[MT][4], const uint2 (&bytes)[MT], const moqk_run_factors<FORM, STEP> (&h)[MT],
+                                               const uint32_t (&x)[NB], const uint32_t (&z)[MT][2], float (&acc)[MT][NB][4])
 {
-    float sum[NB][4];          /* products cut sums off instead of rounding them: short runs keep that below the error of x */
-    float2 f = make_float2(1, 1);
-    uint32_t s[2] = {z[0], z[1]}; /* what moqk_run_pair takes */
+    float sum[MT][NB][4];      /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+    float2 f[MT];
+    uint32_t s[MT][2];         /* what moqk_run_pair takes */
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        f[m] = make_float2(1, 1);
+        s[m][0] = z[m][0];
+        s[m][1] = z[m][1];
+    }
 #pragma unroll
     for (int b = 0; b < 4; b++) {
-        if constexpr (FORM <= MOQK_MXFP4 && LATE) {
-            const uint32_t both = moqk_scale_both<FORM>(b < 2 ? bytes.x : bytes.y, b & 1);
-            s[0] = moqk_low_twice(both);
-            s[1] = moqk_high_twice(both);
-        } else if constexpr (FORM <= MOQK_MXFP4) {
-            s[0] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2);
-            s[1] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2 + 1);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            if constexpr (FORM <= MOQK_MXFP4 && LATE) {
+                const uint32_t both = moqk_scale_both<FORM>(b < 2 ? bytes[m].x : bytes[m].y, b & 1);
+                s[m][0] = moqk_low_twice(both);
+                s[m][1] = moqk_high_twice(both);
+            } else if constexpr (FORM <= MOQK_MXFP4) {
+                s[m][0] = moqk_scale_pair<FORM>(b < 2 ? bytes[m].x : bytes[m].y, (b & 1) * 2);
+                s[m][1] = moqk_scale_pair<FORM>(b < 2 ? bytes[m].x : bytes[m].y, (b & 1) * 2 + 1);
+            }
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -3096,25 +3105,32 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
                     for (int i = 0; i < 4; i++) v[n][i] = moqk_word_of(q, i);
                 }
             }
-            if (STEP > 0 && first) f = h.group(STEP == 32 ? b * 2 + half : b, s);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t word = moqk_word_of(w[b], FORM == MOQK_FAST_U4 ? half * 2 + i : i * 2);
-                uint32_t m[4];
-                moqk_run_pair<FORM>(word, FORM == MOQK_FAST_U4 ? 0 : half, s, m);
-                moqk_run_pair<FORM>(FORM == MOQK_FAST_U4 ? word : moqk_word_of(w[b], i * 2 + 1), FORM == MOQK_FAST_U4 ? 1 : half, s, m + 2);
+            for (int m = 0; m < MT; m++)
+                if (STEP > 0 && first) f[m] = h[m].group(STEP == 32 ? b * 2 + half : b, s[m]);
 #pragma unroll
-                for (int n = 0; n < NB; n++) {
-                    if (first && i == 0) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
-                    moqk_product(sum[n], m, v[n][i * 2], v[n][i * 2 + 1]);
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    const uint32_t word = moqk_word_of(w[m][b], FORM == MOQK_FAST_U4 ? half * 2 + i : i * 2);
+                    uint32_t d[4];
+                    moqk_run_pair<FORM>(word, FORM == MOQK_FAST_U4 ? 0 : half, s[m], d);
+                    moqk_run_pair<FORM>(FORM == MOQK_FAST_U4 ? word : moqk_word_of(w[m][b], i * 2 + 1), FORM == MOQK_FAST_U4 ? 1 : half, s[m], d + 2);
+#pragma unroll
+                    for (int n = 0; n < NB; n++) {
+                        float (&to)[4] = sum[m][n];
+                        if (first && i == 0) to[0] = to[1] = to[2] = to[3] = 0;
+                        moqk_product(to, d, v[n][i * 2], v[n][i * 2 + 1]);
+                    }
                 }
-            }
             const int last = STEP == 0 ? b == 3 && half == 1 : STEP == 32 || half == 1;
 #pragma unroll
-            for (int n = 0; n < NB; n++)
+            for (int m = 0; m < MT; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (last) acc[n][i] += STEP == 0 ? sum[n][i] : sum[n][i] * (i < 2 ? f.x : f.y);
+                for (int n = 0; n < NB; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (last) acc[m][n][i] += STEP == 0 ? sum[m][n][i] : sum[m][n][i] * (i < 2 ? f[m].x : f[m].y);
         }
     }
 }
@@ -3225,8 +3241,8 @@ __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &c
    that nothing but the parity of its barrier moves. ROW: x is all there. */
 template <int FORM, int STEP, int NB, int LATE, int ONE, int ROW>
 __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t ring, uint32_t bar,
-                                                uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift, const uint32_t z[2],
-                                                moqk_run_factors<FORM, STEP> &h, float (&acc)[NB][4])
+                                                uint32_t x_bar, uint32_t mine, const float2 *scales, const uint16_t *zeros, int shift,
+                                                const uint32_t (&z)[1][2], moqk_run_factors<FORM, STEP> (&h)[1], float (&acc)[1][NB][4])
 {
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3;
@@ -3237,23 +3253,22 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
     for (int b = 0; b < NB; b++) { /* columns that nobody stores repeat another */
         const int32_t row = 8 * b + (FORM <= MOQK_MXFP4 ? g : lane & 7);
         x[b] = mine + (uint32_t)(row < cut.columns ? row : 0) * cut.x_pitch + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
-        acc[b][0] = acc[b][1] = acc[b][2] = acc[b][3] = 0;
+        acc[0][b][0] = acc[0][b][1] = acc[0][b][2] = acc[0][b][3] = 0;
     }
     if (ONE) asm volatile("" : "+r"(at), "+r"(full)); /* or they are worked out anew in the loop */
-    for (int32_t c = 0, ahead = cut.ahead; c < n;) {
-        const int32_t until = ROW ? n : min(n, c + cut.phase);
-        if (LATE && cut.bulk) moqk_run_phase(a, cut, c0, n, mine, first_x_bar, ahead++);
-        if (!ROW && cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
-        x_bar += 8;
+    for (int32_t c = 0, ahead = cut.ahead, turn = cut.bulk ? 0 : n; c < n;) {
+        const int32_t until = LATE || ROW ? n : min(n, c + cut.phase);
+        if (!LATE && !ROW && cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
+        if (!LATE) x_bar += 8;
 #pragma unroll 1
         for (; c < until; c++) {
-            uint4 w[4];
-            uint2 bytes = make_uint2(0, 0);
+            uint4 w[1][4];
+            uint2 bytes[1] = {make_uint2(0, 0)};
             moqk_barrier_wait(full, ONE ? (uint32_t)c & 1 : parity);
-            if (FORM == MOQK_NVFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
-            if (FORM == MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
+            if (FORM == MOQK_NVFP4) bytes[0] = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
+            if (FORM == MOQK_MXFP4) bytes[0] = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
-            for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
+            for (int i = 0; i < 4; i++) w[0][i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
             moqk_run_factors<FORM, STEP> next;
             next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
             moqk_end_reads();
@@ -3264,8 +3279,14 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
                 moqk_bulk_stream(at, src, BYTES, full);
             }
             src += BYTES;
-            moqk_run_chunk<FORM, STEP, NB, LATE>(w, bytes, h, x, z, acc);
-            h = next;
+            if (LATE && c == turn) { /* the same, when the next weights have been asked for */
+                moqk_run_phase(a, cut, c0, n, mine, first_x_bar, ahead++);
+                moqk_barrier_wait(x_bar, 0);
+                x_bar += 8;
+                turn += cut.phase;
+            }
+            moqk_run_chunk<FORM, STEP, 1, NB, LATE>(w, bytes, h, x, z, acc);
+            h[0] = next;
 #pragma unroll
             for (int b = 0; b < NB; b++) x[b] += 512;
             if (ONE) continue;
@@ -3350,12 +3371,12 @@ __device__ __forceinline__ float moqk_run_value(const float4 &v, int i, int spli
 /* The end of a block that does not take x all at once: its share of the rows, a warp per row tile and product. The sums lie as the lanes hold them,
    [run][row tile][product][lane] of float4. first, last: rows of part q that are the block's. */
 template <int FORM, int STEP, int NB, int KIND>
-__device__ __forceinline__ void moqk_run_end(const moqk_call &a, const moqk_run &cut, const moqk_run_part &q, const float4 *sums, int32_t warp, int32_t first,
-                                             int32_t last)
+__device__ __forceinline__ void moqk_run_end(const moqk_call &a, const moqk_run &cut, const moqk_run_part &q, const float4 *sums, int32_t warp, int32_t warps,
+                                             int32_t first, int32_t last)
 {
     const int32_t lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
     const int32_t each = cut.tiles_own * NB * 32;
-    for (int32_t o = warp; o < (cut.tiles_own >> pairs) * NB; o += cut.tiles * cut.ways) {
+    for (int32_t o = warp; o < (cut.tiles_own >> pairs) * NB; o += warps) {
         const int32_t tile = o / NB, b = o - tile * NB;
         const float4 *from = sums + ((tile << pairs) * NB + b) * 32 + lane;
         const float4 v = moqk_run_sum4(cut, from, each), up = pairs ? moqk_run_sum4(cut, from + NB * 32, each) : v; /* tiles of gate and up in turn */
@@ -3379,53 +3400,72 @@ __device__ __forceinline__ void moqk_run_end(const moqk_call &a, const moqk_run 
    Chunks of x come one after the other into a few places of each way, as boxes of 64 columns of 16 rows: a warp of its own asks for a chunk as soon as all
    warps of the way are done with the one that lay there. */
 
-enum { MOQK_WIDE_WARPS = 16, MOQK_WIDE_X = 8192 }; /* warps of a block that multiply, at most; bytes of a chunk of x */
+enum { MOQK_WIDE_X = 8192 }; /* bytes of a chunk of x */
 
-/* A run of a warp: acc += its chunks times x. at: where they come to, bar: their barrier; x: the way's x, x_bar: its barriers, those of free places free_at
-   behind those of full ones. src: the second chunk. */
-template <int FORM, int STEP>
-__device__ __forceinline__ void moqk_wide_chunks(const moqk_run &cut, int32_t c0, int32_t n, const uint8_t *src, uint32_t at, uint32_t bar, uint32_t x,
-                                                 uint32_t x_bar, const float2 *scales, const uint16_t *zeros, int shift, float (&acc)[2][4])
+/* Row tiles of a warp: of 4-bit integers two read x once, which leaves room beside reads of it; 4-bit floats gain nothing, because their decoding takes longer.
+   Warps of a block that multiply, at most: with the one that asks for x, as many as leave a thread 128 registers, or 96. */
+__host__ __device__ static constexpr int moqk_wide_tiles(int form) { return form == MOQK_FAST_U4 ? 2 : 1; }
+__host__ __device__ static constexpr int moqk_wide_warps(int form) { return form == MOQK_FAST_U4 ? 15 : 16; }
+
+/* A row tile of a warp: its first chunk, factors of its rows g, g + 8. */
+typedef struct moqk_wide_tile {
+    const uint8_t *src;
+    const float2 *scales;
+    const uint16_t *zeros;
+    int32_t shift;
+} moqk_wide_tile;
+
+/* A run of a warp: acc += its chunks times x, of MT row tiles. at: where they come to, bar: their barrier; x: the way's x, x_bar: its barriers, those of
+   free places free_at behind those of full ones. */
+template <int FORM, int STEP, int MT>
+__device__ __forceinline__ void moqk_wide_chunks(const moqk_run &cut, int32_t c0, int32_t n, const moqk_wide_tile (&tile)[MT], uint32_t at, uint32_t bar,
+                                                 uint32_t x, uint32_t x_bar, float (&acc)[MT][2][4])
 {
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, row = FORM <= MOQK_MXFP4 ? lane >> 2 : lane & 7; /* of eight of x */
     const uint32_t free_at = 8 * (uint32_t)(cut.ways * cut.places), x_end = x_bar + 8 * (uint32_t)cut.places;
-    uint32_t x_full = x_bar, x_parity = 0, before = 0, z[2] = {0, 0};
+    uint32_t x_full = x_bar, x_parity = 0, before = 0, z[MT][2], codes = at + (uint32_t)moqk_fast_slot(FORM, lane) * 16;
     uint32_t from[2] = {x + (uint32_t)(row * 128 + (((FORM <= MOQK_MXFP4 ? (lane & 3) * 2 : lane >> 3) ^ row) << 4))};
-    moqk_run_factors<FORM, STEP> h;
-    if (FORM == MOQK_FAST_U4 && STEP == 0) {
-        const uint32_t both = __ldg(zeros);
+    moqk_run_factors<FORM, STEP> h[MT], next[MT];
 #pragma unroll
-        for (int i = 0; i < 2; i++) z[i] = moqk_run_zero(both >> (8 * i) & 255);
+    for (int m = 0; m < MT; m++) {
+        const uint32_t both = FORM == MOQK_FAST_U4 && STEP == 0 ? __ldg(tile[m].zeros) : 0;
+        for (int i = 0; i < 2; i++) z[m][i] = FORM == MOQK_FAST_U4 && STEP == 0 ? moqk_run_zero(both >> (8 * i) & 255) : 0;
+        h[m].load(tile[m].scales, tile[m].zeros, c0, tile[m].shift);
+#pragma unroll
+        for (int i = 0; i < 8; i++) acc[m][i >> 2][i & 3] = 0;
     }
-    h.load(scales, zeros, c0, shift);
-#pragma unroll
-    for (int i = 0; i < 8; i++) acc[i >> 2][i & 3] = 0;
+    asm volatile("" : "+r"(codes), "+r"(bar), "+r"(n)); /* or they are worked out anew in the loop */
+    moqk_wait_for_before(); /* weights that are needed later are not to delay x */
 #pragma unroll 1
     for (int32_t c = 0; c < n; c++) {
-        uint4 w[4];
-        uint2 bytes = make_uint2(0, 0);
-        moqk_barrier_wait(x_full, x_parity); /* first, so that weights that are needed later do not delay it */
+        uint4 w[MT][4];
+        uint2 bytes[MT];
         moqk_barrier_wait(bar, (uint32_t)c & 1);
-        if (FORM <= MOQK_MXFP4) bytes = moqk_shared8(at + 2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
-        moqk_run_factors<FORM, STEP> next;
-        next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
+        for (int m = 0; m < MT; m++) {
+            bytes[m] = make_uint2(0, 0);
+            if (FORM <= MOQK_MXFP4) bytes[m] = moqk_shared8(at + m * BYTES + 2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
+#pragma unroll
+            for (int i = 0; i < 4; i++) w[m][i] = moqk_shared16(codes + m * BYTES + i * 512);
+            next[m].load(tile[m].scales, tile[m].zeros, min(c0 + c + 1, c0 + n - 1), tile[m].shift); /* a chunk ahead */
+        }
         moqk_end_reads(); /* those of x of the chunk before, too */
         __syncwarp();
         if (c + 1 >= n) moqk_dependents_may_start();
         if (moqk_elected()) {
             if (c > 0) moqk_barrier_arrive(before + free_at);
             if (c + 1 < n) {
-                moqk_barrier_expect(bar, BYTES);
-                moqk_bulk_stream(at, src, BYTES, bar);
+                moqk_barrier_expect(bar, MT * BYTES);
+#pragma unroll
+                for (int m = 0; m < MT; m++) moqk_bulk_stream(at + m * BYTES, tile[m].src + (c + 1) * BYTES, BYTES, bar);
             }
         }
-        src += BYTES;
+        moqk_barrier_wait(x_full, x_parity);
         from[1] = from[0] + 1024;
-        moqk_run_chunk<FORM, STEP, 2, MOQK_RUN_SWIZZLED>(w, bytes, h, from, z, acc);
-        h = next;
+        moqk_run_chunk<FORM, STEP, MT, 2, MOQK_RUN_SWIZZLED>(w, bytes, h, from, z, acc);
+#pragma unroll
+        for (int m = 0; m < MT; m++) h[m] = next[m];
         before = x_full;
         x_full += 8;
         from[0] += MOQK_WIDE_X;
@@ -3470,27 +3510,37 @@ __device__ __forceinline__ void moqk_wide_x(const moqk_run &cut, const CUtensorM
     }
 }
 
-/* The same as moqk_decode_run, with x in such places. Threads: 32; the row tiles of all ways, then the warp that asks. */
+/* The same as moqk_decode_run, with x in such places. Threads: 32; the warps of all ways, MT row tiles each, then the warp that asks. */
 template <int FORM, int STEP, int KIND>
-__global__ void __launch_bounds__(MOQK_WIDE_WARPS * 32 + 32, 1) moqk_decode_wide(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut,
-                                                                                 const __grid_constant__ CUtensorMap map)
+__global__ void __launch_bounds__(moqk_wide_warps(FORM) * 32 + 32, 1)
+moqk_decode_wide(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut, const __grid_constant__ CUtensorMap map)
 {
     extern __shared__ __align__(1024) uint8_t wide_shared[];
+    constexpr int MT = moqk_wide_tiles(FORM);
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
-    const int32_t warp = threadIdx.y, way = (int32_t)((uint32_t)warp * cut.tiles_magic >> 16), local = warp - way * cut.tiles;
+    const int32_t warp = threadIdx.y, each = cut.tiles / MT, way = (int32_t)((uint32_t)warp * cut.tiles_magic >> 16), local = (warp - way * each) * MT;
     const int32_t live = way < cut.ways, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0;
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(wide_shared), places = cut.ways * cut.places;
-    const uint32_t codes = base + places * MOQK_WIDE_X + (uint32_t)warp * BYTES, x_bars = base + cut.bars_at;
+    const uint32_t codes = base + places * MOQK_WIDE_X + (uint32_t)warp * (MT * BYTES), x_bars = base + cut.bars_at;
     const uint32_t bar = x_bars + (places * 2 + (uint32_t)warp) * 8, sum_bar = base + cut.sums_at - 8;
     const moqk_run_tile found = moqk_run_locate(cut, pairs, local);
-    const int32_t part = found.part, tile_count = found.count, first_tile = found.first, tile = found.tile;
-    const moqk_run_part &p = cut.part[part];
-    const uint8_t *src = p.packed + ((int64_t)tile * cut.chunks + c0) * BYTES;
+    moqk_wide_tile tile[MT];
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        const moqk_run_tile t = m > 0 ? moqk_run_locate(cut, pairs, local + m) : found;
+        const moqk_run_part &p = cut.part[t.part];
+        const uint8_t *scales = p.packed + (int64_t)t.count * cut.chunks * BYTES;
+        const int64_t row = (int64_t)t.tile * p.groups * 8 + (lane >> 2);
+        tile[m].src = p.packed + ((int64_t)t.tile * cut.chunks + c0) * BYTES;
+        tile[m].scales = (const float2 *)(const void *)scales + row;
+        tile[m].zeros = (const uint16_t *)(const void *)(scales + (int64_t)t.count * p.groups * 64) + row;
+        tile[m].shift = p.shift;
+    }
     if (live && lane == 0) moqk_barrier_init(bar, 1);
     if (!live) {
-        for (uint32_t i = lane; i < 2 * places; i += 32) moqk_barrier_init(x_bars + 8 * i, i < places ? 1 : (uint32_t)cut.tiles);
+        for (uint32_t i = lane; i < 2 * places; i += 32) moqk_barrier_init(x_bars + 8 * i, i < places ? 1 : (uint32_t)each);
         if (lane == 0) moqk_barrier_init(sum_bar, 1);
     }
 #if __CUDA_ARCH__ >= 900
@@ -3498,45 +3548,47 @@ __global__ void __launch_bounds__(MOQK_WIDE_WARPS * 32 + 32, 1) moqk_decode_wide
 #endif
     __syncwarp();
     if (live && lane == 0) { /* the first weights, before x is known to be there */
-        moqk_barrier_expect(bar, BYTES);
-        moqk_bulk_stream(codes, src, BYTES, bar);
+        moqk_barrier_expect(bar, MT * BYTES);
+#pragma unroll
+        for (int m = 0; m < MT; m++) moqk_bulk_stream(codes + m * BYTES, tile[m].src, BYTES, bar);
     }
     if (!live && lane == 0)
         moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * 2) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
     __syncthreads();
     if (cut.blocks > 1) moqk_cluster_arrive(1);
-    float acc[2][4];
+    float acc[MT][2][4];
     if (!live) {
         moqk_dependents_may_start();
         if (lane == 0) moqk_wide_x(cut, &map, base, x_bars);
         __syncwarp();
     } else {
-        const int64_t scales_at = (int64_t)tile_count * cut.chunks * BYTES, scale = (int64_t)tile * p.groups * 8 + (lane >> 2);
-        const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
-        const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
         const uint32_t mine = (uint32_t)(way * cut.places);
-        moqk_wide_chunks<FORM, STEP>(cut, c0, n, src + BYTES, codes, bar, base + mine * MOQK_WIDE_X, x_bars + 8 * mine, scales, zeros, p.shift, acc);
+        moqk_wide_chunks<FORM, STEP, MT>(cut, c0, n, tile, codes, bar, base + mine * MOQK_WIDE_X, x_bars + 8 * mine, acc);
     }
     if (cut.blocks > 1) moqk_cluster_wait();
     float4 *sums = (float4 *)(void *)(wide_shared + cut.sums_at);
     if (live) {
-        int32_t owner = 0, here = local;
-        for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
-        const int32_t to = (slot * cut.tiles_own + here) * 64 + lane;
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-            if (cut.blocks > 1) moqk_run_give(base + cut.sums_at + (uint32_t)(to + b * 32) * 16, acc[b], sum_bar, (uint32_t)owner);
-            else sums[to + b * 32] = make_float4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
+        for (int m = 0; m < MT; m++) {
+            int32_t owner = 0, here = local + m;
+            for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
+            const int32_t to = (slot * cut.tiles_own + here) * 64 + lane;
+#pragma unroll
+            for (int b = 0; b < 2; b++) {
+                const float (&v)[4] = acc[m][b];
+                if (cut.blocks > 1) moqk_run_give(base + cut.sums_at + (uint32_t)(to + b * 32) * 16, v, sum_bar, (uint32_t)owner);
+                else sums[to + b * 32] = make_float4(v[0], v[1], v[2], v[3]);
+            }
         }
     }
     if (cut.blocks > 1) moqk_barrier_wait(sum_bar, 0);
     else __syncthreads();
     if (!live) return;
     moqk_wait_for_before(); /* long since: what `into` holds */
-    const moqk_run_part &q = cut.part[pairs ? 0 : part]; /* the part whose rows the block adds up */
-    const int32_t first = (first_tile + rank * (cut.tiles_own >> pairs)) * 16;
+    const moqk_run_part &q = cut.part[pairs ? 0 : found.part]; /* the part whose rows the block adds up */
+    const int32_t first = (found.first + rank * (cut.tiles_own >> pairs)) * 16;
     const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
-    moqk_run_end<FORM, STEP, 2, KIND>(a, cut, q, sums, warp, first, last);
+    moqk_run_end<FORM, STEP, 2, KIND>(a, cut, q, sums, warp, each * cut.ways, first, last);
 }
 
 /* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
@@ -3573,29 +3625,29 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     const auto ask = [&] { if (!early) moqk_run_ask<FORM>(src, ring, bar, min(stages, n)); };
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
-    uint32_t z[2] = {0, 0};
-    moqk_run_factors<FORM, STEP> h;
+    uint32_t z[1][2] = {{0, 0}};
+    moqk_run_factors<FORM, STEP> h[1];
     if (FORM == MOQK_FAST_U4 && STEP == 0) {
         const uint32_t both = __ldg(zeros);
 #pragma unroll
-        for (int i = 0; i < 2; i++) z[i] = moqk_run_zero(both >> (8 * i) & 255);
+        for (int i = 0; i < 2; i++) z[0][i] = moqk_run_zero(both >> (8 * i) & 255);
     }
     const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
-    float acc[NB][4];
+    float acc[1][NB][4];
     float *sums = (float *)(void *)(shared + cut.sums_at);
     if constexpr (KIND == MOQK_RUN_NORM) { /* needs all registers: what a warp loaded before would be waited for, to be put away */
-        h.ask(scales, zeros, c0, p.shift);
+        h[0].ask(scales, zeros, c0, p.shift);
         const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
         const int32_t chunks = moqk_run_first(cut, (rank + 1) * cut.ways) - begin;
         if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums, ask);
         else moqk_run_norm<0>(a, cut, begin, chunks, to, sums, ask);
-        h.load(scales, zeros, c0, p.shift);
+        h[0].load(scales, zeros, c0, p.shift);
     } else if constexpr (LATE && STEP > 0) { /* likewise */
-        h.ask(scales, zeros, c0, p.shift);
+        h[0].ask(scales, zeros, c0, p.shift);
         moqk_run_x<LATE, ROW>(a, cut, c0, n, mine, x_bar, ask);
-        h.load(scales, zeros, c0, p.shift);
+        h[0].load(scales, zeros, c0, p.shift);
     } else {
-        h.load(scales, zeros, c0, p.shift);
+        h[0].load(scales, zeros, c0, p.shift);
         moqk_run_x<LATE, ROW>(a, cut, c0, n, mine, x_bar, ask);
     }
     if (LATE && warp == 0 && lane == 0)
@@ -3611,15 +3663,15 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
         const uint32_t to = base + cut.sums_at + (uint32_t)((slot * cut.tiles_own + here) * NB * 32 + lane) * 16;
 #pragma unroll
         for (int b = 0; b < NB; b++) {
-            if (cut.blocks > 1) moqk_run_give(to + b * 512, acc[b], sum_bar, (uint32_t)owner);
-            else ((float4 *)(void *)(shared + (to - base)))[b * 32] = make_float4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
+            if (cut.blocks > 1) moqk_run_give(to + b * 512, acc[0][b], sum_bar, (uint32_t)owner);
+            else ((float4 *)(void *)(shared + (to - base)))[b * 32] = make_float4(acc[0][b][0], acc[0][b][1], acc[0][b][2], acc[0][b][3]);
         }
     } else {
         float *to = sums + here * 16 + g + slot * (ROW ? 1 : cut.rows) * cut.pitch;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int32_t m = split ? t : 2 * t + (i & 1);
-            const float v = split ? acc[0][i & 2] + acc[0][i | 1] : acc[0][i];
+            const float v = split ? acc[0][0][i & 2] + acc[0][0][i | 1] : acc[0][0][i];
             if (m < (ROW ? 1 : cut.rows) && !(split && (i & 1))) moqk_store_at(to + m * cut.pitch + 8 * (i >> 1), v, cut.blocks, (uint32_t)owner);
         }
     }
@@ -3631,7 +3683,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     const int32_t first = (first_tile + rank * (cut.tiles_own >> pairs)) * 16;
     const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
     if constexpr (LATE) {
-        moqk_run_end<FORM, STEP, NB, KIND>(a, cut, q, (const float4 *)(const void *)sums, warp, first, last);
+        moqk_run_end<FORM, STEP, NB, KIND>(a, cut, q, (const float4 *)(const void *)sums, warp, cut.tiles * cut.ways, first, last);
     } else for (int32_t o = warp * 32 + lane; o < (ROW ? last : cut.rows * cut.own); o += cut.tiles * cut.ways * 32) {
         int32_t m = 0, r = o;
         if (!ROW && !moqk_run_row(cut, last, o, &m, &r)) continue;
@@ -6414,9 +6466,9 @@ static int moqc_run_parts(const moqc_job *j, int form, int step, moqk_run *u)
 /* Likewise of moqk_decode_wide, with its places. */
 static int64_t moqc_wide_fill_in(moqk_run *u, int form)
 {
-    const int32_t slots = u->blocks * u->ways, warps = u->tiles * u->ways;
-    u->tiles_magic = 65536 / (uint32_t)u->tiles + 1;
-    if (slots > u->chunks || warps > MOQK_WIDE_WARPS) return 0;
+    const int32_t slots = u->blocks * u->ways, each = u->tiles / moqk_wide_tiles(form), warps = each * u->ways;
+    if (u->tiles % moqk_wide_tiles(form) || slots > u->chunks || warps > moqk_wide_warps(form)) return 0;
+    u->tiles_magic = 65536 / (uint32_t)each + 1;
     u->each = u->chunks / slots;
     u->more = u->chunks % slots;
     u->places = (int32_t)moqc_min(2, u->each + (u->more > 0)); /* more would delay what is needed first */
@@ -6424,7 +6476,7 @@ static int64_t moqc_wide_fill_in(moqk_run *u, int form)
     if (u->pairs && (u->tiles % 2 || u->tiles_own % 2)) return 0;
     u->own = u->tiles_own * 16 >> u->pairs;
     u->share = u->ahead = 0;
-    int64_t at = (int64_t)u->ways * u->places * MOQK_WIDE_X + (int64_t)warps * moqk_chunk_bytes(form);
+    int64_t at = (int64_t)u->ways * u->places * MOQK_WIDE_X + (int64_t)u->tiles * u->ways * moqk_chunk_bytes(form);
     u->bars_at = (uint32_t)at;
     at += moqk_pad(8 * (2 * u->ways * u->places + warps + 1), 128);
     u->sums_at = (uint32_t)at;
@@ -6461,11 +6513,11 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
 
 /* What a cut costs, in chunks that one multiprocessor works on: its share of them and of x, more when few warps are at work, when the launches
    before and after find no room beside it, when the blocks of a cluster add up. Fitted to timings on an H200: six shapes, 1 to 16 rows. */
-static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups, int64_t bytes)
+static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int form, int64_t groups, int64_t bytes)
 {
     const double sms = u->blocks > 2 ? c->sm_count * 10 / 11 : c->sm_count; /* clusters of 4 leave some out */
-    const double share = (double)moqk_ceil(u->chunks, u->blocks), x = (u->share ? 0.025 : 0.05) * u->columns * share;
-    const int warps = u->tiles * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
+    const double share = (double)moqk_ceil(u->chunks, u->blocks), x = (u->share ? 0.025 : 0.05) * (u->wide ? 16 : u->columns) * share;
+    const int warps = u->tiles / (u->wide ? moqk_wide_tiles(form) : 1) * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
     const double grid = (double)(groups * u->blocks), rounds = ceil(grid / sms), run = u->each + (u->more > 0);
     const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + x;
     const int twice = two && grid > sms;
@@ -6494,10 +6546,18 @@ static int64_t moqc_run_search(const moqc_job *j, int form, moqk_run *u, moqk_ru
                 if (bytes == 0 || bytes > j->c->most_shared) continue;
                 const int64_t groups = moqc_run_groups(u);
                 u->share = !u->wide && u->bulk && u->blocks == 1 && u->rows >= 4;
-                const double cost = moqc_run_cost(j->c, u, moqk_pad(groups, 1 + u->share), u->wide ? j->c->most_shared : bytes);
+                const double cost = moqc_run_cost(j->c, u, form, moqk_pad(groups, 1 + u->share), u->wide ? j->c->most_shared : bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = *u; }
             }
     return bytes_of_best;
+}
+
+/* Where moqk_decode_wide is better than a cut of moqk_decode_run: little room beside x, or short runs; with two row tiles of a warp, unless that kernel has
+   the warps that it has registers for. */
+static int moqc_run_yields(const moqk_run *u, int form)
+{
+    const int warps = u->tiles * u->ways;
+    return u->blocks == 4 || warps < 12 || u->each < MOQK_RUN_PHASES || (moqk_wide_tiles(form) > 1 && warps != MOQK_RUN_FEW);
 }
 
 /* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
@@ -6513,8 +6573,8 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
     u.bulk = j->call.x_bf16 && u.cols % 256 == 0 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
     u.stages = 1;
     int64_t bytes_of_best = moqc_run_search(j, form, &u, best);
-    if (columns > 8 && u.bulk && j->c->encode_map) { /* little room beside x, or short runs */
-        u.wide = bytes_of_best == 0 || best->blocks == 4 || best->tiles * best->ways < 12 || best->each < MOQK_RUN_PHASES;
+    if (columns > 8 && u.bulk && j->c->encode_map) {
+        u.wide = bytes_of_best == 0 || moqc_run_yields(best, form);
         const int64_t bytes = u.wide ? moqc_run_search(j, form, &u, best) : 0;
         if (bytes > 0) bytes_of_best = bytes;
     }
@@ -6551,6 +6611,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
 {
     u->eager = MOQK_RUN_ALL;
     if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
+    if (u->wide) bytes = moqc_max(bytes, j->c->most_shared / 2); /* or two blocks come to lie on one multiprocessor: see moqc_run_joined */
     const int kind = u->norm ? MOQK_RUN_NORM : !u->pairs && !u->into && !u->mid ? MOQK_RUN_PLAIN : u->rows == 1 ? MOQK_RUN_ROW : MOQK_RUN_JOINED;
     const moqc_run_kernel kernel = u->wide ? NULL : moqc_run_find(form, step, u, kind);
     const moqc_wide_kernel wide = u->wide ? moqc_wide_find(form, step, kind) : NULL;
@@ -6566,7 +6627,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     with[1].val.clusterDim.y = 1 + (unsigned)u->share;
     with[1].val.clusterDim.z = 1;
     how.gridDim = dim3((unsigned)u->blocks, (unsigned)moqk_pad(u->part[u->parts - 1].end, 1 + u->share)); /* one that is too many repeats rows */
-    how.blockDim = u->wide ? dim3(32, (unsigned)(u->tiles * u->ways + 1)) : dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
+    how.blockDim = u->wide ? dim3(32, (unsigned)(u->tiles / moqk_wide_tiles(form) * u->ways + 1)) : dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
     how.dynamicSmemBytes = (size_t)bytes;
     how.stream = j->c->stream;
     how.attrs = with;
@@ -10550,8 +10611,8 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
         const moqk_few_side &s = a.side[second];
         const int32_t split = second || !a.bf16, first = moqk_few_chunk(item), stop = min(first + s.run, s.chunks);
         const float f = factor[expert[d] * (a.side[0].parts + 1) + (second ? a.side[0].parts : part)];
-        float beside[2] = {0, 0}, acc[1][4] = {{0, 0, 0, 0}};
-        moqk_run_factors<FORM, STEP> h;
+        float beside[2] = {0, 0}, acc[1][1][4] = {{{0, 0, 0, 0}}};
+        moqk_run_factors<FORM, STEP> h[1];
         const float2 *scales = NULL;
         const uint16_t *zeros = NULL;
         if (STEP > 0) {
@@ -10559,7 +10620,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             const int64_t from = (int64_t)moqk_few_tile(a, item) * s.groups * 8 + g;
             scales = (const float2 *)(const void *)(at + (int64_t)s.tiles * s.chunks * BYTES) + from;
             zeros = (const uint16_t *)(const void *)(at + (int64_t)s.tiles * (s.chunks * (int64_t)BYTES + s.groups * 64)) + from;
-            h.load(scales, zeros, first, s.shift);
+            h[0].load(scales, zeros, first, s.shift);
         }
         if (s.bias && first == 0) {
             const int32_t r = moqk_few_tile(a, item) * 16 + g;
@@ -10580,14 +10641,14 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
                 }
                 __syncwarp();
             }
-            uint4 w[4];
-            uint2 bytes = make_uint2(0, 0);
-            const uint32_t z[2] = {0, 0};
+            uint4 w[1][4];
+            uint2 bytes[1] = {make_uint2(0, 0)};
+            const uint32_t z[1][2] = {{0, 0}};
             const uint32_t place = ring + slot * BYTES, full = bar + 8 * slot;
             moqk_barrier_wait(full, turn);
-            if (FORM <= MOQK_MXFP4) bytes = moqk_shared8(place + scales_at);
+            if (FORM <= MOQK_MXFP4) bytes[0] = moqk_shared8(place + scales_at);
 #pragma unroll
-            for (int k = 0; k < 4; k++) w[k] = moqk_shared16(place + k * 512 + codes);
+            for (int k = 0; k < 4; k++) w[0][k] = moqk_shared16(place + k * 512 + codes);
             if (ahead.left > 0 || ahead.next < end) { /* the stage will be used again */
                 moqk_end_reads();
                 __syncwarp();
@@ -10596,13 +10657,13 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             static_assert(MOQK_FEW_STAGES == 2, "stages in turn");
             turn ^= slot;
             slot ^= 1;
-            moqk_run_chunk<FORM, STEP, 1, 0>(w, bytes, h, x, z, acc);
-            if (STEP > 0) h.load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
+            moqk_run_chunk<FORM, STEP, 1, 1, 0>(w, bytes, h, x, z, acc);
+            if (STEP > 0) h[0].load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
             if (!second) x[0] += 512;
         }
 
         if (ONE) {
-            const float v = (split ? acc[0][0] + acc[0][1] : acc[0][0]) * f, w = (split ? acc[0][2] + acc[0][3] : acc[0][2]) * f;
+            const float v = (split ? acc[0][0][0] + acc[0][0][1] : acc[0][0][0]) * f, w = (split ? acc[0][0][2] + acc[0][0][3] : acc[0][0][2]) * f;
             moqk_few_place(a, &c, i, item, v, w, beside, (const float *)(const void *)(shared + a.sums_at), more, hidden);
             continue;
         }
@@ -10611,12 +10672,12 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             float *sums = (float *)(void *)(shared + a.sums_at) + at * s.each * a.rows * 16;
             float *to = sums + (part * s.runs + moqk_few_over(first, s.run_magic)) * a.rows * 16 + g;
             if (unit >= MOQK_FEW_UNITS) moqk_few_wait(&c.done[at], unit - MOQK_FEW_UNITS + 1);
-            if (split && t < a.rows) to[t * 16] = (acc[0][0] + acc[0][1]) * f + beside[0], to[t * 16 + 8] = (acc[0][2] + acc[0][3]) * f + beside[1];
+            if (split && t < a.rows) to[t * 16] = (acc[0][0][0] + acc[0][0][1]) * f + beside[0], to[t * 16 + 8] = (acc[0][0][2] + acc[0][0][3]) * f + beside[1];
 #pragma unroll
             for (int k = 0; k < 2; k++)
                 if (!split && 2 * t + k < a.rows) {
-                    to[(2 * t + k) * 16] = acc[0][k] * f + beside[0];
-                    to[(2 * t + k) * 16 + 8] = acc[0][2 + k] * f + beside[1];
+                    to[(2 * t + k) * 16] = acc[0][0][k] * f + beside[0];
+                    to[(2 * t + k) * 16 + 8] = acc[0][0][2 + k] * f + beside[1];
                 }
             if (moqk_few_arrive(&c.arrived[at], s.each)) {
                 moqk_few_finish<0>(a, &c, d, moqk_few_tile(a, item), sums, hidden);
@@ -10632,8 +10693,8 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
         }
         float *sums = more + unit * warps * a.rows * 16, *to = sums + (warp * a.rows + t) * 16 + g;
         if (t < a.rows) {
-            to[0] += (acc[0][0] + acc[0][1]) * f + weight * beside[0];
-            to[8] += (acc[0][2] + acc[0][3]) * f + weight * beside[1];
+            to[0] += (acc[0][0][0] + acc[0][0][1]) * f + weight * beside[0];
+            to[8] += (acc[0][0][2] + acc[0][0][3]) * f + weight * beside[1];
         }
         if (moqk_few_arrive(&c.added[unit], 0)) {
             const int32_t tile = moqk_few_tile(a, item), keep = !a.duo || (unit & 1) == (int32_t)(blockIdx.x & 1);
