@@ -93,6 +93,7 @@ enum {
     MOQC_SLOT_BYTES = 4 << 20,
     MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
     MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
+    MOQC_GIVEN = 512 * 24,        /* bytes of what splits of attention give to one of them, 512 quads at most */
     MOQC_TILE_TOKENS = 304,       /* the most rows of x in a tile of >>cuda-gemm */
     MOQC_FEW_ROWS = 16            /* rows of x that need none of the room of >>cuda-gemm */
 };
@@ -153,6 +154,7 @@ typedef struct moqc_ctx {
     float *t, *r, *mid, *hidden, *out, *weight, *partial; /* in scratch */
     uint8_t *parted;                         /* x of few rows as >>cuda-ring reads it */
     int32_t *index, *place, *row_of, *expert_of, *tiles, *arrived, *chains;
+    uint32_t *given;                         /* see moqk_attend_args; its own block, because it must stay as a launch leaves it */
     uint8_t *x16;                            /* see >>cuda-gemm; NULL while rows are few */
     float *partial_sums, *token_unit;
     int32_t *turn;
@@ -6890,18 +6892,25 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
 {
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
+    const int together = cluster == 0; /* blocks run at the same time */
     memset(with, 0, sizeof with);
     how.gridDim = grid;
     how.blockDim = dim3((unsigned)threads);
     how.dynamicSmemBytes = (size_t)shared;
     how.stream = c->stream;
     how.attrs = with;
-    how.numAttrs = c->sm >= 90 ? 1 + (cluster > 1) : 0;
+    how.numAttrs = c->sm >= 90 ? 1 + (cluster != 1) : together;
     with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     with[0].val.programmaticStreamSerializationAllowed = 1;
     with[1].id = cudaLaunchAttributeClusterDimension;
     with[1].val.clusterDim.x = (unsigned)cluster;
     with[1].val.clusterDim.y = with[1].val.clusterDim.z = 1;
+    if (together) {
+        memset(with + 1, 0, sizeof with[1]);
+        with[1].id = cudaLaunchAttributeCooperative;
+        with[1].val.cooperative = 1;
+        if (c->sm < 90) with[0] = with[1];
+    }
     if (shared > 0 && !moqc_ok(c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute")) return;
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
@@ -7852,6 +7861,15 @@ static int moqc_kv_numbers(moqc_ctx *c, const moq_kv_desc *d, moqk_cache *k, flo
     return fine;
 }
 
+/* What splits of attention leave for each other, absent. */
+static int moqc_take_given(moqc_ctx *c, moq_error *err)
+{
+    const size_t bytes = (size_t)c->sm_count * MOQC_GIVEN;
+    if (c->given) return 1;
+    if (!(c->given = (uint32_t *)moqc_take(c, bytes, "partial results", err))) return 0;
+    return moqc_ok(c, cudaMemsetAsync(c->given, 0xff, bytes, c->stream), "cudaMemset");
+}
+
 static moq_kv_cache *moqc_kv_create(moq_backend *be, const moq_kv_desc *d, moq_error *err)
 {
     moqc_ctx *c = moqc_of(be);
@@ -7863,7 +7881,7 @@ static moq_kv_cache *moqc_kv_create(moq_backend *be, const moq_kv_desc *d, moq_e
     if (moqc_kv_plan(c, d, &k, bytes, err) < 0) return NULL;
     memset(&need, 0, sizeof need);
     need.partial = moqk_pad(k.v.dim, 4) + 2;
-    if (moqc_grow(c, &need, c->be.max_rows, err) < 0) return NULL;
+    if (moqc_grow(c, &need, c->be.max_rows, err) < 0 || !moqc_take_given(c, err)) return NULL;
     size_t floats = (size_t)moqc_kv_floats(&k) * 4;
     total = bytes[0] + bytes[1] + bytes[2] + bytes[3] + floats;
     moqc_cache *cache = (moqc_cache *)moq_allocate(&c->host, sizeof *cache);
@@ -8009,12 +8027,15 @@ typedef struct moqk_attend_args {
     float *partial;            /* [rows, heads, splits, values padded to 4]; NULL with one split */
     float2 *stats;             /* [rows, heads, splits] max and sum of each */
     int32_t *arrived;          /* [rows, head groups] splits that are done; zero between launches */
+    uint32_t *given;           /* >>cuda-attention-stream: what splits leave for each other, [rows, head groups, owner, split, 2^shift] sums of four values,
+                                  then maximum and sum of each; absent between launches. NULL: they are alone, or a cluster */
+    int64_t given_stats;       /* words from the first sum to the first maximum */
     int64_t q_stride, y_stride;
     int32_t rows, heads, share, window, chunk, splits, bf16;
     int32_t ahead;             /* >>cuda-attention-stream: 1: blocks fetch their first keys and values ahead */
     int32_t enters;            /* the same: 1: the launch does what moqk_enter would do for its one row */
-    int32_t clustered;         /* the same: 1: the splits of a row are the blocks of a cluster, and add up in its shared memory; partial is NULL */
-    int32_t shift;             /* the same: a block of the cluster adds up 2^shift quads of four values */
+    int32_t clustered;         /* the same: 1: the splits of a row are the blocks of a cluster, and add up in its shared memory; given is NULL */
+    int32_t shift;             /* the same: a split adds up 2^shift quads of four values */
     int32_t places;            /* the same: steps that the ring of a warp holds */
     float scale, softcap;
     moq_heads_desc enter;
@@ -8674,13 +8695,14 @@ template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
-   Every warp has its next positions on their way and waits for no other warp until its sums meet theirs. A step of one row is a chain of latencies in
-   which a warp needs about five cycles an instruction: what can be made before the kernel before has ended stands before the wait, loads stand before
-   what waits for them, and nothing branches between loads.
+   Every warp has its next positions on their way and waits for no other warp until its sums meet theirs. Splits of a row that are no cluster give each
+   other their sums through memory, where a word is its own signal; they must run at the same time: such a launch is cooperative.
+   A step of one row is a chain of latencies in which a warp needs about five cycles an instruction: what can be made before the kernel before has ended
+   stands before the wait, loads stand before what waits for them, and nothing branches between loads.
    ------------------------------------------------------------------------------------------------ */
 
 /* Warps of a block at most; positions of a step of a warp; blocks of a cluster at most. */
-enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8 };
+enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8, MOQK_STREAM_AT_ONCE = 8 };
 
 /* Registers of a thread. With 164 and somewhat more shared memory blocks began 1.2 us later: those of >>cuda-runs must find room beside them. */
 enum { MOQK_STREAM_REGISTERS = 160 };
@@ -8690,15 +8712,13 @@ enum { MOQK_STREAM_REGISTERS = 160 };
 #define MOQK_STREAM_BOUNDS __launch_bounds__(MOQK_STREAM_WARPS * 32, 1)
 #endif
 
-/* Bytes of a position; of a step; steps of a warp's ring at most. */
+/* Bytes of a position; of a step; steps of a warp's ring at most: with twice as many on their way 32,768 positions took 5 % longer. */
 __host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { return dim * moqk_kv_bits(kind) / 8; }
 __host__ __device__ static constexpr int moqk_stream_step(int kind, int dim) { return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim); }
 __host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim) { return moqk_stream_row(kind, dim) == 256 ? 2 : 3; }
 
-/* The sums of a head as warps leave them in shared memory: dimension d at d / (DIM / 8) * (DIM / 8 + 4) + d % (DIM / 8), so that stores of 16 bytes meet
-   different banks; floats of a head. */
-__host__ __device__ static constexpr int moqk_stream_sums(int dim) { return dim + 36; }
-template <int DIM> __device__ __forceinline__ int moqk_stream_sum_at(int d) { return d + d / (DIM / 8) * 4; }
+/* Floats of a head's sums as warps leave them in shared memory: stores of 16 bytes meet different banks. */
+__host__ __device__ static constexpr int moqk_stream_sums(int dim) { return dim + 4; }
 
 /* Shared memory behind the rings: queries that enter or are scaled [8][DIM + 8], key and value that enter [2][DIM], operands [DIM / 16][32] uint4. */
 __host__ __device__ static constexpr int moqk_stream_heads(int dim) { return 8 * moqk_tensor_row(dim) * 4; }
@@ -8736,17 +8756,14 @@ template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put,
     }
 }
 
-/* What moqk_query_operands makes, where there are warps enough that each makes a share of it, into ops [DIM / 16][32], for all. queries [8][R]: heads
-   that have entered, not scaled; or room for those of a.q. */
+/* Queries as the other operands of keys: column g of tile i is the first or second term of head 4 i + g / 2. Each warp makes a share of them, into
+   ops [DIM / 16][32], for all. queries [8][R]: heads
+   that have entered, not yet times `unit`. */
 template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_stream_queries(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, const float *k_bias, float *queries,
-                                                    float *bias, uint4 *ops, uint32_t (*q)[4])
+__device__ __forceinline__ void moqk_stream_queries(const float *k_bias, float unit, const float *queries, float *bias, uint4 *ops, uint32_t (*q)[4])
 {
     constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const float unit = a.enters ? a.scale : 1;
-    for (int i = threadIdx.x; i < 8 * DIM && !a.enters; i += blockDim.x)
-        queries[i / DIM * R + i % DIM] = i / DIM < count ? __fmul_rn(moqk_get_any(a.q, row * a.q_stride + (int64_t)head * DIM + i, a.bf16), a.scale) : 0;
     __syncthreads();
     if (!k_bias && threadIdx.x < 8) bias[threadIdx.x] = 0;
     for (int h = warp; k_bias && h < 8; h += blockDim.x >> 5) {
@@ -8756,11 +8773,17 @@ __device__ __forceinline__ void moqk_stream_queries(const moqk_attend_args &a, i
         if (lane == 0) bias[h] = sum;
     }
     for (int s = warp; s < DIM / 16; s += blockDim.x >> 5) {
-        const float *x = queries + (lane >> 2) * R;
-        uint4 v;
-        moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 0)], unit), __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 1)], unit), &v.x, &v.y);
-        moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2)], unit), __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 3)], unit), &v.z, &v.w);
-        ops[s * 32 + lane] = v;
+        const float *x = queries + (lane >> 3) * R;
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* two pairs of dimensions of two tiles */
+            const int d = i & 1 ? 2 : 0, head = (i >> 1) * 4 * R;
+            uint32_t hi, lo;
+            moqk_split16<BF>(__fmul_rn(x[head + moqk_key_dim<KIND, DIM>(lane & 3, s, d)], unit),
+                             __fmul_rn(x[head + moqk_key_dim<KIND, DIM>(lane & 3, s, d + 1)], unit), &hi, &lo);
+            v[i] = lane & 4 ? lo : hi;
+        }
+        ops[s * 32 + lane] = make_uint4(v[0], v[1], v[2], v[3]);
     }
     __syncthreads();
 #pragma unroll
@@ -8770,38 +8793,49 @@ __device__ __forceinline__ void moqk_stream_queries(const moqk_attend_args &a, i
     }
 }
 
-/* s[n] += q k of keys 8 n + g. */
-template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_scores(uint32_t keys, const uint32_t (*q)[4], int lane, float s[2][2])
+/* s[i][n] = q k of head 4 i + t and key 8 n + g: keys are the rows of the products. Tile 1 where there are more than four heads. */
+template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_scores(uint32_t keys, const uint32_t (*q)[4], int two, int lane, float s[2][2])
 {
-    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND);
+    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), STEPS = KIND == MOQK_KV_BF16 ? 2 : 4; /* of 16 bytes of four lanes */
     const uint32_t first = moqk_stream_at<ROW>(lane >> 2, lane & 3);
+    float even[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, odd[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-        float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+    for (int j = 0; j < ROW / 64; j++) {
+        uint32_t k[2][8]; /* of keys g and 8 + g */
 #pragma unroll
-        for (int j = 0; j < ROW / 64; j++) {
+        for (int n = 0; n < 2; n++) {
             const uint4 w = moqk_shared16(keys + n * 8 * ROW + (first ^ j << 6));
-            if constexpr (KIND == MOQK_KV_BF16) {
-                moqk_attend_mma<BF>(even, q[j * 2], w.x, w.y);
-                moqk_attend_mma<BF>(odd, q[j * 2 + 1], w.z, w.w);
-            } else {
-                uint32_t b[8];
-                moqk_kv_operands<KIND>(w.x, 0, b);
-                moqk_kv_operands<KIND>(w.y, 0, b + 2);
-                moqk_kv_operands<KIND>(w.z, 0, b + 4);
-                moqk_kv_operands<KIND>(w.w, 0, b + 6);
-#pragma unroll
-                for (int i = 0; i < 4; i++) moqk_attend_mma<BF>(i & 1 ? odd : even, q[j * 4 + i], b[2 * i], b[2 * i + 1]);
-            }
+            moqk_kv_operands<KIND>(w.x, 0, k[n]);
+            moqk_kv_operands<KIND>(w.y, 0, k[n] + STEPS / 2);
+            moqk_kv_operands<KIND>(w.z, 0, k[n] + STEPS);
+            moqk_kv_operands<KIND>(w.w, 0, k[n] + STEPS / 2 * 3);
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) s[n][i] = even[i] + odd[i] + (even[i + 2] + odd[i + 2]);
+        for (int i = 0; i < STEPS; i++) {
+            const uint32_t a[4] = {k[0][2 * i], k[1][2 * i], k[0][2 * i + 1], k[1][2 * i + 1]}, *b = q[j * STEPS + i];
+            moqk_attend_mma<BF>(i & 1 ? odd[0] : even[0], a, b[0], b[1]);
+            if (two) moqk_attend_mma<BF>(i & 1 ? odd[1] : even[1], a, b[2], b[3]);
+        }
     }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int n = 0; n < 2; n++) s[i][n] = even[i][2 * n] + odd[i][2 * n] + (even[i][2 * n + 1] + odd[i][2 * n + 1]);
 }
 
-/* out[i] += p v: column g of product i is dimension g * DIM / 8 + i. Half of the lanes read their positions in the other order, for the banks' sake,
-   which the selectors of their bytes undo. */
-template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32_t p[4], int lane, float (*out)[4])
+/* The lane's weights of keys g and 8 + g of head t as the other operands of values: keys 2 t and 2 t + 1, column g the first or second term of head g / 2. */
+template <int BF> __device__ __forceinline__ void moqk_stream_weights(float x, float y, uint32_t p[2])
+{
+    uint32_t hi, lo;
+    moqk_split16<BF>(x, y, &hi, &lo);
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(p[0]) : "r"(__byte_perm(hi, lo, 0x5410)));
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(p[1]) : "r"(__byte_perm(hi, lo, 0x7632)));
+}
+
+/* out[k][i] += v p of tile k: rows g and 8 + g of product i are dimensions g * DIM / 8 + 2 i and the next one, its columns 2 t and 2 t + 1 what the terms
+   of head t come to. Half of the lanes read their positions in the other order, for the banks' sake, which the selectors of their bytes undo. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32_t p[2][2], int two, int lane, float (*out)[DIM / 16][4])
 {
     constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), LOADS = ROW == 256 ? 2 : 1, WORDS = ROW == 64 ? 2 : 4;
     const int g = lane >> 2, t = lane & 3, other = ROW == 64 ? g >> 1 & 1 : g & 1, piece = ROW == 64 ? g >> 1 : g * LOADS;
@@ -8823,78 +8857,22 @@ template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_values(
             }
         }
 #pragma unroll
-        for (int w = 0; w < WORDS; w++)
+        for (int w = 0; w < WORDS; w++) {
+            uint32_t x[2][2], y[2][2]; /* pairs of neighbouring positions: of dimensions in turn */
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const uint32_t a = __byte_perm(v[0][w], v[1][w], j ? high : low), b = __byte_perm(v[2][w], v[3][w], j ? high : low);
-                if constexpr (KIND == MOQK_KV_BF16) moqk_attend_mma<BF>(out[c * 8 + 2 * w + j], p, a, b);
-                else {
-                    uint32_t x[2], y[2];
-                    moqk_kv_operands<KIND>(a, 0, x);
-                    moqk_kv_operands<KIND>(b, 0, y);
-                    moqk_attend_mma<BF>(out[4 * w + 2 * j], p, x[0], y[0]);
-                    moqk_attend_mma<BF>(out[4 * w + 2 * j + 1], p, x[1], y[1]);
-                }
-            }
-    }
-}
-
-/* Adds 1 to a counter of this device; what the block wrote before is there for whoever sees that, and what they wrote is there for the block. */
-__device__ __forceinline__ int32_t moqk_arrive(int32_t *p)
-{
-    int32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
-    return before;
-}
-
-/* What moqk_join_splits does, with sixteen parts and their sums under way in every thread, for which it takes the registers: one wait for the
-   memory instead of three. */
-__device__ __forceinline__ int moqk_join_at_once(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count)
-{
-    enum { AT_ONCE = 16 };
-    __shared__ int last;
-    int32_t n = (a.c.v.dim + 3) / 4, *arrived = a.arrived + row * gridDim.y + blockIdx.y;
-    __syncthreads();
-    if (threadIdx.x == 0) last = moqk_arrive(arrived) == a.splits - 1;
-    __syncthreads();
-    if (!last) return 0;
-    for (int32_t i = threadIdx.x; i < count * n; i += blockDim.x) {
-        int32_t h = i / n, d = i % n;
-        const int64_t first = (row * a.heads + head + h) * a.splits;
-        float v[4] = {0, 0, 0, 0}, top = -3e38f, sum = 0;
-        for (int32_t s = 0; s < a.splits; s += AT_ONCE) {
-            float4 part[AT_ONCE];
-            float2 stats[AT_ONCE];
-            float best = top;
-#pragma unroll
-            for (int u = 0; u < AT_ONCE; u++) {
-                const int there = s + u < a.splits;
-                part[u] = there ? __ldcg((const float4 *)a.partial + (first + s + u) * n + d) : make_float4(0, 0, 0, 0);
-                stats[u] = there ? __ldcg(a.stats + first + s + u) : make_float2(-3e38f, 0);
+                moqk_kv_operands<KIND>(__byte_perm(v[0][w], v[1][w], j ? high : low), 0, x[j]);
+                moqk_kv_operands<KIND>(__byte_perm(v[2][w], v[3][w], j ? high : low), 0, y[j]);
             }
 #pragma unroll
-            for (int u = 0; u < AT_ONCE; u++) if (stats[u].y != 0) best = fmaxf(best, stats[u].x);
-            const float shrink = expf(top - best);
-            for (int j = 0; j < 4; j++) v[j] *= shrink;
-            sum *= shrink;
-            top = best;
-#pragma unroll
-            for (int u = 0; u < AT_ONCE; u++) {
-                const float w = stats[u].y != 0 ? expf(stats[u].x - top) : 0;
-                sum += w * stats[u].y;
-                v[0] += w * part[u].x;
-                v[1] += w * part[u].y;
-                v[2] += w * part[u].z;
-                v[3] += w * part[u].w;
+            for (int j = 0; j < (KIND == MOQK_KV_BF16 ? 1 : 2); j++) {
+                const uint32_t a[4] = {x[j][0], KIND == MOQK_KV_BF16 ? x[1][0] : x[j][1], y[j][0], KIND == MOQK_KV_BF16 ? y[1][0] : y[j][1]};
+                const int i = KIND == MOQK_KV_BF16 ? c * 4 + w : 2 * w + j;
+                moqk_attend_mma<BF>(out[0][i], a, p[0][0], p[0][1]);
+                if (two) moqk_attend_mma<BF>(out[1][i], a, p[1][0], p[1][1]);
             }
         }
-        for (int j = 0; j < 4; j++) {
-            const int32_t at = 4 * d + j;
-            if (at < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, sum != 0 ? v[j] / sum : 0, a.bf16);
-        }
     }
-    if (threadIdx.x == 0) *arrived = 0;
-    return 1;
 }
 
 /* A head that enters: where it is, the weight of its norm or NULL. */
@@ -8904,13 +8882,14 @@ typedef struct moqk_enter_task {
     int32_t kind, half;        /* 0 query, 1 key, 2 value; pairs that turn */
 } moqk_enter_task;
 
-/* Of the tasks of a block: `count` queries from `head` on, a key, a value. */
+/* Of the tasks of a block: `count` queries from `head` on and, where heads enter, a key, a value. All else that `enter` says is zero where none do. */
 template <int DIM>
-__device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int32_t task)
+__device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_args &a, int64_t row, int32_t kv_head, int32_t head, int32_t count, int32_t task)
 {
     const moq_heads_desc &d = a.enter;
     const int32_t kind = task < count ? 0 : task - count + 1;
-    const moqk_enter_task t = {moqk_place_any(kind == 0 ? d.q : kind == 1 ? d.k : d.v, (int64_t)(kind == 0 ? head + task : kv_head) * DIM, a.bf16),
+    const int64_t at = kind == 0 ? row * a.q_stride + (int64_t)(head + task) * DIM : (int64_t)kv_head * DIM;
+    const moqk_enter_task t = {moqk_place_any(kind == 0 ? a.q : kind == 1 ? d.k : d.v, at, a.bf16),
                                kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, kind, kind < 2 ? d.dims / 2 : 0};
     return t;
 }
@@ -8945,8 +8924,8 @@ __device__ __forceinline__ void moqk_stream_pack(const float *x, float scale, co
 /* What moqk_enter does for the heads of a block before they are packed, one to a warp; now, e: the first one of each. Queries go into `queries` [8][R],
    not scaled, and where `owner` key and value into `mine` [2][DIM]. */
 template <int DIM>
-__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t kv_head, int32_t head, int32_t count, int owner, float *queries,
-                                                 float *mine, moqk_enter_task now, moqk_entering<DIM> &e)
+__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int64_t row, int32_t kv_head, int32_t head, int32_t count, int owner,
+                                                 float *queries, float *mine, moqk_enter_task now, moqk_entering<DIM> &e)
 {
     constexpr int R = moqk_tensor_row(DIM);
     const moq_heads_desc &d = a.enter;
@@ -8954,7 +8933,7 @@ __device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int3
     for (int32_t i = count * R + threadIdx.x; i < 8 * R; i += blockDim.x) queries[i] = 0;
     for (int32_t task = warp; task < count + 2 * owner; task += warps) { /* queries, key, value */
         if (task != warp) {
-            now = moqk_enter_find<DIM>(a, kv_head, head, count, task);
+            now = moqk_enter_find<DIM>(a, row, kv_head, head, count, task);
             e.weigh(now.weight, DIM);
             e.load(now.from, a.bf16, DIM, (const float2 *)(const void *)d.table, now.half);
         }
@@ -8990,14 +8969,17 @@ template <int ROW> __device__ __forceinline__ void moqk_stream_own(uint32_t step
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
 }
 
-/* What the splits of a cluster add up: block r owns 2^shift quads of four values of the heads from quad r * 2^shift on, and gets each of every block, into
-   `parts` [splits][2^shift], with maximum to base 2 and sum of its head, into `stats`. `bar` knows how many bytes that is. */
+/* What the splits of a row add up: block r owns 2^shift quads of four values of the heads from quad r * 2^shift on, and gets each of every block, into
+   `parts` [splits][2^shift], with maximum to base 2 and sum of its head, into `stats`. In a cluster they are sent there, and `bar` knows how many bytes that
+   is. All other blocks leave them in memory, where they are their own signal: a word that is not MOQK_SPLIT_ABSENT is there. */
 typedef struct moqk_splits {
     float4 *parts;
     float2 *stats;
     uint32_t bar;
     int32_t shift;
 } moqk_splits;
+
+#define MOQK_SPLIT_ABSENT 0xffffffffu
 
 /* Before the blocks of the cluster meet. */
 __device__ __forceinline__ void moqk_split_begin(const moqk_splits &c, int32_t splits, int32_t quads)
@@ -9011,11 +8993,32 @@ __device__ __forceinline__ void moqk_split_begin(const moqk_splits &c, int32_t s
 #endif
 }
 
-/* Quad i of this block, for whoever owns it. */
-__device__ __forceinline__ void moqk_split_give(const moqk_splits &c, int32_t i, const float v[4], float max, float sum)
+/* Four words in memory of what block `to` gets from `from`; with its two others: see moqk_split_stats. */
+__device__ __forceinline__ uint32_t *moqk_split_parts(const moqk_attend_args &a, uint32_t to, uint32_t from, uint32_t quad)
 {
+    const uint32_t group = blockIdx.z * gridDim.y + blockIdx.y;
+    return a.given + ((((group * a.splits + to) * a.splits + from) << a.shift) + quad) * 4;
+}
+__device__ __forceinline__ uint32_t *moqk_split_stats(const moqk_attend_args &a, const uint32_t *parts)
+{
+    return a.given + a.given_stats + (parts - a.given) / 2;
+}
+__device__ __forceinline__ uint32_t moqk_split_word(float v) { return min(__float_as_uint(v), MOQK_SPLIT_ABSENT - 1); }
+
+/* Quad i of this block, for whoever owns it. */
+__device__ __forceinline__ void moqk_split_give(const moqk_attend_args &a, const moqk_splits &c, int32_t i, const float v[4], float max, float sum)
+{
+    const uint32_t to = (uint32_t)i >> c.shift, quad = (uint32_t)i & ((1u << c.shift) - 1);
+    if (a.given) {
+        uint32_t *parts = moqk_split_parts(a, to, blockIdx.x, quad);
+        asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" :: "l"(parts), "r"(moqk_split_word(v[0])), "r"(moqk_split_word(v[1])),
+                     "r"(moqk_split_word(v[2])), "r"(moqk_split_word(v[3])) : "memory");
+        asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" :: "l"(moqk_split_stats(a, parts)), "r"(moqk_split_word(max)), "r"(moqk_split_word(sum))
+                     : "memory");
+        return;
+    }
 #if __CUDA_ARCH__ >= 900
-    const uint32_t to = (uint32_t)i >> c.shift, at = ((uint32_t)blockIdx.x << c.shift) + ((uint32_t)i & ((1u << c.shift) - 1));
+    const uint32_t at = ((uint32_t)blockIdx.x << c.shift) + quad;
     moqk_run_give((uint32_t)__cvta_generic_to_shared(c.parts + at), v, c.bar, to);
     asm volatile("{ .reg .u32 p, q; mapa.shared::cluster.u32 p, %0, %4; mapa.shared::cluster.u32 q, %3, %4;"
                  " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [p], {%1, %2}, [q]; }"
@@ -9023,28 +9026,58 @@ __device__ __forceinline__ void moqk_split_give(const moqk_splits &c, int32_t i,
 #endif
 }
 
-/* y = sum 2^(m_s - m) y_s / sum 2^(m_s - m) l_s, in the order of the splits, a value a thread. Behind it every block of the cluster has read its queries. */
+/* Waits for what the other blocks leave in memory, takes it, and makes it absent for the next launch. */
+__device__ __forceinline__ void moqk_split_take(const moqk_attend_args &a, const moqk_splits &c, int32_t quads)
+{
+    for (int32_t i = threadIdx.x; i < a.splits << c.shift; i += blockDim.x) {
+        const int32_t quad = i & ((1 << c.shift) - 1);
+        if (((int32_t)blockIdx.x << c.shift) + quad >= quads) continue;
+        uint32_t *from = moqk_split_parts(a, blockIdx.x, i >> c.shift, quad), *from_stats = moqk_split_stats(a, from);
+        uint4 v;
+        uint2 w;
+        do {
+            asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+            asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "l"(from_stats) : "memory");
+        } while (max(max(max(v.x, v.y), max(v.z, v.w)), max(w.x, w.y)) == MOQK_SPLIT_ABSENT);
+        ((uint4 *)(void *)c.parts)[i] = v;
+        ((uint2 *)(void *)c.stats)[i] = w;
+        *(uint4 *)(void *)from = make_uint4(~0u, ~0u, ~0u, ~0u);
+        *(uint2 *)(void *)from_stats = make_uint2(~0u, ~0u);
+    }
+    __syncthreads();
+}
+
+/* y = sum 2^(m_s - m) y_s / sum 2^(m_s - m) l_s, in the order of the splits, a value a thread. Behind it every block has read its queries. */
 template <int DIM>
 __device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, const moqk_splits &c, int64_t row, int32_t head, int32_t quads)
 {
     const int32_t first = 4 * (int32_t)blockIdx.x << c.shift, values = min(4 << c.shift, 4 * quads - first);
     const float *parts = (const float *)(const void *)c.parts;
-    moqk_barrier_wait(c.bar, 0);
+    if (a.given) moqk_split_take(a, c, quads);
+    else moqk_barrier_wait(c.bar, 0);
     for (int32_t i = threadIdx.x; i < values; i += blockDim.x) {
-        float part[MOQK_STREAM_SPLITS], top = -1e30f, l = 0, v = 0;
-        float2 stats[MOQK_STREAM_SPLITS];
+        float top = -1e30f, l = 0, v = 0;
+#pragma unroll 1
+        for (int32_t begin = 0; begin < a.splits; begin += MOQK_STREAM_AT_ONCE) {
+            float part[MOQK_STREAM_AT_ONCE], best = top;
+            float2 stats[MOQK_STREAM_AT_ONCE];
 #pragma unroll
-        for (int s = 0; s < MOQK_STREAM_SPLITS; s++) { /* without a branch, as in the kernel */
-            const int32_t from = min(s, a.splits - 1);
-            part[s] = parts[(from * 4 << c.shift) + i];
-            stats[s] = c.stats[(from << c.shift) + (i >> 2)];
-            top = fmaxf(top, stats[s].x);
-        }
+            for (int s = 0; s < MOQK_STREAM_AT_ONCE; s++) { /* without a branch, as in the kernel */
+                const int32_t from = min(begin + s, a.splits - 1);
+                part[s] = parts[(from * 4 << c.shift) + i];
+                stats[s] = c.stats[(from << c.shift) + (i >> 2)];
+                best = fmaxf(best, stats[s].x);
+            }
+            const float shrink = moqk_exp2(top - best);
+            l *= shrink;
+            v *= shrink;
+            top = best;
 #pragma unroll
-        for (int s = 0; s < MOQK_STREAM_SPLITS; s++) {
-            const float w = s < a.splits ? moqk_exp2(stats[s].x - top) : 0;
-            l += w * stats[s].y;
-            v += w * part[s];
+            for (int s = 0; s < MOQK_STREAM_AT_ONCE; s++) {
+                const float w = begin + s < a.splits ? moqk_exp2(stats[s].x - top) : 0;
+                l += w * stats[s].y;
+                v += w * part[s];
+            }
         }
         moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + first + i, l != 0 ? v / l : 0, a.bf16);
     }
@@ -9154,12 +9187,12 @@ template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stre
     }
     moqk_enter_task task = {NULL, NULL, 0, 0};
     moqk_entering<DIM> e;
-    if (a.enters && warp < count + 2) {
-        task = moqk_enter_find<DIM>(a, kv_head, head, count, warp);
+    if (warp < count + 2 * a.enters) {
+        task = moqk_enter_find<DIM>(a, row, kv_head, head, count, warp);
         e.weigh(task.weight, DIM);
         asm volatile("" : "+l"(task.from), "+r"(task.half)); /* made here, not behind the wait */
     }
-    float k_scale = 1, v_scale = 1, top = -1e30f, sum = 0; /* exponents to base 2 */
+    float k_scale = 1, v_scale = 1, top[2] = {-1e30f, -1e30f}, sum[2] = {0, 0}; /* of heads t and 4 + t; exponents to base 2 */
     if (KIND != MOQK_KV_BF16) { k_scale = a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; } /* never change */
     moqk_dependents_may_start();
     moqk_span s = moqk_stream_span<ROW>(a, kv_head, early_slot, early_pos);
@@ -9171,32 +9204,38 @@ template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stre
     if (task.from) e.load(task.from, a.bf16, DIM, (const float2 *)(const void *)a.enter.table, task.half);
     __syncwarp(); /* the compiler would ask for the heads behind what depends on these */
     const int32_t slot = __ldcg(a.slot + row), pos = __ldcg(a.pos + row);
+    feed.start(lane); /* behind the heads and not before them: those would queue behind what all blocks ask for here. Slot and position seldom change */
     if (slot != early_slot || pos != early_pos) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
         s = moqk_stream_span<ROW>(a, kv_head, slot, pos);
         feed.begin(a, s, ring, lane, warp, warps);
+        feed.start(lane);
     }
-    feed.start(lane); /* behind the heads and not before them: those would queue behind what all blocks ask for here */
     if (a.clustered) moqk_cluster_wait();
-    if (a.enters) moqk_enter_block<DIM>(a, kv_head, head, count, s.owner, queries, mine, task, e);
+    moqk_enter_block<DIM>(a, row, kv_head, head, count, s.owner, queries, mine, task, e);
     uint32_t q[DIM / 16][4];
-    float acc[N][4];
-    moqk_stream_queries<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, queries, bias, ops, q);
+    float acc[2][N / 2][4];
+    moqk_stream_queries<KIND, DIM>(a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, a.scale, queries, bias, ops, q);
     const int32_t reader = (s.to - 1 - s.from) / MOQK_STREAM_KEYS % warps;
     if (s.owner) moqk_enter_own<KIND, DIM>(a, kv_head, count, s.base / ROW + s.to - 1, mine, own, reader);
-    if (a.enters && !a.partial && !a.clustered) moqk_enter_back<DIM>(a, head, count, queries);
+    if (a.enters && a.splits == 1) moqk_enter_back<DIM>(a, head, count, queries);
 #pragma unroll
-    for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-    const float shift = bias[g] * LOG2E;
+    for (int i = 0; i < N; i++) acc[i & 1][i >> 1][0] = acc[i & 1][i >> 1][1] = acc[i & 1][i >> 1][2] = acc[i & 1][i >> 1][3] = 0;
+    const float shift[2] = {bias[t] * LOG2E, bias[4 + t] * LOG2E};
+    const int two = count > 4;
     k_scale *= LOG2E;
     const int sink = a.sinks && s.to > 0 && blockIdx.x == 0;
-    if (sink && warp == 0 && g < count) {
-        top = a.sinks[head + g] * LOG2E;
-        sum = t == 0 ? 1.0f : 0.0f;
-    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (sink && warp == 0 && 4 * i + t < count) {
+            top[i] = a.sinks[head + 4 * i + t] * LOG2E;
+            sum[i] = g == 0 ? 1.0f : 0.0f;
+        }
     uint32_t at = 0;
 #pragma unroll 1
     for (int32_t first = s.from + warp * MOQK_STREAM_KEYS; first < s.to; first += run) {
-        float c[2][2], best;
+        float c[2][2], best[2];
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncwarp();
         feed.ask(lane);
@@ -9205,57 +9244,61 @@ template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stre
             moqk_stream_own<ROW>(ring + at, own, s.to - 1 - first, lane);
             __syncwarp();
         }
-        moqk_stream_scores<KIND, DIM>(ring + at, q, lane, c);
+        moqk_stream_scores<KIND, DIM>(ring + at, q, two, lane, c);
 #pragma unroll
-        for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = c[n >> 1][n & 1] * k_scale + shift;
+        for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = c[n >> 1][n & 1] * k_scale + shift[n >> 1];
         if (a.softcap > 0)
 #pragma unroll
             for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = a.softcap * LOG2E * tanhf(c[n >> 1][n & 1] / LOG2E / a.softcap);
         if (first + MOQK_STREAM_KEYS > s.to)
 #pragma unroll
-            for (int n = 0; n < 4; n++) if (first + 8 * (n >> 1) + 2 * t + (n & 1) >= s.to) c[n >> 1][n & 1] = -3e38f;
-        best = fmaxf(fmaxf(c[0][0], c[0][1]), fmaxf(c[1][0], c[1][1]));
-        if (__any_sync(0xffffffffu, best > top + 8)) { /* weights up to 2^8 do no harm: sums are seldom scaled again */
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-            best = fmaxf(best, top);
-            const float shrink = moqk_exp2(top - best);
-            sum *= shrink;
+            for (int n = 0; n < 4; n++) if (first + 8 * (n & 1) + g >= s.to) c[n >> 1][n & 1] = -3e38f;
+        best[0] = fmaxf(c[0][0], c[0][1]);
+        best[1] = two ? fmaxf(c[1][0], c[1][1]) : -3e38f;
+        if (__any_sync(0xffffffffu, best[0] > top[0] + 8 || best[1] > top[1] + 8)) { /* weights up to 2^8 do no harm: sums are seldom scaled again */
 #pragma unroll
-            for (int n = 0; n < N; n++) { acc[n][0] *= shrink; acc[n][1] *= shrink; acc[n][2] *= shrink; acc[n][3] *= shrink; }
-            top = best;
-        }
-        uint32_t p[4];
+            for (int i = 0; i < 2; i++) {
+                for (int k = 4; k < 32; k *= 2) best[i] = fmaxf(best[i], __shfl_xor_sync(0xffffffffu, best[i], k));
+                best[i] = fmaxf(best[i], top[i]);
+                const float shrink = moqk_exp2(top[i] - best[i]);
+                sum[i] *= shrink;
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float x = moqk_exp2(c[n][0] - top), y = moqk_exp2(c[n][1] - top);
-            sum += x + y;
-            moqk_split16<BF>(x, y, &p[2 * n], &p[2 * n + 1]);
+                for (int n = 0; n < N / 2; n++) { acc[i][n][0] *= shrink; acc[i][n][1] *= shrink; acc[i][n][2] *= shrink; acc[i][n][3] *= shrink; }
+                top[i] = best[i];
+            }
         }
-        moqk_stream_values<KIND, DIM>(ring + at + MOQK_STREAM_KEYS * ROW, p, lane, acc);
+        uint32_t p[2][2] = {{0, 0}, {0, 0}};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (i == 1 && !two) continue;
+            const float x = moqk_exp2(c[i][0] - top[i]), y = moqk_exp2(c[i][1] - top[i]);
+            sum[i] += x + y;
+            moqk_stream_weights<BF>(x, y, p[i]);
+        }
+        moqk_stream_values<KIND, DIM>(ring + at + MOQK_STREAM_KEYS * ROW, p, two, lane, acc);
         at = (int32_t)at + STEP == ring_bytes ? 0 : at + STEP;
     }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t == 0) found[warp][g] = make_float2(top, sum);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        for (int k = 4; k < 32; k *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], k);
+        if (g == 0) found[warp][4 * i + t] = make_float2(top[i], sum[i]);
+    }
     constexpr int R = moqk_stream_sums(DIM);
-    float *sums = (float *)(void *)(shared + warp * ring_bytes) + g * R; /* [8][R], in the warp's own ring */
+    float *sums = (float *)(void *)(shared + warp * ring_bytes); /* [8][R], in the warp's own ring */
     __syncwarp(); /* which nobody reads any more */
-    if (g < count)
 #pragma unroll
-        for (int i = 0; i < N; i += 4)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float v[4];
-#pragma unroll
-                for (int k = 0; k < 4; k++) v[k] = acc[i + k][j] + acc[i + k][j + 2];
-                *(float4 *)&sums[moqk_stream_sum_at<DIM>((2 * t + j) * N + i)] = make_float4(v[0], v[1], v[2], v[3]);
-            }
+        for (int k = 0; k < N / 2; k += 2) {
+            const float (*v)[4] = acc[i] + k;
+            if (4 * i + t < count)
+                *(float4 *)&sums[(4 * i + t) * R + g * N + 2 * k] = make_float4(v[0][0] + v[0][1], v[0][2] + v[0][3], v[1][0] + v[1][1], v[1][2] + v[1][3]);
+        }
     __syncthreads();
     const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
     for (int32_t i = threadIdx.x; i < quads; i += blockDim.x) {
         const int32_t h = i / (DIM / 4), d = i % (DIM / 4) * 4;
-        const float *from = (const float *)(const void *)shared + h * R + moqk_stream_sum_at<DIM>(d);
+        const float *from = (const float *)(const void *)shared + h * R + d;
         float4 part[MOQK_STREAM_WARPS];
         float2 stats[MOQK_STREAM_WARPS];
         float m = -1e30f, l = 0, x[4] = {0, 0, 0, 0};
@@ -9275,26 +9318,17 @@ template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stre
         const float keys = l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0); /* a sink has no value, so no bias either */
 #pragma unroll
         for (int j = 0; j < 4; j++) x[j] = x[j] * v_scale + (v_bias ? keys * v_bias[d + j] : 0);
-        if (a.clustered) {
-            moqk_split_give(cluster, i, x, m, l);
+        if (a.splits > 1) {
+            moqk_split_give(a, cluster, i, x, m, l);
             continue;
         }
-        if (!a.partial) {
-            const float one = l != 0 ? 1 / l : 0;
+        const float one = l != 0 ? 1 / l : 0;
 #pragma unroll
-            for (int j = 0; j < 4; j++) moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + 4 * i + j, x[j] * one, a.bf16);
-            continue;
-        }
-        const int64_t to_part = (row * a.heads + head + h) * a.splits + blockIdx.x;
-        *(float4 *)&a.partial[to_part * DIM + d] = make_float4(x[0], x[1], x[2], x[3]);
-        if (d == 0) a.stats[to_part] = make_float2(m / LOG2E, l);
+        for (int j = 0; j < 4; j++) moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + 4 * i + j, x[j] * one, a.bf16);
     }
-    if (a.clustered) {
-        moqk_split_join<DIM>(a, cluster, row, head, quads);
-        if (a.enters && blockIdx.x == 0) moqk_enter_back<DIM>(a, head, count, queries);
-        return;
-    }
-    if (a.partial && moqk_join_at_once(a, row, head, count) && a.enters) moqk_enter_back<DIM>(a, head, count, queries);
+    if (a.splits == 1) return;
+    moqk_split_join<DIM>(a, cluster, row, head, quads);
+    if (a.enters && blockIdx.x == 0) moqk_enter_back<DIM>(a, head, count, queries);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -9669,7 +9703,7 @@ static moqc_stream_kernel moqc_stream_find(int kind, int dim)
 enum { MOQC_STREAM_ALONE = 256, MOQC_STREAM_CLUSTERED = 2048 };
 
 /* One block per multiprocessor. Up to MOQC_STREAM_ALONE positions one block takes them all: adding up what two came to costs more than the second
-   saves. Up to MOQC_STREAM_CLUSTERED those that a cluster holds: it adds up without the memory. */
+   saves. Up to MOQC_STREAM_CLUSTERED those that a cluster holds: it adds up without the memory. Of more, blocks wait for each other in memory. */
 static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
     const int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim);
@@ -9679,23 +9713,22 @@ static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
     moqc_attend_cut(c, a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
     a->clustered = c->sm >= 90 && a->splits > 1 && length <= MOQC_STREAM_CLUSTERED;
     a->shift = 0;
-    if (a->clustered) {
-        a->splits = (int32_t)moqc_min(a->splits, MOQK_STREAM_SPLITS);
-        a->partial = NULL;
-        while ((int64_t)a->splits << a->shift < quads) a->shift++;
-        join = (a->splits << a->shift) * 24;
-    }
+    if (a->clustered) a->splits = (int32_t)moqc_min(a->splits, MOQK_STREAM_SPLITS);
+    a->given = a->splits > 1 && !a->clustered ? c->given : NULL; /* no more blocks than multiprocessors then */
+    a->given_stats = (int64_t)c->sm_count * (MOQC_GIVEN / 6);
+    while (a->splits > 1 && (int64_t)a->splits << a->shift < quads) a->shift++;
+    if (a->splits > 1) join = (a->splits << a->shift) * 24;
     const int64_t steps = moqk_ceil(moqk_ceil(length, a->splits), warps * MOQK_STREAM_KEYS); /* a row beyond `length` would overrun shorter rings */
     a->places = (int32_t)moqc_max(2, moqc_min(steps, moqk_stream_stages(kind, dim)));
     while (warps > 1 && warps * a->places * step + moqk_stream_room(dim) + join > c->most_shared - 3072) {
         warps /= 2;
         a->places = moqk_stream_stages(kind, dim);
     }
-    a->ahead = c->sm >= 90 && a->rows * groups * a->splits <= c->sm_count;
+    a->ahead = c->sm >= 90 && !a->given && a->rows * groups * a->splits <= c->sm_count; /* blocks that wait for each other begin when all others have ended */
     const dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
     const int shared = warps * a->places * step + moqk_stream_room(dim) + join;
     if (c->capturing) moqc_all_shared(c, (const void *)kernel);
-    moqc_launch_early(c, kernel, grid, 32 * warps, shared, a->clustered ? a->splits : 1, "attention", *a);
+    moqc_launch_early(c, kernel, grid, 32 * warps, shared, a->clustered ? a->splits : a->given ? 0 : 1, "attention", *a);
 }
 
 /* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */

@@ -1183,6 +1183,9 @@ static void attention_case(moq_dtype activations, moq_kv_format format, int dim,
     check_attention(be, c, &d, &b, &told, heads, 0, 5, NULL);
     check_attention(be, c, &d, &b, &told, heads, 0, 0, sinks);
     check_nan(be, c, &d, &b, heads);
+    b.device.max_pos = 4095; /* rows may be shorter than what a launch is cut for: some splits see nothing */
+    check_attention(be, c, &d, &b, &told, heads, 0, 5, sinks);
+    check_nan(be, c, &d, &b, heads);
     batch_free(be, &b);
     be->kv_copy(be, c, 2, 10, 1, 30, 40); /* fork */
     memcpy(told.k[2][10], told.k[1][30], sizeof told.k[0][0] * 40);
@@ -2036,7 +2039,7 @@ static void test_cuda_entering(void)
             for (int h = 0; h < 4; h++)
                 for (int p = 0; p < 8; p++) {
                     const moq_kv_format format = f == 0 ? MOQ_KV_FP8 : f == 1 ? MOQ_KV_INT8 : MOQ_KV_WIDE;
-                    check_entering(bf16 ? MOQ_BF16 : MOQ_F32, format, heads[h][0], heads[h][1], heads[h][2], at[p], p % 2 || at[p] > 255 ? 699 : 255,
+                    check_entering(bf16 ? MOQ_BF16 : MOQ_F32, format, heads[h][0], heads[h][1], heads[h][2], at[p], p % 3 == 0 ? 4095 : p % 2 || at[p] > 255 ? 699 : 255,
                                    p == 4 ? 50 : 0, (h + p) % 2);
                 }
 }
