@@ -6347,8 +6347,9 @@ typedef struct llmi_model {
     /* this is part `rank` of `ranks`: sizes in `c` are those of the part; the first sum that failed */
     int32_t rank, ranks;
     moq_error unsummed;
-    /* of the last layer, for llm_info */
+    /* of the last layer, for llm_info; moq_kv_desc.bf16 */
     moq_kv_format kv;
+    int32_t kv_bf16;
     /* bytes on the backend beyond the checkpoint's; of these weights, and caches and states */
     uint64_t memory, weight_memory, cache_memory;
     /* what the products of one generated token read, and how many there are; the output layer's scheme */
@@ -7504,6 +7505,7 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_
     d.value_dim = l->absorbed ? c->kv_rank : c->value_dim;
     d.bf16 = m->desc->kv && strcmp(m->desc->kv, "bf16") == 0;
     m->kv = d.kv.format;
+    m->kv_bf16 = d.bf16;
     if (llmi_plan_cache(m, m->be->kv_bytes(m->be, &d))) return MOQ_OK;
     l->kv = m->be->kv_create(m->be, &d, err);
     if (!l->kv) return llmi_code(err, MOQ_E_NOMEM);
@@ -13465,7 +13467,7 @@ static uint64_t llmi_fingerprint(const llm *m)
     const llmi_model *o = m->model;
     const llmi_config *c = &o->c;
     const int64_t shapes[] = {c->layers, c->hidden, c->heads, c->kv_heads, c->head_dim, c->value_dim, c->vocab, c->ssm_heads, c->ssm_state,
-                              (int64_t)o->kv + 256 * (int64_t)o->latent_ways, (int64_t)o->elem, o->rank, o->ranks, 0x0102};
+                              (int64_t)o->kv + 256 * (int64_t)o->latent_ways + 65536 * (int64_t)o->kv_bf16, (int64_t)o->elem, o->rank, o->ranks, 0x0102};
     uint64_t h = llmi_hash(o->be->name, strcspn(o->be->name, ":"));
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);

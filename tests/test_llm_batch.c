@@ -615,6 +615,34 @@ static void test_state_dynamic_rope(void)
     remove_dir(dir);
 }
 
+/* A cache in half the bytes: its state fits one like it, goes on with the same words, and is refused by a wide one. */
+static void test_state_half_cache(void)
+{
+    moq_error e;
+    llm_desc d = talk_desc();
+    d.kv = "bf16";
+    llm *m = open_or_say(&d), *n = open_or_say(&d);
+    d.kv = "wide";
+    llm *wide = open_or_say(&d);
+    if (m && n && wide) {
+        CHECK(llm_get_info(m)->memory_bytes < llm_get_info(wide)->memory_bytes);
+        begin_talk(m, 0);
+        for (int i = 0; i < 3; i++) CHECK(llm_next(m, &e) != NULL);
+        CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
+        CHECK_INT(llm_load(wide, state_file, &e), MOQ_E_STATE);
+        CHECK_INT(llm_load(n, state_file, &e), MOQ_OK);
+        for (const char *a = "", *b; a; ) {
+            a = llm_next(m, &e);
+            b = llm_next(n, &e);
+            CHECK(a && b ? strcmp(a, b) == 0 : a == b);
+            if (!b) break;
+        }
+    }
+    llm_close(m);
+    llm_close(n);
+    llm_close(wide);
+}
+
 /* ---- out of memory ---- */
 
 static void test_batch_out_of_memory(void)
@@ -836,6 +864,7 @@ int main(int argc, char **argv)
     RUN(test_shift_chat);
     RUN(test_shift_raw);
     RUN(test_state_dynamic_rope);
+    RUN(test_state_half_cache);
     RUN(test_batch_out_of_memory);
     RUN(test_ranks_logits);
     RUN(test_ranks_state);
