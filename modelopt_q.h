@@ -540,7 +540,8 @@ typedef struct moq_info {
 /* Shell-style match: `*` (crosses dots), `?`, everything else literal. At most pattern x name steps. */
 MOQ_API int moq_glob_match(const char *pattern, const char *name);
 
-/* Is one word the other but for one letter too many, too few, wrong, or moved? For hints ("is group_size meant?"); words of two letters are no slips. */
+/* Is one word the other but for one letter too many, too few, wrong, or moved? For hints ("is group_size meant?"): equal words are, too, words of fewer than three
+   letters are not. */
 MOQ_API int moq_is_slip(const char *a, const char *b);
 
 /* ------------------------------------------------------------------------------------------------
@@ -829,7 +830,7 @@ typedef struct moq_kv_desc {
     moq_kv kv;              /* format, scales, biases */
     int32_t shared;         /* 1: a value is the first value_dim numbers of its key and not stored again; wide format only */
     int32_t bf16;           /* 1: BF16 will do for the wide format where activations are F32, as in the caches of BF16 models in PyTorch: half the bytes are
-                               read for every token. The CPU backend does it but for its reference kernels */
+                               read for every token. The CPU backend does it but for its reference kernels; not with `shared` */
 } moq_kv_desc;
 
 /* Latent attention (DeepSeek-V2, section 2.1.2) without its wide keys and values. kv_b [heads * (nope + value), rank] makes from the narrow
@@ -6738,8 +6739,12 @@ static const char *const moqi_block_keys[] = {
     "scale_fmt", "modules_to_not_convert", "ignored_layers", "moe_quant_algo", "bits", "zero_point", "backend", "desc_act", "sym", "checkpoint_format",
     "is_marlin_format", "lm_head"};
 
+/* Those, and what other writers call something. */
 static int moqi_is_block_key(const char *key)
 {
+    static const char *const foreign[] = {"dtype", "bias", "asym", "nbits"};
+    for (size_t i = 0; i < MOQI_COUNT(foreign); i++)
+        if (strcmp(key, foreign[i]) == 0) return 1;
     for (size_t i = 0; i < MOQI_COUNT(moqi_block_keys); i++)
         if (strcmp(key, moqi_block_keys[i]) == 0) return 1;
     return 0;
@@ -6747,26 +6752,42 @@ static int moqi_is_block_key(const char *key)
 
 #define MOQI_BLOCK_DEPTH 8 /* of objects and lists in the blocks that are read; transforms have six */
 
-static void moqi_tell_slip(const moqi_quant_read *c, const moq_json *object, const char *key, const char *name)
+/* Keys of a file that were told. */
+typedef struct moqi_slips_told { const char *key[16]; int count; } moqi_slips_told;
+
+/* `key` of an object, where it is nearly `name`, and only once a file: many modules may repeat it. */
+static void moqi_tell_slip(const moqi_quant_read *c, const moq_json *object, const char *key, const char *name, moqi_slips_told *told)
 {
     if (!moqi_is_slip(key, name) || moq_json_find(object, name)) return;
+    for (int i = 0; i < told->count; i++)
+        if (strcmp(told->key[i], key) == 0) return;
+    if (told->count == (int)MOQI_COUNT(told->key)) return;
+    told->key[told->count++] = key;
     moqi_log(c->desc, MOQ_LOG_WARNING, MOQ_E_CONFIG, moqi_at(c->file, "key", key, -1), "nothing reads this key; is %s meant? Without it a default counts, "
              "or the tensors decide", name);
 }
 
 /* A key that is left out means something too, so a misspelled one goes unnoticed. Only what is nearly a key of blocks is told, where that key is
    not: writers add keys of their own. named: the keys of this object are names of modules or groups. */
-static void moqi_tell_slips(const moqi_quant_read *c, const moq_json *object, int named, int depth)
+static void moqi_tell_slips(const moqi_quant_read *c, const moq_json *object, int named, int depth, moqi_slips_told *told)
 {
     static const char *const maps[] = {"quantized_layers", "config_groups", "dynamic"};
     for (const moq_json *e = moq_json_first(object); e; e = moq_json_next(object, e)) {
         int map = 0;
         if (e->key && !named && !moqi_is_block_key(e->key))
-            for (size_t i = 0; i < MOQI_COUNT(moqi_block_keys); i++) moqi_tell_slip(c, object, e->key, moqi_block_keys[i]);
+            for (size_t i = 0; i < MOQI_COUNT(moqi_block_keys); i++) moqi_tell_slip(c, object, e->key, moqi_block_keys[i], told);
         if ((e->type != MOQ_JSON_OBJECT && e->type != MOQ_JSON_ARRAY) || depth == 0) continue;
         for (size_t i = 0; i < MOQI_COUNT(maps) && e->key && !named; i++) map |= strcmp(e->key, maps[i]) == 0;
-        moqi_tell_slips(c, e, map, depth - 1);
+        moqi_tell_slips(c, e, map, depth - 1, told);
     }
+}
+
+/* A file's block. */
+static void moqi_tell_keys(const moqi_quant_read *c, const moq_json *block)
+{
+    moqi_slips_told told;
+    told.count = 0;
+    moqi_tell_slips(c, block, 0, MOQI_BLOCK_DEPTH, &told);
 }
 
 /* ---- KV cache ---- */
@@ -7560,12 +7581,14 @@ static moq_result moqi_read_block(const moqi_quant_read *c, const moq_json *bloc
 /* The block itself under a misspelled name. */
 static void moqi_tell_block(const moqi_quant_read *c, const moq_json *config)
 {
+    moqi_slips_told told;
+    told.count = 0;
     for (const moq_json *e = moq_json_first(config); e; e = moq_json_next(config, e)) {
         if (e->type != MOQ_JSON_OBJECT) continue;
-        moqi_tell_slip(c, config, e->key, "quantization_config");
-        moqi_tell_slip(c, config, e->key, "compression_config");
+        moqi_tell_slip(c, config, e->key, "quantization_config", &told);
+        moqi_tell_slip(c, config, e->key, "compression_config", &told);
         for (const moq_json *f = moq_json_first(e); f && strcmp(e->key, "text_config") == 0; f = moq_json_next(e, f))
-            if (f->type == MOQ_JSON_OBJECT) moqi_tell_slip(c, e, f->key, "quantization_config");
+            if (f->type == MOQ_JSON_OBJECT) moqi_tell_slip(c, e, f->key, "quantization_config", &told);
     }
 }
 
@@ -7588,13 +7611,13 @@ MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *co
         block = moqi_get(config, places[i]);
         if (i == 1) block = moqi_get(block, "quantization_config");
     }
-    moqi_tell_slips(&c, block, 0, MOQI_BLOCK_DEPTH);
+    moqi_tell_keys(&c, block);
     if (!block && !hf_quant && !gptq) moqi_tell_block(&c, config);
     c.file = q->file = "hf_quant_config.json";
     /* ModelOpt's own file keeps what the converted copy loses, so it goes first and the copy is only compared */
     if (hf_quant) {
         if (hf_quant->type != MOQ_JSON_OBJECT) return moqi_fail(err, MOQ_E_CONFIG, moqi_at(c.file, NULL, NULL, -1), "an object is expected");
-        moqi_tell_slips(&c, hf_quant, 0, MOQI_BLOCK_DEPTH);
+        moqi_tell_keys(&c, hf_quant);
         moq_result res = moqi_read_modelopt(&c, hf_quant, block);
         if (res == MOQ_OK && block) moqi_compare_blocks(&c, block);
         return res;
@@ -7602,7 +7625,7 @@ MOQI_UNUSED static moq_result moqi_quant_parse(moqi_quant *q, const moq_json *co
     c.file = q->file = "config.json";
     if (block) return moqi_read_block(&c, block, moqi_get(config, "compression_config") == block ? "compressed-tensors" : "(none)");
     if (gptq) c.file = q->file = "quantize_config.json";
-    moqi_tell_slips(&c, gptq, 0, MOQI_BLOCK_DEPTH);
+    moqi_tell_keys(&c, gptq);
     return gptq ? moqi_read_block(&c, gptq, "gptq") : MOQ_OK;
 }
 
@@ -9103,6 +9126,8 @@ static void moqi_tell_unmatched(const moqi_tensor_set *set, const moqi_quant *q,
 {
     const char *first = NULL;
     unsigned long long found = 0;
+    for (size_t i = 0; i < set->count; i++)
+        if (strstr(set->list[i].name, "language_model")) return; /* names of an outer model match without that part */
     for (uint32_t i = 0; i < q->targets.count && q->family == MOQ_FAMILY_MODELOPT && !q->outer_names; i++) {
         const moqi_rule *x = &q->targets.list[i];
         if (x->kind != MOQI_RULE_EXACT || moqi_ends(x->text, "lm_head") || moqi_has_below(set, x->text)) continue;
@@ -17803,7 +17828,7 @@ static void moqi_choose_ways(moqi_tiled *p)
     for (const moqi_way *const *w = p->k->ways; w && *w; w++) {
         int from = (*w)->takes(p), at = 0;
         if (from < 1 || ((*w)->decode && panels)) continue;
-        panels += (*w)->decode != NULL;
+        panels += (*w)->decode != NULL || moqi_feeds_words(*w); /* strips serve as panels do */
         while (at < count && p->from[at] < from) at++;
         if (at >= MOQI_WAYS || (at < count && p->from[at] == from)) continue;
         count = count < MOQI_WAYS ? count + 1 : MOQI_WAYS;
@@ -19063,7 +19088,7 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
 
 /* ---- KV cache and attention ----
    Keys and values are stored packed in the cache's format and unpacked when they are read: FP8 takes a quarter of F32, NVFP4 a seventh.
-   Memory is [slot][kv head][position] rows, so one head's history is one run of bytes, and copying a range is one memmove a head. */
+   Memory is [slot][kv head][position] rows, so one head's history is one run of bytes, and copying a range is one memmove a head, but for keys in BF16. */
 
 MOQI_COLD_BEGIN
 
@@ -19218,7 +19243,7 @@ static void moqi_kv_copy_keys(const moqi_cache *c, int64_t head, int64_t dst_slo
     }
 }
 
-/* Rows move as they are stored: nothing is rounded again, and memmove takes care of overlap. */
+/* Rows move as they are stored: nothing is rounded again, and overlap is taken care of. */
 static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos,
                              int32_t count)
 {

@@ -93,7 +93,7 @@ enum {
     MOQC_SLOT_BYTES = 4 << 20,
     MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
     MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
-    MOQC_GIVEN = 512 * 24,        /* bytes of what splits of attention give to one of them, 512 quads at most */
+    MOQC_GIVEN = 512 * 24,        /* bytes of what splits of attention give to one of them: 8 heads of 128 are 256 quads, shares less than twice that */
     MOQC_TILE_TOKENS = 304,       /* the most rows of x in a tile of >>cuda-gemm */
     MOQC_FEW_ROWS = 16            /* rows of x that need none of the room of >>cuda-gemm */
 };
@@ -127,6 +127,7 @@ typedef struct moqc_ctx {
     int bf16;                                /* activations are BF16, else F32 */
     moqc_encode_map encode_map;              /* NULL: the driver has none */
     int wgmma;                               /* compute capability 9.0, and compiled for its own instructions (sm_90a) */
+    int cooperates;                          /* cooperative launches are there */
     int gemm_tokens, gemm_cut; /* for measurements: tokens of a tile; 1 to 4 blocks of a cluster that share one, 5, 6 runs (mma: 2); 0: automatic */
     char name[24], kernel[40];
     moq_act act;
@@ -3202,7 +3203,8 @@ __device__ __forceinline__ void moqk_run_phase(const moqk_call &a, const moqk_ru
 
 /* x of a warp's way, when it is there: by the copy engine (its barriers know how much will come), or by the warps of the way. The pairs of row and
    phase are shared among these warps, because a warp issues its copies one after another. LATE: all of it at once would stand between the first
-   weights and the next, so only the first phases are asked for. ask: called when x is under way. */
+   weights and the next, so only the first phases are asked for. ROW: one row, by ordinary loads always. ask: called when x is
+   under way. */
 template <int LATE, int ROW, class ASK>
 __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar, const ASK &ask)
 {
@@ -6886,7 +6888,8 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
     return best;
 }
 
-/* A launch that may begin while the kernel before it ends; it waits for that one before it reads what others wrote. */
+/* A launch that may begin while the kernel before it ends; it waits for that one before it reads what others wrote. cluster: blocks of one; 0: all blocks run
+   at the same time (a cooperative launch). */
 template <typename... A, typename... B>
 static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int threads, int shared, int cluster, const char *what, const B &...args)
 {
@@ -7022,7 +7025,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.whole = u.whole;
     b.split = u.split;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
-    for (b.known = 0; !j->call.tiles && j->call.part_count <= 3 && b.known < j->call.part_count; b.known++) b.part[b.known] = j->part[b.known].d;
+    for (b.known = 0; !j->call.tiles && j->bank->experts == 1 && j->call.part_count <= 3 && b.known < j->call.part_count; b.known++) b.part[b.known] = j->part[b.known].d;
     b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 35184372088832.0f : 1) : moqc_form_fix(form); /* U4: 2^45 */
     moqk_maps maps;
     memset(&maps, 0, sizeof maps);
@@ -7866,8 +7869,15 @@ static int moqc_take_given(moqc_ctx *c, moq_error *err)
 {
     const size_t bytes = (size_t)c->sm_count * MOQC_GIVEN;
     if (c->given) return 1;
-    if (!(c->given = (uint32_t *)moqc_take(c, bytes, "partial results", err))) return 0;
-    return moqc_ok(c, cudaMemsetAsync(c->given, 0xff, bytes, c->stream), "cudaMemset");
+    uint32_t *given = (uint32_t *)moqc_take(c, bytes, "partial results", err);
+    if (!given) return 0;
+    if (!moqc_ok(c, cudaMemsetAsync(given, 0xff, bytes, c->stream), "cudaMemset")) {
+        moqc_give(c, given);
+        moqc_why(c, c->name, err);
+        return 0;
+    }
+    c->given = given;
+    return 1;
 }
 
 static moq_kv_cache *moqc_kv_create(moq_backend *be, const moq_kv_desc *d, moq_error *err)
@@ -8717,7 +8727,7 @@ __host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { re
 __host__ __device__ static constexpr int moqk_stream_step(int kind, int dim) { return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim); }
 __host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim) { return moqk_stream_row(kind, dim) == 256 ? 2 : 3; }
 
-/* Floats of a head's sums as warps leave them in shared memory: stores of 16 bytes meet different banks. */
+/* Floats of a head's sums as warps leave them in shared memory: stores of 16 bytes meet different banks for 128 values. */
 __host__ __device__ static constexpr int moqk_stream_sums(int dim) { return dim + 4; }
 
 /* Shared memory behind the rings: queries that enter or are scaled [8][DIM + 8], key and value that enter [2][DIM], operands [DIM / 16][32] uint4. */
@@ -8757,8 +8767,7 @@ template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put,
 }
 
 /* Queries as the other operands of keys: column g of tile i is the first or second term of head 4 i + g / 2. Each warp makes a share of them, into
-   ops [DIM / 16][32], for all. queries [8][R]: heads
-   that have entered, not yet times `unit`. */
+   ops [DIM / 16][32], for all. queries [8][R]: heads that have entered, not yet times `unit`. */
 template <int KIND, int DIM>
 __device__ __forceinline__ void moqk_stream_queries(const float *k_bias, float unit, const float *queries, float *bias, uint4 *ops, uint32_t (*q)[4])
 {
@@ -9156,7 +9165,7 @@ template <int KIND, int DIM> struct moqk_stream_feed {
 };
 
 /* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next ones on their way. Lane
-   (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
+   (g, t): keys g and 8 + g, heads t and 4 + t. Grid: splits, head groups, rows. Reads the split's bytes once. */
 template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stream(moqk_attend_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
@@ -9711,7 +9720,8 @@ static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
     int warps = MOQK_STREAM_WARPS, join = 0;
     moqc_stream_kernel kernel = moqc_stream_find(kind, dim);
     moqc_attend_cut(c, a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
-    a->clustered = c->sm >= 90 && a->splits > 1 && length <= MOQC_STREAM_CLUSTERED;
+    a->clustered = c->sm >= 90 && a->splits > 1 && (length <= MOQC_STREAM_CLUSTERED || !c->cooperates);
+    if (!a->clustered && !c->cooperates) a->splits = 1;
     a->shift = 0;
     if (a->clustered) a->splits = (int32_t)moqc_min(a->splits, MOQK_STREAM_SPLITS);
     a->given = a->splits > 1 && !a->clustered ? c->given : NULL; /* no more blocks than multiprocessors then */
@@ -10012,7 +10022,7 @@ typedef struct moqk_few_side {
     int64_t part_bytes, expert_bytes; /* from one part's to the next one's, of both; the same of experts */
     int32_t parts, rows, tiles, chunks; /* parts of an expert; of a part: rows, row tiles, chunks of a row tile */
     int32_t run, runs;         /* chunks of a run; runs of a row tile */
-    int32_t units, each;       /* row tiles of a block at most; runs of one, of all parts */
+    int32_t units, each;       /* row tiles of a block or pair at most; runs of one, of all parts */
     uint32_t magic, runs_magic, run_magic; /* see moqk_few_over: of `each`, `runs` and `run` */
     int32_t groups, shift;     /* see moqk_run_part */
 } moqk_few_side;
@@ -11649,6 +11659,7 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, c->device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, c->device);
     cudaDeviceGetAttribute(&c->sm_count, cudaDevAttrMultiProcessorCount, c->device);
+    cudaDeviceGetAttribute(&c->cooperates, cudaDevAttrCooperativeLaunch, c->device);
     e = cudaDeviceGetAttribute(&c->most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->device);
     c->sm = 10 * major + minor;
     if (e == cudaSuccess && c->sm < 80) return moq_fail(err, MOQ_E_UNSUPPORTED, c->name,

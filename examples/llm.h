@@ -191,8 +191,9 @@ typedef struct llm_desc {
     const char *kernel;
     moq_parallel parallel;
     const char *kv;              /* KV cache: NULL or "auto" as the checkpoint says; "wide" as activations, F32 on a CPU; "bf16" wide in half the bytes,
-                                    as PyTorch keeps it for BF16 models (CUDA: "wide"); or a name of moq_kv_format. The scales are the checkpoint's;
-                                    where it has none they are 1, those of "int8" 1/8: keys and values up to 15.9, which few models' exceed by much */
+                                    as PyTorch keeps it for BF16 models (CUDA, and caches of latent attention: "wide"); or a name of moq_kv_format.
+                                    The scales are the checkpoint's; where it has none they are 1, those of "int8" 1/8: keys and values up to 15.9,
+                                    which few models' exceed by much */
     const char *head;            /* an output layer that is stored unquantized: NULL or "stored" as it is, "int8" or "fp8" quantized while opening,
                                     see llm_make_head. Halves what it reads for each token; logits change by what moq eval --against says */
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */

@@ -132,7 +132,7 @@ rm -r "$dir/q2"
 calib=$src/inputs.json#calib
 run quantize "$src" "$dir/q3" --recipe nvfp4_awq_lite --calib "$calib" --batch 4 --save-calibration "$dir/kept.safetensors"
 check "quantize --calib" is 0
-check "quantize says what it calibrated with" last ', calibrated with 16 rows of 384 tokens$'
+check "quantize says what it calibrated with" last ', calibrated with 16 rows, 384 tokens in all$'
 run quantize "$src" "$dir/q4" --recipe nvfp4_awq_lite --calibration "$dir/kept.safetensors"
 check "--calibration of what was saved" is 0
 check "gives the same bytes" cmp "$dir/q3/model.safetensors" "$dir/q4/model.safetensors"

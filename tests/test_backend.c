@@ -279,14 +279,14 @@ static void test_backend_automatic(void)
     }
 }
 
-/* Rows of x for which AMX takes strips, in one part and in two; more columns than go at once, even and odd chunks of them, less than one; then a scale that
-   is no number, which no other row may see. */
+/* Rows of x for which AMX takes strips, in one part and in two, and in four tiles of weights; more columns than go at once, even and odd chunks of them,
+   less than one; then a scale that is no number, which no other row may see. */
 static void strip_rows(moq_backend *be, const char *name)
 {
-    static const int cols[] = {4240, 144, 4240, 288, 96, 624}, rows[] = {70, 128, 20, 50, 20, 200};
+    static const int cols[] = {4240, 144, 4240, 288, 96, 624, 16656, 8208, 272, 592}, rows[] = {70, 128, 20, 50, 20, 200, 20, 40, 129, 300};
     moq_error err;
     int rounded = 0;
-    CHECK(be->reserve(be, 200, &err) == MOQ_OK);
+    CHECK(be->reserve(be, 300, &err) == MOQ_OK);
     for (size_t i = 0; i < MOQI_COUNT(cols); i++) {
         layer l;
         layer_make(&l, &layer_formats[4], 45, cols[i]);
@@ -297,7 +297,7 @@ static void strip_rows(moq_backend *be, const char *name)
         float *x = (float *)malloc((size_t)rows[i] * (size_t)cols[i] * 4), *y = (float *)malloc((size_t)rows[i] * 45 * 4);
         for (int k = 0; k < rows[i] * cols[i]; k++) x[k] = test_normal();
         moq_weight *p = be->prepare_linear(be, &l.w, 1, &err);
-        CHECK(p != NULL);
+        CHECK(p != NULL && moqi_feeds_words(moqi_way_for(((moqi_weight *)(void *)p)->part, rows[i])));
         if (p) be->linear(be, p, x, rows[i], y);
         for (int k = 0; p && k < rows[i] * 45; k++) others += (y[k] != y[k]) != (k % 45 == 20);
         CHECK_INT(others, 0);

@@ -468,7 +468,7 @@ static void test_config_misspelled_keys(void)
         {1, "{\"quant_algo\": \"FP8\", \"kv_cache_quant_algos\": \"FP8\"}", "kv_cache_quant_algos", "kv_cache_quant_algo"},
         {1, "{\"quant_algo\": \"MIXED_PRECISION\", \"quantized_layers\": {\"a.quant_alog\": {\"quant_algo\": \"NVFP4\", \"group_sizes\": 32}}}", "group_sizes", "group_size"},
         {1, "{\"quant_algo\": \"MIXED_PRECISION\", \"quantized_layers\": {\"weight\": {\"quant_algo\": \"NVFP4\"}, \"ignored\": {\"quant_algo\": \"FP8\"}}}", NULL, NULL},
-        {1, "{\"quant_algo\": \"FP8\", \"quant_algos\": \"FP8\", \"awq_block_size\": 1, \"clamp_val\": null, \"smoothquant_val\": 0.5}", NULL, NULL},
+        {1, "{\"quant_algo\": \"FP8\", \"quant_algos\": \"FP8\", \"awq_block_size\": 1, \"clamp_val\": null, \"smoothquant_val\": 0.5, \"dtype\": 1, \"bias\": 1}", NULL, NULL},
         {0, "{\"quant_method\": \"gptq\", \"bits\": 4, \"group_size\": 128, \"dynamic\": {\"bit\": {\"bitss\": 8}}}", "bitss", "bits"},
         {0, "{\"quant_method\": \"gptq\", \"bits\": 4, \"desc_acts\": true, \"damp_percent\": 0.1, \"static_groups\": false, \"true_sequential\": true}", "desc_acts", "desc_act"},
         {0, "{\"quant_method\": \"awq\", \"bits\": 4, \"zero_pint\": false}", "zero_pint", "zero_point"},
@@ -490,6 +490,9 @@ static void test_config_misspelled_keys(void)
                  cases[i].meant);
         if (strncmp(p.first, want, strlen(want)) != 0) { WRONG(want); fprintf(stderr, "  %s\n", p.first); }
     }
+    parse_nested("{\"quant_algo\": \"MIXED_PRECISION\", \"quantized_layers\": {\"a\": {\"quant_algo\": \"NVFP4\", \"group_sizes\": 32}, " /* told once */
+                 "\"b\": {\"quant_algo\": \"NVFP4\", \"group_sizes\": 32}}}");
+    CHECK_INT(p.findings, 1);
     parse("{}", NULL, "{\"bits\": 4, \"group_sise\": 32}");
     CHECK(strstr(p.first, "quantize_config.json: key 'group_sise': nothing reads this key; is group_size meant?") != NULL);
     parse("{\"quantization_config\": {\"quant_algo\": \"FP8\", \"ignor\": []}}", "{\"quantization\": {\"quant_algo\": \"FP8\"}}", NULL); /* the copy, too */

@@ -643,6 +643,7 @@ static int choose_kernel(const char *asked, const char **out)
     desc.kernel = *out;
     moq_backend *be = moq_cpu_backend(&desc, &err);
     moq_backend_destroy(be);
+    if (!be && err.code != MOQ_E_ARG) return refuse("%s", err.text);
     return be ? 0 : refuse("%s: %s", asked ? "--kernel" : "MOQ_KERNEL in the environment", err.text);
 }
 

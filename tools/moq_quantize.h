@@ -230,7 +230,7 @@ static int report_folder(const options *o, const char *path, const sample_set *s
         printf("%s: %s, KV cache %s", path, info->quant_algo[0] ? info->quant_algo : "not quantized", moq_kv_format_name(info->kv));
         print_bytes(", ", info->total_bytes);
         printf(" in %u file%s", info->shards, info->shards == 1 ? "" : "s");
-        if (rows) printf(", calibrated with %zu row%s of %zu tokens", rows, rows == 1 ? "" : "s", tokens);
+        if (rows) printf(", calibrated with %zu row%s, %zu tokens in all", rows, rows == 1 ? "" : "s", tokens);
         printf("\n");
     }
     moq_close(ck);

@@ -985,7 +985,7 @@ static void test_cuda_moe_mxfp8(void)
 
 /* ---- attention ---- */
 
-enum { SLOTS = 3, CAPACITY = 300, MAX_WIDTH = 512 }; /* kv_heads * dim */
+enum { SLOTS = 3, CAPACITY = 4200, MAX_WIDTH = 512 }; /* kv_heads * dim */
 
 typedef struct history { float k[SLOTS][CAPACITY][MAX_WIDTH], v[SLOTS][CAPACITY][MAX_WIDTH]; } history; /* as the cache should hold them */
 
@@ -1221,6 +1221,58 @@ static void attention_case(moq_dtype activations, moq_kv_format format, int dim,
     be->release(be, out);
     be->kv_release(be, c);
     done(be);
+}
+
+/* Thousands of positions: rings of every warp go round, splits join through memory, launches of different geometry follow each other. */
+static void long_case(moq_dtype activations, moq_kv_format format, int dim, int kv_heads, int heads)
+{
+    static const int last[] = {4000, 2100, 30, 4095, 3071}, max[] = {4095, 4095, 4095, 4095, 3071};
+    float scale[1] = {0.03f};
+    int32_t slot[256], pos[256];
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    moq_error err;
+    moq_kv_desc d;
+    device_batch b;
+    memset(&d, 0, sizeof d);
+    d.name = "long";
+    d.slots = 2;
+    d.capacity = CAPACITY;
+    d.kv_heads = kv_heads;
+    d.head_dim = dim;
+    d.kv.format = format;
+    d.kv.k_scale = d.kv.v_scale = layer_view(scale, MOQ_F32, 1);
+    moq_kv_cache *c = be->kv_create(be, &d, &err);
+    if (!c) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+    for (int first = 0; first < 4096; first += 256) {
+        for (int i = 0; i < 256; i++) { slot[i] = 1; pos[i] = first + i; }
+        b = batch_of(be, 256, slot, pos);
+        append_rows(be, c, &d, &b, &told);
+        batch_free(be, &b);
+    }
+    for (size_t i = 0; i < sizeof last / sizeof last[0]; i++) {
+        slot[0] = 1;
+        pos[0] = last[i];
+        b = batch_of(be, 1, slot, pos);
+        b.device.max_pos = max[i];
+        for (int again = 0; again < 2; again++) check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
+        check_attention(be, c, &d, &b, &told, heads, 700, 0, NULL);
+        batch_free(be, &b);
+    }
+    for (int i = 0; i < 3; i++) { slot[i] = 1; pos[i] = last[i]; }
+    b = batch_of(be, 3, slot, pos);
+    check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
+    batch_free(be, &b);
+    be->kv_release(be, c);
+    moq_backend_destroy(be);
+}
+
+static void test_cuda_attention_long(void)
+{
+    long_case(MOQ_F32, MOQ_KV_FP8, 128, 2, 8);
+    long_case(MOQ_BF16, MOQ_KV_FP8, 128, 4, 32);
+    long_case(MOQ_BF16, MOQ_KV_WIDE, 128, 2, 4);
+    long_case(MOQ_F32, MOQ_KV_INT8, 64, 3, 9);
+    long_case(MOQ_BF16, MOQ_KV_NVFP4, 64, 2, 10);
 }
 
 static void test_cuda_attention(void)
@@ -2234,6 +2286,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_moe_stored);
     RUN(test_cuda_moe_mxfp8);
     RUN(test_cuda_attention);
+    RUN(test_cuda_attention_long);
     RUN(test_cuda_many_small);
     RUN(test_cuda_many_cut);
     RUN(test_cuda_each_kernel);
