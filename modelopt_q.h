@@ -9126,14 +9126,14 @@ static void moqi_tell_unmatched(const moqi_tensor_set *set, const moqi_quant *q,
 {
     const char *first = NULL;
     unsigned long long found = 0;
-    for (size_t i = 0; i < set->count; i++)
-        if (strstr(set->list[i].name, "language_model")) return; /* names of an outer model match without that part */
     for (uint32_t i = 0; i < q->targets.count && q->family == MOQ_FAMILY_MODELOPT && !q->outer_names; i++) {
         const moqi_rule *x = &q->targets.list[i];
         if (x->kind != MOQI_RULE_EXACT || moqi_ends(x->text, "lm_head") || moqi_has_below(set, x->text)) continue;
         if (found++ == 0) first = x->text;
     }
     if (!first) return;
+    for (size_t i = 0; i < set->count; i++)
+        if (strstr(set->list[i].name, "language_model")) return; /* names of an outer model match without that part */
     moqi_log(desc, MOQ_LOG_WARNING, MOQ_E_MISMATCH, moqi_at(q->file, "layer", first, -1),
              "quantized_layers names it, but no tensor does (%llu such name%s); is the file of this folder?", found, found == 1 ? "" : "s");
 }
@@ -11076,11 +11076,11 @@ MOQ_API void moq_round_kv(moq_kv_format format, float scale, const float *bias, 
 
 enum { MOQI_KV_BLOCK = 32 /* numbers side by side of a cache in BF16 */ };
 
-/* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. With `half` numbers are BF16, in blocks of 32 of which word i
+/* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. With `bf16` numbers are so, in blocks of 32 of which word i
    holds those of place i and i + 16: of a value 32 neighbours, of keys a number of 32 positions, [dim][32 positions], since that is how both are summed. */
 typedef struct moqi_cache {
     moq_kv_desc desc;
-    int half;
+    int bf16;
     int64_t dim[2];           /* of keys, of values */
     int64_t capacity;         /* positions of a head: whole blocks */
     size_t row_bytes[2];
@@ -11108,28 +11108,14 @@ static uint16_t *moqi_kv_key(const moqi_cache *c, int64_t slot, int64_t head, in
     return (uint16_t *)(void *)moqi_kv_row(c, 0, slot, head, pos / MOQI_KV_BLOCK * MOQI_KV_BLOCK) + moqi_kv_place(pos % MOQI_KV_BLOCK);
 }
 
-/* Up to 32 numbers -> a block of BF16; zeros behind them. */
-static void moqi_kv_block(const float *x, int64_t n, uint32_t *words)
-{
-    uint32_t u[MOQI_KV_BLOCK];
-    memset(u, 0, sizeof u);
-    memcpy(u, x, (size_t)n * sizeof *x);
-    for (int i = 0; i < MOQI_KV_BLOCK; i++) u[i] = (u[i] & 0x7fffffffu) > 0x7f800000u ? u[i] | 0x400000u : u[i] + 0x7fffu + (u[i] >> 16 & 1);
-    for (int i = 0; i < 16; i++) words[i] = u[i] >> 16 | (u[i + 16] & 0xffff0000u);
-}
-
-/* A key or a value as BF16. */
+/* A key or a value as BF16; zeros behind a value in its last block. */
 static void moqi_kv_round(const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t pos, const float *x)
 {
-    uint16_t *key = which ? NULL : moqi_kv_key(c, slot, head, pos);
-    uint8_t *row = which ? moqi_kv_row(c, 1, slot, head, pos) : NULL;
-    uint32_t words[16];
-    for (int64_t first = 0; first < c->dim[which]; first += MOQI_KV_BLOCK) {
-        const int64_t n = moqi_min(MOQI_KV_BLOCK, c->dim[which] - first);
-        moqi_kv_block(x + first, n, words);
-        if (row) memcpy(row + 2 * first, words, sizeof words);
-        for (int64_t i = 0; key && i < n; i++) key[(first + i) * MOQI_KV_BLOCK] = (uint16_t)(words[i % 16] >> i / 16 * 16 & 0xffff);
-    }
+    const int64_t n = c->dim[which];
+    uint16_t *to = which ? (uint16_t *)(void *)moqi_kv_row(c, 1, slot, head, pos) : moqi_kv_key(c, slot, head, pos);
+    for (int64_t i = 0; !which && i < n; i++) to[i * MOQI_KV_BLOCK] = moq_bf16_encode(x[i]);
+    for (int64_t i = 0; which && i < (int64_t)c->row_bytes[1] / 2; i++)
+        to[i / MOQI_KV_BLOCK * MOQI_KV_BLOCK + moqi_kv_place(i % MOQI_KV_BLOCK)] = i < n ? moq_bf16_encode(x[i]) : 0;
 }
 
 /* Unpack positions [first, last] of one head as F32 rows of dim values. Not for BF16. */
@@ -16326,7 +16312,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     }
 }
 
-/* Measured: to 256 rows of x the strips below take less time. */
+/* Measured: what strips can decode takes less time there, for any number of rows of x. */
 static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) ? moqi_amx_takes(p) : 0; }
 static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 0 : moqi_amx_takes(p); }
 
@@ -16446,6 +16432,7 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 
 /* ------------------------------------------------------------------------------------------------
    >>strips          AMX: NVFP4
+   What >>matrix does with panels, for E2M1 with E4M3 scales of 16 columns and any number of rows of x, without turning codes.
    ------------------------------------------------------------------------------------------------ */
 
 /* A block is 32 or 64 rows of weights and 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
@@ -17505,7 +17492,7 @@ static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int ha
 {
 #if defined(__GNUC__)
     const int64_t row = (int64_t)c->row_bytes[half / 2], some = MOQI_ATTEND_KEYS / 2 * row;
-    const int64_t block = MOQI_KV_BLOCK, count = c->half && half < 2 && next->last >= next->first ? block : next->last - next->first + 1;
+    const int64_t block = MOQI_KV_BLOCK, count = c->bf16 && half < 2 && next->last >= next->first ? block : next->last - next->first + 1;
     const int64_t end = moqi_min(count * row, (half % 2 + 1) * some);
     const uint8_t *p = moqi_kv_row(c, half / 2, next->slot, next->head, next->first);
     __asm__ volatile(""); /* see moqi_prefetch */
@@ -17515,9 +17502,40 @@ static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int ha
 #endif
 }
 
-/* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]; values: [count, ldv], or as blocks of BF16 in `half`. */
+/* 32 positions of a head: number d of key i is keys[i * step + d * next], values are [count, ldv]; or both are blocks of BF16 as they lie. */
+typedef struct moqi_attended { const float *keys, *values; const uint16_t *key_blocks, *value_blocks; int64_t step, next, ldv; } moqi_attended;
+
+/* Positions [first, first + count). lie: BF16 is used as it lies. keys, turned [32 * dim], room [32, value_dim padded to blocks]: scratch. */
+static moqi_attended moqi_attend_fetch(const moqi_attending *t, int64_t slot, int64_t head, int64_t first, int64_t count, int64_t dim, int lie, float *keys,
+                                       float *turned, float *room)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    const int64_t n = c->dim[1];
+    moqi_attended b = {turned, room, NULL, NULL, 1, MOQI_KV_BLOCK, n};
+    if (c->bf16) {
+        b.key_blocks = moqi_kv_key(c, slot, head, first);
+        b.value_blocks = (const uint16_t *)(const void *)moqi_kv_row(c, 1, slot, head, first);
+        b.ldv = (int64_t)c->row_bytes[1] / 2;
+        if (lie) return b;
+        t->o->split(b.key_blocks, c->dim[0], turned);
+        memset(turned + c->dim[0] * MOQI_KV_BLOCK, 0, (size_t)((dim - c->dim[0]) * MOQI_KV_BLOCK) * sizeof *turned);
+        t->o->split(b.value_blocks, count * b.ldv / MOQI_KV_BLOCK, room);
+        b.key_blocks = b.value_blocks = NULL;
+        return b;
+    }
+    b.keys = moqi_attend_keys(t, slot, head, first, count, dim, keys);
+    b.step = dim;
+    b.next = 1;
+    if (c->desc.shared)
+        for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, head, first + i), (size_t)n * sizeof *room);
+    else if (c->format[1] == MOQ_KV_WIDE) b.values = (const float *)(const void *)moqi_kv_row(c, 1, slot, head, first);
+    else moqi_kv_fetch(t->k, c, 1, slot, head, first, first + count - 1, room);
+    return b;
+}
+
+/* One block of keys for every query: part [n, value_dim + 2] goes on. s: [n, 32]. */
 static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, const moqi_next *next, float *s,
-                              const float *values, const uint16_t *half, int64_t ldv, float *part)
+                              const moqi_attended *b, float *part)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t n = c->dim[1], queries = g->rows * g->heads;
@@ -17537,8 +17555,8 @@ static void moqi_attend_block(const moqi_attending *t, const moqi_queries *g, in
         y[n + 1] += sum;
     }
     moqi_attend_ahead(c, next, 3);
-    if (half) t->o->blend_half(s, MOQI_ATTEND_KEYS, queries, count, half, ldv, part, n + 2, n);
-    else t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, values, ldv, part, n + 2, n);
+    if (b->value_blocks) t->o->blend_half(s, MOQI_ATTEND_KEYS, queries, count, b->value_blocks, b->ldv, part, n + 2, n);
+    else t->o->blend(s, MOQI_ATTEND_KEYS, queries, count, b->values, b->ldv, part, n + 2, n);
 }
 
 /* The queries of g to lanes: q [n, dim] -> [dim, lanes], nothing summed. memory: [lanes, dim + 32 + value_dim + 4] */
@@ -17590,40 +17608,22 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
     for (int64_t i = 0; i < queries; i++) part[i * (n + 2) + n] = -3e38f;
     if (lanes) moqi_attend_lanes(t, g, q, dim, n, s, &l);
-    if (lanes && c->half) l.dim = c->dim[0];
     for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS) {
         int64_t count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
-        const float *values = room, *k = turned;
-        const uint16_t *half = NULL;
-        int64_t ldv = n;
-        if (c->half) {
-            half = (const uint16_t *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
-            ldv = (int64_t)c->row_bytes[1] / 2;
-            if (lanes || !t->o->blend_half) {
-                t->o->split(moqi_kv_key(c, slot, g->kv_head, first), c->dim[0], turned);
-                t->o->split(half, count * ldv / MOQI_KV_BLOCK, room);
-                half = NULL;
-            }
-        } else {
-            k = moqi_attend_keys(t, slot, g->kv_head, first, count, dim, keys);
-            if (c->desc.shared)
-                for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, g->kv_head, first + i), (size_t)n * sizeof *room);
-            else if (c->format[1] == MOQ_KV_WIDE) values = (const float *)(const void *)moqi_kv_row(c, 1, slot, g->kv_head, first);
-            else moqi_kv_fetch(t->k, c, 1, slot, g->kv_head, first, first + count - 1, room);
-        }
+        const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, !lanes && t->o->blend_half, keys, turned, room);
         if (lanes) {
             moqi_attend_seen(t, g, first, count, &l);
-            t->o->lanes(&l, k, c->half ? 1 : dim, c->half ? MOQI_KV_BLOCK : 1, count, values, ldv);
+            t->o->lanes(&l, b.keys, b.step, b.next, count, b.values, b.ldv);
             continue;
         }
         moqi_next next = moqi_attend_next(c, slot, g->kv_head, first + MOQI_ATTEND_KEYS, low, high);
         moqi_attend_ahead(c, &next, 0);
-        if (!c->half) t->o->turn(k, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
+        if (b.keys != turned) t->o->turn(b.keys, dim, MOQI_ATTEND_KEYS, dim, turned, MOQI_ATTEND_KEYS);
         moqi_attend_ahead(c, &next, 1);
         memset(s, 0, (size_t)(queries * MOQI_ATTEND_KEYS) * sizeof *s);
-        if (half) t->o->blend_half(q, dim, queries, c->dim[0], moqi_kv_key(c, slot, g->kv_head, first), MOQI_KV_BLOCK, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
-        else t->o->blend(q, dim, queries, c->half ? c->dim[0] : dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
-        moqi_attend_block(t, g, first, count, &next, s, values, half, ldv, part);
+        if (b.key_blocks) t->o->blend_half(q, dim, queries, c->dim[0], b.key_blocks, MOQI_KV_BLOCK, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
+        else t->o->blend(q, dim, queries, dim, turned, MOQI_ATTEND_KEYS, s, MOQI_ATTEND_KEYS, MOQI_ATTEND_KEYS);
+        moqi_attend_block(t, g, first, count, &next, s, &b, part);
     }
     /* rows past the last query lie where keys were */
     if (lanes && n % 16 == 0) t->o->turn(l.y, l.wide, n, l.wide, part, n + 2);
@@ -19103,8 +19103,8 @@ static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_c
     c->dim[1] = d->value_dim > 0 ? d->value_dim : d->head_dim;
     c->format[0] = d->kv.format;
     c->format[1] = d->kv.format == MOQ_KV_NVFP4_ROTATE ? MOQ_KV_NVFP4 : d->kv.format;
-    c->half = d->bf16 && d->kv.format == MOQ_KV_WIDE && !d->shared && cpu->k != &moqi_reference_kernels;
-    c->capacity = c->half ? moqi_ceil_div(d->capacity, MOQI_KV_BLOCK) * MOQI_KV_BLOCK : d->capacity;
+    c->bf16 = d->bf16 && d->kv.format == MOQ_KV_WIDE && !d->shared && cpu->k != &moqi_reference_kernels;
+    c->capacity = c->bf16 ? moqi_ceil_div(d->capacity, MOQI_KV_BLOCK) * MOQI_KV_BLOCK : d->capacity;
     if (d->slots < 1 || d->capacity < 1 || d->kv_heads < 1 || d->head_dim < 1 || (unsigned)d->kv.format >= (unsigned)MOQ_KV_FORMAT_COUNT)
         return moqi_fail(err, MOQ_E_ARG, at, "a cache of %d slots, %d tokens, %d heads of %d values in format %d", (int)d->slots, (int)d->capacity,
                          (int)d->kv_heads,
@@ -19116,7 +19116,7 @@ static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_c
                          (int)d->kv.format);
     for (int i = 0; i < 2; i++) {
         const moq_view *s = i ? &d->kv.v_scale : &d->kv.k_scale, *b = i ? &d->kv.v_bias : &d->kv.k_bias;
-        c->row_bytes[i] = i && d->shared ? 0 : c->half ? (size_t)(i ? moqi_ceil_div(c->dim[1], MOQI_KV_BLOCK) * MOQI_KV_BLOCK : c->dim[0]) * 2
+        c->row_bytes[i] = i && d->shared ? 0 : c->bf16 ? (size_t)(i ? moqi_ceil_div(c->dim[1], MOQI_KV_BLOCK) * MOQI_KV_BLOCK : c->dim[0]) * 2
                                                        : moqi_kv_row_bytes(c->format[i], c->dim[i]);
         if ((s->data && s->count != 1 && s->count != (uint64_t)d->kv_heads) || (b->data && b->count != (uint64_t)d->kv_heads * (uint64_t)c->dim[i]))
             return moqi_fail(err, MOQ_E_SHAPE, at, "%llu scales and %llu biases of the %s cache, expected 1 or %d, and %lld",
@@ -19205,7 +19205,7 @@ static void moqi_append_task(void *arg, int row, int worker)
         for (int64_t h = 0; h < c->desc.kv_heads; h++) {
             const float *x = t->from[i] + row * t->stride[i] + h * c->dim[i];
             const int64_t slot = t->b->slot[row], pos = t->b->pos[row];
-            if (c->half) { moqi_kv_round(c, i, slot, h, pos, x); continue; }
+            if (c->bf16) { moqi_kv_round(c, i, slot, h, pos, x); continue; }
             if (c->format[i] == MOQ_KV_NVFP4_ROTATE) {
                 float norm = 1 / sqrtf((float)c->dim[i]);
                 memcpy(turned, x, (size_t)c->dim[i] * sizeof *x);
@@ -19251,7 +19251,7 @@ static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_s
     (void)be;
     for (int i = 0; i < 2 && count > 0; i++)
         for (int64_t h = 0; h < c->desc.kv_heads; h++) {
-            if (c->half && i == 0) moqi_kv_copy_keys(c, h, dst_slot, dst_pos, src_slot, src_pos, count);
+            if (c->bf16 && i == 0) moqi_kv_copy_keys(c, h, dst_slot, dst_pos, src_slot, src_pos, count);
             else memmove(moqi_kv_row(c, i, dst_slot, h, dst_pos), moqi_kv_row(c, i, src_slot, h, src_pos), (size_t)count * c->row_bytes[i]);
         }
 }
@@ -19260,7 +19260,7 @@ static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_s
 static void moqi_kv_rows(const moqi_cache *c, int which, int64_t slot, int64_t head, size_t rows, uint8_t *bytes, int back)
 {
     uint8_t *lie = moqi_kv_row(c, which, slot, head, 0);
-    if (!c->half || which) { memcpy(back ? lie : bytes, back ? bytes : lie, rows * c->row_bytes[which]); return; }
+    if (!c->bf16 || which) { memcpy(back ? lie : bytes, back ? bytes : lie, rows * c->row_bytes[which]); return; }
     for (int64_t i = 0; i < (int64_t)rows * c->dim[0]; i++, bytes += 2) {
         uint16_t *number = moqi_kv_key(c, slot, head, i / c->dim[0]) + i % c->dim[0] * MOQI_KV_BLOCK;
         memcpy(back ? (void *)number : bytes, back ? (const void *)bytes : number, 2);

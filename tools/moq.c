@@ -3209,7 +3209,7 @@ static int check_names(const options *o, const verb_row *verb)
     for (int i = 0; !bad && i < o->rule.count; i++)
         if (strchr(o->rule.item[i], '=')) bad = check_recipe(strrchr(o->rule.item[i], '=') + 1);
     if (bad || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;
-    if (in_list("quantize autoquant convert", verb->name))
+    if (in_list("quantize autoquant", verb->name))
         return refuse("--kv is " FOLDER_KV ", not '%s'", o->kv);
     return strcmp(o->kv, "bf16") == 0 ? 0 : refuse("--kv is auto, " CACHE_KV ", not '%s'", o->kv);
 }

@@ -1263,7 +1263,7 @@ static void long_case(moq_dtype activations, moq_kv_format format, int dim, int 
     check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
     batch_free(be, &b);
     be->kv_release(be, c);
-    moq_backend_destroy(be);
+    done(be);
 }
 
 static void test_cuda_attention_long(void)
