@@ -1688,7 +1688,7 @@ MOQ_API moq_result moq_fail(moq_error *err, moq_result code, const char *object,
 
 static moq_result moqi_nomem(moq_error *err, uint64_t bytes)
 {
-    return moqi_fail(err, MOQ_E_NOMEM, moqi_at(NULL, NULL, NULL, -1), "out of memory: %llu bytes were refused", (unsigned long long)bytes);
+    return moqi_fail(err, MOQ_E_NOMEM, moqi_at(NULL, NULL, NULL, -1), "out of memory: %llu bytes were refused; close what is not needed", (unsigned long long)bytes);
 }
 
 static void moqi_clear(moq_error *err)
@@ -9770,7 +9770,7 @@ static moq_result moqi_ck_load(moq_checkpoint *ck, moq_error *err)
         r = moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(ck->name, NULL, NULL, -1),
                       "%s there is no config.json; is it a checkpoint? (a lone .safetensors file opens with moq_st_open)", moqi_ck_place(ck, place));
     if (r == MOQ_OK) r = moqi_ck_optional(ck, "hf_quant_config.json", &ck->hf_quant, err);
-    if (r == MOQ_OK) r = moqi_ck_optional(ck, "quantize_config.json", &ck->gptq, err);
+    if (r == MOQ_OK && !ck->hf_quant) r = moqi_ck_optional(ck, "quantize_config.json", &ck->gptq, err); /* see moqi_quant_parse */
     if (r == MOQ_OK) r = moqi_ck_find_shards(ck, err);
     r = moqi_ck_foreign(ck, r, err);
     if (r == MOQ_OK) r = moqi_ck_open_shards(ck, err);
@@ -21663,20 +21663,23 @@ static moq_result moqi_read_request(moqi_plan *p, moq_error *err)
     return r == MOQ_OK ? moqi_patterns_make(&p->exclude, p->r, d->exclude, NULL, d->exclude_count, err) : r;
 }
 
-/* The first layer whose shape a recipe cannot take, and how many there are: one can be excluded, of many the recipe is the wrong one. */
-static moq_result moqi_tell_shapes(const moq_error *first, size_t refused, size_t covered, moq_error *err)
+/* The first layer whose shape a recipe cannot take, and how many there are: one can be excluded, of many the recipe is the wrong one.
+   sixteens: the columns of all of them are multiples of 16. */
+static moq_result moqi_tell_shapes(const moq_error *first, size_t refused, size_t covered, int sixteens, moq_error *err)
 {
     if (!err) return first->code;
     *err = *first;
     size_t used = strlen(err->text);
+    const char *other = refused <= covered / 2 ? "" : sixteens ? "; recipes nvfp4 and w4a16_nvfp4 take them, fp8 takes any" : "; recipe fp8 takes any";
     moqi_format(err->text + used, sizeof err->text - used, " (%llu of the %llu layers have such a shape%s)", (unsigned long long)refused,
-                (unsigned long long)covered, refused > covered / 2 ? "; recipe fp8 takes any" : "");
+                (unsigned long long)covered, other);
     return first->code;
 }
 
 static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
 {
     size_t n = moq_module_count(p->ck), covered = 0, refused = 0;
+    int sixteens = 1;
     moq_error first, later;
     moq_result r = moqi_read_request(p, err);
     if (r != MOQ_OK) return r;
@@ -21703,12 +21706,12 @@ static moq_result moqi_choose_targets(moqi_plan *p, moq_error *err)
                       to->group_cols == 16 && strcmp(t->recipe->calibration, "max") == 0;
             covered++;
             r = moqi_check_target(t, refused ? &later : &first);
-            refused += r == MOQ_E_SHAPE;
+            if (r == MOQ_E_SHAPE) { refused++; sixteens = sixteens && t->w.cols % 16 == 0; }
             if (r == MOQ_E_SHAPE) r = MOQ_OK;
             else if (r != MOQ_OK && err) *err = refused ? later : first;
         }
     }
-    if (r == MOQ_OK && refused) return moqi_tell_shapes(&first, refused, covered, err);
+    if (r == MOQ_OK && refused) return moqi_tell_shapes(&first, refused, covered, sixteens, err);
     return r == MOQ_OK ? moqi_check_request(p, err) : r;
 }
 

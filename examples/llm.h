@@ -13772,6 +13772,13 @@ LLM_API moq_result llm_save(llm *m, const char *path, moq_error *err)
     return r;
 }
 
+/* An error in what a file holds names the file. */
+static void llmi_name_file(moq_error *e, const char *path)
+{
+    const moq_error own = *e;
+    moq_fail(e, own.code, path, "%s", own.text);
+}
+
 LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err)
 {
     moq_error e;
@@ -13782,6 +13789,7 @@ LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err)
     llmi_no_error(&e);
     text = moq_read_file(path, (uint64_t)1 << 40, &m->a, &bytes, &e);
     r = text ? llm_set_state(m, text, bytes, &e) : llmi_code(&e, MOQ_E_IO);
+    if (text && r < 0) llmi_name_file(&e, path);
     if (text) moq_release(&m->a, text, bytes + 1);
     if (r < 0) llmi_give(err, &e);
     return r;

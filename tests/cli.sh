@@ -634,6 +634,9 @@ check "verify: one finding" lines out 1
 check "verify: names folder, file, tensor" out "^$dir/cut/model.safetensors: tensor '"
 run verify "$dir/cut/model.safetensors"
 check "verify: cut file alone" is 1
+mkdir "$dir/links" && cp "$demo/hf_quant_config.json" "$dir/links/" && ln -s nowhere "$dir/links/config.json"
+run verify "$dir/links"
+check "verify: a link to nothing is a fault of the folder" is 1
 run verify "$dir/cut" --json
 check "verify --json is JSON" json
 check "verify --json: code" out '"code": "MOQ_E_TRUNCATED"'

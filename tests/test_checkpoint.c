@@ -335,6 +335,14 @@ static void test_checkpoint_shard_is_no_file(void)
     expect_flags("D2", &f, 0, 0, MOQ_E_DUPLICATE, "'a'", NULL);
     remove(path);
     end_folder(&f);
+    f = sharded("nolink"); /* GPTQ's own file counts only where ModelOpt's is not */
+    snprintf(path, sizeof path, "%s/quantize_config.json", f.path);
+    CHECK(symlink("nowhere", path) == 0);
+    expect_flags("no hf_quant_config.json", &f, 0, 0, MOQ_E_IO, "quantize_config.json", NULL);
+    add_text(&f, "hf_quant_config.json", "{\"quantization\":{\"quant_algo\":null}}");
+    expect_flags("described by hf_quant_config.json", &f, 0, 0, MOQ_OK, NULL, NULL);
+    remove(path);
+    end_folder(&f);
 }
 
 static void test_checkpoint_total_size(void)

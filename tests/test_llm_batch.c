@@ -630,6 +630,7 @@ static void test_state_half_cache(void)
         for (int i = 0; i < 3; i++) CHECK(llm_next(m, &e) != NULL);
         CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
         CHECK_INT(llm_load(wide, state_file, &e), MOQ_E_STATE);
+        CHECK(strstr(e.text, state_file) == e.text && strstr(e.text, "another"));
         CHECK_INT(llm_load(n, state_file, &e), MOQ_OK);
         for (const char *a = "", *b; a; ) {
             a = llm_next(m, &e);

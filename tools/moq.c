@@ -1570,7 +1570,7 @@ static void verify_again(const char *path, verdict *v)
     moq_close(moq_open(path, &d, NULL));
 }
 
-/* A refusal to open is a finding, unless the machine and not the file is to blame. */
+/* A refusal to open is a finding, unless the machine and not the file is to blame: E_IO comes with the system's number, or from a look at the folder. */
 static int verify_path(const options *o, verdict *v)
 {
     struct stat info;
@@ -1591,7 +1591,7 @@ static int verify_path(const options *o, verdict *v)
         bad = st == NULL;
         moq_st_close(st);
     }
-    if (err.code == MOQ_E_NOMEM || err.code == MOQ_E_IO || err.code == MOQ_E_CANCELLED) return refuse_error(path, &err);
+    if (err.code == MOQ_E_NOMEM || (err.code == MOQ_E_IO && err.os_code) || err.code == MOQ_E_CANCELLED) return refuse_error(path, &err);
     if (bad && folder) verify_again(path, v);
     if (bad) report_finding(v, 1, &err);
     return v->fatal;
