@@ -1027,6 +1027,8 @@ struct moq_backend {
     /* linear, but only columns [first, first + count) of y [rows, out] are computed and written, to the bits that linear writes there; `first` is
        a multiple of 64, `count` any. For products that would take too long in one call. NULL: linear computes all. */
     void (*linear_rows)(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, int64_t first, int64_t count, void *y);
+
+    int32_t pass_rows; /* rows of a call from which on more of them save little time a row; 0: not known. Engines cut prompts so by default */
 };
 
 typedef struct moq_cpu_desc {
@@ -19512,7 +19514,7 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
     moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
     moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL,
-    moqi_cpu_linear_rows
+    moqi_cpu_linear_rows, 0
 };
 
 /* By name, or the fastest. */
@@ -23452,7 +23454,7 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
     moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, /* what goes through kv_b is to be seen */
-    NULL, NULL
+    NULL, NULL, 0
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */
@@ -23469,6 +23471,7 @@ MOQ_API moq_backend *moq_observing_backend(moq_backend *inner, const moq_observe
     w->be.ctx = w;
     w->be.act = inner->act;
     w->be.max_rows = inner->max_rows;
+    w->be.pass_rows = inner->pass_rows;
     w->inner = inner;
     w->o = *observer;
     if (a) w->a = *a;

@@ -198,7 +198,8 @@ typedef struct llm_desc {
                                     see llm_make_head. Halves what it reads for each token; logits change by what moq eval --against says */
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
     int32_t slots;               /* conversations that the KV cache has room for; 0: 1 */
-    int32_t chunk;               /* rows of one pass through the model: prompt tokens, or tokens of many answers; 0: 256 */
+    int32_t chunk;               /* rows of one pass through the model: prompt tokens, or tokens of many answers; 0: what suits the backend (its
+                                    pass_rows), 256 on a CPU. Memory grows with it: see llm_plan */
     uint64_t max_memory;         /* llm_open refuses with the numbers of llm_plan when these would need more bytes. 0: more than the machine has beside
                                     the mapped weights, on a CPU and without an allocator of the caller's; UINT64_MAX: no limit */
     int32_t endless;             /* 1: when the context is full, the oldest turns (raw text: half of the tokens) are forgotten and the rest
@@ -7567,6 +7568,16 @@ typedef struct llmi_want { void **out; uint64_t width; size_t size; } llmi_want;
 
 static uint64_t llmi_larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
+/* Rows of one call of the output layer. The logits of a whole chunk would be far larger than everything else: about a million of them at a time. A device
+   reads the weights anew for each call, in more time than it takes to multiply: there those of all conversations go together, up to 64. */
+static int32_t llmi_head_rows(const llmi_model *m)
+{
+    int32_t rows = (1 << 20) / m->c.vocab, together = m->be->pass_rows > 0 ? m->slots : 1;
+    if (together > 64) together = 64;
+    if (rows < together) rows = together;
+    return rows < 1 ? 1 : rows > m->chunk ? m->chunk : rows;
+}
+
 /* Activations of one chunk: taken once, here. */
 static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
 {
@@ -7599,9 +7610,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     m->ids = (int32_t *)ids;
     m->pos = (int32_t *)pos;
     m->slot = (int32_t *)slot;
-    /* the logits of a whole chunk would be far larger than everything else: about a million of them at a time */
-    m->head_rows = (1 << 20) / c->vocab;
-    m->head_rows = m->head_rows < 1 ? 1 : m->head_rows > m->chunk ? m->chunk : m->head_rows;
+    m->head_rows = llmi_head_rows(m);
     m->head_cut = ((1 << 20) / c->hidden + 64) / 64 * 64; /* about a million products */
     if (m->dry) m->planned += (uint64_t)m->head_rows * (uint64_t)c->vocab * m->elem;
     else if (!(m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
@@ -7700,7 +7709,7 @@ static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_b
     llmi_tell_slips(m);
     if (code < 0 || (code = llmi_divide(m, err)) < 0) return code;
     m->slots = desc->slots > 0 ? desc->slots : 1;
-    m->chunk = desc->chunk > 0 ? desc->chunk : 256;
+    m->chunk = desc->chunk > 0 ? desc->chunk : be->pass_rows > 0 ? be->pass_rows : 256;
     if (m->chunk > m->c.context) m->chunk = m->c.context;
     if (m->c.context > m->c.max_positions) {
         moq_error finding;

@@ -1091,8 +1091,41 @@ static void test_llm_head(void)
     check_head("sources/gemma3", "model.embed_tokens", "gemma3"); /* tied: the embedding stays as it is */
 }
 
+/* Rows of a pass: the caller's, else the backend's, else 256; the output layer of a device takes all conversations at once. */
+static void check_pass_rows(void)
+{
+    static const struct { int32_t backend, desc, rows, head; } cases[] = {{0, 0, 256, 256}, {300, 0, 300, 300}, {300, 7, 7, 7}, {100000, 0, 400, 400}};
+    moq_error e;
+    for (size_t i = 0; i < LLMI_COUNT(cases); i++) {
+        llm_desc d = plain_desc();
+        llm_memory plan;
+        d.path = golden(LLAMA);
+        d.context = 400;
+        d.chunk = cases[i].desc;
+        d.backend = moq_cpu_backend(NULL, &e);
+        CHECK(d.backend != NULL);
+        d.backend->pass_rows = cases[i].backend;
+        CHECK_INT(llm_plan(&d, &plan, &e), MOQ_OK);
+        CHECK_INT(plan.chunk, cases[i].rows);
+        llm *m = llm_open(&d, &e);
+        CHECK(m != NULL);
+        if (m) {
+            CHECK_INT(m->model->chunk, cases[i].rows);
+            CHECK_INT(m->model->head_rows, cases[i].head);
+            m->model->c.vocab = 1 << 18; /* a million logits are four rows */
+            m->model->slots = 90;
+            CHECK_INT(llmi_head_rows(m->model), !cases[i].backend || cases[i].rows < 4 ? 4 : cases[i].rows < 64 ? cases[i].rows : 64);
+            m->model->slots = 1;
+            CHECK_INT(llmi_head_rows(m->model), 4);
+        }
+        llm_close(m);
+        moq_backend_destroy(d.backend);
+    }
+}
+
 static void test_llm_chunks(void)
 {
+    check_pass_rows();
     static const char *const more[] = {"mistral", "gemma3", "nemotron_h"};
     check_chunks(LLAMA, "llama");
     check_chunks("modelopt/qwen3_moe-auto_kl_awq_8.0", "qwen3_moe");

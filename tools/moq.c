@@ -415,7 +415,7 @@ static const option_row option_table[] = {
     {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), " CACHE_KV},
     {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
     {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
-    {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256)"},
+    {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256, more on a GPU)"},
     {"explain", KIND_FLAG, FIELD(explain), "", "why each layer gets its kernel"},
     {"deep", KIND_FLAG, FIELD(deep), "", "also check every code of every weight"},
     {"hash", KIND_FLAG, FIELD(hash), "", "a line NAME, shape, hash for every quantized weight"},
