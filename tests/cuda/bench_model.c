@@ -1,13 +1,24 @@
-/* Tokens a second of whole models with random NVFP4 weights: writes a folder of the wanted shape, opens it on the GPU and generates.
-       bench_model SHAPE FOLDER [LAYERS [GB_PER_S]]     e.g. bench_model llama-8b /tmp/model 32 4530
-   Shapes: llama-8b, qwen3-30b-a3b, tiny. GB_PER_S: what a plain read reaches, for the fraction (of weights and KV bytes of a token over that rate).
-   A folder that is there already is used as it is. Prints after 64, 1024 and 8192 tokens of context, one token a call, logits to the host. */
+/* Tokens a second of whole models with random NVFP4 weights: writes a folder of the wanted shape, opens it on the GPU, reads prompts and generates.
+       bench_model SHAPE FOLDER [LAYERS [GB_PER_S [WHAT [CHUNK]]]]     e.g. bench_model llama-8b /tmp/model 32 4530
+   Shapes: llama-8b, qwen3-30b-a3b, tiny, tiny-moe. GB_PER_S: what a plain read reaches, for the fraction (of weights and KV bytes of a token over that rate).
+   A folder that is there already is used as it is. WHAT is made of letters, all by default, and two that choose:
+     g  one sequence that is continued after 64, 1024 and 8192 tokens, one token a call, logits to the host
+     p  prompts of 64 to 8192 tokens from position 0 on, the last row's logits to the host
+     s  8, 32 and 64 sequences of 1024 tokens that are continued together, logits of all to the host
+     b  BF16 activations alone, f  F32 activations alone
+   CHUNK: llm_desc.chunk of prompts. */
 #include "../test.h"
 
 #define LLM_IMPLEMENTATION
 #include "../../examples/llm.h"
 
 #include <sys/stat.h>
+
+/* See modelopt_q_cuda.cu. */
+#ifdef __cplusplus
+extern "C"
+#endif
+moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);
 
 typedef struct shape {
     const char *name, *model_type;
@@ -194,22 +205,163 @@ static double run(llm *m, int context, int count, int vocab)
     return count / start;
 }
 
-int main(int argc, char **argv)
+/* Numbers of logits that a caller would use. */
+static void check_logits(const float *logits, int vocab)
+{
+    for (int k = 0; k < vocab; k++) if (!(fabs((double)logits[k]) < 1e6)) { fprintf(stderr, "logits are not numbers\n"); exit(2); }
+}
+
+/* Seconds of a prompt of `count` tokens: the shortest of some. */
+static double run_prompt(llm *m, int count, int vocab)
+{
+    float *logits = (float *)malloc((size_t)vocab * sizeof *logits);
+    int32_t *ids = (int32_t *)malloc((size_t)count * sizeof *ids);
+    const int turns = count > 2048 ? 3 : 6;
+    double best = 1e30;
+    moq_error e;
+    if (!logits || !ids) exit(2);
+    for (int i = 0; i < count; i++) ids[i] = (int32_t)(test_random() % (uint32_t)vocab);
+    for (int i = 0; i < turns; i++) {
+        double t = moq_seconds();
+        if (llm_forward(m, 0, ids, count, 0, NULL, logits, &e) != MOQ_OK) { fprintf(stderr, "%s\n", e.text); exit(2); }
+        t = moq_seconds() - t;
+        if (t < best) best = t;
+    }
+    check_logits(logits, vocab);
+    free(logits);
+    free(ids);
+    return best;
+}
+
+/* Seconds of a pass of one token in each of `count` sequences of `context` tokens. */
+static double run_together(llm *m, int count, int context, int vocab)
+{
+    enum { TURNS = 10 };
+    llmi_model *own = m->model;
+    float *logits = (float *)malloc((size_t)count * (size_t)vocab * sizeof *logits);
+    int32_t *ids = (int32_t *)malloc((size_t)context * sizeof *ids);
+    double best = 1e30;
+    moq_error e;
+    if (!logits || !ids) exit(2);
+    for (int i = 0; i < context; i++) ids[i] = (int32_t)(test_random() % (uint32_t)vocab);
+    for (int s = 0; s < count; s++)
+        if (own->length[s] < context && llm_forward(m, s, ids, context, 0, NULL, logits, &e) != MOQ_OK) { fprintf(stderr, "%s\n", e.text); exit(2); }
+    for (int i = 0; i < TURNS; i++) {
+        double t = moq_seconds();
+        llmi_pass_clear(own);
+        for (int s = 0; s < count; s++) llmi_pass_add(own, s, ids[(s + i) % context], context + i, logits + (size_t)s * (size_t)vocab);
+        while (!llmi_pass_done(own)) llmi_pass_unit(own, vocab);
+        if (llmi_pass_end(own, &e) != MOQ_OK) { fprintf(stderr, "%s\n", e.text); exit(2); }
+        t = moq_seconds() - t;
+        if (t < best) best = t;
+    }
+    for (int s = 0; s < count; s++) { own->length[s] = context; check_logits(logits + (size_t)s * (size_t)vocab, vocab); }
+    free(logits);
+    free(ids);
+    return best;
+}
+
+/* Multiplications of a token in the weights of all layers but the output layer, which only the last token of a prompt passes through. */
+static double token_products(const shape *s)
+{
+    const double attention = (double)s->hidden * s->head_dim * (2.0 * s->heads + 2.0 * s->kv_heads), experts = s->experts ? s->top_k : 1;
+    return s->layers * (attention + 3.0 * experts * s->hidden * s->inter + (double)s->experts * s->hidden);
+}
+
+/* ---- what is asked for ---- */
+
+typedef struct wish { const char *what, *folder, *kv, *name; moq_dtype act; int chunk; double rate; } wish;
+
+static int wants(const wish *w, int letter) { return !w->what || !strpbrk(w->what, "gps") || strchr(w->what, letter) != NULL; }
+
+static llm *open_model(const wish *w, int context, int slots, llm_desc *d)
+{
+    moq_cuda_desc cd;
+    moq_error e;
+    double start = moq_seconds();
+    memset(&cd, 0, sizeof cd);
+    memset(d, 0, sizeof *d);
+    d->path = w->folder;
+    d->no_tokenizer = 1;
+    d->context = context;
+    d->slots = slots;
+    d->kv = w->kv;
+    d->chunk = w->chunk;
+    d->backend = getenv("MOQ_CPU") ? NULL : moq_cuda_backend_full(&cd, w->act, NULL, &e);
+    if (!d->backend && !getenv("MOQ_CPU")) { fprintf(stderr, "%s\n", e.text); exit(2); }
+    llm *m = llm_open(d, &e);
+    if (!m) { fprintf(stderr, "%s\n", e.text); exit(2); }
+    printf("%s: opened in %.1f s, rows of a pass: %d\n", w->name, moq_seconds() - start, m->model->chunk);
+    return m;
+}
+
+static void close_model(llm *m, const llm_desc *d)
+{
+    llm_close(m);
+    if (d->backend) moq_backend_destroy(d->backend);
+}
+
+static void measure_generation(llm *m, const wish *w, const shape *s, const list *l)
 {
     static const int contexts[] = {64, 1024, 8192};
+    const double elem = strcmp(w->kv, "wide") != 0 ? 1 : w->act == MOQ_F32 ? 4 : 2;
+    for (size_t k = 0; k < sizeof contexts / sizeof *contexts; k++) {
+        if (contexts[k] + 200 > m->model->c.context) continue;
+        double t = run(m, contexts[k], s->vocab > 1000 ? 100 : 10, s->vocab);
+        double bytes = token_bytes(l, s) + 2.0 * s->layers * s->kv_heads * s->head_dim * elem * (contexts[k] + 50);
+        printf("%s, %5d tokens of context: %7.1f tokens/s, %.2f GB a token, %.0f %% of a plain read\n", w->name, contexts[k], t, 1e-9 * bytes, 100 * t * bytes / w->rate);
+        fflush(stdout);
+    }
+}
+
+static void measure_prompts(llm *m, const wish *w, const shape *s)
+{
+    static const int counts[] = {64, 128, 512, 2048, 8192};
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
+        if (counts[k] > m->model->c.context) continue;
+        double t = run_prompt(m, counts[k], s->vocab);
+        double tera = 2e-12 * (token_products(s) * counts[k] + (double)s->hidden * s->vocab) / t;
+        printf("%s, prompt of %5d tokens: %9.3f ms, %8.0f tokens/s, %5.1f TFLOP/s in weights, %.2f of 700\n", w->name, counts[k], 1e3 * t, counts[k] / t, tera, tera / 700);
+        fflush(stdout);
+    }
+}
+
+static void measure_together(llm *m, const wish *w, const shape *s, const list *l)
+{
+    static const int counts[] = {8, 32, 64};
+    const int context = s->vocab > 1000 ? 1024 : 64;
+    const double elem = strcmp(w->kv, "wide") != 0 ? 1 : w->act == MOQ_F32 ? 4 : 2;
+    for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
+        if (counts[k] > m->model->slots) continue;
+        double t = run_together(m, counts[k], context, s->vocab), kv = 2.0 * s->layers * s->kv_heads * s->head_dim * elem * (context + 5) * counts[k];
+        printf("%s, %2d sequences of %d tokens: %8.3f ms a pass, %8.0f tokens/s; %.2f GB of weights, %.2f of caches: %.2f ms of a plain read\n", w->name, counts[k], context,
+               1e3 * t, counts[k] / t, 1e-9 * token_bytes(l, s), 1e-9 * kv, 1e3 * (token_bytes(l, s) + kv) / w->rate);
+        fflush(stdout);
+    }
+}
+
+int main(int argc, char **argv)
+{
     static const char *const kvs[] = {"wide", "fp8"};
-    char path[1100], name[40];
+    char path[1100], name[80];
     shape s;
     list l;
-    moq_error e;
+    wish w;
     struct stat st;
     size_t i = 0;
     memset(&l, 0, sizeof l);
     while (i < sizeof shapes / sizeof *shapes && (argc < 3 || strcmp(argv[1], shapes[i].name) != 0)) i++;
-    if (i == sizeof shapes / sizeof *shapes) { fprintf(stderr, "bench_model SHAPE FOLDER [LAYERS [GB_PER_S]]; shapes: llama-8b, qwen3-30b-a3b, tiny, tiny-moe\n"); return 2; }
+    if (i == sizeof shapes / sizeof *shapes) {
+        fprintf(stderr, "bench_model SHAPE FOLDER [LAYERS [GB_PER_S [WHAT [CHUNK]]]]; shapes: llama-8b, qwen3-30b-a3b, tiny, tiny-moe\n");
+        return 2;
+    }
     s = shapes[i];
+    memset(&w, 0, sizeof w);
     if (argc > 3 && atoi(argv[3]) > 0) s.layers = atoi(argv[3]);
-    double rate = argc > 4 ? atof(argv[4]) * 1e9 : 4.53e12, start = moq_seconds();
+    w.rate = argc > 4 && atof(argv[4]) > 0 ? atof(argv[4]) * 1e9 : 4.53e12;
+    w.what = argc > 5 ? argv[5] : NULL;
+    w.folder = argv[2];
+    double start = moq_seconds();
     add(&l, TABLE, s.vocab, s.hidden, "model.embed_tokens.weight");
     for (int k = 0; k < s.layers; k++) add_block(&l, &s, k);
     add(&l, ONES, 1, s.hidden, "model.norm.weight");
@@ -217,34 +369,28 @@ int main(int argc, char **argv)
     mkdir(argv[2], 0777);
     snprintf(path, sizeof path, "%s/model.safetensors", argv[2]);
     if (stat(path, &st) != 0) { write_config(argv[2], &s); write_tensors(argv[2], &l); }
-    snprintf(name, sizeof name, "%s, %d layers", s.name, s.layers);
-    printf("%s: %.2f GB, %.2f GB of weights a token; written in %.1f s\n", name, 1e-9 * (double)l.bytes, 1e-9 * token_bytes(&l, &s), moq_seconds() - start);
-    for (int kv = 0; kv < 2; kv++) {
-        moq_cuda_desc cd;
+    printf("%s, %d layers: %.2f GB, %.2f GB of weights a token; written in %.1f s\n", s.name, s.layers, 1e-9 * (double)l.bytes, 1e-9 * token_bytes(&l, &s), moq_seconds() - start);
+    const int large = s.vocab > 1000;
+    for (int kv = 0; kv < 4; kv++) {
         llm_desc d;
-        memset(&cd, 0, sizeof cd);
-        memset(&d, 0, sizeof d);
-        cd.act = MOQ_ACT_WIDE;
-        d.path = argv[2];
-        d.no_tokenizer = 1;
-        d.act = MOQ_ACT_WIDE;
-        d.context = s.vocab > 1000 ? 8448 : 512;
-        d.kv = kvs[kv];
-        d.backend = getenv("MOQ_CPU") ? NULL : moq_cuda_backend_with(&cd, &e);
-        if (!d.backend && !getenv("MOQ_CPU")) { fprintf(stderr, "%s\n", e.text); return 2; }
-        start = moq_seconds();
-        llm *m = llm_open(&d, &e);
-        if (!m) { fprintf(stderr, "%s\n", e.text); return 2; }
-        printf("opened in %.1f s, KV %s\n", moq_seconds() - start, kvs[kv]);
-        for (size_t k = 0; k < sizeof contexts / sizeof *contexts; k++) {
-            if (contexts[k] + 200 > d.context) continue;
-            double t = run(m, contexts[k], s.vocab > 1000 ? 100 : 10, s.vocab), elem = kv ? 1 : d.backend && d.backend->act == MOQ_F32 ? 4 : 2;
-            double bytes = token_bytes(&l, &s) + 2.0 * s.layers * s.kv_heads * s.head_dim * elem * (contexts[k] + 50);
-            printf("%s, KV %s, %5d tokens of context: %7.1f tokens/s, %.2f GB a token, %.0f %% of a plain read\n", name, kvs[kv], contexts[k], t, 1e-9 * bytes, 100 * t * bytes / rate);
-            fflush(stdout);
+        llm *m;
+        w.act = kv / 2 ? MOQ_BF16 : MOQ_F32;
+        w.kv = kvs[kv % 2];
+        if (w.what && strpbrk(w.what, "bf") && !strchr(w.what, kv / 2 ? 'b' : 'f')) continue;
+        snprintf(name, sizeof name, "%s, %d layers, %s, KV %s", s.name, s.layers, moq_dtype_name(w.act), w.kv);
+        w.name = name;
+        w.chunk = argc > 6 ? atoi(argv[6]) : 0;
+        if (wants(&w, 'g') || wants(&w, 'p')) {
+            m = open_model(&w, large ? 8448 : 512, 1, &d);
+            if (wants(&w, 'p')) measure_prompts(m, &w, &s);
+            if (wants(&w, 'g')) measure_generation(m, &w, &s, &l);
+            close_model(m, &d);
         }
-        llm_close(m);
-        if (d.backend) moq_backend_destroy(d.backend);
+        if (wants(&w, 's')) {
+            m = open_model(&w, large ? 1280 : 512, 64, &d);
+            measure_together(m, &w, &s, &l);
+            close_model(m, &d);
+        }
     }
     free(l.t);
     return 0;
