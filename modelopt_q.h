@@ -1028,6 +1028,12 @@ struct moq_backend {
        a multiple of 64, `count` any. For products that would take too long in one call. NULL: linear computes all. */
     void (*linear_rows)(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, int64_t first, int64_t count, void *y);
 
+    /* Codes and scales of a weight that prepare_linear left in the checkpoint move into memory of the backend's own, in large pages where the system
+       has them, each weight behind the one of the call before: call it once for each, in the order in which they will be read. Results keep their bits.
+       copy_bytes: what that takes for the layers of such a weight. NULL: the backend needs no such copy. */
+    moq_result (*copy_weight)(moq_backend *be, moq_weight *w, moq_error *err);
+    size_t (*copy_bytes)(const moq_backend *be, const moq_linear *layers, int32_t parts);
+
     int32_t pass_rows; /* rows of a call from which on more of them save little time a row; 0: not known. Engines cut prompts so by default */
 };
 
@@ -1721,9 +1727,15 @@ static void *moqi_default_alloc(size_t bytes)
     return p;
 }
 
+/* Not zeroed: what is never written takes no memory. */
+static void *moqi_allocate(const moq_allocator *a, size_t bytes)
+{
+    return a && a->alloc ? a->alloc(a->user, bytes ? bytes : 1, MOQI_ALIGN) : moqi_default_alloc(bytes ? bytes : 1);
+}
+
 MOQ_API void *moq_allocate(const moq_allocator *a, size_t bytes)
 {
-    void *p = a && a->alloc ? a->alloc(a->user, bytes ? bytes : 1, MOQI_ALIGN) : moqi_default_alloc(bytes ? bytes : 1);
+    void *p = moqi_allocate(a, bytes);
     if (p) memset(p, 0, bytes);
     return p;
 }
@@ -17895,6 +17907,7 @@ typedef struct moqi_cpu {
     float *worker, *t, *r, *mid, *hidden, *out, *weight, *parts; /* in scratch */
     int32_t *index, *place, *row_of, *expert_of, *begin;
     moqi_job *jobs;             /* [2 * need.jobs]: products, then their low-rank branches */
+    struct moqi_store *store;   /* copied weights, the newest block first */
 } moqi_cpu;
 
 /* A caller may wrap the table and call with a copy of it, so the object is always reached through ctx. */
@@ -17995,6 +18008,8 @@ typedef struct moqi_weight {
     int32_t parts;
     int64_t rows, cols;
     moqi_tiled *part;
+    struct moqi_store *store;   /* the block that its copy lies in, or NULL */
+    size_t copied;              /* bytes of the copy */
 } moqi_weight;
 
 /* Does this backend round the layer's inputs? */
@@ -18244,18 +18259,131 @@ static moq_weight *moqi_cpu_prepare_linear(moq_backend *be, const moq_linear *la
     return (moq_weight *)(void *)w;
 }
 
+/* ---- copies of weights ----
+   A token reads all weights, each once, and little else: the memory's speed is its speed. A file's layers lie in the order of their names, in small pages,
+   at addresses that halve the lines of the cache; the hardware's prefetchers stop at the end of a page and of a piece. So copies begin at multiples
+   of 64 bytes, and blocks are large enough for large pages. */
+enum { MOQI_STORE_BYTES = 32 << 20, MOQI_STORE_HEAD = 64 /* of a block, before its bytes */, MOQI_COPY_ROWS = 256 /* of one task */ };
+typedef struct moqi_store { struct moqi_store *next; size_t bytes, used; int64_t weights; } moqi_store;
+
+/* Bytes of a row of codes and of a row of scales that are copied; 0: not copied, because prepare repacked them, or the copy would be read another way. */
+typedef struct moqi_copied { int64_t codes, scales; } moqi_copied;
+
+static moqi_copied moqi_copy_rows(const moqi_cpu *c, const moq_linear *w)
+{
+    moqi_copied n = {0, 0};
+    moqi_tiled p;
+    memset(&p, 0, sizeof p);
+    p.layer = *w;
+    if (c->k == &moqi_reference_kernels || w->group_index.data || !moqi_choose_form(&p) || !moqi_choose_groups(&p) || !moqi_use_codes(&p)) return n;
+    n.codes = (w->cols * (p.form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p.dtype)) + 7) / 8;
+    if (w->scales.data && p.group_rows == 1 && w->row_step == 1 && w->scale_row_stride == p.groups && (w->scale_col_stride == 1 || p.groups == 1))
+        n.scales = p.groups * (moq_dtype_bits(p.scale_dtype) / 8);
+    return n;
+}
+
+static size_t moqi_copy_size(int64_t rows, int64_t bytes) { return (size_t)((rows * bytes + 63) / 64 * 64); }
+
+static size_t moqi_copy_part(const moqi_cpu *c, const moq_linear *w)
+{
+    const moqi_copied n = moqi_copy_rows(c, w);
+    return moqi_copy_size(w->rows, n.codes) + moqi_copy_size(w->rows, n.scales);
+}
+
+/* With a block of its own, as a caller's allocator is asked for. */
+static size_t moqi_cpu_copy_bytes(const moq_backend *be, const moq_linear *layers, int32_t parts)
+{
+    size_t bytes = 0;
+    for (int32_t i = 0; i < parts; i++) bytes += moqi_copy_part(moqi_cpu_of(be), &layers[i]);
+    return bytes ? MOQI_STORE_HEAD + bytes : 0;
+}
+
+/* The next bytes, behind those taken last. A caller's allocator is asked for no more than is used. */
+static uint8_t *moqi_store_take(moqi_cpu *c, size_t bytes)
+{
+    moqi_store *s = c->store;
+    if (!s || s->bytes - s->used < bytes) {
+        const size_t least = MOQI_STORE_HEAD + bytes, all = c->a.alloc || least > MOQI_STORE_BYTES ? least : MOQI_STORE_BYTES;
+        if (!(s = (moqi_store *)moqi_allocate(&c->a, all))) return NULL;
+        s->next = c->store;
+        s->bytes = all;
+        s->used = MOQI_STORE_HEAD;
+        s->weights = 0;
+        c->store = s;
+    }
+    s->weights++;
+    s->used += bytes;
+    return (uint8_t *)s + s->used - bytes;
+}
+
+/* A block goes with the last weight in it. */
+static void moqi_store_leave(moqi_cpu *c, moqi_store *s)
+{
+    moqi_store **at = &c->store;
+    if (!s || --s->weights > 0) return;
+    while (*at != s) at = &(*at)->next;
+    *at = s->next;
+    moq_release(&c->a, s, s->bytes);
+}
+
+/* One part on its way. */
+typedef struct moqi_copying { const moqi_tiled *p; moqi_copied row; uint8_t *codes, *scales; } moqi_copying;
+
+static void moqi_copy_rows_task(void *arg, int index, int worker)
+{
+    const moqi_copying *t = (const moqi_copying *)arg;
+    const moqi_tiled *p = t->p;
+    const int64_t first = (int64_t)index * MOQI_COPY_ROWS, end = moqi_min(p->layer.rows, first + MOQI_COPY_ROWS), n = t->row.scales;
+    (void)worker;
+    for (int64_t r = first; r < end; r++) memcpy(t->codes + r * t->row.codes, p->codes + r * p->row_bytes, (size_t)t->row.codes);
+    if (n) memcpy(t->scales + first * n, p->scales + (p->scale_first + first) * n, (size_t)((end - first) * n));
+}
+
+static moq_result moqi_cpu_copy_weight(moq_backend *be, moq_weight *weight, moq_error *err)
+{
+    moqi_cpu *c = moqi_cpu_of(be);
+    moqi_weight *w = (moqi_weight *)(void *)weight;
+    size_t bytes = 0;
+    moqi_clear(err);
+    for (int32_t i = 0; i < w->parts && !w->store; i++) bytes += moqi_copy_part(c, &w->part[i].layer);
+    if (!bytes) return MOQ_OK;
+    uint8_t *to = moqi_store_take(c, bytes);
+    if (!to) return moqi_nomem(err, bytes);
+    w->store = c->store;
+    w->copied = MOQI_STORE_HEAD + bytes;
+    for (int32_t i = 0; i < w->parts; i++) {
+        moqi_tiled *p = &w->part[i];
+        const int64_t rows = p->layer.rows;
+        moqi_copying t;
+        t.p = p;
+        t.row = moqi_copy_rows(c, &p->layer);
+        if (!t.row.codes) continue;
+        t.codes = to;
+        t.scales = to + moqi_copy_size(rows, t.row.codes);
+        to = t.scales + moqi_copy_size(rows, t.row.scales);
+        moqi_run(c, moqi_ceil_div(rows, MOQI_COPY_ROWS), (double)rows * (double)t.row.codes, moqi_copy_rows_task, &t);
+        p->codes = t.codes;
+        p->row_bytes = t.row.codes;
+        if (!t.row.scales) continue;
+        p->scales = t.scales;
+        p->scale_first = 0;
+    }
+    return MOQ_OK;
+}
+
 static void moqi_cpu_release_weight(moq_backend *be, moq_weight *weight)
 {
-    (void)be;
     if (!weight) return;
     moqi_arena r = ((moqi_weight *)(void *)weight)->arena;
+    moqi_store_leave(moqi_cpu_of(be), ((moqi_weight *)(void *)weight)->store);
     moqi_arena_drop(&r);
 }
 
 static size_t moqi_cpu_weight_bytes(const moq_backend *be, const moq_weight *weight)
 {
+    const moqi_weight *w = (const moqi_weight *)(const void *)weight;
     (void)be;
-    return weight ? moqi_arena_bytes(&((const moqi_weight *)(const void *)weight)->arena) : 0;
+    return w ? moqi_arena_bytes(&w->arena) + w->copied : 0;
 }
 
 /* ---- running products ----
@@ -19514,7 +19642,7 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
     moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
     moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL,
-    moqi_cpu_linear_rows, 0
+    moqi_cpu_linear_rows, moqi_cpu_copy_weight, moqi_cpu_copy_bytes, 0
 };
 
 /* By name, or the fastest. */
@@ -23454,7 +23582,7 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
     moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, /* what goes through kv_b is to be seen */
-    NULL, NULL, 0
+    NULL, NULL, NULL, NULL, 0
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

@@ -11644,6 +11644,7 @@ static const moq_backend moqc_table = {
     NULL, NULL, NULL, NULL, NULL, /* latent attention keeps its wide keys and values here */
     moqc_kv_enter,
     NULL, /* a product is queued in microseconds, whatever it takes */
+    NULL, NULL, /* weights are copied to the device in any case */
     512 /* tiles of mma.sync are full by then; see moqc_open_device */
 };
 

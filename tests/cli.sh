@@ -603,6 +603,10 @@ if [ ! -f "$golden/sources/qwen3/config.json" ]; then echo "skipped inspect --he
 fi
 run inspect "$demo" --kv fp8
 check "inspect --kv" out "KV cache 1.6 MB"
+run inspect "$demo" --weights copied --backend cpu
+check "inspect --weights: copies are counted" out "repacked weights [1-9][0-9.]* MB"
+run run "$demo" --weights printed --prompt a
+check "run --weights: no such way" refused "there are mapped and copied"
 run inspect "$demo" --json
 check "inspect --json is JSON" json
 for k in '"model_type": "llama"' '"quant_algo": "NVFP4"' '"kv_cache": "wide"' '"effective_bits": 5.65' '"total_bytes": 3709776' \

@@ -906,6 +906,76 @@ static void test_backend_linear_rows(void)
     }
 }
 
+/* Copies of weights change no bit, lie one behind the other, and take what was said: whole layers, and rows and columns of them. */
+static void check_copies(const char *kernel, const char *what, const moq_linear *parts, int32_t count, const float *x)
+{
+    static const int counts[] = {1, 3, 20};
+    static float want[20 * 414], got[20 * 414];
+    moq_error err;
+    moq_backend *be = backend_of(kernel, MOQ_ACT_AUTO, 2);
+    moq_weight *w = be->prepare_linear(be, parts, count, &err), *v = be->prepare_linear(be, parts, count, &err), *u = be->prepare_linear(be, parts, 1, &err);
+    const int64_t rows = parts[0].rows + (count > 1 ? parts[1].rows : 0);
+    long wrong = 0;
+    CHECK(w && v && u && be->reserve(be, 20, &err) == MOQ_OK);
+    if (!w || !v || !u) return;
+    const size_t bytes = be->copy_bytes(be, parts, count), before = be->weight_bytes(be, v);
+    for (int again = 0; again < 2; again++) {
+        CHECK_INT(be->copy_weight(be, v, &err), MOQ_OK);
+        CHECK_INT(be->copy_weight(be, u, &err), MOQ_OK);
+        CHECK_INT(be->weight_bytes(be, v), before + bytes);
+    }
+    for (size_t n = 0; n < MOQI_COUNT(counts); n++) {
+        be->linear(be, w, x, counts[n], want);
+        be->linear(be, v, x, counts[n], got);
+        wrong += memcmp(want, got, sizeof *got * (size_t)(counts[n] * rows)) != 0;
+    }
+    if (wrong) fprintf(stderr, "%s, %s: %ld products differ\n", kernel, what, wrong);
+    CHECK_INT(wrong, 0);
+    be->release_weight(be, v);
+    be->linear(be, w, x, 1, want);
+    be->linear(be, u, x, 1, got);
+    CHECK(memcmp(want, got, sizeof *got * (size_t)parts[0].rows) == 0);
+    be->release_weight(be, u);
+    CHECK(!moqi_cpu_of(be)->store);
+    be->release_weight(be, w);
+    moq_backend_destroy(be);
+}
+
+static void test_backend_copies(void)
+{
+    static const int widths[] = {256, 320, 576};
+    static float x[20 * 576];
+    moq_error err;
+    for (int i = 0; i < 20 * 576; i++) x[i] = test_normal();
+    layer l;
+    layer_make(&l, &layer_formats[4], 350, 256);
+    moq_backend *be = moq_cpu_backend(NULL, &err); /* with an allocator of the caller's every weight has a block of its own */
+    moq_weight *w = be->prepare_linear(be, &l.w, 1, &err), *v = be->prepare_linear(be, &l.w, 1, &err);
+    CHECK(be->copy_weight(be, w, &err) == MOQ_OK && be->copy_weight(be, v, &err) == MOQ_OK);
+    const uint8_t *first = ((moqi_weight *)(void *)w)->part[0].codes, *second = ((moqi_weight *)(void *)v)->part[0].codes;
+    CHECK_INT(second - first, (int64_t)be->copy_bytes(be, &l.w, 1) - MOQI_STORE_HEAD);
+    be->release_weight(be, v);
+    be->release_weight(be, w);
+    moq_backend_destroy(be);
+    layer_free(&l);
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats) * 3; i++) {
+        const layer_format *f = &layer_formats[i / 3];
+        const int cols = widths[i % 3], height = 350 % f->row_unit ? 352 : 350;
+        layer a, b;
+        if (height % f->row_unit || cols % f->col_unit) continue;
+        layer_make(&a, f, height, cols);
+        layer_make(&b, &layer_formats[4], 62, cols);
+        for (int k = 0; moqi_get_kernels(k); k++) {
+            moq_linear parts[2] = {a.w, b.w}, cut[2] = {a.w, b.w};
+            check_copies(moqi_get_kernels(k)->name, f->name, parts, 2, x);
+            if (moq_slice_rows(&a.w, 128, 64, 1, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "rows", cut, 2, x);
+            if (moq_slice_cols(&a.w, 128, 128, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "columns", cut, 1, x);
+        }
+        layer_free(&a);
+        layer_free(&b);
+    }
+}
+
 /* A scale that is NaN with all bits set makes its rows NaN, whatever the kernel does with its bits. */
 static void test_backend_scale_of_ones(void)
 {
@@ -1786,6 +1856,7 @@ int main(int argc, char **argv)
     RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
     RUN(test_backend_linear_rows);
+    RUN(test_backend_copies);
     RUN(test_backend_scale_of_ones);
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);

@@ -103,8 +103,8 @@ static int names_file(const char *text, size_t length)
 /* The headers tell programmers which field to change; here the same thing is an option. */
 static const struct { const char *field, *option; } said_otherwise[] = {
     {"llm_desc.max_memory", "--max-memory"}, {"llm_desc.context", "--context"}, {"llm_desc.chunk", "--chunk"}, {"llm_desc.kv", "--kv"},
-    {"llm_desc.head", "--head"}, {"llm_desc.threads", "--threads"}, {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"},
-    {"llm_desc.sampling.top_p", "--top-p"}, {"llm_desc.sampling.min_p", "--min-p"},
+    {"llm_desc.head", "--head"}, {"llm_desc.weights", "--weights"}, {"llm_desc.threads", "--threads"},
+    {"llm_desc.sampling.temperature", "--temp"}, {"llm_desc.sampling.top_k", "--top-k"}, {"llm_desc.sampling.top_p", "--top-p"}, {"llm_desc.sampling.min_p", "--min-p"},
     {"lower context, slots or chunk, or choose a smaller kv", "lower --context or --chunk, or choose a smaller --kv"},
     {"stop after fewer tokens", "set --max-tokens"}, {"raise max_tokens or the context", "raise --max-tokens or --context"},
     {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"}, {"; say texts with llm_say_raw", "; `moq run --raw` and rows of {\"text\"} do without one"},
@@ -386,7 +386,7 @@ typedef struct options {
     double temp, top_p, min_p, bits;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *recipe, *format, *calibration, *shard;
     const char *calib, *save_calibration, *max_memory, *quantize;
-    const char *head, *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
+    const char *head, *weights, *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
     int encode;
     text_list scheme, shape, exclude, rule;
 } options;
@@ -414,6 +414,8 @@ static const option_row option_table[] = {
     {"act", KIND_TEXT, FIELD(act), "A", "how inputs of quantized layers are rounded: auto, stored, wide; of all layers: bf16"},
     {"kv", KIND_TEXT, FIELD(kv), "F", "KV cache: auto (as the checkpoint says), " CACHE_KV},
     {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
+    {"weights", KIND_TEXT, FIELD(weights), "W",
+     "what products on a CPU read: mapped (default, the file where it lies) or copied (while opening, in the order of use: faster, more memory)"},
     {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
     {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256, more on a GPU)"},
     {"explain", KIND_FLAG, FIELD(explain), "", "why each layer gets its kernel"},
@@ -723,6 +725,7 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     desc.checkpoint = e->ck;
     desc.kv = o->kv;
     desc.head = o->head;
+    desc.weights = o->weights;
     desc.context = (int32_t)(o->context ? o->context : context);
     desc.chunk = (int32_t)o->chunk;
     desc.no_tokenizer = no_tokenizer;
@@ -1424,6 +1427,7 @@ static int plan_memory(const options *o, const moq_checkpoint *ck, moq_backend *
     d.context = (int32_t)t->context;
     d.kv = o->kv;
     d.head = o->head;
+    d.weights = o->weights;
     d.chunk = (int32_t)o->chunk;
     if (choose_backend(o, strcmp(be->name, "cpu") == 0 ? NULL : be, &d)) return 0; /* as open_engine does it, so that both say the same */
     d.log = on_log;
@@ -3058,10 +3062,10 @@ static int verb_diff(const options *o)
    >>verbs           the table of verbs, help, main
    ------------------------------------------------------------------------------------------------ */
 
-#define ENGINE_OPTIONS "context chunk head quantize max-memory "
+#define ENGINE_OPTIONS "context chunk head weights quantize max-memory "
 
 static const verb_row verb_table[] = {
-    {"inspect", verb_inspect, 1, 1, "DIR", "json context chunk head explain png against",
+    {"inspect", verb_inspect, 1, 1, "DIR", "json context chunk head weights explain png against",
      "Architecture, recipe, KV format; every module with its scheme, shape, bits per weight and bytes; totals and a memory plan.\n"
      "--png: a picture of where the bytes are, layer by layer, and of bits per weight; with --against SRC of the error instead.",
      "moq inspect Llama-3.1-8B-Instruct-NVFP4 --context 8192 --explain"},
