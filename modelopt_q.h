@@ -18263,7 +18263,8 @@ static moq_weight *moqi_cpu_prepare_linear(moq_backend *be, const moq_linear *la
    A token reads all weights, each once, and little else: the memory's speed is its speed. A file's layers lie in the order of their names, in small pages,
    at addresses that halve the lines of the cache; the hardware's prefetchers stop at the end of a page and of a piece. So copies begin at multiples
    of 64 bytes, and blocks are large enough for large pages. */
-enum { MOQI_STORE_BYTES = 32 << 20, MOQI_STORE_HEAD = 64 /* of a block, before its bytes */, MOQI_COPY_ROWS = 256 /* of one task */ };
+enum { MOQI_STORE_HEAD = 64 /* bytes of a block, before what lies in it */, MOQI_COPY_ROWS = 256 /* of one task */ };
+static const size_t moqi_store_bytes = 32 << 20;
 typedef struct moqi_store { struct moqi_store *next; size_t bytes, used; int64_t weights; } moqi_store;
 
 /* Bytes of a row of codes and of a row of scales that are copied; 0: not copied, because prepare repacked them, or the copy would be read another way. */
@@ -18303,7 +18304,7 @@ static uint8_t *moqi_store_take(moqi_cpu *c, size_t bytes)
 {
     moqi_store *s = c->store;
     if (!s || s->bytes - s->used < bytes) {
-        const size_t least = MOQI_STORE_HEAD + bytes, all = c->a.alloc || least > MOQI_STORE_BYTES ? least : MOQI_STORE_BYTES;
+        const size_t least = MOQI_STORE_HEAD + bytes, all = c->a.alloc || least > moqi_store_bytes ? least : moqi_store_bytes;
         if (!(s = (moqi_store *)moqi_allocate(&c->a, all))) return NULL;
         s->next = c->store;
         s->bytes = all;
