@@ -907,6 +907,8 @@ static void test_backend_linear_rows(void)
 }
 
 /* Copies of weights change no bit, lie one behind the other, and take what was said: whole layers, and rows and columns of them. */
+static long woven_copies[2]; /* for inputs wide, short */
+
 static void check_copies(const char *kernel, const char *what, const moq_linear *parts, int32_t count, const float *x)
 {
     static const int counts[] = {1, 3, 20};
@@ -924,10 +926,17 @@ static void check_copies(const char *kernel, const char *what, const moq_linear 
         CHECK_INT(be->copy_weight(be, u, &err), MOQ_OK);
         CHECK_INT(be->weight_bytes(be, v), before + bytes);
     }
+    woven_copies[parts[0].scheme.input.elem != MOQ_NONE] += ((const moqi_weight *)(const void *)v)->part[0].woven != NULL;
     for (size_t n = 0; n < MOQI_COUNT(counts); n++) {
         be->linear(be, w, x, counts[n], want);
         be->linear(be, v, x, counts[n], got);
         wrong += memcmp(want, got, sizeof *got * (size_t)(counts[n] * rows)) != 0;
+    }
+    for (int first = 0; first < rows && be->linear_rows; first += 64) { /* some of them no multiple of 4 */
+        const int64_t some = rows - first < 30 ? rows - first : 30;
+        be->linear_rows(be, w, x, 1, first, some, want);
+        be->linear_rows(be, v, x, 1, first, some, got);
+        wrong += memcmp(want + first, got + first, sizeof *got * (size_t)some) != 0;
     }
     if (wrong) fprintf(stderr, "%s, %s: %ld products differ\n", kernel, what, wrong);
     CHECK_INT(wrong, 0);
@@ -943,7 +952,7 @@ static void check_copies(const char *kernel, const char *what, const moq_linear 
 
 static void test_backend_copies(void)
 {
-    static const int widths[] = {256, 320, 576};
+    static const int widths[] = {256, 320, 384, 576};
     static float x[20 * 576];
     moq_error err;
     for (int i = 0; i < 20 * 576; i++) x[i] = test_normal();
@@ -958,15 +967,18 @@ static void test_backend_copies(void)
     be->release_weight(be, w);
     moq_backend_destroy(be);
     layer_free(&l);
-    for (size_t i = 0; i < MOQI_COUNT(layer_formats) * 3; i++) {
-        const layer_format *f = &layer_formats[i / 3];
-        const int cols = widths[i % 3], height = 350 % f->row_unit ? 352 : 350;
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats) * MOQI_COUNT(widths); i++) {
+        const layer_format *f = &layer_formats[i / MOQI_COUNT(widths)];
+        const int cols = widths[i % MOQI_COUNT(widths)];
         layer a, b;
-        if (height % f->row_unit || cols % f->col_unit) continue;
-        layer_make(&a, f, height, cols);
+        if (352 % f->row_unit || cols % f->col_unit) continue;
+        layer_make(&a, f, 352, cols);
         layer_make(&b, &layer_formats[4], 62, cols);
         for (int k = 0; moqi_get_kernels(k); k++) {
             moq_linear parts[2] = {a.w, b.w}, cut[2] = {a.w, b.w};
+            check_copies(moqi_get_kernels(k)->name, f->name, parts, 2, x);
+            parts[0].scheme.input = input_formats[7].c;
+            parts[0].input_scale = 0.001f;
             check_copies(moqi_get_kernels(k)->name, f->name, parts, 2, x);
             if (moq_slice_rows(&a.w, 128, 64, 1, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "rows", cut, 2, x);
             if (moq_slice_cols(&a.w, 128, 128, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "columns", cut, 1, x);
@@ -974,6 +986,8 @@ static void test_backend_copies(void)
         layer_free(&a);
         layer_free(&b);
     }
+    for (int k = 0; moqi_get_kernels(k); k++)
+        if (moqi_get_kernels(k)->zen) CHECK(woven_copies[0] > 0 && woven_copies[1] > 0);
 }
 
 /* A scale that is NaN with all bits set makes its rows NaN, whatever the kernel does with its bits. */
