@@ -13761,6 +13761,7 @@ static int moqi_dot_takes(const moqi_tiled *p, int64_t block)
 #define MOQI_ALIGNED __attribute__((aligned(64))) /* a vector that crosses a cache line takes twice as long */
 #define MOQI_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define MOQI_VBMI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")))
+#define MOQI_DOT_DOWN (1.0f / 268435456) /* moqi_dot_shorts_512: x's scales, because its scales are large */
 #define MOQI_I8_DOWN (1.0f / 16777216) /* moqi_panel_pairs_tokens: x's scales, because its sums are large */
 enum { MOQI_I8_START = 0x4b400000, MOQI_I8_FINE = 0x49c00000 }; /* bits of 1.5 * 2^23 and of an eighth of it; see moqi_panel_i8_tokens */
 
@@ -14357,6 +14358,33 @@ static int moqi_dot_solid_512(const moqi_tiled *p)
     return p->form == MOQI_CODES_WIDE && p->groups == 1 && p->rounds && (c->group_cols <= 0 || c->group_cols >= p->layer.cols) && p->layer.cols <= 1 << 20;
 }
 
+/* How a kernel finds the scales of a row: all of a pass converted before (AFAR), or as they lie, of 16, 32 or 128 columns each, or of 32, 64 or 128 in
+   16 bits (HALF). */
+enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32, MOQI_DOT_HALF };
+
+/* Zen 4 takes long for what goes through memory and back. */
+static int moqi_dot_lie_512(const moqi_tiled *p)
+{
+    if (p->form != MOQI_CODES_NIBBLES || !p->scales || p->group_rows != 1 || p->scale_step != 1 || p->scale_stride != p->groups) return MOQI_DOT_AFAR;
+    if (p->scale_dtype == MOQ_F8_E4M3) return p->shift == 4 ? MOQI_DOT_E4M3 : MOQI_DOT_AFAR;
+    if (!moqi_dot_zen(p)) return MOQI_DOT_AFAR;
+    if (p->scale_dtype == MOQ_F8_E8M0) return p->shift == 5 ? MOQI_DOT_E8M0 : MOQI_DOT_AFAR;
+    if (p->scale_dtype == MOQ_F16 || p->scale_dtype == MOQ_BF16) return p->shift >= 5 && p->shift <= 7 ? MOQI_DOT_HALF : MOQI_DOT_AFAR;
+    return p->scale_dtype == MOQ_F32 && p->shift == 7 ? MOQI_DOT_F32 : MOQI_DOT_AFAR;
+}
+
+/* Do sums of 16 columns of one digit meet in words of 16 bits, so that two rows of weights share what follows? Then MOQI_DOT_PACKS rows of x and more have
+   scales of at least 32 columns each. On Zen 4, where vpdpbusd and multiply-adds share two pipes. */
+enum { MOQI_DOT_PACKS = 5 };
+static int moqi_dot_packs_512(const moqi_tiled *p)
+{
+    const moq_coding *c = &p->layer.scheme.input;
+    int fit = moqi_dot_zen(p) && moqi_dot_lie_512(p) != MOQI_DOT_AFAR && moqi_dot_digits(p) == 1 && !p->zeros;
+    if (p->rounds && c->group_cols > 0 && c->group_cols < p->layer.cols && c->group_cols % 32 != 0) return 0;
+    for (int i = 0; i < 16 && fit; i++) fit = p->table[i] - p->zero >= -8 && p->table[i] - p->zero < 8;
+    return fit;
+}
+
 /* Do several rows of x start their sums at the bits of 1.5 * 2^23, as in moqi_panel_i8_tokens? That wants scales of few bits that are not large. */
 static int moqi_dot_bits_512(const moqi_tiled *p)
 {
@@ -14398,19 +14426,21 @@ MOQI_AVX512 static float moqi_dot_amax_512(const float *x, int64_t n)
 /* Lane of the i-th 16 columns of a block. */
 static int64_t moqi_dot_lane(int nibbles, int64_t i) { return nibbles ? i % 8 / 2 * 4 + i / 8 * 2 + i % 2 : i; }
 
-/* 256 finite values -> a block, where scales are free: one for every 16 columns (weights of 8 bits: for all). 0: some value is no number, or all
+/* 256 finite values -> a block, where scales are free: one for every `own` columns, 16, 32 or (weights of 8 bits) 256. 0: some value is no number, or all
    of a scale's are so small that 1 over it might be. */
-MOQI_AVX512 static int moqi_dot_block_512(const float *x, int nibbles, int digits, float *block)
+MOQI_AVX512 static int moqi_dot_block_512(const float *x, int64_t own, int digits, float *block)
 {
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
     const float most = digits == 2 ? 32639.0f : 127.0f;
+    const int nibbles = own < 256;
     float folded[256], by[16];
     uint8_t codes[2][256];
     __m512 a;
     for (int i = 0; i < 16; i++) _mm512_storeu_ps(folded + 16 * i, _mm512_abs_ps(_mm512_loadu_ps(x + 16 * i)));
     a = moqi_stream_fold_512(folded, 1); /* bits of infinity and NaN are larger than those of numbers */
     if (!nibbles) a = _mm512_set1_ps(_mm512_reduce_max_ps(a));
+    if (own == 32) a = _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_shuffle_epi32(_mm512_castps_si512(a), (_MM_PERM_ENUM)0xb1)));
     if (_mm512_cmp_ps_mask(a, _mm512_set1_ps(1e30f), _CMP_NLT_UQ) | _mm512_cmp_ps_mask(a, _mm512_set1_ps(1e-30f), _CMP_LT_OQ)) return 0;
     a = _mm512_div_ps(a, _mm512_set1_ps(most));
     _mm512_storeu_ps(by, _mm512_div_ps(_mm512_set1_ps(1), a));
@@ -14452,16 +14482,17 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
     const moq_coding *c = &p->layer.scheme.input;
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), fp4 = p->rounds && c->elem == MOQ_F4;
     const int fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
-    const int64_t own = nibbles ? 16 : 256, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
+    const int packs = step >= MOQI_DOT_PACKS * MOQI_DOT_WORDS && moqi_dot_packs_512(p);
+    const int64_t own = packs ? 32 : nibbles ? 16 : 256, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
     const int64_t blocks = (n + 255) / 256;
-    const int32_t bits = step > MOQI_DOT_WORDS && moqi_dot_bits_512(p) ? MOQI_I8_START : 0;
+    const int32_t bits = step > MOQI_DOT_WORDS && !packs && moqi_dot_bits_512(p) ? MOQI_I8_START : 0;
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     const __m512i ones = _mm512_set1_epi8(1);
     float s = 0, *sums = out + blocks * step;
     for (int64_t g = 0; p->zeros && g < moqi_pad16(p->groups); g++) sums[g / 96 * step + g % 96] = 0;
     for (int64_t at = 0; at < blocks * 256; at += 16) {
         int64_t i = at / 16 % 16, lane = moqi_dot_lane(nibbles, i);
-        if (i == 0 && !p->rounds && n - at >= 256 && moqi_dot_block_512(x + at, nibbles, digits, out + at / 256 * step)) { at += 240; continue; }
+        if (i == 0 && !p->rounds && n - at >= 256 && moqi_dot_block_512(x + at, own, digits, out + at / 256 * step)) { at += 240; continue; }
         __mmask16 some = (__mmask16)(n - at >= 16 ? 0xffff : n > at ? (1 << (n - at)) - 1 : 0);
         __m128i codes[2];
         if (at < n && at % group == 0) {
@@ -14491,6 +14522,11 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
             int64_t g = moqi_stream_group(p, at + 16 * k);
             sums[g / 96 * step + g % 96] -= 2 * lane[moqi_dot_lane(1, k)];
         }
+    }
+    for (int64_t i = 0; packs && i < blocks; i++) { /* in the order of moqi_dot_packs */
+        __m512 by = _mm512_loadu_ps(out + i * step + 64);
+        if (moqi_dot_lie_512(p) == MOQI_DOT_E4M3) by = _mm512_mul_ps(by, _mm512_set1_ps(MOQI_DOT_DOWN));
+        _mm512_storeu_ps(out + i * step + 64, _mm512_shuffle_ps(by, by, 0x88));
     }
 }
 
@@ -14575,21 +14611,6 @@ MOQI_INLINE MOQI_AVX512 __m512i moqi_dot_codes_512(const __m512i *v, const uint8
     }
     if (!nibbles) return _mm512_xor_si512(_mm512_loadu_si512(src + 64 * j), _mm512_set1_epi8((char)-128));
     return _mm512_shuffle_epi8(table, _mm512_and_si512(j % 2 ? _mm512_srli_epi16(v[j / 2], 4) : v[j / 2], _mm512_set1_epi8(15)));
-}
-
-/* How a kernel finds the scales of a row: all of a pass converted before (AFAR), or as they lie, of 16, 32 or 128 columns each, or of 32, 64 or 128 in
-   16 bits (HALF). */
-enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32, MOQI_DOT_HALF };
-
-/* Zen 4 takes long for what goes through memory and back. */
-static int moqi_dot_lie_512(const moqi_tiled *p)
-{
-    if (p->form != MOQI_CODES_NIBBLES || !p->scales || p->group_rows != 1 || p->scale_step != 1 || p->scale_stride != p->groups) return MOQI_DOT_AFAR;
-    if (p->scale_dtype == MOQ_F8_E4M3) return p->shift == 4 ? MOQI_DOT_E4M3 : MOQI_DOT_AFAR;
-    if (!moqi_dot_zen(p)) return MOQI_DOT_AFAR;
-    if (p->scale_dtype == MOQ_F8_E8M0) return p->shift == 5 ? MOQI_DOT_E8M0 : MOQI_DOT_AFAR;
-    if (p->scale_dtype == MOQ_F16 || p->scale_dtype == MOQ_BF16) return p->shift >= 5 && p->shift <= 7 ? MOQI_DOT_HALF : MOQI_DOT_AFAR;
-    return p->scale_dtype == MOQ_F32 && p->shift == 7 ? MOQI_DOT_F32 : MOQI_DOT_AFAR;
 }
 
 /* Are all scales of some rows numbers, where bytes are read as they lie? */
@@ -14918,6 +14939,133 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
     }
 }
 
+/* Scales of two rows of a block in E4M3, which lie at a and b, of which `left` are there, in the order of words that vpackssdw leaves: whole numbers of 15
+   bits, the larger one of two neighbours, which meet in one sum, at least 2^13 (or subnormal), and what is added to the exponent of the sum in F32. Their
+   product is the scale times 2^20. 4 bits of a scale are exact unless its neighbour is 2^10 times larger. */
+MOQI_INLINE MOQI_VNNI __m512i moqi_dot_shorts_512(const uint8_t *a, const uint8_t *b, int64_t left, __m256i order, __m512i *power)
+{
+    const __m512i one = _mm512_set1_epi16(1);
+    __m128i s0, s1;
+    __m256i s;
+    if (left >= 16) {
+        s0 = _mm_loadu_si128((const __m128i *)(const void *)a);
+        s1 = _mm_loadu_si128((const __m128i *)(const void *)b);
+    } else {
+        s0 = _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), a);
+        s1 = _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), b);
+    }
+    __asm__("vpermb %1, %2, %0" : "=v"(s) : "v"(_mm256_inserti128_si256(_mm256_castsi128_si256(s0), s1, 1)), "v"(order));
+    const __m512i w = _mm512_cvtepi8_epi16(s), size = _mm512_and_si512(w, _mm512_set1_epi16(0x7f));
+    const __m512i e = _mm512_max_epi16(_mm512_srli_epi16(size, 3), one), top = _mm512_max_epi16(e, _mm512_rol_epi32(e, 16));
+    __m512i v = _mm512_sub_epi16(size, _mm512_slli_epi16(_mm512_sub_epi16(e, one), 3)); /* 8 + fraction; of subnormal numbers the fraction */
+    v = _mm512_srlv_epi16(_mm512_slli_epi16(v, 10), _mm512_sub_epi16(top, e));
+    *power = _mm512_slli_epi32(top, 23);
+    return _mm512_mask_sub_epi16(v, _mm512_movepi16_mask(w), _mm512_setzero_si512(), v);
+}
+
+/* Two rows of a block times several rows of x, one digit each, by moqi_dot_packs_512: codes stay in registers. Sums of 16 columns of both rows become words
+   of one vector, so that one vpmaddwd multiplies them with whole numbers for scales and adds neighbours; a conversion and a multiply-add serve both rows.
+   Other scales than E4M3 are the same for neighbours, and multiply the sum. src, of: codes and scales of the rows; sum: [slots][4 lanes][2 rows][2] */
+MOQI_INLINE MOQI_VNNI void moqi_dot_two_512(const uint8_t *const *src, const uint8_t *const *of, int64_t left, const float *x, int64_t slots, float *sum,
+                                            const moqi_dot_pass *pass, int lie)
+{
+    const __m512i lane = _mm512_loadu_si512(pass->lane), ones = _mm512_set1_epi16(1);
+    const __m128i order = _mm512_cvtepi32_epi8(lane), second = _mm_add_epi8(order, _mm_set1_epi8(16));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi32(order, second)), _mm_unpackhi_epi32(order, second), 1);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
+    const int bf16 = lie == MOQI_DOT_HALF && pass->p->scale_dtype == MOQ_BF16;
+    __m512i v[2], code[2][4], by = ones, power = ones;
+    __m512 s[2];
+    MOQI_UNROLL for (int r = 0; r < 2; r++) {
+        moqi_dot_pairs_512(_mm512_loadu_si512(src[r]), _mm512_loadu_si512(src[r] + 64), v);
+        MOQI_UNROLL for (int j = 0; j < 4; j++) code[r][j] = moqi_dot_codes_512(v, NULL, j, 1, 1, table);
+        if (lie != MOQI_DOT_E4M3) s[r] = moqi_dot_near_512(of[r], left, lie, bf16, lane, order);
+    }
+    if (lie == MOQI_DOT_E4M3) by = moqi_dot_shorts_512(of[0], of[1], left, both, &power);
+    else s[0] = _mm512_shuffle_ps(s[0], s[1], 0x88);
+    for (const float *const end = x + slots * MOQI_DOT_WORDS; x != end; x += MOQI_DOT_WORDS, sum += 16) {
+        __m512i q[2] = {_mm512_loadu_si512(x + 80), _mm512_loadu_si512(x + 80)};
+        MOQI_UNROLL for (int j = 0; j < 4; j++) {
+            __m512i u = _mm512_loadu_si512(x + 16 * j);
+            __asm__("" : "+v"(u)); /* or GCC loads it twice */
+            __asm__("vpdpbusd %1, %2, %0" : "+v"(q[0]) : "v"(u), "v"(code[0][j]));
+            __asm__("vpdpbusd %1, %2, %0" : "+v"(q[1]) : "v"(u), "v"(code[1][j]));
+        }
+        __m512 f = _mm512_cvtepi32_ps(_mm512_madd_epi16(_mm512_packs_epi32(q[0], q[1]), by));
+        if (lie == MOQI_DOT_E4M3) f = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(f), power));
+        else f = _mm512_mul_ps(f, s[0]);
+        _mm512_store_ps(sum, _mm512_fmadd_ps(f, _mm512_loadu_ps(x + 64), _mm512_load_ps(sum)));
+    }
+}
+
+enum { MOQI_DOT_STRIP = 32 };
+
+/* Up to 32 rows of weights, block by block, so that x and the sums stay in the first-level cache; what the next 32 rows begin with is asked for meanwhile. The
+   last of an odd number is taken twice. sum: [rows / 2][slots][16] */
+MOQI_INLINE MOQI_VNNI void moqi_dot_strip_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *sum, int lie)
+{
+    const moqi_tiled *p = pass->p;
+    const int shift = lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4;
+    const int64_t size = lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1, slots = pass->slots, groups = p->scale_stride * size;
+    const uint8_t *codes = p->codes + row * p->row_bytes, *scales = p->scales + (p->scale_first + row) * groups, *const end = moqi_codes_end(p);
+    const uint8_t *ask = codes + rows * p->row_bytes, *ask_scales = scales + rows * groups;
+    const float *x = pass->x;
+    memset(sum, 0, (size_t)((rows + 1) / 2 * slots * 16) * sizeof *sum);
+    for (int64_t c = 0; c < p->layer.cols; c += 256, x += slots * MOQI_DOT_WORDS, codes += 128, scales += (256 >> shift) * size)
+        for (int64_t r = 0; r < rows; r += 2, ask += 256, ask_scales += (512 >> shift) * size) {
+            const int64_t next = r + 1 < rows;
+            const uint8_t *src[2] = {codes + r * p->row_bytes, codes + (r + next) * p->row_bytes}, *of[2] = {scales + r * groups, scales + (r + next) * groups};
+            uint8_t edge[2][128];
+            moqi_dot_ask(ask, 4, 1);
+            moqi_dot_ask(ask_scales, 1, 1);
+            for (int i = 0; end - src[1] < 128 && i < 2; i++) {
+                memset(edge[i], 0, 128);
+                memcpy(edge[i], src[i], (size_t)moqi_min(128, end - src[i]));
+                if (i == 1) { src[0] = edge[0]; src[1] = edge[1]; }
+            }
+            moqi_dot_two_512(src, of, p->groups - (c >> shift), x, slots, sum + r / 2 * slots * 16, pass, lie);
+        }
+}
+
+/* Sums of 16 rows from those of 8 pairs, `step` words apart. */
+MOQI_AVX512 static __m512 moqi_dot_fold_512(const float *sum, int64_t step)
+{
+    __m512 c[4], t[2];
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = _mm512_load_ps(sum + 2 * i * step), b = _mm512_load_ps(sum + (2 * i + 1) * step);
+        c[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; i++)
+        t[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x44), _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+}
+
+typedef void (*moqi_dot_strip_fn)(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *sum);
+#define MOQI_DOT_STRIPS(name, lie) \
+    MOQI_VNNI static void moqi_dot_strip_##name(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *sum) \
+    { moqi_dot_strip_512(pass, row, rows, sum, lie); }
+MOQI_DOT_STRIPS(e4m3, MOQI_DOT_E4M3)
+MOQI_DOT_STRIPS(e8m0, MOQI_DOT_E8M0)
+MOQI_DOT_STRIPS(f32, MOQI_DOT_F32)
+MOQI_DOT_STRIPS(half, MOQI_DOT_HALF)
+#undef MOQI_DOT_STRIPS
+static const moqi_dot_strip_fn moqi_dot_strips[5] = {NULL, moqi_dot_strip_e4m3, moqi_dot_strip_e8m0, moqi_dot_strip_f32, moqi_dot_strip_half}; /* [MOQI_DOT_...] */
+
+/* All rows of a task -> acc [slots][rows] */
+MOQI_AVX512 static void moqi_dot_packs(const moqi_dot_pass *pass, int64_t row, int lie, float *acc)
+{
+    float sum[MOQI_DOT_STRIP / 2 * 8 * 16] MOQI_ALIGNED;
+    for (int64_t r = 0; r < pass->rows; r += MOQI_DOT_STRIP) {
+        const int64_t rows = moqi_min(MOQI_DOT_STRIP, pass->rows - r), step = 16 * pass->slots;
+        moqi_dot_strips[lie](pass, row + r, rows, sum);
+        for (int64_t t = 0; t < pass->slots; t++)
+            for (int64_t i = 0; i < rows; i += 16) {
+                const __mmask16 some = (__mmask16)(rows - i >= 16 ? 0xffff : (1 << (rows - i)) - 1);
+                _mm512_mask_storeu_ps(acc + t * pass->rows + r + i, some, moqi_dot_fold_512(sum + i / 2 * step + 16 * t, step));
+            }
+    }
+}
+
 typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc);
 #define MOQI_DOT_ROWS(name, rows, slots, digits, nibbles, lie, solid, perm) \
     MOQI_VNNI static void moqi_dot_##name(const moqi_dot_pass *pass, int64_t row, int64_t step, int64_t count, float *acc) \
@@ -15056,6 +15204,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         s.slots = (int)some * digits;
         /* 8 digits at once: Intel reads two vectors of x a clock, and one row of weights meets them; Zen 4 one, and two rows share it */
         const int eight = s.slots == 8 && !s.solid && (s.zen ? digits == 2 && moqi_dot_wholes[nibbles ? lie + 1 : 0] : nibbles);
+        const int packs = some >= MOQI_DOT_PACKS && moqi_dot_packs_512(p);
         const int all = s.slots <= 4 || eight, most = all ? s.slots : digits == 2 ? 4 : (s.slots + 1) / 2;
         const int64_t step = s.slots * MOQI_DOT_WORDS, piece = s.slots == 1 ? 8192 : most <= 4 ? 4096 : 2048, visit = nibbles ? piece / 2 : piece;
         const float *sums = x + j * ldx + (p->layer.cols + 255) / 256 * step;
@@ -15065,7 +15214,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
-        for (s.slot = 0; s.slot < s.slots; s.slot += most) {
+        if (packs) moqi_dot_packs(&s, row, lie, acc);
+        for (s.slot = 0; !packs && s.slot < s.slots; s.slot += most) {
             const int few = (int)moqi_min(most, s.slots - s.slot);
             s.ahead = piece >= p->layer.cols ? MOQI_STREAM_AHEAD / 2 : moqi_ceil_div(MOQI_STREAM_AHEAD / 2, visit) * p->row_bytes;
             if (s.slot > 0) s.ahead = 0; /* all of the task is near by now */
@@ -15079,7 +15229,7 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         const int numbers = p->woven || moqi_dot_numbers_512(p, lie, row, rows); /* scales are in a cache now */
         for (int64_t r = 0; p->zeros && r < rows * some; r++)
             moqi_lane_zeros_512(p, row + r % rows, sums + r / rows * digits * MOQI_DOT_WORDS, 0, step, 1, acc + 16 * r);
-        moqi_stream_sums_512(acc, rows * some);
+        if (!packs) moqi_stream_sums_512(acc, rows * some);
         for (int64_t i = 0; i < some; i++) {
             const float *sum = acc + rows * i;
             float *to = y + (j + i) * ldy;
