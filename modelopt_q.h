@@ -15248,11 +15248,13 @@ static void moqi_panels_i8(const moqi_way *way, const moqi_tiled *p, int64_t row
     moqi_panels_in(way, p, step, 1, row, rows, x, ldx, m, y, ldy, scratch);
 }
 
-/* The rows from which panels are better. */
+/* The rows from which panels are better: to turn them takes Zen 4 longer. */
 static int moqi_i8_after_512(const moqi_tiled *p)
 {
-    int from = moqi_i8_takes(p);
-    return !from || !moqi_dot_takes_512(p) ? from : p->form == MOQI_CODES_NIBBLES ? 13 : 9;
+    const int from = moqi_i8_takes(p), nibbles = p->form == MOQI_CODES_NIBBLES;
+    if (!from || !moqi_dot_takes_512(p)) return from;
+    if (nibbles && !moqi_dot_packs_512(p)) return 13;
+    return !moqi_dot_zen(p) ? 9 : nibbles && p->scale_dtype == MOQ_F8_E4M3 ? 21 : 41;
 }
 
 static const moqi_way moqi_dot_way_512 = {"codes in place, integers", 4, moqi_dot_takes_512, moqi_dot_arrange_512, moqi_dots_512, NULL, NULL};
