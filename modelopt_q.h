@@ -16312,16 +16312,36 @@ static int moqi_amx_halves(const moqi_tiled *p)
 #endif
 }
 
-/* The exponent of F32 of the largest of x, 255 with infinity or NaN. */
+/* The exponent of F32 of the largest of x, 255 with infinity or NaN. Rows are long and follow each other: lines are asked for over the ends of pages. */
 MOQI_AVX512 static int moqi_amx_exponent(const float *x, int64_t n)
 {
     const __m512i size = _mm512_set1_epi32(0x7fffffff);
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t i = 0; i < n; i += 16) {
-        __mmask16 some = (__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
-        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(some, x + i), size));
+    __m512i most[4];
+    int64_t i = 0;
+    for (int k = 0; k < 4; k++) most[k] = _mm512_setzero_si512();
+    for (; i + 64 <= n; i += 64) {
+        MOQI_UNROLL
+        for (int k = 0; k < 4; k++) {
+            __builtin_prefetch(x + i + 16 * k + 1024, 0, 2);
+            most[k] = _mm512_max_epu32(most[k], _mm512_and_si512(_mm512_loadu_si512(x + i + 16 * k), size));
+        }
     }
-    return (int)(_mm512_reduce_max_epu32(most) >> 23);
+    for (; i < n; i += 16) {
+        const __mmask16 some = (__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+        most[0] = _mm512_max_epu32(most[0], _mm512_and_si512(_mm512_maskz_loadu_epi32(some, x + i), size));
+    }
+    return (int)(_mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3]))) >> 23);
+}
+
+/* 32 columns of moqi_amx_finite, zeros for those that are not there. */
+MOQI_INLINE MOQI_AVX512 void moqi_amx_round(const float *x, __mmask32 some, __m512 by, __m512i order, float *out)
+{
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+    __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x), by));
+    __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + 16), by));
+    a = _mm512_add_epi32(_mm512_add_epi32(a, half), _mm512_and_si512(_mm512_srli_epi32(a, 16), one));
+    b = _mm512_add_epi32(_mm512_add_epi32(b, half), _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
 }
 
 /* moqi_pairs_row without NaN: bits of F32 are rounded, and the upper halves picked. */
@@ -16329,16 +16349,11 @@ MOQI_AVX512 static float *moqi_amx_finite(const moqi_tiled *p, const float *x, i
 {
     uint16_t place[32];
     for (int i = 0; i < 32; i++) place[i] = (uint16_t)(2 * moqi_pairs_column(p, i) + 1);
-    const __m512i order = _mm512_loadu_si512(place), one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
+    const __m512i order = _mm512_loadu_si512(place);
     const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
-    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32, out += step) {
-        const __mmask32 some = n - i >= 32 ? 0xffffffffu : n > i ? ((__mmask32)1 << (n - i)) - 1 : 0;
-        __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + i), by));
-        __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + i + 16), by));
-        a = _mm512_add_epi32(_mm512_add_epi32(a, half), _mm512_and_si512(_mm512_srli_epi32(a, 16), one));
-        b = _mm512_add_epi32(_mm512_add_epi32(b, half), _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
-    }
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32, out += step) moqi_amx_round(x + i, 0xffffffffu, by, order, out);
+    for (; i < (n + 127) / 128 * 128; i += 32, out += step) moqi_amx_round(x + i, n > i ? ((__mmask32)1 << (n - i)) - 1 : 0, by, order, out);
     return out;
 }
 
@@ -16714,15 +16729,17 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
    ------------------------------------------------------------------------------------------------ */
 
 /* A block is 32 or 64 rows of weights and 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
-   by rows of x. Weights come from the first-level cache, where the block after this one is decoded, two rows after two products; x comes from the
-   second-level cache and is loaded past the first. After a block the sums make room for the next: one tile at a time, right before the product that needs its
-   place, so that the others go on meanwhile. */
+   by rows of x. Weights come from the first-level cache; x comes from the second-level cache and is loaded past the first, where it would take the
+   weights' place. After a block the sums make room for the next: one tile at a time, right before the product that needs its place, so that the others
+   go on meanwhile. */
 #ifdef MOQI_AMX_F16
 enum {
     MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
     MOQI_STRIP_FEW = 128,     /* rows of x up to which blocks go along all these columns, two tiles of weights by two of x: of 32 rows of x the sums stay in
-                                 tiles, of 128 near them. With more, blocks go down all rows of a task first, four tiles by one: a tile of x from the
-                                 second-level cache serves four products, which leaves time for the sums that go there and back */
+                                 tiles, of 128 near them, and the next block is decoded beside the products of this one. With more, blocks go down all
+                                 rows of a task first, four tiles by one: a tile of x from the second-level cache serves four products, which leaves
+                                 time for the sums that go there and back. Such a block fills two thirds of the first-level cache, so it is decoded
+                                 where the last one was */
     MOQI_STRIP_COLS = 256,    /* of a block */
     MOQI_STRIP_ROWS = 64      /* of a block, at most */
 };
@@ -16740,7 +16757,7 @@ typedef struct moqi_amx_strips {
     int64_t ldy;
     int64_t high, wide;       /* rows of a block; columns in one go */
     int64_t each, groups;     /* rows of x that a block takes at a time, and how many times */
-    uint32_t *tiles;          /* two blocks: [2][rows / 16][columns / 32][16][16] */
+    uint32_t *tiles;          /* two blocks of 32 rows or one of 64: [2][rows / 16][columns / 32][16][16] */
     float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights */
     float *last;              /* where the sums belong that are in tiles; NULL: there are none */
     uint32_t nan[MOQI_WAY_ROWS / 32]; /* a bit for each row with a scale that is no number: so are its outputs */
@@ -16755,8 +16772,8 @@ typedef struct moqi_strip_work {
     int64_t row_bytes, group_bytes, row, rows;
     int64_t left, count;      /* columns and groups to the end of the layer */
     uint32_t *nan;
-    const uint8_t *ask, *ask_end, *ask_groups;
-    int64_t ask_rows, ask_bytes, ask_each;
+    const uint8_t *ask, *ask_groups; /* lines that are asked for with the next two rows */
+    int64_t ask_row, ask_group; /* bytes from those of a row to the next row's */
 } moqi_strip_work;
 
 /* The block after `at`; 0: there is none. */
@@ -16773,27 +16790,29 @@ static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
     return at->col < s->p->layer.cols;
 }
 
-/* What is asked for beside decoding the columns in one go of these rows: those that follow, at last of the next task. */
+/* What is asked for beside this block: its columns of the rows below, of the first rows where the columns in one go change, at last of the next task. Where
+   columns in one go are whole rows, those below are asked for in the order of memory. */
 static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
 {
     const moqi_tiled *p = s->p;
-    const int64_t n = moqi_min(s->wide, p->layer.cols - at.col), calls = s->high / 2 * moqi_ceil_div(n, MOQI_STRIP_COLS);
-    int more = 1;
-    for (int64_t c = 0; more && c < n; c += MOQI_STRIP_COLS) more = moqi_strip_step(s, &at);
-    const int64_t row = s->row + (more ? at.row : s->rows), col = more ? at.col : 0;
-    d->ask = p->codes + row * p->row_bytes + col / 2;
-    d->ask_bytes = moqi_min(s->wide, p->layer.cols - col) / 2 + (p->row_bytes % 64 == 0 ? 0 : 63);
-    d->ask_end = d->ask + d->ask_bytes;
-    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16;
-    d->ask_rows = s->high;
-    d->ask_each = moqi_ceil_div(s->high * moqi_ceil_div(d->ask_bytes, 64), calls);
+    const int64_t from = at.col / s->wide * s->wide, past = (at.col - from) / MOQI_STRIP_COLS, more = from + s->wide < p->layer.cols;
+    const int whole = p->row_bytes * 2 <= s->wide;
+    int64_t row = s->row + at.row + s->high, col = whole ? from : at.col;
+    if (at.row + s->high >= s->rows) {
+        row = s->row + (more ? 0 : s->rows);
+        col = whole ? 0 : more ? at.col + s->wide : at.col - from;
+    }
+    d->ask_row = whole ? MOQI_STRIP_COLS / 2 : p->row_bytes;
+    d->ask_group = whole ? MOQI_STRIP_COLS / 16 : p->scale_step * p->scale_stride;
+    d->ask = p->codes + row * p->row_bytes + col / 2 + (whole ? past * s->high * MOQI_STRIP_COLS / 2 : 0);
+    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16 + (whole ? past * s->high * MOQI_STRIP_COLS / 16 : 0);
 }
 
 /* The block at `at` is decoded next, to `to`. */
 static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
 {
     const moqi_tiled *p = s->p;
-    if (at.col % s->wide == 0) moqi_strip_want(s, d, at);
+    moqi_strip_want(s, d, at);
     d->row_bytes = p->row_bytes;
     d->group_bytes = p->scale_step * p->scale_stride;
     d->codes = p->codes + (s->row + at.row) * p->row_bytes + at.col / 2;
@@ -16809,16 +16828,14 @@ static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_
 /* The next lines of those. */
 MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d)
 {
-    for (int64_t k = 0; k < d->ask_each && d->ask_rows > 0; k++) {
-        __builtin_prefetch(d->ask, 0, 2);
-        d->ask += 64;
-        if (d->ask < d->ask_end) continue;
-        for (int64_t i = 0; i < d->ask_bytes; i += 512) __builtin_prefetch(d->ask_groups + i / 8, 0, 2);
-        d->ask_groups += d->group_bytes;
-        d->ask_end += d->row_bytes;
-        d->ask = d->ask_end - d->ask_bytes;
-        d->ask_rows--;
-    }
+    __builtin_prefetch(d->ask, 0, 2);
+    __builtin_prefetch(d->ask + 64, 0, 2);
+    __builtin_prefetch(d->ask + d->ask_row, 0, 2);
+    __builtin_prefetch(d->ask + d->ask_row + 64, 0, 2);
+    __builtin_prefetch(d->ask_groups, 0, 2);
+    __builtin_prefetch(d->ask_groups + d->ask_group, 0, 2);
+    d->ask += 2 * d->ask_row;
+    d->ask_groups += 2 * d->ask_group;
 }
 
 /* What 256 columns of a row have before the layer ends, and zeros. */
@@ -16853,7 +16870,6 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
     groups[0] = d->groups;
     codes[1] = two ? d->codes + d->row_bytes : d->codes;
     groups[1] = two ? d->groups + d->group_bytes : d->groups;
-    moqi_strip_ask(d);
     if (d->left < 255) {
         for (int r = 0; r < 2; r++) {
             moqi_strip_tail(codes[r], groups[r], d->left, d->count, copy[r]);
@@ -16882,11 +16898,14 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
     d->to += d->row % 16 ? 32 : 32 + 2048 - 256;
 }
 
-/* All that is left of a block. */
-MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_work *d)
+/* All that is left of a block; `ask`: with the lines that are wanted next. */
+MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_work *d, int ask)
 {
     const moqi_strip_values v = moqi_strip_load(s);
-    while (d->row < d->rows) moqi_strip_rows(d, &v);
+    while (d->row < d->rows) {
+        if (ask) moqi_strip_ask(d);
+        moqi_strip_rows(d, &v);
+    }
 }
 
 #define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
@@ -16899,70 +16918,75 @@ MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_wor
         if (zero) __asm__ volatile("tilezero %%tmm" t : : : "memory"); \
         else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
     }
-#define MOQI_STRIP_DECODE if ((slot++ & pace) == 0 && d.row < d.rows) moqi_strip_rows(&d, &v);
+#define MOQI_STRIP_DECODE if (d.row < d.rows) { moqi_strip_ask(&d); moqi_strip_rows(&d, &v); }
 
-/* Every how many slots two rows are decoded, of so many slots in a block, less 1. */
-static unsigned moqi_strip_pace(const moqi_amx_strips *s, int64_t slots)
+/* A block times 32 rows of x, or 16 if not `two`: two tiles of weights by two of x. Beside each step two rows of the next block are decoded; with a `pace` of 2
+   four rows, of 0 two beside every other. */
+MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi_strip_values v, const uint32_t *w, const float *xa, const float *xb, int64_t steps,
+                                                         int swap, int zero, float *last, const float *sums, int pace, int two)
 {
-    unsigned pace = 1;
-    while (2 * pace * (s->high / 2) <= slots) pace *= 2;
-    return pace - 1;
+    for (int64_t j = 0; j < steps; j++, w += 256, xa += 256, xb += 256) {
+        MOQI_STRIP_SWAP("0", 0)
+        MOQI_STRIP_LOAD("tileloadd", "4", w)
+        MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
+        MOQI_STRIP_TIMES("4", "6", "0")
+        MOQI_STRIP_SWAP("1", 1)
+        if (two) {
+            MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
+            MOQI_STRIP_TIMES("4", "7", "1")
+        }
+        if (pace == 2) MOQI_STRIP_DECODE
+        MOQI_STRIP_SWAP("2", 2)
+        MOQI_STRIP_LOAD("tileloadd", "5", w + 2048)
+        MOQI_STRIP_TIMES("5", "6", "2")
+        MOQI_STRIP_SWAP("3", 3)
+        if (two) MOQI_STRIP_TIMES("5", "7", "3")
+        if (pace > 0 || j % 2 == 0) MOQI_STRIP_DECODE
+    }
+    return d;
 }
+#undef MOQI_STRIP_DECODE
 
-/* The block at `at` times all rows of x in one go, two tiles of weights by two of x, while another is decoded. */
+/* The block at `at` times all rows of x in one go, while another is decoded. */
 MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
 {
     const moqi_strip_values v = moqi_strip_load(s);
     moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
     const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
     const int zero = at.col == 0, swap = s->groups > 1 || at.col % s->wide == 0;
-    const unsigned pace = moqi_strip_pace(s, 16 * s->groups);
-    unsigned slot = 0;
     float *sums = s->sums + at.row / 32 * s->groups * 1024, *last = s->last;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024) {
         const int two = s->m - 32 * i > 16;
-        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = two ? xa + tile : xa;
-        const uint32_t *wa = tiles, *wb = tiles + 2048;
-        for (int64_t j = 0; j < steps; j++, wa += 256, wb += 256, xa += 256, xb += 256) {
-            MOQI_STRIP_SWAP("0", 0)
-            MOQI_STRIP_LOAD("tileloadd", "4", wa)
-            MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
-            MOQI_STRIP_TIMES("4", "6", "0")
-            MOQI_STRIP_SWAP("1", 1)
-            if (two) {
-                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
-                MOQI_STRIP_TIMES("4", "7", "1")
-            }
-            MOQI_STRIP_DECODE
-            MOQI_STRIP_SWAP("2", 2)
-            MOQI_STRIP_LOAD("tileloadd", "5", wb)
-            MOQI_STRIP_TIMES("5", "6", "2")
-            MOQI_STRIP_SWAP("3", 3)
-            if (two) MOQI_STRIP_TIMES("5", "7", "3")
-            MOQI_STRIP_DECODE
-        }
+        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = xa + tile;
+        if (!two) d = moqi_strip_steps(d, v, tiles, xa, xa, steps, swap, zero, last, sums, 2, 0);
+        else if (s->groups == 1) d = moqi_strip_steps(d, v, tiles, xa, xb, steps, swap, zero, last, sums, 2, 1);
+        else if (s->groups < 4) d = moqi_strip_steps(d, v, tiles, xa, xb, steps, swap, zero, last, sums, 1, 1);
+        else d = moqi_strip_steps(d, v, tiles, xa, xb, steps, swap, zero, last, sums, 0, 1);
         last = sums;
     }
     s->last = last;
     *work = d;
-    moqi_strip_rest(s, work);
+    moqi_strip_rest(s, work, 1);
 }
 
-/* The same for blocks of 64 rows, four tiles of weights by one of x. A share of the next columns of x is asked for with each block. */
-MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
+/* A block of 64 rows, four tiles of weights by one of x, whose next columns are asked for, a share of them with each block. So are the sums that come
+   next: four tiles of them at once would keep the products waiting. */
+MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
 {
-    const moqi_strip_values v = moqi_strip_load(s);
     moqi_strip_work d = *work;
     const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
-    const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16, blocks);
+    const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16, blocks), pace = moqi_max(1, s->groups / 4);
     const int zero = at.col == 0, swap = 1, end = at.col + MOQI_STRIP_COLS >= cols;
-    const unsigned pace = moqi_strip_pace(s, 8 * s->groups);
-    unsigned slot = 0;
     float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024, *last = s->last;
     const float *x = s->x + at.col / 32 * 256, *next = (end ? s->x : x + 256 * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
+    int64_t slot = 0;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
-        for (int64_t j = 0; j < steps; j++) {
+        for (int64_t j = 0; j < steps; j++, slot--) {
             const uint32_t *w = tiles + 256 * j;
+            if (slot == 0) {
+                moqi_strip_ask(&d);
+                slot = pace;
+            }
             MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
             MOQI_STRIP_LOAD("tileloadd", "5", w)
             MOQI_STRIP_SWAP("0", 0)
@@ -16971,7 +16995,7 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_wor
             MOQI_STRIP_LOAD("tileloadd", "6", w + 2048)
             MOQI_STRIP_SWAP("1", 1)
             MOQI_STRIP_TIMES("6", "4", "1")
-            MOQI_STRIP_DECODE
+            for (int64_t l = 0; l < 8; l++) __builtin_prefetch(sums + 1024 + 128 * j + 16 * l, 0, 3);
             MOQI_STRIP_LOAD("tileloadd", "7", w + 4096)
             MOQI_STRIP_SWAP("2", 2)
             MOQI_STRIP_TIMES("7", "4", "2")
@@ -16982,11 +17006,8 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, moqi_strip_wor
         last = sums;
     }
     s->last = last;
-    *work = d;
-    moqi_strip_rest(s, work);
 }
 #undef MOQI_STRIP_SWAP
-#undef MOQI_STRIP_DECODE
 
 /* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart; lines of the next 16 are asked for. */
 MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
@@ -17035,7 +17056,7 @@ static void moqi_strip_tables(moqi_amx_strips *s)
 /* All blocks, up to MOQI_WAY_TOKENS rows of x. */
 MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
 {
-    enum { BLOCK = MOQI_STRIP_ROWS / 2 * MOQI_STRIP_COLS };
+    enum { BLOCK = MOQI_STRIP_ROWS / 4 * MOQI_STRIP_COLS };
     moqi_strip_work d;
     moqi_strip_at at = {0, 0}, then;
     const int few = s->m <= MOQI_STRIP_FEW;
@@ -17046,13 +17067,15 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->last = NULL;
     memset(s->nan, 0, sizeof s->nan);
     moqi_strip_begin(s, &d, at, s->tiles);
-    moqi_strip_rest(s, &d);
-    for (int more = 1, turn = 0; more; turn = !turn, at = then) {
+    moqi_strip_rest(s, &d, few);
+    for (int more = 1, turn = 0; more; turn = few && !turn, at = then) {
+        uint32_t *tiles = s->tiles + (turn ? BLOCK : 0);
         then = at;
         more = moqi_strip_step(s, &then);
-        if (more) moqi_strip_begin(s, &d, then, s->tiles + (turn ? 0 : BLOCK));
-        if (few) moqi_strip_block(s, &d, at, s->tiles + (turn ? BLOCK : 0));
-        else moqi_strip_block_high(s, &d, at, s->tiles + (turn ? BLOCK : 0));
+        if (!few) moqi_strip_block_high(s, &d, at, tiles);
+        if (more) moqi_strip_begin(s, &d, then, s->tiles + (few && !turn ? BLOCK : 0));
+        if (few) moqi_strip_block(s, &d, at, tiles);
+        else moqi_strip_rest(s, &d, 0);
     }
     MOQI_STRIP_STORE("0", s->last) MOQI_STRIP_STORE("1", s->last + 256) MOQI_STRIP_STORE("2", s->last + 512) MOQI_STRIP_STORE("3", s->last + 768)
     moqi_strip_finish(s);
@@ -17070,7 +17093,7 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
     s.ldx = ldx;
     s.ldy = ldy;
     s.tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
-    s.sums = (float *)(void *)(s.tiles + MOQI_STRIP_ROWS * MOQI_STRIP_COLS);
+    s.sums = (float *)(void *)(s.tiles + MOQI_STRIP_ROWS / 2 * MOQI_STRIP_COLS);
     moqi_strip_tables(&s);
     moqi_amx_configure(16, 16);
     for (int64_t first = 0; first < m; first += MOQI_WAY_TOKENS) {
