@@ -16922,8 +16922,8 @@ MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_wor
 
 /* A block times 32 rows of x, or 16 if not `two`: two tiles of weights by two of x. Beside each step two rows of the next block are decoded; with a `pace` of 2
    four rows, of 0 two beside every other. */
-MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi_strip_values v, const uint32_t *w, const float *xa, const float *xb, int64_t steps,
-                                                         int swap, int zero, float *last, const float *sums, int pace, int two)
+MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi_strip_values v, const uint32_t *w, const float *xa, const float *xb,
+                                                         int64_t steps, int swap, int zero, float *last, const float *sums, int pace, int two)
 {
     for (int64_t j = 0; j < steps; j++, w += 256, xa += 256, xb += 256) {
         MOQI_STRIP_SWAP("0", 0)
