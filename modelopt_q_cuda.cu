@@ -44,8 +44,8 @@
        >>cuda-ops        embed, norm, rope, activation, add, argmax
        >>cuda-kv         KV caches
        >>cuda-attention  attention with F32 arithmetic: every format and head size
-       >>cuda-attention-mma  attention of few queries on tensor cores
-       >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
+       >>cuda-attention-mma  steps of caches as operands of tensor cores
+       >>cuda-attention-stream  attention of few queries on tensor cores: caches stream through shared memory
        >>cuda-attention-tiles  attention of many queries on tensor cores
        >>cuda-attention-host   which of them runs
        >>cuda-moe        mixtures of experts: routing, grouping, the weighted sum
@@ -93,7 +93,7 @@ enum {
     MOQC_SLOT_BYTES = 4 << 20,
     MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
     MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
-    MOQC_GIVEN = 512 * 24,        /* bytes of what splits of attention give to one of them: 8 heads of 128 are 256 quads, shares less than twice that */
+    MOQC_GIVEN = 4 * 24,          /* bytes of what splits of attention give to one of them, per value of a head: 8 heads are 2 quads, shares less than twice that */
     MOQC_TILE_TOKENS = 304,       /* the most rows of x in a tile of >>cuda-gemm */
     MOQC_FEW_ROWS = 16            /* rows of x that need none of the room of >>cuda-gemm */
 };
@@ -155,7 +155,8 @@ typedef struct moqc_ctx {
     float *t, *r, *mid, *hidden, *out, *weight, *partial; /* in scratch */
     uint8_t *parted;                         /* x of few rows as >>cuda-ring reads it */
     int32_t *index, *place, *row_of, *expert_of, *tiles, *arrived, *chains;
-    uint32_t *given;                         /* see moqk_attend_args; its own block, because it must stay as a launch leaves it */
+    uint32_t *given;                         /* see moqk_attend_args; its own block, because it must stay as a launch leaves it; for heads of so many values */
+    int32_t given_dim;
     uint8_t *x16;                            /* see >>cuda-gemm; NULL while rows are few */
     float *partial_sums, *token_unit;
     int32_t *turn;
@@ -7864,11 +7865,21 @@ static int moqc_kv_numbers(moqc_ctx *c, const moq_kv_desc *d, moqk_cache *k, flo
     return fine;
 }
 
-/* What splits of attention leave for each other, absent. */
-static int moqc_take_given(moqc_ctx *c, moq_error *err)
+/* The values of a head that >>cuda-attention-stream reads this cache as; 0: it does not. F32 caches have more bits than tensor cores multiply; codes of 4
+   bits are read as they are. */
+static int32_t moqc_stream_dim(const moqk_cache *k)
 {
-    const size_t bytes = (size_t)c->sm_count * MOQC_GIVEN;
-    if (c->given) return 1;
+    const int32_t dim = k->k.dim;
+    if (k->k.kind == MOQK_KV_F32 || dim != k->v.dim) return 0;
+    if (dim == 64 || dim == 128 || dim == 256) return dim;
+    return dim < 128 && k->k.blocks == 0 ? 128 : 0;
+}
+
+/* What splits of attention leave for each other, absent. Graphs hold pointers to what was there before. */
+static int moqc_take_given(moqc_ctx *c, int32_t dim, moq_error *err)
+{
+    const size_t bytes = (size_t)c->sm_count * MOQC_GIVEN * (size_t)dim;
+    if (c->given && c->given_dim >= dim) return 1;
     uint32_t *given = (uint32_t *)moqc_take(c, bytes, "partial results", err);
     if (!given) return 0;
     if (!moqc_ok(c, cudaMemsetAsync(given, 0xff, bytes, c->stream), "cudaMemset")) {
@@ -7876,7 +7887,9 @@ static int moqc_take_given(moqc_ctx *c, moq_error *err)
         moqc_why(c, c->name, err);
         return 0;
     }
+    if (c->graphs == 0 && !c->capturing) moqc_give(c, c->given);
     c->given = given;
+    c->given_dim = dim;
     return 1;
 }
 
@@ -7890,8 +7903,8 @@ static moq_kv_cache *moqc_kv_create(moq_backend *be, const moq_kv_desc *d, moq_e
     moqc_clear(err);
     if (moqc_kv_plan(c, d, &k, bytes, err) < 0) return NULL;
     memset(&need, 0, sizeof need);
-    need.partial = moqk_pad(k.v.dim, 4) + 2;
-    if (moqc_grow(c, &need, c->be.max_rows, err) < 0 || !moqc_take_given(c, err)) return NULL;
+    need.partial = moqc_stream_dim(&k) ? 0 : moqk_pad(k.v.dim, 4) + 2;
+    if (moqc_grow(c, &need, c->be.max_rows, err) < 0 || (moqc_stream_dim(&k) && !moqc_take_given(c, moqc_stream_dim(&k), err))) return NULL;
     size_t floats = (size_t)moqc_kv_floats(&k) * 4;
     total = bytes[0] + bytes[1] + bytes[2] + bytes[3] + floats;
     moqc_cache *cache = (moqc_cache *)moq_allocate(&c->host, sizeof *cache);
@@ -8071,9 +8084,8 @@ __device__ void moqk_load_query(const moqk_attend_args &a, int64_t row, int32_t 
 }
 
 /* The block that is the last of its splits adds them all, in their order: y = sum e^(m_s - m) y_s / sum e^(m_s - m) l_s. weight: shared
-   memory for count * splits floats. turned: 0, or place p of `partial` holds dimension p % 8 * turned + p / 8. Every thread of the block
-   comes here after its part of `partial` is written. */
-__device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, int32_t turned, float *weight)
+   memory for count * splits floats. Every thread of the block comes here after its part of `partial` is written. */
+__device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, float *weight)
 {
     __shared__ int last;
     __shared__ float total[8];
@@ -8114,8 +8126,8 @@ __device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t
             v[3] += w * f.w;
         }
         for (int j = 0; j < 4; j++) {
-            int32_t p = 4 * d + j, at = turned ? p % 8 * turned + p / 8 : p;
-            if (p < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, v[j] * one, a.bf16);
+            int32_t at = 4 * d + j;
+            if (at < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * a.c.v.dim + at, v[j] * one, a.bf16);
         }
     }
     if (threadIdx.x == 0) *arrived = 0;
@@ -8240,7 +8252,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
         a.partial[at * ((a.c.v.dim + 3) / 4 * 4) + d] = v;
         if (d == 0) a.stats[at] = make_float2(max_of[h], sum_of[h]);
     }
-    if (a.partial) moqk_join_splits(a, row, head, count, 0, sums);
+    if (a.partial) moqk_join_splits(a, row, head, count, sums);
 }
 
 /* A tile of rows of keys or values [first, first + MOQK_QUERIES) into shared memory as F32; zeros past `last`. */
@@ -8388,21 +8400,19 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
 
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-mma  attention of few queries on tensor cores: 64 or 128 values a head, 4-bit caches
-   The 16 rows of mma.m16n8k16 are 8 query heads twice: a number goes in as hi = f16(x) and lo = f16(x - hi), 22 bits of it, so only the
-   products with the cache's own codes count, and those are exact in 16 bits. Codes become operands in registers, without shared memory.
+   >>cuda-attention-mma  steps of caches as operands of tensor cores
+   A number of a query goes in as hi = f16(x) and lo = f16(x - hi), 22 bits of it, so only the products with the cache's own codes count, and
+   those are exact in 16 bits. Codes become operands in registers.
    ------------------------------------------------------------------------------------------------ */
 
 __host__ __device__ static constexpr int moqk_kv_bits(int kind) { return kind == MOQK_KV_BF16 ? 16 : kind <= MOQK_KV_I8 ? 8 : 4; }
 
-/* BF16 operands where F16 has too few exponents: block scales of MXFP4 are any power of two. */
-__host__ __device__ static constexpr int moqk_kv_wants_bf16(int kind) { return kind == MOQK_KV_BF16 || kind == MOQK_KV_MX4; }
-
-/* A lane owns DIM / 4 neighbouring values of a key in pieces of at most 16 bytes. The dimension of element e (0..3) of step s of lane t,
-   in the order in which moqk_kv_operands unpacks a piece. */
+/* The dimension of element e (0..3) of step s of lane t, in the order in which codes become operands. A lane owns DIM / 4 neighbouring values of a key
+   in pieces of at most 16 bytes; with MXFP4 a word of each of its blocks. */
 template <int KIND, int DIM> __host__ __device__ constexpr int moqk_key_dim(int t, int s, int e)
 {
-    constexpr int bits = moqk_kv_bits(KIND), piece = DIM * bits / 32 < 16 ? DIM * bits / 32 : 16, per = piece * 8 / bits, steps = per / 4;
+    constexpr int bits = moqk_kv_bits(KIND), most = KIND == MOQK_KV_MX4 ? 4 : 16, piece = DIM * bits / 32 < most ? DIM * bits / 32 : most;
+    constexpr int per = piece * 8 / bits, steps = per / 4;
     int base = (s / steps * 4 + t) * per, r = s % steps;
     return bits == 4 ? base + r / 2 * 8 + r % 2 * 2 + (e >> 1) + (e & 1) * 4 : base + r * 4 + e;
 }
@@ -8497,235 +8507,39 @@ template <int BYTES> __device__ __forceinline__ void moqk_kv_load(const uint8_t 
     }
 }
 
-/* What a lane holds of 16 positions: keys 8 n + g (n = 0, 1; g = lane / 4), its quarter of each; values of positions 2 t, 2 t + 1, 8 + 2 t,
-   9 + 2 t (t = lane % 4), its eighth of each. */
-template <int KIND, int DIM> struct moqk_kv_piece {
-    static constexpr int bits = moqk_kv_bits(KIND), kb = DIM * bits / 32, vb = DIM * bits / 64; /* bytes */
-    uint32_t k[2][kb / 4], v[4][vb / 4];
-    uint32_t k_scale[2], v_scale[4]; /* block codes: a key's quarter has up to two */
-
-    __device__ __forceinline__ void load(const moqk_cache &c, int64_t base, int64_t first, int64_t last, int lane)
-    {
-        constexpr int piece = kb < 16 ? kb : 16;
-        int g = lane >> 2, t = lane & 3;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            int64_t at = base + min(first + 8 * n + g, last);
-#pragma unroll
-            for (int j = 0; j < kb / piece; j++) moqk_kv_load<piece>(c.k.codes + at * (DIM * bits / 8) + (j * 4 + t) * piece, k[n] + j * piece / 4);
-            if constexpr (KIND == MOQK_KV_NV4 && DIM == 128) k_scale[n] = *(const uint16_t *)(c.k.scales + at * 8 + 2 * t);
-            else if constexpr (KIND == MOQK_KV_NV4) k_scale[n] = c.k.scales[at * 4 + t];
-            else if constexpr (KIND == MOQK_KV_MX4) k_scale[n] = c.k.scales[at * (DIM / 32) + t * DIM / 128];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int64_t at = base + min(first + 2 * t + (i & 1) + (i & 2) * 4, last);
-            moqk_kv_load<vb>(c.v.codes + at * (DIM * bits / 8) + g * vb, v[i]);
-            if constexpr (KIND == MOQK_KV_NV4) v_scale[i] = c.v.scales[at * (DIM / 16) + g * DIM / 128];
-            else if constexpr (KIND == MOQK_KV_MX4) v_scale[i] = c.v.scales[at * (DIM / 32) + g * DIM / 256];
-        }
-    }
-
-    /* c[n] += q k for keys 8 n ... of this piece. rest: what BF16's two parts leave of q, MXFP4 only. */
-    __device__ __forceinline__ void scores(const uint32_t (*q)[4], const uint32_t (*rest)[2], float s[2][4]) const
-    {
-        constexpr int BF = moqk_kv_wants_bf16(KIND);
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int w = 0; w < kb / 4; w++) {
-                uint32_t b[4];
-                uint32_t code = KIND == MOQK_KV_NV4 && DIM == 128 ? k_scale[n] >> (w / 2 * 8) & 255 : k_scale[n];
-                moqk_kv_operands<KIND>(k[n][w], moqk_kv_pair<KIND>(code), b);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    moqk_attend_mma<BF>(s[n], q[w * 2 + i], b[2 * i], b[2 * i + 1]);
-                    if constexpr (KIND == MOQK_KV_MX4) {
-                        const uint32_t third[4] = {rest[w * 2 + i][0], 0, rest[w * 2 + i][1], 0};
-                        moqk_attend_mma<BF>(s[n], third, b[2 * i], b[2 * i + 1]);
-                    }
-                }
-            }
-        }
-    }
-
-    /* out[i] += p v: column g of product i is dimension g * DIM / 8 + i. */
-    __device__ __forceinline__ void values(const uint32_t p[4], float (*out)[4]) const
-    {
-        constexpr int BF = moqk_kv_wants_bf16(KIND);
-#pragma unroll
-        for (int w = 0; w < vb / 4; w++) {
-            uint32_t h[4][4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(v[i][w], moqk_kv_pair<KIND>(v_scale[i]), h[i]);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                moqk_attend_mma<BF>(out[8 * w + j], p, __byte_perm(h[0][j], h[1][j], 0x5410), __byte_perm(h[2][j], h[3][j], 0x5410));
-                moqk_attend_mma<BF>(out[8 * w + j + 4], p, __byte_perm(h[0][j], h[1][j], 0x7632), __byte_perm(h[2][j], h[3][j], 0x7632));
-            }
-        }
-    }
-};
-
 /* Rows of shared memory are a little longer than a head, so that the heads lie in different banks. */
 __host__ __device__ static constexpr int moqk_tensor_row(int dim) { return dim + 8; }
 
-/* The query heads of this block as operand rows, hi above lo. Straight from memory, or through room [8][DIM + 8] where keys are rotated or
-   have a bias (bias[h] = q . k_bias). rest: see moqk_kv_piece::scores. */
-template <int KIND, int DIM> __device__ void moqk_query_operands(const moqk_attend_args &a, int64_t row, int32_t head, int32_t count, const float *k_bias, float *room, float *bias, uint32_t (*q)[4],
-                                                                 uint32_t (*rest)[2])
-{
-    constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, through = a.c.k.rotate || k_bias;
-    int64_t from = row * a.q_stride + (int64_t)(head + g) * DIM;
-    if (through) {
-        for (int i = threadIdx.x; i < 8 * DIM; i += blockDim.x)
-            room[i / DIM * R + i % DIM] = i / DIM < count ? moqk_get_any(a.q, row * a.q_stride + (int64_t)(head + i / DIM) * DIM + i % DIM, a.bf16) * a.scale : 0;
-        if (a.c.k.rotate) moqk_rotate_rows(room, 8, R, DIM, 1 / sqrtf((float)DIM));
-        __syncthreads();
-        for (int h = warp; h < 8; h += blockDim.x >> 5) {
-            float sum = 0;
-            for (int d = lane; k_bias && d < DIM; d += 32) sum += room[h * R + d] * k_bias[d];
-            sum = moqk_warp_sum(sum);
-            if (lane == 0) bias[h] = sum;
-        }
-    } else if (threadIdx.x < 8) bias[threadIdx.x] = 0;
-#pragma unroll
-    for (int s = 0; s < DIM / 16; s++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int x = moqk_key_dim<KIND, DIM>(t, s, 2 * i), y = moqk_key_dim<KIND, DIM>(t, s, 2 * i + 1);
-            float u = 0, v = 0;
-            if (through) { u = room[g * R + x]; v = room[g * R + y]; }
-            else if (g < count) { u = __fmul_rn(moqk_get_any(a.q, from + x, a.bf16), a.scale); v = __fmul_rn(moqk_get_any(a.q, from + y, a.bf16), a.scale); }
-            moqk_split16<BF>(u, v, &q[s][2 * i], &q[s][2 * i + 1]);
-            if constexpr (KIND == MOQK_KV_MX4) {
-                float2 f = moqk_unpack16<BF>(q[s][2 * i]), h = moqk_unpack16<BF>(q[s][2 * i + 1]);
-                rest[s][i] = moqk_pack16<BF>(u - f.x - h.x, v - f.y - h.y);
-            }
-        }
-    }
-    __syncthreads();
-}
+/* Positions of a step of a warp; blocks of a cluster at most; warps of a block at most. */
+enum { MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8, MOQK_STREAM_AT_ONCE = 8, MOQK_STREAM_WARPS = 16 };
 
-/* Up to 8 query heads of one row over one split of the positions; a warp takes every fourth run of 16 positions, loads of the next run are
-   under way while this one is multiplied. Lane (g, t): head g. Grid: splits, head groups, rows. Reads the split's bytes once. */
-template <int KIND, int DIM> __global__ void __launch_bounds__(128, KIND == MOQK_KV_MX4 ? 2 : 3) moqk_attend_tensor(moqk_attend_args a)
-{
-    moqk_follow();
-    extern __shared__ float4 room4[];
-    __shared__ float bias[8], max_of[4][8], sum_of[4][8];
-    constexpr int BF = moqk_kv_wants_bf16(KIND), N = DIM / 8;
-    float *room = (float *)room4;
-    int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
-    int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
-    int64_t row = blockIdx.z, slot = a.slot[row], pos = a.pos[row];
-    int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-    int64_t low = moqk_first_seen(a, pos), per = held ? moqk_pad(moqk_ceil(pos + 1 - low, a.splits), MOQK_KEYS) : 0;
-    int64_t from = low + blockIdx.x * per, to = held ? min(from + per, pos + 1) : 0, base = (slot * a.c.kv_heads + kv_head) * a.c.capacity;
-    float k_scale = a.c.k.scale[kv_head], v_scale = a.c.v.scale[kv_head], top = -3e38f, sum = 0;
-    if (KIND == MOQK_KV_NV4) { k_scale *= 512.0f / 6; v_scale *= 512.0f / 6; }
-    if (KIND == MOQK_KV_MX4) k_scale = v_scale = 1;
-    uint32_t q[DIM / 16][4], rest[DIM / 16][2];
-    float acc[N][4];
-    moqk_kv_piece<KIND, DIM> now, next;
-    int64_t first = from + 16 * warp;
-    if (first < to) next.load(a.c, base, first, to - 1, lane);
-    moqk_query_operands<KIND, DIM>(a, row, head, count, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, room, bias, q, rest);
-#pragma unroll
-    for (int i = 0; i < N; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-    if (a.sinks && held && blockIdx.x == 0 && warp == 0 && g < count) {
-        top = a.sinks[head + g];
-        sum = t == 0 ? 1.0f : 0.0f;
-    }
-    for (; first < to; first += 64) {
-        now = next;
-        if (first + 64 < to) next.load(a.c, base, first + 64, to - 1, lane);
-        float s[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, best = top;
-        now.scores(q, rest, s);
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float v = (s[n][i] + s[n][i + 2]) * k_scale + bias[g];
-                if (a.softcap > 0) v = a.softcap * tanhf(v / a.softcap);
-                s[n][i] = first + 8 * n + 2 * t + i < to ? v : -3.4e38f;
-                best = fmaxf(best, s[n][i]);
-            }
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-        float shrink = expf(top - best);
-        if (__any_sync(0xffffffffu, best > top)) {
-            sum *= shrink;
-#pragma unroll
-            for (int i = 0; i < N; i++) { acc[i][0] *= shrink; acc[i][1] *= shrink; acc[i][2] *= shrink; acc[i][3] *= shrink; }
-        }
-        top = best;
-        uint32_t p[4];
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            float x = expf(s[n][0] - top), y = expf(s[n][1] - top);
-            sum += x + y;
-            moqk_split16<BF>(x, y, &p[2 * n], &p[2 * n + 1]);
-        }
-        now.values(p, acc);
-    }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t == 0) { max_of[warp][g] = top; sum_of[warp][g] = sum; }
-    constexpr int R = moqk_tensor_row(DIM); /* room: [warps][8][R]; place p of a head holds dimension p % 8 * N + p / 8 */
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        *(float2 *)&room[(warp * 8 + g) * R + i * 8 + 2 * t] = make_float2((acc[i][0] + acc[i][2]) * v_scale, (acc[i][1] + acc[i][3]) * v_scale);
-    __syncthreads();
-    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
-    for (int32_t i = threadIdx.x; i < count * DIM; i += 128) {
-        int32_t h = i / DIM, p = i % DIM, d = p % 8 * N + p / 8;
-        float m = fmaxf(fmaxf(max_of[0][h], max_of[1][h]), fmaxf(max_of[2][h], max_of[3][h])), l = 0, v = 0, keys = 0;
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            float f = sum_of[w][h] != 0 ? expf(max_of[w][h] - m) : 0;
-            l += f * sum_of[w][h];
-            v += f * room[(w * 8 + h) * R + p];
-        }
-        if (v_bias) { /* a sink has no value, so no bias either */
-            keys = l - (a.sinks && held && blockIdx.x == 0 ? expf(a.sinks[head + h] - m) : 0);
-            v += keys * v_bias[d];
-        }
-        if (!a.partial) {
-            moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + h) * DIM + d, l != 0 ? v / l : 0, a.bf16);
-            continue;
-        }
-        int64_t at = (row * a.heads + head + h) * a.splits + blockIdx.x;
-        a.partial[at * DIM + p] = v;
-        if (p == 0) a.stats[at] = make_float2(m, l);
-    }
-    if (a.partial) moqk_join_splits(a, row, head, count, N, room);
-}
-
-/* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-stream  the same of 16-bit and 8-bit caches, which stream through shared memory
-   Every warp has its next positions on their way and waits for no other warp until its sums meet theirs. Splits of a row that are no cluster give each
-   other their sums through memory, where a word is its own signal; they must run at the same time: such a launch is cooperative.
-   A step of one row is a chain of latencies in which a warp needs about five cycles an instruction: what can be made before the kernel before has ended
-   stands before the wait, loads stand before what waits for them, and nothing branches between loads.
-   ------------------------------------------------------------------------------------------------ */
-
-/* Warps of a block at most; positions of a step of a warp; blocks of a cluster at most. */
-enum { MOQK_STREAM_WARPS = 8, MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8, MOQK_STREAM_AT_ONCE = 8 };
+/* Warps of a block: 4-bit codes take more instructions a byte, which more warps hide. */
+__host__ __device__ static constexpr int moqk_stream_warps(int kind, int dim) { return moqk_kv_bits(kind) == 4 && dim <= 128 ? 16 : 8; }
 
 /* Registers of a thread. With 164 and somewhat more shared memory blocks began 1.2 us later: those of >>cuda-runs must find room beside them. */
-enum { MOQK_STREAM_REGISTERS = 160 };
 #if CUDART_VERSION >= 12040
-#define MOQK_STREAM_BOUNDS __maxnreg__(MOQK_STREAM_REGISTERS)
+#define MOQK_STREAM_BOUNDS(KIND, DIM) __maxnreg__(moqk_stream_warps(KIND, DIM) == 16 ? 128 : 160)
 #else
-#define MOQK_STREAM_BOUNDS __launch_bounds__(MOQK_STREAM_WARPS * 32, 1)
+#define MOQK_STREAM_BOUNDS(KIND, DIM) __launch_bounds__(moqk_stream_warps(KIND, DIM) * 32, 1)
 #endif
 
-/* Bytes of a position; of a step; steps of a warp's ring at most: with twice as many on their way 32,768 positions took 5 % longer. */
+/* Bytes of a position's codes; of its block scales, and of those of a step; of a step: codes of keys, of values, scales of keys, of values. */
 __host__ __device__ static constexpr int moqk_stream_row(int kind, int dim) { return dim * moqk_kv_bits(kind) / 8; }
-__host__ __device__ static constexpr int moqk_stream_step(int kind, int dim) { return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim); }
-__host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim) { return moqk_stream_row(kind, dim) == 256 ? 2 : 3; }
+__host__ __device__ static constexpr int moqk_stream_blocks(int kind, int dim) { return kind == MOQK_KV_NV4 ? dim / 16 : kind == MOQK_KV_MX4 ? dim / 32 : 0; }
+__host__ __device__ static constexpr int moqk_stream_scales(int kind, int dim)
+{
+    return moqk_stream_blocks(kind, dim) == 2 ? 64 : MOQK_STREAM_KEYS * moqk_stream_blocks(kind, dim);
+}
+__host__ __device__ static constexpr int moqk_stream_step(int kind, int dim)
+{
+    return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim) + 2 * moqk_stream_scales(kind, dim);
+}
+
+/* Steps of a warp's ring at most: 64 KiB of a block are on their way. Twice as much made 32,768 positions take 5 % longer. */
+__host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim)
+{
+    return 2 + 65535 / (moqk_stream_step(kind, dim) * moqk_stream_warps(kind, dim));
+}
 
 /* Floats of a head's sums as warps leave them in shared memory: stores of 16 bytes meet different banks for 128 values. */
 __host__ __device__ static constexpr int moqk_stream_sums(int dim) { return dim + 4; }
@@ -8737,13 +8551,15 @@ __host__ __device__ static constexpr int moqk_stream_room(int dim) { return moqk
 /* 16 bytes of a row stand where no two of the lanes that read at once want the same banks: piece ^ twist(row). Bit by bit linear in the row. */
 __host__ __device__ static constexpr uint32_t moqk_stream_twist(int row_bytes, int row)
 {
-    return (uint32_t)(row_bytes == 64 ? row >> 1 & 3 : (row & 1) << 2 | (row >> 1 & 3));
+    return (uint32_t)(row_bytes == 32 ? row >> 2 & 1 : row_bytes == 64 ? row >> 1 & 3 : (row & 1) << 2 | (row >> 1 & 3));
 }
 
 template <int ROW> __device__ __forceinline__ uint32_t moqk_stream_at(int row, int piece)
 {
     return (uint32_t)(row * ROW) + (((uint32_t)piece ^ moqk_stream_twist(ROW, row)) << 4);
 }
+
+#define MOQK_LOG2E 1.44269504f
 
 __device__ __forceinline__ float moqk_exp2(float x)
 {
@@ -8752,8 +8568,9 @@ __device__ __forceinline__ float moqk_exp2(float x)
     return y;
 }
 
-/* The lane's share of a step on its way; rows past the last one become zeros. put: its first piece in shared memory; k, v: in the caches. */
-template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put, const uint8_t *k, const uint8_t *v, int32_t rows, int lane)
+/* The lane's share of the codes of a step on its way; rows past the last one become zeros. put: its first piece in shared memory; k, v: in the caches,
+   whose rows have `pitch` bytes. */
+template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put, const uint8_t *k, const uint8_t *v, int32_t pitch, int32_t rows, int lane)
 {
     constexpr int EACH = 512 / ROW; /* rows that the warp copies at once */
     const int32_t left = rows - lane / (ROW / 16);
@@ -8761,96 +8578,235 @@ template <int ROW> __device__ __forceinline__ void moqk_stream_ask(uint32_t put,
     for (int j = 0; j < ROW / 32; j++) {
         const uint32_t to = (put ^ moqk_stream_twist(ROW, j * EACH) << 4) + j * 512, to_v = to + MOQK_STREAM_KEYS * ROW;
         const int32_t bytes = left > j * EACH ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to), "l"(k + j * 512), "r"(bytes) : "memory");
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to_v), "l"(v + j * 512), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to), "l"(k + j * EACH * pitch), "r"(bytes) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to_v), "l"(v + j * EACH * pitch), "r"(bytes) : "memory");
     }
 }
 
-/* Queries as the other operands of keys: column g of tile i is the first or second term of head 4 i + g / 2. Each warp makes a share of them, into
-   ops [DIM / 16][32], for all. queries [8][R]: heads that have entered, not yet times `unit`. */
+/* Are heads more than four? Then column g of a product is head g, first of all first terms, then of all second ones; else columns 2 h and 2 h + 1 are the
+   terms of head h. So a lane, whose columns are 2 t and 2 t + 1, has heads 2 t and 2 t + 1, or head t twice. */
+__device__ __forceinline__ int32_t moqk_stream_head(int many, int t, int i) { return many ? 2 * t + i : t; }
+
+/* Queries as the other operands of keys, of all heads or in registers: those of a lane are 32 apart in `ops` [DIM / 16][32]. */
+template <int DIM> struct moqk_stream_query {
+    static constexpr int HELD = DIM <= 128;
+    uint4 q[HELD ? DIM / 16 : 1];
+    const uint4 *ops;
+
+    __device__ __forceinline__ void begin(const uint4 *all, int lane)
+    {
+        ops = all + lane;
+        if constexpr (HELD)
+#pragma unroll
+            for (int s = 0; s < DIM / 16; s++) q[s] = ops[s * 32];
+    }
+    __device__ __forceinline__ uint4 step(int s) const { return HELD ? q[HELD ? s : 0] : ops[s * 32]; }
+};
+
+/* Each warp makes a share of the operands, into ops [DIM / 16][32], for all. queries [8][R]: heads that have entered, not yet times `unit`. */
 template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_stream_queries(const float *k_bias, float unit, const float *queries, float *bias, uint4 *ops, uint32_t (*q)[4])
+__device__ __forceinline__ void moqk_stream_queries(const moqk_kv &keys, int32_t dim, const float *k_bias, float unit, float *queries, int many, float *bias, uint4 *ops)
 {
-    constexpr int BF = moqk_kv_wants_bf16(KIND), R = moqk_tensor_row(DIM);
+    constexpr int BF = KIND == MOQK_KV_BF16, R = moqk_tensor_row(DIM);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     __syncthreads();
+    if (KIND == MOQK_KV_NV4 && keys.rotate) moqk_rotate_rows(queries, 8, R, DIM, 1 / sqrtf((float)DIM));
     if (!k_bias && threadIdx.x < 8) bias[threadIdx.x] = 0;
     for (int h = warp; k_bias && h < 8; h += blockDim.x >> 5) {
         float sum = 0;
-        for (int d = lane; d < DIM; d += 32) sum += __fmul_rn(queries[h * R + d], unit) * k_bias[d];
+        for (int d = lane; d < dim; d += 32) sum += __fmul_rn(queries[h * R + d], unit) * k_bias[d];
         sum = moqk_warp_sum(sum);
         if (lane == 0) bias[h] = sum;
     }
     for (int s = warp; s < DIM / 16; s += blockDim.x >> 5) {
-        const float *x = queries + (lane >> 3) * R;
-        uint32_t v[4];
+        const float *x = queries + (many ? lane >> 2 : lane >> 3) * R;
+        uint32_t hi[2], lo[2];
 #pragma unroll
-        for (int i = 0; i < 4; i++) { /* two pairs of dimensions of two tiles */
-            const int d = i & 1 ? 2 : 0, head = (i >> 1) * 4 * R;
-            uint32_t hi, lo;
-            moqk_split16<BF>(__fmul_rn(x[head + moqk_key_dim<KIND, DIM>(lane & 3, s, d)], unit),
-                             __fmul_rn(x[head + moqk_key_dim<KIND, DIM>(lane & 3, s, d + 1)], unit), &hi, &lo);
-            v[i] = lane & 4 ? lo : hi;
-        }
-        ops[s * 32 + lane] = make_uint4(v[0], v[1], v[2], v[3]);
+        for (int i = 0; i < 2; i++) /* two pairs of dimensions */
+            moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i)], unit), __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i + 1)], unit),
+                             &hi[i], &lo[i]);
+        const int second = !many && (lane & 4);
+        ops[s * 32 + lane] = make_uint4(second ? lo[0] : hi[0], second ? lo[1] : hi[1], lo[0], lo[1]);
     }
     __syncthreads();
+}
+
+/* c[0] += keys times queries, or times their first terms; then c[1] their second ones. */
+template <int BF> __device__ __forceinline__ void moqk_stream_multiply(float c[2][4], const uint32_t a[4], const uint4 &q, int many)
+{
+    moqk_attend_mma<BF>(c[0], a, q.x, q.y);
+    if (many) moqk_attend_mma<BF>(c[1], a, q.z, q.w);
+}
+
+/* s[i][n] of moqk_stream_head i and key 8 n + g, from the lane's sums of keys g and 8 + g. */
+__device__ __forceinline__ void moqk_stream_columns(const float c[4], int many, float s[2][2])
+{
 #pragma unroll
-    for (int s = 0; s < DIM / 16; s++) {
-        const uint4 v = ops[s * 32 + lane];
-        q[s][0] = v.x; q[s][1] = v.y; q[s][2] = v.z; q[s][3] = v.w;
+    for (int n = 0; n < 2; n++) {
+        s[0][n] = many ? c[2 * n] : c[2 * n] + c[2 * n + 1];
+        s[1][n] = many ? c[2 * n + 1] : s[0][n];
     }
 }
 
-/* s[i][n] = q k of head 4 i + t and key 8 n + g: keys are the rows of the products. Tile 1 where there are more than four heads. */
-template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_scores(uint32_t keys, const uint32_t (*q)[4], int two, int lane, float s[2][2])
+/* The two block scales behind `at` that a lane multiplies its 32 values of a key with (64 values a head: one), as pairs. */
+template <int DIM> __device__ __forceinline__ void moqk_stream_pairs(uint32_t at, uint32_t pairs[2])
 {
-    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), STEPS = KIND == MOQK_KV_BF16 ? 2 : 4; /* of 16 bytes of four lanes */
-    const uint32_t first = moqk_stream_at<ROW>(lane >> 2, lane & 3);
-    float even[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}}, odd[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+    uint32_t v;
+    if constexpr (DIM == 64) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(at));
+    else asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(at));
+    moqk_kv_operands<MOQK_KV_E4M3>(__byte_perm(v, 0, DIM == 64 ? 0x4400 : 0x1100), 0, pairs);
+}
+
+/* One word of 4-bit codes as pairs of nibbles j, j + 4: bits in place are values * 2^-14 in F16, whose upper bytes hold them all, 2^-126 in BF16, where
+   a product moves the sign and the other three bits apart. */
+template <int BF> __device__ __forceinline__ void moqk_stream_nibbles(uint32_t w, uint32_t out[4])
+{
+    if constexpr (BF) {
+        const uint32_t high = w >> 8;
+        out[0] = (w & 0x000f000fu) * 0x1040u & 0x81c081c0u;
+        out[1] = (w & 0x00f000f0u) * 0x0104u & 0x81c081c0u;
+        out[2] = (high & 0x000f000fu) * 0x1040u & 0x81c081c0u;
+        out[3] = (high & 0x00f000f0u) * 0x0104u & 0x81c081c0u;
+    } else {
+        const uint32_t even = (w << 4 & 0x80808080u) | (w << 1 & 0x0e0e0e0eu), odd = (w & 0x80808080u) | (w >> 3 & 0x0e0e0e0eu);
+        out[0] = __byte_perm(even, 0, 0x2404);
+        out[1] = __byte_perm(odd, 0, 0x2404);
+        out[2] = even & 0xff00ff00u;
+        out[3] = odd & 0xff00ff00u;
+    }
+}
+
+__device__ __forceinline__ uint32_t moqk_times_pair(uint32_t a, uint32_t b)
+{
+    const __half2 v = __hmul2(*(const __half2 *)&a, *(const __half2 *)&b);
+    return *(const uint32_t *)&v;
+}
+
+/* s[i][n] = q k of moqk_stream_head i and key 8 n + g: keys are the rows of the products, in units of moqk_stream_unit. step: codes of keys; scales: theirs. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_stream_scores(uint32_t step, uint32_t scales, const moqk_stream_query<DIM> &q, int many, int lane, float s[2][2])
+{
+    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = KIND == MOQK_KV_BF16, BLOCKS = moqk_stream_blocks(KIND, DIM);
+    constexpr int WORDS = ROW < 64 ? 2 : 4, PAIRS = 32 / moqk_kv_bits(KIND) / 2, STEPS = WORDS * PAIRS / 2; /* words of a piece; steps that a piece of four lanes makes */
+    const int g = lane >> 2, t = lane & 3;
+    const uint32_t first = ROW < 64 ? moqk_stream_at<ROW>(g, t >> 1) + (t & 1) * 8 : moqk_stream_at<ROW>(g, t);
+    float c[2][2][4] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}}; /* of steps in turn */
 #pragma unroll
-    for (int j = 0; j < ROW / 64; j++) {
-        uint32_t k[2][8]; /* of keys g and 8 + g */
+    for (int j = 0; j < (ROW < 64 ? 1 : ROW / 64); j++) {
+        uint32_t k[2][WORDS * PAIRS]; /* of keys g and 8 + g */
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const uint4 w = moqk_shared16(keys + n * 8 * ROW + (first ^ j << 6));
-            moqk_kv_operands<KIND>(w.x, 0, k[n]);
-            moqk_kv_operands<KIND>(w.y, 0, k[n] + STEPS / 2);
-            moqk_kv_operands<KIND>(w.z, 0, k[n] + STEPS);
-            moqk_kv_operands<KIND>(w.w, 0, k[n] + STEPS / 2 * 3);
+            uint32_t w[4], pairs[2];
+            if constexpr (ROW < 64) { const uint2 v = moqk_shared8(step + n * 8 * ROW + first); w[0] = v.x; w[1] = v.y; }
+            else { const uint4 v = moqk_shared16(step + n * 8 * ROW + (first ^ j << 6)); w[0] = v.x; w[1] = v.y; w[2] = v.z; w[3] = v.w; }
+            if constexpr (KIND == MOQK_KV_NV4) moqk_stream_pairs<DIM>(scales + (8 * n + g) * BLOCKS + (DIM == 64 ? t : 8 * j + 2 * t), pairs);
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) {
+                if constexpr (KIND == MOQK_KV_NV4) {
+                    moqk_stream_nibbles<0>(w[i], k[n] + i * PAIRS);
+#pragma unroll
+                    for (int p = 0; p < PAIRS; p++) k[n][i * PAIRS + p] = moqk_times_pair(k[n][i * PAIRS + p], pairs[i >> 1]);
+                } else moqk_kv_operands<KIND>(w[i], 0, k[n] + i * PAIRS);
+            }
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            const uint32_t a[4] = {k[0][2 * i], k[1][2 * i], k[0][2 * i + 1], k[1][2 * i + 1]}, *b = q[j * STEPS + i];
-            moqk_attend_mma<BF>(i & 1 ? odd[0] : even[0], a, b[0], b[1]);
-            if (two) moqk_attend_mma<BF>(i & 1 ? odd[1] : even[1], a, b[2], b[3]);
+            const uint32_t a[4] = {k[0][2 * i], k[1][2 * i], k[0][2 * i + 1], k[1][2 * i + 1]};
+            moqk_stream_multiply<BF>(c[i & 1], a, q.step(j * STEPS + i), many);
         }
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int n = 0; n < 2; n++) s[i][n] = even[i][2 * n] + odd[i][2 * n] + (even[i][2 * n + 1] + odd[i][2 * n + 1]);
+    for (int i = 0; i < 4; i++) c[0][0][i] += c[1][0][i] + (c[0][1][i] + c[1][1][i]);
+    moqk_stream_columns(c[0][0], many, s);
 }
 
-/* The lane's weights of keys g and 8 + g of head t as the other operands of values: keys 2 t and 2 t + 1, column g the first or second term of head g / 2. */
-template <int BF> __device__ __forceinline__ void moqk_stream_weights(float x, float y, uint32_t p[2])
+/* Four matrices of a step whose rows are positions and whose columns are 16 bytes: positions below 8, the others, the same of the next 16 bytes. */
+template <int ROW> __device__ __forceinline__ uint32_t moqk_stream_matrices(int lane) { return moqk_stream_at<ROW>(lane & 15, lane >> 4); }
+
+__device__ __forceinline__ void moqk_turned_matrices(uint32_t at, uint32_t (&r)[4])
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+/* The BLOCKS <= 8 scales of one position. */
+template <int BLOCKS> __device__ __forceinline__ void moqk_stream_bytes(uint32_t at, uint32_t v[2])
+{
+    v[1] = 0;
+    if constexpr (BLOCKS == 2) asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v[0]) : "r"(at));
+    else if constexpr (BLOCKS == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(at));
+    else { const uint2 w = moqk_shared8(at); v[0] = w.x; v[1] = w.y; }
+}
+
+/* The same of MXFP4, whose scales may be any power of two: they multiply the sums of a block. */
+template <int DIM>
+__device__ __forceinline__ void moqk_stream_scores_mx(uint32_t step, uint32_t scales, const moqk_stream_query<DIM> &q, int many, int lane, float s[2][2])
+{
+    constexpr int ROW = moqk_stream_row(MOQK_KV_MX4, DIM), BLOCKS = DIM / 32;
+    const uint32_t first = moqk_stream_matrices<ROW>(lane);
+    float sum[4] = {0, 0, 0, 0};
+    uint32_t scale[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; n++) moqk_stream_bytes<BLOCKS>(scales + (8 * n + (lane >> 2)) * BLOCKS, scale[n]);
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b += 2) {
+        uint32_t w[4];
+        moqk_load_matrices(step + (first ^ b << 4), w);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            uint32_t k[2][4];
+            float part[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+#pragma unroll
+            for (int n = 0; n < 2; n++) moqk_stream_nibbles<0>(w[2 * c + n], k[n]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t a[4] = {k[0][2 * i], k[1][2 * i], k[0][2 * i + 1], k[1][2 * i + 1]};
+                moqk_stream_multiply<0>(part, a, q.step((b + c) * 2 + i), many);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t code = scale[i >> 1][(b + c) >> 2] >> ((b + c) % 4 * 8) & 255;
+                sum[i] += (part[0][i] + part[1][i]) * __uint_as_float(code << 23); /* 2^-127 is nothing beside any other */
+            }
+        }
+    }
+    moqk_stream_columns(sum, many, s);
+}
+
+__device__ __forceinline__ uint32_t moqk_turn(uint32_t v)
+{
+    uint32_t w;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(w) : "r"(v));
+    return w;
+}
+
+/* The lane's weights e[i][n] of moqk_stream_head i and key 8 n + g as the other operands of values: of keys 2 t and 2 t + 1, 8 + 2 t and 9 + 2 t. */
+template <int BF> __device__ __forceinline__ void moqk_stream_weights(const float e[2][2], int many, uint32_t p[2][2])
 {
     uint32_t hi, lo;
-    moqk_split16<BF>(x, y, &hi, &lo);
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(p[0]) : "r"(__byte_perm(hi, lo, 0x5410)));
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(p[1]) : "r"(__byte_perm(hi, lo, 0x7632)));
+    if (many) {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            moqk_split16<BF>(e[0][n], e[1][n], &hi, &lo);
+            p[0][n] = moqk_turn(hi);
+            p[1][n] = moqk_turn(lo);
+        }
+        return;
+    }
+    moqk_split16<BF>(e[0][0], e[0][1], &hi, &lo);
+    p[0][0] = moqk_turn(__byte_perm(hi, lo, 0x5410));
+    p[0][1] = moqk_turn(__byte_perm(hi, lo, 0x7632));
 }
 
-/* out[k][i] += v p of tile k: rows g and 8 + g of product i are dimensions g * DIM / 8 + 2 i and the next one, its columns 2 t and 2 t + 1 what the terms
-   of head t come to. Half of the lanes read their positions in the other order, for the banks' sake, which the selectors of their bytes undo. */
+/* out[i] += v p: rows g and 8 + g of product i are dimensions g * DIM / 8 + 2 i and the next one, its columns as in moqk_stream_head. Half of the lanes
+   read their positions in the other order, for the banks' sake, which the selectors of their bytes undo. */
 template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32_t p[2][2], int two, int lane, float (*out)[DIM / 16][4])
+__device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32_t p[2][2], int many, int lane, float (*out)[4])
 {
-    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), LOADS = ROW == 256 ? 2 : 1, WORDS = ROW == 64 ? 2 : 4;
+    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = KIND == MOQK_KV_BF16, LOADS = ROW / 128 > 1 ? ROW / 128 : 1, WORDS = ROW == 64 ? 2 : 4;
     const int g = lane >> 2, t = lane & 3, other = ROW == 64 ? g >> 1 & 1 : g & 1, piece = ROW == 64 ? g >> 1 : g * LOADS;
     const uint32_t first = moqk_stream_at<ROW>(2 * t + other, piece), second = moqk_stream_at<ROW>(2 * t + 1 - other, piece);
-    const uint32_t low = KIND == MOQK_KV_BF16 ? (other ? 0x1054u : 0x5410u) : (other ? 0x1504u : 0x5140u);
-    const uint32_t high = KIND == MOQK_KV_BF16 ? (other ? 0x3276u : 0x7632u) : (other ? 0x3726u : 0x7362u);
+    const uint32_t low = BF ? (other ? 0x1054u : 0x5410u) : (other ? 0x1504u : 0x5140u);
+    const uint32_t high = BF ? (other ? 0x3276u : 0x7632u) : (other ? 0x3726u : 0x7362u);
 #pragma unroll
     for (int c = 0; c < LOADS; c++) {
         uint32_t v[4][4];
@@ -8858,8 +8814,8 @@ __device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32
         for (int i = 0; i < 4; i++) {
             const uint32_t row = (uint32_t)((i & 2) * 4 * ROW) + (i & 1 ? second : first);
             if constexpr (ROW == 64) {
-                const uint32_t at = values + row + (uint32_t)(g & 1) * 8;
-                asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[i][0]), "=r"(v[i][1]) : "r"(at));
+                const uint2 w = moqk_shared8(values + row + (uint32_t)(g & 1) * 8);
+                v[i][0] = w.x; v[i][1] = w.y;
             } else {
                 const uint4 w = moqk_shared16(values + (row ^ c << 4));
                 v[i][0] = w.x; v[i][1] = w.y; v[i][2] = w.z; v[i][3] = w.w;
@@ -8874,15 +8830,84 @@ __device__ __forceinline__ void moqk_stream_values(uint32_t values, const uint32
                 moqk_kv_operands<KIND>(__byte_perm(v[2][w], v[3][w], j ? high : low), 0, y[j]);
             }
 #pragma unroll
-            for (int j = 0; j < (KIND == MOQK_KV_BF16 ? 1 : 2); j++) {
-                const uint32_t a[4] = {x[j][0], KIND == MOQK_KV_BF16 ? x[1][0] : x[j][1], y[j][0], KIND == MOQK_KV_BF16 ? y[1][0] : y[j][1]};
-                const int i = KIND == MOQK_KV_BF16 ? c * 4 + w : 2 * w + j;
-                moqk_attend_mma<BF>(out[0][i], a, p[0][0], p[0][1]);
-                if (two) moqk_attend_mma<BF>(out[1][i], a, p[1][0], p[1][1]);
+            for (int j = 0; j < (BF ? 1 : 2); j++) {
+                const uint32_t a[4] = {x[j][0], BF ? x[1][0] : x[j][1], y[j][0], BF ? y[1][0] : y[j][1]};
+                const int i = BF ? c * 4 + w : c * 8 + 2 * w + j;
+                moqk_attend_mma<BF>(out[i], a, p[0][0], p[0][1]);
+                if (many) moqk_attend_mma<BF>(out[i], a, p[1][0], p[1][1]);
             }
         }
     }
 }
+
+/* The same of 4-bit codes: product 2 c + u has dimensions 32 c + 4 g + 2 u and the next one. Scales of NVFP4 multiply codes. Those of MXFP4, one for all
+   rows of a product, multiply the weights, which come times 2^64: codes are 2^-126 of what they stand for. */
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_stream_values4(uint32_t values, uint32_t scales, const uint32_t p[2][2], int many, int lane, float (*out)[4])
+{
+    constexpr int ROW = moqk_stream_row(KIND, DIM), MX = KIND == MOQK_KV_MX4, BLOCKS = moqk_stream_blocks(KIND, DIM), AT_ONCE = BLOCKS < 8 ? BLOCKS : 8;
+    const int t = lane & 3, half = lane >> 4; /* of the 32 values of 16 bytes: the block of NVFP4 */
+    const uint32_t first = moqk_stream_matrices<ROW>(lane);
+    uint32_t scale[4][2]; /* of positions 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t */
+#pragma unroll
+    for (int c = 0; c < DIM / 32; c += 2) {
+        const int at = MX ? c : 2 * c; /* the first block */
+        if (at % AT_ONCE == 0)
+#pragma unroll
+            for (int i = 0; i < 4; i++) moqk_stream_bytes<AT_ONCE>(scales + (uint32_t)(2 * t + (i & 1) + (i & 2) * 4) * BLOCKS + at, scale[i]);
+        uint32_t w[4], by[2][2]; /* by: pairs of positions; of both halves of them, of 16 bytes in turn */
+        moqk_turned_matrices(values + (first ^ c << 4), w);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int word = at % AT_ONCE >> 2;
+            if constexpr (MX) {
+                const uint32_t both = __byte_perm(scale[2 * n][word], scale[2 * n + 1][word], at % 4 ? 0x7362 : 0x5140);
+                by[n][0] = __byte_perm(both, 0, 0x4140) << 7;
+                by[n][1] = __byte_perm(both, 0, 0x4342) << 7;
+            } else moqk_kv_operands<MOQK_KV_E4M3>(__byte_perm(scale[2 * n][word], scale[2 * n + 1][word], half ? 0x7351 : 0x6240), 0, by[n]);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            uint32_t v[2][4], x[2][2];
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                moqk_stream_nibbles<MX>(w[2 * k + n], v[n]);
+#pragma unroll
+                for (int i = 0; i < 4 && !MX; i++) v[n][i] = moqk_times_pair(v[n][i], by[n][k]);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    if constexpr (MX) {
+                        const __nv_bfloat162 m = __hmul2(*(const __nv_bfloat162 *)&p[i][n], *(const __nv_bfloat162 *)&by[n][k]);
+                        x[i][n] = *(const uint32_t *)&m;
+                    } else x[i][n] = p[i][n];
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+                const uint32_t a[4] = {v[0][2 * u], v[0][2 * u + 1], v[1][2 * u], v[1][2 * u + 1]};
+                moqk_attend_mma<MX>(out[2 * (c + k) + u], a, x[0][0], x[0][1]);
+                if (many) moqk_attend_mma<MX>(out[2 * (c + k) + u], a, x[1][0], x[1][1]);
+            }
+        }
+    }
+}
+
+/* What one of a product's sums stands for: of scores, of values. */
+template <int KIND> __device__ __forceinline__ void moqk_stream_units(const moqk_cache &c, int32_t kv_head, float *k, float *v)
+{
+    *k = *v = 1;
+    if (KIND == MOQK_KV_E4M3 || KIND == MOQK_KV_I8 || KIND == MOQK_KV_NV4) { *k = c.k.scale[kv_head]; *v = c.v.scale[kv_head]; } /* never change */
+    if (KIND == MOQK_KV_NV4) { *k *= 16384.0f / 6; *v *= 16384.0f / 6; }
+    if (KIND == MOQK_KV_MX4) { *k = 16384; *v = 4611686018427387904.0f; } /* 2^62 */
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-stream  attention of few queries on tensor cores: caches stream through shared memory
+   Every warp has its next positions on their way and waits for no other warp until its sums meet theirs. Splits of a row that are no cluster give each
+   other their sums through memory, where a word is its own signal; they must run at the same time: such a launch is cooperative.
+   A step of one row is a chain of latencies in which a warp needs about five cycles an instruction: what can be made before the kernel before has ended
+   stands before the wait, loads stand before what waits for them, and nothing branches between loads.
+   ------------------------------------------------------------------------------------------------ */
 
 /* A head that enters: where it is, the weight of its norm or NULL. */
 typedef struct moqk_enter_task {
@@ -8892,12 +8917,12 @@ typedef struct moqk_enter_task {
 } moqk_enter_task;
 
 /* Of the tasks of a block: `count` queries from `head` on and, where heads enter, a key, a value. All else that `enter` says is zero where none do. */
-template <int DIM>
-__device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_args &a, int64_t row, int32_t kv_head, int32_t head, int32_t count, int32_t task)
+__device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_args &a, int32_t dim, int64_t row, int32_t kv_head, int32_t head, int32_t count,
+                                                           int32_t task)
 {
     const moq_heads_desc &d = a.enter;
     const int32_t kind = task < count ? 0 : task - count + 1;
-    const int64_t at = kind == 0 ? row * a.q_stride + (int64_t)(head + task) * DIM : (int64_t)kv_head * DIM;
+    const int64_t at = kind == 0 ? row * a.q_stride + (int64_t)(head + task) * dim : (int64_t)kv_head * dim;
     const moqk_enter_task t = {moqk_place_any(kind == 0 ? a.q : kind == 1 ? d.k : d.v, at, a.bf16),
                                kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL, kind, kind < 2 ? d.dims / 2 : 0};
     return t;
@@ -8910,72 +8935,113 @@ __device__ __forceinline__ int32_t moqk_enter_meeting(int32_t count, int32_t war
     return 32 * (1 + (k != reader) + (v != reader && v != k));
 }
 
-/* What moqk_kv_pack_wide does, by one warp, into shared memory and the cache: a lane has neighbouring values. */
-template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_stream_pack(const float *x, float scale, const float *bias, uint8_t *own, uint8_t *row, int lane)
+/* What moqk_kv_pack does, by one warp, into shared memory and the cache: a lane has neighbouring values. own: [ROW] codes, then block scales; at: the
+   row of the cache. */
+template <int BYTES> __device__ __forceinline__ void moqk_stream_put(const uint32_t *code, uint8_t *own, uint8_t *row)
 {
-    constexpr int EACH = DIM / 32, WORDS = EACH * moqk_kv_bits(KIND) / 8;
-    uint32_t code[2] = {0, 0};
+    if constexpr (BYTES == 16) *(uint4 *)own = *(uint4 *)row = make_uint4(code[0], code[1], code[2], code[3]);
+    else if constexpr (BYTES == 8) *(uint2 *)own = *(uint2 *)row = make_uint2(code[0], code[1]);
+    else if constexpr (BYTES == 4) *(uint32_t *)own = *(uint32_t *)row = code[0];
+    else if constexpr (BYTES == 2) *(uint16_t *)own = *(uint16_t *)row = (uint16_t)code[0];
+    else *own = *row = (uint8_t)code[0];
+}
+
+template <int KIND, int DIM>
+__device__ __forceinline__ void moqk_stream_pack(const float *x, const moqk_kv &to, int32_t head, uint8_t *own, int64_t at, int lane)
+{
+    constexpr int BITS = moqk_kv_bits(KIND), EACH = DIM / 32, BYTES = EACH * BITS / 8, ROW = moqk_stream_row(KIND, DIM);
+    const float scale = to.scale[head], *bias = to.bias ? to.bias + (int64_t)head * DIM : NULL;
+    uint32_t code[4] = {0, 0, 0, 0};
+    float s = 1;
+    if constexpr (BITS == 4) {
+        constexpr int LANES = (KIND == MOQK_KV_MX4 ? 32 : 16) / EACH; /* of a block */
+        float amax = 0;
+        uint32_t c;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) amax = fmaxf(amax, fabsf(x[lane * EACH + i]));
+#pragma unroll
+        for (int o = 1; o < LANES; o *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, o));
+        if (KIND == MOQK_KV_MX4) {
+            const int e = moqk_e8m0_exponent(MOQ_RULE_E8M0_CEIL, 6, amax);
+            c = (uint32_t)(e + 127);
+            s = ldexpf(1.0f, e);
+        } else {
+            s = amax / (6 * (scale / 6));
+            c = moqk_to_e4m3(s < 448 ? s : 448);
+            s = moqk_e4m3(c) * (scale / 6);
+        }
+        if (lane % LANES == 0) own[ROW + lane / LANES] = to.scales[at * moqk_stream_blocks(KIND, DIM) + lane / LANES] = (uint8_t)c;
+    }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const float v = x[lane * EACH + i], b = KIND == MOQK_KV_E4M3 && bias ? bias[lane * EACH + i] : 0, u = bias ? v - b : v;
         uint32_t c;
         if (KIND == MOQK_KV_BF16) { const __nv_bfloat16 h = __float2bfloat16_rn(v); c = *(const uint16_t *)&h; }
         else if (KIND == MOQK_KV_E4M3) c = moqk_to_e4m3(u / scale);
-        else c = v == v ? (uint32_t)(uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
-        code[i * moqk_kv_bits(KIND) / 32] |= c << i * moqk_kv_bits(KIND) % 32;
+        else if (KIND == MOQK_KV_I8) c = v == v ? (uint32_t)(uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
+        else c = s > 0 ? moqk_to_e2m1(v / s) : 0;
+        code[i * BITS / 32] |= c << i * BITS % 32;
     }
-    if constexpr (WORDS == 8) *(uint2 *)(own + lane * 8) = *(uint2 *)(row + lane * 8) = make_uint2(code[0], code[1]);
-    else if constexpr (WORDS == 4) *(uint32_t *)(own + lane * 4) = *(uint32_t *)(row + lane * 4) = code[0];
-    else *(uint16_t *)(own + lane * 2) = *(uint16_t *)(row + lane * 2) = (uint16_t)code[0];
+    moqk_stream_put<BYTES>(code, own + lane * BYTES, to.codes + at * ROW + lane * BYTES);
 }
 
 /* What moqk_enter does for the heads of a block before they are packed, one to a warp; now, e: the first one of each. Queries go into `queries` [8][R],
    not scaled, and where `owner` key and value into `mine` [2][DIM]. */
 template <int DIM>
-__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int64_t row, int32_t kv_head, int32_t head, int32_t count, int owner,
+__device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int32_t dim, int64_t row, int32_t kv_head, int32_t head, int32_t count, int owner,
                                                  float *queries, float *mine, moqk_enter_task now, moqk_entering<DIM> &e)
 {
     constexpr int R = moqk_tensor_row(DIM);
     const moq_heads_desc &d = a.enter;
     const int32_t warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    for (int32_t i = count * R + threadIdx.x; i < 8 * R; i += blockDim.x) queries[i] = 0;
+    for (int32_t i = (dim < DIM ? 0 : count * R) + threadIdx.x; i < 8 * R; i += blockDim.x)
+        if (i >= count * R || i % R >= dim) queries[i] = 0;
     for (int32_t task = warp; task < count + 2 * owner; task += warps) { /* queries, key, value */
         if (task != warp) {
-            now = moqk_enter_find<DIM>(a, row, kv_head, head, count, task);
-            e.weigh(now.weight, DIM);
-            e.load(now.from, a.bf16, DIM, (const float2 *)(const void *)d.table, now.half);
+            now = moqk_enter_find(a, dim, row, kv_head, head, count, task);
+            e.weigh(now.weight, dim);
+            e.load(now.from, a.bf16, dim, (const float2 *)(const void *)d.table, now.half);
         }
-        e.put(now.weight != NULL, d.eps, a.bf16, DIM, now.half, d.interleaved, now.kind == 0 ? queries + task * R : mine + (now.kind - 1) * DIM);
+        e.put(now.weight != NULL, d.eps, a.bf16, dim, now.half, d.interleaved, now.kind == 0 ? queries + task * R : mine + (now.kind - 1) * DIM);
     }
 }
 
-/* Key and value of `mine` into `own` [2][ROW] and to position `at` of the cache, by the warps that made them. Only warp `reader`, which has the last step
+/* Bytes of a key or a value that enters: codes, then block scales. */
+__host__ __device__ static constexpr int moqk_stream_own_bytes(int kind, int dim) { return moqk_stream_row(kind, dim) + (moqk_kv_bits(kind) == 4 ? 16 : 0); }
+
+/* Key and value of `mine` into `own` [2][OWN] and to position `at` of the cache, by the warps that made them. Only warp `reader`, which has the last step
    of the row, needs them, later: nobody else waits. */
 template <int KIND, int DIM>
 __device__ __forceinline__ void moqk_enter_own(const moqk_attend_args &a, int32_t kv_head, int32_t count, int64_t at, const float *mine, uint8_t *own,
                                                int32_t reader)
 {
-    constexpr int ROW = moqk_stream_row(KIND, DIM);
+    constexpr int OWN = moqk_stream_own_bytes(KIND, DIM);
     const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, k = count % warps, v = (count + 1) % warps;
     if (warp != k && warp != v) return;
-    for (int i = 0; i < 2; i++) {
-        const moqk_kv &to = i ? a.c.v : a.c.k;
-        const float *bias = to.bias ? to.bias + (int64_t)kv_head * DIM : NULL;
-        if (warp == (i ? v : k)) moqk_stream_pack<KIND, DIM>(mine + i * DIM, to.scale[kv_head], bias, own + i * ROW, to.codes + at * ROW, lane);
-    }
+    for (int i = 0; i < 2; i++)
+        if (warp == (i ? v : k)) moqk_stream_pack<KIND, DIM>(mine + i * DIM, i ? a.c.v : a.c.k, kv_head, own + i * OWN, at, lane);
     __syncwarp();
     if (warp != reader) asm volatile("bar.arrive 1, %0;" :: "r"(moqk_enter_meeting(count, warps, reader)) : "memory");
 }
 
-/* The row's own key and value into a step, whose row r is its position, in place of what was there. */
-template <int ROW> __device__ __forceinline__ void moqk_stream_own(uint32_t step, const uint8_t *own, int32_t r, int lane)
+/* The row's own key and value into a step, whose row r is its position, in place of what was there. scales: the block scales of keys. */
+template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_own(uint32_t step, uint32_t scales, const uint8_t *own, int32_t r, int lane)
 {
-    if (lane >= ROW / 8) return;
-    const int v = lane >= ROW / 16, piece = lane - v * (ROW / 16);
-    const uint4 w = ((const uint4 *)(const void *)own)[lane];
-    const uint32_t at = step + (uint32_t)(v * MOQK_STREAM_KEYS * ROW) + moqk_stream_at<ROW>(r, piece);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+    constexpr int ROW = moqk_stream_row(KIND, DIM), OWN = moqk_stream_own_bytes(KIND, DIM), BLOCKS = moqk_stream_blocks(KIND, DIM);
+#pragma unroll
+    for (int first = 0; first < ROW / 8; first += 32) {
+        const int i = first + lane, v = i >= ROW / 16, piece = i - v * (ROW / 16);
+        if (i >= ROW / 8) continue;
+        const uint4 w = *(const uint4 *)(const void *)(own + v * OWN + piece * 16);
+        const uint32_t at = step + (uint32_t)(v * MOQK_STREAM_KEYS * ROW) + moqk_stream_at<ROW>(r, piece);
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+    }
+    if constexpr (BLOCKS > 0)
+        if (lane < 2 * BLOCKS) {
+            const int v = lane >= BLOCKS, i = lane - v * BLOCKS;
+            const uint32_t at = scales + (uint32_t)(v * moqk_stream_scales(KIND, DIM) + r * BLOCKS + i), c = own[v * OWN + ROW + i];
+            asm volatile("st.shared.u8 [%0], %1;" :: "r"(at), "r"(c) : "memory");
+        }
 }
 
 /* What the splits of a row add up: block r owns 2^shift quads of four values of the heads from quad r * 2^shift on, and gets each of every block, into
@@ -9056,9 +9122,16 @@ __device__ __forceinline__ void moqk_split_take(const moqk_attend_args &a, const
     __syncthreads();
 }
 
+/* Value i of the heads of a block, DIM of each, of which the first `dim` are there. */
+template <int DIM> __device__ __forceinline__ void moqk_stream_result(const moqk_attend_args &a, int32_t dim, int64_t row, int32_t head, int32_t i, float v)
+{
+    if (dim == DIM) moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + i, v, a.bf16);
+    else if (i % DIM < dim) moqk_put_any(a.y, row * a.y_stride + (int64_t)(head + i / DIM) * dim + i % DIM, v, a.bf16);
+}
+
 /* y = sum 2^(m_s - m) y_s / sum 2^(m_s - m) l_s, in the order of the splits, a value a thread. Behind it every block has read its queries. */
 template <int DIM>
-__device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, const moqk_splits &c, int64_t row, int32_t head, int32_t quads)
+__device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, int32_t dim, const moqk_splits &c, int64_t row, int32_t head, int32_t quads)
 {
     const int32_t first = 4 * (int32_t)blockIdx.x << c.shift, values = min(4 << c.shift, 4 * quads - first);
     const float *parts = (const float *)(const void *)c.parts;
@@ -9088,7 +9161,7 @@ __device__ __forceinline__ void moqk_split_join(const moqk_attend_args &a, const
                 v += w * part[s];
             }
         }
-        moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + first + i, l != 0 ? v / l : 0, a.bf16);
+        moqk_stream_result<DIM>(a, dim, row, head, first + i, l != 0 ? v / l : 0);
     }
 }
 
@@ -9099,14 +9172,14 @@ template <int DIM> __device__ __forceinline__ void moqk_enter_back(const moqk_at
         moqk_put_any(a.enter.q, (int64_t)head * DIM + i, queries[i / DIM * moqk_tensor_row(DIM) + i % DIM], a.bf16);
 }
 
-/* The positions of a block: [from, to) of those that its row sees; base: bytes of the cache before the first that it sees; owner: the last one is the
+/* The positions of a block: [from, to) of those that its row sees; base: rows of the cache before the first that it sees; owner: the last one is the
    row's own, which enters. */
 typedef struct moqk_span {
     int64_t base;
     int32_t from, to, owner;
 } moqk_span;
 
-template <int ROW> __device__ __forceinline__ moqk_span moqk_stream_span(const moqk_attend_args &a, int32_t kv_head, int32_t slot, int32_t pos)
+__device__ __forceinline__ moqk_span moqk_stream_span(const moqk_attend_args &a, int32_t kv_head, int32_t slot, int32_t pos)
 {
     moqk_span s = {0, 0, 0, 0};
     if (slot < 0 || slot >= a.c.slots || pos < 0 || pos >= a.c.capacity) return s;
@@ -9114,34 +9187,48 @@ template <int ROW> __device__ __forceinline__ moqk_span moqk_stream_span(const m
     s.from = (int32_t)blockIdx.x * per;
     s.to = min(s.from + per, seen);
     s.owner = a.enters && s.from < s.to && s.to == seen;
-    s.base = (((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity + low) * ROW;
+    s.base = ((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity + low;
     return s;
 }
 
 /* 128 bytes of a thread from the block's first keys and values into L2. */
-template <int ROW> __device__ __forceinline__ void moqk_stream_ahead(const moqk_attend_args &a, const moqk_span &s)
+__device__ __forceinline__ void moqk_stream_ahead(const moqk_attend_args &a, int32_t pitch, const moqk_span &s)
 {
-    const int64_t at = (int64_t)s.from * ROW + (int64_t)threadIdx.x * 128;
-    if (at >= (int64_t)s.to * ROW) return;
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(a.c.k.codes + s.base + at));
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(a.c.v.codes + s.base + at));
+    const int64_t at = (int64_t)s.from * pitch + (int64_t)threadIdx.x * 128;
+    if (at >= (int64_t)s.to * pitch) return;
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(a.c.k.codes + s.base * pitch + at));
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(a.c.v.codes + s.base * pitch + at));
 }
 
-/* What a warp asks for: its steps in turn, each into the next place of its ring. */
-template <int KIND, int DIM> struct moqk_stream_feed {
+/* What a warp asks for: its steps in turn, each into the next place of its ring. LOOSE: rows of the cache are shorter than those of a step, whose rest
+   is zeros. */
+template <int KIND, int DIM, int LOOSE> struct moqk_stream_feed {
     static constexpr int ROW = moqk_stream_row(KIND, DIM), STEP = moqk_stream_step(KIND, DIM), STAGES = moqk_stream_stages(KIND, DIM);
-    const uint8_t *k, *v;      /* the lane's first piece of the next step */
-    uint32_t put;              /* where it goes in the first place */
-    int32_t rows, owner, run;  /* rows from the next step on; the last of them enters; rows of a step of all warps */
-    int32_t place, places;     /* of the next step; of the ring */
+    static constexpr int BLOCKS = moqk_stream_blocks(KIND, DIM);
+    const uint8_t *k, *v, *scales; /* the lane's first piece of the next step; lanes from 16 on have scales of values */
+    uint32_t put, put_scales;      /* where they go in the first place */
+    int32_t rows, owner, run;      /* rows from the next step on; the last of them enters; rows of a step of all warps */
+    int32_t place, places;         /* of the next step; of the ring */
+    int32_t odd;                   /* two scales a row: bytes before the first of them in its word */
+    int32_t pitch, here;           /* bytes of a row; is there something of it for this lane? */
 
     __device__ __forceinline__ void begin(const moqk_attend_args &a, const moqk_span &s, uint32_t ring, int lane, int warp, int warps)
     {
         const int32_t first = s.from + warp * MOQK_STREAM_KEYS;
-        const int64_t at = s.base + (int64_t)first * ROW + lane * 16;
+        const int32_t row = lane / (ROW / 16), piece = lane % (ROW / 16);
+        pitch = LOOSE ? a.c.k.row_bytes : ROW;
+        const int64_t at = LOOSE ? (s.base + first + row) * pitch + piece * 16 : (s.base + first) * ROW + lane * 16;
+        here = !LOOSE || piece * 16 < pitch;
         k = a.c.k.codes + at;
         v = a.c.v.codes + at;
-        put = ring + moqk_stream_at<ROW>(lane / (ROW / 16), lane % (ROW / 16));
+        put = ring + moqk_stream_at<ROW>(row, piece);
+        odd = 0;
+        if constexpr (BLOCKS > 0) {
+            scales = (lane < 16 ? a.c.k.scales : a.c.v.scales) + (s.base + first) * BLOCKS;
+            put_scales = ring + 2 * MOQK_STREAM_KEYS * ROW + (lane >> 4) * moqk_stream_scales(KIND, DIM) + (lane & 15) * (BLOCKS == 2 ? 4 : BLOCKS);
+            if (BLOCKS == 2) odd = (int32_t)(s.base + first) * 2 & 2;
+            scales += (lane & 15) * (BLOCKS == 2 ? 4 : BLOCKS) - odd;
+        }
         rows = s.to - first;
         owner = s.owner;
         run = warps * MOQK_STREAM_KEYS;
@@ -9153,33 +9240,89 @@ template <int KIND, int DIM> struct moqk_stream_feed {
 #pragma unroll
         for (int i = 0; i + 1 < STAGES; i++) ask(lane);
     }
+    /* Rows of two scales lie at any even address: words that hold some are copied. */
+    __device__ __forceinline__ void ask_scales(int lane)
+    {
+        const uint32_t to = put_scales + (uint32_t)place * STEP;
+        if constexpr (BLOCKS == 2) {
+            const int32_t bytes = max(0, min(4, odd + 2 * (rows - owner) - 4 * (lane & 15)));
+            if ((lane & 15) <= 8) asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(scales), "r"(bytes) : "memory");
+        } else {
+            const int32_t bytes = (lane & 15) < rows - owner ? BLOCKS : 0;
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" :: "r"(to), "l"(scales), "r"(bytes), "n"(BLOCKS > 2 ? BLOCKS : 4) : "memory");
+        }
+        scales += (int64_t)run * BLOCKS;
+    }
     __device__ __forceinline__ void ask(int lane)
     {
-        if (rows > 0) moqk_stream_ask<ROW>(put + (uint32_t)place * STEP, k, v, rows - owner, lane);
+        if (rows > 0) {
+            moqk_stream_ask<ROW>(put + (uint32_t)place * STEP, k, v, pitch, here ? rows - owner : 0, lane);
+            if constexpr (BLOCKS > 0) ask_scales(lane);
+        }
         asm volatile("cp.async.commit_group;" ::: "memory");
-        k += (int64_t)run * ROW;
-        v += (int64_t)run * ROW;
+        k += (int64_t)run * pitch;
+        v += (int64_t)run * pitch;
         rows -= run;
         place = place + 1 == places ? 0 : place + 1;
     }
 };
 
-/* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next ones on their way. Lane
-   (g, t): keys g and 8 + g, heads t and 4 + t. Grid: splits, head groups, rows. Reads the split's bytes once. */
-template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stream(moqk_attend_args a)
+/* What the warps of a block have added up, each of eight heads in its own ring: added up and given on, or the result. */
+template <int DIM, int WARPS>
+__device__ __forceinline__ void moqk_stream_meet(const moqk_attend_args &a, int32_t dim, const moqk_splits &cluster, int64_t row, int32_t kv_head, int32_t head,
+                                                 int32_t quads, const uint8_t *rings, int32_t ring_bytes, const float2 (*found)[8], int sink, float v_unit)
 {
+    constexpr int R = moqk_stream_sums(DIM);
+    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * dim : NULL;
+    const int32_t warps = blockDim.x >> 5;
+    for (int32_t i = threadIdx.x; i < quads; i += blockDim.x) {
+        const int32_t h = i / (DIM / 4), d = i % (DIM / 4) * 4;
+        const float *from = (const float *)(const void *)rings + h * R + d;
+        float4 part[WARPS];
+        float2 stats[WARPS];
+        float m = -1e30f, l = 0, x[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) { /* without a branch: all loads are under way at once */
+            const int there = min(w, warps - 1);
+            part[w] = *(const float4 *)(from + there * (ring_bytes >> 2));
+            stats[w] = found[there][h];
+            m = fmaxf(m, stats[w].x);
+        }
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float weight = w < warps ? moqk_exp2(stats[w].x - m) : 0;
+            l += weight * stats[w].y;
+            x[0] += weight * part[w].x; x[1] += weight * part[w].y; x[2] += weight * part[w].z; x[3] += weight * part[w].w;
+        }
+        const float keys = l - (sink ? moqk_exp2(a.sinks[head + h] * MOQK_LOG2E - m) : 0); /* a sink has no value, so no bias either */
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[j] = x[j] * v_unit + (v_bias && d + j < dim ? keys * v_bias[d + j] : 0);
+        if (a.splits > 1) {
+            moqk_split_give(a, cluster, i, x, m, l);
+            continue;
+        }
+        const float one = l != 0 ? 1 / l : 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) moqk_stream_result<DIM>(a, dim, row, head, 4 * i + j, x[j] * one);
+    }
+}
+
+/* Up to 8 query heads of one row over one split of the positions; warps take runs of 16 positions in turn, the next ones on their way. Lane
+   (g, t): keys g and 8 + g, heads moqk_stream_head. LOOSE: heads have fewer than DIM values. Grid: splits, head groups, rows. Reads the split's bytes
+   once. */
+template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND, DIM) moqk_attend_stream(moqk_attend_args a)
+{
+    constexpr int ROW = moqk_stream_row(KIND, DIM), N = DIM / 8, STEP = moqk_stream_step(KIND, DIM), BITS = moqk_kv_bits(KIND);
+    constexpr int STAGES = moqk_stream_stages(KIND, DIM), WARPS = moqk_stream_warps(KIND, DIM), MX = KIND == MOQK_KV_MX4;
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
     __shared__ float bias[8];
-    __shared__ float2 found[MOQK_STREAM_WARPS][8]; /* maximum and sum */
-    __shared__ __align__(16) uint8_t own[2 * moqk_stream_row(KIND, DIM)]; /* key and value that enter */
+    __shared__ float2 found[WARPS][8]; /* maximum and sum */
+    __shared__ __align__(16) uint8_t own[2 * moqk_stream_own_bytes(KIND, DIM)]; /* key and value that enter */
     __shared__ uint64_t joined;
-    constexpr int ROW = moqk_stream_row(KIND, DIM), BF = moqk_kv_wants_bf16(KIND), N = DIM / 8, STEP = moqk_stream_step(KIND, DIM);
-    constexpr int STAGES = moqk_stream_stages(KIND, DIM);
-    const int32_t ring_bytes = a.places * STEP; /* fewer than STAGES where no warp takes more steps */
-    constexpr float LOG2E = 1.44269504f;
+    const int32_t dim = LOOSE ? a.c.k.dim : DIM, ring_bytes = a.places * STEP; /* fewer than STAGES where no warp takes more steps */
     const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3, groups = (a.share + 7) / 8;
     const int32_t kv_head = blockIdx.y / groups, head = kv_head * a.share + blockIdx.y % groups * 8, count = min(8, (kv_head + 1) * a.share - head);
-    const int32_t run = warps * MOQK_STREAM_KEYS, quads = count * (DIM / 4);
+    const int32_t run = warps * MOQK_STREAM_KEYS, quads = count * (DIM / 4), many = count > 4;
     uint8_t *behind = shared + warps * ring_bytes;
     float *queries = (float *)(void *)behind, *mine = (float *)(void *)(behind + moqk_stream_heads(DIM));
     uint4 *ops = (uint4 *)(void *)(mine + 2 * DIM);
@@ -9197,73 +9340,76 @@ template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stre
     moqk_enter_task task = {NULL, NULL, 0, 0};
     moqk_entering<DIM> e;
     if (warp < count + 2 * a.enters) {
-        task = moqk_enter_find<DIM>(a, row, kv_head, head, count, warp);
-        e.weigh(task.weight, DIM);
+        task = moqk_enter_find(a, dim, row, kv_head, head, count, warp);
+        e.weigh(task.weight, dim);
         asm volatile("" : "+l"(task.from), "+r"(task.half)); /* made here, not behind the wait */
     }
-    float k_scale = 1, v_scale = 1, top[2] = {-1e30f, -1e30f}, sum[2] = {0, 0}; /* of heads t and 4 + t; exponents to base 2 */
-    if (KIND != MOQK_KV_BF16) { k_scale = a.c.k.scale[kv_head]; v_scale = a.c.v.scale[kv_head]; } /* never change */
+    float k_unit, v_unit, top[2] = {-1e30f, -1e30f}, sum[2] = {0, 0}; /* of moqk_stream_head; exponents to base 2 */
+    moqk_stream_units<KIND>(a.c, kv_head, &k_unit, &v_unit);
     moqk_dependents_may_start();
-    moqk_span s = moqk_stream_span<ROW>(a, kv_head, early_slot, early_pos);
-    moqk_stream_feed<KIND, DIM> feed;
+    moqk_span s = moqk_stream_span(a, kv_head, early_slot, early_pos);
+    moqk_stream_feed<KIND, DIM, LOOSE> feed;
     feed.begin(a, s, ring, lane, warp, warps);
     asm volatile("" : "+l"(feed.k), "+l"(feed.v), "+r"(feed.put), "+r"(feed.rows));
-    if (a.ahead) moqk_stream_ahead<ROW>(a, s);
+    if (a.ahead) moqk_stream_ahead(a, feed.pitch, s);
     moqk_wait_for_before();
-    if (task.from) e.load(task.from, a.bf16, DIM, (const float2 *)(const void *)a.enter.table, task.half);
+    if (task.from) e.load(task.from, a.bf16, dim, (const float2 *)(const void *)a.enter.table, task.half);
     __syncwarp(); /* the compiler would ask for the heads behind what depends on these */
     const int32_t slot = __ldcg(a.slot + row), pos = __ldcg(a.pos + row);
     feed.start(lane); /* behind the heads and not before them: those would queue behind what all blocks ask for here. Slot and position seldom change */
     if (slot != early_slot || pos != early_pos) {
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
-        s = moqk_stream_span<ROW>(a, kv_head, slot, pos);
+        s = moqk_stream_span(a, kv_head, slot, pos);
         feed.begin(a, s, ring, lane, warp, warps);
         feed.start(lane);
     }
     if (a.clustered) moqk_cluster_wait();
-    moqk_enter_block<DIM>(a, row, kv_head, head, count, s.owner, queries, mine, task, e);
-    uint32_t q[DIM / 16][4];
-    float acc[2][N / 2][4];
-    moqk_stream_queries<KIND, DIM>(a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * DIM : NULL, a.scale, queries, bias, ops, q);
+    moqk_enter_block<DIM>(a, dim, row, kv_head, head, count, s.owner, queries, mine, task, e);
+    moqk_stream_queries<KIND, DIM>(a.c.k, dim, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * dim : NULL, a.scale, queries, many, bias, ops);
+    moqk_stream_query<DIM> q;
+    q.begin(ops, lane);
     const int32_t reader = (s.to - 1 - s.from) / MOQK_STREAM_KEYS % warps;
-    if (s.owner) moqk_enter_own<KIND, DIM>(a, kv_head, count, s.base / ROW + s.to - 1, mine, own, reader);
+    if (s.owner) moqk_enter_own<KIND, DIM>(a, kv_head, count, s.base + s.to - 1, mine, own, reader);
     if (a.enters && a.splits == 1) moqk_enter_back<DIM>(a, head, count, queries);
+    float acc[N / 2][4];
 #pragma unroll
-    for (int i = 0; i < N; i++) acc[i & 1][i >> 1][0] = acc[i & 1][i >> 1][1] = acc[i & 1][i >> 1][2] = acc[i & 1][i >> 1][3] = 0;
-    const float shift[2] = {bias[t] * LOG2E, bias[4 + t] * LOG2E};
-    const int two = count > 4;
-    k_scale *= LOG2E;
+    for (int i = 0; i < N / 2; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+    const float shift[2] = {bias[moqk_stream_head(many, t, 0)] * MOQK_LOG2E, bias[moqk_stream_head(many, t, 1)] * MOQK_LOG2E};
+    k_unit *= MOQK_LOG2E;
     const int sink = a.sinks && s.to > 0 && blockIdx.x == 0;
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (sink && warp == 0 && 4 * i + t < count) {
-            top[i] = a.sinks[head + 4 * i + t] * LOG2E;
-            sum[i] = g == 0 ? 1.0f : 0.0f;
-        }
+    for (int i = 0; i < 2; i++) {
+        const int32_t h = moqk_stream_head(many, t, i);
+        if (!sink || warp != 0 || h >= count) continue;
+        top[i] = a.sinks[head + h] * MOQK_LOG2E;
+        sum[i] = g == 0 ? 1.0f : 0.0f;
+    }
     uint32_t at = 0;
 #pragma unroll 1
     for (int32_t first = s.from + warp * MOQK_STREAM_KEYS; first < s.to; first += run) {
+        const uint32_t keys = ring + at, values = keys + MOQK_STREAM_KEYS * ROW, scales = values + MOQK_STREAM_KEYS * ROW + (uint32_t)feed.odd;
         float c[2][2], best[2];
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncwarp();
         feed.ask(lane);
         if (s.owner && first + MOQK_STREAM_KEYS >= s.to) {
             asm volatile("bar.sync 1, %0;" :: "r"(moqk_enter_meeting(count, warps, reader)) : "memory");
-            moqk_stream_own<ROW>(ring + at, own, s.to - 1 - first, lane);
+            moqk_stream_own<KIND, DIM>(keys, scales, own, s.to - 1 - first, lane);
             __syncwarp();
         }
-        moqk_stream_scores<KIND, DIM>(ring + at, q, two, lane, c);
+        if constexpr (MX) moqk_stream_scores_mx<DIM>(keys, scales, q, many, lane, c);
+        else moqk_stream_scores<KIND, DIM>(keys, scales, q, many, lane, c);
 #pragma unroll
-        for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = c[n >> 1][n & 1] * k_scale + shift[n >> 1];
+        for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = c[n >> 1][n & 1] * k_unit + shift[n >> 1];
         if (a.softcap > 0)
 #pragma unroll
-            for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = a.softcap * LOG2E * tanhf(c[n >> 1][n & 1] / LOG2E / a.softcap);
+            for (int n = 0; n < 4; n++) c[n >> 1][n & 1] = a.softcap * MOQK_LOG2E * tanhf(c[n >> 1][n & 1] / MOQK_LOG2E / a.softcap);
         if (first + MOQK_STREAM_KEYS > s.to)
 #pragma unroll
             for (int n = 0; n < 4; n++) if (first + 8 * (n & 1) + g >= s.to) c[n >> 1][n & 1] = -3e38f;
         best[0] = fmaxf(c[0][0], c[0][1]);
-        best[1] = two ? fmaxf(c[1][0], c[1][1]) : -3e38f;
+        best[1] = fmaxf(c[1][0], c[1][1]);
         if (__any_sync(0xffffffffu, best[0] > top[0] + 8 || best[1] > top[1] + 8)) { /* weights up to 2^8 do no harm: sums are seldom scaled again */
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -9272,71 +9418,49 @@ template <int KIND, int DIM> __global__ void MOQK_STREAM_BOUNDS moqk_attend_stre
                 const float shrink = moqk_exp2(top[i] - best[i]);
                 sum[i] *= shrink;
 #pragma unroll
-                for (int n = 0; n < N / 2; n++) { acc[i][n][0] *= shrink; acc[i][n][1] *= shrink; acc[i][n][2] *= shrink; acc[i][n][3] *= shrink; }
+                for (int n = 0; n < N / 2; n++) { acc[n][i] *= shrink; acc[n][2 + i] *= shrink; }
                 top[i] = best[i];
             }
         }
         uint32_t p[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            if (i == 1 && !two) continue;
-            const float x = moqk_exp2(c[i][0] - top[i]), y = moqk_exp2(c[i][1] - top[i]);
-            sum[i] += x + y;
-            moqk_stream_weights<BF>(x, y, p[i]);
-        }
-        moqk_stream_values<KIND, DIM>(ring + at + MOQK_STREAM_KEYS * ROW, p, two, lane, acc);
-        at = (int32_t)at + STEP == ring_bytes ? 0 : at + STEP;
-    }
+            if (i == 1 && !many) continue;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        for (int k = 4; k < 32; k *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], k);
-        if (g == 0) found[warp][4 * i + t] = make_float2(top[i], sum[i]);
+            for (int n = 0; n < 2; n++) c[i][n] = moqk_exp2(c[i][n] - top[i]);
+            sum[i] += c[i][0] + c[i][1];
+#pragma unroll
+            for (int n = 0; n < 2 && MX; n++) c[i][n] *= 18446744073709551616.0f; /* 2^64 */
+        }
+        moqk_stream_weights<KIND == MOQK_KV_BF16 || MX>(c, many, p);
+        if constexpr (BITS == 4) moqk_stream_values4<KIND, DIM>(values, scales + moqk_stream_scales(KIND, DIM), p, many, lane, acc);
+        else moqk_stream_values<KIND, DIM>(values, p, many, lane, acc);
+        at = (int32_t)at + STEP == ring_bytes ? 0 : at + STEP;
     }
     constexpr int R = moqk_stream_sums(DIM);
     float *sums = (float *)(void *)(shared + warp * ring_bytes); /* [8][R], in the warp's own ring */
     __syncwarp(); /* which nobody reads any more */
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 2; i++) {
+        const int32_t h = moqk_stream_head(many, t, i);
+        for (int k = 4; k < 32; k *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], k);
+        if (h >= count || (i == 1 && !many)) continue;
+        if (g == 0) found[warp][h] = make_float2(top[i], sum[i]);
 #pragma unroll
         for (int k = 0; k < N / 2; k += 2) {
-            const float (*v)[4] = acc[i] + k;
-            if (4 * i + t < count)
-                *(float4 *)&sums[(4 * i + t) * R + g * N + 2 * k] = make_float4(v[0][0] + v[0][1], v[0][2] + v[0][3], v[1][0] + v[1][1], v[1][2] + v[1][3]);
-        }
-    __syncthreads();
-    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * DIM : NULL;
-    for (int32_t i = threadIdx.x; i < quads; i += blockDim.x) {
-        const int32_t h = i / (DIM / 4), d = i % (DIM / 4) * 4;
-        const float *from = (const float *)(const void *)shared + h * R + d;
-        float4 part[MOQK_STREAM_WARPS];
-        float2 stats[MOQK_STREAM_WARPS];
-        float m = -1e30f, l = 0, x[4] = {0, 0, 0, 0};
+            float v[4]; /* neighbouring dimensions */
 #pragma unroll
-        for (int w = 0; w < MOQK_STREAM_WARPS; w++) { /* without a branch: all loads are under way at once */
-            const int there = min(w, warps - 1);
-            part[w] = *(const float4 *)(from + there * (ring_bytes >> 2));
-            stats[w] = found[there][h];
-            m = fmaxf(m, stats[w].x);
+            for (int j = 0; j < 4; j++) {
+                const float *x = acc[k + (j >> 1)] + (j & 1) * 2;
+                v[j] = many ? x[i] : x[0] + x[1];
+            }
+            *(float4 *)&sums[h * R + (BITS == 4 ? 16 * k + 4 * g : g * N + 2 * k)] = make_float4(v[0], v[1], v[2], v[3]);
         }
-#pragma unroll
-        for (int w = 0; w < MOQK_STREAM_WARPS; w++) {
-            const float weight = w < warps ? moqk_exp2(stats[w].x - m) : 0;
-            l += weight * stats[w].y;
-            x[0] += weight * part[w].x; x[1] += weight * part[w].y; x[2] += weight * part[w].z; x[3] += weight * part[w].w;
-        }
-        const float keys = l - (sink ? moqk_exp2(a.sinks[head + h] * LOG2E - m) : 0); /* a sink has no value, so no bias either */
-#pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = x[j] * v_scale + (v_bias ? keys * v_bias[d + j] : 0);
-        if (a.splits > 1) {
-            moqk_split_give(a, cluster, i, x, m, l);
-            continue;
-        }
-        const float one = l != 0 ? 1 / l : 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) moqk_put_any(a.y, row * a.y_stride + (int64_t)head * DIM + 4 * i + j, x[j] * one, a.bf16);
     }
+    __syncthreads();
+    moqk_stream_meet<DIM, WARPS>(a, dim, cluster, row, kv_head, head, quads, shared, ring_bytes, found, sink, v_unit);
     if (a.splits == 1) return;
-    moqk_split_join<DIM>(a, cluster, row, head, quads);
+    moqk_split_join<DIM>(a, dim, cluster, row, head, quads);
     if (a.enters && blockIdx.x == 0) moqk_enter_back<DIM>(a, head, count, queries);
 }
 
@@ -9683,30 +9807,29 @@ static void moqc_attend_tiles(moqc_ctx *c, const moqk_attend_args *a)
 #undef MOQC_CALL
 }
 
-/* Is there a tensor core kernel? Keys and values of 64 or 128; F32 caches have more bits than it multiplies. */
-static int moqc_attend_on_tensors(const moqk_cache *k)
-{
-    return k->k.kind != MOQK_KV_F32 && k->k.dim == k->v.dim && (k->k.dim == 64 || k->k.dim == 128);
-}
-
 /* Splits of `groups` blocks per row, so that `room` blocks are there; `least` positions each. */
-static void moqc_attend_cut(moqc_ctx *c, moqk_attend_args *a, int64_t length, int64_t groups, int64_t room, int64_t least)
+static int32_t moqc_attend_cut(const moqk_attend_args *a, int64_t length, int64_t groups, int64_t room, int64_t least)
 {
     int64_t splits = moqc_min(moqc_max(1, room / (groups * a->rows)), moqk_ceil(length, least));
-    splits = moqc_max(1, moqc_min(splits, MOQC_PARTIALS / moqc_max(1, (int64_t)a->rows * a->heads)));
-    a->splits = (int32_t)splits;
-    a->partial = splits > 1 ? c->partial : NULL;
-    a->stats = (float2 *)(void *)(c->partial + (int64_t)a->rows * a->heads * splits * moqk_pad(a->c.v.dim, 4));
-    a->arrived = c->arrived;
+    return (int32_t)moqc_max(1, moqc_min(splits, MOQC_PARTIALS / moqc_max(1, (int64_t)a->rows * a->heads)));
 }
 
 typedef void (*moqc_stream_kernel)(moqk_attend_args);
 
-static moqc_stream_kernel moqc_stream_find(int kind, int dim)
+/* loose: heads have fewer values than `dim`. */
+static moqc_stream_kernel moqc_stream_find(int kind, int dim, int loose)
 {
-    if (kind == MOQK_KV_BF16) return dim == 64 ? moqk_attend_stream<MOQK_KV_BF16, 64> : moqk_attend_stream<MOQK_KV_BF16, 128>;
-    if (kind == MOQK_KV_E4M3) return dim == 64 ? moqk_attend_stream<MOQK_KV_E4M3, 64> : moqk_attend_stream<MOQK_KV_E4M3, 128>;
-    return dim == 64 ? moqk_attend_stream<MOQK_KV_I8, 64> : moqk_attend_stream<MOQK_KV_I8, 128>;
+#define MOQC_CALL(K) return dim == 64 ? moqk_attend_stream<K, 64, 0> : dim == 128 ? moqk_attend_stream<K, 128, 0> : moqk_attend_stream<K, 256, 0>
+    if (loose) return kind == MOQK_KV_BF16 ? moqk_attend_stream<MOQK_KV_BF16, 128, 1> : kind == MOQK_KV_E4M3 ? moqk_attend_stream<MOQK_KV_E4M3, 128, 1>
+                                                                                                           : moqk_attend_stream<MOQK_KV_I8, 128, 1>;
+    switch (kind) {
+    case MOQK_KV_BF16: MOQC_CALL(MOQK_KV_BF16);
+    case MOQK_KV_E4M3: MOQC_CALL(MOQK_KV_E4M3);
+    case MOQK_KV_I8: MOQC_CALL(MOQK_KV_I8);
+    case MOQK_KV_NV4: MOQC_CALL(MOQK_KV_NV4);
+    default: MOQC_CALL(MOQK_KV_MX4);
+    }
+#undef MOQC_CALL
 }
 
 enum { MOQC_STREAM_ALONE = 256, MOQC_STREAM_CLUSTERED = 2048 };
@@ -9715,19 +9838,20 @@ enum { MOQC_STREAM_ALONE = 256, MOQC_STREAM_CLUSTERED = 2048 };
    saves. Up to MOQC_STREAM_CLUSTERED those that a cluster holds: it adds up without the memory. Of more, blocks wait for each other in memory. */
 static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
-    const int kind = a->c.k.kind, dim = a->c.k.dim, step = moqk_stream_step(kind, dim);
+    const int kind = a->c.k.kind, dim = moqc_stream_dim(&a->c), step = moqk_stream_step(kind, dim);
     const int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, 8), quads = moqc_min(a->share, 8) * (dim / 4);
-    int warps = MOQK_STREAM_WARPS, join = 0;
-    moqc_stream_kernel kernel = moqc_stream_find(kind, dim);
-    moqc_attend_cut(c, a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
+    int warps = moqk_stream_warps(kind, dim), join = 0;
+    moqc_stream_kernel kernel = moqc_stream_find(kind, dim, a->c.k.dim < dim);
+    a->splits = moqc_attend_cut(a, length, groups, c->sm_count, length <= MOQC_STREAM_ALONE ? MOQC_STREAM_ALONE : 2 * MOQK_KEYS);
     a->clustered = c->sm >= 90 && a->splits > 1 && (length <= MOQC_STREAM_CLUSTERED || !c->cooperates);
     if (!a->clustered && !c->cooperates) a->splits = 1;
     a->shift = 0;
     if (a->clustered) a->splits = (int32_t)moqc_min(a->splits, MOQK_STREAM_SPLITS);
     a->given = a->splits > 1 && !a->clustered ? c->given : NULL; /* no more blocks than multiprocessors then */
-    a->given_stats = (int64_t)c->sm_count * (MOQC_GIVEN / 6);
+    a->given_stats = (int64_t)c->sm_count * (MOQC_GIVEN / 6) * c->given_dim;
     while (a->splits > 1 && (int64_t)a->splits << a->shift < quads) a->shift++;
     if (a->splits > 1) join = (a->splits << a->shift) * 24;
+    if (moqk_ceil(length, a->splits) <= warps / 2 * MOQK_STREAM_KEYS) warps /= 2;
     const int64_t steps = moqk_ceil(moqk_ceil(length, a->splits), warps * MOQK_STREAM_KEYS); /* a row beyond `length` would overrun shorter rings */
     a->places = (int32_t)moqc_max(2, moqc_min(steps, moqk_stream_stages(kind, dim)));
     while (warps > 1 && warps * a->places * step + moqk_stream_room(dim) + join > c->most_shared - 3072) {
@@ -9744,22 +9868,17 @@ static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 /* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
 static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
-    int kind = a->c.k.kind, tensors = moqc_attend_on_tensors(&a->c);
-    int heads = tensors ? 8 : a->share <= 1 ? 1 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
-    int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, heads), room = c->sm_count * (tensors ? (kind == MOQK_KV_MX4 ? 2 : 3) : 4);
-    if (tensors && kind != MOQK_KV_NV4 && kind != MOQK_KV_MX4) { moqc_attend_stream(c, a, length); return; }
-    moqc_attend_cut(c, a, length, groups, room, MOQK_KEYS);
+    const int kind = a->c.k.kind, heads = a->share <= 1 ? 1 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
+    const int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, heads);
+    if (moqc_stream_dim(&a->c)) { moqc_attend_stream(c, a, length); return; }
+    a->splits = moqc_attend_cut(a, length, groups, c->sm_count * 4, MOQK_KEYS);
+    a->partial = a->splits > 1 ? c->partial : NULL;
+    a->stats = (float2 *)(void *)(c->partial + (int64_t)a->rows * a->heads * a->splits * moqk_pad(a->c.v.dim, 4));
+    a->arrived = c->arrived;
     dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
-    size_t first = (size_t)heads * (size_t)(a->c.k.padded + MOQK_KEYS) * 4, last = (size_t)(tensors ? 4 : 128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)(tensors ? moqk_tensor_row(a->c.v.dim) : a->c.v.padded) * 4;
+    const size_t first = (size_t)heads * (size_t)(a->c.k.padded + MOQK_KEYS) * 4, last = (size_t)(128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)a->c.v.padded * 4;
     size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)a->splits * 4;
     if (join > shared) shared = join;
-    if (tensors) {
-        if (kind == MOQK_KV_NV4 && a->c.k.dim == 64) moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_NV4, 64>, grid, 128, shared, *a);
-        else if (kind == MOQK_KV_NV4) moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_NV4, 128>, grid, 128, shared, *a);
-        else if (a->c.k.dim == 64) moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_MX4, 64>, grid, 128, shared, *a);
-        else moqc_chain(c, "attention", moqk_attend_tensor<MOQK_KV_MX4, 128>, grid, 128, shared, *a);
-        return;
-    }
 #define MOQC_CALL(K) \
     if (heads == 1) moqc_chain(c, "attention", moqk_attend<K, 1>, grid, 128, shared, *a); \
     else if (heads == 2) moqc_chain(c, "attention", moqk_attend<K, 2>, grid, 128, shared, *a); \
@@ -9773,8 +9892,7 @@ static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 static int moqc_enter_waits(const moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h)
 {
     const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
-    const int kind = d->k.kind;
-    return c->capturing && b->rows == 1 && moqc_attend_on_tensors(d) && (kind == MOQK_KV_BF16 || kind == MOQK_KV_E4M3 || kind == MOQK_KV_I8);
+    return c->capturing && b->rows == 1 && moqc_stream_dim(d) == d->k.dim && !d->k.rotate;
 }
 
 /* The heads that wait, by the attention that reads them; 0: they do not fit it. Blocks would write what others read where buffers touch. */

@@ -1177,6 +1177,10 @@ static void attention_case(moq_dtype activations, moq_kv_format format, int dim,
     check_attention(be, c, &d, &b, &told, heads, 40, 3, sinks);
     check_nan(be, c, &d, &b, heads);
     batch_free(be, &b);
+    b = batch_of(be, 12, slot, pos); /* few rows of one sequence, as drafts are looked at */
+    check_attention(be, c, &d, &b, &told, heads, 0, 0, sinks);
+    check_attention(be, c, &d, &b, &told, heads, 40, 3, NULL);
+    batch_free(be, &b);
     slot[0] = 0; pos[0] = 20; slot[1] = 1; pos[1] = 285; slot[2] = 2; pos[2] = 0; /* mixed slots in one batch */
     b = batch_of(be, 3, slot, pos);
     append_rows(be, c, &d, &b, &told);
@@ -1273,6 +1277,92 @@ static void test_cuda_attention_long(void)
     long_case(MOQ_BF16, MOQ_KV_WIDE, 128, 2, 4);
     long_case(MOQ_F32, MOQ_KV_INT8, 64, 3, 9);
     long_case(MOQ_BF16, MOQ_KV_NVFP4, 64, 2, 10);
+    long_case(MOQ_F32, MOQ_KV_NVFP4, 128, 2, 8);
+    long_case(MOQ_F32, MOQ_KV_MXFP4, 128, 3, 3);
+    long_case(MOQ_BF16, MOQ_KV_MXFP4, 64, 2, 14);
+    long_case(MOQ_F32, MOQ_KV_MXFP4, 256, 1, 6);
+    long_case(MOQ_F32, MOQ_KV_FP8, 256, 2, 16);
+    long_case(MOQ_BF16, MOQ_KV_WIDE, 256, 2, 4);
+    long_case(MOQ_F32, MOQ_KV_INT8, 96, 2, 4);
+}
+
+/* A recorded step whose slot and position change inside of it: what attention reads before the kernel before it has ended is not yet true then. */
+static void check_replay(moq_dtype activations, moq_kv_format format, int dim, int kv_heads, int heads, int most)
+{
+    static const int32_t at[][2] = {{1, 0}, {0, 700}, {1, 1300}, {1, 255}, {0, 256}, {1, 1399}, {0, 0}};
+    enum { LONG = 1400 };
+    float scale[1] = {0.03f};
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    const size_t width = (size_t)(heads * dim), kv_width = (size_t)(kv_heads * dim);
+    float *x = random_floats(width), *rows = random_floats(100 * kv_width), *want = random_floats(width), *got = random_floats(width);
+    int32_t slot[100], pos[100];
+    moq_attention_desc a;
+    moq_kv_desc d;
+    moq_error err;
+    memset(&a, 0, sizeof a);
+    memset(&d, 0, sizeof d);
+    d.name = "replay";
+    d.slots = 2;
+    d.capacity = LONG;
+    d.kv_heads = kv_heads;
+    d.head_dim = dim;
+    d.kv.format = format;
+    d.kv.k_scale = d.kv.v_scale = layer_view(scale, MOQ_F32, 1);
+    moq_kv_cache *cache = be->kv_create(be, &d, &err);
+    CHECK(cache != NULL);
+    void *dq = device_floats(be, x, width), *dy = device_floats(be, NULL, width), *dr = device_floats(be, rows, 100 * kv_width);
+    int32_t *next = (int32_t *)device_bytes(be, at[0], 8);
+    for (int first = 0; first < 2 * LONG; first += 100) {
+        for (int i = 0; i < 100; i++) { slot[i] = first / LONG; pos[i] = (first + i) % LONG; }
+        device_batch b = batch_of(be, 100, slot, pos);
+        be->kv_append(be, cache, &b.device, dr, (int64_t)kv_width, dr, (int64_t)kv_width);
+        batch_free(be, &b);
+    }
+    device_batch b = batch_of(be, 1, at[0], at[0] + 1);
+    b.device.max_pos = most;
+    a.cache = cache;
+    a.q = dq;
+    a.y = dy;
+    a.q_stride = a.y_stride = (int64_t)width;
+    a.heads = heads;
+    CHECK(be->capture_begin(be, &err) == MOQ_OK);
+    for (int i = 0; i < 3; i++) {
+        be->copy(be, (void *)(uintptr_t)b.device.slot, next, 4);
+        be->copy(be, (void *)(uintptr_t)b.device.pos, next + 1, 4);
+        be->attention(be, &b.device, &a);
+    }
+    moq_graph *g = be->capture_end(be, &err);
+    CHECK(g != NULL);
+    for (size_t i = 0; g && i < 2 * MOQI_COUNT(at); i++) {
+        const int32_t *to = at[i % MOQI_COUNT(at)];
+        be->upload_act(be, dy, rows, width);
+        be->upload(be, next, to, 8);
+        be->replay(be, g);
+        be->download_act(be, got, dy, width);
+        be->upload(be, (void *)(uintptr_t)b.device.slot, to, 4);
+        be->upload(be, (void *)(uintptr_t)b.device.pos, to + 1, 4);
+        be->attention(be, &b.device, &a);
+        be->download_act(be, want, dy, width);
+        CHECK(memcmp(got, want, sizeof *got * width) == 0);
+    }
+    be->release_graph(be, g);
+    be->kv_release(be, cache);
+    batch_free(be, &b);
+    be->release(be, dq); be->release(be, dy); be->release(be, dr); be->release(be, next);
+    free(x); free(rows); free(want); free(got);
+    done(be);
+}
+
+static void test_cuda_attention_replay(void)
+{
+    static const int most[] = {1399, 2047, 4095}; /* a cluster, a cluster, splits that join through memory */
+    for (size_t i = 0; i < MOQI_COUNT(most); i++) {
+        check_replay(MOQ_BF16, MOQ_KV_FP8, 128, 2, 8, most[i]);
+        check_replay(MOQ_F32, MOQ_KV_NVFP4, 128, 2, 16, most[i]);
+        check_replay(MOQ_BF16, MOQ_KV_MXFP4, 64, 1, 3, most[i]);
+        check_replay(MOQ_F32, MOQ_KV_INT8, 256, 1, 4, most[i]);
+        check_replay(MOQ_F32, MOQ_KV_WIDE, 64, 1, 4, most[i]);
+    }
 }
 
 static void test_cuda_attention(void)
@@ -1286,6 +1376,10 @@ static void test_cuda_attention(void)
     attention_case(MOQ_BF16, MOQ_KV_WIDE, 128, 0, 2, 8);
     attention_case(MOQ_BF16, MOQ_KV_FP8, 64, 0, 2, 8);
     attention_case(MOQ_BF16, MOQ_KV_NVFP4, 64, 0, 2, 2);
+    attention_case(MOQ_BF16, MOQ_KV_MXFP4, 128, 0, 2, 12);
+    attention_case(MOQ_BF16, MOQ_KV_WIDE, 256, 0, 2, 10);
+    attention_case(MOQ_BF16, MOQ_KV_WIDE, 96, 0, 2, 4);
+    attention_case(MOQ_F32, MOQ_KV_NVFP4_ROTATE, 256, 0, 1, 8);
 }
 
 /* Products of 17 and more rows that are small enough for a sanitizer: tiles and columns that end early, one and several tiles of rows. */
@@ -2085,13 +2179,13 @@ static void check_entering(moq_dtype activations, moq_kv_format format, int dim,
 
 static void test_cuda_entering(void)
 {
-    static const int heads[4][3] = {{128, 8, 2}, {64, 6, 6}, {128, 20, 2}, {64, 16, 1}}, at[8] = {0, 15, 16, 63, 200, 255, 699, -1};
+    static const int heads[5][3] = {{128, 8, 2}, {64, 6, 6}, {128, 20, 2}, {64, 16, 1}, {256, 6, 1}}, at[8] = {0, 15, 16, 63, 200, 255, 699, -1};
+    static const moq_kv_format formats[5] = {MOQ_KV_FP8, MOQ_KV_INT8, MOQ_KV_WIDE, MOQ_KV_NVFP4, MOQ_KV_MXFP4};
     for (int bf16 = 0; bf16 < 2; bf16++)
-        for (int f = 0; f < 3; f++)
-            for (int h = 0; h < 4; h++)
+        for (int f = 0; f < 5; f++)
+            for (int h = 0; h < 5; h++)
                 for (int p = 0; p < 8; p++) {
-                    const moq_kv_format format = f == 0 ? MOQ_KV_FP8 : f == 1 ? MOQ_KV_INT8 : MOQ_KV_WIDE;
-                    check_entering(bf16 ? MOQ_BF16 : MOQ_F32, format, heads[h][0], heads[h][1], heads[h][2], at[p], p % 3 == 0 ? 4095 : p % 2 || at[p] > 255 ? 699 : 255,
+                    check_entering(bf16 ? MOQ_BF16 : MOQ_F32, formats[f], heads[h][0], heads[h][1], heads[h][2], at[p], p % 3 == 0 ? 4095 : p % 2 || at[p] > 255 ? 699 : 255,
                                    p == 4 ? 50 : 0, (h + p) % 2);
                 }
 }
@@ -2287,6 +2381,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_moe_mxfp8);
     RUN(test_cuda_attention);
     RUN(test_cuda_attention_long);
+    RUN(test_cuda_attention_replay);
     RUN(test_cuda_many_small);
     RUN(test_cuda_many_cut);
     RUN(test_cuda_each_kernel);
