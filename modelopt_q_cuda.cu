@@ -9911,7 +9911,8 @@ static int moqc_enter_in_attention(moqc_ctx *c, const moq_batch *b, const moq_at
     return 1;
 }
 
-/* Tiles pay where rows share a sequence, which the host knows only when there are more rows than slots. */
+/* Tiles pay where rows share a sequence, which the host knows only when there are more rows than slots. They are not cut by positions: of few rows, whose
+   tiles leave most of the device idle, each reads a cache that streams for itself. */
 static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attention_desc *d)
 {
     moqc_ctx *c = moqc_of(be);
@@ -9935,7 +9936,7 @@ static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attent
     a.softcap = d->softcap;
     if (!moqc_enter_in_attention(c, b, d, &a)) moqc_let_go(c);
     int64_t most_seen = d->chunk > 0 ? d->chunk : d->window, length = moqc_min(most_seen > 0 ? most_seen : INT32_MAX, (int64_t)b->max_pos + 1);
-    int tiles = b->rows >= 8 && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
+    int tiles = b->rows >= (moqc_stream_dim(&a.c) ? MOQC_FEW_ROWS + 1 : 8) && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
     int64_t most = tiles ? b->rows : moqc_min(b->rows, 32768);
     for (int64_t first = 0; first < b->rows; first += most) {
         a.rows = (int32_t)moqc_min(most, b->rows - first);
