@@ -47,6 +47,7 @@
        >>cuda-attention-mma  steps of caches as operands of tensor cores
        >>cuda-attention-stream  attention of few queries on tensor cores: caches stream through shared memory
        >>cuda-attention-tiles  attention of many queries on tensor cores
+       >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma
        >>cuda-attention-host   which of them runs
        >>cuda-moe        mixtures of experts: routing, grouping, the weighted sum
        >>cuda-moe-few    the same of few rows on SM90, 4-bit weights: one launch
@@ -8492,7 +8493,16 @@ template <int KIND> __device__ __forceinline__ void moqk_kv_operands(uint32_t w,
 /* A block scale as the pair that moqk_kv_operands multiplies with. */
 template <int KIND> __device__ __forceinline__ uint32_t moqk_kv_pair(uint32_t code)
 {
-    if constexpr (KIND == MOQK_KV_NV4) { __half2 v = __float2half2_rn(moqk_e4m3(code) * 32); return *(uint32_t *)&v; }
+    if constexpr (KIND == MOQK_KV_NV4) {
+#if __CUDA_ARCH__ >= 890
+        uint32_t h;
+        asm("{ .reg .b16 a; cvt.u16.u32 a, %1; cvt.rn.f16x2.e4m3x2 %0, a; }" : "=r"(h) : "r"(code * 257));
+        const __half2 v = __hmul2(*(const __half2 *)&h, __float2half2_rn(32.0f));
+#else
+        const __half2 v = __float2half2_rn(moqk_e4m3(code) * 32);
+#endif
+        return *(const uint32_t *)&v;
+    }
     else if constexpr (KIND == MOQK_KV_MX4) { uint32_t v = __float_as_uint(moqk_e8m0(code)) >> 16; return v | v << 16; }
     else return 0;
 }
@@ -9490,6 +9500,24 @@ __device__ __forceinline__ void moqk_ldmatrix_turned(uint32_t v[4], const uint16
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(p)));
 }
 
+/* 16 codes as 16-bit pairs in their order. scale: the code of their block, 4 bits only. */
+template <int KIND> __device__ __forceinline__ void moqk_kv_unpack(const uint32_t *w, uint32_t scale, uint32_t hi[8])
+{
+    if constexpr (moqk_kv_bits(KIND) == 4) {
+        uint32_t by = moqk_kv_pair<KIND>(scale), h[4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            moqk_kv_operands<KIND>(w[i], by, h); /* pairs (j, j + 4) */
+            hi[4 * i] = __byte_perm(h[0], h[1], 0x5410);
+            hi[4 * i + 1] = __byte_perm(h[2], h[3], 0x5410);
+            hi[4 * i + 2] = __byte_perm(h[0], h[1], 0x7632);
+            hi[4 * i + 3] = __byte_perm(h[2], h[3], 0x7632);
+        }
+    } else
+#pragma unroll
+        for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(w[i], 0, hi + 2 * i);
+}
+
 /* Values [d, d + 16) of a row in 16 bits, in units of moqk_unit: hi, and for F32 caches lo. */
 template <int KIND> __device__ __forceinline__ void moqk_kv_halves(const moqk_kv &c, int64_t at, int32_t d, uint32_t hi[8], uint32_t lo[8])
 {
@@ -9500,22 +9528,14 @@ template <int KIND> __device__ __forceinline__ void moqk_kv_halves(const moqk_kv
 #pragma unroll
         for (int i = 0; i < 8; i++) moqk_split16<0>(v[2 * i], v[2 * i + 1], &hi[i], &lo[i]);
     } else if constexpr (KIND == MOQK_KV_BF16) moqk_kv_load<32>(row + 2 * d, hi);
-    else if constexpr (KIND == MOQK_KV_NV4) {
-        uint32_t w[2], scale = moqk_kv_pair<KIND>(c.scales[at * c.blocks + d / 16]), h[4];
+    else if constexpr (KIND == MOQK_KV_NV4 || KIND == MOQK_KV_MX4) {
+        uint32_t w[2];
         moqk_kv_load<8>(row + d / 2, w);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            moqk_kv_operands<KIND>(w[i], scale, h); /* pairs (j, j + 4) */
-            hi[4 * i] = __byte_perm(h[0], h[1], 0x5410);
-            hi[4 * i + 1] = __byte_perm(h[2], h[3], 0x5410);
-            hi[4 * i + 2] = __byte_perm(h[0], h[1], 0x7632);
-            hi[4 * i + 3] = __byte_perm(h[2], h[3], 0x7632);
-        }
+        moqk_kv_unpack<KIND>(w, c.scales[at * c.blocks + d / (KIND == MOQK_KV_MX4 ? 32 : 16)], hi);
     } else {
         uint32_t w[4];
         moqk_kv_load<16>(row + d, w);
-#pragma unroll
-        for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(w[i], 0, hi + 2 * i);
+        moqk_kv_unpack<KIND>(w, 0, hi);
     }
 }
 
@@ -9550,7 +9570,7 @@ template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_fill(
 /* What a number in 16 bits stands for: the scale of a head in units of moqk_kv_operands. */
 __device__ __forceinline__ float moqk_unit(const moqk_kv &c, int32_t head)
 {
-    return c.kind <= MOQK_KV_BF16 ? 1 : c.kind == MOQK_KV_NV4 ? c.scale[head] * (512.0f / 6) : c.scale[head];
+    return c.kind <= MOQK_KV_BF16 || c.kind == MOQK_KV_MX4 ? 1 : c.kind == MOQK_KV_NV4 ? c.scale[head] * (512.0f / 6) : c.scale[head];
 }
 
 /* A tile's queries in 16 bits, 32 at a time through `stage` [32][dim] F32; q_bias[i] = q . k_bias. */
@@ -9642,7 +9662,7 @@ template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_tile_
 
 /* Grid: query tiles, kv heads. Lane (g, t) of a warp owns rows g and g + 8 of its 16 queries. Rows of different slots in a tile are taken one
    slot after the other. */
-template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM > 128 || TERMS > 1 ? 1 : 2) moqk_attend_many(moqk_attend_args a)
+template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_attend_tile(const moqk_attend_args &a)
 {
     extern __shared__ float4 room4[];
     __shared__ int32_t q_from[MOQK_TILE_QUERIES], q_pos[MOQK_TILE_QUERIES], q_slot[MOQK_TILE_QUERIES];
@@ -9734,6 +9754,634 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM
     }
 }
 
+template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM > 128 || TERMS > 1 ? 1 : 2) moqk_attend_many(const __grid_constant__ moqk_attend_args a)
+{
+    if constexpr (!MOQK_WGMMA || DIM > 128) moqk_attend_tile<DIM, TERMS, BF>(a); /* else >>cuda-attention-wgmma does it */
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma, heads of up to 128 values
+   Two teams (warpgroups) of 64 queries each multiply; the warps of a third copy keys and values into two rings, and make 16-bit operands of codes
+   where they lie. A team's softmax of a tile runs beside its products with the values of the tile before, and beside the other team's. Blocks stay:
+   while a tile's results are stored, the first keys of the next tile are on their way. Queries and probabilities go in as A parts of 16 bits, keys
+   and values as B: see moqk_team_room.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_TEAM_QUERIES = 64, MOQK_TEAMS_QUERIES = 128 };
+
+/* Shared memory. TERMS as in >>cuda-attention-tiles; with F32 activations and BF (codes that want BF16) queries and probabilities have three parts.
+   Operands lie in slabs of 64 values, 128 bytes a row, 16-byte pieces exchanged by xor with row & 7: the 128-byte swizzle of wgmma. */
+template <int DIM, int TERMS, int BF> struct moqk_team_room {
+    static constexpr int A = TERMS == 1 ? 1 : BF ? 3 : 2, B = TERMS == 3 && !BF ? 2 : 1;
+    static constexpr int KEYS = TERMS == 1 ? 128 : 64, STAGES = TERMS == 1 ? 3 : B == 2 ? 2 : 4;
+    static constexpr int PART = DIM * 128;              /* bytes of a team's queries, one part: [DIM / 64][64][64] */
+    static constexpr int SLAB = KEYS * 128;             /* of 64 values of a tile of keys or values */
+    static constexpr int TILE = DIM / 64 * SLAB * B;    /* [part][DIM / 64][KEYS][64] */
+    static constexpr int K_AT = 2 * A * PART, V_AT = K_AT + STAGES * TILE, BARRIERS_AT = V_AT + STAGES * TILE;
+    static constexpr int SHARED = BARRIERS_AT + STAGES * 32 + 1024;
+    uint32_t base;
+    __device__ __forceinline__ uint32_t queries(int team) const { return base + team * A * PART; }
+    __device__ __forceinline__ uint32_t tile(int values, int stage) const { return base + (values ? V_AT : K_AT) + stage * TILE; }
+    __device__ __forceinline__ uint32_t full(int values, int stage) const { return base + BARRIERS_AT + (values * STAGES + stage) * 8; }
+    __device__ __forceinline__ uint32_t empty(int values, int stage) const { return full(values + 2, stage); }
+};
+
+#if MOQK_WGMMA
+/* D[64 x N] (+)= A[64 x 16] B[16 x N], both in shared memory in rows of K; descriptors as moqk_x_desc. */
+#define MOQK_WGMMA_SHARED(name, count, shape, list, at_a, at_b, more, ...) \
+    __device__ __forceinline__ void name(float (&d)[count], uint32_t a, uint32_t b, int add) \
+    { \
+        asm volatile("{ .reg .pred p; .reg .b64 q, r; mov.b64 q, {%" #at_a ", 1073741888}; mov.b64 r, {%" #at_b ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " \
+                     "wgmma.mma_async.sync.aligned." shape " {" list "}, q, r, p, 1, 1, 0, 0; }" : __VA_ARGS__ : "r"(a), "r"(b), "r"(add)); \
+    }
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 32, "m64n64k16.f32.bf16.bf16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 32, "m64n64k16.f32.f16.f16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 64, "m64n128k16.f32.bf16.bf16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 64, "m64n128k16.f32.f16.f16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+/* The same of A in registers and B in rows of N: the transposed operand. */
+MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 32, "m64n64k16.f32.f16.f16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+
+__device__ __forceinline__ void moqk_shared_put16(uint32_t at, const uint32_t *v)
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" :: "r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
+/* 16 or 8 bytes, or zeros. */
+template <int BYTES> __device__ __forceinline__ void moqk_copy_or_zero(uint32_t to, const uint8_t *from, int there)
+{
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(to), "l"(from), "r"(there ? 8 : 0) : "memory");
+}
+
+/* Queries [begin, end) of a tile are rows of one slot, -1: of none; some of them sees position low, some high. The same for all lanes of a warp. */
+struct moqk_team_run {
+    int32_t end, slot, low, high;
+    __device__ __forceinline__ moqk_team_run(const moqk_attend_args &a, int32_t first_pair, int32_t begin)
+    {
+        const int32_t lane = threadIdx.x & 31, pairs = a.rows * a.share;
+        int32_t slots[4], pos[4];
+        slot = -1;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int32_t row = (int32_t)((uint32_t)min(first_pair + lane + 32 * j, pairs - 1) / (uint32_t)a.share), s = a.slot[row];
+            pos[j] = a.pos[row];
+            slots[j] = s >= 0 && s < a.c.slots && pos[j] >= 0 && pos[j] < a.c.capacity ? s : -1;
+            const int32_t first = __shfl_sync(0xffffffffu, slots[j], begin & 31);
+            if (begin >> 5 == j) slot = first;
+        }
+        end = MOQK_TEAMS_QUERIES;
+#pragma unroll
+        for (int j = 3; j >= 0; j--) {
+            const uint32_t other = __ballot_sync(0xffffffffu, slots[j] != slot && lane + 32 * j >= begin);
+            if (other) end = 32 * j + __ffs(other) - 1;
+        }
+        int32_t from = INT32_MAX, to = -1;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (lane + 32 * j >= begin && lane + 32 * j < end) { from = min(from, (int32_t)moqk_first_seen(a, pos[j])); to = max(to, pos[j]); }
+        low = __reduce_min_sync(0xffffffffu, from);
+        high = __reduce_max_sync(0xffffffffu, to);
+    }
+};
+
+/* The tiles of queries that a block has: long ones first, every second round in reverse, so that blocks get about the same. */
+struct moqk_team_turn {
+    int32_t round, items, tiles;
+    __device__ __forceinline__ moqk_team_turn(const moqk_attend_args &a) : round(0), tiles((a.rows * a.share + MOQK_TEAMS_QUERIES - 1) / MOQK_TEAMS_QUERIES) { items = tiles * a.c.kv_heads; }
+    __device__ __forceinline__ int next(const moqk_attend_args &a, int32_t *first_pair, int32_t *kv_head)
+    {
+        const int32_t item = round * (int32_t)gridDim.x + (int32_t)(round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        if (round * (int32_t)gridDim.x >= items) return 0;
+        round++;
+        *kv_head = item % a.c.kv_heads;
+        *first_pair = item < items ? (tiles - 1 - item / a.c.kv_heads) * MOQK_TEAMS_QUERIES : -1;
+        return 1;
+    }
+};
+
+/* ---- keys and values into the rings ---- */
+
+/* A tile on its way: codes of 16 values go where their operands will lie, and become those when they are there. A thread has the same 16 values of
+   every 128 / (DIM / 16)-th row; eight neighbours have four of a row and four of the next one, whose pieces lie in other banks. */
+template <int KIND, int DIM, int KEYS> struct moqk_team_tile {
+    static constexpr int STEP = 128 / (DIM / 16), EACH = KEYS / STEP, SLAB = KEYS * 128, SCALED = KIND == MOQK_KV_NV4 || KIND == MOQK_KV_MX4;
+    static constexpr int LOW = DIM / 64 * SLAB; /* from a row's first parts to its second ones */
+    uint32_t tile, full, scale[SCALED ? EACH : 1];
+
+    static __device__ __forceinline__ int chunk() { return (threadIdx.x & 3) + (DIM == 128 ? threadIdx.x >> 1 & 4 : 0); }
+    static __device__ __forceinline__ int first_row() { return (int)(DIM == 128 ? (threadIdx.x >> 2 & 1) + (threadIdx.x >> 3 & 14) : threadIdx.x >> 2 & 31); }
+    /* Where 16-byte piece `piece` of a row lies. */
+    static __device__ __forceinline__ uint32_t at(int row, int piece) { return (uint32_t)((piece >> 3) * SLAB + row * 128 + (((piece ^ row) & 7) << 4)); }
+
+    __device__ __forceinline__ void ask(const moqk_kv &c, int64_t base, int32_t first, int32_t last)
+    {
+        if constexpr (KIND == MOQK_KV_BF16) {
+            const int thread = threadIdx.x & 127, piece = thread % (DIM / 8), row = thread / (DIM / 8), left = piece * 8 < c.padded ? last - first - row : -1;
+            const uint8_t *from = c.codes + (base + first + row) * c.row_bytes + piece * 16;
+            const int64_t step = (int64_t)c.row_bytes * (STEP / 2);
+#pragma unroll
+            for (int i = 0; i < 2 * EACH; i++, from += step) {
+                const int there = i * (STEP / 2) <= left;
+                moqk_copy_or_zero<16>(tile + at(row + i * (STEP / 2), piece), there ? from : c.codes, there);
+            }
+            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(full) : "memory"); /* teams order it for their products */
+        } else {
+            const int row = first_row(), left = chunk() * 16 < c.padded ? last - first - row : -1;
+            const uint8_t *from = c.codes + (base + first + row) * c.row_bytes + chunk() * (KIND == MOQK_KV_F32 ? 64 : moqk_kv_bits(KIND) * 2);
+            const uint8_t *scales = SCALED ? c.scales + (base + first + row) * c.blocks + chunk() / (KIND == MOQK_KV_MX4 ? 2 : 1) : NULL;
+            const int64_t step = (int64_t)c.row_bytes * STEP;
+#pragma unroll
+            for (int i = 0; i < EACH; i++, from += step) {
+                const int there = i * STEP <= left;
+                const uint8_t *p = there ? from : c.codes;
+                const uint32_t to = tile + at(row + i * STEP, 2 * chunk());
+                if constexpr (SCALED) {
+                    moqk_copy_or_zero<8>(to, p, there);
+                    scale[i] = there ? __ldg(scales + (int64_t)i * STEP * c.blocks) : 0;
+                } else if constexpr (KIND == MOQK_KV_F32) {
+#pragma unroll
+                    for (int k = 0; k < 4; k++) moqk_copy_or_zero<16>((to ^ (k & 1) << 4) + k / 2 * LOW, p + 16 * k, there);
+                } else moqk_copy_or_zero<16>(to, p, there);
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        }
+    }
+
+    /* Some rows at a time: all their codes are read before the first operand is written. */
+    __device__ __forceinline__ void unpack() const
+    {
+        constexpr int BATCH = KIND == MOQK_KV_F32 || EACH < 4 ? 2 : 4, WORDS = KIND == MOQK_KV_F32 ? 16 : SCALED ? 2 : 4;
+        if constexpr (KIND != MOQK_KV_BF16)
+#pragma unroll
+            for (int b = 0; b < EACH; b += BATCH) {
+                uint32_t w[BATCH][WORDS], to[BATCH];
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    to[i] = tile + at(first_row() + (b + i) * STEP, 2 * chunk());
+                    if constexpr (SCALED) {
+                        const uint2 v = moqk_read8(to[i]);
+                        w[i][0] = v.x;
+                        w[i][1] = v.y;
+                    } else
+#pragma unroll
+                        for (int k = 0; k < WORDS / 4; k++) {
+                            const uint4 v = moqk_read16((to[i] ^ (k & 1) << 4) + k / 2 * LOW);
+                            w[i][4 * k] = v.x;
+                            w[i][4 * k + 1] = v.y;
+                            w[i][4 * k + 2] = v.z;
+                            w[i][4 * k + 3] = v.w;
+                        }
+                }
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    uint32_t hi[8], lo[8];
+                    if constexpr (KIND == MOQK_KV_F32)
+#pragma unroll
+                        for (int k = 0; k < 8; k++) moqk_split16<0>(__uint_as_float(w[i][2 * k]), __uint_as_float(w[i][2 * k + 1]), &hi[k], &lo[k]);
+                    else moqk_kv_unpack<KIND>(w[i], SCALED ? scale[b + i] : 0, hi);
+#pragma unroll
+                    for (int k = 0; k < 2; k++) {
+                        moqk_shared_put16(to[i] ^ k << 4, hi + 4 * k);
+                        if constexpr (KIND == MOQK_KV_F32) moqk_shared_put16((to[i] ^ k << 4) + LOW, lo + 4 * k);
+                    }
+                }
+            }
+    }
+
+    /* All but the last BEHIND tiles asked for are there: so is this one, for products too. */
+    template <int BEHIND> __device__ __forceinline__ void give() const
+    {
+        if constexpr (KIND == MOQK_KV_BF16) return;
+        asm volatile("cp.async.wait_group %0;" :: "n"(BEHIND) : "memory");
+        unpack();
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        moqk_barrier_arrive(full);
+    }
+};
+
+/* What the warps of the third warpgroup do: keys of a tile before the values of the one in front of it, as the teams use them. Two tiles are on
+   their way in turn. */
+template <int KIND, typename R, int DIM> struct moqk_team_feed {
+    typedef moqk_team_tile<KIND, DIM, R::KEYS> tile_type;
+    moqk_stage k, v;
+
+    __device__ __forceinline__ void ask(const moqk_attend_args &a, const R &r, tile_type &t, int values, int64_t base, int32_t first, int32_t last)
+    {
+        const moqk_stage s = values ? v : k;
+        moqk_barrier_wait(r.empty(values, s.at), (uint32_t)s.parity ^ 1);
+        t.tile = r.tile(values, s.at);
+        t.full = r.full(values, s.at);
+        t.ask(values ? a.c.v : a.c.k, base, first, last);
+        if (values) v.step(R::STAGES);
+        else k.step(R::STAGES);
+    }
+
+    __device__ __forceinline__ void run(const moqk_attend_args &a, const R &r)
+    {
+        tile_type odd, even;
+        moqk_team_turn turn(a);
+        int32_t first_pair, kv_head;
+        int some = 0;
+        k = v = {0, 0};
+        while (turn.next(a, &first_pair, &kv_head)) {
+            if (first_pair < 0) continue;
+            for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
+                const moqk_team_run run(a, first_pair, begin);
+                begin = run.end;
+                if (run.slot < 0) continue;
+                const int64_t base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
+                const int32_t low = run.low / R::KEYS, tiles = run.high / R::KEYS + 1 - low;
+#pragma unroll 1
+                for (int32_t i = 0; i < tiles; i++) { /* keys 0, keys 1, values 0, keys 2, values 1 ... the last values */
+                    ask(a, r, odd, i > 0, base, (low + max(i - 1, 0)) * R::KEYS, run.high);
+                    if (some) even.template give<1>();
+                    some = 1;
+                    ask(a, r, even, i + 1 == tiles, base, (low + min(i + 1, tiles - 1)) * R::KEYS, run.high);
+                    odd.template give<1>();
+                }
+            }
+        }
+        if (some) even.template give<0>();
+    }
+};
+
+/* ---- queries ---- */
+
+/* A team's queries as left operands, a warp for each 16 of them, a lane DIM / 32 neighbouring values. bias[i] = q . k_bias. */
+template <int DIM, typename R, int BF> __device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team, float *bias)
+{
+    constexpr int N = DIM / 32;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, dim = a.c.k.dim, d = lane * N;
+    const int whole = !((uintptr_t)a.q & 15) && a.q_stride % N == 0 && dim % N == 0;
+    const float factor = !BF ? a.scale : a.scale < 0 ? -1.0f : 1.0f, turn = 1 / sqrtf((float)dim);
+    const int32_t pairs = a.rows * a.share, first = first_pair + team * MOQK_TEAM_QUERIES + warp * 16;
+    moqk_sync_group(team);
+#pragma unroll 1
+    for (int half = 0; half < 16; half += 4) {
+        float v[4][N];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint32_t pair = (uint32_t)min(first + half + j, pairs - 1), row = pair / (uint32_t)a.share;
+            const int64_t from = row * a.q_stride + (int64_t)(kv_head * a.share + (int32_t)(pair - row * (uint32_t)a.share)) * dim + d;
+            uint32_t raw[N];
+#pragma unroll
+            for (int i = 0; i < N; i++) raw[i] = 0;
+            if (!whole) {
+#pragma unroll
+                for (int i = 0; i < N; i++) if (d + i < dim) raw[i] = moqk_bits_any(a.q, from + i, a.bf16) << (a.bf16 ? 16 : 0);
+            } else if (d < dim && a.bf16) {
+#pragma unroll
+                for (int i = 0; i < N; i += 2) {
+                    const uint32_t two = *((const uint32_t *)a.q + (from + i) / 2);
+                    raw[i] = two << 16;
+                    raw[i + 1] = two & 0xffff0000u;
+                }
+            } else if (d < dim) {
+#pragma unroll
+                for (int i = 0; i < N; i += 2) {
+                    const uint2 two = *((const uint2 *)a.q + (from + i) / 2);
+                    raw[i] = two.x;
+                    raw[i + 1] = two.y;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < N; i++) v[j][i] = __uint_as_float(raw[i]) * factor;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int row = warp * 16 + half + j;
+            if (a.c.k.rotate) { /* as moqk_rotate_rows */
+#pragma unroll
+                for (int k = 1; k < N; k *= 2)
+                    if (k < dim)
+#pragma unroll
+                        for (int i = 0; i < N; i++) if (!(i & k)) { const float x = v[j][i], y = v[j][i | k]; v[j][i] = x + y; v[j][i | k] = x - y; }
+                for (int k = 1; k * N < dim; k *= 2)
+#pragma unroll
+                    for (int i = 0; i < N; i++) { const float other = __shfl_xor_sync(0xffffffffu, v[j][i], k); v[j][i] = lane & k ? other - v[j][i] : v[j][i] + other; }
+#pragma unroll
+                for (int i = 0; i < N; i++) v[j][i] *= turn;
+            }
+            if (a.c.k.bias) {
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < N; i++) if (d + i < dim) sum += v[j][i] * a.c.k.bias[(int64_t)kv_head * dim + d + i];
+                sum = moqk_warp_sum(sum);
+                if (lane == 0) bias[row] = sum;
+            }
+            const uint32_t to = r.queries(team) + d / 64 * 8192 + row * 128 + ((((uint32_t)d & 63) >> 3 ^ ((uint32_t)row & 7)) << 4) + (d & 7) * 2;
+#pragma unroll
+            for (int p = 0; p < R::A; p++) {
+                uint32_t h[N / 2];
+#pragma unroll
+                for (int i = 0; i < N; i += 2) {
+                    h[i / 2] = moqk_pack16<BF>(v[j][i], v[j][i + 1]);
+                    const float2 f = moqk_unpack16<BF>(h[i / 2]);
+                    v[j][i] -= f.x;
+                    v[j][i + 1] -= f.y;
+                }
+                if constexpr (N == 4) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(to + p * R::PART), "r"(h[0]), "r"(h[1]) : "memory");
+                else asm volatile("st.shared.b32 [%0], %1;" :: "r"(to + p * R::PART), "r"(h[0]) : "memory");
+            }
+        }
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    moqk_sync_group(team);
+}
+
+/* ---- a team ---- */
+
+/* Lane (g, t) of a warp has rows g and g + 8 of its 16. Scores are compared and sums kept in powers of two: p = 2^(score * factor - top). F16 has
+   few exponents: its p are up to 2^7, and BF16's up to 1, times the 2^8 that a maximum may grow before everything is scaled again. */
+template <int DIM, int TERMS, int BF> struct moqk_team {
+    typedef moqk_team_room<DIM, TERMS, BF> R;
+    static constexpr float ROOM = BF ? 0.0f : 7.0f;
+    float o[DIM / 2], s[R::KEYS / 2], top[2], sum[2], shrink[2], bias[2];
+    uint32_t p[R::A][R::KEYS / 4];
+    int32_t from[2], to[2], all_from, all_to; /* positions that rows see, and that all rows of the warp see */
+    moqk_stage keys, values;
+    float factor;
+
+    __device__ __forceinline__ void multiply_keys(const R &r, int team)
+    {
+        moqk_barrier_wait(r.full(0, keys.at), (uint32_t)keys.parity);
+        if (TERMS == 1 && BF) asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* BF16 comes by plain copies */
+        const uint32_t q = moqk_x_desc(r.queries(team)), k = moqk_x_desc(r.tile(0, keys.at));
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int part = 0; part < R::A + R::B - 1; part++) { /* products of both low parts are left out */
+            const int qp = part < R::A ? part : 0, kp = part < R::A ? 0 : 1;
+#pragma unroll
+            for (int i = 0; i < DIM / 16; i++) {
+                const uint32_t qd = q + (qp * R::PART + i / 4 * 8192 + i % 4 * 32) / 16, kd = k + ((kp * (DIM / 64) + i / 4) * R::SLAB + i % 4 * 32) / 16;
+                if constexpr (BF) moqk_wgmma_keys_bf16(s, qd, kd, part + i > 0);
+                else moqk_wgmma_keys_f16(s, qd, kd, part + i > 0);
+            }
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+
+    __device__ __forceinline__ void multiply_values(const R &r)
+    {
+        moqk_barrier_wait(r.full(1, values.at), (uint32_t)values.parity);
+        if (TERMS == 1 && BF) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        const uint32_t v = r.tile(1, values.at) >> 4 | (uint32_t)(R::SLAB / 16) << 16; /* slabs of 64 columns; 8 positions are 1024 bytes */
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int part = 0; part < R::A + R::B - 1; part++) {
+            const int pp = part < R::A ? part : 0, vp = part < R::A ? 0 : 1;
+#pragma unroll
+            for (int i = 0; i < R::KEYS / 16; i++) {
+                const uint32_t vd = v + (vp * (DIM / 64) * R::SLAB + i * 2048) / 16;
+                if constexpr (BF) moqk_wgmma_values_bf16(o, p[pp] + 4 * i, vd, 1);
+                else moqk_wgmma_values_f16(o, p[pp] + 4 * i, vd, 1);
+            }
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+
+    /* All products but those of the last BEHIND groups have ended: their stage is free. */
+    template <int BEHIND> __device__ __forceinline__ void wait(const R &r, int of_values, moqk_stage &stage)
+    {
+        asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(BEHIND) : "memory");
+        if ((threadIdx.x & 31) == 0) moqk_barrier_arrive(r.empty(of_values, stage.at));
+        stage.step(R::STAGES);
+    }
+
+    /* Scores of the tile at `first` become probabilities. */
+    __device__ __forceinline__ void weigh(const moqk_attend_args &a, int32_t first)
+    {
+        const int t = threadIdx.x & 3;
+        float by = factor;
+        if (a.softcap > 0) { /* cap tanh(x / cap), tanh(z) = 1 - 2 / (e^(2 z) + 1), in powers of two */
+            const float cap = a.softcap * 1.44269504f, in = 2 / a.softcap;
+            by = 1;
+#pragma unroll
+            for (int i = 0; i < R::KEYS / 2; i++) s[i] = cap - __fdividef(2 * cap, moqk_exp2((s[i] * factor + bias[i >> 1 & 1] * 1.44269504f) * in) + 1);
+        }
+        if (first < all_from || first + R::KEYS - 1 > all_to)
+#pragma unroll
+            for (int i = 0; i < R::KEYS / 2; i++) {
+                const int32_t key = first + 8 * (i >> 2) + 2 * t + (i & 1);
+                if (key < from[i >> 1 & 1] || key > to[i >> 1 & 1]) s[i] = -INFINITY;
+            }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float best = fmaxf(s[2 * j], s[2 * j + 1]), more[2] = {0, 0};
+#pragma unroll
+            for (int i = 4; i < R::KEYS / 2; i += 4) best = fmaxf(best, fmaxf(s[2 * j + i], s[2 * j + i + 1]));
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+            best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2)) * by - ROOM;
+            if (!(best > top[j] + 8)) best = top[j];
+            shrink[j] = moqk_exp2(top[j] - best);
+            top[j] = best;
+#pragma unroll
+            for (int i = 0; i < R::KEYS / 2; i += 4)
+#pragma unroll
+                for (int k = 0; k < 2; k++) {
+                    float *v = &s[2 * j + i + k];
+                    *v = moqk_exp2(fmaf(*v, by, -best));
+                    more[k] += *v;
+                }
+            sum[j] = fmaf(sum[j], shrink[j], more[0] + more[1]);
+        }
+    }
+
+    __device__ __forceinline__ void scale()
+    {
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i >> 1 & 1];
+    }
+
+    /* Nothing multiplies with p any more. */
+    __device__ __forceinline__ void pack()
+    {
+#pragma unroll
+        for (int i = 0; i < R::KEYS / 4; i++) {
+            float x = s[2 * i], y = s[2 * i + 1];
+#pragma unroll
+            for (int k = 0; k < R::A; k++) {
+                p[k][i] = moqk_pack16<BF>(x, y);
+                if (k == R::A - 1) break;
+                const float2 f = moqk_unpack16<BF>(p[k][i]);
+                x -= f.x;
+                y -= f.y;
+            }
+        }
+    }
+
+    /* o += all tiles of a run of queries. */
+    __device__ __forceinline__ void run(const moqk_attend_args &a, const R &r, int team, int32_t first, int32_t last)
+    {
+        multiply_keys(r, team);
+        wait<0>(r, 0, keys);
+        moqk_settle(s);
+        weigh(a, first);
+        scale();
+        pack();
+#pragma unroll 1
+        for (first += R::KEYS; first <= last; first += R::KEYS) {
+            asm volatile("bar.sync %0, 256;" :: "r"(3 + team) : "memory"); /* teams multiply in turn, so one's softmax falls on the other's products */
+            multiply_keys(r, team);
+            multiply_values(r);
+            asm volatile("bar.arrive %0, 256;" :: "r"(4 - team) : "memory");
+            wait<1>(r, 0, keys);
+            moqk_settle(s);
+            weigh(a, first);
+            moqk_settle(s);
+            if (__any_sync(0xffffffffu, shrink[0] != 1 || shrink[1] != 1)) { /* two ways to wait: the compiler would move one wait up, before the softmax */
+                asm volatile("wgmma.wait_group.sync.aligned 0; // and scale" ::: "memory");
+                moqk_settle(o);
+                scale();
+            } else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            moqk_settle(o);
+            moqk_settle(s);
+            wait<0>(r, 1, values);
+            pack();
+        }
+        multiply_values(r);
+        wait<0>(r, 1, values);
+        moqk_settle(o);
+    }
+
+    /* What rows g and g + 8 of the warp see, where they are of the run [begin, end) of a tile. */
+    __device__ __forceinline__ void look(const moqk_attend_args &a, int32_t first_pair, int32_t index, int32_t begin, int32_t end)
+    {
+#pragma unroll
+        for (int j = 0; j < 2; j++, index += 8) {
+            to[j] = a.pos[(uint32_t)min(first_pair + index, a.rows * a.share - 1) / (uint32_t)a.share];
+            from[j] = index >= begin && index < end ? (int32_t)moqk_first_seen(a, to[j]) : INT32_MAX;
+        }
+        all_from = __reduce_max_sync(0xffffffffu, max(from[0], from[1]));
+        all_to = __reduce_min_sync(0xffffffffu, min(to[0], to[1]));
+    }
+
+    /* q . k_bias is the same for all keys: without softcap it moves the sink alone. */
+    __device__ __forceinline__ float sink_of(const moqk_attend_args &a, int32_t head, int j) const { return (a.sinks[head] - (a.softcap > 0 ? 0 : bias[j])) * 1.44269504f; }
+
+    __device__ __forceinline__ void begin(const moqk_attend_args &a, int32_t first_pair, int32_t kv_head, int32_t index, const float *biases)
+    {
+        const int t = threadIdx.x & 3;
+#pragma unroll
+        for (int i = 0; i < DIM / 2; i++) o[i] = 0;
+#pragma unroll
+        for (int j = 0; j < 2; j++, index += 8) {
+            bias[j] = a.c.k.bias ? biases[index] : 0;
+            top[j] = -1e30f;
+            sum[j] = 0;
+            const int32_t pair = min(first_pair + index, a.rows * a.share - 1), row = (int32_t)((uint32_t)pair / (uint32_t)a.share);
+            if (!a.sinks) continue;
+            top[j] = sink_of(a, kv_head * a.share + pair - row * a.share, j) - ROOM;
+            sum[j] = t == 0 ? moqk_exp2(ROOM) : 0;
+        }
+    }
+
+    /* y, through the room of the team's queries. v_bias comes to the probabilities of keys, not to that of a sink. */
+    __device__ __forceinline__ void store(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team) const
+    {
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = a.c.v.dim, wide = a.bf16 ? 0 : 1, pieces = DIM / 8 << wide;
+        const int32_t first = (int32_t)(threadIdx.x >> 5 & 3) * 16, pairs = a.rows * a.share;
+        const float unit = moqk_unit(a.c.v, kv_head), *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * dim : NULL;
+        const uint32_t room = r.queries(team) + (uint32_t)(first * pieces * 16);
+        first_pair += team * MOQK_TEAM_QUERIES + first;
+        moqk_sync_group(team); /* no warp's products read queries any more */
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int32_t pair = min(first_pair + g + 8 * j, pairs - 1), row = (int32_t)((uint32_t)pair / (uint32_t)a.share), slot = a.slot[row], pos = a.pos[row];
+            const int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
+            float all = sum[j];
+            all += __shfl_xor_sync(0xffffffffu, all, 1);
+            all += __shfl_xor_sync(0xffffffffu, all, 2);
+            const float sink = a.sinks ? moqk_exp2(sink_of(a, kv_head * a.share + pair - row * a.share, j) - top[j]) : 0;
+            const float one = all != 0 && held ? 1 / all : 0, bias_by = (all - sink) * one, by = unit * one;
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++) {
+                const int d = 8 * n + 2 * t;
+                float x = o[4 * n + 2 * j] * by, y = o[4 * n + 2 * j + 1] * by;
+                if (v_bias) {
+                    if (d < dim) x += bias_by * v_bias[d];
+                    if (d + 1 < dim) y += bias_by * v_bias[d + 1];
+                }
+                if (!wide) asm volatile("st.shared.b32 [%0], %1;" :: "r"(room + (g + 8 * j) * (DIM * 2) + ((n ^ g) << 4) + 4 * t), "r"(moqk_pack16<1>(x, y)) : "memory");
+                else asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(room + (g + 8 * j) * (DIM * 4) + (((2 * n + (t >> 1)) ^ 2 * g) << 4) + 8 * (t & 1)), "f"(x), "f"(y) : "memory");
+            }
+        }
+        __syncwarp();
+        const int each = 8 >> wide, whole = !((uintptr_t)a.y & 15) && a.y_stride % each == 0 && dim % each == 0;
+#pragma unroll 1
+        for (int i = lane; i < 16 * pieces; i += 32) {
+            const int row = i / pieces, piece = i % pieces;
+            const uint32_t pair = (uint32_t)(first_pair + row), y_row = pair / (uint32_t)a.share;
+            if (first_pair + row >= pairs || piece * each >= dim) continue;
+            const int64_t to = y_row * a.y_stride + (int64_t)(kv_head * a.share + (int32_t)(pair - y_row * (uint32_t)a.share)) * dim + piece * each;
+            const uint4 v = moqk_read16(room + (uint32_t)(row * pieces + (piece ^ (row & 7) << wide)) * 16);
+            if (whole) *(uint4 *)((uint8_t *)a.y + to * (2 << wide)) = v;
+            else {
+                const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    if (k >= each || piece * each + k >= dim) continue;
+                    if (wide) ((uint32_t *)a.y)[to + k] = w[k & 3];
+                    else ((uint16_t *)a.y)[to + k] = (uint16_t)(w[k >> 1] >> (k & 1) * 16);
+                }
+            }
+        }
+    }
+};
+#endif
+
+/* Grid: at most as many blocks as tiles of 128 queries for all kv heads. */
+template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) moqk_attend_wgmma(const __grid_constant__ moqk_attend_args a)
+{
+#if MOQK_WGMMA
+    typedef moqk_team_room<DIM, TERMS, BF> R;
+    extern __shared__ __align__(128) uint8_t shared[];
+    __shared__ float biases[MOQK_TEAMS_QUERIES];
+    const int team = threadIdx.x >> 7;
+    R r;
+    r.base = moqk_shared_at(shared) + (-moqk_shared_at(shared) & 1023);
+    if (threadIdx.x < 2 * R::STAGES) {
+        moqk_barrier_init(r.full(0, threadIdx.x), 128);
+        moqk_barrier_init(r.empty(0, threadIdx.x), 8);
+    }
+    __syncthreads();
+    if (team == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(56));
+        if constexpr (TERMS == 3 && !BF) moqk_team_feed<MOQK_KV_F32, R, DIM>().run(a, r);
+        else if constexpr (BF) {
+            if (TERMS == 1 && a.c.k.kind == MOQK_KV_BF16) moqk_team_feed<MOQK_KV_BF16, R, DIM>().run(a, r);
+            else moqk_team_feed<MOQK_KV_MX4, R, DIM>().run(a, r);
+        } else if (a.c.k.kind == MOQK_KV_E4M3) moqk_team_feed<MOQK_KV_E4M3, R, DIM>().run(a, r);
+        else if (a.c.k.kind == MOQK_KV_I8) moqk_team_feed<MOQK_KV_I8, R, DIM>().run(a, r);
+        else moqk_team_feed<MOQK_KV_NV4, R, DIM>().run(a, r);
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(224));
+    const int32_t index = team * MOQK_TEAM_QUERIES + (int32_t)(threadIdx.x >> 5 & 3) * 16 + (int32_t)(threadIdx.x >> 2 & 7);
+    moqk_team<DIM, TERMS, BF> m;
+    if (team == 1) asm volatile("bar.arrive 3, 256;" ::: "memory");
+    m.keys = m.values = {0, 0};
+    moqk_team_turn turn(a);
+    int32_t first_pair, kv_head;
+    while (turn.next(a, &first_pair, &kv_head)) {
+        if (first_pair < 0) continue;
+        m.factor = moqk_unit(a.c.k, kv_head) * (BF ? fabsf(a.scale) : 1) * 1.44269504f;
+        moqk_team_queries<DIM, R, BF>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
+        m.begin(a, first_pair, kv_head, index, biases);
+        for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
+            const moqk_team_run run(a, first_pair, begin);
+            m.look(a, first_pair, index, begin, run.end);
+            begin = run.end;
+            if (run.slot >= 0) m.run(a, r, team, run.low / R::KEYS * R::KEYS, run.high);
+        }
+        m.store(a, r, first_pair, kv_head, team);
+    }
+#endif
+}
+
 /* ------------------------------------------------------------------------------------------------
    >>cuda-attention-host   which of them runs
    ------------------------------------------------------------------------------------------------ */
@@ -9750,8 +10398,30 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM
 
 static size_t moqc_tiles_bytes(const moqk_cache *k) { return (size_t)MOQK_QUERIES * 4 * (size_t)(2 * (moqc_max(k->k.padded, k->v.padded) + 4) + MOQK_QUERIES + 4); }
 
+typedef void (*moqc_teams_kernel)(moqk_attend_args);
+
+/* A kernel of >>cuda-attention-wgmma and its shared memory; NULL: none. */
+typedef struct moqc_teams { moqc_teams_kernel kernel; int shared; } moqc_teams;
+
+template <int DIM> static moqc_teams moqc_teams_for(int kind, int terms)
+{
+#define MOQC_TEAMS(T, B) {moqk_attend_wgmma<DIM, T, B>, moqk_team_room<DIM, T, B>::SHARED}
+    if (kind == MOQK_KV_MX4 && terms > 1) return MOQC_TEAMS(3, 1);
+    if (kind == MOQK_KV_BF16 || kind == MOQK_KV_MX4) return MOQC_TEAMS(1, 1);
+    if (terms == 3) return MOQC_TEAMS(3, 0);
+    if (terms == 2) return MOQC_TEAMS(2, 0);
+    return MOQC_TEAMS(1, 0);
+#undef MOQC_TEAMS
+}
+
+static moqc_teams moqc_teams_find(int kind, int terms, int dim)
+{
+    if (dim > 128) return {NULL, 0};
+    return dim == 64 ? moqc_teams_for<64>(kind, terms) : moqc_teams_for<128>(kind, terms);
+}
+
 /* More shared memory than 48 KiB must be asked for, once for each device. */
-static cudaError_t moqc_allow_shared(int most)
+static cudaError_t moqc_allow_shared(int most, int wgmma)
 {
     int bytes = most < 98304 ? most : 98304;
     cudaError_t e = cudaSuccess;
@@ -9769,6 +10439,12 @@ static cudaError_t moqc_allow_shared(int most)
     MOQC_ALLOW(128, 1, 0); MOQC_ALLOW(128, 1, 1); MOQC_ALLOW(128, 2, 0); MOQC_ALLOW(128, 3, 0);
     MOQC_ALLOW(256, 1, 0); MOQC_ALLOW(256, 1, 1); MOQC_ALLOW(256, 2, 0); MOQC_ALLOW(256, 3, 0);
 #undef MOQC_ALLOW
+    for (int kind = 0; kind <= MOQK_KV_MX4 && wgmma; kind++)
+        for (int terms = 1; terms <= 3; terms++)
+            for (int dim = 64; dim <= 128; dim *= 2) {
+                const moqc_teams t = moqc_teams_find(kind, terms, dim);
+                if (e == cudaSuccess) e = cudaFuncSetAttribute((const void *)t.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared);
+            }
     return e;
 }
 
@@ -9780,6 +10456,12 @@ static int moqc_attend_many(moqc_ctx *c, const moqk_attend_args *a)
     dim = dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
     size_t shared = (size_t)moqk_tile_halves(dim, terms) * 2;
     if (terms == 3 && (int64_t)a->rows * a->share < 4 * MOQK_TILE_QUERIES) return 0; /* so little that exact F32 is as fast */
+    const moqc_teams teams = c->wgmma ? moqc_teams_find(kind, terms, dim) : moqc_teams{NULL, 0};
+    if (teams.kernel) {
+        const int64_t tiles = moqk_ceil((int64_t)a->rows * a->share, MOQK_TEAMS_QUERIES) * a->c.kv_heads;
+        teams.kernel<<<(unsigned)moqc_min(tiles, c->sm_count), 384, (size_t)teams.shared, c->stream>>>(*a);
+        return 1;
+    }
     if (kind == MOQK_KV_MX4 || shared > (size_t)c->most_shared) return 0;
     dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_TILE_QUERIES), (unsigned)a->c.kv_heads);
 #define MOQC_CALL(D) \
@@ -11803,7 +12485,7 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     for (int i = 0; i < MOQC_SLOTS && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->slot_free[i], cudaEventDisableTiming);
-    if (e == cudaSuccess) e = moqc_allow_shared(c->most_shared);
+    if (e == cudaSuccess) e = moqc_allow_shared(c->most_shared, c->wgmma);
     if (e == cudaSuccess) return MOQ_OK;
     cudaGetLastError();
     return moqc_fail(c, e, "opening the device", err);

@@ -158,42 +158,57 @@ static void bench_moe(const uint8_t *noise)
     }
 }
 
+/* Operations of attention for a head of one value: two for the score of each position that a row sees, two for its value. */
+static double work_of(int first, int rows) { return 4.0 * rows * (first + 0.5 * (rows + 1)); }
+
+/* Rows at positions [first, first + rows) of the cache. */
+static double time_rows(moq_batch *b, const moq_attention_desc *a, int32_t *pos, int first, int rows)
+{
+    for (int j = 0; j < rows; j++) pos[j] = first + j;
+    b->rows = rows;
+    b->max_pos = first + rows - 1;
+    be->upload(be, (void *)(uintptr_t)b->pos, pos, sizeof *pos * (size_t)rows);
+    be->capture_begin(be, &err);
+    for (int i = 0; i < 4; i++) be->attention(be, b, a);
+    return time_graph(be->capture_end(be, &err), 4);
+}
+
 static void bench_attention(const char *format, int length) /* "" and 0: all */
 {
     static const int lengths[] = {1024, 4096, 32768}, formats[] = {MOQ_KV_WIDE, MOQ_KV_FP8, MOQ_KV_INT8, MOQ_KV_NVFP4, MOQ_KV_MXFP4};
     static const double bytes[] = {2, 1, 1, 0.5625, 0.53125};
     for (size_t f = 0; f < MOQI_COUNT(formats); f++)
         for (size_t k = 0; k < MOQI_COUNT(lengths); k++) {
-            enum { HEADS = 32, KV = 8, DIM = 128, COPIES = 4 };
+            enum { HEADS = 32, KV = 8, DIM = 128, COPIES = 4, MANY = 512, PROMPT = 2048 };
             if ((length && length != lengths[k]) || (*format && strcmp(format, moq_kv_format_name((moq_kv_format)formats[f])) != 0)) continue;
             moq_kv_desc d;
             moq_kv_cache *c[COPIES];
             moq_attention_desc a;
             moq_batch b;
-            int32_t slot[512] = {0}, pos[512];
+            int32_t slot[PROMPT] = {0}, pos[PROMPT];
             memset(&d, 0, sizeof d);
             memset(&a, 0, sizeof a);
             d.name = "kv";
             d.slots = 1;
-            d.capacity = lengths[k] + 512;
+            d.capacity = (lengths[k] < PROMPT ? PROMPT : lengths[k]) + MANY;
             d.kv_heads = KV;
             d.head_dim = DIM;
             d.kv.format = (moq_kv_format)formats[f];
             double wide = be->act == MOQ_BF16 || f > 0 ? 1 : 2, total = 2.0 * KV * DIM * lengths[k] * bytes[f] * wide;
             int copies = total > 60e6 ? 2 : COPIES;
             for (int i = 0; i < copies; i++) if (!(c[i] = be->kv_create(be, &d, &err))) { fprintf(stderr, "%s\n", err.text); exit(2); }
-            void *q = taken(512 * HEADS * DIM * 4), *y = taken(512 * HEADS * DIM * 4);
-            float *host = (float *)malloc(sizeof(float) * 512 * HEADS * DIM);
-            for (int i = 0; i < 512 * HEADS * DIM; i++) host[i] = test_normal();
-            be->upload_act(be, q, host, 512 * HEADS * DIM);
+            void *q = taken(PROMPT * HEADS * DIM * 4), *y = taken(PROMPT * HEADS * DIM * 4);
+            float *host = (float *)malloc(sizeof(float) * PROMPT * HEADS * DIM);
+            for (int i = 0; i < PROMPT * HEADS * DIM; i++) host[i] = test_normal();
+            be->upload_act(be, q, host, PROMPT * HEADS * DIM);
             int32_t *ds = (int32_t *)taken(sizeof slot), *dp = (int32_t *)taken(sizeof pos);
             be->upload(be, ds, slot, sizeof slot);
             b.slot = ds;
             b.pos = dp;
-            b.rows = 512;
-            for (int i = 0; i < lengths[k]; i += 512) { /* fill the caches */
-                for (int j = 0; j < 512; j++) pos[j] = i + j;
-                b.max_pos = i + 511;
+            b.rows = MANY;
+            for (int i = 0; i < d.capacity; i += MANY) { /* fill the caches */
+                for (int j = 0; j < MANY; j++) pos[j] = i + j;
+                b.max_pos = i + MANY - 1;
                 be->upload(be, dp, pos, sizeof pos);
                 for (int j = 0; j < copies; j++) be->kv_append(be, c[j], &b, q, KV * DIM, q, KV * DIM);
             }
@@ -207,15 +222,11 @@ static void bench_attention(const char *format, int length) /* "" and 0: all */
             be->capture_begin(be, &err);
             for (int i = 0; i < 16; i++) { a.cache = c[i % copies]; be->attention(be, &b, &a); }
             double one = time_graph(be->capture_end(be, &err), 16);
-            for (int j = 0; j < 512; j++) pos[j] = lengths[k] - 512 + j;
-            b.rows = 512;
-            be->upload(be, dp, pos, sizeof pos);
-            be->capture_begin(be, &err);
             a.cache = c[0];
-            be->attention(be, &b, &a);
-            double many = time_graph(be->capture_end(be, &err), 1);
-            printf("attention %-6s %6d positions: 1 row %8.1f us, %5.0f GB/s; 512 rows %8.1f us, %5.1f TFLOP/s\n", moq_kv_format_name(d.kv.format), lengths[k], 1e6 * one,
-                   1e-9 * total / one, 1e6 * many, 1e-12 * 4.0 * 512 * (lengths[k] - 256) * HEADS * DIM / many);
+            const double many = time_rows(&b, &a, pos, lengths[k] - MANY, MANY), prompt = time_rows(&b, &a, pos, 0, PROMPT);
+            printf("attention %-6s %6d positions: 1 row %8.1f us, %5.0f GB/s; %d rows %8.1f us, %5.1f TFLOP/s; %d rows from 0 %8.1f us, %5.1f TFLOP/s\n",
+                   moq_kv_format_name(d.kv.format), lengths[k], 1e6 * one, 1e-9 * total / one, MANY, 1e6 * many,
+                   1e-12 * work_of(lengths[k] - MANY, MANY) * HEADS * DIM / many, PROMPT, 1e6 * prompt, 1e-12 * work_of(0, PROMPT) * HEADS * DIM / prompt);
             for (int i = 0; i < copies; i++) be->kv_release(be, c[i]);
             be->release(be, q);
             be->release(be, y);

@@ -1266,8 +1266,80 @@ static void long_case(moq_dtype activations, moq_kv_format format, int dim, int 
     b = batch_of(be, 3, slot, pos);
     check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
     batch_free(be, &b);
+    for (int i = 0; i < 40; i++) { slot[i] = 1; pos[i] = i < 20 ? 4095 - i : i * 1237 % 4096; } /* tiles of queries, in no order */
+    b = batch_of(be, 40, slot, pos);
+    check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
+    check_attention(be, c, &d, &b, &told, heads, 700, 3, NULL);
+    check_nan(be, c, &d, &b, heads);
+    batch_free(be, &b);
     be->kv_release(be, c);
     done(be);
+}
+
+/* More tiles of queries than the device has multiprocessors; tiles of two slots, and rows of none. */
+static void prompt_case(moq_dtype activations, moq_kv_format format, int dim)
+{
+    enum { ROWS = 165, KV = 4, HEADS = 128 };
+    float scale[1] = {0.03f};
+    int32_t slot[ROWS], pos[ROWS];
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    moq_error err;
+    moq_kv_desc d;
+    memset(&d, 0, sizeof d);
+    d.name = "prompt";
+    d.slots = 2;
+    d.capacity = ROWS;
+    d.kv_heads = KV;
+    d.head_dim = dim;
+    d.kv.format = format;
+    d.kv.k_scale = d.kv.v_scale = layer_view(scale, MOQ_F32, 1);
+    moq_kv_cache *c = be->kv_create(be, &d, &err);
+    if (!c) { fprintf(stderr, "%s\n", err.text); CHECK(0); return; }
+    for (int i = 0; i < ROWS; i++) { slot[i] = i >= 70; pos[i] = i < 70 ? i : i - 70; }
+    device_batch b = batch_of(be, ROWS, slot, pos);
+    append_rows(be, c, &d, &b, &told);
+    check_attention(be, c, &d, &b, &told, HEADS, 0, 0, NULL);
+    check_attention(be, c, &d, &b, &told, HEADS, 30, 0, NULL);
+    float *first = (float *)malloc(sizeof(float) * ROWS * HEADS * dim), *again = (float *)malloc(sizeof(float) * ROWS * HEADS * dim);
+    float *q = random_floats((size_t)(ROWS * HEADS * dim));
+    void *dq = device_floats(be, q, (size_t)(ROWS * HEADS * dim)), *dy = device_floats(be, NULL, (size_t)(ROWS * HEADS * dim));
+    moq_attention_desc a;
+    memset(&a, 0, sizeof a);
+    a.cache = c;
+    a.q = dq;
+    a.y = dy;
+    a.q_stride = a.y_stride = HEADS * dim;
+    a.heads = HEADS;
+    be->attention(be, &b.device, &a);
+    be->download_act(be, first, dy, (size_t)(ROWS * HEADS * dim));
+    for (int i = 0; i < 5; i++) {
+        be->attention(be, &b.device, &a);
+        be->download_act(be, again, dy, (size_t)(ROWS * HEADS * dim));
+        CHECK(memcmp(first, again, sizeof(float) * (size_t)(ROWS * HEADS * dim)) == 0);
+    }
+    batch_free(be, &b);
+    for (int i = 0; i < ROWS; i++) if (i % 20 == 3) { if (i % 3) slot[i] = 7; else pos[i] = i % 2 ? -1 : ROWS; } /* the others keep their bits */
+    b = batch_of(be, ROWS, slot, pos);
+    be->attention(be, &b.device, &a);
+    be->download_act(be, again, dy, (size_t)(ROWS * HEADS * dim));
+    for (int i = 0; i < ROWS * HEADS * dim; i++) if (i / (HEADS * dim) % 20 == 3) first[i] = 0;
+    CHECK(memcmp(first, again, sizeof(float) * (size_t)(ROWS * HEADS * dim)) == 0);
+    batch_free(be, &b);
+    be->release(be, dq);
+    be->release(be, dy);
+    free(first); free(again); free(q);
+    be->kv_release(be, c);
+    done(be);
+}
+
+static void test_cuda_attention_prompt(void)
+{
+    prompt_case(MOQ_F32, MOQ_KV_WIDE, 64);
+    prompt_case(MOQ_F32, MOQ_KV_FP8, 128);
+    prompt_case(MOQ_F32, MOQ_KV_MXFP4, 64);
+    prompt_case(MOQ_BF16, MOQ_KV_WIDE, 128);
+    prompt_case(MOQ_BF16, MOQ_KV_INT8, 64);
+    prompt_case(MOQ_BF16, MOQ_KV_MXFP4, 128);
 }
 
 static void test_cuda_attention_long(void)
@@ -1284,6 +1356,8 @@ static void test_cuda_attention_long(void)
     long_case(MOQ_F32, MOQ_KV_FP8, 256, 2, 16);
     long_case(MOQ_BF16, MOQ_KV_WIDE, 256, 2, 4);
     long_case(MOQ_F32, MOQ_KV_INT8, 96, 2, 4);
+    long_case(MOQ_F32, MOQ_KV_WIDE, 128, 2, 14);
+    long_case(MOQ_F32, MOQ_KV_MXFP4, 64, 2, 6);
 }
 
 /* A recorded step whose slot and position change inside of it: what attention reads before the kernel before it has ended is not yet true then. */
@@ -2382,6 +2456,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_attention);
     RUN(test_cuda_attention_long);
     RUN(test_cuda_attention_replay);
+    RUN(test_cuda_attention_prompt);
     RUN(test_cuda_many_small);
     RUN(test_cuda_many_cut);
     RUN(test_cuda_each_kernel);
