@@ -9754,7 +9754,8 @@ template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_atten
     }
 }
 
-template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(128, DIM > 128 || TERMS > 1 ? 1 : 2) moqk_attend_many(const __grid_constant__ moqk_attend_args a)
+template <int DIM, int TERMS, int BF>
+__global__ void __launch_bounds__(128, DIM > 128 || TERMS > 1 ? 1 : 2) moqk_attend_many(const __grid_constant__ moqk_attend_args a)
 {
     if constexpr (!MOQK_WGMMA || DIM > 128) moqk_attend_tile<DIM, TERMS, BF>(a); /* else >>cuda-attention-wgmma does it */
 }
@@ -9791,7 +9792,8 @@ template <int DIM, int TERMS, int BF> struct moqk_team_room {
 #define MOQK_WGMMA_SHARED(name, count, shape, list, at_a, at_b, more, ...) \
     __device__ __forceinline__ void name(float (&d)[count], uint32_t a, uint32_t b, int add) \
     { \
-        asm volatile("{ .reg .pred p; .reg .b64 q, r; mov.b64 q, {%" #at_a ", 1073741888}; mov.b64 r, {%" #at_b ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " \
+        asm volatile("{ .reg .pred p; .reg .b64 q, r; mov.b64 q, {%" #at_a ", 1073741888}; mov.b64 r, {%" #at_b ", 1073741888}; " \
+                     "setp.ne.b32 p, %" #more ", 0; " \
                      "wgmma.mma_async.sync.aligned." shape " {" list "}, q, r, p, 1, 1, 0, 0; }" : __VA_ARGS__ : "r"(a), "r"(b), "r"(add)); \
     }
 MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 32, "m64n64k16.f32.bf16.bf16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
@@ -9801,8 +9803,10 @@ MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 64, "m64n128k16.f32.f16.f16", MOQK_L64, 6
 /* The same of A in registers and B in rows of N: the transposed operand. */
 MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
 MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 32, "m64n64k16.f32.f16.f16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
-MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
+              MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
+              MOQK_D32("+f", 32))
 
 __device__ __forceinline__ void moqk_shared_put16(uint32_t at, const uint32_t *v)
 {
@@ -9850,7 +9854,12 @@ struct moqk_team_run {
 /* The tiles of queries that a block has: long ones first, every second round in reverse, so that blocks get about the same. */
 struct moqk_team_turn {
     int32_t round, items, tiles;
-    __device__ __forceinline__ moqk_team_turn(const moqk_attend_args &a) : round(0), tiles((a.rows * a.share + MOQK_TEAMS_QUERIES - 1) / MOQK_TEAMS_QUERIES) { items = tiles * a.c.kv_heads; }
+    __device__ __forceinline__ moqk_team_turn(const moqk_attend_args &a) : round(0)
+    {
+        tiles = (a.rows * a.share + MOQK_TEAMS_QUERIES - 1) / MOQK_TEAMS_QUERIES;
+        items = tiles * a.c.kv_heads;
+    }
+    /* 0: no more. first_pair < 0: none in this round. */
     __device__ __forceinline__ int next(const moqk_attend_args &a, int32_t *first_pair, int32_t *kv_head)
     {
         const int32_t item = round * (int32_t)gridDim.x + (int32_t)(round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
@@ -10011,7 +10020,8 @@ template <int KIND, typename R, int DIM> struct moqk_team_feed {
 /* ---- queries ---- */
 
 /* A team's queries as left operands, a warp for each 16 of them, a lane DIM / 32 neighbouring values. bias[i] = q . k_bias. */
-template <int DIM, typename R, int BF> __device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team, float *bias)
+template <int DIM, typename R, int BF>
+__device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team, float *bias)
 {
     constexpr int N = DIM / 32;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, dim = a.c.k.dim, d = lane * N;
@@ -10061,7 +10071,10 @@ template <int DIM, typename R, int BF> __device__ __forceinline__ void moqk_team
                         for (int i = 0; i < N; i++) if (!(i & k)) { const float x = v[j][i], y = v[j][i | k]; v[j][i] = x + y; v[j][i | k] = x - y; }
                 for (int k = 1; k * N < dim; k *= 2)
 #pragma unroll
-                    for (int i = 0; i < N; i++) { const float other = __shfl_xor_sync(0xffffffffu, v[j][i], k); v[j][i] = lane & k ? other - v[j][i] : v[j][i] + other; }
+                    for (int i = 0; i < N; i++) {
+                        const float other = __shfl_xor_sync(0xffffffffu, v[j][i], k);
+                        v[j][i] = lane & k ? other - v[j][i] : v[j][i] + other;
+                    }
 #pragma unroll
                 for (int i = 0; i < N; i++) v[j][i] *= turn;
             }
@@ -10260,7 +10273,10 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
     }
 
     /* q . k_bias is the same for all keys: without softcap it moves the sink alone. */
-    __device__ __forceinline__ float sink_of(const moqk_attend_args &a, int32_t head, int j) const { return (a.sinks[head] - (a.softcap > 0 ? 0 : bias[j])) * 1.44269504f; }
+    __device__ __forceinline__ float sink_of(const moqk_attend_args &a, int32_t head, int j) const
+    {
+        return (a.sinks[head] - (a.softcap > 0 ? 0 : bias[j])) * 1.44269504f;
+    }
 
     __device__ __forceinline__ void begin(const moqk_attend_args &a, int32_t first_pair, int32_t kv_head, int32_t index, const float *biases)
     {
@@ -10290,7 +10306,8 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
         moqk_sync_group(team); /* no warp's products read queries any more */
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int32_t pair = min(first_pair + g + 8 * j, pairs - 1), row = (int32_t)((uint32_t)pair / (uint32_t)a.share), slot = a.slot[row], pos = a.pos[row];
+            const int32_t pair = min(first_pair + g + 8 * j, pairs - 1), row = (int32_t)((uint32_t)pair / (uint32_t)a.share);
+            const int32_t slot = a.slot[row], pos = a.pos[row];
             const int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
             float all = sum[j];
             all += __shfl_xor_sync(0xffffffffu, all, 1);
@@ -10305,8 +10322,10 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
                     if (d < dim) x += bias_by * v_bias[d];
                     if (d + 1 < dim) y += bias_by * v_bias[d + 1];
                 }
-                if (!wide) asm volatile("st.shared.b32 [%0], %1;" :: "r"(room + (g + 8 * j) * (DIM * 2) + ((n ^ g) << 4) + 4 * t), "r"(moqk_pack16<1>(x, y)) : "memory");
-                else asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(room + (g + 8 * j) * (DIM * 4) + (((2 * n + (t >> 1)) ^ 2 * g) << 4) + 8 * (t & 1)), "f"(x), "f"(y) : "memory");
+                const uint32_t narrow = room + (g + 8 * j) * (DIM * 2) + ((n ^ g) << 4) + 4 * t;
+                const uint32_t twice = room + (g + 8 * j) * (DIM * 4) + (((2 * n + (t >> 1)) ^ 2 * g) << 4) + 8 * (t & 1);
+                if (!wide) asm volatile("st.shared.b32 [%0], %1;" :: "r"(narrow), "r"(moqk_pack16<1>(x, y)) : "memory");
+                else asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(twice), "f"(x), "f"(y) : "memory");
             }
         }
         __syncwarp();
