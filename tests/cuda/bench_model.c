@@ -309,7 +309,8 @@ static void measure_generation(llm *m, const wish *w, const shape *s, const list
         if (contexts[k] + 200 > m->model->c.context) continue;
         double t = run(m, contexts[k], s->vocab > 1000 ? 100 : 10, s->vocab);
         double bytes = token_bytes(l, s) + 2.0 * s->layers * s->kv_heads * s->head_dim * elem * (contexts[k] + 50);
-        printf("%s, %5d tokens of context: %7.1f tokens/s, %.2f GB a token, %.0f %% of a plain read\n", w->name, contexts[k], t, 1e-9 * bytes, 100 * t * bytes / w->rate);
+        printf("%s, %5d tokens of context: %7.1f tokens/s, %.2f GB a token, %.0f %% of a plain read\n", w->name, contexts[k], t, 1e-9 * bytes,
+               100 * t * bytes / w->rate);
         fflush(stdout);
     }
 }
@@ -321,7 +322,8 @@ static void measure_prompts(llm *m, const wish *w, const shape *s)
         if (counts[k] > m->model->c.context) continue;
         double t = run_prompt(m, counts[k], s->vocab);
         double tera = 2e-12 * (token_products(s) * counts[k] + (double)s->hidden * s->vocab) / t;
-        printf("%s, prompt of %5d tokens: %9.3f ms, %8.0f tokens/s, %5.1f TFLOP/s in weights, %.2f of 700\n", w->name, counts[k], 1e3 * t, counts[k] / t, tera, tera / 700);
+        printf("%s, prompt of %5d tokens: %9.3f ms, %8.0f tokens/s, %5.1f TFLOP/s in weights, %.2f of 700\n", w->name, counts[k], 1e3 * t, counts[k] / t,
+               tera, tera / 700);
         fflush(stdout);
     }
 }
@@ -334,8 +336,8 @@ static void measure_together(llm *m, const wish *w, const shape *s, const list *
     for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
         if (counts[k] > m->model->slots) continue;
         double t = run_together(m, counts[k], context, s->vocab), kv = 2.0 * s->layers * s->kv_heads * s->head_dim * elem * (context + 5) * counts[k];
-        printf("%s, %2d sequences of %d tokens: %8.3f ms a pass, %8.0f tokens/s; %.2f GB of weights, %.2f of caches: %.2f ms of a plain read\n", w->name, counts[k], context,
-               1e3 * t, counts[k] / t, 1e-9 * token_bytes(l, s), 1e-9 * kv, 1e3 * (token_bytes(l, s) + kv) / w->rate);
+        printf("%s, %2d sequences of %d tokens: %8.3f ms a pass, %8.0f tokens/s; %.2f GB of weights, %.2f of caches: %.2f ms of a plain read\n", w->name,
+               counts[k], context, 1e3 * t, counts[k] / t, 1e-9 * token_bytes(l, s), 1e-9 * kv, 1e3 * (token_bytes(l, s) + kv) / w->rate);
         fflush(stdout);
     }
 }
@@ -369,7 +371,8 @@ int main(int argc, char **argv)
     mkdir(argv[2], 0777);
     snprintf(path, sizeof path, "%s/model.safetensors", argv[2]);
     if (stat(path, &st) != 0) { write_config(argv[2], &s); write_tensors(argv[2], &l); }
-    printf("%s, %d layers: %.2f GB, %.2f GB of weights a token; written in %.1f s\n", s.name, s.layers, 1e-9 * (double)l.bytes, 1e-9 * token_bytes(&l, &s), moq_seconds() - start);
+    printf("%s, %d layers: %.2f GB, %.2f GB of weights a token; written in %.1f s\n", s.name, s.layers, 1e-9 * (double)l.bytes, 1e-9 * token_bytes(&l, &s),
+           moq_seconds() - start);
     const int large = s.vocab > 1000;
     for (int kv = 0; kv < 4; kv++) {
         llm_desc d;
