@@ -140,7 +140,7 @@ typedef struct moqc_ctx {
     moqc_block *blocks;
 
     uint8_t *pinned;                         /* [MOQC_SLOTS][MOQC_SLOT_BYTES], then one more for downloads; NULL until the first copy */
-    cudaEvent_t slot_free[MOQC_SLOTS];
+    cudaEvent_t slot_free[MOQC_SLOTS], half_full[2]; /* of uploads; of the two halves of the download piece */
     int slot;
     size_t slot_used;
 
@@ -161,6 +161,9 @@ typedef struct moqc_ctx {
     uint8_t *x16;                            /* see >>cuda-gemm; NULL while rows are few */
     float *partial_sums, *token_unit;
     int32_t *turn;
+    int narrows;                             /* a product of F32 inputs could have read them as BF16 where they are */
+    const void *narrowed;                    /* [narrow_rows, narrow_cols] F32, of which x16 is BF16 now, row by row; NULL: none */
+    int64_t narrow_rows, narrow_cols;
 } moqc_ctx;
 
 static moqc_ctx *moqc_of(const moq_backend *be) { return (moqc_ctx *)be->ctx; }
@@ -170,12 +173,18 @@ static int64_t moqc_min(int64_t a, int64_t b) { return a < b ? a : b; }
 __host__ __device__ static constexpr int64_t moqk_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ static constexpr int64_t moqk_pad(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+/* Do these bytes not touch those? */
+static int moqc_apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
+{
+    return (uintptr_t)a + (uintptr_t)a_bytes <= (uintptr_t)b || (uintptr_t)b + (uintptr_t)b_bytes <= (uintptr_t)a;
+}
+
 /* ---- errors ---- */
 
 static void moqc_let_go(moqc_ctx *c); /* see >>cuda-together */
 
-/* This backend's device is current while one of these lives; the caller's comes back afterwards. Launches that wait come first, unless the caller
-   looks at them itself. */
+/* This backend's device is current while one of these lives; the caller's comes back afterwards. Launches that wait come first, and what is narrowed may
+   change, unless the caller looks at both itself. */
 struct moqc_on {
     int before;
     explicit moqc_on(moqc_ctx *c, int keeps = 0) : before(c->device)
@@ -183,6 +192,7 @@ struct moqc_on {
         cudaGetDevice(&before);
         if (before != c->device) cudaSetDevice(c->device);
         now = c->device;
+        if (!keeps) c->narrowed = NULL;
         if (c->waiting && !keeps) moqc_let_go(c);
     }
     ~moqc_on() { if (before != now) cudaSetDevice(before); }
@@ -365,26 +375,56 @@ static void moqc_upload(moq_backend *be, void *dst, const void *src, size_t byte
     if (moqc_no_capture(c, "upload")) moqc_send(c, dst, src, bytes);
 }
 
-/* The next `bytes` <= MOQC_SLOT_BYTES in pinned memory, after all work before. */
-static const uint8_t *moqc_fetch(moqc_ctx *c, const void *src, size_t bytes)
+enum { MOQC_HALF_BYTES = MOQC_SLOT_BYTES / 2 };
+
+/* Takes `bytes` values that a download brought to the host. */
+typedef void (*moqc_taker)(void *dst, size_t at, const uint8_t *piece, size_t bytes);
+
+/* `bytes` at src, after all work before, piece by piece through the two halves of the pinned piece: one is on its way while the other is taken. */
+static void moqc_fetch(moqc_ctx *c, const void *src, size_t bytes, moqc_taker take, void *dst)
 {
-    if (!moqc_pinned(c)) return NULL;
+    if (bytes == 0 || !moqc_pinned(c)) return;
     uint8_t *p = c->pinned + (size_t)MOQC_SLOTS * MOQC_SLOT_BYTES;
-    if (!moqc_ok(c, cudaMemcpyAsync(p, src, bytes, cudaMemcpyDeviceToHost, c->stream), "a download")) return NULL;
-    return moqc_ok(c, cudaStreamSynchronize(c->stream), "waiting for a download") ? p : NULL;
+    const size_t pieces = (bytes + MOQC_HALF_BYTES - 1) / MOQC_HALF_BYTES;
+    for (size_t i = 0; i <= pieces; i++) {
+        const size_t at = i * MOQC_HALF_BYTES, before = at - MOQC_HALF_BYTES;
+        if (i < pieces) {
+            const size_t n = bytes - at < MOQC_HALF_BYTES ? bytes - at : (size_t)MOQC_HALF_BYTES;
+            cudaError_t e = cudaMemcpyAsync(p + i % 2 * MOQC_HALF_BYTES, (const uint8_t *)src + at, n, cudaMemcpyDeviceToHost, c->stream);
+            if (e == cudaSuccess && i + 1 < pieces) e = cudaEventRecord(c->half_full[i % 2], c->stream);
+            if (!moqc_ok(c, e, "a download")) return;
+        }
+        if (i == 0) continue;
+        if (!moqc_ok(c, i < pieces ? cudaEventSynchronize(c->half_full[(i - 1) % 2]) : cudaStreamSynchronize(c->stream), "waiting for a download")) return;
+        take(dst, before, p + (i - 1) % 2 * MOQC_HALF_BYTES, bytes - before < MOQC_HALF_BYTES ? bytes - before : (size_t)MOQC_HALF_BYTES);
+    }
+}
+
+static void moqc_take_bytes(void *dst, size_t at, const uint8_t *piece, size_t bytes) { memcpy((uint8_t *)dst + at, piece, bytes); }
+
+/* BF16 becomes F32, four values at a time. */
+static void moqc_take_bf16(void *dst, size_t at, const uint8_t *piece, size_t bytes)
+{
+    uint8_t *to = (uint8_t *)dst + at * 2;
+    size_t i = 0;
+    for (; i + 8 <= bytes; i += 8) {
+        uint64_t w, pair[2];
+        memcpy(&w, piece + i, 8);
+        pair[0] = (w & 0xffff) << 16 | (w & 0xffff0000u) << 32;
+        pair[1] = (w >> 32 & 0xffff) << 16 | w >> 48 << 48;
+        memcpy(to + 2 * i, pair, 16);
+    }
+    for (; i < bytes; i += 2) {
+        const uint32_t v = (uint32_t)(piece[i] | piece[i + 1] << 8) << 16;
+        memcpy(to + 2 * i, &v, 4);
+    }
 }
 
 static void moqc_download(moq_backend *be, void *dst, const void *src, size_t bytes)
 {
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c);
-    if (!moqc_no_capture(c, "download")) return;
-    for (size_t at = 0, n; at < bytes; at += n) {
-        n = bytes - at < MOQC_SLOT_BYTES ? bytes - at : (size_t)MOQC_SLOT_BYTES;
-        const uint8_t *p = moqc_fetch(c, (const uint8_t *)src + at, n);
-        if (!p) return;
-        memcpy((uint8_t *)dst + at, p, n);
-    }
+    if (moqc_no_capture(c, "download")) moqc_fetch(c, src, bytes, moqc_take_bytes, dst);
 }
 
 static void moqc_upload_act(moq_backend *be, void *dst, const float *src, size_t count)
@@ -405,15 +445,8 @@ static void moqc_upload_act(moq_backend *be, void *dst, const float *src, size_t
 static void moqc_download_act(moq_backend *be, float *dst, const void *src, size_t count)
 {
     moqc_ctx *c = moqc_of(be);
-    if (!c->bf16) { moqc_download(be, dst, src, count * sizeof *dst); return; }
     moqc_on on(c);
-    if (!moqc_no_capture(c, "download_act")) return;
-    for (size_t at = 0, n, most = MOQC_SLOT_BYTES / 2; at < count; at += n) {
-        n = count - at < most ? count - at : most;
-        const uint8_t *p = moqc_fetch(c, (const uint16_t *)src + at, n * 2);
-        if (!p) return;
-        moq_to_f32(MOQ_BF16, p, n, dst + at);
-    }
+    if (moqc_no_capture(c, "download_act")) moqc_fetch(c, src, count * (c->bf16 ? 2 : 4), c->bf16 ? moqc_take_bf16 : moqc_take_bytes, dst);
 }
 
 /* ---- copies on the device: overlapping ranges too, as memmove ---- */
@@ -6208,6 +6241,7 @@ static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int
         u.ldy = b->rows;
         moqc_run_bank(c, b, &u);
     }
+    if (c->narrowed && !moqc_apart(y, (int64_t)rows * b->rows * elem, c->narrowed, c->narrow_rows * c->narrow_cols * 4)) c->narrowed = NULL;
     c->holds = 0;
 }
 
@@ -6939,6 +6973,18 @@ static int moqc_map_y(const moqc_ctx *c, const moqk_call *call, int32_t tokens, 
                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+/* The same of F32 inputs, from their copy in BF16 (see >>cuda-ops); what has none yet asks for it. */
+static int moqc_map_narrow(moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
+{
+    moqk_call narrow = *call;
+    if (!c->encode_map || call->x_bf16 || call->row_of || call->tiles || call->ldx != cols || cols % 8 != 0) return 0;
+    c->narrows = 1;
+    if (c->narrowed != call->x || c->narrow_cols != cols || c->narrow_rows < call->all) return 0;
+    narrow.x = c->x16;
+    narrow.x_bf16 = 1;
+    return moqc_map_x(c, &narrow, cols, tokens, maps);
+}
+
 /* Whether 16 columns of x may be read 16 bytes at a time. */
 static int moqc_whole_x(const moqk_call *call, int32_t cols) { return cols % 16 == 0 && ((uintptr_t)call->x & 15) == 0 && call->ldx % 8 == 0; }
 
@@ -6947,6 +6993,7 @@ static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up,
 {
     moqc_ctx *c = j->c;
     moqk_pack_args a;
+    c->narrowed = NULL;
     memset(&a, 0, sizeof a);
     a.x = j->call.x;
     a.ldx = j->call.ldx;
@@ -6977,6 +7024,7 @@ static void moqc_pack_bytes(const moqc_job *j, const moqk_part *p, int form, con
 {
     moqc_ctx *c = j->c;
     moqk_pack_args a;
+    c->narrowed = NULL;
     memset(&a, 0, sizeof a);
     a.x = j->call.x;
     a.ldx = j->call.ldx;
@@ -7042,7 +7090,8 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
         if (form == MOQK_FAST_E4M3 && grouped) b.x_scale = (const float *)(const void *)(c->x16 + (int64_t)b.units * 2 * b.tokens * 128);
         moqc_pack_bytes(j, p, form, &b);
     } else {
-        b.direct = up == 1 && parts == 1 && b.unit == MOQK_NO_UNIT && moqc_map_x(c, &j->call, p->cols, u.tokens, &maps);
+        b.direct = up == 1 && parts == 1 && b.unit == MOQK_NO_UNIT &&
+            (moqc_map_x(c, &j->call, p->cols, u.tokens, &maps) || moqc_map_narrow(c, &j->call, p->cols, u.tokens, &maps));
         if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
     }
     b.y_direct = moqc_map_y(c, &j->call, u.tokens, &maps);
@@ -7115,12 +7164,6 @@ static void moqc_let_go(moqc_ctx *c)
     if (h->norms) moqc_launch_norm(c, &h->norm);
     if (h->enters) moqc_launch_enter(c, &h->batch, &h->heads);
     h->run = h->norms = h->enters = c->waiting = 0;
-}
-
-/* Do these bytes not touch those? */
-static int moqc_apart(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
-{
-    return (uintptr_t)a + (uintptr_t)a_bytes <= (uintptr_t)b || (uintptr_t)b + (uintptr_t)b_bytes <= (uintptr_t)a;
 }
 
 /* Is a product over this bank one launch of >>cuda-runs, with x as it is? */
@@ -7225,8 +7268,20 @@ static int moqc_norm_waits(const moqc_ctx *c, const moq_norm_desc *n)
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-ops        embed, norm, rope, activation, add, argmax
-   One launch each; every element is read and written once. T is the activation type.
+   One launch each; every element is read and written once. T is the activation type. What products of many rows read next, out of norm and activation,
+   is also written as BF16 where they would round F32 inputs to it: a pass over it less.
    ------------------------------------------------------------------------------------------------ */
+
+/* Where y [rows, cols] goes as BF16, too: all of it is about to be written, by a kernel that waits for those before it. NULL: nowhere. */
+static __nv_bfloat16 *moqc_narrow(moqc_ctx *c, const void *y, int64_t rows, int64_t cols)
+{
+    c->narrowed = NULL;
+    if (!c->narrows || c->bf16 || !c->x16 || rows <= MOQC_FEW_ROWS || rows > c->be.max_rows || cols > c->need.cols || cols % 8 != 0) return NULL;
+    c->narrowed = y;
+    c->narrow_rows = rows;
+    c->narrow_cols = cols;
+    return (__nv_bfloat16 *)(void *)c->x16;
+}
 
 /* y[i] = row ids[i] of the table, exactly, times scale; zeros for an id outside of it. Grid: ids, pieces of a row. */
 template <typename T> __global__ void moqk_embed(const moqk_part *table, const int32_t *ids, float scale, T *y)
@@ -7312,7 +7367,7 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_norm(moq_norm
 }
 
 /* The same for whole rows whose values come four at a time, MOQK_NORM_QUADS times four a thread: a third less time. Grid: rows. */
-template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq_norm_desc d)
+template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq_norm_desc d, __nv_bfloat16 *narrow)
 {
     __shared__ float room[32];
     const int32_t at = 4 * (int32_t)threadIdx.x, step = 4 * (int32_t)blockDim.x;
@@ -7349,7 +7404,9 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_norm_rows(moq
     for (int k = 0; k < MOQK_NORM_QUADS; k++)
         if (at + k * step < d.cols) {
             if (add) moqk_put4(x + at + k * step, v[k]);
-            moqk_put4(y + at + k * step, moqk_normed(v[k], s, w[k])); /* y may be x */
+            const float4 normed = moqk_normed(v[k], s, w[k]);
+            moqk_put4(y + at + k * step, normed); /* y may be x */
+            if (sizeof(T) == 4 && narrow) moqk_put4(narrow + blockIdx.x * (int64_t)d.cols + at + k * step, normed);
         }
 }
 
@@ -7357,8 +7414,9 @@ static void moqc_launch_norm(moqc_ctx *c, const moq_norm_desc *d)
 {
     const int32_t some = moqc_norm_threads(c, d);
     if (some > 0) {
-        MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm_rows<float>, (unsigned)d->rows, (unsigned)some, 0, *d)),
-                    (moqc_chain(c, "norm", moqk_norm_rows<__nv_bfloat16>, (unsigned)d->rows, (unsigned)some, 0, *d)));
+        __nv_bfloat16 *narrow = d->y_stride == 0 || d->y_stride == d->cols ? moqc_narrow(c, d->y, d->rows, d->cols) : NULL;
+        MOQC_BY_ACT(c, (moqc_chain(c, "norm", moqk_norm_rows<float>, (unsigned)d->rows, (unsigned)some, 0, *d, narrow)),
+                    (moqc_chain(c, "norm", moqk_norm_rows<__nv_bfloat16>, (unsigned)d->rows, (unsigned)some, 0, *d, narrow)));
         return;
     }
     dim3 grid((unsigned)d->rows, (unsigned)(d->groups > 0 ? d->groups : 1));
@@ -7373,6 +7431,7 @@ static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c, 1);
     moq_norm_desc n = *d;
+    c->narrowed = NULL;
     if (d->rows < 1 || d->cols < 1) return;
     if (moqc_add_in_run(c, &n)) n.add = NULL;
     moqc_let_go(c);
@@ -7432,20 +7491,33 @@ static void moqc_rope(moq_backend *be, const moq_rope_desc *d)
     moqc_launched(c, "rope");
 }
 
-/* x: [rows, gate n | up n] -> y [rows, n]; not gated: [rows, n]. A thread makes EACH values, 4 or 1: few blocks find room on the device before the
-   product that they wait for has ended. Grid: pieces of a row, rows. */
-template <typename T, int EACH> __global__ void __launch_bounds__(256) moqk_activation(moq_activation_desc a, const T *x, int32_t rows, int32_t n,
-                                                                                       T *y)
+/* x: [rows, gate n | up n] -> y [rows, n]; not gated: [rows, n]. A thread makes QUADS times four values, 1024 apart, or one: few blocks find room on the
+   device before the product that they wait for has ended. Grid: pieces of a row, rows. */
+template <typename T, int QUADS> __global__ void __launch_bounds__(256) moqk_activation(moq_activation_desc a, const T *x, int32_t rows, int32_t n,
+                                                                                        T *y, __nv_bfloat16 *narrow)
 {
-    const int32_t gated = a.kind != MOQ_RELU2, i = ((int32_t)blockIdx.x * 256 + (int32_t)threadIdx.x) * EACH;
+    constexpr int EACH = QUADS > 0 ? 4 : 1, STEP = 256 * EACH;
+    const int32_t gated = a.kind != MOQ_RELU2, i = (int32_t)blockIdx.x * (QUADS > 1 ? QUADS : 1) * STEP + (int32_t)threadIdx.x * EACH;
     moqk_follow();
     if (i >= n) return;
     for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
         const T *from = x + row * n * (1 + gated) + i;
-        if constexpr (EACH == 4) {
-            float4 g = moqk_get4(from), u = gated ? moqk_get4(from + n) : make_float4(0, 0, 0, 0);
-            moqk_put4(y + row * n + i, make_float4(moqk_activate(a, g.x, u.x), moqk_activate(a, g.y, u.y), moqk_activate(a, g.z, u.z),
-                                                   moqk_activate(a, g.w, u.w)));
+        if constexpr (QUADS > 0) {
+            float4 g[QUADS], u[QUADS];
+#pragma unroll
+            for (int k = 0; k < QUADS; k++) {
+                const int there = k == 0 || i + k * STEP < n;
+                g[k] = there ? moqk_get4(from + k * STEP) : make_float4(0, 0, 0, 0);
+                u[k] = there && gated ? moqk_get4(from + n + k * STEP) : make_float4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int k = 0; k < QUADS; k++) {
+                const float4 v = make_float4(moqk_activate(a, g[k].x, u[k].x), moqk_activate(a, g[k].y, u[k].y), moqk_activate(a, g[k].z, u[k].z),
+                                             moqk_activate(a, g[k].w, u[k].w));
+                if (k > 0 && i + k * STEP >= n) break;
+                moqk_put4(y + row * n + i + k * STEP, v);
+                if (sizeof(T) == 4 && narrow) moqk_put4(narrow + row * n + i + k * STEP, v);
+            }
         } else {
             moqk_put(y + row * n, i, moqk_activate(a, moqk_get(from, 0), gated ? moqk_get(from, n) : 0));
         }
@@ -7456,13 +7528,15 @@ static void moqc_activation(moq_backend *be, const moq_activation_desc *a, const
 {
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c, 1);
+    c->narrowed = NULL;
     if (rows < 1 || n < 1 || moqc_activate_in_run(c, a, x, rows, n, y)) return;
     moqc_let_go(c);
-    int each = moqc_fours(x, n, y, n, NULL, c->bf16 ? 2 : 4) ? 4 : 1;
-    dim3 grid((unsigned)moqk_ceil(n, 256 * each), (unsigned)moqc_min(rows, 65535));
+    const int quads = !moqc_fours(x, n, y, n, NULL, c->bf16 ? 2 : 4) ? 0 : rows >= 256 ? 2 : 1;
+    const dim3 grid((unsigned)moqk_ceil(n, quads > 0 ? 1024 * quads : 256), (unsigned)moqc_min(rows, 65535));
+    __nv_bfloat16 *narrow = quads > 0 ? moqc_narrow(c, y, rows, n) : NULL;
 #define MOQC_CALL(T) \
-    if (each == 4) moqc_chain(c, "activation", moqk_activation<T, 4>, grid, 256, 0, *a, (const T *)x, rows, n, (T *)y); \
-    else moqc_chain(c, "activation", moqk_activation<T, 1>, grid, 256, 0, *a, (const T *)x, rows, n, (T *)y)
+    moqc_chain(c, "activation", quads == 2 ? moqk_activation<T, 2> : quads == 1 ? moqk_activation<T, 1> : moqk_activation<T, 0>, grid, 256, 0, *a, \
+               (const T *)x, rows, n, (T *)y, narrow)
     if (c->bf16) { MOQC_CALL(__nv_bfloat16); }
     else { MOQC_CALL(float); }
 #undef MOQC_CALL
@@ -7594,17 +7668,23 @@ __device__ void moqk_rotate_rows(float *x, int32_t count, int32_t stride, int32_
     __syncthreads();
 }
 
-/* x in shared memory -> row `at` of a cache of 8 bits and more; `threads` stride over values. */
+/* Value i of a row of a cache of 8 bits and more. */
+__device__ __forceinline__ void moqk_kv_put(int32_t kind, uint8_t *row, int32_t i, float v, float scale, const float *bias)
+{
+    if (kind == MOQK_KV_F32) ((float *)row)[i] = v;
+    else if (kind == MOQK_KV_BF16) ((__nv_bfloat16 *)row)[i] = __float2bfloat16_rn(v);
+    else if (kind == MOQK_KV_E4M3) row[i] = (uint8_t)moqk_to_e4m3((bias ? v - bias[i] : v) / scale);
+    else row[i] = v == v ? (uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
+}
+
+/* x in shared memory -> row `at` of such a cache; `threads` stride over values. */
 __device__ __forceinline__ void moqk_kv_pack_wide(const moqk_kv &c, int32_t head, int64_t at, const float *x, int32_t thread, int32_t threads)
 {
     uint8_t *row = c.codes + at * c.row_bytes;
     const float scale = c.scale[head], *bias = c.bias ? c.bias + (int64_t)head * c.dim : NULL;
     for (int32_t i = thread; i < c.padded; i += threads) {
-        float v = i < c.dim ? x[i] : 0;
-        if (c.kind == MOQK_KV_F32) ((float *)row)[i] = v;
-        else if (c.kind == MOQK_KV_BF16) ((__nv_bfloat16 *)row)[i] = __float2bfloat16_rn(v);
-        else if (c.kind == MOQK_KV_E4M3) row[i] = i < c.dim ? (uint8_t)moqk_to_e4m3((bias ? v - bias[i] : v) / scale) : 0;
-        else row[i] = v == v ? (uint8_t)(int)moqk_round_code(MOQ_I8, v / scale, 0) : 0;
+        if (i >= c.dim && c.kind == MOQK_KV_E4M3) row[i] = 0;
+        else moqk_kv_put(c.kind, row, i, i < c.dim ? x[i] : 0, scale, bias);
     }
 }
 
@@ -7732,6 +7812,59 @@ __global__ void __launch_bounds__(32) moqk_enter(moqk_cache c, const int32_t *sl
     if (s < 0 || s >= c.slots || at < 0 || at >= c.capacity) return; /* a caller's mistake */
     if (to.rotate) moqk_rotate_rows(x, 1, to.dim, to.dim, 1 / sqrtf((float)to.dim));
     moqk_kv_pack(to, head, ((int64_t)s * c.kv_heads + head) * c.capacity + at, x);
+}
+
+enum { MOQK_ENTER_WARPS = 8 };
+
+/* The same of many rows with heads of DIM values, turned whole, for caches of 8 bits and more: as few instructions as it takes. A lane holds every 32nd
+   value, so pairs (i, i + DIM / 2) are in one lane. A warp a head; grid: rows, MOQK_ENTER_WARPS heads of all three. */
+template <typename T, int DIM>
+__global__ void __launch_bounds__(32 * MOQK_ENTER_WARPS) moqk_enter_many(moqk_cache c, const int32_t *slot, const int32_t *pos, moq_heads_desc d)
+{
+    enum { N = DIM / 32 };
+    const int32_t lane = (int32_t)threadIdx.x & 31, index = (int32_t)blockIdx.y * MOQK_ENTER_WARPS + ((int32_t)threadIdx.x >> 5);
+    const int32_t kind = index < d.heads ? 0 : index < d.heads + c.kv_heads ? 1 : 2, head = index - (kind > 0 ? d.heads : 0) - (kind > 1 ? c.kv_heads : 0);
+    const int64_t row = blockIdx.x;
+    const float *weight = kind == 0 ? d.q_norm : kind == 1 ? d.k_norm : NULL;
+    moqk_follow();
+    if (index >= d.heads + 2 * c.kv_heads) return;
+    T *x = (T *)(uintptr_t)(kind == 0 ? d.q : kind == 1 ? d.k : d.v) + row * (kind == 0 ? d.q_stride : kind == 1 ? d.k_stride : d.v_stride) + head * DIM + lane;
+    float v[N];
+    float2 by[N / 2];
+#pragma unroll
+    for (int k = 0; k < N; k++) v[k] = moqk_get(x, 32 * k);
+    if (kind < 2) {
+        const float2 *turns = (const float2 *)(const void *)d.table + row * (DIM / 2) + lane;
+#pragma unroll
+        for (int k = 0; k < N / 2; k++) by[k] = turns[32 * k];
+    }
+    if (weight) {
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < N; k++) sum = __fmaf_rn(v[k], v[k], sum);
+        const float factor = moqk_norm_factor(moqk_warp_sum(sum), DIM, d.eps);
+#pragma unroll
+        for (int k = 0; k < N; k++) v[k] = moqk_rounded<T>(v[k] * factor * weight[lane + 32 * k]);
+    }
+    if (kind < 2)
+#pragma unroll
+        for (int k = 0; k < N / 2; k++) {
+            const float a = v[k], b = v[k + N / 2];
+            v[k] = moqk_rounded<T>(__fmaf_rn(a, by[k].x, -__fmul_rn(b, by[k].y)));
+            v[k + N / 2] = moqk_rounded<T>(__fmaf_rn(a, by[k].y, __fmul_rn(b, by[k].x)));
+        }
+    if (kind == 0) {
+#pragma unroll
+        for (int k = 0; k < N; k++) moqk_put(x, 32 * k, v[k]);
+        return;
+    }
+    const int32_t s = slot[row], at = pos[row];
+    if (s < 0 || s >= c.slots || at < 0 || at >= c.capacity) return; /* a caller's mistake */
+    uint8_t *to = (kind == 2 ? c.v.codes : c.k.codes) + (((int64_t)s * c.kv_heads + head) * c.capacity + at) * (kind == 2 ? c.v.row_bytes : c.k.row_bytes);
+    const float scale = (kind == 2 ? c.v.scale : c.k.scale)[head], *bias = kind == 2 ? c.v.bias : c.k.bias;
+    if (bias) bias += head * DIM;
+#pragma unroll
+    for (int k = 0; k < N; k++) moqk_kv_put(c.k.kind, to, lane + 32 * k, v[k], scale, bias);
 }
 
 /* Values [d, d + N) of a row, N = 4 or 16; d is a multiple of N. */
@@ -7955,7 +8088,17 @@ static int moqc_enter_waits(const moqc_ctx *c, const moq_batch *b, const moq_hea
 static void moqc_launch_enter(moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h)
 {
     const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
-    moqc_chain(c, "kv_enter", moqk_enter, dim3((unsigned)b->rows, (unsigned)(h->heads + 2 * d->kv_heads)), 32, 0, *d, b->slot, b->pos, *h, c->bf16);
+    const int32_t heads = h->heads + 2 * d->kv_heads, dim = d->k.dim;
+    if (b->rows > MOQC_FEW_ROWS && (dim == 64 || dim == 128 || dim == 256) && d->v.dim == dim && h->dims == dim && !h->interleaved && d->k.kind <= MOQK_KV_I8 &&
+        !d->k.rotate && !d->v.rotate) {
+        const dim3 grid((unsigned)b->rows, (unsigned)moqk_ceil(heads, MOQK_ENTER_WARPS));
+#define MOQC_CALL(T) moqc_chain(c, "kv_enter", dim == 64 ? moqk_enter_many<T, 64> : dim == 128 ? moqk_enter_many<T, 128> : moqk_enter_many<T, 256>, grid, \
+                                32 * MOQK_ENTER_WARPS, 0, *d, b->slot, b->pos, *h)
+        MOQC_BY_ACT(c, MOQC_CALL(float), MOQC_CALL(__nv_bfloat16));
+#undef MOQC_CALL
+        return;
+    }
+    moqc_chain(c, "kv_enter", moqk_enter, dim3((unsigned)b->rows, (unsigned)heads), 32, 0, *d, b->slot, b->pos, *h, c->bf16);
 }
 
 static void moqc_kv_enter(moq_backend *be, const moq_batch *b, const moq_heads_desc *h)
@@ -10635,6 +10778,7 @@ static void moqc_attention(moq_backend *be, const moq_batch *b, const moq_attent
     a.bf16 = c->bf16;
     a.scale = d->scale != 0 ? d->scale : 1 / sqrtf((float)a.c.k.dim);
     a.softcap = d->softcap;
+    c->narrowed = NULL;
     if (!moqc_enter_in_attention(c, b, d, &a)) moqc_let_go(c);
     int64_t most_seen = d->chunk > 0 ? d->chunk : d->window, length = moqc_min(most_seen > 0 ? most_seen : INT32_MAX, (int64_t)b->max_pos + 1);
     int tiles = b->rows >= (moqc_stream_dim(&a.c) ? MOQC_FEW_ROWS + 1 : 8) && b->rows > a.c.slots && a.c.k.padded <= 256 && a.c.v.padded <= 256;
@@ -12442,6 +12586,7 @@ static void moqc_destroy(moq_backend *be)
         if (c->stream) cudaStreamSynchronize(c->stream);
         while (c->blocks) moqc_give(c, c->blocks->ptr);
         for (int i = 0; i < MOQC_SLOTS; i++) if (c->slot_free[i]) cudaEventDestroy(c->slot_free[i]);
+        for (int i = 0; i < 2; i++) if (c->half_full[i]) cudaEventDestroy(c->half_full[i]);
         if (c->pinned) cudaFreeHost(c->pinned);
         if (c->stream) cudaStreamDestroy(c->stream);
         cudaGetLastError();
@@ -12490,7 +12635,7 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     if (e == cudaSuccess && c->sm > attributes.ptxVersion) c->sm = attributes.ptxVersion; /* code for older devices lacks what newer ones could do */
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_has_wgmma);
     c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.sharedSizeBytes >= 16;
-    if (c->wgmma) c->be.pass_rows = 1024; /* a prompt takes a third less time than with 256 and 3 % more than with 2048, whose activations take twice the memory */
+    if (c->wgmma) c->be.pass_rows = 1024; /* a prompt takes a third less time than with 256, and 3 % more than with 2048 and twice the memory */
     if (c->wgmma) {
         cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
         void *at = NULL;
@@ -12504,6 +12649,7 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     }
     if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     for (int i = 0; i < MOQC_SLOTS && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->slot_free[i], cudaEventDisableTiming);
+    for (int i = 0; i < 2 && e == cudaSuccess; i++) e = cudaEventCreateWithFlags(&c->half_full[i], cudaEventDisableTiming);
     if (e == cudaSuccess) e = moqc_allow_shared(c->most_shared, c->wgmma);
     if (e == cudaSuccess) return MOQ_OK;
     cudaGetLastError();

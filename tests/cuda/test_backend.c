@@ -1619,18 +1619,18 @@ static void check_argmax(moq_backend *be)
 }
 
 /* kv_enter beside the calls that it stands for: q to rounding of the sums of squares, what the cache stores byte for byte, but for codes whose
-   value lay at the middle between two. */
-static void check_enter(moq_dtype activations, moq_kv_format format, int dim, int vdim, int dims, int interleaved, int norms)
+   value lay at the middle between two. Then a row at a time: to the bit. */
+static void check_enter(int rows, moq_dtype activations, moq_kv_format format, int dim, int vdim, int dims, int interleaved, int norms)
 {
-    enum { ROWS = 5, HEADS = 6, KV = 3, CAPACITY = 9 };
+    enum { ROWS = 40, HEADS = 6, KV = 3, CAPACITY = 27, WAYS = 3 };
     moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
     const int stride = HEADS * dim + KV * (dim + vdim) + 5, elem = activations == MOQ_BF16 ? 2 : 4;
-    const int32_t slot[ROWS] = {0, 1, 1, 0, 1}, pos[ROWS] = {0, 3, 4, 8, 5};
-    float *x = random_floats((size_t)(ROWS * stride)), *norm = random_floats((size_t)(2 * dim)), *turn = random_floats((size_t)(ROWS * (dims + 1))), *got[2];
-    device_batch b = batch_of(be, ROWS, slot, pos);
+    int32_t slot[ROWS] = {0, 1, 1, 0, 1}, pos[ROWS] = {0, 3, 4, 8, 5};
+    for (int i = 5; i < ROWS; i++) { slot[i] = i % 2; pos[i] = 9 + (i - 5) / 2; }
+    float *x = random_floats((size_t)(rows * stride)), *norm = random_floats((size_t)(2 * dim)), *turn = random_floats((size_t)(rows * (dims + 1))), *got[WAYS];
+    device_batch b = batch_of(be, rows, slot, pos);
     moq_kv_desc kd;
-    moq_heads_desc h;
-    uint8_t *kept[2];
+    uint8_t *kept[WAYS];
     size_t bytes = 0;
     long apart = 0;
     moq_error err;
@@ -1642,25 +1642,33 @@ static void check_enter(moq_dtype activations, moq_kv_format format, int dim, in
     kd.head_dim = dim;
     kd.value_dim = vdim;
     kd.kv.format = format;
-    memset(&h, 0, sizeof h);
-    float *dn = (float *)device_bytes(be, norm, sizeof *norm * (size_t)(2 * dim)), *dt = (float *)device_bytes(be, turn, sizeof *turn * (size_t)(ROWS * dims));
-    for (int one = 0; one < 2; one++) {
+    float *dn = (float *)device_bytes(be, norm, sizeof *norm * (size_t)(2 * dim)), *dt = (float *)device_bytes(be, turn, sizeof *turn * (size_t)(rows * dims));
+    for (int way = 0; way < WAYS; way++) {
         moq_kv_cache *cache = be->kv_create(be, &kd, &err);
         CHECK(cache != NULL);
-        uint8_t *d = (uint8_t *)device_floats(be, x, (size_t)(ROWS * stride)), *k = d + (size_t)(HEADS * dim * elem), *v = k + (size_t)(KV * dim * elem);
-        if (one) {
-            moq_heads_desc e = {cache, d, k, v, stride, stride, stride, HEADS, norms ? dn : NULL, norms ? dn + dim : NULL, 1e-5f, dims, interleaved, dt};
-            h = e;
+        uint8_t *d = (uint8_t *)device_floats(be, x, (size_t)(rows * stride)), *k = d + (size_t)(HEADS * dim * elem), *v = k + (size_t)(KV * dim * elem);
+        moq_heads_desc h = {cache, d, k, v, stride, stride, stride, HEADS, norms ? dn : NULL, norms ? dn + dim : NULL, 1e-5f, dims, interleaved, dt};
+        if (way == 1) {
             be->kv_enter(be, &b.device, &h);
+        } else if (way == 2) {
+            for (int r = 0; r < rows; r++) {
+                const size_t past = (size_t)(r * stride * elem);
+                const moq_batch one = {1, b.device.max_pos, b.device.slot + r, b.device.pos + r};
+                h.q = d + past;
+                h.k = k + past;
+                h.v = v + past;
+                h.table = dt + r * dims;
+                be->kv_enter(be, &one, &h);
+            }
         } else {
             for (int i = 0; i < 2; i++) {
                 moq_norm_desc n;
-                moq_rope_desc r = {i ? k : d, stride, ROWS, i ? KV : HEADS, dim, 0, dims, interleaved, dt};
+                moq_rope_desc r = {i ? k : d, stride, rows, i ? KV : HEADS, dim, 0, dims, interleaved, dt};
                 memset(&n, 0, sizeof n);
                 n.x = n.y = i ? k : d;
                 n.weight = dn + i * dim;
                 n.x_stride = n.y_stride = stride;
-                n.rows = ROWS;
+                n.rows = rows;
                 n.cols = dim;
                 n.groups = i ? KV : HEADS;
                 n.eps = 1e-5f;
@@ -1669,21 +1677,23 @@ static void check_enter(moq_dtype activations, moq_kv_format format, int dim, in
             }
             be->kv_append(be, cache, &b.device, k, stride, v, stride);
         }
-        got[one] = (float *)malloc(sizeof(float) * (size_t)(ROWS * stride));
-        be->download_act(be, got[one], d, (size_t)(ROWS * stride));
+        got[way] = (float *)malloc(sizeof(float) * (size_t)(rows * stride));
+        be->download_act(be, got[way], d, (size_t)(rows * stride));
         bytes = be->kv_read(be, cache, 0, CAPACITY, NULL);
-        kept[one] = (uint8_t *)malloc(2 * bytes);
-        for (int s = 0; s < 2; s++) be->kv_read(be, cache, s, CAPACITY, kept[one] + (size_t)s * bytes);
+        kept[way] = (uint8_t *)malloc(2 * bytes);
+        for (int s = 0; s < 2; s++) be->kv_read(be, cache, s, CAPACITY, kept[way] + (size_t)s * bytes);
         be->kv_release(be, cache);
         be->release(be, d);
     }
-    for (int r = 0; r < ROWS; r++) compare("kv_enter", got[1] + r * stride, got[0] + r * stride, (size_t)(HEADS * dim), activations == MOQ_BF16 ? 1e-2 : 2e-6);
+    for (int r = 0; r < rows; r++) compare("kv_enter", got[1] + r * stride, got[0] + r * stride, (size_t)(HEADS * dim), activations == MOQ_BF16 ? 1e-2 : 2e-6);
     for (size_t i = 0; i < 2 * bytes; i++) apart += kept[0][i] != kept[1][i];
     if (format == MOQ_KV_WIDE && activations == MOQ_F32) /* every last bit may differ there: by value */
         compare("keys and values", (const float *)(const void *)kept[1], (const float *)(const void *)kept[0], 2 * bytes / 4, 2e-6);
     else if (apart * 50 > (long)(2 * bytes)) { printf("%s, %d, %d: %ld of %ld bytes apart\n", moq_kv_format_name(format), dim, dims, apart, (long)(2 * bytes)); CHECK(0); }
     if (!norms && dims == 0) CHECK_INT(apart, 0);
-    for (int i = 0; i < 2; i++) { free(got[i]); free(kept[i]); }
+    for (int r = 0; r < rows; r++) CHECK(memcmp(got[1] + r * stride, got[2] + r * stride, sizeof(float) * (size_t)(HEADS * dim)) == 0);
+    CHECK(memcmp(kept[1], kept[2], 2 * bytes) == 0);
+    for (int i = 0; i < WAYS; i++) { free(got[i]); free(kept[i]); }
     be->release(be, dn);
     be->release(be, dt);
     batch_free(be, &b);
@@ -1693,21 +1703,45 @@ static void check_enter(moq_dtype activations, moq_kv_format format, int dim, in
 
 static void test_cuda_enter(void)
 {
-    for (int a = 0; a < 2; a++) {
-        moq_dtype t = a ? MOQ_BF16 : MOQ_F32;
-        check_enter(t, MOQ_KV_WIDE, 128, 128, 128, 0, 0);
-        check_enter(t, MOQ_KV_FP8, 128, 128, 128, 0, 1);
-        check_enter(t, MOQ_KV_WIDE, 64, 64, 64, 1, 1);
-        check_enter(t, MOQ_KV_INT8, 80, 48, 32, 0, 1);
-        check_enter(t, MOQ_KV_NVFP4, 192, 128, 64, 1, 0);
-        check_enter(t, MOQ_KV_NVFP4_ROTATE, 256, 256, 0, 0, 1);
-        check_enter(t, MOQ_KV_MXFP4, 96, 96, 0, 0, 0);
+    for (int a = 0; a < 4; a++) {
+        const moq_dtype t = a % 2 ? MOQ_BF16 : MOQ_F32;
+        const int rows = a / 2 ? 40 : 5; /* heads in blocks of their own; many of them in one */
+        check_enter(rows, t, MOQ_KV_WIDE, 128, 128, 128, 0, 0);
+        check_enter(rows, t, MOQ_KV_FP8, 128, 128, 128, 0, 1);
+        check_enter(rows, t, MOQ_KV_WIDE, 64, 64, 64, 1, 1);
+        check_enter(rows, t, MOQ_KV_INT8, 80, 48, 32, 0, 1);
+        check_enter(rows, t, MOQ_KV_INT8, 64, 64, 64, 0, 0);
+        check_enter(rows, t, MOQ_KV_FP8, 256, 256, 256, 0, 1);
+        check_enter(rows, t, MOQ_KV_NVFP4, 192, 128, 64, 1, 0);
+        check_enter(rows, t, MOQ_KV_NVFP4_ROTATE, 256, 256, 0, 0, 1);
+        check_enter(rows, t, MOQ_KV_MXFP4, 96, 96, 0, 0, 0);
     }
+}
+
+/* And its sum with what it was made of. */
+static void check_activation(moq_backend *be, moq_backend *cpu, int kind, int rows, double limit)
+{
+    const int each = kind == MOQ_RELU2 ? 1 : 2, n = rows >= 256 ? 1420 : 9000 / rows / each, N = rows * n * each; /* of many: quads a step of the block apart */
+    float *x = random_floats((size_t)N), *y = random_floats((size_t)N), *g = random_floats((size_t)N);
+    moq_activation_desc d = {(moq_activation)kind, 7, 1.702f, 1};
+    for (int i = 0; be->act == MOQ_BF16 && i < N; i++) x[i] = bf16_of(x[i]);
+    void *dx = device_floats(be, x, (size_t)N), *dy = device_floats(be, NULL, (size_t)N);
+    be->activation(be, &d, dx, rows, n, dy);
+    be->download_act(be, g, dy, (size_t)(rows * n));
+    cpu->activation(cpu, &d, x, rows, n, y);
+    compare("activation", g, y, (size_t)(rows * n), rows >= 256 ? 2 * limit : limit); /* so many values come closer to the edge */
+    be->add(be, dx, dy, (size_t)(rows * n));
+    be->download_act(be, g, dx, (size_t)(rows * n));
+    be->download_act(be, y, dy, (size_t)(rows * n));
+    cpu->add(cpu, x, y, (size_t)(rows * n));
+    compare("add", g, x, (size_t)(rows * n), limit);
+    be->release(be, dx);
+    be->release(be, dy);
+    free(x); free(y); free(g);
 }
 
 static void test_cuda_ops(void)
 {
-    enum { N = 9000 };
     for (int a = 0; a < 2; a++) {
         moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32), *cpu = moq_cpu_backend(NULL, NULL);
         double limit = a ? 1e-2 : 2e-6;
@@ -1722,27 +1756,64 @@ static void test_cuda_ops(void)
         check_rope(be, cpu, 1, 16, 48);
         check_argmax(be);
         for (int kind = 0; kind <= (int)MOQ_RELU2; kind++) {
-            float *x = random_floats(N), *y = random_floats(N), *g = random_floats(N);
-            moq_activation_desc d = {(moq_activation)kind, 7, 1.702f, 1};
-            int rows = 9, n = N / rows / (kind == MOQ_RELU2 ? 1 : 2);
-            for (int i = 0; a && i < N; i++) x[i] = bf16_of(x[i]);
-            void *dx = device_floats(be, x, N), *dy = device_floats(be, NULL, N);
-            be->activation(be, &d, dx, rows, n, dy);
-            be->download_act(be, g, dy, (size_t)(rows * n));
-            cpu->activation(cpu, &d, x, rows, n, y);
-            compare("activation", g, y, (size_t)(rows * n), limit);
-            be->add(be, dx, dy, (size_t)(rows * n));
-            be->download_act(be, g, dx, (size_t)(rows * n));
-            be->download_act(be, y, dy, (size_t)(rows * n));
-            cpu->add(cpu, x, y, (size_t)(rows * n));
-            compare("add", g, x, (size_t)(rows * n), limit);
-            be->release(be, dx);
-            be->release(be, dy);
-            free(x); free(y); free(g);
+            check_activation(be, cpu, kind, 9, limit);
+            check_activation(be, cpu, kind, 29, limit);
+            check_activation(be, cpu, kind, 300, limit);
         }
         moq_backend_destroy(cpu);
         done(be);
     }
+}
+
+/* What norm and activation leave in BF16 for the product behind them is what the product would have made of it, and nobody reads it once the F32 values
+   have changed: the same calls with a wait behind each give the same bits. */
+static void test_cuda_narrowed(void)
+{
+    enum { ROWS = 70, COLS = 256, INNER = 384 };
+    moq_backend *be = backend_of(MOQ_ACT_AUTO, NULL, MOQ_F32);
+    moq_error err;
+    layer l[3];
+    moq_weight *w[3];
+    float *x = random_floats(ROWS * COLS), *other = random_floats(ROWS * COLS), *weight = random_floats(COLS), *got[2];
+    for (int i = 0; i < 3; i++) layer_make(&l[i], &layer_formats[i == 2 ? 2 : 4], i == 0 ? 2 * INNER : COLS, i == 1 ? INNER : COLS);
+    for (int i = 0; i < 3; i++) w[i] = be->prepare_linear(be, &l[i].w, 1, &err);
+    CHECK(w[0] && w[1] && w[2] && be->reserve(be, 100, &err) == MOQ_OK);
+    void *dx = device_floats(be, x, ROWS * COLS), *dw = device_bytes(be, weight, COLS * 4), *h = device_floats(be, NULL, ROWS * COLS);
+    void *g = device_floats(be, NULL, ROWS * 2 * INNER), *mid = device_floats(be, NULL, ROWS * INNER), *y = device_floats(be, NULL, ROWS * COLS);
+    for (int i = 0; i < 2; i++) got[i] = (float *)malloc(sizeof(float) * ROWS * COLS);
+    for (int turn = 0; turn < 8; turn++)
+        for (int waits = 0; waits < 2; waits++) {
+            moq_norm_desc n;
+            moq_activation_desc a;
+            memset(&n, 0, sizeof n);
+            memset(&a, 0, sizeof a);
+            n.x = dx;
+            n.y = h;
+            n.weight = (const float *)dw;
+            n.rows = turn == 6 ? 33 : ROWS; /* of fewer rows than the product has */
+            n.cols = COLS;
+            n.eps = 1e-5f;
+            if (turn == 6) be->upload_act(be, h, other, ROWS * COLS);
+            be->norm(be, &n);
+            if (waits) be->sync(be, &err);
+            if (turn == 3) be->upload_act(be, h, other, ROWS * COLS);
+            if (turn == 4) be->linear(be, w[2], dx, ROWS, h);
+            if (turn == 5) be->add(be, h, dx, ROWS * COLS);
+            if (waits) be->sync(be, &err);
+            be->linear(be, w[0], h, ROWS, g);
+            if (waits) be->sync(be, &err);
+            be->activation(be, &a, g, ROWS, INNER, mid);
+            if (waits) be->sync(be, &err);
+            if (turn == 7) be->copy(be, mid, g, sizeof(float) * ROWS * INNER);
+            be->linear(be, w[1], mid, ROWS, y);
+            be->download_act(be, got[waits], y, ROWS * COLS);
+            CHECK(waits == 0 || memcmp(got[0], got[1], sizeof(float) * ROWS * COLS) == 0);
+        }
+    for (int i = 0; i < 3; i++) { be->release_weight(be, w[i]); layer_free(&l[i]); }
+    for (int i = 0; i < 2; i++) free(got[i]);
+    be->release(be, dx); be->release(be, dw); be->release(be, h); be->release(be, g); be->release(be, mid); be->release(be, y);
+    free(x); free(other); free(weight);
+    done(be);
 }
 
 /* Mixers against the CPU table: sequences in pieces, interleaved slots, a fork. */
@@ -2429,6 +2500,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_copies);
     RUN(test_cuda_enter);
     RUN(test_cuda_ops);
+    RUN(test_cuda_narrowed);
     RUN(test_cuda_ssm);
     RUN(test_cuda_embed);
     RUN(test_cuda_formats);
