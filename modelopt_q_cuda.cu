@@ -3823,6 +3823,7 @@ typedef struct moqk_maps { CUtensorMap whole, part, y; } moqk_maps;
 /* Tokens of a tile that are turned at once, and of a copy of them into y; see moqk_finish_pairs. */
 __host__ __device__ static constexpr int moqk_turn_tokens(int tokens) { return tokens % 64 ? 32 : 64; }
 __host__ __device__ static constexpr int moqk_put_tokens(int tokens) { return tokens % 32 ? 16 : moqk_turn_tokens(tokens); }
+enum { MOQK_FLOAT_TOKENS = 16 }; /* of a copy of 32 rows into an F32 y; see moqk_finish_floats */
 /* Tokens of a copy of x and of a product: all of a tile, or half of it where those are more than 256. */
 __host__ __device__ static constexpr int moqk_box_tokens(int tokens) { return tokens > 256 ? tokens / 2 : tokens; }
 
@@ -4262,6 +4263,47 @@ __device__ int moqk_finish_pairs(const moqk_call &a, const moqk_gemm_args &b, co
             for (int k = 0; k < tokens; k += PUT)
                 asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                              :: "l"(map), "r"(q.y_first + q.row_tile * 128 + group * 64), "r"(first + k), "r"(at + k * 128) : "memory");
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+    }
+    return 1;
+}
+
+/* As moqk_finish for whole rows of F32 that can be mapped: the copy engine writes MOQK_FLOAT_TOKENS tokens of 32 rows at a time while the next ones are
+   laid down, 16-byte pieces exchanged by xor with token & 7. 0: it is not such a tile. `room`: the warpgroup's, of ROOM bytes, which nobody reads. */
+template <int BM, int ROOM>
+__device__ int moqk_finish_floats(const moqk_call &a, const moqk_gemm_args &b, const CUtensorMap *map, const moqk_piece &q, const float2 *told, int group,
+                                  int thread, float *room, const float (&d)[BM / 2])
+{
+    constexpr int TOKENS = BM % 32 == 0 && ROOM >= 16384 ? 32 : MOQK_FLOAT_TOKENS, BUFFERS = ROOM / (TOKENS * 256);
+    const int32_t lane = thread & 31, row = (thread >> 5) * 16 + (lane >> 2), y_row = q.row_tile * 128 + group * 64;
+    if (a.y_bf16 || !b.y_direct || a.accumulate || b.unit == MOQK_TOKEN_UNIT || y_row + 63 >= q.rows) return 0;
+    const float2 by[2] = {told[group * 64 + row], told[group * 64 + row + 8]};
+#pragma unroll
+    for (int r = 0; r < BM / TOKENS; r++) {
+        const uint32_t at = (uint32_t)__cvta_generic_to_shared(room) + r % BUFFERS * (TOKENS * 256);
+        const int32_t first = q.x_first + r * TOKENS;
+        if (first >= q.end) break;
+        if (r == 0 || r >= BUFFERS) {
+            if (thread == 0 && r > 0) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
+            moqk_sync_group(group);
+        }
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int token = 8 * j + 2 * (lane & 3) + (i & 1), here = row + 8 * (i >> 1);
+                const float v = __fadd_rn(__fmul_rn(d[r * (TOKENS / 2) + 4 * j + i], by[i >> 1].x), by[i >> 1].y); /* the bits of moqk_put_rows */
+                const uint32_t place = (here >> 5) * (TOKENS * 128) + token * 128 + (((here >> 2 & 7) ^ (token & 7)) << 4) + (here & 3) * 4;
+                asm volatile("st.shared.f32 [%0], %1;" :: "r"(at + place), "f"(v) : "memory");
+            }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        moqk_sync_group(group);
+        if (thread == 0) {
+#pragma unroll
+            for (int k = 0; k < 2 * TOKENS; k += MOQK_FLOAT_TOKENS)
+                asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                             :: "l"(map), "r"(q.y_first + y_row + k / TOKENS * 32), "r"(first + k % TOKENS), "r"(at + k * 128) : "memory");
             asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
     }
@@ -5067,7 +5109,8 @@ __global__ void __launch_bounds__(128 * moqk_teams(FORM, BM, 0) + 128, 1) moqk_g
         if (R::HALVES > 1 && half) {}
         else if (b.split > 1) moqk_finish_shared<FORM, GROUPED, BM, 0>(a, b, q, t.rows, group, thread, base, room, share, d);
         else if ((from == 0 && to == b.units) || moqk_join<BM>(b, q, moqk_cut_tiles(a, b) * b.units, group, thread, flags, d))
-            if (!moqk_finish_pairs<BM, R::BUFFERS, 0>(a, b, &maps.y, q, t.rows, group, thread, room, d))
+            if (!moqk_finish_pairs<BM, R::BUFFERS, 0>(a, b, &maps.y, q, t.rows, group, thread, room, d) &&
+                !moqk_finish_floats<BM, R::ROOM>(a, b, &maps.y, q, t.rows, group, thread, room, d))
                 moqk_finish<FORM, GROUPED, BM>(a, b, q, t.rows, group, thread, room, d);
         moqk_free_stage(r.told_empty + next.at * 8, lane);
         next.step(2);
@@ -6962,15 +7005,17 @@ static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, in
     return moqc_map_rows(c, call, call->all, cols, most, &maps->whole) && moqc_map_rows(c, call, call->all, cols, rest ? rest : most, &maps->part);
 }
 
-/* y of the call likewise, for tiles of `tokens`. */
+/* y of the call likewise, for tiles of `tokens`: boxes of 128 bytes of a token. */
 static int moqc_map_y(const moqc_ctx *c, const moqk_call *call, int32_t tokens, moqk_maps *maps)
 {
     static const cuuint32_t one[2] = {1, 1};
-    const cuuint64_t size[2] = {(cuuint64_t)call->ldy, (cuuint64_t)call->m}, pitch[1] = {(cuuint64_t)call->ldy * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)moqk_put_tokens(tokens)};
-    if (!c->encode_map || !call->y_bf16 || call->tiles || ((uintptr_t)call->y & 15) || call->ldy % 8 != 0 || call->ldy < 64) return 0;
-    return c->encode_map(&maps->y, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)call->y, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const int elem = call->y_bf16 ? 2 : 4;
+    const cuuint64_t size[2] = {(cuuint64_t)call->ldy, (cuuint64_t)call->m}, pitch[1] = {(cuuint64_t)call->ldy * elem};
+    const cuuint32_t box[2] = {(cuuint32_t)(128 / elem), (cuuint32_t)(call->y_bf16 ? moqk_put_tokens(tokens) : MOQK_FLOAT_TOKENS)};
+    if (!c->encode_map || call->tiles || ((uintptr_t)call->y & 15) || call->ldy * elem % 16 != 0 || call->ldy < 64) return 0;
+    return c->encode_map(&maps->y, call->y_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 2, (void *)call->y, size, pitch, box,
+                         one, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 /* The same of F32 inputs, from their copy in BF16 (see >>cuda-ops); what has none yet asks for it. */
@@ -7094,7 +7139,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
             (moqc_map_x(c, &j->call, p->cols, u.tokens, &maps) || moqc_map_narrow(c, &j->call, p->cols, u.tokens, &maps));
         if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
     }
-    b.y_direct = moqc_map_y(c, &j->call, u.tokens, &maps);
+    b.y_direct = (j->call.y_bf16 || !bytes_of_x) && moqc_map_y(c, &j->call, u.tokens, &maps);
     const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
     moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), choice.threads, choice.shared, u.split, "a matrix product", j->call, b, maps);
 }
