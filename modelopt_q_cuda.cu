@@ -4547,7 +4547,10 @@ MOQK_WGMMA_OF(moqk_wgmma, float, 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0", M
 /* The same of bytes: A[64 x 32] B[32 x N]. */
 MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 32, "m64n64k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
 MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 64, "m64n128k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 80, "m64n160k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
+              MOQK_D16("+f", 64))
 MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 64, "m64n128k32.s32.s8.s8", "", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+r", 0), MOQK_D32("+r", 32))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 80, "m64n160k32.s32.s8.s8", "", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D16("+r", 64))
 MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 128, "m64n256k32.s32.s8.s8", "", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D32("+r", 64),
               MOQK_D32("+r", 96))
 
@@ -5394,7 +5397,7 @@ __device__ __forceinline__ void moqk_add_bytes(float (&sum)[M], const float (&d)
 /* A warpgroup's products of whole units. */
 template <int FORM, int GROUPED, int BM> struct moqk_bytes_consumer {
     typedef moqk_rings<FORM, GROUPED, BM, 1> R;
-    static constexpr int N = BM < 128 ? BM : 128, PARTS = BM / N; /* tokens of a product of E4M3: sums apart need registers */
+    static constexpr int PARTS = BM > 160 ? BM / 128 : 1, N = BM / PARTS; /* tokens of a product of E4M3: sums apart need registers */
     static constexpr int SCALED = FORM > MOQK_MXFP4 && GROUPED;
     moqk_stage run;            /* of x */
 
@@ -6881,6 +6884,7 @@ static moqc_gemm_choice moqc_wgmma_find(int form, int grouped, int tokens)
 
 template <int FORM, int GROUPED> static moqc_gemm_choice moqc_bytes_for(int tokens)
 {
+    if constexpr (moqk_fast_bits(FORM) == 8) if (tokens == 160) return moqc_bytes_of<FORM, GROUPED, 160>();
     return tokens == 256 ? moqc_bytes_of<FORM, GROUPED, 256>() : moqc_bytes_of<FORM, GROUPED, 128>();
 }
 
@@ -6892,7 +6896,8 @@ static moqc_gemm_choice moqc_bytes_find(int form, int grouped, int tokens)
     case MOQK_FAST_U8: return moqc_bytes_for<MOQK_FAST_U8, 0>(tokens);
     default:
         if (tokens == 64) return grouped ? moqc_bytes_of<MOQK_FAST_E4M3, 1, 64>() : moqc_bytes_of<MOQK_FAST_E4M3, 0, 64>();
-        return grouped ? moqc_bytes_of<MOQK_FAST_E4M3, 1, 128>() : moqc_bytes_for<MOQK_FAST_E4M3, 0>(tokens);
+        if (grouped) return tokens == 160 ? moqc_bytes_of<MOQK_FAST_E4M3, 1, 160>() : moqc_bytes_of<MOQK_FAST_E4M3, 1, 128>();
+        return moqc_bytes_for<MOQK_FAST_E4M3, 0>(tokens);
     }
 }
 
@@ -6919,16 +6924,18 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
    Up to 192 tokens decoding 4-bit integers takes 3 to 15 % longer, up to 128 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
-    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[11] = {
+    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[12] = {
         {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
         {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 6.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
-        {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {256, MOQC_BYTES, 0.52, 2.5, 9}};
+        {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
+        {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
     double least = 1e30;
-    for (int i = 0; i < 11; i++) {
+    for (int i = 0; i < 12; i++) {
         const int32_t tokens = tiles[i].tokens;
         if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
-        if ((tokens & (tokens - 1) && moqk_fast_bits(form) == 8) || (tokens == 32 && moqk_fast_bits(form) != 4)) continue;
+        if (tokens & (tokens - 1) && (moqk_fast_bits(form) == 8) != (which == MOQC_BYTES)) continue; /* codes of 8 bits: only where they stay bytes */
+        if (tokens == 32 && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
         if (tokens == 64 && which == MOQC_BYTES && form != MOQK_FAST_E4M3) continue;
         if (j->call.tiles && tokens < j->call.m + 8) continue;
