@@ -3210,6 +3210,8 @@ static int check_names(const options *o, const verb_row *verb)
     moq_kv_format kv;
     int bad = o->recipe ? check_recipe(o->recipe) : 0;
     if (!bad && o->quantize) bad = check_recipe(o->quantize);
+    if (!bad && o->weights && strcmp(o->weights, "mapped") != 0 && strcmp(o->weights, "copied") != 0)
+        bad = refuse("--weights: '%s' is not known; there are mapped and copied", o->weights);
     for (int i = 0; !bad && i < o->rule.count; i++)
         if (strchr(o->rule.item[i], '=')) bad = check_recipe(strrchr(o->rule.item[i], '=') + 1);
     if (bad || !o->kv || strcmp(o->kv, "auto") == 0 || moq_kv_format_find(o->kv, &kv)) return bad;

@@ -771,7 +771,8 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
         read[3 * i + 1] = span_of(&copy[i].l.scales);
         read[3 * i + 2] = span_of(&copy[i].l.zeros);
         prepared[i] = be->prepare_linear(be, &copy[i].l, 1, &err);
-        if (!prepared[i]) bad = refuse_error(NULL, &err);
+        const int copied = b->o->weights && strcmp(b->o->weights, "copied") == 0 && be->copy_weight;
+        if (!prepared[i] || (copied && be->copy_weight(be, prepared[i], &err) != MOQ_OK)) bad = refuse_error(NULL, &err);
     }
     if (be->explain) be->explain(be, &w.l, kernel, sizeof kernel);
     kernel[strcspn(kernel, ":")] = 0;
