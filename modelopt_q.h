@@ -83,7 +83,8 @@
                          >>runs         rows of 4, 8 or 16 bits times a few inputs, for AVX2 and NEON
                          >>panels       weights turned once for many inputs
                          >>integers     integer codes times 8-bit inputs
-                         >>inplace      the same for a few inputs, where the codes lie
+                         >>inplace      the same for a few inputs, where the codes lie: these inputs
+                         >>passes       rows of such codes times them
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
@@ -11715,7 +11716,7 @@ struct moqi_tiled;
 struct moqi_panel;
 typedef struct moqi_way {
     const char *name;         /* for explain: "4-bit codes in place" */
-    int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels */
+    int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels; MOQI_TWINS: BF16 for codes in place */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
     /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units of 2 and 4. `step`: words from
@@ -11907,6 +11908,7 @@ static const uint8_t *moqi_codes_end(const moqi_tiled *p)
 static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
 
 enum { MOQI_DOT_WORDS = 96 }; /* AVX-512: of a digit of 256 columns of x */
+enum { MOQI_TWINS = 8 /* a moqi_way's unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */ };
 #endif
 
 /* Does x enter the product as it is? */
@@ -11945,6 +11947,9 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
         return rows + first * ld + moqi_tile_place(i - first, moqi_min(MOQI_WAY_TOKENS, m - first), ld, step);
     }
     if (way && way->unit == 2) some = words = 16;
+#ifdef MOQI_DOTS
+    if (way && way->unit == MOQI_TWINS) { some = 8; words = MOQI_TWIN_WORDS; }
+#endif
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
@@ -14331,7 +14336,7 @@ MOQI_LINES_BEGIN
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>inplace         integer codes times 8-bit inputs where the codes lie, for AVX-512 VNNI
+   >>inplace         inputs of 8 bits for integer codes that are read where they lie, for AVX-512 VNNI
    For the few rows of x that do not pay for a panel. Sums are as exact as those of >>integers.
    ------------------------------------------------------------------------------------------------ */
 
@@ -14530,6 +14535,14 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
     }
 }
 
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>passes          integer codes times such inputs where the codes lie, for AVX-512 VNNI
+   A few rows of weights meet a few rows of x in registers; what of either has to wait stays in the first-level cache.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_X86
 /* What one pass over columns [first, end) of some rows needs. */
 typedef struct moqi_dot_pass {
     const moqi_tiled *p;
@@ -15000,6 +15013,16 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_two_512(const uint8_t *const *src, const uin
 
 enum { MOQI_DOT_STRIP = 32 };
 
+/* A block of two rows that reaches over the last code is copied. */
+static void moqi_dot_edge(const uint8_t **src, const uint8_t *end, uint8_t (*edge)[128])
+{
+    for (int i = 0; i < 2; i++) {
+        memset(edge[i], 0, 128);
+        memcpy(edge[i], src[i], (size_t)moqi_min(128, end - src[i]));
+        src[i] = edge[i];
+    }
+}
+
 /* Up to 32 rows of weights, block by block, so that x and the sums stay in the first-level cache; what the next 32 rows begin with is asked for meanwhile. The
    last of an odd number is taken twice. sum: [rows / 2][slots][16] */
 MOQI_INLINE MOQI_VNNI void moqi_dot_strip_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *sum, int lie)
@@ -15018,11 +15041,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_strip_512(const moqi_dot_pass *pass, int64_t
             uint8_t edge[2][128];
             moqi_dot_ask(ask, 4, 1);
             moqi_dot_ask(ask_scales, 1, 1);
-            for (int i = 0; end - src[1] < 128 && i < 2; i++) {
-                memset(edge[i], 0, 128);
-                memcpy(edge[i], src[i], (size_t)moqi_min(128, end - src[i]));
-                if (i == 1) { src[0] = edge[0]; src[1] = edge[1]; }
-            }
+            if (end - src[1] < 128) moqi_dot_edge(src, end, edge);
             moqi_dot_two_512(src, of, p->groups - (c >> shift), x, slots, sum + r / 2 * slots * 16, pass, lie);
         }
 }
@@ -16248,10 +16267,134 @@ MOQI_BF16 static void moqi_block_pairs_512(const moqi_panel *w, const float *x, 
         }
 }
 
-/* Measured on a Zen 4: 4-bit codes in place take longer from 9 rows of x on; rows of 8 and 16 bits, which fill the bus, from about 17. */
+/* ---- 4-bit codes in place ----
+   For several rows of x, 8 at most in one go: 16 columns of a row of weights are summed in a lane, as in >>inplace, and one multiply-add gives the sum its
+   scale. Values of codes are exact in BF16, so scales round nothing. x: [256 columns][row][8 vectors] of pairs, columns 4 apart, in the order of nibbles that
+   moqi_dot_pairs_512 leaves. */
+
+/* Two digits of 8 bits take as many dot products, but 4 operations more on the same pipes for every 16. */
+static int moqi_twin_takes(const moqi_tiled *p)
+{
+    const int fit = p->form == MOQI_CODES_NIBBLES && !p->rounds && p->input_bits <= 16 && moqi_dot_lie_512(p) != MOQI_DOT_AFAR;
+    return fit && !p->requant && !p->order && !p->zeros && moqi_i8_nibbles(p) && (p->bf16 || moqi_dot_digits(p) == 2) ? 3 : 0;
+}
+
+MOQI_AVX512 static void moqi_twin_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    uint16_t place[32];
+    (void)p;
+    for (int i = 0; i < 32; i++) place[i] = (uint16_t)((i / 2 % 2 * 2 + i / 16) * 8 + i / 4 % 4 + i % 2 * 4); /* [dword % 2][shift][dword / 2][pair] */
+    const __m512i order = _mm512_loadu_si512(place);
+    for (int64_t c = 0; c < (n + 255) / 256 * 256; c += 32) {
+        const __mmask32 some = n - c >= 32 ? 0xffffffffu : n > c ? ((__mmask32)1 << (n - c)) - 1 : 0;
+        const __m512i a = moqi_bf16_512(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + c));
+        const __m512i b = moqi_bf16_512(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + c + 16));
+        float *to = out + c / 256 * step + c / 32 % 4 * 4 + c / 128 % 2 * 2;
+        uint64_t words[8];
+        _mm512_storeu_si512(words, _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b), 1)));
+        for (int i = 0; i < 8; i++) memcpy(to + 16 * i, &words[i], 8);
+    }
+}
+
+/* A block of two rows of weights times `slots` rows of x. sum: [2 rows, `next` words apart][slots][16] */
+MOQI_INLINE MOQI_BF16 void moqi_twin_two_512(const uint8_t *const *src, const __m512 *s, __m512i values, const float *x, int64_t slots, float *sum, int64_t next)
+{
+    __m512bh code[2][8];
+    MOQI_UNROLL for (int r = 0; r < 2; r++) {
+        __m512i v[2];
+        moqi_dot_pairs_512(_mm512_loadu_si512(src[r]), _mm512_loadu_si512(src[r] + 64), v);
+        MOQI_UNROLL for (int i = 0; i < 8; i++) {
+            code[r][i] = (__m512bh)_mm512_permutexvar_epi16(v[i / 4], values);
+            v[i / 4] = _mm512_srli_epi16(v[i / 4], 4);
+        }
+    }
+    for (const float *const end = x + slots * MOQI_TWIN_WORDS; x != end; x += MOQI_TWIN_WORDS, sum += 16) {
+        __m512 q[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        MOQI_UNROLL for (int i = 0; i < 8; i++) {
+            const __m512bh u = (__m512bh)_mm512_loadu_si512(x + 16 * i);
+            q[0] = _mm512_dpbf16_ps(q[0], code[0][i], u);
+            q[1] = _mm512_dpbf16_ps(q[1], code[1][i], u);
+        }
+        _mm512_storeu_ps(sum, _mm512_fmadd_ps(q[0], s[0], _mm512_loadu_ps(sum)));
+        _mm512_storeu_ps(sum + next, _mm512_fmadd_ps(q[1], s[1], _mm512_loadu_ps(sum + next)));
+    }
+}
+
+enum { MOQI_TWIN_STRIP = 16 };
+
+/* Up to 16 rows of weights, as in moqi_dot_strip_512. sum: [rows][slots][16] */
+MOQI_INLINE MOQI_BF16 void moqi_twin_strip_512(const moqi_tiled *p, const moqi_dot_pass *pass, int64_t row, int64_t rows, const float *x, int64_t slots, float *sum,
+                                               int lie)
+{
+    const int shift = lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4, bf16 = p->scale_dtype == MOQ_BF16;
+    const int64_t size = lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1, groups = p->scale_stride * size;
+    const uint8_t *codes = p->codes + row * p->row_bytes, *scales = p->scales + (p->scale_first + row) * groups, *const end = moqi_codes_end(p);
+    const uint8_t *ask = codes + rows * p->row_bytes, *ask_scales = scales + rows * groups;
+    const __m512i lane = _mm512_loadu_si512(pass->lane), zero = _mm512_castps_si512(_mm512_set1_ps(p->zero));
+    const __m256i v = _mm512_cvtepi32_epi16(moqi_bf16_512(_mm512_sub_ps(_mm512_loadu_ps(p->table), _mm512_castsi512_ps(zero))));
+    const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(v), v, 1);
+    memset(sum, 0, (size_t)((rows + 1) / 2 * 2 * slots * 16) * sizeof *sum);
+    for (int64_t c = 0; c < p->layer.cols; c += 256, x += slots * MOQI_TWIN_WORDS, codes += 128, scales += (256 >> shift) * size)
+        for (int64_t r = 0; r < rows; r += 2, ask += 256, ask_scales += (512 >> shift) * size) {
+            const int64_t next = r + 1 < rows;
+            const uint8_t *src[2] = {codes + r * p->row_bytes, codes + (r + next) * p->row_bytes}, *of = scales + r * groups;
+            __m512 s[2];
+            uint8_t edge[2][128];
+            moqi_dot_ask(ask, 4, 1);
+            moqi_dot_ask(ask_scales, 1, 1);
+            if (end - src[1] < 128) moqi_dot_edge(src, end, edge);
+            s[0] = moqi_dot_near_512(of, p->groups - (c >> shift), lie, bf16, lane, _mm512_cvtepi32_epi8(lane));
+            s[1] = moqi_dot_near_512(of + next * groups, p->groups - (c >> shift), lie, bf16, lane, _mm512_cvtepi32_epi8(lane));
+            moqi_twin_two_512(src, s, values, x, slots, sum + r * slots * 16, slots * 16);
+        }
+}
+
+#define MOQI_TWIN_STRIPS(name, lie) \
+    MOQI_BF16 static void moqi_twin_strip_##name(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *sum) \
+    { moqi_twin_strip_512(pass->p, pass, row, rows, pass->x, pass->slots, sum, lie); }
+MOQI_TWIN_STRIPS(e4m3, MOQI_DOT_E4M3)
+MOQI_TWIN_STRIPS(e8m0, MOQI_DOT_E8M0)
+MOQI_TWIN_STRIPS(f32, MOQI_DOT_F32)
+MOQI_TWIN_STRIPS(half, MOQI_DOT_HALF)
+#undef MOQI_TWIN_STRIPS
+static const moqi_dot_strip_fn moqi_twin_strips[5] = {NULL, moqi_twin_strip_e4m3, moqi_twin_strip_e8m0, moqi_twin_strip_f32, moqi_twin_strip_half}; /* [MOQI_DOT_...] */
+
+MOQI_AVX512 static void moqi_twins_512(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                                       int64_t ldy, float *scratch)
+{
+    const float mul = p->factor * (p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
+    const int lie = moqi_dot_lie_512(p);
+    float sum[MOQI_TWIN_STRIP * 8 * 16] MOQI_ALIGNED, *out = scratch;
+    moqi_dot_pass s;
+    (void)way;
+    s.p = p;
+    moqi_dot_order_512(p, s.lane);
+    for (int64_t j = 0; j < m; j += s.slots) {
+        s.x = x + j * ldx;
+        s.slots = (int)moqi_min(8, m - j);
+        for (int64_t r = 0; r < rows; r += MOQI_TWIN_STRIP) {
+            const int64_t n = moqi_min(MOQI_TWIN_STRIP, rows - r);
+            moqi_twin_strips[lie](&s, row + r, n, sum);
+            moqi_stream_sums_512(sum, n * s.slots);
+            for (int64_t i = 0; i < n * s.slots; i++) out[i % s.slots * rows + r + i / s.slots] = sum[i];
+        }
+        const int numbers = moqi_dot_numbers_512(p, lie, row, rows);
+        for (int64_t t = 0; t < s.slots; t++) {
+            float *to = y + (j + t) * ldy;
+            moqi_stream_give_512(p->bias ? p->bias + row : NULL, NULL, mul, out + t * rows, rows, to);
+            for (int64_t r = 0; !numbers && r < rows; r++) /* a scale that is no number makes its row none */
+                if (!moqi_dot_numbers_512(p, lie, row + r, 1)) to[r] = moqi_bits_f32(0x7fc00000u);
+        }
+    }
+}
+
+static const moqi_way moqi_twin_way = {"codes in place, BF16 pairs", MOQI_TWINS, moqi_twin_takes, moqi_twin_arrange, moqi_twins_512, NULL, NULL};
+
+/* Measured on a Zen 4: 4-bit codes in place take longer from 25 rows of x on, where two digits are needed from 9; rows of 8 and 16 bits, which fill the
+   bus, from about 17. */
 static int moqi_pairs_take(const moqi_tiled *p)
 {
-    const int from = moqi_dot_takes_512(p) ? 9 : moqi_stream_takes_512(p) ? 17 : 2;
+    const int from = moqi_twin_takes(p) ? 25 : moqi_dot_takes_512(p) ? 9 : moqi_stream_takes_512(p) ? 17 : 2;
     return moqi_panel_takes_any(p) && p->input_bits <= 16 && !p->order && !p->layer.lora_a.data ? from : 0;
 }
 
@@ -18033,7 +18176,7 @@ static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, mo
 /* Zen 4 and later: BF16 dot products run as fast as multiply-adds (Intel's at half the rate). The prefetcher of the second-level cache follows
    streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers.
    It is too small for x too, and the second one gives half a vector in the time of a multiply-add of three or four. */
-static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_pairs, &moqi_i8_way_512,
+static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_twin_way, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_pairs, &moqi_i8_way_512,
                                                  &moqi_pairs_way, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768, 1};
@@ -18420,7 +18563,7 @@ static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text,
 #ifdef MOQI_X86
         if (p.way[i] == &moqi_stream_way_pairs) unit = 2;
 #endif
-        if (p.way[i]->unit > 1) unit = p.way[i]->unit == 4 && p.input_bits == 16 ? 16 : p.way[i]->unit;
+        if (p.way[i]->unit > 1) unit = p.way[i]->unit == 4 && p.input_bits == 16 ? 16 : p.way[i]->unit == MOQI_TWINS ? 2 : p.way[i]->unit;
     }
     return unit;
 }
@@ -18481,6 +18624,9 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
     if (memcmp(a->way, b->way, sizeof a->way) != 0 || memcmp(a->from, b->from, sizeof a->from) != 0) return 0;
     if (a->input_bits != b->input_bits || moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
     if (a->way[0] && (a->dtype != b->dtype || a->group_cols != b->group_cols || !a->zeros != !b->zeros)) return 0;
+#ifdef MOQI_X86
+    if (moqi_dot_packs_512(a) != moqi_dot_packs_512(b) || moqi_dot_bits_512(a) != moqi_dot_bits_512(b)) return 0;
+#endif
     if (a->rounds != b->rounds || a->order || b->order || u->hadamard_size != v->hadamard_size || u->cols != v->cols) return 0;
     if (!moqi_same_bytes(&u->hadamard_scale, &v->hadamard_scale, 4) || !moqi_same_bytes(a->smooth, b->smooth, (size_t)u->cols * 4)) return 0;
     if (!moqi_same_bytes(a->rotation, b->rotation, (size_t)u->hadamard_size * (size_t)u->hadamard_size * 4)) return 0;
