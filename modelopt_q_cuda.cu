@@ -8740,11 +8740,8 @@ __host__ __device__ static constexpr int moqk_stream_step(int kind, int dim)
     return MOQK_STREAM_KEYS * 2 * moqk_stream_row(kind, dim) + 2 * moqk_stream_scales(kind, dim);
 }
 
-/* Steps of a warp's ring at most: 64 KiB of a block are on their way. Twice as much made 32,768 positions take 5 % longer. */
-__host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim)
-{
-    return 2 + 65535 / (moqk_stream_step(kind, dim) * moqk_stream_warps(kind, dim));
-}
+/* Steps of a warp's ring at most: with twice as many on their way 32,768 positions took 5 % longer, also where steps are short. */
+__host__ __device__ static constexpr int moqk_stream_stages(int kind, int dim) { return moqk_stream_row(kind, dim) >= 256 ? 2 : 3; }
 
 /* Floats of a head's sums as warps leave them in shared memory: stores of 16 bytes meet different banks for 128 values. */
 __host__ __device__ static constexpr int moqk_stream_sums(int dim) { return dim + 4; }
@@ -8810,7 +8807,8 @@ template <int DIM> struct moqk_stream_query {
 
 /* Each warp makes a share of the operands, into ops [DIM / 16][32], for all. queries [8][R]: heads that have entered, not yet times `unit`. */
 template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_stream_queries(const moqk_kv &keys, int32_t dim, const float *k_bias, float unit, float *queries, int many, float *bias, uint4 *ops)
+__device__ __forceinline__ void moqk_stream_queries(const moqk_kv &keys, int32_t dim, const float *k_bias, float unit, float *queries, int many, float *bias,
+                                                    uint4 *ops)
 {
     constexpr int BF = KIND == MOQK_KV_BF16, R = moqk_tensor_row(DIM);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -8828,8 +8826,8 @@ __device__ __forceinline__ void moqk_stream_queries(const moqk_kv &keys, int32_t
         uint32_t hi[2], lo[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) /* two pairs of dimensions */
-            moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i)], unit), __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i + 1)], unit),
-                             &hi[i], &lo[i]);
+            moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i)], unit),
+                             __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i + 1)], unit), &hi[i], &lo[i]);
         const int second = !many && (lane & 4);
         ops[s * 32 + lane] = make_uint4(second ? lo[0] : hi[0], second ? lo[1] : hi[1], lo[0], lo[1]);
     }
@@ -8892,7 +8890,8 @@ template <int KIND, int DIM>
 __device__ __forceinline__ void moqk_stream_scores(uint32_t step, uint32_t scales, const moqk_stream_query<DIM> &q, int many, int lane, float s[2][2])
 {
     constexpr int ROW = moqk_stream_row(KIND, DIM), BF = KIND == MOQK_KV_BF16, BLOCKS = moqk_stream_blocks(KIND, DIM);
-    constexpr int WORDS = ROW < 64 ? 2 : 4, PAIRS = 32 / moqk_kv_bits(KIND) / 2, STEPS = WORDS * PAIRS / 2; /* words of a piece; steps that a piece of four lanes makes */
+    /* Words of a piece, pairs of a word, steps that a piece of four lanes makes. */
+    constexpr int WORDS = ROW < 64 ? 2 : 4, PAIRS = 32 / moqk_kv_bits(KIND) / 2, STEPS = WORDS * PAIRS / 2;
     const int g = lane >> 2, t = lane & 3;
     const uint32_t first = ROW < 64 ? moqk_stream_at<ROW>(g, t >> 1) + (t & 1) * 8 : moqk_stream_at<ROW>(g, t);
     float c[2][2][4] = {{{0, 0, 0, 0}, {0, 0, 0, 0}}, {{0, 0, 0, 0}, {0, 0, 0, 0}}}; /* of steps in turn */
@@ -8930,7 +8929,8 @@ template <int ROW> __device__ __forceinline__ uint32_t moqk_stream_matrices(int 
 
 __device__ __forceinline__ void moqk_turned_matrices(uint32_t at, uint32_t (&r)[4])
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
 /* The BLOCKS <= 8 scales of one position. */
@@ -10756,7 +10756,8 @@ static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
     }
     a->ahead = c->sm >= 90 && !a->given && a->rows * groups * a->splits <= c->sm_count; /* blocks that wait for each other begin when all others have ended */
     const dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
-    const int shared = warps * a->places * step + moqk_stream_room(dim) + join;
+    int shared = warps * a->places * step + moqk_stream_room(dim) + join;
+    if (a->given) shared = (int)moqc_max(shared, c->most_shared / 2 + 1024); /* two of them on one multiprocessor would keep all others waiting */
     if (c->capturing) moqc_all_shared(c, (const void *)kernel);
     moqc_launch_early(c, kernel, grid, 32 * warps, shared, a->clustered ? a->splits : a->given ? 0 : 1, "attention", *a);
 }
@@ -10772,7 +10773,8 @@ static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
     a->stats = (float2 *)(void *)(c->partial + (int64_t)a->rows * a->heads * a->splits * moqk_pad(a->c.v.dim, 4));
     a->arrived = c->arrived;
     dim3 grid((unsigned)a->splits, (unsigned)groups, (unsigned)a->rows);
-    const size_t first = (size_t)heads * (size_t)(a->c.k.padded + MOQK_KEYS) * 4, last = (size_t)(128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)a->c.v.padded * 4;
+    const size_t first = (size_t)heads * (size_t)(a->c.k.padded + MOQK_KEYS) * 4;
+    const size_t last = (size_t)(128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)a->c.v.padded * 4;
     size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)a->splits * 4;
     if (join > shared) shared = join;
 #define MOQC_CALL(K) \
