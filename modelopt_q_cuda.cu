@@ -6921,12 +6921,12 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
 /* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two to four blocks of a cluster share
    or that runs of units meet in, measured on one H200. Blocks that run through tiles of their own do not share x in the cache: 8 % slower, and no gain
    where the last round is three quarters full.
-   Up to 192 tokens decoding 4-bit integers takes 3 to 15 % longer, up to 128 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
+   Up to 192 tokens decoding 4-bit integers takes 3 to 15 % longer, up to 64 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
     static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[12] = {
         {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
-        {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 6.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
+        {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 7.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
         {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
         {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
@@ -6942,7 +6942,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         const int halves = which == MOQC_WGMMA && moqk_teams(form, tokens, 0) == 4;
         double more = 1;
         if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = tokens == 32 ? 1.15 : tokens == 64 ? 1.03 : 1.1;
-        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 128 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 64 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
         const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab) * more;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
