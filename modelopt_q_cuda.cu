@@ -51,6 +51,7 @@
        >>cuda-attention-host   which of them runs
        >>cuda-moe        mixtures of experts: routing, grouping, the weighted sum
        >>cuda-moe-few    the same of few rows on SM90, 4-bit weights: one launch
+       >>cuda-moe-runs   the same of few rows for each of many experts: two launches
        >>cuda-moe-host   which of them runs, and their launches
        >>cuda-ssm        state-space mixers; copies of heads
        >>cuda-backend    graphs, the function table, creation
@@ -92,7 +93,9 @@ extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dty
 enum {
     MOQC_SLOTS = 4,               /* pinned staging: so many pieces of */
     MOQC_SLOT_BYTES = 4 << 20,
-    MOQC_MOE_ROWS = 1024,         /* rows of one pass through a mixture of experts */
+    MOQC_MOE_ROWS = 2048,         /* rows of one pass through a mixture of experts */
+    MOQC_MOE_FED = 1024,          /* the same where inputs go through the feed */
+    MOQC_MOE_EACH = 12,           /* choices of an expert, on average, up to which experts that could do without may go through it */
     MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
     MOQC_GIVEN = 4 * 24,          /* bytes of what splits of attention give to one of them, per value of a head: 8 heads are 2 quads, shares less than twice that */
     MOQC_TILE_TOKENS = 304,       /* the most rows of x in a tile of >>cuda-gemm */
@@ -109,7 +112,7 @@ typedef struct moqc_block {
 /* Room that everything prepared so far needs; counts of elements. A row is a row of a call, a choice a pair of row and expert. */
 typedef struct moqc_need {
     int64_t cols, rank;                      /* per row */
-    int64_t moe_cols, moe_rank, moe_hidden, moe_out; /* per choice */
+    int64_t moe_cols, moe_feed, moe_rank, moe_hidden, moe_out; /* per choice; moe_feed: of those that always go through the feed */
     int64_t moe_top;                         /* choices per row */
     int64_t experts;
     int64_t partial;                         /* per partial result of attention */
@@ -503,11 +506,13 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
 {
     const moqc_need *n = &c->need;
     int64_t rows = c->be.max_rows, moe = n->moe_top > 0 ? moqc_min(rows, MOQC_MOE_ROWS) : 0, choices = moe * n->moe_top;
+    const int64_t always = moqc_min(moe, MOQC_MOE_FED) * n->moe_top, few = moqc_min(choices, MOQC_MOE_EACH * n->experts);
+    const int64_t fed = moqc_max(always * n->moe_feed, few * n->moe_cols);
     c->moe_rows = moe;
-    c->t = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, choices * n->moe_cols), 4);
-    c->r = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, choices * n->moe_cols), 4);
+    c->t = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, fed), 4);
+    c->r = (float *)moqc_carve(v, 1, moqc_max(rows * n->cols, fed), 4);
     c->parted = (uint8_t *)moqc_carve(v, moqc_min(rows, 16), moqk_pad(moqc_max(n->cols, n->rank), 256), 4);
-    c->mid = (float *)moqc_carve(v, 1, moqc_max(rows * n->rank, choices * n->moe_rank), 4);
+    c->mid = (float *)moqc_carve(v, 1, moqc_max(rows * n->rank, always * n->moe_rank), 4);
     c->hidden = (float *)moqc_carve(v, choices, n->moe_hidden, 4);
     c->out = (float *)moqc_carve(v, choices, n->moe_out, 4);
     c->weight = (float *)moqc_carve(v, 1, choices, 4);
@@ -521,7 +526,7 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
     c->arrived = (int32_t *)moqc_carve(v, 1, n->partial > 0 ? MOQC_PARTIALS : 0, 4);
     const int64_t past = MOQC_TILE_TOKENS + 8, tokens = rows > MOQC_FEW_ROWS && n->cols > 0 ? rows + past : 0,
                   chosen = rows > MOQC_FEW_ROWS && choices > 0 ? choices + past : 0;
-    c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), 4);
+    c->x16 = (uint8_t *)moqc_carve(v, 1, moqc_max(tokens * moqk_pad(n->cols, 256), chosen * moqk_pad(n->moe_cols, 256)), c->bf16 ? 2 : 4);
     c->token_unit = (float *)moqc_carve(v, 1, moqc_max(tokens, chosen) + 1, 4); /* read in pairs */
     c->partial_sums = (float *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 2 * 128 * MOQC_TILE_TOKENS, 4);
     c->turn = (int32_t *)moqc_carve(v, tokens + chosen > 0 ? c->sm_count : 0, 4, 4);
@@ -605,7 +610,7 @@ static void moqc_all_shared(moqc_ctx *c, const void *kernel)
 }
 
 /* A launch that may begin while the kernel before it ends; from SM90 on. */
-template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, const char *what, void (*kernel)(A...), dim3 grid, unsigned threads,
+template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, const char *what, void (*kernel)(A...), dim3 grid, dim3 threads,
                                                                size_t shared, B... args)
 {
     cudaLaunchConfig_t how = {};
@@ -614,7 +619,7 @@ template <typename... A, typename... B> static void moqc_chain(moqc_ctx *c, cons
     with[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     with[0].val.programmaticStreamSerializationAllowed = 1;
     how.gridDim = grid;
-    how.blockDim = dim3(threads);
+    how.blockDim = threads;
     how.dynamicSmemBytes = shared;
     how.stream = c->stream;
     how.attrs = with;
@@ -3917,6 +3922,38 @@ __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
     }
 }
 
+/* Eight values of an activation; up: those behind the gate's, or none. */
+__device__ __forceinline__ void moqk_activate8(const moq_activation_desc &a, float2 *v, const float2 *up)
+{
+#pragma unroll
+    for (int t = 0; t < 4; t++) v[t] = make_float2(moqk_activate(a, v[t].x, up[t].x), moqk_activate(a, v[t].y, up[t].y));
+}
+
+/* The same of rows that go through an activation first, [gate | up] or up alone: 8 lanes share a token's 64 columns. Grid: slabs, 32
+   tokens. */
+__global__ void __launch_bounds__(256) moqk_pack_activated(moqk_pack_args a, moq_activation_desc activation)
+{
+    moqk_dependents_may_start();
+    moqk_wait_for_before();
+    const int32_t c = threadIdx.x & 7, slab = blockIdx.x, m = blockIdx.y * 32 + (threadIdx.x >> 3), col = slab * 64 + 8 * c;
+    if (m >= a.m) return;
+    const int inside = col < a.cols;
+    float2 v[4], up[4];
+    moqk_get8(a, m * a.ldx + col, inside, v);
+    moqk_get8(a, m * a.ldx + (activation.kind == MOQ_RELU2 ? 0 : a.cols) + col, inside, up);
+    if (inside) moqk_activate8(activation, v, up);
+    uint32_t w[4], low[4];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const float x = v[t].x * a.up, y = v[t].y * a.up;
+        w[t] = moqk_pack(x, y);
+        low[t] = moqk_pack(x - __uint_as_float(w[t] << 16), y - __uint_as_float(w[t] & 0xffff0000u));
+    }
+    uint8_t *to = a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((c ^ (m & 7)) << 4);
+    *(uint4 *)(void *)to = make_uint4(w[0], w[1], w[2], w[3]);
+    if (a.parts > 1) *(uint4 *)(void *)(to + a.slabs * a.tokens * 128) = make_uint4(low[0], low[1], low[2], low[3]);
+}
+
 /* ---- a block's work ---- */
 
 /* A run of units of one tile, and what the tile is. */
@@ -5673,6 +5710,7 @@ typedef struct moqc_job {
     moqk_call call;            /* call.parts: the same on the device */
     int64_t row_blocks4, row_blocks128; /* groups of 4 and of 128 rows of these parts */
     uint32_t kinds;            /* bit per moqk_kind among them, all experts */
+    const moq_activation_desc *fused; /* x goes through it first, which the launcher sees to; or NULL */
 } moqc_job;
 
 typedef struct moqc_kernel {
@@ -6076,6 +6114,8 @@ static moqc_bank *moqc_bank_create(moqc_ctx *c, const moq_linear *const *roles, 
 
 /* ---- running products ---- */
 
+static int moqc_packs(const moqc_bank *b, const void *x, int64_t ldx, int64_t rows); /* see >>cuda-gemm-host */
+
 /* Inputs and outputs of one product over a whole bank. */
 typedef struct moqc_run {
     const void *x;             /* [rows, ldx] of the activation type, or F32 (x_f32) */
@@ -6133,7 +6173,8 @@ static const moqc_kernel *moqc_kernel_of(const moqc_bank *b, const moqc_part *p,
 }
 
 /* Parts [first, first + count) of array `which` (0 weights, 1 A, 2 B), cut into runs with the same kernel. */
-static void moqc_launch_parts(moqc_ctx *c, const moqc_bank *b, int which, int32_t first, int32_t count, const moqk_call *base, int64_t rows)
+static void moqc_launch_parts(moqc_ctx *c, const moqc_bank *b, int which, int32_t first, int32_t count, const moqk_call *base, int64_t rows,
+                              const moq_activation_desc *fused = NULL)
 {
     int32_t start = which * b->experts * b->parts + first, regime = moqc_regime(rows);
     uint8_t *y = (uint8_t *)base->y;
@@ -6162,6 +6203,7 @@ static void moqc_launch_parts(moqc_ctx *c, const moqc_bank *b, int which, int32_
         j.call.expert_stride = b->parts;
         j.call.part_count = next - i;
         j.call.y = y;
+        j.fused = fused;
         if (k) k->launch(&j);
         y += y_rows * (base->y_bf16 ? 2 : 4);
     }
@@ -6182,7 +6224,7 @@ static void moqc_run_bank(moqc_ctx *c, const moqc_bank *b, const moqc_run *u)
         const int plain = !u->fused && ((uintptr_t)u->x & 15) == 0 && (u->ldx * x_elem) % 16 == 0;
         int raw = plain;
         for (int32_t k = i; k < next; k++) raw = raw && (b->raw[k] >> moqc_regime(rows) & 1);
-        const int direct = raw || (plain && b->direct[i]);
+        const int packs = u->fused && b->parts == 1 && moqc_packs(b, u->x, u->ldx, rows), direct = raw || packs || (plain && b->direct[i]);
         if (!direct) moqc_launch_feed(c, b, i, u, has_lora, ld);
         moqk_call a;
         memset(&a, 0, sizeof a);
@@ -6199,7 +6241,7 @@ static void moqc_run_bank(moqc_ctx *c, const moqc_bank *b, const moqc_run *u)
         a.tiles = u->tiles;
         a.most_tiles = u->most_tiles;
         a.raw = (uint8_t)raw;
-        moqc_launch_parts(c, b, 0, i, next - i, &a, rows);
+        moqc_launch_parts(c, b, 0, i, next - i, &a, rows, packs ? u->fused : NULL);
         for (int32_t k = i; k < next && has_lora; k++) { /* one low-rank branch at a time: y += B (A t) */
             const moqc_part *part = &b->part[k];
             moqk_call low = a;
@@ -6915,6 +6957,13 @@ static moqc_mma_kernel moqc_mma_find(int form, int grouped)
 
 enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
 
+enum { MOQC_TILES = 12 };
+static const struct { int32_t tokens, which; double slab, end, shared_end; } moqc_tiles[MOQC_TILES] = { /* see moqc_cut_gemm */
+    {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
+    {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 7.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
+    {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
+    {256, MOQC_BYTES, 0.52, 2.5, 9}};
+
 /* How a launch is cut: tokens of a tile, blocks, tiles that are not cut; blocks of a cluster. */
 typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm_cut;
 
@@ -6924,16 +6973,11 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
    Up to 192 tokens decoding 4-bit integers takes 3 to 15 % longer, up to 64 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
-    static const struct { int32_t tokens, which; double slab, end, shared_end; } tiles[12] = {
-        {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
-        {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 7.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
-        {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
-        {256, MOQC_BYTES, 0.52, 2.5, 9}};
     moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
     double least = 1e30;
-    for (int i = 0; i < 12; i++) {
-        const int32_t tokens = tiles[i].tokens;
-        if (tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
+    for (int i = 0; i < MOQC_TILES; i++) {
+        const int32_t tokens = moqc_tiles[i].tokens;
+        if (moqc_tiles[i].which != which || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
         if (tokens & (tokens - 1) && (moqk_fast_bits(form) == 8) != (which == MOQC_BYTES)) continue; /* codes of 8 bits: only where they stay bytes */
         if (tokens == 32 && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
@@ -6943,7 +6987,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         double more = 1;
         if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = tokens == 32 ? 1.15 : tokens == 64 ? 1.03 : 1.1;
         if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 64 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
-        const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : tiles[i].slab) * more;
+        const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : moqc_tiles[i].slab) * more;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         const int runs_of_units = which == MOQC_MMA ? 1 : 4; /* before them 1 to 4 blocks of a cluster a tile (mma: 1) */
@@ -6960,9 +7004,9 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
             if (cut && which != MOQC_MMA && !j->c->gemm_cut && 4 * (count % runs) >= 3 * runs) continue;
             const double run = cut ? (which == MOQC_MMA ? 1 : 1.08) * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
             const double longest = (double)(rounds * moqk_ceil(units, split)) + run;
-            const double end = split > 1 ? tiles[i].shared_end * (halves ? 0.4 + 0.3 * split : 1) : tiles[i].end;
+            const double end = split > 1 ? moqc_tiles[i].shared_end * (halves ? 0.4 + 0.3 * split : 1) : moqc_tiles[i].end;
             const double joins = !cut ? 0 : which == MOQC_WGMMA ? (rounds > 0 ? 1.15 : 2.1) : rounds > 0 ? 1 : 1.8;
-            const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + joins * tiles[i].shared_end;
+            const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + joins * moqc_tiles[i].shared_end;
             if (time >= least) continue;
             least = time;
             best.tokens = tokens;
@@ -7066,6 +7110,10 @@ static void moqc_pack(const moqc_job *j, const moqk_part *p, int form, float up,
     a.unit = b->unit;
     a.x_bf16 = j->call.x_bf16;
     a.whole = moqc_whole_x(&j->call, p->cols);
+    if (j->fused) {
+        moqc_launch_early(c, moqk_pack_activated, dim3((unsigned)a.slabs, (unsigned)moqk_ceil(a.m, 32)), 256, 0, 1, "laying out inputs", a, *j->fused);
+        return;
+    }
     if (a.unit == MOQK_TOKEN_UNIT) moqk_token_units<<<(unsigned)a.m, 256, 0, c->stream>>>(a, c->token_unit);
     dim3 grid((unsigned)a.slabs / 4, (unsigned)moqk_ceil(a.m, 32));
     moqc_launch_early(c, moqk_pack_x, grid, 256, 0, 1, "laying out inputs", a);
@@ -7167,6 +7215,14 @@ static void moqc_launch_gemm_forms(const moqc_job *j, int which)
 static void moqc_launch_wgmma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_WGMMA); }
 static void moqc_launch_mma(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_MMA); }
 static void moqc_launch_bytes(const struct moqc_job *j) { moqc_launch_gemm_forms(j, MOQC_BYTES); }
+
+/* Does an activation in front of this bank, of one part, need no launch of its own? */
+static int moqc_packs(const moqc_bank *b, const void *x, int64_t ldx, int64_t rows)
+{
+    int packs = b->direct[0] && b->part[0].d.cols % 16 == 0 && ((uintptr_t)x & 15) == 0 && ldx % 8 == 0;
+    for (int32_t e = 0; e < b->experts; e++) packs = packs && !b->part[e].has_lora && b->part[e].kernel[moqc_regime(rows)]->launch == moqc_launch_wgmma;
+    return packs;
+}
 
 static int moqc_rounds_itself(const moqc_part *p, int regime) { return p->kernel[regime]->launch == moqc_launch_bytes; }
 
@@ -10934,12 +10990,106 @@ __device__ __noinline__ void moqk_choose(const moq_routing &r, const float *bias
     for (int32_t i = 0; i < r.top_k; i++) weight[i] *= factor;
 }
 
+/* x as products of BF16 want it: rows of BF16 hi, then of BF16(x - hi); x16 NULL: nothing is wanted. */
+typedef struct moqk_halves {
+    const float *x;            /* [rows, cols] */
+    uint8_t *x16;              /* [rows][2][cols] */
+    int32_t cols;              /* a multiple of 4 */
+} moqk_halves;
+
+__device__ __forceinline__ void moqk_halve(const moqk_halves &a, int64_t row, int32_t thread, int32_t threads)
+{
+    if (!a.x16) return;
+    for (int32_t i = thread; i < a.cols / 4; i += threads) {
+        const float4 v = *(const float4 *)(const void *)(a.x + row * a.cols + 4 * i);
+        const uint32_t p = moqk_pack(v.x, v.y), q = moqk_pack(v.z, v.w);
+        uint2 *to = (uint2 *)(void *)(a.x16 + row * a.cols * 4) + i;
+        to[0] = make_uint2(p, q);
+        to[a.cols / 4] = make_uint2(moqk_pack(v.x - __uint_as_float(p << 16), v.y - __uint_as_float(p & 0xffff0000u)),
+                                    moqk_pack(v.z - __uint_as_float(q << 16), v.w - __uint_as_float(q & 0xffff0000u)));
+    }
+}
+
+/* Numbers in the order of logits, 0 less than all of them. NaN comes first: it is chosen, and seen in the result. */
+__device__ __forceinline__ uint32_t moqk_few_key(float v)
+{
+    const uint32_t bits = __float_as_uint(v + 0.0f);
+    return v != v ? 0xffffffffu : (int32_t)bits < 0 ? ~bits : bits | 0x80000000u;
+}
+
+/* The same without groups, of up to 32 * EACH experts and 32 choices: what a lane looks at stays in its registers. */
+template <int EACH>
+__device__ __forceinline__ void moqk_choose_plain(const moq_routing &r, const float *bias, const void *logits, int32_t bf16, int64_t row, int32_t *index,
+                                                  float *weight)
+{
+    const int32_t lane = threadIdx.x, sigmoid = r.score == MOQ_SCORE_SIGMOID;
+    float p[EACH], own = 0, all = 0, top = -3.4e38f;
+    uint32_t key[EACH];        /* in the order of scores; 0: taken or none */
+    int32_t chosen = 0;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const int32_t e = lane + 32 * j;
+        p[j] = e < r.experts ? moqk_get_any(logits, row * r.experts + e, bf16) : 0;
+        key[j] = e < r.experts ? moqk_few_key(p[j]) : 0;
+        if (e < r.experts) top = fmaxf(top, p[j]);
+    }
+    top = moqk_warp_max(top);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const int32_t e = lane + 32 * j;
+        p[j] = sigmoid ? 1 / (1 + expf(-p[j])) : expf(p[j] - top);
+        if (e < r.experts) all += p[j];
+    }
+    all = moqk_warp_sum(all);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        if (!sigmoid) p[j] /= all;
+        if (bias && key[j]) key[j] = moqk_few_key(p[j] + bias[lane + 32 * j]);
+    }
+    all = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < r.top_k; i++) {
+        uint32_t best = key[0];
+#pragma unroll
+        for (int j = 1; j < EACH; j++) best = max(best, key[j]);
+        best = __reduce_max_sync(0xffffffffu, best);
+        int32_t e = -1;
+        float v = 0;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) { /* of equals the first one */
+            const uint32_t same = __ballot_sync(0xffffffffu, key[j] == best);
+            if (e >= 0 || same == 0) continue;
+            e = 32 * j + __ffs(same) - 1;
+            if (lane == (e & 31)) { v = p[j]; key[j] = 0; }
+        }
+        v = __shfl_sync(0xffffffffu, v, e & 31);
+        all += v;
+        if (lane == i) { own = v; chosen = e; }
+    }
+    float factor = r.scale != 0 ? r.scale : 1;
+    if (r.renormalize && all > 0) factor /= all;
+    if (lane < r.top_k) {
+        index[lane] = chosen;
+        weight[lane] = own * factor;
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ void moqk_choose_row(const moq_routing &r, const float *bias, const void *logits, int32_t bf16, int64_t row, float *room,
+                                                int32_t *index, float *weight)
+{
+    if (r.groups > 1 || r.top_k > 32 || r.experts > 512) moqk_choose(r, bias, logits, bf16, row, room, index, weight);
+    else if (r.experts <= 128) moqk_choose_plain<4>(r, bias, logits, bf16, row, index, weight);
+    else moqk_choose_plain<16>(r, bias, logits, bf16, row, index, weight);
+}
+
 /* A block of one warp a row. With a single row it also writes what moqk_group would: its choices are all different. */
-__global__ void moqk_route(moq_routing r, const float *bias, const void *logits, int32_t bf16, moqk_choices k, int32_t alone)
+__global__ void moqk_route(moq_routing r, const float *bias, const void *logits, int32_t bf16, moqk_choices k, int32_t alone, moqk_halves h)
 {
     extern __shared__ float p[];
     moqk_follow();
-    moqk_choose(r, bias, logits, bf16, blockIdx.x, p, k.index + (int64_t)blockIdx.x * r.top_k, k.weight + (int64_t)blockIdx.x * r.top_k);
+    moqk_choose_row(r, bias, logits, bf16, blockIdx.x, p, k.index + (int64_t)blockIdx.x * r.top_k, k.weight + (int64_t)blockIdx.x * r.top_k);
+    moqk_halve(h, blockIdx.x, threadIdx.x, 32);
     if (!alone || threadIdx.x != 0) return;
     k.tiles[0] = r.top_k;
     for (int32_t i = 0; i < r.top_k; i++) {
@@ -10952,59 +11102,130 @@ __global__ void moqk_route(moq_routing r, const float *bias, const void *logits,
     }
 }
 
-/* Counting sort of the choices by expert, and tiles of at most `most` choices of one expert. One block; a warp takes experts e, e + 32, ...
-   Reads the choices 2 * experts / 32 times from the cache. Shared memory: begin [experts + 1], tile [experts + 1]. */
-__global__ void __launch_bounds__(1024) moqk_group(moqk_choices k, int32_t count, int32_t top, int32_t experts, int32_t most)
+/* Counting sort of the choices by expert, and tiles of at most `most` choices of one expert. Blocks of 32 x 32 threads: each counts all choices, those of
+   the blocks before it, and those that its warps place. room: all [experts], before [experts], places [warps][experts], sums [2][32]. */
+enum { MOQK_SORT_COUNTS = 4096 };
+__host__ __device__ static inline int32_t moqk_sort_warps(int32_t experts) { return experts <= MOQK_SORT_COUNTS / 32 ? 32 : MOQK_SORT_COUNTS / experts; }
+__host__ __device__ static inline int32_t moqk_sort_bytes(int32_t experts) { return ((2 + moqk_sort_warps(experts)) * experts + 64) * 4; }
+
+__device__ void moqk_sort(const moqk_choices &k, int32_t count, int32_t top, int32_t experts, int32_t most, const int32_t *index, int32_t *room,
+                          int32_t share, int32_t shares)
 {
-    moqk_follow();
-    extern __shared__ int32_t begin[];
-    int32_t *first_tile = begin + experts + 1, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    for (int32_t e = warp; e < experts; e += 32) {
-        int32_t n = 0;
-        for (int32_t i = lane; i < moqk_pad(count, 32); i += 32) n += __popc(__ballot_sync(0xffffffffu, i < count && k.index[i] == e));
-        if (lane == 0) begin[e + 1] = n;
+    const int32_t lane = threadIdx.x, warp = threadIdx.y, thread = warp * 32 + lane, warps = moqk_sort_warps(experts);
+    const int32_t each = (int32_t)moqk_pad(moqk_ceil(count, warps * shares), 32), first = share * warps * each, last = first + warps * each;
+    int32_t *all = room, *before = all + experts, *places = before + experts, *sums = places + warps * experts;
+    for (int32_t i = thread; i < (2 + warps) * experts; i += 1024) room[i] = 0;
+    __syncthreads();
+#pragma unroll 4
+    for (int32_t i = thread; i < count; i += 1024) {
+        const int32_t e = index[i];
+        atomicAdd(all + e, 1);
+        if (i < first) atomicAdd(before + e, 1);
+        else if (i < last) atomicAdd(places + (i - first) / each * experts + e, 1);
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        begin[0] = first_tile[0] = 0;
-        for (int32_t e = 0; e < experts; e++) {
-            first_tile[e + 1] = first_tile[e] + (begin[e + 1] + most - 1) / most;
-            begin[e + 1] += begin[e];
-        }
-        k.tiles[0] = first_tile[experts];
+    const int32_t own = experts > 1024 ? 2 : 1, e0 = thread * own;
+    int32_t n[2] = {0, 0}, tiles[2] = {0, 0};
+    for (int32_t j = 0; j < own && e0 + j < experts; j++) {
+        n[j] = all[e0 + j];
+        tiles[j] = (n[j] + most - 1) / most;
     }
+    int32_t a = n[0] + n[1], b = tiles[0] + tiles[1]; /* of the experts up to the thread's */
+    for (int o = 1; o < 32; o <<= 1) {
+        const int32_t u = __shfl_up_sync(0xffffffffu, a, o), v = __shfl_up_sync(0xffffffffu, b, o);
+        if (lane >= o) { a += u; b += v; }
+    }
+    if (lane == 31) { sums[warp] = a; sums[32 + warp] = b; }
     __syncthreads();
-    for (int32_t e = warp; e < experts; e += 32) {
-        int32_t at = begin[e], n = begin[e + 1] - at;
-        for (int32_t i = lane; i < (n + most - 1) / most; i += 32) {
-            int32_t *tile = k.tiles + 4 * (first_tile[e] + i + 1);
-            tile[0] = e;
-            tile[1] = at + i * most;
-            tile[2] = min(most, n - i * most);
-        }
-        for (int32_t i = lane; n > 0 && i < moqk_pad(count, 32); i += 32) {
-            int mine = i < count && k.index[i] == e;
-            uint32_t all = __ballot_sync(0xffffffffu, mine);
-            if (mine) {
-                int32_t place = at + __popc(all & ((1u << lane) - 1));
-                k.place[i] = place;
-                k.row_of[place] = i / top;
-                k.expert_of[place] = e;
+    int32_t u = lane < warp ? sums[lane] : 0, v = lane < warp ? sums[32 + lane] : 0;
+    for (int o = 16; o > 0; o >>= 1) { u += __shfl_xor_sync(0xffffffffu, u, o); v += __shfl_xor_sync(0xffffffffu, v, o); }
+    a += u;
+    b += v;
+    if (thread == 1023 && share == 0) k.tiles[0] = b;
+    a -= n[0] + n[1];
+    b -= tiles[0] + tiles[1];
+    for (int32_t j = 0; j < own && e0 + j < experts; a += n[j], b += tiles[j], j++) {
+        int32_t at = a + before[e0 + j];
+        for (int32_t w = 0; w < warps; w += 8) {
+            int32_t c[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) c[i] = w + i < warps ? places[(w + i) * experts + e0 + j] : 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (w + i < warps) places[(w + i) * experts + e0 + j] = at;
+                at += c[i];
             }
-            at += __popc(all);
         }
+        for (int32_t i = 0; i < tiles[j] && share == 0; i++) {
+            int32_t *tile = k.tiles + 4 * (b + i + 1);
+            tile[0] = e0 + j;
+            tile[1] = a + i * most;
+            tile[2] = min(most, n[j] - i * most);
+        }
+    }
+    __syncthreads();
+    for (int32_t i = first + warp * each + lane, end = min(first + (warp + 1) * each, count); warp < warps && i - lane < end; i += 32) {
+        const int32_t e = i < end ? index[i] : -1;
+        const uint32_t same = __match_any_sync(0xffffffffu, e);
+        const int32_t place = e < 0 ? 0 : places[warp * experts + e] + __popc(same & ((1u << lane) - 1));
+        __syncwarp();
+        if (e >= 0) {
+            if (lane == __ffs(same) - 1) places[warp * experts + e] += __popc(same);
+            k.place[i] = place;
+            k.row_of[place] = i / top;
+            k.expert_of[place] = e;
+        }
+        __syncwarp();
     }
 }
 
-/* y[row] = sum of weight * expert output, in the order of the choice. Grid: rows, pieces of 256 columns. */
-template <typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, const float *out, int64_t n, T *y)
+__global__ void __launch_bounds__(1024) moqk_group(moqk_choices k, int32_t count, int32_t top, int32_t experts, int32_t most)
+{
+    extern __shared__ int32_t room[];
+    moqk_follow();
+    moqk_sort(k, count, top, experts, most, k.index, room, blockIdx.x, gridDim.x);
+}
+
+/* Both for up to MOQK_ROUTED rows, a warp a row, in the first block; the others lay out x. Threads: 32 x 32. at: where choices lie in shared memory. */
+enum { MOQK_ROUTED = 32 };
+__global__ void __launch_bounds__(1024) moqk_route_all(moq_routing r, const float *bias, const void *logits, int32_t bf16, moqk_choices k, int32_t rows,
+                                                       int32_t most, moqk_halves h, int32_t at)
+{
+    extern __shared__ int32_t room[];
+    const int32_t warp = threadIdx.y, each = (r.experts * 14 + 15) / 16 * 16; /* bytes of a row, see moqk_choose */
+    moqk_follow();
+    if (blockIdx.x > 0) {
+        moqk_halve(h, blockIdx.x - 1, warp * 32 + threadIdx.x, 1024);
+        return;
+    }
+    int32_t *index = room + at / 4;
+    if (warp < rows)
+        moqk_choose_row(r, bias, logits, bf16, warp, (float *)(void *)((uint8_t *)room + warp * each), index + warp * r.top_k, k.weight + warp * r.top_k);
+    __syncthreads();
+    moqk_sort(k, rows * r.top_k, r.top_k, r.experts, most, index, room, 0, 1);
+}
+
+/* y[row] = sum of weight * expert output, in the order of the choice. A thread has four columns. Grid: rows, pieces of 4 * threads columns. */
+template <typename S, typename T> __global__ void moqk_combine(moqk_choices k, int32_t top, const S *out, int64_t n, T *y)
 {
     moqk_follow();
-    int64_t row = blockIdx.x, i = (int64_t)blockIdx.y * blockDim.x + threadIdx.x;
+    const int64_t row = blockIdx.x, i = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    const int whole = n % 4 == 0 && ((uintptr_t)y & 15) == 0;
+    float sum[4] = {0, 0, 0, 0};
     if (i >= n) return;
-    float sum = 0;
-    for (int64_t j = row * top; j < (row + 1) * top; j++) sum += k.weight[j] * out[k.place[j] * n + i];
-    moqk_put(y, row * n + i, sum);
+    for (int64_t j = row * top; j < (row + 1) * top; j++) {
+        const float weight = k.weight[j];
+        const S *from = out + k.place[j] * n + i;
+        if (whole) {
+            const float4 v = moqk_get4(from);
+            sum[0] += weight * v.x;
+            sum[1] += weight * v.y;
+            sum[2] += weight * v.z;
+            sum[3] += weight * v.w;
+        } else for (int u = 0; u < 4 && i + u < n; u++) sum[u] += weight * (float)from[u];
+    }
+    if (whole) moqk_put4(y + row * n + i, make_float4(sum[0], sum[1], sum[2], sum[3]));
+    else for (int u = 0; u < 4 && i + u < n; u++) moqk_put(y, row * n + i + u, sum[u]);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -11081,12 +11302,7 @@ typedef struct moqk_few_choices {
     int2 state;
 } moqk_few_choices;
 
-/* Numbers in the order of logits, 0 less than all of them, and back. NaN comes first: it is chosen, and seen in the result. */
-__device__ __forceinline__ uint32_t moqk_few_key(float v)
-{
-    const uint32_t bits = __float_as_uint(v + 0.0f);
-    return v != v ? 0xffffffffu : (int32_t)bits < 0 ? ~bits : bits | 0x80000000u;
-}
+/* What the key of a logit was made of. */
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
 /* Expert e of a row, as a key; 0: there is none. */
@@ -11767,13 +11983,365 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-moe-host   which of them runs, and their launches
-   Few rows of experts that >>cuda-moe-few takes: a launch per MOQK_FEW_ROWS rows. All others: a launch for each step.
+   >>cuda-moe-runs   mixtures of experts, few rows for each of many experts, on SM90, 4-bit weights: weights stream through every block without a pause
+   Two launches: the products before the activation, with it, and those behind it. The row tiles of all experts that were chosen are one list, of which every
+   block has an equal run. What a block has of one tile of choices is a segment: the segment's x lies in shared memory, that of the next one is on its
+   way, and its chunks (of gate and up in turn) are cut into equal runs, one a warp, which streams them through a stage of its own. A warp begins with the
+   row tile that it will not finish and leaves those sums to the warp that has its last chunk, which takes it last: hardly anybody waits. Sums have a
+   fixed order. Bytes read per launch: codes and scales once for every 8 or 16 columns of x that an expert has.
    ------------------------------------------------------------------------------------------------ */
 
-/* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and the launches of each
-   step: 8 of 128 experts of 2048x768, 1, 4 rows 11.6, 31 us and 26.5, 65, 8 rows two launches of 4 and 98; 4 of 32 of 2880x2880, 1, 2, 3, 4 rows 22, 40, 57,
-   70 and 43, 70, 99, 99. */
+enum {
+    MOQK_RUNS_WARPS = 16,
+    MOQK_RUNS_MOST = 2         /* products of 8 columns of x in a tile */
+};
+
+typedef struct moqk_moe_runs {
+    const int32_t *tiles;      /* see moqk_choices */
+    const int32_t *row_of;     /* row of x of a choice; NULL: the choice itself */
+    const uint8_t *x;          /* [rows][halves][cols] of BF16 */
+    const float *factor;       /* of the side: [experts][factors] */
+    void *y;                   /* [choices][halves][rows of the side] of BF16 behind an activation, else [choices][rows] of F32 */
+    moqk_few_side side;
+    moq_activation_desc activation;
+    int32_t activates;         /* is there an activation? */
+    int32_t factors, cols;
+    int32_t halves;            /* BF16 parts of a value: 1, or hi and lo, which are neighbouring columns of the products */
+    int32_t products;          /* of 8 columns, at most: of a tile */
+    int32_t buffers;           /* tiles of x in shared memory: 1 or 2 */
+    uint32_t x_pitch, x_bytes; /* of a column, of a tile */
+    uint32_t bars_at, ahead_at, sums_at, pair_at, x_at; /* in shared memory */
+} moqk_moe_runs;
+
+/* What a block has of a tile. */
+typedef struct moqk_segment {
+    int32_t expert, first, count; /* choices */
+    int32_t unit, chunks;      /* its first row tile; chunks of all of its row tiles and parts */
+} moqk_segment;
+
+/* Units [begin, end) of all tiles are the block's; at: the first of the segment, 0: there is none. */
+__device__ __forceinline__ int moqk_segment_at(const moqk_moe_runs &a, int32_t at, int32_t end, int32_t *next, moqk_segment *s)
+{
+    if (at >= end) return 0;
+    const int32_t tile = at / a.side.tiles, *t = a.tiles + 4 * (tile + 1);
+    *next = min(end, (tile + 1) * a.side.tiles);
+    s->expert = t[0];
+    s->first = t[1];
+    s->count = t[2];
+    s->unit = at - tile * a.side.tiles;
+    s->chunks = (*next - at) * a.side.chunks * a.side.parts;
+    return 1;
+}
+
+/* The chunks of a warp's run, in three phases: those of its last row tile if it does not finish it, whole row tiles, the rest of one that others began. */
+typedef struct moqk_run_cut { int32_t begin, end, each; } moqk_run_cut; /* each: chunks of a row tile, all parts */
+
+__device__ __forceinline__ moqk_run_cut moqk_cut_of(const moqk_moe_runs &a, const moqk_segment &s, int32_t warp)
+{
+    return {s.chunks * warp / MOQK_RUNS_WARPS, s.chunks * (warp + 1) / MOQK_RUNS_WARPS, a.side.chunks * a.side.parts};
+}
+
+__device__ __forceinline__ int2 moqk_phase_of(const moqk_run_cut &c, int phase)
+{
+    const int32_t last = c.end / c.each * c.each, whole = (c.begin + c.each - 1) / c.each * c.each;
+    if (phase == 0) return make_int2(max(c.begin, last), c.end);
+    if (phase == 1) return make_int2(whole, last);
+    return make_int2(c.begin, whole <= c.end ? whole : c.begin);
+}
+
+/* What a warp asks for next; in shared memory, because it is looked at once in a row tile. */
+typedef struct moqk_runs_ahead {
+    int32_t at, phase, q, stop; /* unit behind the segment; chunks of the phase that are left */
+    moqk_segment s;
+} moqk_runs_ahead;
+
+/* The next chunks of a warp that lie together: how many; 0: there are none. end: of the block's units. */
+template <uint32_t BYTES> __device__ __forceinline__ int32_t moqk_runs_look(const moqk_moe_runs &a, moqk_runs_ahead *to, int32_t end, const uint8_t *&src)
+{
+    moqk_runs_ahead h = *to;
+    const int32_t warp = threadIdx.y, each = a.side.chunks * a.side.parts;
+    int32_t left = 0;
+    while (left == 0) {
+        if (h.q < h.stop) {
+            const int32_t unit = h.q / each, rest = h.q - unit * each, part = rest >= a.side.chunks, chunk = rest - part * a.side.chunks;
+            left = a.side.parts == 1 ? h.stop - h.q : min(h.stop - h.q, a.side.chunks - chunk); /* row tiles of a part follow each other */
+            src = a.side.packed + h.s.expert * a.side.expert_bytes + part * a.side.part_bytes + ((int64_t)(h.s.unit + unit) * a.side.chunks + chunk) * BYTES;
+            h.q += left;
+        } else if (++h.phase < 3) {
+            const int2 piece = moqk_phase_of(moqk_cut_of(a, h.s, warp), h.phase);
+            h.q = piece.x;
+            h.stop = piece.y;
+        } else {
+            int32_t next = h.at;
+            if (!moqk_segment_at(a, h.at, end, &next, &h.s)) break;
+            h.at = next;
+            h.phase = -1;
+        }
+    }
+    if (left == 0) h.phase = 3; /* and so it stays */
+    __syncwarp();
+    if (threadIdx.x == 0) *to = h;
+    __syncwarp();
+    return left;
+}
+
+/* x of a tile: two warps a column. */
+__device__ __forceinline__ void moqk_runs_x(const moqk_moe_runs &a, const moqk_segment &s, uint32_t to)
+{
+    const int32_t warp = threadIdx.y, pieces = a.side.chunks * 32; /* of 16 bytes */
+    for (int32_t i = warp; i < 2 * a.halves * s.count; i += MOQK_RUNS_WARPS) {
+        const int32_t column = i >> 1, m = a.halves == 2 ? column >> 1 : column;
+        const int64_t row = a.row_of ? a.row_of[s.first + m] : s.first + m;
+        const uint8_t *from = a.x + (row * a.halves + (a.halves == 2 ? column & 1 : 0)) * a.cols * 2;
+        const uint32_t here = to + (uint32_t)column * a.x_pitch;
+        for (int32_t k = (i & 1) * 32 + (int32_t)threadIdx.x; k < pieces; k += 64) {
+            const int inside = k * 8 < a.cols;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                         :: "r"(here + (uint32_t)k * 16), "l"(inside ? from + k * 16 : from), "r"(inside ? 16 : 0) : "memory");
+        }
+    }
+}
+
+/* Where a warp's chunks and signals are, and what it asks for next. */
+typedef struct moqk_runs_place {
+    uint32_t stage, full, x;   /* in shared memory; full: the barrier of the stage; x: of the segment */
+    uint32_t parity;
+    const uint8_t *src;
+    int32_t left, end;
+    moqk_runs_ahead *ahead;
+} moqk_runs_place;
+
+template <uint32_t BYTES> __device__ __forceinline__ void moqk_runs_ask(const moqk_moe_runs &a, moqk_runs_place &at)
+{
+    if (at.left == 0) at.left = moqk_runs_look<BYTES>(a, at.ahead, at.end, at.src);
+    if (at.left == 0) return;
+    if (moqk_elected()) {
+        moqk_barrier_expect(at.full, BYTES);
+        moqk_bulk_stream(at.stage, at.src, BYTES, at.full);
+    }
+    at.src += BYTES;
+    at.left--;
+}
+
+/* acc += chunks [from, from + n) of a row tile of a part times x. */
+template <int FORM, int STEP, int NB>
+__device__ __forceinline__ void moqk_runs_chunks(const moqk_moe_runs &a, const moqk_segment &s, moqk_runs_place &at, int32_t tile, int32_t part, int32_t from,
+                                                 int32_t n, float (&acc)[1][NB][4])
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int32_t lane = threadIdx.x, g = lane >> 2, t = lane & 3, columns = s.count * a.halves;
+    const uint32_t codes = (uint32_t)moqk_fast_slot(FORM, lane) * 16, scales_at = 2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8;
+    uint32_t x[NB];
+#pragma unroll
+    for (int b = 0; b < NB; b++) { /* columns that nobody stores repeat another */
+        const int32_t row = 8 * b + (FORM <= MOQK_MXFP4 ? g : lane & 7);
+        x[b] = at.x + (uint32_t)(row < columns ? row : 0) * a.x_pitch + (uint32_t)from * 512 + (uint32_t)(FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16);
+    }
+    moqk_run_factors<FORM, STEP> h[1];
+    const float2 *scales = NULL;
+    const uint16_t *zeros = NULL;
+    if (STEP > 0) {
+        const uint8_t *first = a.side.packed + s.expert * a.side.expert_bytes + part * a.side.part_bytes;
+        const int64_t row = (int64_t)tile * a.side.groups * 8 + g;
+        scales = (const float2 *)(const void *)(first + (int64_t)a.side.tiles * a.side.chunks * BYTES) + row;
+        zeros = (const uint16_t *)(const void *)(first + (int64_t)a.side.tiles * (a.side.chunks * (int64_t)BYTES + a.side.groups * 64)) + row;
+        h[0].load(scales, zeros, from, a.side.shift);
+    }
+#pragma unroll 1
+    for (int32_t c = from; c < from + n; c++) {
+        uint4 w[1][4];
+        uint2 bytes[1] = {make_uint2(0, 0)};
+        const uint32_t z[1][2] = {{0, 0}};
+        moqk_barrier_wait(at.full, at.parity);
+        at.parity ^= 1;
+        if (FORM <= MOQK_MXFP4) bytes[0] = moqk_shared8(at.stage + scales_at);
+#pragma unroll
+        for (int k = 0; k < 4; k++) w[0][k] = moqk_shared16(at.stage + k * 512 + codes);
+        moqk_run_factors<FORM, STEP> next;
+        next.load(scales, zeros, min(c + 1, from + n - 1), a.side.shift); /* a chunk ahead */
+        moqk_end_reads();
+        __syncwarp();
+        moqk_runs_ask<BYTES>(a, at);
+        moqk_run_chunk<FORM, STEP, 1, NB, 0>(w, bytes, h, x, z, acc);
+        h[0] = next;
+#pragma unroll
+        for (int b = 0; b < NB; b++) x[b] += 512;
+    }
+}
+
+/* A row tile is done: its sums of up (or of the only part) and of gate. pair: room of the warp, [2][lane] of four. */
+template <int NB>
+__device__ __forceinline__ void moqk_runs_finish(const moqk_moe_runs &a, const moqk_segment &s, int32_t tile, float4 *pair, const float (&up)[1][NB][4],
+                                                 const float (&gate)[NB][4])
+{
+    const int32_t lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = a.halves == 2, both = a.side.parts == 2;
+    const float *f = a.factor + s.expert * a.factors;
+    const uint8_t *bias = a.side.bias ? (const uint8_t *)a.side.bias + s.expert * a.side.expert_bytes : NULL;
+    if (!a.activates) {
+        const float by = f[0];
+#pragma unroll
+        for (int b = 0; b < NB; b++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int32_t m = split ? 4 * b + t : 8 * b + 2 * t + (i & 1), row = tile * 16 + g + 8 * (i >> 1);
+                if (m >= s.count || row >= a.side.rows || (split && (i & 1))) continue;
+                const float v = split ? up[0][b][i] + up[0][b][i | 1] : up[0][b][i];
+                ((float *)a.y)[(int64_t)(s.first + m) * a.side.rows + row] = v * by + (bias ? __ldg((const float *)(const void *)bias + row) : 0);
+            }
+        return;
+    }
+#pragma unroll
+    for (int b = 0; b < NB; b++) {
+        pair[lane] = make_float4(up[0][b][0], up[0][b][1], up[0][b][2], up[0][b][3]);
+        pair[32 + lane] = make_float4(gate[b][0], gate[b][1], gate[b][2], gate[b][3]);
+        const float *v = (const float *)(const void *)(pair + lane);
+#pragma unroll 1
+        for (int i = 0; i < 4; i += 1 + split) {
+            const int32_t m = split ? 4 * b + t : 8 * b + 2 * t + (i & 1), row = tile * 16 + g + 8 * (i >> 1);
+            if (m >= s.count || row >= a.side.rows) continue;
+            float first = v[i], second = v[128 + i];
+            if (split) first += v[i + 1], second += v[128 + i + 1];
+            first = first * f[both] + (bias ? __ldg((const float *)(const void *)(bias + both * a.side.part_bytes) + row) : 0);
+            second = second * f[0] + (bias && both ? __ldg((const float *)(const void *)bias + row) : 0);
+            const float h = moqk_activate(a.activation, both ? second : first, both ? first : 0);
+            __nv_bfloat16 *to = (__nv_bfloat16 *)a.y + (int64_t)(s.first + m) * a.halves * a.side.rows + row;
+            const __nv_bfloat16 hi = __float2bfloat16_rn(h);
+            to[0] = hi;
+            if (split) to[a.side.rows] = __float2bfloat16_rn(h - __bfloat162float(hi));
+        }
+    }
+}
+
+/* A warp's run of a segment. sums: [warps][parts][products][lane], what warps leave for others, whose signals are `left`; turn: parity of these. */
+template <int FORM, int STEP, int NB>
+__device__ __forceinline__ void moqk_runs_segment(const moqk_moe_runs &a, const moqk_segment &s, moqk_runs_place &at, float4 *sums, uint32_t left, float4 *pair,
+                                                  uint32_t turn)
+{
+    const int32_t lane = threadIdx.x, warp = threadIdx.y;
+    const moqk_run_cut cut = moqk_cut_of(a, s, warp);
+#pragma unroll 1
+    for (int phase = 0; phase < 3; phase++) {
+        const int2 piece = moqk_phase_of(cut, phase);
+        int32_t q = piece.x, unit = q / cut.each, rest = q - unit * cut.each, part = rest >= a.side.chunks, chunk = rest - part * a.side.chunks;
+        float acc[1][NB][4], gate[NB][4];
+#pragma unroll
+        for (int b = 0; b < NB; b++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc[0][b][i] = gate[b][i] = 0;
+#pragma unroll 1
+        while (q < piece.y) {
+            const int32_t n = min(piece.y - q, a.side.chunks - chunk);
+            moqk_runs_chunks<FORM, STEP, NB>(a, s, at, s.unit + unit, part, chunk, n, acc);
+            q += n;
+            chunk += n;
+            if (chunk < a.side.chunks) break; /* the end of phase 0 */
+            chunk = 0;
+            if (++part < a.side.parts) {
+#pragma unroll
+                for (int b = 0; b < NB; b++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) gate[b][i] = acc[0][b][i], acc[0][b][i] = 0;
+                continue;
+            }
+            if (phase == 2) {
+                int32_t w = warp;
+                while (moqk_cut_of(a, s, w).begin > unit * cut.each) w--;
+                for (; w < warp; w++) {
+                    const moqk_run_cut other = moqk_cut_of(a, s, w);
+                    if (other.begin == other.end) continue; /* it left nothing */
+                    moqk_barrier_wait(left + 8 * (uint32_t)w, turn);
+#pragma unroll
+                    for (int b = 0; b < NB; b++) {
+                        const float4 *from = sums + (w * a.side.parts * NB + b) * 32 + lane;
+                        const float4 u = from[(a.side.parts - 1) * NB * 32], v = a.side.parts == 2 ? from[0] : make_float4(0, 0, 0, 0);
+                        acc[0][b][0] += u.x;
+                        acc[0][b][1] += u.y;
+                        acc[0][b][2] += u.z;
+                        acc[0][b][3] += u.w;
+                        gate[b][0] += v.x;
+                        gate[b][1] += v.y;
+                        gate[b][2] += v.z;
+                        gate[b][3] += v.w;
+                    }
+                }
+            }
+            moqk_runs_finish<NB>(a, s, s.unit + unit, pair, acc, gate);
+            part = 0;
+            unit++;
+#pragma unroll
+            for (int b = 0; b < NB; b++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) acc[0][b][i] = gate[b][i] = 0;
+        }
+        if (phase > 0) continue;
+        if (piece.x < piece.y)
+#pragma unroll
+            for (int b = 0; b < NB; b++) {
+                const int begun = part + 1 == a.side.parts; /* the last part */
+                float4 *to = sums + (warp * a.side.parts * NB + b) * 32 + lane;
+                const float4 u = make_float4(acc[0][b][0], acc[0][b][1], acc[0][b][2], acc[0][b][3]);
+                to[(a.side.parts - 1) * NB * 32] = begun ? u : make_float4(0, 0, 0, 0);
+                if (a.side.parts == 2) to[0] = begun ? make_float4(gate[b][0], gate[b][1], gate[b][2], gate[b][3]) : u;
+            }
+        __syncwarp();
+        if (lane == 0) moqk_barrier_arrive(left + 8 * (uint32_t)warp);
+    }
+}
+
+/* Blocks: one a multiprocessor. */
+template <int FORM, int STEP> __global__ void __launch_bounds__(MOQK_RUNS_WARPS * 32, 1) moqk_moe_run(const __grid_constant__ moqk_moe_runs a)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int32_t warp = threadIdx.y, thread = warp * 32 + (int32_t)threadIdx.x;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), left = base + a.bars_at + MOQK_RUNS_WARPS * 8;
+    if (thread < 2 * MOQK_RUNS_WARPS) moqk_barrier_init(base + a.bars_at + 8 * (uint32_t)thread, 1);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+    __syncthreads();
+    moqk_wait_for_before();
+    moqk_dependents_may_start();
+    const int64_t units = (int64_t)a.tiles[0] * a.side.tiles;
+    const int32_t begin = (int32_t)(units * blockIdx.x / gridDim.x), end = (int32_t)(units * (blockIdx.x + 1) / gridDim.x);
+    moqk_runs_place at = {base + (uint32_t)warp * BYTES, base + a.bars_at + 8 * (uint32_t)warp, 0, 0, NULL, 0, end,
+                          (moqk_runs_ahead *)(void *)(shared + a.ahead_at) + warp};
+    if (threadIdx.x == 0) *at.ahead = {begin, 3, 0, 0, {0, 0, 0, 0, 0}};
+    __syncwarp();
+    moqk_runs_ask<BYTES>(a, at);
+    float4 *sums = (float4 *)(void *)(shared + a.sums_at), *pair = (float4 *)(void *)(shared + a.pair_at) + warp * 64;
+    moqk_segment s = {0, 0, 0, 0, 0}, later = s;
+    int32_t next = begin, more = moqk_segment_at(a, begin, end, &next, &s), buffer = 0;
+    if (more && a.buffers == 2) moqk_runs_x(a, s, base + a.x_at);
+    for (uint32_t turn = 0; more; turn ^= 1) {
+        const int32_t from = next;
+        at.x = base + a.x_at + (uint32_t)buffer * a.x_bytes;
+        if (a.buffers == 1) {
+            __syncthreads(); /* nobody reads the segment before */
+            moqk_runs_x(a, s, at.x);
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncthreads();
+        more = moqk_segment_at(a, from, end, &next, &later);
+        if (a.buffers == 2) {
+            buffer ^= 1;
+            if (more) moqk_runs_x(a, later, base + a.x_at + (uint32_t)buffer * a.x_bytes);
+        }
+        if (s.count * a.halves <= 8) moqk_runs_segment<FORM, STEP, 1>(a, s, at, sums, left, pair, turn);
+        else moqk_runs_segment<FORM, STEP, MOQK_RUNS_MOST>(a, s, at, sums, left, pair, turn);
+        s = later;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-moe-host   which of them runs, and their launches
+   Few rows of experts that >>cuda-moe-few takes: a launch per MOQK_FEW_ROWS rows. Somewhat more of them: >>cuda-moe-runs. All others: a launch for each
+   step.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Rows that >>cuda-moe-few runs faster, of experts with small matrices and of others. Measured on an H200, NVFP4, this kernel and >>cuda-moe-runs: 8 of 128
+   experts of 2048x768, 2, 4 rows 20, 31 us and 42, 52, 8 rows two launches of 4 and 64; 4 of 32 of 2880x2880, 2, 4 rows 38, 67 and 56, 75, 8 rows 130
+   and 100. */
 enum { MOQC_MOE_SMALL = 4 << 20, MOQC_MOE_FEW = 8, MOQC_MOE_FEW_LARGE = 4 };
 
 /* What >>cuda-moe-few needs of these experts. */
@@ -11790,6 +12358,7 @@ typedef struct moqc_experts {
     const float *bias;          /* [experts] on the device, or NULL */
     moqc_bank *in, *down;       /* in: [gate, up] or [up] of every expert */
     int64_t cols, n, out;
+    int fed;                    /* their inputs go through the feed whatever the number of rows */
     moqc_few few;
 } moqc_experts;
 
@@ -12104,6 +12673,16 @@ static void moqc_free_experts(moqc_ctx *c, moqc_experts *x)
     moq_release(&c->host, x, sizeof *x);
 }
 
+/* Where experts have many choices, are x and what is between the products taken as they are? */
+static int moqc_unfed(const moqc_experts *x)
+{
+    int unfed = moqc_gemm_tokens(x->in) > 0 && moqc_gemm_tokens(x->down) > 0;
+    for (int32_t i = 0; i < x->in->count; i++) unfed = unfed && !x->in->part[i].has_lora;
+    for (int32_t j = 0; j < x->in->parts; j++) unfed = unfed && x->in->direct[j];
+    for (int r = 2; r < MOQC_REGIMES; r++) unfed = unfed && moqc_packs(x->down, NULL, x->in->rows, moqc_regime_rows[r]);
+    return unfed;
+}
+
 static moq_result moqc_fill_experts(moqc_ctx *c, moqc_experts *x, const moq_moe *m, moq_error *err)
 {
     const moq_linear *in[2] = {m->gate ? m->gate : m->up, m->up}, *down[1] = {m->down};
@@ -12129,6 +12708,8 @@ static moq_result moqc_fill_experts(moqc_ctx *c, moqc_experts *x, const moq_moe 
     }
     need.moe_top = m->routing.top_k;
     need.moe_cols = moqc_max(first.cols, second.cols);
+    x->fed = !moqc_unfed(x);
+    need.moe_feed = x->fed ? need.moe_cols : 0;
     need.moe_rank = moqc_max(first.rank, second.rank);
     need.moe_hidden = x->n * (1 + gated);
     need.moe_out = x->out;
@@ -12163,56 +12744,194 @@ static void moqc_release_moe(moq_backend *be, moq_experts *m)
 
 /* ---- running ---- */
 
+/* Rows of a tile of >>cuda-gemm, of at most `tokens`, that costs experts with `each` choices on average least: an expert has more or less of them, by
+   their root. */
+static int32_t moqc_moe_tokens(const moqc_experts *m, int64_t tokens, double each)
+{
+    static const double spread[4] = {-1.15, -0.32, 0.32, 1.15}; /* of four equal quarters of experts */
+    int odd = 1;               /* there are tiles that are no power of two */
+    for (const moqc_part *p : {&m->in->part[0], &m->down->part[0]})
+        odd = odd && p->kernel[MOQC_REGIMES - 1]->launch == moqc_launch_wgmma && moqk_fast_bits(moqk_form_of(p->d)) != 8;
+    const double slabs = (double)moqk_ceil(m->cols, 64);
+    int32_t best = 24;
+    double least = 1e30;
+    for (int i = 0; i < MOQC_TILES; i++) {
+        const int32_t most = moqc_tiles[i].tokens - 8; /* tiles begin at multiples of 8 */
+        if (moqc_tiles[i].which != MOQC_WGMMA || moqc_tiles[i].tokens > tokens || most < 24 + 32 * !odd || (moqc_tiles[i].tokens % 64 && !odd)) continue;
+        double time = 0;
+        for (int k = 0; k < 4; k++) time += ceil(moqc_max(1, (int64_t)(each + spread[k] * sqrt(each))) / (double)most);
+        time *= slabs * moqc_tiles[i].slab + moqc_tiles[i].end;
+        if (time < least) { least = time; best = most; }
+    }
+    return best;
+}
+
 /* Rows of a tile: what the kernel of that many rows works on at once. An expert rarely gets more than its share of the choices. */
 static int32_t moqc_moe_tile(const moqc_experts *m, int64_t rows, int64_t choices)
 {
-    int64_t each = choices / m->routing.experts;
+    const int64_t each = choices / m->routing.experts, tokens = moqc_min(moqc_gemm_tokens(m->in), moqc_gemm_tokens(m->down));
     if (rows <= 8) return rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
-    int64_t tokens = moqc_min(moqc_gemm_tokens(m->in), moqc_gemm_tokens(m->down));
-    if (tokens > 0 && each >= 8) /* 8 less than a tile of tokens, which begins at a multiple of 8 */
-        return (int32_t)moqc_min(tokens, each >= 128 ? 256 : each >= 56 ? 128 : 64) - 8;
+    if (tokens > 0 && each >= 8) return moqc_moe_tokens(m, tokens, (double)choices / m->routing.experts);
     if (tokens > 0) return 16;
     return each >= 24 ? 64 : 16;
 }
 
+/* The experts of all rows, sorted: tiles of `most` choices at most. */
+static void moqc_route(moqc_ctx *c, const moqc_experts *m, const void *logits, int64_t rows, int32_t most, const moqk_choices &k, const moqk_halves &h)
+{
+    const moq_routing *r = &m->routing;
+    const int32_t room = moqk_sort_bytes(r->experts), each = (r->experts * 14 + 15) / 16 * 16, at = (int32_t)moqc_max(room, rows * each);
+    const int alone = rows == 1;
+    if (!alone && rows <= MOQK_ROUTED && at + rows * r->top_k * 4 <= 48 << 10) {
+        moqc_chain(c, "moe", moqk_route_all, h.x16 ? 1 + (unsigned)rows : 1, dim3(32, 32), (size_t)(at + rows * r->top_k * 4), *r, m->bias, logits, c->bf16, k,
+                   (int32_t)rows, most, h, at);
+    } else {
+        moqc_chain(c, "moe", moqk_route, (unsigned)rows, 32, (size_t)r->experts * 14, *r, m->bias, logits, c->bf16, k, alone, h);
+        const int32_t count = (int32_t)(rows * r->top_k);
+        if (!alone) moqc_chain(c, "moe", moqk_group, count > 512 ? 16 : 1, dim3(32, 32), (size_t)room, k, count, r->top_k, r->experts, most);
+    }
+    moqc_launched(c, "routing");
+}
+
+/* half: outputs of experts are BF16. */
+static void moqc_combine(moqc_ctx *c, const moqc_experts *m, int64_t rows, const moqk_choices &k, int half, void *y)
+{
+    const unsigned threads = rows < 64 ? 64 : 256;
+    const dim3 grid((unsigned)rows, (unsigned)moqk_ceil(m->out, 4 * threads));
+    const int32_t top = m->routing.top_k;
+    const __nv_bfloat16 *out = (const __nv_bfloat16 *)(const void *)c->out;
+    if (half) moqc_chain(c, "moe", moqk_combine<__nv_bfloat16, __nv_bfloat16>, grid, threads, 0, k, top, out, m->out, (__nv_bfloat16 *)y);
+    else MOQC_BY_ACT(c, (moqc_chain(c, "moe", moqk_combine<float, float>, grid, threads, 0, k, top, c->out, m->out, (float *)y)),
+                     (moqc_chain(c, "moe", moqk_combine<float, __nv_bfloat16>, grid, threads, 0, k, top, c->out, m->out, (__nv_bfloat16 *)y)));
+    moqc_launched(c, "the sum of experts");
+}
+
+/* ---- few rows for each expert ---- */
+
+typedef void (*moqc_runs_kernel)(const moqk_moe_runs);
+
+/* NULL: none, see moqc_few_find. */
+static moqc_runs_kernel moqc_runs_find(int form, int step)
+{
+    if (form == MOQK_NVFP4) return moqk_moe_run<MOQK_NVFP4, 0>;
+    if (form == MOQK_MXFP4) return moqk_moe_run<MOQK_MXFP4, 0>;
+    return form == MOQK_FAST_U4 && step == 64 ? moqk_moe_run<MOQK_FAST_U4, 64> : NULL;
+}
+
+/* Places in shared memory of a cut whose buffers are chosen. Returns their bytes. */
+static int64_t moqc_runs_fill_in(moqk_moe_runs *u, int form)
+{
+    int64_t at = (int64_t)MOQK_RUNS_WARPS * moqk_chunk_bytes(form);
+    u->bars_at = (uint32_t)at;
+    at += moqk_pad(2 * 8 * MOQK_RUNS_WARPS, 128);
+    u->ahead_at = (uint32_t)at;
+    at += moqk_pad(MOQK_RUNS_WARPS * (int64_t)sizeof(moqk_runs_ahead), 128);
+    u->sums_at = (uint32_t)at;
+    at += (int64_t)MOQK_RUNS_WARPS * u->side.parts * u->products * 512;
+    u->pair_at = (uint32_t)at;
+    at += MOQK_RUNS_WARPS * 1024;
+    u->x_pitch = (uint32_t)u->side.chunks * 512 + 16;
+    u->x_bytes = (uint32_t)moqk_pad(8 * u->products * (int64_t)u->x_pitch, 128);
+    u->x_at = (uint32_t)at;
+    return at + (int64_t)u->buffers * u->x_bytes;
+}
+
+/* The cut of a launch: x of two tiles where there is room. Bytes of shared memory, 0: there is not enough. */
+static int64_t moqc_runs_cut(const moqc_ctx *c, moqk_moe_runs *u, int form)
+{
+    for (u->buffers = 2; u->buffers > 0; u->buffers--) {
+        const int64_t bytes = moqc_runs_fill_in(u, form);
+        if (bytes <= c->most_shared) return bytes;
+    }
+    return 0;
+}
+
+static void moqc_runs_side(const moqc_experts *m, int second, int halves, int products, moqk_moe_runs *u)
+{
+    const moqk_few *f = &m->few.call;
+    memset(u, 0, sizeof *u);
+    u->side = f->side[second];
+    u->factors = f->side[0].parts + 1;
+    u->factor = f->factor + (second ? f->side[0].parts : 0);
+    u->activates = !second;
+    u->activation = m->activation;
+    u->cols = (int32_t)(second ? m->n : m->cols);
+    u->halves = halves;
+    u->products = products;
+}
+
+/* Products of 8 columns of a tile; 0: >>cuda-gemm is faster, or there is no room. Measured on an H200, NVFP4, both shapes of bench_backend: one product up
+   to 6 choices an expert of BF16 x, 3 of F32, which takes two columns; up to 12 this kernel. */
+static int moqc_runs_products(const moqc_ctx *c, const moqc_experts *m, int64_t choices)
+{
+    const int halves = c->bf16 ? 1 : 2;
+    const double each = (double)choices / m->routing.experts;
+    int products = each > MOQC_MOE_EACH ? 0 : each * halves <= 6.5 ? 1 : 2;
+    if (!m->few.memory || m->cols % 8 != 0) return 0;
+    for (; products > 0; products--) {
+        moqk_moe_runs u[2];
+        for (int i = 0; i < 2; i++) moqc_runs_side(m, i, halves, products, &u[i]);
+        if (moqc_runs_cut(c, &u[0], m->few.form) && moqc_runs_cut(c, &u[1], m->few.form)) break;
+    }
+    return products;
+}
+
+static void moqc_moe_runs(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int64_t rows, int products, void *y)
+{
+    const int halves = c->bf16 ? 1 : 2;
+    const moqk_choices k = {c->index, c->weight, c->place, c->row_of, c->expert_of, c->tiles};
+    const moqk_halves h = {(const float *)x, halves == 2 ? (uint8_t *)(void *)c->r : NULL, (int32_t)m->cols};
+    const moqc_runs_kernel kernel = moqc_runs_find(m->few.form, m->few.step);
+    moqc_route(c, m, logits, rows, 8 * products / halves, k, h);
+    for (int second = 0; second < 2; second++) {
+        moqk_moe_runs u;
+        moqc_runs_side(m, second, halves, products, &u);
+        u.tiles = c->tiles;
+        u.row_of = second ? NULL : c->row_of;
+        u.x = second ? (const uint8_t *)(const void *)c->hidden : halves == 2 ? h.x16 : (const uint8_t *)x;
+        u.y = second ? (void *)c->out : (void *)c->hidden;
+        const int64_t bytes = moqc_runs_cut(c, &u, m->few.form);
+        const cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c->most_shared);
+        if (!moqc_ok(c, e, "cudaFuncSetAttribute")) return;
+        moqc_chain(c, "moe-runs", kernel, (unsigned)c->sm_count, dim3(32, MOQK_RUNS_WARPS), (size_t)bytes, u);
+    }
+    moqc_combine(c, m, rows, k, 0, y);
+}
+
+/* ---- all others ---- */
+
 static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int64_t rows, void *y)
 {
     const moq_routing *r = &m->routing;
-    int64_t choices = rows * r->top_k;
-    int32_t tile = moqc_moe_tile(m, rows, choices);
-    moqk_choices k = {c->index, c->weight, c->place, c->row_of, c->expert_of, c->tiles};
-    size_t shared = (size_t)r->experts * 14;
-    unsigned n = (unsigned)rows;
-    int alone = rows == 1;
-    moqc_chain(c, "moe", moqk_route, n, 32, shared, *r, m->bias, logits, c->bf16, k, alone);
-    if (!alone) moqc_chain(c, "moe", moqk_group, 1, 1024, (size_t)(r->experts + 1) * 8, k, (int32_t)choices, r->top_k, r->experts, tile);
-    moqc_launched(c, "routing");
+    const int64_t choices = rows * r->top_k;
+    const int32_t tile = moqc_moe_tile(m, rows, choices);
+    const moqk_choices k = {c->index, c->weight, c->place, c->row_of, c->expert_of, c->tiles};
+    const moqk_halves none = {NULL, NULL, 0};
+    moqc_route(c, m, logits, rows, tile, k, none);
     moqc_run u;
     memset(&u, 0, sizeof u);
     u.x = x;
     u.ldx = m->cols;
+    const int half = c->bf16 && m->down->parts == 1 && moqc_packs(m->down, c->hidden, m->in->rows, tile); /* as linear and activate would do it */
     u.y = c->hidden;
-    u.y_f32 = 1;
+    u.y_f32 = !half;
     u.ldy = m->in->rows;
     u.m = (int32_t)choices;
     u.row_of = k.row_of;
     u.expert_of = k.expert_of;
     u.tiles = k.tiles + 4;
     u.tile_rows = tile;
-    u.most_tiles = (int32_t)(alone ? choices : moqc_min(choices, choices / tile + moqc_min(r->experts, choices)));
+    u.most_tiles = (int32_t)(rows == 1 ? choices : moqc_min(choices, choices / tile + moqc_min(r->experts, choices)));
     moqc_run_bank(c, m->in, &u);
     u.x = c->hidden;
-    u.x_f32 = 1;
+    u.x_f32 = !half;
     u.ldx = m->in->rows;
     u.row_of = NULL;
     u.fused = &m->activation;
     u.y = c->out;
     u.ldy = m->out;
     moqc_run_bank(c, m->down, &u);
-    dim3 grid(n, (unsigned)moqk_ceil(m->out, 256));
-    MOQC_BY_ACT(c, (moqc_chain(c, "moe", moqk_combine<float>, grid, 256, 0, k, r->top_k, c->out, m->out, (float *)y)),
-                (moqc_chain(c, "moe", moqk_combine<__nv_bfloat16>, grid, 256, 0, k, r->top_k, c->out, m->out, (__nv_bfloat16 *)y)));
-    moqc_launched(c, "the sum of experts");
+    moqc_combine(c, m, rows, k, half, y);
 }
 
 static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
@@ -12221,12 +12940,17 @@ static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x,
     moqc_on on(c);
     const moqc_experts *m = (const moqc_experts *)(const void *)experts;
     int64_t elem = c->bf16 ? 2 : 4;
-    const int few = m->few.memory && rows <= (m->cols * m->n <= MOQC_MOE_SMALL ? MOQC_MOE_FEW : MOQC_MOE_FEW_LARGE) && ((uintptr_t)x & 15) == 0;
+    const int aligned = ((uintptr_t)x & 15) == 0;
+    const int few = m->few.memory && rows <= (m->cols * m->n <= MOQC_MOE_SMALL ? MOQC_MOE_FEW : MOQC_MOE_FEW_LARGE) && aligned;
+    const int64_t little = moqc_max(MOQC_MOE_EACH * m->routing.experts / m->routing.top_k, 1); /* there is room for the feed of so many rows in any case */
+    const int64_t most = moqc_min(c->moe_rows, m->fed ? MOQC_MOE_FED : aligned ? MOQC_MOE_ROWS : little);
     for (int64_t first = 0, n; first < rows; first += n) {
         const uint8_t *in = (const uint8_t *)x + first * m->cols * elem, *l = (const uint8_t *)logits + first * m->routing.experts * elem;
         uint8_t *out = (uint8_t *)y + first * m->out * elem;
-        n = moqc_min(rows - first, few ? moqk_ceil(rows, moqk_ceil(rows, MOQK_FEW_ROWS)) : c->moe_rows);
+        n = moqc_min(rows - first, few ? moqk_ceil(rows, moqk_ceil(rows, MOQK_FEW_ROWS)) : most);
+        const int products = few || !aligned ? 0 : moqc_runs_products(c, m, n * m->routing.top_k);
         if (few) moqc_moe_few(c, m, in, l, (int32_t)n, out);
+        else if (products > 0) moqc_moe_runs(c, m, in, l, n, products, out);
         else moqc_moe_pass(c, m, in, l, n, out);
     }
 }

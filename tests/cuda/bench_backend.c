@@ -110,7 +110,8 @@ static void bench_linear(const uint8_t *noise)
 static void bench_moe(const uint8_t *noise)
 {
     static const struct { const char *name; int experts, top, hidden, inter; } cases[] = {{"8 of 128, 2048x768", 128, 8, 2048, 768}, {"4 of 32, 2880x2880", 32, 4, 2880, 2880}};
-    static const int rows[] = {1, 2, 4, 8, 16, 32, 256};
+    enum { MOST = 2048 };
+    static const int rows[] = {1, 2, 4, 8, 16, 32, 64, 256, MOST};
     for (int k = 0; k < 2; k++) {
         enum { COPIES = 3 };
         moq_linear *l = (moq_linear *)calloc(3 * 128, sizeof *l);
@@ -134,19 +135,24 @@ static void bench_moe(const uint8_t *noise)
         m.up = l + E;
         m.down = l + 2 * E;
         for (int i = 0; i < COPIES; i++) if (!(p[i] = be->prepare_moe(be, &m, &err))) { fprintf(stderr, "%s\n", err.text); exit(2); }
-        if (be->reserve(be, 256, &err) < 0) { fprintf(stderr, "%s\n", err.text); exit(2); } /* without: passes of a few rows */
-        float *logits = (float *)malloc(sizeof(float) * 256 * 128);
-        void *x = taken((size_t)(256 * h) * 4), *y = taken((size_t)(256 * h) * 4), *dl[16];
+        if (be->reserve(be, MOST, &err) < 0) { fprintf(stderr, "%s\n", err.text); exit(2); } /* without: passes of a few rows */
+        float *logits = (float *)malloc(sizeof(float) * MOST * 128);
+        void *x = taken((size_t)(MOST * h) * 4), *y = taken((size_t)(MOST * h) * 4), *dl[16];
         for (int i = 0; i < 16; i++) { /* other experts every time */
-            for (int j = 0; j < 256 * E; j++) logits[j] = test_normal();
-            be->upload_act(be, dl[i] = taken((size_t)(256 * E) * 4), logits, (size_t)(256 * E));
+            for (int j = 0; j < MOST * E; j++) logits[j] = test_normal();
+            be->upload_act(be, dl[i] = taken((size_t)(MOST * E) * 4), logits, (size_t)(MOST * E));
         }
+        float *numbers = (float *)malloc(sizeof(float) * (size_t)(MOST * h));
+        for (int i = 0; i < MOST * h; i++) numbers[i] = test_normal();
+        be->upload_act(be, x, numbers, (size_t)(MOST * h));
+        free(numbers);
         for (size_t r = 0; r < MOQI_COUNT(rows); r++) {
             be->capture_begin(be, &err);
             for (int i = 0; i < 48; i++) be->moe(be, p[i % COPIES], x, dl[i % 16], rows[r], y);
             double t = time_graph(be->capture_end(be, &err), 48), bytes = (double)cases[k].top * 3 * h * n * 0.5625;
-            printf("moe nvfp4 %s, %3d rows: %8.1f us", cases[k].name, rows[r], 1e6 * t);
+            printf("moe nvfp4 %s, %4d rows: %8.1f us", cases[k].name, rows[r], 1e6 * t);
             if (rows[r] == 1) printf(", %.0f GB/s of %.1f MB", 1e-9 * bytes / t, 1e-6 * bytes);
+            if (rows[r] >= 256) printf(", %.0f TFLOP/s", 6e-12 * rows[r] * cases[k].top * h * n / t);
             printf("\n");
         }
         for (int i = 0; i < COPIES; i++) be->release_moe(be, p[i]);
