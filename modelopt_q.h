@@ -11729,6 +11729,7 @@ typedef struct moqi_way {
     void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
 } moqi_way;
 
+enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */ };
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
        MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
@@ -11908,7 +11909,6 @@ static const uint8_t *moqi_codes_end(const moqi_tiled *p)
 static int moqi_dot_digits(const moqi_tiled *p) { return p->rounds || (p->input_bits <= 8 && p->form == MOQI_CODES_NIBBLES) ? 1 : 2; }
 
 enum { MOQI_DOT_WORDS = 96 }; /* AVX-512: of a digit of 256 columns of x */
-enum { MOQI_TWINS = 8 /* a moqi_way's unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */ };
 #endif
 
 /* Does x enter the product as it is? */
@@ -11947,9 +11947,7 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
         return rows + first * ld + moqi_tile_place(i - first, moqi_min(MOQI_WAY_TOKENS, m - first), ld, step);
     }
     if (way && way->unit == 2) some = words = 16;
-#ifdef MOQI_DOTS
     if (way && way->unit == MOQI_TWINS) { some = 8; words = MOQI_TWIN_WORDS; }
-#endif
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
