@@ -14485,7 +14485,7 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
     const moq_coding *c = &p->layer.scheme.input;
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), fp4 = p->rounds && c->elem == MOQ_F4;
     const int fixed = p->rounds && !c->dynamic && c->scale != MOQ_F8_E8M0 && c->scale != MOQ_F8_E4M3;
-    const int packs = step >= MOQI_DOT_PACKS * MOQI_DOT_WORDS && moqi_dot_packs_512(p);
+    const int packs = step >= (int64_t)MOQI_DOT_PACKS * MOQI_DOT_WORDS && moqi_dot_packs_512(p);
     const int64_t own = packs ? 32 : nibbles ? 16 : 256, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
     const int64_t blocks = (n + 255) / 256;
     const int32_t bits = step > MOQI_DOT_WORDS && !packs && moqi_dot_bits_512(p) ? MOQI_I8_START : 0;
@@ -16274,7 +16274,7 @@ MOQI_BF16 static void moqi_block_pairs_512(const moqi_panel *w, const float *x, 
 static int moqi_twin_takes(const moqi_tiled *p)
 {
     const int fit = p->form == MOQI_CODES_NIBBLES && !p->rounds && p->input_bits <= 16 && moqi_dot_lie_512(p) != MOQI_DOT_AFAR;
-    return fit && !p->requant && !p->order && !p->zeros && moqi_i8_nibbles(p) && (p->bf16 || moqi_dot_digits(p) == 2) ? 3 : 0;
+    return fit && !(p->requant > 0) && !p->order && !p->zeros && moqi_i8_nibbles(p) && (p->bf16 || moqi_dot_digits(p) == 2) ? 3 : 0;
 }
 
 MOQI_AVX512 static void moqi_twin_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
