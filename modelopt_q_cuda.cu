@@ -4051,6 +4051,18 @@ __device__ __forceinline__ uint4 moqk_read16(uint32_t at)
 }
 
 __device__ __forceinline__ void moqk_sync_group(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+/* Any of the group's threads? */
+__device__ __forceinline__ int moqk_any_of_group(int group, int mine)
+{
+    int any;
+    asm volatile("{\n"
+                 "  .reg .pred p, q;\n"
+                 "  setp.ne.b32 p, %1, 0;\n"
+                 "  bar.red.or.pred q, %2, 128, p;\n"
+                 "  selp.b32 %0, 1, 0, q;\n"
+                 "}" : "=r"(any) : "r"(mine), "r"(group + 1) : "memory");
+    return any;
+}
 
 /* A thread's share of another block's sums of a tile. */
 template <int BM> __device__ __forceinline__ void moqk_add_partial(const float4 *from, float (&d)[BM / 2])
@@ -10496,7 +10508,8 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
             moqk_settle(s);
             weigh(a, first);
             moqk_settle(s);
-            if (__any_sync(0xffffffffu, shrink[0] != 1 || shrink[1] != 1)) { /* two ways to wait: the compiler would move one wait up, before the softmax */
+            /* two ways to wait, because the compiler would move one up, before the softmax; all warps of the group must take the same */
+            if (moqk_any_of_group(team, shrink[0] != 1 || shrink[1] != 1)) {
                 asm volatile("wgmma.wait_group.sync.aligned 0; // and scale" ::: "memory");
                 moqk_settle(o);
                 scale();
