@@ -574,7 +574,9 @@ static void test_cuda_embed(void)
 
 /* ---- mixtures of experts ---- */
 
-typedef struct mixture { layer gate[12], up[12], down[12]; moq_linear g[12], u[12], d[12]; moq_moe moe; float bias[12]; int inter; } mixture;
+enum { MIXED = 12 };
+
+typedef struct mixture { layer gate[MIXED], up[MIXED], down[MIXED]; moq_linear g[MIXED], u[MIXED], d[MIXED]; moq_moe moe; float bias[MIXED]; int inter; } mixture;
 
 static void mixture_make(mixture *m, int experts, int top, moq_activation kind, int extras)
 {
@@ -617,7 +619,7 @@ static void mixture_make(mixture *m, int experts, int top, moq_activation kind, 
 
 static void mixture_free(mixture *m)
 {
-    for (int e = 0; e < 12; e++) { layer_free(&m->gate[e]); layer_free(&m->up[e]); layer_free(&m->down[e]); }
+    for (int e = 0; e < MIXED; e++) { layer_free(&m->gate[e]); layer_free(&m->up[e]); layer_free(&m->down[e]); }
 }
 
 /* One layer of an expert in double, inputs wide or rounded. */
@@ -647,13 +649,14 @@ static void check_moe(moq_backend *be, mixture *m, int rows, int stored, double 
     void *dx = device_floats(be, x, (size_t)(rows * COLS)), *dl = device_floats(be, logits, (size_t)(rows * experts)), *dy = device_floats(be, NULL, (size_t)(rows * OUT));
     be->moe(be, p, dx, dl, rows, dy);
     be->download_act(be, y, dy, (size_t)(rows * OUT));
+    float *scratch = (float *)calloc((size_t)(5 * experts), sizeof *scratch);
     for (int r = 0; r < rows; r++) {
-        float scratch[60], weight[8], mid[96];
+        float weight[8], mid[96];
         int32_t index[8];
         double want[OUT] = {0}, g[64], u[64], d[OUT], size = 0, gap = 0;
         moqi_route(&m->moe.routing, (const float *)m->moe.routing.bias.data, logits + r * experts, scratch, index, weight);
         for (int i = 0; i < top; i++) {
-            int e = index[i];
+            int e = index[i] % MIXED; /* see test_cuda_moe_experts */
             oracle_expert_layer(&m->gate[e], &m->g[e], stored, x + r * COLS, g);
             oracle_expert_layer(&m->up[e], &m->u[e], stored, x + r * COLS, u);
             for (int j = 0; j < m->inter; j++) mid[j] = moqi_activate(&m->moe.activation, (float)(kind == MOQ_RELU2 ? u[j] : g[j]), (float)u[j]);
@@ -668,7 +671,7 @@ static void check_moe(moq_backend *be, mixture *m, int rows, int stored, double 
     be->release(be, dl);
     be->release(be, dy);
     be->release_moe(be, p);
-    free(x); free(logits); free(y);
+    free(x); free(logits); free(y); free(scratch);
 }
 
 static void test_cuda_moe(void)
@@ -686,6 +689,40 @@ static void test_cuda_moe(void)
             done(be);
             mixture_free(&m);
         }
+}
+
+/* More experts than a warp keeps in registers, than the warps that sort choices count apart, than threads: the first ones over and over. */
+static void test_cuda_moe_experts(void)
+{
+    static const int counts[] = {200, 600, 1100}, rows[] = {1, 20, 100};
+    for (size_t k = 0; k < MOQI_COUNT(counts); k++) {
+        mixture m;
+        moq_error err;
+        moq_backend *be = wide_backend();
+        const int experts = counts[k];
+        moq_linear *all = (moq_linear *)calloc((size_t)(3 * experts), sizeof *all);
+        float *bias = random_floats((size_t)experts);
+        mixture_make(&m, MIXED, 6, MOQ_SILU_MUL, 0);
+        for (int e = 0; e < experts; e++) {
+            all[e] = m.g[e % MIXED];
+            all[experts + e] = m.u[e % MIXED];
+            all[2 * experts + e] = m.d[e % MIXED];
+        }
+        m.moe.gate = all;
+        m.moe.up = all + experts;
+        m.moe.down = all + 2 * experts;
+        m.moe.routing.experts = experts;
+        if (k == 1) {
+            m.moe.routing.score = MOQ_SCORE_SIGMOID;
+            m.moe.routing.bias = layer_view(bias, MOQ_F32, experts);
+        }
+        CHECK(be->reserve(be, 100, &err) == MOQ_OK);
+        for (size_t i = 0; i < MOQI_COUNT(rows); i++) check_moe(be, &m, rows[i], 0, 1e-10);
+        done(be);
+        free(all);
+        free(bias);
+        mixture_free(&m);
+    }
 }
 
 /* One kind with everything on top, few rows and a tile: for tools that make each access dear. */
@@ -1270,11 +1307,19 @@ static void long_case(moq_dtype activations, moq_kv_format format, int dim, int 
     b = batch_of(be, 3, slot, pos);
     check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
     batch_free(be, &b);
-    for (int i = 0; i < 11; i++) { slot[i] = 1; pos[i] = i < 5 ? 4095 - i : i * 1237 % 4096; } /* tiles of queries, in no order */
+    for (int i = 0; i < 17; i++) { slot[i] = 1; pos[i] = i < 5 ? 4095 - i : i * 1237 % 4096; } /* in no order: few rows of one sequence, a tile of queries */
     b = batch_of(be, 11, slot, pos);
     check_attention(be, c, &d, &b, &told, heads, 0, 0, NULL);
     check_attention(be, c, &d, &b, &told, heads, 700, 3, NULL);
     check_nan(be, c, &d, &b, heads);
+    batch_free(be, &b);
+    b = batch_of(be, 17, slot, pos);
+    check_attention(be, c, &d, &b, &told, kv_heads, 0, 0, NULL); /* one query head each: the oracle is slow */
+    check_attention(be, c, &d, &b, &told, kv_heads, 700, 3, NULL);
+    batch_free(be, &b);
+    for (int i = 0; i < 17; i++) pos[i] = 4000 + i; /* the first keys that a tile sees are far from 0 */
+    b = batch_of(be, 17, slot, pos);
+    check_attention(be, c, &d, &b, &told, kv_heads, 700, 0, NULL);
     batch_free(be, &b);
     be->kv_release(be, c);
     done(be);
@@ -2528,6 +2573,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_banks);
     RUN(test_cuda_refuses);
     RUN(test_cuda_moe);
+    RUN(test_cuda_moe_experts);
     RUN(test_cuda_moe_small);
     RUN(test_cuda_moe_few);
     RUN(test_cuda_moe_few_small);
