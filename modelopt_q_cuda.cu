@@ -97,7 +97,8 @@ enum {
     MOQC_MOE_FED = 1024,          /* the same where inputs go through the feed */
     MOQC_MOE_EACH = 12,           /* choices of an expert, on average, up to which experts that could do without may go through it */
     MOQC_PARTIALS = 16384,        /* partial results of one attention call: rows * heads * splits */
-    MOQC_GIVEN = 4 * 24,          /* bytes of what splits of attention give to one of them, per value of a head: 8 heads are 2 quads, shares less than twice that */
+    MOQC_GIVEN = 4 * 24,          /* bytes of what splits of attention give to one of them, per value of a head: 8 heads have 2 quads of it, shares are less
+                                     than twice as large */
     MOQC_TILE_TOKENS = 304,       /* the most rows of x in a tile of >>cuda-gemm */
     MOQC_FEW_ROWS = 16            /* rows of x that need none of the room of >>cuda-gemm */
 };
@@ -4599,7 +4600,8 @@ MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 64, "m64n128k32.f32.e4m3.e4m3", ", 1, 1",
 MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 80, "m64n160k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
               MOQK_D16("+f", 64))
 MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 64, "m64n128k32.s32.s8.s8", "", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+r", 0), MOQK_D32("+r", 32))
-MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 80, "m64n160k32.s32.s8.s8", "", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D16("+r", 64))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 80, "m64n160k32.s32.s8.s8", "", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+r", 0), MOQK_D32("+r", 32),
+              MOQK_D16("+r", 64))
 MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 128, "m64n256k32.s32.s8.s8", "", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D32("+r", 64),
               MOQK_D32("+r", 96))
 
@@ -8783,8 +8785,8 @@ template <int BYTES> __device__ __forceinline__ void moqk_kv_load(const uint8_t 
 /* Rows of shared memory are a little longer than a head, so that the heads lie in different banks. */
 __host__ __device__ static constexpr int moqk_tensor_row(int dim) { return dim + 8; }
 
-/* Positions of a step of a warp; blocks of a cluster at most; warps of a block at most. */
-enum { MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8, MOQK_STREAM_AT_ONCE = 8, MOQK_STREAM_WARPS = 16 };
+/* Positions of a step of a warp; blocks of a cluster at most; splits whose sums a thread reads at once. */
+enum { MOQK_STREAM_KEYS = 16, MOQK_STREAM_SPLITS = 8, MOQK_STREAM_AT_ONCE = 8 };
 
 /* Warps of a block: 4-bit codes take more instructions a byte, which more warps hide. */
 __host__ __device__ static constexpr int moqk_stream_warps(int kind, int dim) { return moqk_kv_bits(kind) == 4 && dim <= 128 ? 16 : 8; }
@@ -10433,10 +10435,10 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
         const int t = threadIdx.x & 3;
         float by = factor;
         if (a.softcap > 0) { /* cap tanh(x / cap), tanh(z) = 1 - 2 / (e^(2 z) + 1), in powers of two */
-            const float cap = a.softcap * 1.44269504f, in = 2 / a.softcap;
+            const float cap = a.softcap * MOQK_LOG2E, in = 2 / a.softcap;
             by = 1;
 #pragma unroll
-            for (int i = 0; i < R::KEYS / 2; i++) s[i] = cap - __fdividef(2 * cap, moqk_exp2((s[i] * factor + bias[i >> 1 & 1] * 1.44269504f) * in) + 1);
+            for (int i = 0; i < R::KEYS / 2; i++) s[i] = cap - __fdividef(2 * cap, moqk_exp2((s[i] * factor + bias[i >> 1 & 1] * MOQK_LOG2E) * in) + 1);
         }
         if (first < all_from || first + R::KEYS - 1 > all_to)
 #pragma unroll
@@ -10539,7 +10541,7 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
     /* q . k_bias is the same for all keys: without softcap it moves the sink alone. */
     __device__ __forceinline__ float sink_of(const moqk_attend_args &a, int32_t head, int j) const
     {
-        return (a.sinks[head] - (a.softcap > 0 ? 0 : bias[j])) * 1.44269504f;
+        return (a.sinks[head] - (a.softcap > 0 ? 0 : bias[j])) * MOQK_LOG2E;
     }
 
     __device__ __forceinline__ void begin(const moqk_attend_args &a, int32_t first_pair, int32_t kv_head, int32_t index, const float *biases)
@@ -10651,7 +10653,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
     int32_t first_pair, kv_head;
     while (turn.next(a, &first_pair, &kv_head)) {
         if (first_pair < 0) continue;
-        m.factor = moqk_unit(a.c.k, kv_head) * (BF ? fabsf(a.scale) : 1) * 1.44269504f;
+        m.factor = moqk_unit(a.c.k, kv_head) * (BF ? fabsf(a.scale) : 1) * MOQK_LOG2E;
         moqk_team_queries<DIM, R, BF>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
         m.begin(a, first_pair, kv_head, index, biases);
         for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
