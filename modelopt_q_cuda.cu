@@ -535,7 +535,7 @@ static void moqc_carve_all(moqc_ctx *c, moqc_carver *v)
 }
 
 /* Room for `need` and `rows` on top of what there is; nothing changes on failure. Graphs hold pointers into the old block, so it
-   stays (until destroy) while there are any. */
+   stays (until destroy) while there are any, and nothing moves within it: counters are zero where a graph looks for them. */
 static moq_result moqc_grow(moqc_ctx *c, const moqc_need *need, int32_t rows, moq_error *err)
 {
     moqc_ctx was = *c;
@@ -543,13 +543,15 @@ static moq_result moqc_grow(moqc_ctx *c, const moqc_need *need, int32_t rows, mo
     const int64_t *more = (const int64_t *)(const void *)need;
     int64_t *have = (int64_t *)(void *)&c->need;
     for (size_t i = 0; i < sizeof *need / sizeof *more; i++) have[i] = moqc_max(have[i], more[i]);
+    if (c->graphs > 0) rows = (int32_t)moqc_max(rows, c->be.max_rows); /* room for fewer would be another block beside theirs */
     c->be.max_rows = rows;
     moqc_carve_all(c, &v);
     if (v.overflow) {
         *c = was;
         return moq_fail(err, MOQ_E_OVERFLOW, c->name, "scratch memory for %d rows does not fit the address space; reserve fewer", (int)rows);
     }
-    if (v.bytes > c->scratch_bytes) {
+    const int moves = rows != was.be.max_rows || memcmp(&c->need, &was.need, sizeof was.need) != 0;
+    if (v.bytes > c->scratch_bytes || (moves && c->graphs > 0)) {
         void *block = moqc_take(c, v.bytes, "scratch", err);
         if (!block) { *c = was; return MOQ_E_NOMEM; }
         if (c->graphs == 0 && !c->capturing) moqc_give(c, was.scratch);
@@ -8211,8 +8213,7 @@ static void moqc_launch_enter(moqc_ctx *c, const moq_batch *b, const moq_heads_d
 {
     const moqk_cache *d = &((const moqc_cache *)(const void *)h->cache)->d;
     const int32_t heads = h->heads + 2 * d->kv_heads, dim = d->k.dim;
-    if (b->rows > MOQC_FEW_ROWS && (dim == 64 || dim == 128 || dim == 256) && d->v.dim == dim && h->dims == dim && !h->interleaved && d->k.kind <= MOQK_KV_I8 &&
-        !d->k.rotate && !d->v.rotate) {
+    if (b->rows > MOQC_FEW_ROWS && (dim == 64 || dim == 128 || dim == 256) && d->v.dim == dim && h->dims == dim && !h->interleaved && d->k.kind <= MOQK_KV_I8) {
         const dim3 grid((unsigned)b->rows, (unsigned)moqk_ceil(heads, MOQK_ENTER_WARPS));
 #define MOQC_CALL(T) moqc_chain(c, "kv_enter", dim == 64 ? moqk_enter_many<T, 64> : dim == 128 ? moqk_enter_many<T, 128> : moqk_enter_many<T, 256>, grid, \
                                 32 * MOQK_ENTER_WARPS, 0, *d, b->slot, b->pos, *h)
