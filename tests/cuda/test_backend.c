@@ -717,7 +717,7 @@ static void test_cuda_moe_experts(void)
             m.moe.routing.bias = layer_view(bias, MOQ_F32, experts);
         }
         CHECK(be->reserve(be, 100, &err) == MOQ_OK);
-        for (size_t i = 0; i < MOQI_COUNT(rows); i++) check_moe(be, &m, rows[i], 0, 1e-10);
+        for (size_t i = 0; i < MOQI_COUNT(rows); i++) check_moe(be, &m, rows[i], 0, 2.4e-10); /* see few_row */
         done(be);
         free(all);
         free(bias);
