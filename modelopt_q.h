@@ -12025,6 +12025,13 @@ static int moqi_choose_form(moqi_tiled *p)
     return integer || elem == MOQ_F8_E4M3 || elem == MOQ_BF16 || elem == MOQ_F16 || elem == MOQ_F32;
 }
 
+/* May scattered groups of columns become runs? */
+static int moqi_may_order(const moqi_tiled *p)
+{
+    const int64_t g = p->layer.scheme.weight.group_cols;
+    return g > 0 && p->layer.cols % g == 0 && !p->rounds && p->layer.col_first == 0;
+}
+
 /* Columns sorted by their group, when every group has its full size: then groups are runs again. where[column] = new place. */
 static moq_result moqi_order_columns(moqi_tiled *p, moqi_arena *r, int32_t **where)
 {
@@ -12036,7 +12043,7 @@ static moq_result moqi_order_columns(moqi_tiled *p, moqi_arena *r, int32_t **whe
     int32_t *place = (int32_t *)moqi_take_array(r, (uint64_t)w->cols, sizeof *place);
     int32_t *filled = (int32_t *)moqi_take_array(r, (uint64_t)groups + 1, sizeof *filled);
     if (!order || !place || !filled) return MOQ_E_NOMEM;
-    int regular = groups > 0 && groups * g == w->cols && !p->rounds && w->col_first == 0;
+    int regular = moqi_may_order(p);
     for (int64_t c = 0; regular && c < w->cols; c++) {
         int64_t of = moqi_group_of(w, c);
         regular = of >= 0 && of < groups && filled[of] < g;
@@ -12103,6 +12110,29 @@ static int moqi_choose_groups(moqi_tiled *p)
     return g % 16 == 0 && (g % MOQI_TILE_COLS == 0 || MOQI_TILE_COLS % g == 0) && w->col_first % g == 0;
 }
 
+/* The group of scales that the columns begin with. */
+static int64_t moqi_first_group(const moqi_tiled *p) { return p->layer.scheme.weight.group_cols > 0 ? p->layer.col_first / p->group_cols : 0; }
+
+/* Scales where they lie in the checkpoint. 0: neighbours in a row are none in memory. */
+static int moqi_find_scales(moqi_tiled *p)
+{
+    const moq_linear *w = &p->layer;
+    if (w->scale_col_stride != 1 && p->groups != 1) return 0;
+    p->scales = (const uint8_t *)w->scales.data + moqi_first_group(p) * w->scale_col_stride * (moq_dtype_bits(p->scale_dtype) / 8);
+    p->scale_stride = w->scale_row_stride;
+    p->scale_first = w->row_first;
+    p->scale_step = w->row_step;
+    return 1;
+}
+
+/* Scales that were gathered. s: [rows][groups] */
+static void moqi_gathered_scales(moqi_tiled *p, const uint8_t *s)
+{
+    p->scales = s;
+    p->scale_stride = p->groups;
+    p->scale_step = p->group_rows = 1;
+}
+
 /* Zero points become one int16 for each row and group: with GPTQ's + 1 an 8-bit zero point reaches 256. Unsigned codes with a table are
    counted from the middle of their range, so that sum q x and z sum x, whose difference is wanted, are both small. Scales stay in the
    checkpoint where neighbours in a row are neighbours in memory. */
@@ -12118,25 +12148,16 @@ static moq_result moqi_take_groups(moqi_tiled *p, moqi_arena *r)
         for (int i = 0; i < 16; i++) p->table[i] -= (float)middle;
         p->zeros = z;
     }
-    if (!w->scales.data) return MOQ_OK;
-    int64_t first = w->scheme.weight.group_cols > 0 ? w->col_first / p->group_cols : 0;
-    if (w->scale_col_stride == 1 || p->groups == 1) {
-        p->scales = (const uint8_t *)w->scales.data + first * w->scale_col_stride * (moq_dtype_bits(p->scale_dtype) / 8);
-        p->scale_stride = w->scale_row_stride;
-        p->scale_first = w->row_first;
-        p->scale_step = w->row_step;
-        return MOQ_OK;
-    }
+    if (!w->scales.data || moqi_find_scales(p)) return MOQ_OK;
     const int64_t size = moq_dtype_bits(p->scale_dtype) / 8, shared = w->scheme.weight.group_rows > 0 ? w->scheme.weight.group_rows : INT64_MAX;
+    const int64_t first = moqi_first_group(p);
     uint8_t *s = (uint8_t *)moqi_take_array(r, (uint64_t)w->rows * (uint64_t)p->groups, (size_t)size);
     if (!s) return MOQ_E_NOMEM;
     for (int64_t i = 0; i < w->rows * p->groups; i++) {
         int64_t at = (w->row_first + i / p->groups * w->row_step) / shared * w->scale_row_stride + (first + i % p->groups) * w->scale_col_stride;
         memcpy(s + i * size, (const uint8_t *)w->scales.data + at * size, (size_t)size);
     }
-    p->scales = s;
-    p->scale_stride = p->groups;
-    p->scale_step = p->group_rows = 1;
+    moqi_gathered_scales(p, s);
     return MOQ_OK;
 }
 
@@ -14952,7 +14973,8 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
 
 /* Scales of two rows of a block in E4M3, which lie at a and b, of which `left` are there, in the order of words that vpackssdw leaves: whole numbers of 15
    bits, the larger one of two neighbours, which meet in one sum, at least 2^13 (or subnormal), and what is added to the exponent of the sum in F32. Their
-   product is the scale times 2^20. 4 bits of a scale are exact unless its neighbour is 2^10 times larger. */
+   product is the scale times 2^20. A scale is exact unless its neighbour is more than 2^10 times larger, of which it loses less than 2^-13 then. A sum of 0
+   becomes 2^-112 times x's scale at most. */
 MOQI_INLINE MOQI_VNNI __m512i moqi_dot_shorts_512(const uint8_t *a, const uint8_t *b, int64_t left, __m256i order, __m512i *power)
 {
     const __m512i one = _mm512_set1_epi16(1);
@@ -18540,7 +18562,8 @@ static void moqi_foresee(const moqi_cpu *c, const moq_linear *w, moqi_tiled *p)
     p->requant = p->rounds && c->act == MOQ_ACT_STORED ? w->requant_scale : 0;
     p->bf16 = c->act == MOQ_ACT_BF16;
     p->input_bits = moqi_input_bits(c, p);
-    if (!moqi_choose_form(p) || !moqi_choose_groups(p)) p->form = MOQI_CODES_SLOW;
+    if (!moqi_choose_form(p) || !moqi_choose_groups(p) || (w->group_index.data && !moqi_may_order(p))) p->form = MOQI_CODES_SLOW;
+    if (p->form != MOQI_CODES_SLOW && w->scales.data && !moqi_find_scales(p)) moqi_gathered_scales(p, (const uint8_t *)w->scales.data);
     p->zeros = w->zeros.data ? &some : NULL;
     p->order = w->group_index.data ? (const int32_t *)w->group_index.data : NULL;
     moqi_choose_ways(p);

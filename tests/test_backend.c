@@ -990,6 +990,96 @@ static void test_backend_copies(void)
         if (moqi_get_kernels(k)->zen) CHECK(woven_copies[0] > 0 && woven_copies[1] > 0);
 }
 
+/* What explain and copy_bytes foresee of a layer is what prepare finds. */
+static void test_backend_foreseen(void)
+{
+    static const int inputs[] = {-1, 7, 0, 5};
+    moq_error err;
+    for (int at = 0; moqi_get_kernels(at / 4); at++) {
+        moq_backend *be = backend_of(moqi_get_kernels(at / 4)->name, (moq_act)(at % 4), 1);
+        for (size_t i = 0; i < MOQI_COUNT(layer_formats) * MOQI_COUNT(inputs); i++) {
+            const int input = inputs[i % MOQI_COUNT(inputs)];
+            moqi_tiled foreseen;
+            layer l;
+            layer_make(&l, &layer_formats[i / MOQI_COUNT(inputs)], 32, 256);
+            if (input >= 0) { l.w.scheme.input = input_formats[input].c; l.w.input_scale = 0.01f; }
+            moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+            if (w) { /* not every way to round goes with every format */
+                const moqi_tiled *p = ((const moqi_weight *)(const void *)w)->part;
+                moqi_foresee(moqi_cpu_of(be), &l.w, &foreseen);
+                const int same = memcmp(p->way, foreseen.way, sizeof p->way) == 0 && memcmp(p->from, foreseen.from, sizeof p->from) == 0;
+                if (!same) fprintf(stderr, "%s, rounding %d, %s, inputs %d: other ways than foreseen\n", be->name, at % 4, layer_formats[i / MOQI_COUNT(inputs)].name, input);
+                CHECK(same);
+            }
+            be->release_weight(be, w);
+            layer_free(&l);
+        }
+        moq_backend_destroy(be);
+    }
+}
+
+/* Scales far from their neighbours', negative, subnormal, zero, times whole numbers, which no rounding of x changes: what short scales lose is less than 2^-13 of
+   the largest of 64 columns. */
+static long wrong_far_scales(moq_backend *be, const layer *l, const float *x, int rows)
+{
+    const int64_t cols = l->w.cols, groups = cols / 16;
+    static float y[21 * 45];
+    moq_error err;
+    long wrong = 0;
+    moq_weight *w = be->prepare_linear(be, &l->w, 1, &err);
+    CHECK(w != NULL);
+    if (!w) return 1;
+    be->linear(be, w, x, rows, y);
+    for (int64_t i = 0; i < rows * l->w.rows; i++) {
+        const int64_t r = i % l->w.rows;
+        const uint8_t *s = (const uint8_t *)l->w.scales.data + r * groups;
+        double want = 0, allowed = 1e-6;
+        for (int64_t g = 0; g < groups; g++) {
+            double sum = 0, most = 0, own = layer_small(s[g], 4, 3, 7);
+            for (int64_t k = g / 4 * 4; k < g / 4 * 4 + 4 && k < groups; k++) most = fmax(most, fabs(layer_small(s[k], 4, 3, 7)));
+            for (int64_t c = 16 * g; c < 16 * g + 16; c++) sum += l->exact[r * cols + c] * (double)x[i / l->w.rows * cols + c];
+            for (int64_t c = 16 * g; c < 16 * g + 16; c++) allowed += 2e-6 * fabs(own * l->exact[r * cols + c] * (double)x[i / l->w.rows * cols + c]);
+            want += own * sum;
+            allowed += most > fabs(own) ? ldexp(most * fabs(sum), -13) : 0;
+        }
+        wrong += !(fabs(want - (double)y[i / l->w.rows * l->w.rows + r]) <= allowed);
+    }
+    be->release_weight(be, w);
+    return wrong;
+}
+
+static void test_backend_far_scales(void)
+{
+    enum { COLS = 592 };
+    static const int counts[] = {1, 4, 5, 8, 13, 21};
+    static float x[21 * COLS];
+    moq_error err;
+    layer l;
+    for (int i = 0; i < 21 * COLS; i++) x[i] = i % 16 == 3 ? 127 : (float)((int)(test_random() % 255) - 127);
+    layer_make(&l, &layer_formats[4], 45, COLS);
+    l.w.scheme.input = input_formats[7].c;
+    l.w.input_scale = 0.001f;
+    uint8_t *s = (uint8_t *)(uintptr_t)l.w.scales.data;
+    for (int i = 0; i < 45 * COLS; i++) l.exact[i] /= layer_small(s[i / 16], 4, 3, 7);
+    for (int kind = 0; kind < 4; kind++) {
+        for (int i = 0; i < 45 * COLS / 16; i++) { /* any; the smallest normal ones beside 448; subnormal or zero beside others; all of these */
+            const unsigned any = test_random() % 127, tiny = test_random() % 8, sign = test_random() % 2 * 128;
+            s[i] = (uint8_t)(sign | (kind == 0 ? any : kind == 1 ? i % 2 ? 8 + tiny : 0x7e : kind == 2 && i % 2 ? any : tiny));
+        }
+        for (int k = 0; moqi_get_kernels(k); k++) {
+            moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 1);
+            CHECK(be->reserve(be, 21, &err) == MOQ_OK);
+            for (size_t n = 0; n < MOQI_COUNT(counts); n++) {
+                long wrong = wrong_far_scales(be, &l, x, counts[n]);
+                if (wrong) fprintf(stderr, "%s, scales %d, %d rows: %ld wrong\n", be->name, kind, counts[n], wrong);
+                CHECK_INT(wrong, 0);
+            }
+            moq_backend_destroy(be);
+        }
+    }
+    layer_free(&l);
+}
+
 /* A scale that is NaN with all bits set makes its rows NaN, whatever the kernel does with its bits. */
 static void test_backend_scale_of_ones(void)
 {
@@ -1871,6 +1961,8 @@ int main(int argc, char **argv)
     RUN(test_backend_fused_and_threads);
     RUN(test_backend_linear_rows);
     RUN(test_backend_copies);
+    RUN(test_backend_foreseen);
+    RUN(test_backend_far_scales);
     RUN(test_backend_scale_of_ones);
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
