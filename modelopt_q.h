@@ -11719,8 +11719,8 @@ typedef struct moqi_way {
     int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels; MOQI_TWINS: BF16 for codes in place */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
-    /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units of 2 and 4. `step`: words from
-       32 columns to the next 32 (unit 2), or from 256 columns to the next 256 (integers in place) */
+    /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units over 1. `step`: words from
+       32 columns to the next 32 (unit 2), or from 256 columns to the next 256 (codes in place) */
     void (*arrange)(const struct moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step);
     /* y[m][rows] = bias + x W^T; x: [m, ldx] arranged; scratch: MOQI_WAY_FLOATS */
     void (*multiply)(const struct moqi_way *way, const struct moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m,

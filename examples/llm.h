@@ -211,7 +211,8 @@ typedef struct llm_desc {
     int32_t keep;
     int32_t draft;               /* speculative decoding: guess so many tokens at once from what the conversation says (prompt lookup), or by
                                     llm_set_draft; the answer stays the same, token for token, where a row's result does not depend on the other
-                                    rows of a pass, as on the CPU: MOQ_ACT_AUTO means MOQ_ACT_WIDE then. 0: off */
+                                    rows of a pass: on the CPU with wide inputs, which MOQ_ACT_AUTO means then, by no more than the order in which
+                                    F32 is summed. 0: off */
     int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */

@@ -521,7 +521,7 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
 #ifdef MOQI_AMX
     if (way == &moqi_amx_way_rows || way == &moqi_amx_way_i8) return PEAK_AMX_BYTES;
 #endif
-    return way && way->unit == 2 ? strcmp(kernel, "amx") == 0 ? PEAK_AMX : PEAK_PAIRS : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
+    return way && (way->unit == 2 || way->unit == MOQI_TWINS) ? strcmp(kernel, "amx") == 0 ? PEAK_AMX : PEAK_PAIRS : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
 }
 
 /* Operations per second of all threads together, the best of three; 0 when there is no loop for this kind. */
