@@ -12959,7 +12959,7 @@ static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x,
     const int aligned = ((uintptr_t)x & 15) == 0;
     const int few = m->few.memory && rows <= (m->cols * m->n <= MOQC_MOE_SMALL ? MOQC_MOE_FEW : MOQC_MOE_FEW_LARGE) && aligned;
     const int64_t little = moqc_max(MOQC_MOE_EACH * m->routing.experts / m->routing.top_k, 1); /* there is room for the feed of so many rows in any case */
-    const int64_t most = moqc_min(c->moe_rows, m->fed ? MOQC_MOE_FED : aligned ? MOQC_MOE_ROWS : little);
+    const int64_t most = moqc_min(c->moe_rows, m->fed ? (int64_t)MOQC_MOE_FED : aligned ? (int64_t)MOQC_MOE_ROWS : little);
     for (int64_t first = 0, n; first < rows; first += n) {
         const uint8_t *in = (const uint8_t *)x + first * m->cols * elem, *l = (const uint8_t *)logits + first * m->routing.experts * elem;
         uint8_t *out = (uint8_t *)y + first * m->out * elem;

@@ -210,9 +210,9 @@ typedef struct llm_desc {
                                     is run again; system turns at the beginning (raw text: the first `keep` tokens) stay */
     int32_t keep;
     int32_t draft;               /* speculative decoding: guess so many tokens at once from what the conversation says (prompt lookup), or by
-                                    llm_set_draft; the answer stays the same, token for token, where a row's result does not depend on the other
-                                    rows of a pass: on the CPU with wide inputs, which MOQ_ACT_AUTO means then, by no more than the order in which
-                                    F32 is summed. 0: off */
+                                    llm_set_draft; the answer stays the same, token for token, as far as a row's result does not depend on
+                                    the other rows of a pass: on the CPU, where MOQ_ACT_AUTO means MOQ_ACT_WIDE then, F32 may be summed in another
+                                    order, and nothing else differs. MOQ_ACT_STORED makes percents of a last bit. 0: off */
     int32_t logprobs;            /* keep an llm_token for each token of the answer, with so many alternatives (1 .. LLM_TOP); 0: off */
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
@@ -304,7 +304,9 @@ LLM_API moq_result llm_say_raw(llm *m, const char *text);
 LLM_API const char *llm_next(llm *m, moq_error *err);
 /* Work for about `max_microseconds`: 1 = a piece is ready (llm_piece), 0 = more time needed, -1 = the turn ended or failed (llm_next says which).
    The unit of work is one layer of one token, or more where the time allows as measured: no call takes longer than its time and one unit.
-   The output layer is computed in slices, of a million products and more. Choosing a token, and on a GPU the whole output layer, is one unit. */
+   The output layer is computed in slices, of a million products and more. Choosing a token, and on a GPU the whole output layer, is one unit.
+   How many tokens go through the layers together depends on the time, and last bits of their logits on that; where inputs are rounded to 8 or 4
+   bits (MOQ_ACT_STORED, and MOQ_ACT_AUTO of such folders) a last bit may become another token. MOQ_ACT_WIDE is for answers that must be repeated. */
 LLM_API int llm_step(llm *m, int64_t max_microseconds);
 /* The same for all conversations of the model at once, whose tokens go through the layers together. Returns how many have a piece ready
    (llm_ready), 0 = more time needed, -1 = every turn has ended. A conversation waits until its piece is taken. */
@@ -14011,6 +14013,13 @@ LLM_API moq_result llm_plan(const llm_desc *desc, llm_memory *out, moq_error *er
     return r;
 }
 
+/* What makes a model smaller. weights: they are too large by themselves, and then `fewer` helps. */
+static const char *llmi_smaller(const llm_desc *desc, int weights, const char *fewer)
+{
+    if (desc->weights && strcmp(desc->weights, "copied") == 0) return "leave weights mapped";
+    return weights ? fewer : "lower context, slots or chunk, or choose a smaller kv";
+}
+
 /* llm_open's own question. */
 static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
 {
@@ -14021,13 +14030,12 @@ static moq_result llmi_check_memory(const llm_desc *desc, moq_error *err)
     r = llm_plan(&d, &p, err);
     if (r < 0 || p.total_bytes <= desc->max_memory) return r;
     return moq_fail(err, MOQ_E_LIMIT, "llm_desc.max_memory",
-                    "%llu bytes are allowed, %llu are needed: %llu mapped weights, %llu repacked, %llu cache (%d slot%s of %d tokens), %llu run state, "
+                    "%llu bytes are allowed, %llu are needed: %llu mapped weights, %llu repacked or copied, %llu cache (%d slot%s of %d tokens), %llu run state, "
                     "%llu tokenizer; %s",
                     (unsigned long long)desc->max_memory, (unsigned long long)p.total_bytes, (unsigned long long)p.mapped_bytes,
                     (unsigned long long)p.weight_bytes, (unsigned long long)p.cache_bytes, p.slots, p.slots == 1 ? "" : "s", p.context,
                     (unsigned long long)p.run_bytes, (unsigned long long)p.tokenizer_bytes,
-                    p.mapped_bytes + p.weight_bytes > desc->max_memory ? "raise it, or open a folder of fewer bits a weight"
-                                                                       : "lower context, slots or chunk, or choose a smaller kv");
+                    llmi_smaller(desc, p.mapped_bytes + p.weight_bytes > desc->max_memory, "raise it, or open a folder of fewer bits a weight"));
 }
 
 /* The same without a limit of the caller's: what the machine cannot hold fills it before anything fails, as systems promise more than they have.
@@ -14054,10 +14062,10 @@ static moq_result llmi_check_machine(const llm_desc *desc, const moq_checkpoint 
     }
     if (own <= all) return MOQ_OK;
     return moq_fail(err, MOQ_E_LIMIT, NULL,
-                    "this machine has %.1f GB, but beyond its mapped weights the model takes %.1f GB: %.1f repacked weights, %.1f cache (%d slot%s of %d tokens), "
+                    "this machine has %.1f GB, but beyond its mapped weights the model takes %.1f GB: %.1f repacked or copied, %.1f cache (%d slot%s of %d tokens), "
                     "%.1f run state; %s", (double)all / 1e9, (double)own / 1e9, (double)p.weight_bytes / 1e9, (double)p.cache_bytes / 1e9, p.slots,
                     p.slots == 1 ? "" : "s", p.context, (double)p.run_bytes / 1e9,
-                    p.weight_bytes > all ? "open a folder of fewer bits a weight" : "lower context, slots or chunk, or choose a smaller kv");
+                    llmi_smaller(desc, p.weight_bytes > all, "open a folder of fewer bits a weight"));
 }
 
 #ifdef MOQ_QUANTIZE

@@ -543,7 +543,7 @@ check "inspect" is 0
 check "inspect: a module" out "^model.layers.0.mlp.up_proj  *nvfp4  *768x256  *4.50"
 check "inspect: totals" out "^44 modules, 183 tensors in 1 file"
 check "inspect: effective bits" out "^effective bits: 5.65"
-check "inspect: memory plan" out "^memory for a context of 1024 tokens: weights .*, KV cache .*, repacked weights .*, run state .*, tokenizer .*, together "
+check "inspect: memory plan" out "^memory for a context of 1024 tokens: weights .*, KV cache .*, repacked or copied weights .*, run state .*, tokenizer .*, together "
 run run "$demo" --max-memory 1M --prompt hello
 check "too little memory" refused "1000000 bytes are allowed, [0-9]* are needed: [0-9]* mapped weights"
 run inspect "$demo"
@@ -558,6 +558,8 @@ run run "$demo" --context 777 --chunk 64 --max-memory 1M --prompt hello
 check "inspect and run plan the same memory" refused "--max-memory: 1000000 bytes are allowed, $plan are needed.*(1 slot of 777 tokens).*; raise it, or take a folder"
 run run "$demo" --context 777 --chunk 64 --max-memory $((plan - 1)) --prompt hello
 check "weights that fit, but not the rest" refused "lower --context or --chunk, or choose a smaller --kv\$"
+run run "$demo" --context 777 --chunk 64 --weights copied --max-memory $((plan + 1)) --prompt hello
+check "copies that are too much" refused "repacked or copied.*; leave --weights mapped\$"
 run run "$demo" --context 24 --prompt "$(yes hello | head -n 100 | tr '\n' ' ')"
 check "an error names the option and the whole path" refused "$demo: context: the conversation has .* open with a larger --context, or begin anew\$"
 if [ -w /dev/full ]; then
@@ -604,7 +606,7 @@ fi
 run inspect "$demo" --kv fp8
 check "inspect --kv" out "KV cache 1.6 MB"
 run inspect "$demo" --weights copied --backend cpu
-check "inspect --weights: copies are counted" out "repacked weights [1-9][0-9.]* MB"
+check "inspect --weights: copies are counted" out "repacked or copied weights [1-9][0-9.]* MB"
 run run "$demo" --weights printed --prompt a
 check "run --weights: no such way" refused "there are mapped and copied"
 run inspect "$demo" --json

@@ -113,6 +113,7 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
     {"give a calibration file that has it", "give a file that has it (--calibration)"},
     {"give a calibration file that has them", "give a file that has them (--calibration)"},
+    {"leave weights mapped", "leave --weights mapped"},
     {"open a folder of fewer bits a weight", "take a folder of fewer bits a weight (a float one: --quantize RECIPE)"},
     {"lower context, slots or chunk, choose a smaller kv, or", "lower --context or --chunk, choose a smaller --kv, or"}, {"effective_bits: ", "--bits: "},
     {"folders of this format cannot be written", "is no container that --format or --to can name"}
@@ -1404,7 +1405,7 @@ static void inspect_text(const moq_checkpoint *ck, const module_row *rows, size_
     printf("\nmemory for a context of %" PRId64 " tokens:", t->context);
     print_bytes(" weights ", info->total_bytes);
     print_bytes(", KV cache ", t->kv_bytes);
-    if (t->planned) print_bytes(", repacked weights ", t->memory.weight_bytes);
+    if (t->planned) print_bytes(", repacked or copied weights ", t->memory.weight_bytes);
     if (t->planned) print_bytes(", run state ", t->memory.run_bytes);
     if (t->planned) print_bytes(", tokenizer ", t->memory.tokenizer_bytes);
     print_bytes(", together ", t->planned ? t->memory.total_bytes : info->total_bytes + t->kv_bytes);
