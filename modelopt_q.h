@@ -14386,6 +14386,10 @@ static int moqi_dot_solid_512(const moqi_tiled *p)
    16 bits (HALF). */
 enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32, MOQI_DOT_HALF };
 
+/* Of scales as they lie: 2^shift columns share one of so many bytes. */
+MOQI_INLINE int moqi_dot_lie_shift(const moqi_tiled *p, int lie) { return lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4; }
+MOQI_INLINE int moqi_dot_lie_size(int lie) { return lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1; }
+
 /* Zen 4 takes long for what goes through memory and back. */
 static int moqi_dot_lie_512(const moqi_tiled *p)
 {
@@ -14767,7 +14771,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
 enum { MOQI_WOVEN = 128 + 16 /* bytes of a block of one row */, MOQI_WOVEN_COLS = 4096 /* of one pass, whatever the digits */ };
 
 /* How many rows share the block that their last columns do not fill; 1: there is none. */
-static int moqi_woven_each(int64_t cols) { return cols % 256 == 0 ? 1 : cols % 256 <= 64 ? 4 : 2; }
+static int moqi_dot_each(int64_t cols) { return cols % 256 == 0 ? 1 : cols % 256 <= 64 ? 4 : 2; }
 
 /* Bytes of 4 rows, or 0: not for this layer. */
 static int64_t moqi_woven_quad(const moqi_tiled *p)
@@ -14775,14 +14779,14 @@ static int64_t moqi_woven_quad(const moqi_tiled *p)
     const int64_t cols = p->layer.cols, tail = cols % 256;
     if (!moqi_dot_zen(p) || p->form != MOQI_CODES_NIBBLES || p->scale_dtype != MOQ_F8_E4M3 || p->shift != 4 || p->zeros) return 0;
     if (p->layer.rows % 4 != 0 || tail > 128 || tail % 16 != 0 || cols > MOQI_WOVEN_COLS) return 0;
-    return (cols / 256 * 4 + (tail ? 4 / moqi_woven_each(cols) : 0)) * MOQI_WOVEN;
+    return (cols / 256 * 4 + (tail ? 4 / moqi_dot_each(cols) : 0)) * MOQI_WOVEN;
 }
 
 /* Some rows, multiples of 4, to `out`. */
 MOQI_AVX512 static void moqi_weave_512(const moqi_tiled *p, int64_t row, int64_t rows, uint8_t *out)
 {
     const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* moqi_dot_order_512 */
-    const int each = moqi_woven_each(p->layer.cols);
+    const int each = moqi_dot_each(p->layer.cols);
     for (const int64_t end = row + rows; row < end; row += 4) {
         const uint8_t *src = p->codes + row * p->row_bytes, *of[4];
         __m512i v[2];
@@ -14881,8 +14885,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
                                              int nibbles, int lie, int solid, int perm)
 {
     const moqi_tiled *p = pass->p;
-    const int shift = lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4; /* of the groups */
-    const int size = lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1, bf16 = lie == MOQI_DOT_HALF && p->scale_dtype == MOQ_BF16;
+    const int shift = moqi_dot_lie_shift(p, lie), size = moqi_dot_lie_size(lie), bf16 = lie == MOQI_DOT_HALF && p->scale_dtype == MOQ_BF16;
     const __m512i lane = _mm512_loadu_si512(pass->lane);
     const __m128i order = _mm512_cvtepi32_epi8(lane);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
@@ -15048,8 +15051,8 @@ static void moqi_dot_edge(const uint8_t **src, const uint8_t *end, uint8_t (*edg
 MOQI_INLINE MOQI_VNNI void moqi_dot_strip_512(const moqi_dot_pass *pass, int64_t row, int64_t rows, float *sum, int lie)
 {
     const moqi_tiled *p = pass->p;
-    const int shift = lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4;
-    const int64_t size = lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1, slots = pass->slots, groups = p->scale_stride * size;
+    const int shift = moqi_dot_lie_shift(p, lie);
+    const int64_t size = moqi_dot_lie_size(lie), slots = pass->slots, groups = p->scale_stride * size;
     const uint8_t *codes = p->codes + row * p->row_bytes, *scales = p->scales + (p->scale_first + row) * groups, *const end = moqi_codes_end(p);
     const uint8_t *ask = codes + rows * p->row_bytes, *ask_scales = scales + rows * groups;
     const float *x = pass->x;
@@ -15250,7 +15253,8 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         s.x = x + j * ldx;
         s.bits = some > 1 && moqi_dot_bits_512(p);
         s.each = 1;
-        if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = tail <= 64 ? 4 : 2; /* sums differ, but not by task */
+        /* sums differ, but not by task */
+        if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = moqi_dot_each(p->layer.cols);
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
         if (packs) moqi_dot_packs(&s, row, lie, acc);
@@ -16346,8 +16350,8 @@ enum { MOQI_TWIN_STRIP = 16 };
 MOQI_INLINE MOQI_BF16 void moqi_twin_strip_512(const moqi_tiled *p, const moqi_dot_pass *pass, int64_t row, int64_t rows, const float *x, int64_t slots, float *sum,
                                                int lie)
 {
-    const int shift = lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4, bf16 = p->scale_dtype == MOQ_BF16;
-    const int64_t size = lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1, groups = p->scale_stride * size;
+    const int shift = moqi_dot_lie_shift(p, lie), bf16 = p->scale_dtype == MOQ_BF16;
+    const int64_t size = moqi_dot_lie_size(lie), groups = p->scale_stride * size;
     const uint8_t *codes = p->codes + row * p->row_bytes, *scales = p->scales + (p->scale_first + row) * groups, *const end = moqi_codes_end(p);
     const uint8_t *ask = codes + rows * p->row_bytes, *ask_scales = scales + rows * groups;
     const __m512i lane = _mm512_loadu_si512(pass->lane), zero = _mm512_castps_si512(_mm512_set1_ps(p->zero));
@@ -18749,10 +18753,15 @@ static moqi_copied moqi_copy_rows(const moqi_cpu *c, const moq_linear *w)
 
 static size_t moqi_copy_size(int64_t rows, int64_t bytes) { return (size_t)((rows * bytes + 63) / 64 * 64); }
 
+static size_t moqi_copy_all(const moq_linear *w, const moqi_copied *n)
+{
+    return moqi_copy_size(w->rows / 4, n->quad) + moqi_copy_size(w->rows, n->codes) + moqi_copy_size(w->rows, n->scales);
+}
+
 static size_t moqi_copy_part(const moqi_cpu *c, const moq_linear *w)
 {
     const moqi_copied n = moqi_copy_rows(c, w);
-    return moqi_copy_size(w->rows / 4, n.quad) + moqi_copy_size(w->rows, n.codes) + moqi_copy_size(w->rows, n.scales);
+    return moqi_copy_all(w, &n);
 }
 
 /* With a block of its own, as a caller's allocator is asked for. */
@@ -18807,30 +18816,32 @@ static void moqi_copy_rows_task(void *arg, int index, int worker)
     if (n) memcpy(t->scales + first * n, p->scales + (p->scale_first + first) * n, (size_t)((end - first) * n));
 }
 
-/* Where a scale is no number, nothing is woven: kernels look for such scales where they always lie. */
-static void moqi_copy_to(const moqi_cpu *c, moqi_tiled *p, uint8_t *to)
+/* Returns the end of the copy. Where a scale is no number, nothing is woven: kernels look for such scales where they always lie. */
+static uint8_t *moqi_copy_to(const moqi_cpu *c, moqi_tiled *p, uint8_t *to)
 {
     const int64_t rows = p->layer.rows;
     moqi_copying t;
     t.p = p;
     t.row = moqi_copy_rows(c, &p->layer);
     t.codes = to;
+    uint8_t *const end = to + moqi_copy_all(&p->layer, &t.row);
     t.scales = to + moqi_copy_size(rows, t.row.codes);
 #ifdef MOQI_X86
-    if (t.row.quad && !moqi_dot_numbers_512(p, MOQI_DOT_E4M3, 0, rows)) return;
+    if (t.row.quad && !moqi_dot_numbers_512(p, MOQI_DOT_E4M3, 0, rows)) return end;
 #endif
-    if (t.row.codes + t.row.quad == 0) return;
+    if (t.row.codes + t.row.quad == 0) return end;
     moqi_run(c, moqi_ceil_div(rows, MOQI_COPY_ROWS), (double)rows * (double)p->layer.cols, moqi_copy_rows_task, &t);
     if (t.row.quad) {
         p->woven = to;
         p->quad = t.row.quad;
-        return;
+        return end;
     }
     p->codes = t.codes;
     p->row_bytes = t.row.codes;
-    if (!t.row.scales) return;
+    if (!t.row.scales) return end;
     p->scales = t.scales;
     p->scale_first = 0;
+    return end;
 }
 
 static moq_result moqi_cpu_copy_weight(moq_backend *be, moq_weight *weight, moq_error *err)
@@ -18845,10 +18856,7 @@ static moq_result moqi_cpu_copy_weight(moq_backend *be, moq_weight *weight, moq_
     if (!to) return moqi_nomem(err, bytes);
     w->store = c->store;
     w->copied = MOQI_STORE_HEAD + bytes;
-    for (int32_t i = 0; i < w->parts; i++) {
-        moqi_copy_to(c, &w->part[i], to);
-        to += moqi_copy_part(c, &w->part[i].layer);
-    }
+    for (int32_t i = 0; i < w->parts; i++) to = moqi_copy_to(c, &w->part[i], to);
     return MOQ_OK;
 }
 

@@ -3,7 +3,7 @@
    Shapes: llama-8b, qwen3-30b-a3b, tiny, tiny-moe. GB_PER_S: what a plain read reaches, for the fraction (of weights and KV bytes of a token over that rate).
    A folder that is there already is used as it is. WHAT is made of letters, all by default, and two that choose:
      g  one sequence that is continued after 64, 1024 and 8192 tokens, one token a call, logits to the host
-     p  prompts of 64 to 8192 tokens from position 0 on, the last row's logits to the host
+     p  prompts of 64 to 8192 tokens from position 0 on, the last row's logits to the host; beside 700 TFLOP/s, which cuBLAS BF16 holds on an H200
      s  8, 32 and 64 sequences of 1024 tokens that are continued together, logits of all to the host
      b  BF16 activations alone, f  F32 activations alone
    CHUNK: llm_desc.chunk of prompts. */
