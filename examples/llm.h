@@ -12551,7 +12551,7 @@ LLM_API llm *llm_join(llm *m, moq_error *err)
     llmi_no_error(&e);
     while (slot < m->model->slots && m->house->by_slot[slot]) slot++;
     if (slot == m->model->slots)
-        moq_fail(&e, MOQ_E_STATE, "slots", "all %d slots of the cache are in use; close a conversation or open with a larger llm_desc.slots", slot);
+        moq_fail(&e, MOQ_E_STATE, "slots", "no slot of %d is free; close a conversation or open with a larger llm_desc.slots", slot);
     else n = llmi_enter(m->house, slot, &e);
     if (n) llm_set_sampling(n, &m->sampling);
     llmi_give(err, &e);

@@ -137,6 +137,9 @@ run quantize "$src" "$dir/q4" --recipe nvfp4_awq_lite --calibration "$dir/kept.s
 check "--calibration of what was saved" is 0
 check "gives the same bytes" cmp "$dir/q3/model.safetensors" "$dir/q4/model.safetensors"
 rm -rf "$dir/q4"
+run quantize "$src" "$dir/q4" --recipe w4a16_nvfp4 --calib "$calib"
+check "a recipe that needs no data is not called calibrated" last 'W4A16_NVFP4, .* in 1 file$'
+rm -rf "$dir/q4"
 run quantize "$src" "$dir/q4" --recipe nvfp4_awq_lite --calib "$calib" --batch 4 --max-memory 64M
 check "--max-memory" is 0
 check "changes no byte" cmp "$dir/q3/model.safetensors" "$dir/q4/model.safetensors"

@@ -22,6 +22,7 @@ typedef struct sample_set {
     uint64_t candidates;   /* of AutoQuantize, calibrated one by one before anything is scored; 0: no such search */
     int counted;           /* AutoQuantize has seen how many batches there are */
     int full;              /* no more rows are wanted */
+    int calibrated;        /* the recipe asked for them */
 } sample_set;
 
 static void drop_samples(sample_set *s)
@@ -126,6 +127,7 @@ static int on_quantize(void *user, moq_stage stage, uint64_t done, uint64_t tota
 {
     sample_set *s = (sample_set *)user;
     if (stage != MOQ_STAGE_CALIBRATE) return on_progress(NULL, stage, done, total);
+    s->calibrated = 1;
     s->pass = done;
     s->passes = total ? total : 1;
     return stop_requested != 0;
@@ -321,7 +323,7 @@ static int verb_quantize(const options *o)
     }
     moq_backend_destroy(d.backend);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
-    if (!bad) bad = report_folder(o, o->args[1], &set);
+    if (!bad) bad = report_folder(o, o->args[1], set.calibrated ? &set : NULL);
     drop_samples(&set);
     return bad;
 }
