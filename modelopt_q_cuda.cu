@@ -1709,6 +1709,23 @@ __device__ __forceinline__ float moqk_scale_at(const uint8_t *scales, int kind, 
     return kind == MOQK_SCALE_E8M0 ? moqk_e8m0(__ldg(scales + at)) : __ldg((const float *)scales + at);
 }
 
+/* What eight neighbouring codes are moved and multiplied by. */
+typedef struct moqk_eight { float zero[8], scale[8]; } moqk_eight;
+
+/* Those of columns [c, c + 8) where groups end between them; `at`: the row's first group. Rare, so one copy of it for all kernels. */
+static __device__ __noinline__ moqk_eight moqk_each_scale(const uint8_t *scales, int kind, const int16_t *zeros, float zero, int64_t at, int32_t c, int32_t cols,
+                                                          int32_t group)
+{
+    moqk_eight e;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int64_t k = at + min(c + i, cols - 1) / group;
+        e.zero[i] = zeros ? zero + (float)zeros[k] : zero;
+        e.scale[i] = kind == MOQK_NO_SCALE ? 1.0f : moqk_scale_at(scales, kind, k);
+    }
+    return e;
+}
+
 /* Columns [c, c + 8) of a row: code minus zero, and the scale that they share (returned) or, where they do not, multiplied in already. */
 template <int KIND> __device__ __forceinline__ float moqk_weights8(const moqk_part &p, const moqk_bits<KIND> &b, int64_t row, int32_t c, float v[8])
 {
@@ -1718,13 +1735,10 @@ template <int KIND> __device__ __forceinline__ float moqk_weights8(const moqk_pa
         moqk_decode8<KIND>(b, p.zeros ? p.zero + (float)p.zeros[at] : p.zero, v);
         return p.scale_kind == MOQK_NO_SCALE ? 1.0f : moqk_scale_at(p.scales, p.scale_kind, at);
     }
+    const moqk_eight e = moqk_each_scale(p.scales, p.scale_kind, p.zeros, p.zero, at, c, p.cols, p.group);
     moqk_decode8<KIND>(b, 0, v);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        int64_t k = at + min(c + i, p.cols - 1) / p.group;
-        v[i] -= p.zeros ? p.zero + (float)p.zeros[k] : p.zero;
-        if (p.scale_kind != MOQK_NO_SCALE) v[i] *= moqk_scale_at(p.scales, p.scale_kind, k);
-    }
+    for (int i = 0; i < 8; i++) v[i] = (v[i] - e.zero[i]) * e.scale[i];
     return 1.0f;
 }
 
@@ -1807,12 +1821,14 @@ template <int KIND, int MT> __global__ void __launch_bounds__(256) moqk_gemv(moq
             }
         }
 #pragma unroll
-        for (int r = 0; r < 4; r++)
+        for (int t = 0; t < MT; t++) {
+            if (t >= count) break;
 #pragma unroll
-            for (int t = 0; t < MT; t++) {
+            for (int r = 0; r < 4; r++) {
                 float v = moqk_warp_sum(acc[r][t]);
                 if (lane == 0) sums[warp][r * MT + t] = v;
             }
+        }
     }
     __syncthreads();
     if (!active || slice != 0) return;
@@ -1821,6 +1837,19 @@ template <int KIND, int MT> __global__ void __launch_bounds__(256) moqk_gemv(moq
         float v = 0;
         for (int s = 0; s < a.slices; s++) v += sums[warp + s][i];
         if (row < p->rows && t < count) moqk_store(a, (first + t) * a.ldy + y_first + row, v * p->factor + (p->bias ? p->bias[row] : 0));
+    }
+}
+
+/* The first n of four neighbouring sums as y[at..] = v * factor + bias; bias: the first of them, or NULL. */
+static __device__ __noinline__ void moqk_store_four(void *y, int bf16, int accumulate, int64_t at, int n, float4 v, float factor, const float *bias)
+{
+    const float each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (i >= n) break;
+        float sum = each[i] * factor + (bias ? bias[i] : 0);
+        if (accumulate) sum += moqk_get_any(y, at + i, bf16);
+        moqk_put_any(y, at + i, sum, bf16);
     }
 }
 
@@ -1886,10 +1915,11 @@ template <int KIND, int BM> __global__ void __launch_bounds__(256) moqk_gemm(moq
 #pragma unroll
     for (int t = 0; t < TM; t++)
 #pragma unroll
-        for (int r = 0; r < 8; r++) {
-            int32_t row = tile * 128 + (r < 4 ? tx * 4 + r : 64 + tx * 4 + r - 4), token = ty * TM + t;
-            if (row < q.rows && token < count) moqk_store(a, (first + token) * a.ldy + y_first + row,
-                                                          acc[r][t] * q.factor + (q.bias ? q.bias[row] : 0));
+        for (int r = 0; r < 8; r += 4) {
+            const int32_t row = tile * 128 + 16 * r + tx * 4, token = ty * TM + t;
+            if (row < q.rows && token < count)
+                moqk_store_four(a.y, a.y_bf16, a.accumulate, (first + token) * a.ldy + y_first + row, q.rows - row,
+                                make_float4(acc[r][t], acc[r + 1][t], acc[r + 2][t], acc[r + 3][t]), q.factor, q.bias ? q.bias + row : NULL);
         }
 }
 
@@ -5774,13 +5804,11 @@ static void moqc_launch_gemv(const moqc_job *j)
     int64_t most = a.tiles ? a.most_tiles : 1, rows = a.tiles ? a.m : a.m;
     a.slices = moqc_slices(j->c, j->row_blocks4 * most, j->bank->cols);
     unsigned blocks = (unsigned)moqk_ceil(j->row_blocks4, 8 / a.slices);
-    int step = rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
+    int step = rows <= 1 ? 1 : 8;
     dim3 grid(blocks, (unsigned)(a.tiles ? most : moqk_ceil(rows, step)));
     cudaStream_t stream = j->c->stream;
 #define MOQC_CALL(K) \
     if (step == 1) moqk_gemv<K, 1><<<grid, 256, 0, stream>>>(a); \
-    else if (step == 2) moqk_gemv<K, 2><<<grid, 256, 0, stream>>>(a); \
-    else if (step == 4) moqk_gemv<K, 4><<<grid, 256, 0, stream>>>(a); \
     else moqk_gemv<K, 8><<<grid, 256, 0, stream>>>(a);
     MOQC_EACH_KIND(j->kinds, MOQC_CALL);
 #undef MOQC_CALL
@@ -7749,7 +7777,7 @@ static void moqc_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n,
    Rows lie in the order [slot][kv head][position]; codes and block scales apart, so that every row is aligned.
    ------------------------------------------------------------------------------------------------ */
 
-enum moqk_kv_kind { MOQK_KV_F32, MOQK_KV_BF16, MOQK_KV_E4M3, MOQK_KV_I8, MOQK_KV_NV4, MOQK_KV_MX4 };
+enum moqk_kv_kind { MOQK_KV_F32, MOQK_KV_BF16, MOQK_KV_E4M3, MOQK_KV_I8, MOQK_KV_NV4, MOQK_KV_MX4, MOQK_KV_ANY /* of a kernel: the cache tells */ };
 enum { MOQK_KV_MOST_DIM = 512, MOQK_KEYS = 64, MOQK_QUERIES = 32 }; /* keys of a step of the first kernel; queries and keys of a tile of the second */
 
 /* Keys or values of one layer. */
@@ -8040,6 +8068,34 @@ template <int KIND, int N> __device__ __forceinline__ void moqk_kv_read(const mo
 #pragma unroll
         for (int i = 0; i < N; i++) v[i] *= s;
     }
+}
+
+/* The same of U rows, `step` apart from at + first on; zeros for those that are not before at + end. Their loads are under way together: a kind that only
+   the cache knows is asked for once. */
+template <int KIND, int N, int U>
+__device__ __forceinline__ void moqk_kv_read_rows(const moqk_kv &c, int64_t at, int32_t first, int32_t step, int32_t end, int32_t d, float scale,
+                                                  const float *bias, float (&v)[U][N])
+{
+#define MOQK_CALL(K) moqk_kv_read_rows<K, N, U>(c, at, first, step, end, d, scale, bias, v)
+    if constexpr (KIND == MOQK_KV_ANY) {
+        switch (c.kind) {
+        case MOQK_KV_F32: MOQK_CALL(MOQK_KV_F32); break;
+        case MOQK_KV_BF16: MOQK_CALL(MOQK_KV_BF16); break;
+        case MOQK_KV_E4M3: MOQK_CALL(MOQK_KV_E4M3); break;
+        case MOQK_KV_I8: MOQK_CALL(MOQK_KV_I8); break;
+        case MOQK_KV_NV4: MOQK_CALL(MOQK_KV_NV4); break;
+        default: MOQK_CALL(MOQK_KV_MX4); break;
+        }
+    } else {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            if (first + u * step < end) moqk_kv_read<KIND, N>(c, at + first + u * step, d, scale, bias, v[u]);
+            else
+#pragma unroll
+                for (int i = 0; i < N; i++) v[u][i] = 0;
+        }
+    }
+#undef MOQK_CALL
 }
 
 /* ---- caches ---- */
@@ -8400,7 +8456,7 @@ __device__ void moqk_join_splits(const moqk_attend_args &a, int64_t row, int32_t
     if (threadIdx.x == 0) *arrived = 0;
 }
 
-/* H query heads of one row over one split of the positions. Reads the split's keys and values once. Threads: for scores, teams of L lanes
+/* H query heads of one row over one split of the positions. Reads the split's keys and values once. KIND: F32, or any. Threads: for scores, teams of L lanes
    own 16 values of a key each; for values, a thread owns 4 of them for every (128 / lanes)-th key. Grid: splits, head groups, rows. */
 template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(moqk_attend_args a)
 {
@@ -8432,13 +8488,7 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
         int32_t n = (int32_t)min((int64_t)MOQK_KEYS, to - first);
         for (int32_t j = sub; j < MOQK_KEYS; j += 4 * subs) { /* four keys' loads under way */
             float k[4][16];
-#pragma unroll
-            for (int u = 0; u < 4; u++) {
-                if (j + u * subs < n && dk < a.c.k.padded) moqk_kv_read<KIND, 16>(a.c.k, base + first + j + u * subs, dk, k_scale, k_bias, k[u]);
-                else
-#pragma unroll
-                    for (int i = 0; i < 16; i++) k[u][i] = 0;
-            }
+            moqk_kv_read_rows<KIND>(a.c.k, base + first, j, subs, dk < a.c.k.padded ? n : 0, dk, k_scale, k_bias, k);
             for (int h = 0; h < H; h++) {
                 float s[4] = {0, 0, 0, 0};
                 const float4 *q4 = (const float4 *)(q + h * a.c.k.padded + (dk < a.c.k.padded ? dk : 0));
@@ -8486,16 +8536,17 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
         for (int h = 0; h < H; h++)
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[h][i] *= shrink[h];
-        if (team < teams) {
-#pragma unroll 8
-            for (int32_t j = team; j < n; j += teams) {
-                float v[4];
-                moqk_kv_read<KIND, 4>(a.c.v, base + first + j, dv, v_scale, v_bias, v);
+        for (int32_t j = team; j < n && team < teams; j += 8 * teams) {
+            float v[8][4];
+            moqk_kv_read_rows<KIND>(a.c.v, base + first, j, teams, n, dv, v_scale, v_bias, v);
+#pragma unroll
+            for (int u = 0; u < 8; u++) {
+                if (j + u * teams >= n) break;
 #pragma unroll
                 for (int h = 0; h < H; h++) {
-                    float p = score[j * H + h];
+                    float p = score[(j + u * teams) * H + h];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) acc[h][i] += p * v[i];
+                    for (int i = 0; i < 4; i++) acc[h][i] += p * v[u][i];
                 }
             }
         }
@@ -8523,26 +8574,24 @@ template <int KIND, int H> __global__ void __launch_bounds__(128) moqk_attend(mo
 }
 
 /* A tile of rows of keys or values [first, first + MOQK_QUERIES) into shared memory as F32; zeros past `last`. */
-template <int KIND> __device__ __forceinline__ void moqk_load_tile(const moqk_kv &c, int64_t base, int64_t first, int64_t last, int32_t head, int32_t stride, float *to)
+__device__ __forceinline__ void moqk_load_tile(const moqk_kv &c, int64_t base, int64_t first, int64_t last, int32_t head, int32_t stride, float *to)
 {
     int32_t chunks = c.padded / 16;
     const float *bias = c.bias ? c.bias + (int64_t)head * c.dim : NULL;
-    float scale = c.scale[head], v[16];
+    const int32_t end = (int32_t)min(last + 1 - first, (int64_t)MOQK_QUERIES);
+    float scale = c.scale[head], v[1][16];
     for (int32_t i = threadIdx.x; i < MOQK_QUERIES * chunks; i += blockDim.x) {
         int32_t j = i / chunks, d = i % chunks * 16;
-        if (first + j <= last) moqk_kv_read<KIND, 16>(c, base + first + j, d, scale, bias, v);
-        else
+        moqk_kv_read_rows<MOQK_KV_ANY>(c, base + first, j, 0, end, d, scale, bias, v);
 #pragma unroll
-            for (int k = 0; k < 16; k++) v[k] = 0;
-#pragma unroll
-        for (int k = 0; k < 4; k++) *(float4 *)&to[j * stride + d + 4 * k] = make_float4(v[4 * k], v[4 * k + 1], v[4 * k + 2], v[4 * k + 3]);
+        for (int k = 0; k < 4; k++) *(float4 *)&to[j * stride + d + 4 * k] = make_float4(v[0][4 * k], v[0][4 * k + 1], v[0][4 * k + 2], v[0][4 * k + 3]);
     }
 }
 
 /* Tiles of 32 queries (rows x heads of one kv head) against tiles of 32 positions: keys and values are decoded once for all of them.
    Rows of different slots in a tile are taken one slot after the other. A thread owns 4 queries x 2 keys of the scores, and 4 queries x 4 C
    values of the result: v.padded <= 64 C. Grid: query tiles, kv heads. */
-template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_tiles(moqk_attend_args a)
+template <int C> __global__ void __launch_bounds__(128) moqk_attend_tiles(moqk_attend_args a)
 {
     extern __shared__ float4 room4[];
     __shared__ float shrink[MOQK_QUERIES], sum_of[MOQK_QUERIES];
@@ -8582,7 +8631,7 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
         int64_t base = ((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity;
         for (int32_t first = low / N * N; first <= high; first += N) {
             __syncthreads();
-            moqk_load_tile<KIND>(a.c.k, base, first, high, kv_head, stride, kv);
+            moqk_load_tile(a.c.k, base, first, high, kv_head, stride, kv);
             __syncthreads();
             float s[4][2] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};
             for (int32_t d = 0; d < dk; d += 4) {
@@ -8624,7 +8673,7 @@ template <int KIND, int C> __global__ void __launch_bounds__(128) moqk_attend_ti
             sum = sum * factor + more;
             max_of = top;
             if (tid % 4 == 0) shrink[mine] = factor;
-            moqk_load_tile<KIND>(a.c.v, base, first, high, kv_head, stride, kv);
+            moqk_load_tile(a.c.v, base, first, high, kv_head, stride, kv);
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < 4; i++)
@@ -10672,16 +10721,6 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
    >>cuda-attention-host   which of them runs
    ------------------------------------------------------------------------------------------------ */
 
-#define MOQC_EACH_KV(kind, CALL) \
-    switch (kind) { \
-    case MOQK_KV_F32: CALL(MOQK_KV_F32); break; \
-    case MOQK_KV_BF16: CALL(MOQK_KV_BF16); break; \
-    case MOQK_KV_E4M3: CALL(MOQK_KV_E4M3); break; \
-    case MOQK_KV_I8: CALL(MOQK_KV_I8); break; \
-    case MOQK_KV_NV4: CALL(MOQK_KV_NV4); break; \
-    default: CALL(MOQK_KV_MX4); break; \
-    }
-
 static size_t moqc_tiles_bytes(const moqk_cache *k) { return (size_t)MOQK_QUERIES * 4 * (size_t)(2 * (moqc_max(k->k.padded, k->v.padded) + 4) + MOQK_QUERIES + 4); }
 
 typedef void (*moqc_teams_kernel)(moqk_attend_args);
@@ -10712,12 +10751,9 @@ static cudaError_t moqc_allow_shared(int most, int wgmma)
     int bytes = most < 98304 ? most : 98304;
     cudaError_t e = cudaSuccess;
 #define MOQC_ALLOW(f) if (e == cudaSuccess) e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)
-#define MOQC_CALL(K) \
-    MOQC_ALLOW((moqk_attend_tiles<K, 1>)); \
-    MOQC_ALLOW((moqk_attend_tiles<K, 2>)); \
-    MOQC_ALLOW((moqk_attend_tiles<K, 4>))
-    for (int kind = 0; kind <= MOQK_KV_MX4; kind++) MOQC_EACH_KV(kind, MOQC_CALL)
-#undef MOQC_CALL
+    MOQC_ALLOW(moqk_attend_tiles<1>);
+    MOQC_ALLOW(moqk_attend_tiles<2>);
+    MOQC_ALLOW(moqk_attend_tiles<4>);
 #undef MOQC_ALLOW
 #define MOQC_ALLOW(D, T, B) if (e == cudaSuccess) e = cudaFuncSetAttribute(moqk_attend_many<D, T, B>, cudaFuncAttributeMaxDynamicSharedMemorySize, \
                                                                           moqk_tile_halves(D, T) * 2 < most ? moqk_tile_halves(D, T) * 2 : most)
@@ -10767,12 +10803,9 @@ static void moqc_attend_tiles(moqc_ctx *c, const moqk_attend_args *a)
     dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_QUERIES), (unsigned)a->c.kv_heads);
     size_t shared = moqc_tiles_bytes(&a->c);
     int wide = a->c.v.padded;
-#define MOQC_CALL(K) \
-    if (wide <= 64) moqk_attend_tiles<K, 1><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (wide <= 128) moqk_attend_tiles<K, 2><<<grid, 128, shared, c->stream>>>(*a); \
-    else moqk_attend_tiles<K, 4><<<grid, 128, shared, c->stream>>>(*a)
-    MOQC_EACH_KV(a->c.k.kind, MOQC_CALL)
-#undef MOQC_CALL
+    if (wide <= 64) moqk_attend_tiles<1><<<grid, 128, shared, c->stream>>>(*a);
+    else if (wide <= 128) moqk_attend_tiles<2><<<grid, 128, shared, c->stream>>>(*a);
+    else moqk_attend_tiles<4><<<grid, 128, shared, c->stream>>>(*a);
 }
 
 /* Splits of `groups` blocks per row, so that `room` blocks are there; `least` positions each. */
@@ -10837,7 +10870,8 @@ static void moqc_attend_stream(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 /* Query heads of a block, and splits: as many as fill the device once, at least MOQK_KEYS positions each. */
 static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
 {
-    const int kind = a->c.k.kind, heads = a->share <= 1 ? 1 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
+    const int exact = a->c.k.kind == MOQK_KV_F32; /* other caches come here with heads of unusual sizes: fewer kernels for them */
+    const int heads = a->share <= 1 ? 1 : !exact ? 4 : a->share <= 2 ? 2 : a->share <= 4 ? 4 : 8;
     const int64_t groups = (int64_t)a->c.kv_heads * moqk_ceil(a->share, heads);
     if (moqc_stream_dim(&a->c)) { moqc_attend_stream(c, a, length); return; }
     a->splits = moqc_attend_cut(a, length, groups, c->sm_count * 4, MOQK_KEYS);
@@ -10849,13 +10883,10 @@ static void moqc_attend_split(moqc_ctx *c, moqk_attend_args *a, int64_t length)
     const size_t last = (size_t)(128 / (a->c.v.padded / 4)) * (size_t)heads * (size_t)a->c.v.padded * 4;
     size_t shared = first > last ? first : last, join = (size_t)heads * (size_t)a->splits * 4;
     if (join > shared) shared = join;
-#define MOQC_CALL(K) \
-    if (heads == 1) moqc_chain(c, "attention", moqk_attend<K, 1>, grid, 128, shared, *a); \
-    else if (heads == 2) moqc_chain(c, "attention", moqk_attend<K, 2>, grid, 128, shared, *a); \
-    else if (heads == 4) moqc_chain(c, "attention", moqk_attend<K, 4>, grid, 128, shared, *a); \
-    else moqc_chain(c, "attention", moqk_attend<K, 8>, grid, 128, shared, *a)
-    MOQC_EACH_KV(kind, MOQC_CALL)
-#undef MOQC_CALL
+    void (*kernel)(moqk_attend_args) = heads == 1 ? moqk_attend<MOQK_KV_F32, 1> : heads == 2 ? moqk_attend<MOQK_KV_F32, 2>
+                                     : heads == 4 ? moqk_attend<MOQK_KV_F32, 4> : moqk_attend<MOQK_KV_F32, 8>;
+    if (!exact) kernel = heads == 1 ? moqk_attend<MOQK_KV_ANY, 1> : moqk_attend<MOQK_KV_ANY, 4>;
+    moqc_chain(c, "attention", kernel, grid, 128, shared, *a);
 }
 
 /* May heads wait for their attention? Those of one row, whose cache >>cuda-attention-stream reads. */
