@@ -4590,8 +4590,9 @@ __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint
    MOQK_WGMMA_OF. */
 __device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 1u << 16; }
 
-/* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle); `add` 0: D = A B. Lists of registers; then the letter of D's, the
-   numbers of the operands behind them, and what stands behind all of them: signs and order. */
+/* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle), four of them behind each other along a slab; `add` 0: D = A B. One
+   statement for the four: what the compiler spends on N registers that go into it and come out again is what compiling these kernels costs. Lists of
+   registers; then the letter of D's, the numbers of the operands behind them, and what stands behind all of them: signs and order. */
 #define MOQK_L8(a, b, c, d, e, f, g, h) "%" #a ",%" #b ",%" #c ",%" #d ",%" #e ",%" #f ",%" #g ",%" #h
 #define MOQK_L16 MOQK_L8(0, 1, 2, 3, 4, 5, 6, 7) "," MOQK_L8(8, 9, 10, 11, 12, 13, 14, 15)
 #define MOQK_L32 MOQK_L16 "," \
@@ -4607,35 +4608,47 @@ __device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 
 #define MOQK_D4(kind, i) kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3])
 #define MOQK_D16(kind, i) MOQK_D4(kind, i), MOQK_D4(kind, i + 4), MOQK_D4(kind, i + 8), MOQK_D4(kind, i + 12)
 #define MOQK_D32(kind, i) MOQK_D16(kind, i), MOQK_D16(kind, i + 16)
-#define MOQK_WGMMA_OF(name, type, count, shape, signs, list, a0, a1, a2, a3, at, more, ...) \
+#define MOQK_WGMMA_NEXT(shape, signs, list, a0, a1, a2, a3, at, k) \
+    "add.u32 x, %" #at ", " #k "; mov.b64 q, {x, 1073741888}; wgmma.mma_async.sync.aligned." shape " {" list "}, " \
+    "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, t" signs "; "
+#define MOQK_WGMMA_OF(name, type, count, shape, signs, list, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, at, more, ...) \
     __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint32_t desc, int add) \
     { \
-        asm volatile("{ .reg .pred p; .reg .b64 q; mov.b64 q, {%" #at ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " /* 64 | 1 << 30: see moqk_x_desc */ \
-                     "wgmma.mma_async.sync.aligned." shape " {" list "}, " \
-                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, p" signs "; }" \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(desc), "r"(add)); \
+        asm volatile("{ .reg .pred p, t; .reg .b32 x; .reg .b64 q; setp.eq.b32 t, 0, 0; setp.ne.b32 p, %" #more ", 0; " \
+                     "mov.b64 q, {%" #at ", 1073741888}; " /* 64 | 1 << 30: see moqk_x_desc */ \
+                     "wgmma.mma_async.sync.aligned." shape " {" list "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, p" signs "; " \
+                     MOQK_WGMMA_NEXT(shape, signs, list, a4, a5, a6, a7, at, 2) MOQK_WGMMA_NEXT(shape, signs, list, a8, a9, a10, a11, at, 4) \
+                     MOQK_WGMMA_NEXT(shape, signs, list, a12, a13, a14, a15, at, 6) "}" \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]), "r"(a[8]), "r"(a[9]), \
+                       "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]), "r"(a[15]), "r"(desc), "r"(add)); \
     }
-MOQK_WGMMA_OF(moqk_wgmma, float, 16, "m64n32k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L16, 16, 17, 18, 19, 20, 21, MOQK_D16("+f", 0))
-MOQK_WGMMA_OF(moqk_wgmma, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_OF(moqk_wgmma, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
-MOQK_WGMMA_OF(moqk_wgmma, float, 76, "m64n152k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L76, 76, 77, 78, 79, 80, 81, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
-              MOQK_D4("+f", 64), MOQK_D4("+f", 68), MOQK_D4("+f", 72))
-MOQK_WGMMA_OF(moqk_wgmma, float, 80, "m64n160k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D4("+f", 64),
-              MOQK_D4("+f", 68), MOQK_D4("+f", 72), MOQK_D4("+f", 76))
-MOQK_WGMMA_OF(moqk_wgmma, float, 96, "m64n192k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L96, 96, 97, 98, 99, 100, 101, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
-              MOQK_D32("+f", 64))
-MOQK_WGMMA_OF(moqk_wgmma, float, 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
-              MOQK_D32("+f", 64), MOQK_D32("+f", 96))
+MOQK_WGMMA_OF(moqk_wgmma, float, 16, "m64n32k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L16, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33,
+              MOQK_D16("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L32, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49,
+              MOQK_D32("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L64, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80,
+              81, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma, float, 76, "m64n152k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L76, 76, 77, 78, 79, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92,
+              93, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D4("+f", 64), MOQK_D4("+f", 68), MOQK_D4("+f", 72))
+MOQK_WGMMA_OF(moqk_wgmma, float, 80, "m64n160k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L80, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94, 95, 96,
+              97, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D16("+f", 64))
+MOQK_WGMMA_OF(moqk_wgmma, float, 96, "m64n192k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L96, 96, 97, 98, 99, 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110,
+              111, 112, 113, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D32("+f", 64))
+MOQK_WGMMA_OF(moqk_wgmma, float, 128, "m64n256k16.f32.bf16.bf16", ", 1, 1, 0", MOQK_L128, 128, 129, 130, 131, 132, 133, 134, 135, 136, 137, 138, 139, 140,
+              141, 142, 143, 144, 145, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D32("+f", 64), MOQK_D32("+f", 96))
 /* The same of bytes: A[64 x 32] B[32 x N]. */
-MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 32, "m64n64k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 64, "m64n128k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
-MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 80, "m64n160k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+f", 0), MOQK_D32("+f", 32),
-              MOQK_D16("+f", 64))
-MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 64, "m64n128k32.s32.s8.s8", "", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+r", 0), MOQK_D32("+r", 32))
-MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 80, "m64n160k32.s32.s8.s8", "", MOQK_L80, 80, 81, 82, 83, 84, 85, MOQK_D32("+r", 0), MOQK_D32("+r", 32),
-              MOQK_D16("+r", 64))
-MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 128, "m64n256k32.s32.s8.s8", "", MOQK_L128, 128, 129, 130, 131, 132, 133, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D32("+r", 64),
-              MOQK_D32("+r", 96))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 32, "m64n64k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48,
+              49, MOQK_D32("+f", 0))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 64, "m64n128k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80,
+              81, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, float, 80, "m64n160k32.f32.e4m3.e4m3", ", 1, 1", MOQK_L80, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94, 95, 96,
+              97, MOQK_D32("+f", 0), MOQK_D32("+f", 32), MOQK_D16("+f", 64))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 64, "m64n128k32.s32.s8.s8", "", MOQK_L64, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80, 81,
+              MOQK_D32("+r", 0), MOQK_D32("+r", 32))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 80, "m64n160k32.s32.s8.s8", "", MOQK_L80, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90, 91, 92, 93, 94, 95, 96, 97,
+              MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D16("+r", 64))
+MOQK_WGMMA_OF(moqk_wgmma_bytes, int, 128, "m64n256k32.s32.s8.s8", "", MOQK_L128, 128, 129, 130, 131, 132, 133, 134, 135, 136, 137, 138, 139, 140, 141, 142,
+              143, 144, 145, MOQK_D32("+r", 0), MOQK_D32("+r", 32), MOQK_D32("+r", 64), MOQK_D32("+r", 96))
 
 __device__ __forceinline__ uint32_t moqk_of_block(uint32_t at, uint32_t rank)
 {
@@ -5047,9 +5060,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
         const uint32_t desc = moqk_x_desc(r.x + run.at * R::X_STAGE + b % R::X_SLABS * (BM * 128));
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int t = 0; t < BM; t += BOX) moqk_wgmma((float (&)[BOX / 2])d[t / 2], a + 4 * i, desc + t * 8 + 2 * i, i ? 1 : add);
+        for (int t = 0; t < BM; t += BOX) moqk_wgmma((float (&)[BOX / 2])d[t / 2], a, desc + t * 8, add);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_RING, R::HALVES);
     }
@@ -5351,8 +5362,7 @@ template <> struct moqk_bytes_sum<MOQK_FAST_U8> { typedef int type; };
 template <int N, typename T> __device__ __forceinline__ void moqk_begin_bytes(T (&d)[N], const uint32_t (&a)[16], uint32_t desc, int add)
 {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-    for (int k = 0; k < 4; k++) moqk_wgmma_bytes(d, a + 4 * k, desc + 2 * k, add || k > 0);
+    moqk_wgmma_bytes(d, a, desc, add);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
@@ -10116,11 +10126,19 @@ MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 32, "m64n64k16.f32.f16.f16", MOQK_L32, 32
 MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 64, "m64n128k16.f32.bf16.bf16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
 MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 64, "m64n128k16.f32.f16.f16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
 /* The same of A in registers and B in rows of N: the transposed operand. */
-MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 32, "m64n64k16.f32.f16.f16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_OF(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
+#define MOQK_WGMMA_ONE(name, type, count, shape, signs, list, a0, a1, a2, a3, at, more, ...) \
+    __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint32_t desc, int add) \
+    { \
+        asm volatile("{ .reg .pred p; .reg .b64 q; mov.b64 q, {%" #at ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " \
+                     "wgmma.mma_async.sync.aligned." shape " {" list "}, " \
+                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, p" signs "; }" \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(desc), "r"(add)); \
+    }
+MOQK_WGMMA_ONE(moqk_wgmma_values_bf16, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_ONE(moqk_wgmma_values_f16, float, 32, "m64n64k16.f32.f16.f16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_ONE(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
               MOQK_D32("+f", 32))
-MOQK_WGMMA_OF(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
+MOQK_WGMMA_ONE(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
               MOQK_D32("+f", 32))
 
 __device__ __forceinline__ void moqk_shared_put16(uint32_t at, const uint32_t *v)
