@@ -4222,10 +4222,11 @@ __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const m
 {
     constexpr int TOKENS = BM % 32 ? 16 : 32;
     const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
-#pragma unroll
+#pragma unroll 1 /* only what names registers is there for every round */
     for (int r = 0; r < BM / TOKENS; r++) {
         moqk_sync_group(group);
-        moqk_lay_sums<TOKENS>(room, thread, d, r);
+#pragma unroll
+        for (int k = 0; k < BM / TOKENS; k++) if (k == r) moqk_lay_sums<TOKENS>(room, thread, d, k);
         moqk_sync_group(group);
 #pragma unroll 1 /* few instructions: most launches run them once */
         for (int token = thread >> 4; token < TOKENS; token += 8)
