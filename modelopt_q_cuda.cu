@@ -9806,7 +9806,7 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
    BF16 activations; 2 for F32 ones, whose queries and probabilities go in as hi + lo; 3 when the cache is F32 and is split too.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQK_TILE_QUERIES = 64 };
+enum { MOQK_TILE_QUERIES = 64, MOQK_TILE_OWN = MOQK_TILE_QUERIES * 16 }; /* OWN: bytes of shared memory beside those that a launch asks for */
 
 __host__ __device__ static constexpr int moqk_tile_keys(int dim) { return dim > 128 ? 32 : 64; }
 
@@ -10774,8 +10774,9 @@ static cudaError_t moqc_allow_shared(int most, int wgmma)
     MOQC_ALLOW(moqk_attend_tiles<2>);
     MOQC_ALLOW(moqk_attend_tiles<4>);
 #undef MOQC_ALLOW
+    const int room = most - MOQK_TILE_OWN;
 #define MOQC_ALLOW(D, T, B) if (e == cudaSuccess) e = cudaFuncSetAttribute(moqk_attend_many<D, T, B>, cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                                                          moqk_tile_halves(D, T) * 2 < most ? moqk_tile_halves(D, T) * 2 : most)
+                                                                          moqk_tile_halves(D, T) * 2 < room ? moqk_tile_halves(D, T) * 2 : room)
     MOQC_ALLOW(64, 1, 0); MOQC_ALLOW(64, 1, 1); MOQC_ALLOW(64, 2, 0); MOQC_ALLOW(64, 3, 0);
     MOQC_ALLOW(128, 1, 0); MOQC_ALLOW(128, 1, 1); MOQC_ALLOW(128, 2, 0); MOQC_ALLOW(128, 3, 0);
     MOQC_ALLOW(256, 1, 0); MOQC_ALLOW(256, 1, 1); MOQC_ALLOW(256, 2, 0); MOQC_ALLOW(256, 3, 0);
@@ -10794,6 +10795,7 @@ static cudaError_t moqc_allow_shared(int most, int wgmma)
 static int moqc_attend_many(moqc_ctx *c, const moqk_attend_args *a)
 {
     int kind = a->c.k.kind, dim = (int)moqc_max(a->c.k.padded, a->c.v.padded), terms = kind == MOQK_KV_F32 ? 3 : c->bf16 ? 1 : 2;
+    if (kind == MOQK_KV_BF16) terms = 1;
     dim = dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
     size_t shared = (size_t)moqk_tile_halves(dim, terms) * 2;
     if (terms == 3 && (int64_t)a->rows * a->share < 4 * MOQK_TILE_QUERIES) return 0; /* so little that exact F32 is as fast */
@@ -10803,7 +10805,7 @@ static int moqc_attend_many(moqc_ctx *c, const moqk_attend_args *a)
         teams.kernel<<<(unsigned)moqc_min(tiles, c->sm_count), 384, (size_t)teams.shared, c->stream>>>(*a);
         return 1;
     }
-    if (kind == MOQK_KV_MX4 || shared > (size_t)c->most_shared) return 0;
+    if (kind == MOQK_KV_MX4 || shared + MOQK_TILE_OWN > (size_t)c->most_shared) return 0; /* of 99 KB: heads of more than 128 values in F32 activations */
     dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_TILE_QUERIES), (unsigned)a->c.kv_heads);
 #define MOQC_CALL(D) \
     if (kind == MOQK_KV_BF16) moqk_attend_many<D, 1, 1><<<grid, 128, shared, c->stream>>>(*a); \
