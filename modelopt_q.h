@@ -1060,6 +1060,10 @@ typedef struct moq_cuda_desc {
 /* The CUDA backend: defined in modelopt_q_cuda.cu. moq_cuda_backend(device, err) is the one with every default. */
 extern moq_backend *moq_cuda_backend(int device, moq_error *err);
 extern moq_backend *moq_cuda_backend_with(const moq_cuda_desc *desc, moq_error *err);
+/* The cudaStream_t on which the work of a CUDA backend runs in order, for kernels and copies of the caller's own between its calls; NULL for other
+   backends. All calls before have been queued when it returns, which the backend may put off while it records: ask each time. What is queued between
+   capture_begin and capture_end is recorded like a call. */
+extern void *moq_cuda_stream(moq_backend *be);
 
 MOQ_API void moq_backend_destroy(moq_backend *be);
 

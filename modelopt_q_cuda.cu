@@ -7713,11 +7713,27 @@ template <typename T> __global__ void moqk_add(T *x, const T *y, size_t count)
     if (i < count) moqk_put(x, (int64_t)i, moqk_get(x, (int64_t)i) + moqk_get(y, (int64_t)i));
 }
 
+/* x += y by the product that waits and makes y. */
+static int moqc_add_whole(moqc_ctx *c, void *x, const void *y, size_t count)
+{
+    const int64_t rows = c->held->run ? c->held->job.call.m : 0;
+    moq_norm_desc n;
+    if (rows < 1 || count % (size_t)rows != 0 || count / (size_t)rows > INT32_MAX) return 0;
+    memset(&n, 0, sizeof n);
+    n.x = x;
+    n.add = y;
+    n.rows = (int32_t)rows;
+    n.cols = (int32_t)(count / (size_t)rows);
+    return moqc_add_in_run(c, &n);
+}
+
 static void moqc_add(moq_backend *be, void *x, const void *y, size_t count)
 {
     moqc_ctx *c = moqc_of(be);
-    moqc_on on(c);
-    if (count == 0) return;
+    moqc_on on(c, 1);
+    c->narrowed = NULL;
+    if (count == 0 || moqc_add_whole(c, x, y, count)) return;
+    moqc_let_go(c);
     unsigned blocks = (unsigned)moqk_ceil((int64_t)count, 256);
     MOQC_BY_ACT(c, (moqc_chain(c, "add", moqk_add<float>, blocks, 256, 0, (float *)x, (const float *)y, count)),
                 (moqc_chain(c, "add", moqk_add<__nv_bfloat16>, blocks, 256, 0, (__nv_bfloat16 *)x, (const __nv_bfloat16 *)y, count)));
@@ -13546,6 +13562,13 @@ extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dty
 }
 
 extern "C" moq_backend *moq_cuda_backend_with(const moq_cuda_desc *desc, moq_error *err) { return moq_cuda_backend_full(desc, MOQ_F32, NULL, err); }
+
+extern "C" void *moq_cuda_stream(moq_backend *be)
+{
+    if (!be || be->destroy != moqc_destroy) return NULL;
+    moqc_on on(moqc_of(be)); /* launches what waits */
+    return moqc_of(be)->stream;
+}
 
 extern "C" moq_backend *moq_cuda_backend(int device, moq_error *err)
 {

@@ -176,10 +176,14 @@ typedef struct llm_token {
     float top_logprob[LLM_TOP];
 } llm_token;
 
-/* The sum of x [count], activations in the memory of `be`, over all ranks of a model, in place: the same bits on every rank, for example always
-   added from rank 0 on (without a device: be->download_act, add, be->upload_act). Work that was queued on `be` comes before, later work after
-   it. Every rank calls it equally often, with equal counts; `user` may differ and say which one calls. What fails must fail on every rank: the
-   failure comes out at the end of the pass, until which later calls are made all the same. */
+/* The sum of x [count], activations in the memory of `be` (rows of hidden values, or of logits), over all ranks of a model, in place: the same bits on
+   every rank, for example always added from rank 0 on (without a device: be->download_act, add, be->upload_act). Work that was queued on `be` comes
+   before, later work after it. Every rank calls it equally often, with equal counts; `user` may differ and say which one calls. What fails must fail on
+   every rank: the failure comes out at the end of the pass, until which later calls are made all the same.
+   One that only queues work where that of `be` is queued (moq_cuda_stream) and waits for nothing on the host says so by llm_desc.all_reduce_queues: a
+   step of one token is then recorded with its sums and repeated, without a call. It is called in every pass that is not, and for the recording; what
+   must differ from sum to sum lies in device memory. At the end of each pass, when the device is done, it is called with x NULL and count 0 and says
+   whether the sums since the last such call went well. */
 typedef moq_result (*llm_all_reduce_fn)(void *user, moq_backend *be, void *x, size_t count, moq_error *err);
 
 typedef struct llm_desc {
@@ -217,15 +221,17 @@ typedef struct llm_desc {
     llm_sampling sampling;
     int32_t no_tokenizer;        /* 1: token ids only; tokenizer.json is not read */
     int32_t ranks;               /* tensor parallelism: so many models, each on a backend and a thread of its own, are one. Each holds its share of the
-                                    heads and of the columns of every MLP and expert, and all_reduce sums what their blocks compute. All are opened
-                                    from the same folder and are given the same calls; each gives the whole answer. A step then makes one pass, whatever
-                                    its time; who cancels one rank lets all_reduce fail on the others. Inputs rounded with a scale per token are rounded
-                                    in each share for itself. Latent attention, state-space layers and experts between projections cannot be divided
-                                    (MOQ_E_UNSUPPORTED), nor what cuts through heads or groups of a weight (MOQ_E_SHAPE). After an error or a cancel
-                                    every rank needs llm_reset; each saves a state of its own. 0 or 1: off */
+                                    heads, of the columns of every MLP and expert and of an output layer that is not the embedding, and all_reduce
+                                    sums what they compute. All are opened from the same folder and are given the same calls; each gives the whole
+                                    answer. A step then makes one pass, whatever its time; who cancels one rank lets all_reduce fail on the others.
+                                    Inputs rounded with a scale per token are rounded in each share for itself. Latent attention, state-space layers
+                                    and experts between projections cannot be divided (MOQ_E_UNSUPPORTED), nor what cuts through heads or groups of a
+                                    weight (MOQ_E_SHAPE). After an error or a cancel every rank needs llm_reset; each saves a state of its own.
+                                    0 or 1: off */
     int32_t rank;                /* which of them this is: 0 .. ranks - 1 */
     llm_all_reduce_fn all_reduce;
     void *all_reduce_user;
+    int32_t all_reduce_queues;   /* 1: it only queues work and may be recorded, see llm_all_reduce_fn */
     moq_allocator allocator;
     moq_log_fn log;
     void *log_user;
@@ -6398,6 +6404,9 @@ typedef struct llmi_model {
     void *route, *logits;
     /* of rope and local rope: [chunk, dims / 2, 2] cos, sin; of layers without: [chunk, head_dim / 2, 2] factor, 0, or NULL */
     float *table[LLMI_TURNS];
+    /* ranks: logits that this one computes, 0: all; [head_rows, head_part] these, and behind them a row of zeros */
+    int32_t head_part;
+    void *part;
     /* [chunk, head_dim] the last of them before it is uploaded */
     float *temper;
     /* [chunk] ids, positions and slots where the backend reads them */
@@ -6947,7 +6956,16 @@ static moq_result llmi_narrow_head(llmi_model *m, moq_linear *w, moq_error *err)
 static moq_result llmi_prepare_output(llmi_model *m, moq_linear *w, moq_error *err)
 {
     moq_result code = llmi_cut_vocab(m, w, err);
-    if (code < 0 || (code = llmi_narrow_head(m, w, err)) < 0) return code;
+/* This rank's share of the output layer, where it can be divided into equal ones of whole groups. */
+static moq_result llmi_divide_head(llmi_model *m, moq_linear *w, moq_error *err)
+{
+    int32_t part = m->c.vocab / m->ranks, group = w->scheme.weight.group_rows;
+    if (m->ranks == 1 || !m->be->copy_heads || m->c.vocab % (64 * m->ranks) != 0 || (group > 1 && part % group != 0)) return MOQ_OK;
+    m->head_part = part;
+    return moq_slice_rows(w, (int64_t)m->rank * part, part, 1, w, err);
+}
+
+    if (code < 0 || (code = llmi_divide_head(m, w, err)) < 0 || (code = llmi_narrow_head(m, w, err)) < 0) return code;
     moq_scheme_name(&w->scheme, m->head_scheme, sizeof m->head_scheme);
     return llmi_prepare_weight(m, w, 1, &m->head, err);
 }
@@ -7619,7 +7637,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     uint64_t attention_in = latent ? (c->q_rank ? (uint64_t)c->q_rank : heads * dim) + (uint64_t)c->kv_rank + (uint64_t)c->rope_dim : (heads + 2 * kv) * dim;
     uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0, key = (uint64_t)c->kv_rank + (uint64_t)c->rope_dim;
     /* layers that are opened one by one, behind an observer, have wide keys and values */
-    uint64_t narrow_kv = m->latent_ways & 1, wide = latent && (m->one_by_one || m->latent_ways & 2);
+    uint64_t part, narrow_kv = m->latent_ways & 1, wide = latent && (m->one_by_one || m->latent_ways & 2);
     void *ids, *pos, *slot;
     llmi_want want[] = {
         {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
@@ -7646,9 +7664,13 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     else if (!(m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
     m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
     m->host = (int32_t *)llmi_take(&m->arena, (size_t)m->chunk * 3, sizeof *m->host);
+    part = (uint64_t)m->head_rows + 1;
     m->out = (float **)llmi_take(&m->arena, (size_t)m->chunk, sizeof *m->out);
     return m->length && m->host && m->out ? MOQ_OK : llmi_nomem(err, "slots");
 }
+    part *= (uint64_t)m->head_part;
+    if (m->dry) m->planned += part * m->elem;
+    else if (part && !(m->part = llmi_alloc(m, part, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
 
 /* Tells the caller how far it is; a non-zero answer stops the work. */
 static moq_result llmi_progress(const llmi_model *m, moq_stage stage, int64_t done, int64_t total, moq_error *err)
@@ -7713,7 +7735,7 @@ static moq_result llmi_divide(llmi_model *m, moq_error *err)
     m->ranks = m->desc->ranks > 1 ? m->desc->ranks : 1;
     m->rank = m->ranks > 1 ? m->desc->rank : 0;
     if (m->ranks == 1) return MOQ_OK;
-    m->no_step = 1; /* the caller's sums cannot be recorded */
+    m->no_step = !m->desc->all_reduce_queues;
     if (m->rank < 0 || m->rank >= m->ranks) return moq_fail(err, MOQ_E_ARG, "llm_desc.rank", "%d is outside 0..%d", m->rank, m->ranks - 1);
     if (!m->desc->all_reduce) return moq_fail(err, MOQ_E_ARG, "llm_desc.all_reduce", "%d ranks need a function that sums over them", m->ranks);
     if (c->kv_rank || c->ssm_heads || c->moe_narrow)
@@ -8089,18 +8111,35 @@ static void llmi_pass_embed(llmi_model *m)
     llmi_pass_angles(m);
 }
 
-/* d summed over the ranks. */
-static void llmi_sum_ranks(llmi_model *m, int32_t rows)
+/* Sums over the ranks; the first error is kept for the end of the pass. */
+static void llmi_reduce(llmi_model *m, void *x, size_t count)
 {
     moq_error err;
-    if (m->ranks == 1) return;
     memset(&err, 0, sizeof err);
-    if (m->desc->all_reduce(m->desc->all_reduce_user, m->be, m->d, (size_t)rows * (size_t)m->c.hidden, &err) >= 0 || m->unsummed.code < 0) return;
+    if (m->desc->all_reduce(m->desc->all_reduce_user, m->be, x, count, &err) >= 0 || m->unsummed.code < 0) return;
     m->unsummed = err;
     if (err.code >= 0) moq_fail(&m->unsummed, MOQ_E_BACKEND, "llm_desc.all_reduce", "the call failed without a reason");
 }
 
-/* One layer. The stream ends as x + d: the last addition belongs to the next norm. */
+/* d, which a block made, becomes part of the stream, through its norm if it has one: the next norm adds it. Ranks without such a norm sum the stream
+   itself, x + d of rank 0 + d of rank 1 + ..: an addition less, and products with their neighbours in one launch. */
+static void llmi_pass_block(llmi_model *m, const float *post, int32_t rows)
+{
+    size_t count = (size_t)rows * (size_t)m->c.hidden;
+    void *x = m->x;
+    m->pass.add = m->d;
+    if (m->ranks > 1 && !post) {
+        m->pass.add = NULL;
+        if (m->rank == 0) m->be->add(m->be, m->x, m->d, count);
+        else { m->x = m->d; m->d = x; }
+        llmi_reduce(m, m->x, count);
+        return;
+    }
+    if (m->ranks > 1) llmi_reduce(m, m->d, count);
+    if (post) llmi_norm(m, m->d, NULL, post, rows, m->d);
+}
+
+/* One layer. The stream ends as x + pass.add: the last addition belongs to the next norm. */
 static void llmi_pass_layer(llmi_model *m, const llmi_layer *l)
 {
     moq_backend *be = m->be;
@@ -8114,16 +8153,12 @@ static void llmi_pass_layer(llmi_model *m, const llmi_layer *l)
         llmi_norm(m, m->x, p->add, l->mix_norm, b.rows, m->h);
         llmi_mixings[l->mix](m, l, &b);
         be->linear(be, l->out, m->att, b.rows, m->d);
-        llmi_sum_ranks(m, b.rows);
-        if (l->mix_post) llmi_norm(m, m->d, NULL, l->mix_post, b.rows, m->d);
-        p->add = m->d;
+        llmi_pass_block(m, l->mix_post, b.rows);
     }
     if (l->feed) {
         llmi_norm(m, m->x, p->add, l->feed_norm, b.rows, m->h);
         llmi_feed(m, l, b.rows);
-        llmi_sum_ranks(m, b.rows);
-        if (l->feed_post) llmi_norm(m, m->d, NULL, l->feed_post, b.rows, m->d);
-        p->add = m->d;
+        llmi_pass_block(m, l->feed_post, b.rows);
     }
 }
 
@@ -8139,11 +8174,26 @@ static void llmi_pass_logits(llmi_model *m, int32_t n, int32_t count)
     llmi_pass *p = &m->pass;
     int64_t hidden = m->c.hidden;
     int32_t first = p->rows - p->wanted;
+/* Logits [n, vocab] of h: those of this rank among zeros, and the sum of all ranks is everybody's. */
+static void llmi_pass_divided(llmi_model *m, const void *h, int32_t n)
+{
+    int32_t vocab = m->c.vocab, part = m->head_part;
+    void *own = llmi_act(m, m->logits, (int64_t)m->rank * part);
+    moq_copy_desc zeros = {llmi_act(m, m->part, (int64_t)m->head_rows * part), m->logits, 0, vocab, 0, part, n, m->ranks, part};
+    moq_copy_desc rows = {m->part, own, part, vocab, 0, 0, n, 1, part};
+    m->be->copy_heads(m->be, &zeros);
+    m->be->linear(m->be, m->head, h, n, n > 1 ? m->part : own);
+    if (n > 1) m->be->copy_heads(m->be, &rows);
+    llmi_reduce(m, m->logits, (size_t)n * (size_t)vocab);
+}
+
     const void *h;
     if (p->head == 0 && p->cut == 0)
-        llmi_norm(m, llmi_act(m, m->x, first * hidden), llmi_act(m, m->d, first * hidden), m->final_norm, p->wanted, llmi_act(m, m->h, first * hidden));
+        llmi_norm(m, llmi_act(m, m->x, first * hidden), p->add ? llmi_act(m, m->d, first * hidden) : NULL, m->final_norm, p->wanted,
+                  llmi_act(m, m->h, first * hidden));
     h = llmi_act(m, m->h, (first + p->head) * hidden);
-    if (count < m->c.vocab) m->be->linear_rows(m->be, m->head, h, n, p->cut, count, m->logits);
+    if (m->head_part) llmi_pass_divided(m, h, n);
+    else if (count < m->c.vocab) m->be->linear_rows(m->be, m->head, h, n, p->cut, count, m->logits);
     else m->be->linear(m->be, m->head, h, n, m->logits);
 }
 
@@ -8162,7 +8212,7 @@ static void llmi_pass_give(llmi_model *m, int32_t n, int32_t count)
 }
 
 /* Can the next block of the output layer be computed in slices? */
-static int llmi_pass_slices(const llmi_model *m) { return m->be->linear_rows != NULL && !m->pass.computed; }
+static int llmi_pass_slices(const llmi_model *m) { return m->be->linear_rows != NULL && !m->pass.computed && !m->head_part; }
 
 /* The next block of wanted rows, or `most` more logits of each: a multiple of 64. */
 static void llmi_pass_head(llmi_model *m, int32_t most)
@@ -8201,6 +8251,7 @@ static int llmi_pass_record(llmi_model *m)
         for (int32_t i = 0; i < m->c.layers; i++) llmi_pass_layer(m, &m->layers[i]);
         llmi_pass_logits(m, 1, m->c.vocab);
         m->step = be->capture_end(be, NULL);
+        if (m->step && m->unsummed.code < 0) { be->release_graph(be, m->step); m->step = NULL; } /* a sum is missing in it */
         m->no_step = !m->step;
     }
     p->max_pos = pos;
@@ -8241,6 +8292,7 @@ static moq_result llmi_pass_end(llmi_model *m, moq_error *err)
 {
     const int32_t *pos = m->host + m->chunk, *slot = m->host + 2 * (size_t)m->chunk;
     moq_result code = m->be->sync(m->be, err);
+    if (code >= 0 && m->ranks > 1 && m->desc->all_reduce_queues) llmi_reduce(m, NULL, 0);
     if (code >= 0 && m->unsummed.code < 0) {
         if (err) *err = m->unsummed;
         code = m->unsummed.code;

@@ -682,11 +682,11 @@ static void test_batch_out_of_memory(void)
 
 enum { RANKS = 2 };
 
-/* Ranks meet here; `fail_at` > 0: this call fails on every rank. */
+/* Ranks meet here; `fail_at` > 0: this call fails on every rank. queues: as if sums were only queued, and this is said when it is asked for. */
 typedef struct meeting {
     pthread_barrier_t barrier;
     const float *x[RANKS];
-    int calls, fail_at;
+    int calls, fail_at, queues, asked[RANKS];
 } meeting;
 
 typedef struct rank_of {
@@ -702,13 +702,19 @@ typedef struct rank_of {
 static moq_result sum_ranks(void *user, moq_backend *be, void *x, size_t count, moq_error *err)
 {
     const rank_of *r = (const rank_of *)user;
-    float *sum = (float *)malloc(count * sizeof *sum);
+    float *sum;
     moq_result code = be->sync(be, err);
+    if (!x) {
+        CHECK(r->at->queues && count == 0);
+        r->at->asked[r->rank]++;
+        return r->at->fail_at && r->at->calls >= r->at->fail_at ? moq_fail(err, MOQ_E_BACKEND, "link", "the other rank is gone") : MOQ_OK;
+    }
+    sum = (float *)malloc(count * sizeof *sum);
     r->at->x[r->rank] = (const float *)x;
     if (r->rank == 0) r->at->calls++;
     pthread_barrier_wait(&r->at->barrier);
     for (size_t i = 0; i < count; i++) sum[i] = r->at->x[0][i] + r->at->x[1][i];
-    if (r->at->calls == r->at->fail_at) code = moq_fail(err, MOQ_E_BACKEND, "link", "the other rank is gone");
+    if (!r->at->queues && r->at->calls == r->at->fail_at) code = moq_fail(err, MOQ_E_BACKEND, "link", "the other rank is gone");
     pthread_barrier_wait(&r->at->barrier);
     memcpy(x, sum, count * sizeof *sum);
     free(sum);
@@ -730,6 +736,7 @@ static void *run_rank(void *user)
         d.rank = r->rank;
         d.all_reduce = sum_ranks;
         d.all_reduce_user = r;
+        d.all_reduce_queues = r->at->queues;
     }
     llm *m = llm_open(&d, &r->err);
     if (m && r->tokens) llm_forward(m, 0, r->tokens, r->count, 0, r->logits, NULL, &r->err);
@@ -840,12 +847,15 @@ static void test_ranks_answer(void)
     memset(&one, 0, sizeof one);
     one.dir = DEMO_DIR;
     run_rank(&one);
-    for (int turn = 0; turn < 2; turn++) {
-        at.fail_at = turn ? 7 : 0;
+    for (int turn = 0; turn < 4; turn++) {
+        at.fail_at = turn % 2 ? 7 : 0;
+        at.queues = turn / 2;
+        at.asked[0] = at.asked[1] = 0;
         run_ranks(&at, r, DEMO_DIR, NULL, 0);
+        CHECK(at.queues ? at.asked[0] > 0 && at.asked[0] == at.asked[1] : at.asked[0] == 0);
         for (int k = 0; k < RANKS; k++) {
-            CHECK_INT(r[k].err.code, turn ? MOQ_E_BACKEND : MOQ_OK);
-            if (!turn) CHECK_STR(r[k].text, one.text);
+            CHECK_INT(r[k].err.code, at.fail_at ? MOQ_E_BACKEND : MOQ_OK);
+            if (!at.fail_at) CHECK_STR(r[k].text, one.text);
             free(r[k].logits);
         }
     }

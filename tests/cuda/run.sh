@@ -36,7 +36,7 @@ backend 150 the function table: every kernel x scheme x odd shape against float6
 logits 90 golden logits through the backend
 models 30 whole random models: families, sizes, formats, caches, orders of work, CPU against CUDA
 demo 20 the demo model'\''s answers, CPU and CUDA
-gpus 10 examples/gpus.c: the demo model in two parts, on as many GPUs as there are, answers as in one
+gpus 10 examples/gpus.cu: the demo model in two parts, on as many GPUs as there are, answers as in one
 memcheck 240 compute-sanitizer over the function table and golden logits
 racecheck 120 compute-sanitizer over one test of each kernel
 initcheck 90 the same
@@ -143,7 +143,7 @@ step_build() {
     for t in test_backend test_logits test_models bench_backend bench_model; do
         one "$t" "$cc" -O2 -g -DTEST_DIR="\"$here\"" -c "$here/$t.c" -o "$build/$t.o" && one "$t" "$nvcc" "$build/$t.o" "$build/backend.o" -o "$build/$t" -lm -lpthread
     done
-    one gpus "$nvcc" -O2 "$root/examples/gpus.c" "$build/backend.o" -o "$build/gpus" -lm -lpthread
+    one gpus "$nvcc" -O2 "$root/examples/gpus.cu" "$build/backend.o" -o "$build/gpus" -lm -lpthread
     one header "$cc" -O1 -DMODELOPT_Q_IMPLEMENTATION -x c -c "$root/modelopt_q.h" -o "$build/header.o" || return
     one bench "$nvcc" -std=c++17 -O2 "$target" "$here/bench.cu" "$root/tools/moq_cuda.cu" "$build/backend.o" "$build/header.o" -o "$build/bench" -lm -lpthread
     one gemm "$nvcc" -std=c++17 -O2 "$target" "$here/gemm.cu" "$build/backend.o" "$build/header.o" -o "$build/gemm" -lcublas -lm -lpthread # beside cuBLAS

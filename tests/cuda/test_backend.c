@@ -2265,7 +2265,7 @@ static void chain_norm(const chain *c, void *x, const void *add, void *y, int we
 }
 
 /* odd: 1 biases, 2 pre_quant_scale, 4 norms in place after a product, 8 norms that two products read, 16 another call between, 32 an activation that
-   is no gated one, 64 a sum into what the product reads. */
+   is no gated one, 64 a sum into what the product reads, 128 a sum by itself, and somebody who wants the stream behind it. */
 static void chain_run(chain *c)
 {
     moq_backend *be = c->be;
@@ -2281,7 +2281,9 @@ static void chain_run(chain *c)
     be->activation(be, &a, at[2], c->rows, c->inter, at[3]);
     be->linear(be, c->w[1], at[3], c->rows, at[4]);
     if (c->odd & 4) chain_norm(c, at[4], NULL, at[4], 0);
-    chain_norm(c, at[0], at[4], at[1], c->odd & 1);
+    if (c->odd & 128) be->add(be, at[0], at[4], (size_t)c->count[0]);
+    if (c->odd & 128) CHECK(moq_cuda_stream(be) != NULL);
+    chain_norm(c, at[0], c->odd & 128 ? NULL : at[4], at[1], c->odd & 1);
     if (c->odd & 16) be->copy(be, at[6], at[1], 64);
     be->linear(be, c->w[2], at[1], c->rows, at[5]);
     if (c->odd & 8) be->linear(be, c->w[0], at[1], c->rows, at[2]);
@@ -2348,11 +2350,11 @@ static void check_chain(moq_dtype activations, int format, int rows, int hidden,
 static void test_cuda_together(void)
 {
     static const int formats[4] = {4, 8, 19, 11}, shapes[4][2] = {{1024, 1536}, {1312, 1056}, {2080, 1120}, {8192, 1216}};
-    static const int odds[7] = {0, 1, 2, 4, 8 + 16, 32 + 1, 64};
+    static const int odds[8] = {0, 1, 2, 4, 8 + 16, 32 + 1, 64, 128};
     for (int bf16 = 0; bf16 < 2; bf16++) {
         const moq_dtype t = bf16 ? MOQ_BF16 : MOQ_F32;
         for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_chain(t, 4, 1, 1312, 1056, odds[o]);
-        for (int m = 2; m <= 8; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], 1);
+        for (int m = 2; m <= 8; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], m == 3 ? 128 : 1);
         for (int s = bf16; s < 4; s += 2) check_chain(t, 4, 1, shapes[s][0], shapes[s][1], 0);
         for (int f = 1; f < 4; f++) check_chain(t, formats[f], 1, 1024, 1280, 0);
     }
