@@ -977,7 +977,7 @@ struct moq_backend {
     /* x: [rows, gate n | up n] -> y [rows, n]; not gated: x [rows, n]. y may be x only when not gated. */
     void (*activation)(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y);
     void (*add)(moq_backend *be, void *x, const void *y, size_t count); /* x += y */
-    void (*argmax)(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index); /* backend memory; ties: the lowest */
+    void (*argmax)(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index); /* backend memory; ties: the lowest; none above -infinity: -1 */
 
     /* Record the calls between begin and end and repeat them with the same pointers. NULL where a device has no graphs. */
     moq_result (*capture_begin)(moq_backend *be, moq_error *err);
@@ -1036,6 +1036,12 @@ struct moq_backend {
     size_t (*copy_bytes)(const moq_backend *be, const moq_linear *layers, int32_t parts);
 
     int32_t pass_rows; /* rows of a call from which on more of them save little time a row; 0: not known. Engines cut prompts so by default */
+
+    /* Host memory that the device writes, zeroed. send_act is download_act to such memory and waits for nothing: the values are there after the next
+       sync, and nobody has copied them once more. NULL: download_act into any memory costs no more. */
+    void *(*host_alloc)(moq_backend *be, size_t bytes, moq_error *err);
+    void (*host_release)(moq_backend *be, void *ptr);
+    void (*send_act)(moq_backend *be, float *dst, const void *src, size_t count);
 };
 
 typedef struct moq_cpu_desc {
@@ -20058,15 +20064,15 @@ static void moqi_cpu_add(moq_backend *be, void *x, const void *y, size_t count)
     moqi_cpu_of(be)->k->axpy(1, (const float *)y, (float *)x, (int64_t)count);
 }
 
-/* The lowest index among equals; NaN never wins against a number. */
+/* The lowest index among equals; NaN and -infinity never win. */
 static void moqi_cpu_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
 {
     (void)be;
     for (int64_t r = 0; r < rows; r++) {
         const float *v = (const float *)x + r * n;
-        int32_t best = 0;
-        for (int32_t i = 1; i < n; i++) if (v[i] > v[best] || (moqi_is_nan(v[best]) && !moqi_is_nan(v[i]))) best = i;
-        index[r] = best;
+        float most = moqi_bits_f32(0xff800000u);
+        index[r] = -1;
+        for (int32_t i = 0; i < n; i++) if (!moqi_is_nan(v[i]) && v[i] > most) { most = v[i]; index[r] = i; }
     }
 }
 
@@ -20135,7 +20141,7 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
     moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
     moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL,
-    moqi_cpu_linear_rows, moqi_cpu_copy_weight, moqi_cpu_copy_bytes, 0
+    moqi_cpu_linear_rows, moqi_cpu_copy_weight, moqi_cpu_copy_bytes, 0, NULL, NULL, NULL
 };
 
 /* By name, or the fastest. */
@@ -24075,7 +24081,7 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
     moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, /* what goes through kv_b is to be seen */
-    NULL, NULL, NULL, NULL, 0
+    NULL, NULL, NULL, NULL, 0, NULL, NULL, NULL
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

@@ -108,6 +108,7 @@ typedef struct moqc_block {
     struct moqc_block *next;
     void *ptr;
     size_t bytes;
+    int host; /* pinned memory of the host instead */
 } moqc_block;
 
 /* Room that everything prepared so far needs; counts of elements. A row is a row of a call, a choice a pair of row and expert. */
@@ -278,6 +279,7 @@ static void *moqc_take(moqc_ctx *c, size_t bytes, const char *what, moq_error *e
     }
     b->ptr = ptr;
     b->bytes = bytes;
+    b->host = 0;
     b->next = c->blocks;
     c->blocks = b;
     return ptr;
@@ -293,7 +295,8 @@ static void moqc_give(moqc_ctx *c, void *ptr)
     b = *at;
     *at = b->next;
     if (!c->capturing) moqc_ok(c, cudaStreamSynchronize(c->stream), "waiting before memory is released");
-    if (c->memory.alloc) c->memory.release(c->memory.user, ptr, b->bytes);
+    if (b->host) moqc_ok(c, cudaFreeHost(ptr), "cudaFreeHost");
+    else if (c->memory.alloc) c->memory.release(c->memory.user, ptr, b->bytes);
     else moqc_ok(c, cudaFree(ptr), "cudaFree");
     moq_release(&c->host, b, sizeof *b);
 }
@@ -451,6 +454,30 @@ static void moqc_download_act(moq_backend *be, float *dst, const void *src, size
     moqc_ctx *c = moqc_of(be);
     moqc_on on(c);
     if (moqc_no_capture(c, "download_act")) moqc_fetch(c, src, count * (c->bf16 ? 2 : 4), c->bf16 ? moqc_take_bf16 : moqc_take_bytes, dst);
+}
+
+/* ---- memory of the host that the device writes ---- */
+
+static void *moqc_host_alloc(moq_backend *be, size_t bytes, moq_error *err)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    void *ptr = NULL;
+    moqc_clear(err);
+    moqc_block *b = (moqc_block *)moq_allocate(&c->host, sizeof *b);
+    if (b && cudaHostAlloc(&ptr, bytes ? bytes : 1, cudaHostAllocPortable) != cudaSuccess) { cudaGetLastError(); ptr = NULL; }
+    if (!ptr) {
+        if (b) moq_release(&c->host, b, sizeof *b);
+        moq_fail(err, MOQ_E_NOMEM, c->name, "no %llu bytes of pinned host memory; use fewer slots", (unsigned long long)bytes);
+        return NULL;
+    }
+    memset(ptr, 0, bytes);
+    b->ptr = ptr;
+    b->bytes = bytes;
+    b->host = 1;
+    b->next = c->blocks;
+    c->blocks = b;
+    return ptr;
 }
 
 /* ---- copies on the device: overlapping ranges too, as memmove ---- */
@@ -7740,6 +7767,23 @@ static void moqc_add(moq_backend *be, void *x, const void *y, size_t count)
     moqc_launched(c, "add");
 }
 
+/* F32 of BF16, across the bus: a warp writes whole lines. */
+__global__ void moqk_send(const __nv_bfloat16 *x, size_t count, float *y)
+{
+    moqk_follow();
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) y[i] = __bfloat162float(x[i]);
+}
+
+static void moqc_send_act(moq_backend *be, float *dst, const void *src, size_t count)
+{
+    moqc_ctx *c = moqc_of(be);
+    moqc_on on(c);
+    if (count == 0 || !moqc_no_capture(c, "send_act")) return;
+    if (c->bf16) moqc_chain(c, "send_act", moqk_send, (unsigned)moqk_ceil((int64_t)count, 256), 256, 0, (const __nv_bfloat16 *)src, count, dst);
+    else moqc_ok(c, cudaMemcpyAsync(dst, src, count * sizeof *dst, cudaMemcpyDeviceToHost, c->stream), "a download");
+}
+
 /* Is value a at i a better maximum than b at j? NaN is worse than any number; the lowest index of equals. */
 __device__ __forceinline__ int moqk_better(float a, int32_t i, float b, int32_t j)
 {
@@ -7786,7 +7830,7 @@ template <typename T> __global__ void __launch_bounds__(1024) moqk_argmax(const 
     best = there ? value[lane] : __uint_as_float(0x7fc00000u);
     at = there ? place[lane] : INT32_MAX;
     moqk_warp_best(&best, &at);
-    if (lane == 0) index[blockIdx.x] = at;
+    if (lane == 0) index[blockIdx.x] = best > __uint_as_float(0xff800000u) ? at : -1;
 }
 
 static void moqc_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
@@ -13472,7 +13516,8 @@ static const moq_backend moqc_table = {
     moqc_kv_enter,
     NULL, /* a product is queued in microseconds, whatever it takes */
     NULL, NULL, /* weights are copied to the device in any case */
-    512 /* tiles of mma.sync are full by then; see moqc_open_device */
+    512, /* tiles of mma.sync are full by then; see moqc_open_device */
+    moqc_host_alloc, moqc_release, moqc_send_act
 };
 
 /* The device itself: is it there, new enough, does this program hold code for it. */

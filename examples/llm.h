@@ -6326,6 +6326,8 @@ typedef struct llmi_pass {
     int32_t cut;            /* of the next block of wanted rows: logits [0, cut) are there */
     int32_t computed;       /* logits of the one wanted row are on the backend already */
     const void *add;        /* [rows, hidden] what the last block computed and the stream has not yet got, or NULL */
+    int32_t sends;          /* logits go to memory that the device writes, see moq_backend.send_act */
+    int32_t picks;          /* they stay where they are: the device chooses the largest one of each row */
 } llmi_pass;
 
 /* A kind of weight and what it takes, so that planning prepares one of each kind only. */
@@ -6402,18 +6404,20 @@ typedef struct llmi_model {
     void *expert_in, *expert_out;
     /* [chunk, experts], [head_rows, vocab] */
     void *route, *logits;
-    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin; of layers without: [chunk, head_dim / 2, 2] factor, 0, or NULL */
-    float *table[LLMI_TURNS];
     /* ranks: logits that this one computes, 0: all; [head_rows, head_part] these, and behind them a row of zeros */
     int32_t head_part;
     void *part;
+    /* of rope and local rope: [chunk, dims / 2, 2] cos, sin; of layers without: [chunk, head_dim / 2, 2] factor, 0, or NULL */
+    float *table[LLMI_TURNS];
     /* [chunk, head_dim] the last of them before it is uploaded */
     float *temper;
     /* [chunk] ids, positions and slots where the backend reads them */
     int32_t *ids, *pos, *slot;
-    /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; passes like it so far; 1: not to be had */
+    /* [chunk] the choices of a pass that picks, there and on the host */
+    int32_t *best, *picked;
+    /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; does it pick? passes like it so far; 1: not to be had */
     moq_graph *step;
-    int32_t step_most, steps;
+    int32_t step_most, step_picks, steps;
     int no_step;
 } llmi_model;
 
@@ -6952,10 +6956,6 @@ static moq_result llmi_narrow_head(llmi_model *m, moq_linear *w, moq_error *err)
     return MOQ_OK;
 }
 
-/* The output layer of its own. */
-static moq_result llmi_prepare_output(llmi_model *m, moq_linear *w, moq_error *err)
-{
-    moq_result code = llmi_cut_vocab(m, w, err);
 /* This rank's share of the output layer, where it can be divided into equal ones of whole groups. */
 static moq_result llmi_divide_head(llmi_model *m, moq_linear *w, moq_error *err)
 {
@@ -6965,6 +6965,10 @@ static moq_result llmi_divide_head(llmi_model *m, moq_linear *w, moq_error *err)
     return moq_slice_rows(w, (int64_t)m->rank * part, part, 1, w, err);
 }
 
+/* The output layer of its own. */
+static moq_result llmi_prepare_output(llmi_model *m, moq_linear *w, moq_error *err)
+{
+    moq_result code = llmi_cut_vocab(m, w, err);
     if (code < 0 || (code = llmi_divide_head(m, w, err)) < 0 || (code = llmi_narrow_head(m, w, err)) < 0) return code;
     moq_scheme_name(&w->scheme, m->head_scheme, sizeof m->head_scheme);
     return llmi_prepare_weight(m, w, 1, &m->head, err);
@@ -7638,7 +7642,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0, key = (uint64_t)c->kv_rank + (uint64_t)c->rope_dim;
     /* layers that are opened one by one, behind an observer, have wide keys and values */
     uint64_t part, narrow_kv = m->latent_ways & 1, wide = latent && (m->one_by_one || m->latent_ways & 2);
-    void *ids, *pos, *slot;
+    void *ids, *pos, *slot, *best = NULL;
     llmi_want want[] = {
         {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
         {&m->in, llmi_larger(attention_in, state_in), m->elem},    {&m->att, llmi_larger(heads * value, inner), m->elem},
@@ -7649,7 +7653,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
         {&m->gate_up, 2 * inter, m->elem},      {&m->mid, inter, m->elem}, {&m->shared, c->shared_inter ? hidden : 0, m->elem},
         {&m->expert_in, narrow, m->elem},       {&m->expert_out, narrow, m->elem},
         {&m->route, (uint64_t)c->experts + 1, m->elem},
-        {&ids, 1, sizeof(int32_t)}, {&pos, 1, sizeof(int32_t)},    {&slot, 1, sizeof(int32_t)}};
+        {&ids, 1, sizeof(int32_t)}, {&pos, 1, sizeof(int32_t)},    {&slot, 1, sizeof(int32_t)}, {&best, (uint64_t)(m->be->send_act != NULL), sizeof(int32_t)}};
     for (size_t i = 0; i < LLMI_COUNT(want); i++) {
         if (want[i].width == 0) continue;
         if (m->dry) m->planned += rows * want[i].width * want[i].size;
@@ -7658,19 +7662,21 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     m->ids = (int32_t *)ids;
     m->pos = (int32_t *)pos;
     m->slot = (int32_t *)slot;
+    m->best = (int32_t *)best;
     m->head_rows = llmi_head_rows(m);
+    part = (uint64_t)m->head_rows + 1;
     m->head_cut = ((1 << 20) / c->hidden + 64) / 64 * 64; /* about a million products */
     if (m->dry) m->planned += (uint64_t)m->head_rows * (uint64_t)c->vocab * m->elem;
     else if (!(m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
-    m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
-    m->host = (int32_t *)llmi_take(&m->arena, (size_t)m->chunk * 3, sizeof *m->host);
-    part = (uint64_t)m->head_rows + 1;
-    m->out = (float **)llmi_take(&m->arena, (size_t)m->chunk, sizeof *m->out);
-    return m->length && m->host && m->out ? MOQ_OK : llmi_nomem(err, "slots");
-}
     part *= (uint64_t)m->head_part;
     if (m->dry) m->planned += part * m->elem;
     else if (part && !(m->part = llmi_alloc(m, part, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
+    m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
+    m->host = (int32_t *)llmi_take(&m->arena, (size_t)m->chunk * (m->be->send_act ? 4 : 3), sizeof *m->host);
+    m->picked = m->host && m->be->send_act ? m->host + 3 * (size_t)m->chunk : NULL;
+    m->out = (float **)llmi_take(&m->arena, (size_t)m->chunk, sizeof *m->out);
+    return m->length && m->host && m->out ? MOQ_OK : llmi_nomem(err, "slots");
+}
 
 /* Tells the caller how far it is; a non-zero answer stops the work. */
 static moq_result llmi_progress(const llmi_model *m, moq_stage stage, int64_t done, int64_t total, moq_error *err)
@@ -8168,12 +8174,6 @@ static void llmi_cap(float *x, size_t n, double cap)
     for (size_t i = 0; i < n; i++) x[i] = (float)(cap * tanh((double)x[i] / cap));
 }
 
-/* Logits [p->cut, p->cut + count) of wanted rows [p->head, p->head + n) on the backend. */
-static void llmi_pass_logits(llmi_model *m, int32_t n, int32_t count)
-{
-    llmi_pass *p = &m->pass;
-    int64_t hidden = m->c.hidden;
-    int32_t first = p->rows - p->wanted;
 /* Logits [n, vocab] of h: those of this rank among zeros, and the sum of all ranks is everybody's. */
 static void llmi_pass_divided(llmi_model *m, const void *h, int32_t n)
 {
@@ -8187,6 +8187,12 @@ static void llmi_pass_divided(llmi_model *m, const void *h, int32_t n)
     llmi_reduce(m, m->logits, (size_t)n * (size_t)vocab);
 }
 
+/* Logits [p->cut, p->cut + count) of wanted rows [p->head, p->head + n) on the backend. */
+static void llmi_pass_logits(llmi_model *m, int32_t n, int32_t count)
+{
+    llmi_pass *p = &m->pass;
+    int64_t hidden = m->c.hidden;
+    int32_t first = p->rows - p->wanted;
     const void *h;
     if (p->head == 0 && p->cut == 0)
         llmi_norm(m, llmi_act(m, m->x, first * hidden), p->add ? llmi_act(m, m->d, first * hidden) : NULL, m->final_norm, p->wanted,
@@ -8195,6 +8201,7 @@ static void llmi_pass_divided(llmi_model *m, const void *h, int32_t n)
     if (m->head_part) llmi_pass_divided(m, h, n);
     else if (count < m->c.vocab) m->be->linear_rows(m->be, m->head, h, n, p->cut, count, m->logits);
     else m->be->linear(m->be, m->head, h, n, m->logits);
+    if (p->picks && p->cut + count == m->c.vocab) m->be->argmax(m->be, m->logits, n, m->c.vocab, m->best + p->head);
 }
 
 /* They go to the host. Whole rows whose places are neighbours travel together. */
@@ -8203,12 +8210,20 @@ static void llmi_pass_give(llmi_model *m, int32_t n, int32_t count)
     const llmi_pass *p = &m->pass;
     size_t vocab = (size_t)m->c.vocab;
     float **out = m->out + p->rows - p->wanted + p->head;
-    for (int32_t at = 0, run; at < n; at += run) {
+    for (int32_t at = 0, run; at < n && !p->picks; at += run) {
         size_t values = (size_t)count;
         for (run = 1; count == m->c.vocab && at + run < n && out[at + run] == out[at] + (size_t)run * vocab; run++) values += vocab;
-        m->be->download_act(m->be, out[at] + p->cut, llmi_act(m, m->logits, at * (int64_t)vocab + p->cut), values);
+        (p->sends ? m->be->send_act : m->be->download_act)(m->be, out[at] + p->cut, llmi_act(m, m->logits, at * (int64_t)vocab + p->cut), values);
         if (m->c.logit_cap > 0) llmi_cap(out[at] + p->cut, values, m->c.logit_cap);
     }
+}
+
+/* Waits for what all blocks queued, here and not at the end of the pass: the time is that of the output layer. */
+static void llmi_pass_wait(llmi_model *m)
+{
+    moq_error err;
+    if (m->pass.picks) m->be->download(m->be, m->picked, m->best, (size_t)m->pass.wanted * sizeof *m->picked);
+    else if (m->pass.sends && m->be->sync(m->be, &err) < 0 && m->unsummed.code >= 0) m->unsummed = err;
 }
 
 /* Can the next block of the output layer be computed in slices? */
@@ -8226,6 +8241,7 @@ static void llmi_pass_head(llmi_model *m, int32_t most)
     if (p->cut < m->c.vocab) return;
     p->cut = 0;
     p->head += n;
+    if (p->head == p->wanted) llmi_pass_wait(m);
 }
 
 /* Is there nothing left to run? */
@@ -8245,6 +8261,7 @@ static int llmi_pass_record(llmi_model *m)
     if (m->step) be->release_graph(be, m->step);
     m->step = NULL;
     m->step_most = p->max_pos = most < m->c.context ? most : m->c.context - 1;
+    m->step_picks = p->picks;
     m->no_step = be->capture_begin(be, NULL) != MOQ_OK;
     if (!m->no_step) {
         llmi_pass_embed(m);
@@ -8268,7 +8285,7 @@ static int llmi_pass_replay(llmi_model *m)
     if (p->rows != 1 || p->wanted != 1 || m->no_step) return 0;
     if (!be->capture_begin || !be->capture_end || !be->replay || !be->release_graph || m->steps == 0) { m->steps = 1; return 0; }
     llmi_pass_upload(m);
-    if ((!m->step || p->max_pos > m->step_most) && !llmi_pass_record(m)) return 0;
+    if ((!m->step || p->max_pos > m->step_most || p->picks != m->step_picks) && !llmi_pass_record(m)) return 0;
     be->replay(be, m->step);
     p->computed = 1;
     p->next = m->c.layers;
@@ -12298,9 +12315,11 @@ struct llm {
     /* llm_token of each token of the answer, with llm_desc.logprobs */
     llmi_bytes tokens;
 
-    /* [1 + draft, vocab] logits: rows [row, rows) are of the next tokens, as long as guess[i] is what row i chooses */
+    /* [1 + draft, vocab] logits: rows [row, rows) are of the next tokens, as long as guess[i] is what row i chooses. picked: there are none, the one
+       row's choice is `pick` */
     float *last;
-    int32_t row, rows;
+    int32_t row, rows, pick;
+    int picked;
     int32_t guess[LLM_DRAFT], guesses;
     /* how many tokens are guessed, and by whom; NULL: from the conversation itself */
     int32_t draft;
@@ -12504,9 +12523,10 @@ static void llmi_house_close(llmi_house *h)
 static int llmi_reserve(llm *m)
 {
     const llmi_house *h = m->house;
+    moq_backend *be = m->model->be;
     size_t context = (size_t)m->model->c.context, text = h->tokenizer ? (context + 1) * h->token_bytes + 64 : 0;
     size_t logits = (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last;
-    m->last = (float *)moq_allocate(&m->a, logits);
+    m->last = (float *)(be->host_alloc ? be->host_alloc(be, logits, NULL) : moq_allocate(&m->a, logits));
     return m->last && llmi_ids_reserve(&m->ids, context + 1) && llmi_bytes_reserve(&m->text, text) && llmi_bytes_reserve(&m->raw, text) &&
            llmi_bytes_reserve(&m->piece, 3 * text + 1) && /* a byte that is no UTF-8 becomes three */
            (!h->desc.logprobs || llmi_bytes_reserve(&m->tokens, (context + 1) * sizeof(llm_token)));
@@ -12526,7 +12546,8 @@ static void llmi_leave(llm *m)
     llmi_bytes_drop(&m->tokens);
     llmi_ids_drop(&m->ids);
     llmi_guide_leave(m->guide);
-    moq_release(&a, m->last, (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last);
+    if (h->model.be->host_alloc) h->model.be->host_release(h->model.be, m->last);
+    else moq_release(&a, m->last, (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last);
     h->by_slot[m->slot] = NULL;
     h->conversations--;
     moq_release(&a, m, sizeof *m);
@@ -12628,10 +12649,20 @@ LLM_API moq_backend *llm_get_backend(const llm *m) { return m ? m->model->be : N
 LLM_API const llm_stats *llm_get_stats(const llm *m) { return m ? &m->stats : NULL; }
 LLM_API int32_t llm_get_slot(const llm *m) { return m ? m->slot : -1; }
 
+/* Somebody wants the logits of a choice that the device made: the last token is run again. */
+static void llmi_unpick(llm *m)
+{
+    if (!m->picked || m->row == m->rows) return;
+    m->picked = 0;
+    m->rows = m->row;
+    m->done--;
+}
+
 /* The generator starts again from the seed; NULL is greedy. */
 LLM_API void llm_set_sampling(llm *m, const llm_sampling *s)
 {
     if (!m) return;
+    llmi_unpick(m);
     if (s) m->sampling = *s;
     else memset(&m->sampling, 0, sizeof m->sampling);
     m->random = m->sampling.seed;
@@ -12991,7 +13022,7 @@ static moq_result llmi_choose(llm *m)
 {
     double start = moq_seconds();
     const float *logits = m->last + (size_t)m->row * (size_t)m->model->c.vocab;
-    int32_t id = llmi_pick(m, logits), row = m->row++;
+    int32_t id = m->picked ? m->pick : llmi_pick(m, logits), row = m->row++;
     llm_token token;
     moq_result r;
     int finished;
@@ -13243,6 +13274,18 @@ static void llmi_add_part(llmi_house *h, llm *m, int32_t most, int timed)
     p->wanted = p->count == (int32_t)left ? 1 + p->guesses : 0;
 }
 
+/* May the device choose the tokens of this pass, so that no logits travel? Where everybody takes the largest one as it is. */
+static int llmi_device_picks(const llmi_house *h)
+{
+    const llmi_model *o = &h->model;
+    if (!o->be->send_act || !o->be->argmax || h->desc.logprobs || o->c.logit_cap > 0 || o->stateful) return 0;
+    for (int32_t i = 0; i < h->part_count; i++) {
+        const llm *m = h->parts[i].m;
+        if (h->parts[i].wanted > 1 || (h->parts[i].wanted && (!llmi_is_greedy(&m->sampling) || llmi_penalizes(&m->sampling) || m->guided))) return 0;
+    }
+    return 1;
+}
+
 /* A new pass of everybody's rows (only NULL), or of one's: first those who answer, so that nobody who is read to makes others wait,
    then prompts with the rows that are left. Returns the number of rows. */
 static int32_t llmi_collect(llmi_house *h, llm *only, double left, int timed)
@@ -13260,6 +13303,8 @@ static int32_t llmi_collect(llmi_house *h, llm *only, double left, int timed)
             used += h->parts[h->part_count - 1].count + h->parts[h->part_count - 1].guesses;
         }
     llmi_pass_clear(&h->model);
+    h->model.pass.picks = llmi_device_picks(h);
+    h->model.pass.sends = h->model.be->send_act && h->model.c.logit_cap <= 0;
     for (int wanted = 0; wanted < 2; wanted++)
         for (int32_t i = 0; i < h->part_count; i++) {
             const llmi_share *p = &h->parts[i];
@@ -13276,7 +13321,7 @@ static int32_t llmi_collect(llmi_house *h, llm *only, double left, int timed)
 static void llmi_finish_pass(llmi_house *h)
 {
     moq_error e;
-    int32_t rows = h->model.pass.rows, wanted = h->model.pass.wanted, block = h->model.head_rows, count = h->part_count;
+    int32_t rows = h->model.pass.rows, wanted = h->model.pass.wanted, block = h->model.head_rows, count = h->part_count, picks = h->model.pass.picks, at = 0;
     double spent = h->spent[0] + h->spent[1];
     moq_result r;
     llmi_no_error(&e);
@@ -13293,6 +13338,7 @@ static void llmi_finish_pass(llmi_house *h)
     for (int32_t i = 0; i < count; i++) {
         const llmi_share *p = &h->parts[i];
         llm *m = p->m;
+        at += p->wanted;
         if (!m) continue;
         if (r < 0) {
             m->kept = e;
@@ -13302,6 +13348,8 @@ static void llmi_finish_pass(llmi_house *h)
         m->done += (size_t)p->count;
         m->row = 0;
         m->rows = p->wanted;
+        m->picked = picks;
+        if (picks && p->wanted) m->pick = h->model.picked[at - 1];
         if (m->phase == LLMI_ANSWER) {
             m->stats.generate_seconds += spent;
             continue;
@@ -13684,6 +13732,7 @@ LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *e
         return SIZE_MAX;
     }
     llmi_settle_whole(m);
+    llmi_unpick(m);
     need = llmi_write_state(m, NULL);
     if (bytes && capacity >= need) llmi_write_state(m, (uint8_t *)bytes);
     return need;
@@ -13803,7 +13852,7 @@ static void llmi_take_state(llm *m, const llmi_saved *s)
     m->from_bytes = (size_t)v[6];
     m->random = v[7];
     m->ready = (int)v[8];
-    m->row = m->guesses = m->guided = 0;
+    m->row = m->guesses = m->guided = m->picked = 0;
     m->rows = (int32_t)v[9];
     m->ids.count = (size_t)v[10];
     if (v[10]) memcpy(m->ids.data, s->ids, (size_t)v[10] * sizeof *m->ids.data);
@@ -13923,7 +13972,9 @@ static int llmi_copy_talk(llm *to, const llm *from)
     to->written = from->written;
     to->row = 0;
     to->rows = from->row < from->rows;
-    if (to->rows) memcpy(to->last, from->last + (size_t)from->row * vocab, vocab * sizeof *to->last);
+    to->picked = from->picked;
+    to->pick = from->pick;
+    if (to->rows && !to->picked) memcpy(to->last, from->last + (size_t)from->row * vocab, vocab * sizeof *to->last);
     return 1;
 }
 

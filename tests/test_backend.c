@@ -1807,7 +1807,7 @@ static void test_backend_small(void)
     moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 2);
     moq_error err;
     float *x = (float *)be->alloc(be, 1000 * sizeof *x, &err), y[1000], z[1000];
-    int32_t best[4];
+    int32_t best[6];
     CHECK(x != NULL && ((uintptr_t)x & 63) == 0 && x[999] == 0);
     for (int i = 0; i < 1000; i++) y[i] = test_normal();
     be->upload_act(be, x, y, 1000);
@@ -1816,10 +1816,11 @@ static void test_backend_small(void)
     for (int i = 0; i < 1000; i++) CHECK(z[i] == y[i] + y[i]);
     be->copy(be, x, x + 10, 100 * sizeof *x);
     for (int i = 0; i < 100; i++) CHECK(x[i] == z[i + 10]);
-    float rows[4][5] = {{1, 3, 3, 2, 0}, {-5, -4, -4, -9, -4}, {0, 0, 0, 0, 1}, {0, 2, 1, 0, 2}};
-    rows[3][0] = moqi_bits_f32(0x7fc00000u);
-    be->argmax(be, rows, 4, 5, best);
-    CHECK(best[0] == 1 && best[1] == 1 && best[2] == 4 && best[3] == 1);
+    float rows[6][5] = {{1, 3, 3, 2, 0}, {-5, -4, -4, -9, -4}, {0, 0, 0, 0, 1}, {0, 2, 1, 0, 2}};
+    rows[3][0] = rows[4][2] = moqi_bits_f32(0x7fc00000u);
+    for (int i = 0; i < 5; i++) { if (i != 2) rows[4][i] = -INFINITY; rows[5][i] = i == 3 ? -3e38f : -INFINITY; }
+    be->argmax(be, rows, 6, 5, best);
+    CHECK(best[0] == 1 && best[1] == 1 && best[2] == 4 && best[3] == 1 && best[4] == -1 && best[5] == 3);
     CHECK(be->sync(be, &err) == MOQ_OK && strcmp(be->name, "cpu") == 0 && be->act == MOQ_F32);
     be->release(be, x);
     be->release(be, NULL);

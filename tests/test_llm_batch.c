@@ -861,6 +861,132 @@ static void test_ranks_answer(void)
     }
 }
 
+/* ---- a device whose logits have to travel ---- */
+
+/* The CPU backend as if its memory were not the host's: what send_act brings is there after sync, and not before. */
+typedef struct device {
+    moq_backend be;
+    moq_backend *inner;
+    struct { float *dst, *values; size_t count; } sent[64];
+    int waiting, sends, picks, alive, downloads;
+} device;
+
+static device distant; /* functions of the table get no more than the CPU's context */
+
+static void *distant_host_alloc(moq_backend *be, size_t bytes, moq_error *err)
+{
+    (void)be; (void)err;
+    distant.alive++;
+    return calloc(1, bytes);
+}
+
+static void distant_host_release(moq_backend *be, void *ptr)
+{
+    (void)be;
+    distant.alive -= ptr != NULL;
+    free(ptr);
+}
+
+static void distant_send(moq_backend *be, float *dst, const void *src, size_t count)
+{
+    (void)be;
+    distant.sends++;
+    if (distant.waiting == 64) exit(2);
+    distant.sent[distant.waiting].dst = dst;
+    distant.sent[distant.waiting].count = count;
+    distant.sent[distant.waiting].values = (float *)memcpy(malloc(count * sizeof(float)), src, count * sizeof(float));
+    distant.waiting++;
+}
+
+static moq_result distant_sync(moq_backend *be, moq_error *err)
+{
+    for (int i = 0; i < distant.waiting; i++) {
+        memcpy(distant.sent[i].dst, distant.sent[i].values, distant.sent[i].count * sizeof(float));
+        free(distant.sent[i].values);
+    }
+    distant.waiting = 0;
+    return distant.inner->sync(be, err);
+}
+
+static void distant_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
+{
+    distant.picks += rows;
+    distant.inner->argmax(be, x, rows, n, index);
+}
+
+static void distant_download(moq_backend *be, float *dst, const void *src, size_t count)
+{
+    distant.downloads++;
+    distant.inner->download_act(be, dst, src, count);
+}
+
+static void open_distant(llm_desc *d)
+{
+    moq_cpu_desc c;
+    moq_error err;
+    memset(&c, 0, sizeof c);
+    memset(&distant, 0, sizeof distant);
+    c.threads = 1;
+    c.act = MOQ_ACT_WIDE;
+    distant.inner = moq_cpu_backend(&c, &err);
+    distant.be = *distant.inner;
+    distant.be.host_alloc = distant_host_alloc;
+    distant.be.host_release = distant_host_release;
+    distant.be.send_act = distant_send;
+    distant.be.sync = distant_sync;
+    distant.be.argmax = distant_argmax;
+    distant.be.download_act = distant_download;
+    d->backend = &distant.be;
+}
+
+/* Greedy answers need no logits on the host, others get them there; the text is the CPU's. `change`: somebody wants them after the device has chosen:
+   1 other sampling that is the same, 2 a saved state. */
+static void check_distant(const llm_sampling *s, int change)
+{
+    llm_desc d = talk_desc();
+    static char text[1024], want[1024];
+    moq_error e;
+    if (s) d.sampling = *s;
+    llm *m = open_or_say(&d);
+    if (!m) return;
+    begin_talk(m, 0);
+    want[0] = text[0] = 0;
+    CHECK_INT(hear_more(m, want, sizeof want), MOQ_OK);
+    llm_close(m);
+    open_distant(&d);
+    m = open_or_say(&d);
+    if (!m) return;
+    begin_talk(m, 0);
+    for (int ready; (ready = llm_step(m, 0)) >= 0;) {
+        const char *piece = ready ? llm_next(m, &e) : NULL;
+        size_t n = strlen(text);
+        if (piece) snprintf(text + n, sizeof text - n, "%s", piece);
+        if (change == 1 && test_random() % 3 == 0) llm_set_sampling(m, s);
+        if (change == 2 && test_random() % 7 == 0) CHECK(llm_save(m, state_file, &e) == MOQ_OK && llm_load(m, state_file, &e) == MOQ_OK);
+    }
+    CHECK_STR(text, want);
+    CHECK(s ? distant.picks == 0 && distant.sends > 20 : distant.picks > 20 && distant.sends == 0);
+    CHECK_INT(distant.downloads, 0);
+    llm_close(m);
+    CHECK_INT(distant.alive, 0);
+    moq_backend_destroy(distant.inner);
+}
+
+static void test_device_picks(void)
+{
+    llm_sampling s;
+    check_distant(NULL, 0);
+    check_distant(NULL, 1);
+    check_distant(NULL, 2);
+    memset(&s, 0, sizeof s);
+    s.temperature = 0.7f;
+    s.seed = 5;
+    check_distant(&s, 0);
+    memset(&s, 0, sizeof s);
+    s.repetition_penalty = 1.1f;
+    check_distant(&s, 0);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -880,6 +1006,7 @@ int main(int argc, char **argv)
     RUN(test_ranks_logits);
     RUN(test_ranks_state);
     RUN(test_ranks_answer);
+    RUN(test_device_picks);
     remove(state_file);
     return test_end();
 }

@@ -4,7 +4,7 @@
    A folder that is there already is used as it is. WHAT is made of letters, all by default, and two that choose:
      g  one sequence that is continued after 64, 1024 and 8192 tokens, one token a call, logits to the host
      p  prompts of 64 to 8192 tokens from position 0 on, the last row's logits to the host; beside 700 TFLOP/s, which cuBLAS BF16 holds on an H200
-     s  8, 32 and 64 sequences of 1024 tokens that are continued together, logits of all to the host
+     s  1, 8, 32 and 64 sequences of 1024 tokens that are continued together: logits of all to the host; the largest one's index of each
      b  BF16 activations alone, f  F32 activations alone
    CHUNK: llm_desc.chunk of prompts. */
 #include "../test.h"
@@ -233,12 +233,14 @@ static double run_prompt(llm *m, int count, int vocab)
     return best;
 }
 
-/* Seconds of a pass of one token in each of `count` sequences of `context` tokens. */
-static double run_together(llm *m, int count, int context, int vocab)
+/* Seconds of a pass of one token in each of `count` sequences of `context` tokens, as an engine makes them that wants logits, or choices of the device. */
+static double run_together(llm *m, int count, int context, int vocab, int picks)
 {
     enum { TURNS = 10 };
     llmi_model *own = m->model;
-    float *logits = (float *)malloc((size_t)count * (size_t)vocab * sizeof *logits);
+    moq_backend *be = own->be;
+    const size_t bytes = (size_t)count * (size_t)vocab * sizeof(float);
+    float *logits = (float *)(be->host_alloc ? be->host_alloc(be, bytes, NULL) : malloc(bytes));
     int32_t *ids = (int32_t *)malloc((size_t)context * sizeof *ids);
     double best = 1e30;
     moq_error e;
@@ -249,6 +251,8 @@ static double run_together(llm *m, int count, int context, int vocab)
     for (int i = 0; i < TURNS; i++) {
         double t = moq_seconds();
         llmi_pass_clear(own);
+        own->pass.picks = picks;
+        own->pass.sends = be->send_act != NULL;
         for (int s = 0; s < count; s++) llmi_pass_add(own, s, ids[(s + i) % context], context + i, logits + (size_t)s * (size_t)vocab);
         while (!llmi_pass_done(own)) llmi_pass_unit(own, vocab);
         if (llmi_pass_end(own, &e) != MOQ_OK) { fprintf(stderr, "%s\n", e.text); exit(2); }
@@ -256,7 +260,8 @@ static double run_together(llm *m, int count, int context, int vocab)
         if (t < best) best = t;
     }
     for (int s = 0; s < count; s++) { own->length[s] = context; check_logits(logits + (size_t)s * (size_t)vocab, vocab); }
-    free(logits);
+    if (be->host_alloc) be->host_release(be, logits);
+    else free(logits);
     free(ids);
     return best;
 }
@@ -330,14 +335,15 @@ static void measure_prompts(llm *m, const wish *w, const shape *s)
 
 static void measure_together(llm *m, const wish *w, const shape *s, const list *l)
 {
-    static const int counts[] = {8, 32, 64};
+    static const int counts[] = {1, 8, 32, 64};
     const int context = s->vocab > 1000 ? 1024 : 64;
     const double elem = strcmp(w->kv, "wide") != 0 ? 1 : w->act == MOQ_F32 ? 4 : 2;
     for (size_t k = 0; k < sizeof counts / sizeof *counts; k++) {
         if (counts[k] > m->model->slots) continue;
-        double t = run_together(m, counts[k], context, s->vocab), kv = 2.0 * s->layers * s->kv_heads * s->head_dim * elem * (context + 5) * counts[k];
-        printf("%s, %2d sequences of %d tokens: %8.3f ms a pass, %8.0f tokens/s; %.2f GB of weights, %.2f of caches: %.2f ms of a plain read\n", w->name,
-               counts[k], context, 1e3 * t, counts[k] / t, 1e-9 * token_bytes(l, s), 1e-9 * kv, 1e3 * (token_bytes(l, s) + kv) / w->rate);
+        const double chosen = m->model->be->send_act ? run_together(m, counts[k], context, s->vocab, 1) : 0;
+        double t = run_together(m, counts[k], context, s->vocab, 0), kv = 2.0 * s->layers * s->kv_heads * s->head_dim * elem * (context + 5) * counts[k];
+        printf("%s, %2d sequences of %d tokens: %8.3f ms a pass, %8.0f tokens/s, chosen there %8.3f ms; %.2f GB of weights, %.2f of caches: "
+               "%.2f ms of a plain read\n", w->name, counts[k], context, 1e3 * t, counts[k] / t, 1e3 * chosen, 1e-9 * token_bytes(l, s), 1e-9 * kv, 1e3 * (token_bytes(l, s) + kv) / w->rate);
         fflush(stdout);
     }
 }

@@ -1649,13 +1649,14 @@ static void check_rope(moq_backend *be, moq_backend *cpu, int interleaved, int f
 
 static void check_argmax(moq_backend *be)
 {
-    enum { ROWS = 6, N = 1301 };
+    enum { ROWS = 8, N = 1301 };
     float *x = random_floats(ROWS * N), nan = moqi_bits_f32(0x7fc00000u);
-    int32_t got[ROWS], want[ROWS] = {700, 3, 1, 0, 0, 1300};
+    int32_t got[ROWS], want[ROWS] = {700, 3, 1, -1, 0, 1300, -1, 900};
     x[700] = 1000; x[900] = 1000;                                   /* the lowest of equals */
     x[N + 3] = 1e30f; x[N + 2] = nan;
     for (int i = 0; i < N; i++) { x[2 * N + i] = i == 1 ? -5 : nan; x[3 * N + i] = nan; x[4 * N + i] = -1e30f; }
     x[5 * N + 1300] = 5000;
+    for (int i = 0; i < N; i++) { x[6 * N + i] = i % 3 ? -INFINITY : nan; x[7 * N + i] = i == 900 ? -3e38f : -INFINITY; }
     void *dx = device_floats(be, x, ROWS * N), *di = device_bytes(be, got, sizeof got);
     be->argmax(be, dx, ROWS, N, (int32_t *)di);
     be->download(be, got, di, sizeof got);
@@ -1967,9 +1968,34 @@ static void test_cuda_ssm(void)
 }
 
 /* Copies of any size, also overlapping ones; uploads larger than the staging memory. */
+/* What is sent to memory of the host is what a download brings; it may be kept there while the source changes. */
+static void check_send(moq_dtype activations)
+{
+    enum { N = 3001, ODD = 777 };
+    moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    moq_error err;
+    float *x = random_floats(N), y[N], *host = (float *)be->host_alloc(be, 2 * N * sizeof *host, &err);
+    CHECK(host != NULL && host[0] == 0 && host[2 * N - 1] == 0);
+    void *d = device_floats(be, x, N);
+    be->send_act(be, host, d, N);
+    be->add(be, d, d, N);
+    be->send_act(be, host + N + 1, (const char *)d + (activations == MOQ_BF16 ? 2 : 4) * ODD, N - ODD);
+    CHECK(be->sync(be, &err) == MOQ_OK);
+    be->download_act(be, y, d, N);
+    for (int i = 0; i < N; i++) CHECK(host[i] + host[i] == y[i]);
+    CHECK(host[N] == 0 && memcmp(host + N + 1, y + ODD, (N - ODD) * sizeof *y) == 0);
+    be->release(be, d);
+    be->host_release(be, host);
+    CHECK(be->host_alloc(be, (size_t)1 << 60, &err) == NULL && err.code == MOQ_E_NOMEM);
+    free(x);
+    done(be);
+}
+
 static void test_cuda_copies(void)
 {
     enum { N = 21 << 20 };
+    check_send(MOQ_F32);
+    check_send(MOQ_BF16);
     moq_backend *be = wide_backend();
     uint8_t *a = (uint8_t *)malloc(N), *b = (uint8_t *)malloc(N);
     for (int i = 0; i < N; i++) a[i] = (uint8_t)test_random();
