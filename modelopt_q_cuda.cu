@@ -8794,16 +8794,6 @@ template <int C> __global__ void __launch_bounds__(128) moqk_attend_tiles(moqk_a
 
 __host__ __device__ static constexpr int moqk_kv_bits(int kind) { return kind == MOQK_KV_BF16 ? 16 : kind <= MOQK_KV_I8 ? 8 : 4; }
 
-/* The dimension of element e (0..3) of step s of lane t, in the order in which codes become operands. A lane owns DIM / 4 neighbouring values of a key
-   in pieces of at most 16 bytes; with MXFP4 a word of each of its blocks. */
-template <int KIND, int DIM> __host__ __device__ constexpr int moqk_key_dim(int t, int s, int e)
-{
-    constexpr int bits = moqk_kv_bits(KIND), most = KIND == MOQK_KV_MX4 ? 4 : 16, piece = DIM * bits / 32 < most ? DIM * bits / 32 : most;
-    constexpr int per = piece * 8 / bits, steps = per / 4;
-    int base = (s / steps * 4 + t) * per, r = s % steps;
-    return bits == 4 ? base + r / 2 * 8 + r % 2 * 2 + (e >> 1) + (e & 1) * 4 : base + r * 4 + e;
-}
-
 template <int BF16> __device__ __forceinline__ uint32_t moqk_pack16(float a, float b)
 {
     if constexpr (BF16) { __nv_bfloat162 v = __floats2bfloat162_rn(a, b); return *(uint32_t *)&v; }
@@ -8996,31 +8986,53 @@ template <int DIM> struct moqk_stream_query {
     __device__ __forceinline__ uint4 step(int s) const { return HELD ? q[HELD ? s : 0] : ops[s * 32]; }
 };
 
-/* Each warp makes a share of the operands, into ops [DIM / 16][32], for all. queries [8][R]: heads that have entered, not yet times `unit`. */
+/* Where pair p of a head's values stands in the order in which codes of keys become operands: dimensions `first` and `second` are numbers 2 i and 2 i + 1 of
+   lane t in step s. A lane owns DIM / 4 neighbouring values of a key in pieces of at most 16 bytes; with MXFP4 a word of each of its blocks. */
+typedef struct moqk_stream_pair { int first, second, s, t, i; } moqk_stream_pair;
+
+template <int KIND, int DIM> __device__ __forceinline__ moqk_stream_pair moqk_stream_pair_of(int p)
+{
+    constexpr int BITS = moqk_kv_bits(KIND), MOST = KIND == MOQK_KV_MX4 ? 4 : 16, PIECE = DIM * BITS / 32 < MOST ? DIM * BITS / 32 : MOST;
+    constexpr int PER = PIECE * 8 / BITS, STEPS = PER / 4;
+    const int first = BITS == 4 ? p / 4 * 8 + p % 4 : 2 * p, in = first % PER;
+    return {first, first + (BITS == 4 ? 4 : 1), first / (4 * PER) * STEPS + (BITS == 4 ? in / 8 * 2 + in % 4 / 2 : in / 4), first / PER % 4,
+            BITS == 4 ? in % 2 : in / 2 % 2};
+}
+
+/* Heads that are not there have no weight in the operands, ops [DIM / 16][32]; a bias where keys have none, or there is no head. */
+template <int DIM> __device__ __forceinline__ void moqk_stream_clear(int32_t count, int many, int biased, float *bias, uint4 *ops)
+{
+    for (int i = threadIdx.x; i < DIM * 2; i += blockDim.x)
+        if ((i & 31) / (many ? 4 : 8) >= count) ops[i] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x < 8 && !(biased && threadIdx.x < count)) bias[threadIdx.x] = 0;
+}
+
+/* The queries of a block as operands, each made by the warp that has put it into `queries` [8][R], not yet times `unit`. */
 template <int KIND, int DIM>
-__device__ __forceinline__ void moqk_stream_queries(const moqk_kv &keys, int32_t dim, const float *k_bias, float unit, float *queries, int many, float *bias,
-                                                    uint4 *ops)
+__device__ __forceinline__ void moqk_stream_queries(const moqk_kv &keys, int32_t dim, const float *k_bias, float unit, float *queries, int32_t count, int many,
+                                                    float *bias, uint4 *ops)
 {
     constexpr int BF = KIND == MOQK_KV_BF16, R = moqk_tensor_row(DIM);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    __syncthreads();
-    if (KIND == MOQK_KV_NV4 && keys.rotate) moqk_rotate_rows(queries, 8, R, DIM, 1 / sqrtf((float)DIM));
-    if (!k_bias && threadIdx.x < 8) bias[threadIdx.x] = 0;
-    for (int h = warp; k_bias && h < 8; h += blockDim.x >> 5) {
+    if (KIND == MOQK_KV_NV4 && keys.rotate) moqk_rotate_rows(queries, count, R, DIM, 1 / sqrtf((float)DIM));
+    for (int h = warp; h < count; h += blockDim.x >> 5) {
+        const float *x = queries + h * R;
+        uint32_t *to = (uint32_t *)(void *)ops + (many ? 4 * h : 8 * h) * 4;
+#pragma unroll
+        for (int k = 0; k < DIM / 64; k++) {
+            const moqk_stream_pair p = moqk_stream_pair_of<KIND, DIM>(lane + 32 * k);
+            const float a = p.first < dim ? x[p.first] : 0, b = p.second < dim ? x[p.second] : 0;
+            const int at = (p.s * 32 + p.t) * 4 + p.i;
+            uint32_t hi, lo;
+            moqk_split16<BF>(__fmul_rn(a, unit), __fmul_rn(b, unit), &hi, &lo);
+            to[at] = hi;
+            to[at + (many ? 2 : 16)] = lo;
+        }
+        if (!k_bias) continue;
         float sum = 0;
-        for (int d = lane; d < dim; d += 32) sum += __fmul_rn(queries[h * R + d], unit) * k_bias[d];
+        for (int d = lane; d < dim; d += 32) sum += __fmul_rn(x[d], unit) * k_bias[d];
         sum = moqk_warp_sum(sum);
         if (lane == 0) bias[h] = sum;
-    }
-    for (int s = warp; s < DIM / 16; s += blockDim.x >> 5) {
-        const float *x = queries + (many ? lane >> 2 : lane >> 3) * R;
-        uint32_t hi[2], lo[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) /* two pairs of dimensions */
-            moqk_split16<BF>(__fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i)], unit),
-                             __fmul_rn(x[moqk_key_dim<KIND, DIM>(lane & 3, s, 2 * i + 1)], unit), &hi[i], &lo[i]);
-        const int second = !many && (lane & 4);
-        ops[s * 32 + lane] = make_uint4(second ? lo[0] : hi[0], second ? lo[1] : hi[1], lo[0], lo[1]);
     }
     __syncthreads();
 }
@@ -9327,7 +9339,7 @@ __device__ __forceinline__ moqk_enter_task moqk_enter_find(const moqk_attend_arg
 /* Threads that meet over the row's own key and value: the warps that make them, and the reader. */
 __device__ __forceinline__ int32_t moqk_enter_meeting(int32_t count, int32_t warps, int32_t reader)
 {
-    const int32_t k = count % warps, v = (count + 1) % warps;
+    const int32_t k = count & (warps - 1), v = (count + 1) & (warps - 1); /* warps are a power of two */
     return 32 * (1 + (k != reader) + (v != reader && v != k));
 }
 
@@ -9390,8 +9402,6 @@ __device__ __forceinline__ void moqk_enter_block(const moqk_attend_args &a, int3
     constexpr int R = moqk_tensor_row(DIM);
     const moq_heads_desc &d = a.enter;
     const int32_t warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    for (int32_t i = (dim < DIM ? 0 : count * R) + threadIdx.x; i < 8 * R; i += blockDim.x)
-        if (i >= count * R || i % R >= dim) queries[i] = 0;
     for (int32_t task = warp; task < count + 2 * owner; task += warps) { /* queries, key, value */
         if (task != warp) {
             now = moqk_enter_find(a, dim, row, kv_head, head, count, task);
@@ -9412,7 +9422,7 @@ __device__ __forceinline__ void moqk_enter_own(const moqk_attend_args &a, int32_
                                                int32_t reader)
 {
     constexpr int OWN = moqk_stream_own_bytes(KIND, DIM);
-    const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, k = count % warps, v = (count + 1) % warps;
+    const int32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, k = count & (warps - 1), v = (count + 1) & (warps - 1);
     if (warp != k && warp != v) return;
     for (int i = 0; i < 2; i++)
         if (warp == (i ? v : k)) moqk_stream_pack<KIND, DIM>(mine + i * DIM, i ? a.c.v : a.c.k, kv_head, own + i * OWN, at, lane);
@@ -9663,36 +9673,39 @@ template <int KIND, int DIM, int LOOSE> struct moqk_stream_feed {
     }
 };
 
-/* What the warps of a block have added up, each of eight heads in its own ring: added up and given on, or the result. */
+/* What the warps of a block have added up, each of eight heads in its own ring: added up and given on, or the result. found: maxima and sums [8][WARPS]. */
 template <int DIM, int WARPS>
 __device__ __forceinline__ void moqk_stream_meet(const moqk_attend_args &a, int32_t dim, const moqk_splits &cluster, int64_t row, int32_t kv_head, int32_t head,
-                                                 int32_t quads, const uint8_t *rings, int32_t ring_bytes, const float2 (*found)[8], int sink, float v_unit)
+                                                 int32_t quads, const uint8_t *rings, int32_t ring_bytes, const float2 *found, int sink, float v_unit)
 {
     constexpr int R = moqk_stream_sums(DIM);
-    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * dim : NULL;
-    const int32_t warps = blockDim.x >> 5;
+    const uint32_t others = (blockDim.x >> 5) - 1; /* warps are a power of two */
     for (int32_t i = threadIdx.x; i < quads; i += blockDim.x) {
         const int32_t h = i / (DIM / 4), d = i % (DIM / 4) * 4;
-        const float *from = (const float *)(const void *)rings + h * R + d;
-        float4 part[WARPS];
-        float2 stats[WARPS];
+        const uint8_t *from = rings + (h * R + d) * 4;
+        const float4 *stats = (const float4 *)(const void *)(found + h * WARPS);
+        float4 part[WARPS], two[WARPS / 2];
         float m = -1e30f, l = 0, x[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) { /* without a branch: all loads are under way at once */
-            const int there = min(w, warps - 1);
-            part[w] = *(const float4 *)(from + there * (ring_bytes >> 2));
-            stats[w] = found[there][h];
-            m = fmaxf(m, stats[w].x);
-        }
+        for (int w = 0; w < WARPS / 2; w++) two[w] = stats[w];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) /* those of warps that are not there have no weight */
+            part[w] = *(const float4 *)(const void *)(from + ((uint32_t)w & others) * (uint32_t)ring_bytes);
+#pragma unroll
+        for (int w = 0; w < WARPS / 2; w++) m = fmaxf(m, fmaxf(two[w].x, two[w].z));
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float weight = w < warps ? moqk_exp2(stats[w].x - m) : 0;
-            l += weight * stats[w].y;
+            const float weight = moqk_exp2((w & 1 ? two[w / 2].z : two[w / 2].x) - m);
+            l += weight * (w & 1 ? two[w / 2].w : two[w / 2].y);
             x[0] += weight * part[w].x; x[1] += weight * part[w].y; x[2] += weight * part[w].z; x[3] += weight * part[w].w;
         }
-        const float keys = l - (sink ? moqk_exp2(a.sinks[head + h] * MOQK_LOG2E - m) : 0); /* a sink has no value, so no bias either */
 #pragma unroll
-        for (int j = 0; j < 4; j++) x[j] = x[j] * v_unit + (v_bias && d + j < dim ? keys * v_bias[d + j] : 0);
+        for (int j = 0; j < 4; j++) x[j] *= v_unit;
+        if (a.c.v.bias) {
+            const float *bias = a.c.v.bias + (int64_t)kv_head * dim, keys = l - (sink ? moqk_exp2(a.sinks[head + h] * MOQK_LOG2E - m) : 0); /* nor has a sink */
+#pragma unroll
+            for (int j = 0; j < 4; j++) if (d + j < dim) x[j] += keys * bias[d + j];
+        }
         if (a.splits > 1) {
             moqk_split_give(a, cluster, i, x, m, l);
             continue;
@@ -9700,6 +9713,22 @@ __device__ __forceinline__ void moqk_stream_meet(const moqk_attend_args &a, int3
         const float one = l != 0 ? 1 / l : 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) moqk_stream_result<DIM>(a, dim, row, head, 4 * i + j, x[j] * one);
+    }
+}
+
+/* The sums of a warp for head h, its i-th, into its own ring. */
+template <int KIND, int DIM> __device__ __forceinline__ void moqk_stream_leave(float *sums, const float (*acc)[4], int many, int i, int32_t h, int g)
+{
+    constexpr int N = DIM / 8, R = moqk_stream_sums(DIM);
+#pragma unroll
+    for (int k = 0; k < N / 2; k += 2) {
+        float v[4]; /* neighbouring dimensions */
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float *x = acc[k + (j >> 1)] + (j & 1) * 2;
+            v[j] = many ? x[i] : x[0] + x[1];
+        }
+        *(float4 *)&sums[h * R + (moqk_kv_bits(KIND) == 4 ? 16 * k + 4 * g : g * N + 2 * k)] = make_float4(v[0], v[1], v[2], v[3]);
     }
 }
 
@@ -9712,7 +9741,7 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
     constexpr int STAGES = moqk_stream_stages(KIND, DIM), WARPS = moqk_stream_warps(KIND, DIM), MX = KIND == MOQK_KV_MX4;
     extern __shared__ __align__(128) uint8_t shared[]; /* places in it are found by exclusive or */
     __shared__ float bias[8];
-    __shared__ float2 found[WARPS][8]; /* maximum and sum */
+    __shared__ __align__(16) float2 found[8][WARPS]; /* maximum and sum */
     __shared__ __align__(16) uint8_t own[2 * moqk_stream_own_bytes(KIND, DIM)]; /* key and value that enter */
     __shared__ uint64_t joined;
     const int32_t dim = LOOSE ? a.c.k.dim : DIM, ring_bytes = a.places * STEP; /* fewer than STAGES where no warp takes more steps */
@@ -9740,6 +9769,8 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
         e.weigh(task.weight, dim);
         asm volatile("" : "+l"(task.from), "+r"(task.half)); /* made here, not behind the wait */
     }
+    moqk_stream_clear<DIM>(count, many, a.c.k.bias != NULL, bias, ops);
+    for (int32_t i = threadIdx.x; warps < WARPS && i < 8 * WARPS; i += blockDim.x) found[0][i] = make_float2(-1e30f, 0); /* of warps that are not there */
     float k_unit, v_unit, top[2] = {-1e30f, -1e30f}, sum[2] = {0, 0}; /* of moqk_stream_head; exponents to base 2 */
     moqk_stream_units<KIND>(a.c, kv_head, &k_unit, &v_unit);
     moqk_dependents_may_start();
@@ -9762,10 +9793,10 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
     }
     if (a.clustered) moqk_cluster_wait();
     moqk_enter_block<DIM>(a, dim, row, kv_head, head, count, s.owner, queries, mine, task, e);
-    moqk_stream_queries<KIND, DIM>(a.c.k, dim, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * dim : NULL, a.scale, queries, many, bias, ops);
+    moqk_stream_queries<KIND, DIM>(a.c.k, dim, a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * dim : NULL, a.scale, queries, count, many, bias, ops);
     moqk_stream_query<DIM> q;
     q.begin(ops, lane);
-    const int32_t reader = (s.to - 1 - s.from) / MOQK_STREAM_KEYS % warps;
+    const int32_t reader = (s.to - 1 - s.from) / MOQK_STREAM_KEYS & (warps - 1);
     if (s.owner) moqk_enter_own<KIND, DIM>(a, kv_head, count, s.base + s.to - 1, mine, own, reader);
     if (a.enters && a.splits == 1) moqk_enter_back<DIM>(a, head, count, queries);
     float acc[N / 2][4];
@@ -9833,28 +9864,25 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
         else moqk_stream_values<KIND, DIM>(values, p, many, lane, acc);
         at = (int32_t)at + STEP == ring_bytes ? 0 : at + STEP;
     }
-    constexpr int R = moqk_stream_sums(DIM);
-    float *sums = (float *)(void *)(shared + warp * ring_bytes); /* [8][R], in the warp's own ring */
+    float *sums = (float *)(void *)(shared + warp * ring_bytes); /* [8][moqk_stream_sums], in the warp's own ring */
     __syncwarp(); /* which nobody reads any more */
+    if (many) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int32_t h = moqk_stream_head(many, t, i);
-        for (int k = 4; k < 32; k *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], k);
-        if (h >= count || (i == 1 && !many)) continue;
-        if (g == 0) found[warp][h] = make_float2(top[i], sum[i]);
-#pragma unroll
-        for (int k = 0; k < N / 2; k += 2) {
-            float v[4]; /* neighbouring dimensions */
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const float *x = acc[k + (j >> 1)] + (j & 1) * 2;
-                v[j] = many ? x[i] : x[0] + x[1];
-            }
-            *(float4 *)&sums[h * R + (BITS == 4 ? 16 * k + 4 * g : g * N + 2 * k)] = make_float4(v[0], v[1], v[2], v[3]);
+        for (int i = 0; i < 2; i++) {
+            for (int k = 4; k < 32; k *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], k);
+            if (2 * t + i >= count) continue;
+            if (g == 0) found[2 * t + i][warp] = make_float2(top[i], sum[i]);
+            moqk_stream_leave<KIND, DIM>(sums, acc, 1, i, 2 * t + i, g);
+        }
+    } else {
+        for (int k = 4; k < 32; k *= 2) sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], k);
+        if (t < count) {
+            if (g == 0) found[t][warp] = make_float2(top[0], sum[0]);
+            moqk_stream_leave<KIND, DIM>(sums, acc, 0, 0, t, g);
         }
     }
     __syncthreads();
-    moqk_stream_meet<DIM, WARPS>(a, dim, cluster, row, kv_head, head, quads, shared, ring_bytes, found, sink, v_unit);
+    moqk_stream_meet<DIM, WARPS>(a, dim, cluster, row, kv_head, head, quads, shared, ring_bytes, found[0], sink, v_unit);
     if (a.splits == 1) return;
     moqk_split_join<DIM>(a, dim, cluster, row, head, quads);
     if (a.enters && blockIdx.x == 0) moqk_enter_back<DIM>(a, head, count, queries);
