@@ -14887,6 +14887,14 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_whole_512(const float *x, __m512i (*c)[4], c
     }
 }
 
+/* Blocks of some rows, `next` apart, that reach over the last code are copied. edge: [4][256] */
+static const uint8_t *moqi_dot_edges(const uint8_t *src, int64_t next, int rows, int64_t bytes, const uint8_t *end, uint8_t *edge)
+{
+    memset(edge, 0, 4 * 256);
+    for (int r = 0; r < rows; r++) memcpy(edge + 256 * r, src + r * next, (size_t)moqi_min(bytes, end - src - r * next));
+    return edge;
+}
+
 /* acc = begin or acc + weights . x over the pass, `count` times for `rows` (1, 2 or 4) rows of weights that lie `step` apart, from `row`, row + 1, ...
    on, and for `slots` (1 to 4, with one or two rows 8) digits of x from pass->slot on. The loops over rows and slots lie inside of the one over codes, because
    a sum waits 5 cycles for the one before it. Rows that are read together lie far apart: streams near each other are not foreseen by the hardware. What comes after
@@ -14924,9 +14932,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
         }
         for (int64_t c = pass->first; c < stop; c += 256, src += bytes, scale += 16, x += block, left -= 256 >> shift) {
             if (end - src < bytes + (rows - 1) * next) {
-                memset(edge, 0, sizeof edge);
-                for (int r = 0; r < rows; r++) memcpy(edge[r], src + r * next, (size_t)moqi_min(bytes, end - src - r * next));
-                src = edge[0];
+                src = moqi_dot_edges(src, next, rows, bytes, end, edge[0]);
                 next = 256;
             }
             MOQI_UNROLL for (int r = 0; r < rows; r++) {
@@ -15129,7 +15135,6 @@ typedef void (*moqi_dot_fn)(const moqi_dot_pass *pass, int64_t row, int64_t step
     MOQI_DOT_ROWS(two_##k##1_2, 2, 2, 1, nibbles, lie, 0, perm) \
     MOQI_DOT_ROWS(two_##k##1_3, 2, 3, 1, nibbles, lie, 0, perm) \
     MOQI_DOT_ROWS(two_##k##1_4, 2, 4, 1, nibbles, lie, 0, perm) \
-    MOQI_DOT_ROWS(two_##k##2_2, 2, 2, 2, nibbles, lie, 0, perm) \
     MOQI_DOT_ROWS(two_##k##2_4, 2, 4, 2, nibbles, lie, 0, perm)
 MOQI_DOT_FOUR(four_bytes, 0, MOQI_DOT_AFAR, 0)
 MOQI_DOT_FOUR(four_afar, 1, MOQI_DOT_AFAR, 0)
@@ -15165,10 +15170,10 @@ MOQI_DOT_ROWS(solid_4, 4, 4, 1, 0, MOQI_DOT_AFAR, 1, 0)
 #undef MOQI_DOT_TWO
 
 /* [bytes, or nibbles by MOQI_DOT_...][digits - 1]: one row of weights, four of them times one row of x, the same by VBMI, two times 2 to 4 digits of x.
-   NULL: what moqi_dot_lie_512 leaves to VBMI, and 3 digits of two each */
+   NULL: what moqi_dot_lie_512 leaves to VBMI, and of two digits each one row of x and 3 digits */
 #define MOQI_DOT_SET(one, four1, four2, perm, k) \
     {{moqi_dot_one_##one##1, four1, moqi_dot_##perm##1, {moqi_dot_two_##k##1_2, moqi_dot_two_##k##1_3, moqi_dot_two_##k##1_4}}, \
-     {moqi_dot_one_##one##2, four2, moqi_dot_##perm##2, {moqi_dot_two_##k##2_2, NULL, moqi_dot_two_##k##2_4}}}
+     {moqi_dot_one_##one##2, four2, moqi_dot_##perm##2, {NULL, NULL, moqi_dot_two_##k##2_4}}}
 static const struct { moqi_dot_fn one, four, perm, two[3]; } moqi_dot_fns[6][2] = {
     MOQI_DOT_SET(bytes, moqi_dot_four_bytes1, moqi_dot_four_bytes2, four_bytes, bytes),
     MOQI_DOT_SET(afar, moqi_dot_four_afar1, moqi_dot_four_afar2, perm_afar, afar),
@@ -15184,12 +15189,12 @@ static const moqi_dot_fn moqi_dot_eights[2][2] = {{moqi_dot_eight_afar1, moqi_do
    few scales gain nothing. */
 static const moqi_dot_fn moqi_dot_wholes[6] = {moqi_dot_whole_bytes, NULL, moqi_dot_whole_e4m3, NULL, NULL, NULL};
 
-/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x; two with several, one with 8
+/* All of some rows of weights times `some` digits of x from pass->slot on: four rows at a time with one row of x, the last of three too; two with several, one with 8
    (Zen 4: two), and four where sums are whole numbers to the end. lie: how scales lie, if kernels may read them there */
 static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int lie, float *acc)
 {
-    const int alone = pass->slots == digits, slot = pass->slot;
-    if (alone && pass->p->woven && row % 4 == 0 && pass->rows % 4 == 0) { (digits == 2 ? moqi_dot_woven2 : moqi_dot_woven1)(pass, row, acc); return; }
+    const int alone = some == digits, slot = pass->slot;
+    if (pass->slots == digits && pass->p->woven && row % 4 == 0 && pass->rows % 4 == 0) { (digits == 2 ? moqi_dot_woven2 : moqi_dot_woven1)(pass, row, acc); return; }
     const int kind = pass->p->form == MOQI_CODES_NIBBLES ? lie + 1 : 0;
     const int64_t rows = pass->solid || alone ? 4 : some == 8 && !pass->zen ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
