@@ -11404,7 +11404,7 @@ enum {
     MOQK_FEW_RANKED = MOQK_FEW_VOTERS * 16,
     MOQK_FEW_UNITS = 4,        /* row tiles of a block before the activation whose sums are under way */
     MOQK_FEW_TILES = 16,       /* row tiles of y of a block, for several rows */
-    MOQK_FEW_STAGES = 2,       /* chunks of a warp in shared memory: with three, copies wait until others are accepted */
+    MOQK_FEW_STAGES = 2,       /* chunks of a warp in shared memory; of one row one of them is on its way, as `hidden` waits behind all that are */
     MOQK_FEW_PITCH = 528       /* bytes of a row of a chunk's x */
 };
 
@@ -11428,7 +11428,8 @@ typedef struct moqk_few {
     const void *logits;        /* [rows, experts] of the activation type */
     const void *x;             /* [rows, cols] of the activation type */
     const float *factor;       /* [experts][2 or 1 of the first side, 1 of the second] */
-    uint32_t *hidden;          /* [2][MOQK_FEW_ROWS][top][chunks of the second side][hi, lo][128] times the choice's weight, two BF16 a word; see state */
+    uint32_t *hidden;          /* [2][MOQK_FEW_ROWS][top][chunks of the second side][hi, lo][128] times the choice's weight, two BF16 a word; see state.
+                                  Of one row of BF16 activations hi is all there is. */
     int32_t *state;            /* which half a launch uses; rows that the one before it wrote to the other half, which it clears */
     void *y;                   /* [rows, rows of the second side] of the activation type */
     moqk_few_side side[2];
@@ -11741,11 +11742,12 @@ template <int ONE> __device__ __forceinline__ void moqk_few_put(const moqk_few &
     else moqk_run_put<1>(v, to + (uint32_t)(2 * m) * a.x_pitch + (uint32_t)k * 8, a.x_pitch);
 }
 
-__device__ __forceinline__ uint4 moqk_few_look(const uint32_t *at)
+/* The lane's words of hi and, if `split`, of lo: nothing may stand between the loads that waits for the first one. */
+__device__ __forceinline__ void moqk_few_look(const uint32_t *at, int split, uint4 &hi, uint4 &lo)
 {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
-    return v;
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %9, 0; ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%8];"
+                 " @p ld.relaxed.gpu.global.v4.u32 {%4, %5, %6, %7}, [%8 + 512]; }"
+                 : "=&r"(hi.x), "=&r"(hi.y), "=&r"(hi.z), "=&r"(hi.w), "+r"(lo.x), "+r"(lo.y), "+r"(lo.z), "+r"(lo.w) : "l"(at), "r"(split) : "memory");
 }
 
 __device__ __forceinline__ void moqk_put_shared16(uint32_t at, uint4 v)
@@ -11762,18 +11764,18 @@ template <typename T> __device__ __forceinline__ T moqk_kept(T v)
 
 __device__ __forceinline__ int moqk_few_lacks(uint4 v) { return max(max(v.x, v.y), max(v.z, v.w)) == MOQK_FEW_ABSENT; }
 
-/* A chunk of a row of `hidden`, when it is there, as two columns in shared memory. from: the lane's 8 columns; there: it has some, which come in eights. */
-__device__ __forceinline__ void moqk_few_take(const uint32_t *from, int there, uint32_t to)
+/* A chunk of a row of `hidden`, when it is there, as one or two columns in shared memory. from: the lane's 8 columns; there: it has some, which come in
+   eights. */
+template <int ONE> __device__ __forceinline__ void moqk_few_take(const uint32_t *from, int there, int split, uint32_t to)
 {
     uint4 hi = make_uint4(0, 0, 0, 0), lo = hi;
     while (there) {
-        hi = moqk_few_look(from);
-        lo = moqk_few_look(from + 128);
+        moqk_few_look(from, split, hi, lo);
         if (!moqk_few_lacks(hi) && !moqk_few_lacks(lo)) break;
-        __nanosleep(40);
+        if (!ONE) __nanosleep(40);
     }
     moqk_put_shared16(to, hi);
-    moqk_put_shared16(to + MOQK_FEW_PITCH, lo);
+    if (split) moqk_put_shared16(to + MOQK_FEW_PITCH, lo);
 }
 
 /* Sum of n values of shared memory, `each` floats apart; wait: when none of them is MOQK_FEW_ABSENT. */
@@ -11816,7 +11818,7 @@ __device__ __forceinline__ void moqk_few_finish(const moqk_few &a, moqk_few_choi
         v = moqk_activate(a.activation, v, __shfl_xor_sync(0xffffffffu, v, 16)) * c->weight[m][rank - 1];
         const float other = __shfl_xor_sync(0xffffffffu, v, 1), even = r & 1 ? other : v, odd = r & 1 ? v : other;
         const uint32_t hi = moqk_pack(even, odd), lo = moqk_pack(even - __uint_as_float(hi << 16), odd - __uint_as_float(hi & 0xffff0000u));
-        if (part || h >= s.rows) continue;
+        if (part || h >= s.rows || (ONE && a.bf16 && (r & 1))) continue;
         uint32_t *to = hidden + (m * a.routing.top_k + rank - 1) * a.hidden_cols + (h & ~255) + (r & 1) * 128 + (h >> 1 & 127);
         asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(to), "r"(r & 1 ? lo : hi) : "memory");
     }
@@ -11995,9 +11997,9 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     const int32_t lane = moqk_kept((int32_t)threadIdx.x), warp = threadIdx.y, warps = moqk_kept((int32_t)blockDim.y), g = lane >> 2, t = lane & 3;
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = moqk_kept(base + (uint32_t)(warp * MOQK_FEW_STAGES) * BYTES);
     const uint32_t bar = moqk_kept(base + a.bars_at + (uint32_t)(warp * MOQK_FEW_STAGES) * 8);
-    const uint32_t stage = base + a.stage_at + (uint32_t)(warp * 2 * a.rows) * MOQK_FEW_PITCH;
     const int plain = a.routing.groups <= 1 && !a.bias;
-    const int32_t rows = ONE ? 1 : a.rows;
+    const int32_t rows = ONE ? 1 : a.rows, terms = ONE && a.bf16 ? 1 : 2; /* terms of what is between the products */
+    const uint32_t stage = base + a.stage_at + (uint32_t)(warp * terms * a.rows) * MOQK_FEW_PITCH;
     uint4 *list = (uint4 *)(void *)(shared + a.list_at);
     float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
     const int32_t team = ONE ? a.team : 0, step = warps << team, begin = (warp << team) + ((int32_t)blockIdx.x & team); /* in the list */
@@ -12020,7 +12022,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     const int32_t end = counts.x + counts.y;
     moqk_few_ahead ahead = {NULL, begin, 0};
 #pragma unroll 1
-    for (uint32_t i = 0; i < MOQK_FEW_STAGES; i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + i * BYTES, bar + 8 * i, ahead);
+    for (uint32_t i = 0; i < (ONE ? 1 : MOQK_FEW_STAGES); i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + i * BYTES, bar + 8 * i, ahead);
     if (a.duo) moqk_cluster_wait(); /* the other block's sums are absent */
     if (plain && warp < rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
     const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
@@ -12033,7 +12035,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     const int32_t row = FORM <= MOQK_MXFP4 ? g : lane & 7;
     const uint32_t column = FORM <= MOQK_MXFP4 ? t * 32 : (lane >> 3) * 16;
     const uint32_t x_first = base + a.x_at + (row < (a.bf16 ? a.rows : 2 * a.rows) ? row * a.x_pitch : 0) + column;
-    const uint32_t x_second = stage + (row < 2 * a.rows ? row * MOQK_FEW_PITCH : 0) + column;
+    const uint32_t x_second = stage + (row < terms * a.rows ? row * MOQK_FEW_PITCH : 0) + column;
     uint32_t turn = 0, slot = 0;
     const uint32_t codes = moqk_kept((uint32_t)moqk_fast_slot(FORM, lane) * 16);
     const uint32_t scales_at = moqk_kept(2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
@@ -12042,7 +12044,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
         const uint32_t item = list[i].z;
         const int32_t second = (int32_t)(item & 1), part = (int32_t)(item >> 1 & 1), d = moqk_few_d(item), unit = moqk_few_unit(item);
         const moqk_few_side &s = a.side[second];
-        const int32_t split = second || !a.bf16, first = moqk_few_chunk(item), stop = min(first + s.run, s.chunks);
+        const int32_t split = second ? terms == 2 : !a.bf16, first = moqk_few_chunk(item), stop = min(first + s.run, s.chunks);
         const float f = factor[expert[d] * (a.side[0].parts + 1) + (second ? a.side[0].parts : part)];
         float beside[2] = {0, 0}, acc[1][1][4] = {{{0, 0, 0, 0}}};
         moqk_run_factors<FORM, STEP> h[1];
@@ -12069,8 +12071,8 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
 #pragma unroll 1
                 for (int32_t m = 0; m < rows; m++) {
                     const int32_t rank = ONE ? d + 1 : c.rank[d][m], at = chunk * 256 + lane * 4;
-                    moqk_few_take(hidden + (m * a.routing.top_k + rank - 1) * a.hidden_cols + at, rank > 0 && at + lane * 4 < a.side[0].rows,
-                                  stage + (uint32_t)(2 * m) * MOQK_FEW_PITCH + (uint32_t)lane * 16);
+                    moqk_few_take<ONE>(hidden + (m * a.routing.top_k + rank - 1) * a.hidden_cols + at, rank > 0 && at + lane * 4 < a.side[0].rows, terms == 2,
+                                  stage + (uint32_t)(terms * m) * MOQK_FEW_PITCH + (uint32_t)lane * 16);
                 }
                 __syncwarp();
             }
@@ -12078,15 +12080,18 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             uint2 bytes[1] = {make_uint2(0, 0)};
             const uint32_t z[1][2] = {{0, 0}};
             const uint32_t place = ring + slot * BYTES, full = bar + 8 * slot;
+            const auto ask = [&](uint32_t into) { /* the place of the chunk before, or of this one when it has been read */
+                if (ahead.left == 0 && ahead.next >= end) return;
+                moqk_end_reads();
+                __syncwarp();
+                moqk_few_ask<BYTES>(a, list, end, expert, ring + into * BYTES, bar + 8 * into, ahead);
+            };
             moqk_barrier_wait(full, turn);
+            if (ONE) ask(slot ^ 1);
             if (FORM <= MOQK_MXFP4) bytes[0] = moqk_shared8(place + scales_at);
 #pragma unroll
             for (int k = 0; k < 4; k++) w[0][k] = moqk_shared16(place + k * 512 + codes);
-            if (ahead.left > 0 || ahead.next < end) { /* the stage will be used again */
-                moqk_end_reads();
-                __syncwarp();
-                moqk_few_ask<BYTES>(a, list, end, expert, place, full, ahead);
-            }
+            if (!ONE) ask(slot);
             static_assert(MOQK_FEW_STAGES == 2, "stages in turn");
             turn ^= slot;
             slot ^= 1;
@@ -12584,7 +12589,7 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
     f->x_at = (uint32_t)at;
     at += columns * f->x_pitch;
     f->stage_at = (uint32_t)at;
-    at += warps * 2 * rows * MOQK_FEW_PITCH;
+    at += warps * (rows == 1 && f->bf16 ? 1 : 2 * rows) * MOQK_FEW_PITCH;
     f->sums_at = (uint32_t)at;
     at += (rows == 1 ? f->side[0].units : MOQK_FEW_UNITS) * f->side[0].each * rows * 64;
     f->more_at = (uint32_t)at;
@@ -12603,13 +12608,13 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
 /* See moqk_few_over. */
 static uint32_t moqc_few_magic(int32_t d) { return d == 1 ? 0 : (uint32_t)(((uint64_t)1 << 32) / (uint32_t)d + 1); }
 
-/* Chunks of a run: as many as leave the warp with most of them least to do; to begin and end a run takes as long as a chunk. tiles: row tiles that the
-   warps share. */
-static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps)
+/* Chunks of a run: as many as leave the warp with most of them least to do; to begin and end a run takes as long as a chunk. A single row's warps do so
+   little that others wait for a last run from its beginning. tiles: row tiles that the warps share. */
+static void moqc_few_runs(moqk_few_side *s, int64_t tiles, int32_t warps, int one)
 {
     int64_t least = INT64_MAX;
     for (int32_t run = 1; run <= s->chunks; run++) {
-        const int64_t work = moqk_ceil(tiles * moqk_ceil(s->chunks, run), warps) * (run + 1);
+        const int64_t work = moqk_ceil(tiles * moqk_ceil(s->chunks, run), warps) * (run + 1) + (one ? run : 0);
         if (work > least) continue;
         least = work;
         s->run = run;
@@ -12639,8 +12644,8 @@ static int64_t moqc_few_try(const moqc_ctx *c, moqk_few *f, int form, int32_t du
     if (f->rows > 1 && f->side[1].units > MOQK_FEW_TILES) return 0;
     if (moqc_max(f->side[0].units, moqc_max(f->side[0].chunks, f->side[1].chunks)) > 4095) return 0; /* see moqk_few_pack */
     for (*warps = MOQK_FEW_WARPS; *warps >= 8; *warps -= 4) {
-        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps << f->team);
-        moqc_few_runs(&f->side[1], all * (f->rows == 1 || duo ? f->side[1].units : 1), *warps << duo);
+        moqc_few_runs(&f->side[0], f->side[0].units * f->side[0].parts, *warps << f->team, f->rows == 1);
+        moqc_few_runs(&f->side[1], all * (f->rows == 1 || duo ? f->side[1].units : 1), *warps << duo, f->rows == 1);
         if (f->team && f->side[0].each < 2) return 0; /* both blocks have a part of every row tile */
         if (duo && f->routing.top_k * f->side[1].runs < 2) return 0;
         const int64_t bytes = moqc_few_fill_in(f, form, *warps);
