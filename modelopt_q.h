@@ -88,7 +88,7 @@
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
-                        >>strips       AMX: NVFP4
+                        >>strips       AMX: NVFP4, FP8, INT8
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
                          >>kernels      which instruction set serves a layer
@@ -11726,7 +11726,8 @@ struct moqi_tiled;
 struct moqi_panel;
 typedef struct moqi_way {
     const char *name;         /* for explain: "4-bit codes in place" */
-    int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels; MOQI_TWINS: BF16 for codes in place */
+    int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels; MOQI_TWINS: BF16 for codes in place;
+                                 MOQI_STRIP_BYTES: bytes without panels */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
     /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units over 1. `step`: words from
@@ -11739,7 +11740,7 @@ typedef struct moqi_way {
     void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
 } moqi_way;
 
-enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */ };
+enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */, MOQI_STRIP_BYTES = 32 /* a unit: 4 columns, of >>strips */ };
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
        MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
@@ -11938,12 +11939,12 @@ static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
 }
 
 /* Are words of 16 rows of x to take turns, once they are all arranged? AMX's strips want them so. */
-static int moqi_feeds_words(const moqi_way *way) { return way && way->unit == 2 && !way->decode; }
+static int moqi_feeds_words(const moqi_way *way) { return way && (way->unit == MOQI_STRIP_BYTES || (way->unit == 2 && !way->decode)); }
 
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 {
-    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * 64 + 64; /* pairs of columns, and room for what >>matrix puts behind those of 16 rows */
+    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * (way->unit == 2 ? 64 : 32) + 64; /* and room for what is put behind those of 16 rows */
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 
@@ -11956,13 +11957,27 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
         const int64_t first = i / MOQI_WAY_TOKENS * MOQI_WAY_TOKENS;
         return rows + first * ld + moqi_tile_place(i - first, moqi_min(MOQI_WAY_TOKENS, m - first), ld, step);
     }
-    if (way && way->unit == 2) some = words = 16;
+    if (moqi_feeds_words(way) || (way && way->unit == 2)) some = words = 16;
     if (way && way->unit == MOQI_TWINS) { some = 8; words = MOQI_TWIN_WORDS; }
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
 #endif
     *step = words * (moqi_feeds_words(way) ? some : moqi_min(some, m - i / some * some));
     return rows + i / some * some * ld + i % some * (words ? words : ld);
+}
+
+/* Does the way take x as it is? */
+static int moqi_feeds_plain(const moqi_tiled *p, const moqi_way *way) { return way && moqi_is_plain(p) && (!p->bf16 || way->unit == 2); }
+
+/* x [cols] -> t, rotated, smoothed and rounded to BF16 as the layer wants, with zeros up to a multiple of 16. */
+static void moqi_feed_smooth(const moqi_tiled *p, const float *x, float *t)
+{
+    const int64_t cols = p->layer.cols;
+    if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
+    else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
+    for (int64_t c = 0; p->smooth && c < cols; c++) t[c] *= p->smooth[c];
+    for (int64_t c = 0; p->bf16 && c < cols; c++) t[c] = moq_bf16_decode(moq_bf16_encode(t[c]));
+    for (int64_t c = cols; c < moqi_pad16(cols); c++) t[c] = 0;
 }
 
 /* One of m tokens going into a layer: x [cols] -> t = rotated and smoothed (the low-rank branch reads it), r = t rounded, in the order of
@@ -11973,12 +11988,8 @@ static void moqi_feed(const moqi_tiled *p, int64_t m, int64_t i, const float *x,
     int64_t cols = p->layer.cols, ld = moqi_pad_x(cols), step;
     const moqi_way *way = moqi_way_for(p, m);
     float *r = rows + i * ld, *out = moqi_feed_place(p, way, m, i, rows, &step);
-    if (way && moqi_is_plain(p) && (!p->bf16 || way->unit == 2)) { way->arrange(p, x, cols, out, step); return; }
-    if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
-    else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
-    for (int64_t c = 0; p->smooth && c < cols; c++) t[c] *= p->smooth[c];
-    for (int64_t c = 0; p->bf16 && c < cols; c++) t[c] = moq_bf16_decode(moq_bf16_encode(t[c]));
-    for (int64_t c = cols; c < moqi_pad16(cols); c++) t[c] = 0;
+    if (moqi_feeds_plain(p, way)) { way->arrange(p, x, cols, out, step); return; }
+    moqi_feed_smooth(p, x, t);
     if (way && way->unit > 1) { way->arrange(p, t, cols, out, step); return; } /* such ways round by themselves */
     if (p->rounds) moq_round_input(&p->layer, t, r);
     else for (int64_t c = 0; c < cols; c++) r[c] = t[p->order ? p->order[c] : c];
@@ -16470,24 +16481,27 @@ static int moqi_amx_takes(const moqi_tiled *p)
 
 /* E2M1 codes with E4M3 scales of 16 columns: their products have 6 significant bits, so F16 holds them, 32 at a time. Shifted by three places the
    bits of an F16 number are those of a BF16 number 2^112 times smaller. The table is 2^12 times too large, so that no product is subnormal (tiles
-   take such numbers for 0), scales are 2^8 too small. All that goes to x, where every row has a power of two of its own. */
-enum { MOQI_AMX_HALF = 108 };
+   take such numbers for 0), scales are 2^8 too small; E4M3 codes become 2^7 times too large. All that goes to x, where every row has a power of two of
+   its own. */
+enum { MOQI_AMX_HALF = 108, MOQI_AMX_EIGHT = 105 };
 
 #if defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12
 #define MOQI_AMX_F16 1
 #endif
-#ifdef __clang__
+#if defined(__clang__) && defined(MOQI_AMX_F16)
 #define MOQI_HALVES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c,avx512fp16")))
 #else
 #define MOQI_HALVES MOQI_VBMI
 #endif
 
-/* Every processor with tiles has AVX512-FP16, and VBMI. */
+/* The exponent that sums of products with x lack where F16 holds the weights, else 0. Every processor with tiles has AVX512-FP16, and VBMI. */
 static int moqi_amx_halves(const moqi_tiled *p)
 {
 #ifdef MOQI_AMX_F16
     const int scales = p->scales && p->scale_dtype == MOQ_F8_E4M3 && p->shift == 4 && p->groups > 1 && p->group_rows == 1;
-    return scales && moqi_pairs_bits(p) == 4 && !p->zeros && p->layer.scheme.weight.elem == MOQ_F4;
+    if (p->form == MOQI_CODES_NIBBLES) return scales && moqi_pairs_bits(p) == 4 && !p->zeros && p->layer.scheme.weight.elem == MOQ_F4 ? MOQI_AMX_HALF : 0;
+    const int one = (p->scale_dtype == MOQ_NONE || p->groups == 1) && !p->zeros && p->zero == 0;
+    return one && moqi_pairs_bits(p) == 8 && p->dtype == MOQ_F8_E4M3 ? MOQI_AMX_EIGHT : 0;
 #else
     (void)p;
     return 0;
@@ -16526,11 +16540,15 @@ MOQI_INLINE MOQI_AVX512 void moqi_amx_round(const float *x, __mmask32 some, __m5
     _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
 }
 
-/* moqi_pairs_row without NaN: bits of F32 are rounded, and the upper halves picked. */
-MOQI_AVX512 static float *moqi_amx_finite(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step, int up)
+/* The upper half of which of 32 numbers of F32 comes to which place. */
+static void moqi_amx_places(const moqi_tiled *p, uint16_t *place)
 {
-    uint16_t place[32];
     for (int i = 0; i < 32; i++) place[i] = (uint16_t)(2 * moqi_pairs_column(p, i) + 1);
+}
+
+/* moqi_pairs_row without NaN: bits of F32 are rounded, and the upper halves picked. */
+MOQI_AVX512 static float *moqi_amx_finite(const uint16_t *place, const float *x, int64_t n, float *out, int64_t step, int up)
+{
     const __m512i order = _mm512_loadu_si512(place);
     const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
     int64_t i = 0;
@@ -16539,24 +16557,30 @@ MOQI_AVX512 static float *moqi_amx_finite(const moqi_tiled *p, const float *x, i
     return out;
 }
 
+/* The power of two that brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does. */
+static int moqi_amx_up(int most) { return (int)moqi_min(120, 207 - most); }
+
 /* x [n] times a power of two, and behind it the exponent that the sums still lack, as F32. */
 MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     const int halves = moqi_amx_halves(p), most = halves ? moqi_amx_exponent(x, n) : 255;
-    const int up = halves ? (int)moqi_min(120, 207 - most) : 0; /* brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does */
-    float *end = most < 255 ? moqi_amx_finite(p, x, n, out, step, up) : moqi_pairs_row(p, x, n, out, step, up);
-    *end = (float)((halves ? MOQI_AMX_HALF : 0) - up);
+    const int up = halves ? moqi_amx_up(most) : 0;
+    uint16_t place[32];
+    moqi_amx_places(p, place);
+    float *end = most < 255 ? moqi_amx_finite(place, x, n, out, step, up) : moqi_pairs_row(p, x, n, out, step, up);
+    *end = (float)(halves - up);
 }
 
-#ifdef MOQI_AMX_F16
-/* The product of numbers in F16. clang 14 has no intrinsics for them without flags, GCC none without a header of its own. */
+/* The product of numbers in F16. clang 14 has no intrinsics for them without flags, GCC none without a header of its own; older assemblers do not know it. */
 MOQI_INLINE MOQI_HALVES __m512i moqi_half_mul_512(__m512i a, __m512i b)
 {
-    __m512i r;
+    __m512i r = a;
+    (void)b;
+#ifdef MOQI_AMX_F16
     __asm__("vmulph %2, %1, %0" : "=v"(r) : "v"(a), "v"(b));
+#endif
     return r;
 }
-#endif
 
 /* What LDTILECFG reads: 64 bytes. GCC 12's own intrinsic names only 8 of them to the compiler, which then drops the stores of the rest. */
 typedef struct moqi_tile_config { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } moqi_tile_config;
@@ -16659,10 +16683,8 @@ static void moqi_amx_product(moqi_amx_block *k, int64_t r, int64_t j, int64_t at
     xb += at16 * sb;
     if (first == 0) __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
     else __asm__ volatile(MOQI_UNTILES("tileloadd") : : "r"(sums), "r"(ldc) : "memory");
-    if (k->unit == 2 && two) { MOQI_AMX_PRODUCTS2("tdpbf16ps") }
-    else if (k->unit == 2) { MOQI_AMX_PRODUCTS1("tdpbf16ps") }
-    else if (two) { MOQI_AMX_PRODUCTS2("tdpbssd") }
-    else { MOQI_AMX_PRODUCTS1("tdpbssd") }
+    if (two) { MOQI_AMX_PRODUCTS2("tdpbf16ps") }
+    else { MOQI_AMX_PRODUCTS1("tdpbf16ps") }
     __asm__ volatile(MOQI_TILES("tilestored") : : "r"(sums), "r"(ldc) : "memory");
 }
 
@@ -16680,7 +16702,7 @@ MOQI_AVX512 static void moqi_amx_finish(const moqi_amx_block *k)
         for (int64_t r = 0; r < k->all; r += 16) {
             const __mmask16 some = (__mmask16)(k->all - r >= 16 ? 0xffff : (1 << (k->all - r)) - 1);
             __m512 v = _mm512_loadu_ps(sums + r / 32 * count * 1024 + r % 32 / 16 * 256);
-            v = k->unit == 4 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by) : _mm512_scalef_ps(v, by);
+            v = _mm512_scalef_ps(v, by);
             v = _mm512_fmadd_ps(v, _mm512_loadu_ps(k->mul + r), bias ? _mm512_maskz_loadu_ps(some, bias + r) : _mm512_setzero_ps());
             _mm512_mask_storeu_ps(k->y + t * k->ldy + r, some, v);
         }
@@ -16805,15 +16827,18 @@ static int moqi_amx_takes_rows(const moqi_tiled *p)
     return p->groups == 1 && p->layer.cols <= 65536 ? moqi_i8_after_512(p) : 0; /* 2^16 products of 2^14 */
 }
 
-/* x [n] -> 16 words of codes every `step` words, and behind them its scale, with the rounding of moqi_i8_arrange_512. */
-MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+/* The scale of a row of x. */
+MOQI_AVX512 static float moqi_amx_row_scale(const moqi_tiled *p, const float *x, int64_t n)
 {
     const moq_coding *c = &p->layer.scheme.input;
     float s = moqi_dot_amax_512(x, n);
-    if (!moqi_is_nan(s)) {
-        if (c->dynamic || c->scale == MOQ_F8_E8M0 || c->scale == MOQ_F8_E4M3) s = moqi_input_scale(c, p->layer.input_scale, &s, 1);
-        else s = p->layer.input_scale;
-    }
+    if (moqi_is_nan(s)) return s;
+    return c->dynamic || c->scale == MOQ_F8_E8M0 || c->scale == MOQ_F8_E4M3 ? moqi_input_scale(c, p->layer.input_scale, &s, 1) : p->layer.input_scale;
+}
+
+/* x [n] over its scale -> 16 words of codes every `step` words, with the rounding of moqi_i8_arrange_512. */
+MOQI_AVX512 static float *moqi_amx_row_codes(const float *x, int64_t n, float s, float *out, int64_t step)
+{
     const __m512 by = _mm512_set1_ps(s > 0 ? s : 1);
     for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 64, out += step)
         for (int64_t k = i; k < i + 64; k += 16) {
@@ -16822,10 +16847,15 @@ MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *
             __m512i q = _mm512_cvtps_epi32(_mm512_min_ps(v, _mm512_set1_ps(32767))); /* what does not fit becomes -2^31, on either side */
             _mm_storeu_si128((__m128i *)(void *)(out + (k - i) / 4), _mm512_cvtsepi32_epi8(q));
         }
-    *out = s;
+    return out;
 }
 
-static const moqi_way moqi_amx_way_rows = {"INT8 tiles", 4, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_multiply, moqi_panel_turned_512, NULL};
+/* x [n] -> codes, and behind them its scale. */
+MOQI_AVX512 static void moqi_amx_arrange_rows(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const float s = moqi_amx_row_scale(p, x, n);
+    *moqi_amx_row_codes(x, n, s, out, step) = s;
+}
 
 /* Else sums of one scale go through the vector unit, which takes as long as four tile products do: so there must be at least 64 columns under
    it, and 128 are better. */
@@ -16906,25 +16936,34 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>strips          AMX: NVFP4
-   What >>matrix does with panels, for E2M1 with E4M3 scales of 16 columns and any number of rows of x, without turning codes.
+   >>strips          AMX: NVFP4, FP8, and INT8 with INT8 inputs
+   What >>matrix does with panels, without turning codes: for E2M1 with E4M3 scales of 16 columns and for E4M3 with one scale for each row as pairs of BF16,
+   for INT8 with one scale for each row and such inputs as bytes.
    ------------------------------------------------------------------------------------------------ */
 
-/* A block is 32 or 64 rows of weights and 256 columns. Rows of weights are rows of tiles, so codes need no turning; x is the other operand, pairs of columns
-   by rows of x. Weights come from the first-level cache; x comes from the second-level cache and is loaded past the first, where it would take the
-   weights' place. After a block the sums make room for the next: one tile at a time, right before the product that needs its place, so that the others
-   go on meanwhile. */
-#ifdef MOQI_AMX_F16
+/* A block is 32 or 64 rows of weights by 512 bytes: 256 columns of pairs, 512 of bytes. Rows of weights are rows of tiles, so codes need no turning; x is
+   the other operand, words of columns by rows of x. Weights come from the first-level cache; x comes from the second-level cache and is loaded past the
+   first, where it would take the weights' place. After a block the sums make room for the next: one tile at a time, right before the product that needs
+   its place, so that the others go on meanwhile. */
+#ifdef MOQI_AMX
 enum {
-    MOQI_STRIP_X = 524288,    /* numbers of x in one go, which stay in the second-level cache: 1 MB */
+    MOQI_STRIP_X = 262144,    /* words of x in one go, which stay in the second-level cache: 1 MB */
     MOQI_STRIP_FEW = 128,     /* rows of x up to which blocks go along all these columns, two tiles of weights by two of x: of 32 rows of x the sums stay in
                                  tiles, of 128 near them, and the next block is decoded beside the products of this one. With more, blocks go down all
                                  rows of a task first, four tiles by one: a tile of x from the second-level cache serves four products, which leaves
                                  time for the sums that go there and back. Such a block fills two thirds of the first-level cache, so it is decoded
                                  where the last one was */
-    MOQI_STRIP_COLS = 256,    /* of a block */
-    MOQI_STRIP_ROWS = 64      /* of a block, at most */
+    MOQI_STRIP_ROWS = 64,     /* of a block, at most */
+    MOQI_STRIP_WORDS = 128    /* of a row of it, in 8 tiles */
 };
+
+/* What weights are: all that tells one kind of strips from another is how rows of codes become rows of tiles. */
+enum { MOQI_STRIP_F4, MOQI_STRIP_F8, MOQI_STRIP_I8 };
+
+static int moqi_strip_kind(const moqi_tiled *p, const moqi_way *way)
+{
+    return way->unit == MOQI_STRIP_BYTES ? MOQI_STRIP_I8 : p->form == MOQI_CODES_NIBBLES ? MOQI_STRIP_F4 : MOQI_STRIP_F8;
+}
 
 /* Where a block begins: row of the task, column of the layer. */
 typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
@@ -16933,16 +16972,18 @@ typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
 typedef struct moqi_amx_strips {
     const moqi_tiled *p;
     int64_t row, rows;        /* of the task */
-    const float *x;           /* [m / 16][columns / 32][16 pairs of columns][16 rows of x], behind the columns of each 16 rows the exponents that their sums lack */
+    int kind;                 /* MOQI_STRIP_... */
+    int64_t unit;             /* columns in a word: 4 or 2 */
+    const float *x;           /* [m / 16][words / 16][16 words][16 rows of x], behind each 16 rows their scales, or the exponents that their sums lack */
     int64_t ldx, m;
     float *y;
     int64_t ldy;
     int64_t high, wide;       /* rows of a block; columns in one go */
     int64_t each, groups;     /* rows of x that a block takes at a time, and how many times */
-    uint32_t *tiles;          /* two blocks of 32 rows or one of 64: [2][rows / 16][columns / 32][16][16] */
+    uint32_t *tiles;          /* two blocks of 32 rows or one of 64: [2][rows / 16][8][16][16] */
     float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights */
     float *last;              /* where the sums belong that are in tiles; NULL: there are none */
-    uint32_t nan[MOQI_WAY_ROWS / 32]; /* a bit for each row with a scale that is no number: so are its outputs */
+    float mul[MOQI_WAY_ROWS]; /* the factors of rows; NaN with a scale that is none */
     uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
     uint16_t masks[2][32], group[4][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales are those of 128 columns each */
 } moqi_amx_strips;
@@ -16953,16 +16994,20 @@ typedef struct moqi_strip_work {
     uint32_t *to;
     int64_t row_bytes, group_bytes, row, rows;
     int64_t left, count;      /* columns and groups to the end of the layer */
-    uint32_t *nan;
+    float *mul;
     const uint8_t *ask, *ask_groups; /* lines that are asked for with the next two rows */
     int64_t ask_row, ask_group; /* bytes from those of a row to the next row's */
 } moqi_strip_work;
+
+/* Columns of a block, and the bytes of their codes. */
+static int64_t moqi_strip_cols(const moqi_amx_strips *s) { return MOQI_STRIP_WORDS * s->unit; }
+static int64_t moqi_strip_size(const moqi_amx_strips *s, int64_t cols) { return s->kind == MOQI_STRIP_F4 ? cols / 2 : cols; }
 
 /* The block after `at`; 0: there is none. */
 static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
 {
     const int64_t from = at->col / s->wide * s->wide;
-    at->col += MOQI_STRIP_COLS;
+    at->col += moqi_strip_cols(s);
     if (at->col < moqi_min(from + s->wide, s->p->layer.cols)) return 1;
     at->col = from;
     at->row += s->high;
@@ -16977,46 +17022,50 @@ static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
 static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
 {
     const moqi_tiled *p = s->p;
-    const int64_t from = at.col / s->wide * s->wide, past = (at.col - from) / MOQI_STRIP_COLS, more = from + s->wide < p->layer.cols;
-    const int whole = p->row_bytes * 2 <= s->wide;
+    const int64_t from = at.col / s->wide * s->wide, past = (at.col - from) / moqi_strip_cols(s), more = from + s->wide < p->layer.cols;
+    const int64_t size = moqi_strip_size(s, moqi_strip_cols(s));
+    const int whole = p->row_bytes <= moqi_strip_size(s, s->wide);
     int64_t row = s->row + at.row + s->high, col = whole ? from : at.col;
     if (at.row + s->high >= s->rows) {
         row = s->row + (more ? 0 : s->rows);
         col = whole ? 0 : more ? at.col + s->wide : at.col - from;
     }
-    d->ask_row = whole ? MOQI_STRIP_COLS / 2 : p->row_bytes;
-    d->ask_group = whole ? MOQI_STRIP_COLS / 16 : p->scale_step * p->scale_stride;
-    d->ask = p->codes + row * p->row_bytes + col / 2 + (whole ? past * s->high * MOQI_STRIP_COLS / 2 : 0);
-    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16 + (whole ? past * s->high * MOQI_STRIP_COLS / 16 : 0);
+    d->ask_row = whole ? size : p->row_bytes;
+    d->ask = p->codes + row * p->row_bytes + moqi_strip_size(s, col) + (whole ? past * s->high * size : 0);
+    if (s->kind != MOQI_STRIP_F4) return;
+    d->ask_group = whole ? MOQI_STRIP_WORDS / 8 : p->scale_step * p->scale_stride;
+    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16 + (whole ? past * s->high * MOQI_STRIP_WORDS / 8 : 0);
 }
 
 /* The block at `at` is decoded next, to `to`. */
-static void moqi_strip_begin(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
+static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
 {
     const moqi_tiled *p = s->p;
     moqi_strip_want(s, d, at);
     d->row_bytes = p->row_bytes;
-    d->group_bytes = p->scale_step * p->scale_stride;
-    d->codes = p->codes + (s->row + at.row) * p->row_bytes + at.col / 2;
-    d->groups = p->scales + moqi_stream_scale_at(p, s->row + at.row) + at.col / 16;
+    d->codes = p->codes + (s->row + at.row) * p->row_bytes + moqi_strip_size(s, at.col);
     d->to = to;
     d->row = 0;
     d->rows = moqi_min(s->high, s->rows - at.row);
     d->left = p->layer.cols - at.col;
+    d->mul = s->mul + at.row;
+    if (s->kind != MOQI_STRIP_F4) return;
+    d->group_bytes = p->scale_step * p->scale_stride;
+    d->groups = p->scales + moqi_stream_scale_at(p, s->row + at.row) + at.col / 16;
     d->count = p->groups - at.col / 16;
-    d->nan = (uint32_t *)(uintptr_t)s->nan + at.row / 32;
 }
 
 /* The next lines of those. */
-MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d)
+MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d, int kind)
 {
-    __builtin_prefetch(d->ask, 0, 2);
-    __builtin_prefetch(d->ask + 64, 0, 2);
-    __builtin_prefetch(d->ask + d->ask_row, 0, 2);
-    __builtin_prefetch(d->ask + d->ask_row + 64, 0, 2);
+    for (int i = 0; i < (kind == MOQI_STRIP_I8 ? 512 : kind == MOQI_STRIP_F8 ? 256 : 128); i += 64) {
+        __builtin_prefetch(d->ask + i, 0, 2);
+        __builtin_prefetch(d->ask + d->ask_row + i, 0, 2);
+    }
+    d->ask += 2 * d->ask_row;
+    if (kind != MOQI_STRIP_F4) return;
     __builtin_prefetch(d->ask_groups, 0, 2);
     __builtin_prefetch(d->ask_groups + d->ask_group, 0, 2);
-    d->ask += 2 * d->ask_row;
     d->ask_groups += 2 * d->ask_group;
 }
 
@@ -17041,6 +17090,14 @@ MOQI_INLINE MOQI_AVX512 moqi_strip_values moqi_strip_load(const moqi_amx_strips 
     return v;
 }
 
+/* Two rows are decoded. */
+MOQI_INLINE void moqi_strip_next(moqi_strip_work *d)
+{
+    d->row += 2;
+    d->codes += 2 * d->row_bytes;
+    d->to += d->row % 16 ? 32 : 32 + 2048 - 256;
+}
+
 /* 256 columns of two rows, 64 bytes of each in each of 8 tiles: of 128 columns 4 i + j is number i in this row of the j-th of four. Past the last group
    scales are 0; past the last row it comes again. */
 MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_strip_values *v)
@@ -17063,7 +17120,8 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
                                                  _mm_loadu_si128((const __m128i *)(const void *)groups[1]), 1);
     __mmask32 nan;
     const __m512i f = moqi_stream_halves_of_512(both, &nan);
-    if (nan) d->nan[d->row / 32] |= (nan & 0xffff ? (uint32_t)1 << d->row % 32 : 0) | (nan >> 16 && two ? (uint32_t)2 << d->row % 32 : 0);
+    if (nan & 0xffff) d->mul[d->row] = moqi_bits_f32(0x7fc00000);
+    if (nan >> 16) d->mul[d->row + two] = moqi_bits_f32(0x7fc00000);
     MOQI_UNROLL
     for (int i = 0; i < 4; i++) {
         const __m512i c = _mm512_loadu_si512(codes[i / 2] + i % 2 * 64), by = _mm512_permutexvar_epi16(v->group[i], f);
@@ -17074,25 +17132,69 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
         for (int j = 0; j < 4; j++)
             _mm512_store_si512(to + 256 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], by), 3), v->keep));
     }
-    d->row += 2;
-    d->codes += 2 * d->row_bytes;
     d->groups += 2 * d->group_bytes;
-    d->to += d->row % 16 ? 32 : 32 + 2048 - 256;
+    moqi_strip_next(d);
 }
 
-/* All that is left of a block; `ask`: with the lines that are wanted next. */
-MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_work *d, int ask)
+/* The i-th 64 codes of one byte of row r of two; none past the layer's last column. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i)
+{
+    const uint8_t *from = d->codes + (d->row + r < d->rows ? r * d->row_bytes : 0) + 64 * i;
+    const int64_t n = d->left - 64 * i;
+    return n >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, from);
+}
+
+/* 256 columns of E4M3 of two rows: of 64 columns 2 i + j is number i in this row of the j-th of two. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_eights(moqi_strip_work *d, const moqi_strip_values *v)
+{
+    const __m512i by = _mm512_set1_epi16(0x7800), magnitude = _mm512_set1_epi16((short)0xbfff), sign = _mm512_set1_epi8((char)0x80);
+    for (int64_t r = 0; r < 2; r++) {
+        __mmask64 nan = 0;
+        MOQI_UNROLL
+        for (int64_t i = 0; i < 4; i++) {
+            const __m512i c = moqi_strip_codes(d, r, i), h[2] = {_mm512_slli_epi16(c, 8), _mm512_and_si512(c, v->top)};
+            nan |= _mm512_cmpeq_epi8_mask(_mm512_or_si512(c, sign), _mm512_set1_epi8(-1));
+            MOQI_UNROLL
+            for (int j = 0; j < 2; j++) {
+                const __m512i f = moqi_half_mul_512(_mm512_and_si512(_mm512_srai_epi16(h[j], 1), magnitude), by);
+                _mm512_store_si512(d->to + 256 * (2 * i + j) + 16 * r, _mm512_and_si512(_mm512_srai_epi16(f, 3), v->keep));
+            }
+        }
+        if (nan) d->mul[moqi_min(d->row + r, d->rows - 1)] = moqi_bits_f32(0x7fc00000);
+    }
+    moqi_strip_next(d);
+}
+
+/* 512 columns of bytes of two rows. */
+MOQI_INLINE MOQI_AVX512 void moqi_strip_bytes(moqi_strip_work *d)
+{
+    for (int64_t r = 0; r < 2; r++)
+        for (int64_t i = 0; i < 8; i++) _mm512_store_si512(d->to + 256 * i + 16 * r, moqi_strip_codes(d, r, i));
+    moqi_strip_next(d);
+}
+
+/* The next two rows of a block, and with `ask` the lines that are wanted next. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_decode(moqi_strip_work *d, const moqi_strip_values *v, int kind, int ask)
+{
+    if (ask) moqi_strip_ask(d, kind);
+    if (kind == MOQI_STRIP_I8) moqi_strip_bytes(d);
+    else if (kind == MOQI_STRIP_F8) moqi_strip_eights(d, v);
+    else moqi_strip_rows(d, v);
+}
+
+/* All that is left of a block. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_work *d, int kind, int ask)
 {
     const moqi_strip_values v = moqi_strip_load(s);
-    while (d->row < d->rows) {
-        if (ask) moqi_strip_ask(d);
-        moqi_strip_rows(d, &v);
-    }
+    while (d->row < d->rows) moqi_strip_decode(d, &v, kind, ask);
 }
 
 #define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
-#define MOQI_STRIP_TIMES(w, x, acc) __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory");
+#define MOQI_STRIP_TIMES(w, x, acc) { \
+        if (kind == MOQI_STRIP_I8) __asm__ volatile("tdpbssd %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory"); \
+        else __asm__ volatile("tdpbf16ps %%tmm" x ", %%tmm" w ", %%tmm" acc : : : "memory"); \
+    }
 /* The sums in tile t go where they belong, those at `sums` come. */
 #define MOQI_STRIP_SWAP(t, i) \
     if (swap && j == 0) { \
@@ -17100,14 +17202,21 @@ MOQI_HALVES static void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_wor
         if (zero) __asm__ volatile("tilezero %%tmm" t : : : "memory"); \
         else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
     }
-#define MOQI_STRIP_DECODE if (d.row < d.rows) { moqi_strip_ask(&d); moqi_strip_rows(&d, &v); }
+
+#define MOQI_STRIP_DECODE if (d.row < d.rows) moqi_strip_decode(&d, &v, kind, 1);
+
+/* What the steps of a block share. */
+typedef struct moqi_strip_pass { int64_t steps; int swap, zero; float *last; const float *sums; } moqi_strip_pass;
 
 /* A block times 32 rows of x, or 16 if not `two`: two tiles of weights by two of x. Beside each step two rows of the next block are decoded; with a `pace` of 2
    four rows, of 0 two beside every other. */
 MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi_strip_values v, const uint32_t *w, const float *xa, const float *xb,
-                                                         int64_t steps, int swap, int zero, float *last, const float *sums, int pace, int two)
+                                                         const moqi_strip_pass *k, int kind, int two, int pace)
 {
-    for (int64_t j = 0; j < steps; j++, w += 256, xa += 256, xb += 256) {
+    const int swap = k->swap, zero = k->zero;
+    const float *sums = k->sums;
+    float *last = k->last;
+    for (int64_t j = 0; j < k->steps; j++, w += 256, xa += 256, xb += 256) {
         MOQI_STRIP_SWAP("0", 0)
         MOQI_STRIP_LOAD("tileloadd", "4", w)
         MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
@@ -17127,46 +17236,79 @@ MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi
     }
     return d;
 }
-#undef MOQI_STRIP_DECODE
+
+/* Steps of the block at `at`. */
+static int64_t moqi_strip_count(const moqi_amx_strips *s, moqi_strip_at at)
+{
+    return moqi_min(8, moqi_ceil_div(s->p->layer.cols - at.col, 128) * 128 / (16 * s->unit));
+}
 
 /* The block at `at` times all rows of x in one go, while another is decoded. */
-MOQI_HALVES static void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
+MOQI_INLINE MOQI_HALVES void moqi_strip_block(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles, int kind)
 {
     const moqi_strip_values v = moqi_strip_load(s);
     moqi_strip_work d = *work; /* in registers, which tile instructions leave alone */
-    const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
-    const int zero = at.col == 0, swap = s->groups > 1 || at.col % s->wide == 0;
-    float *sums = s->sums + at.row / 32 * s->groups * 1024, *last = s->last;
+    const int64_t tile = 16 * s->ldx;
+    float *sums = s->sums + at.row / 32 * s->groups * 1024;
+    moqi_strip_pass k;
+    k.steps = moqi_strip_count(s, at);
+    k.swap = s->groups > 1 || at.col % s->wide == 0;
+    k.zero = at.col == 0;
+    k.last = s->last;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024) {
-        const int two = s->m - 32 * i > 16;
-        const float *xa = s->x + 2 * i * tile + at.col / 32 * 256, *xb = xa + tile;
-        if (!two) d = moqi_strip_steps(d, v, tiles, xa, xa, steps, swap, zero, last, sums, 2, 0);
-        else if (s->groups == 1) d = moqi_strip_steps(d, v, tiles, xa, xb, steps, swap, zero, last, sums, 2, 1);
-        else if (s->groups < 4) d = moqi_strip_steps(d, v, tiles, xa, xb, steps, swap, zero, last, sums, 1, 1);
-        else d = moqi_strip_steps(d, v, tiles, xa, xb, steps, swap, zero, last, sums, 0, 1);
-        last = sums;
+        const int two = s->m - 32 * i > 16, pace = s->groups == 1 || !two ? 2 : s->groups < 4;
+        const float *xa = s->x + 2 * i * tile + at.col / s->unit * 16, *xb = two ? xa + tile : xa;
+        k.sums = sums;
+#define MOQI_STRIP_STEPS(two, pace) d = moqi_strip_steps(d, v, tiles, xa, xb, &k, kind, two, pace)
+        if (!two) MOQI_STRIP_STEPS(0, 2);
+        else if (kind != MOQI_STRIP_F4) MOQI_STRIP_STEPS(1, pace);
+        else if (pace == 2) MOQI_STRIP_STEPS(1, 2);
+        else if (pace == 1) MOQI_STRIP_STEPS(1, 1);
+        else MOQI_STRIP_STEPS(1, 0);
+#undef MOQI_STRIP_STEPS
+        k.last = sums;
     }
-    s->last = last;
+    s->last = k.last;
     *work = d;
-    moqi_strip_rest(s, work, 1);
+    moqi_strip_rest(s, work, kind, 1);
 }
+
+/* A compiler that has all kinds in one function keeps the tables of none in registers. */
+typedef struct moqi_strip_form {
+    void (*block)(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles);
+    void (*rest)(const moqi_amx_strips *s, moqi_strip_work *d, int ask);
+} moqi_strip_form;
+
+#define MOQI_STRIP_FORM(name, kind) \
+    MOQI_HALVES static void moqi_strip_block_##name(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles) \
+    { \
+        moqi_strip_block(s, work, at, tiles, kind); \
+    } \
+    MOQI_HALVES static void moqi_strip_rest_##name(const moqi_amx_strips *s, moqi_strip_work *d, int ask) { moqi_strip_rest(s, d, kind, ask); }
+MOQI_STRIP_FORM(f4, MOQI_STRIP_F4)
+MOQI_STRIP_FORM(f8, MOQI_STRIP_F8)
+MOQI_STRIP_FORM(i8, MOQI_STRIP_I8)
+#undef MOQI_STRIP_FORM
+
+static const moqi_strip_form moqi_strip_forms[] = {
+    {moqi_strip_block_f4, moqi_strip_rest_f4}, {moqi_strip_block_f8, moqi_strip_rest_f8}, {moqi_strip_block_i8, moqi_strip_rest_i8}};
 
 /* A block of 64 rows, four tiles of weights by one of x, whose next columns are asked for, a share of them with each block. So are the sums that come
    next: four tiles of them at once would keep the products waiting. */
 MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
 {
     moqi_strip_work d = *work;
-    const int64_t tile = 16 * s->ldx, cols = s->p->layer.cols, steps = 4 * moqi_min(2, moqi_ceil_div(cols - at.col, 128));
+    const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at);
     const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16, blocks), pace = moqi_max(1, s->groups / 4);
-    const int zero = at.col == 0, swap = 1, end = at.col + MOQI_STRIP_COLS >= cols;
+    const int kind = s->kind, zero = at.col == 0, swap = 1, end = at.col + moqi_strip_cols(s) >= s->p->layer.cols;
     float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024, *last = s->last;
-    const float *x = s->x + at.col / 32 * 256, *next = (end ? s->x : x + 256 * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
+    const float *x = s->x + at.col / s->unit * 16, *next = (end ? s->x : x + 256 * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
     int64_t slot = 0;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
         for (int64_t j = 0; j < steps; j++, slot--) {
             const uint32_t *w = tiles + 256 * j;
             if (slot == 0) {
-                moqi_strip_ask(&d);
+                moqi_strip_ask(&d, kind);
                 slot = pace;
             }
             MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
@@ -17195,33 +17337,64 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_str
 MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
 {
     const moqi_tiled *p = s->p;
-    const __m512 mul = _mm512_set1_ps(p->factor), nan = _mm512_set1_ps(moqi_bits_f32(0x7fc00000));
     float turned[16][MOQI_WAY_ROWS + 16] MOQI_ALIGNED;
     for (int64_t first = 0; first < s->m; first += 16) {
         const int64_t each = s->each * 16, down = 1024 * s->groups;
         const float *sums = s->sums + first / s->each * 1024 + first % s->each * 16;
-        const float *ups = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 1024;
+        const float *behind = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 2048 / s->unit;
         for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / s->high * down + r % s->high / 16 * each, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
-        for (int64_t t = 0; t < moqi_min(16, s->m - first); t++)
+        for (int64_t t = 0; t < moqi_min(16, s->m - first); t++) {
+            const __m512 by = _mm512_set1_ps(behind[16 * t]);
             for (int64_t r = 0; r < s->rows; r += 16) {
                 __builtin_prefetch(s->y + moqi_min(first + 16 + t, s->m - 1) * s->ldy + r, 0, 2);
                 const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
                 const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + r) : _mm512_setzero_ps();
-                __m512 v = _mm512_scalef_ps(_mm512_load_ps(turned[t] + r), _mm512_set1_ps(ups[16 * t]));
-                v = _mm512_mask_mov_ps(_mm512_fmadd_ps(v, mul, bias), (__mmask16)(s->nan[r / 32] >> r % 32), nan);
-                _mm512_mask_storeu_ps(s->y + (first + t) * s->ldy + r, some, v);
+                __m512 v = _mm512_load_ps(turned[t] + r);
+                v = s->kind == MOQI_STRIP_I8 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by) : _mm512_scalef_ps(v, by);
+                _mm512_mask_storeu_ps(s->y + (first + t) * s->ldy + r, some, _mm512_fmadd_ps(v, _mm512_loadu_ps(s->mul + r), bias));
             }
+        }
     }
 }
 
-/* 16 rows as they were arranged, 16 words of each in turn, to tiles of pairs of columns by rows: of 64 words the i-th is pair i / 4 of tile i % 4. */
-MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols)
+/* 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows: of the words of a vector of codes the i-th is word i / tiles of tile
+   i % tiles. */
+MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols, int kind)
 {
     float words[64][16] MOQI_ALIGNED;
-    for (int64_t c = 0; c < cols; c += 128, x += 1024) {
-        for (int q = 0; q < 4; q++) moqi_turn_512(x + 256 * q, 16, words[16 * q], 16);
-        for (int i = 0; i < 64; i++) _mm512_storeu_ps(x + i % 4 * 256 + i / 4 * 16, _mm512_load_ps(words[i]));
+    const int64_t n = kind == MOQI_STRIP_I8 ? 32 : 64, tiles = kind == MOQI_STRIP_F4 ? 4 : kind == MOQI_STRIP_F8 ? 2 : 1;
+    for (int64_t c = 0; c < cols; c += 128, x += 16 * n) {
+        for (int64_t q = 0; q < n; q += 16) moqi_turn_512(x + 16 * q, 16, words[q], 16);
+        const float *from = words[0];
+        for (int64_t tile = 0; tile < n / 16; tile += tiles)
+            for (int64_t word = 0; word < 16; word++)
+                for (int64_t i = tile; i < tile + tiles; i++, from += 16) _mm512_storeu_ps(x + i * 256 + word * 16, _mm512_load_ps(from));
     }
+}
+
+/* Up to 16 rows x[i] [n] arranged and turned, 128 columns at a time, so that they stay in the first-level cache between the two. */
+MOQI_AVX512 static void moqi_strip_arrange(const moqi_tiled *p, const float *const *x, int64_t rows, int64_t n, int kind, float *out)
+{
+    const int halves = moqi_amx_halves(p), bytes = kind == MOQI_STRIP_I8;
+    int most[16], up[16];
+    uint16_t place[32];
+    float scale[16];
+    moqi_amx_places(p, place);
+    for (int64_t i = 0; i < rows; i++) {
+        most[i] = bytes ? 0 : moqi_amx_exponent(x[i], n);
+        up[i] = moqi_amx_up(most[i]);
+        scale[i] = bytes ? moqi_amx_row_scale(p, x[i], n) : (float)(halves - up[i]);
+    }
+    for (int64_t c = 0; c < n; c += 128, out += bytes ? 512 : 1024) {
+        const int64_t some = moqi_min(128, n - c);
+        for (int64_t i = 0; i < rows; i++) {
+            if (bytes) moqi_amx_row_codes(x[i] + c, some, scale[i], out + 16 * i, 256);
+            else if (most[i] < 255) moqi_amx_finite(place, x[i] + c, some, out + 16 * i, 256, up[i]);
+            else moqi_pairs_row(p, x[i] + c, some, out + 16 * i, 256, up[i]);
+        }
+        moqi_strip_turn(out, 128, kind);
+    }
+    for (int64_t i = 0; i < rows; i++) out[16 * i] = scale[i];
 }
 
 /* The tables of decoding. */
@@ -17235,29 +17408,38 @@ static void moqi_strip_tables(moqi_amx_strips *s)
     }
 }
 
+/* The factors of rows. */
+static void moqi_strip_factors(moqi_amx_strips *s)
+{
+    const moqi_tiled *p = s->p;
+    const int own = s->kind != MOQI_STRIP_F4 && p->scale_dtype != MOQ_NONE;
+    for (int64_t r = 0; r < s->rows && own; r++) moqi_run_scales(p->k, p, s->row + r, 0, 1, &s->mul[r]);
+    for (int64_t r = own ? s->rows : 0; r < MOQI_WAY_ROWS; r++) s->mul[r] = p->factor;
+}
+
 /* All blocks, up to MOQI_WAY_TOKENS rows of x. */
 MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
 {
-    enum { BLOCK = MOQI_STRIP_ROWS / 4 * MOQI_STRIP_COLS };
+    enum { BLOCK = MOQI_STRIP_ROWS / 2 * MOQI_STRIP_WORDS };
     moqi_strip_work d;
     moqi_strip_at at = {0, 0}, then;
+    const moqi_strip_form *form = &moqi_strip_forms[s->kind];
     const int few = s->m <= MOQI_STRIP_FEW;
     s->each = few ? 32 : 16;
     s->groups = moqi_ceil_div(s->m, s->each);
     s->high = few ? 32 : (int64_t)MOQI_STRIP_ROWS;
-    s->wide = few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_COLS * MOQI_STRIP_COLS : (int64_t)MOQI_STRIP_COLS;
+    s->wide = (few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
     s->last = NULL;
-    memset(s->nan, 0, sizeof s->nan);
     moqi_strip_begin(s, &d, at, s->tiles);
-    moqi_strip_rest(s, &d, few);
+    form->rest(s, &d, few);
     for (int more = 1, turn = 0; more; turn = few && !turn, at = then) {
         uint32_t *tiles = s->tiles + (turn ? BLOCK : 0);
         then = at;
         more = moqi_strip_step(s, &then);
         if (!few) moqi_strip_block_high(s, &d, at, tiles);
         if (more) moqi_strip_begin(s, &d, then, s->tiles + (few && !turn ? BLOCK : 0));
-        if (few) moqi_strip_block(s, &d, at, tiles);
-        else moqi_strip_rest(s, &d, 0);
+        if (few) form->block(s, &d, at, tiles);
+        else form->rest(s, &d, 0);
     }
     MOQI_STRIP_STORE("0", s->last) MOQI_STRIP_STORE("1", s->last + 256) MOQI_STRIP_STORE("2", s->last + 512) MOQI_STRIP_STORE("3", s->last + 768)
     moqi_strip_finish(s);
@@ -17268,15 +17450,17 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
                                            int64_t ldy, float *scratch)
 {
     moqi_amx_strips s;
-    (void)way;
+    s.kind = moqi_strip_kind(p, way);
+    s.unit = s.kind == MOQI_STRIP_I8 ? 4 : 2;
     s.p = p;
     s.row = row;
     s.rows = rows;
     s.ldx = ldx;
     s.ldy = ldy;
     s.tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
-    s.sums = (float *)(void *)(s.tiles + MOQI_STRIP_ROWS / 2 * MOQI_STRIP_COLS);
+    s.sums = (float *)(void *)(s.tiles + MOQI_STRIP_ROWS * MOQI_STRIP_WORDS);
     moqi_strip_tables(&s);
+    moqi_strip_factors(&s);
     moqi_amx_configure(16, 16);
     for (int64_t first = 0; first < m; first += MOQI_WAY_TOKENS) {
         s.x = x + first * ldx;
@@ -17291,6 +17475,7 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
 #undef MOQI_STRIP_TIMES
 
 static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
+static const moqi_way moqi_amx_way_rows = {"INT8 strips", MOQI_STRIP_BYTES, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_strips_multiply, NULL, NULL};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -18222,9 +18407,7 @@ static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, mo
 #endif
 #ifdef MOQI_AMX
 static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512,
-#ifdef MOQI_AMX_F16
                                                 &moqi_amx_way_strips,
-#endif
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
@@ -18684,7 +18867,7 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     if (p->form == MOQI_CODES_SLOW || (p->lora_a && p->lora_a->form == MOQI_CODES_SLOW)) tile = moqi_max(tile, MOQI_SLOW_ROWS * cols);
     if (p->way[0]) tile = moqi_max(tile, MOQI_WAY_FLOATS);
     for (int i = 0; i < MOQI_WAYS && p->way[i]; i++)
-        if (!p->way[i]->block && (p->way[i]->decode || p->way[i]->unit == 2)) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
+        if (!p->way[i]->block && (p->way[i]->decode || moqi_feeds_words(p->way[i]))) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);
@@ -18971,13 +19154,33 @@ typedef struct moqi_feeding { const moqi_cpu *c; const moqi_tiled *part; const f
 /* The 16 rows of m from `first` on, after all of them went in. */
 static void moqi_feed_turn(const moqi_tiled *p, int64_t m, int64_t first, float *rows)
 {
-#ifdef MOQI_AMX_F16
+#ifdef MOQI_AMX
     const moqi_way *way = moqi_way_for(p, m);
-    if (moqi_feeds_words(way)) moqi_strip_turn(rows + first * moqi_feed_step(p, way), p->layer.cols);
+    if (moqi_feeds_words(way)) moqi_strip_turn(rows + first * moqi_feed_step(p, way), p->layer.cols, moqi_strip_kind(p, way));
 #else
     (void)p; (void)m; (void)first; (void)rows;
 #endif
 }
+
+#ifdef MOQI_AMX
+/* Rows [first, first + 16) of x, at once. */
+static void moqi_feed_strip(const moqi_feeding *f, int64_t first)
+{
+    const moqi_tiled *p = f->part;
+    const moqi_way *way = moqi_way_for(p, f->m);
+    const int64_t cols = p->layer.cols, ld = moqi_pad_x(cols), rows = moqi_min(16, f->m - first);
+    const int as_is = !p->smooth && !p->lora_a && p->layer.hadamard_size == 0 && (!p->bf16 || way->unit == 2); /* such ways round by themselves */
+    const float *from[16];
+    for (int64_t i = 0; i < rows; i++) {
+        float *t = f->c->t + (first + i) * ld;
+        from[i] = f->x + (first + i) * cols;
+        if (as_is) continue;
+        moqi_feed_smooth(p, from[i], t);
+        from[i] = t;
+    }
+    moqi_strip_arrange(p, from, rows, cols, moqi_strip_kind(p, way), f->c->r + first * moqi_feed_step(p, way));
+}
+#endif
 
 /* Some rows of x into t and r. */
 static void moqi_feed_task(void *arg, int index, int worker)
@@ -18985,9 +19188,11 @@ static void moqi_feed_task(void *arg, int index, int worker)
     const moqi_feeding *f = (const moqi_feeding *)arg;
     int64_t cols = f->part->layer.cols, ld = moqi_pad_x(cols);
     (void)worker;
+#ifdef MOQI_AMX
+    if (moqi_feeds_words(moqi_way_for(f->part, f->m))) { moqi_feed_strip(f, index * f->each); return; }
+#endif
     for (int64_t i = index * f->each; i < moqi_min(f->m, (index + 1) * f->each); i++)
         moqi_feed(f->part, f->m, i, f->x + i * cols, f->c->t + i * ld, f->c->r);
-    moqi_feed_turn(f->part, f->m, index * f->each, f->c->r);
 }
 
 /* Can the rows of x be read where they are? */

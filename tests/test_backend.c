@@ -279,27 +279,32 @@ static void test_backend_automatic(void)
     }
 }
 
-/* Rows of x for which AMX takes strips, in one part and in two, and in four tiles of weights; more columns than go at once, even and odd chunks of them,
-   less than one; then a scale that is no number, which no other row may see. */
+/* Rows of x for which AMX takes strips of every kind, in one part and in two, and in four tiles of weights; more columns than go at once, even and odd chunks
+   of them, less than one; then a scale or a code that is no number, which no other row may see. */
 static void strip_rows(moq_backend *be, const char *name)
 {
     static const int cols[] = {4240, 144, 4240, 288, 96, 624, 16656, 8208, 272, 592}, rows[] = {70, 128, 20, 50, 20, 200, 20, 40, 129, 300};
+    static const int formats[] = {4, 12, 16};
     moq_error err;
     int rounded = 0;
     CHECK(be->reserve(be, 300, &err) == MOQ_OK);
-    for (size_t i = 0; i < MOQI_COUNT(cols); i++) {
+    for (size_t i = 0; i < 3 * MOQI_COUNT(cols); i++) {
+        const int kind = (int)(i % 3), n = cols[i / 3], m = rows[i / 3];
         layer l;
-        layer_make(&l, &layer_formats[4], 45, cols[i]);
-        long wrong = check_automatic(be, &l, rows[i], &rounded), others = 0;
-        if (wrong) fprintf(stderr, "%s, %d rows: %ld wrong\n", name, rows[i], wrong);
+        layer_make(&l, &layer_formats[formats[kind]], 45, n);
+        if (kind == 2) { l.w.scheme.input = input_formats[5].c; l.w.input_scale = input_formats[5].scale; }
+        long wrong = kind == 2 ? check_linear(be, &l, STORED, m) : check_automatic(be, &l, m, &rounded), others = 0;
+        if (wrong) fprintf(stderr, "%s, %s, %d rows: %ld wrong\n", name, l.w.name, m, wrong);
         CHECK_INT(wrong, 0);
-        ((uint8_t *)(uintptr_t)l.w.scales.data)[20 * (cols[i] / 16) + 3] = 0x7f;
-        float *x = (float *)malloc((size_t)rows[i] * (size_t)cols[i] * 4), *y = (float *)malloc((size_t)rows[i] * 45 * 4);
-        for (int k = 0; k < rows[i] * cols[i]; k++) x[k] = test_normal();
+        if (kind == 0) ((uint8_t *)(uintptr_t)l.w.scales.data)[20 * (n / 16) + 3] = 0x7f;
+        else if (kind == 1) ((uint8_t *)(uintptr_t)l.w.codes.data)[20 * n + n - 1] = 0xff;
+        else ((float *)(uintptr_t)l.w.scales.data)[20] = moqi_bits_f32(0x7fc00000);
+        float *x = (float *)malloc((size_t)m * (size_t)n * 4), *y = (float *)malloc((size_t)m * 45 * 4);
+        for (int k = 0; k < m * n; k++) x[k] = test_normal();
         moq_weight *p = be->prepare_linear(be, &l.w, 1, &err);
-        CHECK(p != NULL && moqi_feeds_words(moqi_way_for(((moqi_weight *)(void *)p)->part, rows[i])));
-        if (p) be->linear(be, p, x, rows[i], y);
-        for (int k = 0; p && k < rows[i] * 45; k++) others += (y[k] != y[k]) != (k % 45 == 20);
+        CHECK(p != NULL && moqi_feeds_words(moqi_way_for(((moqi_weight *)(void *)p)->part, m)));
+        if (p) be->linear(be, p, x, m, y);
+        for (int k = 0; p && k < m * 45; k++) others += (y[k] != y[k]) != (k % 45 == 20);
         CHECK_INT(others, 0);
         be->release_weight(be, p);
         free(x); free(y);
