@@ -524,23 +524,30 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
     return way && (way->unit == 2 || way->unit == MOQI_TWINS) ? strcmp(kernel, "amx") == 0 ? PEAK_AMX : PEAK_PAIRS : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
 }
 
-/* Operations per second of all threads together, the best of three; 0 when there is no loop for this kind. */
-static double peak_rate(int kind, const char *kernel, int threads)
+/* Operations per second of all threads together; 0 when there is no loop for this kind. */
+static double peak_once(int kind, const char *kernel, int threads)
 {
     peak_work w[TEAM_THREADS];
-    double best = 0;
+    double operations = 0, seconds;
     if (kind == PEAK_NONE || (kind == PEAK_VNNI && strncmp(kernel, "avx2", 4) == 0)) return 0;
     if (threads > TEAM_THREADS) threads = TEAM_THREADS;
+    for (int i = 0; i < threads; i++) {
+        w[i].kind = kind;
+        w[i].wide = strncmp(kernel, "avx2", 4) != 0 && strcmp(kernel, "avxvnni") != 0;
+        w[i].operations = 0;
+    }
+    seconds = time_team(peak_part, w, threads);
+    for (int i = 0; i < threads; i++) operations += w[i].operations;
+    return seconds > 0 ? operations / seconds : 0;
+}
+
+/* The best of three. */
+static double peak_rate(int kind, const char *kernel, int threads)
+{
+    double best = 0;
     for (int run = 0; run < 3; run++) {
-        double operations = 0, seconds;
-        for (int i = 0; i < threads; i++) {
-            w[i].kind = kind;
-            w[i].wide = strncmp(kernel, "avx2", 4) != 0 && strcmp(kernel, "avxvnni") != 0;
-            w[i].operations = 0;
-        }
-        seconds = time_team(peak_part, w, threads);
-        for (int i = 0; i < threads; i++) operations += w[i].operations;
-        if (seconds > 0 && operations / seconds > best) best = operations / seconds;
+        const double rate = peak_once(kind, kernel, threads);
+        if (rate > best) best = rate;
     }
     return best;
 }
@@ -601,20 +608,23 @@ static double time_recorded(moq_backend *be, moq_weight *const *w, int count, co
     return median(sample, n);
 }
 
-/* What a bench compares. Rounds of products with some weights in turn, and of plain reads of layers in turn by every loop: both are medians of the
-   rounds' means, the read's of the loop that is fastest by that. */
+/* What a bench compares. Rounds of products with some weights in turn, of what the instruction gives alone, at the clock that the processor has
+   then, and of plain reads of layers in turn by every loop: all are medians of the rounds' means, the read's of the loop that is fastest by that. */
 typedef struct rounds {
     const span *read; /* [each * count]; NULL: nothing to read */
     int each, threads;
     uint64_t bytes;   /* of one layer */
     double plain;     /* seconds of a read of one layer; 0: unknown */
+    int kind;         /* of peak */
+    const char *kernel;
+    double peak;      /* operations a second */
 } rounds;
 
 /* Seconds of one call over at least 0.4 s with what is read between. Negative after an error line. */
 static double time_linear(moq_backend *be, moq_weight *const *w, int count, const void *x, int32_t rows, void *y, rounds *r)
 {
     enum { ROUNDS = 64 };
-    double sample[ROUNDS], plain[READ_LOOPS][ROUNDS], start, begun;
+    double sample[ROUNDS], plain[READ_LOOPS][ROUNDS], peak[ROUNDS], start, begun;
     int n = 0, turns, reads, at = 0;
     moq_error err;
     if (be->capture_begin && be->capture_end && be->replay && be->release_graph) return time_recorded(be, w, count, x, rows, y);
@@ -633,11 +643,13 @@ static double time_linear(moq_backend *be, moq_weight *const *w, int count, cons
         for (int i = 0; i < turns; i++) be->linear(be, w[at++ % count], x, rows, y);
         be->sync(be, NULL);
         sample[n] = (moq_seconds() - start) / turns;
+        peak[n] = peak_once(r->kind, r->kernel, r->threads);
         for (int i = 0; i < READ_LOOPS && r->read; i++, at += reads)
             plain[i][n] = read_spans(r->read, r->each * count, r->each * (at % count), r->each * reads, i, r->threads) / reads;
         n++;
     }
     if (n == 0) { refuse("stopped"); return -1; }
+    r->peak = median(peak, n);
     for (int i = 0; i < READ_LOOPS && r->read; i++) {
         double seconds = median(plain[i], n);
         if (i == 0 || seconds < r->plain) r->plain = seconds;
@@ -747,7 +759,7 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     moq_weight **prepared;
     char kernel[200] = "";
     int32_t most = b->m[0];
-    rounds r = {NULL, 3, b->threads, 0, 0};
+    rounds r = {NULL, 3, b->threads, 0, 0, PEAK_NONE, NULL, 0};
     span *read;
     float *host;
     void *x = NULL, *y = NULL;
@@ -784,9 +796,11 @@ static int bench_layer(bench *b, const layer_kind *kind, int64_t rows, int64_t c
     if (!bad) be->upload_act(be, x, host, (size_t)most * (size_t)cols);
     if (!bad && b->gpu >= 0) r.plain = moq_gpu_read_seconds(b->gpu, w.bytes, copies);
     for (int i = 0; i < b->m_count && !bad && !stop_requested; i++) {
+        r.kind = peak_kind(be, prepared[0], b->m[i], kernel);
+        r.kernel = kernel;
         double seconds = time_linear(be, prepared, copies, x, b->m[i], y, &r), blas = b->gpu >= 0 ? moq_gpu_blas_seconds(b->gpu, rows, cols, b->m[i]) : 0;
         if (seconds < 0) bad = 2;
-        else bench_report(b, &w, copies, b->m[i], seconds, r.plain, peak_rate(peak_kind(be, prepared[0], b->m[i], kernel), kernel, b->threads), blas, kernel);
+        else bench_report(b, &w, copies, b->m[i], seconds, r.plain, r.peak, blas, kernel);
     }
     if (y) be->release(be, y);
     if (x) be->release(be, x);
