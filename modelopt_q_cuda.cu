@@ -3881,8 +3881,8 @@ typedef struct moqk_gemm_args {
     moqk_part part[3];
 } moqk_gemm_args;
 
-/* x as the copy engine sees it, [slab of 64 columns][token][64]: boxes of the slabs of a stage and moqk_box_tokens(BM) tokens, and of one slab and the tokens
-   that are left over in the end. y: boxes of 64 rows of moqk_put_tokens(BM). */
+/* x as the copy engine sees it: boxes of 64 columns of moqk_box_tokens(BM) tokens, and of those that are left over in the end. y: boxes of 64 rows of
+   moqk_put_tokens(BM). */
 typedef struct moqk_maps { CUtensorMap whole, part, y; } moqk_maps;
 
 /* Tokens of a tile that are turned at once, and of a copy of them into y; see moqk_finish_pairs. */
@@ -4782,13 +4782,6 @@ __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, 
     }
 }
 
-/* A box of moqk_maps::whole or part: tokens from `row` on, slabs from `slab` on. */
-__device__ __forceinline__ void moqk_copy_slabs(uint32_t to, const CUtensorMap *map, int row, int slab, uint32_t bar)
-{
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
-                 :: "r"(to), "l"(map), "r"(0), "r"(row), "r"(slab), "r"(bar) : "memory");
-}
-
 /* The ring: stage of the next tile of x, its round. */
 struct moqk_stage {
     int at, parity;
@@ -4821,8 +4814,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int W_STAGE = (ZEROS_AT + TILES * GROUPS * ZEROS + 1023) / 1024 * 1024;
     static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : BM <= 256 ? 3 : 2)
                                 : BITS == 8 ? (W_COLS < 256 ? 4 : 2) : BM <= 128 ? 3 : BM <= 256 ? 4 : 3;
-    static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= (BYTES || BITS == 16 ? 128 : 192) ? 2 : 1;
-    static constexpr int X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
+    static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
        what is said of two pieces. */
@@ -4925,8 +4917,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         }
     }
 
-    /* x as the caller has it: one copy of all slabs of a stage, for each copy costs the products some 50 clocks, or two where it holds more tokens than a
-       copy may. What lies past the last token costs as much as what is there: where that is half or more, a copy a slab takes the others. */
+    /* x as the caller has it: a copy or two a slab, in the last tile of the tokens that there are: what lies past the end would cost more, and nobody
+       reads the sums of what is left over. */
     __device__ __forceinline__ void fill_direct(const moqk_maps &maps, const moqk_told *told, int lane) const
     {
         moqk_piece q;
@@ -4934,17 +4926,17 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         constexpr int BOX = moqk_box_tokens(BM);
         moqk_stage s = {0, 0};
         while (hear(told, heard, q, lane)) {
-            const int tokens = q.end - q.first, rest = tokens % BOX, whole = tokens / BOX + (2 * rest > BOX);
-            const int copies = whole + (rest > 0 && 2 * rest <= BOX ? X_SLABS : 0);
-            const int bytes = X_SLABS * 128 * (whole * BOX + (copies > whole ? rest : 0));
+            const int tokens = q.end - q.first, copies = (tokens + BOX - 1) / BOX;
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
                 moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
-                if (lane == 0) moqk_barrier_expect(bar, bytes);
+                if (lane == 0) moqk_barrier_expect(bar, X_SLABS * 128 * tokens);
                 __syncwarp();
-                if (lane < whole) moqk_copy_slabs(to + lane * (BOX * 128), &maps.whole, q.first + lane * BOX, i, bar);
-                else if (lane < copies)
-                    moqk_copy_slabs(to + (lane - whole) * (BM * 128) + whole * (BOX * 128), &maps.part, q.first + whole * BOX, i + lane - whole, bar);
+                if (lane < X_SLABS * copies) {
+                    const int slab = lane / copies, box = lane % copies;
+                    moqk_copy_box(to + slab * (BM * 128) + box * (BOX * 128), (box + 1) * BOX > tokens ? &maps.part : &maps.whole, (i + slab) * 64,
+                                  q.first + box * BOX, bar);
+                }
                 s.step(X_RING);
             }
         }
@@ -6975,18 +6967,18 @@ static int moqc_fits_mma(const struct moqc_shape *s)
 typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args, moqk_maps);
 typedef void (*moqc_mma_kernel)(moqk_call, moqk_gemm_args);
 
-/* A kernel, its threads, the shared memory that it needs and slabs of a stage of x. */
-typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int threads, shared, x_slabs; } moqc_gemm_choice;
+/* A kernel, its threads and the shared memory that it needs. */
+typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int threads, shared; } moqc_gemm_choice;
 
 template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_wgmma_of()
 {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
-    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, R::TEAMS * 128 + 128, R::SHARED, R::X_SLABS};
+    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, R::TEAMS * 128 + 128, R::SHARED};
 }
 
 template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_bytes_of()
 {
-    return {moqk_gemm_bytes<FORM, GROUPED, BM>, 384, moqk_rings<FORM, GROUPED, BM, 1>::SHARED, 0};
+    return {moqk_gemm_bytes<FORM, GROUPED, BM>, 384, moqk_rings<FORM, GROUPED, BM, 1>::SHARED};
 }
 
 template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int tokens)
@@ -7049,8 +7041,8 @@ enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
 
 enum { MOQC_TILES = 12 };
 static const struct { int32_t tokens, which; double slab, end, shared_end; } moqc_tiles[MOQC_TILES] = { /* see moqc_cut_gemm */
-    {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.358, 0.9, 3.2}, {160, MOQC_WGMMA, 0.418, 1.5, 4.0},
-    {192, MOQC_WGMMA, 0.497, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 7.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
+    {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
+    {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 7.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
     {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
     {256, MOQC_BYTES, 0.52, 2.5, 9}};
 
@@ -7060,8 +7052,7 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
 /* The cut with the least estimated time in microseconds: of 64 columns of a tile, of a tile's end, and of one that two to four blocks of a cluster share
    or that runs of units meet in, measured on one H200. Blocks that run through tiles of their own do not share x in the cache: 8 % slower, and no gain
    where the last round is three quarters full.
-   Up to 192 tokens decoding 4-bit integers takes 4 % longer (at 32, 15); fetching BF16 14 % up to 64, 6 at 160 and 192, 10 beyond 256. Bytes: half as many
-   slabs. */
+   Up to 192 tokens decoding 4-bit integers takes 3 to 15 % longer, up to 64 and beyond 256 fetching BF16 14 and 10 %. Bytes: half as many slabs. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int64_t units, int which)
 {
     moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
@@ -7076,8 +7067,8 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         if (j->call.tiles && tokens < j->call.m + 8) continue;
         const int halves = which == MOQC_WGMMA && moqk_teams(form, tokens, 0) == 4;
         double more = 1;
-        if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = tokens == 32 ? 1.15 : 1.04;
-        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16) more = tokens > 256 ? 1.1 : tokens <= 64 ? 1.14 : tokens % 128 ? 1.06 : 1;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_U4 && tokens < 256) more = tokens == 32 ? 1.15 : tokens == 64 ? 1.03 : 1.1;
+        if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 64 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
         const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : moqc_tiles[i].slab) * more;
         const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
@@ -7139,20 +7130,12 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
 
-/* x of the call as the copy engine reads it, or 0: it cannot. `tokens` and `slabs` of a stage. */
-static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, int32_t slabs, moqk_maps *maps)
+/* x of the call as the copy engine reads it, or 0: it cannot. `tokens` of a tile. */
+static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
 {
-    static const cuuint32_t one[3] = {1, 1, 1};
-    if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0 || cols % 64 != 0) return 0;
-    const cuuint32_t most = (cuuint32_t)moqk_box_tokens(tokens), rest = (cuuint32_t)call->m % most;
-    const cuuint64_t size[3] = {64, (cuuint64_t)call->all, (cuuint64_t)cols / 64}, pitch[2] = {(cuuint64_t)call->ldx * 2, 128};
-    for (int i = 0; i < 2; i++) {
-        const cuuint32_t box[3] = {64, i && rest ? rest : most, i ? 1 : (cuuint32_t)slabs};
-        if (c->encode_map(i ? &maps->part : &maps->whole, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)call->x, size, pitch, box, one,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
-    }
-    return 1;
+    if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0) return 0;
+    const int32_t most = moqk_box_tokens(tokens), rest = call->m % most;
+    return moqc_map_rows(c, call, call->all, cols, most, &maps->whole) && moqc_map_rows(c, call, call->all, cols, rest ? rest : most, &maps->part);
 }
 
 /* y of the call likewise, for tiles of `tokens`: boxes of 128 bytes of a token. */
@@ -7169,15 +7152,15 @@ static int moqc_map_y(const moqc_ctx *c, const moqk_call *call, int32_t tokens, 
 }
 
 /* The same of F32 inputs, from their copy in BF16 (see >>cuda-ops); what has none yet asks for it. */
-static int moqc_map_narrow(moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, int32_t slabs, moqk_maps *maps)
+static int moqc_map_narrow(moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
 {
     moqk_call narrow = *call;
-    if (!c->encode_map || call->x_bf16 || call->row_of || call->tiles || call->ldx != cols || cols % 64 != 0) return 0;
+    if (!c->encode_map || call->x_bf16 || call->row_of || call->tiles || call->ldx != cols || cols % 8 != 0) return 0;
     c->narrows = 1;
     if (c->narrowed != call->x || c->narrow_cols != cols || c->narrow_rows < call->all) return 0;
     narrow.x = c->x16;
     narrow.x_bf16 = 1;
-    return moqc_map_x(c, &narrow, cols, tokens, slabs, maps);
+    return moqc_map_x(c, &narrow, cols, tokens, maps);
 }
 
 /* Whether 16 columns of x may be read 16 bytes at a time. */
@@ -7284,17 +7267,17 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
         moqc_launch_early(c, moqc_mma_find(form, grouped), dim3((unsigned)u.blocks), 256, moqk_mma_shared(form, grouped), 1, "a matrix product", j->call, b);
         return;
     }
-    const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
     if (bytes_of_x) {
         b.fix = 1;
         if (form == MOQK_FAST_E4M3 && grouped) b.x_scale = (const float *)(const void *)(c->x16 + (int64_t)b.units * 2 * b.tokens * 128);
         moqc_pack_bytes(j, p, form, &b);
     } else {
         b.direct = up == 1 && parts == 1 && b.unit == MOQK_NO_UNIT &&
-            (moqc_map_x(c, &j->call, p->cols, u.tokens, choice.x_slabs, &maps) || moqc_map_narrow(c, &j->call, p->cols, u.tokens, choice.x_slabs, &maps));
+            (moqc_map_x(c, &j->call, p->cols, u.tokens, &maps) || moqc_map_narrow(c, &j->call, p->cols, u.tokens, &maps));
         if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
     }
     b.y_direct = (j->call.y_bf16 || !bytes_of_x) && moqc_map_y(c, &j->call, u.tokens, &maps);
+    const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
     moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), choice.threads, choice.shared, u.split, "a matrix product", j->call, b, maps);
 }
 
