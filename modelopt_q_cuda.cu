@@ -5051,7 +5051,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 each[i] = FORM == MOQK_MXFP4 && (i & 1) ? each[i - 1] : moqk_read4(scales + (FORM == MOQK_NVFP4 ? i : i >> 1) * 8);
-        if (GROUPED && (b % 2 == 0 || shift < 7)) { /* else those of the block before */
+        if (GROUPED) {
             const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256) >> shift, groups - 1);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
