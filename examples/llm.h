@@ -8204,7 +8204,7 @@ static void llmi_pass_logits(llmi_model *m, int32_t n, int32_t count)
     if (p->picks && p->cut + count == m->c.vocab) m->be->argmax(m->be, m->logits, n, m->c.vocab, m->best + p->head);
 }
 
-/* They go to the host. Whole rows whose places are neighbours travel together. */
+/* They go to the host, but for rows whose conversation has left. Whole rows whose places are neighbours travel together. */
 static void llmi_pass_give(llmi_model *m, int32_t n, int32_t count)
 {
     const llmi_pass *p = &m->pass;
@@ -8212,7 +8212,9 @@ static void llmi_pass_give(llmi_model *m, int32_t n, int32_t count)
     float **out = m->out + p->rows - p->wanted + p->head;
     for (int32_t at = 0, run; at < n && !p->picks; at += run) {
         size_t values = (size_t)count;
-        for (run = 1; count == m->c.vocab && at + run < n && out[at + run] == out[at] + (size_t)run * vocab; run++) values += vocab;
+        run = 1;
+        if (!out[at]) continue;
+        for (; count == m->c.vocab && at + run < n && out[at + run] == out[at] + (size_t)run * vocab; run++) values += vocab;
         (p->sends ? m->be->send_act : m->be->download_act)(m->be, out[at] + p->cut, llmi_act(m, m->logits, at * (int64_t)vocab + p->cut), values);
         if (m->c.logit_cap > 0) llmi_cap(out[at] + p->cut, values, m->c.logit_cap);
     }
@@ -12649,13 +12651,13 @@ LLM_API moq_backend *llm_get_backend(const llm *m) { return m ? m->model->be : N
 LLM_API const llm_stats *llm_get_stats(const llm *m) { return m ? &m->stats : NULL; }
 LLM_API int32_t llm_get_slot(const llm *m) { return m ? m->slot : -1; }
 
-/* Somebody wants the logits of a choice that the device made: the last token is run again. */
+/* Somebody wants the logits of a choice that the device made: the last token is run again, unless llm_forward has taken its place already. */
 static void llmi_unpick(llm *m)
 {
     if (!m->picked || m->row == m->rows) return;
     m->picked = 0;
     m->rows = m->row;
-    m->done--;
+    if (m->done == m->ids.count) m->done--;
 }
 
 /* The generator starts again from the seed; NULL is greedy. */
@@ -13274,15 +13276,16 @@ static void llmi_add_part(llmi_house *h, llm *m, int32_t most, int timed)
     p->wanted = p->count == (int32_t)left ? 1 + p->guesses : 0;
 }
 
-/* May the device choose the tokens of this pass, so that no logits travel? Where everybody takes the largest one as it is. */
+/* Is the next token the one of the largest logit, as it is? */
+static int llmi_takes_largest(const llm *m) { return llmi_is_greedy(&m->sampling) && !llmi_penalizes(&m->sampling) && !m->guided; }
+
+/* May the device choose the tokens of this pass, so that no logits travel? */
 static int llmi_device_picks(const llmi_house *h)
 {
     const llmi_model *o = &h->model;
     if (!o->be->send_act || !o->be->argmax || h->desc.logprobs || o->c.logit_cap > 0 || o->stateful) return 0;
-    for (int32_t i = 0; i < h->part_count; i++) {
-        const llm *m = h->parts[i].m;
-        if (h->parts[i].wanted > 1 || (h->parts[i].wanted && (!llmi_is_greedy(&m->sampling) || llmi_penalizes(&m->sampling) || m->guided))) return 0;
-    }
+    for (int32_t i = 0; i < h->part_count; i++)
+        if (h->parts[i].wanted > 1 || (h->parts[i].wanted && !llmi_takes_largest(h->parts[i].m))) return 0;
     return 1;
 }
 
@@ -13350,6 +13353,7 @@ static void llmi_finish_pass(llmi_house *h)
         m->rows = p->wanted;
         m->picked = picks;
         if (picks && p->wanted) m->pick = h->model.picked[at - 1];
+        if (!llmi_takes_largest(m)) llmi_unpick(m); /* sampling was changed while the pass was on its way */
         if (m->phase == LLMI_ANSWER) {
             m->stats.generate_seconds += spent;
             continue;
@@ -13364,14 +13368,25 @@ static void llmi_finish_pass(llmi_house *h)
     }
 }
 
+/* Its logits are nobody's, and those on their way arrive now: the memory for them may get others, or go. */
+static void llmi_drop_logits(llmi_model *m, int32_t slot)
+{
+    const llmi_pass *p = &m->pass;
+    moq_error e;
+    for (int32_t i = 0; i < p->rows; i++) if (m->host[2 * (size_t)m->chunk + (size_t)i] == slot) m->out[i] = NULL;
+    if (p->sends && (p->head || p->cut)) m->be->sync(m->be, &e); /* an error stays until the pass ends */
+}
+
 /* A conversation leaves the pass in progress. Nobody left in it: there is no pass any more. */
 static void llmi_settle(llmi_house *h, const llm *m)
 {
-    int live = 0;
+    int live = 0, left = 0;
     for (int32_t i = 0; i < h->part_count; i++) {
+        left |= h->parts[i].m == m;
         if (h->parts[i].m == m) h->parts[i].m = NULL;
         live += h->parts[i].m != NULL;
     }
+    if (left) llmi_drop_logits(&h->model, m->slot);
     if (h->part_count == 0 || live) return;
     llmi_pass_clear(&h->model);
     h->part_count = 0;
@@ -13383,6 +13398,17 @@ static void llmi_finish_all(llmi_house *h)
     if (h->part_count == 0) return;
     while (!llmi_pass_done(&h->model)) llmi_pass_unit(&h->model, h->model.c.vocab);
     llmi_finish_pass(h);
+}
+
+/* A pass writes the rows that somebody has left behind into their slot until it ends: so it does, before the slot gets another content. */
+static void llmi_finish_left(llmi_house *h, int32_t slot)
+{
+    const llmi_model *m = &h->model;
+    for (int32_t i = 0; i < m->pass.rows; i++)
+        if (m->host[2 * (size_t)m->chunk + (size_t)i] == slot) {
+            llmi_finish_all(h);
+            return;
+        }
 }
 
 /* Who has been cancelled does not wait for the end of the pass. */
@@ -13892,6 +13918,7 @@ LLM_API moq_result llm_set_state(llm *m, const void *bytes, size_t count, moq_er
     llmi_settle(m->house, m);
     if ((r = llmi_parse_saved(m, (const uint8_t *)bytes, count, &s, err)) < 0) return r;
     if (!llmi_room_for(m, &s)) return llmi_nomem(err, "state");
+    llmi_finish_left(m->house, m->slot);
     llmi_take_state(m, &s);
     return MOQ_OK;
 }
@@ -13992,6 +14019,7 @@ LLM_API llm *llm_fork(llm *m, moq_error *err)
     be = m->model->be;
     llmi_settle_whole(m);
     n = llmi_check_state(m, 1, &e) < 0 ? NULL : llm_join(m, &e);
+    if (n) llmi_finish_left(n->house, n->slot);
     if (n && !llmi_copy_talk(n, m)) {
         llmi_nomem(&e, "conversation");
         llm_close(n);

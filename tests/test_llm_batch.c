@@ -772,7 +772,7 @@ static void test_ranks_logits(void)
 {
     static const struct { const char *dir, *refused; } cases[] = {
         {"sources/llama", NULL}, {"sources/qwen2", NULL}, {"sources/qwen3", NULL}, {"sources/phi3", NULL}, {"sources/mixtral", NULL},
-        {"sources/qwen3_moe", NULL}, {"sources/gpt_oss", NULL}, {"modelopt/llama-nvfp4", NULL}, {"modelopt/llama-fp8", NULL},
+        {"sources/qwen3_moe", NULL}, {"sources/gpt_oss", NULL}, {"sources/gemma3", NULL}, {"modelopt/llama-nvfp4", NULL}, {"modelopt/llama-fp8", NULL},
         {"modelopt/llama-mxfp4", NULL}, {"modelopt/llama-nvfp4-kv_fp8_affine", NULL}, {"modelopt/llama-nvfp4_svdquant", NULL},
         {"modelopt/mixtral-nvfp4", NULL}, {"modelopt/gpt_oss-mxfp4", NULL}, {"modelopt/gpt_oss-nvfp4", NULL}, {"foreign/llama-gptq-int4-g32-descact", NULL},
         {"modelopt/llama-int4_awq", "columns"}, {"sources/deepseek_v3", "latent attention"}};
@@ -987,6 +987,120 @@ static void test_device_picks(void)
     check_distant(&s, 0);
 }
 
+/* Unit by unit until an answer of `from` tokens waits for the next one: 0 in the middle of its pass, 1 when it can be chosen. */
+static void stop_in_answer(llm *m, size_t from, int chosen)
+{
+    moq_error e;
+    while (m->ids.count - m->answer < from || m->phase != LLMI_ANSWER || (chosen ? m->row == m->rows : m->house->part_count == 0)) {
+        if (llm_step(m, 1) < 0) { CHECK(0); return; }
+        if (llm_ready(m) > 0) llm_next(m, &e);
+    }
+}
+
+/* Other sampling takes effect with the next token: in the middle of the pass that brings it, behind that pass, and where llm_forward has run the slot. */
+static void test_device_picks_late(void)
+{
+    static char text[1024], want[1024];
+    const llm_bias much = {11, 1e9f};
+    for (int turn = 0; turn < 8; turn++) {
+        llm_desc d = talk_desc();
+        llm_sampling s;
+        moq_error e;
+        const int chosen = turn & 1, by_hand = turn & 2 && chosen, biased = turn & 4;
+        int32_t first;
+        memset(&s, 0, sizeof s);
+        s.bias = &much;
+        s.bias_count = biased ? 1 : 0;
+        open_distant(&d);
+        llm *m = open_or_say(&d);
+        if (!m) return;
+        begin_talk(m, 0);
+        want[0] = text[0] = 0;
+        CHECK_INT(hear_more(m, want, sizeof want), MOQ_OK);
+        llm_reset(m);
+        begin_talk(m, 0);
+        stop_in_answer(m, 4, chosen);
+        snprintf(text, sizeof text, "%.*s", (int)m->text.count, m->text.data);
+        first = m->ids.data[0];
+        const size_t at = m->ids.count;
+        if (by_hand) CHECK_INT(llm_forward(m, 0, &first, 1, 0, NULL, NULL, &e), MOQ_OK);
+        llm_set_sampling(m, &s);
+        CHECK(m->done <= m->ids.count);
+        while (m->ids.count == at && llm_ready(m) >= 0) { if (llm_step(m, 1) > 0) llm_next(m, &e); }
+        if (biased) CHECK_INT(m->ids.data[at], much.id);
+        else {
+            while (llm_next(m, &e)) {}
+            CHECK(m->text.count == strlen(want) && memcmp(m->text.data, want, strlen(want)) == 0);
+        }
+        llm_close(m);
+        CHECK_INT(distant.alive, 0);
+        moq_backend_destroy(distant.inner);
+    }
+}
+
+/* Who leaves a pass that goes on for others gets nothing of it any more. loads: it takes a saved state; otherwise it is closed and its slot becomes a fork.
+   travels: logits have to. unit: how many units of the pass of two rows have run, the last ones slices of logits. */
+static void check_leaver(int loads, int travels, int unit)
+{
+    static char want[2][1024], text[1024];
+    llm_desc d = talk_desc();
+    llm *m[2], *n;
+    moq_error e;
+    d.slots = 2;
+    if (travels) open_distant(&d);
+    d.sampling.repetition_penalty = 1.00001f; /* logits come to the host */
+    if (!(m[0] = open_or_say(&d))) return;
+    m[0]->model->head_cut = 64;
+    m[1] = llm_join(m[0], &e);
+    for (int i = 0; i < 2; i++) {
+        begin_talk(m[i], i);
+        want[i][0] = 0;
+        CHECK_INT(hear_more(m[i], want[i], sizeof want[i]), MOQ_OK);
+        llm_reset(m[i]);
+    }
+    begin_talk(m[0], 0);
+    stop_in_answer(m[0], 20, 1);
+    if (llm_ready(m[0]) > 0) llm_next(m[0], &e);
+    size_t bytes = llm_copy_state(m[0], NULL, 0, &e);
+    void *state = malloc(bytes);
+    CHECK(state && llm_copy_state(m[0], state, bytes, &e) == bytes);
+    begin_talk(m[1], 1);
+    stop_in_answer(m[1], 2, 1);
+    for (int i = 0; i < 1000 && m[0]->house->part_count < 2; i++) {
+        llm_piece(m[0]);
+        llm_piece(m[1]);
+        llm_step_all(m[0], 1);
+    }
+    for (int i = 1; i < unit; i++) llm_step_all(m[0], 1);
+    CHECK_INT(m[0]->house->part_count, 2);
+    n = m[1];
+    if (loads) CHECK_INT(llm_set_state(m[1], state, bytes, &e), MOQ_OK);
+    else {
+        llm_close(m[1]);
+        n = llm_fork(m[0], &e);
+        CHECK(n != NULL);
+    }
+    free(state);
+    for (int i = 0; i < 2; i++) {
+        llm *who = i ? n : m[0];
+        if (!who) continue;
+        while (llm_next(who, &e)) {}
+        snprintf(text, sizeof text, "%.*s", (int)who->text.count, who->text.data);
+        CHECK_STR(text, want[0]);
+    }
+    llm_close(n);
+    llm_close(m[0]);
+    if (travels) CHECK_INT(distant.alive, 0);
+    if (travels) moq_backend_destroy(distant.inner);
+}
+
+static void test_leaver(void)
+{
+    for (int loads = 0; loads < 2; loads++)
+        for (int travels = 0; travels < 2; travels++)
+            for (int unit = 1; unit < 16; unit += 6) check_leaver(loads, travels, unit);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -1007,6 +1121,8 @@ int main(int argc, char **argv)
     RUN(test_ranks_state);
     RUN(test_ranks_answer);
     RUN(test_device_picks);
+    RUN(test_device_picks_late);
+    RUN(test_leaver);
     remove(state_file);
     return test_end();
 }
