@@ -1038,7 +1038,7 @@ struct moq_backend {
     int32_t pass_rows; /* rows of a call from which on more of them save little time a row; 0: not known. Engines cut prompts so by default */
 
     /* Host memory that the device writes, zeroed. send_act is download_act to such memory and waits for nothing: the values are there after the next
-       sync, and nobody has copied them once more. NULL: download_act into any memory costs no more. */
+       sync, and nobody has copied them once more. There are all three, or none where download_act into any memory costs no more. */
     void *(*host_alloc)(moq_backend *be, size_t bytes, moq_error *err);
     void (*host_release)(moq_backend *be, void *ptr);
     void (*send_act)(moq_backend *be, float *dst, const void *src, size_t count);

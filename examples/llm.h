@@ -6415,9 +6415,9 @@ typedef struct llmi_model {
     int32_t *ids, *pos, *slot;
     /* [chunk] the choices of a pass that picks, there and on the host */
     int32_t *best, *picked;
-    /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; does it pick? passes like it so far; 1: not to be had */
+    /* a recorded pass of one row that wants logits, NULL: none; it serves positions up to step_most; passes like it so far; 1: not to be had */
     moq_graph *step;
-    int32_t step_most, step_picks, steps;
+    int32_t step_most, steps;
     int no_step;
 } llmi_model;
 
@@ -8201,15 +8201,16 @@ static void llmi_pass_logits(llmi_model *m, int32_t n, int32_t count)
     if (m->head_part) llmi_pass_divided(m, h, n);
     else if (count < m->c.vocab) m->be->linear_rows(m->be, m->head, h, n, p->cut, count, m->logits);
     else m->be->linear(m->be, m->head, h, n, m->logits);
-    if (p->picks && p->cut + count == m->c.vocab) m->be->argmax(m->be, m->logits, n, m->c.vocab, m->best + p->head);
 }
 
-/* They go to the host, but for rows whose conversation has left. Whole rows whose places are neighbours travel together. */
+/* They go to the host, but for rows whose conversation has left; whole rows whose places are neighbours travel together. Or the largest of each row is
+   chosen, which is no part of the recorded step: one recording serves those who sample, too. */
 static void llmi_pass_give(llmi_model *m, int32_t n, int32_t count)
 {
     const llmi_pass *p = &m->pass;
     size_t vocab = (size_t)m->c.vocab;
     float **out = m->out + p->rows - p->wanted + p->head;
+    if (p->picks && p->cut + count == m->c.vocab) m->be->argmax(m->be, m->logits, n, m->c.vocab, m->best + p->head);
     for (int32_t at = 0, run; at < n && !p->picks; at += run) {
         size_t values = (size_t)count;
         run = 1;
@@ -8263,7 +8264,6 @@ static int llmi_pass_record(llmi_model *m)
     if (m->step) be->release_graph(be, m->step);
     m->step = NULL;
     m->step_most = p->max_pos = most < m->c.context ? most : m->c.context - 1;
-    m->step_picks = p->picks;
     m->no_step = be->capture_begin(be, NULL) != MOQ_OK;
     if (!m->no_step) {
         llmi_pass_embed(m);
@@ -8287,7 +8287,7 @@ static int llmi_pass_replay(llmi_model *m)
     if (p->rows != 1 || p->wanted != 1 || m->no_step) return 0;
     if (!be->capture_begin || !be->capture_end || !be->replay || !be->release_graph || m->steps == 0) { m->steps = 1; return 0; }
     llmi_pass_upload(m);
-    if ((!m->step || p->max_pos > m->step_most || p->picks != m->step_picks) && !llmi_pass_record(m)) return 0;
+    if ((!m->step || p->max_pos > m->step_most) && !llmi_pass_record(m)) return 0;
     be->replay(be, m->step);
     p->computed = 1;
     p->next = m->c.layers;

@@ -819,8 +819,11 @@ static void test_ranks_state(void)
     d.ranks = RANKS;
     d.all_reduce = sum_ranks; /* nothing runs here: it is not called */
     for (d.rank = 0; d.rank < RANKS; d.rank++) {
+        llm_memory plan;
         llm *m = open_or_say(&d);
         if (!m) break;
+        CHECK_INT(llm_plan(&d, &plan, &e), MOQ_OK);
+        CHECK(m->model->head_part > 0 && plan.cache_bytes == m->model->cache_memory && plan.weight_bytes == m->model->weight_memory);
         if (!state) {
             bytes = llm_copy_state(m, NULL, 0, &e);
             state = malloc(bytes);
