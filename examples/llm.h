@@ -182,8 +182,8 @@ typedef struct llm_token {
    every rank: the failure comes out at the end of the pass, until which later calls are made all the same.
    One that only queues work where that of `be` is queued (moq_cuda_stream) and waits for nothing on the host says so by llm_desc.all_reduce_queues: a
    step of one token is then recorded with its sums and repeated, without a call. It is called in every pass that is not, and for the recording; what
-   must differ from sum to sum lies in device memory. At the end of each pass, when the device is done, it is called with x NULL and count 0 and says
-   whether the sums since the last such call went well. */
+   must differ from sum to sum lies in device memory. At the end of each pass that went well here, when the device is done, it is called with x NULL and
+   count 0 and says whether the sums since the last such call went well; it must not wait for other ranks then. */
 typedef moq_result (*llm_all_reduce_fn)(void *user, moq_backend *be, void *x, size_t count, moq_error *err);
 
 typedef struct llm_desc {
