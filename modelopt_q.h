@@ -12243,24 +12243,29 @@ MOQI_INLINE void moqi_stream_pages(const uint8_t *at, int64_t apart, int64_t byt
         MOQI_UNROLL for (int k = 0; k < 4; k++) __builtin_prefetch(at + k * apart + MOQI_PAGE * i, 0, 2);
 }
 
-/* Up to 16 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
+/* Up to 16 scales; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_scales_from_512(moq_dtype dtype, const uint8_t *s, int64_t count)
 {
     __mmask16 some = (__mmask16)(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
-    const uint8_t *s = p->scales;
     __m256i w, h, size;
-    switch ((int)p->scale_dtype) {
+    switch ((int)dtype) {
     case MOQ_F8_E4M3:
-        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s + at));
+        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s));
         size = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
         h = _mm256_or_si256(_mm256_slli_epi16(size, 7), _mm256_slli_epi16(_mm256_sub_epi16(w, size), 8));
         return _mm512_mask_mov_ps(_mm512_cvtph_ps(h), _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f)),
                                   _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
-    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s + at));
-    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s + 2 * at)), 16));
-    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s + 2 * at));
-    default: return _mm512_maskz_loadu_ps(some, s + 4 * at);
+    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s));
+    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s)), 16));
+    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s));
+    default: return _mm512_maskz_loadu_ps(some, s);
     }
+}
+
+/* From element `at` on. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
+{
+    return moqi_scales_from_512(p->scale_dtype, p->scales + at * (moq_dtype_bits(p->scale_dtype) / 8), count);
 }
 
 /* What one pass over columns [first, end) of some rows needs. */
@@ -14605,6 +14610,8 @@ typedef struct moqi_dot_pass {
     int zen;              /* they are wanted in the second-level cache, and there is VBMI */
     int each;             /* so many rows share the block that their last columns do not fill, 2 or 4; else 1 */
     const float *last;    /* x for that block: its last columns `each` times */
+    const float *sums;    /* of groups of x, for zero points */
+    int woven;            /* this task reads a copy, see below */
 } moqi_dot_pass;
 
 /* Scales of up to 4 rows, `step` apart, for the lanes, E4M3 in groups of 16: bytes are put in order, and a conversion that loads its operand is half as many
@@ -14787,93 +14794,186 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
 }
 
 /* ---- woven ----
-   A copy for one row of x on Zen 4: 4 rows of weights, of each 256 columns their codes, in pairs already, then their scales in the order of the lanes; what
-   fills no block after it, 4 or 2 rows together. One stream instead of eight, and a fifth fewer operations, whose sums are the same to the bit. */
-enum { MOQI_WOVEN = 128 + 16 /* bytes of a block of one row */, MOQI_WOVEN_COLS = 4096 /* of one pass, whatever the digits */ };
+   A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each, then of each 256 columns that they serve the codes, in
+   pairs already; at the end what fills no block, and zero points. One stream instead of eight, of which no line is passed over, or the hardware would lose
+   it, and fewer operations, whose sums are the same to the bit. */
+enum { MOQI_WOVEN = 512 /* bytes of codes of 256 columns */, MOQI_WOVEN_LAST = 128 + 16 /* of a block that 4 or 2 rows share, codes and scales */ };
 
 /* How many rows share the block that their last columns do not fill; 1: there is none. */
 static int moqi_dot_each(int64_t cols) { return cols % 256 == 0 ? 1 : cols % 256 <= 64 ? 4 : 2; }
 
-/* Bytes of 4 rows, or 0: not for this layer. */
-static int64_t moqi_woven_quad(const moqi_tiled *p)
+/* May they? Sums differ, but not by task. */
+static int moqi_dot_shares(const moqi_tiled *p, int lie)
 {
-    const int64_t cols = p->layer.cols, tail = cols % 256;
-    if (!moqi_dot_zen(p) || p->form != MOQI_CODES_NIBBLES || p->scale_dtype != MOQ_F8_E4M3 || p->shift != 4 || p->zeros) return 0;
-    if (p->layer.rows % 4 != 0 || tail > 128 || tail % 16 != 0 || cols > MOQI_WOVEN_COLS) return 0;
-    return (cols / 256 * 4 + (tail ? 4 / moqi_dot_each(cols) : 0)) * MOQI_WOVEN;
+    return lie == MOQI_DOT_E4M3 && p->layer.rows % 4 == 0 && p->layer.cols % 256 != 0 && p->layer.cols % 256 <= 128;
 }
 
-/* Some rows, multiples of 4, to `out`. */
-MOQI_AVX512 static void moqi_weave_512(const moqi_tiled *p, int64_t row, int64_t rows, uint8_t *out)
+/* Where what belongs to 4 rows lies, in bytes. */
+typedef struct moqi_woven {
+    int lie, each;
+    int64_t scales, every; /* of a row in a block; blocks that a line of scales serves */
+    int64_t last;          /* codes of a row that fill no block, if they are not shared */
+    int64_t zeros;         /* where zero points begin */
+    int64_t quad;          /* all; 0: this layer is not woven */
+} moqi_woven;
+
+static moqi_woven moqi_woven_of(const moqi_tiled *p)
+{
+    const int64_t cols = p->layer.cols, line = cols < 2048 ? 16 : 64; /* loads within lines are worth a percent */
+    moqi_woven w;
+    memset(&w, 0, sizeof w);
+    w.lie = moqi_dot_zen(p) ? moqi_dot_lie_512(p) : MOQI_DOT_AFAR;
+    if (w.lie == MOQI_DOT_AFAR || p->layer.rows % 4 != 0) return w;
+    w.each = moqi_dot_shares(p, w.lie) ? moqi_dot_each(cols) : 1;
+    w.scales = (256 >> moqi_dot_lie_shift(p, w.lie)) * moqi_dot_lie_size(w.lie);
+    w.every = 16 / w.scales;
+    w.last = w.each > 1 ? 0 : (cols % 256 + 1) / 2;
+    w.zeros = moqi_ceil_div(cols / 256 + (w.last > 0), w.every) * 64 + cols / 256 * MOQI_WOVEN;
+    w.zeros += w.each > 1 ? 4 / w.each * MOQI_WOVEN_LAST : 4 * w.last;
+    w.quad = moqi_ceil_div(w.zeros + (p->zeros ? 4 * p->groups : 0), line) * line;
+    return w;
+}
+
+/* Are all zero points bytes? */
+static int moqi_woven_fits(const moqi_tiled *p)
+{
+    int fit = 1;
+    for (int64_t i = 0; p->zeros && i < p->layer.rows * p->groups; i++) fit &= p->zeros[i] >= -128 && p->zeros[i] < 128;
+    return fit;
+}
+
+/* 4 rows to `out`. */
+MOQI_AVX512 static void moqi_weave_four_512(const moqi_tiled *p, const moqi_woven *w, int64_t row, uint8_t *out)
 {
     const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* moqi_dot_order_512 */
-    const int each = moqi_dot_each(p->layer.cols);
-    for (const int64_t end = row + rows; row < end; row += 4) {
-        const uint8_t *src = p->codes + row * p->row_bytes, *of[4];
-        __m512i v[2];
-        for (int k = 0; k < 4; k++) of[k] = p->scales + (p->scale_first + row + k) * p->scale_stride;
-        for (int64_t c = 0; c + 256 <= p->layer.cols; c += 256, src += 128, out += 4 * MOQI_WOVEN) {
-            for (int k = 0; k < 4; k++, of[k - 1] += 16) {
-                const uint8_t *at = src + k * p->row_bytes;
-                moqi_dot_pairs_512(_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), v);
-                _mm512_storeu_si512(out + 128 * k, v[0]);
-                _mm512_storeu_si512(out + 128 * k + 64, v[1]);
-                _mm_storeu_si128((__m128i *)(void *)(out + 512 + 16 * k), _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(const void *)of[k]), order));
-            }
+    const int64_t blocks = p->layer.cols / 256, bytes = p->groups * moqi_dot_lie_size(w->lie);
+    const uint8_t *src = p->codes + row * p->row_bytes, *of[4];
+    __m512i v[2];
+    for (int64_t i = 0; p->zeros && i < 4 * p->groups; i++) out[w->zeros + i] = (uint8_t)p->zeros[row * p->groups + i];
+    for (int k = 0; k < 4; k++) of[k] = p->scales + (p->scale_first + row + k) * bytes;
+    for (int64_t i = 0; i < blocks + (w->last > 0); i++, src += 128, out += MOQI_WOVEN) {
+        if (i % w->every == 0) {
+            for (int k = 0; k < 4; k++) memcpy(out + 16 * k, of[k] + i * w->scales, (size_t)moqi_min(16, bytes - i * w->scales));
+            out += 64;
         }
-        for (int k = 0; each > 1 && k < 4; k += each, out += MOQI_WOVEN) {
-            __m128i s = moqi_dot_gather_512(p, each, k, src, p->row_bytes, of, p->layer.cols % 256 / 16, v);
-            _mm512_storeu_si512(out, v[0]);
-            _mm512_storeu_si512(out + 64, v[1]);
-            _mm_storeu_si128((__m128i *)(void *)(out + 128), _mm_shuffle_epi8(s, order));
+        for (int k = 0; k < 4; k++) {
+            const uint8_t *at = src + k * p->row_bytes;
+            if (i == blocks) { memcpy(out + k * w->last, at, (size_t)w->last); continue; }
+            moqi_dot_pairs_512(_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64), v);
+            _mm512_storeu_si512(out + 128 * k, v[0]);
+            _mm512_storeu_si512(out + 128 * k + 64, v[1]);
         }
+    }
+    for (int k = 0; k < 4; k++) of[k] += blocks * w->scales;
+    for (int k = 0; w->each > 1 && k < 4; k += w->each, out += MOQI_WOVEN_LAST) {
+        __m128i s = moqi_dot_gather_512(p, w->each, k, src, p->row_bytes, of, p->groups - blocks * 16, v);
+        _mm512_storeu_si512(out, v[0]);
+        _mm512_storeu_si512(out + 64, v[1]);
+        _mm_storeu_si128((__m128i *)(void *)(out + 128), _mm_shuffle_epi8(s, order));
+    }
+}
+
+/* Some rows, multiples of 4. */
+static void moqi_weave_512(const moqi_tiled *p, int64_t row, int64_t rows, uint8_t *out)
+{
+    const moqi_woven w = moqi_woven_of(p);
+    for (const int64_t end = row + rows; row < end; row += 4, out += w.quad) moqi_weave_four_512(p, &w, row, out);
+}
+
+/* moqi_lane_zeros_512 of the 4 rows at `quad`. */
+MOQI_AVX512 static void moqi_woven_zeros_512(const moqi_dot_pass *pass, const moqi_woven *w, const uint8_t *quad, int64_t wrap, float *acc)
+{
+    const moqi_tiled *p = pass->p;
+    const uint8_t *zeros = quad + w->zeros, *at = quad;
+    uint8_t scales[4][64];
+    for (int64_t g = 0, left = p->groups; left > 0; g += 16, left -= 16) {
+        const __m512 x = _mm512_loadu_ps(pass->sums + g / 96 * wrap + g % 96);
+        const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
+        for (int64_t i = 0; i < 16 * moqi_min(16, left) * moqi_dot_lie_size(w->lie); i += 256, at += 64 + w->every * MOQI_WOVEN)
+            for (int k = 0; k < 4; k++) memcpy(scales[k] + i / 16, at + 16 * k, 16);
+        for (int64_t k = 0; k < 4; k++) {
+            const __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, zeros + k * p->groups + g)));
+            const __m512 s = moqi_scales_from_512(p->scale_dtype, scales[k], left);
+            _mm512_storeu_ps(acc + 16 * k, _mm512_fmadd_ps(_mm512_mul_ps(z, s), x, _mm512_loadu_ps(acc + 16 * k)));
+        }
+    }
+}
+
+static __mmask64 moqi_first_bytes_512(int64_t n) { return n >= 64 ? ~(__mmask64)0 : n > 0 ? ((__mmask64)1 << n) - 1 : 0; }
+
+/* A block of 4 rows, in pairs, times one row of x. of: scales, of which `left` are there; a: sums */
+MOQI_INLINE MOQI_VNNI void moqi_woven_block_512(__m512i (*v)[2], const uint8_t *of, int64_t left, const float *x, __m512i table, __m512i lane,
+                                                __m128i order, int digits, int lie, int bf16, __m512 (*a)[8])
+{
+    __m512i q[4][2], w[4];
+    MOQI_UNROLL for (int k = 0; k < 4; k++)
+        MOQI_UNROLL for (int t = 0; t < digits; t++) q[k][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
+    MOQI_UNROLL for (int j = 0; j < 4; j++) {
+        MOQI_UNROLL for (int k = 0; k < 4; k++) w[k] = moqi_dot_codes_512(v[k], NULL, j, 1, 1, table);
+        MOQI_UNROLL for (int t = 0; t < digits; t++) {
+            const __m512i u = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 16 * j);
+            MOQI_UNROLL for (int k = 0; k < 4; k++) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(q[k][t]) : "v"(u), "v"(w[k]));
+        }
+    }
+    MOQI_UNROLL for (int k = 0; k < 4; k++) {
+        const __m512 s = moqi_dot_near_512(of + 16 * k, left, lie, bf16, lane, order);
+        if (digits == 2) q[k][0] = _mm512_add_epi32(q[k][0], _mm512_slli_epi32(q[k][1], 8));
+        a[k][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[k][0]), _mm512_loadu_ps(x + 64)), s, a[k][0]);
     }
 }
 
 /* What moqi_dot_rows_512 does for 4 rows of weights and one of x. acc: [pass->rows][16] */
-MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_t row, float *acc, int digits)
+MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_t row, float *acc, int digits, int lie)
 {
-    const moqi_tiled *p = pass->p;
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table));
-    const uint8_t *at = p->woven + row / 4 * p->quad;
-    const int64_t stop = p->layer.cols / 256 * 256;
-    for (int64_t r = 0; r < pass->rows; r += 4, acc += 64) {
+    const moqi_woven w = moqi_woven_of(pass->p);
+    const int bf16 = lie == MOQI_DOT_HALF && pass->p->scale_dtype == MOQ_BF16;
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)pass->table)), lane = _mm512_loadu_si512(pass->lane);
+    const __m128i order = _mm512_cvtepi32_epi8(lane);
+    const __mmask64 some[2] = {moqi_first_bytes_512(w.last), moqi_first_bytes_512(w.last - 64)};
+    const int64_t blocks = pass->p->layer.cols / 256, left = pass->p->groups - (blocks * 256 >> moqi_dot_lie_shift(pass->p, lie));
+    const uint8_t *quad = pass->p->woven + row / 4 * w.quad;
+    for (int64_t r = 0; r < pass->rows; r += 4, acc += 64, quad += w.quad) {
         const float *x = pass->x;
+        const uint8_t *src = quad, *of = quad;
+        __m512i v[4][2];
         __m512 a[4][8];
         MOQI_UNROLL for (int k = 0; k < 4; k++) a[k][0] = _mm512_loadu_ps(pass->begin[0]);
-        for (int64_t c = 0; c < stop; c += 256, at += 4 * MOQI_WOVEN, x += MOQI_DOT_WORDS * digits) {
-            __m512i q[4][2], v[4][2], w[4];
-            MOQI_UNROLL for (int k = 0; k < 4; k++) {
-                v[k][0] = _mm512_loadu_si512(at + 128 * k);
-                v[k][1] = _mm512_loadu_si512(at + 128 * k + 64);
-                MOQI_UNROLL for (int t = 0; t < digits; t++) q[k][t] = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 80);
-            }
-            MOQI_UNROLL for (int j = 0; j < 4; j++) {
-                MOQI_UNROLL for (int k = 0; k < 4; k++) w[k] = moqi_dot_codes_512(v[k], NULL, j, 1, 1, table);
-                MOQI_UNROLL for (int t = 0; t < digits; t++) {
-                    const __m512i u = _mm512_loadu_si512(x + MOQI_DOT_WORDS * t + 16 * j);
-                    MOQI_UNROLL for (int k = 0; k < 4; k++) __asm__ volatile("vpdpbusd %1, %2, %0" : "+v"(q[k][t]) : "v"(u), "v"(w[k]));
-                }
-            }
-            MOQI_UNROLL for (int k = 0; k < 4; k++) {
-                const __m512 s = moqi_dot_floats_512(_mm_loadu_si128((const __m128i *)(const void *)(at + 512 + 16 * k)));
-                if (digits == 2) q[k][0] = _mm512_add_epi32(q[k][0], _mm512_slli_epi32(q[k][1], 8));
-                a[k][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[k][0]), _mm512_loadu_ps(x + 64)), s, a[k][0]);
-            }
+        for (int64_t i = 0; i < blocks; i++, src += MOQI_WOVEN, of += w.scales, x += MOQI_DOT_WORDS * digits) {
+            if ((i & (w.every - 1)) == 0) { of = src; src += 64; }
+            MOQI_UNROLL for (int k = 0; k < 8; k++) v[k / 2][k % 2] = _mm512_loadu_si512(src + 64 * k);
+            moqi_woven_block_512(v, of, 16, x, table, lane, order, digits, lie, bf16, a);
         }
-        for (int k = 0; pass->each > 1 && k < 4; k += pass->each, at += MOQI_WOVEN) {
-            const __m512i v[2] = {_mm512_loadu_si512(at), _mm512_loadu_si512(at + 64)};
-            const __m512 s = moqi_dot_floats_512(_mm_loadu_si128((const __m128i *)(const void *)(at + 128)));
-            const __m512 t = _mm512_mul_ps(moqi_dot_once_512(v, table, pass->last, digits), s);
-            if (pass->each == 4) moqi_dot_spread_512(4, t, a);
+        if (w.last) {
+            if (blocks % w.every == 0) { of = src; src += 64; }
+            MOQI_UNROLL for (int k = 0; k < 4; k++)
+                moqi_dot_pairs_512(_mm512_maskz_loadu_epi8(some[0], src + k * w.last), _mm512_maskz_loadu_epi8(some[1], src + k * w.last + 64), v[k]);
+            moqi_woven_block_512(v, of, left, x, table, lane, order, digits, lie, bf16, a);
+        }
+        for (int k = 0; w.each > 1 && k < 4; k += w.each, src += MOQI_WOVEN_LAST) {
+            const __m512i u[2] = {_mm512_loadu_si512(src), _mm512_loadu_si512(src + 64)};
+            const __m512 s = moqi_dot_floats_512(_mm_loadu_si128((const __m128i *)(const void *)(src + 128)));
+            const __m512 t = _mm512_mul_ps(moqi_dot_once_512(u, table, pass->last, digits), s);
+            if (w.each == 4) moqi_dot_spread_512(4, t, a);
             else moqi_dot_spread_512(2, t, a + k);
         }
         MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(acc + 16 * k, a[k][0]);
+        if (pass->p->zeros) moqi_woven_zeros_512(pass, &w, quad, digits * MOQI_DOT_WORDS, acc);
     }
 }
 
-MOQI_VNNI static void moqi_dot_woven1(const moqi_dot_pass *pass, int64_t row, float *acc) { moqi_woven_rows_512(pass, row, acc, 1); }
-MOQI_VNNI static void moqi_dot_woven2(const moqi_dot_pass *pass, int64_t row, float *acc) { moqi_woven_rows_512(pass, row, acc, 2); }
+typedef void (*moqi_woven_fn)(const moqi_dot_pass *pass, int64_t row, float *acc);
+#define MOQI_WOVEN_ROWS(name, lie) \
+    MOQI_VNNI static void moqi_woven_##name##1(const moqi_dot_pass *pass, int64_t row, float *acc) { moqi_woven_rows_512(pass, row, acc, 1, lie); } \
+    MOQI_VNNI static void moqi_woven_##name##2(const moqi_dot_pass *pass, int64_t row, float *acc) { moqi_woven_rows_512(pass, row, acc, 2, lie); }
+MOQI_WOVEN_ROWS(e4m3, MOQI_DOT_E4M3)
+MOQI_WOVEN_ROWS(e8m0, MOQI_DOT_E8M0)
+MOQI_WOVEN_ROWS(f32, MOQI_DOT_F32)
+MOQI_WOVEN_ROWS(half, MOQI_DOT_HALF)
+#undef MOQI_WOVEN_ROWS
+static const moqi_woven_fn moqi_woven_fns[5][2] = { /* [MOQI_DOT_...][digits - 1] */
+    {NULL, NULL}, {moqi_woven_e4m31, moqi_woven_e4m32}, {moqi_woven_e8m01, moqi_woven_e8m02}, {moqi_woven_f321, moqi_woven_f322},
+    {moqi_woven_half1, moqi_woven_half2}
+};
 
 /* A block of two rows of weights times two digits of 4 rows of x, so that codes are looked up once: the high digit first, and its sum is moved on by 8 bits in
    place, which needs half as many sums. x: the block, c: codes, s: scales */
@@ -14935,7 +15035,7 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_rows_512(const moqi_dot_pass *pass, int64_t 
         const int64_t ldf = pass->first ? lda : 16, apart = pass->first ? 16 * step : 0;
         int64_t next = step * p->row_bytes, left = p->groups - (pass->first >> shift);
         if (rows == 4) moqi_stream_pages(src, next, p->row_bytes, &pages);
-        if (!lie && !solid && turn == 0) moqi_dot_scales_512(pass, row, rows == 1 ? moqi_min(4, count) : rows, rows == 1 ? 1 : step);
+        if (!lie && !solid && turn == 0 && p->scales) moqi_dot_scales_512(pass, row, rows == 1 ? moqi_min(4, count) : rows, rows == 1 ? 1 : step);
         MOQI_UNROLL for (int r = 0; r < rows; r++) {
             MOQI_UNROLL for (int t = 0; t < slots; t += digits) a[r][t] = _mm512_loadu_ps(from + t / digits * ldf + apart * r);
             MOQI_UNROLL for (int t = 0; t < sums; t++) q[r][t] = _mm512_castps_si512(a[r][t]);
@@ -15205,7 +15305,7 @@ static const moqi_dot_fn moqi_dot_wholes[6] = {moqi_dot_whole_bytes, NULL, moqi_
 static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int digits, int lie, float *acc)
 {
     const int alone = some == digits, slot = pass->slot;
-    if (pass->slots == digits && pass->p->woven && row % 4 == 0 && pass->rows % 4 == 0) { (digits == 2 ? moqi_dot_woven2 : moqi_dot_woven1)(pass, row, acc); return; }
+    if (pass->woven) { moqi_woven_fns[lie][digits - 1](pass, row, acc); return; }
     const int kind = pass->p->form == MOQI_CODES_NIBBLES ? lie + 1 : 0;
     const int64_t rows = pass->solid || alone ? 4 : some == 8 && !pass->zen ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
@@ -15251,7 +15351,6 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
     const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), whole = !nibbles && p->groups == 1 && p->scale_dtype != MOQ_NONE;
     float mul = (whole ? 1 : p->factor) * (nibbles ? 0.5f : 1.0f) * (p->scales && p->scale_dtype == MOQ_F8_E4M3 && !whole ? 256.0f : 1.0f);
     float *one = acc + rows * 16 * moqi_min(m, 8);
-    const int64_t tail = p->layer.cols % 256;
     const int lie = moqi_dot_lie_512(p);
     float last[2 * MOQI_DOT_WORDS] MOQI_ALIGNED;
     moqi_tiled plain = *p;
@@ -15279,8 +15378,9 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
         s.x = x + j * ldx;
         s.bits = some > 1 && moqi_dot_bits_512(p);
         s.each = 1;
-        /* sums differ, but not by task */
-        if (lie == MOQI_DOT_E4M3 && some == 1 && p->layer.rows % 4 == 0 && tail > 0 && tail <= 128) s.each = moqi_dot_each(p->layer.cols);
+        s.woven = p->woven && some == 1 && row % 4 == 0 && rows % 4 == 0;
+        s.sums = sums;
+        if (some == 1 && moqi_dot_shares(p, lie)) s.each = moqi_dot_each(p->layer.cols);
         if (s.each > 1) moqi_dot_repeat_512(s.x + p->layer.cols / 256 * digits * MOQI_DOT_WORDS, digits, s.each, last);
         moqi_dot_begin_512(&s);
         if (packs) moqi_dot_packs(&s, row, lie, acc);
@@ -15290,13 +15390,14 @@ MOQI_VNNI static void moqi_dots_512(const moqi_way *way, const moqi_tiled *p, in
             if (s.slot > 0) s.ahead = 0; /* all of the task is near by now */
             if (s.zen && !nibbles && s.slots == 1) s.ahead = 0; /* four streams of bytes that the hardware foresees */
             for (s.first = 0; s.first < p->layer.cols; s.first = s.end) {
-                s.end = moqi_min(p->layer.cols, s.first + piece);
+                s.end = s.woven ? p->layer.cols : moqi_min(p->layer.cols, s.first + piece);
                 s.lds = moqi_ceil_div(s.end - s.first, 512) * 32;
+                for (int64_t i = 0; !plain.scales && !s.solid && i < 4 * s.lds; i++) s.scale[i] = 1;
                 moqi_dot_task_512(&s, row, few, digits, lie, acc);
             }
         }
         const int numbers = p->woven || moqi_dot_numbers_512(p, lie, row, rows); /* scales are in a cache now */
-        for (int64_t r = 0; p->zeros && r < rows * some; r++)
+        for (int64_t r = 0; p->zeros && !s.woven && r < rows * some; r++)
             moqi_lane_zeros_512(p, row + r % rows, sums + r / rows * digits * MOQI_DOT_WORDS, 0, step, 1, acc + 16 * r);
         if (!packs) moqi_stream_sums_512(acc, rows * some);
         for (int64_t i = 0; i < some; i++) {
@@ -18929,8 +19030,8 @@ enum { MOQI_STORE_HEAD = 64 /* bytes of a block, before what lies in it */, MOQI
 static const size_t moqi_store_bytes = 32 << 20;
 typedef struct moqi_store { struct moqi_store *next; size_t bytes, used; int64_t weights; } moqi_store;
 
-/* Bytes of 4 rows that are woven, or of a row of codes and of a row of scales that are copied; all 0: nothing, because prepare repacked them, or the copy
-   would be read another way. */
+/* Bytes of 4 rows that are woven, or of a row of codes and of a row of scales that are copied; all 0: nothing, because prepare repacked them and they
+   are not woven, or the copy would be read another way. */
 typedef struct moqi_copied { int64_t quad, codes, scales; } moqi_copied;
 
 static moqi_copied moqi_copy_rows(const moqi_cpu *c, const moq_linear *w)
@@ -18938,14 +19039,15 @@ static moqi_copied moqi_copy_rows(const moqi_cpu *c, const moq_linear *w)
     moqi_copied n = {0, 0, 0};
     moqi_tiled p;
     moqi_foresee(c, w, &p);
-    if (c->k == &moqi_reference_kernels || p.form == MOQI_CODES_SLOW || !moqi_use_codes(&p)) return n;
+    if (c->k == &moqi_reference_kernels || p.form == MOQI_CODES_SLOW) return n;
+#ifdef MOQI_X86
+    if (p.way[0] == &moqi_dot_way_512 && p.from[0] == 1) n.quad = moqi_woven_of(&p).quad;
+    if (n.quad) return n;
+#endif
+    if (!moqi_use_codes(&p)) return n;
     n.codes = (w->cols * (p.form == MOQI_CODES_NIBBLES ? 4 : moq_dtype_bits(p.dtype)) + 7) / 8;
     if (w->scales.data && p.group_rows == 1 && w->row_step == 1 && w->scale_row_stride == p.groups && (w->scale_col_stride == 1 || p.groups == 1))
         n.scales = p.groups * (moq_dtype_bits(p.scale_dtype) / 8);
-#ifdef MOQI_X86
-    if (p.way[0] == &moqi_dot_way_512 && p.from[0] == 1 && n.scales) n.quad = moqi_woven_quad(&p);
-    if (n.quad) n.codes = n.scales = 0;
-#endif
     return n;
 }
 
@@ -19014,7 +19116,8 @@ static void moqi_copy_rows_task(void *arg, int index, int worker)
     if (n) memcpy(t->scales + first * n, p->scales + (p->scale_first + first) * n, (size_t)((end - first) * n));
 }
 
-/* Returns the end of the copy. Where a scale is no number, nothing is woven: kernels look for such scales where they always lie. */
+/* Returns the end of the copy. Where a scale is no number, nothing is woven: kernels look for such scales where they always lie; nor where a zero
+   point is no byte. */
 static uint8_t *moqi_copy_to(const moqi_cpu *c, moqi_tiled *p, uint8_t *to)
 {
     const int64_t rows = p->layer.rows;
@@ -19025,7 +19128,7 @@ static uint8_t *moqi_copy_to(const moqi_cpu *c, moqi_tiled *p, uint8_t *to)
     uint8_t *const end = to + moqi_copy_all(&p->layer, &t.row);
     t.scales = to + moqi_copy_size(rows, t.row.codes);
 #ifdef MOQI_X86
-    if (t.row.quad && !moqi_dot_numbers_512(p, MOQI_DOT_E4M3, 0, rows)) return end;
+    if (t.row.quad && !(moqi_dot_numbers_512(p, moqi_dot_lie_512(p), 0, rows) && moqi_woven_fits(p))) return end;
 #endif
     if (t.row.codes + t.row.quad == 0) return end;
     moqi_run(c, moqi_ceil_div(rows, MOQI_COPY_ROWS), (double)rows * (double)p->layer.cols, moqi_copy_rows_task, &t);

@@ -912,14 +912,14 @@ static void test_backend_linear_rows(void)
 }
 
 /* Copies of weights change no bit, lie one behind the other, and take what was said: whole layers, and rows and columns of them. */
-static long woven_copies[2]; /* for inputs wide, short */
+static long woven_copies[2][5][2]; /* [inputs wide, short][MOQI_DOT_...][there are zero points] */
 
 static void check_copies(const char *kernel, const char *what, const moq_linear *parts, int32_t count, const float *x)
 {
     static const int counts[] = {1, 3, 20};
     static float want[20 * 414], got[20 * 414];
     moq_error err;
-    moq_backend *be = backend_of(kernel, MOQ_ACT_AUTO, 2);
+    moq_backend *be = backend_of(kernel, MOQ_ACT_AUTO, 2), *alone = backend_of(kernel, MOQ_ACT_AUTO, 1); /* tasks of other sizes */
     moq_weight *w = be->prepare_linear(be, parts, count, &err), *v = be->prepare_linear(be, parts, count, &err), *u = be->prepare_linear(be, parts, 1, &err);
     const int64_t rows = parts[0].rows + (count > 1 ? parts[1].rows : 0);
     long wrong = 0;
@@ -931,7 +931,10 @@ static void check_copies(const char *kernel, const char *what, const moq_linear 
         CHECK_INT(be->copy_weight(be, u, &err), MOQ_OK);
         CHECK_INT(be->weight_bytes(be, v), before + bytes);
     }
-    woven_copies[parts[0].scheme.input.elem != MOQ_NONE] += ((const moqi_weight *)(const void *)v)->part[0].woven != NULL;
+#ifdef MOQI_X86
+    const moqi_tiled *p = ((const moqi_weight *)(const void *)v)->part;
+    if (p->woven) woven_copies[parts[0].scheme.input.elem != MOQ_NONE][moqi_dot_lie_512(p)][p->zeros != NULL]++;
+#endif
     for (size_t n = 0; n < MOQI_COUNT(counts); n++) {
         be->linear(be, w, x, counts[n], want);
         be->linear(be, v, x, counts[n], got);
@@ -949,6 +952,12 @@ static void check_copies(const char *kernel, const char *what, const moq_linear 
     be->linear(be, w, x, 1, want);
     be->linear(be, u, x, 1, got);
     CHECK(memcmp(want, got, sizeof *got * (size_t)parts[0].rows) == 0);
+    v = alone->prepare_linear(alone, parts, 1, &err);
+    CHECK(v && alone->copy_weight(alone, v, &err) == MOQ_OK);
+    if (v) alone->linear(alone, v, x, 1, got);
+    CHECK(v && memcmp(want, got, sizeof *got * (size_t)parts[0].rows) == 0);
+    alone->release_weight(alone, v);
+    moq_backend_destroy(alone);
     be->release_weight(be, u);
     CHECK(!moqi_cpu_of(be)->store);
     be->release_weight(be, w);
@@ -957,10 +966,10 @@ static void check_copies(const char *kernel, const char *what, const moq_linear 
 
 static void test_backend_copies(void)
 {
-    static const int widths[] = {256, 320, 384, 576};
-    static float x[20 * 576];
+    static const int widths[] = {256, 320, 384, 448, 576, 2432}; /* columns that fill no block: none, 64, 128, 192; more scales than lie together */
+    static float x[20 * 2432];
     moq_error err;
-    for (int i = 0; i < 20 * 576; i++) x[i] = test_normal();
+    for (int i = 0; i < 20 * 2432; i++) x[i] = test_normal();
     layer l;
     layer_make(&l, &layer_formats[4], 350, 256);
     moq_backend *be = moq_cpu_backend(NULL, &err); /* with an allocator of the caller's every weight has a block of its own */
@@ -976,8 +985,9 @@ static void test_backend_copies(void)
         const layer_format *f = &layer_formats[i / MOQI_COUNT(widths)];
         const int cols = widths[i % MOQI_COUNT(widths)];
         layer a, b;
-        if (352 % f->row_unit || cols % f->col_unit) continue;
-        layer_make(&a, f, 352, cols);
+        const int rows = cols > 600 ? 160 : 352;
+        if (rows % f->row_unit || cols % f->col_unit) continue;
+        layer_make(&a, f, rows, cols);
         layer_make(&b, &layer_formats[4], 62, cols);
         for (int k = 0; moqi_get_kernels(k); k++) {
             moq_linear parts[2] = {a.w, b.w}, cut[2] = {a.w, b.w};
@@ -985,14 +995,16 @@ static void test_backend_copies(void)
             parts[0].scheme.input = input_formats[7].c;
             parts[0].input_scale = 0.001f;
             check_copies(moqi_get_kernels(k)->name, f->name, parts, 2, x);
-            if (moq_slice_rows(&a.w, 128, 64, 1, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "rows", cut, 2, x);
+            if (moq_slice_rows(&a.w, 96, 64, 1, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "rows", cut, 2, x);
             if (moq_slice_cols(&a.w, 128, 128, &cut[0], &err) == MOQ_OK) check_copies(moqi_get_kernels(k)->name, "columns", cut, 1, x);
         }
         layer_free(&a);
         layer_free(&b);
     }
     for (int k = 0; moqi_get_kernels(k); k++)
-        if (moqi_get_kernels(k)->zen) CHECK(woven_copies[0] > 0 && woven_copies[1] > 0);
+        for (int i = 0; i < 2 && moqi_get_kernels(k)->zen; i++)
+            CHECK(woven_copies[i][MOQI_DOT_E4M3][0] > 0 && woven_copies[i][MOQI_DOT_E8M0][0] > 0 && woven_copies[i][MOQI_DOT_F32][0] > 0 &&
+                  woven_copies[i][MOQI_DOT_HALF][0] > 0 && woven_copies[i][MOQI_DOT_HALF][1] > 0);
 }
 
 /* What explain and copy_bytes foresee of a layer is what prepare finds. */
