@@ -84,6 +84,8 @@
                          >>panels       weights turned once for many inputs
                          >>integers     integer codes times 8-bit inputs
                          >>inplace      the same for a few inputs, where the codes lie: these inputs
+                         >>blocks       256 columns of such codes and their scales
+                         >>woven        copies of weights for one row of them
                          >>passes       rows of such codes times them
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
@@ -11752,7 +11754,7 @@ typedef struct moqi_tiled {
     moq_dtype dtype;          /* of `codes` when WIDE */
     const uint8_t *codes;     /* row r begins at codes + r * row_bytes */
     int64_t row_bytes;
-    const uint8_t *woven;     /* codes and scales for one row of x, see >>inplace, 4 rows after `quad` bytes; NULL: there are none */
+    const uint8_t *woven;     /* codes and scales for one row of x, see >>woven, 4 rows after `quad` bytes; NULL: there are none */
     int64_t quad;
     float table[16];          /* values of 4-bit codes */
     moq_dtype scale_dtype;    /* MOQ_NONE: no scale */
@@ -12243,29 +12245,24 @@ MOQI_INLINE void moqi_stream_pages(const uint8_t *at, int64_t apart, int64_t byt
         MOQI_UNROLL for (int k = 0; k < 4; k++) __builtin_prefetch(at + k * apart + MOQI_PAGE * i, 0, 2);
 }
 
-/* Up to 16 scales; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_scales_from_512(moq_dtype dtype, const uint8_t *s, int64_t count)
+/* Up to 16 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
 {
     __mmask16 some = (__mmask16)(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
+    const uint8_t *s = p->scales;
     __m256i w, h, size;
-    switch ((int)dtype) {
+    switch ((int)p->scale_dtype) {
     case MOQ_F8_E4M3:
-        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s));
+        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s + at));
         size = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
         h = _mm256_or_si256(_mm256_slli_epi16(size, 7), _mm256_slli_epi16(_mm256_sub_epi16(w, size), 8));
         return _mm512_mask_mov_ps(_mm512_cvtph_ps(h), _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f)),
                                   _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
-    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s));
-    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s)), 16));
-    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s));
-    default: return _mm512_maskz_loadu_ps(some, s);
+    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s + at));
+    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s + 2 * at)), 16));
+    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s + 2 * at));
+    default: return _mm512_maskz_loadu_ps(some, s + 4 * at);
     }
-}
-
-/* From element `at` on. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
-{
-    return moqi_scales_from_512(p->scale_dtype, p->scales + at * (moq_dtype_bits(p->scale_dtype) / 8), count);
 }
 
 /* What one pass over columns [first, end) of some rows needs. */
@@ -14587,8 +14584,8 @@ MOQI_AVX512 static void moqi_dot_arrange_512(const moqi_tiled *p, const float *x
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>passes          integer codes times such inputs where the codes lie, for AVX-512 VNNI
-   A few rows of weights meet a few rows of x in registers; what of either has to wait stays in the first-level cache.
+   >>blocks          256 columns of weights for such inputs, for AVX-512 VNNI
+   Codes in the order of x, scales in the order of the lanes, and the last columns of a row.
    ------------------------------------------------------------------------------------------------ */
 
 #ifdef MOQI_X86
@@ -14793,8 +14790,15 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
     }
 }
 
-/* ---- woven ----
-   A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each, then of each 256 columns that they serve the codes, in
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>woven           weights copied for one row of x, for Zen 4
+   The same sums to the bit as where the weights lie, in the order in which they are read.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_X86
+/* A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each, then of each 256 columns that they serve the codes, in
    pairs already; at the end what fills no block, and zero points. One stream instead of eight, of which no line is passed over, or the hardware would lose
    it, and fewer operations, whose sums are the same to the bit. */
 enum { MOQI_WOVEN = 512 /* bytes of codes of 256 columns */, MOQI_WOVEN_LAST = 128 + 16 /* of a block that 4 or 2 rows share, codes and scales */ };
@@ -14880,25 +14884,6 @@ static void moqi_weave_512(const moqi_tiled *p, int64_t row, int64_t rows, uint8
     for (const int64_t end = row + rows; row < end; row += 4, out += w.quad) moqi_weave_four_512(p, &w, row, out);
 }
 
-/* moqi_lane_zeros_512 of the 4 rows at `quad`. */
-MOQI_AVX512 static void moqi_woven_zeros_512(const moqi_dot_pass *pass, const moqi_woven *w, const uint8_t *quad, int64_t wrap, float *acc)
-{
-    const moqi_tiled *p = pass->p;
-    const uint8_t *zeros = quad + w->zeros, *at = quad;
-    uint8_t scales[4][64];
-    for (int64_t g = 0, left = p->groups; left > 0; g += 16, left -= 16) {
-        const __m512 x = _mm512_loadu_ps(pass->sums + g / 96 * wrap + g % 96);
-        const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
-        for (int64_t i = 0; i < 16 * moqi_min(16, left) * moqi_dot_lie_size(w->lie); i += 256, at += 64 + w->every * MOQI_WOVEN)
-            for (int k = 0; k < 4; k++) memcpy(scales[k] + i / 16, at + 16 * k, 16);
-        for (int64_t k = 0; k < 4; k++) {
-            const __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, zeros + k * p->groups + g)));
-            const __m512 s = moqi_scales_from_512(p->scale_dtype, scales[k], left);
-            _mm512_storeu_ps(acc + 16 * k, _mm512_fmadd_ps(_mm512_mul_ps(z, s), x, _mm512_loadu_ps(acc + 16 * k)));
-        }
-    }
-}
-
 static __mmask64 moqi_first_bytes_512(int64_t n) { return n >= 64 ? ~(__mmask64)0 : n > 0 ? ((__mmask64)1 << n) - 1 : 0; }
 
 /* A block of 4 rows, in pairs, times one row of x. of: scales, of which `left` are there; a: sums */
@@ -14919,6 +14904,41 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_block_512(__m512i (*v)[2], const uint8_t *
         const __m512 s = moqi_dot_near_512(of + 16 * k, left, lie, bf16, lane, order);
         if (digits == 2) q[k][0] = _mm512_add_epi32(q[k][0], _mm512_slli_epi32(q[k][1], 8));
         a[k][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[k][0]), _mm512_loadu_ps(x + 64)), s, a[k][0]);
+    }
+}
+
+/* Scales of 16 groups of a row, of which `left` are there, from its part of a line on; the next is `next` bytes away. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_woven_scales_512(const uint8_t *at, int64_t next, int64_t left, int lie, int bf16)
+{
+    const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)at);
+    const int64_t each = 16 / moqi_dot_lie_size(lie);
+    __m512 f = _mm512_castsi512_ps(_mm512_castsi128_si512(b));
+    if (lie == MOQI_DOT_E4M3) return moqi_dot_floats_512(b);
+    if (lie == MOQI_DOT_E8M0) return moqi_e8m0_512(b);
+    __m256i h = _mm256_castsi128_si256(b);
+    if (lie == MOQI_DOT_HALF) {
+        if (left > each) h = _mm256_inserti128_si256(h, _mm_loadu_si128((const __m128i *)(const void *)(at + next)), 1);
+        return bf16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)) : _mm512_cvtph_ps(h);
+    }
+    if (left > each) f = _mm512_insertf32x4(f, _mm_loadu_ps((const float *)(const void *)(at + next)), 1);
+    if (left > 2 * each) f = _mm512_insertf32x4(f, _mm_loadu_ps((const float *)(const void *)(at + 2 * next)), 2);
+    if (left > 3 * each) f = _mm512_insertf32x4(f, _mm_loadu_ps((const float *)(const void *)(at + 3 * next)), 3);
+    return f;
+}
+
+/* moqi_lane_zeros_512 of the 4 rows at `quad`. */
+MOQI_INLINE MOQI_AVX512 void moqi_woven_zeros_512(const moqi_dot_pass *pass, const moqi_woven *w, const uint8_t *quad, int64_t wrap, int lie, int bf16,
+                                                  __m512 (*a)[8])
+{
+    const int64_t next = 64 + w->every * MOQI_WOVEN;
+    const uint8_t *zeros = quad + w->zeros;
+    for (int64_t g = 0, left = pass->p->groups; left > 0; g += 16, left -= 16, quad += moqi_dot_lie_size(lie) * next) {
+        const __m512 x = _mm512_loadu_ps(pass->sums + g / 96 * wrap + g % 96);
+        const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
+        MOQI_UNROLL for (int k = 0; k < 4; k++) {
+            const __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, zeros + k * pass->p->groups + g)));
+            a[k][0] = _mm512_fmadd_ps(_mm512_maskz_mul_ps(some, z, moqi_woven_scales_512(quad + 16 * k, next, left, lie, bf16)), x, a[k][0]);
+        }
     }
 }
 
@@ -14956,8 +14976,8 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_
             if (w.each == 4) moqi_dot_spread_512(4, t, a);
             else moqi_dot_spread_512(2, t, a + k);
         }
+        if (pass->p->zeros) moqi_woven_zeros_512(pass, &w, quad, digits * MOQI_DOT_WORDS, lie, bf16, a);
         MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(acc + 16 * k, a[k][0]);
-        if (pass->p->zeros) moqi_woven_zeros_512(pass, &w, quad, digits * MOQI_DOT_WORDS, acc);
     }
 }
 
@@ -14974,7 +14994,14 @@ static const moqi_woven_fn moqi_woven_fns[5][2] = { /* [MOQI_DOT_...][digits - 1
     {NULL, NULL}, {moqi_woven_e4m31, moqi_woven_e4m32}, {moqi_woven_e8m01, moqi_woven_e8m02}, {moqi_woven_f321, moqi_woven_f322},
     {moqi_woven_half1, moqi_woven_half2}
 };
+#endif
 
+/* ------------------------------------------------------------------------------------------------
+   >>passes          integer codes times such inputs where the codes lie, for AVX-512 VNNI
+   A few rows of weights meet a few rows of x in registers; what of either has to wait stays in the first-level cache.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_X86
 /* A block of two rows of weights times two digits of 4 rows of x, so that codes are looked up once: the high digit first, and its sum is moved on by 8 bits in
    place, which needs half as many sums. x: the block, c: codes, s: scales */
 MOQI_INLINE MOQI_VNNI void moqi_dot_whole_512(const float *x, __m512i (*c)[4], const __m512 *s, __m512 (*a)[8])
