@@ -612,6 +612,10 @@ run inspect "$demo" --weights copied --backend cpu
 check "inspect --weights: copies are counted" out "repacked or copied weights [1-9][0-9.]* MB"
 run run "$demo" --weights printed --prompt a
 check "run --weights: no such way" refused "there are mapped and copied"
+run run "$demo" --weights --prompt a
+check "run --weights without a value" refused "--weights needs a value before --prompt"
+run run "$demo" --prompt=--weights --max-tokens 1
+check "run --prompt=: a value that looks like an option" is 0
 run inspect "$demo" --json
 check "inspect --json is JSON" json
 for k in '"model_type": "llama"' '"quant_algo": "NVFP4"' '"kv_cache": "wide"' '"effective_bits": 5.65' '"total_bytes": 3709776' \
@@ -961,6 +965,8 @@ for m in 0 x -1 1.5 1,,2 1, ,1 65537 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17; 
     run bench --m $m
     check "bench: bad --m $m" refused "--m is 1 to 16 numbers of rows from 1 to 65536.* not '$m'"
 done
+run bench --kv fp8 --m 1
+check "bench: --kv without a folder" refused "moq bench DIR --kv"
 run bench "$dir/nowhere" --json
 check "bench: no folder" refused "nowhere"
 run selftest

@@ -585,6 +585,9 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         if (!row) return refuse_option(verb, a);
         row = of_verb(row, verb);
         if (row->kind != KIND_FLAG && !equals && ++i >= argc) return refuse("--%s needs a value: --%s %s", row->name, row->name, row->value);
+        if (row->kind != KIND_FLAG && !equals && argv[i][0] == '-' && argv[i][1] == '-' && find_option(argv[i] + 2, strcspn(argv[i] + 2, "=")))
+            return refuse("--%s needs a value before %s: --%s %s; what begins with -- is written --%s=%s", row->name, argv[i], row->name, row->value, row->name,
+                          argv[i]);
         if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
             return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
         if (row->kind == KIND_FLAG && equals) return refuse("--%s takes no value", row->name);

@@ -982,7 +982,14 @@ static int bench_size(const bench *b, const layer_kind *kind, int64_t rows, int6
 static int bench_arguments(bench *b)
 {
     const options *o = b->o;
+    const struct { const char *name; int given; } of_folder[] = {
+        {"kv", o->kv != NULL}, {"head", o->head != NULL}, {"context", o->context > 0}, {"chunk", o->chunk > 0}, {"max-memory", o->max_memory != NULL},
+        {"quantize", o->quantize != NULL}
+    };
     int64_t rows, cols;
+    for (int i = 0; i < COUNT(of_folder) && !o->arg_count; i++)
+        if (of_folder[i].given)
+            return refuse("--%s says how a model runs: moq bench DIR --%s ...; layers alone have no use for it", of_folder[i].name, of_folder[i].name);
     int bad = bench_rows(b, o->m ? o->m : "1,8,64,512"), layers = !o->arg_count || o->scheme.count || o->shape.count;
     for (int i = 0; !bad && i < o->scheme.count; i++)
         if (!bench_kind(o, i)) bad = refuse("--scheme %s: not known; `moq help bench` lists the kinds of layers", o->scheme.item[i]);
