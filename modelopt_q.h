@@ -14708,7 +14708,7 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_dot_near_512(const uint8_t *s, int64_t left,
     } else if (left >= some) b = _mm_loadl_epi64((const __m128i *)(const void *)s);
     else b = lie == MOQI_DOT_F32 ? _mm_maskz_loadu_epi32(1, s) : _mm_maskz_loadu_epi8((__mmask16)((1 << left) - 1), s);
     if (lie == MOQI_DOT_E4M3) return moqi_dot_lanes_512(b, order);
-    if (lie == MOQI_DOT_F32) return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_castsi128_ps(b)));
+    if (lie == MOQI_DOT_F32) return _mm512_permute_ps(_mm512_castsi512_ps(_mm512_broadcastq_epi64(b)), 0x50); /* lanes of moqi_dot_order_512 */
     if (lie == MOQI_DOT_HALF) {
         __m256 f = bf16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16)) : _mm256_cvtph_ps(b);
         return _mm512_permutexvar_ps(lane, _mm512_castps256_ps512(f));
@@ -14798,9 +14798,9 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
    ------------------------------------------------------------------------------------------------ */
 
 #ifdef MOQI_X86
-/* A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each, then of each 256 columns that they serve the codes, in
-   pairs already; at the end what fills no block, and zero points. One stream instead of eight, of which no line is passed over, or the hardware would lose
-   it, and fewer operations, whose sums are the same to the bit. */
+/* A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each (E4M3 in the order of the lanes), then of each 256
+   columns that they serve the codes, in pairs already; at the end what fills no block, and zero points. One stream instead of eight, of which no line is passed
+   over, or the hardware would lose it, and fewer operations, whose sums are the same to the bit. */
 enum { MOQI_WOVEN = 512 /* bytes of codes of 256 columns */, MOQI_WOVEN_LAST = 128 + 16 /* of a block that 4 or 2 rows share, codes and scales */ };
 
 /* How many rows share the block that their last columns do not fill; 1: there is none. */
@@ -14827,7 +14827,7 @@ static moqi_woven moqi_woven_of(const moqi_tiled *p)
     moqi_woven w;
     memset(&w, 0, sizeof w);
     w.lie = moqi_dot_zen(p) ? moqi_dot_lie_512(p) : MOQI_DOT_AFAR;
-    if (w.lie == MOQI_DOT_AFAR || p->layer.rows % 4 != 0) return w;
+    if (w.lie == MOQI_DOT_AFAR || p->layer.rows % 4 != 0 || (w.lie == MOQI_DOT_E4M3 && p->zeros)) return w; /* nobody has such zero points */
     w.each = moqi_dot_shares(p, w.lie) ? moqi_dot_each(cols) : 1;
     w.scales = (256 >> moqi_dot_lie_shift(p, w.lie)) * moqi_dot_lie_size(w.lie);
     w.every = 16 / w.scales;
@@ -14857,7 +14857,11 @@ MOQI_AVX512 static void moqi_weave_four_512(const moqi_tiled *p, const moqi_wove
     for (int k = 0; k < 4; k++) of[k] = p->scales + (p->scale_first + row + k) * bytes;
     for (int64_t i = 0; i < blocks + (w->last > 0); i++, src += 128, out += MOQI_WOVEN) {
         if (i % w->every == 0) {
-            for (int k = 0; k < 4; k++) memcpy(out + 16 * k, of[k] + i * w->scales, (size_t)moqi_min(16, bytes - i * w->scales));
+            for (int k = 0; k < 4; k++) {
+                const int64_t n = moqi_min(16, bytes - i * w->scales);
+                const __m128i s = _mm_maskz_loadu_epi8((__mmask16)((1 << n) - 1), of[k] + i * w->scales);
+                _mm_storeu_si128((__m128i *)(void *)(out + 16 * k), w->lie == MOQI_DOT_E4M3 ? _mm_shuffle_epi8(s, order) : s);
+            }
             out += 64;
         }
         for (int k = 0; k < 4; k++) {
@@ -14901,7 +14905,8 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_block_512(__m512i (*v)[2], const uint8_t *
         }
     }
     MOQI_UNROLL for (int k = 0; k < 4; k++) {
-        const __m512 s = moqi_dot_near_512(of + 16 * k, left, lie, bf16, lane, order);
+        const __m512 s = lie == MOQI_DOT_E4M3 ? moqi_dot_floats_512(_mm_loadu_si128((const __m128i *)(const void *)(of + 16 * k))) :
+                                                moqi_dot_near_512(of + 16 * k, left, lie, bf16, lane, order);
         if (digits == 2) q[k][0] = _mm512_add_epi32(q[k][0], _mm512_slli_epi32(q[k][1], 8));
         a[k][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q[k][0]), _mm512_loadu_ps(x + 64)), s, a[k][0]);
     }
@@ -14913,7 +14918,6 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_woven_scales_512(const uint8_t *at, int64_t 
     const __m128i b = _mm_loadu_si128((const __m128i *)(const void *)at);
     const int64_t each = 16 / moqi_dot_lie_size(lie);
     __m512 f = _mm512_castsi512_ps(_mm512_castsi128_si512(b));
-    if (lie == MOQI_DOT_E4M3) return moqi_dot_floats_512(b);
     if (lie == MOQI_DOT_E8M0) return moqi_e8m0_512(b);
     __m256i h = _mm256_castsi128_si256(b);
     if (lie == MOQI_DOT_HALF) {
@@ -14942,6 +14946,14 @@ MOQI_INLINE MOQI_AVX512 void moqi_woven_zeros_512(const moqi_dot_pass *pass, con
     }
 }
 
+/* The products of a block that 4 or 2 rows share. */
+MOQI_INLINE MOQI_VNNI __m512 moqi_woven_last_512(const moqi_dot_pass *pass, const uint8_t *src, __m512i table, int digits)
+{
+    const __m512i v[2] = {_mm512_loadu_si512(src), _mm512_loadu_si512(src + 64)};
+    const __m512 s = moqi_dot_floats_512(_mm_loadu_si128((const __m128i *)(const void *)(src + 128)));
+    return _mm512_mul_ps(moqi_dot_once_512(v, table, pass->last, digits), s);
+}
+
 /* What moqi_dot_rows_512 does for 4 rows of weights and one of x. acc: [pass->rows][16] */
 MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_t row, float *acc, int digits, int lie)
 {
@@ -14959,7 +14971,7 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_
         __m512 a[4][8];
         MOQI_UNROLL for (int k = 0; k < 4; k++) a[k][0] = _mm512_loadu_ps(pass->begin[0]);
         for (int64_t i = 0; i < blocks; i++, src += MOQI_WOVEN, of += w.scales, x += MOQI_DOT_WORDS * digits) {
-            if ((i & (w.every - 1)) == 0) { of = src; src += 64; }
+            if (lie == MOQI_DOT_E4M3 || (i & (w.every - 1)) == 0) { of = src; src += 64; }
             MOQI_UNROLL for (int k = 0; k < 8; k++) v[k / 2][k % 2] = _mm512_loadu_si512(src + 64 * k);
             moqi_woven_block_512(v, of, 16, x, table, lane, order, digits, lie, bf16, a);
         }
@@ -14969,14 +14981,15 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_
                 moqi_dot_pairs_512(_mm512_maskz_loadu_epi8(some[0], src + k * w.last), _mm512_maskz_loadu_epi8(some[1], src + k * w.last + 64), v[k]);
             moqi_woven_block_512(v, of, left, x, table, lane, order, digits, lie, bf16, a);
         }
-        for (int k = 0; w.each > 1 && k < 4; k += w.each, src += MOQI_WOVEN_LAST) {
-            const __m512i u[2] = {_mm512_loadu_si512(src), _mm512_loadu_si512(src + 64)};
-            const __m512 s = moqi_dot_floats_512(_mm_loadu_si128((const __m128i *)(const void *)(src + 128)));
-            const __m512 t = _mm512_mul_ps(moqi_dot_once_512(u, table, pass->last, digits), s);
+        if (lie == MOQI_DOT_E4M3 && w.each > 1) { /* every index is a constant, or sums would pass through memory */
+            const __m512 t = moqi_woven_last_512(pass, src, table, digits);
             if (w.each == 4) moqi_dot_spread_512(4, t, a);
-            else moqi_dot_spread_512(2, t, a + k);
+            else {
+                moqi_dot_spread_512(2, t, a);
+                moqi_dot_spread_512(2, moqi_woven_last_512(pass, src + MOQI_WOVEN_LAST, table, digits), a + 2);
+            }
         }
-        if (pass->p->zeros) moqi_woven_zeros_512(pass, &w, quad, digits * MOQI_DOT_WORDS, lie, bf16, a);
+        if (lie != MOQI_DOT_E4M3 && pass->p->zeros) moqi_woven_zeros_512(pass, &w, quad, digits * MOQI_DOT_WORDS, lie, bf16, a);
         MOQI_UNROLL for (int k = 0; k < 4; k++) _mm512_storeu_ps(acc + 16 * k, a[k][0]);
     }
 }
