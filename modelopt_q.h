@@ -14798,9 +14798,10 @@ MOQI_INLINE MOQI_VNNI void moqi_dot_last_512(const moqi_dot_pass *pass, const ui
    ------------------------------------------------------------------------------------------------ */
 
 #ifdef MOQI_X86
-/* A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each (E4M3 in the order of the lanes), then of each 256
-   columns that they serve the codes, in pairs already; at the end what fills no block, and zero points. One stream instead of eight, of which no line is passed
-   over, or the hardware would lose it, and fewer operations, whose sums are the same to the bit. */
+/* A copy for one row of x on Zen 4: of 4 rows of weights together a line of scales, 16 bytes of each, then of each 256 columns that they serve the codes, in
+   pairs already; at the end what fills no block, and zero points. E4M3 has a line for each block, in the order of the lanes, and it follows the codes because it
+   is read after them. One stream instead of eight, of which no line is passed over, or the hardware would lose it, and fewer operations, whose sums are the
+   same to the bit. */
 enum { MOQI_WOVEN = 512 /* bytes of codes of 256 columns */, MOQI_WOVEN_LAST = 128 + 16 /* of a block that 4 or 2 rows share, codes and scales */ };
 
 /* How many rows share the block that their last columns do not fill; 1: there is none. */
@@ -14838,6 +14839,9 @@ static moqi_woven moqi_woven_of(const moqi_tiled *p)
     return w;
 }
 
+/* Bytes of scales after the codes of a block; 0: they lie before. */
+MOQI_INLINE int64_t moqi_woven_after(int lie) { return lie == MOQI_DOT_E4M3 ? 64 : 0; }
+
 /* Are all zero points bytes? */
 static int moqi_woven_fits(const moqi_tiled *p)
 {
@@ -14850,19 +14854,20 @@ static int moqi_woven_fits(const moqi_tiled *p)
 MOQI_AVX512 static void moqi_weave_four_512(const moqi_tiled *p, const moqi_woven *w, int64_t row, uint8_t *out)
 {
     const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15); /* moqi_dot_order_512 */
-    const int64_t blocks = p->layer.cols / 256, bytes = p->groups * moqi_dot_lie_size(w->lie);
+    const int64_t blocks = p->layer.cols / 256, bytes = p->groups * moqi_dot_lie_size(w->lie), after = moqi_woven_after(w->lie);
     const uint8_t *src = p->codes + row * p->row_bytes, *of[4];
     __m512i v[2];
     for (int64_t i = 0; p->zeros && i < 4 * p->groups; i++) out[w->zeros + i] = (uint8_t)p->zeros[row * p->groups + i];
     for (int k = 0; k < 4; k++) of[k] = p->scales + (p->scale_first + row + k) * bytes;
-    for (int64_t i = 0; i < blocks + (w->last > 0); i++, src += 128, out += MOQI_WOVEN) {
+    for (int64_t i = 0; i < blocks + (w->last > 0); i++, src += 128, out += MOQI_WOVEN + after) {
         if (i % w->every == 0) {
+            uint8_t *const line = !after ? out : i < blocks ? out + MOQI_WOVEN : out + 4 * w->last;
             for (int k = 0; k < 4; k++) {
                 const int64_t n = moqi_min(16, bytes - i * w->scales);
                 const __m128i s = _mm_maskz_loadu_epi8((__mmask16)((1 << n) - 1), of[k] + i * w->scales);
-                _mm_storeu_si128((__m128i *)(void *)(out + 16 * k), w->lie == MOQI_DOT_E4M3 ? _mm_shuffle_epi8(s, order) : s);
+                _mm_storeu_si128((__m128i *)(void *)(line + 16 * k), w->lie == MOQI_DOT_E4M3 ? _mm_shuffle_epi8(s, order) : s);
             }
-            out += 64;
+            if (!after) out += 64;
         }
         for (int k = 0; k < 4; k++) {
             const uint8_t *at = src + k * p->row_bytes;
@@ -14963,6 +14968,7 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_
     const __m128i order = _mm512_cvtepi32_epi8(lane);
     const __mmask64 some[2] = {moqi_first_bytes_512(w.last), moqi_first_bytes_512(w.last - 64)};
     const int64_t blocks = pass->p->layer.cols / 256, left = pass->p->groups - (blocks * 256 >> moqi_dot_lie_shift(pass->p, lie));
+    const int64_t after = moqi_woven_after(lie);
     const uint8_t *quad = pass->p->woven + row / 4 * w.quad;
     for (int64_t r = 0; r < pass->rows; r += 4, acc += 64, quad += w.quad) {
         const float *x = pass->x;
@@ -14970,13 +14976,15 @@ MOQI_INLINE MOQI_VNNI void moqi_woven_rows_512(const moqi_dot_pass *pass, int64_
         __m512i v[4][2];
         __m512 a[4][8];
         MOQI_UNROLL for (int k = 0; k < 4; k++) a[k][0] = _mm512_loadu_ps(pass->begin[0]);
-        for (int64_t i = 0; i < blocks; i++, src += MOQI_WOVEN, of += w.scales, x += MOQI_DOT_WORDS * digits) {
-            if (lie == MOQI_DOT_E4M3 || (i & (w.every - 1)) == 0) { of = src; src += 64; }
+        for (int64_t i = 0; i < blocks; i++, src += MOQI_WOVEN + after, of += w.scales, x += MOQI_DOT_WORDS * digits) {
+            if (after) of = src + MOQI_WOVEN;
+            else if ((i & (w.every - 1)) == 0) { of = src; src += 64; }
             MOQI_UNROLL for (int k = 0; k < 8; k++) v[k / 2][k % 2] = _mm512_loadu_si512(src + 64 * k);
             moqi_woven_block_512(v, of, 16, x, table, lane, order, digits, lie, bf16, a);
         }
         if (w.last) {
-            if (blocks % w.every == 0) { of = src; src += 64; }
+            if (after) of = src + 4 * w.last;
+            else if ((blocks & (w.every - 1)) == 0) { of = src; src += 64; }
             MOQI_UNROLL for (int k = 0; k < 4; k++)
                 moqi_dot_pairs_512(_mm512_maskz_loadu_epi8(some[0], src + k * w.last), _mm512_maskz_loadu_epi8(some[1], src + k * w.last + 64), v[k]);
             moqi_woven_block_512(v, of, left, x, table, lane, order, digits, lie, bf16, a);
