@@ -10893,7 +10893,7 @@ static int moqc_attend_many(moqc_ctx *c, const moqk_attend_args *a)
         teams.kernel<<<(unsigned)moqc_min(tiles, c->sm_count), 384, (size_t)teams.shared, c->stream>>>(*a);
         return 1;
     }
-    if (kind == MOQK_KV_MX4 || shared + MOQK_TILE_OWN > (size_t)c->most_shared) return 0; /* of 99 KB: heads of more than 128 values in F32 activations */
+    if (kind == MOQK_KV_MX4 || shared + MOQK_TILE_OWN > (size_t)c->most_shared) return 0; /* of 99 KB: more than 128 values in F32 activations, 64 in F32 caches */
     dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_TILE_QUERIES), (unsigned)a->c.kv_heads);
 #define MOQC_CALL(D) \
     if (kind == MOQK_KV_BF16) moqk_attend_many<D, 1, 1><<<grid, 128, shared, c->stream>>>(*a); \

@@ -1967,7 +1967,6 @@ static void test_cuda_ssm(void)
     }
 }
 
-/* Copies of any size, also overlapping ones; uploads larger than the staging memory. */
 /* What is sent to memory of the host is what a download brings; it may be kept there while the source changes. */
 static void check_send(moq_dtype activations)
 {
@@ -1991,6 +1990,7 @@ static void check_send(moq_dtype activations)
     done(be);
 }
 
+/* Copies of any size, also overlapping ones; uploads larger than the staging memory. */
 static void test_cuda_copies(void)
 {
     enum { N = 21 << 20 };
