@@ -291,8 +291,10 @@ LLM_API int32_t llm_get_slot(const llm *m);                   /* of the KV cache
    to even. codes: [rows, cols] bytes, scales: [rows], both the caller's and kept by *out; both NULL: only shape and scheme, over no memory.
    MOQ_E_ARG: no such name; MOQ_E_UNSUPPORTED: the layer is quantized already, or a value is not finite. */
 LLM_API moq_result llm_make_head(const moq_linear *stored, const char *name, uint8_t *codes, float *scales, moq_linear *out, moq_error *err);
+/* From the next token on; NULL: greedy. The random numbers begin again from s->seed, also with the same settings. Values that llm_open would refuse
+   are not looked at. */
 LLM_API void llm_set_sampling(llm *m, const llm_sampling *s);
-/* The answer ends before the first of these strings, of which nothing is shown. They are copied; count 0: none. */
+/* The answer ends before the first of these strings, of which nothing is shown. They are copied; count 0: none; empty ones are left out. */
 LLM_API moq_result llm_set_stops(llm *m, const char *const *stops, int32_t count, moq_error *err);
 /* Guess up to `tokens` (at most llm_desc.draft) at once, by a smaller model with the same vocabulary, opened by itself and used for nothing
    else, or, NULL, from the conversation. The draft must outlive this. Models with a running state cannot draft and cannot be drafted for. */
@@ -326,8 +328,9 @@ LLM_API void llm_reset(llm *m);                               /* forget the conv
 
 /* ---- saved conversations ---- */
 
-/* Everything `m` holds, so that it goes on after llm_load exactly as it would have: text, tokens, cache, random numbers. A state fits the
-   same model with the same KV format on the same kind of backend; any other, or a damaged one, is refused and nothing changes. */
+/* What `m` holds, so that it goes on after llm_load exactly as it would have: text, tokens, cache, random numbers, stop strings. Settings of sampling are
+   not in it: set them before llm_load, for llm_set_sampling starts the random numbers anew. A state fits the same model with the same KV format on
+   the same kind of backend; any other, or a damaged one, is refused and nothing changes. */
 LLM_API moq_result llm_save(llm *m, const char *path, moq_error *err);
 LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err);
 /* The same in memory. Returns the bytes needed and fills `bytes` when they fit; SIZE_MAX on failure. */
@@ -356,7 +359,8 @@ LLM_API void llm_grammar_destroy(llm_grammar *g);
 LLM_API int64_t llm_grammar_shortest(const llm_grammar *g);    /* bytes of its shortest text */
 
 /* From the next answer on, answers are texts of `g`, at most max_tokens long (0: what the context leaves). As the limit comes near, the
-   answer is led to its end: it is always complete. Refused when even the shortest text does not fit. `g` must outlive its use.
+   answer is led to its end: it is always complete. Refused when even the shortest text does not fit, and
+   while an answer is being written. `g` must outlive its use.
    NULL: answers are free again, and max_tokens does not limit those. */
 LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tokens, moq_error *err);
 
