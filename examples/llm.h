@@ -292,7 +292,7 @@ LLM_API int32_t llm_get_slot(const llm *m);                   /* of the KV cache
    MOQ_E_ARG: no such name; MOQ_E_UNSUPPORTED: the layer is quantized already, or a value is not finite. */
 LLM_API moq_result llm_make_head(const moq_linear *stored, const char *name, uint8_t *codes, float *scales, moq_linear *out, moq_error *err);
 /* From the next token on; NULL: greedy. The random numbers begin again from s->seed, also with the same settings. Values that llm_open would refuse
-   are not looked at. */
+   are not refused here. */
 LLM_API void llm_set_sampling(llm *m, const llm_sampling *s);
 /* The answer ends before the first of these strings, of which nothing is shown. They are copied; count 0: none; empty ones are left out. */
 LLM_API moq_result llm_set_stops(llm *m, const char *const *stops, int32_t count, moq_error *err);
