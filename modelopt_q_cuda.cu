@@ -9702,7 +9702,7 @@ __device__ __forceinline__ void moqk_stream_meet(const moqk_attend_args &a, int3
 #pragma unroll
         for (int j = 0; j < 4; j++) x[j] *= v_unit;
         if (a.c.v.bias) {
-            const float *bias = a.c.v.bias + (int64_t)kv_head * dim, keys = l - (sink ? moqk_exp2(a.sinks[head + h] * MOQK_LOG2E - m) : 0); /* nor has a sink */
+            const float *bias = a.c.v.bias + (int64_t)kv_head * dim, keys = l - (sink ? moqk_exp2(a.sinks[head + h] * MOQK_LOG2E - m) : 0); /* a sink has none */
 #pragma unroll
             for (int j = 0; j < 4; j++) if (d + j < dim) x[j] += keys * bias[d + j];
         }

@@ -359,9 +359,8 @@ LLM_API void llm_grammar_destroy(llm_grammar *g);
 LLM_API int64_t llm_grammar_shortest(const llm_grammar *g);    /* bytes of its shortest text */
 
 /* From the next answer on, answers are texts of `g`, at most max_tokens long (0: what the context leaves). As the limit comes near, the
-   answer is led to its end: it is always complete. Refused when even the shortest text does not fit, and
-   while an answer is being written. `g` must outlive its use.
-   NULL: answers are free again, and max_tokens does not limit those. */
+   answer is led to its end: it is always complete. Refused when even the shortest text does not fit, and while an answer is
+   being written. `g` must outlive its use. NULL: answers are free again, and max_tokens does not limit those. */
 LLM_API moq_result llm_set_grammar(llm *m, const llm_grammar *g, int32_t max_tokens, moq_error *err);
 
 /* ---- tokens: for tools, scoring and calibration ---- */
@@ -7668,11 +7667,10 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     m->slot = (int32_t *)slot;
     m->best = (int32_t *)best;
     m->head_rows = llmi_head_rows(m);
-    part = (uint64_t)m->head_rows + 1;
+    part = ((uint64_t)m->head_rows + 1) * (uint64_t)m->head_part;
     m->head_cut = ((1 << 20) / c->hidden + 64) / 64 * 64; /* about a million products */
     if (m->dry) m->planned += (uint64_t)m->head_rows * (uint64_t)c->vocab * m->elem;
     else if (!(m->logits = llmi_alloc(m, (uint64_t)m->head_rows * (uint64_t)c->vocab, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
-    part *= (uint64_t)m->head_part;
     if (m->dry) m->planned += part * m->elem;
     else if (part && !(m->part = llmi_alloc(m, part, m->elem, err))) return llmi_code(err, MOQ_E_NOMEM);
     m->length = (int32_t *)llmi_take(&m->arena, (size_t)m->slots, sizeof *m->length);
