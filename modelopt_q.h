@@ -30685,30 +30685,48 @@ static moq_result moqi_auto_load(moqi_auto *x, moq_error *err)
 
 /* ---- the choice, and the folder ---- */
 
-static moq_result moqi_auto_solve(moqi_auto *x, moq_error *err)
+/* The choice as a problem of its own; the units are the search's memory. */
+static moq_result moqi_auto_describe(moqi_auto *x, moq_solve_desc *d, moq_error *err)
 {
     moq_search *s = x->s;
-    moq_solve_desc d;
     size_t n = s->info.units;
-    double cost = 0;
-    static const double plain[3] = {0, 0.99, 0.90}, active[3] = {0.99, 0.90, 0};
     moq_unit *units = (moq_unit *)moqi_take_array(&s->arena, n, sizeof *units);
-    int32_t *choice = (int32_t *)moqi_take_array(&s->arena, n, sizeof *choice);
-    if (!units || !choice) return moqi_nomem(err, n * sizeof *units);
+    if (!units) return moqi_nomem(err, n * sizeof *units);
     for (size_t i = 0; i < n; i++) {
         units[i].name = s->order[i]->pub.name;
         units[i].formats = s->order[i]->pub.formats;
         units[i].scores = s->order[i]->scores;
         units[i].costs = s->order[i]->costs;
     }
-    memset(&d, 0, sizeof d);
-    d.units = units;
-    d.count = n;
-    d.effective_bits = x->desc->effective_bits > 0 ? x->desc->effective_bits : 4.8;
-    d.uncompressed = s->info.uncompressed;
-    d.fixed_cost = s->fixed;
-    d.method = s->info.method;
-    d.allocator = x->desc->allocator;
+    memset(d, 0, sizeof *d);
+    d->units = units;
+    d->count = n;
+    d->effective_bits = x->desc->effective_bits > 0 ? x->desc->effective_bits : 4.8;
+    d->uncompressed = s->info.uncompressed;
+    d->fixed_cost = s->fixed;
+    d->method = s->info.method;
+    d->allocator = x->desc->allocator;
+    return MOQ_OK;
+}
+
+/* Is the budget enough for the smallest formats? Before hours of scoring. */
+static moq_result moqi_auto_afford(moqi_auto *x, moq_error *err)
+{
+    moq_solve_desc d;
+    if (moqi_auto_describe(x, &d, err) < 0) return err->code;
+    return moqi_check_units(&d, moqi_budget(&d), err);
+}
+
+static moq_result moqi_auto_solve(moqi_auto *x, moq_error *err)
+{
+    moq_search *s = x->s;
+    moq_solve_desc d;
+    double cost = 0;
+    static const double plain[3] = {0, 0.99, 0.90}, active[3] = {0.99, 0.90, 0};
+    size_t n = s->info.units;
+    int32_t *choice = (int32_t *)moqi_take_array(&s->arena, n, sizeof *choice);
+    if (!choice) return moqi_nomem(err, n * sizeof *choice);
+    if (moqi_auto_describe(x, &d, err) < 0) return err->code;
     moq_result r = MOQ_E_CONFIG;
     for (int i = 0; i < 3 && r == MOQ_E_CONFIG; i++) {
         d.lower = x->desc->active_experts ? active[i] : plain[i];
@@ -30834,6 +30852,7 @@ static moq_result moqi_auto_run(moqi_auto *x, moq_error *err)
     x->s->info.method = d->method;
     r = moqi_auto_collect(x, err);
     if (r >= 0) r = moqi_auto_finish_units(x, err);
+    if (r >= 0 && !d->search) r = moqi_auto_afford(x, err);
     if (r >= 0) r = d->search ? moqi_auto_load(x, err) : moqi_auto_scores(x, err);
     if (r >= 0) r = moqi_auto_solve(x, err);
     if (r >= 0 && d->save_search) r = moqi_auto_save(x, err);

@@ -247,11 +247,11 @@ static moq_result host_sum(void *user, moq_backend *be, void *x, size_t count, m
     team *t = m->t;
     size_t bytes = count * (be->act == MOQ_BF16 ? 2 : 4);
     moq_result code = MOQ_OK;
-    int set = m->turn ^= 1, here = m->rank % t->devices, whole = 1;
+    int set = m->turn ^= 1, here = m->rank % t->devices;
     if (bytes > m->spare_bytes) {                              /* the same for all: their sums are of one size */
         code = be->sync(be, err);
-        whole = meet(m);                                       /* nobody reads the old memory */
-        if (m->spare) be->release(be, m->spare);
+        if (!meet(m)) return moq_fail(err, MOQ_E_BACKEND, "all_reduce", "another rank failed");
+        if (m->spare) be->release(be, m->spare);               /* nobody reads it any more */
         m->spare = be->alloc(be, 3 * bytes, err);
         m->spare_bytes = m->spare ? bytes : 0;
         if (!m->spare) code = MOQ_E_NOMEM;
@@ -260,8 +260,7 @@ static moq_result host_sum(void *user, moq_backend *be, void *x, size_t count, m
     if (code >= 0) be->copy(be, t->x[set][m->rank], x, bytes);
     if (code >= 0) code = be->sync(be, err);
     t->failed[set][m->rank] = code < 0;
-    whole = whole && meet(m);                                  /* everybody's x is there */
-    if (!whole) return moq_fail(err, MOQ_E_BACKEND, "all_reduce", "another rank failed");
+    if (!meet(m)) return moq_fail(err, MOQ_E_BACKEND, "all_reduce", "another rank failed"); /* else everybody's x is there */
     for (int r = 0; r < t->ranks && code >= 0; r++)            /* what fails on one rank fails on all: none waits for another */
         if (t->failed[set][r]) code = moq_fail(err, MOQ_E_BACKEND, "all_reduce", "rank %d failed", r);
     if (code < 0) return code;

@@ -291,9 +291,9 @@ LLM_API int32_t llm_get_slot(const llm *m);                   /* of the KV cache
    to even. codes: [rows, cols] bytes, scales: [rows], both the caller's and kept by *out; both NULL: only shape and scheme, over no memory.
    MOQ_E_ARG: no such name; MOQ_E_UNSUPPORTED: the layer is quantized already, or a value is not finite. */
 LLM_API moq_result llm_make_head(const moq_linear *stored, const char *name, uint8_t *codes, float *scales, moq_linear *out, moq_error *err);
-/* From the next token on; NULL: greedy. The random numbers begin again from s->seed, also with the same settings. Values that llm_open would refuse
-   are not refused here. */
-LLM_API void llm_set_sampling(llm *m, const llm_sampling *s);
+/* From the next token on; NULL: greedy. The random numbers begin again from s->seed, also with the same settings. MOQ_E_ARG for what llm_open would
+   refuse in llm_desc.sampling: nothing changes then. */
+LLM_API moq_result llm_set_sampling(llm *m, const llm_sampling *s);
 /* The answer ends before the first of these strings, of which nothing is shown. They are copied; count 0: none; empty ones are left out. */
 LLM_API moq_result llm_set_stops(llm *m, const char *const *stops, int32_t count, moq_error *err);
 /* Guess up to `tokens` (at most llm_desc.draft) at once, by a smaller model with the same vocabulary, opened by itself and used for nothing
@@ -8272,12 +8272,12 @@ static int llmi_pass_record(llmi_model *m)
         for (int32_t i = 0; i < m->c.layers; i++) llmi_pass_layer(m, &m->layers[i]);
         llmi_pass_logits(m, 1, m->c.vocab);
         m->step = be->capture_end(be, NULL);
-        if (m->step && m->unsummed.code < 0) { be->release_graph(be, m->step); m->step = NULL; } /* a sum is missing in it */
         m->no_step = !m->step;
+        if (m->step && m->unsummed.code < 0) { be->release_graph(be, m->step); m->step = NULL; } /* a sum is missing in it: not this time */
     }
     p->max_pos = pos;
     p->add = NULL;
-    return !m->no_step;
+    return m->step != NULL;
 }
 
 /* The pass of a token that is being generated, from a recording: hundreds of launches become one. The first such pass runs unrecorded: code
@@ -12372,11 +12372,26 @@ static moq_result llmi_check_range(const char *key, int64_t v, int64_t most, moq
     return moq_fail(err, MOQ_E_ARG, key, "%lld is outside 0..%lld; 0 is the default", (long long)v, (long long)most);
 }
 
-/* A setting of 0 .. limit; NaN is refused. */
-static moq_result llmi_check_float(const char *key, float v, float limit, moq_error *err)
+/* A setting of least .. most; NaN is refused. */
+static moq_result llmi_check_float(const char *key, float v, float least, float most, moq_error *err)
 {
-    if (llmi_rank(v) >= llmi_rank(0.0f) && llmi_rank(v) <= llmi_rank(limit)) return MOQ_OK;
-    return moq_fail(err, MOQ_E_ARG, key, "%g is outside 0..%g", (double)v, (double)limit);
+    if (llmi_rank(v) >= llmi_rank(least) && llmi_rank(v) <= llmi_rank(most)) return MOQ_OK;
+    return moq_fail(err, MOQ_E_ARG, key, "%g is outside %g..%g", (double)v, (double)least, (double)most);
+}
+
+static moq_result llmi_check_sampling(const llm_sampling *s, moq_error *err)
+{
+    moq_result r;
+    if ((r = llmi_check_range("llm_desc.sampling.top_k", s->top_k, INT32_MAX, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.sampling.penalty_window", s->penalty_window, INT32_MAX, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.sampling.bias_count", s->bias_count, s->bias ? INT32_MAX : 0, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.temperature", s->temperature, 0, 1e6f, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.top_p", s->top_p, 0, 1, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.min_p", s->min_p, 0, 1, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.typical_p", s->typical_p, 0, 1, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.presence_penalty", s->presence_penalty, -1e6f, 1e6f, err)) < 0) return r;
+    if ((r = llmi_check_float("llm_desc.sampling.frequency_penalty", s->frequency_penalty, -1e6f, 1e6f, err)) < 0) return r;
+    return llmi_check_float("llm_desc.sampling.repetition_penalty", s->repetition_penalty, 0, 1e6f, err);
 }
 
 /* The caller's mistakes, each named by its field. */
@@ -12394,12 +12409,12 @@ static moq_result llmi_check_desc(const llm_desc *d, moq_error *err)
     if ((r = llmi_check_range("llm_desc.logprobs", d->logprobs, LLM_TOP, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.ranks", d->ranks, 1 << 10, err)) < 0) return r;
     if ((r = llmi_check_range("llm_desc.threads", d->threads, 1 << 16, err)) < 0) return r;
-    if ((r = llmi_check_range("llm_desc.sampling.top_k", d->sampling.top_k, INT32_MAX, err)) < 0) return r;
-    if ((r = llmi_check_float("llm_desc.sampling.temperature", d->sampling.temperature, 1e6f, err)) < 0) return r;
-    if ((r = llmi_check_float("llm_desc.sampling.top_p", d->sampling.top_p, 1, err)) < 0) return r;
-    if ((r = llmi_check_float("llm_desc.sampling.min_p", d->sampling.min_p, 1, err)) < 0) return r;
-    if ((r = llmi_check_float("llm_desc.sampling.typical_p", d->sampling.typical_p, 1, err)) < 0) return r;
-    return llmi_check_float("llm_desc.sampling.repetition_penalty", d->sampling.repetition_penalty, 1e6f, err);
+    if ((r = llmi_check_range("llm_desc.endless", d->endless, 1, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.no_tokenizer", d->no_tokenizer, 1, err)) < 0) return r;
+    if ((r = llmi_check_range("llm_desc.all_reduce_queues", d->all_reduce_queues, 1, err)) < 0) return r;
+    if ((int)d->act < 0 || (int)d->act > (int)MOQ_ACT_BF16)
+        return moq_fail(err, MOQ_E_ARG, "llm_desc.act", "%d is no moq_act; 0 is MOQ_ACT_AUTO", (int)d->act);
+    return llmi_check_sampling(&d->sampling, err);
 }
 
 /* The caller's checkpoint and backend, or our own, which the last llm_close then closes. */
@@ -12522,18 +12537,26 @@ static void llmi_house_close(llmi_house *h)
     moq_release(&a, h, sizeof *h);
 }
 
-/* Room for everything that a conversation can come to hold, so that answering allocates nothing; 0 when out of memory.
+/* Room for everything that a conversation can come to hold, so that answering allocates nothing; MOQ_E_NOMEM when there is none.
    What is said is stored when it is said. */
-static int llmi_reserve(llm *m)
+static moq_result llmi_reserve(llm *m, moq_error *err)
 {
     const llmi_house *h = m->house;
     moq_backend *be = m->model->be;
     size_t context = (size_t)m->model->c.context, text = h->tokenizer ? (context + 1) * h->token_bytes + 64 : 0;
     size_t logits = (1 + (size_t)h->desc.draft) * (size_t)m->model->c.vocab * sizeof *m->last;
-    m->last = (float *)(be->host_alloc ? be->host_alloc(be, logits, NULL) : moq_allocate(&m->a, logits));
-    return m->last && llmi_ids_reserve(&m->ids, context + 1) && llmi_bytes_reserve(&m->text, text) && llmi_bytes_reserve(&m->raw, text) &&
-           llmi_bytes_reserve(&m->piece, 3 * text + 1) && /* a byte that is no UTF-8 becomes three */
-           (!h->desc.logprobs || llmi_bytes_reserve(&m->tokens, (context + 1) * sizeof(llm_token)));
+    moq_error e;
+    llmi_no_error(&e);
+    m->last = (float *)(be->host_alloc ? be->host_alloc(be, logits, &e) : moq_allocate(&m->a, logits));
+    if (!m->last && e.code < 0) {
+        if (err) *err = e;
+        return e.code;
+    }
+    if (m->last && llmi_ids_reserve(&m->ids, context + 1) && llmi_bytes_reserve(&m->text, text) && llmi_bytes_reserve(&m->raw, text) &&
+        llmi_bytes_reserve(&m->piece, 3 * text + 1) && /* a byte that is no UTF-8 becomes three */
+        (!h->desc.logprobs || llmi_bytes_reserve(&m->tokens, (context + 1) * sizeof(llm_token))))
+        return MOQ_OK;
+    return llmi_nomem(err, "conversation");
 }
 
 /* The slot becomes free. */
@@ -12584,8 +12607,7 @@ static llm *llmi_enter(llmi_house *h, int32_t slot, moq_error *err)
     h->model.length[slot] = 0;
     llmi_no_error(&m->kept);
     llm_set_sampling(m, &h->desc.sampling);
-    if (llmi_reserve(m)) return m;
-    llmi_nomem(err, "conversation");
+    if (llmi_reserve(m, err) >= 0) return m;
     llmi_leave(m);
     return NULL;
 }
@@ -12663,13 +12685,14 @@ static void llmi_unpick(llm *m)
 }
 
 /* The generator starts again from the seed; NULL is greedy. */
-LLM_API void llm_set_sampling(llm *m, const llm_sampling *s)
+LLM_API moq_result llm_set_sampling(llm *m, const llm_sampling *s)
 {
-    if (!m) return;
+    if (!m || (s && llmi_check_sampling(s, NULL) < 0)) return MOQ_E_ARG;
     llmi_unpick(m);
     if (s) m->sampling = *s;
     else memset(&m->sampling, 0, sizeof m->sampling);
     m->random = m->sampling.seed;
+    return MOQ_OK;
 }
 
 /* Empty strings are left out: they would stop everything. */

@@ -759,6 +759,7 @@ check "run --json is JSON" json
 check "run --json: tokens" out '"prompt_tokens": 40'
 run run "$demo" --prompt "hello" --max-tokens 3 --json
 check "run --max-tokens" out '"generated_tokens": 3'
+check "run --json: why it ended" out '"end": "length"'
 run run "$demo" --prompt "hello" --temp 1 --seed 7
 cp "$dir/out" "$dir/first"
 run run "$demo" --prompt "hello" --temp 1 --seed 7 --threads 1

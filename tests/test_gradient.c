@@ -563,7 +563,9 @@ static void test_auto_misuse(void)
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_STATE && strstr(err.text, "logits"));
     g.samples.logits = 1;
     d.effective_bits = 3;
+    d.forward = run_no_batch; /* too few bits are told before anything runs */
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_CONFIG && strstr(err.text, "takes 4.5"));
+    d.forward = llm_calibrate;
     d.target = TEST_DIR;
     CHECK(!moq_autoquant(&d, &err) && err.code == MOQ_E_ARG && strstr(err.text, "exists already"));
     d.target = NULL;

@@ -2521,13 +2521,16 @@ static void print_stats(const engine *e)
             s->generate_seconds > 0 ? (double)s->generated_tokens / s->generate_seconds : 0.0);
 }
 
-static void json_answer(const engine *e, const char *text, size_t length)
+/* end: why there is no more: "stop", "length" (--max-tokens) or "context" */
+static void json_answer(const engine *e, const char *text, size_t length, const char *end)
 {
     const llm_stats *s = llm_get_stats(e->m);
     json_out j = json_to(stdout, 1);
     json_open(&j, NULL, '{');
     json_item(&j, "text");
     json_text(&j, text, length);
+    json_item(&j, "end");
+    json_text(&j, end, strlen(end));
     json_int(&j, "prompt_tokens", (int64_t)s->prompt_tokens);
     json_int(&j, "generated_tokens", (int64_t)s->generated_tokens);
     json_number(&j, "prompt_seconds", s->prompt_seconds);
@@ -2562,7 +2565,7 @@ static int answer(const engine *e, const options *o)
     full = !piece && err.code == MOQ_E_STATE && strcmp(err.object, "context") == 0 && llm_get_stats(e->m)->generated_tokens > before &&
            !o->json_schema && !o->grammar;
     if (full) err.code = MOQ_OK;
-    if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length);
+    if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length, piece ? "length" : full ? "context" : "stop");
     if (!o->json && (shown || err.code == MOQ_OK)) fputc('\n', stdout); /* an error without an answer leaves nothing on stdout */
     fflush(stdout); /* before what stderr says, should both go to one place */
     free(all);
@@ -2877,7 +2880,7 @@ static int open_side(side *s, const char *path)
     moq_error err;
     memset(s, 0, sizeof *s);
     s->path = path;
-    if (stat(path, &info) != 0) return refuse("%s: %s", path, strerror(errno));
+    if (stat(path, &info) != 0) return refuse("%s: %s; diff compares two checkpoint folders or two .safetensors files", path, strerror(errno));
     if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, NULL, 0, &err);
     else s->st = moq_st_open(path, NULL, &err);
     return s->ck || s->st ? 0 : refuse_error(path, &err);
