@@ -594,6 +594,13 @@ static void *count_most(void *user, size_t bytes, size_t align)
     return p;
 }
 
+/* What opening may hold for a moment: a backend's scratch memory grows with the layers, the old one is there until the new one is. Reading a tokenizer
+   takes more, but before all that is large. */
+static uint64_t passing(llm *m)
+{
+    return 400000 + moqi_cpu_of(llm_get_backend(m))->scratch_bytes;
+}
+
 /* The plan is what opening allocates, and answering allocates nothing. */
 static void check_plan(const char *path, int talks)
 {
@@ -617,8 +624,8 @@ static void check_plan(const char *path, int talks)
     llm *m = llm_open(&d, &e);
     CHECK(m != NULL);
     if (!m) return;
-    if (most_live > count.live + 400000) fprintf(stderr, "%s: opening takes %.0f more than it keeps\n", path, (double)(most_live - count.live));
-    CHECK(most_live <= count.live + 400000); /* reading a tokenizer takes more, but before all that is large */
+    if (most_live > count.live + passing(m)) fprintf(stderr, "%s: opening takes %.0f more than it keeps\n", path, (double)(most_live - count.live));
+    CHECK(most_live <= count.live + passing(m));
     llm *a = llm_join(m, &e), *b = llm_join(m, &e);
     CHECK(a && b);
     double planned = (double)(p.total_bytes - p.mapped_bytes), live = (double)count.live;
@@ -681,7 +688,7 @@ static void test_plan_large_tokenizer(void)
     llm *m = ck ? llm_open(&d, &e) : NULL;
     if (!m) fprintf(stderr, "%s\n", e.text);
     CHECK(m != NULL);
-    CHECK(count.live > 2 * pad + 1000000 && most_live <= count.live + 400000);
+    CHECK(m && count.live > 2 * pad + 1000000 && most_live <= count.live + passing(m));
     llm_close(m);
     moq_close(ck);
     for (size_t i = 0; i < LLMI_COUNT(names); i++) free((void *)(uintptr_t)files[i].data);
