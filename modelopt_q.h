@@ -90,7 +90,7 @@
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
-                        >>strips       AMX: NVFP4, FP8, INT8
+                        >>strips       AMX: codes of 4 and 8 bits, decoded beside the products
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
                          >>kernels      which instruction set serves a layer
@@ -16632,7 +16632,7 @@ static int moqi_amx_takes(const moqi_tiled *p)
    bits of an F16 number are those of a BF16 number 2^112 times smaller. The table is 2^12 times too large, so that no product is subnormal (tiles
    take such numbers for 0), scales are 2^8 too small; E4M3 codes become 2^7 times too large. All that goes to x, where every row has a power of two of
    its own. */
-enum { MOQI_AMX_HALF = 108, MOQI_AMX_EIGHT = 105 };
+enum { MOQI_AMX_HALF = 108, MOQI_AMX_EIGHT = 105, MOQI_AMX_WHOLE = 121 };
 
 #if defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12
 #define MOQI_AMX_F16 1
@@ -16655,6 +16655,47 @@ static int moqi_amx_halves(const moqi_tiled *p)
     (void)p;
     return 0;
 #endif
+}
+
+/* What weights are that >>strips decodes: how rows of codes become rows of tiles is all that tells one kind from another. */
+enum {
+    MOQI_STRIP_F4,            /* E2M1, E4M3 scales of 16 columns */
+    MOQI_STRIP_F8,            /* E4M3, one scale for each row */
+    MOQI_STRIP_I8,            /* INT8 and such inputs, one scale for each row: bytes, not pairs of BF16 */
+    MOQI_STRIP_M4,            /* E2M1, E8M0 scales of 32 columns */
+    MOQI_STRIP_T4,            /* any other 4 bits: groups of 32 columns and more, zero points */
+    MOQI_STRIP_M8,            /* E4M3, E8M0 scales of 32 columns */
+    MOQI_STRIP_S8,            /* E4M3, scales of 128 columns and more by 32 rows and more */
+    MOQI_STRIP_W8,            /* INT8, one scale for each row */
+    MOQI_STRIP_NONE
+};
+
+typedef struct moqi_strip_shape {
+    int8_t bits;              /* of a code */
+    int8_t tiles;             /* of the words of a vector of codes the i-th is word i / tiles of tile i % tiles */
+    int8_t lacks;             /* the exponent that the weights in tiles, and so the sums, lack */
+} moqi_strip_shape;
+static const moqi_strip_shape moqi_strip_shapes[] = {{4, 4, MOQI_AMX_HALF}, {8, 2, MOQI_AMX_EIGHT}, {8, 1, 0}, {4, 4, 2}, {4, 4, 0}, {8, 2, 8}, {8, 2, 0},
+                                                     {8, 2, MOQI_AMX_WHOLE}, {0, 0, 0}};
+
+/* What strips decode of a layer whose inputs may be BF16. */
+static int moqi_amx_strip_of(const moqi_tiled *p)
+{
+    const int bits = moqi_pairs_bits(p), one = p->groups == 1 && !p->zeros, by32 = p->scale_dtype == MOQ_F8_E8M0 && p->shift == 5 && p->group_rows == 1;
+    if (moqi_amx_halves(p)) return bits == 4 ? MOQI_STRIP_F4 : MOQI_STRIP_F8;
+    if (bits == 4 && by32 && !one && !p->zeros && p->zero == 0 && p->layer.scheme.weight.elem == MOQ_F4) return MOQI_STRIP_M4;
+    if (bits == 4) return p->groups == 1 || p->shift >= 5 ? MOQI_STRIP_T4 : MOQI_STRIP_NONE;
+    if (bits != 8) return MOQI_STRIP_NONE;
+    if (p->dtype == MOQ_F8_E4M3 && p->zero == 0 && !p->zeros && p->scales && !one) {
+        if (p->shift >= 7 && p->group_rows >= 32) return MOQI_STRIP_S8;
+#ifdef MOQI_AMX_F16
+        if (by32) return MOQI_STRIP_M8;
+#endif
+    }
+#ifdef MOQI_AMX_F16
+    if (one && (p->dtype == MOQ_I8 || p->dtype == MOQ_U8) && p->zero == (p->dtype == MOQ_I8 ? 0.0f : 128.0f)) return MOQI_STRIP_W8;
+#endif
+    return MOQI_STRIP_NONE;
 }
 
 /* The exponent of F32 of the largest of x, 255 with infinity or NaN. Rows are long and follow each other: lines are asked for over the ends of pages. */
@@ -16706,18 +16747,17 @@ MOQI_AVX512 static float *moqi_amx_finite(const uint16_t *place, const float *x,
     return out;
 }
 
-/* The power of two that brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does. */
-static int moqi_amx_up(int most) { return (int)moqi_min(120, 207 - most); }
+/* Where weights lack so much: the power of two that brings the largest of x near 2^80, of numbers below 2^-40 not so near; with NaN or infinity any does. */
+static int moqi_amx_up(int lacks, int most) { return lacks < 100 ? 0 : (int)moqi_min(120, 207 - most); }
 
 /* x [n] times a power of two, and behind it the exponent that the sums still lack, as F32. */
 MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
-    const int halves = moqi_amx_halves(p), most = halves ? moqi_amx_exponent(x, n) : 255;
-    const int up = halves ? moqi_amx_up(most) : 0;
+    const int lacks = moqi_strip_shapes[moqi_amx_strip_of(p)].lacks, most = moqi_amx_exponent(x, n), up = moqi_amx_up(lacks, most);
     uint16_t place[32];
     moqi_amx_places(p, place);
     float *end = most < 255 ? moqi_amx_finite(place, x, n, out, step, up) : moqi_pairs_row(p, x, n, out, step, up);
-    *end = (float)(halves - up);
+    *end = (float)(lacks - up);
 }
 
 /* The product of numbers in F16. clang 14 has no intrinsics for them without flags, GCC none without a header of its own; older assemblers do not know it. */
@@ -16959,7 +16999,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
 }
 
 /* Measured: what strips can decode takes less time there, for any number of rows of x. */
-static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_halves(p) ? moqi_amx_takes(p) : 0; }
+static int moqi_amx_strips_take(const moqi_tiled *p) { return moqi_amx_strip_of(p) != MOQI_STRIP_NONE ? moqi_amx_takes(p) : 0; }
 static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 0 : moqi_amx_takes(p); }
 
 static const moqi_way moqi_amx_way = {"BF16 tiles", 2, moqi_amx_blocks_take, moqi_amx_arrange, moqi_amx_multiply, moqi_pairs_decode, NULL};
@@ -17085,9 +17125,9 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>strips          AMX: NVFP4, FP8, and INT8 with INT8 inputs
-   What >>matrix does with panels, without turning codes: for E2M1 with E4M3 scales of 16 columns and for E4M3 with one scale for each row as pairs of BF16,
-   for INT8 with one scale for each row and such inputs as bytes.
+   >>strips          AMX: codes of 4 and 8 bits, decoded beside the products
+   What >>matrix does with panels, without turning codes: as pairs of BF16 for all 4-bit codes whose groups are long enough, for E4M3 but where every row has
+   scales of its own in F32, for INT8 with one scale for each row; as bytes for that with such inputs.
    ------------------------------------------------------------------------------------------------ */
 
 /* A block is 32 or 64 rows of weights by 512 bytes: 256 columns of pairs, 512 of bytes. Rows of weights are rows of tiles, so codes need no turning; x is
@@ -17106,22 +17146,22 @@ enum {
     MOQI_STRIP_WORDS = 128    /* of a row of it, in 8 tiles */
 };
 
-/* What weights are: all that tells one kind of strips from another is how rows of codes become rows of tiles. */
-enum { MOQI_STRIP_F4, MOQI_STRIP_F8, MOQI_STRIP_I8 };
+static int moqi_strip_kind(const moqi_tiled *p, const moqi_way *way) { return way->unit == MOQI_STRIP_BYTES ? MOQI_STRIP_I8 : moqi_amx_strip_of(p); }
 
-static int moqi_strip_kind(const moqi_tiled *p, const moqi_way *way)
-{
-    return way->unit == MOQI_STRIP_BYTES ? MOQI_STRIP_I8 : p->form == MOQI_CODES_NIBBLES ? MOQI_STRIP_F4 : MOQI_STRIP_F8;
-}
 
 /* Where a block begins: row of the task, column of the layer. */
 typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
 
 /* Rows of weights times rows of x, up to MOQI_WAY_TOKENS. */
+struct moqi_strip_work;
 typedef struct moqi_amx_strips {
     const moqi_tiled *p;
     int64_t row, rows;        /* of the task */
     int kind;                 /* MOQI_STRIP_... */
+    void (*two)(struct moqi_strip_work *d); /* decodes two rows, for the kinds that have no loops of their own */
+    int64_t first, col;       /* where the block that is decoded begins in the layer */
+    int64_t size;             /* bytes of the codes of one of its rows */
+    int64_t bytes, under;     /* of a scale, and of those of one of its rows; 0: rows have not several of their own */
     int64_t unit;             /* columns in a word: 4 or 2 */
     const float *x;           /* [m / 16][words / 16][16 words][16 rows of x], behind each 16 rows their scales, or the exponents that their sums lack */
     int64_t ldx, m;
@@ -17135,6 +17175,11 @@ typedef struct moqi_amx_strips {
     float mul[MOQI_WAY_ROWS]; /* the factors of rows; NaN with a scale that is none */
     uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
     uint16_t masks[2][32], group[4][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales are those of 128 columns each */
+    uint16_t lanes[32], upper[32]; /* which 16 columns of 64 a word is of; where the upper halves of 32 bits are */
+    uint16_t words[32];       /* MOQI_STRIP_M4: the codes' values in BF16, 2^125 times too large, twice */
+    float bare[128];          /* the values of 4-bit codes less a zero point that is the same everywhere; of the positive codes of E4M3 */
+    float scale[2];           /* MOQI_STRIP_S8: the scales that are in `eights` */
+    uint8_t eights[2][256];   /* [group] the low bytes of those values times the scale in BF16, and the high ones */
 } moqi_amx_strips;
 
 /* The block that is decoded, and the codes and scales that are asked for meanwhile. */
@@ -17146,11 +17191,18 @@ typedef struct moqi_strip_work {
     float *mul;
     const uint8_t *ask, *ask_groups; /* lines that are asked for with the next two rows */
     int64_t ask_row, ask_group; /* bytes from those of a row to the next row's */
+    moqi_amx_strips *s;       /* for the kinds that have no loops of their own */
 } moqi_strip_work;
 
 /* Columns of a block, and the bytes of their codes. */
 static int64_t moqi_strip_cols(const moqi_amx_strips *s) { return MOQI_STRIP_WORDS * s->unit; }
-static int64_t moqi_strip_size(const moqi_amx_strips *s, int64_t cols) { return s->kind == MOQI_STRIP_F4 ? cols / 2 : cols; }
+static int64_t moqi_strip_size(const moqi_amx_strips *s, int64_t cols) { return cols * moqi_strip_shapes[s->kind].bits / 8; }
+
+/* The scale of a row, where rows have several of their own. */
+static const uint8_t *moqi_strip_groups(const moqi_amx_strips *s, int64_t row, int64_t col)
+{
+    return s->p->scales + (moqi_stream_scale_at(s->p, row) + moqi_stream_group(s->p, col)) * s->bytes;
+}
 
 /* The block after `at`; 0: there is none. */
 static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
@@ -17172,7 +17224,7 @@ static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_s
 {
     const moqi_tiled *p = s->p;
     const int64_t from = at.col / s->wide * s->wide, past = (at.col - from) / moqi_strip_cols(s), more = from + s->wide < p->layer.cols;
-    const int64_t size = moqi_strip_size(s, moqi_strip_cols(s));
+    const int64_t size = s->size;
     const int whole = p->row_bytes <= moqi_strip_size(s, s->wide);
     int64_t row = s->row + at.row + s->high, col = whole ? from : at.col;
     if (at.row + s->high >= s->rows) {
@@ -17181,16 +17233,21 @@ static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_s
     }
     d->ask_row = whole ? size : p->row_bytes;
     d->ask = p->codes + row * p->row_bytes + moqi_strip_size(s, col) + (whole ? past * s->high * size : 0);
-    if (s->kind != MOQI_STRIP_F4) return;
-    d->ask_group = whole ? MOQI_STRIP_WORDS / 8 : p->scale_step * p->scale_stride;
-    d->ask_groups = p->scales + moqi_stream_scale_at(p, row) + col / 16 + (whole ? past * s->high * MOQI_STRIP_WORDS / 8 : 0);
+    if (!s->bytes) return;
+    d->ask_group = whole ? s->under : d->group_bytes;
+    d->ask_groups = moqi_strip_groups(s, row, col) + (whole ? past * s->high * s->under : 0);
 }
 
 /* The block at `at` is decoded next, to `to`. */
 static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
 {
     const moqi_tiled *p = s->p;
+    d->s = s;
+    d->ask_groups = NULL;
+    d->group_bytes = p->scale_step * p->scale_stride * s->bytes;
     moqi_strip_want(s, d, at);
+    s->first = s->row + at.row;
+    s->col = at.col;
     d->row_bytes = p->row_bytes;
     d->codes = p->codes + (s->row + at.row) * p->row_bytes + moqi_strip_size(s, at.col);
     d->to = to;
@@ -17198,21 +17255,21 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->rows = moqi_min(s->high, s->rows - at.row);
     d->left = p->layer.cols - at.col;
     d->mul = s->mul + at.row;
-    if (s->kind != MOQI_STRIP_F4) return;
-    d->group_bytes = p->scale_step * p->scale_stride;
-    d->groups = p->scales + moqi_stream_scale_at(p, s->row + at.row) + at.col / 16;
-    d->count = p->groups - at.col / 16;
+    if (!s->bytes) return;
+    d->groups = moqi_strip_groups(s, s->first, at.col);
+    d->count = p->groups - moqi_stream_group(p, at.col);
 }
 
 /* The next lines of those. */
 MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d, int kind)
 {
-    for (int i = 0; i < (kind == MOQI_STRIP_I8 ? 512 : kind == MOQI_STRIP_F8 ? 256 : 128); i += 64) {
+    const int64_t bytes = kind == MOQI_STRIP_F4 ? 128 : d->s->size;
+    for (int64_t i = 0; i < bytes; i += 64) {
         __builtin_prefetch(d->ask + i, 0, 2);
         __builtin_prefetch(d->ask + d->ask_row + i, 0, 2);
     }
     d->ask += 2 * d->ask_row;
-    if (kind != MOQI_STRIP_F4) return;
+    if (kind != MOQI_STRIP_F4 && !d->ask_groups) return;
     __builtin_prefetch(d->ask_groups, 0, 2);
     __builtin_prefetch(d->ask_groups + d->ask_group, 0, 2);
     d->ask_groups += 2 * d->ask_group;
@@ -17285,13 +17342,16 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
     moqi_strip_next(d);
 }
 
-/* The i-th 64 codes of one byte of row r of two; none past the layer's last column. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i)
+/* The i-th 64 bytes of codes of row r of two, whose layer ends after `left` bytes. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_bytes_of(const moqi_strip_work *d, int64_t r, int64_t i, int64_t left)
 {
     const uint8_t *from = d->codes + (d->row + r < d->rows ? r * d->row_bytes : 0) + 64 * i;
-    const int64_t n = d->left - 64 * i;
+    const int64_t n = left - 64 * i;
     return n >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, from);
 }
+
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i) { return moqi_strip_bytes_of(d, r, i, d->left); }
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_nibbles(const moqi_strip_work *d, int64_t r, int64_t i) { return moqi_strip_bytes_of(d, r, i, (d->left + 1) / 2); }
 
 /* 256 columns of E4M3 of two rows: of 64 columns 2 i + j is number i in this row of the j-th of two. */
 MOQI_INLINE MOQI_HALVES void moqi_strip_eights(moqi_strip_work *d, const moqi_strip_values *v)
@@ -17322,13 +17382,191 @@ MOQI_INLINE MOQI_AVX512 void moqi_strip_bytes(moqi_strip_work *d)
     moqi_strip_next(d);
 }
 
+/* The kinds below are called, two rows at a time, by one loop for all of them: that takes no longer. */
+
+/* Row r of two has a scale that is no number. */
+static void moqi_strip_nan(moqi_strip_work *d, int64_t r) { d->mul[moqi_min(d->row + r, d->rows - 1)] = moqi_bits_f32(0x7fc00000); }
+
+/* The 8 scales in E8M0 of each of two rows, 0 past the last group. */
+MOQI_INLINE MOQI_AVX512 __m128i moqi_strip_e8m0(moqi_strip_work *d)
+{
+    const __mmask16 some = (__mmask16)(d->count >= 8 ? 0xff : (1 << d->count) - 1);
+    const uint8_t *second = d->groups + (d->row + 1 < d->rows ? d->group_bytes : 0);
+    const __m128i k = _mm_unpacklo_epi64(_mm_maskz_loadu_epi8(some, d->groups), _mm_maskz_loadu_epi8(some, second));
+    const __mmask16 nan = _mm_cmpeq_epi8_mask(k, _mm_set1_epi8(-1));
+    if (nan & 0xff) moqi_strip_nan(d, 0);
+    if (nan >> 8) moqi_strip_nan(d, 1);
+    d->groups += 2 * d->group_bytes;
+    return k;
+}
+
+/* E2M1 with E8M0: words of a table whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0 as the difference saturates. So do
+   not scales below 2^-124, which become that. */
+MOQI_AVX512 static void moqi_strip_two_m4(moqi_strip_work *d)
+{
+    const moqi_amx_strips *s = d->s;
+    const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(254), _mm256_cvtepu8_epi16(moqi_strip_e8m0(d)));
+    const __m512i down = _mm512_castsi256_si512(_mm256_slli_epi16(_mm256_min_epu16(k, _mm256_set1_epi16(251)), 7));
+    const __m512i words = _mm512_loadu_si512(s->words), lanes = _mm512_loadu_si512(s->lanes);
+    MOQI_UNROLL
+    for (int r = 0; r < 2; r++)
+        MOQI_UNROLL
+        for (int i = 0; i < 2; i++) {
+            const __m512i c = moqi_strip_nibbles(d, r, i), by = _mm512_permutexvar_epi16(_mm512_add_epi16(lanes, _mm512_set1_epi16((short)(8 * r + 4 * i))), down);
+            MOQI_UNROLL
+            for (int j = 0; j < 4; j++)
+                _mm512_store_si512(d->to + 1024 * i + 256 * j + 16 * r, _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4 * j), words), by));
+        }
+    moqi_strip_next(d);
+}
+
+/* What the 16 codes stand for in two groups, as BF16: products rounded, a half up. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_table(__m512 bare, const float *scale, const float *zero, int64_t a, int64_t b, __m512i upper)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512 va = _mm512_mul_ps(_mm512_sub_ps(bare, _mm512_set1_ps(zero[a])), _mm512_set1_ps(scale[a]));
+    const __m512 vb = _mm512_mul_ps(_mm512_sub_ps(bare, _mm512_set1_ps(zero[b])), _mm512_set1_ps(scale[b]));
+    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(va), half), upper, _mm512_add_epi32(_mm512_castps_si512(vb), half));
+}
+
+/* Any 4 bits: what codes stand for in a group is a table of 16 words, two groups to a vector of tables. */
+MOQI_AVX512 static void moqi_strip_two_t4(moqi_strip_work *d)
+{
+    const moqi_amx_strips *s = d->s;
+    const moqi_tiled *p = s->p;
+    const int64_t shift = moqi_min(p->shift, 30), first = moqi_stream_group(p, s->col), left = p->groups - first;
+    const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
+    const __m512 bare = _mm512_loadu_ps(s->bare);
+    const __m512i upper = _mm512_loadu_si512(s->upper), low = _mm512_set1_epi16(15), quarter = _mm512_slli_epi16(_mm512_loadu_si512(s->lanes), 4);
+    const __m512i half = _mm512_and_si512(_mm512_srli_epi16(quarter, 1), _mm512_set1_epi16(16));
+    float scale[16] MOQI_ALIGNED, zero[16] MOQI_ALIGNED;
+    _mm512_store_ps(scale, _mm512_set1_ps(1));
+    _mm512_store_ps(zero, _mm512_setzero_ps());
+    for (int64_t r = 0; r < 2; r++) {
+        const int64_t row = s->first + moqi_min(d->row + r, d->rows - 1);
+        if (s->bytes) {
+            const __m512 v = moqi_stream_scales_512(p, moqi_stream_scale_at(p, row) + first, left);
+            _mm512_store_ps(scale, v);
+            if (_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) & ((1 << moqi_max(256 >> shift, 1)) - 1)) moqi_strip_nan(d, r);
+        }
+        if (p->zeros) _mm512_store_ps(zero, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + row * p->groups + first))));
+        for (int64_t i = 0; i < 2; i++) {
+            uint32_t *to = d->to + 1024 * i + 16 * r;
+            const int64_t g = 128 * i >> shift;
+            __m512i c = moqi_strip_nibbles(d, r, i);
+            const __m512i t = moqi_strip_table(bare, scale, zero, g, shift == 5 ? g + 1 : (128 * i + 64) >> shift, upper);
+            if (shift == 5) {
+                const __m512i u = moqi_strip_table(bare, scale, zero, g + 2, g + 3, upper);
+                MOQI_UNROLL
+                for (int j = 0; j < 4; j++, c = _mm512_srli_epi16(c, 4))
+                    _mm512_store_si512(to + 256 * j, _mm512_permutex2var_epi16(t, _mm512_ternarylogic_epi32(low, c, quarter, 0xca), u));
+            } else {
+                MOQI_UNROLL
+                for (int j = 0; j < 4; j++, c = _mm512_srli_epi16(c, 4))
+                    _mm512_store_si512(to + 256 * j, _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(low, c, half, 0xca), t));
+            }
+        }
+    }
+    moqi_strip_next(d);
+}
+
+/* E4M3 with E8M0: an F16 number as in moqi_strip_eights, its exponent that of the scale more unless it is 0. Scales below 2^-110 are 0. */
+MOQI_HALVES static void moqi_strip_two_m8(moqi_strip_work *d)
+{
+    const moqi_amx_strips *s = d->s;
+    const __m512i magnitude = _mm512_set1_epi16((short)0xbfff), top = _mm512_set1_epi16((short)0xff00), keep = _mm512_set1_epi16((short)0x8fff);
+    const __m512i half = _mm512_srli_epi16(_mm512_loadu_si512(s->lanes), 1), sign = _mm512_set1_epi8((char)0x80), size = _mm512_set1_epi16(0x7fff);
+    const __m256i k = _mm256_cvtepu8_epi16(moqi_strip_e8m0(d));
+    const __m512i more = _mm512_castsi256_si512(_mm256_slli_epi16(_mm256_sub_epi16(k, _mm256_set1_epi16(30)), 7));
+    const __m512i one = _mm512_castsi256_si512(_mm256_maskz_set1_epi16(_mm256_cmpgt_epi16_mask(k, _mm256_set1_epi16(16)), 0x7800));
+    for (int r = 0; r < 2; r++) {
+        __mmask64 nan = 0;
+        MOQI_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const __m512i c = moqi_strip_codes(d, r, i), h[2] = {_mm512_slli_epi16(c, 8), _mm512_and_si512(c, top)};
+            const __m512i at = _mm512_add_epi16(half, _mm512_set1_epi16((short)(8 * r + 2 * i)));
+            const __m512i by = _mm512_permutexvar_epi16(at, one), up = _mm512_permutexvar_epi16(at, more);
+            nan |= _mm512_cmpeq_epi8_mask(_mm512_or_si512(c, sign), _mm512_set1_epi8(-1));
+            MOQI_UNROLL
+            for (int j = 0; j < 2; j++) {
+                const __m512i f = moqi_half_mul_512(_mm512_and_si512(_mm512_srai_epi16(h[j], 1), magnitude), by);
+                const __m512i w = _mm512_and_si512(_mm512_srai_epi16(f, 3), keep);
+                _mm512_store_si512(d->to + 256 * (2 * i + j) + 16 * r, _mm512_mask_add_epi16(w, _mm512_test_epi16_mask(f, size), w, up));
+            }
+        }
+        if (nan) moqi_strip_nan(d, r);
+    }
+    moqi_strip_next(d);
+}
+
+/* What the codes of E4M3 stand for under a scale: their positive half as bytes, low and high. */
+MOQI_AVX512 static void moqi_strip_eights_of(const moqi_amx_strips *s, float scale, uint8_t *to)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_loadu_si512(s->upper);
+    const __m512 by = _mm512_set1_ps(scale);
+    for (int i = 0; i < 128; i += 32) {
+        const __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(s->bare + i), by));
+        const __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(s->bare + i + 16), by));
+        const __m512i v = _mm512_permutex2var_epi16(_mm512_add_epi32(a, half), upper, _mm512_add_epi32(b, half));
+        _mm256_storeu_si256((__m256i *)(void *)(to + i), _mm512_cvtepi16_epi8(v));
+        _mm256_storeu_si256((__m256i *)(void *)(to + 128 + i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)));
+    }
+}
+
+/* E4M3 with scales of blocks: tables that serve the rows of a block. A code that is no number makes a word that is none. */
+MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
+{
+    moqi_amx_strips *s = d->s;
+    const moqi_tiled *p = s->p;
+    const __m512i sign = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi16(0xff);
+    const int64_t shift = moqi_min(p->shift, 30), first = moqi_stream_group(p, s->col);
+    for (int64_t r = 0; r < 2; r++) {
+        const int64_t row = s->first + moqi_min(d->row + r, d->rows - 1);
+        float scale[16] MOQI_ALIGNED;
+        _mm512_store_ps(scale, moqi_stream_scales_512(p, moqi_stream_scale_at(p, row) + first, moqi_min(2, p->groups - first)));
+        for (int64_t g = 0; g < 2; g++) {
+            const float v = scale[128 * g >> shift];
+            if (v != v) moqi_strip_nan(d, r);
+            if (v != s->scale[g]) moqi_strip_eights_of(s, s->scale[g] = v, s->eights[g]);
+            const __m512i l0 = _mm512_loadu_si512(s->eights[g]), l1 = _mm512_loadu_si512(s->eights[g] + 64);
+            const __m512i h0 = _mm512_loadu_si512(s->eights[g] + 128), h1 = _mm512_loadu_si512(s->eights[g] + 192);
+            MOQI_UNROLL
+            for (int64_t i = 2 * g; i < 2 * g + 2; i++) {
+                const __m512i c = moqi_strip_codes(d, r, i), lo = _mm512_permutex2var_epi8(l0, c, l1);
+                const __m512i hi = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(h0, c, h1), c, sign, 0xf8);
+                _mm512_store_si512(d->to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(low, lo, _mm512_slli_epi16(hi, 8), 0xca));
+                _mm512_store_si512(d->to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lo, 8), hi, 0xca));
+            }
+        }
+    }
+    moqi_strip_next(d);
+}
+
+/* INT8: what is its size is a subnormal number of F16, too. */
+MOQI_HALVES static void moqi_strip_two_w8(moqi_strip_work *d)
+{
+    const __m512i by = _mm512_set1_epi16(0x7800), low = _mm512_set1_epi16(0xff), sign = _mm512_set1_epi16((short)0x8000);
+    const __m512i flip = _mm512_set1_epi8((char)(d->s->p->dtype == MOQ_U8 ? 0x80 : 0));
+    MOQI_UNROLL
+    for (int64_t r = 0; r < 2; r++)
+        MOQI_UNROLL
+        for (int64_t i = 0; i < 4; i++) {
+            const __m512i c = _mm512_xor_si512(moqi_strip_codes(d, r, i), flip), size = _mm512_abs_epi8(c);
+            const __m512i even = moqi_half_mul_512(_mm512_and_si512(size, low), by), odd = moqi_half_mul_512(_mm512_srli_epi16(size, 8), by);
+            _mm512_store_si512(d->to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(even, 3), _mm512_slli_epi16(c, 8), sign, 0xf8));
+            _mm512_store_si512(d->to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(odd, 3), c, sign, 0xf8));
+        }
+    moqi_strip_next(d);
+}
+
 /* The next two rows of a block, and with `ask` the lines that are wanted next. */
 MOQI_INLINE MOQI_HALVES void moqi_strip_decode(moqi_strip_work *d, const moqi_strip_values *v, int kind, int ask)
 {
     if (ask) moqi_strip_ask(d, kind);
-    if (kind == MOQI_STRIP_I8) moqi_strip_bytes(d);
+    if (kind == MOQI_STRIP_F4) moqi_strip_rows(d, v);
     else if (kind == MOQI_STRIP_F8) moqi_strip_eights(d, v);
-    else moqi_strip_rows(d, v);
+    else if (kind == MOQI_STRIP_I8) moqi_strip_bytes(d);
+    else d->s->two(d);
 }
 
 /* All that is left of a block. */
@@ -17410,7 +17648,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_block(moqi_amx_strips *s, moqi_strip_wor
         k.sums = sums;
 #define MOQI_STRIP_STEPS(two, pace) d = moqi_strip_steps(d, v, tiles, xa, xb, &k, kind, two, pace)
         if (!two) MOQI_STRIP_STEPS(0, 2);
-        else if (kind != MOQI_STRIP_F4) MOQI_STRIP_STEPS(1, pace);
+        else if (kind != MOQI_STRIP_F4) MOQI_STRIP_STEPS(1, pace); /* whose rows take less time, or are called */
         else if (pace == 2) MOQI_STRIP_STEPS(1, 2);
         else if (pace == 1) MOQI_STRIP_STEPS(1, 1);
         else MOQI_STRIP_STEPS(1, 0);
@@ -17426,6 +17664,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_block(moqi_amx_strips *s, moqi_strip_wor
 typedef struct moqi_strip_form {
     void (*block)(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles);
     void (*rest)(const moqi_amx_strips *s, moqi_strip_work *d, int ask);
+    void (*two)(moqi_strip_work *d);
 } moqi_strip_form;
 
 #define MOQI_STRIP_FORM(name, kind) \
@@ -17437,10 +17676,14 @@ typedef struct moqi_strip_form {
 MOQI_STRIP_FORM(f4, MOQI_STRIP_F4)
 MOQI_STRIP_FORM(f8, MOQI_STRIP_F8)
 MOQI_STRIP_FORM(i8, MOQI_STRIP_I8)
+MOQI_STRIP_FORM(any, MOQI_STRIP_NONE)
 #undef MOQI_STRIP_FORM
 
 static const moqi_strip_form moqi_strip_forms[] = {
-    {moqi_strip_block_f4, moqi_strip_rest_f4}, {moqi_strip_block_f8, moqi_strip_rest_f8}, {moqi_strip_block_i8, moqi_strip_rest_i8}};
+    {moqi_strip_block_f4, moqi_strip_rest_f4, NULL}, {moqi_strip_block_f8, moqi_strip_rest_f8, NULL}, {moqi_strip_block_i8, moqi_strip_rest_i8, NULL},
+    {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_m4}, {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_t4},
+    {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_m8}, {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_s8},
+    {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_w8}};
 
 /* A block of 64 rows, four tiles of weights by one of x, whose next columns are asked for, a share of them with each block. So are the sums that come
    next: four tiles of them at once would keep the products waiting. */
@@ -17506,12 +17749,11 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
     }
 }
 
-/* 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows: of the words of a vector of codes the i-th is word i / tiles of tile
-   i % tiles. */
+/* 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows. */
 MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols, int kind)
 {
     float words[64][16] MOQI_ALIGNED;
-    const int64_t n = kind == MOQI_STRIP_I8 ? 32 : 64, tiles = kind == MOQI_STRIP_F4 ? 4 : kind == MOQI_STRIP_F8 ? 2 : 1;
+    const int64_t n = kind == MOQI_STRIP_I8 ? 32 : 64, tiles = moqi_strip_shapes[kind].tiles;
     for (int64_t c = 0; c < cols; c += 128, x += 16 * n) {
         for (int64_t q = 0; q < n; q += 16) moqi_turn_512(x + 16 * q, 16, words[q], 16);
         const float *from = words[0];
@@ -17524,15 +17766,15 @@ MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols, int kind)
 /* Up to 16 rows x[i] [n] arranged and turned, 128 columns at a time, so that they stay in the first-level cache between the two. */
 MOQI_AVX512 static void moqi_strip_arrange(const moqi_tiled *p, const float *const *x, int64_t rows, int64_t n, int kind, float *out)
 {
-    const int halves = moqi_amx_halves(p), bytes = kind == MOQI_STRIP_I8;
+    const int lacks = moqi_strip_shapes[kind].lacks, bytes = kind == MOQI_STRIP_I8;
     int most[16], up[16];
     uint16_t place[32];
     float scale[16];
     moqi_amx_places(p, place);
     for (int64_t i = 0; i < rows; i++) {
         most[i] = bytes ? 0 : moqi_amx_exponent(x[i], n);
-        up[i] = moqi_amx_up(most[i]);
-        scale[i] = bytes ? moqi_amx_row_scale(p, x[i], n) : (float)(halves - up[i]);
+        up[i] = moqi_amx_up(lacks, most[i]);
+        scale[i] = bytes ? moqi_amx_row_scale(p, x[i], n) : (float)(lacks - up[i]);
     }
     for (int64_t c = 0; c < n; c += 128, out += bytes ? 512 : 1024) {
         const int64_t some = moqi_min(128, n - c);
@@ -17554,16 +17796,25 @@ static void moqi_strip_tables(moqi_amx_strips *s)
         s->masks[0][i] = 0x8fff;
         s->masks[1][i] = 0xff00;
         for (int k = 0; k < 4; k++) s->group[k][i] = (uint16_t)(8 * k + i / 4);
+        s->lanes[i] = (uint16_t)(i / 8);
+        s->upper[i] = (uint16_t)(2 * i + 1);
+        s->words[i] = (uint16_t)(s->p->table[i & 15] == 0 ? 0 : moqi_f32_bits(s->p->table[i & 15] * moqi_bits_f32(252u << 23)) >> 16);
     }
+    uint8_t codes[128];
+    for (int i = 0; i < 128; i++) codes[i] = (uint8_t)i;
+    if (s->kind == MOQI_STRIP_S8) s->p->k->expand(MOQ_F8_E4M3, codes, 128, s->bare);
+    for (int i = 0; i < 16 && s->kind == MOQI_STRIP_T4; i++) s->bare[i] = s->p->table[i] - s->p->zero;
+    s->scale[0] = s->scale[1] = moqi_bits_f32(0x7fc00000);
 }
 
 /* The factors of rows. */
 static void moqi_strip_factors(moqi_amx_strips *s)
 {
     const moqi_tiled *p = s->p;
-    const int own = s->kind != MOQI_STRIP_F4 && p->scale_dtype != MOQ_NONE;
+    const int own = p->groups == 1 && p->scale_dtype != MOQ_NONE;
+    const float rest = p->factor * (s->kind != MOQI_STRIP_F4 && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f); /* what moqi_stream_scales_512 leaves out */
     for (int64_t r = 0; r < s->rows && own; r++) moqi_run_scales(p->k, p, s->row + r, 0, 1, &s->mul[r]);
-    for (int64_t r = own ? s->rows : 0; r < MOQI_WAY_ROWS; r++) s->mul[r] = p->factor;
+    for (int64_t r = own ? s->rows : 0; r < MOQI_WAY_ROWS; r++) s->mul[r] = rest;
 }
 
 /* All blocks, up to MOQI_WAY_TOKENS rows of x. */
@@ -17579,6 +17830,10 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->high = few ? 32 : (int64_t)MOQI_STRIP_ROWS;
     s->wide = (few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
     s->last = NULL;
+    s->two = form->two;
+    s->size = moqi_strip_size(s, moqi_strip_cols(s));
+    s->bytes = s->p->scales && s->p->groups > 1 && s->p->group_rows == 1 ? moq_dtype_bits(s->p->scale_dtype) / 8 : 0;
+    s->under = (moqi_strip_cols(s) >> moqi_min(s->p->shift, 30)) * s->bytes;
     moqi_strip_begin(s, &d, at, s->tiles);
     form->rest(s, &d, few);
     for (int more = 1, turn = 0; more; turn = few && !turn, at = then) {
@@ -17595,8 +17850,8 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
 }
 
 /* As many columns of x in one go as stay in the second-level cache. */
-MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
-                                           int64_t ldy, float *scratch)
+MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx,
+                                                 int64_t m, float *y, int64_t ldy, float *scratch)
 {
     moqi_amx_strips s;
     s.kind = moqi_strip_kind(p, way);
