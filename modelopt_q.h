@@ -10952,6 +10952,7 @@ typedef struct moqi_kernels {
     const struct moqi_way *const *ways; /* products without tiles, the preferred first, NULL at the end; or NULL */
     int ahead, piece; /* AVX-512: bytes from codes that are read to those asked for, where four places are read in turn; numbers of x beside them */
     int zen;          /* AVX-512 with VBMI on AMD's processors */
+    int vbmi;         /* AVX-512 with VBMI on any */
 } moqi_kernels;
 
 /* The plain loops are the definition: products in F32, added in the order of the columns. */
@@ -11002,9 +11003,9 @@ static void moqi_plain_axpy(float a, const float *x, float *y, int64_t n)
 
 /* "reference" always decodes through moq_dequantize, whole rows at a time; "plain" decodes by tiles like the vector versions. */
 static const moqi_kernels moqi_reference_kernels = {"reference", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0, 0};
+                                                    moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0, 0, 0};
 static const moqi_kernels moqi_plain_kernels = {"plain", moqi_plain_expand, moqi_plain_nibbles, moqi_plain_scale,
-                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0, 0};
+                                                moqi_plain_tile, moqi_plain_dot, moqi_plain_axpy, NULL, 0, 0, 0, 0};
 
 /* ---- keys and values: one row of n numbers in its cache format ---- */
 
@@ -14413,12 +14414,12 @@ enum { MOQI_DOT_AFAR, MOQI_DOT_E4M3, MOQI_DOT_E8M0, MOQI_DOT_F32, MOQI_DOT_HALF 
 MOQI_INLINE int moqi_dot_lie_shift(const moqi_tiled *p, int lie) { return lie == MOQI_DOT_HALF ? p->shift : lie == MOQI_DOT_F32 ? 7 : lie == MOQI_DOT_E8M0 ? 5 : 4; }
 MOQI_INLINE int moqi_dot_lie_size(int lie) { return lie == MOQI_DOT_F32 ? 4 : lie == MOQI_DOT_HALF ? 2 : 1; }
 
-/* Zen 4 takes long for what goes through memory and back. */
+/* What goes through memory and back takes Zen 4 long, and Intel as many operations again. */
 static int moqi_dot_lie_512(const moqi_tiled *p)
 {
     if (p->form != MOQI_CODES_NIBBLES || !p->scales || p->group_rows != 1 || p->scale_step != 1 || p->scale_stride != p->groups) return MOQI_DOT_AFAR;
     if (p->scale_dtype == MOQ_F8_E4M3) return p->shift == 4 ? MOQI_DOT_E4M3 : MOQI_DOT_AFAR;
-    if (!moqi_dot_zen(p)) return MOQI_DOT_AFAR;
+    if (!p->k->vbmi) return MOQI_DOT_AFAR;
     if (p->scale_dtype == MOQ_F8_E8M0) return p->shift == 5 ? MOQI_DOT_E8M0 : MOQI_DOT_AFAR;
     if (p->scale_dtype == MOQ_F16 || p->scale_dtype == MOQ_BF16) return p->shift >= 5 && p->shift <= 7 ? MOQI_DOT_HALF : MOQI_DOT_AFAR;
     return p->scale_dtype == MOQ_F32 && p->shift == 7 ? MOQI_DOT_F32 : MOQI_DOT_AFAR;
@@ -14604,7 +14605,7 @@ typedef struct moqi_dot_pass {
     int bits;             /* moqi_dot_bits_512, and there are several rows */
     int solid;            /* moqi_dot_solid_512 */
     int64_t ahead;        /* bytes from codes to those that are asked for; 0: none are */
-    int zen;              /* they are wanted in the second-level cache, and there is VBMI */
+    int zen;              /* they are wanted in the second-level cache */
     int each;             /* so many rows share the block that their last columns do not fill, 2 or 4; else 1 */
     const float *last;    /* x for that block: its last columns `each` times */
     const float *sums;    /* of groups of x, for zero points */
@@ -15357,9 +15358,10 @@ static void moqi_dot_task_512(moqi_dot_pass *pass, int64_t row, int some, int di
     const int kind = pass->p->form == MOQI_CODES_NIBBLES ? lie + 1 : 0;
     const int64_t rows = pass->solid || alone ? 4 : some == 8 && !pass->zen ? 1 : 2, step = pass->rows / rows, rest = pass->rows % rows;
     const moqi_dot_fn one = pass->solid ? moqi_dot_solid : moqi_dot_fns[kind][digits - 1].one;
-    const moqi_dot_fn four = pass->zen ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
+    const moqi_dot_fn four = pass->p->k->vbmi ? moqi_dot_fns[kind][digits - 1].perm : moqi_dot_fns[kind][digits - 1].four;
     const moqi_dot_fn f = pass->solid ? moqi_dot_solids[some - 1] : alone ? four :
-                          some < 8 ? moqi_dot_fns[kind][digits - 1].two[some - 2] : pass->zen ? moqi_dot_wholes[kind] : moqi_dot_eights[lie][digits - 1];
+                          some < 8 ? moqi_dot_fns[kind][digits - 1].two[some - 2] :
+                          pass->zen ? moqi_dot_wholes[kind] : moqi_dot_eights[lie == MOQI_DOT_E4M3][digits - 1];
     if (step > 0) f(pass, row, step, step, acc);
     row += pass->rows - rest;
     acc += 16 * (pass->rows - rest);
@@ -18796,10 +18798,10 @@ static void moqi_norm_row(const moqi_kernels *k, const moqi_loops *o, const floa
 #ifdef MOQI_X86
 static const moqi_way *const moqi_avx512_ways[] = {&moqi_stream_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_avx512_kernels = {"avx512", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
+                                                 moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_avx512_ways, MOQI_STREAM_AHEAD / 2, 8192, 0, 0};
 static const moqi_way *const moqi_vnni_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_vnni_ways, MOQI_STREAM_AHEAD / 2, 8192, 0, 0};
 #ifdef MOQI_BF16
 /* Zen 4 and later: BF16 dot products run as fast as multiply-adds (Intel's at half the rate). The prefetcher of the second-level cache follows
    streams by itself; lines asked for long before they are read only leave the first-level cache again, which has 8 ways, and hold its miss buffers.
@@ -18807,35 +18809,35 @@ static const moqi_kernels moqi_vnni_kernels = {"avx512vnni", moqi_expand_512, mo
 static const moqi_way *const moqi_bf16_ways[] = {&moqi_dot_way_512, &moqi_twin_way, &moqi_stream_way_pairs, &moqi_stream_way_512, &moqi_i8_way_pairs, &moqi_i8_way_512,
                                                  &moqi_pairs_way, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768, 1};
+                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768, 1, 1};
 #endif
 #ifdef MOQI_AMX
 static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512,
                                                 &moqi_amx_way_strips,
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
-                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192, 0};
+                                              moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192, 0, 1};
 #endif
 static const moqi_way *const moqi_avx2_ways[] = {&moqi_dots_way_256, &moqi_run_way, &moqi_f32_way_256, NULL};
 #ifdef MOQI_DOTPROD
 static const moqi_way *const moqi_avxvnni_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_256, NULL};
 static const moqi_kernels moqi_avxvnni_kernels = {"avxvnni", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways, 0, 0, 0};
+                                                  moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avxvnni_ways, 0, 0, 0, 0};
 #endif
 static const moqi_kernels moqi_avx2_kernels = {"avx2", moqi_expand_256, moqi_nibbles_256, moqi_scale_256,
-                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways, 0, 0, 0};
+                                               moqi_tile_256, moqi_dot_256, moqi_axpy_256, moqi_avx2_ways, 0, 0, 0, 0};
 #endif
 #ifdef MOQI_ARM
 static const moqi_way *const moqi_neon_ways[] = {&moqi_run_way, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neon_kernels = {"neon", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways, 0, 0, 0};
+                                               moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neon_ways, 0, 0, 0, 0};
 #ifdef MOQI_DOTS
 static const moqi_way *const moqi_neondot_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_dots_panels, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neondot_kernels = {"neondot", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways, 0, 0, 0};
+                                                  moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neondot_ways, 0, 0, 0, 0};
 static const moqi_way *const moqi_neonmm_ways[] = {&moqi_dots_way, &moqi_run_way, &moqi_tiles_panels, &moqi_bf16_panels, &moqi_f32_way_neon, NULL};
 static const moqi_kernels moqi_neonmm_kernels = {"neonmm", moqi_expand_neon, moqi_nibbles_neon, moqi_scale_neon,
-                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways, 0, 0, 0};
+                                                 moqi_tile_neon, moqi_dot_neon, moqi_axpy_neon, moqi_neonmm_ways, 0, 0, 0, 0};
 #endif
 #endif
 
