@@ -91,6 +91,7 @@
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
                         >>strips       AMX: codes of 4 and 8 bits, decoded beside the products
+                         >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
                          >>kernels      which instruction set serves a layer
@@ -17885,6 +17886,209 @@ static const moqi_way moqi_amx_way_rows = {"INT8 strips", MOQI_STRIP_BYTES, moqi
 #endif
 
 /* ------------------------------------------------------------------------------------------------
+   >>eights          FP8 where it lies times a few inputs in F16, for AVX512-FP16
+   F16 holds E4M3 exactly, 32 codes to a vector, which Intel makes F32 of at a quarter of the speed at which it multiplies them.
+   ------------------------------------------------------------------------------------------------ */
+
+/* So the products of a few columns are summed in F16 and their sums in F32: of 256 columns eight in each of 32 lanes, of 128 or 64 where groups are shorter.
+   Each rounds once to 11 bits, as x does, which as BF16 would keep 8 of them. x is multiplied by a power of two: its largest number comes to lie between 2^11
+   and 2^12, so that eight products with value / 256 cannot leave F16, and what lies under F16's smallest numbers is 2^-35 of it. It is stored once per call,
+
+       x'[block of 64 columns][32 even ones, 32 odd ones]     F16; behind them, as F32, the exponent that the sums lack
+
+   in the order in which two shifts give the codes. The order of sums is the same for any number of rows of x, and depends on no task. */
+#ifdef MOQI_AMX_F16
+enum { MOQI_EIGHTS_MOST = 12 /* x is below 2^12 */, MOQI_EIGHTS_COLS = 131072 /* whose scales scratch memory holds */ };
+
+MOQI_INLINE MOQI_HALVES __m512i moqi_half_fma_512(__m512i a, __m512i b, __m512i sum)
+{
+    __asm__("vfmadd231ph %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+static int moqi_eights_take(const moqi_tiled *p)
+{
+    return p->form == MOQI_CODES_WIDE && p->dtype == MOQ_F8_E4M3 && p->input_bits <= 16 && p->layer.cols <= MOQI_EIGHTS_COLS && moqi_stream_takes_512(p);
+}
+
+/* x [n] -> out as said; x may be out. */
+MOQI_AVX512 static void moqi_eights_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const int up = (int)moqi_min(120, 126 + MOQI_EIGHTS_MOST - moqi_amx_exponent(x, n));
+    const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    (void)p; (void)step;
+    for (int64_t i = 0; i < n; i += 64, out += 32) {
+        __m256i even[2], odd[2];
+        for (int k = 0; k < 2; k++) {
+            __m256i h[2];
+            for (int l = 0; l < 2; l++) {
+                const int64_t left = n - i - 32 * k - 16 * l;
+                const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+                h[l] = _mm512_cvtps_ph(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i + 32 * k + 16 * l), by), 0);
+            }
+            /* of 32 bits each, as 16 without sign: packed by halves of 128 bits, which then take their places */
+            even[k] = _mm256_packus_epi32(_mm256_and_si256(h[0], low), _mm256_and_si256(h[1], low));
+            odd[k] = _mm256_packus_epi32(_mm256_srli_epi32(h[0], 16), _mm256_srli_epi32(h[1], 16));
+            even[k] = _mm256_permute4x64_epi64(even[k], 0xd8);
+            odd[k] = _mm256_permute4x64_epi64(odd[k], 0xd8);
+        }
+        _mm512_storeu_si512(out, _mm512_inserti64x4(_mm512_castsi256_si512(even[0]), even[1], 1));
+        _mm512_storeu_si512(out + 16, _mm512_inserti64x4(_mm512_castsi256_si512(odd[0]), odd[1], 1));
+    }
+    *out = (float)(8 - up);
+}
+
+/* What one call needs. */
+typedef struct moqi_eights {
+    const moqi_tiled *p;
+    const float *x;           /* [tokens, ldx] as said */
+    int64_t ldx;
+    float *scale;             /* [4 rows][lds]: for 32 columns each */
+    int64_t lds;
+} moqi_eights;
+
+/* a[r][t] += sums in F16 of `blocks` of 64 columns of rows src[r] times tokens x + t * ldx, times scales. some: columns of the last block that are there. All but
+   `some` is constant. */
+MOQI_INLINE MOQI_HALVES void moqi_eights_add(const moqi_eights *e, const uint8_t *const *src, const float *x, const float *s, __mmask64 some, int whole, int rows,
+                                             int tokens, int blocks, int scaled, __m512i *most, __m512 (*a)[4])
+{
+    const __m512i keep = _mm512_set1_epi16((short)0xbf80), size = _mm512_set1_epi8(0x7f);
+    __m512i h[4][4];
+    MOQI_UNROLL for (int i = 0; i < blocks; i++, x += 32) {
+        __m512i w[4][2];
+        MOQI_UNROLL for (int r = 0; r < rows; r++) {
+            __m512i b = whole ? _mm512_loadu_si512(src[r] + 64 * i) : _mm512_maskz_loadu_epi8(some, src[r] + 64 * i);
+            __asm__("" : "+v"(b)); /* or it is loaded three times */
+            *most = _mm512_max_epu8(*most, _mm512_and_si512(b, size));
+            w[r][0] = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(b, 8), 1), keep);
+            w[r][1] = _mm512_and_si512(_mm512_srai_epi16(b, 1), keep);
+        }
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+            const __m512i even = _mm512_loadu_si512(x + t * e->ldx), odd = _mm512_loadu_si512(x + t * e->ldx + 16);
+            MOQI_UNROLL for (int r = 0; r < rows; r++) {
+                h[r][t] = i == 0 ? moqi_half_mul_512(w[r][0], even) : moqi_half_fma_512(w[r][0], even, h[r][t]);
+                h[r][t] = moqi_half_fma_512(w[r][1], odd, h[r][t]);
+            }
+        }
+    }
+    MOQI_UNROLL for (int r = 0; r < rows; r++) {
+        const __m512 s0 = _mm512_set1_ps(scaled ? s[r * e->lds] : 1), s1 = _mm512_set1_ps(scaled && blocks == 1 ? s[r * e->lds + 1] : 1);
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) {
+            const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(h[r][t])), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h[r][t], 1));
+            if (scaled && blocks == 1) a[r][t] = _mm512_fmadd_ps(high, s1, _mm512_fmadd_ps(low, s0, a[r][t]));
+            else if (scaled) a[r][t] = _mm512_fmadd_ps(_mm512_add_ps(low, high), s0, a[r][t]);
+            else a[r][t] = _mm512_add_ps(a[r][t], _mm512_add_ps(low, high));
+        }
+    }
+}
+
+/* acc[r][t] = rows row[r] times 1 to 4 tokens; 4 rows with one token, 2 with more, which lie apart so that more of memory is on its way. deep: blocks of 64
+   columns that are summed in F16; what fills no such number of them goes one by one. scaled: groups have scales, of 32 columns with a depth of 1. What comes
+   before `row` is constant. acc: [rows][tokens][16] */
+MOQI_INLINE MOQI_HALVES void moqi_eights_rows(const moqi_eights *e, int rows, int tokens, int deep, int scaled, const int64_t *row, float *const *acc)
+{
+    const moqi_tiled *p = e->p;
+    const int64_t n = p->layer.cols, ahead = p->k->ahead;
+    const float *x = e->x, *s = e->scale;
+    const uint8_t *src[4];
+    __m512i most = _mm512_setzero_si512();
+    __m512 a[4][4];
+    MOQI_UNROLL for (int r = 0; r < rows; r++) {
+        src[r] = p->codes + row[r] * p->row_bytes;
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) a[r][t] = _mm512_setzero_ps();
+    }
+    int64_t left = n;
+    for (; left >= 64 * deep; left -= 64 * deep, x += 32 * deep, s += 2 * deep) {
+        MOQI_UNROLL for (int r = 0; r < rows; r++)
+            MOQI_UNROLL for (int i = 0; i < deep; i++) __builtin_prefetch(src[r] + ahead + 64 * i);
+        moqi_eights_add(e, src, x, s, 0, 1, rows, tokens, deep, scaled, &most, a);
+        MOQI_UNROLL for (int r = 0; r < rows; r++) src[r] += 64 * deep;
+    }
+    for (; left > 0; left -= 64, x += 32, s += 2) {
+        moqi_eights_add(e, src, x, s, moqi_first_bytes_512(left), 0, rows, tokens, 1, scaled, &most, a);
+        MOQI_UNROLL for (int r = 0; r < rows; r++) src[r] += 64;
+    }
+    MOQI_UNROLL for (int r = 0; r < rows; r++) {
+        MOQI_UNROLL for (int t = 0; t < tokens; t++) _mm512_storeu_ps(acc[r] + 16 * t, a[r][t]);
+    }
+    if (_mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(0x7f)) == 0) return;
+    for (int r = 0; r < rows; r++) {
+        int nan = 0;
+        for (int64_t i = 0; i < n && !nan; i++) nan = (p->codes[row[r] * p->row_bytes + i] & 0x7f) == 0x7f;
+        for (int i = 0; i < 16 * tokens && nan; i++) acc[r][i] = moqi_bits_f32(0x7fc00000);
+    }
+}
+
+#define MOQI_EIGHTS_SOME(name, deep, scaled) \
+    MOQI_HALVES static void name(const moqi_eights *e, int tokens, const int64_t *row, float *const *acc) \
+    { \
+        switch (tokens) { \
+        case 1: moqi_eights_rows(e, 4, 1, deep, scaled, row, acc); break; \
+        case 2: moqi_eights_rows(e, 2, 2, deep, scaled, row, acc); break; \
+        case 3: moqi_eights_rows(e, 2, 3, deep, scaled, row, acc); break; \
+        default: moqi_eights_rows(e, 2, 4, deep, scaled, row, acc); break; \
+        } \
+    }
+MOQI_EIGHTS_SOME(moqi_eights_plain, 4, 0)
+MOQI_EIGHTS_SOME(moqi_eights_long, 2, 1)
+MOQI_EIGHTS_SOME(moqi_eights_short, 1, 1)
+#undef MOQI_EIGHTS_SOME
+
+/* v[n] times 2^up */
+MOQI_AVX512 static void moqi_eights_lift(float *v, int64_t n, float up)
+{
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 some = (__mmask16)(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+        _mm512_mask_storeu_ps(v + i, some, _mm512_scalef_ps(_mm512_maskz_loadu_ps(some, v + i), _mm512_set1_ps(up)));
+    }
+}
+
+/* All rows of a task in as many streams as are read together; where the last is missing the first is read again, and its sums go behind the last. */
+static void moqi_eights_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                                 int64_t ldy, float *acc)
+{
+    const int whole = p->groups == 1 && p->scale_dtype != MOQ_NONE, scaled = p->scales && p->groups > 1, wide = scaled && p->group_cols % 128 == 0;
+    const int64_t behind = (p->layer.cols + 63) / 64 * 32;
+    const float mul = (whole ? 1 : p->factor) * (scaled && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
+    float *sum = acc + (rows + 1) * 16 * moqi_min(m, 4), *one = sum + moqi_pad16(rows);
+    int32_t lane[64];
+    moqi_eights e;
+    (void)way;
+    e.p = p;
+    e.ldx = ldx;
+    e.lds = moqi_ceil_div(p->layer.cols, 512) * 16;
+    e.scale = one + moqi_pad16(rows);
+    for (int i = 0; i < 64; i++) lane[i] = p->shift < 9 ? 32 * i >> p->shift & 15 : 0;
+    for (int64_t j = 0, tokens; j < m; j += tokens) {
+        tokens = moqi_min(4, m - j);
+        e.x = x + j * ldx;
+        const int64_t some = tokens == 1 ? 4 : 2, step = moqi_ceil_div(rows, some);
+        for (int64_t r = 0; r < step; r++) {
+            int64_t at[4];
+            float *to[4];
+            for (int64_t k = 0; k < some; k++) {
+                const int there = r + k * step < rows;
+                at[k] = row + (there ? r + k * step : r);
+                to[k] = acc + (there ? r + k * step : rows) * 16 * tokens;
+                if (scaled) moqi_lane_scales_512(p, at[k], 0, p->layer.cols, lane, 1, e.scale + k * e.lds);
+            }
+            (scaled ? wide ? moqi_eights_long : moqi_eights_short : moqi_eights_plain)(&e, (int)tokens, at, to);
+        }
+        moqi_stream_sums_512(acc, rows * tokens);
+        if (whole) moqi_row_scales(p, row, rows, one);
+        for (int64_t t = 0; t < tokens; t++) {
+            for (int64_t r = 0; r < rows; r++) sum[r] = acc[r * tokens + t];
+            moqi_eights_lift(sum, rows, e.x[t * ldx + behind]);
+            moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? one : NULL, mul, sum, rows, y + (j + t) * ldy);
+        }
+    }
+}
+
+static const moqi_way moqi_eights_way = {"codes in place, F16", 0, moqi_eights_take, moqi_eights_arrange, moqi_eights_multiply, NULL, NULL};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
    >>loops           what lies between two products: softmax, sums of rows, activations, norms, rotation, for every instruction set
    What happens to a row of finite values does not depend on the rows beside it: every sum runs in an order that the row's own position and width set.
    ------------------------------------------------------------------------------------------------ */
@@ -18812,7 +19016,11 @@ static const moqi_kernels moqi_bf16_kernels = {"avx512bf16", moqi_expand_512, mo
                                                moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_bf16_ways, 256, 32768, 1, 1};
 #endif
 #ifdef MOQI_AMX
-static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512, &moqi_stream_way_512,
+static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512,
+#ifdef MOQI_AMX_F16
+                                                &moqi_eights_way,
+#endif
+                                                &moqi_stream_way_512,
                                                 &moqi_amx_way_strips,
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,

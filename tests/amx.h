@@ -2,8 +2,8 @@
 
    Such a processor stops at a tile instruction with SIGILL. The handler here reads the instruction, does what the Intel SDM (volume 2) says it
    does to tiles of its own, one set for each thread, and goes on behind it: ldtilecfg, tilerelease, tilezero, tileloadd, tilestored,
-   tileloaddt1, tdpbf16ps, tdpbsud, tdpbssd; and vmulph of three registers of 512 bits, which every processor with tiles has. Linux on x86-64 only;
-   the file that includes it defines _GNU_SOURCE first. */
+   tileloaddt1, tdpbf16ps, tdpbsud, tdpbssd; and vmulph and vfmadd231ph of three registers of 512 bits, which every processor with tiles has. Linux on x86-64
+   only; the file that includes it defines _GNU_SOURCE first. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -116,16 +116,36 @@ static void amx_vector_copy(const ucontext_t *c, int i, uint8_t *v, int store)
     }
 }
 
-/* vmulph zmm, zmm, zmm: 62, then R X B R' 0 1 0 1, W vvvv 1 00, z LL b V' aaa. Products of 11 bits each are exact in F32. */
+/* A double as F16, rounded once: F32 between them keeps whether anything was cut off in its last bit. */
+static uint16_t amx_half(double v)
+{
+    float f = (float)v;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((double)f != v && v == v) {
+        if (fabs((double)f) > fabs(v)) bits--;
+        bits |= 1;
+        memcpy(&f, &bits, 4);
+    }
+    return moq_f16_encode(f);
+}
+
+/* vmulph zmm, zmm, zmm: 62, then R X B R' 0 1 0 1, W vvvv 1 00, z LL b V' aaa; vfmadd231ph: 0 1 1 0, 01. Products of 11 bits each are exact in F32, and in F64
+   sums with them are but where they are 2^30 times larger. */
 static int amx_halves(ucontext_t *c, const uint8_t *p)
 {
-    if ((p[1] & 15) != 5 || (p[2] & 0x87) != 4 || (p[3] & 0xf7) != 0x40 || p[4] != 0x59 || p[5] < 0xc0) return 0;
+    const int sums = (p[1] & 15) == 6 && (p[2] & 0x87) == 5 && p[4] == 0xb8;
+    if ((!sums && ((p[1] & 15) != 5 || (p[2] & 0x87) != 4 || p[4] != 0x59)) || (p[3] & 0xf7) != 0x40 || p[5] < 0xc0) return 0;
     const int to = (p[5] >> 3 & 7) | (~p[1] >> 7 & 1) << 3 | (~p[1] >> 4 & 1) << 4, first = (~p[2] >> 3 & 15) | (~p[3] >> 3 & 1) << 4;
     const int second = (p[5] & 7) | (~p[1] >> 5 & 1) << 3 | (~p[1] >> 6 & 1) << 4;
-    uint16_t a[32], b[32];
+    uint16_t a[32], b[32], d[32];
+    amx_vector_copy(c, to, (uint8_t *)d, 0);
     amx_vector_copy(c, first, (uint8_t *)a, 0);
     amx_vector_copy(c, second, (uint8_t *)b, 0);
-    for (int i = 0; i < 32; i++) a[i] = moq_f16_encode(moq_f16_decode(a[i]) * moq_f16_decode(b[i]));
+    for (int i = 0; i < 32; i++) {
+        const double v = (double)moq_f16_decode(a[i]) * (double)moq_f16_decode(b[i]);
+        a[i] = amx_half(sums ? v + (double)moq_f16_decode(d[i]) : v);
+    }
     amx_vector_copy(c, to, (uint8_t *)a, 1);
     __atomic_fetch_add(&amx_halves_count, 1, __ATOMIC_RELAXED);
     c->uc_mcontext.gregs[REG_RIP] += 6;
