@@ -90,7 +90,8 @@
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
-                        >>strips       AMX: codes of 4 and 8 bits, decoded beside the products
+                        >>strips       AMX: rows of 4 and 8 bits as rows of tiles
+                         >>beside       their products, and the next rows decoded beside them
                          >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
                          >>loops        what lies between two products, for every instruction set
                          >>attend       attention
@@ -12247,24 +12248,29 @@ MOQI_INLINE void moqi_stream_pages(const uint8_t *at, int64_t apart, int64_t byt
         MOQI_UNROLL for (int k = 0; k < 4; k++) __builtin_prefetch(at + k * apart + MOQI_PAGE * i, 0, 2);
 }
 
-/* Up to 16 scales from element `at` on; lanes past the count are 0 and nothing there is read. E4M3 comes out as value / 256. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
+/* 16 scales, 0 where `some` has no bit: nothing there is read. E4M3 comes out as value / 256. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_scales_512(moq_dtype dtype, const uint8_t *s, __mmask16 some)
 {
-    __mmask16 some = (__mmask16)(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
-    const uint8_t *s = p->scales;
     __m256i w, h, size;
-    switch ((int)p->scale_dtype) {
+    switch ((int)dtype) {
     case MOQ_F8_E4M3:
-        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s + at));
+        w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(some, s));
         size = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
         h = _mm256_or_si256(_mm256_slli_epi16(size, 7), _mm256_slli_epi16(_mm256_sub_epi16(w, size), 8));
         return _mm512_mask_mov_ps(_mm512_cvtph_ps(h), _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f)),
                                   _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
-    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s + at));
-    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s + 2 * at)), 16));
-    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s + 2 * at));
-    default: return _mm512_maskz_loadu_ps(some, s + 4 * at);
+    case MOQ_F8_E8M0: return moqi_e8m0_512(_mm_maskz_loadu_epi8(some, s));
+    case MOQ_BF16: return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, s)), 16));
+    case MOQ_F16: return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, s));
+    default: return _mm512_maskz_loadu_ps(some, s);
     }
+}
+
+/* Up to 16 scales from element `at` on. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_stream_scales_512(const moqi_tiled *p, int64_t at, int64_t count)
+{
+    const __mmask16 some = (__mmask16)(count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
+    return moqi_scales_512(p->scale_dtype, p->scales + at * (moq_dtype_bits(p->scale_dtype) / 8), some);
 }
 
 /* What one pass over columns [first, end) of some rows needs. */
@@ -17128,7 +17134,7 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>strips          AMX: codes of 4 and 8 bits, decoded beside the products
+   >>strips          AMX: rows of 4 and 8 bits as rows of tiles
    What >>matrix does with panels, without turning codes: as pairs of BF16 for all 4-bit codes whose groups are long enough, for E4M3 but where every row has
    scales of its own in F32, for INT8 with one scale for each row; as bytes for that with such inputs.
    ------------------------------------------------------------------------------------------------ */
@@ -17164,6 +17170,7 @@ typedef struct moqi_amx_strips {
     void (*two)(struct moqi_strip_work *d); /* decodes two rows, for the kinds that have no loops of their own */
     int64_t first, col;       /* where the block that is decoded begins in the layer */
     int64_t size;             /* bytes of the codes of one of its rows */
+    const int16_t *zeros;     /* of the first of them */
     int64_t bytes, under;     /* of a scale, and of those of one of its rows; 0: rows have not several of their own */
     int64_t unit;             /* columns in a word: 4 or 2 */
     const float *x;           /* [m / 16][words / 16][16 words][16 rows of x], behind each 16 rows their scales, or the exponents that their sums lack */
@@ -17178,11 +17185,12 @@ typedef struct moqi_amx_strips {
     float mul[MOQI_WAY_ROWS]; /* the factors of rows; NaN with a scale that is none */
     uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
     uint16_t masks[2][32], group[4][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales are those of 128 columns each */
-    uint16_t lanes[32], upper[32]; /* which 16 columns of 64 a word is of; where the upper halves of 32 bits are */
-    uint16_t words[32];       /* MOQI_STRIP_M4: the codes' values in BF16, 2^125 times too large, twice */
-    float bare[128];          /* the values of 4-bit codes less a zero point that is the same everywhere; of the positive codes of E4M3 */
+    uint16_t lanes[32] MOQI_ALIGNED, upper[32]; /* which 16 columns of 64 a word is of; where the upper halves of 32 bits are */
+    uint8_t words[64] MOQI_ALIGNED; /* MOQI_STRIP_M4: the table of the codes' values, 2^125 times too large, twice */
+    uint8_t twice[2][64], place[64], bytes_of[64]; /* every other byte of 16 twice; what an index has beside the code; where tables come from, 32 bits each */
+    float bare[128] MOQI_ALIGNED; /* the values of 4-bit codes less a zero point that is the same everywhere; of the positive codes of E4M3 */
     float scale[2];           /* MOQI_STRIP_S8: the scales that are in `eights` */
-    uint8_t eights[2][256];   /* [group] the low bytes of those values times the scale in BF16, and the high ones */
+    uint8_t eights[2][256] MOQI_ALIGNED; /* [group] the low bytes of those values times the scale in BF16, and the high ones */
 } moqi_amx_strips;
 
 /* The block that is decoded, and the codes and scales that are asked for meanwhile. */
@@ -17248,6 +17256,8 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->s = s;
     d->ask_groups = NULL;
     d->group_bytes = p->scale_step * p->scale_stride * s->bytes;
+    d->count = p->groups - moqi_stream_group(p, at.col);
+    s->zeros = p->zeros ? p->zeros + (s->row + at.row) * p->groups + moqi_stream_group(p, at.col) : NULL;
     moqi_strip_want(s, d, at);
     s->first = s->row + at.row;
     s->col = at.col;
@@ -17260,7 +17270,6 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->mul = s->mul + at.row;
     if (!s->bytes) return;
     d->groups = moqi_strip_groups(s, s->first, at.col);
-    d->count = p->groups - moqi_stream_group(p, at.col);
 }
 
 /* The next lines of those. */
@@ -17345,16 +17354,13 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
     moqi_strip_next(d);
 }
 
-/* The i-th 64 bytes of codes of row r of two, whose layer ends after `left` bytes. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_bytes_of(const moqi_strip_work *d, int64_t r, int64_t i, int64_t left)
+/* The i-th 64 codes of one byte of row r of two; none past the layer's last column. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i)
 {
     const uint8_t *from = d->codes + (d->row + r < d->rows ? r * d->row_bytes : 0) + 64 * i;
-    const int64_t n = left - 64 * i;
+    const int64_t n = d->left - 64 * i;
     return n >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, from);
 }
-
-MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i) { return moqi_strip_bytes_of(d, r, i, d->left); }
-MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_nibbles(const moqi_strip_work *d, int64_t r, int64_t i) { return moqi_strip_bytes_of(d, r, i, (d->left + 1) / 2); }
 
 /* 256 columns of E4M3 of two rows: of 64 columns 2 i + j is number i in this row of the j-th of two. */
 MOQI_INLINE MOQI_HALVES void moqi_strip_eights(moqi_strip_work *d, const moqi_strip_values *v)
@@ -17387,6 +17393,30 @@ MOQI_INLINE MOQI_AVX512 void moqi_strip_bytes(moqi_strip_work *d)
 
 /* The kinds below are called, two rows at a time, by one loop for all of them: that takes no longer. */
 
+/* Two rows in variables of their own: what is stored to tiles might else be part of moqi_strip_work, which would be read again each time. */
+typedef struct moqi_strip_pair {
+    const uint8_t *codes[2];
+    uint32_t *to;
+    int64_t left;             /* bytes of codes to the end of the layer */
+} moqi_strip_pair;
+
+MOQI_INLINE moqi_strip_pair moqi_strip_take(moqi_strip_work *d, int bits)
+{
+    moqi_strip_pair t;
+    t.codes[0] = d->codes;
+    t.codes[1] = d->row + 1 < d->rows ? d->codes + d->row_bytes : d->codes;
+    t.to = d->to;
+    t.left = bits == 4 ? (d->left + 1) / 2 : d->left;
+    return t;
+}
+
+/* The i-th 64 bytes of codes of row r; none past the layer's last column. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_some(const moqi_strip_pair *t, int64_t r, int64_t i)
+{
+    const int64_t n = t->left - 64 * i;
+    return n >= 64 ? _mm512_loadu_si512(t->codes[r] + 64 * i) : _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, t->codes[r] + 64 * i);
+}
+
 /* Row r of two has a scale that is no number. */
 static void moqi_strip_nan(moqi_strip_work *d, int64_t r) { d->mul[moqi_min(d->row + r, d->rows - 1)] = moqi_bits_f32(0x7fc00000); }
 
@@ -17403,79 +17433,99 @@ MOQI_INLINE MOQI_AVX512 __m128i moqi_strip_e8m0(moqi_strip_work *d)
     return k;
 }
 
-/* E2M1 with E8M0: words of a table whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0 as the difference saturates. So do
-   not scales below 2^-124, which become that. */
-MOQI_AVX512 static void moqi_strip_two_m4(moqi_strip_work *d)
+/* ---- tables of 4-bit codes ----
+   A table has the low bytes of 16 words of BF16, then the high ones. Every code is put into both bytes of a word, where it is an index together with the
+   number of its byte, and of its group where a vector has the tables of several: a look-up of bytes takes half the time that one of words does. */
+
+/* The i-th 128 codes of row r: [4] of 32 indices, codes 4 k + j in the j-th. */
+MOQI_INLINE MOQI_VBMI void moqi_strip_indices(const moqi_amx_strips *s, const moqi_strip_pair *t, int64_t r, int64_t i, __m512i *index)
 {
+    const __m512i low = _mm512_set1_epi8(15), place = _mm512_loadu_si512(s->place), c = moqi_strip_some(t, r, i);
+    const __m512i even = _mm512_shuffle_epi8(c, _mm512_loadu_si512(s->twice[0])), odd = _mm512_shuffle_epi8(c, _mm512_loadu_si512(s->twice[1]));
+    index[0] = _mm512_ternarylogic_epi32(low, even, place, 0xca);
+    index[1] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(even, 4), place, 0xca);
+    index[2] = _mm512_ternarylogic_epi32(low, odd, place, 0xca);
+    index[3] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(odd, 4), place, 0xca);
+}
+
+/* E2M1 with E8M0: words whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0, for the difference saturates. Scales below
+   2^-124 become that. */
+MOQI_VBMI static void moqi_strip_two_m4(moqi_strip_work *d)
+{
+    const moqi_strip_pair t = moqi_strip_take(d, 4);
     const moqi_amx_strips *s = d->s;
     const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(254), _mm256_cvtepu8_epi16(moqi_strip_e8m0(d)));
     const __m512i down = _mm512_castsi256_si512(_mm256_slli_epi16(_mm256_min_epu16(k, _mm256_set1_epi16(251)), 7));
-    const __m512i words = _mm512_loadu_si512(s->words), lanes = _mm512_loadu_si512(s->lanes);
+    const __m512i table = _mm512_loadu_si512(s->words), lanes = _mm512_loadu_si512(s->lanes);
     MOQI_UNROLL
     for (int r = 0; r < 2; r++)
         MOQI_UNROLL
         for (int i = 0; i < 2; i++) {
-            const __m512i c = moqi_strip_nibbles(d, r, i), by = _mm512_permutexvar_epi16(_mm512_add_epi16(lanes, _mm512_set1_epi16((short)(8 * r + 4 * i))), down);
+            const __m512i by = _mm512_permutexvar_epi16(_mm512_add_epi16(lanes, _mm512_set1_epi16((short)(8 * r + 4 * i))), down);
+            __m512i index[4];
+            moqi_strip_indices(s, &t, r, i, index);
             MOQI_UNROLL
             for (int j = 0; j < 4; j++)
-                _mm512_store_si512(d->to + 1024 * i + 256 * j + 16 * r, _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_srli_epi16(c, 4 * j), words), by));
+                _mm512_store_si512(t.to + 1024 * i + 256 * j + 16 * r, _mm512_subs_epu16(_mm512_permutexvar_epi8(index[j], table), by));
         }
     moqi_strip_next(d);
 }
 
-/* What the 16 codes stand for in two groups, as BF16: products rounded, a half up. */
-MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_table(__m512 bare, const float *scale, const float *zero, int64_t a, int64_t b, __m512i upper)
+/* The tables of two groups: products are rounded, a half up. */
+MOQI_INLINE MOQI_VBMI __m512i moqi_strip_table(__m512 bare, __m512i bytes, const float *scale, const float *zero, int64_t a, int64_t b)
 {
     const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512 va = _mm512_mul_ps(_mm512_sub_ps(bare, _mm512_set1_ps(zero[a])), _mm512_set1_ps(scale[a]));
-    const __m512 vb = _mm512_mul_ps(_mm512_sub_ps(bare, _mm512_set1_ps(zero[b])), _mm512_set1_ps(scale[b]));
-    return _mm512_permutex2var_epi16(_mm512_add_epi32(_mm512_castps_si512(va), half), upper, _mm512_add_epi32(_mm512_castps_si512(vb), half));
+    const __m512i va = _mm512_castps_si512(_mm512_mul_ps(_mm512_sub_ps(bare, _mm512_set1_ps(zero[a])), _mm512_set1_ps(scale[a])));
+    if (a == b) return _mm512_permutexvar_epi8(bytes, _mm512_add_epi32(va, half));
+    const __m512i vb = _mm512_castps_si512(_mm512_mul_ps(_mm512_sub_ps(bare, _mm512_set1_ps(zero[b])), _mm512_set1_ps(scale[b])));
+    return _mm512_permutex2var_epi8(_mm512_add_epi32(va, half), bytes, _mm512_add_epi32(vb, half));
 }
 
-/* Any 4 bits: what codes stand for in a group is a table of 16 words, two groups to a vector of tables. */
-MOQI_AVX512 static void moqi_strip_two_t4(moqi_strip_work *d)
+/* Any 4 bits: what codes stand for in a group is a table; 128 columns are of four groups, of two or of one. */
+MOQI_INLINE MOQI_VBMI void moqi_strip_tabled(moqi_strip_work *d, int groups)
 {
+    const moqi_strip_pair t = moqi_strip_take(d, 4);
     const moqi_amx_strips *s = d->s;
     const moqi_tiled *p = s->p;
-    const int64_t shift = moqi_min(p->shift, 30), first = moqi_stream_group(p, s->col), left = p->groups - first;
-    const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : (1 << left) - 1);
-    const __m512 bare = _mm512_loadu_ps(s->bare);
-    const __m512i upper = _mm512_loadu_si512(s->upper), low = _mm512_set1_epi16(15), quarter = _mm512_slli_epi16(_mm512_loadu_si512(s->lanes), 4);
-    const __m512i half = _mm512_and_si512(_mm512_srli_epi16(quarter, 1), _mm512_set1_epi16(16));
+    const __mmask16 some = (__mmask16)((1 << moqi_min(d->count, 2 * groups)) - 1);
+    const __m512 bare = _mm512_load_ps(s->bare);
+    const __m512i bytes = _mm512_load_si512(s->bytes_of);
+    const int64_t step = p->shift <= 7 ? groups : 0; /* groups from 128 columns to the next, which may be of the same */
     float scale[16] MOQI_ALIGNED, zero[16] MOQI_ALIGNED;
-    _mm512_store_ps(scale, _mm512_set1_ps(1));
-    _mm512_store_ps(zero, _mm512_setzero_ps());
-    for (int64_t r = 0; r < 2; r++) {
-        const int64_t row = s->first + moqi_min(d->row + r, d->rows - 1);
+    if (!s->bytes) _mm512_store_ps(scale, _mm512_set1_ps(1));
+    if (!p->zeros) _mm512_store_ps(zero, _mm512_setzero_ps());
+    for (int r = 0; r < 2; r++) {
+        const int64_t second = r && d->row + 1 < d->rows;
         if (s->bytes) {
-            const __m512 v = moqi_stream_scales_512(p, moqi_stream_scale_at(p, row) + first, left);
+            const __m512 v = moqi_scales_512(p->scale_dtype, d->groups + second * d->group_bytes, some);
             _mm512_store_ps(scale, v);
-            if (_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) & ((1 << moqi_max(256 >> shift, 1)) - 1)) moqi_strip_nan(d, r);
+            if (_mm512_mask_cmp_ps_mask(some, v, v, _CMP_UNORD_Q)) moqi_strip_nan(d, r);
         }
-        if (p->zeros) _mm512_store_ps(zero, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + row * p->groups + first))));
+        if (p->zeros) _mm512_store_ps(zero, _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, s->zeros + (d->row + second) * p->groups))));
+        MOQI_UNROLL
         for (int64_t i = 0; i < 2; i++) {
-            uint32_t *to = d->to + 1024 * i + 16 * r;
-            const int64_t g = 128 * i >> shift;
-            __m512i c = moqi_strip_nibbles(d, r, i);
-            const __m512i t = moqi_strip_table(bare, scale, zero, g, shift == 5 ? g + 1 : (128 * i + 64) >> shift, upper);
-            if (shift == 5) {
-                const __m512i u = moqi_strip_table(bare, scale, zero, g + 2, g + 3, upper);
-                MOQI_UNROLL
-                for (int j = 0; j < 4; j++, c = _mm512_srli_epi16(c, 4))
-                    _mm512_store_si512(to + 256 * j, _mm512_permutex2var_epi16(t, _mm512_ternarylogic_epi32(low, c, quarter, 0xca), u));
-            } else {
-                MOQI_UNROLL
-                for (int j = 0; j < 4; j++, c = _mm512_srli_epi16(c, 4))
-                    _mm512_store_si512(to + 256 * j, _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(low, c, half, 0xca), t));
-            }
+            uint32_t *to = t.to + 1024 * i + 16 * r;
+            const int64_t g = i * step;
+            __m512i index[4];
+            moqi_strip_indices(s, &t, r, i, index);
+            const __m512i a = moqi_strip_table(bare, bytes, scale, zero, g, groups > 1 ? g + 1 : g);
+            const __m512i b = groups == 4 ? moqi_strip_table(bare, bytes, scale, zero, g + 2, g + 3) : a;
+            MOQI_UNROLL
+            for (int j = 0; j < 4; j++)
+                _mm512_store_si512(to + 256 * j, groups == 4 ? _mm512_permutex2var_epi8(a, index[j], b) : _mm512_permutexvar_epi8(index[j], a));
         }
     }
+    d->groups += 2 * d->group_bytes;
     moqi_strip_next(d);
 }
+MOQI_VBMI static void moqi_strip_two_t4(moqi_strip_work *d) { moqi_strip_tabled(d, 1); }
+MOQI_VBMI static void moqi_strip_two_t4_64(moqi_strip_work *d) { moqi_strip_tabled(d, 2); }
+MOQI_VBMI static void moqi_strip_two_t4_32(moqi_strip_work *d) { moqi_strip_tabled(d, 4); }
 
 /* E4M3 with E8M0: an F16 number as in moqi_strip_eights, its exponent that of the scale more unless it is 0. Scales below 2^-110 are 0. */
 MOQI_HALVES static void moqi_strip_two_m8(moqi_strip_work *d)
 {
+    const moqi_strip_pair t = moqi_strip_take(d, 8);
     const moqi_amx_strips *s = d->s;
     const __m512i magnitude = _mm512_set1_epi16((short)0xbfff), top = _mm512_set1_epi16((short)0xff00), keep = _mm512_set1_epi16((short)0x8fff);
     const __m512i half = _mm512_srli_epi16(_mm512_loadu_si512(s->lanes), 1), sign = _mm512_set1_epi8((char)0x80), size = _mm512_set1_epi16(0x7fff);
@@ -17486,7 +17536,7 @@ MOQI_HALVES static void moqi_strip_two_m8(moqi_strip_work *d)
         __mmask64 nan = 0;
         MOQI_UNROLL
         for (int i = 0; i < 4; i++) {
-            const __m512i c = moqi_strip_codes(d, r, i), h[2] = {_mm512_slli_epi16(c, 8), _mm512_and_si512(c, top)};
+            const __m512i c = moqi_strip_some(&t, r, i), h[2] = {_mm512_slli_epi16(c, 8), _mm512_and_si512(c, top)};
             const __m512i at = _mm512_add_epi16(half, _mm512_set1_epi16((short)(8 * r + 2 * i)));
             const __m512i by = _mm512_permutexvar_epi16(at, one), up = _mm512_permutexvar_epi16(at, more);
             nan |= _mm512_cmpeq_epi8_mask(_mm512_or_si512(c, sign), _mm512_set1_epi8(-1));
@@ -17494,7 +17544,7 @@ MOQI_HALVES static void moqi_strip_two_m8(moqi_strip_work *d)
             for (int j = 0; j < 2; j++) {
                 const __m512i f = moqi_half_mul_512(_mm512_and_si512(_mm512_srai_epi16(h[j], 1), magnitude), by);
                 const __m512i w = _mm512_and_si512(_mm512_srai_epi16(f, 3), keep);
-                _mm512_store_si512(d->to + 256 * (2 * i + j) + 16 * r, _mm512_mask_add_epi16(w, _mm512_test_epi16_mask(f, size), w, up));
+                _mm512_store_si512(t.to + 256 * (2 * i + j) + 16 * r, _mm512_mask_add_epi16(w, _mm512_test_epi16_mask(f, size), w, up));
             }
         }
         if (nan) moqi_strip_nan(d, r);
@@ -17519,6 +17569,7 @@ MOQI_AVX512 static void moqi_strip_eights_of(const moqi_amx_strips *s, float sca
 /* E4M3 with scales of blocks: tables that serve the rows of a block. A code that is no number makes a word that is none. */
 MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
 {
+    const moqi_strip_pair t = moqi_strip_take(d, 8);
     moqi_amx_strips *s = d->s;
     const moqi_tiled *p = s->p;
     const __m512i sign = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi16(0xff);
@@ -17535,10 +17586,10 @@ MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
             const __m512i h0 = _mm512_loadu_si512(s->eights[g] + 128), h1 = _mm512_loadu_si512(s->eights[g] + 192);
             MOQI_UNROLL
             for (int64_t i = 2 * g; i < 2 * g + 2; i++) {
-                const __m512i c = moqi_strip_codes(d, r, i), lo = _mm512_permutex2var_epi8(l0, c, l1);
+                const __m512i c = moqi_strip_some(&t, r, i), lo = _mm512_permutex2var_epi8(l0, c, l1);
                 const __m512i hi = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(h0, c, h1), c, sign, 0xf8);
-                _mm512_store_si512(d->to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(low, lo, _mm512_slli_epi16(hi, 8), 0xca));
-                _mm512_store_si512(d->to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lo, 8), hi, 0xca));
+                _mm512_store_si512(t.to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(low, lo, _mm512_slli_epi16(hi, 8), 0xca));
+                _mm512_store_si512(t.to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lo, 8), hi, 0xca));
             }
         }
     }
@@ -17548,16 +17599,17 @@ MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
 /* INT8: what is its size is a subnormal number of F16, too. */
 MOQI_HALVES static void moqi_strip_two_w8(moqi_strip_work *d)
 {
+    const moqi_strip_pair t = moqi_strip_take(d, 8);
     const __m512i by = _mm512_set1_epi16(0x7800), low = _mm512_set1_epi16(0xff), sign = _mm512_set1_epi16((short)0x8000);
     const __m512i flip = _mm512_set1_epi8((char)(d->s->p->dtype == MOQ_U8 ? 0x80 : 0));
     MOQI_UNROLL
     for (int64_t r = 0; r < 2; r++)
         MOQI_UNROLL
         for (int64_t i = 0; i < 4; i++) {
-            const __m512i c = _mm512_xor_si512(moqi_strip_codes(d, r, i), flip), size = _mm512_abs_epi8(c);
+            const __m512i c = _mm512_xor_si512(moqi_strip_some(&t, r, i), flip), size = _mm512_abs_epi8(c);
             const __m512i even = moqi_half_mul_512(_mm512_and_si512(size, low), by), odd = moqi_half_mul_512(_mm512_srli_epi16(size, 8), by);
-            _mm512_store_si512(d->to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(even, 3), _mm512_slli_epi16(c, 8), sign, 0xf8));
-            _mm512_store_si512(d->to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(odd, 3), c, sign, 0xf8));
+            _mm512_store_si512(t.to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(even, 3), _mm512_slli_epi16(c, 8), sign, 0xf8));
+            _mm512_store_si512(t.to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(odd, 3), c, sign, 0xf8));
         }
     moqi_strip_next(d);
 }
@@ -17579,6 +17631,14 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rest(const moqi_amx_strips *s, moqi_stri
     while (d->row < d->rows) moqi_strip_decode(d, &v, kind, ask);
 }
 
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>beside          AMX: products of strips, and the next rows decoded beside them
+   A block's rows do not meet those of another: no result depends on what is decoded when, on the rows of x beside a row, or on tasks.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_AMX
 #define MOQI_STRIP_LOAD(op, t, from) __asm__ volatile(op " (%0,%1,1), %%tmm" t : : "r"(from), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
 #define MOQI_STRIP_TIMES(w, x, acc) { \
@@ -17801,7 +17861,14 @@ static void moqi_strip_tables(moqi_amx_strips *s)
         for (int k = 0; k < 4; k++) s->group[k][i] = (uint16_t)(8 * k + i / 4);
         s->lanes[i] = (uint16_t)(i / 8);
         s->upper[i] = (uint16_t)(2 * i + 1);
-        s->words[i] = (uint16_t)(s->p->table[i & 15] == 0 ? 0 : moqi_f32_bits(s->p->table[i & 15] * moqi_bits_f32(252u << 23)) >> 16);
+    }
+    for (int i = 0; i < 64; i++) {
+        const int lane = i / 16, group = s->p->groups == 1 ? 0 : s->p->shift == 5 ? lane : s->p->shift == 6 ? lane / 2 : 0;
+        const float v = s->p->table[i % 16];
+        s->words[i] = (uint8_t)(v == 0 ? 0 : moqi_f32_bits(v * moqi_bits_f32(252u << 23)) >> (i / 16 % 2 ? 24 : 16));
+        for (int k = 0; k < 2; k++) s->twice[k][i] = (uint8_t)(i % 16 / 2 * 2 + k);
+        s->place[i] = (uint8_t)(i % 2 * 16 + (s->kind == MOQI_STRIP_T4 ? group * 32 : 0));
+        s->bytes_of[i] = (uint8_t)(lane / 2 * 64 + i % 16 * 4 + 2 + lane % 2);
     }
     uint8_t codes[128];
     for (int i = 0; i < 128; i++) codes[i] = (uint8_t)i;
@@ -17833,7 +17900,7 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->high = few ? 32 : (int64_t)MOQI_STRIP_ROWS;
     s->wide = (few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
     s->last = NULL;
-    s->two = form->two;
+    s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? form->two : s->p->shift == 6 ? moqi_strip_two_t4_64 : moqi_strip_two_t4_32;
     s->size = moqi_strip_size(s, moqi_strip_cols(s));
     s->bytes = s->p->scales && s->p->groups > 1 && s->p->group_rows == 1 ? moq_dtype_bits(s->p->scale_dtype) / 8 : 0;
     s->under = (moqi_strip_cols(s) >> moqi_min(s->p->shift, 30)) * s->bytes;
