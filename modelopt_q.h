@@ -15524,12 +15524,20 @@ static int moqi_dots_group(int l) { return MOQI_LANES == 8 ? (l & 1) + (l & 2) *
 
 static int moqi_dots_take(const moqi_tiled *p) { return moqi_dot_takes(p, MOQI_DOTS_COLS); }
 
+/* What twice the value of a 4-bit code wants added, so that there is no sign; NEON multiplies with sign. */
+static int moqi_dots_off(const moqi_tiled *p)
+{
+    float least = p->table[0];
+    for (int i = 1; i < 16; i++) least = p->table[i] < least ? p->table[i] : least;
+    return MOQI_LANES == 4 ? 0 : -(int)(2 * (least - p->zero));
+}
+
 #ifdef MOQI_X86
-/* Without VPDPBUSD: twice a code plus 32 is at most 64. */
+/* Without VPDPBUSD: such a sum is at most 31, so that 16 bits hold 8 products with codes of x. */
 static int moqi_dots_take_256(const moqi_tiled *p)
 {
     int fit = moqi_dots_take(p);
-    for (int i = 0; i < 16 && p->form == MOQI_CODES_NIBBLES; i++) fit = fit && p->table[i] - p->zero <= 16;
+    for (int i = 0; i < 16 && p->form == MOQI_CODES_NIBBLES; i++) fit = fit && 2 * (p->table[i] - p->zero) + (float)moqi_dots_off(p) <= 31;
     return fit;
 }
 #endif
@@ -15571,7 +15579,7 @@ MOQI_AVX2 static void moqi_dots_scales(const moqi_run_pass *run, int64_t row, in
 #endif
 
 /* acc[t] += some blocks of a row times x[t] from word `at`; tokens and vnni are constants where this is called. left: bytes to the end of all codes; acc: [tokens][8].
-   Without VPDPBUSD nibbles are summed by twos and twos in 16 bits, which hold 4 products of 64 and 127; bytes are widened to 16 bits on both sides, and it
+   Without VPDPBUSD nibbles are summed in 16 bits, which hold 8 products of 31 and 128; bytes are widened to 16 bits on both sides, and it
    does not matter in which lane, for they share their scales. */
 MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8_t *src, int64_t left, int blocks, const float *const *x,
                                          int64_t at, int tokens, int vnni, float *acc)
@@ -15595,9 +15603,9 @@ MOQI_INLINE MOQI_AVX2 void moqi_dots_row(const moqi_dots_pass *pass, const uint8
         MOQI_DPBUSD(q[t], w2, MOQI_X(t, 2)); \
         MOQI_DPBUSD(q[t], w3, MOQI_X(t, 3));
 #define MOQI_PAIRS(t) \
-        q[t] = _mm256_madd_epi16(ones, _mm256_add_epi16(_mm256_maddubs_epi16(w0, MOQI_X(t, 0)), _mm256_maddubs_epi16(w1, MOQI_X(t, 1)))); \
-        q[t] = _mm256_add_epi32(_mm256_add_epi32(q[t], MOQI_X(t, 5)), _mm256_madd_epi16(ones, _mm256_add_epi16( \
-                                _mm256_maddubs_epi16(w2, MOQI_X(t, 2)), _mm256_maddubs_epi16(w3, MOQI_X(t, 3)))));
+        q[t] = _mm256_add_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(w0, MOQI_X(t, 0)), _mm256_maddubs_epi16(w1, MOQI_X(t, 1))), \
+                                _mm256_add_epi16(_mm256_maddubs_epi16(w2, MOQI_X(t, 2)), _mm256_maddubs_epi16(w3, MOQI_X(t, 3)))); \
+        q[t] = _mm256_add_epi32(MOQI_X(t, 5), _mm256_madd_epi16(ones, q[t]));
 #define MOQI_BEGIN(t) q[t] = _mm256_setzero_si256();
 #define MOQI_WIDEN(t) q[t] = _mm256_add_epi32(q[t], _mm256_madd_epi16(w0, MOQI_WORDS(x[t] + at + k)));
 #define MOQI_SCALE(t) a[t] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q[t]), _mm256_loadu_ps(x[t] + at + 32)), s, a[t]);
@@ -15932,11 +15940,46 @@ static void moqi_dots_round(const moqi_tiled *p, const float *x, int64_t m, floa
     }
 }
 
+#ifdef MOQI_X86
+/* 16 columns of lane l for nibbles, where scales are free: the same to the bit as below. block: of the first digit, the next one's is `next` words away; codes: the
+   next one's are MOQI_DOTS_COLS away. 0: some column is no number */
+MOQI_AVX2 static int moqi_dots_lane_256(const float *x, int digits, int off, int l, float *block, int64_t next, float *scale, int8_t *codes)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f), a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8);
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    const __m256 most = _mm256_max_ps(_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b)), none = _mm256_add_ps(_mm256_sub_ps(a, a), _mm256_sub_ps(b, b));
+    if (_mm256_movemask_ps(_mm256_cmp_ps(none, none, _CMP_UNORD_Q))) return 0;
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    int16_t q[16];
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    const float s = _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h))) / 127 * (digits == 2 ? 127.0f / 32639 : 1.0f);
+    *scale = s;
+    memset(q, 0, sizeof q);
+    if (s > 0) moqi_dots_whole(x, s, q);
+    const __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)q), low = digits == 2 ? _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8) : v;
+    for (int d = 0; d < digits; d++, block += next, codes += MOQI_DOTS_COLS) {
+        const __m256i c = d ? _mm256_srai_epi16(_mm256_sub_epi16(v, low), 8) : low;
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+        const __m256i sums = _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), _mm256_set1_epi16(1));
+        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        int32_t word[4], start;
+        sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+        start = -off * (_mm_cvtsi128_si32(sum) + _mm_cvtsi128_si32(_mm_shuffle_epi32(sum, 0x55)));
+        _mm_storeu_si128((__m128i *)(void *)word, _mm_shuffle_epi8(bytes, order));
+        _mm_storeu_si128((__m128i *)(void *)codes, bytes);
+        for (int k = 0; k < 4; k++) memcpy(block + MOQI_LANES * k + l, &word[k], 4);
+        block[4 * MOQI_LANES + l] = (d ? 256.0f : 1.0f) * s;
+        memcpy(block + 5 * MOQI_LANES + l, &start, 4);
+    }
+    return 1;
+}
+#endif
+
 /* Blocks of x. Scales are the checkpoint's, or for 16 columns (with weights of 8 bits: a block) each. */
 static void moqi_dots_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     const moq_coding *c = &p->layer.scheme.input;
-    const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), off = MOQI_LANES == 4 ? 0 : nibbles ? 32 : 128;
+    const int nibbles = p->form == MOQI_CODES_NIBBLES, digits = moqi_dot_digits(p), off = nibbles ? moqi_dots_off(p) : MOQI_LANES == 4 ? 0 : 128;
     const int64_t own = nibbles ? 16 : MOQI_DOTS_COLS, group = !p->rounds ? own : c->group_cols > 0 && c->group_cols < n ? c->group_cols : n;
     const int64_t blocks = moqi_ceil_div(n, MOQI_DOTS_COLS);
     float s = 0, scale[MOQI_LANES], half = p->rounds && c->elem == MOQ_F4 ? 0.5f : 1.0f, *sums = out + moqi_run_sums(p);
@@ -15944,7 +15987,14 @@ static void moqi_dots_arrange(const moqi_tiled *p, const float *x, int64_t n, fl
     (void)step;
     for (int64_t g = 0; p->zeros && g < p->groups; g++) sums[g] = 0;
     for (int64_t b = 0; b < blocks; b++) {
-        for (int i = 0; i < MOQI_LANES; i++) {
+        int done = 0; /* lanes that are */
+#ifdef MOQI_X86
+        for (int more = nibbles && !p->rounds && n - b * MOQI_DOTS_COLS >= MOQI_DOTS_COLS; more && done < MOQI_LANES; done += more)
+            more = moqi_dots_lane_256(x + b * MOQI_DOTS_COLS + 16 * done, digits, off, moqi_dots_group(done), out + b * MOQI_DOTS_WORDS, blocks * MOQI_DOTS_WORDS,
+                                      &scale[done], codes[0] + 16 * done);
+#endif
+        if (done == MOQI_LANES && !p->zeros) continue;
+        for (int i = 0; i < MOQI_LANES && done < MOQI_LANES; i++) {
             int64_t at = b * MOQI_DOTS_COLS + 16 * i;
             if (at < n && at % group == 0) s = moqi_i8_scale(p, x + at, moqi_min(group, n - at)) * (digits == 2 ? 127.0f / 32639 : 1.0f) * half;
             scale[i] = s;
@@ -15956,17 +16006,22 @@ static void moqi_dots_arrange(const moqi_tiled *p, const float *x, int64_t n, fl
             for (int l = 0; l < MOQI_LANES; l++) {
                 const int8_t *from = codes[d] + (nibbles ? 16 * moqi_dots_group(l) : 4 * l);
                 int32_t sum = 0;
-                for (int i = 0; i < 16; i++) {
+                for (int i = 0; i < 16 && done < MOQI_LANES; i++) {
                     int8_t v = nibbles ? from[i / 8 * 8 + i / 4 % 2 + i % 4 * 2] : from[i / 4 * 4 * MOQI_LANES + i % 4];
                     word[i / 4 * 4 * MOQI_LANES + 4 * l + i % 4] = v;
                     sum += v;
                 }
                 int64_t at = b * MOQI_DOTS_COLS + 16 * moqi_dots_group(l);
                 float by = (d ? 256.0f : 1.0f) * scale[nibbles ? moqi_dots_group(l) : l];
+                if (p->zeros && at < n) {
+                    float *to = &sums[moqi_stream_group(p, at)], z = *to;
+                    for (int i = 0; i < 16; i++) z -= by * (float)from[i];
+                    *to = z;
+                }
+                if (done == MOQI_LANES) continue;
                 block[4 * MOQI_LANES + l] = by;
                 sum *= -off;
                 memcpy(block + 5 * MOQI_LANES + l, &sum, sizeof sum);
-                for (int i = 0; p->zeros && at < n && i < 16; i++) sums[moqi_stream_group(p, at)] -= by * (float)from[i];
             }
         }
     }
@@ -16021,7 +16076,7 @@ static void moqi_dots_in(moqi_dots_fn columns, const moqi_tiled *p, int64_t row,
     moqi_dots_pass s;
     s.run.p = p;
     s.run.s = scratch;
-    for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + (MOQI_LANES == 8 ? 32 : 0));
+    for (int i = 0; i < 16; i++) s.table[i] = (uint8_t)((int)(2 * (p->table[i] - p->zero)) + moqi_dots_off(p));
     s.run.shift = moqi_run_shift(p);
     for (int l = 0; l < MOQI_LANES; l++) s.run.lane[0][l] = 16 * moqi_dots_group(l) >> s.run.shift;
     for (int64_t j = 0; j < m; j += MOST / digits) {
