@@ -17245,7 +17245,8 @@ typedef struct moqi_amx_strips {
     uint8_t twice[2][64], place[64], bytes_of[64]; /* every other byte of 16 twice; what an index has beside the code; where tables come from, 32 bits each */
     float bare[128] MOQI_ALIGNED; /* the values of 4-bit codes less a zero point that is the same everywhere; of the positive codes of E4M3 */
     float scale[2];           /* MOQI_STRIP_S8: the scales that are in `eights` */
-    uint8_t eights[2][256] MOQI_ALIGNED; /* [group] the low bytes of those values times the scale in BF16, and the high ones */
+    int same;                 /* and they are those of all rows of the block */
+    uint8_t eights[2][256] MOQI_ALIGNED; /* [group] tables of E4M3 times the scale */
 } moqi_amx_strips;
 
 /* The block that is decoded, and the codes and scales that are asked for meanwhile. */
@@ -17323,6 +17324,7 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->rows = moqi_min(s->high, s->rows - at.row);
     d->left = p->layer.cols - at.col;
     d->mul = s->mul + at.row;
+    if (s->kind == MOQI_STRIP_S8) s->same = moqi_stream_scale_at(p, s->first) == moqi_stream_scale_at(p, s->first + d->rows - 1);
     if (!s->bytes) return;
     d->groups = moqi_strip_groups(s, s->first, at.col);
 }
@@ -17607,45 +17609,68 @@ MOQI_HALVES static void moqi_strip_two_m8(moqi_strip_work *d)
     moqi_strip_next(d);
 }
 
-/* What the codes of E4M3 stand for under a scale: their positive half as bytes, low and high. */
+/* ---- tables of E4M3 ----
+   The low bytes of 128 words of BF16, then the high ones: those of the codes without sign. */
+
 MOQI_AVX512 static void moqi_strip_eights_of(const moqi_amx_strips *s, float scale, uint8_t *to)
 {
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_loadu_si512(s->upper);
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_load_si512(s->upper);
     const __m512 by = _mm512_set1_ps(scale);
     for (int i = 0; i < 128; i += 32) {
-        const __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(s->bare + i), by));
-        const __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(s->bare + i + 16), by));
+        const __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(s->bare + i), by));
+        const __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(s->bare + i + 16), by));
         const __m512i v = _mm512_permutex2var_epi16(_mm512_add_epi32(a, half), upper, _mm512_add_epi32(b, half));
-        _mm256_storeu_si256((__m256i *)(void *)(to + i), _mm512_cvtepi16_epi8(v));
-        _mm256_storeu_si256((__m256i *)(void *)(to + 128 + i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)));
+        _mm256_store_si256((__m256i *)(void *)(to + i), _mm512_cvtepi16_epi8(v));
+        _mm256_store_si256((__m256i *)(void *)(to + 128 + i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)));
     }
 }
 
-/* E4M3 with scales of blocks: tables that serve the rows of a block. A code that is no number makes a word that is none. */
+/* 64 codes: words of the even ones and of the odd ones. */
+MOQI_INLINE MOQI_VBMI void moqi_strip_sizes(const uint8_t *table, __m512i c, __m512i *word)
+{
+    const __m512i low = _mm512_set1_epi16(0xff);
+    const __m512i lo = _mm512_permutex2var_epi8(_mm512_load_si512(table), c, _mm512_load_si512(table + 64));
+    const __m512i hi = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), c, _mm512_load_si512(table + 192));
+    word[0] = _mm512_ternarylogic_epi32(low, lo, _mm512_slli_epi16(hi, 8), 0xca);
+    word[1] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lo, 8), hi, 0xca);
+}
+
+/* Two such words with the signs of their codes, to where they belong. */
+MOQI_INLINE MOQI_AVX512 void moqi_strip_signed(__m512i even, __m512i odd, __m512i c, uint32_t *to)
+{
+    const __m512i sign = _mm512_set1_epi16((short)0x8000);
+    _mm512_store_si512(to, _mm512_ternarylogic_epi32(even, _mm512_slli_epi16(c, 8), sign, 0xf8));
+    _mm512_store_si512(to + 256, _mm512_ternarylogic_epi32(odd, c, sign, 0xf8));
+}
+
+/* The tables of a row's two groups of a block, unless they are there. */
+static void moqi_strip_blocks_of(moqi_amx_strips *s, int64_t row)
+{
+    const moqi_tiled *p = s->p;
+    const int64_t first = moqi_stream_group(p, s->col), last = moqi_stream_group(p, moqi_min(s->col + 128, p->layer.cols - 1));
+    float scale[2];
+    p->k->expand(p->scale_dtype, p->scales + (moqi_stream_scale_at(p, row) + first) * (moq_dtype_bits(p->scale_dtype) / 8), last - first + 1, scale);
+    for (int64_t g = 0; g < 2; g++) {
+        float v = scale[g ? last - first : 0];
+        if (v != v) v = moqi_bits_f32(0x7fc00000); /* so that rounding leaves it one */
+        if (v != s->scale[g]) moqi_strip_eights_of(s, v, s->eights[g]);
+        s->scale[g] = v;
+    }
+}
+
+/* E4M3 with scales of blocks: tables serve the rows of a block. What is no number, code or scale, makes words that are none. */
 MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
 {
     const moqi_strip_pair t = moqi_strip_take(d, 8);
     moqi_amx_strips *s = d->s;
-    const moqi_tiled *p = s->p;
-    const __m512i sign = _mm512_set1_epi8((char)0x80), low = _mm512_set1_epi16(0xff);
-    const int64_t shift = moqi_min(p->shift, 30), first = moqi_stream_group(p, s->col);
-    for (int64_t r = 0; r < 2; r++) {
-        const int64_t row = s->first + moqi_min(d->row + r, d->rows - 1);
-        float scale[16] MOQI_ALIGNED;
-        _mm512_store_ps(scale, moqi_stream_scales_512(p, moqi_stream_scale_at(p, row) + first, moqi_min(2, p->groups - first)));
-        for (int64_t g = 0; g < 2; g++) {
-            const float v = scale[128 * g >> shift];
-            if (v != v) moqi_strip_nan(d, r);
-            if (v != s->scale[g]) moqi_strip_eights_of(s, s->scale[g] = v, s->eights[g]);
-            const __m512i l0 = _mm512_loadu_si512(s->eights[g]), l1 = _mm512_loadu_si512(s->eights[g] + 64);
-            const __m512i h0 = _mm512_loadu_si512(s->eights[g] + 128), h1 = _mm512_loadu_si512(s->eights[g] + 192);
-            MOQI_UNROLL
-            for (int64_t i = 2 * g; i < 2 * g + 2; i++) {
-                const __m512i c = moqi_strip_some(&t, r, i), lo = _mm512_permutex2var_epi8(l0, c, l1);
-                const __m512i hi = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(h0, c, h1), c, sign, 0xf8);
-                _mm512_store_si512(t.to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(low, lo, _mm512_slli_epi16(hi, 8), 0xca));
-                _mm512_store_si512(t.to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lo, 8), hi, 0xca));
-            }
+    for (int r = 0; r < 2; r++) {
+        if (d->row + r == 0 || !s->same) moqi_strip_blocks_of(s, s->first + moqi_min(d->row + r, d->rows - 1));
+        MOQI_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const __m512i c = moqi_strip_some(&t, r, i);
+            __m512i word[2];
+            moqi_strip_sizes(s->eights[i / 2], c, word);
+            moqi_strip_signed(word[0], word[1], c, t.to + 512 * i + 16 * r);
         }
     }
     moqi_strip_next(d);
@@ -17655,7 +17680,7 @@ MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
 MOQI_HALVES static void moqi_strip_two_w8(moqi_strip_work *d)
 {
     const moqi_strip_pair t = moqi_strip_take(d, 8);
-    const __m512i by = _mm512_set1_epi16(0x7800), low = _mm512_set1_epi16(0xff), sign = _mm512_set1_epi16((short)0x8000);
+    const __m512i by = _mm512_set1_epi16(0x7800), low = _mm512_set1_epi16(0xff);
     const __m512i flip = _mm512_set1_epi8((char)(d->s->p->dtype == MOQ_U8 ? 0x80 : 0));
     MOQI_UNROLL
     for (int64_t r = 0; r < 2; r++)
@@ -17663,8 +17688,7 @@ MOQI_HALVES static void moqi_strip_two_w8(moqi_strip_work *d)
         for (int64_t i = 0; i < 4; i++) {
             const __m512i c = _mm512_xor_si512(moqi_strip_some(&t, r, i), flip), size = _mm512_abs_epi8(c);
             const __m512i even = moqi_half_mul_512(_mm512_and_si512(size, low), by), odd = moqi_half_mul_512(_mm512_srli_epi16(size, 8), by);
-            _mm512_store_si512(t.to + 512 * i + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(even, 3), _mm512_slli_epi16(c, 8), sign, 0xf8));
-            _mm512_store_si512(t.to + 512 * i + 256 + 16 * r, _mm512_ternarylogic_epi32(_mm512_srli_epi16(odd, 3), c, sign, 0xf8));
+            moqi_strip_signed(_mm512_srli_epi16(even, 3), _mm512_srli_epi16(odd, 3), c, t.to + 512 * i + 16 * r);
         }
     moqi_strip_next(d);
 }
@@ -17937,7 +17961,7 @@ static void moqi_strip_factors(moqi_amx_strips *s)
 {
     const moqi_tiled *p = s->p;
     const int own = p->groups == 1 && p->scale_dtype != MOQ_NONE;
-    const float rest = p->factor * (s->kind != MOQI_STRIP_F4 && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f); /* what moqi_stream_scales_512 leaves out */
+    const float rest = p->factor * (s->kind == MOQI_STRIP_T4 && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f); /* what moqi_scales_512 leaves out */
     for (int64_t r = 0; r < s->rows && own; r++) moqi_run_scales(p->k, p, s->row + r, 0, 1, &s->mul[r]);
     for (int64_t r = own ? s->rows : 0; r < MOQI_WAY_ROWS; r++) s->mul[r] = rest;
 }
