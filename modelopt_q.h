@@ -94,6 +94,7 @@
                          >>beside       their products, and the next rows decoded beside them
                          >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
                          >>loops        what lies between two products, for every instruction set
+                         >>heads        AMX: attention of many rows
                          >>attend       attention
                          >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
@@ -773,12 +774,14 @@ typedef struct moq_latent moq_latent;     /* the products of latent attention, p
 typedef enum moq_act {
     MOQ_ACT_AUTO = 0, /* as stored where this device computes in that format. Elsewhere no shorter than the checkpoint wants them, where the
                          device multiplies short numbers faster: 16 bits for weight-only schemes, 8 with a scale for every 16 or 32 (of
-                         4-bit inputs: 64) for schemes with inputs of 8 bits or fewer. Layers that are not quantized: wide. explain() says which */
+                         4-bit inputs: 64) for schemes with inputs of 8 bits or fewer. Layers that are not quantized: wide. explain() says which.
+                         Beside layers whose inputs may be rounded, attention of prompts keeps 16 bits where tiles of BF16 multiply (AMX) */
     MOQ_ACT_STORED,   /* exactly as the checkpoint says */
     MOQ_ACT_WIDE,     /* never rounded below the backend's own activation type */
     MOQ_ACT_BF16      /* to BF16, whatever the checkpoint says, and before layers that are not quantized too: as PyTorch keeps them in a BF16
                          model. Where the device multiplies BF16 faster, many rows at once meet BF16 weights as they are, and those of quantized
-                         layers rounded to BF16. On the CPU every row is rounded; CUDA leaves F32 inputs of fewer than 17 rows wide */
+                         layers rounded to BF16. On the CPU every row is rounded; CUDA leaves F32 inputs of fewer than 17 rows wide.
+                         Attention as with MOQ_ACT_AUTO */
 } moq_act;
 
 typedef enum moq_activation {
@@ -18023,8 +18026,6 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
     }
     __asm__ volatile("tilerelease" : : : "memory");
 }
-#undef MOQI_STRIP_LOAD
-#undef MOQI_STRIP_STORE
 #undef MOQI_STRIP_TIMES
 
 static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
@@ -18240,7 +18241,7 @@ static const moqi_way moqi_eights_way = {"codes in place, F16", 0, moqi_eights_t
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = MOQI_KV_BLOCK, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
-       MOQI_ATTEND_LANES = 12 };
+       MOQI_ATTEND_LANES = 12, MOQI_ATTEND_TILES = 8 /* rows from which tiles are the faster way */, MOQI_ATTEND_TILED = 256 /* queries in them */ };
 
 /* Attention's queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
    from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. Number d of key i is keys[i * step + d * next]; values [count, ldv] */
@@ -18249,6 +18250,37 @@ typedef struct moqi_lanes {
     float *q, *s, *y, *max, *sum;
     int32_t *from, *to;
 } moqi_lanes;
+
+/* Attention in BF16 tiles: every number is the sum of two of BF16, off by 2^-16 of itself at most, and of a product of two the three larger products are
+   summed in F32. Numbers of a pair, i and i + 16 of 32, share a word; a piece is a tile of 16 x 16 words. 16 queries are a group. */
+typedef struct moqi_tiles {
+    int64_t groups, steps, high; /* of queries, an even number; of 32 numbers of a key; of 16 numbers of a value */
+    int64_t pieces;              /* of keys and values: 2, or 1 where they are BF16 */
+    float *q;                    /* [groups][steps][2 pieces][16 words][16 queries] */
+    float *keys;                 /* [16 blocks of 32 keys][steps][2 pieces][2][16 keys][16 words] */
+    float *values;               /* [16 blocks][high][2 pieces][16 numbers][16 words of two keys] */
+    float *p;                    /* [2][2 groups][2 pieces][16 words of two keys][16 queries] */
+    float *s;                    /* [2][2 groups][32 keys][16 queries] */
+    float *y, *max, *sum;        /* [groups][16 high][16 queries], [groups][16 queries] */
+    int32_t *from, *to;          /* [groups][16 queries]: the first and the last position that each sees */
+    float *spare;                /* [dim + 2][16]: a group in lanes */
+    int fits[MOQI_ATTEND_SPAN / MOQI_ATTEND_KEYS]; /* 0: a block of numbers that two of BF16 do not keep */
+} moqi_tiles;
+
+/* 32 positions of a head: number d of key i is keys[i * step + d * next]; values are [count, ldv]; or both are blocks of BF16 as they lie. */
+typedef struct moqi_attended { const float *keys, *values; const uint16_t *key_blocks, *value_blocks; int64_t step, next, ldv; } moqi_attended;
+
+typedef struct moqi_tile_loops {
+    void (*begin)(void);
+    /* queries [16 groups, dim] -> t->q; dim is a multiple of 16 */
+    void (*load)(moqi_tiles *t, const float *q, int64_t dim);
+    /* The first `count` keys of b and values of n numbers -> that block of t->keys, t->values, zeros for the rest. 0: there are numbers that two of BF16
+       do not keep, infinite ones, NaN, the largest or some below 2^-100 */
+    int (*split)(const moqi_tiles *t, int64_t block, const moqi_attended *b, int64_t count, int64_t dim, int64_t n);
+    /* What moqi_loops.lanes does, for all groups and the blocks that fit, which begin at position `first` */
+    void (*span)(const moqi_tiles *t, int64_t first, int64_t blocks);
+    void (*end)(void);
+} moqi_tile_loops;
 
 /* The loops of one instruction set. */
 typedef struct moqi_loops {
@@ -18273,6 +18305,7 @@ typedef struct moqi_loops {
     void (*split)(const uint16_t *blocks, int64_t n, float *out);
     /* `blend` with v: [count][blocks] of them, ldv numbers a row; or NULL: then by `split` and `blend` */
     void (*blend_half)(const float *p, int64_t ldp, int64_t m, int64_t count, const uint16_t *v, int64_t ldv, float *y, int64_t ldy, int64_t n);
+    const moqi_tile_loops *tiles; /* or NULL */
 } moqi_loops;
 
 /* ---- plain ---- */
@@ -18321,7 +18354,7 @@ static void moqi_plain_split(const uint16_t *blocks, int64_t n, float *out)
 }
 
 static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend, moqi_plain_turn, moqi_activate_row, moqi_plain_weigh, moqi_rope_head,
-                                            expf, NULL, moqi_plain_split, NULL};
+                                            expf, NULL, moqi_plain_split, NULL, NULL};
 
 #if defined(MOQI_X86) || defined(MOQI_ARM)
 /* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
@@ -18582,7 +18615,7 @@ MOQI_AVX512 static void moqi_split_512(const uint16_t *blocks, int64_t n, float 
 }
 
 static const moqi_loops moqi_loops_512 = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512,
-                                          moqi_exp_lane_512, moqi_lanes_512, moqi_split_512, moqi_blend_half_512};
+                                          moqi_exp_lane_512, moqi_lanes_512, moqi_split_512, moqi_blend_half_512, NULL};
 
 /* ---- AVX2 ---- */
 
@@ -18688,7 +18721,7 @@ MOQI_AVX2 static void moqi_weigh_256(const float *x, const float *weight, float 
 }
 
 static const moqi_loops moqi_loops_256 = {moqi_softmax_256, moqi_blend_256, moqi_turns_256, moqi_activate_256, moqi_weigh_256, moqi_rope_head,
-                                          expf, NULL, moqi_plain_split, NULL};
+                                          expf, NULL, moqi_plain_split, NULL, NULL};
 #endif
 
 #ifdef MOQI_ARM
@@ -18802,12 +18835,299 @@ static void moqi_rotate_neon(float *x, const float *table, int64_t dims, int int
 }
 
 static const moqi_loops moqi_loops_neon = {moqi_softmax_neon, moqi_blend_neon, moqi_turns_neon, moqi_activate_neon, moqi_weigh_neon, moqi_rotate_neon,
-                                           expf, NULL, moqi_plain_split, NULL};
+                                           expf, NULL, moqi_plain_split, NULL, NULL};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>heads           AMX: attention of many rows
+   What moqi_lanes_512 does, by products of BF16, where layers round their inputs too; a row's result does not depend on the rows beside it.
+   ------------------------------------------------------------------------------------------------ */
+
+#ifdef MOQI_AMX
+/* Pieces of two vectors: the upper halves of their numbers, of a in the low halves of words, and those of what is left. up: 0x8000 rounds the first pieces
+   (numbers are below 2^127 then), 0 cuts them off, which infinity and NaN pass. What is left is exact and has 16 bits; its own upper half is rounded. */
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_pieces(__m512 a, __m512 b, __m512i up, __m512i *high, __m512i *low)
+{
+    const __m512i top = _mm512_set1_epi32((int)0xffff0000u), half = _mm512_set1_epi32(0x8000);
+    const __m512i ha = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), up), top);
+    const __m512i hb = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), up), top);
+    const __m512i la = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(a, _mm512_castsi512_ps(ha))), half);
+    const __m512i lb = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(b, _mm512_castsi512_ps(hb))), half);
+    *high = _mm512_or_si512(_mm512_srli_epi32(ha, 16), hb);
+    *low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(la, 16), lb, top, 0xf8); /* first | (second & third) */
+}
+
+static void moqi_tiles_begin(void) { moqi_amx_configure(16, 16); }
+static void moqi_tiles_end(void) { __asm__ volatile("tilerelease" : : : "memory"); }
+
+MOQI_AVX512 static void moqi_tiles_load(moqi_tiles *t, const float *q, int64_t dim)
+{
+    float rows[2][256] MOQI_ALIGNED, *out = t->q;
+    for (int64_t g = 0; g < t->groups; g++, q += 16 * dim)
+        for (int64_t c = 0; c < 32 * t->steps; c += 32, out += 512) {
+            for (int64_t i = 0; i < 16; i++) {
+                __m512i high, low;
+                moqi_tiles_pieces(_mm512_loadu_ps(q + i * dim + c), c + 16 < dim ? _mm512_loadu_ps(q + i * dim + c + 16) : _mm512_setzero_ps(),
+                                  _mm512_setzero_si512(), &high, &low);
+                _mm512_store_si512(rows[0] + 16 * i, high);
+                _mm512_store_si512(rows[1] + 16 * i, low);
+            }
+            moqi_turn_512(rows[0], 16, out, 16);
+            moqi_turn_512(rows[1], 16, out + 256, 16);
+        }
+}
+
+/* The largest size of some numbers, and the smallest that is not 0, less 1, as bits of F32. */
+typedef struct moqi_tiles_sizes { __m512i most, least; } moqi_tiles_sizes;
+
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_size(moqi_tiles_sizes *z, __m512 a)
+{
+    const __m512i size = _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+    z->most = _mm512_max_epu32(z->most, size);
+    z->least = _mm512_min_epu32(z->least, _mm512_sub_epi32(size, _mm512_set1_epi32(1)));
+}
+
+/* `high` and, with two pieces, `low` words of 16 lines, the i-th of numbers a and b. */
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_line(moqi_tiles_sizes *z, __m512 a, __m512 b, float *rows, int64_t low)
+{
+    __m512i h, l;
+    moqi_tiles_size(z, a);
+    moqi_tiles_size(z, b);
+    moqi_tiles_pieces(a, b, _mm512_set1_epi32(0x8000), &h, &l);
+    _mm512_store_si512(rows, h);
+    _mm512_store_si512(rows + low, l);
+}
+
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_keys(const moqi_tiles *t, float *keys, moqi_tiles_sizes *z, const moqi_attended *b, int64_t count, int64_t dim)
+{
+    float rows[512] MOQI_ALIGNED;
+    for (int64_t s = 0; s < t->steps; s++)
+        for (int64_t k = 0; k < 2; k++) {
+            float *out = keys + s * 1024 + k * 256;
+            const int64_t some = moqi_max(0, moqi_min(16, count - 16 * k)), second = 32 * s + 16 < dim;
+            const __mmask16 seen = (__mmask16)((1 << some) - 1);
+            for (int64_t i = 0; i < 16 && b->next == 1; i++) { /* a key a line */
+                const float *from = b->keys + (16 * k + i) * b->step + 32 * s;
+                const __m512 x = i < some ? _mm512_loadu_ps(from) : _mm512_setzero_ps();
+                moqi_tiles_line(z, x, i < some && second ? _mm512_loadu_ps(from + 16) : _mm512_setzero_ps(), out + 16 * i, 512);
+            }
+            if (b->next == 1) continue;
+            for (int64_t i = 0; i < 16; i++) { /* 16 keys a line */
+                const float *from = b->keys + (32 * s + i) * b->next + 16 * k;
+                moqi_tiles_line(z, _mm512_maskz_loadu_ps(seen, from), second ? _mm512_maskz_loadu_ps(seen, from + 16 * b->next) : _mm512_setzero_ps(),
+                                rows + 16 * i, 256);
+            }
+            moqi_turn_512(rows, 16, out, 16);
+            moqi_turn_512(rows + 256, 16, out + 512, 16);
+        }
+}
+
+MOQI_AVX512 static int moqi_tiles_split(const moqi_tiles *t, int64_t block, const moqi_attended *b, int64_t count, int64_t dim, int64_t n)
+{
+    float rows[512] MOQI_ALIGNED, *values = t->values + block * t->high * 512;
+    moqi_tiles_sizes z = {_mm512_setzero_si512(), _mm512_set1_epi32(-1)};
+    moqi_tiles_keys(t, t->keys + block * t->steps * 1024, &z, b, count, dim);
+    for (int64_t c = 0; c < n; c += 16) {
+        const __mmask16 some = (__mmask16)(n - c >= 16 ? 0xffff : (1 << (n - c)) - 1);
+        for (int64_t i = 0; i < 16; i++) {
+            const float *from = b->values + i * b->ldv + c;
+            moqi_tiles_line(&z, _mm512_maskz_loadu_ps(i < count ? some : 0, from), _mm512_maskz_loadu_ps(i + 16 < count ? some : 0, from + 16 * b->ldv),
+                            rows + 16 * i, 256);
+        }
+        moqi_turn_512(rows, 16, values + 32 * c, 16);
+        moqi_turn_512(rows + 256, 16, values + 32 * c + 256, 16);
+    }
+    return _mm512_reduce_max_epu32(z.most) < 254u << 23 && _mm512_reduce_min_epu32(z.least) >= (27u << 23) - 1;
+}
+
+/* 2^x for x <= 0, off by 1.5e-7 of it: 2^(x - floor x) by a polynomial that is exact at 0, the minimax one of its degree for the relative error. Below
+   2^-126 comes that; NaN passes, since max gives its second operand then. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_exp2_512(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-126), x);
+    const __m512 r = _mm512_reduce_ps(x, 1); /* x - floor x */
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00186713005f), r, _mm512_set1_ps(0.00901703071f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0557999127f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.240164444f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693151295f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), x); /* which takes the floor by itself */
+}
+
+/* Do queries of two groups from g on see some of the 32 positions from `first` on (1), or all of them all (2)? */
+MOQI_AVX512 static int moqi_tiles_seen(const moqi_tiles *t, int64_t g, int64_t first)
+{
+    const __m512i low = _mm512_set1_epi32((int)first), high = _mm512_set1_epi32((int)first + 31);
+    const __m512i from[2] = {_mm512_loadu_si512(t->from + 16 * g), _mm512_loadu_si512(t->from + 16 * g + 16)};
+    const __m512i to[2] = {_mm512_loadu_si512(t->to + 16 * g), _mm512_loadu_si512(t->to + 16 * g + 16)};
+    const __mmask16 some = (_mm512_cmple_epi32_mask(from[0], high) & _mm512_cmpge_epi32_mask(to[0], low)) |
+                           (_mm512_cmple_epi32_mask(from[1], high) & _mm512_cmpge_epi32_mask(to[1], low));
+    const __mmask16 less = _mm512_cmpgt_epi32_mask(_mm512_max_epi32(from[0], from[1]), low) |
+                           _mm512_cmplt_epi32_mask(_mm512_min_epi32(to[0], to[1]), high);
+    return some ? less ? 1 : 2 : 0;
+}
+
+/* The softmax of group g begins, moqi_lanes_softmax_512 for s [32, 16]; seen: which queries see each key. Max grows where a score is e^8 times as large:
+   until then the sums lose nothing, and every growth is a way through y. shrink: what was summed before is to be multiplied by it; -> max as
+   e^(s - max) = 2^(s log2 e - that) wants it. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_tiles_top(const moqi_tiles *t, int64_t g, int64_t at, const float *s, __mmask16 *seen, __m512 *shrink, int whole)
+{
+    const __m512i here = _mm512_set1_epi32((int)at), first = _mm512_loadu_si512(t->from + 16 * g), last = _mm512_loadu_si512(t->to + 16 * g);
+    const __m512 old = _mm512_loadu_ps(t->max + 16 * g), by = _mm512_set1_ps(1.44269504f), l = _mm512_loadu_ps(t->sum + 16 * g);
+    __m512 top[4] = {old, old, old, old};
+    for (int j = 0; j < 32; j += 4) {
+        MOQI_UNROLL
+        for (int k = 0; k < 4; k++) {
+            const __m512 x = _mm512_load_ps(s + 16 * (j + k));
+            if (whole) { top[k] = _mm512_max_ps(x, top[k]); continue; }
+            const __m512i key = _mm512_add_epi32(here, _mm512_set1_epi32(j + k));
+            seen[j + k] = (__mmask16)(_mm512_cmple_epi32_mask(first, key) & _mm512_cmple_epi32_mask(key, last));
+            top[k] = _mm512_mask_max_ps(top[k], seen[j + k], x, top[k]);
+        }
+    }
+    top[0] = _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
+    const __mmask16 grows = _mm512_cmp_ps_mask(top[0], _mm512_add_ps(old, _mm512_set1_ps(8)), _CMP_GT_OQ);
+    const __mmask16 some = _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 base = _mm512_mul_ps(_mm512_mask_mov_ps(old, grows, top[0]), by);
+    *shrink = _mm512_set1_ps(1);
+    if (!grows) return base;
+    *shrink = _mm512_mask_mov_ps(*shrink, grows, _mm512_maskz_mov_ps(some, moqi_exp2_512(_mm512_fmsub_ps(old, by, base))));
+    _mm512_storeu_ps(t->max + 16 * g, _mm512_mask_mov_ps(old, grows, top[0]));
+    return base;
+}
+
+/* The softmax of group g ends with the sums u of its p, and y shrinks. */
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_sum(const moqi_tiles *t, int64_t g, __m512 u, __m512 shrink)
+{
+    float *sum = t->sum + 16 * g, *y = t->y + g * t->high * 256;
+    _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_loadu_ps(sum), shrink, u));
+    if (!_mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1), _CMP_NEQ_UQ)) return;
+    for (int64_t i = 0; i < 256 * t->high; i += 16) _mm512_store_ps(y + i, _mm512_mul_ps(_mm512_load_ps(y + i), shrink));
+}
+
+/* Keys j and j + 16 of one group: their scores become pieces of p. */
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_two(const float *s, float *p, const __mmask16 *seen, __m512 base, __m512 *u, int whole)
+{
+    const __m512 by = _mm512_set1_ps(1.44269504f);
+    __m512 a = moqi_exp2_512(_mm512_fmsub_ps(_mm512_load_ps(s), by, base)), b = moqi_exp2_512(_mm512_fmsub_ps(_mm512_load_ps(s + 256), by, base));
+    __m512i high, low;
+    if (!whole) {
+        a = _mm512_maskz_mov_ps(seen[0], a);
+        b = _mm512_maskz_mov_ps(seen[16], b);
+    }
+    u[0] = _mm512_add_ps(u[0], a);
+    u[1] = _mm512_add_ps(u[1], b);
+    moqi_tiles_pieces(a, b, _mm512_setzero_si512(), &high, &low);
+    _mm512_store_si512(p, high);
+    _mm512_store_si512(p + 256, low);
+}
+
+#define MOQI_TILES_TIMES(a, b, acc) __asm__ volatile("tdpbf16ps %%tmm" b ", %%tmm" a ", %%tmm" acc : : : "memory");
+#define MOQI_TILES_PAIR(x, y, a, b) MOQI_STRIP_LOAD("tileloadd", x, a) MOQI_STRIP_LOAD("tileloadd", y, b)
+/* Tiles 4, 5 times 6, 7, and beside these four products their share of the softmax. */
+#define MOQI_TILES_FOUR \
+    MOQI_TILES_TIMES("4", "6", "0") MOQI_TILES_TIMES("5", "6", "1") MOQI_TILES_TIMES("4", "7", "2") MOQI_TILES_TIMES("5", "7", "3") \
+    for (due += 16; due >= fours && j < 16; due -= fours, j++) { \
+        moqi_tiles_two(s + 16 * j, p + 16 * j, seen[0] + j, base[0], u, whole); \
+        moqi_tiles_two(s + 16 * j + 512, p + 16 * j + 512, seen[1] + j, base[1], u + 2, whole); \
+    }
+
+/* Three steps of three blocks of keys for groups g and g + 1, each -1 for none, because products go on beside a softmax:
+   y += p v of block `blend`, for 32 numbers of values at a time: numbers are rows of tiles, queries columns. With an odd number of tiles the last is done
+   twice, once for nothing; the softmax of block `soft`, after which y shrinks; scores of block `score`: keys are rows of tiles. turn: which half of p and s
+   is whose. A pair's queries, sums, scores and p stay in the first-level cache, pieces of keys and values come from the second. */
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int64_t blend, int64_t soft, int64_t score, int turn, int64_t first, int whole)
+{
+    const float *k = t->keys + score * t->steps * 1024, *v = t->values + blend * t->high * 512;
+    const float *from = t->p + (turn ? 0 : 1024), *s = t->s + (turn ? 0 : 1024);
+    float *p = t->p + (turn ? 1024 : 0), *to = t->s + (turn ? 1024 : 0);
+    const int64_t more = t->pieces > 1, fours = (2 + more) * ((blend < 0 ? 0 : (t->high + 1) / 2) + (score < 0 ? 0 : t->steps));
+    __mmask16 seen[2][32];
+    __m512 base[2], u[4], shrink[2];
+    int64_t due = 0, j = soft < 0 ? 16 : 0;
+    for (int i = 0; i < 2; i++) base[i] = shrink[i] = u[i] = u[i + 2] = _mm512_setzero_ps();
+    for (int i = 0; i < 2 && soft >= 0; i++) base[i] = moqi_tiles_top(t, g + i, first + 32 * soft, s + 512 * i, seen[i], &shrink[i], whole);
+    for (int64_t c = 0; c < t->high && blend >= 0; c += 2, v += 1024) {
+        const int64_t two = c + 1 < t->high;
+        float *y = t->y + (g * t->high + c) * 256, *z = y + t->high * 256;
+        MOQI_TILES_PAIR("0", "1", y, y + 256 * two)
+        MOQI_TILES_PAIR("2", "3", z, z + 256 * two)
+        MOQI_TILES_PAIR("4", "5", v, v + 512 * two)
+        MOQI_TILES_PAIR("6", "7", from + 256, from + 768)
+        MOQI_TILES_FOUR
+        MOQI_TILES_PAIR("6", "7", from, from + 512)
+        MOQI_TILES_FOUR
+        if (more) {
+            MOQI_TILES_PAIR("4", "5", v + 256, v + 512 * two + 256)
+            MOQI_TILES_FOUR
+        }
+        MOQI_STRIP_STORE("0", y)
+        MOQI_STRIP_STORE("2", z)
+        if (!two) continue;
+        MOQI_STRIP_STORE("1", y + 256)
+        MOQI_STRIP_STORE("3", z + 256)
+    }
+    if (score >= 0) {
+        const float *a = t->q + g * t->steps * 512, *b = a + t->steps * 512;
+        __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
+        for (int64_t i = 0; i < t->steps; i++, k += 1024, a += 512, b += 512) {
+            MOQI_TILES_PAIR("4", "5", k, k + 256)
+            MOQI_TILES_PAIR("6", "7", a + 256, b + 256)
+            MOQI_TILES_FOUR
+            MOQI_TILES_PAIR("6", "7", a, b)
+            MOQI_TILES_FOUR
+            if (!more) continue;
+            MOQI_TILES_PAIR("4", "5", k + 512, k + 768)
+            MOQI_TILES_FOUR
+        }
+        MOQI_STRIP_STORE("0", to)
+        MOQI_STRIP_STORE("1", to + 256)
+        MOQI_STRIP_STORE("2", to + 512)
+        MOQI_STRIP_STORE("3", to + 768)
+    }
+    if (soft < 0) return;
+    for (; j < 16; j++) {
+        moqi_tiles_two(s + 16 * j, p + 16 * j, seen[0] + j, base[0], u, whole);
+        moqi_tiles_two(s + 16 * j + 512, p + 16 * j + 512, seen[1] + j, base[1], u + 2, whole);
+    }
+    for (int i = 0; i < 2; i++) moqi_tiles_sum(t, g + i, _mm512_add_ps(u[2 * i], u[2 * i + 1]), shrink[i]);
+}
+
+MOQI_AVX512 static void moqi_tiles_span(const moqi_tiles *t, int64_t first, int64_t blocks)
+{
+    enum { MOST = MOQI_ATTEND_SPAN / MOQI_ATTEND_KEYS + 4 };
+    for (int64_t g = 0; g < t->groups; g += 2) {
+        int64_t block[MOST], n = 2;
+        int seen[MOST] = {0};
+        block[0] = block[1] = -1;
+        for (int64_t b = 0; b < blocks; b++) {
+            block[n] = b;
+            seen[n] = t->fits[b] ? moqi_tiles_seen(t, g, first + 32 * b) : 0;
+            n += seen[n] > 0;
+        }
+        block[n] = block[n + 1] = -1;
+        for (int64_t i = 0; i < n; i++) {
+            if (seen[i + 1] == 2) moqi_tiles_pass(t, g, block[i], block[i + 1], block[i + 2], (int)(i & 1), first, 1);
+            else moqi_tiles_pass(t, g, block[i], block[i + 1], block[i + 2], (int)(i & 1), first, 0);
+        }
+    }
+}
+#undef MOQI_TILES_TIMES
+#undef MOQI_TILES_FOUR
+#undef MOQI_TILES_PAIR
+#undef MOQI_STRIP_LOAD
+#undef MOQI_STRIP_STORE
+
+static const moqi_tile_loops moqi_tiles_amx = {moqi_tiles_begin, moqi_tiles_load, moqi_tiles_split, moqi_tiles_span, moqi_tiles_end};
+static const moqi_loops moqi_loops_amx = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512,
+                                          moqi_exp_lane_512, moqi_lanes_512, moqi_split_512, moqi_blend_half_512, &moqi_tiles_amx};
 #endif
 
 /* The loops that go with a set of kernels, which share its instructions. */
 static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 {
+#ifdef MOQI_AMX
+    for (const moqi_way *const *w = k->ways; w && *w; w++) if (*w == &moqi_amx_way) return &moqi_loops_amx;
+#endif
 #ifdef MOQI_X86
     if (k->dot == moqi_dot_512) return &moqi_loops_512;
     if (k->dot == moqi_dot_256) return &moqi_loops_256;
@@ -18821,7 +19141,8 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 
 /* ------------------------------------------------------------------------------------------------
    >>attend          attention
-   A row's result is the same, to the last bit, whatever rows run beside it and however its positions are shared out.
+   A row's result is the same, to the last bit, whatever rows run beside it and however its positions are shared out. Where inputs are rounded and the
+   processor has tiles (>>heads), it matters whether it is one of 8 rows or more of a sequence, but not how many they are, nor who computes them.
    ------------------------------------------------------------------------------------------------ */
 
 /* For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
@@ -18844,17 +19165,31 @@ typedef struct moqi_attending {
     float *worker, *parts;      /* scratch of every worker, each_worker floats; spans side by side: [rows, heads, spans, value_dim + 2] */
     int64_t each_worker, spans;
     int64_t groups;             /* of MOQI_ATTEND_HEADS heads that read one kv head */
+    int64_t rows;               /* of a task: MOQI_ATTEND_ROWS, or with tiles 2 or 4 times as many */
+    int tiles;                  /* many rows may use them */
 } moqi_attending;
 
-/* Rows [row, row + rows) of one slot, for query heads [head, head + heads) that read one kv head. */
-typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head; } moqi_queries;
+/* Rows [row, row + rows) of one slot, for query heads [head, head + heads) that read one kv head; by tiles or not. last: with tiles, position of the slot
+   that any row of the call is at. */
+typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head, last; int tiles; } moqi_queries;
 
 /* Scratch of one task: up to 128 queries [n, head_dim padded to 16], 32 keys as they come and turned, 32 values, scores [n, 32],
-   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides. */
-static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim)
+   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides; or up
+   to 256 queries in tiles and what a span of keys and values and two groups need, and one group in lanes. */
+static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim, int tiles)
 {
-    int64_t dim = (head_dim + 15) / 16 * 16, room = (value_dim + 31) / 32 * 32;
-    return MOQI_ATTEND_QUERIES * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + room);
+    int64_t dim = (head_dim + 15) / 16 * 16, room = (value_dim + 31) / 32 * 32, pair = (head_dim + 31) / 32 * 32, queries = MOQI_ATTEND_QUERIES;
+    int64_t some = queries * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + room);
+    queries = MOQI_ATTEND_TILED;
+    int64_t many = queries * (dim + value_dim + 2 + pair + room + 4) + MOQI_ATTEND_KEYS * (2 * dim + room) + MOQI_ATTEND_SPAN * (pair + room) + 16 * dim + 4096 + 128;
+    return tiles ? moqi_max(some, many) : some;
+}
+
+/* Places for so many queries: whole groups in lanes, pairs of them in tiles. */
+static int64_t moqi_attend_padded(const moqi_queries *g)
+{
+    const int64_t n = g->tiles ? 32 : 16;
+    return (g->rows * g->heads + n - 1) / n * n;
 }
 
 /* The first position that row r sees. */
@@ -18863,7 +19198,7 @@ static int64_t moqi_attend_from(const moqi_attending *t, int64_t r)
     return moqi_attend_first(t->a, t->b->pos[r]);
 }
 
-/* The queries times the scale of the scores: q [n padded to 16, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
+/* The queries times the scale of the scores: q [n padded, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
 static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t dim, float *q)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
@@ -18872,12 +19207,15 @@ static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int
     if (c->format[0] == MOQ_KV_NVFP4_ROTATE) scale /= sqrtf((float)n);
     for (int64_t i = 0; i < g->rows * g->heads; i++, q += dim) {
         const float *src = (const float *)t->a->q + (g->row + i / g->heads) * t->a->q_stride + (g->head + i % g->heads) * n;
-        memcpy(q, src, (size_t)n * sizeof *q);
+        if (c->format[0] == MOQ_KV_NVFP4_ROTATE) {
+            memcpy(q, src, (size_t)n * sizeof *q);
+            moqi_sylvester(q, n);
+            src = q;
+        }
+        t->o->weigh(src, NULL, scale, n, q);
         memset(q + n, 0, (size_t)(dim - n) * sizeof *q);
-        if (c->format[0] == MOQ_KV_NVFP4_ROTATE) moqi_sylvester(q, n);
-        for (int64_t d = 0; d < n; d++) q[d] *= scale;
     }
-    memset(q, 0, (size_t)((moqi_pad16(g->rows * g->heads) - g->rows * g->heads) * dim) * sizeof *q);
+    memset(q, 0, (size_t)((moqi_attend_padded(g) - g->rows * g->heads) * dim) * sizeof *q);
 }
 
 /* Keys of positions [first, first + count): [count, dim], in `room` or where they are. What lies beyond `count` is not looked at later, but may
@@ -18925,9 +19263,6 @@ static void moqi_attend_ahead(const moqi_cache *c, const moqi_next *next, int ha
     (void)c; (void)next; (void)half;
 #endif
 }
-
-/* 32 positions of a head: number d of key i is keys[i * step + d * next], values are [count, ldv]; or both are blocks of BF16 as they lie. */
-typedef struct moqi_attended { const float *keys, *values; const uint16_t *key_blocks, *value_blocks; int64_t step, next, ldv; } moqi_attended;
 
 /* Positions [first, first + count). lie: BF16 is used as it lies. keys, turned [32 * dim], room [32, value_dim padded to blocks]: scratch. */
 static moqi_attended moqi_attend_fetch(const moqi_attending *t, int64_t slot, int64_t head, int64_t first, int64_t count, int64_t dim, int lie, float *keys,
@@ -19014,6 +19349,85 @@ static void moqi_attend_seen(const moqi_attending *t, const moqi_queries *g, int
     }
 }
 
+/* The memory of g's queries in tiles, nothing summed. */
+static void moqi_attend_tile(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, int64_t n, float *memory, moqi_tiles *l)
+{
+    const int64_t queries = moqi_attend_padded(g);
+    l->groups = queries / 16;
+    l->steps = moqi_ceil_div(dim, 32);
+    l->high = moqi_ceil_div(n, 16);
+    l->pieces = ((const moqi_cache *)(const void *)t->a->cache)->bf16 ? 1 : 2;
+    l->q = memory + (64 - (uintptr_t)memory % 64) % 64 / sizeof *memory;
+    l->keys = l->q + queries * l->steps * 32;
+    l->values = l->keys + MOQI_ATTEND_SPAN * l->steps * 32;
+    l->p = l->values + MOQI_ATTEND_SPAN * l->high * 16;
+    l->s = l->p + 2048;
+    l->y = l->s + 2048;
+    l->max = l->y + queries * l->high * 16;
+    l->sum = l->max + queries;
+    l->from = (int32_t *)(void *)(l->sum + queries);
+    l->to = l->from + queries;
+    l->spare = (float *)(void *)(l->to + queries);
+    for (int64_t i = 0; i < queries; i++) { /* beyond the last query: as the last, so that a block all of which is seen stays one */
+        const int64_t r = g->row + moqi_min(i, g->rows * g->heads - 1) / g->heads;
+        l->max[i] = -3e38f;
+        l->sum[i] = 0;
+        l->from[i] = (int32_t)moqi_attend_from(t, r);
+        l->to[i] = t->b->pos[r];
+    }
+    memset(l->y, 0, (size_t)(queries * l->high * 16) * sizeof *l->y);
+    t->o->tiles->begin();
+    t->o->tiles->load(l, q, dim);
+}
+
+/* One block of keys that BF16 cannot keep, for the queries in tiles: in lanes. q: [n, dim] */
+static void moqi_attend_untiled(const moqi_attending *t, const float *q, int64_t dim, int64_t first, int64_t count, const moqi_attended *b,
+                                const moqi_tiles *l)
+{
+    const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
+    int32_t *from = (int32_t *)(void *)(l->spare + 16 * dim), *to = from + 16;
+    for (int64_t g = 0; g < l->groups; g++) {
+        moqi_lanes one = {16, dim, n, l->spare, l->s, l->y + g * l->high * 256, l->max + 16 * g, l->sum + 16 * g, from, to};
+        for (int64_t i = 0; i < 16; i++) {
+            from[i] = (int32_t)(moqi_max(first, l->from[16 * g + i]) - first);
+            to[i] = (int32_t)(moqi_min(first + count - 1, l->to[16 * g + i]) - first);
+        }
+        t->o->turn(q + 16 * g * dim, dim, 16, dim, one.q, 16);
+        t->o->lanes(&one, b->keys, b->step, b->next, count, b->values, b->ldv);
+    }
+}
+
+/* Positions [low, high] of a span for the queries in tiles -> part [n, value_dim + 2]: pieces of all keys and values first, which all queries share.
+   keys, turned, room: as for moqi_attend_fetch */
+static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, int64_t low, int64_t high, const float *q, int64_t dim, float *keys, float *turned,
+                              float *room, moqi_tiles *l, float *part)
+{
+    const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads;
+    int64_t blocks = 0;
+    for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS, blocks++) {
+        const int64_t count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
+        const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, 0, keys, turned, room);
+        l->fits[blocks] = t->o->tiles->split(l, blocks, &b, count, dim, n);
+    }
+    t->o->tiles->span(l, low, blocks);
+    t->o->tiles->end();
+    for (int64_t i = 0; i < blocks; i++) {
+        const int64_t first = low + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
+        if (l->fits[i]) continue;
+        const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, 0, keys, turned, room);
+        moqi_attend_untiled(t, q, dim, first, count, &b, l);
+    }
+    for (int64_t i = 0; i < queries; i += 16) { /* rows past the last query lie where keys were */
+        const float *y = l->y + i * l->high * 16;
+        if (n % 16 == 0) t->o->turn(y, 16, n, 16, part + i * (n + 2), n + 2);
+        for (int64_t k = i; k < moqi_min(i + 16, queries); k++) {
+            for (int64_t d = 0; n % 16 != 0 && d < n; d++) part[k * (n + 2) + d] = y[16 * d + k - i];
+            part[k * (n + 2) + n] = l->max[k];
+            part[k * (n + 2) + n + 1] = l->sum[k];
+        }
+    }
+}
+
 /* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2]. */
 static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part)
 {
@@ -19023,14 +19437,20 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     float *s = room + MOQI_ATTEND_KEYS * moqi_ceil_div(n, MOQI_KV_BLOCK) * MOQI_KV_BLOCK;
     int lanes = t->o->lanes && queries >= MOQI_ATTEND_LANES && !(t->a->softcap > 0);
     moqi_lanes l;
+    moqi_tiles tiles;
     for (int64_t r = g->row; r < g->row + g->rows; r++) {
         low = moqi_min(low, moqi_attend_from(t, r));
         high = moqi_max(high, t->b->pos[r]);
     }
     low = moqi_max(low / MOQI_ATTEND_KEYS * MOQI_ATTEND_KEYS, span * MOQI_ATTEND_SPAN);
     high = moqi_min(high, (span + 1) * MOQI_ATTEND_SPAN - 1);
-    memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
-    for (int64_t i = 0; i < queries; i++) part[i * (n + 2) + n] = -3e38f;
+    if (g->tiles) {
+        moqi_attend_tile(t, g, q, dim, n, s, &tiles);
+        moqi_attend_tiled(t, g, low, high, q, dim, keys, turned, room, &tiles, part);
+        return;
+    }
+    if (!lanes) memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
+    for (int64_t i = 0; i < queries && !lanes; i++) part[i * (n + 2) + n] = -3e38f;
     if (lanes) moqi_attend_lanes(t, g, q, dim, n, s, &l);
     for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS) {
         int64_t count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
@@ -19073,7 +19493,7 @@ static void moqi_attend_join(const moqi_attending *t, const float *part, int64_t
 {
     const float max = part[n] > state->max ? part[n] : state->max;
     float old = state->sum > 0 ? expf(state->max - max) : 0, now = expf(part[n] - max);
-    t->o->weigh(y, NULL, old, n, y);
+    if (old != 1 && state->sum > 0) t->o->weigh(y, NULL, old, n, y); /* else y is 0 */
     t->o->blend(&now, 1, 1, 1, part, n, y, n, n);
     state->sum = state->sum * old + part[n + 1] * now;
     state->max = max;
@@ -19089,9 +19509,9 @@ static float *moqi_attend_out(const moqi_attending *t, const moqi_queries *g, in
 static void moqi_attend(const moqi_attending *t, const moqi_queries *g, float *scratch)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    moqi_softmax state[MOQI_ATTEND_QUERIES];
+    moqi_softmax state[MOQI_ATTEND_TILED];
     int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads, low = INT64_MAX, high = 0;
-    float *q = scratch, *part = q + moqi_pad16(queries) * dim, *rest = part + queries * (n + 2);
+    float *q = scratch, *part = q + moqi_attend_padded(g) * dim, *rest = part + queries * (n + 2);
     moqi_attend_load(t, g, dim, q);
     for (int64_t i = 0; i < queries; i++) {
         state[i] = moqi_attend_begin(t, g->head + i % g->heads);
@@ -19112,7 +19532,7 @@ static void moqi_attend_part(const moqi_attending *t, const moqi_queries *g, int
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads;
-    float *q = scratch, *part = q + moqi_pad16(queries) * dim, *rest = part + queries * (n + 2);
+    float *q = scratch, *part = q + moqi_attend_padded(g) * dim, *rest = part + queries * (n + 2);
     moqi_attend_load(t, g, dim, q);
     moqi_attend_span(t, g, span, q, rest, part);
     for (int64_t i = 0; i < queries; i++) {
@@ -19290,6 +19710,7 @@ typedef struct moqi_need {
     int64_t moe_cols, moe_rank, moe_hidden, moe_out, moe_top; /* per row of a mixture of experts */
     int64_t experts, jobs;      /* numbers of them */
     int64_t parts;              /* of attention over spans side by side */
+    int64_t rounds;             /* 1: there are layers whose inputs are rounded to 16 bits or fewer */
 } moqi_need;
 
 /* One matrix product of a launch: y[m][rows] = x W^T + mid B^T + bias, of rows [row, row + rows) of the part. */
@@ -19631,6 +20052,7 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     n->rank = moqi_max(n->rank, rank);
+    n->rounds |= p->rounds || p->input_bits <= 16;
 }
 
 /* All memory of an arena, its slack included. */
@@ -20693,6 +21115,9 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
 
 MOQI_COLD_BEGIN
 
+/* May attention of many rows round as well as layers do? Whether there are such layers is known when it runs. */
+static int moqi_attend_rounds(const moqi_cpu *c) { return c->o->tiles && (c->act == MOQ_ACT_AUTO || c->act == MOQ_ACT_BF16); }
+
 /* Shapes and bytes of a cache; `err` names what is impossible. */
 static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_cache *c, uint64_t bytes[2], moq_error *err)
 {
@@ -20746,7 +21171,7 @@ static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc
     moqi_clear(err);
     if (moqi_kv_plan(cpu, desc, &plan, bytes, err) < 0) return NULL;
     memset(&need, 0, sizeof need);
-    need.worker = moqi_pad16(moqi_attend_floats(plan.dim[0], plan.dim[1]));
+    need.worker = moqi_pad16(moqi_attend_floats(plan.dim[0], plan.dim[1], moqi_attend_rounds(cpu)));
     /* one row of 8 heads for each kv head, or fewer positions of more */
     if (cpu->par.workers > 1) need.parts = 8 * (int64_t)desc->kv_heads * moqi_ceil_div(desc->capacity, MOQI_ATTEND_SPAN) * (plan.dim[1] + 2);
     if (moqi_grow(cpu, &need, cpu->be.max_rows, err) < 0) return NULL;
@@ -20890,14 +21315,24 @@ static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot
         for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) moqi_kv_rows(c, i, slot, (int64_t)h, rows, from, 1);
 }
 
+/* Rows from `row` on of one slot, within the 16 that it belongs to. */
+static int64_t moqi_attend_run(const moqi_attending *t, int64_t row, int64_t end)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t n = 1;
+    end = moqi_min(end, (row / MOQI_ATTEND_ROWS + 1) * MOQI_ATTEND_ROWS);
+    while (row + n < end && t->b->slot[row + n] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + n)) n++;
+    return n;
+}
+
 /* A block of rows for up to 16 heads of one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side,
-   one span of it. */
+   one span of it. Which of 16 rows run together says whether tiles are used, not how many of those a task has. */
 static void moqi_attend_task(void *arg, int index, int worker)
 {
     const moqi_attending *t = (const moqi_attending *)arg;
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t span = index % t->spans, at = index / t->spans / t->groups, share = t->a->heads / c->desc.kv_heads;
-    int64_t row = at / c->desc.kv_heads * MOQI_ATTEND_ROWS, end = moqi_min(row + MOQI_ATTEND_ROWS, t->b->rows);
+    int64_t row = at / c->desc.kv_heads * t->rows, end = moqi_min(row + t->rows, t->b->rows);
     int64_t first = index / t->spans % t->groups * MOQI_ATTEND_HEADS, last = moqi_min(share, first + MOQI_ATTEND_HEADS);
     float *scratch = t->worker + worker * t->each_worker;
     moqi_queries g;
@@ -20905,14 +21340,24 @@ static void moqi_attend_task(void *arg, int index, int worker)
     for (; row < end; row += g.rows) {
         g.row = row;
         g.rows = 1;
+        g.tiles = 0;
         if (!moqi_kv_holds(c, t->b, row)) {
             memset((float *)t->a->y + row * t->a->y_stride + (g.kv_head * share + first) * c->dim[1], 0, (size_t)((last - first) * c->dim[1]) * sizeof(float));
             continue;
         }
-        while (row + g.rows < end && t->b->slot[row + g.rows] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + g.rows)) g.rows++;
+        g.rows = moqi_attend_run(t, row, end);
+        g.last = 0;
+        g.tiles = t->tiles && g.rows >= MOQI_ATTEND_TILES;
+        for (int64_t next = row + g.rows, n; g.tiles && next < end && t->b->slot[next] == t->b->slot[row] && moqi_kv_holds(c, t->b, next); next += n) {
+            n = moqi_attend_run(t, next, end);
+            if (n < MOQI_ATTEND_TILES) break;
+            g.rows += n;
+        }
+        for (int64_t r = 0; g.tiles && r < t->b->rows; r++) /* so that a block of keys is the same for each task */
+            if (t->b->slot[r] == t->b->slot[row] && moqi_kv_holds(c, t->b, r)) g.last = moqi_max(g.last, t->b->pos[r]);
         for (int64_t h = first; h < last; h += g.heads) {
             g.head = g.kv_head * share + h;
-            g.heads = moqi_min(MOQI_ATTEND_QUERIES / g.rows, last - h);
+            g.heads = moqi_min((g.tiles ? MOQI_ATTEND_TILED : MOQI_ATTEND_QUERIES) / g.rows, last - h);
             if (t->parts) moqi_attend_part(t, &g, span, scratch);
             else moqi_attend(t, &g, scratch);
         }
@@ -20934,10 +21379,16 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     const moqi_cpu *cpu = moqi_cpu_of(be);
     const moqi_cache *c = (const moqi_cache *)(const void *)a->cache;
     int64_t groups = moqi_ceil_div(a->heads / c->desc.kv_heads, MOQI_ATTEND_HEADS), spans = b->max_pos / MOQI_ATTEND_SPAN + 1;
-    int64_t tasks = moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads * groups;
+    int64_t tasks = moqi_ceil_div(b->rows, MOQI_ATTEND_ROWS) * c->desc.kv_heads * groups, each_task = MOQI_ATTEND_ROWS;
     int32_t most = a->chunk > 0 ? a->chunk : a->window;
     double keys = most > 0 && most < b->max_pos ? most : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
     moqi_attending t;
+    t.tiles = moqi_attend_rounds(cpu) && (cpu->act == MOQ_ACT_BF16 || cpu->need.rounds) && !(a->softcap > 0);
+    for (int64_t n = 4 * MOQI_ATTEND_ROWS; t.tiles && n > each_task; n /= 2) { /* more rows share the pieces of keys, where there are enough of them */
+        int64_t many = moqi_ceil_div(b->rows, n) * c->desc.kv_heads * groups;
+        if (cpu->par.workers == 1 || many >= 4 * (int64_t)cpu->par.workers) { tasks = many; each_task = n; }
+    }
+    t.rows = each_task;
     t.k = cpu->k;
     t.o = cpu->o;
     t.b = b;

@@ -1694,6 +1694,181 @@ static void test_backend_attention_spans(void)
         }
 }
 
+#if defined(MOQI_AMX) && defined(AMX_H)
+/* A backend of tiles with a cache, as if a layer had rounded inputs, and scratch for it. */
+typedef struct tiled { moq_backend *be; moq_kv_cache *cache; } tiled;
+
+static tiled tiled_make(const moq_kv_desc *d, moq_act act, int threads)
+{
+    moq_error err;
+    tiled t;
+    t.be = backend_of("avx512vnni", act, threads);
+    moqi_cpu_of(t.be)->k = &moqi_amx_kernels;
+    moqi_cpu_of(t.be)->o = moqi_loops_for(&moqi_amx_kernels);
+    moqi_cpu_of(t.be)->need.rounds = 1;
+    t.cache = t.be->kv_create(t.be, d, &err);
+    CHECK(t.cache != NULL);
+    return t;
+}
+
+static void tiled_free(tiled *t)
+{
+    t->be->kv_release(t->be, t->cache);
+    moq_backend_destroy(t->be);
+}
+
+enum { TILED_ROWS = 90, TILED_STRIDE = 600 };
+
+/* The rows of b by three workers as by one; `same`: to the last bit as where nothing is rounded, else not quite, and near the sums in double. Of 16 bits
+   two pieces keep all but 2^-16 of a number, and of a product the smaller pieces' is missing, below 2^-15 of it: scores are off by 1.75 * 2^-15 of their
+   sums of sizes, weights by twice that, and their products by as much again. */
+static void check_tiled(const tiled t[3], const moq_kv_desc *d, const moq_batch *b, const history *h, const moq_attention_desc *desc, int same)
+{
+    static float y[3][TILED_ROWS * TILED_STRIDE];
+    moq_attention_desc a = *desc;
+    const int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim;
+    const double scale = a.scale != 0 ? (double)a.scale : 1 / sqrt((double)dim);
+    double gap = 0, all = 0;
+    long wrong = 0, before = test_state.total_allocs;
+    for (int i = 0; i < 3; i++) {
+        memset(y[i], 0, sizeof y[i]);
+        a.y = y[i];
+        a.y_stride = TILED_STRIDE;
+        t[i].be->attention(t[i].be, b, &a);
+    }
+    CHECK_INT(test_state.total_allocs, before);
+    CHECK(memcmp(y[0], y[1], sizeof y[0]) == 0);
+    CHECK((memcmp(y[0], y[2], sizeof y[0]) == 0) == same);
+    for (int r = 0; r < b->rows && !same; r++)
+        for (int n = 0; n < a.heads; n++) {
+            const float *q = (const float *)a.q + r * a.q_stride + n * dim;
+            int kv = n / (a.heads / KV_HEADS), s = b->slot[r], from = a.window > 0 && b->pos[r] - a.window + 1 > 0 ? b->pos[r] - a.window + 1 : 0;
+            double p[LONG], max = a.sinks ? (double)a.sinks[n] : -1e300, sum = 0, most = 0;
+            for (int k = from; k <= b->pos[r]; k++) {
+                double size = p[k] = 0;
+                for (int i = 0; i < dim; i++) {
+                    double v = scale * (double)q[i] * (double)h->k[s][k][kv * dim + i];
+                    p[k] += v;
+                    size += fabs(v);
+                }
+                if (p[k] > max) max = p[k];
+                if (size > most) most = size;
+            }
+            if (a.sinks) sum = exp((double)a.sinks[n] - max);
+            for (int k = from; k <= b->pos[r]; k++) sum += p[k] = exp(p[k] - max);
+            for (int i = 0; i < vdim; i++) {
+                double want = 0, size = 0, got = (double)y[0][r * TILED_STRIDE + n * vdim + i];
+                for (int k = from; k <= b->pos[r]; k++) { want += p[k] / sum * (double)h->v[s][k][kv * vdim + i]; size += p[k] / sum * fabs((double)h->v[s][k][kv * vdim + i]); }
+                const double bound = ((3.5 * most + 1.75) / 32768 + 4e-5) * size + 1e-6;
+                wrong += !(fabs(want - got) <= bound);
+                gap += (want - got) * (want - got);
+                all += bound * bound;
+            }
+        }
+    if (wrong || !(same || gap <= 1e-3 * all))
+        fprintf(stderr, "tiles, %s, %d of %d, window %d: %ld wrong, error %g\n", moq_kv_format_name(d->kv.format), dim, vdim, a.window, wrong, sqrt(gap / all));
+    CHECK(wrong == 0 && (same || gap <= 1e-3 * all)); /* of so many the most are far below */
+}
+
+/* 90 rows of two sequences, the second of which goes on behind another span, in one format and shape. extreme: 1 tiny, 2 infinite, 3 the largest values. */
+static void tiled_attention(const moq_kv_desc *d, int heads, int extreme, moq_act act)
+{
+    static history h;
+    static float q[TILED_ROWS * TILED_STRIDE];
+    int32_t slot[TILED_ROWS], pos[TILED_ROWS];
+    float sinks[34];
+    moq_batch b = {0, 0, slot, pos};
+    moq_attention_desc a;
+    tiled t[3] = {tiled_make(d, act, 1), tiled_make(d, act, 3), tiled_make(d, MOQ_ACT_WIDE, 1)};
+    for (int i = 0; i < TILED_ROWS * TILED_STRIDE; i++) q[i] = test_normal();
+    for (int i = 0; i < 34; i++) sinks[i] = test_normal();
+    for (int first = 0; first < 555; first += b.rows) {
+        for (b.rows = 0; b.rows < 60 && first + b.rows < 555; b.rows++) { slot[b.rows] = 1; pos[b.rows] = first + b.rows; }
+        append_rows(t[0].be, t[0].cache, d, &b, &h);
+    }
+    for (b.rows = 0; b.rows < 37; b.rows++) { slot[b.rows] = 0; pos[b.rows] = b.rows; }
+    append_rows(t[0].be, t[0].cache, d, &b, &h);
+    memset(&a, 0, sizeof a);
+    a.cache = t[0].cache;
+    a.q = q;
+    a.q_stride = TILED_STRIDE;
+    a.heads = heads;
+    for (b.rows = 0; b.rows < TILED_ROWS; b.rows++) { /* 37 rows, then 53 that begin within 16 others */
+        slot[b.rows] = b.rows >= 37;
+        pos[b.rows] = b.rows < 37 ? b.rows : 555 - TILED_ROWS + b.rows;
+    }
+    b.max_pos = 554;
+    if (extreme) { /* one number of every 32 keys or values: all blocks are left to F32 */
+        static float x[2][KV_HEADS * MAX_DIM];
+        static const float numbers[] = {0, 1e-33f, 0, 3e38f};
+        float number = extreme == 2 ? moqi_bits_f32(0x7f800000) : numbers[extreme];
+        moq_batch one = {1, 0, slot, pos};
+        for (int i = 0; i < KV_HEADS * MAX_DIM; i++) x[0][i] = x[1][i] = 1e-3f;
+        for (int n = 0; n < KV_HEADS; n++) x[1][n * (d->value_dim ? d->value_dim : d->head_dim)] = number;
+        if (extreme == 1) for (int n = 0; n < KV_HEADS; n++) x[0][n * d->head_dim] = number;
+        for (int s = 0; s < 2; s++)
+            for (int p = 0; p < (s ? 555 : 37); p += 32) {
+                int32_t at[2];
+                at[0] = s;
+                at[1] = p;
+                one.slot = at;
+                one.pos = at + 1;
+                t[0].be->kv_append(t[0].be, t[0].cache, &one, x[0], 0, x[1], 0);
+            }
+        check_tiled(t, d, &b, &h, &a, 1);
+    } else {
+        check_tiled(t, d, &b, &h, &a, 0);
+        a.window = 70;
+        a.sinks = sinks;
+        check_tiled(t, d, &b, &h, &a, 0);
+        a.window = 9;
+        a.scale = 0.3f;
+        check_tiled(t, d, &b, &h, &a, 0);
+        a.softcap = 5; /* of which tiles know nothing */
+        check_tiled(t, d, &b, &h, &a, 1);
+        a.softcap = 0;
+    }
+    for (int i = 0; i < 3; i++) tiled_free(&t[i]);
+    CHECK_INT(test_state.live_allocs, 0);
+}
+#endif
+
+/* Attention of many rows by tiles, of the processor or emulated: every format, odd sizes, numbers that two of BF16 do not keep. */
+static void test_backend_attention_tiles(void)
+{
+#if defined(MOQI_AMX) && defined(AMX_H)
+    static const int dims[][3] = {{64, 0, 6}, {32, 48, 2}, {16, 0, 34}, {40, 24, 6}};
+    uint32_t flags = moqi_cpu_flags();
+    struct sigaction before;
+    float scale[1] = {0.03f}, bias[KV_HEADS * MAX_DIM];
+    if (!(flags & MOQI_CPU_VNNI) || !(flags & MOQI_CPU_VBMI)) { printf("skipped: tiles, for want of AVX-512 with VNNI and VBMI\n"); test_state.skipped++; return; }
+    sigaction(SIGILL, NULL, &before);
+    amx_emulate();
+    for (int i = 0; i < KV_HEADS * MAX_DIM; i++) bias[i] = test_uniform();
+    for (int f = 0; f <= (int)MOQ_KV_FORMAT_COUNT; f++) /* the last: wide as BF16 */
+        for (int shape = 0; shape < (f == (int)MOQ_KV_WIDE || f == (int)MOQ_KV_FORMAT_COUNT ? 4 : f % 3 + 1); shape++) {
+            moq_kv_desc d;
+            memset(&d, 0, sizeof d);
+            d.name = "tiles";
+            d.slots = 2;
+            d.capacity = 600;
+            d.kv_heads = KV_HEADS;
+            d.head_dim = dims[shape][0];
+            d.value_dim = dims[shape][1];
+            d.kv.format = (moq_kv_format)(f % (int)MOQ_KV_FORMAT_COUNT);
+            d.bf16 = f > 0 && d.kv.format == MOQ_KV_WIDE;
+            d.kv.k_scale = d.kv.v_scale = layer_view(scale, MOQ_F32, 1);
+            d.kv.k_bias = layer_view(bias, MOQ_F32, KV_HEADS * dims[shape][0]);
+            d.kv.v_bias = layer_view(bias, MOQ_F32, KV_HEADS * (dims[shape][1] ? dims[shape][1] : dims[shape][0]));
+            for (int extreme = 0; extreme < (d.kv.format == MOQ_KV_WIDE ? 4 : 1); extreme++) tiled_attention(&d, dims[shape][2], extreme, f % 2 ? MOQ_ACT_BF16 : MOQ_ACT_AUTO);
+        }
+    sigaction(SIGILL, &before, NULL);
+#else
+    printf("skipped: tiles, not for this system\n");
+    test_state.skipped++;
+#endif
+}
+
 /* Every kernel's activations, norms and rotations against double; the widest numbers and NaN too. */
 static void test_backend_between(void)
 {
@@ -2010,6 +2185,7 @@ int main(int argc, char **argv)
     RUN(test_backend_moe_stored);
     RUN(test_backend_attention);
     RUN(test_backend_attention_spans);
+    RUN(test_backend_attention_tiles);
     RUN(test_backend_between);
     RUN(test_backend_kv_refuses);
     RUN(test_backend_norm);
