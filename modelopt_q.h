@@ -11750,7 +11750,7 @@ typedef struct moqi_way {
 
 enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */, MOQI_STRIP_BYTES = 32 /* a unit: 4 columns, of >>strips */ };
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
-       MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256,
+       MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256, MOQI_WAY_FEW = 128,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
 
 /* A prepared layer. It keeps the moq_linear, whose views stay the checkpoint's, and says how tiles are read from it. */
@@ -11802,9 +11802,13 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
     return way;
 }
 
+/* Are words of 16 rows of x to take turns, once they are all arranged? AMX's strips want them so. */
+static int moqi_feeds_words(const moqi_way *way) { return way && (way->unit == MOQI_STRIP_BYTES || (way->unit == 2 && !way->decode)); }
+
 /* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough
    for `workers`; shorter ones where x of a few rows is taken in pieces. What AVX-512 reads in place comes in streams of a quarter of a task each, whose
-   first kilobytes nobody asked for: one worker has no use for short tasks, and several share few. No result depends on where runs begin. */
+   first kilobytes nobody asked for: one worker has no use for short tasks, and several share few. Strips multiply many rows of x by 64 rows at a time, so 32 would
+   take as long. No result depends on where runs begin. */
 static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int64_t workers)
 {
     const moqi_way *way = moqi_way_for(p, m);
@@ -11814,6 +11818,7 @@ static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int6
     if (!way) return tile;
     const int streams = m == 1 && p->k->piece > 0 && !way->decode;
     if (streams && workers == 1) return moqi_min(rows, MOQI_WAY_ALONE);
+    if (m > MOQI_WAY_FEW && moqi_feeds_words(way)) tile = workers == 1 ? most / 2 : 32;
     for (tile *= 2; tile < most && rows / (2 * tile) >= (streams ? 2 : 4) * workers;) tile *= 2;
     return tile;
 }
@@ -11945,9 +11950,6 @@ static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
     *step = 16 * (m > MOQI_WAY_MANY ? m + 32 : moqi_min(16, m - first));
     return m > MOQI_WAY_MANY ? 16 * t : first * ld + 16 * (t - first);
 }
-
-/* Are words of 16 rows of x to take turns, once they are all arranged? AMX's strips want them so. */
-static int moqi_feeds_words(const moqi_way *way) { return way && (way->unit == MOQI_STRIP_BYTES || (way->unit == 2 && !way->decode)); }
 
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
@@ -17204,7 +17206,7 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 #ifdef MOQI_AMX
 enum {
     MOQI_STRIP_X = 262144,    /* words of x in one go, which stay in the second-level cache: 1 MB */
-    MOQI_STRIP_FEW = 128,     /* rows of x up to which blocks go along all these columns, two tiles of weights by two of x: of 32 rows of x the sums stay in
+    MOQI_STRIP_FEW = MOQI_WAY_FEW, /* rows of x up to which blocks go along all these columns, two tiles of weights by two of x: of 32 rows of x the sums stay in
                                  tiles, of 128 near them, and the next block is decoded beside the products of this one. With more, blocks go down all
                                  rows of a task first, four tiles by one: a tile of x from the second-level cache serves four products, which leaves
                                  time for the sums that go there and back. Such a block fills two thirds of the first-level cache, so it is decoded
