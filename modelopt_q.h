@@ -17269,6 +17269,7 @@ typedef struct moqi_strip_work {
     const uint8_t *ask, *ask_groups; /* lines that are asked for with the next two rows */
     int64_t ask_row, ask_group; /* bytes from those of a row to the next row's */
     moqi_amx_strips *s;       /* for the kinds that have no loops of their own */
+    int64_t apart;            /* 0, or lines are asked for in four streams, so many bytes from each other */
 } moqi_strip_work;
 
 /* Columns of a block, and the bytes of their codes. */
@@ -17296,7 +17297,8 @@ static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
 }
 
 /* What is asked for beside this block: its columns of the rows below, of the first rows where the columns in one go change, at last of the next task. Where
-   columns in one go are whole rows, those below are asked for in the order of memory. */
+   columns in one go are whole rows, those below are asked for as four streams: the hardware follows each of them by itself, and what it has brought nearer
+   holds one of few miss buffers for a short time. */
 static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
 {
     const moqi_tiled *p = s->p;
@@ -17308,8 +17310,9 @@ static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_s
         row = s->row + (more ? 0 : s->rows);
         col = whole ? 0 : more ? at.col + s->wide : at.col - from;
     }
-    d->ask_row = whole ? size : p->row_bytes;
-    d->ask = p->codes + row * p->row_bytes + moqi_strip_size(s, col) + (whole ? past * s->high * size : 0);
+    d->apart = whole ? s->high * size * moqi_ceil_div(moqi_min(s->wide, p->layer.cols - from), moqi_strip_cols(s)) / 4 : 0;
+    d->ask_row = p->row_bytes;
+    d->ask = p->codes + row * p->row_bytes + moqi_strip_size(s, col) + (whole ? past * s->high * size / 4 : 0);
     if (!s->bytes) return;
     d->ask_group = whole ? s->under : d->group_bytes;
     d->ask_groups = moqi_strip_groups(s, row, col) + (whole ? past * s->high * s->under : 0);
@@ -17342,12 +17345,10 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
 /* The next lines of those. */
 MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d, int kind)
 {
-    const int64_t bytes = kind == MOQI_STRIP_F4 ? 128 : d->s->size;
-    for (int64_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(d->ask + i, 0, 2);
-        __builtin_prefetch(d->ask + d->ask_row + i, 0, 2);
-    }
-    d->ask += 2 * d->ask_row;
+    const int64_t bytes = kind == MOQI_STRIP_F4 ? 128 : kind == MOQI_STRIP_F8 ? 256 : kind == MOQI_STRIP_I8 ? 512 : d->s->size;
+    for (int64_t i = 0; i < 2 * bytes; i += 64) /* four streams by a line in turn, or two rows */
+        __builtin_prefetch(d->ask + (d->apart ? i / 64 % 4 * d->apart + i / 256 * 64 : i < bytes ? i : d->ask_row + i - bytes), 0, 2);
+    d->ask += d->apart ? bytes / 2 : 2 * d->ask_row;
     if (kind != MOQI_STRIP_F4 && !d->ask_groups) return;
     __builtin_prefetch(d->ask_groups, 0, 2);
     __builtin_prefetch(d->ask_groups + d->ask_group, 0, 2);
