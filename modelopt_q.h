@@ -92,6 +92,7 @@
                          >>matrix       AMX: tiles of BF16, and of bytes
                         >>strips       AMX: rows of 4 and 8 bits as rows of tiles
                          >>beside       their products, and the next rows decoded beside them
+                         >>slabs        AMX: 4-bit codes times up to 8 rows of x as bytes
                          >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
                          >>loops        what lies between two products, for every instruction set
                          >>heads        AMX: attention of many rows
@@ -11735,7 +11736,7 @@ struct moqi_panel;
 typedef struct moqi_way {
     const char *name;         /* for explain: "4-bit codes in place" */
     int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels; MOQI_TWINS: BF16 for codes in place;
-                                 MOQI_STRIP_BYTES: bytes without panels */
+                                 MOQI_STRIP_BYTES: bytes without panels; MOQI_SLABS: the same, row by row of x */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
     /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units over 1. `step`: words from
@@ -11748,7 +11749,8 @@ typedef struct moqi_way {
     void (*block)(const struct moqi_panel *w, const float *x, int64_t ldx, int64_t m, float *y, int64_t ldy);
 } moqi_way;
 
-enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */, MOQI_STRIP_BYTES = 32 /* a unit: 4 columns, of >>strips */ };
+enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */, MOQI_STRIP_BYTES = 32 /* a unit: 4 columns, of >>strips */,
+       MOQI_SLABS = 64 /* a unit: rows of x side by side, of >>slabs */ };
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
        MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256, MOQI_WAY_FEW = 128,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
@@ -11813,7 +11815,7 @@ static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int6
 {
     const moqi_way *way = moqi_way_for(p, m);
     const int whole = m == 1 || (way && way->unit == 0 && p->form == MOQI_CODES_WIDE && m * p->layer.cols <= p->k->piece);
-    int64_t tile = MOQI_TILE_ROWS, most = m < 16 && !whole ? 64 : MOQI_WAY_ROWS;
+    int64_t tile = MOQI_TILE_ROWS, most = (m < 16 && !whole) || (way && way->unit == MOQI_SLABS) ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
     if (!way) return tile;
     const int streams = m == 1 && p->k->piece > 0 && !way->decode;
@@ -11958,6 +11960,11 @@ static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 
+#ifdef MOQI_DOTS
+/* >>slabs: how many of m rows of x run together, two digits each, for which there are 16 lanes. */
+static int64_t moqi_slabs_rows(int64_t m) { return moqi_ceil_div(m, moqi_ceil_div(m, 8)); }
+#endif
+
 /* Where the i-th of m rows of x begins. BF16, and bytes of ways without blocks: tiles of 16 rows, 16 words a row. Integers in place, AVX-512: rows
    that run together lie block by block, each with its 1 or 2 digits of 96 words. */
 static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t m, int64_t i, float *rows, int64_t *step)
@@ -11971,6 +11978,13 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
     if (way && way->unit == MOQI_TWINS) { some = 8; words = MOQI_TWIN_WORDS; }
 #ifdef MOQI_X86
     if (way && way->unit == 4 && !way->decode && p->k->dot == moqi_dot_512) { some = 8 / moqi_dot_digits(p); words = MOQI_DOT_WORDS * moqi_dot_digits(p); }
+#endif
+#ifdef MOQI_DOTS
+    if (way && way->unit == MOQI_SLABS) {
+        some = moqi_slabs_rows(m);
+        *step = 2 * moqi_min(some, m - i / some * some);
+        return rows + i / some * some * ld + i % some;
+    }
 #endif
     *step = words * (moqi_feeds_words(way) ? some : moqi_min(some, m - i / some * some));
     return rows + i / some * some * ld + i % some * (words ? words : ld);
@@ -17067,12 +17081,21 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
     }
 }
 
+/* Measured: for 5 to 8 rows of x >>slabs take less time than strips, but for MXFP4, and than codes in place, but where these need one digit of x. */
+static int moqi_slabs_take(const moqi_tiled *p)
+{
+    const int fit = moqi_dot_takes_512(p) && p->form == MOQI_CODES_NIBBLES && !p->rounds && p->shift >= 5 && p->layer.rows >= 16;
+    return fit && moqi_amx_strip_of(p) != MOQI_STRIP_M4 && (p->shift > 5 || moqi_dot_digits(p) == 2) ? 5 : 0;
+}
+
 /* Measured: what strips can decode takes less time there, for any number of rows of x, and the same for all up to 16: that of 5 rows in place, of 6 where
-   in place one digit is enough. */
+   in place one digit is enough, of 8 if that is MXFP4, of more than 8 if any other 4 bits but NVFP4. */
 static int moqi_amx_strips_take(const moqi_tiled *p)
 {
-    if (moqi_amx_strip_of(p) == MOQI_STRIP_NONE || !moqi_amx_takes(p)) return 0;
-    return moqi_dot_takes_512(p) && moqi_dot_digits(p) == 1 ? 6 : 5;
+    const int kind = moqi_amx_strip_of(p), one = moqi_dot_takes_512(p) && moqi_dot_digits(p) == 1;
+    if (kind == MOQI_STRIP_NONE || !moqi_amx_takes(p)) return 0;
+    if (moqi_slabs_take(p) || (one && kind == MOQI_STRIP_T4)) return 9;
+    return !one ? 5 : kind == MOQI_STRIP_M4 ? 8 : 6;
 }
 static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 0 : moqi_amx_takes(p); }
 
@@ -18038,6 +18061,304 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
 
 static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
 static const moqi_way moqi_amx_way_rows = {"INT8 strips", MOQI_STRIP_BYTES, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_strips_multiply, NULL, NULL};
+#endif
+
+/* ------------------------------------------------------------------------------------------------
+   >>slabs           AMX: 4-bit codes times up to 8 rows of x as bytes
+   Sums of a group leave the tiles as whole numbers and meet their scales in vectors whose lanes are rows of x.
+   ------------------------------------------------------------------------------------------------ */
+
+/* For few rows of x what takes time is decoding, not products: so codes become bytes without their scales, 64 by one look-up. 64 bytes of a row are the row
+   of two tiles, even columns and odd ones; x, as two digits of 8 bits, is the other operand: columns by lanes, one for each row of x and digit. The
+   columns of one group, 128 at most, are one product for each tile, and their sums 16 vectors: one conversion, one product with the scales of x and one
+   multiply-add with the weights' scale for up to 16 lanes. Scales of x are for as many columns.
+
+       y[r][t] = factor / 2 * sum over digits, groups g:  scale[r][g] * xs[t][g] * (sum of w x - 2 zero[r][g] * sum of x) */
+#ifdef MOQI_AMX
+enum {
+    MOQI_SLABS_COLS = 128,    /* of a piece: 64 bytes of codes */
+    MOQI_SLABS_BLOCK = 512,   /* columns that all rows of a task go through before the next: 8 KB of x stay in the first-level cache */
+    MOQI_SLABS_SCALES = 16,   /* of a row, for as many products: 1 to 4 blocks */
+    MOQI_SLABS_RING = 8       /* sums of so many groups wait between tiles and vectors */
+};
+
+/* Some rows of weights times up to 16 lanes of x. */
+typedef struct moqi_slabs {
+    const moqi_tiled *p;
+    int64_t m, lanes;         /* rows of x, digits of all of them */
+    int64_t chunk, pieces;    /* columns of a product: a group or 128 of it; pieces of a row, an even number */
+    const float *x;           /* [pieces][128 / chunk][even, odd columns][chunk / 8 words][lanes] */
+    const float *by, *sums;   /* [pieces][128 / chunk][16]: scales of x, sums of its codes (for zero points) */
+    uint8_t *tiles;           /* [4 pieces][2][16 rows][64] */
+    int32_t *ring;            /* [MOQI_SLABS_RING][16 rows][16 lanes] */
+    float *scales, *zeros;    /* [rows][MOQI_SLABS_SCALES]; zeros: times -2 */
+    const float *scale, *zero; /* those of 16 rows from the first product of a block on */
+    float *acc;               /* [rows][16 lanes] */
+    const uint8_t *ask;       /* codes of the next task, as four streams: the hardware follows each of them by itself, and what it has brought nearer holds */
+    int64_t apart;            /* one of few miss buffers for a short time; bytes from a stream to the next */
+    int8_t table[64];         /* values of codes, four times, so that bits beside a code do not matter */
+    int32_t group[MOQI_SLABS_SCALES]; /* which scale, from that of the first product on */
+} moqi_slabs;
+
+static int64_t moqi_slabs_chunk(const moqi_tiled *p) { return moqi_min(MOQI_SLABS_COLS, (int64_t)1 << p->shift); }
+static int64_t moqi_slabs_pieces(const moqi_tiled *p) { return (p->layer.cols + 255) / 256 * 2; }
+
+/* 16 values over s: words of even columns and of odd ones, [2 digits][even, even, odd, odd]. sums: of the codes, added to, or NULL */
+MOQI_INLINE MOQI_AVX512 void moqi_slabs_words(__m512 x, float s, uint32_t (*words)[4], int32_t *sums)
+{
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    __m128i codes[2];
+    if (s > 1e-30f) { /* else 1 over it might be no number */
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(1 / s))), lo = _mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24);
+        codes[0] = _mm512_cvtepi32_epi8(q);
+        codes[1] = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(q, lo), 8));
+    } else moqi_dot_round_512(x, s, 0, 2, codes);
+    for (int d = 0; d < 2; d++) {
+        _mm_storeu_si128((__m128i *)(void *)words[d], _mm_shuffle_epi8(codes[d], order));
+        if (sums) sums[d] += _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(codes[d]));
+    }
+}
+
+/* Row t of x to lanes t and, the high digit, rows + t. `step` are all lanes, and t is how far `out` is behind a line of the cache. Lanes that nobody has are
+   0, because numbers that are subnormal by chance would take long. */
+MOQI_AVX512 static void moqi_slabs_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const int64_t chunk = moqi_slabs_chunk(p), pieces = moqi_slabs_pieces(p), m = step / 2, odd = chunk / 8 * step;
+    const int64_t unused = (int64_t)((uintptr_t)out / 4 % 16) == m - 1 ? 16 - step : 0;
+    float *by = out + pieces * 32 * step, *sums = by + pieces * MOQI_SLABS_COLS / chunk * 16, s = 0;
+    int32_t sum[2] = {0, 0};
+    for (int64_t at = 0; at < pieces * MOQI_SLABS_COLS; at += 16) {
+        const int64_t i = at % MOQI_SLABS_COLS, left = n - at;
+        const __mmask16 some = (__mmask16)(left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+        float *to = out + (at / MOQI_SLABS_COLS * 32 + i / chunk * (chunk / 4) + i % chunk / 8) * step;
+        uint32_t words[2][4];
+        if (at % chunk == 0) {
+            s = left > 0 ? moqi_dot_amax_512(x + at, moqi_min(chunk, left)) / 32639.0f : 0;
+            sum[0] = sum[1] = 0;
+        }
+        moqi_slabs_words(_mm512_maskz_loadu_ps(some, x + at), s, words, p->zeros ? sum : NULL);
+        for (int d = 0; d < 2; d++) {
+            for (int k = 0; k < 4; k++) memcpy(to + d * m + k / 2 * odd + k % 2 * step, &words[d][k], 4);
+            by[at / chunk * 16 + d * m] = d ? 256 * s : s;
+            if (p->zeros) sums[at / chunk * 16 + d * m] = (float)sum[d];
+        }
+        for (int64_t k = 0; k < unused; k++) {
+            by[at / chunk * 16 + step - m + 1 + k] = 0;
+            if (p->zeros) sums[at / chunk * 16 + step - m + 1 + k] = 0;
+        }
+    }
+}
+
+/* Tiles 0..3: sums; 4, 5: weights of even and odd columns; 6, 7: x of these. */
+static void moqi_slabs_configure(int64_t lanes, int64_t chunk)
+{
+    moqi_tile_config c;
+    memset(&c, 0, sizeof c);
+    c.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        c.bytes[i] = (uint16_t)(i == 4 || i == 5 ? chunk / 2 : 4 * lanes);
+        c.rows[i] = (uint8_t)(i < 6 ? 16 : chunk / 8);
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(c) : "memory");
+}
+
+/* Scales and zero points of 16 rows for the next products. */
+MOQI_AVX512 static void moqi_slabs_scales(const moqi_slabs *s, int64_t row, int64_t col, float *scale, float *zero)
+{
+    const moqi_tiled *p = s->p;
+    const __m512i group = _mm512_loadu_si512(s->group);
+    const int64_t g = moqi_stream_group(p, col), count = p->groups - g;
+    const __mmask16 some = (__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1);
+    for (int64_t r = 0; r < 16; r++) {
+        const __m512 v = p->scales ? moqi_stream_scales_512(p, moqi_stream_scale_at(p, row + r) + g, count) : _mm512_set1_ps(1);
+        _mm512_store_ps(scale + 16 * r, _mm512_permutexvar_ps(group, v));
+        if (!p->zeros) continue;
+        const __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(some, p->zeros + (row + r) * p->groups + g)));
+        _mm512_store_ps(zero + 16 * r, _mm512_mul_ps(_mm512_permutexvar_ps(group, z), _mm512_set1_ps(-2)));
+    }
+}
+
+/* A piece of 16 rows becomes two tiles; beside each row a line is asked for. at: every fourth of the rows */
+MOQI_INLINE MOQI_VBMI void moqi_slabs_decode(const uint8_t **at, int64_t next, int64_t next3, __m512i table, uint8_t *to, const uint8_t *ask, int64_t apart)
+{
+    MOQI_UNROLL for (int r = 0; r < 16; r++) {
+        const uint8_t *from = at[r / 4] + (r % 4 == 3 ? next3 : r % 4 * next);
+        const __m512i c = _mm512_loadu_si512(from);
+        __builtin_prefetch(ask + r / 4 * 64 + r % 4 * apart, 0, 2);
+        _mm512_store_si512(to + 64 * r, _mm512_permutexvar_epi8(c, table));
+        _mm512_store_si512(to + 1024 + 64 * r, _mm512_permutexvar_epi8(_mm512_srli_epi16(c, 4), table));
+    }
+    for (int i = 0; i < 4; i++) at[i] += 64;
+}
+
+/* The sums of one product. i: which of its block; x: sums of x */
+MOQI_INLINE MOQI_VBMI void moqi_slabs_scale(const moqi_slabs *s, const int32_t *sums, int64_t i, const float *by, const float *x, __m512 *a, int zeros)
+{
+    const __m512 b = _mm512_loadu_ps(by), n = _mm512_loadu_ps(zeros ? x : by);
+    MOQI_UNROLL for (int r = 0; r < 16; r++) {
+        __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums + 16 * r));
+        if (zeros) v = _mm512_fmadd_ps(_mm512_set1_ps(s->zero[16 * r + i]), n, v);
+        a[r] = _mm512_fmadd_ps(_mm512_mul_ps(v, b), _mm512_set1_ps(s->scale[16 * r + i]), a[r]);
+    }
+}
+
+#define MOQI_SLABS_STORE(t, to) __asm__ volatile("tilestored %%tmm" t ", (%0,%1,1)" : : "r"(to), "r"((int64_t)64) : "memory");
+/* The i-th product of a piece in tile t, whose last sums make room. */
+#define MOQI_SLABS_STEP(t, i) { \
+        if (count >= tiles) MOQI_SLABS_STORE(t, s->ring + (count - tiles) % MOQI_SLABS_RING * 256) \
+        __asm__ volatile("tilezero %%tmm" t "\n\ttileloadd (%0,%1,1), %%tmm6\n\ttileloadd (%2,%3,1), %%tmm4\n\ttdpbssd %%tmm6, %%tmm4, %%tmm" t "\n\t" \
+                         "tileloadd (%4,%1,1), %%tmm7\n\ttileloadd 1024(%2,%3,1), %%tmm5\n\ttdpbssd %%tmm7, %%tmm5, %%tmm" t \
+                         : : "r"(x), "r"(ldb), "r"(w + (i) * (chunk / 2)), "r"((int64_t)64), "r"(x + odd) : "memory"); \
+        x += 2 * odd; \
+        count++; }
+
+/* 16 rows times a block of x: sums wait in tiles while the next products run and the piece after the next is decoded. acc: [16][16] */
+MOQI_INLINE MOQI_VBMI void moqi_slabs_strip(const moqi_slabs *s, const uint8_t *codes, int64_t next, int64_t col, int64_t pieces, float *acc, const int chunk,
+                                            const int zeros)
+{
+    const int each = MOQI_SLABS_COLS / chunk, tiles = each == 1 ? 2 : 4;
+    const int64_t first = col / MOQI_SLABS_COLS, ldb = 4 * s->lanes, odd = chunk / 8 * s->lanes, apart = s->apart;
+    const __m512i table = _mm512_loadu_si512(s->table);
+    const float *x = s->x + first * 32 * s->lanes, *by = s->by + 16 * each * first, *sums = s->sums + 16 * each * first;
+    const uint8_t *ask = s->ask, *at[4];
+    int64_t next3 = 3 * next, count = 0, done = 0;
+    __m512 a[16];
+    for (int i = 0; i < 4; i++) at[i] = codes + 4 * i * next;
+    __asm__("" : "+r"(next3)); /* or GCC keeps the addresses of all rows, in vector registers */
+    MOQI_UNROLL for (int r = 0; r < 16; r++) a[r] = _mm512_load_ps(acc + 16 * r);
+    for (int i = 0; i < 2; i++, ask += 256) moqi_slabs_decode(at, next, next3, table, s->tiles + 2048 * i, ask, apart);
+    for (int64_t k = 0; k < pieces; k += 2)
+        MOQI_UNROLL for (int h = 0; h < 2; h++) {
+            const uint8_t *w = s->tiles + (k + h) % 4 * 2048;
+            if (each == 4 || h == 0) MOQI_SLABS_STEP("0", 0)
+            if (each == 1 && h == 1) MOQI_SLABS_STEP("1", 0)
+            if (each == 2 && h == 1) MOQI_SLABS_STEP("2", 0)
+            if (each == 4 || (each == 2 && h == 0)) MOQI_SLABS_STEP("1", 1)
+            if (each == 2 && h == 1) MOQI_SLABS_STEP("3", 1)
+            if (each == 4) MOQI_SLABS_STEP("2", 2)
+            if (each == 4) MOQI_SLABS_STEP("3", 3)
+            if (k + h + 2 < pieces) {
+                moqi_slabs_decode(at, next, next3, table, s->tiles + (k + h + 2) % 4 * 2048, ask, apart);
+                ask += 256;
+            }
+            if (done + each > count - tiles) continue;
+            MOQI_UNROLL for (int i = 0; i < each; i++, done++, by += 16, sums += 16)
+                moqi_slabs_scale(s, s->ring + done % MOQI_SLABS_RING * 256, done, by, sums, a, zeros);
+        }
+    MOQI_SLABS_STORE("0", s->ring + (count - tiles) % MOQI_SLABS_RING * 256)
+    MOQI_SLABS_STORE("1", s->ring + (count - tiles + 1) % MOQI_SLABS_RING * 256)
+    if (tiles == 4) MOQI_SLABS_STORE("2", s->ring + (count - 2) % MOQI_SLABS_RING * 256)
+    if (tiles == 4) MOQI_SLABS_STORE("3", s->ring + (count - 1) % MOQI_SLABS_RING * 256)
+    for (; done < count; done++, by += 16, sums += 16)
+        moqi_slabs_scale(s, s->ring + done % MOQI_SLABS_RING * 256, done, by, sums, a, zeros);
+    MOQI_UNROLL for (int r = 0; r < 16; r++) _mm512_store_ps(acc + 16 * r, a[r]);
+}
+#undef MOQI_SLABS_STEP
+#undef MOQI_SLABS_STORE
+
+typedef void (*moqi_slabs_fn)(const moqi_slabs *s, const uint8_t *codes, int64_t next, int64_t col, int64_t pieces, float *acc);
+#define MOQI_SLABS_STRIP(chunk, zeros) \
+    MOQI_VBMI static void moqi_slabs_strip_##chunk##_##zeros(const moqi_slabs *s, const uint8_t *codes, int64_t next, int64_t col, int64_t pieces, float *acc) \
+    { moqi_slabs_strip(s, codes, next, col, pieces, acc, chunk, zeros); }
+MOQI_SLABS_STRIP(32, 0)
+MOQI_SLABS_STRIP(32, 1)
+MOQI_SLABS_STRIP(64, 0)
+MOQI_SLABS_STRIP(64, 1)
+MOQI_SLABS_STRIP(128, 0)
+MOQI_SLABS_STRIP(128, 1)
+#undef MOQI_SLABS_STRIP
+static const moqi_slabs_fn moqi_slabs_strips[3][2] = { /* [32, 64, 128 columns][zero points] */
+    {moqi_slabs_strip_32_0, moqi_slabs_strip_32_1}, {moqi_slabs_strip_64_0, moqi_slabs_strip_64_1}, {moqi_slabs_strip_128_0, moqi_slabs_strip_128_1}};
+
+/* y from the sums of all columns: 16 rows of them in turn, and the digits of a row of x together. */
+MOQI_AVX512 static void moqi_slabs_finish(const moqi_slabs *s, int64_t row, int64_t rows, float *y, int64_t ldy)
+{
+    const moqi_tiled *p = s->p;
+    const float mul = p->factor * 0.5f * (p->scales && p->scale_dtype == MOQ_F8_E4M3 ? 256.0f : 1.0f);
+    float turned[16][MOQI_WAY_ROWS + 16] MOQI_ALIGNED;
+    for (int64_t r = 0; r < rows; r += 16) { /* the last strip may begin before its rows */
+        const int64_t past = moqi_max(0, row + r - (p->layer.rows - 16));
+        moqi_turn_512(s->acc + 16 * (r + past), 16, turned[0] + r, MOQI_WAY_ROWS + 16);
+    }
+    for (int64_t t = 0; t < s->m; t++) {
+        for (int64_t r = 0; r < rows; r += 16)
+            _mm512_store_ps(turned[t] + r, _mm512_add_ps(_mm512_load_ps(turned[t] + r), _mm512_load_ps(turned[s->m + t] + r)));
+        moqi_stream_give_512(p->bias ? p->bias + row : NULL, NULL, mul, turned[t], rows, y + t * ldy);
+    }
+}
+
+/* Lines of scales and zero points of the next task, a share for each strip. at: the first byte; bytes: of all */
+static void moqi_slabs_ask(const uint8_t *at, int64_t bytes, int64_t strip, int64_t strips)
+{
+    const int64_t each = moqi_ceil_div(bytes, strips);
+    for (int64_t i = 0; i < each; i += 64) __builtin_prefetch(at + strip * each + i, 0, 2);
+}
+
+/* All columns of some rows of weights. */
+MOQI_VBMI static void moqi_slabs_product(moqi_slabs *s, int64_t row, int64_t rows)
+{
+    const moqi_tiled *p = s->p;
+    const int64_t down = moqi_ceil_div(rows, 16), strips = down * moqi_ceil_div(p->layer.cols, MOQI_SLABS_BLOCK), size = moq_dtype_bits(p->scale_dtype) / 8;
+    const uint8_t *const ask = p->codes + (row + rows) * p->row_bytes;
+    const moqi_slabs_fn strip = moqi_slabs_strips[s->chunk / 64][p->zeros != NULL];
+    uint8_t edge[16][MOQI_SLABS_BLOCK / 2] MOQI_ALIGNED;
+    memset(s->acc, 0, (size_t)((down + 1) * 256) * sizeof *s->acc);
+    for (int64_t col = 0, i = 0; col < p->layer.cols; col += MOQI_SLABS_BLOCK) {
+        const int64_t of = col / s->chunk % MOQI_SLABS_SCALES;
+        for (int k = 0; k < MOQI_SLABS_SCALES && of == 0; k++) s->group[k] = (int32_t)((col + k * s->chunk) / p->group_cols - col / p->group_cols);
+        for (int64_t r = 0; r < rows; r += 16, i++) {
+            const int64_t first = moqi_min(row + r, p->layer.rows - 16);
+            const int64_t pieces = moqi_min(MOQI_SLABS_BLOCK / MOQI_SLABS_COLS, s->pieces - col / MOQI_SLABS_COLS);
+            const uint8_t *codes = p->codes + first * p->row_bytes + col / 2;
+            int64_t next = p->row_bytes;
+            if (col + pieces * MOQI_SLABS_COLS > p->layer.cols) { /* what lies behind a row is not read */
+                memset(edge, 0, sizeof edge);
+                for (int k = 0; k < 16; k++) memcpy(edge[k], codes + k * next, (size_t)((p->layer.cols - col + 1) / 2));
+                codes = edge[0];
+                next = MOQI_SLABS_BLOCK / 2;
+            }
+            if (of == 0) moqi_slabs_scales(s, first, col, s->scales + 16 * r, s->zeros + 16 * r);
+            s->scale = s->scales + 16 * r + of;
+            s->zero = s->zeros + 16 * r + of;
+            s->ask = ask + 1024 * i;
+            if (p->scales) moqi_slabs_ask(p->scales + moqi_stream_scale_at(p, row + rows) * size, rows * p->scale_stride * size, i, strips);
+            if (p->zeros) moqi_slabs_ask((const uint8_t *)(const void *)(p->zeros + (row + rows) * p->groups), rows * p->groups * 2, i, strips);
+            strip(s, codes, next, col, pieces, s->acc + 16 * r);
+        }
+    }
+}
+
+MOQI_VBMI static void moqi_slabs_multiply(const moqi_way *way, const moqi_tiled *p, int64_t row, int64_t rows, const float *x, int64_t ldx, int64_t m, float *y,
+                                          int64_t ldy, float *scratch)
+{
+    const int64_t most = moqi_slabs_rows(m);
+    moqi_slabs s;
+    (void)way;
+    s.p = p;
+    s.chunk = moqi_slabs_chunk(p);
+    s.pieces = moqi_slabs_pieces(p);
+    s.apart = rows * p->row_bytes / 4;
+    s.tiles = (uint8_t *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
+    s.ring = (int32_t *)(void *)(s.tiles + 4 * 2048);
+    s.scales = (float *)(void *)(s.ring + MOQI_SLABS_RING * 256);
+    s.zeros = s.scales + 16 * MOQI_WAY_ROWS;
+    s.acc = s.zeros + 16 * MOQI_WAY_ROWS;
+    memset(s.ring, 0, MOQI_SLABS_RING * 256 * sizeof *s.ring);
+    for (int i = 0; i < 64; i++) s.table[i] = (int8_t)(2 * (p->table[i & 15] - p->zero));
+    for (int64_t j = 0; j < m; j += most) {
+        s.m = moqi_min(most, m - j);
+        s.lanes = 2 * s.m;
+        s.x = x + j * ldx;
+        s.by = s.x + s.pieces * 32 * s.lanes;
+        s.sums = s.by + s.pieces * MOQI_SLABS_COLS / s.chunk * 16;
+        moqi_slabs_configure(s.lanes, s.chunk);
+        moqi_slabs_product(&s, row, rows);
+        moqi_slabs_finish(&s, row, rows, y + j * ldy, ldy);
+    }
+    __asm__ volatile("tilerelease" : : : "memory");
+}
+
+static const moqi_way moqi_slabs_way = {"INT8 tiles of codes", MOQI_SLABS, moqi_slabs_take, moqi_slabs_arrange, moqi_slabs_multiply, NULL, NULL};
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -19594,8 +19915,7 @@ static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512,
 #ifdef MOQI_AMX_F16
                                                 &moqi_eights_way,
 #endif
-                                                &moqi_stream_way_512,
-                                                &moqi_amx_way_strips,
+                                                &moqi_stream_way_512, &moqi_slabs_way, &moqi_amx_way_strips,
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192, 0, 1};
@@ -19975,7 +20295,8 @@ static int moqi_explain_ways(const moqi_cpu *c, const moq_linear *w, char *text,
 #ifdef MOQI_X86
         if (p.way[i] == &moqi_stream_way_pairs) unit = 2;
 #endif
-        if (p.way[i]->unit > 1) unit = p.way[i]->unit == 4 && p.input_bits == 16 ? 16 : p.way[i]->unit == MOQI_TWINS ? 2 : p.way[i]->unit;
+        if (p.way[i]->unit > 1 && p.way[i]->unit != MOQI_SLABS) /* as integers in place */
+            unit = p.way[i]->unit == 4 && p.input_bits == 16 ? 16 : p.way[i]->unit == MOQI_TWINS ? 2 : p.way[i]->unit;
     }
     return unit;
 }
