@@ -90,7 +90,7 @@
                          >>dots         both in vectors of 8 or 4 words, for AVX-VNNI and NEON
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
-                        >>strips       AMX: rows of 4 and 8 bits as rows of tiles
+                        >>strips       AMX: rows of 4, 8 and 16 bits as rows of tiles
                          >>beside       their products, and the next rows decoded beside them
                          >>slabs        AMX: 4-bit codes times up to 8 rows of x as bytes
                          >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
@@ -11736,7 +11736,7 @@ struct moqi_panel;
 typedef struct moqi_way {
     const char *name;         /* for explain: "4-bit codes in place" */
     int unit;                 /* columns in 32 bits of a panel: 1 F32, 2 BF16, 4 INT8; 0: no panels; MOQI_TWINS: BF16 for codes in place;
-                                 MOQI_STRIP_BYTES: bytes without panels; MOQI_SLABS: the same, row by row of x */
+                                 MOQI_STRIP_BYTES: bytes without panels; MOQI_SLABS: the same, row by row of x; MOQI_STRIP_WIDE: F32 without panels */
     /* The least number of rows of x that this way is made for, 0: not for this layer */
     int (*takes)(const struct moqi_tiled *p);
     /* x [n] -> out [moqi_pad_x(n)], F32 with zeros after x or what the way wants; x may be out, but not with units over 1. `step`: words from
@@ -11750,7 +11750,7 @@ typedef struct moqi_way {
 } moqi_way;
 
 enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */, MOQI_STRIP_BYTES = 32 /* a unit: 4 columns, of >>strips */,
-       MOQI_SLABS = 64 /* a unit: rows of x side by side, of >>slabs */ };
+       MOQI_SLABS = 64 /* a unit: rows of x side by side, of >>slabs */, MOQI_STRIP_WIDE = 128 /* a unit: three numbers of BF16 for each column, of >>strips */ };
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
        MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256, MOQI_WAY_FEW = 128,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
@@ -11805,7 +11805,10 @@ static const moqi_way *moqi_way_for(const moqi_tiled *p, int64_t m)
 }
 
 /* Are words of 16 rows of x to take turns, once they are all arranged? AMX's strips want them so. */
-static int moqi_feeds_words(const moqi_way *way) { return way && (way->unit == MOQI_STRIP_BYTES || (way->unit == 2 && !way->decode)); }
+static int moqi_feeds_words(const moqi_way *way)
+{
+    return way && (way->unit == MOQI_STRIP_BYTES || way->unit == MOQI_STRIP_WIDE || (way->unit == 2 && !way->decode));
+}
 
 /* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough
    for `workers`; shorter ones where x of a few rows is taken in pieces. What AVX-512 reads in place comes in streams of a quarter of a task each, whose
@@ -11956,7 +11959,8 @@ static int64_t moqi_tile_place(int64_t t, int64_t m, int64_t ld, int64_t *step)
 /* Words from one row of x to the next. Rows of bytes for panels take 96 words for 256 columns; close together they need fewer pages. */
 static int64_t moqi_feed_step(const moqi_tiled *p, const moqi_way *way)
 {
-    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * (way->unit == 2 ? 64 : 32) + 64; /* and room for what is put behind those of 16 rows */
+    const int64_t words = way && way->unit == MOQI_STRIP_WIDE ? 192 : way && way->unit == 2 ? 64 : 32; /* of 128 columns */
+    if (moqi_feeds_words(way)) return (p->layer.cols + 127) / 128 * words + 64; /* and room for what is put behind those of 16 rows */
     return way && way->unit == 4 && way->decode ? (p->layer.cols + 255) / 256 * 96 + 16 : moqi_pad_x(p->layer.cols);
 }
 
@@ -16750,6 +16754,8 @@ enum {
     MOQI_STRIP_M8,            /* E4M3, E8M0 scales of 32 columns */
     MOQI_STRIP_S8,            /* E4M3, scales of 128 columns and more by 32 rows and more */
     MOQI_STRIP_W8,            /* INT8, one scale for each row */
+    MOQI_STRIP_B16,           /* BF16 */
+    MOQI_STRIP_B16_F32,       /* BF16 and inputs in F32: of each tile of x there are three */
     MOQI_STRIP_NONE
 };
 
@@ -16759,7 +16765,7 @@ typedef struct moqi_strip_shape {
     int8_t lacks;             /* the exponent that the weights in tiles, and so the sums, lack */
 } moqi_strip_shape;
 static const moqi_strip_shape moqi_strip_shapes[] = {{4, 4, MOQI_AMX_HALF}, {8, 2, MOQI_AMX_EIGHT}, {8, 1, 0}, {4, 4, 2}, {4, 4, 0}, {8, 2, 8}, {8, 2, 0},
-                                                     {8, 2, MOQI_AMX_WHOLE}, {0, 0, 0}};
+                                                     {8, 2, MOQI_AMX_WHOLE}, {16, 1, 0}, {16, 1, 0}, {0, 0, 0}};
 
 /* What strips decode of a layer whose inputs may be BF16. */
 static int moqi_amx_strip_of(const moqi_tiled *p)
@@ -16768,7 +16774,7 @@ static int moqi_amx_strip_of(const moqi_tiled *p)
     if (moqi_amx_halves(p)) return bits == 4 ? MOQI_STRIP_F4 : MOQI_STRIP_F8;
     if (bits == 4 && by32 && !one && !p->zeros && p->zero == 0 && p->layer.scheme.weight.elem == MOQ_F4) return MOQI_STRIP_M4;
     if (bits == 4) return p->groups == 1 || p->shift >= 5 ? MOQI_STRIP_T4 : MOQI_STRIP_NONE;
-    if (bits != 8) return MOQI_STRIP_NONE;
+    if (bits != 8) return bits == 16 ? MOQI_STRIP_B16 : MOQI_STRIP_NONE;
     if (p->dtype == MOQ_F8_E4M3 && p->zero == 0 && !p->zeros && p->scales && !one) {
         if (p->shift >= 7 && p->group_rows >= 32) return MOQI_STRIP_S8;
 #ifdef MOQI_AMX_F16
@@ -17222,9 +17228,9 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
 #endif
 
 /* ------------------------------------------------------------------------------------------------
-   >>strips          AMX: rows of 4 and 8 bits as rows of tiles
+   >>strips          AMX: rows of 4, 8 and 16 bits as rows of tiles
    What >>matrix does with panels, without turning codes: as pairs of BF16 for all 4-bit codes whose groups are long enough, for E4M3 but where every row has
-   scales of its own in F32, for INT8 with one scale for each row; as bytes for that with such inputs.
+   scales of its own in F32, for INT8 with one scale for each row, for BF16 with inputs in BF16 or F32; as bytes for INT8 with such inputs.
    ------------------------------------------------------------------------------------------------ */
 
 /* A block is 32 or 64 rows of weights by 512 bytes: 256 columns of pairs, 512 of bytes. Rows of weights are rows of tiles, so codes need no turning; x is
@@ -17239,12 +17245,19 @@ enum {
                                  rows of a task first, four tiles by one: a tile of x from the second-level cache serves four products, which leaves
                                  time for the sums that go there and back. Such a block fills two thirds of the first-level cache, so it is decoded
                                  where the last one was */
+    MOQI_STRIP_MANY = 256,    /* rows of F32 in one go: their parts and sums stay in the second-level cache beside what is asked for; measured 30 ms for 512
+                                 rows where twice as many in one go take 36 */
     MOQI_STRIP_ROWS = 64,     /* of a block, at most */
     MOQI_STRIP_WORDS = 128    /* of a row of it, in 8 tiles */
 };
 
-static int moqi_strip_kind(const moqi_tiled *p, const moqi_way *way) { return way->unit == MOQI_STRIP_BYTES ? MOQI_STRIP_I8 : moqi_amx_strip_of(p); }
+static int moqi_strip_kind(const moqi_tiled *p, const moqi_way *way)
+{
+    return way->unit == MOQI_STRIP_BYTES ? MOQI_STRIP_I8 : way->unit == MOQI_STRIP_WIDE ? MOQI_STRIP_B16_F32 : moqi_amx_strip_of(p);
+}
 
+/* Numbers of BF16 that a number of x becomes: F32 has 24 significant bits, three times those of BF16. */
+static int moqi_strip_parts(int kind) { return kind == MOQI_STRIP_B16_F32 ? 3 : 1; }
 
 /* Where a block begins: row of the task, column of the layer. */
 typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
@@ -17261,7 +17274,7 @@ typedef struct moqi_amx_strips {
     const int16_t *zeros;     /* of the first of them */
     int64_t bytes, under;     /* of a scale, and of those of one of its rows; 0: rows have not several of their own */
     int64_t unit;             /* columns in a word: 4 or 2 */
-    const float *x;           /* [m / 16][words / 16][16 words][16 rows of x], behind each 16 rows their scales, or the exponents that their sums lack */
+    const float *x;           /* [m / 16][words / 16][parts][16 words][16 rows of x], behind each 16 rows their scales, or the exponents that their sums lack */
     int64_t ldx, m;
     float *y;
     int64_t ldy;
@@ -17287,7 +17300,7 @@ typedef struct moqi_strip_work {
     const uint8_t *codes, *groups; /* of the next row */
     uint32_t *to;
     int64_t row_bytes, group_bytes, row, rows;
-    int64_t left, count;      /* columns and groups to the end of the layer */
+    int64_t left, count;      /* columns (of 16 bits: bytes) and groups to the end of the layer */
     float *mul;
     const uint8_t *ask, *ask_groups; /* lines that are asked for with the next two rows */
     int64_t ask_row, ask_group; /* bytes from those of a row to the next row's */
@@ -17304,6 +17317,9 @@ static const uint8_t *moqi_strip_groups(const moqi_amx_strips *s, int64_t row, i
 {
     return s->p->scales + (moqi_stream_scale_at(s->p, row) + moqi_stream_group(s->p, col)) * s->bytes;
 }
+
+/* Words of 16 rows of x before those of a column. */
+static int64_t moqi_strip_word(const moqi_amx_strips *s, int64_t col) { return col / s->unit * 16 * moqi_strip_parts(s->kind); }
 
 /* The block after `at`; 0: there is none. */
 static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
@@ -17358,7 +17374,7 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->to = to;
     d->row = 0;
     d->rows = moqi_min(s->high, s->rows - at.row);
-    d->left = p->layer.cols - at.col;
+    d->left = (p->layer.cols - at.col) * (moqi_strip_shapes[s->kind].bits == 16 ? 2 : 1);
     d->mul = s->mul + at.row;
     if (s->kind == MOQI_STRIP_S8) s->same = moqi_stream_scale_at(p, s->first) == moqi_stream_scale_at(p, s->first + d->rows - 1);
     if (!s->bytes) return;
@@ -17445,7 +17461,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
     moqi_strip_next(d);
 }
 
-/* The i-th 64 codes of one byte of row r of two; none past the layer's last column. */
+/* The i-th 64 bytes of row r of two; none past the layer's last column. */
 MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i)
 {
     const uint8_t *from = d->codes + (d->row + r < d->rows ? r * d->row_bytes : 0) + 64 * i;
@@ -17474,7 +17490,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_eights(moqi_strip_work *d, const moqi_st
     moqi_strip_next(d);
 }
 
-/* 512 columns of bytes of two rows. */
+/* 512 bytes of two rows: columns as they lie. */
 MOQI_INLINE MOQI_AVX512 void moqi_strip_bytes(moqi_strip_work *d)
 {
     for (int64_t r = 0; r < 2; r++)
@@ -17727,13 +17743,18 @@ MOQI_HALVES static void moqi_strip_two_w8(moqi_strip_work *d)
     moqi_strip_next(d);
 }
 
+/* Are lines asked for beside the products of few rows of x? Runs of 512 bytes the processor finds by itself, and requests for lines from memory would hold
+   the buffers that x comes through; but it does not find them early enough where three times as many products keep it waiting (measured: 32 rows of x 3.7 ms
+   without and 5.3 with, 128 rows 12.3 and 10.8). */
+MOQI_INLINE int moqi_strip_asks(int kind, int swap) { return kind != MOQI_STRIP_B16 && (kind != MOQI_STRIP_B16_F32 || swap); }
+
 /* The next two rows of a block, and with `ask` the lines that are wanted next. */
 MOQI_INLINE MOQI_HALVES void moqi_strip_decode(moqi_strip_work *d, const moqi_strip_values *v, int kind, int ask)
 {
     if (ask) moqi_strip_ask(d, kind);
     if (kind == MOQI_STRIP_F4) moqi_strip_rows(d, v);
     else if (kind == MOQI_STRIP_F8) moqi_strip_eights(d, v);
-    else if (kind == MOQI_STRIP_I8) moqi_strip_bytes(d);
+    else if (kind == MOQI_STRIP_I8 || kind == MOQI_STRIP_B16 || kind == MOQI_STRIP_B16_F32) moqi_strip_bytes(d);
     else d->s->two(d);
 }
 
@@ -17766,20 +17787,20 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rest(const moqi_amx_strips *s, moqi_stri
         else MOQI_STRIP_LOAD("tileloadd", t, sums + 256 * i) \
     }
 
-#define MOQI_STRIP_DECODE if (d.row < d.rows) moqi_strip_decode(&d, &v, kind, 1);
+#define MOQI_STRIP_DECODE if (d.row < d.rows) moqi_strip_decode(&d, &v, kind, moqi_strip_asks(kind, k->swap));
 
 /* What the steps of a block share. */
 typedef struct moqi_strip_pass { int64_t steps; int swap, zero; float *last; const float *sums; } moqi_strip_pass;
 
-/* A block times 32 rows of x, or 16 if not `two`: two tiles of weights by two of x. Beside each step two rows of the next block are decoded; with a `pace` of 2
-   four rows, of 0 two beside every other. */
+/* A block times 32 rows of x, or 16 if not `two`: two tiles of weights by two of x, and by two more for each further part of x. Beside each step two rows of
+   the next block are decoded; with a `pace` of 2 four rows, of 0 two beside every other. */
 MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi_strip_values v, const uint32_t *w, const float *xa, const float *xb,
                                                          const moqi_strip_pass *k, int kind, int two, int pace)
 {
     const int swap = k->swap, zero = k->zero;
     const float *sums = k->sums;
     float *last = k->last;
-    for (int64_t j = 0; j < k->steps; j++, w += 256, xa += 256, xb += 256) {
+    for (int64_t j = 0; j < k->steps; j++, w += 256) {
         MOQI_STRIP_SWAP("0", 0)
         MOQI_STRIP_LOAD("tileloadd", "4", w)
         MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
@@ -17796,6 +17817,18 @@ MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi
         MOQI_STRIP_SWAP("3", 3)
         if (two) MOQI_STRIP_TIMES("5", "7", "3")
         if (pace > 0 || j % 2 == 0) MOQI_STRIP_DECODE
+        xa += 256;
+        xb += 256;
+        for (int i = 1; i < moqi_strip_parts(kind); i++, xa += 256, xb += 256) {
+            MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
+            MOQI_STRIP_TIMES("4", "6", "0")
+            if (two) {
+                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
+                MOQI_STRIP_TIMES("4", "7", "1")
+            }
+            MOQI_STRIP_TIMES("5", "6", "2")
+            if (two) MOQI_STRIP_TIMES("5", "7", "3")
+        }
     }
     return d;
 }
@@ -17820,7 +17853,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_block(moqi_amx_strips *s, moqi_strip_wor
     k.last = s->last;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024) {
         const int two = s->m - 32 * i > 16, pace = s->groups == 1 || !two ? 2 : s->groups < 4;
-        const float *xa = s->x + 2 * i * tile + at.col / s->unit * 16, *xb = two ? xa + tile : xa;
+        const float *xa = s->x + 2 * i * tile + moqi_strip_word(s, at.col), *xb = two ? xa + tile : xa;
         k.sums = sums;
 #define MOQI_STRIP_STEPS(two, pace) d = moqi_strip_steps(d, v, tiles, xa, xb, &k, kind, two, pace)
         if (!two) MOQI_STRIP_STEPS(0, 2);
@@ -17833,7 +17866,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_block(moqi_amx_strips *s, moqi_strip_wor
     }
     s->last = k.last;
     *work = d;
-    moqi_strip_rest(s, work, kind, 1);
+    moqi_strip_rest(s, work, kind, moqi_strip_asks(kind, k.swap));
 }
 
 /* A compiler that has all kinds in one function keeps the tables of none in registers. */
@@ -17852,6 +17885,8 @@ typedef struct moqi_strip_form {
 MOQI_STRIP_FORM(f4, MOQI_STRIP_F4)
 MOQI_STRIP_FORM(f8, MOQI_STRIP_F8)
 MOQI_STRIP_FORM(i8, MOQI_STRIP_I8)
+MOQI_STRIP_FORM(b16, MOQI_STRIP_B16)
+MOQI_STRIP_FORM(b16_f32, MOQI_STRIP_B16_F32)
 MOQI_STRIP_FORM(any, MOQI_STRIP_NONE)
 #undef MOQI_STRIP_FORM
 
@@ -17859,18 +17894,19 @@ static const moqi_strip_form moqi_strip_forms[] = {
     {moqi_strip_block_f4, moqi_strip_rest_f4, NULL}, {moqi_strip_block_f8, moqi_strip_rest_f8, NULL}, {moqi_strip_block_i8, moqi_strip_rest_i8, NULL},
     {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_m4}, {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_t4},
     {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_m8}, {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_s8},
-    {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_w8}};
+    {moqi_strip_block_any, moqi_strip_rest_any, moqi_strip_two_w8},
+    {moqi_strip_block_b16, moqi_strip_rest_b16, NULL}, {moqi_strip_block_b16_f32, moqi_strip_rest_b16_f32, NULL}};
 
-/* A block of 64 rows, four tiles of weights by one of x, whose next columns are asked for, a share of them with each block. So are the sums that come
-   next: four tiles of them at once would keep the products waiting. */
+/* A block of 64 rows, four tiles of weights by one of x or by its three parts; the next columns of x are asked for, a share of them with each block. So are
+   the sums that come next: four tiles of them at once would keep the products waiting. */
 MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
 {
     moqi_strip_work d = *work;
-    const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at);
-    const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16, blocks), pace = moqi_max(1, s->groups / 4);
+    const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at), parts = moqi_strip_parts(s->kind);
+    const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16 * parts, blocks), pace = moqi_max(1, s->groups / 4);
     const int kind = s->kind, zero = at.col == 0, swap = 1, end = at.col + moqi_strip_cols(s) >= s->p->layer.cols;
     float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024, *last = s->last;
-    const float *x = s->x + at.col / s->unit * 16, *next = (end ? s->x : x + 256 * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
+    const float *x = s->x + moqi_strip_word(s, at.col), *next = (end ? s->x : x + 256 * parts * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
     int64_t slot = 0;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
         for (int64_t j = 0; j < steps; j++, slot--) {
@@ -17878,6 +17914,25 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_str
             if (slot == 0) {
                 moqi_strip_ask(&d, kind);
                 slot = pace;
+            }
+            for (int64_t l = 0; l < 8; l++) __builtin_prefetch(sums + 1024 + 128 * j + 16 * l, 0, 3);
+            if (parts == 3) {
+                MOQI_STRIP_LOAD("tileloaddt1", "4", x + 768 * j)
+                MOQI_STRIP_LOAD("tileloaddt1", "5", x + 768 * j + 256)
+                MOQI_STRIP_LOAD("tileloaddt1", "6", x + 768 * j + 512)
+                for (int64_t l = 0; l < lines; l++, next += 16) __builtin_prefetch(next, 0, 2);
+#define MOQI_STRIP_THREE(t, i) \
+                MOQI_STRIP_LOAD("tileloadd", "7", w + 2048 * i) \
+                MOQI_STRIP_SWAP(t, i) \
+                MOQI_STRIP_TIMES("7", "4", t) \
+                MOQI_STRIP_TIMES("7", "5", t) \
+                MOQI_STRIP_TIMES("7", "6", t)
+                MOQI_STRIP_THREE("0", 0)
+                MOQI_STRIP_THREE("1", 1)
+                MOQI_STRIP_THREE("2", 2)
+                MOQI_STRIP_THREE("3", 3)
+#undef MOQI_STRIP_THREE
+                continue;
             }
             MOQI_STRIP_LOAD("tileloaddt1", "4", x + 256 * j)
             MOQI_STRIP_LOAD("tileloadd", "5", w)
@@ -17887,7 +17942,6 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_str
             MOQI_STRIP_LOAD("tileloadd", "6", w + 2048)
             MOQI_STRIP_SWAP("1", 1)
             MOQI_STRIP_TIMES("6", "4", "1")
-            for (int64_t l = 0; l < 8; l++) __builtin_prefetch(sums + 1024 + 128 * j + 16 * l, 0, 3);
             MOQI_STRIP_LOAD("tileloadd", "7", w + 4096)
             MOQI_STRIP_SWAP("2", 2)
             MOQI_STRIP_TIMES("7", "4", "2")
@@ -17909,7 +17963,7 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
     for (int64_t first = 0; first < s->m; first += 16) {
         const int64_t each = s->each * 16, down = 1024 * s->groups;
         const float *sums = s->sums + first / s->each * 1024 + first % s->each * 16;
-        const float *behind = s->x + first * s->ldx + moqi_ceil_div(p->layer.cols, 128) * 2048 / s->unit;
+        const float *behind = s->x + first * s->ldx + moqi_strip_word(s, moqi_ceil_div(p->layer.cols, 128) * 128);
         for (int64_t r = 0; r < s->rows; r += 16) moqi_turn_512(sums + r / s->high * down + r % s->high / 16 * each, 16, turned[0] + r, MOQI_WAY_ROWS + 16);
         for (int64_t t = 0; t < moqi_min(16, s->m - first); t++) {
             const __m512 by = _mm512_set1_ps(behind[16 * t]);
@@ -17930,7 +17984,7 @@ MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols, int kind)
 {
     float words[64][16] MOQI_ALIGNED;
     const int64_t n = kind == MOQI_STRIP_I8 ? 32 : 64, tiles = moqi_strip_shapes[kind].tiles;
-    for (int64_t c = 0; c < cols; c += 128, x += 16 * n) {
+    for (int64_t c = moqi_ceil_div(cols, 128) * moqi_strip_parts(kind); c > 0; c--, x += 16 * n) {
         for (int64_t q = 0; q < n; q += 16) moqi_turn_512(x + 16 * q, 16, words[q], 16);
         const float *from = words[0];
         for (int64_t tile = 0; tile < n / 16; tile += tiles)
@@ -17939,23 +17993,68 @@ MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols, int kind)
     }
 }
 
+/* F32 as three numbers of BF16: h is x rounded to 8 significant bits, m what x - h is rounded to, l the rest of at most 8 bits; h + m + l is x exactly, and
+   products with BF16 are exact in F32, so that sums are those of F32 (two parts would lose up to 2^-18 of each x, more than bounds of sums of F32 leave to
+   short rows). An infinite h has no rest; where weights are infinite, a rest of 0 makes NaN. Powers of two bring the largest of a row to [1, 2), so that no
+   rounding overflows; a part less than 2^-126 then counts as 0, and so does a weight. A NaN stays one, if not in h then in m. */
+static int moqi_strip_up(int most) { return (int)moqi_max(-126, moqi_min(120, 127 - most)); }
+
+/* 16 numbers v -> h in the upper halves; -> v - h. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_strip_part(__m512 v, __m512i *h)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000), size = _mm512_set1_epi32(0x7fffffff), most = _mm512_set1_epi32(0x7f800000);
+    const __m512i bits = _mm512_castps_si512(v), magnitude = _mm512_and_si512(bits, size);
+    *h = _mm512_and_si512(_mm512_mask_add_epi32(bits, _mm512_cmplt_epi32_mask(magnitude, most), bits, _mm512_set1_epi32(0x8000)), high);
+    return _mm512_maskz_sub_ps(_mm512_cmpneq_epi32_mask(magnitude, most), v, _mm512_castsi512_ps(*h));
+}
+
+/* x [n] times 2^up -> the parts of 32 columns, 16 words of each every `step` words; -> behind them. place: of the upper halves of words */
+MOQI_AVX512 static float *moqi_strip_split(const uint16_t *place, const float *x, int64_t n, float *out, int64_t step, int up)
+{
+    const __m512i order = _mm512_loadu_si512(place);
+    const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
+    for (int64_t i = 0; i < (n + 127) / 128 * 128; i += 32) {
+        const __mmask32 some = n - i >= 32 ? 0xffffffffu : n > i ? ((__mmask32)1 << (n - i)) - 1 : 0;
+        __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x + i), by);
+        __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + i + 16), by);
+        MOQI_UNROLL
+        for (int k = 0; k < 3; k++, out += step) {
+            __m512i high[2];
+            a = moqi_strip_part(a, &high[0]);
+            b = moqi_strip_part(b, &high[1]);
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(high[0], order, high[1]));
+        }
+    }
+    return out;
+}
+
+/* x [n], and behind it the exponent that the sums still lack. */
+MOQI_AVX512 static void moqi_strip_arrange_wide(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
+{
+    const int up = moqi_strip_up(moqi_amx_exponent(x, n));
+    uint16_t place[32];
+    moqi_amx_places(p, place);
+    *moqi_strip_split(place, x, n, out, step, up) = (float)-up;
+}
+
 /* Up to 16 rows x[i] [n] arranged and turned, 128 columns at a time, so that they stay in the first-level cache between the two. */
 MOQI_AVX512 static void moqi_strip_arrange(const moqi_tiled *p, const float *const *x, int64_t rows, int64_t n, int kind, float *out)
 {
-    const int lacks = moqi_strip_shapes[kind].lacks, bytes = kind == MOQI_STRIP_I8;
+    const int lacks = moqi_strip_shapes[kind].lacks, bytes = kind == MOQI_STRIP_I8, wide = kind == MOQI_STRIP_B16_F32;
     int most[16], up[16];
     uint16_t place[32];
     float scale[16];
     moqi_amx_places(p, place);
     for (int64_t i = 0; i < rows; i++) {
         most[i] = bytes ? 0 : moqi_amx_exponent(x[i], n);
-        up[i] = moqi_amx_up(lacks, most[i]);
+        up[i] = wide ? moqi_strip_up(most[i]) : moqi_amx_up(lacks, most[i]);
         scale[i] = bytes ? moqi_amx_row_scale(p, x[i], n) : (float)(lacks - up[i]);
     }
-    for (int64_t c = 0; c < n; c += 128, out += bytes ? 512 : 1024) {
+    for (int64_t c = 0; c < n; c += 128, out += bytes ? 512 : 1024 * moqi_strip_parts(kind)) {
         const int64_t some = moqi_min(128, n - c);
         for (int64_t i = 0; i < rows; i++) {
             if (bytes) moqi_amx_row_codes(x[i] + c, some, scale[i], out + 16 * i, 256);
+            else if (wide) moqi_strip_split(place, x[i] + c, some, out + 16 * i, 256, up[i]);
             else if (most[i] < 255) moqi_amx_finite(place, x[i] + c, some, out + 16 * i, 256, up[i]);
             else moqi_pairs_row(p, x[i] + c, some, out + 16 * i, 256, up[i]);
         }
@@ -18011,7 +18110,7 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->each = few ? 32 : 16;
     s->groups = moqi_ceil_div(s->m, s->each);
     s->high = few ? 32 : (int64_t)MOQI_STRIP_ROWS;
-    s->wide = (few ? MOQI_STRIP_X / (32 * s->groups) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
+    s->wide = (few ? MOQI_STRIP_X / (32 * s->groups * moqi_strip_parts(s->kind)) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
     s->last = NULL;
     s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? form->two : s->p->shift == 6 ? moqi_strip_two_t4_64 : moqi_strip_two_t4_32;
     s->size = moqi_strip_size(s, moqi_strip_cols(s));
@@ -18049,16 +18148,26 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
     moqi_strip_tables(&s);
     moqi_strip_factors(&s);
     moqi_amx_configure(16, 16);
-    for (int64_t first = 0; first < m; first += MOQI_WAY_TOKENS) {
+    const int64_t most = moqi_strip_parts(s.kind) > 1 ? (int64_t)MOQI_STRIP_MANY : (int64_t)MOQI_WAY_TOKENS;
+    for (int64_t first = 0; first < m; first += most) {
         s.x = x + first * ldx;
         s.y = y + first * ldy;
-        s.m = moqi_min(m - first, MOQI_WAY_TOKENS);
+        s.m = moqi_min(m - first, most);
         moqi_strip_blocks(&s);
     }
     __asm__ volatile("tilerelease" : : : "memory");
 }
 #undef MOQI_STRIP_TIMES
 
+/* Weights in BF16 with F32 inputs. Measured: what goes where codes lie takes less time for fewer rows of x. */
+static int moqi_amx_takes_wide(const moqi_tiled *p)
+{
+    const int plain = p->form == MOQI_CODES_WIDE && p->scale_dtype == MOQ_NONE && p->dtype == MOQ_BF16 && !p->rounds;
+    return plain && p->input_bits > 16 && !p->order && !p->layer.lora_a.data ? 17 : 0;
+}
+
+static const moqi_way moqi_amx_way_wide = {"BF16 strips (x in three parts)", MOQI_STRIP_WIDE, moqi_amx_takes_wide, moqi_strip_arrange_wide, moqi_amx_strips_multiply,
+                                           NULL, NULL};
 static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
 static const moqi_way moqi_amx_way_rows = {"INT8 strips", MOQI_STRIP_BYTES, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_strips_multiply, NULL, NULL};
 #endif
@@ -19915,7 +20024,7 @@ static const moqi_way *const moqi_amx_ways[] = {&moqi_dot_way_512,
 #ifdef MOQI_AMX_F16
                                                 &moqi_eights_way,
 #endif
-                                                &moqi_stream_way_512, &moqi_slabs_way, &moqi_amx_way_strips,
+                                                &moqi_stream_way_512, &moqi_slabs_way, &moqi_amx_way_strips, &moqi_amx_way_wide,
                                                 &moqi_amx_way, &moqi_amx_way_rows, &moqi_amx_way_i8, &moqi_i8_way_512, &moqi_f32_way_512, NULL};
 static const moqi_kernels moqi_amx_kernels = {"amx", moqi_expand_512, moqi_nibbles_512, moqi_scale_512,
                                               moqi_tile_512, moqi_dot_512, moqi_axpy_512, moqi_amx_ways, MOQI_STREAM_AHEAD / 2, 8192, 0, 1};
@@ -20034,8 +20143,8 @@ MOQI_COLD_END
 /* Room that everything prepared so far needs; counts of F32 unless said otherwise. */
 typedef struct moqi_need {
     int64_t worker;             /* per worker */
-    int64_t cols, rank;         /* per row: inputs, low-rank middle */
-    int64_t moe_cols, moe_rank, moe_hidden, moe_out, moe_top; /* per row of a mixture of experts */
+    int64_t cols, feed, rank;   /* per row: inputs, what tiles want of them, low-rank middle */
+    int64_t moe_cols, moe_feed, moe_rank, moe_hidden, moe_out, moe_top; /* per row of a mixture of experts */
     int64_t experts, jobs;      /* numbers of them */
     int64_t parts;              /* of attention over spans side by side */
     int64_t rounds;             /* 1: there are layers whose inputs are rounded to 16 bits or fewer */
@@ -20104,7 +20213,7 @@ static void moqi_carve_all(moqi_cpu *c, moqi_carver *v)
     c->moe_rows = moe;
     c->worker = (float *)moqi_carve(v, c->par.workers, n->worker, 4);
     c->t = (float *)moqi_carve(v, 1, moqi_max(rows * n->cols, moe * n->moe_cols), 4);
-    c->r = (float *)moqi_carve(v, 1, moqi_max(rows * n->cols, moe * n->moe_cols), 4);
+    c->r = (float *)moqi_carve(v, 1, moqi_max(moqi_max(rows * n->cols, (rows + 15) / 16 * 16 * (rows > 1 ? n->feed : 0)), moe * n->moe_feed), 4); /* tiles have 16 rows */
     c->mid = (float *)moqi_carve(v, 1, moqi_max(rows * n->rank, moe * n->moe_rank), 4);
     c->hidden = (float *)moqi_carve(v, moe, n->moe_hidden, 4);
     c->out = (float *)moqi_carve(v, moe, n->moe_out, 4);
@@ -20380,6 +20489,8 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
         if (!p->way[i]->block && (p->way[i]->decode || moqi_feeds_words(p->way[i]))) tile = moqi_max(tile, MOQI_WAY_FLOATS + MOQI_WAY_SUMS);
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
+    for (int i = 0; i < MOQI_WAYS && p->way[i]; i++)
+        if (moqi_feeds_words(p->way[i])) n->feed = moqi_max(n->feed, moqi_feed_step(p, p->way[i]));
     n->rank = moqi_max(n->rank, rank);
     n->rounds |= p->rounds || p->input_bits <= 16;
 }
@@ -21174,7 +21285,7 @@ typedef struct moqi_experts {
     moq_activation_desc activation;
     const float *bias;          /* [experts] or NULL */
     moqi_tiled *gate, *up, *down; /* [experts]; gate NULL: not gated */
-    int64_t cols, n, out;
+    int64_t cols, n, out, feed; /* feed: words of a row of x, of any role, as products want it */
     int shares;                 /* gate and up of every expert read the same inputs */
 } moqi_experts;
 
@@ -21241,6 +21352,7 @@ static moq_result moqi_fill_moe(moqi_cpu *c, moqi_experts *x, const moq_moe *m, 
     need.worker = moqi_max(part.worker, moqi_pad16(5 * (int64_t)count));
     need.moe_top = top;
     need.moe_cols = top * part.cols;
+    need.moe_feed = top * (x->feed = moqi_max(part.cols, 2 * part.feed)); /* tiles of 16 rows, of which an expert may have one more */
     need.moe_rank = top * part.rank * 2;
     need.moe_hidden = top * x->n * (x->gate ? 2 : 1);
     need.moe_out = top * x->out;
@@ -21329,19 +21441,18 @@ static void moqi_gather_task(void *arg, int i, int worker)
         while (t->c->place[choice] != i) choice++; /* which of the row's choices this is */
         for (int64_t k = 0; k < t->m->cols; k++) in[k] = t->c->weight[choice] * x[k];
     }
-    moqi_feed(&t->parts[e], m, i - first, t->m->routing.on_input ? in : x, in, t->c->r + first * ld);
+    moqi_feed(&t->parts[e], m, i - first, t->m->routing.on_input ? in : x, in, t->c->r + first * t->m->feed);
 }
 
 /* hidden [assignments, gate n | up n] -> activation -> the inputs of down: t, r [assignments, n]. */
 static void moqi_middle_task(void *arg, int i, int worker)
 {
     const moqi_pass *t = (const moqi_pass *)arg;
-    int64_t n = t->m->n, ld = moqi_pad_x(n);
+    int64_t n = t->m->n, ld = moqi_pad_x(n), e = t->c->expert_of[i], first = t->c->begin[e];
     float *in = t->c->t + i * ld;
     (void)worker;
     t->c->o->activate(&t->m->activation, t->c->hidden + i * n * (t->m->gate ? 2 : 1), n, in);
-    int64_t e = t->c->expert_of[i], first = t->c->begin[e];
-    moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * ld);
+    moqi_feed(&t->m->down[e], t->c->begin[e + 1] - first, i - first, in, in, t->c->r + first * t->m->feed);
 }
 
 /* The inputs of expert e, all of which are in. */
@@ -21350,7 +21461,7 @@ static void moqi_turn_inputs_task(void *arg, int e, int worker)
     const moqi_pass *t = (const moqi_pass *)arg;
     const int64_t begin = t->c->begin[e], m = t->c->begin[e + 1] - begin;
     (void)worker;
-    for (int64_t i = 0; i < m; i += 16) moqi_feed_turn(&t->parts[e], m, i, t->c->r + begin * moqi_pad_x(t->parts[e].layer.cols));
+    for (int64_t i = 0; i < m; i += 16) moqi_feed_turn(&t->parts[e], m, i, t->c->r + begin * t->m->feed);
 }
 
 /* The inputs of all chosen experts, where any wants them turned. */
@@ -21382,7 +21493,7 @@ static int64_t moqi_expert_jobs(const moqi_cpu *c, const moqi_experts *m, const 
         moqi_job *j = &c->jobs[count];
         if (c->begin[e + 1] == first) continue;
         j->part = &parts[e];
-        j->x = c->r + first * ld;
+        j->x = c->r + first * m->feed;
         j->t = c->t + first * ld;
         j->ldx = ld;
         j->y = y + first * ldy;

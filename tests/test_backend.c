@@ -262,6 +262,7 @@ static void layer_poison(layer *l, int64_t row)
     const int64_t group = w->scheme.weight.group_cols, at = row * w->scale_row_stride + (group > 0 ? (w->cols - 1) / group : 0) * w->scale_col_stride;
     uint8_t *scales = (uint8_t *)(uintptr_t)w->scales.data;
     const uint32_t none = 0x7fc00000;
+    if (!scales) { memset((uint8_t *)(uintptr_t)w->codes.data + 2 * (row * w->cols + w->cols - 1), 0xff, 2); return; } /* BF16 */
     if (w->scheme.weight.elem == MOQ_F8_E4M3 && w->scales.dtype != MOQ_F8_E8M0) ((uint8_t *)(uintptr_t)w->codes.data)[row * w->cols + w->cols - 1] = 0xff;
     else if (w->scales.dtype == MOQ_F8_E8M0) scales[at] = 0xff;
     else if (w->scales.dtype == MOQ_F8_E4M3) scales[at] = 0x7f;
@@ -274,8 +275,8 @@ static void layer_poison(layer *l, int64_t row)
 static void strip_rows(moq_backend *be, const char *name)
 {
     static const int cols[] = {4240, 144, 4240, 288, 96, 624, 16656, 8208, 272, 592}, rows[] = {70, 128, 20, 50, 20, 200, 20, 40, 129, 300};
-    static const int formats[] = {4, 12, 16, 8, 15, 14, 16, 24, 22, 30, 31, 25}; /* the last: 4 bits with groups of 32, 64 and 128, with zero points and without */
-    enum { KINDS = MOQI_COUNT(formats), BYTES = 2 };
+    static const int formats[] = {4, 12, 16, 8, 15, 14, 16, 24, 22, 30, 31, 25, 2}; /* 4 bits with groups of 32, 64 and 128, with zero points and without; BF16 */
+    enum { KINDS = MOQI_COUNT(formats), BYTES = 2, PLAIN = KINDS - 1 };
     moq_error err;
     int rounded = 0;
     CHECK(be->reserve(be, 300, &err) == MOQ_OK);
@@ -285,7 +286,7 @@ static void strip_rows(moq_backend *be, const char *name)
         layer_make(&l, &layer_formats[formats[kind]], 45, cols[i / KINDS]);
         const int high = (int)l.w.rows, wide = (int)l.w.cols; /* what the format makes of them */
         if (kind == BYTES) { l.w.scheme.input = input_formats[5].c; l.w.input_scale = input_formats[5].scale; }
-        long wrong = kind == BYTES ? check_linear(be, &l, STORED, m) : check_automatic(be, &l, m, &rounded), others = 0;
+        long wrong = kind == BYTES || kind == PLAIN ? check_linear(be, &l, kind == BYTES ? STORED : WIDE, m) : check_automatic(be, &l, m, &rounded), others = 0;
         if (wrong) fprintf(stderr, "%s, %s, %d rows: %ld wrong\n", name, l.w.name, m, wrong);
         CHECK_INT(wrong, 0);
         layer_poison(&l, 20);
@@ -299,6 +300,55 @@ static void strip_rows(moq_backend *be, const char *name)
         CHECK_INT(others, 0);
         be->release_weight(be, p);
         free(x); free(y);
+        layer_free(&l);
+    }
+}
+
+/* F32 inputs of weights in BF16: rows of x near both ends of what F32 holds, with subnormal numbers, with zeros; then with numbers that are none or infinite,
+   which no other row may see. */
+static void extreme_wide_rows(moq_backend *be, const char *name)
+{
+    layer l;
+    moq_error err;
+    enum { ROWS = 40, COLS = 192, TOKENS = 150 };
+    static float x[TOKENS * COLS], y[TOKENS * ROWS];
+    static const float by[8] = {1, 1e-30f, 1e-44f, 1e30f, 0, 1e-38f, 3e-36f, 1};
+    CHECK(be->reserve(be, TOKENS, &err) == MOQ_OK);
+    for (int turn = 0; turn < 2; turn++) {
+        const int tokens = turn ? TOKENS : 40;
+        long wrong = 0, others = 0;
+        layer_make(&l, &layer_formats[2], ROWS, COLS);
+        for (int i = 0; i < tokens * COLS; i++) {
+            const int t = i / COLS % 8;
+            x[i] = t == 7 ? (i % COLS == 5 ? 3.4028234e38f : i % COLS == 6 ? -3.4e38f : 0) : test_normal() * by[t];
+        }
+        moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+        CHECK(w != NULL);
+        if (w) be->linear(be, w, x, tokens, y);
+        for (int t = 0; t < tokens && w; t++)
+            for (int r = 0; r < ROWS; r++) {
+                double bound = 0, want = 0;
+                for (int c = 0; c < COLS; c++) {
+                    const double v = l.exact[r * COLS + c] * (double)x[t * COLS + c];
+                    want += v;
+                    bound += fabs(v);
+                }
+                wrong += bound < 3.4e38 && !(fabs(want - (double)y[t * ROWS + r]) <= 2e-6 * bound + 1.5e-45); /* and the last place of a subnormal sum */
+            }
+        if (wrong) fprintf(stderr, "%s, extreme F32 inputs, %d rows: %ld wrong\n", name, tokens, wrong);
+        CHECK_INT(wrong, 0);
+        for (int i = 0; i < tokens * COLS; i++) x[i] = test_normal();
+        x[3 * COLS + 100] = moqi_bits_f32(0x7f800001);
+        x[17 * COLS + 7] = moqi_bits_f32(0xffffffff);
+        x[35 * COLS + 191] = moqi_bits_f32(0x7f800000);
+        if (w) be->linear(be, w, x, tokens, y);
+        for (int t = 0; t < tokens && w; t++)
+            for (int r = 0; r < ROWS; r++) {
+                const float v = y[t * ROWS + r], out = (float)(l.exact[r * COLS + 191] * 1e300); /* a weight of 0 would make NaN of infinity */
+                others += t == 3 || t == 17 ? v == v : t == 35 ? v != out : !(fabsf(v) < 1e9f);
+            }
+        CHECK_INT(others, 0);
+        be->release_weight(be, w);
         layer_free(&l);
     }
 }
@@ -317,6 +367,7 @@ static void test_backend_automatic(void)
         if (strcmp(name, "amx") == 0 || strcmp(name, "avx512bf16") == 0) many_rows(be, name);
         if (strcmp(name, "amx") == 0 || strcmp(name, "avx512bf16") == 0) extreme_rows(be, name);
         if (strcmp(name, "amx") == 0) strip_rows(be, name);
+        if (strcmp(name, "amx") == 0) extreme_wide_rows(be, name);
         test_state.seed = seed;
         int rounded = automatic_formats(be, name), shortens = strcmp(name, "amx") == 0 || strstr(name, "vnni") != NULL || strstr(name, "bf16") != NULL || strncmp(name, "neon", 4) == 0;
 #ifdef MOQI_DOTS
@@ -396,6 +447,7 @@ static void test_backend_tiles(void)
     strip_rows(be, "amx, emulated");
     many_rows(be, "amx, emulated");
     extreme_rows(be, "amx, emulated");
+    extreme_wide_rows(be, "amx, emulated");
     moq_backend_destroy(be);
     sigaction(SIGILL, &before, NULL);
 #else
@@ -1290,15 +1342,16 @@ static void test_backend_embed(void)
 
 typedef struct mixture { layer gate[12], up[12], down[12]; moq_linear g[12], u[12], d[12]; moq_moe moe; float bias[12]; } mixture;
 
+/* extras < 0: all weights in BF16 */
 static void mixture_make(mixture *m, int experts, int top, moq_activation kind, int extras)
 {
     memset(m, 0, sizeof *m);
     for (int e = 0; e < experts; e++) {
-        layer_make(&m->gate[e], &layer_formats[4], 40, 96);
-        layer_make(&m->up[e], &layer_formats[4], 40, 96);
-        layer_make(&m->down[e], &layer_formats[extras ? 11 : 2], 50, 40);
+        layer_make(&m->gate[e], &layer_formats[extras < 0 ? 2 : 4], 40, 96);
+        layer_make(&m->up[e], &layer_formats[extras < 0 ? 2 : 4], 40, 96);
+        layer_make(&m->down[e], &layer_formats[extras > 0 ? 11 : 2], 50, 40);
         layer *all[3] = {&m->gate[e], &m->up[e], &m->down[e]};
-        for (int i = 0; extras && i < 3; i++) {
+        for (int i = 0; extras > 0 && i < 3; i++) {
             moq_linear *w = &all[i]->w;
             w->bias = layer_view(layer_floats(all[i], w->rows, 0.3f), MOQ_F32, w->rows);
             if (extras > 1) { /* gate and up want different inputs, down is rotated */
@@ -1318,8 +1371,8 @@ static void mixture_make(mixture *m, int experts, int top, moq_activation kind, 
     m->moe.routing.experts = experts;
     m->moe.routing.top_k = top;
     m->moe.routing.renormalize = 1;
-    m->moe.routing.score = extras ? MOQ_SCORE_SIGMOID : MOQ_SCORE_SOFTMAX;
-    if (extras) m->moe.routing.bias = layer_view(m->bias, MOQ_F32, experts);
+    m->moe.routing.score = extras > 0 ? MOQ_SCORE_SIGMOID : MOQ_SCORE_SOFTMAX;
+    if (extras > 0) m->moe.routing.bias = layer_view(m->bias, MOQ_F32, experts);
     m->moe.activation.kind = kind;
     m->moe.activation.limit = 7;
     m->moe.activation.alpha = 1.702f;
@@ -1380,17 +1433,20 @@ static void test_backend_moe_tiles(void)
     if (!(flags & MOQI_CPU_VNNI) || !(flags & MOQI_CPU_VBMI)) { printf("skipped: tiles, for want of AVX-512 with VNNI and VBMI\n"); test_state.skipped++; free(x); free(y); return; }
     sigaction(SIGILL, NULL, &before);
     amx_emulate();
-    for (int kind = 0; kind <= (int)MOQ_RELU2; kind += (int)MOQ_RELU2) {
-        moq_backend *be = backend_of("avx512vnni", MOQ_ACT_BF16, 2);
+    for (int turn = 0; turn < 4; turn++) {
+        const int kind = turn % 2 ? (int)MOQ_RELU2 : 0, wide = turn / 2;
+        moq_backend *be = backend_of("avx512vnni", wide ? MOQ_ACT_WIDE : MOQ_ACT_BF16, 2);
         moqi_cpu_of(be)->k = &moqi_amx_kernels;
         CHECK(be->reserve(be, ROWS, &err) == MOQ_OK);
-        mixture_make(&m, 3, 2, (moq_activation)kind, 0);
+        mixture_make(&m, 3, 2, (moq_activation)kind, -wide);
         for (int i = 0; i < ROWS * 96; i++) x[i] = test_normal();
         for (int i = 0; i < ROWS * 3; i++) logits[i] = test_normal();
         moq_experts *p = be->prepare_moe(be, &m.moe, &err);
         CHECK(p != NULL);
-        if (p) be->moe(be, p, x, logits, ROWS, y);
-        if (p) check_mixture(&m, ROWS, x, logits, 1, 1e-5, y);
+        for (int rows = ROWS; p && rows > 20; rows = rows > 30 ? 30 : rows - 3) { /* experts with little more than a tile of 16 rows, too */
+            be->moe(be, p, x, logits, rows, y);
+            check_mixture(&m, rows, x, logits, !wide, wide ? 1e-11 : 1e-5, y);
+        }
         be->release_moe(be, p);
         moq_backend_destroy(be);
         mixture_free(&m);

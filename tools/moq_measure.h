@@ -440,7 +440,7 @@ static double read_spans(const span *at, int count, int first, int turns, int lo
 
 /* ---- what the arithmetic units can do: multiply-adds in registers, by the instruction that a row of the table was computed with ---- */
 
-enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_PAIRS, PEAK_AMX, PEAK_AMX_BYTES };
+enum { PEAK_NONE, PEAK_FMA, PEAK_VNNI, PEAK_PAIRS, PEAK_AMX, PEAK_AMX_BYTES, PEAK_AMX_PARTS };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MOQ_NO_SIMD)
 #define PEAK_TEN(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9)
@@ -512,7 +512,7 @@ typedef struct peak_work { int kind, wide; double operations; } peak_work;
 static void peak_part(void *user, int part) { ((peak_work *)user)[part].operations = 0; }
 #endif
 
-/* Which instruction does the backend's arithmetic for m rows? */
+/* Which instruction does the backend's arithmetic for m rows? PEAK_AMX_PARTS: with F32 inputs in three parts, three products are one. */
 static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, const char *kernel)
 {
     const moqi_way *way;
@@ -520,6 +520,7 @@ static int peak_kind(const moq_backend *be, const moq_weight *w, int32_t m, cons
     way = moqi_way_for(((const moqi_weight *)(const void *)w)->part, m);
 #ifdef MOQI_AMX
     if (way == &moqi_amx_way_rows || way == &moqi_amx_way_i8) return PEAK_AMX_BYTES;
+    if (way == &moqi_amx_way_wide) return PEAK_AMX_PARTS;
 #endif
     return way && (way->unit == 2 || way->unit == MOQI_TWINS) ? strcmp(kernel, "amx") == 0 ? PEAK_AMX : PEAK_PAIRS : way && way->unit == 4 ? PEAK_VNNI : PEAK_FMA;
 }
@@ -537,7 +538,7 @@ static double peak_once(int kind, const char *kernel, int threads)
         w[i].operations = 0;
     }
     seconds = time_team(peak_part, w, threads);
-    for (int i = 0; i < threads; i++) operations += w[i].operations;
+    for (int i = 0; i < threads; i++) operations += w[i].operations / (kind == PEAK_AMX_PARTS ? 3 : 1);
     return seconds > 0 ? operations / seconds : 0;
 }
 
