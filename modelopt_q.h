@@ -12761,7 +12761,7 @@ MOQI_AVX512 static void moqi_stream_512(const moqi_way *way, const moqi_tiled *p
         int tokens = (int)moqi_min(8, m - j);
         if (nibbles || p->dtype == MOQ_I8) tokens = tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
         int64_t piece = nibbles ? 8192 / tokens : moqi_min(8192, p->k->piece / tokens / 512 * 512); /* scales are for no more */
-        int64_t visit = moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8;
+        int64_t visit = moqi_max(1, moqi_min(piece, p->layer.cols) * (nibbles ? 4 : moq_dtype_bits(p->dtype)) / 8);
         step = tokens;
         s.lda = 16 * tokens;
         if (nibbles) s.ahead = tokens == 1 ? (int64_t)MOQI_STREAM_AHEAD : 2 * moqi_ceil_div(MOQI_STREAM_AHEAD, 2 * visit) * p->row_bytes;
@@ -16773,7 +16773,7 @@ static int moqi_amx_strip_of(const moqi_tiled *p)
     const int bits = moqi_pairs_bits(p), one = p->groups == 1 && !p->zeros, by32 = p->scale_dtype == MOQ_F8_E8M0 && p->shift == 5 && p->group_rows == 1;
     if (moqi_amx_halves(p)) return bits == 4 ? MOQI_STRIP_F4 : MOQI_STRIP_F8;
     if (bits == 4 && by32 && !one && !p->zeros && p->zero == 0 && p->layer.scheme.weight.elem == MOQ_F4) return MOQI_STRIP_M4;
-    if (bits == 4) return p->groups == 1 || p->shift >= 5 ? MOQI_STRIP_T4 : MOQI_STRIP_NONE;
+    if (bits == 4) return p->groups == 1 || (p->shift >= 5 && (p->group_rows == 1 || !p->scales)) ? MOQI_STRIP_T4 : MOQI_STRIP_NONE;
     if (bits != 8) return bits == 16 ? MOQI_STRIP_B16 : MOQI_STRIP_NONE;
     if (p->dtype == MOQ_F8_E4M3 && p->zero == 0 && !p->zeros && p->scales && !one) {
         if (p->shift >= 7 && p->group_rows >= 32) return MOQI_STRIP_S8;
@@ -17090,7 +17090,7 @@ static void moqi_amx_multiply(const moqi_way *way, const moqi_tiled *p, int64_t 
 /* Measured: for 5 to 8 rows of x >>slabs take less time than strips, but for MXFP4, and than codes in place, but where these need one digit of x. */
 static int moqi_slabs_take(const moqi_tiled *p)
 {
-    const int fit = moqi_dot_takes_512(p) && p->form == MOQI_CODES_NIBBLES && !p->rounds && p->shift >= 5 && p->layer.rows >= 16;
+    const int fit = moqi_dot_takes_512(p) && p->form == MOQI_CODES_NIBBLES && !p->rounds && p->shift >= 5 && p->group_rows == 1 && p->layer.rows >= 16;
     return fit && moqi_amx_strip_of(p) != MOQI_STRIP_M4 && (p->shift > 5 || moqi_dot_digits(p) == 2) ? 5 : 0;
 }
 
@@ -17555,8 +17555,8 @@ MOQI_INLINE MOQI_VBMI void moqi_strip_indices(const moqi_amx_strips *s, const mo
     index[3] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(odd, 4), place, 0xca);
 }
 
-/* E2M1 with E8M0: words whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0, for the difference saturates. Scales below
-   2^-124 become that. */
+/* E2M1 with E8M0: words whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0, for the difference saturates. Scales
+   below 2^-123 are not exact. */
 MOQI_VBMI static void moqi_strip_two_m4(moqi_strip_work *d)
 {
     const moqi_strip_pair t = moqi_strip_take(d, 4);
@@ -17685,12 +17685,12 @@ MOQI_INLINE MOQI_VBMI void moqi_strip_sizes(const uint8_t *table, __m512i c, __m
     word[1] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(lo, 8), hi, 0xca);
 }
 
-/* Two such words with the signs of their codes, to where they belong. */
+/* Two such words, turned around by the signs of their codes (tables of negative scales have signs, too), to where they belong. */
 MOQI_INLINE MOQI_AVX512 void moqi_strip_signed(__m512i even, __m512i odd, __m512i c, uint32_t *to)
 {
     const __m512i sign = _mm512_set1_epi16((short)0x8000);
-    _mm512_store_si512(to, _mm512_ternarylogic_epi32(even, _mm512_slli_epi16(c, 8), sign, 0xf8));
-    _mm512_store_si512(to + 256, _mm512_ternarylogic_epi32(odd, c, sign, 0xf8));
+    _mm512_store_si512(to, _mm512_ternarylogic_epi32(even, _mm512_slli_epi16(c, 8), sign, 0x78));
+    _mm512_store_si512(to + 256, _mm512_ternarylogic_epi32(odd, c, sign, 0x78));
 }
 
 /* The tables of a row's two groups of a block, unless they are there. */
@@ -19278,7 +19278,8 @@ static const moqi_loops moqi_loops_neon = {moqi_softmax_neon, moqi_blend_neon, m
 
 /* ------------------------------------------------------------------------------------------------
    >>heads           AMX: attention of many rows
-   What moqi_lanes_512 does, by products of BF16, where layers round their inputs too; a row's result does not depend on the rows beside it.
+   What moqi_lanes_512 does, by products of BF16, where layers round their inputs too. A row's result depends on nobody who computes it, but in its last
+   bits on whether its block of 32 keys has numbers that two of BF16 do not keep: then lanes compute it, for all rows of the task.
    ------------------------------------------------------------------------------------------------ */
 
 #ifdef MOQI_AMX
@@ -19580,7 +19581,8 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 /* ------------------------------------------------------------------------------------------------
    >>attend          attention
    A row's result is the same, to the last bit, whatever rows run beside it and however its positions are shared out. Where inputs are rounded and the
-   processor has tiles (>>heads), it matters whether it is one of 8 rows or more of a sequence, but not how many they are, nor who computes them.
+   processor has tiles (>>heads), it matters whether 8 rows or more of a sequence are among each 16 of the call, and so who else is in it; not who computes
+   them. MOQ_ACT_WIDE and MOQ_ACT_STORED have no tiles here.
    ------------------------------------------------------------------------------------------------ */
 
 /* For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
@@ -20466,6 +20468,12 @@ static int moqi_same_feed(const moqi_tiled *a, const moqi_tiled *b)
     if (memcmp(a->way, b->way, sizeof a->way) != 0 || memcmp(a->from, b->from, sizeof a->from) != 0) return 0;
     if (a->input_bits != b->input_bits || moqi_is_plain(a) != moqi_is_plain(b) || (a->way[0] && (a->form != b->form || a->shift != b->shift))) return 0;
     if (a->way[0] && (a->dtype != b->dtype || a->group_cols != b->group_cols || !a->zeros != !b->zeros)) return 0;
+#ifdef MOQI_AMX
+    if (moqi_amx_strip_of(a) != moqi_amx_strip_of(b)) return 0; /* x of strips ends with the exponent that their sums lack */
+#endif
+#ifdef MOQI_DOTS
+    if (a->form == MOQI_CODES_NIBBLES && moqi_dots_off(a) != moqi_dots_off(b)) return 0; /* x has sums times it */
+#endif
 #ifdef MOQI_X86
     if (moqi_dot_packs_512(a) != moqi_dot_packs_512(b) || moqi_dot_bits_512(a) != moqi_dot_bits_512(b)) return 0;
 #endif

@@ -3129,7 +3129,7 @@ static const verb_row verb_table[] = {
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
     {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m copies encode",
      "How fast layers with random weights are, or a model.\n"
-     "Of layers: time, GB/s of weights, GFLOP/s, speed over that of the fastest plain read of the same bytes and, on a\n"
+     "Of layers: time, GB/s of weights, GFLOP/s, speed over that of a plain read of the same bytes and, on a\n"
      "GPU, over that of cuBLAS with BF16 weights where it is installed.\n"
      "With DIR: prompt and generation tokens per second. With --encode: how fast one core quantizes BF16 weights to each format.",
      "moq bench --scheme nvfp4 --shape 4096x14336 --m 1,8"},
