@@ -11750,7 +11750,8 @@ typedef struct moqi_way {
 } moqi_way;
 
 enum { MOQI_TWINS = 8 /* a unit */, MOQI_TWIN_WORDS = 128 /* of 256 columns of x */, MOQI_STRIP_BYTES = 32 /* a unit: 4 columns, of >>strips */,
-       MOQI_SLABS = 64 /* a unit: rows of x side by side, of >>slabs */, MOQI_STRIP_WIDE = 128 /* a unit: three numbers of BF16 for each column, of >>strips */ };
+       MOQI_SLABS = 64 /* a unit: rows of x side by side, of >>slabs */,
+       MOQI_STRIP_WIDE = 128 /* a unit: three numbers of BF16 for each column, of >>strips */ };
 enum { MOQI_WAYS = 3, MOQI_WAY_ROWS = 256 /* of one task */, MOQI_WAY_ALONE = 1024 /* of one for a worker alone and one row of x */,
        MOQI_WAY_TOKENS = 512 /* in one go */, MOQI_WAY_MANY = 256, MOQI_WAY_FEW = 128,
        MOQI_WAY_FLOATS = 42112 /* of scratch */, MOQI_WAY_SUMS = MOQI_WAY_ROWS * MOQI_WAY_TOKENS + 65536 /* and more of it for ways without blocks */ };
@@ -17100,6 +17101,7 @@ static int moqi_amx_strips_take(const moqi_tiled *p)
 {
     const int kind = moqi_amx_strip_of(p), one = moqi_dot_takes_512(p) && moqi_dot_digits(p) == 1;
     if (kind == MOQI_STRIP_NONE || !moqi_amx_takes(p)) return 0;
+    if (kind == MOQI_STRIP_B16) return moqi_amx_takes(p);
     if (moqi_slabs_take(p) || (one && kind == MOQI_STRIP_T4)) return 9;
     return !one ? 5 : kind == MOQI_STRIP_M4 ? 8 : 6;
 }
@@ -17384,7 +17386,7 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
 /* The next lines of those. */
 MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d, int kind)
 {
-    const int64_t bytes = kind == MOQI_STRIP_F4 ? 128 : kind == MOQI_STRIP_F8 ? 256 : kind == MOQI_STRIP_I8 ? 512 : d->s->size;
+    const int64_t bytes = kind == MOQI_STRIP_F4 ? 128 : kind == MOQI_STRIP_F8 ? 256 : kind == MOQI_STRIP_I8 || kind == MOQI_STRIP_B16_F32 ? 512 : d->s->size;
     for (int64_t i = 0; i < 2 * bytes; i += 64) /* four streams by a line in turn, or two rows */
         __builtin_prefetch(d->ask + (d->apart ? i / 64 % 4 * d->apart + i / 256 * 64 : i < bytes ? i : d->ask_row + i - bytes), 0, 2);
     d->ask += d->apart ? bytes / 2 : 2 * d->ask_row;
@@ -20498,7 +20500,11 @@ static void moqi_need_part(moqi_need *n, const moqi_tiled *p)
     n->worker = moqi_pad16(moqi_max(n->worker, moqi_max(tile, MOQI_TILE_ROWS * rank)));
     n->cols = moqi_max(n->cols, cols);
     for (int i = 0; i < MOQI_WAYS && p->way[i]; i++)
-        if (moqi_feeds_words(p->way[i])) n->feed = moqi_max(n->feed, moqi_feed_step(p, p->way[i]));
+        if (moqi_feeds_words(p->way[i])) {
+            const int64_t step = moqi_feed_step(p, p->way[i]);
+            n->feed = moqi_max(n->feed, step);
+            n->moe_feed = moqi_max(n->moe_feed, step * moqi_max(2, moqi_ceil_div(16, p->way[i]->takes(p)))); /* each expert's rows fill tiles of 16 */
+        }
     n->rank = moqi_max(n->rank, rank);
     n->rounds |= p->rounds || p->input_bits <= 16;
 }
@@ -21360,7 +21366,7 @@ static moq_result moqi_fill_moe(moqi_cpu *c, moqi_experts *x, const moq_moe *m, 
     need.worker = moqi_max(part.worker, moqi_pad16(5 * (int64_t)count));
     need.moe_top = top;
     need.moe_cols = top * part.cols;
-    need.moe_feed = top * (x->feed = moqi_max(part.cols, 2 * part.feed)); /* tiles of 16 rows, of which an expert may have one more */
+    need.moe_feed = top * (x->feed = moqi_max(part.cols, part.moe_feed));
     need.moe_rank = top * part.rank * 2;
     need.moe_hidden = top * x->n * (x->gate ? 2 : 1);
     need.moe_out = top * x->out;
