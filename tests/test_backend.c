@@ -1460,6 +1460,53 @@ static void test_backend_moe_tiles(void)
 #endif
 }
 
+/* Experts of many columns that few rows choose, in every format and set of kernels: inputs in tiles take the room of 16 rows. Each row alone, by other
+   ways, gives the same but for the rounding of inputs. */
+static void test_backend_moe_few(void)
+{
+    enum { EXPERTS = 3, COLS = 640, INNER = 256, OUT = 64, MOST = 8 };
+    float *x = (float *)malloc(sizeof *x * MOST * COLS), logits[MOST * EXPERTS], y[MOST * OUT], z[MOST * OUT];
+    for (int i = 0; i < MOST * COLS; i++) x[i] = test_normal();
+    for (int i = 0; i < MOST * EXPERTS; i++) logits[i] = test_normal();
+    for (size_t f = 0; f < MOQI_COUNT(layer_formats); f++) {
+        mixture m;
+        memset(&m, 0, sizeof m);
+        for (int e = 0; e < EXPERTS; e++) {
+            layer_make(&m.gate[e], &layer_formats[f], INNER, COLS);
+            layer_make(&m.up[e], &layer_formats[f], INNER, COLS);
+            layer_make(&m.down[e], &layer_formats[f], OUT, INNER);
+            m.g[e] = m.gate[e].w;
+            m.u[e] = m.up[e].w;
+            m.d[e] = m.down[e].w;
+        }
+        m.moe.name = "moe";
+        m.moe.routing.experts = m.moe.routing.top_k = EXPERTS;
+        m.moe.gate = m.g;
+        m.moe.up = m.u;
+        m.moe.down = m.d;
+        for (int k = 0; moqi_get_kernels(k); k++) {
+            moq_error err;
+            moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 2);
+            CHECK(be->reserve(be, MOST, &err) == MOQ_OK);
+            moq_experts *p = be->prepare_moe(be, &m.moe, &err);
+            if (!p) fprintf(stderr, "%s: %s\n", layer_formats[f].name, err.text);
+            CHECK(p != NULL);
+            for (int r = 0; p && r < MOST; r++) be->moe(be, p, x + r * COLS, logits + r * EXPERTS, 1, z + r * OUT);
+            for (int rows = 4; p && rows <= MOST; rows++) {
+                double gap = 0, size = 0;
+                be->moe(be, p, x, logits, rows, y);
+                for (int i = 0; i < rows * OUT; i++) { gap += ((double)y[i] - (double)z[i]) * ((double)y[i] - (double)z[i]); size += (double)z[i] * (double)z[i]; }
+                if (!(gap <= 4e-4 * size)) fprintf(stderr, "%s, %s, %d rows: off by %.2g\n", be->name, layer_formats[f].name, rows, sqrt(gap / size));
+                CHECK(gap <= 4e-4 * size && size > 0);
+            }
+            be->release_moe(be, p);
+            moq_backend_destroy(be);
+        }
+        mixture_free(&m);
+    }
+    free(x);
+}
+
 static void test_backend_moe(void)
 {
     enum { ROWS = 19, OUT = 50, COLS = 96 };
@@ -2238,6 +2285,7 @@ int main(int argc, char **argv)
     RUN(test_backend_embed);
     RUN(test_backend_moe);
     RUN(test_backend_moe_tiles);
+    RUN(test_backend_moe_few);
     RUN(test_backend_moe_stored);
     RUN(test_backend_attention);
     RUN(test_backend_attention_spans);
