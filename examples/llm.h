@@ -202,8 +202,8 @@ typedef struct llm_desc {
                                     see llm_make_head. Halves what it reads for each token; logits change by what moq eval --against says */
     const char *weights;         /* NULL or "mapped": products read most formats where the file is mapped, and opening takes no time; "copied": from copies
                                     that a CPU backend makes while opening, in the order in which a token reads them and in large pages, while
-                                    the file's pages go back to the system. Faster where the memory's speed decides, to the same bits, by 5 to 10 % on most
-                                    machines; takes as much memory of the program's own as the products read. Experts stay mapped */
+                                    the file's pages go back to the system. Faster where the memory's speed decides, to the same bits, by 5 to 10 % on AMD's
+                                    processors and hardly on Intel's; takes as much memory of the program's own as the products read. Experts stay mapped */
     int32_t context;             /* tokens of one sequence; 0: what config.json says, at most 4096 */
     int32_t slots;               /* conversations that the KV cache has room for; 0: 1 */
     int32_t chunk;               /* rows of one pass through the model: prompt tokens, or tokens of many answers; 0: what suits the backend (its
