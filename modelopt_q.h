@@ -17704,8 +17704,8 @@ static void moqi_strip_blocks_of(moqi_amx_strips *s, int64_t row)
     p->k->expand(p->scale_dtype, p->scales + (moqi_stream_scale_at(p, row) + first) * (moq_dtype_bits(p->scale_dtype) / 8), last - first + 1, scale);
     for (int64_t g = 0; g < 2; g++) {
         float v = scale[g ? last - first : 0];
-        if (v != v) v = moqi_bits_f32(0x7fc00000); /* so that rounding leaves it one */
-        if (v != s->scale[g]) moqi_strip_eights_of(s, v, s->eights[g]);
+        if (moqi_is_nan(v)) v = moqi_bits_f32(0x7fc00000); /* so that rounding leaves it one */
+        if (moqi_f32_bits(v) != moqi_f32_bits(s->scale[g])) moqi_strip_eights_of(s, v, s->eights[g]);
         s->scale[g] = v;
     }
 }
@@ -18088,7 +18088,7 @@ static void moqi_strip_tables(moqi_amx_strips *s)
     for (int i = 0; i < 128; i++) codes[i] = (uint8_t)i;
     if (s->kind == MOQI_STRIP_S8) s->p->k->expand(MOQ_F8_E4M3, codes, 128, s->bare);
     for (int i = 0; i < 16 && s->kind == MOQI_STRIP_T4; i++) s->bare[i] = s->p->table[i] - s->p->zero;
-    s->scale[0] = s->scale[1] = moqi_bits_f32(0x7fc00000);
+    s->scale[0] = s->scale[1] = moqi_bits_f32(0x7fffffff); /* which no scale becomes */
 }
 
 /* The factors of rows. */
