@@ -18010,7 +18010,8 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_strip_part(__m512 v, __m512i *h)
     return _mm512_maskz_sub_ps(_mm512_cmpneq_epi32_mask(magnitude, most), v, _mm512_castsi512_ps(*h));
 }
 
-/* x [n] times 2^up -> the parts of 32 columns, 16 words of each every `step` words; -> behind them. place: of the upper halves of words */
+/* x [n] times 2^up -> the parts of 32 columns, 16 words of each every `step` words; -> behind them. place: of the upper halves of words. Tiles take products
+   below 2^-126 for 0: with weights below 1e-33 the smaller parts are lost. */
 MOQI_AVX512 static float *moqi_strip_split(const uint16_t *place, const float *x, int64_t n, float *out, int64_t step, int up)
 {
     const __m512i order = _mm512_loadu_si512(place);
