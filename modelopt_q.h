@@ -16017,37 +16017,35 @@ static void moqi_dots_arrange(const moqi_tiled *p, const float *x, int64_t n, fl
             more = moqi_dots_lane_256(x + b * MOQI_DOTS_COLS + 16 * done, digits, off, moqi_dots_group(done), out + b * MOQI_DOTS_WORDS, blocks * MOQI_DOTS_WORDS,
                                       &scale[done], codes[0] + 16 * done);
 #endif
-        if (done == MOQI_LANES && !p->zeros) continue;
         for (int i = 0; i < MOQI_LANES && done < MOQI_LANES; i++) {
             int64_t at = b * MOQI_DOTS_COLS + 16 * i;
             if (at < n && at % group == 0) s = moqi_i8_scale(p, x + at, moqi_min(group, n - at)) * (digits == 2 ? 127.0f / 32639 : 1.0f) * half;
             scale[i] = s;
             moqi_dots_round(p, x + at, moqi_min(16, n - at), s / half, digits, codes[0] + 16 * i, codes[1] + 16 * i);
         }
-        for (int d = 0; d < digits; d++) {
+        for (int d = 0; d < digits && done < MOQI_LANES; d++) {
             float *block = out + (d * blocks + b) * MOQI_DOTS_WORDS;
             int8_t *word = (int8_t *)(void *)block;
             for (int l = 0; l < MOQI_LANES; l++) {
                 const int8_t *from = codes[d] + (nibbles ? 16 * moqi_dots_group(l) : 4 * l);
                 int32_t sum = 0;
-                for (int i = 0; i < 16 && done < MOQI_LANES; i++) {
+                for (int i = 0; i < 16; i++) {
                     int8_t v = nibbles ? from[i / 8 * 8 + i / 4 % 2 + i % 4 * 2] : from[i / 4 * 4 * MOQI_LANES + i % 4];
                     word[i / 4 * 4 * MOQI_LANES + 4 * l + i % 4] = v;
                     sum += v;
                 }
-                int64_t at = b * MOQI_DOTS_COLS + 16 * moqi_dots_group(l);
-                float by = (d ? 256.0f : 1.0f) * scale[nibbles ? moqi_dots_group(l) : l];
-                if (p->zeros && at < n) {
-                    float *to = &sums[moqi_stream_group(p, at)], z = *to;
-                    for (int i = 0; i < 16; i++) z -= by * (float)from[i];
-                    *to = z;
-                }
-                if (done == MOQI_LANES) continue;
-                block[4 * MOQI_LANES + l] = by;
+                block[4 * MOQI_LANES + l] = (d ? 256.0f : 1.0f) * scale[nibbles ? moqi_dots_group(l) : l];
                 sum *= -off;
                 memcpy(block + 5 * MOQI_LANES + l, &sum, sizeof sum);
             }
         }
+        for (int d = 0; d < digits && p->zeros; d++) /* of groups, for zero points: 4-bit codes have them */
+            for (int l = 0; l < MOQI_LANES; l++) {
+                const int g = moqi_dots_group(l);
+                const int64_t at = b * MOQI_DOTS_COLS + 16 * g;
+                const float by = (d ? 256.0f : 1.0f) * scale[g];
+                for (int i = 0; i < 16 && at < n; i++) sums[moqi_stream_group(p, at)] -= by * (float)codes[d][16 * g + i];
+            }
     }
 }
 
@@ -18085,9 +18083,11 @@ static void moqi_strip_tables(moqi_amx_strips *s)
         s->place[i] = (uint8_t)(i % 2 * 16 + (s->kind == MOQI_STRIP_T4 ? group * 32 : 0));
         s->bytes_of[i] = (uint8_t)(lane / 2 * 64 + i % 16 * 4 + 2 + lane % 2);
     }
-    uint8_t codes[128];
-    for (int i = 0; i < 128; i++) codes[i] = (uint8_t)i;
-    if (s->kind == MOQI_STRIP_S8) s->p->k->expand(MOQ_F8_E4M3, codes, 128, s->bare);
+    if (s->kind == MOQI_STRIP_S8) {
+        uint8_t codes[128];
+        for (int i = 0; i < 128; i++) codes[i] = (uint8_t)i;
+        s->p->k->expand(MOQ_F8_E4M3, codes, 128, s->bare);
+    }
     for (int i = 0; i < 16 && s->kind == MOQI_STRIP_T4; i++) s->bare[i] = s->p->table[i] - s->p->zero;
     s->scale[0] = s->scale[1] = moqi_bits_f32(0x7fffffff); /* which no scale becomes */
 }
@@ -18206,8 +18206,8 @@ typedef struct moqi_slabs {
     float *scales, *zeros;    /* [rows][MOQI_SLABS_SCALES]; zeros: times -2 */
     const float *scale, *zero; /* those of 16 rows from the first product of a block on */
     float *acc;               /* [rows][16 lanes] */
-    const uint8_t *ask;       /* codes of the next task, as four streams: the hardware follows each of them by itself, and what it has brought nearer holds */
-    int64_t apart;            /* one of few miss buffers for a short time; bytes from a stream to the next */
+    const uint8_t *ask;       /* codes of the next task, as four streams for the same reason as in moqi_strip_want */
+    int64_t apart;            /* bytes from a stream to the next */
     int8_t table[64];         /* values of codes, four times, so that bits beside a code do not matter */
     int32_t group[MOQI_SLABS_SCALES]; /* which scale, from that of the first product on */
 } moqi_slabs;
@@ -20218,7 +20218,8 @@ static void moqi_carve_all(moqi_cpu *c, moqi_carver *v)
     c->moe_rows = moe;
     c->worker = (float *)moqi_carve(v, c->par.workers, n->worker, 4);
     c->t = (float *)moqi_carve(v, 1, moqi_max(rows * n->cols, moe * n->moe_cols), 4);
-    c->r = (float *)moqi_carve(v, 1, moqi_max(moqi_max(rows * n->cols, (rows + 15) / 16 * 16 * (rows > 1 ? n->feed : 0)), moe * n->moe_feed), 4); /* tiles have 16 rows */
+    const int64_t tiles = rows > 1 ? (rows + 15) / 16 * 16 * n->feed : 0; /* of 16 rows */
+    c->r = (float *)moqi_carve(v, 1, moqi_max(moqi_max(rows * n->cols, tiles), moe * n->moe_feed), 4);
     c->mid = (float *)moqi_carve(v, 1, moqi_max(rows * n->rank, moe * n->moe_rank), 4);
     c->hidden = (float *)moqi_carve(v, moe, n->moe_hidden, 4);
     c->out = (float *)moqi_carve(v, moe, n->moe_out, 4);
