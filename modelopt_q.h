@@ -18682,7 +18682,8 @@ static const moqi_way moqi_eights_way = {"codes in place, F16", 0, moqi_eights_t
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = MOQI_KV_BLOCK, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
-       MOQI_ATTEND_LANES = 12, MOQI_ATTEND_TILES = 8 /* rows from which tiles are the faster way */, MOQI_ATTEND_TILED = 256 /* queries in them */ };
+       MOQI_ATTEND_LANES = 12, MOQI_ATTEND_TILES = 8 /* rows from which tiles are the faster way */, MOQI_ATTEND_TILED = 256 /* queries in them */,
+       MOQI_ATTEND_MANY = 256 /* rows of a task, whose queries in tiles share the pieces of keys */ };
 
 /* Attention's queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
    from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. Number d of key i is keys[i * step + d * next]; values [count, ldv] */
@@ -18704,8 +18705,10 @@ typedef struct moqi_tiles {
     float *s;                    /* [2][2 groups][32 keys][16 queries] */
     float *y, *max, *sum;        /* [groups][16 high][16 queries], [groups][16 queries] */
     int32_t *from, *to;          /* [groups][16 queries]: the first and the last position that each sees */
-    float *spare;                /* [dim + 2][16]: a group in lanes */
-    int fits[MOQI_ATTEND_SPAN / MOQI_ATTEND_KEYS]; /* 0: a block of numbers that two of BF16 do not keep */
+    float *spare;                /* [dim + 2 + value_dim][16]: a group in lanes, and its y before */
+    int64_t span;                /* whose keys and values these are, -1: none yet */
+    uint32_t ready;              /* which of its blocks are there, */
+    int fits[MOQI_ATTEND_SPAN / MOQI_ATTEND_KEYS]; /* and 0: one of numbers that two of BF16 do not keep */
 } moqi_tiles;
 
 /* 32 positions of a head: number d of key i is keys[i * step + d * next]; values are [count, ldv]; or both are blocks of BF16 as they lie. */
@@ -18718,8 +18721,8 @@ typedef struct moqi_tile_loops {
     /* The first `count` keys of b and values of n numbers -> that block of t->keys, t->values, zeros for the rest. 0: there are numbers that two of BF16
        do not keep, infinite ones, NaN, the largest or some below 2^-100 */
     int (*split)(const moqi_tiles *t, int64_t block, const moqi_attended *b, int64_t count, int64_t dim, int64_t n);
-    /* What moqi_loops.lanes does, for all groups and the blocks that fit, which begin at position `first` */
-    void (*span)(const moqi_tiles *t, int64_t first, int64_t blocks);
+    /* What moqi_loops.lanes does, for all groups and those of blocks [low, high] that fit; block 0 begins at position `first` */
+    void (*span)(const moqi_tiles *t, int64_t first, int64_t low, int64_t high);
     void (*end)(void);
 } moqi_tile_loops;
 
@@ -19534,14 +19537,14 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int
     for (int i = 0; i < 2; i++) moqi_tiles_sum(t, g + i, _mm512_add_ps(u[2 * i], u[2 * i + 1]), shrink[i]);
 }
 
-MOQI_AVX512 static void moqi_tiles_span(const moqi_tiles *t, int64_t first, int64_t blocks)
+MOQI_AVX512 static void moqi_tiles_span(const moqi_tiles *t, int64_t first, int64_t low, int64_t high)
 {
     enum { MOST = MOQI_ATTEND_SPAN / MOQI_ATTEND_KEYS + 4 };
     for (int64_t g = 0; g < t->groups; g += 2) {
         int64_t block[MOST], n = 2;
         int seen[MOST] = {0};
         block[0] = block[1] = -1;
-        for (int64_t b = 0; b < blocks; b++) {
+        for (int64_t b = low; b <= high; b++) {
             block[n] = b;
             seen[n] = t->fits[b] ? moqi_tiles_seen(t, g, first + 32 * b) : 0;
             n += seen[n] > 0;
@@ -19608,7 +19611,7 @@ typedef struct moqi_attending {
     float *worker, *parts;      /* scratch of every worker, each_worker floats; spans side by side: [rows, heads, spans, value_dim + 2] */
     int64_t each_worker, spans;
     int64_t groups;             /* of MOQI_ATTEND_HEADS heads that read one kv head */
-    int64_t rows;               /* of a task: MOQI_ATTEND_ROWS, or with tiles 2 or 4 times as many */
+    int64_t rows;               /* of a task: MOQI_ATTEND_ROWS, or with tiles up to MOQI_ATTEND_MANY */
     int tiles;                  /* many rows may use them */
 } moqi_attending;
 
@@ -19618,14 +19621,15 @@ typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head, last; int
 
 /* Scratch of one task: up to 128 queries [n, head_dim padded to 16], 32 keys as they come and turned, 32 values, scores [n, 32],
    and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides; or up
-   to 256 queries in tiles and what a span of keys and values and two groups need, and one group in lanes. */
+   to 256 queries in tiles and what a span of keys and values and two groups need, and one group in lanes. For each query of a task its max and sum. */
 static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim, int tiles)
 {
     int64_t dim = (head_dim + 15) / 16 * 16, room = (value_dim + 31) / 32 * 32, pair = (head_dim + 31) / 32 * 32, queries = MOQI_ATTEND_QUERIES;
     int64_t some = queries * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + room);
     queries = MOQI_ATTEND_TILED;
-    int64_t many = queries * (dim + value_dim + 2 + pair + room + 4) + MOQI_ATTEND_KEYS * (2 * dim + room) + MOQI_ATTEND_SPAN * (pair + room) + 16 * dim + 4096 + 128;
-    return tiles ? moqi_max(some, many) : some;
+    int64_t many = queries * (dim + value_dim + 2 + pair + room + 4) + MOQI_ATTEND_KEYS * (2 * dim + room) + MOQI_ATTEND_SPAN * (pair + room) +
+        16 * (dim + value_dim) + 4096 + 128;
+    return (tiles ? moqi_max(some, many) : some) + 2 * (tiles ? MOQI_ATTEND_MANY : MOQI_ATTEND_ROWS) * MOQI_ATTEND_HEADS;
 }
 
 /* Places for so many queries: whole groups in lanes, pairs of them in tiles. */
@@ -19633,6 +19637,12 @@ static int64_t moqi_attend_padded(const moqi_queries *g)
 {
     const int64_t n = g->tiles ? 32 : 16;
     return (g->rows * g->heads + n - 1) / n * n;
+}
+
+/* Rows outside of the cache are ignored: they can only come from a caller's mistake. */
+static int moqi_kv_holds(const moqi_cache *c, const moq_batch *b, int64_t row)
+{
+    return b->slot[row] >= 0 && b->slot[row] < c->desc.slots && b->pos[row] >= 0 && b->pos[row] < c->desc.capacity;
 }
 
 /* The first position that row r sees. */
@@ -19648,8 +19658,9 @@ static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int
     int64_t n = c->dim[0];
     float scale = t->a->scale != 0 ? t->a->scale : 1 / sqrtf((float)n);
     if (c->format[0] == MOQ_KV_NVFP4_ROTATE) scale /= sqrtf((float)n);
-    for (int64_t i = 0; i < g->rows * g->heads; i++, q += dim) {
-        const float *src = (const float *)t->a->q + (g->row + i / g->heads) * t->a->q_stride + (g->head + i % g->heads) * n;
+    for (int64_t r = 0, h = 0; r < g->rows; q += dim) {
+        const float *src = (const float *)t->a->q + (g->row + r) * t->a->q_stride + (g->head + h) * n;
+        if (++h == g->heads) { h = 0; r++; }
         if (c->format[0] == MOQ_KV_NVFP4_ROTATE) {
             memcpy(q, src, (size_t)n * sizeof *q);
             moqi_sylvester(q, n);
@@ -19792,73 +19803,109 @@ static void moqi_attend_seen(const moqi_attending *t, const moqi_queries *g, int
     }
 }
 
-/* The memory of g's queries in tiles, nothing summed. */
-static void moqi_attend_tile(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, int64_t n, float *memory, moqi_tiles *l)
+/* What queries in tiles share, in `memory`; -> behind it. */
+static float *moqi_attend_share(const moqi_attending *t, float *memory, moqi_tiles *l)
 {
-    const int64_t queries = moqi_attend_padded(g);
-    l->groups = queries / 16;
-    l->steps = moqi_ceil_div(dim, 32);
-    l->high = moqi_ceil_div(n, 16);
-    l->pieces = ((const moqi_cache *)(const void *)t->a->cache)->bf16 ? 1 : 2;
-    l->q = memory + (64 - (uintptr_t)memory % 64) % 64 / sizeof *memory;
-    l->keys = l->q + queries * l->steps * 32;
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    l->steps = moqi_ceil_div(moqi_pad16(c->dim[0]), 32);
+    l->high = moqi_ceil_div(c->dim[1], 16);
+    l->pieces = c->bf16 ? 1 : 2;
+    l->span = -1;
+    l->keys = memory + (64 - (uintptr_t)memory % 64) % 64 / sizeof *memory;
     l->values = l->keys + MOQI_ATTEND_SPAN * l->steps * 32;
     l->p = l->values + MOQI_ATTEND_SPAN * l->high * 16;
     l->s = l->p + 2048;
-    l->y = l->s + 2048;
+    return l->s + 2048;
+}
+
+/* g's queries in tiles, nothing summed. */
+static void moqi_attend_tile(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, float *memory, moqi_tiles *l)
+{
+    const int64_t queries = moqi_attend_padded(g);
+    l->groups = queries / 16;
+    l->q = memory + (64 - (uintptr_t)memory % 64) % 64 / sizeof *memory;
+    l->y = l->q + queries * l->steps * 32;
     l->max = l->y + queries * l->high * 16;
     l->sum = l->max + queries;
     l->from = (int32_t *)(void *)(l->sum + queries);
     l->to = l->from + queries;
     l->spare = (float *)(void *)(l->to + queries);
-    for (int64_t i = 0; i < queries; i++) { /* beyond the last query: as the last, so that a block all of which is seen stays one */
-        const int64_t r = g->row + moqi_min(i, g->rows * g->heads - 1) / g->heads;
+    for (int64_t i = 0, r = g->row, h = 0; i < queries; i++) { /* beyond the last query: as the last, so that a block all of which is seen stays one */
         l->max[i] = -3e38f;
         l->sum[i] = 0;
         l->from[i] = (int32_t)moqi_attend_from(t, r);
         l->to[i] = t->b->pos[r];
+        if (++h == g->heads && r + 1 < g->row + g->rows) { h = 0; r++; }
     }
     memset(l->y, 0, (size_t)(queries * l->high * 16) * sizeof *l->y);
     t->o->tiles->begin();
     t->o->tiles->load(l, q, dim);
 }
 
-/* One block of keys that BF16 cannot keep, for the queries in tiles: in lanes. q: [n, dim] */
-static void moqi_attend_untiled(const moqi_attending *t, const float *q, int64_t dim, int64_t first, int64_t count, const moqi_attended *b,
+/* Rows that run together without tiles: those beside row r of its slot, within the 16 that it belongs to; -> behind them. The positions that they see. */
+static int64_t moqi_attend_together(const moqi_attending *t, int64_t r, int64_t *low, int64_t *high)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    const int64_t begin = r / MOQI_ATTEND_ROWS * MOQI_ATTEND_ROWS, slot = t->b->slot[r];
+    *low = INT64_MAX;
+    *high = 0;
+    while (r > begin && t->b->slot[r - 1] == slot && moqi_kv_holds(c, t->b, r - 1)) r--;
+    for (; r < moqi_min(begin + MOQI_ATTEND_ROWS, t->b->rows) && t->b->slot[r] == slot && moqi_kv_holds(c, t->b, r); r++) {
+        *low = moqi_min(*low, moqi_attend_from(t, r));
+        *high = moqi_max(*high, t->b->pos[r]);
+    }
+    return r;
+}
+
+/* One block of keys that BF16 cannot keep, for the queries in tiles: in lanes, those together that are so without tiles, because 0 times what a neighbour
+   sees may be NaN. q: [n, dim] */
+static void moqi_attend_untiled(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, int64_t first, const moqi_attended *b,
                                 const moqi_tiles *l)
 {
-    const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
+    const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], block = MOQI_ATTEND_KEYS;
     int32_t *from = (int32_t *)(void *)(l->spare + 16 * dim), *to = from + 16;
-    for (int64_t g = 0; g < l->groups; g++) {
-        moqi_lanes one = {16, dim, n, l->spare, l->s, l->y + g * l->high * 256, l->max + 16 * g, l->sum + 16 * g, from, to};
-        for (int64_t i = 0; i < 16; i++) {
-            from[i] = (int32_t)(moqi_max(first, l->from[16 * g + i]) - first);
-            to[i] = (int32_t)(moqi_min(first + count - 1, l->to[16 * g + i]) - first);
+    float *before = l->spare + 16 * (dim + 2);
+    for (int64_t k = 0; k < l->groups; k++) {
+        float *y = l->y + k * l->high * 256;
+        moqi_lanes one = {16, dim, n, l->spare, l->s, y, l->max + 16 * k, l->sum + 16 * k, from, to};
+        t->o->turn(q + 16 * k * dim, dim, 16, dim, one.q, 16);
+        for (int64_t i = 0, end, low, high; i < 16; i = end) {
+            const int64_t next = (moqi_attend_together(t, moqi_min(g->row + (16 * k + i) / g->heads, g->row + g->rows - 1), &low, &high) - g->row) * g->heads;
+            end = next >= g->rows * g->heads ? 16 : moqi_min(16, next - 16 * k);
+            if (first < low / block * block || first > high) continue;
+            for (int64_t j = 0; j < 16; j++) {
+                from[j] = (int32_t)(j < i || j >= end ? 1 : moqi_max(first, l->from[16 * k + j]) - first);
+                to[j] = (int32_t)(j < i || j >= end ? 0 : moqi_min(first + block - 1, l->to[16 * k + j]) - first);
+            }
+            memcpy(before, y, (size_t)(16 * n) * sizeof *y);
+            t->o->lanes(&one, b->keys, b->step, b->next, moqi_min(block, high - first + 1), b->values, b->ldv);
+            for (int64_t d = 0; d < 16 * n; d++) if (d % 16 < i || d % 16 >= end) y[d] = before[d];
         }
-        t->o->turn(q + 16 * g * dim, dim, 16, dim, one.q, 16);
-        t->o->lanes(&one, b->keys, b->step, b->next, count, b->values, b->ldv);
     }
 }
 
-/* Positions [low, high] of a span for the queries in tiles -> part [n, value_dim + 2]: pieces of all keys and values first, which all queries share.
-   keys, turned, room: as for moqi_attend_fetch */
-static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, int64_t low, int64_t high, const float *q, int64_t dim, float *keys, float *turned,
-                              float *room, moqi_tiles *l, float *part)
+/* Positions [low, high] of a span for the queries in tiles -> part [n, value_dim + 2]: pieces of keys and values first, as far as they are not there yet,
+   because all queries of the task share them. keys, turned, room: as for moqi_attend_fetch */
+static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, int64_t span, int64_t low, int64_t high, const float *q, int64_t dim, float *keys,
+                              float *turned, float *room, moqi_tiles *l, float *part)
 {
     const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads;
-    int64_t blocks = 0;
-    for (int64_t first = low; first <= high; first += MOQI_ATTEND_KEYS, blocks++) {
-        const int64_t count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
+    const int64_t zero = span * MOQI_ATTEND_SPAN, begin = (low - zero) / MOQI_ATTEND_KEYS, end = low > high ? begin - 1 : (high - zero) / MOQI_ATTEND_KEYS;
+    if (l->span != span) { l->span = span; l->ready = 0; }
+    for (int64_t i = begin; i <= end; i++) {
+        const int64_t first = zero + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
+        if (l->ready >> i & 1) continue;
         const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, 0, keys, turned, room);
-        l->fits[blocks] = t->o->tiles->split(l, blocks, &b, count, dim, n);
+        l->fits[i] = t->o->tiles->split(l, i, &b, count, dim, n);
+        l->ready |= (uint32_t)1 << i;
     }
-    t->o->tiles->span(l, low, blocks);
+    t->o->tiles->span(l, zero, begin, end);
     t->o->tiles->end();
-    for (int64_t i = 0; i < blocks; i++) {
-        const int64_t first = low + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, high - first + 1);
+    for (int64_t i = begin; i <= end; i++) {
+        const int64_t first = zero + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
         if (l->fits[i]) continue;
         const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, 0, keys, turned, room);
-        moqi_attend_untiled(t, q, dim, first, count, &b, l);
+        moqi_attend_untiled(t, g, q, dim, first, &b, l);
     }
     for (int64_t i = 0; i < queries; i += 16) { /* rows past the last query lie where keys were */
         const float *y = l->y + i * l->high * 16;
@@ -19871,8 +19918,8 @@ static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, in
     }
 }
 
-/* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2]. */
-static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part)
+/* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2]; tiles: what a task's queries share. */
+static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part, moqi_tiles *tiles)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t dim = moqi_pad16(c->dim[0]), n = c->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads, low = INT64_MAX, high = 0;
@@ -19880,7 +19927,6 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     float *s = room + MOQI_ATTEND_KEYS * moqi_ceil_div(n, MOQI_KV_BLOCK) * MOQI_KV_BLOCK;
     int lanes = t->o->lanes && queries >= MOQI_ATTEND_LANES && !(t->a->softcap > 0);
     moqi_lanes l;
-    moqi_tiles tiles;
     for (int64_t r = g->row; r < g->row + g->rows; r++) {
         low = moqi_min(low, moqi_attend_from(t, r));
         high = moqi_max(high, t->b->pos[r]);
@@ -19888,8 +19934,8 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     low = moqi_max(low / MOQI_ATTEND_KEYS * MOQI_ATTEND_KEYS, span * MOQI_ATTEND_SPAN);
     high = moqi_min(high, (span + 1) * MOQI_ATTEND_SPAN - 1);
     if (g->tiles) {
-        moqi_attend_tile(t, g, q, dim, n, s, &tiles);
-        moqi_attend_tiled(t, g, low, high, q, dim, keys, turned, room, &tiles, part);
+        moqi_attend_tile(t, g, q, dim, s, tiles);
+        moqi_attend_tiled(t, g, span, low, high, q, dim, keys, turned, room, tiles, part);
         return;
     }
     if (!lanes) memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
@@ -19942,46 +19988,61 @@ static void moqi_attend_join(const moqi_attending *t, const float *part, int64_t
     state->max = max;
 }
 
-static float *moqi_attend_out(const moqi_attending *t, const moqi_queries *g, int64_t i)
+static float *moqi_attend_out(const moqi_attending *t, int64_t row, int64_t head)
 {
-    int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
-    return (float *)t->a->y + (g->row + i / g->heads) * t->a->y_stride + (g->head + i % g->heads) * n;
+    return (float *)t->a->y + row * t->a->y_stride + head * ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
 }
 
-/* All spans of some queries, one after the other. */
-static void moqi_attend(const moqi_attending *t, const moqi_queries *g, float *scratch)
+/* One span of some queries that fit into the scratch: kept for moqi_attend_finish, or joined to what they have, state [rows, heads of the task].
+   alone: there are no others, and no sinks. */
+static void moqi_attend_some(const moqi_attending *t, const moqi_queries *g, int64_t span, int alone, moqi_softmax *state, int64_t ld, float *scratch,
+                             moqi_tiles *tiles)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    moqi_softmax state[MOQI_ATTEND_TILED];
-    int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads, low = INT64_MAX, high = 0;
-    float *q = scratch, *part = q + moqi_attend_padded(g) * dim, *rest = part + queries * (n + 2);
+    const int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]);
+    float *q = scratch, *part = q + moqi_attend_padded(g) * dim, *rest = part + g->rows * g->heads * (n + 2);
     moqi_attend_load(t, g, dim, q);
-    for (int64_t i = 0; i < queries; i++) {
-        state[i] = moqi_attend_begin(t, g->head + i % g->heads);
-        memset(moqi_attend_out(t, g, i), 0, (size_t)n * sizeof(float));
-        low = moqi_min(low, moqi_attend_from(t, g->row + i / g->heads));
-        high = moqi_max(high, t->b->pos[g->row + i / g->heads]);
-    }
-    for (int64_t span = low / MOQI_ATTEND_SPAN; span <= high / MOQI_ATTEND_SPAN; span++) {
-        moqi_attend_span(t, g, span, q, rest, part);
-        for (int64_t i = 0; i < queries; i++)
-            if (part[i * (n + 2) + n + 1] != 0) moqi_attend_join(t, part + i * (n + 2), n, &state[i], moqi_attend_out(t, g, i));
-    }
-    for (int64_t i = 0; i < queries; i++) t->o->weigh(moqi_attend_out(t, g, i), NULL, 1 / state[i].sum, n, moqi_attend_out(t, g, i));
+    moqi_attend_span(t, g, span, q, rest, part, tiles);
+    for (int64_t r = g->row; r < g->row + g->rows; r++, state += ld)
+        for (int64_t h = 0; h < g->heads; h++, part += n + 2) {
+            const int64_t at = r * t->a->heads + g->head + h;
+            float by = 1 / part[n + 1], *y = moqi_attend_out(t, r, g->head + h);
+            if (t->parts) memcpy(t->parts + (at * t->spans + span) * (n + 2), part, (size_t)(n + 2) * sizeof *part);
+            else if (alone) t->o->blend(&by, 1, 1, 1, part, n, y, n, n); /* 0 is added: which of two zeros a sum is depends on its way */
+            else if (part[n + 1] != 0) moqi_attend_join(t, part, n, &state[h], y);
+        }
 }
 
-/* One span of some queries, kept for moqi_attend_finish. */
-static void moqi_attend_part(const moqi_attending *t, const moqi_queries *g, int64_t span, float *scratch)
+/* All spans of some queries, one after the other, or (parts) one of them; each for as many rows and heads as fit. */
+static void moqi_attend(const moqi_attending *t, const moqi_queries *g, int64_t span, float *scratch)
 {
-    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), queries = g->rows * g->heads;
-    float *q = scratch, *part = q + moqi_attend_padded(g) * dim, *rest = part + queries * (n + 2);
-    moqi_attend_load(t, g, dim, q);
-    moqi_attend_span(t, g, span, q, rest, part);
-    for (int64_t i = 0; i < queries; i++) {
-        int64_t at = (g->row + i / g->heads) * t->a->heads + g->head + i % g->heads;
-        memcpy(t->parts + (at * t->spans + span) * (n + 2), part + i * (n + 2), (size_t)(n + 2) * sizeof *part);
+    const int64_t queries = g->rows * g->heads, n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
+    const int64_t rows = moqi_min(g->rows, g->tiles ? 4 * MOQI_ATTEND_ROWS : MOQI_ATTEND_ROWS), heads = (g->tiles ? MOQI_ATTEND_TILED : MOQI_ATTEND_QUERIES) / rows;
+    moqi_softmax *state = (moqi_softmax *)(void *)scratch;
+    moqi_tiles tiles;
+    int64_t low = span, high = span;
+    scratch += moqi_pad16(2 * queries);
+    if (g->tiles) scratch = moqi_attend_share(t, scratch, &tiles);
+    for (int64_t r = g->row; r < g->row + g->rows && !t->parts; r++) {
+        low = moqi_min(r == g->row ? INT64_MAX : low, moqi_attend_from(t, r) / MOQI_ATTEND_SPAN);
+        high = moqi_max(r == g->row ? 0 : high, t->b->pos[r] / MOQI_ATTEND_SPAN);
     }
+    const int alone = low == high && !t->a->sinks;
+    for (int64_t r = 0; r < g->rows && !t->parts; r++) {
+        for (int64_t h = 0; h < g->heads && !alone; h++) state[r * g->heads + h] = moqi_attend_begin(t, g->head + h);
+        memset(moqi_attend_out(t, g->row + r, g->head), 0, (size_t)(g->heads * n) * sizeof(float));
+    }
+    for (; low <= high; low++)
+        for (int64_t r = 0; r < g->rows; r += rows)
+            for (int64_t h = 0; h < g->heads; h += heads) {
+                const moqi_queries some = {g->row + r, moqi_min(rows, g->rows - r), g->head + h, moqi_min(heads, g->heads - h), g->kv_head, g->last, g->tiles};
+                moqi_attend_some(t, &some, low, alone, state + r * g->heads + h, g->heads, scratch, &tiles);
+            }
+    for (int64_t r = 0; r < g->rows && !alone && !t->parts; r++)
+        for (int64_t h = 0; h < g->heads; h++) {
+            float *y = moqi_attend_out(t, g->row + r, g->head + h);
+            t->o->weigh(y, NULL, 1 / state[r * g->heads + h].sum, n, y);
+        }
 }
 
 /* The kept spans of one head of one row. */
@@ -21667,12 +21728,6 @@ static size_t moqi_cpu_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
 
 MOQI_COLD_END
 
-/* Rows outside of the cache are ignored: they can only come from a caller's mistake. */
-static int moqi_kv_holds(const moqi_cache *c, const moq_batch *b, int64_t row)
-{
-    return b->slot[row] >= 0 && b->slot[row] < c->desc.slots && b->pos[row] >= 0 && b->pos[row] < c->desc.capacity;
-}
-
 /* Arguments of moqi_append_task; from, stride: of keys and of values. */
 typedef struct moqi_append { const moqi_cpu *cpu; moqi_cache *c; const moq_batch *b; const float *from[2]; int64_t stride[2]; } moqi_append;
 
@@ -21793,6 +21848,8 @@ static void moqi_attend_task(void *arg, int index, int worker)
     float *scratch = t->worker + worker * t->each_worker;
     moqi_queries g;
     g.kv_head = at % c->desc.kv_heads;
+    g.head = g.kv_head * share + first;
+    g.heads = last - first;
     for (; row < end; row += g.rows) {
         g.row = row;
         g.rows = 1;
@@ -21811,12 +21868,7 @@ static void moqi_attend_task(void *arg, int index, int worker)
         }
         for (int64_t r = 0; g.tiles && r < t->b->rows; r++) /* so that a block of keys is the same for each task */
             if (t->b->slot[r] == t->b->slot[row] && moqi_kv_holds(c, t->b, r)) g.last = moqi_max(g.last, t->b->pos[r]);
-        for (int64_t h = first; h < last; h += g.heads) {
-            g.head = g.kv_head * share + h;
-            g.heads = moqi_min((g.tiles ? MOQI_ATTEND_TILED : MOQI_ATTEND_QUERIES) / g.rows, last - h);
-            if (t->parts) moqi_attend_part(t, &g, span, scratch);
-            else moqi_attend(t, &g, scratch);
-        }
+        moqi_attend(t, &g, span, scratch);
     }
 }
 
@@ -21840,7 +21892,7 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     double keys = most > 0 && most < b->max_pos ? most : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
     moqi_attending t;
     t.tiles = moqi_attend_rounds(cpu) && (cpu->act == MOQ_ACT_BF16 || cpu->need.rounds) && !(a->softcap > 0);
-    for (int64_t n = 4 * MOQI_ATTEND_ROWS; t.tiles && n > each_task; n /= 2) { /* more rows share the pieces of keys, where there are enough of them */
+    for (int64_t n = MOQI_ATTEND_MANY; t.tiles && n > each_task; n /= 2) { /* more rows share the pieces of keys, where there are enough of them */
         int64_t many = moqi_ceil_div(b->rows, n) * c->desc.kv_heads * groups;
         if (cpu->par.workers == 1 || many >= 4 * (int64_t)cpu->par.workers) { tasks = many; each_task = n; }
     }
