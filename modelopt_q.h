@@ -11998,13 +11998,25 @@ static float *moqi_feed_place(const moqi_tiled *p, const moqi_way *way, int64_t 
 /* Does the way take x as it is? */
 static int moqi_feeds_plain(const moqi_tiled *p, const moqi_way *way) { return way && moqi_is_plain(p) && (!p->bf16 || way->unit == 2); }
 
+/* t[c] = x[c] * s[c]; 16 products beside each other, which compilers make of vectors whatever t may be. */
+static void moqi_feed_times(const float *x, const float *s, int64_t n, float *t)
+{
+    float v[16];
+    int64_t c = 0;
+    for (; c + 16 <= n; c += 16) {
+        for (int i = 0; i < 16; i++) v[i] = x[c + i] * s[c + i];
+        memcpy(t + c, v, sizeof v);
+    }
+    for (; c < n; c++) t[c] = x[c] * s[c];
+}
+
 /* x [cols] -> t, rotated, smoothed and rounded to BF16 as the layer wants, with zeros up to a multiple of 16. */
 static void moqi_feed_smooth(const moqi_tiled *p, const float *x, float *t)
 {
     const int64_t cols = p->layer.cols;
     if (p->layer.hadamard_size > 0) moqi_rotate_input(p->rotation, p->layer.hadamard_size, p->layer.hadamard_scale, x, cols, t);
-    else if (x != t) memcpy(t, x, (size_t)cols * sizeof *t);
-    for (int64_t c = 0; p->smooth && c < cols; c++) t[c] *= p->smooth[c];
+    else if (!p->smooth && x != t) memcpy(t, x, (size_t)cols * sizeof *t);
+    if (p->smooth) moqi_feed_times(p->layer.hadamard_size > 0 ? t : x, p->smooth, cols, t);
     for (int64_t c = 0; p->bf16 && c < cols; c++) t[c] = moq_bf16_decode(moq_bf16_encode(t[c]));
     for (int64_t c = cols; c < moqi_pad16(cols); c++) t[c] = 0;
 }
@@ -12439,8 +12451,8 @@ MOQI_INLINE MOQI_AVX512 void moqi_stream_row_512(const moqi_stream_pass *pass, i
 #undef MOQI_STEP
 }
 
-/* sum += pairs of w . pairs of x; two vectors to one of BF16. Without MOQI_BF16 no set of kernels gets here. */
-#ifdef MOQI_BF16
+/* sum += pairs of w . pairs of x; two vectors to one of BF16. Assemblers that know tiles know these. With neither no set of kernels gets here. */
+#if defined(MOQI_BF16) || (defined(__x86_64__) && defined(__linux__))
 #define MOQI_DPBF16(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
 #define MOQI_TO_BF16(to, low, high) __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(to) : "v"(low), "v"(high))
 #else
@@ -13444,8 +13456,8 @@ static void moqi_panel_copy(const moqi_tiled *p, const float *x, int64_t n, floa
 /* ---- AVX-512: F32 ---- */
 
 #ifdef MOQI_X86
-/* 16 rows of 16 words turned: dst[c][r] = src[r][c]. */
-MOQI_AVX512 static void moqi_turn_512(const void *src, int64_t lds, void *dst, int64_t ldd)
+/* 16 rows of 16 words turned: dst[c][r] = src[r][c], where row c of dst is row c / of of the c % of-th of `of` blocks, `step` words apart. */
+MOQI_INLINE MOQI_AVX512 void moqi_turn_apart_512(const void *src, int64_t lds, void *dst, int64_t ldd, int64_t of, int64_t step)
 {
     __m512i a[16], b[16];
 #define MOQI_LOAD(i) a[i] = _mm512_loadu_si512((const uint32_t *)src + (i) * lds);
@@ -13456,8 +13468,8 @@ MOQI_AVX512 static void moqi_turn_512(const void *src, int64_t lds, void *dst, i
 #define MOQI_EIGHT(i) \
     b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88); b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
 #define MOQI_LAST(i) \
-    _mm512_storeu_si512((uint32_t *)dst + (i) * ldd, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88)); \
-    _mm512_storeu_si512((uint32_t *)dst + (i + 8) * ldd, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    _mm512_storeu_si512((uint32_t *)dst + (i) / of * ldd + (i) % of * step, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88)); \
+    _mm512_storeu_si512((uint32_t *)dst + (i + 8) / of * ldd + (i + 8) % of * step, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
 #define MOQI_ALL4(f, i, step) f(i) f(i + step) f(i + 2 * step) f(i + 3 * step)
     MOQI_ALL4(MOQI_LOAD, 0, 1) MOQI_ALL4(MOQI_LOAD, 4, 1) MOQI_ALL4(MOQI_LOAD, 8, 1) MOQI_ALL4(MOQI_LOAD, 12, 1)
     MOQI_ALL4(MOQI_PAIR, 0, 2) MOQI_ALL4(MOQI_PAIR, 8, 2)
@@ -13470,6 +13482,9 @@ MOQI_AVX512 static void moqi_turn_512(const void *src, int64_t lds, void *dst, i
 #undef MOQI_EIGHT
 #undef MOQI_LAST
 }
+
+/* dst[c][r] = src[r][c] */
+MOQI_AVX512 static void moqi_turn_512(const void *src, int64_t lds, void *dst, int64_t ldd) { moqi_turn_apart_512(src, lds, dst, ldd, 1, 0); }
 
 /* Any format through rows of F32. */
 MOQI_AVX512 static void moqi_panel_f32_512(moqi_panel *w)
@@ -16807,15 +16822,16 @@ MOQI_AVX512 static int moqi_amx_exponent(const float *x, int64_t n)
     return (int)(_mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_max_epu32(most[0], most[1]), _mm512_max_epu32(most[2], most[3]))) >> 23);
 }
 
-/* 32 columns of moqi_amx_finite, zeros for those that are not there. */
-MOQI_INLINE MOQI_AVX512 void moqi_amx_round(const float *x, __mmask32 some, __m512 by, __m512i order, float *out)
+/* 32 columns of moqi_amx_finite, zeros for those that are not there; -> their words. Numbers below 2^-126 become 0, for which tiles take them anyway. */
+MOQI_INLINE MOQI_AVX512 __m512i moqi_amx_round(const float *x, __mmask32 some, __m512 by, __m512i order, float *out)
 {
-    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff);
-    __m512i a = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x), by));
-    __m512i b = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + 16), by));
-    a = _mm512_add_epi32(_mm512_add_epi32(a, half), _mm512_and_si512(_mm512_srli_epi32(a, 16), one));
-    b = _mm512_add_epi32(_mm512_add_epi32(b, half), _mm512_and_si512(_mm512_srli_epi32(b, 16), one));
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, order, b));
+    const __m512 a = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some & 0xffff), x), by);
+    const __m512 b = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), x + 16), by);
+    __m512i r;
+    MOQI_TO_BF16(r, a, b);
+    r = _mm512_permutexvar_epi16(order, r);
+    _mm512_storeu_si512(out, r);
+    return r;
 }
 
 /* The upper half of which of 32 numbers of F32 comes to which place. */
@@ -16824,14 +16840,17 @@ static void moqi_amx_places(const moqi_tiled *p, uint16_t *place)
     for (int i = 0; i < 32; i++) place[i] = (uint16_t)(2 * moqi_pairs_column(p, i) + 1);
 }
 
-/* moqi_pairs_row without NaN: bits of F32 are rounded, and the upper halves picked. */
-MOQI_AVX512 static float *moqi_amx_finite(const uint16_t *place, const float *x, int64_t n, float *out, int64_t step, int up)
+/* moqi_pairs_row without NaN; most: grows to the largest size of each column of words, as bits of BF16. */
+MOQI_AVX512 static float *moqi_amx_finite(const uint16_t *place, const float *x, int64_t n, float *out, int64_t step, int up, uint16_t *most)
 {
-    const __m512i order = _mm512_loadu_si512(place);
+    const __m512i order = _mm512_srli_epi16(_mm512_loadu_si512(place), 1), size = _mm512_set1_epi16(0x7fff);
     const __m512 by = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + up) << 23));
+    __m512i top = _mm512_loadu_si512(most);
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32, out += step) moqi_amx_round(x + i, 0xffffffffu, by, order, out);
-    for (; i < (n + 127) / 128 * 128; i += 32, out += step) moqi_amx_round(x + i, n > i ? ((__mmask32)1 << (n - i)) - 1 : 0, by, order, out);
+    for (; i + 32 <= n; i += 32, out += step) top = _mm512_max_epu16(top, _mm512_and_si512(size, moqi_amx_round(x + i, 0xffffffffu, by, order, out)));
+    for (; i < (n + 127) / 128 * 128; i += 32, out += step)
+        top = _mm512_max_epu16(top, _mm512_and_si512(size, moqi_amx_round(x + i, n > i ? ((__mmask32)1 << (n - i)) - 1 : 0, by, order, out)));
+    _mm512_storeu_si512(most, top);
     return out;
 }
 
@@ -16842,9 +16861,9 @@ static int moqi_amx_up(int lacks, int most) { return lacks < 100 ? 0 : (int)moqi
 MOQI_AVX512 static void moqi_amx_arrange(const moqi_tiled *p, const float *x, int64_t n, float *out, int64_t step)
 {
     const int lacks = moqi_strip_shapes[moqi_amx_strip_of(p)].lacks, most = moqi_amx_exponent(x, n), up = moqi_amx_up(lacks, most);
-    uint16_t place[32];
+    uint16_t place[32], sizes[32] = {0};
     moqi_amx_places(p, place);
-    float *end = most < 255 ? moqi_amx_finite(place, x, n, out, step, up) : moqi_pairs_row(p, x, n, out, step, up);
+    float *end = most < 255 ? moqi_amx_finite(place, x, n, out, step, up, sizes) : moqi_pairs_row(p, x, n, out, step, up);
     *end = (float)(lacks - up);
 }
 
@@ -17979,17 +17998,15 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
     }
 }
 
-/* 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows. */
-MOQI_AVX512 static void moqi_strip_turn(float *x, int64_t cols, int kind)
+/* 128 columns of 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows. */
+MOQI_AVX512 static void moqi_strip_turn(const float *from, float *x, int kind)
 {
-    float words[64][16] MOQI_ALIGNED;
-    const int64_t n = kind == MOQI_STRIP_I8 ? 32 : 64, tiles = moqi_strip_shapes[kind].tiles;
-    for (int64_t c = moqi_ceil_div(cols, 128) * moqi_strip_parts(kind); c > 0; c--, x += 16 * n) {
-        for (int64_t q = 0; q < n; q += 16) moqi_turn_512(x + 16 * q, 16, words[q], 16);
-        const float *from = words[0];
-        for (int64_t tile = 0; tile < n / 16; tile += tiles)
-            for (int64_t word = 0; word < 16; word++)
-                for (int64_t i = tile; i < tile + tiles; i++, from += 16) _mm512_storeu_ps(x + i * 256 + word * 16, _mm512_load_ps(from));
+    const int64_t n = kind == MOQI_STRIP_I8 ? 2 : 4 * moqi_strip_parts(kind), tiles = moqi_strip_shapes[kind].tiles;
+    for (int64_t q = 0; q < n; q++, from += 256) {
+        float *to = x + q / tiles * tiles * 256 + q % tiles * (256 / tiles);
+        if (tiles == 4) moqi_turn_apart_512(from, 16, to, 16, 4, 256);
+        else if (tiles == 2) moqi_turn_apart_512(from, 16, to, 16, 2, 256);
+        else moqi_turn_512(from, 16, to, 16);
     }
 }
 
@@ -18038,30 +18055,71 @@ MOQI_AVX512 static void moqi_strip_arrange_wide(const moqi_tiled *p, const float
     *moqi_strip_split(place, x, n, out, step, up) = (float)-up;
 }
 
-/* Up to 16 rows x[i] [n] arranged and turned, 128 columns at a time, so that they stay in the first-level cache between the two. */
+/* Rows x[i] [n] that are arranged and turned to `out`. */
+typedef struct moqi_strip_input {
+    const moqi_tiled *p;
+    const float *const *x;
+    int64_t rows, n;
+    int kind;
+    int up[16], most[16];     /* powers of two that rows are multiplied by; the exponents of their largest numbers, 255 with infinity or NaN */
+    float scale[16];          /* what is put behind them */
+} moqi_strip_input;
+
+/* Once, 128 columns at a time, so that they stay in the first-level cache between the two. -> the rows whose largest number, multiplied and rounded, has not
+   an exponent from `low` to `high`. */
+MOQI_AVX512 static unsigned moqi_strip_arrange_once(const moqi_strip_input *r, float *out, int low, int high)
+{
+    const int bytes = r->kind == MOQI_STRIP_I8, wide = r->kind == MOQI_STRIP_B16_F32;
+    float words[4 * 3 * 256] MOQI_ALIGNED;
+    uint16_t place[32], sizes[16][32];
+    unsigned other = 0;
+    memset(sizes, 0, sizeof sizes);
+    moqi_amx_places(r->p, place);
+    for (int64_t c = 0; c < r->n; c += 128, out += bytes ? 512 : 1024 * moqi_strip_parts(r->kind)) {
+        const int64_t some = moqi_min(128, r->n - c);
+        for (int64_t i = 0; i < r->rows; i++) {
+            if (bytes) moqi_amx_row_codes(r->x[i] + c, some, r->scale[i], words + 16 * i, 256);
+            else if (wide) moqi_strip_split(place, r->x[i] + c, some, words + 16 * i, 256, r->up[i]);
+            else if (r->most[i] < 255) moqi_amx_finite(place, r->x[i] + c, some, words + 16 * i, 256, r->up[i], sizes[i]);
+            else moqi_pairs_row(r->p, r->x[i] + c, some, words + 16 * i, 256, r->up[i]);
+        }
+        moqi_strip_turn(words, out, r->kind);
+    }
+    for (int64_t i = 0; i < r->rows; i++) {
+        out[16 * i] = r->scale[i];
+        const __m512i v = _mm512_loadu_si512(sizes[i]), even = _mm512_and_si512(v, _mm512_set1_epi32(0xffff));
+        const int most = (int)_mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_srli_epi32(v, 16), even)) >> 7;
+        if (most < low || most > high) other |= 1u << i;
+    }
+    return other;
+}
+
+/* Up to 16 rows. Exponents of their largest numbers are looked for only where those are not around that of 1, as the first try finds out by itself: a power
+   of two that is the same for all others leaves the same room above and nearly the same below. */
 MOQI_AVX512 static void moqi_strip_arrange(const moqi_tiled *p, const float *const *x, int64_t rows, int64_t n, int kind, float *out)
 {
-    const int lacks = moqi_strip_shapes[kind].lacks, bytes = kind == MOQI_STRIP_I8, wide = kind == MOQI_STRIP_B16_F32;
-    int most[16], up[16];
-    uint16_t place[32];
-    float scale[16];
-    moqi_amx_places(p, place);
+    const int lacks = moqi_strip_shapes[kind].lacks, bytes = kind == MOQI_STRIP_I8, wide = kind == MOQI_STRIP_B16_F32, usual = moqi_amx_up(lacks, 127);
+    const int low = usual ? 127 + usual - 10 : 0, high = usual ? 127 + usual + 40 : 254;
+    unsigned other = wide ? 0xffff : 0;
+    moqi_strip_input r;
+    r.p = p;
+    r.x = x;
+    r.rows = rows;
+    r.n = n;
+    r.kind = kind;
     for (int64_t i = 0; i < rows; i++) {
-        most[i] = bytes ? 0 : moqi_amx_exponent(x[i], n);
-        up[i] = wide ? moqi_strip_up(most[i]) : moqi_amx_up(lacks, most[i]);
-        scale[i] = bytes ? moqi_amx_row_scale(p, x[i], n) : (float)(lacks - up[i]);
+        r.most[i] = 127;
+        r.up[i] = usual;
+        r.scale[i] = bytes ? moqi_amx_row_scale(p, x[i], n) : (float)(lacks - usual);
     }
-    for (int64_t c = 0; c < n; c += 128, out += bytes ? 512 : 1024 * moqi_strip_parts(kind)) {
-        const int64_t some = moqi_min(128, n - c);
-        for (int64_t i = 0; i < rows; i++) {
-            if (bytes) moqi_amx_row_codes(x[i] + c, some, scale[i], out + 16 * i, 256);
-            else if (wide) moqi_strip_split(place, x[i] + c, some, out + 16 * i, 256, up[i]);
-            else if (most[i] < 255) moqi_amx_finite(place, x[i] + c, some, out + 16 * i, 256, up[i]);
-            else moqi_pairs_row(p, x[i] + c, some, out + 16 * i, 256, up[i]);
-        }
-        moqi_strip_turn(out, 128, kind);
+    if (!wide) other = moqi_strip_arrange_once(&r, out, bytes ? 0 : low, high);
+    for (int64_t i = 0; i < rows; i++) {
+        if (!(other >> i & 1)) continue;
+        r.most[i] = moqi_amx_exponent(x[i], n);
+        r.up[i] = wide ? moqi_strip_up(r.most[i]) : moqi_amx_up(lacks, r.most[i]);
+        r.scale[i] = (float)(lacks - r.up[i]);
     }
-    for (int64_t i = 0; i < rows; i++) out[16 * i] = scale[i];
+    if (other) moqi_strip_arrange_once(&r, out, 0, 255);
 }
 
 /* The tables of decoding. */
@@ -20857,7 +20915,14 @@ static void moqi_feed_turn(const moqi_tiled *p, int64_t m, int64_t first, float 
 {
 #ifdef MOQI_AMX
     const moqi_way *way = moqi_way_for(p, m);
-    if (moqi_feeds_words(way)) moqi_strip_turn(rows + first * moqi_feed_step(p, way), p->layer.cols, moqi_strip_kind(p, way));
+    if (!moqi_feeds_words(way)) return;
+    const int kind = moqi_strip_kind(p, way);
+    const int64_t words = kind == MOQI_STRIP_I8 ? 512 : 1024 * moqi_strip_parts(kind);
+    float copy[4 * 3 * 256] MOQI_ALIGNED, *x = rows + first * moqi_feed_step(p, way);
+    for (int64_t c = 0; c < p->layer.cols; c += 128, x += words) {
+        memcpy(copy, x, (size_t)words * sizeof *x);
+        moqi_strip_turn(copy, x, kind);
+    }
 #else
     (void)p; (void)m; (void)first; (void)rows;
 #endif

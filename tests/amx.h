@@ -2,8 +2,8 @@
 
    Such a processor stops at a tile instruction with SIGILL. The handler here reads the instruction, does what the Intel SDM (volume 2) says it
    does to tiles of its own, one set for each thread, and goes on behind it: ldtilecfg, tilerelease, tilezero, tileloadd, tilestored,
-   tileloaddt1, tdpbf16ps, tdpbsud, tdpbssd; and vmulph and vfmadd231ph of three registers of 512 bits, which every processor with tiles has. Linux on x86-64
-   only; the file that includes it defines _GNU_SOURCE first. */
+   tileloaddt1, tdpbf16ps, tdpbsud, tdpbssd; and vmulph, vfmadd231ph and vcvtne2ps2bf16 of three registers of 512 bits, which every processor with tiles
+   has. Linux on x86-64 only; the file that includes it defines _GNU_SOURCE first. */
 #ifndef AMX_H
 #define AMX_H
 
@@ -152,13 +152,35 @@ static int amx_halves(ucontext_t *c, const uint8_t *p)
     return 1;
 }
 
+/* vcvtne2ps2bf16 zmm, zmm, zmm: R X B R' 0 0 1 0, 0 vvvv 1 11, and as above. The upper half comes from the first source; subnormal numbers are 0, before and
+   after; ties go to even; a NaN stays one. */
+static int amx_rounded(ucontext_t *c, const uint8_t *p)
+{
+    if ((p[1] & 15) != 2 || (p[2] & 0x87) != 7 || p[4] != 0x72 || (p[3] & 0xf7) != 0x40 || p[5] < 0xc0) return 0;
+    const int to = (p[5] >> 3 & 7) | (~p[1] >> 7 & 1) << 3 | (~p[1] >> 4 & 1) << 4, first = (~p[2] >> 3 & 15) | (~p[3] >> 3 & 1) << 4;
+    const int second = (p[5] & 7) | (~p[1] >> 5 & 1) << 3 | (~p[1] >> 6 & 1) << 4;
+    uint32_t from[32];
+    uint16_t r[32];
+    amx_vector_copy(c, second, (uint8_t *)from, 0);
+    amx_vector_copy(c, first, (uint8_t *)(from + 16), 0);
+    for (int i = 0; i < 32; i++) {
+        const uint32_t v = from[i], size = v & 0x7fffffff;
+        if (size > 0x7f800000) r[i] = (uint16_t)(v >> 16 | 0x40);
+        else if (size < 0x00800000) r[i] = (uint16_t)(v >> 31 << 15);
+        else r[i] = (uint16_t)((v + 0x7fff + (v >> 16 & 1)) >> 16);
+    }
+    amx_vector_copy(c, to, (uint8_t *)r, 1);
+    c->uc_mcontext.gregs[REG_RIP] += 6;
+    return 1;
+}
+
 /* 0: none of the instructions above. Three bytes of VEX: C4, RXB and map, W vvvv L pp. */
 static int amx_step(ucontext_t *c)
 {
     const uint8_t *p = (const uint8_t *)(uintptr_t)c->uc_mcontext.gregs[REG_RIP];
     amx_state *t = &amx_tiles;
     int64_t stride;
-    if (p[0] == 0x62) return amx_halves(c, p);
+    if (p[0] == 0x62) return amx_halves(c, p) || amx_rounded(c, p);
     if (p[0] != 0xc4 || (p[1] & 31) != 2) return 0;
     int x = !(p[1] >> 6 & 1), b = !(p[1] >> 5 & 1), third = ~p[2] >> 3 & 15, prefix = p[2] & 3, op = p[3], mod = p[4] >> 6, reg = p[4] >> 3 & 7, rm = p[4] & 7;
     p += 4;
