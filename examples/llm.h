@@ -10145,6 +10145,20 @@ static const moq_json *llmi_schema_resolve(llmi_schema *c, const char *ref)
 
 /* ---- keywords of one schema ---- */
 
+/* What stands where a schema or a type should: indexed by moq_json_type. */
+static const char *const llmi_json_kinds[] = {"null", "false", "true", "a number", "a text", "a list", "an object"};
+
+/* A name that is no type is quoted, with the type that it may be a slip of. */
+static void llmi_schema_no_type(llmi_schema *c, const moq_json *v)
+{
+    const char *name = moq_json_string(v), *meant = NULL;
+    for (size_t i = 0; name && i < LLMI_COUNT(llmi_types); i++)
+        if (moq_is_slip(name, llmi_types[i].name)) meant = llmi_types[i].name;
+    LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, v, "%s%q%s is no type%s%s%s; types are null, boolean, integer, number, string, array, object, or a list of them",
+                       name ? "'" : "", name ? name : v->type == MOQ_JSON_ARRAY && v->count == 0 ? "an empty list" : llmi_json_kinds[v->type], name ? "'" : "",
+                       meant ? " (is '" : "", meant ? meant : "", meant ? "' meant?)" : "");
+}
+
 /* Types that a value of "type" names. */
 static int32_t llmi_schema_types(llmi_schema *c, const moq_json *v)
 {
@@ -10152,9 +10166,11 @@ static int32_t llmi_schema_types(llmi_schema *c, const moq_json *v)
     if (!v) return LLMI_T_ALL;
     for (size_t i = 0; i < LLMI_COUNT(llmi_types); i++)
         if (moq_json_is(v, llmi_types[i].name)) return llmi_types[i].types;
-    for (const moq_json *e = v->type == MOQ_JSON_ARRAY ? moq_json_first(v) : NULL; e; e = moq_json_next(v, e))
+    for (const moq_json *e = v->type == MOQ_JSON_ARRAY ? moq_json_first(v) : NULL; e; e = moq_json_next(v, e)) {
         if (e->type == MOQ_JSON_STRING) types |= llmi_schema_types(c, e);
-    if (!types) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, v, "is no type; types are null, boolean, integer, number, string, array, object, or a list of them");
+        else llmi_schema_no_type(c, e);
+    }
+    if (!types) llmi_schema_no_type(c, v);
     return types;
 }
 
@@ -10188,13 +10204,24 @@ static void llmi_schema_check(llmi_schema *c, const moq_json *node)
     }
 }
 
+/* {"x": "string"} is the slip of who means {"x": {"type": "string"}}. */
+static void llmi_schema_no_schema(llmi_schema *c, const moq_json *node)
+{
+    const char *name = moq_json_string(node);
+    for (size_t i = 0; name && i < LLMI_COUNT(llmi_types); i++)
+        if (strcmp(name, llmi_types[i].name) == 0)
+            LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "the text '%s' is no schema; write {\"type\": \"%s\"}", name, name);
+    LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "%s%s%q%s is no schema; a schema is an object such as {\"type\": \"string\"}, or true for anything, false for nothing",
+                       llmi_json_kinds[node->type], name ? " '" : "", name ? name : "", name ? "'" : "");
+}
+
 /* Adds a schema to what must hold. */
 static void llmi_schema_add(llmi_schema *c, llmi_view *v, const moq_json *node)
 {
     const moq_json *ref, *all;
     if (c->code < 0 || node->type == MOQ_JSON_TRUE) return;
     if (node->type == MOQ_JSON_FALSE) { v->nothing = node; return; }
-    if (node->type != MOQ_JSON_OBJECT) { LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node, "is no schema; a schema is an object, true or false"); return; }
+    if (node->type != MOQ_JSON_OBJECT) { llmi_schema_no_schema(c, node); return; }
     for (int32_t i = 0; i < v->count; i++) {
         if (v->part[i].node != node) continue;
         if (v->part[i].taken) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, node,
