@@ -220,7 +220,7 @@ typedef struct moq_error {
     moq_result code;
     int32_t os_code;   /* errno or GetLastError(); 0: none */
     int64_t offset;    /* byte in `file`; -1: none */
-    char file[96];     /* base name of the file, or ""; inside a folder being written FOLDER/FILE */
+    char file[96];     /* base name of the file, or ""; inside a folder being written FOLDER/FILE. `text` begins with the path that the call was given */
     char object[160];  /* tensor, key or layer name, escaped and cut, or "" */
     char text[768];    /* the whole sentence: file: object: what is wrong; what to do */
 } moq_error;
@@ -2091,16 +2091,36 @@ typedef struct moqi_writer {
     char path[4096], temp[4096 + 40];
 } moqi_writer;
 
+enum { MOQI_PATH_SHOWN = 300 }; /* bytes of a path in a message */
 enum { MOQI_NOTHING = 0, MOQI_IS_FILE, MOQI_IS_DIR, MOQI_IS_OTHER }; /* what a path leads to */
 
-/* What stands after the last separator; messages show only that, so that they are the same on every machine and
-   do not tell where a user keeps files. Trailing separators belong to the name before them. */
+/* What stands after the last separator: files of a folder are named by it, so that messages are the same on every machine, through files and memory.
+   Trailing separators belong to the name before them. */
 static const char *moqi_base_name(const char *path)
 {
     const char *base = path;
     for (; *path; path++)
         if ((*path == '/' || *path == '\\') && path[1] && path[1] != '/' && path[1] != '\\') base = path + 1;
     return base;
+}
+
+/* The last step of calls that take a path: an error that begins with its base name begins with the whole of it, so that a caller with files in
+   many folders sees which one is meant. err->file stays the base name, and so does the text of a path so long that it would cut the sentence. */
+MOQI_UNUSED static moq_result moqi_name_path(const char *path, moq_result r, moq_error *err)
+{
+    char base[MOQI_PATH_SHOWN + 4], whole[MOQI_PATH_SHOWN + 4];
+    const char *from = moqi_base_name(path);
+    moqi_text b = {base, sizeof base, 0}, w = {whole, sizeof whole, 0};
+    if (r >= 0 || !err || from == path) return r;
+    moqi_put_escaped(&b, from, 90); /* as moqi_vfail does */
+    moqi_put_escaped(&w, path, MOQI_PATH_SHOWN);
+    moqi_text_end(&b);
+    moqi_text_end(&w);
+    if (w.need > MOQI_PATH_SHOWN || b.need == 0 || strncmp(err->text, base, b.need) != 0) return r;
+    if (err->text[b.need] != ':' && err->text[b.need] != '/') return r;
+    const moq_error e = *err;
+    moqi_format(err->text, sizeof err->text, "%s%s", whole, e.text + b.need);
+    return r;
 }
 
 #ifndef MOQ_NO_OS
@@ -2810,14 +2830,11 @@ MOQ_API double moq_seconds(void)
 /* ---- whole files ---- */
 
 /* For text: one byte more than the file, NUL, so that parsers and messages may treat it as a string. The limit is
-   checked before memory is asked for: a wrong file of 100 GB costs nothing. */
-MOQ_API char *moq_read_file(const char *path, uint64_t limit, const moq_allocator *a, size_t *bytes, moq_error *err)
+   checked before memory is asked for: a wrong file of 100 GB costs nothing. Errors name the file by its base name. */
+static char *moqi_read_file(const char *path, uint64_t limit, const moq_allocator *a, size_t *bytes, moq_error *err)
 {
-    size_t ignored;
-    if (!bytes) bytes = &ignored;
     *bytes = 0;
     moqi_clear(err);
-    if (!path) { moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_read_file: path is NULL"); return NULL; }
 #ifdef MOQ_NO_OS
     (void)limit; (void)a;
     moqi_no_os(path, err);
@@ -2844,16 +2861,32 @@ MOQ_API char *moq_read_file(const char *path, uint64_t limit, const moq_allocato
 #endif
 }
 
-/* No allocation: the two paths live on the stack. */
-MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t bytes, moq_error *err)
+MOQ_API char *moq_read_file(const char *path, uint64_t limit, const moq_allocator *a, size_t *bytes, moq_error *err)
+{
+    size_t ignored;
+    if (!bytes) bytes = &ignored;
+    *bytes = 0;
+    if (!path) { moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_read_file: path is NULL"); return NULL; }
+    char *text = moqi_read_file(path, limit, a, bytes, err);
+    if (!text && err) moqi_name_path(path, err->code, err);
+    return text;
+}
+
+/* No allocation: the two paths live on the stack. Errors name the file by its base name. */
+static moq_result moqi_write_file(const char *path, const void *data, size_t bytes, moq_error *err)
 {
     moqi_writer w;
     moqi_clear(err);
-    if (!path || (!data && bytes))
-        return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_write_file: path or data is NULL");
     moq_result e = moqi_writer_open(&w, path, err);
     if (e == MOQ_OK) e = moqi_writer_put(&w, data, bytes, err);
     return e == MOQ_OK ? moqi_writer_commit(&w, err) : e;
+}
+
+MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t bytes, moq_error *err)
+{
+    if (!path || (!data && bytes))
+        return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_write_file: path or data is NULL");
+    return moqi_name_path(path, moqi_write_file(path, data, bytes, err), err);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -3062,7 +3095,7 @@ MOQ_API moq_spill *moq_spill_create(uint64_t bytes, uint64_t memory, const char 
             s->file = moqi_sys_spill(temp);
         }
         if (s->file != -1) return s;
-        moqi_fail_target(err, s->name, "a temporary file for activations cannot be created beside it", moqi_os_code());
+        moqi_name_path(path, moqi_fail_target(err, s->name, "a temporary file for activations cannot be created beside it", moqi_os_code()), err);
     }
     moq_release(a, s, sizeof *s);
     return NULL;
@@ -5550,8 +5583,10 @@ MOQ_API moq_st *moq_st_open(const char *path, const moq_open_desc *desc, moq_err
     moqi_clear(err);
     if (!path) { moq_fail(err, MOQ_E_ARG, "moq_st_open", "path is NULL"); return NULL; }
     const char *name = moqi_base_name(path);
-    if (moqi_blob_open(&blob, path, name, desc && desc->flags & MOQ_OPEN_READ, a, err) != MOQ_OK) return NULL;
-    return moqi_st_make(&blob, name, a, err);
+    moq_st *st = NULL;
+    if (moqi_blob_open(&blob, path, name, desc && desc->flags & MOQ_OPEN_READ, a, err) == MOQ_OK) st = moqi_st_make(&blob, name, a, err);
+    if (!st && err) moqi_name_path(path, err->code, err);
+    return st;
 }
 
 MOQ_API moq_st *moq_st_open_memory(const void *data, size_t bytes, const char *name, const moq_open_desc *desc, moq_error *err)
@@ -5716,7 +5751,7 @@ MOQ_API moq_result moq_st_write(const char *path, const moq_tensor *tensors, siz
         else if (!moqi_utf8_valid((const uint8_t *)metadata[i], strlen(metadata[i]), NULL))
             r = moqi_fail(err, MOQ_E_UTF8, moqi_at(file, "metadata", metadata[i], -1), "the text is not UTF-8");
     }
-    if (r != MOQ_OK) return r;
+    if (r != MOQ_OK) return moqi_name_path(path, r, err);
     moqi_arena arena = moqi_arena_make(a);
     const moq_tensor **sorted = (const moq_tensor **)moqi_take_array(&arena, (uint64_t)count + 1, 2 * sizeof(void *));
     moqi_json_out_make(&o, a, 0);
@@ -5730,7 +5765,7 @@ MOQ_API moq_result moq_st_write(const char *path, const moq_tensor *tensors, siz
     if (r == MOQ_OK) r = moqi_st_put(path, &o.b, sorted, count, err);
     moqi_buffer_drop(&o.b);
     moqi_arena_drop(&arena);
-    return r;
+    return moqi_name_path(path, r, err);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -9386,7 +9421,7 @@ static char *moqi_ck_text(const moq_checkpoint *ck, const char *name, uint64_t l
     if (ck->dir) {
         moqi_arena r = moqi_arena_make(a);
         char *path = moqi_ck_path(ck, name, &r), *text = NULL;
-        if (path) text = moq_read_file(path, limit, a, bytes, err);
+        if (path) text = moqi_read_file(path, limit, a, bytes, err);
         else moqi_nomem(err, strlen(ck->dir) + strlen(name));
         moqi_arena_drop(&r);
         return text;
@@ -9850,10 +9885,9 @@ static moq_checkpoint *moqi_ck_finish(moq_checkpoint *ck, moq_result r, moq_erro
 static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, size_t base_bytes, const moq_open_desc *desc, moq_error *err);
 #endif
 
-MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err)
+/* Errors name the folder by its base name. */
+static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *desc, moq_error *err)
 {
-    moqi_clear(err);
-    if (!dir) { moq_fail(err, MOQ_E_ARG, "moq_open", "dir is NULL"); return NULL; }
 #ifdef MOQ_NO_OS
     (void)desc;
     moqi_no_os(dir, err);
@@ -9885,6 +9919,15 @@ MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq
     ck->dir = moqi_take_text(&ck->arena, dir, n);
     return moqi_ck_finish(ck, ck->dir ? MOQ_OK : moqi_nomem(err, n), err);
 #endif
+}
+
+MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err)
+{
+    moqi_clear(err);
+    if (!dir) { moq_fail(err, MOQ_E_ARG, "moq_open", "dir is NULL"); return NULL; }
+    moq_checkpoint *ck = moqi_open_folder(dir, desc, err);
+    if (!ck && err) moqi_name_path(dir, err->code, err);
+    return ck;
 }
 
 MOQ_API moq_checkpoint *moq_open_memory(const moq_file *files, size_t count, const moq_open_desc *desc, moq_error *err)
@@ -30294,7 +30337,7 @@ static moq_result moqi_in_target(const moqi_export *x, moq_result r, moq_error *
     e = *err;
     moqi_format(err->file, sizeof err->file, "%s/%s", base, e.file);
     moqi_format(err->text, sizeof err->text, "%s/%s", base, e.text);
-    return r;
+    return moqi_name_path(x->plan.desc->target, r, err);
 }
 
 /* To the file being written, in the folder or in memory. */
@@ -30313,7 +30356,7 @@ static moq_result moqi_put_file(moqi_export *x, const char *name, const void *da
 {
     char path[4096 + 300];
     moqi_format(path, sizeof path, "%s/%s", x->temp, name);
-    if (!x->made) return moqi_in_target(x, moq_write_file(path, data, bytes, err), err);
+    if (!x->made) return moqi_in_target(x, moqi_write_file(path, data, bytes, err), err);
     moq_result r = moqi_made_begin(x->made, name, bytes, err);
     return r == MOQ_OK ? moqi_send(x, NULL, data, bytes, err) : r;
 }
@@ -31086,7 +31129,7 @@ static moq_result moqi_copy_matching(moqi_export *x, const char *inside, const c
         if (!moqi_any_glob(wanted, patterns, names[i])) continue;
         moqi_format(from, sizeof from, "%s%s/%s", x->plan.desc->source, inside, names[i]);
         if (moqi_is_dir(from)) continue;
-        char *data = moq_read_file(from, MOQ_MAX_JSON_BYTES, &x->plan.desc->allocator, &bytes, err);
+        char *data = moqi_read_file(from, MOQ_MAX_JSON_BYTES, &x->plan.desc->allocator, &bytes, err);
         moqi_format(to, sizeof to, "%s%s%s", inside[0] ? inside + 1 : "", inside[0] ? "/" : "", names[i]);
         r = data ? moqi_put_file(x, to, data, bytes, err) : err ? err->code : MOQ_E_IO;
         moq_release(&x->plan.desc->allocator, data, data ? bytes + 1 : 0);
@@ -31326,7 +31369,7 @@ static moq_result moqi_write_folder(moqi_export *x, moq_error *err)
     if (r == MOQ_OK) r = moqi_write_hf_quant(x, err);
     if (x->made) return r;
     if (r == MOQ_OK) r = moqi_reopen(x, err);
-    if (r == MOQ_OK) r = moqi_folder_commit(x->temp, x->plan.desc->target, err);
+    if (r == MOQ_OK) r = moqi_name_path(x->plan.desc->target, moqi_folder_commit(x->temp, x->plan.desc->target, err), err);
     return r;
 }
 #endif
@@ -31339,8 +31382,9 @@ static moq_result moqi_begin_folder(moqi_export *x, moq_error *err)
     return MOQ_OK;
 #else
     const char *kept = x->plan.desc->save_calibration;
-    moq_result r = kept ? moqi_check_parent(kept, err) : MOQ_OK;
-    if (r == MOQ_OK && !x->made) r = moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err);
+    moq_result r = kept ? moqi_name_path(kept, moqi_check_parent(kept, err), err) : MOQ_OK;
+    if (r == MOQ_OK && !x->made)
+        r = moqi_name_path(x->plan.desc->target, moqi_folder_begin(x->plan.desc->target, x->temp, sizeof x->temp, err), err);
     if (r != MOQ_OK || x->made) x->temp[0] = 0;
     return r;
 #endif
@@ -32466,9 +32510,9 @@ static moq_result moqi_auto_run(moqi_auto *x, moq_error *err)
     if (!d->source) return moq_fail(err, MOQ_E_ARG, "moq_autoquant", "a source folder is needed");
     moq_result r = MOQ_OK;
 #ifndef MOQ_NO_OS
-    if (d->target) r = moqi_check_new_target(d->target, err); /* before hours of scoring */
-    if (r >= 0 && d->target) r = moqi_check_parent(d->target, err);
-    if (r >= 0 && d->save_search) r = moqi_check_parent(d->save_search, err);
+    if (d->target) r = moqi_name_path(d->target, moqi_check_new_target(d->target, err), err); /* before hours of scoring */
+    if (r >= 0 && d->target) r = moqi_name_path(d->target, moqi_check_parent(d->target, err), err);
+    if (r >= 0 && d->save_search) r = moqi_name_path(d->save_search, moqi_check_parent(d->save_search, err), err);
 #endif
     if (r >= 0 && !(d->search && d->recipe_count == 0)) r = moqi_auto_recipes(x, err);
     if (r < 0) return r;

@@ -781,6 +781,9 @@ check "run --json-schema is JSON" json
 check "run --json-schema: members" out '"plan": *\['
 run run "$demo" --prompt "hello" --json-schema "$dir/schema.json" --max-tokens 30 --temp 5 --seed 3
 check "run --json-schema: complete within its tokens" json
+echo '{"type": "objct"}' >"$dir/wrong.json"
+run run "$demo" --prompt "hello" --json-schema "$dir/wrong.json"
+check "run --json-schema: no type" refused "wrong.json: #/type: 'objct' is no type (is 'object' meant?); types are null,"
 run run "$demo" --prompt "hello" --json-schema "$dir/schema.json" --max-tokens 4
 check "run --json-schema: too few tokens" refused "shortest"
 echo '{"type": "object", "required": ["a"], "additionalProperties": false}' >"$dir/schema.json"
@@ -824,6 +827,11 @@ run eval "$demo" --data "$dir/rows.jsonl" --json
 check "eval --json is JSON" json
 check "eval --json: exact" out '"exact": 2'
 printf 'the red mug is at the kitchen table; the green key is at the hallway bench' >"$dir/text.txt"
+: >"$dir/nothing.txt"
+run eval "$demo" --data "$dir/nothing.txt"
+check "eval: an empty file" refused "nothing.txt: the file is empty; give text of at least two tokens"
+run eval "$demo" --data /dev/null
+check "eval: a device" refused "'/dev/null' is a device or a pipe; ids are"
 run eval "$demo" --data "$dir/text.txt" --seq 8
 check "eval: text" last '^nll [0-9]+\.[0-9]+ ppl [0-9]+\.[0-9]+ tokens [0-9]+$'
 run eval "$demo" --data 5,6,7,8,9,10,11,12,13 --seq 4
@@ -934,7 +942,7 @@ run diff "$golden/modelopt/llama-nvfp4" "$dir/conv"
 check "diff across containers names what compares them" err "note: 14 layers are stored under other names in .*conv; .moq dequant DIR --hash"
 rm -r "$dir/conv"
 run diff "$demo" "$dir/nowhere"
-check "diff: nothing there" refused "nowhere"
+check "diff: nothing there" refused "nowhere: No such file or directory; name two checkpoint folders"
 
 # ---- bench, selftest ----
 run bench --scheme nvfp4 --scheme int8 --shape 256x512 --m 1,4 --json

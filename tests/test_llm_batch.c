@@ -461,7 +461,8 @@ static void test_state_refused(void)
     d.no_tokenizer = 1;
     m = open_or_say(&d);
     CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE);
-    CHECK(m && llm_load(m, "/nonexistent/state", &e) < 0);
+    CHECK(m && llm_load(m, "/nonexistent/state", &e) < 0 && strncmp(e.text, "/nonexistent/state: ", 20) == 0);
+    CHECK(m && llm_save(m, "/nonexistent/state", &e) < 0 && strncmp(e.text, "/nonexistent/state: ", 20) == 0);
     llm_close(m);
     free(state);
     free(bad);

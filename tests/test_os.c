@@ -81,6 +81,13 @@ static void test_os_read_file(void)
     CHECK(moq_read_file(at("five"), 4, NULL, &n, &err) == NULL && n == 0 && err.code == MOQ_E_LIMIT && strstr(err.text, "five") && strstr(err.text, "5 bytes"));
     CHECK(moq_read_file(at("nothing"), 100, NULL, &n, &err) == NULL && err.code == MOQ_E_NOTFOUND && err.os_code == ENOENT);
     CHECK_STR(err.file, "nothing");
+    CHECK(strncmp(err.text, at("nothing"), strlen(at("nothing"))) == 0 && err.text[strlen(at("nothing"))] == ':'); /* the whole path, as it was given */
+    CHECK(moq_write_file(at("nothing/at/all"), "x", 1, &err) < 0 && strncmp(err.text, at("nothing/at/all"), strlen(at("nothing/at/all"))) == 0);
+    CHECK_STR(err.file, "all");
+    CHECK(moq_read_file("no\xc3\xa9/x", 100, NULL, &n, &err) == NULL && strncmp(err.text, "no\\xc3\\xa9/x: ", 14) == 0);
+    memset(big, 'd', 400); /* a path that would cut the sentence stays a base name */
+    memcpy(big + 400, "/x", 3);
+    CHECK(moq_read_file(big, 100, NULL, &n, &err) == NULL && strncmp(err.text, "x: ", 3) == 0);
     CHECK(moq_read_file(at("five/x"), 100, NULL, &n, &err) == NULL && err.code == MOQ_E_NOTFOUND);
     CHECK(moq_read_file(root, 100, NULL, &n, &err) == NULL && err.code == MOQ_E_IO && strstr(err.text, "folder"));
     CHECK(moq_read_file(NULL, 100, NULL, &n, &err) == NULL && err.code == MOQ_E_ARG);

@@ -793,6 +793,7 @@ static void test_st_files(void)
             moq_result r = verdict(f.p, n, &m);
             CHECK(!st && e.code == r);
             CHECK_STR(e.file, "good file.safetensors");
+            CHECK(strncmp(e.text, path, strlen(path)) == 0 && e.text[strlen(path)] == ':');
             CHECK_STR(strstr(e.text, ": "), strstr(m.text, ": ")); /* the same sentence behind the name */
         }
         CHECK_INT(test_state.live_allocs, 0);

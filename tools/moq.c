@@ -134,16 +134,31 @@ static void print_text(FILE *to, const char *text)
     fputc('\n', to);
 }
 
-/* "FOLDER/FILE: tensor 'NAME': what is wrong; what to do", from a text that begins with the bare name of a file, with that of
+/* How much of `text` spells path[0 .. length) as the headers do, other bytes than printable ASCII as \xHH; 0: it begins otherwise. */
+static size_t spells(const char *text, const char *path, size_t length)
+{
+    size_t used = 0;
+    for (size_t i = 0; i < length; i++) {
+        unsigned char c = (unsigned char)path[i];
+        char escaped[8];
+        size_t n = (size_t)snprintf(escaped, sizeof escaped, c < 0x20 || c > 0x7e ? "\\x%02x" : "%c", c);
+        if (strncmp(text + used, escaped, n) != 0) return 0;
+        used += n;
+    }
+    return text[used] == ':' || text[used] == '/' ? used : 0;
+}
+
+/* "FOLDER/FILE: tensor 'NAME': what is wrong; what to do", from a text that begins with the bare name of a file, with that or the whole path of
    the folder (and a file in it), or with neither. */
 static void print_placed(FILE *to, const char *prefix, const char *path, const char *text)
 {
-    size_t length = path ? strlen(path) : 0, base, head = strcspn(text, ":"), folder = strcspn(text, "/:");
+    size_t length = path ? strlen(path) : 0, base, head = strcspn(text, ":"), whole, last;
     while (length > 1 && path[length - 1] == '/') length--;
     for (base = length; base > 0 && path[base - 1] != '/'; base--) {}
+    whole = path ? spells(text, path, length) : 0;
+    last = path ? spells(text, path + base, length - base) : 0;
     fputs(prefix, to);
-    if (path && folder == length - base && strncmp(text, path + base, folder) == 0) text += folder; /* the whole path stands in its place */
-    else if (path && strncmp(text, path, length) == 0 && (text[length] == ':' || text[length] == '/')) text += length;
+    if (whole || last) text += whole ? whole : last; /* the path as it was typed stands in its place */
     else if (path) { fprintf(to, "%.*s%s", (int)length, path, names_file(text, head) ? "/" : ": "); path = NULL; }
     if (path) fprintf(to, "%.*s", (int)length, path);
     print_text(to, text);
@@ -873,6 +888,7 @@ static int tokens_json(token_rows *t, const char *path, const char *key)
 static int read_tokens(token_rows *t, const char *text)
 {
     const char *hash = strrchr(text, '#');
+    struct stat info;
     memset(t, 0, sizeof *t);
     if (text[0] == 0) return refuse("the list of token ids is empty");
     if (strspn(text, "0123456789, ") == strlen(text)) {
@@ -894,7 +910,8 @@ static int read_tokens(token_rows *t, const char *text)
     }
     if (!hash && !strstr(text, ".json"))
         return refuse("'%s' %s; ids are 1,2,3 or in FILE.json or FILE.json#KEY, text is read from .jsonl and .txt files where the verb takes it", text,
-                      access(text, F_OK) == 0 ? "does not say by its name what it holds" : "is no list of token ids, and there is no such file");
+                      stat(text, &info) != 0 ? "is no list of token ids, and there is no such file" : S_ISDIR(info.st_mode) ? "is a folder"
+                      : !S_ISREG(info.st_mode) ? "is a device or a pipe" : "does not say by its name what it holds");
     if (hash) {
         char *path = join(text, "", "");
         int bad;
@@ -2251,6 +2268,7 @@ typedef struct evaluation {
     score total;
     uint64_t rows, exact, used; /* chat rows; right answers; tokens of all windows */
     uint64_t lines;             /* of the file, for the bar */
+    int empty;                  /* the file has no bytes */
     const options *o;
 } evaluation;
 
@@ -2430,6 +2448,7 @@ static int eval_file(evaluation *v)
     size_t bytes;
     char *text = read_text(v->o->data, &bytes);
     int bad = text ? 0 : 2;
+    v->empty = text && bytes == 0;
     if (!bad) bad = ends_with(v->o->data, ".jsonl") ? eval_lines(v, text, bytes) : eval_text(v, text, bytes);
     free_file(text, bytes);
     return bad;
@@ -2440,7 +2459,9 @@ static int print_score(const evaluation *v)
     int chat = v->rows > 0 && v->used == 0;
     double n = v->total.tokens ? (double)v->total.tokens : 1, nll = v->total.nll / n;
     json_out j = json_to(stdout, 1);
-    if (v->total.tokens == 0) return refuse("%s holds nothing to score", v->o->data);
+    if (v->total.tokens == 0)
+        return refuse("%s: %s; give text of at least two tokens, or rows " ROW_SHAPES " in a .jsonl file", v->o->data,
+                      v->empty ? "the file is empty" : "there is nothing in it to score");
     if (v->o->json) {
         json_open(&j, NULL, '{');
         if (chat) json_int(&j, "exact", (int64_t)v->exact);
@@ -2880,7 +2901,8 @@ static int open_side(side *s, const char *path)
     moq_error err;
     memset(s, 0, sizeof *s);
     s->path = path;
-    if (stat(path, &info) != 0) return refuse("%s: %s; diff compares two checkpoint folders or two .safetensors files", path, strerror(errno));
+    if (stat(path, &info) != 0)
+        return refuse("%s: %s; name two checkpoint folders or two .safetensors files, with whole paths or as seen from the current folder", path, strerror(errno));
     if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, NULL, 0, &err);
     else s->st = moq_st_open(path, NULL, &err);
     return s->ck || s->st ? 0 : refuse_error(path, &err);

@@ -156,7 +156,7 @@ static int load_samples(sample_set *s, const options *o)
     if (!bad) bad = read_samples(s);
     moq_close(ck);
     if (bad) return bad;
-    if (s->tokens.rows == 0) return refuse("%s holds nothing to calibrate with", s->path);
+    if (s->tokens.rows == 0) return refuse("%s: there is nothing in it to calibrate with; give text, or rows " ROW_SHAPES " in a .jsonl file", s->path);
     s->rows = (const int32_t **)take(s->tokens.rows, sizeof *s->rows);
     s->lengths = (int32_t *)take(s->tokens.rows, sizeof *s->lengths);
     for (size_t r = 0; r < s->tokens.rows; r++) {
