@@ -13651,10 +13651,11 @@ LLM_API moq_result llm_forward(llm *m, int32_t slot, const int32_t *tokens, int3
        header    "LLMSTATE", version, bytes of all, hash of what follows the header, fingerprint of the model
        numbers   LLMI_STATE_FIELDS u64, see llmi_state_numbers
        arrays    ids (i32), turns (2 u64 each), words, text, raw, piece, stop strings, tokens
-       logits    [vocab] F32 of the next token, when it is about to be chosen
+       logits    [vocab] F32 of the next token, when it is about to be chosen; one i32, the token itself, where the device has chosen it
        cache     the keys and values of every layer for the tokens that were run, or its running state, as the backend stores them */
 
-enum { LLMI_STATE_VERSION = 1, LLMI_STATE_HEADER = 40, LLMI_STATE_FIELDS = 18 };
+/* Version 1 never holds a choice of the device. */
+enum { LLMI_STATE_VERSION = 2, LLMI_STATE_HEADER = 40, LLMI_STATE_FIELDS = 18 };
 
 /* Writes when it has memory, and always counts. */
 typedef struct llmi_writer {
@@ -13704,12 +13705,15 @@ static uint64_t llmi_fingerprint(const llm *m)
     return h;
 }
 
+/* What is held of the next token: nothing, its logits, or the token. */
+enum { LLMI_NOT_RUN, LLMI_TO_CHOOSE, LLMI_CHOSEN };
+
 /* The conversation in numbers; the order is the format. */
 static void llmi_state_numbers(const llm *m, uint64_t v[LLMI_STATE_FIELDS])
 {
     const uint64_t all[LLMI_STATE_FIELDS] = {
         (uint64_t)m->mode, (uint64_t)m->phase, (uint64_t)m->answered, m->done, m->answer, m->from, m->from_bytes, m->random, (uint64_t)m->ready,
-        m->row < m->rows, m->ids.count, m->turns.count / sizeof(llmi_turn), m->words.count, m->text.count, m->raw.count, m->piece.count,
+        (uint64_t)(m->row == m->rows ? LLMI_NOT_RUN : m->picked ? LLMI_CHOSEN : LLMI_TO_CHOOSE), m->ids.count, m->turns.count / sizeof(llmi_turn), m->words.count, m->text.count, m->raw.count, m->piece.count,
         m->stops.count, m->tokens.count};
     memcpy(v, all, sizeof all);
 }
@@ -13756,7 +13760,8 @@ static size_t llmi_write_state(const llm *m, uint8_t *out)
     llmi_put(&w, m->piece.data, m->piece.count);
     llmi_put(&w, m->stops.data, m->stops.count);
     llmi_put(&w, m->tokens.data, m->tokens.count);
-    if (m->row < m->rows) llmi_put(&w, m->last + (size_t)m->row * (size_t)m->model->c.vocab, (size_t)m->model->c.vocab * sizeof *m->last);
+    if (m->row < m->rows && m->picked) llmi_put(&w, &m->pick, sizeof m->pick);
+    else if (m->row < m->rows) llmi_put(&w, m->last + (size_t)m->row * (size_t)m->model->c.vocab, (size_t)m->model->c.vocab * sizeof *m->last);
     llmi_put_cache(m, &w);
     if (out) {
         llmi_writer header;
@@ -13810,7 +13815,6 @@ LLM_API size_t llm_copy_state(llm *m, void *bytes, size_t capacity, moq_error *e
         return SIZE_MAX;
     }
     llmi_settle_whole(m);
-    llmi_unpick(m);
     need = llmi_write_state(m, NULL);
     if (bytes && capacity >= need) llmi_write_state(m, (uint8_t *)bytes);
     return need;
@@ -13828,7 +13832,7 @@ static moq_result llmi_check_header(const llm *m, const uint8_t *p, size_t bytes
 {
     if (bytes < LLMI_STATE_HEADER + 8 * LLMI_STATE_FIELDS || memcmp(p, "LLMSTATE", 8) != 0)
         return moq_fail(err, MOQ_E_HEADER, "state", "%zu bytes that are no saved conversation; save one with llm_save", bytes);
-    if (llmi_get_u64(p + 8) != LLMI_STATE_VERSION)
+    if (llmi_get_u64(p + 8) - 1 >= LLMI_STATE_VERSION)
         return moq_fail(err, MOQ_E_UNSUPPORTED, "state", "version %llu, this program reads %d; save the conversation again with it",
                         (unsigned long long)llmi_get_u64(p + 8), LLMI_STATE_VERSION);
     if (llmi_get_u64(p + 16) != bytes)
@@ -13857,7 +13861,7 @@ static moq_result llmi_check_numbers(const llm *m, const llmi_saved *s, moq_erro
 {
     const uint64_t *v = s->v;
     size_t context = (size_t)m->model->c.context;
-    int good = v[0] <= LLMI_MODE_RAW && v[1] <= LLMI_ANSWER && v[2] <= 1 && v[8] <= 1 && v[9] <= 1 && v[3] <= v[10] && v[4] <= v[10] && v[5] <= v[10] &&
+    int good = v[0] <= LLMI_MODE_RAW && v[1] <= LLMI_ANSWER && v[2] <= 1 && v[8] <= 1 && v[9] <= (uint64_t)(m->model->stateful ? LLMI_TO_CHOOSE : LLMI_CHOSEN) && v[3] <= v[10] && v[4] <= v[10] && v[5] <= v[10] &&
                (v[17] == 0 || m->house->desc.logprobs) && v[17] % sizeof(llm_token) == 0 && v[6] <= SIZE_MAX / 4;
     if (v[3] > context) /* tokens that were not read yet may be more: a conversation whose context is full can be saved, and stays full */
         return moq_fail(err, MOQ_E_STATE, "state", "it holds %llu tokens, the context %zu; open with a larger llm_desc.context", (unsigned long long)v[3], context);
@@ -13869,6 +13873,11 @@ static moq_result llmi_check_numbers(const llm *m, const llmi_saved *s, moq_erro
     for (size_t i = 0; good && i < 2 * v[11]; i++) good = llmi_get_u64(s->turns + 8 * i) < v[12];
     /* whatever offset a turn has, its text ends */
     good = good && (v[12] == 0 || s->words[v[12] - 1] == 0) && (v[16] == 0 || s->stops[v[16] - 1] == 0);
+    if (good && v[9] == LLMI_CHOSEN) {
+        int32_t id;
+        memcpy(&id, s->logits, sizeof id);
+        good = id >= 0 && id < m->model->c.vocab;
+    }
     good = good && !(v[1] == LLMI_ANSWER && !v[9] && v[3] >= v[10]) && !(v[1] == LLMI_PROMPT && v[3] >= v[10]);
     return good ? MOQ_OK : moq_fail(err, MOQ_E_STATE, "state", "its numbers contradict each other; it was not written by llm_save");
 }
@@ -13888,7 +13897,7 @@ static moq_result llmi_parse_saved(const llm *m, const uint8_t *p, size_t bytes,
     s->piece = llmi_next_array(&at, &left, s->v[15], 1);
     s->stops = llmi_next_array(&at, &left, s->v[16], 1);
     s->tokens = llmi_next_array(&at, &left, s->v[17], 1);
-    s->logits = llmi_next_array(&at, &left, s->v[9] ? (uint64_t)m->model->c.vocab : 0, sizeof(float));
+    s->logits = llmi_next_array(&at, &left, s->v[9] == LLMI_CHOSEN ? 1 : s->v[9] ? (uint64_t)m->model->c.vocab : 0, sizeof(float));
     s->cache = at;
     if (!s->ids || !s->turns || !s->words || !s->text || !s->raw || !s->piece || !s->stops || !s->tokens || !s->logits)
         return moq_fail(err, MOQ_E_TRUNCATED, "state", "its arrays are longer than the state itself; save it anew");
@@ -13930,8 +13939,9 @@ static void llmi_take_state(llm *m, const llmi_saved *s)
     m->from_bytes = (size_t)v[6];
     m->random = v[7];
     m->ready = (int)v[8];
-    m->row = m->guesses = m->guided = m->picked = 0;
-    m->rows = (int32_t)v[9];
+    m->row = m->guesses = m->guided = 0;
+    m->rows = v[9] > 0;
+    m->picked = v[9] == LLMI_CHOSEN;
     m->ids.count = (size_t)v[10];
     if (v[10]) memcpy(m->ids.data, s->ids, (size_t)v[10] * sizeof *m->ids.data);
     m->turns.count = 0;
@@ -13949,7 +13959,8 @@ static void llmi_take_state(llm *m, const llmi_saved *s)
     m->piece.count--;
     llmi_set_bytes(&m->stops, s->stops, v[16]);
     llmi_set_bytes(&m->tokens, s->tokens, v[17]);
-    if (v[9]) memcpy(m->last, s->logits, (size_t)m->model->c.vocab * sizeof *m->last);
+    if (m->picked) memcpy(&m->pick, s->logits, sizeof m->pick);
+    else if (v[9]) memcpy(m->last, s->logits, (size_t)m->model->c.vocab * sizeof *m->last);
     for (int32_t i = 0; i < m->model->c.layers && m->done > 0; i++) {
         const llmi_layer *l = &m->model->layers[i];
         if (l->kv) be->kv_write(be, l->kv, m->slot, (int32_t)m->done, at);
@@ -13957,6 +13968,7 @@ static void llmi_take_state(llm *m, const llmi_saved *s)
         at += llmi_cache_bytes(m, l, m->done);
     }
     m->model->length[m->slot] = (int32_t)m->done;
+    if (!llmi_takes_largest(m) || m->house->desc.logprobs) llmi_unpick(m); /* other sampling than that it was saved under */
     LLMI_FLAG_SET(&m->cancel, 0);
     llmi_no_error(&m->kept);
 }

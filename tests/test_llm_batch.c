@@ -944,22 +944,22 @@ static void open_distant(llm_desc *d)
 }
 
 /* Greedy answers need no logits on the host, others get them there; the text is the CPU's. `change`: somebody wants them after the device has chosen:
-   1 other sampling that is the same, 2 a saved state. */
-static void check_distant(const llm_sampling *s, int change)
+   1 other sampling that is the same, 2 a saved state, which holds the choice. Returns how many tokens the device has chosen. */
+static int check_distant(const llm_sampling *s, int change)
 {
     llm_desc d = talk_desc();
     static char text[1024], want[1024];
     moq_error e;
     if (s) d.sampling = *s;
     llm *m = open_or_say(&d);
-    if (!m) return;
+    if (!m) return 0;
     begin_talk(m, 0);
     want[0] = text[0] = 0;
     CHECK_INT(hear_more(m, want, sizeof want), MOQ_OK);
     llm_close(m);
     open_distant(&d);
     m = open_or_say(&d);
-    if (!m) return;
+    if (!m) return 0;
     begin_talk(m, 0);
     for (int ready; (ready = llm_step(m, 0)) >= 0;) {
         const char *piece = ready ? llm_next(m, &e) : NULL;
@@ -974,14 +974,15 @@ static void check_distant(const llm_sampling *s, int change)
     llm_close(m);
     CHECK_INT(distant.alive, 0);
     moq_backend_destroy(distant.inner);
+    return distant.picks;
 }
 
 static void test_device_picks(void)
 {
     llm_sampling s;
-    check_distant(NULL, 0);
+    int picks = check_distant(NULL, 0);
     check_distant(NULL, 1);
-    check_distant(NULL, 2);
+    CHECK_INT(check_distant(NULL, 2), picks); /* no token is run again */
     memset(&s, 0, sizeof s);
     s.temperature = 0.7f;
     s.seed = 5;
@@ -1035,6 +1036,47 @@ static void test_device_picks_late(void)
         else {
             while (llm_next(m, &e)) {}
             CHECK(m->text.count == strlen(want) && memcmp(m->text.data, want, strlen(want)) == 0);
+        }
+        llm_close(m);
+        CHECK_INT(distant.alive, 0);
+        moq_backend_destroy(distant.inner);
+    }
+}
+
+/* A state with a choice of the device, loaded under other sampling or where probabilities are wanted: the logits are made again. Forged choices are refused. */
+static void test_device_picks_saved(void)
+{
+    static uint8_t state[1 << 20];
+    const llm_bias much = {11, 1e9f};
+    for (int turn = 0; turn < 3; turn++) {
+        llm_desc d = talk_desc();
+        llm_sampling s;
+        moq_error e;
+        memset(&s, 0, sizeof s);
+        s.bias = &much;
+        s.bias_count = 1;
+        open_distant(&d);
+        llm *m = open_or_say(&d);
+        if (!m) return;
+        begin_talk(m, 0);
+        stop_in_answer(m, 4, 1);
+        const size_t at = m->ids.count, done = m->done, bytes = llm_copy_state(m, state, sizeof state, &e);
+        const int32_t pick = m->pick;
+        CHECK(bytes <= sizeof state && m->picked && m->done == done); /* saving changes nothing */
+        llm_reset(m);
+        if (turn == 1) llm_set_sampling(m, &s);
+        if (turn == 2) { /* right but for the token, which no vocabulary has */
+            llmi_saved parsed;
+            CHECK_INT(llmi_parse_saved(m, state, bytes, &parsed, &e), MOQ_OK);
+            memset(state + (parsed.logits - state), 0x7f, 4);
+            const uint64_t sum = llmi_hash((const char *)state + LLMI_STATE_HEADER, bytes - LLMI_STATE_HEADER);
+            for (int i = 0; i < 8; i++) state[24 + i] = (uint8_t)(sum >> 8 * i);
+            CHECK(llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "contradict"));
+        } else {
+            CHECK_INT(llm_set_state(m, state, bytes, &e), MOQ_OK);
+            CHECK(m->picked == (turn == 0) && m->done == done - (turn == 1));
+            while (m->ids.count == at && llm_ready(m) >= 0) { if (llm_step(m, 1) > 0) llm_next(m, &e); }
+            CHECK_INT(m->ids.data[at], turn ? much.id : pick);
         }
         llm_close(m);
         CHECK_INT(distant.alive, 0);
@@ -1126,6 +1168,7 @@ int main(int argc, char **argv)
     RUN(test_ranks_answer);
     RUN(test_device_picks);
     RUN(test_device_picks_late);
+    RUN(test_device_picks_saved);
     RUN(test_leaver);
     remove(state_file);
     return test_end();
