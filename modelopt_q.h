@@ -898,6 +898,7 @@ typedef struct moq_attention_desc {
     float softcap;          /* 0: none; else scores = cap * tanh(score / cap) */
     const float *sinks;     /* [heads] extra logits in the softmax denominator, backend memory; NULL: none */
     int32_t chunk;          /* 0: none; else a row sees only positions from the last multiple of `chunk` on (Llama 4); not with a window */
+    int32_t wide;           /* 1: inputs of the layers beside it are not rounded, so nothing is here, whatever else was prepared on this backend; 0: not known */
 } moq_attention_desc;
 
 /* A Mamba-2 mixer (Dao and Gu 2024) between its two projections, with the states of `slots` sequences. Below, inner is
@@ -19688,7 +19689,7 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
 /* ------------------------------------------------------------------------------------------------
    >>attend          attention
    A row's result is the same, to the last bit, whatever rows run beside it and however its positions are shared out. Where inputs are rounded and the
-   processor has tiles (>>heads), it matters whether 8 rows or more of a sequence are among each 16 of the call, and so who else is in it; not who computes
+   processor has tiles (>>heads), it matters how many rows of its own sequence are in the call; not of others, nor where they stand, nor who computes
    them. MOQ_ACT_WIDE and MOQ_ACT_STORED have no tiles here.
    ------------------------------------------------------------------------------------------------ */
 
@@ -21740,7 +21741,7 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
 
 MOQI_COLD_BEGIN
 
-/* May attention of many rows round as well as layers do? Whether there are such layers is known when it runs. */
+/* May attention of many rows round as well as layers do? Whether there are such layers is known when it runs, and of which model only by its call. */
 static int moqi_attend_rounds(const moqi_cpu *c) { return c->o->tiles && (c->act == MOQ_ACT_AUTO || c->act == MOQ_ACT_BF16); }
 
 /* Shapes and bytes of a cache; `err` names what is impossible. */
@@ -21934,18 +21935,32 @@ static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot
         for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) moqi_kv_rows(c, i, slot, (int64_t)h, rows, from, 1);
 }
 
-/* Rows from `row` on of one slot, within the 16 that it belongs to. */
+/* Rows from `row` on of one slot. */
 static int64_t moqi_attend_run(const moqi_attending *t, int64_t row, int64_t end)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t n = 1;
-    end = moqi_min(end, (row / MOQI_ATTEND_ROWS + 1) * MOQI_ATTEND_ROWS);
     while (row + n < end && t->b->slot[row + n] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + n)) n++;
     return n;
 }
 
+/* Rows of a slot, counted in their order in the call wherever they stand: each 16 of which there are 8 or more go by tiles. Returns how many of those
+   come from `row` on; 0 or fewer: `row` is none of them, and none behind it. */
+static int64_t moqi_attend_by_tiles(const moqi_attending *t, int64_t row)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t before = 0, all = 0;
+    if (!t->tiles || t->b->rows < MOQI_ATTEND_TILES) return 0;
+    for (int64_t r = 0; r < t->b->rows; r++) {
+        if (t->b->slot[r] != t->b->slot[row] || !moqi_kv_holds(c, t->b, r)) continue;
+        before += r < row;
+        all++;
+    }
+    return all - (all % MOQI_ATTEND_ROWS < MOQI_ATTEND_TILES ? all % MOQI_ATTEND_ROWS : 0) - before;
+}
+
 /* A block of rows for up to 16 heads of one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side,
-   one span of it. Which of 16 rows run together says whether tiles are used, not how many of those a task has. */
+   one span of it. */
 static void moqi_attend_task(void *arg, int index, int worker)
 {
     const moqi_attending *t = (const moqi_attending *)arg;
@@ -21966,14 +21981,10 @@ static void moqi_attend_task(void *arg, int index, int worker)
             memset((float *)t->a->y + row * t->a->y_stride + (g.kv_head * share + first) * c->dim[1], 0, (size_t)((last - first) * c->dim[1]) * sizeof(float));
             continue;
         }
-        g.rows = moqi_attend_run(t, row, end);
+        const int64_t tiled = moqi_attend_by_tiles(t, row);
+        g.rows = moqi_min(moqi_attend_run(t, row, end), tiled > 0 ? tiled : MOQI_ATTEND_ROWS - row % MOQI_ATTEND_ROWS);
         g.last = 0;
-        g.tiles = t->tiles && g.rows >= MOQI_ATTEND_TILES;
-        for (int64_t next = row + g.rows, n; g.tiles && next < end && t->b->slot[next] == t->b->slot[row] && moqi_kv_holds(c, t->b, next); next += n) {
-            n = moqi_attend_run(t, next, end);
-            if (n < MOQI_ATTEND_TILES) break;
-            g.rows += n;
-        }
+        g.tiles = tiled > 0;
         for (int64_t r = 0; g.tiles && r < t->b->rows; r++) /* so that a block of keys is the same for each task */
             if (t->b->slot[r] == t->b->slot[row] && moqi_kv_holds(c, t->b, r)) g.last = moqi_max(g.last, t->b->pos[r]);
         moqi_attend(t, &g, span, scratch);
@@ -21999,7 +22010,7 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     int32_t most = a->chunk > 0 ? a->chunk : a->window;
     double keys = most > 0 && most < b->max_pos ? most : b->max_pos + 1.0, each = (double)(c->dim[0] + c->dim[1]);
     moqi_attending t;
-    t.tiles = moqi_attend_rounds(cpu) && (cpu->act == MOQ_ACT_BF16 || cpu->need.rounds) && !(a->softcap > 0);
+    t.tiles = moqi_attend_rounds(cpu) && (cpu->act == MOQ_ACT_BF16 || (cpu->need.rounds && !a->wide)) && !(a->softcap > 0);
     for (int64_t n = MOQI_ATTEND_MANY; t.tiles && n > each_task; n /= 2) { /* more rows share the pieces of keys, where there are enough of them */
         int64_t many = moqi_ceil_div(b->rows, n) * c->desc.kv_heads * groups;
         if (cpu->par.workers == 1 || many >= 4 * (int64_t)cpu->par.workers) { tasks = many; each_task = n; }

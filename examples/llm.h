@@ -6401,6 +6401,8 @@ typedef struct llmi_model {
     void *middle, *q, *k, *kv_b, *v;
     /* 1: a layer whose attention runs over the middles; 2: one with wide keys and values */
     int latent_ways;
+    /* 1: some layer is quantized, so that its inputs may be rounded */
+    int rounds;
     /* [chunk, 2 * inter], [chunk, inter], [chunk, hidden] of the shared experts */
     void *gate_up, *mid, *shared;
     /* [chunk, moe_hidden] what narrow experts read and write */
@@ -6627,12 +6629,19 @@ static moq_result llmi_copy_weight(llmi_model *m, const moq_linear *w, int32_t p
     return m->dry ? MOQ_OK : m->be->copy_weight(m->be, weight, err);
 }
 
+/* Attention may round where layers of this model do; another model on the same backend is no reason. */
+static void llmi_note_rounds(llmi_model *m, const moq_linear *w, int32_t count)
+{
+    for (int32_t i = 0; i < count; i++) m->rounds |= w[i].scheme.weight.scale != MOQ_NONE;
+}
+
 /* `parts` layers of one input, prepared as one. Planning leaves *out NULL. */
 static moq_result llmi_make_weight(llmi_model *m, const moq_linear *w, int32_t parts, moq_weight **out, moq_error *err)
 {
     uint64_t key = m->dry ? llmi_kind_of(w, parts) : 0;
     moq_result code;
     llmi_count_token(m, w, parts, 1, 1);
+    llmi_note_rounds(m, w, parts);
     if (llmi_known_kind(m, key)) return MOQ_OK;
     *out = m->be->prepare_linear(m->be, w, parts, err);
     if (!*out) return err->code != MOQ_OK ? err->code : moq_fail(err, MOQ_E_BACKEND, "backend", "the call failed without a reason");
@@ -7307,6 +7316,7 @@ static moq_result llmi_prepare_mixture(llmi_model *m, const moq_moe *moe, int32_
     moq_result code;
     /* an activation without a gate leaves the first third of the list empty */
     llmi_count_token(m, moe->gate ? list : moe->up, moe->gate ? count : count / 3 * 2, moe->routing.top_k, moe->routing.experts);
+    llmi_note_rounds(m, list, count);
     if (llmi_known_kind(m, key)) return MOQ_OK;
     l->experts = m->be->prepare_moe(m->be, moe, err);
     if (!l->experts) return llmi_code(err, MOQ_E_BACKEND);
@@ -7887,6 +7897,7 @@ static void llmi_attend(const llmi_model *m, const llmi_layer *l, const moq_batc
     a.scale = l->latent && c->attn_scale == 0 ? 1 / sqrtf((float)c->head_dim) : (float)c->attn_scale;
     a.softcap = (float)c->attn_cap;
     a.sinks = l->sinks;
+    a.wide = !m->rounds;
     m->be->attention(m->be, b, &a);
 }
 

@@ -1873,6 +1873,36 @@ static void check_tiled(const tiled t[3], const moq_kv_desc *d, const moq_batch 
     CHECK(wrong == 0 && (same || gap <= 1e-3 * all)); /* of so many the most are far below */
 }
 
+/* Rows of a sequence alone, behind `shift` rows of another one, and with its last row behind all others: the same to the last bit. */
+static void check_tiled_alone(const tiled *t, const moq_batch *b, const moq_attention_desc *desc, int first)
+{
+    static float q[TILED_ROWS * TILED_STRIDE], alone[TILED_ROWS * TILED_STRIDE], y[TILED_ROWS * TILED_STRIDE];
+    const int count = b->rows - first;
+    for (int turn = 0; turn < 3; turn++)
+        for (int shift = 0; shift <= (turn ? 23 : 0); shift += 1 + shift) {
+            int32_t slot[TILED_ROWS], pos[TILED_ROWS], from[TILED_ROWS], n = 0;
+            moq_batch one = {0, b->max_pos, slot, pos};
+            moq_attention_desc a = *desc;
+            for (int i = 0; i < shift; i++) from[n++] = i;
+            for (int i = 0; i < count - (turn == 2); i++) from[n++] = first + i;
+            if (turn == 2) { from[n++] = shift; from[n++] = b->rows - 1; }
+            for (int i = 0; i < n; i++) {
+                slot[i] = b->slot[from[i]];
+                pos[i] = b->pos[from[i]];
+                memcpy(q + i * TILED_STRIDE, (const float *)desc->q + from[i] * TILED_STRIDE, TILED_STRIDE * sizeof *q);
+            }
+            one.rows = n;
+            a.q = q;
+            a.y = turn ? y : alone;
+            a.y_stride = TILED_STRIDE;
+            memset(turn ? y : alone, 0, sizeof y);
+            t->be->attention(t->be, &one, &a);
+            if (!turn) continue;
+            CHECK(memcmp(y + shift * TILED_STRIDE, alone, (size_t)((count - (turn == 2)) * TILED_STRIDE) * sizeof *y) == 0);
+            if (turn == 2) CHECK(memcmp(y + (n - 1) * TILED_STRIDE, alone + (count - 1) * TILED_STRIDE, TILED_STRIDE * sizeof *y) == 0);
+        }
+}
+
 /* 90 rows of two sequences, the second of which goes on behind another span, in one format and shape. extreme: 1 tiny, 2 infinite, 3 the largest values. */
 static void tiled_attention(const moq_kv_desc *d, int heads, int extreme, moq_act act)
 {
@@ -1921,6 +1951,10 @@ static void tiled_attention(const moq_kv_desc *d, int heads, int extreme, moq_ac
         check_tiled(t, d, &b, &h, &a, 1);
     } else {
         check_tiled(t, d, &b, &h, &a, 0);
+        a.wide = act == MOQ_ACT_AUTO; /* of a model that rounds nothing, beside another one that does */
+        check_tiled(t, d, &b, &h, &a, a.wide);
+        a.wide = 0;
+        for (int i = 0; i < 3; i++) check_tiled_alone(&t[i], &b, &a, 37);
         a.window = 70;
         a.sinks = sinks;
         check_tiled(t, d, &b, &h, &a, 0);
