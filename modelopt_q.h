@@ -17619,7 +17619,8 @@ MOQI_INLINE MOQI_VBMI void moqi_strip_indices(const moqi_amx_strips *s, const mo
 }
 
 /* E2M1 with E8M0: words whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0, for the difference saturates. Scales
-   below 2^-123 are not exact. */
+   below 2^-124 count as that, and tiles take products of weights below 2^-126 for 0: a weight is off by 2^-121 at most. To ask each scale when a layer is
+   prepared would read them all from the disk, for layers that no model has. */
 MOQI_VBMI static void moqi_strip_two_m4(moqi_strip_work *d)
 {
     const moqi_strip_pair t = moqi_strip_take(d, 4);
@@ -18586,9 +18587,11 @@ static const moqi_way moqi_slabs_way = {"INT8 tiles of codes", MOQI_SLABS, moqi_
 
        x'[block of 64 columns][32 even ones, 32 odd ones]     F16; behind them, as F32, the exponent that the sums lack
 
-   in the order in which two shifts give the codes. The order of sums is the same for any number of rows of x, and depends on no task. */
+   in the order in which two shifts give the codes. The order of sums is the same for any number of rows of x, and depends on no task. Sums of codes stay
+   below 2^30; with scales of groups up to 2^96 in them no sum leaves F32 whose result would not. */
 #ifdef MOQI_AMX_F16
-enum { MOQI_EIGHTS_MOST = 12 /* x is below 2^12 */, MOQI_EIGHTS_COLS = 131072 /* whose scales scratch memory holds */ };
+enum { MOQI_EIGHTS_MOST = 12 /* x is below 2^12 */, MOQI_EIGHTS_COLS = 131072 /* whose scales scratch memory holds */,
+       MOQI_EIGHTS_LIFT = 90 /* a larger exponent goes to the factor: sums times it might be too large for F32 where the result, times a scale, is not */ };
 
 MOQI_INLINE MOQI_HALVES __m512i moqi_half_fma_512(__m512i a, __m512i b, __m512i sum)
 {
@@ -18769,8 +18772,10 @@ static void moqi_eights_multiply(const moqi_way *way, const moqi_tiled *p, int64
         if (whole) moqi_row_scales(p, row, rows, one);
         for (int64_t t = 0; t < tokens; t++) {
             for (int64_t r = 0; r < rows; r++) sum[r] = acc[r * tokens + t];
-            moqi_eights_lift(sum, rows, e.x[t * ldx + behind]);
-            moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? one : NULL, mul, sum, rows, y + (j + t) * ldy);
+            const int up = (int)e.x[t * ldx + behind], most = (int)moqi_min(up, MOQI_EIGHTS_LIFT);
+            moqi_eights_lift(sum, rows, (float)most);
+            moqi_stream_give_512(p->bias ? p->bias + row : NULL, whole ? one : NULL, mul * moqi_bits_f32((uint32_t)(127 + up - most) << 23), sum, rows,
+                                 y + (j + t) * ldy);
         }
     }
 }

@@ -1165,6 +1165,50 @@ static void test_backend_far_scales(void)
     layer_free(&l);
 }
 
+/* Inputs so large that products with codes alone, before their scale, are near the end of F32 or beyond: results of a few rows that fit are right. FP8
+   weights of every kind of scale. (Many rows go through tiles, whose sums of codes times inputs have to fit.) */
+static void test_backend_far_inputs(void)
+{
+    enum { HEIGHT = 37, COLS = 640, ROWS = 4 };
+    static const int formats[] = {11, 12, 14, 15};
+    static float x[ROWS * COLS], y[ROWS * HEIGHT];
+    moq_error err;
+    for (size_t i = 0; i < MOQI_COUNT(formats); i++) {
+        layer l;
+        layer_make(&l, &layer_formats[formats[i]], HEIGHT, COLS);
+        double most = 0;
+        for (int j = 0; j < HEIGHT * COLS; j++) most = fmax(most, fabs(l.exact[j]));
+        for (int far_out = 0; far_out < 2; far_out++) {
+            const double size = far_out ? 4e35 / most : 1; /* sums of 640 products reach some 1e37 */
+            for (int j = 0; j < ROWS * COLS; j++) x[j] = (float)((double)test_normal() * fmin(size, 1e37));
+            for (int k = 0; moqi_get_kernels(k); k++) {
+                long wrong = 0;
+                moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_AUTO, 1);
+                moq_weight *w = be->prepare_linear(be, &l.w, 1, &err);
+                CHECK(w != NULL && be->reserve(be, ROWS, &err) == MOQ_OK);
+                for (int rows = 1; rows <= ROWS && w; rows++) {
+                    be->linear(be, w, x, rows, y);
+                    for (int j = 0; j < rows * HEIGHT; j++) {
+                        double want = 0, all = 0;
+                        for (int c = 0; c < COLS; c++) {
+                            const double v = l.exact[j % HEIGHT * COLS + c] * (double)x[j / HEIGHT * COLS + c];
+                            want += v;
+                            all += fabs(v);
+                        }
+                        wrong += !(fabs(want - (double)y[j]) <= all / 128);
+                    }
+                }
+                if (wrong) fprintf(stderr, "%s, %s, inputs about %g, weights up to %g: %ld wrong\n", moqi_get_kernels(k)->name, layer_formats[formats[i]].name,
+                                   fmin(size, 1e37), most, wrong);
+                CHECK_INT(wrong, 0);
+                be->release_weight(be, w);
+                moq_backend_destroy(be);
+            }
+        }
+        layer_free(&l);
+    }
+}
+
 /* A scale that is NaN with all bits set makes its rows NaN, whatever the kernel does with its bits. */
 static void test_backend_scale_of_ones(void)
 {
@@ -2309,6 +2353,7 @@ int main(int argc, char **argv)
     RUN(test_backend_copies);
     RUN(test_backend_foreseen);
     RUN(test_backend_far_scales);
+    RUN(test_backend_far_inputs);
     RUN(test_backend_scale_of_ones);
     RUN(test_backend_tall_low_rank);
     RUN(test_backend_few_rows_and_threads);
