@@ -1719,6 +1719,38 @@ static moq_result moqi_nomem(moq_error *err, uint64_t bytes)
     return moqi_fail(err, MOQ_E_NOMEM, moqi_at(NULL, NULL, NULL, -1), "out of memory: %llu bytes were refused; close what is not needed", (unsigned long long)bytes);
 }
 
+/* What stands after the last separator: files of a folder are named by it, so that messages are the same on every machine, through files and memory.
+   Trailing separators belong to the name before them. */
+static const char *moqi_base_name(const char *path)
+{
+    const char *base = path;
+    for (; *path; path++)
+        if ((*path == '/' || *path == '\\') && path[1] && path[1] != '/' && path[1] != '\\') base = path + 1;
+    return base;
+}
+
+enum { MOQI_PATH_SHOWN = 300 }; /* bytes of a path in a message */
+
+/* The last step of calls that take a path (r below 0: it failed): an error that begins with its base name then begins with the whole of it, so that a
+   caller with files in many folders sees which one is meant. err->file stays the base name, and a path that would cut the sentence is not told. */
+MOQI_UNUSED static moq_result moqi_name_path(const char *path, moq_result r, moq_error *err)
+{
+    char base[MOQI_PATH_SHOWN + 4], whole[MOQI_PATH_SHOWN + 4];
+    const char *from = moqi_base_name(path);
+    moqi_text b = {base, sizeof base, 0}, w = {whole, sizeof whole, 0};
+    if (r >= 0 || !err || from == path) return r;
+    moqi_put_escaped(&b, from, 90); /* as moqi_vfail does */
+    moqi_put_escaped(&w, path, MOQI_PATH_SHOWN);
+    moqi_text_end(&b);
+    moqi_text_end(&w);
+    if (w.need > MOQI_PATH_SHOWN || b.need == 0) return r;
+    while (b.need > 1 && (base[b.need - 1] == '/' || base[b.need - 1] == '\\')) { b.need--; w.need--; }
+    if (strncmp(err->text, base, b.need) != 0 || (err->text[b.need] != ':' && err->text[b.need] != '/')) return r;
+    const moq_error e = *err;
+    moqi_format(err->text, sizeof err->text, "%.*s%s", (int)w.need, whole, e.text + b.need);
+    return r;
+}
+
 static void moqi_clear(moq_error *err)
 {
     if (err) {
@@ -2092,37 +2124,7 @@ typedef struct moqi_writer {
     char path[4096], temp[4096 + 40];
 } moqi_writer;
 
-enum { MOQI_PATH_SHOWN = 300 }; /* bytes of a path in a message */
 enum { MOQI_NOTHING = 0, MOQI_IS_FILE, MOQI_IS_DIR, MOQI_IS_OTHER }; /* what a path leads to */
-
-/* What stands after the last separator: files of a folder are named by it, so that messages are the same on every machine, through files and memory.
-   Trailing separators belong to the name before them. */
-static const char *moqi_base_name(const char *path)
-{
-    const char *base = path;
-    for (; *path; path++)
-        if ((*path == '/' || *path == '\\') && path[1] && path[1] != '/' && path[1] != '\\') base = path + 1;
-    return base;
-}
-
-/* The last step of calls that take a path: an error that begins with its base name begins with the whole of it, so that a caller with files in
-   many folders sees which one is meant. err->file stays the base name, and so does the text of a path so long that it would cut the sentence. */
-MOQI_UNUSED static moq_result moqi_name_path(const char *path, moq_result r, moq_error *err)
-{
-    char base[MOQI_PATH_SHOWN + 4], whole[MOQI_PATH_SHOWN + 4];
-    const char *from = moqi_base_name(path);
-    moqi_text b = {base, sizeof base, 0}, w = {whole, sizeof whole, 0};
-    if (r >= 0 || !err || from == path) return r;
-    moqi_put_escaped(&b, from, 90); /* as moqi_vfail does */
-    moqi_put_escaped(&w, path, MOQI_PATH_SHOWN);
-    moqi_text_end(&b);
-    moqi_text_end(&w);
-    if (w.need > MOQI_PATH_SHOWN || b.need == 0 || strncmp(err->text, base, b.need) != 0) return r;
-    if (err->text[b.need] != ':' && err->text[b.need] != '/') return r;
-    const moq_error e = *err;
-    moqi_format(err->text, sizeof err->text, "%s%s", whole, e.text + b.need);
-    return r;
-}
 
 #ifndef MOQ_NO_OS
 /* A number of the system's in words, and what helps who wanted to write there; NULL: another place. */
@@ -2869,7 +2871,7 @@ MOQ_API char *moq_read_file(const char *path, uint64_t limit, const moq_allocato
     *bytes = 0;
     if (!path) { moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_read_file: path is NULL"); return NULL; }
     char *text = moqi_read_file(path, limit, a, bytes, err);
-    if (!text && err) moqi_name_path(path, err->code, err);
+    if (!text) moqi_name_path(path, MOQ_E_IO, err);
     return text;
 }
 
@@ -5586,7 +5588,7 @@ MOQ_API moq_st *moq_st_open(const char *path, const moq_open_desc *desc, moq_err
     const char *name = moqi_base_name(path);
     moq_st *st = NULL;
     if (moqi_blob_open(&blob, path, name, desc && desc->flags & MOQ_OPEN_READ, a, err) == MOQ_OK) st = moqi_st_make(&blob, name, a, err);
-    if (!st && err) moqi_name_path(path, err->code, err);
+    if (!st) moqi_name_path(path, MOQ_E_IO, err);
     return st;
 }
 
@@ -9886,7 +9888,6 @@ static moq_checkpoint *moqi_ck_finish(moq_checkpoint *ck, moq_result r, moq_erro
 static moq_checkpoint *moqi_open_quantized(const char *dir, const char *base, size_t base_bytes, const moq_open_desc *desc, moq_error *err);
 #endif
 
-/* Errors name the folder by its base name. */
 static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *desc, moq_error *err)
 {
 #ifdef MOQ_NO_OS
@@ -9894,13 +9895,11 @@ static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *de
     moqi_no_os(dir, err);
     return NULL;
 #else
-    size_t n = strlen(dir);
+    size_t n = strlen(dir), start;
     while (n > 1 && (dir[n - 1] == '/' || dir[n - 1] == '\\')) n--;
-    size_t start = n;
-    while (start > 0 && dir[start - 1] != '/' && dir[start - 1] != '\\') start--;
-    const char *base = dir + start;
+    for (start = n; start > 0 && dir[start - 1] != '/' && dir[start - 1] != '\\'; start--) {}
+    const char *base = dir + start, *foreign = moqi_foreign_name(base);
     if (!moqi_is_dir(dir)) {
-        const char *foreign = moqi_foreign_name(base);
         moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "%s%s%s",
                   moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint"
                                         : "no such folder; name one with config.json and .safetensors files, with its whole path or as seen from the current folder",
@@ -9925,9 +9924,8 @@ static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *de
 MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err)
 {
     moqi_clear(err);
-    if (!dir) { moq_fail(err, MOQ_E_ARG, "moq_open", "dir is NULL"); return NULL; }
-    moq_checkpoint *ck = moqi_open_folder(dir, desc, err);
-    if (!ck && err) moqi_name_path(dir, err->code, err);
+    moq_checkpoint *ck = dir ? moqi_open_folder(dir, desc, err) : NULL;
+    if (!ck) moqi_name_path(dir ? dir : "", dir ? MOQ_E_IO : moq_fail(err, MOQ_E_ARG, "moq_open", "dir is NULL"), err);
     return ck;
 }
 
@@ -19758,6 +19756,30 @@ static int64_t moqi_attend_from(const moqi_attending *t, int64_t r)
     return moqi_attend_first(t->a, t->b->pos[r]);
 }
 
+/* Rows from `row` on of one slot. */
+static int64_t moqi_attend_run(const moqi_attending *t, int64_t row, int64_t end)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t n = 1;
+    while (row + n < end && t->b->slot[row + n] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + n)) n++;
+    return n;
+}
+
+/* Rows of a slot, counted in their order in the call wherever they stand: each 16 of which there are 8 or more go by tiles. Returns how many of those
+   come from `row` on; 0 or fewer: `row` is none of them, and none behind it. */
+static int64_t moqi_attend_by_tiles(const moqi_attending *t, int64_t row)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    int64_t before = 0, all = 0;
+    if (!t->tiles || t->b->rows < MOQI_ATTEND_TILES) return 0;
+    for (int64_t r = 0; r < t->b->rows; r++) {
+        if (t->b->slot[r] != t->b->slot[row] || !moqi_kv_holds(c, t->b, r)) continue;
+        before += r < row;
+        all++;
+    }
+    return all - (all % MOQI_ATTEND_ROWS < MOQI_ATTEND_TILES ? all % MOQI_ATTEND_ROWS : 0) - before;
+}
+
 /* The queries times the scale of the scores: q [n padded, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
 static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t dim, float *q)
 {
@@ -21938,30 +21960,6 @@ static void moqi_cpu_kv_write(moq_backend *be, moq_kv_cache *cache, int32_t slot
     (void)be;
     for (int i = 0; i < 2; i++)
         for (size_t h = 0; h < heads; h++, from += rows * c->row_bytes[i]) moqi_kv_rows(c, i, slot, (int64_t)h, rows, from, 1);
-}
-
-/* Rows from `row` on of one slot. */
-static int64_t moqi_attend_run(const moqi_attending *t, int64_t row, int64_t end)
-{
-    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t n = 1;
-    while (row + n < end && t->b->slot[row + n] == t->b->slot[row] && moqi_kv_holds(c, t->b, row + n)) n++;
-    return n;
-}
-
-/* Rows of a slot, counted in their order in the call wherever they stand: each 16 of which there are 8 or more go by tiles. Returns how many of those
-   come from `row` on; 0 or fewer: `row` is none of them, and none behind it. */
-static int64_t moqi_attend_by_tiles(const moqi_attending *t, int64_t row)
-{
-    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t before = 0, all = 0;
-    if (!t->tiles || t->b->rows < MOQI_ATTEND_TILES) return 0;
-    for (int64_t r = 0; r < t->b->rows; r++) {
-        if (t->b->slot[r] != t->b->slot[row] || !moqi_kv_holds(c, t->b, r)) continue;
-        before += r < row;
-        all++;
-    }
-    return all - (all % MOQI_ATTEND_ROWS < MOQI_ATTEND_TILES ? all % MOQI_ATTEND_ROWS : 0) - before;
 }
 
 /* A block of rows for up to 16 heads of one kv head: runs of rows of one slot share the unpacked keys and values. With spans side by side,

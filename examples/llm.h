@@ -13724,7 +13724,8 @@ static void llmi_state_numbers(const llm *m, uint64_t v[LLMI_STATE_FIELDS])
 {
     const uint64_t all[LLMI_STATE_FIELDS] = {
         (uint64_t)m->mode, (uint64_t)m->phase, (uint64_t)m->answered, m->done, m->answer, m->from, m->from_bytes, m->random, (uint64_t)m->ready,
-        (uint64_t)(m->row == m->rows ? LLMI_NOT_RUN : m->picked ? LLMI_CHOSEN : LLMI_TO_CHOOSE), m->ids.count, m->turns.count / sizeof(llmi_turn), m->words.count, m->text.count, m->raw.count, m->piece.count,
+        (uint64_t)(m->row == m->rows ? LLMI_NOT_RUN : m->picked ? LLMI_CHOSEN : LLMI_TO_CHOOSE), m->ids.count, m->turns.count / sizeof(llmi_turn),
+        m->words.count, m->text.count, m->raw.count, m->piece.count,
         m->stops.count, m->tokens.count};
     memcpy(v, all, sizeof all);
 }
@@ -13872,7 +13873,8 @@ static moq_result llmi_check_numbers(const llm *m, const llmi_saved *s, moq_erro
 {
     const uint64_t *v = s->v;
     size_t context = (size_t)m->model->c.context;
-    int good = v[0] <= LLMI_MODE_RAW && v[1] <= LLMI_ANSWER && v[2] <= 1 && v[8] <= 1 && v[9] <= (uint64_t)(m->model->stateful ? LLMI_TO_CHOOSE : LLMI_CHOSEN) && v[3] <= v[10] && v[4] <= v[10] && v[5] <= v[10] &&
+    const uint64_t held = (uint64_t)(m->model->stateful ? LLMI_TO_CHOOSE : LLMI_CHOSEN);
+    int good = v[0] <= LLMI_MODE_RAW && v[1] <= LLMI_ANSWER && v[2] <= 1 && v[8] <= 1 && v[9] <= held && v[3] <= v[10] && v[4] <= v[10] && v[5] <= v[10] &&
                (v[17] == 0 || m->house->desc.logprobs) && v[17] % sizeof(llm_token) == 0 && v[6] <= SIZE_MAX / 4;
     if (v[3] > context) /* tokens that were not read yet may be more: a conversation whose context is full can be saved, and stays full */
         return moq_fail(err, MOQ_E_STATE, "state", "it holds %llu tokens, the context %zu; open with a larger llm_desc.context", (unsigned long long)v[3], context);

@@ -571,11 +571,24 @@ if [ -w /dev/full ]; then
         "$moq" $full >/dev/full 2>"$dir/err" </dev/null; code=$?
         check "no space for what ${full%% *} prints" is 2
     done
+    head -c 100000 "$demo/model.safetensors" >"$dir/short.safetensors"
+    "$moq" verify "$dir/short.safetensors" >/dev/full 2>"$dir/err" </dev/null; code=$?
+    check "no space for what verify finds" is 2
 fi
 for empty in "" "  "; do
     run run "$demo" --prompt "$empty"
     check "an empty prompt" refused "prompt is empty"
 done
+run run "$demo" --prompt hello --seed 3 --max-tokens 1
+check "--seed without --temp" err "note: --seed changes nothing without --temp"
+run run "$demo" --prompt hello --json-schema nowhere.json
+check "a file that is not there" refused "nowhere.json: no such file; name it with its whole path"
+run verify /dev/null
+check "verify of a device" refused "/dev/null: is a device or a pipe; name a checkpoint folder"
+run verify /dev/null --json
+check "verify --json of a device" refused "/dev/null: is a device or a pipe"
+run logits "$demo" --tokens "$dir/none.txt" --out "$dir/never.safetensors"
+check "text where token ids belong" refused "none.txt: is text by its name.*moq tokenize"
 run run "$demo"
 check "nothing on standard input" refused "no prompt on standard input"
 run run "$demo" --prompt "$(printf 'm\303\050g')"
@@ -983,6 +996,8 @@ check "selftest" is 0
 check "selftest: last line" last '^[1-9][0-9]* passed, 0 failed$'
 run selftest --json
 check "selftest --json is JSON" json
+run selftest --backend gpu
+check "selftest of no backend" refused "--backend is cpu, cuda or cuda:N, not 'gpu'"
 
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

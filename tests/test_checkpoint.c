@@ -550,6 +550,8 @@ static void test_checkpoint_config_rows(void)
     snprintf(path, sizeof path, "%s/config.json", f.path);
     CHECK(moq_open(path, NULL, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "is a file"));
     CHECK(moq_open("/no/such/folder", NULL, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "folder"));
+    CHECK(strncmp(e.text, "/no/such/folder: no such folder;", 32) == 0);
+    CHECK(moq_open("no/such/folder//", NULL, &e) == NULL && strncmp(e.text, "no/such/folder//: no such folder;", 33) == 0);
     CHECK(moq_open(NULL, NULL, &e) == NULL && e.code == MOQ_E_ARG);
     CHECK(moq_open_memory(NULL, 0, NULL, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "among the 0 files given"));
     CHECK(moq_open_memory(NULL, 2, NULL, &e) == NULL && e.code == MOQ_E_ARG);

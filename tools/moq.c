@@ -764,12 +764,15 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     return 0;
 }
 
+#define NAME_A_FILE "name it with its whole path or as seen from the current folder"
+
 /* A whole file that the user named, NUL-terminated, or NULL after an error line. Release with free_file. */
 static char *read_input(const char *path, size_t *bytes)
 {
     moq_error err;
     char *text = moq_read_file(path, (uint64_t)1 << 40, NULL, bytes, &err);
-    if (!text) refuse_error(path, &err);
+    if (!text && err.code == MOQ_E_NOTFOUND) refuse("%s: no such file; " NAME_A_FILE, path);
+    else if (!text) refuse_error(path, &err);
     return text;
 }
 
@@ -908,6 +911,8 @@ static int read_tokens(token_rows *t, const char *text)
         free(ids);
         return 0;
     }
+    if (!hash && (ends_with(text, ".txt") || ends_with(text, ".jsonl")))
+        return refuse("%s: is text by its name, and this takes token ids: 1,2,3, FILE.json or FILE.json#KEY; `moq tokenize DIR --file F` makes them", text);
     if (!hash && !strstr(text, ".json"))
         return refuse("'%s' %s; ids are 1,2,3 or in FILE.json or FILE.json#KEY, text is read from .jsonl and .txt files where the verb takes it", text,
                       stat(text, &info) != 0 ? "is no list of token ids, and there is no such file" : S_ISDIR(info.st_mode) ? "is a folder"
@@ -1605,6 +1610,7 @@ static int verify_path(const options *o, verdict *v)
     if (stat(path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", path, strerror(errno));
     memset(&err, 0, sizeof err);
     folder = S_ISDIR(info.st_mode);
+    if (!folder && !S_ISREG(info.st_mode)) return refuse("%s: is a device or a pipe; name a checkpoint folder or a .safetensors file", path);
     if (folder) {
         moq_checkpoint *ck = open_folder(path, 1, NULL, 0, &err);
         if (ck) moq_verify(ck, o->deep ? (uint32_t)MOQ_VERIFY_DEEP : 0, report_finding, v, &err);
@@ -1632,7 +1638,7 @@ static int verb_verify(const options *o)
     v.fatal = 0;
     if (o->json) {
         struct stat info;
-        if (stat(v.path, &info) != 0) return refuse("%s: %s; name a checkpoint folder or a .safetensors file", v.path, strerror(errno));
+        if (stat(v.path, &info) != 0 || !(S_ISDIR(info.st_mode) || S_ISREG(info.st_mode))) return verify_path(o, &v);
         json_open(&j, NULL, '{');
         json_open(&j, "findings", '[');
     }
@@ -2682,6 +2688,7 @@ static int verb_run(const options *o)
     if (!bad && o->prompt && is_blank(o->prompt) && !o->raw) bad = refuse("--prompt is empty; give it a text");
     if (!bad && !(o->temp > 0) && (o->top_k || o->top_p > 0 || o->min_p > 0))
         fputs("moq: note: --top-k, --top-p and --min-p change nothing without --temp: the likeliest token is always taken\n", stderr);
+    else if (!bad && !(o->temp > 0) && o->seed) fputs("moq: note: --seed changes nothing without --temp: the likeliest token is always taken\n", stderr);
     if (!bad) bad = open_engine(&e, o, o->args[0], 0, 0);
     if (bad) {
         llm_grammar_destroy(grammar);
@@ -2765,6 +2772,7 @@ static int verb_tokenize(const options *o)
     llm_tokenizer *t;
     char *text;
     int bad = 0;
+    if (!from && errno == ENOENT) return refuse("%s: no such file; " NAME_A_FILE, o->file);
     if (!from) return refuse("%s: %s", o->file, strerror(errno));
     ck = open_folder(o->args[0], 0, NULL, 0, &err);
     t = ck ? llm_tokenizer_open(ck, &err) : NULL;
@@ -3125,7 +3133,8 @@ static const verb_row verb_table[] = {
      "Every recipe: what it quantizes, formats of weights and inputs, calibration, ModelOpt's name; and those of KV caches.", "moq recipes"},
     {"quantize", verb_quantize, 2, 2, "SRC DST --recipe R",
      "json recipe calib samples seq batch save-calibration calibration max-memory exclude rule format shard",
-     "Quantizes a float checkpoint folder as ModelOpt would write it; DST must not exist.\n"
+     "Quantizes a float checkpoint folder as ModelOpt would write it; DST must not exist. Layers of SRC that are quantized already (models that come\n"
+     "in FP8 or MXFP4 only) are decoded first, and a note says so.\n"
      "Recipes that search or scale inputs run the model on --calib D first, or take --calibration FILE with recorded values;\n"
      "weight-only and MX recipes need neither. Rows of .jsonl files (texts, or conversations in the folder's chat frame) and of\n"
      "lists of token lists end after --seq tokens; a .txt or a single list of tokens is cut into rows of that length.",
@@ -3205,11 +3214,11 @@ static int help_verb(const verb_row *v)
     return 0;
 }
 
-/* What goes to a full disk or a closed pipe is no result: 0 becomes a refusal. */
+/* What goes to a full disk or a closed pipe is no result: 0 becomes a refusal, and so does 1, whose findings are lost. */
 static int flushed(int bad)
 {
     int failed = fflush(stdout) != 0, before = !failed && ferror(stdout); /* of an earlier flush the reason is not known any more */
-    if (bad || (!failed && !before)) return bad;
+    if (bad == 2 || (!failed && !before)) return bad;
     return refuse("stdout: %s", before ? "cannot be written; is the disk full?" : strerror(errno));
 }
 

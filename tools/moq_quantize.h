@@ -333,7 +333,7 @@ static int verb_convert(const options *o)
     moq_convert_desc d;
     moq_error err;
     if (o->kv) return refuse("--kv is not for 'convert', which keeps the KV cache that the folder asks for; quantize writes another, run takes any");
-    if (!o->to) return refuse("convert needs --to modelopt or --to compressed-tensors");
+    if (!o->to) return refuse("convert needs --to modelopt, --to compressed-tensors or --to gpt-oss");
     memset(&d, 0, sizeof d);
     d.source = o->args[0];
     d.target = o->args[1];
