@@ -1393,6 +1393,32 @@ static void test_llm_backend_without_entries(void)
     moq_backend_destroy(be);
 }
 
+/* What a model computes does not depend on who was opened before it on the same backend: a float model whose layers round nothing, behind one that does. */
+static void test_llm_two_models(void)
+{
+    enum { LENGTH = 60, WORDS = 256 };
+    static float logits[2][LENGTH * WORDS];
+    int32_t ids[LENGTH];
+    moq_error e;
+    for (int i = 0; i < LENGTH; i++) ids[i] = (i * 37 + 5) % WORDS;
+    for (int second = 0; second < 2; second++) {
+        llm_desc d = plain_desc();
+        moq_backend *be = moq_cpu_backend(NULL, &e);
+        llm *other = NULL, *m;
+        CHECK(be != NULL);
+        d.backend = be;
+        d.path = golden("modelopt/llama-nvfp4");
+        if (second) CHECK((other = llm_open(&d, &e)) != NULL && other->model->rounds);
+        d.path = golden("sources/llama");
+        CHECK((m = llm_open(&d, &e)) != NULL && !m->model->rounds);
+        if (m) CHECK_INT(llm_forward(m, 0, ids, LENGTH, 0, logits[second], NULL, &e), MOQ_OK);
+        llm_close(m);
+        llm_close(other);
+        moq_backend_destroy(be);
+    }
+    CHECK(memcmp(logits[0], logits[1], sizeof logits[0]) == 0);
+}
+
 static int stop_at_layer(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
     (void)user;
@@ -1936,6 +1962,7 @@ int main(int argc, char **argv)
     RUN(test_llm_narrow_experts);
     RUN(test_llm_forward_refusals);
     RUN(test_llm_backend_without_entries);
+    RUN(test_llm_two_models);
     RUN(test_llm_open_cancelled);
     RUN(test_llm_open_out_of_memory);
     RUN(test_llm_sample_greedy);
