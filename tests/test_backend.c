@@ -271,15 +271,15 @@ static void layer_poison(layer *l, int64_t row)
 }
 
 /* Rows of x for which AMX takes strips of every kind, in one part and in two, and in four tiles of weights; more columns than go at once, even and odd chunks
-   of them, less than one; then a scale or a code that is no number, which no other row may see. */
+   of them, less than one, rows in one block that end in one tile, two, four; then a scale or a code that is no number, which no other row may see. */
 static void strip_rows(moq_backend *be, const char *name)
 {
-    static const int cols[] = {4240, 144, 4240, 288, 96, 624, 16656, 8208, 272, 592}, rows[] = {70, 128, 20, 50, 20, 200, 20, 40, 129, 300};
+    static const int cols[] = {4240, 144, 4240, 288, 96, 624, 16656, 8208, 272, 592, 576, 48, 1600}, rows[] = {70, 128, 20, 50, 20, 200, 20, 40, 129, 300, 177, 529, 21};
     static const int formats[] = {4, 12, 16, 8, 15, 14, 16, 24, 22, 30, 31, 25, 2}; /* 4 bits with groups of 32, 64 and 128, with zero points and without; BF16 */
     enum { KINDS = MOQI_COUNT(formats), BYTES = 2, PLAIN = KINDS - 1 };
     moq_error err;
     int rounded = 0;
-    CHECK(be->reserve(be, 300, &err) == MOQ_OK);
+    CHECK(be->reserve(be, 530, &err) == MOQ_OK);
     for (size_t i = 0; i < KINDS * MOQI_COUNT(cols); i++) {
         const int kind = (int)(i % KINDS), m = rows[i / KINDS];
         layer l;
