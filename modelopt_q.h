@@ -16819,9 +16819,10 @@ typedef struct moqi_strip_shape {
     int8_t bits;              /* of a code */
     int8_t tiles;             /* of the words of a vector of codes the i-th is word i / tiles of tile i % tiles */
     int8_t lacks;             /* the exponent that the weights in tiles, and so the sums, lack */
+    uint8_t least;            /* columns after which a row of tiles may end */
 } moqi_strip_shape;
-static const moqi_strip_shape moqi_strip_shapes[] = {{4, 4, MOQI_AMX_HALF}, {8, 2, MOQI_AMX_EIGHT}, {8, 1, 0}, {4, 4, 2}, {4, 4, 0}, {8, 2, 8}, {8, 2, 0},
-                                                     {8, 2, MOQI_AMX_WHOLE}, {16, 1, 0}, {16, 1, 0}, {0, 0, 0}};
+static const moqi_strip_shape moqi_strip_shapes[] = {{4, 4, MOQI_AMX_HALF, 64}, {8, 2, MOQI_AMX_EIGHT, 64}, {8, 1, 0, 64}, {4, 4, 2, 128}, {4, 4, 0, 128},
+                                                     {8, 2, 8, 64}, {8, 2, 0, 64}, {8, 2, MOQI_AMX_WHOLE, 64}, {16, 1, 0, 32}, {16, 1, 0, 32}, {0, 0, 0, 128}};
 
 /* What strips decode of a layer whose inputs may be BF16. */
 static int moqi_amx_strip_of(const moqi_tiled *p)
@@ -17294,10 +17295,10 @@ static const moqi_way moqi_amx_way_i8 = {"INT8 tiles", 4, moqi_amx_takes_i8, moq
    scales of its own in F32, for INT8 with one scale for each row, for BF16 with inputs in BF16 or F32; as bytes for INT8 with such inputs.
    ------------------------------------------------------------------------------------------------ */
 
-/* A block is 32 or 64 rows of weights by 512 bytes: 256 columns of pairs, 512 of bytes. Rows of weights are rows of tiles, so codes need no turning; x is
-   the other operand, words of columns by rows of x. Weights come from the first-level cache; x comes from the second-level cache and is loaded past the
-   first, where it would take the weights' place. After a block the sums make room for the next: one tile at a time, right before the product that needs
-   its place, so that the others go on meanwhile. */
+/* A block is 32 or 64 rows of weights by 512 bytes (256 columns of pairs, 512 of bytes), of short rows by all of them. Rows of weights are rows of tiles, so
+   codes need no turning; x is the other operand, words of columns by rows of x. Weights come from the first-level cache; x comes from the second-level cache
+   and is loaded past the first, where it would take the weights' place. After a block the sums make room for the next: one tile at a time, right before the
+   product that needs its place, so that the others go on meanwhile. */
 #ifdef MOQI_AMX
 enum {
     MOQI_STRIP_X = 262144,    /* words of x in one go, which stay in the second-level cache: 1 MB */
@@ -17309,7 +17310,10 @@ enum {
     MOQI_STRIP_MANY = 256,    /* rows of F32 in one go: their parts and sums stay in the second-level cache beside what is asked for; measured 30 ms for 512
                                  rows where twice as many in one go take 36 */
     MOQI_STRIP_ROWS = 64,     /* of a block, at most */
-    MOQI_STRIP_WORDS = 128    /* of a row of it, in 8 tiles */
+    MOQI_STRIP_WORDS = 128,   /* of a row of it, in 8 tiles */
+    MOQI_STRIP_SHORT = 20     /* tiles of a row of weights up to which a block has all of them for more rows of x, too, two tiles by two: in 40 KB of the
+                                 first-level cache. Its sums never come back. It is decoded where the last one was, which takes less time than beside the
+                                 products: measured 23.0 and 27.4 ms for 30 layers of 3072x576 with 256 rows of x */
 };
 
 static int moqi_strip_kind(const moqi_tiled *p, const moqi_way *way)
@@ -17322,6 +17326,9 @@ static int moqi_strip_parts(int kind) { return kind == MOQI_STRIP_B16_F32 ? 3 : 
 
 /* Where a block begins: row of the task, column of the layer. */
 typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
+
+/* Four tiles of sums, [2 of weights][2 of x][16 rows of weights][16 rows of x]: of 32 rows of the task from `row` on, and of 32 rows of x from `first` on. */
+typedef struct moqi_strip_sums { const float *at; int64_t row, first; } moqi_strip_sums;
 
 /* Rows of weights times rows of x, up to MOQI_WAY_TOKENS. */
 struct moqi_strip_work;
@@ -17339,14 +17346,19 @@ typedef struct moqi_amx_strips {
     int64_t ldx, m;
     float *y;
     int64_t ldy;
-    int64_t high, wide;       /* rows of a block; columns in one go */
+    int64_t high, across, wide; /* rows and columns of a block; columns in one go */
     int64_t each, groups;     /* rows of x that a block takes at a time, and how many times */
-    uint32_t *tiles;          /* two blocks of 32 rows or one of 64: [2][rows / 16][8][16][16] */
-    float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights */
+    uint32_t *tiles;          /* two blocks of 32 rows, one of 64, or a longer one of 32: [2][rows / 16][half / 256][16][16] */
+    int64_t half;             /* words of 16 rows of a block */
+    moqi_strip_at piece;      /* 8 tiles of rows of a block: those that are decoded */
+    uint32_t *to;             /* where they begin */
+    float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights; of short rows two of
+                                 these groups in turn */
+    moqi_strip_sums held;     /* sums that are complete, and there once `last` has its tiles; NULL: none */
     float *last;              /* where the sums belong that are in tiles; NULL: there are none */
     float mul[MOQI_WAY_ROWS]; /* the factors of rows; NaN with a scale that is none */
     uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
-    uint16_t masks[2][32], group[4][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales are those of 128 columns each */
+    uint16_t masks[2][32], group[5][32]; /* what stays of a product, the high bytes; which of two rows of 16 scales 128 columns of one have, 64 of both */
     uint16_t lanes[32] MOQI_ALIGNED, upper[32]; /* which 16 columns of 64 a word is of; where the upper halves of 32 bits are */
     uint8_t words[64] MOQI_ALIGNED; /* MOQI_STRIP_M4: the table of the codes' values, 2^125 times too large, twice */
     uint8_t twice[2][64], place[64], bytes_of[64]; /* every other byte of 16 twice; what an index has beside the code; where tables come from, 32 bits each */
@@ -17356,12 +17368,13 @@ typedef struct moqi_amx_strips {
     uint8_t eights[2][256] MOQI_ALIGNED; /* [group] tables of E4M3 times the scale */
 } moqi_amx_strips;
 
-/* The block that is decoded, and the codes and scales that are asked for meanwhile. */
+/* The piece of a block that is decoded, and the codes and scales that are asked for meanwhile. */
 typedef struct moqi_strip_work {
     const uint8_t *codes, *groups; /* of the next row */
     uint32_t *to;
+    int64_t down;             /* words from the end of 16 rows to the next 16, less those of a tile */
     int64_t row_bytes, group_bytes, row, rows;
-    int64_t left, count;      /* columns (of 16 bits: bytes) and groups to the end of the layer */
+    int64_t left, count;      /* bytes of codes and groups to the end of the layer */
     float *mul;
     const uint8_t *ask, *ask_groups; /* lines that are asked for with the next two rows */
     int64_t ask_row, ask_group; /* bytes from those of a row to the next row's */
@@ -17369,7 +17382,7 @@ typedef struct moqi_strip_work {
     int64_t apart;            /* 0, or lines are asked for in four streams, so many bytes from each other */
 } moqi_strip_work;
 
-/* Columns of a block, and the bytes of their codes. */
+/* Columns of a piece, and the bytes of their codes. */
 static int64_t moqi_strip_cols(const moqi_amx_strips *s) { return MOQI_STRIP_WORDS * s->unit; }
 static int64_t moqi_strip_size(const moqi_amx_strips *s, int64_t cols) { return cols * moqi_strip_shapes[s->kind].bits / 8; }
 
@@ -17386,7 +17399,7 @@ static int64_t moqi_strip_word(const moqi_amx_strips *s, int64_t col) { return c
 static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
 {
     const int64_t from = at->col / s->wide * s->wide;
-    at->col += moqi_strip_cols(s);
+    at->col += s->across;
     if (at->col < moqi_min(from + s->wide, s->p->layer.cols)) return 1;
     at->col = from;
     at->row += s->high;
@@ -17396,7 +17409,7 @@ static int moqi_strip_step(const moqi_amx_strips *s, moqi_strip_at *at)
     return at->col < s->p->layer.cols;
 }
 
-/* What is asked for beside this block: its columns of the rows below, of the first rows where the columns in one go change, at last of the next task. Where
+/* What is asked for beside this piece: its columns of the rows below, of the first rows where the columns in one go change, at last of the next task. Where
    columns in one go are whole rows, those below are asked for as four streams: the hardware follows each of them by itself, and what it has brought nearer
    holds one of few miss buffers for a short time. */
 static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at)
@@ -17418,7 +17431,7 @@ static void moqi_strip_want(const moqi_amx_strips *s, moqi_strip_work *d, moqi_s
     d->ask_groups = moqi_strip_groups(s, row, col) + (whole ? past * s->high * s->under : 0);
 }
 
-/* The block at `at` is decoded next, to `to`. */
+/* The piece at `at` is decoded next, to `to`. */
 static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *to)
 {
     const moqi_tiled *p = s->p;
@@ -17428,18 +17441,32 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->count = p->groups - moqi_stream_group(p, at.col);
     s->zeros = p->zeros ? p->zeros + (s->row + at.row) * p->groups + moqi_stream_group(p, at.col) : NULL;
     moqi_strip_want(s, d, at);
+    s->piece = at;
+    s->to = to;
     s->first = s->row + at.row;
     s->col = at.col;
     d->row_bytes = p->row_bytes;
     d->codes = p->codes + (s->row + at.row) * p->row_bytes + moqi_strip_size(s, at.col);
     d->to = to;
+    d->down = s->half - 256;
     d->row = 0;
     d->rows = moqi_min(s->high, s->rows - at.row);
-    d->left = (p->layer.cols - at.col) * (moqi_strip_shapes[s->kind].bits == 16 ? 2 : 1);
+    d->left = ((p->layer.cols - at.col) * moqi_strip_shapes[s->kind].bits + 7) / 8;
     d->mul = s->mul + at.row;
     if (s->kind == MOQI_STRIP_S8) s->same = moqi_stream_scale_at(p, s->first) == moqi_stream_scale_at(p, s->first + d->rows - 1);
     if (!s->bytes) return;
     d->groups = moqi_strip_groups(s, s->first, at.col);
+}
+
+/* The next piece of a block, once one is decoded; 0: there is none. */
+static int moqi_strip_piece(moqi_amx_strips *s, moqi_strip_work *d)
+{
+    moqi_strip_at at = s->piece;
+    at.col += moqi_strip_cols(s);
+    if (at.col % s->across == 0 || at.col >= s->p->layer.cols) return 0;
+    s->to += 2048;
+    moqi_strip_begin(s, d, at, s->to);
+    return 1;
 }
 
 /* The next lines of those. */
@@ -17455,16 +17482,8 @@ MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d, int kind)
     d->ask_groups += 2 * d->ask_group;
 }
 
-/* What 256 columns of a row have before the layer ends, and zeros. */
-static void moqi_strip_tail(const uint8_t *codes, const uint8_t *groups, int64_t left, int64_t count, uint8_t *to)
-{
-    memset(to, 0, 144);
-    memcpy(to, codes, (size_t)((left + 1) / 2));
-    memcpy(to + 128, groups, (size_t)moqi_min(16, count));
-}
-
 /* The tables of decoding in registers, because the compiler would make constants anew for every row. */
-typedef struct moqi_strip_values { __m512i values, keep, top, group[4]; } moqi_strip_values;
+typedef struct moqi_strip_values { __m512i values, keep, top, group[5]; } moqi_strip_values;
 
 MOQI_INLINE MOQI_AVX512 moqi_strip_values moqi_strip_load(const moqi_amx_strips *s)
 {
@@ -17472,7 +17491,7 @@ MOQI_INLINE MOQI_AVX512 moqi_strip_values moqi_strip_load(const moqi_amx_strips 
     v.values = _mm512_loadu_si512(s->values);
     v.keep = _mm512_loadu_si512(s->masks[0]);
     v.top = _mm512_loadu_si512(s->masks[1]);
-    for (int i = 0; i < 4; i++) v.group[i] = _mm512_loadu_si512(s->group[i]);
+    for (int i = 0; i < 5; i++) v.group[i] = _mm512_loadu_si512(s->group[i]);
     return v;
 }
 
@@ -17481,53 +17500,64 @@ MOQI_INLINE void moqi_strip_next(moqi_strip_work *d)
 {
     d->row += 2;
     d->codes += 2 * d->row_bytes;
-    d->to += d->row % 16 ? 32 : 32 + 2048 - 256;
+    d->to += d->row % 16 ? 32 : 32 + d->down;
 }
 
-/* 256 columns of two rows, 64 bytes of each in each of 8 tiles: of 128 columns 4 i + j is number i in this row of the j-th of four. Past the last group
-   scales are 0; past the last row it comes again. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_strip_values *v)
-{
-    const int two = d->row + 1 < d->rows;
-    const uint8_t *codes[2], *groups[2];
-    uint8_t copy[2][144];
-    codes[0] = d->codes;
-    groups[0] = d->groups;
-    codes[1] = two ? d->codes + d->row_bytes : d->codes;
-    groups[1] = two ? d->groups + d->group_bytes : d->groups;
-    if (d->left < 255) {
-        for (int r = 0; r < 2; r++) {
-            moqi_strip_tail(codes[r], groups[r], d->left, d->count, copy[r]);
-            codes[r] = copy[r];
-            groups[r] = copy[r] + 128;
-        }
-    }
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)groups[0])),
-                                                 _mm_loadu_si128((const __m128i *)(const void *)groups[1]), 1);
-    __mmask32 nan;
-    const __m512i f = moqi_stream_halves_of_512(both, &nan);
-    if (nan & 0xffff) d->mul[d->row] = moqi_bits_f32(0x7fc00000);
-    if (nan >> 16) d->mul[d->row + two] = moqi_bits_f32(0x7fc00000);
-    MOQI_UNROLL
-    for (int i = 0; i < 4; i++) {
-        const __m512i c = _mm512_loadu_si512(codes[i / 2] + i % 2 * 64), by = _mm512_permutexvar_epi16(v->group[i], f);
-        const __m512i even = _mm512_permutexvar_epi8(c, v->values), odd = _mm512_permutexvar_epi8(_mm512_srli_epi16(c, 4), v->values);
-        const __m512i h[4] = {_mm512_slli_epi16(even, 8), _mm512_slli_epi16(odd, 8), _mm512_and_si512(even, v->top), _mm512_and_si512(odd, v->top)};
-        uint32_t *to = d->to + i % 2 * 1024 + i / 2 * 16;
-        MOQI_UNROLL
-        for (int j = 0; j < 4; j++)
-            _mm512_store_si512(to + 256 * j, _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], by), 3), v->keep));
-    }
-    d->groups += 2 * d->group_bytes;
-    moqi_strip_next(d);
-}
-
-/* The i-th 64 bytes of row r of two; none past the layer's last column. */
+/* The i-th 64 bytes of row r of two; none past the layer's last column. Past the last row it comes again. */
 MOQI_INLINE MOQI_AVX512 __m512i moqi_strip_codes(const moqi_strip_work *d, int64_t r, int64_t i)
 {
     const uint8_t *from = d->codes + (d->row + r < d->rows ? r * d->row_bytes : 0) + 64 * i;
     const int64_t n = d->left - 64 * i;
     return n >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(n > 0 ? ((__mmask64)1 << n) - 1 : 0, from);
+}
+
+/* The scales of 256 columns of row r of two, 0 past the last group. */
+MOQI_INLINE MOQI_AVX512 __m128i moqi_strip_scales(const moqi_strip_work *d, int64_t r)
+{
+    const void *from = d->groups + (d->row + r < d->rows ? r * d->group_bytes : 0);
+    return d->count >= 16 ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8((__mmask16)((1 << d->count) - 1), from);
+}
+
+/* Values in F16 of 64 bytes of codes, times scales: numbers 4 i + j are number i of w[j]. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_fours(const moqi_strip_values *v, __m512i c, __m512i by, __m512i *w)
+{
+    const __m512i even = _mm512_permutexvar_epi8(c, v->values), odd = _mm512_permutexvar_epi8(_mm512_srli_epi16(c, 4), v->values);
+    const __m512i h[4] = {_mm512_slli_epi16(even, 8), _mm512_slli_epi16(odd, 8), _mm512_and_si512(even, v->top), _mm512_and_si512(odd, v->top)};
+    MOQI_UNROLL
+    for (int j = 0; j < 4; j++) w[j] = _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], by), 3), v->keep);
+}
+
+/* 256 columns of two rows, 64 bytes of each in each of 8 tiles: of 128 columns 4 i + j is number i in this row of the j-th of four. Where the layer ends within
+   the first 64 of 128, these are two: 32 bytes for j, then as many for j + 1. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_strip_values *v)
+{
+    __mmask32 nan;
+    const __m512i f = moqi_stream_halves_of_512(_mm256_inserti128_si256(_mm256_castsi128_si256(moqi_strip_scales(d, 0)), moqi_strip_scales(d, 1), 1), &nan);
+    if (nan & 0xffff) d->mul[d->row] = moqi_bits_f32(0x7fc00000);
+    if (nan >> 16) d->mul[moqi_min(d->row + 1, d->rows - 1)] = moqi_bits_f32(0x7fc00000);
+    MOQI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        uint32_t *to = d->to + i % 2 * 1024 + i / 2 * 16;
+        __m512i w[4];
+        if (d->left - i % 2 * 64 <= 32) continue;
+        moqi_strip_fours(v, moqi_strip_codes(d, i / 2, i % 2), _mm512_permutexvar_epi16(v->group[i], f), w);
+        MOQI_UNROLL
+        for (int j = 0; j < 4; j++) _mm512_store_si512(to + 256 * j, w[j]);
+    }
+    for (int i = 0; i < 2; i++) {
+        const int64_t n = d->left - 64 * i;
+        if (n <= 0 || n > 32) continue;
+        const __m512i c = _mm512_inserti64x4(moqi_strip_codes(d, 0, i), _mm512_castsi512_si256(moqi_strip_codes(d, 1, i)), 1);
+        uint32_t *to = d->to + i * 1024;
+        __m512i w[4];
+        moqi_strip_fours(v, c, _mm512_permutexvar_epi16(_mm512_add_epi16(v->group[4], _mm512_set1_epi16((short)(8 * i))), f), w);
+        _mm512_store_si512(to, _mm512_shuffle_i64x2(w[0], w[1], 0x44));
+        _mm512_store_si512(to + 16, _mm512_shuffle_i64x2(w[0], w[1], 0xee));
+        _mm512_store_si512(to + 256, _mm512_shuffle_i64x2(w[2], w[3], 0x44));
+        _mm512_store_si512(to + 272, _mm512_shuffle_i64x2(w[2], w[3], 0xee));
+    }
+    d->groups += 2 * d->group_bytes;
+    moqi_strip_next(d);
 }
 
 /* 256 columns of E4M3 of two rows: of 64 columns 2 i + j is number i in this row of the j-th of two. */
@@ -17568,13 +17598,13 @@ typedef struct moqi_strip_pair {
     int64_t left;             /* bytes of codes to the end of the layer */
 } moqi_strip_pair;
 
-MOQI_INLINE moqi_strip_pair moqi_strip_take(moqi_strip_work *d, int bits)
+MOQI_INLINE moqi_strip_pair moqi_strip_take(moqi_strip_work *d)
 {
     moqi_strip_pair t;
     t.codes[0] = d->codes;
     t.codes[1] = d->row + 1 < d->rows ? d->codes + d->row_bytes : d->codes;
     t.to = d->to;
-    t.left = bits == 4 ? (d->left + 1) / 2 : d->left;
+    t.left = d->left;
     return t;
 }
 
@@ -17621,7 +17651,7 @@ MOQI_INLINE MOQI_VBMI void moqi_strip_indices(const moqi_amx_strips *s, const mo
    prepared would read them all from the disk, for layers that no model has. */
 MOQI_VBMI static void moqi_strip_two_m4(moqi_strip_work *d)
 {
-    const moqi_strip_pair t = moqi_strip_take(d, 4);
+    const moqi_strip_pair t = moqi_strip_take(d);
     const moqi_amx_strips *s = d->s;
     const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(254), _mm256_cvtepu8_epi16(moqi_strip_e8m0(d)));
     const __m512i down = _mm512_castsi256_si512(_mm256_slli_epi16(_mm256_min_epu16(k, _mm256_set1_epi16(251)), 7));
@@ -17653,7 +17683,7 @@ MOQI_INLINE MOQI_VBMI __m512i moqi_strip_table(__m512 bare, __m512i bytes, const
 /* Any 4 bits: what codes stand for in a group is a table; 128 columns are of four groups, of two or of one. */
 MOQI_INLINE MOQI_VBMI void moqi_strip_tabled(moqi_strip_work *d, int groups)
 {
-    const moqi_strip_pair t = moqi_strip_take(d, 4);
+    const moqi_strip_pair t = moqi_strip_take(d);
     const moqi_amx_strips *s = d->s;
     const moqi_tiled *p = s->p;
     const __mmask16 some = (__mmask16)((1 << moqi_min(d->count, 2 * groups)) - 1);
@@ -17694,7 +17724,7 @@ MOQI_VBMI static void moqi_strip_two_t4_32(moqi_strip_work *d) { moqi_strip_tabl
 /* E4M3 with E8M0: an F16 number as in moqi_strip_eights, its exponent that of the scale more unless it is 0. Scales below 2^-110 are 0. */
 MOQI_HALVES static void moqi_strip_two_m8(moqi_strip_work *d)
 {
-    const moqi_strip_pair t = moqi_strip_take(d, 8);
+    const moqi_strip_pair t = moqi_strip_take(d);
     const moqi_amx_strips *s = d->s;
     const __m512i magnitude = _mm512_set1_epi16((short)0xbfff), top = _mm512_set1_epi16((short)0xff00), keep = _mm512_set1_epi16((short)0x8fff);
     const __m512i half = _mm512_srli_epi16(_mm512_loadu_si512(s->lanes), 1), sign = _mm512_set1_epi8((char)0x80), size = _mm512_set1_epi16(0x7fff);
@@ -17773,7 +17803,7 @@ static void moqi_strip_blocks_of(moqi_amx_strips *s, int64_t row)
 /* E4M3 with scales of blocks: tables serve the rows of a block. What is no number, code or scale, makes words that are none. */
 MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
 {
-    const moqi_strip_pair t = moqi_strip_take(d, 8);
+    const moqi_strip_pair t = moqi_strip_take(d);
     moqi_amx_strips *s = d->s;
     for (int r = 0; r < 2; r++) {
         if (d->row + r == 0 || !s->same) moqi_strip_blocks_of(s, s->first + moqi_min(d->row + r, d->rows - 1));
@@ -17791,7 +17821,7 @@ MOQI_VBMI static void moqi_strip_two_s8(moqi_strip_work *d)
 /* INT8: what is its size is a subnormal number of F16, too. */
 MOQI_HALVES static void moqi_strip_two_w8(moqi_strip_work *d)
 {
-    const moqi_strip_pair t = moqi_strip_take(d, 8);
+    const moqi_strip_pair t = moqi_strip_take(d);
     const __m512i by = _mm512_set1_epi16(0x7800), low = _mm512_set1_epi16(0xff);
     const __m512i flip = _mm512_set1_epi8((char)(d->s->p->dtype == MOQ_U8 ? 0x80 : 0));
     MOQI_UNROLL
@@ -17820,11 +17850,12 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_decode(moqi_strip_work *d, const moqi_st
     else d->s->two(d);
 }
 
-/* All that is left of a block. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_rest(const moqi_amx_strips *s, moqi_strip_work *d, int kind, int ask)
+/* All that is left of a block, piece by piece. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_rest(moqi_amx_strips *s, moqi_strip_work *d, int kind, int ask)
 {
     const moqi_strip_values v = moqi_strip_load(s);
-    while (d->row < d->rows) moqi_strip_decode(d, &v, kind, ask);
+    do while (d->row < d->rows) moqi_strip_decode(d, &v, kind, ask);
+    while (moqi_strip_piece(s, d));
 }
 
 #endif
@@ -17898,7 +17929,8 @@ MOQI_INLINE MOQI_HALVES moqi_strip_work moqi_strip_steps(moqi_strip_work d, moqi
 /* Steps of the block at `at`. */
 static int64_t moqi_strip_count(const moqi_amx_strips *s, moqi_strip_at at)
 {
-    return moqi_min(8, moqi_ceil_div(s->p->layer.cols - at.col, 128) * 128 / (16 * s->unit));
+    const int64_t least = moqi_strip_shapes[s->kind].least;
+    return moqi_min(s->across, moqi_ceil_div(s->p->layer.cols - at.col, least) * least) / (16 * s->unit);
 }
 
 /* The block at `at` times all rows of x in one go, while another is decoded. */
@@ -17934,7 +17966,7 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_block(moqi_amx_strips *s, moqi_strip_wor
 /* A compiler that has all kinds in one function keeps the tables of none in registers. */
 typedef struct moqi_strip_form {
     void (*block)(moqi_amx_strips *s, moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles);
-    void (*rest)(const moqi_amx_strips *s, moqi_strip_work *d, int ask);
+    void (*rest)(moqi_amx_strips *s, moqi_strip_work *d, int ask);
     void (*two)(moqi_strip_work *d);
 } moqi_strip_form;
 
@@ -17943,7 +17975,7 @@ typedef struct moqi_strip_form {
     { \
         moqi_strip_block(s, work, at, tiles, kind); \
     } \
-    MOQI_HALVES static void moqi_strip_rest_##name(const moqi_amx_strips *s, moqi_strip_work *d, int ask) { moqi_strip_rest(s, d, kind, ask); }
+    MOQI_HALVES static void moqi_strip_rest_##name(moqi_amx_strips *s, moqi_strip_work *d, int ask) { moqi_strip_rest(s, d, kind, ask); }
 MOQI_STRIP_FORM(f4, MOQI_STRIP_F4)
 MOQI_STRIP_FORM(f8, MOQI_STRIP_F8)
 MOQI_STRIP_FORM(i8, MOQI_STRIP_I8)
@@ -18015,9 +18047,77 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_str
     }
     s->last = last;
 }
+
+/* 4 rows of y by 16 columns, the i-th of 16 such parts of complete sums. */
+MOQI_INLINE MOQI_AVX512 void moqi_strip_out(const moqi_amx_strips *s, const moqi_strip_sums *o, int64_t i)
+{
+    const int64_t first = o->first + i / 2 * 4, r = o->row + i % 2 * 16, count = s->m - first;
+    const float *at = o->at + i / 8 * 256 + i % 2 * 512 + i / 2 % 4 * 4;
+    if (count <= 0 || r >= s->rows) return;
+    const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
+    const __m512 mul = _mm512_loadu_ps(s->mul + r), bias = s->p->bias ? _mm512_maskz_loadu_ps(some, s->p->bias + s->row + r) : _mm512_setzero_ps();
+    const float *by = s->x + first / 16 * 16 * s->ldx + first % 16 * 16 + moqi_strip_word(s, moqi_ceil_div(s->p->layer.cols, 128) * 128);
+    float *y = s->y + first * s->ldy + r;
+    __m512 a[4], b[4];
+    MOQI_UNROLL
+    for (int k = 0; k < 4; k++, at += 16) {
+        a[k] = _mm512_castps128_ps512(_mm_load_ps(at));
+        a[k] = _mm512_mask_broadcast_f32x4(a[k], 0x00f0, _mm_load_ps(at + 64));
+        a[k] = _mm512_mask_broadcast_f32x4(a[k], 0x0f00, _mm_load_ps(at + 128));
+        a[k] = _mm512_mask_broadcast_f32x4(a[k], 0xf000, _mm_load_ps(at + 192));
+    }
+    b[0] = _mm512_unpacklo_ps(a[0], a[1]);
+    b[1] = _mm512_unpackhi_ps(a[0], a[1]);
+    b[2] = _mm512_unpacklo_ps(a[2], a[3]);
+    b[3] = _mm512_unpackhi_ps(a[2], a[3]);
+    MOQI_UNROLL
+    for (int k = 0; k < 4; k++, y += s->ldy) {
+        const __m512d lo = _mm512_castps_pd(b[k / 2]), hi = _mm512_castps_pd(b[k / 2 + 2]);
+        __m512 v = _mm512_castpd_ps(k % 2 ? _mm512_unpackhi_pd(lo, hi) : _mm512_unpacklo_pd(lo, hi));
+        const __m512 scale = _mm512_set1_ps(by[16 * k]);
+        if (k >= count) break;
+        v = s->kind == MOQI_STRIP_I8 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), scale) : _mm512_scalef_ps(v, scale);
+        _mm512_mask_storeu_ps(y, some, _mm512_fmadd_ps(v, mul, bias));
+    }
+}
+
+/* A block of 32 rows and all columns, two tiles of weights by two of x: all four are loaded before the first product, so that those of one step come while the
+   products of the step before go on. Beside them the sums of the 32 rows of x before become y. */
+MOQI_HALVES static void moqi_strip_block_whole(moqi_amx_strips *s, moqi_strip_at at, const uint32_t *tiles)
+{
+    const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at);
+    const int kind = s->kind, zero = 1, swap = 1;
+    for (int64_t i = 0; i < s->groups; i++) {
+        const int two = s->m - 32 * i > 16;
+        const float *xa = s->x + 2 * i * tile, *xb = two ? xa + tile : xa;
+        const moqi_strip_sums out = s->held;
+        float *last = s->last, *sums = s->sums + (last == s->sums ? 1024 : 0);
+        int64_t part = out.at ? 0 : 16;
+        for (int64_t j = 0; j < steps; j++) {
+            MOQI_STRIP_LOAD("tileloaddt1", "6", xa + 256 * j)
+            MOQI_STRIP_LOAD("tileloaddt1", "7", xb + 256 * j)
+            MOQI_STRIP_LOAD("tileloadd", "4", tiles + 256 * j)
+            MOQI_STRIP_LOAD("tileloadd", "5", tiles + s->half + 256 * j)
+            MOQI_STRIP_SWAP("0", 0)
+            MOQI_STRIP_TIMES("4", "6", "0")
+            MOQI_STRIP_SWAP("2", 2)
+            MOQI_STRIP_TIMES("5", "6", "2")
+            MOQI_STRIP_SWAP("1", 1)
+            if (two) MOQI_STRIP_TIMES("4", "7", "1")
+            MOQI_STRIP_SWAP("3", 3)
+            if (two) MOQI_STRIP_TIMES("5", "7", "3")
+            if (part < 16) moqi_strip_out(s, &out, part++);
+        }
+        for (; part < 16; part++) moqi_strip_out(s, &out, part);
+        s->last = sums;
+        s->held.at = sums;
+        s->held.row = at.row;
+        s->held.first = 32 * i;
+    }
+}
 #undef MOQI_STRIP_SWAP
 
-/* y once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart; lines of the next 16 are asked for. */
+/* y where sums come back, once all columns are in: 16 rows of it at a time, each in one run, because they lie far apart; lines of the next 16 are asked for. */
 MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
 {
     const moqi_tiled *p = s->p;
@@ -18041,10 +18141,17 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
     }
 }
 
-/* 128 columns of 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows. */
-MOQI_AVX512 static void moqi_strip_turn(const float *from, float *x, int kind)
+/* Up to 128 columns of 16 rows as they were arranged, 16 words of each in turn, to tiles of words by rows, the last 64 columns of 4-bit codes as
+   moqi_strip_rows has them. */
+MOQI_AVX512 static void moqi_strip_turn(const float *from, float *x, int64_t cols, int kind)
 {
     const int64_t n = kind == MOQI_STRIP_I8 ? 2 : 4 * moqi_strip_parts(kind), tiles = moqi_strip_shapes[kind].tiles;
+    if (kind == MOQI_STRIP_F4 && cols <= 64) {
+        float words[32][16] MOQI_ALIGNED;
+        for (int64_t q = 0; q < 2; q++) moqi_turn_512(from + q * 256, 16, words[16 * q], 16);
+        for (int64_t i = 0; i < 32; i++) _mm512_storeu_ps(x + i % 4 / 2 * 256 + (i % 2 * 8 + i / 4) * 16, _mm512_load_ps(words[i]));
+        return;
+    }
     for (int64_t q = 0; q < n; q++, from += 256) {
         float *to = x + q / tiles * tiles * 256 + q % tiles * (256 / tiles);
         if (tiles == 4) moqi_turn_apart_512(from, 16, to, 16, 4, 256);
@@ -18126,7 +18233,7 @@ MOQI_AVX512 static unsigned moqi_strip_arrange_once(const moqi_strip_input *r, f
             else if (r->most[i] < 255) moqi_amx_finite(place, r->x[i] + c, some, words + 16 * i, 256, r->up[i], sizes[i]);
             else moqi_pairs_row(r->p, r->x[i] + c, some, words + 16 * i, 256, r->up[i]);
         }
-        moqi_strip_turn(words, out, r->kind);
+        moqi_strip_turn(words, out, some, r->kind);
     }
     for (int64_t i = 0; i < r->rows; i++) {
         out[16 * i] = r->scale[i];
@@ -18173,6 +18280,7 @@ static void moqi_strip_tables(moqi_amx_strips *s)
         s->masks[0][i] = 0x8fff;
         s->masks[1][i] = 0xff00;
         for (int k = 0; k < 4; k++) s->group[k][i] = (uint16_t)(8 * k + i / 4);
+        s->group[4][i] = (uint16_t)(i / 16 * 16 + i % 16 / 4);
         s->lanes[i] = (uint16_t)(i / 8);
         s->upper[i] = (uint16_t)(2 * i + 1);
     }
@@ -18206,33 +18314,38 @@ static void moqi_strip_factors(moqi_amx_strips *s)
 /* All blocks, up to MOQI_WAY_TOKENS rows of x. */
 MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
 {
-    enum { BLOCK = MOQI_STRIP_ROWS / 2 * MOQI_STRIP_WORDS };
     moqi_strip_work d;
     moqi_strip_at at = {0, 0}, then;
     const moqi_strip_form *form = &moqi_strip_forms[s->kind];
-    const int few = s->m <= MOQI_STRIP_FEW;
-    s->each = few ? 32 : 16;
+    const int64_t all = moqi_ceil_div(s->p->layer.cols, 128) * 128;
+    const int few = s->m <= MOQI_STRIP_FEW, whole = !few && all <= MOQI_STRIP_SHORT * 16 * s->unit && moqi_strip_parts(s->kind) == 1;
+    s->across = whole ? all : moqi_strip_cols(s);
+    s->half = moqi_ceil_div(s->across, moqi_strip_cols(s)) * 2048;
+    s->each = few || whole ? 32 : 16;
     s->groups = moqi_ceil_div(s->m, s->each);
-    s->high = few ? 32 : (int64_t)MOQI_STRIP_ROWS;
-    s->wide = (few ? MOQI_STRIP_X / (32 * s->groups * moqi_strip_parts(s->kind)) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
+    s->high = few || whole ? 32 : (int64_t)MOQI_STRIP_ROWS;
+    s->wide = whole ? all : (few ? MOQI_STRIP_X / (32 * s->groups * moqi_strip_parts(s->kind)) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
     s->last = NULL;
+    s->held.at = NULL;
     s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? form->two : s->p->shift == 6 ? moqi_strip_two_t4_64 : moqi_strip_two_t4_32;
     s->size = moqi_strip_size(s, moqi_strip_cols(s));
     s->bytes = s->p->scales && s->p->groups > 1 && s->p->group_rows == 1 ? moq_dtype_bits(s->p->scale_dtype) / 8 : 0;
     s->under = (moqi_strip_cols(s) >> moqi_min(s->p->shift, 30)) * s->bytes;
     moqi_strip_begin(s, &d, at, s->tiles);
-    form->rest(s, &d, few);
+    form->rest(s, &d, few || whole);
     for (int more = 1, turn = 0; more; turn = few && !turn, at = then) {
-        uint32_t *tiles = s->tiles + (turn ? BLOCK : 0);
+        uint32_t *tiles = s->tiles + (turn ? 2 * s->half : 0);
         then = at;
         more = moqi_strip_step(s, &then);
-        if (!few) moqi_strip_block_high(s, &d, at, tiles);
-        if (more) moqi_strip_begin(s, &d, then, s->tiles + (few && !turn ? BLOCK : 0));
+        if (whole) moqi_strip_block_whole(s, at, tiles);
+        else if (!few) moqi_strip_block_high(s, &d, at, tiles);
+        if (more) moqi_strip_begin(s, &d, then, s->tiles + (few && !turn ? 2 * s->half : 0));
         if (few) form->block(s, &d, at, tiles);
-        else form->rest(s, &d, 0);
+        else form->rest(s, &d, whole && moqi_strip_asks(s->kind, 1));
     }
     MOQI_STRIP_STORE("0", s->last) MOQI_STRIP_STORE("1", s->last + 256) MOQI_STRIP_STORE("2", s->last + 512) MOQI_STRIP_STORE("3", s->last + 768)
-    moqi_strip_finish(s);
+    if (!whole) moqi_strip_finish(s);
+    for (int64_t part = 0; part < 16 && whole; part++) moqi_strip_out(s, &s->held, part);
 }
 
 /* As many columns of x in one go as stay in the second-level cache. */
@@ -18248,7 +18361,7 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
     s.ldx = ldx;
     s.ldy = ldy;
     s.tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
-    s.sums = (float *)(void *)(s.tiles + MOQI_STRIP_ROWS * MOQI_STRIP_WORDS);
+    s.sums = (float *)(void *)(s.tiles + moqi_ceil_div(MOQI_STRIP_SHORT, 8) * 4096);
     moqi_strip_tables(&s);
     moqi_strip_factors(&s);
     moqi_amx_configure(16, 16);
@@ -20992,7 +21105,7 @@ static void moqi_feed_turn(const moqi_tiled *p, int64_t m, int64_t first, float 
     float copy[4 * 3 * 256] MOQI_ALIGNED, *x = rows + first * moqi_feed_step(p, way);
     for (int64_t c = 0; c < p->layer.cols; c += 128, x += words) {
         memcpy(copy, x, (size_t)words * sizeof *x);
-        moqi_strip_turn(copy, x, kind);
+        moqi_strip_turn(copy, x, moqi_min(128, p->layer.cols - c), kind);
     }
 #else
     (void)p; (void)m; (void)first; (void)rows;
