@@ -2971,7 +2971,7 @@ typedef struct moqk_run {
     int32_t parts;
     moqk_run_part part[MOQK_RUN_PARTS];
     int32_t eager;             /* warps that ask for weights before x is there; those of the others would stand in its way */
-    int32_t wide, places;      /* 1: moqk_decode_wide; chunks of x that a way of it has room for */
+    int32_t wide;              /* 1: moqk_decode_wide */
     uint32_t tiles_magic;      /* 2^16 / warps of a way, rounded up */
     int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
 } moqk_run;
@@ -3164,36 +3164,25 @@ template <int FORM, int STEP> struct moqk_run_factors {
     }
 };
 
-enum { MOQK_RUN_SWIZZLED = 2 }; /* LATE, and x lies as moqk_wide_x puts it: blocks of 64 columns, 128 bytes a row, places of 16 bytes exchanged */
-
-/* One chunk of each of MT row tiles: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each
+/* One chunk of a row tile: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each
    product's x (4-bit floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit
    floats half a word and half of the next one: with all of a word, x would have to be moved. */
-template <int FORM, int STEP, int MT, int NB, int LATE>
-__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[MT][4], const uint2 (&bytes)[MT], const moqk_run_factors<FORM, STEP> (&h)[MT],
-                                               const uint32_t (&x)[NB], const uint32_t (&z)[MT][2], float (&acc)[MT][NB][4])
+template <int FORM, int STEP, int NB, int LATE>
+__device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes, const moqk_run_factors<FORM, STEP> &h, const uint32_t (&x)[NB],
+                                               const uint32_t (&z)[2], float (&acc)[NB][4])
 {
-    float sum[MT][NB][4];      /* products cut sums off instead of rounding them: short runs keep that below the error of x */
-    float2 f[MT];
-    uint32_t s[MT][2];         /* what moqk_run_pair takes */
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        f[m] = make_float2(1, 1);
-        s[m][0] = z[m][0];
-        s[m][1] = z[m][1];
-    }
+    float sum[NB][4];          /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+    float2 f = make_float2(1, 1);
+    uint32_t s[2] = {z[0], z[1]}; /* what moqk_run_pair takes */
 #pragma unroll
     for (int b = 0; b < 4; b++) {
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-            if constexpr (FORM <= MOQK_MXFP4 && LATE) {
-                const uint32_t both = moqk_scale_both<FORM>(b < 2 ? bytes[m].x : bytes[m].y, b & 1);
-                s[m][0] = moqk_low_twice(both);
-                s[m][1] = moqk_high_twice(both);
-            } else if constexpr (FORM <= MOQK_MXFP4) {
-                s[m][0] = moqk_scale_pair<FORM>(b < 2 ? bytes[m].x : bytes[m].y, (b & 1) * 2);
-                s[m][1] = moqk_scale_pair<FORM>(b < 2 ? bytes[m].x : bytes[m].y, (b & 1) * 2 + 1);
-            }
+        if constexpr (FORM <= MOQK_MXFP4 && LATE) {
+            const uint32_t both = moqk_scale_both<FORM>(b < 2 ? bytes.x : bytes.y, b & 1);
+            s[0] = moqk_low_twice(both);
+            s[1] = moqk_high_twice(both);
+        } else if constexpr (FORM <= MOQK_MXFP4) {
+            s[0] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2);
+            s[1] = moqk_scale_pair<FORM>(b < 2 ? bytes.x : bytes.y, (b & 1) * 2 + 1);
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -3202,38 +3191,32 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[MT][4], const ui
 #pragma unroll
             for (int n = 0; n < NB; n++) {
                 if constexpr (FORM == MOQK_FAST_U4)
-                    moqk_load_matrices(LATE == MOQK_RUN_SWIZZLED ? (half ? x[n] ^ 64 : x[n]) + b * 2048 : x[n] + b * 128 + half * 64, v[n]);
+                    moqk_load_matrices(x[n] + b * 128 + half * 64, v[n]);
                 else {
-                    const uint4 q = moqk_shared16(LATE == MOQK_RUN_SWIZZLED ? (half ? x[n] ^ 16 : x[n]) + b * 2048 : x[n] + b * 128 + half * 16);
+                    const uint4 q = moqk_shared16(x[n] + b * 128 + half * 16);
                     for (int i = 0; i < 4; i++) v[n][i] = moqk_word_of(q, i);
                 }
             }
+            if (STEP > 0 && first) f = h.group(STEP == 32 ? b * 2 + half : b, s);
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-                if (STEP > 0 && first) f[m] = h[m].group(STEP == 32 ? b * 2 + half : b, s[m]);
+            for (int i = 0; i < 2; i++) {
+                const uint32_t word = moqk_word_of(w[b], FORM == MOQK_FAST_U4 ? half * 2 + i : i * 2);
+                uint32_t d[4];
+                moqk_run_pair<FORM>(word, FORM == MOQK_FAST_U4 ? 0 : half, s, d);
+                moqk_run_pair<FORM>(FORM == MOQK_FAST_U4 ? word : moqk_word_of(w[b], i * 2 + 1), FORM == MOQK_FAST_U4 ? 1 : half, s, d + 2);
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    const uint32_t word = moqk_word_of(w[m][b], FORM == MOQK_FAST_U4 ? half * 2 + i : i * 2);
-                    uint32_t d[4];
-                    moqk_run_pair<FORM>(word, FORM == MOQK_FAST_U4 ? 0 : half, s[m], d);
-                    moqk_run_pair<FORM>(FORM == MOQK_FAST_U4 ? word : moqk_word_of(w[m][b], i * 2 + 1), FORM == MOQK_FAST_U4 ? 1 : half, s[m], d + 2);
-#pragma unroll
-                    for (int n = 0; n < NB; n++) {
-                        float (&to)[4] = sum[m][n];
-                        if (first && i == 0) to[0] = to[1] = to[2] = to[3] = 0;
-                        moqk_product(to, d, v[n][i * 2], v[n][i * 2 + 1]);
-                    }
+                for (int n = 0; n < NB; n++) {
+                    float (&to)[4] = sum[n];
+                    if (first && i == 0) to[0] = to[1] = to[2] = to[3] = 0;
+                    moqk_product(to, d, v[n][i * 2], v[n][i * 2 + 1]);
                 }
+            }
             const int last = STEP == 0 ? b == 3 && half == 1 : STEP == 32 || half == 1;
 #pragma unroll
-            for (int m = 0; m < MT; m++)
+            for (int n = 0; n < NB; n++)
 #pragma unroll
-                for (int n = 0; n < NB; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        if (last) acc[m][n][i] += STEP == 0 ? sum[m][n][i] : sum[m][n][i] * (i < 2 ? f[m].x : f[m].y);
+                for (int i = 0; i < 4; i++)
+                    if (last) acc[n][i] += STEP == 0 ? sum[n][i] : sum[n][i] * (i < 2 ? f.x : f.y);
         }
     }
 }
@@ -3389,7 +3372,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
                 x_bar += 8;
                 turn += cut.phase;
             }
-            moqk_run_chunk<FORM, STEP, 1, NB, LATE>(w, bytes, h, x, z, acc);
+            moqk_run_chunk<FORM, STEP, NB, LATE>(w[0], bytes[0], h[0], x, z[0], acc[0]);
             h[0] = next;
 #pragma unroll
             for (int b = 0; b < NB; b++) x[b] += 512;
@@ -3500,18 +3483,16 @@ __device__ __forceinline__ void moqk_run_end(const moqk_call &a, const moqk_run 
     }
 }
 
-/* ---- 9 to 16 rows of BF16 x that a block has no room for ----
-   Chunks of x come one after the other into a few places of each way, as boxes of 64 columns of 16 rows: a warp of its own asks for a chunk as soon as all
-   warps of the way are done with the one that lay there. */
+/* ---- 9 to 16 rows of BF16 x: wgmma ----
+   Four warps with a row tile each decode the left operand of one product into their registers; x, the right one, is read from shared memory once for the
+   four. Chunks of x come one after the other into two places of each way: a warp of its own asks for a chunk as soon as all warps of the way are done
+   with the one that lay there. More places, or more chunks of weights, would delay what is needed first. */
 
-enum { MOQK_WIDE_X = 8192 }; /* bytes of a chunk of x */
+/* Bytes of a chunk of x: four blocks of 64 columns, rows of 128 bytes with the swizzle of 128. Warps of a block that multiply, at most: with the one that
+   asks for x, as many as leave a thread 96 registers. */
+enum { MOQK_WIDE_X = 8192, MOQK_WIDE_PLACES = 2, MOQK_WIDE_WARPS = 16 };
 
-/* Row tiles of a warp: of 4-bit integers two read x once, which leaves room beside reads of it; 4-bit floats gain nothing, because their decoding takes longer.
-   Warps of a block that multiply, at most: with the one that asks for x, as many as leave a thread 128 registers, or 96. */
-__host__ __device__ static constexpr int moqk_wide_tiles(int form) { return form == MOQK_FAST_U4 ? 2 : 1; }
-__host__ __device__ static constexpr int moqk_wide_warps(int form) { return form == MOQK_FAST_U4 ? 15 : 16; }
-
-/* A row tile of a warp: its first chunk, factors of its rows g, g + 8. */
+/* The row tile of a warp: its first chunk, factors of its rows g, g + 8. */
 typedef struct moqk_wide_tile {
     const uint8_t *src;
     const float2 *scales;
@@ -3519,170 +3500,209 @@ typedef struct moqk_wide_tile {
     int32_t shift;
 } moqk_wide_tile;
 
-/* A run of a warp: acc += its chunks times x, of MT row tiles. at: where they come to, bar: their barrier; x: the way's x, x_bar: its barriers, those of
-   free places free_at behind those of full ones. */
-template <int FORM, int STEP, int MT>
-__device__ __forceinline__ void moqk_wide_chunks(const moqk_run &cut, int32_t c0, int32_t n, const moqk_wide_tile (&tile)[MT], uint32_t at, uint32_t bar,
-                                                 uint32_t x, uint32_t x_bar, float (&acc)[MT][2][4])
+#if MOQK_WGMMA
+/* A slab of x as right operand: address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle. The upper half of it is a constant: see
+   MOQK_WGMMA_OF. */
+__device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 1u << 16; }
+
+/* d (+)= A[64 x 16] B[16 x 16]; desc: see moqk_x_desc. */
+__device__ __forceinline__ void moqk_wide_product(float (&d)[8], const uint32_t *a, uint32_t desc, int add)
+{
+    asm volatile("{ .reg .pred p; .reg .b64 q; setp.ne.b32 p, %13, 0; mov.b64 q, {%12, 1073741888}; wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, q, p, 1, 1, 0; }"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(desc), "r"(add));
+}
+
+/* acc += d, times the scales of the lane's two rows, when all products but those of the last UNDER_WAY batches are done. */
+template <int UNDER_WAY> __device__ __forceinline__ void moqk_wide_add(float (&acc)[2][4], float (&d)[8], float2 f)
+{
+    asm volatile("wgmma.wait_group.sync.aligned %8;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) : "n"(UNDER_WAY) : "memory");
+#pragma unroll
+    for (int i = 0; i < 8; i++) acc[i >> 2][i & 3] += d[i] * (i & 2 ? f.y : f.x);
+}
+
+/* A run of a warp: acc += its chunks times x. mine: there is a row tile; a warp without multiplies what lies there. at: where its chunks come to, bar: their
+   barrier; x: the way's x, x_bar: its barriers, those of free places free_at behind those of full ones. */
+template <int FORM, int STEP>
+__device__ __forceinline__ void moqk_wide_chunks(const moqk_run &cut, int32_t c0, int32_t n, int mine, const moqk_wide_tile &tile, uint32_t at, uint32_t bar,
+                                                 uint32_t x, uint32_t x_bar, float (&acc)[2][4])
 {
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    const int lane = threadIdx.x, row = FORM <= MOQK_MXFP4 ? lane >> 2 : lane & 7; /* of eight of x */
-    const uint32_t free_at = 8 * (uint32_t)(cut.ways * cut.places), x_end = x_bar + 8 * (uint32_t)cut.places;
-    uint32_t x_full = x_bar, x_parity = 0, before = 0, z[MT][2], codes = at + (uint32_t)moqk_fast_slot(FORM, lane) * 16;
-    uint32_t from[2] = {x + (uint32_t)(row * 128 + (((FORM <= MOQK_MXFP4 ? (lane & 3) * 2 : lane >> 3) ^ row) << 4))};
-    moqk_run_factors<FORM, STEP> h[MT], next[MT];
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        const uint32_t both = FORM == MOQK_FAST_U4 && STEP == 0 ? __ldg(tile[m].zeros) : 0;
-        for (int i = 0; i < 2; i++) z[m][i] = FORM == MOQK_FAST_U4 && STEP == 0 ? moqk_run_zero(both >> (8 * i) & 255) : 0;
-        h[m].load(tile[m].scales, tile[m].zeros, c0, tile[m].shift);
-#pragma unroll
-        for (int i = 0; i < 8; i++) acc[m][i >> 2][i & 3] = 0;
+    constexpr int BATCH = STEP == 32 ? 2 : 4, BATCHES = 16 / BATCH; /* products of 16 columns between two waits: integers, those that have a scale */
+    constexpr int SUMS = STEP > 0 ? 2 : 1;
+    const int lane = threadIdx.x;
+    const uint32_t free_at = 8 * MOQK_WIDE_PLACES * (uint32_t)cut.ways, first_x = x, first_bar = x_bar;
+    uint32_t x_parity = 0, before = 0, s[2] = {0, 0}, a[2][4 * BATCH];
+    /* Codes of 4-bit floats lie as mma.sync reads them beside neighbouring columns of x: matrices of 8 x 4 words, turned, are what wgmma reads
+       beside x as it is. */
+    uint32_t codes = at + (uint32_t)moqk_fast_slot(FORM, FORM <= MOQK_MXFP4 ? (lane & 7) * 4 + (lane >> 3) : lane) * 16;
+    uint32_t scales = at + 2048 + (uint32_t)(lane >> 2) * (FORM == MOQK_NVFP4 ? 32 : 16);
+    float sum[SUMS][8];        /* products cut sums off instead of rounding them: short runs keep that below the error of x */
+    float2 f[2] = {make_float2(1, 1), make_float2(1, 1)};
+    moqk_run_factors<FORM, STEP> h, next;
+    if (FORM == MOQK_FAST_U4 && STEP == 0) {
+        const uint32_t both = __ldg(tile.zeros);
+        s[0] = moqk_run_zero(both & 255);
+        s[1] = moqk_run_zero(both >> 8);
     }
-    asm volatile("" : "+r"(codes), "+r"(bar), "+r"(n)); /* or they are worked out anew in the loop */
+    h.load(tile.scales, tile.zeros, c0, tile.shift);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        acc[i >> 2][i & 3] = 0;
+        for (int k = 0; k < SUMS; k++) sum[k][i] = 0;
+    }
+    asm volatile("" : "+r"(codes), "+r"(scales), "+r"(bar), "+r"(n)); /* or they are worked out anew in the loop */
     moqk_wait_for_before(); /* weights that are needed later are not to delay x */
 #pragma unroll 1
     for (int32_t c = 0; c < n; c++) {
-        uint4 w[MT][4];
-        uint2 bytes[MT];
-        moqk_barrier_wait(bar, (uint32_t)c & 1);
+        uint4 w[4], bytes[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (mine) moqk_barrier_wait(bar, (uint32_t)c & 1);
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            bytes[m] = make_uint2(0, 0);
-            if (FORM <= MOQK_MXFP4) bytes[m] = moqk_shared8(at + m * BYTES + 2048 + (uint32_t)(FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8);
-#pragma unroll
-            for (int i = 0; i < 4; i++) w[m][i] = moqk_shared16(codes + m * BYTES + i * 512);
-            next[m].load(tile[m].scales, tile[m].zeros, min(c0 + c + 1, c0 + n - 1), tile[m].shift); /* a chunk ahead */
+        for (int b = 0; b < 4; b++) {
+            if constexpr (FORM <= MOQK_MXFP4) {
+                uint32_t v[4];
+                moqk_load_matrices(codes + b * 512, v);
+                w[b] = make_uint4(v[0], v[1], v[2], v[3]);
+            } else w[b] = moqk_shared16(codes + b * 512);
         }
-        moqk_end_reads(); /* those of x of the chunk before, too */
+        if (FORM <= MOQK_MXFP4) bytes[0] = moqk_shared16(scales); /* of the row's four quads of lanes: each has every fourth group of 16 columns */
+        if (FORM == MOQK_NVFP4) bytes[1] = moqk_shared16(scales + 16);
+        next.load(tile.scales, tile.zeros, min(c0 + c + 1, c0 + n - 1), tile.shift); /* a chunk ahead */
+        moqk_end_reads();
         __syncwarp();
         if (c + 1 >= n) moqk_dependents_may_start();
-        if (moqk_elected()) {
-            if (c > 0) moqk_barrier_arrive(before + free_at);
-            if (c + 1 < n) {
-                moqk_barrier_expect(bar, MT * BYTES);
-#pragma unroll
-                for (int m = 0; m < MT; m++) moqk_bulk_stream(at + m * BYTES, tile[m].src + (c + 1) * BYTES, BYTES, bar);
-            }
+        else if (mine && moqk_elected()) {
+            moqk_barrier_expect(bar, BYTES);
+            moqk_bulk_stream(at, tile.src + (c + 1) * BYTES, BYTES, bar);
         }
-        moqk_barrier_wait(x_full, x_parity);
-        from[1] = from[0] + 1024;
-        moqk_run_chunk<FORM, STEP, MT, 2, MOQK_RUN_SWIZZLED>(w, bytes, h, from, z, acc);
+        const uint32_t desc = moqk_x_desc(x);
 #pragma unroll
-        for (int m = 0; m < MT; m++) h[m] = next[m];
-        before = x_full;
-        x_full += 8;
-        from[0] += MOQK_WIDE_X;
-        if (x_full == x_end) {
-            x_full = x_bar;
+        for (int k = 0; k < BATCHES; k++) {
+            if (STEP > 0) f[k & 1] = h.group(k, s);
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                const int p = k * BATCH + i, b = p >> 2;
+                const uint32_t word = moqk_word_of(w[b], p & 3);
+                if constexpr (FORM <= MOQK_MXFP4) {
+                    const int group = FORM == MOQK_NVFP4 ? p & 3 : (p & 3) >> 1;
+                    const uint32_t both = moqk_scale_both<FORM>(moqk_word_of(bytes[group >> 1], (group & 1) * 2 + (b >> 1)), b & 1);
+                    s[0] = moqk_low_twice(both);
+                    s[1] = moqk_high_twice(both);
+                }
+                moqk_run_pair<FORM>(word, 0, s, a[k & 1] + 4 * i);
+                moqk_run_pair<FORM>(word, 1, s, a[k & 1] + 4 * i + 2);
+            }
+            if (k == 0) { /* meanwhile the chunk before has come to its end */
+                if (c > 0) {
+                    moqk_wide_add<0>(acc, sum[SUMS - 1], f[1]);
+                    if (moqk_elected()) moqk_barrier_arrive(before + free_at);
+                }
+                moqk_barrier_wait(x_bar, x_parity);
+            }
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                const int p = k * BATCH + i;
+                moqk_wide_product(sum[k & (SUMS - 1)], a[k & 1] + 4 * i, desc + (p >> 2) * 128 + (p & 3) * 2, STEP > 0 ? i > 0 : p > 0);
+            }
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            if (k > 0 && STEP > 0) moqk_wide_add<1>(acc, sum[(k - 1) & 1], f[(k - 1) & 1]);
+            else if (k > 0) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); /* what the next batch is decoded into is free */
+        }
+        h = next;
+        before = x_bar;
+        x += MOQK_WIDE_X;
+        x_bar += 8;
+        if (x_bar == first_bar + 8 * MOQK_WIDE_PLACES) {
+            x = first_x;
+            x_bar = first_bar;
             x_parity ^= 1;
-            from[0] -= (uint32_t)cut.places * MOQK_WIDE_X;
         }
     }
+    moqk_wide_add<0>(acc, sum[SUMS - 1], f[1]);
 }
 
-/* A box of a tensor from column x, row y on into shared memory. */
-__device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
+/* Four boxes of 64 columns of 16 rows, from column 64 * block on, into shared memory. */
+__device__ __forceinline__ void moqk_copy_blocks(uint32_t to, const CUtensorMap *map, int block, uint32_t bar)
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
-#endif
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3}], [%4];"
+                 :: "r"(to), "l"(map), "r"(0), "r"(block), "r"(bar) : "memory");
 }
 
 /* x of all ways, chunk by chunk as places get free. One thread. */
 __device__ __forceinline__ void moqk_wide_x(const moqk_run &cut, const CUtensorMap *map, uint32_t x, uint32_t bars)
 {
-    const int32_t first = (int32_t)blockIdx.x * cut.ways, places = cut.places;
+    const int32_t first = (int32_t)blockIdx.x * cut.ways;
     moqk_wait_for_before();
-#if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async;" ::: "memory"); /* x was written by ordinary stores */
-#endif
-    for (int32_t c = 0, place = 0, turn = 0; c < cut.each + (cut.more > 0); c++) {
+    for (int32_t c = 0; c < cut.each + (cut.more > 0); c++)
         for (int32_t way = 0; way < cut.ways; way++) {
-            const int32_t at = moqk_run_first(cut, first + way) + c, slot = way * places + place;
+            const int32_t at = moqk_run_first(cut, first + way) + c, slot = way * MOQK_WIDE_PLACES + c % MOQK_WIDE_PLACES;
             if (at >= moqk_run_first(cut, first + way + 1)) break; /* those behind are no longer */
-            const uint32_t full = bars + 8 * (uint32_t)slot, to = x + (uint32_t)slot * MOQK_WIDE_X;
-            if (turn > 0) moqk_barrier_wait(full + 8 * (uint32_t)(cut.ways * places), (uint32_t)(turn - 1) & 1);
+            const uint32_t full = bars + 8 * (uint32_t)slot;
+            if (c >= MOQK_WIDE_PLACES) moqk_barrier_wait(full + 8 * MOQK_WIDE_PLACES * (uint32_t)cut.ways, (uint32_t)(c / MOQK_WIDE_PLACES - 1) & 1);
             moqk_barrier_expect(full, MOQK_WIDE_X);
-            for (int b = 0; b < 4; b++) moqk_copy_box(to + b * 2048, map, at * 256 + b * 64, 0, full);
+            moqk_copy_blocks(x + (uint32_t)slot * MOQK_WIDE_X, map, at * 4, full);
         }
-        if (++place == places) {
-            place = 0;
-            turn++;
-        }
-    }
 }
+#endif
 
-/* The same as moqk_decode_run, with x in such places. Threads: 32; the warps of all ways, MT row tiles each, then the warp that asks. */
+/* The same as moqk_decode_run, with x in such places. Threads: 32; the warps of all ways, whose row tiles fill up to fours, then the warp that asks. */
 template <int FORM, int STEP, int KIND>
-__global__ void __launch_bounds__(moqk_wide_warps(FORM) * 32 + 32, 1)
+__global__ void __launch_bounds__(MOQK_WIDE_WARPS * 32 + 32, 1)
 moqk_decode_wide(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_run cut, const __grid_constant__ CUtensorMap map)
 {
+#if MOQK_WGMMA
     extern __shared__ __align__(1024) uint8_t wide_shared[];
-    constexpr int MT = moqk_wide_tiles(FORM);
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
-    const int32_t warp = threadIdx.y, each = cut.tiles / MT, way = (int32_t)((uint32_t)warp * cut.tiles_magic >> 16), local = (warp - way * each) * MT;
-    const int32_t live = way < cut.ways, rank = blockIdx.x, slot = rank * cut.ways + way;
+    const int32_t warp = __shfl_sync(0xffffffffu, threadIdx.y, 0), each = (cut.tiles + 3) & ~3; /* the compiler learns that a warp has one of it */
+    const int32_t way = (int32_t)((uint32_t)warp * cut.tiles_magic >> 16), local = warp - way * each;
+    const int32_t live = way < cut.ways, mine = live && local < cut.tiles, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0;
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(wide_shared), places = cut.ways * cut.places;
-    const uint32_t codes = base + places * MOQK_WIDE_X + (uint32_t)warp * (MT * BYTES), x_bars = base + cut.bars_at;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(wide_shared), places = cut.ways * MOQK_WIDE_PLACES, x_bars = base + cut.bars_at;
+    const uint32_t codes = base + places * MOQK_WIDE_X + (uint32_t)warp * BYTES;
     const uint32_t bar = x_bars + (places * 2 + (uint32_t)warp) * 8, sum_bar = base + cut.sums_at - 8;
-    const moqk_run_tile found = moqk_run_locate(cut, pairs, local);
-    moqk_wide_tile tile[MT];
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        const moqk_run_tile t = m > 0 ? moqk_run_locate(cut, pairs, local + m) : found;
-        const moqk_run_part &p = cut.part[t.part];
-        const uint8_t *scales = p.packed + (int64_t)t.count * cut.chunks * BYTES;
-        const int64_t row = (int64_t)t.tile * p.groups * 8 + (lane >> 2);
-        tile[m].src = p.packed + ((int64_t)t.tile * cut.chunks + c0) * BYTES;
-        tile[m].scales = (const float2 *)(const void *)scales + row;
-        tile[m].zeros = (const uint16_t *)(const void *)(scales + (int64_t)t.count * p.groups * 64) + row;
-        tile[m].shift = p.shift;
-    }
+    const moqk_run_tile found = moqk_run_locate(cut, pairs, min(local, cut.tiles - 1));
+    const moqk_run_part &p = cut.part[found.part];
+    const uint8_t *scales = p.packed + (int64_t)found.count * cut.chunks * BYTES;
+    const int64_t row = (int64_t)found.tile * p.groups * 8 + (lane >> 2);
+    const moqk_wide_tile tile = {p.packed + ((int64_t)found.tile * cut.chunks + c0) * BYTES, (const float2 *)(const void *)scales + row,
+                                 (const uint16_t *)(const void *)(scales + (int64_t)found.count * p.groups * 64) + row, p.shift};
     if (live && lane == 0) moqk_barrier_init(bar, 1);
     if (!live) {
         for (uint32_t i = lane; i < 2 * places; i += 32) moqk_barrier_init(x_bars + 8 * i, i < places ? 1 : (uint32_t)each);
         if (lane == 0) moqk_barrier_init(sum_bar, 1);
     }
-#if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
     __syncwarp();
-    if (live && lane == 0) { /* the first weights, before x is known to be there */
-        moqk_barrier_expect(bar, MT * BYTES);
-#pragma unroll
-        for (int m = 0; m < MT; m++) moqk_bulk_stream(codes + m * BYTES, tile[m].src, BYTES, bar);
-    }
+    if (mine) moqk_run_ask<FORM>(tile.src, codes, bar, 1); /* the first weights, before x is known to be there */
     if (!live && lane == 0)
         moqk_barrier_expect(sum_bar, (uint32_t)(cut.blocks * cut.ways * 2) * 512 * (uint32_t)max(min(cut.tiles_own, cut.tiles - rank * cut.tiles_own), 0));
     __syncthreads();
     if (cut.blocks > 1) moqk_cluster_arrive(1);
-    float acc[MT][2][4];
+    float acc[2][4];
     if (!live) {
         moqk_dependents_may_start();
         if (lane == 0) moqk_wide_x(cut, &map, base, x_bars);
         __syncwarp();
     } else {
-        const uint32_t mine = (uint32_t)(way * cut.places);
-        moqk_wide_chunks<FORM, STEP, MT>(cut, c0, n, tile, codes, bar, base + mine * MOQK_WIDE_X, x_bars + 8 * mine, acc);
+        const uint32_t first = (uint32_t)(way * MOQK_WIDE_PLACES);
+        moqk_wide_chunks<FORM, STEP>(cut, c0, n, mine, tile, codes, bar, base + first * MOQK_WIDE_X, x_bars + 8 * first, acc);
     }
     if (cut.blocks > 1) moqk_cluster_wait();
     float4 *sums = (float4 *)(void *)(wide_shared + cut.sums_at);
-    if (live) {
+    if (mine) {
+        int32_t owner = 0, here = local;
+        for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
+        const int32_t to = (slot * cut.tiles_own + here) * 64 + lane;
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            int32_t owner = 0, here = local + m;
-            for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
-            const int32_t to = (slot * cut.tiles_own + here) * 64 + lane;
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const float (&v)[4] = acc[m][b];
-                if (cut.blocks > 1) moqk_run_give(base + cut.sums_at + (uint32_t)(to + b * 32) * 16, v, sum_bar, (uint32_t)owner);
-                else sums[to + b * 32] = make_float4(v[0], v[1], v[2], v[3]);
-            }
+        for (int b = 0; b < 2; b++) {
+            const float (&v)[4] = acc[b];
+            if (cut.blocks > 1) moqk_run_give(base + cut.sums_at + (uint32_t)(to + b * 32) * 16, v, sum_bar, (uint32_t)owner);
+            else sums[to + b * 32] = make_float4(v[0], v[1], v[2], v[3]);
         }
     }
     if (cut.blocks > 1) moqk_barrier_wait(sum_bar, 0);
@@ -3693,6 +3713,7 @@ moqk_decode_wide(const __grid_constant__ moqk_call a, const __grid_constant__ mo
     const int32_t first = (found.first + rank * (cut.tiles_own >> pairs)) * 16;
     const int32_t last = min(min(cut.own, ((cut.tiles - rank * cut.tiles_own) >> pairs) * 16), q.rows - first);
     moqk_run_end<FORM, STEP, 2, KIND>(a, cut, q, sums, warp, each * cut.ways, first, last);
+#endif
 }
 
 /* Grid: blocks of a cluster, groups of row tiles of all parts. Reads the weights once; deterministic. No integer divisions on the way to the weights
@@ -4614,9 +4635,12 @@ template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<F
 
 #if MOQK_WGMMA
 __device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-/* A slab of x as right operand: address / 16; 1024 bytes between groups of 8 tokens; 128-byte swizzle. The upper half of it is a constant: see
-   MOQK_WGMMA_OF. */
-__device__ __forceinline__ uint32_t moqk_x_desc(uint32_t at) { return at >> 4 | 1u << 16; }
+/* A box of a tensor from column x, row y on into shared memory. */
+__device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
 
 /* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle), four of them behind each other along a slab; `add` 0: D = A B. One
    statement for the four: what the compiler spends on N registers that go into it and come out again is what compiling these kernels costs. Lists of
@@ -6612,6 +6636,15 @@ static int moqc_map_rows(const moqc_ctx *c, const moqk_call *call, int32_t rows,
                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+/* The same as blocks of 64 columns, of which a box has the four of a chunk and 16 rows. */
+static int moqc_map_chunks(const moqc_ctx *c, const moqk_call *call, int32_t rows, int32_t cols, CUtensorMap *map)
+{
+    static const cuuint32_t one[3] = {1, 1, 1}, box[3] = {64, 16, 4};
+    const cuuint64_t size[3] = {64, (cuuint64_t)rows, (cuuint64_t)cols / 64}, pitch[2] = {(cuuint64_t)call->ldx * 2, 128};
+    return c->encode_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)call->x, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 typedef void (*moqc_run_kernel)(const moqk_call, const moqk_run);
 
 template <int FORM, int STEP, int NB, int WARPS> static moqc_run_kernel moqc_run_joined_or_not(int kind)
@@ -6673,22 +6706,24 @@ static int moqc_run_parts(const moqc_job *j, int form, int step, moqk_run *u)
     return u->parts > 0;
 }
 
+/* Warps of moqk_decode_wide that have the row tiles of a way: fours. */
+static int32_t moqc_wide_warps(const moqk_run *u) { return (int32_t)moqk_pad(u->tiles, 4); }
+
 /* Likewise of moqk_decode_wide, with its places. */
 static int64_t moqc_wide_fill_in(moqk_run *u, int form)
 {
-    const int32_t slots = u->blocks * u->ways, each = u->tiles / moqk_wide_tiles(form), warps = each * u->ways;
-    if (u->tiles % moqk_wide_tiles(form) || slots > u->chunks || warps > moqk_wide_warps(form)) return 0;
+    const int32_t slots = u->blocks * u->ways, each = moqc_wide_warps(u), warps = each * u->ways;
+    if (slots > u->chunks || warps > MOQK_WIDE_WARPS) return 0;
     u->tiles_magic = 65536 / (uint32_t)each + 1;
     u->each = u->chunks / slots;
     u->more = u->chunks % slots;
-    u->places = (int32_t)moqc_min(2, u->each + (u->more > 0)); /* more would delay what is needed first */
     u->tiles_own = (int32_t)moqk_ceil(u->tiles, u->blocks);
     if (u->pairs && (u->tiles % 2 || u->tiles_own % 2)) return 0;
     u->own = u->tiles_own * 16 >> u->pairs;
     u->share = u->ahead = 0;
-    int64_t at = (int64_t)u->ways * u->places * MOQK_WIDE_X + (int64_t)u->tiles * u->ways * moqk_chunk_bytes(form);
+    int64_t at = (int64_t)u->ways * MOQK_WIDE_PLACES * MOQK_WIDE_X + (int64_t)warps * moqk_chunk_bytes(form);
     u->bars_at = (uint32_t)at;
-    at += moqk_pad(8 * (2 * u->ways * u->places + warps + 1), 128);
+    at += moqk_pad(8 * (2 * u->ways * MOQK_WIDE_PLACES + warps + 1), 128);
     u->sums_at = (uint32_t)at;
     return at + (int64_t)slots * u->tiles_own * 1024;
 }
@@ -6723,16 +6758,35 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
 
 /* What a cut costs, in chunks that one multiprocessor works on: its share of them and of x, more when few warps are at work, when the launches
    before and after find no room beside it, when the blocks of a cluster add up. Fitted to timings on an H200: six shapes, 1 to 16 rows. */
-static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int form, int64_t groups, int64_t bytes)
+static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups, int64_t bytes)
 {
     const double sms = u->blocks > 2 ? c->sm_count * 10 / 11 : c->sm_count; /* clusters of 4 leave some out */
-    const double share = (double)moqk_ceil(u->chunks, u->blocks), x = (u->share ? 0.025 : 0.05) * (u->wide ? 16 : u->columns) * share;
-    const int warps = u->tiles / (u->wide ? moqk_wide_tiles(form) : 1) * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
+    const double share = (double)moqk_ceil(u->chunks, u->blocks), x = (u->share ? 0.025 : 0.05) * u->columns * share;
+    const int warps = u->tiles * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
     const double grid = (double)(groups * u->blocks), rounds = ceil(grid / sms), run = u->each + (u->more > 0);
     const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + x;
     const int twice = two && grid > sms;
     double cost = (twice ? 1.1 * grid / sms : rounds) * work * (1 + 1.5 / (twice ? 2 * warps : warps));
     return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 3) + (warps > 16 ? 8 : 0) + 0.02 * warps;
+}
+
+/* The same of moqk_decode_wide, in microseconds on an H200, 16 rows: of each chunk of a run, with more warps and more ways longer; of a launch, half of it
+   where the next one finds room beside it; of sums across blocks; of x for each block. */
+static double moqc_wide_cost(const moqc_ctx *c, const moqk_run *u)
+{
+    const double sms = u->blocks > 2 ? c->sm_count * 10 / 11 : c->sm_count, grid = (double)u->part[u->parts - 1].end * u->blocks;
+    const double warps = moqc_wide_warps(u) * u->ways, run = (double)u->chunks / (u->blocks * u->ways);
+    const double launch = (1.6 + 0.1 * warps) * (2 * grid <= sms ? 0.5 : 1.0), sums = u->blocks > 1 ? 0.6 : 0.0;
+    return ceil(grid / sms) * (run * (0.26 + 0.055 * warps + 0.03 * u->ways) + launch) + sums + 0.001 * grid;
+}
+
+/* Where a cut of it is better than one of moqk_decode_run, for which a guess likewise is good enough: unless that has many warps, and with them more on its
+   way. Scales of groups cost them time. */
+static int moqc_run_yields(const moqc_ctx *c, const moqk_run *run, const moqk_run *wide, int step)
+{
+    const int warps = run->tiles * run->ways, longest = run->each + (run->more > 0);
+    const double rounds = ceil((double)run->part[run->parts - 1].end * run->blocks / c->sm_count), us = rounds * (4.1 + 0.074 * longest * warps);
+    return warps <= MOQK_RUN_FEW || 1.04 * moqc_wide_cost(c, wide) < (step > 0 ? 1.17 : 1.0) * us;
 }
 
 /* Groups of row tiles, whose ends the parts learn. */
@@ -6749,25 +6803,17 @@ static int64_t moqc_run_search(const moqc_job *j, int form, moqk_run *u, moqk_ru
 {
     int64_t bytes_of_best = 0;
     double least = 1e30;
-    for (u->blocks = 1; u->blocks <= 2 || (u->blocks == 4 && !u->wide && least == 1e30); u->blocks *= 2)
+    for (u->blocks = 1; u->blocks <= 2 || (u->blocks == 4 && (u->wide || least == 1e30)); u->blocks *= 2)
         for (u->tiles = 1; u->tiles <= 28; u->tiles++)
             for (u->ways = 1; u->tiles * u->ways <= MOQK_RUN_ALL; u->ways++) {
                 const int64_t bytes = u->wide ? moqc_wide_fill_in(u, form) : moqc_run_fill_in(u, form);
                 if (bytes == 0 || bytes > j->c->most_shared) continue;
                 const int64_t groups = moqc_run_groups(u);
                 u->share = !u->wide && u->bulk && u->blocks == 1 && u->rows >= 4;
-                const double cost = moqc_run_cost(j->c, u, form, moqk_pad(groups, 1 + u->share), u->wide ? j->c->most_shared : bytes);
+                const double cost = u->wide ? moqc_wide_cost(j->c, u) : moqc_run_cost(j->c, u, moqk_pad(groups, 1 + u->share), bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = *u; }
             }
     return bytes_of_best;
-}
-
-/* Where moqk_decode_wide is better than a cut of moqk_decode_run: little room beside x, or short runs; with two row tiles of a warp, unless that kernel has
-   the warps that it has registers for. */
-static int moqc_run_yields(const moqk_run *u, int form)
-{
-    const int warps = u->tiles * u->ways;
-    return u->blocks == 4 || warps < 12 || u->each < MOQK_RUN_PHASES || (moqk_wide_tiles(form) > 1 && warps != MOQK_RUN_FEW);
 }
 
 /* The cut of a launch. Bytes of shared memory; 0: x is too large, or parts are too many. */
@@ -6783,10 +6829,14 @@ static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, 
     u.bulk = j->call.x_bf16 && u.cols % 256 == 0 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
     u.stages = 1;
     int64_t bytes_of_best = moqc_run_search(j, form, &u, best);
-    if (columns > 8 && u.bulk && j->c->encode_map) {
-        u.wide = bytes_of_best == 0 || moqc_run_yields(best, form);
-        const int64_t bytes = u.wide ? moqc_run_search(j, form, &u, best) : 0;
-        if (bytes > 0) bytes_of_best = bytes;
+    if (columns > 8 && u.bulk && j->c->encode_map && j->c->wgmma) {
+        moqk_run wide = u;
+        u.wide = 1;
+        const int64_t bytes = moqc_run_search(j, form, &u, &wide);
+        if (bytes > 0 && (bytes_of_best == 0 || moqc_run_yields(j->c, best, &wide, step))) {
+            *best = wide;
+            bytes_of_best = bytes;
+        }
     }
     /* Little work: fewer warps; few warps: more under way, but where the kernel's code has one stage. */
     if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) {
@@ -6837,7 +6887,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     with[1].val.clusterDim.y = 1 + (unsigned)u->share;
     with[1].val.clusterDim.z = 1;
     how.gridDim = dim3((unsigned)u->blocks, (unsigned)moqk_pad(u->part[u->parts - 1].end, 1 + u->share)); /* one that is too many repeats rows */
-    how.blockDim = u->wide ? dim3(32, (unsigned)(u->tiles / moqk_wide_tiles(form) * u->ways + 1)) : dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
+    how.blockDim = u->wide ? dim3(32, (unsigned)(moqc_wide_warps(u) * u->ways + 1)) : dim3(32, (unsigned)u->tiles, (unsigned)u->ways);
     how.dynamicSmemBytes = (size_t)bytes;
     how.stream = j->c->stream;
     how.attrs = with;
@@ -6845,7 +6895,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     cudaError_t e = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
     if (j->c->capturing) moqc_all_shared(j->c, code);
     if (!moqc_ok(j->c, e, "cudaFuncSetAttribute")) return;
-    if (u->wide && !moqc_map_rows(j->c, &j->call, u->rows, u->cols, 16, &map)) moqc_ok(j->c, cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
+    if (u->wide && !moqc_map_chunks(j->c, &j->call, u->rows, u->cols, &map)) moqc_ok(j->c, cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
     else if (u->wide) moqc_ok(j->c, cudaLaunchKernelEx(&how, wide, j->call, *u, map), "decode-run");
     else moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
@@ -12095,7 +12145,7 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
             static_assert(MOQK_FEW_STAGES == 2, "stages in turn");
             turn ^= slot;
             slot ^= 1;
-            moqk_run_chunk<FORM, STEP, 1, 1, 0>(w, bytes, h, x, z, acc);
+            moqk_run_chunk<FORM, STEP, 1, 0>(w[0], bytes[0], h[0], x, z[0], acc[0]);
             if (STEP > 0) h[0].load(scales, zeros, min(chunk + 1, stop - 1), s.shift);
             if (!second) x[0] += 512;
         }
@@ -12323,7 +12373,7 @@ __device__ __forceinline__ void moqk_runs_chunks(const moqk_moe_runs &a, const m
         moqk_end_reads();
         __syncwarp();
         moqk_runs_ask<BYTES>(a, at);
-        moqk_run_chunk<FORM, STEP, 1, NB, 0>(w, bytes, h, x, z, acc);
+        moqk_run_chunk<FORM, STEP, NB, 0>(w[0], bytes[0], h[0], x, z[0], acc[0]);
         h[0] = next;
 #pragma unroll
         for (int b = 0; b < NB; b++) x[b] += 512;
