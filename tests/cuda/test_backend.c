@@ -183,13 +183,13 @@ static void test_cuda_larger(void)
 /* 4-bit weights and few rows of x: columns shared between warps, blocks and clusters, columns that end inside a chunk, rows that end inside a tile. */
 static void test_cuda_few(void)
 {
-    static const int formats[] = {4, 8, 19, 22, 30}, shapes[3][2] = {{264, 4096}, {72, 14336}, {40, 1296}}, tokens[] = {1, 4, 8, 16};
+    static const int formats[] = {4, 8, 19, 22, 30}, shapes[4][2] = {{264, 4096}, {72, 14336}, {40, 1296}, {2056, 1024}}, tokens[] = {1, 4, 8, 11, 16};
     for (int a = 0; a < 2; a++) {
         moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32);
         moq_error err;
         CHECK(be->reserve(be, 16, &err) == MOQ_OK);
         for (size_t i = 0; i < MOQI_COUNT(formats); i++)
-            for (int s = 0; s < 3; s++) {
+            for (int s = 0; s < 4; s++) {
                 layer l;
                 layer_make(&l, &layer_formats[formats[i]], shapes[s][0], shapes[s][1]);
                 for (size_t m = 0; m < MOQI_COUNT(tokens); m++) {
@@ -2380,7 +2380,7 @@ static void test_cuda_together(void)
     for (int bf16 = 0; bf16 < 2; bf16++) {
         const moq_dtype t = bf16 ? MOQ_BF16 : MOQ_F32;
         for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_chain(t, 4, 1, 1312, 1056, odds[o]);
-        for (int m = 2; m <= 8; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], m == 3 ? 128 : 1);
+        for (int m = 2; m <= 13; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], m == 3 ? 128 : 1);
         for (int s = bf16; s < 4; s += 2) check_chain(t, 4, 1, shapes[s][0], shapes[s][1], 0);
         for (int f = 1; f < 4; f++) check_chain(t, formats[f], 1, 1024, 1280, 0);
     }
