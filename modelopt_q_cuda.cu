@@ -4848,6 +4848,10 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         return (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE > 8 ? 8 : (232448 - 1024 - 2 * room - PARTS - W_RING * W_STAGE) / X_STAGE;
     }
     static constexpr int ROOM = BM > 64 && x_ring(LARGE) == x_ring(SMALL) ? LARGE : SMALL, REST = 2 * ROOM + PARTS, X_RING = x_ring(ROOM);
+    /* Barriers of stages of x that are there. Halves take units in turn: in a ring of an odd number they take each stage in turn, too, and one that runs
+       ahead would see the round before its last as the one that it waits for. Then each half has barriers of its own. */
+    static constexpr int X_FULL = HALVES > 1 && X_RING % 2 ? 2 * X_RING : X_RING;
+    static_assert(X_FULL <= 8 && (HALVES == 1 || W_RING % 2 == 0), "room of barriers; stages of weights that are one half's");
     static constexpr int BUFFERS = ROOM / (moqk_turn_tokens(BM) * 128), ROOM_AT = W_RING * W_STAGE + X_RING * X_STAGE, BARS_AT = ROOM_AT + 2 * ROOM;
     static constexpr int TOLD_AT = BARS_AT + BARS * 8, FLAGS_AT = TOLD_AT + 2 * (int)sizeof(moqk_told);
     static constexpr int SHARED = 1024 + ROOM_AT + REST;
@@ -4871,7 +4875,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
 #if MOQK_WGMMA
     __device__ __forceinline__ void start(int split) const
     {
-        for (int i = 0; i < X_RING; i++) { moqk_barrier_init(x_full + i * 8, 1); moqk_barrier_init(x_empty + i * 8, TILES); }
+        for (int i = 0; i < X_FULL; i++) moqk_barrier_init(x_full + i * 8, 1);
+        for (int i = 0; i < X_RING; i++) moqk_barrier_init(x_empty + i * 8, TILES);
         for (int i = 0; i < W_RING; i++) { moqk_barrier_init(w_full + i * 8, HAS_GROUPS ? 33 : 1); moqk_barrier_init(w_empty + i * 8, TILES); }
         for (int i = 0; i < 2; i++) {
             moqk_barrier_init(told_full + i * 8, 1);
@@ -4948,11 +4953,11 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         moqk_piece q;
         moqk_stage heard = {0, 0};
         constexpr int BOX = moqk_box_tokens(BM);
-        moqk_stage s = {0, 0};
+        moqk_stage s = {0, 0}, full = s;
         while (hear(told, heard, q, lane)) {
             const int tokens = q.end - q.first, copies = (tokens + BOX - 1) / BOX;
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
-                const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
+                const uint32_t to = x + s.at * X_STAGE, bar = x_full + full.at * 8;
                 moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
                 if (lane == 0) moqk_barrier_expect(bar, X_SLABS * 128 * tokens);
                 __syncwarp();
@@ -4962,6 +4967,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
                                   q.first + box * BOX, bar);
                 }
                 s.step(X_RING);
+                full.step(X_FULL);
             }
         }
     }
@@ -4972,11 +4978,11 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         moqk_piece q;
         moqk_stage heard = {0, 0};
         const int copies = b.tokens == BM ? 1 : X_SLABS;
-        moqk_stage s = {0, 0};
+        moqk_stage s = {0, 0}, full = s;
         while (hear(told, heard, q, lane))
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const int64_t from = (int64_t)(i + (lane & 15)) * b.tokens + q.x_first;
-                const uint32_t to = x + s.at * X_STAGE, bar = x_full + s.at * 8;
+                const uint32_t to = x + s.at * X_STAGE, bar = x_full + full.at * 8;
                 moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
                 if (lane == 0) moqk_barrier_expect(bar, X_SLABS * BM * (X_SCALED ? 132 : 128));
                 __syncwarp();
@@ -4984,6 +4990,7 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
                 if (X_SCALED && lane >= 16 && lane < 16 + copies)
                     moqk_bulk_copy(to + X_SCALES_AT + (lane & 15) * (BM * 4), (const uint8_t *)(b.x_scale + from), X_SLABS / copies * (BM * 4), bar);
                 s.step(X_RING);
+                full.step(X_FULL);
             }
     }
 
@@ -5102,19 +5109,20 @@ template <int FORM, int GROUPED, int BM> struct moqk_consumer {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
     static constexpr int BOX = moqk_box_tokens(BM);
     static constexpr int AHEAD = BM <= 128 && R::BITS < 16; /* else registers are short, and there is time; BF16 is not decoded */
-    moqk_stage run;            /* the next product's */
+    moqk_stage run;            /* the next product's, of X_FULL */
     int done;                  /* the next stage to free */
 
     /* Block b of a unit: d += its products. */
     __device__ __forceinline__ void multiply(const R &r, float (&d)[BM / 2], const uint32_t (&a)[16], int b, int add)
     {
         if (b % R::X_SLABS == 0) moqk_barrier_wait(r.x_full + run.at * 8, (uint32_t)run.parity);
-        const uint32_t desc = moqk_x_desc(r.x + run.at * R::X_STAGE + b % R::X_SLABS * (BM * 128));
+        const int stage = R::X_FULL > R::X_RING && run.at >= R::X_RING ? run.at - R::X_RING : run.at;
+        const uint32_t desc = moqk_x_desc(r.x + stage * R::X_STAGE + b % R::X_SLABS * (BM * 128));
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int t = 0; t < BM; t += BOX) moqk_wgmma((float (&)[BOX / 2])d[t / 2], a, desc + t * 8, add);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_RING, R::HALVES);
+        if (b % R::X_SLABS == R::X_SLABS - 1) run.step(R::X_FULL, R::HALVES);
     }
     /* The products of block b are done: with its stage's last one the stage is free. One arrival a warp. */
     __device__ __forceinline__ void release(const R &r, int b, int lane)

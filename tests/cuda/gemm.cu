@@ -253,21 +253,24 @@ static void test_one(moq_backend *be, int mode, const form *f, const moq_linear 
     for (int i = 0; i < 3; i++) free(y[i]);
 }
 
+enum { OTHER_BYTES = 100 << 20 }; /* more than the cache holds */
+
 /* Outputs whose bits are not those of the first run. */
 __global__ void count_other_bits(const uint32_t *a, const uint32_t *b, size_t words, unsigned *count)
 {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < words; i += (size_t)gridDim.x * blockDim.x) if (a[i] != b[i]) atomicAdd(count, 1);
 }
 
-/* Many runs of one product: a stage of a ring that is written anew before all of it was read shows in some of them only. Shapes: the largest tiles; tiles
-   that blocks share; few columns, where a block's first stages are all that it has. */
-static void test_repeat(const form *f, int mode, int rows)
+/* Many runs of one product: a stage of a ring that is written anew before all of it was read, or read before it is there, shows in some of them only, the
+   latter where x comes from memory: every second run begins with a cache full of other bytes. Shapes: the largest tiles; tiles that blocks share; few columns,
+   where a block's first stages are all that it has; at 300 rows long runs of small tiles. */
+static void test_repeat(const form *f, int mode, int rows, uint8_t *other_bytes)
 {
     enum { RUNS = 60 };
-    static const int shapes[3][2] = {{4096, 1024}, {1024, 4096}, {1088, 512}};
+    static const int shapes[4][2] = {{4096, 1024}, {1024, 4096}, {1088, 512}, {384, 14336}};
     moq_backend *be = backend_of(mode, NULL);
     check(be->reserve(be, rows, &err) == MOQ_OK, "reserve");
-    for (int s = 0; s < 3; s++) {
+    for (int s = rows == 300 ? 3 : 0; s < (rows == 300 ? 4 : 3); s++) {
         const int64_t n = shapes[s][0], k = shapes[s][1];
         const size_t each = mode >= BF16_WIDE ? 2 : 4, bytes = (size_t)(rows * n) * each;
         moq_linear w;
@@ -286,6 +289,8 @@ static void test_repeat(const form *f, int mode, int rows)
         cuda(cudaMalloc(&count, sizeof *count));
         cuda(cudaMemset(count, 0, sizeof *count));
         for (int run = 0; run < RUNS; run++) {
+            if (run % 2) cuda(cudaMemset(other_bytes, run, OTHER_BYTES));
+            cuda(cudaDeviceSynchronize());
             be->linear(be, p, dx, rows, dy);
             check(be->sync(be, &err) == MOQ_OK, "sync");
             if (run == 0) cuda(cudaMemcpy(first, dy, bytes, cudaMemcpyDeviceToDevice));
@@ -363,7 +368,9 @@ static void test_moe(const form *f, int rows)
 static void test_all(const char *only, const char *kernel)
 {
     static const int shapes[][2] = {{128, 512}, {137, 1160}, {1000, 768}, {2056, 4096}, {384, 14336}, {16, 1024}, {14296, 768}};
-    static const int rows[] = {17, 33, 64, 100, 129, 192, 300, 513}, repeated[] = {30, 60, 1000};
+    static const int rows[] = {17, 33, 64, 100, 129, 192, 300, 513}, repeated[] = {30, 60, 1000, 300};
+    uint8_t *other;
+    cuda(cudaMalloc(&other, OTHER_BYTES));
     for (int mode = 0; mode < MODES; mode++) {
         moq_backend *be = backend_of(mode, kernel);
         check(be->reserve(be, 520, &err) == MOQ_OK, "reserve");
@@ -393,7 +400,8 @@ static void test_all(const char *only, const char *kernel)
     }
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
         for (int mode = 0; mode < MODES && !kernel; mode++)
-            for (int r = 0; r < 3 && (!only || strcmp(only, forms[i].name) == 0); r++) test_repeat(&forms[i], mode, repeated[r]);
+            for (int r = 0; r < 4 && (!only || strcmp(only, forms[i].name) == 0); r++) test_repeat(&forms[i], mode, repeated[r], other);
+    cudaFree(other);
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
         for (int rows = 40; rows <= 640 && !kernel && forms[i].group != 128; rows *= 4) if (!only || strcmp(only, forms[i].name) == 0) test_moe(&forms[i], rows);
     printf("%d passed, %d failed\n", passed, failed);
