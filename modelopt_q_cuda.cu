@@ -3902,8 +3902,8 @@ typedef struct moqk_gemm_args {
     moqk_part part[3];
 } moqk_gemm_args;
 
-/* x as the copy engine sees it: boxes of 64 columns of moqk_box_tokens(BM) tokens, and of those that are left over in the end. y: boxes of 64 rows of
-   moqk_put_tokens(BM). */
+/* x as the copy engine sees it, [slab of 64 columns][token][64]: boxes of the slabs of a stage and moqk_box_tokens(BM) tokens, and of one slab and the tokens
+   that are left over in the end. y: boxes of 64 rows of moqk_put_tokens(BM). */
 typedef struct moqk_maps { CUtensorMap whole, part, y; } moqk_maps;
 
 /* Tokens of a tile that are turned at once, and of a copy of them into y; see moqk_finish_pairs. */
@@ -4457,6 +4457,16 @@ __device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src)
 __device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
 
+/* The same into what keeps its value where they are not wanted. */
+__device__ __forceinline__ void moqk_read8_if(int wanted, uint32_t at, float2 &v)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.shared.v2.f32 {%0, %1}, [%2]; }" : "+f"(v.x), "+f"(v.y) : "r"(at), "r"(wanted) : "memory");
+}
+__device__ __forceinline__ void moqk_read2_if(int wanted, uint32_t at, uint32_t &v)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.shared.u16 %0, [%1]; }" : "+r"(v) : "r"(at), "r"(wanted) : "memory");
+}
+
 /* Room of a warp for `ahead` blocks of 64 columns of its weights: codes, then scales. */
 __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped, int ahead)
 {
@@ -4506,8 +4516,8 @@ template <int FORM, int GROUPED> struct moqk_operands {
                 s[1] = moqk_pack(scale[i / 2].y * more, scale[i / 2].y * more);
             }
             if (LINEAR && (i == 0 || (i == 2 && shift < 6))) {
-                zz[0] = (zero[i / 2] & 255) * 0x00010001u;
-                zz[1] = moqk_mul_pair((zero[i / 2] >> 8 & 255) * 0x00010001u, 0x41804180u);
+                zz[0] = __byte_perm(zero[i / 2], 0, 0x4040);
+                zz[1] = moqk_mul_pair(__byte_perm(zero[i / 2], 0, 0x4141), 0x41804180u);
             } else if (GROUPED && FORM == MOQK_FAST_U4 && (i == 0 || (i == 2 && shift < 6))) {
                 zz[0] = (zero[i / 2] & 255) * 0x00010001u | 0x43004300u;
                 zz[1] = (zero[i / 2] >> 8 & 255) * 0x00010001u | 0x43004300u;
@@ -4806,6 +4816,13 @@ __device__ void moqk_finish_shared(const moqk_call &a, const moqk_gemm_args &b, 
     }
 }
 
+/* A box of moqk_maps::whole or part: tokens from `row` on, slabs from `slab` on. */
+__device__ __forceinline__ void moqk_copy_slabs(uint32_t to, const CUtensorMap *map, int row, int slab, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(to), "l"(map), "r"(0), "r"(row), "r"(slab), "r"(bar) : "memory");
+}
+
 /* The ring: stage of the next tile of x, its round. */
 struct moqk_stage {
     int at, parity;
@@ -4838,7 +4855,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     static constexpr int W_STAGE = (ZEROS_AT + TILES * GROUPS * ZEROS + 1023) / 1024 * 1024;
     static constexpr int W_RING = BITS == 4 ? (BM <= 32 ? 6 : BM <= 64 ? 4 : BM <= 256 ? 3 : 2)
                                 : BITS == 8 ? (W_COLS < 256 ? 4 : 2) : BM <= 128 ? 3 : BM <= 256 ? 4 : 3;
-    static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= 128 ? 2 : 1, X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
+    static constexpr int X_SLABS = BM <= 64 ? UNIT : BM <= (BYTES || BITS == 16 ? 128 : 192) ? 2 : 1;
+    static constexpr int X_SCALED = BYTES && FORM == MOQK_FAST_E4M3 && GROUPED, X_SCALES_AT = X_SLABS * BM * 128;
     static constexpr int X_STAGE = (X_SCALES_AT + (X_SCALED ? X_SLABS * BM * 4 : 0) + 1023) / 1024 * 1024;
     /* Behind the rings: room of two warpgroups for the sums of 32 tokens or, if it is left, as much as it takes to store them without waiting; barriers,
        what is said of two pieces. */
@@ -4946,8 +4964,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         }
     }
 
-    /* x as the caller has it: a copy or two a slab, in the last tile of the tokens that there are: what lies past the end would cost more, and nobody
-       reads the sums of what is left over. */
+    /* x as the caller has it: one copy of all slabs of a stage, for each copy costs the products some 50 clocks, or two where it holds more tokens than a
+       copy may. What lies past the last token costs as much as what is there: where that is half or more, a copy a slab takes the others. */
     __device__ __forceinline__ void fill_direct(const moqk_maps &maps, const moqk_told *told, int lane) const
     {
         moqk_piece q;
@@ -4955,17 +4973,17 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         constexpr int BOX = moqk_box_tokens(BM);
         moqk_stage s = {0, 0}, full = s;
         while (hear(told, heard, q, lane)) {
-            const int tokens = q.end - q.first, copies = (tokens + BOX - 1) / BOX;
+            const int tokens = q.end - q.first, rest = tokens % BOX, whole = tokens / BOX + (2 * rest > BOX);
+            const int copies = whole + (rest > 0 && 2 * rest <= BOX ? X_SLABS : 0);
+            const int bytes = X_SLABS * 128 * (whole * BOX + (copies > whole ? rest : 0));
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const uint32_t to = x + s.at * X_STAGE, bar = x_full + full.at * 8;
                 moqk_barrier_wait(x_empty + s.at * 8, s.parity ^ 1);
-                if (lane == 0) moqk_barrier_expect(bar, X_SLABS * 128 * tokens);
+                if (lane == 0) moqk_barrier_expect(bar, bytes);
                 __syncwarp();
-                if (lane < X_SLABS * copies) {
-                    const int slab = lane / copies, box = lane % copies;
-                    moqk_copy_box(to + slab * (BM * 128) + box * (BOX * 128), (box + 1) * BOX > tokens ? &maps.part : &maps.whole, (i + slab) * 64,
-                                  q.first + box * BOX, bar);
-                }
+                if (lane < whole) moqk_copy_slabs(to + lane * (BOX * 128), &maps.whole, q.first + lane * BOX, i, bar);
+                else if (lane < copies)
+                    moqk_copy_slabs(to + (lane - whole) * (BM * 128) + whole * (BOX * 128), &maps.part, q.first + whole * BOX, i + lane - whole, bar);
                 s.step(X_RING);
                 full.step(X_FULL);
             }
@@ -5052,6 +5070,7 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
         wrap = w_units;
         turned = (uint32_t)moqk_fast_slot(FORM, (lane & 7) * 4 + (lane >> 3)) * 16;
         shift = GROUPED ? __ffs(p.group) - 1 : 31;
+        if (GROUPED) asm volatile("" : "+r"(shift)); /* a register, or it is found anew for every block */
         this->z[0] = this->z[1] = 0;
         if (!GROUPED && (FORM == MOQK_FAST_U8 || FORM == MOQK_FAST_U4)) {
             const uint8_t *zeros = p.packed[0] + moqk_scales_at<FORM>(p) + (int64_t)tiles * 64;
@@ -5083,15 +5102,16 @@ template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM
             for (int i = 0; i < 4; i++)
                 each[i] = FORM == MOQK_MXFP4 && (i & 1) ? each[i - 1] : moqk_read4(scales + (FORM == MOQK_NVFP4 ? i : i >> 1) * 8);
         if (GROUPED) {
-            const int32_t groups = ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = min((unit * 256) >> shift, groups - 1);
+            /* Chunks of 4 bits are whole units, of which none is past the end. No branches: loads behind one would wait for those before it. */
+            const int whole = moqk_chunk_cols(FORM) == 256;
+            const int32_t groups = whole ? 0 : ((chunks * moqk_chunk_cols(FORM) - 1) >> shift) + 1, first = whole ? 0 : min((unit * 256) >> shift, groups - 1);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                if (h == 1 && shift >= 6) break; /* the same once more */
-                const int32_t g = min((unit * 256 + b * 64 + h * 32) >> shift, groups - 1) - first;
-                const uint2 v = moqk_read8(stage + R::SCALES_AT + (warp * R::GROUPS + g) * 64 + (lane >> 2) * 8);
-                this->scale[h] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
-                if (FORM == MOQK_FAST_U4)
-                    this->zero[h] = moqk_read4(stage + R::ZEROS_AT + (warp * R::GROUPS + g) * 16 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
+                const int wanted = h == 1 ? shift < 6 : b % 2 == 0 || shift < 7; /* else those of the block before, or the same once more */
+                const int32_t g = whole ? (b * 64 + h * 32) >> shift : min((unit * 256 + b * 64 + h * 32) >> shift, groups - 1) - first;
+                const uint32_t at = stage + (warp * R::GROUPS + g) * 64 + (lane >> 2) * 8;
+                moqk_read8_if(wanted, at + R::SCALES_AT, this->scale[h]);
+                if (FORM == MOQK_FAST_U4) moqk_read2_if(wanted, stage + R::ZEROS_AT + (warp * R::GROUPS + g) * 16 + (lane >> 2) * 2, this->zero[h]);
             }
         }
         if (b % R::W_SLABS == R::W_SLABS - 1) {
@@ -7025,18 +7045,18 @@ static int moqc_fits_mma(const struct moqc_shape *s)
 typedef void (*moqc_gemm_kernel)(moqk_call, moqk_gemm_args, moqk_maps);
 typedef void (*moqc_mma_kernel)(moqk_call, moqk_gemm_args);
 
-/* A kernel, its threads and the shared memory that it needs. */
-typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int threads, shared; } moqc_gemm_choice;
+/* A kernel, its threads, the shared memory that it needs and slabs of a stage of x. */
+typedef struct moqc_gemm_choice { moqc_gemm_kernel kernel; int threads, shared, x_slabs; } moqc_gemm_choice;
 
 template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_wgmma_of()
 {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
-    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, R::TEAMS * 128 + 128, R::SHARED};
+    return {moqk_gemm_wgmma<FORM, GROUPED, BM>, R::TEAMS * 128 + 128, R::SHARED, R::X_SLABS};
 }
 
 template <int FORM, int GROUPED, int BM> static moqc_gemm_choice moqc_bytes_of()
 {
-    return {moqk_gemm_bytes<FORM, GROUPED, BM>, 384, moqk_rings<FORM, GROUPED, BM, 1>::SHARED};
+    return {moqk_gemm_bytes<FORM, GROUPED, BM>, 384, moqk_rings<FORM, GROUPED, BM, 1>::SHARED, 0};
 }
 
 template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int tokens)
@@ -7188,12 +7208,20 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
 
-/* x of the call as the copy engine reads it, or 0: it cannot. `tokens` of a tile. */
-static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
+/* x of the call as the copy engine reads it, or 0: it cannot. `tokens` and `slabs` of a stage. */
+static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, int32_t slabs, moqk_maps *maps)
 {
-    if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0) return 0;
-    const int32_t most = moqk_box_tokens(tokens), rest = call->m % most;
-    return moqc_map_rows(c, call, call->all, cols, most, &maps->whole) && moqc_map_rows(c, call, call->all, cols, rest ? rest : most, &maps->part);
+    static const cuuint32_t one[3] = {1, 1, 1};
+    if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0 || cols % 64 != 0) return 0;
+    const cuuint32_t most = (cuuint32_t)moqk_box_tokens(tokens), rest = (cuuint32_t)call->m % most;
+    const cuuint64_t size[3] = {64, (cuuint64_t)call->all, (cuuint64_t)cols / 64}, pitch[2] = {(cuuint64_t)call->ldx * 2, 128};
+    for (int i = 0; i < 2; i++) {
+        const cuuint32_t box[3] = {64, i && rest ? rest : most, i ? 1 : (cuuint32_t)slabs};
+        if (c->encode_map(i ? &maps->part : &maps->whole, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)call->x, size, pitch, box, one,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
+    }
+    return 1;
 }
 
 /* y of the call likewise, for tiles of `tokens`: boxes of 128 bytes of a token. */
@@ -7210,15 +7238,15 @@ static int moqc_map_y(const moqc_ctx *c, const moqk_call *call, int32_t tokens, 
 }
 
 /* The same of F32 inputs, from their copy in BF16 (see >>cuda-ops); what has none yet asks for it. */
-static int moqc_map_narrow(moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, moqk_maps *maps)
+static int moqc_map_narrow(moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, int32_t slabs, moqk_maps *maps)
 {
     moqk_call narrow = *call;
-    if (!c->encode_map || call->x_bf16 || call->row_of || call->tiles || call->ldx != cols || cols % 8 != 0) return 0;
+    if (!c->encode_map || call->x_bf16 || call->row_of || call->tiles || call->ldx != cols || cols % 64 != 0) return 0;
     c->narrows = 1;
     if (c->narrowed != call->x || c->narrow_cols != cols || c->narrow_rows < call->all) return 0;
     narrow.x = c->x16;
     narrow.x_bf16 = 1;
-    return moqc_map_x(c, &narrow, cols, tokens, maps);
+    return moqc_map_x(c, &narrow, cols, tokens, slabs, maps);
 }
 
 /* Whether 16 columns of x may be read 16 bytes at a time. */
@@ -7325,17 +7353,17 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
         moqc_launch_early(c, moqc_mma_find(form, grouped), dim3((unsigned)u.blocks), 256, moqk_mma_shared(form, grouped), 1, "a matrix product", j->call, b);
         return;
     }
+    const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
     if (bytes_of_x) {
         b.fix = 1;
         if (form == MOQK_FAST_E4M3 && grouped) b.x_scale = (const float *)(const void *)(c->x16 + (int64_t)b.units * 2 * b.tokens * 128);
         moqc_pack_bytes(j, p, form, &b);
     } else {
         b.direct = up == 1 && parts == 1 && b.unit == MOQK_NO_UNIT &&
-            (moqc_map_x(c, &j->call, p->cols, u.tokens, &maps) || moqc_map_narrow(c, &j->call, p->cols, u.tokens, &maps));
+            (moqc_map_x(c, &j->call, p->cols, u.tokens, choice.x_slabs, &maps) || moqc_map_narrow(c, &j->call, p->cols, u.tokens, choice.x_slabs, &maps));
         if (!b.direct) moqc_pack(j, p, form, up, 0, &b);
     }
     b.y_direct = (j->call.y_bf16 || !bytes_of_x) && moqc_map_y(c, &j->call, u.tokens, &maps);
-    const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
     moqc_launch_early(c, choice.kernel, dim3((unsigned)u.blocks), choice.threads, choice.shared, u.split, "a matrix product", j->call, b, maps);
 }
 
