@@ -3957,6 +3957,20 @@ __device__ __forceinline__ void moqk_get16(const moqk_pack_args &a, int64_t at, 
     for (int i = 0; i < 8; i++) { v[2 * i] = w[i].x; v[2 * i + 1] = w[i].y; }
 }
 
+/* Word t of lane s of four, which are 2 and 4 apart, becomes word s of lane t. */
+__device__ __forceinline__ void moqk_turn_words(int s, uint32_t (&w)[4])
+{
+#pragma unroll
+    for (int by = 1; by <= 2; by++) { /* pairs of words that are `by` apart */
+        const int high = s & by;
+        const uint32_t a = __shfl_xor_sync(0xffffffffu, high ? w[0] : w[by], 2 * by), b = __shfl_xor_sync(0xffffffffu, high ? w[3 - by] : w[3], 2 * by);
+        w[0] = high ? a : w[0];
+        w[by] = high ? w[by] : a;
+        w[3 - by] = high ? b : w[3 - by];
+        w[3] = high ? w[3] : b;
+    }
+}
+
 /* x -> x16. A thread makes 16 bytes of four tokens; 8 lanes share a token's 64 columns. Reads x once. Grid: 4 slabs, 32 tokens. */
 __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
 {
@@ -3974,7 +3988,7 @@ __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
         int64_t from = a.row_of ? a.row_of[m] : m;
         if (a.unit == MOQK_STATIC_UNIT) by[u] /= a.part[a.expert_of ? (int64_t)a.expert_of[m] * a.expert_stride : 0].input_scale;
         if (a.unit == MOQK_TOKEN_UNIT) by[u] /= a.token_unit[m];
-        if (a.whole && !turned) {
+        if (a.whole) {
             moqk_get8(a, from * a.ldx + slab * 64 + 8 * c, slab * 64 + 8 * c < a.cols, v[u]);
             continue;
         }
@@ -3989,7 +4003,7 @@ __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
 #pragma unroll
     for (int u = 0; u < 4; u++) {
         int32_t m = blockIdx.y * 32 + u * 8 + (threadIdx.x >> 5);
-        if (m >= a.m || slab >= a.slabs) continue;
+        if (m >= a.m) continue;
         uint32_t w[4], low[4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
@@ -3997,6 +4011,11 @@ __global__ void __launch_bounds__(256) moqk_pack_x(moqk_pack_args a)
             w[t] = moqk_pack(x, y);
             low[t] = moqk_pack(x - __uint_as_float(w[t] << 16), y - __uint_as_float(w[t] & 0xffff0000u));
         }
+        if (a.whole && turned) {
+            moqk_turn_words(s, w);
+            if (a.parts > 1) moqk_turn_words(s, low);
+        }
+        if (slab >= a.slabs) continue;
         uint8_t *to = a.x16 + ((int64_t)slab * a.tokens + m) * 128 + ((c ^ (m & 7)) << 4);
         *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
         if (a.parts > 1) *(uint4 *)(to + a.slabs * a.tokens * 128) = make_uint4(low[0], low[1], low[2], low[3]);
