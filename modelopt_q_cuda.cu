@@ -134,7 +134,7 @@ typedef struct moqc_ctx {
     moqc_encode_map encode_map;              /* NULL: the driver has none */
     int wgmma;                               /* compute capability 9.0, and compiled for its own instructions (sm_90a) */
     int cooperates;                          /* cooperative launches are there */
-    int gemm_tokens, gemm_cut; /* for measurements: tokens of a tile; 1 to 4 blocks of a cluster that share one, 5, 6 runs (mma: 2); 0: automatic */
+    int gemm_tokens, gemm_cut; /* for measurements: tokens of a tile; 1 to 4 blocks of a cluster that share one, 5, 6 runs (mma: 2, 3); 0: automatic */
     char name[24], kernel[40];
     moq_act act;
     cudaStream_t stream;
@@ -3899,6 +3899,7 @@ typedef struct moqk_gemm_args {
     float fix;                 /* the power of two that sums lack; see moqk_form_fix */
     int32_t direct, y_direct;  /* x is read where it is, y is written, by the maps */
     int32_t known;             /* parts of a dense call that stand here, too: nothing has to be read before x can be asked for; or 0 */
+    int32_t tile_tokens;       /* of a tile where the kernel takes several: mma.sync */
     moqk_part part[3];
 } moqk_gemm_args;
 
@@ -4077,7 +4078,7 @@ __device__ __forceinline__ uint32_t moqk_run_of(uint32_t total, uint32_t unit)
 
 __device__ __forceinline__ int32_t moqk_tiles_of(const moqk_call &a, const moqk_gemm_args &b) { return b.row_tiles * (a.tiles ? a.tiles[-4] : b.token_tiles); }
 
-/* Where a tile lies; tiles that stand side by side share weights (dense) or tokens (experts). 0: it has no rows of this launch. */
+/* Where a tile lies; tiles that stand side by side share weights (dense) or tokens (experts). 0: it has no rows of this launch. BM 0: b.tile_tokens. */
 template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_locate_tile(const moqk_call &a, const moqk_gemm_args &b, moqk_piece *q)
 {
     int64_t part = 0; /* counted, not pointed at: nvcc 13.0 reads the first part where a pointer to parts moves in a branch or a loop */
@@ -4091,8 +4092,8 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_loc
         q->x_first = t[1] & ~7;
     } else {
         row_tile = b.token_tiles == 1 ? q->tile : q->tile / b.token_tiles;
-        q->x_first = q->first = (q->tile - row_tile * b.token_tiles) * BM;
-        q->end = min(q->first + BM, a.m);
+        q->x_first = q->first = (q->tile - row_tile * b.token_tiles) * (BM ? BM : b.tile_tokens);
+        q->end = min(q->first + (BM ? BM : b.tile_tokens), a.m);
     }
     for (; left > 0; left--, part++) {
         rows = b.known ? b.part[part].rows : a.parts[part].rows;
@@ -4290,7 +4291,7 @@ __device__ void moqk_finish(const moqk_call &a, const moqk_gemm_args &b, const m
     constexpr int TOKENS = BM % 32 ? 16 : 32;
     const moqk_rows o = moqk_rows_of<FORM, GROUPED>(a, b, q, told, group, thread & 15);
 #pragma unroll 1 /* only what names registers is there for every round */
-    for (int r = 0; r < BM / TOKENS; r++) {
+    for (int r = 0; r < BM / TOKENS && q.x_first + r * TOKENS < q.end; r++) {
         moqk_sync_group(group);
 #pragma unroll
         for (int k = 0; k < BM / TOKENS; k++) if (k == r) moqk_lay_sums<TOKENS>(room, thread, d, k);
@@ -4473,6 +4474,11 @@ __device__ __forceinline__ void moqk_copy_async4(uint32_t dst, const void *src)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dst), "l"(src) : "memory");
 }
+/* The same from AT bytes after both addresses. */
+template <int AT> __device__ __forceinline__ void moqk_copy_async_from(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" :: "r"(dst), "l"(src), "n"(AT) : "memory");
+}
 __device__ __forceinline__ uint32_t moqk_read4(uint32_t at) { uint32_t v; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory"); return v; }
 __device__ __forceinline__ uint2 moqk_read8(uint32_t at) { uint2 v; asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory"); return v; }
 
@@ -4486,10 +4492,14 @@ __device__ __forceinline__ void moqk_read2_if(int wanted, uint32_t at, uint32_t 
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.shared.u16 %0, [%1]; }" : "+r"(v) : "r"(at), "r"(wanted) : "memory");
 }
 
-/* Room of a warp for `ahead` blocks of 64 columns of its weights: codes, then scales. */
-__host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped, int ahead)
+/* Room of a warp for a block of 64 columns of its weights, 2 x 16 rows; of that and the scales of `blocks` such. */
+__host__ __device__ static constexpr int moqk_stream_block(int form, int grouped)
 {
-    return ahead * 128 * moqk_fast_bits(form) + (form <= MOQK_MXFP4 ? 3 * 256 : grouped ? ahead * 192 : 0);
+    return 256 * moqk_fast_bits(form) + (form > MOQK_MXFP4 && grouped ? 384 : 0);
+}
+__host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped, int blocks)
+{
+    return blocks * moqk_stream_block(form, grouped) + (form <= MOQK_MXFP4 ? 512 : 0);
 }
 
 /* A warp's 16 rows as left operands. GROUPED: 0 no scales of groups (those of 4-bit floats are always on the weights), 1 they multiply the weights, 2 the
@@ -4555,104 +4565,97 @@ template <int FORM, int GROUPED> struct moqk_operands {
     }
 };
 
-/* The weights of a warp's 16 rows, block of 64 columns by block. They go through shared memory, each lane's by itself: loads into registers would be
-   moved to where they are used. AHEAD - 1 blocks are on their way. */
-template <int FORM, int GROUPED, int AHEAD> struct moqk_stream : moqk_operands<FORM, GROUPED> {
-    using moqk_operands<FORM, GROUPED>::BLOCKS;
-    using moqk_operands<FORM, GROUPED>::UNITS;
-    using moqk_operands<FORM, GROUPED>::scale;
-    using moqk_operands<FORM, GROUPED>::zero;
-    using moqk_operands<FORM, GROUPED>::z;
-    using moqk_operands<FORM, GROUPED>::shift;
-    static constexpr int SCALES = AHEAD * 128 * moqk_fast_bits(FORM);
+/* The weights of a warp's rows, 16 of a tile's first 64 and 16 of the others, block of 64 columns by block. They go through shared memory, each lane's by
+   itself: loads into registers would be moved to where they are used. A block's room is free when its words are in registers. */
+template <int FORM, int GROUPED> struct moqk_stream {
+    typedef moqk_operands<FORM, GROUPED> T;
+    static constexpr int BLOCKS = T::BLOCKS, UNITS = T::UNITS, CODES = UNITS * 512, EACH = moqk_stream_block(FORM, GROUPED);
+    T rows[2];
     const uint8_t *src;        /* the lane's first codes */
     const float2 *scales;
     const uint16_t *zeros;
-    uint32_t room;             /* shared memory of the warp */
-    uint2 bytes;               /* scales of 4-bit floats of the chunk */
-    int32_t chunks, groups, wrap, slot, chunk_slot;
+    int32_t apart, groups_apart; /* from the first 16 rows to the others: bytes of codes, groups of 8 scales */
+    uint32_t room, bytes_room; /* shared memory of the warp: blocks; scales of a chunk of 4-bit floats */
+    uint2 bytes[2];            /* these scales */
+    int32_t chunks, groups, wrap;
+    uint4 w[2][UNITS];         /* the block that was fetched last */
 
-    /* Sixteen rows from row_tile * 16 on; past the end the last ones again, for rows that nobody stores. */
-    __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units, uint32_t shared_room)
+    /* Sixteen rows from row_tile * 16 on, and from (row_tile + 4) * 16 on; past the end the last ones again, for rows that nobody stores. */
+    __device__ __forceinline__ void open(const moqk_part &p, int32_t row_tile, int32_t w_units, uint32_t shared_room, int32_t slots)
     {
-        const int32_t lane = threadIdx.x & 31, tiles = (p.rows + 15) / 16;
+        const int32_t lane = threadIdx.x & 31, tiles = (p.rows + 15) / 16, more = min(row_tile + 4, tiles - 1) - min(row_tile, tiles - 1);
         const int64_t tile = min(row_tile, tiles - 1);
-        room = shared_room;
+        room = shared_room + lane * 16;
+        bytes_room = shared_room + slots * EACH + lane * 8;
         wrap = w_units * 4;
         chunks = (p.cols + moqk_chunk_cols(FORM) - 1) / moqk_chunk_cols(FORM);
         src = p.packed[0] + tile * chunks * moqk_chunk_bytes(FORM) + moqk_fast_slot(FORM, lane) * 16;
+        apart = more * chunks * moqk_chunk_bytes(FORM);
         if (FORM <= MOQK_MXFP4) return;
-        shift = GROUPED ? __ffs(p.group) - 1 : 31;
-        groups = GROUPED ? (chunks * moqk_chunk_cols(FORM) + p.group - 1) >> shift : 1;
+        groups = GROUPED ? (chunks * moqk_chunk_cols(FORM) + p.group - 1) >> (__ffs(p.group) - 1) : 1;
+        groups_apart = more * groups * 8;
         scales = (const float2 *)(p.packed[0] + moqk_scales_at<FORM>(p)) + tile * groups * 8 + (lane >> 2);
         zeros = (const uint16_t *)(p.packed[0] + moqk_scales_at<FORM>(p) + (int64_t)tiles * groups * 64) + tile * groups * 8 + (lane >> 2);
-        z[0] = z[1] = 0;
-        if (FORM == MOQK_FAST_U8 || (FORM == MOQK_FAST_U4 && !GROUPED)) this->whole_zeros(zeros[0]);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            rows[r].shift = GROUPED ? __ffs(p.group) - 1 : 31;
+            rows[r].z[0] = rows[r].z[1] = 0;
+            if (FORM == MOQK_FAST_U8 || (FORM == MOQK_FAST_U4 && !GROUPED)) rows[r].whole_zeros(zeros[r * groups_apart]);
+        }
     }
 
-    /* Asks for block `at` into slot `to`; past `last` only counts. A chunk's scales come with its first block, into chunk slot `to_chunk`. */
-    __device__ __forceinline__ void ask(int32_t at, int32_t last, int32_t to, int32_t to_chunk)
+    /* Asks for block `at`. A chunk's scales come with its first block: up to three blocks ahead, when those of the chunk before are in registers. */
+    __device__ __forceinline__ void ask(int32_t at, int32_t slot)
     {
         const int lane = threadIdx.x & 31;
-        if (at <= last) {
-            if (at >= wrap) at -= wrap;
-            const int32_t chunk = min(at / BLOCKS, chunks - 1), from = chunk * moqk_chunk_bytes(FORM) + at % BLOCKS * (UNITS * 512);
+        if (at >= wrap) at -= wrap;
+        const uint32_t chunk = min((uint32_t)at / BLOCKS, (uint32_t)chunks - 1), from = chunk * moqk_chunk_bytes(FORM) + (uint32_t)at % BLOCKS * CODES;
+        const uint32_t to = room + slot * EACH;
+        const uint8_t *const each[2] = {src + from, src + from + apart};
 #pragma unroll
-            for (int i = 0; i < UNITS; i++) moqk_copy_async(room + (to * UNITS + i) * 512 + lane * 16, src + from + i * 512);
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int i = 0; i < UNITS; i++) moqk_copy_async(to + r * CODES + i * 512, each[r] + i * 512);
             if (FORM <= MOQK_MXFP4 && at % 4 == 0)
-                moqk_copy_async8(room + SCALES + to_chunk * 256 + lane * 8,
-                                 src + (from + 2048 - moqk_fast_slot(FORM, lane) * 16 + (FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8));
+                moqk_copy_async8(bytes_room + r * 256, each[r] + (2048 - moqk_fast_slot(FORM, lane) * 16 + (FORM == MOQK_NVFP4 ? lane : lane >> 1) * 8));
             if (GROUPED && (lane & 3) < 2) { /* lanes 0 and 1 of a quad: 32 columns each */
-                const int32_t group = min((at * 64 + (lane & 1) * 32) >> shift, groups - 1);
-                const uint32_t here = room + SCALES + to * 192 + (lane & 1) * 96 + (lane >> 2) * 8;
-                moqk_copy_async8(here, scales + group * 8);
-                if (FORM == MOQK_FAST_U4 && !(lane & 4)) /* of two rows */
-                    moqk_copy_async4(room + SCALES + to * 192 + (lane & 1) * 96 + 64 + (lane >> 3) * 4, zeros + group * 8);
+                const int32_t group = min((at * 64 + (lane & 1) * 32) >> rows[0].shift, groups - 1) * 8 + r * groups_apart;
+                const uint32_t here = to - lane * 16 + 2 * CODES + r * 192 + (lane & 1) * 96;
+                moqk_copy_async8(here + (lane >> 2) * 8, scales + group);
+                if (FORM == MOQK_FAST_U4 && !(lane & 4)) moqk_copy_async4(here + 64 + (lane >> 3) * 4, zeros + group); /* of two rows */
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
     }
 
-    __device__ __forceinline__ void start(int32_t unit, int32_t last)
-    {
-        __syncwarp(); /* all lanes have read what the slots held */
-        for (int i = 0; i < AHEAD - 1; i++) ask(unit * 4 + i, last, i, i / 4);
-        slot = 0;
-        chunk_slot = 0;
-    }
-
-    /* Codes and scales of block `b` (0..3) of a unit. `last`: the last block of this piece. */
-    __device__ __forceinline__ void fetch(int32_t unit, int b, int32_t last, uint4 (&w)[UNITS])
+    /* Block `at` from `slot`. All lanes' scales are there. */
+    __device__ __forceinline__ void fetch(int32_t at, int32_t slot)
     {
         const int lane = threadIdx.x & 31;
-        asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2) : "memory");
-        if (GROUPED) __syncwarp();
+        const uint32_t from = room + slot * EACH;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) w[i] = moqk_read16(room + (slot * UNITS + i) * 512 + lane * 16);
-        if (FORM <= MOQK_MXFP4 && b == 0) {
-            bytes = moqk_read8(room + SCALES + chunk_slot * 256 + lane * 8);
-            if (++chunk_slot == 3) chunk_slot = 0;
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int i = 0; i < UNITS; i++) w[r][i] = moqk_read16(from + r * CODES + i * 512);
+            if (FORM <= MOQK_MXFP4 && at % 4 == 0) bytes[r] = moqk_read8(bytes_room + r * 256);
+            if (GROUPED)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const uint32_t here = from - lane * 16 + 2 * CODES + r * 192 + h * 96;
+                    const uint2 v = moqk_read8(here + (lane >> 2) * 8);
+                    rows[r].scale[h] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+                    if (FORM == MOQK_FAST_U4) rows[r].zero[h] = moqk_read4(here + 64 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
+                }
         }
-        if (GROUPED)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const uint32_t here = room + SCALES + slot * 192 + h * 96;
-                const uint2 v = moqk_read8(here + (lane >> 2) * 8);
-                scale[h] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
-                if (FORM == MOQK_FAST_U4) zero[h] = moqk_read4(here + 64 + (lane >> 3) * 4) >> (lane >> 2 & 1) * 16;
-            }
-        if (++slot == AHEAD) slot = 0;
-        const int32_t later = chunk_slot + (AHEAD == 8); /* asked for with block 1 */
-        ask(unit * 4 + b + AHEAD - 1, last, slot + AHEAD - 2 >= AHEAD ? slot - 2 : slot + AHEAD - 2, later == 3 ? 0 : later);
     }
 
-    /* The same as left operands of four products. */
-    __device__ __forceinline__ void decode(int32_t unit, int b, int32_t last, uint32_t (&a)[16])
+    /* The block `at` that was fetched, as left operands of four products for each 16 rows. A unit has four blocks: `at` may go on past `wrap`. */
+    __device__ __forceinline__ void decode(int32_t at, uint32_t (&a)[2][16]) const
     {
-        uint4 w[UNITS];
-        fetch(unit, b, last, w);
-        const uint32_t v = b < 2 ? bytes.x : bytes.y, each[4] = {v, v, v, v};
-        this->decode_words(w, each, b & 1, a);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const uint32_t v = (at & 2) == 0 ? bytes[r].x : bytes[r].y, each[4] = {v, v, v, v};
+            rows[r].decode_words(w[r], each, at & 1, a[r]);
+        }
     }
 };
 
@@ -5751,77 +5754,200 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-gemm-mma   17 and more rows of x on every device: mma.sync
-   Eight warps of 16 rows x 64 tokens; x comes by cp.async through a ring in shared memory and by ldmatrix into registers. Group scales may
-   multiply F32 sums instead of weights here (GROUPED 2), which keeps 4-bit integers and FP8 blocks as exact as their scales.
+   Four warps of 32 rows x 128 tokens, or as many of these as a tile has; x comes by cp.async through a ring in shared memory and by ldmatrix into registers,
+   a step ahead of its products. Each register of x meets 32 rows of decoded weights: reading x takes half of the clocks that the products take. Group scales
+   may multiply F32 sums instead of weights here (GROUPED 2), which keeps 4-bit integers and FP8 blocks as exact as their scales.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQK_MMA_RING = 4 };
+enum { MOQK_MMA_TOKENS = 128, MOQK_MMA_COPY = 16 }; /* tiles of up to so many tokens; of x that a block's threads copy at a time */
 
-__host__ __device__ static constexpr int moqk_mma_ahead(int form) { return moqk_fast_bits(form) == 16 ? 2 : 4; }
-__host__ __device__ static constexpr int moqk_mma_shared(int form, int grouped) { return MOQK_MMA_RING * 8192 + 8 * moqk_stream_bytes(form, grouped, moqk_mma_ahead(form)) + 16; }
-
-/* A slab of 64 columns: d += W x, or, with scales on sums, d += scale * (W x) for 32 columns at a time. x: the slab's [64 tokens][128 bytes]. */
-template <int GROUPED> __device__ __forceinline__ void moqk_multiply_slab(float (&d)[32], const uint32_t (&a)[16], uint32_t x, int lane, const float2 (&scale)[2])
+/* Bytes of a slab of x and how many slabs shared memory holds, one more than blocks of the weights; what a tile of so many tokens needs: 48.5 KB at
+   most, 56 KB for few tokens of BF16 weights, so that two blocks fit on a multiprocessor of compute capability 8.6 (100 KB), too, but for those. */
+__host__ __device__ static constexpr int moqk_mma_slab(int tokens) { return tokens > 64 ? MOQK_MMA_TOKENS * 128 : 8192; }
+__host__ __device__ static constexpr int moqk_mma_ring(int form, int tokens) { return tokens > 64 ? 2 : moqk_fast_bits(form) == 4 ? 4 : 3; }
+__host__ __device__ static constexpr int moqk_mma_shared(int form, int grouped, int tokens)
 {
-    const uint32_t row = x + (lane & 7) * 128;
+    return moqk_mma_ring(form, tokens) * moqk_mma_slab(tokens) + 4 * moqk_stream_bytes(form, grouped, moqk_mma_ring(form, tokens) - 1);
+}
+
+/* A slab's 64 columns are worked on in steps of 16 products: 32 columns of 32 tokens or, where scales are on sums, all columns of 16 tokens, which need half
+   as many sums at a time. Where a step's matrix i of four lies: its 8 tokens, its half of the columns. */
+template <int GROUPED> __device__ static constexpr int moqk_step_tokens(int step, int i) { return GROUPED == 2 ? 2 * step + (i & 1) : (step >> 1) * 4 + i; }
+template <int GROUPED> __device__ static constexpr int moqk_step_half(int step, int i) { return GROUPED == 2 ? i >> 1 : step & 1; }
+
+/* A step's right operands. x: where the lane's row of the slab's first matrix is, and of the one 32 columns on. */
+template <int STEP, int GROUPED> __device__ __forceinline__ void moqk_load_step(const uint32_t (&x)[2], uint32_t (&v)[4][4])
+{
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const uint32_t from = row + (((half * 4 + (lane >> 3)) ^ (lane & 7)) << 4);
+    for (int i = 0; i < 4; i++) moqk_load_matrices(x[moqk_step_half<GROUPED>(STEP, i)] + moqk_step_tokens<GROUPED>(STEP, i) * 1024, v[i]);
+}
+
+/* d += W x of a slab from STEP on or, with scales on sums, d += scale * (W x) of 32 columns at a time or, WIDE, of all. The next step's x comes while this
+   one's products run; v: the first one's. */
+template <int STEP, int GROUPED, int WIDE, typename W>
+__device__ __forceinline__ void moqk_multiply_slab(float (&d)[2][64], const uint32_t (&a)[2][16], const uint32_t (&x)[2], int32_t tokens, const W (&w)[2],
+                                                   uint32_t (&v)[2][4][4])
+{
+    if constexpr (STEP < 8) {
+        constexpr int NEXT = (STEP + 1) % 8;
+        const int more = STEP < 7 && (moqk_step_half<GROUPED>(NEXT, 0) > 0 || tokens > moqk_step_tokens<GROUPED>(NEXT, 0) * 8);
+        if (more) moqk_load_step<NEXT, GROUPED>(x, v[NEXT & 1]);
+        float sum[2][2][4];
+        constexpr int EACH = GROUPED == 2 || STEP >= 6 ? 2 : 4; /* tiles of 104 and 112 tokens end in the middle of the last steps */
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            uint32_t v[4];
-            float sum[4] = {0, 0, 0, 0}, *to = GROUPED == 2 ? sum : d + 4 * n;
-            moqk_load_matrices(from + n * 1024, v);
-            moqk_product(to, a + 8 * half, v[0], v[1]);
-            moqk_product(to, a + 8 * half + 4, v[2], v[3]);
-            if (GROUPED == 2) {
-                d[4 * n] += sum[0] * scale[half].x;
-                d[4 * n + 1] += sum[1] * scale[half].x;
-                d[4 * n + 2] += sum[2] * scale[half].y;
-                d[4 * n + 3] += sum[3] * scale[half].y;
+        for (int pair = 0; pair < (GROUPED == 2 ? 2 : 4); pair += EACH) {
+            if (pair > 0 && tokens <= moqk_step_tokens<GROUPED>(STEP, pair) * 8) break;
+#pragma unroll
+            for (int k = 0; k < (GROUPED == 2 ? 4 : 2); k++) {
+                const int first = k == 0 || (!WIDE && k == 2), last = k == 3 || (!WIDE && k == 1), half = moqk_step_half<GROUPED>(STEP, k & 2);
+#pragma unroll
+                for (int ir = 0; ir < 2 * EACH; ir++) {
+                    const int i = pair + ir / 2, r = ir % 2;
+                    const uint32_t *u = v[STEP & 1][GROUPED == 2 ? (k & 2) + i : i] + (k & 1) * 2, *left = a[r] + 8 * half + 4 * (k & 1);
+                    float *to = d[r] + 4 * moqk_step_tokens<GROUPED>(STEP, i);
+                    if (GROUPED != 2) { moqk_product(to, left, u[0], u[1]); continue; }
+                    if (first) sum[r][i][0] = sum[r][i][1] = sum[r][i][2] = sum[r][i][3] = 0;
+                    moqk_product(sum[r][i], left, u[0], u[1]);
+                    if (!last) continue;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) to[j] += sum[r][i][j] * (j < 2 ? w[r].scale[half].x : w[r].scale[half].y);
+                }
             }
         }
+        if (more) moqk_multiply_slab<STEP + 1, GROUPED, WIDE>(d, a, x, tokens, w, v);
     }
 }
 
-template <int FORM, int GROUPED> __global__ void __launch_bounds__(256, 2) moqk_gemm_mma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+/* A thread's 16 bytes of each MOQK_MMA_COPY tokens of a slab of x, from AT on. */
+template <int AT> __device__ __forceinline__ void moqk_ask_tokens(uint32_t to, const uint8_t *src, int32_t tokens)
+{
+    if constexpr (AT < MOQK_MMA_TOKENS) {
+        if (AT == 0 || AT < tokens) moqk_copy_async_from<AT * 128>(to, src);
+        moqk_ask_tokens<AT + MOQK_MMA_COPY>(to, src, tokens);
+    }
+}
+
+/* As moqk_join, of all rows of a tile of so many tokens: both halves are left, and added, at once. */
+__device__ __forceinline__ int moqk_join_tile(const moqk_gemm_args &b, const moqk_piece &q, uint32_t total, int32_t tokens, volatile int &room,
+                                              float (&d)[2][64])
+{
+    const uint32_t begin = (uint32_t)(q.tile * b.units), low = moqk_run_of(total, begin), high = moqk_run_of(total, begin + b.units - 1), me = blockIdx.x;
+    constexpr uint32_t SIZE = 128 * (MOQK_MMA_TOKENS / 8);
+    float4 *all = (float4 *)b.partial + threadIdx.x;
+    int32_t *turn = b.turn + 2 * low, others = (int32_t)(high - low);
+    const int early = me <= low + 1; /* adding the others to what it has is the order of the columns */
+    if (threadIdx.x == 0) room = early && atomicAdd(turn, 0) == others;
+    __syncthreads();
+    int last = room;
+    if (!last) {
+        float4 *mine = all + (2 * me + (moqk_run_start(total, me) <= begin)) * 2 * SIZE;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 0; i < MOQK_MMA_TOKENS / 8; i++)
+                if (i * 8 < tokens) __stcg(mine + r * SIZE + i * 128, make_float4(d[r][4 * i], d[r][4 * i + 1], d[r][4 * i + 2], d[r][4 * i + 3]));
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) room = atomicAdd(turn, 1) == others;
+        __syncthreads();
+        last = room;
+    }
+    if (!last) return 0;
+    __threadfence();
+    if (threadIdx.x == 0) *turn = 0;
+#pragma unroll
+    for (int i = 0; i < 128; i++) d[i >> 6][i & 63] = early ? d[i >> 6][i & 63] : 0;
+#pragma unroll 1
+    for (uint32_t c = low; c <= high; c++) {
+        if (early && c == me) continue;
+        const float4 *from = all + (2 * c + (moqk_run_start(total, c) <= begin)) * 2 * SIZE;
+#pragma unroll
+        for (int half = 0; half < 2; half++) { /* of the tokens: all reads of one are on their way at once */
+            if (half * 64 >= tokens) break;
+            float4 v[2][8];
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int at = half * 8 + (i & 7);
+                v[i >> 3][i & 7] = at * 8 < tokens ? __ldcg(from + (i >> 3) * SIZE + at * 128) : make_float4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                float *to = d[i >> 3] + half * 32 + (i & 7) * 4;
+                const float4 u = v[i >> 3][i & 7];
+                to[0] += u.x;
+                to[1] += u.y;
+                to[2] += u.z;
+                to[3] += u.w;
+            }
+        }
+    }
+    return 1;
+}
+
+template <int FORM, int GROUPED>
+__global__ void __launch_bounds__(128, 2) moqk_gemm_mma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(shared), copy = (threadIdx.x >> 3) * 128 + (threadIdx.x & 7) * 16;
-    constexpr int AHEAD = moqk_mma_ahead(FORM), BYTES = moqk_stream_bytes(FORM, GROUPED, AHEAD);
-    int *flags = (int *)(void *)(shared + MOQK_MMA_RING * 8192 + 8 * BYTES);
-    moqk_stream<FORM, GROUPED, AHEAD> w;
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const int32_t stages = moqk_mma_ring(FORM, b.tile_tokens), slab = moqk_mma_slab(b.tile_tokens), bytes = moqk_stream_bytes(FORM, GROUPED, stages - 1);
+    const uint32_t weights = (uint32_t)__cvta_generic_to_shared(shared), ring = weights + 4 * bytes;
+    const uint32_t row = (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+    __shared__ int flag;
+    moqk_stream<FORM, GROUPED> w;
     moqk_piece q;
     q.at = -1;
     moqk_wait_for_before();
-    while (moqk_next_piece<FORM, GROUPED, 64>(a, b, &q)) {
-        const int32_t slabs = (q.to - q.from) * 4, last = q.to * 4 - 1;
-        const uint8_t *src = b.x16 + ((int64_t)q.from * 4 * b.tokens + q.x_first) * 128 + copy;
-        float d[32];
-        w.open(*q.p, q.row_tile * 8 + warp, b.w_units, ring + MOQK_MMA_RING * 8192 + warp * BYTES);
+    while (moqk_next_piece<FORM, GROUPED, 0>(a, b, &q)) {
+        const int32_t first = q.from * 4, last = q.to * 4 - 1, tokens = q.end - q.x_first;
+        const uint8_t *src = b.x16 + ((int64_t)first * b.tokens + q.x_first) * 128 + thread * 16;
+        float d[2][64];
+        int32_t to = 0, slot = 0, weights_slot = 0; /* the next of x to be written; those of the block that is worked on */
+        w.open(*q.p, q.row_tile * 8 + warp, b.w_units, weights + warp * bytes, stages - 1);
 #pragma unroll
-        for (int i = 0; i < 32; i++) d[i] = 0;
+        for (int i = 0; i < 128; i++) d[i >> 6][i & 63] = 0;
         __syncthreads(); /* the ring was the room of the tile before */
-        for (int i = 0; i < MOQK_MMA_RING - 1; i++)
-            if (i < slabs) for (int k = 0; k < 2; k++) moqk_copy_async(ring + i * 8192 + copy + k * 4096, src + (int64_t)i * b.tokens * 128 + k * 4096);
-        w.start(q.from, last); /* its first group holds the slabs, too; every later group one slab and one block of weights */
-        for (int32_t unit = q.from, i = 0; unit < q.to; unit++)
-#pragma unroll
-            for (int block = 0; block < 4; block++, i++) {
-                uint32_t fragments[16];
-                const int32_t ahead = i + MOQK_MMA_RING - 1;
-                asm volatile("cp.async.wait_group %0;" :: "n"(AHEAD - 2) : "memory");
-                __syncthreads(); /* slab i is there for all, slab i - 1 is done with */
-                if (ahead < slabs)
-                    for (int k = 0; k < 2; k++) moqk_copy_async(ring + ahead % MOQK_MMA_RING * 8192 + copy + k * 4096, src + (int64_t)ahead * b.tokens * 128 + k * 4096);
-                w.decode(unit, block, last, fragments); /* closes the group */
-                moqk_multiply_slab<GROUPED>(d, fragments, ring + i % MOQK_MMA_RING * 8192, lane, w.scale);
+#pragma unroll 1
+        for (; to < stages - 1; to++) { /* a block of x and of the weights are a group, an empty one past the last */
+            if (first + to <= last) {
+                moqk_ask_tokens<0>(ring + to * slab + thread * 16, src, tokens);
+                src += b.tokens * 128;
+                w.ask(first + to, to);
             }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        }
+#pragma unroll 1
+        for (int32_t at = first; at <= last; at++) {
+            uint32_t fragments[2][16], v[2][4][4];
+            const uint32_t x[2] = {ring + slot * slab + row, (ring + slot * slab + row) ^ 64};
+            if (stages == 2) asm volatile("cp.async.wait_group 0;" ::: "memory");
+            else if (stages == 3) asm volatile("cp.async.wait_group 1;" ::: "memory");
+            else asm volatile("cp.async.wait_group 2;" ::: "memory");
+            __syncthreads(); /* block `at` is there for all, the one before is done with */
+            moqk_load_step<0, GROUPED>(x, v[0]);
+            w.fetch(at, weights_slot);
+            const int more = at + stages - 1 <= last;
+            if (more) moqk_ask_tokens<0>(ring + to * slab + thread * 16, src, tokens);
+            w.decode(at, fragments);
+            if (GROUPED) __syncwarp(); /* all lanes have their scales */
+            if (more) w.ask(at + stages - 1, weights_slot);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (GROUPED == 2 && w.rows[0].shift >= 6) moqk_multiply_slab<0, GROUPED, 1>(d, fragments, x, tokens, w.rows, v);
+            else moqk_multiply_slab<0, GROUPED, 0>(d, fragments, x, tokens, w.rows, v);
+            src += b.tokens * 128;
+            if (++to == stages) to = 0;
+            if (++slot == stages) slot = 0;
+            if (++weights_slot == stages - 1) weights_slot = 0;
+        }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();
-        if ((q.from > 0 || q.to < b.units) && !moqk_join<64>(b, q, moqk_cut_tiles(a, b) * b.units, group, thread, flags, d)) continue;
-        moqk_finish<FORM, GROUPED, 64>(a, b, q, NULL, group, thread, (float *)(void *)shared + group * 32 * 68, d);
+        if ((q.from > 0 || q.to < b.units) && !moqk_join_tile(b, q, moqk_cut_tiles(a, b) * b.units, tokens, flag, d)) continue;
+        /* A warp's 32 rows are 16 of each half of a tile, as those of two warpgroups. */
+#pragma unroll 1
+        for (int group = 0; group < 2; group++) {
+            moqk_finish<FORM, GROUPED, MOQK_MMA_TOKENS>(a, b, q, NULL, group, thread, (float *)(void *)shared, d[0]);
+#pragma unroll
+            for (int i = 0; i < 64; i++) d[0][i] = d[1][i];
+        }
     }
 }
 
@@ -7138,13 +7264,13 @@ enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
 
 enum { MOQC_DENSE4 = MOQC_BYTES + 1 }; /* of moqc_tiles: MOQC_WGMMA with weights of 4 bits, no experts */
 
-enum { MOQC_TILES = 19 };
+enum { MOQC_TILES = 18 };
 static const struct { int32_t tokens, which; double slab, end, shared_end; } moqc_tiles[MOQC_TILES] = { /* see moqc_cut_gemm */
     {32, MOQC_WGMMA, 0.195, 1.2, 2.4}, {64, MOQC_WGMMA, 0.24, 1.4, 2.7}, {128, MOQC_WGMMA, 0.37, 0.9, 3.2}, {160, MOQC_WGMMA, 0.455, 1.5, 4.0},
     {192, MOQC_WGMMA, 0.505, 1.6, 4.6}, {256, MOQC_WGMMA, 0.65, 1.4, 7.4}, {304, MOQC_WGMMA, 0.757, 2.2, 8.1},
     {32, MOQC_DENSE4, 0.22, 0.9, 2.0}, {64, MOQC_DENSE4, 0.264, 2.6, 2.95}, {128, MOQC_DENSE4, 0.352, 2.7, 3.9}, {160, MOQC_DENSE4, 0.438, 2.3, 6.0},
     {192, MOQC_DENSE4, 0.512, 4.9, 5.2}, {256, MOQC_DENSE4, 0.667, 5.8, 8.6}, {304, MOQC_DENSE4, 0.794, 9.0, 11.2},
-    {64, MOQC_MMA, 0.5, 3, 5}, {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
+    {64, MOQC_BYTES, 0.26, 1, 3}, {128, MOQC_BYTES, 0.30, 1.5, 4}, {160, MOQC_BYTES, 0.36, 1.8, 5},
     {256, MOQC_BYTES, 0.52, 2.5, 9}};
 
 /* How a launch is cut: tokens of a tile, blocks, tiles that are not cut; blocks of a cluster. */
@@ -7159,12 +7285,12 @@ typedef struct moqc_gemm_cut { int32_t tokens, blocks, whole, split; } moqc_gemm
    for at most half of them hides 2 us of its beginning behind the launch before it. */
 static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int32_t group, int64_t units, int which)
 {
-    moqc_gemm_cut best = {which == MOQC_MMA ? 64 : 128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
+    moqc_gemm_cut best = {128, 1, INT32_MAX, 1}; /* every form has it: what a measurement gets that asks for a cut that is none */
     double least = 1e30;
     const int dense4 = which == MOQC_WGMMA && moqk_fast_bits(form) == 4 && !j->call.tiles;
     for (int i = 0; i < MOQC_TILES; i++) {
         const int32_t tokens = moqc_tiles[i].tokens;
-        if (moqc_tiles[i].which != (dense4 ? (int)MOQC_DENSE4 : which) || (j->c->gemm_tokens && which != MOQC_MMA && j->c->gemm_tokens != tokens)) continue;
+        if (moqc_tiles[i].which != (dense4 ? (int)MOQC_DENSE4 : which) || (j->c->gemm_tokens && j->c->gemm_tokens != tokens)) continue;
         if (tokens & (tokens - 1) && (moqk_fast_bits(form) == 8) != (which == MOQC_BYTES)) continue; /* codes of 8 bits: only where they stay bytes */
         if (tokens == 32 && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
@@ -7176,21 +7302,21 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
         if (dense4 && form == MOQK_FAST_U4 && tokens < 256) more = !grouped ? 1.03 : tokens <= 128 ? (group < 64 ? 1.17 : 1.15) : group < 64 ? 1.08 : 1.04;
         if (which == MOQC_WGMMA && form == MOQK_FAST_BF16 && (tokens <= 64 || tokens > 256)) more = tokens > 256 ? 1.1 : 1.14;
         const double slab = (which == MOQC_WGMMA && tokens == 64 && !halves ? 0.31 : moqc_tiles[i].slab) * more;
-        const int64_t room = (int64_t)j->c->sm_count * (which == MOQC_MMA ? 2 : 1);
+        const int64_t room = j->c->sm_count;
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
-        const int runs_of_units = which == MOQC_MMA ? 1 : 4; /* before them 1 to 4 blocks of a cluster a tile (mma: 1) */
-        const int last = which == MOQC_MMA ? 1 : which == MOQC_BYTES || (j->call.tiles && !halves) ? 3 : j->call.tiles ? 4 : 5;
+        const int runs_of_units = 4; /* before them 1 to 4 blocks of a cluster a tile */
+        const int last = which == MOQC_BYTES || (j->call.tiles && !halves) ? 3 : j->call.tiles ? 4 : 5;
         for (int k = 0; k <= last; k++) {
-            const int cut = k >= runs_of_units, split = which == MOQC_MMA || cut ? 1 : k + 1;
+            const int cut = k >= runs_of_units, split = cut ? 1 : k + 1;
             if ((j->c->gemm_cut && j->c->gemm_cut != k + 1) || units < split) continue;
             const int64_t fit = split == 4 ? room * 9 / 40 : split == 3 ? room * 3 / 10 : room / split; /* clusters of 3 and 4 do not fit everywhere */
             const int64_t runs = moqc_max(1, moqc_min(fit, cut ? count * moqc_min(units, halves ? 16 : 4) : count));
             int64_t rounds = moqk_ceil(count, runs);
             if (split > 1 && rounds > 1) continue; /* see moqk_finish_shared */
-            if (cut) rounds = which == MOQC_MMA || j->call.tiles ? 0 : count / runs - (k - runs_of_units); /* of whole tiles */
+            if (cut) rounds = j->call.tiles ? 0 : count / runs - (k - runs_of_units); /* of whole tiles */
             if (rounds < 0 || (cut && count == rounds * runs)) continue;
-            if (cut && which != MOQC_MMA && !j->c->gemm_cut && 4 * (count % runs) >= 3 * runs) continue;
-            const double run = cut ? (which == MOQC_MMA ? 1 : 1.08) * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
+            if (cut && !j->c->gemm_cut && 4 * (count % runs) >= 3 * runs) continue;
+            const double run = cut ? 1.08 * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
             const int64_t busy = cut ? runs : (count - (rounds - 1) * runs) * split; /* multiprocessors of the last round */
             const double idle = dense4 ? 0.25 * (1 - (double)busy / (double)room) : 0, last_run = cut ? run : (double)moqk_ceil(units, split);
             const double longest = (double)(rounds * moqk_ceil(units, split)) + run - idle * last_run;
@@ -7205,6 +7331,37 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
             best.blocks = (int32_t)runs * split;
             best.whole = cut ? (int32_t)(rounds * runs) : INT32_MAX;
             best.split = split;
+        }
+    }
+    return best;
+}
+
+/* The same for mma.sync: two blocks on a multiprocessor, tiles of equally many tokens, as few as their number allows. Blocks take whole tiles in turn, or run
+   through the units of all tiles of the last round, or of the last two. `step`: tokens that products take at a time. */
+static moqc_gemm_cut moqc_cut_mma(const moqc_job *j, int64_t units, int64_t step)
+{
+    const int64_t room = 2 * (int64_t)j->c->sm_count, fewest = j->call.tiles ? 1 : moqk_ceil(j->call.m, MOQK_MMA_TOKENS);
+    const int64_t most = j->call.tiles ? 1 : moqc_min(moqk_ceil(j->call.m, 24), fewest + 3);
+    moqc_gemm_cut best = {MOQK_MMA_TOKENS, 1, INT32_MAX, 1};
+    double least = 1e30;
+    for (int64_t n = fewest; n <= most; n++) {
+        int64_t tokens = moqk_pad(j->call.tiles ? j->call.m + 8 : moqk_ceil(j->call.m, n), 8);
+        if (j->c->gemm_tokens) tokens = j->c->gemm_tokens;
+        const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
+        const double eighths = (double)(moqk_pad(tokens, tokens > 96 ? 16 : step) / 16), end = 1 + 0.3 * eighths, joins = 4 + 0.8 * eighths;
+        for (int cut = 0; cut < 3; cut++) {
+            if (j->c->gemm_cut && j->c->gemm_cut != cut + 1) continue;
+            const int64_t runs = moqc_max(1, moqc_min(room, cut ? count * moqc_min(units, 4) : count));
+            const int64_t rounds = !cut ? moqk_ceil(count, runs) : count / runs - (cut - 1); /* of whole tiles */
+            if (rounds < 0 || (cut && count == rounds * runs)) continue;
+            const double run = cut ? 1.08 * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
+            const double slab = (0.55 + 0.11 * eighths) * (runs <= j->c->sm_count ? 0.7 : 1); /* alone on a multiprocessor: faster */
+            const double time = ((double)(rounds * units) + run) * 4 * slab + (double)rounds * end + (cut ? joins : 0);
+            if (time >= least) continue;
+            least = time;
+            best.tokens = (int32_t)tokens;
+            best.blocks = (int32_t)runs;
+            best.whole = cut ? (int32_t)(rounds * runs) : INT32_MAX;
         }
     }
     return best;
@@ -7363,7 +7520,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     if (!bytes_of_x) moqc_unit_of(j, p, &b.unit, &parts);
     b.w_units = (int32_t)moqk_ceil(p->cols, 256);
     b.units = b.w_units * parts;
-    moqc_gemm_cut u = moqc_cut_gemm(j, form, grouped, p->group, b.units, which);
+    const moqc_gemm_cut u = which == MOQC_MMA ? moqc_cut_mma(j, b.units, grouped ? 16 : 32) : moqc_cut_gemm(j, form, grouped, p->group, b.units, which);
     b.x16 = c->x16;
     b.tokens = moqk_pad(j->call.all, 8) + MOQC_TILE_TOKENS; /* a tile may reach past the last token */
     if (!j->call.tiles && which != MOQC_MMA && j->call.m <= u.tokens) b.tokens = u.tokens; /* one tile: its slabs lie together */
@@ -7374,6 +7531,7 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.token_tiles = (int32_t)moqk_ceil(j->call.m, u.tokens);
     b.whole = u.whole;
     b.split = u.split;
+    b.tile_tokens = u.tokens;
     int scaled = grouped && which == MOQC_WGMMA; /* weights */
     for (b.known = 0; !j->call.tiles && j->bank->experts == 1 && j->call.part_count <= 3 && b.known < j->call.part_count; b.known++) b.part[b.known] = j->part[b.known].d;
     b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 35184372088832.0f : 1) : moqc_form_fix(form); /* U4: 2^45 */
@@ -7382,7 +7540,8 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     const float up = form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
     if (which == MOQC_MMA) {
         moqc_pack(j, p, form, up, 1, &b);
-        moqc_launch_early(c, moqc_mma_find(form, grouped), dim3((unsigned)u.blocks), 256, moqk_mma_shared(form, grouped), 1, "a matrix product", j->call, b);
+        const int shared = moqk_mma_shared(form, grouped, u.tokens);
+        moqc_launch_early(c, moqc_mma_find(form, grouped), dim3((unsigned)u.blocks), 128, shared, 1, "a matrix product", j->call, b);
         return;
     }
     const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
@@ -7432,7 +7591,7 @@ static int moqc_gemm_tokens(const moqc_bank *b)
     int tokens = 256;
     for (int32_t i = 0; i < b->count; i++)
         for (int r = 2; r < MOQC_REGIMES && b->part[i].d.rows > 0; r++) {
-            if (b->part[i].kernel[r]->launch == moqc_launch_mma) tokens = (int)moqc_min(tokens, 64);
+            if (b->part[i].kernel[r]->launch == moqc_launch_mma) tokens = (int)moqc_min(tokens, MOQK_MMA_TOKENS);
             else if (b->part[i].kernel[r]->launch == moqc_launch_bytes && moqk_form_grouped(b->part[i].d, MOQK_FAST_E4M3) && b->part[i].d.kind == MOQK_E4M3)
                 tokens = (int)moqc_min(tokens, 128); /* as in moqc_cut_gemm */
             else if (b->part[i].kernel[r]->launch != moqc_launch_wgmma && b->part[i].kernel[r]->launch != moqc_launch_bytes) tokens = 0;
