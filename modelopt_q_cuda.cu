@@ -46,8 +46,9 @@
        >>cuda-attention  attention with F32 arithmetic: every format and head size
        >>cuda-attention-mma  steps of caches as operands of tensor cores
        >>cuda-attention-stream  attention of few queries on tensor cores: caches stream through shared memory
-       >>cuda-attention-tiles  attention of many queries on tensor cores
+       >>cuda-attention-tiles  attention of many queries on tensor cores: what the kernels of both instruction sets share
        >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma
+       >>cuda-attention-sync   the same on every device: mma.sync
        >>cuda-attention-host   which of them runs
        >>cuda-moe        mixtures of experts: routing, grouping, the weighted sum
        >>cuda-moe-few    the same of few rows on SM90, 4-bit weights: one launch
@@ -4144,6 +4145,8 @@ template <int FORM, int GROUPED, int BM> __device__ __forceinline__ int moqk_nex
     }
 }
 
+__device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
 __device__ __forceinline__ uint4 moqk_read16(uint32_t at)
 {
     uint4 v;
@@ -4666,7 +4669,6 @@ template <int FORM, int GROUPED> struct moqk_stream {
    ------------------------------------------------------------------------------------------------ */
 
 #if MOQK_WGMMA
-__device__ __forceinline__ uint32_t moqk_shared_at(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 /* A box of a tensor from column x, row y on into shared memory. */
 __device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
 {
@@ -10166,30 +10168,17 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-tiles  attention of many queries on tensor cores: heads of up to 256 values
-   Tiles of 64 queries (rows x heads of one kv head) against tiles of keys that are unpacked once into 16 bits in shared memory. TERMS: 1 for
-   BF16 activations; 2 for F32 ones, whose queries and probabilities go in as hi + lo; 3 when the cache is F32 and is split too.
+   >>cuda-attention-tiles  attention of many queries on tensor cores: what the kernels of both instruction sets share
+   Teams of four warps have 64 queries (rows x heads of one kv head), a warp 16 of them, whose scores and sums stay in its registers. Keys and values
+   come in tiles, whose codes become 16-bit operands where they lie. TERMS: 1 for BF16 activations; 2 for F32 ones, whose queries and probabilities go in
+   as hi + lo; 3 when the cache is F32 and is split too. With F32 activations and BF (codes that want BF16) queries and probabilities have three parts.
+   What a kernel keeps in shared memory is its R: A parts of queries and probabilities, B of keys and values, tiles of KEYS positions. Operands lie in
+   slabs of 64 values, 128 bytes a row, 16-byte pieces exchanged by xor with row & 7: the 128-byte swizzle of wgmma, and no conflicts for ldmatrix.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQK_TILE_QUERIES = 64, MOQK_TILE_OWN = MOQK_TILE_QUERIES * 16 }; /* OWN: bytes of shared memory beside those that a launch asks for */
+enum { MOQK_TEAM_QUERIES = 64 };
 
-__host__ __device__ static constexpr int moqk_tile_keys(int dim) { return dim > 128 ? 32 : 64; }
-
-/* Halves of shared memory: queries, keys and values, all in rows of DIM + 8. */
-__host__ __device__ static constexpr int moqk_tile_halves(int dim, int terms)
-{
-    return (dim + 8) * (MOQK_TILE_QUERIES * (terms > 1 ? 2 : 1) + 2 * moqk_tile_keys(dim) * (terms > 2 ? 2 : 1));
-}
-
-__device__ __forceinline__ void moqk_ldmatrix(uint32_t v[4], const uint16_t *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(p)));
-}
-
-__device__ __forceinline__ void moqk_ldmatrix_turned(uint32_t v[4], const uint16_t *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(p)));
-}
+__host__ __device__ static constexpr int moqk_query_parts(int terms, int bf) { return terms == 1 ? 1 : bf ? 3 : 2; }
 
 /* 16 codes as 16-bit pairs in their order. scale: the code of their block, 4 bits only. */
 template <int KIND> __device__ __forceinline__ void moqk_kv_unpack(const uint32_t *w, uint32_t scale, uint32_t hi[8])
@@ -10209,303 +10198,11 @@ template <int KIND> __device__ __forceinline__ void moqk_kv_unpack(const uint32_
         for (int i = 0; i < 4; i++) moqk_kv_operands<KIND>(w[i], 0, hi + 2 * i);
 }
 
-/* Values [d, d + 16) of a row in 16 bits, in units of moqk_unit: hi, and for F32 caches lo. */
-template <int KIND> __device__ __forceinline__ void moqk_kv_halves(const moqk_kv &c, int64_t at, int32_t d, uint32_t hi[8], uint32_t lo[8])
-{
-    const uint8_t *row = c.codes + at * c.row_bytes;
-    if constexpr (KIND == MOQK_KV_F32) {
-        float v[16];
-        moqk_kv_read<KIND, 16>(c, at, d, 1, NULL, v);
-#pragma unroll
-        for (int i = 0; i < 8; i++) moqk_split16<0>(v[2 * i], v[2 * i + 1], &hi[i], &lo[i]);
-    } else if constexpr (KIND == MOQK_KV_BF16) moqk_kv_load<32>(row + 2 * d, hi);
-    else if constexpr (KIND == MOQK_KV_NV4 || KIND == MOQK_KV_MX4) {
-        uint32_t w[2];
-        moqk_kv_load<8>(row + d / 2, w);
-        moqk_kv_unpack<KIND>(w, c.scales[at * c.blocks + d / (KIND == MOQK_KV_MX4 ? 32 : 16)], hi);
-    } else {
-        uint32_t w[4];
-        moqk_kv_load<16>(row + d, w);
-        moqk_kv_unpack<KIND>(w, 0, hi);
-    }
-}
-
-/* Positions [first, first + keys) of keys or values; zeros past `last` and past the row's own length. */
-template <int KIND, int DIM> __device__ __forceinline__ void moqk_fill_tile(const moqk_kv &c, int64_t base, int64_t first, int64_t last, uint16_t *hi, uint16_t *lo)
-{
-    constexpr int keys = moqk_tile_keys(DIM), chunks = DIM / 16;
-    for (int32_t i = threadIdx.x; i < keys * chunks; i += 128) {
-        int32_t j = i / chunks, d = i % chunks * 16;
-        uint32_t h[8] = {0, 0, 0, 0, 0, 0, 0, 0}, l[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        if (first + j <= last && d < c.padded) moqk_kv_halves<KIND>(c, base + first + j, d, h, l);
-        uint4 *to = (uint4 *)(hi + j * (DIM + 8) + d);
-        to[0] = make_uint4(h[0], h[1], h[2], h[3]);
-        to[1] = make_uint4(h[4], h[5], h[6], h[7]);
-        if (KIND == MOQK_KV_F32) {
-            to = (uint4 *)(lo + j * (DIM + 8) + d);
-            to[0] = make_uint4(l[0], l[1], l[2], l[3]);
-            to[1] = make_uint4(l[4], l[5], l[6], l[7]);
-        }
-    }
-}
-
-template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_fill(const moqk_kv &c, int64_t base, int64_t first, int64_t last, uint16_t *hi, uint16_t *lo)
-{
-    if constexpr (BF) moqk_fill_tile<MOQK_KV_BF16, DIM>(c, base, first, last, hi, lo);
-    else if constexpr (TERMS == 3) moqk_fill_tile<MOQK_KV_F32, DIM>(c, base, first, last, hi, lo);
-    else if (c.kind == MOQK_KV_E4M3) moqk_fill_tile<MOQK_KV_E4M3, DIM>(c, base, first, last, hi, lo);
-    else if (c.kind == MOQK_KV_I8) moqk_fill_tile<MOQK_KV_I8, DIM>(c, base, first, last, hi, lo);
-    else moqk_fill_tile<MOQK_KV_NV4, DIM>(c, base, first, last, hi, lo);
-}
-
 /* What a number in 16 bits stands for: the scale of a head in units of moqk_kv_operands. */
 __device__ __forceinline__ float moqk_unit(const moqk_kv &c, int32_t head)
 {
     return c.kind <= MOQK_KV_BF16 || c.kind == MOQK_KV_MX4 ? 1 : c.kind == MOQK_KV_NV4 ? c.scale[head] * (512.0f / 6) : c.scale[head];
 }
-
-/* A tile's queries in 16 bits, 32 at a time through `stage` [32][dim] F32; q_bias[i] = q . k_bias. */
-template <int DIM, int TERMS, int BF> __device__ void moqk_tile_queries(const moqk_attend_args &a, int64_t first_pair, int32_t kv_head, float *stage, uint16_t *hi, uint16_t *lo, float *q_bias)
-{
-    int32_t dim = a.c.k.dim, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    int64_t pairs = (int64_t)a.rows * a.share;
-    const float *bias = a.c.k.bias ? a.c.k.bias + (int64_t)kv_head * dim : NULL;
-    for (int32_t half = 0; half < MOQK_TILE_QUERIES; half += 32) {
-        __syncthreads();
-        for (int32_t i = threadIdx.x; i < 32 * dim; i += 128) {
-            int64_t pair = first_pair + half + i / dim, row = pair / a.share, head = kv_head * a.share + pair % a.share;
-            stage[i] = pair < pairs ? moqk_get_any(a.q, row * a.q_stride + head * dim + i % dim, a.bf16) * (BF ? 1 : a.scale) : 0;
-        }
-        if (a.c.k.rotate) moqk_rotate_rows(stage, 32, dim, dim, 1 / sqrtf((float)dim));
-        __syncthreads();
-        for (int32_t i = threadIdx.x; i < 32 * DIM / 2; i += 128) {
-            int32_t j = i / (DIM / 2), d = i % (DIM / 2) * 2;
-            uint32_t h, l;
-            moqk_split16<BF>(d < dim ? stage[j * dim + d] : 0, d + 1 < dim ? stage[j * dim + d + 1] : 0, &h, &l);
-            *(uint32_t *)&hi[(half + j) * (DIM + 8) + d] = h;
-            if (TERMS > 1) *(uint32_t *)&lo[(half + j) * (DIM + 8) + d] = l;
-        }
-        for (int32_t j = warp; j < 32; j += 4) {
-            float sum = 0;
-            for (int32_t d = lane; bias && d < dim; d += 32) sum += stage[j * dim + d] * bias[d];
-            sum = moqk_warp_sum(sum);
-            if (lane == 0) q_bias[half + j] = sum;
-        }
-    }
-    __syncthreads();
-}
-
-/* Scores of one key tile for the warp's 16 queries. */
-template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_tile_scores(const uint16_t *qh, const uint16_t *ql, const uint16_t *kh, const uint16_t *kl, float (*s)[4])
-{
-    constexpr int S = DIM + 8, N = moqk_tile_keys(DIM) / 8;
-    int lane = threadIdx.x & 31, q_at = (threadIdx.x / 32 * 16 + (lane & 15)) * S + (lane >> 4) * 8, k_at = ((lane & 7) + (lane >> 4) * 8) * S + (lane >> 3 & 1) * 8;
-#pragma unroll
-    for (int n = 0; n < N; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll
-    for (int d = 0; d < DIM; d += 16) {
-        uint32_t q[4], r[4], k[4];
-        moqk_ldmatrix(q, qh + q_at + d);
-        if (TERMS > 1) moqk_ldmatrix(r, ql + q_at + d);
-#pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            moqk_ldmatrix(k, kh + k_at + n * 8 * S + d);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                moqk_attend_mma<BF>(s[n + j], q, k[2 * j], k[2 * j + 1]);
-                if (TERMS > 1) moqk_attend_mma<BF>(s[n + j], r, k[2 * j], k[2 * j + 1]);
-            }
-            if (TERMS == 3) {
-                moqk_ldmatrix(k, kl + k_at + n * 8 * S + d);
-#pragma unroll
-                for (int j = 0; j < 2; j++) moqk_attend_mma<BF>(s[n + j], q, k[2 * j], k[2 * j + 1]);
-            }
-        }
-    }
-}
-
-/* acc += p v for one key tile; p: exp(score - max) in the registers of the scores. */
-template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_tile_values(const float (*p)[4], const uint16_t *vh, const uint16_t *vl, float (*acc)[4])
-{
-    constexpr int S = DIM + 8, K = moqk_tile_keys(DIM) / 16;
-    int lane = threadIdx.x & 31, at = ((lane & 7) + (lane >> 3 & 1) * 8) * S + (lane >> 4) * 8;
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-        uint32_t hi[4], lo[4], v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) moqk_split16<BF>(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1], &hi[i], &lo[i]);
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) {
-            moqk_ldmatrix_turned(v, vh + at + k * 16 * S + d);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                moqk_attend_mma<BF>(acc[d / 8 + j], hi, v[2 * j], v[2 * j + 1]);
-                if (TERMS > 1) moqk_attend_mma<BF>(acc[d / 8 + j], lo, v[2 * j], v[2 * j + 1]);
-            }
-            if (TERMS == 3) {
-                moqk_ldmatrix_turned(v, vl + at + k * 16 * S + d);
-#pragma unroll
-                for (int j = 0; j < 2; j++) moqk_attend_mma<BF>(acc[d / 8 + j], hi, v[2 * j], v[2 * j + 1]);
-            }
-        }
-    }
-}
-
-/* Grid: query tiles, kv heads. Lane (g, t) of a warp owns rows g and g + 8 of its 16 queries. Rows of different slots in a tile are taken one
-   slot after the other. */
-template <int DIM, int TERMS, int BF> __device__ __forceinline__ void moqk_attend_tile(const moqk_attend_args &a)
-{
-    extern __shared__ float4 room4[];
-    __shared__ int32_t q_from[MOQK_TILE_QUERIES], q_pos[MOQK_TILE_QUERIES], q_slot[MOQK_TILE_QUERIES];
-    __shared__ float q_bias[MOQK_TILE_QUERIES];
-    constexpr int S = DIM + 8, KEYS = moqk_tile_keys(DIM), N = KEYS / 8;
-    uint16_t *qh = (uint16_t *)room4, *ql = qh + MOQK_TILE_QUERIES * S, *kh = TERMS > 1 ? ql + MOQK_TILE_QUERIES * S : ql, *vh = kh + KEYS * S, *kl = vh + KEYS * S, *vl = kl + KEYS * S;
-    int32_t kv_head = blockIdx.y, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, mine = threadIdx.x / 32 * 16 + g;
-    int64_t first_pair = (int64_t)blockIdx.x * MOQK_TILE_QUERIES, pairs = (int64_t)a.rows * a.share;
-    float acc[DIM / 8][4], top[2] = {-3e38f, -3e38f}, sum[2] = {0, 0}, sink[2] = {0, 0};
-    float k_unit = moqk_unit(a.c.k, kv_head) * (BF ? a.scale : 1), v_unit = moqk_unit(a.c.v, kv_head);
-    for (int32_t i = threadIdx.x; i < MOQK_TILE_QUERIES; i += 128) {
-        int64_t pair = first_pair + i, row = min(pair, pairs - 1) / a.share;
-        int32_t slot = a.slot[row], pos = a.pos[row];
-        int held = pair < pairs && slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
-        q_slot[i] = held ? slot : -1;
-        q_pos[i] = pos;
-        q_from[i] = (int32_t)moqk_first_seen(a, pos);
-    }
-#pragma unroll
-    for (int i = 0; i < DIM / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-    moqk_tile_queries<DIM, TERMS, BF>(a, first_pair, kv_head, (float *)kh, qh, ql, q_bias);
-    for (int i = 0; i < 2; i++)
-        if (a.sinks && q_slot[mine + 8 * i] >= 0) {
-            sink[i] = top[i] = a.sinks[kv_head * a.share + (first_pair + mine + 8 * i) % a.share];
-            sum[i] = t == 0 ? 1.0f : 0.0f;
-        }
-    for (int32_t begin = 0, end; begin < MOQK_TILE_QUERIES; begin = end) {
-        int32_t slot = q_slot[begin], low = INT32_MAX, high = -1;
-        for (end = begin; end < MOQK_TILE_QUERIES && q_slot[end] == slot; end++) { low = min(low, q_from[end]); high = max(high, q_pos[end]); }
-        if (slot < 0) continue;
-        int64_t base = ((int64_t)slot * a.c.kv_heads + kv_head) * a.c.capacity;
-        for (int32_t first = low / KEYS * KEYS; first <= high; first += KEYS) {
-            float s[N][4];
-            __syncthreads();
-            moqk_fill<DIM, TERMS, BF>(a.c.k, base, first, high, kh, kl);
-            moqk_fill<DIM, TERMS, BF>(a.c.v, base, first, high, vh, vl);
-            __syncthreads();
-            moqk_tile_scores<DIM, TERMS, BF>(qh, ql, kh, kl, s);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int32_t q = mine + 8 * i, from = q >= begin && q < end ? q_from[q] : INT32_MAX, to = q_pos[q];
-                float best = top[i], bias = q_bias[q];
-#pragma unroll
-                for (int n = 0; n < N; n++)
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        float *v = &s[n][2 * i + j];
-                        int32_t key = first + 8 * n + 2 * t + j;
-                        *v = *v * k_unit + bias;
-                        if (a.softcap > 0) *v = a.softcap * tanhf(*v / a.softcap);
-                        if (key < from || key > to) *v = -3.4e38f;
-                        best = fmaxf(best, *v);
-                    }
-                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-                best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-                float shrink = expf(top[i] - best), more = 0;
-                top[i] = best;
-#pragma unroll
-                for (int n = 0; n < N; n++)
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        float *v = &s[n][2 * i + j];
-                        *v = *v <= -3.3e38f ? 0 : expf(*v - best);
-                        more += *v;
-                    }
-                sum[i] = sum[i] * shrink + more;
-#pragma unroll
-                for (int n = 0; n < DIM / 8; n++) { acc[n][2 * i] *= shrink; acc[n][2 * i + 1] *= shrink; }
-            }
-            moqk_tile_values<DIM, TERMS, BF>(s, vh, vl, acc);
-        }
-    }
-    const float *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * a.c.v.dim : NULL;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int64_t pair = first_pair + mine + 8 * i, row = pair / a.share, head = kv_head * a.share + pair % a.share;
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
-        sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
-        if (pair >= pairs) continue;
-        int held = q_slot[mine + 8 * i] >= 0;
-        float keys = sum[i] - (a.sinks && held ? expf(sink[i] - top[i]) : 0), one = sum[i] != 0 ? 1 / sum[i] : 0;
-#pragma unroll
-        for (int n = 0; n < DIM / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int32_t d = 8 * n + 2 * t + j;
-                if (d < a.c.v.dim) moqk_put_any(a.y, row * a.y_stride + head * a.c.v.dim + d, (acc[n][2 * i + j] * v_unit + (v_bias ? keys * v_bias[d] : 0)) * one, a.bf16);
-            }
-    }
-}
-
-template <int DIM, int TERMS, int BF>
-__global__ void __launch_bounds__(128, DIM > 128 || TERMS > 1 ? 1 : 2) moqk_attend_many(const __grid_constant__ moqk_attend_args a)
-{
-    if constexpr (!MOQK_WGMMA || DIM > 128) moqk_attend_tile<DIM, TERMS, BF>(a); /* else >>cuda-attention-wgmma does it */
-}
-
-/* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma, heads of up to 128 values
-   Two teams (warpgroups) of 64 queries each multiply; the warps of a third copy keys and values into two rings, and make 16-bit operands of codes
-   where they lie. A team's softmax of a tile runs beside its products with the values of the tile before, and beside the other team's. Blocks stay:
-   while a tile's results are stored, the first keys of the next tile are on their way. Queries and probabilities go in as A parts of 16 bits, keys
-   and values as B: see moqk_team_room.
-   ------------------------------------------------------------------------------------------------ */
-
-enum { MOQK_TEAM_QUERIES = 64, MOQK_TEAMS_QUERIES = 128 };
-
-/* Shared memory. TERMS as in >>cuda-attention-tiles; with F32 activations and BF (codes that want BF16) queries and probabilities have three parts.
-   Operands lie in slabs of 64 values, 128 bytes a row, 16-byte pieces exchanged by xor with row & 7: the 128-byte swizzle of wgmma. */
-template <int DIM, int TERMS, int BF> struct moqk_team_room {
-    static constexpr int A = TERMS == 1 ? 1 : BF ? 3 : 2, B = TERMS == 3 && !BF ? 2 : 1;
-    static constexpr int KEYS = TERMS == 1 ? 128 : 64, STAGES = TERMS == 1 ? 3 : B == 2 ? 2 : 4;
-    static constexpr int PART = DIM * 128;              /* bytes of a team's queries, one part: [DIM / 64][64][64] */
-    static constexpr int SLAB = KEYS * 128;             /* of 64 values of a tile of keys or values */
-    static constexpr int TILE = DIM / 64 * SLAB * B;    /* [part][DIM / 64][KEYS][64] */
-    static constexpr int K_AT = 2 * A * PART, V_AT = K_AT + STAGES * TILE, BARRIERS_AT = V_AT + STAGES * TILE;
-    static constexpr int SHARED = BARRIERS_AT + STAGES * 32 + 1024;
-    uint32_t base;
-    __device__ __forceinline__ uint32_t queries(int team) const { return base + team * A * PART; }
-    __device__ __forceinline__ uint32_t tile(int values, int stage) const { return base + (values ? V_AT : K_AT) + stage * TILE; }
-    __device__ __forceinline__ uint32_t full(int values, int stage) const { return base + BARRIERS_AT + (values * STAGES + stage) * 8; }
-    __device__ __forceinline__ uint32_t empty(int values, int stage) const { return full(values + 2, stage); }
-};
-
-#if MOQK_WGMMA
-/* D[64 x N] (+)= A[64 x 16] B[16 x N], both in shared memory in rows of K; descriptors as moqk_x_desc. */
-#define MOQK_WGMMA_SHARED(name, count, shape, list, at_a, at_b, more, ...) \
-    __device__ __forceinline__ void name(float (&d)[count], uint32_t a, uint32_t b, int add) \
-    { \
-        asm volatile("{ .reg .pred p; .reg .b64 q, r; mov.b64 q, {%" #at_a ", 1073741888}; mov.b64 r, {%" #at_b ", 1073741888}; " \
-                     "setp.ne.b32 p, %" #more ", 0; " \
-                     "wgmma.mma_async.sync.aligned." shape " {" list "}, q, r, p, 1, 1, 0, 0; }" : __VA_ARGS__ : "r"(a), "r"(b), "r"(add)); \
-    }
-MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 32, "m64n64k16.f32.bf16.bf16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
-MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 32, "m64n64k16.f32.f16.f16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
-MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 64, "m64n128k16.f32.bf16.bf16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
-MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 64, "m64n128k16.f32.f16.f16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
-/* The same of A in registers and B in rows of N: the transposed operand. */
-#define MOQK_WGMMA_ONE(name, type, count, shape, signs, list, a0, a1, a2, a3, at, more, ...) \
-    __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint32_t desc, int add) \
-    { \
-        asm volatile("{ .reg .pred p; .reg .b64 q; mov.b64 q, {%" #at ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " \
-                     "wgmma.mma_async.sync.aligned." shape " {" list "}, " \
-                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, p" signs "; }" \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(desc), "r"(add)); \
-    }
-MOQK_WGMMA_ONE(moqk_wgmma_values_bf16, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_ONE(moqk_wgmma_values_f16, float, 32, "m64n64k16.f32.f16.f16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
-MOQK_WGMMA_ONE(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
-              MOQK_D32("+f", 32))
-MOQK_WGMMA_ONE(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
-              MOQK_D32("+f", 32))
 
 __device__ __forceinline__ void moqk_shared_put16(uint32_t at, const uint32_t *v)
 {
@@ -10520,30 +10217,30 @@ template <int BYTES> __device__ __forceinline__ void moqk_copy_or_zero(uint32_t 
 }
 
 /* Queries [begin, end) of a tile are rows of one slot, -1: of none; some of them sees position low, some high. The same for all lanes of a warp. */
-struct moqk_team_run {
+template <int QUERIES> struct moqk_team_run {
     int32_t end, slot, low, high;
     __device__ __forceinline__ moqk_team_run(const moqk_attend_args &a, int32_t first_pair, int32_t begin)
     {
         const int32_t lane = threadIdx.x & 31, pairs = a.rows * a.share;
-        int32_t slots[4], pos[4];
+        int32_t slots[QUERIES / 32], pos[QUERIES / 32];
         slot = -1;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < QUERIES / 32; j++) {
             const int32_t row = (int32_t)((uint32_t)min(first_pair + lane + 32 * j, pairs - 1) / (uint32_t)a.share), s = a.slot[row];
             pos[j] = a.pos[row];
             slots[j] = s >= 0 && s < a.c.slots && pos[j] >= 0 && pos[j] < a.c.capacity ? s : -1;
             const int32_t first = __shfl_sync(0xffffffffu, slots[j], begin & 31);
             if (begin >> 5 == j) slot = first;
         }
-        end = MOQK_TEAMS_QUERIES;
+        end = QUERIES;
 #pragma unroll
-        for (int j = 3; j >= 0; j--) {
+        for (int j = QUERIES / 32 - 1; j >= 0; j--) {
             const uint32_t other = __ballot_sync(0xffffffffu, slots[j] != slot && lane + 32 * j >= begin);
             if (other) end = 32 * j + __ffs(other) - 1;
         }
         int32_t from = INT32_MAX, to = -1;
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < QUERIES / 32; j++)
             if (lane + 32 * j >= begin && lane + 32 * j < end) { from = min(from, (int32_t)moqk_first_seen(a, pos[j])); to = max(to, pos[j]); }
         low = __reduce_min_sync(0xffffffffu, from);
         high = __reduce_max_sync(0xffffffffu, to);
@@ -10551,11 +10248,11 @@ struct moqk_team_run {
 };
 
 /* The tiles of queries that a block has: long ones first, every second round in reverse, so that blocks get about the same. */
-struct moqk_team_turn {
+template <int QUERIES> struct moqk_team_turn {
     int32_t round, items, tiles;
     __device__ __forceinline__ moqk_team_turn(const moqk_attend_args &a) : round(0)
     {
-        tiles = (a.rows * a.share + MOQK_TEAMS_QUERIES - 1) / MOQK_TEAMS_QUERIES;
+        tiles = (a.rows * a.share + QUERIES - 1) / QUERIES;
         items = tiles * a.c.kv_heads;
     }
     /* 0: no more. first_pair < 0: none in this round. */
@@ -10565,27 +10262,45 @@ struct moqk_team_turn {
         if (round * (int32_t)gridDim.x >= items) return 0;
         round++;
         *kv_head = item % a.c.kv_heads;
-        *first_pair = item < items ? (tiles - 1 - item / a.c.kv_heads) * MOQK_TEAMS_QUERIES : -1;
+        *first_pair = item < items ? (tiles - 1 - item / a.c.kv_heads) * QUERIES : -1;
         return 1;
     }
 };
 
-/* ---- keys and values into the rings ---- */
+/* ---- keys and values ---- */
 
-/* A tile on its way: codes of 16 values go where their operands will lie, and become those when they are there. A thread has the same 16 values of
-   every 128 / (DIM / 16)-th row; eight neighbours have four of a row and four of the next one, whose pieces lie in other banks. */
-template <int KIND, int DIM, int KEYS> struct moqk_team_tile {
-    static constexpr int STEP = 128 / (DIM / 16), EACH = KEYS / STEP, SLAB = KEYS * 128, SCALED = KIND == MOQK_KV_NV4 || KIND == MOQK_KV_MX4;
+/* The kinds that a kernel reads: CALL(kind). */
+#define MOQK_BY_KIND(TERMS, BF, kind, CALL) \
+    if constexpr (TERMS == 3 && !BF) { CALL(MOQK_KV_F32); } \
+    else if constexpr (BF) { \
+        if (TERMS == 1 && (kind) == MOQK_KV_BF16) { CALL(MOQK_KV_BF16); } \
+        else { CALL(MOQK_KV_MX4); } \
+    } else if ((kind) == MOQK_KV_E4M3) { CALL(MOQK_KV_E4M3); } \
+    else if ((kind) == MOQK_KV_I8) { CALL(MOQK_KV_I8); } \
+    else { CALL(MOQK_KV_NV4); }
+
+/* A tile that 128 threads copy: codes of 16 values go where their operands will lie, and become those when they are there. A thread has the same 16
+   values of every 128 / (DIM / 16)-th row, and keeps the scales of 4-bit ones; eight neighbours have four of a row and four of the next one, whose pieces
+   lie in other banks. */
+template <int DIM, int KEYS> struct moqk_team_tile {
+    static constexpr int STEP = 128 / (DIM / 16), EACH = KEYS / STEP, SLAB = KEYS * 128;
     static constexpr int LOW = DIM / 64 * SLAB; /* from a row's first parts to its second ones */
-    uint32_t tile, full, scale[SCALED ? EACH : 1];
+    uint32_t tile, scale[EACH];
 
-    static __device__ __forceinline__ int chunk() { return (threadIdx.x & 3) + (DIM == 128 ? threadIdx.x >> 1 & 4 : 0); }
-    static __device__ __forceinline__ int first_row() { return (int)(DIM == 128 ? (threadIdx.x >> 2 & 1) + (threadIdx.x >> 3 & 14) : threadIdx.x >> 2 & 31); }
+    static __device__ __forceinline__ int chunk()
+    {
+        return (threadIdx.x & 3) + (DIM == 128 ? threadIdx.x >> 1 & 4 : DIM == 256 ? threadIdx.x >> 1 & 12 : 0);
+    }
+    static __device__ __forceinline__ int first_row()
+    {
+        return (int)(DIM == 64 ? threadIdx.x >> 2 & 31 : (threadIdx.x >> 2 & 1) + (DIM == 128 ? threadIdx.x >> 3 & 14 : threadIdx.x >> 4 & 6));
+    }
     /* Where 16-byte piece `piece` of a row lies. */
     static __device__ __forceinline__ uint32_t at(int row, int piece) { return (uint32_t)((piece >> 3) * SLAB + row * 128 + (((piece ^ row) & 7) << 4)); }
 
-    __device__ __forceinline__ void ask(const moqk_kv &c, int64_t base, int32_t first, int32_t last)
+    template <int KIND> __device__ __forceinline__ void ask(const moqk_kv &c, int64_t base, int32_t first, int32_t last)
     {
+        constexpr int SCALED = KIND == MOQK_KV_NV4 || KIND == MOQK_KV_MX4;
         if constexpr (KIND == MOQK_KV_BF16) {
             const int thread = threadIdx.x & 127, piece = thread % (DIM / 8), row = thread / (DIM / 8), left = piece * 8 < c.padded ? last - first - row : -1;
             const uint8_t *from = c.codes + (base + first + row) * c.row_bytes + piece * 16;
@@ -10595,7 +10310,6 @@ template <int KIND, int DIM, int KEYS> struct moqk_team_tile {
                 const int there = i * (STEP / 2) <= left;
                 moqk_copy_or_zero<16>(tile + at(row + i * (STEP / 2), piece), there ? from : c.codes, there);
             }
-            asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(full) : "memory"); /* teams order it for their products */
         } else {
             const int row = first_row(), left = chunk() * 16 < c.padded ? last - first - row : -1;
             const uint8_t *from = c.codes + (base + first + row) * c.row_bytes + chunk() * (KIND == MOQK_KV_F32 ? 64 : moqk_kv_bits(KIND) * 2);
@@ -10614,14 +10328,14 @@ template <int KIND, int DIM, int KEYS> struct moqk_team_tile {
                     for (int k = 0; k < 4; k++) moqk_copy_or_zero<16>((to ^ (k & 1) << 4) + k / 2 * LOW, p + 16 * k, there);
                 } else moqk_copy_or_zero<16>(to, p, there);
             }
-            asm volatile("cp.async.commit_group;" ::: "memory");
         }
     }
 
     /* Some rows at a time: all their codes are read before the first operand is written. */
-    __device__ __forceinline__ void unpack() const
+    template <int KIND> __device__ __forceinline__ void unpack() const
     {
-        constexpr int BATCH = KIND == MOQK_KV_F32 || EACH < 4 ? 2 : 4, WORDS = KIND == MOQK_KV_F32 ? 16 : SCALED ? 2 : 4;
+        constexpr int SCALED = KIND == MOQK_KV_NV4 || KIND == MOQK_KV_MX4, WORDS = KIND == MOQK_KV_F32 ? 16 : SCALED ? 2 : 4;
+        constexpr int BATCH = EACH == 1 ? 1 : KIND == MOQK_KV_F32 || EACH < 4 ? 2 : 4;
         if constexpr (KIND != MOQK_KV_BF16)
 #pragma unroll
             for (int b = 0; b < EACH; b += BATCH) {
@@ -10658,71 +10372,15 @@ template <int KIND, int DIM, int KEYS> struct moqk_team_tile {
                 }
             }
     }
-
-    /* All but the last BEHIND tiles asked for are there: so is this one, for products too. */
-    template <int BEHIND> __device__ __forceinline__ void give() const
-    {
-        if constexpr (KIND == MOQK_KV_BF16) return;
-        asm volatile("cp.async.wait_group %0;" :: "n"(BEHIND) : "memory");
-        unpack();
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        moqk_barrier_arrive(full);
-    }
-};
-
-/* What the warps of the third warpgroup do: keys of a tile before the values of the one in front of it, as the teams use them. Two tiles are on
-   their way in turn. */
-template <int KIND, typename R, int DIM> struct moqk_team_feed {
-    typedef moqk_team_tile<KIND, DIM, R::KEYS> tile_type;
-    moqk_stage k, v;
-
-    __device__ __forceinline__ void ask(const moqk_attend_args &a, const R &r, tile_type &t, int values, int64_t base, int32_t first, int32_t last)
-    {
-        const moqk_stage s = values ? v : k;
-        moqk_barrier_wait(r.empty(values, s.at), (uint32_t)s.parity ^ 1);
-        t.tile = r.tile(values, s.at);
-        t.full = r.full(values, s.at);
-        t.ask(values ? a.c.v : a.c.k, base, first, last);
-        if (values) v.step(R::STAGES);
-        else k.step(R::STAGES);
-    }
-
-    __device__ __forceinline__ void run(const moqk_attend_args &a, const R &r)
-    {
-        tile_type odd, even;
-        moqk_team_turn turn(a);
-        int32_t first_pair, kv_head;
-        int some = 0;
-        k = v = {0, 0};
-        while (turn.next(a, &first_pair, &kv_head)) {
-            if (first_pair < 0) continue;
-            for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
-                const moqk_team_run run(a, first_pair, begin);
-                begin = run.end;
-                if (run.slot < 0) continue;
-                const int64_t base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
-                const int32_t low = run.low / R::KEYS, tiles = run.high / R::KEYS + 1 - low;
-#pragma unroll 1
-                for (int32_t i = 0; i < tiles; i++) { /* keys 0, keys 1, values 0, keys 2, values 1 ... the last values */
-                    ask(a, r, odd, i > 0, base, (low + max(i - 1, 0)) * R::KEYS, run.high);
-                    if (some) even.template give<1>();
-                    some = 1;
-                    ask(a, r, even, i + 1 == tiles, base, (low + min(i + 1, tiles - 1)) * R::KEYS, run.high);
-                    odd.template give<1>();
-                }
-            }
-        }
-        if (some) even.template give<0>();
-    }
 };
 
 /* ---- queries ---- */
 
 /* A team's queries as left operands, a warp for each 16 of them, a lane DIM / 32 neighbouring values. bias[i] = q . k_bias. */
-template <int DIM, typename R, int BF>
+template <typename R>
 __device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team, float *bias)
 {
-    constexpr int N = DIM / 32;
+    constexpr int DIM = R::DIM, BF = R::BF, N = DIM / 32;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, dim = a.c.k.dim, d = lane * N;
     const int whole = !((uintptr_t)a.q & 15) && a.q_stride % N == 0 && dim % N == 0;
     const float factor = !BF ? a.scale : a.scale < 0 ? -1.0f : 1.0f, turn = 1 / sqrtf((float)dim);
@@ -10795,73 +10453,41 @@ __device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, con
                     v[j][i] -= f.x;
                     v[j][i + 1] -= f.y;
                 }
-                if constexpr (N == 4) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(to + p * R::PART), "r"(h[0]), "r"(h[1]) : "memory");
+                if constexpr (N == 8) moqk_shared_put16(to + p * R::PART, h);
+                else if constexpr (N == 4) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" :: "r"(to + p * R::PART), "r"(h[0]), "r"(h[1]) : "memory");
                 else asm volatile("st.shared.b32 [%0], %1;" :: "r"(to + p * R::PART), "r"(h[0]) : "memory");
             }
         }
     }
+#if MOQK_WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
     moqk_sync_group(team);
 }
 
 /* ---- a team ---- */
 
+/* Two probabilities as PARTS pairs of 16 bits. */
+template <int PARTS, int BF> __device__ __forceinline__ void moqk_team_parts(float x, float y, uint32_t (&p)[PARTS])
+{
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) {
+        p[k] = moqk_pack16<BF>(x, y);
+        if (k == PARTS - 1) break;
+        const float2 f = moqk_unpack16<BF>(p[k]);
+        x -= f.x;
+        y -= f.y;
+    }
+}
+
 /* Lane (g, t) of a warp has rows g and g + 8 of its 16. Scores are compared and sums kept in powers of two: p = 2^(score * factor - top). F16 has
    few exponents: its p are up to 2^7, and BF16's up to 1, times the 2^8 that a maximum may grow before everything is scaled again. */
-template <int DIM, int TERMS, int BF> struct moqk_team {
-    typedef moqk_team_room<DIM, TERMS, BF> R;
-    static constexpr float ROOM = BF ? 0.0f : 7.0f;
+template <typename R> struct moqk_team {
+    static constexpr int DIM = R::DIM;
+    static constexpr float ROOM = R::BF ? 0.0f : 7.0f;
     float o[DIM / 2], s[R::KEYS / 2], top[2], sum[2], shrink[2], bias[2];
-    uint32_t p[R::A][R::KEYS / 4];
     int32_t from[2], to[2], all_from, all_to; /* positions that rows see, and that all rows of the warp see */
-    moqk_stage keys, values;
     float factor;
-
-    __device__ __forceinline__ void multiply_keys(const R &r, int team)
-    {
-        moqk_barrier_wait(r.full(0, keys.at), (uint32_t)keys.parity);
-        if (TERMS == 1 && BF) asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* BF16 comes by plain copies */
-        const uint32_t q = moqk_x_desc(r.queries(team)), k = moqk_x_desc(r.tile(0, keys.at));
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int part = 0; part < R::A + R::B - 1; part++) { /* products of both low parts are left out */
-            const int qp = part < R::A ? part : 0, kp = part < R::A ? 0 : 1;
-#pragma unroll
-            for (int i = 0; i < DIM / 16; i++) {
-                const uint32_t qd = q + (qp * R::PART + i / 4 * 8192 + i % 4 * 32) / 16, kd = k + ((kp * (DIM / 64) + i / 4) * R::SLAB + i % 4 * 32) / 16;
-                if constexpr (BF) moqk_wgmma_keys_bf16(s, qd, kd, part + i > 0);
-                else moqk_wgmma_keys_f16(s, qd, kd, part + i > 0);
-            }
-        }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-
-    __device__ __forceinline__ void multiply_values(const R &r)
-    {
-        moqk_barrier_wait(r.full(1, values.at), (uint32_t)values.parity);
-        if (TERMS == 1 && BF) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        const uint32_t v = r.tile(1, values.at) >> 4 | (uint32_t)(R::SLAB / 16) << 16; /* slabs of 64 columns; 8 positions are 1024 bytes */
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int part = 0; part < R::A + R::B - 1; part++) {
-            const int pp = part < R::A ? part : 0, vp = part < R::A ? 0 : 1;
-#pragma unroll
-            for (int i = 0; i < R::KEYS / 16; i++) {
-                const uint32_t vd = v + (vp * (DIM / 64) * R::SLAB + i * 2048) / 16;
-                if constexpr (BF) moqk_wgmma_values_bf16(o, p[pp] + 4 * i, vd, 1);
-                else moqk_wgmma_values_f16(o, p[pp] + 4 * i, vd, 1);
-            }
-        }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-
-    /* All products but those of the last BEHIND groups have ended: their stage is free. */
-    template <int BEHIND> __device__ __forceinline__ void wait(const R &r, int of_values, moqk_stage &stage)
-    {
-        asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(BEHIND) : "memory");
-        if ((threadIdx.x & 31) == 0) moqk_barrier_arrive(r.empty(of_values, stage.at));
-        stage.step(R::STAGES);
-    }
 
     /* Scores of the tile at `first` become probabilities. */
     __device__ __forceinline__ void weigh(const moqk_attend_args &a, int32_t first)
@@ -10906,58 +10532,6 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
     {
 #pragma unroll
         for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i >> 1 & 1];
-    }
-
-    /* Nothing multiplies with p any more. */
-    __device__ __forceinline__ void pack()
-    {
-#pragma unroll
-        for (int i = 0; i < R::KEYS / 4; i++) {
-            float x = s[2 * i], y = s[2 * i + 1];
-#pragma unroll
-            for (int k = 0; k < R::A; k++) {
-                p[k][i] = moqk_pack16<BF>(x, y);
-                if (k == R::A - 1) break;
-                const float2 f = moqk_unpack16<BF>(p[k][i]);
-                x -= f.x;
-                y -= f.y;
-            }
-        }
-    }
-
-    /* o += all tiles of a run of queries. */
-    __device__ __forceinline__ void run(const moqk_attend_args &a, const R &r, int team, int32_t first, int32_t last)
-    {
-        multiply_keys(r, team);
-        wait<0>(r, 0, keys);
-        moqk_settle(s);
-        weigh(a, first);
-        scale();
-        pack();
-#pragma unroll 1
-        for (first += R::KEYS; first <= last; first += R::KEYS) {
-            asm volatile("bar.sync %0, 256;" :: "r"(3 + team) : "memory"); /* teams multiply in turn, so one's softmax falls on the other's products */
-            multiply_keys(r, team);
-            multiply_values(r);
-            asm volatile("bar.arrive %0, 256;" :: "r"(4 - team) : "memory");
-            wait<1>(r, 0, keys);
-            moqk_settle(s);
-            weigh(a, first);
-            moqk_settle(s);
-            /* two ways to wait, because the compiler would move one up, before the softmax; all warps of the group must take the same */
-            if (moqk_any_of_group(team, shrink[0] != 1 || shrink[1] != 1)) {
-                asm volatile("wgmma.wait_group.sync.aligned 0; // and scale" ::: "memory");
-                moqk_settle(o);
-                scale();
-            } else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            moqk_settle(o);
-            moqk_settle(s);
-            wait<0>(r, 1, values);
-            pack();
-        }
-        multiply_values(r);
-        wait<0>(r, 1, values);
-        moqk_settle(o);
     }
 
     /* What rows g and g + 8 of the warp see, where they are of the run [begin, end) of a tile. */
@@ -11050,6 +10624,220 @@ template <int DIM, int TERMS, int BF> struct moqk_team {
         }
     }
 };
+
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma, heads of up to 128 values
+   Two teams (warpgroups) multiply; the warps of a third copy keys and values into two rings. A team's softmax of a tile runs beside its products with the values of the tile before, and beside the other team's. Blocks stay:
+   while a tile's results are stored, the first keys of the next tile are on their way.
+   ------------------------------------------------------------------------------------------------ */
+
+enum { MOQK_TEAMS_QUERIES = 2 * MOQK_TEAM_QUERIES };
+
+template <int D, int TERMS, int B16> struct moqk_team_room {
+    static constexpr int DIM = D, BF = B16, A = moqk_query_parts(TERMS, BF), B = TERMS == 3 && !BF ? 2 : 1;
+    static constexpr int KEYS = TERMS == 1 ? 128 : 64, STAGES = TERMS == 1 ? 3 : B == 2 ? 2 : 4;
+    static constexpr int PART = DIM * 128;              /* bytes of a team's queries, one part: [DIM / 64][64][64] */
+    static constexpr int SLAB = KEYS * 128;             /* of 64 values of a tile of keys or values */
+    static constexpr int TILE = DIM / 64 * SLAB * B;    /* [part][DIM / 64][KEYS][64] */
+    static constexpr int K_AT = 2 * A * PART, V_AT = K_AT + STAGES * TILE, BARRIERS_AT = V_AT + STAGES * TILE;
+    static constexpr int SHARED = BARRIERS_AT + STAGES * 32 + 1024;
+    uint32_t base;
+    __device__ __forceinline__ uint32_t queries(int team) const { return base + team * A * PART; }
+    __device__ __forceinline__ uint32_t tile(int values, int stage) const { return base + (values ? V_AT : K_AT) + stage * TILE; }
+    __device__ __forceinline__ uint32_t full(int values, int stage) const { return base + BARRIERS_AT + (values * STAGES + stage) * 8; }
+    __device__ __forceinline__ uint32_t empty(int values, int stage) const { return full(values + 2, stage); }
+};
+
+#if MOQK_WGMMA
+/* D[64 x N] (+)= A[64 x 16] B[16 x N], both in shared memory in rows of K; descriptors as moqk_x_desc. */
+#define MOQK_WGMMA_SHARED(name, count, shape, list, at_a, at_b, more, ...) \
+    __device__ __forceinline__ void name(float (&d)[count], uint32_t a, uint32_t b, int add) \
+    { \
+        asm volatile("{ .reg .pred p; .reg .b64 q, r; mov.b64 q, {%" #at_a ", 1073741888}; mov.b64 r, {%" #at_b ", 1073741888}; " \
+                     "setp.ne.b32 p, %" #more ", 0; " \
+                     "wgmma.mma_async.sync.aligned." shape " {" list "}, q, r, p, 1, 1, 0, 0; }" : __VA_ARGS__ : "r"(a), "r"(b), "r"(add)); \
+    }
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 32, "m64n64k16.f32.bf16.bf16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 32, "m64n64k16.f32.f16.f16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 64, "m64n128k16.f32.bf16.bf16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 64, "m64n128k16.f32.f16.f16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
+/* The same of A in registers and B in rows of N: the transposed operand. */
+#define MOQK_WGMMA_ONE(name, type, count, shape, signs, list, a0, a1, a2, a3, at, more, ...) \
+    __device__ __forceinline__ void name(type (&d)[count], const uint32_t *a, uint32_t desc, int add) \
+    { \
+        asm volatile("{ .reg .pred p; .reg .b64 q; mov.b64 q, {%" #at ", 1073741888}; setp.ne.b32 p, %" #more ", 0; " \
+                     "wgmma.mma_async.sync.aligned." shape " {" list "}, " \
+                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, q, p" signs "; }" \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(desc), "r"(add)); \
+    }
+MOQK_WGMMA_ONE(moqk_wgmma_values_bf16, float, 32, "m64n64k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_ONE(moqk_wgmma_values_f16, float, 32, "m64n64k16.f32.f16.f16", ", 1, 1, 1", MOQK_L32, 32, 33, 34, 35, 36, 37, MOQK_D32("+f", 0))
+MOQK_WGMMA_ONE(moqk_wgmma_values_bf16, float, 64, "m64n128k16.f32.bf16.bf16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
+              MOQK_D32("+f", 32))
+MOQK_WGMMA_ONE(moqk_wgmma_values_f16, float, 64, "m64n128k16.f32.f16.f16", ", 1, 1, 1", MOQK_L64, 64, 65, 66, 67, 68, 69, MOQK_D32("+f", 0),
+              MOQK_D32("+f", 32))
+
+/* What the warps of the third warpgroup do: keys of a tile before the values of the one in front of it, as the teams use them. Two tiles are on
+   their way in turn. */
+template <int KIND, typename R> struct moqk_team_feed {
+    struct tile_type : moqk_team_tile<R::DIM, R::KEYS> { uint32_t full; };
+    moqk_stage k, v;
+
+    __device__ __forceinline__ void ask(const moqk_attend_args &a, const R &r, tile_type &t, int values, int64_t base, int32_t first, int32_t last)
+    {
+        const moqk_stage s = values ? v : k;
+        moqk_barrier_wait(r.empty(values, s.at), (uint32_t)s.parity ^ 1);
+        t.tile = r.tile(values, s.at);
+        t.full = r.full(values, s.at);
+        t.template ask<KIND>(values ? a.c.v : a.c.k, base, first, last);
+        if constexpr (KIND == MOQK_KV_BF16) asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(t.full) : "memory"); /* teams order it */
+        else asm volatile("cp.async.commit_group;" ::: "memory");
+        if (values) v.step(R::STAGES);
+        else k.step(R::STAGES);
+    }
+
+    /* All but the last BEHIND tiles asked for are there: so is this one, for products too. */
+    template <int BEHIND> __device__ __forceinline__ void give(const tile_type &t) const
+    {
+        if constexpr (KIND == MOQK_KV_BF16) return;
+        asm volatile("cp.async.wait_group %0;" :: "n"(BEHIND) : "memory");
+        t.template unpack<KIND>();
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        moqk_barrier_arrive(t.full);
+    }
+
+    __device__ __forceinline__ void run(const moqk_attend_args &a, const R &r)
+    {
+        tile_type odd, even;
+        moqk_team_turn<MOQK_TEAMS_QUERIES> turn(a);
+        int32_t first_pair, kv_head;
+        int some = 0;
+        k = v = {0, 0};
+        while (turn.next(a, &first_pair, &kv_head)) {
+            if (first_pair < 0) continue;
+            for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
+                const moqk_team_run<MOQK_TEAMS_QUERIES> run(a, first_pair, begin);
+                begin = run.end;
+                if (run.slot < 0) continue;
+                const int64_t base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
+                const int32_t low = run.low / R::KEYS, tiles = run.high / R::KEYS + 1 - low;
+#pragma unroll 1
+                for (int32_t i = 0; i < tiles; i++) { /* keys 0, keys 1, values 0, keys 2, values 1 ... the last values */
+                    ask(a, r, odd, i > 0, base, (low + max(i - 1, 0)) * R::KEYS, run.high);
+                    if (some) give<1>(even);
+                    some = 1;
+                    ask(a, r, even, i + 1 == tiles, base, (low + min(i + 1, tiles - 1)) * R::KEYS, run.high);
+                    give<1>(odd);
+                }
+            }
+        }
+        if (some) give<0>(even);
+    }
+};
+
+/* ---- a team ---- */
+
+template <int D, int TERMS, int B16> struct moqk_team_wgmma : moqk_team<moqk_team_room<D, TERMS, B16>> {
+    typedef moqk_team_room<D, TERMS, B16> R;
+    typedef moqk_team<R> T;
+    static constexpr int DIM = R::DIM, BF = R::BF;
+    using T::o; using T::s; using T::shrink; using T::weigh; using T::scale;
+    uint32_t p[R::A][R::KEYS / 4];
+    moqk_stage keys, values;
+
+    __device__ __forceinline__ void multiply_keys(const R &r, int team)
+    {
+        moqk_barrier_wait(r.full(0, keys.at), (uint32_t)keys.parity);
+        if (TERMS == 1 && BF) asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); /* BF16 comes by plain copies */
+        const uint32_t q = moqk_x_desc(r.queries(team)), k = moqk_x_desc(r.tile(0, keys.at));
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int part = 0; part < R::A + R::B - 1; part++) { /* products of both low parts are left out */
+            const int qp = part < R::A ? part : 0, kp = part < R::A ? 0 : 1;
+#pragma unroll
+            for (int i = 0; i < DIM / 16; i++) {
+                const uint32_t qd = q + (qp * R::PART + i / 4 * 8192 + i % 4 * 32) / 16, kd = k + ((kp * (DIM / 64) + i / 4) * R::SLAB + i % 4 * 32) / 16;
+                if constexpr (BF) moqk_wgmma_keys_bf16(s, qd, kd, part + i > 0);
+                else moqk_wgmma_keys_f16(s, qd, kd, part + i > 0);
+            }
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+
+    __device__ __forceinline__ void multiply_values(const R &r)
+    {
+        moqk_barrier_wait(r.full(1, values.at), (uint32_t)values.parity);
+        if (TERMS == 1 && BF) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        const uint32_t v = r.tile(1, values.at) >> 4 | (uint32_t)(R::SLAB / 16) << 16; /* slabs of 64 columns; 8 positions are 1024 bytes */
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int part = 0; part < R::A + R::B - 1; part++) {
+            const int pp = part < R::A ? part : 0, vp = part < R::A ? 0 : 1;
+#pragma unroll
+            for (int i = 0; i < R::KEYS / 16; i++) {
+                const uint32_t vd = v + (vp * (DIM / 64) * R::SLAB + i * 2048) / 16;
+                if constexpr (BF) moqk_wgmma_values_bf16(o, p[pp] + 4 * i, vd, 1);
+                else moqk_wgmma_values_f16(o, p[pp] + 4 * i, vd, 1);
+            }
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+
+    /* All products but those of the last BEHIND groups have ended: their stage is free. */
+    template <int BEHIND> __device__ __forceinline__ void wait(const R &r, int of_values, moqk_stage &stage)
+    {
+        asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(BEHIND) : "memory");
+        if ((threadIdx.x & 31) == 0) moqk_barrier_arrive(r.empty(of_values, stage.at));
+        stage.step(R::STAGES);
+    }
+
+    /* Nothing multiplies with p any more. */
+    __device__ __forceinline__ void pack()
+    {
+#pragma unroll
+        for (int i = 0; i < R::KEYS / 4; i++) {
+            uint32_t parts[R::A];
+            moqk_team_parts<R::A, BF>(s[2 * i], s[2 * i + 1], parts);
+#pragma unroll
+            for (int k = 0; k < R::A; k++) p[k][i] = parts[k];
+        }
+    }
+
+    /* o += all tiles of a run of queries. */
+    __device__ __forceinline__ void run(const moqk_attend_args &a, const R &r, int team, int32_t first, int32_t last)
+    {
+        multiply_keys(r, team);
+        wait<0>(r, 0, keys);
+        moqk_settle(s);
+        weigh(a, first);
+        scale();
+        pack();
+#pragma unroll 1
+        for (first += R::KEYS; first <= last; first += R::KEYS) {
+            asm volatile("bar.sync %0, 256;" :: "r"(3 + team) : "memory"); /* teams multiply in turn, so one's softmax falls on the other's products */
+            multiply_keys(r, team);
+            multiply_values(r);
+            asm volatile("bar.arrive %0, 256;" :: "r"(4 - team) : "memory");
+            wait<1>(r, 0, keys);
+            moqk_settle(s);
+            weigh(a, first);
+            moqk_settle(s);
+            /* two ways to wait, because the compiler would move one up, before the softmax; all warps of the group must take the same */
+            if (moqk_any_of_group(team, shrink[0] != 1 || shrink[1] != 1)) {
+                asm volatile("wgmma.wait_group.sync.aligned 0; // and scale" ::: "memory");
+                moqk_settle(o);
+                scale();
+            } else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            moqk_settle(o);
+            moqk_settle(s);
+            wait<0>(r, 1, values);
+            pack();
+        }
+        multiply_values(r);
+        wait<0>(r, 1, values);
+        moqk_settle(o);
+    }
+};
 #endif
 
 /* Grid: at most as many blocks as tiles of 128 queries for all kv heads. */
@@ -11069,29 +10857,25 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
     __syncthreads();
     if (team == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(56));
-        if constexpr (TERMS == 3 && !BF) moqk_team_feed<MOQK_KV_F32, R, DIM>().run(a, r);
-        else if constexpr (BF) {
-            if (TERMS == 1 && a.c.k.kind == MOQK_KV_BF16) moqk_team_feed<MOQK_KV_BF16, R, DIM>().run(a, r);
-            else moqk_team_feed<MOQK_KV_MX4, R, DIM>().run(a, r);
-        } else if (a.c.k.kind == MOQK_KV_E4M3) moqk_team_feed<MOQK_KV_E4M3, R, DIM>().run(a, r);
-        else if (a.c.k.kind == MOQK_KV_I8) moqk_team_feed<MOQK_KV_I8, R, DIM>().run(a, r);
-        else moqk_team_feed<MOQK_KV_NV4, R, DIM>().run(a, r);
+#define MOQK_CALL(KIND) moqk_team_feed<KIND, R>().run(a, r)
+        MOQK_BY_KIND(TERMS, BF, a.c.k.kind, MOQK_CALL)
+#undef MOQK_CALL
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(224));
     const int32_t index = team * MOQK_TEAM_QUERIES + (int32_t)(threadIdx.x >> 5 & 3) * 16 + (int32_t)(threadIdx.x >> 2 & 7);
-    moqk_team<DIM, TERMS, BF> m;
+    moqk_team_wgmma<DIM, TERMS, BF> m;
     if (team == 1) asm volatile("bar.arrive 3, 256;" ::: "memory");
     m.keys = m.values = {0, 0};
-    moqk_team_turn turn(a);
+    moqk_team_turn<MOQK_TEAMS_QUERIES> turn(a);
     int32_t first_pair, kv_head;
     while (turn.next(a, &first_pair, &kv_head)) {
         if (first_pair < 0) continue;
         m.factor = moqk_unit(a.c.k, kv_head) * (BF ? fabsf(a.scale) : 1) * MOQK_LOG2E;
-        moqk_team_queries<DIM, R, BF>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
+        moqk_team_queries<R>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
         m.begin(a, first_pair, kv_head, index, biases);
         for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
-            const moqk_team_run run(a, first_pair, begin);
+            const moqk_team_run<MOQK_TEAMS_QUERIES> run(a, first_pair, begin);
             m.look(a, first_pair, index, begin, run.end);
             begin = run.end;
             if (run.slot >= 0) m.run(a, r, team, run.low / R::KEYS * R::KEYS, run.high);
@@ -11099,6 +10883,208 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
         m.store(a, r, first_pair, kv_head, team);
     }
 #endif
+}
+/* ------------------------------------------------------------------------------------------------
+   >>cuda-attention-sync   the same on every device: mma.sync; on compute capability 9.0 heads of more than 128 values
+   One or two teams, whose threads copy and unpack too: while all multiply a tile, the next one is on its way. Fits into 99 KB of shared memory.
+   ------------------------------------------------------------------------------------------------ */
+
+/* Queries of all teams, then STAGES tiles of keys and of values. */
+template <int D, int TERMS, int B16> struct moqk_sync_room {
+    static constexpr int DIM = D, BF = B16, A = moqk_query_parts(TERMS, BF), B = TERMS == 3 && !BF ? 2 : 1;
+    static constexpr int TEAMS = DIM * A <= 256 ? 2 : 1, QUERIES = TEAMS * MOQK_TEAM_QUERIES, THREADS = TEAMS * 128;
+    static constexpr int PART = DIM * 128;              /* bytes of a team's queries, one part: [DIM / 64][64][64] */
+    static constexpr int KEYS = DIM == 64 ? 64 : DIM == 256 || B == 2 ? 16 : A == 1 ? 64 : 32;
+    static constexpr int SLAB = KEYS * 128, TILE = DIM / 64 * SLAB * B; /* [part][DIM / 64][KEYS][64] */
+    static constexpr int STAGES = DIM == 256 && B == 2 ? 1 : 2;
+    static constexpr int K_AT = TEAMS * A * PART, V_AT = K_AT + STAGES * TILE, SHARED = V_AT + STAGES * TILE;
+    static constexpr int BLOCKS = DIM == 64 && A == 1 ? 2 : 1; /* of a multiprocessor */
+    static_assert(SHARED + QUERIES * 4 + 1024 <= 99 * 1024, "shared memory of every device");
+    uint32_t base;
+    __device__ __forceinline__ uint32_t queries(int team) const { return base + team * A * PART; }
+    __device__ __forceinline__ uint32_t tile(int values, int stage) const { return base + (values ? V_AT : K_AT) + stage * TILE; }
+};
+
+template <int D, int TERMS, int B16> struct moqk_team_sync : moqk_team<moqk_sync_room<D, TERMS, B16>> {
+    typedef moqk_sync_room<D, TERMS, B16> R;
+    typedef moqk_team<R> T;
+    static constexpr int DIM = R::DIM, BF = R::BF, HELD = R::A == 1 && DIM <= 128; /* queries stay in registers */
+    using T::o; using T::s; using T::shrink; using T::weigh; using T::scale;
+    uint32_t q_at, k_at, v_at; /* of the lane's row of matrices: queries; keys, values from a tile on */
+    uint32_t q[HELD ? DIM / 16 : 1][4];
+
+    /* 16 bytes `piece` + 2 i of a row: (piece ^ row) << 4, to be exchanged with i << 5 within a slab. */
+    static __device__ __forceinline__ uint32_t row_at(int row, int piece) { return (uint32_t)(row * 128 + (((piece ^ row) & 7) << 4)); }
+    static __device__ __forceinline__ uint32_t step_at(uint32_t row, int step, int slab) { return (row ^ (uint32_t)(step & 3) << 5) + (uint32_t)((step >> 2) * slab); }
+
+    __device__ __forceinline__ void open(const R &r, int team)
+    {
+        const int lane = threadIdx.x & 31;
+        q_at = r.queries(team) + row_at((int)(threadIdx.x >> 5 & 3) * 16 + (lane & 15), lane >> 4);
+        k_at = row_at((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1);
+        v_at = row_at(lane & 15, lane >> 4);
+    }
+
+    __device__ __forceinline__ void hold()
+    {
+        if constexpr (HELD)
+#pragma unroll
+            for (int i = 0; i < DIM / 16; i++) moqk_load_matrices(step_at(q_at, i, 8192), q[i]);
+    }
+
+    /* s = queries times keys of a tile. Sums of one score wait for each other: few keys have two sets of them. */
+    __device__ __forceinline__ void multiply_keys(uint32_t tile)
+    {
+        constexpr int SETS = R::KEYS == 16 ? 2 : 1;
+        float more[SETS == 2 ? R::KEYS / 2 : 1];
+#pragma unroll
+        for (int i = 0; i < R::KEYS / 2; i++) s[i] = more[SETS == 2 ? i : 0] = 0;
+        tile += k_at;
+#pragma unroll
+        for (int d = 0; d < DIM / 16; d++) {
+            float *to = SETS == 2 && d & 1 ? more : s;
+            uint32_t a[R::A][4], k[R::KEYS / 16][4];
+            const uint32_t at = step_at(tile, d, R::SLAB);
+#pragma unroll
+            for (int n = 0; n < R::KEYS / 16; n++) moqk_load_matrices(at + n * 2048, k[n]);
+            if constexpr (HELD)
+#pragma unroll
+                for (int i = 0; i < 4; i++) a[0][i] = q[d][i];
+            else
+#pragma unroll
+                for (int i = 0; i < R::A; i++) moqk_load_matrices(step_at(q_at, d, 8192) + i * R::PART, a[i]);
+#pragma unroll
+            for (int i = 0; i < R::A; i++)
+#pragma unroll
+                for (int n = 0; n < R::KEYS / 8; n++) moqk_attend_mma<BF>(to + 4 * n, a[i], k[n / 2][n % 2 * 2], k[n / 2][n % 2 * 2 + 1]);
+            if constexpr (R::B == 2) {
+#pragma unroll
+                for (int n = 0; n < R::KEYS / 16; n++) moqk_load_matrices(at + DIM / 64 * R::SLAB + n * 2048, k[n]);
+#pragma unroll
+                for (int n = 0; n < R::KEYS / 8; n++) moqk_attend_mma<BF>(to + 4 * n, a[0], k[n / 2][n % 2 * 2], k[n / 2][n % 2 * 2 + 1]);
+            }
+        }
+        if constexpr (SETS == 2)
+#pragma unroll
+            for (int i = 0; i < R::KEYS / 2; i++) s[i] += more[i];
+    }
+
+    /* o += probabilities times values of a tile. */
+    __device__ __forceinline__ void multiply_values(uint32_t tile)
+    {
+        tile += v_at;
+#pragma unroll
+        for (int i = 0; i < R::KEYS / 16; i++) {
+            uint32_t p[R::A][4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                uint32_t parts[R::A];
+                moqk_team_parts<R::A, BF>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], parts);
+#pragma unroll
+                for (int k = 0; k < R::A; k++) p[k][j] = parts[k];
+            }
+#pragma unroll
+            for (int d = 0; d < DIM / 16; d++) {
+                const uint32_t at = step_at(tile, d, R::SLAB) + i * 2048;
+                uint32_t v[4];
+                moqk_turned_matrices(at, v);
+#pragma unroll
+                for (int k = 0; k < R::A; k++)
+#pragma unroll
+                    for (int n = 0; n < 2; n++) moqk_attend_mma<BF>(o + 8 * d + 4 * n, p[k], v[2 * n], v[2 * n + 1]);
+                if constexpr (R::B == 2) {
+                    moqk_turned_matrices(at + DIM / 64 * R::SLAB, v);
+#pragma unroll
+                    for (int n = 0; n < 2; n++) moqk_attend_mma<BF>(o + 8 * d + 4 * n, p[0], v[2 * n], v[2 * n + 1]);
+                }
+            }
+        }
+    }
+};
+
+/* The tiles that a thread copies: of two teams one has the keys and one the values. */
+template <int D, int TERMS, int B16> struct moqk_sync_feed {
+    typedef moqk_sync_room<D, TERMS, B16> R;
+    moqk_team_tile<R::DIM, R::KEYS> tiles[2 / R::TEAMS];
+
+    __device__ __forceinline__ void ask(const moqk_attend_args &a, const R &r, int team, int stage, int64_t base, int32_t first, int32_t last)
+    {
+#pragma unroll
+        for (int i = 0; i < 2 / R::TEAMS; i++) {
+            const int values = R::TEAMS == 2 ? team : i;
+            const moqk_kv &c = values ? a.c.v : a.c.k;
+            tiles[i].tile = r.tile(values, stage);
+#define MOQK_CALL(KIND) tiles[i].template ask<KIND>(c, base, first, last)
+            MOQK_BY_KIND(TERMS, B16, c.kind, MOQK_CALL)
+#undef MOQK_CALL
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    /* What this thread has asked for is there, as operands. */
+    __device__ __forceinline__ void give(const moqk_attend_args &a) const
+    {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < 2 / R::TEAMS; i++) {
+#define MOQK_CALL(KIND) tiles[i].template unpack<KIND>()
+            MOQK_BY_KIND(TERMS, B16, a.c.k.kind, MOQK_CALL)
+#undef MOQK_CALL
+        }
+    }
+};
+
+/* Grid: at most as many blocks as tiles of queries for all kv heads. */
+template <int DIM, int TERMS, int BF>
+__global__ void __launch_bounds__(moqk_sync_room<DIM, TERMS, BF>::THREADS, moqk_sync_room<DIM, TERMS, BF>::BLOCKS)
+moqk_attend_sync(const __grid_constant__ moqk_attend_args a)
+{
+    if constexpr (!MOQK_WGMMA || DIM > 128) { /* else >>cuda-attention-wgmma does it */
+        typedef moqk_sync_room<DIM, TERMS, BF> R;
+        extern __shared__ __align__(128) uint8_t shared[];
+        __shared__ float biases[R::QUERIES];
+        const int team = threadIdx.x >> 7;
+        const int32_t index = (int32_t)(threadIdx.x >> 5) * 16 + (int32_t)(threadIdx.x >> 2 & 7);
+        R r;
+        moqk_team_sync<DIM, TERMS, BF> m;
+        moqk_sync_feed<DIM, TERMS, BF> feed;
+        moqk_team_turn<R::QUERIES> turn(a);
+        int32_t first_pair, kv_head;
+        int stage = 0;
+        r.base = moqk_shared_at(shared);
+        m.open(r, team);
+        while (turn.next(a, &first_pair, &kv_head)) {
+            if (first_pair < 0) continue;
+            m.factor = moqk_unit(a.c.k, kv_head) * (BF ? fabsf(a.scale) : 1) * MOQK_LOG2E;
+            moqk_team_queries<R>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
+            m.begin(a, first_pair, kv_head, index, biases);
+            m.hold();
+            for (int32_t begin = 0; begin < R::QUERIES;) {
+                const moqk_team_run<R::QUERIES> run(a, first_pair, begin);
+                m.look(a, first_pair, index, begin, run.end);
+                begin = run.end;
+                if (run.slot < 0) continue;
+                const int64_t base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
+                int32_t first = run.low / R::KEYS * R::KEYS;
+                feed.ask(a, r, team, stage, base, first, run.high);
+#pragma unroll 1
+                for (; first <= run.high; first += R::KEYS) {
+                    const int here = stage, more = first + R::KEYS <= run.high;
+                    feed.give(a);
+                    __syncthreads(); /* all of this tile is there, and nobody reads the one before any more */
+                    if (R::STAGES == 2) stage ^= 1;
+                    if (R::STAGES == 2 && more) feed.ask(a, r, team, stage, base, first + R::KEYS, run.high);
+                    m.multiply_keys(r.tile(0, here));
+                    m.weigh(a, first);
+                    if (__any_sync(0xffffffffu, m.shrink[0] != 1 || m.shrink[1] != 1)) m.scale();
+                    m.multiply_values(r.tile(1, here));
+                    if (R::STAGES == 1) __syncthreads();
+                    if (R::STAGES == 1 && more) feed.ask(a, r, team, stage, base, first + R::KEYS, run.high);
+                }
+            }
+            m.store(a, r, first_pair, kv_head, team);
+        }
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -11109,24 +11095,32 @@ static size_t moqc_tiles_bytes(const moqk_cache *k) { return (size_t)MOQK_QUERIE
 
 typedef void (*moqc_teams_kernel)(moqk_attend_args);
 
-/* A kernel of >>cuda-attention-wgmma and its shared memory; NULL: none. */
-typedef struct moqc_teams { moqc_teams_kernel kernel; int shared; } moqc_teams;
+/* A kernel of attention of many queries: threads, shared memory, queries of a tile, blocks of a multiprocessor. NULL: none. */
+typedef struct moqc_teams { moqc_teams_kernel kernel; int threads, shared, queries, blocks; } moqc_teams;
 
-template <int DIM> static moqc_teams moqc_teams_for(int kind, int terms)
+/* MXFP4 has more exponents than F16, and in BF16 mode too few bits are left of a F32 query: it has parts. */
+template <int DIM> static moqc_teams moqc_teams_for(int kind, int terms, int wgmma)
 {
-#define MOQC_TEAMS(T, B) {moqk_attend_wgmma<DIM, T, B>, moqk_team_room<DIM, T, B>::SHARED}
-    if (kind == MOQK_KV_MX4 && terms > 1) return MOQC_TEAMS(3, 1);
-    if (kind == MOQK_KV_BF16 || kind == MOQK_KV_MX4) return MOQC_TEAMS(1, 1);
-    if (terms == 3) return MOQC_TEAMS(3, 0);
-    if (terms == 2) return MOQC_TEAMS(2, 0);
-    return MOQC_TEAMS(1, 0);
+#define MOQC_SYNC(T, B) {moqk_attend_sync<DIM, T, B>, moqk_sync_room<DIM, T, B>::THREADS, moqk_sync_room<DIM, T, B>::SHARED, \
+                         moqk_sync_room<DIM, T, B>::QUERIES, moqk_sync_room<DIM, T, B>::BLOCKS}
+#define MOQC_TEAMS(T, B) \
+    if constexpr (DIM <= 128) { if (wgmma) return {moqk_attend_wgmma<DIM, T, B>, 384, moqk_team_room<DIM, T, B>::SHARED, MOQK_TEAMS_QUERIES, 1}; } \
+    return MOQC_SYNC(T, B)
+    if (kind == MOQK_KV_MX4 && terms > 1) {
+        if constexpr (DIM > 128) return {NULL, 0, 0, 1, 1}; /* three parts of queries do not fit */
+        else { MOQC_TEAMS(3, 1); }
+    }
+    if (kind == MOQK_KV_BF16 || kind == MOQK_KV_MX4) { MOQC_TEAMS(1, 1); }
+    if (terms == 3) { MOQC_TEAMS(3, 0); }
+    if (terms == 2) { MOQC_TEAMS(2, 0); }
+    MOQC_TEAMS(1, 0);
 #undef MOQC_TEAMS
+#undef MOQC_SYNC
 }
 
-static moqc_teams moqc_teams_find(int kind, int terms, int dim)
+static moqc_teams moqc_teams_find(int kind, int terms, int dim, int wgmma)
 {
-    if (dim > 128) return {NULL, 0};
-    return dim == 64 ? moqc_teams_for<64>(kind, terms) : moqc_teams_for<128>(kind, terms);
+    return dim == 64 ? moqc_teams_for<64>(kind, terms, wgmma) : dim == 128 ? moqc_teams_for<128>(kind, terms, wgmma) : moqc_teams_for<256>(kind, terms, wgmma);
 }
 
 /* More shared memory than 48 KiB must be asked for, once for each device. */
@@ -11139,48 +11133,25 @@ static cudaError_t moqc_allow_shared(int most, int wgmma)
     MOQC_ALLOW(moqk_attend_tiles<2>);
     MOQC_ALLOW(moqk_attend_tiles<4>);
 #undef MOQC_ALLOW
-    const int room = most - MOQK_TILE_OWN;
-#define MOQC_ALLOW(D, T, B) if (e == cudaSuccess) e = cudaFuncSetAttribute(moqk_attend_many<D, T, B>, cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                                                          moqk_tile_halves(D, T) * 2 < room ? moqk_tile_halves(D, T) * 2 : room)
-    MOQC_ALLOW(64, 1, 0); MOQC_ALLOW(64, 1, 1); MOQC_ALLOW(64, 2, 0); MOQC_ALLOW(64, 3, 0);
-    MOQC_ALLOW(128, 1, 0); MOQC_ALLOW(128, 1, 1); MOQC_ALLOW(128, 2, 0); MOQC_ALLOW(128, 3, 0);
-    MOQC_ALLOW(256, 1, 0); MOQC_ALLOW(256, 1, 1); MOQC_ALLOW(256, 2, 0); MOQC_ALLOW(256, 3, 0);
-#undef MOQC_ALLOW
-    for (int kind = 0; kind <= MOQK_KV_MX4 && wgmma; kind++)
+    for (int kind = 0; kind <= MOQK_KV_MX4; kind++)
         for (int terms = 1; terms <= 3; terms++)
-            for (int dim = 64; dim <= 128; dim *= 2) {
-                const moqc_teams t = moqc_teams_find(kind, terms, dim);
-                if (e == cudaSuccess) e = cudaFuncSetAttribute((const void *)t.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared);
+            for (int dim = 64; dim <= 256; dim *= 2) {
+                const moqc_teams t = moqc_teams_find(kind, terms, dim, wgmma);
+                if (e == cudaSuccess && t.kernel) e = cudaFuncSetAttribute((const void *)t.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, t.shared);
             }
     return e;
 }
 
-/* Many queries on tensor cores; 0: there is no kernel for this cache on this device. MXFP4 has more exponents than F16, and in BF16 mode
-   too few bits are left of a F32 query. */
+/* Many queries on tensor cores; 0: there is no kernel for this cache. */
 static int moqc_attend_many(moqc_ctx *c, const moqk_attend_args *a)
 {
     int kind = a->c.k.kind, dim = (int)moqc_max(a->c.k.padded, a->c.v.padded), terms = kind == MOQK_KV_F32 ? 3 : c->bf16 ? 1 : 2;
     if (kind == MOQK_KV_BF16) terms = 1;
-    dim = dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
-    size_t shared = (size_t)moqk_tile_halves(dim, terms) * 2;
-    if (terms == 3 && (int64_t)a->rows * a->share < 4 * MOQK_TILE_QUERIES) return 0; /* so little that exact F32 is as fast */
-    const moqc_teams teams = c->wgmma ? moqc_teams_find(kind, terms, dim) : moqc_teams{NULL, 0};
-    if (teams.kernel) {
-        const int64_t tiles = moqk_ceil((int64_t)a->rows * a->share, MOQK_TEAMS_QUERIES) * a->c.kv_heads;
-        teams.kernel<<<(unsigned)moqc_min(tiles, c->sm_count), 384, (size_t)teams.shared, c->stream>>>(*a);
-        return 1;
-    }
-    if (kind == MOQK_KV_MX4 || shared + MOQK_TILE_OWN > (size_t)c->most_shared) return 0; /* of 99 KB: more than 128 values in F32 activations, 64 in F32 caches */
-    dim3 grid((unsigned)moqk_ceil((int64_t)a->rows * a->share, MOQK_TILE_QUERIES), (unsigned)a->c.kv_heads);
-#define MOQC_CALL(D) \
-    if (kind == MOQK_KV_BF16) moqk_attend_many<D, 1, 1><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (terms == 3) moqk_attend_many<D, 3, 0><<<grid, 128, shared, c->stream>>>(*a); \
-    else if (terms == 2) moqk_attend_many<D, 2, 0><<<grid, 128, shared, c->stream>>>(*a); \
-    else moqk_attend_many<D, 1, 0><<<grid, 128, shared, c->stream>>>(*a)
-    if (dim == 64) { MOQC_CALL(64); }
-    else if (dim == 128) { MOQC_CALL(128); }
-    else { MOQC_CALL(256); }
-#undef MOQC_CALL
+    if (terms == 3 && (int64_t)a->rows * a->share < 4 * MOQK_TEAM_QUERIES) return 0; /* so little that exact F32 is as fast */
+    const moqc_teams t = moqc_teams_find(kind, terms, dim <= 64 ? 64 : dim <= 128 ? 128 : 256, c->wgmma);
+    if (!t.kernel) return 0;
+    const int64_t tiles = moqk_ceil((int64_t)a->rows * a->share, t.queries) * a->c.kv_heads;
+    t.kernel<<<(unsigned)moqc_min(tiles, (int64_t)c->sm_count * t.blocks), (unsigned)t.threads, (size_t)t.shared, c->stream>>>(*a);
     return 1;
 }
 
