@@ -10219,7 +10219,7 @@ template <int BYTES> __device__ __forceinline__ void moqk_copy_or_zero(uint32_t 
 /* Queries [begin, end) of a tile are rows of one slot, -1: of none; some of them sees position low, some high. The same for all lanes of a warp. */
 template <int QUERIES> struct moqk_team_run {
     int32_t end, slot, low, high;
-    __device__ __forceinline__ moqk_team_run(const moqk_attend_args &a, int32_t first_pair, int32_t begin)
+    __device__ __forceinline__ void find(const moqk_attend_args &a, int32_t first_pair, int32_t begin)
     {
         const int32_t lane = threadIdx.x & 31, pairs = a.rows * a.share;
         int32_t slots[QUERIES / 32], pos[QUERIES / 32];
@@ -10376,50 +10376,55 @@ template <int DIM, int KEYS> struct moqk_team_tile {
 
 /* ---- queries ---- */
 
-/* A team's queries as left operands, a warp for each 16 of them, a lane DIM / 32 neighbouring values. bias[i] = q . k_bias. */
+/* Where the values of query lane & 15 lie in rows of queries or results; the first of 16 is `first`. */
+__device__ __forceinline__ int64_t moqk_team_start(const moqk_attend_args &a, int32_t first, int32_t kv_head, int64_t stride, int32_t dim)
+{
+    const uint32_t pair = (uint32_t)min(first + (int32_t)(threadIdx.x & 15), a.rows * a.share - 1), row = pair / (uint32_t)a.share;
+    return row * stride + (int64_t)(kv_head * a.share + (int32_t)(pair - row * (uint32_t)a.share)) * dim;
+}
+
+/* A team's queries as left operands, a warp for each 16 of them, a lane DIM / 32 neighbouring values. Four are on their way while the four before become
+   operands. bias[i] = q . k_bias. */
 template <typename R>
 __device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team, float *bias)
 {
-    constexpr int DIM = R::DIM, BF = R::BF, N = DIM / 32;
+    constexpr int DIM = R::DIM, BF = R::BF, N = DIM / 32, WIDE = R::A > 1, WORDS = WIDE ? N : N / 2; /* BF16 activations have one part */
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, dim = a.c.k.dim, d = lane * N;
     const int whole = !((uintptr_t)a.q & 15) && a.q_stride % N == 0 && dim % N == 0;
     const float factor = !BF ? a.scale : a.scale < 0 ? -1.0f : 1.0f, turn = 1 / sqrtf((float)dim);
-    const int32_t pairs = a.rows * a.share, first = first_pair + team * MOQK_TEAM_QUERIES + warp * 16;
+    const int64_t start = moqk_team_start(a, first_pair + team * MOQK_TEAM_QUERIES + warp * 16, kv_head, a.q_stride, dim);
+    uint32_t raw[4][WORDS] = {};
     moqk_sync_group(team);
 #pragma unroll 1
-    for (int half = 0; half < 16; half += 4) {
+    for (int next = 0; next <= 16; next += 4) {
         float v[4][N];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint32_t pair = (uint32_t)min(first + half + j, pairs - 1), row = pair / (uint32_t)a.share;
-            const int64_t from = row * a.q_stride + (int64_t)(kv_head * a.share + (int32_t)(pair - row * (uint32_t)a.share)) * dim + d;
-            uint32_t raw[N];
+        for (int j = 0; j < 4; j++)
 #pragma unroll
-            for (int i = 0; i < N; i++) raw[i] = 0;
-            if (!whole) {
+            for (int i = 0; i < N; i++)
+                v[j][i] = __uint_as_float(WIDE ? raw[j][i * WORDS / N] : i % 2 ? raw[j][i / 2] & 0xffff0000u : raw[j][i / 2] << 16) * factor;
+        if (next < 16) {
+            int64_t from[4];
 #pragma unroll
-                for (int i = 0; i < N; i++) if (d + i < dim) raw[i] = moqk_bits_any(a.q, from + i, a.bf16) << (a.bf16 ? 16 : 0);
-            } else if (d < dim && a.bf16) {
+            for (int j = 0; j < 4; j++) from[j] = __shfl_sync(0xffffffffu, start, next + j) + d;
+            if (whole) {
+                if (d < dim)
 #pragma unroll
-                for (int i = 0; i < N; i += 2) {
-                    const uint32_t two = *((const uint32_t *)a.q + (from + i) / 2);
-                    raw[i] = two << 16;
-                    raw[i + 1] = two & 0xffff0000u;
-                }
-            } else if (d < dim) {
+                    for (int j = 0; j < 4; j++) moqk_kv_load<WORDS * 4>((const uint8_t *)a.q + from[j] * (WIDE ? 4 : 2), raw[j]);
+            } else
 #pragma unroll
-                for (int i = 0; i < N; i += 2) {
-                    const uint2 two = *((const uint2 *)a.q + (from + i) / 2);
-                    raw[i] = two.x;
-                    raw[i + 1] = two.y;
-                }
-            }
+                for (int j = 0; j < 4; j++)
 #pragma unroll
-            for (int i = 0; i < N; i++) v[j][i] = __uint_as_float(raw[i]) * factor;
+                    for (int i = 0; i < N; i++) {
+                        const uint32_t one = d + i < dim ? moqk_bits_any(a.q, from[j] + i, !WIDE) : 0;
+                        if (WIDE || i % 2 == 0) raw[j][i * WORDS / N] = one;
+                        else raw[j][i / 2] |= one << 16;
+                    }
         }
+        if (next == 0) continue;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int row = warp * 16 + half + j;
+            const int row = warp * 16 + next - 4 + j;
             if (a.c.k.rotate) { /* as moqk_rotate_rows */
 #pragma unroll
                 for (int k = 1; k < N; k *= 2)
@@ -10489,38 +10494,38 @@ template <typename R> struct moqk_team {
     int32_t from[2], to[2], all_from, all_to; /* positions that rows see, and that all rows of the warp see */
     float factor;
 
-    /* Scores of the tile at `first` become probabilities. */
-    __device__ __forceinline__ void weigh(const moqk_attend_args &a, int32_t first)
+    /* Scores of KEYS positions from `first` on, s[at] and behind, become probabilities. */
+    template <int KEYS> __device__ __forceinline__ void weigh(const moqk_attend_args &a, int32_t first, int at = 0)
     {
         const int t = threadIdx.x & 3;
-        float by = factor;
+        float by = factor, *p = s + at;
         if (a.softcap > 0) { /* cap tanh(x / cap), tanh(z) = 1 - 2 / (e^(2 z) + 1), in powers of two */
             const float cap = a.softcap * MOQK_LOG2E, in = 2 / a.softcap;
             by = 1;
 #pragma unroll
-            for (int i = 0; i < R::KEYS / 2; i++) s[i] = cap - __fdividef(2 * cap, moqk_exp2((s[i] * factor + bias[i >> 1 & 1] * MOQK_LOG2E) * in) + 1);
+            for (int i = 0; i < KEYS / 2; i++) p[i] = cap - __fdividef(2 * cap, moqk_exp2((p[i] * factor + bias[i >> 1 & 1] * MOQK_LOG2E) * in) + 1);
         }
-        if (first < all_from || first + R::KEYS - 1 > all_to)
+        if (first < all_from || first + KEYS - 1 > all_to)
 #pragma unroll
-            for (int i = 0; i < R::KEYS / 2; i++) {
+            for (int i = 0; i < KEYS / 2; i++) {
                 const int32_t key = first + 8 * (i >> 2) + 2 * t + (i & 1);
-                if (key < from[i >> 1 & 1] || key > to[i >> 1 & 1]) s[i] = -INFINITY;
+                if (key < from[i >> 1 & 1] || key > to[i >> 1 & 1]) p[i] = -INFINITY;
             }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float best = fmaxf(s[2 * j], s[2 * j + 1]), more[2] = {0, 0};
+            float best = fmaxf(p[2 * j], p[2 * j + 1]), more[2] = {0, 0};
 #pragma unroll
-            for (int i = 4; i < R::KEYS / 2; i += 4) best = fmaxf(best, fmaxf(s[2 * j + i], s[2 * j + i + 1]));
+            for (int i = 4; i < KEYS / 2; i += 4) best = fmaxf(best, fmaxf(p[2 * j + i], p[2 * j + i + 1]));
             best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
             best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2)) * by - ROOM;
             if (!(best > top[j] + 8)) best = top[j];
             shrink[j] = moqk_exp2(top[j] - best);
             top[j] = best;
 #pragma unroll
-            for (int i = 0; i < R::KEYS / 2; i += 4)
+            for (int i = 0; i < KEYS / 2; i += 4)
 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    float *v = &s[2 * j + i + k];
+                    float *v = &p[2 * j + i + k];
                     *v = moqk_exp2(fmaf(*v, by, -best));
                     more[k] += *v;
                 }
@@ -10572,7 +10577,8 @@ template <typename R> struct moqk_team {
     /* y, through the room of the team's queries. v_bias comes to the probabilities of keys, not to that of a sink. */
     __device__ __forceinline__ void store(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team) const
     {
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = a.c.v.dim, wide = a.bf16 ? 0 : 1, pieces = DIM / 8 << wide;
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = a.c.v.dim;
+        constexpr int wide = R::A > 1, pieces = DIM / 8 << wide; /* F32 activations, 16-byte pieces of a row */
         const int32_t first = (int32_t)(threadIdx.x >> 5 & 3) * 16, pairs = a.rows * a.share;
         const float unit = moqk_unit(a.c.v, kv_head), *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * dim : NULL;
         const uint32_t room = r.queries(team) + (uint32_t)(first * pieces * 16);
@@ -10604,12 +10610,12 @@ template <typename R> struct moqk_team {
         }
         __syncwarp();
         const int each = 8 >> wide, whole = !((uintptr_t)a.y & 15) && a.y_stride % each == 0 && dim % each == 0;
-#pragma unroll 1
+        const int64_t start = moqk_team_start(a, first_pair, kv_head, a.y_stride, dim);
+#pragma unroll 2
         for (int i = lane; i < 16 * pieces; i += 32) {
             const int row = i / pieces, piece = i % pieces;
-            const uint32_t pair = (uint32_t)(first_pair + row), y_row = pair / (uint32_t)a.share;
+            const int64_t to = __shfl_sync(0xffffffffu, start, row) + piece * each;
             if (first_pair + row >= pairs || piece * each >= dim) continue;
-            const int64_t to = y_row * a.y_stride + (int64_t)(kv_head * a.share + (int32_t)(pair - y_row * (uint32_t)a.share)) * dim + piece * each;
             const uint4 v = moqk_read16(room + (uint32_t)(row * pieces + (piece ^ (row & 7) << wide)) * 16);
             if (whole) *(uint4 *)((uint8_t *)a.y + to * (2 << wide)) = v;
             else {
@@ -10626,21 +10632,22 @@ template <typename R> struct moqk_team {
 };
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma, heads of up to 128 values
-   Two teams (warpgroups) multiply; the warps of a third copy keys and values into two rings. A team's softmax of a tile runs beside its products with the values of the tile before, and beside the other team's. Blocks stay:
-   while a tile's results are stored, the first keys of the next tile are on their way.
+   >>cuda-attention-wgmma  the same on compute capability 9.0: wgmma; not for F32 caches with heads of more than 128 values, which do not fit
+   Two teams (warpgroups) multiply; the warps of a third copy keys and values into two rings. A team's softmax of a tile runs beside its products with
+   the values of the tile before, and beside the other team's. Blocks stay: while a tile's results are stored, the first keys of the next one are on
+   their way.
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQK_TEAMS_QUERIES = 2 * MOQK_TEAM_QUERIES };
 
 template <int D, int TERMS, int B16> struct moqk_team_room {
     static constexpr int DIM = D, BF = B16, A = moqk_query_parts(TERMS, BF), B = TERMS == 3 && !BF ? 2 : 1;
-    static constexpr int KEYS = TERMS == 1 ? 128 : 64, STAGES = TERMS == 1 ? 3 : B == 2 ? 2 : 4;
+    static constexpr int KEYS = DIM == 256 ? (A == 1 ? 64 : 32) : TERMS == 1 ? 128 : 64, STAGES = DIM == 256 || B == 2 ? 2 : TERMS == 1 ? 3 : 4;
     static constexpr int PART = DIM * 128;              /* bytes of a team's queries, one part: [DIM / 64][64][64] */
     static constexpr int SLAB = KEYS * 128;             /* of 64 values of a tile of keys or values */
     static constexpr int TILE = DIM / 64 * SLAB * B;    /* [part][DIM / 64][KEYS][64] */
     static constexpr int K_AT = 2 * A * PART, V_AT = K_AT + STAGES * TILE, BARRIERS_AT = V_AT + STAGES * TILE;
-    static constexpr int SHARED = BARRIERS_AT + STAGES * 32 + 1024;
+    static constexpr int SHARED = BARRIERS_AT + STAGES * 32 + 1024, FITS = SHARED <= 226 * 1024; /* in the shared memory of compute capability 9.0 */
     uint32_t base;
     __device__ __forceinline__ uint32_t queries(int team) const { return base + team * A * PART; }
     __device__ __forceinline__ uint32_t tile(int values, int stage) const { return base + (values ? V_AT : K_AT) + stage * TILE; }
@@ -10657,6 +10664,7 @@ template <int D, int TERMS, int B16> struct moqk_team_room {
                      "setp.ne.b32 p, %" #more ", 0; " \
                      "wgmma.mma_async.sync.aligned." shape " {" list "}, q, r, p, 1, 1, 0, 0; }" : __VA_ARGS__ : "r"(a), "r"(b), "r"(add)); \
     }
+MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 16, "m64n32k16.f32.f16.f16", MOQK_L16, 16, 17, 18, MOQK_D16("+f", 0))
 MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 32, "m64n64k16.f32.bf16.bf16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
 MOQK_WGMMA_SHARED(moqk_wgmma_keys_f16, 32, "m64n64k16.f32.f16.f16", MOQK_L32, 32, 33, 34, MOQK_D32("+f", 0))
 MOQK_WGMMA_SHARED(moqk_wgmma_keys_bf16, 64, "m64n128k16.f32.bf16.bf16", MOQK_L64, 64, 65, 66, MOQK_D32("+f", 0), MOQK_D32("+f", 32))
@@ -10716,7 +10724,8 @@ template <int KIND, typename R> struct moqk_team_feed {
         while (turn.next(a, &first_pair, &kv_head)) {
             if (first_pair < 0) continue;
             for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
-                const moqk_team_run<MOQK_TEAMS_QUERIES> run(a, first_pair, begin);
+                moqk_team_run<MOQK_TEAMS_QUERIES> run;
+                run.find(a, first_pair, begin);
                 begin = run.end;
                 if (run.slot < 0) continue;
                 const int64_t base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
@@ -10740,8 +10749,8 @@ template <int KIND, typename R> struct moqk_team_feed {
 template <int D, int TERMS, int B16> struct moqk_team_wgmma : moqk_team<moqk_team_room<D, TERMS, B16>> {
     typedef moqk_team_room<D, TERMS, B16> R;
     typedef moqk_team<R> T;
-    static constexpr int DIM = R::DIM, BF = R::BF;
-    using T::o; using T::s; using T::shrink; using T::weigh; using T::scale;
+    static constexpr int DIM = R::DIM, BF = R::BF, WIDE = DIM == 64 ? 64 : 128; /* values of a product */
+    using T::o; using T::s; using T::shrink; using T::scale;
     uint32_t p[R::A][R::KEYS / 4];
     moqk_stage keys, values;
 
@@ -10774,11 +10783,14 @@ template <int D, int TERMS, int B16> struct moqk_team_wgmma : moqk_team<moqk_tea
         for (int part = 0; part < R::A + R::B - 1; part++) {
             const int pp = part < R::A ? part : 0, vp = part < R::A ? 0 : 1;
 #pragma unroll
-            for (int i = 0; i < R::KEYS / 16; i++) {
-                const uint32_t vd = v + (vp * (DIM / 64) * R::SLAB + i * 2048) / 16;
-                if constexpr (BF) moqk_wgmma_values_bf16(o, p[pp] + 4 * i, vd, 1);
-                else moqk_wgmma_values_f16(o, p[pp] + 4 * i, vd, 1);
-            }
+            for (int i = 0; i < R::KEYS / 16; i++)
+#pragma unroll
+                for (int d = 0; d < DIM; d += WIDE) {
+                    const uint32_t vd = v + ((vp * DIM + d) / 64 * R::SLAB + i * 2048) / 16;
+                    float (&to)[WIDE / 2] = *(float (*)[WIDE / 2])(o + d / 2);
+                    if constexpr (BF) moqk_wgmma_values_bf16(to, p[pp] + 4 * i, vd, 1);
+                    else moqk_wgmma_values_f16(to, p[pp] + 4 * i, vd, 1);
+                }
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     }
@@ -10809,7 +10821,7 @@ template <int D, int TERMS, int B16> struct moqk_team_wgmma : moqk_team<moqk_tea
         multiply_keys(r, team);
         wait<0>(r, 0, keys);
         moqk_settle(s);
-        weigh(a, first);
+        T::template weigh<R::KEYS>(a, first);
         scale();
         pack();
 #pragma unroll 1
@@ -10820,7 +10832,7 @@ template <int D, int TERMS, int B16> struct moqk_team_wgmma : moqk_team<moqk_tea
             asm volatile("bar.arrive %0, 256;" :: "r"(4 - team) : "memory");
             wait<1>(r, 0, keys);
             moqk_settle(s);
-            weigh(a, first);
+            T::template weigh<R::KEYS>(a, first);
             moqk_settle(s);
             /* two ways to wait, because the compiler would move one up, before the softmax; all warps of the group must take the same */
             if (moqk_any_of_group(team, shrink[0] != 1 || shrink[1] != 1)) {
@@ -10875,7 +10887,8 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
         moqk_team_queries<R>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
         m.begin(a, first_pair, kv_head, index, biases);
         for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
-            const moqk_team_run<MOQK_TEAMS_QUERIES> run(a, first_pair, begin);
+            moqk_team_run<MOQK_TEAMS_QUERIES> run;
+            run.find(a, first_pair, begin);
             m.look(a, first_pair, index, begin, run.end);
             begin = run.end;
             if (run.slot >= 0) m.run(a, r, team, run.low / R::KEYS * R::KEYS, run.high);
@@ -10885,7 +10898,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
 #endif
 }
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-attention-sync   the same on every device: mma.sync; on compute capability 9.0 heads of more than 128 values
+   >>cuda-attention-sync   the same on every device: mma.sync; on compute capability 9.0 what does not fit above
    One or two teams, whose threads copy and unpack too: while all multiply a tile, the next one is on its way. Fits into 99 KB of shared memory.
    ------------------------------------------------------------------------------------------------ */
 
@@ -10896,6 +10909,7 @@ template <int D, int TERMS, int B16> struct moqk_sync_room {
     static constexpr int PART = DIM * 128;              /* bytes of a team's queries, one part: [DIM / 64][64][64] */
     static constexpr int KEYS = DIM == 64 ? 64 : DIM == 256 || B == 2 ? 16 : A == 1 ? 64 : 32;
     static constexpr int SLAB = KEYS * 128, TILE = DIM / 64 * SLAB * B; /* [part][DIM / 64][KEYS][64] */
+    static constexpr int PARTS = DIM == 128 && KEYS == 64 ? 2 : 1; /* of a tile: one's scores become probabilities beside the next one's products */
     static constexpr int STAGES = DIM == 256 && B == 2 ? 1 : 2;
     static constexpr int K_AT = TEAMS * A * PART, V_AT = K_AT + STAGES * TILE, SHARED = V_AT + STAGES * TILE;
     static constexpr int BLOCKS = DIM == 64 && A == 1 ? 2 : 1; /* of a multiprocessor */
@@ -10908,8 +10922,9 @@ template <int D, int TERMS, int B16> struct moqk_sync_room {
 template <int D, int TERMS, int B16> struct moqk_team_sync : moqk_team<moqk_sync_room<D, TERMS, B16>> {
     typedef moqk_sync_room<D, TERMS, B16> R;
     typedef moqk_team<R> T;
-    static constexpr int DIM = R::DIM, BF = R::BF, HELD = R::A == 1 && DIM <= 128; /* queries stay in registers */
-    using T::o; using T::s; using T::shrink; using T::weigh; using T::scale;
+    static constexpr int DIM = R::DIM, BF = R::BF, HELD = R::A == 1; /* queries stay in registers */
+    static constexpr int EACH = R::KEYS / R::PARTS;
+    using T::o; using T::s;
     uint32_t q_at, k_at, v_at; /* of the lane's row of matrices: queries; keys, values from a tile on */
     uint32_t q[HELD ? DIM / 16 : 1][4];
 
@@ -10932,21 +10947,21 @@ template <int D, int TERMS, int B16> struct moqk_team_sync : moqk_team<moqk_sync
             for (int i = 0; i < DIM / 16; i++) moqk_load_matrices(step_at(q_at, i, 8192), q[i]);
     }
 
-    /* s = queries times keys of a tile. Sums of one score wait for each other: few keys have two sets of them. */
-    __device__ __forceinline__ void multiply_keys(uint32_t tile)
+    /* s = queries times keys of a part of a tile. Sums of one score wait for each other: few keys have two sets of them. */
+    __device__ __forceinline__ void multiply_keys(uint32_t tile, int part)
     {
-        constexpr int SETS = R::KEYS == 16 ? 2 : 1;
-        float more[SETS == 2 ? R::KEYS / 2 : 1];
+        constexpr int SETS = EACH == 16 ? 2 : 1;
+        float more[SETS == 2 ? EACH / 2 : 1], *const sums = s + part * (EACH / 2);
 #pragma unroll
-        for (int i = 0; i < R::KEYS / 2; i++) s[i] = more[SETS == 2 ? i : 0] = 0;
-        tile += k_at;
+        for (int i = 0; i < EACH / 2; i++) sums[i] = more[SETS == 2 ? i : 0] = 0;
+        tile += k_at + (uint32_t)(part * EACH * 128);
 #pragma unroll
         for (int d = 0; d < DIM / 16; d++) {
-            float *to = SETS == 2 && d & 1 ? more : s;
-            uint32_t a[R::A][4], k[R::KEYS / 16][4];
+            float *to = SETS == 2 && d & 1 ? more : sums;
+            uint32_t a[R::A][4], k[EACH / 16][4];
             const uint32_t at = step_at(tile, d, R::SLAB);
 #pragma unroll
-            for (int n = 0; n < R::KEYS / 16; n++) moqk_load_matrices(at + n * 2048, k[n]);
+            for (int n = 0; n < EACH / 16; n++) moqk_load_matrices(at + n * 2048, k[n]);
             if constexpr (HELD)
 #pragma unroll
                 for (int i = 0; i < 4; i++) a[0][i] = q[d][i];
@@ -10956,30 +10971,31 @@ template <int D, int TERMS, int B16> struct moqk_team_sync : moqk_team<moqk_sync
 #pragma unroll
             for (int i = 0; i < R::A; i++)
 #pragma unroll
-                for (int n = 0; n < R::KEYS / 8; n++) moqk_attend_mma<BF>(to + 4 * n, a[i], k[n / 2][n % 2 * 2], k[n / 2][n % 2 * 2 + 1]);
+                for (int n = 0; n < EACH / 8; n++) moqk_attend_mma<BF>(to + 4 * n, a[i], k[n / 2][n % 2 * 2], k[n / 2][n % 2 * 2 + 1]);
             if constexpr (R::B == 2) {
 #pragma unroll
-                for (int n = 0; n < R::KEYS / 16; n++) moqk_load_matrices(at + DIM / 64 * R::SLAB + n * 2048, k[n]);
+                for (int n = 0; n < EACH / 16; n++) moqk_load_matrices(at + DIM / 64 * R::SLAB + n * 2048, k[n]);
 #pragma unroll
-                for (int n = 0; n < R::KEYS / 8; n++) moqk_attend_mma<BF>(to + 4 * n, a[0], k[n / 2][n % 2 * 2], k[n / 2][n % 2 * 2 + 1]);
+                for (int n = 0; n < EACH / 8; n++) moqk_attend_mma<BF>(to + 4 * n, a[0], k[n / 2][n % 2 * 2], k[n / 2][n % 2 * 2 + 1]);
             }
         }
         if constexpr (SETS == 2)
 #pragma unroll
-            for (int i = 0; i < R::KEYS / 2; i++) s[i] += more[i];
+            for (int i = 0; i < EACH / 2; i++) sums[i] += more[i];
     }
 
-    /* o += probabilities times values of a tile. */
-    __device__ __forceinline__ void multiply_values(uint32_t tile)
+    /* o += probabilities times values of a part of a tile. */
+    __device__ __forceinline__ void multiply_values(uint32_t tile, int part)
     {
-        tile += v_at;
+        const float *const sums = s + part * (EACH / 2);
+        tile += v_at + (uint32_t)(part * EACH * 128);
 #pragma unroll
-        for (int i = 0; i < R::KEYS / 16; i++) {
+        for (int i = 0; i < EACH / 16; i++) {
             uint32_t p[R::A][4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 uint32_t parts[R::A];
-                moqk_team_parts<R::A, BF>(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], parts);
+                moqk_team_parts<R::A, BF>(sums[8 * i + 2 * j], sums[8 * i + 2 * j + 1], parts);
 #pragma unroll
                 for (int k = 0; k < R::A; k++) p[k][j] = parts[k];
             }
@@ -11039,7 +11055,7 @@ template <int DIM, int TERMS, int BF>
 __global__ void __launch_bounds__(moqk_sync_room<DIM, TERMS, BF>::THREADS, moqk_sync_room<DIM, TERMS, BF>::BLOCKS)
 moqk_attend_sync(const __grid_constant__ moqk_attend_args a)
 {
-    if constexpr (!MOQK_WGMMA || DIM > 128) { /* else >>cuda-attention-wgmma does it */
+    if constexpr (!MOQK_WGMMA || !moqk_team_room<DIM, TERMS, BF>::FITS) { /* else >>cuda-attention-wgmma does it */
         typedef moqk_sync_room<DIM, TERMS, BF> R;
         extern __shared__ __align__(128) uint8_t shared[];
         __shared__ float biases[R::QUERIES];
@@ -11049,40 +11065,56 @@ moqk_attend_sync(const __grid_constant__ moqk_attend_args a)
         moqk_team_sync<DIM, TERMS, BF> m;
         moqk_sync_feed<DIM, TERMS, BF> feed;
         moqk_team_turn<R::QUERIES> turn(a);
-        int32_t first_pair, kv_head;
+        moqk_team_run<R::QUERIES> run;
+        int64_t base = 0;
+        int32_t first_pair, kv_head, first = 0;
         int stage = 0;
         r.base = moqk_shared_at(shared);
         m.open(r, team);
-        while (turn.next(a, &first_pair, &kv_head)) {
-            if (first_pair < 0) continue;
+        /* The next run of queries, and its first keys and values on their way: nobody reads that stage any more. */
+        const auto start = [&](int32_t begin) {
+            run.find(a, first_pair, begin);
+            if (run.slot < 0) return;
+            base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
+            first = run.low / R::KEYS * R::KEYS;
+            feed.ask(a, r, team, stage, base, first, run.high);
+        };
+        int there = turn.next(a, &first_pair, &kv_head) && first_pair >= 0; /* a round that has none is the last one */
+        if (there) start(0);
+        while (there) {
             m.factor = moqk_unit(a.c.k, kv_head) * (BF ? fabsf(a.scale) : 1) * MOQK_LOG2E;
             moqk_team_queries<R>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
             m.begin(a, first_pair, kv_head, index, biases);
             m.hold();
-            for (int32_t begin = 0; begin < R::QUERIES;) {
-                const moqk_team_run<R::QUERIES> run(a, first_pair, begin);
+            for (int32_t begin = 0;;) {
                 m.look(a, first_pair, index, begin, run.end);
-                begin = run.end;
-                if (run.slot < 0) continue;
-                const int64_t base = ((int64_t)run.slot * a.c.kv_heads + kv_head) * a.c.capacity;
-                int32_t first = run.low / R::KEYS * R::KEYS;
-                feed.ask(a, r, team, stage, base, first, run.high);
+                if (run.slot >= 0)
 #pragma unroll 1
-                for (; first <= run.high; first += R::KEYS) {
-                    const int here = stage, more = first + R::KEYS <= run.high;
-                    feed.give(a);
-                    __syncthreads(); /* all of this tile is there, and nobody reads the one before any more */
-                    if (R::STAGES == 2) stage ^= 1;
-                    if (R::STAGES == 2 && more) feed.ask(a, r, team, stage, base, first + R::KEYS, run.high);
-                    m.multiply_keys(r.tile(0, here));
-                    m.weigh(a, first);
-                    if (__any_sync(0xffffffffu, m.shrink[0] != 1 || m.shrink[1] != 1)) m.scale();
-                    m.multiply_values(r.tile(1, here));
-                    if (R::STAGES == 1) __syncthreads();
-                    if (R::STAGES == 1 && more) feed.ask(a, r, team, stage, base, first + R::KEYS, run.high);
-                }
+                    for (; first <= run.high; first += R::KEYS) {
+                        const int here = stage, more = first + R::KEYS <= run.high;
+                        feed.give(a);
+                        __syncthreads(); /* all of this tile is there, and nobody reads the one before any more */
+                        if (R::STAGES == 2) stage ^= 1;
+                        if (R::STAGES == 2 && more) feed.ask(a, r, team, stage, base, first + R::KEYS, run.high);
+                        m.multiply_keys(r.tile(0, here), 0);
+#pragma unroll
+                        for (int part = 0; part < R::PARTS; part++) {
+                            if (part + 1 < R::PARTS) m.multiply_keys(r.tile(0, here), part + 1);
+                            m.template weigh<m.EACH>(a, first + part * m.EACH, part * (m.EACH / 2));
+                            if (__any_sync(0xffffffffu, m.shrink[0] != 1 || m.shrink[1] != 1)) m.scale();
+                            m.multiply_values(r.tile(1, here), part);
+                        }
+                        if (R::STAGES == 1) __syncthreads();
+                        if (R::STAGES == 1 && more) feed.ask(a, r, team, stage, base, first + R::KEYS, run.high);
+                    }
+                begin = run.end;
+                if (begin == R::QUERIES) break;
+                start(begin);
             }
-            m.store(a, r, first_pair, kv_head, team);
+            const int32_t done_pair = first_pair, done_head = kv_head;
+            there = turn.next(a, &first_pair, &kv_head) && first_pair >= 0;
+            if (there) start(0); /* beside what follows */
+            m.store(a, r, done_pair, done_head, team);
         }
     }
 }
@@ -11104,7 +11136,8 @@ template <int DIM> static moqc_teams moqc_teams_for(int kind, int terms, int wgm
 #define MOQC_SYNC(T, B) {moqk_attend_sync<DIM, T, B>, moqk_sync_room<DIM, T, B>::THREADS, moqk_sync_room<DIM, T, B>::SHARED, \
                          moqk_sync_room<DIM, T, B>::QUERIES, moqk_sync_room<DIM, T, B>::BLOCKS}
 #define MOQC_TEAMS(T, B) \
-    if constexpr (DIM <= 128) { if (wgmma) return {moqk_attend_wgmma<DIM, T, B>, 384, moqk_team_room<DIM, T, B>::SHARED, MOQK_TEAMS_QUERIES, 1}; } \
+    typedef moqk_team_room<DIM, T, B> room; \
+    if constexpr (room::FITS) { if (wgmma) return {moqk_attend_wgmma<DIM, T, B>, 384, room::SHARED, MOQK_TEAMS_QUERIES, 1}; } \
     return MOQC_SYNC(T, B)
     if (kind == MOQK_KV_MX4 && terms > 1) {
         if constexpr (DIM > 128) return {NULL, 0, 0, 1, 1}; /* three parts of queries do not fit */
