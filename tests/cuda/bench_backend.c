@@ -179,13 +179,13 @@ static double time_rows(moq_batch *b, const moq_attention_desc *a, int32_t *pos,
     return time_graph(be->capture_end(be, &err), 4);
 }
 
-static void bench_attention(const char *format, int length) /* "" and 0: all */
+static void bench_attention(const char *format, int length, int dim) /* "" and 0: all; values of a head */
 {
     static const int lengths[] = {1024, 4096, 32768}, formats[] = {MOQ_KV_WIDE, MOQ_KV_FP8, MOQ_KV_INT8, MOQ_KV_NVFP4, MOQ_KV_MXFP4};
     static const double bytes[] = {2, 1, 1, 0.5625, 0.53125};
     for (size_t f = 0; f < MOQI_COUNT(formats); f++)
         for (size_t k = 0; k < MOQI_COUNT(lengths); k++) {
-            enum { HEADS = 32, KV = 8, DIM = 128, COPIES = 4, MANY = 512, PROMPT = 2048 };
+            enum { HEADS = 32, KV = 8, COPIES = 4, MANY = 512, PROMPT = 2048 };
             if ((length && length != lengths[k]) || (*format && strcmp(format, moq_kv_format_name((moq_kv_format)formats[f])) != 0)) continue;
             moq_kv_desc d;
             moq_kv_cache *c[COPIES];
@@ -198,15 +198,15 @@ static void bench_attention(const char *format, int length) /* "" and 0: all */
             d.slots = 1;
             d.capacity = (lengths[k] < PROMPT ? PROMPT : lengths[k]) + MANY;
             d.kv_heads = KV;
-            d.head_dim = DIM;
+            d.head_dim = dim;
             d.kv.format = (moq_kv_format)formats[f];
-            double wide = be->act == MOQ_BF16 || f > 0 ? 1 : 2, total = 2.0 * KV * DIM * lengths[k] * bytes[f] * wide;
+            double wide = be->act == MOQ_BF16 || f > 0 ? 1 : 2, total = 2.0 * KV * dim * lengths[k] * bytes[f] * wide;
             int copies = total > 60e6 ? 2 : COPIES;
             for (int i = 0; i < copies; i++) if (!(c[i] = be->kv_create(be, &d, &err))) { fprintf(stderr, "%s\n", err.text); exit(2); }
-            void *q = taken(PROMPT * HEADS * DIM * 4), *y = taken(PROMPT * HEADS * DIM * 4);
-            float *host = (float *)malloc(sizeof(float) * PROMPT * HEADS * DIM);
-            for (int i = 0; i < PROMPT * HEADS * DIM; i++) host[i] = test_normal();
-            be->upload_act(be, q, host, PROMPT * HEADS * DIM);
+            void *q = taken(PROMPT * HEADS * dim * 4), *y = taken(PROMPT * HEADS * dim * 4);
+            float *host = (float *)malloc(sizeof(float) * PROMPT * HEADS * dim);
+            for (int i = 0; i < PROMPT * HEADS * dim; i++) host[i] = test_normal();
+            be->upload_act(be, q, host, PROMPT * HEADS * dim);
             int32_t *ds = (int32_t *)taken(sizeof slot), *dp = (int32_t *)taken(sizeof pos);
             be->upload(be, ds, slot, sizeof slot);
             b.slot = ds;
@@ -216,11 +216,11 @@ static void bench_attention(const char *format, int length) /* "" and 0: all */
                 for (int j = 0; j < MANY; j++) pos[j] = i + j;
                 b.max_pos = i + MANY - 1;
                 be->upload(be, dp, pos, sizeof pos);
-                for (int j = 0; j < copies; j++) be->kv_append(be, c[j], &b, q, KV * DIM, q, KV * DIM);
+                for (int j = 0; j < copies; j++) be->kv_append(be, c[j], &b, q, KV * dim, q, KV * dim);
             }
             a.q = q;
             a.y = y;
-            a.q_stride = a.y_stride = HEADS * DIM;
+            a.q_stride = a.y_stride = HEADS * dim;
             a.heads = HEADS;
             b.rows = 1;
             b.max_pos = pos[0] = lengths[k] - 1;
@@ -232,7 +232,7 @@ static void bench_attention(const char *format, int length) /* "" and 0: all */
             const double many = time_rows(&b, &a, pos, lengths[k] - MANY, MANY), prompt = time_rows(&b, &a, pos, 0, PROMPT);
             printf("attention %-6s %6d positions: 1 row %8.1f us, %5.0f GB/s; %d rows %8.1f us, %5.1f TFLOP/s; %d rows from 0 %8.1f us, %5.1f TFLOP/s\n",
                    moq_kv_format_name(d.kv.format), lengths[k], 1e6 * one, 1e-9 * total / one, MANY, 1e6 * many,
-                   1e-12 * work_of(lengths[k] - MANY, MANY) * HEADS * DIM / many, PROMPT, 1e6 * prompt, 1e-12 * work_of(0, PROMPT) * HEADS * DIM / prompt);
+                   1e-12 * work_of(lengths[k] - MANY, MANY) * HEADS * dim / many, PROMPT, 1e6 * prompt, 1e-12 * work_of(0, PROMPT) * HEADS * dim / prompt);
             for (int i = 0; i < copies; i++) be->kv_release(be, c[i]);
             be->release(be, q);
             be->release(be, y);
@@ -254,7 +254,7 @@ int main(int argc, char **argv)
         be = moq_cuda_backend_full(&d, a ? MOQ_BF16 : MOQ_F32, NULL, &err);
         if (!be) { fprintf(stderr, "%s\n", err.text); return 2; }
         printf("---- activations %s\n", moq_dtype_name(be->act));
-        if (!*only || strstr("attention", only)) bench_attention(argc > 2 ? argv[2] : "", argc > 3 ? atoi(argv[3]) : 0);
+        if (!*only || strstr("attention", only)) bench_attention(argc > 2 ? argv[2] : "", argc > 3 ? atoi(argv[3]) : 0, argc > 4 ? atoi(argv[4]) : 128);
         if (!*only || strstr("moe", only)) bench_moe(noise);
         if (!*only || strstr("linear", only)) bench_linear(noise);
         moq_backend_destroy(be);

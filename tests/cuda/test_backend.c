@@ -1328,7 +1328,8 @@ static void long_case(moq_dtype activations, moq_kv_format format, int dim, int 
 /* More tiles of queries than the device has multiprocessors; tiles of two slots, and rows of none. */
 static void prompt_case(moq_dtype activations, moq_kv_format format, int dim)
 {
-    enum { ROWS = 165, KV = 4, HEADS = 128 };
+    enum { ROWS = 165, HEADS = 128 };
+    const int KV = dim > 128 ? 2 : 4;
     float scale[1] = {0.03f};
     int32_t slot[ROWS], pos[ROWS];
     moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, activations);
@@ -1387,6 +1388,8 @@ static void test_cuda_attention_prompt(void)
     prompt_case(MOQ_F32, MOQ_KV_MXFP4, 64);
     prompt_case(MOQ_BF16, MOQ_KV_WIDE, 128);
     prompt_case(MOQ_BF16, MOQ_KV_MXFP4, 64);
+    prompt_case(MOQ_BF16, MOQ_KV_FP8, 256);
+    prompt_case(MOQ_F32, MOQ_KV_NVFP4, 256);
 }
 
 static void test_cuda_attention_long(void)
@@ -1500,6 +1503,9 @@ static void test_cuda_attention(void)
     attention_case(MOQ_BF16, MOQ_KV_MXFP4, 128, 0, 2, 12);
     attention_case(MOQ_BF16, MOQ_KV_WIDE, 256, 0, 2, 10);
     attention_case(MOQ_BF16, MOQ_KV_WIDE, 96, 0, 2, 4);
+    attention_case(MOQ_BF16, MOQ_KV_INT8, 72, 40, 2, 6);
+    attention_case(MOQ_BF16, MOQ_KV_MXFP4, 256, 0, 2, 10);
+    attention_case(MOQ_F32, MOQ_KV_FP8, 200, 104, 2, 6);
     attention_case(MOQ_F32, MOQ_KV_NVFP4_ROTATE, 256, 0, 1, 8);
 }
 
