@@ -10897,6 +10897,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
     }
 #endif
 }
+
 /* ------------------------------------------------------------------------------------------------
    >>cuda-attention-sync   the same on every device: mma.sync; on compute capability 9.0 what does not fit above
    One or two teams, whose threads copy and unpack too: while all multiply a tile, the next one is on its way. Fits into 99 KB of shared memory.
@@ -10930,7 +10931,10 @@ template <int D, int TERMS, int B16> struct moqk_team_sync : moqk_team<moqk_sync
 
     /* 16 bytes `piece` + 2 i of a row: (piece ^ row) << 4, to be exchanged with i << 5 within a slab. */
     static __device__ __forceinline__ uint32_t row_at(int row, int piece) { return (uint32_t)(row * 128 + (((piece ^ row) & 7) << 4)); }
-    static __device__ __forceinline__ uint32_t step_at(uint32_t row, int step, int slab) { return (row ^ (uint32_t)(step & 3) << 5) + (uint32_t)((step >> 2) * slab); }
+    static __device__ __forceinline__ uint32_t step_at(uint32_t row, int step, int slab)
+    {
+        return (row ^ (uint32_t)(step & 3) << 5) + (uint32_t)((step >> 2) * slab);
+    }
 
     __device__ __forceinline__ void open(const R &r, int team)
     {
