@@ -4669,13 +4669,6 @@ template <int FORM, int GROUPED> struct moqk_stream {
    ------------------------------------------------------------------------------------------------ */
 
 #if MOQK_WGMMA
-/* A box of a tensor from column x, row y on into shared memory. */
-__device__ __forceinline__ void moqk_copy_box(uint32_t to, const CUtensorMap *map, int x, int y, uint32_t bar)
-{
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
-}
-
 /* D[64 x N] += A[64 x 16] (registers) B[16 x N] (shared memory, 128-byte swizzle), four of them behind each other along a slab; `add` 0: D = A B. One
    statement for the four: what the compiler spends on N registers that go into it and come out again is what compiling these kernels costs. Lists of
    registers; then the letter of D's, the numbers of the operands behind them, and what stands behind all of them: signs and order. */
@@ -6800,21 +6793,12 @@ static void moqc_launch_ring(const moqc_job *j, int form, int step, const moqk_r
 
 /* ---- the launches of >>cuda-runs ---- */
 
-/* The first rows of x of a call, BF16 in rows of whole 16 bytes, in boxes of 64 columns and `tokens` rows with the swizzle that wgmma reads. 0: the driver
-   refuses. */
-static int moqc_map_rows(const moqc_ctx *c, const moqk_call *call, int32_t rows, int32_t cols, int32_t tokens, CUtensorMap *map)
+/* The first rows of x of a call, BF16 in rows of whole 16 bytes, as blocks of 64 columns with the swizzle that wgmma reads; a box has `slabs` of them for
+   `tokens` rows. 0: the driver refuses. */
+static int moqc_map_rows(const moqc_ctx *c, const moqk_call *call, int32_t rows, int32_t cols, int32_t tokens, int32_t slabs, CUtensorMap *map)
 {
-    static const cuuint32_t one[2] = {1, 1};
-    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, pitch[1] = {(cuuint64_t)call->ldx * 2};
-    const cuuint32_t box[2] = {64, (cuuint32_t)tokens};
-    return c->encode_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)(uintptr_t)call->x, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-/* The same as blocks of 64 columns, of which a box has the four of a chunk and 16 rows. */
-static int moqc_map_chunks(const moqc_ctx *c, const moqk_call *call, int32_t rows, int32_t cols, CUtensorMap *map)
-{
-    static const cuuint32_t one[3] = {1, 1, 1}, box[3] = {64, 16, 4};
+    static const cuuint32_t one[3] = {1, 1, 1};
+    const cuuint32_t box[3] = {64, (cuuint32_t)tokens, (cuuint32_t)slabs};
     const cuuint64_t size[3] = {64, (cuuint64_t)rows, (cuuint64_t)cols / 64}, pitch[2] = {(cuuint64_t)call->ldx * 2, 128};
     return c->encode_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)call->x, size, pitch, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -7070,7 +7054,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     cudaError_t e = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
     if (j->c->capturing) moqc_all_shared(j->c, code);
     if (!moqc_ok(j->c, e, "cudaFuncSetAttribute")) return;
-    if (u->wide && !moqc_map_chunks(j->c, &j->call, u->rows, u->cols, &map)) moqc_ok(j->c, cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
+    if (u->wide && !moqc_map_rows(j->c, &j->call, u->rows, u->cols, 16, 4, &map)) moqc_ok(j->c, cudaErrorInvalidValue, "cuTensorMapEncodeTiled");
     else if (u->wide) moqc_ok(j->c, cudaLaunchKernelEx(&how, wide, j->call, *u, map), "decode-run");
     else moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
@@ -7402,17 +7386,9 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
 /* x of the call as the copy engine reads it, or 0: it cannot. `tokens` and `slabs` of a stage. */
 static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, int32_t slabs, moqk_maps *maps)
 {
-    static const cuuint32_t one[3] = {1, 1, 1};
     if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0 || cols % 64 != 0) return 0;
-    const cuuint32_t most = (cuuint32_t)moqk_box_tokens(tokens), rest = (cuuint32_t)call->m % most;
-    const cuuint64_t size[3] = {64, (cuuint64_t)call->all, (cuuint64_t)cols / 64}, pitch[2] = {(cuuint64_t)call->ldx * 2, 128};
-    for (int i = 0; i < 2; i++) {
-        const cuuint32_t box[3] = {64, i && rest ? rest : most, i ? 1 : (cuuint32_t)slabs};
-        if (c->encode_map(i ? &maps->part : &maps->whole, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)(uintptr_t)call->x, size, pitch, box, one,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) return 0;
-    }
-    return 1;
+    const int32_t most = moqk_box_tokens(tokens), rest = call->m % most;
+    return moqc_map_rows(c, call, call->all, cols, most, slabs, &maps->whole) && moqc_map_rows(c, call, call->all, cols, rest ? rest : most, 1, &maps->part);
 }
 
 /* y of the call likewise, for tiles of `tokens`: boxes of 128 bytes of a token. */
