@@ -2920,11 +2920,10 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
 /* ------------------------------------------------------------------------------------------------
    >>cuda-runs       1 to 16 rows of x on SM90, 4-bit weights: every warp streams a run of chunks of its own
    A block keeps its share of x whole in shared memory (moqk_decode_wide: two chunks at a time) and room for a chunk or two of each warp, filled by the copy
-   engine: while a warp multiplies
-   a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and the kernel after may start
-   when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a block and the blocks of a cluster share the columns; the
-   sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per launch: codes and scales
-   once, x once per block, or per two that share it.
+   engine: while a warp multiplies a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and
+   the kernel after may start when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a block and the blocks
+   of a cluster share the columns; the sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per
+   launch: codes and scales once, x once per block, or per two that share it.
    ------------------------------------------------------------------------------------------------ */
 
 /* A part of a launch, as its parameters have it. */
@@ -3888,7 +3887,7 @@ typedef struct moqk_pack_args {
 typedef struct moqk_gemm_args {
     const uint8_t *x16;
     int64_t tokens;
-    float *partial;            /* [2 * blocks][warpgroups][BM / 8][128] of float4 */
+    float *partial;            /* [2 * blocks][warpgroups][BM / 8][128] of float4; mma.sync: halves of a tile's rows for warpgroups */
     int32_t *turn;             /* [blocks][warpgroups], 0 between launches */
     const float *token_unit;
     const float *x_scale;      /* >>cuda-gemm-bytes: of 128 columns of a token, [slabs][tokens]; NULL: none */
@@ -4982,7 +4981,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
     }
 
     /* x as the caller has it: one copy of all slabs of a stage, for each copy costs the products some 50 clocks, or two where it holds more tokens than a
-       copy may. What lies past the last token costs as much as what is there: where that is half or more, a copy a slab takes the others. */
+       copy may. What lies past the last token costs as much as what is there: where that is a quarter or more, or a stage is one slab, a copy a slab takes
+       the others. */
     __device__ __forceinline__ void fill_direct(const moqk_maps &maps, const moqk_told *told, int lane) const
     {
         moqk_piece q;
@@ -4990,8 +4990,8 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
         constexpr int BOX = moqk_box_tokens(BM);
         moqk_stage s = {0, 0}, full = s;
         while (hear(told, heard, q, lane)) {
-            const int tokens = q.end - q.first, rest = tokens % BOX, whole = tokens / BOX + (2 * rest > BOX);
-            const int copies = whole + (rest > 0 && 2 * rest <= BOX ? X_SLABS : 0);
+            const int tokens = q.end - q.first, rest = tokens % BOX, filled = X_SLABS > 1 && 4 * rest > 3 * BOX, whole = tokens / BOX + filled;
+            const int copies = whole + (rest > 0 && !filled ? X_SLABS : 0);
             const int bytes = X_SLABS * 128 * (whole * BOX + (copies > whole ? rest : 0));
             for (int32_t i = q.from * UNIT; i < q.to * UNIT; i += X_SLABS) {
                 const uint32_t to = x + s.at * X_STAGE, bar = x_full + full.at * 8;
@@ -6939,8 +6939,8 @@ static double moqc_wide_cost(const moqc_ctx *c, const moqk_run *u)
     return ceil(grid / sms) * (run * (0.26 + 0.055 * warps + 0.03 * u->ways) + launch) + sums + 0.001 * grid;
 }
 
-/* Where a cut of it is better than one of moqk_decode_run, for which a guess likewise is good enough: unless that has many warps, and with them more on its
-   way. Scales of groups cost them time. */
+/* Is moqk_decode_wide taken? Always where the other kernel has few warps; where it has many, and with them more on its way, only by the estimate of both.
+   Scales of groups cost that one more time. */
 static int moqc_run_yields(const moqc_ctx *c, const moqk_run *run, const moqk_run *wide, int step)
 {
     const int warps = run->tiles * run->ways, longest = run->each + (run->more > 0);
@@ -7246,9 +7246,7 @@ static moqc_mma_kernel moqc_mma_find(int form, int grouped)
     }
 }
 
-enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES }; /* the kernels of this section */
-
-enum { MOQC_DENSE4 = MOQC_BYTES + 1 }; /* of moqc_tiles: MOQC_WGMMA with weights of 4 bits, no experts */
+enum { MOQC_MMA, MOQC_WGMMA, MOQC_BYTES, MOQC_DENSE4 }; /* the kernels of this section; only in moqc_tiles: MOQC_WGMMA with weights of 4 bits, no experts */
 
 enum { MOQC_TILES = 18 };
 static const struct { int32_t tokens, which; double slab, end, shared_end; } moqc_tiles[MOQC_TILES] = { /* see moqc_cut_gemm */
@@ -7332,7 +7330,7 @@ static moqc_gemm_cut moqc_cut_mma(const moqc_job *j, int64_t units, int64_t step
     double least = 1e30;
     for (int64_t n = fewest; n <= most; n++) {
         int64_t tokens = moqk_pad(j->call.tiles ? j->call.m + 8 : moqk_ceil(j->call.m, n), 8);
-        if (j->c->gemm_tokens) tokens = j->c->gemm_tokens;
+        if (j->c->gemm_tokens) tokens = moqc_min(j->c->gemm_tokens, MOQK_MMA_TOKENS);
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         const double eighths = (double)(moqk_pad(tokens, tokens > 96 ? 16 : step) / 16), end = 1 + 0.3 * eighths, joins = 4 + 0.8 * eighths;
         for (int cut = 0; cut < 3; cut++) {
@@ -7383,7 +7381,7 @@ static void moqc_launch_early(moqc_ctx *c, void (*kernel)(A...), dim3 grid, int 
     moqc_ok(c, cudaLaunchKernelEx(&how, kernel, args...), what);
 }
 
-/* x of the call as the copy engine reads it, or 0: it cannot. `tokens` and `slabs` of a stage. */
+/* x of the call as the copy engine reads it, in whole slabs of 64 columns, or 0: it cannot. `tokens` and `slabs` of a stage. */
 static int moqc_map_x(const moqc_ctx *c, const moqk_call *call, int32_t cols, int32_t tokens, int32_t slabs, moqk_maps *maps)
 {
     if (!c->encode_map || !call->x_bf16 || call->row_of || call->tiles || ((uintptr_t)call->x & 15) || call->ldx % 8 != 0 || cols % 64 != 0) return 0;

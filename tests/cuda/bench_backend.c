@@ -1,5 +1,6 @@
 /* Times of table entries on the GPU: products, mixtures of experts, attention. Everything runs as a recorded graph over copies that are larger
-   than the cache together; the median of 7. Bytes: weights or cache, each read once. */
+   than the cache together; the median of 7. Bytes: weights or cache, each read once.
+       bench_backend [linear|moe|attention [FORMAT [POSITIONS [HEAD SIZE]]]] */
 #include "../test.h"
 
 extern moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dtype activations, const moq_allocator *memory, moq_error *err);

@@ -31,8 +31,9 @@ export MOQ_DATA="$here/../data" MOQ_DEMO="$root/examples/demo-model"
 # name, seconds, what. Seconds are estimates until a run says better: the table that -l prints is for planning.
 steps='tools 3 compilers, sanitizer, device
 build 240 modelopt_q_cuda.cu and every program here
-gemm 100 products of 17 and more rows: every form x odd shapes x modes against float64, same bits in every run; mixtures of experts
+gemm 130 products of 17 and more rows: every form x odd shapes x modes against float64, same bits in every run; mixtures of experts
 backend 150 the function table: every kernel x scheme x odd shape against float64, caches, mixtures, graphs, two backends, memory that runs out
+sync 300 the function table again on compute capability 9.0, compiled without wgmma: what other devices run
 logits 90 golden logits through the backend
 models 30 whole random models: families, sizes, formats, caches, orders of work, CPU against CUDA
 demo 20 the demo model'\''s answers, CPU and CUDA
@@ -154,6 +155,11 @@ step_gemm() {
     tested "gemm, mma.sync" "$build/gemm" test "" gemm-mma # what older devices run
 }
 step_backend() { tested test_backend "$build/test_backend"; }
+step_sync() {
+    case $arch in sm_90*) ;; *) [ -n "$dry" ] || echo "sync: only for compute capability 9.0; the step backend runs this code here"; return ;; esac
+    one "modelopt_q_cuda.cu without wgmma" "$nvcc" -std=c++17 -O2 -gencode=arch=compute_90,code=sm_90 -c "$root/modelopt_q_cuda.cu" -o "$build/sync.o" &&
+        one test_backend "$nvcc" "$build/test_backend.o" "$build/sync.o" -o "$build/test_sync" -lm -lpthread && tested "test_backend without wgmma" "$build/test_sync"
+}
 step_logits() { tested test_logits "$build/test_logits" golden; }
 step_models() { tested test_models "$build/test_models" 1 60 25; }
 step_demo() { tested "test_logits demo" "$build/test_logits" demo; }

@@ -1384,6 +1384,7 @@ static void prompt_case(moq_dtype activations, moq_kv_format format, int dim)
 static void test_cuda_attention_prompt(void)
 {
     prompt_case(MOQ_F32, MOQ_KV_WIDE, 64);
+    prompt_case(MOQ_F32, MOQ_KV_WIDE, 256);
     prompt_case(MOQ_F32, MOQ_KV_FP8, 128);
     prompt_case(MOQ_F32, MOQ_KV_MXFP4, 64);
     prompt_case(MOQ_BF16, MOQ_KV_WIDE, 128);
@@ -1529,6 +1530,7 @@ static void check_many(int cols)
 
 static void test_cuda_many_small(void) { check_many(256); }
 static void test_cuda_many_cut(void) { check_many(1184); } /* columns shared by the blocks of a cluster */
+static void test_cuda_many_odd(void) { check_many(832); }  /* 13 slabs of 64 columns, which is no whole number of stages */
 
 /* Every kernel once on little data: what the slower tools of compute-sanitizer run. */
 static void test_cuda_each_kernel(void)
@@ -2388,7 +2390,8 @@ static void test_cuda_together(void)
         for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_chain(t, 4, 1, 1312, 1056, odds[o]);
         for (int m = 2; m <= 13; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], m == 3 ? 128 : 1);
         for (int s = bf16; s < 4; s += 2) check_chain(t, 4, 1, shapes[s][0], shapes[s][1], 0);
-        for (int f = 1; f < 4; f++) check_chain(t, formats[f], 1, 1024, 1280, 0);
+        for (int f = 1; f < 4; f++)
+            for (int m = 1; m <= 13; m += 12) check_chain(t, formats[f], m, 1024, 1280, 0);
     }
 }
 
@@ -2678,6 +2681,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_attention_prompt);
     RUN(test_cuda_many_small);
     RUN(test_cuda_many_cut);
+    RUN(test_cuda_many_odd);
     RUN(test_cuda_each_kernel);
     RUN(test_cuda_kv_refuses);
     RUN(test_cuda_graphs);
