@@ -220,7 +220,7 @@ typedef struct moq_error {
     moq_result code;
     int32_t os_code;   /* errno or GetLastError(); 0: none */
     int64_t offset;    /* byte in `file`; -1: none */
-    char file[96];     /* base name of the file, or ""; inside a folder being written FOLDER/FILE. `text` begins with the path that the call was given */
+    char file[96];     /* base name of the file, or ""; inside a folder being written FOLDER/FILE. `text` begins with the path that the call was given, if short enough */
     char object[160];  /* tensor, key or layer name, escaped and cut, or "" */
     char text[768];    /* the whole sentence: file: object: what is wrong; what to do */
 } moq_error;
@@ -898,7 +898,8 @@ typedef struct moq_attention_desc {
     float softcap;          /* 0: none; else scores = cap * tanh(score / cap) */
     const float *sinks;     /* [heads] extra logits in the softmax denominator, backend memory; NULL: none */
     int32_t chunk;          /* 0: none; else a row sees only positions from the last multiple of `chunk` on (Llama 4); not with a window */
-    int32_t wide;           /* 1: inputs of the layers beside it are not rounded, so nothing is here, whatever else was prepared on this backend; 0: not known */
+    int32_t wide;           /* 1: inputs of the layers beside it are not rounded, so nothing is here (but with MOQ_ACT_BF16), whatever else was prepared on
+                               this backend; 0: not known */
 } moq_attention_desc;
 
 /* A Mamba-2 mixer (Dao and Gu 2024) between its two projections, with the states of `slots` sequences. Below, inner is
@@ -1746,6 +1747,7 @@ MOQI_UNUSED static moq_result moqi_name_path(const char *path, moq_result r, moq
     if (w.need > MOQI_PATH_SHOWN || b.need == 0) return r;
     while (b.need > 1 && (base[b.need - 1] == '/' || base[b.need - 1] == '\\')) { b.need--; w.need--; }
     if (strncmp(err->text, base, b.need) != 0 || (err->text[b.need] != ':' && err->text[b.need] != '/')) return r;
+    if (strlen(err->text) - b.need + w.need >= sizeof err->text) return r;
     const moq_error e = *err;
     moqi_format(err->text, sizeof err->text, "%.*s%s", (int)w.need, whole, e.text + b.need);
     return r;
@@ -3286,7 +3288,7 @@ MOQ_API uint64_t moq_machine_memory(void) { return moqi_sys_memory(); }
    tiles with both number types. A flag also says that the system saves the registers it needs. */
 enum {
     MOQI_CPU_AVX2 = 1, MOQI_CPU_FMA = 2, MOQI_CPU_F16C = 4, MOQI_CPU_AVX512 = 8 /* F + BW + DQ + VL */, MOQI_CPU_VNNI = 16,
-    MOQI_CPU_AVXVNNI = 32, MOQI_CPU_BF16 = 64, MOQI_CPU_VBMI = 128, MOQI_CPU_AMX = 256 /* tiles + INT8 + BF16, AVX512-FP16 */,
+    MOQI_CPU_AVXVNNI = 32, MOQI_CPU_BF16 = 64, MOQI_CPU_VBMI = 128, MOQI_CPU_AMX = 256 /* tiles + INT8 + BF16, AVX512-FP16 and -BF16 */,
     MOQI_CPU_NEON = 512, MOQI_CPU_DOTPROD = 1024, MOQI_CPU_I8MM = 2048, MOQI_CPU_AMD = 4096 /* who made it */
 };
 
@@ -3354,7 +3356,7 @@ static uint32_t moqi_cpu_flags(void)
     if (seven[2] >> 11 & 1) flags |= MOQI_CPU_VNNI;
     if (seven[2] >> 1 & 1) flags |= MOQI_CPU_VBMI;
     if (more[0] >> 5 & 1) flags |= MOQI_CPU_BF16;
-    if ((seven[3] >> 22 & 15) == 15 && moqi_amx_allowed(xcr0)) flags |= MOQI_CPU_AMX;
+    if ((seven[3] >> 22 & 15) == 15 && (more[0] >> 5 & 1) && moqi_amx_allowed(xcr0)) flags |= MOQI_CPU_AMX;
     return flags;
 }
 
@@ -11855,8 +11857,8 @@ static int moqi_feeds_words(const moqi_way *way)
 
 /* Rows of one task of `rows` rows of weights. A way reads memory in order and shares x, so it likes long runs of rows as long as there are enough
    for `workers`; shorter ones where x of a few rows is taken in pieces. What AVX-512 reads in place comes in streams of a quarter of a task each, whose
-   first kilobytes nobody asked for: one worker has no use for short tasks, and several share few. Strips multiply many rows of x by 64 rows at a time, so 32 would
-   take as long. No result depends on where runs begin. */
+   first kilobytes nobody asked for: one worker has no use for short tasks, and several share few. Strips multiply many rows of x by 64 rows at a time, but for
+   short ones, so 32 would take as long. No result depends on where runs begin. */
 static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int64_t workers)
 {
     const moqi_way *way = moqi_way_for(p, m);
@@ -19806,11 +19808,12 @@ static const moqi_loops *moqi_loops_for(const moqi_kernels *k)
    >>attend          attention
    A row's result is the same, to the last bit, whatever rows run beside it and however its positions are shared out. Where inputs are rounded and the
    processor has tiles (>>heads), it matters how many rows of its own sequence are in the call; not of others, nor where they stand, nor who computes
-   them. MOQ_ACT_WIDE and MOQ_ACT_STORED have no tiles here.
+   them. MOQ_ACT_WIDE and MOQ_ACT_STORED have no tiles here. All this of finite values: an infinite one in a cache may make NaN of rows beside those that see
+   it, and which ones depends on the tasks.
    ------------------------------------------------------------------------------------------------ */
 
 /* For each query: scores = scale * q . k over the positions it may see, softmax, weighted sum of the values. Keys and values are unpacked
-   32 positions at a time and shared by up to 16 rows and 16 query heads of their kv head; keys are turned, so that scores too are sums of
+   32 positions at a time and shared by up to 16 rows (in tiles 256) and 16 query heads of their kv head; keys are turned, so that scores too are sums of
    whole vectors. The softmax is a running one, so no buffer grows with the length of the sequence:
        m' = max(m, scores of the block)      l' = l e^(m - m') + sum e^(score - m')      y' = y e^(m - m') + sum e^(score - m') v
    and at the end y / l. It begins anew with every span of 512 positions, and spans are joined in their order by the same rule: so spans
