@@ -1396,14 +1396,20 @@ typedef struct llmi_regex {
     uint32_t set_count, range_count; /* range_count: numbers, two for each */
 } llmi_regex;
 
-/* Compiler state. `what` names the first construct that is not supported. */
+/* Compiler state. `what` names the first construct that is not supported, or what is wrong with a pattern that is malformed. */
 typedef struct llmi_rx {
     llmi_regex *x;
     const llmi_unicode *u;
     const char *s, *end;
     const char *what;
-    int ignore_case, depth;
+    int ignore_case, depth, malformed;
 } llmi_rx;
+
+/* What is wrong with brackets that have no partner, which the patterns of schemas are searched for before they are wrapped. */
+#define LLMI_RX_NO_SET_END "a [ lacks its ] (a ] right after [ or [^ stands for itself)"
+#define LLMI_RX_NO_GROUP_END "a ( lacks its )"
+#define LLMI_RX_NO_GROUP "a ) lacks its ("
+#define LLMI_RX_NO_ESCAPED "nothing follows the \\ at the end"
 
 /* Remember the first thing that is not known and stop reading; always 0. */
 static int llmi_rx_fail(llmi_rx *c, const char *what)
@@ -1411,6 +1417,13 @@ static int llmi_rx_fail(llmi_rx *c, const char *what)
     if (!c->what) c->what = what;
     c->s = c->end;
     return 0;
+}
+
+/* The same for a pattern that is none; `what` is a sentence. */
+static int llmi_rx_wrong(llmi_rx *c, const char *what)
+{
+    if (!c->what) c->malformed = 1;
+    return llmi_rx_fail(c, what);
 }
 
 /* Characters lo to hi are in the set. */
@@ -1496,10 +1509,10 @@ static int llmi_rx_property(llmi_rx *c, llmi_set *set, int negative)
     if (c->s < c->end && *c->s == '{') {
         from++;
         if (from < c->end && *from == '^') { negative = !negative; from++; }
-        for (n = 0; from + n < c->end && from[n] != '}'; n++) {}
+        for (n = 0; from + n < c->end && from[n] != '}' && from[n] != ')'; n++) {}
         c->s = from + n;
     }
-    if (c->s >= c->end) return llmi_rx_fail(c, "\\p without a name");
+    if (c->s >= c->end || *c->s == ')') return llmi_rx_wrong(c, "\\p lacks its name, or \\p{ its }");
     c->s++;
     for (size_t i = 0; i < LLMI_COUNT(known); i++) {
         if (strlen(known[i].name) != n || memcmp(known[i].name, from, n) != 0) continue;
@@ -1522,7 +1535,7 @@ static uint32_t llmi_rx_code(llmi_rx *c, int digits)
     int braces = digits == 2 && c->s < c->end && *c->s == '{', n = 0;
     if (braces) c->s++;
     for (; n < (braces ? 6 : digits) && c->s < c->end && llmi_hex(*c->s) >= 0; n++) v = v * 16 + (uint32_t)llmi_hex(*c->s++);
-    if (n == 0 || v > 0x10ffff || (braces && (c->s >= c->end || *c->s++ != '}'))) llmi_rx_fail(c, "a malformed \\x or \\u");
+    if (n == 0 || v > 0x10ffff || (braces && (c->s >= c->end || *c->s++ != '}'))) llmi_rx_wrong(c, "\\x or \\u lacks the number of a character");
     return v;
 }
 
@@ -1530,7 +1543,7 @@ static uint32_t llmi_rx_code(llmi_rx *c, int digits)
 static int llmi_rx_escape(llmi_rx *c, llmi_set *set, uint32_t *cp)
 {
     static const char names[] = "rntfve", codes[] = "\r\n\t\f\v\033";
-    if (c->s >= c->end) return llmi_rx_fail(c, "a backslash at the end");
+    if (c->s >= c->end) return llmi_rx_wrong(c, LLMI_RX_NO_ESCAPED);
     char e = *c->s;
     if ((uint8_t)e >= 0x80) {
         c->s += llmi_utf8_get(c->s, (size_t)(c->end - c->s), cp, NULL);
@@ -1563,7 +1576,7 @@ static void llmi_rx_bracket(llmi_rx *c, llmi_set *set)
     for (;; first = 0) {
         uint32_t cp = 0;
         int is_char = 1;
-        if (c->s >= c->end) { llmi_rx_fail(c, "[ without ]"); return; }
+        if (c->s >= c->end) { llmi_rx_wrong(c, LLMI_RX_NO_SET_END); return; }
         if (*c->s == ']' && !first) break;
         if (*c->s == '[' || (*c->s == '&' && c->end - c->s > 1 && c->s[1] == '&')) { llmi_rx_fail(c, "a set within a set"); return; }
         int dash = *c->s == '-' && have && c->end - c->s > 1 && c->s[1] != ']';
@@ -1574,7 +1587,8 @@ static void llmi_rx_bracket(llmi_rx *c, llmi_set *set)
         } else {
             c->s += llmi_utf8_get(c->s, (size_t)(c->end - c->s), &cp, NULL);
         }
-        if (dash && (!is_char || cp < last)) { llmi_rx_fail(c, "a range out of order"); return; }
+        if (dash && !is_char) { llmi_rx_fail(c, "a range that ends in a class"); return; }
+        if (dash && cp < last) { llmi_rx_wrong(c, "a range such as [z-a] ends before it begins"); return; }
         if (is_char && !llmi_rx_letters(c, set, dash ? last : cp, cp)) return;
         have = is_char && !dash;
         last = cp;
@@ -1600,7 +1614,7 @@ static int llmi_rx_group(llmi_rx *c)
     int least = llmi_rx_alternatives(c);
     c->depth--;
     c->ignore_case = saved;
-    if (c->s >= c->end || *c->s != ')') return llmi_rx_fail(c, "( without )");
+    if (c->s >= c->end || *c->s != ')') return llmi_rx_wrong(c, LLMI_RX_NO_GROUP_END);
     c->s++;
     if (!look) return least;
     if (c->x->op_count != start + 1 || c->x->ops[start].op != LLMI_OP_SET) return llmi_rx_fail(c, "a look ahead at more than one character");
@@ -1621,7 +1635,8 @@ static int llmi_rx_item(llmi_rx *c)
         c->s += 2;
         return 0;
     }
-    if (k == '^' || k == '*' || k == '+' || k == '?' || k == '{') return llmi_rx_fail(c, "^ or a quantifier without an item");
+    if (k == '^') return llmi_rx_fail(c, "^ after the beginning");
+    if (k == '*' || k == '+' || k == '?' || k == '{') return llmi_rx_wrong(c, "a quantifier (* + ? {) has nothing before it to repeat");
     llmi_set *set = llmi_rx_set(c);
     if (k == '[') { c->s++; llmi_rx_bracket(c, set); }
     else if (k == '.') { c->s++; set->dot = 1; }
@@ -1657,8 +1672,9 @@ static int llmi_rx_quantifier(llmi_rx *c, int *least, int *most)
     *least = llmi_rx_decimal(c, 0);
     *most = *least;
     if (c->s < c->end && *c->s == ',') { c->s++; *most = llmi_rx_decimal(c, -1); }
-    if (c->s >= c->end || *c->s != '}' || *least > LLMI_MAX_REPEAT || *most > LLMI_MAX_REPEAT || (*most >= 0 && *most < *least))
-        return llmi_rx_fail(c, "a malformed {n,m}");
+    if (c->s >= c->end || *c->s != '}') return llmi_rx_wrong(c, "a { begins none of {n}, {n,} and {n,m}");
+    if (*least > LLMI_MAX_REPEAT || *most > LLMI_MAX_REPEAT) return llmi_rx_fail(c, "too many repetitions");
+    if (*most >= 0 && *most < *least) return llmi_rx_wrong(c, "in {n,m} m is below n");
     c->s++;
     return 1;
 }
@@ -1768,10 +1784,11 @@ static llmi_regex *llmi_regex_make(const char *pattern, size_t bytes, int litera
         llmi_rx_set_done(&c, set);
     }
     if (ok && !literal) llmi_rx_alternatives(&c);
-    if (ok && c.s < c.end) llmi_rx_fail(&c, "a ) without (");
+    if (ok && c.s < c.end) llmi_rx_wrong(&c, LLMI_RX_NO_GROUP);
     if (ok) llmi_rx_emit(&c, LLMI_OP_ACCEPT);
     if (ok && c.what) {
-        moq_fail(err, MOQ_E_UNSUPPORTED, "tokenizer.json", "the pattern '%q' holds %s, which the matcher does not know", pattern, c.what);
+        if (c.malformed) moq_fail(err, MOQ_E_TOKENIZER, "tokenizer.json", "the pattern '%q' is malformed: %s", pattern, c.what);
+        else moq_fail(err, MOQ_E_UNSUPPORTED, "tokenizer.json", "the pattern '%q' holds %s, which the matcher does not know", pattern, c.what);
         x = NULL;
     } else if (ok) {
         *x = full;
@@ -9815,16 +9832,21 @@ static int32_t llmi_g_any_number(llm_grammar *g, int32_t next)
 
 /* ---- patterns ---- */
 
-/* Whole strings in place of "somewhere in the string": every alternative gets what its missing ^ and $ stand for. 0: out of memory. */
-static int llmi_pattern_whole(llmi_bytes *out, const char *s)
+/* Whole strings in place of "somewhere in the string": every alternative gets what its missing ^ and $ stand for. 0: out of memory. What lacks a
+   partner would find one in that: it is looked for here, and `wrong` then says what it is. */
+static int llmi_pattern_whole(llmi_bytes *out, const char *s, const char **wrong)
 {
     static const char any[] = "[^\\x{10ffff}]*";
-    const char *from = s;
-    int depth = 0, set = 0, ok = llmi_bytes_add(out, "(?:", 3);
+    const char *from = s, *set = NULL; /* set: where a ] stands for itself, in the set that is open */
+    int depth = 0, ok = llmi_bytes_add(out, "(?:", 3);
     for (;; s++) {
         if (*s == '\\' && s[1]) { s++; continue; }
-        if (*s && set) { set = *s != ']' || s[-1] == '['; continue; }
-        if (*s == '[') set = 1;
+        if (*s == '\\') *wrong = LLMI_RX_NO_ESCAPED;
+        else if (*s == ')' && !set && depth == 0) *wrong = LLMI_RX_NO_GROUP;
+        else if (*s == 0 && (set || depth > 0)) *wrong = set ? LLMI_RX_NO_SET_END : LLMI_RX_NO_GROUP_END;
+        if (*wrong) return ok;
+        if (set) { if (*s == ']' && s != set) set = NULL; continue; }
+        if (*s == '[') set = s + (s[1] == '^' ? 2 : 1);
         else if (*s == '(') depth++;
         else if (*s == ')') depth--;
         else if (*s == 0 || (*s == '|' && depth == 0)) {
@@ -10316,7 +10338,7 @@ static int32_t llmi_json_types(const moq_json *v)
 static const llmi_regex *llmi_schema_pattern(llmi_schema *c, const moq_json *v, int whole_end)
 {
     llmi_bytes text = llmi_bytes_make(&c->g->a);
-    const char *source = moq_json_string(v);
+    const char *source = moq_json_string(v), *wrong = NULL;
     const llmi_regex *x = NULL;
     moq_error e;
     int ok = 1, format = v->key && strcmp(v->key, "format") == 0;
@@ -10330,14 +10352,16 @@ static const llmi_regex *llmi_schema_pattern(llmi_schema *c, const moq_json *v, 
         }
     }
     if (!source) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, v, "must be a string");
-    else if (!format) ok = llmi_pattern_whole(&text, source);
+    else if (!format) ok = llmi_pattern_whole(&text, source, &wrong);
+    if (wrong) LLMI_SCHEMA_REFUSE(c, MOQ_E_GRAMMAR, v, "the pattern '%q' is malformed: %s", source, wrong);
     ok = ok && (!whole_end || llmi_bytes_add(&text, "\\z", 2)) && llmi_bytes_add(&text, "", 1);
     if (ok && c->code >= 0 && !c->u.classes && !llmi_unicode_make(&c->u, &c->r)) ok = 0;
     if (ok && c->code >= 0) x = llmi_regex_make(text.data, text.count - 1, 0, &c->u, &c->r, &e);
     if (!ok || e.code == MOQ_E_NOMEM) llmi_schema_nomem(c);
-    else if (!x) {
-        const char *what = strstr(e.text, "holds ");
-        LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, v, "the pattern '%q' %s", source ? source : "", what ? what : "is malformed");
+    else if (!x && e.code < 0) {
+        const char *what = strrchr(e.text, '\''); /* behind the pattern, which is the wrapped one there */
+        LLMI_SCHEMA_REFUSE(c, e.code == MOQ_E_TOKENIZER ? MOQ_E_GRAMMAR : MOQ_E_UNSUPPORTED, v, "the pattern '%q' %s", source ? source : "",
+                           what && what[1] ? what + 2 : "is malformed");
     }
     const char *refused = x && !whole_end ? llmi_pattern_refuses(x) : NULL;
     if (refused) LLMI_SCHEMA_REFUSE(c, MOQ_E_UNSUPPORTED, v, "the pattern '%q' holds %s", source, refused);

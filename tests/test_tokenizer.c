@@ -320,14 +320,20 @@ static void test_llm_pattern(void)
         {"\\p{Lu}\\p{Ll}*", "AbCD", "[Ab][C][D]"}, {"[a-c\\-x]+", "ab-xd", "[ab-x]d"}, {"a(?=b)", "abac", "[a]bac"}, {"\\d+$", "12\n34", "[12]\n[34]"}, {"a\\z", "aa", "a[a]"},
         {"(a|b)*c", "abc", "[abc]"}, {"a?+a", "aa", "[aa]"}, {"a++a", "aa", "aa"}, {"\\x41\\x{42}\\u0043", "ABC", "[ABC]"}, {"[]a]+", "a]b", "[a]]b"}, {".+", "ab\ncd", "[ab]\n[cd]"},
         {"(?i:K)", "k\xe2\x84\xaa", "[k][\xe2\x84\xaa]"}, {"\\P{L}+", "a1!b", "a[1!]b"}, {"(?:aa|a)(?:ab|c)", "aaab", "[aaab]"}, {"(a(?:b|c)?){2}", "abac", "[abac]"}};
-    static const char *const refused[] = {"a*?", "\\bx", "(?<=a)b", "(?<n>a)", "\\p{Han}", "[a[b]]", "[a&&b]", "(a", "a)", "[a", "*a", "a{2", "a{3,1}", "(?!ab)", "\\1", "^a", "(a*)*", "(a+)++",
-                                          "\\p{L", "\\x{110000}", "a\\", "[b-a]", "a{5000}", "(?i:\xc3\xa9)"};
+    static const char *const refused[] = {"a*?", "\\bx", "(?<=a)b", "(?<n>a)", "\\p{Han}", "[a[b]]", "[a&&b]", "(?!ab)", "\\1", "^a", "(a*)*", "(a+)++", "[a-\\d]", "a{5000}",
+                                          "(?i:\xc3\xa9)"};
+    static const char *const malformed[] = {"(a", "a)", "[a", "*a", "a{2", "a{3,1}", "\\p", "\\p{L", "\\x", "\\x{41", "\\x{110000}", "a\\", "[a\\", "[b-a]"};
     const char *error;
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) CHECK_STR(matches(known[i].pattern, known[i].s, &error), known[i].want);
     for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++) {
         matches(refused[i], "ab", &error);
         CHECK(strstr(error, "does not know") != NULL);
         if (!*error) fprintf(stderr, "not refused: %s\n", refused[i]);
+    }
+    for (size_t i = 0; i < sizeof malformed / sizeof malformed[0]; i++) {
+        matches(malformed[i], "ab", &error);
+        CHECK(strstr(error, "is malformed: ") != NULL);
+        if (!strstr(error, "is malformed: ")) fprintf(stderr, "not called malformed: %s: %s\n", malformed[i], error);
     }
 }
 
