@@ -942,6 +942,8 @@ check "diff: other folders" is 1
 check "diff: last line of others" last '^equal [0-9]+/[0-9]+ tensors$'
 check "diff --against" out "snr_a_db [0-9.]*	snr_b_db"
 check "diff: one side only" out "only in "
+run diff "$golden/modelopt/llama-nvfp4" "$golden/sources/llama"
+check "diff: types and shapes where they differ" out "self_attn.q_proj.weight	U8 \[128, 64\] against BF16 \[128, 128\]"
 run diff "$demo" "$demo" --json
 check "diff --json is JSON" json
 run diff "$golden/modelopt/llama-fp8" "$golden/modelopt/llama-fp8_pb_wo" --against "$golden/sources/llama"

@@ -3019,6 +3019,14 @@ static void report_snr(comparison *c, const char *key, const moq_linear *l, cons
     if (module_distance(l, truth, &d)) report_number(c, key, d.error > 0 ? 10 * log10(d.power / d.error) : INFINITY);
 }
 
+/* "BF16 [49152, 576]"; a scalar has the shape []. */
+static void print_type(const moq_tensor *t)
+{
+    printf("%s [", moq_dtype_name(t->dtype));
+    for (uint32_t k = 0; k < t->rank; k++) printf("%s%" PRIu64, k ? ", " : "", t->shape[k]);
+    printf("]");
+}
+
 /* One tensor: t of A, u of B; one of them may be missing. */
 static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor *u)
 {
@@ -3038,8 +3046,11 @@ static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor 
     else printf("%s\t", name);
     if (!c->json && equal) printf("equal");
     else if (!c->json && !(t && u)) printf("only in %s", t ? c->a.path : c->b.path);
-    else if (!c->json && !same_type) printf("%s of rank %u against %s of rank %u", moq_dtype_name(t->dtype), t->rank, moq_dtype_name(u->dtype), u->rank);
-    else if (!c->json) printf("%" PRIu64 " of %" PRIu64 " bytes differ", differing_bytes(t, u), t->bytes);
+    else if (!c->json && !same_type) {
+        print_type(t);
+        printf(" against ");
+        print_type(u);
+    } else if (!c->json) printf("%" PRIu64 " of %" PRIu64 " bytes differ", differing_bytes(t, u), t->bytes);
     if (c->json && same_type && !equal) json_int(&c->j, "differing_bytes", (int64_t)differing_bytes(t, u));
     if (c->json && same_type && !equal) json_int(&c->j, "bytes", (int64_t)t->bytes);
     if (t && u && !equal && (module ? module_distance(&la, &lb, &d) : tensor_distance(t, u, &d))) report_number(c, "relative_error", relative(&d));
