@@ -164,6 +164,10 @@ check "--samples is what it calibrates with" out '"calibration_rows": 2,'
 check "and quantize --json is JSON" json
 check "nothing to note" empty err
 rm -rf "$dir/q4"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/calib.jsonl" --samples 5 --seq 16
+check "fewer rows than --samples are noted" err "note: .*calib.jsonl: 3 rows of up to 16 tokens; --samples asked for 5"
+check "in a line" lines err 1
+rm -rf "$dir/q4"
 { cat "$dir/calib.jsonl"; for i in 1 2; do echo '{"text": "bring the red mug", "user": "go", "messages": [{"role": "user", "content": "go"}]}'; done; } >"$dir/both.jsonl"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/both.jsonl"
 check "a row that is a text and a conversation" last 'calibrated with 5 rows'
