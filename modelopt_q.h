@@ -2871,7 +2871,7 @@ MOQ_API char *moq_read_file(const char *path, uint64_t limit, const moq_allocato
     size_t ignored;
     if (!bytes) bytes = &ignored;
     *bytes = 0;
-    if (!path) { moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_read_file: path is NULL"); return NULL; }
+    if (!path || !*path) { moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_read_file: the path is %s", path ? "empty" : "NULL"); return NULL; }
     char *text = moqi_read_file(path, limit, a, bytes, err);
     if (!text) moqi_name_path(path, MOQ_E_IO, err);
     return text;
@@ -2891,6 +2891,7 @@ MOQ_API moq_result moq_write_file(const char *path, const void *data, size_t byt
 {
     if (!path || (!data && bytes))
         return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_write_file: path or data is NULL");
+    if (!*path) return moqi_fail(err, MOQ_E_ARG, moqi_at(NULL, NULL, NULL, -1), "moq_write_file: the path is empty");
     return moqi_name_path(path, moqi_write_file(path, data, bytes, err), err);
 }
 
@@ -9926,8 +9927,8 @@ static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *de
 MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err)
 {
     moqi_clear(err);
-    moq_checkpoint *ck = dir ? moqi_open_folder(dir, desc, err) : NULL;
-    if (!ck) moqi_name_path(dir ? dir : "", dir ? MOQ_E_IO : moq_fail(err, MOQ_E_ARG, "moq_open", "dir is NULL"), err);
+    moq_checkpoint *ck = dir && *dir ? moqi_open_folder(dir, desc, err) : NULL;
+    if (!ck) moqi_name_path(dir ? dir : "", dir && *dir ? MOQ_E_IO : moq_fail(err, MOQ_E_ARG, "moq_open", "the path is %s", dir ? "empty" : "NULL"), err);
     return ck;
 }
 

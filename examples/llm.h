@@ -14029,11 +14029,12 @@ LLM_API moq_result llm_set_state(llm *m, const void *bytes, size_t count, moq_er
 LLM_API moq_result llm_save(llm *m, const char *path, moq_error *err)
 {
     moq_error e;
-    size_t need = llm_copy_state(m, NULL, 0, &e);
+    size_t need;
     uint8_t *bytes;
     moq_result r;
-    if (need == SIZE_MAX || !path) {
-        if (need != SIZE_MAX) moq_fail(&e, MOQ_E_ARG, "llm_save", "the path is NULL");
+    if (!m || !path) return moq_fail(err, MOQ_E_ARG, "llm_save", "the model or the path is NULL");
+    need = llm_copy_state(m, NULL, 0, &e);
+    if (need == SIZE_MAX) {
         llmi_give(err, &e);
         return e.code;
     }

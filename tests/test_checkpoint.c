@@ -553,6 +553,7 @@ static void test_checkpoint_config_rows(void)
     CHECK(strncmp(e.text, "/no/such/folder: no such folder;", 32) == 0);
     CHECK(moq_open("no/such/folder//", NULL, &e) == NULL && strncmp(e.text, "no/such/folder//: no such folder;", 33) == 0);
     CHECK(moq_open(NULL, NULL, &e) == NULL && e.code == MOQ_E_ARG);
+    CHECK(moq_open("", NULL, &e) == NULL && e.code == MOQ_E_ARG && strcmp(e.text, "moq_open: the path is empty") == 0);
     CHECK(moq_open_memory(NULL, 0, NULL, &e) == NULL && e.code == MOQ_E_NOTFOUND && strstr(e.text, "among the 0 files given"));
     CHECK(moq_open_memory(NULL, 2, NULL, &e) == NULL && e.code == MOQ_E_ARG);
     CHECK(moq_open(path, NULL, NULL) == NULL);

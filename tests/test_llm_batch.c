@@ -463,6 +463,10 @@ static void test_state_refused(void)
     CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE);
     CHECK(m && llm_load(m, "/nonexistent/state", &e) < 0 && strncmp(e.text, "/nonexistent/state: ", 20) == 0);
     CHECK(m && llm_save(m, "/nonexistent/state", &e) < 0 && strncmp(e.text, "/nonexistent/state: ", 20) == 0);
+    CHECK(m && llm_load(m, "", &e) == MOQ_E_ARG && strstr(e.text, "the path is empty"));
+    CHECK(m && llm_save(m, "", &e) == MOQ_E_ARG && strstr(e.text, "the path is empty"));
+    CHECK(m && llm_save(m, NULL, &e) == MOQ_E_ARG && strstr(e.text, "llm_save: "));
+    CHECK(llm_save(NULL, "x", &e) == MOQ_E_ARG && strcmp(e.text, "llm_save: the model or the path is NULL") == 0);
     llm_close(m);
     free(state);
     free(bad);

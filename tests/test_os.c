@@ -92,6 +92,7 @@ static void test_os_read_file(void)
     CHECK(moq_read_file(root, 100, NULL, &n, &err) == NULL && err.code == MOQ_E_IO && strstr(err.text, "folder"));
     CHECK(moq_read_file(NULL, 100, NULL, &n, &err) == NULL && err.code == MOQ_E_ARG);
     CHECK(moq_read_file("", 100, NULL, NULL, NULL) == NULL);
+    CHECK(moq_read_file("", 100, NULL, &n, &err) == NULL && err.code == MOQ_E_ARG && strcmp(err.text, "moq_read_file: the path is empty") == 0);
     char *s = moq_read_file(at("five"), 5, NULL, NULL, NULL);
     CHECK(s != NULL);
     moq_release(NULL, s, 6);
@@ -228,6 +229,7 @@ static void test_os_write_file(void)
     check_content("out", "", 0);
     CHECK_INT(moq_write_file(at("out"), NULL, 1, &err), MOQ_E_ARG);
     CHECK_INT(moq_write_file(NULL, data, 1, &err), MOQ_E_ARG);
+    CHECK(moq_write_file("", data, 1, &err) == MOQ_E_ARG && strcmp(err.text, "moq_write_file: the path is empty") == 0);
     CHECK_INT(count_names(), names + 1); /* no temporary file is left */
     struct stat st;
     CHECK_INT(chmod(at("out"), 0640), 0);
