@@ -158,7 +158,8 @@ static int load_samples(sample_set *s, const options *o)
     if (bad) return bad;
     if (s->tokens.rows == 0) return refuse("%s: there is nothing in it to calibrate with; give text, or rows " ROW_SHAPES " in a .jsonl file", s->path);
     if (o->samples && !s->full)
-        fprintf(stderr, "moq: note: %.200s: %zu row%s of up to %zu tokens; --samples asked for %zu\n", s->path, s->tokens.rows, s->tokens.rows == 1 ? "" : "s", s->seq, s->most);
+        fprintf(stderr, "moq: note: %.200s: %zu row%s of up to %zu tokens; --samples asked for %zu\n",
+                s->path, s->tokens.rows, s->tokens.rows == 1 ? "" : "s", s->seq, s->most);
     s->rows = (const int32_t **)take(s->tokens.rows, sizeof *s->rows);
     s->lengths = (int32_t *)take(s->tokens.rows, sizeof *s->lengths);
     for (size_t r = 0; r < s->tokens.rows; r++) {
