@@ -1,6 +1,6 @@
 /* cuda.c - chat.c on an NVIDIA GPU: the line that makes the backend is new.
 
-       nvcc -O2 -arch=native cuda.c ../modelopt_q_cuda.cu -o cuda
+       nvcc -O2 -arch=native cuda.c ../modelopt_q_cuda.cu -o cuda          H100, H200: -gencode=arch=compute_90a,code=sm_90a
        ./cuda [FOLDER]
 
    Prints three scenes with a request each, the plan as JSON while it is generated, and the tokens per second. */

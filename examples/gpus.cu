@@ -1,6 +1,6 @@
 /* gpus.cu - one model on several GPUs: each holds its share of the heads and of the MLPs, and what the blocks compute is summed over peer memory.
 
-       nvcc -O2 -arch=native gpus.cu ../modelopt_q_cuda.cu -o gpus -lpthread
+       nvcc -O2 -arch=native gpus.cu ../modelopt_q_cuda.cu -o gpus -lpthread          H100, H200: -gencode=arch=compute_90a,code=sm_90a
        ./gpus [FOLDER [RANKS [PROMPT]]]
 
    Without RANKS there are as many as GPUs. Every rank computes the whole answer; the first one prints it. A sum is a kernel on the stream of the backend,
