@@ -1052,7 +1052,7 @@ static void test_device_picks_saved(void)
 {
     static uint8_t state[1 << 20];
     const llm_bias much = {11, 1e9f};
-    for (int turn = 0; turn < 3; turn++) {
+    for (int turn = 0; turn < 4; turn++) {
         llm_desc d = talk_desc();
         llm_sampling s;
         moq_error e;
@@ -1069,13 +1069,24 @@ static void test_device_picks_saved(void)
         CHECK(bytes <= sizeof state && m->picked && m->done == done); /* saving changes nothing */
         llm_reset(m);
         if (turn == 1) llm_set_sampling(m, &s);
-        if (turn == 2) { /* right but for the token, which no vocabulary has */
+        if (turn >= 2) { /* right but for the token, which no vocabulary has, or for what was read before it: nothing */
             llmi_saved parsed;
+            uint8_t *ids, *rest;
+            size_t all = bytes;
             CHECK_INT(llmi_parse_saved(m, state, bytes, &parsed, &e), MOQ_OK);
-            memset(state + (parsed.logits - state), 0x7f, 4);
-            const uint64_t sum = llmi_hash((const char *)state + LLMI_STATE_HEADER, bytes - LLMI_STATE_HEADER);
+            ids = state + (parsed.ids - state);
+            rest = state + (parsed.logits - state) + 4;
+            if (turn == 2) memset(rest - 4, 0x7f, 4);
+            else {
+                memmove(ids, parsed.turns, (size_t)(rest - parsed.turns));
+                all = (size_t)(rest - state) - (size_t)(parsed.turns - parsed.ids);
+                memset(state + LLMI_STATE_HEADER + 8 * 3, 0, 3 * 8); /* tokens that were run, where turns and answer begin */
+                memset(state + LLMI_STATE_HEADER + 8 * 10, 0, 8);    /* ids */
+                for (int i = 0; i < 8; i++) state[16 + i] = (uint8_t)((uint64_t)all >> 8 * i);
+            }
+            const uint64_t sum = llmi_hash((const char *)state + LLMI_STATE_HEADER, all - LLMI_STATE_HEADER);
             for (int i = 0; i < 8; i++) state[24 + i] = (uint8_t)(sum >> 8 * i);
-            CHECK(llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "contradict"));
+            CHECK(llm_set_state(m, state, all, &e) == MOQ_E_STATE && strstr(e.text, "contradict"));
         } else {
             CHECK_INT(llm_set_state(m, state, bytes, &e), MOQ_OK);
             CHECK(m->picked == (turn == 0) && m->done == done - (turn == 1));
