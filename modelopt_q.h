@@ -9898,10 +9898,9 @@ static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *de
     moqi_no_os(dir, err);
     return NULL;
 #else
-    size_t n = strlen(dir), start;
+    const char *base = moqi_base_name(dir), *foreign = moqi_foreign_name(base);
+    size_t n = strlen(dir), start = (size_t)(base - dir);
     while (n > 1 && (dir[n - 1] == '/' || dir[n - 1] == '\\')) n--;
-    for (start = n; start > 0 && dir[start - 1] != '/' && dir[start - 1] != '\\'; start--) {}
-    const char *base = dir + start, *foreign = moqi_foreign_name(base);
     if (!moqi_is_dir(dir)) {
         moqi_fail(err, MOQ_E_NOTFOUND, moqi_at(base, NULL, NULL, -1), "%s%s%s",
                   moqi_file_exists(dir) ? "is a file; expected the folder of a checkpoint"
@@ -9927,8 +9926,9 @@ static moq_checkpoint *moqi_open_folder(const char *dir, const moq_open_desc *de
 MOQ_API moq_checkpoint *moq_open(const char *dir, const moq_open_desc *desc, moq_error *err)
 {
     moqi_clear(err);
-    moq_checkpoint *ck = dir && *dir ? moqi_open_folder(dir, desc, err) : NULL;
-    if (!ck) moqi_name_path(dir ? dir : "", dir && *dir ? MOQ_E_IO : moq_fail(err, MOQ_E_ARG, "moq_open", "the path is %s", dir ? "empty" : "NULL"), err);
+    if (!dir || !*dir) { moq_fail(err, MOQ_E_ARG, "moq_open", "the path is %s", dir ? "empty" : "NULL"); return NULL; }
+    moq_checkpoint *ck = moqi_open_folder(dir, desc, err);
+    if (!ck) moqi_name_path(dir, MOQ_E_IO, err);
     return ck;
 }
 

@@ -2,7 +2,7 @@
 
    Add this file to the compiler line and ask for the backend; nothing else changes:
 
-       nvcc -O2 -arch=native chat.c modelopt_q_cuda.cu -o chat          H100, H200: -gencode=arch=compute_90a,code=sm_90a, several times as fast
+       nvcc -O2 -arch=native chat.c modelopt_q_cuda.cu -o chat          H100, H200: -gencode=arch=compute_90a,code=sm_90a, prompts about twice as fast
 
        desc.backend = moq_cuda_backend(0, &err);          device 0
        ...

@@ -13913,9 +13913,8 @@ static moq_result llmi_check_numbers(const llm *m, const llmi_saved *s, moq_erro
     if (good && v[9] == LLMI_CHOSEN) {
         int32_t id;
         memcpy(&id, s->logits, sizeof id);
-        good = id >= 0 && id < m->model->c.vocab;
+        good = v[10] > 0 && id >= 0 && id < m->model->c.vocab;
     }
-    good = good && !(v[9] == LLMI_CHOSEN && v[10] == 0);
     good = good && !(v[1] == LLMI_ANSWER && !v[9] && v[3] >= v[10]) && !(v[1] == LLMI_PROMPT && v[3] >= v[10]);
     return good ? MOQ_OK : moq_fail(err, MOQ_E_STATE, "state", "its numbers contradict each other; it was not written by llm_save");
 }
