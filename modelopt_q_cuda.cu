@@ -3859,13 +3859,8 @@ static void moqc_launch_decode(const struct moqc_job *j);
    columns: deterministic.
    ------------------------------------------------------------------------------------------------ */
 
-/* Tells the host which code was chosen: its shared memory is 16 bytes with wgmma, else 4; on 9.0 the 1024 that the system keeps come on top. */
-__global__ void moqk_has_wgmma(int *out)
-{
-    __shared__ int room[MOQK_WGMMA ? 4 : 1];
-    room[threadIdx.x] = out ? *out : 0;
-    if (out) *out = room[0];
-}
+/* Tells the host which code was chosen: blocks of it may have 64 threads with wgmma, else 32. Never launched. */
+__global__ void __launch_bounds__(MOQK_WGMMA ? 64 : 32) moqk_has_wgmma() {}
 
 enum { MOQK_NO_UNIT, MOQK_STATIC_UNIT, MOQK_TOKEN_UNIT }; /* what x was divided by: nothing, the part's input_scale, a value per token */
 
@@ -13833,7 +13828,7 @@ static moq_result moqc_open_device(moqc_ctx *c, moq_error *err)
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_move);
     if (e == cudaSuccess && c->sm > attributes.ptxVersion) c->sm = attributes.ptxVersion; /* code for older devices lacks what newer ones could do */
     if (e == cudaSuccess) e = cudaFuncGetAttributes(&attributes, moqk_has_wgmma);
-    c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.sharedSizeBytes % 1024 >= 16;
+    c->wgmma = e == cudaSuccess && c->sm == 90 && attributes.maxThreadsPerBlock == 64;
     if (c->wgmma) c->be.pass_rows = 1024; /* a prompt takes a third less time than with 256, and 3 % more than with 2048 and twice the memory */
     if (c->wgmma) {
         cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
