@@ -2102,6 +2102,48 @@ static void test_backend_between(void)
     }
 }
 
+#if defined(__linux__)
+/* Pages of this process in memory, in bytes; 0: not known. */
+static size_t bytes_in_memory(void)
+{
+    long all = 0, in = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+    const int n = f ? fscanf(f, "%ld %ld", &all, &in) : 0;
+    if (f) fclose(f);
+    return n == 2 ? (size_t)in * 4096 : 0;
+}
+
+/* A cache takes memory as its sequences grow: neither creating one nor its first tokens may touch it all. 16 heads of 1 MB, keys and values. */
+static void test_backend_kv_takes_little(void)
+{
+    static float k[16 * 64];
+    static const int32_t none[2] = {0, 0};
+    moq_error err;
+    moq_cpu_desc cpu;
+    moq_kv_desc d;
+    moq_batch b;
+    memset(&cpu, 0, sizeof cpu);
+    memset(&d, 0, sizeof d);
+    memset(&b, 0, sizeof b);
+    cpu.threads = 1;
+    d.name = "attn";
+    d.slots = 1; d.capacity = 4096; d.kv_heads = 16; d.head_dim = 64;
+    b.rows = 1;
+    b.slot = b.pos = none;
+    moq_backend *be = moq_cpu_backend(&cpu, &err);
+    CHECK(be != NULL);
+    if (!be) return;
+    const size_t before = bytes_in_memory();
+    moq_kv_cache *c = be->kv_create(be, &d, &err);
+    CHECK(c != NULL && be->kv_bytes(be, &d) >= (size_t)32 << 20);
+    if (c) be->kv_append(be, c, &b, k, 16 * 64, k, 16 * 64);
+    const size_t after = bytes_in_memory();
+    CHECK(before == 0 || after - before < (size_t)4 << 20 || after < before);
+    be->kv_release(be, c);
+    moq_backend_destroy(be);
+}
+#endif
+
 static void test_backend_kv_refuses(void)
 {
     moq_backend *be = backend_of(NULL, MOQ_ACT_WIDE, 1);
@@ -2372,6 +2414,9 @@ int main(int argc, char **argv)
     RUN(test_backend_attention_spans);
     RUN(test_backend_attention_tiles);
     RUN(test_backend_between);
+#if defined(__linux__)
+    RUN(test_backend_kv_takes_little);
+#endif
     RUN(test_backend_kv_refuses);
     RUN(test_backend_norm);
     RUN(test_backend_rope);

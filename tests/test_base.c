@@ -148,6 +148,14 @@ static void test_base_allocate(void)
         CHECK_INT(test_state.live_allocs, 0);
     }
     CHECK(moq_allocate(NULL, SIZE_MAX) == NULL && moq_allocate(NULL, SIZE_MAX - 70) == NULL);
+    /* zeros too where the memory was somebody's before: below and above the sizes from which a C library asks the system for each */
+    for (int turn = 0; turn < 3; turn++)
+        for (size_t n = 1000; n < (size_t)48 << 20; n = n * 3 + 5) {
+            uint8_t *p = (uint8_t *)moq_allocate(NULL, n);
+            CHECK(p && p[0] == 0 && memcmp(p, p + 1, n - 1) == 0);
+            if (p) memset(p, 0x55, n);
+            moq_release(NULL, p, n);
+        }
     moq_release(NULL, NULL, 5);
     moq_release(&a, NULL, 5);
     moq_allocator zero;
