@@ -18915,7 +18915,8 @@ static const moqi_way moqi_eights_way = {"codes in place, F16", 0, moqi_eights_t
 
 enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = MOQI_KV_BLOCK, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
        MOQI_ATTEND_LANES = 12, MOQI_ATTEND_TILES = 8 /* rows from which tiles are the faster way */, MOQI_ATTEND_TILED = 256 /* queries in them */,
-       MOQI_ATTEND_MANY = 256 /* rows of a task, whose queries in tiles share the pieces of keys */ };
+       MOQI_ATTEND_MANY = 256 /* rows of a task, whose queries in tiles share the pieces of keys */,
+       MOQI_ATTEND_CROWD = 256 /* a power of two */ };
 
 /* Attention's queries in lanes, `wide` of them, a multiple of 16: lane q has q[d][q], its scores s[32][q], the last key it sees in this block to[q] and the first
    from[q] (to < from: none), and its part y[c][q], max[q], sum[q]. Number d of key i is keys[i * step + d * next]; values [count, ldv] */
@@ -19846,6 +19847,7 @@ typedef struct moqi_attending {
     int64_t groups;             /* of MOQI_ATTEND_HEADS heads that read one kv head */
     int64_t rows;               /* of a task: MOQI_ATTEND_ROWS, or with tiles up to MOQI_ATTEND_MANY */
     int tiles;                  /* many rows may use them */
+    int32_t crowd[MOQI_ATTEND_CROWD]; /* with tiles: rows of slots that are s modulo their number; no slot has more rows than that */
 } moqi_attending;
 
 /* Rows [row, row + rows) of one slot, for query heads [head, head + heads) that read one kv head; by tiles or not. last: with tiles, position of the slot
@@ -19899,7 +19901,7 @@ static int64_t moqi_attend_by_tiles(const moqi_attending *t, int64_t row)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t before = 0, all = 0;
-    if (!t->tiles || t->b->rows < MOQI_ATTEND_TILES) return 0;
+    if (!t->tiles || t->crowd[(uint32_t)t->b->slot[row] % MOQI_ATTEND_CROWD] < MOQI_ATTEND_TILES) return 0; /* else every row would be looked at for each */
     for (int64_t r = 0; r < t->b->rows; r++) {
         if (t->b->slot[r] != t->b->slot[row] || !moqi_kv_holds(c, t->b, r)) continue;
         before += r < row;
@@ -22152,6 +22154,8 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
         int64_t many = moqi_ceil_div(b->rows, n) * c->desc.kv_heads * groups;
         if (cpu->par.workers == 1 || many >= 4 * (int64_t)cpu->par.workers) { tasks = many; each_task = n; }
     }
+    memset(t.crowd, 0, sizeof t.crowd);
+    for (int64_t r = 0; t.tiles && r < b->rows; r++) t.crowd[(uint32_t)b->slot[r] % MOQI_ATTEND_CROWD]++;
     t.rows = each_task;
     t.k = cpu->k;
     t.o = cpu->o;
