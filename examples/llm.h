@@ -330,7 +330,9 @@ LLM_API void llm_reset(llm *m);                               /* forget the conv
 
 /* What `m` holds, so that it goes on after llm_load exactly as it would have: text, tokens, cache, random numbers, stop strings. Settings of sampling are
    not in it: set them before llm_load, for llm_set_sampling starts the random numbers anew. A state fits the same model with the same KV format on
-   the same kind of backend; any other, or a damaged one, is refused and nothing changes. */
+   the same kind of backend; any other, or a damaged one, is refused, with the reason, and nothing changes. How products are computed may differ: threads,
+   kernels, `act`, `head`, `weights`. What was computed stays as it was, the choice of the next token, or the logits it is chosen from, too; what follows
+   is computed the new way. */
 LLM_API moq_result llm_save(llm *m, const char *path, moq_error *err);
 LLM_API moq_result llm_load(llm *m, const char *path, moq_error *err);
 /* The same in memory. Returns the bytes needed and fills `bytes` when they fit; SIZE_MAX on failure. */
@@ -13718,18 +13720,39 @@ static uint64_t llmi_get_u64(const uint8_t *p)
     return v;
 }
 
+/* What two conversations of one model may differ in so that a state of one does not fit the other. */
+typedef struct llmi_ground {
+    const char *backend;
+    size_t backend_bytes, elem; /* letters of its kind; bytes of an activation */
+    int32_t kv, kv_bf16;        /* moq_kv_format */
+    int beyond;                 /* the context is longer than the model was trained for, as the longrope rule asks */
+} llmi_ground;
+
+static llmi_ground llmi_ground_of(const llm *m)
+{
+    const llmi_model *o = m->model;
+    llmi_ground g;
+    g.backend = o->be->name;
+    g.backend_bytes = strcspn(o->be->name, ":");
+    g.elem = o->elem;
+    g.kv = (int32_t)o->kv;
+    g.kv_bf16 = o->kv_bf16;
+    g.beyond = o->c.context > o->c.rope.original;
+    return g;
+}
+
 /* What must be equal so that a state fits: the backend's kind, the shapes, how the cache stores, and samples of every tensor (two
    fine-tunings of one model differ in them). */
-static uint64_t llmi_fingerprint(const llm *m)
+static uint64_t llmi_fingerprint_on(const llm *m, const llmi_ground *g)
 {
     const llmi_model *o = m->model;
     const llmi_config *c = &o->c;
     const int64_t shapes[] = {c->layers, c->hidden, c->heads, c->kv_heads, c->head_dim, c->value_dim, c->vocab, c->ssm_heads, c->ssm_state,
-                              (int64_t)o->kv + 256 * (int64_t)o->latent_ways + 65536 * (int64_t)o->kv_bf16, (int64_t)o->elem, o->rank, o->ranks, 0x0102};
-    uint64_t h = llmi_hash(o->be->name, strcspn(o->be->name, ":"));
+                              g->kv + 256 * (int64_t)o->latent_ways + 65536 * (int64_t)g->kv_bf16, (int64_t)g->elem, o->rank, o->ranks, 0x0102};
+    uint64_t h = llmi_hash(g->backend, g->backend_bytes);
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);
-    if (c->rope.adjust == llmi_rope_longrope) h = llmi_fold(h + (c->context > c->rope.original), 0x9e3779b97f4a7c15u); /* which of two lists turned the keys */
+    if (c->rope.adjust == llmi_rope_longrope) h = llmi_fold(h + (uint64_t)g->beyond, 0x9e3779b97f4a7c15u); /* which of two lists turned the keys */
     if (c->rope.adjust == llmi_rope_dynamic) h = llmi_fold(h ^ (uint64_t)c->rope.longest, 0x9e3779b97f4a7c15u); /* what theta was made from */
     for (size_t i = 0; i < count; i += step) {
         const moq_tensor *t = moq_get_tensor(o->ck, i);
@@ -13738,6 +13761,46 @@ static uint64_t llmi_fingerprint(const llm *m)
         if (n) h = llmi_fold(h ^ llmi_hash((const char *)t->data + (size_t)(t->bytes - n) / 2, n), 0x94d049bb133111ebu);
     }
     return h;
+}
+
+static uint64_t llmi_fingerprint(const llm *m)
+{
+    const llmi_ground g = llmi_ground_of(m);
+    return llmi_fingerprint_on(m, &g);
+}
+
+static const char *llmi_ground_kv(const llmi_ground *g) { return g->kv == MOQ_KV_WIDE && g->kv_bf16 ? "bf16" : moq_kv_format_name((moq_kv_format)g->kv); }
+
+/* Has this model that fingerprint on any other ground? Then that is why a state does not fit, else it is the model. */
+static moq_result llmi_fail_other(const llm *m, uint64_t print, moq_error *err)
+{
+    static const struct { const char *name; size_t elem; } kinds[] = {{"cpu", 4}, {"cuda", 4}, {"cuda", 2}}; /* what their activations take */
+    const llmi_ground own = llmi_ground_of(m);
+    const llmi_rope *rope = &m->model->c.rope;
+    for (int i = -1; i < (int)LLMI_COUNT(kinds); i++)
+        for (int way = 0; way < 4 * (int)MOQ_KV_FORMAT_COUNT; way++) {
+            llmi_ground g = own;
+            if (i >= 0) {
+                g.backend = kinds[i].name;
+                g.backend_bytes = strlen(g.backend);
+                g.elem = kinds[i].elem;
+            }
+            g.kv = way >> 2;
+            g.kv_bf16 = way & 1;
+            g.beyond = way >> 1 & 1;
+            if (g.beyond != own.beyond && rope->adjust != llmi_rope_longrope) continue; /* it makes no difference */
+            if (llmi_fingerprint_on(m, &g) != print) continue;
+            if (i >= 0) return moq_fail(err, MOQ_E_STATE, "state", "it was saved on %s with activations of %zu bytes, this conversation runs on %s with %zu; "
+                                        "load it there or save it anew", g.backend, g.elem, m->model->be->name, own.elem);
+            if (g.beyond != own.beyond) return moq_fail(err, MOQ_E_STATE, "state", "it was saved with a context %s the %lld tokens up to which this model turns "
+                                        "keys by its short list, here it is %s; open with such a llm_desc.context or save it anew",
+                                        g.beyond ? "above" : "of at most", (long long)rope->original, g.beyond ? "not" : "above");
+            return moq_fail(err, MOQ_E_STATE, "state", "it was saved with another KV format, %s, than this conversation's, %s; "
+                            "open with llm_desc.kv \"%s\" or save it anew", llmi_ground_kv(&g), llmi_ground_kv(&own), llmi_ground_kv(&g));
+        }
+    return moq_fail(err, MOQ_E_STATE, "state", "it was saved by another model than this '%s'%s%s; load it there or save it anew", m->model->c.family->model_type,
+                    rope->adjust == llmi_rope_dynamic ? ", or with another llm_desc.context, which decides how this one turns keys" : "",
+                    m->model->ranks > 1 ? ", or by another of its ranks" : "");
 }
 
 /* What is held of the next token: nothing, its logits, or the token. */
@@ -13876,10 +13939,7 @@ static moq_result llmi_check_header(const llm *m, const uint8_t *p, size_t bytes
                         (unsigned long long)llmi_get_u64(p + 16));
     if (llmi_get_u64(p + 24) != llmi_hash((const char *)p + LLMI_STATE_HEADER, bytes - LLMI_STATE_HEADER))
         return moq_fail(err, MOQ_E_MISMATCH, "state", "its bytes do not agree with its checksum; the file is damaged");
-    if (llmi_get_u64(p + 32) != llmi_fingerprint(m))
-        return moq_fail(err, MOQ_E_STATE, "state", "it was saved by another model, another KV format or another kind of backend than this '%s' on %s; save it anew",
-                        m->model->c.family->model_type, m->model->be->name);
-    return MOQ_OK;
+    return llmi_get_u64(p + 32) == llmi_fingerprint(m) ? MOQ_OK : llmi_fail_other(m, llmi_get_u64(p + 32), err);
 }
 
 /* The next `count` items of `size` bytes, or NULL when the state is shorter. */

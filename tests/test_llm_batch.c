@@ -448,7 +448,17 @@ static void test_state_refused(void)
     llm_close(m);
     d.kv = "fp8"; /* the same model, but its cache is stored in another way */
     m = open_or_say(&d);
-    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "another"));
+    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "another KV format, wide, than this conversation's, fp8;"));
+    if (m) { /* as if it were saved on a GPU in BF16 */
+        llmi_ground other = llmi_ground_of(m);
+        other.backend = "cuda";
+        other.backend_bytes = 4;
+        other.elem = 2;
+        const uint64_t print = llmi_fingerprint_on(m, &other);
+        memcpy(bad, state, bytes);
+        for (int k = 0; k < 8; k++) bad[32 + k] = (uint8_t)(print >> 8 * k);
+        CHECK(llm_set_state(m, bad, bytes, &e) == MOQ_E_STATE && strstr(e.text, "saved on cuda with activations of 2 bytes, this conversation runs on cpu with 4;"));
+    }
     llm_close(m);
     d.kv = NULL;
     d.context = 16; /* shorter than what the state holds */
@@ -460,7 +470,7 @@ static void test_state_refused(void)
     d.path = path;
     d.no_tokenizer = 1;
     m = open_or_say(&d);
-    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE);
+    CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "another model than this 'llama';"));
     CHECK(m && llm_load(m, "/nonexistent/state", &e) < 0 && strncmp(e.text, "/nonexistent/state: ", 20) == 0);
     CHECK(m && llm_save(m, "/nonexistent/state", &e) < 0 && strncmp(e.text, "/nonexistent/state: ", 20) == 0);
     CHECK(m && llm_load(m, "", &e) == MOQ_E_ARG && strstr(e.text, "the path is empty"));
@@ -613,11 +623,46 @@ static void test_state_dynamic_rope(void)
             CHECK(llm_next(m, &e) != NULL);
             CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
             CHECK_INT(llm_load(n, state_file, &e), cases[i].fits ? MOQ_OK : MOQ_E_STATE);
+            CHECK(cases[i].fits || strstr(e.text, "another llm_desc.context"));
         }
         llm_close(m);
         llm_close(n);
     }
     remove_dir(dir);
+}
+
+/* The output layer may be another: neither the cache nor what was chosen already depends on it. From there on both choose for themselves. */
+static void test_state_other_head(void)
+{
+    static const char *const heads[] = {NULL, "int8", "fp8"};
+    moq_error e;
+    llm_desc d = talk_desc();
+    llm *from = open_or_say(&d);
+    if (!from) return;
+    begin_talk(from, 0);
+    for (int i = 0; i < 3; i++) CHECK(llm_next(from, &e) != NULL);
+    const size_t bytes = llm_copy_state(from, NULL, 0, &e);
+    uint8_t *state = (uint8_t *)malloc(bytes), *again = (uint8_t *)malloc(bytes);
+    CHECK(state && again && llm_copy_state(from, state, bytes, &e) == bytes);
+    for (size_t i = 0; i < sizeof heads / sizeof *heads; i++) {
+        char text[1024] = "";
+        d.head = heads[i];
+        llm *m = open_or_say(&d);
+        CHECK(m && llm_set_state(m, state, bytes, &e) == MOQ_OK);
+        if (m) {
+            CHECK(llm_copy_state(m, again, bytes, &e) == bytes && memcmp(state, again, bytes) == 0);
+            if (i == 0) { /* the piece that was on its way */
+                const char *a = llm_next(from, &e), *b = llm_next(m, &e);
+                CHECK(a && b && strcmp(a, b) == 0);
+            }
+            CHECK_INT(hear_more(m, text, sizeof text), MOQ_OK);
+            CHECK(text[0] != 0);
+        }
+        llm_close(m);
+    }
+    free(state);
+    free(again);
+    llm_close(from);
 }
 
 /* A cache in half the bytes: its state fits one like it, goes on with the same words, and is refused by a wide one. */
@@ -635,7 +680,7 @@ static void test_state_half_cache(void)
         for (int i = 0; i < 3; i++) CHECK(llm_next(m, &e) != NULL);
         CHECK_INT(llm_save(m, state_file, &e), MOQ_OK);
         CHECK_INT(llm_load(wide, state_file, &e), MOQ_E_STATE);
-        CHECK(strstr(e.text, state_file) == e.text && strstr(e.text, "another"));
+        CHECK(strstr(e.text, state_file) == e.text && strstr(e.text, "another KV format, bf16, than this conversation's, wide;"));
         CHECK_INT(llm_load(n, state_file, &e), MOQ_OK);
         for (const char *a = "", *b; a; ) {
             a = llm_next(m, &e);
@@ -1176,6 +1221,7 @@ int main(int argc, char **argv)
     RUN(test_shift_chat);
     RUN(test_shift_raw);
     RUN(test_state_dynamic_rope);
+    RUN(test_state_other_head);
     RUN(test_state_half_cache);
     RUN(test_batch_out_of_memory);
     RUN(test_ranks_logits);
