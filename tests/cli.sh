@@ -333,6 +333,10 @@ run inspect "$demo" --context 99999999999
 check "number beyond all" refused "--context is a whole number from 0 to 16777216"
 run run "$demo" --prompt hello --top-p 1.5
 check "share beyond 1" refused "--top-p is a number from 0 to 1, not '1.5'"
+run run "$demo" --prompt hello --max-tokens 1 --prompt=again
+check "an option twice" refused "--prompt is given twice; only one of its values would count"
+run run "$demo" --prompt hello --max-tokens 1 --json --json
+check "a flag twice" is 0
 run run "$demo" --prompt hello --temperature 1
 check "another name of an option" refused "is --temp meant"
 run run "$demo" --prompt hello --json-shema x
@@ -798,6 +802,22 @@ check "run --json-schema is JSON" json
 check "run --json-schema: members" out '"plan": *\['
 run run "$demo" --prompt "hello" --json-schema "$dir/schema.json" --max-tokens 30 --temp 5 --seed 3
 check "run --json-schema: complete within its tokens" json
+"$moq" run "$demo" --prompt hello --json-schema "$dir/schema.json" --max-tokens 30 >"$dir/schema.file"
+"$moq" run "$demo" --prompt hello --json-schema - --max-tokens 30 <"$dir/schema.json" >"$dir/schema.redirected"
+cat "$dir/schema.json" | "$moq" run "$demo" --prompt hello --json-schema - --max-tokens 30 >"$dir/schema.piped"
+cat "$dir/schema.json" | "$moq" run "$demo" --prompt hello --json-schema /dev/stdin --max-tokens 30 >"$dir/schema.named"
+mkfifo "$dir/fifo"
+cat "$dir/schema.json" >"$dir/fifo" &
+"$moq" run "$demo" --prompt hello --json-schema "$dir/fifo" --max-tokens 30 >"$dir/schema.fifo"
+for from in redirected piped named fifo; do
+    check "run --json-schema: $from" cmp "$dir/schema.file" "$dir/schema.$from"
+done
+run run "$demo" --prompt hello --json-schema -
+check "run --json-schema: nothing on stdin" refused "standard input: it is empty"
+run run "$demo" --json-schema -
+check "run --json-schema: prompt and schema on stdin" refused "standard input cannot be the prompt and the schema; give --prompt"
+run run "$demo" --prompt hello --grammar "$dir"
+check "run --grammar: a folder" refused "is a folder; expected a regular file"
 echo '{"type": "objct"}' >"$dir/wrong.json"
 run run "$demo" --prompt "hello" --json-schema "$dir/wrong.json"
 check "run --json-schema: no type" refused "wrong.json: #/type: 'objct' is no type (is 'object' meant?); types are null,"

@@ -482,8 +482,8 @@ static const option_row option_table[] = {
     {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
     {"quantize", KIND_TEXT, FIELD(quantize), "RECIPE", "quantize a float folder while loading; nothing is written"},
-    {"json-schema", KIND_TEXT, FIELD(json_schema), "FILE", "answers are documents of this JSON Schema, complete within --max-tokens"},
-    {"grammar", KIND_TEXT, FIELD(grammar), "FILE", "answers are texts of this GBNF grammar, complete within --max-tokens"}
+    {"json-schema", KIND_TEXT, FIELD(json_schema), "FILE", "answers are documents of this JSON Schema, complete within --max-tokens; - is stdin"},
+    {"grammar", KIND_TEXT, FIELD(grammar), "FILE", "answers are texts of this GBNF grammar, complete within --max-tokens; - is stdin"}
 };
 
 typedef struct verb_row {
@@ -583,6 +583,7 @@ static const option_row *of_verb(const option_row *row, const verb_row *verb)
 static int parse_options(options *o, const verb_row *verb, int argc, char **argv)
 {
     int i = 0, plain = 0, bad;
+    char given[COUNT(option_table)] = {0};
     for (; i < argc; i++) {
         const char *a = argv[i], *equals;
         const option_row *row;
@@ -606,6 +607,8 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
             return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
         if (row->kind == KIND_FLAG && equals) return refuse("--%s takes no value", row->name);
+        if (row->kind != KIND_FLAG && row->kind != KIND_LIST && given[row - option_table]++)
+            return refuse("--%s is given twice; only one of its values would count", row->name);
         bad = set_option(o, row, row->kind == KIND_FLAG ? NULL : equals ? equals + 1 : argv[i]);
         if (bad) return bad;
     }
@@ -2655,26 +2658,53 @@ static int chat(const engine *e, const options *o)
     return !bad && end_requested ? refuse("stopped") : bad;
 }
 
+/* The file of --json-schema or --grammar as messages name it; NULL without. */
+static const char *grammar_name(const options *o)
+{
+    const char *path = o->json_schema ? o->json_schema : o->grammar;
+    return path && strcmp(path, "-") == 0 ? "standard input" : path;
+}
+
+/* A file, or what comes through a pipe: "-", and the names that shells give them. Release with free_file. */
+static char *read_piped(const char *path, const char *name, size_t *bytes)
+{
+    struct stat info;
+    const int standard = strcmp(path, "-") == 0;
+    if (!standard && (stat(path, &info) != 0 || S_ISREG(info.st_mode) || S_ISDIR(info.st_mode))) return read_input(path, bytes);
+    FILE *from = standard ? stdin : fopen(path, "rb");
+    if (!from) {
+        refuse("%s: %s", name, strerror(errno));
+        return NULL;
+    }
+    char *read = read_stream(from, name, bytes), *text = read ? (char *)moq_allocate(NULL, *bytes + 1) : NULL;
+    if (text) memcpy(text, read, *bytes);
+    else if (read) refuse("%s: out of memory", name);
+    if (!standard) fclose(from);
+    free(read);
+    return text;
+}
+
 /* --json-schema and --grammar: compiled before the model is opened, so that a wrong one is told at once. */
 static int open_grammar(const options *o, llm_grammar **out)
 {
-    const char *path = o->json_schema ? o->json_schema : o->grammar;
+    const char *path = o->json_schema ? o->json_schema : o->grammar, *name = grammar_name(o);
     llm_grammar_desc d;
     moq_error err;
     size_t bytes = 0;
     *out = NULL;
     if (!path) return 0;
     if (o->json_schema && o->grammar) return refuse("--json-schema and --grammar exclude each other");
-    char *text = read_input(path, &bytes);
+    if (path != name && !o->prompt) return refuse("standard input cannot be the prompt and the %s; give --prompt", o->json_schema ? "schema" : "grammar");
+    char *text = read_piped(path, name, &bytes);
     if (!text) return 2;
     memset(&d, 0, sizeof d);
     if (o->json_schema) d.schema = text;
     else d.gbnf = text;
     d.bytes = bytes;
-    if (bytes == 0) moq_fail(&err, MOQ_E_GRAMMAR, NULL, "the file is empty");
+    if (bytes == 0) moq_fail(&err, MOQ_E_GRAMMAR, NULL, "%s is empty", path == name ? "the file" : "it");
     else *out = llm_grammar_create(&d, &err);
     free_file(text, bytes);
-    return *out ? 0 : refuse_error(path, &err);
+    return *out ? 0 : refuse_error(name, &err);
 }
 
 static int verb_run(const options *o)
@@ -2695,7 +2725,7 @@ static int verb_run(const options *o)
         return bad;
     }
     if (grammar && llm_set_grammar(e.m, grammar, (int32_t)(o->max_tokens < INT32_MAX ? o->max_tokens : INT32_MAX), &err) < 0)
-        bad = refuse_error(o->json_schema ? o->json_schema : o->grammar, &err);
+        bad = refuse_error(grammar_name(o), &err);
     if (!bad && o->system) bad = say(&e, o, "system", o->system);
     if (!bad && !o->prompt && isatty(0) && !o->json) bad = chat(&e, o);
     else if (!bad) {
