@@ -30480,15 +30480,18 @@ static moq_result moqi_made_begin(moqi_made *m, const char *name, uint64_t bytes
     return MOQ_OK;
 }
 
-/* An error about a file of the target says so: the source has files of the same names. */
+/* An error about a file of the target says so: the source has files of the same names. One about the folder itself names the target, not what it is called
+   until it is whole. */
 static moq_result moqi_in_target(const moqi_export *x, moq_result r, moq_error *err)
 {
     moq_error e;
-    const char *base = moqi_base_name(x->plan.desc->target);
+    const char *base = moqi_base_name(x->plan.desc->target), *temp = moqi_base_name(x->temp);
+    const size_t n = strlen(temp);
     if (r >= 0 || !err || !err->file[0]) return r;
     e = *err;
-    moqi_format(err->file, sizeof err->file, "%s/%s", base, e.file);
-    moqi_format(err->text, sizeof err->text, "%s/%s", base, e.text);
+    const int whole = n > 0 && strncmp(e.text, temp, n) == 0;
+    moqi_format(err->file, sizeof err->file, "%s%s%s", base, whole ? "" : "/", whole ? "" : e.file);
+    moqi_format(err->text, sizeof err->text, "%s%s%s", base, whole ? "" : "/", e.text + (whole ? n : 0));
     return moqi_name_path(x->plan.desc->target, r, err);
 }
 
@@ -31312,7 +31315,8 @@ static moq_result moqi_reopen(const moqi_export *x, moq_error *err)
     moq_open_desc d;
     memset(&d, 0, sizeof d);
     d.allocator = x->plan.desc->allocator;
-    moq_checkpoint *ck = moq_open(x->temp, &d, err);
+    moqi_clear(err);
+    moq_checkpoint *ck = moqi_open_folder(x->temp, &d, err); /* moq_open would name the whole path, which is not the target's */
     if (!ck) return moqi_in_target(x, err ? err->code : MOQ_E_STATE, err);
     moq_result r = moqi_in_target(x, moq_verify(ck, 0, NULL, NULL, err), err);
     moq_close(ck);

@@ -1526,6 +1526,36 @@ static void test_export_smoothing_foreseen(void)
     CHECK(!is_there(target));
 }
 
+/* What is wrong with a written folder is said of the target, by the path that the caller gave: the folder has another name until it is whole. */
+static void test_export_reopened(void)
+{
+    static const struct { const char *file, *text, *says; } cases[] = {
+        {NULL, NULL, ": no such folder"}, {"other", "", ": "}, {"config.json", "{\"a\": ", "/config.json: "}};
+    static moqi_export x;
+    char target[1200], want[1400], path[sizeof x.temp + 40];
+    moq_quantize_desc d;
+    memset(&d, 0, sizeof d);
+    snprintf(target, sizeof target, "%s", scratch("reopened"));
+    d.target = target;
+    x.plan.desc = &d;
+    snprintf(x.temp, sizeof x.temp, "%s.tmp-1-0", target);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        moq_error err;
+        if (cases[i].file) {
+            mkdir(x.temp, 0777);
+            snprintf(path, sizeof path, "%s/%s", x.temp, cases[i].file);
+            FILE *f = fopen(path, "wb");
+            CHECK(f && fputs(cases[i].text, f) >= 0);
+            if (f) fclose(f);
+        }
+        CHECK(moqi_reopen(&x, &err) < 0);
+        snprintf(want, sizeof want, "%s%s", target, cases[i].says);
+        if (strncmp(err.text, want, strlen(want)) != 0) fprintf(stderr, "    %s\n    %s\n", err.file, err.text);
+        CHECK(strncmp(err.text, want, strlen(want)) == 0 && !strstr(err.text, ".tmp-") && strncmp(err.file, "reopened", 8) == 0 && !strstr(err.file, ".tmp-"));
+        remove_dir(x.temp);
+    }
+}
+
 /* Whichever allocation fails: MOQ_E_NOMEM, nothing leaks, nothing is left. */
 static void test_export_no_memory(void)
 {
@@ -1576,6 +1606,7 @@ int main(int argc, char **argv)
     RUN(test_export_refusals);
     RUN(test_export_refused_early);
     RUN(test_export_smoothing_foreseen);
+    RUN(test_export_reopened);
     RUN(test_export_no_memory);
     return test_end();
 }
