@@ -18062,6 +18062,13 @@ MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_str
     s->last = last;
 }
 
+/* 16 complete sums v of one row of x become y: by: the exponent that they lack, or the scale of integers. */
+MOQI_INLINE MOQI_AVX512 void moqi_strip_y(const moqi_amx_strips *s, __m512 v, __m512 by, __m512 mul, __m512 bias, __mmask16 some, float *y)
+{
+    v = s->kind == MOQI_STRIP_I8 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by) : _mm512_scalef_ps(v, by);
+    _mm512_mask_storeu_ps(y, some, _mm512_fmadd_ps(v, mul, bias));
+}
+
 /* 4 rows of y by 16 columns, the i-th of 16 such parts of complete sums. */
 MOQI_INLINE MOQI_AVX512 void moqi_strip_out(const moqi_amx_strips *s, const moqi_strip_sums *o, int64_t i)
 {
@@ -18087,11 +18094,9 @@ MOQI_INLINE MOQI_AVX512 void moqi_strip_out(const moqi_amx_strips *s, const moqi
     MOQI_UNROLL
     for (int k = 0; k < 4; k++, y += s->ldy) {
         const __m512d lo = _mm512_castps_pd(b[k / 2]), hi = _mm512_castps_pd(b[k / 2 + 2]);
-        __m512 v = _mm512_castpd_ps(k % 2 ? _mm512_unpackhi_pd(lo, hi) : _mm512_unpacklo_pd(lo, hi));
-        const __m512 scale = _mm512_set1_ps(by[16 * k]);
+        const __m512 v = _mm512_castpd_ps(k % 2 ? _mm512_unpackhi_pd(lo, hi) : _mm512_unpacklo_pd(lo, hi)), scale = _mm512_set1_ps(by[16 * k]);
         if (k >= count) break;
-        v = s->kind == MOQI_STRIP_I8 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), scale) : _mm512_scalef_ps(v, scale);
-        _mm512_mask_storeu_ps(y, some, _mm512_fmadd_ps(v, mul, bias));
+        moqi_strip_y(s, v, scale, mul, bias, some, y);
     }
 }
 
@@ -18147,9 +18152,7 @@ MOQI_AVX512 static void moqi_strip_finish(const moqi_amx_strips *s)
                 __builtin_prefetch(s->y + moqi_min(first + 16 + t, s->m - 1) * s->ldy + r, 0, 2);
                 const __mmask16 some = (__mmask16)(s->rows - r >= 16 ? 0xffff : (1 << (s->rows - r)) - 1);
                 const __m512 bias = p->bias ? _mm512_maskz_loadu_ps(some, p->bias + s->row + r) : _mm512_setzero_ps();
-                __m512 v = _mm512_load_ps(turned[t] + r);
-                v = s->kind == MOQI_STRIP_I8 ? _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(v)), by) : _mm512_scalef_ps(v, by);
-                _mm512_mask_storeu_ps(s->y + (first + t) * s->ldy + r, some, _mm512_fmadd_ps(v, _mm512_loadu_ps(s->mul + r), bias));
+                moqi_strip_y(s, _mm512_load_ps(turned[t] + r), by, _mm512_loadu_ps(s->mul + r), bias, some, s->y + (first + t) * s->ldy + r);
             }
         }
     }
