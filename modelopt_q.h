@@ -1770,7 +1770,7 @@ static void moqi_clear(moq_error *err)
 static void moqi_sys_large(void *p, size_t bytes);
 
 /* MOQ_MALLOC promises no alignment: the block's real start is kept in front of the aligned address. */
-static void *moqi_default_alloc(size_t bytes, int zeroed, int large)
+static void *moqi_default_alloc(size_t bytes, int zeroed)
 {
     if (bytes > SIZE_MAX - MOQI_ALIGN - sizeof(void *)) return NULL;
     const size_t all = bytes + MOQI_ALIGN + sizeof(void *);
@@ -1784,26 +1784,23 @@ static void *moqi_default_alloc(size_t bytes, int zeroed, int large)
     uintptr_t at = ((uintptr_t)base + sizeof(void *) + MOQI_ALIGN - 1) & ~(uintptr_t)(MOQI_ALIGN - 1);
     uint8_t *p = base + (at - (uintptr_t)base);
     memcpy(p - sizeof(void *), &base, sizeof(void *));
-    if (large) moqi_sys_large(p, bytes);
+    moqi_sys_large(p, bytes);
     return p;
 }
 
 /* Not zeroed: what is never written takes no memory. */
 static void *moqi_allocate(const moq_allocator *a, size_t bytes)
 {
-    return a && a->alloc ? a->alloc(a->user, bytes ? bytes : 1, MOQI_ALIGN) : moqi_default_alloc(bytes ? bytes : 1, 0, 1);
+    return a && a->alloc ? a->alloc(a->user, bytes ? bytes : 1, MOQI_ALIGN) : moqi_default_alloc(bytes ? bytes : 1, 0);
 }
 
-/* Zeros. large: in the largest pages that there are; without, what is touched here and there takes as little memory as the system can give. */
-static void *moqi_allocate_zeros(const moq_allocator *a, size_t bytes, int large)
+MOQ_API void *moq_allocate(const moq_allocator *a, size_t bytes)
 {
-    if (!a || !a->alloc) return moqi_default_alloc(bytes ? bytes : 1, 1, large);
+    if (!a || !a->alloc) return moqi_default_alloc(bytes ? bytes : 1, 1);
     void *p = moqi_allocate(a, bytes);
     if (p) memset(p, 0, bytes);
     return p;
 }
-
-MOQ_API void *moq_allocate(const moq_allocator *a, size_t bytes) { return moqi_allocate_zeros(a, bytes, 1); }
 
 MOQ_API void moq_release(const moq_allocator *a, void *ptr, size_t bytes)
 {
@@ -21947,11 +21944,6 @@ static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_c
     return MOQ_OK;
 }
 
-/* From how many bytes of a head on does the cache of one sequence lie in large pages? Of each head the first positions are touched first: below it nearly
-   all memory would be taken, and set to 0, for a prompt of one token. Attention reads small pages a tenth slower, so where there are slots for many
-   sequences, which touch only their own, it has large ones. */
-#define MOQI_KV_LARGE ((uint64_t)2 << 20)
-
 /* One block: the struct, scales and biases as F32, then the rows of keys and of values. */
 static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc, moq_error *err)
 {
@@ -21968,8 +21960,7 @@ static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc
     if (moqi_grow(cpu, &need, cpu->be.max_rows, err) < 0) return NULL;
     size_t heads = (size_t)desc->kv_heads, values = heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     size_t total = ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
-    const uint64_t head = bytes[0] / ((uint64_t)desc->slots * (uint64_t)desc->kv_heads);
-    uint8_t *memory = (uint8_t *)moqi_allocate_zeros(&cpu->a, total, desc->slots > 1 || head >= MOQI_KV_LARGE);
+    uint8_t *memory = (uint8_t *)moq_allocate(&cpu->a, total);
     if (!memory) { moqi_nomem(err, total); return NULL; }
     float *next = (float *)(void *)(memory + sizeof plan);
     plan.bytes = total;
