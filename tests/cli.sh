@@ -333,10 +333,10 @@ run inspect "$demo" --context 99999999999
 check "number beyond all" refused "--context is a whole number from 0 to 16777216"
 run run "$demo" --prompt hello --top-p 1.5
 check "share beyond 1" refused "--top-p is a number from 0 to 1, not '1.5'"
-run run "$demo" --prompt hello --max-tokens 1 --prompt=again
-check "an option twice" refused "--prompt is given twice; only one of its values would count"
-run run "$demo" --prompt hello --max-tokens 1 --json --json
-check "a flag twice" is 0
+run run "$demo" --prompt hello --max-tokens=zero --max-tokens 1 --json --json
+check "an option twice, the first a fault" refused "--max-tokens"
+run run "$demo" --prompt hello --max-tokens 5 --max-tokens 1 --json --json
+check "an option twice: the last one counts" is 0
 run run "$demo" --prompt hello --temperature 1
 check "another name of an option" refused "is --temp meant"
 run run "$demo" --prompt hello --json-shema x

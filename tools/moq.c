@@ -583,7 +583,6 @@ static const option_row *of_verb(const option_row *row, const verb_row *verb)
 static int parse_options(options *o, const verb_row *verb, int argc, char **argv)
 {
     int i = 0, plain = 0, bad;
-    char given[COUNT(option_table)] = {0};
     for (; i < argc; i++) {
         const char *a = argv[i], *equals;
         const option_row *row;
@@ -607,8 +606,6 @@ static int parse_options(options *o, const verb_row *verb, int argc, char **argv
         if (row->at != FIELD(help) && !in_list(verb->options, row->name) && !in_list(COMMON_OPTIONS, row->name))
             return refuse("--%s is not for '%s'; try: moq help %s", row->name, verb->name, verb->name);
         if (row->kind == KIND_FLAG && equals) return refuse("--%s takes no value", row->name);
-        if (row->kind != KIND_FLAG && row->kind != KIND_LIST && given[row - option_table]++)
-            return refuse("--%s is given twice; only one of its values would count", row->name);
         bad = set_option(o, row, row->kind == KIND_FLAG ? NULL : equals ? equals + 1 : argv[i]);
         if (bad) return bad;
     }
