@@ -2311,6 +2311,67 @@ __device__ __forceinline__ void moqk_fast_stage(const moqk_call &a, int64_t firs
         }
 }
 
+enum { MOQK_NORM_PLAYED = 2 }; /* warps of a norm that a warp plays */
+
+/* The norm of a single row that a product makes of its x itself. */
+typedef struct moqk_own_norm {
+    int32_t threads;           /* of the norm's own launch; 0: x is as it is */
+    float eps;
+    const float *weight;       /* [cols] or NULL */
+    void *normed;              /* [cols]: what the norm gives */
+} moqk_own_norm;
+
+/* x of a block, quads [from, end) of the norm of a row, with the bits of moqk_norm_rows: its warps are played by those of the block. Every block makes the
+   whole sum: a row is in L2, and no launch stands between. put: takes a quad and its place behind `from`, zeros behind the last column; writes: this block
+   writes them to `normed` too; room: 32 floats; ask: called when x is under way. */
+template <int SPLIT, class ASK, class PUT>
+__device__ __forceinline__ void moqk_norm_own(const moqk_call &a, const moqk_own_norm &d, int32_t warp, int32_t warps, int32_t cols, int32_t from, int32_t end,
+                                              int writes, float *room, const ASK &ask, const PUT &put)
+{
+    const int32_t lane = threadIdx.x, played = d.threads >> 5, quads = cols >> 2;
+    float4 v[MOQK_NORM_PLAYED][MOQK_NORM_QUADS], w[MOQK_NORM_PLAYED][MOQK_NORM_QUADS];
+#pragma unroll
+    for (int i = 0; i < MOQK_NORM_PLAYED; i++)
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) { /* weights never change: before the kernel before has ended */
+            const int32_t j = warp + i * warps, q = j * 32 + lane + k * d.threads;
+            w[i][k] = j < played && q < quads && d.weight ? __ldg((const float4 *)(const void *)d.weight + q) : make_float4(1, 1, 1, 1);
+        }
+    moqk_wait_for_before();
+#pragma unroll
+    for (int i = 0; i < MOQK_NORM_PLAYED; i++)
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) {
+            const int32_t j = warp + i * warps, q = j * 32 + lane + k * d.threads;
+            v[i][k] = make_float4(0, 0, 0, 0);
+            if (j < played && q < quads) v[i][k] = moqk_fast_x4<SPLIT>(a, 4 * q);
+        }
+    ask();
+#pragma unroll
+    for (int i = 0; i < MOQK_NORM_PLAYED; i++) {
+        float sum = 0;
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) sum = moqk_add_squares(sum, v[i][k]);
+        sum = moqk_warp_sum(sum);
+        if (lane == 0 && warp + i * warps < played) room[warp + i * warps] = sum;
+    }
+    __syncthreads();
+    const float s = moqk_norm_factor(moqk_warp_sum(lane < played ? room[lane] : 0), cols, d.eps);
+#pragma unroll
+    for (int i = 0; i < MOQK_NORM_PLAYED; i++)
+#pragma unroll
+        for (int k = 0; k < MOQK_NORM_QUADS; k++) {
+            const int32_t j = warp + i * warps, q = j * 32 + lane + k * d.threads;
+            if (j >= played || q >= quads || q < from || q >= end) continue;
+            v[i][k] = moqk_normed(v[i][k], s, w[i][k]);
+            put(v[i][k], q - from);
+            if (!writes) continue;
+            if (SPLIT) moqk_put4((float *)d.normed + 4 * q, v[i][k]);
+            else moqk_put4((__nv_bfloat16 *)d.normed + 4 * q, v[i][k]);
+        }
+    for (int32_t q = max(quads, from) + warp * 32 + lane; q < end; q += warps * 32) put(make_float4(0, 0, 0, 0), q - from);
+}
+
 /* All blocks of a cluster; relaxed_arrive: only that they run. */
 __device__ __forceinline__ void moqk_cluster_arrive(int relaxed)
 {
@@ -2347,6 +2408,7 @@ __device__ __forceinline__ void moqk_store_at(float *p, float v, int blocks, uin
 typedef struct moqk_cut {
     int32_t tiles, ways, blocks, stage, rows; /* rows of x at most */
     int32_t tile_pitch;        /* floats of one row of x in the partial sums: tiles * 16 + 4 */
+    moqk_own_norm norm;
 } moqk_cut;
 
 /* What a lane holds of a chunk while the one before is worked on. */
@@ -2425,8 +2487,9 @@ __device__ __forceinline__ void moqk_fast_block(const moqk_hand<FORM, STEP> &h, 
     }
 }
 
-/* Grid: blocks of a cluster, groups of row tiles of all parts, tiles of choices. Reads the weights once; deterministic. */
-template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds__(512, 1) moqk_decode(moqk_call a, moqk_cut cut)
+/* Grid: blocks of a cluster, groups of row tiles of all parts, tiles of choices. Reads the weights once; deterministic. NORM: x, a single row, is the norm
+   of the call's x: it is staged all at once, and blocks have no cluster. */
+template <int FORM, int STEP, int NB, int SPLIT, int NORM = 0> __global__ void __launch_bounds__(512, 1) moqk_decode(moqk_call a, moqk_cut cut)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     typedef moqk_hand<FORM, STEP> hand;
@@ -2468,6 +2531,8 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
         for (int i = 0; i < 4; i++) h.w[i] = moqk_stream16(src + (int64_t)c * moqk_chunk_bytes(FORM) + i * 512 + moqk_fast_slot(FORM, lane) * 16, policy);
         moqk_fast_scales<FORM, STEP>(h, src + (int64_t)c * moqk_chunk_bytes(FORM), c, lane, scales, zeros, shift);
     }
+    if (NORM && live && c + cut.ways < end && lane < moqk_chunk_bytes(FORM) / 128) /* the next ones into L2 */
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(src + (int64_t)(c + cut.ways) * moqk_chunk_bytes(FORM) + lane * 128));
     if ((FORM == MOQK_FAST_U4 || FORM == MOQK_FAST_U8) && STEP == 0 && live) {
         uint32_t both = zeros[0];
 #pragma unroll
@@ -2476,10 +2541,13 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
             z[i] = moqk_pack(zero, zero);
         }
     }
-    moqk_wait_for_before();
-    if (cut.blocks > 1) moqk_cluster_arrive(1);
     float *sums = (float *)(void *)shared;
     uint8_t *xs = shared + (size_t)cut.blocks * cut.ways * cut.rows * cut.tile_pitch * 4;
+    if constexpr (NORM)
+        moqk_norm_own<SPLIT>(a, cut.norm, local + cut.tiles * way, cut.tiles * cut.ways, cols, 0, chunks * hand::BLOCKS * 16, blockIdx.y == 0, sums, [] {},
+                             [&](float4 v, int32_t i) { moqk_fast_put<FORM, SPLIT>(v, i, 0, columns, xs); });
+    else moqk_wait_for_before();
+    if (cut.blocks > 1) moqk_cluster_arrive(1);
     float acc[NB][4];
     const uint8_t *x[NB];
     int flip[NB];
@@ -2495,7 +2563,8 @@ template <int FORM, int STEP, int NB, int SPLIT> __global__ void __launch_bounds
         int32_t until = min(from + cut.stage, end);
         if (from > begin) __syncthreads();
         const int32_t k0 = from * moqk_chunk_cols(FORM), staged = (until - from) * hand::BLOCKS;
-        if (count < 4) moqk_fast_stage<FORM, SPLIT, 1, 4>(a, first, count, cols, k0, staged, thread, threads, xs);
+        if (NORM) { /* it is there */
+        } else if (count < 4) moqk_fast_stage<FORM, SPLIT, 1, 4>(a, first, count, cols, k0, staged, thread, threads, xs);
         else moqk_fast_stage<FORM, SPLIT, 8, 8>(a, first, count, cols, k0, staged, thread, threads, xs);
         __syncthreads();
         for (; live && c < until; c += cut.ways) {
@@ -2940,7 +3009,7 @@ typedef struct moqk_run_part {
    moqk_run, and a warp has one stage. ROW: these, of one row, with the least code: in a step of one token most of a launch but its loop is code that runs
    once. NORM: likewise, and x is the norm of the call's x. */
 enum { MOQK_RUN_PLAIN, MOQK_RUN_JOINED, MOQK_RUN_ROW, MOQK_RUN_NORM };
-enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4, MOQK_RUN_PLAYED = 2 }; /* the last: warps of a norm that a warp plays */
+enum { MOQK_RUN_PARTS = 4, MOQK_RUN_PHASES = 4 };
 
 /* Warps of a block at most. Kernels of MOQK_RUN_FEW have registers to spare; those of MOQK_RUN_ALL read x all at once. */
 enum { MOQK_RUN_ALL = 32, MOQK_RUN_MOST = 28, MOQK_RUN_FEW = 16 };
@@ -2961,10 +3030,7 @@ typedef struct moqk_run {
     uint32_t bars_at, sums_at, x_at, x_pitch; /* of shared memory; bytes of a row of x */
     int32_t pitch;             /* floats of a row of x in the sums */
     /* What the calls before and after a product do in the same launch: see >>cuda-together */
-    int32_t norm;              /* MOQK_RUN_NORM: the threads of the norm's own launch; else 0 */
-    float eps;
-    const float *norm_weight;  /* [cols] or NULL */
-    void *normed;              /* [cols]: what the norm gives */
+    moqk_own_norm norm;        /* MOQK_RUN_NORM */
     void *into;                /* [rows of x, ldy]: y is added to it; or NULL */
     moq_activation_desc activation;
     void *mid;                 /* [rows of x, rows of a part]: the activation of parts 0 and 1, which are in pairs; or NULL */
@@ -3219,58 +3285,6 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
                     if (last) acc[n][i] += STEP == 0 ? sum[n][i] : sum[n][i] * (i < 2 ? f.x : f.y);
         }
     }
-}
-
-/* x of the block, columns [256 * begin, 256 * (begin + chunks)), as the norm of a row, with the bits of moqk_norm_rows: its warps are played by those of
-   the block. Every block makes the whole sum: a row is in L2, and no launch stands between. room: 32 floats; ask: called when x is under way. */
-template <int SPLIT, class ASK>
-__device__ __forceinline__ void moqk_run_norm(const moqk_call &a, const moqk_run &u, int32_t begin, int32_t chunks, uint32_t to, float *room,
-                                              const ASK &ask)
-{
-    const int32_t lane = threadIdx.x, warps = blockDim.y * blockDim.z, warp = threadIdx.z * blockDim.y + threadIdx.y, played = u.norm >> 5;
-    const int32_t quads = u.cols >> 2, from = begin * 64, end = from + chunks * 64;
-    float4 v[MOQK_RUN_PLAYED][MOQK_NORM_QUADS], w[MOQK_RUN_PLAYED][MOQK_NORM_QUADS];
-#pragma unroll
-    for (int i = 0; i < MOQK_RUN_PLAYED; i++)
-#pragma unroll
-        for (int k = 0; k < MOQK_NORM_QUADS; k++) { /* weights never change: before the kernel before has ended */
-            const int32_t j = warp + i * warps, q = j * 32 + lane + k * u.norm;
-            w[i][k] = j < played && q < quads && u.norm_weight ? __ldg((const float4 *)(const void *)u.norm_weight + q) : make_float4(1, 1, 1, 1);
-        }
-    moqk_wait_for_before();
-#pragma unroll
-    for (int i = 0; i < MOQK_RUN_PLAYED; i++)
-#pragma unroll
-        for (int k = 0; k < MOQK_NORM_QUADS; k++) {
-            const int32_t j = warp + i * warps, q = j * 32 + lane + k * u.norm;
-            v[i][k] = make_float4(0, 0, 0, 0);
-            if (j < played && q < quads) v[i][k] = moqk_fast_x4<SPLIT>(a, 4 * q);
-        }
-    ask();
-#pragma unroll
-    for (int i = 0; i < MOQK_RUN_PLAYED; i++) {
-        float sum = 0;
-#pragma unroll
-        for (int k = 0; k < MOQK_NORM_QUADS; k++) sum = moqk_add_squares(sum, v[i][k]);
-        sum = moqk_warp_sum(sum);
-        if (lane == 0 && warp + i * warps < played) room[warp + i * warps] = sum;
-    }
-    __syncthreads();
-    const float s = moqk_norm_factor(moqk_warp_sum(lane < played ? room[lane] : 0), u.cols, u.eps);
-#pragma unroll
-    for (int i = 0; i < MOQK_RUN_PLAYED; i++)
-#pragma unroll
-        for (int k = 0; k < MOQK_NORM_QUADS; k++) {
-            const int32_t j = warp + i * warps, q = j * 32 + lane + k * u.norm;
-            if (j >= played || q >= quads || q < from || q >= end) continue;
-            v[i][k] = moqk_normed(v[i][k], s, w[i][k]);
-            moqk_run_put<SPLIT>(v[i][k], to + (uint32_t)(q - from) * 8, u.x_pitch);
-            if (blockIdx.y != 0) continue;
-            if (SPLIT) moqk_put4((float *)u.normed + 4 * q, v[i][k]);
-            else moqk_put4((__nv_bfloat16 *)u.normed + 4 * q, v[i][k]);
-        }
-    for (int32_t q = max(quads, from) + warp * 32 + lane; q < end; q += warps * 32)
-        moqk_run_put<SPLIT>(make_float4(0, 0, 0, 0), to + (uint32_t)(q - from) * 8, u.x_pitch);
 }
 
 /* Asks for the warp's rows of phase `at` of its way's x. */
@@ -3763,9 +3777,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     if constexpr (KIND == MOQK_RUN_NORM) { /* needs all registers: what a warp loaded before would be waited for, to be put away */
         h[0].ask(scales, zeros, c0, p.shift);
         const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
-        const int32_t chunks = moqk_run_first(cut, (rank + 1) * cut.ways) - begin;
-        if (split) moqk_run_norm<1>(a, cut, begin, chunks, to, sums, ask);
-        else moqk_run_norm<0>(a, cut, begin, chunks, to, sums, ask);
+        const int32_t from = begin * 64, end = moqk_run_first(cut, (rank + 1) * cut.ways) * 64, warps = blockDim.y * blockDim.z;
+        if (split)
+            moqk_norm_own<1>(a, cut.norm, warp, warps, cut.cols, from, end, blockIdx.y == 0, sums, ask,
+                             [&](float4 v, int32_t i) { moqk_run_put<1>(v, to + (uint32_t)i * 8, cut.x_pitch); });
+        else
+            moqk_norm_own<0>(a, cut.norm, warp, warps, cut.cols, from, end, blockIdx.y == 0, sums, ask,
+                             [&](float4 v, int32_t i) { moqk_run_put<0>(v, to + (uint32_t)i * 8, cut.x_pitch); });
         h[0].load(scales, zeros, c0, p.shift);
     } else if constexpr (LATE && STEP > 0) { /* likewise */
         h[0].ask(scales, zeros, c0, p.shift);
@@ -6579,6 +6597,7 @@ static size_t moqc_weight_bytes(const moq_backend *be, const moq_weight *w)
 }
 
 static int moqc_may_hold(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows); /* see >>cuda-together */
+static int moqc_may_norm(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows); /* likewise */
 
 static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int32_t rows, void *y)
 {
@@ -6587,7 +6606,7 @@ static void moqc_linear(moq_backend *be, const moq_weight *w, const void *x, int
     const moqc_bank *b = (const moqc_bank *)(const void *)w;
     int elem = c->bf16 ? 2 : 4;
     c->holds = moqc_may_hold(c, b, x, rows);
-    if (!c->holds) moqc_let_go(c);
+    if (!c->holds && !moqc_may_norm(c, b, x, rows)) moqc_let_go(c);
     for (int64_t first = 0; first < rows; first += c->be.max_rows) {
         moqc_run u;
         memset(&u, 0, sizeof u);
@@ -6623,7 +6642,7 @@ static int moqc_decode_cut(const moqc_job *j, int form, int64_t choices, int col
     int most_blocks = j->c->sm >= 90 ? 2 : 1;
     for (int32_t tiles = 1; tiles <= 16; tiles++)
         for (int32_t blocks = 1; blocks <= most_blocks; blocks++) {
-            moqk_cut u;
+            moqk_cut u = {};
             int64_t half = moqk_ceil(chunks, blocks), groups = 0;
             if (blocks > 1 && (chunks < 4 || tiles < 2 || half * (blocks - 1) >= chunks)) continue;
             u.tiles = tiles;
@@ -6650,25 +6669,28 @@ static int moqc_decode_cut(const moqc_job *j, int form, int64_t choices, int col
 
 typedef void (*moqc_decode_kernel)(moqk_call, moqk_cut);
 
-template <int FORM, int STEP> static moqc_decode_kernel moqc_decode_for(int columns, int split)
+template <int FORM, int STEP> static moqc_decode_kernel moqc_decode_for(int columns, int split, int norm)
 {
+    if constexpr (FORM > MOQK_MXFP4 && FORM != MOQK_FAST_U4) { /* else >>cuda-runs makes it */
+        if (norm) return split ? moqk_decode<FORM, STEP, 1, 1, 1> : moqk_decode<FORM, STEP, 1, 0, 1>;
+    }
     if (split) return columns <= 8 ? moqk_decode<FORM, STEP, 1, 1> : columns <= 16 ? moqk_decode<FORM, STEP, 2, 1> : moqk_decode<FORM, STEP, 4, 1>;
     return columns <= 8 ? moqk_decode<FORM, STEP, 1, 0> : moqk_decode<FORM, STEP, 2, 0>;
 }
 
-static moqc_decode_kernel moqc_decode_find(int form, int step, int columns, int split)
+static moqc_decode_kernel moqc_decode_find(int form, int step, int columns, int split, int norm)
 {
     switch (form) {
-    case MOQK_NVFP4: return moqc_decode_for<MOQK_NVFP4, 0>(columns, split);
-    case MOQK_MXFP4: return moqc_decode_for<MOQK_MXFP4, 0>(columns, split);
-    case MOQK_FAST_U8: return moqc_decode_for<MOQK_FAST_U8, 0>(columns, split);
-    case MOQK_FAST_BF16: return moqc_decode_for<MOQK_FAST_BF16, 0>(columns, split);
+    case MOQK_NVFP4: return moqc_decode_for<MOQK_NVFP4, 0>(columns, split, norm);
+    case MOQK_MXFP4: return moqc_decode_for<MOQK_MXFP4, 0>(columns, split, norm);
+    case MOQK_FAST_U8: return moqc_decode_for<MOQK_FAST_U8, 0>(columns, split, norm);
+    case MOQK_FAST_BF16: return moqc_decode_for<MOQK_FAST_BF16, 0>(columns, split, norm);
     case MOQK_FAST_U4:
-        if (step == 0) return moqc_decode_for<MOQK_FAST_U4, 0>(columns, split);
-        return step == 32 ? moqc_decode_for<MOQK_FAST_U4, 32>(columns, split) : moqc_decode_for<MOQK_FAST_U4, 64>(columns, split);
+        if (step == 0) return moqc_decode_for<MOQK_FAST_U4, 0>(columns, split, norm);
+        return step == 32 ? moqc_decode_for<MOQK_FAST_U4, 32>(columns, split, norm) : moqc_decode_for<MOQK_FAST_U4, 64>(columns, split, norm);
     default:
-        if (step == 0) return moqc_decode_for<MOQK_FAST_E4M3, 0>(columns, split);
-        return step == 32 ? moqc_decode_for<MOQK_FAST_E4M3, 32>(columns, split) : moqc_decode_for<MOQK_FAST_E4M3, 64>(columns, split);
+        if (step == 0) return moqc_decode_for<MOQK_FAST_E4M3, 0>(columns, split, norm);
+        return step == 32 ? moqc_decode_for<MOQK_FAST_E4M3, 32>(columns, split, norm) : moqc_decode_for<MOQK_FAST_E4M3, 64>(columns, split, norm);
     }
 }
 
@@ -6919,7 +6941,7 @@ static double moqc_run_cost(const moqc_ctx *c, const moqk_run *u, int64_t groups
     const int warps = u->tiles * u->ways, two = 2 * (bytes + 1024) <= c->most_shared + 1024 && warps <= 16;
     const double grid = (double)(groups * u->blocks), rounds = ceil(grid / sms), run = u->each + (u->more > 0);
     const double work = u->tiles * (0.3 * run * u->ways + 0.7 * share) + x;
-    const int twice = two && grid > sms;
+    const int twice = two && grid > sms && u->rows > 1; /* of a single row joined with its neighbours no two blocks share one: see moqc_run_joined */
     double cost = (twice ? 1.1 * grid / sms : rounds) * work * (1 + 1.5 / (twice ? 2 * warps : warps));
     return cost + 4 * rounds + (u->blocks > 1 ? 4 : 0) + (two ? 0 : 3) + (warps > 16 ? 8 : 0) + 0.02 * warps;
 }
@@ -7015,18 +7037,19 @@ enum { MOQC_RUN_EAGER = 5 }; /* 2 to 7 take the same time on an H200 */
 static int64_t moqc_run_joined(const moqc_ctx *c, int form, moqk_run *u)
 {
     u->stages = 1;
-    if (u->norm ? u->tiles * u->ways > 16 : u->each == 2) u->eager = MOQC_RUN_EAGER; /* a run of one chunk has nothing to do meanwhile */
+    if (u->norm.threads ? u->tiles * u->ways > 16 : u->each == 2) u->eager = MOQC_RUN_EAGER; /* a run of one chunk has nothing to do meanwhile */
     return moqc_max(moqc_run_fill_in(u, form), c->most_shared / 2);
 }
 
 static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes); /* see >>cuda-together */
+static moqk_call moqc_norm_in_decode(const moqc_job *j, int form, moqk_cut *u);                   /* likewise */
 
 static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, int64_t bytes)
 {
     u->eager = MOQK_RUN_ALL;
-    if (u->columns <= 2 && (u->norm || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
+    if (u->columns <= 2 && (u->norm.threads || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
     if (u->wide) bytes = moqc_max(bytes, j->c->most_shared / 2); /* or two blocks come to lie on one multiprocessor: see moqc_run_joined */
-    const int kind = u->norm ? MOQK_RUN_NORM : !u->pairs && !u->into && !u->mid ? MOQK_RUN_PLAIN : u->rows == 1 ? MOQK_RUN_ROW : MOQK_RUN_JOINED;
+    const int kind = u->norm.threads ? MOQK_RUN_NORM : !u->pairs && !u->into && !u->mid ? MOQK_RUN_PLAIN : u->rows == 1 ? MOQK_RUN_ROW : MOQK_RUN_JOINED;
     const moqc_run_kernel kernel = u->wide ? NULL : moqc_run_find(form, step, u, kind);
     const moqc_wide_kernel wide = u->wide ? moqc_wide_find(form, step, kind) : NULL;
     const void *code = u->wide ? (const void *)wide : (const void *)kernel;
@@ -7070,21 +7093,23 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
         if (bytes > 0 && j->c->holds) moqc_hold_run(j, form, step, &run, bytes);
         else if (bytes > 0) moqc_launch_run(j, form, step, &run, bytes);
         if (bytes > 0) return;
+        moqc_let_go(j->c);
     }
-    moqc_let_go(j->c);
     const int large = moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000, known = columns > 8 || moqk_fast_bits(form) > 4;
     if (j->c->sm == 90 && !j->call.tiles && known && (j->call.m > 4 || large)) { /* the copy engine */
         int64_t bytes = moqc_ring_cut(j, form, step, columns, &ring);
-        if (bytes > 0) { moqc_launch_ring(j, form, step, &ring, bytes); return; }
+        if (bytes > 0) { moqc_let_go(j->c); moqc_launch_ring(j, form, step, &ring, bytes); return; }
     }
     moqc_ok(j->c, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, j->c->device), "cudaDeviceGetAttribute");
     if (!moqc_decode_cut(j, form, choices, columns, room, &u)) { moqc_ok(j->c, cudaErrorInvalidConfiguration, "decode-mma"); return; }
+    const moqk_call call = moqc_norm_in_decode(j, form, &u);
+    const int norm = u.norm.threads > 0;
     for (int32_t i = 0; i < j->call.part_count; i++) {
         int64_t rows = 0;
         for (int32_t e = 0; e < b->experts; e++) rows = moqc_max(rows, j->part[i + e * b->parts].d.rows);
         groups += moqk_ceil(rows, 16 * u.tiles);
     }
-    moqc_decode_kernel kernel = moqc_decode_find(form, step, columns, split);
+    moqc_decode_kernel kernel = moqc_decode_find(form, step, columns, split, norm);
     size_t bytes = (size_t)moqc_decode_sums(&u) + (size_t)u.stage * (size_t)(moqk_chunk_cols(form) / 64) * (size_t)columns * 128;
     memset(with, 0, sizeof with);
     how.gridDim = dim3((unsigned)u.blocks, (unsigned)groups, (unsigned)choices);
@@ -7104,7 +7129,7 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
         how.numAttrs++;
     }
     if (!moqc_ok(j->c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room), "cudaFuncSetAttribute")) return;
-    moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, u), "decode-mma");
+    moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, call, u), "decode-mma");
 }
 
 static void moqc_launch_decode(const struct moqc_job *j)
@@ -7573,12 +7598,13 @@ static int moqc_gemm_tokens(const moqc_bank *b)
 /* ------------------------------------------------------------------------------------------------
    >>cuda-together   calls of a recording that become one launch
    A launch takes a few microseconds from the end of the one before to its own first result, and a step of one token has hundreds of them. So while a
-   graph is recorded, a product of >>cuda-runs waits for the call behind it, and so do a norm of one row and heads that enter a cache: the product
-   itself adds what a norm would add, or makes the activation of its gate and up; it makes the norm of its x; attention enters its heads. Every buffer
-   gets what single calls give it, bit by bit. Any other call launches what waits before it does anything.
+   graph is recorded, a product of >>cuda-runs waits for the call behind it, and so do a mixture of >>cuda-moe-few, a norm of one row and heads that enter a
+   cache: product and mixture themselves add what a norm would add, a product makes the activation of its gate and up; it makes the norm of its x, as one of
+   >>cuda-decode too; attention enters its heads. Every buffer gets what single calls give it, bit by bit. Any other call launches what waits before it does
+   anything.
    ------------------------------------------------------------------------------------------------ */
 
-/* What waits: a product, a norm, or the heads of an attention. */
+/* What waits: a product, a norm, a mixture, or the heads of an attention. */
 typedef struct moqc_held {
     int enters;                /* heads wait for their attention: */
     moq_batch batch;
@@ -7590,32 +7616,56 @@ typedef struct moqc_held {
     int64_t bytes;
     int norms;                 /* `norm` waits */
     moq_norm_desc norm;
+    const struct moqc_experts *experts; /* a mixture of few rows waits; NULL: none */
+    const void *mixed, *logits;
+    void *mixture;             /* [rows, its outputs] */
+    int32_t mixed_rows;
 } moqc_held;
 
 static void moqc_launch_norm(moqc_ctx *c, const moq_norm_desc *d); /* see >>cuda-ops */
 static void moqc_launch_enter(moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h); /* see >>cuda-kv */
+static void moqc_launch_few(moqc_ctx *c, const struct moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y, void *into); /* see >>cuda-moe-host */
+static int moqc_mixture_adds(const moqc_ctx *c, const moq_norm_desc *n); /* likewise */
 
 static void moqc_let_go(moqc_ctx *c)
 {
     moqc_held *h = c->held;
+    if (h->experts) moqc_launch_few(c, h->experts, h->mixed, h->logits, h->mixed_rows, h->mixture, NULL);
     if (h->run) moqc_launch_run(&h->job, h->form, h->step, &h->cut, h->bytes);
     if (h->norms) moqc_launch_norm(c, &h->norm);
     if (h->enters) moqc_launch_enter(c, &h->batch, &h->heads);
     h->run = h->norms = h->enters = c->waiting = 0;
+    h->experts = NULL;
 }
 
-/* Is a product over this bank one launch of >>cuda-runs, with x as it is? */
-static int moqc_may_hold(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
+/* Is a product over this bank one launch of moqc_launch_decode, of one form, with x as it is? Then the form, else -1. */
+static int moqc_one_launch(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
 {
     const int elem = c->bf16 ? 2 : 4, form = moqk_form_of(b->part[0].d);
-    if (!c->capturing || c->sm != 90 || rows < 1 || rows > c->be.max_rows || rows * elem > 32 || b->experts != 1) return 0;
-    if (form < 0 || moqk_fast_bits(form) != 4 || ((uintptr_t)x & 15) != 0 || b->cols * elem % 16 != 0) return 0;
+    if (!c->capturing || c->sm != 90 || rows < 1 || rows > c->be.max_rows || b->experts != 1) return -1;
+    if (form < 0 || ((uintptr_t)x & 15) != 0 || b->cols * elem % 16 != 0) return -1;
     for (int32_t i = 0; i < b->parts; i++) {
         const moqc_part *p = &b->part[i];
-        if (p->has_lora || !b->direct[i] || (i > 0 && !b->shares[i]) || p->d.rows < 1 || p->kernel[moqc_regime(rows)]->launch != moqc_launch_decode) return 0;
-        if (moqk_form_of(p->d) != form || moqk_form_step(p->d, form) != moqk_form_step(b->part[0].d, form)) return 0;
+        if (p->has_lora || !b->direct[i] || (i > 0 && !b->shares[i]) || p->d.rows < 1 || p->kernel[moqc_regime(rows)]->launch != moqc_launch_decode) return -1;
+        if (moqk_form_of(p->d) != form || moqk_form_step(p->d, form) != moqk_form_step(b->part[0].d, form)) return -1;
     }
-    return 1;
+    return form;
+}
+
+/* Is it one of >>cuda-runs, which may wait? */
+static int moqc_may_hold(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
+{
+    const int form = moqc_one_launch(c, b, x, rows);
+    return form >= 0 && moqk_fast_bits(form) == 4 && rows * (c->bf16 ? 2 : 4) <= 32;
+}
+
+/* May it make the norm that waits, as one of >>cuda-decode? */
+static int moqc_may_norm(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
+{
+    const moqc_held *h = c->held;
+    if (rows != 1 || !h->norms || h->norm.y != x || h->norm.cols != b->cols) return 0;
+    const int form = moqc_one_launch(c, b, x, rows);
+    return form >= 0 && moqk_fast_bits(form) > 4;
 }
 
 /* Is each of these aligned to four values of `elem` bytes? Strides count values. */
@@ -7632,12 +7682,35 @@ static int32_t moqc_norm_threads(const moqc_ctx *c, const moq_norm_desc *d)
     return fits ? (int32_t)moqk_pad(moqk_ceil(d->cols, 4 * MOQK_NORM_QUADS), 32) : 0;
 }
 
-/* May the product that waits, cut like this, make the norm of its x? Blocks would read what others write already where buffers touch. */
-static int moqc_norm_fits(const moqc_ctx *c, const moq_norm_desc *n, const moqc_job *j, const moqk_run *u)
+/* May a product by `warps` warps of a block make the norm of its x? Blocks would read what others write already where buffers touch. */
+static int moqc_norm_fits(const moqc_ctx *c, const moq_norm_desc *n, const moqk_call *a, int32_t cols, int32_t warps)
 {
-    const int64_t elem = c->bf16 ? 2 : 4, row = n->cols * elem, y = j->call.ldy * elem;
-    return n->y == j->call.x && j->call.m == 1 && n->cols == u->cols && moqc_norm_threads(c, n) <= 32 * MOQK_RUN_PLAYED * u->tiles * u->ways &&
-        moqc_apart(n->x, row, j->call.y, y) && moqc_apart(n->y, row, j->call.y, y);
+    const int64_t elem = c->bf16 ? 2 : 4, row = n->cols * elem, y = a->ldy * elem;
+    return n->y == a->x && a->m == 1 && n->cols == cols && moqc_norm_threads(c, n) <= 32 * MOQK_NORM_PLAYED * warps && moqc_apart(n->x, row, a->y, y) &&
+        moqc_apart(n->y, row, a->y, y);
+}
+
+static moqk_own_norm moqc_own_norm(const moqc_ctx *c, const moq_norm_desc *n)
+{
+    const moqk_own_norm own = {moqc_norm_threads(c, n), n->eps, n->weight, n->y};
+    return own;
+}
+
+/* The call of a product of >>cuda-decode, which makes the norm that waits, if it can: u learns it. Else what waits is launched. */
+static moqk_call moqc_norm_in_decode(const moqc_job *j, int form, moqk_cut *u)
+{
+    moqc_ctx *c = j->c;
+    moqc_held *h = c->held;
+    const moq_norm_desc *n = &h->norm;
+    moqk_call call = j->call;
+    const int32_t cols = j->part->d.cols;
+    if (h->norms && moqk_fast_bits(form) > 4 && !call.tiles && u->blocks == 1 && u->stage >= moqk_ceil(cols, moqk_chunk_cols(form)) &&
+        moqc_norm_fits(c, n, &call, cols, u->tiles * u->ways)) {
+        u->norm = moqc_own_norm(c, n);
+        call.x = n->x;
+        h->norms = c->waiting = 0;
+    } else moqc_let_go(c);
+    return call;
 }
 
 static void moqc_take_norm(const moqc_ctx *c, moqc_held *h)
@@ -7645,17 +7718,14 @@ static void moqc_take_norm(const moqc_ctx *c, moqc_held *h)
     h->has_norm = 1;
     h->job.call.x = h->norm.x;
     h->cut.bulk = 0;
-    h->cut.norm = moqc_norm_threads(c, &h->norm);
-    h->cut.eps = h->norm.eps;
-    h->cut.norm_weight = h->norm.weight;
-    h->cut.normed = h->norm.y;
+    h->cut.norm = moqc_own_norm(c, &h->norm);
 }
 
 static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes)
 {
     moqc_ctx *c = j->c;
     moqc_held *h = c->held;
-    const int takes = h->norms && moqc_norm_fits(c, &h->norm, j, u);
+    const int takes = h->norms && moqc_norm_fits(c, &h->norm, &j->call, u->cols, u->tiles * u->ways);
     if (takes) h->norms = 0;
     moqc_let_go(c);
     h->job = *j;
@@ -7676,9 +7746,20 @@ static int moqc_add_in_run(moqc_ctx *c, const moq_norm_desc *n)
     const int64_t elem = c->bf16 ? 2 : 4, x = a->m * (int64_t)n->cols * elem;
     if (!h->run || !n->add || n->add != a->y || h->cut.pairs || n->groups > 1 || n->rows != a->m || a->ldy != n->cols) return 0;
     if ((n->x_stride != 0 && n->x_stride != n->cols) || h->job.bank->rows != n->cols || !moqc_apart(n->x, x, a->y, x) || !moqc_apart(n->x, x, a->x, a->m * a->ldx * elem) ||
-        !moqc_apart(n->x, x, h->cut.normed, h->has_norm ? h->cut.cols * elem : 0)) return 0;
+        !moqc_apart(n->x, x, h->cut.norm.normed, h->has_norm ? h->cut.cols * elem : 0)) return 0;
     h->cut.into = (void *)(uintptr_t)n->x;
     moqc_let_go(c);
+    return 1;
+}
+
+/* The same by the mixture that made `add`. */
+static int moqc_add_in_mixture(moqc_ctx *c, const moq_norm_desc *n)
+{
+    moqc_held *h = c->held;
+    if (!h->experts || n->add != h->mixture || !moqc_mixture_adds(c, n)) return 0;
+    moqc_launch_few(c, h->experts, h->mixed, h->logits, h->mixed_rows, h->mixture, (void *)(uintptr_t)n->x);
+    h->experts = NULL;
+    c->waiting = 0;
     return 1;
 }
 
@@ -7690,7 +7771,7 @@ static int moqc_activate_in_run(moqc_ctx *c, const moq_activation_desc *d, const
     const int64_t elem = c->bf16 ? 2 : 4, mid = (int64_t)rows * n * elem;
     if (!h->run || x != a->y || rows != a->m || d->kind == MOQ_RELU2 || !h->cut.pairs || h->cut.part[0].rows != n) return 0;
     if (!moqc_apart(y, mid, a->y, 2 * mid) || !moqc_apart(y, mid, a->x, a->m * a->ldx * elem) ||
-        !moqc_apart(y, mid, h->cut.normed, h->has_norm ? h->cut.cols * elem : 0)) return 0;
+        !moqc_apart(y, mid, h->cut.norm.normed, h->has_norm ? h->cut.cols * elem : 0)) return 0;
     h->cut.activation = *d;
     h->cut.mid = y;
     moqc_let_go(c);
@@ -7871,7 +7952,7 @@ static void moqc_norm(moq_backend *be, const moq_norm_desc *d)
     moq_norm_desc n = *d;
     c->narrowed = NULL;
     if (d->rows < 1 || d->cols < 1) return;
-    if (moqc_add_in_run(c, &n)) n.add = NULL;
+    if (moqc_add_in_run(c, &n) || moqc_add_in_mixture(c, &n)) n.add = NULL;
     moqc_let_go(c);
     if (moqc_norm_waits(c, &n)) {
         c->held->norm = n;
@@ -11686,6 +11767,7 @@ typedef struct moqk_few {
                                   Of one row of BF16 activations hi is all there is. */
     int32_t *state;            /* which half a launch uses; rows that the one before it wrote to the other half, which it clears */
     void *y;                   /* [rows, rows of the second side] of the activation type */
+    void *into;                /* the same: y is added to it; or NULL. See >>cuda-together */
     moqk_few_side side[2];
     moq_activation_desc activation;
     int32_t rows, cols, hidden_cols;
@@ -12108,7 +12190,10 @@ __device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile,
             }
             v += moqk_few_add<1>(half + i, 1, 0);
         }
-        if (r < a.side[1].rows) moqk_put_any(a.y, (int64_t)m * a.side[1].rows + r, v, a.bf16);
+        if (r >= a.side[1].rows) continue;
+        const int64_t at = (int64_t)m * a.side[1].rows + r;
+        moqk_put_any(a.y, at, v, a.bf16);
+        if (a.into) moqk_put_any(a.into, at, moqk_get_any(a.into, at, a.bf16) + moqk_rounded_any(v, a.bf16), a.bf16);
     }
 }
 
@@ -13037,7 +13122,7 @@ static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
     return fine ? MOQ_OK : moqc_why(c, c->name, err);
 }
 
-static void moqc_moe_few(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y)
+static void moqc_launch_few(moqc_ctx *c, const struct moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y, void *into)
 {
     moqk_few f = m->few.call;
     const moqc_few_kernel kernel = moqc_few_find(m->few.form, m->few.step, rows == 1);
@@ -13046,10 +13131,21 @@ static void moqc_moe_few(moqc_ctx *c, const moqc_experts *m, const void *x, cons
     f.x = x;
     f.logits = logits;
     f.y = y;
+    f.into = into;
     f.rows = rows;
     const int64_t bytes = moqc_few_cut(c, &f, m->few.form, &warps, &blocks);
     const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
     if (moqc_ok(c, moqc_few_room(c, kernel), "cudaFuncSetAttribute")) moqc_ok(c, cudaLaunchKernelEx(&how, kernel, (const moqk_few)f), "moe-few");
+}
+
+/* May the mixture that waits add its y to what this norm reads? Blocks would read what others write already where buffers touch. */
+static int moqc_mixture_adds(const moqc_ctx *c, const moq_norm_desc *n)
+{
+    const moqc_held *h = c->held;
+    const moqc_experts *m = h->experts;
+    const int64_t rows = h->mixed_rows, elem = c->bf16 ? 2 : 4, x = rows * m->out * elem;
+    return n->groups <= 1 && n->rows == rows && n->cols == m->out && (n->x_stride == 0 || n->x_stride == n->cols) && moqc_apart(n->x, x, h->mixture, x) &&
+        moqc_apart(n->x, x, h->mixed, rows * m->cols * elem) && moqc_apart(n->x, x, h->logits, rows * m->routing.experts * elem);
 }
 
 /* ---- preparing ---- */
@@ -13364,7 +13460,15 @@ static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x,
         uint8_t *out = (uint8_t *)y + first * m->out * elem;
         n = moqc_min(rows - first, few ? moqk_ceil(rows, moqk_ceil(rows, MOQK_FEW_ROWS)) : most);
         const int products = few || !aligned ? 0 : moqc_runs_products(c, m, n * m->routing.top_k);
-        if (few) moqc_moe_few(c, m, in, l, (int32_t)n, out);
+        if (few && n == rows && c->capturing) { /* a norm may follow that adds y to what it reads */
+            moqc_held *h = c->held;
+            h->experts = m;
+            h->mixed = in;
+            h->logits = l;
+            h->mixed_rows = rows;
+            h->mixture = out;
+            c->waiting = 1;
+        } else if (few) moqc_launch_few(c, m, in, l, (int32_t)n, out, NULL);
         else if (products > 0) moqc_moe_runs(c, m, in, l, n, products, out);
         else moqc_moe_pass(c, m, in, l, n, out);
     }

@@ -7674,7 +7674,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0, key = (uint64_t)c->kv_rank + (uint64_t)c->rope_dim;
     /* layers that are opened one by one, behind an observer, have wide keys and values */
     uint64_t part, narrow_kv = m->latent_ways & 1, wide = latent && (m->one_by_one || m->latent_ways & 2);
-    void *ids, *pos, *slot, *best = NULL;
+    void *ids, *best = NULL;
     llmi_want want[] = {
         {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
         {&m->in, llmi_larger(attention_in, state_in), m->elem},    {&m->att, llmi_larger(heads * value, inner), m->elem},
@@ -7685,15 +7685,15 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
         {&m->gate_up, 2 * inter, m->elem},      {&m->mid, inter, m->elem}, {&m->shared, c->shared_inter ? hidden : 0, m->elem},
         {&m->expert_in, narrow, m->elem},       {&m->expert_out, narrow, m->elem},
         {&m->route, (uint64_t)c->experts + 1, m->elem},
-        {&ids, 1, sizeof(int32_t)}, {&pos, 1, sizeof(int32_t)},    {&slot, 1, sizeof(int32_t)}, {&best, (uint64_t)(m->be->send_act != NULL), sizeof(int32_t)}};
+        {&ids, 3, sizeof(int32_t)},             {&best, (uint64_t)(m->be->send_act != NULL), sizeof(int32_t)}};
     for (size_t i = 0; i < LLMI_COUNT(want); i++) {
         if (want[i].width == 0) continue;
         if (m->dry) m->planned += rows * want[i].width * want[i].size;
         else if (!(*want[i].out = llmi_alloc(m, rows * want[i].width, want[i].size, err))) return llmi_code(err, MOQ_E_NOMEM);
     }
     m->ids = (int32_t *)ids;
-    m->pos = (int32_t *)pos;
-    m->slot = (int32_t *)slot;
+    m->pos = m->ids + m->chunk; /* as in m->host, so that one copy takes all three */
+    m->slot = m->pos + m->chunk;
     m->best = (int32_t *)best;
     m->head_rows = llmi_head_rows(m);
     part = ((uint64_t)m->head_rows + 1) * (uint64_t)m->head_part;
@@ -8119,15 +8119,12 @@ static void llmi_pass_upload(llmi_model *m)
 {
     moq_backend *be = m->be;
     const llmi_config *c = &m->c;
-    size_t bytes = (size_t)m->pass.rows * sizeof(int32_t);
     for (int32_t i = 0; m->temper && i < m->pass.rows; i++) {
         double factor = 1 + c->temper * log1p(floor((m->host[m->chunk + i] + 1) / c->temper_floor));
         for (int32_t d = 0; d < c->head_dim; d++) m->temper[(size_t)i * (size_t)c->head_dim + (size_t)d] = d % 2 ? 0 : (float)factor;
     }
     if (m->temper) be->upload(be, m->table[LLMI_TURN_NONE], m->temper, (size_t)m->pass.rows * (size_t)c->head_dim * sizeof *m->temper);
-    be->upload(be, m->ids, m->host, bytes);
-    be->upload(be, m->pos, m->host + m->chunk, bytes);
-    be->upload(be, m->slot, m->host + 2 * (size_t)m->chunk, bytes);
+    be->upload(be, m->ids, m->host, (2 * (size_t)m->chunk + (size_t)m->pass.rows) * sizeof *m->host); /* a copy takes microseconds, of whatever size */
 }
 
 /* Angles of the positions. */

@@ -2383,15 +2383,125 @@ static void check_chain(moq_dtype activations, int format, int rows, int hidden,
 
 static void test_cuda_together(void)
 {
-    static const int formats[4] = {4, 8, 19, 11}, shapes[4][2] = {{1024, 1536}, {1312, 1056}, {2080, 1120}, {8192, 1216}};
+    static const int formats[7] = {4, 8, 19, 11, 2, 14, 16}, shapes[4][2] = {{1024, 1536}, {1312, 1056}, {2080, 1120}, {8192, 1216}};
     static const int odds[8] = {0, 1, 2, 4, 8 + 16, 32 + 1, 64, 128};
     for (int bf16 = 0; bf16 < 2; bf16++) {
         const moq_dtype t = bf16 ? MOQ_BF16 : MOQ_F32;
         for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_chain(t, 4, 1, 1312, 1056, odds[o]);
         for (int m = 2; m <= 13; m += m == 2 ? 1 : 5) check_chain(t, 4, m, shapes[0][0], shapes[0][1], m == 3 ? 128 : 1);
         for (int s = bf16; s < 4; s += 2) check_chain(t, 4, 1, shapes[s][0], shapes[s][1], 0);
-        for (int f = 1; f < 4; f++)
+        for (int f = 1; f < 7; f++)
             for (int m = 1; m <= 13; m += 12) check_chain(t, formats[f], m, 1024, 1280, 0);
+    }
+}
+
+/* The second block of a layer with experts, and what follows: h = norm(x), logits = router h, d = experts(h), x += d, h = norm(x), q = W h. odd: 1 another
+   call between norm and router, 2 one behind the experts, 4 the sum by itself, 8 x and h are one buffer, which nobody may join. */
+typedef struct mixed { moq_backend *be; moq_weight *router, *next; moq_experts *experts; void *at[6]; int count[6], rows, odd; } mixed;
+
+static void mixed_run(mixed *c)
+{
+    moq_backend *be = c->be;
+    void **at = c->at, *h = at[c->odd & 8 ? 0 : 1];
+    moq_norm_desc n;
+    memset(&n, 0, sizeof n);
+    n.x = at[0];
+    n.y = h;
+    n.rows = c->rows;
+    n.cols = c->count[0] / c->rows;
+    n.eps = 1e-5f;
+    be->norm(be, &n);
+    if (c->odd & 1) be->copy(be, at[5], h, 64);
+    be->linear(be, c->router, h, c->rows, at[2]);
+    be->moe(be, c->experts, h, at[2], c->rows, at[3]);
+    if (c->odd & 2) be->copy(be, at[5], at[3], 64);
+    if (c->odd & 4) be->add(be, at[0], at[3], (size_t)c->count[0]);
+    else n.add = at[3];
+    n.y = at[1];
+    be->norm(be, &n);
+    be->linear(be, c->next, at[1], c->rows, at[4]);
+}
+
+static void mixed_result(mixed *c, const float *x, float *out, moq_graph *g)
+{
+    c->be->upload_act(c->be, c->at[0], x, (size_t)c->count[0]);
+    if (g) c->be->replay(c->be, g);
+    else mixed_run(c);
+    for (int i = 0; i < 6; out += c->count[i], i++) c->be->download_act(c->be, out, c->at[i], (size_t)c->count[i]);
+}
+
+/* router: its format; hidden: a multiple of 32, from 1024 on the router's product may make the norm. */
+static void check_mixed(moq_dtype activations, int router, int rows, int hidden, int odd)
+{
+    enum { EXPERTS = 36, INTER = 512 };
+    moq_error err;
+    mixed c;
+    layer l[2], e[3 * EXPERTS];
+    moq_linear all[3 * EXPERTS];
+    moq_moe m;
+    const int counts[6] = {hidden, hidden, EXPERTS, hidden, 96, 64};
+    memset(&c, 0, sizeof c);
+    memset(&m, 0, sizeof m);
+    c.be = backend_of(MOQ_ACT_WIDE, NULL, activations);
+    c.rows = rows;
+    c.odd = odd;
+    layer_make(&l[0], &layer_formats[router], EXPERTS, hidden);
+    layer_make(&l[1], &layer_formats[4], 96, hidden);
+    for (int i = 0; i < 3 * EXPERTS; i++) {
+        layer_make(&e[i], &layer_formats[4], i < 2 * EXPERTS ? INTER : hidden, i < 2 * EXPERTS ? hidden : INTER);
+        all[i] = e[i].w;
+    }
+    m.name = "mixed";
+    m.routing.experts = EXPERTS;
+    m.routing.top_k = 3;
+    m.routing.renormalize = 1;
+    m.activation.kind = MOQ_SILU_MUL;
+    m.gate = all;
+    m.up = all + EXPERTS;
+    m.down = all + 2 * EXPERTS;
+    c.router = c.be->prepare_linear(c.be, &l[0].w, 1, &err);
+    c.next = c.be->prepare_linear(c.be, &l[1].w, 1, &err);
+    c.experts = c.be->prepare_moe(c.be, &m, &err);
+    CHECK(c.router && c.next && c.experts && c.be->reserve(c.be, 16, &err) == MOQ_OK);
+    size_t sum = 0;
+    for (int i = 0; i < 6; i++) sum += (size_t)(c.count[i] = counts[i] * (i == 5 ? 1 : rows));
+    for (int i = 0; i < 6; i++) c.at[i] = device_floats(c.be, NULL, (size_t)c.count[i]);
+    float *x = random_floats((size_t)c.count[0]), *y = random_floats(sum), *z = random_floats(sum);
+    mixed_result(&c, x, y, NULL);
+    CHECK(c.be->capture_begin(c.be, &err) == MOQ_OK);
+    mixed_run(&c);
+    moq_graph *g = c.be->capture_end(c.be, &err);
+    CHECK(g != NULL);
+    for (int turn = 0; g && turn < 3; turn++) {
+        size_t wrong = 0, first = 0;
+        mixed_result(&c, x, z, g);
+        for (size_t i = 0; i < sum; i++) if (memcmp(y + i, z + i, 4) != 0 && wrong++ == 0) first = i;
+        if (wrong) fprintf(stderr, "%s, router %s, %d rows of %d, odd %d: %zu of %zu differ, the first at %zu: %g and %g\n", moq_dtype_name(activations),
+                           layer_formats[router].name, rows, hidden, odd, wrong, sum, first, (double)y[first], (double)z[first]);
+        CHECK(wrong == 0);
+    }
+    CHECK(y[0] == y[0] && y[c.count[0]] == y[c.count[0]]);
+    c.be->release_graph(c.be, g);
+    for (int i = 0; i < 6; i++) c.be->release(c.be, c.at[i]);
+    c.be->release_weight(c.be, c.router);
+    c.be->release_weight(c.be, c.next);
+    c.be->release_moe(c.be, c.experts);
+    for (int i = 0; i < 3 * EXPERTS; i++) layer_free(&e[i]);
+    for (int i = 0; i < 2; i++) layer_free(&l[i]);
+    free(x); free(y); free(z);
+    done(c.be);
+}
+
+static void test_cuda_together_mixed(void)
+{
+    static const int routers[5] = {2, 11, 14, 16, 4}, odds[5] = {0, 1, 2, 4, 8};
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        const moq_dtype t = bf16 ? MOQ_BF16 : MOQ_F32;
+        for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_mixed(t, 2, 1, 1056, odds[o]);
+        for (size_t f = 0; f < MOQI_COUNT(routers); f++) check_mixed(t, routers[f], 1, 1024, 0);
+        for (int rows = 2; rows <= 6; rows += 2) check_mixed(t, 2, rows, 1024, 0);
+        check_mixed(t, 2, 1, 512, 0);
+        check_mixed(t, 2, 1, 4128, 0);
     }
 }
 
@@ -2687,6 +2797,7 @@ int main(int argc, char **argv)
     RUN(test_cuda_graphs);
     RUN(test_cuda_graphs_keep);
     RUN(test_cuda_together);
+    RUN(test_cuda_together_mixed);
     RUN(test_cuda_entering);
     RUN(test_cuda_same_bits);
     RUN(test_cuda_two_backends);
