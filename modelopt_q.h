@@ -11872,7 +11872,7 @@ static int64_t moqi_tile_rows(const moqi_tiled *p, int64_t m, int64_t rows, int6
 {
     const moqi_way *way = moqi_way_for(p, m);
     const int whole = m == 1 || (way && way->unit == 0 && p->form == MOQI_CODES_WIDE && m * p->layer.cols <= p->k->piece);
-    int64_t tile = MOQI_TILE_ROWS, most = (m < 16 && !whole) || (way && way->unit == MOQI_SLABS) ? 64 : MOQI_WAY_ROWS;
+    int64_t tile = MOQI_TILE_ROWS, most = (m < 16 && !whole && !moqi_feeds_words(way)) || (way && way->unit == MOQI_SLABS) ? 64 : MOQI_WAY_ROWS;
     if (p->form == MOQI_CODES_SLOW) return MOQI_SLOW_ROWS;
     if (!way) return tile;
     const int streams = m == 1 && p->k->piece > 0 && !way->decode;
@@ -17174,7 +17174,7 @@ static int moqi_amx_strips_take(const moqi_tiled *p)
     if (kind == MOQI_STRIP_NONE || !moqi_amx_takes(p)) return 0;
     if (kind == MOQI_STRIP_B16) return moqi_amx_takes(p);
     if (moqi_slabs_take(p) || (one && kind == MOQI_STRIP_T4)) return 9;
-    return !one ? 5 : kind == MOQI_STRIP_M4 ? 8 : 6;
+    return !one || kind == MOQI_STRIP_F4 || kind == MOQI_STRIP_M4 ? 5 : 6;
 }
 static int moqi_amx_blocks_take(const moqi_tiled *p) { return moqi_amx_strips_take(p) ? 0 : moqi_amx_takes(p); }
 
@@ -17373,6 +17373,7 @@ typedef struct moqi_amx_strips {
     uint16_t lanes[32] MOQI_ALIGNED, upper[32]; /* which 16 columns of 64 a word is of; where the upper halves of 32 bits are */
     uint8_t words[64] MOQI_ALIGNED; /* MOQI_STRIP_M4: the table of the codes' values, 2^125 times too large, twice */
     uint8_t twice[2][64], place[64], bytes_of[64]; /* every other byte of 16 twice; what an index has beside the code; where tables come from, 32 bits each */
+    uint8_t spread[64];       /* which scale of eight, two bytes each, words of 16 columns each have */
     float bare[128] MOQI_ALIGNED; /* the values of 4-bit codes less a zero point that is the same everywhere; of the positive codes of E4M3 */
     float scale[2];           /* MOQI_STRIP_S8: the scales that are in `eights` */
     int same;                 /* and they are those of all rows of the block */
@@ -17646,15 +17647,28 @@ MOQI_INLINE MOQI_AVX512 __m128i moqi_strip_e8m0(moqi_strip_work *d)
    A table has the low bytes of 16 words of BF16, then the high ones. Every code is put into both bytes of a word, where it is an index together with the
    number of its byte, and of its group where a vector has the tables of several: a look-up of bytes takes half the time that one of words does. */
 
-/* The i-th 128 codes of row r: [4] of 32 indices, codes 4 k + j in the j-th. */
-MOQI_INLINE MOQI_VBMI void moqi_strip_indices(const moqi_amx_strips *s, const moqi_strip_pair *t, int64_t r, int64_t i, __m512i *index)
+/* 128 codes: [4] of 32 indices, codes 4 k + j in the j-th. twice: every other byte twice, the even ones and the odd ones */
+MOQI_INLINE MOQI_VBMI void moqi_strip_index(__m512i c, __m512i place, const __m512i *twice, __m512i *index)
 {
-    const __m512i low = _mm512_set1_epi8(15), place = _mm512_loadu_si512(s->place), c = moqi_strip_some(t, r, i);
-    const __m512i even = _mm512_shuffle_epi8(c, _mm512_loadu_si512(s->twice[0])), odd = _mm512_shuffle_epi8(c, _mm512_loadu_si512(s->twice[1]));
+    const __m512i low = _mm512_set1_epi8(15), even = _mm512_shuffle_epi8(c, twice[0]), odd = _mm512_shuffle_epi8(c, twice[1]);
     index[0] = _mm512_ternarylogic_epi32(low, even, place, 0xca);
     index[1] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(even, 4), place, 0xca);
     index[2] = _mm512_ternarylogic_epi32(low, odd, place, 0xca);
     index[3] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(odd, 4), place, 0xca);
+}
+
+/* Those of the i-th 128 codes of row r. */
+MOQI_INLINE MOQI_VBMI void moqi_strip_indices(const moqi_amx_strips *s, const moqi_strip_pair *t, int64_t r, int64_t i, __m512i *index)
+{
+    const __m512i twice[2] = {_mm512_loadu_si512(s->twice[0]), _mm512_loadu_si512(s->twice[1])};
+    moqi_strip_index(moqi_strip_some(t, r, i), _mm512_loadu_si512(s->place), twice, index);
+}
+
+/* What is taken off the exponents of words, from 16 scales in E8M0. */
+MOQI_INLINE MOQI_AVX512 __m256i moqi_strip_down(__m128i scales)
+{
+    const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(254), _mm256_cvtepu8_epi16(scales));
+    return _mm256_slli_epi16(_mm256_min_epu16(k, _mm256_set1_epi16(251)), 7);
 }
 
 /* E2M1 with E8M0: words whose exponents are 251 to 254, less what the scale is below its largest; 0 stays 0, for the difference saturates. Scales
@@ -17664,8 +17678,7 @@ MOQI_VBMI static void moqi_strip_two_m4(moqi_strip_work *d)
 {
     const moqi_strip_pair t = moqi_strip_take(d);
     const moqi_amx_strips *s = d->s;
-    const __m256i k = _mm256_sub_epi16(_mm256_set1_epi16(254), _mm256_cvtepu8_epi16(moqi_strip_e8m0(d)));
-    const __m512i down = _mm512_castsi256_si512(_mm256_slli_epi16(_mm256_min_epu16(k, _mm256_set1_epi16(251)), 7));
+    const __m512i down = _mm512_castsi256_si512(moqi_strip_down(moqi_strip_e8m0(d)));
     const __m512i table = _mm512_loadu_si512(s->words), lanes = _mm512_loadu_si512(s->lanes);
     MOQI_UNROLL
     for (int r = 0; r < 2; r++)
@@ -18303,6 +18316,7 @@ static void moqi_strip_tables(moqi_amx_strips *s)
         const float v = s->p->table[i % 16];
         s->words[i] = (uint8_t)(v == 0 ? 0 : moqi_f32_bits(v * moqi_bits_f32(252u << 23)) >> (i / 16 % 2 ? 24 : 16));
         for (int k = 0; k < 2; k++) s->twice[k][i] = (uint8_t)(i % 16 / 2 * 2 + k);
+        s->spread[i] = (uint8_t)(i / 8 * 2 + i % 2);
         s->place[i] = (uint8_t)(i % 2 * 16 + (s->kind == MOQI_STRIP_T4 ? group * 32 : 0));
         s->bytes_of[i] = (uint8_t)(lane / 2 * 64 + i % 16 * 4 + 2 + lane % 2);
     }
@@ -18325,6 +18339,182 @@ static void moqi_strip_factors(moqi_amx_strips *s)
     for (int64_t r = own ? s->rows : 0; r < MOQI_WAY_ROWS; r++) s->mul[r] = rest;
 }
 
+/* ---- E2M1 times up to 32 rows of x ----
+   Few products leave nothing to hide decoding behind, so it takes as few instructions as it can: blocks are of 128 columns, 64 bytes of a row, and codes meet
+   their scales where a whole strip's lie ready, those of 512 columns at a time, checked for what is no number, two bytes for every 16 columns. Up to 16 rows of
+   x meet 64 rows of weights, so that a tile of x serves four products and these wait for none of the others; more meet 32 rows. Sums stay in the tiles for all
+   columns, in the order of blocks of any other size. */
+enum { MOQI_NARROW_COLS = 128, MOQI_NARROW_SCALES = 32 /* for 512 columns */, MOQI_NARROW_FEW = 32 /* rows of x */ };
+
+/* Tables in registers, and the block that is decoded next. */
+typedef struct moqi_narrow {
+    moqi_strip_values values; /* MOQI_STRIP_F4 */
+    __m512i words, place, twice[2]; /* MOQI_STRIP_M4 */
+    __m512i spread;           /* the i-th scale of eight to the words of its 16 columns */
+    const uint8_t *codes;     /* of the strip's first row */
+    int64_t next, last;       /* bytes from row to row; the last row, which comes again past the end */
+    const uint16_t *by;       /* [rows][MOQI_NARROW_SCALES] */
+    uint32_t *to;             /* [rows / 16][4 tiles][16 rows][16 words] */
+    const uint8_t *ask;       /* codes of the rows below this strip, as four streams for the same reason as in moqi_strip_want */
+    int64_t apart;
+    const uint8_t *ask_scales; /* those of these rows, as one more */
+} moqi_narrow;
+
+static int moqi_narrow_takes(const moqi_amx_strips *s)
+{
+    const int64_t tail = s->p->layer.cols % MOQI_NARROW_COLS;
+    const int fit = s->kind == MOQI_STRIP_M4 || (s->kind == MOQI_STRIP_F4 && (tail == 0 || tail > 64)); /* else F4 ends with two tiles */
+    return fit && s->bytes == 1 && s->m <= MOQI_NARROW_FEW && s->rows % 4 == 0 && s->p->layer.cols * (s->m > 16 ? 2 : 1) <= MOQI_STRIP_X / 8;
+}
+
+/* 64 bytes of a row. */
+MOQI_INLINE MOQI_HALVES void moqi_narrow_row(const moqi_narrow *n, const uint8_t *codes, const uint16_t *by, uint32_t *to, int kind)
+{
+    const __m512i c = _mm512_loadu_si512(codes);
+    const __m512i s = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)(const void *)by)), n->spread);
+    __m512i w[4];
+    if (kind == MOQI_STRIP_F4) moqi_strip_fours(&n->values, c, s, w);
+    else {
+        moqi_strip_index(c, n->place, n->twice, w);
+        MOQI_UNROLL for (int j = 0; j < 4; j++) w[j] = _mm512_subs_epu16(_mm512_permutexvar_epi8(w[j], n->words), s);
+    }
+    MOQI_UNROLL for (int j = 0; j < 4; j++) _mm512_store_si512(to + 256 * j, w[j]);
+}
+
+/* `some` rows, 4 or 2, from row r + some * q on, and as many lines that are asked for. r is a multiple of 4 */
+MOQI_INLINE MOQI_HALVES void moqi_narrow_rows(moqi_narrow *n, int64_t r, int q, int some, int kind)
+{
+    const int first = some * q % 4;
+    r += some * q;
+    const uint8_t *codes = n->codes + moqi_min(r, n->last) * n->next;
+    uint32_t *to = n->to + r / 16 * 1024 + r % 16 * 16;
+    MOQI_UNROLL for (int i = 0; i < some; i++) {
+        __builtin_prefetch(n->ask + (first + i) * n->apart, 0, 2);
+        moqi_narrow_row(n, codes + i * n->next, n->by + MOQI_NARROW_SCALES * (r + i), to + 16 * i, kind);
+    }
+    if (first + some == 4) n->ask += 64;
+}
+
+/* A block of `high` rows times a tile of x, or two, and the next one decoded. */
+MOQI_INLINE MOQI_HALVES void moqi_narrow_block(moqi_narrow *n, const uint32_t *w, const float *xa, const float *xb, int kind, int two, int more)
+{
+    const int some = two ? 2 : 4;
+    for (int64_t k = 0, r = 0; k < 4; k++, w += 256, xa += 256, xb += 256) {
+        const int64_t bytes = 4 * some * (kind == MOQI_STRIP_F4 ? 8 : 4);
+        for (int64_t i = 0; more && i < bytes; i += 64) __builtin_prefetch(n->ask_scales + i, 0, 2);
+        if (more) n->ask_scales += bytes;
+        MOQI_STRIP_LOAD("tileloaddt1", "4", xa)
+        if (two) MOQI_STRIP_LOAD("tileloaddt1", "5", xb)
+        MOQI_STRIP_LOAD("tileloadd", "6", w)
+        MOQI_STRIP_TIMES("6", "4", "0")
+        if (more) moqi_narrow_rows(n, r, 0, some, kind);
+        if (!two) MOQI_STRIP_LOAD("tileloadd", "7", w + 1024)
+        if (two) MOQI_STRIP_TIMES("6", "5", "1")
+        else MOQI_STRIP_TIMES("7", "4", "1")
+        if (more) moqi_narrow_rows(n, r, 1, some, kind);
+        MOQI_STRIP_LOAD("tileloadd", "6", w + (two ? 1024 : 2048))
+        MOQI_STRIP_TIMES("6", "4", "2")
+        if (more) moqi_narrow_rows(n, r, 2, some, kind);
+        if (!two) MOQI_STRIP_LOAD("tileloadd", "7", w + 3072)
+        if (two) MOQI_STRIP_TIMES("6", "5", "3")
+        else MOQI_STRIP_TIMES("7", "4", "3")
+        if (more) moqi_narrow_rows(n, r, 3, some, kind);
+        r += 4 * some;
+    }
+}
+
+/* The scales of the rows from `row` of the task on, for 512 columns, 0 past the last group; -> is there one that is no number? */
+MOQI_INLINE MOQI_HALVES int moqi_narrow_scales(const moqi_amx_strips *s, int64_t row, int64_t col, uint16_t *by, int kind)
+{
+    const int64_t each = kind == MOQI_STRIP_F4 ? 32 : 16, count = s->p->groups - moqi_stream_group(s->p, col), step = s->p->scale_step * s->p->scale_stride;
+    const __mmask32 some = (__mmask32)(((uint64_t)1 << moqi_min(count, each)) - 1);
+    const __m512i twice = _mm512_srli_epi16(_mm512_loadu_si512(s->upper), 2), size = _mm512_set1_epi16(0x7f); /* 0 0 1 1 2 2 .. */
+    const uint8_t *from = moqi_strip_groups(s, s->row + row, col), *last = from + (moqi_min(s->high, s->rows - row) - 1) * step;
+    __mmask32 nan = 0;
+    for (int64_t r = 0; r < s->high; r++, from += from == last ? 0 : step, by += MOQI_NARROW_SCALES) {
+        if (kind == MOQI_STRIP_F4) { /* see moqi_stream_halves_of_512 */
+            const __m512i w = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, from));
+            nan |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, size), size);
+            _mm512_store_si512(by, _mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16((short)0xbfff)));
+        } else {
+            const __m128i b = _mm_maskz_loadu_epi8((__mmask16)some, from);
+            nan |= _mm_cmpeq_epi8_mask(b, _mm_set1_epi8(-1));
+            _mm512_store_si512(by, _mm512_permutexvar_epi16(twice, _mm512_castsi256_si512(moqi_strip_down(b))));
+        }
+    }
+    return nan != 0;
+}
+
+/* Rows with such scales become none. */
+static void moqi_narrow_nan(moqi_amx_strips *s, int64_t row)
+{
+    for (int64_t r = row; r < moqi_min(row + s->high, s->rows); r++) {
+        const uint8_t *from = moqi_strip_groups(s, s->row + r, 0);
+        for (int64_t g = 0; g < s->p->groups; g++)
+            if (s->kind == MOQI_STRIP_F4 ? (from[g] & 0x7f) == 0x7f : from[g] == 255) s->mul[r] = moqi_bits_f32(0x7fc00000);
+    }
+}
+
+/* All columns of s->high rows from `row` of the task on. */
+MOQI_INLINE MOQI_HALVES void moqi_narrow_strip(moqi_amx_strips *s, int64_t row, float *sums, int kind, int two)
+{
+    const moqi_tiled *p = s->p;
+    const int64_t cols = p->layer.cols, most = cols - cols % MOQI_NARROW_COLS, all = moqi_ceil_div(cols, MOQI_NARROW_COLS) * MOQI_NARROW_COLS;
+    const int64_t rows = moqi_min(s->high, s->rows - row);
+    const float *xa = s->x, *xb = xa + (two ? 16 * s->ldx : 0);
+    uint16_t by[64 * MOQI_NARROW_SCALES] MOQI_ALIGNED;
+    uint8_t edge[64][64] MOQI_ALIGNED;
+    moqi_narrow n;
+    n.values = moqi_strip_load(s);
+    n.words = _mm512_load_si512(s->words);
+    n.place = _mm512_loadu_si512(s->place);
+    for (int i = 0; i < 2; i++) n.twice[i] = _mm512_loadu_si512(s->twice[i]);
+    n.spread = _mm512_loadu_si512(s->spread);
+    n.ask = p->codes + (s->row + row + s->high) * p->row_bytes;
+    n.apart = s->high * p->row_bytes / 4;
+    n.ask_scales = moqi_strip_groups(s, s->row + row + s->high, 0);
+    n.last = rows - (two ? 2 : 4);
+    __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
+    for (int64_t col = 0, turn = 0; col < all + MOQI_NARROW_COLS; col += MOQI_NARROW_COLS, turn ^= 1) {
+        const uint32_t *w = s->tiles + 4096 * (turn ^ 1);
+        n.to = s->tiles + 4096 * turn;
+        n.codes = p->codes + (s->row + row) * p->row_bytes + col / 2;
+        n.next = p->row_bytes;
+        n.by = by + col % 512 / 16;
+        if (col < cols && col % 512 == 0 && moqi_narrow_scales(s, row, col, by, kind)) moqi_narrow_nan(s, row);
+        if (col < cols && col >= most) { /* what lies behind a row is not read */
+            memset(edge, 0, sizeof edge);
+            for (int64_t r = 0; r < rows; r++) memcpy(edge[r], n.codes + r * n.next, (size_t)((cols - col + 1) / 2));
+            n.codes = edge[0];
+            n.next = 64;
+        }
+        if (col == 0) {
+            for (int64_t r = 0; r < s->high; r += 4) moqi_narrow_rows(&n, r, 0, 4, kind);
+            continue;
+        }
+        if (col < cols) moqi_narrow_block(&n, w, xa, xb, kind, two, 1);
+        else moqi_narrow_block(&n, w, xa, xb, kind, two, 0);
+        xa += 1024;
+        xb += 1024;
+    }
+    MOQI_STRIP_STORE("0", sums) MOQI_STRIP_STORE("1", sums + 256) MOQI_STRIP_STORE("2", sums + 512) MOQI_STRIP_STORE("3", sums + 768)
+}
+
+MOQI_HALVES static void moqi_narrow_blocks(moqi_amx_strips *s)
+{
+    s->each = s->m > 16 ? 32 : 16;
+    s->high = s->m > 16 ? 32 : 64;
+    s->groups = 1;
+    for (int64_t row = 0; row < s->rows; row += s->high) {
+        float *sums = s->sums + row / s->high * 1024;
+        if (s->kind == MOQI_STRIP_F4 && s->m > 16) moqi_narrow_strip(s, row, sums, MOQI_STRIP_F4, 1);
+        else if (s->kind == MOQI_STRIP_F4) moqi_narrow_strip(s, row, sums, MOQI_STRIP_F4, 0);
+        else if (s->m > 16) moqi_narrow_strip(s, row, sums, MOQI_STRIP_M4, 1);
+        else moqi_narrow_strip(s, row, sums, MOQI_STRIP_M4, 0);
+    }
+    moqi_strip_finish(s);
+}
+
 /* All blocks, up to MOQI_WAY_TOKENS rows of x. */
 MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
 {
@@ -18332,6 +18522,11 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     moqi_strip_at at = {0, 0}, then;
     const moqi_strip_form *form = &moqi_strip_forms[s->kind];
     const int64_t all = moqi_ceil_div(s->p->layer.cols, 128) * 128;
+    s->bytes = s->p->scales && s->p->groups > 1 && s->p->group_rows == 1 ? moq_dtype_bits(s->p->scale_dtype) / 8 : 0;
+    if (moqi_narrow_takes(s)) {
+        moqi_narrow_blocks(s);
+        return;
+    }
     const int few = s->m <= MOQI_STRIP_FEW, whole = !few && all <= MOQI_STRIP_SHORT * 16 * s->unit && moqi_strip_parts(s->kind) == 1;
     s->across = whole ? all : moqi_strip_cols(s);
     s->half = moqi_ceil_div(s->across, moqi_strip_cols(s)) * 2048;
@@ -18343,7 +18538,6 @@ MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
     s->held.at = NULL;
     s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? form->two : s->p->shift == 6 ? moqi_strip_two_t4_64 : moqi_strip_two_t4_32;
     s->size = moqi_strip_size(s, moqi_strip_cols(s));
-    s->bytes = s->p->scales && s->p->groups > 1 && s->p->group_rows == 1 ? moq_dtype_bits(s->p->scale_dtype) / 8 : 0;
     s->under = (moqi_strip_cols(s) >> moqi_min(s->p->shift, 30)) * s->bytes;
     moqi_strip_begin(s, &d, at, s->tiles);
     form->rest(s, &d, few || whole);
