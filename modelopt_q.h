@@ -18364,7 +18364,7 @@ static int moqi_narrow_takes(const moqi_amx_strips *s)
 {
     const int64_t tail = s->p->layer.cols % MOQI_NARROW_COLS;
     const int fit = s->kind == MOQI_STRIP_M4 || (s->kind == MOQI_STRIP_F4 && (tail == 0 || tail > 64)); /* else F4 ends with two tiles */
-    return fit && s->bytes == 1 && s->m <= MOQI_NARROW_FEW && s->rows % 4 == 0 && s->p->layer.cols * (s->m > 16 ? 2 : 1) <= MOQI_STRIP_X / 8;
+    return fit && s->bytes == 1 && s->m <= MOQI_NARROW_FEW && s->p->layer.cols * (s->m > 16 ? 2 : 1) <= MOQI_STRIP_X / 8;
 }
 
 /* 64 bytes of a row. */
@@ -18386,11 +18386,10 @@ MOQI_INLINE MOQI_HALVES void moqi_narrow_rows(moqi_narrow *n, int64_t r, int q, 
 {
     const int first = some * q % 4;
     r += some * q;
-    const uint8_t *codes = n->codes + moqi_min(r, n->last) * n->next;
     uint32_t *to = n->to + r / 16 * 1024 + r % 16 * 16;
     MOQI_UNROLL for (int i = 0; i < some; i++) {
         __builtin_prefetch(n->ask + (first + i) * n->apart, 0, 2);
-        moqi_narrow_row(n, codes + i * n->next, n->by + MOQI_NARROW_SCALES * (r + i), to + 16 * i, kind);
+        moqi_narrow_row(n, n->codes + moqi_min(r + i, n->last) * n->next, n->by + MOQI_NARROW_SCALES * (r + i), to + 16 * i, kind);
     }
     if (first + some == 4) n->ask += 64;
 }
@@ -18473,7 +18472,7 @@ MOQI_INLINE MOQI_HALVES void moqi_narrow_strip(moqi_amx_strips *s, int64_t row, 
     n.ask = p->codes + (s->row + row + s->high) * p->row_bytes;
     n.apart = s->high * p->row_bytes / 4;
     n.ask_scales = moqi_strip_groups(s, s->row + row + s->high, 0);
-    n.last = rows - (two ? 2 : 4);
+    n.last = rows - 1;
     __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" : : : "memory");
     for (int64_t col = 0, turn = 0; col < all + MOQI_NARROW_COLS; col += MOQI_NARROW_COLS, turn ^= 1) {
         const uint32_t *w = s->tiles + 4096 * (turn ^ 1);
