@@ -17485,7 +17485,8 @@ static int moqi_strip_piece(moqi_amx_strips *s, moqi_strip_work *d)
 MOQI_INLINE void moqi_strip_ask(moqi_strip_work *d, int kind)
 {
     const int64_t bytes = kind == MOQI_STRIP_F4 ? 128 : kind == MOQI_STRIP_F8 ? 256 : kind == MOQI_STRIP_I8 || kind == MOQI_STRIP_B16_F32 ? 512 : d->s->size;
-    for (int64_t i = 0; i < 2 * bytes; i += 64) /* four streams by a line in turn, or two rows */
+    if (kind == MOQI_STRIP_F4 && d->apart) { MOQI_UNROLL for (int i = 0; i < 4; i++) __builtin_prefetch(d->ask + i * d->apart, 0, 2); }
+    else for (int64_t i = 0; i < 2 * bytes; i += 64) /* four streams by a line in turn, or two rows */
         __builtin_prefetch(d->ask + (d->apart ? i / 64 % 4 * d->apart + i / 256 * 64 : i < bytes ? i : d->ask_row + i - bytes), 0, 2);
     d->ask += d->apart ? bytes / 2 : 2 * d->ask_row;
     if (kind != MOQI_STRIP_F4 && !d->ask_groups) return;
@@ -17539,14 +17540,20 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_fours(const moqi_strip_values *v, __m512
     for (int j = 0; j < 4; j++) w[j] = _mm512_and_si512(_mm512_srai_epi16(moqi_half_mul_512(h[j], by), 3), v->keep);
 }
 
+/* Scales that are no numbers, of row r in bits 16 r on. */
+static void moqi_strip_none(moqi_strip_work *d, uint32_t nan)
+{
+    for (int64_t r = 0; r < 2; r++)
+        if (nan >> (16 * r) & 0xffff) d->mul[moqi_min(d->row + r, d->rows - 1)] = moqi_bits_f32(0x7fc00000);
+}
+
 /* 256 columns of two rows, 64 bytes of each in each of 8 tiles: of 128 columns 4 i + j is number i in this row of the j-th of four. Where the layer ends within
    the first 64 of 128, these are two: 32 bytes for j, then as many for j + 1. */
-MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_strip_values *v)
+MOQI_INLINE MOQI_HALVES void moqi_strip_ends(moqi_strip_work *d, const moqi_strip_values *v)
 {
     __mmask32 nan;
     const __m512i f = moqi_stream_halves_of_512(_mm256_inserti128_si256(_mm256_castsi128_si256(moqi_strip_scales(d, 0)), moqi_strip_scales(d, 1), 1), &nan);
-    if (nan & 0xffff) d->mul[d->row] = moqi_bits_f32(0x7fc00000);
-    if (nan >> 16) d->mul[moqi_min(d->row + 1, d->rows - 1)] = moqi_bits_f32(0x7fc00000);
+    if (nan) moqi_strip_none(d, nan);
     MOQI_UNROLL
     for (int i = 0; i < 4; i++) {
         uint32_t *to = d->to + i % 2 * 1024 + i / 2 * 16;
@@ -17567,6 +17574,29 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_stri
         _mm512_store_si512(to + 16, _mm512_shuffle_i64x2(w[0], w[1], 0xee));
         _mm512_store_si512(to + 256, _mm512_shuffle_i64x2(w[2], w[3], 0x44));
         _mm512_store_si512(to + 272, _mm512_shuffle_i64x2(w[2], w[3], 0xee));
+    }
+    d->groups += 2 * d->group_bytes;
+    moqi_strip_next(d);
+}
+
+/* The same without a question for each vector, where all columns and both rows are there. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_rows(moqi_strip_work *d, const moqi_strip_values *v)
+{
+    if (d->left < 128 || d->count < 16 || d->row + 1 >= d->rows) {
+        moqi_strip_ends(d, v);
+        return;
+    }
+    const __m128i s0 = _mm_loadu_si128((const __m128i *)(const void *)d->groups);
+    const __m128i s1 = _mm_loadu_si128((const __m128i *)(const void *)(d->groups + d->group_bytes));
+    __mmask32 nan;
+    const __m512i f = moqi_stream_halves_of_512(_mm256_inserti128_si256(_mm256_castsi128_si256(s0), s1, 1), &nan);
+    if (nan) moqi_strip_none(d, nan);
+    MOQI_UNROLL
+    for (int i = 0; i < 4; i++) {
+        __m512i w[4];
+        moqi_strip_fours(v, _mm512_loadu_si512(d->codes + i / 2 * d->row_bytes + i % 2 * 64), _mm512_permutexvar_epi16(v->group[i], f), w);
+        MOQI_UNROLL
+        for (int j = 0; j < 4; j++) _mm512_store_si512(d->to + i % 2 * 1024 + i / 2 * 16 + 256 * j, w[j]);
     }
     d->groups += 2 * d->group_bytes;
     moqi_strip_next(d);
