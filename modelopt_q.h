@@ -91,6 +91,7 @@
                          >>pairs        panels of BF16 pairs, for AVX512-BF16 and AMX
                          >>matrix       AMX: tiles of BF16, and of bytes
                         >>strips       AMX: rows of 4, 8 and 16 bits as rows of tiles
+                         >>gated        what gate and up give becomes the inputs of the next product
                          >>beside       their products, and the next rows decoded beside them
                          >>slabs        AMX: 4-bit codes times up to 8 rows of x as bytes
                          >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
@@ -100,6 +101,7 @@
                          >>kernels      which instruction set serves a layer
                          >>layers       prepared layers: linear, experts, caches
                          >>ssm          state-space mixers, latent attention's products and copies on the CPU
+                         >>between      the operations between layers on the CPU, and an MLP in one call
        >>api-backend     >>backend      the function table and its CPU filling
        >>api-quant       >>quant        encoders of every format, and the weight searches that need no data
                          >>amax         scales found by search, and the encoders' rows shared out
@@ -1052,6 +1054,11 @@ struct moq_backend {
     void *(*host_alloc)(moq_backend *be, size_t bytes, moq_error *err);
     void (*host_release)(moq_backend *be, void *ptr);
     void (*send_act)(moq_backend *be, float *dst, const void *src, size_t count);
+
+    /* y = down activation(up x), what linear, activation and linear do in three calls, to their bits. both [rows, out of up] and mid [rows, in of down] are
+       room for what lies between, of which nothing is promised afterwards. A caller who wraps one of the three sets this to NULL. NULL: make those calls. */
+    void (*mlp)(moq_backend *be, const moq_weight *up, const moq_activation_desc *a, const moq_weight *down, const void *x, int32_t rows, void *both, void *mid,
+                void *y);
 };
 
 typedef struct moq_cpu_desc {
@@ -17341,6 +17348,8 @@ typedef struct moqi_strip_at { int64_t row, col; } moqi_strip_at;
 /* Four tiles of sums, [2 of weights][2 of x][16 rows of weights][16 rows of x]: of 32 rows of the task from `row` on, and of 32 rows of x from `first` on. */
 typedef struct moqi_strip_sums { const float *at; int64_t row, first; } moqi_strip_sums;
 
+struct moqi_gating;
+
 /* Rows of weights times rows of x, up to MOQI_WAY_TOKENS. */
 struct moqi_strip_work;
 typedef struct moqi_amx_strips {
@@ -17366,6 +17375,8 @@ typedef struct moqi_amx_strips {
     float *sums;              /* [rows / high][groups][4][16 rows of weights][16 rows of x], 4: [2 of weights][2 of x] or of weights; of short rows two of
                                  these groups in turn */
     moqi_strip_sums held;     /* sums that are complete, and there once `last` has its tiles; NULL: none */
+    struct moqi_amx_strips *up; /* NULL, or a layer of the same shape: blocks are `high` rows of one layer, then as many of the other */
+    const struct moqi_gating *gating; /* what becomes of the sums of the two, see >>gated */
     float *last;              /* where the sums belong that are in tiles; NULL: there are none */
     float mul[MOQI_WAY_ROWS]; /* the factors of rows; NaN with a scale that is none */
     uint8_t values[64];       /* the high bytes of the codes' values in F16, four times, so that bits beside a code do not matter; the low bytes are 0 */
@@ -17915,6 +17926,157 @@ MOQI_INLINE MOQI_HALVES void moqi_strip_rest(moqi_amx_strips *s, moqi_strip_work
 #endif
 
 /* ------------------------------------------------------------------------------------------------
+   >>gated           AMX: what gate and up give becomes the inputs of the next product
+   Blocks are rows of gate and as many of up. Their sums have the order that x has, 16 rows of x side by side: so they leave as tiles of it, the same numbers
+   that the activation and the way into the next layer would make of y.
+   ------------------------------------------------------------------------------------------------ */
+
+#if defined(MOQI_X86) || defined(MOQI_ARM)
+/* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
+       silu        z = g
+       clamped     z = alpha g, g and u limited first
+       gelu, tanh  z = 2 sqrt(2 / pi) (g + 0.044715 g^3), for 0.5 (1 + tanh t) = sigmoid(2 t) */
+static int moqi_is_sigmoid(const moq_activation_desc *a)
+{
+    return a->kind == MOQ_SILU_MUL || a->kind == MOQ_SWIGLU_CLAMP || a->kind == MOQ_GELU_TANH_MUL;
+}
+
+#endif
+
+#ifdef MOQI_X86
+/* e^x = 2^n e^r with n = rne(x / ln 2), |r| <= ln 2 / 2, and the first eight terms of the series of e^r: the ninth is below 6e-9.
+   NaN passes, since min and max give their second operand then. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_exp_512(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-110), _mm512_min_ps(_mm512_set1_ps(90), x));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x), p = _mm512_set1_ps(1.0f / 5040);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), n);
+}
+
+/* One of moqi_is_sigmoid: limits of g and u, or none; what exp takes of z; what is added to u. */
+typedef struct moqi_sigmoid { int clamps, gelu; __m512 limit, least, slope, add; } moqi_sigmoid;
+
+MOQI_INLINE MOQI_AVX512 moqi_sigmoid moqi_sigmoid_of(const moq_activation_desc *a)
+{
+    moqi_sigmoid s;
+    s.clamps = a->kind == MOQ_SWIGLU_CLAMP;
+    s.gelu = a->kind == MOQ_GELU_TANH_MUL;
+    s.limit = _mm512_set1_ps(a->limit);
+    s.least = _mm512_set1_ps(-a->limit);
+    s.slope = _mm512_set1_ps(s.clamps ? -a->alpha : s.gelu ? -1.59576912f : -1.0f);
+    s.add = _mm512_set1_ps(s.clamps ? a->beta : 0);
+    return s;
+}
+
+/* The first half: g and u limited, u + beta, and what g is divided by. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_sigmoid_under(const moqi_sigmoid *s, __m512 *g, __m512 *u)
+{
+    if (s->clamps) {
+        *g = _mm512_min_ps(s->limit, *g);
+        *u = _mm512_max_ps(s->least, _mm512_min_ps(s->limit, *u));
+    }
+    const __m512 z = s->gelu ? _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(*g, *g), *g), _mm512_set1_ps(0.044715f), *g) : *g;
+    *u = _mm512_add_ps(*u, s->add);
+    return _mm512_add_ps(_mm512_set1_ps(1), moqi_exp_512(_mm512_mul_ps(s->slope, z)));
+}
+
+MOQI_INLINE MOQI_AVX512 __m512 moqi_sigmoid_512(const moqi_sigmoid *s, __m512 g, __m512 u)
+{
+    const __m512 under = moqi_sigmoid_under(s, &g, &u);
+    return _mm512_mul_ps(_mm512_div_ps(g, under), u);
+}
+
+#endif
+
+#ifdef MOQI_AMX
+/* Numbers of two vectors in turn. */
+static const uint16_t moqi_gated_pairs[32] MOQI_ALIGNED = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* m rows of x times rows of gate and up. most: [m] the largest of a row of out, multiplied, as bits without sign; it grows. */
+typedef struct moqi_gating {
+    const moqi_tiled *gate, *up, *next; /* next: whose inputs they become */
+    const moq_activation_desc *activation;
+    int kind;                 /* of gate and up */
+    const float *x;           /* as strips take it */
+    int64_t ldx, m;
+    float *out;               /* as next takes it, but for what stands behind each 16 rows */
+    int64_t ldo;
+    int up_by;                /* the power of two that it wants them multiplied by */
+    uint32_t *most;
+    float by[MOQI_WAY_TOKENS] MOQI_ALIGNED; /* the exponents that the sums of each row of x lack */
+    uint8_t column[16];       /* columns 2 i and 2 i + 1 of 16 are those of a word */
+    int16_t place[64];        /* where a word of 128 columns comes in tiles */
+} moqi_gating;
+
+/* 16 columns from the task's row r on: factors and biases of gate and up, what the next layer multiplies by, and where words go. */
+typedef struct moqi_gated_rows {
+    const float *gate_mul, *up_mul, *gate_bias, *up_bias;
+    float *out;
+    const int16_t *place;
+    float by[16] MOQI_ALIGNED;
+} moqi_gated_rows;
+
+MOQI_AVX512 static void moqi_gated_take(const moqi_amx_strips *s, int64_t r, moqi_gated_rows *k)
+{
+    static const float none[16] = {0};
+    const moqi_gating *g = s->gating;
+    const int64_t column = s->row + r;
+    const __m512 power = _mm512_set1_ps(moqi_bits_f32((uint32_t)(127 + g->up_by) << 23));
+    k->gate_mul = s->mul + r;
+    k->up_mul = s->up->mul + r;
+    k->gate_bias = s->p->bias ? s->p->bias + column : none;
+    k->up_bias = s->up->p->bias ? s->up->p->bias + column : none;
+    k->out = g->out + column / 128 * 1024;
+    k->place = g->place + column % 128 / 2;
+    _mm512_store_ps(k->by, g->next->smooth ? _mm512_mul_ps(_mm512_loadu_ps(g->next->smooth + column), power) : power);
+}
+
+/* Word i of these, two columns of 16 rows of x, in two halves, because the way of a number is longer than a step of tiles. */
+typedef struct moqi_gated_half { __m512 g[2], u[2], under[2]; int64_t first, i; } moqi_gated_half;
+
+/* sums: [16 columns][16] of gate, and of up 512 words on */
+MOQI_INLINE MOQI_AVX512 void moqi_gated_begin(const moqi_gating *g, const moqi_sigmoid *a, const moqi_gated_rows *r, const float *sums, moqi_gated_half *h)
+{
+    const __m512 by = _mm512_load_ps(g->by + h->first);
+    MOQI_UNROLL
+    for (int k = 0; k < 2; k++) {
+        const int64_t c = g->column[2 * h->i + k];
+        const float *at = sums + 16 * c;
+        h->g[k] = _mm512_fmadd_ps(_mm512_scalef_ps(_mm512_load_ps(at), by), _mm512_set1_ps(r->gate_mul[c]), _mm512_set1_ps(r->gate_bias[c]));
+        h->u[k] = _mm512_fmadd_ps(_mm512_scalef_ps(_mm512_load_ps(at + 512), by), _mm512_set1_ps(r->up_mul[c]), _mm512_set1_ps(r->up_bias[c]));
+        h->under[k] = moqi_sigmoid_under(a, &h->g[k], &h->u[k]);
+    }
+}
+
+/* -> a line of a tile */
+MOQI_INLINE MOQI_AVX512 void moqi_gated_end(const moqi_gating *g, const moqi_gated_rows *r, const moqi_gated_half *h)
+{
+    const __m512i size = _mm512_set1_epi32(0x7fffffff), pairs = _mm512_load_si512(moqi_gated_pairs);
+    uint32_t *top = g->most + h->first;
+    __m512i most = _mm512_loadu_si512(top), word;
+    __m512 v[2];
+    MOQI_UNROLL
+    for (int k = 0; k < 2; k++) {
+        v[k] = _mm512_mul_ps(_mm512_mul_ps(_mm512_div_ps(h->g[k], h->under[k]), h->u[k]), _mm512_set1_ps(r->by[g->column[2 * h->i + k]]));
+        most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v[k]), size));
+    }
+    _mm512_storeu_si512(top, most);
+    MOQI_TO_BF16(word, v[0], v[1]);
+    _mm512_store_si512(r->out + h->first * g->ldo + r->place[h->i], _mm512_permutexvar_epi16(pairs, word));
+}
+
+#endif
+
+/* ------------------------------------------------------------------------------------------------
    >>beside          AMX: products of strips, and the next rows decoded beside them
    A block's rows do not meet those of another: no result depends on what is decoded when, on the rows of x beside a row, or on tasks.
    ------------------------------------------------------------------------------------------------ */
@@ -18046,20 +18208,23 @@ static const moqi_strip_form moqi_strip_forms[] = {
     {moqi_strip_block_b16, moqi_strip_rest_b16, NULL}, {moqi_strip_block_b16_f32, moqi_strip_rest_b16_f32, NULL}};
 
 /* A block of 64 rows, four tiles of weights by one of x or by its three parts; the next columns of x are asked for, a share of them with each block. So are
-   the sums that come next: four tiles of them at once would keep the products waiting. */
-MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_strip_work *work, moqi_strip_at at, const uint32_t *tiles)
+   the sums that come next: four tiles of them at once would keep the products waiting. other: of the second layer, or NULL */
+MOQI_HALVES static void moqi_strip_block_high(moqi_amx_strips *s, const moqi_strip_work *work, const moqi_strip_work *other, moqi_strip_at at,
+                                              const uint32_t *tiles)
 {
     moqi_strip_work d = *work;
     const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at), parts = moqi_strip_parts(s->kind);
-    const int64_t blocks = moqi_ceil_div(s->rows, MOQI_STRIP_ROWS), lines = moqi_ceil_div(16 * parts, blocks), pace = moqi_max(1, s->groups / 4);
+    const int64_t blocks = moqi_ceil_div(s->rows, s->high), lines = moqi_ceil_div(16 * parts, blocks), pace = moqi_max(1, s->groups / 4);
     const int kind = s->kind, zero = at.col == 0, swap = 1, end = at.col + moqi_strip_cols(s) >= s->p->layer.cols;
-    float *sums = s->sums + at.row / MOQI_STRIP_ROWS * s->groups * 1024, *last = s->last;
-    const float *x = s->x + moqi_strip_word(s, at.col), *next = (end ? s->x : x + 256 * parts * steps) + at.row / MOQI_STRIP_ROWS * steps * lines * 16;
-    int64_t slot = 0;
+    float *sums = s->sums + at.row / s->high * s->groups * 1024, *last = s->last;
+    const float *x = s->x + moqi_strip_word(s, at.col), *next = (end ? s->x : x + 256 * parts * steps) + at.row / s->high * steps * lines * 16;
+    int64_t slot = 0, asked = 0;
     for (int64_t i = 0; i < s->groups; i++, sums += 1024, x += tile, next += tile - 16 * lines * steps) {
         for (int64_t j = 0; j < steps; j++, slot--) {
             const uint32_t *w = tiles + 256 * j;
             if (slot == 0) {
+                if (other && asked == s->high) d = *other;
+                asked += 2;
                 moqi_strip_ask(&d, kind);
                 slot = pace;
             }
@@ -18140,23 +18305,86 @@ MOQI_INLINE MOQI_AVX512 void moqi_strip_out(const moqi_amx_strips *s, const moqi
     }
 }
 
-/* A block of 32 rows and all columns, two tiles of weights by two of x: all four are loaded before the first product, so that those of one step come while the
-   products of the step before go on. Beside them the sums of the 32 rows of x before become y. */
-MOQI_HALVES static void moqi_strip_block_whole(moqi_amx_strips *s, moqi_strip_at at, const uint32_t *tiles)
+/* What leaves held sums, part by part: y, or of gate and up what they become. */
+typedef struct moqi_strip_leaving { moqi_strip_sums sums; int64_t part; moqi_gated_rows rows; moqi_gated_half half; } moqi_strip_leaving;
+
+MOQI_INLINE void moqi_strip_held(const moqi_amx_strips *s, moqi_strip_leaving *l, int gated)
 {
-    const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at);
+    l->sums = s->held;
+    l->part = l->sums.at ? 0 : 17;
+    if (gated && l->sums.at) moqi_gated_take(s, l->sums.row, &l->rows);
+}
+
+MOQI_INLINE MOQI_AVX512 void moqi_strip_leave(const moqi_amx_strips *s, const moqi_sigmoid *a, moqi_strip_leaving *l, int gated)
+{
+    if (!gated) {
+        if (l->part < 16) moqi_strip_out(s, &l->sums, l->part++);
+        return;
+    }
+    if (l->part > 16) return;
+    if (l->part > 0) moqi_gated_end(s->gating, &l->rows, &l->half);
+    if (l->part < 16) {
+        l->half.first = l->sums.first + l->part / 8 * 16;
+        l->half.i = l->part % 8;
+        if (l->half.first < s->m) moqi_gated_begin(s->gating, a, &l->rows, l->sums.at + l->part / 8 * 256, &l->half);
+        else l->part = 16;
+    }
+    l->part++;
+}
+
+/* The lines of the rows after a block, whose codes lie together, as four streams: the hardware follows each of them by itself. They are asked for beside the
+   products, where there is more room for them than beside decoding, which waits for lines itself (measured 65 and 67 ms for 60 MLPs of 3072x576 and
+   576x1536 with 256 rows of x). */
+typedef struct moqi_strip_asking { const uint8_t *codes[2], *groups[2]; int64_t lines, scales, all, next; } moqi_strip_asking;
+
+static void moqi_strip_ask_for(const moqi_amx_strips *s, moqi_strip_at at, moqi_strip_asking *q)
+{
+    const int64_t size = s->p->scale_step * s->p->scale_stride * s->bytes;
+    q->lines = moqi_ceil_div(s->high * s->p->row_bytes, 256) * 4;
+    q->scales = moqi_ceil_div(s->high * size, 64);
+    q->all = 0;
+    q->next = 0;
+    for (int i = 0; s && i < 2; i++, s = s->up) {
+        const int64_t row = s->row + at.row + s->high;
+        q->codes[i] = s->p->codes + row * s->p->row_bytes;
+        q->groups[i] = s->bytes ? moqi_strip_groups(s, row, 0) : NULL;
+        q->all += moqi_strip_asks(s->kind, 1) ? q->lines + q->scales : 0;
+    }
+}
+
+MOQI_INLINE void moqi_strip_ask_line(moqi_strip_asking *q)
+{
+    const int64_t each = q->lines + q->scales, second = q->next >= each, i = q->next++ - (second ? each : 0);
+    if (i < q->lines) __builtin_prefetch(q->codes[second] + 64 * (i % 4 * (q->lines / 4) + i / 4), 0, 2);
+    else __builtin_prefetch(q->groups[second] + 64 * (i - q->lines), 0, 2);
+}
+
+/* A block of 32 rows and all columns, two tiles of weights by two of x: those of a step are loaded right behind the products of the step before, because what
+   leaves the sums of the 32 rows of x before stands between them, and more of it than the processor looks ahead. */
+MOQI_INLINE MOQI_HALVES void moqi_strip_whole_of(moqi_amx_strips *s, moqi_strip_at at, const uint32_t *tiles, int gated)
+{
+    const int64_t tile = 16 * s->ldx, steps = moqi_strip_count(s, at), half = s->half;
     const int kind = s->kind, zero = 1, swap = 1;
+    const int64_t all = s->groups * steps;
+    moqi_strip_leaving l;
+    moqi_strip_asking ask;
+    moqi_sigmoid a;
+    int64_t due = 0;
+    if (gated) a = moqi_sigmoid_of(s->gating->activation);
+    moqi_strip_ask_for(s, at, &ask);
     for (int64_t i = 0; i < s->groups; i++) {
         const int two = s->m - 32 * i > 16;
         const float *xa = s->x + 2 * i * tile, *xb = two ? xa + tile : xa;
-        const moqi_strip_sums out = s->held;
+        const uint32_t *w = tiles;
         float *last = s->last, *sums = s->sums + (last == s->sums ? 1024 : 0);
-        int64_t part = out.at ? 0 : 16;
+        moqi_strip_held(s, &l, gated);
         for (int64_t j = 0; j < steps; j++) {
-            MOQI_STRIP_LOAD("tileloaddt1", "6", xa + 256 * j)
-            MOQI_STRIP_LOAD("tileloaddt1", "7", xb + 256 * j)
-            MOQI_STRIP_LOAD("tileloadd", "4", tiles + 256 * j)
-            MOQI_STRIP_LOAD("tileloadd", "5", tiles + s->half + 256 * j)
+            if (j == 0) {
+                MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
+                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
+                MOQI_STRIP_LOAD("tileloadd", "4", w)
+                MOQI_STRIP_LOAD("tileloadd", "5", w + half)
+            }
             MOQI_STRIP_SWAP("0", 0)
             MOQI_STRIP_TIMES("4", "6", "0")
             MOQI_STRIP_SWAP("2", 2)
@@ -18165,14 +18393,55 @@ MOQI_HALVES static void moqi_strip_block_whole(moqi_amx_strips *s, moqi_strip_at
             if (two) MOQI_STRIP_TIMES("4", "7", "1")
             MOQI_STRIP_SWAP("3", 3)
             if (two) MOQI_STRIP_TIMES("5", "7", "3")
-            if (part < 16) moqi_strip_out(s, &out, part++);
+            xa += 256;
+            xb += 256;
+            w += 256;
+            if (j + 1 < steps) {
+                MOQI_STRIP_LOAD("tileloaddt1", "6", xa)
+                MOQI_STRIP_LOAD("tileloaddt1", "7", xb)
+                MOQI_STRIP_LOAD("tileloadd", "4", w)
+                MOQI_STRIP_LOAD("tileloadd", "5", w + half)
+            }
+            for (due += ask.all; due >= all; due -= all) moqi_strip_ask_line(&ask);
+            moqi_strip_leave(s, &a, &l, gated);
         }
-        for (; part < 16; part++) moqi_strip_out(s, &out, part);
+        while (l.part < 16 + gated) moqi_strip_leave(s, &a, &l, gated);
         s->last = sums;
         s->held.at = sums;
         s->held.row = at.row;
         s->held.first = 32 * i;
     }
+}
+MOQI_HALVES static void moqi_strip_block_whole(moqi_amx_strips *s, moqi_strip_at at, const uint32_t *tiles) { moqi_strip_whole_of(s, at, tiles, 0); }
+MOQI_HALVES static void moqi_strip_block_gated(moqi_amx_strips *s, moqi_strip_at at, const uint32_t *tiles) { moqi_strip_whole_of(s, at, tiles, 1); }
+
+/* All sums of gate and up, where they came back: [blocks][16 rows of x][2 of gate, 2 of up]. */
+MOQI_AVX512 static void moqi_gated_finish(const moqi_amx_strips *s)
+{
+    const moqi_sigmoid a = moqi_sigmoid_of(s->gating->activation);
+    moqi_gated_rows rows;
+    moqi_gated_half h;
+    for (int64_t r = 0; r < s->rows; r += 16) {
+        moqi_gated_take(s, r, &rows);
+        for (h.first = 0; h.first < s->m; h.first += 16) {
+            const float *at = s->sums + (r / 32 * s->groups + h.first / 16) * 1024 + r % 32 * 16;
+            for (h.i = 0; h.i < 8; h.i++) {
+                moqi_gated_begin(s->gating, &a, &rows, at, &h);
+                moqi_gated_end(s->gating, &rows, &h);
+            }
+        }
+    }
+}
+
+/* The last sums of blocks of whole rows. */
+MOQI_AVX512 static void moqi_strip_last(const moqi_amx_strips *s)
+{
+    moqi_strip_leaving l;
+    moqi_sigmoid a;
+    moqi_strip_held(s, &l, s->gating != NULL);
+    if (s->gating) a = moqi_sigmoid_of(s->gating->activation);
+    while (s->gating && l.part < 17) moqi_strip_leave(s, &a, &l, 1);
+    while (!s->gating && l.part < 16) moqi_strip_leave(s, &a, &l, 0);
 }
 #undef MOQI_STRIP_SWAP
 
@@ -18544,45 +18813,91 @@ MOQI_HALVES static void moqi_narrow_blocks(moqi_amx_strips *s)
     moqi_strip_finish(s);
 }
 
-/* All blocks, up to MOQI_WAY_TOKENS rows of x. */
-MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
+/* How a layer is cut into blocks for m rows of x: all columns of a row at once where these are few, which pays from fewer rows on. Gate and up never go as few
+   rows of x, for they may be the last of many. */
+static int moqi_strip_short(const moqi_amx_strips *s)
 {
-    moqi_strip_work d;
-    moqi_strip_at at = {0, 0}, then;
-    const moqi_strip_form *form = &moqi_strip_forms[s->kind];
+    return moqi_ceil_div(s->p->layer.cols, 128) * 128 <= MOQI_STRIP_SHORT * 16 * s->unit && moqi_strip_parts(s->kind) == 1;
+}
+static int moqi_strip_few(const moqi_amx_strips *s) { return s->m <= (moqi_strip_short(s) ? MOQI_STRIP_FEW / 2 : MOQI_STRIP_FEW) && !s->gating; }
+static int moqi_strip_whole(const moqi_amx_strips *s) { return !moqi_strip_few(s) && moqi_strip_short(s); }
+
+static void moqi_strip_cut(moqi_amx_strips *s)
+{
     const int64_t all = moqi_ceil_div(s->p->layer.cols, 128) * 128;
-    s->bytes = s->p->scales && s->p->groups > 1 && s->p->group_rows == 1 ? moq_dtype_bits(s->p->scale_dtype) / 8 : 0;
-    if (moqi_narrow_takes(s)) {
-        moqi_narrow_blocks(s);
-        return;
-    }
-    const int few = s->m <= MOQI_STRIP_FEW, whole = !few && all <= MOQI_STRIP_SHORT * 16 * s->unit && moqi_strip_parts(s->kind) == 1;
+    const int few = moqi_strip_few(s), whole = moqi_strip_whole(s);
     s->across = whole ? all : moqi_strip_cols(s);
     s->half = moqi_ceil_div(s->across, moqi_strip_cols(s)) * 2048;
     s->each = few || whole ? 32 : 16;
     s->groups = moqi_ceil_div(s->m, s->each);
-    s->high = few || whole ? 32 : (int64_t)MOQI_STRIP_ROWS;
+    s->high = (few || whole ? 32 : (int64_t)MOQI_STRIP_ROWS) / (s->gating ? 2 : 1);
     s->wide = whole ? all : (few ? MOQI_STRIP_X / (32 * s->groups * moqi_strip_parts(s->kind)) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
     s->last = NULL;
     s->held.at = NULL;
-    s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? form->two : s->p->shift == 6 ? moqi_strip_two_t4_64 : moqi_strip_two_t4_32;
+    s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? moqi_strip_forms[s->kind].two :
+        s->p->shift == 6 ? moqi_strip_two_t4_64 : moqi_strip_two_t4_32;
     s->size = moqi_strip_size(s, moqi_strip_cols(s));
     s->under = (moqi_strip_cols(s) >> moqi_min(s->p->shift, 30)) * s->bytes;
-    moqi_strip_begin(s, &d, at, s->tiles);
-    form->rest(s, &d, few || whole);
+}
+
+/* The block at `at` is decoded to `tiles`, where two layers share it its second half from the other one. */
+static void moqi_strip_fill(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_at at, uint32_t *tiles, int ask)
+{
+    for (moqi_amx_strips *of = s; of; of = of->up, d++, tiles += s->half / 16 * s->high) {
+        moqi_strip_begin(of, d, at, tiles);
+        moqi_strip_forms[of->kind].rest(of, d, ask);
+    }
+}
+
+/* All blocks, up to MOQI_WAY_TOKENS rows of x. */
+MOQI_HALVES static void moqi_strip_blocks(moqi_amx_strips *s)
+{
+    moqi_strip_work d[2];
+    moqi_strip_at at = {0, 0}, then;
+    const int few = moqi_strip_few(s), whole = moqi_strip_whole(s);
+    if (!s->gating && moqi_narrow_takes(s)) {
+        moqi_narrow_blocks(s);
+        return;
+    }
+    moqi_strip_cut(s);
+    if (s->up) moqi_strip_cut(s->up);
+    moqi_strip_fill(s, d, at, s->tiles, few);
     for (int more = 1, turn = 0; more; turn = few && !turn, at = then) {
         uint32_t *tiles = s->tiles + (turn ? 2 * s->half : 0);
         then = at;
         more = moqi_strip_step(s, &then);
-        if (whole) moqi_strip_block_whole(s, at, tiles);
-        else if (!few) moqi_strip_block_high(s, &d, at, tiles);
-        if (more) moqi_strip_begin(s, &d, then, s->tiles + (few && !turn ? 2 * s->half : 0));
-        if (few) form->block(s, &d, at, tiles);
-        else form->rest(s, &d, whole && moqi_strip_asks(s->kind, 1));
+        if (few) {
+            if (more) moqi_strip_begin(s, d, then, s->tiles + (turn ? 0 : 2 * s->half));
+            moqi_strip_forms[s->kind].block(s, d, at, tiles);
+            continue;
+        }
+        if (whole && s->gating) moqi_strip_block_gated(s, at, tiles);
+        else if (whole) moqi_strip_block_whole(s, at, tiles);
+        else moqi_strip_block_high(s, d, s->up ? d + 1 : NULL, at, tiles);
+        if (more) moqi_strip_fill(s, d, then, tiles, 0);
     }
     MOQI_STRIP_STORE("0", s->last) MOQI_STRIP_STORE("1", s->last + 256) MOQI_STRIP_STORE("2", s->last + 512) MOQI_STRIP_STORE("3", s->last + 768)
-    if (!whole) moqi_strip_finish(s);
-    for (int64_t part = 0; part < 16 && whole; part++) moqi_strip_out(s, &s->held, part);
+    if (whole) moqi_strip_last(s);
+    else if (s->gating) moqi_gated_finish(s);
+    else moqi_strip_finish(s);
+}
+
+/* Rows [row, row + rows) of a layer, whose inputs, sums and y come later. */
+static void moqi_strip_open(moqi_amx_strips *s, const moqi_tiled *p, int kind, int64_t row, int64_t rows, int64_t ldx, float *scratch)
+{
+    s->kind = kind;
+    s->unit = kind == MOQI_STRIP_I8 ? 4 : 2;
+    s->p = p;
+    s->bytes = p->scales && p->groups > 1 && p->group_rows == 1 ? moq_dtype_bits(p->scale_dtype) / 8 : 0;
+    s->row = row;
+    s->rows = rows;
+    s->ldx = ldx;
+    s->up = NULL;
+    s->gating = NULL;
+    s->tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
+    s->sums = (float *)(void *)(s->tiles + moqi_ceil_div(MOQI_STRIP_SHORT, 8) * 4096);
+    moqi_strip_tables(s);
+    moqi_strip_factors(s);
 }
 
 /* As many columns of x in one go as stay in the second-level cache. */
@@ -18590,17 +18905,8 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
                                                  int64_t m, float *y, int64_t ldy, float *scratch)
 {
     moqi_amx_strips s;
-    s.kind = moqi_strip_kind(p, way);
-    s.unit = s.kind == MOQI_STRIP_I8 ? 4 : 2;
-    s.p = p;
-    s.row = row;
-    s.rows = rows;
-    s.ldx = ldx;
+    moqi_strip_open(&s, p, moqi_strip_kind(p, way), row, rows, ldx, scratch);
     s.ldy = ldy;
-    s.tiles = (uint32_t *)(void *)(scratch + (4096 - (uintptr_t)scratch % 4096) / 4);
-    s.sums = (float *)(void *)(s.tiles + moqi_ceil_div(MOQI_STRIP_SHORT, 8) * 4096);
-    moqi_strip_tables(&s);
-    moqi_strip_factors(&s);
     moqi_amx_configure(16, 16);
     const int64_t most = moqi_strip_parts(s.kind) > 1 ? (int64_t)MOQI_STRIP_MANY : (int64_t)MOQI_WAY_TOKENS;
     for (int64_t first = 0; first < m; first += most) {
@@ -18613,6 +18919,47 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
 }
 #undef MOQI_STRIP_TIMES
 
+/* Rows [row, row + rows) of both, both multiples of 16. */
+MOQI_HALVES static void moqi_gated_multiply(moqi_gating *g, int64_t row, int64_t rows, float *scratch)
+{
+    moqi_amx_strips s, up;
+    const int64_t behind = moqi_ceil_div(g->gate->layer.cols, 128) * 128;
+    const int tiles = moqi_strip_shapes[moqi_amx_strip_of(g->next)].tiles;
+    float *const out = g->out;
+    uint32_t *const most = g->most;
+    moqi_strip_open(&s, g->gate, g->kind, row, rows, g->ldx, scratch);
+    moqi_strip_open(&up, g->up, g->kind, row, rows, g->ldx, scratch);
+    s.up = &up;
+    s.gating = up.gating = g;
+    for (int i = 0; i < 16; i++) g->column[i] = (uint8_t)moqi_pairs_column(g->next, i);
+    for (int i = 0; i < 64; i++) {
+        const int q = i / 16, tile = q / tiles * tiles + i % tiles, line = q % tiles * (16 / tiles) + i % 16 / tiles;
+        g->place[i] = (int16_t)(256 * tile + 16 * line);
+    }
+    moqi_amx_configure(16, 16);
+    for (int64_t first = 0; first < g->m; first += MOQI_WAY_TOKENS) {
+        s.x = up.x = g->x + first * g->ldx;
+        s.m = up.m = moqi_min(g->m - first, MOQI_WAY_TOKENS);
+        g->out = out + first * g->ldo;
+        g->most = most + first;
+        for (int64_t t = 0; t < (s.m + 15) / 16 * 16; t++) g->by[t] = t < s.m ? s.x[t / 16 * 16 * g->ldx + t % 16 * 16 + moqi_strip_word(&s, behind)] : 0;
+        moqi_strip_blocks(&s);
+    }
+    __asm__ volatile("tilerelease" : : : "memory");
+}
+
+/* What stands behind each 16 rows, once all numbers are there. 0: rows of another size, or with what is no number, want to be multiplied by another power. */
+static int moqi_gated_behind(const moqi_gating *g)
+{
+    const int lacks = moqi_strip_shapes[moqi_amx_strip_of(g->next)].lacks;
+    float *behind = g->out + g->next->layer.cols / 128 * 1024;
+    for (int64_t t = 0; t < g->m; t++) {
+        const int most = (int)(g->most[t] >> 23);
+        if (g->up_by ? g->most[t] != 0 && (most < 127 + g->up_by - 40 || most > 127 + g->up_by + 40) : most > 254) return 0;
+        behind[t / 16 * 16 * g->ldo + t % 16 * 16] = (float)(lacks - g->up_by);
+    }
+    return 1;
+}
 /* Weights in BF16 with F32 inputs. Measured: what goes where codes lie takes less time for fewer rows of x. */
 static int moqi_amx_takes_wide(const moqi_tiled *p)
 {
@@ -18624,6 +18971,17 @@ static const moqi_way moqi_amx_way_wide = {"BF16 strips (x in three parts)", MOQ
                                            NULL, NULL};
 static const moqi_way moqi_amx_way_strips = {"BF16 strips", 2, moqi_amx_strips_take, moqi_amx_arrange, moqi_amx_strips_multiply, NULL, NULL};
 static const moqi_way moqi_amx_way_rows = {"INT8 strips", MOQI_STRIP_BYTES, moqi_amx_takes_rows, moqi_amx_arrange_rows, moqi_amx_strips_multiply, NULL, NULL};
+
+/* Can both layers of `w` and the next one run so for m rows? All columns of a row of blocks' x are whole groups of 128. */
+static int moqi_gates(const moqi_tiled *part, const moqi_tiled *next, const moq_activation_desc *a, int64_t m)
+{
+    const moqi_way *way = moqi_way_for(part, m), *then = moqi_way_for(next, m);
+    const int kind = way ? moqi_strip_kind(part, way) : MOQI_STRIP_NONE;
+    const int64_t few = part->layer.cols <= MOQI_STRIP_SHORT * 32 ? MOQI_STRIP_FEW / 2 : MOQI_STRIP_FEW;
+    if (m <= few || !moqi_is_sigmoid(a) || way != &moqi_amx_way_strips || then != way || !part[1].shares) return 0;
+    if (part[0].layer.rows != part[1].layer.rows || part[0].layer.rows != next->layer.cols || next->layer.cols % 128 != 0) return 0;
+    return moqi_strip_kind(part + 1, way) == kind && part[0].row_bytes == part[1].row_bytes && !next->layer.lora_a.data && next->layer.hadamard_size == 0;
+}
 #endif
 
 /* ------------------------------------------------------------------------------------------------
@@ -19257,15 +19615,6 @@ static const moqi_loops moqi_plain_loops = {moqi_plain_softmax, moqi_plain_blend
                                             expf, NULL, moqi_plain_split, NULL, NULL};
 
 #if defined(MOQI_X86) || defined(MOQI_ARM)
-/* The activations that are g * sigmoid(z) * (u + beta) have vector versions:
-       silu        z = g
-       clamped     z = alpha g, g and u limited first
-       gelu, tanh  z = 2 sqrt(2 / pi) (g + 0.044715 g^3), for 0.5 (1 + tanh t) = sigmoid(2 t) */
-static int moqi_is_sigmoid(const moq_activation_desc *a)
-{
-    return a->kind == MOQ_SILU_MUL || a->kind == MOQ_SWIGLU_CLAMP || a->kind == MOQ_GELU_TANH_MUL;
-}
-
 /* The last n - i values of a row, [gate of full | up of full]. */
 static void moqi_activate_rest(const moq_activation_desc *a, const float *x, int64_t i, int64_t n, float *y)
 {
@@ -19276,23 +19625,6 @@ static void moqi_activate_rest(const moq_activation_desc *a, const float *x, int
 
 #ifdef MOQI_X86
 /* ---- AVX-512 ---- */
-
-/* e^x = 2^n e^r with n = rne(x / ln 2), |r| <= ln 2 / 2, and the first eight terms of the series of e^r: the ninth is below 6e-9.
-   NaN passes, since min and max give their second operand then. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_exp_512(__m512 x)
-{
-    x = _mm512_max_ps(_mm512_set1_ps(-110), _mm512_min_ps(_mm512_set1_ps(90), x));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x), p = _mm512_set1_ps(1.0f / 5040);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), n);
-}
 
 MOQI_AVX512 static float moqi_softmax_512(float *s, int from, int to, float *max)
 {
@@ -19375,21 +19707,10 @@ MOQI_AVX512 static void moqi_turns_512(const float *src, int64_t lds, int64_t ro
 
 MOQI_AVX512 static void moqi_activate_512(const moq_activation_desc *a, const float *x, int64_t n, float *y)
 {
+    const moqi_sigmoid s = moqi_sigmoid_of(a);
     int64_t i = 0;
-    int clamps = a->kind == MOQ_SWIGLU_CLAMP, gelu = a->kind == MOQ_GELU_TANH_MUL;
-    const __m512 one = _mm512_set1_ps(1), limit = _mm512_set1_ps(a->limit), least = _mm512_set1_ps(-a->limit);
-    const __m512 slope = _mm512_set1_ps(clamps ? -a->alpha : gelu ? -1.59576912f : -1.0f), add = _mm512_set1_ps(clamps ? a->beta : 0);
     if (!moqi_is_sigmoid(a)) { moqi_activate_row(a, x, n, y); return; }
-    for (; i + 16 <= n; i += 16) {
-        __m512 g = _mm512_loadu_ps(x + i), u = _mm512_loadu_ps(x + n + i), z;
-        if (clamps) {
-            g = _mm512_min_ps(limit, g);
-            u = _mm512_max_ps(least, _mm512_min_ps(limit, u));
-        }
-        z = gelu ? _mm512_fmadd_ps(_mm512_mul_ps(_mm512_mul_ps(g, g), g), _mm512_set1_ps(0.044715f), g) : g;
-        z = _mm512_div_ps(g, _mm512_add_ps(one, moqi_exp_512(_mm512_mul_ps(slope, z))));
-        _mm512_storeu_ps(y + i, _mm512_mul_ps(z, _mm512_add_ps(u, add)));
-    }
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(y + i, moqi_sigmoid_512(&s, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + n + i)));
     moqi_activate_rest(a, x, i, n, y);
 }
 
@@ -20724,6 +21045,7 @@ typedef struct moqi_cpu {
     int64_t moe_rows;           /* rows of one pass through a mixture of experts */
     float *worker, *t, *r, *mid, *hidden, *out, *weight, *parts; /* in scratch */
     int32_t *index, *place, *row_of, *expert_of, *begin;
+    uint32_t *most;             /* [workers, max_rows padded to 16]: see >>gated */
     moqi_job *jobs;             /* [2 * need.jobs]: products, then their low-rank branches */
     struct moqi_store *store;   /* copied weights, the newest block first */
 } moqi_cpu;
@@ -20773,6 +21095,7 @@ static void moqi_carve_all(moqi_cpu *c, moqi_carver *v)
     c->row_of = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
     c->expert_of = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
     c->begin = (int32_t *)moqi_carve(v, 1, n->experts + 1, 4);
+    c->most = (uint32_t *)moqi_carve(v, c->par.workers, moqi_pad16(rows), 4);
     c->jobs = (moqi_job *)moqi_carve(v, 2, n->jobs, sizeof *c->jobs);
 }
 
@@ -21835,6 +22158,174 @@ static void moqi_cpu_copy_heads(moq_backend *be, const moq_copy_desc *d)
 }
 
 /* ------------------------------------------------------------------------------------------------
+   >>between         the operations between layers on the CPU, and an MLP in one call
+   ------------------------------------------------------------------------------------------------ */
+
+/* Arguments of one row-wise call; each task is one row. */
+typedef struct moqi_rows {
+    const moqi_cpu *c;
+    const void *desc;
+    const float *x;
+    float *y;
+    int64_t n;
+} moqi_rows;
+
+/* One row: the sum first, then each group by itself. */
+static void moqi_norm_task(void *arg, int row, int worker)
+{
+    const moqi_rows *t = (const moqi_rows *)arg;
+    const moq_norm_desc *d = (const moq_norm_desc *)t->desc;
+    int64_t groups = d->groups > 0 ? d->groups : 1, n = groups * d->cols;
+    const float *x = (const float *)d->x + row * (d->x_stride ? d->x_stride : n);
+    float *y = (float *)d->y + row * (d->y_stride ? d->y_stride : n);
+    (void)worker;
+    if (d->add) {
+        float *sum = (float *)(uintptr_t)x; /* writable when there is something to add */
+        t->c->k->axpy(1, (const float *)d->add + row * n, sum, n);
+    }
+    for (int64_t g = 0; g < groups; g++) moqi_norm_row(t->c->k, t->c->o, x + g * d->cols, d->weight, d->cols, d->eps, y + g * d->cols);
+}
+
+static void moqi_cpu_norm(moq_backend *be, const moq_norm_desc *d)
+{
+    moqi_rows t = {moqi_cpu_of(be), d, NULL, NULL, 0};
+    moqi_run(t.c, d->rows, (double)d->rows * d->cols * (d->groups > 0 ? d->groups : 1) * 3, moqi_norm_task, &t);
+}
+
+/* In double: an angle of 10^5 radians still has 10 digits. */
+static void moqi_cpu_rope_table(moq_backend *be, const int32_t *pos, int32_t rows, const float *inv_freq, int32_t dims, float scale, float *table)
+{
+    (void)be;
+    for (int64_t i = 0; i < (int64_t)rows * dims; i++) {
+        double angle = (double)pos[i / dims] * (double)inv_freq[i % dims];
+        table[2 * i] = (float)(cos(angle) * (double)scale);
+        table[2 * i + 1] = (float)(sin(angle) * (double)scale);
+    }
+}
+
+/* One row: all its heads turn by the same angles. */
+static void moqi_rope_task(void *arg, int row, int worker)
+{
+    const moqi_rows *t = (const moqi_rows *)arg;
+    const moq_rope_desc *d = (const moq_rope_desc *)t->desc;
+    int64_t dims = d->dims > 0 ? d->dims : d->head_dim;
+    float *x = (float *)d->x + row * d->stride + d->first;
+    (void)worker;
+    for (int64_t h = 0; h < d->heads; h++) t->c->o->rotate(x + h * d->head_dim, d->table + row * dims, dims, d->interleaved);
+}
+
+static void moqi_cpu_rope(moq_backend *be, const moq_rope_desc *d)
+{
+    moqi_rows t = {moqi_cpu_of(be), d, NULL, NULL, 0};
+    moqi_run(t.c, d->rows, (double)d->rows * d->heads * d->head_dim * 2, moqi_rope_task, &t);
+}
+
+/* x: [rows, 2 n] or [rows, n] -> y [rows, n] */
+static void moqi_activate_task(void *arg, int row, int worker)
+{
+    const moqi_rows *t = (const moqi_rows *)arg;
+    const moq_activation_desc *a = (const moq_activation_desc *)t->desc;
+    (void)worker;
+    t->c->o->activate(a, t->x + row * t->n * (a->kind == MOQ_RELU2 ? 1 : 2), t->n, t->y + row * t->n);
+}
+
+static void moqi_cpu_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
+{
+    moqi_rows t = {moqi_cpu_of(be), a, (const float *)x, (float *)y, n};
+    moqi_run(t.c, rows, (double)rows * n * 16, moqi_activate_task, &t);
+}
+
+#ifdef MOQI_AMX
+/* Arguments of moqi_gate_task. */
+typedef struct moqi_gate_all { const moqi_cpu *c; const moqi_gating *g; int64_t tile; } moqi_gate_all;
+
+static void moqi_gate_task(void *arg, int index, int worker)
+{
+    const moqi_gate_all *t = (const moqi_gate_all *)arg;
+    moqi_gating g = *t->g;
+    g.most += worker * moqi_pad16(g.m);
+    moqi_gated_multiply(&g, index * t->tile, moqi_min(t->tile, g.gate->layer.rows - index * t->tile), t->c->worker + worker * t->c->need.worker);
+}
+
+/* Up to max_rows rows; 0: not so, and what is to be y is as it was. The inputs of `down` lie in t, which products of strips have no use for. */
+static int moqi_cpu_gated(moq_backend *be, const moqi_weight *up, const moq_activation_desc *a, const moqi_weight *down, const float *x, int64_t m, float *y)
+{
+    const moqi_cpu *c = moqi_cpu_of(be);
+    moqi_feeding f = {c, up->part, x, m, 16};
+    moqi_gate_all t;
+    moqi_gating g;
+    if (up->parts != 2 || down->parts != 1 || !moqi_gates(up->part, down->part, a, m)) return 0;
+    const moqi_way *way = moqi_way_for(down->part, m);
+    g.gate = up->part;
+    g.up = up->part + 1;
+    g.next = down->part;
+    g.activation = a;
+    g.kind = moqi_strip_kind(up->part, way);
+    g.x = c->r;
+    g.ldx = moqi_feed_step(up->part, way);
+    g.m = m;
+    g.out = c->t;
+    g.ldo = moqi_feed_step(down->part, way);
+    g.up_by = moqi_amx_up(moqi_strip_shapes[moqi_strip_kind(down->part, way)].lacks, 127);
+    g.most = c->most;
+    if (moqi_pad16(m) * g.ldo > c->be.max_rows * c->need.cols) return 0;
+    moqi_run(c, moqi_ceil_div(m, 16), (double)m * (double)up->cols * 8, moqi_feed_task, &f);
+    memset(c->most, 0, (size_t)(c->par.workers * moqi_pad16(m)) * sizeof *c->most);
+    t.c = c;
+    t.g = &g;
+    t.tile = moqi_min(MOQI_WAY_ROWS / 2, moqi_tile_rows(up->part, m, up->rows / 2, c->par.workers));
+    moqi_run(c, moqi_ceil_div(up->rows / 2, t.tile), (double)up->rows * (double)up->cols * (double)m, moqi_gate_task, &t);
+    for (int64_t w = 1; w < c->par.workers; w++)
+        for (int64_t i = 0; i < m; i++) if (c->most[w * moqi_pad16(m) + i] > c->most[i]) c->most[i] = c->most[w * moqi_pad16(m) + i];
+    if (!moqi_gated_behind(&g)) return 0;
+    c->jobs[0].part = down->part;
+    c->jobs[0].row = 0;
+    c->jobs[0].rows = down->rows;
+    c->jobs[0].x = c->jobs[0].t = c->t;
+    c->jobs[0].ldx = moqi_pad_x(down->cols);
+    c->jobs[0].y = y;
+    c->jobs[0].ldy = down->rows;
+    c->jobs[0].m = m;
+    moqi_products(c, 1);
+    return 1;
+}
+#endif
+
+static void moqi_cpu_mlp(moq_backend *be, const moq_weight *up, const moq_activation_desc *a, const moq_weight *down, const void *x, int32_t rows, void *both,
+                         void *mid, void *y)
+{
+    const moqi_weight *u = (const moqi_weight *)(const void *)up, *d = (const moqi_weight *)(const void *)down;
+    for (int32_t first = 0, m; first < rows; first += m) {
+        const float *from = (const float *)x + first * u->cols;
+        float *to = (float *)y + first * d->rows;
+        m = (int32_t)moqi_min(rows - first, moqi_cpu_of(be)->be.max_rows);
+#ifdef MOQI_AMX
+        if (moqi_cpu_gated(be, u, a, d, from, m, to)) continue;
+#endif
+        moqi_cpu_linear(be, up, from, m, both);
+        moqi_cpu_activation(be, a, both, m, (int32_t)d->cols, mid);
+        moqi_cpu_linear(be, down, mid, m, to);
+    }
+}
+
+static void moqi_cpu_add(moq_backend *be, void *x, const void *y, size_t count)
+{
+    moqi_cpu_of(be)->k->axpy(1, (const float *)y, (float *)x, (int64_t)count);
+}
+
+/* The lowest index among equals; NaN and -infinity never win. */
+static void moqi_cpu_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
+{
+    (void)be;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *v = (const float *)x + r * n;
+        float most = moqi_bits_f32(0xff800000u);
+        index[r] = -1;
+        for (int32_t i = 0; i < n; i++) if (!moqi_is_nan(v[i]) && v[i] > most) { most = v[i]; index[r] = i; }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------
    >>backend         the function table and its CPU filling
    Mixtures of experts, KV cache, attention and the small operations; nothing allocates outside of create, prepare and reserve.
    ------------------------------------------------------------------------------------------------ */
@@ -22391,99 +22882,6 @@ static void moqi_cpu_attention(moq_backend *be, const moq_batch *b, const moq_at
     if (t.parts) moqi_run(cpu, (int64_t)b->rows * a->heads, (double)b->rows * a->heads * (double)spans * each, moqi_finish_task, &t);
 }
 
-/* ---- the operations between layers ---- */
-
-/* Arguments of one row-wise call; each task is one row. */
-typedef struct moqi_rows {
-    const moqi_cpu *c;
-    const void *desc;
-    const float *x;
-    float *y;
-    int64_t n;
-} moqi_rows;
-
-/* One row: the sum first, then each group by itself. */
-static void moqi_norm_task(void *arg, int row, int worker)
-{
-    const moqi_rows *t = (const moqi_rows *)arg;
-    const moq_norm_desc *d = (const moq_norm_desc *)t->desc;
-    int64_t groups = d->groups > 0 ? d->groups : 1, n = groups * d->cols;
-    const float *x = (const float *)d->x + row * (d->x_stride ? d->x_stride : n);
-    float *y = (float *)d->y + row * (d->y_stride ? d->y_stride : n);
-    (void)worker;
-    if (d->add) {
-        float *sum = (float *)(uintptr_t)x; /* writable when there is something to add */
-        t->c->k->axpy(1, (const float *)d->add + row * n, sum, n);
-    }
-    for (int64_t g = 0; g < groups; g++) moqi_norm_row(t->c->k, t->c->o, x + g * d->cols, d->weight, d->cols, d->eps, y + g * d->cols);
-}
-
-static void moqi_cpu_norm(moq_backend *be, const moq_norm_desc *d)
-{
-    moqi_rows t = {moqi_cpu_of(be), d, NULL, NULL, 0};
-    moqi_run(t.c, d->rows, (double)d->rows * d->cols * (d->groups > 0 ? d->groups : 1) * 3, moqi_norm_task, &t);
-}
-
-/* In double: an angle of 10^5 radians still has 10 digits. */
-static void moqi_cpu_rope_table(moq_backend *be, const int32_t *pos, int32_t rows, const float *inv_freq, int32_t dims, float scale, float *table)
-{
-    (void)be;
-    for (int64_t i = 0; i < (int64_t)rows * dims; i++) {
-        double angle = (double)pos[i / dims] * (double)inv_freq[i % dims];
-        table[2 * i] = (float)(cos(angle) * (double)scale);
-        table[2 * i + 1] = (float)(sin(angle) * (double)scale);
-    }
-}
-
-/* One row: all its heads turn by the same angles. */
-static void moqi_rope_task(void *arg, int row, int worker)
-{
-    const moqi_rows *t = (const moqi_rows *)arg;
-    const moq_rope_desc *d = (const moq_rope_desc *)t->desc;
-    int64_t dims = d->dims > 0 ? d->dims : d->head_dim;
-    float *x = (float *)d->x + row * d->stride + d->first;
-    (void)worker;
-    for (int64_t h = 0; h < d->heads; h++) t->c->o->rotate(x + h * d->head_dim, d->table + row * dims, dims, d->interleaved);
-}
-
-static void moqi_cpu_rope(moq_backend *be, const moq_rope_desc *d)
-{
-    moqi_rows t = {moqi_cpu_of(be), d, NULL, NULL, 0};
-    moqi_run(t.c, d->rows, (double)d->rows * d->heads * d->head_dim * 2, moqi_rope_task, &t);
-}
-
-/* x: [rows, 2 n] or [rows, n] -> y [rows, n] */
-static void moqi_activate_task(void *arg, int row, int worker)
-{
-    const moqi_rows *t = (const moqi_rows *)arg;
-    const moq_activation_desc *a = (const moq_activation_desc *)t->desc;
-    (void)worker;
-    t->c->o->activate(a, t->x + row * t->n * (a->kind == MOQ_RELU2 ? 1 : 2), t->n, t->y + row * t->n);
-}
-
-static void moqi_cpu_activation(moq_backend *be, const moq_activation_desc *a, const void *x, int32_t rows, int32_t n, void *y)
-{
-    moqi_rows t = {moqi_cpu_of(be), a, (const float *)x, (float *)y, n};
-    moqi_run(t.c, rows, (double)rows * n * 16, moqi_activate_task, &t);
-}
-
-static void moqi_cpu_add(moq_backend *be, void *x, const void *y, size_t count)
-{
-    moqi_cpu_of(be)->k->axpy(1, (const float *)y, (float *)x, (int64_t)count);
-}
-
-/* The lowest index among equals; NaN and -infinity never win. */
-static void moqi_cpu_argmax(moq_backend *be, const void *x, int32_t rows, int32_t n, int32_t *index)
-{
-    (void)be;
-    for (int64_t r = 0; r < rows; r++) {
-        const float *v = (const float *)x + r * n;
-        float most = moqi_bits_f32(0xff800000u);
-        index[r] = -1;
-        for (int32_t i = 0; i < n; i++) if (!moqi_is_nan(v[i]) && v[i] > most) { most = v[i]; index[r] = i; }
-    }
-}
-
 /* ---- memory ---- */
 
 MOQI_COLD_BEGIN
@@ -22549,7 +22947,7 @@ static const moq_backend moqi_cpu_table = {
     moqi_cpu_ssm_create, moqi_cpu_ssm_release, moqi_cpu_ssm_bytes, moqi_cpu_ssm, moqi_cpu_ssm_copy, moqi_cpu_copy_heads,
     moqi_cpu_moe_bytes, moqi_cpu_kv_read, moqi_cpu_kv_write, moqi_cpu_ssm_read, moqi_cpu_ssm_write,
     moqi_cpu_latent_bytes, moqi_cpu_latent_create, moqi_cpu_latent_release, moqi_cpu_latent_query, moqi_cpu_latent_value, NULL,
-    moqi_cpu_linear_rows, moqi_cpu_copy_weight, moqi_cpu_copy_bytes, 0, NULL, NULL, NULL
+    moqi_cpu_linear_rows, moqi_cpu_copy_weight, moqi_cpu_copy_bytes, 0, NULL, NULL, NULL, moqi_cpu_mlp
 };
 
 /* By name, or the fastest. */
@@ -26489,7 +26887,7 @@ static const moq_backend moqi_watch_table = {
     moqi_watch_ssm_create, moqi_watch_ssm_release, moqi_watch_ssm_bytes, moqi_watch_ssm, moqi_watch_ssm_copy, moqi_watch_copy_heads,
     moqi_watch_moe_bytes, NULL, NULL, NULL, NULL,
     NULL, NULL, NULL, NULL, NULL, /* what goes through kv_b is to be seen */
-    NULL, NULL, NULL, NULL, 0, NULL, NULL, NULL
+    NULL, NULL, NULL, NULL, 0, NULL, NULL, NULL, NULL
 };
 
 /* What the inner backend lacks, this one lacks too, so that an engine finds out when it prepares. */

@@ -13908,7 +13908,8 @@ static const moq_backend moqc_table = {
     NULL, /* a product is queued in microseconds, whatever it takes */
     NULL, NULL, /* weights are copied to the device in any case */
     512, /* tiles of mma.sync are full by then; see moqc_open_device */
-    moqc_host_alloc, moqc_release, moqc_send_act
+    moqc_host_alloc, moqc_release, moqc_send_act,
+    NULL /* recordings join what they can by themselves, see >>cuda-together */
 };
 
 /* The device itself: is it there, new enough, does this program hold code for it. */

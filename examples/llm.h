@@ -8054,6 +8054,10 @@ static const llmi_mixing_fn llmi_mixings[] = {NULL, llmi_attention, llmi_latent,
 static void llmi_mlp(const llmi_model *m, const llmi_layer *l, int32_t inter, int32_t rows, void *y)
 {
     moq_backend *be = m->be;
+    if (be->mlp) {
+        be->mlp(be, l->gate_up, &m->c.activation, l->down, m->h, rows, m->gate_up, m->mid, y);
+        return;
+    }
     be->linear(be, l->gate_up, m->h, rows, m->gate_up);
     be->activation(be, &m->c.activation, m->gate_up, rows, inter, m->mid);
     be->linear(be, l->down, m->mid, rows, y);

@@ -982,6 +982,70 @@ static void test_backend_linear_rows(void)
     }
 }
 
+/* An MLP in one call has the bits of the three calls that it stands for. -> how often it was not made of them: mid is as it was. */
+static long check_mlp(const layer_format *f, int n, int cols, int rows, int threads, moq_act act, moq_activation kind, float factor, int at)
+{
+    enum { OUT = 96, ROWS = 530, COLS = 1152, MID = 384 };
+    static float x[ROWS * COLS], both[ROWS * 2 * MID], mid[ROWS * MID], want[ROWS * OUT], got[ROWS * OUT];
+    moq_activation_desc a = {kind, 7, 1.702f, 1};
+    moq_error err;
+    layer gate, up, down;
+    moq_linear parts[2];
+    long alone = 1;
+    layer_make(&gate, f, n, cols);
+    layer_make(&up, f, n, cols);
+    layer_make(&down, f, OUT, n);
+    if (factor == 1) gate.w.bias = layer_view(layer_floats(&gate, n, 0.3f), MOQ_F32, n); /* beside which small rows would not be small */
+    if (rows % 2) down.w.pre_quant_scale = layer_view(layer_floats(&down, n, 1.0f), MOQ_F32, n);
+    parts[0] = gate.w;
+    parts[1] = up.w;
+    for (int i = 0; i < rows * cols; i++) x[i] = test_normal();
+    for (int i = 0; i < cols; i++) x[at % rows * cols + i] *= factor;
+    moq_backend *be = backend_of(NULL, act, threads);
+    moq_weight *w = be->prepare_linear(be, parts, 2, &err), *d = be->prepare_linear(be, &down.w, 1, &err);
+    CHECK(w != NULL && d != NULL && be->mlp != NULL && be->reserve(be, 520, &err) == MOQ_OK); /* 530 rows go in two, of which the first takes two goes */
+    be->linear(be, w, x, rows, both);
+    be->activation(be, &a, both, rows, n, mid);
+    be->linear(be, d, mid, rows, want);
+    for (int i = 0; i < rows * n; i++) mid[i] = 12345;
+    be->mlp(be, w, &a, d, x, rows, both, mid, got);
+    for (int i = 0; i < rows * n; i++) alone = alone && mid[i] == 12345;
+    if (memcmp(want, got, sizeof *got * (size_t)(rows * OUT)) != 0)
+        fprintf(stderr, "%s, %d x %d, %d rows, activation %d, row %d times %g: another result\n", f->name, n, cols, rows, (int)kind, at, (double)factor);
+    CHECK(memcmp(want, got, sizeof *got * (size_t)(rows * OUT)) == 0);
+    be->release_weight(be, w);
+    be->release_weight(be, d);
+    moq_backend_destroy(be);
+    layer_free(&gate);
+    layer_free(&up);
+    layer_free(&down);
+    return alone;
+}
+
+static void test_backend_mlp(void)
+{
+    static const int counts[] = {1, 100, 129, 265, 530};
+    const int tiles = strcmp(moqi_get_kernels(0)->name, "amx") == 0;
+    for (size_t i = 0; i < MOQI_COUNT(layer_formats); i++) {
+        const layer_format *f = &layer_formats[i];
+        const int heavy = tiles || i == 4; /* without tiles these are the three calls */
+        for (int n = 0; n < (heavy ? 5 : 1); n++)
+            for (int high = 0; high < 2; high++)
+                check_mlp(f, high ? 256 : 384, high ? 1152 : 576, counts[n], 1 + (n + high) % 3, n == 2 ? MOQ_ACT_BF16 : MOQ_ACT_AUTO,
+                          (moq_activation)((int)(i + (size_t)n) % 4), 1, 0);
+    }
+    for (int high = 0; high < 2; high++) { /* rows of other sizes, and with what is no number */
+        const int n = high ? 256 : 384, cols = high ? 1152 : 576;
+        const layer_format *f = &layer_formats[4];
+        CHECK_INT(check_mlp(f, n, cols, 144, 2, MOQ_ACT_AUTO, MOQ_SILU_MUL, 1, 0), tiles);
+        CHECK_INT(check_mlp(f, n, cols, 144, 2, MOQ_ACT_AUTO, MOQ_SILU_MUL, 0, 143), tiles);
+        CHECK_INT(check_mlp(f, n, cols, 144, 2, MOQ_ACT_AUTO, MOQ_SILU_MUL, 1e-3f, 5), tiles);
+        CHECK_INT(check_mlp(f, n, cols, 144, 2, MOQ_ACT_AUTO, MOQ_SILU_MUL, 1e-12f, 17), 0);
+        CHECK_INT(check_mlp(f, n, cols, 144, 2, MOQ_ACT_AUTO, MOQ_SILU_MUL, 1e12f, 31), 0);
+        CHECK_INT(check_mlp(f, n, cols, 144, 2, MOQ_ACT_AUTO, MOQ_SILU_MUL, NAN, 32), 0);
+    }
+}
+
 /* Copies of weights change no bit, lie one behind the other, and take what was said: whole layers, and rows and columns of them. */
 static long woven_copies[2][5][2]; /* [inputs wide, short][MOQI_DOT_...][there are zero points] */
 
@@ -2397,6 +2461,7 @@ int main(int argc, char **argv)
     RUN(test_backend_mixed_parts);
     RUN(test_backend_fused_and_threads);
     RUN(test_backend_linear_rows);
+    RUN(test_backend_mlp);
     RUN(test_backend_copies);
     RUN(test_backend_foreseen);
     RUN(test_backend_far_scales);
