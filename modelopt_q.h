@@ -17368,6 +17368,7 @@ typedef struct moqi_amx_strips {
     int64_t ldy;
     int64_t high, across, wide; /* rows and columns of a block; columns in one go */
     int64_t each, groups;     /* rows of x that a block takes at a time, and how many times */
+    int asked;                /* lines are asked for block by block, not piece by piece */
     uint32_t *tiles;          /* two blocks of 32 rows, one of 64, or a longer one of 32: [2][rows / 16][half / 256][16][16] */
     int64_t half;             /* words of 16 rows of a block */
     moqi_strip_at piece;      /* 8 tiles of rows of a block: those that are decoded */
@@ -17463,7 +17464,7 @@ static void moqi_strip_begin(moqi_amx_strips *s, moqi_strip_work *d, moqi_strip_
     d->group_bytes = p->scale_step * p->scale_stride * s->bytes;
     d->count = p->groups - moqi_stream_group(p, at.col);
     s->zeros = p->zeros ? p->zeros + (s->row + at.row) * p->groups + moqi_stream_group(p, at.col) : NULL;
-    moqi_strip_want(s, d, at);
+    if (!s->asked) moqi_strip_want(s, d, at);
     s->piece = at;
     s->to = to;
     s->first = s->row + at.row;
@@ -18012,7 +18013,7 @@ typedef struct moqi_gating {
     int64_t ldo;
     int up_by;                /* the power of two that it wants them multiplied by */
     uint32_t *most;
-    float by[MOQI_WAY_TOKENS] MOQI_ALIGNED; /* the exponents that the sums of each row of x lack */
+    const float *by;          /* [m padded to 16] the exponents that the sums of each row of x lack */
     uint8_t column[16];       /* columns 2 i and 2 i + 1 of 16 are those of a word */
     int16_t place[64];        /* where a word of 128 columns comes in tiles */
 } moqi_gating;
@@ -18832,6 +18833,7 @@ static void moqi_strip_cut(moqi_amx_strips *s)
     s->groups = moqi_ceil_div(s->m, s->each);
     s->high = (few || whole ? 32 : (int64_t)MOQI_STRIP_ROWS) / (s->gating ? 2 : 1);
     s->wide = whole ? all : (few ? MOQI_STRIP_X / (32 * s->groups * moqi_strip_parts(s->kind)) / MOQI_STRIP_WORDS : 1) * moqi_strip_cols(s);
+    s->asked = whole;
     s->last = NULL;
     s->held.at = NULL;
     s->two = s->kind != MOQI_STRIP_T4 || s->p->shift > 6 || s->p->groups == 1 ? moqi_strip_forms[s->kind].two :
@@ -18923,9 +18925,9 @@ MOQI_HALVES static void moqi_amx_strips_multiply(const moqi_way *way, const moqi
 MOQI_HALVES static void moqi_gated_multiply(moqi_gating *g, int64_t row, int64_t rows, float *scratch)
 {
     moqi_amx_strips s, up;
-    const int64_t behind = moqi_ceil_div(g->gate->layer.cols, 128) * 128;
     const int tiles = moqi_strip_shapes[moqi_amx_strip_of(g->next)].tiles;
     float *const out = g->out;
+    const float *const by = g->by;
     uint32_t *const most = g->most;
     moqi_strip_open(&s, g->gate, g->kind, row, rows, g->ldx, scratch);
     moqi_strip_open(&up, g->up, g->kind, row, rows, g->ldx, scratch);
@@ -18942,11 +18944,14 @@ MOQI_HALVES static void moqi_gated_multiply(moqi_gating *g, int64_t row, int64_t
         s.m = up.m = moqi_min(g->m - first, MOQI_WAY_TOKENS);
         g->out = out + first * g->ldo;
         g->most = most + first;
-        for (int64_t t = 0; t < (s.m + 15) / 16 * 16; t++) g->by[t] = t < s.m ? s.x[t / 16 * 16 * g->ldx + t % 16 * 16 + moqi_strip_word(&s, behind)] : 0;
+        g->by = by + first;
         moqi_strip_blocks(&s);
     }
     __asm__ volatile("tilerelease" : : : "memory");
 }
+
+/* Rows of each of the two layers in a task: sums of those that are not done as whole rows have room for 256 in all. */
+static int64_t moqi_gated_most(const moqi_tiled *p) { return p->layer.cols <= MOQI_STRIP_SHORT * 32 ? MOQI_WAY_ROWS : MOQI_WAY_ROWS / 2; }
 
 /* What stands behind each 16 rows, once all numbers are there. 0: rows of another size, or with what is no number, want to be multiplied by another power. */
 static int moqi_gated_behind(const moqi_gating *g)
@@ -21045,6 +21050,7 @@ typedef struct moqi_cpu {
     int64_t moe_rows;           /* rows of one pass through a mixture of experts */
     float *worker, *t, *r, *mid, *hidden, *out, *weight, *parts; /* in scratch */
     int32_t *index, *place, *row_of, *expert_of, *begin;
+    float *by;                  /* [max_rows padded to 16], and */
     uint32_t *most;             /* [workers, max_rows padded to 16]: see >>gated */
     moqi_job *jobs;             /* [2 * need.jobs]: products, then their low-rank branches */
     struct moqi_store *store;   /* copied weights, the newest block first */
@@ -21095,6 +21101,7 @@ static void moqi_carve_all(moqi_cpu *c, moqi_carver *v)
     c->row_of = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
     c->expert_of = (int32_t *)moqi_carve(v, moe, n->moe_top, 4);
     c->begin = (int32_t *)moqi_carve(v, 1, n->experts + 1, 4);
+    c->by = (float *)moqi_carve(v, 1, moqi_pad16(rows), 4);
     c->most = (uint32_t *)moqi_carve(v, c->par.workers, moqi_pad16(rows), 4);
     c->jobs = (moqi_job *)moqi_carve(v, 2, n->jobs, sizeof *c->jobs);
 }
@@ -22270,10 +22277,13 @@ static int moqi_cpu_gated(moq_backend *be, const moqi_weight *up, const moq_acti
     g.most = c->most;
     if (moqi_pad16(m) * g.ldo > c->be.max_rows * c->need.cols) return 0;
     moqi_run(c, moqi_ceil_div(m, 16), (double)m * (double)up->cols * 8, moqi_feed_task, &f);
+    g.by = c->by;
+    const int64_t behind = moqi_ceil_div(up->cols, 128) * 1024; /* as moqi_strip_arrange has it */
+    for (int64_t i = 0; i < moqi_pad16(m); i++) c->by[i] = i < m ? c->r[i / 16 * 16 * g.ldx + i % 16 * 16 + behind] : 0;
     memset(c->most, 0, (size_t)(c->par.workers * moqi_pad16(m)) * sizeof *c->most);
     t.c = c;
     t.g = &g;
-    t.tile = moqi_min(MOQI_WAY_ROWS / 2, moqi_tile_rows(up->part, m, up->rows / 2, c->par.workers));
+    t.tile = moqi_min(moqi_gated_most(up->part), moqi_tile_rows(up->part, m, up->rows / 2, c->par.workers));
     moqi_run(c, moqi_ceil_div(up->rows / 2, t.tile), (double)up->rows * (double)up->cols * (double)m, moqi_gate_task, &t);
     for (int64_t w = 1; w < c->par.workers; w++)
         for (int64_t i = 0; i < m; i++) if (c->most[w * moqi_pad16(m) + i] > c->most[i]) c->most[i] = c->most[w * moqi_pad16(m) + i];
