@@ -93,6 +93,8 @@
                         >>strips       AMX: rows of 4, 8 and 16 bits as rows of tiles
                          >>gated        what gate and up give becomes the inputs of the next product
                          >>beside       their products, and the next rows decoded beside them
+                        >>narrow       E2M1 times few rows of x
+                        >>strip-blocks block by block, all rows of a task
                          >>slabs        AMX: 4-bit codes times up to 8 rows of x as bytes
                          >>eights       FP8 where it lies times a few inputs in F16, for AVX512-FP16
                          >>loops        what lies between two products, for every instruction set
@@ -18639,11 +18641,14 @@ static void moqi_strip_factors(moqi_amx_strips *s)
     for (int64_t r = own ? s->rows : 0; r < MOQI_WAY_ROWS; r++) s->mul[r] = rest;
 }
 
-/* ---- E2M1 times up to 32 rows of x ----
+/* ------------------------------------------------------------------------------------------------
+   >>narrow          AMX: E2M1 times up to 32 rows of x
    Few products leave nothing to hide decoding behind, so it takes as few instructions as it can: blocks are of 128 columns, 64 bytes of a row, and codes meet
    their scales where a whole strip's lie ready, those of 512 columns at a time, checked for what is no number, two bytes for every 16 columns. Up to 16 rows of
    x meet 64 rows of weights, so that a tile of x serves four products and these wait for none of the others; more meet 32 rows. Sums stay in the tiles for all
-   columns, in the order of blocks of any other size. */
+   columns, in the order of blocks of any other size.
+   ------------------------------------------------------------------------------------------------ */
+
 enum { MOQI_NARROW_COLS = 128, MOQI_NARROW_SCALES = 32 /* for 512 columns */, MOQI_NARROW_FEW = 32 /* rows of x */ };
 
 /* Tables in registers, and the block that is decoded next. */
@@ -18813,6 +18818,10 @@ MOQI_HALVES static void moqi_narrow_blocks(moqi_amx_strips *s)
     }
     moqi_strip_finish(s);
 }
+
+/* ------------------------------------------------------------------------------------------------
+   >>strip-blocks    AMX: strips block by block, all rows of a task
+   ------------------------------------------------------------------------------------------------ */
 
 /* How a layer is cut into blocks for m rows of x: all columns of a row at once where these are few, which pays from fewer rows on. Gate and up never go as few
    rows of x, for they may be the last of many. */
