@@ -4518,8 +4518,8 @@ __host__ __device__ static constexpr int moqk_stream_bytes(int form, int grouped
 }
 
 /* A warp's 16 rows as left operands. GROUPED: 0 no scales of groups (those of 4-bit floats are always on the weights), 1 they multiply the weights, 2 the
-   caller's sums. */
-template <int FORM, int GROUPED> struct moqk_operands {
+   caller's sums. VALUES: E4M3 comes out as its values, and x needs no factor (see moqk_form_x). */
+template <int FORM, int GROUPED, int VALUES = 0> struct moqk_operands {
     static constexpr int BLOCKS = moqk_chunk_cols(FORM) / 64, UNITS = 4 / BLOCKS;
     /* U4 whose scales bring it up: the low 8 bits of a BF16 are an integer times 2^-133, so codes of row g are so, those of row g + 8 (bits 7..4) times
        2^-129; both leave as value * 2^-45. Scales between 2^-81 and 2^39 lose nothing. */
@@ -4574,6 +4574,7 @@ template <int FORM, int GROUPED> struct moqk_operands {
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 if (FORM <= MOQK_MXFP4 || GROUPED == 1) a[4 * i + r] = moqk_mul_pair(r4[r], s[r & 1]);
+                else if (FORM == MOQK_FAST_E4M3 && VALUES) a[4 * i + r] = moqk_mul_pair(r4[r], 0x7b807b80u); /* 2^120 */
                 else asm volatile("mov.b32 %0, %1;" : "=r"(a[4 * i + r]) : "r"(r4[r])); /* loads must not arrive where a product reads */
             }
         }
@@ -5083,10 +5084,10 @@ template <int FORM, int GROUPED, int BM, int BYTES> struct moqk_rings {
 
 #if MOQK_WGMMA
 /* The weights of a warp's 16 rows out of their ring, block of 64 columns by block, as left operands of BF16. */
-template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM, GROUPED> {
+template <int FORM, int GROUPED, int BM> struct moqk_staged : moqk_operands<FORM, GROUPED, 1> {
     typedef moqk_rings<FORM, GROUPED, BM, 0> R;
-    using moqk_operands<FORM, GROUPED>::UNITS;
-    using moqk_operands<FORM, GROUPED>::shift;
+    using moqk_operands<FORM, GROUPED, 1>::UNITS;
+    using moqk_operands<FORM, GROUPED, 1>::shift;
     moqk_stage next;
     int32_t warp, chunks, wrap;
     uint32_t turned;           /* of 4-bit floats: where the lane's row of its matrix lies in a block's codes */
@@ -7215,8 +7216,8 @@ template <int FORM, int GROUPED> static moqc_gemm_choice moqc_wgmma_for(int toke
     constexpr int BITS = moqk_fast_bits(FORM);
     if constexpr (BITS == 4) if (tokens == 32) return moqc_wgmma_of<FORM, GROUPED, 32>();
     if (tokens == 64) return moqc_wgmma_of<FORM, GROUPED, 64>();
+    if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
     if constexpr (BITS != 8) {
-        if (tokens == 160) return moqc_wgmma_of<FORM, GROUPED, 160>();
         if (tokens == 192) return moqc_wgmma_of<FORM, GROUPED, 192>();
         if (tokens == 304) return moqc_wgmma_of<FORM, GROUPED, 304>();
     }
@@ -7295,7 +7296,8 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
     for (int i = 0; i < MOQC_TILES; i++) {
         const int32_t tokens = moqc_tiles[i].tokens;
         if (moqc_tiles[i].which != (dense4 ? (int)MOQC_DENSE4 : which) || (j->c->gemm_tokens && j->c->gemm_tokens != tokens)) continue;
-        if (tokens & (tokens - 1) && (moqk_fast_bits(form) == 8) != (which == MOQC_BYTES)) continue; /* codes of 8 bits: only where they stay bytes */
+        const int eight = moqk_fast_bits(form) == 8;
+        if (tokens & (tokens - 1) && (which == MOQC_BYTES ? !eight : eight && tokens != 160)) continue;
         if (tokens == 32 && moqk_fast_bits(form) != 4) continue;
         if (tokens == 256 && which == MOQC_BYTES && form == MOQK_FAST_E4M3 && grouped) continue; /* sums of two kinds do not fit in registers */
         if (tokens == 64 && which == MOQC_BYTES && form != MOQK_FAST_E4M3) continue;
@@ -7326,7 +7328,9 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
             const double longest = (double)(rounds * moqk_ceil(units, split)) + run - idle * last_run;
             const double more_blocks = dense4 ? (split > 2 ? 1.5 : 1) : halves ? 0.4 + 0.3 * split : 1;
             const double end = split > 1 ? moqc_tiles[i].shared_end * more_blocks : moqc_tiles[i].end;
-            const double joins = !cut ? 0 : dense4 ? 1.85 : which == MOQC_WGMMA ? (rounds > 0 ? 1.15 : 2.1) : rounds > 0 ? 1 : 1.8;
+            /* Codes of 8 bits: where few tiles are left for all runs, one block reads the sums of many: 1.3 us for those of 128 tokens. */
+            const double many = cut && eight ? 0.4 * (double)moqc_max(runs / (count - rounds * runs) - 4, 0) : 0;
+            const double joins = !cut ? 0 : dense4 ? 1.85 : many + (which == MOQC_WGMMA ? (rounds > 0 ? 1.15 : 2.1) : rounds > 0 ? 1 : 1.8);
             const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + joins * moqc_tiles[i].shared_end -
                 (dense4 && 2 * runs * split <= room ? 2 : 0);
             if (time >= least) continue;
@@ -7528,12 +7532,12 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     b.whole = u.whole;
     b.split = u.split;
     b.tile_tokens = u.tokens;
-    int scaled = grouped && which == MOQC_WGMMA; /* weights */
+    const int scaled = grouped && which == MOQC_WGMMA, values = form == MOQK_FAST_E4M3 && which == MOQC_WGMMA; /* weights leave with their scales; as values */
     for (b.known = 0; !j->call.tiles && j->bank->experts == 1 && j->call.part_count <= 3 && b.known < j->call.part_count; b.known++) b.part[b.known] = j->part[b.known].d;
-    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 35184372088832.0f : 1) : moqc_form_fix(form); /* U4: 2^45 */
+    b.fix = scaled ? (form == MOQK_FAST_E4M3 ? 1024.0f : form == MOQK_FAST_U4 ? 35184372088832.0f : 1) : values ? 1 : moqc_form_fix(form); /* U4: 2^45 */
     moqk_maps maps;
     memset(&maps, 0, sizeof maps);
-    const float up = form == MOQK_FAST_E4M3 && !scaled ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
+    const float up = form == MOQK_FAST_E4M3 && !values ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
     if (which == MOQC_MMA) {
         moqc_pack(j, p, form, up, 1, &b);
         const int shared = moqk_mma_shared(form, grouped, u.tokens);
