@@ -91,6 +91,13 @@ extern "C" moq_backend *moq_cuda_backend_full(const moq_cuda_desc *desc, moq_dty
 #define MOQK_WGMMA 0
 #endif
 
+/* Code for devices before compute capability 9.0: no copy engine, no clusters, no launches that overlap. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MOQK_SM80 1
+#else
+#define MOQK_SM80 0
+#endif
+
 enum {
     MOQC_SLOTS = 4,               /* pinned staging: so many pieces of */
     MOQC_SLOT_BYTES = 4 << 20,
@@ -10232,6 +10239,14 @@ template <int KIND, int DIM, int LOOSE> __global__ void MOQK_STREAM_BOUNDS(KIND,
 
 enum { MOQK_TEAM_QUERIES = 64 };
 
+/* x; what follows from it is computed where it is needed, where once per tile of queries is cheaper than a register throughout its products: by wgmma with
+   heads of 256 values, and by mma.sync. */
+template <int DIM> __device__ __forceinline__ int32_t moqk_anew(int32_t x)
+{
+    if (MOQK_SM80 || DIM == 256) asm volatile("" : "+r"(x));
+    return x;
+}
+
 __host__ __device__ static constexpr int moqk_query_parts(int terms, int bf) { return terms == 1 ? 1 : bf ? 3 : 2; }
 
 /* 16 codes as 16-bit pairs in their order. scale: the code of their block, 4 bits only. */
@@ -10271,16 +10286,16 @@ template <int BYTES> __device__ __forceinline__ void moqk_copy_or_zero(uint32_t 
 }
 
 /* Queries [begin, end) of a tile are rows of one slot, -1: of none; some of them sees position low, some high. The same for all lanes of a warp. */
-template <int QUERIES> struct moqk_team_run {
+template <int QUERIES, int DIM> struct moqk_team_run {
     int32_t end, slot, low, high;
     __device__ __forceinline__ void find(const moqk_attend_args &a, int32_t first_pair, int32_t begin)
     {
-        const int32_t lane = threadIdx.x & 31, pairs = a.rows * a.share;
+        const int32_t lane = threadIdx.x & 31, share = moqk_anew<DIM>(a.share), pairs = a.rows * share;
         int32_t slots[QUERIES / 32], pos[QUERIES / 32];
         slot = -1;
 #pragma unroll
         for (int j = 0; j < QUERIES / 32; j++) {
-            const int32_t row = (int32_t)((uint32_t)min(first_pair + lane + 32 * j, pairs - 1) / (uint32_t)a.share), s = a.slot[row];
+            const int32_t row = (int32_t)((uint32_t)min(first_pair + lane + 32 * j, pairs - 1) / (uint32_t)share), s = a.slot[row];
             pos[j] = a.pos[row];
             slots[j] = s >= 0 && s < a.c.slots && pos[j] >= 0 && pos[j] < a.c.capacity ? s : -1;
             const int32_t first = __shfl_sync(0xffffffffu, slots[j], begin & 31);
@@ -10431,10 +10446,12 @@ template <int DIM, int KEYS> struct moqk_team_tile {
 /* ---- queries ---- */
 
 /* Where the values of query lane & 15 lie in rows of queries or results; the first of 16 is `first`. */
+template <int DIM>
 __device__ __forceinline__ int64_t moqk_team_start(const moqk_attend_args &a, int32_t first, int32_t kv_head, int64_t stride, int32_t dim)
 {
-    const uint32_t pair = (uint32_t)min(first + (int32_t)(threadIdx.x & 15), a.rows * a.share - 1), row = pair / (uint32_t)a.share;
-    return row * stride + (int64_t)(kv_head * a.share + (int32_t)(pair - row * (uint32_t)a.share)) * dim;
+    const int32_t share = moqk_anew<DIM>(a.share);
+    const uint32_t pair = (uint32_t)min(first + (int32_t)(threadIdx.x & 15), a.rows * share - 1), row = pair / (uint32_t)share;
+    return row * stride + (int64_t)(kv_head * share + (int32_t)(pair - row * (uint32_t)share)) * dim;
 }
 
 /* A team's queries as left operands, a warp for each 16 of them, a lane DIM / 32 neighbouring values. Four are on their way while the four before become
@@ -10443,10 +10460,10 @@ template <typename R>
 __device__ __forceinline__ void moqk_team_queries(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team, float *bias)
 {
     constexpr int DIM = R::DIM, BF = R::BF, N = DIM / 32, WIDE = R::A > 1, WORDS = WIDE ? N : N / 2; /* BF16 activations have one part */
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, dim = a.c.k.dim, d = lane * N;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, dim = moqk_anew<DIM>(a.c.k.dim), d = lane * N;
     const int whole = !((uintptr_t)a.q & 15) && a.q_stride % N == 0 && dim % N == 0;
     const float factor = !BF ? a.scale : a.scale < 0 ? -1.0f : 1.0f, turn = 1 / sqrtf((float)dim);
-    const int64_t start = moqk_team_start(a, first_pair + team * MOQK_TEAM_QUERIES + warp * 16, kv_head, a.q_stride, dim);
+    const int64_t start = moqk_team_start<DIM>(a, first_pair + team * MOQK_TEAM_QUERIES + warp * 16, kv_head, a.q_stride, dim);
     uint32_t raw[4][WORDS] = {};
     moqk_sync_group(team);
 #pragma unroll 1
@@ -10596,9 +10613,10 @@ template <typename R> struct moqk_team {
     /* What rows g and g + 8 of the warp see, where they are of the run [begin, end) of a tile. */
     __device__ __forceinline__ void look(const moqk_attend_args &a, int32_t first_pair, int32_t index, int32_t begin, int32_t end)
     {
+        const int32_t share = moqk_anew<DIM>(a.share);
 #pragma unroll
         for (int j = 0; j < 2; j++, index += 8) {
-            to[j] = a.pos[(uint32_t)min(first_pair + index, a.rows * a.share - 1) / (uint32_t)a.share];
+            to[j] = a.pos[(uint32_t)min(first_pair + index, a.rows * share - 1) / (uint32_t)share];
             from[j] = index >= begin && index < end ? (int32_t)moqk_first_seen(a, to[j]) : INT32_MAX;
         }
         all_from = __reduce_max_sync(0xffffffffu, max(from[0], from[1]));
@@ -10613,7 +10631,7 @@ template <typename R> struct moqk_team {
 
     __device__ __forceinline__ void begin(const moqk_attend_args &a, int32_t first_pair, int32_t kv_head, int32_t index, const float *biases)
     {
-        const int t = threadIdx.x & 3;
+        const int32_t t = threadIdx.x & 3, share = moqk_anew<DIM>(a.share);
 #pragma unroll
         for (int i = 0; i < DIM / 2; i++) o[i] = 0;
 #pragma unroll
@@ -10621,9 +10639,9 @@ template <typename R> struct moqk_team {
             bias[j] = a.c.k.bias ? biases[index] : 0;
             top[j] = -1e30f;
             sum[j] = 0;
-            const int32_t pair = min(first_pair + index, a.rows * a.share - 1), row = (int32_t)((uint32_t)pair / (uint32_t)a.share);
+            const int32_t pair = min(first_pair + index, a.rows * share - 1), row = (int32_t)((uint32_t)pair / (uint32_t)share);
             if (!a.sinks) continue;
-            top[j] = sink_of(a, kv_head * a.share + pair - row * a.share, j) - ROOM;
+            top[j] = sink_of(a, kv_head * share + pair - row * share, j) - ROOM;
             sum[j] = t == 0 ? moqk_exp2(ROOM) : 0;
         }
     }
@@ -10631,22 +10649,22 @@ template <typename R> struct moqk_team {
     /* y, through the room of the team's queries. v_bias comes to the probabilities of keys, not to that of a sink. */
     __device__ __forceinline__ void store(const moqk_attend_args &a, const R &r, int32_t first_pair, int32_t kv_head, int team) const
     {
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = a.c.v.dim;
+        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = moqk_anew<DIM>(a.c.v.dim);
         constexpr int wide = R::A > 1, pieces = DIM / 8 << wide; /* F32 activations, 16-byte pieces of a row */
-        const int32_t first = (int32_t)(threadIdx.x >> 5 & 3) * 16, pairs = a.rows * a.share;
+        const int32_t first = (int32_t)(threadIdx.x >> 5 & 3) * 16, share = moqk_anew<DIM>(a.share), pairs = a.rows * share;
         const float unit = moqk_unit(a.c.v, kv_head), *v_bias = a.c.v.bias ? a.c.v.bias + (int64_t)kv_head * dim : NULL;
         const uint32_t room = r.queries(team) + (uint32_t)(first * pieces * 16);
         first_pair += team * MOQK_TEAM_QUERIES + first;
         moqk_sync_group(team); /* no warp's products read queries any more */
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            const int32_t pair = min(first_pair + g + 8 * j, pairs - 1), row = (int32_t)((uint32_t)pair / (uint32_t)a.share);
+            const int32_t pair = min(first_pair + g + 8 * j, pairs - 1), row = (int32_t)((uint32_t)pair / (uint32_t)share);
             const int32_t slot = a.slot[row], pos = a.pos[row];
             const int held = slot >= 0 && slot < a.c.slots && pos >= 0 && pos < a.c.capacity;
             float all = sum[j];
             all += __shfl_xor_sync(0xffffffffu, all, 1);
             all += __shfl_xor_sync(0xffffffffu, all, 2);
-            const float sink = a.sinks ? moqk_exp2(sink_of(a, kv_head * a.share + pair - row * a.share, j) - top[j]) : 0;
+            const float sink = a.sinks ? moqk_exp2(sink_of(a, kv_head * share + pair - row * share, j) - top[j]) : 0;
             const float one = all != 0 && held ? 1 / all : 0, bias_by = (all - sink) * one, by = unit * one;
 #pragma unroll
             for (int n = 0; n < DIM / 8; n++) {
@@ -10664,7 +10682,7 @@ template <typename R> struct moqk_team {
         }
         __syncwarp();
         const int each = 8 >> wide, whole = !((uintptr_t)a.y & 15) && a.y_stride % each == 0 && dim % each == 0;
-        const int64_t start = moqk_team_start(a, first_pair, kv_head, a.y_stride, dim);
+        const int64_t start = moqk_team_start<DIM>(a, first_pair, kv_head, a.y_stride, dim);
 #pragma unroll 2
         for (int i = lane; i < 16 * pieces; i += 32) {
             const int row = i / pieces, piece = i % pieces;
@@ -10778,7 +10796,7 @@ template <int KIND, typename R> struct moqk_team_feed {
         while (turn.next(a, &first_pair, &kv_head)) {
             if (first_pair < 0) continue;
             for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
-                moqk_team_run<MOQK_TEAMS_QUERIES> run;
+                moqk_team_run<MOQK_TEAMS_QUERIES, R::DIM> run;
                 run.find(a, first_pair, begin);
                 begin = run.end;
                 if (run.slot < 0) continue;
@@ -10941,7 +10959,7 @@ template <int DIM, int TERMS, int BF> __global__ void __launch_bounds__(384, 1) 
         moqk_team_queries<R>(a, r, first_pair, kv_head, team, biases + team * MOQK_TEAM_QUERIES);
         m.begin(a, first_pair, kv_head, index, biases);
         for (int32_t begin = 0; begin < MOQK_TEAMS_QUERIES;) {
-            moqk_team_run<MOQK_TEAMS_QUERIES> run;
+            moqk_team_run<MOQK_TEAMS_QUERIES, R::DIM> run;
             run.find(a, first_pair, begin);
             m.look(a, first_pair, index, begin, run.end);
             begin = run.end;
@@ -11123,7 +11141,7 @@ moqk_attend_sync(const __grid_constant__ moqk_attend_args a)
         moqk_team_sync<DIM, TERMS, BF> m;
         moqk_sync_feed<DIM, TERMS, BF> feed;
         moqk_team_turn<R::QUERIES> turn(a);
-        moqk_team_run<R::QUERIES> run;
+        moqk_team_run<R::QUERIES, DIM> run;
         int64_t base = 0;
         int32_t first_pair, kv_head, first = 0;
         int stage = 0;
