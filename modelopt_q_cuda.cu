@@ -32,7 +32,7 @@
        >>cuda-linear     the feed; products of any scheme and any number of rows
        >>cuda-decode     1 to 16 rows of x: weights stream through the tensor cores once
        >>cuda-ring       the same on SM90: weights of 8 and 16 bits, or much of x
-       >>cuda-runs       the same on SM90: 4-bit weights
+       >>cuda-runs       the same of 4-bit weights, but for experts
        >>cuda-gemm       17 and more rows of x: what the kernels of both instruction sets share
        >>cuda-gemm-wgmma   the same on compute capability 9.0: wgmma with decoded weights in registers
        >>cuda-gemm-bytes   the same where inputs are rounded to 8 bits as stored: products of bytes
@@ -2994,12 +2994,14 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
 }
 
 /* ------------------------------------------------------------------------------------------------
-   >>cuda-runs       1 to 16 rows of x on SM90, 4-bit weights: every warp streams a run of chunks of its own
-   A block keeps its share of x whole in shared memory (moqk_decode_wide: two chunks at a time) and room for a chunk or two of each warp, filled by the copy
-   engine: while a warp multiplies a chunk out of its registers, the next is under way. The first ones are under way before the kernel before has ended, and
-   the kernel after may start when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a block and the blocks
-   of a cluster share the columns; the sums of all runs meet in the block that owns the rows, which adds them in the order of the columns. Bytes read per
-   launch: codes and scales once, x once per block, or per two that share it.
+   >>cuda-runs       1 to 16 rows of x, 4-bit weights: every warp streams a run of chunks of its own
+   A block keeps its share of x whole in shared memory (moqk_decode_wide: two chunks at a time) and room for a chunk or two of each warp, on SM90 filled
+   by the copy engine: while a warp multiplies a chunk out of its registers, the next is under way. The first ones are under way before the kernel before
+   has ended, and the kernel after may start when the last ones of a warp of each block are. Nothing in the loop waits for another warp. The warps of a
+   block and the blocks of a cluster share the columns; the sums of all runs meet in the block that owns the rows, which adds them in the order of the
+   columns. Bytes read per launch: codes and scales once, x once per block, or per two that share it.
+   Before SM90 a warp's lanes copy its next chunk, launches do not overlap, there are no clusters, and BF16 x that does not fit comes to two places of
+   each way, in turn. From compute capability 10.0 on it is as on SM90 without clusters: compiled, but not run on such a device.
    ------------------------------------------------------------------------------------------------ */
 
 /* A part of a launch, as its parameters have it. */
@@ -3047,6 +3049,8 @@ typedef struct moqk_run {
     int32_t wide;              /* 1: moqk_decode_wide */
     uint32_t tiles_magic;      /* 2^16 / warps of a way, rounded up */
     int32_t ahead;             /* phases of x that are asked for at once; each later one when one is begun. 0: MOQK_RUN_ALL */
+    int32_t copies;            /* before SM90: bytes of factors behind a chunk in shared memory */
+    uint32_t place;            /* before SM90: bytes of a way's place for a phase of a BF16 x, of which there are two; 0: x lies there whole */
 } moqk_run;
 
 /* A copy of weights. The number is what moqk_pass_once gives, which would be worked out anew at each copy. */
@@ -3085,31 +3089,15 @@ __device__ __forceinline__ void moqk_run_give(uint32_t to, const float *v, uint3
 #endif
 }
 
-/* Asks for the first `count` chunks of a run, a lane each. */
-template <int FORM> __device__ __forceinline__ void moqk_run_ask(const uint8_t *src, uint32_t ring, uint32_t bar, int32_t count)
+/* One thread of a warp whose threads are all here. */
+__device__ __forceinline__ int moqk_elected()
 {
-    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    const int32_t lane = threadIdx.x;
-    if (lane >= count) return;
-    moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
-    moqk_bulk_stream(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
+    uint32_t one = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(one));
+#endif
+    return (int)one;
 }
-
-/* A warp's row tile: its part, the tiles of that, the block's first one there, its own. */
-typedef struct moqk_run_tile { int32_t part, count, first, tile; } moqk_run_tile;
-
-/* pairs: as in moqk_run; local: which of the block's. */
-__device__ __forceinline__ moqk_run_tile moqk_run_locate(const moqk_run &cut, int pairs, int32_t local)
-{
-    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
-    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
-    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
-    const int32_t count = (cut.part[part].rows + 15) >> 4, first = group * (cut.tiles >> pairs);
-    return {part, count, first, min(first + (local >> pairs), count - 1)}; /* one that is not there repeats the last */
-}
-
-/* First chunk of a run. */
-__device__ __forceinline__ int32_t moqk_run_first(const moqk_run &u, int32_t slot) { return slot * u.each + min(slot, u.more); }
 
 __device__ __forceinline__ uint4 moqk_shared16(uint32_t at)
 {
@@ -3123,59 +3111,6 @@ __device__ __forceinline__ uint2 moqk_shared8(uint32_t at)
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
     return v;
-}
-
-__device__ __forceinline__ void moqk_put_shared8(uint32_t at, uint32_t a, uint32_t b)
-{
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" :: "r"(at), "r"(a), "r"(b) : "memory");
-}
-
-/* Four values of x (F32, or BF16 widened) into shared memory as one or two columns of the products. */
-template <int SPLIT> __device__ __forceinline__ void moqk_run_put(float4 v, uint32_t at, uint32_t pitch)
-{
-    const uint32_t a = moqk_pack(v.x, v.y), b = moqk_pack(v.z, v.w);
-    moqk_put_shared8(at, a, b);
-    if (!SPLIT) return;
-    v.x -= __uint_as_float(a << 16);
-    v.y -= __uint_as_float(a & 0xffff0000u);
-    v.z -= __uint_as_float(b << 16);
-    v.w -= __uint_as_float(b & 0xffff0000u);
-    moqk_put_shared8(at + pitch, moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
-}
-
-/* x of a run by ordinary loads: columns [k0, k0 + 4 * quads) of all rows, zeros behind the last column; a thread has U loads of MU rows in flight.
-   ROW: there is one row. ask: called once, behind the thread's first loads. */
-template <int SPLIT, int MU, int U, int ROW, class ASK>
-__device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_run &u, int32_t k0, int32_t quads, int32_t thread, int32_t threads,
-                                               uint32_t to, const ASK &ask)
-{
-    if (thread >= quads) ask();
-    for (int32_t m0 = 0; m0 < (ROW ? 1 : u.rows); m0 += MU)
-        for (int32_t i0 = thread; i0 < quads; i0 += threads * (U / MU)) {
-            float4 v[U];
-#pragma unroll
-            for (int k = 0; k < U; k++) {
-                const int32_t m = m0 + k % MU, i = i0 + k / MU * threads, col = k0 + 4 * i;
-                v[k] = make_float4(0, 0, 0, 0);
-                if (m < (ROW ? 1 : u.rows) && i < quads && col < u.cols) v[k] = moqk_fast_x4<SPLIT>(a, m * a.ldx + col);
-            }
-            if (m0 == 0 && i0 == thread) ask();
-#pragma unroll
-            for (int k = 0; k < U; k++) {
-                const int32_t m = m0 + k % MU, i = i0 + k / MU * threads;
-                if (m < (ROW ? 1 : u.rows) && i < quads) moqk_run_put<SPLIT>(v[k], to + (uint32_t)(SPLIT ? 2 * m : m) * u.x_pitch + (uint32_t)i * 8, u.x_pitch);
-            }
-        }
-}
-
-/* One thread of a warp whose threads are all here. */
-__device__ __forceinline__ int moqk_elected()
-{
-    uint32_t one = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(one));
-#endif
-    return (int)one;
 }
 
 __device__ __forceinline__ uint32_t moqk_fma_pair(uint32_t a, uint32_t b, uint32_t c)
@@ -3228,6 +3163,27 @@ template <int FORM, int STEP> struct moqk_run_factors {
             asm volatile("prefetch.global.L2 [%0];" :: "l"(zeros + group * 8));
         }
     }
+    /* Before SM90: into the lane's own places behind a chunk's codes, [EACH] of 8 bytes x 32 lanes and of 4 x 32, and out of them. */
+    static constexpr uint32_t COPIES = STEP > 0 ? EACH * 384 : 0;
+    __device__ static __forceinline__ void copy(const float2 *scales, const uint16_t *zeros, int32_t c, int shift, uint32_t to)
+    {
+#pragma unroll
+        for (int i = 0; i < (STEP > 0 ? EACH : 0); i++) {
+            const int32_t group = (c * 256 + (i * 4 + ((int32_t)threadIdx.x & 3)) * STEP) >> shift;
+            const uint64_t pair = (uint64_t)(uintptr_t)(zeros + group * 8) & ~(uint64_t)3; /* of two rows */
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(to + (i * 32 + threadIdx.x) * 8), "l"(scales + group * 8) : "memory");
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to + EACH * 256 + (i * 32 + threadIdx.x) * 4), "l"(pair) : "memory");
+        }
+    }
+    __device__ __forceinline__ void take(uint32_t at)
+    {
+#pragma unroll
+        for (int i = 0; i < (STEP > 0 ? EACH : 0); i++) {
+            const uint2 v = moqk_shared8(at + (i * 32 + threadIdx.x) * 8);
+            scale[i] = make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+            asm volatile("ld.shared.u16 %0, [%1];" : "=r"(zero[i]) : "r"(at + EACH * 256 + (i * 32 + threadIdx.x) * 4 + (threadIdx.x >> 1 & 2)));
+        }
+    }
     __device__ __forceinline__ float2 group(int i, uint32_t z[2]) const
     {
         const uint32_t both = __shfl_sync(0xffffffffu, zero[i >> 2], i & 3, 4);
@@ -3236,6 +3192,89 @@ template <int FORM, int STEP> struct moqk_run_factors {
         return make_float2(__shfl_sync(0xffffffffu, scale[i >> 2].x, i & 3, 4), __shfl_sync(0xffffffffu, scale[i >> 2].y, i & 3, 4));
     }
 };
+
+/* A warp's next chunk before SM90, where no copy engine is: each lane copies 16 bytes at a time, and its own factors. More than a chunk of a warp on its
+   way delays x there. */
+template <int FORM, int STEP>
+__device__ __forceinline__ void moqk_run_copy(const uint8_t *src, uint32_t at, const float2 *scales, const uint16_t *zeros, int32_t c, int shift)
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const uint32_t lane = threadIdx.x;
+#pragma unroll
+    for (uint32_t i = 0; i < BYTES; i += 512)
+        if (i + 512 <= BYTES || lane < (BYTES - i) / 16)
+            asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" :: "r"(at + i + lane * 16), "l"(src + i + lane * 16) : "memory");
+    moqk_run_factors<FORM, STEP>::copy(scales, zeros, c, shift, at + BYTES);
+}
+
+/* Asks for the first `count` chunks of a run, a lane each. */
+template <int FORM> __device__ __forceinline__ void moqk_run_ask(const uint8_t *src, uint32_t ring, uint32_t bar, int32_t count)
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    const int32_t lane = threadIdx.x;
+    if (lane >= count) return;
+    moqk_barrier_expect(bar + 8 * (uint32_t)lane, BYTES);
+    moqk_bulk_stream(ring + (uint32_t)lane * BYTES, src + lane * BYTES, BYTES, bar + 8 * (uint32_t)lane);
+}
+
+/* A warp's row tile: its part, the tiles of that, the block's first one there, its own. */
+typedef struct moqk_run_tile { int32_t part, count, first, tile; } moqk_run_tile;
+
+/* pairs: as in moqk_run; local: which of the block's. */
+__device__ __forceinline__ moqk_run_tile moqk_run_locate(const moqk_run &cut, int pairs, int32_t local)
+{
+    int32_t part = pairs ? local & 1 : 0, group = blockIdx.y;
+    while (part + 1 < cut.parts && group >= cut.part[part].end) part++;
+    if (part > 0 && !pairs) group -= cut.part[part - 1].end;
+    const int32_t count = (cut.part[part].rows + 15) >> 4, first = group * (cut.tiles >> pairs);
+    return {part, count, first, min(first + (local >> pairs), count - 1)}; /* one that is not there repeats the last */
+}
+
+/* First chunk of a run. */
+__device__ __forceinline__ int32_t moqk_run_first(const moqk_run &u, int32_t slot) { return slot * u.each + min(slot, u.more); }
+
+__device__ __forceinline__ void moqk_put_shared8(uint32_t at, uint32_t a, uint32_t b)
+{
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" :: "r"(at), "r"(a), "r"(b) : "memory");
+}
+
+/* Four values of x (F32, or BF16 widened) into shared memory as one or two columns of the products. */
+template <int SPLIT> __device__ __forceinline__ void moqk_run_put(float4 v, uint32_t at, uint32_t pitch)
+{
+    const uint32_t a = moqk_pack(v.x, v.y), b = moqk_pack(v.z, v.w);
+    moqk_put_shared8(at, a, b);
+    if (!SPLIT) return;
+    v.x -= __uint_as_float(a << 16);
+    v.y -= __uint_as_float(a & 0xffff0000u);
+    v.z -= __uint_as_float(b << 16);
+    v.w -= __uint_as_float(b & 0xffff0000u);
+    moqk_put_shared8(at + pitch, moqk_pack(v.x, v.y), moqk_pack(v.z, v.w));
+}
+
+/* x of a run by ordinary loads: columns [k0, k0 + 4 * quads) of all rows, zeros behind the last column; a thread has U loads of MU rows in flight.
+   ROW: there is one row. ask: called once, behind the thread's first loads. */
+template <int SPLIT, int MU, int U, int ROW, class ASK>
+__device__ __forceinline__ void moqk_run_stage(const moqk_call &a, const moqk_run &u, int32_t k0, int32_t quads, int32_t thread, int32_t threads,
+                                               uint32_t to, const ASK &ask)
+{
+    if (thread >= quads) ask();
+    for (int32_t m0 = 0; m0 < (ROW ? 1 : u.rows); m0 += MU)
+        for (int32_t i0 = thread; i0 < quads; i0 += threads * (U / MU)) {
+            float4 v[U];
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                const int32_t m = m0 + k % MU, i = i0 + k / MU * threads, col = k0 + 4 * i;
+                v[k] = make_float4(0, 0, 0, 0);
+                if (m < (ROW ? 1 : u.rows) && i < quads && col < u.cols) v[k] = moqk_fast_x4<SPLIT>(a, m * a.ldx + col);
+            }
+            if (m0 == 0 && i0 == thread) ask();
+#pragma unroll
+            for (int k = 0; k < U; k++) {
+                const int32_t m = m0 + k % MU, i = i0 + k / MU * threads;
+                if (m < (ROW ? 1 : u.rows) && i < quads) moqk_run_put<SPLIT>(v[k], to + (uint32_t)(SPLIT ? 2 * m : m) * u.x_pitch + (uint32_t)i * 8, u.x_pitch);
+            }
+        }
+}
 
 /* One chunk of a row tile: acc += W x. w: the lane's codes, of 64 columns each; x: in shared memory, the lane's 16 columns in its row of each
    product's x (4-bit floats), or the row that it names for moqk_load_matrices. A product takes neighbouring registers of one read of x, and so of 4-bit
@@ -3294,6 +3333,21 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
     }
 }
 
+/* Before SM90: chunks [from, from + phase) of a way's BF16 x, those that there are, into one of its two places. The warps of the way share the rows. */
+__device__ __forceinline__ void moqk_run_place(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, int32_t from, uint32_t to)
+{
+    const int32_t count = min(n - from, cut.phase), lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+#pragma unroll 1
+    for (int32_t row = warp; row < cut.rows; row += warps)
+#pragma unroll 1
+        for (int32_t k = 0; k < count; k++) {
+            const int32_t col = (c0 + from + k) * 256 + lane * 8, bytes = max(0, min(16, (cut.cols - col) * 2));
+            const uint8_t *src = (const uint8_t *)a.x + (row * a.ldx + (bytes > 0 ? col : 0)) * 2;
+            const uint32_t at = to + (uint32_t)row * cut.x_pitch + (uint32_t)k * 512 + (uint32_t)lane * 16;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(at), "l"(src), "r"(bytes) : "memory");
+        }
+}
+
 /* Asks for the warp's rows of phase `at` of its way's x. */
 __device__ __forceinline__ void moqk_run_phase(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar, int32_t at)
 {
@@ -3313,10 +3367,16 @@ template <int LATE, int ROW, class ASK>
 __device__ __forceinline__ void moqk_run_x(const moqk_call &a, const moqk_run &cut, int32_t c0, int32_t n, uint32_t mine, uint32_t x_bar, const ASK &ask)
 {
     const int32_t lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+    if (MOQK_SM80 && LATE && cut.place) {
+        ask();
+        moqk_run_place(a, cut, c0, n, 0, mine);
+        return;
+    }
     if (ROW || !cut.bulk) {
         const int32_t k0 = c0 * 256, quads = n * 64, thread = warp * 32 + lane, threads = warps * 32;
         moqk_wait_for_before();
-        if (a.x_bf16) moqk_run_stage<0, ROW ? 1 : 4, ROW ? 4 : 8, ROW>(a, cut, k0, quads, thread, threads, mine, ask);
+        if (MOQK_SM80 && !ROW && a.x_bf16 && cut.rows < 4) moqk_run_stage<0, 1, 4, 0>(a, cut, k0, quads, thread, threads, mine, ask);
+        else if (a.x_bf16) moqk_run_stage<0, ROW ? 1 : 4, ROW ? 4 : 8, ROW>(a, cut, k0, quads, thread, threads, mine, ask);
         else if (ROW || cut.rows < 4) moqk_run_stage<1, 1, 4, ROW>(a, cut, k0, quads, thread, threads, mine, ask);
         else moqk_run_stage<1, 4, 8, 0>(a, cut, k0, quads, thread, threads, mine, ask);
         return;
@@ -3364,7 +3424,12 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
         acc[0][b][0] = acc[0][b][1] = acc[0][b][2] = acc[0][b][3] = 0;
     }
     if (ONE) asm volatile("" : "+r"(at), "+r"(full)); /* or they are worked out anew in the loop */
+#if MOQK_SM80
+    uint32_t jump = cut.place; /* to the other place */
+    for (int32_t c = 0, turn = cut.place ? 0 : n; c < n;) {
+#else
     for (int32_t c = 0, ahead = cut.ahead, turn = cut.bulk ? 0 : n; c < n;) {
+#endif
         const int32_t until = LATE || ROW ? n : min(n, c + cut.phase);
         if (!LATE && !ROW && cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
         if (!LATE) x_bar += 8;
@@ -3372,11 +3437,21 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
         for (; c < until; c++) {
             uint4 w[1][4];
             uint2 bytes[1] = {make_uint2(0, 0)};
+#if MOQK_SM80
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+#else
             moqk_barrier_wait(full, ONE ? (uint32_t)c & 1 : parity);
+#endif
             if (FORM == MOQK_NVFP4) bytes[0] = moqk_shared8(at + 2048 + (uint32_t)lane * 8);
             if (FORM == MOQK_MXFP4) bytes[0] = moqk_shared8(at + 2048 + (uint32_t)(lane >> 1) * 8);
 #pragma unroll
             for (int i = 0; i < 4; i++) w[0][i] = moqk_shared16(at + i * 512 + (uint32_t)moqk_fast_slot(FORM, lane) * 16);
+#if MOQK_SM80
+            h[0].take(at + BYTES);
+            __syncwarp();
+            if (c + 1 < n) moqk_run_copy<FORM, STEP>(src, at, scales, zeros, c0 + c + 1, shift);
+#else
             moqk_run_factors<FORM, STEP> next;
             next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
             moqk_end_reads();
@@ -3386,15 +3461,29 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
                 moqk_barrier_expect(full, BYTES);
                 moqk_bulk_stream(at, src, BYTES, full);
             }
+#endif
             src += BYTES;
+#if MOQK_SM80
+            if (LATE && c == turn) { /* this phase of x is there for the whole way, which is done with the one before */
+                asm volatile("bar.sync %0, %1;" :: "r"(threadIdx.z + 1), "r"(blockDim.y * 32) : "memory");
+                moqk_run_place(a, cut, c0, n, c + cut.phase, mine + (jump == cut.place ? jump : 0));
+#pragma unroll
+                for (int b = 0; b < NB; b++) if (c > 0) x[b] -= jump + (uint32_t)cut.phase * 512;
+                turn += cut.phase;
+                jump = 0 - jump;
+            }
+#else
             if (LATE && c == turn) { /* the same, when the next weights have been asked for */
                 moqk_run_phase(a, cut, c0, n, mine, first_x_bar, ahead++);
                 moqk_barrier_wait(x_bar, 0);
                 x_bar += 8;
                 turn += cut.phase;
             }
+#endif
             moqk_run_chunk<FORM, STEP, NB, LATE>(w[0], bytes[0], h[0], x, z[0], acc[0]);
+#if !MOQK_SM80
             h[0] = next;
+#endif
 #pragma unroll
             for (int b = 0; b < NB; b++) x[b] += 512;
             if (ONE) continue;
@@ -3744,13 +3833,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
 {
     static_assert((NB == 1 || WARPS != MOQK_RUN_ALL) && (KIND < MOQK_RUN_ROW || WARPS == MOQK_RUN_ALL), "sums of one product");
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    constexpr int LATE = WARPS != MOQK_RUN_ALL, ONE = KIND != MOQK_RUN_PLAIN, ROW = KIND >= MOQK_RUN_ROW;
+    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM), EACH = BYTES + (MOQK_SM80 ? moqk_run_factors<FORM, STEP>::COPIES : 0);
+    constexpr int LATE = WARPS != MOQK_RUN_ALL, ONE = MOQK_SM80 || KIND != MOQK_RUN_PLAIN, ROW = KIND >= MOQK_RUN_ROW;
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3, split = !a.x_bf16, pairs = KIND == MOQK_RUN_PLAIN ? 0 : cut.pairs;
     const int32_t local = threadIdx.y, way = threadIdx.z, warp = way * cut.tiles + local, rank = blockIdx.x, slot = rank * cut.ways + way;
     const int32_t c0 = moqk_run_first(cut, slot), n = moqk_run_first(cut, slot + 1) - c0, begin = moqk_run_first(cut, rank * cut.ways);
     const int32_t stages = ONE ? 1 : cut.stages;
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * stages) * BYTES;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared), ring = base + (uint32_t)(warp * stages) * EACH;
     const uint32_t x_bar = base + cut.bars_at + (uint32_t)way * (8 * MOQK_RUN_PHASES);
     const uint32_t bar = base + cut.bars_at + (uint32_t)(cut.ways * MOQK_RUN_PHASES + warp * stages) * 8;
     const uint32_t sum_bar = base + cut.sums_at - 8; /* the last of the barriers */
@@ -3767,10 +3856,18 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
 #endif
     __syncwarp();
     const int32_t early = KIND == MOQK_RUN_PLAIN || warp < cut.eager;
+#if MOQK_SM80
+    const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
+    const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
+    const auto ask_now = [&] { if (n > 0) moqk_run_copy<FORM, STEP>(src, ring, scales, zeros, c0, p.shift); };
+    if (early) ask_now();
+    const auto ask = [&] { if (!early) ask_now(); };
+#else
     if (early) moqk_run_ask<FORM>(src, ring, bar, min(stages, n)); /* the first weights, before x is known to be there */
     const auto ask = [&] { if (!early) moqk_run_ask<FORM>(src, ring, bar, min(stages, n)); };
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
+#endif
     uint32_t z[1][2] = {{0, 0}};
     moqk_run_factors<FORM, STEP> h[1];
     if (FORM == MOQK_FAST_U4 && STEP == 0) {
@@ -3778,11 +3875,11 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
 #pragma unroll
         for (int i = 0; i < 2; i++) z[0][i] = moqk_run_zero(both >> (8 * i) & 255);
     }
-    const uint32_t mine = base + cut.x_at + (uint32_t)(c0 - begin) * 512;
+    const uint32_t mine = base + cut.x_at + (MOQK_SM80 && cut.place ? (uint32_t)way * 2 * cut.place : (uint32_t)(c0 - begin) * 512);
     float acc[1][NB][4];
     float *sums = (float *)(void *)(shared + cut.sums_at);
     if constexpr (KIND == MOQK_RUN_NORM) { /* needs all registers: what a warp loaded before would be waited for, to be put away */
-        h[0].ask(scales, zeros, c0, p.shift);
+        if (!MOQK_SM80) h[0].ask(scales, zeros, c0, p.shift);
         const uint32_t to = mine - (uint32_t)(c0 - begin) * 512;
         const int32_t from = begin * 64, end = moqk_run_first(cut, (rank + 1) * cut.ways) * 64, warps = blockDim.y * blockDim.z;
         if (split)
@@ -3791,13 +3888,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
         else
             moqk_norm_own<0>(a, cut.norm, warp, warps, cut.cols, from, end, blockIdx.y == 0, sums, ask,
                              [&](float4 v, int32_t i) { moqk_run_put<0>(v, to + (uint32_t)i * 8, cut.x_pitch); });
-        h[0].load(scales, zeros, c0, p.shift);
-    } else if constexpr (LATE && STEP > 0) { /* likewise */
+        if (!MOQK_SM80) h[0].load(scales, zeros, c0, p.shift);
+    } else if constexpr (!MOQK_SM80 && LATE && STEP > 0) { /* likewise */
         h[0].ask(scales, zeros, c0, p.shift);
         moqk_run_x<LATE, ROW>(a, cut, c0, n, mine, x_bar, ask);
         h[0].load(scales, zeros, c0, p.shift);
     } else {
-        h[0].load(scales, zeros, c0, p.shift);
+        if (!MOQK_SM80) h[0].load(scales, zeros, c0, p.shift);
         moqk_run_x<LATE, ROW>(a, cut, c0, n, mine, x_bar, ask);
     }
     if (LATE && warp == 0 && lane == 0)
@@ -3807,6 +3904,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
     moqk_run_chunks<FORM, STEP, NB, LATE, ONE, ROW>(a, cut, c0, n, src + stages * BYTES, ring, bar, x_bar, mine, scales, zeros, p.shift, z, h, acc);
 
     if (cut.blocks > 1) moqk_cluster_wait();
+    if (MOQK_SM80 && LATE && cut.place) __syncthreads(); /* sums lie where x was */
     int32_t owner = 0, here = local;
     for (; here >= cut.tiles_own; here -= cut.tiles_own) owner++;
     if constexpr (LATE) {
@@ -6912,8 +7010,26 @@ static int64_t moqc_wide_fill_in(moqk_run *u, int form)
     return at + (int64_t)slots * u->tiles_own * 1024;
 }
 
-/* The rest of a cut whose tiles, ways, blocks and stages are chosen. Bytes of shared memory; 0: it cannot be. */
-static int64_t moqc_run_fill_in(moqk_run *u, int form)
+/* Before SM90, where x does not fit whole: as many chunks of it at once as find room twice in every way. Sums come to lie where x was. */
+static int64_t moqc_run_places(moqk_run *u, int32_t longest, int64_t room)
+{
+    const int32_t warps = u->tiles * u->ways, most_ways = 15; /* which have a barrier of their own each */
+    if (warps > MOQK_RUN_MOST || u->ways > most_ways) return 0;
+    const int64_t sums = (int64_t)warps * (u->columns > 8 ? 2 : 1) * 512, at = u->sums_at;
+    u->ahead = 1;
+    u->x_at = u->sums_at;
+    for (u->phase = (int32_t)moqc_min(longest, 8); u->phase > 0; u->phase--) {
+        u->x_pitch = (uint32_t)(u->phase * 512 + 16);
+        u->place = (uint32_t)u->columns * u->x_pitch;
+        const int64_t bytes = at + moqc_max(sums, (int64_t)u->ways * 2 * u->place);
+        if (bytes <= room) return bytes;
+    }
+    return 0;
+}
+
+/* The rest of a cut whose tiles, ways, blocks and stages are chosen. room: x comes to two places when it would need more; or 0. Bytes of shared
+   memory; 0: it cannot be. */
+static int64_t moqc_run_fill_in(moqk_run *u, int form, int64_t room)
 {
     const int32_t slots = u->blocks * u->ways, warps = u->tiles * u->ways;
     if (slots > u->chunks) return 0;
@@ -6931,13 +7047,15 @@ static int64_t moqc_run_fill_in(moqk_run *u, int form)
     u->own_magic = (uint32_t)(((uint64_t)1 << 32) / (uint32_t)u->own + 1);
     u->pitch = u->tiles_own * 16 + 4;
     u->x_pitch = (uint32_t)(share * 512 + 16);
-    int64_t at = (int64_t)warps * u->stages * moqk_chunk_bytes(form);
+    int64_t at = (int64_t)warps * u->stages * (moqk_chunk_bytes(form) + u->copies);
     u->bars_at = (uint32_t)at;
     at += moqk_pad(8 * (MOQK_RUN_PHASES * u->ways + warps * u->stages + 1), 128);
     u->sums_at = (uint32_t)at;
     at += u->ahead > 0 ? (int64_t)slots * u->tiles_own * (u->columns > 8 ? 2 : 1) * 512 : moqk_pad((int64_t)slots * u->rows * u->pitch * 4, 128);
     u->x_at = (uint32_t)at;
-    return at + (int64_t)u->columns * u->x_pitch;
+    u->place = 0;
+    const int64_t whole = at + (int64_t)u->columns * u->x_pitch;
+    return room > 0 && whole > room ? moqc_run_places(u, longest, room) : whole;
 }
 
 /* What a cut costs, in chunks that one multiprocessor works on: its share of them and of x, more when few warps are at work, when the launches
@@ -6982,18 +7100,19 @@ static int64_t moqc_run_groups(moqk_run *u)
     return groups;
 }
 
-/* The cheapest cut of u's kernel. Bytes of shared memory; 0: x is too large. */
-static int64_t moqc_run_search(const moqc_job *j, int form, moqk_run *u, moqk_run *best)
+/* The cheapest cut of u's kernel. room: see moqc_run_fill_in. Bytes of shared memory; 0: x is too large. */
+static int64_t moqc_run_search(const moqc_job *j, int form, int64_t room, moqk_run *u, moqk_run *best)
 {
     int64_t bytes_of_best = 0;
     double least = 1e30;
-    for (u->blocks = 1; u->blocks <= 2 || (u->blocks == 4 && (u->wide || least == 1e30)); u->blocks *= 2)
+    const int clusters = j->c->sm == 90; /* where they have run */
+    for (u->blocks = 1; u->blocks == 1 || (clusters && (u->blocks == 2 || (u->blocks == 4 && (u->wide || least == 1e30)))); u->blocks *= 2)
         for (u->tiles = 1; u->tiles <= 28; u->tiles++)
             for (u->ways = 1; u->tiles * u->ways <= MOQK_RUN_ALL; u->ways++) {
-                const int64_t bytes = u->wide ? moqc_wide_fill_in(u, form) : moqc_run_fill_in(u, form);
+                const int64_t bytes = u->wide ? moqc_wide_fill_in(u, form) : moqc_run_fill_in(u, form, room);
                 if (bytes == 0 || bytes > j->c->most_shared) continue;
                 const int64_t groups = moqc_run_groups(u);
-                u->share = !u->wide && u->bulk && u->blocks == 1 && u->rows >= 4;
+                u->share = clusters && !u->wide && u->bulk && u->blocks == 1 && u->rows >= 4;
                 const double cost = u->wide ? moqc_wide_cost(j->c, u) : moqc_run_cost(j->c, u, moqk_pad(groups, 1 + u->share), bytes);
                 if (cost < least) { least = cost; bytes_of_best = bytes; *best = *u; }
             }
@@ -7004,33 +7123,38 @@ static int64_t moqc_run_search(const moqc_job *j, int form, moqk_run *u, moqk_ru
 static int64_t moqc_run_cut(const moqc_job *j, int form, int step, int columns, moqk_run *best)
 {
     moqk_run u;
+    CUtensorMap map;
     memset(&u, 0, sizeof u);
     if (!moqc_run_parts(j, form, step, &u)) return 0;
     u.rows = j->call.m;
     u.columns = columns;
     u.pairs = u.parts == 2 && u.part[0].rows == u.part[1].rows; /* perhaps gate and up; the same cut whether an activation follows or not */
     u.chunks = (int32_t)moqk_ceil(u.cols, 256);
-    u.bulk = j->call.x_bf16 && u.cols % 256 == 0 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
+    const int pieces = j->call.x_bf16 && ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0; /* of 16 bytes, as they are */
+    u.bulk = j->c->sm >= 90 && pieces && u.cols % 256 == 0;
+    const uint32_t copies = step == 0 ? 0 : step == 32 ? moqk_run_factors<MOQK_FAST_U4, 32>::COPIES : moqk_run_factors<MOQK_FAST_U4, 64>::COPIES;
+    u.copies = j->c->sm >= 90 ? 0 : (int32_t)copies;
     u.stages = 1;
-    int64_t bytes_of_best = moqc_run_search(j, form, &u, best);
-    if (columns > 8 && u.bulk && j->c->encode_map && j->c->wgmma) {
+    if (j->c->sm < 90 && !pieces && columns > 2 && (int64_t)columns * u.cols * 2 > j->c->most_shared / 2) return 0; /* >>cuda-decode is faster */
+    int64_t bytes_of_best = moqc_run_search(j, form, j->c->sm < 90 && pieces ? j->c->most_shared : 0, &u, best);
+    if (columns > 8 && u.bulk && j->c->encode_map && j->c->wgmma && moqc_map_rows(j->c, &j->call, u.rows, u.cols, 16, 4, &map)) { /* else x comes by rows */
         moqk_run wide = u;
         u.wide = 1;
-        const int64_t bytes = moqc_run_search(j, form, &u, &wide);
+        const int64_t bytes = moqc_run_search(j, form, 0, &u, &wide);
         if (bytes > 0 && (bytes_of_best == 0 || moqc_run_yields(j->c, best, &wide, step))) {
             *best = wide;
             bytes_of_best = bytes;
         }
     }
     /* Little work: fewer warps; few warps: more under way, but where the kernel's code has one stage. */
-    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1) {
+    if (bytes_of_best > 0 && columns <= 8 && best->blocks == 1 && j->c->sm >= 90) {
         const int little = best->each == 2 && best->ways % 4 == 0;
         if (little) best->ways = best->ways / 4 * 3;
         if (columns <= 2 && !best->pairs && (little || (best->each >= 8 && best->tiles * best->ways <= 14))) best->stages = 2;
-        bytes_of_best = moqc_run_fill_in(best, form);
+        bytes_of_best = moqc_run_fill_in(best, form, 0);
         if (bytes_of_best > j->c->most_shared) {
             best->stages = 1;
-            bytes_of_best = moqc_run_fill_in(best, form);
+            bytes_of_best = moqc_run_fill_in(best, form, 0);
         }
     }
     return bytes_of_best;
@@ -7046,7 +7170,7 @@ static int64_t moqc_run_joined(const moqc_ctx *c, int form, moqk_run *u)
 {
     u->stages = 1;
     if (u->norm.threads ? u->tiles * u->ways > 16 : u->each == 2) u->eager = MOQC_RUN_EAGER; /* a run of one chunk has nothing to do meanwhile */
-    return moqc_max(moqc_run_fill_in(u, form), c->most_shared / 2);
+    return moqc_max(moqc_run_fill_in(u, form, 0), c->most_shared / 2);
 }
 
 static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes); /* see >>cuda-together */
@@ -7055,9 +7179,10 @@ static moqk_call moqc_norm_in_decode(const moqc_job *j, int form, moqk_cut *u); 
 static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, int64_t bytes)
 {
     u->eager = MOQK_RUN_ALL;
-    if (u->columns <= 2 && (u->norm.threads || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
+    if (u->columns <= 2 && j->c->sm >= 90 && (u->norm.threads || u->into || u->mid)) bytes = moqc_run_joined(j->c, form, u);
     if (u->wide) bytes = moqc_max(bytes, j->c->most_shared / 2); /* or two blocks come to lie on one multiprocessor: see moqc_run_joined */
-    const int kind = u->norm.threads ? MOQK_RUN_NORM : !u->pairs && !u->into && !u->mid ? MOQK_RUN_PLAIN : u->rows == 1 ? MOQK_RUN_ROW : MOQK_RUN_JOINED;
+    const int one = u->rows == 1 && !u->place, joined = u->pairs || u->into || u->mid;
+    const int kind = u->norm.threads ? MOQK_RUN_NORM : !joined ? MOQK_RUN_PLAIN : one ? MOQK_RUN_ROW : MOQK_RUN_JOINED;
     const moqc_run_kernel kernel = u->wide ? NULL : moqc_run_find(form, step, u, kind);
     const moqc_wide_kernel wide = u->wide ? moqc_wide_find(form, step, kind) : NULL;
     const void *code = u->wide ? (const void *)wide : (const void *)kernel;
@@ -7076,7 +7201,7 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     how.dynamicSmemBytes = (size_t)bytes;
     how.stream = j->c->stream;
     how.attrs = with;
-    how.numAttrs = u->blocks > 1 || u->share ? 2 : 1;
+    how.numAttrs = j->c->sm < 90 ? 0 : u->blocks > 1 || u->share ? 2 : 1;
     cudaError_t e = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
     if (j->c->capturing) moqc_all_shared(j->c, code);
     if (!moqc_ok(j->c, e, "cudaFuncSetAttribute")) return;
@@ -7095,7 +7220,7 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
     moqk_ring ring;
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
-    if (j->c->sm == 90 && !j->call.tiles && moqk_fast_bits(form) == 4 && columns <= 16) {
+    if (!j->call.tiles && moqk_fast_bits(form) == 4 && columns <= 16) {
         moqk_run run;
         int64_t bytes = moqc_run_cut(j, form, step, columns, &run);
         if (bytes > 0 && j->c->holds) moqc_hold_run(j, form, step, &run, bytes);
@@ -7653,7 +7778,7 @@ static void moqc_let_go(moqc_ctx *c)
 static int moqc_one_launch(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
 {
     const int elem = c->bf16 ? 2 : 4, form = moqk_form_of(b->part[0].d);
-    if (!c->capturing || c->sm != 90 || rows < 1 || rows > c->be.max_rows || b->experts != 1) return -1;
+    if (!c->capturing || rows < 1 || rows > c->be.max_rows || b->experts != 1) return -1;
     if (form < 0 || ((uintptr_t)x & 15) != 0 || b->cols * elem % 16 != 0) return -1;
     for (int32_t i = 0; i < b->parts; i++) {
         const moqc_part *p = &b->part[i];
@@ -7674,7 +7799,7 @@ static int moqc_may_hold(const moqc_ctx *c, const moqc_bank *b, const void *x, i
 static int moqc_may_norm(const moqc_ctx *c, const moqc_bank *b, const void *x, int32_t rows)
 {
     const moqc_held *h = c->held;
-    if (rows != 1 || !h->norms || h->norm.y != x || h->norm.cols != b->cols) return 0;
+    if (c->sm != 90 || rows != 1 || !h->norms || h->norm.y != x || h->norm.cols != b->cols) return 0;
     const int form = moqc_one_launch(c, b, x, rows);
     return form >= 0 && moqk_fast_bits(form) > 4;
 }
@@ -7736,7 +7861,7 @@ static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run 
 {
     moqc_ctx *c = j->c;
     moqc_held *h = c->held;
-    const int takes = h->norms && moqc_norm_fits(c, &h->norm, &j->call, u->cols, u->tiles * u->ways);
+    const int takes = h->norms && !u->place && moqc_norm_fits(c, &h->norm, &j->call, u->cols, u->tiles * u->ways);
     if (takes) h->norms = 0;
     moqc_let_go(c);
     h->job = *j;
@@ -7793,7 +7918,7 @@ static int moqc_activate_in_run(moqc_ctx *c, const moq_activation_desc *d, const
 static int moqc_norm_waits(const moqc_ctx *c, const moq_norm_desc *n)
 {
     const int64_t row = n->cols * (c->bf16 ? 2 : 4);
-    return c->capturing && c->sm == 90 && n->rows == 1 && !n->add && moqc_norm_threads(c, n) > 0 && moqc_apart(n->x, row, n->y, row);
+    return c->capturing && n->rows == 1 && !n->add && moqc_norm_threads(c, n) > 0 && moqc_apart(n->x, row, n->y, row);
 }
 
 /* ------------------------------------------------------------------------------------------------

@@ -183,13 +183,14 @@ static void test_cuda_larger(void)
 /* 4-bit weights and few rows of x: columns shared between warps, blocks and clusters, columns that end inside a chunk, rows that end inside a tile. */
 static void test_cuda_few(void)
 {
-    static const int formats[] = {4, 8, 19, 22, 30}, shapes[4][2] = {{264, 4096}, {72, 14336}, {40, 1296}, {2056, 1024}}, tokens[] = {1, 4, 8, 11, 16};
+    static const int formats[] = {4, 8, 19, 22, 30}, shapes[5][2] = {{264, 4096}, {72, 14336}, {40, 1296}, {2056, 1024}, {40, 10256}};
+    static const int tokens[] = {1, 4, 8, 11, 16};
     for (int a = 0; a < 2; a++) {
         moq_backend *be = backend_of(MOQ_ACT_WIDE, NULL, a ? MOQ_BF16 : MOQ_F32);
         moq_error err;
         CHECK(be->reserve(be, 16, &err) == MOQ_OK);
         for (size_t i = 0; i < MOQI_COUNT(formats); i++)
-            for (int s = 0; s < 4; s++) {
+            for (int s = 0; s < 5; s++) {
                 layer l;
                 layer_make(&l, &layer_formats[formats[i]], shapes[s][0], shapes[s][1]);
                 for (size_t m = 0; m < MOQI_COUNT(tokens); m++) {
