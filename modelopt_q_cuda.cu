@@ -3414,7 +3414,6 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
 {
     constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
     const int lane = threadIdx.x, g = lane >> 2, t = lane & 3;
-    const uint32_t first_x_bar = x_bar;
     uint32_t x[NB], at = ring, full = bar, parity = 0;
     int32_t s = cut.stages;
 #pragma unroll
@@ -3428,6 +3427,7 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
     uint32_t jump = cut.place; /* to the other place */
     for (int32_t c = 0, turn = cut.place ? 0 : n; c < n;) {
 #else
+    const uint32_t first_x_bar = x_bar;
     for (int32_t c = 0, ahead = cut.ahead, turn = cut.bulk ? 0 : n; c < n;) {
 #endif
         const int32_t until = LATE || ROW ? n : min(n, c + cut.phase);
