@@ -2330,7 +2330,7 @@ typedef struct moqk_own_norm {
 
 /* x of a block, quads [from, end) of the norm of a row, with the bits of moqk_norm_rows: its warps are played by those of the block. Every block makes the
    whole sum: a row is in L2, and no launch stands between. put: takes a quad and its place behind `from`, zeros behind the last column; writes: this block
-   writes them to `normed` too; room: 32 floats; ask: called when x is under way. */
+   writes them to `normed` too; room: a float for each warp that is played; ask: called when x is under way. */
 template <int SPLIT, class ASK, class PUT>
 __device__ __forceinline__ void moqk_norm_own(const moqk_call &a, const moqk_own_norm &d, int32_t warp, int32_t warps, int32_t cols, int32_t from, int32_t end,
                                               int writes, float *room, const ASK &ask, const PUT &put)
@@ -7461,7 +7461,7 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
             const double more_blocks = dense4 ? (split > 2 ? 1.5 : 1) : halves ? 0.4 + 0.3 * split : 1;
             const double end = split > 1 ? moqc_tiles[i].shared_end * more_blocks : moqc_tiles[i].end;
             /* Codes of 8 bits: where few tiles are left for all runs, one block reads the sums of many: 1.3 us for those of 128 tokens. */
-            const double many = cut && eight ? 0.4 * (double)moqc_max(runs / (count - rounds * runs) - 4, 0) : 0;
+            const double many = cut && eight && which == MOQC_WGMMA ? 0.4 * (double)moqc_max(runs / (count - rounds * runs) - 4, 0) : 0;
             const double joins = !cut ? 0 : dense4 ? 1.85 : many + (which == MOQC_WGMMA ? (rounds > 0 ? 1.15 : 2.1) : rounds > 0 ? 1 : 1.8);
             const double time = longest * (which == MOQC_BYTES ? 2 : 4) * slab + (double)rounds * end + joins * moqc_tiles[i].shared_end -
                 (dense4 && 2 * runs * split <= room ? 2 : 0);
