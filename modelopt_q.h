@@ -1057,8 +1057,10 @@ struct moq_backend {
     void (*host_release)(moq_backend *be, void *ptr);
     void (*send_act)(moq_backend *be, float *dst, const void *src, size_t count);
 
-    /* y = down activation(up x), what linear, activation and linear do in three calls, to their bits. both [rows, out of up] and mid [rows, in of down] are
-       room for what lies between, of which nothing is promised afterwards. A caller who wraps one of the three sets this to NULL. NULL: make those calls. */
+    /* y [rows, out of down] = down activation(up x), what linear, activation and linear do in three calls, to their bits, but that sums below about 2^-90 may
+       count as 0. x [rows, in of up]; both [rows, out of up] and mid [rows, in of down] are room for what lies between, of which nothing is promised
+       afterwards; out of up is 2 * in of down where the activation has a gate, else the same. None of these may overlap. Errors come as those of linear.
+       A caller who wraps one of the three sets this to NULL. NULL: make those calls. */
     void (*mlp)(moq_backend *be, const moq_weight *up, const moq_activation_desc *a, const moq_weight *down, const void *x, int32_t rows, void *both, void *mid,
                 void *y);
 };
@@ -18974,6 +18976,7 @@ static int moqi_gated_behind(const moqi_gating *g)
     }
     return 1;
 }
+
 /* Weights in BF16 with F32 inputs. Measured: what goes where codes lie takes less time for fewer rows of x. */
 static int moqi_amx_takes_wide(const moqi_tiled *p)
 {

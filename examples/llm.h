@@ -7674,7 +7674,7 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
     uint64_t narrow = c->moe_narrow ? (uint64_t)c->moe_hidden : 0, key = (uint64_t)c->kv_rank + (uint64_t)c->rope_dim;
     /* layers that are opened one by one, behind an observer, have wide keys and values */
     uint64_t part, narrow_kv = m->latent_ways & 1, wide = latent && (m->one_by_one || m->latent_ways & 2);
-    void *ids, *best = NULL;
+    void *ids = NULL, *best = NULL;
     llmi_want want[] = {
         {&m->x, hidden, m->elem},   {&m->h, hidden, m->elem},      {&m->d, hidden, m->elem},
         {&m->in, llmi_larger(attention_in, state_in), m->elem},    {&m->att, llmi_larger(heads * value, inner), m->elem},
@@ -7692,8 +7692,8 @@ static moq_result llmi_make_buffers(llmi_model *m, moq_error *err)
         else if (!(*want[i].out = llmi_alloc(m, rows * want[i].width, want[i].size, err))) return llmi_code(err, MOQ_E_NOMEM);
     }
     m->ids = (int32_t *)ids;
-    m->pos = m->ids + m->chunk; /* as in m->host, so that one copy takes all three */
-    m->slot = m->pos + m->chunk;
+    m->pos = m->ids ? m->ids + m->chunk : NULL; /* as in m->host, so that one copy takes all three */
+    m->slot = m->ids ? m->pos + m->chunk : NULL;
     m->best = (int32_t *)best;
     m->head_rows = llmi_head_rows(m);
     part = ((uint64_t)m->head_rows + 1) * (uint64_t)m->head_part;

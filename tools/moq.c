@@ -2655,18 +2655,20 @@ static int chat(const engine *e, const options *o)
     return !bad && end_requested ? refuse("stopped") : bad;
 }
 
+static int is_standard(const char *path) { return strcmp(path, "-") == 0 || strcmp(path, "/dev/stdin") == 0; }
+
 /* The file of --json-schema or --grammar as messages name it; NULL without. */
 static const char *grammar_name(const options *o)
 {
     const char *path = o->json_schema ? o->json_schema : o->grammar;
-    return path && strcmp(path, "-") == 0 ? "standard input" : path;
+    return path && is_standard(path) ? "standard input" : path;
 }
 
 /* A file, or what comes through a pipe: "-", and the names that shells give them. Release with free_file. */
 static char *read_piped(const char *path, const char *name, size_t *bytes)
 {
     struct stat info;
-    const int standard = strcmp(path, "-") == 0;
+    const int standard = is_standard(path);
     if (!standard && (stat(path, &info) != 0 || S_ISREG(info.st_mode) || S_ISDIR(info.st_mode))) return read_input(path, bytes);
     FILE *from = standard ? stdin : fopen(path, "rb");
     if (!from) {
