@@ -3001,7 +3001,7 @@ template <int FORM, int STEP, int NB, int R> __global__ void __launch_bounds__(5
    block and the blocks of a cluster share the columns; the sums of all runs meet in the block that owns the rows, which adds them in the order of the
    columns. Bytes read per launch: codes and scales once, x once per block, or per two that share it.
    Before SM90 a warp's lanes copy its next chunk, launches do not overlap, there are no clusters, and BF16 x that does not fit comes to two places of
-   each way, in turn. From compute capability 10.0 on it is as on SM90 without clusters: compiled, but not run on such a device.
+   each way, in turn. From compute capability 10.0 on it is as on SM90 without clusters; nobody has run it on such a device.
    ------------------------------------------------------------------------------------------------ */
 
 /* A part of a launch, as its parameters have it. */
