@@ -20205,59 +20205,82 @@ MOQI_AVX512 static int moqi_tiles_seen(const moqi_tiles *t, int64_t g, int64_t f
     return some ? less ? 1 : 2 : 0;
 }
 
-/* The softmax of group g begins, moqi_lanes_softmax_512 for s [32, 16]; seen: which queries see each key. Max grows where a score is e^8 times as large:
-   until then the sums lose nothing, and every growth is a way through y. shrink: what was summed before is to be multiplied by it; -> max as
-   e^(s - max) = 2^(s log2 e - that) wants it. */
-MOQI_INLINE MOQI_AVX512 __m512 moqi_tiles_top(const moqi_tiles *t, int64_t g, int64_t at, const float *s, __mmask16 *seen, __m512 *shrink, int whole)
+/* The softmax of group g begins, moqi_lanes_softmax_512 for s [32, 16]; seen: which queries see each key. The first scores of a query set its max, which
+   then stays until the p of a block come to MOQI_TILES_MOST: until then the sums lose nothing, and looking for the largest score would cost every block a way
+   through s. -> max as e^(s - max) = 2^(s log2 e - that) wants it. */
+enum { MOQI_TILES_MOST = 65536 };
+MOQI_INLINE MOQI_AVX512 __m512 moqi_tiles_largest(const float *s, const __mmask16 *seen, __m512 top, int whole)
 {
-    const __m512i here = _mm512_set1_epi32((int)at), first = _mm512_loadu_si512(t->from + 16 * g), last = _mm512_loadu_si512(t->to + 16 * g);
-    const __m512 old = _mm512_loadu_ps(t->max + 16 * g), by = _mm512_set1_ps(1.44269504f), l = _mm512_loadu_ps(t->sum + 16 * g);
-    __m512 top[4] = {old, old, old, old};
-    for (int j = 0; j < 32; j += 4) {
-        MOQI_UNROLL
-        for (int k = 0; k < 4; k++) {
-            const __m512 x = _mm512_load_ps(s + 16 * (j + k));
-            if (whole) { top[k] = _mm512_max_ps(x, top[k]); continue; }
-            const __m512i key = _mm512_add_epi32(here, _mm512_set1_epi32(j + k));
-            seen[j + k] = (__mmask16)(_mm512_cmple_epi32_mask(first, key) & _mm512_cmple_epi32_mask(key, last));
-            top[k] = _mm512_mask_max_ps(top[k], seen[j + k], x, top[k]);
-        }
-    }
-    top[0] = _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
-    const __mmask16 grows = _mm512_cmp_ps_mask(top[0], _mm512_add_ps(old, _mm512_set1_ps(8)), _CMP_GT_OQ);
-    const __mmask16 some = _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_GT_OQ);
-    const __m512 base = _mm512_mul_ps(_mm512_mask_mov_ps(old, grows, top[0]), by);
-    *shrink = _mm512_set1_ps(1);
-    if (!grows) return base;
-    *shrink = _mm512_mask_mov_ps(*shrink, grows, _mm512_maskz_mov_ps(some, moqi_exp2_512(_mm512_fmsub_ps(old, by, base))));
-    _mm512_storeu_ps(t->max + 16 * g, _mm512_mask_mov_ps(old, grows, top[0]));
-    return base;
+    __m512 some[4] = {top, top, top, top};
+    for (int j = 0; j < 32; j++) some[j % 4] = _mm512_mask_max_ps(some[j % 4], (__mmask16)(whole ? 0xffff : seen[j]), _mm512_load_ps(s + 16 * j), some[j % 4]);
+    return _mm512_max_ps(_mm512_max_ps(some[0], some[1]), _mm512_max_ps(some[2], some[3]));
 }
 
-/* The softmax of group g ends with the sums u of its p, and y shrinks. */
-MOQI_INLINE MOQI_AVX512 void moqi_tiles_sum(const moqi_tiles *t, int64_t g, __m512 u, __m512 shrink)
+MOQI_INLINE MOQI_AVX512 __m512 moqi_tiles_top(const moqi_tiles *t, int64_t g, int64_t at, const float *s, __mmask16 *seen, int whole)
 {
-    float *sum = t->sum + 16 * g, *y = t->y + g * t->high * 256;
-    _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_loadu_ps(sum), shrink, u));
-    if (!_mm512_cmp_ps_mask(shrink, _mm512_set1_ps(1), _CMP_NEQ_UQ)) return;
-    for (int64_t i = 0; i < 256 * t->high; i += 16) _mm512_store_ps(y + i, _mm512_mul_ps(_mm512_load_ps(y + i), shrink));
+    const __m512 by = _mm512_set1_ps(1.44269504f), old = _mm512_loadu_ps(t->max + 16 * g);
+    const __mmask16 none = _mm512_cmp_ps_mask(_mm512_loadu_ps(t->sum + 16 * g), _mm512_setzero_ps(), _CMP_EQ_OQ);
+    if (!whole) {
+        const __m512i first = _mm512_loadu_si512(t->from + 16 * g), last = _mm512_loadu_si512(t->to + 16 * g);
+        for (int j = 0; j < 32; j++) {
+            const __m512i key = _mm512_set1_epi32((int)at + j);
+            seen[j] = (__mmask16)(_mm512_cmple_epi32_mask(first, key) & _mm512_cmple_epi32_mask(key, last));
+        }
+    }
+    if (!none) return _mm512_mul_ps(old, by);
+    const __m512 max = _mm512_mask_mov_ps(old, none, moqi_tiles_largest(s, seen, old, whole));
+    _mm512_storeu_ps(t->max + 16 * g, max);
+    return _mm512_mul_ps(max, by);
+}
+
+/* 2^x, off by 2.6e-6 of it, which is little beside the 2^-16 that two pieces leave: a polynomial of one degree less. Below 2^-126, and where seen is not set,
+   comes 0. Instructions are chosen for what they leave free: beside products of tiles only one multiplication, maximum or conversion runs in a cycle. */
+MOQI_INLINE MOQI_AVX512 __m512 moqi_tiles_exp2(__m512 x, __mmask16 seen)
+{
+    const __mmask16 some = _mm512_mask_cmp_ps_mask(seen, x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+    const __m512 r = _mm512_reduce_ps(x, 1);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.0135341679f), r, _mm512_set1_ps(0.0520114606f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.241442757f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693003834f));
+    return _mm512_maskz_scalef_ps(some, _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.00000259f)), x);
 }
 
 /* Keys j and j + 16 of one group: their scores become pieces of p. */
 MOQI_INLINE MOQI_AVX512 void moqi_tiles_two(const float *s, float *p, const __mmask16 *seen, __m512 base, __m512 *u, int whole)
 {
     const __m512 by = _mm512_set1_ps(1.44269504f);
-    __m512 a = moqi_exp2_512(_mm512_fmsub_ps(_mm512_load_ps(s), by, base)), b = moqi_exp2_512(_mm512_fmsub_ps(_mm512_load_ps(s + 256), by, base));
+    const __m512 a = moqi_tiles_exp2(_mm512_fmsub_ps(_mm512_load_ps(s), by, base), (__mmask16)(whole ? 0xffff : seen[0]));
+    const __m512 b = moqi_tiles_exp2(_mm512_fmsub_ps(_mm512_load_ps(s + 256), by, base), (__mmask16)(whole ? 0xffff : seen[16]));
     __m512i high, low;
-    if (!whole) {
-        a = _mm512_maskz_mov_ps(seen[0], a);
-        b = _mm512_maskz_mov_ps(seen[16], b);
-    }
     u[0] = _mm512_add_ps(u[0], a);
     u[1] = _mm512_add_ps(u[1], b);
     moqi_tiles_pieces(a, b, _mm512_setzero_si512(), &high, &low);
     _mm512_store_si512(p, high);
     _mm512_store_si512(p + 256, low);
+}
+
+/* Queries of group g whose p are too large: their max grows, what they have summed shrinks, and the p of the block come again. -> their sums */
+MOQI_AVX512 static __m512 moqi_tiles_again(const moqi_tiles *t, int64_t g, const float *s, float *p, const __mmask16 *seen, __mmask16 grows, int whole)
+{
+    const __m512 by = _mm512_set1_ps(1.44269504f), old = _mm512_loadu_ps(t->max + 16 * g);
+    const __m512 max = _mm512_mask_mov_ps(old, grows, moqi_tiles_largest(s, seen, old, whole)), base = _mm512_mul_ps(max, by);
+    const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1), grows, moqi_exp2_512(_mm512_fmsub_ps(old, by, base)));
+    __m512 u[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    float *sum = t->sum + 16 * g, *y = t->y + g * t->high * 256;
+    _mm512_storeu_ps(t->max + 16 * g, max);
+    _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), shrink));
+    for (int64_t i = 0; i < 256 * t->high; i += 16) _mm512_store_ps(y + i, _mm512_mul_ps(_mm512_load_ps(y + i), shrink));
+    for (int j = 0; j < 16; j++) moqi_tiles_two(s + 16 * j, p + 16 * j, seen + j, base, u, whole);
+    return _mm512_add_ps(u[0], u[1]);
+}
+
+/* The softmax of group g ends with the sums u of its p. */
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_sum(const moqi_tiles *t, int64_t g, __m512 u, const float *s, float *p, const __mmask16 *seen, int whole)
+{
+    const __mmask16 grows = _mm512_cmp_ps_mask(u, _mm512_set1_ps(MOQI_TILES_MOST), _CMP_NLT_UQ);
+    float *sum = t->sum + 16 * g;
+    if (grows) u = moqi_tiles_again(t, g, s, p, seen, grows, whole);
+    _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), u));
 }
 
 #define MOQI_TILES_TIMES(a, b, acc) __asm__ volatile("tdpbf16ps %%tmm" b ", %%tmm" a ", %%tmm" acc : : : "memory");
@@ -20272,7 +20295,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_two(const float *s, float *p, const __mm
 
 /* Three steps of three blocks of keys for groups g and g + 1, each -1 for none, because products go on beside a softmax:
    y += p v of block `blend`, for 32 numbers of values at a time: numbers are rows of tiles, queries columns. With an odd number of tiles the last is done
-   twice, once for nothing; the softmax of block `soft`, after which y shrinks; scores of block `score`: keys are rows of tiles. turn: which half of p and s
+   twice, once for nothing; the softmax of block `soft`, after which y may shrink; scores of block `score`: keys are rows of tiles. turn: which half of p and s
    is whose. A pair's queries, sums, scores and p stay in the first-level cache, pieces of keys and values come from the second. */
 MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int64_t blend, int64_t soft, int64_t score, int turn, int64_t first, int whole)
 {
@@ -20281,10 +20304,10 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int
     float *p = t->p + (turn ? 1024 : 0), *to = t->s + (turn ? 1024 : 0);
     const int64_t more = t->pieces > 1, fours = (2 + more) * ((blend < 0 ? 0 : (t->high + 1) / 2) + (score < 0 ? 0 : t->steps));
     __mmask16 seen[2][32];
-    __m512 base[2], u[4], shrink[2];
+    __m512 base[2], u[4];
     int64_t due = 0, j = soft < 0 ? 16 : 0;
-    for (int i = 0; i < 2; i++) base[i] = shrink[i] = u[i] = u[i + 2] = _mm512_setzero_ps();
-    for (int i = 0; i < 2 && soft >= 0; i++) base[i] = moqi_tiles_top(t, g + i, first + 32 * soft, s + 512 * i, seen[i], &shrink[i], whole);
+    for (int i = 0; i < 2; i++) base[i] = u[i] = u[i + 2] = _mm512_setzero_ps();
+    for (int i = 0; i < 2 && soft >= 0; i++) base[i] = moqi_tiles_top(t, g + i, first + 32 * soft, s + 512 * i, seen[i], whole);
     for (int64_t c = 0; c < t->high && blend >= 0; c += 2, v += 1024) {
         const int64_t two = c + 1 < t->high;
         float *y = t->y + (g * t->high + c) * 256, *z = y + t->high * 256;
@@ -20328,7 +20351,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int
         moqi_tiles_two(s + 16 * j, p + 16 * j, seen[0] + j, base[0], u, whole);
         moqi_tiles_two(s + 16 * j + 512, p + 16 * j + 512, seen[1] + j, base[1], u + 2, whole);
     }
-    for (int i = 0; i < 2; i++) moqi_tiles_sum(t, g + i, _mm512_add_ps(u[2 * i], u[2 * i + 1]), shrink[i]);
+    for (int i = 0; i < 2; i++) moqi_tiles_sum(t, g + i, _mm512_add_ps(u[2 * i], u[2 * i + 1]), s + 512 * i, p + 512 * i, seen[i], whole);
 }
 
 MOQI_AVX512 static void moqi_tiles_span(const moqi_tiles *t, int64_t first, int64_t low, int64_t high)
