@@ -19512,7 +19512,8 @@ static const moqi_way moqi_eights_way = {"codes in place, F16", 0, moqi_eights_t
    ------------------------------------------------------------------------------------------------ */
 
 enum { MOQI_ATTEND_ROWS = 16, MOQI_ATTEND_QUERIES = 128, MOQI_ATTEND_KEYS = MOQI_KV_BLOCK, MOQI_ATTEND_SPAN = 512, MOQI_ATTEND_HEADS = 16,
-       MOQI_ATTEND_LANES = 12, MOQI_ATTEND_TILES = 8 /* rows from which tiles are the faster way */, MOQI_ATTEND_TILED = 256 /* queries in them */,
+       MOQI_ATTEND_LANES = 12, MOQI_ATTEND_TILES = 8 /* rows from which tiles are the faster way */,
+       MOQI_ATTEND_TILED = 262144 /* numbers of queries in them and of their sums */,
        MOQI_ATTEND_MANY = 256 /* rows of a task, whose queries in tiles share the pieces of keys */,
        MOQI_ATTEND_CROWD = 256 /* a power of two */ };
 
@@ -19527,14 +19528,15 @@ typedef struct moqi_lanes {
 /* Attention in BF16 tiles: every number is the sum of two of BF16, off by 2^-16 of itself at most, and of a product of two the three larger products are
    summed in F32. Numbers of a pair, i and i + 16 of 32, share a word; a piece is a tile of 16 x 16 words. 16 queries are a group. */
 typedef struct moqi_tiles {
-    int64_t groups, steps, high; /* of queries, an even number; of 32 numbers of a key; of 16 numbers of a value */
+    int64_t steps, high;         /* of 32 numbers of a key; of 16 numbers of a value */
     int64_t pieces;              /* of keys and values: 2, or 1 where they are BF16 */
     float *q;                    /* [groups][steps][2 pieces][16 words][16 queries] */
     float *keys;                 /* [16 blocks of 32 keys][steps][2 pieces][2][16 keys][16 words] */
     float *values;               /* [16 blocks][high][2 pieces][16 numbers][16 words of two keys] */
     float *p;                    /* [2][2 groups][2 pieces][16 words of two keys][16 queries] */
     float *s;                    /* [2][2 groups][32 keys][16 queries] */
-    float *y, *max, *sum;        /* [groups][16 high][16 queries], [groups][16 queries] */
+    float *y, *max, *sum;        /* of two groups and one span: [2][16 high][16 queries], [2][16 queries] */
+    float *all, *top, *total;    /* the same of all groups and all spans so far */
     int32_t *from, *to;          /* [groups][16 queries]: the first and the last position that each sees */
     float *spare;                /* [dim + 2 + value_dim][16]: a group in lanes, and its y before */
     int64_t span;                /* whose keys and values these are, -1: none yet */
@@ -19547,13 +19549,15 @@ typedef struct moqi_attended { const float *keys, *values; const uint16_t *key_b
 
 typedef struct moqi_tile_loops {
     void (*begin)(void);
-    /* queries [16 groups, dim] -> t->q; dim is a multiple of 16 */
-    void (*load)(moqi_tiles *t, const float *q, int64_t dim);
+    /* queries [16, dim] -> group g of t->q; dim is a multiple of 16 */
+    void (*load)(const moqi_tiles *t, int64_t g, const float *q, int64_t dim);
     /* The first `count` keys of b and values of n numbers -> that block of t->keys, t->values, zeros for the rest. 0: there are numbers that two of BF16
        do not keep, infinite ones, NaN, the largest or some below 2^-100 */
     int (*split)(const moqi_tiles *t, int64_t block, const moqi_attended *b, int64_t count, int64_t dim, int64_t n);
-    /* What moqi_loops.lanes does, for all groups and those of blocks [low, high] that fit; block 0 begins at position `first` */
+    /* What moqi_loops.lanes does, for the first two groups of t and those of blocks [low, high] that fit; block 0 begins at position `first` */
     void (*span)(const moqi_tiles *t, int64_t first, int64_t low, int64_t high);
+    /* What moqi_attend_join does, for two groups: y, max, sum enter all, top, total */
+    void (*join)(const moqi_tiles *t);
     void (*end)(void);
 } moqi_tile_loops;
 
@@ -20099,21 +20103,20 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pieces(__m512 a, __m512 b, __m512i up, _
 static void moqi_tiles_begin(void) { moqi_amx_configure(16, 16); }
 static void moqi_tiles_end(void) { __asm__ volatile("tilerelease" : : : "memory"); }
 
-MOQI_AVX512 static void moqi_tiles_load(moqi_tiles *t, const float *q, int64_t dim)
+MOQI_AVX512 static void moqi_tiles_load(const moqi_tiles *t, int64_t g, const float *q, int64_t dim)
 {
-    float rows[2][256] MOQI_ALIGNED, *out = t->q;
-    for (int64_t g = 0; g < t->groups; g++, q += 16 * dim)
-        for (int64_t c = 0; c < 32 * t->steps; c += 32, out += 512) {
-            for (int64_t i = 0; i < 16; i++) {
-                __m512i high, low;
-                moqi_tiles_pieces(_mm512_loadu_ps(q + i * dim + c), c + 16 < dim ? _mm512_loadu_ps(q + i * dim + c + 16) : _mm512_setzero_ps(),
-                                  _mm512_setzero_si512(), &high, &low);
-                _mm512_store_si512(rows[0] + 16 * i, high);
-                _mm512_store_si512(rows[1] + 16 * i, low);
-            }
-            moqi_turn_512(rows[0], 16, out, 16);
-            moqi_turn_512(rows[1], 16, out + 256, 16);
+    float rows[2][256] MOQI_ALIGNED, *out = t->q + g * t->steps * 512;
+    for (int64_t c = 0; c < 32 * t->steps; c += 32, out += 512) {
+        for (int64_t i = 0; i < 16; i++) {
+            __m512i high, low;
+            moqi_tiles_pieces(_mm512_loadu_ps(q + i * dim + c), c + 16 < dim ? _mm512_loadu_ps(q + i * dim + c + 16) : _mm512_setzero_ps(),
+                              _mm512_setzero_si512(), &high, &low);
+            _mm512_store_si512(rows[0] + 16 * i, high);
+            _mm512_store_si512(rows[1] + 16 * i, low);
         }
+        moqi_turn_512(rows[0], 16, out, 16);
+        moqi_turn_512(rows[1], 16, out + 256, 16);
+    }
 }
 
 /* The largest size of some numbers, and the smallest that is not 0, less 1, as bits of F32. */
@@ -20192,12 +20195,12 @@ MOQI_INLINE MOQI_AVX512 __m512 moqi_exp2_512(__m512 x)
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1)), x); /* which takes the floor by itself */
 }
 
-/* Do queries of two groups from g on see some of the 32 positions from `first` on (1), or all of them all (2)? */
-MOQI_AVX512 static int moqi_tiles_seen(const moqi_tiles *t, int64_t g, int64_t first)
+/* Do queries of two groups see some of the 32 positions from `first` on (1), or all of them all (2)? */
+MOQI_AVX512 static int moqi_tiles_seen(const moqi_tiles *t, int64_t first)
 {
     const __m512i low = _mm512_set1_epi32((int)first), high = _mm512_set1_epi32((int)first + 31);
-    const __m512i from[2] = {_mm512_loadu_si512(t->from + 16 * g), _mm512_loadu_si512(t->from + 16 * g + 16)};
-    const __m512i to[2] = {_mm512_loadu_si512(t->to + 16 * g), _mm512_loadu_si512(t->to + 16 * g + 16)};
+    const __m512i from[2] = {_mm512_loadu_si512(t->from), _mm512_loadu_si512(t->from + 16)};
+    const __m512i to[2] = {_mm512_loadu_si512(t->to), _mm512_loadu_si512(t->to + 16)};
     const __mmask16 some = (_mm512_cmple_epi32_mask(from[0], high) & _mm512_cmpge_epi32_mask(to[0], low)) |
                            (_mm512_cmple_epi32_mask(from[1], high) & _mm512_cmpge_epi32_mask(to[1], low));
     const __mmask16 less = _mm512_cmpgt_epi32_mask(_mm512_max_epi32(from[0], from[1]), low) |
@@ -20293,11 +20296,11 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_sum(const moqi_tiles *t, int64_t g, __m5
         moqi_tiles_two(s + 16 * j + 512, p + 16 * j + 512, seen[1] + j, base[1], u + 2, whole); \
     }
 
-/* Three steps of three blocks of keys for groups g and g + 1, each -1 for none, because products go on beside a softmax:
+/* Three steps of three blocks of keys for two groups, each -1 for none, because products go on beside a softmax:
    y += p v of block `blend`, for 32 numbers of values at a time: numbers are rows of tiles, queries columns. With an odd number of tiles the last is done
    twice, once for nothing; the softmax of block `soft`, after which y may shrink; scores of block `score`: keys are rows of tiles. turn: which half of p and s
    is whose. A pair's queries, sums, scores and p stay in the first-level cache, pieces of keys and values come from the second. */
-MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int64_t blend, int64_t soft, int64_t score, int turn, int64_t first, int whole)
+MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t blend, int64_t soft, int64_t score, int turn, int64_t first, int whole)
 {
     const float *k = t->keys + score * t->steps * 1024, *v = t->values + blend * t->high * 512;
     const float *from = t->p + (turn ? 0 : 1024), *s = t->s + (turn ? 0 : 1024);
@@ -20307,10 +20310,10 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int
     __m512 base[2], u[4];
     int64_t due = 0, j = soft < 0 ? 16 : 0;
     for (int i = 0; i < 2; i++) base[i] = u[i] = u[i + 2] = _mm512_setzero_ps();
-    for (int i = 0; i < 2 && soft >= 0; i++) base[i] = moqi_tiles_top(t, g + i, first + 32 * soft, s + 512 * i, seen[i], whole);
+    for (int i = 0; i < 2 && soft >= 0; i++) base[i] = moqi_tiles_top(t, i, first + 32 * soft, s + 512 * i, seen[i], whole);
     for (int64_t c = 0; c < t->high && blend >= 0; c += 2, v += 1024) {
         const int64_t two = c + 1 < t->high;
-        float *y = t->y + (g * t->high + c) * 256, *z = y + t->high * 256;
+        float *y = t->y + c * 256, *z = y + t->high * 256;
         MOQI_TILES_PAIR("0", "1", y, y + 256 * two)
         MOQI_TILES_PAIR("2", "3", z, z + 256 * two)
         MOQI_TILES_PAIR("4", "5", v, v + 512 * two)
@@ -20329,7 +20332,7 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int
         MOQI_STRIP_STORE("3", z + 256)
     }
     if (score >= 0) {
-        const float *a = t->q + g * t->steps * 512, *b = a + t->steps * 512;
+        const float *a = t->q, *b = a + t->steps * 512;
         __asm__ volatile(MOQI_TILES_ZERO : : : "memory");
         for (int64_t i = 0; i < t->steps; i++, k += 1024, a += 512, b += 512) {
             MOQI_TILES_PAIR("4", "5", k, k + 256)
@@ -20351,26 +20354,42 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_pass(const moqi_tiles *t, int64_t g, int
         moqi_tiles_two(s + 16 * j, p + 16 * j, seen[0] + j, base[0], u, whole);
         moqi_tiles_two(s + 16 * j + 512, p + 16 * j + 512, seen[1] + j, base[1], u + 2, whole);
     }
-    for (int i = 0; i < 2; i++) moqi_tiles_sum(t, g + i, _mm512_add_ps(u[2 * i], u[2 * i + 1]), s + 512 * i, p + 512 * i, seen[i], whole);
+    for (int i = 0; i < 2; i++) moqi_tiles_sum(t, i, _mm512_add_ps(u[2 * i], u[2 * i + 1]), s + 512 * i, p + 512 * i, seen[i], whole);
 }
 
 MOQI_AVX512 static void moqi_tiles_span(const moqi_tiles *t, int64_t first, int64_t low, int64_t high)
 {
     enum { MOST = MOQI_ATTEND_SPAN / MOQI_ATTEND_KEYS + 4 };
-    for (int64_t g = 0; g < t->groups; g += 2) {
-        int64_t block[MOST], n = 2;
-        int seen[MOST] = {0};
-        block[0] = block[1] = -1;
-        for (int64_t b = low; b <= high; b++) {
-            block[n] = b;
-            seen[n] = t->fits[b] ? moqi_tiles_seen(t, g, first + 32 * b) : 0;
-            n += seen[n] > 0;
+    int64_t block[MOST], n = 2;
+    int seen[MOST] = {0};
+    block[0] = block[1] = -1;
+    for (int64_t b = low; b <= high; b++) {
+        block[n] = b;
+        seen[n] = t->fits[b] ? moqi_tiles_seen(t, first + 32 * b) : 0;
+        n += seen[n] > 0;
+    }
+    block[n] = block[n + 1] = -1;
+    for (int64_t i = 0; i < n; i++) {
+        if (seen[i + 1] == 2) moqi_tiles_pass(t, block[i], block[i + 1], block[i + 2], (int)(i & 1), first, 1);
+        else moqi_tiles_pass(t, block[i], block[i + 1], block[i + 2], (int)(i & 1), first, 0);
+    }
+}
+
+MOQI_AVX512 static void moqi_tiles_join(const moqi_tiles *t)
+{
+    for (int64_t g = 0; g < 2; g++) {
+        const __m512 m = _mm512_loadu_ps(t->max + 16 * g), l = _mm512_loadu_ps(t->sum + 16 * g);
+        const __m512 before = _mm512_loadu_ps(t->top + 16 * g), total = _mm512_loadu_ps(t->total + 16 * g), max = _mm512_max_ps(m, before);
+        const __mmask16 some = _mm512_cmp_ps_mask(l, _mm512_setzero_ps(), _CMP_NEQ_UQ), any = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __m512 old = _mm512_maskz_mov_ps(any, moqi_exp_512(_mm512_sub_ps(before, max))), now = moqi_exp_512(_mm512_sub_ps(m, max));
+        const float *y = t->y + g * t->high * 256;
+        float *all = t->all + g * t->high * 256;
+        for (int64_t i = 0; i < 256 * t->high; i += 16) {
+            const __m512 x = _mm512_load_ps(all + i);
+            _mm512_store_ps(all + i, _mm512_mask_mov_ps(x, some, _mm512_fmadd_ps(_mm512_load_ps(y + i), now, _mm512_mul_ps(x, old))));
         }
-        block[n] = block[n + 1] = -1;
-        for (int64_t i = 0; i < n; i++) {
-            if (seen[i + 1] == 2) moqi_tiles_pass(t, g, block[i], block[i + 1], block[i + 2], (int)(i & 1), first, 1);
-            else moqi_tiles_pass(t, g, block[i], block[i + 1], block[i + 2], (int)(i & 1), first, 0);
-        }
+        _mm512_mask_storeu_ps(t->total + 16 * g, some, _mm512_fmadd_ps(total, old, _mm512_mul_ps(l, now)));
+        _mm512_mask_storeu_ps(t->top + 16 * g, some, max);
     }
 }
 #undef MOQI_TILES_TIMES
@@ -20379,7 +20398,7 @@ MOQI_AVX512 static void moqi_tiles_span(const moqi_tiles *t, int64_t first, int6
 #undef MOQI_STRIP_LOAD
 #undef MOQI_STRIP_STORE
 
-static const moqi_tile_loops moqi_tiles_amx = {moqi_tiles_begin, moqi_tiles_load, moqi_tiles_split, moqi_tiles_span, moqi_tiles_end};
+static const moqi_tile_loops moqi_tiles_amx = {moqi_tiles_begin, moqi_tiles_load, moqi_tiles_split, moqi_tiles_span, moqi_tiles_join, moqi_tiles_end};
 static const moqi_loops moqi_loops_amx = {moqi_softmax_512, moqi_blend_512, moqi_turns_512, moqi_activate_512, moqi_weigh_512, moqi_rotate_512,
                                           moqi_exp_lane_512, moqi_lanes_512, moqi_split_512, moqi_blend_half_512, &moqi_tiles_amx};
 #endif
@@ -20438,17 +20457,23 @@ typedef struct moqi_attending {
    that any row of the call is at. */
 typedef struct moqi_queries { int64_t row, rows, head, heads, kv_head, last; int tiles; } moqi_queries;
 
+/* Queries of a task in tiles, so many that they and their sums fit into the second-level cache beside a span of keys and values: of 16 heads at least 16 rows. */
+static int64_t moqi_attend_most(int64_t head_dim, int64_t value_dim)
+{
+    const int64_t each = (head_dim + 31) / 32 * 32 + (value_dim + 15) / 16 * 16;
+    return moqi_max(MOQI_ATTEND_ROWS * MOQI_ATTEND_HEADS, moqi_min(MOQI_ATTEND_MANY * MOQI_ATTEND_HEADS, MOQI_ATTEND_TILED / each / 32 * 32));
+}
+
 /* Scratch of one task: up to 128 queries [n, head_dim padded to 16], 32 keys as they come and turned, 32 values, scores [n, 32],
-   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides; or up
-   to 256 queries in tiles and what a span of keys and values and two groups need, and one group in lanes. For each query of a task its max and sum. */
+   and for one span of each query [n, value_dim + 2]: the sum of values, max, sum. Queries in lanes, with their sums and 4 words more, besides, and each query's
+   max and sum; or queries in tiles, with their sums and 4 words more, and what a span of keys and values, two groups, and one group in rows and in lanes need. */
 static int64_t moqi_attend_floats(int64_t head_dim, int64_t value_dim, int tiles)
 {
     int64_t dim = (head_dim + 15) / 16 * 16, room = (value_dim + 31) / 32 * 32, pair = (head_dim + 31) / 32 * 32, queries = MOQI_ATTEND_QUERIES;
-    int64_t some = queries * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + room);
-    queries = MOQI_ATTEND_TILED;
-    int64_t many = queries * (dim + value_dim + 2 + pair + room + 4) + MOQI_ATTEND_KEYS * (2 * dim + room) + MOQI_ATTEND_SPAN * (pair + room) +
-        16 * (dim + value_dim) + 4096 + 128;
-    return (tiles ? moqi_max(some, many) : some) + 2 * (tiles ? MOQI_ATTEND_MANY : MOQI_ATTEND_ROWS) * MOQI_ATTEND_HEADS;
+    int64_t some = queries * (2 * dim + MOQI_ATTEND_KEYS + 2 * value_dim + 6) + MOQI_ATTEND_KEYS * (2 * dim + room) + 2 * MOQI_ATTEND_ROWS * MOQI_ATTEND_HEADS;
+    int64_t many = moqi_attend_most(head_dim, value_dim) * (pair + room + 4) + 32 * (room + 2) + 16 * (2 * dim + 2 * value_dim + 4) +
+        MOQI_ATTEND_KEYS * (2 * dim + room) + MOQI_ATTEND_SPAN * (pair + room) + 4096 + 128;
+    return tiles ? moqi_max(some, many) : some;
 }
 
 /* Places for so many queries: whole groups in lanes, pairs of them in tiles. */
@@ -20494,14 +20519,15 @@ static int64_t moqi_attend_by_tiles(const moqi_attending *t, int64_t row)
     return all - (all % MOQI_ATTEND_ROWS < MOQI_ATTEND_TILES ? all % MOQI_ATTEND_ROWS : 0) - before;
 }
 
-/* The queries times the scale of the scores: q [n padded, dim], padded with zeros. Rotated keys: (q H) . (k H) = n q . k */
-static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t dim, float *q)
+/* Queries [first, first + count) of g times the scale of the scores: q [count, dim], zeros beyond the last one. Rotated keys: (q H) . (k H) = n q . k */
+static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, int64_t dim, float *q)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t n = c->dim[0];
+    int64_t n = c->dim[0], end = moqi_min(first + count, g->rows * g->heads);
     float scale = t->a->scale != 0 ? t->a->scale : 1 / sqrtf((float)n);
     if (c->format[0] == MOQ_KV_NVFP4_ROTATE) scale /= sqrtf((float)n);
-    for (int64_t r = 0, h = 0; r < g->rows; q += dim) {
+    memset(q + (end - first) * dim, 0, (size_t)((first + count - end) * dim) * sizeof *q);
+    for (int64_t i = first, r = first / g->heads, h = first % g->heads; i < end; i++, q += dim) {
         const float *src = (const float *)t->a->q + (g->row + r) * t->a->q_stride + (g->head + h) * n;
         if (++h == g->heads) { h = 0; r++; }
         if (c->format[0] == MOQ_KV_NVFP4_ROTATE) {
@@ -20512,7 +20538,6 @@ static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int
         t->o->weigh(src, NULL, scale, n, q);
         memset(q + n, 0, (size_t)(dim - n) * sizeof *q);
     }
-    memset(q, 0, (size_t)((moqi_attend_padded(g) - g->rows * g->heads) * dim) * sizeof *q);
 }
 
 /* Keys of positions [first, first + count): [count, dim], in `room` or where they are. What lies beyond `count` is not looked at later, but may
@@ -20658,31 +20683,46 @@ static float *moqi_attend_share(const moqi_attending *t, float *memory, moqi_til
     l->values = l->keys + MOQI_ATTEND_SPAN * l->steps * 32;
     l->p = l->values + MOQI_ATTEND_SPAN * l->high * 16;
     l->s = l->p + 2048;
-    return l->s + 2048;
+    l->y = l->s + 2048;
+    l->max = l->y + 512 * l->high;
+    l->sum = l->max + 32;
+    l->spare = l->sum + 32;
+    return l->spare + 16 * (moqi_pad16(c->dim[0]) + 2 + c->dim[1]);
 }
 
-/* g's queries in tiles, nothing summed. */
-static void moqi_attend_tile(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, float *memory, moqi_tiles *l)
+/* What a query has before its first span: a sink, or nothing. */
+static moqi_softmax moqi_attend_begin(const moqi_attending *t, int64_t head)
+{
+    moqi_softmax state;
+    state.max = t->a->sinks ? t->a->sinks[head] : -3e38f;
+    state.sum = t->a->sinks ? 1.0f : 0.0f;
+    return state;
+}
+
+/* g's queries in tiles, nothing summed. q: [16, dim] */
+static void moqi_attend_tile(const moqi_attending *t, const moqi_queries *g, float *q, int64_t dim, float *memory, moqi_tiles *l)
 {
     const int64_t queries = moqi_attend_padded(g);
-    l->groups = queries / 16;
     l->q = memory + (64 - (uintptr_t)memory % 64) % 64 / sizeof *memory;
-    l->y = l->q + queries * l->steps * 32;
-    l->max = l->y + queries * l->high * 16;
-    l->sum = l->max + queries;
-    l->from = (int32_t *)(void *)(l->sum + queries);
+    l->all = l->q + queries * l->steps * 32;
+    l->top = l->all + queries * l->high * 16;
+    l->total = l->top + queries;
+    l->from = (int32_t *)(void *)(l->total + queries);
     l->to = l->from + queries;
-    l->spare = (float *)(void *)(l->to + queries);
     for (int64_t i = 0, r = g->row, h = 0; i < queries; i++) { /* beyond the last query: as the last, so that a block all of which is seen stays one */
-        l->max[i] = -3e38f;
-        l->sum[i] = 0;
+        const moqi_softmax state = moqi_attend_begin(t, g->head + h);
+        l->top[i] = state.max;
+        l->total[i] = state.sum;
         l->from[i] = (int32_t)moqi_attend_from(t, r);
         l->to[i] = t->b->pos[r];
         if (++h == g->heads && r + 1 < g->row + g->rows) { h = 0; r++; }
+        else if (h == g->heads) h--;
     }
-    memset(l->y, 0, (size_t)(queries * l->high * 16) * sizeof *l->y);
-    t->o->tiles->begin();
-    t->o->tiles->load(l, q, dim);
+    memset(l->all, 0, (size_t)(queries * l->high * 16) * sizeof *l->all);
+    for (int64_t i = 0; i < queries; i += 16) {
+        moqi_attend_load(t, g, i, 16, dim, q);
+        t->o->tiles->load(l, i / 16, q, dim);
+    }
 }
 
 /* Rows that run together without tiles: those beside row r of its slot, within the 16 that it belongs to; -> behind them. The positions that they see. */
@@ -20700,21 +20740,23 @@ static int64_t moqi_attend_together(const moqi_attending *t, int64_t r, int64_t 
     return r;
 }
 
-/* One block of keys that BF16 cannot keep, for the queries in tiles: in lanes, those together that are so without tiles, because 0 times what a neighbour
-   sees may be NaN. q: [n, dim] */
-static void moqi_attend_untiled(const moqi_attending *t, const moqi_queries *g, const float *q, int64_t dim, int64_t first, const moqi_attended *b,
+/* One block of keys that BF16 cannot keep, for two groups in tiles from the i-th query on: in lanes, those together that are so without tiles, because 0 times
+   what a neighbour sees may be NaN. q: [16, dim] */
+static void moqi_attend_untiled(const moqi_attending *t, const moqi_queries *g, int64_t at, float *q, int64_t dim, int64_t first, const moqi_attended *b,
                                 const moqi_tiles *l)
 {
     const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], block = MOQI_ATTEND_KEYS;
     int32_t *from = (int32_t *)(void *)(l->spare + 16 * dim), *to = from + 16;
     float *before = l->spare + 16 * (dim + 2);
-    for (int64_t k = 0; k < l->groups; k++) {
+    for (int64_t k = 0; k < 2; k++, at += 16) {
         float *y = l->y + k * l->high * 256;
         moqi_lanes one = {16, dim, n, l->spare, l->s, y, l->max + 16 * k, l->sum + 16 * k, from, to};
-        t->o->turn(q + 16 * k * dim, dim, 16, dim, one.q, 16);
+        if (at >= g->rows * g->heads) break;
+        moqi_attend_load(t, g, at, 16, dim, q);
+        t->o->turn(q, dim, 16, dim, one.q, 16);
         for (int64_t i = 0, end, low, high; i < 16; i = end) {
-            const int64_t next = (moqi_attend_together(t, moqi_min(g->row + (16 * k + i) / g->heads, g->row + g->rows - 1), &low, &high) - g->row) * g->heads;
-            end = next >= g->rows * g->heads ? 16 : moqi_min(16, next - 16 * k);
+            const int64_t next = (moqi_attend_together(t, moqi_min(g->row + (at + i) / g->heads, g->row + g->rows - 1), &low, &high) - g->row) * g->heads;
+            end = next >= g->rows * g->heads ? 16 : moqi_min(16, next - at);
             if (first < low / block * block || first > high) continue;
             for (int64_t j = 0; j < 16; j++) {
                 from[j] = (int32_t)(j < i || j >= end ? 1 : moqi_max(first, l->from[16 * k + j]) - first);
@@ -20727,13 +20769,27 @@ static void moqi_attend_untiled(const moqi_attending *t, const moqi_queries *g, 
     }
 }
 
-/* Positions [low, high] of a span for the queries in tiles -> part [n, value_dim + 2]: pieces of keys and values first, as far as they are not there yet,
-   because all queries of the task share them. keys, turned, room: as for moqi_attend_fetch */
-static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, int64_t span, int64_t low, int64_t high, const float *q, int64_t dim, float *keys,
-                              float *turned, float *room, moqi_tiles *l, float *part)
+/* What 16 queries in lanes have summed, y [n][16], as rows. */
+static void moqi_attend_rows(const moqi_attending *t, const float *y, int64_t n, float *rows, int64_t ld)
 {
-    const int64_t n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads;
-    const int64_t zero = span * MOQI_ATTEND_SPAN, begin = (low - zero) / MOQI_ATTEND_KEYS, end = low > high ? begin - 1 : (high - zero) / MOQI_ATTEND_KEYS;
+    if (n % 16 == 0) t->o->turn(y, 16, n, 16, rows, ld);
+    for (int64_t i = 0; n % 16 != 0 && i < 16 * n; i++) rows[i % 16 * ld + i / 16] = y[i];
+}
+
+/* One span of g's queries in tiles: pieces of keys and values first, because all share them, then two groups after the other: what they sum joins what they
+   have, or is kept. keys, turned, room: as for moqi_attend_fetch; q: [16, dim]; rows: [16, value_dim] */
+static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, int64_t span, float *keys, float *turned, float *room, float *q, float *rows,
+                              moqi_tiles *l)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    const int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), slot = t->b->slot[g->row], queries = g->rows * g->heads, zero = span * MOQI_ATTEND_SPAN;
+    int64_t low = INT64_MAX, high = 0, begin, end;
+    for (int64_t r = g->row; r < g->row + g->rows; r++) {
+        low = moqi_min(low, moqi_attend_from(t, r));
+        high = moqi_max(high, t->b->pos[r]);
+    }
+    begin = moqi_max(low - zero, 0) / MOQI_ATTEND_KEYS;
+    end = high < zero ? -1 : moqi_min(high - zero, MOQI_ATTEND_SPAN - 1) / MOQI_ATTEND_KEYS;
     if (l->span != span) { l->span = span; l->ready = 0; }
     for (int64_t i = begin; i <= end; i++) {
         const int64_t first = zero + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
@@ -20742,27 +20798,39 @@ static void moqi_attend_tiled(const moqi_attending *t, const moqi_queries *g, in
         l->fits[i] = t->o->tiles->split(l, i, &b, count, dim, n);
         l->ready |= (uint32_t)1 << i;
     }
-    t->o->tiles->span(l, zero, begin, end);
-    t->o->tiles->end();
-    for (int64_t i = begin; i <= end; i++) {
-        const int64_t first = zero + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
-        if (l->fits[i]) continue;
-        const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, 0, keys, turned, room);
-        moqi_attend_untiled(t, g, q, dim, first, &b, l);
-    }
-    for (int64_t i = 0; i < queries; i += 16) { /* rows past the last query lie where keys were */
-        const float *y = l->y + i * l->high * 16;
-        if (n % 16 == 0) t->o->turn(y, 16, n, 16, part + i * (n + 2), n + 2);
-        for (int64_t k = i; k < moqi_min(i + 16, queries); k++) {
-            for (int64_t d = 0; n % 16 != 0 && d < n; d++) part[k * (n + 2) + d] = y[16 * d + k - i];
-            part[k * (n + 2) + n] = l->max[k];
-            part[k * (n + 2) + n + 1] = l->sum[k];
+    t->o->tiles->begin();
+    for (int64_t at = 0; at < queries; at += 32) {
+        moqi_tiles two = *l;
+        two.q += at * l->steps * 32;
+        two.all += at * l->high * 16;
+        two.top += at;
+        two.total += at;
+        two.from += at;
+        two.to += at;
+        for (int i = 0; i < 32; i++) { two.max[i] = -3e38f; two.sum[i] = 0; }
+        memset(two.y, 0, (size_t)(512 * l->high) * sizeof *two.y);
+        t->o->tiles->span(&two, zero, begin, end);
+        for (int64_t i = begin; i <= end; i++) {
+            const int64_t first = zero + i * MOQI_ATTEND_KEYS, count = moqi_min(MOQI_ATTEND_KEYS, g->last - first + 1);
+            if (l->fits[i]) continue;
+            const moqi_attended b = moqi_attend_fetch(t, slot, g->kv_head, first, count, dim, 0, keys, turned, room);
+            moqi_attend_untiled(t, g, at, q, dim, first, &b, &two);
+        }
+        if (!t->parts) t->o->tiles->join(&two);
+        for (int64_t i = at; t->parts && i < moqi_min(at + 32, queries); i++) {
+            const int64_t k = i - at;
+            float *part = t->parts + (((g->row + i / g->heads) * t->a->heads + g->head + i % g->heads) * t->spans + span) * (n + 2);
+            if (k % 16 == 0) moqi_attend_rows(t, two.y + k * l->high * 16, n, rows, n);
+            memcpy(part, rows + k % 16 * n, (size_t)n * sizeof *part);
+            part[n] = two.max[k];
+            part[n + 1] = two.sum[k];
         }
     }
+    t->o->tiles->end();
 }
 
-/* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2]; tiles: what a task's queries share. */
-static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part, moqi_tiles *tiles)
+/* Positions [span * 512, ...) up to the last that a query sees. q: [n, dim]; part: [n, value_dim + 2] */
+static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int64_t span, const float *q, float *scratch, float *part)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     int64_t dim = moqi_pad16(c->dim[0]), n = c->dim[1], slot = t->b->slot[g->row], queries = g->rows * g->heads, low = INT64_MAX, high = 0;
@@ -20776,11 +20844,6 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     }
     low = moqi_max(low / MOQI_ATTEND_KEYS * MOQI_ATTEND_KEYS, span * MOQI_ATTEND_SPAN);
     high = moqi_min(high, (span + 1) * MOQI_ATTEND_SPAN - 1);
-    if (g->tiles) {
-        moqi_attend_tile(t, g, q, dim, s, tiles);
-        moqi_attend_tiled(t, g, span, low, high, q, dim, keys, turned, room, tiles, part);
-        return;
-    }
     if (!lanes) memset(part, 0, (size_t)(queries * (n + 2)) * sizeof *part);
     for (int64_t i = 0; i < queries && !lanes; i++) part[i * (n + 2) + n] = -3e38f;
     if (lanes) moqi_attend_lanes(t, g, q, dim, n, s, &l);
@@ -20811,23 +20874,14 @@ static void moqi_attend_span(const moqi_attending *t, const moqi_queries *g, int
     }
 }
 
-/* What a query has before its first span: a sink, or nothing. */
-static moqi_softmax moqi_attend_begin(const moqi_attending *t, int64_t head)
-{
-    moqi_softmax state;
-    state.max = t->a->sinks ? t->a->sinks[head] : -3e38f;
-    state.sum = t->a->sinks ? 1.0f : 0.0f;
-    return state;
-}
-
 /* Joins one span of a query to y [n]. */
 static void moqi_attend_join(const moqi_attending *t, const float *part, int64_t n, moqi_softmax *state, float *y)
 {
     const float max = part[n] > state->max ? part[n] : state->max;
-    float old = state->sum > 0 ? expf(state->max - max) : 0, now = expf(part[n] - max);
+    float old = state->sum > 0 ? t->o->exp(state->max - max) : 0, now = t->o->exp(part[n] - max);
     if (old != 1 && state->sum > 0) t->o->weigh(y, NULL, old, n, y); /* else y is 0 */
     t->o->blend(&now, 1, 1, 1, part, n, y, n, n);
-    state->sum = state->sum * old + part[n + 1] * now;
+    state->sum = fmaf(state->sum, old, part[n + 1] * now); /* as tiles do it */
     state->max = max;
 }
 
@@ -20838,14 +20892,13 @@ static float *moqi_attend_out(const moqi_attending *t, int64_t row, int64_t head
 
 /* One span of some queries that fit into the scratch: kept for moqi_attend_finish, or joined to what they have, state [rows, heads of the task].
    alone: there are no others, and no sinks. */
-static void moqi_attend_some(const moqi_attending *t, const moqi_queries *g, int64_t span, int alone, moqi_softmax *state, int64_t ld, float *scratch,
-                             moqi_tiles *tiles)
+static void moqi_attend_some(const moqi_attending *t, const moqi_queries *g, int64_t span, int alone, moqi_softmax *state, int64_t ld, float *scratch)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
     const int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]);
     float *q = scratch, *part = q + moqi_attend_padded(g) * dim, *rest = part + g->rows * g->heads * (n + 2);
-    moqi_attend_load(t, g, dim, q);
-    moqi_attend_span(t, g, span, q, rest, part, tiles);
+    moqi_attend_load(t, g, 0, moqi_attend_padded(g), dim, q);
+    moqi_attend_span(t, g, span, q, rest, part);
     for (int64_t r = g->row; r < g->row + g->rows; r++, state += ld)
         for (int64_t h = 0; h < g->heads; h++, part += n + 2) {
             const int64_t at = r * t->a->heads + g->head + h;
@@ -20856,16 +20909,41 @@ static void moqi_attend_some(const moqi_attending *t, const moqi_queries *g, int
         }
 }
 
-/* All spans of some queries, one after the other, or (parts) one of them; each for as many rows and heads as fit. */
+/* All spans of some queries in tiles, one after the other, or (parts) one of them, for as many rows as fit. */
+static void moqi_attend_by_span(const moqi_attending *t, const moqi_queries *g, int64_t span, float *scratch)
+{
+    const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
+    const int64_t n = c->dim[1], dim = moqi_pad16(c->dim[0]), most = moqi_attend_most(c->dim[0], n) / g->heads / MOQI_ATTEND_ROWS * MOQI_ATTEND_ROWS;
+    float *keys = scratch, *turned = keys + MOQI_ATTEND_KEYS * dim, *room = turned + MOQI_ATTEND_KEYS * dim;
+    float *q = room + MOQI_ATTEND_KEYS * moqi_ceil_div(n, MOQI_KV_BLOCK) * MOQI_KV_BLOCK, *rows = q + 16 * dim;
+    moqi_tiles l;
+    float *memory = moqi_attend_share(t, rows + 16 * n, &l);
+    moqi_queries some = *g;
+    for (; some.row < g->row + g->rows; some.row += some.rows) {
+        int64_t low = INT64_MAX, high = 0;
+        some.rows = moqi_min(most, g->row + g->rows - some.row);
+        for (int64_t r = some.row; r < some.row + some.rows; r++) {
+            low = moqi_min(low, moqi_attend_from(t, r) / MOQI_ATTEND_SPAN);
+            high = moqi_max(high, t->b->pos[r] / MOQI_ATTEND_SPAN);
+        }
+        if (t->parts) low = high = span;
+        moqi_attend_tile(t, &some, q, dim, memory, &l);
+        for (; low <= high; low++) moqi_attend_tiled(t, &some, low, keys, turned, room, q, rows, &l);
+        for (int64_t i = 0; !t->parts && i < some.rows * some.heads; i++) {
+            if (i % 16 == 0) moqi_attend_rows(t, l.all + i * l.high * 16, n, rows, n);
+            t->o->weigh(rows + i % 16 * n, NULL, 1 / l.total[i], n, moqi_attend_out(t, some.row + i / some.heads, some.head + i % some.heads));
+        }
+    }
+}
+
+/* All spans of some queries, one after the other, or (parts) one of them; each for as many heads as fit. */
 static void moqi_attend(const moqi_attending *t, const moqi_queries *g, int64_t span, float *scratch)
 {
     const int64_t queries = g->rows * g->heads, n = ((const moqi_cache *)(const void *)t->a->cache)->dim[1];
-    const int64_t rows = moqi_min(g->rows, g->tiles ? 4 * MOQI_ATTEND_ROWS : MOQI_ATTEND_ROWS), heads = (g->tiles ? MOQI_ATTEND_TILED : MOQI_ATTEND_QUERIES) / rows;
+    const int64_t rows = moqi_min(g->rows, MOQI_ATTEND_ROWS), heads = MOQI_ATTEND_QUERIES / rows;
     moqi_softmax *state = (moqi_softmax *)(void *)scratch;
-    moqi_tiles tiles;
     int64_t low = span, high = span;
     scratch += moqi_pad16(2 * queries);
-    if (g->tiles) scratch = moqi_attend_share(t, scratch, &tiles);
     for (int64_t r = g->row; r < g->row + g->rows && !t->parts; r++) {
         low = moqi_min(r == g->row ? INT64_MAX : low, moqi_attend_from(t, r) / MOQI_ATTEND_SPAN);
         high = moqi_max(r == g->row ? 0 : high, t->b->pos[r] / MOQI_ATTEND_SPAN);
@@ -20879,7 +20957,7 @@ static void moqi_attend(const moqi_attending *t, const moqi_queries *g, int64_t 
         for (int64_t r = 0; r < g->rows; r += rows)
             for (int64_t h = 0; h < g->heads; h += heads) {
                 const moqi_queries some = {g->row + r, moqi_min(rows, g->rows - r), g->head + h, moqi_min(heads, g->heads - h), g->kv_head, g->last, g->tiles};
-                moqi_attend_some(t, &some, low, alone, state + r * g->heads + h, g->heads, scratch, &tiles);
+                moqi_attend_some(t, &some, low, alone, state + r * g->heads + h, g->heads, scratch);
             }
     for (int64_t r = 0; r < g->rows && !alone && !t->parts; r++)
         for (int64_t h = 0; h < g->heads; h++) {
@@ -22879,7 +22957,8 @@ static void moqi_attend_task(void *arg, int index, int worker)
         g.tiles = tiled > 0;
         for (int64_t r = 0; g.tiles && r < t->b->rows; r++) /* so that a block of keys is the same for each task */
             if (t->b->slot[r] == t->b->slot[row] && moqi_kv_holds(c, t->b, r)) g.last = moqi_max(g.last, t->b->pos[r]);
-        moqi_attend(t, &g, span, scratch);
+        if (g.tiles) moqi_attend_by_span(t, &g, span, scratch);
+        else moqi_attend(t, &g, span, scratch);
     }
 }
 
