@@ -5151,37 +5151,6 @@ static const char *moqi_st_kind(const moqi_blob *b)
     return moqi_st_is_text(b) ? "a text: give the .safetensors file" : NULL;
 }
 
-/* The header length N, first 8 bytes, little-endian. 8 + N is never formed before N is known to be small: comparisons go by
-   subtraction, before anything is allocated. The limit is decimal, as the reference reader has it. */
-static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *err)
-{
-    const moqi_blob *b = &st->blob;
-    moqi_where at = moqi_at(st->file, NULL, NULL, 0);
-    const char *kind = moqi_st_kind(b);
-    const char *looks = kind ? "; this looks like " : "";
-    unsigned long long bytes = b->bytes;
-    if (!kind) kind = "";
-    if (b->bytes < 10)
-        return moqi_fail(err, MOQ_E_TRUNCATED, at, "the file has %llu bytes, a safetensors file at least 10%s%s. Download it again", bytes, looks,
-                         kind);
-    uint64_t n = moqi_load_u64(b->data), swapped = 0;
-    for (int i = 0; i < 8; i++) swapped = swapped << 8 | b->data[i];
-    if (n < 2 || n > MOQ_MAX_HEADER_BYTES) {
-        if (looks[0])
-            return moqi_fail(err, MOQ_E_LIMIT, at, "is no safetensors file; this looks like %s (as a header length its first bytes are %llu, above %llu)", kind,
-                             (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES);
-        if (swapped >= 2 && swapped <= b->bytes - 8) kind = "; the byte order is wrong: the length must be little-endian";
-        return moqi_fail(err, MOQ_E_LIMIT, at,
-                         "is no safetensors file, or a damaged one: header length N = %llu, expected 2 to %llu (MOQ_MAX_HEADER_BYTES)%s",
-                         (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES, kind);
-    }
-    if (n > b->bytes - 8)
-        return moqi_fail(err, MOQ_E_TRUNCATED, at, "the header says %llu bytes but the file has %llu%s%s. The download is probably incomplete",
-                         (unsigned long long)n, bytes, looks, kind);
-    *length = n;
-    return MOQ_OK;
-}
-
 /* What a look at braces and quotes alone tells about a header. */
 typedef struct moqi_st_mark {
     size_t end;        /* byte after the brace that closes the first; SIZE_MAX: none does */
@@ -5218,6 +5187,63 @@ static moqi_st_mark moqi_st_walk(const char *s, size_t n, size_t stop)
     return m;
 }
 
+/* What to do with a header that no safetensors library writes. */
+#define MOQI_ST_AGAIN ". Download the file again, or save it anew with a safetensors library"
+
+/* For messages: bytes of the text that begins at byte 8 as its own braces have it, whatever length stands before it. 0: none closes, or it is no text. */
+static size_t moqi_st_text_bytes(const moqi_blob *b)
+{
+    size_t most = b->bytes < 10 ? 0 : b->bytes - 8 < MOQ_MAX_HEADER_BYTES ? (size_t)(b->bytes - 8) : MOQ_MAX_HEADER_BYTES, bad = 0;
+    if (most == 0 || b->data[8] != '{') return 0;
+    size_t end = moqi_st_walk((const char *)b->data + 8, most, 0).end;
+    return end != SIZE_MAX && moqi_utf8_valid(b->data + 8, end, &bad) ? end : 0;
+}
+
+/* The length and the text disagree about where the header ends: "; its text ends after 19040 bytes, so the length (bytes 0 to 7) is damaged", or "". */
+static const char *moqi_st_blame(size_t end, char *text, size_t capacity)
+{
+    text[0] = 0;
+    if (end) moqi_format(text, capacity, "; its text ends after %zu bytes, so the length (bytes 0 to 7) is damaged", end);
+    return text;
+}
+
+/* The header length N, first 8 bytes, little-endian. 8 + N is never formed before N is known to be small: comparisons go by
+   subtraction, before anything is allocated. The limit is decimal, as the reference reader has it. */
+static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *err)
+{
+    const moqi_blob *b = &st->blob;
+    moqi_where at = moqi_at(st->file, NULL, NULL, 0);
+    const char *kind = moqi_st_kind(b);
+    const char *looks = kind ? "; this looks like " : "";
+    char blame[100];
+    unsigned long long bytes = b->bytes;
+    if (!kind) kind = "";
+    if (b->bytes < 10)
+        return moqi_fail(err, MOQ_E_TRUNCATED, at, "the file has %llu bytes, a safetensors file at least 10%s%s. Download it again", bytes, looks,
+                         kind);
+    uint64_t n = moqi_load_u64(b->data), swapped = 0;
+    for (int i = 0; i < 8; i++) swapped = swapped << 8 | b->data[i];
+    if (n < 2 || n > MOQ_MAX_HEADER_BYTES) {
+        if (looks[0])
+            return moqi_fail(err, MOQ_E_LIMIT, at, "is no safetensors file; this looks like %s (as a header length its first bytes are %llu, above %llu)", kind,
+                             (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES);
+        size_t end = moqi_st_text_bytes(b);
+        if (end && swapped >= end && swapped <= b->bytes - 8 && (swapped == end || b->data[7 + swapped] == ' '))
+            kind = "; the byte order is wrong: the length must be little-endian";
+        else kind = moqi_st_blame(end, blame, sizeof blame);
+        return moqi_fail(err, MOQ_E_LIMIT, at,
+                         "is no safetensors file, or a damaged one: header length N = %llu, expected 2 to %llu (MOQ_MAX_HEADER_BYTES)%s" MOQI_ST_AGAIN,
+                         (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES, kind);
+    }
+    if (n > b->bytes - 8) {
+        moqi_st_blame(kind[0] ? 0 : moqi_st_text_bytes(b), blame, sizeof blame);
+        return moqi_fail(err, MOQ_E_TRUNCATED, at, "the header says %llu bytes but the file has %llu%s%s%s. %s", (unsigned long long)n, bytes, looks, kind, blame,
+                         blame[0] ? "Download the file again" : "The download is probably incomplete");
+    }
+    *length = n;
+    return MOQ_OK;
+}
+
 /* ---- entries, in the order of the text ---- */
 
 /* A value as messages show it: strings in quotes and escaped, numbers as spelled, the rest by their kind. */
@@ -5245,7 +5271,7 @@ static moq_result moqi_st_dtype(const moq_json *v, moq_tensor *t, moqi_where at,
     t->dtype = v->type == MOQ_JSON_STRING ? moq_dtype_find(v->text, v->text_bytes) : MOQ_NONE;
     if (t->dtype != MOQ_NONE) return MOQ_OK;
     moqi_st_value(v, got, sizeof got);
-    return moqi_fail(err, MOQ_E_DTYPE, at, "dtype %s is none of the format's 22 (F32, BF16, F16, F8_E4M3, U8, I32 ..., exactly so)", got);
+    return moqi_fail(err, MOQ_E_DTYPE, at, "dtype %s is none of the format's 22 (F32, BF16, F16, F8_E4M3, U8, I32 ..., exactly so)" MOQI_ST_AGAIN, got);
 }
 
 /* Zero dimensions are legal (an empty tensor), and so is an empty list (one element). Parsers that go through a double would take
@@ -5307,13 +5333,15 @@ static moq_result moqi_st_entry(const moq_st *st, const moq_json *v, moq_tensor 
     char got[160];
     if (v->type != MOQ_JSON_OBJECT) {
         moqi_st_value(v, got, sizeof got);
-        return moqi_fail(err, MOQ_E_HEADER, at, "its entry is %s, expected an object (byte %lld)", got, (long long)at.offset);
+        return moqi_fail(err, MOQ_E_HEADER, at, "its entry is %s, expected an object (byte %lld)" MOQI_ST_AGAIN, got, (long long)at.offset);
     }
     for (const moq_json *e = moq_json_first(v); e && r == MOQ_OK; e = moq_json_next(v, e)) {
         unsigned which = 0;
         while (which < 3 && strcmp(e->key, keys[which]) != 0) which++;
         if (which == 3 || strlen(e->key) != e->key_bytes)
-            return moqi_fail(err, MOQ_E_HEADER, at, "its entry has the unknown key '%q' (byte %llu)", e->key, 8 + (unsigned long long)e->offset);
+            return moqi_fail(err, MOQ_E_HEADER, at,
+                             "its entry has the unknown key '%q' (byte %llu); dtype, shape and data_offsets are all that one has" MOQI_ST_AGAIN, e->key,
+                             8 + (unsigned long long)e->offset);
         seen |= 1u << which;
         at.offset = (int64_t)(8 + (uint64_t)e->offset);
         r = which == 0 ? moqi_st_dtype(e, t, at, err) : which == 1 ? moqi_st_shape(e, t, at, err) : moqi_st_offsets(st, e, range, at, err);
@@ -5321,7 +5349,8 @@ static moq_result moqi_st_entry(const moq_st *st, const moq_json *v, moq_tensor 
     if (r != MOQ_OK) return r;
     at.offset = (int64_t)(8 + (uint64_t)v->offset);
     for (unsigned i = 0; i < 3; i++)
-        if (!(seen >> i & 1)) return moqi_fail(err, MOQ_E_HEADER, at, "its entry lacks the key '%s' (byte %lld)", keys[i], (long long)at.offset);
+        if (!(seen >> i & 1))
+            return moqi_fail(err, MOQ_E_HEADER, at, "its entry lacks the key '%s' (byte %lld)" MOQI_ST_AGAIN, keys[i], (long long)at.offset);
     r = moqi_tensor_bytes(t->dtype, t->shape, t->rank, &bytes, at, err);
     if (r != MOQ_OK) return r;
     t->bytes = range[1] - range[0];
@@ -5494,28 +5523,41 @@ static moq_result moqi_st_order(moq_st *st, moq_error *err)
     return r;
 }
 
-/* The JSON parser refused the text: say so with the entry that holds the place. */
+/* The JSON parser refused the text: say so with the entry that holds the place. A text that goes on behind the bytes that the length gives it is
+   whole, and the length is wrong. */
 static moq_result moqi_st_refuse(const moq_st *st, const char *text, size_t bytes, const moq_error *json, moq_error *err)
 {
     char name[80] = "";
     size_t at = json->offset < 0 ? 0 : (size_t)json->offset;
     moqi_st_mark m = moqi_st_walk(text, bytes, at + 1);
     for (size_t i = 0; m.key > m.comma && i + 1 < sizeof name && m.key + 1 + i < bytes && text[m.key + 1 + i] != '"'; i++) name[i] = text[m.key + 1 + i];
-    return moqi_fail(err, json->code, moqi_at(st->file, name[0] ? "entry" : NULL, name[0] ? name : NULL, (int64_t)(8 + at)),
-                     "%s (byte %llu of the file)", json->text, 8 + (unsigned long long)at);
+    moqi_where where = moqi_at(st->file, name[0] ? "entry" : NULL, name[0] ? name : NULL, (int64_t)(8 + at));
+    size_t end = m.end == SIZE_MAX && json->code == MOQ_E_JSON ? moqi_st_text_bytes(&st->blob) : 0;
+    if (end)
+        return moqi_fail(err, MOQ_E_JSON, where, "the header says %llu bytes, which end inside its JSON (byte %llu of the file); its text ends after %zu "
+                         "bytes, so the length (bytes 0 to 7) is damaged. Download the file again", (unsigned long long)(st->data_at - 8),
+                         8 + (unsigned long long)at, end);
+    return moqi_fail(err, json->code, where, "%s%s (byte %llu of the file)%s", json->code == MOQ_E_JSON ? "the header is not JSON: " : "", json->text,
+                     8 + (unsigned long long)at, json->code == MOQ_E_JSON ? MOQI_ST_AGAIN : "");
 }
 
 /* Rules of the text as a whole: encoding, first byte, padding. *used: the bytes up to the closing brace. The encoding is checked
    over all of N, also behind the brace, and before the parser sees a byte. */
 static moq_result moqi_st_frame(const moq_st *st, const char *text, size_t bytes, size_t *used, moq_error *err)
 {
-    size_t bad = 0;
-    if (!moqi_utf8_valid((const uint8_t *)text, bytes, &bad) || (bytes >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0))
-        return moqi_fail(err, MOQ_E_UTF8, moqi_at(st->file, NULL, NULL, (int64_t)(8 + bad)),
-                         "the header is not plain UTF-8 (byte 0x%02x at byte %llu). "
-                         "The file is damaged or was not written by a safetensors library", (unsigned)(unsigned char)text[bad], 8 + (unsigned long long)bad);
+    size_t bad = 0, end;
+    if (!moqi_utf8_valid((const uint8_t *)text, bytes, &bad) || (bytes >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)) {
+        moqi_where at = moqi_at(st->file, NULL, NULL, (int64_t)(8 + bad));
+        end = moqi_st_text_bytes(&st->blob);
+        if (end && end <= bad) /* the first bytes of the data were taken for text */
+            return moqi_fail(err, MOQ_E_UTF8, at, "the header says %zu bytes, but its text ends after %zu and no text follows (byte 0x%02x at byte %llu): "
+                             "the length (bytes 0 to 7) is damaged. Download the file again", bytes, end, (unsigned)(unsigned char)text[bad],
+                             8 + (unsigned long long)bad);
+        return moqi_fail(err, MOQ_E_UTF8, at, "the header is not plain UTF-8 (byte 0x%02x at byte %llu), so the file is damaged" MOQI_ST_AGAIN,
+                         (unsigned)(unsigned char)text[bad], 8 + (unsigned long long)bad);
+    }
     if (text[0] != '{')
-        return moqi_fail(err, MOQ_E_HEADER, moqi_at(st->file, NULL, NULL, 8), "the header begins with byte 0x%02x '%c', expected '{' (byte 8)",
+        return moqi_fail(err, MOQ_E_HEADER, moqi_at(st->file, NULL, NULL, 8), "the header begins with byte 0x%02x '%c', expected '{' (byte 8)" MOQI_ST_AGAIN,
                          (unsigned)(unsigned char)text[0], text[0] >= 0x20 && text[0] < 0x7f ? text[0] : '?');
     while (text[bytes - 1] == ' ') bytes--;
     *used = bytes;
@@ -5551,8 +5593,8 @@ static moq_result moqi_st_header(moqi_st_reader *r, const char *text, size_t use
     if (end >= used) return moqi_st_refuse(st, text, used, &json, err);
     /* the parser takes any blank after the brace, the format only spaces */
     return moqi_fail(err, MOQ_E_HEADER, moqi_at(st->file, NULL, NULL, (int64_t)(8 + end)),
-                     "byte 0x%02x follows the closing brace of the header (byte %llu), only spaces may", (unsigned)(unsigned char)text[end],
-                     8 + (unsigned long long)end);
+                     "byte 0x%02x follows the closing brace of the header (byte %llu), only spaces may: the length (bytes 0 to 7) or the text is damaged" MOQI_ST_AGAIN,
+                     (unsigned)(unsigned char)text[end], 8 + (unsigned long long)end);
 }
 
 /* Check st->blob and fill the rest. The header is copied first, so that a file that changes meanwhile cannot be read two ways. */

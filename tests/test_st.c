@@ -361,6 +361,34 @@ static const char *const good_header = "{\"__metadata__\":{\"format\":\"pt\",\"k
 
 /* ---- the table ---- */
 
+/* The first 8 bytes are wrong, the text behind them is whole: it is the length that every message blames. */
+static void test_st_damaged_length(void)
+{
+    char whole[60];
+    size_t n = strlen(good_header);
+    snprintf(whole, sizeof whole, "its text ends after %zu ", n - 3); /* without the padding */
+    const struct { uint64_t length; moq_result code; const char *says; } cases[] = {
+        {n + 24, MOQ_E_UTF8, whole}, {n - 4, MOQ_E_JSON, whole}, {n / 2, MOQ_E_JSON, whole}, {3, MOQ_E_JSON, whole},
+        {n + 26, MOQ_E_TRUNCATED, whole}, {0, MOQ_E_LIMIT, whole}, {(uint64_t)1 << 50, MOQ_E_LIMIT, whole}};
+    for (size_t i = 0; i < MOQI_COUNT(cases); i++) {
+        bytes f = file_of(good_header, n, 25);
+        for (int k = 0; k < 8; k++) f.p[k] = (uint8_t)(cases[i].length >> 8 * k);
+        expect_bytes("damaged length", f.p, f.n, cases[i].code, cases[i].says, "Download the file again");
+        free(f.p);
+    }
+    /* with the order of bytes swapped the length is that of the text: its writer is blamed, not the download */
+    bytes f = file_of(good_header, n, 25);
+    for (int k = 0; k < 8; k++) f.p[k] = (uint8_t)((uint64_t)n >> 8 * (7 - k));
+    expect_bytes("swapped length", f.p, f.n, MOQ_E_LIMIT, "byte order", NULL);
+    free(f.p);
+    /* braces that close nothing, or around bytes that are no text, are not believed */
+    f = file_of("{\xff}", 3, 0);
+    f.p[0] = 100;
+    expect_bytes("no text", f.p, f.n, MOQ_E_TRUNCATED, "has 11. The download", NULL);
+    free(f.p);
+    expect("text damaged", "{\"q\":{\"dtype\":\"U8\";}}", 0, MOQ_E_JSON, "the header is not JSON", "Download the file again");
+}
+
 static void test_st_frame(void)
 {
     uint8_t raw[64] = {0};
@@ -420,7 +448,7 @@ static void test_st_keys(void)
     expect("S29a", "{\"q\":{\"shape\":[1],\"data_offsets\":[0,1]}}", 1, MOQ_E_HEADER, "'q'", "'dtype'");
     expect("S29b", "{\"q\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, MOQ_E_HEADER, "'q'", "'shape'");
     expect("S29c", "{\"q\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, MOQ_E_HEADER, "'q'", "'data_offsets'");
-    expect("S30", "{\"q\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"more\":1}}", 1, MOQ_E_HEADER, "'q'", "'more'");
+    expect("S30", "{\"q\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"more\":1}}", 1, MOQ_E_HEADER, "'more'", "Download the file again");
     expect("S56", "{" T("", "U8", "[1]", 0, 1) "}", 1, MOQ_E_HEADER, "byte", "empty");
     expect("S57a", "{" T("a\\u0000b", "U8", "[1]", 0, 1) "}", 1, MOQ_E_HEADER, "a\\x00b", "control");
     expect("S57b", "{" T("a\\u0007b", "U8", "[1]", 0, 1) "}", 1, MOQ_E_HEADER, "a\\x07b", "control");
@@ -990,6 +1018,7 @@ static void test_st_writer_refusals(void)
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
+    RUN(test_st_damaged_length);
     RUN(test_st_frame);
     RUN(test_st_keys);
     RUN(test_st_dtype_shape);
