@@ -13726,6 +13726,7 @@ typedef struct llmi_ground {
     const char *backend;
     size_t backend_bytes, elem; /* letters of its kind; bytes of an activation */
     int32_t kv, kv_bf16;        /* moq_kv_format */
+    int latent_ways;            /* llmi_model's: a quantized cache and some backends cannot hold the narrow middles */
     int beyond;                 /* the context is longer than the model was trained for, as the longrope rule asks */
 } llmi_ground;
 
@@ -13738,6 +13739,7 @@ static llmi_ground llmi_ground_of(const llm *m)
     g.elem = o->elem;
     g.kv = (int32_t)o->kv;
     g.kv_bf16 = o->kv_bf16;
+    g.latent_ways = o->latent_ways;
     g.beyond = o->c.context > o->c.rope.original;
     return g;
 }
@@ -13749,7 +13751,7 @@ static uint64_t llmi_fingerprint_on(const llm *m, const llmi_ground *g)
     const llmi_model *o = m->model;
     const llmi_config *c = &o->c;
     const int64_t shapes[] = {c->layers, c->hidden, c->heads, c->kv_heads, c->head_dim, c->value_dim, c->vocab, c->ssm_heads, c->ssm_state,
-                              g->kv + 256 * (int64_t)o->latent_ways + 65536 * (int64_t)g->kv_bf16, (int64_t)g->elem, o->rank, o->ranks, 0x0102};
+                              g->kv + 256 * (int64_t)g->latent_ways + 65536 * (int64_t)g->kv_bf16, (int64_t)g->elem, o->rank, o->ranks, 0x0102};
     uint64_t h = llmi_hash(g->backend, g->backend_bytes);
     size_t count = moq_tensor_count(o->ck), step = count / 1024 + 1;
     h = llmi_fold(h ^ llmi_hash((const char *)shapes, sizeof shapes), 0x9e3779b97f4a7c15u);
@@ -13779,16 +13781,18 @@ static moq_result llmi_fail_other(const llm *m, uint64_t print, moq_error *err)
     const llmi_ground own = llmi_ground_of(m);
     const llmi_rope *rope = &m->model->c.rope;
     for (int i = -1; i < (int)LLMI_COUNT(kinds); i++)
-        for (int way = 0; way < 4 * (int)MOQ_KV_FORMAT_COUNT; way++) {
+        for (int way = 0; way < 16 * (int)MOQ_KV_FORMAT_COUNT; way++) {
             llmi_ground g = own;
             if (i >= 0) {
                 g.backend = kinds[i].name;
                 g.backend_bytes = strlen(g.backend);
                 g.elem = kinds[i].elem;
             }
-            g.kv = way >> 2;
+            g.kv = way >> 4;
             g.kv_bf16 = way & 1;
             g.beyond = way >> 1 & 1;
+            g.latent_ways = way >> 2 & 3;
+            if (!g.latent_ways != !own.latent_ways) continue; /* whether there are such layers is the model's */
             if (g.beyond != own.beyond && rope->adjust != llmi_rope_longrope) continue; /* it makes no difference */
             if (llmi_fingerprint_on(m, &g) != print) continue;
             if (i >= 0) return moq_fail(err, MOQ_E_STATE, "state", "it was saved on %s with activations of %zu bytes, this conversation runs on %s with %zu; "
@@ -13796,6 +13800,10 @@ static moq_result llmi_fail_other(const llm *m, uint64_t print, moq_error *err)
             if (g.beyond != own.beyond) return moq_fail(err, MOQ_E_STATE, "state", "it was saved with a context %s the %lld tokens up to which this model turns "
                                         "keys by its short list, here it is %s; open with such a llm_desc.context or save it anew",
                                         g.beyond ? "above" : "of at most", (long long)rope->original, g.beyond ? "not" : "above");
+            if (g.kv == own.kv && g.kv_bf16 == own.kv_bf16)
+                return moq_fail(err, MOQ_E_STATE, "state", "it was saved on a backend whose cache of latent attention holds %s, here it holds %s; "
+                                "load it there or save it anew", g.latent_ways == 1 ? "the narrow middles" : "whole keys and values",
+                                own.latent_ways == 1 ? "the narrow middles" : "whole keys and values");
             return moq_fail(err, MOQ_E_STATE, "state", "it was saved with another KV format, %s, than this conversation's, %s; "
                             "open with llm_desc.kv \"%s\" or save it anew", llmi_ground_kv(&g), llmi_ground_kv(&own), llmi_ground_kv(&g));
         }

@@ -482,6 +482,41 @@ static void test_state_refused(void)
     free(bad);
 }
 
+/* Latent attention: a quantized cache holds whole keys and values, a wide one the narrow middles where the backend can. Either state is refused by the other
+   for its format, and one of a backend that cannot for that, not as another model's. */
+static void test_state_latent(void)
+{
+    char path[1024];
+    moq_error e;
+    llm_desc d;
+    snprintf(path, sizeof path, "%s/foreign/deepseek_v3-fp8-block", GOLDEN_DIR);
+    memset(&d, 0, sizeof d);
+    d.path = path;
+    d.no_tokenizer = 1;
+    d.context = 32;
+    d.kv = "wide";
+    llm *m = open_or_say(&d);
+    d.kv = "fp8";
+    llm *n = open_or_say(&d);
+    size_t bytes = m && n ? llm_copy_state(m, NULL, 0, &e) : 0, other_bytes = m && n ? llm_copy_state(n, NULL, 0, &e) : 0;
+    uint8_t *state = (uint8_t *)malloc(bytes + 40), *other = (uint8_t *)malloc(other_bytes + 40);
+    CHECK(m && n && m->model->latent_ways == 1 && n->model->latent_ways == 2);
+    if (m && n && state && other) {
+        CHECK(llm_copy_state(m, state, bytes, &e) == bytes && llm_copy_state(n, other, other_bytes, &e) == other_bytes);
+        CHECK(llm_set_state(n, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "another KV format, wide, than this conversation's, fp8;"));
+        CHECK(llm_set_state(m, other, other_bytes, &e) == MOQ_E_STATE && strstr(e.text, "another KV format, fp8, than this conversation's, wide;"));
+        llmi_ground ground = llmi_ground_of(m);
+        ground.latent_ways = 2;
+        const uint64_t print = llmi_fingerprint_on(m, &ground);
+        for (int k = 0; k < 8; k++) state[32 + k] = (uint8_t)(print >> 8 * k);
+        CHECK(llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "latent attention holds whole keys and values, here it holds the narrow middles;"));
+    }
+    free(state);
+    free(other);
+    llm_close(m);
+    llm_close(n);
+}
+
 /* ---- endless conversations ---- */
 
 /* Turn after turn in a context that holds about two of them: the oldest ones are forgotten, the system turn stays, and every answer is the one that a
@@ -1218,6 +1253,7 @@ int main(int argc, char **argv)
     RUN(test_fork_families);
     RUN(test_state_goes_on);
     RUN(test_state_refused);
+    RUN(test_state_latent);
     RUN(test_shift_chat);
     RUN(test_shift_raw);
     RUN(test_state_dynamic_rope);
