@@ -3963,8 +3963,9 @@ static void llmi_no_tokenizer(const moq_checkpoint *ck, moq_error *err)
     char *other = moq_read_text(ck, "tokenizer.model", &bytes, &e);
     int there = other || e.code == MOQ_E_LIMIT;
     if (other) moq_release(moq_get_allocator(ck), other, bytes + 1);
-    moq_fail(err, MOQ_E_NOTFOUND, LLMI_TOKENIZER, "is not in '%q'%s; copy it from a folder of the same model, or run ids with llm_desc.no_tokenizer",
-             moq_get_name(ck), there ? ", only tokenizer.model, which is not read" : "");
+    moq_fail(err, MOQ_E_NOTFOUND, LLMI_TOKENIZER, "is missing%s; without it texts can neither be read nor written: download it from where the "
+             "model comes from, or copy it from a folder of the same model, or run ids with llm_desc.no_tokenizer",
+             there ? " (there is only tokenizer.model, which is not read)" : "");
 }
 
 LLM_API llm_tokenizer *llm_tokenizer_open(const moq_checkpoint *ck, moq_error *err)

@@ -191,7 +191,11 @@ check "an empty calibration file" refused "empty.safetensors"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/nowhere.txt"
 check "a calibration text that is not there" refused "nowhere"
 run eval "$dir/float" --data nowhere
-check "data without an ending that is not there" refused "nowhere.*no such file"
+check "data without an ending that is not there" refused "--data nowhere: no such file"
+run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib nowhere
+check "the same of --calib" refused "--calib nowhere: no such file"
+run logits "$src" --tokens 1,2,x --out "$dir/never.safetensors"
+check "a list with a word in it" refused "--tokens: .1,2,x. is no list of token ids: .x. is no number"
 printf 'bring the red m\303\050g' >"$dir/latin.txt"
 run quantize "$dir/float" "$dir/q4" --recipe fp8 --calib "$dir/latin.txt"
 check "a calibration text that is not UTF-8" refused "latin.txt: byte 15 is no UTF-8"
@@ -223,7 +227,7 @@ done
 run quantize "$src" "$dir/q4" --recipe mxfp4 --act x
 check "--act is judged where nothing runs, too" refused "auto, stored, wide or bf16"
 run quantize "$src" "$dir/q4" --recipe mxfp4 --format x
-check "an unknown container names its options" refused "x: is no container that --format"
+check "an unknown container is told of its option" refused "--format: .x. is no container that can be written; use modelopt, compressed-tensors or gpt-oss"
 ln -s nowhere "$dir/q4"
 for to in q4 q4/; do
     run quantize "$src" "$dir/$to" --recipe mxfp4
@@ -396,7 +400,7 @@ cp "$demo/config.json" "$dir/other/"
 rm "$dir/other/tokenizer.json"
 run verify "$dir/other"
 check "verify: no tokenizer is no fault" is 0
-check "no tokenizer is told" err "tokenizer.json: is not in 'other'.*cannot read and write text with it"
+check "no tokenizer is told" err "tokenizer.json: is missing; .*cannot read and write text with it"
 head -c 20000 "$demo/tokenizer.json" >"$dir/other/tokenizer.json"
 run verify "$dir/other"
 check "verify: half a tokenizer is one" is 1
@@ -449,6 +453,11 @@ run verify "$dir/words.txt"
 check "verify: a text" out "words.txt: is no safetensors file; this looks like a text"
 run verify "$dir/model.gguf"
 check "verify: a GGUF file" out "this looks like a GGUF file: take the folder with .safetensors files"
+cp "$demo/model.safetensors" "$dir/length.safetensors"
+printf '\377\377' | dd of="$dir/length.safetensors" conv=notrunc 2>/dev/null
+run verify "$dir/length.safetensors"
+check "verify: a damaged length is blamed, not the text" out "the header says 65535 bytes, but its text ends after 19043 .*: the length (bytes 0 to 7) is damaged. Download the file again"
+rm "$dir/length.safetensors"
 mkdir -p "$dir/hub0/snapshots/0123" "$dir/hub0/refs"
 run inspect "$dir/hub0"
 check "a folder of a hub's cache" refused "hub0: in the folder there is no config.json.*in snapshots/NAME"
@@ -469,7 +478,7 @@ mkdir "$dir/foreign"
 cp "$demo"/*.safetensors "$demo/tokenizer_config.json" "$dir/foreign"
 cp "$demo/config.json" "$dir/foreign"
 run run "$dir/foreign" --prompt x
-check "no tokenizer.json" refused "copy it from a folder of the same model"
+check "no tokenizer.json" refused "foreign/tokenizer.json: is missing; .moq run., .*need it: download it .*, or copy it from a folder of the same model"
 sed 's/"model_type": *"[a-z0-9_]*"/"model_type": "foo"/' "$demo/config.json" >"$dir/foreign/config.json"
 run inspect "$dir/foreign"
 check "inspect of a model that run does not know" out "^.moq run. cannot: .*foo"
@@ -603,12 +612,24 @@ run run "$demo" --prompt "$(printf 'm\303\050g')"
 check "a prompt that is not UTF-8" refused "no UTF-8 text: byte 1 is 0xc3"
 printf 'a\000b' | "$moq" run "$demo" >"$dir/out" 2>"$dir/err"; code=$?
 check "standard input that is no text" refused "byte 1 is 0x00"
+"$moq" run "$demo" --max-tokens 1 >"$dir/out" 2>"$dir/err" </dev/zero; code=$?
+check "a prompt without end" refused "standard input: 64 MB were read and it goes on"
+for a in --json-schema --grammar; do
+    run run "$demo" --prompt hello $a /dev/zero
+    check "$a without end" refused "/dev/zero: 64 MB were read and it goes on"
+done
 "$moq" run "$demo" --prompt hello --max-tokens 5 --stats >"$dir/out" 2>&1 </dev/null
 check "statistics come behind the answer, on a line of their own" sh -c "grep -q '^moq: prompt' '$dir/out'"
 run run "$demo" --context 40 --stats --prompt "hello"
 written=$(sed -n 's/.*generated \([0-9]*\) tokens.*/\1/p' "$dir/err")
 check "an answer that fills the context is one" is 0
 check "--stats and the note count the same tokens" err "the answer $written, of which the last was not run; set --max-tokens, or open with a larger --context\$"
+check "--stats says that the context ended it" err "generated $written tokens, .* tokens/s, until the context was full\$"
+run run "$demo" --max-tokens 3 --stats --prompt "hello"
+check "--stats says that --max-tokens ended it" err "generated 3 tokens, .* tokens/s, up to --max-tokens\$"
+run help run
+check "help says when an answer ends" out "until the context is full, unless --max-tokens says less"
+check "help says the default of --context" out "--context N .*default.*config.json says, at most 4096"
 run inspect "$demo" --context 512 --explain
 check "inspect --context" out "context of 512 tokens"
 check "inspect --explain" out "up_proj.*: nvfp4"
@@ -687,7 +708,7 @@ done
 run dequant "$golden/modelopt/llama-nvfp4" --hash --json
 check "dequant --hash --json is JSON" json
 run dequant "$demo"
-check "dequant needs a purpose" refused "--hash or --out"
+check "dequant needs a purpose" refused "--hash or --out DST; try: moq help dequant"
 for c in llama-nvfp4 llama-nvfp4_svdquant llama-int4_awq; do
     d=$golden/modelopt/$c
     run dequant "$d" --out "$dir/plain"
@@ -868,7 +889,7 @@ printf 'the red mug is at the kitchen table; the green key is at the hallway ben
 run eval "$demo" --data "$dir/nothing.txt"
 check "eval: an empty file" refused "nothing.txt: the file is empty; give text of at least two tokens"
 run eval "$demo" --data /dev/null
-check "eval: a device" refused "'/dev/null' is a device or a pipe; ids are"
+check "eval: a device" refused "'/dev/null' is a device or a pipe; text is read from"
 run eval "$demo" --data "$dir/text.txt" --seq 8
 check "eval: text" last '^nll [0-9]+\.[0-9]+ ppl [0-9]+\.[0-9]+ tokens [0-9]+$'
 run eval "$demo" --data 5,6,7,8,9,10,11,12,13 --seq 4
@@ -952,9 +973,9 @@ check "convert: nothing to do" refused "$dir/x: is a ModelOpt folder already"
 run convert "$src" "$dir/conv" --to modelopt
 check "convert: nothing quantized" refused "moq quantize"
 run convert "$dir/x" "$dir/conv" --format gguf
-check "--format where --to is the word" refused "gguf"
+check "--format where --to is the word" refused ".gguf. is no container that can be written; use modelopt"
 run convert "$dir/x" "$dir/conv" --to gguf
-check "convert: unknown container" refused "gguf"
+check "convert: unknown container" refused "--to: .gguf. is no container that can be written; use modelopt"
 check "convert leaves nothing" test ! -e "$dir/conv"
 
 # ---- diff ----
@@ -981,7 +1002,7 @@ run diff "$golden/modelopt/llama-nvfp4" "$dir/conv"
 check "diff across containers names what compares them" err "note: 14 layers are stored under other names in .*conv; .moq dequant DIR --hash"
 rm -r "$dir/conv"
 run diff "$demo" "$dir/nowhere"
-check "diff: nothing there" refused "nowhere: No such file or directory; name two checkpoint folders"
+check "diff: nothing there" refused "nowhere: no such folder or file; name two checkpoint folders"
 
 # ---- bench, selftest ----
 run bench --scheme nvfp4 --scheme int8 --shape 256x512 --m 1,4 --json

@@ -110,13 +110,13 @@ static const struct { const char *field, *option; } said_otherwise[] = {
     {"moq_verify and MOQ_VERIFY_DEEP", "moq verify --deep"}, {"begin anew with llm_reset", "begin anew"}, {"; say texts with llm_say_raw", "; `moq run --raw` and rows of {\"text\"} do without one"},
     {"(a lone .safetensors file opens with moq_st_open)", "(`moq verify` takes a lone .safetensors file, too)"},
     {"expected the folder of a checkpoint", "expected the folder of a checkpoint (`moq verify` takes a lone .safetensors file, too)"},
+    {"without it texts can neither be read nor written", "`moq run`, `tokenize` and what takes .txt or .jsonl files (`eval`, --calib) need it"},
     {", or run ids with llm_desc.no_tokenizer", ""}, {"calibrate with samples (moq_quantize_desc.calibrate)", "calibrate with text (--calib)"},
     {"give a calibration file that has it", "give a file that has it (--calibration)"},
     {"give a calibration file that has them", "give a file that has them (--calibration)"},
     {"leave weights mapped", "leave --weights mapped"},
     {"open a folder of fewer bits a weight", "take a folder of fewer bits a weight (a float one: --quantize RECIPE)"},
-    {"lower context, slots or chunk, choose a smaller kv, or", "lower --context or --chunk, choose a smaller --kv, or"}, {"effective_bits: ", "--bits: "},
-    {"folders of this format cannot be written", "is no container that --format or --to can name"}
+    {"lower context, slots or chunk, choose a smaller kv, or", "lower --context or --chunk, choose a smaller --kv, or"}, {"effective_bits: ", "--bits: "}
 };
 
 static void print_text(FILE *to, const char *text)
@@ -432,7 +432,7 @@ static const option_row option_table[] = {
     {"head", KIND_TEXT, FIELD(head), "F", "an output layer that is stored unquantized: stored (default), or quantized while loading to int8 or fp8"},
     {"weights", KIND_TEXT, FIELD(weights), "W",
      "what products on a CPU read: mapped (default, the file where it lies) or copied (while opening, in the order of use: faster, more memory)"},
-    {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence"},
+    {"context", KIND_INT, FIELD(context), "N", "tokens of one sequence, prompt and answer (default, and 0: what config.json says, at most 4096)"},
     {"chunk", KIND_INT, FIELD(chunk), "N", "prompt tokens per forward pass (0: 256, more on a GPU)"},
     {"explain", KIND_FLAG, FIELD(explain), "", "why each layer gets its kernel"},
     {"deep", KIND_FLAG, FIELD(deep), "", "also check every code of every weight"},
@@ -887,11 +887,23 @@ static int tokens_json(token_rows *t, const char *path, const char *key)
     return good ? 0 : 2;
 }
 
-/* "1,2,3", "FILE.json" or "FILE.json#KEY". */
-static int read_tokens(token_rows *t, const char *text)
+/* A text that is neither: a list with something else in it, or the name of a file. */
+static int refuse_tokens(const char *option, const char *text)
+{
+    struct stat info;
+    if (stat(text, &info) == 0)
+        return refuse("--%s: '%s' %s; text is read from .jsonl and .txt files where the verb takes it, ids from FILE.json or FILE.json#KEY, or as 1,2,3",
+                      option, text, S_ISDIR(info.st_mode) ? "is a folder" : !S_ISREG(info.st_mode) ? "is a device or a pipe" : "does not say by its name what it holds");
+    if (strchr("0123456789", text[0]) && strchr(text, ','))
+        return refuse("--%s: '%.200s' is no list of token ids: '%.20s' is no number; ids are written 1,2,3, or read from FILE.json or FILE.json#KEY",
+                      option, text, text + strspn(text, "0123456789, "));
+    return refuse("--%s %s: no such file; " NAME_A_FILE " (token ids are written 1,2,3)", option, text);
+}
+
+/* "1,2,3", "FILE.json" or "FILE.json#KEY", as --tokens, --data or --calib gave it. */
+static int read_tokens(token_rows *t, const char *option, const char *text)
 {
     const char *hash = strrchr(text, '#');
-    struct stat info;
     memset(t, 0, sizeof *t);
     if (text[0] == 0) return refuse("the list of token ids is empty");
     if (strspn(text, "0123456789, ") == strlen(text)) {
@@ -913,10 +925,7 @@ static int read_tokens(token_rows *t, const char *text)
     }
     if (!hash && (ends_with(text, ".txt") || ends_with(text, ".jsonl")))
         return refuse("%s: is text by its name, and this takes token ids: 1,2,3, FILE.json or FILE.json#KEY; `moq tokenize DIR --file F` makes them", text);
-    if (!hash && !strstr(text, ".json"))
-        return refuse("'%s' %s; ids are 1,2,3 or in FILE.json or FILE.json#KEY, text is read from .jsonl and .txt files where the verb takes it", text,
-                      stat(text, &info) != 0 ? "is no list of token ids, and there is no such file" : S_ISDIR(info.st_mode) ? "is a folder"
-                      : !S_ISREG(info.st_mode) ? "is a device or a pipe" : "does not say by its name what it holds");
+    if (!hash && !strstr(text, ".json")) return refuse_tokens(option, text);
     if (hash) {
         char *path = join(text, "", "");
         int bad;
@@ -2192,7 +2201,8 @@ static int verb_dequant(const options *o)
     moq_error err;
     moq_checkpoint *ck;
     int bad;
-    if (!o->hash == !o->out) return refuse(o->hash ? "dequant takes --hash or --out DST, not both" : "dequant needs --hash or --out DST");
+    if (!o->hash == !o->out)
+        return refuse(o->hash ? "dequant takes --hash or --out DST, not both" : "dequant needs --hash or --out DST; try: moq help dequant");
     if (o->out && o->json) return refuse("--json goes with --hash");
     ck = open_folder(o->args[0], 0, NULL, 0, &err);
     if (!ck) return refuse_error(o->args[0], &err);
@@ -2239,8 +2249,8 @@ static int verb_logits(const options *o)
     token_rows t;
     engine e;
     int bad;
-    if (!o->tokens || !o->out) return refuse("logits needs --tokens T and --out FILE.safetensors");
-    bad = read_tokens(&t, o->tokens);
+    if (!o->tokens || !o->out) return refuse("logits needs --tokens T and --out FILE.safetensors; try: moq help logits");
+    bad = read_tokens(&t, "tokens", o->tokens);
     for (size_t i = 1; !bad && i < t.rows; i++)
         if (t.start[i + 1] - t.start[i] != t.start[1] - t.start[0]) bad = refuse("the rows of tokens differ in length; run them one by one");
     if (!bad) bad = open_engine(&e, o, o->args[0], (int64_t)longest_row(&t), 1);
@@ -2442,7 +2452,7 @@ static int eval_lines(evaluation *v, const char *text, size_t bytes)
 static int eval_tokens(evaluation *v)
 {
     token_rows t;
-    int bad = read_tokens(&t, v->o->data);
+    int bad = read_tokens(&t, "data", v->o->data);
     if (!bad) bad = check_tokens(&t, v->o->data, v->a.info->vocab, 0);
     for (size_t r = 0; !bad && r < t.rows; r++) bad = eval_windows(v, t.ids + t.start[r], t.start[r + 1] - t.start[r]);
     free_tokens(&t);
@@ -2493,7 +2503,7 @@ static int verb_eval(const options *o)
     int bad, text;
     memset(&v, 0, sizeof v);
     v.o = o;
-    if (!o->data) return refuse("eval needs --data FILE");
+    if (!o->data) return refuse("eval needs --data FILE; try: moq help eval");
     text = ends_with(o->data, ".jsonl") || ends_with(o->data, ".txt");
     bad = open_engine(&v.a, o, o->args[0], o->seq && !text ? o->seq : 0, !text);
     if (!bad && o->against) {
@@ -2520,14 +2530,23 @@ static int verb_eval(const options *o)
    >>run             answers and chats
    ------------------------------------------------------------------------------------------------ */
 
-/* NULL after an error line. */
-static char *read_stream(FILE *from, const char *name, size_t *bytes)
+/* MB that a prompt, a schema or a grammar may have where its end is not known beforehand, and that lines for `tokenize` may: far more than any model
+   takes, so that what never ends (/dev/zero) is told before memory is. */
+enum { PROMPT_MB = 64, LINES_MB = 4096 };
+
+/* The whole of a stream, NUL-terminated; NULL after an error line. */
+static char *read_stream(FILE *from, const char *name, int most, size_t *bytes)
 {
     size_t capacity = 65536, n;
     char *text = (char *)take(capacity, 1);
     *bytes = 0;
     while ((n = fread(text + *bytes, 1, capacity - *bytes - 1, from)) > 0) {
         *bytes += n;
+        if (*bytes >> 20 >= (size_t)most) {
+            refuse("%s: %d MB were read and it goes on; that is the limit here, so give something shorter, or that ends", name, most);
+            free(text);
+            return NULL;
+        }
         if (capacity - *bytes < 2) text = (char *)grow(text, capacity *= 2, 1);
     }
     if (ferror(from)) {
@@ -2540,12 +2559,14 @@ static char *read_stream(FILE *from, const char *name, size_t *bytes)
     return text;
 }
 
-static void print_stats(const engine *e)
+/* end: as json_answer has it */
+static void print_stats(const engine *e, const char *end)
 {
     const llm_stats *s = llm_get_stats(e->m);
-    fprintf(stderr, "moq: prompt %" PRIu64 " tokens, %.1f tokens/s; generated %" PRIu64 " tokens, %.1f tokens/s\n", s->prompt_tokens,
+    fprintf(stderr, "moq: prompt %" PRIu64 " tokens, %.1f tokens/s; generated %" PRIu64 " tokens, %.1f tokens/s%s\n", s->prompt_tokens,
             s->prompt_seconds > 0 ? (double)s->prompt_tokens / s->prompt_seconds : 0.0, s->generated_tokens,
-            s->generate_seconds > 0 ? (double)s->generated_tokens / s->generate_seconds : 0.0);
+            s->generate_seconds > 0 ? (double)s->generated_tokens / s->generate_seconds : 0.0,
+            strcmp(end, "length") == 0 ? ", up to --max-tokens" : strcmp(end, "context") == 0 ? ", until the context was full" : "");
 }
 
 /* end: why there is no more: "stop", "length" (--max-tokens) or "context" */
@@ -2573,6 +2594,7 @@ static int answer(const engine *e, const options *o)
     char *all = NULL;
     size_t length = 0;
     int shown = 0, full;
+    const char *end;
     moq_error err;
     memset(&err, 0, sizeof err);
     while ((piece = llm_next(e->m, &err)) != NULL) {
@@ -2592,12 +2614,13 @@ static int answer(const engine *e, const options *o)
     full = !piece && err.code == MOQ_E_STATE && strcmp(err.object, "context") == 0 && llm_get_stats(e->m)->generated_tokens > before &&
            !o->json_schema && !o->grammar;
     if (full) err.code = MOQ_OK;
-    if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length, piece ? "length" : full ? "context" : "stop");
+    end = piece ? "length" : full ? "context" : "stop";
+    if (o->json && (piece || err.code == MOQ_OK)) json_answer(e, all ? all : "", length, end);
     if (!o->json && (shown || err.code == MOQ_OK)) fputc('\n', stdout); /* an error without an answer leaves nothing on stdout */
     fflush(stdout); /* before what stderr says, should both go to one place */
     free(all);
     if (full) print_placed(stderr, "moq: note: ", e->path, err.text);
-    if (o->stats) print_stats(e);
+    if (o->stats) print_stats(e, end);
     return piece || err.code == MOQ_OK ? 0 : refuse_error(e->path, &err);
 }
 
@@ -2675,7 +2698,7 @@ static char *read_piped(const char *path, const char *name, size_t *bytes)
         refuse("%s: %s", name, strerror(errno));
         return NULL;
     }
-    char *read = read_stream(from, name, bytes), *text = read ? (char *)moq_allocate(NULL, *bytes + 1) : NULL;
+    char *read = read_stream(from, name, PROMPT_MB, bytes), *text = read ? (char *)moq_allocate(NULL, *bytes + 1) : NULL;
     if (text) memcpy(text, read, *bytes);
     else if (read) refuse("%s: out of memory", name);
     if (!standard) fclose(from);
@@ -2729,7 +2752,7 @@ static int verb_run(const options *o)
     if (!bad && !o->prompt && isatty(0) && !o->json) bad = chat(&e, o);
     else if (!bad) {
         if (!o->prompt) {
-            text = read_stream(stdin, "standard input", &bytes);
+            text = read_stream(stdin, "standard input", PROMPT_MB, &bytes);
             bad = text ? 0 : 2;
             while (text && !o->raw && bytes > 0 && (text[bytes - 1] == '\n' || text[bytes - 1] == '\r')) text[--bytes] = 0;
         }
@@ -2772,7 +2795,7 @@ static int decode_line(const llm_tokenizer *t, const char *line)
     int bad;
     if (line[strspn(line, " \r")] == 0) { putchar('\n'); return 0; }
     if (line[strspn(line, "0123456789, \r")] != 0) return refuse("'%.60s' is no line of token ids, as 1,2,3", line);
-    bad = read_tokens(&rows, line);
+    bad = read_tokens(&rows, "decode", line);
     if (bad) return bad;
     n = rows.start[1];
     for (size_t i = 0; i < n; i++)
@@ -2810,7 +2833,7 @@ static int verb_tokenize(const options *o)
         moq_close(ck);
         return refuse_error(o->args[0], &err);
     }
-    text = read_stream(from, o->file ? o->file : "standard input", &bytes);
+    text = read_stream(from, o->file ? o->file : "standard input", LINES_MB, &bytes);
     if (from != stdin) fclose(from);
     if (!text) bad = 2;
     for (size_t at = 0; at < bytes && !bad && !stop_requested;) {
@@ -2939,7 +2962,8 @@ static int open_side(side *s, const char *path)
     memset(s, 0, sizeof *s);
     s->path = path;
     if (stat(path, &info) != 0)
-        return refuse("%s: %s; name two checkpoint folders or two .safetensors files, with whole paths or as seen from the current folder", path, strerror(errno));
+        return refuse("%s: %s; name two checkpoint folders or two .safetensors files, with whole paths or as seen from the current folder", path,
+                      errno == ENOENT ? "no such folder or file" : strerror(errno));
     if (S_ISDIR(info.st_mode)) s->ck = open_folder(path, 0, NULL, 0, &err);
     else s->st = moq_st_open(path, NULL, &err);
     return s->ck || s->st ? 0 : refuse_error(path, &err);
@@ -3164,7 +3188,8 @@ static const verb_row verb_table[] = {
      "--against DIR2: also the mean KL divergence of the next-token distributions from DIR2's.",
      "moq eval my-model-nvfp4 --data eval.jsonl --limit 200 --against my-model"},
     {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p seed raw stats json-schema grammar",
-     "Answers a prompt, streaming. Without --prompt: what stands on stdin, or a chat on a terminal.",
+     "Answers a prompt, streaming. Without --prompt: what stands on stdin, or a chat on a terminal.\n"
+     "An answer ends where the model ends its turn; one that never does goes on until the context is full, unless --max-tokens says less.",
      "moq run my-model --system 'You are brief.' --prompt 'What is the capital of France?' --stats"},
     {"tokenize", verb_tokenize, 1, 1, "DIR", "decode file",
      "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",

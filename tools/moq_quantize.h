@@ -86,7 +86,7 @@ static int read_samples(sample_set *s)
     size_t bytes;
     char *text;
     if (!s->tok) {
-        bad = read_tokens(&t, s->path);
+        bad = read_tokens(&t, "calib", s->path);
         if (!bad) bad = check_tokens(&t, s->path, s->vocab, 0);
         for (size_t r = 0; !bad && r < t.rows; r++) {
             if (t.rows == 1) add_windows(s, t.ids, t.start[1]);
@@ -268,10 +268,18 @@ static const char *blamed_path(const moq_error *err, const char *source, const c
     return source;
 }
 
+/* Of a --format or --to that names none: the option is what is wrong, no folder. 0: something else is. */
+static int refuse_container(const char *option, const char *name, const moq_error *err)
+{
+    const char *use = strstr(err->text, "; use ");
+    if (!name || err->code != MOQ_E_UNSUPPORTED || strcmp(err->object, name) != 0) return 0;
+    return refuse("--%s: '%s' is no container that can be written%s", option, name, use ? use : "");
+}
+
 /* Options that contradict each other or lack what they need. */
 static int check_quantize(const options *o)
 {
-    if (!o->recipe) return refuse("quantize needs --recipe NAME; moq recipes lists them");
+    if (!o->recipe) return refuse("quantize needs --recipe NAME; moq recipes lists them, moq help quantize has an example");
     if (o->calibration && (ends_with(o->calibration, ".txt") || ends_with(o->calibration, ".jsonl")))
         return refuse("%s: --calibration takes recorded values, a .safetensors file; text to calibrate with goes to --calib", o->calibration);
     if (o->calib && o->calibration) return refuse("--calib measures what --calibration reads from a file; give one of them");
@@ -322,7 +330,8 @@ static int verb_quantize(const options *o)
     }
     if (!bad && moq_quantize(&d, &err) != MOQ_OK) {
         const char *others[] = {o->args[1], o->calibration, o->save_calibration};
-        bad = refuse_error(blamed_path(&err, o->args[0], others, COUNT(others)), &err);
+        bad = refuse_container("format", o->format, &err);
+        if (!bad) bad = refuse_error(blamed_path(&err, o->args[0], others, COUNT(others)), &err);
     }
     moq_backend_destroy(d.backend);
     for (size_t i = 0; i < d.rule_count; i++) free((void *)(uintptr_t)rules[i].pattern);
@@ -336,7 +345,7 @@ static int verb_convert(const options *o)
     moq_convert_desc d;
     moq_error err;
     if (o->kv) return refuse("--kv is not for 'convert', which keeps the KV cache that the folder asks for; quantize writes another, run takes any");
-    if (!o->to) return refuse("convert needs --to modelopt, --to compressed-tensors or --to gpt-oss");
+    if (!o->to) return refuse("convert needs --to modelopt, --to compressed-tensors or --to gpt-oss; try: moq help convert");
     memset(&d, 0, sizeof d);
     d.source = o->args[0];
     d.target = o->args[1];
@@ -347,7 +356,10 @@ static int verb_convert(const options *o)
     d.log = on_log;
     d.log_user = (void *)(uintptr_t)o->args[0];
     if (o->shard && !parse_bytes("shard", o->shard, &d.shard_bytes)) return 2;
-    if (moq_convert(&d, &err) != MOQ_OK) return refuse_error(blamed_path(&err, o->args[0], (const char *const *)&o->args[1], 1), &err);
+    if (moq_convert(&d, &err) != MOQ_OK) {
+        int bad = refuse_container("to", o->to, &err);
+        return bad ? bad : refuse_error(blamed_path(&err, o->args[0], (const char *const *)&o->args[1], 1), &err);
+    }
     return report_folder(o, o->args[1], NULL);
 }
 
