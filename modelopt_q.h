@@ -5237,8 +5237,8 @@ static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *
     }
     if (n > b->bytes - 8) {
         moqi_st_blame(kind[0] ? 0 : moqi_st_text_bytes(b), blame, sizeof blame);
-        return moqi_fail(err, MOQ_E_TRUNCATED, at, "the header says %llu bytes but the file has %llu%s%s%s. %s", (unsigned long long)n, bytes, looks, kind, blame,
-                         blame[0] ? "Download the file again" : "The download is probably incomplete");
+        return moqi_fail(err, MOQ_E_TRUNCATED, at, "the header says %llu bytes but the file has %llu%s%s%s. %s", (unsigned long long)n, bytes, looks, kind,
+                         blame, blame[0] ? "Download the file again" : "The download is probably incomplete");
     }
     *length = n;
     return MOQ_OK;
@@ -5593,8 +5593,8 @@ static moq_result moqi_st_header(moqi_st_reader *r, const char *text, size_t use
     if (end >= used) return moqi_st_refuse(st, text, used, &json, err);
     /* the parser takes any blank after the brace, the format only spaces */
     return moqi_fail(err, MOQ_E_HEADER, moqi_at(st->file, NULL, NULL, (int64_t)(8 + end)),
-                     "byte 0x%02x follows the closing brace of the header (byte %llu), only spaces may: the length (bytes 0 to 7) or the text is damaged" MOQI_ST_AGAIN,
-                     (unsigned)(unsigned char)text[end], 8 + (unsigned long long)end);
+                     "byte 0x%02x follows the closing brace of the header (byte %llu), only spaces may: the length (bytes 0 to 7) or the text is damaged"
+                     MOQI_ST_AGAIN, (unsigned)(unsigned char)text[end], 8 + (unsigned long long)end);
 }
 
 /* Check st->blob and fill the rest. The header is copied first, so that a file that changes meanwhile cannot be read two ways. */

@@ -509,7 +509,8 @@ static void test_state_latent(void)
         ground.latent_ways = 2;
         const uint64_t print = llmi_fingerprint_on(m, &ground);
         for (int k = 0; k < 8; k++) state[32 + k] = (uint8_t)(print >> 8 * k);
-        CHECK(llm_set_state(m, state, bytes, &e) == MOQ_E_STATE && strstr(e.text, "latent attention holds whole keys and values, here it holds the narrow middles;"));
+        CHECK_INT(llm_set_state(m, state, bytes, &e), MOQ_E_STATE);
+        CHECK(strstr(e.text, "latent attention holds whole keys and values, here it holds the narrow middles;"));
     }
     free(state);
     free(other);

@@ -893,7 +893,8 @@ static int refuse_tokens(const char *option, const char *text)
     struct stat info;
     if (stat(text, &info) == 0)
         return refuse("--%s: '%s' %s; text is read from .jsonl and .txt files where the verb takes it, ids from FILE.json or FILE.json#KEY, or as 1,2,3",
-                      option, text, S_ISDIR(info.st_mode) ? "is a folder" : !S_ISREG(info.st_mode) ? "is a device or a pipe" : "does not say by its name what it holds");
+                      option, text, S_ISDIR(info.st_mode) ? "is a folder" : !S_ISREG(info.st_mode) ? "is a device or a pipe"
+                      : "does not say by its name what it holds");
     if (strchr("0123456789", text[0]) && strchr(text, ','))
         return refuse("--%s: '%.200s' is no list of token ids: '%.20s' is no number; ids are written 1,2,3, or read from FILE.json or FILE.json#KEY",
                       option, text, text + strspn(text, "0123456789, "));
