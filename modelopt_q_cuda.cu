@@ -2330,15 +2330,15 @@ typedef struct moqk_own_norm {
 
 /* x of a block, quads [from, end) of the norm of a row, with the bits of moqk_norm_rows: its warps are played by those of the block. Every block makes the
    whole sum: a row is in L2, and no launch stands between. put: takes a quad and its place behind `from`, zeros behind the last column; writes: this block
-   writes them to `normed` too; room: a float for each warp that is played; ask: called when x is under way. */
-template <int SPLIT, class ASK, class PUT>
+   writes them to `normed` too; room: a float for each warp that is played; ask: called when x is under way. PLAYED: by a warp, at most. */
+template <int SPLIT, int PLAYED = MOQK_NORM_PLAYED, class ASK, class PUT>
 __device__ __forceinline__ void moqk_norm_own(const moqk_call &a, const moqk_own_norm &d, int32_t warp, int32_t warps, int32_t cols, int32_t from, int32_t end,
                                               int writes, float *room, const ASK &ask, const PUT &put)
 {
     const int32_t lane = threadIdx.x, played = d.threads >> 5, quads = cols >> 2;
-    float4 v[MOQK_NORM_PLAYED][MOQK_NORM_QUADS], w[MOQK_NORM_PLAYED][MOQK_NORM_QUADS];
+    float4 v[PLAYED][MOQK_NORM_QUADS], w[PLAYED][MOQK_NORM_QUADS];
 #pragma unroll
-    for (int i = 0; i < MOQK_NORM_PLAYED; i++)
+    for (int i = 0; i < PLAYED; i++)
 #pragma unroll
         for (int k = 0; k < MOQK_NORM_QUADS; k++) { /* weights never change: before the kernel before has ended */
             const int32_t j = warp + i * warps, q = j * 32 + lane + k * d.threads;
@@ -2346,7 +2346,7 @@ __device__ __forceinline__ void moqk_norm_own(const moqk_call &a, const moqk_own
         }
     moqk_wait_for_before();
 #pragma unroll
-    for (int i = 0; i < MOQK_NORM_PLAYED; i++)
+    for (int i = 0; i < PLAYED; i++)
 #pragma unroll
         for (int k = 0; k < MOQK_NORM_QUADS; k++) {
             const int32_t j = warp + i * warps, q = j * 32 + lane + k * d.threads;
@@ -2355,7 +2355,7 @@ __device__ __forceinline__ void moqk_norm_own(const moqk_call &a, const moqk_own
         }
     ask();
 #pragma unroll
-    for (int i = 0; i < MOQK_NORM_PLAYED; i++) {
+    for (int i = 0; i < PLAYED; i++) {
         float sum = 0;
 #pragma unroll
         for (int k = 0; k < MOQK_NORM_QUADS; k++) sum = moqk_add_squares(sum, v[i][k]);
@@ -2365,7 +2365,7 @@ __device__ __forceinline__ void moqk_norm_own(const moqk_call &a, const moqk_own
     __syncthreads();
     const float s = moqk_norm_factor(moqk_warp_sum(lane < played ? room[lane] : 0), cols, d.eps);
 #pragma unroll
-    for (int i = 0; i < MOQK_NORM_PLAYED; i++)
+    for (int i = 0; i < PLAYED; i++)
 #pragma unroll
         for (int k = 0; k < MOQK_NORM_QUADS; k++) {
             const int32_t j = warp + i * warps, q = j * 32 + lane + k * d.threads;
@@ -7175,6 +7175,7 @@ static int64_t moqc_run_joined(const moqc_ctx *c, int form, moqk_run *u)
 
 static void moqc_hold_run(const moqc_job *j, int form, int step, const moqk_run *u, int64_t bytes); /* see >>cuda-together */
 static moqk_call moqc_norm_in_decode(const moqc_job *j, int form, moqk_cut *u);                   /* likewise */
+static int moqc_hold_router(const moqc_job *j, int form, const moqk_cut *u);                      /* see >>cuda-moe-host */
 
 static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, int64_t bytes)
 {
@@ -7210,33 +7211,16 @@ static void moqc_launch_run(const moqc_job *j, int form, int step, moqk_run *u, 
     else moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, *u), "decode-run");
 }
 
-/* One launch for parts of one form; others of the same call find nothing to do in it. */
-static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
+/* A launch of >>cuda-decode. */
+static void moqc_launch_cut(const moqc_job *j, int form, int step, const moqk_cut *cut)
 {
-    int64_t choices = j->call.tiles ? j->call.most_tiles : 1, groups = 0;
-    int split = !j->call.x_bf16, columns = j->call.m * (split ? 2 : 1), room = 0;
+    const int64_t choices = j->call.tiles ? j->call.most_tiles : 1;
+    const int split = !j->call.x_bf16, columns = j->call.m * (split ? 2 : 1), norm = cut->norm.threads > 0;
     const moqc_bank *b = j->bank;
-    moqk_cut u;
-    moqk_ring ring;
+    const moqk_cut u = *cut;
+    int64_t groups = 0;
     cudaLaunchConfig_t how = {};
     cudaLaunchAttribute with[2];
-    if (!j->call.tiles && moqk_fast_bits(form) == 4 && columns <= 16) {
-        moqk_run run;
-        int64_t bytes = moqc_run_cut(j, form, step, columns, &run);
-        if (bytes > 0 && j->c->holds) moqc_hold_run(j, form, step, &run, bytes);
-        else if (bytes > 0) moqc_launch_run(j, form, step, &run, bytes);
-        if (bytes > 0) return;
-        moqc_let_go(j->c);
-    }
-    const int large = moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000, known = columns > 8 || moqk_fast_bits(form) > 4;
-    if (j->c->sm == 90 && !j->call.tiles && known && (j->call.m > 4 || large)) { /* the copy engine */
-        int64_t bytes = moqc_ring_cut(j, form, step, columns, &ring);
-        if (bytes > 0) { moqc_let_go(j->c); moqc_launch_ring(j, form, step, &ring, bytes); return; }
-    }
-    moqc_ok(j->c, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, j->c->device), "cudaDeviceGetAttribute");
-    if (!moqc_decode_cut(j, form, choices, columns, room, &u)) { moqc_ok(j->c, cudaErrorInvalidConfiguration, "decode-mma"); return; }
-    const moqk_call call = moqc_norm_in_decode(j, form, &u);
-    const int norm = u.norm.threads > 0;
     for (int32_t i = 0; i < j->call.part_count; i++) {
         int64_t rows = 0;
         for (int32_t e = 0; e < b->experts; e++) rows = moqc_max(rows, j->part[i + e * b->parts].d.rows);
@@ -7261,8 +7245,36 @@ static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
         with[how.numAttrs].val.programmaticStreamSerializationAllowed = 1;
         how.numAttrs++;
     }
-    if (!moqc_ok(j->c, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room), "cudaFuncSetAttribute")) return;
-    moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, call, u), "decode-mma");
+    const cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, j->c->most_shared);
+    if (moqc_ok(j->c, e, "cudaFuncSetAttribute")) moqc_ok(j->c, cudaLaunchKernelEx(&how, kernel, j->call, u), "decode-mma");
+}
+
+/* One launch for parts of one form; others of the same call find nothing to do in it. */
+static void moqc_launch_decode_form(const moqc_job *j, int form, int step)
+{
+    const int64_t choices = j->call.tiles ? j->call.most_tiles : 1;
+    const int columns = j->call.m * (j->call.x_bf16 ? 1 : 2);
+    int room = 0;
+    moqk_cut u;
+    moqk_ring ring;
+    if (!j->call.tiles && moqk_fast_bits(form) == 4 && columns <= 16) {
+        moqk_run run;
+        int64_t bytes = moqc_run_cut(j, form, step, columns, &run);
+        if (bytes > 0 && j->c->holds) moqc_hold_run(j, form, step, &run, bytes);
+        else if (bytes > 0) moqc_launch_run(j, form, step, &run, bytes);
+        if (bytes > 0) return;
+        moqc_let_go(j->c);
+    }
+    const int large = moqk_fast_bits(form) >= 8 && (int64_t)j->part->d.rows * j->part->d.cols > 100000000, known = columns > 8 || moqk_fast_bits(form) > 4;
+    if (j->c->sm == 90 && !j->call.tiles && known && (j->call.m > 4 || large)) { /* the copy engine */
+        int64_t bytes = moqc_ring_cut(j, form, step, columns, &ring);
+        if (bytes > 0) { moqc_let_go(j->c); moqc_launch_ring(j, form, step, &ring, bytes); return; }
+    }
+    moqc_ok(j->c, cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, j->c->device), "cudaDeviceGetAttribute");
+    if (!moqc_decode_cut(j, form, choices, columns, room, &u)) { moqc_ok(j->c, cudaErrorInvalidConfiguration, "decode-mma"); return; }
+    moqc_job job = *j;
+    job.call = moqc_norm_in_decode(j, form, &u);
+    if (!moqc_hold_router(&job, form, &u)) moqc_launch_cut(&job, form, step, &u);
 }
 
 static void moqc_launch_decode(const struct moqc_job *j)
@@ -7736,11 +7748,11 @@ static int moqc_gemm_tokens(const moqc_bank *b)
    A launch takes a few microseconds from the end of the one before to its own first result, and a step of one token has hundreds of them. So while a
    graph is recorded, a product of >>cuda-runs waits for the call behind it, and so do a mixture of >>cuda-moe-few, a norm of one row and heads that enter a
    cache: product and mixture themselves add what a norm would add, a product makes the activation of its gate and up; it makes the norm of its x, as one of
-   >>cuda-decode too; attention enters its heads. Every buffer gets what single calls give it, bit by bit. Any other call launches what waits before it does
-   anything.
+   >>cuda-decode too, and a mixture of one row runs its router and that one's norm; attention enters its heads. Every buffer gets what single calls give it,
+   bit by bit. Any other call launches what waits before it does anything.
    ------------------------------------------------------------------------------------------------ */
 
-/* What waits: a product, a norm, a mixture, or the heads of an attention. */
+/* What waits: a product, a norm, a router, a mixture, or the heads of an attention. */
 typedef struct moqc_held {
     int enters;                /* heads wait for their attention: */
     moq_batch batch;
@@ -7756,21 +7768,25 @@ typedef struct moqc_held {
     const void *mixed, *logits;
     void *mixture;             /* [rows, its outputs] */
     int32_t mixed_rows;
+    int routes;                /* a router waits, which makes a norm: that of the mixture that waits, if one does */
+    moqc_job router;
+    moqk_cut router_cut;
 } moqc_held;
 
 static void moqc_launch_norm(moqc_ctx *c, const moq_norm_desc *d); /* see >>cuda-ops */
 static void moqc_launch_enter(moqc_ctx *c, const moq_batch *b, const moq_heads_desc *h); /* see >>cuda-kv */
-static void moqc_launch_few(moqc_ctx *c, const struct moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y, void *into); /* see >>cuda-moe-host */
+static void moqc_launch_mixture(moqc_ctx *c, void *into);                           /* see >>cuda-moe-host */
 static int moqc_mixture_adds(const moqc_ctx *c, const moq_norm_desc *n); /* likewise */
 
 static void moqc_let_go(moqc_ctx *c)
 {
     moqc_held *h = c->held;
-    if (h->experts) moqc_launch_few(c, h->experts, h->mixed, h->logits, h->mixed_rows, h->mixture, NULL);
+    if (h->experts) moqc_launch_mixture(c, NULL);
+    else if (h->routes) moqc_launch_cut(&h->router, MOQK_FAST_BF16, 0, &h->router_cut);
     if (h->run) moqc_launch_run(&h->job, h->form, h->step, &h->cut, h->bytes);
     if (h->norms) moqc_launch_norm(c, &h->norm);
     if (h->enters) moqc_launch_enter(c, &h->batch, &h->heads);
-    h->run = h->norms = h->enters = c->waiting = 0;
+    h->run = h->norms = h->enters = h->routes = c->waiting = 0;
     h->experts = NULL;
 }
 
@@ -7893,9 +7909,9 @@ static int moqc_add_in_mixture(moqc_ctx *c, const moq_norm_desc *n)
 {
     moqc_held *h = c->held;
     if (!h->experts || n->add != h->mixture || !moqc_mixture_adds(c, n)) return 0;
-    moqc_launch_few(c, h->experts, h->mixed, h->logits, h->mixed_rows, h->mixture, (void *)(uintptr_t)n->x);
+    moqc_launch_mixture(c, (void *)(uintptr_t)n->x);
     h->experts = NULL;
-    c->waiting = 0;
+    h->routes = c->waiting = 0;
     return 1;
 }
 
@@ -11868,6 +11884,7 @@ template <typename S, typename T> __global__ void moqk_combine(moqk_choices k, i
 
 /* ------------------------------------------------------------------------------------------------
    >>cuda-moe-few    mixtures of experts, up to 4 rows on SM90, 4-bit weights: each chosen expert is read once, in one launch
+   In a recording the launch of one row makes norm and logits, too: each block the norm of its own, and a part of the router's product for all.
    Every block chooses the experts itself, a warp or, for a single row with many choices, eight, while others fetch x; the runs of chunks of a block, or of two
    that are a cluster, are listed: of its row tiles before the activation, then of its row tiles of y. A warp takes every n-th run of the list and has its next
    chunks on their way, those of the second products while the first ones are not done. What goes from the first products to the second ones is its own
@@ -11904,14 +11921,29 @@ typedef struct moqk_few_side {
     int32_t groups, shift;     /* see moqk_run_part */
 } moqk_few_side;
 
+/* The router of a single row and the norm before it, which the launch makes itself. A warp of a block multiplies every ways-th chunk of a row tile, as one
+   of >>cuda-decode would, and every block adds up the sums of all. */
+typedef struct moqk_few_router {
+    const uint8_t *packed;     /* BF16 in the form of >>cuda-decode; NULL: logits and x are there */
+    const float *bias;         /* [experts] or NULL */
+    const void *x;             /* [cols] of the activation type, before the norm */
+    void *logits;              /* [experts] of the activation type */
+    moqk_own_norm norm;
+    int32_t tiles, chunks, ways; /* row tiles; chunks of one, of 64 columns */
+    float factor;
+} moqk_few_router;
+
 typedef struct moqk_few {
     moq_routing routing;
+    moqk_few_router router;
     const float *bias;         /* [experts] of the routing, or NULL */
     const void *logits;        /* [rows, experts] of the activation type */
     const void *x;             /* [rows, cols] of the activation type */
     const float *factor;       /* [experts][2 or 1 of the first side, 1 of the second] */
-    uint32_t *hidden;          /* [2][MOQK_FEW_ROWS][top][chunks of the second side][hi, lo][128] times the choice's weight, two BF16 a word; see state.
+    uint32_t *hidden;          /* [2] of sums of the router, `routed` F32 of [ways][row tiles][16], then
+                                  [MOQK_FEW_ROWS][top][chunks of the second side][hi, lo][128] times the choice's weight, two BF16 a word; see state.
                                   Of one row of BF16 activations hi is all there is. */
+    int32_t routed;            /* a multiple of 4 */
     int32_t *state;            /* which half a launch uses; rows that the one before it wrote to the other half, which it clears */
     void *y;                   /* [rows, rows of the second side] of the activation type */
     void *into;                /* the same: y is added to it; or NULL. See >>cuda-together */
@@ -11923,7 +11955,7 @@ typedef struct moqk_few {
     int32_t duo;               /* 1: two blocks of a cluster share row tiles of y: as `team`, or of several rows every second run of them */
     uint32_t tiles_magic, grid_magic, duo_magic; /* of the row tiles of the first side; of the blocks or pairs that have row tiles of each side */
     uint32_t x_pitch;          /* bytes */
-    uint32_t bars_at, x_at, stage_at, sums_at, more_at, half_at, factor_at, keys_at, list_at; /* in shared memory */
+    uint32_t bars_at, x_at, stage_at, sums_at, more_at, half_at, factor_at, keys_at, logits_at, into_at, list_at; /* in shared memory */
     uint8_t bf16;
 } moqk_few;
 
@@ -11946,10 +11978,10 @@ typedef struct moqk_few_choices {
 __device__ __forceinline__ float moqk_few_logit(uint32_t key) { return __uint_as_float((int32_t)key < 0 ? key & 0x7fffffffu : ~key); }
 
 /* Expert e of a row, as a key; 0: there is none. */
-__device__ __forceinline__ uint32_t moqk_few_read(const moqk_few &a, int32_t row, int32_t e)
+__device__ __forceinline__ uint32_t moqk_few_read(const moqk_few &a, const void *logits, int32_t row, int32_t e)
 {
     const int32_t at = row * a.routing.experts + min(e, a.routing.experts - 1);
-    const uint32_t bits = a.bf16 ? (uint32_t)((const uint16_t *)a.logits)[at] << 16 : ((const uint32_t *)a.logits)[at];
+    const uint32_t bits = a.bf16 ? (uint32_t)((const uint16_t *)logits)[at] << 16 : ((const uint32_t *)logits)[at];
     return e < a.routing.experts ? moqk_few_key(__uint_as_float(bits)) : 0;
 }
 
@@ -11966,7 +11998,7 @@ __device__ __forceinline__ void moqk_few_sort(uint32_t &key, uint32_t &at, uint3
 
 /* A warp: choices of a row where scores rank them as logits do. A lane has `each` neighbouring experts: the first lane of equals has the first one.
    keys: [rows][32][each], where a lane has more than four: these stay in its registers, in order. */
-__device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, uint32_t *keys, moqk_few_choices *c)
+__device__ __forceinline__ void moqk_few_choose(const moqk_few &a, const void *logits, int32_t row, uint32_t *keys, moqk_few_choices *c)
 {
     const int32_t lane = threadIdx.x, each = ((a.routing.experts + 127) >> 7) * 4, first = lane * each;
     const uint32_t before = (1u << lane) - 1;
@@ -11975,7 +12007,7 @@ __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, 
 #pragma unroll 1
     for (int32_t k = 0; k < each; k += 4) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = moqk_few_read(a, row, first + k + i); /* all on their way before the first one is looked at */
+        for (int i = 0; i < 4; i++) v[i] = moqk_few_read(a, logits, row, first + k + i); /* all on their way before the first one is looked at */
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             place[i] = (uint32_t)i;
@@ -12019,16 +12051,17 @@ __device__ __forceinline__ void moqk_few_choose(const moqk_few &a, int32_t row, 
     }
 }
 
-/* The same of one row and at most MOQK_FEW_RANKED experts by MOQK_FEW_VOTERS warps: an expert's place is the number of those before it. The pair of
-   lanes of an expert share the others. keys: [MOQK_FEW_RANKED], of which no expert's is 0. */
-__device__ __forceinline__ void moqk_few_rank(const moqk_few &a, uint32_t *keys, moqk_few_choices *c)
+/* Is a single row's choice made by moqk_few_rank? Of one row and at most MOQK_FEW_RANKED experts it is faster. */
+__device__ __forceinline__ int moqk_few_ranks(const moqk_few &a, int plain)
+{
+    return plain && a.routing.top_k > 4 && a.routing.experts <= MOQK_FEW_RANKED && blockDim.y > 12;
+}
+
+/* The same by MOQK_FEW_VOTERS warps: an expert's place is the number of those before it. The pair of lanes of an expert share the others. keys:
+   [MOQK_FEW_RANKED], of which no expert's is 0 and all others are. */
+__device__ __forceinline__ void moqk_few_rank(const moqk_few &a, const uint32_t *keys, moqk_few_choices *c)
 {
     const int32_t thread = threadIdx.y * 32 + threadIdx.x, e = thread >> 1, half = thread & 1;
-    if (thread < MOQK_FEW_RANKED) {
-        uint32_t bits = 0;
-        if (thread < a.routing.experts) bits = a.bf16 ? (uint32_t)((const uint16_t *)a.logits)[thread] << 16 : ((const uint32_t *)a.logits)[thread];
-        keys[thread] = thread < a.routing.experts ? moqk_few_key(__uint_as_float(bits)) : 0;
-    }
     asm volatile("bar.sync 1, %0;" :: "n"(MOQK_FEW_VOTERS * 32) : "memory");
     const uint32_t own = keys[e];
     const uint4 *all = (const uint4 *)(const void *)keys;
@@ -12050,7 +12083,7 @@ __device__ __forceinline__ void moqk_few_rank(const moqk_few &a, uint32_t *keys,
 }
 
 /* A warp: logits of a row's choices become weights. */
-__device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, moqk_few_choices *c)
+__device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, const void *logits, int32_t row, moqk_few_choices *c)
 {
     const int32_t lane = threadIdx.x, experts = a.routing.experts;
     const int sigmoid = a.routing.score == MOQ_SCORE_SIGMOID;
@@ -12059,7 +12092,7 @@ __device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, m
     if (!sigmoid && !a.routing.renormalize) {
         all = 0;
 #pragma unroll 1
-        for (int32_t e = lane; e < experts; e += 32) all += expf(moqk_get_any(a.logits, (int64_t)row * experts + e, a.bf16) - top);
+        for (int32_t e = lane; e < experts; e += 32) all += expf(moqk_get_any(logits, (int64_t)row * experts + e, a.bf16) - top);
     }
     all = moqk_warp_sum(all);
     if ((!sigmoid || a.routing.renormalize) && all > 0) p /= all;
@@ -12070,9 +12103,9 @@ __device__ __forceinline__ void moqk_few_weigh(const moqk_few &a, int32_t row, m
 }
 
 /* A warp: choices of a row by groups or with a bias. room: where the ring will be. */
-__device__ __forceinline__ void moqk_few_route(const moqk_few &a, int32_t row, uint8_t *room, moqk_few_choices *c)
+__device__ __forceinline__ void moqk_few_route(const moqk_few &a, const void *logits, int32_t row, uint8_t *room, moqk_few_choices *c)
 {
-    moqk_choose(a.routing, a.bias, a.logits, a.bf16, row, (float *)(void *)(room + row * a.routing.experts * 16), c->chosen[row], c->weight[row]);
+    moqk_choose(a.routing, a.bias, logits, a.bf16, row, (float *)(void *)(room + row * a.routing.experts * 16), c->chosen[row], c->weight[row]);
     __syncwarp();
     if (threadIdx.x == 0) moqk_barrier_arrive((uint32_t)__cvta_generic_to_shared(&c->ready));
     moqk_end_reads();
@@ -12322,9 +12355,9 @@ __device__ __forceinline__ void moqk_few_send(const moqk_few &a, const float *at
 }
 
 /* A row tile of y: sums: [n][rows][16], of warps; of one row: of runs, when they are there. half: [rows][16] of a pair of several rows: what the other
-   block has of it, when it is there, or will have from this one, whose row tile it is not (keep 0). */
+   block has of it, when it is there, or will have from this one, whose row tile it is not (keep 0). into: of one row: what `into` holds of the row tile. */
 template <int ONE>
-__device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t n, const float *half, int keep)
+__device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile, const float *sums, int32_t n, const float *half, int keep, const float *into)
 {
 #pragma unroll 1
     for (int32_t i = threadIdx.x; i < (ONE ? 16 : a.rows * 16); i += 32) {
@@ -12340,7 +12373,17 @@ __device__ __forceinline__ void moqk_few_sum_up(const moqk_few &a, int32_t tile,
         if (r >= a.side[1].rows) continue;
         const int64_t at = (int64_t)m * a.side[1].rows + r;
         moqk_put_any(a.y, at, v, a.bf16);
-        if (a.into) moqk_put_any(a.into, at, moqk_get_any(a.into, at, a.bf16) + moqk_rounded_any(v, a.bf16), a.bf16);
+        if (a.into) moqk_put_any(a.into, at, (ONE ? into[i] : moqk_get_any(a.into, at, a.bf16)) + moqk_rounded_any(v, a.bf16), a.bf16);
+    }
+}
+
+/* The listers of a single row: what `into` holds of the block's row tiles of y. At the end of the launch all would wait for it. */
+__device__ __forceinline__ void moqk_few_hold(const moqk_few &a, int32_t lister, float *into)
+{
+#pragma unroll 1
+    for (int32_t i = lister * 32 + (int32_t)threadIdx.x; i < moqk_few_tiles(a) * 16; i += MOQK_FEW_LISTERS * 32) {
+        const int32_t r = moqk_few_tile(a, moqk_few_pack(1, 0, 0, 0, i >> 4)) * 16 + (i & 15);
+        into[i] = r < a.side[1].rows ? moqk_get_any(a.into, r, a.bf16) : 0;
     }
 }
 
@@ -12374,7 +12417,7 @@ __device__ __forceinline__ void moqk_few_wait(const int32_t *done, int32_t units
 }
 
 /* Barriers and counters, before anything is waited for. */
-__device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choices *c, uint32_t bar, uint32_t *half)
+__device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choices *c, uint32_t bar, uint32_t *half, uint32_t *keys)
 {
     const int32_t lane = threadIdx.x, thread = threadIdx.y * 32 + lane, threads = blockDim.y * 32;
     if (lane < MOQK_FEW_STAGES) moqk_barrier_init(bar + 8 * (uint32_t)lane, 1);
@@ -12384,6 +12427,7 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
 #endif
     if (thread < MOQK_FEW_UNITS) c->arrived[thread] = c->done[thread] = 0;
     if (thread == 0) c->count = a.routing.top_k;
+    if (a.router.packed && thread >= a.routing.experts && thread < MOQK_FEW_RANKED) keys[thread] = 0;
     if (a.rows == 1) return;
     if (thread < MOQK_FEW_EXPERTS / 32) c->seen[thread] = 0;
     for (int32_t i = thread; i < (int32_t)(a.factor_at - a.half_at) / 4; i += threads) half[i] = MOQK_FEW_ABSENT;
@@ -12397,13 +12441,15 @@ __device__ __forceinline__ void moqk_few_begin(const moqk_few &a, moqk_few_choic
 template <int ONE>
 __device__ __forceinline__ void moqk_few_fetch(const moqk_few &a, int32_t thread, int32_t threads, uint32_t x, float *factor, uint32_t *sums)
 {
-    const int32_t all = (ONE ? 1 : a.rows) * a.side[0].chunks * 64, factors = a.routing.experts * (a.side[0].parts + 1);
+    const int32_t all = ONE && a.router.packed ? 0 : (ONE ? 1 : a.rows) * a.side[0].chunks * 64, factors = a.routing.experts * (a.side[0].parts + 1);
 #pragma unroll 1
     for (int32_t i = thread; i < all || i < factors; i += 2 * threads) {
         const float f = i < factors ? __ldg(a.factor + i) : 0, g = i + threads < factors ? __ldg(a.factor + i + threads) : 0;
-        const float4 v = moqk_few_x4<ONE>(a, i), w = moqk_few_x4<ONE>(a, i + threads);
-        moqk_few_put<ONE>(a, i, v, x);
-        moqk_few_put<ONE>(a, i + threads, w, x);
+        if (i < all) {
+            const float4 v = moqk_few_x4<ONE>(a, i), w = moqk_few_x4<ONE>(a, i + threads);
+            moqk_few_put<ONE>(a, i, v, x);
+            moqk_few_put<ONE>(a, i + threads, w, x);
+        }
         if (i < factors) factor[i] = f;
         if (i + threads < factors) factor[i + threads] = g;
     }
@@ -12433,18 +12479,19 @@ __device__ __forceinline__ void moqk_few_place(const moqk_few &a, moqk_few_choic
 }
 
 /* The row tiles of y of a single row that are this warp's: their sums come from all warps. all: runs of this list; own: of a row tile. */
-__device__ __forceinline__ void moqk_few_rest(const moqk_few &a, int32_t begin, int32_t step, int32_t all, int32_t own, const float *sums, int32_t other)
+__device__ __forceinline__ void moqk_few_rest(const moqk_few &a, int32_t begin, int32_t step, int32_t all, int32_t own, const float *sums, const float *into,
+                                              int32_t other)
 {
 #pragma unroll 1
     for (int32_t unit = begin; unit * own < all; unit += step) {
         const int32_t tile = moqk_few_tile(a, moqk_few_pack(1, 0, 0, 0, unit));
-        moqk_few_sum_up<1>(a, tile, sums + unit * own * 16, own, NULL, 1);
+        moqk_few_sum_up<1>(a, tile, sums + unit * own * 16, own, NULL, 1, into + unit * 16);
         if (tile == 0 && threadIdx.x == 0) *(int2 *)(void *)a.state = make_int2(other, 1);
     }
 }
 
-/* Before anything that comes from other kernels is read: the runs of a single row, and sums that are not there. Both blocks of a pair know when they are
-   absent: release waits for all that a warp has under way, so the other warps have none. */
+/* Before anything that comes from other kernels is read: the runs of a single row, unless its norm would wait for them, and sums that are not there. Both
+   blocks of a pair know when they are absent: release waits for all that a warp has under way, so the other warps have none. */
 template <uint32_t BYTES> __device__ __forceinline__ void moqk_few_lay_out(const moqk_few &a, int32_t lister, uint4 *sums, uint4 *list)
 {
     const int32_t thread = lister * 32 + (int32_t)threadIdx.x;
@@ -12452,25 +12499,154 @@ template <uint32_t BYTES> __device__ __forceinline__ void moqk_few_lay_out(const
         for (int32_t i = thread; i < (int32_t)(a.factor_at - a.sums_at) / 16; i += MOQK_FEW_LISTERS * 32) sums[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
         __syncwarp();
         if (a.team) moqk_cluster_arrive(0);
-        moqk_few_list<1>(a, a.routing.top_k, BYTES, thread, MOQK_FEW_LISTERS * 32, list);
+        if (!a.router.packed) moqk_few_list<1>(a, a.routing.top_k, BYTES, thread, MOQK_FEW_LISTERS * 32, list);
     } else if (a.team) moqk_cluster_arrive(1);
+}
+
+/* Where the router's own room is, in that of `hidden` on its way into the second products: sums of the norm's warps, then the columns of x that the block
+   multiplies, in the order of >>cuda-decode; its weights lie where the ring will be. */
+enum { MOQK_FEW_ROUTED_AT = 128, MOQK_FEW_ROUTED_CHUNKS = 32 };
+
+/* The last warp: its chunks of the router, before the kernel before has ended. */
+__device__ __forceinline__ void moqk_few_ask_router(const moqk_few &a, uint32_t ring)
+{
+    constexpr uint32_t BYTES = moqk_chunk_bytes(MOQK_FAST_BF16);
+    const moqk_few_router &r = a.router;
+    const int32_t tile = (int32_t)blockIdx.x / r.ways;
+    if (tile >= r.tiles) return;
+    for (int32_t c = (int32_t)blockIdx.x - tile * r.ways; c < r.chunks; c += r.ways, ring += BYTES)
+#pragma unroll
+        for (uint32_t i = 0; i < BYTES; i += 512)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                         :: "r"(ring + i + threadIdx.x * 16), "l"(r.packed + ((int64_t)tile * r.chunks + c) * BYTES + i + threadIdx.x * 16) : "memory");
+}
+
+/* The norm of the row into shared memory, as `x` and as the router's product reads its columns. All warps; ask: called when they have waited for the kernel
+   before and x is under way. */
+template <int SPLIT, class ASK> __device__ __forceinline__ void moqk_few_norm(const moqk_few &a, uint8_t *room, uint32_t x, const ASK &ask)
+{
+    const moqk_few_router &r = a.router;
+    const int32_t way = (int32_t)blockIdx.x % r.ways;
+    moqk_call call;
+    call.x = r.x;
+    const auto put = [&](float4 v, int32_t i) {
+        moqk_run_put<SPLIT>(v, x + (uint32_t)i * 8, a.x_pitch);
+        int32_t n = 0;
+        for (int32_t c = way; c <= i >> 4; c += r.ways, n++)
+            if (c == i >> 4) moqk_fast_put<MOQK_FAST_BF16, SPLIT>(v, n * 16 + (i & 15), 0, 1 + SPLIT, room + MOQK_FEW_ROUTED_AT);
+    };
+    moqk_norm_own<SPLIT, 1>(call, r.norm, threadIdx.y, blockDim.y, a.cols, 0, a.side[0].chunks * 64, blockIdx.x == 0, (float *)(void *)room, ask, put);
+}
+
+/* The last warp: its sums of the router's product, with the bits of >>cuda-decode, for all blocks. */
+template <int SPLIT> __device__ __forceinline__ void moqk_few_multiply(const moqk_few &a, const uint8_t *ring, const uint8_t *room, float *sums)
+{
+    const moqk_few_router &r = a.router;
+    const int32_t lane = threadIdx.x, g = lane >> 2, t = lane & 3, tile = (int32_t)blockIdx.x / r.ways, way = (int32_t)blockIdx.x - tile * r.ways;
+    if (tile >= r.tiles) return;
+    const int flip[1] = {SPLIT && g == 1};
+    const uint8_t *x[1] = {room + MOQK_FEW_ROUTED_AT + flip[0] * 128 + t * 16};
+    const uint32_t z[2] = {0, 0};
+    float acc[4] = {0, 0, 0, 0};
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
+#pragma unroll 1
+    for (int32_t c = way; c < r.chunks; c += r.ways) {
+        moqk_hand<MOQK_FAST_BF16, 0> h;
+        float sum[1][4] = {{0, 0, 0, 0}};
+#pragma unroll
+        for (int i = 0; i < 4; i++) h.w[i] = *(const uint4 *)(const void *)(ring + i * 512 + moqk_fast_slot(MOQK_FAST_BF16, lane) * 16);
+        moqk_fast_block<MOQK_FAST_BF16, 0, 1>(h, 0, x, flip, (1 + SPLIT) * 128, z, sum);
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[i] += sum[0][i];
+        ring += moqk_chunk_bytes(MOQK_FAST_BF16);
+        x[0] += (1 + SPLIT) * 128;
+    }
+    moqk_end_reads();
+    if (t != 0) return;
+    sums += (way * r.tiles + tile) * 16 + g;
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" :: "l"(sums), "f"(SPLIT ? acc[0] + acc[1] : acc[0]) : "memory");
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" :: "l"(sums + 8), "f"(SPLIT ? acc[2] + acc[3] : acc[2]) : "memory");
+}
+
+/* MOQK_FEW_VOTERS warps: logits out of the sums of all blocks, which are their own signals, added in the order of the ways. logits: in shared memory;
+   keys: as moqk_few_rank wants them, or NULL. */
+__device__ __forceinline__ void moqk_few_add_up(const moqk_few &a, const float *sums, void *logits, uint32_t *keys)
+{
+    const moqk_few_router &r = a.router;
+    const float *scale = (const float *)(const void *)(r.packed + (int64_t)r.tiles * r.chunks * moqk_chunk_bytes(MOQK_FAST_BF16));
+#pragma unroll 1
+    for (int32_t e = (int32_t)(threadIdx.y * 32 + threadIdx.x); e < a.routing.experts; e += MOQK_FEW_VOTERS * 32) {
+        const float unit = __ldg(scale + ((e >> 4) * 8 + (e & 7)) * 2 + (e >> 3 & 1)), bias = r.bias ? __ldg(r.bias + e) : 0;
+        float v = 0;
+#pragma unroll 1
+        for (int32_t k = 0; k < r.ways; k += 16) {
+            float some[16];
+            uint32_t most;
+            do {
+                most = 0;
+#pragma unroll
+                for (int j = 0; j < 16; j++) {
+                    some[j] = 0;
+                    if (k + j < r.ways) asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(some[j]) : "l"(sums + (k + j) * r.tiles * 16 + e) : "memory");
+                }
+#pragma unroll
+                for (int j = 0; j < 16; j++) most = max(most, __float_as_uint(some[j]));
+            } while (most == MOQK_FEW_ABSENT);
+#pragma unroll
+            for (int j = 0; j < 16; j++) v += some[j];
+        }
+        v = v * unit * r.factor + bias;
+        moqk_put_any(logits, e, v, a.bf16);
+        if (keys) keys[e] = moqk_few_key(moqk_rounded_any(v, a.bf16));
+        if (blockIdx.x == 0) moqk_put_any(r.logits, e, v, a.bf16);
+    }
+}
+
+/* Norm, x and logits of a single row, which the launch makes itself, and its runs. 1: the choice is made, too. ask: see moqk_few_norm. */
+template <uint32_t BYTES, class ASK>
+__device__ __forceinline__ int moqk_few_think(const moqk_few &a, uint8_t *shared, uint32_t x, int plain, moqk_few_choices *c, const ASK &ask)
+{
+    const int32_t warp = threadIdx.y, others = (int32_t)blockDim.y - MOQK_FEW_VOTERS - 1, thread = (warp - MOQK_FEW_VOTERS) * 32 + (int32_t)threadIdx.x;
+    const int ranks = moqk_few_ranks(a, plain);
+    uint32_t *keys = (uint32_t *)(void *)(shared + a.keys_at);
+    uint8_t *room = shared + a.stage_at;
+    if (a.bf16) moqk_few_norm<0>(a, room, x, ask);
+    else moqk_few_norm<1>(a, room, x, ask);
+    __syncthreads();
+    float *sums = (float *)(void *)(a.hidden + (int64_t)c->state.x * (a.routed + MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols));
+    if (warp < MOQK_FEW_VOTERS) {
+        moqk_few_add_up(a, sums, shared + a.logits_at, ranks ? keys : NULL);
+        if (ranks) moqk_few_rank(a, keys, c);
+    } else if (warp < MOQK_FEW_VOTERS + others) {
+        moqk_few_fetch<1>(a, thread, others * 32, x, (float *)(void *)(shared + a.factor_at), NULL);
+        moqk_few_list<1>(a, a.routing.top_k, BYTES, thread, others * 32, (uint4 *)(void *)(shared + a.list_at));
+    } else if (a.bf16) moqk_few_multiply<0>(a, shared, room, sums);
+    else moqk_few_multiply<1>(a, shared, room, sums);
+    if (!ranks) __syncthreads();
+    return ranks;
 }
 
 /* What a block learns from the kernels before: its x and the choices. Warps choose, then others fetch; of a single row the listers have their work behind
    them. */
-template <int ONE> __device__ __forceinline__ void moqk_few_learn(const moqk_few &a, uint8_t *shared, uint32_t x, int plain, moqk_few_choices *c)
+template <int ONE>
+__device__ __forceinline__ void moqk_few_learn(const moqk_few &a, const void *logits, uint8_t *shared, uint32_t x, int plain, moqk_few_choices *c)
 {
     const int32_t warp = threadIdx.y, warps = blockDim.y, lane = threadIdx.x;
-    const int32_t ranked = ONE && plain && a.routing.top_k > 4 && a.routing.experts <= MOQK_FEW_RANKED && warps > 12;
-    const int32_t choosers = ranked ? MOQK_FEW_VOTERS : ONE ? 1 : a.rows, fetchers = warps - choosers - (ONE ? MOQK_FEW_LISTERS : 0);
+    const int32_t ranked = ONE && moqk_few_ranks(a, plain), thread = warp * 32 + lane;
+    const int32_t choosers = ranked ? MOQK_FEW_VOTERS : ONE ? 1 : a.rows;
+    const int32_t fetchers = ONE && a.router.packed ? 0 : warps - choosers - (ONE ? MOQK_FEW_LISTERS : 0);
     uint32_t *keys = (uint32_t *)(void *)(shared + a.keys_at);
     if (warp >= choosers + fetchers) return;
     if (warp >= choosers)
         moqk_few_fetch<ONE>(a, (warp - choosers) * 32 + lane, fetchers * 32, x, (float *)(void *)(shared + a.factor_at),
                             (uint32_t *)(void *)(shared + a.sums_at));
-    else if (ranked) moqk_few_rank(a, keys, c);
-    else if (plain) moqk_few_choose(a, warp, keys, c);
-    else moqk_few_route(a, warp, shared, c);
+    else if (ranked) {
+        if (thread < MOQK_FEW_RANKED) keys[thread] = moqk_few_read(a, logits, 0, thread);
+        moqk_few_rank(a, keys, c);
+    }
+    else if (plain) moqk_few_choose(a, logits, warp, keys, c);
+    else moqk_few_route(a, logits, warp, shared, c);
 }
 
 /* ONE: a single row. Its runs have places of their own in the sums, which are their own signals. Pairs of blocks share all of its runs, of several rows
@@ -12489,13 +12665,24 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     uint4 *list = (uint4 *)(void *)(shared + a.list_at);
     float *factor = (float *)(void *)(shared + a.factor_at), *more = (float *)(void *)(shared + a.more_at);
     const int32_t team = ONE ? a.team : 0, step = warps << team, begin = (warp << team) + ((int32_t)blockIdx.x & team); /* in the list */
-    moqk_few_begin(a, &c, bar, (uint32_t *)(void *)(shared + a.half_at));
+    moqk_few_begin(a, &c, bar, (uint32_t *)(void *)(shared + a.half_at), (uint32_t *)(void *)(shared + a.keys_at));
     if (ONE) moqk_few_lay_out<BYTES>(a, warp - warps + MOQK_FEW_LISTERS, (uint4 *)(void *)(shared + a.sums_at), list);
     else if (a.duo) moqk_cluster_arrive(0);
-    moqk_wait_for_before();
-    moqk_dependents_may_start();
-    if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
-    moqk_few_learn<ONE>(a, shared, base + a.x_at, plain, &c);
+    const int routes = ONE && a.router.packed;
+    const void *logits = routes ? shared + a.logits_at : (const uint8_t *)a.logits;
+    if (routes && warp == warps - 1) moqk_few_ask_router(a, base);
+    const auto begin_reads = [&] {
+        moqk_dependents_may_start();
+        if (warp == warps - 1 && lane == 0) c.state = *(const int2 *)(const void *)a.state;
+        if (ONE && a.into && warp >= warps - MOQK_FEW_LISTERS) moqk_few_hold(a, warp - warps + MOQK_FEW_LISTERS, (float *)(void *)(shared + a.into_at));
+    };
+    int chosen = 0;
+    if constexpr (ONE) if (routes) chosen = moqk_few_think<BYTES>(a, shared, base + a.x_at, plain, &c, begin_reads);
+    if (!routes) {
+        moqk_wait_for_before();
+        begin_reads();
+    }
+    if (!chosen) moqk_few_learn<ONE>(a, logits, shared, base + a.x_at, plain, &c);
     __syncthreads();
     if (!ONE) {
         moqk_few_merge(a, &c);
@@ -12504,16 +12691,16 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
     }
 
     const int32_t *expert = ONE ? c.chosen[0] : c.expert;
-    const int2 counts = moqk_few_count<ONE>(a, c.count);
+    const int2 counts = moqk_few_count<ONE>(a, ONE ? a.routing.top_k : c.count);
     const int32_t end = counts.x + counts.y;
     moqk_few_ahead ahead = {NULL, begin, 0};
 #pragma unroll 1
     for (uint32_t i = 0; i < (ONE ? 1 : MOQK_FEW_STAGES); i++) moqk_few_ask<BYTES>(a, list, end, expert, ring + i * BYTES, bar + 8 * i, ahead);
     if (a.duo) moqk_cluster_wait(); /* the other block's sums are absent */
-    if (plain && warp < rows) moqk_few_weigh(a, warp, &c); /* while the first ones come */
-    const int32_t half = MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
-    const int32_t stale = c.state.y * a.routing.top_k * (a.hidden_cols / 4);
-    uint32_t *hidden = a.hidden + (int64_t)c.state.x * half;
+    if (plain && warp >= warps - rows) moqk_few_weigh(a, logits, warp - warps + rows, &c); /* while the first ones come; the last warps have least to do */
+    const int32_t half = a.routed + MOQK_FEW_ROWS * a.routing.top_k * a.hidden_cols, other = c.state.x ^ 1;
+    const int32_t stale = a.routed / 4 + c.state.y * a.routing.top_k * (a.hidden_cols / 4);
+    uint32_t *hidden = a.hidden + (int64_t)c.state.x * half + a.routed;
 #pragma unroll 1
     for (int32_t i = ((int32_t)blockIdx.x * warps + warp) * 32 + lane; i < stale; i += (int32_t)gridDim.x * warps * 32)
         ((uint4 *)(void *)(a.hidden + (int64_t)other * half))[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
@@ -12622,11 +12809,11 @@ template <int FORM, int STEP, int ONE> __global__ void __launch_bounds__(MOQK_FE
         }
         if (moqk_few_arrive(&c.added[unit], 0)) {
             const int32_t tile = moqk_few_tile(a, item), keep = !a.duo || (unit & 1) == (int32_t)(blockIdx.x & 1);
-            moqk_few_sum_up<0>(a, tile, sums, warps, (const float *)(const void *)(shared + a.half_at) + unit * a.rows * 16, keep);
+            moqk_few_sum_up<0>(a, tile, sums, warps, (const float *)(const void *)(shared + a.half_at) + unit * a.rows * 16, keep, NULL);
             if (keep && tile == 0 && lane == 0) *(int2 *)(void *)a.state = make_int2(other, a.rows); /* read by all: each has made a part of x */
         }
     }
-    if (ONE) moqk_few_rest(a, begin, step, counts.y, c.count * a.side[1].runs, more, other);
+    if (ONE) moqk_few_rest(a, begin, step, counts.y, c.count * a.side[1].runs, more, (const float *)(const void *)(shared + a.into_at), other);
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -13087,6 +13274,10 @@ static int64_t moqc_few_fill_in(moqk_few *f, int form, int32_t warps)
     const int64_t list = f->side[0].units * f->side[0].each + moqc_min(f->routing.top_k * rows, f->routing.experts) * f->side[1].units * f->side[1].runs;
     f->list_at = (uint32_t)at;
     at += list * 16;
+    f->logits_at = (uint32_t)at;
+    at += rows == 1 ? moqk_pad(f->routing.experts * 4, 16) : 0;
+    f->into_at = (uint32_t)at;
+    at += rows == 1 ? f->side[1].units * 64 : 0;
     f->keys_at = (uint32_t)at;
     return at + rows * moqk_pad(f->routing.experts, 128) * 4;
 }
@@ -13251,7 +13442,8 @@ static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
     f->hidden_cols = (int32_t)moqk_pad(x->n, 256);
     f->bf16 = (uint8_t)c->bf16;
     f->pairs = moqc_few_pairs(c, *f, few->form, few->step);
-    const size_t hidden = 2 * (size_t)(MOQK_FEW_ROWS * x->routing.top_k) * (size_t)f->hidden_cols * 4;
+    f->routed = c->sm_count * 16;
+    const size_t hidden = 2 * ((size_t)f->routed + (size_t)(MOQK_FEW_ROWS * x->routing.top_k) * (size_t)f->hidden_cols) * 4;
     few->bytes = first + hidden + 256;
     if (!(few->memory = moqc_take(c, few->bytes, "a mixture of experts", err))) return MOQ_E_NOMEM;
     f->factor = (const float *)few->memory;
@@ -13269,9 +13461,12 @@ static moq_result moqc_few_prepare(moqc_ctx *c, moqc_experts *x, moq_error *err)
     return fine ? MOQ_OK : moqc_why(c, c->name, err);
 }
 
-static void moqc_launch_few(moqc_ctx *c, const struct moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y, void *into)
+/* router: NULL: logits and x are there. */
+static void moqc_launch_few(moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, int32_t rows, void *y, void *into,
+                            const moqk_few_router *router)
 {
     moqk_few f = m->few.call;
+    if (router) f.router = *router;
     const moqc_few_kernel kernel = moqc_few_find(m->few.form, m->few.step, rows == 1);
     int32_t warps, blocks;
     cudaLaunchAttribute with[3];
@@ -13283,6 +13478,58 @@ static void moqc_launch_few(moqc_ctx *c, const struct moqc_experts *m, const voi
     const int64_t bytes = moqc_few_cut(c, &f, m->few.form, &warps, &blocks);
     const cudaLaunchConfig_t how = moqc_few_launch(c, &f, warps, blocks, bytes, with);
     if (moqc_ok(c, moqc_few_room(c, kernel), "cudaFuncSetAttribute")) moqc_ok(c, cudaLaunchKernelEx(&how, kernel, (const moqk_few)f), "moe-few");
+}
+
+/* May a product of >>cuda-decode that makes a norm wait for a mixture? It is launched, or waits. */
+static int moqc_hold_router(const moqc_job *j, int form, const moqk_cut *u)
+{
+    moqc_held *h = j->c->held;
+    const moqk_call *a = &j->call;
+    if (u->norm.threads == 0 || form != MOQK_FAST_BF16 || a->m != 1 || a->part_count != 1 || a->accumulate || j->part->d.rows > MOQK_FEW_EXPERTS) return 0;
+    if (a->x_bf16 != j->c->bf16 || a->y_bf16 != j->c->bf16) return 0;
+    h->router = *j;
+    h->router_cut = *u;
+    h->routes = j->c->waiting = 1;
+    return 1;
+}
+
+/* May the router that waits be one launch with this mixture of a row? The norm's x may be where y is: every block has read it before any value of y is
+   known, to which all blocks contribute. */
+static int moqc_router_fits(const moqc_ctx *c, const moqc_experts *m, const void *x, const void *logits, const void *y)
+{
+    const moqc_held *h = c->held;
+    const moqk_cut *u = &h->router_cut;
+    const int64_t elem = c->bf16 ? 2 : 4, out = m->out * elem, tiles = moqk_ceil(m->routing.experts, 16), chunks = moqk_ceil(m->cols, 64);
+    moqk_few f = m->few.call;
+    int32_t warps, blocks;
+    if (!h->routes || h->experts || h->router.call.y != logits || u->norm.normed != x || h->router.part->d.rows != m->routing.experts ||
+        h->router.part->d.cols != m->cols) return 0;
+    if (!moqc_apart(y, out, x, m->cols * elem) || !moqc_apart(y, out, logits, m->routing.experts * elem)) return 0;
+    f.rows = 1;
+    if (moqc_few_cut(c, &f, m->few.form, &warps, &blocks) == 0) return 0;
+    return warps > MOQK_FEW_VOTERS + MOQK_FEW_LISTERS && u->norm.threads <= 32 * warps && tiles * u->ways <= blocks &&
+        moqk_ceil(chunks, u->ways) <= MOQK_FEW_ROUTED_CHUNKS;
+}
+
+/* The mixture that waits, and its router if that does. into: see moqk_few. */
+static void moqc_launch_mixture(moqc_ctx *c, void *into)
+{
+    const moqc_held *h = c->held;
+    moqk_few_router r;
+    memset(&r, 0, sizeof r);
+    if (h->routes) {
+        const moqk_part *p = &h->router.part->d;
+        r.packed = p->packed[0];
+        r.bias = p->bias;
+        r.x = h->router.call.x;
+        r.logits = h->router.call.y;
+        r.norm = h->router_cut.norm;
+        r.tiles = (int32_t)moqk_ceil(p->rows, 16);
+        r.chunks = (int32_t)moqk_ceil(p->cols, 64);
+        r.ways = h->router_cut.ways;
+        r.factor = p->factor * moqc_form_fix(MOQK_FAST_BF16);
+    }
+    moqc_launch_few(c, h->experts, h->mixed, h->logits, h->mixed_rows, h->mixture, into, h->routes ? &r : NULL);
 }
 
 /* May the mixture that waits add its y to what this norm reads? Blocks would read what others write already where buffers touch. */
@@ -13595,13 +13842,15 @@ static void moqc_moe_pass(moqc_ctx *c, const moqc_experts *m, const void *x, con
 static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x, const void *logits, int32_t rows, void *y)
 {
     moqc_ctx *c = moqc_of(be);
-    moqc_on on(c);
+    moqc_on on(c, 1);
     const moqc_experts *m = (const moqc_experts *)(const void *)experts;
     int64_t elem = c->bf16 ? 2 : 4;
     const int aligned = ((uintptr_t)x & 15) == 0;
+    c->narrowed = NULL;
     const int few = m->few.memory && rows <= (m->cols * m->n <= MOQC_MOE_SMALL ? MOQC_MOE_FEW : MOQC_MOE_FEW_LARGE) && aligned;
     const int64_t little = moqc_max(MOQC_MOE_EACH * m->routing.experts / m->routing.top_k, 1); /* there is room for the feed of so many rows in any case */
     const int64_t most = moqc_min(c->moe_rows, m->fed ? (int64_t)MOQC_MOE_FED : aligned ? (int64_t)MOQC_MOE_ROWS : little);
+    if (!(few && rows == 1 && c->capturing && moqc_router_fits(c, m, x, logits, y))) moqc_let_go(c);
     for (int64_t first = 0, n; first < rows; first += n) {
         const uint8_t *in = (const uint8_t *)x + first * m->cols * elem, *l = (const uint8_t *)logits + first * m->routing.experts * elem;
         uint8_t *out = (uint8_t *)y + first * m->out * elem;
@@ -13615,7 +13864,7 @@ static void moqc_moe(moq_backend *be, const moq_experts *experts, const void *x,
             h->mixed_rows = rows;
             h->mixture = out;
             c->waiting = 1;
-        } else if (few) moqc_launch_few(c, m, in, l, (int32_t)n, out, NULL);
+        } else if (few) moqc_launch_few(c, m, in, l, (int32_t)n, out, NULL, NULL);
         else if (products > 0) moqc_moe_runs(c, m, in, l, n, products, out);
         else moqc_moe_pass(c, m, in, l, n, out);
     }

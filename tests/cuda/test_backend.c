@@ -2397,8 +2397,9 @@ static void test_cuda_together(void)
 }
 
 /* The second block of a layer with experts, and what follows: h = norm(x), logits = router h, d = experts(h), x += d, h = norm(x), q = W h. odd: 1 another
-   call between norm and router, 2 one behind the experts, 4 the sum by itself, 8 x and h are one buffer, which nobody may join. */
-typedef struct mixed { moq_backend *be; moq_weight *router, *next; moq_experts *experts; void *at[6]; int count[6], rows, odd; } mixed;
+   call between norm and router, 2 one behind the experts, 4 the sum by itself, 8 x and h are one buffer, which nobody may join, 16 one between router and
+   experts, 32 experts of h that follow logits of another row, 64 a NaN in x, 128 the router has biases. */
+typedef struct mixed { moq_backend *be; moq_weight *router, *next; moq_experts *experts; void *at[7]; int count[6], rows, odd; } mixed;
 
 static void mixed_run(mixed *c)
 {
@@ -2414,7 +2415,8 @@ static void mixed_run(mixed *c)
     be->norm(be, &n);
     if (c->odd & 1) be->copy(be, at[5], h, 64);
     be->linear(be, c->router, h, c->rows, at[2]);
-    be->moe(be, c->experts, h, at[2], c->rows, at[3]);
+    if (c->odd & 16) be->copy(be, at[5], h, 64);
+    be->moe(be, c->experts, h, c->odd & 32 ? at[6] : at[2], c->rows, at[3]);
     if (c->odd & 2) be->copy(be, at[5], at[3], 64);
     if (c->odd & 4) be->add(be, at[0], at[3], (size_t)c->count[0]);
     else n.add = at[3];
@@ -2431,14 +2433,20 @@ static void mixed_result(mixed *c, const float *x, float *out, moq_graph *g)
     for (int i = 0; i < 6; out += c->count[i], i++) c->be->download_act(c->be, out, c->at[i], (size_t)c->count[i]);
 }
 
+/* The routing of these, as few_routing says; n: between an expert's products. */
+typedef struct mixed_experts { int count, top, kind_of_routing, n; } mixed_experts;
+
 /* router: its format; hidden: a multiple of 32, from 1024 on the router's product may make the norm. */
-static void check_mixed(moq_dtype activations, int router, int rows, int hidden, int odd)
+static void check_mixed(moq_dtype activations, int router, int rows, int hidden, int odd, mixed_experts x_of)
 {
-    enum { EXPERTS = 16, INTER = 512 };
+    enum { MOST = 128 };
+    const int EXPERTS = x_of.count, INTER = x_of.n;
+    const few_case routing = {4, EXPERTS, x_of.top, x_of.kind_of_routing, MOQ_SILU_MUL, hidden, INTER, hidden, 0, activations, 0};
     moq_error err;
     mixed c;
-    layer l[2], e[3 * EXPERTS];
-    moq_linear all[3 * EXPERTS];
+    layer l[2], *e = (layer *)calloc(3 * MOST, sizeof *e);
+    moq_linear *all = (moq_linear *)calloc(3 * MOST, sizeof *all);
+    float *bias = random_floats(MOST);
     moq_moe m;
     const int counts[6] = {hidden, hidden, EXPERTS, hidden, 96, 64};
     memset(&c, 0, sizeof c);
@@ -2453,9 +2461,8 @@ static void check_mixed(moq_dtype activations, int router, int rows, int hidden,
         all[i] = e[i].w;
     }
     m.name = "mixed";
-    m.routing.experts = EXPERTS;
-    m.routing.top_k = 3;
-    m.routing.renormalize = 1;
+    if (odd & 128) l[0].w.bias = layer_view(layer_floats(&l[0], EXPERTS, 1), MOQ_F32, EXPERTS);
+    few_routing(&routing, bias, &m.routing);
     m.activation.kind = MOQ_SILU_MUL;
     m.gate = all;
     m.up = all + EXPERTS;
@@ -2468,6 +2475,8 @@ static void check_mixed(moq_dtype activations, int router, int rows, int hidden,
     for (int i = 0; i < 6; i++) sum += (size_t)(c.count[i] = counts[i] * (i == 5 ? 1 : rows));
     for (int i = 0; i < 6; i++) c.at[i] = device_floats(c.be, NULL, (size_t)c.count[i]);
     float *x = random_floats((size_t)c.count[0]), *y = random_floats(sum), *z = random_floats(sum);
+    c.at[6] = device_floats(c.be, y, (size_t)c.count[2]);
+    if (odd & 64) x[hidden / 2] = moqi_bits_f32(0xffffffffu);
     mixed_result(&c, x, y, NULL);
     CHECK(c.be->capture_begin(c.be, &err) == MOQ_OK);
     mixed_run(&c);
@@ -2481,28 +2490,30 @@ static void check_mixed(moq_dtype activations, int router, int rows, int hidden,
                            layer_formats[router].name, rows, hidden, odd, wrong, sum, first, (double)y[first], (double)z[first]);
         CHECK(wrong == 0);
     }
-    CHECK(y[0] == y[0] && y[c.count[0]] == y[c.count[0]]);
+    CHECK((y[0] == y[0] && y[c.count[0]] == y[c.count[0]]) == !(odd & 64));
     c.be->release_graph(c.be, g);
-    for (int i = 0; i < 6; i++) c.be->release(c.be, c.at[i]);
+    for (int i = 0; i < 7; i++) c.be->release(c.be, c.at[i]);
     c.be->release_weight(c.be, c.router);
     c.be->release_weight(c.be, c.next);
     c.be->release_moe(c.be, c.experts);
     for (int i = 0; i < 3 * EXPERTS; i++) layer_free(&e[i]);
     for (int i = 0; i < 2; i++) layer_free(&l[i]);
-    free(x); free(y); free(z);
+    free(x); free(y); free(z); free(bias); free(e); free(all);
     done(c.be);
 }
 
 static void test_cuda_together_mixed(void)
 {
-    static const int routers[5] = {2, 11, 14, 16, 4}, odds[5] = {0, 1, 2, 4, 8};
+    static const int routers[5] = {2, 11, 14, 16, 4}, odds[9] = {0, 1, 2, 4, 8, 16, 32, 64, 128};
+    static const mixed_experts plain = {16, 3, 0, 512}, others[5] = {{16, 6, 1, 512}, {24, 5, 2, 256}, {16, 3, 3, 512}, {40, 6, 4, 512}, {128, 8, 0, 272}};
     for (int bf16 = 0; bf16 < 2; bf16++) {
         const moq_dtype t = bf16 ? MOQ_BF16 : MOQ_F32;
-        for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_mixed(t, 2, 1, 1056, odds[o]);
-        for (size_t f = 0; f < MOQI_COUNT(routers); f++) check_mixed(t, routers[f], 1, 1024, 0);
-        for (int rows = 2; rows <= 6; rows += 2) check_mixed(t, 2, rows, 1024, 0);
-        check_mixed(t, 2, 1, 512, 0);
-        check_mixed(t, 2, 1, 2080, 0);
+        for (size_t o = 0; o < MOQI_COUNT(odds); o++) check_mixed(t, 2, 1, 1056, odds[o], plain);
+        for (size_t f = 0; f < MOQI_COUNT(routers); f++) check_mixed(t, routers[f], 1, 1024, 0, plain);
+        for (int rows = 2; rows <= 6; rows += 2) check_mixed(t, 2, rows, 1024, 0, plain);
+        check_mixed(t, 2, 1, 512, 0, plain);
+        check_mixed(t, 2, 1, 2080, 0, plain);
+        for (size_t i = 0; i < MOQI_COUNT(others); i++) check_mixed(t, 2, 1, 1024 + 32 * (int)i, i % 2 ? 128 : 0, others[i]);
     }
 }
 
