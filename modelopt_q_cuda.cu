@@ -3163,18 +3163,8 @@ template <int FORM, int STEP> struct moqk_run_factors {
             asm volatile("prefetch.global.L2 [%0];" :: "l"(zeros + group * 8));
         }
     }
-    /* Before SM90: into the lane's own places behind a chunk's codes, [EACH] of 8 bytes x 32 lanes and of 4 x 32, and out of them. */
+    /* Before SM90 they come into the lane's own places behind a chunk's codes, [EACH] of 8 bytes x 32 lanes and of 4 x 32. */
     static constexpr uint32_t COPIES = STEP > 0 ? EACH * 384 : 0;
-    __device__ static __forceinline__ void copy(const float2 *scales, const uint16_t *zeros, int32_t c, int shift, uint32_t to)
-    {
-#pragma unroll
-        for (int i = 0; i < (STEP > 0 ? EACH : 0); i++) {
-            const int32_t group = (c * 256 + (i * 4 + ((int32_t)threadIdx.x & 3)) * STEP) >> shift;
-            const uint64_t pair = (uint64_t)(uintptr_t)(zeros + group * 8) & ~(uint64_t)3; /* of two rows */
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(to + (i * 32 + threadIdx.x) * 8), "l"(scales + group * 8) : "memory");
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to + EACH * 256 + (i * 32 + threadIdx.x) * 4), "l"(pair) : "memory");
-        }
-    }
     __device__ __forceinline__ void take(uint32_t at)
     {
 #pragma unroll
@@ -3194,18 +3184,58 @@ template <int FORM, int STEP> struct moqk_run_factors {
 };
 
 /* A warp's next chunk before SM90, where no copy engine is: each lane copies 16 bytes at a time, and its own factors. More than a chunk of a warp on its
-   way delays x there. */
-template <int FORM, int STEP>
-__device__ __forceinline__ void moqk_run_copy(const uint8_t *src, uint32_t at, const float2 *scales, const uint16_t *zeros, int32_t c, int shift)
-{
-    constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
-    const uint32_t lane = threadIdx.x;
+   way delays x there. Addresses are made while the chunk before is on its way: what stands between a chunk and the request for the next delays all behind. */
+template <int FORM, int STEP> struct moqk_run_copies {
+    static constexpr uint32_t BYTES = moqk_chunk_bytes(FORM);
+    static constexpr int EACH = STEP == 0 ? 0 : moqk_run_factors<FORM, STEP>::EACH;
+    const uint8_t *src;        /* the lane's codes of the next chunk */
+    const uint8_t *scales, *zeros; /* those of group 0; zeros of two rows */
+    const uint8_t *scale[2], *zero[2]; /* of the next chunk */
+    uint32_t to, scale_to, zero_to;
+    int32_t col, shift;        /* the lane's first column of the next chunk */
+
+    __device__ __forceinline__ void open(const uint8_t *first, uint32_t at, const float2 *s, const uint16_t *z, int32_t c, int32_t group_shift)
+    {
+        const uint32_t lane = threadIdx.x;
+        src = first + lane * 16;
+        to = at + lane * 16;
+        if (STEP == 0) return;
+        scales = (const uint8_t *)s;
+        zeros = (const uint8_t *)((uintptr_t)z & ~(uintptr_t)3);
+        scale_to = at + BYTES + lane * 8;
+        zero_to = at + BYTES + EACH * 256 + lane * 4;
+        col = c * 256 + (int32_t)(lane & 3) * STEP;
+        shift = group_shift;
+    }
+    __device__ __forceinline__ void aim()
+    {
 #pragma unroll
-    for (uint32_t i = 0; i < BYTES; i += 512)
-        if (i + 512 <= BYTES || lane < (BYTES - i) / 16)
-            asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" :: "r"(at + i + lane * 16), "l"(src + i + lane * 16) : "memory");
-    moqk_run_factors<FORM, STEP>::copy(scales, zeros, c, shift, at + BYTES);
-}
+        for (int i = 0; i < EACH; i++) {
+            const int32_t group = (col + i * 4 * STEP) >> shift;
+            scale[i] = scales + (int64_t)group * 64;
+            zero[i] = zeros + (int64_t)group * 16;
+            asm volatile("" : "+l"(scale[i]), "+l"(zero[i])); /* here, not where they are used */
+        }
+    }
+    __device__ __forceinline__ void copy()
+    {
+        const uint32_t lane = threadIdx.x;
+#pragma unroll
+        for (uint32_t i = 0; i < BYTES; i += 512)
+            if (i + 512 <= BYTES || lane < (BYTES - i) / 16)
+                asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" :: "r"(to + i), "l"(src + i) : "memory");
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" :: "r"(scale_to + i * 256), "l"(scale[i]) : "memory");
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(zero_to + i * 128), "l"(zero[i]) : "memory");
+        }
+    }
+    __device__ __forceinline__ void step()
+    {
+        src += BYTES;
+        col += 256;
+    }
+};
 
 /* Asks for the first `count` chunks of a run, a lane each. */
 template <int FORM> __device__ __forceinline__ void moqk_run_ask(const uint8_t *src, uint32_t ring, uint32_t bar, int32_t count)
@@ -3329,6 +3359,7 @@ __device__ __forceinline__ void moqk_run_chunk(const uint4 (&w)[4], uint2 bytes,
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     if (last) acc[n][i] += STEP == 0 ? sum[n][i] : sum[n][i] * (i < 2 ? f.x : f.y);
+            if (MOQK_SM80 && STEP == 64 && (LATE || last)) __syncwarp(); /* else ptxas moves the reads of x together: no registers */
         }
     }
 }
@@ -3425,19 +3456,22 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
     if (ONE) asm volatile("" : "+r"(at), "+r"(full)); /* or they are worked out anew in the loop */
 #if MOQK_SM80
     uint32_t jump = cut.place; /* to the other place */
+    moqk_run_copies<FORM, STEP> next;
+    next.open(src, at, scales, zeros, c0 + 1, shift);
     for (int32_t c = 0, turn = cut.place ? 0 : n; c < n;) {
 #else
     const uint32_t first_x_bar = x_bar;
     for (int32_t c = 0, ahead = cut.ahead, turn = cut.bulk ? 0 : n; c < n;) {
 #endif
-        const int32_t until = LATE || ROW ? n : min(n, c + cut.phase);
-        if (!LATE && !ROW && cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
+        const int32_t until = LATE || ROW || MOQK_SM80 ? n : min(n, c + cut.phase);
+        if (!MOQK_SM80 && !LATE && !ROW && cut.bulk) moqk_barrier_wait(x_bar, 0); /* x of these chunks */
         if (!LATE) x_bar += 8;
 #pragma unroll 1
         for (; c < until; c++) {
             uint4 w[1][4];
             uint2 bytes[1] = {make_uint2(0, 0)};
 #if MOQK_SM80
+            next.aim();
             asm volatile("cp.async.wait_all;" ::: "memory");
             __syncwarp();
 #else
@@ -3450,7 +3484,8 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
 #if MOQK_SM80
             h[0].take(at + BYTES);
             __syncwarp();
-            if (c + 1 < n) moqk_run_copy<FORM, STEP>(src, at, scales, zeros, c0 + c + 1, shift);
+            if (c + 1 < n) next.copy();
+            next.step();
 #else
             moqk_run_factors<FORM, STEP> next;
             next.load(scales, zeros, min(c0 + c + 1, c0 + n - 1), shift); /* a chunk ahead */
@@ -3461,8 +3496,8 @@ __device__ __forceinline__ void moqk_run_chunks(const moqk_call &a, const moqk_r
                 moqk_barrier_expect(full, BYTES);
                 moqk_bulk_stream(at, src, BYTES, full);
             }
-#endif
             src += BYTES;
+#endif
 #if MOQK_SM80
             if (LATE && c == turn) { /* this phase of x is there for the whole way, which is done with the one before */
                 asm volatile("bar.sync %0, %1;" :: "r"(threadIdx.z + 1), "r"(blockDim.y * 32) : "memory");
@@ -3859,7 +3894,12 @@ __global__ void __launch_bounds__(WARPS * 32, 1) moqk_decode_run(const __grid_co
 #if MOQK_SM80
     const float2 *scales = (const float2 *)(p.packed + scales_at) + scale;
     const uint16_t *zeros = (const uint16_t *)(p.packed + scales_at + (int64_t)tile_count * p.groups * 64) + scale;
-    const auto ask_now = [&] { if (n > 0) moqk_run_copy<FORM, STEP>(src, ring, scales, zeros, c0, p.shift); };
+    const auto ask_now = [&] {
+        moqk_run_copies<FORM, STEP> first;
+        first.open(src, ring, scales, zeros, c0, p.shift);
+        first.aim();
+        if (n > 0) first.copy();
+    };
     if (early) ask_now();
     const auto ask = [&] { if (!early) ask_now(); };
 #else
