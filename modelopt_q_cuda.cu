@@ -4046,7 +4046,7 @@ typedef struct moqk_gemm_args {
     const uint8_t *x16;
     int64_t tokens;
     float *partial;            /* [2 * blocks][warpgroups][BM / 8][128] of float4; mma.sync: halves of a tile's rows for warpgroups */
-    int32_t *turn;             /* [blocks][warpgroups], 0 between launches */
+    int32_t *turn;             /* [blocks][warpgroups], 0 between launches; few tokens by mma.sync: [blocks] */
     const float *token_unit;
     const float *x_scale;      /* >>cuda-gemm-bytes: of 128 columns of a token, [slabs][tokens]; NULL: none */
     int32_t units, w_units;    /* of a tile: of all parts of x, of one */
@@ -5911,54 +5911,76 @@ __global__ void __launch_bounds__(384, 1) moqk_gemm_bytes(const __grid_constant_
    Four warps of 32 rows x 128 tokens, or as many of these as a tile has; x comes by cp.async through a ring in shared memory and by ldmatrix into registers,
    a step ahead of its products. Each register of x meets 32 rows of decoded weights: reading x takes half of the clocks that the products take. Group scales
    may multiply F32 sums instead of weights here (GROUPED 2), which keeps 4-bit integers and FP8 blocks as exact as their scales.
+   Weights of 4 bits have a kernel for tiles of up to 32 tokens where there is no wgmma: with a quarter of the sums four blocks run on a multiprocessor (24 KB
+   of shared memory each, on 8.6 too), which hide what decoding waits for, and BF16 x that is wanted as it is comes from where it is.
    ------------------------------------------------------------------------------------------------ */
 
-enum { MOQK_MMA_TOKENS = 128, MOQK_MMA_COPY = 16 }; /* tiles of up to so many tokens; of x that a block's threads copy at a time */
+/* Tiles of up to so many tokens; few ones of 4-bit weights, so many blocks on a multiprocessor; tokens of x that a block's threads copy at a time. */
+enum { MOQK_MMA_TOKENS = 128, MOQK_MMA_FEW = 32, MOQK_MMA_BLOCKS = 4, MOQK_MMA_COPY = 16 };
 
 /* Bytes of a slab of x and how many slabs shared memory holds, one more than blocks of the weights; what a tile of so many tokens needs: 48.5 KB at
    most, 56 KB for few tokens of BF16 weights, so that two blocks fit on a multiprocessor of compute capability 8.6 (100 KB), too, but for those. */
-__host__ __device__ static constexpr int moqk_mma_slab(int tokens) { return tokens > 64 ? MOQK_MMA_TOKENS * 128 : 8192; }
-__host__ __device__ static constexpr int moqk_mma_ring(int form, int tokens) { return tokens > 64 ? 2 : moqk_fast_bits(form) == 4 ? 4 : 3; }
-__host__ __device__ static constexpr int moqk_mma_shared(int form, int grouped, int tokens)
+__host__ __device__ static constexpr int moqk_mma_slab(int tokens, int most)
 {
-    return moqk_mma_ring(form, tokens) * moqk_mma_slab(tokens) + 4 * moqk_stream_bytes(form, grouped, moqk_mma_ring(form, tokens) - 1);
+    return most < MOQK_MMA_TOKENS ? most * 128 : tokens > 64 ? MOQK_MMA_TOKENS * 128 : 8192;
+}
+__host__ __device__ static constexpr int moqk_mma_ring(int form, int tokens, int most)
+{
+    return most < MOQK_MMA_TOKENS ? 3 : tokens > 64 ? 2 : moqk_fast_bits(form) == 4 ? 4 : 3;
+}
+__host__ __device__ static constexpr int moqk_mma_shared(int form, int grouped, int tokens, int most)
+{
+    return moqk_mma_ring(form, tokens, most) * moqk_mma_slab(tokens, most) + 4 * moqk_stream_bytes(form, grouped, moqk_mma_ring(form, tokens, most) - 1);
 }
 
-/* A slab's 64 columns are worked on in steps of 16 products: 32 columns of 32 tokens or, where scales are on sums, all columns of 16 tokens, which need half
-   as many sums at a time. Where a step's matrix i of four lies: its 8 tokens, its half of the columns. */
-template <int GROUPED> __device__ static constexpr int moqk_step_tokens(int step, int i) { return GROUPED == 2 ? 2 * step + (i & 1) : (step >> 1) * 4 + i; }
-template <int GROUPED> __device__ static constexpr int moqk_step_half(int step, int i) { return GROUPED == 2 ? i >> 1 : step & 1; }
+/* A slab's 64 columns are worked on in steps of 16 products: 32 columns of 32 tokens or, ALL, all columns of 16 tokens: where scales are on sums, which are
+   half as many at a time then, and where x is as it came. Where a step's matrix i of four lies: its 8 tokens, its half of the columns. */
+template <int ALL> __device__ static constexpr int moqk_step_tokens(int step, int i) { return ALL ? 2 * step + (i & 1) : (step >> 1) * 4 + i; }
+template <int ALL> __device__ static constexpr int moqk_step_half(int step, int i) { return ALL ? i >> 1 : step & 1; }
 
-/* A step's right operands. x: where the lane's row of the slab's first matrix is, and of the one 32 columns on. */
-template <int STEP, int GROUPED> __device__ __forceinline__ void moqk_load_step(const uint32_t (&x)[2], uint32_t (&v)[4][4])
+/* A step's right operands. x: where the lane's row of the slab's first matrix is, and of the one 32 columns on. AS_IS: columns are not turned for weights of
+   4-bit floats (see moqk_pack_x), whose product k takes columns 2 k and 2 k + 1 of the lane's 16 and those 8 on: x is where the 16 are, and their second 8. */
+template <int STEP, int ALL, int AS_IS> __device__ __forceinline__ void moqk_load_step(const uint32_t (&x)[2], uint32_t (&v)[4][4])
 {
 #pragma unroll
-    for (int i = 0; i < 4; i++) moqk_load_matrices(x[moqk_step_half<GROUPED>(STEP, i)] + moqk_step_tokens<GROUPED>(STEP, i) * 1024, v[i]);
+    for (int i = 0; i < 4; i++) {
+        const uint32_t at = x[moqk_step_half<ALL>(STEP, i)] + moqk_step_tokens<ALL>(STEP, i) * 1024;
+        if (AS_IS) {
+            const uint4 q = moqk_read16(at);
+            v[i][0] = q.x;
+            v[i][1] = q.y;
+            v[i][2] = q.z;
+            v[i][3] = q.w;
+        } else moqk_load_matrices(at, v[i]);
+    }
 }
 
 /* d += W x of a slab from STEP on or, with scales on sums, d += scale * (W x) of 32 columns at a time or, WIDE, of all. The next step's x comes while this
    one's products run; v: the first one's. */
-template <int STEP, int GROUPED, int WIDE, typename W>
-__device__ __forceinline__ void moqk_multiply_slab(float (&d)[2][64], const uint32_t (&a)[2][16], const uint32_t (&x)[2], int32_t tokens, const W (&w)[2],
+template <int STEP, int GROUPED, int WIDE, int BM, int AS_IS, typename W>
+__device__ __forceinline__ void moqk_multiply_slab(float (&d)[2][BM / 2], const uint32_t (&a)[2][16], const uint32_t (&x)[2], int32_t tokens, const W (&w)[2],
                                                    uint32_t (&v)[2][4][4])
 {
-    if constexpr (STEP < 8) {
-        constexpr int NEXT = (STEP + 1) % 8;
-        const int more = STEP < 7 && (moqk_step_half<GROUPED>(NEXT, 0) > 0 || tokens > moqk_step_tokens<GROUPED>(NEXT, 0) * 8);
-        if (more) moqk_load_step<NEXT, GROUPED>(x, v[NEXT & 1]);
+    constexpr int STEPS = BM / 16, ALL = GROUPED == 2 || AS_IS;
+    if constexpr (STEP < STEPS) {
+        constexpr int NEXT = (STEP + 1) % STEPS;
+        const int more = STEP < STEPS - 1 && (moqk_step_half<ALL>(NEXT, 0) > 0 || tokens > moqk_step_tokens<ALL>(NEXT, 0) * 8);
+        if (more) moqk_load_step<NEXT, ALL, AS_IS>(x, v[NEXT & 1]);
         float sum[2][2][4];
-        constexpr int EACH = GROUPED == 2 || STEP >= 6 ? 2 : 4; /* tiles of 104 and 112 tokens end in the middle of the last steps */
+        constexpr int EACH = ALL || STEP >= 6 ? 2 : 4; /* tiles of 104 and 112 tokens end in the middle of the last steps */
 #pragma unroll
-        for (int pair = 0; pair < (GROUPED == 2 ? 2 : 4); pair += EACH) {
-            if (pair > 0 && tokens <= moqk_step_tokens<GROUPED>(STEP, pair) * 8) break;
+        for (int pair = 0; pair < (ALL ? 2 : 4); pair += EACH) {
+            if (pair > 0 && tokens <= moqk_step_tokens<ALL>(STEP, pair) * 8) break;
 #pragma unroll
-            for (int k = 0; k < (GROUPED == 2 ? 4 : 2); k++) {
-                const int first = k == 0 || (!WIDE && k == 2), last = k == 3 || (!WIDE && k == 1), half = moqk_step_half<GROUPED>(STEP, k & 2);
+            for (int k = 0; k < (ALL ? 4 : 2); k++) {
+                const int first = k == 0 || (!WIDE && k == 2), last = k == 3 || (!WIDE && k == 1), half = moqk_step_half<ALL>(STEP, k & 2);
 #pragma unroll
                 for (int ir = 0; ir < 2 * EACH; ir++) {
                     const int i = pair + ir / 2, r = ir % 2;
-                    const uint32_t *u = v[STEP & 1][GROUPED == 2 ? (k & 2) + i : i] + (k & 1) * 2, *left = a[r] + 8 * half + 4 * (k & 1);
-                    float *to = d[r] + 4 * moqk_step_tokens<GROUPED>(STEP, i);
+                    const uint32_t (&now)[4][4] = v[STEP & 1], *left = a[r] + 8 * half + 4 * (k & 1);
+                    const uint32_t u[2] = {AS_IS ? now[i][k] : now[ALL ? (k & 2) + i : i][(k & 1) * 2],
+                                           AS_IS ? now[(2 + i) & 3][k] : now[ALL ? (k & 2) + i : i][(k & 1) * 2 + 1]};
+                    float *to = d[r] + 4 * moqk_step_tokens<ALL>(STEP, i);
                     if (GROUPED != 2) { moqk_product(to, left, u[0], u[1]); continue; }
                     if (first) sum[r][i][0] = sum[r][i][1] = sum[r][i][2] = sum[r][i][3] = 0;
                     moqk_product(sum[r][i], left, u[0], u[1]);
@@ -5968,7 +5990,7 @@ __device__ __forceinline__ void moqk_multiply_slab(float (&d)[2][64], const uint
                 }
             }
         }
-        if (more) moqk_multiply_slab<STEP + 1, GROUPED, WIDE>(d, a, x, tokens, w, v);
+        if (more) moqk_multiply_slab<STEP + 1, GROUPED, WIDE, BM, AS_IS>(d, a, x, tokens, w, v);
     }
 }
 
@@ -5982,13 +6004,15 @@ template <int AT> __device__ __forceinline__ void moqk_ask_tokens(uint32_t to, c
 }
 
 /* As moqk_join, of all rows of a tile of so many tokens: both halves are left, and added, at once. */
+template <int BM>
 __device__ __forceinline__ int moqk_join_tile(const moqk_gemm_args &b, const moqk_piece &q, uint32_t total, int32_t tokens, volatile int &room,
-                                              float (&d)[2][64])
+                                              float (&d)[2][BM / 2])
 {
     const uint32_t begin = (uint32_t)(q.tile * b.units), low = moqk_run_of(total, begin), high = moqk_run_of(total, begin + b.units - 1), me = blockIdx.x;
-    constexpr uint32_t SIZE = 128 * (MOQK_MMA_TOKENS / 8);
+    constexpr uint32_t SIZE = 128 * (BM / 8);
+    constexpr int HALF = BM > 64 ? BM / 16 : BM / 8;
     float4 *all = (float4 *)b.partial + threadIdx.x;
-    int32_t *turn = b.turn + 2 * low, others = (int32_t)(high - low);
+    int32_t *turn = b.turn + (BM == MOQK_MMA_FEW ? low : 2 * low), others = (int32_t)(high - low);
     const int early = me <= low + 1; /* adding the others to what it has is the order of the columns */
     if (threadIdx.x == 0) room = early && atomicAdd(turn, 0) == others;
     __syncthreads();
@@ -5998,7 +6022,7 @@ __device__ __forceinline__ int moqk_join_tile(const moqk_gemm_args &b, const moq
 #pragma unroll
         for (int r = 0; r < 2; r++)
 #pragma unroll
-            for (int i = 0; i < MOQK_MMA_TOKENS / 8; i++)
+            for (int i = 0; i < BM / 8; i++)
                 if (i * 8 < tokens) __stcg(mine + r * SIZE + i * 128, make_float4(d[r][4 * i], d[r][4 * i + 1], d[r][4 * i + 2], d[r][4 * i + 3]));
         __threadfence();
         __syncthreads();
@@ -6010,24 +6034,24 @@ __device__ __forceinline__ int moqk_join_tile(const moqk_gemm_args &b, const moq
     __threadfence();
     if (threadIdx.x == 0) *turn = 0;
 #pragma unroll
-    for (int i = 0; i < 128; i++) d[i >> 6][i & 63] = early ? d[i >> 6][i & 63] : 0;
+    for (int i = 0; i < BM; i++) d[i / (BM / 2)][i % (BM / 2)] = early ? d[i / (BM / 2)][i % (BM / 2)] : 0;
 #pragma unroll 1
     for (uint32_t c = low; c <= high; c++) {
         if (early && c == me) continue;
         const float4 *from = all + (2 * c + (moqk_run_start(total, c) <= begin)) * 2 * SIZE;
 #pragma unroll
-        for (int half = 0; half < 2; half++) { /* of the tokens: all reads of one are on their way at once */
-            if (half * 64 >= tokens) break;
-            float4 v[2][8];
+        for (int half = 0; half < BM / 8 / HALF; half++) { /* of the tokens: all reads of one are on their way at once */
+            if (half * HALF * 8 >= tokens) break;
+            float4 v[2][HALF];
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const int at = half * 8 + (i & 7);
-                v[i >> 3][i & 7] = at * 8 < tokens ? __ldcg(from + (i >> 3) * SIZE + at * 128) : make_float4(0, 0, 0, 0);
+            for (int i = 0; i < 2 * HALF; i++) {
+                const int at = half * HALF + i % HALF;
+                v[i / HALF][i % HALF] = at * 8 < tokens ? __ldcg(from + i / HALF * SIZE + at * 128) : make_float4(0, 0, 0, 0);
             }
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                float *to = d[i >> 3] + half * 32 + (i & 7) * 4;
-                const float4 u = v[i >> 3][i & 7];
+            for (int i = 0; i < 2 * HALF; i++) {
+                float *to = d[i / HALF] + half * HALF * 4 + i % HALF * 4;
+                const float4 u = v[i / HALF][i % HALF];
                 to[0] += u.x;
                 to[1] += u.y;
                 to[2] += u.z;
@@ -6038,14 +6062,20 @@ __device__ __forceinline__ int moqk_join_tile(const moqk_gemm_args &b, const moq
     return 1;
 }
 
-template <int FORM, int GROUPED>
-__global__ void __launch_bounds__(128, 2) moqk_gemm_mma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
+template <int FORM, int GROUPED, int BM>
+__global__ void __launch_bounds__(128, BM == MOQK_MMA_FEW ? MOQK_MMA_BLOCKS : 2)
+moqk_gemm_mma(const __grid_constant__ moqk_call a, const __grid_constant__ moqk_gemm_args b)
 {
+    if constexpr (MOQK_WGMMA && BM == MOQK_MMA_FEW) return; /* nobody calls it there: see moqc_mma_few */
     extern __shared__ __align__(128) uint8_t shared[];
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    const int32_t stages = moqk_mma_ring(FORM, b.tile_tokens), slab = moqk_mma_slab(b.tile_tokens), bytes = moqk_stream_bytes(FORM, GROUPED, stages - 1);
+    const int32_t stages = moqk_mma_ring(FORM, b.tile_tokens, BM), slab = moqk_mma_slab(b.tile_tokens, BM);
+    const int32_t bytes = moqk_stream_bytes(FORM, GROUPED, stages - 1);
     const uint32_t weights = (uint32_t)__cvta_generic_to_shared(shared), ring = weights + 4 * bytes;
-    const uint32_t row = (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+    constexpr int FEW = BM == MOQK_MMA_FEW, AS_IS = FEW && FORM <= MOQK_MXFP4;
+    const int direct = FEW && b.direct;
+    const uint32_t row = AS_IS ? (lane >> 2) * 128 + ((2 * (lane & 3) ^ (lane >> 2)) << 4) : (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+    const uint32_t mine = thread * 16 ^ (direct ? (thread >> 3 & 7) << 4 : 0); /* in a slab */
     __shared__ int flag;
     moqk_stream<FORM, GROUPED> w;
     moqk_piece q;
@@ -6054,17 +6084,31 @@ __global__ void __launch_bounds__(128, 2) moqk_gemm_mma(const __grid_constant__ 
     while (moqk_next_piece<FORM, GROUPED, 0>(a, b, &q)) {
         const int32_t first = q.from * 4, last = q.to * 4 - 1, tokens = q.end - q.x_first;
         const uint8_t *src = b.x16 + ((int64_t)first * b.tokens + q.x_first) * 128 + thread * 16;
-        float d[2][64];
+        int64_t pitch = b.tokens * 128, apart = MOQK_MMA_COPY * 128; /* from a slab to the next one, to the other half of few tokens */
+        if (direct) {
+            const int32_t token = q.x_first + (thread >> 3);
+            src = (const uint8_t *)a.x + ((int64_t)min(token, a.m - 1) * a.ldx + first * 64 + (thread & 7) * 8) * 2;
+            pitch = 128;
+            apart = (int64_t)(min(token + MOQK_MMA_COPY, a.m - 1) - min(token, a.m - 1)) * a.ldx * 2;
+        }
+        const auto ask_x = [&](int32_t slot_to) {
+            const uint32_t at = ring + slot_to * slab + mine;
+            if constexpr (FEW) {
+                moqk_copy_async(at, src);
+                if (tokens > MOQK_MMA_COPY) moqk_copy_async(at + MOQK_MMA_COPY * 128, src + apart);
+            } else moqk_ask_tokens<0>(ring + slot_to * slab + thread * 16, src, tokens);
+        };
+        float d[2][BM / 2];
         int32_t to = 0, slot = 0, weights_slot = 0; /* the next of x to be written; those of the block that is worked on */
         w.open(*q.p, q.row_tile * 8 + warp, b.w_units, weights + warp * bytes, stages - 1);
 #pragma unroll
-        for (int i = 0; i < 128; i++) d[i >> 6][i & 63] = 0;
+        for (int i = 0; i < BM; i++) d[i / (BM / 2)][i % (BM / 2)] = 0;
         __syncthreads(); /* the ring was the room of the tile before */
 #pragma unroll 1
         for (; to < stages - 1; to++) { /* a block of x and of the weights are a group, an empty one past the last */
             if (first + to <= last) {
-                moqk_ask_tokens<0>(ring + to * slab + thread * 16, src, tokens);
-                src += b.tokens * 128;
+                ask_x(to);
+                src += FEW ? pitch : b.tokens * 128;
                 w.ask(first + to, to);
             }
             asm volatile("cp.async.commit_group;" ::: "memory");
@@ -6072,35 +6116,35 @@ __global__ void __launch_bounds__(128, 2) moqk_gemm_mma(const __grid_constant__ 
 #pragma unroll 1
         for (int32_t at = first; at <= last; at++) {
             uint32_t fragments[2][16], v[2][4][4];
-            const uint32_t x[2] = {ring + slot * slab + row, (ring + slot * slab + row) ^ 64};
+            const uint32_t x[2] = {ring + slot * slab + row, (ring + slot * slab + row) ^ (AS_IS ? 16 : 64)};
             if (stages == 2) asm volatile("cp.async.wait_group 0;" ::: "memory");
             else if (stages == 3) asm volatile("cp.async.wait_group 1;" ::: "memory");
             else asm volatile("cp.async.wait_group 2;" ::: "memory");
             __syncthreads(); /* block `at` is there for all, the one before is done with */
-            moqk_load_step<0, GROUPED>(x, v[0]);
+            moqk_load_step<0, GROUPED == 2 || AS_IS, AS_IS>(x, v[0]);
             w.fetch(at, weights_slot);
             const int more = at + stages - 1 <= last;
-            if (more) moqk_ask_tokens<0>(ring + to * slab + thread * 16, src, tokens);
+            if (more) ask_x(to);
             w.decode(at, fragments);
             if (GROUPED) __syncwarp(); /* all lanes have their scales */
             if (more) w.ask(at + stages - 1, weights_slot);
             asm volatile("cp.async.commit_group;" ::: "memory");
-            if (GROUPED == 2 && w.rows[0].shift >= 6) moqk_multiply_slab<0, GROUPED, 1>(d, fragments, x, tokens, w.rows, v);
-            else moqk_multiply_slab<0, GROUPED, 0>(d, fragments, x, tokens, w.rows, v);
-            src += b.tokens * 128;
+            if (GROUPED == 2 && w.rows[0].shift >= 6) moqk_multiply_slab<0, GROUPED, 1, BM, AS_IS>(d, fragments, x, tokens, w.rows, v);
+            else moqk_multiply_slab<0, GROUPED, 0, BM, AS_IS>(d, fragments, x, tokens, w.rows, v);
+            src += FEW ? pitch : b.tokens * 128;
             if (++to == stages) to = 0;
             if (++slot == stages) slot = 0;
             if (++weights_slot == stages - 1) weights_slot = 0;
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();
-        if ((q.from > 0 || q.to < b.units) && !moqk_join_tile(b, q, moqk_cut_tiles(a, b) * b.units, tokens, flag, d)) continue;
+        if ((q.from > 0 || q.to < b.units) && !moqk_join_tile<BM>(b, q, moqk_cut_tiles(a, b) * b.units, tokens, flag, d)) continue;
         /* A warp's 32 rows are 16 of each half of a tile, as those of two warpgroups. */
 #pragma unroll 1
         for (int group = 0; group < 2; group++) {
-            moqk_finish<FORM, GROUPED, MOQK_MMA_TOKENS>(a, b, q, NULL, group, thread, (float *)(void *)shared, d[0]);
+            moqk_finish<FORM, GROUPED, BM>(a, b, q, NULL, group, thread, (float *)(void *)shared, d[0]);
 #pragma unroll
-            for (int i = 0; i < 64; i++) d[0][i] = d[1][i];
+            for (int i = 0; i < BM / 2; i++) d[0][i] = d[1][i];
         }
     }
 }
@@ -7439,15 +7483,21 @@ static moqc_gemm_choice moqc_bytes_find(int form, int grouped, int tokens)
     }
 }
 
-static moqc_mma_kernel moqc_mma_find(int form, int grouped)
+/* most: tokens of a tile, MOQK_MMA_FEW only where moqc_mma_few says so. */
+static moqc_mma_kernel moqc_mma_find(int form, int grouped, int most)
 {
+    if (most == MOQK_MMA_FEW) {
+        if (form == MOQK_NVFP4) return moqk_gemm_mma<MOQK_NVFP4, 0, MOQK_MMA_FEW>;
+        if (form == MOQK_MXFP4) return moqk_gemm_mma<MOQK_MXFP4, 0, MOQK_MMA_FEW>;
+        return grouped ? moqk_gemm_mma<MOQK_FAST_U4, 2, MOQK_MMA_FEW> : moqk_gemm_mma<MOQK_FAST_U4, 0, MOQK_MMA_FEW>;
+    }
     switch (form) {
-    case MOQK_NVFP4: return moqk_gemm_mma<MOQK_NVFP4, 0>;
-    case MOQK_MXFP4: return moqk_gemm_mma<MOQK_MXFP4, 0>;
-    case MOQK_FAST_U4: return grouped ? moqk_gemm_mma<MOQK_FAST_U4, 2> : moqk_gemm_mma<MOQK_FAST_U4, 0>;
-    case MOQK_FAST_U8: return moqk_gemm_mma<MOQK_FAST_U8, 0>;
-    case MOQK_FAST_BF16: return moqk_gemm_mma<MOQK_FAST_BF16, 0>;
-    default: return grouped ? moqk_gemm_mma<MOQK_FAST_E4M3, 2> : moqk_gemm_mma<MOQK_FAST_E4M3, 0>;
+    case MOQK_NVFP4: return moqk_gemm_mma<MOQK_NVFP4, 0, MOQK_MMA_TOKENS>;
+    case MOQK_MXFP4: return moqk_gemm_mma<MOQK_MXFP4, 0, MOQK_MMA_TOKENS>;
+    case MOQK_FAST_U4: return grouped ? moqk_gemm_mma<MOQK_FAST_U4, 2, MOQK_MMA_TOKENS> : moqk_gemm_mma<MOQK_FAST_U4, 0, MOQK_MMA_TOKENS>;
+    case MOQK_FAST_U8: return moqk_gemm_mma<MOQK_FAST_U8, 0, MOQK_MMA_TOKENS>;
+    case MOQK_FAST_BF16: return moqk_gemm_mma<MOQK_FAST_BF16, 0, MOQK_MMA_TOKENS>;
+    default: return grouped ? moqk_gemm_mma<MOQK_FAST_E4M3, 2, MOQK_MMA_TOKENS> : moqk_gemm_mma<MOQK_FAST_E4M3, 0, MOQK_MMA_TOKENS>;
     }
 }
 
@@ -7528,27 +7578,41 @@ static moqc_gemm_cut moqc_cut_gemm(const moqc_job *j, int form, int grouped, int
     return best;
 }
 
-/* The same for mma.sync: two blocks on a multiprocessor, tiles of equally many tokens, as few as their number allows. Blocks take whole tiles in turn, or run
-   through the units of all tiles of the last round, or of the last two. `step`: tokens that products take at a time. */
-static moqc_gemm_cut moqc_cut_mma(const moqc_job *j, int64_t units, int64_t step)
+/* Do tiles of so many tokens have the kernel for few, whose sums leave room for four blocks on a multiprocessor? Where wgmma is, mma.sync is for little. */
+static int moqc_mma_few(const moqc_ctx *c, int form, int64_t tokens) { return !c->wgmma && moqk_fast_bits(form) == 4 && tokens <= MOQK_MMA_FEW; }
+
+/* May x stay where it is? Tiles of few tokens only. */
+static int moqc_mma_direct(const moqc_job *j, const moqk_part *p, int parts, int unit)
 {
-    const int64_t room = 2 * (int64_t)j->c->sm_count, fewest = j->call.tiles ? 1 : moqk_ceil(j->call.m, MOQK_MMA_TOKENS);
+    return parts == 1 && unit == MOQK_NO_UNIT && j->call.x_bf16 && !j->call.tiles && !j->call.row_of && !j->fused && p->cols % 256 == 0 &&
+        ((uintptr_t)j->call.x & 15) == 0 && j->call.ldx % 8 == 0;
+}
+
+/* The same for mma.sync: two blocks on a multiprocessor, tiles of equally many tokens, as few as their number allows. Blocks take whole tiles in turn, or run
+   through the units of all tiles of the last round, or of the last two. `step`: tokens that products take at a time; direct: few tokens need no pass before the
+   product. Few tokens were measured on an H200 that ran code of 8.6; there the estimates of the others are a fifth too long, and so are those of few here. */
+static moqc_gemm_cut moqc_cut_mma(const moqc_job *j, int form, int64_t units, int64_t step, int direct)
+{
+    const int64_t fewest = j->call.tiles ? 1 : moqk_ceil(j->call.m, MOQK_MMA_TOKENS);
     const int64_t most = j->call.tiles ? 1 : moqc_min(moqk_ceil(j->call.m, 24), fewest + 3);
     moqc_gemm_cut best = {MOQK_MMA_TOKENS, 1, INT32_MAX, 1};
     double least = 1e30;
     for (int64_t n = fewest; n <= most; n++) {
         int64_t tokens = moqk_pad(j->call.tiles ? j->call.m + 8 : moqk_ceil(j->call.m, n), 8);
         if (j->c->gemm_tokens) tokens = moqc_min(j->c->gemm_tokens, MOQK_MMA_TOKENS);
+        const int few = moqc_mma_few(j->c, form, tokens);
+        const int64_t room = (few ? MOQK_MMA_BLOCKS : 2) * (int64_t)j->c->sm_count;
         const int64_t count = j->row_blocks128 * (j->call.tiles ? j->call.most_tiles : moqk_ceil(j->call.m, tokens));
         const double eighths = (double)(moqk_pad(tokens, tokens > 96 ? 16 : step) / 16), end = 1 + 0.3 * eighths, joins = 4 + 0.8 * eighths;
         for (int cut = 0; cut < 3; cut++) {
             if (j->c->gemm_cut && j->c->gemm_cut != cut + 1) continue;
-            const int64_t runs = moqc_max(1, moqc_min(room, cut ? count * moqc_min(units, 4) : count));
+            const int64_t runs = moqc_max(1, moqc_min(room, cut ? count * moqc_min(units, few ? 8 : 4) : count));
             const int64_t rounds = !cut ? moqk_ceil(count, runs) : count / runs - (cut - 1); /* of whole tiles */
             if (rounds < 0 || (cut && count == rounds * runs)) continue;
             const double run = cut ? 1.08 * (double)moqk_ceil((count - rounds * runs) * units, runs) : 0;
-            const double slab = (0.55 + 0.11 * eighths) * (runs <= j->c->sm_count ? 0.7 : 1); /* alone on a multiprocessor: faster */
-            const double time = ((double)(rounds * units) + run) * 4 * slab + (double)rounds * end + (cut ? joins : 0);
+            const int64_t sms = j->c->sm_count, each = moqk_ceil(runs, sms); /* few blocks on a multiprocessor: faster */
+            const double slab = !few ? (0.55 + 0.11 * eighths) * (each == 1 ? 0.7 : 1) : each == 1 ? 0.53 : each == 2 ? 0.66 : each == 3 ? 0.88 : 1.12;
+            const double time = ((double)(rounds * units) + run) * 4 * slab + (double)rounds * end + (!cut ? 0 : few ? 10 : joins) + (few && direct ? 0 : 3.5);
             if (time >= least) continue;
             least = time;
             best.tokens = (int32_t)tokens;
@@ -7704,7 +7768,8 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     if (!bytes_of_x) moqc_unit_of(j, p, &b.unit, &parts);
     b.w_units = (int32_t)moqk_ceil(p->cols, 256);
     b.units = b.w_units * parts;
-    const moqc_gemm_cut u = which == MOQC_MMA ? moqc_cut_mma(j, b.units, grouped ? 16 : 32) : moqc_cut_gemm(j, form, grouped, p->group, b.units, which);
+    const moqc_gemm_cut u = which == MOQC_MMA ? moqc_cut_mma(j, form, b.units, grouped ? 16 : 32, moqc_mma_direct(j, p, parts, b.unit)) :
+        moqc_cut_gemm(j, form, grouped, p->group, b.units, which);
     b.x16 = c->x16;
     b.tokens = moqk_pad(j->call.all, 8) + MOQC_TILE_TOKENS; /* a tile may reach past the last token */
     if (!j->call.tiles && which != MOQC_MMA && j->call.m <= u.tokens) b.tokens = u.tokens; /* one tile: its slabs lie together */
@@ -7723,9 +7788,11 @@ static void moqc_launch_gemm_form(const moqc_job *j, const moqk_part *p, int for
     memset(&maps, 0, sizeof maps);
     const float up = form == MOQK_FAST_E4M3 && !values ? 1152921504606846976.0f : 1; /* 2^60: moqk_form_x */
     if (which == MOQC_MMA) {
-        moqc_pack(j, p, form, up, 1, &b);
-        const int shared = moqk_mma_shared(form, grouped, u.tokens);
-        moqc_launch_early(c, moqc_mma_find(form, grouped), dim3((unsigned)u.blocks), 128, shared, 1, "a matrix product", j->call, b);
+        const int few = moqc_mma_few(c, form, u.tokens), most = few ? MOQK_MMA_FEW : MOQK_MMA_TOKENS;
+        const int shared = moqk_mma_shared(form, grouped, u.tokens, most);
+        b.direct = few && moqc_mma_direct(j, p, parts, b.unit);
+        if (!b.direct) moqc_pack(j, p, form, up, !few, &b);
+        moqc_launch_early(c, moqc_mma_find(form, grouped, most), dim3((unsigned)u.blocks), 128, shared, 1, "a matrix product", j->call, b);
         return;
     }
     const moqc_gemm_choice choice = bytes_of_x ? moqc_bytes_find(form, grouped, u.tokens) : moqc_wgmma_find(form, grouped, u.tokens);
