@@ -245,17 +245,16 @@ static int progress_bar(const char *what, uint64_t done, uint64_t total, int byt
     double now = moq_seconds();
     if (done == 0 || start == 0) { start = now; drawn = now; }
     if (!isatty(2)) return stop_requested != 0;
-    if (visible && done >= total) {
+    if (visible && (done >= total || stop_requested)) {
         fputs("\r\033[K", stderr);
         visible = 0;
     }
-    if (done < total && now - start > 1 && now - drawn > 0.1) {
+    if (done < total && !stop_requested && now - start > 1 && now - drawn > 0.1) {
         double rate = (double)done / (now - start);
         int filled = (int)(30 * done / (total ? total : 1));
         fprintf(stderr, "\r\033[K%s [%.*s%.*s] ", what, filled, "##############################", 30 - filled, "..............................");
-        if (bytes) fprintf(stderr, "%.2f GB/s", rate / 1e9);
-        else fprintf(stderr, "%.1f/s", rate);
-        fprintf(stderr, ", %.0f s left", rate > 0 ? (double)(total - done) / rate : 0.0);
+        if (bytes) fprintf(stderr, "%.2f GB/s, ", rate / 1e9);
+        fprintf(stderr, "%.0f s left", rate > 0 ? (double)(total - done) / rate : 0.0);
         drawn = now;
         visible = 1;
     }
