@@ -20221,7 +20221,8 @@ MOQI_AVX512 static int moqi_tiles_split(const moqi_tiles *t, int64_t block, cons
         moqi_turn_512(rows, 16, values + 32 * c, 16);
         moqi_turn_512(rows + 256, 16, values + 32 * c + 256, 16);
     }
-    return _mm512_reduce_max_epu32(z.most) < 254u << 23 && _mm512_reduce_min_epu32(z.least) >= (27u << 23) - 1;
+    /* below 2^106: times the p of a span, which may come to 2^20, it stays finite */
+    return _mm512_reduce_max_epu32(z.most) < 233u << 23 && _mm512_reduce_min_epu32(z.least) >= (27u << 23) - 1;
 }
 
 /* 2^x for x <= 0, off by 1.5e-7 of it: 2^(x - floor x) by a polynomial that is exact at 0, the minimax one of its degree for the relative error. Below
@@ -20304,25 +20305,40 @@ MOQI_INLINE MOQI_AVX512 void moqi_tiles_two(const float *s, float *p, const __mm
     _mm512_store_si512(p + 256, low);
 }
 
-/* Queries of group g whose p are too large: their max grows, what they have summed shrinks, and the p of the block come again. -> their sums */
+/* Is a max so large that the rounding of its product with log2 e shows in p? */
+MOQI_INLINE MOQI_AVX512 __mmask16 moqi_tiles_large(__m512 max)
+{
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(max), _mm512_set1_ps(1024), _CMP_GT_OQ) & _mm512_cmp_ps_mask(max, _mm512_set1_ps(-3e38f), _CMP_NEQ_UQ);
+}
+
+/* Queries of group g whose p are too large: their max grows, what they have summed shrinks, and the p of the block come again. Those of a large max come
+   here with every block, for scores less that max, as differences are exact. -> their sums */
 MOQI_AVX512 static __m512 moqi_tiles_again(const moqi_tiles *t, int64_t g, const float *s, float *p, const __mmask16 *seen, __mmask16 grows, int whole)
 {
+    float less[512] MOQI_ALIGNED;
     const __m512 by = _mm512_set1_ps(1.44269504f), old = _mm512_loadu_ps(t->max + 16 * g);
-    const __m512 max = _mm512_mask_mov_ps(old, grows, moqi_tiles_largest(s, seen, old, whole)), base = _mm512_mul_ps(max, by);
-    const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1), grows, moqi_exp2_512(_mm512_fmsub_ps(old, by, base)));
+    const __m512 max = _mm512_mask_mov_ps(old, grows, moqi_tiles_largest(s, seen, old, whole));
+    const __mmask16 large = moqi_tiles_large(max);
+    const __m512 base = _mm512_maskz_mul_ps((__mmask16)~large, max, by);
+    const __m512 x = _mm512_mask_mul_ps(_mm512_sub_ps(_mm512_mul_ps(old, by), base), large, _mm512_sub_ps(old, max), by);
+    const __m512 shrink = _mm512_mask_mov_ps(_mm512_set1_ps(1), grows, moqi_exp2_512(x));
     __m512 u[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     float *sum = t->sum + 16 * g, *y = t->y + g * t->high * 256;
     _mm512_storeu_ps(t->max + 16 * g, max);
     _mm512_storeu_ps(sum, _mm512_mul_ps(_mm512_loadu_ps(sum), shrink));
     for (int64_t i = 0; i < 256 * t->high; i += 16) _mm512_store_ps(y + i, _mm512_mul_ps(_mm512_load_ps(y + i), shrink));
-    for (int j = 0; j < 16; j++) moqi_tiles_two(s + 16 * j, p + 16 * j, seen + j, base, u, whole);
+    for (int j = 0; j < 32; j++) {
+        const __m512 v = _mm512_load_ps(s + 16 * j);
+        _mm512_store_ps(less + 16 * j, _mm512_mask_sub_ps(v, large, v, max));
+    }
+    for (int j = 0; j < 16; j++) moqi_tiles_two(less + 16 * j, p + 16 * j, seen + j, base, u, whole);
     return _mm512_add_ps(u[0], u[1]);
 }
 
 /* The softmax of group g ends with the sums u of its p. */
 MOQI_INLINE MOQI_AVX512 void moqi_tiles_sum(const moqi_tiles *t, int64_t g, __m512 u, const float *s, float *p, const __mmask16 *seen, int whole)
 {
-    const __mmask16 grows = _mm512_cmp_ps_mask(u, _mm512_set1_ps(MOQI_TILES_MOST), _CMP_NLT_UQ);
+    const __mmask16 grows = _mm512_cmp_ps_mask(u, _mm512_set1_ps(MOQI_TILES_MOST), _CMP_NLT_UQ) | moqi_tiles_large(_mm512_loadu_ps(t->max + 16 * g));
     float *sum = t->sum + 16 * g;
     if (grows) u = moqi_tiles_again(t, g, s, p, seen, grows, whole);
     _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), u));
@@ -20565,7 +20581,7 @@ static int64_t moqi_attend_by_tiles(const moqi_attending *t, int64_t row)
 static void moqi_attend_load(const moqi_attending *t, const moqi_queries *g, int64_t first, int64_t count, int64_t dim, float *q)
 {
     const moqi_cache *c = (const moqi_cache *)(const void *)t->a->cache;
-    int64_t n = c->dim[0], end = moqi_min(first + count, g->rows * g->heads);
+    int64_t n = c->dim[0], end = moqi_max(first, moqi_min(first + count, g->rows * g->heads));
     float scale = t->a->scale != 0 ? t->a->scale : 1 / sqrtf((float)n);
     if (c->format[0] == MOQ_KV_NVFP4_ROTATE) scale /= sqrtf((float)n);
     memset(q + (end - first) * dim, 0, (size_t)((first + count - end) * dim) * sizeof *q);

@@ -2446,6 +2446,63 @@ static void test_backend_slices_low_rank(void)
     moq_close(ck);
 }
 
+/* Scores as large as numbers get, all alike, or those of the first or the later keys: weights are what they are for small ones. Keys and queries are exact in
+   BF16, so every way of attention has the same scores. */
+static void test_backend_attention_large(void)
+{
+    enum { N = 600, ROWS = 32, DIM = 32 };
+    static const float sizes[] = {1e3f, 1e5f, 1e7f, 1e9f, 3e9f, 1e10f, 1e20f, 1e30f, -1e3f, -1e5f, -1e7f, -1e9f, -1e10f, -1e20f, -1e30f};
+    static const struct { const char *kernel; moq_act act; } ways[] = {{"reference", MOQ_ACT_WIDE}, {"auto", MOQ_ACT_WIDE}, {"auto", MOQ_ACT_BF16}};
+    static float k[N][DIM], v[N][DIM], q[ROWS][DIM], y[3][ROWS][DIM];
+    static int32_t slot[N], pos[N];
+    moq_error err;
+    for (int i = 0; i < N; i++) {
+        pos[i] = i;
+        for (int j = 0; j < DIM; j++) v[i][j] = j == 0 ? 1 : j == 1 ? (float)i : (float)(i % (j + 30));
+    }
+    for (int r = 0; r < ROWS; r++) q[r][0] = 1;
+    for (size_t i = 0; i < MOQI_COUNT(sizes) * 3; i++) {
+        const int kind = (int)(i % 3); /* 0: all keys, 1: all but the first 32, 2: these alone */
+        const float size = moq_bf16_decode(moq_bf16_encode(sizes[i / 3]));
+        for (int p = 0; p < N; p++) k[p][0] = (kind == 1 && p < 32) || (kind == 2 && p >= 32) ? 0 : size;
+        for (size_t w = 0; w < MOQI_COUNT(ways); w++) {
+            moq_cpu_desc d;
+            moq_kv_desc c;
+            moq_attention_desc a;
+            moq_batch all = {N, N - 1, slot, pos}, last = {ROWS, N - 1, slot, pos + N - ROWS};
+            memset(&d, 0, sizeof d);
+            memset(&c, 0, sizeof c);
+            memset(&a, 0, sizeof a);
+            d.kernel = ways[w].kernel;
+            d.act = ways[w].act;
+            d.threads = 1;
+            moq_backend *be = moq_cpu_backend(&d, &err);
+            CHECK(be != NULL);
+            if (!be) return;
+            c.name = "large";
+            c.slots = c.kv_heads = 1;
+            c.capacity = N;
+            c.head_dim = DIM;
+            CHECK(be->reserve(be, N, &err) == MOQ_OK);
+            moq_kv_cache *cache = be->kv_create(be, &c, &err);
+            CHECK(cache != NULL);
+            be->kv_append(be, cache, &all, k[0], DIM, v[0], DIM);
+            a.cache = cache;
+            a.q = q[0];
+            a.y = y[w][0];
+            a.q_stride = a.y_stride = DIM;
+            a.heads = 1;
+            a.scale = 1;
+            be->attention(be, &last, &a);
+            be->kv_release(be, cache);
+            moq_backend_destroy(be);
+        }
+        for (size_t w = 1; w < MOQI_COUNT(ways); w++)
+            for (int r = 0; r < ROWS; r++)
+                for (int j = 0; j < DIM; j++) CHECK(fabsf(y[w][r][j] - y[0][r][j]) <= 2e-4f * fabsf(y[0][r][j]) + 1e-4f);
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -2490,6 +2547,7 @@ int main(int argc, char **argv)
     RUN(test_backend_rope);
     RUN(test_backend_small);
     RUN(test_backend_failing_allocations);
+    RUN(test_backend_attention_large);
     RUN(test_backend_slices_low_rank);
     return test_end();
 }

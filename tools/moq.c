@@ -2542,7 +2542,7 @@ static char *read_stream(FILE *from, const char *name, int most, size_t *bytes)
     *bytes = 0;
     while ((n = fread(text + *bytes, 1, capacity - *bytes - 1, from)) > 0) {
         *bytes += n;
-        if (*bytes >> 20 >= (size_t)most) {
+        if ((uint64_t)*bytes > (uint64_t)most << 20) {
             refuse("%s: %d MB were read and it goes on; that is the limit here, so give something shorter, or that ends", name, most);
             free(text);
             return NULL;
