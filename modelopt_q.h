@@ -975,7 +975,8 @@ struct moq_backend {
 
     moq_kv_cache *(*kv_create)(moq_backend *be, const moq_kv_desc *desc, moq_error *err);
     void (*kv_release)(moq_backend *be, moq_kv_cache *cache);
-    size_t (*kv_bytes)(const moq_backend *be, const moq_kv_desc *desc); /* what kv_create would take */
+    /* What kv_create would take. Scratch memory is made as large as it would be after it, so that a plan counts that too. */
+    size_t (*kv_bytes)(const moq_backend *be, const moq_kv_desc *desc);
     /* k: [rows, kv_heads, head_dim], v: [rows, kv_heads, value_dim] (not read by a `shared` cache), with row strides in elements. Rotated keys
        in, after rope. */
     void (*kv_append)(moq_backend *be, moq_kv_cache *cache, const moq_batch *b, const void *k, int64_t k_stride, const void *v, int64_t v_stride);
@@ -22839,20 +22840,26 @@ static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_c
     return MOQ_OK;
 }
 
+/* Scratch memory for attention over such a cache. */
+static moq_result moqi_kv_room(moqi_cpu *cpu, const moqi_cache *c, moq_error *err)
+{
+    moqi_need need;
+    memset(&need, 0, sizeof need);
+    need.worker = moqi_pad16(moqi_attend_floats(c->dim[0], c->dim[1], moqi_attend_rounds(cpu)));
+    /* one row of 8 heads for each kv head, or fewer positions of more */
+    if (cpu->par.workers > 1) need.parts = 8 * (int64_t)c->desc.kv_heads * moqi_ceil_div(c->desc.capacity, MOQI_ATTEND_SPAN) * (c->dim[1] + 2);
+    return moqi_grow(cpu, &need, cpu->be.max_rows, err);
+}
+
 /* One block: the struct, scales and biases as F32, then the rows of keys and of values. */
 static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc, moq_error *err)
 {
     moqi_cpu *cpu = moqi_cpu_of(be);
     moqi_cache plan;
-    moqi_need need;
     uint64_t bytes[2];
     moqi_clear(err);
     if (moqi_kv_plan(cpu, desc, &plan, bytes, err) < 0) return NULL;
-    memset(&need, 0, sizeof need);
-    need.worker = moqi_pad16(moqi_attend_floats(plan.dim[0], plan.dim[1], moqi_attend_rounds(cpu)));
-    /* one row of 8 heads for each kv head, or fewer positions of more */
-    if (cpu->par.workers > 1) need.parts = 8 * (int64_t)desc->kv_heads * moqi_ceil_div(desc->capacity, MOQI_ATTEND_SPAN) * (plan.dim[1] + 2);
-    if (moqi_grow(cpu, &need, cpu->be.max_rows, err) < 0) return NULL;
+    if (moqi_kv_room(cpu, &plan, err) < 0) return NULL;
     size_t heads = (size_t)desc->kv_heads, values = heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     size_t total = ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
     uint8_t *memory = (uint8_t *)moq_allocate(&cpu->a, total);
@@ -22877,12 +22884,14 @@ static void moqi_cpu_kv_release(moq_backend *be, moq_kv_cache *cache)
     if (cache) moq_release(&moqi_cpu_of(be)->a, cache, ((moqi_cache *)(void *)cache)->bytes);
 }
 
-/* The same sum as in moqi_cpu_kv_create; 0 for an impossible description. */
+/* The same sum as in moqi_cpu_kv_create; 0 for an impossible description. Scratch memory grows as it would there: without room for it, creating says so. */
 static size_t moqi_cpu_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
 {
+    moqi_cpu *cpu = moqi_cpu_of(be);
     moqi_cache plan;
     uint64_t bytes[2];
-    if (moqi_kv_plan(moqi_cpu_of(be), desc, &plan, bytes, NULL) < 0) return 0;
+    if (moqi_kv_plan(cpu, desc, &plan, bytes, NULL) < 0) return 0;
+    (void)moqi_kv_room(cpu, &plan, NULL);
     size_t values = (size_t)desc->kv_heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     return ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
 }
