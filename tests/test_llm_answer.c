@@ -629,8 +629,8 @@ static void check_plan(const char *path, int talks)
     llm *a = llm_join(m, &e), *b = llm_join(m, &e);
     CHECK(a && b);
     double planned = (double)(p.total_bytes - p.mapped_bytes), live = (double)count.live;
-    if (fabs(planned - live) > 0.02 * live + 70000) fprintf(stderr, "%s: planned %.0f, allocated %.0f\n", path, planned, live);
-    CHECK(fabs(planned - live) <= 0.02 * live + 70000);
+    if (fabs(planned - live) > 0.005 * live + 4000) fprintf(stderr, "%s: planned %.0f, allocated %.0f\n", path, planned, live);
+    CHECK(fabs(planned - live) <= 0.005 * live + 4000);
     CHECK_INT(p.slots, 3);
     CHECK_INT(p.mapped_bytes, llm_get_info(m)->weight_bytes);
     llm_close(a);
