@@ -975,7 +975,7 @@ struct moq_backend {
 
     moq_kv_cache *(*kv_create)(moq_backend *be, const moq_kv_desc *desc, moq_error *err);
     void (*kv_release)(moq_backend *be, moq_kv_cache *cache);
-    /* What kv_create would take. Scratch memory is made as large as it would be after it, so that a plan counts that too. */
+    /* What kv_create would take; 0: it would fail. Scratch memory is made as large as it would be after it, so that a plan counts that too. */
     size_t (*kv_bytes)(const moq_backend *be, const moq_kv_desc *desc);
     /* k: [rows, kv_heads, head_dim], v: [rows, kv_heads, value_dim] (not read by a `shared` cache), with row strides in elements. Rotated keys
        in, after rope. */
@@ -22884,14 +22884,14 @@ static void moqi_cpu_kv_release(moq_backend *be, moq_kv_cache *cache)
     if (cache) moq_release(&moqi_cpu_of(be)->a, cache, ((moqi_cache *)(void *)cache)->bytes);
 }
 
-/* The same sum as in moqi_cpu_kv_create; 0 for an impossible description. Scratch memory grows as it would there: without room for it, creating says so. */
+/* The same sum as in moqi_cpu_kv_create, and the same scratch memory; 0 for an impossible description, or without room for that. */
 static size_t moqi_cpu_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
 {
     moqi_cpu *cpu = moqi_cpu_of(be);
     moqi_cache plan;
     uint64_t bytes[2];
     if (moqi_kv_plan(cpu, desc, &plan, bytes, NULL) < 0) return 0;
-    (void)moqi_kv_room(cpu, &plan, NULL);
+    if (moqi_kv_room(cpu, &plan, NULL) < 0) return 0;
     size_t values = (size_t)desc->kv_heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
     return ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
 }

@@ -7593,9 +7593,10 @@ static moq_result llmi_make_kv(llmi_model *m, int32_t layer, llmi_layer *l, moq_
     d.bf16 = m->desc->kv && strcmp(m->desc->kv, "bf16") == 0;
     m->kv = d.kv.format;
     m->kv_bf16 = d.bf16;
-    if (llmi_plan_cache(m, m->be->kv_bytes(m->be, &d))) return MOQ_OK;
+    if (m->dry && llmi_plan_cache(m, m->be->kv_bytes(m->be, &d))) return MOQ_OK;
     l->kv = m->be->kv_create(m->be, &d, err);
     if (!l->kv) return llmi_code(err, MOQ_E_NOMEM);
+    if (!m->dry) llmi_plan_cache(m, m->be->kv_bytes(m->be, &d));
     return MOQ_OK;
 }
 
