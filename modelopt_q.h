@@ -11215,30 +11215,39 @@ MOQ_API void moq_round_kv(moq_kv_format format, float scale, const float *bias, 
     }
 }
 
-enum { MOQI_KV_BLOCK = 32 /* numbers side by side of a cache in BF16 */ };
+enum { MOQI_KV_BLOCK = 32 /* numbers side by side of a cache in BF16 */,
+       MOQI_KV_STRETCH = 512 /* positions that lie together: at most, and at least a block */, MOQI_KV_RUN = 32768 /* bytes of their keys of one head */ };
 
-/* Cache of one layer. Rows lie in the order [slot][kv head][position], keys first, then values. With `bf16` numbers are so, in blocks of 32 of which word i
-   holds those of place i and i + 16: of a value 32 neighbours, of keys a number of 32 positions, [dim][32 positions], since that is how both are summed. */
+/* Cache of one layer: [slot][stretch][keys, values][kv head][position] rows. What is used of a slot is then one piece of memory that grows with its
+   positions; were heads as long as capacity, each would use a corner of a large page of its own, all of which a system clears first. A stretch is 32 KB of
+   keys of a head, so that few runs of neighbours begin, but no more positions than an attention's span; the last one is as long as capacity leaves.
+   With `bf16` numbers are so, in blocks of 32 of which word i holds those of place i and i + 16: of a value 32 neighbours, of keys a number of 32
+   positions, [dim][32 positions], since that is how both are summed. */
 typedef struct moqi_cache {
     moq_kv_desc desc;
     int bf16;
     int64_t dim[2];           /* of keys, of values */
     int64_t capacity;         /* positions of a head: whole blocks */
+    int64_t stretch;          /* of them, a power of two */
     size_t row_bytes[2];
     moq_kv_format format[2];  /* only keys are rotated */
     const float *scale[2];    /* [kv_heads] */
     const float *bias[2];     /* [kv_heads, dim] or NULL */
-    uint8_t *data[2];
-    void *memory;
-    size_t bytes;
+    uint8_t *data;
+    size_t bytes;             /* of all, this struct included */
 } moqi_cache;
 
-/* Bytes of one position of one head; which: 0 keys, 1 values. Positions of a head are neighbours: attention reads them in order. Of keys in BF16 only blocks
-   have an address. */
+/* Bytes of one position of one head; which: 0 keys, 1 values. Up to the end of their stretch positions of a head are neighbours: attention reads them in
+   order, 32 from a multiple of 32 on. Of keys in BF16 only blocks have an address. */
 static uint8_t *moqi_kv_row(const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t pos)
 {
-    return c->data[which] + (size_t)((slot * c->desc.kv_heads + head) * c->capacity + pos) * c->row_bytes[which];
+    const int64_t at = pos & (c->stretch - 1), first = pos - at, rows = moqi_min(c->stretch, c->capacity - first), heads = c->desc.kv_heads;
+    uint8_t *stretch = c->data + (size_t)((slot * c->capacity + first) * heads) * (c->row_bytes[0] + c->row_bytes[1]);
+    return stretch + (which ? (size_t)(rows * heads) * c->row_bytes[0] : 0) + (size_t)(rows * head + at) * c->row_bytes[which];
 }
+
+/* How many of `count` positions from `pos` on are neighbours. */
+static int64_t moqi_kv_neighbours(const moqi_cache *c, int64_t pos, int64_t count) { return moqi_min(count, c->stretch - (pos & (c->stretch - 1))); }
 
 /* Where the i-th of 32 numbers lies in a block. */
 static int64_t moqi_kv_place(int64_t i) { return 2 * (i % 16) + i / 16; }
@@ -11259,18 +11268,19 @@ static void moqi_kv_round(const moqi_cache *c, int which, int64_t slot, int64_t 
         to[i / MOQI_KV_BLOCK * MOQI_KV_BLOCK + moqi_kv_place(i % MOQI_KV_BLOCK)] = i < n ? moq_bf16_encode(x[i]) : 0;
 }
 
-/* Unpack positions [first, last] of one head as F32 rows of dim values. Not for BF16. */
+/* Unpack positions [first, last] of one head, neighbours, as F32 rows of dim values. Not for BF16. */
 static void moqi_kv_fetch(const moqi_kernels *k, const moqi_cache *c, int which, int64_t slot, int64_t head, int64_t first, int64_t last, float *out)
 {
     int64_t dim = c->dim[which];
     const float *bias = c->bias[which] ? c->bias[which] + head * dim : NULL;
+    const uint8_t *row = moqi_kv_row(c, which, slot, head, first);
     /* rows without block scales lie end to end: all of them are one row */
     if (c->row_bytes[which] == moqi_kv_row_bytes(MOQ_KV_FP8, dim) && !bias) {
-        moqi_kv_unpack(k, c->format[which], c->scale[which][head], NULL, moqi_kv_row(c, which, slot, head, first), (last - first + 1) * dim, out);
+        moqi_kv_unpack(k, c->format[which], c->scale[which][head], NULL, row, (last - first + 1) * dim, out);
         return;
     }
-    for (int64_t pos = first; pos <= last; pos++)
-        moqi_kv_unpack(k, c->format[which], c->scale[which][head], bias, moqi_kv_row(c, which, slot, head, pos), dim, out + (pos - first) * dim);
+    for (int64_t pos = first; pos <= last; pos++, row += c->row_bytes[which])
+        moqi_kv_unpack(k, c->format[which], c->scale[which][head], bias, row, dim, out + (pos - first) * dim);
 }
 
 /* The first position that a row at `pos` sees. */
@@ -20666,8 +20676,9 @@ static moqi_attended moqi_attend_fetch(const moqi_attending *t, int64_t slot, in
     b.keys = moqi_attend_keys(t, slot, head, first, count, dim, keys);
     b.step = dim;
     b.next = 1;
+    const uint8_t *row = moqi_kv_row(c, 0, slot, head, first);
     if (c->desc.shared)
-        for (int64_t i = 0; i < count; i++) memcpy(room + i * n, moqi_kv_row(c, 0, slot, head, first + i), (size_t)n * sizeof *room);
+        for (int64_t i = 0; i < count; i++, row += c->row_bytes[0]) memcpy(room + i * n, row, (size_t)n * sizeof *room);
     else if (c->format[1] == MOQ_KV_WIDE) b.values = (const float *)(const void *)moqi_kv_row(c, 1, slot, head, first);
     else moqi_kv_fetch(t->k, c, 1, slot, head, first, first + count - 1, room);
     return b;
@@ -22790,15 +22801,15 @@ static void moqi_cpu_moe(moq_backend *be, const moq_experts *experts, const void
 
 /* ---- KV cache and attention ----
    Keys and values are stored packed in the cache's format and unpacked when they are read: FP8 takes a quarter of F32, NVFP4 a seventh.
-   Memory is [slot][kv head][position] rows, so one head's history is one run of bytes, and copying a range is one memmove a head, but for keys in BF16. */
+   In memory some positions of all heads lie together, those of each head one run of bytes: copying a range is a memmove for each run, but for keys in BF16. */
 
 MOQI_COLD_BEGIN
 
 /* May attention of many rows round as well as layers do? Whether there are such layers is known when it runs, and of which model only by its call. */
 static int moqi_attend_rounds(const moqi_cpu *c) { return c->o->tiles && (c->act == MOQ_ACT_AUTO || c->act == MOQ_ACT_BF16); }
 
-/* Shapes and bytes of a cache; `err` names what is impossible. */
-static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_cache *c, uint64_t bytes[2], moq_error *err)
+/* Shapes of a cache and the bytes of its rows; `err` names what is impossible. */
+static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_cache *c, uint64_t *bytes, moq_error *err)
 {
     moqi_where at = moqi_at(NULL, "layer", d->name ? d->name : "", -1);
     uint64_t rows;
@@ -22832,11 +22843,13 @@ static moq_result moqi_kv_plan(const moqi_cpu *cpu, const moq_kv_desc *d, moqi_c
             if (!(v > 0) || !moqi_is_finite(v)) return moqi_fail(err, MOQ_E_SCALE, at, "%s scale %g, expected a number greater than 0",
                                                                  i ? "value" : "key", (double)v);
         }
-        if (!moqi_mul((uint64_t)d->slots * (uint64_t)d->kv_heads, (uint64_t)c->capacity, &rows) || !moqi_mul(rows, c->row_bytes[i], &bytes[i]) ||
-            bytes[i] > SIZE_MAX / 4)
-            return moqi_fail(err, MOQ_E_OVERFLOW, at, "%d slots of %d tokens do not fit the address space", (int)d->slots, (int)d->capacity);
-        bytes[i] = (bytes[i] + 63) & ~(uint64_t)63;
     }
+    c->stretch = MOQI_KV_STRETCH;
+    while (c->stretch > MOQI_KV_BLOCK && c->row_bytes[0] > MOQI_KV_RUN / (size_t)c->stretch) c->stretch /= 2;
+    if (!moqi_mul((uint64_t)d->slots * (uint64_t)d->kv_heads, (uint64_t)c->capacity, &rows) ||
+        !moqi_mul(rows, c->row_bytes[0] + c->row_bytes[1], bytes) || *bytes > SIZE_MAX / 2)
+        return moqi_fail(err, MOQ_E_OVERFLOW, at, "%d slots of %d tokens do not fit the address space", (int)d->slots, (int)d->capacity);
+    *bytes = (*bytes + 63) & ~(uint64_t)63;
     return MOQ_OK;
 }
 
@@ -22851,23 +22864,22 @@ static moq_result moqi_kv_room(moqi_cpu *cpu, const moqi_cache *c, moq_error *er
     return moqi_grow(cpu, &need, cpu->be.max_rows, err);
 }
 
-/* One block: the struct, scales and biases as F32, then the rows of keys and of values. */
+/* One block: the struct, scales and biases as F32, then the rows. */
 static moq_kv_cache *moqi_cpu_kv_create(moq_backend *be, const moq_kv_desc *desc, moq_error *err)
 {
     moqi_cpu *cpu = moqi_cpu_of(be);
     moqi_cache plan;
-    uint64_t bytes[2];
+    uint64_t bytes;
     moqi_clear(err);
-    if (moqi_kv_plan(cpu, desc, &plan, bytes, err) < 0) return NULL;
+    if (moqi_kv_plan(cpu, desc, &plan, &bytes, err) < 0) return NULL;
     if (moqi_kv_room(cpu, &plan, err) < 0) return NULL;
     size_t heads = (size_t)desc->kv_heads, values = heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
-    size_t total = ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
+    size_t total = ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)bytes;
     uint8_t *memory = (uint8_t *)moq_allocate(&cpu->a, total);
     if (!memory) { moqi_nomem(err, total); return NULL; }
     float *next = (float *)(void *)(memory + sizeof plan);
     plan.bytes = total;
-    plan.data[0] = memory + total - bytes[0] - bytes[1];
-    plan.data[1] = plan.data[0] + bytes[0];
+    plan.data = memory + total - bytes;
     for (int i = 0; i < 2; i++) {
         const moq_view *s = i ? &desc->kv.v_scale : &desc->kv.k_scale, *b = i ? &desc->kv.v_bias : &desc->kv.k_bias;
         plan.scale[i] = next;
@@ -22889,11 +22901,11 @@ static size_t moqi_cpu_kv_bytes(const moq_backend *be, const moq_kv_desc *desc)
 {
     moqi_cpu *cpu = moqi_cpu_of(be);
     moqi_cache plan;
-    uint64_t bytes[2];
-    if (moqi_kv_plan(cpu, desc, &plan, bytes, NULL) < 0) return 0;
+    uint64_t bytes;
+    if (moqi_kv_plan(cpu, desc, &plan, &bytes, NULL) < 0) return 0;
     if (moqi_kv_room(cpu, &plan, NULL) < 0) return 0;
     size_t values = (size_t)desc->kv_heads * (2 + (size_t)(plan.dim[0] + plan.dim[1]));
-    return ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)(bytes[0] + bytes[1]);
+    return ((sizeof plan + values * sizeof(float) + 63) & ~(size_t)63) + (size_t)bytes;
 }
 
 MOQI_COLD_END
@@ -22950,6 +22962,19 @@ static void moqi_kv_copy_keys(const moqi_cache *c, int64_t head, int64_t dst_slo
     }
 }
 
+/* Rows of keys or of values, as many at once as are neighbours on both sides,
+   in the order that leaves what is still to be moved. */
+static void moqi_kv_copy_rows(const moqi_cache *c, int which, int64_t head, int64_t dst_slot, int64_t dst_pos, int64_t src_slot, int64_t src_pos, int64_t count)
+{
+    for (int64_t done = 0, n; done < count; done += n) {
+        const int64_t last = count - 1 - done; /* of those left, from the end */
+        if (dst_pos > src_pos) n = moqi_min(last, moqi_min((dst_pos + last) & (c->stretch - 1), (src_pos + last) & (c->stretch - 1))) + 1;
+        else n = moqi_kv_neighbours(c, dst_pos + done, moqi_kv_neighbours(c, src_pos + done, count - done));
+        const int64_t at = dst_pos > src_pos ? last + 1 - n : done;
+        memmove(moqi_kv_row(c, which, dst_slot, head, dst_pos + at), moqi_kv_row(c, which, src_slot, head, src_pos + at), (size_t)n * c->row_bytes[which]);
+    }
+}
+
 /* Rows move as they are stored: nothing is rounded again, and overlap is taken care of. */
 static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_slot, int32_t dst_pos, int32_t src_slot, int32_t src_pos,
                              int32_t count)
@@ -22959,15 +22984,19 @@ static void moqi_cpu_kv_copy(moq_backend *be, moq_kv_cache *cache, int32_t dst_s
     for (int i = 0; i < 2 && count > 0; i++)
         for (int64_t h = 0; h < c->desc.kv_heads; h++) {
             if (c->bf16 && i == 0) moqi_kv_copy_keys(c, h, dst_slot, dst_pos, src_slot, src_pos, count);
-            else memmove(moqi_kv_row(c, i, dst_slot, h, dst_pos), moqi_kv_row(c, i, src_slot, h, src_pos), (size_t)count * c->row_bytes[i]);
+            else moqi_kv_copy_rows(c, i, h, dst_slot, dst_pos, src_slot, src_pos, count);
         }
 }
 
 /* The first `rows` positions of a head as rows, or back. */
 static void moqi_kv_rows(const moqi_cache *c, int which, int64_t slot, int64_t head, size_t rows, uint8_t *bytes, int back)
 {
-    uint8_t *lie = moqi_kv_row(c, which, slot, head, 0);
-    if (!c->bf16 || which) { memcpy(back ? lie : bytes, back ? bytes : lie, rows * c->row_bytes[which]); return; }
+    for (int64_t pos = 0, n; (!c->bf16 || which) && pos < (int64_t)rows; pos += n, bytes += (size_t)n * c->row_bytes[which]) {
+        uint8_t *lie = moqi_kv_row(c, which, slot, head, pos);
+        n = moqi_kv_neighbours(c, pos, (int64_t)rows - pos);
+        memcpy(back ? lie : bytes, back ? bytes : lie, (size_t)n * c->row_bytes[which]);
+    }
+    if (!c->bf16 || which) return;
     for (int64_t i = 0; i < (int64_t)rows * c->dim[0]; i++, bytes += 2) {
         uint16_t *number = moqi_kv_key(c, slot, head, i / c->dim[0]) + i % c->dim[0] * MOQI_KV_BLOCK;
         memcpy(back ? (void *)number : bytes, back ? (const void *)bytes : number, 2);

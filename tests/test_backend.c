@@ -1864,8 +1864,39 @@ static void test_backend_attention(void)
             }
 }
 
+/* A copy within the cache, and within what it should hold. */
+static void copy_rows(moq_backend *be, moq_kv_cache *c, history *h, int to_slot, int to, int from_slot, int from, int count)
+{
+    be->kv_copy(be, c, to_slot, to, from_slot, from, count);
+    memmove(h->k[to_slot][to], h->k[from_slot][from], sizeof h->k[0][0] * (size_t)count);
+    memmove(h->v[to_slot][to], h->v[from_slot][from], sizeof h->v[0][0] * (size_t)count);
+}
+
+/* The first `count` positions of a slot as kv_read gives them: [keys, values][head][position] rows, so fewer positions are the first rows of each head; as F32
+   they are the numbers themselves. Then out of `from` and into `to`. */
+static void check_state(moq_backend *be, moq_kv_cache *c, const moq_kv_desc *d, history *h, int to, int from, int count)
+{
+    const int some = count * 2 / 3;
+    const size_t all = be->kv_read(be, c, from, count, NULL), part = be->kv_read(be, c, from, some, NULL), keys = be->kv_read(be, c, from, 1, NULL) / KV_HEADS;
+    const size_t wide = d->kv.format == MOQ_KV_WIDE && keys == (size_t)(d->head_dim + d->value_dim) * 4;
+    uint8_t *bytes = (uint8_t *)malloc(all), *first = (uint8_t *)malloc(part), *x = bytes;
+    CHECK(all == keys * KV_HEADS * (size_t)count && part == keys * KV_HEADS * (size_t)some);
+    CHECK(be->kv_read(be, c, from, count, bytes) == all && be->kv_read(be, c, from, some, first) == part);
+    for (int i = 0; i < 2 && wide; i++)
+        for (int n = 0, dim = i ? d->value_dim : d->head_dim; n < KV_HEADS; n++)
+            for (int t = 0; t < count; t++, x += (size_t)dim * 4)
+                CHECK(memcmp(x, (i ? h->v : h->k)[from][t] + n * dim, (size_t)dim * 4) == 0);
+    if (wide) CHECK(memcmp(first, bytes, (size_t)(some * d->head_dim) * 4) == 0);
+    be->kv_write(be, c, to, count, bytes);
+    CHECK(be->kv_read(be, c, to, some, bytes) == part && memcmp(bytes, first, part) == 0);
+    memcpy(h->k[to], h->k[from], sizeof h->k[0][0] * (size_t)count);
+    memcpy(h->v[to], h->v[from], sizeof h->v[0][0] * (size_t)count);
+    free(bytes);
+    free(first);
+}
+
 /* Positions beyond one span: computed side by side by three workers where there is one row, one after the other where there are more;
-   check_attention wants the same bits of both. */
+   check_attention wants the same bits of both. Then copies and saved states over the ends of what lies together in a cache, whose last piece is shorter. */
 static void test_backend_attention_spans(void)
 {
     static history h;
@@ -1902,6 +1933,15 @@ static void test_backend_attention_spans(void)
             check_attention(be, c, &d, &b, &h, 6, 0, 0, NULL);
             check_attention(be, c, &d, &b, &h, 6, 600, 0, sinks);
             check_attention(be, c, &d, &b, &h, 6, 1, 0, NULL);
+            copy_rows(be, c, &h, 0, 0, 1, 100, 900);
+            copy_rows(be, c, &h, 0, 900, 1, 37, LONG - 900);
+            copy_rows(be, c, &h, 1, 301, 1, 30, LONG - 301); /* up over itself */
+            slot[0] = slot[2] = 0;
+            check_attention(be, c, &d, &b, &h, 6, 0, 0, NULL);
+            copy_rows(be, c, &h, 1, 5, 1, 130, LONG - 130); /* and down */
+            check_state(be, c, &d, &h, 0, 1, LONG - 70);
+            pos[3] = LONG - 130;
+            check_attention(be, c, &d, &b, &h, 6, 0, 0, NULL);
             be->kv_release(be, c);
             moq_backend_destroy(be);
             CHECK_INT(test_state.live_allocs, 0);
