@@ -425,6 +425,7 @@ echo '{{ weird(messages) }}' >"$dir/other/chat_template.jinja"
 run verify "$dir/other"
 check "verify: an unknown chat template" is 0
 check "is told with what does without" err "none of the known ones.*moq run --raw. and rows of {\"text\"}"
+check "and without the list of known ones" err "known ones (.moq run. lists them)"
 run run "$dir/other" --prompt x
 check "run: an unknown chat template" refused "moq run --raw"
 # memory: run refuses with the figures of inspect
@@ -596,6 +597,31 @@ for empty in "" "  "; do
     run run "$demo" --prompt "$empty"
     check "an empty prompt" refused "prompt is empty"
 done
+run run "$demo" --raw --prompt hi --max-tokens 12
+cp "$dir/out" "$dir/again"
+run run "$demo" --raw --prompt hi --max-tokens 12 --repeat-penalty 1 --presence-penalty 0 --frequency-penalty 0
+check "run: penalties of 1 and 0 change nothing" cmp "$dir/out" "$dir/again"
+for penalty in repeat presence frequency; do
+    run run "$demo" --raw --prompt hi --max-tokens 12 --$penalty-penalty 50
+    check "run --$penalty-penalty" is 0
+    check "run --$penalty-penalty: greedy answers change, too" sh -c "! cmp -s '$dir/out' '$dir/again'"
+done
+run run "$demo" --prompt hi --repeat-penalty 1,1
+check "run: a comma in a number" refused "--repeat-penalty is a number from 0 to 100, not '1,1'"
+run run "$demo" --prompt hi --max-tokens 1 --context 300000
+check "run: a context beyond the model's" err "more than the [0-9]* that the model was made for: .*; lower it to [0-9]*$"
+run logits "$golden/sources/llama" --tokens 1,2 --out "$dir/free.safetensors" --quantize fp8
+check "--quantize of a recipe that needs data names those that need none" refused "load with one that needs none: fp8_per_channel_per_token, .*, w4a16_nvfp4, .*mxfp8"
+run help run
+check "help run lists them" out "^  w4a16_nvfp4 nvfp4 "
+sed -n '/^recipes that need no data/,/^$/p' "$dir/out" | sed 1d >"$dir/free"
+for r in $(cat "$dir/free"); do
+    run logits "$golden/sources/llama" --tokens 1,2 --out "$dir/free.safetensors" --quantize $r
+    check "--quantize $r" is 0
+done
+(ulimit -v 24000 2>/dev/null && "$moq" run "$demo" --prompt hi --max-tokens 1 >"$dir/out" 2>"$dir/err")
+code=$?
+check "run: too little memory by ulimit is said in one line" refused "bytes were refused; .*\`ulimit -v\` allows this program 25 MB"
 run run "$demo" --prompt hello --seed 3 --max-tokens 1
 check "--seed without --temp" err "note: --seed changes nothing without --temp"
 run run "$demo" --prompt hello --json-schema nowhere.json
@@ -1001,6 +1027,19 @@ run convert "$golden/modelopt/llama-nvfp4" "$dir/conv" --to compressed-tensors
 run diff "$golden/modelopt/llama-nvfp4" "$dir/conv"
 check "diff across containers names what compares them" err "note: 14 layers are stored under other names in .*conv; .moq dequant DIR --hash"
 rm -r "$dir/conv"
+run diff "$golden/modelopt/llama-fp8" "$golden/modelopt/llama-fp8_pb_wo" --brief
+check "diff --brief: what is equal is not listed" lines out 39
+check "diff --brief: the last line as ever" last '^equal 11/49 tensors$'
+signs() { # NAME, the second of two BF16 values as printf takes it
+    printf '\076\000\000\000\000\000\000\000{"t":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}       ' >"$dir/$1.safetensors"
+    printf "\\200\\077$2" >>"$dir/$1.safetensors"
+}
+signs plus '\000\000'
+signs minus '\000\200'
+run diff "$dir/plus.safetensors" "$dir/minus.safetensors"
+check "diff: signs of zeros are said to be all" out "relative_error 0	only the signs of zeros differ"
+run diff "$dir/plus.safetensors" "$dir/minus.safetensors" --json
+check "diff --json: the same values" out '"same_values": true'
 run diff "$demo" "$dir/nowhere"
 check "diff: nothing there" refused "nowhere: no such folder or file; name two checkpoint folders"
 

@@ -36,6 +36,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -172,7 +173,14 @@ static int ends_with(const char *s, const char *end)
 
 static int refuse_error(const char *path, const moq_error *err)
 {
+    moq_error more = *err;
+    struct rlimit most;
+    size_t n = strlen(more.text);
     if (err->code == MOQ_E_CANCELLED && stop_requested) return refuse("stopped");
+    if (err->code == MOQ_E_NOMEM && getrlimit(RLIMIT_AS, &most) == 0 && most.rlim_cur != RLIM_INFINITY) /* the machine may have plenty */
+        snprintf(more.text + n, sizeof more.text - n, "; `ulimit -v` allows this program %.0f MB, files that it maps included: raise that",
+                 (double)most.rlim_cur / 1e6);
+    err = &more;
     print_placed(stderr, "moq: ", path, err->text);
     return 2;
 }
@@ -237,33 +245,50 @@ static void catch_interrupt(void)
         if (signals[i] == SIGINT || sigaction(signals[i], NULL, &old) != 0 || old.sa_handler != SIG_IGN) sigaction(signals[i], &action, NULL);
 }
 
-/* A bar on a terminal, for work over a second. Returns 1 when the work should stop. */
-static int progress_bar(const char *what, uint64_t done, uint64_t total, int bytes)
+/* A bar on a terminal, for work over a second: `part` of it is done, `rest` is what else there is to say. part 1 takes the bar away. */
+static int draw_bar(const char *what, double start, double part, const char *rest)
 {
-    static double start, drawn;
+    static double drawn;
     static int visible;
     double now = moq_seconds();
-    if (done == 0 || start == 0) { start = now; drawn = now; }
     if (!isatty(2)) return stop_requested != 0;
-    if (visible && (done >= total || stop_requested)) {
+    if (visible && (part >= 1 || stop_requested)) {
         fputs("\r\033[K", stderr);
         visible = 0;
     }
-    if (done < total && !stop_requested && now - start > 1 && now - drawn > 0.1) {
-        double rate = (double)done / (now - start);
-        int filled = (int)(30 * done / (total ? total : 1));
-        fprintf(stderr, "\r\033[K%s [%.*s%.*s] ", what, filled, "##############################", 30 - filled, "..............................");
-        if (bytes) fprintf(stderr, "%.2f GB/s, ", rate / 1e9);
-        fprintf(stderr, "%.0f s left", rate > 0 ? (double)(total - done) / rate : 0.0);
+    if (part < 1 && !stop_requested && now - start > 1 && now - drawn > 0.1) {
+        int filled = (int)(30 * part);
+        fprintf(stderr, "\r\033[K%s [%.*s%.*s]%s%s", what, filled, "##############################", 30 - filled, "..............................",
+                rest[0] ? " " : "", rest);
         drawn = now;
         visible = 1;
     }
     return stop_requested != 0;
 }
 
+/* Work that goes on at one rate, which is measured from its first report on. Returns 1 when it should stop. */
+static int progress_bar(const char *what, uint64_t done, uint64_t total, int bytes)
+{
+    static double start;
+    static uint64_t first, last;
+    static const char *stage;
+    char rest[64] = "";
+    double now = moq_seconds(), rate;
+    if (what != stage || done < last || done == 0) {
+        stage = what;
+        start = now;
+        first = done;
+    }
+    last = done;
+    rate = done > first && now > start ? (double)(done - first) / (now - start) : 0;
+    if (rate > 0 && bytes) snprintf(rest, sizeof rest, "%.2f GB/s, %.0f s left", rate / 1e9, (double)(total - done) / rate);
+    else if (rate > 0) snprintf(rest, sizeof rest, "%.0f s left", (double)(total - done) / rate);
+    return draw_bar(what, start, done < total ? (double)done / (double)total : 1, rest);
+}
+
 static int on_progress(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
-    static const char *const names[] = {"working", "loading", "preparing", "verifying", "calibrating", "quantizing", "writing", "reading the prompt"};
+    static const char *const names[] = {"working", "loading", "preparing", "verifying", "calibrating", "quantizing", "reading the prompt"};
     (void)user;
     return progress_bar((int)stage > 0 && (int)stage < COUNT(names) ? names[stage] : names[0], done, total, total > 1000000);
 }
@@ -396,9 +421,9 @@ typedef struct text_list { const char *item[MAX_LIST]; int count; } text_list;
 typedef struct options {
     const char *args[4];
     int arg_count;
-    int json, explain, deep, hash, raw, stats, decode, help, active_experts;
+    int json, brief, explain, deep, hash, raw, stats, decode, help, active_experts;
     int64_t threads, context, limit, seq, max_tokens, top_k, seed, chunk, samples, batch, copies;
-    double temp, top_p, min_p, bits;
+    double temp, top_p, min_p, bits, repeat_penalty, presence_penalty, frequency_penalty;
     const char *backend, *kernel, *act, *kv, *out, *dtype, *tokens, *data, *against, *system, *prompt, *file, *m, *recipe, *format, *calibration, *shard;
     const char *calib, *save_calibration, *max_memory, *quantize;
     const char *head, *weights, *to, *png, *recipes, *method, *search, *save_search, *json_schema, *grammar;
@@ -442,6 +467,7 @@ static const option_row option_table[] = {
     {"data", KIND_TEXT, FIELD(data), "D", ".jsonl, .txt, or tokens"},
     {"limit", KIND_COUNT, FIELD(limit), "N", "only the first N rows or windows"},
     {"seq", KIND_COUNT, FIELD(seq), "N", "tokens of a window of text, or of a row to calibrate with (default 512, or what the model was made for)"},
+    {"brief", KIND_FLAG, FIELD(brief), "", "only what differs, and the last line"},
     {"against", KIND_TEXT, FIELD(against), "DIR", "compare with this folder"},
     {"system", KIND_TEXT, FIELD(system), "S", "system message"},
     {"prompt", KIND_TEXT, FIELD(prompt), "P", "user message (default: stdin, a chat on a terminal)"},
@@ -450,6 +476,10 @@ static const option_row option_table[] = {
     {"top-k", KIND_INT, FIELD(top_k), "K", "sample from the K best tokens (default 0: all); with --temp"},
     {"top-p", KIND_REAL, FIELD(top_p), "P", "sample from the best tokens of total probability P (default 0: all); with --temp"},
     {"min-p", KIND_REAL, FIELD(min_p), "P", "drop tokens below P times the best one's probability"},
+    {"repeat-penalty", KIND_REAL, FIELD(repeat_penalty), "P",
+     "against repetition, e.g. 1.1: positive logits of tokens that were there are divided by P, others multiplied (0, the default, and 1: off)"},
+    {"presence-penalty", KIND_REAL, FIELD(presence_penalty), "P", "subtract P from the logits of tokens that the answer has (default 0: off)"},
+    {"frequency-penalty", KIND_REAL, FIELD(frequency_penalty), "P", "subtract P times how often the answer has a token from its logit (default 0: off)"},
     {"seed", KIND_INT, FIELD(seed), "S", "seed of the sampler (default 0: the same answer every time)"},
     {"raw", KIND_FLAG, FIELD(raw), "", "no chat frame: continue the prompt"},
     {"stats", KIND_FLAG, FIELD(stats), "", "tokens per second on stderr"},
@@ -480,7 +510,7 @@ static const option_row option_table[] = {
     {"to", KIND_TEXT, FIELD(to), "F", "container: modelopt, compressed-tensors or gpt-oss"},
     {"shard", KIND_TEXT, FIELD(shard), "BYTES", "largest file, e.g. 500M (default 10G)"},
     {"help", KIND_FLAG, FIELD(help), "", "what the verb does"},
-    {"quantize", KIND_TEXT, FIELD(quantize), "RECIPE", "quantize a float folder while loading; nothing is written"},
+    {"quantize", KIND_TEXT, FIELD(quantize), "RECIPE", "quantize a float folder while loading; nothing is written. Not for recipes that need data"},
     {"json-schema", KIND_TEXT, FIELD(json_schema), "FILE", "answers are documents of this JSON Schema, complete within --max-tokens; - is stdin"},
     {"grammar", KIND_TEXT, FIELD(grammar), "FILE", "answers are texts of this GBNF grammar, complete within --max-tokens; - is stdin"}
 };
@@ -537,7 +567,8 @@ static long long most_of(const option_row *row)
 {
     static const struct { size_t at; long long most; } limits[] = {
         {FIELD(seed), INT64_MAX}, {FIELD(threads), 1024}, {FIELD(context), 1 << 24}, {FIELD(chunk), 65536},
-        {FIELD(copies), MOST_COPIES}, {FIELD(temp), 1000000}, {FIELD(top_p), 1}, {FIELD(min_p), 1}, {FIELD(bits), 32}
+        {FIELD(copies), MOST_COPIES}, {FIELD(temp), 1000000}, {FIELD(top_p), 1}, {FIELD(min_p), 1}, {FIELD(bits), 32},
+        {FIELD(repeat_penalty), 100}, {FIELD(presence_penalty), 100}, {FIELD(frequency_penalty), 100}
     };
     for (int i = 0; i < COUNT(limits); i++)
         if (limits[i].at == row->at) return limits[i].most;
@@ -754,6 +785,9 @@ static int open_engine(engine *e, const options *o, const char *path, int64_t co
     desc.sampling.top_k = (int32_t)o->top_k;
     desc.sampling.top_p = (float)o->top_p;
     desc.sampling.min_p = (float)o->min_p;
+    desc.sampling.repetition_penalty = (float)o->repeat_penalty;
+    desc.sampling.presence_penalty = (float)o->presence_penalty;
+    desc.sampling.frequency_penalty = (float)o->frequency_penalty;
     desc.sampling.seed = (uint64_t)o->seed;
     if (!(e->m = llm_open(&desc, &err))) bad = refuse_error(path, &err);
     if (bad) { close_engine(e); return bad; }
@@ -1547,10 +1581,21 @@ static void verify_log(void *user, moq_log_level level, moq_result code, const c
     if (level == MOQ_LOG_WARNING) report_finding(user, 0, &f);
 }
 
+/* A long list in a sentence, from `open` to `close`, gives way to where it can be read. */
+static void fold_list(moq_error *f, const char *open, const char *close, const char *instead)
+{
+    char *at = strstr(f->text, open), *end = at ? strstr(at + strlen(open), close) : NULL;
+    moq_error whole = *f;
+    if (!end || end - at < 60) return;
+    snprintf(at, sizeof f->text - (size_t)(at - f->text), "%s%s%s", open, instead, whole.text + (end - f->text));
+}
+
 /* A sound folder that `moq run` refuses all the same. */
 static void report_idle(verdict *v, const char *what, const moq_error *err)
 {
     moq_error f = *err;
+    fold_list(&f, "; known: ", ". ", "what `moq run` lists");
+    fold_list(&f, "known ones (", ")", "`moq run` lists them");
     size_t n = strlen(f.text);
     if (n < sizeof f.text) snprintf(f.text + n, sizeof f.text - n, " (the checkpoint is whole, but `moq run` %s)", what);
     report_finding(v, 0, &f);
@@ -2530,7 +2575,7 @@ static int verb_eval(const options *o)
    >>run             answers and chats
    ------------------------------------------------------------------------------------------------ */
 
-/* MB that a prompt, a schema or a grammar may have where its end is not known beforehand, and that lines for `tokenize` may: far more than any model
+/* MB that a prompt, a schema or a grammar may have where its end is not known beforehand, and that one line for `tokenize` may: far more than any model
    takes, so that what never ends (/dev/zero) is told before memory is. */
 enum { PROMPT_MB = 64, LINES_MB = 4096 };
 
@@ -2815,37 +2860,49 @@ static int decode_line(const llm_tokenizer *t, const char *line)
     return 0;
 }
 
+/* Lines of a stream, of any number: only one is in memory, of at most LINES_MB. */
+static int tokenize_lines(const llm_tokenizer *t, FILE *from, const char *name, int decode)
+{
+    size_t capacity = 65536, bytes = 0, n;
+    char *text = (char *)take(capacity, 1);
+    int bad = 0;
+    do {
+        n = fread(text + bytes, 1, capacity - bytes - 1, from);
+        size_t at = 0, seen = bytes; /* no line ends in what was there before */
+        bytes += n;
+        if (ferror(from)) bad = stop_requested ? refuse("stopped") : refuse("%s: %s", name, strerror(errno));
+        while (!bad && !stop_requested && at < bytes) {
+            char *end = (char *)memchr(text + seen, '\n', bytes - seen);
+            size_t stop = end ? (size_t)(end - text) : bytes;
+            if (!end && n > 0) break; /* there may be more of it */
+            text[stop] = 0;
+            if (decode) bad = decode_line(t, text + at);
+            else encode_line(t, text + at, stop - at);
+            at = seen = stop + (end != NULL);
+        }
+        if (at > 0) memmove(text, text + at, bytes - at);
+        bytes -= at;
+        if (!bad && (uint64_t)bytes > (uint64_t)LINES_MB << 20)
+            bad = refuse("%s: a line has %d MB and goes on; that is the limit of one line here, so break it, or give something that ends", name, LINES_MB);
+        if (!bad && capacity - bytes < 2) text = (char *)grow(text, capacity *= 2, 1);
+    } while (!bad && !stop_requested && n > 0);
+    free(text);
+    return !bad && stop_requested ? refuse("stopped") : bad;
+}
+
 static int verb_tokenize(const options *o)
 {
     moq_error err;
-    size_t bytes = 0;
     FILE *from = o->file ? fopen(o->file, "rb") : stdin;
     moq_checkpoint *ck;
     llm_tokenizer *t;
-    char *text;
-    int bad = 0;
+    int bad;
     if (!from && errno == ENOENT) return refuse("%s: no such file; " NAME_A_FILE, o->file);
     if (!from) return refuse("%s: %s", o->file, strerror(errno));
     ck = open_folder(o->args[0], 0, NULL, 0, &err);
     t = ck ? llm_tokenizer_open(ck, &err) : NULL;
-    if (!t) {
-        if (from != stdin) fclose(from);
-        moq_close(ck);
-        return refuse_error(o->args[0], &err);
-    }
-    text = read_stream(from, o->file ? o->file : "standard input", LINES_MB, &bytes);
+    bad = t ? tokenize_lines(t, from, o->file ? o->file : "standard input", o->decode) : refuse_error(o->args[0], &err);
     if (from != stdin) fclose(from);
-    if (!text) bad = 2;
-    for (size_t at = 0; at < bytes && !bad && !stop_requested;) {
-        char *end = (char *)memchr(text + at, '\n', bytes - at);
-        size_t stop = end ? (size_t)(end - text) : bytes;
-        text[stop] = 0;
-        if (o->decode) bad = decode_line(t, text + at);
-        else encode_line(t, text + at, stop - at);
-        at = stop + 1;
-    }
-    if (!bad && stop_requested) bad = refuse("stopped");
-    free(text);
     llm_tokenizer_close(t);
     moq_close(ck);
     return bad;
@@ -3056,7 +3113,7 @@ static uint64_t differing_bytes(const moq_tensor *a, const moq_tensor *b)
 typedef struct comparison {
     side a, b, source;
     json_out j;
-    int json;
+    int json, brief;
     size_t total, equal, renamed; /* renamed: layers of both whose codes have another name in B */
 } comparison;
 
@@ -3080,6 +3137,9 @@ static void print_type(const moq_tensor *t)
     printf("]");
 }
 
+/* F32 holds every value of it, so that of two codes with the same value one is 0 and one -0. */
+static int is_float(moq_dtype t) { return t == MOQ_F32 || t == MOQ_BF16 || t == MOQ_F16 || t == MOQ_F8_E4M3 || t == MOQ_F8_E5M2; }
+
 /* One tensor: t of A, u of B; one of them may be missing. */
 static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor *u)
 {
@@ -3093,6 +3153,7 @@ static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor 
     c->equal += (size_t)equal;
     if (t && !u && c->a.ck && c->b.ck && module_of_tensor(c->a.ck, name, &la) && moq_find_linear(c->b.ck, la.name, &lb, NULL) == MOQ_OK)
         c->renamed += strcmp(la.tensor, lb.tensor) != 0;
+    if (c->brief && equal) return;
     if (c->json) json_open(&c->j, NULL, '{');
     if (c->json) json_string(&c->j, "name", name);
     if (c->json) json_string(&c->j, "state", equal ? "equal" : !t ? "only in B" : !u ? "only in A" : same_type ? "bytes differ" : "type or shape differs");
@@ -3106,7 +3167,12 @@ static void compare_tensor(comparison *c, const moq_tensor *t, const moq_tensor 
     } else if (!c->json) printf("%" PRIu64 " of %" PRIu64 " bytes differ", differing_bytes(t, u), t->bytes);
     if (c->json && same_type && !equal) json_int(&c->j, "differing_bytes", (int64_t)differing_bytes(t, u));
     if (c->json && same_type && !equal) json_int(&c->j, "bytes", (int64_t)t->bytes);
-    if (t && u && !equal && (module ? module_distance(&la, &lb, &d) : tensor_distance(t, u, &d))) report_number(c, "relative_error", relative(&d));
+    if (t && u && !equal && (module ? module_distance(&la, &lb, &d) : tensor_distance(t, u, &d))) {
+        int same = same_type && d.error == 0 && (module || is_float(t->dtype));
+        report_number(c, "relative_error", relative(&d));
+        if (same && c->json) json_bool(&c->j, "same_values", 1);
+        else if (same) printf("\t%s", module ? "the same values in other codes (0 and -0 are two)" : "only the signs of zeros differ");
+    }
     if (module && c->source.ck && moq_find_linear(c->source.ck, la.name, &ls, NULL) == MOQ_OK) {
         report_snr(c, "snr_a_db", &la, &ls);
         report_snr(c, "snr_b_db", &lb, &ls);
@@ -3123,6 +3189,7 @@ static int verb_diff(const options *o)
     memset(&c, 0, sizeof c);
     c.j = json_to(stdout, 2);
     c.json = o->json;
+    c.brief = o->brief;
     bad = open_side(&c.a, o->args[0]);
     if (!bad) bad = open_side(&c.b, o->args[1]);
     if (!bad && o->against) bad = open_side(&c.source, o->against);
@@ -3187,9 +3254,10 @@ static const verb_row verb_table[] = {
      "Text (.txt, .jsonl rows {\"text\"}, each cut by itself) or tokens: perplexity over windows of --seq.\n"
      "--against DIR2: also the mean KL divergence of the next-token distributions from DIR2's.",
      "moq eval my-model-nvfp4 --data eval.jsonl --limit 200 --against my-model"},
-    {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p seed raw stats json-schema grammar",
+    {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p repeat-penalty presence-penalty frequency-penalty seed raw stats json-schema grammar",
      "Answers a prompt, streaming. Without --prompt: what stands on stdin, or a chat on a terminal.\n"
-     "An answer ends where the model ends its turn; one that never does goes on until the context is full, unless --max-tokens says less.",
+     "An answer ends where the model ends its turn; one that never does goes on until the context is full, unless --max-tokens says less.\n"
+     "A small model that says the same over and over: --repeat-penalty 1.1, also without --temp.",
      "moq run my-model --system 'You are brief.' --prompt 'What is the capital of France?' --stats"},
     {"tokenize", verb_tokenize, 1, 1, "DIR", "decode file",
      "Lines of text to lines of comma-separated token ids, with the tokens that the folder puts around a text; --decode: the reverse.",
@@ -3218,10 +3286,10 @@ static const verb_row verb_table[] = {
      "A layer that the container cannot hold is named and nothing is written. --recipe nvfp4 casts MXFP4 layers to weight-only\n"
      "NVFP4 of the same values, and says where exponents lie too far apart for that.",
      "moq convert my-model-nvfp4 my-model-ct --to compressed-tensors"},
-    {"diff", verb_diff, 2, 2, "A B", "json against",
+    {"diff", verb_diff, 2, 2, "A B", "json brief against",
      "Compares two folders or safetensors files tensor by tensor.\n"
      "A line for each: equal, or how many bytes differ and the relative error of the values.\n"
-     "--against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
+     "--brief: only tensors that differ. --against SRC: also the signal-to-noise ratio of each side's weights. Exit status 1 when anything differs.",
      "moq diff my-nvfp4 their-nvfp4 --against my-model"},
     {"bench", verb_bench, 0, 1, "[DIR]", ENGINE_OPTIONS "json scheme shape m copies encode",
      "How fast layers with random weights are, or a model.\n"
@@ -3270,6 +3338,11 @@ static int help_verb(const verb_row *v)
         if (in_list(v->options, row->name) || (computes && in_list(COMMON_OPTIONS, row->name)))
             printf("  %-18s %s\n", name, row->at == FIELD(kv) && writes ? "KV cache that the folder asks for: " FOLDER_KV : row->help);
     }
+    if (in_list(v->options, "quantize"))
+        printf("\nrecipes that need no data, for --quantize:\n"
+               "  w4a16_nvfp4 nvfp4 nvfp4_four_over_six nvfp4_w4a4_weight_mse_fp8_sweep nvfp4_mse nvfp4_fp8_mha nvfp4_mlp_only nvfp4_omlp_only\n"
+               "  nvfp4_mlp_weight_only fp8_per_channel_per_token fp8_2d_blockwise_weight_only int8_weight_only int4_mse\n"
+               "  int4_blockwise_weight_only mxfp4 mxfp4_mlp_weight_only w4a8_mxfp4_fp8 mxfp6 mxfp6_e2m3 mxfp8 mxint8\n");
     if (strcmp(v->name, "bench") == 0) {
         printf("\nkinds of layers:");
         for (int i = 0; i < COUNT(layer_kinds); i++) printf("%s%s", i % 8 ? " " : "\n  ", layer_kinds[i].name);

@@ -23,6 +23,10 @@ typedef struct sample_set {
     int counted;           /* AutoQuantize has seen how many batches there are */
     int full;              /* no more rows are wanted */
     int calibrated;        /* the recipe asked for them */
+    uint64_t pass_total;   /* tokens of a pass times layers; 0: it has not begun */
+    uint64_t shown;        /* tokens times layers that the last report of this pass had */
+    uint64_t layers_done;  /* of this pass, searches included: at `layer_time` seconds */
+    double pass_start, layer_time;
 } sample_set;
 
 static void drop_samples(sample_set *s)
@@ -111,15 +115,39 @@ static size_t most_positions(const moq_checkpoint *ck)
     return moq_json_int(v, &n) && n > 0 ? (size_t)n : 0;
 }
 
-/* Tokens that pass through the model, over all passes. Called for each row of each layer. */
+/* The bar of a pass. A layer's rows and what is searched with them take times of their own, so how long the rest takes is known by whole layers
+   only: nothing is said during the first one, nor of a search after rows that went through the whole model at once. */
+static int calibration_bar(sample_set *s, const char *what, uint64_t done, uint64_t total)
+{
+    const uint64_t tokens = s->tokens.rows ? s->tokens.start[s->tokens.rows] : 0, layers = tokens ? total / tokens : 0;
+    char name[80], rest[48] = "";
+    double now = moq_seconds(), left = -1;
+    if (s->pass_start <= 0 || done < s->shown) {
+        s->pass_start = now;
+        s->layers_done = 0;
+    }
+    s->shown = done;
+    if (done > 0 && tokens > 0 && (done - 1) / tokens > s->layers_done) {
+        s->layers_done = (done - 1) / tokens;
+        s->layer_time = now - s->pass_start;
+    }
+    if (layers <= 1 && done > 0 && done < total) left = (now - s->pass_start) * (double)(total - done) / (double)done;
+    if (layers > 1 && s->layers_done > 0) left = s->layer_time * (double)layers / (double)s->layers_done - (now - s->pass_start);
+    if (left >= 0) snprintf(rest, sizeof rest, "%.0f s left%s", left, s->passes > 1 ? " of this pass" : "");
+    if (s->passes > 1) snprintf(name, sizeof name, "%s, pass %" PRIu64 " of %" PRIu64, what, s->pass + 1, s->passes);
+    else snprintf(name, sizeof name, "%s", what);
+    return draw_bar(name, s->pass_start, total > 0 ? 0.999 * (double)done / (double)total : 0, rest); /* it stays until the pass is over */
+}
+
+/* Tokens that pass through the model, times layers where they run one by one. Called for each row of each layer. */
 static int on_samples(void *user, moq_stage stage, uint64_t done, uint64_t total)
 {
-    const sample_set *s = (const sample_set *)user;
+    sample_set *s = (sample_set *)user;
     (void)stage;
     if (s->candidates && !s->counted) return progress_bar("counting batches", done, total, 0);
     if (s->candidates && s->pass >= s->candidates) return stop_requested != 0; /* scores are counted one by one */
-    if (done >= total && s->pass + 1 < s->passes) return stop_requested != 0; /* the bar stays until the last pass is over */
-    return progress_bar("calibrating", s->pass * total + done, s->passes * total, 0);
+    s->pass_total = total;
+    return calibration_bar(s, "calibrating", done, total);
 }
 
 /* Passes of a calibration, bytes of everything else. */
@@ -128,9 +156,12 @@ static int on_quantize(void *user, moq_stage stage, uint64_t done, uint64_t tota
     sample_set *s = (sample_set *)user;
     if (stage != MOQ_STAGE_CALIBRATE) return on_progress(NULL, stage, done, total);
     s->calibrated = 1;
+    if (done != s->pass) s->pass_total = s->shown = 0, s->pass_start = 0;
     s->pass = done;
     s->passes = total ? total : 1;
-    return stop_requested != 0;
+    if (done >= total) return draw_bar("", 0, 1, "");
+    /* asked between two layers that are searched: every row of them was reported */
+    return s->pass_total > 0 && !s->candidates ? calibration_bar(s, "searching", s->shown, s->pass_total) : stop_requested != 0;
 }
 
 /* Everything of --calib D. */
@@ -328,7 +359,9 @@ static int verb_quantize(const options *o)
         bad = split_rule(o->rule.item[i], &rules[i]);
         if (!bad) d.rule_count++;
     }
-    if (!bad && moq_quantize(&d, &err) != MOQ_OK) {
+    moq_result made = bad ? MOQ_OK : moq_quantize(&d, &err);
+    draw_bar("", 0, 1, ""); /* gone before the error or the result */
+    if (made != MOQ_OK) {
         const char *others[] = {o->args[1], o->calibration, o->save_calibration};
         bad = refuse_container("format", o->format, &err);
         if (!bad) bad = refuse_error(blamed_path(&err, o->args[0], others, COUNT(others)), &err);
