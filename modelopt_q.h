@@ -4738,6 +4738,23 @@ MOQI_UNUSED static void moqi_json_put_float(moqi_json_out *o, double v)
     moqi_json_end(o, '}');
 }
 
+/* For messages, of a text that need not be sound: the largest last number of the lists that follow the word `key`, quotes included. 0: there is none. */
+static uint64_t moqi_json_last_most(const char *text, size_t bytes, const char *key)
+{
+    size_t length = strlen(key);
+    uint64_t most = 0;
+    for (size_t i = 0; i + length < bytes; i++) {
+        if (text[i] != key[0] || memcmp(text + i, key, length) != 0) continue;
+        uint64_t n = 0;
+        for (i += length; i < bytes && text[i] != ']' && text[i] != '}'; i++) {
+            if (text[i] == ',') n = 0;
+            if (text[i] >= '0' && text[i] <= '9') n = n < UINT64_MAX / 16 ? n * 10 + (uint64_t)(text[i] - '0') : UINT64_MAX / 16;
+        }
+        if (i < bytes && text[i] == ']' && n < UINT64_MAX / 16 && n > most) most = n;
+    }
+    return most;
+}
+
 MOQI_COLD_END
 
 /* ------------------------------------------------------------------------------------------------
@@ -5190,6 +5207,7 @@ static moqi_st_mark moqi_st_walk(const char *s, size_t n, size_t stop)
 
 /* What to do with a header that no safetensors library writes. */
 #define MOQI_ST_AGAIN ". Download the file again, or save it anew with a safetensors library"
+#define MOQI_ST_WHOLE ": download it again, or `git lfs pull` in a clone"
 
 /* For messages: bytes of the text that begins at byte 8 as its own braces have it, whatever length stands before it. 0: none closes, or it is no text. */
 static size_t moqi_st_text_bytes(const moqi_blob *b)
@@ -5237,9 +5255,12 @@ static moq_result moqi_st_length(const moq_st *st, uint64_t *length, moq_error *
                          (unsigned long long)n, (unsigned long long)MOQ_MAX_HEADER_BYTES, kind);
     }
     if (n > b->bytes - 8) {
-        moqi_st_blame(kind[0] ? 0 : moqi_st_text_bytes(b), blame, sizeof blame);
+        size_t end = kind[0] ? 0 : moqi_st_text_bytes(b), at_end = end ? 8 + end : 0;
+        while (at_end && at_end < b->bytes && b->data[at_end] == ' ') at_end++;
+        int padding = at_end == b->bytes && (at_end > 8 + end || n - end < 64); /* cut inside of the spaces that follow the text, or before them */
+        moqi_st_blame(padding ? 0 : end, blame, sizeof blame);
         return moqi_fail(err, MOQ_E_TRUNCATED, at, "the header says %llu bytes but the file has %llu%s%s%s. %s", (unsigned long long)n, bytes, looks, kind,
-                         blame, blame[0] ? "Download the file again" : "The download is probably incomplete");
+                         blame, blame[0] ? "Download the file again" : "The download is probably incomplete" MOQI_ST_WHOLE);
     }
     *length = n;
     return MOQ_OK;
@@ -5316,9 +5337,15 @@ static moq_result moqi_st_offsets(const moq_st *st, const moq_json *v, uint64_t 
     }
     unsigned long long begin = range[0], end = range[1];
     if (begin > end) return moqi_fail(err, MOQ_E_OFFSETS, at, "data_offsets [%llu, %llu] end before they begin", begin, end);
-    if (end > section)
-        return moqi_fail(err, MOQ_E_TRUNCATED, at, "its bytes end at %llu of a data section of %llu. The download is probably incomplete",
-                         end, (unsigned long long)section);
+    if (end > section) {
+        uint64_t described = moqi_json_last_most((const char *)st->blob.data + 8, (size_t)(st->data_at - 8), "\"data_offsets\"");
+        char sizes[120] = "";
+        if (described > section)
+            moqi_format(sizes, sizeof sizes, ": the file has %llu bytes, its header describes %llu", (unsigned long long)st->blob.bytes,
+                        (unsigned long long)(st->data_at + described));
+        return moqi_fail(err, MOQ_E_TRUNCATED, at, "its bytes end at %llu of a data section of %llu%s. The download is probably incomplete" MOQI_ST_WHOLE,
+                         end, (unsigned long long)section, sizes);
+    }
     return MOQ_OK;
 }
 
@@ -32166,15 +32193,17 @@ static const moq_recipe *moqi_planned(void *user, const char *module)
     return e ? p->targets[e->value].recipe : NULL;
 }
 
+static int moqi_recipe_needs_data(const moqi_plan *p, const moq_recipe *recipe)
+{
+    return !(moqi_constant_amax(p, recipe) > 0) && (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale || moqi_recipe_gptq(recipe));
+}
+
 /* Does anything in the plan need statistics of data? */
 static int moqi_needs_data(const moqi_plan *p)
 {
     const char *kv = p->desc->kv;
-    for (size_t i = 0; i < p->count; i++) {
-        const moq_recipe *recipe = p->targets[i].recipe;
-        if (!recipe || moqi_constant_amax(p, recipe) > 0) continue;
-        if (moqi_has_input_scale(recipe) || recipe->scheme.pre_quant_scale || moqi_recipe_gptq(recipe)) return 1;
-    }
+    for (size_t i = 0; i < p->count; i++)
+        if (p->targets[i].recipe && moqi_recipe_needs_data(p, p->targets[i].recipe)) return 1;
     return kv && !moqi_same(kv, "none") && !moqi_same(kv, "wide") && !moqi_ends(kv, "_cast");
 }
 
@@ -32268,13 +32297,23 @@ static moq_result moqi_check_memory(const moqi_plan *p, moq_error *err)
                      (unsigned long long)(most / 1000000 + 1), (unsigned long long)(p->desc->max_memory / 1000000));
 }
 
-/* Loading has no data to calibrate with. */
+/* Loading has no data to calibrate with: recipes of the same layers that need none, first the one that is most alike. */
 static moq_result moqi_refuse_data(const moqi_plan *p, moq_error *err)
 {
     const moq_recipe *other = moqi_recipe_without_data(p->recipe);
+    char names[420];
+    size_t used = 0;
+    names[0] = 0;
+    for (size_t i = 0; i < moq_recipe_count(); i++) {
+        const moq_recipe *c = moq_get_recipe(i);
+        size_t n = strlen(c->name);
+        if (c == other || !moqi_same(c->covers, p->recipe->covers) || moqi_recipe_needs_data(p, c) || used + n + 3 > sizeof names) continue;
+        moqi_format(names + used, sizeof names - used, "%s%s", other || used ? ", " : "", c->name);
+        used += strlen(names + used);
+    }
     return moqi_fail(err, MOQ_E_UNSUPPORTED, moqi_at(moq_get_name(p->ck), NULL, NULL, -1), "recipe %s needs calibration data, so it cannot be applied while "
-                     "loading; write a folder with `moq quantize --recipe %s --calib DATA`%s%s", p->recipe->name, p->recipe->name,
-                     other ? ", or load with " : "", other ? other->name : "");
+                     "loading; write a folder with `moq quantize --recipe %s --calib DATA`%s%s%s", p->recipe->name, p->recipe->name,
+                     other || used ? ", or load with one that needs none: " : "", other ? other->name : "", names);
 }
 
 /* Every layer that a recipe covers as the container would have it: formats and shapes are known before any calibration. */

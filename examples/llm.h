@@ -7806,8 +7806,8 @@ static moq_result llmi_model_open(llmi_model *m, const moq_checkpoint *ck, moq_b
     if (m->chunk > m->c.context) m->chunk = m->c.context;
     if (m->c.context > m->c.max_positions) {
         moq_error finding;
-        moq_fail(&finding, MOQ_E_CONFIG, "llm_desc.context", "%d tokens are more than the %lld that the model was made for", m->c.context,
-                 (long long)m->c.max_positions);
+        moq_fail(&finding, MOQ_E_CONFIG, "llm_desc.context", "%d tokens are more than the %lld that the model was made for: what it writes past those is seldom of "
+                 "use, and the memory for all is taken; lower it to %lld", m->c.context, (long long)m->c.max_positions, (long long)m->c.max_positions);
         llmi_tell(m, &finding);
     }
     llmi_find_prefix(m);

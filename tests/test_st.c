@@ -376,6 +376,12 @@ static void test_st_damaged_length(void)
         expect_bytes("damaged length", f.p, f.n, cases[i].code, cases[i].says, "Download the file again");
         free(f.p);
     }
+    /* a file that ends inside the spaces behind its text, or before the first: the length is right */
+    for (size_t cut = 1; cut <= 3; cut++) {
+        bytes f = file_of(good_header, n, 0);
+        expect_bytes("cut in the spaces", f.p, f.n - cut, MOQ_E_TRUNCATED, "The download is probably incomplete", "git lfs pull");
+        free(f.p);
+    }
     /* with the order of bytes swapped the length is that of the text: its writer is blamed, not the download */
     bytes f = file_of(good_header, n, 25);
     for (int k = 0; k < 8; k++) f.p[k] = (uint8_t)((uint64_t)n >> 8 * (7 - k));
@@ -449,6 +455,7 @@ static void test_st_keys(void)
     expect("S29b", "{\"q\":{\"dtype\":\"U8\",\"data_offsets\":[0,1]}}", 1, MOQ_E_HEADER, "'q'", "'shape'");
     expect("S29c", "{\"q\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, MOQ_E_HEADER, "'q'", "'data_offsets'");
     expect("S30", "{\"q\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"more\":1}}", 1, MOQ_E_HEADER, "'more'", "Download the file again");
+    expect("S30", "{\"q\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1],\"more\":1}}", 1, MOQ_E_HEADER, "tensor 'q'", NULL);
     expect("S56", "{" T("", "U8", "[1]", 0, 1) "}", 1, MOQ_E_HEADER, "byte", "empty");
     expect("S57a", "{" T("a\\u0000b", "U8", "[1]", 0, 1) "}", 1, MOQ_E_HEADER, "a\\x00b", "control");
     expect("S57b", "{" T("a\\u0007b", "U8", "[1]", 0, 1) "}", 1, MOQ_E_HEADER, "a\\x07b", "control");
@@ -506,6 +513,8 @@ static void test_st_ranges(void)
         expect("S42-44", text, 8, MOQ_E_OFFSETS, "'q'", NULL);
     }
     expect("S45", "{" T("q", "U8", "[5]", 0, 5) "}", 4, MOQ_E_TRUNCATED, "'q'", "5 of a data section of 4");
+    expect("S45: sizes", "{" T("q", "U8", "[5]", 0, 5) "," T("r", "U8", "[3]", 5, 8) "}", 4, MOQ_E_TRUNCATED, "has 117 bytes, its header describes 121",
+           "download it again, or `git lfs pull`");
     expect("S46", "{" T("q", "U8", "[4]", 18446744073709551611, 18446744073709551615) "}", 4, MOQ_E_TRUNCATED, "'q'", "18446744073709551615");
     expect("S44b", "{" T("q", "U8", "[4]", 0, 18446744073709551616) "}", 4, MOQ_E_OVERFLOW, "'q'", "18446744073709551616");
     expect("S47a", "{" T("q", "F32", "[2]", 0, 7) "}", 7, MOQ_E_OFFSETS, "7", "8");
