@@ -428,13 +428,13 @@ check "is told with what does without" err "none of the known ones.*moq run --ra
 check "and without the list of known ones" err "known ones (.moq run. lists them)"
 run run "$dir/other" --prompt x
 check "run: an unknown chat template" refused "moq run --raw"
-# memory: run refuses with the figures of inspect
+# memory: run refuses with the figures of inspect, but for the scratch memory of its backend, which is there by then (attention's is 0.15 GB here)
 if [ "$(awk '/^MemTotal/ { print int($2 / 1e6) }' /proc/meminfo 2>/dev/null || echo 99)" -lt 64 ]; then
     run run "$demo" --context 16000000 --kv wide --prompt x
     check "a context beyond the machine's memory" refused "this machine has .* lower --context or --chunk"
     said=$(sed -n 's/.* \([0-9.]*\) run state.*/\1/p' "$dir/err")
     run inspect "$demo" --context 16000000 --kv wide
-    check "and inspect counts the same run state" awk -v a="$said" -v b="$(sed -n 's/.*run state \([0-9.]*\) GB.*/\1/p' "$dir/out")" 'BEGIN { exit !(a > 0.5 && a - b < 0.06 && b - a < 0.06) }'
+    check "and inspect counts the same run state and that scratch memory" awk -v a="$said" -v b="$(sed -n 's/.*run state \([0-9.]*\) GB.*/\1/p' "$dir/out")" 'BEGIN { exit !(a > 0.5 && a - b < 0.06 && b - a < 0.26) }'
 fi
 # folders of one name: the error is about the right one
 mkdir -p "$dir/there/other"

@@ -3254,7 +3254,8 @@ static const verb_row verb_table[] = {
      "Text (.txt, .jsonl rows {\"text\"}, each cut by itself) or tokens: perplexity over windows of --seq.\n"
      "--against DIR2: also the mean KL divergence of the next-token distributions from DIR2's.",
      "moq eval my-model-nvfp4 --data eval.jsonl --limit 200 --against my-model"},
-    {"run", verb_run, 1, 1, "DIR", ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p repeat-penalty presence-penalty frequency-penalty seed raw stats json-schema grammar",
+    {"run", verb_run, 1, 1, "DIR",
+     ENGINE_OPTIONS "json system prompt max-tokens temp top-k top-p min-p repeat-penalty presence-penalty frequency-penalty seed raw stats json-schema grammar",
      "Answers a prompt, streaming. Without --prompt: what stands on stdin, or a chat on a terminal.\n"
      "An answer ends where the model ends its turn; one that never does goes on until the context is full, unless --max-tokens says less.\n"
      "A small model that says the same over and over: --repeat-penalty 1.1, also without --temp.",
