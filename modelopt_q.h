@@ -11149,11 +11149,14 @@ static const moqi_kernels moqi_plain_kernels = {"plain", moqi_plain_expand, moqi
 
 /* ---- keys and values: one row of n numbers in its cache format ---- */
 
+/* A byte for each number and no block scales. */
+static int moqi_kv_in_bytes(moq_kv_format format) { return format == MOQ_KV_FP8 || format == MOQ_KV_FP8_AFFINE || format == MOQ_KV_INT8; }
+
 /* Bytes of one row of n values: FP4 rows are n/2 bytes of codes followed by one scale byte for every block, 0.5625 n for NVFP4. */
 static size_t moqi_kv_row_bytes(moq_kv_format format, int64_t n)
 {
     if (format == MOQ_KV_WIDE) return (size_t)n * 4;
-    if (format == MOQ_KV_FP8 || format == MOQ_KV_FP8_AFFINE || format == MOQ_KV_INT8) return (size_t)n;
+    if (moqi_kv_in_bytes(format)) return (size_t)n;
     return (size_t)(moqi_ceil_div(n, 2) + moqi_ceil_div(n, format == MOQ_KV_MXFP4 ? 32 : 16)); /* codes, then block scales */
 }
 
@@ -11207,7 +11210,7 @@ static void moqi_kv_unpack(const moqi_kernels *k, moq_kv_format format, float sc
     int64_t block = format == MOQ_KV_MXFP4 ? 32 : 16;
     float s[16];
     if (format == MOQ_KV_WIDE) { memcpy(out, row, (size_t)n * 4); return; }
-    if (format == MOQ_KV_FP8 || format == MOQ_KV_FP8_AFFINE || format == MOQ_KV_INT8) {
+    if (moqi_kv_in_bytes(format)) {
         k->expand(format == MOQ_KV_INT8 ? MOQ_I8 : MOQ_F8_E4M3, row, n, out);
         k->scale(out, n, 31, &scale, NULL);
         for (int64_t i = 0; format == MOQ_KV_FP8_AFFINE && bias && i < n; i++) out[i] += bias[i];
@@ -11302,7 +11305,7 @@ static void moqi_kv_fetch(const moqi_kernels *k, const moqi_cache *c, int which,
     const float *bias = c->bias[which] ? c->bias[which] + head * dim : NULL;
     const uint8_t *row = moqi_kv_row(c, which, slot, head, first);
     /* rows without block scales lie end to end: all of them are one row */
-    if (c->row_bytes[which] == moqi_kv_row_bytes(MOQ_KV_FP8, dim) && !bias) {
+    if (moqi_kv_in_bytes(c->format[which]) && !bias) {
         moqi_kv_unpack(k, c->format[which], c->scale[which][head], NULL, row, (last - first + 1) * dim, out);
         return;
     }

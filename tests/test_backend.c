@@ -1715,7 +1715,7 @@ static void keep_bf16(float *x, int n)
 static void append_rows(moq_backend *be, moq_kv_cache *cache, const moq_kv_desc *d, const moq_batch *b, history *h)
 {
     int dim = d->head_dim, vdim = d->value_dim ? d->value_dim : dim;
-    int half = d->bf16 && be->kv_read(be, cache, 0, 1, NULL) < (size_t)(KV_HEADS * (dim + vdim)) * 4; /* the reference keeps F32 */
+    int half = d->bf16 && be->kv_read(be, cache, 0, 1, NULL) != (size_t)(KV_HEADS * (dim + vdim)) * 4; /* the reference keeps F32 */
     static float k[64 * 200], v[64 * 200];
     for (int r = 0; r < b->rows; r++)
         for (int i = 0; i < 200; i++) { k[r * 200 + i] = test_normal(); v[r * 200 + i] = test_normal(); }
@@ -1794,8 +1794,8 @@ static void test_backend_attention(void)
     for (int i = 0; i < 34; i++) sinks[i] = test_normal();
     for (int k = 0; moqi_get_kernels(k); k++)
         for (int f = 0; f <= (int)MOQ_KV_FORMAT_COUNT; f++) /* the last: wide as BF16 */
-            for (int shape = 0; shape < 3; shape++) {
-                static const int dims[3][3] = {{64, 0, 2}, {32, 48, 6}, {16, 0, 34}}; /* head_dim, value_dim, heads */
+            for (int shape = 0; shape < 4; shape++) { /* FP4 rows of 2 or 3 numbers are as many bytes */
+                static const int dims[4][3] = {{64, 0, 2}, {32, 48, 6}, {16, 0, 34}, {2, 3, 4}}; /* head_dim, value_dim, heads */
                 moq_backend *be = backend_of(moqi_get_kernels(k)->name, MOQ_ACT_WIDE, 2);
                 moq_error err;
                 moq_kv_desc d;
